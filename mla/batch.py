@@ -1,0 +1,134 @@
+"""`RaggedBatch`: the lengths and tables of one step, on the host and on the device.
+
+Tokens of all requests lie back to back; nothing is padded. Everything a kernel needs reaches the device in
+one packed copy, because many small copies cost more than a decode step can spare.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import accumulate
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+
+from mla.errors import StaleBatch
+
+Value = TypeVar("Value")
+
+
+class Source(Protocol):
+    """The cache a batch describes; its generation moves with every change of lengths."""
+
+    generation: int
+
+
+def host_ints(values: Iterable[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Return a host tensor of `values`; several times faster than `torch.tensor` for short lists."""
+    buffer = array("q" if dtype == torch.int64 else "i", values)
+    return torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
+
+
+class RaggedBatch:
+    """One step of B requests with T new tokens in all.
+
+    Host: `query_lens` (new tokens per request), `kv_lens` (tokens attended per request, new ones included).
+    Device: `positions` [T] int32, `slots` [T] int64 (row of the flattened cache that a new token is written
+    to), `block_table` [B, n] int32 (page of each run of `page_size` tokens), `kv_lens_device` [B] int32,
+    `cu_q` [B + 1] int32 (where each request's tokens start).
+    """
+
+    def __init__(
+        self,
+        query_lens: Sequence[int],
+        kv_lens: Sequence[int],
+        block_table: torch.Tensor,  # [B, n] int32, on the host
+        page_size: int,
+        device: torch.device,
+        source: Source | None = None,
+    ) -> None:
+        self.page_size = page_size
+        self.device = device
+        self._source = source
+        self._describe(tuple(query_lens), tuple(kv_lens), block_table)
+        self._buffer = self._pack().to(device, non_blocking=True)
+        self._unpack()
+
+    def _describe(self, query_lens: tuple[int, ...], kv_lens: tuple[int, ...], table: torch.Tensor) -> None:
+        """Derive every host-side length and table."""
+        self.query_lens = query_lens
+        self.kv_lens = kv_lens
+        self.cu_q_host = (0, *accumulate(query_lens))
+        self.num_tokens = self.cu_q_host[-1]
+        self.block_table_host = table
+        self._generation = self._source.generation if self._source else 0
+        self._memo: dict[Hashable, Any] = {}
+
+    def _pack(self) -> torch.Tensor:
+        """Lay slots, positions, block table, kv_lens and cu_q out in one int32 host buffer."""
+        positions, row = self._positions()
+        shift, mask = self.page_size.bit_length() - 1, self.page_size - 1
+        table = self.block_table_host.view(-1)
+        pages = table.index_select(0, row + (positions >> shift)).long()
+        slots = (pages << shift) + (positions & mask)
+        lengths = host_ints((*self.kv_lens, *self.cu_q_host), torch.int32)
+        return torch.cat((slots.view(torch.int32), positions.int(), table, lengths))
+
+    def _positions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return, per new token, its position and where its request's row of the flat block table starts."""
+        width = self.block_table_host.shape[1]
+        starts = [kv - query for kv, query in zip(self.kv_lens, self.query_lens, strict=True)]
+        rows = host_ints(range(0, width * len(starts), width))
+        if self.num_tokens == len(starts) and min(self.query_lens) == 1:
+            return host_ints(starts), rows  # decode: one token each
+        queries = host_ints(self.query_lens)
+        offset = host_ints(start - first for start, first in zip(starts, self.cu_q_host, strict=False))
+        positions = torch.arange(self.num_tokens) + offset.repeat_interleave(queries)
+        return positions, rows.repeat_interleave(queries)
+
+    def _unpack(self) -> None:
+        """Name the parts of the device buffer."""
+        tokens, requests = self.num_tokens, len(self.query_lens)
+        width = self.block_table_host.shape[1]
+        sizes = (2 * tokens, tokens, requests * width, requests, requests + 1)
+        slots, self.positions, table, self.kv_lens_device, self.cu_q = self._buffer.split(sizes)
+        self.slots = slots.view(torch.int64)
+        self.block_table = table.view(requests, width)
+
+    def subset(self, requests: Sequence[int]) -> RaggedBatch:
+        """Return a batch of only `requests` (indices into this one)."""
+        return RaggedBatch(
+            [self.query_lens[i] for i in requests],
+            [self.kv_lens[i] for i in requests],
+            self.block_table_host.index_select(0, host_ints(requests)),
+            self.page_size,
+            self.device,
+            self._source,
+        )
+
+    def update_(self, other: RaggedBatch) -> RaggedBatch:
+        """Take over the lengths of `other` in place, keeping every device address (for graph replay).
+
+        Raises ValueError when the shapes differ.
+        """
+        if (self.query_lens, self.page_size) != (other.query_lens, other.page_size):
+            raise ValueError("update_() needs a batch of the same query_lens and page_size.")
+        if self.block_table.shape != other.block_table.shape:
+            raise ValueError("update_() needs a block table of the same width.")
+        self._describe(other.query_lens, other.kv_lens, other.block_table_host)
+        self._buffer.copy_(other._buffer, non_blocking=True)
+        return self
+
+    def memo(self, key: Hashable, build: Callable[[], Value]) -> Value:
+        """Return what `build` made for `key`, building it at most once per batch."""
+        if key not in self._memo:
+            self._memo[key] = build()
+        return cast("Value", self._memo[key])
+
+    def check_current(self) -> None:
+        """Raise `StaleBatch` when the cache has changed since this batch was made."""
+        if self._source is not None and self._source.generation != self._generation:
+            raise StaleBatch(
+                "this batch is out of date: the cache was extended, truncated or released since."
+            )

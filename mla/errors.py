@@ -1,0 +1,49 @@
+"""Errors a user can cause. Each carries the one sentence to print; `exit_code` is the runner's."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """Return " Did you mean 'x'?" for the closest known word, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+class MLAError(Exception):
+    """Base of every error the core raises on purpose."""
+
+    exit_code = 2
+
+
+class ConfigError(MLAError):
+    """A config that does not describe an MLA layer this core can run."""
+
+    @classmethod
+    def unknown_preset(cls, name: str, known: Sequence[str]) -> ConfigError:
+        """Name the presets there are."""
+        return cls(f"unknown config '{name}'.{did_you_mean(name, known)} Presets: {', '.join(known)}.")
+
+
+class WeightError(MLAError):
+    """A state dict that does not fit the config."""
+
+
+class CacheFull(MLAError):
+    """The cache has too few free pages for a request; nothing was changed."""
+
+
+class StaleBatch(MLAError):
+    """A batch was used after the cache it describes had changed."""
+
+
+class UnsupportedBatch(MLAError):
+    """A fused op refuses the lengths of a batch."""
+
+    exit_code = 3
+
+
+class OutOfMemory(MLAError):
+    """A run needs more memory than there is."""

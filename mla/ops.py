@@ -1,0 +1,142 @@
+"""Pick, per op, the backend's fused implementation or the reference, and say why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mla.config import MLAConfig
+from mla.errors import UnsupportedBatch
+from mla.reference import REFERENCE
+from mla_backends.api import OPS, AttentionSpec, FusedOp, LinearSpec, NormSpec
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation of one op, and every reason why no better one was taken."""
+
+    name: str  # "reference", or the name the backend gave the op
+    op: FusedOp
+    spec: Any
+    reasons: tuple[str, ...] = ()
+
+    def key(self) -> tuple[str, str, Any]:
+        """Identify what this choice computes: layers with equal keys share a plan."""
+        return (self.op.contract, self.name, self.spec)
+
+    def check_batch(self, query_lens: Sequence[int], kv_lens: Sequence[int]) -> None:
+        """Raise `UnsupportedBatch` with every reason why these lengths cannot be served."""
+        reasons = self.op.unsupported_batch(self.spec, query_lens, kv_lens)
+        if reasons:
+            raise UnsupportedBatch(
+                f"fused op '{self.name}' ({self.op.contract}) refuses this batch: {'; '.join(reasons)}. "
+                "Use the reference ops for it."
+            )
+
+
+def choose(kind: str, spec: Any, offered: Mapping[str, FusedOp], policy: str) -> Choice:
+    """Return the first offered op of `kind` that serves `spec`, else the reference.
+
+    `policy` is "auto" or "reference".
+    """
+    if policy == "reference":
+        return Choice("reference", REFERENCE[kind], spec)
+    reasons: list[str] = []
+    for name, op in offered.items():
+        if op.contract.partition("/")[0] != kind:
+            continue
+        why = _refusals(op, kind, spec)
+        if not why:
+            return Choice(name, op, spec)
+        reasons += [f"fused op '{name}' not used because {reason}" for reason in why]
+    return Choice("reference", REFERENCE[kind], spec, tuple(reasons))
+
+
+def _refusals(op: FusedOp, kind: str, spec: Any) -> list[str]:
+    if op.contract != OPS[kind]:
+        return [f"it implements {op.contract} and this core calls {OPS[kind]}"]
+    return op.unsupported_reasons(spec)
+
+
+class Ops:
+    """The implementations one layer uses, by role. `linear` roles are weights of the layer."""
+
+    def __init__(
+        self,
+        config: MLAConfig,
+        offered: Mapping[str, FusedOp],
+        dtype: torch.dtype,
+        device: torch.device,
+        policy: str = "auto",
+    ) -> None:
+        self.attention = attention_spec(config, dtype, device)
+        self._choices: dict[str, Choice] = {}
+        for role, (kind, spec) in _roles(config, dtype, device).items():
+            self._choices[role] = choose(kind, spec, offered, policy)
+
+    def __getitem__(self, role: str) -> Choice:
+        return self._choices[role]
+
+    def names(self) -> dict[str, str]:
+        """Return role -> implementation name, as results record it."""
+        return {role: choice.name for role, choice in self._choices.items()}
+
+    def explain(self) -> list[str]:
+        """Return one line per role: what runs, and each reason why a fused op does not."""
+        lines = []
+        for role, choice in self._choices.items():
+            lines += [f"{role}: {choice.name}", *(f"  {reason}" for reason in choice.reasons)]
+        return lines
+
+    def all_reference(self) -> bool:
+        """Say whether no fused op was chosen."""
+        return all(choice.name == "reference" for choice in self._choices.values())
+
+
+def attention_spec(config: MLAConfig, dtype: torch.dtype, device: torch.device) -> AttentionSpec:
+    """Return what both attention ops are chosen and prepared by."""
+    return AttentionSpec(
+        num_heads=config.num_attention_heads,
+        kv_lora_rank=config.kv_lora_rank,
+        qk_nope_head_dim=config.qk_nope_head_dim,
+        qk_rope_head_dim=config.qk_rope_head_dim,
+        v_head_dim=config.v_head_dim,
+        softmax_scale=config.softmax_scale,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _roles(config: MLAConfig, dtype: torch.dtype, device: torch.device) -> dict[str, tuple[str, Any]]:
+    """Return role -> (op kind, spec). The first projections of queries and latents are one weight."""
+    h, n, c, v = (
+        config.num_attention_heads,
+        config.qk_nope_head_dim,
+        config.kv_lora_rank,
+        config.v_head_dim,
+    )
+    q_width = h * config.qk_head_dim
+    first = config.q_lora_rank or q_width
+
+    def weight(inputs: int, outputs: int, groups: int = 1) -> LinearSpec:
+        return LinearSpec(inputs, outputs, groups, dtype, device)
+
+    attention = attention_spec(config, dtype, device)
+    roles: dict[str, tuple[str, Any]] = {
+        "qkv_a_proj": ("linear", weight(config.hidden_size, first + config.latent_dim)),
+        "kv_b_proj": ("linear", weight(c, h * (n + v))),
+        "w_uk": ("batched_linear", weight(n, c, h)),
+        "w_uv": ("batched_linear", weight(c, v, h)),
+        "o_proj": ("linear", weight(h * v, config.hidden_size)),
+        "rotate_query": ("rotate_query", attention),
+        "write_latent": ("write_latent", attention),
+        "latent_attention": ("latent_attention", attention),
+        "expanded_attention": ("expanded_attention", attention),
+    }
+    if config.q_lora_rank:
+        roles["q_a_layernorm"] = ("rms_norm", NormSpec(config.q_lora_rank, dtype, device))
+        roles["q_b_proj"] = ("linear", weight(config.q_lora_rank, q_width))
+    return roles

@@ -1,0 +1,65 @@
+"""YaRN rotary embedding: frequencies, and a table of cosines and sines that grows on demand.
+
+Angles are fp32(position) * fp32(inv_freq), as DeepSeek's code and `transformers` both compute them; a
+"better" angle would differ from both (7e-4 in the output at position 160k).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from mla.config import MLAConfig, YarnScaling
+
+
+def inverse_frequencies(config: MLAConfig) -> torch.Tensor:
+    """Return the rotary frequencies [r/2] in fp32, YaRN-scaled when the config says so."""
+    dim = config.qk_rope_head_dim
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    plain = 1.0 / config.rope_theta**exponents
+    if config.rope_scaling is None:
+        return plain
+    ramp = _interpolation_ramp(config.rope_scaling, dim, config.rope_theta)
+    return plain / config.rope_scaling.factor * ramp + plain * (1.0 - ramp)
+
+
+def _interpolation_ramp(scaling: YarnScaling, dim: int, theta: float) -> torch.Tensor:
+    """Return [r/2]: 0 keeps a frequency, 1 divides it by the factor (YaRN, section 3.2)."""
+
+    def channel(rotations: float) -> float:
+        """Return the channel that makes `rotations` turns over the original context."""
+        turns = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return dim * math.log(turns) / (2 * math.log(theta))
+
+    low = max(math.floor(channel(scaling.beta_fast)), 0)
+    high = min(math.ceil(channel(scaling.beta_slow)), dim - 1)
+    width = max(high - low, 0.001)
+    return ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+
+
+class RotaryTable:
+    """cos and sin for positions 0 .. size - 1, as one fp32 tensor [size, r] on the device.
+
+    Row p holds the r/2 cosines of position p and then its r/2 sines, both times the YaRN magnitude.
+    """
+
+    def __init__(self, config: MLAConfig, device: torch.device, size: int = 4096) -> None:
+        self._inv_freq = inverse_frequencies(config)
+        self._magnitude = config.rope_scaling.magnitude() if config.rope_scaling else 1.0
+        self._device = device
+        self.table = self._compute(size)
+
+    def _compute(self, size: int) -> torch.Tensor:
+        angles = torch.outer(torch.arange(size, dtype=torch.float32), self._inv_freq)
+        return (torch.cat((angles.cos(), angles.sin()), dim=1) * self._magnitude).to(self._device)
+
+    def reserve(self, positions: int) -> None:
+        """Grow the table to at least `positions` rows, doubling so that growth stays rare."""
+        size = self.table.shape[0]
+        if positions > size:
+            self.table = self._compute(max(positions, 2 * size))
+
+    def gather(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return the rows [T, r] of `positions` [T]; the caller has reserved them."""
+        return self.table.index_select(0, positions)

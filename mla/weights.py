@@ -1,0 +1,46 @@
+"""Names and shapes of a layer's weights under Hugging Face names, and random ones for benchmarks."""
+
+from __future__ import annotations
+
+import torch
+
+from mla.config import MLAConfig
+
+
+def weight_shapes(config: MLAConfig) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of every weight the layer has."""
+    d, h = config.hidden_size, config.num_attention_heads
+    q_width, rank = h * config.qk_head_dim, config.q_lora_rank
+    shapes: dict[str, tuple[int, ...]] = {}
+    if rank is None:
+        shapes["q_proj.weight"] = (q_width, d)
+    else:
+        shapes["q_a_proj.weight"] = (rank, d)
+        shapes["q_a_layernorm.weight"] = (rank,)
+        shapes["q_b_proj.weight"] = (q_width, rank)
+    shapes["kv_a_proj_with_mqa.weight"] = (config.latent_dim, d)
+    shapes["kv_a_layernorm.weight"] = (config.kv_lora_rank,)
+    kv_b_rows = h * (config.qk_nope_head_dim + config.v_head_dim)
+    shapes["kv_b_proj.weight"] = (kv_b_rows, config.kv_lora_rank)
+    shapes["o_proj.weight"] = (d, h * config.v_head_dim)
+    if config.attention_bias:  # q_proj, q_b_proj and kv_b_proj never have one
+        biased = ("kv_a_proj_with_mqa", "o_proj", *(("q_a_proj",) if rank is not None else ()))
+        shapes.update({f"{name}.bias": (shapes[f"{name}.weight"][0],) for name in biased})
+    return shapes
+
+
+def random_state_dict(
+    config: MLAConfig, seed: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, torch.Tensor]:
+    """Return host weights N(0, 1 / fan_in) and norms 1 + N(0, 0.01); smaller weights would hide bugs."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: _random(shape, generator, dtype) for name, shape in weight_shapes(config).items()}
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+    if len(shape) == 1:
+        return (1 + 0.1 * torch.randn(shape, generator=generator)).to(dtype)
+    weight = torch.empty(shape, dtype=dtype)
+    for rows in weight.split(4096):  # an fp32 copy of a large weight would double peak memory
+        rows.copy_(torch.randn(rows.shape, generator=generator) * shape[1] ** -0.5)
+    return weight

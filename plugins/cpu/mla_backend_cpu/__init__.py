@@ -1,0 +1,71 @@
+"""CPU backend: the device everybody has, running the core's reference ops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from mla_backend_cpu import host
+from mla_backends import Availability, Backend, BackendError, hookimpl
+from mla_backends.api import DeviceInfo, MemoryInfo
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Cpu", "mla_backend"]
+
+
+class Cpu(Backend):
+    """Every CPU that torch runs on."""
+
+    name = "cpu"
+
+    def probe(self) -> Availability:
+        return Availability(True, evidence={"processor": host.processor_name()})
+
+    def setup(self, index: int | None = None) -> torch.device:
+        import torch
+
+        if index not in (None, 0):
+            raise BackendError(f"backend 'cpu' has one device, so there is no device {index}.")
+        torch.set_num_threads(self._threads(torch.get_num_threads()))
+        return torch.device("cpu")
+
+    def _threads(self, default: int) -> int:
+        """Return the user's number, else torch's own within the limit of the cgroup."""
+        if "threads" in self.options:
+            return int(self.options["threads"])
+        return max(1, min(default, host.cpu_limit()))
+
+    def synchronize(self) -> None:
+        """Return at once: torch's CPU ops are done when they return."""
+
+    def device_info(self) -> DeviceInfo:
+        return DeviceInfo(
+            name=host.processor_name(),
+            memory_bytes=host.memory_total(),
+            cache_bytes=host.last_level_cache(),
+        )
+
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        import torch
+
+        return (torch.bfloat16, torch.float16, torch.float32)
+
+    def memory(self) -> MemoryInfo:
+        return MemoryInfo(free=host.memory_available(), total=host.memory_total(), peak=host.peak_resident())
+
+    def environment(self) -> Mapping[str, str]:
+        import torch
+
+        return {
+            "threads": str(torch.get_num_threads()),
+            "cpu_limit": str(host.cpu_limit()),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        }
+
+
+@hookimpl
+def mla_backend(options: Mapping[str, str]) -> Cpu:
+    """Return the CPU backend."""
+    return Cpu(options)
