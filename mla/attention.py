@@ -17,10 +17,11 @@ from mla.batch import RaggedBatch
 from mla.config import MLAConfig
 from mla.errors import WeightError
 from mla.ops import Ops
+from mla.packed import PackedWeights
 from mla.plan import AbsorbedGroup, ExpandedGroup, Piece, Plan, make_plan
 from mla.rope import RotaryTable
-from mla.weights import weight_shapes
-from mla_backends.api import Backend, Packed
+from mla.workspace import Workspace
+from mla_backends.api import Backend
 
 ATTENTION_MODES = ("auto", "absorbed", "expanded")
 
@@ -53,13 +54,10 @@ class MLA(nn.Module):
         self.device = backend.device if backend is not None and backend.device else torch.device("cpu")
         self.ops = Ops(config, backend.ops() if backend else {}, dtype, self.device, ops)
         self.rotary = RotaryTable(config, self.device)
-        self._packed: dict[str, Packed] = {}
-        self._vectors: dict[str, torch.Tensor] = {}  # norms and biases
-        self._buffers_by_name: dict[str, torch.Tensor] = {}
+        self._weights = PackedWeights(config, self.ops, dtype, self.device)
+        self._scratch = Workspace(dtype, self.device)
 
-    # ------------------------------------------------------------------------------------------ weights
-
-    def load_state_dict(  # type: ignore[override]  # this layer has no submodules to report about
+    def load_state_dict(
         self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False
     ) -> None:
         """Pack weights (Hugging Face names) for this layer's ops, one at a time.
@@ -67,66 +65,16 @@ class MLA(nn.Module):
         Raises `WeightError` naming the tensor when one is missing, has the wrong shape or is unknown
         (unknown ones pass with `strict=False`); the layer then keeps what it had.
         """
-        shapes = weight_shapes(self.config)
-        _check_state(state_dict, shapes, strict)
-        first = "q_proj" if self.config.q_lora_rank is None else "q_a_proj"
-        fused = (f"{first}.weight", "kv_a_proj_with_mqa.weight")
-        self._pack("qkv_a_proj", torch.cat([self._take(state_dict[name]) for name in fused]))
-        for role in ("o_proj", *(("q_b_proj",) if self.config.q_lora_rank else ())):
-            self._pack(role, self._take(state_dict[f"{role}.weight"]))
-        self._pack_kv_b(self._take(state_dict["kv_b_proj.weight"]))
-        self._vectors = {
-            name: self._take(state_dict[name]) for name, shape in shapes.items() if len(shape) == 1
-        }
-        if self.config.attention_bias:
-            self._vectors["qkv_a_proj.bias"] = self._fused_bias(first)
+        self._weights.load(state_dict, strict)
 
-    def _take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a detached copy in this layer's dtype on its device."""
-        return tensor.detach().to(self.device, self.dtype, copy=True)
-
-    def _pack(self, role: str, weight: torch.Tensor) -> None:
-        self._packed[role] = self.ops[role].op.pack(weight)
-
-    def _pack_kv_b(self, weight: torch.Tensor) -> None:
-        """Pack kv_b for its two uses: expanding context, and absorbed into queries and outputs."""
-        n, v = self.config.qk_nope_head_dim, self.config.v_head_dim
-        per_head = weight.unflatten(0, (self.config.num_attention_heads, n + v))  # [h, n + v, c]
-        self._pack("kv_b_proj", weight)
-        self._pack("w_uk", per_head[:, :n].transpose(1, 2))  # [h, c, n]
-        self._pack("w_uv", per_head[:, n:])  # [h, v, c]
-
-    def _fused_bias(self, first: str) -> torch.Tensor:
-        kv_a = self._vectors["kv_a_proj_with_mqa.bias"]
-        width = self.ops["qkv_a_proj"].spec.out_features - kv_a.shape[0]
-        q_a = self._vectors.get(f"{first}.bias", kv_a.new_zeros(width))
-        return torch.cat((q_a, kv_a))
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
         """Return the plain weights under Hugging Face names, bit for bit those that were loaded."""
         self._require_weights()
-        shapes = weight_shapes(self.config)
-        first = "q_proj.weight" if self.config.q_lora_rank is None else "q_a_proj.weight"
-        fused = self._unpack("qkv_a_proj").split((shapes[first][0], self.config.latent_dim))
-        weights = dict(zip((first, "kv_a_proj_with_mqa.weight"), fused, strict=True))
-        for name, shape in shapes.items():
-            if len(shape) == 1:
-                weights[name] = self._vectors[name]
-            elif name not in weights:
-                weights[name] = self._unpack(name.removesuffix(".weight"))
-        return {name: weights[name].clone() for name in shapes}
-
-    def _unpack(self, role: str) -> torch.Tensor:
-        return self.ops[role].op.unpack(self._packed[role])
+        return self._weights.state_dict()
 
     def weight_bytes(self) -> int:
-        """Return the bytes all packed weights keep alive; a view of another weight counts once."""
-        plain = {id(p.data.untyped_storage()): p for p in self._packed.values() if torch.is_tensor(p.data)}
-        storages = {
-            p.data.untyped_storage().data_ptr(): p.data.untyped_storage().nbytes() for p in plain.values()
-        }
-        opaque = sum(p.nbytes for p in self._packed.values() if not torch.is_tensor(p.data))
-        return opaque + sum(storages.values())
+        """Return the bytes all packed weights keep alive."""
+        return self._weights.nbytes()
 
     def _apply(self, fn: Any, recurse: bool = True) -> MLA:
         raise RuntimeError(
@@ -135,10 +83,8 @@ class MLA(nn.Module):
         )
 
     def _require_weights(self) -> None:
-        if not self._packed:
+        if not self._weights.packed:
             raise WeightError("this MLA layer has no weights yet: call load_state_dict() first.")
-
-    # ------------------------------------------------------------------------------------------ forward
 
     def plan(self, batch: RaggedBatch) -> Plan:
         """Return how this layer runs `batch`; made once, shared by layers with equal specs."""
@@ -170,7 +116,7 @@ class MLA(nn.Module):
             out = torch.empty_like(hidden)
         q, kv_a = self._project(hidden)
         self._write_latent(kv_a, batch, plan, pages)
-        heads = self._buffer(
+        heads = self._scratch.take(
             "heads", hidden.shape[0], self.config.num_attention_heads, self.config.v_head_dim
         )
         if plan.absorbed is not None:
@@ -197,7 +143,7 @@ class MLA(nn.Module):
     def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return q [T, h, n + r], not yet rotated, and kv_a [T, c + r], neither normed nor rotated."""
         spec = self.ops["qkv_a_proj"].spec
-        first = self._buffer("qkv_a", hidden.shape[0], spec.out_features)
+        first = self._scratch.take("qkv_a", hidden.shape[0], spec.out_features)
         self._linear("qkv_a_proj", hidden, first, bias="qkv_a_proj.bias")
         q, kv_a = first.split((spec.out_features - self.config.latent_dim, self.config.latent_dim), dim=1)
         if self.config.q_lora_rank is not None:
@@ -205,18 +151,18 @@ class MLA(nn.Module):
         return q.unflatten(1, (self.config.num_attention_heads, self.config.qk_head_dim)), kv_a
 
     def _second_query_projection(self, q_a: torch.Tensor) -> torch.Tensor:
-        normed = self._buffer("q_a", *q_a.shape)
-        weight = self._vectors["q_a_layernorm.weight"]
+        normed = self._scratch.take("q_a", *q_a.shape)
+        weight = self._weights.vectors["q_a_layernorm.weight"]
         norm = self.ops["q_a_layernorm"].op
         norm(x=q_a, weight=weight, eps=self.config.rms_norm_eps, out=normed)
-        q = self._buffer("q", q_a.shape[0], self.ops["q_b_proj"].spec.out_features)
+        q = self._scratch.take("q", q_a.shape[0], self.ops["q_b_proj"].spec.out_features)
         self._linear("q_b_proj", normed, q)
         return q
 
     def _write_latent(self, kv_a: torch.Tensor, batch: RaggedBatch, plan: Plan, pages: torch.Tensor) -> None:
         self.ops["write_latent"].op(
             kv_a=kv_a,
-            weight=self._vectors["kv_a_layernorm.weight"],
+            weight=self._weights.vectors["kv_a_layernorm.weight"],
             eps=self.config.rms_norm_eps,
             cos_sin=plan.cos_sin,
             interleaved=self.config.rope_interleave,
@@ -229,11 +175,11 @@ class MLA(nn.Module):
     ) -> None:
         """q_nope W_UK, joined with the rotated q_pe, over the latents; then W_UV. Writes heads [T, h, v]."""
         n, c, h = self.config.qk_nope_head_dim, self.config.kv_lora_rank, self.config.num_attention_heads
-        q, cos_sin = self._pick("absorbed_q", q, group.tokens), plan.cos_sin[group.tokens]
-        latent_q = self._buffer("latent_q", q.shape[0], h, self.config.latent_dim)
-        self.ops["w_uk"].op(self._packed["w_uk"], x=q[..., :n], out=latent_q[..., :c])
+        q, cos_sin = self._scratch.rows("absorbed_q", q, group.tokens), plan.cos_sin[group.tokens]
+        latent_q = self._scratch.take("latent_q", q.shape[0], h, self.config.latent_dim)
+        self.ops["w_uk"].op(self._weights.packed["w_uk"], x=q[..., :n], out=latent_q[..., :c])
         self._rotate(q[..., n:], cos_sin, latent_q[..., c:])
-        latent_out = self._buffer("latent_out", q.shape[0], h, c)
+        latent_out = self._scratch.take("latent_out", q.shape[0], h, c)
         self.ops["latent_attention"].op(
             group.state,
             q=latent_q,
@@ -243,36 +189,36 @@ class MLA(nn.Module):
             cu_q=group.batch.cu_q,
             softmax_scale=self.config.softmax_scale,
             out=latent_out,
-            lse=self._buffer("lse", q.shape[0], h, dtype=torch.float32),
+            lse=self._scratch.take("lse", q.shape[0], h, dtype=torch.float32),
         )
-        target = self._target("absorbed_heads", heads, group.tokens, q.shape[0])
-        self.ops["w_uv"].op(self._packed["w_uv"], x=latent_out, out=target)
-        _put_back(heads, group.tokens, target)
+        target = self._scratch.target("absorbed_heads", heads, group.tokens, q.shape[0])
+        self.ops["w_uv"].op(self._weights.packed["w_uv"], x=latent_out, out=target)
+        self._scratch.put(heads, group.tokens, target)
 
     def _expanded(
         self, q: torch.Tensor, plan: Plan, group: ExpandedGroup, pages: torch.Tensor, heads: torch.Tensor
     ) -> None:
         """Rebuild k and v of the context round by round and run multi-head attention. Writes heads."""
         n = self.config.qk_nope_head_dim
-        q = self._pick("expanded_q", q, group.tokens)
+        q = self._scratch.rows("expanded_q", q, group.tokens)
         self._rotate(q[..., n:], plan.cos_sin[group.tokens], q[..., n:])
-        target = self._target("expanded_heads", heads, group.tokens, q.shape[0])
-        lse = self._buffer("lse", *q.shape[:2], dtype=torch.float32)
+        target = self._scratch.target("expanded_heads", heads, group.tokens, q.shape[0])
+        lse = self._scratch.take("lse", *q.shape[:2], dtype=torch.float32)
         for part in group.rounds:
             k, v = self._expand(part.slots, pages)
             for piece in part.pieces:
                 self._attend_piece(piece, q, k, v, target, lse)
-        _put_back(heads, group.tokens, target)
+        self._scratch.put(heads, group.tokens, target)
 
     def _expand(self, slots: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return k [s, h, n + r] and v [s, h, v] of the cached tokens at `slots`."""
         n, c, h = self.config.qk_nope_head_dim, self.config.kv_lora_rank, self.config.num_attention_heads
-        latents = self._buffer("latents", slots.shape[0], self.config.latent_dim)
+        latents = self._scratch.take("latents", slots.shape[0], self.config.latent_dim)
         torch.index_select(pages.view(-1, self.config.latent_dim), 0, slots, out=latents)
-        kv = self._buffer("kv_b", slots.shape[0], self.ops["kv_b_proj"].spec.out_features)
+        kv = self._scratch.take("kv_b", slots.shape[0], self.ops["kv_b_proj"].spec.out_features)
         self._linear("kv_b_proj", latents[:, :c], kv)
         k_nope, v = kv.unflatten(1, (h, -1)).split((n, self.config.v_head_dim), dim=2)
-        k = self._buffer("k", slots.shape[0], h, self.config.qk_head_dim)
+        k = self._scratch.take("k", slots.shape[0], h, self.config.qk_head_dim)
         k[..., :n] = k_nope
         k[..., n:] = latents[:, None, c:]
         return k, v
@@ -290,8 +236,8 @@ class MLA(nn.Module):
         rows = piece.queries
         part_out, part_lse = out[rows], lse[rows]
         if piece.merge:
-            part_out = self._buffer("part_out", *part_out.shape)
-            part_lse = self._buffer("part_lse", *part_lse.shape, dtype=torch.float32)
+            part_out = self._scratch.take("part_out", *part_out.shape)
+            part_lse = self._scratch.take("part_lse", *part_lse.shape, dtype=torch.float32)
         self.ops["expanded_attention"].op(
             piece.state,
             q=q[rows],
@@ -309,38 +255,7 @@ class MLA(nn.Module):
         self.ops["rotate_query"].op(x=x, cos_sin=cos_sin, interleaved=interleaved, out=out)
 
     def _linear(self, role: str, x: torch.Tensor, out: torch.Tensor, bias: str = "") -> None:
-        self.ops[role].op(self._packed[role], x=x, bias=self._vectors.get(bias), out=out)
-
-    # ------------------------------------------------------------------------------------------ buffers
-
-    def _buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return scratch memory of this shape; it grows to the largest step and is then never allocated."""
-        size = 1
-        for extent in shape:
-            size *= extent
-        held = self._buffers_by_name.get(name)
-        if held is None or held.numel() < size:
-            held = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
-            self._buffers_by_name[name] = held
-        return held[:size].view(shape)
-
-    def _pick(self, name: str, x: torch.Tensor, tokens: slice | torch.Tensor) -> torch.Tensor:
-        """Return the rows of a group: a view when they are contiguous, else a copy."""
-        if isinstance(tokens, slice):
-            return x[tokens]
-        picked = self._buffer(name, tokens.shape[0], *x.shape[1:])
-        return torch.index_select(x, 0, tokens, out=picked)
-
-    def _target(
-        self, name: str, heads: torch.Tensor, tokens: slice | torch.Tensor, count: int
-    ) -> torch.Tensor:
-        """Return where a group writes its heads: in place when its rows are contiguous."""
-        return heads[tokens] if isinstance(tokens, slice) else self._buffer(name, count, *heads.shape[1:])
-
-
-def _put_back(heads: torch.Tensor, tokens: slice | torch.Tensor, target: torch.Tensor) -> None:
-    if not isinstance(tokens, slice):
-        heads.index_copy_(0, tokens, target)
+        self.ops[role].op(self._weights.packed[role], x=x, bias=self._weights.vectors.get(bias), out=out)
 
 
 def _merge(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor) -> None:
@@ -349,18 +264,3 @@ def _merge(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse:
     old_weight, new_weight = ((part - total).exp()[..., None] for part in (lse, new_lse))
     out.copy_(out.float() * old_weight + new_out.float() * new_weight)
     lse.copy_(total)
-
-
-def _check_state(
-    state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], strict: bool
-) -> None:
-    for name, shape in shapes.items():
-        if name not in state:
-            raise WeightError(f"weight '{name}' is missing.")
-        if tuple(state[name].shape) != shape:
-            raise WeightError(f"weight '{name}' has shape {list(state[name].shape)}, expected {list(shape)}.")
-    unknown = sorted(set(state) - set(shapes)) if strict else []
-    if unknown:
-        raise WeightError(
-            f"weight '{unknown[0]}' does not belong to this layer ({len(unknown)} unknown in all)."
-        )

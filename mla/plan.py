@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from mla.batch import RaggedBatch
 from mla.config import MLAConfig
 from mla.ops import Ops
 from mla.rope import RotaryTable
+from mla.workspace import Tokens
 from mla_backends.api import SegmentLengths
 
 #: Bytes that rebuilt keys and values of one round may take.
@@ -40,7 +42,7 @@ class Round:
 class AbsorbedGroup:
     """Requests that attend in latent space."""
 
-    tokens: slice | torch.Tensor
+    tokens: Tokens
     batch: RaggedBatch
     state: Any
 
@@ -49,7 +51,7 @@ class AbsorbedGroup:
 class ExpandedGroup:
     """Requests whose keys and values are rebuilt from the latent cache, in rounds."""
 
-    tokens: slice | torch.Tensor
+    tokens: Tokens
     rounds: tuple[Round, ...]
 
 
@@ -115,7 +117,7 @@ def _expanded(
     return ExpandedGroup(tokens, rounds)
 
 
-def _part(batch: RaggedBatch, requests: Sequence[int]) -> tuple[slice | torch.Tensor, RaggedBatch | None]:
+def _part(batch: RaggedBatch, requests: Sequence[int]) -> tuple[Tokens, RaggedBatch | None]:
     """Return where the requests' tokens are, and a batch of those requests; None when there is no token."""
     if sum(batch.query_lens[i] for i in requests) == 0:
         return slice(0, 0), None
@@ -123,7 +125,7 @@ def _part(batch: RaggedBatch, requests: Sequence[int]) -> tuple[slice | torch.Te
         return slice(0, batch.num_tokens), batch
     part = batch.subset(requests)
     spans = [(batch.cu_q_host[i], batch.cu_q_host[i + 1]) for i in requests]
-    if all(left[1] == right[0] for left, right in zip(spans, spans[1:], strict=False)):
+    if all(left[1] == right[0] for left, right in pairwise(spans)):
         return slice(spans[0][0], spans[-1][1]), part
     index = torch.cat([torch.arange(*span) for span in spans])
     return index.to(batch.device, non_blocking=True), part
@@ -139,7 +141,7 @@ class _Span:
 
 
 def _chunks(batch: RaggedBatch, limit: int) -> Iterator[list[_Span]]:
-    """Split the context into rounds of at most `limit` tokens: whole requests together, a longer one alone."""
+    """Split the context into rounds of at most `limit` tokens: whole requests, or parts of a longer one."""
     together: list[_Span] = []
     for request, kv_len in enumerate(batch.kv_lens):
         if batch.query_lens[request] == 0:

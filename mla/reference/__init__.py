@@ -1,0 +1,26 @@
+"""Every op in plain PyTorch: right on any torch device, and the yardstick a fused op is held to.
+
+Logits, softmax and norms are fp32 whatever the dtype of the tensors, and attention reads only slots that a
+request owns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mla.reference.expanded import ExpandedAttention
+from mla.reference.latent import LatentAttention
+from mla.reference.linear import BatchedLinear, Linear
+from mla.reference.pointwise import RmsNorm, RotateQuery, WriteLatent
+from mla_backends.api import FusedOp
+
+#: The reference for every op, by op name.
+REFERENCE: Mapping[str, FusedOp] = {
+    "linear": Linear(),
+    "batched_linear": BatchedLinear(),
+    "rms_norm": RmsNorm(),
+    "rotate_query": RotateQuery(),
+    "write_latent": WriteLatent(),
+    "latent_attention": LatentAttention(),
+    "expanded_attention": ExpandedAttention(),
+}

@@ -1,0 +1,164 @@
+"""Absorbed attention over the latent pages, in groups of requests of about equal length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mla.batch import host_ints
+from mla.reference.softmax import LOGITS_BYTES, attend, queries_per_call
+from mla_backends.api import OPS, AttentionSpec, BatchView, FusedOp
+
+#: A request joins a group of shorter ones while that pads the shorter by at most this factor.
+PADDING = 1.25
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A run of queries of one request, and the keys the last of them sees."""
+
+    request: int
+    first_query: int  # index into the tokens of the batch
+    queries: int
+    keys: int
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows of equal query count that are attended together."""
+
+    queries: int
+    keys: int  # padded
+    tokens: slice | torch.Tensor  # the queries, row after row
+    last_key: torch.Tensor | None  # [rows, queries, 1] int64 last visible key; None: every key is visible
+
+
+@dataclass(frozen=True)
+class _LatentState:
+    groups: tuple[_Group, ...]
+    slots: tuple[torch.Tensor, ...]  # per group [rows * keys] int64 into the flattened cache
+    empty: tuple[slice, ...]  # tokens that see no key: rows a graph pads its batch with
+
+
+class LatentAttention(FusedOp):
+    """Absorbed attention: all heads are queries of one key/value head, the latent row itself."""
+
+    contract = OPS["latent_attention"]
+    nan_safe_tail = True
+
+    def prepare(self, spec: AttentionSpec, batch: BatchView) -> _LatentState:
+        rows = sorted(_cut(batch, spec.num_heads), key=lambda row: (row.queries, row.keys))
+        groups = list(_gather_rows([row for row in rows if row.keys > 0], spec.num_heads))
+        index = _index(groups, batch)
+        return _LatentState(
+            groups=tuple(map(_group, groups, index.split([len(members) for members in groups]))),
+            slots=_slots(groups, index, batch),
+            empty=tuple(slice(r.first_query, r.first_query + r.queries) for r in rows if r.keys <= 0),
+        )
+
+    def __call__(
+        self,
+        state: _LatentState,
+        *,
+        q: torch.Tensor,  # [T, h, c + r]
+        cache: torch.Tensor,  # [pages, page, c + r]
+        block_table: torch.Tensor,
+        kv_lens: torch.Tensor,
+        cu_q: torch.Tensor,
+        softmax_scale: float,
+        out: torch.Tensor,  # [T, h, c]
+        lse: torch.Tensor,  # [T, h] fp32
+    ) -> None:
+        flat = cache.view(-1, cache.shape[-1])
+        for group, slots in zip(state.groups, state.slots, strict=True):
+            _attend_group(group, q, flat.index_select(0, slots), softmax_scale, out, lse)
+        for tokens in state.empty:
+            out[tokens] = 0
+            lse[tokens] = -torch.inf
+
+
+def _attend_group(
+    group: _Group, q: torch.Tensor, rows: torch.Tensor, scale: float, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """Attend one group; `rows` [g * keys, c + r] are its latents. Heads fold into the query dimension."""
+    heads, width, latent = q.shape[1], q.shape[2], out.shape[2]
+    keys = rows.float().view(-1, group.keys, width)
+    hidden = None
+    if group.last_key is not None:
+        position = torch.arange(group.keys, device=q.device)
+        hidden = (position > group.last_key).repeat_interleave(
+            heads, dim=1, output_size=group.queries * heads
+        )
+    folded = q[group.tokens].reshape(-1, group.queries * heads, width)
+    value, lse_rows = attend(folded, keys, keys[..., :latent], scale, hidden)
+    out[group.tokens] = value.view(-1, heads, latent).to(out.dtype)
+    lse[group.tokens] = lse_rows.view(-1, heads)
+
+
+def _cut(batch: BatchView, heads: int) -> Iterator[_Row]:
+    """Cut each request's queries into runs whose logits fit the cap."""
+    start = 0
+    for request, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
+        step = queries_per_call(heads, kv_len)
+        for offset in range(0, query_len, step):
+            count = min(step, query_len - offset)
+            yield _Row(request, start + offset, count, kv_len - query_len + offset + count)
+        start += query_len
+
+
+def _gather_rows(rows: Sequence[_Row], heads: int) -> Iterator[list[_Row]]:
+    """Group sorted rows of equal query count and about equal key count, within the cap on logits."""
+    members: list[_Row] = []
+    for row in rows:
+        logits = 4 * heads * row.queries * row.keys * (len(members) + 1)
+        if members and (
+            row.queries != members[0].queries or row.keys > PADDING * members[0].keys or logits > LOGITS_BYTES
+        ):
+            yield members
+            members = []
+        members.append(row)
+    if members:
+        yield members
+
+
+def _index(groups: Sequence[Sequence[_Row]], batch: BatchView) -> torch.Tensor:
+    """Return [rows, 4] int64 on the device: start in the flat block table, owned keys, padded keys, query."""
+    width = batch.block_table.shape[1]
+    values: list[int] = []
+    for members in groups:
+        padded = members[-1].keys
+        for row in members:
+            values += (row.request * width, row.keys, padded, row.first_query)
+    return host_ints(values).view(-1, 4).to(batch.block_table.device, non_blocking=True)
+
+
+def _slots(
+    groups: Sequence[Sequence[_Row]], index: torch.Tensor, batch: BatchView
+) -> tuple[torch.Tensor, ...]:
+    """Return per group its rows' slots, padding repeating the last owned one, all computed at once."""
+    sizes = [len(members) * members[-1].keys for members in groups]
+    total, device = sum(sizes), index.device
+    table_start, owned, padded, _ = index.unbind(dim=1)
+    row = torch.arange(len(index), device=device).repeat_interleave(padded, output_size=total)
+    first = padded.cumsum(0) - padded
+    position = torch.arange(total, device=device) - first.index_select(0, row)
+    position = torch.minimum(position, (owned - 1).index_select(0, row))
+    shift, mask = batch.page_size.bit_length() - 1, batch.page_size - 1
+    entry = table_start.index_select(0, row) + (position >> shift)
+    pages = batch.block_table.reshape(-1).index_select(0, entry).long()
+    return ((pages << shift) + (position & mask)).split(sizes)
+
+
+def _group(members: Sequence[_Row], index: torch.Tensor) -> _Group:
+    """Resolve where a group's queries are and which keys they see."""
+    queries, keys, device = members[0].queries, members[-1].keys, index.device
+    start = members[0].first_query
+    tokens: slice | torch.Tensor = slice(start, start + queries * len(members))
+    if any(row.first_query != start + i * queries for i, row in enumerate(members)):
+        tokens = (index[:, 3:] + torch.arange(queries, device=device)).view(-1)
+    last_key = None
+    if queries > 1 or members[0].keys != keys:
+        last_key = (index[:, 1:2] - queries + torch.arange(queries, device=device))[..., None]
+    return _Group(queries, keys, tokens, last_key)

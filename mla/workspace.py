@@ -1,0 +1,42 @@
+"""`Workspace`: named scratch memory that grows to the largest step and is then never allocated again."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+Tokens = slice | torch.Tensor  # rows of a step: contiguous, or by index
+
+
+class Workspace:
+    """Scratch tensors of one layer. A name's memory is reused by every step."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._held: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return uninitialised memory of this shape; its last content under the same name is lost."""
+        size = math.prod(shape)
+        held = self._held.get(name)
+        if held is None or held.numel() < size:
+            held = torch.empty(size, dtype=dtype or self._dtype, device=self._device)
+            self._held[name] = held
+        return held[:size].view(shape)
+
+    def rows(self, name: str, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """Return a group's rows of x to read: a view when they are contiguous, else a copy."""
+        if isinstance(tokens, slice):
+            return x[tokens]
+        return torch.index_select(x, 0, tokens, out=self.take(name, tokens.shape[0], *x.shape[1:]))
+
+    def target(self, name: str, x: torch.Tensor, tokens: Tokens, count: int) -> torch.Tensor:
+        """Return where to write a group's rows of x: in place when contiguous, else memory for `put`."""
+        return x[tokens] if isinstance(tokens, slice) else self.take(name, count, *x.shape[1:])
+
+    @staticmethod
+    def put(x: torch.Tensor, tokens: Tokens, target: torch.Tensor) -> None:
+        """Scatter what was written to `target` into x, unless it was written in place."""
+        if not isinstance(tokens, slice):
+            x.index_copy_(0, tokens, target)
