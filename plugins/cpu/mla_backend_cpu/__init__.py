@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mla_backend_cpu import host
-from mla_backends import Availability, Backend, BackendError, hookimpl
+from mla_backends import Availability, Backend, BackendError, hookimpl, host
 from mla_backends.api import DeviceInfo, MemoryInfo
 
 if TYPE_CHECKING:

@@ -1,0 +1,192 @@
+"""What the commands do: find the backend, say what will be measured, run, print, write."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from mla.bench import environment, render, results
+from mla.bench.exits import Exit
+from mla.bench.options import RunOptions
+from mla.bench.progress import Progress
+from mla.bench.workload import Scenario, WorkloadError
+from mla.errors import MLAError
+from mla_backends import status
+from mla_backends.discovery import locate
+
+if TYPE_CHECKING:
+    from mla.bench.implementations import Setting
+    from mla.bench.session import Request
+    from mla_backends.api import Backend
+
+
+class NoBackend(MLAError):
+    """No backend was named and none or several could be meant."""
+
+
+def note(text: str) -> None:
+    """Print a remark where it cannot disturb the result."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def out(text: str) -> None:
+    """Print part of the result."""
+    print(text, end="", flush=True)  # noqa: T201
+
+
+def run(options: RunOptions) -> int:
+    """Carry out `run`."""
+    if mixed := environment.mixed_installation():
+        note(mixed)
+    scenarios = options.chosen_scenarios()
+    if options.output:
+        results.check_writable(options.output)
+    backend = _open(options)
+    request = _request(options, backend, scenarios)
+    if options.list_ops:
+        return _list_ops(request.setting)
+    _describe(request)
+    if options.dry_run:
+        return Exit.OK
+    return _measure(request, options)
+
+
+def _open(options: RunOptions) -> Backend:
+    import mla
+
+    name = options.backend or _only_usable()
+    backend: Backend = mla.load_backend(name, options.device, options.threads, options.key_values())  # type: ignore[operator]
+    return backend
+
+
+def _only_usable() -> str:
+    """Return the one usable backend. Raises `NoBackend` with what there is."""
+    found = status.statuses()
+    usable = [one.name for one in found if one.state == status.USABLE]
+    if len(usable) == 1:
+        note(f"using backend '{usable[0]}', the only usable one")
+        return usable[0]
+    if usable:
+        raise NoBackend(f"several backends are usable: {', '.join(usable)}. Choose one with --backend.")
+    error = NoBackend(
+        "no backend is usable: "
+        + "; ".join(f"{one.name} ({one.state})" for one in found)
+        + ". `python -m mla.bench list` says why."
+    )
+    error.exit_code = Exit.BACKEND
+    raise error
+
+
+def _request(options: RunOptions, backend: Backend, scenarios: list[Scenario]) -> Request:
+    import torch
+
+    from mla.bench import session
+    from mla.bench.implementations import Setting
+    from mla.config import MLAConfig
+    from mla.presets import PRESETS
+
+    dtype = getattr(torch, options.dtype)
+    _check_dtype(backend, dtype)
+    if options.page_size < 1 or options.page_size & (options.page_size - 1):
+        raise WorkloadError(f"--page-size must be a power of two, got {options.page_size}.")
+    looks_like_path = "/" in options.config or options.config.endswith(".json")
+    known = options.config in PRESETS or not looks_like_path
+    config = MLAConfig.preset(options.config) if known else MLAConfig.from_pretrained(options.config)
+    setting = Setting(config, backend, dtype, options.attention, options.page_size, options.seed, options.ops)
+    names = session.resolve_implementations(options.implementation_names(), setting, note)
+    name = options.backend or backend.name
+    return session.Request(setting, scenarios, names, options.command(name), _version(name))
+
+
+def _check_dtype(backend: Backend, dtype: object) -> None:
+    native = backend.dtypes()
+    if dtype not in native:
+        listed = ", ".join(str(one).removeprefix("torch.") for one in native)
+        raise WorkloadError(
+            f"backend '{backend.name}' does not compute {str(dtype).removeprefix('torch.')} natively; "
+            f"choose --dtype from: {listed}."
+        )
+
+
+def _version(name: str) -> str | None:
+    return locate(name).version
+
+
+def _list_ops(setting: Setting) -> int:
+    from mla.bench import session
+
+    out("".join(f"{line}\n" for line in session.make_ops(setting).explain()))
+    return Exit.OK
+
+
+def _describe(request: Request) -> None:
+    """Say on stderr what is about to be measured."""
+    from mla.bench import memory, session
+
+    setting = request.setting
+    plan = session.plan(request)
+    info = setting.backend.device_info()
+    facts = environment.environment(setting.backend)
+    names = session.make_ops(setting).names()
+    fused = [f"{role}={name}" for role, name in names.items() if name != "reference"]
+    note(
+        f"backend    {setting.backend.name} on {info.name}, torch {facts['torch']}, "
+        f"{facts['torch_threads']} threads"
+    )
+    note(
+        f"config     {setting.config.name}, {setting.dtype}, attention {setting.attention}, "
+        f"page size {setting.page_size}, seed {setting.seed}"
+    )
+    note(f"ops        {', '.join(fused) or 'reference for every op'} (--list-ops says why)")
+    for scenario in request.scenarios:
+        note(f"scenario   {_scenario_line(scenario)}")
+    together = "in turns" if plan.side_by_side else "one at a time"
+    note(
+        f"plan       {', '.join(request.implementations)}, {together}; "
+        f"{session.total_forwards(request)} forwards, checked against a float64 oracle"
+    )
+    note(
+        f"memory     {memory.gib(plan.device_bytes(plan.implementations))} on the device, "
+        f"{memory.gib(plan.host)} on the host; available {memory.gib(plan.device_available)} "
+        f"and {memory.gib(plan.host_available)}"
+    )
+
+
+def _scenario_line(scenario: Scenario) -> str:
+    size = f"{len(scenario.query_lens)} requests, {scenario.tokens} new tokens per forward, "
+    lengths = f"history {min(scenario.history)} to {max(scenario.history)}, "
+    return f"{scenario.name}: {size}{lengths}{scenario.turns} passes of {scenario.steps}"
+
+
+def _measure(request: Request, options: RunOptions) -> int:
+    from mla.bench import session
+
+    with Progress(session.total_forwards(request)) as progress:
+        done, interrupted = session.execute(request, progress.advance, note)
+    if options.output:
+        results.write(done, options.output)
+    out(render.render(done, options.kind))
+    if interrupted:
+        note("interrupted: the result holds what was measured until then")
+        return Exit.INTERRUPTED
+    statuses = [case.check.status for case in done.cases]
+    if "wrong" in statuses:
+        note("wrong result: at least one implementation disagrees with the oracle and got no number")
+        return Exit.WRONG
+    return Exit.OK if any(case.latency_ms for case in done.cases) else Exit.NOTHING_RAN
+
+
+def list_backends(as_json: bool) -> int:
+    """Carry out `list`."""
+    found = status.statuses()
+    if as_json:
+        out(json.dumps([asdict(one) for one in found], indent=1) + "\n")
+        return Exit.OK
+    width = max(len(one.name) for one in found)
+    for one in found:
+        version = f" {one.distribution} {one.version}" if one.distribution else ""
+        why = "; ".join(part for part in (one.reason, one.hint) if part)
+        out(f"{one.name:{width}}  {one.state}{version}{': ' + why if why else ''}\n")
+    return Exit.OK

@@ -1,0 +1,75 @@
+"""What a number depended on: versions, host, build, commit. Every probe is guarded; unknown is left out."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import mla
+from mla_backends import host
+from mla_backends.api import Backend
+
+
+def environment(backend: Backend) -> dict[str, str]:
+    """Return facts about host, torch and backend, the backend's own last."""
+    import torch
+
+    facts = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": host.processor_name(),
+        "cpus": str(host.cpu_limit()),
+        "mla": mla.__version__,
+        "torch": str(torch.__version__),
+        "torch_threads": str(torch.get_num_threads()),
+    }
+    facts |= {name: value for name in ("transformers", "numpy") if (value := distribution_version(name))}
+    facts |= {key: value for key in ("OMP_NUM_THREADS", "KMP_AFFINITY") if (value := os.environ.get(key))}
+    facts |= {key: value for key, value in os.environ.items() if key.startswith("SLURM_JOB_")}
+    return facts | {f"backend.{key}": str(value) for key, value in backend.environment().items()}
+
+
+def distribution_version(name: str) -> str | None:
+    """Return the installed version of a distribution."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """Return the commit of the checkout this package runs from, "-dirty" if changed; None outside one."""
+    folder = Path(mla.__file__).parent
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None or _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None  # installed into an environment that merely lies inside some work tree
+    return f"{commit}-dirty" if _git(folder, "status", "--porcelain") else commit
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def mixed_installation() -> str | None:
+    """Return a note when `mla` comes from a checkout and `mla_backends` from site-packages, or vice versa."""
+    import mla_backends
+
+    modules = {"mla": mla, "mla_backends": mla_backends}
+    homes = {name: _home(Path(str(module.__file__)).resolve()) for name, module in modules.items()}
+    if len(set(homes.values())) == 1:
+        return None
+    described = ", ".join(f"{name} from {home}" for name, home in homes.items())
+    return f"note: packages come from two places: {described}; a change in the checkout may not take part."
+
+
+def _home(path: Path) -> str:
+    return "site-packages" if "site-packages" in path.parts else "a checkout"

@@ -1,0 +1,156 @@
+"""What the runner times: implementations of one layer behind one small interface.
+
+All get the same host weights and inputs. A *pass* is `restore()` and then `step(0)`, `step(1)`, ...; only
+`step` is timed, and it leaves its output in `outputs`.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from mla.attention import MLA
+from mla.bench.inputs import Inputs
+from mla.bench.poison import Poison
+from mla.bench.workload import Scenario
+from mla.cache import LatentCache
+from mla.config import MLAConfig
+from mla.oracle import State
+from mla_backends.api import Backend
+
+#: Pages beyond what a scenario needs; they stay NaN, so that reading a wrong page shows.
+SPARE_PAGES = 16
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all implementations of a run share."""
+
+    config: MLAConfig
+    backend: Backend
+    dtype: torch.dtype
+    attention: str
+    page_size: int
+    seed: int
+    ops: str = "auto"  # "auto" or "reference", for the implementation `mla`
+
+    @property
+    def device(self) -> torch.device:
+        """The device `setup` returned."""
+        assert self.backend.device is not None
+        return self.backend.device
+
+
+class Implementation(ABC):
+    """One way to run the layer."""
+
+    name: str
+    ours = True  # held to twice the reference's error; others to the absolute table alone
+    plan_ms: float | None = None
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.outputs: torch.Tensor  # [inputs, T, d] on the device
+
+    @abstractmethod
+    def load(self, scenario: Scenario, inputs: Inputs) -> None:
+        """Make a cache with the scenario's history, and buffers for its outputs."""
+
+    @abstractmethod
+    def restore(self) -> None:
+        """Put the cache back to the history. Never timed."""
+
+    def before(self, index: int) -> None:  # noqa: B027  # most implementations need nothing here
+        """Get ready for `step(index)`. Never timed."""
+
+    @abstractmethod
+    def step(self, index: int) -> None:
+        """Run one forward; in decode, the cache grows."""
+
+    @abstractmethod
+    def cache_bytes(self) -> int:
+        """Return the bytes the cache holds for the scenario."""
+
+    @abstractmethod
+    def weight_bytes(self) -> int:
+        """Return the bytes of the weights."""
+
+    def ops(self) -> dict[str, str]:
+        """Return role -> implementation name."""
+        return {}
+
+    def _prepare_buffers(self, inputs: Inputs) -> None:
+        self._hidden = inputs.hidden.to(self.setting.device)
+        self.outputs = torch.full_like(self._hidden, torch.nan)
+
+
+class MlaLayer(Implementation):
+    """Our layer, with the backend's fused ops (`mla`) or without (`mla-reference`)."""
+
+    def __init__(self, setting: Setting, state: State, name: str = "mla", ops: str | None = None) -> None:
+        super().__init__(setting)
+        self.name = name
+        self.layer = MLA(
+            setting.config,
+            backend=setting.backend,
+            dtype=setting.dtype,
+            attention=setting.attention,
+            ops=ops or setting.ops,
+        )
+        self.layer.load_state_dict(state)
+
+    def load(self, scenario: Scenario, inputs: Inputs) -> None:
+        self._scenario = scenario
+        self._prepare_buffers(inputs)
+        self._cache = self._make_cache(scenario)
+        self._sequences = self._cache.new_sequences(len(scenario.query_lens))
+        for sequence, (kv, pe) in zip(self._sequences, inputs.history, strict=True):
+            self._cache.load(sequence, kv, pe)
+        nan_safe = self.layer.ops["latent_attention"].op.nan_safe_tail
+        self._poison = Poison(self._cache, self._sequences, scenario.final_lens, nan_safe)
+        self.restore()
+
+    def _make_cache(self, scenario: Scenario) -> LatentCache:
+        size = self.setting.page_size
+        pages = sum(-(-length // size) for length in scenario.final_lens) + SPARE_PAGES
+        return LatentCache(
+            self.setting.config,
+            max_tokens=pages * size,
+            page_size=size,
+            device=self.setting.device,
+            dtype=self.setting.dtype,
+            shuffle=self.setting.seed,
+        )
+
+    def restore(self) -> None:
+        for sequence, length in reversed(list(zip(self._sequences, self._scenario.history, strict=True))):
+            self._cache.truncate(sequence, length)
+        self._poison.apply()
+        if self._scenario.mode == "prefill":
+            self._plan()
+
+    def _plan(self) -> None:
+        """Prepare the batch that every prefill forward runs; its time is reported beside the forward's."""
+        self._batch = self._cache.extend(self._sequences, self._scenario.query_lens)
+        start = time.perf_counter_ns()
+        self.layer.plan(self._batch)
+        self.plan_ms = (time.perf_counter_ns() - start) / 1e6
+
+    def step(self, index: int) -> None:
+        if self._scenario.mode == "prefill":
+            self.layer(self._hidden[0], self._batch, self._cache.pages[0], out=self.outputs[0])
+            return
+        batch = self._cache.extend(self._sequences, self._scenario.query_lens)
+        self.layer(self._hidden[index], batch, self._cache.pages[0], out=self.outputs[index])
+
+    def cache_bytes(self) -> int:
+        return self._cache.pages.nbytes
+
+    def weight_bytes(self) -> int:
+        return self.layer.weight_bytes()
+
+    def ops(self) -> dict[str, str]:
+        return self.layer.ops.names()

@@ -1,0 +1,108 @@
+"""Work out the memory of a run before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mla import cost
+from mla.bench.implementations import SPARE_PAGES, Setting
+from mla.bench.workload import Scenario
+from mla.config import MLAConfig
+from mla.errors import OutOfMemory
+from mla_backends import host
+
+#: The reference's logits, rebuilt keys and values, and their fp32 copies, at most.
+WORKSPACE = 1 << 30
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes a run needs, and whether its implementations fit side by side."""
+
+    per_implementation: int  # on the device
+    host: int  # weights, inputs, and the oracle in float64
+    implementations: int
+    device_available: int | None
+    host_available: int | None
+    shared: bool  # the device is the host
+
+    @property
+    def side_by_side(self) -> bool:
+        """Say whether all implementations fit at once, so that they can alternate."""
+        return self._fits(self.implementations)
+
+    def _fits(self, count: int) -> bool:
+        device, on_host = self.device_bytes(count), self.host
+        if self.shared:
+            return _within(device + on_host, self.host_available)
+        return _within(device, self.device_available) and _within(on_host, self.host_available)
+
+    def device_bytes(self, count: int) -> int:
+        """Return what `count` implementations need on the device."""
+        return count * self.per_implementation
+
+    def require(self) -> None:
+        """Raise `OutOfMemory` when not even one implementation fits."""
+        if self._fits(1):
+            return
+        need = self.device_bytes(1) + (self.host if self.shared else 0)
+        raise OutOfMemory(
+            f"this run needs about {gib(need)} on the device and {gib(self.host)} on the host; available are "
+            f"{gib(self.device_available)} and {gib(self.host_available)}: use fewer requests, shorter "
+            "histories or a smaller config."
+        )
+
+
+def _within(need: int, available: int | None) -> bool:
+    return available is None or need <= available
+
+
+def gib(count: int | None) -> str:
+    """Return bytes in GiB, or "an unknown amount"."""
+    return "an unknown amount" if count is None else f"{count / 2**30:.2f} GiB"
+
+
+def plan_memory(setting: Setting, scenarios: Sequence[Scenario], implementations: int) -> MemoryPlan:
+    """Estimate the largest scenario's needs from lengths alone."""
+    configs = [scenario_config(setting.config, scenario) for scenario in scenarios]
+    pairs = list(zip(configs, scenarios, strict=True))
+    free = setting.backend.memory().free
+    return MemoryPlan(
+        per_implementation=max(_device_bytes(setting, config, scenario) for config, scenario in pairs),
+        host=max(_host_bytes(setting, config, scenario) for config, scenario in pairs),
+        implementations=implementations,
+        device_available=free,
+        host_available=host.memory_available(),
+        shared=setting.device.type == "cpu",
+    )
+
+
+def scenario_config(config: MLAConfig, scenario: Scenario) -> MLAConfig:
+    """Return the config a scenario runs: its own head count if it names one."""
+    return config.with_heads(scenario.heads) if scenario.heads else config
+
+
+def _device_bytes(setting: Setting, config: MLAConfig, scenario: Scenario) -> int:
+    size = setting.page_size
+    slots = (sum(-(-length // size) for length in scenario.final_lens) + SPARE_PAGES) * size
+    activations = scenario.tokens * 4 * config.num_attention_heads * config.latent_dim
+    hidden = 2 * scenario.inputs * scenario.tokens * config.hidden_size
+    elements = cost.parameters(config) + slots * config.latent_dim + activations + hidden
+    return elements * setting.dtype.itemsize + WORKSPACE
+
+
+def _host_bytes(setting: Setting, config: MLAConfig, scenario: Scenario) -> int:
+    weights = cost.parameters(config) * (setting.dtype.itemsize + 8)
+    rows = scenario.inputs * scenario.tokens
+    oracle = 8 * rows * (3 * config.hidden_size + 4 * config.num_attention_heads * config.qk_head_dim)
+    logits = (
+        3
+        * 8
+        * max(
+            new * scenario.inputs * final
+            for new, final in zip(scenario.query_lens, scenario.final_lens, strict=True)
+        )
+    )
+    history = sum(scenario.history) * config.latent_dim * (8 + setting.dtype.itemsize)
+    return weights + oracle + logits + history

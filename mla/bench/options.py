@@ -1,0 +1,80 @@
+"""Options of a run as typed values, and how they change a workload."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from mla.bench.workload import Scenario, WorkloadError, load_workload, select
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The command line of `run`, one field per option."""
+
+    backend: str | None
+    device: int | None
+    backend_options: tuple[str, ...]
+    threads: int | None
+    config: str
+    workload: str
+    scenarios: tuple[str, ...]
+    implementations: str
+    runs: int | None
+    passes: int | None
+    warmups: int | None
+    dtype: str
+    attention: str
+    page_size: int
+    ops: str
+    seed: int
+    output: Path | None
+    kind: str
+    dry_run: bool
+    list_ops: bool
+
+    def chosen_scenarios(self) -> list[Scenario]:
+        """Return the workload's scenarios with the counts the user set. Raises `WorkloadError`."""
+        counts = {"runs": self.runs, "passes": self.passes, "warmups": self.warmups}
+        changes = {name: count for name, count in counts.items() if count is not None}
+        scenarios = select(load_workload(self.workload), self.scenarios)
+        return [msgspec.structs.replace(scenario, **changes) for scenario in scenarios]
+
+    def implementation_names(self) -> list[str]:
+        """Return the names the user listed."""
+        return [name.strip() for name in self.implementations.split(",") if name.strip()]
+
+    def key_values(self) -> dict[str, str]:
+        """Return the `-O` options. Raises `WorkloadError`."""
+        pairs = [option.partition("=") for option in self.backend_options]
+        for key, equals, _ in pairs:
+            if not key or not equals:
+                raise WorkloadError(f"-O wants KEY=VALUE, got '{key}'.")
+        return {key: value for key, _, value in pairs}
+
+    def command(self, backend: str) -> list[str]:
+        """Return the options that reproduce any case of this run."""
+        flags: Sequence[tuple[str, object, object]] = (
+            ("--device", self.device, None),
+            ("--threads", self.threads, None),
+            ("--config", self.config, None),
+            ("--workload", self.workload, "standard"),
+            ("--runs", self.runs, None),
+            ("--passes", self.passes, None),
+            ("--warmups", self.warmups, None),
+            ("--dtype", self.dtype, "bfloat16"),
+            ("--attention", self.attention, "auto"),
+            ("--page-size", self.page_size, 64),
+            ("--ops", self.ops, "auto"),
+            ("--seed", self.seed, None),
+        )
+        words = ["--backend", backend]
+        for option in self.backend_options:
+            words += ["-O", option]
+        for flag, value, default in flags:
+            if value is not None and value != default:
+                words += [flag, str(value)]
+        return words

@@ -1,0 +1,149 @@
+"""Turn a run into a table, markdown, CSV or JSON. Reads results only, so it needs no torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+
+from rich import box
+from rich.console import Console, JustifyMethod
+from rich.table import Table
+from rich.text import Text
+
+from mla.bench import results
+from mla.bench.results import Case, Run
+
+FORMATS = ("table", "md", "csv", "json")
+
+#: Column title -> cell. Unknown prints "-".
+COLUMNS: dict[str, Callable[[Case], str]] = {
+    "scenario": lambda case: case.scenario,
+    "implementation": lambda case: case.implementation,
+    "latency ms": lambda case: _number(case.latency_ms.median if case.latency_ms else None),
+    "95% CI": lambda case: _interval(case.latency_ms.ci95 if case.latency_ms else None),
+    "p10 .. p90": lambda case: _interval(
+        (case.latency_ms.p10, case.latency_ms.p90) if case.latency_ms else None
+    ),
+    "tok/s": lambda case: _number(case.tokens_per_s.median if case.tokens_per_s else None),
+    "TFLOP/s": lambda case: _rate(case, case.cost.flops, 1e12),
+    "GB/s": lambda case: _rate(case, case.cost.bytes, 1e9),
+    "% of limit": lambda case: _number(case.roofline.fraction and 100 * case.roofline.fraction),
+    "rel. error": lambda case: _exponent(case.check.relative_error),
+    "check": lambda case: case.check.status,
+}
+
+
+def render(run: Run, kind: str) -> str:
+    """Return the run in one of `FORMATS`, newline at the end."""
+    if kind == "json":
+        return results.encode(run).decode()
+    if kind == "csv":
+        return _csv(run.cases)
+    body = _markdown(run.cases) if kind == "md" else _table(run.cases)
+    return body + "\n" + "".join(f"{line}\n" for line in headlines(run))
+
+
+def headlines(run: Run) -> list[str]:
+    """Return one line per scenario for the first implementation that ran it."""
+    first: dict[str, Case] = {}
+    for case in run.cases:
+        first.setdefault(case.scenario, case)
+    lines = []
+    for case in first.values():
+        of = "" if case.scenario == case.mode else f" [{case.scenario}]"
+        if case.latency_ms is None or case.tokens_per_s is None:
+            lines.append(f"{case.mode.title()}{of}: no number, check: {case.check.status}")
+        elif case.mode == "prefill":
+            lines.append(f"Prefill Latency{of}: {_number(case.latency_ms.median)} ms")
+        else:
+            lines.append(f"Decode Throughput{of}: {case.tokens_per_s.median:.1f} tok/s")
+    return lines
+
+
+def _cells(cases: Sequence[Case]) -> Iterable[list[str]]:
+    return ([cell(case) for cell in COLUMNS.values()] for case in cases)
+
+
+def _table(cases: Sequence[Case]) -> str:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in COLUMNS:
+        side: JustifyMethod = "left" if title in ("scenario", "implementation") else "right"
+        table.add_column(title, justify=side, no_wrap=True)
+    for case, cells in zip(cases, _cells(cases), strict=True):
+        style = "red" if case.check.status == "wrong" else ""
+        table.add_row(*(Text(cell) for cell in cells), style=style)
+    console = Console()
+    wide = Console(
+        file=io.StringIO(),
+        width=max(console.width, 150),  # a cut number is worse than a wrapped line
+        force_terminal=console.is_terminal,
+        color_system="standard" if console.is_terminal else None,
+    )
+    wide.print(table)
+    lines = wide.file.getvalue().splitlines()  # type: ignore[attr-defined]  # a StringIO
+    return "".join(f"{line.rstrip()}\n" for line in lines if line.strip()) + _reasons(cases)
+
+
+def _reasons(cases: Sequence[Case]) -> str:
+    wrong = (case for case in cases if case.check.status != "ok")
+    return "".join(f"{case.scenario}, {case.implementation}: {case.check.reason}\n" for case in wrong)
+
+
+def _markdown(cases: Sequence[Case]) -> str:
+    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *_cells(cases)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + _reasons(cases)
+
+
+def _csv(cases: Sequence[Case]) -> str:
+    """Return full-precision numbers for a spreadsheet."""
+    file = io.StringIO()
+    rows = [_flat(case) for case in cases]
+    writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _flat(case: Case) -> dict[str, object]:
+    latency, rate = case.latency_ms, case.tokens_per_s
+    low, high = (latency.ci95 if latency else None) or (None, None)
+    return {
+        "scenario": case.scenario,
+        "mode": case.mode,
+        "implementation": case.implementation,
+        "check": case.check.status,
+        "error_ratio": case.check.error_ratio,
+        "latency_ms": latency.median if latency else None,
+        "ci_low_ms": low,
+        "ci_high_ms": high,
+        "p10_ms": latency.p10 if latency else None,
+        "p90_ms": latency.p90 if latency else None,
+        "tokens_per_s": rate.median if rate else None,
+        "flops": case.cost.flops,
+        "bytes": case.cost.bytes,
+        "passes": case.passes,
+        "steps_per_pass": case.steps_per_pass,
+        "cache_bytes": case.memory.cache_bytes,
+        "clock": case.clock,
+        "repro": case.repro,
+    }
+
+
+def _rate(case: Case, amount: int, unit: float) -> str:
+    """Return necessary work per time; what an implementation does beyond that does not count."""
+    return _number(amount / case.latency_ms.median * 1e3 / unit if case.latency_ms else None)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.1f}"
+
+
+def _interval(values: tuple[float, float] | None) -> str:
+    return "-" if values is None else f"{_number(values[0])} .. {_number(values[1])}"
+
+
+def _exponent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"

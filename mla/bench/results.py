@@ -1,0 +1,161 @@
+"""The result file: one schema, validated on write and on read. Reading it needs no torch."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from mla.errors import MLAError
+
+SCHEMA_VERSION = 1
+
+Interval = tuple[float, float]
+
+
+class ResultError(MLAError):
+    """A result file that cannot be written or read."""
+
+
+class Check(msgspec.Struct, kw_only=True):
+    """Outcome of comparing a case with the float64 oracle, before and after timing."""
+
+    status: Literal["ok", "wrong", "not run"]
+    error_ratio: float | None = None  # largest error over its bound; at most 1 when ok
+    relative_error: float | None = None  # of the whole output
+    reason: str = ""
+
+
+class Latency(msgspec.Struct, kw_only=True):
+    """Milliseconds per forward. `samples` holds every timed forward, pass after pass."""
+
+    median: float
+    ci95: Interval | None  # of the median over passes; None with fewer than 6 passes
+    p10: float
+    p90: float
+    samples: list[float]
+
+
+class Throughput(msgspec.Struct, kw_only=True):
+    """New tokens per second: tokens of a pass over its total time, median over passes."""
+
+    median: float
+    ci95: Interval | None
+
+
+class Cost(msgspec.Struct, kw_only=True):
+    """Work of one forward from the actual lengths, averaged over the steps of a pass."""
+
+    flops: int
+    bytes: int
+
+
+class Roofline(msgspec.Struct, kw_only=True):
+    """Distance to the device's limit; None where no peak is known."""
+
+    floor_ms: float | None = None
+    fraction: float | None = None
+    peak_source: str | None = None
+
+
+class Memory(msgspec.Struct, kw_only=True):
+    """Bytes. `peak_bytes` None: the stack does not say."""
+
+    weight_bytes: int
+    cache_bytes: int
+    peak_bytes: int | None
+
+
+class Case(msgspec.Struct, kw_only=True):
+    """One scenario run by one implementation. No latency when the check failed or nothing was timed."""
+
+    scenario: str
+    mode: Literal["prefill", "decode"]
+    implementation: str
+    query_lens: list[int]
+    history: list[int]
+    steps_per_pass: int
+    passes: int
+    warmups: int
+    interleaved_with: list[str]
+    check: Check
+    latency_ms: Latency | None
+    tokens_per_s: Throughput | None
+    plan_ms: float | None  # prefill: planning the batch, which is outside its timed region
+    switch_steps: list[int]  # indices into samples of forwards that followed another implementation
+    cost: Cost
+    roofline: Roofline
+    memory: Memory
+    ops: dict[str, str]
+    clock: str
+    interrupted: bool
+    repro: str
+
+
+class BackendFacts(msgspec.Struct, kw_only=True):
+    """What ran the cases."""
+
+    name: str
+    version: str | None
+    device: str
+    memory_bytes: int | None
+    cache_bytes: int | None
+
+
+class Run(msgspec.Struct, kw_only=True):
+    """One invocation of the runner."""
+
+    schema_version: int
+    argv: list[str]
+    created: str  # ISO 8601, UTC
+    git_commit: str | None  # "-dirty" appended when the work tree had changes; None outside one
+    backend: BackendFacts
+    environment: dict[str, str]
+    config: dict[str, Any]
+    dtype: str
+    attention: str
+    page_size: int
+    seed: int
+    cases: list[Case]
+
+
+def encode(run: Run) -> bytes:
+    """Return the run as indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n"
+
+
+def decode(data: bytes) -> Run:
+    """Parse and validate a run. Raises `ResultError` with the JSON path of the fault."""
+    try:
+        return msgspec.json.decode(data, type=Run)
+    except msgspec.DecodeError as error:
+        raise ResultError(f"not a result file of this version: {error}.") from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise `ResultError` before a long run rather than after it."""
+    folder = path.parent
+    if path.is_dir():
+        raise ResultError(f"cannot write '{path}': it is a folder.")
+    if not folder.is_dir():
+        raise ResultError(f"cannot write '{path}': there is no folder '{folder}'.")
+    try:
+        handle, name = tempfile.mkstemp(dir=folder)
+    except OSError as error:
+        raise ResultError(f"cannot write '{path}': {error.strerror}.") from error
+    os.close(handle)
+    os.unlink(name)
+
+
+def write(run: Run, path: Path) -> None:
+    """Write a run whole or not at all. Raises `ResultError`."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(encode(run))
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise ResultError(f"cannot write '{path}': {error.strerror}.") from error

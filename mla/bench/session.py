@@ -1,0 +1,262 @@
+"""One run: build implementations, measure every scenario, collect the result."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from mla import cost
+from mla.bench import engine, environment, results, stats
+from mla.bench.check import Checker, expected_outputs
+from mla.bench.implementations import Implementation, MlaLayer, Setting
+from mla.bench.inputs import Inputs, make_inputs
+from mla.bench.memory import MemoryPlan, plan_memory, scenario_config
+from mla.bench.peers import Transformers
+from mla.bench.workload import Scenario, WorkloadError
+from mla.errors import did_you_mean
+from mla.ops import Ops
+from mla.oracle import State
+from mla.weights import random_state_dict
+
+Note = Callable[[str], None]
+
+IMPLEMENTATIONS: dict[str, Callable[[Setting, State], Implementation]] = {
+    "mla": MlaLayer,
+    "mla-reference": lambda setting, state: MlaLayer(setting, state, "mla-reference", "reference"),
+    "transformers": Transformers,
+    "transformers-eager": lambda setting, state: Transformers(setting, state, "eager"),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, resolved."""
+
+    setting: Setting
+    scenarios: Sequence[Scenario]
+    implementations: Sequence[str]
+    command: Sequence[str]  # options that every `repro` line repeats
+    backend_version: str | None = None
+    state: State | None = None  # weights of a checkpoint; None: random ones
+
+
+def resolve_implementations(names: Sequence[str], setting: Setting, note: Note) -> list[str]:
+    """Return the implementations to run; without names, `mla` and, if it differs, `mla-reference`."""
+    for name in names:
+        if name not in IMPLEMENTATIONS:
+            known = ", ".join(IMPLEMENTATIONS)
+            hint = did_you_mean(name, list(IMPLEMENTATIONS))
+            raise WorkloadError(f"unknown implementation '{name}'.{hint} There are: {known}.")
+    if names:
+        return list(dict.fromkeys(names))
+    if make_ops(setting).all_reference():
+        note("mla-reference is left out: no fused op was chosen, so it is identical to mla")
+        return ["mla"]
+    return ["mla", "mla-reference"]
+
+
+def make_ops(setting: Setting) -> Ops:
+    """Return the ops a layer of this setting chooses."""
+    return Ops(setting.config, setting.backend.ops(), setting.dtype, setting.device, setting.ops)
+
+
+def plan(request: Request) -> MemoryPlan:
+    """Return the memory plan of a request."""
+    return plan_memory(request.setting, request.scenarios, len(request.implementations))
+
+
+def total_forwards(request: Request) -> int:
+    """Return the forwards of a run, checks and warm-ups included, for a progress bar."""
+    return len(request.implementations) * sum(
+        scenario.inputs + min(scenario.warmups, scenario.steps) + scenario.turns * scenario.steps
+        for scenario in request.scenarios
+    )
+
+
+def execute(request: Request, progress: engine.Progress, note: Note) -> tuple[results.Run, bool]:
+    """Run everything; the flag says whether an interrupt cut it short, in which case the run is partial."""
+    memory = plan(request)
+    memory.require()
+    side_by_side = memory.side_by_side
+    if not side_by_side:
+        note("not interleaved: the implementations do not fit into memory together, so each runs alone")
+    names = request.implementations
+    turns = [list(names)] if side_by_side else [[name] for name in names]
+    cases: list[results.Case] = []
+    interrupted = False
+    for scenario in request.scenarios:
+        work = _Work(request, scenario, progress)
+        for together in turns:
+            if not interrupted:
+                found = work.measure(together)
+                cases += found
+                interrupted = any(case.interrupted for case in found)
+    return _run(request, cases), interrupted
+
+
+class _Work:
+    """One scenario: its weights, inputs and oracle, shared by all implementations."""
+
+    def __init__(self, request: Request, scenario: Scenario, progress: engine.Progress) -> None:
+        self._request, self._scenario, self._progress = request, scenario, progress
+        setting = request.setting
+        self._setting = replace(setting, config=scenario_config(setting.config, scenario))
+        self._inputs: Inputs | None = None
+        self._state: State = {}
+        self._checker: Checker | None = None
+
+    def _prepare(self) -> tuple[Inputs, Checker]:
+        config, seed, dtype = self._setting.config, self._setting.seed, self._setting.dtype
+        if self._inputs is None or self._checker is None:
+            self._progress(f"{self._scenario.name}: float64 oracle", 0)
+            self._state = self._request.state or random_state_dict(config, seed, dtype)
+            self._inputs = make_inputs(config, self._scenario, seed, dtype)
+            expected = expected_outputs(config, self._state, self._scenario, self._inputs)
+            self._checker = Checker(expected, dtype, self._reference_outputs)
+        return self._inputs, self._checker
+
+    def _reference_outputs(self) -> torch.Tensor:
+        """Run the reference once: the yardstick of our own implementations."""
+        inputs, _ = self._prepare()
+        reference = IMPLEMENTATIONS["mla-reference"](self._setting, self._state)
+        reference.load(self._scenario, inputs)
+        for index in range(self._scenario.inputs):
+            reference.step(index)
+        return reference.outputs
+
+    def measure(self, names: Sequence[str]) -> list[results.Case]:
+        """Measure implementations that run in turns."""
+        try:
+            inputs, checker = self._prepare()
+            built = [IMPLEMENTATIONS[name](self._setting, self._state) for name in names]
+        except KeyboardInterrupt:
+            return [self._not_run(name) for name in names]
+        timer = self._setting.backend.timer()
+        measured = engine.measure(
+            built, self._scenario, inputs, checker, timer, self._setting.seed, self._progress
+        )
+        return [self._case(one, measured[one.name], names, timer.clock) for one in built]
+
+    def _case(
+        self, one: Implementation, measured: engine.Measured, names: Sequence[str], clock: str
+    ) -> results.Case:
+        loaded = measured.check.status != "not run"
+        case = self._not_run(one.name)
+        case.check = measured.check
+        case.interrupted = measured.interrupted
+        case.interleaved_with = [name for name in names if name != one.name]
+        case.passes = len(measured.passes)
+        case.clock = clock
+        case.ops = one.ops()
+        case.memory = results.Memory(
+            weight_bytes=one.weight_bytes(),
+            cache_bytes=one.cache_bytes() if loaded else 0,
+            peak_bytes=self._setting.backend.memory().peak,
+        )
+        if measured.passes:
+            _add_numbers(case, self._scenario, measured, one)
+            case.roofline = _roofline(self._setting, case)
+        return case
+
+    def _not_run(self, name: str) -> results.Case:
+        scenario = self._scenario
+        return results.Case(
+            scenario=scenario.name,
+            mode=scenario.mode,
+            implementation=name,
+            query_lens=list(scenario.query_lens),
+            history=list(scenario.history),
+            steps_per_pass=scenario.steps,
+            passes=0,
+            warmups=min(scenario.warmups, scenario.steps),
+            interleaved_with=[],
+            check=results.Check(status="not run", reason="interrupted"),
+            latency_ms=None,
+            tokens_per_s=None,
+            plan_ms=None,
+            switch_steps=[],
+            cost=self._cost(),
+            roofline=results.Roofline(),
+            memory=results.Memory(weight_bytes=0, cache_bytes=0, peak_bytes=None),
+            ops={},
+            clock="none",
+            interrupted=True,
+            repro=_repro(self._request, scenario, name),
+        )
+
+    def _cost(self) -> results.Cost:
+        """Average the work of a pass's forwards, counted for our layer's paths."""
+        config, scenario, setting = self._setting.config, self._scenario, self._setting
+        lengths = [scenario.kv_lens(step) for step in range(scenario.inputs)]
+        flops = [cost.step_flops(config, scenario.query_lens, kv, setting.attention) for kv in lengths]
+        size = setting.dtype.itemsize
+        moved = [cost.step_bytes(config, scenario.query_lens, kv, size) for kv in lengths]
+        return results.Cost(flops=round(sum(flops) / len(flops)), bytes=round(sum(moved) / len(moved)))
+
+
+def _add_numbers(
+    case: results.Case, scenario: Scenario, measured: engine.Measured, one: Implementation
+) -> None:
+    samples = [sample for samples in measured.passes for sample in samples]
+    medians = [stats.median(samples) for samples in measured.passes]
+    rates = [1e3 * scenario.tokens * len(samples) / sum(samples) for samples in measured.passes]
+    case.latency_ms = results.Latency(
+        median=stats.median(samples),
+        ci95=stats.median_interval(medians),
+        p10=stats.percentile(samples, 10),
+        p90=stats.percentile(samples, 90),
+        samples=samples,
+    )
+    case.tokens_per_s = results.Throughput(median=stats.median(rates), ci95=stats.median_interval(rates))
+    case.plan_ms = one.plan_ms
+    case.switch_steps = [
+        index * scenario.steps for index, switched in enumerate(measured.after_switch) if switched
+    ]
+
+
+def _roofline(setting: Setting, case: results.Case) -> results.Roofline:
+    """Return the distance to the larger of both floors, where the backend knows its peaks."""
+    info = setting.backend.device_info()
+    flops = info.flops.get(str(setting.dtype).removeprefix("torch."))
+    if info.bandwidth is None or flops is None or case.latency_ms is None:
+        return results.Roofline()
+    floor, source = max(
+        (1e3 * case.cost.bytes / info.bandwidth.value, info.bandwidth.source),
+        (1e3 * case.cost.flops / flops.value, flops.source),
+    )
+    return results.Roofline(floor_ms=floor, fraction=floor / case.latency_ms.median, peak_source=source)
+
+
+def _repro(request: Request, scenario: Scenario, name: str) -> str:
+    words = [*request.command, "--scenario", scenario.name, "--implementations", name]
+    return shlex.join(["python", "-m", "mla.bench", *words])
+
+
+def _run(request: Request, cases: list[results.Case]) -> results.Run:
+    setting = request.setting
+    info = setting.backend.device_info()
+    return results.Run(
+        schema_version=results.SCHEMA_VERSION,
+        argv=list(sys.argv),
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        git_commit=environment.git_commit(),
+        backend=results.BackendFacts(
+            name=setting.backend.name,
+            version=request.backend_version,
+            device=info.name,
+            memory_bytes=info.memory_bytes,
+            cache_bytes=info.cache_bytes,
+        ),
+        environment=environment.environment(setting.backend),
+        config=asdict(setting.config),
+        dtype=str(setting.dtype).removeprefix("torch."),
+        attention=setting.attention,
+        page_size=setting.page_size,
+        seed=setting.seed,
+        cases=cases,
+    )
