@@ -116,6 +116,7 @@ class RaggedBatch:
             raise ValueError("update_() needs a batch of the same query_lens and page_size.")
         if self.block_table.shape != other.block_table.shape:
             raise ValueError("update_() needs a block table of the same width.")
+        other.check_current()
         self._describe(other.query_lens, other.kv_lens, other.block_table_host)
         self._buffer.copy_(other._buffer, non_blocking=True)
         return self

@@ -176,7 +176,7 @@ class LatentCache:
         overwritten. Raises `CacheFull`, or ValueError when the sequence has another length.
         """
         count = kv.shape[0]
-        if self.length(sequence) == 0 and count:
+        if count and count == pe.shape[0] and self.length(sequence) == 0:
             self.extend([sequence], [count])
         if self.length(sequence) != count or pe.shape[0] != count:
             raise ValueError(

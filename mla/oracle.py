@@ -98,7 +98,7 @@ def _rotate(config: MLAConfig, x: torch.Tensor, positions: torch.Tensor) -> torc
     magnitude = config.rope_scaling.magnitude() if config.rope_scaling else 1.0
     turn = torch.polar(torch.full_like(angles, magnitude), angles)[:, None]
     if config.rope_interleave:
-        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        pairs = torch.complex(x[..., 0::2], x[..., 1::2])
         return torch.view_as_real(pairs * turn).flatten(-2)
     half = x.shape[-1] // 2
     turned = torch.complex(x[..., :half], x[..., half:]) * turn

@@ -222,7 +222,7 @@ class FusedOp(ABC):
         return packed.data
 
     def prepare(self, spec: Any, batch: Any) -> Any:
-        """Build what every call with this batch shares. Runs once per batch and never waits for the device."""
+        """Build what every call with this batch shares, once per batch, without waiting for the device."""
         return None
 
     @abstractmethod
@@ -250,6 +250,7 @@ class Backend(ABC):
 
         class Acme(TorchBackend):
             name = "acme"
+            api_version = 1               # the contract it was written for
             device_type = "acme"          # torch.acme exists after this import
             requires = ("torch_acme",)
 
@@ -259,7 +260,7 @@ class Backend(ABC):
     """
 
     name: str
-    api_version: int = API_VERSION
+    api_version: int  # no default: a plugin must not inherit whatever version happens to be installed
     device: torch.device | None = None  # what `setup` returned
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
@@ -311,7 +312,7 @@ class Backend(ABC):
         """Return memory counters of the device; unknown ones are None."""
         return MemoryInfo()
 
-    def empty_cache(self) -> None:
+    def empty_cache(self) -> None:  # noqa: B027  # optional on purpose
         """Give cached memory back to the device."""
 
     def environment(self) -> Mapping[str, str]:

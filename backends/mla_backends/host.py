@@ -28,7 +28,7 @@ def cpu_limit() -> int:
     """Return how many CPUs this process may use: its affinity, cut by every cgroup quota above it."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for folder in _cgroups("cpu"):
-        quota, period = (_read(folder / "cpu.max").split() + ["", ""])[:2]
+        quota, period = [*_read(folder / "cpu.max").split(), "", ""][:2]
         quota = quota or _read(folder / "cpu.cfs_quota_us").strip()
         period = period or _read(folder / "cpu.cfs_period_us").strip()
         if quota.isdigit() and period.isdigit() and int(period):

@@ -23,6 +23,7 @@ class TorchBackend(Backend):
 
     device_type: str
     requires: tuple[str, ...] = ()  # modules whose import registers the device with torch
+    install_hint = "install the torch build of the device's vendor"
 
     @property
     def module(self) -> ModuleType:
@@ -37,11 +38,14 @@ class TorchBackend(Backend):
     def probe(self) -> Availability:
         """Ask the device's torch module; a subclass that shares a device type must exclude the others."""
         try:
-            module = self.module
-        except (ImportError, AttributeError) as error:
-            return Availability(False, f"torch.{self.device_type} cannot be had ({error})")
-        if not module.is_available():
-            return Availability(False, f"torch.{self.device_type}.is_available() is False")
+            available = self.module.is_available()
+        except Exception as error:  # noqa: BLE001  # vendor stacks raise anything, and a probe must not
+            return Availability(
+                False, f"torch.{self.device_type} cannot be used ({error})", self.install_hint
+            )
+        if not available:
+            reason = f"torch.{self.device_type}.is_available() is False"
+            return Availability(False, reason, "check the driver and the visible-devices variable")
         return Availability(True, evidence={f"torch.{self.device_type}": "available"})
 
     def setup(self, index: int | None = None) -> torch.device:

@@ -28,11 +28,9 @@ class Transformers(Implementation):
 
     ours = False
 
-    def __init__(
-        self, setting: Setting, state: State, name: str = "transformers", kind: str = "sdpa"
-    ) -> None:
+    def __init__(self, setting: Setting, state: State, kind: str = "sdpa") -> None:
         super().__init__(setting)
-        self.name = name
+        self.name = "transformers" if kind == "sdpa" else f"transformers-{kind}"
         self._kind = kind
         self._modules = _import()
         self._config = _peer_config(self._modules, setting.config, kind)

@@ -18,6 +18,7 @@ class Cpu(Backend):
     """Every CPU that torch runs on."""
 
     name = "cpu"
+    api_version = 1
 
     def probe(self) -> Availability:
         return Availability(True, evidence={"processor": host.processor_name()})

@@ -1,0 +1,160 @@
+"""One exception class per way a backend can fail, each carrying the sentence a user should read.
+
+The sentence names the cause and the fix. Callers print `str(error)` and nothing else. A table can print
+`state`, `reason` and `hint` instead, which say the same without repeating the backend's name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mla_backends.known import KnownBackend
+
+LIST_HINT = "`python -m mla.bench list` shows the state of every backend"
+
+
+class BackendError(Exception):
+    """Base of every backend problem. `state` is the machine-readable name of the class."""
+
+    state = "error"
+
+    def __init__(self, message: str = "", *, reason: str = "", hint: str = "") -> None:
+        """Keep `message` as the one line to print; `reason` and `hint` are its parts, for tables."""
+        super().__init__(one_line(message))
+        self.reason = one_line(reason or message)
+        self.hint = one_line(hint)
+
+
+class BackendOptionError(BackendError):
+    """The user passed an option the backend does not know."""
+
+    state = "bad option"
+
+    def __init__(self, name: str, unknown: Sequence[str], known: Sequence[str]) -> None:
+        listed = ", ".join(known) or "none"
+        super().__init__(f"backend '{name}' has no option '{', '.join(unknown)}'; it knows: {listed}.")
+
+
+class UnknownBackend(BackendError):
+    """No distribution offers the name and this project has not heard of it."""
+
+    state = "unknown"
+
+    def __init__(self, name: str, installed: Sequence[str], known: Mapping[str, KnownBackend]) -> None:
+        close = _closest(name, installed, known)
+        guess = f" (did you mean '{close}'?)" if close else ""
+        lists = f"installed: {', '.join(installed) or 'none'}; known: {', '.join(known)}"
+        super().__init__(
+            f"unknown backend '{name}'{guess}; {lists}.",
+            reason="no backend has this name",
+            hint=f"did you mean '{close}'?" if close else lists,
+        )
+
+
+class BackendNotInstalled(BackendError):
+    """This project knows the name, but no installed distribution offers it."""
+
+    state = "not installed"
+
+    def __init__(self, known: KnownBackend) -> None:
+        install = f"run `pip install {known.folder}` in a checkout of this project"
+        hint = f"{install}, with torch from {known.torch_source}"
+        super().__init__(
+            f"backend '{known.name}' is not installed: {hint}.",
+            reason=f"no installed distribution offers it ({known.device})",
+            hint=hint,
+        )
+
+
+class DuplicateBackend(BackendError):
+    """Several distributions offer the name, so choosing it would be a guess."""
+
+    state = "duplicate"
+
+    def __init__(self, name: str, distributions: Sequence[tuple[str, str]]) -> None:
+        """Name every (distribution, version) that claims `name`."""
+        owners = " and ".join(f"{distribution} {version}" for distribution, version in distributions)
+        cures = " or ".join(f"`pip uninstall {distribution}`" for distribution, _ in distributions)
+        reason = f"offered by {len(distributions)} distributions, {owners}"
+        hint = f"uninstall one of them: {cures}"
+        super().__init__(f"backend '{name}' is {reason}; {hint}.", reason=reason, hint=hint)
+
+
+class BackendImportError(BackendError):
+    """The code of the backend failed before there was a `Backend` to ask."""
+
+    state = "import failed"
+
+    def __init__(self, name: str, reason: str, hint: str = LIST_HINT) -> None:
+        """Say in `reason` which code failed and how, as one clause."""
+        super().__init__(
+            f"backend '{name}' failed to load: {_clauses(reason, hint)}.", reason=reason, hint=hint
+        )
+
+
+class BackendVersionError(BackendError):
+    """The backend was written for another version of the contract."""
+
+    state = "wrong api version"
+
+    def __init__(
+        self, name: str, origin: str, speaks: int, built_for: object = None, missing: str = ""
+    ) -> None:
+        """Compare `speaks` with `built_for`, or with nothing but what the backend found `missing`."""
+        core = "mla-backends (`pip install ./backends` in a newer checkout of this project)"
+        if missing:
+            reason = (
+                f"{origin} is built for another contract than this mla-backends speaks, {speaks} ({missing})"
+            )
+            hint = f"upgrade whichever is older: {origin}, or {core}"
+        else:
+            newer = isinstance(built_for, int) and built_for > speaks
+            reason = f"{origin} is built for contract {built_for}, this mla-backends speaks {speaks}"
+            hint = f"upgrade {core if newer else origin}"
+        super().__init__(
+            f"backend '{name}' has the wrong api version: {_clauses(reason, hint)}.", reason=reason, hint=hint
+        )
+
+
+class DeviceUnavailable(BackendError):
+    """The backend loads, but its device cannot be used."""
+
+    state = "no device"
+
+    def __init__(
+        self, name: str, reason: str, hint: str = "", evidence: Mapping[str, str] | None = None
+    ) -> None:
+        """Take what `Backend.probe` found."""
+        reason = reason or "it gives no reason"
+        super().__init__(
+            f"backend '{name}' has no usable device: {_clauses(reason, hint)}.", reason=reason, hint=hint
+        )
+        self.evidence = dict(evidence or {})
+
+
+def describe(error: BaseException) -> str:
+    """Return the type of `error` and the first line of its text."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """Join the lines of `text`: what plugins say ends up in one sentence."""
+    return " ".join(str(text).split())
+
+
+def _clauses(*parts: str) -> str:
+    """Join parts that plugin authors wrote, with or without a full stop."""
+    return "; ".join(one_line(part).rstrip(".") for part in parts if part)
+
+
+def _closest(name: str, installed: Iterable[str], known: Mapping[str, KnownBackend]) -> str | None:
+    """Find the backend meant by a misspelt name, or by the name of its platform ("cuda")."""
+    words = {word.lower(): word for word in installed}
+    for entry in known.values():
+        words.update(dict.fromkeys((entry.name, *entry.also), entry.name))
+    close = difflib.get_close_matches(name.lower(), words, n=1)
+    return words[close[0]] if close else None

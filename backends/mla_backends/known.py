@@ -1,0 +1,65 @@
+"""The backends this project knows by name, installed or not. Pure data, for messages that can help."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class KnownBackend:
+    """What to tell a user who asks for a backend that is not there."""
+
+    name: str
+    device: str  # one line
+    torch_source: str  # completes "torch from ..."
+    also: tuple[str, ...] = ()  # other words users try for it
+
+    @property
+    def distribution(self) -> str:
+        """Name of the distribution that provides the backend."""
+        return f"mla-backend-{self.name}"
+
+    @property
+    def folder(self) -> str:
+        """Where its source lies in a checkout; none of these distributions is on a package index."""
+        return f"./plugins/{self.name}"
+
+
+KNOWN: Mapping[str, KnownBackend] = MappingProxyType(
+    {
+        backend.name: backend
+        for backend in (
+            KnownBackend(
+                name="cpu",
+                device="any CPU that PyTorch runs on",
+                torch_source="PyPI or, without CUDA libraries, https://download.pytorch.org/whl/cpu",
+            ),
+            KnownBackend(
+                name="nvidia",
+                device="NVIDIA GPUs",
+                torch_source="PyPI",
+                also=("cuda",),
+            ),
+            KnownBackend(
+                name="moore",
+                device="Moore Threads GPUs, through torch_musa",
+                torch_source="Moore Threads' container images or https://github.com/MooreThreads/torch_musa",
+                also=("musa", "mthreads"),
+            ),
+            KnownBackend(
+                name="metax",
+                device="MetaX GPUs, through the MACA SDK",
+                torch_source="MetaX's own wheel index for the MACA SDK (its version contains +metax)",
+                also=("maca",),
+            ),
+            KnownBackend(
+                name="iluvatar",
+                device="Iluvatar GPUs, through the CoreX SDK",
+                torch_source="Iluvatar's CoreX SDK (its version contains +corex)",
+                also=("corex",),
+            ),
+        )
+    }
+)

@@ -1,0 +1,62 @@
+"""Probe one backend and print what was found as JSON: `python -m mla_backends.probe NAME`.
+
+The last line of stdout is the answer; a traceback, where there is one, goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+from mla_backends.errors import BackendError, BackendImportError, DeviceUnavailable
+from mla_backends.registry import create, probe_backend
+from mla_backends.status import USABLE
+
+
+def examine(name: str) -> dict[str, Any]:
+    """Create and probe the backend `name`; return state, reason, hint and evidence."""
+    try:
+        backend = create(name)
+    except BackendError as error:
+        return _problem(error, BackendImportError.state)
+    try:
+        found = probe_backend(name, backend)
+    except BackendError as error:
+        return _problem(error, DeviceUnavailable.state)
+    return {"state": USABLE, "reason": "", "hint": "", "evidence": _strings(found.evidence)}
+
+
+def _problem(error: BackendError, state: str) -> dict[str, Any]:
+    """Describe `error`; `state` is for errors that plugins raise without choosing a class."""
+    if error.__cause__ is not None:
+        traceback.print_exception(error.__cause__)
+    return {
+        "state": state if error.state == BackendError.state else error.state,
+        "reason": error.reason,
+        "hint": error.hint,
+        "evidence": _strings(getattr(error, "evidence", {})),
+    }
+
+
+def _strings(evidence: Any) -> dict[str, str]:
+    return {str(key): str(value) for key, value in dict(evidence).items()}
+
+
+def main(arguments: list[str]) -> None:
+    """Print the answer and end the process at once."""
+    if len(arguments) != 1:
+        sys.exit("usage: python -m mla_backends.probe NAME")
+    answer = examine(arguments[0])
+    # A line of its own, whatever the plugin printed before.
+    sys.stdout.write(f"\n{json.dumps(answer)}\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Vendor stacks have been seen to hang or crash while the interpreter winds down.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,200 @@
+"""Turning a backend's name into a backend that is ready to use, or into the sentence that says why not.
+
+Only the chosen plugin is imported. Whatever a plugin does wrong surfaces as a `BackendError`: nothing is
+skipped, and nothing falls back to another backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pluggy
+
+from mla_backends import hookspecs
+from mla_backends.api import API_VERSION, Availability, Backend
+from mla_backends.discovery import Entry, entries, locate
+from mla_backends.errors import (
+    LIST_HINT,
+    BackendError,
+    BackendImportError,
+    BackendOptionError,
+    BackendVersionError,
+    DeviceUnavailable,
+    describe,
+)
+from mla_backends.known import KNOWN
+from mla_backends.status import Status, status, statuses
+
+__all__ = ["Entry", "Status", "create", "entries", "open_backend", "probe_backend", "status", "statuses"]
+
+HOOK = "mla_backend"
+REPORT = "report it to the backend's authors"
+
+
+def open_backend(name: str, index: int | None = None, options: Mapping[str, str] | None = None) -> Backend:
+    """Create the backend `name`, probe it and set up its device `index`. Raises `BackendError`."""
+    backend = create(name, options)
+    probe_backend(name, backend)
+    try:
+        device = backend.setup(index)
+    except BackendError:
+        raise
+    except (Exception, SystemExit) as error:
+        reason = f"setup({index}) raised {describe(error)}"
+        raise DeviceUnavailable(name, reason, _torch_hint(name, error) or LIST_HINT) from error
+    if device is None:
+        raise DeviceUnavailable(name, f"setup({index}) returned no device", REPORT)
+    backend.device = device
+    return backend
+
+
+def probe_backend(name: str, backend: Backend) -> Availability:
+    """Return what a successful probe found, or raise `DeviceUnavailable`."""
+    broken = "which the contract forbids"
+    try:
+        found = backend.probe()
+    except BackendError:
+        raise
+    except (Exception, SystemExit) as error:
+        reason = f"probe() raised {describe(error)}, {broken}"
+        raise DeviceUnavailable(name, reason, _torch_hint(name, error) or REPORT) from error
+    if not isinstance(found, Availability):
+        raise DeviceUnavailable(name, f"probe() returned a {type(found).__name__}, {broken}", REPORT)
+    if not found.ok:
+        raise DeviceUnavailable(name, found.reason, _torch_hint(name) or found.hint, found.evidence)
+    return found
+
+
+def create(name: str, options: Mapping[str, str] | None = None) -> Backend:
+    """Import the one plugin that `name` stands for and return its backend, not yet probed.
+
+    `name` is the name of an entry point, or `package.module:attribute` for code that is not packaged:
+    a function marked with `hookimpl`, an object or class that has the hook, a `Backend` class or
+    another callable that takes the options, or a `Backend`. Raises `BackendError`.
+    """
+    entry = locate(name)
+    with _blaming(entry, f"importing {entry.origin}"):
+        found = _import(entry.value)
+    with _blaming(entry, f"{HOOK}(options) of {entry.origin}"):
+        backend = _build(entry, found, dict(options or {}))
+        return _validated(entry, backend)
+
+
+def _import(value: str) -> Any:
+    """Import "package.module:attribute"; extras in brackets are obsolete and ignored."""
+    module, _, attribute = value.partition("[")[0].strip().partition(":")
+    found = importlib.import_module(module.strip())
+    return functools.reduce(getattr, filter(None, attribute.strip().split(".")), found)
+
+
+def _build(entry: Entry, found: Any, options: dict[str, str]) -> Any:
+    """Get the backend out of what the entry point names."""
+    if isinstance(found, Backend):
+        if options:
+            raise BackendOptionError(found.name, sorted(options), ())
+        return found
+    if isinstance(found, type) and issubclass(found, Backend):
+        return found(options)
+    manager, hooks = _register(entry, found)
+    if hooks:
+        return manager.hook.mla_backend(options=options)
+    if callable(found) and not isinstance(found, type):
+        return found(options)
+    raise BackendImportError(
+        entry.name, f"{entry.origin} has no hook", f"mark its {HOOK}(options) with @mla_backends.hookimpl"
+    )
+
+
+def _register(entry: Entry, found: Any) -> tuple[pluggy.PluginManager, list[str]]:
+    """Register one plugin with a fresh manager; return it and the hooks the plugin implements."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    plugin = found() if isinstance(found, type) else found
+    if inspect.isroutine(found):  # the attribute *is* the hook, whatever it is called
+        plugin = SimpleNamespace(**{HOOK: found})
+    try:
+        manager.register(plugin, name=entry.name)
+    except pluggy.PluginValidationError as error:
+        raise BackendImportError(
+            entry.name, f"the hook of {entry.origin} takes other arguments", f"define it as {HOOK}(options)"
+        ) from error
+    hooks = manager.get_hookcallers(plugin) or []
+    try:
+        manager.check_pending()  # without it, a misspelt hook would pass as no hook at all
+    except pluggy.PluginValidationError as error:
+        wrong = ", ".join(repr(hook.name) for hook in hooks if not hook.has_spec())
+        reason = f"{entry.origin} implements {wrong}, which is no hook"
+        raise BackendImportError(entry.name, reason, f"the one hook is {HOOK}(options)") from error
+    return manager, [hook.name for hook in hooks]
+
+
+def _validated(entry: Entry, backend: Any) -> Backend:
+    """Return `backend` if it keeps the parts of the contract that can be checked without a device."""
+    version = getattr(backend, "api_version", None)
+    # First, because a backend for another contract need not be an instance of this one's class.
+    if version is not None and version != API_VERSION:
+        raise BackendVersionError(entry.name, entry.origin, API_VERSION, version)
+    if not isinstance(backend, Backend):
+        kind = "None" if backend is None else f"a {type(backend).__name__}"
+        raise BackendImportError(
+            entry.name,
+            f"{HOOK}(options) of {entry.origin} returned {kind}",
+            "it must return a mla_backends.Backend",
+        )
+    if version is None:
+        raise BackendImportError(entry.name, f"the backend of {entry.origin} has no api_version")
+    if not isinstance(getattr(backend, "name", None), str):
+        raise BackendImportError(
+            entry.name, f"the backend of {entry.origin} has no name", "set `name` to a string in its class"
+        )
+    return backend
+
+
+@contextmanager
+def _blaming(entry: Entry, action: str) -> Iterator[None]:
+    """Turn whatever the plugin's code raises into a `BackendError` that names the plugin."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except (Exception, SystemExit) as error:
+        missing = _missing_from_contract(error)
+        if missing:
+            raise BackendVersionError(entry.name, entry.origin, API_VERSION, missing=missing) from error
+        hint = _torch_hint(entry.name, error) or LIST_HINT
+        raise BackendImportError(entry.name, f"{action} raised {describe(error)}", hint) from error
+
+
+def _missing_from_contract(error: BaseException) -> str:
+    """Say what the plugin wanted from `mla_backends` and did not find, or nothing."""
+    if isinstance(error, ImportError):
+        owner = error.name or ""
+    elif isinstance(error, AttributeError) and inspect.ismodule(error.obj):
+        owner = error.obj.__name__
+    else:
+        return ""
+    if owner.partition(".")[0] != "mla_backends":
+        return ""
+    return re.sub(r" \([^()]*\)$", "", str(error))  # without the path of the module
+
+
+def _torch_hint(name: str, error: BaseException | None = None) -> str:
+    """Return the cure if torch is what backend `name` failed on: absent, or failing to import.
+
+    A package whose import fails is dropped from `sys.modules`, but the submodules it had loaded stay.
+    """
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        known = KNOWN.get(name)
+        return f"install torch from {known.torch_source}" if known else "install the torch build it needs"
+    started = any(module.startswith("torch.") for module in sys.modules)
+    if "torch" in sys.modules or not started:
+        return ""
+    return "torch itself does not import; with TORCH_DEVICE_BACKEND_AUTOLOAD=0 it loads no vendor extension"

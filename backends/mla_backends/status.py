@@ -1,0 +1,86 @@
+"""The state of every backend, each found out in a child process.
+
+Probing in this process would load every vendor's stack into it, and one that aborts or hangs would take
+the whole report along.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from mla_backends.discovery import Entry, entries, locate
+from mla_backends.errors import BackendError, DeviceUnavailable
+from mla_backends.known import KNOWN
+
+USABLE = "usable"
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is known about one backend. `state` is "usable" or the state of a `BackendError` class."""
+
+    name: str
+    state: str
+    distribution: str | None = None
+    version: str | None = None
+    reason: str = ""
+    hint: str = ""
+    evidence: Mapping[str, str] = field(default_factory=dict)
+
+
+def statuses(timeout: float = 30.0) -> list[Status]:
+    """Report on every installed backend, sorted, and then on the known ones that are not installed."""
+    installed = sorted({entry.name for entry in entries()})
+    names = installed + [name for name in KNOWN if name not in installed]
+    with ThreadPoolExecutor(max_workers=len(names)) as pool:
+        return list(pool.map(lambda name: status(name, timeout), names))
+
+
+def status(name: str, timeout: float = 30.0) -> Status:
+    """Report on one backend; a child process that answers later than `timeout` seconds is killed."""
+    try:
+        entry = locate(name)
+    except BackendError as error:
+        return Status(name, error.state, reason=error.reason, hint=error.hint)
+    answer = _ask_child(entry, timeout)
+    return Status(name, distribution=entry.distribution, version=entry.version, **answer)
+
+
+def _ask_child(entry: Entry, timeout: float) -> dict[str, Any]:
+    """Probe `entry` in a child process and return the fields of its `Status`."""
+    command = [sys.executable, "-m", "mla_backends.probe", entry.name]
+    try:
+        child = subprocess.run(
+            command, timeout=timeout, capture_output=True, stdin=subprocess.DEVNULL, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return _no_answer(entry, f"probing did not answer within {timeout:g} s")
+    lines = child.stdout.decode(errors="replace").strip().splitlines()
+    try:
+        answer = json.loads(lines[-1])
+        return {key: answer[key] for key in ("state", "reason", "hint", "evidence")}
+    except (IndexError, ValueError, KeyError, TypeError):
+        return _no_answer(entry, f"probing {_ending(child)}")
+
+
+def _no_answer(entry: Entry, reason: str) -> dict[str, Any]:
+    hint = f"`python -X faulthandler -m mla_backends.probe {entry.name}` shows where it stops"
+    return {"state": DeviceUnavailable.state, "reason": reason, "hint": hint, "evidence": {}}
+
+
+def _ending(child: subprocess.CompletedProcess[bytes]) -> str:
+    """Say how a child ended that gave no answer."""
+    if child.returncode < 0:
+        try:
+            return f"died with signal {signal.Signals(-child.returncode).name}"
+        except ValueError:  # real-time signals have numbers only
+            return f"died with signal {-child.returncode}"
+    last = child.stderr.decode(errors="replace").strip().splitlines()[-1:]
+    return f"ended with exit status {child.returncode} and no answer" + "".join(f" ({line})" for line in last)

@@ -1,0 +1,94 @@
+"""What users read: one golden message per state a backend can be in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mla_backends import errors
+from mla_backends.known import KNOWN
+from mla_backends.status import USABLE
+
+GOLDEN = Path(__file__).parent / "golden"
+
+OPEN = """
+from mla_backends import BackendError
+from mla_backends.registry import open_backend, status
+try:
+    print("opened", open_backend({name!r}).name)
+except BackendError as error:
+    print(type(error).__name__)
+    print(error)
+found = status({name!r})
+print("state:", found.state)
+print("from:", found.distribution, found.version)
+print("reason:", found.reason)
+print("hint:", found.hint)
+print("evidence:", found.evidence)
+"""
+
+CASES = {
+    "unknown": ("fake-goud", ["good"]),
+    "not_installed": ("metax", ["good"]),
+    "duplicate": ("fake-twin", ["duplicate_a", "duplicate_b"]),
+    "import_failed": ("fake-broken-import", ["broken_import"]),
+    "import_failed_misspelt_hook": ("fake-wrong-hook", ["wrong_hook"]),
+    "import_failed_not_a_backend": ("fake-not-a-backend", ["not_a_backend"]),
+    "wrong_api_version": ("fake-old-api", ["old_api"]),
+    "wrong_api_version_import": ("fake-future-import", ["future_import"]),
+    "no_device": ("fake-no-device", ["no_device"]),
+    "usable": ("fake-good", ["good"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_state_prints_its_golden_message(python: Callable[..., str], case: str) -> None:
+    name, fakes = CASES[case]
+    # Only a usable backend needs torch; all else must come out the same where there is none.
+    printed = python(OPEN.format(name=name), *fakes, everything=case == "usable")
+    assert printed == (GOLDEN / f"{case}.txt").read_text()
+
+
+def test_every_state_has_a_golden_message() -> None:
+    classes: list[type[errors.BackendError]] = [
+        errors.UnknownBackend,
+        errors.BackendNotInstalled,
+        errors.DuplicateBackend,
+        errors.BackendImportError,
+        errors.BackendVersionError,
+        errors.DeviceUnavailable,
+    ]
+    states = {USABLE, *(cls.state for cls in classes)}
+    golden = {
+        line.removeprefix("state: ")
+        for path in GOLDEN.glob("*.txt")
+        for line in path.read_text().splitlines()
+        if line.startswith("state: ")
+    }
+    assert golden == states
+    assert len(states) == 7
+
+
+def test_plugins_cannot_break_the_one_line_rule() -> None:
+    error = errors.DeviceUnavailable("any", "two\nlines.", "with a\n\tstop.")
+    assert str(error) == "backend 'any' has no usable device: two lines; with a stop."
+
+
+def test_a_newer_backend_asks_for_a_newer_contract_package() -> None:
+    error = errors.BackendVersionError("any", "dist 3.0", speaks=1, built_for=2)
+    assert error.hint.startswith("upgrade mla-backends")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("CPU", "cpu"), ("nvidai", "nvidia"), ("cuda", "nvidia"), ("Fake-Goud", "fake-good")]
+)
+def test_did_you_mean_knows_case_slips_and_platform_names(typed: str, meant: str) -> None:
+    error = errors.UnknownBackend(typed, ["fake-good"], KNOWN)
+    assert f"(did you mean '{meant}'?)" in str(error)
+
+
+def test_did_you_mean_stays_silent_when_nothing_is_close() -> None:
+    error = errors.UnknownBackend("zzzzzz", [], KNOWN)
+    assert str(error).startswith("unknown backend 'zzzzzz'; installed: none; known: ")

@@ -1,0 +1,291 @@
+"""Finding, loading and validating backends, with real installations in real interpreters."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Python = Callable[..., str]
+
+REFUSAL = """
+from mla_backends import BackendError
+from mla_backends.registry import open_backend
+try:
+    open_backend({name!r}, options={options!r})
+except BackendError as error:
+    print(type(error).__name__ + ": " + str(error))
+"""
+
+BACKEND = """
+from mla_backends import Availability, Backend, hookimpl
+class Local(Backend):
+    name = "local"
+    api_version = 1
+    def probe(self): return Availability(True)
+    def setup(self, index=None): return "device %s" % index
+    def synchronize(self): pass
+"""
+
+
+def refusal(python: Python, name: str, *fakes: str, options: dict[str, str] | None = None) -> str:
+    return python(REFUSAL.format(name=name, options=options or {}), *fakes).strip()
+
+
+def test_importing_the_contract_imports_no_torch(python: Python) -> None:
+    code = "import mla_backends, mla_backends.registry, sys; print('torch' in sys.modules)"
+    assert python(code, everything=True).strip() == "False"
+
+
+def test_the_contract_exports_exactly_its_public_names() -> None:
+    import mla_backends
+
+    names = {"API_VERSION", "Availability", "Backend", "BackendError", "FusedOp", "TorchBackend", "hookimpl"}
+    assert set(mla_backends.__all__) == names
+    assert all(hasattr(mla_backends, name) for name in names)
+
+
+def test_entries_come_from_metadata_and_import_no_plugin(python: Python) -> None:
+    code = """
+import sys
+from mla_backends.registry import entries
+for entry in entries():
+    print(entry.name, entry.distribution, entry.version, entry.value)
+print([module for module in sys.modules if module.startswith("fake_")])
+"""
+    assert python(code, "no_device", "broken_import", "good").splitlines() == [
+        "fake-broken-import mla-backend-fake-broken-import 1.2.3 fake_broken_import",
+        "fake-good mla-backend-fake-good 1.0 fake_good",
+        "fake-no-device mla-backend-fake-no-device 1.0 fake_no_device",
+        "[]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("folder", "text"),
+    [
+        ("MLA_backend.fake_good.egg-info", "PKG-INFO"),  # what an editable setuptools install leaves
+        ("~la_backend_fake_good-7.dist-info", "METADATA"),  # what an interrupted pip leaves
+    ],
+)
+def test_one_distribution_found_twice_is_no_duplicate(
+    python: Python, tmp_path: Path, folder: str, text: str
+) -> None:
+    twin = tmp_path / folder
+    twin.mkdir()
+    (twin / text).write_text("Metadata-Version: 2.1\nName: MLA_backend.fake_good\nVersion: 7\n")
+    (twin / "entry_points.txt").write_text("[mla.backends]\nfake-good = fake_good\n")
+    code = """
+from mla_backends.registry import create, entries
+print([(entry.name, entry.version) for entry in entries()])
+print(create("fake-good").name)
+"""
+    # The current directory comes first on the path.
+    assert python(code, "good").splitlines() == ["[('fake-good', '7')]", "fake-good"]
+
+
+def test_a_half_removed_installation_hides_no_other_backend(python: Python, tmp_path: Path) -> None:
+    broken = tmp_path / "half_removed-1.0.dist-info"
+    broken.mkdir()
+    (broken / "entry_points.txt").write_text("[mla.backends]\nhalf = half_removed\n")
+    code = "from mla_backends.registry import entries; print([entry.name for entry in entries()])"
+    assert python(code, "good").strip() == "['fake-good', 'half']"
+
+
+def test_creating_one_backend_imports_no_other_plugin(python: Python) -> None:
+    code = """
+import sys
+from mla_backends.registry import create
+create("fake-good")
+print(sorted(module for module in sys.modules if module.startswith("fake_")))
+"""
+    assert python(code, "broken_import", "good", "no_device").strip() == "['fake_good']"
+
+
+def test_an_ambiguous_name_imports_neither_owner(python: Python) -> None:
+    said = refusal(python, "fake-twin", "duplicate_a", "duplicate_b")
+    assert said.startswith("DuplicateBackend: ")
+    assert "ambiguous" not in said
+
+
+def test_a_chosen_backend_is_probed_and_set_up_on_a_real_device(python: Python) -> None:
+    code = """
+import torch
+from mla_backends.registry import open_backend
+backend = open_backend("fake-good", options={"threads": "1"})
+print(backend.name, backend.device, backend.device == torch.zeros(1).device, backend.options)
+"""
+    assert python(code, "good", everything=True).strip() == "fake-good cpu True {'threads': '1'}"
+
+
+def test_an_absent_torch_is_named_with_its_cure(python: Python) -> None:
+    assert refusal(python, "fake-good", "good") == (
+        "DeviceUnavailable: backend 'fake-good' has no usable device: setup(None) raised "
+        "ModuleNotFoundError: No module named 'torch'; install the torch build it needs."
+    )
+
+
+def test_a_bad_option_passes_through_as_such(python: Python) -> None:
+    said = refusal(python, "fake-good", "good", options={"colour": "red"})
+    assert said == "BackendOptionError: backend 'fake-good' has no option 'colour'; it knows: threads."
+
+
+@pytest.mark.parametrize(
+    ("attribute", "definition"),
+    [
+        ("mla_backend", "@hookimpl\ndef mla_backend(options): return Local(options)"),
+        ("under_another_name", "@hookimpl\ndef under_another_name(options): return Local(options)"),
+        ("without_arguments", "@hookimpl\ndef without_arguments(): return Local({'threads': '2'})"),
+        ("unmarked", "def unmarked(options): return Local(options)"),
+        ("Local", ""),
+        ("inner.make", "class inner:\n    make = Local"),
+        ("Plugin", "class Plugin:\n    @hookimpl\n    def mla_backend(self, options): return Local(options)"),
+        ("", "@hookimpl\ndef mla_backend(options): return Local(options)"),
+    ],
+)
+def test_unpackaged_code_is_reached_by_module_and_attribute(
+    python: Python, tmp_path: Path, attribute: str, definition: str
+) -> None:
+    (tmp_path / "local_code.py").write_text(f"{BACKEND}\n{definition}\n")
+    code = f"""
+from mla_backends.registry import open_backend
+backend = open_backend("local_code:{attribute}", index=3, options={{"threads": "2"}})
+print(backend.name, backend.device, backend.options)
+"""
+    assert python(code).strip() == "local device 3 {'threads': '2'}"
+
+
+def test_a_ready_made_backend_takes_no_options_silently(python: Python, tmp_path: Path) -> None:
+    (tmp_path / "local_code.py").write_text(f"{BACKEND}\nready = Local()\n")
+    code = "from mla_backends.registry import create; print(create('local_code:ready').name)"
+    assert python(code).strip() == "local"
+    assert "has no option 'threads'" in refusal(python, "local_code:ready", options={"threads": "2"})
+
+
+FAILED = "backend 'local_code:it' failed to load: "
+OTHER = "backend 'local_code:it' has the wrong api version: module local_code is built for "
+ABSENT = "backend 'local_code:it' has no usable device: "
+
+
+@pytest.mark.parametrize(
+    ("definition", "sentence"),
+    [
+        ("import sys; sys.exit(3)", FAILED + "importing module local_code raised SystemExit: 3;"),
+        ("raise ValueError", FAILED + "importing module local_code raised ValueError;"),
+        ("import no_such_sdk", FAILED + "importing module local_code raised ModuleNotFoundError: No module"),
+        ("", FAILED + "importing module local_code raised AttributeError: module 'local_code' has no attri"),
+        ("it = 3", FAILED + "module local_code has no hook; mark its mla_backend(options) with"),
+        (
+            "@hookimpl\ndef it(options): raise KeyError(1)",
+            FAILED + "mla_backend(options) of module local_code raised",
+        ),
+        (
+            "@hookimpl\ndef it(options): return None",
+            FAILED + "mla_backend(options) of module local_code returned None;",
+        ),
+        (
+            "@hookimpl\ndef it(options, card): return 1",
+            FAILED + "the hook of module local_code takes other arguments;",
+        ),
+        (
+            "class it(Backend): name = 'x'",
+            FAILED + "mla_backend(options) of module local_code raised TypeError: Can't",
+        ),
+        ("class it(Local): name = 5", FAILED + "the backend of module local_code has no name;"),
+        (
+            "class it(Local): api_version = None",
+            FAILED + "the backend of module local_code has no api_version;",
+        ),
+        (
+            "class it(Local): api_version = 2",
+            OTHER + "contract 2, this mla-backends speaks 1; upgrade mla-backends",
+        ),
+        (
+            "import mla_backends\nclass it(mla_backends.Later): pass",
+            OTHER + "another contract than this mla-backends speaks, 1 (module 'mla_backends' has no attri",
+        ),
+        (
+            "import mla_backends.later",
+            OTHER + "another contract than this mla-backends speaks, 1 (No module named 'mla_backends.lat",
+        ),
+        (
+            "class it(Local):\n    def probe(self): raise OSError('libx.so\\nmore')",
+            ABSENT + "probe() raised OSError: libx.so, which the contract",
+        ),
+        (
+            "class it(Local):\n    def probe(self): return True",
+            ABSENT + "probe() returned a bool, which the contract forbids;",
+        ),
+        (
+            "class it(Local):\n    def probe(self): return Availability(False)",
+            ABSENT + "it gives no reason.",
+        ),
+        (
+            "class it(Local):\n    def setup(self, index=None): raise OSError('device 0 is busy')",
+            ABSENT + "setup(None) raised OSError: device 0 is busy;",
+        ),
+        (
+            "class it(Local):\n    def setup(self, index=None): pass",
+            ABSENT + "setup(None) returned no device;",
+        ),
+    ],
+)
+def test_every_fault_of_a_plugin_becomes_one_sentence(
+    python: Python, tmp_path: Path, definition: str, sentence: str
+) -> None:
+    (tmp_path / "local_code.py").write_text(f"{BACKEND}\n{definition}\n")
+    said = refusal(python, "local_code:it")
+    assert said.partition(": ")[2].startswith(sentence)
+    assert "\n" not in said
+    assert "Traceback" not in said
+
+
+def test_the_error_a_backend_chose_itself_passes_through(python: Python, tmp_path: Path) -> None:
+    text = (
+        "from mla_backends import BackendError\ndef it(options): raise BackendError('no licence; buy one.')\n"
+    )
+    (tmp_path / "local_code.py").write_text(text)
+    assert refusal(python, "local_code:it") == "BackendError: no licence; buy one."
+
+
+def test_an_interrupt_is_no_fault_of_the_plugin(python: Python, tmp_path: Path) -> None:
+    (tmp_path / "local_code.py").write_text("raise KeyboardInterrupt\n")
+    code = """
+from mla_backends.registry import create
+try:
+    create("local_code:it")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    assert python(code).strip() == "interrupted"
+
+
+def test_the_example_in_the_readme_works(python: Python, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "backends" / "README.md").read_text()
+    (tmp_path / "my_backend.py").write_text(readme.split("```python\n")[1].split("```")[0])
+    code = (
+        "from mla_backends.registry import open_backend; print(open_backend('my_backend:mla_backend').device)"
+    )
+    assert python(code, everything=True).strip() == "cpu"
+
+
+def test_the_probe_can_be_run_by_hand_and_shows_the_traceback(
+    install: Callable[[str], Path], contract_alone: Path, tmp_path: Path
+) -> None:
+    path = os.pathsep.join([str(install("broken_import")), str(contract_alone)])
+    shown = subprocess.run(
+        [sys.executable, "-m", "mla_backends.probe", "fake-broken-import"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert json.loads(shown.stdout.splitlines()[-1])["state"] == "import failed"
+    assert "Traceback" in shown.stderr
+    assert "and this line is not for users" in shown.stderr

@@ -1,0 +1,107 @@
+"""The report on all backends, which no backend may spoil."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Python = Callable[..., str]
+
+ALL = """
+import json, time
+from dataclasses import asdict
+from mla_backends.registry import statuses
+start = time.monotonic()
+found = [asdict(status) for status in statuses(timeout={timeout})]
+print(json.dumps([time.monotonic() - start, found]))
+"""
+
+ONE = """
+import json
+from dataclasses import asdict
+from mla_backends.registry import status
+print(json.dumps(asdict(status({name!r}))))
+"""
+
+
+def one(python: Python, name: str, *fakes: str, **environment: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(python(ONE.format(name=name), *fakes, **environment))
+    return found
+
+
+def test_no_backend_can_spoil_the_report_on_the_others(python: Python) -> None:
+    fakes = ["good", "hang", "crash", "broken_import", "no_device", "duplicate_a", "duplicate_b"]
+    seconds, found = json.loads(python(ALL.format(timeout=6), *fakes))
+    assert [(status["name"], status["state"]) for status in found] == [
+        ("fake-broken-import", "import failed"),
+        ("fake-crash", "no device"),
+        ("fake-good", "usable"),
+        ("fake-hang", "no device"),
+        ("fake-hang-too", "no device"),
+        ("fake-no-device", "no device"),
+        ("fake-twin", "duplicate"),
+        ("cpu", "not installed"),
+        ("nvidia", "not installed"),
+        ("moore", "not installed"),
+        ("metax", "not installed"),
+        ("iluvatar", "not installed"),
+    ]
+    reasons = {status["name"]: status["reason"] for status in found}
+    assert reasons["fake-crash"] == "probing died with signal SIGABRT"
+    assert reasons["fake-hang"] == "probing did not answer within 6 s"
+    assert seconds < 11, "two probes that hang for 6 s must hang at the same time"
+
+
+def test_asking_for_states_imports_no_plugin_into_this_process(python: Python) -> None:
+    code = """
+import sys
+from mla_backends.registry import statuses
+statuses()
+print([module for module in sys.modules if module.startswith("fake_")])
+"""
+    assert python(code, "good", "no_device").strip() == "[]"
+
+
+def test_evidence_survives_the_way_from_the_child(python: Python) -> None:
+    assert one(python, "fake-no-device", "no_device")["evidence"] == {"cards": "0"}
+    assert one(python, "fake-good", "good")["evidence"] == {"device": "host"}
+
+
+def test_a_torch_that_does_not_import_is_explained(python: Python, tmp_path: Path) -> None:
+    torch = tmp_path / "torch"
+    torch.mkdir()
+    (torch / "version.py").touch()
+    (torch / "__init__.py").write_text("import torch.version\nraise OSError('libvendor.so: not found')\n")
+    (tmp_path / "local_code.py").write_text("import torch\n")
+    found = one(python, "local_code:it")
+    assert found["state"] == "import failed"
+    assert found["reason"] == "importing module local_code raised OSError: libvendor.so: not found"
+    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in found["hint"]
+
+
+def test_a_missing_torch_is_not_taken_for_a_broken_one(python: Python, tmp_path: Path) -> None:
+    (tmp_path / "local_code.py").write_text("import no_such_torch\n")
+    assert "AUTOLOAD" not in one(python, "local_code:it")["hint"]
+
+
+def test_what_a_plugin_prints_does_not_hide_the_answer(python: Python, tmp_path: Path) -> None:
+    code = "import atexit\nprint('loading', end='')\natexit.register(print, 'bye')\nit = 3\n"
+    (tmp_path / "local_code.py").write_text(code)
+    assert one(python, "local_code:it")["reason"] == "module local_code has no hook"
+
+
+def test_a_child_that_leaves_without_an_answer_is_reported(python: Python, tmp_path: Path) -> None:
+    (tmp_path / "local_code.py").write_text("import os\nos._exit(7)\n")
+    found = one(python, "local_code:it")
+    assert found["state"] == "no device"
+    assert found["reason"] == "probing ended with exit status 7 and no answer"
+    assert "python -X faulthandler -m mla_backends.probe local_code:it" in found["hint"]
+
+
+def test_an_error_a_plugin_chose_itself_still_gets_one_of_the_states(python: Python, tmp_path: Path) -> None:
+    text = "from mla_backends import BackendError\ndef it(options): raise BackendError('no licence')\n"
+    (tmp_path / "local_code.py").write_text(text)
+    found = one(python, "local_code:it")
+    assert (found["state"], found["reason"]) == ("import failed", "no licence")

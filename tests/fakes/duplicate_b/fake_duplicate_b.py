@@ -1,0 +1,3 @@
+"""One of two distributions that offer one name; neither may be imported."""
+
+raise RuntimeError("imported, although the choice is ambiguous")

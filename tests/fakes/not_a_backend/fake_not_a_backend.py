@@ -1,0 +1,8 @@
+"""A backend whose hook returns something else."""
+
+from mla_backends import hookimpl
+
+
+@hookimpl
+def mla_backend(options):
+    return {"name": "fake-not-a-backend"}
