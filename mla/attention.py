@@ -8,12 +8,14 @@ key per token. *Expanded*: keys and values are rebuilt per head. Per request the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from mla.batch import RaggedBatch
+from mla.checkpoint import read_layer
 from mla.config import MLAConfig
 from mla.errors import WeightError
 from mla.ops import Ops
@@ -56,6 +58,17 @@ class MLA(nn.Module):
         self.rotary = RotaryTable(config, self.device)
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
         self._scratch = Workspace(dtype, self.device)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, layer: int | None = None, **arguments: Any) -> MLA:
+        """Build the layer of a checkpoint folder (config.json and *.safetensors); `arguments` as for MLA.
+
+        `layer` None means the only layer there is. Raises `ConfigError` or `CheckpointError`.
+        """
+        config = MLAConfig.from_pretrained(folder)
+        built = cls(config, **arguments)
+        built.load_state_dict(read_layer(folder, config, layer))
+        return built
 
     def load_state_dict(
         self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False

@@ -87,6 +87,13 @@ def cli() -> None:
     help="Preset, or a config.json (or its folder).",
 )
 @click.option(
+    "--model-path",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Checkpoint folder: config.json and safetensors of one layer or more, instead of --config.",
+)
+@click.option("--layer", type=click.IntRange(min=0), help="Layer of the checkpoint. Default: the only one.")
+@click.option(
     "--workload",
     metavar="NAME|FILE",
     default=STANDARD,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla.bench import environment, render, results
@@ -19,6 +20,7 @@ from mla_backends.discovery import locate
 if TYPE_CHECKING:
     from mla.bench.implementations import Setting
     from mla.bench.session import Request
+    from mla.config import MLAConfig
     from mla_backends.api import Backend
 
 
@@ -38,19 +40,47 @@ def out(text: str) -> None:
 
 def run(options: RunOptions) -> int:
     """Carry out `run`."""
-    if mixed := environment.mixed_installation():
-        note(mixed)
-    scenarios = options.chosen_scenarios()
-    if options.output:
-        results.check_writable(options.output)
-    backend = _open(options)
-    request = _request(options, backend, scenarios)
+    request = prepare(options)
     if options.list_ops:
         return _list_ops(request.setting)
     _describe(request)
     if options.dry_run:
         return Exit.OK
-    return _measure(request, options)
+    done, interrupted = measure(request, options.output)
+    out(render.render(done, options.kind))
+    return verdict(done, interrupted)
+
+
+def prepare(options: RunOptions) -> Request:
+    """Resolve what the user asked for and open the backend; every mistake shows here, before any work."""
+    if mixed := environment.mixed_installation():
+        note(mixed)
+    scenarios = options.chosen_scenarios()
+    if options.output:
+        results.check_writable(options.output)
+    return _request(options, _open(options), scenarios)
+
+
+def measure(request: Request, output: Path | None = None) -> tuple[results.Run, bool]:
+    """Run a request and write its result; the flag says whether an interrupt cut it short."""
+    from mla.bench import session
+
+    with Progress(session.total_forwards(request)) as progress:
+        done, interrupted = session.execute(request, progress.advance, note)
+    if output:
+        results.write(done, output)
+    return done, interrupted
+
+
+def verdict(done: results.Run, interrupted: bool) -> Exit:
+    """Return the exit code of a run, and say on stderr why it is not 0."""
+    if interrupted:
+        note("interrupted: the result holds what was measured until then")
+        return Exit.INTERRUPTED
+    if any(case.check.status == "wrong" for case in done.cases):
+        note("wrong result: at least one implementation disagrees with the oracle and got no number")
+        return Exit.WRONG
+    return Exit.OK if any(case.latency_ms for case in done.cases) else Exit.NOTHING_RAN
 
 
 def _open(options: RunOptions) -> Backend:
@@ -84,20 +114,29 @@ def _request(options: RunOptions, backend: Backend, scenarios: list[Scenario]) -
 
     from mla.bench import session
     from mla.bench.implementations import Setting
-    from mla.config import MLAConfig
-    from mla.presets import PRESETS
+    from mla.checkpoint import read_layer
 
     dtype = getattr(torch, options.dtype)
     _check_dtype(backend, dtype)
     if options.page_size < 1 or options.page_size & (options.page_size - 1):
         raise WorkloadError(f"--page-size must be a power of two, got {options.page_size}.")
-    looks_like_path = "/" in options.config or options.config.endswith(".json")
-    known = options.config in PRESETS or not looks_like_path
-    config = MLAConfig.preset(options.config) if known else MLAConfig.from_pretrained(options.config)
+    config = _config(options)
+    state = read_layer(options.model_path, config, options.layer) if options.model_path else None
     setting = Setting(config, backend, dtype, options.attention, options.page_size, options.seed, options.ops)
     names = session.resolve_implementations(options.implementation_names(), setting, note)
     name = options.backend or backend.name
-    return session.Request(setting, scenarios, names, options.command(name), _version(name))
+    return session.Request(setting, scenarios, names, options.command(name), _version(name), state)
+
+
+def _config(options: RunOptions) -> MLAConfig:
+    """Return the layer to measure: a checkpoint's, a config file's, or a preset."""
+    from mla.config import MLAConfig
+
+    if options.model_path:
+        return MLAConfig.from_pretrained(options.model_path)
+    if "/" in options.config or options.config.endswith(".json"):
+        return MLAConfig.from_pretrained(options.config)
+    return MLAConfig.preset(options.config)
 
 
 def _check_dtype(backend: Backend, dtype: object) -> None:
@@ -158,24 +197,6 @@ def _scenario_line(scenario: Scenario) -> str:
     size = f"{len(scenario.query_lens)} requests, {scenario.tokens} new tokens per forward, "
     lengths = f"history {min(scenario.history)} to {max(scenario.history)}, "
     return f"{scenario.name}: {size}{lengths}{scenario.turns} passes of {scenario.steps}"
-
-
-def _measure(request: Request, options: RunOptions) -> int:
-    from mla.bench import session
-
-    with Progress(session.total_forwards(request)) as progress:
-        done, interrupted = session.execute(request, progress.advance, note)
-    if options.output:
-        results.write(done, options.output)
-    out(render.render(done, options.kind))
-    if interrupted:
-        note("interrupted: the result holds what was measured until then")
-        return Exit.INTERRUPTED
-    statuses = [case.check.status for case in done.cases]
-    if "wrong" in statuses:
-        note("wrong result: at least one implementation disagrees with the oracle and got no number")
-        return Exit.WRONG
-    return Exit.OK if any(case.latency_ms for case in done.cases) else Exit.NOTHING_RAN
 
 
 def list_backends(as_json: bool) -> int:

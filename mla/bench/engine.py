@@ -72,7 +72,7 @@ def _run_and_check(one: Implementation, scenario: Scenario, checker: Checker, pr
 
 def _warm_up(one: Implementation, scenario: Scenario, progress: Progress) -> None:
     one.restore()
-    for index in range(min(scenario.warmups, scenario.steps)):
+    for index in range(scenario.untimed):
         one.before(index)
         one.step(index)
         progress(f"{scenario.name}: warming up {one.name}", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import platform
 import subprocess
@@ -60,16 +61,22 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def mixed_installation() -> str | None:
-    """Return a note when `mla` comes from a checkout and `mla_backends` from site-packages, or vice versa."""
+    """Return a note when `mla` runs from a checkout whose `mla_backends` is not the one imported.
+
+    `python -m mla.bench` in a checkout takes `mla` from it and everything else from site-packages. That is
+    fine while both hold the same code, and confusing after an edit.
+    """
     import mla_backends
 
-    modules = {"mla": mla, "mla_backends": mla_backends}
-    homes = {name: _home(Path(str(module.__file__)).resolve()) for name, module in modules.items()}
-    if len(set(homes.values())) == 1:
+    used = Path(str(mla_backends.__file__)).parent
+    beside = Path(str(mla.__file__)).parents[1] / "backends" / "mla_backends"
+    if not beside.is_dir() or beside.resolve() == used.resolve():
         return None
-    described = ", ".join(f"{name} from {home}" for name, home in homes.items())
-    return f"note: packages come from two places: {described}; a change in the checkout may not take part."
-
-
-def _home(path: Path) -> str:
-    return "site-packages" if "site-packages" in path.parts else "a checkout"
+    names = [path.name for path in beside.glob("*.py")]
+    _, different, missing = filecmp.cmpfiles(beside, used, names, shallow=False)
+    if not different and not missing:
+        return None
+    return (
+        f"note: mla runs from the checkout '{beside.parents[1]}' but the installed mla_backends is older or "
+        f"newer than its './backends': install again to run one state."
+    )

@@ -20,6 +20,8 @@ class RunOptions:
     backend_options: tuple[str, ...]
     threads: int | None
     config: str
+    model_path: Path | None
+    layer: int | None
     workload: str
     scenarios: tuple[str, ...]
     implementations: str
@@ -44,8 +46,9 @@ class RunOptions:
         return [msgspec.structs.replace(scenario, **changes) for scenario in scenarios]
 
     def implementation_names(self) -> list[str]:
-        """Return the names the user listed."""
-        return [name.strip() for name in self.implementations.split(",") if name.strip()]
+        """Return the names the user listed; a checkpoint is compared with `transformers` unless they say."""
+        names = [name.strip() for name in self.implementations.split(",") if name.strip()]
+        return names or (["mla", "transformers"] if self.model_path else [])
 
     def key_values(self) -> dict[str, str]:
         """Return the `-O` options. Raises `WorkloadError`."""
@@ -60,7 +63,9 @@ class RunOptions:
         flags: Sequence[tuple[str, object, object]] = (
             ("--device", self.device, None),
             ("--threads", self.threads, None),
-            ("--config", self.config, None),
+            ("--config", None if self.model_path else self.config, None),
+            ("--model-path", self.model_path, None),
+            ("--layer", self.layer, None),
             ("--workload", self.workload, "standard"),
             ("--runs", self.runs, None),
             ("--passes", self.passes, None),

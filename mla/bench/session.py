@@ -18,6 +18,7 @@ from mla.bench.inputs import Inputs, make_inputs
 from mla.bench.memory import MemoryPlan, plan_memory, scenario_config
 from mla.bench.peers import Transformers
 from mla.bench.workload import Scenario, WorkloadError
+from mla.config import MLAConfig
 from mla.errors import did_you_mean
 from mla.ops import Ops
 from mla.oracle import State
@@ -73,8 +74,7 @@ def plan(request: Request) -> MemoryPlan:
 def total_forwards(request: Request) -> int:
     """Return the forwards of a run, checks and warm-ups included, for a progress bar."""
     return len(request.implementations) * sum(
-        scenario.inputs + min(scenario.warmups, scenario.steps) + scenario.turns * scenario.steps
-        for scenario in request.scenarios
+        scenario.inputs + scenario.untimed + scenario.turns * scenario.steps for scenario in request.scenarios
     )
 
 
@@ -114,11 +114,16 @@ class _Work:
         config, seed, dtype = self._setting.config, self._setting.seed, self._setting.dtype
         if self._inputs is None or self._checker is None:
             self._progress(f"{self._scenario.name}: float64 oracle", 0)
-            self._state = self._request.state or random_state_dict(config, seed, dtype)
+            self._state = self._weights(config, seed, dtype)
             self._inputs = make_inputs(config, self._scenario, seed, dtype)
             expected = expected_outputs(config, self._state, self._scenario, self._inputs)
             self._checker = Checker(expected, dtype, self._reference_outputs)
         return self._inputs, self._checker
+
+    def _weights(self, config: MLAConfig, seed: int, dtype: torch.dtype) -> State:
+        if self._request.state is None:
+            return random_state_dict(config, seed, dtype)
+        return {name: weight.to(dtype) for name, weight in self._request.state.items()}
 
     def _reference_outputs(self) -> torch.Tensor:
         """Run the reference once: the yardstick of our own implementations."""
@@ -173,7 +178,7 @@ class _Work:
             history=list(scenario.history),
             steps_per_pass=scenario.steps,
             passes=0,
-            warmups=min(scenario.warmups, scenario.steps),
+            warmups=scenario.untimed,
             interleaved_with=[],
             check=results.Check(status="not run", reason="interrupted"),
             latency_ms=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -15,8 +16,7 @@ from mla_backends.api import OPS, AttentionSpec, BatchView, FusedOp
 PADDING = 1.25
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """A run of queries of one request, and the keys the last of them sees."""
 
     request: int
@@ -29,16 +29,18 @@ class _Row:
 class _Group:
     """Rows of equal query count that are attended together."""
 
+    rows: int
     queries: int
     keys: int  # padded
     tokens: slice | torch.Tensor  # the queries, row after row
+    pages: torch.Tensor  # [rows * pages] int32: the pages of each row's first `keys` tokens
+    padding: torch.Tensor | None  # [rows, keys, 1] bool: slots a row does not own; None: it owns all
     last_key: torch.Tensor | None  # [rows, queries, 1] int64 last visible key; None: every key is visible
 
 
 @dataclass(frozen=True)
 class _LatentState:
     groups: tuple[_Group, ...]
-    slots: tuple[torch.Tensor, ...]  # per group [rows * keys] int64 into the flattened cache
     empty: tuple[slice, ...]  # tokens that see no key: rows a graph pads its batch with
 
 
@@ -51,10 +53,12 @@ class LatentAttention(FusedOp):
     def prepare(self, spec: AttentionSpec, batch: BatchView) -> _LatentState:
         rows = sorted(_cut(batch, spec.num_heads), key=lambda row: (row.queries, row.keys))
         groups = list(_gather_rows([row for row in rows if row.keys > 0], spec.num_heads))
-        index = _index(groups, batch)
+        index = _index(groups, batch.block_table.device)
         return _LatentState(
-            groups=tuple(map(_group, groups, index.split([len(members) for members in groups]))),
-            slots=_slots(groups, index, batch),
+            groups=tuple(
+                _group(members, rows, batch)
+                for members, rows in zip(groups, index.split([len(g) for g in groups]), strict=True)
+            ),
             empty=tuple(slice(r.first_query, r.first_query + r.queries) for r in rows if r.keys <= 0),
         )
 
@@ -71,20 +75,25 @@ class LatentAttention(FusedOp):
         out: torch.Tensor,  # [T, h, c]
         lse: torch.Tensor,  # [T, h] fp32
     ) -> None:
-        flat = cache.view(-1, cache.shape[-1])
-        for group, slots in zip(state.groups, state.slots, strict=True):
-            _attend_group(group, q, flat.index_select(0, slots), softmax_scale, out, lse)
+        for group in state.groups:
+            _attend_group(group, q, _keys(group, cache), softmax_scale, out, lse)
         for tokens in state.empty:
             out[tokens] = 0
             lse[tokens] = -torch.inf
 
 
+def _keys(group: _Group, cache: torch.Tensor) -> torch.Tensor:
+    """Gather a group's latents [rows, keys, c + r] in fp32; what a row does not own becomes zero."""
+    rows = cache.index_select(0, group.pages).view(group.rows, -1, cache.shape[-1])
+    keys = rows[:, : group.keys].float()
+    return keys if group.padding is None else keys.masked_fill_(group.padding, 0)
+
+
 def _attend_group(
-    group: _Group, q: torch.Tensor, rows: torch.Tensor, scale: float, out: torch.Tensor, lse: torch.Tensor
+    group: _Group, q: torch.Tensor, keys: torch.Tensor, scale: float, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
-    """Attend one group; `rows` [g * keys, c + r] are its latents. Heads fold into the query dimension."""
+    """Attend one group over its keys [rows, keys, c + r]. Heads fold into the query dimension."""
     heads, width, latent = q.shape[1], q.shape[2], out.shape[2]
-    keys = rows.float().view(-1, group.keys, width)
     hidden = None
     if group.last_key is not None:
         position = torch.arange(group.keys, device=q.device)
@@ -123,42 +132,25 @@ def _gather_rows(rows: Sequence[_Row], heads: int) -> Iterator[list[_Row]]:
         yield members
 
 
-def _index(groups: Sequence[Sequence[_Row]], batch: BatchView) -> torch.Tensor:
-    """Return [rows, 4] int64 on the device: start in the flat block table, owned keys, padded keys, query."""
-    width = batch.block_table.shape[1]
-    values: list[int] = []
-    for members in groups:
-        padded = members[-1].keys
-        for row in members:
-            values += (row.request * width, row.keys, padded, row.first_query)
-    return host_ints(values).view(-1, 4).to(batch.block_table.device, non_blocking=True)
+def _index(groups: Sequence[Sequence[_Row]], device: torch.device) -> torch.Tensor:
+    """Return [rows, 3] int64 on the device: request, owned keys, first query; one copy for all groups."""
+    values = [
+        value for members in groups for row in members for value in (row.request, row.keys, row.first_query)
+    ]
+    return host_ints(values).view(-1, 3).to(device, non_blocking=True)
 
 
-def _slots(
-    groups: Sequence[Sequence[_Row]], index: torch.Tensor, batch: BatchView
-) -> tuple[torch.Tensor, ...]:
-    """Return per group its rows' slots, padding repeating the last owned one, all computed at once."""
-    sizes = [len(members) * members[-1].keys for members in groups]
-    total, device = sum(sizes), index.device
-    table_start, owned, padded, _ = index.unbind(dim=1)
-    row = torch.arange(len(index), device=device).repeat_interleave(padded, output_size=total)
-    first = padded.cumsum(0) - padded
-    position = torch.arange(total, device=device) - first.index_select(0, row)
-    position = torch.minimum(position, (owned - 1).index_select(0, row))
-    shift, mask = batch.page_size.bit_length() - 1, batch.page_size - 1
-    entry = table_start.index_select(0, row) + (position >> shift)
-    pages = batch.block_table.reshape(-1).index_select(0, entry).long()
-    return ((pages << shift) + (position & mask)).split(sizes)
-
-
-def _group(members: Sequence[_Row], index: torch.Tensor) -> _Group:
-    """Resolve where a group's queries are and which keys they see."""
+def _group(members: Sequence[_Row], index: torch.Tensor, batch: BatchView) -> _Group:
+    """Resolve where a group's queries are, which pages hold its keys and which keys each query sees."""
     queries, keys, device = members[0].queries, members[-1].keys, index.device
     start = members[0].first_query
     tokens: slice | torch.Tensor = slice(start, start + queries * len(members))
     if any(row.first_query != start + i * queries for i, row in enumerate(members)):
-        tokens = (index[:, 3:] + torch.arange(queries, device=device)).view(-1)
-    last_key = None
+        tokens = (index[:, 2:] + torch.arange(queries, device=device)).view(-1)
+    pages = batch.block_table[:, : -(-keys // batch.page_size)].index_select(0, index[:, 0])
+    padding = last_key = None
     if queries > 1 or members[0].keys != keys:
-        last_key = (index[:, 1:2] - queries + torch.arange(queries, device=device))[..., None]
-    return _Group(queries, keys, tokens, last_key)
+        owned = index[:, 1:2]
+        padding = (torch.arange(keys, device=device) >= owned)[..., None]
+        last_key = (owned - queries + torch.arange(queries, device=device))[..., None]
+    return _Group(len(members), queries, keys, tokens, pages.view(-1), padding, last_key)

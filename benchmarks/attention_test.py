@@ -1,0 +1,98 @@
+#!/usr/bin/env python3
+"""The command line of the original MLA test, as a thin front on `mla.bench`.
+
+    python benchmarks/attention_test.py --cpu
+    python benchmarks/attention_test.py --nvidia --model_path DeepSeek-R1-Layer-3
+
+Both standard scenarios run through the same engine, with the same checks, and are printed in the original's
+format. Errors and exit codes are those of `python -m mla.bench`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+
+import click
+
+from mla.bench import commands, options
+from mla.bench.exits import guarded
+from mla.bench.results import Case, Run
+
+BACKENDS = ("cpu", "nvidia", "moore", "metax", "iluvatar")
+TITLES = {"mla": "Custom", "transformers": "Transformers"}
+WIDTH = 78
+
+
+def defaults(**changes: object) -> options.RunOptions:
+    """Return the runner's options with its own defaults for everything not in `changes`."""
+    from mla.bench.cli import run
+
+    context = run.make_context("run", [])
+    return options.RunOptions(**{**context.params, **changes})
+
+
+def banner(text: str) -> str:
+    """Return text between two rules."""
+    return f"{'=' * WIDTH}\n{text}\n{'=' * WIDTH}"
+
+
+def average(case: Case) -> str:
+    """Return the original's figure: mean latency of a prefill, mean throughput of a decode pass."""
+    if case.latency_ms is None:
+        return f"no number ({case.check.status}: {case.check.reason})"
+    mean = statistics.fmean(case.latency_ms.samples)
+    if case.mode == "prefill":
+        return f"average latency per batch: {mean:.2f} ms"
+    return f"average throughput: {1e3 * sum(case.query_lens) / mean:.2f} tok/s"
+
+
+def report(run: Run) -> str:
+    """Return everything the original prints."""
+    parts = [banner("Test DeepSeek-R1 MLA (Multi-Head Latent Attention)"), ""]
+    for name, title in TITLES.items():
+        cases = [case for case in run.cases if case.implementation == name]
+        if cases:
+            parts += [banner(f"Performance Benchmark - {title} Implementation"), *map(describe, cases)]
+    parts.append(banner("Test Summary"))
+    for case in run.cases:
+        figure = average(case).replace("average latency per batch", "Prefill Latency")
+        figure = figure.replace("average throughput", "Decode Throughput")
+        parts.append(f"{TITLES[case.implementation]} Implementation - {figure}")
+    return "\n".join([*parts, "=" * WIDTH])
+
+
+def describe(case: Case) -> str:
+    """Return the two lines of one scenario, and a rule after the first."""
+    lengths = {"seqlens": case.query_lens, "pastlens": case.history}
+    word = "Test Case PREFILL_TESTCASES" if case.mode == "prefill" else "Test DECODE_TESTCASES"
+    runs = case.passes * case.steps_per_pass if case.mode == "prefill" else case.steps_per_pass
+    counts = f"WARMUPS={case.warmups} RUNS={runs}"
+    line = f"{word}: {lengths}\n\t {counts}, MLA {TITLES[case.implementation]}, {average(case)}\n"
+    return f"{line}\n{'-' * WIDTH}\n" if case.mode == "prefill" else line
+
+
+@click.command(help=__doc__)
+@click.option("--cpu", "backend", flag_value="cpu", help="Run on the CPU.")
+@click.option("--nvidia", "backend", flag_value="nvidia", help="Run on an NVIDIA GPU.")
+@click.option("--moore", "backend", flag_value="moore", help="Run on a Moore Threads GPU.")
+@click.option("--metax", "backend", flag_value="metax", help="Run on a MetaX GPU.")
+@click.option("--iluvatar", "backend", flag_value="iluvatar", help="Run on an Iluvatar GPU.")
+@click.option(
+    "--model_path", type=click.Path(path_type=Path), help="Compare with transformers on its weights."
+)
+@click.option("--runs", type=click.IntRange(min=1), help="Timed forwards, and decode steps.  [100]")
+def attention_test(backend: str | None, model_path: Path | None, runs: int | None) -> int:
+    """Run both standard scenarios on one device."""
+    if backend is None:
+        raise click.UsageError(f"choose a device: {', '.join(f'--{name}' for name in BACKENDS)}.")
+    names = "mla,transformers" if model_path else "mla"
+    chosen = defaults(backend=backend, model_path=model_path, implementations=names, runs=runs)
+    done, interrupted = commands.measure(commands.prepare(chosen))
+    commands.out(report(done) + "\n")
+    return commands.verdict(done, interrupted)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: attention_test(standalone_mode=False)))
