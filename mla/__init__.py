@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mla.attention import MLA
+    from mla.batch import RaggedBatch
+    from mla.cache import LatentCache
+    from mla.config import MLAConfig
+    from mla.device import load_backend
+
 __version__ = "0.1.0"
 
 _HOMES = {

@@ -20,7 +20,7 @@ from mla.config import MLAConfig
 from mla.errors import WeightError
 from mla.ops import Ops
 from mla.packed import PackedWeights
-from mla.plan import AbsorbedGroup, ExpandedGroup, Piece, Plan, make_plan
+from mla.plan import WORKSPACE_BYTES, AbsorbedGroup, ExpandedGroup, Piece, Plan, make_plan
 from mla.rope import RotaryTable
 from mla.workspace import Workspace
 from mla_backends.api import Backend
@@ -33,6 +33,7 @@ class MLA(nn.Module):
 
     `attention`: "auto", "absorbed" or "expanded". `ops`: "auto" takes the backend's fused ops where they
     serve this layer, "reference" never does. Without a backend the layer runs the reference on the CPU.
+    `workspace_bytes` caps the keys and values the expanded path rebuilds at a time.
     Weights arrive through `load_state_dict` under Hugging Face names.
     """
 
@@ -44,6 +45,7 @@ class MLA(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         attention: str = "auto",
         ops: str = "auto",
+        workspace_bytes: int = WORKSPACE_BYTES,
     ) -> None:
         super().__init__()
         if attention not in ATTENTION_MODES:
@@ -53,6 +55,7 @@ class MLA(nn.Module):
         self.config = config
         self.dtype = dtype
         self.attention = attention
+        self.workspace_bytes = workspace_bytes
         self.device = backend.device if backend is not None and backend.device else torch.device("cpu")
         self.ops = Ops(config, backend.ops() if backend else {}, dtype, self.device, ops)
         self.rotary = RotaryTable(config, self.device)
@@ -105,10 +108,14 @@ class MLA(nn.Module):
             self.ops["latent_attention"].key(),
             self.ops["expanded_attention"].key(),
             self.attention,
+            self.workspace_bytes,
             self.config.rope_theta,
             self.config.rope_scaling,
         )
-        return batch.memo(key, lambda: make_plan(self.config, self.ops, self.rotary, batch, self.attention))
+        return batch.memo(key, lambda: self._make_plan(batch))
+
+    def _make_plan(self, batch: RaggedBatch) -> Plan:
+        return make_plan(self.config, self.ops, self.rotary, batch, self.attention, self.workspace_bytes)
 
     @torch.no_grad()
     def forward(
@@ -123,10 +130,10 @@ class MLA(nn.Module):
         Running the same batch again gives the same result. Raises `StaleBatch` when the cache has changed
         since `batch` was made, and ValueError when a tensor does not fit.
         """
-        self._check(hidden, batch, pages)
-        plan = self.plan(batch)
         if out is None:
-            out = torch.empty_like(hidden)
+            out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        self._check(hidden, batch, pages, out)
+        plan = self.plan(batch)
         q, kv_a = self._project(hidden)
         self._write_latent(kv_a, batch, plan, pages)
         heads = self._scratch.take(
@@ -139,18 +146,18 @@ class MLA(nn.Module):
         self._linear("o_proj", heads.flatten(1), out, bias="o_proj.bias")
         return out
 
-    def _check(self, hidden: torch.Tensor, batch: RaggedBatch, pages: torch.Tensor) -> None:
+    def _check(
+        self, hidden: torch.Tensor, batch: RaggedBatch, pages: torch.Tensor, out: torch.Tensor
+    ) -> None:
         self._require_weights()
         batch.check_current()
-        if hidden.shape != (batch.num_tokens, self.config.hidden_size) or hidden.dtype != self.dtype:
+        rows = (batch.num_tokens, self.config.hidden_size)
+        _require("hidden", hidden, rows, self.dtype)
+        _require("out", out, rows, self.dtype)
+        _require("pages", pages, (pages.shape[0], batch.page_size, self.config.latent_dim), self.dtype)
+        if not batch.fits(pages.shape[0]):
             raise ValueError(
-                f"hidden must be [{batch.num_tokens}, {self.config.hidden_size}] {self.dtype}, "
-                f"got {list(hidden.shape)} {hidden.dtype}."
-            )
-        if pages.shape[1:] != (batch.page_size, self.config.latent_dim) or pages.dtype != self.dtype:
-            raise ValueError(
-                f"pages must be [pages, {batch.page_size}, {self.config.latent_dim}] {self.dtype}, "
-                f"got {list(pages.shape)} {pages.dtype}."
+                f"pages [{pages.shape[0]}, ...] are not those of the cache this batch describes."
             )
 
     def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -277,3 +284,9 @@ def _merge(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse:
     old_weight, new_weight = ((part - total).exp()[..., None] for part in (lse, new_lse))
     out.copy_(out.float() * old_weight + new_out.float() * new_weight)
     lse.copy_(total)
+
+
+def _require(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise ValueError unless the tensor has this shape and dtype."""
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {list(shape)} {dtype}, got {list(tensor.shape)} {tensor.dtype}.")

@@ -22,6 +22,7 @@ class Source(Protocol):
     """The cache a batch describes; its generation moves with every change of lengths."""
 
     generation: int
+    num_pages: int
 
 
 def host_ints(values: Iterable[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -126,6 +127,10 @@ class RaggedBatch:
         if key not in self._memo:
             self._memo[key] = build()
         return cast("Value", self._memo[key])
+
+    def fits(self, pages: int) -> bool:
+        """Say whether a cache of so many pages can be the one this batch describes."""
+        return self._source is None or self._source.num_pages == pages
 
     def check_current(self) -> None:
         """Raise `StaleBatch` when the cache has changed since this batch was made."""

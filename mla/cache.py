@@ -164,7 +164,11 @@ class LatentCache:
             self._free += reversed(dropped)  # so that extending again takes the same pages
 
     def release(self, sequences: Sequence[int]) -> None:
-        """Free the pages of sequences and forget their ids."""
+        """Free the pages of sequences and forget their ids. Raises ValueError before freeing any."""
+        if len(set(sequences)) != len(sequences):
+            raise ValueError("a sequence may be released only once.")
+        for sequence in sequences:
+            self._get(sequence)
         for sequence in sequences:
             self.truncate(sequence, 0)
             self._free_rows.append(self._sequences.pop(sequence).row)
@@ -175,13 +179,14 @@ class LatentCache:
         An empty sequence grows to s tokens; a sequence of s tokens (another layer was loaded first) is
         overwritten. Raises `CacheFull`, or ValueError when the sequence has another length.
         """
-        count = kv.shape[0]
-        if count and count == pe.shape[0] and self.length(sequence) == 0:
+        count, widths = kv.shape[0], (self.config.kv_lora_rank, self.config.qk_rope_head_dim)
+        found = (*kv.shape, *pe.shape)
+        if found != (count, widths[0], count, widths[1]):
+            raise ValueError(f"load() takes kv [s, {widths[0]}] and pe [s, {widths[1]}], got {list(found)}.")
+        if count and self.length(sequence) == 0:
             self.extend([sequence], [count])
-        if self.length(sequence) != count or pe.shape[0] != count:
-            raise ValueError(
-                f"load() got {count} kv and {pe.shape[0]} pe rows for {self.length(sequence)} tokens."
-            )
+        if self.length(sequence) != count:
+            raise ValueError(f"load() got {count} tokens for a sequence of {self.length(sequence)}.")
         rows = torch.cat((kv, pe), dim=1).to(self.pages.device, self.pages.dtype)
         self._flat(layer).index_copy_(0, self.slots(sequence), rows)
 

@@ -72,6 +72,16 @@ class MLAConfig:
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
                 raise ConfigError(f"config '{self.name}': {key} must be a positive integer, got {value!r}.")
+        for key in ("rms_norm_eps", "rope_theta"):
+            if not _positive(getattr(self, key)):
+                raise ConfigError(
+                    f"config '{self.name}': {key} must be a positive number, got {getattr(self, key)!r}."
+                )
+        for key in ("attention_bias", "rope_interleave"):
+            if not isinstance(getattr(self, key), bool):
+                raise ConfigError(
+                    f"config '{self.name}': {key} must be true or false, got {getattr(self, key)!r}."
+                )
         if self.qk_rope_head_dim % 2:
             raise ConfigError(
                 f"config '{self.name}': qk_rope_head_dim must be even, got {self.qk_rope_head_dim}."
@@ -115,7 +125,7 @@ class MLAConfig:
             values = json.loads(path.read_text())
         except OSError as error:
             raise ConfigError(f"cannot read config '{path}': {error.strerror}.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"config '{path}' is not valid JSON: {error}.") from error
         if not isinstance(values, dict):
             raise ConfigError(f"config '{path}' must hold a JSON object, got {type(values).__name__}.")
@@ -130,7 +140,15 @@ class MLAConfig:
                 raise ConfigError(f"config '{name}' has no {key}, so it does not describe an MLA layer.")
         known = {field.name for field in fields(cls)} - {"rope_scaling", "name"}
         own = {key: value for key, value in values.items() if key in known}
-        return cls(**own, rope_scaling=_yarn(name, values.get("rope_scaling")), name=name)
+        rope = values.get("rope_scaling") or values.get("rope_parameters")  # older and newer spelling
+        if isinstance(rope, Mapping) and "rope_theta" in rope:
+            own["rope_theta"] = rope["rope_theta"]
+        return cls(**own, rope_scaling=_yarn(name, rope), name=name)
+
+
+def _positive(value: Any) -> bool:
+    """Say whether a value of a config.json is a finite number above 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _yarn(name: str, scaling: Any) -> YarnScaling | None:
@@ -143,10 +161,16 @@ def _yarn(name: str, scaling: Any) -> YarnScaling | None:
     if kind != "yarn":
         raise ConfigError(f"config '{name}': rope_scaling type {kind!r} is not supported; 'yarn' is.")
     known = {field.name for field in fields(YarnScaling)}
-    extra = sorted(set(scaling) - known - {"type", "rope_type"})
+    extra = sorted(set(scaling) - known - {"type", "rope_type", "rope_theta"})
     if extra:
         raise ConfigError(f"config '{name}': rope_scaling key {extra[0]!r} is not supported.")
     for key in ("factor", "original_max_position_embeddings"):
-        if not isinstance(scaling.get(key), (int, float)) or scaling[key] <= 0:
+        if not _positive(scaling.get(key)):
             raise ConfigError(f"config '{name}': rope_scaling needs a positive number '{key}'.")
-    return YarnScaling(**{key: value for key, value in scaling.items() if key in known})
+    for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+        absent = key not in scaling or (key.startswith("mscale") and not scaling[key])
+        if not absent and not _positive(scaling[key]):
+            raise ConfigError(
+                f"config '{name}': rope_scaling key '{key}' must be a positive number, got {scaling[key]!r}."
+            )
+    return YarnScaling(**{key: value for key, value in scaling.items() if key in known and value is not None})

@@ -70,7 +70,7 @@ def make_plan(
     rotary: RotaryTable,
     batch: RaggedBatch,
     attention: str,
-    workspace: int = WORKSPACE_BYTES,
+    workspace: int,
 ) -> Plan:
     """Split a batch by path and prepare each op once."""
     rotary.reserve(max(batch.kv_lens))

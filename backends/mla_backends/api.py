@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mla_backends.errors import BackendOptionError
+from mla_backends.errors import BackendError, BackendOptionError
 
 if TYPE_CHECKING:
     import torch
@@ -269,6 +269,9 @@ class Backend(ABC):
         unknown = sorted(set(self.options) - set(self.known_options()))
         if unknown:
             raise BackendOptionError(self.name, unknown, self.known_options())
+        threads = str(self.options.get("threads", 1))
+        if not threads.isdecimal() or int(threads) < 1:
+            raise BackendError(f"backend '{self.name}' needs a positive number of threads, got '{threads}'.")
 
     @classmethod
     def known_options(cls) -> tuple[str, ...]:

@@ -19,6 +19,9 @@ def attend(
 
     A query that sees no key gets 0 and -inf.
     """
+    if k.shape[1] == 0:
+        nothing = q.new_zeros((*q.shape[:2], v.shape[2]), dtype=torch.float32)
+        return nothing, torch.full_like(nothing[..., :1], -torch.inf)
     weights = torch.bmm(q.float(), k.float().transpose(1, 2)).mul_(scale)
     if hidden is not None:
         weights.masked_fill_(hidden, -torch.inf)

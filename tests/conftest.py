@@ -1,0 +1,81 @@
+"""One rule for every test: the packages under test come from one place. And fixtures that folders share."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+    from mla import MLAConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+REQUIRED, OPTIONAL = ("mla", "mla_backends"), ("mla_backend_cpu",)
+INSTALLED, CHECKOUT = "site-packages", "this checkout"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Abort when some packages are installed and others are not: the tests would judge a mixture."""
+    origins = {name: _origin(name) for name in (*REQUIRED, *OPTIONAL)}
+    missing = [name for name in REQUIRED if origins[name] is None]
+    if missing:
+        raise pytest.UsageError(f"cannot import {missing[0]}: install it, or put its folder on PYTHONPATH.")
+    sides = {name: _side(origin) for name, origin in origins.items() if origin is not None}
+    if set(sides.values()) not in ({INSTALLED}, {CHECKOUT}):
+        places = ", ".join(f"{name} from {side}" for name, side in sides.items())
+        raise pytest.UsageError(
+            f"the packages under test must all come from {INSTALLED} or all from {CHECKOUT}, got {places}."
+        )
+
+
+def _origin(name: str) -> Path | None:
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).resolve() if spec is not None and spec.origin else None
+
+
+def _side(origin: Path) -> str:
+    if {"site-packages", "dist-packages"} & set(origin.parts):
+        return INSTALLED
+    return CHECKOUT if origin.is_relative_to(ROOT) else str(origin.parents[1])
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., MLAConfig]:
+    """Return a maker of small configs, all dimensions different; keyword arguments replace fields."""
+    from mla import MLAConfig
+
+    def make(**changes: Any) -> MLAConfig:
+        dims = {
+            "hidden_size": 48,
+            "num_attention_heads": 3,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 12,
+        }
+        return MLAConfig(**{**dims, "name": "tiny", **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_history() -> Callable[..., list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Return a maker of random cached latents: per length (kv [s, c], pe [s, r]), N(0, 1)."""
+    import torch
+
+    def make(
+        config: MLAConfig, lengths: list[int], dtype: torch.dtype, seed: int = 1
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(rows: int, width: int) -> torch.Tensor:
+            return torch.randn(rows, width, generator=generator).to(dtype)
+
+        return [(draw(s, config.kv_lora_rank), draw(s, config.qk_rope_head_dim)) for s in lengths]
+
+    return make

@@ -1,0 +1,335 @@
+"""What the unit tests share: a layer on a poisoned cache, attention problems with their truth, checks.
+
+The checks are the same for right and for deliberately wrong code (test_mutations.py). Errors are relative,
+per row of the last dimension: per token for the layer, per token and head for an attention op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mla import MLA, LatentCache, MLAConfig, RaggedBatch
+from mla.config import YarnScaling
+from mla.oracle import oracle
+from mla.weights import random_state_dict
+from mla_backends import Availability, Backend, FusedOp
+from mla_backends.api import AttentionSpec, SegmentLengths
+
+#: Per (token, head). Rounding the output to bf16 once costs at most 2^-8; in fp32 7e-7 was measured.
+OP_BOUND = {torch.bfloat16: 1.05 * 2.0**-8, torch.float32: 2e-6}
+#: Per token, for the whole layer with tiny heads; 9.7e-3 and 7e-7 were measured.
+LAYER_BOUND = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
+#: Absolute, for log-sum-exps of a few units, fp32 whatever the dtype of the tensors; 7e-7 was measured.
+LSE_BOUND = 1e-5
+
+Lengths = Sequence[int]
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _row_errors(out: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Return |out - truth| / |truth| over the last dimension, in float64."""
+    scale = truth.double().norm(dim=-1).clamp_min(1e-300)
+    return (out.double() - truth.double()).norm(dim=-1) / scale
+
+
+@pytest.fixture(scope="session")
+def assert_rows_close() -> Callable[[torch.Tensor, torch.Tensor, float], None]:
+    """Return a check that every row is finite and within a relative error."""
+
+    def check(out: torch.Tensor, truth: torch.Tensor, bound: float) -> None:
+        assert out.shape == truth.shape
+        assert out.isfinite().all(), "the output has NaN or infinity"
+        worst = _row_errors(out, truth).max().item() if out.numel() else 0.0
+        assert worst <= bound, f"worst row error {worst:.3g} > {bound:.3g}"
+
+    return check
+
+
+# ----------------------------------------------------------------------------------------------- layer
+
+
+class FakeBackend(Backend):
+    """The CPU with whatever ops a test wants to offer."""
+
+    name = "fake"
+
+    def __init__(self, ops: Mapping[str, FusedOp]) -> None:
+        super().__init__()
+        self._ops = ops
+        self.device = self.setup()
+
+    def probe(self) -> Availability:
+        return Availability(True)
+
+    def setup(self, index: int | None = None) -> torch.device:
+        return torch.device("cpu")
+
+    def synchronize(self) -> None:
+        pass
+
+    def ops(self) -> Mapping[str, FusedOp]:
+        return self._ops
+
+
+@dataclass
+class Case:
+    """A layer, one step's batch and everything the oracle needs to judge the output."""
+
+    config: MLAConfig
+    layer: MLA
+    cache: LatentCache
+    ids: list[int]
+    batch: RaggedBatch
+    hidden: torch.Tensor
+    state: dict[str, torch.Tensor]
+    history: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def run(self, **kwargs: Any) -> torch.Tensor:
+        return self.layer(self.hidden, self.batch, self.cache.pages[0], **kwargs)
+
+    def truth(self) -> torch.Tensor:
+        return oracle(self.config, self.state, self.hidden, self.batch.query_lens, self.history)
+
+
+@pytest.fixture(scope="session")
+def fake_backend() -> Callable[[Mapping[str, FusedOp]], Backend]:
+    return FakeBackend
+
+
+@pytest.fixture(scope="session")
+def make_case(tiny: Any, make_history: Any) -> Callable[..., Case]:
+    """Return a maker of cases. Every slot that no request owns is NaN, and pages are handed out shuffled.
+
+    `layer_config` builds the layer from another config than the oracle, for tests that expect a failure.
+    """
+
+    def make(
+        query_lens: Lengths,
+        history_lens: Lengths,
+        config: MLAConfig | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        attention: str = "auto",
+        page_size: int = 16,
+        hidden_scale: float = 1.0,
+        history_scale: float = 1.0,
+        ops: Mapping[str, FusedOp] | None = None,
+        layer_config: MLAConfig | None = None,
+        seed: int = 0,
+    ) -> Case:
+        config = config or tiny()
+        backend = FakeBackend(ops) if ops else None
+        layer = MLA(layer_config or config, backend=backend, dtype=dtype, attention=attention)
+        state = random_state_dict(config, seed, dtype)
+        layer.load_state_dict(state)
+        history = [
+            (kv * history_scale, pe * history_scale)
+            for kv, pe in make_history(config, history_lens, dtype, seed + 1)
+        ]
+        tokens = sum(query_lens) + sum(history_lens) + 2 * page_size * len(query_lens) + 1
+        cache = LatentCache(config, max_tokens=tokens, page_size=page_size, dtype=dtype, shuffle=seed)
+        cache.pages.fill_(torch.nan)
+        ids = cache.new_sequences(len(query_lens))
+        for sequence, past in zip(ids, history, strict=True):
+            cache.load(sequence, *past)
+        batch = cache.extend(ids, query_lens)
+        generator = torch.Generator().manual_seed(seed + 2)
+        hidden = torch.randn(sum(query_lens), config.hidden_size, generator=generator) * hidden_scale
+        return Case(config, layer, cache, ids, batch, hidden.to(dtype), state, history)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def check_layer(make_case: Any, tiny: Any, assert_rows_close: Any) -> Callable[..., None]:
+    """Return a check of a layer against the oracle over the steps in which the classic bugs show.
+
+    Keyword arguments are those of `make_case`; `mutate` turns the right config into the layer's own.
+    """
+    steps: tuple[tuple[Lengths, Lengths, float], ...] = (
+        ((5, 1, 20), (0, 0, 0), 1.0),  # prefill: a mask bug shows
+        ((3, 9, 2), (40, 7, 16), 1.0),  # short history
+        ((1, 1, 1), (33, 47, 65), 1.0),  # decode: a page bug shows
+        ((4, 2), (0, 5), 1e-2),  # inputs so small that eps counts
+    )
+
+    def check(
+        mutate: Callable[[MLAConfig], MLAConfig] | None = None,
+        dtype: torch.dtype = torch.float32,
+        **kwargs: Any,
+    ) -> None:
+        yarn = YarnScaling(40, 64, mscale=0.707, mscale_all_dim=0.707)
+        config = tiny(q_lora_rank=24, rope_scaling=yarn)
+        for query_lens, history_lens, scale in steps:
+            case = make_case(
+                query_lens,
+                history_lens,
+                config,
+                hidden_scale=scale,
+                dtype=dtype,
+                layer_config=mutate(config) if mutate else None,
+                **kwargs,
+            )
+            assert_rows_close(case.run(), case.truth(), LAYER_BOUND[dtype])
+
+    return check
+
+
+# ----------------------------------------------------------------------------------------- attention ops
+
+
+@dataclass
+class LatentProblem:
+    """Arguments of one `latent_attention` call; slots that no request owns are NaN."""
+
+    spec: AttentionSpec
+    view: SimpleNamespace
+    q: torch.Tensor
+    cache: torch.Tensor
+    owned: list[torch.Tensor] = field(default_factory=list)  # per request its latents [s, c + r]
+
+    def run(self, op: FusedOp) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return out and lse, which held NaN before the call."""
+        out = torch.full((*self.q.shape[:2], self.spec.kv_lora_rank), torch.nan, dtype=self.q.dtype)
+        lse = torch.full(self.q.shape[:2], torch.nan)
+        op(
+            op.prepare(self.spec, self.view),
+            q=self.q,
+            cache=self.cache,
+            block_table=self.view.block_table,
+            kv_lens=self.view.kv_lens_device,
+            cu_q=self.view.cu_q,
+            softmax_scale=self.spec.softmax_scale,
+            out=out,
+            lse=lse,
+        )
+        return out, lse
+
+    def truth(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return out and lse in float64, query by query; a query without keys gives 0 and -inf."""
+        results = [
+            _attend_one(q, rows, rows[:, : self.spec.kv_lora_rank], self.spec.softmax_scale)
+            for queries, keys in zip(self.q.split(list(self.view.query_lens)), self.owned, strict=True)
+            for q, rows in _causal(queries, keys)
+        ]
+        out, lse = zip(*results, strict=True)
+        return torch.stack(out), torch.stack(lse)
+
+
+def _causal(queries: torch.Tensor, *keys: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Return per query what it sees of each of `keys`; the last query sees them all."""
+    first = keys[0].shape[0] - queries.shape[0] + 1
+    return [(q, *(rows[: max(0, first + i)] for rows in keys)) for i, q in enumerate(queries)]
+
+
+def _attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, ...]:
+    """Attend one query [h, dk] over k [s, dk] or [s, h, dk] and v alike."""
+    k, v = (x.double() if x.dim() == 3 else x.double()[:, None].expand(-1, q.shape[0], -1) for x in (k, v))
+    logits = torch.einsum("hd,shd->hs", q.double(), k) * scale
+    lse = logits.logsumexp(-1) if k.shape[0] else torch.full(logits.shape[:1], -torch.inf).double()
+    weights = (logits - lse[:, None]).exp()
+    return torch.einsum("hs,shd->hd", weights, v), lse
+
+
+def _spec(heads: int, dtype: torch.dtype) -> AttentionSpec:
+    return AttentionSpec(heads, 32, 16, 8, 12, 24**-0.5, dtype, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def latent_problem() -> Callable[..., LatentProblem]:
+    """Return a maker of latent attention problems over shuffled pages, all else NaN."""
+
+    def make(
+        query_lens: Lengths,
+        kv_lens: Lengths,
+        *,
+        dtype: torch.dtype = torch.float32,
+        heads: int = 3,
+        page_size: int = 16,
+        seed: int = 0,
+    ) -> LatentProblem:
+        spec, generator = _spec(heads, dtype), torch.Generator().manual_seed(seed)
+        width = spec.kv_lora_rank + spec.qk_rope_head_dim
+        columns = max(1, -(-max(kv_lens) // page_size))
+        pages = torch.randperm(len(kv_lens) * columns + 1, generator=generator).int()
+        table = pages[1:].view(len(kv_lens), columns)
+        cache = torch.full((len(pages), page_size, width), torch.nan, dtype=dtype)
+        owned = [torch.randn(s, width, generator=generator).to(dtype) for s in kv_lens]
+        for row, latents in zip(table, owned, strict=True):
+            position = torch.arange(len(latents))
+            cache[row[position // page_size].long(), position % page_size] = latents
+        view = SimpleNamespace(
+            query_lens=tuple(query_lens),
+            kv_lens=tuple(kv_lens),
+            page_size=page_size,
+            block_table=table,
+            kv_lens_device=torch.tensor(kv_lens, dtype=torch.int32),
+            cu_q=torch.tensor([sum(query_lens[:i]) for i in range(len(query_lens) + 1)], dtype=torch.int32),
+        )
+        q = torch.randn(sum(query_lens), heads, width, generator=generator).to(dtype)
+        return LatentProblem(spec, view, q, cache, owned)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def check_latent(latent_problem: Any, assert_rows_close: Any) -> Callable[[FusedOp], None]:
+    """Return a check of a latent attention op against float64, per token and head, out and lse."""
+    steps = (((5, 1, 20), (5, 1, 20)), ((3, 1, 9, 2), (40, 7, 30, 18)), ((1,) * 6, (33, 16, 47, 3, 65, 1)))
+
+    def check(op: FusedOp) -> None:
+        for dtype in DTYPES:
+            for query_lens, kv_lens in steps:
+                problem = latent_problem(query_lens, kv_lens, dtype=dtype)
+                (out, lse), (true_out, true_lse) = problem.run(op), problem.truth()
+                assert_rows_close(out, true_out, OP_BOUND[dtype])
+                assert (lse - true_lse).abs().max() <= LSE_BOUND, "worst lse error is too large"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def check_expanded(assert_rows_close: Any) -> Callable[..., None]:
+    """Return a check of an expanded attention op against float64, per token and head, out and lse."""
+
+    def check(
+        op: FusedOp,
+        query_lens: Lengths = (5, 1, 20, 3),
+        kv_lens: Lengths = (5, 9, 20, 31),
+        causal: bool = True,
+        heads: int = 3,
+    ) -> None:
+        for dtype in DTYPES:
+            spec, generator = _spec(heads, dtype), torch.Generator().manual_seed(3)
+            shapes = ((sum(query_lens), 24), (sum(kv_lens), 24), (sum(kv_lens), 12))
+            q, k, v = (torch.randn(t, heads, d, generator=generator).to(dtype) for t, d in shapes)
+            out, lse = (
+                torch.full((len(q), heads, 12), torch.nan, dtype=dtype),
+                torch.full(q.shape[:2], torch.nan),
+            )
+            state = op.prepare(spec, SegmentLengths(tuple(query_lens), tuple(kv_lens), causal))
+            op(state, q=q, k=k, v=v, softmax_scale=spec.softmax_scale, out=out, lse=lse)
+            pieces = zip(
+                q.split(list(query_lens)), k.split(list(kv_lens)), v.split(list(kv_lens)), strict=True
+            )
+            seen = [
+                one
+                for queries, keys, values in pieces
+                for one in (
+                    _causal(queries, keys, values) if causal else [(q, keys, values) for q in queries]
+                )
+            ]
+            true_out, true_lse = map(
+                torch.stack, zip(*(_attend_one(*one, spec.softmax_scale) for one in seen), strict=True)
+            )
+            assert_rows_close(out, true_out, OP_BOUND[dtype])
+            gap = torch.where(lse == true_lse, 0.0, (lse - true_lse).abs())  # -inf is -inf
+            assert gap.max() <= LSE_BOUND, "worst lse error is too large"
+
+    return check

@@ -1,0 +1,131 @@
+"""`RaggedBatch`: slots, positions and tables of a step; subsets, in-place updates and the memo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla import LatentCache
+from mla.batch import host_ints
+from mla.errors import StaleBatch
+
+
+def make_batch(
+    tiny: Any, new: list[int], old: list[int], page_size: int = 16
+) -> tuple[LatentCache, Any, Any]:
+    size = sum(new) + sum(old) + page_size * len(new)
+    cache = LatentCache(tiny(), max_tokens=size, page_size=page_size, shuffle=1, dtype=torch.float32)
+    ids = cache.new_sequences(len(new))
+    cache.extend(ids, old)
+    return cache, ids, cache.extend(ids, new)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 50)), min_size=1, max_size=6),
+    st.sampled_from([1, 2, 16, 64]),
+)
+def test_every_new_token_knows_its_position_and_slot(
+    tiny: Any, requests: list[tuple[int, int]], page_size: int
+) -> None:
+    new, old = (list(lengths) for lengths in zip(*requests, strict=True))
+    cache, ids, batch = make_batch(tiny, new, old, page_size)
+    assert batch.num_tokens == sum(new)
+    assert batch.query_lens == tuple(new)
+    assert batch.kv_lens == tuple(n + o for n, o in requests)
+    assert batch.positions.tolist() == [o + i for n, o in requests for i in range(n)]
+    expected = [cache.slots(sequence)[o:] for sequence, o in zip(ids, old, strict=True)]
+    assert torch.equal(batch.slots, torch.cat(expected))
+    assert batch.kv_lens_device.tolist() == list(batch.kv_lens)
+    assert batch.cu_q.tolist() == list(batch.cu_q_host)
+    for sequence, row, kv_len in zip(ids, batch.block_table, batch.kv_lens, strict=True):
+        position = torch.arange(kv_len)
+        slots = row[position // page_size].long() * page_size + position % page_size
+        assert torch.equal(slots, cache.slots(sequence))
+
+
+def test_device_tables_have_the_dtypes_of_the_contract(tiny: Any) -> None:
+    _, _, batch = make_batch(tiny, [3, 1], [0, 40])
+    for name in ("positions", "block_table", "kv_lens_device", "cu_q"):
+        assert getattr(batch, name).dtype == torch.int32, name
+    assert batch.slots.dtype == torch.int64
+    assert batch.block_table.shape == (2, 3)
+
+
+def test_a_row_without_new_tokens_takes_no_slot(tiny: Any) -> None:
+    cache, ids, batch = make_batch(tiny, [0, 2, 0], [5, 6, 0])
+    assert batch.cu_q_host == (0, 0, 2, 2)
+    assert torch.equal(batch.slots, cache.slots(ids[1])[6:])
+
+
+def test_a_subset_describes_only_its_requests(tiny: Any) -> None:
+    _, _, batch = make_batch(tiny, [3, 1, 4], [0, 40, 20])
+    part = batch.subset([2, 0])
+    assert (part.query_lens, part.kv_lens) == ((4, 3), (24, 3))
+    assert torch.equal(part.block_table, batch.block_table[[2, 0]])
+    assert torch.equal(part.slots, torch.cat((batch.slots[4:], batch.slots[:3])))
+
+
+def test_update_takes_new_lengths_and_keeps_every_address(tiny: Any) -> None:
+    cache, ids, batch = make_batch(tiny, [1, 1], [5, 20])
+    names = ("slots", "positions", "block_table", "kv_lens_device", "cu_q")
+    addresses = [getattr(batch, name).data_ptr() for name in names]
+    memo = batch.memo("key", object)
+    fresh = cache.extend(ids, [1, 1])
+    with pytest.raises(StaleBatch):
+        batch.check_current()
+    assert batch.update_(fresh) is batch
+    batch.check_current()
+    assert batch.kv_lens == fresh.kv_lens == (7, 22)
+    assert [getattr(batch, name).data_ptr() for name in names] == addresses
+    for name in names:
+        assert torch.equal(getattr(batch, name), getattr(fresh, name)), name
+    assert batch.memo("key", object) is not memo, "what was prepared for the old lengths is forgotten"
+
+
+def test_an_updated_batch_runs_like_a_fresh_one(make_case: Any) -> None:
+    case = make_case([1, 1], [5, 20])
+    case.run()
+    fresh = case.cache.extend(case.ids, [1, 1])
+    expected = case.layer(case.hidden, fresh, case.cache.pages[0])
+    case.batch.update_(fresh)
+    assert torch.equal(case.run(), expected)
+
+
+def test_update_refuses_other_shapes_and_changes_nothing(tiny: Any) -> None:
+    cache, ids, batch = make_batch(tiny, [1, 1], [5, 20])
+    with pytest.raises(ValueError, match="same query_lens"):
+        batch.update_(cache.extend(ids, [1, 2]))
+    cache.extend(ids, [0, 12])
+    wider = cache.extend(ids, [1, 1])
+    with pytest.raises(ValueError, match="same width"):
+        batch.update_(wider)
+    assert batch.kv_lens == (6, 21)
+
+
+def test_update_refuses_a_stale_batch(tiny: Any) -> None:
+    cache, ids, batch = make_batch(tiny, [1, 1], [5, 8])
+    stale = cache.extend(ids, [1, 1])
+    cache.extend(ids, [1, 1])
+    with pytest.raises(StaleBatch):
+        batch.update_(stale)
+    with pytest.raises(StaleBatch):
+        batch.check_current()
+
+
+def test_memo_builds_once_per_key(tiny: Any) -> None:
+    _, _, batch = make_batch(tiny, [1], [0])
+    built = [batch.memo(key, object) for key in ("a", "b", "a")]
+    assert built[0] is built[2]
+    assert built[0] is not built[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_host_ints_keeps_values(dtype: torch.dtype) -> None:
+    for values in ([], [0], [-3, 2**30, 7]):
+        assert host_ints(iter(values), dtype).tolist() == values
+        assert host_ints(values, dtype).dtype == dtype

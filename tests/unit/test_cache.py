@@ -1,0 +1,295 @@
+"""`LatentCache`: pages, lengths, load and read, and errors that change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla import LatentCache
+from mla.errors import CacheFull, StaleBatch
+
+
+@pytest.fixture(scope="module")
+def make_cache(tiny: Any) -> Callable[..., LatentCache]:
+    def make(max_tokens: int = 64, page_size: int = 16, **kwargs: Any) -> LatentCache:
+        kwargs.setdefault("dtype", torch.float32)
+        return LatentCache(tiny(), max_tokens=max_tokens, page_size=page_size, **kwargs)
+
+    return make
+
+
+def snapshot(cache: LatentCache, ids: list[int]) -> tuple[Any, ...]:
+    """Return all that an operation which claims to change nothing must keep."""
+    return (
+        [cache.length(sequence) for sequence in ids],
+        [cache.slots(sequence).tolist() for sequence in ids],
+        cache.free_pages,
+        cache.generation,
+        cache.pages.tolist(),
+    )
+
+
+def latents(cache: LatentCache, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    widths = (cache.config.kv_lora_rank, cache.config.qk_rope_head_dim)
+    kv, pe = (torch.randn(count, width, generator=generator).to(cache.pages.dtype) for width in widths)
+    return kv, pe
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_load_and_read_are_a_round_trip_per_layer(
+    make_cache: Any, page_size: int, dtype: torch.dtype
+) -> None:
+    cache = make_cache(256, page_size, num_layers=2, shuffle=3, dtype=dtype)
+    ids = cache.new_sequences(3)
+    stored = {}
+    for sequence, count in zip(ids, (65, 1, 16), strict=True):
+        for layer in range(2):
+            stored[sequence, layer] = latents(cache, count, seed=10 * sequence + layer)
+            cache.load(sequence, *stored[sequence, layer], layer=layer)
+    for (sequence, layer), expected in stored.items():
+        for found, given_ in zip(cache.read(sequence, layer), expected, strict=True):
+            assert torch.equal(found, given_)
+
+
+def test_read_returns_copies(make_cache: Any) -> None:
+    cache = make_cache()
+    (sequence,) = cache.new_sequences(1)
+    cache.load(sequence, *latents(cache, 5))
+    kv, _ = cache.read(sequence)
+    kv.zero_()
+    assert cache.read(sequence)[0].abs().min() > 0
+
+
+def test_loading_nothing_leaves_an_empty_sequence(make_cache: Any) -> None:
+    cache = make_cache()
+    (sequence,) = cache.new_sequences(1)
+    cache.load(sequence, *latents(cache, 0))
+    assert cache.length(sequence) == 0
+    assert [part.shape[0] for part in cache.read(sequence)] == [0, 0]
+
+
+def test_kv_cache_and_pe_cache_are_views_of_the_pages(make_cache: Any) -> None:
+    cache = make_cache()
+    (sequence,) = cache.new_sequences(1)
+    kv, pe = latents(cache, 16)
+    cache.load(sequence, kv, pe)
+    page = cache.slots(sequence)[0].item() // 16
+    assert torch.equal(cache.kv_cache[0, page], kv)
+    assert torch.equal(cache.pe_cache[0, page], pe)
+    assert cache.kv_cache.untyped_storage().data_ptr() == cache.pages.untyped_storage().data_ptr()
+    assert cache.pe_cache.untyped_storage().data_ptr() == cache.pages.untyped_storage().data_ptr()
+
+
+def test_a_load_that_does_not_fit_the_sequence_is_refused_and_changes_nothing(make_cache: Any) -> None:
+    cache = make_cache()
+    ids = cache.new_sequences(2)
+    cache.load(ids[0], *latents(cache, 5))
+    before = snapshot(cache, ids)
+    kv, pe = latents(cache, 6)
+    for sequence, rows in ((ids[0], pe), (ids[1], pe[:5])):  # another length; kv and pe that differ
+        with pytest.raises(ValueError, match=r"load\(\) (got 6 tokens for a sequence of 5|takes kv)"):
+            cache.load(sequence, kv, rows)
+        assert snapshot(cache, ids) == before
+
+
+def test_a_load_of_another_width_is_refused_and_changes_nothing(make_cache: Any) -> None:
+    cache = make_cache()
+    ids = cache.new_sequences(1)
+    before = snapshot(cache, ids)
+    kv, pe = latents(cache, 6)
+    with pytest.raises((ValueError, RuntimeError)):
+        cache.load(ids[0], kv[:, 1:], pe)
+    assert snapshot(cache, ids) == before
+
+
+def test_a_full_cache_changes_nothing(make_cache: Any) -> None:
+    cache = make_cache(80)
+    ids = cache.new_sequences(3)
+    cache.load(ids[0], *latents(cache, 20))
+    batch = cache.extend(ids[1:], [1, 1])
+    before = snapshot(cache, ids)
+    with pytest.raises(CacheFull, match=r"1 free pages of 16 tokens and this step needs 3"):
+        cache.extend(ids, [13, 17, 16])  # one page each, which any of them alone would get
+    assert snapshot(cache, ids) == before
+    with pytest.raises(CacheFull):
+        cache.load(cache.new_sequences(1)[0], *latents(cache, 17))
+    assert snapshot(cache, ids) == before
+    batch.check_current()
+    assert cache.extend(ids, [12, 15, 15]).kv_lens == (32, 16, 16)  # what is left fits to the last slot
+
+
+@pytest.mark.parametrize(
+    ("sequences", "query_lens", "message"),
+    [
+        ([0], [1, 1], "1 sequences and 2 query_lens"),
+        ([], [], "0 sequences"),
+        ([0, 0], [1, 1], "only once"),
+        ([0], [-1], "negative"),
+        ([0, 9], [1, 1], "no sequence 9"),
+    ],
+)
+def test_a_bad_step_is_refused_and_changes_nothing(
+    make_cache: Any, sequences: list[int], query_lens: list[int], message: str
+) -> None:
+    cache = make_cache()
+    ids = cache.new_sequences(2)
+    before = snapshot(cache, ids)
+    with pytest.raises(ValueError, match=message):
+        cache.extend(sequences, query_lens)
+    assert snapshot(cache, ids) == before
+
+
+def test_extending_again_after_truncate_takes_the_same_pages(make_cache: Any) -> None:
+    cache = make_cache(256, shuffle=5)
+    ids = cache.new_sequences(2)
+    cache.extend(ids, [70, 20])
+    slots = cache.slots(ids[0])
+    for length in (64, 17, 0):
+        cache.truncate(ids[0], length)
+        assert torch.equal(cache.slots(ids[0]), slots[:length])
+        cache.extend([ids[0]], [70 - length])
+        assert torch.equal(cache.slots(ids[0]), slots)
+
+
+def test_freed_pages_are_zero_in_every_layer_and_kept_pages_keep_their_content(make_cache: Any) -> None:
+    cache = make_cache(64, num_layers=2)
+    ids = cache.new_sequences(2)
+    cache.extend(ids, [33, 16])
+    cache.pages.fill_(7.0)
+    slots = cache.slots(ids[0])
+    cache.truncate(ids[0], 17)
+    rows = cache.pages.view(2, -1, cache.config.latent_dim)
+    assert (rows[:, slots[32:]] == 0).all()
+    assert (rows[:, slots[:17]] == 7).all()
+    cache.release(ids)
+    assert (cache.pages == 0).all()
+    assert cache.free_pages == 4
+
+
+def test_a_released_sequence_is_gone_and_its_pages_serve_others(make_cache: Any) -> None:
+    cache = make_cache(32)
+    ids = cache.new_sequences(2)
+    cache.extend(ids, [16, 16])
+    cache.release([ids[0]])
+    with pytest.raises(ValueError, match=f"no sequence {ids[0]}"):
+        cache.length(ids[0])
+    (newcomer,) = cache.new_sequences(1)
+    assert newcomer not in ids
+    assert cache.extend([newcomer], [16]).num_tokens == 16
+
+
+@pytest.mark.parametrize("length", [-1, 6])
+def test_truncate_cannot_grow_a_sequence(make_cache: Any, length: int) -> None:
+    cache = make_cache()
+    ids = cache.new_sequences(1)
+    cache.extend(ids, [5])
+    before = snapshot(cache, ids)
+    with pytest.raises(ValueError, match=f"5 tokens to {length}"):
+        cache.truncate(ids[0], length)
+    assert snapshot(cache, ids) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache, ids: cache.extend(ids, [1]),
+        lambda cache, ids: cache.truncate(ids[0], 2),
+        lambda cache, ids: cache.release(ids),
+    ],
+    ids=["extend", "truncate", "release"],
+)
+def test_a_batch_is_stale_after_any_change(make_cache: Any, change: Callable[..., Any]) -> None:
+    cache = make_cache()
+    ids = cache.new_sequences(1)
+    batch = cache.extend(ids, [3])
+    batch.check_current()
+    cache.read(ids[0])
+    batch.check_current()
+    change(cache, ids)
+    with pytest.raises(StaleBatch, match="out of date"):
+        batch.check_current()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"page_size": 48}, "power of two, got 48"),
+        ({"page_size": 0}, "power of two"),
+        ({"max_tokens": 0}, "must be positive"),
+        ({"num_layers": 0}, "must be positive"),
+    ],
+)
+def test_sizes_that_make_no_cache_are_refused(make_cache: Any, kwargs: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_cache(**kwargs)
+
+
+def test_shuffle_hands_pages_out_in_another_order(make_cache: Any) -> None:
+    orders = []
+    for shuffle in (None, 1, 1, 2):
+        cache = make_cache(64 * 16, shuffle=shuffle)
+        ids = cache.new_sequences(1)
+        cache.extend(ids, [64 * 16])
+        orders.append(cache.slots(ids[0]).tolist())
+    assert orders[0] == list(range(64 * 16))
+    assert orders[1] == orders[2] != orders[0]
+    assert orders[3] not in orders[:3]
+    assert all(sorted(order) == orders[0] for order in orders)
+
+
+steps = st.lists(st.tuples(st.sampled_from("neetr"), st.integers(0, 7), st.integers(0, 40)), max_size=25)
+
+
+@settings(max_examples=40, deadline=None)
+@given(steps, st.sampled_from([1, 4, 16]))
+def test_any_history_of_calls_keeps_pages_disjoint_and_contents_intact(
+    make_cache: Any, calls: list[tuple[str, int, int]], page_size: int
+) -> None:
+    """A model of plain Python lists: every sequence holds its own rows whatever happens to the others."""
+    cache = make_cache(96, page_size, shuffle=0)
+    model: dict[int, torch.Tensor] = {}
+    flat = cache.pages.view(-1, cache.config.latent_dim)
+    for number, (call, which, amount) in enumerate(calls):
+        if call == "n" or not model:
+            model[cache.new_sequences(1)[0]] = torch.zeros(0)
+            continue
+        sequence = list(model)[which % len(model)]
+        length = len(model[sequence])
+        if call == "e":
+            try:
+                batch = cache.extend([sequence], [amount])
+            except CacheFull:
+                continue
+            new = number + torch.arange(amount) / 64
+            flat[batch.slots] = new[:, None].expand(-1, flat.shape[1])
+            model[sequence] = torch.cat((model[sequence], new))
+        elif call == "t":
+            cache.truncate(sequence, min(amount, length))
+            model[sequence] = model[sequence][:amount]
+        else:
+            cache.release([sequence])
+            del model[sequence]
+    owned = [slot for sequence in model for slot in cache.slots(sequence).tolist()]
+    assert len(set(owned)) == len(owned)
+    for sequence, rows in model.items():
+        assert torch.equal(cache.read(sequence)[0][:, 0], rows)
+    used = sum(-(-len(rows) // page_size) for rows in model.values())
+    assert cache.free_pages == cache.num_pages - used
+
+
+def test_a_release_that_names_a_wrong_sequence_frees_none(make_cache: Any) -> None:
+    cache = make_cache()
+    ids = cache.new_sequences(2)
+    cache.load(ids[0], *latents(cache, 5))
+    before = snapshot(cache, ids)
+    for wrong in ([ids[0], 99], [ids[0], ids[0]]):
+        with pytest.raises(ValueError, match=r"no sequence 99|only once"):
+            cache.release(wrong)
+        assert snapshot(cache, ids) == before

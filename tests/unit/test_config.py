@@ -1,0 +1,201 @@
+"""`MLAConfig`: presets, reading config.json, and a named error for everything no layer can have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla import MLAConfig
+from mla.config import YarnScaling
+from mla.errors import ConfigError
+from mla.presets import PRESETS
+
+MINIMAL = {"hidden_size": 64, "num_attention_heads": 4, "kv_lora_rank": 32}
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
+
+
+def test_presets_hold_the_published_numbers() -> None:
+    lite, r1, kimi = (MLAConfig.preset(name) for name in ("deepseek-v2-lite", "deepseek-r1", "kimi-k2"))
+    assert (lite.hidden_size, lite.num_attention_heads, lite.q_lora_rank) == (2048, 16, None)
+    assert (r1.hidden_size, r1.num_attention_heads, r1.q_lora_rank) == (7168, 128, 1536)
+    assert (kimi.num_attention_heads, kimi.rope_theta) == (64, 50000.0)
+    assert lite.rope_scaling == YarnScaling(40, 4096, mscale=0.707, mscale_all_dim=0.707)
+    for config in (lite, r1, kimi):
+        assert (config.latent_dim, config.qk_head_dim, config.v_head_dim) == (576, 192, 128)
+        assert config.rms_norm_eps == 1e-6
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_config_that_knows_its_name_and_source(name: str) -> None:
+    assert MLAConfig.preset(name).name == name
+    assert PRESETS[name].source.startswith("https://")
+
+
+def test_an_unknown_preset_suggests_the_closest_and_lists_all() -> None:
+    with pytest.raises(
+        ConfigError, match=r"unknown config 'deepsek-r1'\. Did you mean 'deepseek-r1'\?"
+    ) as info:
+        MLAConfig.preset("deepsek-r1")
+    assert all(name in str(info.value) for name in PRESETS)
+    with pytest.raises(ConfigError) as info:
+        MLAConfig.preset("zzz")
+    assert "Did you mean" not in str(info.value)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "64", None, True])
+def test_a_dimension_must_be_a_positive_integer(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"config 'custom': {key} must be a positive integer, got "):
+        MLAConfig.from_dict({**MINIMAL, key: value})
+
+
+@pytest.mark.parametrize("key", ["qk_rope_head_dim", "v_head_dim", "q_lora_rank"])
+def test_zero_is_no_dimension(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key} must be a positive integer, got 0"):
+        MLAConfig.from_dict({**MINIMAL, key: 0})
+
+
+def test_an_odd_rotary_width_is_refused() -> None:
+    with pytest.raises(ConfigError, match="qk_rope_head_dim must be even, got 63"):
+        MLAConfig.from_dict({**MINIMAL, "qk_rope_head_dim": 63})
+
+
+@pytest.mark.parametrize("key", MINIMAL)
+def test_a_missing_key_says_this_is_no_mla_layer(key: str) -> None:
+    values = {name: value for name, value in MINIMAL.items() if name != key}
+    with pytest.raises(
+        ConfigError, match=f"config 'llama' has no {key}, so it does not describe an MLA layer"
+    ):
+        MLAConfig.from_dict({**values, "model_type": "llama"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "linear"}, "type 'linear' is not supported"),
+        ({"type": "deepseek_yarn"}, "type 'deepseek_yarn' is not supported"),
+        ({"type": None}, "type None is not supported"),
+        ({"rope_type": "llama3"}, "type 'llama3' is not supported"),
+        ({"truncate": False}, "key 'truncate' is not supported"),
+        ({"attention_factor": 1.0}, "key 'attention_factor' is not supported"),
+        ({"factor": None}, "needs a positive number 'factor'"),
+        ({"factor": "40"}, "needs a positive number 'factor'"),
+        ({"factor": 0}, "needs a positive number 'factor'"),
+        ({"original_max_position_embeddings": None}, "'original_max_position_embeddings'"),
+    ],
+)
+def test_a_rope_scaling_that_would_turn_otherwise_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MLAConfig.from_dict({**MINIMAL, "rope_scaling": {**YARN, **change}})
+
+
+@pytest.mark.parametrize("key", ["factor", "original_max_position_embeddings"])
+def test_yarn_without_its_lengths_is_refused(key: str) -> None:
+    scaling = {name: value for name, value in YARN.items() if name != key}
+    with pytest.raises(ConfigError, match=f"rope_scaling needs a positive number '{key}'"):
+        MLAConfig.from_dict({**MINIMAL, "rope_scaling": scaling})
+
+
+def test_a_rope_scaling_that_is_no_object_is_refused() -> None:
+    for scaling in ("linear", "yarn", 3):
+        with pytest.raises(ConfigError, match="rope_scaling"):
+            MLAConfig.from_dict({**MINIMAL, "rope_scaling": scaling})
+
+
+@pytest.mark.parametrize("scaling", [None, {"type": "default"}, {"rope_type": "default"}])
+def test_no_scaling_has_three_spellings(scaling: Any) -> None:
+    assert MLAConfig.from_dict({**MINIMAL, "rope_scaling": scaling}).rope_scaling is None
+
+
+def test_both_spellings_of_the_type_are_one_scaling() -> None:
+    new = {"rope_type": "yarn", **{key: value for key, value in YARN.items() if key != "type"}}
+    configs = [MLAConfig.from_dict({**MINIMAL, "rope_scaling": scaling}) for scaling in (YARN, new)]
+    assert configs[0] == configs[1]
+
+
+ROPE_PARAMETERS = {
+    "rope_type": "yarn",
+    "rope_theta": 50000.0,
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+}
+
+
+def test_rope_parameters_is_read_like_rope_scaling_with_its_theta() -> None:
+    config = MLAConfig.from_dict({**MINIMAL, "rope_parameters": ROPE_PARAMETERS})
+    assert config.rope_scaling == YarnScaling(40, 4096)
+    assert config.rope_theta == 50000.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_theta": None},
+        {"rope_theta": "10000"},
+        {"rms_norm_eps": None},
+        {"rope_scaling": {**YARN, "beta_fast": -1}},
+        {"rope_scaling": {**YARN, "mscale": "1"}},
+        {"rope_scaling": {**YARN, "factor": float("nan")}},
+        {"attention_bias": "no"},
+    ],
+    ids=str,
+)
+def test_a_value_of_the_wrong_kind_is_refused_when_the_config_is_read(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        MLAConfig.from_dict({**MINIMAL, **change})
+
+
+def test_keys_that_do_not_concern_the_layer_are_ignored() -> None:
+    plain = MLAConfig.from_dict(MINIMAL)
+    assert MLAConfig.from_dict({**MINIMAL, "vocab_size": 129280, "moe_layer_freq": 1}) == plain
+
+
+def test_a_directory_a_file_and_a_dict_are_read_alike(tmp_path: Path) -> None:
+    values = {**MINIMAL, "q_lora_rank": 24, "rope_scaling": YARN, "name": "x"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    sources = (tmp_path, str(tmp_path), tmp_path / "config.json", values)
+    configs = [MLAConfig.from_pretrained(source) for source in sources]
+    assert all(config == configs[0] for config in configs)
+    assert configs[0].q_lora_rank == 24
+
+
+def test_a_config_read_from_disk_is_named_after_its_place(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**MINIMAL, "hidden_size": 0}))
+    with pytest.raises(ConfigError) as info:
+        MLAConfig.from_pretrained(tmp_path)
+    assert f"config '{tmp_path}': hidden_size" in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not valid JSON"), ("[1]", "must hold a JSON object, got list"), ("\x00", "is not valid JSON")],
+)
+def test_a_file_that_is_no_config_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=message) as info:
+        MLAConfig.from_pretrained(tmp_path)
+    assert str(tmp_path / "config.json") in str(info.value)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read config") as info:
+        MLAConfig.from_pretrained(tmp_path / "nowhere")
+    assert "nowhere" in str(info.value)
+
+
+def test_with_heads_changes_only_the_head_count() -> None:
+    whole = MLAConfig.preset("deepseek-r1")
+    rank = whole.with_heads(16)
+    assert rank.num_attention_heads == 16
+    assert rank.with_heads(128) == whole
+    assert rank.softmax_scale == whole.softmax_scale
+
+
+def test_every_error_of_the_core_is_one_sentence_with_the_usage_exit_code() -> None:
+    with pytest.raises(ConfigError) as info:
+        MLAConfig.preset("deepseek")
+    assert info.value.exit_code == 2
+    assert "\n" not in str(info.value)

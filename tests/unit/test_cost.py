@@ -1,0 +1,102 @@
+"""FLOPs, bytes and the choice between the two attention paths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla import MLAConfig, cost
+from mla.weights import weight_shapes
+
+dims = st.integers(1, 600)
+lengths = st.tuples(st.integers(0, 500), st.integers(0, 5000)).map(lambda pair: (pair[0], sum(pair)))
+
+
+def config_of(c: int, n: int, r: int, v: int, heads: int = 2) -> MLAConfig:
+    return MLAConfig(
+        hidden_size=8,
+        num_attention_heads=heads,
+        kv_lora_rank=c,
+        qk_nope_head_dim=n,
+        qk_rope_head_dim=2 * r,
+        v_head_dim=v,
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 40), st.integers(0, 60))
+def test_attended_pairs_equal_a_count(query_len: int, history: int) -> None:
+    kv_len = history + query_len
+    count = sum(1 for i in range(query_len) for key in range(kv_len) if key <= history + i)
+    assert cost.attended_pairs(query_len, kv_len) == count
+
+
+@settings(max_examples=300, deadline=None)
+@given(dims, dims, dims, dims, lengths)
+def test_the_chosen_path_has_the_fewer_flops(
+    c: int, n: int, r: int, v: int, request_lengths: tuple[int, int]
+) -> None:
+    config = config_of(c, n, r, v)
+    absorbed = cost.absorbed_flops(config, *request_lengths)
+    expanded = cost.expanded_flops(config, *request_lengths)
+    expected = cost.ABSORBED if absorbed <= expanded else cost.EXPANDED
+    assert cost.PathChooser(config).path(*request_lengths) == expected
+
+
+@pytest.mark.parametrize(("new", "old", "pairs"), [(1, 0, 1), (1, 9, 10), (3, 2, 12)])
+def test_flops_of_a_small_step_by_hand(new: int, old: int, pairs: int) -> None:
+    config = config_of(c=10, n=3, r=2, v=5)
+    assert cost.absorbed_flops(config, new, new + old) == 4 * (pairs * (10 + 4 + 10) + new * 10 * (3 + 5))
+    assert cost.expanded_flops(config, new, new + old) == 4 * (
+        pairs * (3 + 4 + 5) + (new + old) * 10 * (3 + 5)
+    )
+
+
+@pytest.mark.parametrize("preset", ["deepseek-r1", "deepseek-v2-lite", "kimi-k2"])
+def test_break_even_of_a_long_history_is_about_170_new_tokens(preset: str) -> None:
+    chooser, history = cost.PathChooser(MLAConfig.preset(preset)), 100_000
+    paths = [chooser.path(new, history + new) for new in range(1, 400)]
+    first_expanded = paths.index(cost.EXPANDED) + 1
+    assert 165 <= first_expanded <= 175
+    assert set(paths[first_expanded:]) == {cost.EXPANDED}
+
+
+def test_decode_over_history_is_absorbed_and_prefill_without_history_expanded() -> None:
+    chooser = cost.PathChooser(MLAConfig.preset("deepseek-r1"))
+    assert chooser.path(1, 1000) == cost.ABSORBED
+    assert chooser.path(1000, 1000) == cost.EXPANDED
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(lengths, min_size=1, max_size=5))
+def test_a_step_costs_its_projections_and_the_cheaper_path_of_each_request(
+    requests: list[tuple[int, int]],
+) -> None:
+    config = MLAConfig.preset("deepseek-v2-lite")
+    query_lens, kv_lens = zip(*requests, strict=True)
+    steps = {
+        mode: cost.step_flops(config, query_lens, kv_lens, mode) for mode in ("absorbed", "expanded", "auto")
+    }
+    assert steps["auto"] <= min(steps["absorbed"], steps["expanded"])
+    projections = 2 * cost.projection_parameters(config) * sum(query_lens)
+    cheaper = sum(
+        min(cost.absorbed_flops(config, *one), cost.expanded_flops(config, *one)) for one in requests
+    )
+    assert steps["auto"] == projections + cheaper
+
+
+@pytest.mark.parametrize("rank", [None, 24])
+def test_parameters_count_every_matrix(tiny: Any, rank: int | None) -> None:
+    config = tiny(q_lora_rank=rank)
+    matrices = [shape for shape in weight_shapes(config).values() if len(shape) == 2]
+    assert cost.parameters(config) == sum(rows * columns for rows, columns in matrices)
+
+
+def test_bytes_grow_with_the_attended_latents_and_the_element_size(tiny: Any) -> None:
+    config = tiny()
+    short, long = (cost.step_bytes(config, [1, 1], lens, 2) for lens in ([10, 10], [10, 110]))
+    assert long - short == 2 * 100 * config.latent_dim
+    assert cost.step_bytes(config, [1, 1], [10, 10], 4) == 2 * short

@@ -1,0 +1,176 @@
+"""The layer against the float64 oracle: dtypes, shapes, page sizes, poisoned memory, magnitudes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla import MLAConfig
+from mla.config import YarnScaling
+from mla.oracle import oracle
+
+MODES = ("auto", "absorbed", "expanded")
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+YARN = YarnScaling(40, 64, mscale=0.707, mscale_all_dim=0.707)
+
+
+def relative(out: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((out.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [None, 24])
+@pytest.mark.parametrize("scaling", [None, YARN])
+@pytest.mark.parametrize("interleave", [True, False])
+def test_matches_the_oracle(
+    make_case: Any,
+    tiny: Any,
+    assert_rows_close: Any,
+    dtype: torch.dtype,
+    rank: int | None,
+    scaling: YarnScaling | None,
+    interleave: bool,
+) -> None:
+    config = tiny(q_lora_rank=rank, rope_scaling=scaling, rope_interleave=interleave)
+    case = make_case([40, 1, 7], [0, 90, 33], config, dtype=dtype)
+    assert_rows_close(case.run(), case.truth(), BOUND[dtype])
+
+
+@pytest.mark.parametrize("rank", [None, 24])
+def test_matches_the_oracle_with_biases(
+    make_case: Any, tiny: Any, assert_rows_close: Any, rank: int | None
+) -> None:
+    case = make_case([6, 1], [3, 20], tiny(q_lora_rank=rank, attention_bias=True))
+    assert_rows_close(case.run(), case.truth(), BOUND[torch.float32])
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_matches_the_oracle_for_any_shape(
+    make_case: Any, tiny: Any, assert_rows_close: Any, data: st.DataObject
+) -> None:
+    requests = data.draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 150)), min_size=1, max_size=6))
+    config = tiny(
+        num_attention_heads=data.draw(st.integers(1, 5)),
+        q_lora_rank=data.draw(st.sampled_from([None, 20])),
+        kv_lora_rank=data.draw(st.sampled_from([8, 32])),  # with 8, absorbed is always cheaper
+        rope_scaling=data.draw(st.sampled_from([None, YARN])),
+    )
+    case = make_case(
+        [new for new, _ in requests],
+        [old for _, old in requests],
+        config,
+        attention=data.draw(st.sampled_from(MODES)),
+        page_size=data.draw(st.sampled_from([1, 2, 16, 64])),
+        seed=data.draw(st.integers(0, 99)),
+    )
+    assert_rows_close(case.run(), case.truth(), BOUND[torch.float32])
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64, 128])
+@pytest.mark.parametrize("attention", ["absorbed", "expanded"])
+def test_lengths_around_a_page_boundary(
+    make_case: Any, assert_rows_close: Any, page_size: int, attention: str
+) -> None:
+    lengths = (63, 64, 65, 127, 128, 129)
+    decode = make_case([1] * 6, lengths, page_size=page_size, attention=attention)
+    assert_rows_close(decode.run(), decode.truth(), BOUND[torch.float32])
+    prefill = make_case(lengths, [0] * 6, page_size=page_size, attention=attention)
+    assert_rows_close(prefill.run(), prefill.truth(), BOUND[torch.float32])
+
+
+@pytest.mark.parametrize("heads", [1, 3, 5, 7])
+@pytest.mark.parametrize("attention", ["absorbed", "expanded"])
+def test_odd_head_counts(
+    make_case: Any, tiny: Any, assert_rows_close: Any, heads: int, attention: str
+) -> None:
+    config = tiny(num_attention_heads=heads)
+    case = make_case([5, 1, 2], [0, 40, 17], config, attention=attention)
+    assert_rows_close(case.run(), case.truth(), BOUND[torch.float32])
+
+
+@pytest.mark.parametrize("attention", MODES)
+def test_an_empty_history_is_a_prefill(make_case: Any, assert_rows_close: Any, attention: str) -> None:
+    case = make_case([1, 17, 64], [0, 0, 0], attention=attention)
+    assert_rows_close(case.run(), case.truth(), BOUND[torch.float32])
+
+
+def test_a_config_with_every_width_different_from_deepseeks(
+    make_case: Any, tiny: Any, assert_rows_close: Any
+) -> None:
+    config = tiny(hidden_size=33, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=21, kv_lora_rank=15)
+    for attention in MODES:
+        case = make_case([9, 1], [4, 50], config, attention=attention)
+        assert_rows_close(case.run(), case.truth(), BOUND[torch.float32])
+
+
+def test_positions_far_past_the_first_rotary_table(make_case: Any, tiny: Any, assert_rows_close: Any) -> None:
+    config = tiny(rope_scaling=YarnScaling(40, 4096, mscale=1.0, mscale_all_dim=1.0))
+    for attention in ("absorbed", "expanded"):
+        case = make_case([3, 1], [6000, 4096], config, attention=attention, page_size=64)
+        assert_rows_close(case.run(), case.truth(), BOUND[torch.float32])
+
+
+@pytest.mark.parametrize("attention", ["absorbed", "expanded"])
+@pytest.mark.parametrize(("new", "old"), [([128], [0]), ([1, 1], [1024, 300])])
+def test_real_dimensions_in_bf16_stay_within_the_projects_own_target(
+    make_case: Any, attention: str, new: list[int], old: list[int]
+) -> None:
+    config = MLAConfig.preset("deepseek-v2-lite")
+    case = make_case(new, old, config, dtype=torch.bfloat16, attention=attention, page_size=64)
+    assert relative(case.run(), case.truth()) <= 8e-3
+
+
+@pytest.mark.parametrize("attention", ["absorbed", "expanded"])
+def test_memory_that_no_request_owns_never_leaks(make_case: Any, attention: str) -> None:
+    """Unowned pages and slots past a request's end change no bit, whether NaN or finite; none is written."""
+    case = make_case([3, 1, 20], [30, 17, 0], attention=attention)
+    owned = torch.cat([case.cache.slots(sequence) for sequence in case.ids])
+    unowned = torch.ones(case.cache.num_pages * 16, dtype=torch.bool)
+    unowned[owned] = False
+    assert unowned.sum() > 3 * 15, "the case must leave slots and pages unowned"
+    flat = case.cache.pages.view(-1, case.config.latent_dim)
+    poisoned = case.run()
+    assert flat[unowned].isnan().all()
+    flat[unowned] = 1e4
+    assert torch.equal(case.run(), poisoned)
+    assert poisoned.isfinite().all()
+    assert (flat[unowned] == 1e4).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["absorbed", "expanded"])
+@pytest.mark.parametrize("rank", [None, 24])
+def test_large_inputs_give_no_nan_and_no_infinity(
+    make_case: Any, tiny: Any, dtype: torch.dtype, attention: str, rank: int | None
+) -> None:
+    config = tiny(q_lora_rank=rank)
+    case = make_case(
+        [20, 1], [9, 60], config, dtype=dtype, attention=attention, hidden_scale=1e3, history_scale=1e2
+    )
+    out = case.run()
+    assert out.isfinite().all()
+    assert out.abs().max() > 1  # the history really was attended
+
+
+@pytest.mark.parametrize("attention", MODES)
+def test_a_zero_input_is_finite(make_case: Any, attention: str) -> None:
+    case = make_case([4, 1], [0, 20], attention=attention, hidden_scale=0.0)
+    assert case.run().isfinite().all()
+
+
+def test_the_layer_caches_what_the_oracle_attends(make_case: Any, tiny: Any, assert_rows_close: Any) -> None:
+    """A decode step over latents the layer wrote equals the oracle over the whole sequence."""
+    config = tiny(q_lora_rank=24, rope_scaling=YARN)
+    case = make_case([70, 9], [0, 12], config)
+    case.run()
+    step = torch.randn(2, config.hidden_size, generator=torch.Generator().manual_seed(9))
+    out = case.layer(step, case.cache.extend(case.ids, [1, 1]), case.cache.pages[0])
+    first, second = case.hidden.split([70, 9])
+    hidden = torch.cat([first, step[:1], second, step[1:]])
+    truth = oracle(config, case.state, hidden, [71, 10], case.history)[[70, 80]]
+    assert_rows_close(out, truth, BOUND[torch.float32])

@@ -1,0 +1,137 @@
+"""Rules between the packages: who imports whom, what an import costs, and that all versions are one."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mla
+import mla_backends
+from mla_backends.known import KNOWN
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGINS = sorted((ROOT / "plugins").glob("*/mla_backend_*"))
+
+
+def python_files(*folders: Path) -> list[Path]:
+    files = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    assert files, f"no Python file under {folders}"
+    return files
+
+
+def imports(path: Path, *, run_time: bool) -> Iterator[str]:
+    """Yield the top-level package of every import; at run time those under TYPE_CHECKING do not count."""
+    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield (node.module or "").partition(".")[0]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from (str(a.value).partition(".")[0] for a in node.args[:1] if isinstance(a, ast.Constant))
+        if run_time and isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            pending += node.orelse
+        else:
+            pending += ast.iter_child_nodes(node)
+
+
+def test_the_scan_sees_every_way_to_import(tmp_path: Path) -> None:
+    source = tmp_path / "sample.py"
+    source.write_text(
+        "from typing import TYPE_CHECKING\nimport a.b, c\nfrom d.e import f\nfrom . import g\n"
+        "if TYPE_CHECKING:\n    import h\nelse:\n    import i\n"
+        "def late():\n    import j\n    importlib.import_module('k.l')\n"
+    )
+    assert set(imports(source, run_time=True)) == {"typing", "a", "c", "d", "i", "j", "k"}
+    assert set(imports(source, run_time=False)) - set(imports(source, run_time=True)) == {"h"}
+
+
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda path: path.name)
+def test_plugins_never_import_the_core_at_run_time(plugin: Path) -> None:
+    for path in python_files(plugin):
+        assert "mla" not in imports(path, run_time=True), path
+
+
+def test_the_contract_never_imports_the_core() -> None:
+    for path in python_files(ROOT / "backends" / "mla_backends"):
+        found = set(imports(path, run_time=False))
+        assert "mla" not in found, path
+        assert not [name for name in found if name.startswith("mla_backend_")], path
+
+
+def test_the_core_never_imports_a_plugin() -> None:
+    for path in python_files(ROOT / "mla"):
+        found = imports(path, run_time=False)
+        assert not [name for name in found if name.startswith("mla_backend_")], path
+
+
+def test_the_core_and_its_unit_tests_never_name_a_vendor() -> None:
+    names = {word for entry in KNOWN.values() for word in (entry.name, *entry.also)} - {"cpu", "cuda"}
+    assert len(names) >= 7
+    vendor = re.compile(rf"(?<![a-z])({'|'.join(sorted(names))})(?![a-z])", re.IGNORECASE)
+    for path in python_files(ROOT / "mla", ROOT / "tests" / "unit"):
+        assert not vendor.findall(path.read_text(encoding="utf-8")), path
+
+
+def run_python(
+    code: str, cwd: Path, *arguments: str, path: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run an interpreter away from the checkout, which finds the packages where this one found them."""
+    folders = {str(Path(package.__file__ or "").resolve().parents[1]) for package in (mla, mla_backends)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*([path] if path else []), *sorted(folders)])}
+    command = [sys.executable, *(["-c", code] if code else []), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("package", ["mla", "mla_backends", "mla.config", "mla.cost", "mla.errors"])
+def test_importing_does_not_import_torch(tmp_path: Path, package: str) -> None:
+    result = run_python(f"import sys, {package}; print('torch' in sys.modules)", tmp_path)
+    assert result.stdout == "False\n", result.stderr
+
+
+def test_every_public_name_of_the_core_can_be_had() -> None:
+    for name in mla.__all__:
+        assert getattr(mla, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = mla.nothing
+
+
+def project_files() -> list[Path]:
+    files = [ROOT / "pyproject.toml", ROOT / "backends" / "pyproject.toml"]
+    return [*files, *sorted((ROOT / "plugins").glob("*/pyproject.toml"))]
+
+
+def test_all_distributions_have_one_version() -> None:
+    versions = {}
+    for path in project_files():
+        match = re.search(r'^version = "(.+)"$', path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert match, f"{path} has no static version"
+        versions[path] = match.group(1)
+    assert len(versions) >= 3
+    assert set(versions.values()) == {mla.__version__}
+
+
+def test_every_plugin_folder_is_a_distribution() -> None:
+    assert {path.parent.name for path in project_files()[2:]} == {path.parent.name for path in PLUGINS}
+
+
+def test_a_mixture_of_installed_and_checked_out_packages_aborts_the_tests(tmp_path: Path) -> None:
+    """Put a copy of the contract where pip would put it, and the core on the path from where it is now."""
+    elsewhere = tmp_path / ("lib" if "site-packages" in str(mla.__file__) else "site-packages")
+    assert mla_backends.__file__
+    shutil.copytree(Path(mla_backends.__file__).parent, elsewhere / "mla_backends")
+    config = ("-c", str(ROOT / "pyproject.toml"), "--collect-only", "-p", "no:cacheprovider")
+    tests = str(Path(__file__).parent)
+    result = run_python("", tmp_path, "-m", "pytest", *config, tests, path=str(elsewhere))
+    assert result.returncode == 4
+    assert "the packages under test must all come from" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

@@ -1,0 +1,29 @@
+"""The linter and the type checker are part of the suite: one green command is enough."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKED = ("mla", "backends/mla_backends", "plugins/cpu/mla_backend_cpu", "benchmarks")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ruff", "check", "--no-cache", "."),
+        ("ruff", "format", "--no-cache", "--check", "."),
+        ("mypy", "--cache-dir", "{tmp}", *CHECKED),
+    ],
+    ids=["lint", "format", "types"],
+)
+def test_the_tree_is_clean(command: tuple[str, ...], tmp_path: Path) -> None:
+    words = [word.format(tmp=tmp_path) for word in command]
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,217 @@
+"""Weights in and out of the layer, and every refusal of the layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from mla import MLA
+from mla.errors import WeightError
+from mla.reference import REFERENCE
+from mla.weights import random_state_dict, weight_shapes
+from mla_backends import FusedOp
+from mla_backends.api import OPS, Packed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rank", [None, 24])
+@pytest.mark.parametrize("bias", [False, True])
+def test_state_dict_is_a_round_trip_bit_for_bit(
+    tiny: Any, dtype: torch.dtype, rank: int | None, bias: bool
+) -> None:
+    config = tiny(q_lora_rank=rank, attention_bias=bias)
+    state = random_state_dict(config, dtype=dtype)
+    layer = MLA(config, dtype=dtype)
+    layer.load_state_dict(state)
+    found = layer.state_dict()
+    assert list(found) == list(weight_shapes(config))
+    for name, weight in state.items():
+        assert found[name].dtype == dtype
+        assert torch.equal(found[name], weight), name
+    again = MLA(config, dtype=dtype)
+    again.load_state_dict(found)
+    assert all(torch.equal(weight, state[name]) for name, weight in again.state_dict().items())
+
+
+def test_biases_exist_for_the_projections_that_transformers_gives_one(tiny: Any) -> None:
+    def biases(rank: int | None) -> set[str]:
+        return {name for name in weight_shapes(tiny(q_lora_rank=rank, attention_bias=True)) if "bias" in name}
+
+    assert biases(None) == {"kv_a_proj_with_mqa.bias", "o_proj.bias"}
+    assert biases(24) == {"q_a_proj.bias", "kv_a_proj_with_mqa.bias", "o_proj.bias"}
+
+
+def test_loaded_weights_are_copies(make_case: Any) -> None:
+    case = make_case([3], [4])
+    before = case.run()
+    for weight in (*case.state.values(), *case.layer.state_dict().values()):
+        weight.zero_()
+    assert torch.equal(case.run(), before)
+
+
+def test_loading_again_replaces_every_weight(make_case: Any) -> None:
+    case = make_case([40, 2], [10, 60])
+    case.run()
+    case.state = random_state_dict(case.config, 7, torch.float32)
+    case.layer.load_state_dict(case.state)
+    assert (case.run() - case.truth()).norm() <= 1e-5 * case.truth().norm()
+
+
+def test_weights_of_another_dtype_are_rounded_once(tiny: Any) -> None:
+    state = random_state_dict(tiny(), dtype=torch.float32)
+    layer = MLA(tiny(), dtype=torch.bfloat16)
+    layer.load_state_dict(state)
+    found = layer.state_dict()
+    assert all(torch.equal(found[name], weight.bfloat16()) for name, weight in state.items())
+
+
+def broken(state: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
+    changes = {
+        "missing": {},
+        "transposed": {"o_proj.weight": state["o_proj.weight"].T},
+        "one row short": {"kv_b_proj.weight": state["kv_b_proj.weight"][1:]},
+        "unknown": {"q_b_proj.weight": torch.zeros(1)},
+    }
+    kept = {name: weight for name, weight in state.items() if how != "missing" or "layernorm" not in name}
+    return {**kept, **changes[how]}
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", r"weight 'kv_a_layernorm.weight' is missing"),
+        ("transposed", r"weight 'o_proj.weight' has shape \[36, 48\], expected \[48, 36\]"),
+        ("one row short", r"weight 'kv_b_proj.weight' has shape \[83, 32\], expected \[84, 32\]"),
+        ("unknown", r"weight 'q_b_proj.weight' does not belong to this layer \(1 unknown"),
+    ],
+)
+def test_a_wrong_state_dict_is_refused_by_name_and_the_layer_keeps_what_it_had(
+    tiny: Any, how: str, message: str
+) -> None:
+    layer, state = MLA(tiny(), dtype=torch.float32), random_state_dict(tiny(), dtype=torch.float32)
+    with pytest.raises(WeightError, match=message):
+        layer.load_state_dict(broken(state, how))
+    with pytest.raises(WeightError, match="no weights yet"):
+        layer.state_dict()
+    layer.load_state_dict(state)
+    other = random_state_dict(tiny(), 1, torch.float32)
+    with pytest.raises(WeightError, match=message):
+        layer.load_state_dict(broken(other, how))
+    assert all(torch.equal(weight, state[name]) for name, weight in layer.state_dict().items())
+
+
+def test_unknown_weights_pass_when_not_strict(tiny: Any) -> None:
+    layer, state = MLA(tiny(), dtype=torch.float32), random_state_dict(tiny(), dtype=torch.float32)
+    layer.load_state_dict({**state, "rotary_emb.inv_freq": torch.zeros(4)}, strict=False)
+    assert set(layer.state_dict()) == set(state)
+
+
+def test_a_layer_without_weights_says_so(make_case: Any, tiny: Any) -> None:
+    case = make_case([1], [4])
+    with pytest.raises(WeightError, match=r"no weights yet: call load_state_dict\(\) first"):
+        MLA(tiny(), dtype=torch.float32)(case.hidden, case.batch, case.cache.pages[0])
+
+
+@pytest.mark.parametrize(
+    "move", [lambda layer: layer.to(torch.float16), lambda layer: layer.cpu(), lambda layer: layer.half()]
+)
+def test_a_layer_cannot_be_moved_or_cast(make_case: Any, move: Any) -> None:
+    case = make_case([1], [4])
+    with pytest.raises(RuntimeError, match=r"cannot be moved or cast: its weights are packed"):
+        move(case.layer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda hidden, pages: (hidden[:-1], pages),
+            r"hidden must be \[3, 48\] torch.float32, got \[2, 48\]",
+        ),
+        (lambda hidden, pages: (hidden[:, :-1], pages), r"hidden must be .* got \[3, 47\]"),
+        (lambda hidden, pages: (hidden[None], pages), r"hidden must be .* got \[1, 3, 48\]"),
+        (lambda hidden, pages: (hidden.double(), pages), r"hidden must be .* torch.float64"),
+        (lambda hidden, pages: (hidden, pages[None]), r"pages must be .*, 16, 40\] torch.float32, got"),
+        (lambda hidden, pages: (hidden, pages[..., :-1]), r"pages must be .* 16, 39\] torch.float32"),
+        (lambda hidden, pages: (hidden, pages[:, :8]), r"pages must be .* 8, 40\] torch.float32"),
+        (lambda hidden, pages: (hidden, pages.bfloat16()), r"pages must be .* torch.bfloat16"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_before_anything_is_written(
+    make_case: Any, change: Any, message: str
+) -> None:
+    case = make_case([2, 1], [4, 5])
+    before = case.cache.pages.nan_to_num(7)
+    hidden, pages = change(case.hidden, case.cache.pages[0])
+    with pytest.raises(ValueError, match=message):
+        case.layer(hidden, case.batch, pages)
+    assert torch.equal(case.cache.pages.nan_to_num(7), before)
+
+
+def test_an_unknown_attention_mode_is_refused(tiny: Any) -> None:
+    with pytest.raises(ValueError, match=r"attention must be one of .* got 'absorb'"):
+        MLA(tiny(), attention="absorb")
+
+
+def test_a_backend_that_is_not_set_up_is_refused(tiny: Any, fake_backend: Any) -> None:
+    backend = fake_backend({})
+    backend.device = None
+    with pytest.raises(ValueError, match="backend 'fake' is not set up"):
+        MLA(tiny(), backend=backend)
+
+
+def test_forward_needs_no_gradient_and_builds_no_graph(make_case: Any) -> None:
+    case = make_case([2], [4])
+    case.hidden.requires_grad_()
+    assert not case.run().requires_grad
+
+
+@pytest.mark.parametrize("rank", [None, 24])
+def test_reference_weights_are_kept_once(tiny: Any, rank: int | None) -> None:
+    config = tiny(q_lora_rank=rank)
+    layer = MLA(config, dtype=torch.bfloat16)
+    layer.load_state_dict(random_state_dict(config))
+    matrices = [shape for shape in weight_shapes(config).values() if len(shape) == 2]
+    assert layer.weight_bytes() == 2 * sum(rows * columns for rows, columns in matrices)
+
+
+@dataclass
+class Transposed:
+    """A layout of a backend's own, which is no tensor."""
+
+    columns: torch.Tensor
+
+
+class TransposingLinear(FusedOp):
+    contract = OPS["linear"]
+
+    def pack(self, weight: torch.Tensor) -> Packed:
+        data = Transposed(weight.T.contiguous())
+        return Packed(data, data.columns.numel() * data.columns.element_size())
+
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        return packed.data.columns.T
+
+    def __call__(self, packed: Packed, *, x: torch.Tensor, bias: Any, out: torch.Tensor) -> None:
+        REFERENCE["linear"](Packed(packed.data.columns.T, 0), x=x, bias=bias, out=out)
+
+
+def test_a_backends_own_layout_computes_and_unpacks(make_case: Any, tiny: Any) -> None:
+    config = tiny(q_lora_rank=24, attention_bias=True)
+    case = make_case([40, 2], [10, 60], config, ops={"transposing": TransposingLinear()})
+    assert (case.run() - case.truth()).norm() <= 1e-5 * case.truth().norm()
+    for name, weight in case.layer.state_dict().items():
+        assert torch.equal(weight, case.state[name]), name
+    kv_b = case.state["kv_b_proj.weight"]
+    plain = MLA(config, dtype=torch.float32)
+    plain.load_state_dict(case.state)
+    assert case.layer.weight_bytes() == plain.weight_bytes() + kv_b.numel() * 4, "kv_b is packed twice"
+
+
+def test_the_pages_of_another_cache_are_refused(make_case: Any) -> None:
+    case = make_case([2, 1], [4, 5])
+    with pytest.raises(ValueError, match="are not those of the cache this batch describes"):
+        case.layer(case.hidden, case.batch, case.cache.pages[0][:-1])
