@@ -1,11 +1,12 @@
-"""CPU backend: the device everybody has, running the core's reference ops."""
+"""CPU backend: the device everybody has, running the core's reference ops wherever they are fastest."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mla_backends import Availability, Backend, BackendError, hookimpl, host
+from mla_backend_cpu.linear import Fp32Linear
+from mla_backends import Availability, Backend, BackendError, FusedOp, hookimpl, host
 from mla_backends.api import DeviceInfo, MemoryInfo
 
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ class Cpu(Backend):
 
     name = "cpu"
     api_version = 1
+
+    def __init__(self, options: Mapping[str, str] | None = None) -> None:
+        super().__init__(options)
+        self._ops = {"fp32_linear": Fp32Linear()}
 
     def probe(self) -> Availability:
         return Availability(True, evidence={"processor": host.processor_name()})
@@ -54,6 +59,9 @@ class Cpu(Backend):
 
     def memory(self) -> MemoryInfo:
         return MemoryInfo(free=host.memory_available(), total=host.memory_total(), peak=host.peak_resident())
+
+    def ops(self) -> Mapping[str, FusedOp]:
+        return self._ops
 
     def environment(self) -> Mapping[str, str]:
         import torch
