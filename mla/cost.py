@@ -58,10 +58,14 @@ def projection_parameters(config: MLAConfig) -> int:
     return q + config.hidden_size * config.latent_dim + o
 
 
+def kv_b_parameters(config: MLAConfig) -> int:
+    """Return the weights of kv_b: W_UK and W_UV of all heads."""
+    return config.kv_lora_rank * config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
+
+
 def parameters(config: MLAConfig) -> int:
     """Return all weights of the layer; norms and biases are left out as negligible."""
-    kv_b = config.kv_lora_rank * config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
-    return projection_parameters(config) + kv_b
+    return projection_parameters(config) + kv_b_parameters(config)
 
 
 def step_flops(

@@ -19,7 +19,8 @@ class PackedWeights:
     """Matrices by role (`qkv_a_proj`, `o_proj`, `w_uk`, ...) in `packed`, norms and biases in `vectors`.
 
     q_proj (or q_a_proj) and kv_a_proj_with_mqa read the same input, so they are one weight. kv_b_proj is
-    kept for expanding context (`kv_b_proj`) and for absorption (`w_uk`, `w_uv`), which contract other axes.
+    kept twice: for expanding context (`kv_b_proj`) and for absorption (`w_uk`, `w_uv`), which contract other
+    axes.
     """
 
     def __init__(self, config: MLAConfig, ops: Ops, dtype: torch.dtype, device: torch.device) -> None:

@@ -43,9 +43,10 @@ def _attend_segment(parts: tuple[torch.Tensor, ...], scale: float, causal: bool)
         run = slice(start, min(start + step, queries))
         seen = max(0, keys - queries + run.stop) if causal else keys
         hidden = None
-        if causal and run.stop - start > 1:
-            last = torch.arange(start, run.stop, device=q.device) + (keys - queries)
-            hidden = torch.arange(seen, device=q.device) > last[:, None]
+        if causal and run.stop - run.start > 1:
+            last = torch.arange(run.start, run.stop, device=q.device) + (keys - queries)
+            first_hidden = max(0, seen - (run.stop - run.start) + 1)  # every query sees all keys before it
+            hidden = torch.arange(first_hidden, seen, device=q.device) > last[:, None]
         value, row_lse = attend(q[run].transpose(0, 1), k[:, :seen], v[:, :seen], scale, hidden)
-        out[run] = value.transpose(0, 1).to(out.dtype)
+        out[run] = value.transpose(0, 1)
         lse[run] = row_lse[..., 0].transpose(0, 1)

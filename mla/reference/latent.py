@@ -102,8 +102,12 @@ def _attend_group(
         )
     folded = q[group.tokens].reshape(-1, group.queries * heads, width)
     value, lse_rows = attend(folded, keys, keys[..., :latent], scale, hidden)
-    out[group.tokens] = value.view(-1, heads, latent).to(out.dtype)
-    lse[group.tokens] = lse_rows.view(-1, heads)
+    value, lse_rows = value.view(-1, heads, latent), lse_rows.view(-1, heads)
+    if isinstance(group.tokens, slice):
+        out[group.tokens], lse[group.tokens] = value, lse_rows
+    else:
+        out.index_copy_(0, group.tokens, value.to(out.dtype))
+        lse.index_copy_(0, group.tokens, lse_rows)
 
 
 def _cut(batch: BatchView, heads: int) -> Iterator[_Row]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import torch
 
-#: Bytes of fp32 logits one call may hold; longer work is cut into runs of queries.
-LOGITS_BYTES = 16 << 20
+#: Bytes of fp32 logits one call may hold.
+LOGITS_BYTES = 256 << 20
+#: Logits of this size stay in a host's cache, and short runs of queries skip more of the masked keys ...
+TILE_BYTES = 2 << 20
+#: ... but runs of fewer queries would make too many small products.
+MIN_QUERIES = 64
 
 
 def attend(
@@ -13,7 +17,7 @@ def attend(
     k: torch.Tensor,  # [g, s, dk]
     v: torch.Tensor,  # [g, s, dv]
     scale: float,
-    hidden: torch.Tensor | None,  # bool, broadcast to [g, t, s]: key s is not visible to query t
+    hidden: torch.Tensor | None,  # bool, broadcast to [g, t, m]: which of the last m keys a query may not see
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return softmax(scale q k^T) v [g, t, dv] and its natural log-sum-exp [g, t, 1], both fp32.
 
@@ -22,9 +26,9 @@ def attend(
     if k.shape[1] == 0:
         nothing = q.new_zeros((*q.shape[:2], v.shape[2]), dtype=torch.float32)
         return nothing, torch.full_like(nothing[..., :1], -torch.inf)
-    weights = torch.bmm(q.float(), k.float().transpose(1, 2)).mul_(scale)
+    weights = torch.bmm(q.float() * scale, k.float().transpose(1, 2))
     if hidden is not None:
-        weights.masked_fill_(hidden, -torch.inf)
+        weights[..., weights.shape[-1] - hidden.shape[-1] :].masked_fill_(hidden, -torch.inf)
     top = weights.amax(-1, keepdim=True).clamp_min_(torch.finfo(weights.dtype).min)  # -inf - -inf is NaN
     total = weights.sub_(top).exp_().sum(-1, keepdim=True)
     value = torch.bmm(weights, v.float()).div_(total.clamp_min(torch.finfo(weights.dtype).tiny))
@@ -32,5 +36,6 @@ def attend(
 
 
 def queries_per_call(heads: int, keys: int) -> int:
-    """Return how many queries of one request may be attended at once under the cap on logits."""
-    return max(1, LOGITS_BYTES // (4 * heads * max(1, keys)))
+    """Return how many queries of one request are attended at once."""
+    per_query = 4 * heads * max(1, keys)
+    return max(1, min(LOGITS_BYTES // per_query, max(MIN_QUERIES, TILE_BYTES // per_query)))
