@@ -12,7 +12,7 @@ from mla.bench import commands
 from mla.bench.exits import guarded
 from mla.bench.options import RunOptions
 from mla.bench.render import FORMATS
-from mla.bench.workload import STANDARD
+from mla.bench.workload import MAX_COUNT, STANDARD
 from mla.errors import did_you_mean
 
 EPILOG = """\b
@@ -36,6 +36,9 @@ class DefaultGroup(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put `run` in front of anything that starts with an option."""
+        for word in args:
+            if word != word.encode(errors="replace").decode():  # it could not be written to a result
+                raise click.UsageError(f"argument {word!a} is not valid UTF-8.")
         if not args or (args[0].startswith("-") and args[0] not in ("--help", "--version")):
             args = [self.default, *args]
         elif args[0] == "--help":
@@ -78,7 +81,7 @@ def cli() -> None:
 )
 @click.option("--device", metavar="INDEX", type=click.IntRange(min=0), help="Index of the device.")
 @click.option("-O", "backend_options", metavar="KEY=VALUE", multiple=True, help="Option of the backend.")
-@click.option("--threads", type=click.IntRange(min=1), help="Host threads. Default: the backend decides.")
+@click.option("--threads", type=click.IntRange(1, 4096), help="Host threads. Default: the backend decides.")
 @click.option(
     "--config",
     metavar="NAME|PATH",
@@ -117,15 +120,15 @@ def cli() -> None:
 )
 @click.option(
     "--runs",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MAX_COUNT),
     help="Prefill: timed forwards in all. Decode: steps of one pass.  [workload: 100]",
 )
 @click.option(
     "--passes",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MAX_COUNT),
     help="Turns per implementation; a 95% interval needs 6.  [workload: 10 and 6]",
 )
-@click.option("--warmups", type=click.IntRange(min=0), help="Untimed forwards first.  [workload: 10]")
+@click.option("--warmups", type=click.IntRange(0, MAX_COUNT), help="Untimed forwards first.  [workload: 10]")
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
@@ -150,7 +153,7 @@ def cli() -> None:
 )
 @click.option(
     "--seed",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=2**32 - 1),
     default=0,
     show_default=True,
     help="Of weights, inputs, page order and turns.",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla.bench import environment, render, results
@@ -30,12 +31,18 @@ class NoBackend(MLAError):
 
 def note(text: str) -> None:
     """Print a remark where it cannot disturb the result."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    with contextlib.suppress(BrokenPipeError):  # `2>&1 | head` must not end the run
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def out(text: str) -> None:
     """Print part of the result."""
-    print(text, end="", flush=True)  # noqa: T201
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # a name may not fit the terminal's
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)  # noqa: T201
+    except BrokenPipeError:
+        # The reader went away (`| head`): not an error of ours. click would exit with 1.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(options: RunOptions) -> int:
@@ -44,10 +51,15 @@ def run(options: RunOptions) -> int:
     if options.list_ops:
         return _list_ops(request.setting)
     _describe(request)
+    _require_memory(request)
     if options.dry_run:
         return Exit.OK
-    done, interrupted = measure(request, options.output)
-    out(render.render(done, options.kind))
+    done, interrupted = measure(request)
+    try:
+        if options.output:
+            results.write(done, options.output)
+    finally:  # the numbers must survive a disk that has filled up
+        out(render.render(done, options.kind))
     return verdict(done, interrupted)
 
 
@@ -58,18 +70,16 @@ def prepare(options: RunOptions) -> Request:
     scenarios = options.chosen_scenarios()
     if options.output:
         results.check_writable(options.output)
-    return _request(options, _open(options), scenarios)
+    name = _only_usable() if options.backend is None else options.backend
+    return _request(options, name, _open(options, name), scenarios)
 
 
-def measure(request: Request, output: Path | None = None) -> tuple[results.Run, bool]:
-    """Run a request and write its result; the flag says whether an interrupt cut it short."""
+def measure(request: Request) -> tuple[results.Run, bool]:
+    """Run a request; the flag says whether an interrupt cut it short."""
     from mla.bench import session
 
     with Progress(session.total_forwards(request)) as progress:
-        done, interrupted = session.execute(request, progress.advance, note)
-    if output:
-        results.write(done, output)
-    return done, interrupted
+        return session.execute(request, progress.advance, note)
 
 
 def verdict(done: results.Run, interrupted: bool) -> Exit:
@@ -83,11 +93,10 @@ def verdict(done: results.Run, interrupted: bool) -> Exit:
     return Exit.OK if any(case.latency_ms for case in done.cases) else Exit.NOTHING_RAN
 
 
-def _open(options: RunOptions) -> Backend:
+def _open(options: RunOptions, name: str) -> Backend:
     import mla
 
-    name = options.backend or _only_usable()
-    backend: Backend = mla.load_backend(name, options.device, options.threads, options.key_values())  # type: ignore[operator]
+    backend: Backend = mla.load_backend(name, options.device, options.threads, options.key_values())
     return backend
 
 
@@ -109,7 +118,7 @@ def _only_usable() -> str:
     raise error
 
 
-def _request(options: RunOptions, backend: Backend, scenarios: list[Scenario]) -> Request:
+def _request(options: RunOptions, name: str, backend: Backend, scenarios: list[Scenario]) -> Request:
     import torch
 
     from mla.bench import session
@@ -124,17 +133,18 @@ def _request(options: RunOptions, backend: Backend, scenarios: list[Scenario]) -
     state = read_layer(options.model_path, config, options.layer) if options.model_path else None
     setting = Setting(config, backend, dtype, options.attention, options.page_size, options.seed, options.ops)
     names = session.resolve_implementations(options.implementation_names(), setting, note)
-    name = options.backend or backend.name
     return session.Request(setting, scenarios, names, options.command(name), _version(name), state)
 
 
 def _config(options: RunOptions) -> MLAConfig:
     """Return the layer to measure: a checkpoint's, a config file's, or a preset."""
     from mla.config import MLAConfig
+    from mla.presets import PRESETS
 
     if options.model_path:
         return MLAConfig.from_pretrained(options.model_path)
-    if "/" in options.config or options.config.endswith(".json"):
+    path = "/" in options.config or options.config.endswith(".json") or os.path.isdir(options.config)
+    if path and options.config not in PRESETS:
         return MLAConfig.from_pretrained(options.config)
     return MLAConfig.preset(options.config)
 
@@ -158,6 +168,12 @@ def _list_ops(setting: Setting) -> int:
 
     out("".join(f"{line}\n" for line in session.make_ops(setting).explain()))
     return Exit.OK
+
+
+def _require_memory(request: Request) -> None:
+    from mla.bench import session
+
+    session.plan(request).require()
 
 
 def _describe(request: Request) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import os
 import sys
 from collections.abc import Callable
 
@@ -40,10 +39,6 @@ def guarded(command: Callable[[], int | None]) -> int:
         return _say(str(error), Exit.BACKEND)
     except MLAError as error:
         return _say(str(error), Exit(error.exit_code))
-    except BrokenPipeError:
-        # The reader went away (`| head`): not an error of ours. The rest of stdout goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return Exit.OK
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

@@ -126,11 +126,19 @@ class MlaLayer(Implementation):
         )
 
     def restore(self) -> None:
-        for sequence, length in reversed(list(zip(self._sequences, self._scenario.history, strict=True))):
-            self._cache.truncate(sequence, length)
+        self._shrink()
         self._poison.apply()
         if self._scenario.mode == "prefill":
             self._plan()
+
+    def _shrink(self) -> None:
+        """Undo the pass, last pages first: the free list ends as it began, so every pass gets the same."""
+        scenario = self._scenario
+        for step in reversed(range(scenario.inputs)):
+            grown = zip(self._sequences, scenario.kv_lens(step), scenario.query_lens, strict=True)
+            for sequence, length, new in reversed(list(grown)):
+                if self._cache.length(sequence) > length - new:
+                    self._cache.truncate(sequence, length - new)
 
     def _plan(self) -> None:
         """Prepare the batch that every prefill forward runs; its time is reported beside the forward's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 from mla import cost
 from mla.bench.implementations import SPARE_PAGES, Setting
@@ -60,7 +61,10 @@ def _within(need: int, available: int | None) -> bool:
 
 def gib(count: int | None) -> str:
     """Return bytes in GiB, or "an unknown amount"."""
-    return "an unknown amount" if count is None else f"{count / 2**30:.2f} GiB"
+    if count is None:
+        return "an unknown amount"
+    size = Decimal(count) / 2**30  # mistyped lengths overflow a float
+    return f"{size:.2f} GiB" if size < 10**6 else f"{size:.1e} GiB"
 
 
 def plan_memory(setting: Setting, scenarios: Sequence[Scenario], implementations: int) -> MemoryPlan:
@@ -88,7 +92,8 @@ def _device_bytes(setting: Setting, config: MLAConfig, scenario: Scenario) -> in
     slots = (sum(-(-length // size) for length in scenario.final_lens) + SPARE_PAGES) * size
     activations = scenario.tokens * 4 * config.num_attention_heads * config.latent_dim
     hidden = 2 * scenario.inputs * scenario.tokens * config.hidden_size
-    elements = cost.parameters(config) + slots * config.latent_dim + activations + hidden
+    weights = cost.parameters(config) + cost.kv_b_parameters(config)  # kv_b is packed for both its uses
+    elements = weights + slots * config.latent_dim + activations + hidden
     return elements * setting.dtype.itemsize + WORKSPACE
 
 

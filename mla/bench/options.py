@@ -53,9 +53,9 @@ class RunOptions:
     def key_values(self) -> dict[str, str]:
         """Return the `-O` options. Raises `WorkloadError`."""
         pairs = [option.partition("=") for option in self.backend_options]
-        for key, equals, _ in pairs:
+        for option, (key, equals, _) in zip(self.backend_options, pairs, strict=True):
             if not key or not equals:
-                raise WorkloadError(f"-O wants KEY=VALUE, got '{key}'.")
+                raise WorkloadError(f"-O wants KEY=VALUE, got '{option}'.")
         return {key: value for key, _, value in pairs}
 
     def command(self, backend: str) -> list[str]:

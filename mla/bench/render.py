@@ -66,14 +66,15 @@ def _cells(cases: Sequence[Case]) -> Iterable[list[str]]:
 
 
 def _table(cases: Sequence[Case]) -> str:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    console = Console()
+    can_draw = console.encoding.startswith("utf")
+    table = Table(box=box.SIMPLE_HEAD if can_draw else box.ASCII, pad_edge=False)
     for title in COLUMNS:
         side: JustifyMethod = "left" if title in ("scenario", "implementation") else "right"
         table.add_column(title, justify=side, no_wrap=True)
     for case, cells in zip(cases, _cells(cases), strict=True):
         style = "red" if case.check.status == "wrong" else ""
         table.add_row(*(Text(cell) for cell in cells), style=style)
-    console = Console()
     wide = Console(
         file=io.StringIO(),
         width=max(console.width, 150),  # a cut number is worse than a wrapped line
@@ -86,12 +87,14 @@ def _table(cases: Sequence[Case]) -> str:
 
 
 def _reasons(cases: Sequence[Case]) -> str:
-    wrong = (case for case in cases if case.check.status != "ok")
-    return "".join(f"{case.scenario}, {case.implementation}: {case.check.reason}\n" for case in wrong)
+    wrong = [case for case in cases if case.check.status != "ok"]
+    lines = [f"{case.scenario}, {case.implementation}: {case.check.reason}\n" for case in wrong]
+    return "\n" * bool(wrong) + "".join(lines)
 
 
 def _markdown(cases: Sequence[Case]) -> str:
-    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *_cells(cases)]
+    cells = ([cell.replace("|", "\\|") for cell in row] for row in _cells(cases))
+    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *cells]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows) + _reasons(cases)
 
 

@@ -138,24 +138,32 @@ def decode(data: bytes) -> Run:
 def check_writable(path: Path) -> None:
     """Raise `ResultError` before a long run rather than after it."""
     folder = path.parent
-    if path.is_dir():
-        raise ResultError(f"cannot write '{path}': it is a folder.")
-    if not folder.is_dir():
-        raise ResultError(f"cannot write '{path}': there is no folder '{folder}'.")
     try:
+        if path.is_dir():
+            raise ResultError(f"cannot write '{path}': it is a folder.")
+        if path.exists() and not path.is_file():  # renaming onto /dev/null would destroy it
+            raise ResultError(f"cannot write '{path}': it is not a regular file.")
+        if not folder.is_dir():
+            raise ResultError(f"cannot write '{path}': there is no folder '{folder}'.")
         handle, name = tempfile.mkstemp(dir=folder)
+        os.close(handle)
+        os.unlink(name)
     except OSError as error:
         raise ResultError(f"cannot write '{path}': {error.strerror}.") from error
-    os.close(handle)
-    os.unlink(name)
 
 
 def write(run: Run, path: Path) -> None:
     """Write a run whole or not at all. Raises `ResultError`."""
+    data = encode(run)
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(encode(run))
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+            try:
+                file.write(data)
+                file.flush()
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
     except OSError as error:
         raise ResultError(f"cannot write '{path}': {error.strerror}.") from error

@@ -20,9 +20,11 @@ else:
 STANDARD = "standard"
 #: Longer lists are a typing mistake, not a workload.
 MAX_REQUESTS = 65536
+#: Lengths and counts beyond this are typing mistakes; kernels keep them in int32.
+MAX_COUNT = 2**31 - 1
 
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
 
 
 class WorkloadError(MLAError):
@@ -90,10 +92,10 @@ def load_workload(source: str) -> list[Scenario]:
     text = _read(source)
     try:
         document = msgspec.convert(tomllib.loads(text), _File)
-    except tomllib.TOMLDecodeError as error:
-        raise WorkloadError(f"workload '{source}' is not valid TOML: {error}.") from error
     except msgspec.ValidationError as error:
         raise WorkloadError(f"workload '{source}': {error}; it needs [[scenario]] tables.") from error
+    except (ValueError, RecursionError) as error:  # absurd numbers and nesting are no TOMLDecodeError
+        raise WorkloadError(f"workload '{source}' is not valid TOML: {error}.") from error
     scenarios = [_scenario(source, table) for table in document.scenario]
     names = [scenario.name for scenario in scenarios]
     if not names or len(set(names)) != len(names):
@@ -113,7 +115,7 @@ def _read(source: str) -> str:
 def _scenario(source: str, table: dict[str, Any]) -> Scenario:
     name = table.get("name", "?")
     try:
-        lists = {key: expand(table.get(key, ())) for key in ("query_lens", "history")}
+        lists: dict[str, Any] = {key: expand(table[key]) for key in ("query_lens", "history") if key in table}
         scenario = msgspec.convert({**table, **lists}, Scenario)
     except (msgspec.ValidationError, ValueError) as error:
         raise WorkloadError(f"workload '{source}', scenario '{name}': {error}.") from error
@@ -148,10 +150,16 @@ def _check_lengths(source: str, scenario: Scenario) -> None:
         raise WorkloadError(
             f"{where}: query_lens has {len(scenario.query_lens)} requests, history {len(scenario.history)}."
         )
+    if not scenario.query_lens:
+        raise WorkloadError(f"{where}: query_lens is empty; a scenario needs at least one request.")
     if min(scenario.query_lens) < 1:
         raise WorkloadError(f"{where}: query_lens must be positive, got {min(scenario.query_lens)}.")
     if min(scenario.history) < 0:
         raise WorkloadError(f"{where}: history must not be negative, got {min(scenario.history)}.")
+    if max(scenario.final_lens) > MAX_COUNT:
+        raise WorkloadError(f"{where}: no request may grow beyond {MAX_COUNT} tokens.")
+    if not scenario.name.strip() or not scenario.name.isprintable():
+        raise WorkloadError(f"workload '{source}': {scenario.name!r} is no name, use one line of text.")
 
 
 def select(scenarios: Sequence[Scenario], names: Sequence[str]) -> list[Scenario]:
@@ -161,4 +169,4 @@ def select(scenarios: Sequence[Scenario], names: Sequence[str]) -> list[Scenario
         if name not in known:
             hint = did_you_mean(name, list(known))
             raise WorkloadError(f"unknown scenario '{name}'.{hint} This workload has: {', '.join(known)}.")
-    return [known[name] for name in names] if names else list(scenarios)
+    return [known[name] for name in dict.fromkeys(names)] if names else list(scenarios)

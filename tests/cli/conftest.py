@@ -1,0 +1,212 @@
+"""The runner, called as a function or as a process, over really installed fakes and tiny shapes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mla
+import mla_backends
+from mla.bench import results
+from mla.bench.cli import main
+
+FAKES = Path(__file__).parents[1] / "fakes"
+
+DIMS = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+WORKLOAD = """
+[[scenario]]
+name = "prefill"
+mode = "prefill"
+query_lens = [3, 5]
+history = [4, 0]
+runs = 6
+passes = 6
+warmups = 1
+
+[[scenario]]
+name = "decode"
+mode = "decode"
+query_lens = ["1*2"]
+history = [5, 9]
+runs = 4
+passes = 6
+warmups = 1
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one call of the runner ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The last line on stderr, which says what went wrong."""
+        return self.err.splitlines()[-1] if self.err else ""
+
+
+Bench = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="session")
+def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that installs a fake with pip, once, and returns the directory."""
+
+    @functools.cache
+    def install(fake: str) -> Path:
+        target = tmp_path_factory.mktemp(fake)
+        flags = ["--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-build-isolation"]
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", *flags, "--target", str(target), str(FAKES / fake)],
+            check=True,
+        )
+        return target
+
+    return install
+
+
+@pytest.fixture(autouse=True)
+def _work_in_an_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> list[str]:
+    """Write a tiny config and workload, and return the options that choose them."""
+    (tmp_path / "tiny.json").write_text(json.dumps(DIMS))
+    (tmp_path / "tiny.toml").write_text(WORKLOAD)
+    return ["--config", "tiny.json", "--workload", "tiny.toml"]
+
+
+@pytest.fixture
+def bench(
+    install: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Bench:
+    """Return a function that runs the command line in this process, which saves importing torch again."""
+
+    def bench(*words: str, fakes: Sequence[str] = ()) -> Outcome:
+        for fake in fakes:
+            monkeypatch.syspath_prepend(install(fake))
+        capsys.readouterr()
+        code = main(list(words))
+        return Outcome(code, *capsys.readouterr())
+
+    return bench
+
+
+@pytest.fixture
+def process(install: Callable[[str], Path], tmp_path: Path) -> Bench:
+    """Return a function that runs the command line in a process of its own and refuses tracebacks."""
+
+    def process(
+        *words: str,
+        fakes: Sequence[str] = (),
+        path: Sequence[Path] = (),
+        flags: Sequence[str] = (),
+        **environment: str,
+    ) -> Outcome:
+        folders = [*map(str, path), *(str(install(fake)) for fake in fakes)]
+        if not flags:
+            folders += filter(None, [os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            [sys.executable, *flags, "-m", "mla.bench", *words],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert "Traceback" not in done.stdout + done.stderr, done.stderr
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return process
+
+
+@pytest.fixture(scope="session")
+def without_backends(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with everything installed here except backends, for an interpreter started with -S."""
+    farm = tmp_path_factory.mktemp("farm")
+    for package in (mla, mla_backends):
+        source = Path(str(package.__file__)).parent
+        (farm / source.name).symlink_to(source)
+    for folder in sys.path:
+        if {"site-packages", "dist-packages"} & set(Path(folder).parts) and Path(folder).is_dir():
+            for entry in Path(folder).iterdir():
+                if not re.match(r"mla_backend_", entry.name) and not os.path.lexists(farm / entry.name):
+                    (farm / entry.name).symlink_to(entry)
+    return farm
+
+
+@pytest.fixture
+def isolated(process: Bench, without_backends: Path) -> Bench:
+    """Return `process` where no backend is installed but the named fakes."""
+    return functools.partial(process, path=[without_backends], flags=["-S"])
+
+
+@pytest.fixture
+def make_run() -> Callable[..., results.Run]:
+    """Return a maker of a run with one prefill case; keyword arguments replace fields of the case."""
+
+    def make_run(samples: Sequence[float] = (2.0, 1.0, 3.0), **changes: Any) -> results.Run:
+        fields: dict[str, Any] = {
+            "scenario": "prefill",
+            "mode": "prefill",
+            "implementation": "mla",
+            "query_lens": [3, 5],
+            "history": [4, 0],
+            "steps_per_pass": 1,
+            "passes": len(samples),
+            "warmups": 1,
+            "interleaved_with": [],
+            "check": results.Check(status="ok", error_ratio=0.5, relative_error=1e-3),
+            "latency_ms": results.Latency(median=2.0, ci95=None, p10=1.2, p90=2.8, samples=list(samples)),
+            "tokens_per_s": results.Throughput(median=4000.0, ci95=(3000.0, 5000.0)),
+            "plan_ms": 0.1,
+            "switch_steps": [0],
+            "cost": results.Cost(flops=10**9, bytes=10**6),
+            "roofline": results.Roofline(),
+            "memory": results.Memory(weight_bytes=10, cache_bytes=20, peak_bytes=None),
+            "ops": {"latent_attention": "reference"},
+            "clock": "host",
+            "interrupted": False,
+            "repro": "python -m mla.bench --backend cpu",
+        }
+        return results.Run(
+            schema_version=results.SCHEMA_VERSION,
+            argv=["bench"],
+            created="2000-01-01T00:00:00+00:00",
+            git_commit=None,
+            backend=results.BackendFacts(
+                name="cpu", version=None, device="a CPU", memory_bytes=None, cache_bytes=None
+            ),
+            environment={"torch": "2"},
+            config={"hidden_size": 64},
+            dtype="bfloat16",
+            attention="auto",
+            page_size=64,
+            seed=0,
+            cases=[results.Case(**{**fields, **changes})],
+        )
+
+    return make_run

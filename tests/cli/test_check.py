@@ -1,0 +1,137 @@
+"""The check against the oracle: what it lets pass and what it must not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from mla.bench.check import BOUNDS, Checker, expected_outputs
+from mla.bench.inputs import make_inputs
+from mla.bench.workload import Scenario
+from mla.oracle import oracle
+from mla.weights import random_state_dict
+
+if TYPE_CHECKING:
+    from mla import MLAConfig
+
+SHAPE = (3, 5, 64)  # inputs, tokens, hidden
+
+
+@pytest.fixture
+def expected() -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def checker(expected: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> Checker:
+    """Return a checker whose reference is the expected output, rounded."""
+    return Checker(expected, dtype, lambda: expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+@pytest.mark.parametrize("ours", [True, False])
+def test_rounded_outputs_pass(expected: torch.Tensor, dtype: torch.dtype, ours: bool) -> None:
+    result = checker(expected, dtype).check(expected.to(dtype), ours)
+    assert result.status == "ok"
+    assert result.reason == ""
+    assert result.error_ratio is not None
+    assert 0 < result.error_ratio <= 1
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_one_exchanged_token_is_caught_and_named(expected: torch.Tensor, ours: bool) -> None:
+    found = expected.clone()
+    found[2, 3] = expected[2, 4]
+    result = checker(expected).check(found.bfloat16(), ours)
+    assert result.status == "wrong"
+    assert result.reason.startswith("1 of 15 output rows are too far from the oracle; ")
+    assert "worst is token 3 of step 2 with relative error 1." in result.reason
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+def test_one_row_off_by_five_percent_is_caught(expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """5% in one of 15 rows is about 1.3% of the whole, which a bound on the whole would let pass in bf16."""
+    found = expected.clone()
+    found[1, 0] *= 1.05
+    for ours in (True, False):
+        result = checker(expected, dtype).check(found.to(dtype), ours)
+        assert result.status == "wrong"
+        assert "worst is token 0 of step 1 with relative error 5.0e-02" in result.reason
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_one_number_that_is_none_is_caught(expected: torch.Tensor, bad: float) -> None:
+    found = expected.bfloat16()
+    found[0, 4, 7] = bad
+    result = checker(expected).check(found, ours=True)
+    assert result.status == "wrong"
+    assert result.reason == "1 of 15 output rows hold NaN or infinity"
+    assert result.error_ratio is None
+
+
+def test_an_output_that_was_never_written_is_wrong(expected: torch.Tensor) -> None:
+    result = checker(expected).check(torch.full(SHAPE, torch.nan, dtype=torch.bfloat16), ours=False)
+    assert (result.status, result.reason) == ("wrong", "15 of 15 output rows hold NaN or infinity")
+
+
+def test_ours_is_held_to_twice_the_reference_and_others_to_the_table(expected: torch.Tensor) -> None:
+    found = expected * 1.01  # within 2e-2, far from twice the rounding error
+    assert checker(expected).check(found, ours=False).status == "ok"
+    assert checker(expected).check(found, ours=True).status == "wrong"
+
+
+def test_a_bad_reference_does_not_excuse_ours(expected: torch.Tensor) -> None:
+    lenient = Checker(expected, torch.bfloat16, lambda: expected * 2)
+    assert lenient.check(expected * 1.05, ours=True).status == "wrong"
+
+
+def test_the_reference_runs_once_and_only_for_ours(expected: torch.Tensor) -> None:
+    calls: list[int] = []
+
+    def reference() -> torch.Tensor:
+        calls.append(1)
+        return expected.bfloat16()
+
+    judge = Checker(expected, torch.bfloat16, reference)
+    judge.check(expected, ours=False)
+    assert calls == []
+    judge.check(expected, ours=True)
+    judge.check(expected, ours=True)
+    assert calls == [1]
+
+
+def test_expected_decode_outputs_are_those_of_one_step_at_a_time(tiny: Callable[..., MLAConfig]) -> None:
+    config = tiny()
+    scenario = Scenario(name="d", mode="decode", query_lens=(2, 1), history=(4, 0), runs=3)
+    inputs = make_inputs(config, scenario, 0, torch.float32)
+    state = random_state_dict(config, 0, torch.float32)
+    found = expected_outputs(config, state, scenario, inputs)
+    assert found.shape == (3, 3, config.hidden_size)
+    for step in range(3):
+        for request, rows in enumerate((slice(0, 2), slice(2, 3))):
+            past = torch.cat([inputs.hidden[earlier, rows] for earlier in range(step + 1)])
+            history = [inputs.history[request]]
+            whole = oracle(config, state, past, [len(past)], history)
+            torch.testing.assert_close(found[step, rows], whole[len(past) - (rows.stop - rows.start) :])
+
+
+def test_expected_prefill_outputs_are_the_oracles(tiny: Callable[..., MLAConfig]) -> None:
+    config = tiny()
+    scenario = Scenario(name="p", mode="prefill", query_lens=(3, 2), history=(0, 4))
+    inputs = make_inputs(config, scenario, 0, torch.float32)
+    state = random_state_dict(config, 0, torch.float32)
+    found = expected_outputs(config, state, scenario, inputs)
+    torch.testing.assert_close(found[0], oracle(config, state, inputs.hidden[0], (3, 2), inputs.history))
+
+
+def test_inputs_follow_the_seed_and_are_random_in_every_channel(tiny: Callable[..., MLAConfig]) -> None:
+    scenario = Scenario(name="d", mode="decode", query_lens=(1, 1), history=(9, 0), runs=4)
+    first, again, other = (make_inputs(tiny(), scenario, seed, torch.bfloat16) for seed in (1, 1, 2))
+    assert torch.equal(first.hidden, again.hidden)
+    assert not torch.equal(first.hidden, other.hidden)
+    assert torch.equal(first.history[0][0], again.history[0][0])
+    assert bool((first.hidden.float().std(dim=(0, 1)) > 0).all())
+    assert [tuple(kv.shape) for kv, _ in first.history] == [(9, 32), (0, 32)]
+    assert len({step.numpy(force=True).tobytes() for step in first.hidden.float()}) == 4

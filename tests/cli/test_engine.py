@@ -1,0 +1,263 @@
+"""The engine: order, completeness and honesty of timed passes, on a clock that does not run."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from mla.bench.check import Checker
+from mla.bench.engine import Measured, measure
+from mla.bench.implementations import Implementation
+from mla.bench.inputs import Inputs, make_inputs
+from mla.bench.workload import Scenario
+
+if TYPE_CHECKING:
+    from mla import MLAConfig
+
+Log = list[tuple[str, str]]
+Wrong = Callable[[int], bool]
+
+DECODE = Scenario(name="d", mode="decode", query_lens=(1, 1), history=(2, 3), runs=3, passes=4, warmups=2)
+PREFILL = Scenario(name="p", mode="prefill", query_lens=(2,), history=(0,), runs=6, passes=3, warmups=5)
+
+
+class Parrot(Implementation):
+    """Repeats the expected outputs, except in the passes that `wrong` picks (0 is the check)."""
+
+    def __init__(self, name: str, expected: torch.Tensor, log: Log, wrong: Wrong = lambda number: False):
+        self.name = name
+        self._expected, self._log, self._wrong = expected, log, wrong
+        self.number = 0  # restores so far
+        self.collecting: list[bool] = []
+        self.clean: list[bool] = []
+
+    def load(self, scenario: Scenario, inputs: Inputs) -> None:
+        self._log.append((self.name, "load"))
+        self.outputs = torch.full(self._expected.shape, torch.nan)
+
+    def restore(self) -> None:
+        self._log.append((self.name, "restore"))
+        self.number += 1
+
+    def before(self, index: int) -> None:
+        self._log.append((self.name, "before"))
+
+    def step(self, index: int) -> None:
+        self._log.append((self.name, "step"))
+        self.collecting.append(gc.isenabled())
+        self.clean.append(bool(self.outputs.isnan().all()))
+        slot = index % len(self._expected)
+        self.outputs[slot] = self._expected[slot] * (2.0 if self._wrong(self.number) else 1.0)
+
+    def cache_bytes(self) -> int:
+        return 0
+
+    def weight_bytes(self) -> int:
+        return 0
+
+
+class Clock:
+    """Returns 0, 1, 2, ... milliseconds; `at` maps a sample's number to what happens then."""
+
+    clock = "virtual"
+
+    def __init__(self, log: Log, at: dict[int, BaseException] | None = None) -> None:
+        self._log, self._at = log, at or {}
+        self._numbers: Iterator[int] = itertools.count()
+
+    def start(self) -> None:
+        self._log.append(("clock", "start"))
+
+    def stop(self) -> float:
+        number = next(self._numbers)
+        self._log.append(("clock", "stop"))
+        if number in self._at:
+            raise self._at[number]
+        return float(number)
+
+
+class Bench:
+    """Everything `measure` needs for one scenario."""
+
+    def __init__(self, config: MLAConfig, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.inputs = make_inputs(config, scenario, 0, torch.float32)
+        self.expected = torch.randn(self.inputs.hidden.shape, generator=torch.Generator().manual_seed(0))
+        self.log: Log = []
+        self.checker = Checker(self.expected.double(), torch.float32, lambda: self.expected)
+
+    def parrot(self, name: str, wrong: Wrong = lambda number: False) -> Parrot:
+        return Parrot(name, self.expected, self.log, wrong)
+
+    def measure(self, *parrots: Parrot, seed: int = 0, **at: Any) -> dict[str, Measured]:
+        clock = Clock(self.log, {int(key[1:]): error for key, error in at.items()})
+        return measure(parrots, self.scenario, self.inputs, self.checker, clock, seed)
+
+    def order(self) -> list[str]:
+        """Name whose pass each run of timed steps belongs to, in the order they ran."""
+        timed = [
+            name for (name, what), last in zip(self.log[1:], self.log, strict=False) if last[1] == "start"
+        ]
+        assert len(timed) % self.scenario.steps == 0
+        return timed[:: self.scenario.steps]
+
+
+@pytest.fixture
+def decode(tiny: Callable[..., MLAConfig]) -> Bench:
+    return Bench(tiny(), DECODE)
+
+
+@pytest.fixture
+def prefill(tiny: Callable[..., MLAConfig]) -> Bench:
+    return Bench(tiny(), PREFILL)
+
+
+def test_every_sample_is_kept_in_the_order_it_was_taken(decode: Bench) -> None:
+    result = decode.measure(decode.parrot("a"))["a"]
+    assert result.passes == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert result.check.status == "ok"
+    assert not result.interrupted
+
+
+def test_a_prefill_spreads_its_runs_over_its_passes(prefill: Bench) -> None:
+    assert prefill.measure(prefill.parrot("a"))["a"].passes == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_only_the_step_lies_between_start_and_stop(decode: Bench) -> None:
+    decode.measure(decode.parrot("a"), decode.parrot("b"))
+    words = [what for _, what in decode.log]
+    starts = [place for place, what in enumerate(words) if what == "start"]
+    assert len(starts) == 2 * DECODE.passes * DECODE.runs
+    assert all(words[place - 1 : place + 3] == ["before", "start", "step", "stop"] for place in starts)
+
+
+def test_each_round_of_turns_runs_every_implementation_once(decode: Bench) -> None:
+    decode.measure(decode.parrot("a"), decode.parrot("b"), decode.parrot("c"))
+    order = decode.order()
+    rounds = [order[first : first + 3] for first in range(0, len(order), 3)]
+    assert [sorted(turn) for turn in rounds] == [["a", "b", "c"]] * DECODE.passes
+
+
+def test_the_order_of_turns_follows_the_seed(tiny: Callable[..., MLAConfig]) -> None:
+    def order(seed: int) -> tuple[str, ...]:
+        bench = Bench(tiny(), DECODE)
+        bench.measure(bench.parrot("a"), bench.parrot("b"), seed=seed)
+        return tuple(bench.order())
+
+    orders = [order(seed) for seed in range(8)]
+    assert orders == [order(seed) for seed in range(8)]
+    assert len(set(orders)) > 1
+
+
+def test_a_pass_after_another_implementation_is_flagged(decode: Bench) -> None:
+    measured = decode.measure(decode.parrot("a"), decode.parrot("b"), seed=3)
+    order = decode.order()
+    switched = [name != last for name, last in zip(order, ["", *order], strict=False)]
+    for name in ("a", "b"):
+        assert measured[name].after_switch == [
+            s for s, who in zip(switched, order, strict=True) if who == name
+        ]
+    assert False in switched[1:], "choose a seed with two turns of one implementation in a row"
+
+
+def test_every_pass_starts_from_restored_history_and_empty_outputs(decode: Bench) -> None:
+    parrot = decode.parrot("a")
+    decode.measure(parrot)
+    words = [what for _, what in decode.log]
+    firsts = [place for place, what in enumerate(words) if what == "start"][:: DECODE.runs]
+    assert all(words[place - 2] == "restore" for place in firsts)
+    timed = parrot.clean[-DECODE.passes * DECODE.runs :]
+    assert timed == [True, False, False] * DECODE.passes
+
+
+def test_warm_ups_are_not_timed_and_not_more_than_a_decode_pass_has_steps(
+    decode: Bench, prefill: Bench
+) -> None:
+    for bench in (decode, prefill):
+        bench.measure(bench.parrot("a"))
+        untimed = [what for _, what in bench.log[: bench.log.index(("clock", "start"))]].count("step")
+        assert untimed == bench.scenario.inputs + bench.scenario.warmups
+
+
+def test_an_implementation_that_fails_its_check_is_never_timed(decode: Bench) -> None:
+    measured = decode.measure(decode.parrot("bad", wrong=lambda number: number == 0), decode.parrot("good"))
+    assert measured["bad"].check.status == "wrong"
+    assert measured["bad"].passes == []
+    assert decode.order() == ["good"] * DECODE.passes
+    assert len(measured["good"].passes) == DECODE.passes
+
+
+def test_one_that_is_wrong_after_timing_loses_its_numbers(decode: Bench) -> None:
+    last = DECODE.passes + 1  # the check restores nothing, the warm-up once, each pass once
+    measured = decode.measure(decode.parrot("late", wrong=lambda number: number == last), decode.parrot("b"))
+    assert measured["late"].check.status == "wrong"
+    assert measured["late"].check.reason.startswith("right before timing and wrong after it: ")
+    assert measured["late"].passes == []
+    assert len(measured["b"].passes) == DECODE.passes
+
+
+def test_the_worse_of_both_checks_is_reported(decode: Bench) -> None:
+    class Drifting(Parrot):
+        def step(self, index: int) -> None:
+            super().step(index)
+            self.outputs[index % 3] *= 1 + 2.5e-7 * (self.number > 0)
+
+    exact = decode.measure(decode.parrot("a"))["a"].check
+    drifted = decode.measure(Drifting("a", decode.expected, decode.log))["a"].check
+    assert exact.error_ratio is not None
+    assert drifted.error_ratio is not None
+    assert exact.error_ratio < drifted.error_ratio <= 1
+
+
+def test_an_interrupt_keeps_complete_passes_and_flags_everybody(decode: Bench) -> None:
+    measured = decode.measure(decode.parrot("a"), decode.parrot("b"), _16=KeyboardInterrupt())
+    kept = [samples for name in ("a", "b") for samples in measured[name].passes]
+    assert sorted(kept) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11], [12, 13, 14]]
+    assert all(one.interrupted for one in measured.values())
+    assert gc.isenabled()
+
+
+def test_an_interrupt_while_loading_leaves_the_rest_not_run(decode: Bench) -> None:
+    class Unloadable(Parrot):
+        def load(self, scenario: Scenario, inputs: Inputs) -> None:
+            raise KeyboardInterrupt
+
+    measured = decode.measure(decode.parrot("a"), Unloadable("b", decode.expected, decode.log))
+    assert [measured[name].check.status for name in ("a", "b")] == ["ok", "not run"]
+    assert all(one.interrupted and not one.passes for one in measured.values())
+
+
+def test_an_interrupt_during_the_last_check_keeps_the_passes(
+    decode: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = decode.checker.check
+
+    def interrupted(outputs: torch.Tensor, ours: bool) -> Any:
+        if ("clock", "stop") in decode.log:
+            raise KeyboardInterrupt
+        return check(outputs, ours)
+
+    monkeypatch.setattr(decode.checker, "check", interrupted)
+    result = decode.measure(decode.parrot("a"))["a"]
+    assert len(result.passes) == DECODE.passes
+    assert result.interrupted
+
+
+def test_the_garbage_collector_rests_while_timing_only(decode: Bench) -> None:
+    parrot = decode.parrot("a")
+    decode.measure(parrot)
+    timed = DECODE.passes * DECODE.runs
+    assert not any(parrot.collecting[-timed:])
+    assert all(parrot.collecting[:-timed])
+    assert gc.isenabled()
+
+
+def test_the_garbage_collector_is_back_after_an_error(decode: Bench) -> None:
+    with pytest.raises(RuntimeError, match="launch failed"):
+        decode.measure(decode.parrot("a"), _4=RuntimeError("launch failed"))
+    assert gc.isenabled()

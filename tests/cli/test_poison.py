@@ -1,0 +1,143 @@
+"""Poison: what a request does not own is unusable, what it owns is untouched, pass after pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from mla.bench.implementations import MlaLayer, Setting
+from mla.bench.inputs import Inputs, make_inputs
+from mla.bench.poison import TAIL, Poison
+from mla.bench.workload import Scenario
+from mla.cache import LatentCache
+from mla.weights import random_state_dict
+from mla_backends import Availability, Backend
+
+if TYPE_CHECKING:
+    from mla import MLAConfig
+
+DECODE = Scenario(name="d", mode="decode", query_lens=(1, 1, 1, 1), history=(3, 0, 9, 7), runs=6)
+PREFILL = Scenario(name="p", mode="prefill", query_lens=(3, 5), history=(4, 0))
+PAGE = 4
+
+
+class Host(Backend):
+    name = "host"
+    api_version = 1
+
+    def probe(self) -> Availability:
+        return Availability(True)
+
+    def setup(self, index: int | None = None) -> torch.device:
+        return torch.device("cpu")
+
+    def synchronize(self) -> None:
+        """Nothing is ever pending."""
+
+
+@pytest.fixture
+def setting(tiny: Callable[..., MLAConfig]) -> Setting:
+    backend = Host()
+    backend.device = backend.setup()
+    return Setting(tiny(), backend, torch.float32, "auto", PAGE, 0)
+
+
+def load(setting: Setting, scenario: Scenario) -> tuple[MlaLayer, Inputs]:
+    """Return a loaded layer and the inputs it got."""
+    inputs = make_inputs(setting.config, scenario, 0, setting.dtype)
+    layer = MlaLayer(setting, random_state_dict(setting.config, 0, setting.dtype))
+    layer.load(scenario, inputs)
+    return layer, inputs
+
+
+def run_pass(layer: MlaLayer, scenario: Scenario) -> None:
+    for index in range(scenario.inputs):
+        layer.step(index)
+
+
+def history_slots(layer: MlaLayer, scenario: Scenario) -> torch.Tensor:
+    """Return the flattened cache rows that hold history."""
+    pairs = zip(layer._sequences, scenario.history, strict=True)
+    return torch.cat([layer._cache.slots(sequence)[:length] for sequence, length in pairs])
+
+
+def clean(cache: LatentCache) -> torch.Tensor:
+    """Return which rows of the flattened cache hold finite numbers only."""
+    return cache.pages[0].flatten(0, 1).isfinite().all(dim=1)
+
+
+@pytest.mark.parametrize("scenario", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_after_restore_only_history_is_readable(setting: Setting, scenario: Scenario, passes: int) -> None:
+    layer, inputs = load(setting, scenario)
+    for _ in range(passes):
+        run_pass(layer, scenario)
+        layer.restore()
+    owned = torch.zeros(layer._cache.num_pages * PAGE, dtype=torch.bool)
+    owned[history_slots(layer, scenario)] = True
+    assert torch.equal(clean(layer._cache), owned)
+    for sequence, (kv, pe), length in zip(layer._sequences, inputs.history, scenario.history, strict=True):
+        found = layer._cache.read(sequence)
+        assert torch.equal(found[0][:length], kv)
+        assert torch.equal(found[1][:length], pe)
+
+
+def test_a_pass_writes_only_the_rows_of_its_new_tokens(setting: Setting) -> None:
+    layer, _ = load(setting, DECODE)
+    run_pass(layer, DECODE)
+    assert int(clean(layer._cache).sum()) == sum(DECODE.final_lens)
+
+
+def test_every_pass_gets_the_same_pages_and_gives_the_same_outputs(setting: Setting) -> None:
+    layer, _ = load(setting, DECODE)
+    seen = []
+    for _ in range(3):
+        run_pass(layer, DECODE)
+        slots = torch.cat([layer._cache.slots(sequence) for sequence in layer._sequences])
+        seen.append((slots.tolist(), layer.outputs.clone()))
+        layer.restore()
+    assert seen[0][0] == seen[1][0] == seen[2][0]
+    assert torch.equal(seen[0][1], seen[1][1])
+    assert torch.equal(seen[0][1], seen[2][1])
+
+
+def test_pages_are_handed_out_shuffled(setting: Setting) -> None:
+    layer, _ = load(setting, Scenario(name="p", mode="prefill", query_lens=(1,), history=(40,)))
+    pages = (layer._cache.slots(layer._sequences[0])[::PAGE] // PAGE).tolist()
+    assert pages != sorted(pages)
+
+
+def test_a_read_outside_of_what_is_owned_shows_in_the_output(setting: Setting) -> None:
+    layer, _ = load(replace(setting, attention="absorbed"), DECODE)
+    batch = layer._cache.extend(layer._sequences, DECODE.query_lens)
+    stranger = set(range(layer._cache.num_pages)) - set(batch.block_table.flatten().tolist())
+    batch.block_table[2, 0] = stranger.pop()
+    out = layer.layer(layer._hidden[0], batch, layer._cache.pages[0])
+    assert out[2].isnan().all()
+    assert out[:2].isfinite().all()
+
+
+@pytest.mark.parametrize(("nan_safe", "tail"), [(True, torch.nan), (False, TAIL)])
+def test_the_tail_is_nan_only_for_ops_that_bear_it(
+    tiny: Callable[..., MLAConfig], nan_safe: bool, tail: float
+) -> None:
+    cache = LatentCache(tiny(), max_tokens=32, page_size=PAGE, dtype=torch.float32, shuffle=1)
+    sequences = cache.new_sequences(2)
+    for sequence, length in zip(sequences, (3, 5), strict=True):
+        cache.load(sequence, torch.ones(length, 32), torch.ones(length, 8))
+    free = cache.free_pages
+    Poison(cache, sequences, (6, 5), nan_safe).apply()
+    assert [cache.length(sequence) for sequence in sequences] == [3, 5]
+    assert cache.free_pages == free
+    cache.extend(sequences, (3, 0))
+    grown, still = (cache.read(sequence)[0] for sequence in sequences)
+    assert bool((grown[:3] == 1).all())
+    assert bool((still == 1).all())
+    torch.testing.assert_close(grown[3:], torch.full((3, 32), tail), equal_nan=True)
+    owned = {int(slot) // PAGE for sequence in sequences for slot in cache.slots(sequence)}
+    strangers = [page for page in range(cache.num_pages) if page not in owned]
+    assert cache.pages[0, strangers].isnan().all()

@@ -1,0 +1,171 @@
+"""What only a process can show: pipes, signals, encodings, and a Python without torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla.bench import results
+
+Bench = Callable[..., Any]
+Start = Callable[..., "subprocess.Popen[str]"]
+
+VIRTUAL = ("--backend", "fake-virtual-clock")
+#: A shell starts background jobs with SIGINT ignored, and children inherit that.
+LAUNCH = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "runpy.run_module('mla.bench', run_name='__main__', alter_sys=True)"
+)
+
+
+def read(path: str) -> results.Run:
+    return results.decode(Path(path).read_bytes())
+
+
+@pytest.fixture
+def start(install: Callable[[str], Path], small: list[str]) -> Start:
+    """Return a function that starts a run on the virtual clock and hands over the running process."""
+
+    def start(*words: str, **pipes: Any) -> subprocess.Popen[str]:
+        folders = [str(install("virtual_clock")), os.environ.get("PYTHONPATH", "")]
+        path = os.pathsep.join(filter(None, folders))
+        return subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, *VIRTUAL, *small, *words],
+            env={**os.environ, "PYTHONPATH": path},
+            text=True,
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **pipes},
+        )
+
+    return start
+
+
+def test_ctrl_c_keeps_the_complete_passes(start: Start) -> None:
+    """The 9th sample of decode (runs 4) is the first of its third pass; prefill has taken 6 before."""
+    with start("-O", "interrupt=9", "--scenario", "decode", "-o", "run.json") as child:
+        out, err = child.communicate(timeout=120)
+    assert child.returncode == 130
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == "interrupted: the result holds what was measured until then"
+    (case,) = read("run.json").cases
+    assert case.interrupted
+    assert case.passes == 2
+    assert case.latency_ms is not None
+    assert case.latency_ms.samples == [1, 2, 3, 4, 1, 2, 3, 4]
+    assert out.splitlines()[-1] == "Decode Throughput: 800.0 tok/s"
+
+
+def test_ctrl_c_from_outside_ends_a_long_run_soon(start: Start) -> None:
+    options = ["--passes", "100000", "--scenario", "decode", "-O", "announce=1", "-o", "run.json"]
+    with start(*options) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line == "timing starts\n":
+                break
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=120)
+    assert child.returncode == 130
+    assert "Traceback" not in err
+    (case,) = read("run.json").cases
+    assert case.interrupted
+    assert case.passes < 100000
+    if case.latency_ms is not None:
+        assert len(case.latency_ms.samples) == case.passes * 4
+
+
+def test_ctrl_c_in_the_first_scenario_skips_the_second(start: Start) -> None:
+    with start("-O", "interrupt=1", "-o", "run.json") as child:
+        out, err = child.communicate(timeout=120)
+    assert child.returncode == 130
+    assert "Traceback" not in err
+    (case,) = read("run.json").cases
+    assert (case.scenario, case.passes, case.latency_ms, case.interrupted) == ("prefill", 0, None, True)
+    assert out.splitlines()[-1] == "Prefill: no number, check: ok"
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])
+def test_a_reader_that_goes_away_does_not_cost_the_result(start: Start, both: bool) -> None:
+    """As in `| head -1`, and `2>&1 | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    pipes = {"stdout": writer, **({"stderr": writer} if both else {})}
+    with start("--passes", "1", "-o", "run.json", **pipes) as child:
+        os.close(writer)
+        _, err = child.communicate(timeout=120)
+    assert child.returncode == 0
+    assert "Traceback" not in (err or "")
+    assert "Broken" not in (err or "")
+    assert len(read("run.json").cases) == 2
+
+
+def test_a_folder_that_vanishes_during_the_run_does_not_cost_the_numbers(start: Start) -> None:
+    Path("out").mkdir()
+    options = ["--passes", "1000", "--scenario", "decode", "-O", "announce=1", "-o", "out/run.json"]
+    with start(*options) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line == "timing starts\n":
+                break
+        Path("out").rmdir()
+        out, err = child.communicate(timeout=120)
+    assert child.returncode == 2
+    assert out.splitlines()[-1] == "Decode Throughput: 800.0 tok/s"
+    assert err == "error: cannot write 'out/run.json': No such file or directory.\n"
+
+
+def test_a_terminal_that_cannot_show_lines_gets_plain_ones(process: Bench, small: list[str]) -> None:
+    options = ["--passes", "1", "--scenario", "decode"]
+    done = process(*VIRTUAL, *small, *options, fakes=["virtual_clock"], PYTHONIOENCODING="ascii")
+    assert done.code == 0
+    assert done.out.isascii()
+    assert "| decode " in done.out.replace("|decode", "| decode")
+    assert done.out.splitlines()[-1] == "Decode Throughput: 800.0 tok/s"
+
+
+def test_a_name_the_terminal_cannot_show_does_not_cost_the_result(process: Bench, small: list[str]) -> None:
+    Path("tiny.toml").write_text(Path("tiny.toml").read_text().replace('"decode"', '"größe"', 1))
+    options = ["--passes", "1", "--scenario", "größe", "--format", "csv"]
+    done = process(*VIRTUAL, *small, *options, fakes=["virtual_clock"], PYTHONIOENCODING="ascii")
+    assert done.code == 0
+    assert "gr??e,decode,mla,ok," in done.out
+
+
+@pytest.fixture
+def no_torch(tmp_path: Path) -> Path:
+    """Return a folder in which `torch` is as good as not installed."""
+    folder = tmp_path / "no_torch"
+    folder.mkdir()
+    (folder / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n")
+    return folder
+
+
+def test_without_torch_one_sentence_says_how_to_get_it(process: Bench, no_torch: Path) -> None:
+    done = process("--backend", "cpu", path=[no_torch])
+    assert done.code == 3
+    assert done.out == ""
+    assert len(done.err.splitlines()) == 1
+    assert "No module named 'torch'" in done.err
+    assert "install torch from PyPI" in done.err
+
+
+def test_without_torch_help_usage_errors_and_list_still_work(process: Bench, no_torch: Path) -> None:
+    assert process("--help", path=[no_torch]).code == 0
+    assert process("--version", path=[no_torch]).code == 0
+    assert process("--workload", "no.toml", path=[no_torch]).code == 2
+    done = process("list", path=[no_torch])
+    assert done.code == 0
+    assert done.err == ""
+
+
+def test_an_unpackaged_backend_without_torch_says_so(process: Bench, no_torch: Path, tmp_path: Path) -> None:
+    (tmp_path / "loose.py").write_text("import torch\n")
+    done = process("--backend", "loose:Loose", path=[no_torch, tmp_path])
+    assert done.code == 3
+    assert "No module named 'torch'" in done.error
+    assert "install the torch build it needs" in done.error

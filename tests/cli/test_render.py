@@ -1,0 +1,119 @@
+"""What is printed: a table, markdown, CSV and JSON of the same run."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mla.bench import results
+from mla.bench.render import COLUMNS, FORMATS, headlines, render
+from mla.bench.results import Check, Run
+
+MakeRun = Callable[..., Run]
+
+WRONG: dict[str, Any] = {
+    "check": Check(status="wrong", reason="1 of 8 output rows hold NaN or infinity"),
+    "latency_ms": None,
+    "tokens_per_s": None,
+    "plan_ms": None,
+}
+DECODE = {"scenario": "decode", "mode": "decode"}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_ends_with_one_newline(make_run: MakeRun, kind: str) -> None:
+    text = render(make_run(), kind)
+    assert text.endswith("\n")
+    assert not text.endswith("\n\n")
+
+
+@pytest.mark.parametrize("kind", ["table", "md"])
+def test_people_get_the_headlines_last(make_run: MakeRun, kind: str) -> None:
+    run = make_run()
+    run.cases += make_run(**DECODE).cases
+    assert render(run, kind).splitlines()[-2:] == ["Prefill Latency: 2 ms", "Decode Throughput: 4000.0 tok/s"]
+
+
+def test_a_scenario_of_another_name_is_named_in_its_headline(make_run: MakeRun) -> None:
+    run = make_run(scenario="long")
+    run.cases += make_run(scenario="wide", mode="decode").cases
+    assert headlines(run) == ["Prefill Latency [long]: 2 ms", "Decode Throughput [wide]: 4000.0 tok/s"]
+
+
+def test_the_headline_is_the_first_implementation_even_if_it_is_wrong(make_run: MakeRun) -> None:
+    run = make_run(**WRONG)
+    run.cases += make_run(implementation="mla-reference").cases
+    assert headlines(run) == ["Prefill: no number, check: wrong"]
+
+
+@pytest.mark.parametrize("kind", ["table", "md"])
+def test_a_wrong_case_shows_its_reason_and_no_number(make_run: MakeRun, kind: str) -> None:
+    text = render(make_run(**WRONG), kind)
+    row = next(line for line in text.splitlines() if "mla" in line and "wrong" in line)
+    cells = row.replace("|", " ").split()
+    assert cells == ["prefill", "mla", *["-"] * (len(COLUMNS) - 3), "wrong"]
+    assert "\n\nprefill, mla: 1 of 8 output rows hold NaN or infinity\n" in text
+
+
+def test_a_wrong_row_is_red_on_a_terminal_and_plain_elsewhere(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(**WRONG)
+    run.cases += make_run(implementation="mla-reference").cases
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b" not in render(run, "table")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    lines = render(run, "table").splitlines()
+    wrong, right = (line for line in lines if "prefill" in line and "prefill, " not in line)
+    assert "\x1b[31m" in wrong
+    assert "\x1b[31m" not in right
+
+
+def test_the_table_is_never_cut_however_narrow_the_terminal(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    lines = render(make_run(), "table").splitlines()
+    assert all(title in lines[0] for title in COLUMNS)
+    assert "…" not in "".join(lines)
+
+
+def test_markdown_is_one_table_with_as_many_cells_in_each_row(make_run: MakeRun) -> None:
+    run = make_run(scenario="a|b")
+    rows = [line for line in render(run, "md").splitlines() if line.startswith("| ")]
+    assert len(rows) == 3
+    assert rows[1] == f"| {' | '.join(['---'] * len(COLUMNS))} |"
+    assert {row.replace("\\|", "").count("|") for row in rows} == {len(COLUMNS) + 1}
+
+
+def test_csv_holds_full_precision_and_survives_any_name(make_run: MakeRun) -> None:
+    run = make_run(scenario='a,"b"')
+    run.cases[0].latency_ms = results.Latency(
+        median=1 / 3, ci95=(0.1, 0.4), p10=0.1, p90=0.5, samples=[1 / 3]
+    )
+    run.cases += make_run(**WRONG).cases
+    right, wrong = csv.DictReader(io.StringIO(render(run, "csv")))
+    assert right["scenario"] == 'a,"b"'
+    assert float(right["latency_ms"]) == 1 / 3
+    assert (right["ci_low_ms"], right["ci_high_ms"]) == ("0.1", "0.4")
+    assert (wrong["check"], wrong["latency_ms"], wrong["tokens_per_s"]) == ("wrong", "", "")
+
+
+def test_json_is_the_result_file(make_run: MakeRun) -> None:
+    run = make_run()
+    assert results.decode(render(run, "json").encode()) == run
+
+
+def test_rates_count_the_necessary_work_and_unknown_prints_a_dash(make_run: MakeRun) -> None:
+    (case,) = make_run().cases
+    cells = {title: cell(case) for title, cell in COLUMNS.items()}
+    assert cells["TFLOP/s"] == "0.5"  # 1e9 FLOPs in 2 ms
+    assert cells["GB/s"] == "0.5"  # 1e6 bytes in 2 ms
+    assert cells["95% CI"] == "-"
+    assert cells["% of limit"] == "-"
+    assert cells["p10 .. p90"] == "1.2 .. 2.8"

@@ -1,0 +1,107 @@
+"""The result file: a round trip, refusals in one sentence, and all or nothing on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from mla.bench.results import ResultError, Run, check_writable, decode, encode, write
+
+MakeRun = Callable[..., Run]
+
+
+def test_a_run_survives_the_round_trip(make_run: MakeRun) -> None:
+    run = make_run()
+    assert decode(encode(run)) == run
+
+
+def test_samples_keep_every_digit(make_run: MakeRun) -> None:
+    samples = [0.1 + 0.2, 1 / 3, 1e-9, 123456789.123456789]
+    found = decode(encode(make_run(samples=samples))).cases[0].latency_ms
+    assert found is not None
+    assert found.samples == samples
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"schema_version": "one"}, "Expected `int`, got `str` - at `$.schema_version`"),
+        ({"cases": [{}]}, "Object missing required field `scenario` - at `$.cases[0]`"),
+        ({"cases": None}, "Expected `array`, got `null` - at `$.cases`"),
+        ({"backend": {}}, "Object missing required field `name` - at `$.backend`"),
+    ],
+)
+def test_a_fault_is_named_with_its_place(make_run: MakeRun, change: dict[str, Any], expected: str) -> None:
+    document = {**msgspec.json.decode(encode(make_run())), **change}
+    with pytest.raises(ResultError) as refused:
+        decode(msgspec.json.encode(document))
+    assert str(refused.value) == f"not a result file of this version: {expected}."
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff", b"scenario = 1"])
+def test_what_is_no_result_at_all_is_refused(data: bytes) -> None:
+    with pytest.raises(ResultError, match=r"^not a result file of this version: [^\n]+\.$"):
+        decode(data)
+
+
+def test_write_replaces_a_file_whole(tmp_path: Path, make_run: MakeRun) -> None:
+    path = tmp_path / "run.json"
+    path.write_text("old " * 100000)
+    write(make_run(), path)
+    assert decode(path.read_bytes()) == make_run()
+    assert os.listdir(tmp_path) == ["run.json"]
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, make_run: MakeRun) -> None:
+    path = tmp_path / "run.json"
+    path.mkdir()  # as if somebody made it during the run
+    with pytest.raises(ResultError, match=r"^cannot write '.*run\.json': [^\n]+\.$"):
+        write(make_run(), path)
+    assert os.listdir(tmp_path) == ["run.json"]
+    assert os.listdir(path) == []
+
+
+def test_a_result_that_cannot_be_encoded_leaves_the_old_file(tmp_path: Path, make_run: MakeRun) -> None:
+    path = tmp_path / "run.json"
+    path.write_text("old")
+    run = make_run()
+    run.argv = ["\udcff"]
+    with pytest.raises(UnicodeEncodeError):
+        write(run, path)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["run.json"]
+
+
+def test_check_writable_accepts_new_and_old_files_and_leaves_no_trace(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text("old")
+    check_writable(tmp_path / "old.json")
+    check_writable(tmp_path / "new.json")
+    check_writable(Path("new.json"))
+    assert os.listdir(tmp_path) == ["old.json"]
+    assert (tmp_path / "old.json").read_text() == "old"
+
+
+def test_check_writable_refuses_what_no_file_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    for name, reason in {
+        "": "it is a folder",
+        "missing/run.json": f"there is no folder '{tmp_path / 'missing'}'",
+        "file/run.json": f"there is no folder '{tmp_path / 'file'}'",
+        "pipe": "it is not a regular file",
+        "n" * 300: "File name too long",
+    }.items():
+        with pytest.raises(ResultError) as refused:
+            check_writable(tmp_path / name)
+        assert str(refused.value) == f"cannot write '{tmp_path / name}': {reason}."
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody can write to")
+def test_check_writable_tries_to_write() -> None:
+    with pytest.raises(ResultError, match=r"^cannot write '/proc/run\.json': [^\n]+\.$"):
+        check_writable(Path("/proc/run.json"))

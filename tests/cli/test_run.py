@@ -1,0 +1,217 @@
+"""Real runs of tiny shapes: what is printed where, what is written, and that it can be run again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla.bench import results
+
+Bench = Callable[..., Any]
+
+CPU = ("--backend", "cpu", "--threads", "1", "--implementations", "mla")
+VIRTUAL = ("--backend", "fake-virtual-clock")
+
+
+def read(path: str) -> results.Run:
+    return results.decode(Path(path).read_bytes())
+
+
+def latency(case: results.Case) -> results.Latency:
+    assert case.latency_ms is not None
+    return case.latency_ms
+
+
+def test_a_run_prints_its_result_on_stdout_and_its_plan_on_stderr(bench: Bench, small: list[str]) -> None:
+    done = bench(*CPU, *small)
+    assert done.code == 0
+    *_, prefill, decode = done.out.splitlines()
+    assert re.fullmatch(r"Prefill Latency: [\d.]+ ms", prefill)
+    assert re.fullmatch(r"Decode Throughput: [\d.]+ tok/s", decode)
+    for word in ("backend", "config", "ops", "scenario", "plan", "memory"):
+        assert any(line.startswith(f"{word} ") for line in done.err.splitlines())
+        assert not any(line.startswith(f"{word} ") for line in done.out.splitlines()[1:])
+
+
+def test_the_reference_is_left_out_where_it_would_be_the_same(bench: Bench, small: list[str]) -> None:
+    done = bench(*VIRTUAL, *small, "--dry-run", fakes=["virtual_clock"])
+    assert "mla-reference is left out: no fused op was chosen, so it is identical to mla" in done.err
+    assert "plan       mla, in turns; " in done.err
+
+
+def test_stderr_shows_no_progress_bar_when_it_is_no_terminal(process: Bench, small: list[str]) -> None:
+    done = process(*CPU, *small, "--runs", "2", "--passes", "2")
+    assert done.code == 0
+    assert "\x1b" not in done.err
+    assert "\r" not in done.err
+    assert "timing" not in done.err
+    assert len(done.err.splitlines()) == 7
+
+
+def test_the_numbers_are_those_of_the_clock(bench: Bench, small: list[str]) -> None:
+    done = bench(*VIRTUAL, *small, "-o", "run.json", fakes=["virtual_clock"])
+    assert done.code == 0
+    assert done.out.splitlines()[-2:] == ["Prefill Latency: 2 ms", "Decode Throughput: 800.0 tok/s"]
+    prefill, decode = read("run.json").cases
+    assert latency(prefill).samples == [1, 2, 3, 4, 1, 2]
+    assert latency(decode).samples == [1, 2, 3, 4] * 6
+    assert (latency(decode).p10, latency(decode).median, latency(decode).p90) == (1, 2.5, 4)
+    assert latency(decode).ci95 == (2.5, 2.5)
+    assert decode.tokens_per_s is not None
+    assert decode.tokens_per_s.median == pytest.approx(1000 * 2 * 4 / 10)
+    assert {prefill.clock, decode.clock} == {"virtual"}
+
+
+def test_too_few_passes_give_no_interval(bench: Bench, small: list[str]) -> None:
+    bench(*VIRTUAL, *small, "--passes", "5", "-o", "run.json", fakes=["virtual_clock"])
+    assert [latency(case).ci95 for case in read("run.json").cases] == [None, None]
+    assert [case.passes for case in read("run.json").cases] == [5, 5]
+
+
+def test_a_result_records_what_was_measured(bench: Bench, small: list[str]) -> None:
+    bench(*CPU, *small, "--seed", "7", "--dtype", "float32", "--page-size", "16", "-o", "run.json")
+    run = read("run.json")
+    assert (run.schema_version, run.seed, run.dtype, run.page_size) == (1, 7, "float32", 16)
+    assert (run.backend.name, run.config["hidden_size"]) == ("cpu", 64)
+    assert run.backend.version is not None
+    assert {"python", "torch", "mla", "processor"} <= set(run.environment)
+    prefill, decode = run.cases
+    assert (prefill.query_lens, prefill.history) == ([3, 5], [4, 0])
+    assert (decode.query_lens, decode.history) == ([1, 1], [5, 9])
+    assert (decode.steps_per_pass, decode.passes, decode.warmups) == (4, 6, 1)
+    for case in run.cases:
+        assert case.check.status == "ok"
+        assert case.check.error_ratio is not None
+        assert 0 < case.check.error_ratio <= 1
+        assert case.ops["latent_attention"] == "reference"
+        assert min(case.cost.flops, case.cost.bytes, case.memory.cache_bytes, case.memory.weight_bytes) > 0
+        assert not case.interrupted
+    assert prefill.plan_ms is not None
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "md"])
+def test_stdout_of_a_machine_format_is_that_format_alone(process: Bench, small: list[str], kind: str) -> None:
+    options = ["--runs", "2", "--passes", "2", "-o", "run.json", "--format", kind]
+    done = process(*VIRTUAL, *small, *options, fakes=["virtual_clock"])
+    assert done.code == 0
+    run = read("run.json")
+    if kind == "json":
+        assert results.decode(done.out.encode()) == run
+        json.loads(done.out)
+    elif kind == "csv":
+        rows = list(csv.DictReader(io.StringIO(done.out)))
+        assert [row["scenario"] for row in rows] == ["prefill", "decode"]
+        assert [float(row["latency_ms"]) for row in rows] == [latency(case).median for case in run.cases]
+    else:
+        assert done.out.startswith("| scenario | implementation |")
+
+
+def test_implementations_alternate_in_the_asked_order_of_rows(bench: Bench, small: list[str]) -> None:
+    names = ["mla-reference", "mla"]
+    bench(*CPU, *small, "--implementations", ", ".join(names), "--scenario", "decode", "-o", "run.json")
+    cases = read("run.json").cases
+    assert [case.implementation for case in cases] == names
+    assert [case.interleaved_with for case in cases] == [["mla"], ["mla-reference"]]
+    switches = [len(case.switch_steps) for case in cases]
+    assert abs(switches[0] - switches[1]) <= 1
+    assert all(step % 4 == 0 for case in cases for step in case.switch_steps)
+
+
+def test_a_scenario_may_name_its_own_head_count(bench: Bench, small: list[str]) -> None:
+    text = Path("tiny.toml").read_text()
+    Path("tiny.toml").write_text(text.replace("warmups = 1", "warmups = 1\nheads = 2", 1))
+    bench(*CPU, *small, "-o", "run.json")
+    two, four = (case.memory.weight_bytes for case in read("run.json").cases)
+    assert two < four
+
+
+def test_the_repro_line_reruns_the_case(bench: Bench, small: list[str]) -> None:
+    options = [
+        "--seed",
+        "5",
+        "--attention",
+        "expanded",
+        "-O",
+        "script=5,7",
+        "--passes",
+        "3",
+        "--warmups",
+        "0",
+    ]
+    bench(*VIRTUAL, *small, *options, "-o", "first.json", fakes=["virtual_clock"])
+    for case in read("first.json").cases:
+        python, flag, module, *words = shlex.split(case.repro)
+        assert (python, flag, module) == ("python", "-m", "mla.bench")
+        assert bench(*words, "-o", "again.json").code == 0
+        (again,) = read("again.json").cases
+        again.memory.peak_bytes = case.memory.peak_bytes
+        again.plan_ms = case.plan_ms
+        assert again == case
+
+
+def test_the_repro_line_repeats_every_option_that_was_given(bench: Bench, small: list[str]) -> None:
+    options = ["--device", "0", "--dtype", "float32", "--page-size", "1", "--ops", "reference", "--runs", "3"]
+    bench(*CPU, *small, *options, "--passes", "1", "-o", "run.json")
+    for case in read("run.json").cases:
+        assert shlex.join(options[:2]) in case.repro
+        assert all(shlex.join(options[place : place + 2]) in case.repro for place in range(0, 10, 2))
+        assert "--threads 1" in case.repro
+        assert case.repro.endswith(f"--scenario {case.scenario} --implementations mla")
+
+
+def test_code_that_is_not_packaged_can_be_measured(
+    bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch, install: Callable[[str], Path]
+) -> None:
+    source = (install("virtual_clock") / "fake_virtual_clock.py").read_text()
+    Path("loose_backend.py").write_text(source)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    done = bench("--backend", "loose_backend:VirtualClock", *small, "-o", "run.json")
+    assert done.code == 0
+    run = read("run.json")
+    assert (run.backend.name, run.backend.version) == ("virtual", None)
+    assert "--backend loose_backend:VirtualClock " in run.cases[0].repro
+
+
+def test_a_dry_run_measures_and_writes_nothing(bench: Bench, small: list[str]) -> None:
+    done = bench(*CPU, *small, "--dry-run", "-o", "run.json")
+    assert (done.code, done.out) == (0, "")
+    assert "scenario   decode: 2 requests, 2 new tokens per forward, history 5 to 9, " in done.err
+    assert "plan       mla, in turns; 37 forwards, checked against a float64 oracle" in done.err
+    assert not Path("run.json").exists()
+
+
+def test_list_ops_names_every_role_and_measures_nothing(bench: Bench, small: list[str]) -> None:
+    done = bench(*CPU, *small, "--list-ops")
+    assert done.code == 0
+    roles = dict(line.split(": ") for line in done.out.splitlines() if not line.startswith(" "))
+    assert {"latent_attention", "expanded_attention", "write_latent", "o_proj"} <= set(roles)
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_run_that_cannot_fit_is_refused_before_it_allocates(
+    bench: Bench, small: list[str], dry: list[str]
+) -> None:
+    Path("huge.toml").write_text(Path("tiny.toml").read_text().replace("[5, 9]", "[5, 2000000000]"))
+    done = bench(*CPU, "--config", "tiny.json", "--workload", "huge.toml", *dry)
+    assert (done.code, done.out) == (2, "")
+    sentence = (
+        r"error: this run needs about [\d.]+ GiB on the device and [\d.]+ GiB on the host; available are "
+        r"[\d.]+ GiB and [\d.]+ GiB: use fewer requests, shorter histories or a smaller config\."
+    )
+    assert re.fullmatch(sentence, done.error)
+
+
+def test_the_main_job_runs_at_full_size(bench: Bench) -> None:
+    done = bench("--backend", "cpu", "--runs", "6", "--passes", "6", "--warmups", "0", "-o", "run.json")
+    assert done.code == 0
+    prefill, decode = (case for case in read("run.json").cases if case.implementation == "mla")
+    assert (len(latency(prefill).samples), len(latency(decode).samples)) == (6, 36)
+    assert all(case.check.status == "ok" for case in read("run.json").cases)

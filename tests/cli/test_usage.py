@@ -1,0 +1,198 @@
+"""Everything a user may type wrong: the exit code and the one sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla.bench.cli import cli
+from mla.presets import PRESETS
+
+Bench = Callable[..., Any]
+
+PRESET_LIST = ", ".join(PRESETS)
+IMPLEMENTATIONS = "mla, mla-reference, transformers, transformers-eager"
+CPU = ("--backend", "cpu")
+
+
+def test_help_names_every_option_command_and_exit_code(bench: Bench) -> None:
+    done = bench("--help")
+    assert done.code == 0
+    for option in cli.commands["run"].params:
+        assert all(flag in done.out for flag in option.opts)
+    for code in ("0 ok", "1 regression", "2 usage", "3 backend missing", "4 wrong", "5 nothing", "130"):
+        assert code in done.out
+    assert all(f"\n  {name} " in done.out for name in cli.commands)
+    assert bench("run", "--help").out.splitlines()[1:] == done.out.splitlines()[1:]
+
+
+def test_every_command_and_option_explains_itself(bench: Bench) -> None:
+    for name, command in cli.commands.items():
+        assert bench(name, "--help").code == 0
+        assert command.help
+        assert all(getattr(option, "help", None) for option in command.params)
+
+
+def test_version_is_that_of_the_package(bench: Bench) -> None:
+    import mla
+
+    done = bench("--version")
+    assert (done.code, done.out) == (0, f"python -m mla.bench, version {mla.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lst"], "Error: there is no command 'lst'. Did you mean 'list'? Commands: "),
+        (["benchmark"], "Error: there is no command 'benchmark'. Commands: "),
+        (["--bakend", "cpu"], "Error: No such option '--bakend'"),
+        (["-x"], "Error: No such option '-x'"),
+        ([*CPU, "more"], "Error: Got unexpected extra argument (more)"),
+        (["list", "more"], "Error: Got unexpected extra argument (more)"),
+        (["-o"], "Error: Option '-o' requires an argument."),
+        (["--runs", "0"], "Error: Invalid value for '--runs': 0 is not in the range"),
+        (["--runs", "ten"], "Error: Invalid value for '--runs': 'ten' is not a valid integer"),
+        (["--runs", "9" * 20], "Error: Invalid value for '--runs': 99999999999999999999 is not in the range"),
+        (["--passes", "-1"], "Error: Invalid value for '--passes': -1 is not in the range"),
+        (["--warmups", "-1"], "Error: Invalid value for '--warmups': -1 is not in the range"),
+        (["--threads", "0"], "Error: Invalid value for '--threads': 0 is not in the range"),
+        (["--threads", "100000"], "Error: Invalid value for '--threads': 100000 is not in the range"),
+        (["--device", "-1"], "Error: Invalid value for '--device': -1 is not in the range"),
+        (["--seed", "-1"], "Error: Invalid value for '--seed': -1 is not in the range"),
+        (["--seed", "4294967296"], "Error: Invalid value for '--seed': 4294967296 is not in the range"),
+        (["--dtype", "fp8"], "Error: Invalid value for '--dtype': 'fp8' is not one of"),
+        (["--format", "yaml"], "Error: Invalid value for '--format': 'yaml' is not one of"),
+        (["--attention", "flash"], "Error: Invalid value for '--attention': 'flash' is not one of"),
+        (["--ops", "fused"], "Error: Invalid value for '--ops': 'fused' is not one of"),
+        (["--config", "\udcff"], r"Error: argument '\udcff' is not valid UTF-8."),
+    ],
+)
+def test_a_bad_command_line_is_refused(bench: Bench, words: list[str], message: str) -> None:
+    done = bench(*words)
+    assert done.code == 2
+    assert done.out == ""
+    assert done.error.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--backend", "CPU"], 3, "unknown backend 'CPU' (did you mean 'cpu'?); installed: "),
+        (["--backend", "cuda"], 3, "unknown backend 'cuda' (did you mean 'nvidia'?); installed: "),
+        (["--backend", ""], 3, "unknown backend ''; installed: "),
+        (["--backend", "nowhere:x"], 3, "backend 'nowhere:x' failed to load: importing module nowhere "),
+        (["--backend", "os:nothing"], 3, "backend 'os:nothing' failed to load: importing module os "),
+        (["--backend", "os:path"], 3, "backend 'os:path' failed to load: module os has no hook; "),
+        ([*CPU, "--device", "5"], 3, "backend 'cpu' has one device, so there is no device 5."),
+        ([*CPU, "-O", "x=1"], 3, "backend 'cpu' has no option 'x'; it knows: threads"),
+        ([*CPU, "-O", "threads=two"], 3, "backend 'cpu' needs a positive number of threads, got 'two'."),
+        ([*CPU, "-O", "threads=-1"], 3, "backend 'cpu' needs a positive number of threads, got '-1'."),
+        ([*CPU, "-O", "x"], 2, "-O wants KEY=VALUE, got 'x'."),
+        ([*CPU, "-O", "=x"], 2, "-O wants KEY=VALUE, got '=x'."),
+        (
+            [*CPU, "--config", "deepseek-r2"],
+            2,
+            f"unknown config 'deepseek-r2'. Did you mean 'deepseek-v2'? Presets: {PRESET_LIST}.",
+        ),
+        ([*CPU, "--config", ""], 2, f"unknown config ''. Presets: {PRESET_LIST}."),
+        ([*CPU, "--config", "my.json"], 2, "cannot read config 'my.json': No such file or directory."),
+        ([*CPU, "--config", "./mine"], 2, "cannot read config 'mine': No such file or directory."),
+        ([*CPU, "--config", "."], 2, "cannot read config 'config.json': No such file or directory."),
+        ([*CPU, "--page-size", "0"], 2, "--page-size must be a power of two, got 0."),
+        ([*CPU, "--page-size", "48"], 2, "--page-size must be a power of two, got 48."),
+        (
+            [*CPU, "--implementations", "mla,mla-referense"],
+            2,
+            "unknown implementation 'mla-referense'. Did you mean 'mla-reference'? "
+            f"There are: {IMPLEMENTATIONS}.",
+        ),
+        (
+            [*CPU, "--implementations", "vllm"],
+            2,
+            f"unknown implementation 'vllm'. There are: {IMPLEMENTATIONS}.",
+        ),
+        (
+            ["--scenario", "decod"],
+            2,
+            "unknown scenario 'decod'. Did you mean 'decode'? This workload has: prefill, decode.",
+        ),
+        (["--scenario", ""], 2, "unknown scenario ''. This workload has: prefill, decode."),
+        (["--workload", "no.toml"], 2, "cannot read workload 'no.toml': No such file or directory."),
+        (["--workload", "."], 2, "cannot read workload '.': Is a directory."),
+        (["-o", "no/run.json"], 2, "cannot write 'no/run.json': there is no folder 'no'."),
+        (["-o", "."], 2, "cannot write '.': it is a folder."),
+    ],
+)
+def test_a_mistake_gets_its_sentence(bench: Bench, words: list[str], code: int, message: str) -> None:
+    done = bench(*words)
+    assert done.code == code
+    assert done.out == ""
+    assert done.error.startswith(f"error: {message}")
+    assert not any("backend    " in line for line in done.err.splitlines()), (
+        "refused before a plan is printed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid JSON: "),
+        ("[1]", "must hold a JSON object, got list."),
+        ("{}", "has no hidden_size, so it does not describe an MLA layer."),
+        ('{"hidden_size": 0', "hidden_size must be a positive integer, got 0."),
+        ('{"hidden_size": "64"', "hidden_size must be a positive integer, got '64'."),
+        ('{"q_lora_rank": 0', "q_lora_rank must be a positive integer, got 0."),
+        ('{"qk_rope_head_dim": 7', "qk_rope_head_dim must be even, got 7."),
+        ('{"rope_theta": "big"', "rope_theta must be a positive number, got 'big'."),
+        ('{"rope_theta": NaN', "rope_theta must be a positive number, got nan."),
+        ('{"rms_norm_eps": -1', "rms_norm_eps must be a positive number, got -1."),
+        ('{"attention_bias": "no"', "attention_bias must be true or false, got 'no'."),
+        ('{"rope_scaling": {"type": "ntk"}', "rope_scaling type 'ntk' is not supported; 'yarn' is."),
+    ],
+)
+def test_a_bad_config_file_gets_its_sentence(bench: Bench, small: list[str], text: str, message: str) -> None:
+    if text.startswith('{"'):  # a change of the tiny config
+        text = json.dumps({**json.loads(Path("tiny.json").read_text()), **json.loads(text + "}")})
+    Path("bad.json").write_text(text)
+    done = bench(*CPU, "--config", "bad.json")
+    assert done.code == 2
+    assert done.error.startswith("error: config 'bad.json'")
+    assert message in done.error
+
+
+def test_a_config_may_be_a_folder(bench: Bench, small: list[str]) -> None:
+    Path("model").mkdir()
+    Path("tiny.json").rename("model/config.json")
+    done = bench(*CPU, "--config", "model", *small[2:], "--dry-run")
+    assert done.code == 0
+    assert "config     model, torch.bfloat16" in done.err
+
+
+def test_an_unfit_output_path_is_refused_before_the_run(bench: Bench, small: list[str]) -> None:
+    Path("taken").mkdir()
+    done = bench(*CPU, *small, "-o", "taken")
+    assert (done.code, done.err) == (2, "error: cannot write 'taken': it is a folder.\n")
+
+
+def test_a_known_backend_that_is_not_installed_says_how_to_install_it(isolated: Bench) -> None:
+    done = isolated("--backend", "metax")
+    assert done.code == 3
+    assert done.err == (
+        "error: backend 'metax' is not installed: run `pip install ./plugins/metax` in a checkout of this "
+        "project, with torch from MetaX's own wheel index for the MACA SDK (its version contains +metax).\n"
+    )
+
+
+def test_a_dtype_the_device_does_not_compute_is_refused(bench: Bench, small: list[str]) -> None:
+    device = ("--backend", "fake-float32-only")
+    done = bench(*device, *small, "--dry-run", fakes=["float32_only"])
+    assert done.code == 2
+    assert done.err == (
+        "error: backend 'fake-float32-only' does not compute bfloat16 natively; "
+        "choose --dtype from: float32.\n"
+    )
+    assert bench(*device, *small, "--dry-run", "--dtype", "float32").code == 0

@@ -1,0 +1,161 @@
+"""Workload files: what they mean, and one sentence for everything that is wrong with one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mla.bench.workload import MAX_COUNT, MAX_REQUESTS, Scenario, WorkloadError, expand, load_workload, select
+
+LENGTHS = st.integers(0, 10**6)
+RUNS = st.tuples(LENGTHS, st.integers(1, 50))
+GOOD = {"name": '"a"', "mode": '"decode"', "query_lens": "[1]", "history": "[3]"}
+
+
+def table(**changes: str) -> str:
+    """Return one [[scenario]] table; an empty value leaves the key out."""
+    lines = [f"{key} = {value}" for key, value in {**GOOD, **changes}.items() if value]
+    return "\n".join(["[[scenario]]", *lines, ""])
+
+
+def sentence(path: Path, text: str | bytes) -> str:
+    """Return the one line that refuses a workload file."""
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(WorkloadError) as refused:
+        load_workload(str(path))
+    message = str(refused.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert str(path) in message
+    return message
+
+
+def test_the_shipped_workload_is_the_two_standard_scenarios() -> None:
+    prefill, decode = load_workload("standard")
+    assert (prefill.name, prefill.mode) == ("prefill", "prefill")
+    assert prefill.query_lens == (64, 128, 256, 256)
+    assert prefill.history == (512, 0, 0, 256)
+    assert prefill.turns * prefill.steps == 100
+    assert (decode.name, decode.mode) == ("decode", "decode")
+    assert decode.query_lens == (1,) * 16
+    assert decode.history == (50,) * 4 + (100,) * 4 + (200,) * 4 + (400,) * 4
+    assert (decode.steps, decode.turns) == (100, 6)
+    assert decode.final_lens == tuple(length + 100 for length in decode.history)
+
+
+@given(runs=st.lists(RUNS, max_size=20))
+def test_a_starred_item_stands_for_that_many_lengths(runs: list[tuple[int, int]]) -> None:
+    written = [f"{length}*{count}" for length, count in runs]
+    assert expand(written) == tuple(length for length, count in runs for _ in range(count))
+
+
+@given(lengths=st.lists(LENGTHS, max_size=50))
+def test_plain_lengths_stay_as_they_are(lengths: list[int]) -> None:
+    assert expand(lengths) == tuple(lengths)
+    assert expand([str(length) for length in lengths]) == tuple(lengths)
+
+
+@given(item=st.one_of(st.floats(), st.booleans(), st.none(), st.dates(), st.text(alphabet="ab*. x")))
+def test_anything_else_is_refused(item: object) -> None:
+    with pytest.raises(ValueError, match="is neither a length nor"):
+        expand([item])
+
+
+@pytest.mark.parametrize("count", ["0", "-1", str(MAX_REQUESTS + 1), "99999999999999"])
+def test_absurd_repeats_are_refused_before_any_list_is_made(count: str) -> None:
+    with pytest.raises(ValueError, match="must repeat between 1 and"):
+        expand([f"1*{count}"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"name": ""}, "scenario '?': Object missing required field `name`"),
+        ({"mode": ""}, "Object missing required field `mode`"),
+        ({"query_lens": ""}, "Object missing required field `query_lens`"),
+        ({"history": ""}, "Object missing required field `history`"),
+        ({"name": "5"}, "scenario '5': Expected `str`, got `int` - at `$.name`"),
+        ({"name": '" "'}, "' ' is no name, use one line of text"),
+        ({"name": r'"a\nb"'}, r"'a\nb' is no name, use one line of text"),
+        ({"mode": '"train"'}, "Invalid enum value 'train' - at `$.mode`"),
+        ({"query_lens": "[0]"}, "query_lens must be positive, got 0"),
+        ({"query_lens": "[-7]"}, "query_lens must be positive, got -7"),
+        ({"history": "[-1]"}, "history must not be negative, got -1"),
+        ({"query_lens": "[1, 2]"}, "query_lens has 2 requests, history 1"),
+        ({"query_lens": "[]", "history": "[]"}, "query_lens is empty"),
+        ({"query_lens": "[1.5]"}, '1.5 is neither a length nor "length*count"'),
+        ({"query_lens": "[true]"}, 'True is neither a length nor "length*count"'),
+        ({"query_lens": '["4*x"]'}, "'4*x' is neither a length nor"),
+        ({"query_lens": '["1*0"]'}, "'1*0' must repeat between 1 and 65536 times"),
+        ({"history": "[2147483647]"}, f"no request may grow beyond {MAX_COUNT} tokens"),
+        ({"history": f"[{'9' * 400}]"}, f"no request may grow beyond {MAX_COUNT} tokens"),
+        ({"runs": "0"}, "Expected `int` >= 1 - at `$.runs`"),
+        ({"runs": "9999999999999"}, "Expected `int` <= 2147483647 - at `$.runs`"),
+        ({"passes": "-1"}, "Expected `int` >= 1 - at `$.passes`"),
+        ({"warmups": "-1"}, "Expected `int` >= 0 - at `$.warmups`"),
+        ({"heads": "0"}, "Expected `int` >= 1 - at `$.heads`"),
+        ({"rnus": "5"}, "Object contains unknown field `rnus`"),
+    ],
+)
+def test_every_mistake_in_a_scenario_is_named(tmp_path: Path, changes: dict[str, str], expected: str) -> None:
+    assert expected in sentence(tmp_path / "w.toml", table(**changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x = [", "is not valid TOML: "),
+        ("x = " + "[" * 20000, "is not valid TOML: "),
+        (f"x = {'9' * 5000}", "is not valid TOML: "),
+        (b"\xff\xfe", "cannot read workload"),
+        ("", "Object missing required field `scenario`; it needs [[scenario]] tables"),
+        ("scenario = 5", "Expected `array`, got `int` - at `$.scenario`"),
+        ("[scenario]\nname = 'a'", "Expected `array`, got `object` - at `$.scenario`"),
+        ("scenario = []", "needs at least one scenario, each with a name of its own"),
+        (2 * table(), "needs at least one scenario, each with a name of its own"),
+        ("runs = 5\n" + table(), "Object contains unknown field `runs`"),
+    ],
+)
+def test_every_mistake_in_a_file_is_named(tmp_path: Path, text: str | bytes, expected: str) -> None:
+    assert expected in sentence(tmp_path / "w.toml", text)
+
+
+@pytest.mark.parametrize("source", ["nothing.toml", ".", "", "n" * 300])
+def test_a_file_that_cannot_be_read_is_named(source: str) -> None:
+    with pytest.raises(WorkloadError, match=r"^cannot read workload '.*': [^\n]+\.$"):
+        load_workload(source)
+
+
+def test_select_keeps_the_asked_order_and_asks_once() -> None:
+    scenarios = load_workload("standard")
+    prefill, decode = scenarios
+    assert select(scenarios, []) == [prefill, decode]
+    assert select(scenarios, ["decode", "prefill", "decode"]) == [decode, prefill]
+
+
+def test_an_unknown_scenario_is_guessed() -> None:
+    with pytest.raises(WorkloadError) as refused:
+        select(load_workload("standard"), ["decod"])
+    assert str(refused.value) == (
+        "unknown scenario 'decod'. Did you mean 'decode'? This workload has: prefill, decode."
+    )
+
+
+@given(runs=st.integers(1, 500), passes=st.integers(1, 60))
+def test_a_prefill_never_runs_less_than_asked_nor_an_empty_pass(runs: int, passes: int) -> None:
+    scenario = Scenario(name="a", mode="prefill", query_lens=(1,), history=(0,), runs=runs, passes=passes)
+    assert runs <= scenario.turns * scenario.steps < runs + scenario.turns
+    assert scenario.turns <= passes
+
+
+def test_decode_lengths_grow_with_each_step_and_prefill_lengths_do_not() -> None:
+    lengths = {"query_lens": (1, 2), "history": (5, 0), "runs": 3}
+    decode = Scenario(name="a", mode="decode", **lengths)  # type: ignore[arg-type]
+    prefill = Scenario(name="a", mode="prefill", **lengths)  # type: ignore[arg-type]
+    assert [decode.kv_lens(step) for step in range(3)] == [(6, 2), (7, 4), (8, 6)]
+    assert decode.final_lens == (8, 6)
+    assert [prefill.kv_lens(step) for step in range(3)] == [(6, 2)] * 3
+    assert prefill.final_lens == (6, 2)

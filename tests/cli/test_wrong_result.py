@@ -1,0 +1,134 @@
+"""A fused op that is wrong, or refuses, never gets a number and never passes unnoticed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla.bench import results
+
+Bench = Callable[..., Any]
+
+WRONG_OP = ("--backend", "fake-wrong-op")
+
+
+@pytest.fixture
+def measure(bench: Bench, small: list[str]) -> Bench:
+    """Return `bench` for one scenario on the backend with the faulty op."""
+
+    def measure(fault: str, *words: str, scenario: str = "decode") -> Any:
+        options = ["-O", f"fault={fault}", "--scenario", scenario, "-o", "run.json"]
+        return bench(*WRONG_OP, *small, *options, *words, fakes=["wrong_op"])
+
+    return measure
+
+
+def cases() -> dict[str, results.Case]:
+    run = results.decode(Path("run.json").read_bytes())
+    return {case.implementation: case for case in run.cases}
+
+
+@pytest.mark.parametrize("scenario", ["prefill", "decode"])
+def test_a_right_fused_op_is_timed_beside_the_reference(measure: Bench, scenario: str) -> None:
+    done = measure("none", scenario=scenario)
+    assert done.code == 0
+    assert "ops        latent_attention=loop (--list-ops says why)" in done.err
+    assert list(cases()) == ["mla", "mla-reference"]
+    assert cases()["mla"].ops["latent_attention"] == "loop"
+    assert cases()["mla-reference"].ops["latent_attention"] == "reference"
+    assert all(case.latency_ms is not None for case in cases().values())
+
+
+@pytest.mark.parametrize("scenario", ["prefill", "decode"])
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("drop", "output rows are too far from the oracle"), ("nan", "hold NaN or infinity")],
+)
+def test_a_wrong_op_gets_a_reason_and_no_number(
+    measure: Bench, fault: str, reason: str, scenario: str
+) -> None:
+    done = measure(fault, scenario=scenario)
+    assert done.code == 4
+    assert done.error.startswith("wrong result: at least one implementation disagrees with the oracle")
+    assert reason in done.out
+    assert done.out.splitlines()[-1] == f"{scenario.title()}: no number, check: wrong"
+    assert not any(unit in done.out for unit in (" ms\n", " tok/s\n"))
+    wrong, right = cases()["mla"], cases()["mla-reference"]
+    assert wrong.check.status == "wrong"
+    assert reason in wrong.check.reason
+    assert (wrong.latency_ms, wrong.tokens_per_s, wrong.passes) == (None, None, 0)
+    assert right.check.status == "ok"
+    assert right.latency_ms is not None
+
+
+def test_an_op_that_goes_wrong_while_it_is_timed_loses_its_numbers(measure: Bench) -> None:
+    """4 calls check it and 1 warms it up: 10 later, it is wrong in the middle of timing."""
+    done = measure("late", "-O", "after=15")
+    assert done.code == 4
+    wrong, right = cases()["mla"], cases()["mla-reference"]
+    assert wrong.check.status == "wrong"
+    assert wrong.check.reason.startswith("right before timing and wrong after it: ")
+    assert (wrong.latency_ms, wrong.tokens_per_s) == (None, None)
+    assert right.latency_ms is not None
+    assert wrong.check.reason in done.out
+
+
+def test_an_op_that_would_go_wrong_after_the_run_is_right(measure: Bench) -> None:
+    assert measure("late", "-O", "after=1000").code == 0
+
+
+def test_the_reference_may_be_asked_for_instead(measure: Bench) -> None:
+    done = measure("drop", "--ops", "reference")
+    assert done.code == 0
+    assert list(cases()) == ["mla"]
+    assert set(cases()["mla"].ops.values()) == {"reference"}
+
+
+def test_wrong_rows_are_red_on_a_terminal(measure: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    row = next(line for line in measure("drop").out.splitlines() if "wrong" in line)
+    assert "\x1b[31m" in row
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "md"])
+def test_no_format_shows_a_number_for_a_wrong_case(measure: Bench, kind: str) -> None:
+    done = measure("nan", "--implementations", "mla", "--format", kind)
+    assert done.code == 4
+    if kind == "json":
+        (case,) = results.decode(done.out.encode()).cases
+        assert (case.latency_ms, case.tokens_per_s) == (None, None)
+    elif kind == "csv":
+        assert ",wrong,,,,,,,," in done.out
+    else:
+        assert "| - | - | - | - | - | - | - | - | wrong |" in done.out
+
+
+def test_an_op_that_refuses_the_layer_is_passed_over_with_its_reason(measure: Bench) -> None:
+    done = measure("spec", "--list-ops")
+    assert done.code == 0
+    reason = "  fused op 'loop' not used because it has no kernel for 4 heads"
+    lines = done.out.splitlines()
+    assert lines[lines.index("latent_attention: reference") + 1] == reason
+    assert measure("spec").code == 0
+    assert list(cases()) == ["mla"]
+
+
+def test_an_op_that_refuses_the_batch_ends_the_run_with_its_reason(measure: Bench) -> None:
+    done = measure("batch")
+    assert done.code == 3
+    assert done.out == ""
+    assert done.error == (
+        "error: fused op 'loop' (latent_attention/1) refuses this batch: 2 requests are too many. "
+        "Use the reference ops for it."
+    )
+    assert measure("batch", "--ops", "reference").code == 0
+
+
+def test_a_backend_may_refuse_its_options(measure: Bench) -> None:
+    done = measure("fire")
+    assert done.code == 3
+    assert done.err.startswith("error: backend 'fake-wrong-op' knows these faults: none, drop, ")
