@@ -89,9 +89,9 @@ def attention_test(backend: str | None, model_path: Path | None, runs: int | Non
         raise click.UsageError(f"choose a device: {', '.join(f'--{name}' for name in BACKENDS)}.")
     names = "mla,transformers" if model_path else "mla"
     chosen = defaults(backend=backend, model_path=model_path, implementations=names, runs=runs)
-    done, interrupted = commands.measure(commands.prepare(chosen))
-    commands.out(report(done) + "\n")
-    return commands.verdict(done, interrupted)
+    outcome = commands.measure(commands.prepare(chosen))
+    commands.out(report(outcome.run) + "\n")
+    return commands.verdict(outcome)
 
 
 if __name__ == "__main__":

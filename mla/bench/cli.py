@@ -121,7 +121,7 @@ def cli() -> None:
 @click.option(
     "--runs",
     type=click.IntRange(1, MAX_COUNT),
-    help="Prefill: timed forwards in all. Decode: steps of one pass.  [workload: 100]",
+    help="Prefill: timed forwards, rounded up to equal passes. Decode: steps of a pass.  [workload: 100]",
 )
 @click.option(
     "--passes",

@@ -20,7 +20,7 @@ from mla_backends.discovery import locate
 
 if TYPE_CHECKING:
     from mla.bench.implementations import Setting
-    from mla.bench.session import Request
+    from mla.bench.session import Outcome, Request
     from mla.config import MLAConfig
     from mla_backends.api import Backend
 
@@ -54,13 +54,14 @@ def run(options: RunOptions) -> int:
     _require_memory(request)
     if options.dry_run:
         return Exit.OK
-    done, interrupted = measure(request)
+    outcome = measure(request)
     try:
         if options.output:
-            results.write(done, options.output)
+            results.write(outcome.run, options.output)
     finally:  # the numbers must survive a disk that has filled up
-        out(render.render(done, options.kind))
-    return verdict(done, interrupted)
+        if outcome.run.cases:
+            out(render.render(outcome.run, options.kind))
+    return verdict(outcome)
 
 
 def prepare(options: RunOptions) -> Request:
@@ -74,23 +75,25 @@ def prepare(options: RunOptions) -> Request:
     return _request(options, name, _open(options, name), scenarios)
 
 
-def measure(request: Request) -> tuple[results.Run, bool]:
-    """Run a request; the flag says whether an interrupt cut it short."""
+def measure(request: Request) -> Outcome:
+    """Run a request with a progress bar."""
     from mla.bench import session
 
     with Progress(session.total_forwards(request)) as progress:
         return session.execute(request, progress.advance, note)
 
 
-def verdict(done: results.Run, interrupted: bool) -> Exit:
-    """Return the exit code of a run, and say on stderr why it is not 0."""
-    if interrupted:
+def verdict(outcome: Outcome) -> Exit:
+    """Return the exit code of a run, and say on stderr why it is not 0. Raises what made the run fail."""
+    if outcome.failure is not None:
+        raise outcome.failure
+    if outcome.interrupted:
         note("interrupted: the result holds what was measured until then")
         return Exit.INTERRUPTED
-    if any(case.check.status == "wrong" for case in done.cases):
+    if any(case.check.status == "wrong" for case in outcome.run.cases):
         note("wrong result: at least one implementation disagrees with the oracle and got no number")
         return Exit.WRONG
-    return Exit.OK if any(case.latency_ms for case in done.cases) else Exit.NOTHING_RAN
+    return Exit.OK if any(case.latency_ms for case in outcome.run.cases) else Exit.NOTHING_RAN
 
 
 def _open(options: RunOptions, name: str) -> Backend:

@@ -18,9 +18,16 @@ from mla.bench.implementations import Implementation
 from mla.bench.inputs import Inputs
 from mla.bench.results import Check
 from mla.bench.workload import Scenario
+from mla.errors import MLAError
 from mla_backends.api import Timer
 
 Progress = Callable[[str, int], None]  # what is running, forwards done since the last call
+
+
+class ClockError(MLAError):
+    """A timer that cannot have measured anything."""
+
+    exit_code = 3
 
 
 @dataclass
@@ -107,6 +114,10 @@ def _time_pass(one: Implementation, scenario: Scenario, timer: Timer) -> list[fl
         timer.start()
         one.step(index)
         samples.append(timer.stop())
+    if sum(samples) <= 0:
+        raise ClockError(
+            f"the {timer.clock} clock of this backend measured {sum(samples)} ms for a whole pass."
+        )
     return samples
 
 

@@ -24,6 +24,7 @@ class MemoryPlan:
     per_implementation: int  # on the device
     host: int  # weights, inputs, and the oracle in float64
     implementations: int
+    extra: int
     device_available: int | None
     host_available: int | None
     shared: bool  # the device is the host
@@ -41,7 +42,7 @@ class MemoryPlan:
 
     def device_bytes(self, count: int) -> int:
         """Return what `count` implementations need on the device."""
-        return count * self.per_implementation
+        return (count + self.extra) * self.per_implementation
 
     def require(self) -> None:
         """Raise `OutOfMemory` when not even one implementation fits."""
@@ -67,8 +68,10 @@ def gib(count: int | None) -> str:
     return f"{size:.2f} GiB" if size < 10**6 else f"{size:.1e} GiB"
 
 
-def plan_memory(setting: Setting, scenarios: Sequence[Scenario], implementations: int) -> MemoryPlan:
-    """Estimate the largest scenario's needs from lengths alone."""
+def plan_memory(
+    setting: Setting, scenarios: Sequence[Scenario], implementations: int, extra: int = 0
+) -> MemoryPlan:
+    """Estimate the largest scenario's needs from lengths alone; `extra` layers live for a while beside."""
     configs = [scenario_config(setting.config, scenario) for scenario in scenarios]
     pairs = list(zip(configs, scenarios, strict=True))
     free = setting.backend.memory().free
@@ -76,6 +79,7 @@ def plan_memory(setting: Setting, scenarios: Sequence[Scenario], implementations
         per_implementation=max(_device_bytes(setting, config, scenario) for config, scenario in pairs),
         host=max(_host_bytes(setting, config, scenario) for config, scenario in pairs),
         implementations=implementations,
+        extra=extra,
         device_available=free,
         host_available=host.memory_available(),
         shared=setting.device.type == "cpu",

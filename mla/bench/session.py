@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -19,10 +21,11 @@ from mla.bench.memory import MemoryPlan, plan_memory, scenario_config
 from mla.bench.peers import Transformers
 from mla.bench.workload import Scenario, WorkloadError
 from mla.config import MLAConfig
-from mla.errors import did_you_mean
+from mla.errors import MLAError, did_you_mean
 from mla.ops import Ops
 from mla.oracle import State
 from mla.weights import random_state_dict
+from mla_backends import BackendError
 
 Note = Callable[[str], None]
 
@@ -67,8 +70,9 @@ def make_ops(setting: Setting) -> Ops:
 
 
 def plan(request: Request) -> MemoryPlan:
-    """Return the memory plan of a request."""
-    return plan_memory(request.setting, request.scenarios, len(request.implementations))
+    """Return the memory plan of a request; fused ops need the reference once, as their yardstick."""
+    yardstick = 0 if make_ops(request.setting).all_reference() else 1
+    return plan_memory(request.setting, request.scenarios, len(request.implementations), yardstick)
 
 
 def total_forwards(request: Request) -> int:
@@ -78,25 +82,52 @@ def total_forwards(request: Request) -> int:
     )
 
 
-def execute(request: Request, progress: engine.Progress, note: Note) -> tuple[results.Run, bool]:
-    """Run everything; the flag says whether an interrupt cut it short, in which case the run is partial."""
+@dataclass(frozen=True)
+class Outcome:
+    """A run, complete or cut short by an interrupt or by the failure to print; finished cases are kept."""
+
+    run: results.Run
+    interrupted: bool = False
+    failure: MLAError | BackendError | None = None
+
+
+class RunFailed(MLAError):
+    """An op, a backend or torch raised while a scenario ran."""
+
+    exit_code = 3
+
+
+def execute(request: Request, progress: engine.Progress, note: Note) -> Outcome:
+    """Run every scenario, in turns where memory allows it."""
     memory = plan(request)
     memory.require()
-    side_by_side = memory.side_by_side
-    if not side_by_side:
+    if not memory.side_by_side:
         note("not interleaved: the implementations do not fit into memory together, so each runs alone")
     names = request.implementations
-    turns = [list(names)] if side_by_side else [[name] for name in names]
+    turns = [list(names)] if memory.side_by_side else [[name] for name in names]
     cases: list[results.Case] = []
-    interrupted = False
     for scenario in request.scenarios:
         work = _Work(request, scenario, progress)
         for together in turns:
-            if not interrupted:
-                found = work.measure(together)
-                cases += found
-                interrupted = any(case.interrupted for case in found)
-    return _run(request, cases), interrupted
+            try:
+                cases += work.measure(together)
+            except Exception as error:  # noqa: BLE001  # whatever a plugin raises, finished cases must survive
+                return Outcome(_run(request, cases), failure=_failure(scenario, error))
+            if any(case.interrupted for case in cases):
+                return Outcome(_run(request, cases), interrupted=True)
+    return Outcome(_run(request, cases))
+
+
+def _failure(scenario: Scenario, error: Exception) -> MLAError | BackendError:
+    """Return what to print: our own sentence, or what was raised and where."""
+    if isinstance(error, (MLAError, BackendError)):
+        return error
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = str(error).partition("\n")[0]
+    return RunFailed(
+        f"scenario '{scenario.name}' failed: {type(error).__name__}: {text} "
+        f"({os.path.basename(where.filename)}:{where.lineno} in {where.name})."
+    )
 
 
 class _Work:

@@ -2,12 +2,12 @@
 
 none: it is right. drop: it never sees the last key. nan: it writes NaN. late: it is right for the first
 `after` calls and drops the last key from then on. spec: it refuses every layer. batch: it refuses every
-batch.
+batch. raise: it raises from the call number `after` on.
 """
 
 from mla_backends import Availability, Backend, BackendError, FusedOp, hookimpl
 
-FAULTS = ("none", "drop", "nan", "late", "spec", "batch")
+FAULTS = ("none", "drop", "nan", "late", "spec", "batch", "raise")
 
 
 class LoopAttention(FusedOp):
@@ -31,6 +31,8 @@ class LoopAttention(FusedOp):
 
     def __call__(self, state, *, q, cache, block_table, kv_lens, cu_q, softmax_scale, out, lse):
         self._after -= 1
+        if self._fault == "raise" and self._after < 0:
+            raise RuntimeError("the device ran out of memory\nin 3 lines\nof text")
         dropped = 1 if self._fault == "drop" or (self._fault == "late" and self._after < 0) else 0
         token = 0
         for request, (query_len, kv_len) in enumerate(zip(*state, strict=True)):
