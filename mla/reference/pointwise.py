@@ -64,5 +64,5 @@ def rotate(x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> torch.T
     cos, sin = cos_sin.chunk(2, dim=-1)
     wide = x.float()
     a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
-    pair = (a * cos - b * sin, a * sin + b * cos)
+    pair = ((a * cos).addcmul_(b, sin, value=-1), (a * sin).addcmul_(b, cos))
     return torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)

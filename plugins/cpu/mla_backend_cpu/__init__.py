@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mla_backend_cpu.linear import Fp32Linear
+from mla_backend_cpu.linear import Fp32BatchedLinear, Fp32Linear
 from mla_backends import Availability, Backend, BackendError, FusedOp, hookimpl, host
 from mla_backends.api import DeviceInfo, MemoryInfo
 
@@ -23,7 +23,7 @@ class Cpu(Backend):
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
-        self._ops = {"fp32_linear": Fp32Linear()}
+        self._ops = {"fp32_linear": Fp32Linear(), "fp32_batched_linear": Fp32BatchedLinear()}
 
     def probe(self) -> Availability:
         return Availability(True, evidence={"processor": host.processor_name()})

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import mla
 from mla.weights import random_state_dict
 from mla_backend_cpu import linear
-from mla_backend_cpu.linear import MIN_TOKENS, Fp32Linear
+from mla_backend_cpu.linear import MIN_TOKENS, Fp32BatchedLinear, Fp32Linear
 from mla_backends import BackendError, host
 from mla_backends.api import LinearSpec
 
@@ -54,6 +54,23 @@ def test_linear_walks_over_several_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     out = torch.full((MIN_TOKENS, 1000), torch.nan, dtype=torch.bfloat16)
     Fp32Linear()(Fp32Linear().pack(weight), x=x, bias=None, out=out)
     assert (relative(out, x.double() @ weight.double().T) <= ROUNDING).all()
+
+
+@pytest.mark.parametrize("tokens", [1, MIN_TOKENS - 1, MIN_TOKENS, 100])
+def test_batched_linear_rounds_once_and_unpacks_its_weight(tokens: int) -> None:
+    op, x, weight = (
+        Fp32BatchedLinear(),
+        torch.randn(tokens, 3, 20).bfloat16(),
+        torch.randn(3, 50, 12).bfloat16(),
+    )
+    packed = op.pack(weight)
+    out = torch.full((tokens, 3, 64), torch.nan, dtype=torch.bfloat16)
+    op(packed, x=x[..., 8:], out=out[..., :50])
+    true = torch.einsum("thi,hoi->tho", x[..., 8:].double(), weight.double())
+    assert (relative(out[..., :50], true) <= ROUNDING).all()
+    assert out[..., 50:].isnan().all()
+    assert torch.equal(op.unpack(packed), weight)
+    assert packed.nbytes == weight.nbytes
 
 
 @pytest.mark.parametrize(
