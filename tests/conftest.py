@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 REQUIRED, OPTIONAL = ("mla", "mla_backends"), ("mla_backend_cpu",)
 INSTALLED, CHECKOUT = "site-packages", "this checkout"
+FAKES = ROOT / "tests" / "fakes"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,6 +46,23 @@ def _side(origin: Path) -> str:
     if {"site-packages", "dist-packages"} & set(origin.parts):
         return INSTALLED
     return CHECKOUT if origin.is_relative_to(ROOT) else str(origin.parents[1])
+
+
+@pytest.fixture(scope="session")
+def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that installs a fake with pip, once, and returns the directory."""
+
+    @functools.cache
+    def install(fake: str) -> Path:
+        target = tmp_path_factory.mktemp(fake)
+        flags = ["--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-build-isolation"]
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", *flags, "--target", str(target), str(FAKES / fake)],
+            check=True,
+        )
+        return target
+
+    return install
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,6 @@ import mla_backends
 from mla.bench import results
 from mla.bench.cli import main
 
-FAKES = Path(__file__).parents[1] / "fakes"
-
 DIMS = {
     "hidden_size": 64,
     "num_attention_heads": 4,
@@ -66,23 +64,6 @@ class Outcome:
 
 
 Bench = Callable[..., Outcome]
-
-
-@pytest.fixture(scope="session")
-def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function that installs a fake with pip, once, and returns the directory."""
-
-    @functools.cache
-    def install(fake: str) -> Path:
-        target = tmp_path_factory.mktemp(fake)
-        flags = ["--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-build-isolation"]
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", *flags, "--target", str(target), str(FAKES / fake)],
-            check=True,
-        )
-        return target
-
-    return install
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import subprocess
@@ -15,27 +14,8 @@ import pytest
 
 import mla_backends
 
-FAKES = Path(__file__).parents[1] / "fakes"
-
 Install = Callable[[str], Path]
 Python = Callable[..., str]
-
-
-@pytest.fixture(scope="session")
-def install(tmp_path_factory: pytest.TempPathFactory) -> Install:
-    """Return a function that installs a fake with pip, once, and returns the directory."""
-
-    @functools.cache
-    def install(fake: str) -> Path:
-        target = tmp_path_factory.mktemp(fake)
-        flags = ["--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-build-isolation"]
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", *flags, "--target", str(target), str(FAKES / fake)],
-            check=True,
-        )
-        return target
-
-    return install
 
 
 @pytest.fixture(scope="session")
