@@ -5,7 +5,8 @@
     python benchmarks/attention_test.py --nvidia --model_path DeepSeek-R1-Layer-3
 
 Both standard scenarios run through the same engine, with the same checks, and are printed in the original's
-format. Errors and exit codes are those of `python -m mla.bench`.
+format: figures are means, over all passes where the original had one. Without --model_path the config is
+deepseek-v2-lite, the original's own. Errors and exit codes are those of `python -m mla.bench`.
 """
 
 from __future__ import annotations

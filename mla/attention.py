@@ -26,6 +26,7 @@ from mla.workspace import Workspace
 from mla_backends.api import Backend
 
 ATTENTION_MODES = ("auto", "absorbed", "expanded")
+OPS_POLICIES = ("auto", "reference")
 
 
 class MLA(nn.Module):
@@ -50,6 +51,8 @@ class MLA(nn.Module):
         super().__init__()
         if attention not in ATTENTION_MODES:
             raise ValueError(f"attention must be one of {ATTENTION_MODES}, got {attention!r}.")
+        if ops not in OPS_POLICIES:
+            raise ValueError(f"ops must be one of {OPS_POLICIES}, got {ops!r}.")
         if backend is not None and backend.device is None:
             raise ValueError(f"backend '{backend.name}' is not set up; use mla.load_backend().")
         self.config = config
@@ -83,10 +86,21 @@ class MLA(nn.Module):
         """
         self._weights.load(state_dict, strict)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
+    def state_dict(  # type: ignore[override]
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
         """Return the plain weights under Hugging Face names, bit for bit those that were loaded."""
         self._require_weights()
-        return self._weights.state_dict()
+        found = {} if destination is None else destination
+        found.update({prefix + name: weight for name, weight in self._weights.state_dict().items()})
+        return found
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Load as part of a larger module, whose state dict holds this layer's weights under `prefix`."""
+        own = {
+            name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)
+        }
+        self._weights.load(own)
 
     def weight_bytes(self) -> int:
         """Return the bytes all packed weights keep alive."""
@@ -224,11 +238,31 @@ class MLA(nn.Module):
         self._rotate(q[..., n:], plan.cos_sin[group.tokens], q[..., n:])
         target = self._scratch.target("expanded_heads", heads, group.tokens, q.shape[0])
         lse = self._scratch.take("lse", *q.shape[:2], dtype=torch.float32)
+        if len(group.rounds) == 1:
+            k, v = self._expand(group.rounds[0].slots, pages)
+            for piece in group.rounds[0].pieces:
+                self._attend(piece, q, k, v, target[piece.queries], lse[piece.queries])
+        else:
+            self._merge_rounds(group, q, pages, target, lse)
+        self._scratch.put(heads, group.tokens, target)
+
+    def _merge_rounds(
+        self, group: ExpandedGroup, q: torch.Tensor, pages: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    ) -> None:
+        """Attend round by round, merging in fp32: rounding after every round would add up."""
+        total = self._scratch.take("merged", *out.shape, dtype=torch.float32)
         for part in group.rounds:
             k, v = self._expand(part.slots, pages)
             for piece in part.pieces:
-                self._attend_piece(piece, q, k, v, target, lse)
-        self._scratch.put(heads, group.tokens, target)
+                rows = piece.queries
+                part_out = self._scratch.take("part_out", *out[rows].shape)
+                part_lse = self._scratch.take("part_lse", *lse[rows].shape, dtype=torch.float32)
+                self._attend(piece, q, k, v, part_out, part_lse)
+                if piece.merge:
+                    _merge(total[rows], lse[rows], part_out, part_lse)
+                else:
+                    total[rows], lse[rows] = part_out, part_lse
+        out.copy_(total)
 
     def _expand(self, slots: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return k [s, h, n + r] and v [s, h, v] of the cached tokens at `slots`."""
@@ -243,7 +277,7 @@ class MLA(nn.Module):
         k[..., n:] = latents[:, None, c:]
         return k, v
 
-    def _attend_piece(
+    def _attend(
         self,
         piece: Piece,
         q: torch.Tensor,
@@ -252,23 +286,11 @@ class MLA(nn.Module):
         out: torch.Tensor,
         lse: torch.Tensor,
     ) -> None:
-        """Attend one piece, merging it with what earlier rounds left in out and lse."""
-        rows = piece.queries
-        part_out, part_lse = out[rows], lse[rows]
-        if piece.merge:
-            part_out = self._scratch.take("part_out", *part_out.shape)
-            part_lse = self._scratch.take("part_lse", *part_lse.shape, dtype=torch.float32)
+        """Attend one piece into out and lse, which hold its queries only."""
+        scale = self.config.softmax_scale
         self.ops["expanded_attention"].op(
-            piece.state,
-            q=q[rows],
-            k=k,
-            v=v,
-            softmax_scale=self.config.softmax_scale,
-            out=part_out,
-            lse=part_lse,
+            piece.state, q=q[piece.queries], k=k, v=v, softmax_scale=scale, out=out, lse=lse
         )
-        if piece.merge:
-            _merge(out[rows], lse[rows], part_out, part_lse)
 
     def _rotate(self, x: torch.Tensor, cos_sin: torch.Tensor, out: torch.Tensor) -> None:
         interleaved = self.config.rope_interleave
@@ -282,7 +304,7 @@ def _merge(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse:
     """Merge two attentions over disjoint keys, in place: weights are exp(lse), normalised."""
     total = torch.logaddexp(lse, new_lse)
     old_weight, new_weight = ((part - total).exp()[..., None] for part in (lse, new_lse))
-    out.copy_(out.float() * old_weight + new_out.float() * new_weight)
+    out.mul_(old_weight).add_(new_out * new_weight)
     lse.copy_(total)
 
 

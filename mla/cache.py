@@ -180,6 +180,8 @@ class LatentCache:
         overwritten. Raises `CacheFull`, or ValueError when the sequence has another length.
         """
         count, widths = kv.shape[0], (self.config.kv_lora_rank, self.config.qk_rope_head_dim)
+        if not 0 <= layer < self.pages.shape[0]:
+            raise ValueError(f"this cache has {self.pages.shape[0]} layers, so there is no layer {layer}.")
         found = (*kv.shape, *pe.shape)
         if found != (count, widths[0], count, widths[1]):
             raise ValueError(f"load() takes kv [s, {widths[0]}] and pe [s, {widths[1]}], got {list(found)}.")

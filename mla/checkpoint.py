@@ -34,7 +34,9 @@ def read_layer(folder: str | Path, config: MLAConfig, layer: int | None = None) 
     if layer is None:
         if len(found) > 1:
             listed = ", ".join(str(one) for one in sorted(found, key=str))
-            raise CheckpointError(f"checkpoint '{folder}' holds layers {listed}: choose one with --layer.")
+            raise CheckpointError(
+                f"checkpoint '{folder}' holds layers {listed}: choose one with layer=N (--layer N)."
+            )
         layer = next(iter(found))
     if layer not in found:
         raise CheckpointError(f"checkpoint '{folder}' has no attention weights of layer {layer}.")

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from mla.config import MLAConfig
-from mla.errors import UnsupportedBatch
+from mla.errors import UnsupportedBatch, did_you_mean
 from mla.reference import REFERENCE
+from mla_backends import BackendError
 from mla_backends.api import OPS, AttentionSpec, FusedOp, LinearSpec, NormSpec
 
 
@@ -33,7 +34,7 @@ class Choice:
         if reasons:
             raise UnsupportedBatch(
                 f"fused op '{self.name}' ({self.op.contract}) refuses this batch: {'; '.join(reasons)}. "
-                "Use the reference ops for it."
+                "Use the reference ops for it (`--ops reference`)."
             )
 
 
@@ -72,6 +73,7 @@ class Ops:
         device: torch.device,
         policy: str = "auto",
     ) -> None:
+        _validate(offered)
         self.attention = attention_spec(config, dtype, device)
         self._choices: dict[str, Choice] = {}
         for role, (kind, spec) in _roles(config, dtype, device).items():
@@ -94,6 +96,20 @@ class Ops:
     def all_reference(self) -> bool:
         """Say whether no fused op was chosen."""
         return all(choice.name == "reference" for choice in self._choices.values())
+
+
+def _validate(offered: Mapping[str, FusedOp]) -> None:
+    """Raise `BackendError` for an op no contract knows: left alone, it would silently never run."""
+    for name, op in offered.items():
+        contract = getattr(op, "contract", None)
+        kind = str(contract).partition("/")[0]
+        if not isinstance(op, FusedOp) or kind not in OPS:
+            hint = did_you_mean(kind, list(OPS))
+            raise BackendError(f"the backend's op '{name}' has contract {contract!r}, which is none.{hint}")
+        if name == "reference":
+            raise BackendError(
+                "a backend's op may not be named 'reference', which results could not tell apart."
+            )
 
 
 def attention_spec(config: MLAConfig, dtype: torch.dtype, device: torch.device) -> AttentionSpec:

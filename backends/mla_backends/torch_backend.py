@@ -6,6 +6,7 @@ lack or leave incomplete. A CUDA-like plugin is a name, a device type and a prob
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Mapping
 from types import ModuleType
@@ -25,7 +26,7 @@ class TorchBackend(Backend):
     requires: tuple[str, ...] = ()  # modules whose import registers the device with torch
     install_hint = "install the torch build of the device's vendor"
 
-    @property
+    @functools.cached_property
     def module(self) -> ModuleType:
         """Return `torch.<device_type>`. Raises AttributeError where torch does not know the device."""
         import torch
@@ -55,9 +56,9 @@ class TorchBackend(Backend):
         count = self.module.device_count()
         if index is not None and not 0 <= index < count:
             raise BackendError(f"backend '{self.name}' has {count} device(s), so there is no device {index}.")
-        chosen = self.module.current_device() if index is None else index
-        self.module.set_device(chosen)
-        return torch.device(self.device_type, chosen)
+        if index is not None:
+            self.module.set_device(index)
+        return torch.empty(0, device=self.device_type).device
 
     def set_threads(self) -> None:
         """Apply the `threads` option: how many host threads torch may use."""
@@ -70,6 +71,8 @@ class TorchBackend(Backend):
         self.module.synchronize()
 
     def device_info(self) -> DeviceInfo:
+        if not hasattr(self.module, "get_device_properties"):
+            return DeviceInfo(name=self.device_type)
         properties = self.module.get_device_properties(self.device)
         return DeviceInfo(
             name=str(properties.name),

@@ -69,6 +69,7 @@ def prepare(options: RunOptions) -> Request:
     if mixed := environment.mixed_installation():
         note(mixed)
     scenarios = options.chosen_scenarios()
+    options.check_checkpoint(scenarios)
     if options.output:
         results.check_writable(options.output)
     name = _only_usable() if options.backend is None else options.backend

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import os
 import sys
+import traceback
 from collections.abc import Callable
 
 import click
@@ -39,16 +42,28 @@ def guarded(command: Callable[[], int | None]) -> int:
         return _say(str(error), Exit.BACKEND)
     except MLAError as error:
         return _say(str(error), Exit(error.exit_code))
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
+    except SystemExit:
+        return Exit.OK  # click's answer to a closed pipe (`--help | head`)
+    except Exception as error:  # what a backend raises is not the user's to debug
+        if sys.flags.dev_mode:
             raise
-        return _say(
+        return _say(_unexpected(error), Exit.BACKEND)
+
+
+def _unexpected(error: Exception) -> str:
+    """Return the sentence for an exception nobody foresaw, or for a missing torch."""
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        return (
             "torch is not installed: install the build of your device's vendor, or for a CPU run "
-            "`pip install ./plugins/cpu` from a checkout of this project.",
-            Exit.BACKEND,
+            "`pip install ./plugins/cpu` from a checkout of this project."
         )
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{os.path.basename(where.filename)}:{where.lineno} in {where.name}"
+    text = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {text} ({place}); `python -X dev -m mla.bench ...` shows the traceback."
 
 
 def _say(sentence: str, code: Exit) -> int:
-    print(f"error: {sentence}", file=sys.stderr)  # noqa: T201
+    with contextlib.suppress(BrokenPipeError):  # nobody reads stderr; the exit code still tells
+        print(f"error: {sentence}", file=sys.stderr, flush=True)  # noqa: T201
     return code

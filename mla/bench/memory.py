@@ -97,7 +97,8 @@ def _device_bytes(setting: Setting, config: MLAConfig, scenario: Scenario) -> in
     activations = scenario.tokens * 4 * config.num_attention_heads * config.latent_dim
     hidden = 2 * scenario.inputs * scenario.tokens * config.hidden_size
     weights = cost.parameters(config) + cost.kv_b_parameters(config)  # kv_b is packed for both its uses
-    elements = weights + slots * config.latent_dim + activations + hidden
+    longest = 4 * max(scenario.final_lens) * config.latent_dim  # one request's keys, gathered and widened
+    elements = longest + weights + slots * config.latent_dim + activations + hidden
     return elements * setting.dtype.itemsize + WORKSPACE
 
 

@@ -45,6 +45,14 @@ class RunOptions:
         scenarios = select(load_workload(self.workload), self.scenarios)
         return [msgspec.structs.replace(scenario, **changes) for scenario in scenarios]
 
+    def check_checkpoint(self, scenarios: Sequence[Scenario]) -> None:
+        """Raise `WorkloadError` for options that contradict the checkpoint or need one."""
+        if self.layer is not None and not self.model_path:
+            raise WorkloadError("--layer chooses a layer of a checkpoint: it needs --model-path.")
+        with_heads = [scenario.name for scenario in scenarios if scenario.heads]
+        if self.model_path and with_heads:
+            raise WorkloadError(f"scenario '{with_heads[0]}' sets heads, which a checkpoint's weights fix.")
+
     def implementation_names(self) -> list[str]:
         """Return the names the user listed; a checkpoint is compared with `transformers` unless they say."""
         names = [name.strip() for name in self.implementations.split(",") if name.strip()]

@@ -1,4 +1,4 @@
-"""`transformers` as a comparator: its DeepSeek-V3 attention, one request at a time as its cache forces.
+"""`transformers` as a comparator: its DeepSeek-V3 attention, one request at a time.
 
 Position embeddings and masks are made outside the timed region, as a model makes them once per forward.
 """
@@ -25,8 +25,6 @@ class PeerError(MLAError):
 
 class Transformers(Implementation):
     """`DeepseekV3Attention` with attention function "sdpa" or "eager"."""
-
-    ours = False
 
     def __init__(self, setting: Setting, state: State, kind: str = "sdpa") -> None:
         super().__init__(setting)
@@ -116,6 +114,11 @@ class _Modules:
         self.DeepseekV3Config, self.DynamicCache = DeepseekV3Config, DynamicCache
         self.DeepseekV3Attention = modeling.DeepseekV3Attention
         self.DeepseekV3RotaryEmbedding = modeling.DeepseekV3RotaryEmbedding
+
+
+def require() -> None:
+    """Raise `PeerError` where `transformers` is missing."""
+    _import()
 
 
 def _import() -> Any:

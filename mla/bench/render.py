@@ -51,7 +51,10 @@ def headlines(run: Run) -> list[str]:
         first.setdefault(case.scenario, case)
     lines = []
     for case in first.values():
-        of = "" if case.scenario == case.mode else f" [{case.scenario}]"
+        parts = [case.scenario] * (case.scenario != case.mode) + [case.implementation] * (
+            case.implementation != "mla"
+        )
+        of = f" [{', '.join(parts)}]" if parts else ""
         if case.latency_ms is None or case.tokens_per_s is None:
             lines.append(f"{case.mode.title()}{of}: no number, check: {case.check.status}")
         elif case.mode == "prefill":

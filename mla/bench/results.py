@@ -62,7 +62,7 @@ class Roofline(msgspec.Struct, kw_only=True):
 
 
 class Memory(msgspec.Struct, kw_only=True):
-    """Bytes. `peak_bytes` None: the stack does not say."""
+    """Bytes. `peak_bytes` is the high-water mark of the process until then; None: the stack does not say."""
 
     weight_bytes: int
     cache_bytes: int

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from mla import cost
-from mla.bench import engine, environment, results, stats
+from mla.bench import engine, environment, peers, results, stats
 from mla.bench.check import Checker, expected_outputs
 from mla.bench.implementations import Implementation, MlaLayer, Setting
 from mla.bench.inputs import Inputs, make_inputs
@@ -56,6 +56,8 @@ def resolve_implementations(names: Sequence[str], setting: Setting, note: Note) 
             known = ", ".join(IMPLEMENTATIONS)
             hint = did_you_mean(name, list(IMPLEMENTATIONS))
             raise WorkloadError(f"unknown implementation '{name}'.{hint} There are: {known}.")
+    if any(name.startswith("transformers") for name in names):
+        peers.require()
     if names:
         return list(dict.fromkeys(names))
     if make_ops(setting).all_reference():
@@ -71,7 +73,7 @@ def make_ops(setting: Setting) -> Ops:
 
 def plan(request: Request) -> MemoryPlan:
     """Return the memory plan of a request; fused ops need the reference once, as their yardstick."""
-    yardstick = 0 if make_ops(request.setting).all_reference() else 1
+    yardstick = 0 if make_ops(request.setting).all_reference() or "mla" not in request.implementations else 1
     return plan_memory(request.setting, request.scenarios, len(request.implementations), yardstick)
 
 
@@ -278,7 +280,7 @@ def _run(request: Request, cases: list[results.Case]) -> results.Run:
     info = setting.backend.device_info()
     return results.Run(
         schema_version=results.SCHEMA_VERSION,
-        argv=list(sys.argv),
+        argv=["python -m mla.bench", *sys.argv[1:]],
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         git_commit=environment.git_commit(),
         backend=results.BackendFacts(

@@ -14,6 +14,8 @@ from mla_backends.api import OPS, AttentionSpec, BatchView, FusedOp
 
 #: A request joins a group of shorter ones while that pads the shorter by at most this factor.
 PADDING = 1.25
+#: Bytes of gathered keys, in the cache's dtype and in fp32, that one group may take.
+KEYS_BYTES = 256 << 20
 
 
 class _Row(NamedTuple):
@@ -52,7 +54,8 @@ class LatentAttention(FusedOp):
 
     def prepare(self, spec: AttentionSpec, batch: BatchView) -> _LatentState:
         rows = sorted(_cut(batch, spec.num_heads), key=lambda row: (row.queries, row.keys))
-        groups = list(_gather_rows([row for row in rows if row.keys > 0], spec.num_heads))
+        width = spec.kv_lora_rank + spec.qk_rope_head_dim
+        groups = list(_gather_rows([row for row in rows if row.keys > 0], spec.num_heads, width))
         index = _index(groups, batch.block_table.device)
         return _LatentState(
             groups=tuple(
@@ -121,13 +124,17 @@ def _cut(batch: BatchView, heads: int) -> Iterator[_Row]:
         start += query_len
 
 
-def _gather_rows(rows: Sequence[_Row], heads: int) -> Iterator[list[_Row]]:
-    """Group sorted rows of equal query count and about equal key count, within the cap on logits."""
+def _gather_rows(rows: Sequence[_Row], heads: int, width: int) -> Iterator[list[_Row]]:
+    """Group sorted rows of equal query count and about equal key count, within the caps on memory."""
     members: list[_Row] = []
     for row in rows:
-        logits = 4 * heads * row.queries * row.keys * (len(members) + 1)
+        keys = row.keys * (len(members) + 1)
+        logits = 4 * heads * row.queries * keys
         if members and (
-            row.queries != members[0].queries or row.keys > PADDING * members[0].keys or logits > LOGITS_BYTES
+            row.queries != members[0].queries
+            or row.keys > PADDING * members[0].keys
+            or logits > LOGITS_BYTES
+            or 8 * width * keys > KEYS_BYTES
         ):
             yield members
             members = []

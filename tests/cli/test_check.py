@@ -65,26 +65,28 @@ def test_one_row_off_by_five_percent_is_caught(expected: torch.Tensor, dtype: to
 def test_one_number_that_is_none_is_caught(expected: torch.Tensor, bad: float) -> None:
     found = expected.bfloat16()
     found[0, 4, 7] = bad
-    result = checker(expected).check(found, ours=True)
+    result = checker(expected).check(found, held_to_reference=True)
     assert result.status == "wrong"
     assert result.reason == "1 of 15 output rows hold NaN or infinity"
     assert result.error_ratio is None
 
 
 def test_an_output_that_was_never_written_is_wrong(expected: torch.Tensor) -> None:
-    result = checker(expected).check(torch.full(SHAPE, torch.nan, dtype=torch.bfloat16), ours=False)
+    result = checker(expected).check(
+        torch.full(SHAPE, torch.nan, dtype=torch.bfloat16), held_to_reference=False
+    )
     assert (result.status, result.reason) == ("wrong", "15 of 15 output rows hold NaN or infinity")
 
 
 def test_ours_is_held_to_twice_the_reference_and_others_to_the_table(expected: torch.Tensor) -> None:
     found = expected * 1.01  # within 2e-2, far from twice the rounding error
-    assert checker(expected).check(found, ours=False).status == "ok"
-    assert checker(expected).check(found, ours=True).status == "wrong"
+    assert checker(expected).check(found, held_to_reference=False).status == "ok"
+    assert checker(expected).check(found, held_to_reference=True).status == "wrong"
 
 
 def test_a_bad_reference_does_not_excuse_ours(expected: torch.Tensor) -> None:
     lenient = Checker(expected, torch.bfloat16, lambda: expected * 2)
-    assert lenient.check(expected * 1.05, ours=True).status == "wrong"
+    assert lenient.check(expected * 1.05, held_to_reference=True).status == "wrong"
 
 
 def test_the_reference_runs_once_and_only_for_ours(expected: torch.Tensor) -> None:
@@ -95,10 +97,10 @@ def test_the_reference_runs_once_and_only_for_ours(expected: torch.Tensor) -> No
         return expected.bfloat16()
 
     judge = Checker(expected, torch.bfloat16, reference)
-    judge.check(expected, ours=False)
+    judge.check(expected, held_to_reference=False)
     assert calls == []
-    judge.check(expected, ours=True)
-    judge.check(expected, ours=True)
+    judge.check(expected, held_to_reference=True)
+    judge.check(expected, held_to_reference=True)
     assert calls == [1]
 
 

@@ -33,4 +33,4 @@ def test_an_op_that_raises_is_named_and_earlier_scenarios_are_kept(
 def test_a_clock_that_stands_still_is_refused(bench: Bench, small: list[str]) -> None:
     done = bench("--backend", "fake-virtual-clock", "-O", "script=0", *small, fakes=["virtual_clock"])
     assert done.code == 3
-    assert done.error == "error: the virtual clock of this backend measured 0.0 ms for a whole pass."
+    assert done.error == "error: the virtual clock of this backend measured 0.0 ms for a forward."

@@ -123,7 +123,7 @@ def test_an_op_that_refuses_the_batch_ends_the_run_with_its_reason(measure: Benc
     assert done.out == ""
     assert done.error == (
         "error: fused op 'loop' (latent_attention/1) refuses this batch: 2 requests are too many. "
-        "Use the reference ops for it."
+        "Use the reference ops for it (`--ops reference`)."
     )
     assert measure("batch", "--ops", "reference").code == 0
 

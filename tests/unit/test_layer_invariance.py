@@ -226,3 +226,14 @@ def test_a_stale_batch_is_refused_before_anything_is_written(make_case: Any) -> 
     with pytest.raises(StaleBatch, match="out of date"):
         case.run()
     assert torch.equal(case.cache.pages.nan_to_num(7), before.nan_to_num(7))
+
+
+def test_many_rounds_in_bf16_are_as_good_as_one(make_case: Any, limit_rounds: Any, tiny: Any) -> None:
+    case = make_case([40], [600], tiny(), dtype=torch.bfloat16, attention="expanded")
+    truth = case.truth()
+    once = (case.run().double() - truth).norm()
+    limit_rounds(case, 8)  # 80 rounds: rounding each merge to bf16 would show
+    case.batch._memo.clear()
+    many = (case.run().double() - truth).norm()
+    assert len(case.layer.plan(case.batch).expanded.rounds) == 80
+    assert many <= 1.3 * once

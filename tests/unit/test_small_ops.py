@@ -10,7 +10,7 @@ import torch
 from mla.errors import UnsupportedBatch
 from mla.ops import Ops, choose
 from mla.reference import REFERENCE
-from mla_backends import FusedOp
+from mla_backends import BackendError, FusedOp
 from mla_backends.api import OPS
 
 LinearOp, LatentOp = type(REFERENCE["linear"]), type(REFERENCE["latent_attention"])
@@ -170,3 +170,26 @@ def test_an_op_that_refuses_a_batch_raises_and_never_falls_back(make_case: Any, 
     case = make_case([1, 2], [20, 5], config, ops={"picky": Picky()}, attention="absorbed")
     with pytest.raises(UnsupportedBatch, match=r"'picky' .* refuses this batch: it serves decode only"):
         case.run()
+
+
+@pytest.mark.parametrize(
+    ("name", "contract", "reason"),
+    [
+        (
+            "mine",
+            "latent_atention/1",
+            "has contract 'latent_atention/1', which is none. Did you mean 'latent_att",
+        ),
+        ("reference", "linear/1", "may not be named 'reference'"),
+    ],
+)
+def test_an_op_that_could_not_be_told_apart_or_would_never_run_is_refused(
+    tiny: Any, name: str, contract: str, reason: str
+) -> None:
+    class Odd(FusedOp):
+        def __call__(self, *args: Any, **tensors: Any) -> None:
+            raise AssertionError("never called")
+
+    Odd.contract = contract
+    with pytest.raises(BackendError, match=reason):
+        Ops(tiny(), {name: Odd()}, torch.float32, torch.device("cpu"))

@@ -216,3 +216,18 @@ def test_the_pages_of_another_cache_are_refused(make_case: Any) -> None:
     case = make_case([2, 1], [4, 5])
     with pytest.raises(ValueError, match="are not those of the cache this batch describes"):
         case.layer(case.hidden, case.batch, case.cache.pages[0][:-1])
+
+
+def test_the_layer_keeps_its_weights_inside_a_larger_module(tiny: Any) -> None:
+    config = tiny(q_lora_rank=24)
+    state = random_state_dict(config)
+    layer = MLA(config)
+    layer.load_state_dict(state)
+    whole = torch.nn.ModuleDict({"self_attn": layer, "mlp": torch.nn.Linear(2, 2)})
+    saved = whole.state_dict()
+    assert {name for name in saved if name.startswith("self_attn.")} == {
+        f"self_attn.{name}" for name in state
+    }
+    other = torch.nn.ModuleDict({"self_attn": MLA(config), "mlp": torch.nn.Linear(2, 2)})
+    other.load_state_dict(saved)
+    assert all(torch.equal(weight, state[name]) for name, weight in other["self_attn"].state_dict().items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mla_backend_cpu.linear import Fp32BatchedLinear, Fp32Linear
+from mla_backend_cpu.linear import Fp32BatchedLinear, Fp32Linear, fp32_gain
 from mla_backends import Availability, Backend, BackendError, FusedOp, hookimpl, host
 from mla_backends.api import DeviceInfo, MemoryInfo
 
@@ -23,7 +23,14 @@ class Cpu(Backend):
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
-        self._ops = {"fp32_linear": Fp32Linear(), "fp32_batched_linear": Fp32BatchedLinear()}
+        policy = self.options.get("fp32", "auto")
+        if policy not in ("auto", "on", "off"):
+            raise BackendError(f"backend 'cpu' takes -O fp32=auto, on or off, got '{policy}'.")
+        self._ops = {"fp32_linear": Fp32Linear(policy), "fp32_batched_linear": Fp32BatchedLinear(policy)}
+
+    @classmethod
+    def known_options(cls) -> tuple[str, ...]:
+        return ("threads", "fp32")
 
     def probe(self) -> Availability:
         return Availability(True, evidence={"processor": host.processor_name()})
@@ -69,6 +76,7 @@ class Cpu(Backend):
         return {
             "threads": str(torch.get_num_threads()),
             "cpu_limit": str(host.cpu_limit()),
+            "fp32_gain": f"{fp32_gain():.2f}",
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -31,7 +30,8 @@ BLOCK = 1 << 23
 class _Widening(FusedOp):
     """What both ops share: when they serve, and fp32 scratch memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: str = "auto") -> None:
+        self._policy = policy  # "auto" measures, "on" and "off" do not
         self._scratch: dict[str, torch.Tensor] = {}
 
     def unsupported_reasons(self, spec: LinearSpec) -> list[str]:
@@ -39,7 +39,9 @@ class _Widening(FusedOp):
 
         if spec.dtype != torch.bfloat16:
             return [f"it widens bfloat16 weights, and this layer's are {spec.dtype}"]
-        if fp32_gain() < MIN_GAIN:
+        if self._policy == "off":
+            return ["the option fp32=off forbids it"]
+        if self._policy == "auto" and fp32_gain() < MIN_GAIN:
             return [f"fp32 products were measured at only {fp32_gain():.2f}x the speed of bfloat16 ones here"]
         return []
 
@@ -123,16 +125,16 @@ def fp32_gain() -> float:
     def widened() -> None:
         torch.mm(wide_x, wide.copy_(weight).t())
 
-    narrow, broad = _medians(lambda: torch.mm(x, weight.t()), widened)
+    narrow, broad = _fastest(lambda: torch.mm(x, weight.t()), widened)
     return narrow / broad
 
 
-def _medians(*functions: Callable[[], object], rounds: int = 9) -> list[float]:
-    """Time functions in turns, so that a disturbance meets them alike; the first round only warms up."""
+def _fastest(*functions: Callable[[], object], rounds: int = 9) -> list[float]:
+    """Time functions in turns, and keep the fastest of each: other tenants can only slow one down."""
     samples: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
         for function, mine in zip(functions, samples, strict=True):
             start = time.perf_counter()
             function()
             mine.append(time.perf_counter() - start)
-    return [statistics.median(mine[1:]) for mine in samples]
+    return [min(mine) for mine in samples]

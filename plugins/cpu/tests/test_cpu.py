@@ -89,6 +89,15 @@ def test_linear_says_why_it_is_not_used(
     assert reasons == ([reason] if reason else [])
 
 
+def test_an_option_decides_instead_of_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "fp32_gain", lambda: 0.0)
+    spec = LinearSpec(8, 8, 1, torch.bfloat16, CPU)
+    assert Fp32Linear("on").unsupported_reasons(spec) == []
+    assert Fp32BatchedLinear("off").unsupported_reasons(spec) == ["the option fp32=off forbids it"]
+    with pytest.raises(BackendError, match="takes -O fp32=auto, on or off, got 'maybe'"):
+        mla.load_backend("cpu", options={"fp32": "maybe"})
+
+
 def test_the_gain_is_measured_once() -> None:
     assert linear.fp32_gain() > 0
     assert linear.fp32_gain() == linear.fp32_gain()
