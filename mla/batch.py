@@ -48,12 +48,13 @@ class RaggedBatch:
         page_size: int,
         device: torch.device,
         source: Source | None = None,
+        slots: Sequence[int] | None = None,  # of the new tokens, where the caller knows them
     ) -> None:
         self.page_size = page_size
         self.device = device
         self._source = source
         self._describe(tuple(query_lens), tuple(kv_lens), block_table)
-        self._buffer = self._pack().to(device, non_blocking=True)
+        self._buffer = self._pack(slots).to(device, non_blocking=True)
         self._unpack()
 
     def _describe(self, query_lens: tuple[int, ...], kv_lens: tuple[int, ...], table: torch.Tensor) -> None:
@@ -66,27 +67,27 @@ class RaggedBatch:
         self._generation = self._source.generation if self._source else 0
         self._memo: dict[Hashable, Any] = {}
 
-    def _pack(self) -> torch.Tensor:
+    def _pack(self, slots: Sequence[int] | None) -> torch.Tensor:
         """Lay slots, positions, block table, kv_lens and cu_q out in one int32 host buffer."""
-        positions, row = self._positions()
-        shift, mask = self.page_size.bit_length() - 1, self.page_size - 1
         table = self.block_table_host.view(-1)
-        pages = table.index_select(0, row + (positions >> shift)).long()
-        slots = (pages << shift) + (positions & mask)
-        lengths = host_ints((*self.kv_lens, *self.cu_q_host), torch.int32)
-        return torch.cat((slots.view(torch.int32), positions.int(), table, lengths))
+        lengths = (*self.kv_lens, *self.cu_q_host)
+        if slots is not None and len(slots) == len(self.kv_lens):  # decode: one token each
+            positions = (kv_len - 1 for kv_len in self.kv_lens)
+            parts = (host_ints(slots).view(torch.int32), host_ints(positions, torch.int32))
+        else:
+            parts = self._slots_and_positions(table)
+        return torch.cat((*parts, table, host_ints(lengths, torch.int32)))
 
-    def _positions(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return, per new token, its position and where its request's row of the flat block table starts."""
-        width = self.block_table_host.shape[1]
-        starts = [kv - query for kv, query in zip(self.kv_lens, self.query_lens, strict=True)]
-        rows = host_ints(range(0, width * len(starts), width))
-        if self.num_tokens == len(starts) and min(self.query_lens) == 1:
-            return host_ints(starts), rows  # decode: one token each
-        queries = host_ints(self.query_lens)
-        offset = host_ints(start - first for start, first in zip(starts, self.cu_q_host, strict=False))
+    def _slots_and_positions(self, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the slots [2 T] (int64 as pairs of int32) and positions [T] int32 of all new tokens."""
+        width, queries = self.block_table_host.shape[1], host_ints(self.query_lens)
+        starts = zip(self.kv_lens, self.query_lens, self.cu_q_host, strict=False)
+        offset = host_ints(kv_len - query_len - first for kv_len, query_len, first in starts)
         positions = torch.arange(self.num_tokens) + offset.repeat_interleave(queries)
-        return positions, rows.repeat_interleave(queries)
+        rows = host_ints(range(0, width * len(queries), width)).repeat_interleave(queries)
+        shift, mask = self.page_size.bit_length() - 1, self.page_size - 1
+        pages = table.index_select(0, rows + (positions >> shift)).long()
+        return ((pages << shift) + (positions & mask)).view(torch.int32), positions.int()
 
     def _unpack(self) -> None:
         """Name the parts of the device buffer."""

@@ -114,7 +114,11 @@ class LatentCache:
         width = max(1, *(len(entry.pages) for entry in entries))
         rows = host_ints(entry.row for entry in entries)
         table = self._tables[:, :width].index_select(0, rows)
-        return RaggedBatch(query_lens, kv_lens, table, self.page_size, self.pages.device, self)
+        slots = None
+        if all(query == 1 for query in query_lens):  # decode: a few integers, not worth tensor arithmetic
+            size = self.page_size
+            slots = [entry.pages[-1] * size + (entry.length - 1) % size for entry in entries]
+        return RaggedBatch(query_lens, kv_lens, table, self.page_size, self.pages.device, self, slots)
 
     def _entries(self, sequences: Sequence[int], query_lens: Sequence[int]) -> list[_Sequence]:
         if len(sequences) != len(query_lens) or not sequences:

@@ -37,7 +37,7 @@ class _Group:
     tokens: slice | torch.Tensor  # the queries, row after row
     pages: torch.Tensor  # [rows * pages] int32: the pages of each row's first `keys` tokens
     padding: torch.Tensor | None  # [rows, keys, 1] bool: slots a row does not own; None: it owns all
-    last_key: torch.Tensor | None  # [rows, queries, 1] int64 last visible key; None: every key is visible
+    hidden: torch.Tensor | None  # [rows, queries, m] bool: which of the last m keys a query may not see
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,9 @@ def _attend_group(
 ) -> None:
     """Attend one group over its keys [rows, keys, c + r]. Heads fold into the query dimension."""
     heads, width, latent = q.shape[1], q.shape[2], out.shape[2]
-    hidden = None
-    if group.last_key is not None:
-        position = torch.arange(group.keys, device=q.device)
-        hidden = (position > group.last_key).repeat_interleave(
-            heads, dim=1, output_size=group.queries * heads
-        )
+    hidden = group.hidden
+    if hidden is not None:
+        hidden = hidden.repeat_interleave(heads, dim=1, output_size=group.queries * heads)
     folded = q[group.tokens].reshape(-1, group.queries * heads, width)
     value, lse_rows = attend(folded, keys, keys[..., :latent], scale, hidden)
     value, lse_rows = value.view(-1, heads, latent), lse_rows.view(-1, heads)
@@ -159,9 +156,12 @@ def _group(members: Sequence[_Row], index: torch.Tensor, batch: BatchView) -> _G
     if any(row.first_query != start + i * queries for i, row in enumerate(members)):
         tokens = (index[:, 2:] + torch.arange(queries, device=device)).view(-1)
     pages = batch.block_table[:, : -(-keys // batch.page_size)].index_select(0, index[:, 0])
-    padding = last_key = None
-    if queries > 1 or members[0].keys != keys:
-        owned = index[:, 1:2]
+    shortest, owned = members[0].keys, index[:, 1:2]
+    padding = hidden = None
+    if shortest != keys:
         padding = (torch.arange(keys, device=device) >= owned)[..., None]
-        last_key = (owned - queries + torch.arange(queries, device=device))[..., None]
-    return _Group(len(members), queries, keys, tokens, pages.view(-1), padding, last_key)
+    seen_by_all = max(0, shortest - queries + 1)
+    if seen_by_all < keys:
+        last_key = owned - queries + torch.arange(queries, device=device)
+        hidden = torch.arange(seen_by_all, keys, device=device) > last_key[..., None]
+    return _Group(len(members), queries, keys, tokens, pages.view(-1), padding, hidden)

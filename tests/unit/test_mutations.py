@@ -35,10 +35,15 @@ class MovedMask(Latent):  # type: ignore[misc, valid-type]
     def prepare(self, spec: Any, batch: Any) -> Any:
         state = super().prepare(spec, batch)
         groups = [
-            group if group.last_key is None else replace(group, last_key=group.last_key + self.by)
+            group if group.hidden is None else replace(group, hidden=self.moved(group.hidden))
             for group in state.groups
         ]
         return replace(state, groups=tuple(groups))
+
+    def moved(self, hidden: torch.Tensor) -> torch.Tensor:
+        moved = hidden.roll(self.by, dims=-1)  # a query that may see more keys, or fewer
+        moved[..., 0 if self.by > 0 else -1] = self.by < 0
+        return moved
 
 
 class FutureLeak(MovedMask):
