@@ -1,9 +1,9 @@
 """The float64 oracle: one MLA layer as the paper writes it, on the host, one request at a time.
 
-Independent of the layer on purpose: heads are expanded, nothing is paged, absorbed or fused, and no code
-of `attention.py`, `reference/` or `cache.py` is used. Shared are the config's softmax scale and YaRN
-magnitude and `rope.inverse_frequencies`, which tests hold against `transformers`. Angles stay fp32(position) *
-fp32(inv_freq), because that is what a checkpoint was trained with.
+Independent of the layer on purpose: heads are expanded, nothing is paged, absorbed or fused, and no
+code of `attention.py`, `reference/` or `cache.py` is used. Shared are the config's softmax scale
+and YaRN magnitude and `rope.inverse_frequencies`, which tests hold against `transformers`. Angles
+stay fp32(position) * fp32(inv_freq), because that is what a checkpoint was trained with.
 """
 
 from __future__ import annotations
