@@ -87,7 +87,7 @@ def test_a_layer_is_chosen_among_shards(
     config = mla.MLAConfig.from_pretrained(folder)
     found = read_layer(folder, config, layer=1)
     assert all(torch.equal(found[name], state[name]) for name in state)
-    with pytest.raises(CheckpointError, match="holds layers 0, 1: choose one, layer=N or --layer N"):
+    with pytest.raises(CheckpointError, match="holds layers 0, 1: choose one with layer=N"):
         read_layer(folder, config)
     with pytest.raises(CheckpointError, match="no attention weights of layer 7"):
         read_layer(folder, config, layer=7)
