@@ -1,10 +1,13 @@
-"""CPU backend: the device everybody has, running the core's reference ops wherever they are fastest."""
+"""CPU backend: the device everybody has, with kernels compiled for the processor at hand."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from mla_backend_cpu.build import LEVELS
+from mla_backend_cpu.kernels import describe, native_ops
 from mla_backend_cpu.linear import Fp32BatchedLinear, Fp32Linear, fp32_gain
 from mla_backends import Availability, Backend, BackendError, FusedOp, hookimpl, host
 from mla_backends.api import DeviceInfo, MemoryInfo
@@ -23,14 +26,22 @@ class Cpu(Backend):
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
-        policy = self.options.get("fp32", "auto")
-        if policy not in ("auto", "on", "off"):
-            raise BackendError(f"backend 'cpu' takes -O fp32=auto, on or off, got '{policy}'.")
-        self._ops = {"fp32_linear": Fp32Linear(policy), "fp32_batched_linear": Fp32BatchedLinear(policy)}
+        self._fp32 = self._choice("fp32", ("auto", "on", "off"))
+        levels = ("auto", "off", *(level.name for level in LEVELS))
+        self._native = self._choice("native", levels, os.environ.get("MLA_CPU_NATIVE", "auto"))
+        self._ops: dict[str, FusedOp] = {}
+
+    def _choice(self, option: str, allowed: tuple[str, ...], default: str = "auto") -> str:
+        """Return the value of an option. Raises `BackendError` when it is none of those allowed."""
+        value = self.options.get(option, default)
+        if value not in allowed:
+            listed = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+            raise BackendError(f"backend 'cpu' takes -O {option}={listed}, got '{value}'.")
+        return value
 
     @classmethod
     def known_options(cls) -> tuple[str, ...]:
-        return ("threads", "fp32")
+        return ("threads", "native", "fp32")
 
     def probe(self) -> Availability:
         return Availability(True, evidence={"processor": host.processor_name()})
@@ -41,6 +52,11 @@ class Cpu(Backend):
         if index not in (None, 0):
             raise BackendError(f"backend 'cpu' has one device, so there is no device {index}.")
         torch.set_num_threads(self._threads(torch.get_num_threads()))
+        self._ops = {
+            **native_ops(self._native),
+            "fp32_linear": Fp32Linear(self._fp32),
+            "fp32_batched_linear": Fp32BatchedLinear(self._fp32),
+        }
         return torch.device("cpu")
 
     def _threads(self, default: int) -> int:
@@ -76,6 +92,7 @@ class Cpu(Backend):
         return {
             "threads": str(torch.get_num_threads()),
             "cpu_limit": str(host.cpu_limit()),
+            "kernels": describe(self._native),
             "fp32_gain": f"{fp32_gain():.2f}",
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         }

@@ -1,0 +1,201 @@
+// y = x W^T with W packed in panels of 16 outputs: panel[k / 2][16] pairs, so that one vector holds two
+// inputs' weights of 16 outputs. AVX-512-BF16 multiplies such a vector as it is; elsewhere its halves are
+// widened.
+#pragma once
+#include <algorithm>
+#include <utility>
+
+#include "memory.h"
+#include "simd.h"
+
+namespace mla {
+
+static inline int64_t panels_of(int64_t outputs) {
+    return (outputs + LANES - 1) / LANES;
+}
+static inline int64_t packed_size(int64_t outputs, int64_t inputs) {
+    return panels_of(outputs) * LANES * inputs;
+}
+
+static inline void pack_panel(const bf16* rows, int64_t row, int64_t column, int64_t count, int64_t inputs,
+                              bf16* panel) {
+    for (int64_t k = 0; k < inputs; k++)
+        for (int64_t i = 0; i < LANES; i++)
+            panel[(k / 2) * 2 * LANES + 2 * i + (k & 1)] = i < count ? rows[i * row + k * column] : 0;
+}
+static inline void unpack_panel(const bf16* panel, int64_t count, int64_t inputs, bf16* rows) {
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t k = 0; k < inputs; k++)
+            rows[i * inputs + k] = panel[(k / 2) * 2 * LANES + 2 * i + (k & 1)];
+}
+
+// What a kernel reads of x: bf16 pairs as they are, or values widened beforehand.
+struct Pairs {
+    typedef bf16 Value;
+    template <int NR>
+    static inline void step(vf (&sum)[NR], const vu (&b)[NR], const bf16* a) {
+        uint32_t pair;
+        std::memcpy(&pair, a, 4);
+        for (int j = 0; j < NR; j++) sum[j] = dot(sum[j], b[j], pair);
+    }
+};
+struct Wide {
+    typedef float Value;
+    template <int NR>
+    static inline void step(vf (&sum)[NR], const vu (&b)[NR], const float* a) {
+        for (int j = 0; j < NR; j++) sum[j] += low_half(b[j]) * a[0];
+        for (int j = 0; j < NR; j++) sum[j] += high_half(b[j]) * a[1];
+    }
+};
+
+struct Output {
+    bf16* data;
+    int64_t row;       // elements from one token to the next
+    const bf16* bias;  // or null
+    int64_t outputs;
+};
+
+static inline void store_panel(vf sum, const Output& out, int64_t token, int64_t column) {
+    int64_t count = std::min<int64_t>(LANES, out.outputs - column);
+    bf16 *to = out.data + token * out.row + column, rounded[LANES];
+    if (out.bias) {
+        vf bias = {};
+        for (int64_t i = 0; i < count; i++) bias[i] = widen(out.bias[column + i]);
+        sum += bias;
+    }
+    if (count == LANES) return store(to, narrow(sum));
+    store(rounded, narrow(sum));
+    std::memcpy(to, rounded, count * sizeof(bf16));
+}
+
+// MR tokens times NR neighbouring panels, over all inputs.
+template <class X, int MR, int NR>
+static void tile(const typename X::Value* x, int64_t x_row, const bf16* panel, int64_t inputs,
+                 const Output& out, int64_t token, int64_t column) {
+    vf sum[MR][NR] = {};
+    for (int64_t k = 0; k < inputs; k += 2) {
+        vu b[NR];
+        for (int j = 0; j < NR; j++) b[j] = load<vu>(panel + j * LANES * inputs + k * LANES);
+#pragma GCC unroll 32
+        for (int i = 0; i < MR; i++) X::step(sum[i], b, x + i * x_row + k);
+    }
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < NR; j++) store_panel(sum[i][j], out, token + i, column + j * LANES);
+}
+
+template <class X>
+using Tile = void (*)(const typename X::Value*, int64_t, const bf16*, int64_t, const Output&, int64_t,
+                      int64_t);
+template <class X, int NR, int... MR>
+static Tile<X> pick(int rows, std::integer_sequence<int, MR...>) {
+    static const Tile<X> table[] = {tile<X, MR + 1, NR>...};
+    return table[rows - 1];
+}
+
+// Register blocks: MR x NR sums, NR weights, and room to widen. A load of x serves NR products and one of W
+// serves MR.
+#if defined(__AVX512F__)
+constexpr int FEW_ROWS = 6, ROWS = 14, ROWS_WIDE = 12;
+#else
+constexpr int FEW_ROWS = 1, ROWS = 2, ROWS_WIDE = 2;
+#endif
+
+// `tokens` rows against panels [panel, last), NR at a time as long as they last; returns the first one left.
+// The rows are cut evenly: 8 + 8 is faster than 14 + 2.
+template <class X, int MR, int NR>
+static int64_t sweep(const typename X::Value* x, int64_t x_row, const bf16* packed, int64_t inputs,
+                     const Output& out, int64_t token, int64_t tokens, int64_t panel, int64_t last) {
+    const int64_t blocks = (tokens + MR - 1) / MR, step = (tokens + blocks - 1) / blocks;
+    for (; panel + NR <= last; panel += NR)
+        for (int64_t i = 0; i < tokens; i += step) {
+            auto run = pick<X, NR>((int)std::min(step, tokens - i), std::make_integer_sequence<int, MR>());
+            run(x + i * x_row, x_row, packed + panel * LANES * inputs, inputs, out, token + i, panel * LANES);
+        }
+    return panel;
+}
+
+template <class X, int MR>
+static void block(const typename X::Value* x, int64_t x_row, const bf16* packed, int64_t inputs,
+                  const Output& out, int64_t token, int64_t tokens, int64_t first, int64_t last) {
+    if (tokens <= FEW_ROWS)
+        first = sweep<X, FEW_ROWS, 4>(x, x_row, packed, inputs, out, token, tokens, first, last);
+    first = sweep<X, MR, 2>(x, x_row, packed, inputs, out, token, tokens, first, last);
+    sweep<X, MR, 1>(x, x_row, packed, inputs, out, token, tokens, first, last);
+}
+
+// Rows of x that stay in a core's second-level cache while panels pass by, as whole register blocks.
+template <int MR>
+static inline int64_t resident_rows(int64_t bytes_per_row) {
+    int64_t rows = std::max<int64_t>(1, (int64_t)(448 << 10) / bytes_per_row);
+    return std::max<int64_t>(1, rows / MR) * MR;
+}
+
+template <class X, int MR>
+static void product(const typename X::Value* x, int64_t x_row, const bf16* packed, int64_t inputs,
+                    const Output& out, int64_t tokens, int threads) {
+    const int64_t panels = panels_of(out.outputs);
+    const int64_t rows = tokens <= 2 * MR ? tokens : resident_rows<MR>(inputs * sizeof(typename X::Value));
+    const int64_t row_blocks = (tokens + rows - 1) / rows;
+    const int64_t wanted =
+        16 * (int64_t)threads;  // small enough pieces that a disturbed core holds nobody up
+    const int64_t group = std::max<int64_t>(4, (panels * row_blocks / wanted + 3) / 4 * 4);
+    const int64_t groups = (panels + group - 1) / group;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t task = 0; task < row_blocks * groups; task++) {
+        int64_t token = task / groups * rows, first = task % groups * group;
+        block<X, MR>(x + token * x_row, x_row, packed, inputs, out, token, std::min(rows, tokens - token),
+                     first, std::min(first + group, panels));
+    }
+}
+
+static inline void widen_rows(const bf16* x, int64_t x_row, int64_t tokens, int64_t inputs, float* wide,
+                              int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t k = 0; k < inputs; k++) wide[t * inputs + k] = widen(x[t * x_row + k]);
+}
+
+static void linear(const bf16* x, int64_t x_row, const bf16* packed, int64_t inputs, const Output& out,
+                   int64_t tokens, bool wide, int threads) {
+    if (!wide) return product<Pairs, ROWS>(x, x_row, packed, inputs, out, tokens, threads);
+    float* copy = scratch<0>().take<float>(tokens * inputs);
+    widen_rows(x, x_row, tokens, inputs, copy, threads);
+    product<Wide, ROWS_WIDE>(copy, inputs, packed, inputs, out, tokens, threads);
+}
+
+struct Grouped {  // [tokens, heads, width] by strides
+    int64_t token, head;
+};
+
+template <class X, int MR>
+static void grouped_product(const typename X::Value* x, Grouped x_step, const bf16* packed, int64_t inputs,
+                            bf16* out, Grouped out_step, int64_t outputs, int64_t tokens, int64_t heads,
+                            int threads) {
+    const int64_t rows = 8 * MR, blocks = (tokens + rows - 1) / rows, size = packed_size(outputs, inputs);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t task = 0; task < heads * blocks; task++) {
+        const int64_t head = task / blocks, token = task % blocks * rows;
+        const Output to = {out + head * out_step.head, out_step.token, nullptr, outputs};
+        block<X, MR>(x + token * x_step.token + head * x_step.head, x_step.token, packed + head * size,
+                     inputs, to, token, std::min(rows, tokens - token), 0, panels_of(outputs));
+    }
+}
+
+// One weight per head: x [T, h, i], out [T, h, o].
+static void batched_linear(const bf16* x, int64_t x_token, int64_t x_head, const bf16* packed, int64_t inputs,
+                           bf16* out, int64_t out_token, int64_t out_head, int64_t outputs, int64_t tokens,
+                           int64_t heads, bool wide, int threads) {
+    if (!wide)
+        return grouped_product<Pairs, ROWS>(x, {x_token, x_head}, packed, inputs, out, {out_token, out_head},
+                                            outputs, tokens, heads, threads);
+    float* copy = scratch<0>().take<float>(tokens * heads * inputs);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t k = 0; k < inputs; k++)
+                copy[(t * heads + h) * inputs + k] = widen(x[t * x_token + h * x_head + k]);
+    grouped_product<Wide, ROWS_WIDE>(copy, {heads * inputs, inputs}, packed, inputs, out,
+                                     {out_token, out_head}, outputs, tokens, heads, threads);
+}
+
+}  // namespace mla

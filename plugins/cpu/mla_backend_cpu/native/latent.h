@@ -1,0 +1,119 @@
+// Absorbed attention over latent pages. A task is up to 64 (query, head) rows of one request against a part
+// of its keys; long requests are cut so that all threads have work, and the parts are merged by their running
+// maxima.
+#pragma once
+#include <vector>
+
+#include "attention.h"
+
+namespace mla {
+
+struct Latent {
+    const bf16* q;  // [T, h, c + r] by strides
+    int64_t q_token, q_head;
+    const bf16* cache;  // [pages, page, c + r], contiguous
+    const int32_t* block_table;
+    int64_t table_row;
+    const int32_t *kv_lens, *cu_q;
+    int64_t requests, page_size, heads, width, latent;
+    float scale;
+    bf16* out;  // [T, h, c] by strides
+    int64_t out_token, out_head;
+    float* lse;  // [T, h] by strides
+    int64_t lse_token, lse_head;
+};
+
+struct LatentTask {
+    int32_t request;
+    int32_t first_row, rows;  // of the request's query_len * heads rows
+    int32_t part, parts;      // of its keys
+    int64_t keys;             // of one part
+    int64_t saved;            // where the part is kept
+};
+
+constexpr int64_t LATENT_ROWS = 64;
+constexpr int64_t LEAST_PART = 512;  // keys: splitting shorter ones costs more than it gives
+
+static void plan_latent(const Latent& a, int threads, std::vector<LatentTask>& tasks, int64_t& saved) {
+    tasks.clear();
+    saved = 0;
+    int64_t work = 0;
+    for (int64_t b = 0; b < a.requests; b++)
+        work += (a.cu_q[b + 1] - a.cu_q[b]) * a.heads * (int64_t)a.kv_lens[b];
+    for (int64_t b = 0; b < a.requests; b++) {
+        const int64_t rows = (a.cu_q[b + 1] - a.cu_q[b]) * a.heads, keys = a.kv_lens[b];
+        for (int64_t row = 0; row < rows; row += LATENT_ROWS) {
+            const int64_t count = std::min(LATENT_ROWS, rows - row);
+            int64_t size = std::max(LEAST_PART, work / (4 * threads * count) + 1);
+            const int64_t parts = std::max<int64_t>(1, threads == 1 ? 1 : (keys + size - 1) / size);
+            size = (keys + parts - 1) / parts;
+            for (int64_t part = 0; part < parts; part++) {
+                tasks.push_back(
+                    {(int32_t)b, (int32_t)row, (int32_t)count, (int32_t)part, (int32_t)parts, size, saved});
+                if (parts > 1) saved += (count + LANES - 1) / LANES * LANES * (a.latent + 2);
+            }
+        }
+    }
+}
+
+static Row* latent_rows(const Latent& a, const LatentTask& task) {
+    Row* rows = scratch<20>().take<Row>(LATENT_ROWS);
+    const int64_t start = a.cu_q[task.request], queries = a.cu_q[task.request + 1] - start;
+    for (int64_t i = 0; i < task.rows; i++) {
+        const int64_t query = (task.first_row + i) / a.heads, head = (task.first_row + i) % a.heads,
+                      token = start + query;
+        rows[i] = {a.q + token * a.q_token + head * a.q_head, a.out + token * a.out_token + head * a.out_head,
+                   a.lse + token * a.lse_token + head * a.lse_head,
+                   a.kv_lens[task.request] - queries + query + 1};
+    }
+    return rows;
+}
+
+static void latent_task(const Latent& a, const LatentTask& task, float* saved) {
+    Attention attention(latent_rows(a, task), task.rows, a.width, a.latent, a.scale);
+    const bf16* keys[KEYS];
+    const int32_t* pages = a.block_table + task.request * a.table_row;
+    const int64_t begin = task.part * task.keys, end = std::min(begin + task.keys, attention.most());
+    for (int64_t first = begin; first < end; first += KEYS) {
+        const int64_t count = std::min(KEYS, end - first);
+        for (int64_t j = 0; j < count; j++) {
+            const int64_t position = first + j;
+            keys[j] =
+                a.cache +
+                ((int64_t)pages[position / a.page_size] * a.page_size + position % a.page_size) * a.width;
+        }
+        attention.attend(keys, keys, first, count);
+    }
+    if (task.parts == 1)
+        attention.finish();
+    else
+        attention.save(saved + task.saved);
+}
+
+static void merge_latent(const Latent& a, const LatentTask& first, float* saved) {
+    Attention attention(latent_rows(a, first), first.rows, a.width, a.latent, a.scale);
+    for (int64_t part = 0; part < first.parts; part++)
+        attention.merge(saved + first.saved + part * attention.part_size());
+    attention.finish();
+}
+
+static void latent_attention(const Latent& a, int threads) {
+    static thread_local std::vector<LatentTask> tasks;
+    int64_t size;
+    plan_latent(a, threads, tasks, size);
+    float* saved = scratch<21>().take<float>(size);
+    const LatentTask* all = tasks.data();
+    const int64_t count = (int64_t)tasks.size();
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < count; i++) latent_task(a, all[i], saved);
+        if (size) {
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t i = 0; i < count; i++)
+                if (all[i].parts > 1 && all[i].part == 0) merge_latent(a, all[i], saved);
+        }
+    }
+}
+
+}  // namespace mla

@@ -1,0 +1,215 @@
+"""Fused ops over the compiled kernels: projections and what is done row by row."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import TYPE_CHECKING, Any
+
+from mla_backend_cpu.library import Library
+from mla_backends import FusedOp
+from mla_backends.api import AttentionSpec, LinearSpec, NormSpec, Packed
+
+if TYPE_CHECKING:
+    import torch
+
+#: Widening x first pays from so many tokens on, where fp32 products are the faster ones.
+WIDE_TOKENS = 16
+
+
+class NativeOp(FusedOp):
+    """What all ops on the kernels share."""
+
+    def __init__(self, kernels: Library) -> None:
+        self._kernels = kernels
+        self._call = kernels.functions
+
+    def unsupported_reasons(self, spec: Any) -> list[str]:
+        import torch
+
+        if spec.dtype != torch.bfloat16:
+            return [f"it computes in bfloat16, and this layer is {spec.dtype}"]
+        return self.misfits(spec)
+
+    def misfits(self, spec: Any) -> list[str]:
+        """Return what about the sizes does not fit."""
+        return []
+
+
+def threads() -> int:
+    """Return torch's number of threads, which the backend has set."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """Return x with neighbouring elements in its last dimension, which the kernels read as vectors."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def multiple(name: str, value: int, of: int) -> list[str]:
+    """Return a reason unless `value` is a multiple of `of`."""
+    return [] if value % of == 0 else [f"{name} {value} is not a multiple of {of}"]
+
+
+class _Product(NativeOp):
+    """Weights in panels of 16 outputs and pairs of inputs."""
+
+    def misfits(self, spec: LinearSpec) -> list[str]:
+        return multiple("in_features", spec.in_features, 2)
+
+    def pack(self, weight: torch.Tensor) -> Packed:
+        import torch
+
+        groups, (outputs, inputs) = (weight.shape[0] if weight.dim() == 3 else 1), weight.shape[-2:]
+        panels = -(-outputs // 16)
+        packed = torch.empty(groups * panels * 16 * inputs, dtype=weight.dtype)
+        group = weight.stride(0) if weight.dim() == 3 else 0
+        self._call.mla_pack(
+            weight.data_ptr(), group, weight.stride(-2), weight.stride(-1), groups, outputs, inputs,
+            packed.data_ptr(), threads(),
+        )  # fmt: skip
+        return Packed((packed, tuple(weight.shape)), packed.nbytes)
+
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        data, shape = packed.data
+        weight = data.new_empty(shape)
+        groups = shape[0] if len(shape) == 3 else 1
+        self._call.mla_unpack(data.data_ptr(), groups, *shape[-2:], weight.data_ptr(), threads())
+        return weight
+
+    def _wide(self, tokens: int) -> bool:
+        return not self._kernels.dot_bf16 or (tokens >= WIDE_TOKENS and fp32_gain(self._kernels) > 1)
+
+
+class NativeLinear(_Product):
+    """y = x W^T + b."""
+
+    contract = "linear/1"
+
+    def __call__(
+        self, packed: Packed, *, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        data, (outputs, inputs) = packed.data
+        x, target, bias = rows(x), rows(out), None if bias is None else rows(bias)
+        self._call.mla_linear(
+            x.data_ptr(), x.stride(0), data.data_ptr(), None if bias is None else bias.data_ptr(),
+            target.data_ptr(), target.stride(0), x.shape[0], inputs, outputs,
+            self._wide(x.shape[0]), threads(),
+        )  # fmt: skip
+        if target is not out:
+            out.copy_(target)
+
+
+class NativeBatchedLinear(_Product):
+    """out[t, h, o] = sum_i x[t, h, i] W[h, o, i]."""
+
+    contract = "batched_linear/1"
+
+    def __call__(self, packed: Packed, *, x: torch.Tensor, out: torch.Tensor) -> None:
+        data, (heads, outputs, inputs) = packed.data
+        x, target = rows(x), rows(out)
+        self._call.mla_batched_linear(
+            x.data_ptr(), *x.stride()[:2], data.data_ptr(), target.data_ptr(), *target.stride()[:2],
+            x.shape[0], heads, inputs, outputs, self._wide(x.shape[0]), threads(),
+        )  # fmt: skip
+        if target is not out:
+            out.copy_(target)
+
+
+class NativeRmsNorm(NativeOp):
+    """x / rms(x) * weight, rounded once."""
+
+    contract = "rms_norm/1"
+
+    def misfits(self, spec: NormSpec) -> list[str]:
+        return multiple("the width", spec.features, 16)
+
+    def __call__(self, *, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+        x, weight, target = rows(x), rows(weight), rows(out)
+        self._call.mla_rms_norm(
+            x.data_ptr(), x.stride(0), weight.data_ptr(), eps, target.data_ptr(), target.stride(0),
+            *x.shape, threads(),
+        )  # fmt: skip
+        if target is not out:
+            out.copy_(target)
+
+
+class NativeRotateQuery(NativeOp):
+    """Rotate every head of x by its token's angles."""
+
+    contract = "rotate_query/1"
+
+    def misfits(self, spec: AttentionSpec) -> list[str]:
+        return multiple("qk_rope_head_dim", spec.qk_rope_head_dim, 32)
+
+    def __call__(
+        self, *, x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool, out: torch.Tensor
+    ) -> None:
+        x, cos_sin, target = rows(x), rows(cos_sin), rows(out)
+        self._call.mla_rotate(
+            x.data_ptr(), *x.stride()[:2], cos_sin.data_ptr(), cos_sin.stride(0), target.data_ptr(),
+            *target.stride()[:2], *x.shape, interleaved, threads(),
+        )  # fmt: skip
+        if target is not out:
+            out.copy_(target)
+
+
+class NativeWriteLatent(NativeOp):
+    """Norm the latent, rotate the shared key, scatter both to the cache."""
+
+    contract = "write_latent/1"
+
+    def misfits(self, spec: AttentionSpec) -> list[str]:
+        return [
+            *multiple("kv_lora_rank", spec.kv_lora_rank, 16),
+            *multiple("qk_rope_head_dim", spec.qk_rope_head_dim, 32),
+        ]
+
+    def __call__(
+        self,
+        *,
+        kv_a: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        cos_sin: torch.Tensor,
+        interleaved: bool,
+        slots: torch.Tensor,
+        cache: torch.Tensor,
+    ) -> None:
+        kv_a, weight, cos_sin = rows(kv_a), rows(weight), rows(cos_sin)
+        self._call.mla_write_latent(
+            kv_a.data_ptr(), kv_a.stride(0), weight.data_ptr(), eps, cos_sin.data_ptr(), cos_sin.stride(0),
+            slots.data_ptr(), cache.data_ptr(), kv_a.shape[0], weight.shape[0], cos_sin.shape[1], interleaved,
+            threads(),
+        )  # fmt: skip
+
+
+@functools.cache
+def fp32_gain(kernels: Library) -> float:
+    """Measure once how much faster the kernels are with widened values than with bf16 pairs."""
+    import torch
+
+    op = NativeLinear(kernels)
+    x, weight = (torch.ones(size, 1024, dtype=torch.bfloat16) for size in (64, 512))
+    packed, out = op.pack(weight), x.new_empty(64, 512)
+    best = [float("inf")] * 2
+    for _ in range(9):  # in turns, fastest kept: other tenants can only slow one down
+        for wide in (0, 1):
+            start = time.perf_counter()
+            kernels.functions.mla_linear(
+                x.data_ptr(),
+                1024,
+                packed.data[0].data_ptr(),
+                None,
+                out.data_ptr(),
+                512,
+                64,
+                1024,
+                512,
+                wide,
+                1,
+            )
+            best[wide] = min(best[wide], time.perf_counter() - start)
+    return best[0] / best[1]
