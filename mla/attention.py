@@ -7,7 +7,7 @@ key per token. *Expanded*: keys and values are rebuilt per head. Per request the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from mla.batch import RaggedBatch
-from mla.checkpoint import read_layer
+from mla.checkpoint import read_layer, refuse_other_formats
 from mla.config import MLAConfig
 from mla.errors import WeightError
 from mla.ops import Ops
 from mla.packed import PackedWeights
 from mla.plan import WORKSPACE_BYTES, AbsorbedGroup, ExpandedGroup, Piece, Plan, make_plan
-from mla.rope import RotaryTable
+from mla.rope import RotaryTable, query_factors
 from mla.workspace import Workspace
 from mla_backends.api import Backend
 
@@ -66,14 +66,23 @@ class MLA(nn.Module):
         self._scratch = Workspace(dtype, self.device)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, layer: int | None = None, **arguments: Any) -> MLA:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        layer: int | str | None = None,
+        *,
+        progress: Callable[[int, int], object] | None = None,
+        **arguments: Any,
+    ) -> MLA:
         """Build the layer of a checkpoint folder (config.json and *.safetensors); `arguments` as for MLA.
 
-        `layer` None means the only layer there is. Raises `ConfigError` or `CheckpointError`.
+        `layer` None means the only main layer there is; "3.1" the second of a layer's two attentions.
+        `progress` is called with the bytes read and those of all. Raises `ConfigError` or `CheckpointError`.
         """
+        refuse_other_formats(folder)  # such folders lack a config.json, which says less
         config = MLAConfig.from_pretrained(folder)
         built = cls(config, **arguments)
-        built.load_state_dict(read_layer(folder, config, layer))
+        built.load_state_dict(read_layer(folder, config, layer, progress=progress))
         return built
 
     def load_state_dict(
@@ -105,6 +114,10 @@ class MLA(nn.Module):
     def weight_bytes(self) -> int:
         """Return the bytes all packed weights keep alive."""
         return self._weights.nbytes()
+
+    def scratch_bytes(self) -> int:
+        """Return the bytes of scratch memory kept between steps."""
+        return self._scratch.nbytes()
 
     def _apply(self, fn: Any, recurse: bool = True) -> MLA:
         raise RuntimeError(
@@ -149,6 +162,7 @@ class MLA(nn.Module):
         self._check(hidden, batch, pages, out)
         plan = self.plan(batch)
         q, kv_a = self._project(hidden)
+        self._scale_queries(q, batch)
         self._write_latent(kv_a, batch, plan, pages)
         heads = self._scratch.take(
             "heads", hidden.shape[0], self.config.num_attention_heads, self.config.v_head_dim
@@ -192,6 +206,14 @@ class MLA(nn.Module):
         q = self._scratch.take("q", q_a.shape[0], self.ops["q_b_proj"].spec.out_features)
         self._linear("q_b_proj", normed, q)
         return q
+
+    def _scale_queries(self, q: torch.Tensor, batch: RaggedBatch) -> None:
+        """Scale q [T, h, n + r] by position, in place, where the config says so."""
+        scaling = self.config.query_scaling
+        if scaling is None or max(batch.kv_lens) <= scaling.period:  # every factor is 1
+            return
+        factors = batch.memo(scaling, lambda: query_factors(scaling, batch.positions)[:, None, None])
+        q.mul_(factors)
 
     def _write_latent(self, kv_a: torch.Tensor, batch: RaggedBatch, plan: Plan, pages: torch.Tensor) -> None:
         self.ops["write_latent"].op(

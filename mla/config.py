@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mla.errors import ConfigError
+from mla.families import Family, check_keys, find_family, language_model, refuse
 from mla.presets import PRESETS
+from mla.rope_config import LongRopeScaling, QueryScaling, Scaling, YarnScaling, is_positive, read_rope
 
+__all__ = ["DIMENSIONS", "LongRopeScaling", "MLAConfig", "QueryScaling", "YarnScaling"]
 
-@dataclass(frozen=True)
-class YarnScaling:
-    """YaRN rotary scaling (https://arxiv.org/abs/2309.00071), keys as in `rope_scaling` of config.json."""
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-
-    def magnitude(self) -> float:
-        """Return the factor on cos and sin: m(mscale) / m(mscale_all_dim), or m(1) when either is absent."""
-        if self.mscale and self.mscale_all_dim:
-            return _mscale(self.factor, self.mscale) / _mscale(self.factor, self.mscale_all_dim)
-        return _mscale(self.factor, 1.0)
-
-    def softmax_factor(self) -> float:
-        """Return the factor on the softmax scale: m(mscale_all_dim) squared, or 1 when it is absent."""
-        return _mscale(self.factor, self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
-
-
-def _mscale(factor: float, mscale: float) -> float:
-    """Return 0.1 * mscale * ln(factor) + 1 (DeepSeek-V3 `inference/model.py`, class MLA)."""
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+#: Keys of a config.json that must agree with the head's width, where they are given.
+_WIDTHS = ("qk_head_dim", "q_head_dim")
+#: Fields that are dimensions, all of them keys of a config.json.
+DIMENSIONS = (
+    "hidden_size",
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+)
+#: Fields that are no keys of a config.json.
+_READ_APART = {"rope_theta", "rope_scaling", "query_scaling", "model_type", "name"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +36,10 @@ class MLAConfig:
     """One MLA layer.
 
     Dimensions are per head unless they say otherwise. `q_lora_rank` None means one `q_proj` instead of the
-    `q_a_proj`, `q_a_layernorm`, `q_b_proj` chain. Raises `ConfigError` for values no layer can have.
+    `q_a_proj`, `q_a_layernorm`, `q_b_proj` chain. `rms_norm_eps` is that of the two latent norms: read from
+    a config.json that names its family it is 1e-6, because the classes of `transformers` pass none to these
+    norms even where the file says 1e-5; `dataclasses.replace` sets another. Raises `ConfigError` for values
+    no layer can have.
     """
 
     hidden_size: int
@@ -56,36 +50,39 @@ class MLAConfig:
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
     rms_norm_eps: float = 1e-6
-    attention_bias: bool = False
-    rope_theta: float = 10000.0
-    rope_interleave: bool = True
-    rope_scaling: YarnScaling | None = None
+    attention_bias: bool = False  # on q_a, kv_a and o; never on q, q_b and kv_b
+    rope_theta: float | None = 10000.0  # None: nothing is rotated
+    rope_interleave: bool = True  # channels (0, 1), (2, 3), ... are rotated together, else i and i + r/2
+    rope_scaling: Scaling | None = None
+    q_latent_scale: float = 1.0  # on the normed query latent, and so on queries
+    kv_latent_scale: float = 1.0  # on the normed latent, which is cached scaled
+    query_scaling: QueryScaling | None = None  # of queries by position
+    model_type: str | None = None  # the family it was read as; computes nothing
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        positive = ("hidden_size", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
-        for key in (
-            *positive,
-            "qk_rope_head_dim",
-            *(("q_lora_rank",) if self.q_lora_rank is not None else ()),
-        ):
+        for key in DIMENSIONS:
             value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ConfigError(f"config '{self.name}': {key} must be a positive integer, got {value!r}.")
-        for key in ("rms_norm_eps", "rope_theta"):
-            if not _positive(getattr(self, key)):
-                raise ConfigError(
-                    f"config '{self.name}': {key} must be a positive number, got {getattr(self, key)!r}."
-                )
+            optional = key == "q_lora_rank" and value is None
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not optional and not (whole and 0 < value < 2**31):
+                raise self._error(f"{key} must be a positive integer, got {value!r}")
+        for key in ("rms_norm_eps", "rope_theta", "q_latent_scale", "kv_latent_scale"):
+            value = getattr(self, key)
+            if not is_positive(value) and not (key == "rope_theta" and value is None):
+                raise self._error(f"{key} must be a positive number, got {value!r}")
         for key in ("attention_bias", "rope_interleave"):
             if not isinstance(getattr(self, key), bool):
-                raise ConfigError(
-                    f"config '{self.name}': {key} must be true or false, got {getattr(self, key)!r}."
-                )
+                raise self._error(f"{key} must be true or false, got {getattr(self, key)!r}")
         if self.qk_rope_head_dim % 2:
-            raise ConfigError(
-                f"config '{self.name}': qk_rope_head_dim must be even, got {self.qk_rope_head_dim}."
-            )
+            raise self._error(f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
+        if self.rope_theta == 1 and isinstance(self.rope_scaling, YarnScaling):
+            raise self._error("rope_theta must not be 1 under YaRN")
+        if self.q_lora_rank is None and self.q_latent_scale != 1:
+            raise self._error("q_latent_scale needs a q_lora_rank, without which queries have no latent")
+
+    def _error(self, what: str) -> ConfigError:
+        return ConfigError(f"config '{self.name}': {what}.")
 
     @property
     def qk_head_dim(self) -> int:
@@ -133,44 +130,53 @@ class MLAConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MLAConfig:
-        """Build from Hugging Face keys; keys that do not concern the layer are ignored."""
-        name = str(values.get("name", values.get("model_type", "custom")))
+        """Build from the keys of a Hugging Face config.json, read as the code of its `model_type` does.
+
+        A multimodal config gives its language model's layer. Keys that do not concern the layer are ignored,
+        and so are head_dim and max_position_embeddings, which no weight and no angle of MLA depends on.
+        Raises `ConfigError` for a family or a key that means another attention, and for an unknown family.
+        """
+        inner = language_model(values)
+        name = str(values.get("name", inner.get("model_type", "custom")))
+        refuse(name, values)
+        refuse(name, inner)
         for key in ("hidden_size", "num_attention_heads", "kv_lora_rank"):
-            if key not in values:
+            if key not in inner:
                 raise ConfigError(f"config '{name}' has no {key}, so it does not describe an MLA layer.")
-        known = {field.name for field in fields(cls)} - {"rope_scaling", "name"}
-        own = {key: value for key, value in values.items() if key in known}
-        rope = values.get("rope_scaling") or values.get("rope_parameters")  # older and newer spelling
-        if isinstance(rope, Mapping) and "rope_theta" in rope:
-            own["rope_theta"] = rope["rope_theta"]
-        return cls(**own, rope_scaling=_yarn(name, rope), name=name)
+        kind, family = find_family(name, inner)
+        check_keys(name, family, inner)
+        config = _plain(cls, family, {**family.defaults, **inner}, model_type=kind, name=name)
+        _check_agreement(config, inner)
+        rope = read_rope(name, family, inner, (config.qk_nope_head_dim, config.qk_rope_head_dim))
+        if family.rotates and rope.theta is None:
+            raise ConfigError(f"config '{name}': rope_theta must be a positive number, got None.")
+        return replace(
+            config, rope_theta=rope.theta, rope_scaling=rope.scaling, query_scaling=rope.query_scaling
+        )
 
 
-def _positive(value: Any) -> bool:
-    """Say whether a value of a config.json is a finite number above 0."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+def _plain(cls: type[MLAConfig], family: Family, values: Mapping[str, Any], **names: Any) -> MLAConfig:
+    """Return the config without its rotary keys: given values, then derived ones, then fixed ones."""
+    known = {field.name for field in fields(cls)} - _READ_APART
+    absent = {key for key in family.derived if values.get(key) is None}
+    own = {key: value for key, value in values.items() if key in known - absent}
+    config = cls(**own, **names)
+    derived = {key: family.derived[key](config) for key in absent}
+    return replace(config, **derived, **family.fixed)
 
 
-def _yarn(name: str, scaling: Any) -> YarnScaling | None:
-    """Read the `rope_scaling` entry. Raises `ConfigError` for a kind that would change the rotation."""
-    if scaling is None:
-        return None
-    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, Mapping) else scaling
-    if kind == "default":
-        return None
-    if kind != "yarn":
-        raise ConfigError(f"config '{name}': rope_scaling type {kind!r} is not supported; 'yarn' is.")
-    known = {field.name for field in fields(YarnScaling)}
-    extra = sorted(set(scaling) - known - {"type", "rope_type", "rope_theta"})
-    if extra:
-        raise ConfigError(f"config '{name}': rope_scaling key {extra[0]!r} is not supported.")
-    for key in ("factor", "original_max_position_embeddings"):
-        if not _positive(scaling.get(key)):
-            raise ConfigError(f"config '{name}': rope_scaling needs a positive number '{key}'.")
-    for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-        absent = key not in scaling or (key.startswith("mscale") and not scaling[key])
-        if not absent and not _positive(scaling[key]):
+def _check_agreement(config: MLAConfig, values: Mapping[str, Any]) -> None:
+    """Refuse keys that contradict the layer's dimensions: they would mean another attention."""
+    heads = values.get("num_key_value_heads")
+    if heads is not None and heads != config.num_attention_heads:
+        raise ConfigError(
+            f"config '{config.name}': num_key_value_heads {heads!r} is not num_attention_heads "
+            f"{config.num_attention_heads}, so heads share keys and values in groups, which is not MLA."
+        )
+    for key in _WIDTHS:
+        width = values.get(key)
+        if width is not None and width != config.qk_head_dim:
             raise ConfigError(
-                f"config '{name}': rope_scaling key '{key}' must be a positive number, got {scaling[key]!r}."
+                f"config '{config.name}': {key} {width!r} is not qk_nope_head_dim + qk_rope_head_dim, "
+                f"{config.qk_head_dim}."
             )
-    return YarnScaling(**{key: value for key, value in scaling.items() if key in known and value is not None})

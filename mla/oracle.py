@@ -8,6 +8,7 @@ stay fp32(position) * fp32(inv_freq), because that is what a checkpoint was trai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -44,10 +45,11 @@ def _request(
     """Return one request's output [t, d]."""
     c, n = config.kv_lora_rank, config.qk_nope_head_dim
     positions = torch.arange(kv.shape[0], kv.shape[0] + hidden.shape[0])
-    q = _queries(config, state, hidden)  # [t, h, n + r]
+    q = _queries(config, state, hidden) * _by_position(config, positions)  # [t, h, n + r]
     q_pe = _rotate(config, q[..., n:], positions)
     latent = _project(state, "kv_a_proj_with_mqa", hidden)
     new_kv = _norm(latent[:, :c], state["kv_a_layernorm.weight"], config.rms_norm_eps)
+    new_kv = new_kv * config.kv_latent_scale
     new_pe = _rotate(config, latent[:, None, c:], positions)[:, 0]
     keys = torch.cat((kv.cpu().double(), new_kv))  # [s, c]
     keys_pe = torch.cat((pe.cpu().double(), new_pe))  # [s, r]
@@ -61,7 +63,16 @@ def _queries(config: MLAConfig, state: State, hidden: torch.Tensor) -> torch.Ten
     else:
         q_a = _project(state, "q_a_proj", hidden)
         q = _project(state, "q_b_proj", _norm(q_a, state["q_a_layernorm.weight"], config.rms_norm_eps))
-    return q.unflatten(1, (config.num_attention_heads, config.qk_head_dim))
+    return q.unflatten(1, (config.num_attention_heads, config.qk_head_dim)) * config.q_latent_scale
+
+
+def _by_position(config: MLAConfig, positions: torch.Tensor) -> torch.Tensor | float:
+    """Return what each query [t, h, n + r] is multiplied by: 1 + beta ln(1 + floor(p / period))."""
+    if config.query_scaling is None:
+        return 1.0
+    beta, period = config.query_scaling.beta, config.query_scaling.period
+    factors = [1.0 + beta * math.log(1 + position // period) for position in positions.tolist()]
+    return torch.tensor(factors, dtype=torch.float64)[:, None, None]
 
 
 def _attend(
@@ -95,6 +106,8 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def _rotate(config: MLAConfig, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Rotate x [t, h, r] by multiplying channel pairs, as complex numbers, with e^(i angle)."""
+    if config.rope_theta is None:
+        return x
     angles = torch.outer(positions.float(), inverse_frequencies(config)).double()
     magnitude = config.rope_scaling.magnitude() if config.rope_scaling else 1.0
     turn = torch.polar(torch.full_like(angles, magnitude), angles)[:, None]

@@ -1,4 +1,4 @@
-"""YaRN rotary embedding: frequencies, and a table of cosines and sines that grows on demand.
+"""Rotary embedding: frequencies, scaled or not, and a table of cosines and sines that grows on demand.
 
 Angles are fp32(position) * fp32(inv_freq), as DeepSeek's code and `transformers` both compute them; a
 "better" angle would differ from both (7e-4 in the output at position 160k).
@@ -10,18 +10,22 @@ import math
 
 import torch
 
-from mla.config import MLAConfig, YarnScaling
+from mla.config import LongRopeScaling, MLAConfig, QueryScaling, YarnScaling
 
 
 def inverse_frequencies(config: MLAConfig) -> torch.Tensor:
-    """Return the rotary frequencies [r/2] in fp32, YaRN-scaled when the config says so."""
-    dim = config.qk_rope_head_dim
+    """Return the rotary frequencies [r/2] in fp32, scaled as the config says; zeros where nothing rotates."""
+    dim, scaling = config.qk_rope_head_dim, config.rope_scaling
+    if config.rope_theta is None:
+        return torch.zeros(dim // 2)  # cosines of exactly 1 and sines of 0: a rotation that changes no bit
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-    plain = 1.0 / config.rope_theta**exponents
-    if config.rope_scaling is None:
-        return plain
-    ramp = _interpolation_ramp(config.rope_scaling, dim, config.rope_theta)
-    return plain / config.rope_scaling.factor * ramp + plain * (1.0 - ramp)
+    powers = config.rope_theta**exponents
+    if scaling is None:
+        return 1.0 / powers
+    if isinstance(scaling, LongRopeScaling):
+        return 1.0 / (torch.tensor(scaling.factors, dtype=torch.float32) * powers)
+    ramp = _interpolation_ramp(scaling, dim, config.rope_theta)
+    return 1.0 / powers / scaling.factor * ramp + 1.0 / powers * (1.0 - ramp)
 
 
 def _interpolation_ramp(scaling: YarnScaling, dim: int, theta: float) -> torch.Tensor:
@@ -32,10 +36,18 @@ def _interpolation_ramp(scaling: YarnScaling, dim: int, theta: float) -> torch.T
         turns = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(theta))
 
-    low = max(math.floor(channel(scaling.beta_fast)), 0)
-    high = min(math.ceil(channel(scaling.beta_slow)), dim - 1)
-    width = max(high - low, 0.001)
+    low, high = channel(scaling.beta_fast), channel(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    width = high - low or 0.001
     return ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+
+
+def query_factors(scaling: QueryScaling, positions: torch.Tensor) -> torch.Tensor:
+    """Return what queries at `positions` [T] are multiplied by, [T] fp32 on their device."""
+    periods = torch.div(positions, scaling.period, rounding_mode="floor")
+    return 1.0 + scaling.beta * torch.log1p(periods.float())
 
 
 class RotaryTable:

@@ -25,6 +25,10 @@ class Workspace:
             self._held[name] = held
         return held[:size].view(shape)
 
+    def nbytes(self) -> int:
+        """Return the bytes held."""
+        return sum(held.nbytes for held in self._held.values())
+
     def rows(self, name: str, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         """Return a group's rows of x to read: a view when they are contiguous, else a copy."""
         if isinstance(tokens, slice):

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REQUIRED, OPTIONAL = ("mla", "mla_backends"), ("mla_backend_cpu",)
 INSTALLED, CHECKOUT = "site-packages", "this checkout"
 FAKES = ROOT / "tests" / "fakes"
+sys.path.append(str(ROOT / "tests" / "checkpoints"))  # for `import checkpoint_maker`, anywhere in the tests
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -95,7 +95,11 @@ def cli() -> None:
     type=click.Path(path_type=Path),
     help="Checkpoint folder: config.json and safetensors of one layer or more, instead of --config.",
 )
-@click.option("--layer", type=click.IntRange(min=0), help="Layer of the checkpoint. Default: the only one.")
+@click.option(
+    "--layer",
+    metavar="N",
+    help="Layer of the checkpoint: 3, or 3.1 for the second of two attentions. Default: the only one.",
+)
 @click.option(
     "--workload",
     metavar="NAME|FILE",
@@ -185,11 +189,12 @@ def run(**values: Any) -> int:
     return commands.run(RunOptions(**values))
 
 
-@cli.command("list", short_help="Show backends and their state.")
+@cli.command("list", short_help="Show backends and their state, or the presets.")
+@click.option("--configs", is_flag=True, help="Show the presets of --config and where they were read.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def list_backends(as_json: bool) -> int:
+def list_backends(configs: bool, as_json: bool) -> int:
     """Show every installed and known backend and whether it is usable. Each is probed in its own process."""
-    return commands.list_backends(as_json)
+    return commands.list_configs(as_json) if configs else commands.list_backends(as_json)
 
 
 def main(arguments: list[str] | None = None) -> int:

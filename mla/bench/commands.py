@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING
 from mla.bench import environment, render, results
 from mla.bench.exits import Exit
 from mla.bench.options import RunOptions
-from mla.bench.progress import Progress
+from mla.bench.progress import Progress, Reading
 from mla.bench.workload import Scenario, WorkloadError
 from mla.errors import MLAError
 from mla_backends import status
 from mla_backends.discovery import locate
 
 if TYPE_CHECKING:
+    import torch
+
     from mla.bench.implementations import Setting
     from mla.bench.session import Outcome, Request
     from mla.config import MLAConfig
@@ -127,25 +129,37 @@ def _request(options: RunOptions, name: str, backend: Backend, scenarios: list[S
 
     from mla.bench import session
     from mla.bench.implementations import Setting
-    from mla.checkpoint import read_layer
 
     dtype = getattr(torch, options.dtype)
     _check_dtype(backend, dtype)
     if options.page_size < 1 or options.page_size & (options.page_size - 1):
         raise WorkloadError(f"--page-size must be a power of two, got {options.page_size}.")
     config = _config(options)
-    state = read_layer(options.model_path, config, options.layer) if options.model_path else None
+    state = _weights(options, config, dtype) if options.model_path else None
     setting = Setting(config, backend, dtype, options.attention, options.page_size, options.seed, options.ops)
     names = session.resolve_implementations(options.implementation_names(), setting, note)
     return session.Request(setting, scenarios, names, options.command(name), _version(name), state)
 
 
+def _weights(options: RunOptions, config: MLAConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Read the checkpoint's layer to the host, once for all implementations and for the oracle."""
+    from mla.checkpoint import read_layer
+
+    assert options.model_path is not None
+    with Reading(f"reading {options.model_path}") as reading:
+        return dict(
+            read_layer(options.model_path, config, options.layer, dtype=dtype, progress=reading.advance)
+        )
+
+
 def _config(options: RunOptions) -> MLAConfig:
     """Return the layer to measure: a checkpoint's, a config file's, or a preset."""
+    from mla.checkpoint import refuse_other_formats
     from mla.config import MLAConfig
     from mla.presets import PRESETS
 
     if options.model_path:
+        refuse_other_formats(options.model_path)
         return MLAConfig.from_pretrained(options.model_path)
     path = "/" in options.config or options.config.endswith(".json") or os.path.isdir(options.config)
     if path and options.config not in PRESETS:
@@ -217,6 +231,14 @@ def _scenario_line(scenario: Scenario) -> str:
     size = f"{len(scenario.query_lens)} requests, {scenario.tokens} new tokens per forward, "
     lengths = f"history {min(scenario.history)} to {max(scenario.history)}, "
     return f"{scenario.name}: {size}{lengths}{scenario.turns} passes of {scenario.steps}"
+
+
+def list_configs(as_json: bool) -> int:
+    """Carry out `list --configs`."""
+    from mla.bench.list_configs import as_objects, as_table
+
+    out(json.dumps(as_objects(), indent=1) + "\n" if as_json else as_table())
+    return Exit.OK
 
 
 def list_backends(as_json: bool) -> int:

@@ -12,13 +12,14 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from mla.bench.check import Checker
 from mla.bench.implementations import Implementation
 from mla.bench.inputs import Inputs
 from mla.bench.results import Check
+from mla.bench.transient import TransientBytes
 from mla.bench.workload import Scenario
 from mla.errors import MLAError
 from mla_backends.api import Timer
@@ -40,6 +41,7 @@ class Measured:
     passes: list[list[float]] = field(default_factory=list)  # milliseconds
     after_switch: list[bool] = field(default_factory=list)  # per pass: another implementation ran before
     interrupted: bool = False
+    transient_bytes: int | None = None
 
 
 def measure(
@@ -56,7 +58,7 @@ def measure(
     try:
         for one in implementations:
             one.load(scenario, inputs)
-            measured[one.name] = Measured(_run_and_check(one, scenario, checker, progress))
+            measured[one.name] = _run_and_check(one, scenario, checker, progress)
         right = [one for one in implementations if measured[one.name].check.status == "ok"]
         for one in right:
             _warm_up(one, scenario, progress)
@@ -74,12 +76,16 @@ def measure(
     return measured
 
 
-def _run_and_check(one: Implementation, scenario: Scenario, checker: Checker, progress: Progress) -> Check:
+def _run_and_check(one: Implementation, scenario: Scenario, checker: Checker, progress: Progress) -> Measured:
+    """Run a whole pass, untimed; the last forward, whose lengths are the largest, has its memory counted."""
+    transient = TransientBytes()
     for index in range(scenario.inputs):
         one.before(index)
-        one.step(index)
+        with transient if index == scenario.inputs - 1 else nullcontext():
+            one.step(index)
         progress(f"{scenario.name}: checking {one.name}", 1)
-    return checker.check(one.outputs, one.held_to_reference)
+    check = checker.check(one.outputs, one.held_to_reference)
+    return Measured(check, transient_bytes=transient.peak + one.scratch_bytes())
 
 
 def _warm_up(one: Implementation, scenario: Scenario, progress: Progress) -> None:

@@ -78,6 +78,10 @@ class Implementation(ABC):
     def weight_bytes(self) -> int:
         """Return the bytes of the weights."""
 
+    def scratch_bytes(self) -> int:
+        """Return the bytes of scratch memory kept between forwards."""
+        return 0
+
     def ops(self) -> dict[str, str]:
         """Return role -> implementation name."""
         return {}
@@ -160,6 +164,9 @@ class MlaLayer(Implementation):
 
     def weight_bytes(self) -> int:
         return self.layer.weight_bytes()
+
+    def scratch_bytes(self) -> int:
+        return self.layer.scratch_bytes()
 
     def ops(self) -> dict[str, str]:
         return self.layer.ops.names()

@@ -21,7 +21,7 @@ class RunOptions:
     threads: int | None
     config: str
     model_path: Path | None
-    layer: int | None
+    layer: str | None
     workload: str
     scenarios: tuple[str, ...]
     implementations: str

@@ -1,4 +1,4 @@
-"""`transformers` as a comparator: its DeepSeek-V3 attention, one request at a time.
+"""`transformers` as a comparator: its own attention of the model's family, one request at a time.
 
 Position embeddings and masks are made outside the timed region, as a model makes them once per forward.
 """
@@ -6,13 +6,13 @@ Position embeddings and masks are made outside the timed region, as a model make
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from mla.bench.implementations import Implementation, Setting
 from mla.bench.inputs import Inputs
+from mla.bench.peer_models import PeerModel, peer_model
 from mla.bench.workload import Scenario
 from mla.config import MLAConfig
 from mla.errors import MLAError
@@ -24,17 +24,17 @@ class PeerError(MLAError):
 
 
 class Transformers(Implementation):
-    """`DeepseekV3Attention` with attention function "sdpa" or "eager"."""
+    """The family's attention class with attention function "sdpa" or "eager"."""
 
     def __init__(self, setting: Setting, state: State, kind: str = "sdpa") -> None:
         super().__init__(setting)
         self.name = "transformers" if kind == "sdpa" else f"transformers-{kind}"
         self._kind = kind
-        self._modules = _import()
-        self._config = _peer_config(self._modules, setting.config, kind)
+        self._make_cache = require()
+        self._peer = _peer(setting.config, kind)
         with torch.device(setting.device):
-            self._layer = self._modules.DeepseekV3Attention(self._config, 0).to(setting.dtype).eval()
-            self._rotary = self._modules.DeepseekV3RotaryEmbedding(self._config)
+            self._layer = self._peer.attention().to(setting.dtype).eval()
+            self._rotary = self._peer.rotary()
         self._layer.load_state_dict({key: tensor.to(setting.dtype) for key, tensor in state.items()})
         self._layer.requires_grad_(False)
 
@@ -45,20 +45,21 @@ class Transformers(Implementation):
         self._history = [
             (
                 kv.to(device, dtype)[None, None],
-                _peer_channels(self.setting.config, pe).to(device, dtype)[None, None],
+                self._peer.to_cache(pe).to(device, dtype)[None, None],
             )
             for kv, pe in inputs.history
         ]
         self._steps = [self._arguments(step) for step in range(scenario.inputs)]
         self.restore()
 
-    def _arguments(self, step: int) -> list[tuple[Any, Any]]:
-        """Return, per request, the rotary embedding and the mask of one step."""
+    def _arguments(self, step: int) -> list[dict[str, Any]]:
+        """Return, per request, what one step's call takes beside the hidden states and the cache."""
         arguments = []
         for query_len, kv_len in zip(self._scenario.query_lens, self._scenario.kv_lens(step), strict=True):
             positions = torch.arange(kv_len - query_len, kv_len, device=self.setting.device)[None]
-            embedding = self._rotary(self._hidden[:1], positions)
-            arguments.append((embedding, self._mask(query_len, kv_len)))
+            embedding = None if self._rotary is None else self._rotary(self._hidden[:1], positions)
+            mask = self._mask(query_len, kv_len)
+            arguments.append({"attention_mask": mask, **self._peer.arguments(embedding, positions)})
         return arguments
 
     def _mask(self, query_len: int, kv_len: int) -> torch.Tensor | None:
@@ -75,7 +76,7 @@ class Transformers(Implementation):
     def restore(self) -> None:
         self._caches = []
         for kv, pe in self._history:
-            cache = self._modules.DynamicCache()
+            cache = self._make_cache()
             if kv.shape[2]:
                 cache.update(kv, pe, 0)
             self._caches.append(cache)
@@ -90,11 +91,8 @@ class Transformers(Implementation):
         rows = self._hidden[step].split(self._scenario.query_lens)
         outputs = self.outputs[step].split(self._scenario.query_lens)
         requests = zip(rows, outputs, self._caches, self._steps[step], strict=True)
-        for hidden, out, cache, (embedding, mask) in requests:
-            result = self._layer(
-                hidden[None], position_embeddings=embedding, attention_mask=mask, cache=cache
-            )
-            out.copy_(result[0][0])
+        for hidden, out, cache, arguments in requests:
+            out.copy_(self._layer(hidden[None], cache=cache, **arguments)[0][0])
 
     def cache_bytes(self) -> int:
         tokens = sum(self._scenario.final_lens)
@@ -104,59 +102,28 @@ class Transformers(Implementation):
         return sum(parameter.nbytes for parameter in self._layer.parameters())
 
 
-class _Modules:
-    """The parts of `transformers` in use."""
-
-    def __init__(self) -> None:
-        from transformers import DeepseekV3Config, DynamicCache
-        from transformers.models.deepseek_v3 import modeling_deepseek_v3 as modeling
-
-        self.DeepseekV3Config, self.DynamicCache = DeepseekV3Config, DynamicCache
-        self.DeepseekV3Attention = modeling.DeepseekV3Attention
-        self.DeepseekV3RotaryEmbedding = modeling.DeepseekV3RotaryEmbedding
-
-
-def require() -> None:
-    """Raise `PeerError` where `transformers` is missing."""
-    _import()
-
-
-def _import() -> Any:
+def require() -> Any:
+    """Return the cache class of `transformers`. Raises `PeerError` where it is missing or too old."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _Modules()
+            from transformers import DynamicCache
     except ImportError as error:
-        raise PeerError(
-            "implementation 'transformers' needs transformers >= 5.20: pip install '.[transformers]' "
-            f"({error})."
-        ) from error
+        raise _missing(error) from error
+    return DynamicCache
 
 
-def _peer_config(modules: Any, config: MLAConfig, kind: str) -> Any:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling is not None:
-        scaling = asdict(config.rope_scaling)
-        rope |= {"rope_type": "yarn", **{key: value for key, value in scaling.items() if value is not None}}
-    peer = modules.DeepseekV3Config(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_attention_heads,
-        q_lora_rank=config.q_lora_rank,
-        kv_lora_rank=config.kv_lora_rank,
-        qk_nope_head_dim=config.qk_nope_head_dim,
-        qk_rope_head_dim=config.qk_rope_head_dim,
-        v_head_dim=config.v_head_dim,
-        attention_bias=config.attention_bias,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_interleave=config.rope_interleave,
-        rope_parameters=rope,
-        max_position_embeddings=163840,
+def _peer(config: MLAConfig, kind: str) -> PeerModel:
+    """Return the classes and config that compute `config`. Raises `PeerError` or `UnknownPeer`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return peer_model(config, kind)
+    except ImportError as error:
+        raise _missing(error) from error
+
+
+def _missing(error: ImportError) -> PeerError:
+    return PeerError(
+        f"implementation 'transformers' needs transformers >= 5.20: pip install '.[transformers]' ({error})."
     )
-    peer._attn_implementation = kind
-    return peer
-
-
-def _peer_channels(config: MLAConfig, pe: torch.Tensor) -> torch.Tensor:
-    """Return cached rotary keys in transformers' order: even channels, then odd ones."""
-    return torch.cat((pe[..., 0::2], pe[..., 1::2]), dim=-1) if config.rope_interleave else pe

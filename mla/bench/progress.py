@@ -1,31 +1,34 @@
-"""A progress bar on stderr, shown only on a terminal and gone when the work is done."""
+"""Progress bars on stderr, shown only on a terminal and gone when the work is done."""
 
 from __future__ import annotations
 
 from types import TracebackType
+from typing import TypeVar
 
 from rich import progress
 from rich.console import Console
 
+_Self = TypeVar("_Self", bound="_Bar")
 
-class Progress:
-    """Counts forwards; says what is running and how long the rest will take."""
 
-    def __init__(self, total: int) -> None:
+class _Bar:
+    """A bar between a description and whatever columns a subclass adds."""
+
+    def __init__(self, description: str, total: int | None, *columns: progress.ProgressColumn) -> None:
         console = Console(stderr=True)
         self._bar = progress.Progress(
-            progress.TextColumn("{task.description}"),
+            progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(),
-            progress.MofNCompleteColumn(),
+            *columns,
             progress.TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
             transient=True,
             auto_refresh=False,  # a refresh thread would disturb the timed region
         )
-        self._task = self._bar.add_task("starting", total=total)
+        self._task = self._bar.add_task(description, total=total)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self: _Self) -> _Self:
         self._bar.start()
         return self
 
@@ -34,7 +37,26 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
+
+class Progress(_Bar):
+    """Counts forwards; says what is running and how long the rest will take."""
+
+    def __init__(self, total: int) -> None:
+        super().__init__("starting", total, progress.MofNCompleteColumn())
+
     def advance(self, what: str, done: int) -> None:
         """Record `done` forwards. Called outside timed regions only."""
         self._bar.update(self._task, description=what, advance=done)
+        self._bar.refresh()
+
+
+class Reading(_Bar):
+    """Counts the bytes of a checkpoint's layer."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what, None, progress.DownloadColumn(), progress.TransferSpeedColumn())
+
+    def advance(self, done: int, total: int) -> None:
+        """Record that `done` bytes of `total` have been read."""
+        self._bar.update(self._task, completed=done, total=total)
         self._bar.refresh()

@@ -41,16 +41,44 @@ def render(run: Run, kind: str) -> str:
     if kind == "csv":
         return _csv(run.cases)
     body = _markdown(run.cases) if kind == "md" else _table(run.cases)
-    return body + "\n" + "".join(f"{line}\n" for line in headlines(run))
+    compared = "".join(f"{line}\n" for line in comparisons(run))
+    return f"{body}\n{compared}{chr(10) * bool(compared)}" + "".join(f"{line}\n" for line in headlines(run))
+
+
+def comparisons(run: Run) -> list[str]:
+    """Return one line per scenario and comparator: the first implementation against each other one."""
+    lines = []
+    for scenario, cases in _by_scenario(run).items():
+        others = {case.implementation: case for case in cases[1:]}
+        for found in cases[0].agreement:
+            other = others.get(found.implementation)
+            if other is not None:
+                lines.append(f"{scenario}: {_comparison(cases[0], other, found)}")
+    return lines
+
+
+def _comparison(case: Case, other: Case, found: results.Agreement) -> str:
+    """Return how a case compares with another: speed, outputs, cache and transient memory."""
+    speed = f"{_number(found.speed_ratio)}x as fast as" if found.speed_ratio else "against"
+    return (
+        f"{case.implementation} is {speed} {other.implementation}; outputs differ by "
+        f"{_exponent(found.relative_difference)}; cache {_mib(case.memory.cache_bytes)} against "
+        f"{_mib(other.memory.cache_bytes)}; transient {_mib(case.memory.transient_bytes)} against "
+        f"{_mib(other.memory.transient_bytes)}"
+    )
+
+
+def _by_scenario(run: Run) -> dict[str, list[Case]]:
+    grouped: dict[str, list[Case]] = {}
+    for case in run.cases:
+        grouped.setdefault(case.scenario, []).append(case)
+    return grouped
 
 
 def headlines(run: Run) -> list[str]:
     """Return one line per scenario for the first implementation that ran it."""
-    first: dict[str, Case] = {}
-    for case in run.cases:
-        first.setdefault(case.scenario, case)
     lines = []
-    for case in first.values():
+    for case in (cases[0] for cases in _by_scenario(run).values()):
         parts = [case.scenario] * (case.scenario != case.mode) + [case.implementation] * (
             case.implementation != "mla"
         )
@@ -131,6 +159,7 @@ def _flat(case: Case) -> dict[str, object]:
         "passes": case.passes,
         "steps_per_pass": case.steps_per_pass,
         "cache_bytes": case.memory.cache_bytes,
+        "transient_bytes": case.memory.transient_bytes,
         "clock": case.clock,
         "repro": case.repro,
     }
@@ -149,6 +178,10 @@ def _number(value: float | None) -> str:
 
 def _interval(values: tuple[float, float] | None) -> str:
     return "-" if values is None else f"{_number(values[0])} .. {_number(values[1])}"
+
+
+def _mib(count: int | None) -> str:
+    return "-" if count is None else f"{_number(count / 2**20)} MiB"
 
 
 def _exponent(value: float | None) -> str:

@@ -62,11 +62,24 @@ class Roofline(msgspec.Struct, kw_only=True):
 
 
 class Memory(msgspec.Struct, kw_only=True):
-    """Bytes. `peak_bytes` is the high-water mark of the process until then; None: the stack does not say."""
+    """Bytes. `peak_bytes` is the high-water mark of the process until then; None: the stack does not say.
+
+    `transient_bytes` is the most tensor memory that a pass's last forward held at once beyond weights, cache
+    and outputs, scratch memory kept between forwards included; None when no forward was run.
+    """
 
     weight_bytes: int
     cache_bytes: int
     peak_bytes: int | None
+    transient_bytes: int | None = None
+
+
+class Agreement(msgspec.Struct, kw_only=True):
+    """Another implementation of the same scenario, weights and inputs, compared with this one."""
+
+    implementation: str
+    relative_difference: float  # ||this - other|| / ||other|| over all outputs of a pass
+    speed_ratio: float | None  # how many times as fast this one is; None without both numbers
 
 
 class Case(msgspec.Struct, kw_only=True):
@@ -90,6 +103,7 @@ class Case(msgspec.Struct, kw_only=True):
     roofline: Roofline
     memory: Memory
     ops: dict[str, str]
+    agreement: list[Agreement] = []
     clock: str
     interrupted: bool
     repro: str

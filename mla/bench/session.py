@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from mla import cost
-from mla.bench import engine, environment, peers, results, stats
+from mla.bench import agreement, engine, environment, peers, results, stats
 from mla.bench.check import Checker, expected_outputs
 from mla.bench.implementations import Implementation, MlaLayer, Setting
 from mla.bench.inputs import Inputs, make_inputs
@@ -110,13 +110,16 @@ def execute(request: Request, progress: engine.Progress, note: Note) -> Outcome:
     cases: list[results.Case] = []
     for scenario in request.scenarios:
         work = _Work(request, scenario, progress)
+        done: list[results.Case] = []
         for together in turns:
             try:
-                cases += work.measure(together)
+                done += work.measure(together)
             except Exception as error:  # noqa: BLE001  # whatever a plugin raises, finished cases must survive
-                return Outcome(_run(request, cases), failure=_failure(scenario, error))
-            if any(case.interrupted for case in cases):
-                return Outcome(_run(request, cases), interrupted=True)
+                return Outcome(_run(request, cases + done), failure=_failure(scenario, error))
+            if any(case.interrupted for case in done):
+                return Outcome(_run(request, cases + done), interrupted=True)
+        work.compare(done)
+        cases += done
     return Outcome(_run(request, cases))
 
 
@@ -142,6 +145,7 @@ class _Work:
         self._inputs: Inputs | None = None
         self._state: State = {}
         self._checker: Checker | None = None
+        self._outputs: dict[str, torch.Tensor] = {}  # of right implementations, on the host
 
     def _prepare(self) -> tuple[Inputs, Checker]:
         config, seed, dtype = self._setting.config, self._setting.seed, self._setting.dtype
@@ -178,7 +182,14 @@ class _Work:
         measured = engine.measure(
             built, self._scenario, inputs, checker, timer, self._setting.seed, self._progress
         )
+        for one in built:
+            if measured[one.name].check.status == "ok":
+                self._outputs[one.name] = one.outputs.to("cpu", copy=True)
         return [self._case(one, measured[one.name], names, timer.clock) for one in built]
+
+    def compare(self, cases: Sequence[results.Case]) -> None:
+        """Tell the right implementations of this scenario how they relate."""
+        agreement.compare(cases, self._outputs)
 
     def _case(
         self, one: Implementation, measured: engine.Measured, names: Sequence[str], clock: str
@@ -195,6 +206,7 @@ class _Work:
             weight_bytes=one.weight_bytes(),
             cache_bytes=one.cache_bytes() if loaded else 0,
             peak_bytes=self._setting.backend.memory().peak,
+            transient_bytes=measured.transient_bytes,
         )
         if measured.passes:
             _add_numbers(case, self._scenario, measured, one)

@@ -191,3 +191,9 @@ def make_run() -> Callable[..., results.Run]:
         )
 
     return make_run
+
+
+@pytest.fixture
+def case(make_run: Callable[..., results.Run]) -> Callable[..., results.Case]:
+    """Return a maker of one case."""
+    return lambda **changes: make_run(**changes).cases[0]

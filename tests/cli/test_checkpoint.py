@@ -2,131 +2,155 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import checkpoint_maker as maker
 import pytest
-import torch
-from safetensors.torch import save_file
 
-import mla
 from mla.bench import results
-from mla.checkpoint import CheckpointError, read_layer
-from mla.weights import random_state_dict
 
 Bench = Callable[..., Any]
 
 ATTENTION_TEST = Path(__file__).parents[2] / "benchmarks" / "attention_test.py"
-CONFIG = {
-    "model_type": "deepseek_v3",
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "rope_theta": 10000,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 40,
-        "original_max_position_embeddings": 4096,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    },
-}
+INDEX = "model.safetensors.index.json"
+SHARDS = ("model-00001-of-000002.safetensors", "model-00002-of-000002.safetensors")
 
 
-@pytest.fixture
-def state() -> dict[str, torch.Tensor]:
-    return random_state_dict(mla.MLAConfig.from_pretrained(CONFIG), seed=5)
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that writes files of tensors and a config.json, and returns the folder."""
-
-    def checkpoint(*files: dict[str, torch.Tensor]) -> Path:
-        folder = tmp_path / "model"
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(CONFIG))
-        for number, tensors in enumerate(files, 1):
-            save_file(tensors, folder / f"model-{number:05d}-of-{len(files):05d}.safetensors")
-        return folder
-
-    return checkpoint
-
-
-def named(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {f"{prefix}{name}": tensor.clone() for name, tensor in state.items()}
-
-
-@pytest.mark.parametrize("prefix", ["", "self_attn.", "model.layers.3.self_attn."])
-def test_the_only_layer_is_found_under_any_of_its_names(
-    checkpoint: Callable[..., Path], state: dict[str, torch.Tensor], prefix: str
-) -> None:
-    tensors = named(state, prefix) | {"model.layers.3.mlp.gate.weight": torch.ones(2)}
-    layer = mla.MLA.from_pretrained(checkpoint(tensors), dtype=torch.bfloat16)
-    assert layer.config.rope_scaling is not None
-    assert all(torch.equal(weight, state[name]) for name, weight in layer.state_dict().items())
-
-
-def test_a_layer_is_chosen_among_shards(
-    checkpoint: Callable[..., Path], state: dict[str, torch.Tensor]
-) -> None:
-    other = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-    wanted = named(state, "model.layers.1.self_attn.")
-    half = dict(list(wanted.items())[:3])
-    rest = {name: tensor for name, tensor in wanted.items() if name not in half}
-    folder = checkpoint(half | named(other, "model.layers.0.self_attn."), rest)
-    config = mla.MLAConfig.from_pretrained(folder)
-    found = read_layer(folder, config, layer=1)
-    assert all(torch.equal(found[name], state[name]) for name in state)
-    with pytest.raises(CheckpointError, match="holds layers 0, 1: choose one with layer=N"):
-        read_layer(folder, config)
-    with pytest.raises(CheckpointError, match="no attention weights of layer 7"):
-        read_layer(folder, config, layer=7)
-
-
-def test_what_cannot_be_read_is_refused_by_name(
-    checkpoint: Callable[..., Path], state: dict[str, torch.Tensor]
-) -> None:
-    folder = checkpoint(named(state, ""))
-    config = mla.MLAConfig.from_pretrained(folder)
-    file = folder / "model-00001-of-00001.safetensors"
-    eight = {**state, "o_proj.weight": state["o_proj.weight"].to(torch.float8_e4m3fn)}
-    for tensors, reason in (
-        (
-            {name: tensor for name, tensor in state.items() if name != "o_proj.weight"},
-            "no tensor 'o_proj.weight'",
-        ),
-        (eight, r"'o_proj.weight' in .* is torch.float8_e4m3fn: only BF16, FP16 and FP32 are read"),
-        ({"unrelated": torch.ones(1)}, "holds no MLA attention weights"),
-    ):
-        save_file(tensors, file)
-        with pytest.raises(CheckpointError, match=reason):
-            read_layer(folder, config)
-    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(CheckpointError, match=r"model-00001-of-00001.safetensors' cannot be read"):
-        read_layer(folder, config)
-
-
+@pytest.mark.parametrize("layout", ["fp8-sharded", "hub-cache", "own-names-fp8", "bare-names"])
 def test_a_checkpoint_is_compared_with_transformers(
-    bench: Bench, small: list[str], checkpoint: Callable[..., Path], state: dict[str, torch.Tensor]
+    bench: Bench, small: list[str], layout: str, tmp_path: Path
 ) -> None:
-    folder = checkpoint(named(state, "model.layers.0.self_attn."))
-    done = bench("--backend", "cpu", *small[2:], "--model-path", str(folder), "-o", "run.json")
+    made = maker.LAYOUTS[layout].make(tmp_path / "model")
+    words = ("--backend", "cpu", *small[2:], "--model-path", str(made.folder), "--layer", "3")
+    done = bench(*words, "-o", "run.json")
     assert done.code == 0, done.err
     run = results.decode(Path("run.json").read_bytes())
     assert [case.implementation for case in run.cases] == ["mla", "transformers"] * 2
     assert all(case.check.status == "ok" for case in run.cases)
-    assert run.config["q_lora_rank"] == 24
-    assert f"--model-path {folder}" in run.cases[0].repro
+    assert run.config["q_lora_rank"] == 32
+    assert f"--model-path {made.folder} --layer 3" in run.cases[0].repro
+
+
+def _remove(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()
+
+
+def _only_pickles(folder: Path) -> None:
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"never opened")
+
+
+def _only_gguf(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "layer.gguf").write_bytes(b"GGUF")
+
+
+def _astray(folder: Path) -> None:
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    wrong = dict.fromkeys(weight_map, f"../{SHARDS[0]}")
+    (folder / INDEX).write_text(json.dumps({"weight_map": wrong}))
+
+
+def _link(folder: Path) -> None:
+    target = folder.parent / "elsewhere"
+    (folder / SHARDS[0]).rename(target)
+    (folder / SHARDS[0]).symlink_to(target)
+
+
+def _nan(folder: Path) -> None:
+    with (folder / SHARDS[1]).open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))[f"{maker.LAYER}o_proj.weight"]
+        file.seek(8 + length + entry["data_offsets"][1] - 1)
+        file.write(b"\x7f")  # the NaN of e4m3fn
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (_remove(SHARDS[0]), f"error: file '{SHARDS[0]}' of checkpoint 'model' is missing."),
+        (
+            lambda folder: (folder / SHARDS[1]).write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+            f"error: checkpoint file 'model/{SHARDS[1]}' is only a Git LFS pointer: fetch",
+        ),
+        (
+            lambda folder: os.truncate(folder / SHARDS[0], 500),
+            f"error: checkpoint file 'model/{SHARDS[0]}' is truncated or no safetensors: 500 bytes",
+        ),
+        (
+            lambda folder: os.truncate(folder / SHARDS[0], (folder / SHARDS[0]).stat().st_size - 1),
+            f"error: checkpoint file 'model/{SHARDS[0]}' cannot be read, it is truncated or damaged",
+        ),
+        (_nan, f"error: tensor '{maker.LAYER}o_proj.weight' in 'model/{SHARDS[1]}' holds NaN or infinity"),
+        (_only_pickles, "error: file 'pytorch_model.bin' of checkpoint 'model' is a pickle, and opening"),
+        (_only_gguf, "error: file 'layer.gguf' of checkpoint 'model' is GGUF"),
+        (
+            _astray,
+            f"error: 'model/{INDEX}' names the file '../{SHARDS[0]}', which lies outside the directory.",
+        ),
+        (_link, f"error: file '{SHARDS[0]}' of checkpoint 'model' is a link that leaves the directory"),
+        (lambda folder: (folder / INDEX).write_text("{"), f"error: 'model/{INDEX}' is not valid JSON"),
+        (_remove("config.json"), "error: cannot read config"),
+        (
+            lambda folder: (folder / "config.json").write_text("{"),
+            "error: config 'model/config.json' is not valid",
+        ),
+    ],
+)
+def test_a_broken_checkpoint_ends_in_one_sentence(
+    bench: Bench, small: list[str], damage: Callable[[Path], object], sentence: str, tmp_path: Path
+) -> None:
+    damage(maker.LAYOUTS["fp8-sharded"].make(tmp_path / "model").folder)
+    done = bench("--backend", "cpu", *small[2:], "--model-path", "model", "-o", "run.json")
+    assert (done.code, done.out) == (2, "")
+    assert done.error.startswith(sentence)
+    assert not Path("run.json").exists()
+
+
+def test_a_layer_that_is_not_there_is_refused(bench: Bench, small: list[str], tmp_path: Path) -> None:
+    maker.LAYOUTS["whole-layer"].make(tmp_path / "model")
+    done = bench("--backend", "cpu", *small[2:], "--model-path", "model", "--layer", "4")
+    assert done.code == 2
+    assert done.error == ("error: checkpoint 'model' has no attention weights of layer 4; it holds layers 3.")
+
+
+def drain(descriptor: int) -> bytes:
+    """Read until the other side is closed, which a terminal reports as an error."""
+    text = b""
+    with contextlib.suppress(OSError):
+        while part := os.read(descriptor, 1 << 16):
+            text += part
+    os.close(descriptor)
+    return text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_reading_shows_a_bar_on_a_terminal_only(small: list[str], terminal: bool, tmp_path: Path) -> None:
+    maker.LAYOUTS["fp8-sharded"].make(tmp_path / "model")
+    words = ["--backend", "cpu", *small[2:], "--model-path", "model", "--dry-run"]
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    with subprocess.Popen(
+        [sys.executable, "-m", "mla.bench", *words],
+        cwd=tmp_path,
+        env={**os.environ, "TERM": "xterm"},
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+    ) as process:
+        os.close(theirs)
+        shown = drain(ours)
+    assert process.returncode == 0, shown
+    assert (b"reading model" in shown) == terminal
 
 
 def attention_test(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -137,10 +161,10 @@ def attention_test(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_original_command_line_prints_the_original_format(
-    tmp_path: Path, checkpoint: Callable[..., Path], state: dict[str, torch.Tensor]
+    tmp_path: Path,
 ) -> None:
-    folder = checkpoint(named(state, ""))
-    done = attention_test("--cpu", "--model_path", str(folder), "--runs", "6", cwd=tmp_path)
+    made = maker.LAYOUTS["bare-names"].make(tmp_path / "model")
+    done = attention_test("--cpu", "--model_path", str(made.folder), "--runs", "6", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[:3] == ["=" * 78, "Test DeepSeek-R1 MLA (Multi-Head Latent Attention)", "=" * 78]

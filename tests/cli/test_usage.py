@@ -151,7 +151,7 @@ def test_a_mistake_gets_its_sentence(bench: Bench, words: list[str], code: int, 
         ('{"rope_theta": NaN', "rope_theta must be a positive number, got nan."),
         ('{"rms_norm_eps": -1', "rms_norm_eps must be a positive number, got -1."),
         ('{"attention_bias": "no"', "attention_bias must be true or false, got 'no'."),
-        ('{"rope_scaling": {"type": "ntk"}', "rope_scaling type 'ntk' is not supported; 'yarn' is."),
+        ('{"rope_scaling": {"type": "ntk"}', "rope_scaling type 'ntk' is not supported; 'yarn' and 'longro"),
     ],
 )
 def test_a_bad_config_file_gets_its_sentence(bench: Bench, small: list[str], text: str, message: str) -> None:

@@ -1,0 +1,187 @@
+"""The `transformers` attention that computes what a config says, with the channel order of its cache."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mla.config import DIMENSIONS, LongRopeScaling, MLAConfig, QueryScaling, YarnScaling
+from mla.errors import MLAError
+
+
+class UnknownPeer(MLAError):
+    """No class of `transformers` computes what a config says."""
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """Where a family's classes are, and what they do whatever their config says."""
+
+    module: str
+    prefix: str
+    attention: str = "Attention"
+    interleaved: bool | None = None  # None: as rope_interleave says
+    reorders: bool = True  # interleaved channels are cached as evens, then odds
+    by_position: bool = False  # multiplies queries by position, and so takes position_ids
+    scales_latents: bool = False
+    rotates: bool = True
+    takes_head_dim: bool = False  # as a field of its own, which must be r
+
+    def load(self) -> tuple[type, type | None, type]:
+        """Return the classes of attention, rotary embedding (if any) and config. Raises `ImportError`."""
+        home = "transformers.models."
+        modeling = importlib.import_module(f"{home}{self.module}.modeling_{self.module}")
+        configs = importlib.import_module(f"{home}{self.module}.configuration_{self.module}")
+        rotary = getattr(modeling, f"{self.prefix}RotaryEmbedding") if self.rotates else None
+        return (
+            getattr(modeling, f"{self.prefix}{self.attention}"),
+            rotary,
+            getattr(configs, f"{self.prefix}Config"),
+        )
+
+
+_CLASSES: Mapping[str, _Classes] = {
+    "deepseek_v2": _Classes("deepseek_v2", "DeepseekV2", interleaved=True, reorders=False),
+    "deepseek_v3": _Classes("deepseek_v3", "DeepseekV3"),
+    "sarvam_mla": _Classes("deepseek_v3", "DeepseekV3"),  # that family's own class is a config only
+    "glm4_moe_lite": _Classes("glm4_moe_lite", "Glm4MoeLite"),
+    "youtu": _Classes("youtu", "Youtu"),
+    "axk1": _Classes("axk1", "AXK1"),
+    "minicpm3": _Classes("minicpm3", "MiniCPM3", interleaved=False),
+    "longcat_flash": _Classes(
+        "longcat_flash",
+        "LongcatFlash",
+        attention="MLA",
+        interleaved=True,
+        scales_latents=True,
+        takes_head_dim=True,
+    ),
+    "mistral4": _Classes("mistral4", "Mistral4", by_position=True),
+    "kimi_linear": _Classes("kimi_linear", "KimiLinear", reorders=False, rotates=False),
+}
+
+
+@dataclass(frozen=True)
+class PeerModel:
+    """Classes and config; both modules are to be built where and in what dtype the caller wants them."""
+
+    attention_class: type
+    rotary_class: type | None
+    config: Any
+    eps: float
+    reorders: bool
+    takes_position_ids: bool
+
+    def attention(self) -> Any:
+        """Build the attention module, its latent norms with the layer's eps."""
+        module = self.attention_class(self.config, 0)
+        for name in ("q_a_layernorm", "kv_a_layernorm"):
+            norm = getattr(module, name, None)
+            if norm is not None:
+                norm.variance_epsilon = self.eps
+        return module.eval().requires_grad_(False)
+
+    def rotary(self) -> Any | None:
+        """Build the rotary embedding: call it with (hidden, position_ids [1, t]). None where none is used."""
+        return self.rotary_class(self.config) if self.rotary_class is not None else None
+
+    def arguments(self, embedding: Any | None, positions: torch.Tensor) -> dict[str, Any]:
+        """Return what its forward takes beside hidden states, mask and cache; positions are [1, t]."""
+        arguments = {} if embedding is None else {"position_embeddings": embedding}
+        return {**arguments, "position_ids": positions} if self.takes_position_ids else arguments
+
+    def to_cache(self, pe: torch.Tensor) -> torch.Tensor:
+        """Return rotary keys [.., r] in the channel order of its cache, from that of the checkpoint."""
+        return torch.cat((pe[..., 0::2], pe[..., 1::2]), dim=-1) if self.reorders else pe
+
+    def from_cache(self, pe: torch.Tensor) -> torch.Tensor:
+        """Undo `to_cache`."""
+        return torch.stack(pe.chunk(2, dim=-1), dim=-1).flatten(-2) if self.reorders else pe
+
+
+def peer_model(config: MLAConfig, kind: str = "sdpa") -> PeerModel:
+    """Return the family's own class for a config read from one, else a class that computes the same.
+
+    `kind` is "sdpa" or "eager". Raises `UnknownPeer` when no class does, and `ImportError` when
+    `transformers` is missing or too old to have it.
+    """
+    family = config.model_type if config.model_type in _CLASSES else None
+    classes = _CLASSES[family] if family else _CLASSES[_closest(config)]
+    if not _computes(classes, config):
+        raise UnknownPeer(f"transformers has no attention that computes config '{config.name}'.")
+    attention, rotary, config_class = classes.load()
+    head = {"head_dim": config.qk_rope_head_dim} if classes.takes_head_dim else {}
+    peer = config_class(**_dims(config), **head, **_rope(config, classes))
+    peer._attn_implementation = kind
+    reorders = classes.reorders and config.rope_interleave
+    return PeerModel(attention, rotary, peer, config.rms_norm_eps, reorders, classes.by_position)
+
+
+def _closest(config: MLAConfig) -> str:
+    if config.rope_theta is None:
+        return "kimi_linear"
+    if config.query_scaling is not None:
+        return "mistral4"
+    return "longcat_flash" if _scales(config) != (1.0, 1.0) else "deepseek_v3"
+
+
+def _scales(config: MLAConfig) -> tuple[float, float]:
+    return config.q_latent_scale, config.kv_latent_scale
+
+
+def _computes(classes: _Classes, config: MLAConfig) -> bool:
+    """Say whether the classes follow every field that a family may fix."""
+    scales = (1.0, 1.0)
+    if classes.scales_latents and config.q_lora_rank is not None:
+        ranks = (config.q_lora_rank, config.kv_lora_rank)
+        scales = ((config.hidden_size / ranks[0]) ** 0.5, (config.hidden_size / ranks[1]) ** 0.5)
+    return (
+        _scales(config) == scales
+        and (config.rope_theta is not None) == classes.rotates
+        and _computes_query_scaling(classes, config)
+        and (not classes.scales_latents or config.q_lora_rank is not None)
+        and (not classes.rotates or classes.interleaved in (None, config.rope_interleave))
+    )
+
+
+def _computes_query_scaling(classes: _Classes, config: MLAConfig) -> bool:
+    """Say whether the query scale is none, or one whose period is YaRN's original length."""
+    if config.query_scaling is None:
+        return True
+    period, scaling = config.query_scaling.period, config.rope_scaling
+    original = scaling.original_max_position_embeddings if isinstance(scaling, YarnScaling) else period
+    return classes.by_position and original == period
+
+
+def _dims(config: MLAConfig) -> dict[str, Any]:
+    names = (*DIMENSIONS, "attention_bias", "rope_interleave")
+    return {
+        **{name: getattr(config, name) for name in names},
+        "num_key_value_heads": config.num_attention_heads,
+        "max_position_embeddings": 163840,
+    }
+
+
+def _rope(config: MLAConfig, classes: _Classes) -> dict[str, Any]:
+    """Return `rope_parameters`, in full: the classes' own defaults must not come through."""
+    if not classes.rotates:
+        return {}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    scaling = config.rope_scaling
+    if isinstance(scaling, YarnScaling):
+        rope |= {key: value for key, value in asdict(scaling).items() if value is not None}
+        rope["rope_type"] = "yarn"
+    if isinstance(scaling, LongRopeScaling):
+        factors = list(scaling.factors)
+        rope |= {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
+        rope |= {"factor": 1.0, "attention_factor": scaling.attention_factor}
+        rope |= {"original_max_position_embeddings": 163840}
+    if classes.by_position:
+        queries = config.query_scaling or QueryScaling(beta=0.0, period=1)
+        rope["llama_4_scaling_beta"] = queries.beta
+        rope.setdefault("original_max_position_embeddings", queries.period)
+    return {"rope_parameters": rope}

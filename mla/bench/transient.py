@@ -1,0 +1,42 @@
+"""How much memory a forward takes beyond weights, cache and outputs: counted, not sampled.
+
+Works on every device, since it watches torch's dispatcher instead of a vendor's allocator. What an op
+allocates inside itself, such as a kernel's own scratch memory, does not pass the dispatcher and is not counted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class TransientBytes(TorchDispatchMode):
+    """Counts the storages created inside a `with` block; `peak` is the most alive at once, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_address(leaf) for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if torch.is_tensor(leaf) and _address(leaf) not in given]
+        for tensor in made:
+            storage = tensor.untyped_storage()
+            self._seen.setdefault(storage.data_ptr(), (StorageWeakRef(storage), storage.nbytes()))
+        self._count()
+        return result
+
+    def _count(self) -> None:
+        """Forget storages that are gone, and add up the others."""
+        self._seen = {key: value for key, value in self._seen.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._seen.values()))
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

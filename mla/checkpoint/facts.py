@@ -1,0 +1,70 @@
+"""What config.json says about the files, beside the layer's dimensions: layer counts and quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mla.checkpoint.errors import CheckpointError
+from mla.checkpoint.folder import Folder
+from mla.families import language_model
+
+
+@dataclass(frozen=True)
+class Facts:
+    """`layers` None: the config does not say how many there are."""
+
+    source: str
+    layers: int | None = None
+    draft_layers: int = 0  # for multi-token prediction; numbered after the main ones
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+
+    def is_draft(self, layer: int | None) -> bool:
+        """Say whether a layer predicts further tokens, and so is none of the main layers."""
+        if self.layers is None or layer is None:
+            return False
+        return self.layers <= layer < self.layers + self.draft_layers
+
+    def block_size(self, tensor: str) -> tuple[int, int]:
+        """Return rows and columns that share one FP8 scale, as declared: shapes cannot tell."""
+        for key, known in (("quant_method", ("fp8",)), ("fmt", ("e4m3", None))):
+            if self.quantization.get(key) not in known:
+                raise CheckpointError(
+                    f"{tensor} is FP8, but '{self.source}' declares quantization_config.{key} "
+                    f"{self.quantization.get(key)!r}: only {known[0]!r} is read."
+                )
+        block = self.quantization.get("weight_block_size")
+        if not isinstance(block, list) or len(block) != 2 or not all(map(_is_count, block)) or 0 in block:
+            raise CheckpointError(
+                f"{tensor} is FP8, but quantization_config.weight_block_size in '{self.source}' is "
+                f"{block!r}: two positive integers are needed, such as [128, 128]."
+            )
+        return block[0], block[1]
+
+
+def read_facts(folder: Folder) -> Facts:
+    """Read them from the folder's config.json, if it has one. Raises `CheckpointError`."""
+    name = "config.json"
+    source = str(folder.path / name)
+    values = folder.json(name)
+    if values is None:
+        return Facts(source)
+    inner = language_model(values)
+    quantization = inner.get("quantization_config") or values.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"quantization_config in '{source}' must be a JSON object.")
+    layers = _count(inner, "num_hidden_layers", source)
+    drafts = _count(inner, "num_nextn_predict_layers", source) or 0
+    return Facts(source, layers, drafts, quantization)
+
+
+def _count(values: Mapping[str, Any], key: str, source: str) -> int | None:
+    count = values.get(key)
+    if count is not None and not _is_count(count):
+        raise CheckpointError(f"{key} in '{source}' must be a whole number, got {count!r}.")
+    return count
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

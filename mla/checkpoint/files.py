@@ -1,0 +1,95 @@
+"""Safetensors files: headers, and rows of a tensor. Nothing here keeps a file open or mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mla.checkpoint.errors import CheckpointError
+
+#: What `safetensors` itself accepts.
+_MAX_HEADER = 100_000_000
+_LFS = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: what the header says. `dtype` is spelt as in the header, such as "BF16"."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"tensor {self.key!r} in '{self.file}'"
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return rows [start, stop) of dimension 0 as a view of the file, mapped while it lives.
+
+        The file is mapped anew for every block: the pages a mapping has read count as this process's memory
+        until it ends, and a mapping of a whole tensor would double what loading needs.
+        """
+        with opened(self.file) as tensors:
+            part: torch.Tensor = tensors.get_slice(self.key)[start:stop]
+        return part
+
+
+def keys(file: Path) -> list[str]:
+    """Return the names of a file's tensors. Raises `CheckpointError`."""
+    _sniff(file)
+    with opened(file) as tensors:
+        return list(tensors.keys())
+
+
+def headers(file: Path, names: Collection[str]) -> dict[str, StoredTensor]:
+    """Return what the header says about those of `names` that it has. Raises `CheckpointError`."""
+    _sniff(file)
+    found = {}
+    with opened(file) as tensors:
+        for key in set(tensors.keys()).intersection(names):
+            part = tensors.get_slice(key)
+            found[key] = StoredTensor(file, key, tuple(part.get_shape()), part.get_dtype())
+    return found
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """Open a file, and turn whatever goes wrong with it into a `CheckpointError`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(
+            f"checkpoint file '{file}' cannot be read, it is truncated or damaged: {text}."
+        ) from error
+
+
+def _sniff(file: Path) -> None:
+    """Look at a file's first bytes, for what the library would describe less clearly. Raises."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(len(_LFS))
+        size = file.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"checkpoint file '{file}' cannot be read: {error.strerror}.") from error
+    if start == _LFS:
+        raise CheckpointError(
+            f"checkpoint file '{file}' is only a Git LFS pointer: fetch its content with `git lfs pull`."
+        )
+    if len(start) < 8:
+        raise CheckpointError(f"checkpoint file '{file}' is truncated: it has {size} bytes.")
+    length = int.from_bytes(start[:8], "little")
+    if length > min(size - 8, _MAX_HEADER):
+        raise CheckpointError(
+            f"checkpoint file '{file}' is truncated or no safetensors: {size} bytes cannot hold a header of "
+            f"{length}."
+        )

@@ -1,0 +1,137 @@
+"""Weights that stay on disk until they are asked for, and how FP8 blocks become numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mla.checkpoint.errors import CheckpointError
+from mla.checkpoint.files import StoredTensor
+
+Progress = Callable[[int, int], object]
+
+#: Elements read at a time: with fp32 copies, scratch memory of some 10 MiB.
+BLOCK = 1 << 20
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+FP8 = "F8_E4M3"
+_BYTES = {"BF16": 2, "F16": 2, "F32": 4, FP8: 1}
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight in a file. FP8 has a `scale` [ceil(o / block[0]), ceil(i / block[1])], one per block."""
+
+    tensor: StoredTensor
+    scale: StoredTensor | None = None
+    block: tuple[int, int] = (1, 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the numbers: as stored, and BF16 for FP8."""
+        return torch.bfloat16 if self.scale else DTYPES[self.tensor.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the files."""
+        stored = (self.tensor, self.scale) if self.scale else (self.tensor,)
+        return sum(math.prod(one.shape) * _BYTES[one.dtype] for one in stored)
+
+    def read_into(self, out: torch.Tensor, advance: Callable[[int], None]) -> None:
+        """Write the numbers, rounded once to `out`'s dtype; `advance` is told the bytes of every block."""
+        rows, scale = self.tensor.shape[0], self._read_scale()
+        advance(0 if self.scale is None else math.prod(self.scale.shape) * _BYTES[self.scale.dtype])
+        step = max(1, BLOCK // math.prod(self.tensor.shape[1:]))
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            numbers = self._numbers(start, stop, scale)
+            rounded = numbers.to(out.dtype)
+            if not _finite(rounded):
+                raise CheckpointError(self._not_finite(numbers, start, stop, out.dtype))
+            out[start:stop].copy_(rounded)
+            advance(numbers.numel() * _BYTES[self.tensor.dtype])
+
+    def _read_scale(self) -> torch.Tensor | None:
+        if self.scale is None:
+            return None
+        scale = self.scale.rows(0, self.scale.shape[0]).float()
+        if not _finite(scale) or scale.min() < 0:
+            raise CheckpointError(f"{self.scale} holds NaN, infinity or a negative scale.")
+        return scale
+
+    def _numbers(self, start: int, stop: int, scale: torch.Tensor | None) -> torch.Tensor:
+        """Return rows as stored, or FP8 times its scale in fp32."""
+        rows = self.tensor.rows(start, stop)
+        if scale is None:
+            return rows
+        wide = rows.half().float()  # exact, and several times faster than .float() alone
+        height, width = self.block
+        by_row = scale[torch.arange(start, stop) // height]  # [rows, blocks in a row]
+        whole = wide.shape[1] // width
+        wide[:, : whole * width].unflatten(1, (whole, width)).mul_(by_row[:, :whole, None])
+        wide[:, whole * width :].mul_(by_row[:, whole:])  # the last block is cut off by the edge
+        return wide
+
+    def _not_finite(self, numbers: torch.Tensor, start: int, stop: int, dtype: torch.dtype) -> str:
+        where = f"{self.tensor} holds"
+        if _finite(numbers):
+            return f"{where} numbers beyond the range of {dtype} in rows {start} to {stop - 1}."
+        return f"{where} NaN or infinity in rows {start} to {stop - 1}."
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Say whether all elements are finite: NaN and infinity survive as the least or the greatest."""
+    least, greatest = tensor.aminmax()
+    return math.isfinite(least) and math.isfinite(greatest)
+
+
+class StoredLayer(Mapping[str, torch.Tensor]):
+    """One layer's weights by Hugging Face name, on disk: shapes and dtypes are checked, values unread.
+
+    `layer[name]` reads one weight to the host, in `dtype` if given, else as stored (FP8 as BF16);
+    `read_into` writes it to memory that exists, on any device and in any dtype, with one rounding. Both
+    raise `CheckpointError`. `progress(done_bytes, total_bytes)` is called after each block of a first read.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, StoredWeight],
+        dtype: torch.dtype | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._weights, self._dtype, self._progress = weights, dtype, progress
+        self._unread = set(weights)
+        self._done = 0
+        self.nbytes = sum(weight.nbytes for weight in weights.values())  # in the files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a weight's shape without reading it."""
+        return self._weights[name].tensor.shape
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Write a weight into `out`, block by block."""
+        counted = name in self._unread
+        self._weights[name].read_into(out, self._advance if counted else lambda done: None)
+        self._unread.discard(name)
+
+    def _advance(self, done: int) -> None:
+        self._done += done
+        if self._progress is not None:
+            self._progress(self._done, self.nbytes)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self._weights[name]
+        out = torch.empty(weight.tensor.shape, dtype=self._dtype or weight.dtype)
+        self.read_into(name, out)
+        return out
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)

@@ -1,0 +1,208 @@
+"""What each model family's own code makes of its config.json, as data.
+
+The core never asks for a family: `MLAConfig.from_dict` turns these tables into numbers once. Defaults and
+fixed values are those of the classes in `transformers`, which the tests compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mla.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from mla.config import MLAConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one `model_type` differs from a plain reading of its keys."""
+
+    architecture: str = ""  # stands in for a missing model_type
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # what an absent key means
+    derived: Mapping[str, Callable[[MLAConfig], Any]] = field(default_factory=dict)  # the same, computed
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # fields that no key changes
+    demands: Mapping[str, Any] = field(default_factory=dict)  # keys with one supported value, if present
+    needs: frozenset[str] = frozenset()  # keys that may not be null
+    ignores: frozenset[str] = frozenset()  # keys of CHANGES that its attention does not read
+    rope_types: Mapping[str, str] = field(default_factory=dict)  # its own spelling -> the common one
+    rotates: bool = True
+    scales_queries: bool = False  # by position, see QueryScaling
+    rotary_share_of_head: bool = False  # partial_rotary_factor is a part of n + r, not of r
+
+
+#: The two latent norms of every class pass no eps, so it is 1e-6 even where config.json says 1e-5.
+_EPS = {"rms_norm_eps": 1e-6}
+_DIMS = {"q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+_INTERLEAVED = {**_EPS, "rope_interleave": True}
+
+FAMILIES: Mapping[str, Family] = {
+    "deepseek_v2": Family("DeepseekV2ForCausalLM", defaults=_DIMS, fixed=_INTERLEAVED),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", defaults=_DIMS, fixed=_EPS),
+    "glm4_moe_lite": Family(
+        "Glm4MoeLiteForCausalLM",
+        defaults={"q_lora_rank": 768, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256},
+        fixed=_EPS,
+    ),
+    "youtu": Family("YoutuForCausalLM", defaults=_DIMS, fixed=_EPS),
+    "axk1": Family("AXK1ForCausalLM", defaults=_DIMS, fixed=_EPS, needs=frozenset({"q_lora_rank"})),
+    "sarvam_mla": Family(
+        "SarvamMLAForCausalLM",
+        defaults={**_DIMS, "q_lora_rank": None},
+        fixed=_EPS,
+        ignores=frozenset({"use_qk_norm"}),  # a key of its mixture-of-experts sibling
+        rope_types={"deepseek_yarn": "yarn"},
+    ),
+    "minicpm3": Family(
+        "MiniCPM3ForCausalLM",
+        defaults={"q_lora_rank": 768, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32},
+        derived={"v_head_dim": lambda config: config.hidden_size // config.num_attention_heads},
+        fixed={**_EPS, "rope_interleave": False},
+    ),
+    "longcat_flash": Family(
+        "LongcatFlashForCausalLM",
+        defaults={**_DIMS, "rope_theta": 1e7},
+        derived={
+            "q_latent_scale": lambda config: (config.hidden_size / (config.q_lora_rank or 1)) ** 0.5,
+            "kv_latent_scale": lambda config: (config.hidden_size / config.kv_lora_rank) ** 0.5,
+        },
+        fixed=_INTERLEAVED,
+        demands={"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
+        needs=frozenset({"q_lora_rank"}),
+    ),
+    "mistral4": Family(
+        "Mistral4ForCausalLM",
+        defaults={
+            "q_lora_rank": 1024,
+            "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 128.0,
+                "original_max_position_embeddings": 8192,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+        fixed=_EPS,
+        scales_queries=True,
+        rotary_share_of_head=True,
+    ),
+    "kimi_linear": Family(  # its latent attention layers; the others are no MLA
+        "KimiLinearForCausalLM",
+        defaults={**_DIMS, "q_lora_rank": None},
+        fixed=_INTERLEAVED,
+        demands={"mla_use_nope": True},
+        rotates=False,
+    ),
+}
+
+#: For configs that name no family: the keys mean what they say.
+UNNAMED = Family()
+
+#: Other names of the families above.
+ALIASES: Mapping[str, str] = {"kimi_k2": "deepseek_v3", "AXK1": "axk1"}
+
+_INDEXER = "an indexer picks which keys a query sees"
+
+#: Families that are refused, and why. Their parts (`<name>_text`) are refused alike.
+REFUSED: Mapping[str, str] = {
+    "deepseek_v32": _INDEXER,
+    "glm_moe_dsa": f"{_INDEXER}, and some layers reuse another's choice",
+    "glm5_next": f"{_INDEXER}, and it has no rotary channels",
+    "mistral_large4": f"it learns its rotary frequencies, layers share caches, and {_INDEXER}",
+    "bailing_hybrid": "a gate per head multiplies the output of attention",
+    "axk2": f"a gate multiplies the output of attention, and {_INDEXER}",
+    "hy_v4": f"it has attention sinks and an output gate, and {_INDEXER}",
+    "hy_v4_vl": f"it has attention sinks and an output gate, and {_INDEXER}",
+    "dots3_note": "its layers differ in dimensions and windows, and a gate per head multiplies the output",
+    "deepseek_v4": "it has one shared key and value head and no latent",
+    "deepseek_ocr2": "its kv_lora_rank was removed, so it has no latent",
+    "kimi_k3": "a gate multiplies the output of attention",
+}
+
+#: Keys that mean another attention when they are set, and what they mean. Refused in every family.
+CHANGES: Mapping[str, str] = {
+    **dict.fromkeys(("index_topk", "index_n_heads", "index_head_dim", "indexer_types"), _INDEXER),
+    **dict.fromkeys(("sliding_window", "sliding_window_size"), "queries see a window of keys only"),
+    **dict.fromkeys(("use_nsa", "sparse_attention_config"), "queries see some keys only"),
+    **dict.fromkeys(("attention_sinks", "use_attention_sinks"), "attention has sinks"),
+    **dict.fromkeys(
+        ("mla_use_output_gate", "attn_output_gate", "attention_output_gate", "gated_norm_rank"),
+        "a gate multiplies the output of attention",
+    ),
+    **dict.fromkeys(("use_qk_norm", "qk_layernorm"), "queries and keys are normed per head"),
+    **dict.fromkeys(("attn_logit_softcapping", "attention_logit_cap"), "logits are capped"),
+    **dict.fromkeys(("kv_source_layers", "num_kv_shared_layers"), "layers share caches"),
+    **dict.fromkeys(("no_rope_layers", "nope_layers"), "only some layers rotate"),
+    "mla_use_nope": "nothing is rotated",
+    **dict.fromkeys(("mla_scale_q_lora", "mla_scale_kv_lora"), "latents are scaled"),
+}
+
+#: Keys of any family with one supported value.
+DEMANDS: Mapping[str, Any] = {"use_mla": True, "attention_method": "MLA"}
+
+#: Keys that count only while another key is not false.
+SWITCHES: Mapping[str, str] = {"sliding_window": "use_sliding_window"}
+
+#: Keys under which a multimodal model's config.json holds its language model's.
+WRAPPERS = ("text_config", "language_config", "llm_config")
+
+
+def language_model(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the language model's part of a config.json, which is all of it for a text model."""
+    if "kv_lora_rank" not in values:
+        for key in WRAPPERS:
+            if isinstance(values.get(key), Mapping):
+                return values[key]
+    return values
+
+
+def refuse(name: str, values: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for a family that is known not to fit, whatever its other keys say."""
+    kind = values.get("model_type")
+    reason = REFUSED.get(kind.removesuffix("_text")) if isinstance(kind, str) else None
+    if reason is not None:
+        raise ConfigError(f"config '{name}': model type '{kind}' is not supported: {reason}.")
+
+
+def find_family(name: str, values: Mapping[str, Any]) -> tuple[str | None, Family]:
+    """Return the family's common name and its table; a missing model_type is told by `architectures`.
+
+    A config that names neither is read as it stands. Raises `ConfigError` for an unknown name: such a model
+    may do something to its queries or keys that no key tells.
+    """
+    kind, architectures = values.get("model_type"), values.get("architectures")
+    if kind is None and isinstance(architectures, list) and architectures:
+        known = {family.architecture: key for key, family in FAMILIES.items()}
+        kind = known.get(str(architectures[0]), str(architectures[0]))
+    if kind is None:
+        return None, UNNAMED
+    kind = ALIASES.get(kind, kind) if isinstance(kind, str) else kind
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ConfigError(
+            f"config '{name}': model type {kind!r} is not known, and its attention may differ from what its "
+            f"keys tell.{did_you_mean(str(kind), list(FAMILIES))} Known: {', '.join(FAMILIES)}. If it is "
+            "DeepSeek-V3's attention, say so with model_type 'deepseek_v3'."
+        )
+    return kind, FAMILIES[kind]
+
+
+def check_keys(name: str, family: Family, values: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for keys that mean another attention than this family's."""
+    for key, reason in CHANGES.items():
+        off = not values.get(key) or values.get(SWITCHES.get(key, "")) is False
+        if not off and key not in family.ignores and key not in family.demands:
+            raise ConfigError(f"config '{name}': {key} is set, so {reason}, which is not supported.")
+    for key, only in {**DEMANDS, **family.demands}.items():
+        found = values.get(key, only)
+        alike = found.upper() == only.upper() if isinstance(found, str) and isinstance(only, str) else False
+        if found is not None and found != only and not alike:
+            raise ConfigError(f"config '{name}': {key} {found!r} is not supported; {only!r} is.")
+    for key in family.needs:
+        if values.get(key, family.defaults.get(key)) is None:
+            raise ConfigError(f"config '{name}': {key} must not be null in this family.")

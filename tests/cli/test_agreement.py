@@ -1,0 +1,75 @@
+"""Implementations side by side: how far apart, how fast, and how much memory a forward takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mla.bench import agreement
+from mla.bench.transient import TransientBytes
+
+MIB = 1 << 20
+
+
+def test_transient_bytes_are_the_most_alive_at_once() -> None:
+    x = torch.zeros(MIB // 4)
+    counted = TransientBytes()
+    with counted:
+        first = x + 1  # 1 MiB
+        first = first * 2  # the old one goes only after the new one is there
+        del first
+        x.add_(1)  # in place: nothing new
+        x.view(-1, 2).sum()  # 4 bytes
+    assert counted.peak == 2 * MIB
+
+
+def test_views_and_given_buffers_do_not_count() -> None:
+    x, out = torch.zeros(256, 256), torch.empty(256, 256)
+    with TransientBytes() as counted:
+        torch.mm(x, x.t(), out=out)
+        x[:10].transpose(0, 1).unsqueeze(0)
+    assert counted.peak == 0
+
+
+def test_memory_that_is_kept_counts_until_it_is_freed() -> None:
+    kept = []
+    with TransientBytes() as counted:
+        for _ in range(3):
+            kept.append(torch.zeros(MIB // 4))
+    assert counted.peak == 3 * MIB
+
+
+def test_agreement_is_relative_and_mutual(case: Any) -> None:
+    a, b = case(implementation="a"), case(implementation="b")
+    base = torch.randn(2, 3, 4)
+    agreement.compare([a, b], {"a": base, "b": 1.25 * base})
+    (of_a,), (of_b,) = a.agreement, b.agreement
+    assert (of_a.implementation, of_b.implementation) == ("b", "a")
+    assert of_a.relative_difference == pytest.approx(0.2)
+    assert of_b.relative_difference == pytest.approx(0.25)
+    assert of_a.speed_ratio == pytest.approx(1 / of_b.speed_ratio)
+
+
+def test_a_wrong_case_is_compared_with_nobody(case: Any) -> None:
+    a, b = case(implementation="a"), case(implementation="b")
+    agreement.compare([a, b], {"a": torch.ones(3)})
+    assert (a.agreement, b.agreement) == ([], [])
+
+
+def test_a_run_says_how_implementations_relate(bench: Any, small: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    done = bench("--backend", "cpu", *small, "--implementations", "mla,transformers", "-o", str(path))
+    assert done.code == 0, done.err
+    cases = json.loads(path.read_text())["cases"]
+    for case in cases:
+        (found,) = case["agreement"]
+        assert 0 < found["relative_difference"] < 3e-2
+        assert found["speed_ratio"] > 0
+        assert case["memory"]["transient_bytes"] > 0
+    lines = [line for line in done.out.splitlines() if "as fast as transformers; outputs differ by" in line]
+    assert len(lines) == len({case["scenario"] for case in cases})
+    assert all(" transient " in line for line in lines)

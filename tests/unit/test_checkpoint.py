@@ -1,0 +1,285 @@
+"""What the loader reads: every layout, the right layer of it, with one rounding, lazily."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import checkpoint_maker as maker
+import pytest
+import torch
+from checkpoint_checks import same
+from safetensors.torch import save_file
+
+import mla
+from mla.checkpoint import CheckpointError, StoredLayer, read_layer
+from mla.checkpoint import stored as stored_module
+from mla.errors import WeightError
+from mla.weights import weight_shapes
+
+LAYOUTS = [(layout, size) for layout in maker.LAYOUTS for size in ("tiny", "ragged")]
+
+
+@pytest.mark.parametrize(("layout", "size"), LAYOUTS)
+def test_every_layout_is_read_bit_for_bit(layout: str, size: str, tmp_path: Path) -> None:
+    made = maker.LAYOUTS[layout].make(tmp_path / "model", size)
+    same(read_layer(made.folder, made.config, made.layer), made.state)
+    if "." not in str(made.layer) and layout != "whole-model":
+        same(read_layer(made.folder, made.config), made.state)  # it is the only main layer
+
+
+def test_the_fixtures_hold_what_their_names_promise() -> None:
+    """Judge the judge: blocks that are cut off, that division would get wrong, and FP8 of every size."""
+    values, block = maker.SIZES["ragged"]
+    state = maker.fp8(maker.plain(values), block)
+    shape, grid = (state[f"kv_a_proj_with_mqa.weight{end}"].shape for end in ("", "_scale_inv"))
+    assert shape == (50, 72)
+    assert grid == (4, 4)
+    assert shape[0] // grid[0] != block[0]
+    real = weight_shapes(mla.MLAConfig.from_dict(maker.values_of("real")))
+    assert sum(2 * math.prod(shape) for shape in real.values()) == pytest.approx(374e6, rel=1e-3)
+    numbers = torch.cat([weight.float().flatten() for weight in state.values() if weight.element_size() == 1])
+    assert numbers.abs().max() == 448
+    assert (numbers.abs() < 2**-2).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_fp8_is_rounded_once_to_the_dtype_that_is_asked_for(dtype: torch.dtype, tmp_path: Path) -> None:
+    made = maker.LAYOUTS["fp8"].make(tmp_path / "model", "ragged")
+    block = maker.SIZES["ragged"][1]
+    stored = maker.fp8(maker.plain(made.values), block)
+    expected = {name: weight.to(dtype) for name, weight in maker.dequantized(stored, block, dtype).items()}
+    same(read_layer(made.folder, made.config, dtype=dtype), expected)
+    layer = mla.MLA(made.config, dtype=dtype)
+    layer.load_state_dict(read_layer(made.folder, made.config))
+    same(layer.state_dict(), expected)
+
+
+def test_weights_larger_than_a_block_are_read_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = maker.LAYOUTS["fp8"].make(tmp_path / "model", "ragged")
+    monkeypatch.setattr(stored_module, "BLOCK", 7 * 72)  # rows of blocks then lie across blocks of the scale
+    same(read_layer(made.folder, made.config), made.state)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [((576, 7168), (128, 128)), ((144, 256), (128, 128)), ((5, 3), (128, 128)), ((300, 200), (64, 96))],
+)
+def test_blocks_are_those_that_are_declared(
+    shape: tuple[int, int], block: tuple[int, int], tmp_path: Path
+) -> None:
+    """The first is R1's kv_a_proj: 5 rows of scales over 576 rows of weights, the last over one half."""
+    rows, hidden = shape
+    rope = 64 if rows > 64 else 2
+    values = maker.values_of("tiny", hidden_size=hidden, kv_lora_rank=rows - rope, qk_rope_head_dim=rope)
+    values["quantization_config"] = maker.quantization(block)
+    stored = maker.fp8(maker.plain(values), block)
+    assert stored["kv_a_proj_with_mqa.weight"].shape == shape
+    folder = maker.write(tmp_path / "model", values, stored)
+    same(read_layer(folder, mla.MLAConfig.from_dict(values)), maker.dequantized(stored, block))
+
+
+def test_the_layer_comes_from_a_checkpoint_with_all_its_weights(tmp_path: Path) -> None:
+    made = maker.LAYOUTS["fp8-sharded"].make(tmp_path / "model", "ragged")
+    layer = mla.MLA.from_pretrained(made.folder, layer=3)
+    same(layer.state_dict(), made.state)
+
+
+def test_a_layer_can_be_cut_out_and_kept_with_the_models_config(tmp_path: Path) -> None:
+    made = maker.LAYOUTS["fp8-sharded"].make(tmp_path / "model", "ragged")
+    (tmp_path / "layer").mkdir()
+    save_file(dict(read_layer(made.folder, made.config, 3)), tmp_path / "layer" / "model.safetensors")
+    shutil.copy(made.folder / "config.json", tmp_path / "layer")
+    same(mla.MLA.from_pretrained(tmp_path / "layer", layer=3).state_dict(), made.state)
+
+
+# ------------------------------------------------------------------------------------------ which layer
+
+
+def with_layers(folder: Path, *layers: int, **changes: Any) -> tuple[Path, mla.MLAConfig]:
+    values = maker.values_of("tiny", **changes)
+    tensors = {}
+    for layer in layers:
+        tensors |= maker.named(maker.plain(values, layer), f"model.layers.{layer}.self_attn.")
+    return maker.write(folder, values, tensors), mla.MLAConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("layer", [0, 3, 60, 61, "3", "61"])
+def test_a_layer_is_chosen_by_its_number(layer: int | str, tmp_path: Path) -> None:
+    folder, config = with_layers(tmp_path / "model", 0, 3, 60, 61)
+    same(read_layer(folder, config, layer), maker.plain(maker.values_of("tiny"), int(layer)))
+
+
+def test_several_layers_must_be_chosen_from_and_the_draft_layer_is_not_among_them(tmp_path: Path) -> None:
+    folder, config = with_layers(tmp_path / "model", *range(4), 7, 9, 10, 61)
+    with pytest.raises(CheckpointError, match=r"holds layers 0-3, 7, 9, 10: choose one with layer=N"):
+        read_layer(folder, config)
+
+
+@pytest.mark.parametrize("drafts", [0, None])
+def test_layer_61_counts_where_the_config_announces_no_draft_layer(
+    drafts: int | None, tmp_path: Path
+) -> None:
+    folder, config = with_layers(tmp_path / "model", 60, 61, num_nextn_predict_layers=drafts)
+    with pytest.raises(CheckpointError, match="holds layers 60, 61: choose one"):
+        read_layer(folder, config)
+
+
+def test_a_draft_layer_is_read_only_when_it_is_asked_for(tmp_path: Path) -> None:
+    folder, config = with_layers(tmp_path / "model", 61)
+    with pytest.raises(
+        CheckpointError, match="holds no main layer, only layers for multi-token prediction: 61"
+    ):
+        read_layer(folder, config)
+    same(read_layer(folder, config, 61), maker.plain(maker.values_of("tiny"), 61))
+
+
+@pytest.mark.parametrize(
+    ("layers", "changes", "asked"),
+    [
+        ((0, 1), {}, 7),
+        ((0,), {}, 3),
+        ((2,), {"num_hidden_layers": 1}, 3),
+        ((0,), {"num_hidden_layers": 1}, -1),
+    ],
+)
+def test_a_layer_that_is_not_there_is_refused(
+    layers: tuple[int, ...], changes: dict[str, Any], asked: int, tmp_path: Path
+) -> None:
+    folder, config = with_layers(tmp_path / "model", *layers, **changes)
+    reason = f"has no attention weights of layer {asked}; it holds layers" if asked > 0 else "has no layer -1"
+    with pytest.raises(CheckpointError, match=reason):
+        read_layer(folder, config, asked)
+
+
+def test_one_of_two_attentions_must_be_named(tmp_path: Path) -> None:
+    made = maker.LAYOUTS["two-attentions"].make(tmp_path / "model")
+    same(read_layer(made.folder, made.config, "3.0"), maker.plain(made.values, seed=9))
+    for asked in (None, 3, "3.2"):
+        with pytest.raises(
+            CheckpointError, match=r"several attentions: choose one with layer='3.0' or '3.1'"
+        ):
+            read_layer(made.folder, made.config, asked)
+    one = maker.LAYOUTS["full-names"].make(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"layer 3 of .* has one attention, so there is no 3.1"):
+        read_layer(one.folder, one.config, "3.1")
+
+
+def test_attentions_under_two_prefixes_are_refused(tmp_path: Path) -> None:
+    values = maker.values_of("tiny")
+    both = maker.plain(values) | maker.named(maker.plain(values), maker.LAYER)
+    folder = maker.write(tmp_path / "model", values, both)
+    with pytest.raises(CheckpointError, match=r"under several names, '\*' and 'model.layers.N.self_attn.\*'"):
+        read_layer(folder, mla.MLAConfig.from_dict(values), 3)
+
+
+def test_a_draft_module_beside_the_model_is_no_layer_of_it(tmp_path: Path) -> None:
+    values = maker.values_of("tiny")
+    draft = maker.named(maker.plain(values, 5), "model.mtp.layers.0.self_attn.")
+    folder = maker.write(tmp_path / "model", values, maker.named(maker.plain(values), maker.LAYER) | draft)
+    same(read_layer(folder, mla.MLAConfig.from_dict(values)), maker.plain(values))
+
+
+def test_an_attention_inside_another_module_of_the_layer_is_not_the_layers(tmp_path: Path) -> None:
+    values = maker.values_of("tiny")
+    inner = maker.named(maker.plain(values, 5), "model.layers.3.predictor.self_attn.")
+    folder = maker.write(tmp_path / "model", values, maker.named(maker.plain(values), maker.LAYER) | inner)
+    same(read_layer(folder, mla.MLAConfig.from_dict(values)), maker.plain(values))
+
+
+def test_layers_of_another_attention_are_passed_over(tmp_path: Path) -> None:
+    values = maker.values_of("tiny")
+    linear = {
+        "model.layers.0.self_attn.q_proj.weight": torch.ones(2),
+        "model.layers.0.self_attn.beta": torch.ones(2),
+    }
+    folder = maker.write(tmp_path / "model", values, maker.named(maker.plain(values), maker.LAYER) | linear)
+    config = mla.MLAConfig.from_dict(values)
+    same(read_layer(folder, config), maker.plain(values))
+    with pytest.raises(CheckpointError, match="no attention weights of layer 0; it holds layers 3"):
+        read_layer(folder, config, 0)
+
+
+# ------------------------------------------------------------------------------------------ lazily
+
+
+def test_only_the_shards_of_the_layer_are_opened(tmp_path: Path) -> None:
+    """A folder into which only this layer's shards were downloaded is enough; the others may be anything."""
+    values = maker.values_of("tiny")
+    state = maker.plain(values)
+    shards = [
+        maker.named(maker.plain(values, 1), "model.layers.2.self_attn."),
+        maker.named(state, maker.LAYER),
+    ]
+    folder = maker.write(tmp_path / "model", values, *shards, {"lm_head.weight": torch.ones(2)}, index=True)
+    (folder / "model-00001-of-000003.safetensors").unlink()
+    (folder / "model-00003-of-000003.safetensors").write_bytes(b"not safetensors at all")
+    (folder / "extra.safetensors").write_bytes(b"")
+    same(read_layer(folder, mla.MLAConfig.from_dict(values), 3), state)
+
+
+def test_nothing_is_read_before_a_weight_is_asked_for(tmp_path: Path) -> None:
+    made = maker.LAYOUTS["fp8-sharded"].make(tmp_path / "model")
+    seen: list[tuple[int, int]] = []
+    layer = read_layer(made.folder, made.config, progress=lambda done, total: seen.append((done, total)))
+    assert isinstance(layer, StoredLayer)
+    assert (len(layer), "o_proj.weight" in layer, "o_proj.bias" in layer) == (len(made.state), True, False)
+    assert layer.shape("o_proj.weight") == made.state["o_proj.weight"].shape
+    assert not seen
+    assert torch.equal(layer["kv_a_layernorm.weight"], made.state["kv_a_layernorm.weight"])
+    assert seen[-1] == (made.state["kv_a_layernorm.weight"].nbytes, layer.nbytes)
+
+
+def test_progress_counts_every_byte_of_the_layer_once(tmp_path: Path) -> None:
+    made = maker.LAYOUTS["fp8-sharded"].make(tmp_path / "model", "ragged")
+    seen: list[tuple[int, int]] = []
+    layer = read_layer(made.folder, made.config, progress=lambda done, total: seen.append((done, total)))
+    stored = maker.fp8(maker.plain(made.values), maker.SIZES["ragged"][1])
+    size = sum(tensor.nbytes for tensor in stored.values())
+    mla.MLA(made.config).load_state_dict(layer)
+    assert seen[-1] == (size, size)
+    assert all(total == size for _, total in seen)
+    assert sorted(seen) == seen
+    again = len(seen)
+    dict(layer)
+    assert len(seen) == again
+
+
+def test_a_layer_that_does_not_fit_is_refused_unread(tmp_path: Path) -> None:
+    made = maker.LAYOUTS["fp8"].make(tmp_path / "model")
+    seen: list[int] = []
+    state = read_layer(made.folder, made.config, progress=lambda done, total: seen.append(done))
+    with pytest.raises(WeightError, match=r"has shape \[\d+, \d+\], expected"):
+        mla.MLA(made.config.with_heads(5)).load_state_dict(state)
+    assert not seen
+
+
+def test_a_weight_that_cannot_be_read_leaves_the_layer_as_it_was(tmp_path: Path) -> None:
+    """The last tensor that is packed is broken; all others would have been replaced by then."""
+    made = maker.LAYOUTS["bare-names"].make(tmp_path / "model")
+    layer = mla.MLA.from_pretrained(made.folder)
+    other = {name: weight.clone() for name, weight in maker.plain(made.values, 1).items()}
+    other["kv_b_proj.weight"][-1, -1] = torch.nan
+    save_file(other, made.folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"'kv_b_proj.weight' in .* holds NaN or infinity"):
+        layer.load_state_dict(read_layer(made.folder, made.config))
+    same(layer.state_dict(), made.state)
+    fresh = mla.MLA(made.config)
+    with pytest.raises(CheckpointError):
+        fresh.load_state_dict(read_layer(made.folder, made.config))
+    with pytest.raises(WeightError, match="no weights yet"):
+        fresh.state_dict()
+
+
+def test_a_folder_may_itself_be_a_link_and_hold_links_within(tmp_path: Path) -> None:
+    made = maker.LAYOUTS["full-names"].make(tmp_path / "model")
+    (made.folder / "weights").mkdir()
+    (made.folder / "model.safetensors").rename(made.folder / "weights" / "data")
+    (made.folder / "model.safetensors").symlink_to(os.path.join("weights", "data"))
+    (tmp_path / "link").symlink_to(made.folder)
+    same(read_layer(tmp_path / "link", made.config), made.state)

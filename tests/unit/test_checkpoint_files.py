@@ -1,0 +1,258 @@
+"""Files, indexes and links the loader refuses, and those it never opens."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import checkpoint_maker as maker
+import pytest
+from checkpoint_checks import refused
+
+import mla
+from mla.checkpoint import CheckpointError, read_layer, refuse_other_formats
+
+FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+O_PROJ, SCALE = f"{maker.LAYER}o_proj.weight", f"{maker.LAYER}o_proj.weight_scale_inv"
+
+
+def make(folder: Path) -> maker.Made:
+    return maker.LAYOUTS["fp8"].make(folder / "model", "ragged")
+
+
+def header(tensors: object, body: bytes = b"") -> bytes:
+    text = json.dumps(tensors).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "model.safetensors' is truncated: it has 0 bytes"),
+        (b"1234567", "is truncated: it has 7 bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "only a Git LFS pointer"),
+        (struct.pack("<Q", 2**63 + 5) + b"{}", f"10 bytes cannot hold a header of {2**63 + 5}"),
+        (struct.pack("<Q", 100) + b"{}", "10 bytes cannot hold a header of 100"),
+        (struct.pack("<Q", 2) + b"xx", "model.safetensors' cannot be read, it is truncated or damaged"),
+        (header([]), "truncated or damaged"),
+        (header({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}), "truncated or damaged"),
+        (b"PK\x03\x04" + bytes(40), "cannot hold a header|truncated or damaged"),
+        (b"GGUF" + bytes(40), "cannot hold a header|truncated or damaged"),
+        (bytes(4096), "truncated or damaged"),
+    ],
+)
+def test_broken_files_are_named(content: bytes, reason: str, tmp_path: Path) -> None:
+    made = make(tmp_path)
+    (made.folder / FILE).write_bytes(content)
+    refused(made.folder, made.config, reason)
+
+
+@pytest.mark.parametrize("lost", [1, 1000])
+def test_a_truncated_body_is_refused_before_anything_is_read(lost: int, tmp_path: Path) -> None:
+    made = make(tmp_path)
+    content = (made.folder / FILE).read_bytes()
+    (made.folder / FILE).write_bytes(content[:-lost])
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors' cannot be read, it is truncated or damaged"
+    ):
+        read_layer(made.folder, made.config)
+
+
+def test_a_file_that_vanishes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    layer = read_layer(made.folder, made.config)
+    (made.folder / FILE).unlink()
+    with pytest.raises(CheckpointError, match=r"model.safetensors' cannot be read"):
+        layer["o_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("pytorch_model.bin", "'pytorch_model.bin' .* is a pickle, and opening a pickle can run any code"),
+        ("model.pt", "is a pickle"),
+        ("consolidated.00.pth", "is a pickle"),
+        ("layer.gguf", "'layer.gguf' of checkpoint .* is GGUF"),
+        ("weights.npz", r"holds no \*.safetensors files"),
+    ],
+)
+def test_other_formats_are_refused_and_never_opened(name: str, reason: str, tmp_path: Path) -> None:
+    made = make(tmp_path)
+    (made.folder / FILE).unlink()
+    os.mkfifo(made.folder / name)  # to open it would hang
+    refused(made.folder, made.config, reason)
+    if "holds no" not in reason:
+        with pytest.raises(CheckpointError, match=reason):
+            refuse_other_formats(made.folder)
+
+
+def test_safetensors_beside_a_pickle_are_read(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    os.mkfifo(made.folder / "pytorch_model.bin")
+    refuse_other_formats(made.folder)
+    assert len(dict(read_layer(made.folder, made.config))) == 7
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    for path in (tmp_path / "nowhere", made.folder / FILE):
+        refused(path, made.config, f"checkpoint '{path}' is not a directory")
+        refuse_other_formats(path)
+
+
+@pytest.mark.parametrize("make_special", [os.mkfifo, os.mkdir])
+def test_special_files_are_refused(make_special: Callable[[Path], None], tmp_path: Path) -> None:
+    made = make(tmp_path)
+    (made.folder / FILE).unlink()
+    make_special(made.folder / FILE)
+    refused(made.folder, made.config, "'model.safetensors' of checkpoint .* is not a regular file")
+
+
+# ------------------------------------------------------------------------------------------ the index
+
+
+def indexed(folder: Path) -> tuple[maker.Made, dict[str, str]]:
+    made = maker.LAYOUTS["fp8-sharded"].make(folder / "model", "ragged")
+    return made, json.loads((made.folder / INDEX).read_text())["weight_map"]
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("../model/model-00001-of-000002.safetensors", "lies outside the directory"),
+        ("/etc/passwd", "names the file '/etc/passwd', which lies outside"),
+        ("..", "lies outside"),
+        ("a/../../x.safetensors", "lies outside"),
+        ("model-00001-of-000002.bin", "which is a pickle"),
+        ("model-00001-of-000002.gguf", "which is GGUF"),
+        ("config.json", r"which is not a \*.safetensors file"),
+        ("", r"which is not a \*.safetensors file"),
+        ("\0.safetensors", "cannot be opened"),
+        ("\ud800.safetensors", r"cannot be opened"),
+        ("x" * 300 + ".safetensors", "cannot be opened|is missing"),
+        (
+            "model-00009-of-000002.safetensors",
+            "'model-00009-of-000002.safetensors' of checkpoint .* is missing",
+        ),
+        (
+            "model-00001-of-000002.safetensors",
+            "index.json' says that tensor '.*o_proj.weight' is in 'model-00001",
+        ),
+    ],
+)
+def test_an_index_that_points_astray_is_refused(file: str, reason: str, tmp_path: Path) -> None:
+    made, weight_map = indexed(tmp_path)
+    (made.folder / INDEX).write_text(json.dumps({"weight_map": {**weight_map, O_PROJ: file}}))
+    refused(made.folder, made.config, reason)
+
+
+def test_a_scale_in_a_missing_shard_is_refused(tmp_path: Path) -> None:
+    made, weight_map = indexed(tmp_path)
+    shard = weight_map[SCALE]
+    (made.folder / shard).unlink()
+    refused(made.folder, made.config, f"'{shard}' of checkpoint .* is missing.$")
+
+
+def test_the_index_of_another_checkpoint_is_recognised(tmp_path: Path) -> None:
+    """Someone cut a layer out of a model and kept the model's index."""
+    made = make(tmp_path)
+    weight_map = dict.fromkeys(
+        (f"{maker.LAYER}{name}" for name in made.state), "model-00002-of-000163.safetensors"
+    )
+    (made.folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    refused(
+        made.folder, made.config, r"is missing; .*names none of the files that are here .*: remove the index"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "index.json' is not valid JSON"),
+        ("[" * 100000, "is not valid JSON"),
+        ("[]", "must hold a JSON object, got list"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": []}', "has no weight_map"),
+        ('{"weight_map": {"a": 1}}', "has no weight_map"),
+        ('{"weight_map": {}}', "holds no MLA attention weights"),
+        (b"\xff\xfe\x00", "is not valid JSON"),
+        ('{"weight_map": ' + "9" * 5000 + "}", "is not valid JSON"),
+    ],
+)
+def test_a_broken_index_is_refused(content: str | bytes, reason: str, tmp_path: Path) -> None:
+    made, _ = indexed(tmp_path)
+    (made.folder / INDEX).write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(made.folder, made.config, reason)
+
+
+def test_a_huge_index_is_not_parsed(tmp_path: Path) -> None:
+    made, _ = indexed(tmp_path)
+    os.truncate(made.folder / INDEX, 1 << 40)
+    refused(made.folder, made.config, "is larger than 64 MiB, so it is not parsed")
+
+
+def test_several_indexes_are_refused_unless_one_is_the_models(tmp_path: Path) -> None:
+    made, _ = indexed(tmp_path)
+    (made.folder / "other.safetensors.index.json").write_text("{}")
+    assert len(dict(read_layer(made.folder, made.config))) == 7
+    (made.folder / INDEX).rename(made.folder / "a.safetensors.index.json")
+    refused(made.folder, made.config, "has several indexes: a.safetensors.index.json, other.safetensors")
+
+
+def test_the_same_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    """As in a tensor-parallel conversion, where each rank's file holds a part under the same name."""
+    values = maker.values_of("tiny")
+    folder = maker.write(
+        tmp_path / "model", values, maker.own(maker.plain(values)), maker.own(maker.plain(values, 1))
+    )
+    refused(
+        folder,
+        mla.MLAConfig.from_dict(values),
+        r"twice: 'layers.3.attn.(w\w+|kv_norm|q_norm).weight' in 'model-00001.* not joined",
+    )
+
+
+# ------------------------------------------------------------------------------------------ links
+
+
+@pytest.mark.parametrize("name", [FILE, "config.json"])
+@pytest.mark.parametrize("relative", [True, False])
+def test_links_that_leave_the_directory_are_refused(name: str, relative: bool, tmp_path: Path) -> None:
+    made = make(tmp_path)
+    away = tmp_path / "elsewhere"
+    (made.folder / name).rename(away)
+    (made.folder / name).symlink_to(os.path.relpath(away, made.folder) if relative else away)
+    refused(made.folder, made.config, f"'{name}' of checkpoint .* is a link that leaves the directory")
+
+
+def test_links_that_leave_a_hub_cache_are_refused(tmp_path: Path) -> None:
+    made = maker.LAYOUTS["hub-cache"].make(tmp_path / "model")
+    shard = made.folder / "model-00001-of-000002.safetensors"
+    (shard.resolve()).rename(tmp_path / "elsewhere")
+    shard.unlink()
+    shard.symlink_to(tmp_path / "elsewhere")
+    refused(made.folder, made.config, "'model-00001-of-000002.safetensors' .* leaves the directory")
+
+
+def test_a_directory_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+    made, weight_map = indexed(tmp_path)
+    (tmp_path / "other").mkdir()
+    shutil.copy(made.folder / weight_map[O_PROJ], tmp_path / "other" / "x.safetensors")
+    (made.folder / "sub").symlink_to(tmp_path / "other")
+    (made.folder / INDEX).write_text(json.dumps({"weight_map": {**weight_map, O_PROJ: "sub/x.safetensors"}}))
+    refused(made.folder, made.config, "'sub/x.safetensors' .* leaves the directory")
+
+
+@pytest.mark.parametrize("name", [FILE, "config.json", INDEX])
+def test_dangling_and_circular_links_are_refused(name: str, tmp_path: Path) -> None:
+    made = make(tmp_path)
+    (made.folder / name).unlink(missing_ok=True)
+    (made.folder / name).symlink_to("gone")
+    refused(made.folder, made.config, f"'{name}' of checkpoint .* is missing")
+    (made.folder / "gone").symlink_to(name)
+    refused(made.folder, made.config, f"'{name}' of checkpoint .* (is missing|cannot be opened)")

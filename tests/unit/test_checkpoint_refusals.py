@@ -1,0 +1,203 @@
+"""What the loader refuses: one sentence that names file, tensor and cause, and never another exception."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoint_maker as maker
+import pytest
+import torch
+from checkpoint_checks import refused
+from safetensors.torch import save_file
+
+import mla
+from mla.checkpoint import CheckpointError, read_layer
+
+Tensors = dict[str, torch.Tensor]
+FILE = "model.safetensors"
+O_PROJ, SCALE = f"{maker.LAYER}o_proj.weight", f"{maker.LAYER}o_proj.weight_scale_inv"
+
+
+def make(folder: Path, layout: str = "fp8") -> tuple[maker.Made, Tensors]:
+    """Write a ragged layer, and return it with the tensors of its file."""
+    from safetensors.torch import load_file
+
+    made = maker.LAYOUTS[layout].make(folder / "model", "ragged")
+    return made, load_file(made.folder / FILE)
+
+
+def put(tensors: Tensors, **changes: Any) -> Tensors:
+    """Replace tensors of the layer; None removes one."""
+    changed = tensors | {f"{maker.LAYER}{name.replace('__', '.')}": value for name, value in changes.items()}
+    return {name: tensor for name, tensor in changed.items() if tensor is not None}
+
+
+def spoilt(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    """Return a copy whose last element is `value`."""
+    copy = tensor.clone() if tensor.element_size() > 1 else tensor.float()
+    copy.view(-1)[-1] = value
+    return copy.to(tensor.dtype)
+
+
+PLAIN: list[tuple[Callable[[Tensors], Tensors], str]] = [
+    (lambda t: put(t, o_proj__weight=None), r"has no tensor 'o_proj.weight' beside 'model\.layers\.3\."),
+    (lambda t: put(t, q_a_layernorm__weight=None), "has no tensor 'q_a_layernorm.weight' beside"),
+    (
+        lambda t: put(t, o_proj__weight=t[O_PROJ].T.contiguous()),
+        r"'model\.layers\.3\.self_attn\.o_proj\.weight' in '.*model\.safetensors' has shape \[36, 72\], the "
+        r"config asks for \[72, 36\] \(it is transposed\)",
+    ),
+    (
+        lambda t: put(t, o_proj__weight=t[O_PROJ][1:]),
+        r"has shape \[71, 36\], the config asks for \[72, 36\]\.",
+    ),
+    (
+        lambda t: put(t, kv_a_layernorm__weight=torch.tensor(1.0)),
+        r"has shape \[\], the config asks for \[40\]",
+    ),
+    (
+        lambda t: put(t, o_proj__weight=t[O_PROJ].to(torch.int8)),
+        r"o_proj.weight' in .* is I8: only BF16, F16, F32",
+    ),
+    (lambda t: put(t, o_proj__weight=t[O_PROJ].double()), "o_proj.weight' in .* is F64: only"),
+    (lambda t: put(t, o_proj__weight=t[O_PROJ].to(torch.float8_e5m2)), "is F8_E5M2: only"),
+    (lambda t: put(t, o_proj__weight=t[O_PROJ].to(torch.float8_e4m3fn)), "is FP8 and has no scale"),
+    (
+        lambda t: put(t, kv_a_layernorm__weight=torch.ones(40).to(torch.float8_e4m3fn)),
+        "kv_a_layernorm.weight' in .* is F8_E4M3: only .* for matrices",
+    ),
+    (
+        lambda t: put(t, o_proj__weight_scale_inv=torch.ones(5, 2)),
+        "is BF16 and yet has a scale, .*cannot be told",
+    ),
+    (lambda t: put(t, o_proj__weight=spoilt(t[O_PROJ], torch.nan)), "holds NaN or infinity in rows 0 to 71"),
+    (
+        lambda t: put(t, o_proj__weight=spoilt(t[O_PROJ], -torch.inf)),
+        "o_proj.weight' .* holds NaN or infinity",
+    ),
+    (lambda t: put(t, o_proj__bias=torch.ones(72)), r"is a bias that the config does not announce"),
+    (
+        lambda t: put(t, q_proj__weight=torch.ones(2)),
+        "q_proj.weight' in .* does not fit the config, whose q_lora",
+    ),
+    (
+        lambda t: put(t, indexer__wq_b__weight=torch.ones(2)),
+        "indexer.wq_b.weight' in .* belongs to an indexer",
+    ),
+    (lambda t: put(t, sinks=torch.ones(2)), "sinks' in .* is an attention sink, which this layer does not"),
+    (lambda t: put(t, g_proj__weight=torch.ones(2)), "g_proj.weight' in .* gates the attention's output"),
+    (lambda t: put(t, q_gate_proj__weight=torch.ones(2)), "gates the attention's output"),
+    (lambda t: put(t, k_norm__weight=torch.ones(2)), "k_norm.weight' in .* is none of this layer's weights"),
+    (lambda t: put(t, o_proj__weight_scale=torch.ones(2)), "belongs to a quantization that is not read"),
+    (lambda t: put(t, o_proj__weight=None, o_proj__qweight=torch.ones(2)), "belongs to a quantization"),
+    (
+        lambda t: put(t, wo__weight=torch.ones(2)),
+        "holds 'o_proj.weight' twice: .*(o_proj|wo).weight' in 'model.safetensors'.$",
+    ),
+    (lambda t: {"lm_head.weight": torch.ones(2)}, r"holds no MLA attention weights, such as 'model\.layers"),
+    (lambda t: {}, "holds no MLA attention weights"),
+]
+
+
+@pytest.mark.parametrize(("damage", "reason"), PLAIN)
+def test_broken_tensors_are_named(damage: Callable[[Tensors], Tensors], reason: str, tmp_path: Path) -> None:
+    made, tensors = make(tmp_path, "full-names")
+    save_file(damage(tensors), made.folder / FILE)
+    refused(made.folder, made.config, reason)
+
+
+FP8: list[tuple[Callable[[Tensors], Tensors], str]] = [
+    (lambda t: put(t, o_proj__weight_scale_inv=None), "o_proj.weight' in .* is FP8 and has no scale"),
+    (
+        lambda t: put(t, o_proj__weight_scale_inv=torch.ones(5, 3)),
+        r"weight_scale_inv' in .* has shape \[5, 3\]: \[72, 36\] in blocks of \[16, 20\] needs \[5, 2\]",
+    ),
+    (lambda t: put(t, o_proj__weight_scale_inv=torch.ones(4, 2)), r"has shape \[4, 2\]"),
+    (lambda t: put(t, o_proj__weight_scale_inv=torch.ones(1)), r"has shape \[1\]"),
+    (
+        lambda t: put(t, o_proj__weight_scale_inv=torch.ones(5, 2).int()),
+        "o_proj.weight_scale_inv' in .* is I32",
+    ),
+    *(
+        (
+            lambda t, bad=bad: put(t, o_proj__weight_scale_inv=spoilt(t[SCALE], bad)),
+            "scale_inv' in .* holds NaN, inf",
+        )
+        for bad in (torch.nan, torch.inf, -1.0)
+    ),
+    (
+        lambda t: put(t, o_proj__weight=spoilt(t[O_PROJ], torch.nan)),
+        "o_proj.weight' in .* holds NaN or infinity",
+    ),
+    (
+        lambda t: put(t, o_proj__weight_scale_inv=torch.full((5, 2), 3e38)),
+        "o_proj.weight' in .* holds NaN or infinity",
+    ),
+    (lambda t: put(t, o_proj__weight=t[O_PROJ].view(torch.int8)), "is I8: only"),
+]
+
+
+@pytest.mark.parametrize(("damage", "reason"), FP8)
+def test_broken_fp8_is_named(damage: Callable[[Tensors], Tensors], reason: str, tmp_path: Path) -> None:
+    made, tensors = make(tmp_path)
+    save_file(damage(tensors), made.folder / FILE)
+    refused(made.folder, made.config, reason)
+
+
+@pytest.mark.parametrize(
+    ("declared", "reason"),
+    [
+        (None, r"is FP8, but '.*config.json' declares quantization_config.quant_method None: only 'fp8'"),
+        ({"quant_method": "awq"}, "quant_method 'awq'"),
+        ({"fmt": "e5m2"}, "fmt 'e5m2': only 'e4m3'"),
+        ({"weight_block_size": None}, "weight_block_size in '.*config.json' is None: two positive integers"),
+        ({"weight_block_size": [128]}, r"is \[128\]"),
+        ({"weight_block_size": [0, 128]}, r"is \[0, 128\]"),
+        ({"weight_block_size": ["128", 128]}, r"is \['128', 128\]"),
+        ({"weight_block_size": [True, 128]}, r"is \[True, 128\]"),
+        ({"weight_block_size": [16, 16]}, r"in blocks of \[16, 16\] needs"),
+        ("fp8", "quantization_config in .* must be a JSON object"),
+    ],
+)
+def test_fp8_needs_a_declared_block(declared: Any, reason: str, tmp_path: Path) -> None:
+    made, _ = make(tmp_path)
+    values = dict(made.values)
+    official = values.pop("quantization_config")
+    if declared is not None:
+        values["quantization_config"] = {**official, **declared} if isinstance(declared, dict) else declared
+    (made.folder / "config.json").write_text(json.dumps(values))
+    refused(made.folder, made.config, reason)
+
+
+def test_numbers_beyond_the_layers_dtype_are_refused(tmp_path: Path) -> None:
+    made, tensors = make(tmp_path, "fp32")
+    save_file(put(tensors, o_proj__weight=spoilt(tensors[O_PROJ], 1e30)), made.folder / FILE)
+    with pytest.raises(
+        CheckpointError, match=r"o_proj.* numbers beyond the range of torch.float16 in rows 0"
+    ):
+        dict(read_layer(made.folder, made.config, dtype=torch.float16))
+    assert read_layer(made.folder, made.config)["o_proj.weight"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ({"q_lora_rank": None}, r"q_a_\w+.weight' in .* does not fit the config, which has no q_lora_rank"),
+        ({"num_attention_heads": 4}, r"q_b_proj.weight' in .* has shape .* the config asks for"),
+        ({"attention_bias": True}, "has no tensor 'q_a_proj.bias'|has no tensor 'kv_a_proj_with_mqa.bias'"),
+    ],
+)
+def test_another_models_config_is_refused(other: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    made, _ = make(tmp_path)
+    refused(made.folder, mla.MLAConfig.from_dict({**made.values, **other}), reason)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_nextn_predict_layers"])
+@pytest.mark.parametrize("value", ["61", -1, 1.5, True, []])
+def test_layer_counts_must_be_numbers(key: str, value: object, tmp_path: Path) -> None:
+    made, _ = make(tmp_path)
+    (made.folder / "config.json").write_text(json.dumps({**made.values, key: value}))
+    refused(made.folder, made.config, f"{key} in '.*config.json' must be a whole number")

@@ -1,0 +1,294 @@
+"""Families as data: published configs give the right numbers, and what is not MLA as known is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig
+
+from mla import MLAConfig
+from mla.config import LongRopeScaling, QueryScaling, YarnScaling
+from mla.errors import ConfigError
+from mla.families import ALIASES, CHANGES, FAMILIES, REFUSED
+from mla.presets import PRESETS
+
+#: Keys of each checkpoint's config.json that concern attention, as far as the named place gives them.
+PUBLISHED: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "data" / "published_configs.json").read_text()
+)
+V3 = {"model_type": "deepseek_v3", "hidden_size": 64, "num_attention_heads": 4, "kv_lora_rank": 32}
+
+#: hidden, heads, q rank, latent, n, r, v, theta
+NUMBERS: dict[str, tuple[Any, ...]] = {
+    "deepseek-v2-lite": (2048, 16, None, 512, 128, 64, 128, 1e4),
+    "deepseek-v2": (5120, 128, 1536, 512, 128, 64, 128, 1e4),
+    "deepseek-v3": (7168, 128, 1536, 512, 128, 64, 128, 1e4),
+    "deepseek-v3.1": (7168, 128, 1536, 512, 128, 64, 128, 1e4),
+    "deepseek-r1": (7168, 128, 1536, 512, 128, 64, 128, 1e4),
+    "kimi-k2": (7168, 64, 1536, 512, 128, 64, 128, 5e4),
+    "kimi-k2.5": (7168, 64, 1536, 512, 128, 64, 128, 5e4),
+    "glm-4.7-flash": (2048, 20, 768, 512, 192, 64, 256, 1e6),
+    "youtu-llm-2b": (2048, 16, 1536, 512, 128, 64, 128, 1.6e6),
+    "a.x-k1": (7168, 64, 1536, 512, 128, 64, 128, 1e4),
+    "sarvam-105b": (4096, 64, None, 512, 128, 64, 128, 1e4),
+    "minicpm3-4b": (2560, 40, 768, 256, 64, 32, 64, 1e4),
+    "longcat-flash": (6144, 64, 1536, 512, 128, 64, 128, 1e7),
+    "mistral-small-4": (4096, 32, 1024, 256, 64, 64, 128, 1e4),
+    "kimi-linear-48b": (2304, 32, None, 512, 128, 64, 128, None),
+}
+#: Factor on the softmax scale of 1 / sqrt(n + r), and on cos and sin.
+FACTORS = {
+    "deepseek-v2-lite": (1.589626, 1.0),
+    "deepseek-v2": (1.589626, 1.0),
+    **dict.fromkeys(("deepseek-v3", "deepseek-v3.1", "deepseek-r1", "sarvam-105b"), (1.873854, 1.0)),
+    "kimi-k2": ((0.1 * 3.4657359 + 1) ** 2, 1.0),  # ln 32
+    "kimi-k2.5": ((0.1 * 4.1588831 + 1) ** 2, 1.0),  # ln 64
+    "a.x-k1": (1.0, 0.1 * 1.3862944 + 1),  # ln 4; its mscale_all_dim is 0
+    "mistral-small-4": ((0.1 * 4.8520303 + 1) ** 2, 1.0),  # ln 128
+}
+
+
+def read(name: str) -> MLAConfig:
+    return MLAConfig.from_dict(PUBLISHED[name]["config"])
+
+
+def test_every_preset_has_its_published_config_and_numbers() -> None:
+    assert set(PRESETS) == set(PUBLISHED) == set(NUMBERS)
+    served = {PRESETS[name].values["model_type"] for name in PRESETS}
+    assert {ALIASES.get(name, name) for name in served} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_published_config_gives_the_right_numbers(name: str) -> None:
+    config = read(name)
+    dims = (config.hidden_size, config.num_attention_heads, config.q_lora_rank, config.kv_lora_rank)
+    heads = (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim)
+    assert (*dims, *heads, config.rope_theta) == NUMBERS[name]
+    softmax, magnitude = FACTORS.get(name, (1.0, 1.0))
+    assert config.softmax_scale == pytest.approx(config.qk_head_dim**-0.5 * softmax, rel=1e-6)
+    found = config.rope_scaling.magnitude() if config.rope_scaling else 1.0
+    assert found == pytest.approx(magnitude, rel=1e-6)
+    assert config.rms_norm_eps == 1e-6
+    assert not config.attention_bias
+
+
+def test_what_sets_a_family_apart_is_read() -> None:
+    mini, longcat, mistral = (read(name) for name in ("minicpm3-4b", "longcat-flash", "mistral-small-4"))
+    assert not mini.rope_interleave
+    assert isinstance(mini.rope_scaling, LongRopeScaling)
+    assert len(mini.rope_scaling.factors) == 16
+    assert longcat.q_latent_scale == 2.0
+    assert longcat.kv_latent_scale == pytest.approx(12**0.5)
+    assert mistral.query_scaling == QueryScaling(0.1, 8192)
+    assert read("kimi-k2").rope_scaling == YarnScaling(32.0, 4096, 1.0, 1.0, 1.0, 1.0)
+    assert read("kimi-k2.5").rope_scaling == YarnScaling(64.0, 4096, 32.0, 1.0, 1.0, 1.0)
+    assert read("kimi-linear-48b").rope_theta is None
+    others = [
+        read(name) for name in PRESETS if name not in ("minicpm3-4b", "longcat-flash", "mistral-small-4")
+    ]
+    for config in others:
+        assert config.rope_interleave
+        assert (config.q_latent_scale, config.kv_latent_scale, config.query_scaling) == (1.0, 1.0, None)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_equals_its_published_config(name: str) -> None:
+    assert MLAConfig.preset(name) == replace(read(name), name=name)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "longcat-flash"])
+def test_transformers_reads_the_same_dimensions(name: str) -> None:
+    values = dict(PUBLISHED[name]["config"])
+    text = dict(values.get("text_config", values))
+    kind = text.pop("model_type")
+    theirs = AutoConfig.for_model(ALIASES.get(kind, kind), **text)
+    ours = MLAConfig.from_dict(values)
+    for key in ("hidden_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "attention_bias"):
+        assert getattr(theirs, key) == getattr(ours, key)
+    for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+        assert getattr(theirs, key) == getattr(ours, key)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_an_absent_key_means_what_the_class_of_transformers_says(kind: str) -> None:
+    """Only the three keys without which a config is no MLA layer are given."""
+    theirs = AutoConfig.for_model(kind)
+    given = {key: getattr(theirs, key) for key in ("hidden_size", "num_attention_heads", "kv_lora_rank")}
+    ours = MLAConfig.from_dict({"model_type": kind, **given})
+    for key in ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "attention_bias"):
+        assert getattr(ours, key) == getattr(theirs, key), key
+    if FAMILIES[kind].rotates:
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+        kinds = {type(None): "default", YarnScaling: "yarn"}
+        assert kinds[type(ours.rope_scaling)] == theirs.rope_parameters["rope_type"]
+    if FAMILIES[kind].scales_queries:
+        assert ours.query_scaling == QueryScaling(
+            theirs.rope_parameters["llama_4_scaling_beta"],
+            theirs.rope_parameters["original_max_position_embeddings"],
+        )
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_latent_norms_keep_1e_6_whatever_the_config_says(kind: str) -> None:
+    config = MLAConfig.from_dict({**V3, "model_type": kind, "q_lora_rank": 24, "rms_norm_eps": 1e-5})
+    assert config.rms_norm_eps == 1e-6
+    unnamed = {key: value for key, value in V3.items() if key != "model_type"}
+    assert MLAConfig.from_dict({**unnamed, "rms_norm_eps": 1e-5}).rms_norm_eps == 1e-5
+
+
+def test_a_config_may_name_its_architecture_only() -> None:
+    """As LongCat's published files do: read without its scales it would be silently wrong."""
+    assert "model_type" not in PUBLISHED["longcat-flash"]["config"]
+    assert read("longcat-flash").model_type == "longcat_flash"
+    for kind, family in FAMILIES.items():
+        values = {**V3, "model_type": None, "q_lora_rank": 24, "architectures": [family.architecture]}
+        assert MLAConfig.from_dict(values).model_type == kind
+    with pytest.raises(ConfigError, match="model type 'LongcatCausalLM' is not known"):
+        MLAConfig.from_dict({**values, "architectures": ["LongcatCausalLM"]})
+
+
+@pytest.mark.parametrize("suffix", ["", "_text"])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_family_with_another_attention_is_refused_by_name(kind: str, suffix: str) -> None:
+    with pytest.raises(ConfigError) as info:
+        MLAConfig.from_dict({**V3, "model_type": kind + suffix})
+    assert str(info.value) == (
+        f"config '{kind}{suffix}': model type '{kind}{suffix}' is not supported: {REFUSED[kind]}."
+    )
+
+
+@pytest.mark.parametrize("kind", ["deepseek_ocr2", "kimi_k3"])
+def test_a_refused_wrapper_is_refused_whatever_it_wraps(kind: str) -> None:
+    """Kimi K3 says kimi_linear inside, and its attention has a gate."""
+    with pytest.raises(ConfigError, match=f"model type '{kind}' is not supported"):
+        MLAConfig.from_dict({"model_type": kind, "text_config": {**V3, "model_type": "kimi_linear"}})
+    with pytest.raises(ConfigError, match="model type 'deepseek_v4' is not supported"):
+        MLAConfig.from_dict({"model_type": "some_vl", "text_config": {"model_type": "deepseek_v4"}})
+
+
+def test_an_unknown_family_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ConfigError) as info:
+        MLAConfig.from_dict({**V3, "model_type": "deepseek_v33"})
+    message = str(info.value)
+    assert "model type 'deepseek_v33' is not known" in message
+    assert "Did you mean 'deepseek_v3'?" in message
+    assert all(kind in message for kind in FAMILIES)
+    assert "say so with model_type 'deepseek_v3'" in message
+    for kind in (3, ["deepseek_v3"], True):
+        with pytest.raises(ConfigError, match="is not known"):
+            MLAConfig.from_dict({**V3, "model_type": kind})
+
+
+@pytest.mark.parametrize("key", ["text_config", "language_config", "llm_config"])
+def test_a_wrapper_gives_its_language_model(key: str) -> None:
+    inner = {**V3, "q_lora_rank": 24, "rope_theta": 5e5}
+    outer = {"model_type": "some_vl", "hidden_size": 9, "rope_theta": 3.0, key: inner}
+    assert MLAConfig.from_dict(outer) == MLAConfig.from_dict(inner)
+    with pytest.raises(ConfigError, match="has no kv_lora_rank, so it does not describe an MLA layer"):
+        MLAConfig.from_dict({key: {"model_type": "llama", "hidden_size": 9, "num_attention_heads": 1}})
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_key_that_changes_attention_is_refused_where_it_is_set(key: str) -> None:
+    for off in (None, False, 0, []):
+        assert MLAConfig.from_dict({**V3, key: off}) == MLAConfig.from_dict(V3)
+    for kind in ("deepseek_v3", None):
+        with pytest.raises(ConfigError) as info:
+            MLAConfig.from_dict({**V3, "model_type": kind, "name": "x", key: 128})
+        assert str(info.value) == f"config 'x': {key} is set, so {CHANGES[key]}, which is not supported."
+
+
+def test_keys_that_a_family_knows_are_not_refused() -> None:
+    sarvam = {**V3, "model_type": "sarvam_mla"}
+    assert MLAConfig.from_dict({**sarvam, "use_qk_norm": True}) == MLAConfig.from_dict(sarvam)
+    window = {**V3, "sliding_window": 4096, "use_sliding_window": False}
+    assert MLAConfig.from_dict(window) == MLAConfig.from_dict(V3)
+    longcat = {**V3, "model_type": "longcat_flash", "q_lora_rank": 24}
+    flags = {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "attention_method": "mla"}
+    assert MLAConfig.from_dict({**longcat, **flags}) == MLAConfig.from_dict(longcat)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"use_mla": False}, "use_mla False is not supported; True is."),
+        ({"attention_method": "LSA"}, "attention_method 'LSA' is not supported; 'MLA' is."),
+        (
+            {"model_type": "kimi_linear", "mla_use_nope": False},
+            "mla_use_nope False is not supported; True is.",
+        ),
+        (
+            {"model_type": "longcat_flash", "q_lora_rank": 24, "mla_scale_q_lora": False},
+            "mla_scale_q_lora False is not supported; True is.",
+        ),
+        (
+            {"model_type": "longcat_flash", "q_lora_rank": None},
+            "q_lora_rank must not be null in this family.",
+        ),
+        ({"model_type": "axk1", "q_lora_rank": None}, "q_lora_rank must not be null in this family."),
+        ({"num_key_value_heads": 2}, "num_key_value_heads 2 is not num_attention_heads 4, so heads share"),
+        ({"qk_head_dim": 128}, "qk_head_dim 128 is not qk_nope_head_dim + qk_rope_head_dim, 192."),
+        ({"q_latent_scale": 2.0, "q_lora_rank": None}, "q_latent_scale needs a q_lora_rank"),
+        ({"kv_latent_scale": 0}, "kv_latent_scale must be a positive number, got 0."),
+        (
+            {"model_type": "mistral4", "rope_parameters": {"type": "default"}},
+            "rope_parameters needs a number 'llama_4_scaling_beta' of at least 0.",
+        ),
+        (
+            {"model_type": "mistral4", "rope_scaling": {"type": "default", "llama_4_scaling_beta": 1}},
+            "rope_scaling needs a positive number 'original_max_position_embeddings'.",
+        ),
+        (
+            {"model_type": "mistral4", "partial_rotary_factor": 1.0},
+            "partial_rotary_factor 1.0 of 128 channels",
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_family_does_not_compute_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as info:
+        MLAConfig.from_dict({**V3, **values, "name": "x"})
+    assert str(info.value).startswith(f"config 'x': {message}")
+
+
+def test_keys_no_number_depends_on_are_ignored() -> None:
+    heads = {"num_key_value_heads": 4, "head_dim": 576, "qk_head_dim": 192, "max_position_embeddings": 8}
+    assert MLAConfig.from_dict({**V3, **heads}) == MLAConfig.from_dict(V3)
+
+
+def test_a_rotary_share_of_the_head_is_understood() -> None:
+    """Mistral 4 gives the share of n + r, other families that of r."""
+    mistral = {**V3, "model_type": "mistral4", "partial_rotary_factor": 0.5}
+    assert MLAConfig.from_dict(mistral).qk_rope_head_dim == 64
+    assert MLAConfig.from_dict({**V3, "partial_rotary_factor": 1.0}) == MLAConfig.from_dict(V3)
+
+
+def test_a_query_scale_of_zero_is_none() -> None:
+    rope = {"type": "yarn", "factor": 2, "original_max_position_embeddings": 64, "llama_4_scaling_beta": 0}
+    assert MLAConfig.from_dict({**V3, "model_type": "mistral4", "rope_scaling": rope}).query_scaling is None
+
+
+VALUES = st.sampled_from([None, True, False, 0, -1, 2, 2.5, 64, "64", "yarn", [], [1], {}, {"a": 1}, 10**400])
+KEYS = ("model_type", "architectures", "text_config", "num_key_value_heads", "qk_head_dim", "hidden_size")
+KEYS = (*KEYS, "q_lora_rank", "v_head_dim", "rms_norm_eps", "attention_bias", "rope_interleave", "use_mla")
+KEYS = (*KEYS, "attention_method", "kv_latent_scale", "partial_rotary_factor", *list(CHANGES)[:3])
+
+
+@example(kind="longcat_flash", change={"hidden_size": 10**400}, rank=24)
+@example(kind="deepseek_v3", change={"architectures": {"a": 1}, "model_type": None}, rank=24)
+@settings(deadline=None, max_examples=400)
+@given(
+    kind=st.sampled_from([*FAMILIES, *REFUSED, "kimi_k2", "x"]) | VALUES,
+    change=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4),
+    rank=st.sampled_from([24, None]),
+)
+def test_nothing_but_a_config_error_escapes(kind: Any, change: dict[str, Any], rank: int | None) -> None:
+    with contextlib.suppress(ConfigError):
+        MLAConfig.from_dict({**V3, "q_lora_rank": rank, "model_type": kind, **change})

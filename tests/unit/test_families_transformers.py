@@ -1,0 +1,328 @@
+"""Every served family against its own class in `transformers`: one tiny config.json, one state dict, fp32.
+
+Both sides read the same config.json and the same cached latents. `mla.bench.peer_models` is judged here too:
+what it builds from our config must compute the same as what `transformers` builds from config.json.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, DynamicCache
+
+from mla import MLA, MLAConfig
+from mla.bench.peer_models import PeerModel, UnknownPeer, peer_model
+from mla.config import QueryScaling, YarnScaling
+from mla.families import FAMILIES
+from mla.presets import PRESETS
+from mla.weights import random_state_dict, weight_shapes
+
+#: Between two right implementations; 1.3e-6 is the worst seen among them.
+BOUND, LATENT_BOUND = 1e-5, 1e-6
+#: Every deviation below costs at least this.
+VISIBLE = 1e-3
+
+TINY: dict[str, Any] = {
+    "hidden_size": 60,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 5,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "max_position_embeddings": 4096,
+}
+YARN = {"factor": 40, "original_max_position_embeddings": 16, "mscale": 0.707, "mscale_all_dim": 0.707}
+LISTS = {"short_factor": [1.0, 1.5, 4.0, 9.0], "long_factor": [1.0, 1.5, 4.0, 9.0]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family's tiny config.json, where its class is, and changes that it must show."""
+
+    keys: dict[str, Any]
+    module: str
+    prefix: str
+    attention: str = "Attention"
+    reorders: bool = True  # it caches interleaved rotary channels as evens, then odds
+    wrong: tuple[Callable[[MLAConfig], MLAConfig], ...] = ()
+
+
+def without(**fields: Any) -> Callable[[MLAConfig], MLAConfig]:
+    return lambda config: replace(config, **fields)
+
+
+WRONG = (without(rope_interleave=False), without(rope_theta=77.0))
+CASES = {
+    "deepseek_v2": Case(
+        {"rope_scaling": {"type": "yarn", **YARN}},
+        "deepseek_v2",
+        "DeepseekV2",
+        reorders=False,
+        wrong=(*WRONG, without(rope_scaling=None)),
+    ),
+    "deepseek_v3": Case(
+        {
+            "rope_theta": 5e4,
+            "rope_scaling": {"type": "yarn", **YARN, "beta_fast": 1.0},
+            "attention_bias": True,
+        },
+        "deepseek_v3",
+        "DeepseekV3",
+        wrong=(*WRONG, without(rope_scaling=None)),
+    ),
+    "glm4_moe_lite": Case(
+        {"qk_nope_head_dim": 24, "v_head_dim": 32, "rope_theta": 1e6, "partial_rotary_factor": 1.0},
+        "glm4_moe_lite",
+        "Glm4MoeLite",
+        wrong=WRONG,
+    ),
+    "youtu": Case(
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1.6e6}}, "youtu", "Youtu", wrong=WRONG
+    ),
+    "axk1": Case(
+        {"rope_scaling": {"type": "yarn", **YARN, "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.0}},
+        "axk1",
+        "AXK1",
+        wrong=(*WRONG, without(rope_scaling=YarnScaling(4.0, 16, mscale=1.0, mscale_all_dim=1.0))),
+    ),
+    "sarvam_mla": Case(
+        {"q_lora_rank": None, "rope_scaling": {"type": "deepseek_yarn", **YARN}, "head_dim": 40},
+        "deepseek_v3",
+        "DeepseekV3",
+        wrong=(*WRONG, without(rope_scaling=None)),
+    ),
+    "minicpm3": Case(
+        {
+            "v_head_dim": None,
+            "rms_norm_eps": 1e-5,
+            "rope_scaling": {"type": "longrope", **LISTS, "original_max_position_embeddings": 4096},
+        },
+        "minicpm3",
+        "MiniCPM3",
+        reorders=False,
+        wrong=(without(rope_interleave=True), without(rope_scaling=None)),
+    ),
+    "longcat_flash": Case(
+        {"rms_norm_eps": 1e-5, "head_dim": 8},
+        "longcat_flash",
+        "LongcatFlash",
+        attention="MLA",
+        wrong=(*WRONG, without(q_latent_scale=1.0), without(kv_latent_scale=1.0)),
+    ),
+    "mistral4": Case(
+        {
+            "rope_parameters": {
+                "type": "yarn",
+                **YARN,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "rope_theta": 1e4,
+                "llama_4_scaling_beta": 0.1,
+            },
+            "partial_rotary_factor": 8 / 24,
+        },
+        "mistral4",
+        "Mistral4",
+        wrong=(*WRONG, without(query_scaling=None), without(query_scaling=QueryScaling(0.1, 32))),
+    ),
+    "kimi_linear": Case(
+        {"q_lora_rank": None, "rms_norm_eps": 1e-5, "mla_use_nope": True},
+        "kimi_linear",
+        "KimiLinear",
+        reorders=False,
+        wrong=(without(rope_theta=1e4),),
+    ),
+}
+
+
+def config_json(kind: str, **change: Any) -> dict[str, Any]:
+    return {**TINY, "model_type": kind, **CASES[kind].keys, **change}
+
+
+def own_class(kind: str, **change: Any) -> PeerModel:
+    """Return what `transformers` itself builds from the family's config.json."""
+    case = CASES[kind]
+    values = config_json(kind, **change)
+    twin = AutoConfig.for_model(values.pop("model_type"), **values)
+    twin._attn_implementation = "eager"
+    modeling = importlib.import_module(f"transformers.models.{case.module}.modeling_{case.module}")
+    return PeerModel(
+        attention_class=getattr(modeling, case.prefix + case.attention),
+        rotary_class=getattr(modeling, f"{case.prefix}RotaryEmbedding", None),
+        config=twin,
+        eps=1e-6,  # what the classes have anyway, see the test of eps
+        reorders=case.reorders,
+        takes_position_ids=kind == "mistral4",
+    )
+
+
+class Twin:
+    """One attention layer of `transformers`, run request by request."""
+
+    def __init__(self, model: PeerModel, state: dict[str, torch.Tensor]) -> None:
+        self.model = model
+        self.attention, self.rotary = model.attention(), model.rotary()
+        self.attention.load_state_dict(state)
+
+    @torch.no_grad()
+    def run(self, hidden: torch.Tensor, kv: torch.Tensor, pe: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the output [t, d], and kv [s, c] and pe [s, r] as cached afterwards, in checkpoint order."""
+        cache, (new, past) = DynamicCache(), (len(hidden), len(kv))
+        if past:
+            cache.update(kv[None, None], self.model.to_cache(pe)[None, None], 0)
+        positions = torch.arange(past, past + new)[None]
+        future = torch.arange(past + new) > positions[0, :, None]
+        mask = torch.zeros(new, past + new).masked_fill(future, torch.finfo(torch.float32).min)
+        embedding = None if self.rotary is None else self.rotary(hidden[None], positions)
+        more = self.model.arguments(embedding, positions)
+        out = self.attention(hidden[None], attention_mask=mask[None, None], cache=cache, **more)[0][0]
+        kv, pe = cache.layers[0].keys[0, 0], cache.layers[0].values[0, 0]
+        return out, kv, self.model.from_cache(pe)
+
+
+def errors(case: Any, twin: Twin) -> tuple[float, float]:
+    """Return the worst relative error of a request's output, and of its cached latents."""
+    outs = case.run().split(list(case.batch.query_lens))
+    inputs = case.hidden.split(list(case.batch.query_lens))
+    worst = [0.0, 0.0]
+    for sequence, out, hidden, past in zip(case.ids, outs, inputs, case.history, strict=True):
+        expected = twin.run(hidden, *past)
+        for index, found in enumerate((out, *case.cache.read(sequence))):
+            error = ((found - expected[index]).norm() / expected[index].norm()).item()
+            worst[min(index, 1)] = max(worst[min(index, 1)], error)
+    return worst[0], worst[1]
+
+
+#: Prefill from empty, decode, and prefill with history; positions on both sides of 16 and 32.
+STEP = ([20, 1, 6], [0, 90, 33])
+
+
+@pytest.mark.parametrize("attention", ["absorbed", "expanded"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_family_agrees_with_its_class(make_case: Any, kind: str, attention: str) -> None:
+    config = MLAConfig.from_dict(config_json(kind))
+    case = make_case(*STEP, config, attention=attention)
+    output, latents = errors(case, Twin(own_class(kind), case.state))
+    assert output <= BOUND
+    assert latents <= LATENT_BOUND
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_knob_of_a_family_shows(make_case: Any, kind: str) -> None:
+    """The comparison above could fail: each deviation, one at a time, is far outside its bound."""
+    config = MLAConfig.from_dict(config_json(kind))
+    twin = Twin(own_class(kind), random_state_dict(config, 0, torch.float32))
+    assert CASES[kind].wrong
+    for deviate in CASES[kind].wrong:
+        case = make_case(*STEP, config, layer_config=deviate(config))
+        assert errors(case, twin)[0] > VISIBLE
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_latent_norms_of_every_class_have_eps_1e_6(make_case: Any, kind: str) -> None:
+    """With inputs so small that eps decides. The model's own norms may well say 1e-5."""
+    plain = {"attention_bias": False}  # biases would drown small inputs
+    config = MLAConfig.from_dict(config_json(kind, **plain))
+    model = own_class(kind, **plain)
+    module = model.attention_class(model.config, 0)
+    assert module.kv_a_layernorm.variance_epsilon == 1e-6
+    small = {"hidden_scale": 1e-3}
+    case = make_case(*STEP, config, **small)
+    twin = Twin(model, case.state)
+    assert errors(case, twin)[0] <= BOUND
+    wrong = make_case(*STEP, config, layer_config=replace(config, rms_norm_eps=1e-5), **small)
+    assert errors(wrong, twin)[0] > VISIBLE
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_oracle_knows_every_family(make_case: Any, assert_rows_close: Any, kind: str) -> None:
+    """In fp32, and in bf16 within what rounding costs; a deviating layer is far from it."""
+    config = MLAConfig.from_dict(config_json(kind))
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        case = make_case(*STEP, config, dtype=dtype)
+        assert_rows_close(case.run(), case.truth(), bound)
+    for deviate in CASES[kind].wrong:
+        case = make_case(*STEP, config, layer_config=deviate(config))
+        with pytest.raises(AssertionError, match="worst row error"):
+            assert_rows_close(case.run(), case.truth(), VISIBLE)
+
+
+@pytest.mark.parametrize("history", [15, 16])
+def test_queries_are_scaled_from_the_first_position_that_says_so(make_case: Any, history: int) -> None:
+    """Position 15 is the last of the first 16; a batch that stays below is not touched at all."""
+    config = MLAConfig.from_dict(config_json("mistral4"))
+    plain = make_case([1], [history], config, layer_config=replace(config, query_scaling=None))
+    case = make_case([1], [history], config)
+    assert torch.equal(case.run(), plain.run()) == (history == 15)
+    assert errors(case, Twin(own_class("mistral4"), case.state))[0] <= BOUND
+
+
+def test_layers_with_different_query_scales_share_a_batch(make_case: Any, assert_rows_close: Any) -> None:
+    config = MLAConfig.from_dict(config_json("mistral4"))
+    case = make_case(*STEP, config)
+    case.run()
+    other = replace(config, query_scaling=QueryScaling(0.7, 8))
+    twin = make_case(*STEP, other)
+    twin.batch, twin.cache = case.batch, case.cache
+    assert_rows_close(twin.run(), twin.truth(), BOUND)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_peer_built_from_our_config_is_the_family_s_own(make_case: Any, kind: str) -> None:
+    config = MLAConfig.from_dict(config_json(kind))
+    peer = peer_model(config, "eager")
+    assert peer.attention_class is own_class(kind).attention_class
+    case = make_case(*STEP, config)
+    output, latents = errors(case, Twin(peer, case.state))
+    assert output <= BOUND
+    assert latents <= LATENT_BOUND
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "minicpm3", "longcat_flash", "mistral4", "kimi_linear"])
+def test_a_peer_is_found_for_numbers_without_a_name(make_case: Any, kind: str) -> None:
+    config = replace(MLAConfig.from_dict(config_json(kind)), model_type=None, rms_norm_eps=1e-4)
+    case = make_case(*STEP, config, hidden_scale=1e-2)
+    assert errors(case, Twin(peer_model(config, "eager"), case.state))[0] <= BOUND
+
+
+def test_numbers_that_no_class_computes_have_no_peer(tiny: Any) -> None:
+    for config in (
+        tiny(q_lora_rank=24, q_latent_scale=3.0),
+        tiny(kv_latent_scale=2.0),
+        tiny(rope_theta=None, query_scaling=QueryScaling(0.1, 16)),
+        tiny(rope_scaling=YarnScaling(40, 64), query_scaling=QueryScaling(0.1, 16)),
+        tiny(model_type="deepseek_v2", rope_interleave=False),
+    ):
+        with pytest.raises(UnknownPeer, match="no attention that computes config 'tiny'"):
+            peer_model(config)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_s_peer_has_its_weights_and_its_scale(name: str) -> None:
+    config = MLAConfig.preset(name)
+    peer = peer_model(config)
+    with torch.device("meta"):
+        module = peer.attention()
+    assert {key: tuple(value.shape) for key, value in module.state_dict().items()} == weight_shapes(config)
+    assert module.scaling == pytest.approx(config.softmax_scale, rel=1e-12)
+    assert peer.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_latents_give_the_state_dict_back_bit_for_bit(dtype: torch.dtype) -> None:
+    config = MLAConfig.from_dict(config_json("longcat_flash"))
+    state = random_state_dict(config, 3, dtype)
+    layer = MLA(config, dtype=dtype)
+    layer.load_state_dict(state)
+    for _ in range(2):  # what came out goes in again without being scaled twice
+        found = layer.state_dict()
+        assert list(found) == list(weight_shapes(config))
+        assert all(torch.equal(found[name], state[name]) for name in state)
+        layer.load_state_dict(found)
