@@ -53,6 +53,10 @@ struct Output {
     int64_t row;       // elements from one token to the next
     const bf16* bias;  // or null
     int64_t outputs;
+
+    Output from(int64_t token, int64_t column) const {
+        return {data + token * row + column, row, bias ? bias + column : nullptr, outputs - column};
+    }
 };
 
 static inline void store_panel(vf sum, const Output& out, int64_t token, int64_t column) {
@@ -68,23 +72,42 @@ static inline void store_panel(vf sum, const Output& out, int64_t token, int64_t
     std::memcpy(to, rounded, count * sizeof(bf16));
 }
 
-// MR tokens times NR neighbouring panels, over all inputs.
+// A stretch of the inputs. Sums of all but the last one are kept in `partial`, [tokens, outputs] of the task,
+// so that the weights and tokens of a stretch fit the first-level cache.
+struct Stretch {
+    int64_t begin, end, inputs;
+    float* partial;  // null: one stretch is all
+    int64_t row;
+
+    bool first() const { return begin == 0; }
+    bool last() const { return end == inputs; }
+};
+
+// MR tokens times NR neighbouring panels; token and column count within the task.
 template <class X, int MR, int NR>
-static void tile(const typename X::Value* x, int64_t x_row, const bf16* panel, int64_t inputs,
+static void tile(const typename X::Value* x, int64_t x_row, const bf16* panel, const Stretch& part,
                  const Output& out, int64_t token, int64_t column) {
     vf sum[MR][NR] = {};
-    for (int64_t k = 0; k < inputs; k += 2) {
+    float* partial = part.partial + token * part.row + column;
+    if (!part.first())
+        for (int i = 0; i < MR; i++)
+            for (int j = 0; j < NR; j++) sum[i][j] = load<vf>(partial + i * part.row + j * LANES);
+    for (int64_t k = part.begin; k < part.end; k += 2) {
         vu b[NR];
-        for (int j = 0; j < NR; j++) b[j] = load<vu>(panel + j * LANES * inputs + k * LANES);
+        for (int j = 0; j < NR; j++) b[j] = load<vu>(panel + (j * part.inputs + k) * LANES);
 #pragma GCC unroll 32
         for (int i = 0; i < MR; i++) X::step(sum[i], b, x + i * x_row + k);
     }
     for (int i = 0; i < MR; i++)
-        for (int j = 0; j < NR; j++) store_panel(sum[i][j], out, token + i, column + j * LANES);
+        for (int j = 0; j < NR; j++)
+            if (part.last())
+                store_panel(sum[i][j], out, token + i, column + j * LANES);
+            else
+                store(partial + i * part.row + j * LANES, sum[i][j]);
 }
 
 template <class X>
-using Tile = void (*)(const typename X::Value*, int64_t, const bf16*, int64_t, const Output&, int64_t,
+using Tile = void (*)(const typename X::Value*, int64_t, const bf16*, const Stretch&, const Output&, int64_t,
                       int64_t);
 template <class X, int NR, int... MR>
 static Tile<X> pick(int rows, std::integer_sequence<int, MR...>) {
@@ -99,52 +122,68 @@ constexpr int FEW_ROWS = 6, ROWS = 14, ROWS_WIDE = 12;
 #else
 constexpr int FEW_ROWS = 1, ROWS = 2, ROWS_WIDE = 2;
 #endif
+constexpr int64_t DEPTH = 1024;  // inputs of a stretch when there are many tokens
 
-// `tokens` rows against panels [panel, last), NR at a time as long as they last; returns the first one left.
-// The rows are cut evenly: 8 + 8 is faster than 14 + 2.
+// What one task multiplies: rows of x by neighbouring panels.
+template <class X>
+struct Job {
+    const typename X::Value* x;
+    int64_t x_row, tokens;
+    const bf16* packed;
+    int64_t panels, inputs;
+    Output out;
+};
+
+// All rows against panels from `panel` on, NR at a time as long as they last; returns the first one left. The
+// rows are cut evenly: 8 + 8 is faster than 14 + 2.
 template <class X, int MR, int NR>
-static int64_t sweep(const typename X::Value* x, int64_t x_row, const bf16* packed, int64_t inputs,
-                     const Output& out, int64_t token, int64_t tokens, int64_t panel, int64_t last) {
-    const int64_t blocks = (tokens + MR - 1) / MR, step = (tokens + blocks - 1) / blocks;
-    for (; panel + NR <= last; panel += NR)
-        for (int64_t i = 0; i < tokens; i += step) {
-            auto run = pick<X, NR>((int)std::min(step, tokens - i), std::make_integer_sequence<int, MR>());
-            run(x + i * x_row, x_row, packed + panel * LANES * inputs, inputs, out, token + i, panel * LANES);
+static int64_t sweep(const Job<X>& job, const Stretch& part, int64_t panel) {
+    const int64_t blocks = (job.tokens + MR - 1) / MR, step = (job.tokens + blocks - 1) / blocks;
+    for (; panel + NR <= job.panels; panel += NR)
+        for (int64_t i = 0; i < job.tokens; i += step) {
+            auto run =
+                pick<X, NR>((int)std::min(step, job.tokens - i), std::make_integer_sequence<int, MR>());
+            run(job.x + i * job.x_row, job.x_row, job.packed + panel * LANES * job.inputs, part, job.out, i,
+                panel * LANES);
         }
     return panel;
 }
 
 template <class X, int MR>
-static void block(const typename X::Value* x, int64_t x_row, const bf16* packed, int64_t inputs,
-                  const Output& out, int64_t token, int64_t tokens, int64_t first, int64_t last) {
-    if (tokens <= FEW_ROWS)
-        first = sweep<X, FEW_ROWS, 4>(x, x_row, packed, inputs, out, token, tokens, first, last);
-    first = sweep<X, MR, 2>(x, x_row, packed, inputs, out, token, tokens, first, last);
-    sweep<X, MR, 1>(x, x_row, packed, inputs, out, token, tokens, first, last);
+static void run(const Job<X>& job) {
+    const int64_t depth = job.tokens > 2 * MR ? DEPTH : job.inputs, row = job.panels * LANES;
+    const bool whole = depth >= job.inputs;
+    float* partial = whole ? nullptr : scratch<1>().take<float>(job.tokens * row);
+    for (int64_t begin = 0; begin < job.inputs; begin += depth) {
+        const Stretch part = {begin, std::min(begin + depth, job.inputs), job.inputs, partial, row};
+        int64_t panel = 0;
+        if (job.tokens <= FEW_ROWS) panel = sweep<X, FEW_ROWS, 4>(job, part, panel);
+        panel = sweep<X, MR, 2>(job, part, panel);
+        sweep<X, MR, 1>(job, part, panel);
+    }
 }
 
-// Rows of x that stay in a core's second-level cache while panels pass by, as whole register blocks.
+// Rows of a task: its stretch of x and its partial sums stay in a core's second-level cache.
 template <int MR>
-static inline int64_t resident_rows(int64_t bytes_per_row) {
-    int64_t rows = std::max<int64_t>(1, (int64_t)(448 << 10) / bytes_per_row);
-    return std::max<int64_t>(1, rows / MR) * MR;
+static inline int64_t task_rows(int64_t tokens) {
+    return tokens <= 2 * MR ? std::max<int64_t>(1, tokens) : 12 * MR;
 }
 
 template <class X, int MR>
 static void product(const typename X::Value* x, int64_t x_row, const bf16* packed, int64_t inputs,
                     const Output& out, int64_t tokens, int threads) {
-    const int64_t panels = panels_of(out.outputs);
-    const int64_t rows = tokens <= 2 * MR ? tokens : resident_rows<MR>(inputs * sizeof(typename X::Value));
+    const int64_t panels = panels_of(out.outputs), rows = task_rows<MR>(tokens);
     const int64_t row_blocks = (tokens + rows - 1) / rows;
-    const int64_t wanted =
-        16 * (int64_t)threads;  // small enough pieces that a disturbed core holds nobody up
-    const int64_t group = std::max<int64_t>(4, (panels * row_blocks / wanted + 3) / 4 * 4);
+    // Small enough pieces that a disturbed core holds nobody up.
+    const int64_t wanted = panels * row_blocks / (16 * (int64_t)threads);
+    const int64_t group = std::min<int64_t>(16, std::max<int64_t>(4, (wanted + 3) / 4 * 4));
     const int64_t groups = (panels + group - 1) / group;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t task = 0; task < row_blocks * groups; task++) {
-        int64_t token = task / groups * rows, first = task % groups * group;
-        block<X, MR>(x + token * x_row, x_row, packed, inputs, out, token, std::min(rows, tokens - token),
-                     first, std::min(first + group, panels));
+        const int64_t token = task % row_blocks * rows, first = task / row_blocks * group;
+        const Output to = out.from(token, first * LANES);
+        run<X, MR>({x + token * x_row, x_row, std::min(rows, tokens - token), packed + first * LANES * inputs,
+                    std::min(group, panels - first), inputs, to});
     }
 }
 
@@ -171,13 +210,15 @@ template <class X, int MR>
 static void grouped_product(const typename X::Value* x, Grouped x_step, const bf16* packed, int64_t inputs,
                             bf16* out, Grouped out_step, int64_t outputs, int64_t tokens, int64_t heads,
                             int threads) {
-    const int64_t rows = 8 * MR, blocks = (tokens + rows - 1) / rows, size = packed_size(outputs, inputs);
+    const int64_t rows = task_rows<MR>(tokens), blocks = (tokens + rows - 1) / rows;
+    const int64_t size = packed_size(outputs, inputs);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t task = 0; task < heads * blocks; task++) {
         const int64_t head = task / blocks, token = task % blocks * rows;
         const Output to = {out + head * out_step.head, out_step.token, nullptr, outputs};
-        block<X, MR>(x + token * x_step.token + head * x_step.head, x_step.token, packed + head * size,
-                     inputs, to, token, std::min(rows, tokens - token), 0, panels_of(outputs));
+        run<X, MR>({x + token * x_step.token + head * x_step.head, x_step.token,
+                    std::min(rows, tokens - token), packed + head * size, panels_of(outputs), inputs,
+                    to.from(token, 0)});
     }
 }
 
