@@ -30,7 +30,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "short_factor": FACTORS,
             "long_factor": FACTORS,
             "original_max_position_embeddings": 4096,
-        }
+        },
     },
     "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
     "mistral4": {
@@ -49,7 +49,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_runs_beside_its_own_class(bench: Any, small: list[str], tmp_path: Path, family: str) -> None:
+def test_a_family_runs_beside_its_own_class(
+    bench: Any, small: list[str], tmp_path: Path, family: str
+) -> None:
     config = {"model_type": family, **TINY, **FAMILIES[family]}
     (tmp_path / "family.json").write_text(json.dumps(config))
     names = ["--implementations", "mla,transformers", "--dtype", "float32", "-o", "run.json"]
