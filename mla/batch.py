@@ -68,15 +68,17 @@ class RaggedBatch:
         self._memo: dict[Hashable, Any] = {}
 
     def _pack(self, slots: Sequence[int] | None) -> torch.Tensor:
-        """Lay slots, positions, block table, kv_lens and cu_q out in one int32 host buffer."""
+        """Lay slots, positions, kv_lens, cu_q and the block table out in one int32 host buffer."""
         table = self.block_table_host.view(-1)
-        lengths = (*self.kv_lens, *self.cu_q_host)
         if slots is not None and len(slots) == len(self.kv_lens):  # decode: one token each
-            positions = (kv_len - 1 for kv_len in self.kv_lens)
-            parts = (host_ints(slots).view(torch.int32), host_ints(positions, torch.int32))
-        else:
-            parts = self._slots_and_positions(table)
-        return torch.cat((*parts, table, host_ints(lengths, torch.int32)))
+            numbers = array("i")
+            numbers.frombytes(array("q", slots).tobytes())
+            numbers.extend([kv_len - 1 for kv_len in self.kv_lens])
+            numbers.extend(self.kv_lens)
+            numbers.extend(self.cu_q_host)
+            return torch.cat((torch.frombuffer(numbers, dtype=torch.int32), table))
+        lengths = host_ints((*self.kv_lens, *self.cu_q_host), torch.int32)
+        return torch.cat((*self._slots_and_positions(table), lengths, table))
 
     def _slots_and_positions(self, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the slots [2 T] (int64 as pairs of int32) and positions [T] int32 of all new tokens."""
@@ -93,8 +95,8 @@ class RaggedBatch:
         """Name the parts of the device buffer."""
         tokens, requests = self.num_tokens, len(self.query_lens)
         width = self.block_table_host.shape[1]
-        sizes = (2 * tokens, tokens, requests * width, requests, requests + 1)
-        slots, self.positions, table, self.kv_lens_device, self.cu_q = self._buffer.split(sizes)
+        sizes = (2 * tokens, tokens, requests, requests + 1, requests * width)
+        slots, self.positions, self.kv_lens_device, self.cu_q, table = self._buffer.split(sizes)
         self.slots = slots.view(torch.int64)
         self.block_table = table.view(requests, width)
 

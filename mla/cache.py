@@ -61,6 +61,7 @@ class LatentCache:
         self._free_rows: list[int] = []
         self._next_id = 0
         self._tables = torch.zeros(0, 1, dtype=torch.int32)  # [rows, pages]
+        self._last_table: tuple[list[int], torch.Tensor] | None = None
 
     @property
     def kv_cache(self) -> torch.Tensor:
@@ -111,14 +112,21 @@ class LatentCache:
         for entry, kv_len in zip(entries, kv_lens, strict=True):
             entry.length = kv_len
         self.generation += 1
-        width = max(1, *(len(entry.pages) for entry in entries))
-        rows = host_ints(entry.row for entry in entries)
-        table = self._tables[:, :width].index_select(0, rows)
         slots = None
-        if all(query == 1 for query in query_lens):  # decode: a few integers, not worth tensor arithmetic
+        if query_lens.count(1) == len(query_lens):  # decode: a few integers, not worth tensor arithmetic
             size = self.page_size
             slots = [entry.pages[-1] * size + (entry.length - 1) % size for entry in entries]
+        table = self._table(entries)
         return RaggedBatch(query_lens, kv_lens, table, self.page_size, self.pages.device, self, slots)
+
+    def _table(self, entries: Sequence[_Sequence]) -> torch.Tensor:
+        """Return the block table [B, n] of these sequences; the last one again while no page changed."""
+        rows = [entry.row for entry in entries]
+        if self._last_table is None or self._last_table[0] != rows:
+            width = max(1, *[len(entry.pages) for entry in entries])
+            table = self._tables[:, :width].index_select(0, host_ints(rows))
+            self._last_table = (rows, table)
+        return self._last_table[1]
 
     def _entries(self, sequences: Sequence[int], query_lens: Sequence[int]) -> list[_Sequence]:
         if len(sequences) != len(query_lens) or not sequences:
@@ -145,6 +153,7 @@ class LatentCache:
         start = len(entry.pages)
         if start + count > self._tables.shape[1]:
             self._grow_tables(self._tables.shape[0], width=2 * (start + count))
+        self._last_table = None
         entry.pages += [self._free.pop() for _ in range(count)]
         self._tables[entry.row, start : start + count] = host_ints(entry.pages[start:], torch.int32)
 
@@ -164,6 +173,7 @@ class LatentCache:
         entry.length = length
         self.generation += 1
         if dropped:
+            self._last_table = None
             self.pages[:, torch.tensor(dropped, device=self.pages.device)] = 0
             self._free += reversed(dropped)  # so that extending again takes the same pages
 
