@@ -28,9 +28,11 @@ class Choice:
         """Identify what this choice computes: layers with equal keys share a plan."""
         return (self.op.contract, self.name, self.spec)
 
-    def check_batch(self, query_lens: Sequence[int], kv_lens: Sequence[int]) -> None:
-        """Raise `UnsupportedBatch` with every reason why these lengths cannot be served."""
-        reasons = self.op.unsupported_batch(self.spec, query_lens, kv_lens)
+    def check_batch(
+        self, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
+    ) -> None:
+        """Raise `UnsupportedBatch` with every reason why these lengths or pages cannot be served."""
+        reasons = self.op.unsupported_batch(self.spec, query_lens, kv_lens, page_size)
         if reasons:
             raise UnsupportedBatch(
                 f"fused op '{self.name}' ({self.op.contract}) refuses this batch: {'; '.join(reasons)}. "

@@ -99,7 +99,7 @@ def _absorbed(ops: Ops, batch: RaggedBatch, requests: Sequence[int]) -> Absorbed
     if part is None:
         return None
     choice = ops["latent_attention"]
-    choice.check_batch(part.query_lens, part.kv_lens)
+    choice.check_batch(part.query_lens, part.kv_lens, part.page_size)
     return AbsorbedGroup(tokens, part, choice.op.prepare(choice.spec, part))
 
 

@@ -204,13 +204,19 @@ class FusedOp(ABC):
 
     contract: str
     nan_safe_tail = False  # slots past a request's end may hold NaN
+    writes_lse = True  # latent_attention fills lse; where the kernel has none, it is NaN
 
     def unsupported_reasons(self, spec: Any) -> list[str]:
         """Return why this op cannot serve `spec` (empty: it can)."""
         return []
 
-    def unsupported_batch(self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int]) -> list[str]:
-        """Return why this op cannot serve these lengths (empty: it can)."""
+    def unsupported_batch(
+        self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
+    ) -> list[str]:
+        """Return why this op cannot serve these lengths (empty: it can).
+
+        `page_size` is that of the cache; None for ops that see no pages.
+        """
         return []
 
     def pack(self, weight: torch.Tensor) -> Packed:

@@ -28,7 +28,7 @@ COLUMNS: dict[str, Callable[[Case], str]] = {
     "tok/s": lambda case: _number(case.tokens_per_s.median if case.tokens_per_s else None),
     "TFLOP/s": lambda case: _rate(case, case.cost.flops, 1e12),
     "GB/s": lambda case: _rate(case, case.cost.bytes, 1e9),
-    "% of limit": lambda case: _number(case.roofline.fraction and 100 * case.roofline.fraction),
+    "% of limit": lambda case: _limit(case.roofline),
     "rel. error": lambda case: _exponent(case.check.relative_error),
     "check": lambda case: case.check.status,
 }
@@ -154,6 +154,9 @@ def _flat(case: Case) -> dict[str, object]:
         "p10_ms": latency.p10 if latency else None,
         "p90_ms": latency.p90 if latency else None,
         "tokens_per_s": rate.median if rate else None,
+        "floor_ms": case.roofline.floor_ms,
+        "limit": case.roofline.bound,
+        "limit_source": case.roofline.peak_source,
         "flops": case.cost.flops,
         "bytes": case.cost.bytes,
         "passes": case.passes,
@@ -168,6 +171,13 @@ def _flat(case: Case) -> dict[str, object]:
 def _rate(case: Case, amount: int, unit: float) -> str:
     """Return necessary work per time; what an implementation does beyond that does not count."""
     return _number(amount / case.latency_ms.median * 1e3 / unit if case.latency_ms else None)
+
+
+def _limit(roofline: results.Roofline) -> str:
+    """Return the share of the limit and which one it is, such as "71 mem"."""
+    if roofline.fraction is None:
+        return "-"
+    return " ".join((f"{100 * roofline.fraction:.0f}", (roofline.bound or "")[:3])).strip()
 
 
 def _number(value: float | None) -> str:

@@ -54,10 +54,11 @@ class Cost(msgspec.Struct, kw_only=True):
 
 
 class Roofline(msgspec.Struct, kw_only=True):
-    """Distance to the device's limit; None where no peak is known."""
+    """Distance to the device's limit. `bound` says which limit the floor is: "memory" or "compute"."""
 
     floor_ms: float | None = None
     fraction: float | None = None
+    bound: Literal["memory", "compute"] | None = None
     peak_source: str | None = None
 
 

@@ -14,6 +14,7 @@ import torch
 
 from mla import cost
 from mla.bench import agreement, engine, environment, peers, results, stats
+from mla.bench.ceilings import Ceilings
 from mla.bench.check import Checker, expected_outputs
 from mla.bench.implementations import Implementation, MlaLayer, Setting
 from mla.bench.inputs import Inputs, make_inputs
@@ -108,8 +109,9 @@ def execute(request: Request, progress: engine.Progress, note: Note) -> Outcome:
     names = request.implementations
     turns = [list(names)] if memory.side_by_side else [[name] for name in names]
     cases: list[results.Case] = []
+    ceilings = Ceilings(request.setting)
     for scenario in request.scenarios:
-        work = _Work(request, scenario, progress)
+        work = _Work(request, scenario, progress, ceilings)
         done: list[results.Case] = []
         for together in turns:
             try:
@@ -138,8 +140,11 @@ def _failure(scenario: Scenario, error: Exception) -> MLAError | BackendError:
 class _Work:
     """One scenario: its weights, inputs and oracle, shared by all implementations."""
 
-    def __init__(self, request: Request, scenario: Scenario, progress: engine.Progress) -> None:
+    def __init__(
+        self, request: Request, scenario: Scenario, progress: engine.Progress, ceilings: Ceilings
+    ) -> None:
         self._request, self._scenario, self._progress = request, scenario, progress
+        self._ceilings = ceilings
         setting = request.setting
         self._setting = replace(setting, config=scenario_config(setting.config, scenario))
         self._inputs: Inputs | None = None
@@ -209,8 +214,8 @@ class _Work:
             transient_bytes=measured.transient_bytes,
         )
         if measured.passes:
-            _add_numbers(case, self._scenario, measured, one)
-            case.roofline = _roofline(self._setting, case)
+            latency = _add_numbers(case, self._scenario, measured, one)
+            case.roofline = self._ceilings.roofline(case.cost, latency.median)
         return case
 
     def _not_run(self, name: str) -> results.Case:
@@ -251,7 +256,7 @@ class _Work:
 
 def _add_numbers(
     case: results.Case, scenario: Scenario, measured: engine.Measured, one: Implementation
-) -> None:
+) -> results.Latency:
     samples = [sample for samples in measured.passes for sample in samples]
     medians = [stats.median(samples) for samples in measured.passes]
     rates = [1e3 * scenario.tokens * len(samples) / sum(samples) for samples in measured.passes]
@@ -267,19 +272,7 @@ def _add_numbers(
     case.switch_steps = [
         index * scenario.steps for index, switched in enumerate(measured.after_switch) if switched
     ]
-
-
-def _roofline(setting: Setting, case: results.Case) -> results.Roofline:
-    """Return the distance to the larger of both floors, where the backend knows its peaks."""
-    info = setting.backend.device_info()
-    flops = info.flops.get(str(setting.dtype).removeprefix("torch."))
-    if info.bandwidth is None or flops is None or case.latency_ms is None:
-        return results.Roofline()
-    floor, source = max(
-        (1e3 * case.cost.bytes / info.bandwidth.value, info.bandwidth.source),
-        (1e3 * case.cost.flops / flops.value, flops.source),
-    )
-    return results.Roofline(floor_ms=floor, fraction=floor / case.latency_ms.median, peak_source=source)
+    return case.latency_ms
 
 
 def _repro(request: Request, scenario: Scenario, name: str) -> str:

@@ -1,7 +1,7 @@
 """How much memory a forward takes beyond weights, cache and outputs: counted, not sampled.
 
 Works on every device, since it watches torch's dispatcher instead of a vendor's allocator. What an op
-allocates inside itself, such as a kernel's own scratch memory, does not pass the dispatcher and is not counted.
+allocates inside itself, such as a kernel's own scratch memory, does not pass the dispatcher: not counted.
 """
 
 from __future__ import annotations

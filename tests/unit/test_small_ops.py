@@ -127,7 +127,7 @@ class Picky(LatentOp):  # type: ignore[misc, valid-type]
     def unsupported_reasons(self, spec: Any) -> list[str]:
         return ["it needs an even head count"] if spec.num_heads % 2 else []
 
-    def unsupported_batch(self, spec: Any, query_lens: Any, kv_lens: Any) -> list[str]:
+    def unsupported_batch(self, spec: Any, query_lens: Any, kv_lens: Any, page_size: Any = None) -> list[str]:
         return ["it serves decode only"] if max(query_lens) > 1 else []
 
 

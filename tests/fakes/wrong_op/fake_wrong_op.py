@@ -23,7 +23,7 @@ class LoopAttention(FusedOp):
     def unsupported_reasons(self, spec):
         return [f"it has no kernel for {spec.num_heads} heads"] if self._fault == "spec" else []
 
-    def unsupported_batch(self, spec, query_lens, kv_lens):
+    def unsupported_batch(self, spec, query_lens, kv_lens, page_size=None):
         return [f"{len(kv_lens)} requests are too many"] if self._fault == "batch" else []
 
     def prepare(self, spec, batch):

@@ -1,0 +1,45 @@
+"""Adapters from vendors' kernels to the contract's attention ops, for plugins to offer in `ops()`.
+
+A plugin declares what the kernel can do on its devices, as data, and offers the op; nothing is imported until
+a layer is built, and a package that is missing, broken or changed becomes a reason in `--list-ops`::
+
+    from mla_backends.kernels import FlashMla, LatentLimits
+
+    def hopper_only(device):
+        found = torch.cuda.get_device_capability(device)
+        return "" if found == (9, 0) else f"it needs compute capability 9.0, not {found}"
+
+    class Acme(TorchBackend):
+        def ops(self):
+            limits = LatentLimits(page_sizes=(64,), device_reason=hopper_only)
+            return {"flash_mla": FlashMla(limits, install="pip install flash-mla")}
+
+| adapter | attention | package | `lse` | in a captured graph |
+|---|---|---|---|---|
+| `FlashMla` | latent | `flash_mla`, `mate.flashmla` | yes | plans inside the graph, or `graph=False` |
+| `IxformerMla` | latent | `ixformer` | newer releases; else NaN | bounded by the block table |
+| `FlashInferMla` | latent | `flashinfer` | yes | refused: it plans on the host |
+| `FlashAttnVarlen` | expanded | `flash_attn`, `flash_attn_interface` | yes | keeps the lengths of its plan |
+
+One op object serves all layers; keep it, because it keeps scratch memory and the vendor's workspace. An op
+is not for use on two streams at a time. To serve another kernel over pages, subclass `PagedLatentOp`.
+"""
+
+from mla_backends.kernels.flash_attn import FlashAttnVarlen, VarlenLimits
+from mla_backends.kernels.flash_mla import FlashMla
+from mla_backends.kernels.flashinfer import FlashInferMla
+from mla_backends.kernels.ixformer import IxformerMla
+from mla_backends.kernels.limits import LatentLimits
+from mla_backends.kernels.paged import PagedLatentOp
+from mla_backends.kernels.vendor import KernelRefused
+
+__all__ = [
+    "FlashAttnVarlen",
+    "FlashInferMla",
+    "FlashMla",
+    "IxformerMla",
+    "KernelRefused",
+    "LatentLimits",
+    "PagedLatentOp",
+    "VarlenLimits",
+]

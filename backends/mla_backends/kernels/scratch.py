@@ -1,0 +1,30 @@
+"""`Scratch`: memory an adapter needs beside the vendor's own; it grows to the largest call and is kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Scratch:
+    """Named buffers per trailing shape, dtype and device, zero where they were never written."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[object, ...], torch.Tensor] = {}
+
+    def take(
+        self, name: str, shape: tuple[int, ...], like: torch.Tensor, fresh: bool = False
+    ) -> torch.Tensor:
+        """Return memory of this shape in the dtype and on the device of `like`; contents stay, row for row.
+
+        `fresh` gives memory of its own, full of zeros: what a graph captures must outlive a later growth.
+        """
+        if fresh:
+            return like.new_zeros(shape)
+        key = (name, shape[1:], like.dtype, like.device)
+        held = self._held.get(key)
+        if held is None or held.shape[0] < shape[0]:
+            held = self._held[key] = like.new_zeros(shape)
+        return held[: shape[0]]

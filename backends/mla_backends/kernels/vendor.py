@@ -1,0 +1,95 @@
+"""Vendor packages, imported when a layer is built; a missing or broken one is a reason, not an error."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from mla_backends.errors import BackendError, describe, one_line
+
+if TYPE_CHECKING:
+    import torch
+
+
+class KernelRefused(BackendError):
+    """A vendor kernel cannot serve this cache or call; raised on the host, before anything is launched."""
+
+    state = "unsupported"
+
+
+class VendorModule:
+    """A module of a vendor's package and the functions an adapter needs from it.
+
+    Nothing is imported until `reasons` or an attribute is asked for. `hint` says how to install it.
+    """
+
+    def __init__(self, name: str, needs: Sequence[str], hint: str = "") -> None:
+        self.name = name
+        self._needs = tuple(needs)
+        self._hint = hint
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[ModuleType | None, str]:
+        """Return the module, or None and why there is none."""
+        try:
+            return importlib.import_module(self.name), ""
+        except ModuleNotFoundError as error:
+            if error.name and (self.name == error.name or self.name.startswith(f"{error.name}.")):
+                return None, f"{error.name} is not installed" + (f" ({self._hint})" if self._hint else "")
+            return None, self._broken(error)
+        except Exception as error:  # noqa: BLE001  # a broken extension module raises anything
+            return None, self._broken(error)
+
+    def _broken(self, error: Exception) -> str:
+        return f"{self.name} is installed but cannot be imported ({one_line(describe(error))})"
+
+    def reasons(self) -> list[str]:
+        """Return why the module cannot be used (empty: it can)."""
+        module, reason = self._loaded
+        if module is None:
+            return [reason]
+        return [f"{self.name} has no {name}" for name in self._needs if not hasattr(module, name)]
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a function or class of the module. Raises `KernelRefused` where there is no module."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        module, reason = self._loaded
+        if module is None:
+            raise KernelRefused(f"{reason}.")
+        return getattr(module, name)
+
+
+def parameters(function: Callable[..., Any]) -> frozenset[str] | None:
+    """Return the arguments that can be passed by keyword; None where any can, or nobody knows."""
+    try:
+        found = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in found):
+        return None
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return frozenset(parameter.name for parameter in found if parameter.kind in by_name)
+
+
+def accepts(function: Callable[..., Any], name: str) -> bool:
+    """Say whether `function` is known to have an argument called `name`."""
+    return name in (parameters(function) or ())
+
+
+def missing(function: Callable[..., Any], label: str, names: Iterable[str]) -> list[str]:
+    """Return a reason per name that `function`, called `label`, does not take by keyword."""
+    known = parameters(function)
+    return [f"{label} takes no argument {name}" for name in names if known is not None and name not in known]
+
+
+def capturing(device: torch.device) -> bool:
+    """Say whether the device's current stream is being captured into a graph."""
+    import torch
+
+    probe = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
+    return bool(probe is not None and probe())

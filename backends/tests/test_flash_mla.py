@@ -1,0 +1,395 @@
+"""The `flash_mla` adapter on fakes of every generation and vendor, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla import MLA, LatentCache, MLAConfig
+from mla.config import YarnScaling
+from mla.oracle import oracle
+from mla.weights import random_state_dict
+from mla_backends import Availability, Backend, BackendError, FusedOp
+from mla_backends.kernels import FlashMla, LatentLimits
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A fake and what a plugin would declare about it."""
+
+    folder: str
+    limits: LatentLimits = field(default_factory=LatentLimits)
+    module: str = "flash_mla"
+    plan: str = "get_mla_metadata"  # the fake's counter
+
+    def op(self) -> FlashMla:
+        return FlashMla(self.limits, module=self.module)
+
+
+MATE = LatentLimits(
+    heads=(8, 16, 32, 64, 128),
+    pads_heads_to=(8, 16, 32, 64, 128),
+    lse_layout="tokens_first",
+    empty_rows=False,
+)
+VARIANTS = {
+    "nvidia_a": Variant("nvidia_a", LatentLimits(max_query_rows=132 * 64)),
+    "nvidia_b": Variant("nvidia_b"),
+    "nvidia_c": Variant("nvidia_c"),
+    "metax": Variant("metax", LatentLimits(page_sizes=None)),
+    "moore_legacy": Variant(
+        "moore_legacy", LatentLimits(dtypes=("bfloat16",), max_query_rows=56 * 64, graph=False)
+    ),
+    "moore_mate": Variant("moore_mate", MATE),
+    "moore_mate_bare": Variant("moore_mate", MATE, "mate.flashmla", "mate.get_mla_metadata"),
+}
+each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+requests = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 140)), min_size=1, max_size=5)
+
+
+@each_variant
+def test_every_kind_of_batch_is_right(installed: Any, check_latent: Any, variant: Variant) -> None:
+    with installed(variant.folder):
+        op = variant.op()
+        check_latent(op, heads=(1, 4, 16, 128))  # with 4 heads and 4 queries the shape of lse says nothing
+        if "float16" in variant.limits.dtypes:
+            check_latent(op, dtype=torch.float16)
+
+
+@each_variant
+@settings(max_examples=20, deadline=None)
+@given(
+    drawn=requests,
+    heads=st.one_of(st.integers(1, 20), st.sampled_from([32, 48, 64, 100, 128])),
+    seed=st.integers(0, 99),
+)
+def test_any_lengths_and_heads_are_right(
+    installed: Any, make_problem: Any, assert_right: Any, variant: Variant, drawn: Any, heads: int, seed: int
+) -> None:
+    query_lens, kv_lens = [new for new, _ in drawn], [new + old for new, old in drawn]
+    if sum(query_lens) == 0:
+        query_lens[0], kv_lens[0] = 1, kv_lens[0] + 1
+    with installed(variant.folder):
+        problem = make_problem(query_lens, kv_lens, heads=heads, seed=seed)
+        assert_right(problem.run(variant.op()), problem.truth())
+
+
+@each_variant
+def test_lengths_around_a_page_boundary_are_right(
+    installed: Any, make_problem: Any, assert_right: Any, variant: Variant
+) -> None:
+    with installed(variant.folder):
+        for count in (1, 3):
+            kv_lens = (63, 64, 65, 127, 128, 129, count)
+            problem = make_problem([count] * 7, kv_lens)
+            assert_right(problem.run(variant.op()), problem.truth())
+
+
+@each_variant
+def test_queries_before_the_first_key_see_nothing(
+    installed: Any, make_problem: Any, assert_right: Any, variant: Variant
+) -> None:
+    with installed(variant.folder):
+        problem = make_problem([4, 3, 2], [2, 3, 0])
+        out, lse = problem.run(variant.op())
+        assert_right((out, lse), problem.truth())
+        assert (out[[0, 1, 7, 8]] == 0).all()
+        assert (lse[[0, 1, 7, 8]] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 16, 128])
+def test_other_page_sizes_where_they_are_declared(installed: Any, check_latent: Any, page_size: int) -> None:
+    with installed("metax"):
+        check_latent(VARIANTS["metax"].op(), page_size=page_size)
+
+
+@each_variant
+def test_long_prompts_keep_within_the_rows_a_plan_can_hold(
+    installed: Any, make_problem: Any, assert_right: Any, variant: Variant
+) -> None:
+    """70 tokens of 128 heads are more query rows than 132 (and 56) processors of 64 rows."""
+    with installed(variant.folder):
+        problem = make_problem([70, 1], [75, 9], heads=128)
+        assert_right(problem.run(variant.op()), problem.truth())
+
+
+def test_without_that_limit_the_plan_is_empty_and_the_check_sees_it(
+    installed: Any, make_problem: Any, assert_right: Any
+) -> None:
+    with installed("nvidia_a"):
+        problem = make_problem([70], [75], heads=128)
+        with pytest.raises(AssertionError, match="NaN or infinity"):
+            assert_right(problem.run(FlashMla(LatentLimits())), problem.truth())
+
+
+def test_strided_queries_and_outputs(installed: Any, make_problem: Any, assert_right: Any) -> None:
+    for variant in VARIANTS.values():
+        with installed(variant.folder):
+            problem = make_problem([3, 1, 3], [40, 70, 3])
+            tokens, heads, width = problem.q.shape
+            wide = torch.full((tokens, heads + 1, width + 32), torch.nan, dtype=problem.q.dtype)
+            wide[:, :heads, 16 : 16 + width] = problem.q
+            problem.q = wide[:, :heads, 16 : 16 + width]
+            room = torch.full((tokens, heads + 1, 544), torch.nan, dtype=problem.q.dtype)
+            found = problem.run(variant.op(), out=room[:, :heads, 16:528])
+            assert_right(found, problem.truth())
+            room[:, :heads, 16:528] = torch.nan
+            assert room.isnan().all(), "memory beside out was written"
+
+
+# ------------------------------------------------------------------------------------------------ plans
+
+
+@each_variant
+def test_layers_share_one_plan_and_every_batch_has_its_own(
+    installed: Any, make_problem: Any, assert_right: Any, variant: Variant
+) -> None:
+    with installed(variant.folder) as fakes:
+        op = variant.op()
+        first, second = (
+            make_problem([1] * 4, [33, 64, 9, 70]),
+            make_problem([1] * 4, [34, 65, 10, 71], seed=1),
+        )
+        states = [op.prepare(problem.spec, problem.view) for problem in (first, second)]
+        assert fakes.CALLS[variant.plan] == 2
+        layers = [replace(first, q=-first.q), first]  # two layers of one batch, another batch in between
+        for problem, state in ((layers[0], states[0]), (second, states[1]), (layers[1], states[0])):
+            assert_right(problem.run(op, state), problem.truth())
+        assert fakes.CALLS[variant.plan] == 2
+
+
+@each_variant
+def test_a_plan_of_other_lengths_fails(installed: Any, make_problem: Any, variant: Variant) -> None:
+    """What a step must not do: keep the plan while the lengths, in the same memory, have changed."""
+    with installed(variant.folder):
+        op, problem = variant.op(), make_problem([1, 1], [33, 64])
+        state = op.prepare(problem.spec, problem.view)
+        problem.run(op, state)
+        problem.view.kv_lens_device += 1
+        with pytest.raises(RuntimeError, match="planned for"):
+            problem.run(op, state)
+
+
+def test_a_decode_step_uses_the_batchs_own_memory(installed: Any, make_problem: Any) -> None:
+    """Neither tables nor queries are copied, and nothing of the adapter's own grows."""
+    with installed("nvidia_c"):
+        op, problem = VARIANTS["nvidia_c"].op(), make_problem([2, 2], [33, 64])
+        (part,) = op.prepare(problem.spec, problem.view).parts
+        assert part.group.block_table is problem.view.block_table
+        assert part.kv_lens is problem.view.kv_lens_device
+        problem.run(op)
+        assert not op._scratch._held
+
+
+def test_a_mixed_batch_is_one_launch_per_number_of_new_tokens(installed: Any, make_problem: Any) -> None:
+    with installed("nvidia_c") as fakes:
+        problem = make_problem([1, 3, 1, 3, 9, 0], [40, 3, 70, 5, 9, 8])
+        problem.run(VARIANTS["nvidia_c"].op())
+        assert fakes.CALLS["flash_mla_with_kvcache"] == 3
+
+
+# ------------------------------------------------------------------------------------------------ graphs
+
+
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every call be one that is captured, on a device whose module says so."""
+    monkeypatch.setattr(torch.cpu, "is_current_stream_capturing", lambda: True, raising=False)
+
+
+GRAPHS = {name: variant for name, variant in VARIANTS.items() if variant.limits.graph}
+
+
+@pytest.mark.parametrize("variant", GRAPHS.values(), ids=GRAPHS)
+def test_a_captured_call_follows_lengths_that_are_updated_in_place(
+    installed: Any,
+    make_problem: Any,
+    assert_right: Any,
+    capture: None,
+    variant: Variant,
+) -> None:
+    """Run a state on tables overwritten since, as a replay does; rows became and ceased to be empty."""
+    with installed(variant.folder):
+        op = variant.op()
+        old, new = make_problem([1] * 4, [33, 190, 0, 5]), make_problem([1] * 4, [190, 0, 64, 6], seed=1)
+        state = op.prepare(old.spec, old.view)
+        assert state.graph_safe
+        old.run(op, state)
+        old.view.block_table.copy_(new.view.block_table)
+        old.view.kv_lens_device.copy_(new.view.kv_lens_device)
+        new.view = old.view
+        found = new.run(op, state)
+        new.view.query_lens = (1, 1, 1, 1)
+        assert_right(found, new.truth())
+
+
+def test_what_a_graph_captures_is_memory_of_its_own(
+    installed: Any, make_problem: Any, assert_right: Any, capture: None
+) -> None:
+    """Scratch memory that a later, larger batch replaces would be freed under the graph."""
+    with installed("moore_mate"):
+        op, problem = VARIANTS["moore_mate"].op(), make_problem([1, 1], [33, 64], heads=5)
+        assert_right(problem.run(op), problem.truth())
+        assert not op._scratch._held
+
+
+def test_a_capture_that_a_replay_would_get_wrong_is_refused(
+    installed: Any, make_problem: Any, capture: None
+) -> None:
+    with installed("nvidia_c"):
+        op, problem = VARIANTS["nvidia_c"].op(), make_problem([1, 2], [5, 9])
+        assert not op.prepare(problem.spec, problem.view).graph_safe
+        with pytest.raises(BackendError, match="would not follow its lengths"):
+            problem.run(op)
+    with installed("moore_legacy"), pytest.raises(BackendError, match="waits for the device"):
+        make_problem([1], [5]).run(VARIANTS["moore_legacy"].op())
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+def no_such_chip(device: torch.device) -> str:
+    return "it needs compute capability 9.0, and this device has 8.0"
+
+
+@pytest.mark.parametrize(
+    ("limits", "changes", "reason"),
+    [
+        (LatentLimits(), {"dtype": torch.float32}, "it computes in bfloat16 or float16, not float32"),
+        (LatentLimits(), {"kv_lora_rank": 256}, "it is made for latents of 512 + 64, not 256 + 64"),
+        (LatentLimits(heads=(64, 128)), {}, "it serves 64 or 128 heads, not 16"),
+        (LatentLimits(heads=(8,), pads_heads_to=(8,)), {}, "it serves 8 heads, not 16"),
+        (
+            LatentLimits(device_reason=no_such_chip),
+            {},
+            "it needs compute capability 9.0, and this device has 8.0",
+        ),
+    ],
+)
+def test_a_layer_it_cannot_serve_is_refused_before_anything_runs(
+    installed: Any, make_spec: Any, limits: LatentLimits, changes: Mapping[str, Any], reason: str
+) -> None:
+    with installed("nvidia_c") as fakes:
+        assert FlashMla(limits).unsupported_reasons(make_spec(**changes)) == [reason]
+        assert not fakes.CALLS
+
+
+def test_every_reason_is_given_at_once(installed: Any, make_spec: Any) -> None:
+    with installed("nvidia_c"):
+        spec = make_spec(dtype=torch.float32, kv_lora_rank=8)
+        assert len(FlashMla(LatentLimits(device_reason=no_such_chip)).unsupported_reasons(spec)) == 3
+
+
+def test_a_wrong_page_size_is_refused_before_the_kernel_could_end_the_process(
+    installed: Any, make_problem: Any
+) -> None:
+    problem = make_problem([1], [40], page_size=16)
+    with installed("moore_legacy") as fakes:
+        op = VARIANTS["moore_legacy"].op()
+        with pytest.raises(BackendError) as refused:
+            op.prepare(problem.spec, problem.view)
+        assert not fakes.CALLS
+    assert str(refused.value) == (
+        "the chosen attention op cannot serve this batch: it reads pages of 64 tokens, and this cache has "
+        "pages of 16. Build the cache with page_size=64, or use the reference ops (`--ops reference`)."
+    )
+    reasons = op.unsupported_batch(problem.spec, [1], [40], page_size=16)
+    assert reasons == ["it reads pages of 64 tokens, and this cache has pages of 16"]
+    assert op.unsupported_batch(problem.spec, [1], [40]) == []
+
+
+def test_heads_are_padded_only_where_that_is_declared(installed: Any, make_spec: Any) -> None:
+    padded = LatentLimits(heads=(64, 128), pads_heads_to=(64, 128))
+    assert [padded.padded_heads(h) for h in (1, 64, 65, 128, 129)] == [64, 64, 128, 128, None]
+    strict = LatentLimits(heads=(64, 128))
+    assert [strict.padded_heads(h) for h in (1, 64, 65)] == [None, 64, None]
+    assert LatentLimits().padded_heads(7) == 7
+    assert LatentLimits(heads=(8,), pads_heads_to=(16,)).padded_heads(16) == 16
+
+
+def test_the_narrower_of_two_limits_cuts_the_rows() -> None:
+    limits = LatentLimits(max_queries=4, max_query_rows=64)
+    assert [limits.queries_per_row(heads) for heads in (1, 16, 32, 128)] == [4, 4, 2, 1]
+    assert LatentLimits().queries_per_row(128) is None
+
+
+@pytest.mark.parametrize("wrong", [{"lse_layout": "bhs"}, {"lse_base": "10"}])
+def test_a_misspelt_declaration_is_an_error(wrong: Mapping[str, Any]) -> None:
+    with pytest.raises(ValueError, match="lse_layout"):
+        LatentLimits(**wrong)
+
+
+# ------------------------------------------------------------------------------------------- the layer
+
+
+class FakeBackend(Backend):
+    """The CPU with one op."""
+
+    name = "fake"
+    api_version = 1
+
+    def __init__(self, op: FusedOp) -> None:
+        super().__init__()
+        self.op, self.device = op, self.setup()
+
+    def probe(self) -> Availability:
+        return Availability(True)
+
+    def setup(self, index: int | None = None) -> torch.device:
+        return torch.device("cpu")
+
+    def synchronize(self) -> None:
+        pass
+
+    def ops(self) -> Mapping[str, FusedOp]:
+        return {"flash_mla": self.op}
+
+
+@each_variant
+def test_a_layer_on_the_adapter_is_right(installed: Any, variant: Variant) -> None:
+    yarn = YarnScaling(40, 64, mscale=0.707, mscale_all_dim=0.707)
+    config = MLAConfig(
+        name="narrow",
+        hidden_size=64,
+        num_attention_heads=5,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        rope_scaling=yarn,
+    )
+    with installed(variant.folder):
+        layer = MLA(config, backend=FakeBackend(variant.op()), attention="absorbed")
+        assert layer.ops.names()["latent_attention"] == "flash_mla", layer.ops.explain()
+        state = random_state_dict(config, 0, torch.bfloat16)
+        layer.load_state_dict(state)
+        cache = LatentCache(config, max_tokens=64 * 12, shuffle=3)
+        cache.pages.fill_(torch.nan)
+        ids = cache.new_sequences(3)
+        history = [(torch.randn(n, 512).bfloat16(), torch.randn(n, 64).bfloat16()) for n in (70, 0, 64)]
+        for sequence, past in zip(ids, history, strict=True):
+            cache.load(sequence, *past)
+        hidden = torch.randn(9, 64).bfloat16()
+        for query_lens in ([3, 1, 2], [1, 1, 1]):  # the second step attends what the first one cached
+            batch = cache.extend(ids, query_lens)
+            finite_tails(cache, ids)
+            part, hidden = hidden.split([sum(query_lens), len(hidden) - sum(query_lens)])
+            out = layer(part, batch, cache.pages[0]).double()
+            truth = oracle(config, state, part, query_lens, history)
+            assert ((out - truth).norm(dim=-1) <= 2e-2 * truth.norm(dim=-1)).all()
+            read = [cache.read(sequence) for sequence in ids]
+            history = [(kv.clone(), pe.clone()) for kv, pe in read]
+
+
+def finite_tails(cache: LatentCache, ids: list[int]) -> None:
+    """Fill what is behind each sequence in its last page, which kernels multiply by zero."""
+    for sequence in ids:
+        pages = cache.slots(sequence) // cache.page_size
+        part = cache.pages[0, pages.unique()]
+        cache.pages[0, pages.unique()] = torch.where(part.isnan(), torch.tensor(1e4).bfloat16(), part)

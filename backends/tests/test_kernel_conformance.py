@@ -1,0 +1,92 @@
+"""Adapters on fakes pass the suite that judges backends; what they refuse is refused with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from mla.conformance.suite import carry_out, instances
+from mla.conformance.trial import Subject
+from mla.conformance.xfails import Xfails
+from mla_backends import Availability, Backend, FusedOp
+from mla_backends.kernels import (
+    FlashAttnVarlen,
+    FlashInferMla,
+    FlashMla,
+    IxformerMla,
+    LatentLimits,
+    VarlenLimits,
+    flashinfer,
+)
+
+CAREFUL = LatentLimits(empty_rows=False, graph=False)
+OFFERS: dict[str, Callable[[], FusedOp]] = {
+    "nvidia_a": lambda: FlashMla(LatentLimits(max_query_rows=132 * 64)),
+    "nvidia_b": FlashMla,
+    "nvidia_c": FlashMla,
+    "metax": lambda: FlashMla(CAREFUL),
+    "moore_legacy": lambda: FlashMla(
+        LatentLimits(dtypes=("bfloat16",), max_query_rows=56 * 64, empty_rows=False, graph=False)
+    ),
+    "moore_mate": lambda: FlashMla(
+        LatentLimits(
+            heads=(8, 16, 32, 64, 128),
+            pads_heads_to=(8, 16, 32, 64, 128),
+            lse_layout="tokens_first",
+            empty_rows=False,
+        ),
+        module="mate.flashmla",
+    ),
+    "ixformer": IxformerMla,
+    "ixformer_old": IxformerMla,
+    "flashinfer": FlashInferMla,
+    "flashinfer_old": FlashInferMla,
+    "flash_attn_2": FlashAttnVarlen,
+    "flash_attn_3": lambda: FlashAttnVarlen(VarlenLimits(pads_values=False), module="flash_attn_interface"),
+}
+#: Checks that time the device, which no fake has.
+TIMED = ("latent.prepare", "expanded.prepare")
+
+
+class Cpu(Backend):
+    """The CPU with one op."""
+
+    name = "cpu-with-a-fake"
+    api_version = 1
+
+    def __init__(self, op: FusedOp) -> None:
+        super().__init__()
+        self.op, self.device = op, self.setup()
+
+    def probe(self) -> Availability:
+        return Availability(True)
+
+    def setup(self, index: int | None = None) -> torch.device:
+        return torch.device("cpu")
+
+    def synchronize(self) -> None:
+        pass
+
+    def ops(self) -> Mapping[str, FusedOp]:
+        return {"fake": self.op}
+
+
+@pytest.mark.parametrize("folder", OFFERS)
+def test_an_adapter_passes_the_suite(installed: Any, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
+    with installed(folder):
+        subject = Subject(Cpu(OFFERS[folder]()), "cpu-with-a-fake", quick=True)
+        kind = OFFERS[folder]().contract.partition("_")[0]
+        chosen = [
+            one
+            for one in instances(subject, (torch.bfloat16, torch.float16), [f"{kind}.*"])
+            if one.of == "fake" and one.check.id not in TIMED
+        ]
+        results = [carry_out(one, subject, Xfails({})) for one in chosen]
+    assert len(results) > 15
+    assert not [(result.id, result.reason) for result in results if result.status not in ("pass", "refused")]
+    assert sum(result.status == "pass" for result in results) >= 0.4 * len(results)
+    assert all(result.reason for result in results if result.status == "refused")
