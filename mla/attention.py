@@ -26,14 +26,14 @@ from mla.workspace import Workspace
 from mla_backends.api import Backend
 
 ATTENTION_MODES = ("auto", "absorbed", "expanded")
-OPS_POLICIES = ("auto", "reference")
 
 
 class MLA(nn.Module):
     """One attention layer on one device, for inference.
 
     `attention`: "auto", "absorbed" or "expanded". `ops`: "auto" takes the backend's fused ops where they
-    serve this layer, "reference" never does. Without a backend the layer runs the reference on the CPU.
+    serve this layer, "reference" never does, "fused" and names of ops insist (`mla.ops.choose`), which raises
+    `UnsupportedOps` where they cannot. Without a backend the layer runs the reference on the CPU.
     `workspace_bytes` caps the keys and values the expanded path rebuilds at a time.
     Weights arrive through `load_state_dict` under Hugging Face names.
     """
@@ -51,8 +51,6 @@ class MLA(nn.Module):
         super().__init__()
         if attention not in ATTENTION_MODES:
             raise ValueError(f"attention must be one of {ATTENTION_MODES}, got {attention!r}.")
-        if ops not in OPS_POLICIES:
-            raise ValueError(f"ops must be one of {OPS_POLICIES}, got {ops!r}.")
         if backend is not None and backend.device is None:
             raise ValueError(f"backend '{backend.name}' is not set up; use mla.load_backend().")
         self.config = config

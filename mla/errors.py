@@ -39,6 +39,18 @@ class StaleBatch(MLAError):
     """A batch was used after the cache it describes had changed."""
 
 
+class UnsupportedOps(MLAError):
+    """Fused ops were demanded that the backend does not offer, or that cannot serve the layer."""
+
+    exit_code = 3
+
+
+class UnknownOp(UnsupportedOps):
+    """A name that no op of the backend has."""
+
+    exit_code = 2
+
+
 class UnsupportedBatch(MLAError):
     """A fused op refuses the lengths of a batch."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mla.config import MLAConfig
-from mla.errors import UnsupportedBatch, did_you_mean
+from mla.errors import UnknownOp, UnsupportedBatch, UnsupportedOps, did_you_mean
 from mla.reference import REFERENCE
 from mla_backends import BackendError
 from mla_backends.api import OPS, AttentionSpec, FusedOp, LinearSpec, NormSpec
@@ -40,22 +40,47 @@ class Choice:
             )
 
 
+#: What may be asked of the ops beside a list of names.
+POLICIES = ("auto", "reference", "fused")
+
+
 def choose(kind: str, spec: Any, offered: Mapping[str, FusedOp], policy: str) -> Choice:
     """Return the first offered op of `kind` that serves `spec`, else the reference.
 
-    `policy` is "auto" or "reference".
+    `policy`: "auto"; "reference" takes no fused op; "fused" wants one wherever the backend offers any; names,
+    separated by commas, want those for their kinds. Raises `UnsupportedOps` when what is wanted cannot serve.
     """
     if policy == "reference":
         return Choice("reference", REFERENCE[kind], spec)
+    candidates = {name: op for name, op in offered.items() if op.contract.partition("/")[0] == kind}
+    named = {name: op for name, op in candidates.items() if name in _names(policy)}
     reasons: list[str] = []
-    for name, op in offered.items():
-        if op.contract.partition("/")[0] != kind:
-            continue
+    for name, op in (named or candidates).items():
         why = _refusals(op, kind, spec)
         if not why:
-            return Choice(name, op, spec)
+            return Choice(name, op, spec, tuple(reasons))
         reasons += [f"fused op '{name}' not used because {reason}" for reason in why]
+    if named or (candidates and policy == "fused"):
+        raise UnsupportedOps(
+            f"no fused {kind} serves this layer, and --ops {policy} wants one: {'; '.join(reasons)}."
+        )
     return Choice("reference", REFERENCE[kind], spec, tuple(reasons))
+
+
+def _names(policy: str) -> tuple[str, ...]:
+    """Return the implementations a policy names; none for those of `POLICIES`."""
+    return () if policy in POLICIES else tuple(name.strip() for name in policy.split(","))
+
+
+def _check_names(offered: Mapping[str, FusedOp], policy: str) -> None:
+    """Raise `UnknownOp` when a policy names an op that the backend does not offer."""
+    for name in _names(policy):
+        if name not in offered:
+            known = [*POLICIES, *offered]
+            raise UnknownOp(
+                f"this backend offers no op '{name}'.{did_you_mean(name, known)} "
+                f"--ops takes {', '.join(POLICIES)}, or of: {', '.join(offered) or 'none'}."
+            )
 
 
 def _refusals(op: FusedOp, kind: str, spec: Any) -> list[str]:
@@ -76,6 +101,7 @@ class Ops:
         policy: str = "auto",
     ) -> None:
         _validate(offered)
+        _check_names(offered, policy)
         self.attention = attention_spec(config, dtype, device)
         self._choices: dict[str, Choice] = {}
         for role, (kind, spec) in _roles(config, dtype, device).items():

@@ -228,7 +228,11 @@ class FusedOp(ABC):
         return packed.data
 
     def prepare(self, spec: Any, batch: Any) -> Any:
-        """Build what every call with this batch shares, once per batch, without waiting for the device."""
+        """Build what every call with this batch shares, once per batch, without waiting for the device.
+
+        Raises `BackendError` when the op cannot serve the batch after all. A state whose `graph_safe` is True
+        promises that a captured call follows the batch's device tensors when they change in place.
+        """
         return None
 
     @abstractmethod

@@ -100,7 +100,8 @@ class Ceilings:
         """Return the layer's fused projection, if it has one."""
         setting = self._setting
         spec = LinearSpec(weight.shape[1], weight.shape[0], 1, setting.dtype, setting.device)
-        choice = choose("linear", spec, setting.backend.ops(), setting.ops)
+        policy = "reference" if setting.ops == "reference" else "auto"
+        choice = choose("linear", spec, setting.backend.ops(), policy)
         if choice.name == "reference":  # that is torch.mm
             return {}
         packed = choice.op.pack(weight)

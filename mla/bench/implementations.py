@@ -35,7 +35,7 @@ class Setting:
     attention: str
     page_size: int
     seed: int
-    ops: str = "auto"  # "auto" or "reference", for the implementation `mla`
+    ops: str = "auto"  # policy of `mla.ops.choose`, for the implementation `mla`
 
     @property
     def device(self) -> torch.device:

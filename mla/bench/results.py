@@ -137,8 +137,8 @@ class Run(msgspec.Struct, kw_only=True):
     cases: list[Case]
 
 
-def encode(run: Run) -> bytes:
-    """Return the run as indented JSON."""
+def encode(run: msgspec.Struct) -> bytes:
+    """Return a run, or another report, as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n"
 
 
@@ -167,8 +167,8 @@ def check_writable(path: Path) -> None:
         raise ResultError(f"cannot write '{path}': {error.strerror}.") from error
 
 
-def write(run: Run, path: Path) -> None:
-    """Write a run whole or not at all. Raises `ResultError`."""
+def write(run: msgspec.Struct, path: Path) -> None:
+    """Write a run, or another report, whole or not at all. Raises `ResultError`."""
     data = encode(run)
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

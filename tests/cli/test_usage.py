@@ -67,7 +67,7 @@ def test_version_is_that_of_the_package(bench: Bench) -> None:
         (["--dtype", "fp8"], "Error: Invalid value for '--dtype': 'fp8' is not one of"),
         (["--format", "yaml"], "Error: Invalid value for '--format': 'yaml' is not one of"),
         (["--attention", "flash"], "Error: Invalid value for '--attention': 'flash' is not one of"),
-        (["--ops", "fused"], "Error: Invalid value for '--ops': 'fused' is not one of"),
+        (["--ops", "fusedd"], "error: this backend offers no op 'fusedd'. Did you mean 'fused'?"),
         (["--config", "\udcff"], r"Error: argument '\udcff' is not valid UTF-8."),
     ],
 )

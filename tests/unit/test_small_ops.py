@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mla.errors import UnsupportedBatch
+from mla.errors import UnsupportedBatch, UnsupportedOps
 from mla.ops import Ops, choose
 from mla.reference import REFERENCE
 from mla_backends import BackendError, FusedOp
@@ -156,6 +156,30 @@ def test_the_first_op_that_serves_the_layer_is_taken(tiny: Any) -> None:
     assert names["o_proj"] == "linear"
     assert names["expanded_attention"] == "reference"
     assert not ops.all_reference()
+
+
+def test_a_policy_can_insist_on_fused_ops(tiny: Any) -> None:
+    def ops(policy: str, heads: int) -> Ops:
+        offered = {"old": Outdated(), "picky": Picky(), "plain": LatentOp(), "linear": LinearOp()}
+        return Ops(tiny(num_attention_heads=heads), offered, torch.float32, torch.device("cpu"), policy)
+
+    assert ops("plain", 4)["latent_attention"].name == "plain"  # though the better one would serve
+    assert ops("plain", 4)["o_proj"].name == "linear"  # what is not named goes on as before
+    assert ops("picky, linear", 4)["latent_attention"].name == "picky"
+    assert ops("fused", 3)["latent_attention"].name == "plain"
+    assert ops("fused", 3)["rotate_query"].name == "reference"  # nobody offers one
+    with pytest.raises(
+        UnsupportedOps, match=r"no fused latent_attention .* --ops picky .* an even head count"
+    ):
+        ops("picky", 3)
+    with pytest.raises(UnsupportedOps, match=r"offers no op 'pickey'. Did you mean 'picky'\?"):
+        ops("pickey", 4)
+
+
+def test_fused_is_an_error_where_none_serves(tiny: Any) -> None:
+    offered = {"old": Outdated(), "picky": Picky()}
+    with pytest.raises(UnsupportedOps, match=r"'old' not used because .*'picky' not used because"):
+        Ops(tiny(num_attention_heads=3), offered, torch.float32, torch.device("cpu"), "fused")
 
 
 def test_reference_policy_takes_no_fused_op(tiny: Any) -> None:

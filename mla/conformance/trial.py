@@ -1,0 +1,150 @@
+"""`Trial`: one check on one subject, and what its cases came to."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mla.conformance.numerics import judge, judge_lse
+from mla.errors import UnsupportedBatch
+from mla_backends.api import OPS, Backend, FusedOp
+from mla_backends.errors import BackendError, describe
+
+#: Dtypes that a layer can have.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class CheckFailed(Exception):
+    """The backend lacks the property; the text says what was seen."""
+
+
+class Refused(Exception):
+    """The backend said beforehand that it does not serve a case, as the contract allows."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The backend under test."""
+
+    backend: Backend
+    name: str
+    quick: bool = False
+    version: str | None = None
+    reopen: Callable[[Mapping[str, str]], Backend] | None = None  # makes the backend with other options
+
+    @property
+    def device(self) -> torch.device:
+        """The device that `setup` returned."""
+        device = self.backend.device
+        if device is None:
+            raise CheckFailed(f"backend '{self.name}' is not set up; use mla.load_backend().")
+        return device
+
+    def create(self, options: Mapping[str, str]) -> Backend:
+        """Return another backend of this kind, made with `options` and not set up."""
+        if self.reopen is not None:
+            return self.reopen(options)
+        return type(self.backend)(options)
+
+
+@dataclass
+class Trial:
+    """What a check needs, and what it found. Its cases are counted one by one."""
+
+    subject: Subject
+    dtype: torch.dtype = torch.float32
+    op: FusedOp | None = None
+    kind: str = ""
+    policy: str = "auto"  # of the layer's ops
+    may_refuse: bool = False  # a `BackendError` is an op's refusal, not a failure
+    passed: int = 0
+    refused: list[tuple[str, str]] = field(default_factory=list)  # case and reason
+    failed: list[str] = field(default_factory=list)
+    worst: float | None = None  # largest error over its bound
+    note: str = ""  # a figure worth reading
+
+    @property
+    def backend(self) -> Backend:
+        return self.subject.backend
+
+    @property
+    def device(self) -> torch.device:
+        return self.subject.device
+
+    @property
+    def quick(self) -> bool:
+        return self.subject.quick
+
+    @property
+    def count(self) -> int:
+        """Cases so far."""
+        return self.passed + len(self.refused) + len(self.failed)
+
+    @contextmanager
+    def case(self, label: str = "") -> Iterator[None]:
+        """Count the body as one case. What it raises is its outcome, and the next case runs all the same."""
+        where = f"{label}: " if label else ""
+        try:
+            yield
+        except (Refused, UnsupportedBatch) as why:
+            self.refused.append((label, str(why)))
+        except CheckFailed as why:
+            self.failed.append(f"{where}{why}")
+        except BackendError as why:  # ops raise it on the host, before anything is launched
+            if self.may_refuse:
+                self.refused.append((label, str(why)))
+            else:
+                self.failed.append(f"{where}{raised(why)}")
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever is raised is a finding
+            self.failed.append(f"{where}{raised(error)}")
+        else:
+            self.passed += 1
+
+    def judge(self, found: torch.Tensor, truth: torch.Tensor, reference: torch.Tensor, what: str) -> None:
+        """Hold an output against the truth and the reference's error. Raises `CheckFailed`."""
+        self._record(*judge(found, truth, reference, self.dtype), what)
+
+    def judge_lse(self, found: torch.Tensor, truth: torch.Tensor) -> None:
+        """Hold a log-sum-exp against the truth. Raises `CheckFailed`."""
+        self._record(*judge_lse(found, truth, self.dtype), "lse")
+
+    def _record(self, ratio: float, reason: str, what: str) -> None:
+        self.worst = max(ratio, self.worst or 0.0)
+        if reason:
+            raise CheckFailed(f"{what}: {reason}")
+
+    def require(self, spec: Any, query_lens: Sequence[int] = (), kv_lens: Sequence[int] = ()) -> FusedOp:
+        """Return the op if it serves this spec and these lengths; raises `Refused` with its reasons."""
+        assert self.op is not None, "only checks of ops have one"
+        if self.op.contract != OPS[self.kind]:
+            raise Refused(f"it implements {self.op.contract} and this suite checks {OPS[self.kind]}")
+        reasons = list(self.op.unsupported_reasons(spec))
+        if not reasons and query_lens:
+            reasons = list(self.op.unsupported_batch(spec, query_lens, kv_lens))
+        if reasons:
+            raise Refused("; ".join(reasons))
+        return self.op
+
+
+def expect(condition: bool, reason: str) -> None:
+    """Raise `CheckFailed` with `reason` unless the condition holds."""
+    if not condition:
+        raise CheckFailed(reason)
+
+
+def raised(error: BaseException) -> str:
+    """Say what was raised and where."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    return f"raised {describe(error)}{place}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")

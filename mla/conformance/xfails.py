@@ -1,0 +1,73 @@
+"""The list of failures that are known: lines `check: reason`.
+
+A check is named as for `--only`: `latent.heads`, `latent.heads[mine-bfloat16]`, `latent`, with wildcards.
+Empty lines and lines that start with # do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mla.conformance.registry import all_checks, matches
+from mla.errors import MLAError, did_you_mean
+
+
+class XfailError(MLAError):
+    """A list of expected failures that cannot be read."""
+
+
+@dataclass
+class Xfails:
+    """Expected failures: pattern -> reason. Remembers which ones mattered."""
+
+    entries: Mapping[str, str] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+
+    @classmethod
+    def read(cls, path: Path) -> Xfails:
+        """Read a file. Raises `XfailError` naming the line."""
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise XfailError(f"cannot read '{path}': {getattr(error, 'strerror', None) or error}.") from error
+        entries: dict[str, str] = {}
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or line.lstrip().startswith("#"):
+                continue
+            pattern, reason = _entry(line, f"'{path}' line {number}")
+            if pattern in entries:
+                raise XfailError(f"'{path}' line {number}: there are two lines for '{pattern}'.")
+            entries[pattern] = reason
+        return cls(entries)
+
+    def reason(self, check_id: str, subject: str) -> str | None:
+        """Return why this check is expected to fail, or None."""
+        for pattern, reason in self.entries.items():
+            if matches(pattern, check_id, subject):
+                self.used.add(pattern)
+                return reason
+        return None
+
+    def unused(self) -> list[str]:
+        """Return the patterns that matched nothing that ran."""
+        return [pattern for pattern in self.entries if pattern not in self.used]
+
+
+def _entry(line: str, where: str) -> tuple[str, str]:
+    pattern, colon, reason = (part.strip() for part in line.partition(":"))
+    if not colon or not pattern or not reason:
+        raise XfailError(f"{where}: expected 'check: reason', got '{line.strip()}'.")
+    require_known(pattern, where)
+    return pattern, reason
+
+
+def require_known(pattern: str, where: str) -> None:
+    """Raise `XfailError` when no check is called like that, whatever the subject."""
+    check, _, _ = pattern.partition("[")
+    names = [one.id for one in all_checks()]
+    if not any(matches(check, name) for name in names):
+        groups = list(dict.fromkeys(name.partition(".")[0] for name in names))
+        hint = did_you_mean(check, names + groups)
+        raise XfailError(f"{where}: there is no check '{check}'.{hint} `--list` shows them all.")

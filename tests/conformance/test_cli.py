@@ -1,0 +1,302 @@
+"""`python -m mla.conformance`: the card, the report, the exit codes, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mla
+import mla_backends
+from mla.conformance.cli import main
+from mla.conformance.registry import all_checks
+from mla.conformance.report import Report, ReportError, decode
+
+#: The CPU, with a fused op that is right, wrong, raises or is interrupted, as `-O fault=...` says.
+MODULE = """
+from mla_backends import Availability, Backend, FusedOp
+
+class Doubles(FusedOp):
+    contract = "linear/1"
+
+    def __init__(self, fault):
+        self.fault, self.calls = fault, 0
+
+    def unsupported_reasons(self, spec):
+        return ["it | never serves"] if self.fault == "refuse" else []
+
+    def __call__(self, packed, *, x, bias, out):
+        self.calls += 1
+        if self.fault == "interrupt" and self.calls == 6:
+            raise KeyboardInterrupt
+        if self.fault == "raise":
+            raise RuntimeError("illegal\\nmemory access")
+        product = x.float() @ packed.data.float().T
+        out.copy_(product if bias is None or self.fault == "bias" else product + bias)
+
+class Mine(Backend):
+    name = "mine"
+    api_version = 1
+
+    @classmethod
+    def known_options(cls):
+        return ("threads", "fault")
+
+    def probe(self):
+        absent = Availability(False, "it is switched off", "switch it on")
+        return absent if self.options.get("fault") == "absent" else Availability(True)
+
+    def setup(self, index=None):
+        import torch
+        return torch.device("cpu")
+
+    def synchronize(self):
+        pass
+
+    def environment(self):
+        if self.options.get("fault") == "environment":
+            raise OSError("no library")
+        return {"sdk": "4.2"}
+
+    def device_info(self):
+        if self.options.get("fault") == "info":
+            raise OSError("no library")
+        return super().device_info()
+
+    def ops(self):
+        return {"doubles": Doubles(self.options.get("fault", ""))}
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one call ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Conformance = Callable[..., Outcome]
+
+
+@pytest.fixture
+def conformance(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Conformance:
+    """Return a function that runs the command line on the module above, in a folder of its own."""
+    (tmp_path / "mine_for_conformance.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str, fault: str = "", backend: bool = True) -> Outcome:
+        capsys.readouterr()
+        chosen = ["--backend", "mine_for_conformance:Mine", "--quick"] * backend
+        code = main([*chosen, *(["-O", f"fault={fault}"] if fault else []), *words])
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+def read(name: str = "out.json") -> Report:
+    return decode(Path(name).read_bytes())
+
+
+LINEAR = ("--only", "linear", "--dtype", "float32")
+
+
+def test_a_right_backend_gets_a_card_and_exit_code_0(conformance: Conformance) -> None:
+    done = conformance(*LINEAR, "--report", "out.json")
+    assert done.code == 0
+    assert done.err == ""
+    head, *lines = done.out.splitlines()
+    assert head == "# mla conformance: mine_for_conformance:Mine"
+    assert "- backend.sdk: 4.2" in lines
+    assert any(line.startswith("- torch: ") for line in lines)
+    assert any(line.split("|")[1:4] == [" linear.bias    ", " doubles   ", " pass   "] for line in lines)
+    assert lines[-1].startswith("10 checks: 10 passed, 0 failed, 0 refused, 0 failed as expected, ")
+
+
+def test_the_report_holds_what_the_card_shows(conformance: Conformance) -> None:
+    conformance(*LINEAR, "--report", "out.json", fault="bias")
+    report = read()
+    assert (report.schema_version, report.interrupted, report.quick) == (1, False, True)
+    assert report.argv[:3] == ["python", "-m", "mla.conformance"]
+    assert report.argv[-1] == "fault=bias" or "fault=bias" in report.argv
+    assert report.backend.name == "mine_for_conformance:Mine"
+    assert (report.planned, len(report.checks)) == (10, 10)
+    (bias,) = [one for one in report.checks if one.status == "fail"]
+    assert (bias.id, bias.of, bias.dtype) == ("linear.bias[doubles-float32]", "doubles", "float32")
+    assert bias.cases.failed == 3
+    assert bias.error_ratio is not None
+    assert bias.error_ratio > 1
+    assert all(one.error_ratio is None or one.error_ratio <= 1 for one in report.checks if one is not bias)
+
+
+def test_a_wrong_op_is_exit_code_4_and_the_card_says_where(conformance: Conformance) -> None:
+    done = conformance(*LINEAR, fault="bias")
+    assert done.code == 4
+    assert "## Failed" in done.out
+    assert (
+        "- `linear.bias[doubles-float32]`: 3 of 3 cases; 1 tokens, 96 to 70, bias: out: 1 of 1 rows"
+        in done.out
+    )
+    assert "9 passed, 1 failed" in done.out
+    assert "Traceback" not in done.out + done.err
+
+
+def test_what_an_op_raises_is_a_finding_in_one_line(conformance: Conformance) -> None:
+    done = conformance(*LINEAR, fault="raise")
+    assert done.code == 4
+    assert "raised RuntimeError: illegal (mine_for_conformance.py:" in done.out
+    assert "memory access" not in done.out
+
+
+def test_refusals_are_listed_once_per_reason_and_are_no_failure(conformance: Conformance) -> None:
+    done = conformance("--only", "linear", "--dtype", "float32", "--dtype", "bfloat16", fault="refuse")
+    assert done.code == 0
+    assert "## Refused\n\n- `doubles`: it \\| never serves: linear.* [bfloat16, float32]\n" in done.out
+    assert all(line.count("|") in (0, 7, 8) for line in done.out.splitlines() if line.startswith("|"))
+
+
+def test_nothing_but_refusals_is_exit_code_5(conformance: Conformance) -> None:
+    done = conformance("--only", "linear.bias[doubles-*]", fault="refuse")
+    assert done.code == 5
+
+
+def test_an_expected_failure_is_none(conformance: Conformance, tmp_path: Path) -> None:
+    (tmp_path / "known.txt").write_text(
+        "# SDK 4.2\n\nlinear.bias[doubles-float32]: the bias needs SDK 4.3\nlatent.heads: no such op here\n"
+    )
+    done = conformance(*LINEAR, "--xfails", "known.txt", "--report", "out.json", fault="bias")
+    assert done.code == 0
+    assert (
+        "## Failed as expected\n\n- `linear.bias[doubles-float32]`: the bias needs SDK 4.3 (3 of 3"
+        in done.out
+    )
+    assert "## Expected failures that matched no check\n\n- latent.heads\n" in done.out
+    assert read().unused_xfails == ["latent.heads"]
+
+
+def test_an_expected_failure_that_passes_is_exit_code_1(conformance: Conformance, tmp_path: Path) -> None:
+    (tmp_path / "known.txt").write_text("linear.bias[doubles-*]: the bias needs SDK 4.3\n")
+    done = conformance(*LINEAR, "--xfails", "known.txt")
+    assert done.code == 1
+    assert "linear.bias    | doubles   | XPASS " in done.out
+    assert "1 passed unexpectedly" in done.out
+
+
+def test_a_failure_counts_more_than_an_unexpected_pass(conformance: Conformance, tmp_path: Path) -> None:
+    (tmp_path / "known.txt").write_text("linear.pack: it loses bits\n")
+    assert conformance(*LINEAR, "--xfails", "known.txt", fault="bias").code == 4
+
+
+def test_an_interrupt_keeps_what_was_found(conformance: Conformance) -> None:
+    done = conformance(*LINEAR, "--report", "out.json", fault="interrupt")
+    assert done.code == 130
+    report = read()
+    assert report.interrupted
+    assert 0 < len(report.checks) < report.planned == 10
+    assert f"{len(report.checks)} checks (interrupted, 10 planned): " in done.out
+
+
+@pytest.mark.parametrize("fault", ["environment", "info"])
+def test_a_device_that_cannot_describe_itself_still_gets_a_card(conformance: Conformance, fault: str) -> None:
+    done = conformance("--only", f"device.{fault}", fault=fault)
+    assert done.code == 4
+    assert "unknown" in done.out
+    assert f"`device.{fault}`: raised OSError: no library" in done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        (["--only", "latent.head"], 2, "there is no check 'latent.head'. Did you mean 'latent.heads'?"),
+        (
+            ["--only", "latent.heads[nobody-*]"],
+            2,
+            "no check of this backend matches --only latent.heads[nobody-*]",
+        ),
+        (["--dtype", "float16"], 2, "does not claim float16; it claims: bfloat16, float32."),
+        (["--xfails", "none.txt"], 2, "cannot read 'none.txt': No such file or directory."),
+        (["--report", "no/out.json"], 2, "cannot write 'no/out.json': there is no folder 'no'."),
+        (["-O", "fault"], 2, "-O wants KEY=VALUE, got 'fault'."),
+        (["-O", "colour=red"], 3, "backend 'mine' has no option 'colour'; it knows: threads, fault."),
+        (["-O", "fault=absent"], 3, "it is switched off; switch it on"),
+    ],
+)
+def test_every_mistake_is_one_sentence(
+    conformance: Conformance, words: list[str], code: int, sentence: str
+) -> None:
+    done = conformance(*words)
+    assert done.code == code
+    assert done.out == ""
+    assert len(done.err.splitlines()) == 1
+    assert sentence in done.err
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("latent.heads\n", "'known.txt' line 1: expected 'check: reason', got 'latent.heads'."),
+        ("\nlatent.heads:  \n", "'known.txt' line 2: expected 'check: reason', got 'latent.heads:'."),
+        ("latent.haeds: it pads\n", "line 1: there is no check 'latent.haeds'. Did you mean 'latent.heads'?"),
+        ("latent: a\nlatent: b\n", "'known.txt' line 2: there are two lines for 'latent'."),
+        (b"\xff\xfe", "cannot read 'known.txt': "),
+    ],
+)
+def test_a_list_of_expected_failures_is_checked_line_by_line(
+    conformance: Conformance, tmp_path: Path, text: Any, sentence: str
+) -> None:
+    (tmp_path / "known.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    done = conformance("--xfails", "known.txt")
+    assert done.code == 2
+    assert sentence in done.err
+
+
+def test_a_backend_must_be_named(conformance: Conformance) -> None:
+    done = conformance(backend=False)
+    assert done.code == 2
+    assert "--backend is missing" in done.err
+
+
+def test_the_list_describes_every_check(conformance: Conformance) -> None:
+    done = conformance("--list", backend=False)
+    assert done.code == 0
+    for one in all_checks():
+        assert f"{one.id}\n  {one.description}\n  Catches {one.catches}.\n" in done.out
+    part = conformance("--list", "--only", "latent.heads", backend=False)
+    assert part.out.splitlines()[0] == "latent.heads"
+    assert len(part.out.splitlines()) == 3
+
+
+def test_verbose_names_a_check_before_it_runs(conformance: Conformance) -> None:
+    done = conformance("--only", "device.identity", "-v")
+    assert done.err == "device.identity\n"
+
+
+def test_a_report_of_another_schema_is_refused(conformance: Conformance) -> None:
+    conformance("--only", "device.identity", "--report", "out.json")
+    fields = json.loads(Path("out.json").read_text())
+    with pytest.raises(ReportError, match="schema version 9"):
+        decode(json.dumps({**fields, "schema_version": 9}).encode())
+    with pytest.raises(ReportError, match=r"not a conformance report of this version.*\$\.checks"):
+        decode(json.dumps({**fields, "checks": 3}).encode())
+
+
+def test_it_runs_as_a_module_and_survives_a_closed_pipe(tmp_path: Path) -> None:
+    folders = {str(Path(str(package.__file__)).parents[1]) for package in (mla, mla_backends)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sorted(folders))}
+    command = f"'{sys.executable}' -m mla.conformance --list; echo $? >&2"
+    done = subprocess.run(
+        f"({command}) | head -1", shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "device.identity\n"
+    assert done.stderr == "0\n"

@@ -1,0 +1,119 @@
+"""The criterion itself: what it lets pass and what it does not, row by row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mla.conformance.numerics import UNITS, judge, judge_lse, same_bits
+from mla.conformance.report import CheckResult
+from mla.reference import REFERENCE
+
+Run = Callable[..., list[CheckResult]]
+BF16 = torch.bfloat16
+
+
+def off(truth: torch.Tensor, error: float, row: int | slice = slice(None)) -> torch.Tensor:
+    """Return truth with a relative error in one row, or in all."""
+    found = truth.clone()
+    found[row] *= 1 + error
+    return found
+
+
+@pytest.fixture
+def truth() -> torch.Tensor:
+    return torch.randn(50, 16, 64, generator=torch.Generator().manual_seed(0)).double()
+
+
+@pytest.mark.parametrize("dtype", UNITS)
+def test_an_exact_reference_leaves_twice_the_rounding_error(truth: torch.Tensor, dtype: torch.dtype) -> None:
+    for error, right in ((1.9, True), (2.1, False)):
+        ratio, reason = judge(off(truth, error * UNITS[dtype], 7), truth, truth, dtype)
+        assert (reason == "") is right
+        assert ratio == pytest.approx(error / 2)
+
+
+def test_fp32_is_held_to_the_contracts_bound() -> None:
+    assert 2 * UNITS[torch.float32] == 1e-5
+
+
+def test_the_reference_may_be_as_wrong_again(truth: torch.Tensor) -> None:
+    reference = off(truth, 1e-2, 7)
+    assert judge(off(truth, 1.9e-2, 7), truth, reference, BF16)[1] == ""
+    assert "1 of 50" in judge(off(truth[:, 0], 2.1e-2, 7), truth[:, 0], reference[:, 0], BF16)[1]
+    assert judge(off(truth, 1.9e-2, 8), truth, reference, BF16)[1], "another row's error is no excuse"
+
+
+def test_one_head_of_one_token_that_is_5_percent_off_is_found(truth: torch.Tensor) -> None:
+    found = truth.clone()
+    found[3, 5] *= 1.05
+    ratio, reason = judge(found, truth, truth, BF16)
+    assert ratio > 10
+    assert "1 of 800 rows are wrong; row [3, 5] has relative error 5.0e-02" in reason
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_wrong(truth: torch.Tensor, value: float) -> None:
+    found = truth.clone()
+    found[3, 5, 0] = value
+    assert judge(found, truth, truth, BF16) == (math.inf, "1 of 800 rows hold NaN or infinity")
+    assert judge(found[:3], truth, truth, BF16)[1] == "shape [3, 16, 64] instead of [50, 16, 64]"
+
+
+def test_a_row_of_zeros_must_be_zero(truth: torch.Tensor) -> None:
+    truth[3] = 0
+    assert judge(truth, truth, truth, BF16)[1] == ""
+    found = truth.clone()
+    found[3, 0, 0] = 1e-30
+    assert judge(found, truth, truth, BF16)[1]
+
+
+def test_nothing_is_right() -> None:
+    empty = torch.empty(0, 4, 8)
+    assert judge(empty, empty.double(), empty, BF16) == (0.0, "")
+    assert judge_lse(empty[..., 0], empty[..., 0].double(), BF16) == (0.0, "")
+
+
+def test_a_log_sum_exp_is_judged_by_its_size() -> None:
+    lse = torch.tensor([[0.5, -torch.inf, 2000.0]])
+    for dtype, bound in ((BF16, 1e-3), (torch.float32, 2e-5)):
+        assert judge_lse(lse, lse.double(), dtype)[1] == ""
+        assert judge_lse(lse + 0.9 * bound, lse.double(), dtype)[1] == ""
+        assert judge_lse(lse + 1.1 * bound, lse.double(), dtype)[1]
+        assert judge_lse(lse * (1 + 0.9 * bound), lse.double(), dtype)[1] == ""
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, 0.0, -1e30])
+def test_an_empty_row_has_minus_infinity_and_nothing_else(value: float) -> None:
+    ratio, reason = judge_lse(torch.tensor([[value]]), torch.tensor([[-torch.inf]]).double(), BF16)
+    assert ratio == math.inf
+    assert "where the natural logarithm is -inf" in reason
+
+
+def test_a_log_sum_exp_is_fp32() -> None:
+    lse = torch.ones(2, 3)
+    assert judge_lse(lse.half(), lse.double(), BF16)[1] == "dtype torch.float16 instead of torch.float32"
+    assert judge_lse(lse.T, lse.double(), BF16)[1] == "shape [3, 2] instead of [2, 3]"
+
+
+def test_bits_are_compared_and_not_values() -> None:
+    nan = torch.tensor([torch.nan, 0.0])
+    assert same_bits(nan, nan.clone())
+    assert not same_bits(nan, torch.tensor([torch.nan, -0.0]))
+    assert same_bits(nan[::2], torch.tensor([torch.nan]))
+
+
+def test_an_op_of_another_contract_is_refused_and_never_called(judge: Run, sound: Any) -> None:
+    class Later(type(REFERENCE["linear"])):  # type: ignore[misc]
+        contract = "linear/2"
+
+        def __call__(self, *state: Any, **tensors: Any) -> None:
+            raise AssertionError("it has other arguments")
+
+    results = [one for one in judge(sound(ops={"later": Later()}), "linear") if one.of == "later"]
+    assert {one.status for one in results} == {"refused"}
+    assert {one.reason for one in results} == {"it implements linear/2 and this suite checks linear/1"}

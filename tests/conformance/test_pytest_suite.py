@@ -1,0 +1,113 @@
+"""The suite as a pytest class, used as a plugin's author would use it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mla
+import mla_backends
+from mla.conformance import BackendConformance
+from mla.conformance.registry import all_checks
+from mla_backends import Backend
+
+OUTSIDE = r"""
+import pytest
+from mla.conformance import BackendConformance
+from mla.reference import REFERENCE
+from mla_backends import Availability, Backend
+
+class NoBias(type(REFERENCE["linear"])):
+    def __call__(self, packed, *, x, bias, out):
+        super().__call__(packed, x=x, bias=None, out=out)
+
+class Mine(Backend):
+    name = "mine"
+    api_version = 1
+
+    def probe(self):
+        return Availability(True)
+
+    def setup(self, index=None):
+        import torch
+        return torch.device("cpu")
+
+    def synchronize(self):
+        pass
+
+    def dtypes(self):
+        import torch
+        return (torch.float32,)
+
+    def ops(self):
+        return {"nobias": NoBias()}
+
+@pytest.fixture(scope="module")
+def backend():
+    mine = Mine()
+    mine.device = mine.setup()
+    return mine
+
+class TestMine(BackendConformance):
+    pass
+
+class TestExpected(BackendConformance):
+    @pytest.fixture
+    def xfails(self, tmp_path):
+        path = tmp_path / "known.txt"
+        path.write_text("linear.bias[nobias-float32]: no bias before SDK 4.3\nlinear.pack: wrong\n")
+        return path
+
+class TestMisspelt(BackendConformance):
+    @pytest.fixture
+    def xfails(self):
+        return {"linear.bais": "no such check"}
+"""
+
+
+@pytest.fixture(scope="module")
+def backend(sound: Any, right_ops: Any) -> Backend:
+    made: Backend = type("Fp32Only", (sound,), {"dtypes": lambda self: (torch.float32,)})(ops=right_ops)
+    return made
+
+
+class TestPlain(BackendConformance):
+    """The class itself, on a backend that offers everything."""
+
+
+def test_every_check_is_one_test() -> None:
+    (mark,) = vars(BackendConformance)["test_conformance"].pytestmark
+    assert list(mark.args[1]) == [one.id for one in all_checks()]
+
+
+def test_an_author_sees_which_check_failed_and_why(tmp_path: Path) -> None:
+    (tmp_path / "test_mine.py").write_text(OUTSIDE)
+    folders = {str(Path(str(package.__file__)).parents[1]) for package in (mla, mla_backends)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sorted(folders))}
+    flags = ["-q", "-rA", "-p", "no:cacheprovider", "-W", "error"]
+    chosen = ["-k", "linear.bias or linear.pack or device.graph"]
+    command = [sys.executable, "-m", "pytest", *flags, *chosen]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1, done.stdout + done.stderr
+
+    def outcome(test: str) -> str:
+        (line,) = [line for line in lines if re.search(rf"^[A-Z]+ .*{re.escape(test)}", line)]
+        return line.partition(" ")[0]
+
+    assert outcome("TestMine::test_conformance[linear.bias]") == "FAILED"
+    assert "linear.bias[nobias-float32]: 3 of 3 cases; 1 tokens, 96 to 70, bias: out: " in done.stdout
+    assert outcome("TestMine::test_conformance[linear.pack]") == "PASSED"
+    assert "the backend offers no graphs" in done.stdout
+    assert outcome("TestExpected::test_conformance[linear.bias]") == "XFAIL"
+    assert outcome("TestExpected::test_conformance[linear.pack]") == "FAILED"
+    assert "expected to fail, and passed" in done.stdout
+    assert outcome("TestMisspelt::test_conformance[linear.bias]") == "ERROR"
+    assert "there is no check 'linear.bais'. Did you mean 'linear.bias'?" in done.stdout

@@ -1,0 +1,99 @@
+"""What is right must pass: with the reference alone, and with ops that are written in another way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import mla
+from mla.conformance.registry import all_checks
+from mla.conformance.report import CheckResult
+from mla_backends.api import OPS
+
+Run = Callable[..., list[CheckResult]]
+GRAPHS = ("layer.graph", "latent.graph", "layer.graph_lengths", "latent.graph_lengths")
+WITHOUT_BF16 = (torch.float16, torch.float32)  # which the other tests run
+
+
+def by_status(results: list[CheckResult]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for one in results:
+        found.setdefault(one.status, []).append(f"{one.id}: {one.reason}")
+    return found
+
+
+def test_a_backend_without_ops_passes_and_refuses_only_what_it_does_not_offer(judge: Run, sound: Any) -> None:
+    plain = type("Plain", (sound,), {"graph": lambda self, fn: None})()
+    results = judge(plain, dtypes=WITHOUT_BF16)
+    found = by_status(results)
+    assert set(found) == {"pass", "refused"}, found.get("fail")
+    refused = {one.check for one in results if one.status == "refused"}
+    assert refused == {"device.graph", "ops.known", "ops.reasons", "ops.batch_reasons", *GRAPHS}
+    assert all(one.reason == "the backend offers no graphs" for one in results if one.check in GRAPHS[:2])
+
+
+def test_the_installed_cpu_backend_passes(judge: Run) -> None:
+    backend = mla.load_backend("cpu", threads=1)
+    found = by_status(judge(backend, dtypes=(torch.bfloat16,)))
+    assert set(found) == {"pass", "refused"}, found.get("fail")
+
+
+def test_right_ops_pass_and_their_refusals_are_no_failures(judge: Run, sound: Any, right_ops: Any) -> None:
+    results = judge(sound(ops=right_ops), dtypes=(torch.bfloat16,))
+    found = by_status(results)
+    assert set(found) == {"pass", "refused"}, found.get("fail")
+    ids = {one.id: one for one in results}
+    assert {one.check for one in results} == {check.id for check in all_checks()}
+    assert ids["device.graph"].status == ids["latent.graph[looplatent-bfloat16]"].status == "pass"
+    assert ids["latent.graph_lengths[denselatent-bfloat16]"].status == "pass"
+    assert ids["latent.graph_lengths[looplatent-bfloat16]"].status == "refused"
+    heads = ids["latent.heads[looplatent-bfloat16]"]
+    assert (heads.status, heads.cases.passed, heads.cases.refused) == ("pass", 2, 1)
+    assert heads.refusals[0].reason == "it serves up to 64 heads, not 128"
+    sizes = ids["latent.page_sizes[looplatent-bfloat16]"]
+    assert (sizes.status, sizes.reason) == (
+        "refused",
+        "; ".join(f"it reads pages of 64 tokens, not {size}" for size in (1, 16, 128)),
+    )
+    assert ids["layer.graph_lengths[auto-bfloat16]"].status == "pass"
+
+
+def test_a_layer_counts_what_its_op_refuses(judge: Run, sound: Any, right_ops: Any) -> None:
+    (pages,) = judge(sound(ops={"loop": right_ops["looplatent"]}), "layer.pages")
+    assert (pages.status, pages.cases.passed, pages.cases.refused) == ("pass", 3, 2)
+    assert pages.refusals[0].reason == "it reads pages of 64 tokens, not 16"
+    (lengths,) = judge(sound(ops={"loop": right_ops["looplatent"]}), "layer.graph_lengths")
+    assert (lengths.status, "graph_safe" in lengths.reason) == ("refused", True)
+
+
+def test_a_device_with_a_queue_passes_the_checks_of_clocks(judge: Run, sound: Any, asynchronous: Any) -> None:
+    checks = ("device.synchronize", "device.timer*", "*.prepare")
+    found = by_status(judge(sound(), *checks))
+    assert set(found) == {"pass"}, found
+    assert len(found["pass"]) == 6
+
+
+def test_a_counter_that_moves_passes(judge: Run, sound: Any, allocated: None) -> None:
+    (grown,) = judge(sound(), "device.memory_grows")
+    assert (grown.status, grown.note) == ("pass", "")
+
+
+def test_every_op_of_the_contract_has_checks_for_the_common_mistakes() -> None:
+    names = {
+        kind: {check.id.partition(".")[2] for check in all_checks() if check.kind == kind} for kind in OPS
+    }
+    for kind, found in names.items():
+        assert "strided" in found, kind
+        assert found & {"inputs", "formula", "interleaved"}, kind
+
+
+@pytest.mark.parametrize("check", all_checks(), ids=lambda check: check.id)
+def test_every_check_says_in_one_sentence_what_it_wants_and_what_it_is_for(check: Any) -> None:
+    assert check.description.endswith(".")
+    assert ". " not in check.description
+    assert len(check.description) < 120
+    assert check.catches
+    assert not check.catches.endswith(".")
