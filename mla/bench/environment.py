@@ -72,7 +72,7 @@ def mixed_installation() -> str | None:
     beside = Path(str(mla.__file__)).parents[1] / "backends" / "mla_backends"
     if not beside.is_dir() or beside.resolve() == used.resolve():
         return None
-    names = [path.name for path in beside.glob("*.py")]
+    names = [str(path.relative_to(beside)) for path in beside.rglob("*.py")]
     _, different, missing = filecmp.cmpfiles(beside, used, names, shallow=False)
     if not different and not missing:
         return None

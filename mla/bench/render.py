@@ -20,12 +20,12 @@ FORMATS = ("table", "md", "csv", "json")
 COLUMNS: dict[str, Callable[[Case], str]] = {
     "scenario": lambda case: case.scenario,
     "implementation": lambda case: case.implementation,
-    "latency ms": lambda case: _number(case.latency_ms.median if case.latency_ms else None),
+    "latency ms": lambda case: number(case.latency_ms.median if case.latency_ms else None),
     "95% CI": lambda case: _interval(case.latency_ms.ci95 if case.latency_ms else None),
     "p10 .. p90": lambda case: _interval(
         (case.latency_ms.p10, case.latency_ms.p90) if case.latency_ms else None
     ),
-    "tok/s": lambda case: _number(case.tokens_per_s.median if case.tokens_per_s else None),
+    "tok/s": lambda case: number(case.tokens_per_s.median if case.tokens_per_s else None),
     "TFLOP/s": lambda case: _rate(case, case.cost.flops, 1e12),
     "GB/s": lambda case: _rate(case, case.cost.bytes, 1e9),
     "% of limit": lambda case: _limit(case.roofline),
@@ -59,7 +59,7 @@ def comparisons(run: Run) -> list[str]:
 
 def _comparison(case: Case, other: Case, found: results.Agreement) -> str:
     """Return how a case compares with another: speed, outputs, cache and transient memory."""
-    speed = f"{_number(found.speed_ratio)}x as fast as" if found.speed_ratio else "against"
+    speed = f"{number(found.speed_ratio)}x as fast as" if found.speed_ratio else "against"
     return (
         f"{case.implementation} is {speed} {other.implementation}; outputs differ by "
         f"{_exponent(found.relative_difference)}; cache {_mib(case.memory.cache_bytes)} against "
@@ -86,7 +86,7 @@ def headlines(run: Run) -> list[str]:
         if case.latency_ms is None or case.tokens_per_s is None:
             lines.append(f"{case.mode.title()}{of}: no number, check: {case.check.status}")
         elif case.mode == "prefill":
-            lines.append(f"Prefill Latency{of}: {_number(case.latency_ms.median)} ms")
+            lines.append(f"Prefill Latency{of}: {number(case.latency_ms.median)} ms")
         else:
             lines.append(f"Decode Throughput{of}: {case.tokens_per_s.median:.1f} tok/s")
     return lines
@@ -170,7 +170,7 @@ def _flat(case: Case) -> dict[str, object]:
 
 def _rate(case: Case, amount: int, unit: float) -> str:
     """Return necessary work per time; what an implementation does beyond that does not count."""
-    return _number(amount / case.latency_ms.median * 1e3 / unit if case.latency_ms else None)
+    return number(amount / case.latency_ms.median * 1e3 / unit if case.latency_ms else None)
 
 
 def _limit(roofline: results.Roofline) -> str:
@@ -180,18 +180,19 @@ def _limit(roofline: results.Roofline) -> str:
     return " ".join((f"{100 * roofline.fraction:.0f}", (roofline.bound or "")[:3])).strip()
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Return three significant digits or all digits before the point; "-" for None."""
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.1f}"
 
 
 def _interval(values: tuple[float, float] | None) -> str:
-    return "-" if values is None else f"{_number(values[0])} .. {_number(values[1])}"
+    return "-" if values is None else f"{number(values[0])} .. {number(values[1])}"
 
 
 def _mib(count: int | None) -> str:
-    return "-" if count is None else f"{_number(count / 2**20)} MiB"
+    return "-" if count is None else f"{number(count / 2**20)} MiB"
 
 
 def _exponent(value: float | None) -> str:

@@ -150,6 +150,16 @@ def decode(data: bytes) -> Run:
         raise ResultError(f"not a result file of this version: {error}.") from error
 
 
+def read(path: Path) -> Run:
+    """Read a run from its file. Raises `ResultError` naming the file and the cause."""
+    try:
+        return decode(path.read_bytes())
+    except OSError as error:
+        raise ResultError(f"cannot read '{path}': {error.strerror}.") from error
+    except ResultError as error:
+        raise ResultError(f"'{path}' is {error}") from error
+
+
 def check_writable(path: Path) -> None:
     """Raise `ResultError` before a long run rather than after it."""
     folder = path.parent

@@ -1,0 +1,118 @@
+"""Compare runs from their result files: how much faster or slower, and whether the measurements can say so.
+
+The unit of confidence is the pass, as in a run: the ratio's interval is made of both medians' 95 % intervals,
+so it holds with at least 90 %. What differs by less than the noise floor is the same. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mla.bench import stats
+from mla.bench.results import Case, Interval, Run
+
+#: Ratios this near 1 are noise on any machine that was tried.
+NOISE = 0.02
+
+FASTER, SLOWER, SAME, UNDECIDED, REFUSED = "FASTER", "SLOWER", "SAME", "UNDECIDED", "REFUSED"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One case of a run against the same case of the base run. `ratio` is of times: above 1 is slower."""
+
+    scenario: str
+    implementation: str
+    verdict: str
+    ratio: float | None = None
+    interval: Interval | None = None  # at least 90 % confidence
+    base_ms: float | None = None
+    new_ms: float | None = None
+    reason: str = ""
+
+    def slower_than(self, limit: float) -> bool:
+        """Say whether it is surely slower by more than `limit` (0.03: 3 %)."""
+        return self.interval is not None and self.interval[0] > 1 + limit
+
+
+def compare(base: Run, new: Run, noise: float = NOISE) -> list[Comparison]:
+    """Compare every case of `new` with the case of `base` that has its scenario and implementation."""
+    known = {(case.scenario, case.implementation): case for case in base.cases}
+    differ = _run_differences(base, new)
+    found = []
+    for case in new.cases:
+        other = known.get((case.scenario, case.implementation))
+        if other is None:
+            found.append(_refused(case, "the base run has no such case"))
+        else:
+            reasons = [*differ, *_case_differences(other, case)]
+            found.append(_refused(case, "; ".join(reasons)) if reasons else _compare(other, case, noise))
+    return found
+
+
+def warnings(base: Run, new: Run) -> list[str]:
+    """Return what differs without forbidding the comparison: often it is what the comparison is about."""
+    pairs = [("device", base.backend.device, new.backend.device), ("seed", base.seed, new.seed)]
+    for key in sorted({*base.environment, *new.environment} & {"torch", "torch_threads", "python"}):
+        pairs.append((key, base.environment.get(key), new.environment.get(key)))
+    return [f"{name} differs: {old} and {now}" for name, old, now in pairs if old != now]
+
+
+def _run_differences(base: Run, new: Run) -> list[str]:
+    """Return why no case of two runs can be compared."""
+    ignored = {"name", "model_type"}
+    keys = sorted({*base.config, *new.config} - ignored)
+    changed = [key for key in keys if base.config.get(key) != new.config.get(key)]
+    reasons = [f"config differs in {', '.join(changed)}"] if changed else []
+    pairs = (("dtype", base.dtype, new.dtype), ("attention", base.attention, new.attention))
+    reasons += [f"{name} differs: {old} and {now}" for name, old, now in pairs if old != now]
+    return reasons
+
+
+def _case_differences(base: Case, new: Case) -> list[str]:
+    names = ("mode", "query_lens", "history", "steps_per_pass", "clock")
+    reasons = [f"{name} differs" for name in names if getattr(base, name) != getattr(new, name)]
+    for which, case in (("base", base), ("new", new)):
+        if case.latency_ms is None:
+            reasons.append(f"the {which} run has no number, check: {case.check.status}")
+    return reasons
+
+
+def _refused(case: Case, reason: str) -> Comparison:
+    return Comparison(case.scenario, case.implementation, REFUSED, reason=reason)
+
+
+def _compare(base: Case, new: Case, noise: float) -> Comparison:
+    (old_ms, old_range), (new_ms, new_range) = _time(base), _time(new)
+    ratio = new_ms / old_ms
+    interval = None
+    if old_range is not None and new_range is not None:
+        interval = (new_range[0] / old_range[1], new_range[1] / old_range[0])
+    verdict = _verdict(interval, noise)
+    reason = "too few passes for an interval (6 are needed)" if interval is None else ""
+    return Comparison(new.scenario, new.implementation, verdict, ratio, interval, old_ms, new_ms, reason)
+
+
+def _verdict(interval: Interval | None, noise: float) -> str:
+    if interval is None:
+        return UNDECIDED
+    low, high = interval
+    if high < 1 - noise:
+        return FASTER
+    if low > 1 + noise:
+        return SLOWER
+    return SAME if low >= 1 - noise and high <= 1 + noise else UNDECIDED
+
+
+def _time(case: Case) -> tuple[float, Interval | None]:
+    """Return milliseconds per forward and their interval over passes, from totals of passes."""
+    assert case.latency_ms is not None
+    samples, steps = case.latency_ms.samples, case.steps_per_pass
+    passes = [sum(samples[i : i + steps]) / steps for i in range(0, len(samples), steps)]
+    return stats.median(passes), stats.median_interval(passes)
+
+
+def slower(comparisons: Sequence[Comparison], limit: float) -> list[Comparison]:
+    """Return the cases that are surely slower by more than `limit`."""
+    return [one for one in comparisons if one.slower_than(limit)]
