@@ -16,6 +16,9 @@ from mla.bench.results import Case, Run
 
 FORMATS = ("table", "md", "csv", "json")
 
+#: p90 over p10 from which a machine is called noisy; a growing cache alone gives about 1.1.
+NOISY = 1.5
+
 #: Column title -> cell. Unknown prints "-".
 COLUMNS: dict[str, Callable[[Case], str]] = {
     "scenario": lambda case: case.scenario,
@@ -43,6 +46,17 @@ def render(run: Run, kind: str) -> str:
     body = _markdown(run.cases) if kind == "md" else _table(run.cases)
     compared = "".join(f"{line}\n" for line in comparisons(run))
     return f"{body}\n{compared}{chr(10) * bool(compared)}" + "".join(f"{line}\n" for line in headlines(run))
+
+
+def noise(run: Run) -> list[str]:
+    """Return a remark per case whose samples are spread so widely that the machine was not its alone."""
+    found = []
+    for case in run.cases:
+        spread = case.latency_ms.p90 / case.latency_ms.p10 if case.latency_ms else 1
+        if spread > NOISY:
+            what = f"{case.scenario}, {case.implementation}: p90 is {number(spread)} times p10"
+            found.append(f"noisy: {what}; see its samples, or run again on a quieter machine")
+    return found
 
 
 def comparisons(run: Run) -> list[str]:
