@@ -12,6 +12,7 @@ import torch
 from mla import cost
 from mla.batch import RaggedBatch
 from mla.config import MLAConfig
+from mla.errors import UnsupportedBatch
 from mla.ops import Ops
 from mla.rope import RotaryTable
 from mla.workspace import Tokens
@@ -114,6 +115,11 @@ def _expanded(
     row = config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim  # k, and kv_b's own output
     limit = max(1, workspace // (row * config.num_attention_heads * choice.spec.dtype.itemsize))
     rounds = tuple(_round(part, choice, chunk) for chunk in _chunks(part, limit))
+    if not choice.op.writes_lse and any(piece.merge for one in rounds for piece in one.pieces):
+        raise UnsupportedBatch(
+            f"fused op '{choice.name}' gives no log-sum-exp, and merging parts of a long context needs it: "
+            "raise workspace_bytes, or use the reference ops (`--ops reference`)."
+        )
     return ExpandedGroup(tokens, rounds)
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from mla import MLAConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-REQUIRED, OPTIONAL = ("mla", "mla_backends"), ("mla_backend_cpu",)
+REQUIRED = ("mla", "mla_backends")
+OPTIONAL = tuple(f"mla_backend_{name}" for name in ("cpu", "nvidia", "moore", "metax", "iluvatar"))
 INSTALLED, CHECKOUT = "site-packages", "this checkout"
 FAKES = ROOT / "tests" / "fakes"
 sys.path.append(str(ROOT / "tests" / "checkpoints"))  # for `import checkpoint_maker`, anywhere in the tests

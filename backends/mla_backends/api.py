@@ -204,7 +204,7 @@ class FusedOp(ABC):
 
     contract: str
     nan_safe_tail = False  # slots past a request's end may hold NaN
-    writes_lse = True  # latent_attention fills lse; where the kernel has none, it is NaN
+    writes_lse = True  # attention fills lse; where the kernel has none, it is NaN
 
     def unsupported_reasons(self, spec: Any) -> list[str]:
         """Return why this op cannot serve `spec` (empty: it can)."""
@@ -316,6 +316,10 @@ class Backend(ABC):
     def timer(self) -> Timer:
         """Return a timer for the headline numbers: host clock, synchronization included."""
         return HostTimer(self.synchronize)
+
+    def device_timer(self) -> Timer | None:
+        """Return a timer on the device's own clock; None where there is none."""
+        return None
 
     def graph(self, fn: Callable[[], None]) -> Callable[[], None] | None:
         """Capture `fn` and return its replay, or None where the stack has no graphs."""

@@ -7,10 +7,11 @@ the whole report along.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,37 +38,70 @@ class Status:
 
 def statuses(timeout: float = 30.0) -> list[Status]:
     """Report on every installed backend, sorted, and then on the known ones that are not installed."""
+    with ThreadPoolExecutor(max_workers=len(names())) as pool:
+        return list(pool.map(lambda name: status(name, timeout), names()))
+
+
+def names() -> list[str]:
+    """Return every installed backend, sorted, and then the known ones that are not installed."""
     installed = sorted({entry.name for entry in entries()})
-    names = installed + [name for name in KNOWN if name not in installed]
-    with ThreadPoolExecutor(max_workers=len(names)) as pool:
-        return list(pool.map(lambda name: status(name, timeout), names))
+    return installed + [name for name in KNOWN if name not in installed]
 
 
-def status(name: str, timeout: float = 30.0) -> Status:
-    """Report on one backend; a child process that answers later than `timeout` seconds is killed."""
+def status(name: str, timeout: float = 30.0, variables: Mapping[str, str] | None = None) -> Status:
+    """Report on one backend; a child process that answers later than `timeout` seconds is killed.
+
+    `variables` are set in the child's environment, beside those of this process.
+    """
     try:
         entry = locate(name)
     except BackendError as error:
         return Status(name, error.state, reason=error.reason, hint=error.hint)
-    answer = _ask_child(entry, timeout)
+    answer = _probe(entry, timeout, variables)
     return Status(name, distribution=entry.distribution, version=entry.version, **answer)
 
 
-def _ask_child(entry: Entry, timeout: float) -> dict[str, Any]:
+def _probe(entry: Entry, timeout: float, variables: Mapping[str, str] | None) -> dict[str, Any]:
     """Probe `entry` in a child process and return the fields of its `Status`."""
-    command = [sys.executable, "-m", "mla_backends.probe", entry.name]
+    fields = ("state", "reason", "hint", "evidence")
+    try:
+        return ask(["-m", "mla_backends.probe", entry.name], fields, timeout, variables)
+    except NoAnswer as none:
+        return _no_answer(entry, f"probing {none}")
+
+
+class NoAnswer(Exception):
+    """A child process gave no answer. The text is a clause without subject: "died with signal SIGABRT"."""
+
+
+def ask(
+    arguments: Sequence[str],
+    fields: Sequence[str],
+    timeout: float,
+    variables: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Run this Python with `arguments` in a child process; return `fields` of the JSON object it prints last.
+
+    `variables` are set in the child's environment, beside those of this process. Raises `NoAnswer` when the
+    child prints no such object or takes more than `timeout` seconds, after which it is killed.
+    """
     try:
         child = subprocess.run(
-            command, timeout=timeout, capture_output=True, stdin=subprocess.DEVNULL, check=False
+            [sys.executable, *arguments],
+            timeout=timeout,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            check=False,
+            env={**os.environ, **(variables or {})},
         )
     except subprocess.TimeoutExpired:
-        return _no_answer(entry, f"probing did not answer within {timeout:g} s")
+        raise NoAnswer(f"did not answer within {timeout:g} s") from None
     lines = child.stdout.decode(errors="replace").strip().splitlines()
     try:
         answer = json.loads(lines[-1])
-        return {key: answer[key] for key in ("state", "reason", "hint", "evidence")}
+        return {field: answer[field] for field in fields}
     except (IndexError, ValueError, KeyError, TypeError):
-        return _no_answer(entry, f"probing {_ending(child)}")
+        raise NoAnswer(_ending(child)) from None
 
 
 def _no_answer(entry: Entry, reason: str) -> dict[str, Any]:

@@ -1,19 +1,25 @@
 """The optional part of `Backend`, implemented through a device's own torch module.
 
 Works from `getattr(torch, device_type)` and never from `torch.accelerator`, which several vendor builds
-lack or leave incomplete. A CUDA-like plugin is a name, a device type and a probe.
+lack or leave incomplete. A CUDA-like plugin is a name, a device type, hints and a probe.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mla_backends.api import Availability, Backend, DeviceInfo, MemoryInfo
-from mla_backends.errors import BackendError
+from mla_backends import torch_report
+from mla_backends.api import Availability, Backend, DeviceInfo, MemoryInfo, Timer
+from mla_backends.errors import BackendError, DeviceUnavailable, describe
+from mla_backends.monitor import Monitor
+from mla_backends.torch_graph import capture
+from mla_backends.torch_timing import EventTimer
 
 if TYPE_CHECKING:
     import torch
@@ -25,40 +31,114 @@ class TorchBackend(Backend):
     device_type: str
     requires: tuple[str, ...] = ()  # modules whose import registers the device with torch
     install_hint = "install the torch build of the device's vendor"
+    query_tool = ""  # the command that lists the devices; named in hints and never run
+    visibility: tuple[str, ...] = ()  # environment variables that choose devices, the strongest first
+    variables: tuple[str, ...] = ()  # further variables that a result should record
+    packages: tuple[str, ...] = ()  # distributions whose versions a result should record
+    graph_class = ""  # of the torch module: "CUDAGraph"; empty where the stack has none
+
+    def __init__(self, options: Mapping[str, str] | None = None) -> None:
+        super().__init__(options)
+        self._graphs = self.options.get("graph", "on" if self.graphs_by_default() else "off")
+        if self._graphs not in ("on", "off"):
+            raise BackendError(f"backend '{self.name}' takes -O graph=on or off, got '{self._graphs}'.")
+        self.at_setup: Mapping[str, str] = {}  # the monitor's readings then
+
+    @classmethod
+    def known_options(cls) -> tuple[str, ...]:
+        return ("threads", "graph") if cls.graph_class else ("threads",)
 
     @functools.cached_property
     def module(self) -> ModuleType:
         """Return `torch.<device_type>`. Raises AttributeError where torch does not know the device."""
-        import torch
-
-        for name in self.requires:
+        for name in ("torch", *self.requires):
             importlib.import_module(name)
-        module: ModuleType = getattr(torch, self.device_type)
+        module: ModuleType = getattr(importlib.import_module("torch"), self.device_type)
         return module
+
+    # ------------------------------------------------------------------------------------------ probe
 
     def probe(self) -> Availability:
         """Ask the device's torch module; a subclass that shares a device type must exclude the others."""
         try:
-            available = self.module.is_available()
+            module = self.module
         except Exception as error:  # noqa: BLE001  # vendor stacks raise anything, and a probe must not
-            return Availability(
-                False, f"torch.{self.device_type} cannot be used ({error})", self.install_hint
-            )
+            return Availability(False, self._import_problem(error), self.install_hint)
+        return self.probe_module(module, {})
+
+    def probe_module(self, module: ModuleType, evidence: Mapping[str, str]) -> Availability:
+        """Ask `module` whether it has a device; what it warns about on the way becomes part of the reason."""
+        call = f"torch.{self.device_type}.is_available()"
+        evidence = {**evidence, **torch_report.set_variables(self.visibility)}
+        try:
+            with _overheard() as remarks:
+                available = bool(module.is_available())
+        except Exception as error:  # noqa: BLE001
+            return Availability(False, f"{call} raised {describe(error)}", self.device_hint(), evidence)
         if not available:
-            reason = f"torch.{self.device_type}.is_available() is False"
-            return Availability(False, reason, "check the driver and the visible-devices variable")
-        return Availability(True, evidence={f"torch.{self.device_type}": "available"})
+            reason = "; ".join((f"{call} is False", *remarks))
+            return Availability(False, reason, self.device_hint(), evidence)
+        return Availability(True, evidence={f"torch.{self.device_type}": "available", **evidence})
+
+    def _import_problem(self, error: Exception) -> str:
+        """Say why there is no `torch.<device_type>`, as one clause."""
+        if isinstance(error, ModuleNotFoundError) and error.name in ("torch", *self.requires):
+            return f"{error.name} is not installed"
+        if isinstance(error, AttributeError) and error.name == self.device_type:
+            return f"torch {getattr(error.obj, '__version__', '')} has no torch.{self.device_type}"
+        modules = " and ".join(("torch", *self.requires))
+        return f"torch.{self.device_type} cannot be used: importing {modules} raised {describe(error)}"
+
+    def device_hint(self) -> str:
+        """Return what to check when the software is there and the device is not."""
+        tool = f"`{self.query_tool}`" if self.query_tool else "the driver"
+        found = torch_report.set_variables(self.visibility)
+        if found:
+            hiding = " and ".join(f"{name}='{value}'" for name, value in found.items())
+            return f"check that {tool} lists the device and that {hiding} does not hide it"
+        return f"check that {tool} lists the device and that this container was given it"
+
+    # ------------------------------------------------------------------------------------------ setup
 
     def setup(self, index: int | None = None) -> torch.device:
+        self.set_threads()
+        try:
+            self._check_index(index)
+            self.device = self._start(index)
+            self.prepare_device()
+        except BackendError:
+            raise
+        except Exception as error:
+            which = "the device" if index is None else f"device {index}"
+            reason = f"{which} did not start: {describe(error)}"
+            raise DeviceUnavailable(self.name, reason, self.device_hint()) from error
+        if self.monitor is not None:
+            self.at_setup = self.monitor.sample()
+        return self.device
+
+    def _check_index(self, index: int | None) -> None:
+        count = int(self.module.device_count())
+        if count == 0:
+            raise DeviceUnavailable(self.name, "torch counts 0 devices", self.device_hint())
+        if index is not None and not 0 <= index < count:
+            names = " or ".join(self.visibility)
+            why = f" ({names} chooses which are seen)" if names else ""
+            raise BackendError(
+                f"backend '{self.name}' has {count} device(s), so there is no device {index}{why}."
+            )
+
+    def _start(self, index: int | None) -> torch.device:
+        """Make the device current and use it once: a broken driver shows here and not in the first op."""
         import torch
 
-        self.set_threads()
-        count = self.module.device_count()
-        if index is not None and not 0 <= index < count:
-            raise BackendError(f"backend '{self.name}' has {count} device(s), so there is no device {index}.")
         if index is not None:
             self.module.set_device(index)
-        return torch.empty(0, device=self.device_type).device
+        device = torch.zeros(1, device=self.device_type).device
+        self.module.synchronize()
+        return device
+
+    def prepare_device(self) -> None:
+        """Do what a vendor's stack needs once, right after the device has started."""
 
     def set_threads(self) -> None:
         """Apply the `threads` option: how many host threads torch may use."""
@@ -70,14 +150,69 @@ class TorchBackend(Backend):
     def synchronize(self) -> None:
         self.module.synchronize()
 
+    # ------------------------------------------------------------------------------------ time and graphs
+
+    def device_timer(self) -> Timer | None:
+        """Return a timer on the device's clock, beside the headline's `timer()`; None without events."""
+        if not hasattr(self.module, "Event"):
+            return None
+        return EventTimer(self.module, self.device_type, self.synchronize)
+
+    def graphs_by_default(self) -> bool:
+        """Say whether graphs are captured without -O graph=on or off."""
+        return True
+
+    @property
+    def graphs(self) -> str:
+        """Say whether functions are captured: "on", "off" by option or default, "none" without support."""
+        return self._graphs if self.graph_class and hasattr(self.module, self.graph_class) else "none"
+
+    def graph(self, fn: Callable[[], None]) -> Callable[[], None] | None:
+        """Capture `fn` after running it three times, and return its replay.
+
+        None where the stack has no graphs or `-O graph=off` forbids them. Raises `BackendError` when `fn`
+        cannot be captured.
+        """
+        if self.graphs != "on":
+            return None
+        try:
+            return capture(self.module, self.graph_class, fn)
+        except Exception as error:
+            raise BackendError(
+                f"backend '{self.name}' cannot capture this into a graph ({describe(error)}); "
+                "-O graph=off runs without graphs."
+            ) from error
+
+    # ------------------------------------------------------------------------------------------ facts
+
+    def properties(self) -> Any:
+        """Return torch's properties of the device, or None where the stack has none."""
+        function = getattr(self.module, "get_device_properties", None)
+        return function(self.device) if function is not None else None
+
+    def capability(self) -> str | None:
+        """Return the capability as text. Its numbers mean something else for every vendor."""
+        found = self.properties()
+        if not (hasattr(found, "major") and hasattr(found, "minor")):
+            return None
+        return f"{found.major}.{found.minor}"
+
+    def native_bfloat16(self) -> bool | None:
+        """Return what the stack says about bfloat16 without emulation; None where it cannot say."""
+        function = getattr(self.module, "is_bf16_supported", None)
+        try:
+            return None if function is None else bool(function(including_emulation=False))
+        except TypeError:  # an older torch counts emulation in
+            return None
+
     def device_info(self) -> DeviceInfo:
-        if not hasattr(self.module, "get_device_properties"):
+        found = self.properties()
+        if found is None:
             return DeviceInfo(name=self.device_type)
-        properties = self.module.get_device_properties(self.device)
         return DeviceInfo(
-            name=str(properties.name),
-            memory_bytes=_known(properties, "total_memory"),
-            cache_bytes=_known(properties, "L2_cache_size"),
+            name=str(found.name),
+            memory_bytes=torch_report.known(found, "total_memory"),
+            cache_bytes=torch_report.known(found, "L2_cache_size"),
         )
 
     def memory(self) -> MemoryInfo:
@@ -92,18 +227,40 @@ class TorchBackend(Backend):
     def empty_cache(self) -> None:
         _call(self.module, "empty_cache")
 
+    # ------------------------------------------------------------------------------------ environment
+
+    @functools.cached_property
+    def monitor(self) -> Monitor | None:
+        """The vendor's management library, or None."""
+        return self.make_monitor()
+
+    def make_monitor(self) -> Monitor | None:
+        """Return a monitor of the device; subclasses that have a library override this."""
+        return None
+
+    def vendor_facts(self) -> Mapping[str, str]:
+        """Return what only this vendor's stack can tell, for the environment; subclasses override this."""
+        return {}
+
     def environment(self) -> Mapping[str, str]:
-        return {
-            name: str(getattr(importlib.import_module(name), "__version__", "?")) for name in self.requires
-        }
+        """Report versions, variables and sensors. A part that cannot be read says so and harms no other."""
+        return torch_report.report(self)
 
 
-def _known(properties: Any, name: str) -> int | None:
-    value = getattr(properties, name, None)
-    return int(value) if value else None
+@contextmanager
+def _overheard() -> Iterator[list[str]]:
+    """Collect the texts of warnings instead of printing them."""
+    remarks: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield remarks
+    remarks += [str(one.message).partition("\n")[0].strip() for one in caught]
 
 
 def _call(module: ModuleType, name: str) -> Any:
-    """Call an optional function of the device module; None where it does not exist."""
+    """Call an optional function of the device module; None where it does not exist or cannot say."""
     function = getattr(module, name, None)
-    return function() if function is not None else None
+    try:
+        return function() if function is not None else None
+    except (NotImplementedError, RuntimeError, TypeError):
+        return None

@@ -31,8 +31,14 @@ def latent_check(name: str, catches: str) -> Callable[[Callable[[Trial], None]],
 
 
 def writes_lse(trial: Trial) -> bool:
-    """Say whether the op supplies the log-sum-exp; the layer needs none of absorbed attention."""
+    """Say whether the op supplies the log-sum-exp; the layer needs it only to merge parts of a context."""
     return bool(getattr(trial.op, "writes_lse", True))
+
+
+def require_lse(trial: Trial) -> None:
+    """Refuse to judge a log-sum-exp that the op does not supply."""
+    if not writes_lse(trial):
+        raise Refused("it does not supply the log-sum-exp (writes_lse is False)")
 
 
 def latent(query_lens: Lengths, kv_lens: Lengths, **changes: Any) -> Problem:
@@ -129,8 +135,7 @@ def heads(trial: Trial) -> None:
 @latent_check("lse", "a log-sum-exp to base 2, transposed, or without the scale")
 def lse(trial: Trial) -> None:
     """The log-sum-exp is the natural logarithm, in fp32, laid out token by token."""
-    if not writes_lse(trial):
-        raise Refused("it does not supply the log-sum-exp (writes_lse is False)")
+    require_lse(trial)
     check_lse(trial, latent(*MIXED), decode(33, 7, 100, heads=3), latent((4, 4), (9, 66), heads=4))
 
 

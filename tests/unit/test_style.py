@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CHECKED = ("mla", "backends/mla_backends", "plugins/cpu/mla_backend_cpu", "benchmarks")
+PLUGINS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("plugins/*/mla_backend_*"))
+CHECKED = ("mla", "backends/mla_backends", *PLUGINS, "benchmarks")
 
 
 @pytest.mark.parametrize(

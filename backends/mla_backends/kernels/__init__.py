@@ -19,6 +19,7 @@ a layer is built, and a package that is missing, broken or changed becomes a rea
 | `FlashMla` | latent | `flash_mla`, `mate.flashmla` | yes | plans inside the graph, or `graph=False` |
 | `IxformerMla` | latent | `ixformer` | newer releases; else NaN | bounded by the block table |
 | `FlashInferMla` | latent | `flashinfer` | yes | refused: it plans on the host |
+| `SdpaExpanded` | expanded | torch itself | no: NaN | keeps the lengths of its plan |
 | `FlashAttnVarlen` | expanded | `flash_attn`, `flash_attn_interface` | yes | keeps the lengths of its plan |
 
 One op object serves all layers; keep it, because it keeps scratch memory and the vendor's workspace. An op
@@ -31,6 +32,7 @@ from mla_backends.kernels.flashinfer import FlashInferMla
 from mla_backends.kernels.ixformer import IxformerMla
 from mla_backends.kernels.limits import LatentLimits
 from mla_backends.kernels.paged import PagedLatentOp
+from mla_backends.kernels.sdpa import SdpaExpanded
 from mla_backends.kernels.vendor import KernelRefused
 
 __all__ = [
@@ -41,5 +43,6 @@ __all__ = [
     "KernelRefused",
     "LatentLimits",
     "PagedLatentOp",
+    "SdpaExpanded",
     "VarlenLimits",
 ]

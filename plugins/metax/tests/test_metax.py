@@ -1,0 +1,64 @@
+"""The MetaX backend without a card. Its life on an emulated one is in tests/emulation."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mla_backend_metax import Metax
+from mla_backends.api import AttentionSpec
+from mla_backends.errors import DeviceUnavailable
+from mla_backends.registry import open_backend
+
+
+def test_it_requires_no_torch() -> None:
+    """pip would replace the vendor's build of it. An editable install requires `editables` as well."""
+    required = metadata.requires("mla-backend-metax") or []
+    always = [one for one in required if "extra" not in one and not one.startswith("editables")]
+    assert always == ["mla-backends<0.2,>=0.1"]
+
+
+def test_another_vendors_torch_is_a_sentence() -> None:
+    with pytest.raises(DeviceUnavailable, match="this torch is ") as error:
+        open_backend("metax")
+    assert "its version contains +metax" in str(error.value)
+
+
+def backend_on(index: int) -> Metax:
+    backend = Metax()
+    backend.__dict__["module"] = SimpleNamespace(current_device=lambda: index)
+    return backend
+
+
+def test_macas_variable_wins_over_cudas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert backend_on(1)._address().physical_index() == 1
+    monkeypatch.setenv("MACA_VISIBLE_DEVICES", "4,6")
+    assert backend_on(1)._address().physical_index() == 6
+
+
+def test_both_variables_are_named_when_a_card_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("MACA_VISIBLE_DEVICES", "")
+    hint = Metax().device_hint()
+    assert hint.startswith("check that `mx-smi` lists the device")
+    assert "MACA_VISIBLE_DEVICES=''" in hint
+    assert "CUDA_VISIBLE_DEVICES='0'" in hint
+
+
+def test_what_is_on_pypi_is_not_offered() -> None:
+    spec = AttentionSpec(16, 512, 128, 64, 128, 0.1, torch.bfloat16, torch.device("cpu"))
+    for op in (op for name, op in Metax().ops().items() if name != "sdpa"):  # that is torch's own
+        (missing, *_) = op.unsupported_reasons(spec)
+        assert "MetaX's own index" in missing
+
+
+def test_a_capability_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10.0 is a C500 here and a Blackwell card elsewhere, so nothing may compare it."""
+    backend = Metax()
+    properties = SimpleNamespace(major=10, minor=0)
+    backend.__dict__["module"] = SimpleNamespace(get_device_properties=lambda device: properties)
+    assert backend.capability() == "10.0"

@@ -1,0 +1,88 @@
+"""Moore Threads backend: GPUs through torch_musa, as `torch.musa`.
+
+Nothing here touches `torch.cuda`: under torchada it is a mirror of `torch.musa`, and without it, nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mla_backend_moore.kernels import kernels
+from mla_backend_moore.sensors import BANDWIDTH, LIBRARY, MtmlSampler
+from mla_backends import FusedOp, TorchBackend, hookimpl
+from mla_backends.api import DeviceInfo, Peak
+from mla_backends.known import KNOWN
+from mla_backends.monitor import Monitor
+from mla_backends.nvml import Address
+from mla_backends.torch_report import known
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Moore", "mla_backend"]
+
+#: The first capability of Moore Threads' own numbering that computes bfloat16: MTT S4000.
+FIRST_WITH_BFLOAT16 = (2, 2)
+
+
+class Moore(TorchBackend):
+    """Moore Threads GPUs."""
+
+    name = "moore"
+    api_version = 1
+    device_type = "musa"
+    requires = ("torch_musa",)  # usually loaded by torch itself; not with TORCH_DEVICE_BACKEND_AUTOLOAD=0
+    install_hint = f"install torch and torch_musa from {KNOWN['moore'].torch_source}"
+    query_tool = "mthreads-gmi"
+    visibility = ("MUSA_VISIBLE_DEVICES",)
+    variables = ("MUSA_HOME", "TORCH_DEVICE_BACKEND_AUTOLOAD", "PYTORCH_MUSA_ALLOC_CONF")
+    packages = ("torch-musa", "torchada", "mate", "flash-mla", "triton")
+    graph_class = "MUSAGraph"
+
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Return the native dtypes. MTT S80 and S3000 can store bfloat16, and their ops then fail."""
+        import torch
+
+        native = self.native_bfloat16()
+        if native is None:  # a torch_musa that only says whether a tensor can be made
+            found = self.properties()
+            native = (found.major, found.minor) >= FIRST_WITH_BFLOAT16
+        return (*((torch.bfloat16,) if native else ()), torch.float16, torch.float32)
+
+    @functools.cached_property
+    def _ops(self) -> Mapping[str, FusedOp]:
+        """Made once the device is known; they import no kernel, and stay because they keep scratch memory."""
+        return kernels(self.capability, known(self.properties(), "multi_processor_count"))
+
+    def ops(self) -> Mapping[str, FusedOp]:
+        return self._ops
+
+    def device_info(self) -> DeviceInfo:
+        return replace(super().device_info(), bandwidth=self._bandwidth())
+
+    def _bandwidth(self) -> Peak | None:
+        """Return what the management library says; no data sheet is public."""
+        found = self.monitor.facts().get(BANDWIDTH) if self.monitor else None
+        return Peak(1e9 * float(found), f"mtmlMemoryGetBandwidth, {LIBRARY}") if found else None
+
+    def make_monitor(self) -> Monitor:
+        return Monitor(MtmlSampler(self._address))
+
+    def _address(self) -> Address:
+        return Address(self.module.current_device(), visible=os.environ.get("MUSA_VISIBLE_DEVICES"))
+
+    def vendor_facts(self) -> Mapping[str, str]:
+        import torch
+
+        version = getattr(torch.version, "musa", None)
+        return {"torch.version.musa": str(version)} if version else {}
+
+
+@hookimpl
+def mla_backend(options: Mapping[str, str]) -> Moore:
+    """Return the Moore Threads backend."""
+    return Moore(options)

@@ -1,0 +1,74 @@
+"""Which kernels Moore Threads GPUs have for attention: MATE, and MT-flashMLA before it.
+
+Both serve capability 3.1 (MTT S5000) only. MT-flashMLA ends the process when a page or width is wrong and
+waits for the device on every call, so its limits are as narrow as its source.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mla_backends import FusedOp
+from mla_backends.kernels import FlashMla, LatentLimits, SdpaExpanded
+
+if TYPE_CHECKING:
+    import torch
+
+#: The capability, in Moore Threads' own numbering, that the kernels are compiled for.
+CAPABILITY = "3.1"
+#: MT-flashMLA plans one part per multiprocessor and tile of so many query rows; with none it reads nowhere.
+LEGACY_TILE = 32
+#: What MATE's own tests cover; other head counts are padded.
+MATE_HEADS = (8, 16, 32, 64, 128)
+#: Nobody has said what rows without keys give, or that planning can be captured into a graph.
+CAREFUL = LatentLimits(empty_rows=False, graph=False)
+
+_MATE = "see https://github.com/MooreThreads/mate; the package of that name on PyPI is another"
+_LEGACY = "see https://github.com/MooreThreads/MT-flashMLA"
+
+
+def kernels(capability: Callable[[], str | None], multiprocessors: int | None) -> Mapping[str, FusedOp]:
+    """Return the ops, best first. `multiprocessors` None means that nobody knows."""
+
+    def device_reason(device: torch.device) -> str:
+        found = capability()
+        wanted = f"it runs on capability {CAPABILITY} (MTT S5000) only"
+        return "" if found == CAPABILITY else f"{wanted}, and this device says {found}"
+
+    def legacy_reason(device: torch.device) -> str:
+        return device_reason(device) or _not_legacy()
+
+    rows = (multiprocessors or 1) * LEGACY_TILE
+    return {
+        "mate": FlashMla(
+            replace(
+                CAREFUL,
+                heads=MATE_HEADS,
+                pads_heads_to=MATE_HEADS,
+                lse_layout="tokens_first",
+                device_reason=device_reason,
+            ),
+            module="mate.flashmla",
+            install=_MATE,
+        ),
+        "mt_flash_mla": FlashMla(
+            replace(CAREFUL, dtypes=("bfloat16",), max_query_rows=rows, device_reason=legacy_reason),
+            install=_LEGACY,
+        ),
+        "sdpa": SdpaExpanded(pads_values=True),
+    }
+
+
+def _not_legacy() -> str:
+    """Return why the installed `flash_mla` is not MT-flashMLA; MATE comes with a module of that name too."""
+    if importlib.util.find_spec("flash_mla") is None:
+        return ""  # another reason says so
+    if importlib.util.find_spec("flash_mla_musa") is None:
+        return "this flash_mla is not MT-flashMLA: it has no extension flash_mla_musa"
+    if hasattr(sys.modules.get("flash_mla"), "FlashMLASchedMeta"):
+        return "this flash_mla is not MT-flashMLA: it is of a newer generation"
+    return ""

@@ -1,0 +1,88 @@
+"""The Moore Threads backend without a card. Its life on an emulated one is in tests/emulation."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import mla_backend_moore
+from mla_backend_moore.kernels import kernels
+from mla_backends.api import AttentionSpec
+from mla_backends.registry import create
+
+
+def test_it_requires_no_torch() -> None:
+    """pip would replace the vendor's build of it. An editable install requires `editables` as well."""
+    required = metadata.requires("mla-backend-moore") or []
+    always = [one for one in required if "extra" not in one and not one.startswith("editables")]
+    assert always == ["mla-backends<0.2,>=0.1"]
+    (monitor,) = (one for one in required if "extra" in one)
+    assert monitor.startswith("mthreads-ml-py")  # not pymtml, which is another's package
+
+
+def test_no_line_of_it_names_torch_cuda() -> None:
+    """Under torchada `torch.cuda` is a mirror of `torch.musa`; elsewhere it is another vendor's device."""
+    for path in Path(str(mla_backend_moore.__file__)).parent.glob("*.py"):
+        names = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
+        assert "cuda" not in {node.attr for node in names}, path
+
+
+def test_without_torch_musa_the_reason_says_so() -> None:
+    found = create("moore").probe()
+    assert not found.ok
+    assert found.reason == "torch_musa is not installed"
+    assert "https://github.com/MooreThreads/torch_musa" in found.hint
+
+
+def test_a_torch_musa_that_brings_no_musa_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_musa", ModuleType("torch_musa"))
+    found = create("moore").probe()
+    assert not found.ok
+    assert found.reason == f"torch {torch.__version__} has no torch.musa"
+
+
+def reasons(op: str, capability: str | None, dtype: torch.dtype = torch.bfloat16, heads: int = 16) -> str:
+    """Return what the op says of a layer of DeepSeek's shape, but for packages that are not installed."""
+    spec = AttentionSpec(heads, 512, 128, 64, 128, 0.1, dtype, torch.device("cpu"))
+    found = kernels(lambda: capability, 56)[op].unsupported_reasons(spec)
+    return "; ".join(one for one in found if "is not installed" not in one)
+
+
+@pytest.mark.parametrize("op", ["mate", "mt_flash_mla"])
+def test_the_kernels_are_for_the_s5000_only(op: str) -> None:
+    assert reasons(op, "3.1") == ""
+    for capability in ("2.1", "2.2", "3.0", "4.0", None):
+        assert f"it runs on capability 3.1 (MTT S5000) only, and this device says {capability}" in reasons(
+            op, capability
+        )
+
+
+def test_the_older_kernel_computes_bfloat16_only() -> None:
+    assert reasons("mate", "3.1", torch.float16) == ""
+    assert "it computes in bfloat16, not float16" in reasons("mt_flash_mla", "3.1", torch.float16)
+
+
+def test_another_flash_mla_is_not_taken_for_the_older_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MATE and other vendors ship modules of that name, whose results are laid out otherwise."""
+    for name in ("flash_mla", "flash_mla_musa"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "flash_mla.py").write_text(
+        "def get_mla_metadata(*args): ...\n"
+        "def flash_mla_with_kvcache(q, k_cache, block_table, cache_seqlens, head_dim_v,"
+        " tile_scheduler_metadata, num_splits, softmax_scale, causal): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert reasons("mt_flash_mla", "3.1").endswith("it has no extension flash_mla_musa")
+    (tmp_path / "flash_mla_musa.py").touch()
+    assert reasons("mt_flash_mla", "3.1") == ""
+    monkeypatch.setattr(sys.modules["flash_mla"], "FlashMLASchedMeta", object, raising=False)
+    assert reasons("mt_flash_mla", "3.1").endswith("it is of a newer generation")
+    del sys.modules["flash_mla"]

@@ -1,0 +1,125 @@
+"""NVIDIA backend: GPUs through PyTorch's CUDA build. Look-alikes of other vendors are refused by name."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from mla_backend_nvidia.kernels import kernels
+from mla_backend_nvidia.peaks import peaks
+from mla_backends import Availability, FusedOp, hookimpl
+from mla_backends.api import DeviceInfo
+from mla_backends.cuda import CudaBackend
+from mla_backends.errors import DeviceUnavailable
+from mla_backends.known import KNOWN
+from mla_backends.monitor import Monitor
+from mla_backends.nvml import Address, Dialect, NvmlSampler
+from mla_backends.torch_report import known
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Nvidia", "mla_backend"]
+
+#: Words in the names of devices that imitate torch.cuda; old NVIDIA cards do not say NVIDIA in theirs.
+FOREIGN = ("metax", "iluvatar", "mthreads", "mtt ", "amd ", "radeon", "hygon", "biren")
+
+
+class Nvidia(CudaBackend):
+    """NVIDIA GPUs. Here, and only here, a capability is the number of an NVIDIA architecture."""
+
+    name = "nvidia"
+    api_version = 1
+    install_hint = f"install torch, built for CUDA, from {KNOWN['nvidia'].torch_source}"
+    query_tool = "nvidia-smi"
+    visibility = ("CUDA_VISIBLE_DEVICES",)
+    variables = ("CUDA_HOME", "CUDA_DEVICE_ORDER", "CUDA_MODULE_LOADING", "PYTORCH_CUDA_ALLOC_CONF")
+    packages = ("flash-mla", "flashinfer-python", "flash-attn", "triton", "nvidia-cublas-cu12")
+
+    def probe_module(self, module: ModuleType, evidence: Mapping[str, str]) -> Availability:
+        with _asking_nvml():
+            return super().probe_module(module, evidence)
+
+    def prepare_device(self) -> None:
+        """Refuse a device of another vendor that got past the marks of the build."""
+        found = str(self.properties().name)
+        if any(word in found.lower() for word in FOREIGN):
+            reason = f"torch.cuda offers '{found}', which is no NVIDIA device"
+            raise DeviceUnavailable(
+                self.name, reason, "`python -m mla.bench list` shows the backend that serves it"
+            )
+
+    def architecture(self) -> tuple[int, int]:
+        """Return the compute capability, (9, 0) for Hopper."""
+        found = self.properties()
+        return found.major, found.minor
+
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        import torch
+
+        native = self.native_bfloat16()
+        if native is None:  # a torch that counts emulation in
+            native = self.architecture() >= (8, 0)
+        return (*((torch.bfloat16,) if native else ()), torch.float16, torch.float32)
+
+    def device_info(self) -> DeviceInfo:
+        info = super().device_info()
+        bandwidth, flops = peaks(info.name, info.memory_bytes)
+        return replace(info, bandwidth=bandwidth, flops=flops)
+
+    @functools.cached_property
+    def _ops(self) -> Mapping[str, FusedOp]:
+        """Made once the device is known; they import no kernel, and stay because they keep scratch memory."""
+        return kernels(self.architecture, known(self.properties(), "multi_processor_count"))
+
+    def ops(self) -> Mapping[str, FusedOp]:
+        return self._ops
+
+    def make_monitor(self) -> Monitor:
+        return Monitor(NvmlSampler(Dialect("pynvml", by_uuid=True), self._address))
+
+    def _address(self) -> Address:
+        uuid = getattr(self.properties(), "uuid", None)
+        return Address(self.module.current_device(), uuid=str(uuid) if uuid else None)
+
+    def vendor_facts(self) -> Mapping[str, str]:
+        import torch
+
+        more = {"cudnn": torch.backends.cudnn.version(), "driver": _driver()}
+        return {
+            **super().vendor_facts(),
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            **{name: str(value) for name, value in more.items() if value},
+        }
+
+
+def _driver(file: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """Return the version of the kernel's driver, for hosts without a management library."""
+    found = re.search(r"Module.*?\s(\d+(?:\.\d+)+)\s", file.read_text()) if file.is_file() else None
+    return found[1] if found else ""
+
+
+@contextmanager
+def _asking_nvml() -> Iterator[None]:
+    """Make `torch.cuda.is_available()` ask NVML: the CUDA runtime would start the driver in this process."""
+    name = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = before or "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
+@hookimpl
+def mla_backend(options: Mapping[str, str]) -> Nvidia:
+    """Return the NVIDIA backend."""
+    return Nvidia(options)

@@ -1,0 +1,215 @@
+"""Tensors of the emulated device, and what happens when an operation meets one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from emulated.state import STATE, DeviceMix
+from emulated.trees import change, tensors
+
+#: Operations whose result the host needs before it can go on.
+WAITING = {
+    f"aten::{name}"
+    for name in (
+        *("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "nonzero_numpy"),
+        *("masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount"),
+    )
+}
+INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::matmul"}
+FRESH = {
+    "aten::empty",
+    "aten::empty_strided",
+    "aten::empty_like",
+    "aten::new_empty",
+    "aten::new_empty_strided",
+}
+
+
+class EmulatedTensor(torch.Tensor):
+    """Reports an emulated device and keeps its numbers in `raw`, on the host."""
+
+    raw: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, raw: torch.Tensor, index: int) -> EmulatedTensor:
+        device = torch.device(STATE.name, index)
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            raw.size(),
+            strides=raw.stride(),
+            storage_offset=raw.storage_offset(),
+            dtype=raw.dtype,
+            layout=raw.layout,
+            device=device,
+        )
+        made.raw, made.index, made.block = raw, index, STATE.block(raw)
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(func, args, kwargs or {})
+
+    def tolist(self) -> Any:
+        STATE.wait("tolist")
+        return self.raw.tolist()
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy; use .cpu() first.")
+
+    def untyped_storage(self) -> Any:
+        return self.raw.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.raw.data_ptr()
+
+    def __repr__(self, *args: Any, **kwargs: Any) -> str:
+        return f"EmulatedTensor({self.raw!r}, device='{self.device}')"
+
+
+def run(func: Any, args: Any, kwargs: Any) -> Any:
+    """Carry out one operation that touches the emulated device."""
+    name = func._schema.name
+    leaves = tensors(args, kwargs)
+    here = [leaf for leaf in leaves if isinstance(leaf, EmulatedTensor)]
+    if name in ("aten::_to_copy", "aten::copy_"):
+        return _copy(func, args, kwargs)
+    _check_mixing(name, leaves, here)
+    _check_waiting(name, args, kwargs, here)
+    _check_arithmetic(name, here)
+    return _on_host(func, args, kwargs, _target(kwargs, here))
+
+
+def _target(kwargs: Any, here: list[EmulatedTensor]) -> int | None:
+    """Return the card that results are on; None for a factory of another device."""
+    wanted = kwargs.get("device")
+    if wanted is not None:
+        wanted = torch.device(wanted)
+        if wanted.type != STATE.name:
+            return None
+        index = STATE.current if wanted.index is None else wanted.index
+        if index >= STATE.count:
+            raise RuntimeError(f"{STATE.name} error: invalid device ordinal {index}")
+        return index
+    return here[0].index if here else STATE.current
+
+
+def _on_host(func: Any, args: Any, kwargs: Any, index: int | None) -> Any:
+    if kwargs.get("device") is not None and index is not None:
+        kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"} | {"device": "cpu"}
+    plain_args, plain_kwargs = change(args, _plain), change(kwargs, _plain)
+    if STATE.recording is not None:
+        STATE.recording.before(plain_args, plain_kwargs)
+    out = func(*plain_args, **plain_kwargs)
+    if func._schema.name in FRESH and isinstance(out, torch.Tensor):
+        poison(out)
+    if STATE.recording is not None:
+        again = functools.partial(func, *plain_args, **plain_kwargs)
+        STATE.recording.after(again, (plain_args, plain_kwargs), out)
+    return out if index is None else change(out, _wrapper(args, kwargs, index))
+
+
+def _wrapper(args: Any, kwargs: Any, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that wraps results; what was written in place keeps its wrapper."""
+    known = {id(leaf.raw): leaf for leaf in tensors(args, kwargs) if isinstance(leaf, EmulatedTensor)}
+
+    def wrap(value: torch.Tensor) -> torch.Tensor:
+        same = known.get(id(value))
+        if same is None:
+            return EmulatedTensor(value, index)
+        assert same.shape == value.shape, "an emulated tensor cannot be resized"
+        return same
+
+    return wrap
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor:
+    return value.raw if isinstance(value, EmulatedTensor) else value
+
+
+def _check_mixing(name: str, leaves: Iterable[torch.Tensor], here: list[EmulatedTensor]) -> None:
+    cards = {tensor.index for tensor in here}
+    if len(cards) > 1:
+        raise DeviceMix(f"{name}: tensors on cards {sorted(cards)} of {STATE.name}")
+    strange = [leaf for leaf in leaves if not isinstance(leaf, EmulatedTensor) and leaf.dim() > 0]
+    if not here or not strange:
+        return
+    if name not in INDEXING:
+        raise DeviceMix(
+            f"{name}: all tensors must be on one device, found {STATE.name} and {strange[0].device}"
+        )
+    STATE.wait(f"{name} with an index on the host")
+
+
+def _check_waiting(name: str, args: Any, kwargs: Any, here: list[EmulatedTensor]) -> None:
+    if not here:
+        return
+    masks = name in INDEXING and any(
+        isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+    )
+    counted = name == "aten::repeat_interleave" and kwargs.get("output_size") is None
+    if name in WAITING or masks or counted:
+        STATE.wait(name)
+
+
+def _check_arithmetic(name: str, here: list[EmulatedTensor]) -> None:
+    """Fail as a card does that can store a dtype and not multiply in it."""
+    if name in PRODUCTS and here:
+        dtype = str(here[0].dtype).removeprefix("torch.")
+        if dtype in ("bfloat16", "float16") and dtype not in STATE.card.products:
+            raise RuntimeError(
+                f"{STATE.name} error: {name} is not implemented for {dtype} on {STATE.card.name}"
+            )
+
+
+def _copy(func: Any, args: Any, kwargs: Any) -> Any:
+    """Carry out a copy, perhaps between devices. Reading back always waits; pinning is not emulated."""
+    if func._schema.name == "aten::copy_":
+        target, source = args[0], args[1]
+        from_host, to_host = _crossing(source, target.device)
+        lazy = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
+        _note_copy(source, from_host, to_host, lazy)
+        there, here = _plain(target), _plain(source)
+        if STATE.recording is not None:
+            STATE.recording.before(there)
+            STATE.recording.after(functools.partial(there.copy_, here), there, there)
+        there.copy_(here)
+        return target
+    source, rest = args[0], {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
+    device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else source.device
+    from_host, to_host = _crossing(source, device)
+    _note_copy(source, from_host, to_host, rest.pop("non_blocking", False))
+    if device.type != STATE.name:
+        return func(_plain(source), **rest)
+    if from_host:
+        index = _target({"device": device}, [])
+        return EmulatedTensor(func(source, **rest), index)
+    return _on_host(func, args, rest, _target({"device": device}, []))
+
+
+def _crossing(source: torch.Tensor, target: torch.device) -> tuple[bool, bool]:
+    there, here = isinstance(source, EmulatedTensor), target.type == STATE.name
+    return not there and here, there and not here
+
+
+def _note_copy(source: torch.Tensor, from_host: bool, to_host: bool, lazy: bool) -> None:
+    if to_host:
+        STATE.wait("a copy to the host")
+    elif from_host and not lazy:
+        STATE.wait("a blocking copy from the host")
+    elif from_host:
+        STATE.upload("a copy from the host")
+
+
+def poison(raw: torch.Tensor) -> None:
+    """Fill memory that nobody has written: NaN, or an integer that is no index."""
+    if raw.dtype.is_floating_point:
+        raw.fill_(float("nan"))
+    elif raw.dtype in (torch.int16, torch.int32, torch.int64):
+        raw.fill_(torch.iinfo(raw.dtype).min)

@@ -1,0 +1,32 @@
+"""Walking over arguments: torch's own pytree is general, and slower than the operations it would wrap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def tensors(*values: Any) -> list[torch.Tensor]:
+    """Return the tensors among values, which may be nested in lists, tuples and dicts."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors(*value)
+        elif isinstance(value, dict):
+            found += tensors(*value.values())
+    return found
+
+
+def change(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """Return `value` with `function` applied to every tensor in it."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(change(item, function) for item in value)
+    if isinstance(value, dict):
+        return {key: change(item, function) for key, item in value.items()}
+    return value

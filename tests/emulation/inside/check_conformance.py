@@ -1,0 +1,36 @@
+"""The conformance suite on the emulated device, in the default dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import mla
+from mla.conformance.suite import carry_out, instances
+from mla.conformance.trial import Subject
+from mla.conformance.xfails import Xfails
+
+
+def run_suite(name: str, *only: str) -> set[str]:
+    """Return the checks that pass, none failing."""
+    subject = Subject(mla.load_backend(name), name, quick=True)
+    found: list[Any] = [
+        carry_out(one, subject, Xfails({})) for one in instances(subject, (torch.bfloat16,), only)
+    ]
+    assert not [(one.id, one.reason) for one in found if one.status not in ("pass", "refused")]
+    return {one.check for one in found if one.status == "pass"}
+
+
+def test_the_device_conforms(name: str) -> None:
+    passed = run_suite(name, "device")
+    assert {"device.probe", "device.synchronize", "device.memory_grows", "device.environment"} <= passed
+    assert ("device.graph" in passed) == (name != "iluvatar")
+
+
+@pytest.mark.only("moore")  # once will do: all of these run the same code on the same emulation
+def test_the_reference_and_the_layer_conform(name: str) -> None:
+    passed = run_suite(name)
+    assert len(passed) > 50
+    assert {"layer.decode", "layer.graph", "latent.poison", "expanded.prefill"} <= passed

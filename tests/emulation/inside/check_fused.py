@@ -1,0 +1,256 @@
+"""Each vendor's own kernels through its plugin: chosen, right, free of waits, and refused with a reason."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import emulated
+import pytest
+import torch
+
+import mla
+from mla.bench import results
+from mla.bench.check import Checker
+from mla.conformance.suite import carry_out, instances
+from mla.conformance.trial import Subject
+from mla.conformance.xfails import Xfails
+from mla.oracle import oracle
+from mla.weights import random_state_dict
+
+FAKES = Path(__file__).resolve().parents[2] / "fakes" / "kernels"
+PACKAGES = (
+    "flash_mla",
+    "mate",
+    "ixformer",
+    "flashinfer",
+    "flash_attn",
+    "flash_attn_interface",
+    "fake_kernels",
+)
+#: backend -> [(folder of the fake, role, name of the op)]
+KERNELS = {
+    "moore": [
+        ("moore_mate", "latent_attention", "mate"),
+        ("moore_legacy", "latent_attention", "mt_flash_mla"),
+    ],
+    "nvidia": [
+        ("nvidia_a", "latent_attention", "flash_mla"),
+        ("nvidia_b", "latent_attention", "flash_mla"),
+        ("nvidia_c", "latent_attention", "flash_mla"),
+        ("flashinfer", "latent_attention", "flashinfer"),
+        ("flash_attn_2", "expanded_attention", "flash_attn"),
+        ("flash_attn_3", "expanded_attention", "flash_attn_3"),
+    ],
+    "metax": [
+        ("metax", "latent_attention", "flash_mla"),
+        ("flash_attn_2", "expanded_attention", "flash_attn"),
+    ],
+    "iluvatar": [
+        ("ixformer", "latent_attention", "ixformer"),
+        ("ixformer_old", "latent_attention", "ixformer"),
+    ],
+}
+BACKEND = os.environ["EMULATED_BACKEND"]
+#: Those that a whole run is tried with; the generations of one kernel differ in nothing a run can see.
+LIVES = {
+    name: [case for case in cases if case[0] not in ("nvidia_a", "nvidia_b", "flash_attn_3", "ixformer_old")]
+    for name, cases in KERNELS.items()
+}
+#: What launches kernels of its own, unseen by torch.
+LAUNCHES = {
+    "flash_mla": ("get_mla_metadata", "flash_mla_with_kvcache"),
+    "mate.flashmla": ("get_mla_metadata", "flash_mla_with_kvcache"),
+    "ixformer.inference.functions": ("vllm_paged_attention_mla",),
+    "flash_attn": ("flash_attn_varlen_func",),
+    "flash_attn_interface": ("flash_attn_varlen_func",),
+}
+WIDE = {
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 16,
+}
+#: Where an op serves other shapes than those above.
+SHAPES = {"flash_attn_3": {"qk_nope_head_dim": 128, "v_head_dim": 128}}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Try every kernel of the vendor where a test does not choose itself."""
+    chosen = any(mark.args[0] == "kernel" for mark in metafunc.definition.iter_markers("parametrize"))
+    if "kernel" in metafunc.fixturenames and not chosen:
+        cases = KERNELS[BACKEND]
+        metafunc.parametrize("kernel", cases, ids=[folder for folder, _, _ in cases], indirect=True)
+
+
+@pytest.fixture
+def kernel(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Put a fake package on the path and return (role, name of the op)."""
+    folder, role, op = request.param
+    if folder == "moore_legacy":
+        (tmp_path / "flash_mla_musa.py").write_text('"""The extension module that tells MT-flashMLA."""\n')
+        monkeypatch.syspath_prepend(tmp_path)
+    for path in (FAKES / "common", FAKES / folder):
+        monkeypatch.syspath_prepend(path)
+    _forget()
+    for module, functions in LAUNCHES.items():
+        with suppress(ModuleNotFoundError):
+            found = importlib.import_module(module)
+            for function in functions:
+                monkeypatch.setattr(found, function, emulated.kernel(getattr(found, function)))
+    yield role, op
+    _forget()
+
+
+def _forget() -> None:
+    importlib.invalidate_caches()
+    for module in [name for name in sys.modules if name.partition(".")[0] in PACKAGES]:
+        del sys.modules[module]
+
+
+def make_layer(backend: Any, kernel: tuple[str, str], heads: int = 8) -> tuple[mla.MLA, dict[str, Any]]:
+    role, op = kernel
+    config = mla.MLAConfig(**{**WIDE, **SHAPES.get(op, {}), "num_attention_heads": heads})
+    mode = "absorbed" if role == "latent_attention" else "expanded"
+    layer = mla.MLA(config, backend=backend, attention=mode)
+    state = random_state_dict(config)
+    layer.load_state_dict(state)
+    return layer, state
+
+
+@pytest.mark.parametrize("kernel", LIVES[BACKEND], ids=lambda case: case[0], indirect=True)
+def test_a_run_uses_the_kernel_and_is_right(kernel: Any, bench: Any, tmp_path: Path) -> None:
+    role, op = kernel
+    (tmp_path / "tiny.json").write_text(json.dumps({**WIDE, **SHAPES.get(op, {})}))
+    mode = "absorbed" if role == "latent_attention" else "expanded"
+    done = bench("--attention", mode, "-o", "run.json")
+    assert done.code == 0, done.err
+    run = results.decode((tmp_path / "run.json").read_bytes())
+    fused = [case for case in run.cases if case.implementation == "mla"]
+    assert [case.ops[role] for case in fused] == [op, op]
+    assert {case.check.status for case in run.cases} == {"ok"}
+    assert {case.implementation for case in run.cases} == {"mla", "mla-reference"}
+
+
+@pytest.mark.parametrize("heads", [1, 16, 128])
+def test_ragged_batches_of_any_head_count(kernel: Any, backend: Any, heads: int) -> None:
+    """Several new tokens per request, a request without any, and more query rows than one plan may hold."""
+    role, op = kernel
+    layer, state = make_layer(backend, kernel, heads)
+    assert layer.ops[role].name == op
+    query_lens, past = (40, 0, 1, 3), (0, 5, 63, 70)
+    cache = mla.LatentCache(layer.config, max_tokens=1024, device=backend.device, shuffle=0)
+    ids = cache.new_sequences(4)
+    history = [(torch.randn(s, 512).bfloat16(), torch.randn(s, 64).bfloat16()) for s in past]
+    for one, (kv, pe) in zip(ids, history, strict=True):
+        cache.load(one, kv, pe)
+    hidden = torch.randn(sum(query_lens), 64).bfloat16()
+    batch = cache.extend(ids, query_lens)
+    out = layer(hidden.to(backend.device), batch, cache.pages[0]).cpu()
+    expected = oracle(layer.config, state, hidden, query_lens, history)
+    checker = Checker(expected[None], torch.bfloat16, lambda: pytest.fail("not asked for"))
+    found = checker.check(out[None], held_to_reference=False)
+    assert found.status == "ok", found.reason
+
+
+def test_a_decode_step_through_the_kernel_does_not_wait(kernel: Any, backend: Any) -> None:
+    """The fakes look behind the emulation for their numbers; what the adapter does is what is watched."""
+    layer, _ = make_layer(backend, kernel)
+    cache = mla.LatentCache(layer.config, max_tokens=1024, device=backend.device)
+    ids = cache.new_sequences(3)
+    cache.extend(ids, [60, 5, 1])
+    cache.pages.zero_()
+    hidden = torch.randn(3, 64).bfloat16().to(backend.device)
+
+    def step() -> None:
+        batch = cache.extend(ids, [1, 1, 1])
+        layer.plan(batch)
+        layer(hidden, batch, cache.pages[0])
+
+    step()
+    # Before a wrapper is planned anew, the device must have read its plan of several steps ago.
+    old_plans = ("event.synchronize",) if kernel[1] == "flashinfer" else ()
+    with emulated.forbidden_waits(allowed=old_plans) as state:
+        for _ in range(8):
+            step()
+    assert set(state.waits) <= set(old_plans)
+
+
+def conform(name: str, *only: str) -> dict[str, str]:
+    """Return how the suite's own checks of an op end, in bfloat16."""
+    subject = Subject(mla.load_backend(name, options={"graph": "on"}), name, quick=True)
+    found = [carry_out(one, subject, Xfails({})) for one in instances(subject, (torch.bfloat16,), only)]
+    assert not [(one.id, one.reason) for one in found if one.status == "fail"]
+    return {one.id: one.status for one in found}
+
+
+def test_what_the_layer_does_not_look_at_is_right_too(
+    kernel: Any, name: str, request: pytest.FixtureRequest
+) -> None:
+    """Above all the log-sum-exp, whose layout and base differ between vendors."""
+    role, op = kernel
+    group = "latent" if role == "latent_attention" else "expanded"
+    wanted = [f"{group}.{check}[{op}-bfloat16]" for check in ("lse", "heads", "scale")]
+    expected = dict.fromkeys(wanted, "pass")
+    if request.node.callspec.id == "ixformer_old":  # it returns none
+        expected[wanted[0]] = "refused"
+    assert conform(name, *wanted) == expected
+
+
+#: Kernels whose planning follows a batch that is updated in place; others refuse a capture with a sentence.
+FOLLOW = ("nvidia_a", "nvidia_b", "nvidia_c", "ixformer", "ixformer_old")
+
+
+def test_a_captured_step_follows_its_batch_or_is_refused(
+    kernel: Any, name: str, request: pytest.FixtureRequest
+) -> None:
+    """The suite's own checks: other inputs, and lengths that change in place."""
+    if kernel[0] != "latent_attention":
+        return
+    found = conform(name, f"latent.graph*[{kernel[1]}-bfloat16]", "layer.graph*")
+    assert len(found) >= 3
+    assert set(found.values()) == {"pass" if request.node.callspec.id in FOLLOW else "refused"}
+
+
+OTHER_CARDS = {
+    "moore": ("MTT S80", "capability 3.1 (MTT S5000) only, and this device says 2.1"),
+    "nvidia": ("Tesla T4", "and this is sm_75"),
+}
+
+
+@pytest.mark.only(*OTHER_CARDS)
+def test_a_card_the_kernel_was_not_built_for_is_refused(name: str, kernel: Any, state: Any) -> None:
+    card, reason = OTHER_CARDS[name]
+    state.card = replace(emulated.CARDS[card], products=("bfloat16", "float16", "float32"))
+    layer, _ = make_layer(mla.load_backend(name), kernel)
+    assert layer.ops[kernel[0]].name in ("reference", "sdpa")
+    assert any(reason in line for line in layer.ops.explain())
+
+
+def test_what_a_kernel_cannot_serve_is_refused_when_the_layer_is_built(kernel: Any, backend: Any) -> None:
+    role, op = kernel
+    changed = {"kv_lora_rank": 256} if role == "latent_attention" else {"qk_nope_head_dim": 256}
+    why = mla.MLA(mla.MLAConfig(**{**WIDE, **changed}), backend=backend).ops[role].reasons
+    limits = ("it is made for latents of 512 + 64, not 256 + 64", "it takes heads of at most 256, not 320")
+    assert any(f"'{op}' not used because" in one and one.endswith(limits) for one in why), why
+
+
+def test_pages_a_kernel_cannot_read_end_a_run_with_a_sentence(
+    kernel: Any, bench: Any, tmp_path: Path
+) -> None:
+    role, op = kernel
+    if role != "latent_attention" or op in ("flashinfer", "ixformer"):
+        return  # it reads pages of any size, or none
+    (tmp_path / "tiny.json").write_text(json.dumps(WIDE))
+    done = bench("--page-size", "32", "--attention", "absorbed")
+    assert done.code == 3
+    assert "it reads pages of 64 tokens, and this cache has pages of 32" in done.error

@@ -1,0 +1,88 @@
+"""Graphs through the backend: on a side stream, warmed up, replayed on the same memory, and opt-out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import mla
+from mla.weights import random_state_dict
+from mla_backends import BackendError
+from mla_backends.torch_graph import WARMUPS
+
+
+@pytest.fixture
+def capturing(name: str) -> Any:
+    """Return the backend with graphs allowed."""
+    return mla.load_backend(name, options={"graph": "on"})
+
+
+def test_a_layer_can_be_captured(capturing: Any, config: Any) -> None:
+    layer = mla.MLA(config, backend=capturing, attention="absorbed")
+    layer.load_state_dict(random_state_dict(config))
+    cache = mla.LatentCache(config, max_tokens=512, page_size=16, device=capturing.device)
+    ids = cache.new_sequences(2)
+    cache.extend(ids, [20, 5])
+    cache.pages.normal_()
+    batch = cache.extend(ids, [1, 1])
+    hidden = torch.randn(2, config.hidden_size).bfloat16().to(capturing.device)
+    out = torch.empty_like(hidden)
+    replay = capturing.graph(lambda: layer(hidden, batch, cache.pages[0], out=out))
+    for seed in range(3):
+        hidden.copy_(torch.randn(2, config.hidden_size, generator=torch.Generator().manual_seed(seed)))
+        replay()
+        captured = out.cpu().clone()
+        assert torch.equal(captured, layer(hidden, batch, cache.pages[0]).cpu())
+        assert captured.isfinite().all()
+
+
+def test_the_function_is_warmed_up_on_a_side_stream(
+    capturing: Any, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = []
+    stream, graph = module.stream, module.graph
+
+    def entered(side: Any) -> Any:
+        events.append("side stream")
+        return stream(side)
+
+    def captured(*arguments: Any) -> Any:
+        events.append("capture")
+        return graph(*arguments)
+
+    monkeypatch.setattr(module, "stream", entered)
+    monkeypatch.setattr(module, "graph", captured)
+    capturing.graph(lambda: events.append("call"))
+    assert events == ["side stream", *["call"] * WARMUPS, "capture", "call"]
+
+
+def test_what_waits_cannot_be_captured(name: str, capturing: Any) -> None:
+    x = torch.ones(3, device=capturing.device)
+    with pytest.raises(BackendError, match="-O graph=off runs without graphs") as error:
+        capturing.graph(lambda: x.sum().item())
+    assert str(error.value).startswith(f"backend '{name}' cannot capture this into a graph (RuntimeError: ")
+    assert x.sum().item() == 3
+
+
+def test_graphs_can_be_forbidden(name: str) -> None:
+    backend = mla.load_backend(name, options={"graph": "off"})
+    assert backend.graph(lambda: pytest.fail("called")) is None
+    assert backend.environment()["graphs"] == "off"
+
+
+def test_graphs_are_opt_in_on_iluvatar_only(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_ENFORCE_CUDA_GRAPH", raising=False)
+    offered = mla.load_backend(name).graph(lambda: None) is not None
+    assert offered == (name != "iluvatar")
+    monkeypatch.setenv("VLLM_ENFORCE_CUDA_GRAPH", "1")
+    assert mla.load_backend(name).graph(lambda: None) is not None
+
+
+def test_a_stack_without_graphs_offers_none(
+    capturing: Any, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(module, f"{capturing.device.type.upper()}Graph")
+    assert capturing.graph(lambda: pytest.fail("called")) is None
+    assert capturing.environment()["graphs"] == "none"

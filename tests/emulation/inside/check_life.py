@@ -1,0 +1,155 @@
+"""Probe, setup and the runner, as a user of each backend meets them."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from typing import Any
+
+import emulated
+import pytest
+import torch
+
+import mla
+from mla.bench import results
+from mla_backends import BackendError
+from mla_backends.errors import DeviceUnavailable
+from mla_backends.registry import create
+
+
+def test_the_probe_says_what_it_saw(name: str, vendor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(vendor.variable, "0,1")
+    found = create(name).probe()
+    assert found.ok, found.reason
+    assert vendor.mark in found.evidence
+    assert found.evidence[f"torch.{vendor.device}"] == "available"
+    assert found.evidence[vendor.variable] == "0,1"
+
+
+def test_the_probe_leaves_the_device_alone(name: str, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever opens a context on a real device must not be called: properties, memory, tensors."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the probe touched the device")
+
+    for function in ("get_device_properties", "get_device_name", "get_device_capability", "mem_get_info"):
+        monkeypatch.setattr(module, function, fail)
+    for function in ("set_device", "synchronize", "current_stream", "Stream", "Event"):
+        monkeypatch.setattr(module, function, fail)
+    monkeypatch.setattr(emulated.STATE, "block", fail)
+    variables = dict(os.environ)
+    assert create(name).probe().ok
+    assert dict(os.environ) == variables
+
+
+def test_an_absent_card_is_a_sentence(name: str, vendor: Any, bench: Any, state: Any) -> None:
+    state.count = 0
+    done = bench()
+    assert done.code == 3
+    assert done.error.startswith(f"error: backend '{name}' has no usable device: torch.{vendor.device}.")
+    assert f"`{vendor.tool}` lists the device" in done.error
+    assert not done.out
+
+
+def test_a_hidden_card_names_what_hides_it(
+    name: str, vendor: Any, state: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state.count = 0
+    monkeypatch.setenv(vendor.variable, "")
+    assert f"that {vendor.variable}='' does not hide it" in create(name).probe().hint
+
+
+def test_what_a_stack_warns_about_becomes_the_reason(
+    name: str, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch warns about a driver that is too old, and then says no more than that there is no device."""
+
+    def warn() -> bool:
+        warnings.warn("The driver on your system is too old\nPlease update it", stacklevel=2)
+        return False
+
+    monkeypatch.setattr(module, "is_available", warn)
+    assert create(name).probe().reason.endswith(" is False; The driver on your system is too old")
+
+
+def test_a_stack_that_fails_when_asked_is_a_reason(
+    name: str, vendor: Any, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> bool:
+        raise RuntimeError("driver and runtime differ\nsee the log")
+
+    monkeypatch.setattr(module, "is_available", fail)
+    found = create(name).probe()
+    assert not found.ok
+    expected = f"torch.{vendor.device}.is_available() raised RuntimeError: driver and runtime differ"
+    assert found.reason == expected
+    assert vendor.tool in found.hint
+
+
+# ---------------------------------------------------------------------------------------------- setup
+
+
+def test_setup_returns_the_device_of_its_tensors(name: str, vendor: Any, state: Any) -> None:
+    first, second = mla.load_backend(name), mla.load_backend(name, index=1)
+    assert first.device == torch.device(vendor.device, 0)
+    assert second.device == torch.device(vendor.device, 1)
+    assert torch.empty(1, device=vendor.device).device == second.device
+    assert state.current == 1
+
+
+def test_a_device_that_is_not_there_is_counted(name: str, vendor: Any, bench: Any) -> None:
+    done = bench("--device", "2")
+    assert done.code == 3
+    assert f"backend '{name}' has 2 device(s), so there is no device 2" in done.error
+    assert vendor.variable in done.error
+
+
+def test_a_driver_that_fails_at_setup_is_a_sentence(
+    name: str, vendor: Any, bench: Any, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(device: Any = None) -> None:
+        raise RuntimeError("system not yet initialized\nset DEBUG=1 for more")
+
+    monkeypatch.setattr(module, "synchronize", fail)
+    done = bench()
+    assert done.code == 3
+    reason = "the device did not start: RuntimeError: system not yet initialized;"
+    assert f"backend '{name}' has no usable device: {reason}" in done.error
+    assert f"`{vendor.tool}`" in done.error
+
+
+def test_a_device_that_vanished_after_the_probe(name: str, state: Any, module: Any) -> None:
+    backend = create(name)
+    assert backend.probe().ok
+    state.count = 0
+    with pytest.raises(DeviceUnavailable, match="torch counts 0 devices"):
+        backend.setup()
+
+
+def test_threads_and_unknown_options(name: str) -> None:
+    mla.load_backend(name, threads=1)
+    assert torch.get_num_threads() == 1
+    with pytest.raises(BackendError, match="it knows: threads, graph"):
+        mla.load_backend(name, options={"graphs": "off"})
+    with pytest.raises(BackendError, match="takes -O graph=on or off, got 'maybe'"):
+        mla.load_backend(name, options={"graph": "maybe"})
+
+
+def test_a_run_ends_in_a_result_file(name: str, vendor: Any, bench: Any, tmp_path: Any) -> None:
+    done = bench("-o", "run.json")
+    assert done.code == 0, done.err
+    assert "Decode Throughput: " in done.out
+    run = results.decode((tmp_path / "run.json").read_bytes())
+    assert {case.check.status for case in run.cases} == {"ok"}
+    assert run.backend.name == name
+    assert run.backend.device == emulated.STATE.card.name
+    assert run.environment["backend.device"] == f"{vendor.device}:0"
+    assert all(case.memory.peak_bytes for case in run.cases)
+    assert all(case.clock == "host" for case in run.cases)
+
+
+def test_a_run_on_the_second_card(name: str, vendor: Any, bench: Any, tmp_path: Any) -> None:
+    assert bench("--device", "1", "--scenario", "decode", "-o", "run.json").code == 0
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["environment"]["backend.device"] == f"{vendor.device}:1"

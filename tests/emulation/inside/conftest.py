@@ -1,0 +1,155 @@
+"""What the checks inside an emulated process share. EMULATED_BACKEND names the backend under test."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import emulated
+import pytest
+import torch
+
+import mla
+from mla.bench.cli import main
+from mla_backends.api import Backend
+
+DIMS = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+WORKLOAD = """
+[[scenario]]
+name = "prefill"
+mode = "prefill"
+query_lens = [3, 5]
+history = [4, 0]
+runs = 2
+passes = 2
+warmups = 1
+
+[[scenario]]
+name = "decode"
+mode = "decode"
+query_lens = ["1*2"]
+history = [62, 9]
+runs = 3
+passes = 2
+warmups = 1
+"""
+
+
+@dataclass(frozen=True)
+class Vendor:
+    """What is different about one vendor."""
+
+    device: str
+    tool: str  # named in hints
+    mark: str  # the evidence that decides
+    variable: str  # that chooses devices
+    cache: int | None = None
+    peak: str = ""  # where the ceiling of the bandwidth comes from
+    graphs: str = "on"
+
+
+VENDORS = {
+    "moore": Vendor("musa", "mthreads-gmi", "torch.musa", "MUSA_VISIBLE_DEVICES"),
+    "nvidia": Vendor(
+        "cuda", "nvidia-smi", "torch.version.cuda", "CUDA_VISIBLE_DEVICES", 50 << 20, "https://www.nvidia.com"
+    ),
+    "metax": Vendor("cuda", "mx-smi", "torch.__version__", "MACA_VISIBLE_DEVICES"),
+    "iluvatar": Vendor("cuda", "ixsmi", "torch.corex", "CUDA_VISIBLE_DEVICES", graphs="off"),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one call of the runner ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The last line on stderr, which says what went wrong."""
+        return self.err.splitlines()[-1] if self.err else ""
+
+
+Bench = Callable[..., Outcome]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "only(backends): a check that other backends do not have")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out the checks of other vendors."""
+    marks = {item: item.get_closest_marker("only") for item in items}
+    items[:] = [
+        item for item, mark in marks.items() if mark is None or os.environ["EMULATED_BACKEND"] in mark.args
+    ]
+
+
+@pytest.fixture(scope="session")
+def name() -> str:
+    """Return the name of the backend under test."""
+    return os.environ["EMULATED_BACKEND"]
+
+
+@pytest.fixture
+def vendor(name: str) -> Vendor:
+    """Return what is different about the vendor under test."""
+    return VENDORS[name]
+
+
+@pytest.fixture(autouse=True)
+def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """Give every check a device in order, an own folder, and the state it may spoil."""
+    monkeypatch.chdir(tmp_path)
+    kept = emulated.STATE.card, emulated.STATE.count
+    emulated.STATE.current = 0
+    emulated.STATE.waits.clear()
+    yield emulated.STATE
+    emulated.STATE.card, emulated.STATE.count = kept
+
+
+@pytest.fixture
+def module(name: str) -> Any:
+    """Return the torch module of the device."""
+    return torch.musa if name == "moore" else torch.cuda
+
+
+@pytest.fixture
+def backend(name: str) -> Backend:
+    """Return the backend, set up."""
+    return mla.load_backend(name)
+
+
+@pytest.fixture
+def bench(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Bench:
+    """Return a function that runs the command line with a tiny config and workload."""
+    (tmp_path / "tiny.json").write_text(json.dumps(DIMS))
+    (tmp_path / "tiny.toml").write_text(WORKLOAD)
+
+    def bench(*words: str) -> Outcome:
+        capsys.readouterr()
+        code = main(["--backend", name, "--config", "tiny.json", "--workload", "tiny.toml", *words])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return Outcome(code, out, err)
+
+    return bench
+
+
+@pytest.fixture(scope="session")
+def config() -> mla.MLAConfig:
+    """Return a layer small enough for an emulated device."""
+    return mla.MLAConfig(**DIMS)
