@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from mla.bench import commands
+from mla.bench import cli_files, commands
+from mla.bench.cli_files import Word
 from mla.bench.exits import guarded
 from mla.bench.options import RunOptions
 from mla.bench.render import FORMATS
@@ -21,7 +22,10 @@ Examples:
   python -m mla.bench --backend cpu --config deepseek-r1 --runs 10 -o run.json
   python -m mla.bench --backend cpu --scenario decode --implementations mla,transformers
   python -m mla.bench --backend my_module:MyBackend --workload mine.toml --dry-run
+  python -m mla.bench compare before.json after.json --fail-slower 3%
   python -m mla.bench list
+  python -m mla.bench doctor cpu
+  python -m mla.bench new-backend acme ./acme
 
 \b
 Exit codes: 0 ok, 1 regression, 2 usage, 3 backend missing or unusable,
@@ -150,10 +154,11 @@ def cli() -> None:
 @click.option("--page-size", type=int, default=64, show_default=True, help="Tokens per cache page.")
 @click.option(
     "--ops",
-    type=click.Choice(["auto", "reference"]),
+    metavar="POLICY",
     default="auto",
     show_default=True,
-    help="Use the backend's fused ops where they fit, or the reference only.",
+    help="auto: the backend's fused ops where they fit; reference: none; fused: an error where one is "
+    "offered and does not fit; or names of ops to insist on, comma-separated (see --list-ops).",
 )
 @click.option(
     "--seed",
@@ -195,6 +200,45 @@ def run(**values: Any) -> int:
 def list_backends(configs: bool, as_json: bool) -> int:
     """Show every installed and known backend and whether it is usable. Each is probed in its own process."""
     return commands.list_configs(as_json) if configs else commands.list_backends(as_json)
+
+
+@cli.command(short_help="Say why a backend is or is not usable.")
+@click.argument("name", cls=Word, required=False, help="Backend, or package.module:attribute. Default: all.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def doctor(name: str | None, as_json: bool) -> int:
+    """Say why a backend is or is not usable, one fix per line.
+
+    Imports torch, probes the backend, sets up its device and lists its ops for the default config, each in a
+    process of its own, so that a library that aborts or hangs is a line of the report. Where torch itself
+    does not import, the extension to blame is named.
+
+    Exit code 0 if the backend, or without NAME any backend, is usable; 3 if not, or if nobody offers NAME.
+    """
+    return commands.doctor(name, as_json)
+
+
+@cli.command("new-backend", short_help="Write the project of a new backend.")
+@click.argument("name", cls=Word, help="Of the backend, and of its torch device: lower-case, like 'acme'.")
+@click.argument(
+    "folder",
+    cls=Word,
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Where to write it: a new folder, or an empty one.",
+)
+def new_backend(name: str, folder: Path) -> int:
+    """Write a complete project for a backend: the package with one example op, its tests, and a README.
+
+    It is for a device that torch knows as torch.NAME once its vendor's package is imported. The project is
+    written whole or not at all; the commands to go on with are printed.
+
+    Exit code 0 if it was written; 2 if NAME is no name for a backend or taken, or if DIR is not empty.
+    """
+    return commands.new_backend(name, folder)
+
+
+for command in (cli_files.compare, cli_files.show):
+    cli.add_command(command)
 
 
 def main(arguments: list[str] | None = None) -> int:

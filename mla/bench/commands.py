@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla.bench import environment, render, results
@@ -63,6 +64,8 @@ def run(options: RunOptions) -> int:
     finally:  # the numbers must survive a disk that has filled up
         if outcome.run.cases:
             out(render.render(outcome.run, options.kind))
+            for remark in render.noise(outcome.run):
+                note(remark)
     return verdict(outcome)
 
 
@@ -252,4 +255,25 @@ def list_backends(as_json: bool) -> int:
         version = f" {one.distribution} {one.version}" if one.distribution else ""
         why = "; ".join(part for part in (one.reason, one.hint) if part)
         out(f"{one.name:{width}}  {one.state}{version}{': ' + why if why else ''}\n")
+    return Exit.OK
+
+
+def doctor(name: str | None, as_json: bool) -> int:
+    """Carry out `doctor`."""
+    from mla.bench import doctor
+
+    if mixed := environment.mixed_installation():
+        note(mixed)
+    report = doctor.examine(name)
+    facts = {**asdict(report), "usable": report.usable}
+    out(json.dumps(facts, indent=1) + "\n" if as_json else doctor.as_text(report))
+    return Exit.OK if report.usable else Exit.BACKEND
+
+
+def new_backend(name: str, folder: Path) -> int:
+    """Carry out `new-backend`."""
+    from mla.bench.new_backend import create, next_commands
+
+    create(name, folder)
+    out(next_commands(name, folder))
     return Exit.OK

@@ -1,0 +1,135 @@
+"""`new-backend`: a complete project for the backend of a new device, written from `template/`."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+
+import mla
+from mla.errors import MLAError
+from mla_backends import API_VERSION
+from mla_backends.discovery import entries
+from mla_backends.known import KNOWN
+
+TEMPLATE = Path(__file__).with_name("template")
+SUFFIX = ".template"  # keeps linters and type checkers away from what is not Python yet
+NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")  # fits a module, a distribution and a torch device
+LONGEST = 32  # lines of the template are formatted for so much
+COMMANDS = (
+    "pip install -e .",
+    "python -m mla.bench doctor {name}",
+    "python -m mla.bench --backend {name}",
+    "python -m mla.conformance --backend {name} --xfails xfails.txt",
+)
+
+
+class NewBackendError(MLAError):
+    """A project that cannot be written."""
+
+
+def create(name: str, folder: Path) -> None:
+    """Write the project of backend `name` to `folder`, whole or not at all. Raises `NewBackendError`."""
+    _check_name(name)
+    try:
+        _check_folder(folder)
+        _write(render(name), folder)
+    except OSError as error:
+        raise NewBackendError(f"cannot write '{folder}': {error.strerror or error}.") from error
+
+
+def next_commands(name: str, folder: Path) -> str:
+    """Return what to print once the project is written."""
+    lines = [f"cd {shlex.quote(str(folder))}", *_commands(name)]
+    return f"wrote the project of backend '{name}'; go on with\n\n" + "".join(f"  {one}\n" for one in lines)
+
+
+def render(name: str) -> dict[str, str]:
+    """Return path -> text of every file of the project."""
+    values = _values(name)
+    return {
+        _path(source, values["package"]): Template(source.read_text(encoding="utf-8")).substitute(values)
+        for source in sorted(TEMPLATE.rglob(f"*{SUFFIX}"))
+    }
+
+
+def _check_name(name: str) -> None:
+    if not NAME.fullmatch(name) or len(name) > LONGEST:
+        raise NewBackendError(
+            f"'{name}' is no name for a backend: use up to {LONGEST} lower-case letters, digits and single "
+            "underscores, a letter first, as in 'acme' or 'acme_npu'."
+        )
+    owners = [entry.origin for entry in entries() if entry.name == name]
+    if not owners and name in KNOWN:
+        owners = ["a backend of this project"]
+    if name == "torch":  # its class would be TorchBackend
+        owners = ["torch itself"]
+    if owners:
+        raise NewBackendError(f"the name '{name}' is taken by {' and '.join(owners)}: choose another.")
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.is_dir():
+        if any(folder.iterdir()):
+            raise NewBackendError(f"cannot write '{folder}': it is not empty.")
+    elif os.path.lexists(folder):
+        raise NewBackendError(f"cannot write '{folder}': it is not a folder.")
+    elif not folder.parent.is_dir():
+        raise NewBackendError(f"cannot write '{folder}': there is no folder '{folder.parent}'.")
+
+
+def _commands(name: str) -> list[str]:
+    return [command.format(name=name) for command in COMMANDS]
+
+
+def _values(name: str) -> dict[str, str]:
+    """Return what the template asks for."""
+    major, minor = mla.__version__.split(".")[:2]
+    return {
+        "name": name,
+        "class_name": "".join(map(str.capitalize, name.split("_"))) + "Backend",
+        "package": f"mla_backend_{name}",
+        "distribution": f"mla-backend-{name.replace('_', '-')}",
+        "extension": f"torch_{name}",
+        "api_version": str(API_VERSION),
+        "bound": f">={major}.{minor},<{major}.{int(minor) + 1}",
+        "commands": "\n".join(_commands(name)),
+    }
+
+
+def _path(source: Path, package: str) -> str:
+    """Return where a file of the template goes in the project."""
+    path = source.relative_to(TEMPLATE).as_posix().removesuffix(SUFFIX)
+    return re.sub("^package/", f"{package}/", path)
+
+
+def _write(files: Mapping[str, str], folder: Path) -> None:
+    """Write everything beside its place, on the same file system, and rename it when it is complete."""
+    exists = folder.is_dir()
+    with tempfile.TemporaryDirectory(
+        prefix=".new-backend-", dir=folder if exists else folder.parent
+    ) as staging:
+        project = Path(staging) / "project"
+        for path, text in files.items():
+            (project / path).parent.mkdir(parents=True, exist_ok=True)
+            (project / path).write_text(text, encoding="utf-8")
+        if exists:  # it stays: a shell may stand in it, or a file system be mounted on it
+            _move(project, folder)
+        else:
+            project.rename(folder)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move all that is in `source` to `target`, or nothing."""
+    moved: list[Path] = []
+    try:
+        for entry in sorted(source.iterdir()):
+            moved.append(entry.rename(target / entry.name))
+    except BaseException:
+        for entry in moved:
+            entry.rename(source / entry.name)
+        raise

@@ -1,0 +1,292 @@
+"""`doctor`: torch and backends that abort, promise too much or are not there, and what it advises."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla_backends.known import KNOWN
+
+Bench = Callable[..., Any]
+
+LOOSE = """
+import os
+from mla_backends import Availability, Backend, FusedOp
+
+class Loose(Backend):
+    name = "loose"
+    api_version = 1
+
+    def probe(self):
+        PROBE
+        return Availability(True, evidence={"card": "seen"})
+
+    def setup(self, index=None):
+        SETUP
+        import torch
+        return torch.device("cpu")
+
+    def synchronize(self):
+        pass
+
+    def dtypes(self):
+        import torch
+        return (torch.float32,)
+
+    def ops(self):
+        return OPS
+
+class Norm(FusedOp):
+    contract = "rms_norm/1"
+    def __call__(self, **tensors): ...
+
+class Rotate(FusedOp):
+    contract = "rotate_query/1"
+    def unsupported_reasons(self, spec):
+        return [f"it rotates float16 only, not {spec.dtype}"]
+    def __call__(self, **tensors): ...
+"""
+
+
+@pytest.fixture
+def no_torch(tmp_path: Path) -> Path:
+    """Return a folder in which `torch` is as good as not installed."""
+    folder = tmp_path / "no_torch"
+    folder.mkdir()
+    (folder / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n")
+    return folder
+
+
+@pytest.fixture
+def extension(tmp_path: Path) -> Callable[[str, str], Path]:
+    """Return a function that installs a distribution which torch imports by itself, with that code."""
+
+    def extension(name: str, code: str) -> Path:
+        folder = tmp_path / name
+        facts = folder / f"{name}-2.5.dist-info"
+        facts.mkdir(parents=True)
+        (folder / f"{name}.py").write_text(f"{code}\ndef autoload(): ...\n")
+        (facts / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 2.5\n"
+        )
+        (facts / "entry_points.txt").write_text(f"[torch.backends]\n{name} = {name}:autoload\n")
+        return folder
+
+    return extension
+
+
+@pytest.fixture
+def loose(tmp_path: Path) -> Callable[..., None]:
+    """Return a function that writes an unpackaged backend, loose:Loose, with that probe, setup and ops."""
+
+    def loose(probe: str = "pass", setup: str = "pass", ops: str = "{}") -> None:
+        code = LOOSE.replace("PROBE", probe).replace("SETUP", setup).replace("OPS", ops)
+        (tmp_path / "loose.py").write_text(code)
+
+    return loose
+
+
+def blocks(text: str) -> dict[str, list[str]]:
+    """Return title -> lines of the report."""
+    found = [block.splitlines() for block in text.split("\n\n")]
+    return {title: [" ".join(line.split()) for line in lines] for title, *lines in found}
+
+
+def test_every_backend_gets_a_block_and_one_that_works_suffices(isolated: Bench) -> None:
+    done = isolated("doctor", fakes=["good", "no_device", "crash", "duplicate_a", "duplicate_b"])
+    assert (done.code, done.err) == (0, "")
+    found = blocks(done.out)
+    assert found["fake-no-device: no device (mla-backend-fake-no-device 1.0)"] == [
+        "reason no card on the bus",
+        "evidence cards: 0",
+        "fix plug one in",
+    ]
+    crash = found["fake-crash: no device (mla-backend-fake-crash 1.0)"]
+    assert crash[0] == "reason probing died with signal SIGABRT"
+    twin = found["fake-twin: duplicate"]
+    assert twin[1].startswith("fix uninstall one of them: `pip uninstall mla-backend-fake-duplicate-a` or ")
+    good = found["fake-good: usable (mla-backend-fake-good 1.0)"]
+    assert {"evidence device: host", "device fake-good (cpu)", "memory unknown"} <= set(good)
+    assert {"ops for deepseek-v2-lite in bfloat16:", "latent_attention: reference"} <= set(good)
+    assert set(KNOWN) <= {title.partition(": not installed")[0] for title in found}
+    assert done.out.splitlines()[-1] == "usable: fake-good"
+
+
+def test_json_holds_the_same_for_machines(process: Bench, no_torch: Path) -> None:
+    done = process("doctor", "fake-no-device", "--json", fakes=["no_device", "good"], path=[no_torch])
+    assert (done.code, done.err) == (3, "")
+    found = json.loads(done.out)
+    assert found["host"]["python"].endswith(f"({sys.executable})")
+    (backend,) = found["backends"]
+    assert (backend["name"], backend["state"], backend["version"]) == ("fake-no-device", "no device", "1.0")
+    assert (backend["reason"], backend["evidence"], backend["fixes"], backend["facts"]) == (
+        "no card on the bus",
+        {"cards": "0"},
+        ["plug one in"],
+        {},
+    )
+    assert found["usable"] == []
+
+
+def test_a_name_that_nobody_offers_is_a_sentence(bench: Bench) -> None:
+    done = bench("doctor", "cup")
+    assert (done.code, done.out) == (3, "")
+    assert done.err.startswith("error: unknown backend 'cup' (did you mean 'cpu'?); installed: ")
+    assert len(done.err.splitlines()) == 1
+
+
+def test_a_known_name_that_is_not_installed_gets_its_pip_line(isolated: Bench) -> None:
+    done = isolated("doctor", "cpu")
+    assert (done.code, done.err) == (3, "")
+    assert blocks(done.out)["cpu: not installed"] == [
+        "reason no installed distribution offers it (any CPU that PyTorch runs on)",
+        "fix run `pip install ./plugins/cpu` in a checkout of this project, with torch from "
+        f"{KNOWN['cpu'].torch_source}",
+    ]
+    assert done.out.endswith("\n\nusable: none\n")
+
+
+# ------------------------------------------------------------------------------------- beyond the probe
+
+
+def test_ops_are_listed_with_every_reason_for_the_default_config(process: Bench, loose: Any) -> None:
+    loose(ops="{'norm': Norm(), 'turn': Rotate()}")
+    done = process("doctor", "loose:Loose")
+    assert done.code == 0
+    (lines,) = (lines for title, lines in blocks(done.out).items() if title == "loose:Loose: usable")
+    assert "dtypes float32" in lines
+    at = lines.index("ops for deepseek-v2-lite in float32:")
+    assert "rotate_query: reference" in lines[at:]
+    reason = lines[lines.index("rotate_query: reference") + 1]
+    assert reason == "fused op 'turn' not used because it rotates float16 only, not torch.float32"
+    assert lines[-1] == "norm: offered for rms_norm/1, which this config does not call"
+
+
+@pytest.mark.parametrize(
+    ("broken", "state", "reason", "fix"),
+    [
+        (
+            {"setup": "os.abort()"},
+            "no device",
+            "the probe succeeds, and a process that sets up the device died with signal SIGABRT",
+            "`python -X faulthandler -m mla.bench.examine backend loose:Loose` shows where it stops",
+        ),
+        (
+            {"setup": "raise RuntimeError('driver too old')"},
+            "no device",
+            "setup(None) raised RuntimeError: driver too old",
+            "`python -m mla.bench list` shows the state of every backend",
+        ),
+        (
+            {"ops": "1 / 0"},
+            "error",
+            "the device starts, and asking the backend about it raised ZeroDivisionError: division by zero",
+            "report it to the backend's authors, with what "
+            "`python -X dev -m mla.bench --backend loose:Loose --list-ops` prints",
+        ),
+    ],
+    ids=["abort", "setup", "ops"],
+)
+def test_a_probe_that_promises_too_much_is_found_out(
+    process: Bench, loose: Any, broken: dict[str, str], state: str, reason: str, fix: str
+) -> None:
+    loose(**broken)
+    done = process("doctor", "loose:Loose", "--json")
+    assert done.code == 3
+    (found,) = json.loads(done.out)["backends"]
+    assert (found["state"], found["reason"], found["fixes"]) == (state, reason, [fix])
+    assert found["evidence"] == {"card": "seen"}
+
+
+# ------------------------------------------------------------------------------------------------ torch
+
+
+def test_without_torch_it_says_so_and_where_to_get_it(process: Bench, no_torch: Path) -> None:
+    done = process("doctor", "cpu", path=[no_torch])
+    assert (done.code, done.err) == (3, "")
+    found = blocks(done.out)
+    assert found["torch: does not import"] == [
+        "reason torch is not installed",
+        "autoload on",
+        f"fix for backend 'cpu', install torch from {KNOWN['cpu'].torch_source}",
+    ]
+    assert any("No module named 'torch'" in line for lines in found.values() for line in lines)
+
+
+def test_a_torch_that_is_broken_itself_blames_no_extension(
+    process: Bench, extension: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "torch.py").write_text("raise OSError('libvendor.so: cannot open shared object file')\n")
+    good = extension("torch_fine", "")
+    done = process("doctor", "cpu", "--json", path=[folder, good])
+    assert done.code == 3
+    torch = json.loads(done.out)["torch"]
+    assert torch["problem"] == "OSError: libvendor.so: cannot open shared object file"
+    assert not torch["autoload_is_to_blame"]
+    assert [one["problem"] for one in torch["extensions"]] == [""]
+    assert torch["fixes"][0] == "reinstall torch, in a build that fits this system"
+
+
+def test_extensions_that_break_torch_are_told_from_those_that_do_not(
+    process: Bench, extension: Any, loose: Any
+) -> None:
+    """One raises, one takes the process down, one is innocent; without them, the backend works."""
+    path = [
+        extension("torch_late", "raise ImportError('needs torch 2.1\\nplease downgrade')"),
+        extension("torch_crash", "import os; os.abort()"),
+        extension("torch_fine", ""),
+    ]
+    loose(probe="import torch")
+    done = process("doctor", "loose:Loose", "--json", path=path)
+    assert done.code == 3
+    found = json.loads(done.out)
+    torch = found["torch"]
+    assert torch["problem"].startswith("RuntimeError: Failed to load the backend extension: torch_late.")
+    assert torch["autoload"]
+    assert torch["autoload_is_to_blame"]
+    assert {(one["distribution"], one["version"], one["problem"]) for one in torch["extensions"]} == {
+        ("torch-late", "2.5", "ImportError: needs torch 2.1"),
+        ("torch-crash", "2.5", "a process that loads it died with signal SIGABRT"),
+        ("torch-fine", "2.5", ""),
+    }
+    assert torch["version"]
+    assert torch["fixes"] == [
+        f"install a torch-late that fits torch {torch['version']}",
+        "or remove it: `pip uninstall torch-late`",
+        f"install a torch-crash that fits torch {torch['version']}",
+        "or remove it: `pip uninstall torch-crash`",
+        "or run with TORCH_DEVICE_BACKEND_AUTOLOAD=0, so that torch loads no extension by itself; backends "
+        "import their own",
+    ]
+    (backend,) = found["backends"]
+    assert "Failed to load the backend extension: torch_late" in backend["reason"]
+    assert backend["fixes"] == [
+        "run with TORCH_DEVICE_BACKEND_AUTOLOAD=0: tried just now, and 'loose:Loose' is usable then"
+    ]
+
+
+def test_with_autoload_off_a_broken_extension_does_no_harm(process: Bench, extension: Any) -> None:
+    path = [extension("torch_late", "raise ImportError('needs torch 2.1')")]
+    done = process("doctor", "cpu", path=path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert done.code == 0
+    (torch,) = (lines for title, lines in blocks(done.out).items() if title.startswith("torch "))
+    assert torch[-2:] == [
+        "autoload off (TORCH_DEVICE_BACKEND_AUTOLOAD)",
+        "extension torch_late of torch-late 2.5",
+    ]
+
+
+def test_it_needs_no_torch_in_its_own_process(process: Bench) -> None:
+    """A torch that hangs or aborts must not take the doctor along."""
+    blocker = "import sys; sys.modules['torch'] = None; "
+    code = blocker + "from mla.bench.cli import main; sys.exit(main(sys.argv[3:]))"
+    done = process("doctor", "fake-good", flags=("-c", code), fakes=["good"])
+    assert done.code == 0
+    assert done.out.splitlines()[-1] == "usable: fake-good"
