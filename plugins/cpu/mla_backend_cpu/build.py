@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,37 +88,81 @@ def library(level: Level) -> Path:
         if source.suffix in (".h", ".cpp"):
             digest.update(source.read_bytes())
     kept = _cache() / f"{level.name}-{digest.hexdigest()[:16]}"
-    if not (kept / "kernels.so").exists():
-        _build(compiler, level, kept)
+    if not _intact(kept):
+        try:
+            _build(compiler, level, kept)
+        except OSError as error:
+            raise BuildError(
+                f"built kernels cannot be kept: {error} (name another folder in MLA_CACHE_DIR)"
+            ) from error
     return kept / "kernels.so"
 
 
+def _intact(kept: Path) -> bool:
+    """Say whether the kernels are as they were put there: loading a file cut short ends the process."""
+    try:
+        return _checksum(kept) == (kept / "sha256").read_bytes()
+    except OSError:
+        return False
+
+
+def _checksum(folder: Path) -> bytes:
+    return hashlib.sha256((folder / "kernels.so").read_bytes()).hexdigest().encode()
+
+
 def _build(compiler: list[str], level: Level, kept: Path) -> None:
-    note = f"building the CPU kernels for {level.name}, once, with {compiler[0]} ..."
-    sys.stderr.write(note + "\n")
-    sys.stderr.flush()
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(kept.parent)
     private = Path(tempfile.mkdtemp(prefix=".building-", dir=kept.parent))
+    _note(f"building the CPU kernels for {level.name}, once, with {compiler[0]} ...")
     try:
         _compile(compiler, level, private)
+        if not _intact(kept):
+            shutil.rmtree(kept, ignore_errors=True)
+        private.chmod(0o755)  # an image may be built by root and run by somebody else
         with contextlib.suppress(OSError):  # another process was first: its result is the same
             private.rename(kept)
     finally:
         shutil.rmtree(private, ignore_errors=True)
-    if not (kept / "kernels.so").exists():
-        raise BuildError(f"the built kernels could not be kept in '{kept}'")
+    if not _intact(kept):
+        raise OSError(f"'{kept}' cannot be replaced")
+
+
+def _note(text: str) -> None:
+    with contextlib.suppress(OSError):  # whoever read along may be gone
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what builds that were killed have left."""
+    for private in folder.glob(".building-*"):
+        with contextlib.suppress(OSError):  # its owner is done just now
+            if time.time() - private.stat().st_mtime > 3 * TIMEOUT:
+                shutil.rmtree(private, ignore_errors=True)
 
 
 def _compile(compiler: list[str], level: Level, folder: Path) -> None:
     """Compile and link into `folder`. Linked without an OpenMP runtime: torch's own is already loaded."""
-    built, linked = str(folder / "kernels.o"), str(folder / "kernels.so")
-    _run([*compiler, *FLAGS, *level.flags, "-c", str(SOURCES / "api.cpp"), "-o", built])
-    _run([*compiler, "-shared", built, "-o", linked])
+    built, linked = folder / "kernels.o", folder / "kernels.so"
+    _run([*compiler, *FLAGS, *level.flags, "-c", str(SOURCES / "api.cpp"), "-o", str(built)])
+    _run([*compiler, "-shared", str(built), "-o", str(linked)])
+    built.unlink()
+    (folder / "sha256").write_bytes(_checksum(folder))
 
 
 def _run(command: list[str]) -> str:
     """Run the compiler and return what it prints. Raises `BuildError` with its first error."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env={**os.environ, "LC_ALL": "C"},  # a message is searched for the word "error"
+            timeout=TIMEOUT,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"the compiler '{command[0]}' failed: {error}") from error
     if done.returncode:
@@ -129,7 +174,10 @@ def _run(command: list[str]) -> str:
 
 def _compiler() -> list[str]:
     """Return the C++ compiler: $CXX, else g++, else c++."""
-    chosen = shlex.split(os.environ.get("CXX", ""))
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise BuildError(f"CXX names no compiler: {error}") from error
     for candidate in [chosen] if chosen else [["g++"], ["c++"]]:
         if shutil.which(candidate[0]):
             return candidate
@@ -147,15 +195,6 @@ def _version(compiler: list[str]) -> str:
 
 
 def _cache() -> Path:
-    """Return the folder that keeps built kernels. Raises `BuildError` when it cannot be written."""
+    """Return the folder that keeps built kernels."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(os.environ.get("MLA_CACHE_DIR") or Path(base) / "mla") / "cpu"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"'{folder}' is not writable")
-    except OSError as error:
-        raise BuildError(
-            f"no folder to keep built kernels in: {error} (name one in MLA_CACHE_DIR)"
-        ) from error
-    return folder
+    return Path(os.environ.get("MLA_CACHE_DIR") or Path(base) / "mla") / "cpu"

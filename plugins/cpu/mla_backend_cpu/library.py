@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+import sys
 
 from mla_backend_cpu import build
 
@@ -38,18 +39,34 @@ class Library:
         self.dot_bf16 = bool(functions.mla_dot_bf16())
 
 
-@functools.cache
 def load(wanted: str) -> Library:
     """Build (once per machine) and load the kernels of the best level, or of the one named.
 
-    Raises `BuildError`. Torch comes first: the OpenMP runtime it has loaded is the one the kernels use.
+    Raises `BuildError`; what failed is not tried again in this process.
+    """
+    found = _load(wanted)
+    if isinstance(found, str):
+        raise build.BuildError(found)
+    return found
+
+
+@functools.cache
+def _load(wanted: str) -> Library | str:
+    """Return the kernels, or why there are none.
+
+    Torch comes first: the OpenMP runtime it has loaded is the one the kernels use.
     """
     import torch  # noqa: F401  # loads the OpenMP runtime
 
     if platform.system() != "Linux":
-        raise build.BuildError(f"kernels are built on Linux only, and this is {platform.system()}")
-    level = build.choose_level(wanted)
+        return f"kernels are built on Linux only, and this is {platform.system()}"
+    if sys.byteorder != "little":
+        return "the kernels read pairs of bf16 values as little-endian words, and this processor's are not"
     try:
+        level = build.choose_level(wanted)
         return Library(level.name, ctypes.CDLL(str(build.library(level))))
-    except OSError as error:
-        raise build.BuildError(f"the built kernels cannot be loaded: {error}") from error
+    except build.BuildError as error:
+        return str(error)
+    except (OSError, AttributeError) as error:
+        hint = "; build them with g++, since torch has loaded GNU's OpenMP" if "__kmpc" in str(error) else ""
+        return f"the built kernels cannot be loaded: {error}{hint}"

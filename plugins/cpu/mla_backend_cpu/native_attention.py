@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mla_backend_cpu.native_ops import NativeOp, multiple, rows, threads
+from mla_backend_cpu.native_ops import NativeOp, multiple, pages, rows, threads
 from mla_backends.api import AttentionSpec, SegmentLengths
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ class NativeLatentAttention(NativeOp):
         out: torch.Tensor,  # [T, h, c]
         lse: torch.Tensor,  # [T, h] fp32
     ) -> None:
-        q, target, table = rows(q), rows(out), rows(block_table)
+        q, target, table, kv_lens, cu_q = rows(q), rows(out), rows(block_table), rows(kv_lens), rows(cu_q)
         self._call.mla_latent_attention(
-            q.data_ptr(), *q.stride()[:2], cache.data_ptr(), table.data_ptr(), table.stride(0),
+            q.data_ptr(), *q.stride()[:2], pages(cache), table.data_ptr(), table.stride(0),
             kv_lens.data_ptr(), cu_q.data_ptr(), kv_lens.shape[0], cache.shape[1], q.shape[1], q.shape[2],
             out.shape[2], softmax_scale, target.data_ptr(), *target.stride()[:2],
             lse.data_ptr(), *lse.stride(), threads(),

@@ -44,8 +44,18 @@ def threads() -> int:
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """Return x with neighbouring elements in its last dimension, which the kernels read as vectors."""
+    """Return x with neighbouring elements in its last dimension, which the kernels read as vectors.
+
+    It may be a copy: bind it to a name, so that it outlives the call.
+    """
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def pages(cache: torch.Tensor) -> int:
+    """Return where the pages lie. Raises ValueError unless they lie back to back."""
+    if not cache.is_contiguous():
+        raise ValueError("the native ops need a cache whose pages lie back to back; this one is strided.")
+    return cache.data_ptr()
 
 
 def multiple(name: str, value: int, of: int) -> list[str]:
@@ -178,10 +188,10 @@ class NativeWriteLatent(NativeOp):
         slots: torch.Tensor,
         cache: torch.Tensor,
     ) -> None:
-        kv_a, weight, cos_sin = rows(kv_a), rows(weight), rows(cos_sin)
+        kv_a, weight, cos_sin, slots = rows(kv_a), rows(weight), rows(cos_sin), rows(slots)
         self._call.mla_write_latent(
             kv_a.data_ptr(), kv_a.stride(0), weight.data_ptr(), eps, cos_sin.data_ptr(), cos_sin.stride(0),
-            slots.data_ptr(), cache.data_ptr(), kv_a.shape[0], weight.shape[0], cos_sin.shape[1], interleaved,
+            slots.data_ptr(), pages(cache), kv_a.shape[0], weight.shape[0], cos_sin.shape[1], interleaved,
             threads(),
         )  # fmt: skip
 

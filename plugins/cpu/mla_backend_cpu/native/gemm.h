@@ -32,6 +32,7 @@ static inline void unpack_panel(const bf16* panel, int64_t count, int64_t inputs
 // What a kernel reads of x: bf16 pairs as they are, or values widened beforehand.
 struct Pairs {
     typedef bf16 Value;
+    static constexpr bool FOUR_PANELS = true;  // ten loads for 24 products; two panels need sixteen for 28
     template <int NR>
     static inline void step(vf (&sum)[NR], const vu (&b)[NR], const bf16* a) {
         uint32_t pair;
@@ -41,6 +42,7 @@ struct Pairs {
 };
 struct Wide {
     typedef float Value;
+    static constexpr bool FOUR_PANELS = false;  // the widened weights would not fit the registers
     template <int NR>
     static inline void step(vf (&sum)[NR], const vu (&b)[NR], const float* a) {
         for (int j = 0; j < NR; j++) sum[j] += low_half(b[j]) * a[0];
@@ -88,7 +90,7 @@ template <class X, int MR, int NR>
 static void tile(const typename X::Value* x, int64_t x_row, const bf16* panel, const Stretch& part,
                  const Output& out, int64_t token, int64_t column) {
     vf sum[MR][NR] = {};
-    float* partial = part.partial + token * part.row + column;
+    float* partial = part.partial ? part.partial + token * part.row + column : nullptr;
     if (!part.first())
         for (int i = 0; i < MR; i++)
             for (int j = 0; j < NR; j++) sum[i][j] = load<vf>(partial + i * part.row + j * LANES);
@@ -122,7 +124,7 @@ constexpr int FEW_ROWS = 6, ROWS = 14, ROWS_WIDE = 12;
 #else
 constexpr int FEW_ROWS = 1, ROWS = 2, ROWS_WIDE = 2;
 #endif
-constexpr int64_t DEPTH = 1024;  // inputs of a stretch when there are many tokens
+constexpr int64_t DEPTH = 2048;  // inputs of a stretch when there are many tokens
 
 // What one task multiplies: rows of x by neighbouring panels.
 template <class X>
@@ -157,7 +159,7 @@ static void run(const Job<X>& job) {
     for (int64_t begin = 0; begin < job.inputs; begin += depth) {
         const Stretch part = {begin, std::min(begin + depth, job.inputs), job.inputs, partial, row};
         int64_t panel = 0;
-        if (job.tokens <= FEW_ROWS) panel = sweep<X, FEW_ROWS, 4>(job, part, panel);
+        if (X::FOUR_PANELS || job.tokens <= FEW_ROWS) panel = sweep<X, FEW_ROWS, 4>(job, part, panel);
         panel = sweep<X, MR, 2>(job, part, panel);
         sweep<X, MR, 1>(job, part, panel);
     }

@@ -1,0 +1,39 @@
+"""The compiled kernels, once per instruction set that this processor has."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent))  # for `import native_cases`
+
+import native_cases
+
+from mla_backend_cpu.library import Library, load
+
+
+@pytest.fixture(scope="session", params=native_cases.levels_here())
+def kernels(request: pytest.FixtureRequest) -> Library:
+    """Return the kernels of one level; every test that uses them runs at each."""
+    return load(request.param)
+
+
+@pytest.fixture(scope="session")
+def threads() -> Callable[[int], AbstractContextManager[None]]:
+    """Return a context in which torch, and so the kernels, use another number of threads."""
+
+    @contextmanager
+    def use(count: int) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    return use

@@ -1,0 +1,256 @@
+// Runs the kernels on awkward sizes, to be compiled with sanitizers (test_native_build.py does). Buffers are exactly
+// as large as they must be and bf16 ones start at an odd address; slots of the cache that no request owns are
+// poisoned and unused table entries name no page. One element too far ends the program; a wrong value, too.
+#include <cstdio>
+#include "api.cpp"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#define ASAN_UNPOISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#endif
+
+static int failures = 0, cases = 0;
+
+// `count` elements and not a byte more; those of bf16 begin two bytes behind an aligned address.
+template <class T>
+struct Exact {
+    static constexpr size_t SHIFT = sizeof(T) == sizeof(bf16);
+    T* base;
+    T* data;
+    size_t count;
+
+    explicit Exact(size_t count) : base((T*)std::malloc((count + SHIFT) * sizeof(T))), data(base + SHIFT), count(count) {
+        std::memset((void*)base, 0xff, (count + SHIFT) * sizeof(T));  // NaN, or nowhere
+    }
+    Exact(const Exact&) = delete;
+    ~Exact() { std::free(base); }
+    T& operator[](size_t i) { return data[i]; }
+};
+
+static uint32_t state = 1;
+static uint32_t next() { return state = state * 1664525u + 1013904223u; }
+static float uniform() { return (int32_t)next() * 0x1p-31f; }
+static void fill(Exact<bf16>& x) {
+    for (size_t i = 0; i < x.count; i++) x[i] = narrow(2 * uniform());
+}
+static void fill(Exact<float>& x) {
+    for (size_t i = 0; i < x.count; i++) x[i] = uniform();
+}
+
+static void require(bool right, const char* what, int64_t a, int64_t b, int64_t c) {
+    if (right) return;
+    if (failures++ < 20) std::printf("wrong: %s %lld %lld %lld\n", what, (long long)a, (long long)b, (long long)c);
+}
+// Close enough for one rounding to bf16 of values of about `size`.
+static bool close(double found, double truth, double size) { return std::fabs(found - truth) <= 0.01 * (size + 1e-3); }
+
+static const int64_t TOKENS[] = {0, 1, 2, 5, 6, 7, 13, 29, 43};
+
+static void test_linear(int64_t tokens, int64_t inputs, int64_t outputs, bool biased, int wide, int threads) {
+    const int64_t x_row = inputs + 2, out_row = outputs + 3;
+    Exact<bf16> x(tokens ? (tokens - 1) * x_row + inputs : 0), weight(outputs * inputs), bias(outputs);
+    Exact<bf16> packed(packed_size(outputs, inputs)), again(outputs * inputs);
+    Exact<bf16> out(tokens ? (tokens - 1) * out_row + outputs : 0);
+    fill(x), fill(weight), fill(bias);
+    mla_pack(weight.data, 0, inputs, 1, 1, outputs, inputs, packed.data, threads);
+    mla_unpack(packed.data, 1, outputs, inputs, again.data, threads);
+    require(!std::memcmp(weight.data, again.data, weight.count * sizeof(bf16)), "unpack", outputs, inputs, 0);
+    mla_linear(x.data, x_row, packed.data, biased ? bias.data : nullptr, out.data, out_row, tokens, inputs, outputs, wide, threads);
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t o = 0; o < out_row && t * out_row + o < (int64_t)out.count; o++) {
+            if (o >= outputs) {
+                require(out[t * out_row + o] == 0xffff, "beside linear", t, o, 0);
+                continue;
+            }
+            double sum = biased ? widen(bias[o]) : 0, size = std::fabs(sum);
+            for (int64_t k = 0; k < inputs; k++) {
+                const double term = (double)widen(x[t * x_row + k]) * widen(weight[o * inputs + k]);
+                sum += term, size = std::max(size, std::fabs(term));
+            }
+            require(close(widen(out[t * out_row + o]), sum, size + std::fabs(sum)), "linear", t, o, inputs);
+        }
+    cases++;
+}
+
+static void test_batched(int64_t tokens, int64_t heads, int64_t inputs, int64_t outputs, int wide, int threads) {
+    // x is a slice of wider heads; out lies head by head.
+    const int64_t x_head = inputs + 4, x_token = heads * x_head;
+    Exact<bf16> x(tokens ? (tokens - 1) * x_token + (heads - 1) * x_head + inputs : 0), weight(heads * outputs * inputs);
+    Exact<bf16> packed(heads * packed_size(outputs, inputs)), out(heads * tokens * outputs);
+    fill(x), fill(weight);
+    mla_pack(weight.data, outputs * inputs, 1, outputs, heads, outputs, inputs, packed.data, threads);  // transposed
+    mla_batched_linear(x.data, x_token, x_head, packed.data, out.data, outputs, tokens * outputs, tokens, heads, inputs, outputs, wide, threads);
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t o = 0; o < outputs; o++) {
+                double sum = 0, size = 0;
+                for (int64_t k = 0; k < inputs; k++) {
+                    const double term = (double)widen(x[t * x_token + h * x_head + k]) * widen(weight[(h * inputs + k) * outputs + o]);
+                    sum += term, size = std::max(size, std::fabs(term));
+                }
+                require(close(widen(out[(h * tokens + t) * outputs + o]), sum, size + std::fabs(sum)), "batched", t, h, o);
+            }
+    cases++;
+}
+
+static double turned(const bf16* x, const float* angles, int64_t width, bool interleaved, int64_t k) {
+    const int64_t half = width / 2, pair = interleaved ? k / 2 : k % half;
+    const bool second = interleaved ? k % 2 : k >= half;
+    const double a = widen(x[interleaved ? 2 * pair : pair]), b = widen(x[interleaved ? 2 * pair + 1 : pair + half]);
+    return second ? a * angles[half + pair] + b * angles[pair] : a * angles[pair] - b * angles[half + pair];
+}
+
+static double normed(const bf16* x, const bf16* weight, float eps, int64_t width, int64_t k) {
+    double squares = 0;
+    for (int64_t i = 0; i < width; i++) squares += (double)widen(x[i]) * widen(x[i]);
+    return widen(x[k]) / std::sqrt(squares / width + eps) * widen(weight[k]);
+}
+
+static void test_pointwise(int64_t tokens, int64_t latent, int64_t rotary, bool interleaved, int threads) {
+    const int64_t width = latent + rotary, row = width + 6, heads = 3, slots_all = 2 * tokens + 1;
+    Exact<bf16> x(tokens ? (tokens - 1) * row + width : 0), weight(latent), out(tokens * latent), cache(slots_all * width);
+    Exact<bf16> query(tokens * heads * rotary), before(tokens * heads * rotary);
+    Exact<float> angles(tokens * rotary);
+    Exact<int64_t> slots(tokens);
+    fill(x), fill(weight), fill(angles), fill(query);
+    std::memcpy(before.data, query.data, query.count * sizeof(bf16));
+    for (int64_t t = 0; t < tokens; t++) slots[t] = 2 * (tokens - 1 - t) + 1;
+    mla_rms_norm(x.data, row, weight.data, 1e-6f, out.data, latent, tokens, latent, threads);
+    mla_rotate(query.data, heads * rotary, rotary, angles.data, rotary, query.data, heads * rotary, rotary, tokens, heads, rotary, interleaved, threads);
+    mla_write_latent(x.data, row, weight.data, 1e-6f, angles.data, rotary, slots.data, cache.data, tokens, latent, rotary, interleaved, threads);
+    for (int64_t t = 0; t < tokens; t++) {
+        const bf16* written = cache.data + slots[t] * width;
+        for (int64_t k = 0; k < latent; k++) {
+            const double truth = normed(x.data + t * row, weight.data, 1e-6f, latent, k);
+            require(close(widen(out[t * latent + k]), truth, 1), "norm", t, k, latent);
+            require(out[t * latent + k] == written[k], "written norm", t, k, latent);
+        }
+        for (int64_t k = 0; k < rotary; k++) {
+            require(close(widen(written[latent + k]), turned(x.data + t * row + latent, angles.data + t * rotary, rotary, interleaved, k), 2), "written key", t, k, rotary);
+            for (int64_t h = 0; h < heads; h++) {
+                const int64_t at = (t * heads + h) * rotary;
+                require(close(widen(query[at + k]), turned(before.data + at, angles.data + t * rotary, rotary, interleaved, k), 2), "rotate", t, h, k);
+            }
+        }
+    }
+    for (int64_t s = 0; s < slots_all; s += 2)
+        for (int64_t k = 0; k < width; k++) require(cache[s * width + k] == 0xffff, "untouched slot", s, k, width);
+    cases++;
+}
+
+// Hold one row against a plain softmax over `count` keys; `key` and `value` return row j.
+template <class Key, class Value>
+static void check_row(const char* what, const bf16* q, int64_t key_width, int64_t value_width, int64_t count, float scale, Key key, Value value, const bf16* out, float lse) {
+    std::vector<double> logits(count), sum(value_width);
+    double top = -INFINITY, total = 0, norm = 0, error = 0;
+    for (int64_t j = 0; j < count; j++) {
+        for (int64_t k = 0; k < key_width; k++) logits[j] += (double)widen(q[k]) * widen(key(j)[k]);
+        top = std::max(top, logits[j] *= scale);
+    }
+    for (int64_t j = 0; j < count; j++) {
+        const double weight = std::exp(logits[j] - top);
+        total += weight;
+        for (int64_t c = 0; c < value_width; c++) sum[c] += weight * widen(value(j)[c]);
+    }
+    for (int64_t c = 0; c < value_width; c++) {
+        const double truth = count > 0 ? sum[c] / total : 0;
+        norm += truth * truth, error += (widen(out[c]) - truth) * (widen(out[c]) - truth);
+    }
+    require(std::sqrt(error) <= 0.01 * std::sqrt(norm), what, count, key_width, value_width);
+    require(count > 0 ? close(lse, std::log(total) + top, 0.1) : lse == -INFINITY, "lse", count, key_width, value_width);
+}
+
+typedef std::vector<int64_t> Lengths;
+
+static void test_latent(const Lengths& queries, const Lengths& keys, int64_t heads, int64_t page, int64_t latent, int64_t rotary, int threads) {
+    const int64_t width = latent + rotary, requests = (int64_t)queries.size();
+    int64_t tokens = 0, columns = 1, pages = 1;
+    for (int64_t b = 0; b < requests; b++) tokens += queries[b], columns = std::max(columns, (keys[b] + page - 1) / page);
+    Exact<int32_t> table(requests * columns), lens(requests), starts(requests + 1);
+    starts[0] = 0;
+    for (int64_t b = 0; b < requests; b++) {
+        lens[b] = (int32_t)keys[b], starts[b + 1] = starts[b] + (int32_t)queries[b];
+        for (int64_t i = 0; i < columns; i++) table[b * columns + i] = i * page < keys[b] ? (int32_t)pages++ : 1 << 30;
+    }
+    for (size_t i = 0; i < table.count; i++)  // pages in falling order
+        if (table[i] < pages) table[i] = (int32_t)(pages - 1 - table[i]);
+    // Slots start on multiples of 8 bytes, which is as finely as memory can be poisoned.
+    bf16* cache = (bf16*)std::malloc(pages * page * width * sizeof(bf16));
+    std::memset((void*)cache, 0xff, pages * page * width * sizeof(bf16));
+    ASAN_POISON_MEMORY_REGION(cache, pages * page * width * sizeof(bf16));
+    auto slot = [&](int64_t b, int64_t j) { return cache + (table[b * columns + j / page] * page + j % page) * width; };
+    for (int64_t b = 0; b < requests; b++)
+        for (int64_t j = 0; j < keys[b]; j++) {
+            ASAN_UNPOISON_MEMORY_REGION(slot(b, j), width * sizeof(bf16));
+            for (int64_t k = 0; k < width; k++) slot(b, j)[k] = narrow(2 * uniform());
+        }
+    Exact<bf16> q(tokens * heads * width), out(tokens * heads * latent);
+    Exact<float> lse(tokens * heads);
+    fill(q);
+    const float scale = 1 / std::sqrt((float)width);
+    // Results lie head by head.
+    mla_latent_attention(q.data, heads * width, width, cache, table.data, columns, lens.data, starts.data, requests, page, heads, width, latent, scale, out.data, latent, tokens * latent, lse.data, 1, tokens, threads);
+    for (int64_t b = 0; b < requests; b++)
+        for (int64_t t = 0; t < queries[b]; t++)
+            for (int64_t h = 0; h < heads; h++) {
+                const int64_t token = starts[b] + t, seen = std::max<int64_t>(0, keys[b] - queries[b] + t + 1);
+                auto key = [&](int64_t j) { return slot(b, j); };
+                check_row("latent", q.data + (token * heads + h) * width, width, latent, seen, scale, key, key, out.data + (h * tokens + token) * latent, lse[h * tokens + token]);
+            }
+    ASAN_UNPOISON_MEMORY_REGION(cache, pages * page * width * sizeof(bf16));
+    std::free(cache);
+    cases++;
+}
+
+static void test_expanded(const Lengths& queries, const Lengths& keys, int64_t heads, int64_t key_width, int64_t value_width, bool causal, int threads) {
+    int64_t tokens = 0, rows = 0, first_query = 0, first_key = 0;
+    for (int64_t n : queries) tokens += n;
+    for (int64_t n : keys) rows += n;
+    const int64_t both = key_width + value_width;  // keys and values are slices of one projection
+    Exact<bf16> q(tokens * heads * key_width), kv(rows * heads * both), out(tokens * heads * value_width);
+    Exact<float> lse(tokens * heads);
+    Exact<int64_t> query_lens(queries.size()), kv_lens(keys.size());
+    fill(q), fill(kv);
+    for (size_t s = 0; s < queries.size(); s++) query_lens[s] = queries[s], kv_lens[s] = keys[s];
+    const float scale = 1 / std::sqrt((float)key_width);
+    mla_expanded_attention(q.data, heads * key_width, key_width, kv.data, heads * both, both, kv.data + key_width, heads * both, both, heads, key_width, value_width, scale, out.data, heads * value_width, value_width, lse.data, heads, 1, query_lens.data, kv_lens.data, (int64_t)queries.size(), causal, threads);
+    for (size_t s = 0; s < queries.size(); first_query += queries[s], first_key += keys[s], s++)
+        for (int64_t t = 0; t < queries[s]; t++)
+            for (int64_t h = 0; h < heads; h++) {
+                const int64_t row = (first_query + t) * heads + h, seen = causal ? std::max<int64_t>(0, keys[s] - queries[s] + t + 1) : keys[s];
+                auto key = [&](int64_t j) { return kv.data + ((first_key + j) * heads + h) * both; };
+                auto value = [&](int64_t j) { return key(j) + key_width; };
+                check_row("expanded", q.data + row * key_width, key_width, value_width, seen, scale, key, value, out.data + row * value_width, lse[row]);
+            }
+    cases++;
+}
+
+int main() {
+    for (int64_t tokens : TOKENS) {
+        for (int64_t outputs : {1, 16, 33, 70, 130})
+            for (int wide : {0, 1}) test_linear(tokens, 6, outputs, outputs % 2, wide, 2);
+        for (int wide : {0, 1}) test_batched(tokens, 3, 10, 37, wide, 2);
+        test_pointwise(tokens, 16, 32, tokens % 2, 2);
+    }
+    for (int wide : {0, 1}) {
+        test_linear(31, 2050, 17, true, wide, 1);
+        test_linear(200, 8, 40, false, wide, 3);
+        test_batched(180, 2, 1030, 17, wide, 2);
+    }
+    test_pointwise(700, 80, 64, true, 2);  // enough that several threads take part
+    for (int threads : {1, 2, 3}) {
+        for (int64_t page : {1, 16, 64})
+            test_latent({1, 1, 3, 0, 1, 2, 1, 1, 1, 1}, {119, 120, 121, 5, 0, 1, 64, 65, 16, 1}, 5, page, 32, 4, threads);
+        test_latent({1}, {1700}, 17, 64, 64, 32, threads);
+        test_latent({40, 2}, {40, 130}, 2, 16, 32, 4, threads);
+        for (bool causal : {true, false}) {
+            test_expanded({1, 4, 0, 3, 2}, {119, 121, 3, 1, 0}, 2, 6, 32, causal, threads);
+            test_expanded({290, 17}, {290, 245}, 1, 10, 128, causal, threads);
+        }
+    }
+    test_latent({1, 1}, {60, 130}, 128, 16, 96, 8, 2);
+    std::printf("%d cases, %d wrong\n", cases, failures);
+    return failures != 0;
+}
