@@ -28,7 +28,7 @@ class Cpu(Backend):
         super().__init__(options)
         self._fp32 = self._choice("fp32", ("auto", "on", "off"))
         levels = ("auto", "off", *(level.name for level in LEVELS))
-        self._native = self._choice("native", levels, os.environ.get("MLA_CPU_NATIVE", "auto"))
+        self._native = self._choice("native", levels, os.environ.get("MLA_CPU_NATIVE") or "auto")
         self._ops: dict[str, FusedOp] = {}
 
     def _choice(self, option: str, allowed: tuple[str, ...], default: str = "auto") -> str:

@@ -16,7 +16,7 @@ from mla_backend_cpu.native_ops import (
     NativeRotateQuery,
     NativeWriteLatent,
 )
-from mla_backends import FusedOp
+from mla_backends import BackendError, FusedOp
 
 _OPS: Mapping[str, type[NativeOp]] = {
     "native_linear": NativeLinear,
@@ -44,13 +44,18 @@ class NotBuilt(FusedOp):
 
 
 def native_ops(level: str) -> dict[str, FusedOp]:
-    """Return the ops by name; `level` is "auto", "off" or an instruction set."""
+    """Return the ops by name; `level` is "auto", "off" or an instruction set.
+
+    Raises `BackendError` where an instruction set was named and cannot be had.
+    """
     reason = "the option native=off forbids it"
     if level != "off":
         try:
             kernels = load(level)
             return {name: op(kernels) for name, op in _OPS.items()}
         except BuildError as error:
+            if level != "auto":  # the user named it: nothing else may run in its place
+                raise BackendError(f"backend 'cpu' has no kernels for native={level}: {error}.") from error
             reason = str(error)
     return {name: NotBuilt(op.contract, reason) for name, op in _OPS.items()}
 

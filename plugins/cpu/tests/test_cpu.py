@@ -145,3 +145,17 @@ def test_the_host_is_described_truthfully() -> None:
     assert 0 < available <= total
     assert 1 << 24 < peak < total
     assert host.processor_name()
+
+
+def test_a_level_that_was_named_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mla_backend_cpu import build, library
+
+    library._load.cache_clear()
+    monkeypatch.setattr(build, "processor_flags", frozenset)
+    try:
+        with pytest.raises(BackendError, match=r"no kernels for native=avx2: this processor lacks avx2, "):
+            mla.load_backend("cpu", options={"native": "avx2"})
+        backend = mla.load_backend("cpu")  # nobody named one
+        assert backend.environment()["kernels"] == "portable"
+    finally:
+        library._load.cache_clear()

@@ -189,6 +189,8 @@ static void product(const typename X::Value* x, int64_t x_row, const bf16* packe
     }
 }
 
+constexpr int64_t WIDENED = 2048;  // tokens widened at a time
+
 static inline void widen_rows(const bf16* x, int64_t x_row, int64_t tokens, int64_t inputs, float* wide,
                               int threads) {
 #pragma omp parallel for num_threads(threads)
@@ -199,9 +201,12 @@ static inline void widen_rows(const bf16* x, int64_t x_row, int64_t tokens, int6
 static void linear(const bf16* x, int64_t x_row, const bf16* packed, int64_t inputs, const Output& out,
                    int64_t tokens, bool wide, int threads) {
     if (!wide) return product<Pairs, ROWS>(x, x_row, packed, inputs, out, tokens, threads);
-    float* copy = scratch<0>().take<float>(tokens * inputs);
-    widen_rows(x, x_row, tokens, inputs, copy, threads);
-    product<Wide, ROWS_WIDE>(copy, inputs, packed, inputs, out, tokens, threads);
+    for (int64_t first = 0; first < tokens; first += WIDENED) {  // the copy must not grow with a long prompt
+        const int64_t count = std::min(WIDENED, tokens - first);
+        float* copy = scratch<0>().take<float>(count * inputs);
+        widen_rows(x + first * x_row, x_row, count, inputs, copy, threads);
+        product<Wide, ROWS_WIDE>(copy, inputs, packed, inputs, out.from(first, 0), count, threads);
+    }
 }
 
 struct Grouped {  // [tokens, heads, width] by strides
