@@ -7,7 +7,7 @@ key per token. *Expanded*: keys and values are rebuilt per head. Per request the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,15 @@ from mla.ops import Ops
 from mla.packed import PackedWeights
 from mla.plan import WORKSPACE_BYTES, AbsorbedGroup, ExpandedGroup, Piece, Plan, make_plan
 from mla.rope import RotaryTable, query_factors
+from mla.views import StepViews
 from mla.workspace import Workspace
 from mla_backends.api import Backend
 
 ATTENTION_MODES = ("auto", "absorbed", "expanded")
+
+
+#: Everything a plan depends on -> what stands for it.
+_PLAN_KEYS: dict[Hashable, object] = {}
 
 
 class MLA(nn.Module):
@@ -62,6 +67,9 @@ class MLA(nn.Module):
         self.rotary = RotaryTable(config, self.device)
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
         self._scratch = Workspace(dtype, self.device)
+        self._step_views = StepViews(config, self.ops, self._scratch)
+        self._plan_key = self._make_plan_key()
+        self._softmax_scale = config.softmax_scale
 
     @classmethod
     def from_pretrained(
@@ -129,6 +137,13 @@ class MLA(nn.Module):
 
     def plan(self, batch: RaggedBatch) -> Plan:
         """Return how this layer runs `batch`; made once, shared by layers with equal specs."""
+        return batch.memo(self._plan_key, lambda: self._make_plan(batch))
+
+    def _make_plan(self, batch: RaggedBatch) -> Plan:
+        return make_plan(self.config, self.ops, self.rotary, batch, self.attention, self.workspace_bytes)
+
+    def _make_plan_key(self) -> object:
+        """Return what stands for all that a plan depends on: one object for layers with equal specs."""
         key = (
             self.ops["latent_attention"].key(),
             self.ops["expanded_attention"].key(),
@@ -137,10 +152,7 @@ class MLA(nn.Module):
             self.config.rope_theta,
             self.config.rope_scaling,
         )
-        return batch.memo(key, lambda: self._make_plan(batch))
-
-    def _make_plan(self, batch: RaggedBatch) -> Plan:
-        return make_plan(self.config, self.ops, self.rotary, batch, self.attention, self.workspace_bytes)
+        return _PLAN_KEYS.setdefault(key, object())  # hashing the specs on every step would cost more
 
     @torch.no_grad()
     def forward(
@@ -188,22 +200,13 @@ class MLA(nn.Module):
 
     def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return q [T, h, n + r], not yet rotated, and kv_a [T, c + r], neither normed nor rotated."""
-        spec = self.ops["qkv_a_proj"].spec
-        first = self._scratch.take("qkv_a", hidden.shape[0], spec.out_features)
-        self._linear("qkv_a_proj", hidden, first, bias="qkv_a_proj.bias")
-        q, kv_a = first.split((spec.out_features - self.config.latent_dim, self.config.latent_dim), dim=1)
-        if self.config.q_lora_rank is not None:
-            q = self._second_query_projection(q)
-        return q.unflatten(1, (self.config.num_attention_heads, self.config.qk_head_dim)), kv_a
-
-    def _second_query_projection(self, q_a: torch.Tensor) -> torch.Tensor:
-        normed = self._scratch.take("q_a", *q_a.shape)
-        weight = self._weights.vectors["q_a_layernorm.weight"]
-        norm = self.ops["q_a_layernorm"].op
-        norm(x=q_a, weight=weight, eps=self.config.rms_norm_eps, out=normed)
-        q = self._scratch.take("q", q_a.shape[0], self.ops["q_b_proj"].spec.out_features)
-        self._linear("q_b_proj", normed, q)
-        return q
+        views = self._step_views.projected(hidden.shape[0])
+        self._linear("qkv_a_proj", hidden, views.first, bias="qkv_a_proj.bias")
+        if views.q_normed is not None:
+            weight, eps = self._weights.vectors["q_a_layernorm.weight"], self.config.rms_norm_eps
+            self.ops["q_a_layernorm"].op(x=views.q_a, weight=weight, eps=eps, out=views.q_normed)
+            self._linear("q_b_proj", views.q_normed, views.q.flatten(1))
+        return views.q, views.kv_a
 
     def _scale_queries(self, q: torch.Tensor, batch: RaggedBatch) -> None:
         """Scale q [T, h, n + r] by position, in place, where the config says so."""
@@ -228,25 +231,22 @@ class MLA(nn.Module):
         self, q: torch.Tensor, plan: Plan, group: AbsorbedGroup, pages: torch.Tensor, heads: torch.Tensor
     ) -> None:
         """q_nope W_UK, joined with the rotated q_pe, over the latents; then W_UV. Writes heads [T, h, v]."""
-        n, c, h = self.config.qk_nope_head_dim, self.config.kv_lora_rank, self.config.num_attention_heads
-        q, cos_sin = self._scratch.rows("absorbed_q", q, group.tokens), plan.cos_sin[group.tokens]
-        latent_q = self._scratch.take("latent_q", q.shape[0], h, self.config.latent_dim)
-        self.ops["w_uk"].op(self._weights.packed["w_uk"], x=q[..., :n], out=latent_q[..., :c])
-        self._rotate(q[..., n:], cos_sin, latent_q[..., c:])
-        latent_out = self._scratch.take("latent_out", q.shape[0], h, c)
+        views, cos_sin = self._step_views.absorbed(q, group.tokens), plan.cos_sin[group.tokens]
+        self.ops["w_uk"].op(self._weights.packed["w_uk"], x=views.q_nope, out=views.latent_nope)
+        self._rotate(views.q_pe, cos_sin, views.latent_pe)
         self.ops["latent_attention"].op(
             group.state,
-            q=latent_q,
+            q=views.latent_q,
             cache=pages,
             block_table=group.batch.block_table,
             kv_lens=group.batch.kv_lens_device,
             cu_q=group.batch.cu_q,
-            softmax_scale=self.config.softmax_scale,
-            out=latent_out,
-            lse=self._scratch.take("lse", q.shape[0], h, dtype=torch.float32),
+            softmax_scale=self._softmax_scale,
+            out=views.latent_out,
+            lse=views.lse,
         )
-        target = self._scratch.target("absorbed_heads", heads, group.tokens, q.shape[0])
-        self.ops["w_uv"].op(self._weights.packed["w_uv"], x=latent_out, out=target)
+        target = self._scratch.target("absorbed_heads", heads, group.tokens, views.lse.shape[0])
+        self.ops["w_uv"].op(self._weights.packed["w_uv"], x=views.latent_out, out=target)
         self._scratch.put(heads, group.tokens, target)
 
     def _expanded(
@@ -307,7 +307,7 @@ class MLA(nn.Module):
         lse: torch.Tensor,
     ) -> None:
         """Attend one piece into out and lse, which hold its queries only."""
-        scale = self.config.softmax_scale
+        scale = self._softmax_scale
         self.ops["expanded_attention"].op(
             piece.state, q=q[piece.queries], k=k, v=v, softmax_scale=scale, out=out, lse=lse
         )

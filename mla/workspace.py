@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar, cast
 
 import torch
+
+Views = TypeVar("Views")
+#: Sets of views that are remembered; prompts come in any length.
+MOST_VIEWS = 256
 
 Tokens = slice | torch.Tensor  # rows of a step: contiguous, or by index
 
@@ -15,6 +21,7 @@ class Workspace:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
         self._held: dict[str, torch.Tensor] = {}
+        self._views: dict[Hashable, Any] = {}
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return uninitialised memory of this shape; its last content under the same name is lost."""
@@ -23,7 +30,20 @@ class Workspace:
         if held is None or held.numel() < size:
             held = torch.empty(size, dtype=dtype or self._dtype, device=self._device)
             self._held[name] = held
+            self._views.clear()  # they are of memory that may be gone
         return held[:size].view(shape)
+
+    def views(self, key: Hashable, build: Callable[[], Views]) -> Views:
+        """Return views of this memory, built once per key: making a dozen costs more than a small op.
+
+        `build` may take memory, and must give the same views for the same key while no memory grows.
+        """
+        if key not in self._views:
+            built = build()  # may grow memory, which forgets all views
+            if len(self._views) >= MOST_VIEWS:
+                self._views.clear()
+            self._views[key] = built
+        return cast("Views", self._views[key])
 
     def nbytes(self) -> int:
         """Return the bytes held."""
