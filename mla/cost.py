@@ -47,6 +47,10 @@ class PathChooser:
         extra = attended_pairs(query_len, kv_len) * self._per_pair + (query_len - kv_len) * self._per_token
         return ABSORBED if extra <= 0 else EXPANDED
 
+    def always_absorbs(self, least: int) -> bool:
+        """Say whether single tokens after at least `least` keys take the absorbed path, as decode does."""
+        return self._per_pair <= self._per_token and self.path(1, least) == ABSORBED
+
 
 def projection_parameters(config: MLAConfig) -> int:
     """Return the weights every new token passes: q, kv_a and o."""

@@ -90,6 +90,10 @@ def _split(config: MLAConfig, batch: RaggedBatch, attention: str) -> dict[str, l
         members[attention] = list(range(len(batch.query_lens)))
         return members
     chooser = cost.PathChooser(config)
+    count = len(batch.query_lens)
+    if batch.query_lens.count(1) == count and chooser.always_absorbs(min(batch.kv_lens)):
+        members[cost.ABSORBED] = list(range(count))
+        return members
     for request, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
         members[chooser.path(query_len, kv_len)].append(request)
     return members

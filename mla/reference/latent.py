@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,6 +26,9 @@ class _Row(NamedTuple):
     first_query: int  # index into the tokens of the batch
     queries: int
     keys: int
+
+
+_by_size = operator.itemgetter(2, 3)  # queries, then keys
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,11 @@ class LatentAttention(FusedOp):
     nan_safe_tail = True
 
     def prepare(self, spec: AttentionSpec, batch: BatchView) -> _LatentState:
-        rows = sorted(_cut(batch, spec.num_heads), key=lambda row: (row.queries, row.keys))
+        rows = sorted(_cut(batch, spec.num_heads), key=_by_size)
         width = spec.kv_lora_rank + spec.qk_rope_head_dim
         groups = list(_gather_rows([row for row in rows if row.keys > 0], spec.num_heads, width))
-        index = _index(groups, batch.block_table.device)
         return _LatentState(
-            groups=tuple(
-                _group(members, rows, batch)
-                for members, rows in zip(groups, index.split([len(g) for g in groups]), strict=True)
-            ),
+            groups=tuple(_groups(groups, batch)),
             empty=tuple(slice(r.first_query, r.first_query + r.queries) for r in rows if r.keys <= 0),
         )
 
@@ -112,6 +112,9 @@ def _attend_group(
 
 def _cut(batch: BatchView, heads: int) -> Iterator[_Row]:
     """Cut each request's queries into runs whose logits fit the cap."""
+    if batch.query_lens.count(1) == len(batch.query_lens):  # decode: nothing to cut
+        yield from (_Row(request, request, 1, kv_len) for request, kv_len in enumerate(batch.kv_lens))
+        return
     start = 0
     for request, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
         step = queries_per_call(heads, kv_len)
@@ -140,6 +143,37 @@ def _gather_rows(rows: Sequence[_Row], heads: int, width: int) -> Iterator[list[
         yield members
 
 
+def _groups(groups: Sequence[Sequence[_Row]], batch: BatchView) -> Iterator[_Group]:
+    """Resolve groups; tables go to the device only if a group needs more than a slice of the batch's own."""
+    uniform = [_is_uniform(members) for members in groups]
+    if all(uniform):
+        yield from (_uniform_group(members, batch) for members in groups)
+        return
+    index = _index(groups, batch.block_table.device)
+    parts = index.split([len(members) for members in groups])
+    for plain, members, part in zip(uniform, groups, parts, strict=True):
+        yield _uniform_group(members, batch) if plain else _group(members, part, batch)
+
+
+def _is_uniform(members: Sequence[_Row]) -> bool:
+    """Say whether the rows are single queries of neighbouring requests with equally many keys."""
+    first, last = members[0], members[-1]
+    return (
+        first.queries == 1
+        and first.keys == last.keys  # they are sorted by keys
+        and last.request - first.request == len(members) - 1 == last.first_query - first.first_query
+        and [row.request for row in members] == list(range(first.request, last.request + 1))
+    )
+
+
+def _uniform_group(members: Sequence[_Row], batch: BatchView) -> _Group:
+    """Resolve rows that need neither padding nor a mask nor tables of their own."""
+    first, count = members[0], len(members)
+    table = batch.block_table[first.request : first.request + count, : -(-first.keys // batch.page_size)]
+    tokens = slice(first.first_query, first.first_query + count)
+    return _Group(count, 1, first.keys, tokens, table.reshape(-1), None, None)
+
+
 def _index(groups: Sequence[Sequence[_Row]], device: torch.device) -> torch.Tensor:
     """Return [rows, 3] int64 on the device: request, owned keys, first query; one copy for all groups."""
     values = [
@@ -153,7 +187,7 @@ def _group(members: Sequence[_Row], index: torch.Tensor, batch: BatchView) -> _G
     queries, keys, device = members[0].queries, members[-1].keys, index.device
     start = members[0].first_query
     tokens: slice | torch.Tensor = slice(start, start + queries * len(members))
-    if any(row.first_query != start + i * queries for i, row in enumerate(members)):
+    if [row.first_query for row in members] != list(range(start, start + queries * len(members), queries)):
         tokens = (index[:, 2:] + torch.arange(queries, device=device)).view(-1)
     pages = batch.block_table[:, : -(-keys // batch.page_size)].index_select(0, index[:, 0])
     shortest, owned = members[0].keys, index[:, 1:2]
