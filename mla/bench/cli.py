@@ -11,7 +11,7 @@ import click
 from mla.bench import cli_files, commands
 from mla.bench.cli_files import Word
 from mla.bench.exits import guarded
-from mla.bench.options import RunOptions
+from mla.bench.options import DEFAULT_CONFIG, RunOptions
 from mla.bench.render import FORMATS
 from mla.bench.workload import MAX_COUNT, STANDARD
 from mla.errors import did_you_mean
@@ -89,8 +89,7 @@ def cli() -> None:
 @click.option(
     "--config",
     metavar="NAME|PATH",
-    default="deepseek-v2-lite",
-    show_default=True,
+    show_default=DEFAULT_CONFIG,
     help="Preset, or a config.json (or its folder).",
 )
 @click.option(
@@ -182,7 +181,7 @@ def cli() -> None:
     show_default=True,
     help="Of what is printed on stdout.",
 )
-@click.option("--dry-run", is_flag=True, help="Print the plan and the memory needed, and stop.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and the memory needed on stderr, and stop.")
 @click.option("--list-ops", is_flag=True, help="Print which op runs where, and why, and stop.")
 def run(**values: Any) -> int:
     """Measure one MLA layer on one device.

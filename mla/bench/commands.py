@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from mla.bench import environment, render, results
 from mla.bench.exits import Exit
-from mla.bench.options import RunOptions
+from mla.bench.options import DEFAULT_CONFIG, RunOptions
 from mla.bench.progress import Progress, Reading
 from mla.bench.workload import Scenario, WorkloadError
 from mla.errors import MLAError
@@ -140,8 +140,23 @@ def _request(options: RunOptions, name: str, backend: Backend, scenarios: list[S
     config = _config(options)
     state = _weights(options, config, dtype) if options.model_path else None
     setting = Setting(config, backend, dtype, options.attention, options.page_size, options.seed, options.ops)
-    names = session.resolve_implementations(options.implementation_names(), setting, note)
+    names = session.resolve_implementations(_implementations(options), setting, note)
     return session.Request(setting, scenarios, names, options.command(name), _version(name), state)
+
+
+def _implementations(options: RunOptions) -> list[str]:
+    """Return the names to run; `transformers` joins a checkpoint's run unasked only where it is installed."""
+    from mla.bench import peers
+
+    names = options.implementation_names()
+    if options.implementations or not options.model_path:
+        return names
+    try:
+        peers.require()
+    except peers.PeerError as error:
+        note(f"transformers is left out: {error}")
+        return []
+    return names
 
 
 def _weights(options: RunOptions, config: MLAConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -162,12 +177,16 @@ def _config(options: RunOptions) -> MLAConfig:
     from mla.presets import PRESETS
 
     if options.model_path:
+        if not options.model_path.exists():
+            raise WorkloadError(
+                f"--model-path '{options.model_path}' does not exist: it takes a folder with config.json and "
+                "safetensors."
+            )
         refuse_other_formats(options.model_path)
         return MLAConfig.from_pretrained(options.model_path)
-    path = "/" in options.config or options.config.endswith(".json") or os.path.isdir(options.config)
-    if path and options.config not in PRESETS:
-        return MLAConfig.from_pretrained(options.config)
-    return MLAConfig.preset(options.config)
+    name = DEFAULT_CONFIG if options.config is None else options.config
+    path = "/" in name or name.endswith(".json") or os.path.isdir(name)
+    return MLAConfig.from_pretrained(name) if path and name not in PRESETS else MLAConfig.preset(name)
 
 
 def _check_dtype(backend: Backend, dtype: object) -> None:
@@ -223,8 +242,9 @@ def _describe(request: Request) -> None:
         f"plan       {', '.join(request.implementations)}, {together}; "
         f"{session.total_forwards(request)} forwards, checked against a float64 oracle"
     )
+    count = plan.implementations if plan.side_by_side else 1
     note(
-        f"memory     {memory.gib(plan.device_bytes(plan.implementations))} on the device, "
+        f"memory     {memory.gib(plan.device_bytes(count))} on the device, "
         f"{memory.gib(plan.host)} on the host; available {memory.gib(plan.device_available)} "
         f"and {memory.gib(plan.host_available)}"
     )

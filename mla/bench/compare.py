@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mla.bench import stats
 from mla.bench.results import Case, Interval, Run
@@ -61,13 +62,19 @@ def warnings(base: Run, new: Run) -> list[str]:
 
 def _run_differences(base: Run, new: Run) -> list[str]:
     """Return why no case of two runs can be compared."""
-    ignored = {"name", "model_type"}
-    keys = sorted({*base.config, *new.config} - ignored)
-    changed = [key for key in keys if base.config.get(key) != new.config.get(key)]
+    shared = sorted((base.config.keys() & new.config.keys()) - {"name", "model_type"})
+    changed = [key for key in shared if not _same(base.config[key], new.config[key])]
     reasons = [f"config differs in {', '.join(changed)}"] if changed else []
     pairs = (("dtype", base.dtype, new.dtype), ("attention", base.attention, new.attention))
     reasons += [f"{name} differs: {old} and {now}" for name, old, now in pairs if old != now]
     return reasons
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Compare values of a config; fields that only a newer version wrote have their neutral default there."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return all(_same(old[key], new[key]) for key in old.keys() & new.keys())
+    return bool(old == new)
 
 
 def _case_differences(base: Case, new: Case) -> list[str]:

@@ -48,11 +48,14 @@ class MemoryPlan:
         """Raise `OutOfMemory` when not even one implementation fits."""
         if self._fits(1):
             return
-        need = self.device_bytes(1) + (self.host if self.shared else 0)
+        device = self.device_bytes(1)
+        need = f"{gib(device)} on the device and {gib(self.host)} on the host"
+        available = f"{gib(self.device_available)} and {gib(self.host_available)}"
+        if self.shared:
+            need, available = f"{gib(device + self.host)}, which are {need}", gib(self.host_available)
         raise OutOfMemory(
-            f"this run needs about {gib(need)} on the device and {gib(self.host)} on the host; available are "
-            f"{gib(self.device_available)} and {gib(self.host_available)}: use fewer requests, shorter "
-            "histories or a smaller config."
+            f"this run needs about {need}; available are {available}: use fewer requests, shorter histories "
+            "or a smaller config."
         )
 
 

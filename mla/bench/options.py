@@ -10,6 +10,8 @@ import msgspec
 
 from mla.bench.workload import Scenario, WorkloadError, load_workload, select
 
+DEFAULT_CONFIG = "deepseek-v2-lite"
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -19,7 +21,7 @@ class RunOptions:
     device: int | None
     backend_options: tuple[str, ...]
     threads: int | None
-    config: str
+    config: str | None
     model_path: Path | None
     layer: str | None
     workload: str
@@ -49,6 +51,10 @@ class RunOptions:
         """Raise `WorkloadError` for options that contradict the checkpoint or need one."""
         if self.layer is not None and not self.model_path:
             raise WorkloadError("--layer chooses a layer of a checkpoint: it needs --model-path.")
+        if self.model_path and self.config is not None:
+            raise WorkloadError(
+                "--config and --model-path exclude each other: the checkpoint's own config.json is used."
+            )
         with_heads = [scenario.name for scenario in scenarios if scenario.heads]
         if self.model_path and with_heads:
             raise WorkloadError(f"scenario '{with_heads[0]}' sets heads, which a checkpoint's weights fix.")
@@ -66,12 +72,15 @@ class RunOptions:
                 raise WorkloadError(f"-O wants KEY=VALUE, got '{option}'.")
         return {key: value for key, _, value in pairs}
 
+    def _config(self) -> str:
+        return DEFAULT_CONFIG if self.config is None else self.config
+
     def command(self, backend: str) -> list[str]:
         """Return the options that reproduce any case of this run."""
         flags: Sequence[tuple[str, object, object]] = (
             ("--device", self.device, None),
             ("--threads", self.threads, None),
-            ("--config", None if self.model_path else self.config, None),
+            ("--config", None if self.model_path else self._config(), None),
             ("--model-path", self.model_path, None),
             ("--layer", self.layer, None),
             ("--workload", self.workload, "standard"),

@@ -195,7 +195,8 @@ def test_the_original_command_line_prints_the_original_format(
         (
             ("--cpu", "--model_path", "nowhere"),
             2,
-            "error: cannot read config 'nowhere': No such file or directory.",
+            "error: --model-path 'nowhere' does not exist: it takes a folder with config.json and "
+            "safetensors.",
         ),
         (("--gpu",), 2, "Error: No such option"),
     ],

@@ -138,3 +138,16 @@ def test_neither_needs_torch(process: Any, tmp_path: Path) -> None:
     for words in (("compare", "base.json", "slow.json"), ("show", "base.json")):
         done = process(*words, path=[tmp_path])
         assert done.code == 0, done.err
+
+
+def test_fields_that_one_version_did_not_write_are_no_difference(run: Any) -> None:
+    old, new = run(), run()
+    old.config = {"hidden_size": 64, "rope_scaling": {"factor": 40.0}}
+    new.config = {
+        "hidden_size": 64,
+        "rope_scaling": {"factor": 40.0, "truncate": True},
+        "q_latent_scale": 1.0,
+    }
+    assert compare(old, new)[0].verdict == "SAME"
+    new.config["rope_scaling"]["factor"] = 32.0
+    assert compare(old, new)[0].reason == "config differs in rope_scaling"

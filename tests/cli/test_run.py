@@ -204,8 +204,8 @@ def test_a_run_that_cannot_fit_is_refused_before_it_allocates(
     done = bench(*CPU, "--config", "tiny.json", "--workload", "huge.toml", *dry)
     assert (done.code, done.out) == (2, "")
     sentence = (
-        r"error: this run needs about [\d.]+ GiB on the device and [\d.]+ GiB on the host; available are "
-        r"[\d.]+ GiB and [\d.]+ GiB: use fewer requests, shorter histories or a smaller config\."
+        r"error: this run needs about [\d.]+ GiB, which are [\d.]+ GiB on the device and [\d.]+ GiB on the "
+        r"host; available are [\d.]+ GiB: use fewer requests, shorter histories or a smaller config\."
     )
     assert re.fullmatch(sentence, done.error)
 

@@ -196,3 +196,11 @@ def test_a_dtype_the_device_does_not_compute_is_refused(bench: Bench, small: lis
         "choose --dtype from: float32.\n"
     )
     assert bench(*device, *small, "--dry-run", "--dtype", "float32").code == 0
+
+
+def test_a_config_beside_a_checkpoint_is_refused(bench: Bench) -> None:
+    done = bench(*CPU, "--model-path", "somewhere", "--config", "deepseek-r1")
+    assert done.code == 2
+    assert done.error == (
+        "error: --config and --model-path exclude each other: the checkpoint's own config.json is used."
+    )
