@@ -52,7 +52,7 @@ def native_ops(level: str) -> dict[str, FusedOp]:
     if level != "off":
         try:
             kernels = load(level)
-            return {name: op(kernels) for name, op in _OPS.items()}
+            return {name: op(kernels, insist=level != "auto") for name, op in _OPS.items()}
         except BuildError as error:
             if level != "auto":  # the user named it: nothing else may run in its place
                 raise BackendError(f"backend 'cpu' has no kernels for native={level}: {error}.") from error

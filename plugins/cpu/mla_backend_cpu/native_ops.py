@@ -6,6 +6,7 @@ import functools
 import time
 from typing import TYPE_CHECKING, Any
 
+from mla_backend_cpu import build
 from mla_backend_cpu.library import Library
 from mla_backends import FusedOp
 from mla_backends.api import AttentionSpec, LinearSpec, NormSpec, Packed
@@ -20,8 +21,10 @@ WIDE_TOKENS = 16
 class NativeOp(FusedOp):
     """What all ops on the kernels share."""
 
-    def __init__(self, kernels: Library) -> None:
+    def __init__(self, kernels: Library, *, insist: bool = True) -> None:
+        """`insist`: somebody chose these kernels, so they serve even where others are likely faster."""
         self._kernels = kernels
+        self._insist = insist
         self._call = kernels.functions
 
     def unsupported_reasons(self, spec: Any) -> list[str]:
@@ -67,6 +70,8 @@ class _Product(NativeOp):
     """Weights in panels of 16 outputs and pairs of inputs."""
 
     def misfits(self, spec: LinearSpec) -> list[str]:
+        if not self._insist and "amx_bf16" in build.processor_flags():
+            return ["this processor has AMX, which torch's products use and these kernels do not"]
         return multiple("in_features", spec.in_features, 2)
 
     def pack(self, weight: torch.Tensor) -> Packed:

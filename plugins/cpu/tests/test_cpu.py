@@ -159,3 +159,18 @@ def test_a_level_that_was_named_never_falls_back(monkeypatch: pytest.MonkeyPatch
         assert backend.environment()["kernels"] == "portable"
     finally:
         library._load.cache_clear()
+
+
+def test_products_are_left_to_torch_where_it_has_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mla_backend_cpu import build
+
+    flags = build.processor_flags() | {"amx_bf16"}
+    monkeypatch.setattr(build, "processor_flags", lambda: flags)
+    config = mla.MLAConfig(hidden_size=64, num_attention_heads=2)
+    ops = mla.MLA(config, backend=mla.load_backend("cpu")).ops
+    assert ops["o_proj"].name != "native_linear"
+    assert ops["w_uk"].name != "native_batched_linear"
+    assert any("this processor has AMX" in reason for reason in ops["o_proj"].reasons)
+    assert ops["latent_attention"].name == "native_latent_attention"
+    named = mla.load_backend("cpu", options={"native": "portable"})
+    assert mla.MLA(config, backend=named).ops["o_proj"].name == "native_linear"
