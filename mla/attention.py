@@ -29,7 +29,7 @@ from mla_backends.api import Backend
 ATTENTION_MODES = ("auto", "absorbed", "expanded")
 
 
-#: Everything a plan depends on -> what stands for it.
+#: Specs a plan depends on -> what stands for them.
 _PLAN_KEYS: dict[Hashable, object] = {}
 
 
@@ -137,18 +137,17 @@ class MLA(nn.Module):
 
     def plan(self, batch: RaggedBatch) -> Plan:
         """Return how this layer runs `batch`; made once, shared by layers with equal specs."""
-        return batch.memo(self._plan_key, lambda: self._make_plan(batch))
+        key = (self._plan_key, self.attention, self.workspace_bytes)
+        return batch.memo(key, lambda: self._make_plan(batch))
 
     def _make_plan(self, batch: RaggedBatch) -> Plan:
         return make_plan(self.config, self.ops, self.rotary, batch, self.attention, self.workspace_bytes)
 
     def _make_plan_key(self) -> object:
-        """Return what stands for all that a plan depends on: one object for layers with equal specs."""
+        """Return what stands for the specs a plan depends on: one object for layers with equal ones."""
         key = (
             self.ops["latent_attention"].key(),
             self.ops["expanded_attention"].key(),
-            self.attention,
-            self.workspace_bytes,
             self.config.rope_theta,
             self.config.rope_scaling,
         )

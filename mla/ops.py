@@ -75,6 +75,8 @@ def _names(policy: str) -> tuple[str, ...]:
 def _check_names(offered: Mapping[str, FusedOp], policy: str) -> None:
     """Raise `UnknownOp` when a policy names an op that the backend does not offer."""
     for name in _names(policy):
+        if name in POLICIES:
+            raise UnknownOp(f"--ops {name} stands alone: it is no op that could be listed with others.")
         if name not in offered:
             known = [*POLICIES, *offered]
             raise UnknownOp(

@@ -21,6 +21,8 @@ from mla_backends.api import LinearSpec, Peak
 SECONDS, REPEATS = 0.05, 3
 #: Sides of the matrices whose product is timed: larger ones only while one takes less than LONG seconds.
 SIDES, LONG = (1024, 2048, 4096, 8192), 5e-3
+#: Bytes read at most: more than any cache holds, and a long context must not ask for its size a second time.
+MOST_BYTES = 512 << 20
 #: Features of the weight that is streamed: a whole number of register blocks of any kernel.
 FEATURES = 2048
 
@@ -41,8 +43,11 @@ class Ceilings:
         self._key = (*names, tuple(setting.backend.ops()))
 
     def roofline(self, cost: results.Cost, latency_ms: float) -> results.Roofline:
-        """Return how near a latency is to the larger of both floors."""
-        bandwidth, flops = self.bandwidth(cost.bytes), self.flops()
+        """Return how near a latency is to the larger of both floors; nothing where one cannot be known."""
+        try:
+            bandwidth, flops = self.bandwidth(cost.bytes), self.flops()
+        except Exception:  # noqa: BLE001  # a device that cannot run the yardstick must not cost the numbers
+            return results.Roofline()
         memory, compute = 1e3 * cost.bytes / bandwidth.value, 1e3 * cost.flops / flops.value
         floor = max(memory, compute)
         return results.Roofline(
@@ -59,7 +64,7 @@ class Ceilings:
 
     def bandwidth(self, count: int) -> Peak:
         """Return bytes per second of reading about `count` bytes: declared, else measured."""
-        rows = max(16, count // (FEATURES * self._setting.dtype.itemsize) // 16 * 16)
+        rows = max(16, min(count, MOST_BYTES) // (FEATURES * self._setting.dtype.itemsize) // 16 * 16)
         return self._info.bandwidth or self._once(rows, lambda: self._fastest_read(rows))
 
     def _once(self, what: Hashable, measure: Callable[[], Peak]) -> Peak:

@@ -177,9 +177,10 @@ def _config(options: RunOptions) -> MLAConfig:
     from mla.presets import PRESETS
 
     if options.model_path:
-        if not options.model_path.exists():
+        if not options.model_path.is_dir():
+            problem = "is no folder" if options.model_path.exists() else "does not exist"
             raise WorkloadError(
-                f"--model-path '{options.model_path}' does not exist: it takes a folder with config.json and "
+                f"--model-path '{options.model_path}' {problem}: it takes a folder with config.json and "
                 "safetensors."
             )
         refuse_other_formats(options.model_path)

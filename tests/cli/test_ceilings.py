@@ -54,3 +54,23 @@ def test_a_run_reports_its_limit(bench: Any, small: list[str]) -> None:
         assert case.roofline.bound in ("memory", "compute")
         assert case.roofline.fraction is not None
         assert (case.roofline.peak_source or "").startswith("measured: ")
+
+
+def test_a_device_that_cannot_run_the_yardstick_keeps_its_numbers(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Ceilings, rows: int) -> dict[str, Any]:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Ceilings, "_reads", refuse)
+    found = Ceilings(setting).roofline(results.Cost(flops=10**9, bytes=2 * 10**6), latency_ms=8.0)
+    assert found == results.Roofline()
+
+
+def test_a_long_context_is_not_allocated_a_second_time(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(Ceilings, "_fastest_read", lambda self, rows: asked.append(rows) or Peak(1.0, "x"))
+    Ceilings(setting).bandwidth(64 << 30)
+    assert [rows * ceilings.FEATURES * 2 for rows in asked] == [ceilings.MOST_BYTES]

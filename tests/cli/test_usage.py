@@ -204,3 +204,13 @@ def test_a_config_beside_a_checkpoint_is_refused(bench: Bench) -> None:
     assert done.error == (
         "error: --config and --model-path exclude each other: the checkpoint's own config.json is used."
     )
+
+
+def test_a_file_is_no_checkpoint_folder(bench: Bench) -> None:
+    Path("model.safetensors").write_bytes(b"x")
+    done = bench(*CPU, "--model-path", "model.safetensors")
+    assert done.code == 2
+    assert done.error == (
+        "error: --model-path 'model.safetensors' is no folder: it takes a folder with config.json and "
+        "safetensors."
+    )

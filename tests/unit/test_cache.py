@@ -293,3 +293,21 @@ def test_a_release_that_names_a_wrong_sequence_frees_none(make_cache: Any) -> No
         with pytest.raises(ValueError, match=r"no sequence 99|only once"):
             cache.release(wrong)
         assert snapshot(cache, ids) == before
+
+
+def test_a_block_table_that_is_used_again_names_the_pages_of_now(make_cache: Any) -> None:
+    cache = make_cache(256, 16)
+    a, b = cache.new_sequences(2)
+    first = cache.extend([a, b], [15, 40]).block_table
+    assert torch.equal(cache.extend([a, b], [1, 1]).block_table, first)  # no page changed
+    swapped = cache.extend([b, a], [1, 0]).block_table
+    assert torch.equal(swapped, first.flip(0))
+    cache.extend([a, b], [0, 1])
+    cache.truncate(b, 10)  # two pages fewer: they may be somebody else's now
+    assert cache.extend([a, b], [0, 1]).block_table.shape == (2, 1)
+    (c,) = cache.new_sequences(1)
+    cache.extend([c], [30])
+    table = cache.extend([a, b, c], [1, 10, 1]).block_table
+    for row, sequence in enumerate((a, b, c)):
+        slots = cache.slots(sequence)
+        assert table[row, : len(slots[::16])].tolist() == (slots[::16] // 16).tolist()

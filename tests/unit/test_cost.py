@@ -100,3 +100,25 @@ def test_bytes_grow_with_the_attended_latents_and_the_element_size(tiny: Any) ->
     short, long = (cost.step_bytes(config, [1, 1], lens, 2) for lens in ([10, 10], [10, 110]))
     assert long - short == 2 * 100 * config.latent_dim
     assert cost.step_bytes(config, [1, 1], [10, 10], 4) == 2 * short
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64), st.integers(1, 40))
+def test_decode_is_planned_at_once_only_where_every_request_would_absorb(
+    latent: int, nope: int, value: int, least: int
+) -> None:
+    config = MLAConfig(
+        hidden_size=8, num_attention_heads=2, kv_lora_rank=latent, qk_nope_head_dim=nope, v_head_dim=value
+    )
+    chooser = cost.PathChooser(config)
+    paths = {chooser.path(1, kv_len) for kv_len in range(least, least + 200)}
+    if chooser.always_absorbs(least):
+        assert paths == {cost.ABSORBED}
+    else:
+        assert chooser.path(1, 10**9) == cost.EXPANDED or cost.EXPANDED in paths
+
+
+def test_a_single_cached_key_is_not_absorbed() -> None:
+    chooser = cost.PathChooser(MLAConfig.preset("deepseek-v2-lite"))
+    assert not chooser.always_absorbs(1)
+    assert chooser.always_absorbs(2)

@@ -174,6 +174,8 @@ def test_a_policy_can_insist_on_fused_ops(tiny: Any) -> None:
         ops("picky", 3)
     with pytest.raises(UnsupportedOps, match=r"offers no op 'pickey'. Did you mean 'picky'\?"):
         ops("pickey", 4)
+    with pytest.raises(UnsupportedOps, match="--ops reference stands alone"):
+        ops("reference,picky", 4)
 
 
 def test_fused_is_an_error_where_none_serves(tiny: Any) -> None:

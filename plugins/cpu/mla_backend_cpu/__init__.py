@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Cpu", "mla_backend"]
 
+#: Stands in for -O native where that is not given.
+NATIVE_VARIABLE = "MLA_CPU_NATIVE"
+
 
 class Cpu(Backend):
     """Every CPU that torch runs on."""
@@ -28,7 +31,7 @@ class Cpu(Backend):
         super().__init__(options)
         self._fp32 = self._choice("fp32", ("auto", "on", "off"))
         levels = ("auto", "off", *(level.name for level in LEVELS))
-        self._native = self._choice("native", levels, os.environ.get("MLA_CPU_NATIVE") or "auto")
+        self._native = self._choice("native", levels, os.environ.get(NATIVE_VARIABLE) or "auto")
         self._ops: dict[str, FusedOp] = {}
 
     def _choice(self, option: str, allowed: tuple[str, ...], default: str = "auto") -> str:
@@ -36,7 +39,8 @@ class Cpu(Backend):
         value = self.options.get(option, default)
         if value not in allowed:
             listed = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
-            raise BackendError(f"backend 'cpu' takes -O {option}={listed}, got '{value}'.")
+            where = "" if option in self.options else f" from {NATIVE_VARIABLE}"
+            raise BackendError(f"backend 'cpu' takes -O {option}={listed}, got '{value}'{where}.")
         return value
 
     @classmethod

@@ -174,3 +174,9 @@ def test_products_are_left_to_torch_where_it_has_amx(monkeypatch: pytest.MonkeyP
     assert ops["latent_attention"].name == "native_latent_attention"
     named = mla.load_backend("cpu", options={"native": "portable"})
     assert mla.MLA(config, backend=named).ops["o_proj"].name == "native_linear"
+
+
+def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLA_CPU_NATIVE", "sse")
+    with pytest.raises(BackendError, match="got 'sse' from MLA_CPU_NATIVE"):
+        mla.load_backend("cpu")

@@ -98,7 +98,7 @@ def test_two_processes_may_build_at_once(compiler: Script, tmp_path: Path) -> No
 
 
 def test_a_killed_build_leaves_nothing_broken(compiler: Script, tmp_path: Path) -> None:
-    compiler(f"touch {tmp_path}/started; echo half > kernels.so; sleep 600")
+    compiler(f'touch {tmp_path}/started; for last; do :; done; echo half > "$last"; sleep 600')
     process = start("-c", BUILD)
     try:
         while not (tmp_path / "started").exists():
