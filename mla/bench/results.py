@@ -11,7 +11,8 @@ import msgspec
 
 from mla.errors import MLAError
 
-SCHEMA_VERSION = 1
+#: 2 added points of a grid, several timings and stages of a case, ceilings. Files of version 1 still load.
+SCHEMA_VERSION = 2
 
 Interval = tuple[float, float]
 
@@ -37,6 +38,8 @@ class Latency(msgspec.Struct, kw_only=True):
     p10: float
     p90: float
     samples: list[float]
+    drift: float | None = None  # relative change over all passes: robust slope of their medians
+    outliers: int | None = None  # samples far from the others (`stats.outliers`), counted and kept
 
 
 class Throughput(msgspec.Struct, kw_only=True):
@@ -75,6 +78,26 @@ class Memory(msgspec.Struct, kw_only=True):
     transient_bytes: int | None = None
 
 
+class Timing(msgspec.Struct, kw_only=True):
+    """One more way in which a case was timed, beside the headline (eager, warm, host clock)."""
+
+    mode: Literal["eager", "graph"]
+    cache: Literal["warm", "cold"]  # cold: the last-level cache was swept before every forward
+    clock: str  # label of the clock, "host" or the device's own
+    passes: int
+    check: Check
+    latency_ms: Latency | None
+
+
+class Stage(msgspec.Struct, kw_only=True):
+    """A part of one forward, timed by itself between synchronizations, so stages add up to more than a forward."""
+
+    name: str
+    ms: float  # median over forwards
+    cost: Cost | None = None
+    roofline: Roofline | None = None
+
+
 class Agreement(msgspec.Struct, kw_only=True):
     """Another implementation of the same scenario, weights and inputs, compared with this one."""
 
@@ -108,6 +131,26 @@ class Case(msgspec.Struct, kw_only=True):
     clock: str
     interrupted: bool
     repro: str
+    base: str = ""  # the workload's scenario that a grid was laid over; `scenario` names the point as well
+    point: dict[str, int | str] = {}  # axis -> value, for a point of a grid
+    dtype: str = ""
+    heads: int | None = None
+    layers: int = 1  # latencies are per layer
+    op: str | None = None  # one op of the contract alone, without the layer
+    timings: list[Timing] = []
+    launch_bound: bool | None = None  # the host needs longer to launch than the device to compute
+    stages: list[Stage] = []
+    device_state: list[dict[str, str]] = []  # sensors before and after the timed passes, where there are any
+
+
+class Ceiling(msgspec.Struct, kw_only=True):
+    """What the device reached at best on one kind of work."""
+
+    work: Literal["read", "copy", "matmul"]
+    value: float  # bytes per second, or FLOP per second
+    source: str  # how it was measured, or where it was published
+    dtype: str | None = None
+    footprint_bytes: int | None = None
 
 
 class BackendFacts(msgspec.Struct, kw_only=True):
@@ -135,6 +178,7 @@ class Run(msgspec.Struct, kw_only=True):
     page_size: int
     seed: int
     cases: list[Case]
+    ceilings: list[Ceiling] = []
 
 
 def encode(run: msgspec.Struct) -> bytes:
@@ -145,9 +189,27 @@ def encode(run: msgspec.Struct) -> bytes:
 def decode(data: bytes) -> Run:
     """Parse and validate a run. Raises `ResultError` with the JSON path of the fault."""
     try:
-        return msgspec.json.decode(data, type=Run)
+        version = msgspec.json.decode(data, type=_Version).schema_version
+        if version > SCHEMA_VERSION:
+            raise ResultError(
+                f"a result file of schema version {version}, and this mla reads up to {SCHEMA_VERSION}: "
+                "use the mla that wrote it, or a newer one."
+            )
+        return _upgrade(msgspec.json.decode(data, type=Run))
     except msgspec.DecodeError as error:
-        raise ResultError(f"not a result file of this version: {error}.") from error
+        raise ResultError(f"not a result file: {error}.") from error
+
+
+class _Version(msgspec.Struct):
+    schema_version: int
+
+
+def _upgrade(run: Run) -> Run:
+    """Fill in what older versions did not write; `schema_version` keeps saying what was read."""
+    for case in run.cases:
+        case.base = case.base or case.scenario
+        case.dtype = case.dtype or run.dtype
+    return run
 
 
 def read(path: Path) -> Run:

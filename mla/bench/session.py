@@ -242,6 +242,9 @@ class _Work:
             clock="none",
             interrupted=True,
             repro=_repro(self._request, scenario, name),
+            base=scenario.name,
+            dtype=str(self._setting.dtype).removeprefix("torch."),
+            heads=self._setting.config.num_attention_heads,
         )
 
     def _cost(self) -> results.Cost:

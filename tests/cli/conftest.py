@@ -172,6 +172,8 @@ def make_run() -> Callable[..., results.Run]:
             "clock": "host",
             "interrupted": False,
             "repro": "python -m mla.bench --backend cpu",
+            "base": "prefill",
+            "dtype": "bfloat16",
         }
         return results.Run(
             schema_version=results.SCHEMA_VERSION,

@@ -40,13 +40,31 @@ def test_a_fault_is_named_with_its_place(make_run: MakeRun, change: dict[str, An
     document = {**msgspec.json.decode(encode(make_run())), **change}
     with pytest.raises(ResultError) as refused:
         decode(msgspec.json.encode(document))
-    assert str(refused.value) == f"not a result file of this version: {expected}."
+    assert str(refused.value) == f"not a result file: {expected}."
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff", b"scenario = 1"])
 def test_what_is_no_result_at_all_is_refused(data: bytes) -> None:
-    with pytest.raises(ResultError, match=r"^not a result file of this version: [^\n]+\.$"):
+    with pytest.raises(ResultError, match=r"^not a result file: [^\n]+\.$"):
         decode(data)
+
+
+def test_a_file_of_version_1_loads_with_what_it_did_not_say(make_run: MakeRun) -> None:
+    document = msgspec.json.decode(encode(make_run()))
+    document["schema_version"] = 1
+    for case in document["cases"]:
+        for name in ("base", "point", "dtype", "heads", "layers", "op", "timings", "stages"):
+            del case[name]
+    found = decode(msgspec.json.encode(document))
+    assert found.schema_version == 1
+    assert [case.base for case in found.cases] == [case.scenario for case in found.cases]
+    assert {case.dtype for case in found.cases} == {found.dtype}
+
+
+def test_a_file_of_a_newer_version_is_refused(make_run: MakeRun) -> None:
+    document = {**msgspec.json.decode(encode(make_run())), "schema_version": 99, "cases": "anything"}
+    with pytest.raises(ResultError, match="schema version 99, and this mla reads up to 2"):
+        decode(msgspec.json.encode(document))
 
 
 def test_write_replaces_a_file_whole(tmp_path: Path, make_run: MakeRun) -> None:
