@@ -90,7 +90,7 @@ class Timing(msgspec.Struct, kw_only=True):
 
 
 class Stage(msgspec.Struct, kw_only=True):
-    """A part of one forward, timed by itself between synchronizations, so stages add up to more than a forward."""
+    """A part of one forward, timed alone between synchronizations: stages add up to more than a forward."""
 
     name: str
     ms: float  # median over forwards
