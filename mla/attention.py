@@ -22,7 +22,7 @@ from mla.ops import Ops
 from mla.packed import PackedWeights
 from mla.plan import WORKSPACE_BYTES, AbsorbedGroup, ExpandedGroup, Piece, Plan, make_plan
 from mla.rope import RotaryTable, query_factors
-from mla.views import StepViews
+from mla.views import Projected, StepViews
 from mla.workspace import Workspace
 from mla_backends.api import Backend
 
@@ -170,17 +170,14 @@ class MLA(nn.Module):
             out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         self._check(hidden, batch, pages, out)
         plan = self.plan(batch)
-        q, kv_a = self._project(hidden)
-        self._scale_queries(q, batch)
-        self._write_latent(kv_a, batch, plan, pages)
-        heads = self._scratch.take(
-            "heads", hidden.shape[0], self.config.num_attention_heads, self.config.v_head_dim
-        )
+        step = self._project(hidden)
+        self._scale_queries(step.q, batch)
+        self._write_latent(step.kv_a, batch, plan, pages)
         if plan.absorbed is not None:
-            self._absorbed(q, plan, plan.absorbed, pages, heads)
+            self._absorbed(step, plan.absorbed, pages)
         if plan.expanded is not None:
-            self._expanded(q, plan, plan.expanded, pages, heads)
-        self._linear("o_proj", heads.flatten(1), out, bias="o_proj.bias")
+            self._expanded(step.q, plan.expanded, pages, step.heads)
+        self._linear("o_proj", step.heads_flat, out, bias="o_proj.bias")
         return out
 
     def _check(
@@ -197,15 +194,15 @@ class MLA(nn.Module):
                 f"pages [{pages.shape[0]}, ...] are not those of the cache this batch describes."
             )
 
-    def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return q [T, h, n + r], not yet rotated, and kv_a [T, c + r], neither normed nor rotated."""
+    def _project(self, hidden: torch.Tensor) -> Projected:
+        """Return the step's views, with q not yet rotated and kv_a neither normed nor rotated."""
         views = self._step_views.projected(hidden.shape[0])
         self._linear("qkv_a_proj", hidden, views.first, bias="qkv_a_proj.bias")
         if views.q_normed is not None:
             weight, eps = self._weights.vectors["q_a_layernorm.weight"], self.config.rms_norm_eps
             self.ops["q_a_layernorm"].op(x=views.q_a, weight=weight, eps=eps, out=views.q_normed)
-            self._linear("q_b_proj", views.q_normed, views.q.flatten(1))
-        return views.q, views.kv_a
+            self._linear("q_b_proj", views.q_normed, views.q_flat)
+        return views
 
     def _scale_queries(self, q: torch.Tensor, batch: RaggedBatch) -> None:
         """Scale q [T, h, n + r] by position, in place, where the config says so."""
@@ -226,13 +223,11 @@ class MLA(nn.Module):
             cache=pages,
         )
 
-    def _absorbed(
-        self, q: torch.Tensor, plan: Plan, group: AbsorbedGroup, pages: torch.Tensor, heads: torch.Tensor
-    ) -> None:
-        """q_nope W_UK, joined with the rotated q_pe, over the latents; then W_UV. Writes heads [T, h, v]."""
-        views, cos_sin = self._step_views.absorbed(q, group.tokens), plan.cos_sin[group.tokens]
+    def _absorbed(self, step: Projected, group: AbsorbedGroup, pages: torch.Tensor) -> None:
+        """q_nope W_UK, joined with the rotated q_pe, over the latents; then W_UV. Writes step.heads."""
+        views = self._step_views.absorbed(step, group.tokens)
         self.ops["w_uk"].op(self._weights.packed["w_uk"], x=views.q_nope, out=views.latent_nope)
-        self._rotate(views.q_pe, cos_sin, views.latent_pe)
+        self._rotate(views.q_pe, group.cos_sin, views.latent_pe)
         self.ops["latent_attention"].op(
             group.state,
             q=views.latent_q,
@@ -244,17 +239,16 @@ class MLA(nn.Module):
             out=views.latent_out,
             lse=views.lse,
         )
-        target = self._scratch.target("absorbed_heads", heads, group.tokens, views.lse.shape[0])
-        self.ops["w_uv"].op(self._weights.packed["w_uv"], x=views.latent_out, out=target)
-        self._scratch.put(heads, group.tokens, target)
+        self.ops["w_uv"].op(self._weights.packed["w_uv"], x=views.latent_out, out=views.heads)
+        self._scratch.put(step.heads, group.tokens, views.heads)
 
     def _expanded(
-        self, q: torch.Tensor, plan: Plan, group: ExpandedGroup, pages: torch.Tensor, heads: torch.Tensor
+        self, q: torch.Tensor, group: ExpandedGroup, pages: torch.Tensor, heads: torch.Tensor
     ) -> None:
         """Rebuild k and v of the context round by round and run multi-head attention. Writes heads."""
         n = self.config.qk_nope_head_dim
         q = self._scratch.rows("expanded_q", q, group.tokens)
-        self._rotate(q[..., n:], plan.cos_sin[group.tokens], q[..., n:])
+        self._rotate(q[..., n:], group.cos_sin, q[..., n:])
         target = self._scratch.target("expanded_heads", heads, group.tokens, q.shape[0])
         lse = self._scratch.take("lse", *q.shape[:2], dtype=torch.float32)
         if len(group.rounds) == 1:

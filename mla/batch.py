@@ -31,6 +31,41 @@ def host_ints(values: Iterable[int], dtype: torch.dtype = torch.int64) -> torch.
     return torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
 
 
+class BatchMemory:
+    """The int32 device buffer of a batch's tables, and views of its parts.
+
+    Making the views costs more than filling them. So a cache fills the same memory for every step of one
+    shape, which is safe because a batch is void as soon as the next one exists, and because a device does its
+    work in order.
+    """
+
+    def __init__(self, tokens: int, requests: int, width: int, device: torch.device) -> None:
+        sizes = (2 * tokens, tokens, requests, requests + 1, requests * width)
+        self.buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+        slots, self.positions, self.kv_lens, self.cu_q, table = self.buffer.split(sizes)
+        self.slots = slots.view(torch.int64)
+        self.block_table = table.view(requests, width)
+        self._numbers = self.buffer[: self.buffer.numel() - table.numel()]
+        self._held: torch.Tensor | None = None  # the host's block table that `block_table` holds
+
+    def fits(self, tokens: int, requests: int, width: int) -> bool:
+        """Say whether a batch of this shape can lie here."""
+        return self.positions.shape[0] == tokens and self.block_table.shape == (requests, width)
+
+    def fill(self, numbers: torch.Tensor, table: torch.Tensor) -> None:
+        """Copy what a batch packed, and its block table unless that is the one held already: one copy."""
+        if table is self._held:
+            self._numbers.copy_(numbers, non_blocking=True)
+            return
+        self.buffer.copy_(torch.cat((numbers, table.view(-1))), non_blocking=True)
+        self._held = table
+
+    def take(self, other: BatchMemory) -> None:
+        """Copy the tables of another batch of the same shape."""
+        self.buffer.copy_(other.buffer, non_blocking=True)
+        self._held = other._held
+
+
 class RaggedBatch:
     """One step of B requests with T new tokens in all.
 
@@ -49,13 +84,16 @@ class RaggedBatch:
         device: torch.device,
         source: Source | None = None,
         slots: Sequence[int] | None = None,  # of the new tokens, where the caller knows them
+        memory: BatchMemory | None = None,  # of this shape, where the caller has some to use again
     ) -> None:
         self.page_size = page_size
         self.device = device
         self._source = source
         self._describe(tuple(query_lens), tuple(kv_lens), block_table)
-        self._buffer = self._pack(slots).to(device, non_blocking=True)
-        self._unpack()
+        tables = (self.num_tokens, *block_table.shape)
+        self.memory = memory or BatchMemory(*tables, device)
+        self.memory.fill(self._pack(slots), block_table)
+        self._name_parts(self.memory)
 
     def _describe(self, query_lens: tuple[int, ...], kv_lens: tuple[int, ...], table: torch.Tensor) -> None:
         """Derive every host-side length and table."""
@@ -68,17 +106,16 @@ class RaggedBatch:
         self._memo: dict[Hashable, Any] = {}
 
     def _pack(self, slots: Sequence[int] | None) -> torch.Tensor:
-        """Lay slots, positions, kv_lens, cu_q and the block table out in one int32 host buffer."""
-        table = self.block_table_host.view(-1)
+        """Lay slots, positions, kv_lens and cu_q out in one int32 host buffer."""
         if slots is not None and len(slots) == len(self.kv_lens):  # decode: one token each
             numbers = array("i")
             numbers.frombytes(array("q", slots).tobytes())
             numbers.extend([kv_len - 1 for kv_len in self.kv_lens])
             numbers.extend(self.kv_lens)
             numbers.extend(self.cu_q_host)
-            return torch.cat((torch.frombuffer(numbers, dtype=torch.int32), table))
+            return torch.frombuffer(numbers, dtype=torch.int32)
         lengths = host_ints((*self.kv_lens, *self.cu_q_host), torch.int32)
-        return torch.cat((*self._slots_and_positions(table), lengths, table))
+        return torch.cat((*self._slots_and_positions(self.block_table_host.view(-1)), lengths))
 
     def _slots_and_positions(self, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the slots [2 T] (int64 as pairs of int32) and positions [T] int32 of all new tokens."""
@@ -91,14 +128,9 @@ class RaggedBatch:
         pages = table.index_select(0, rows + (positions >> shift)).long()
         return ((pages << shift) + (positions & mask)).view(torch.int32), positions.int()
 
-    def _unpack(self) -> None:
-        """Name the parts of the device buffer."""
-        tokens, requests = self.num_tokens, len(self.query_lens)
-        width = self.block_table_host.shape[1]
-        sizes = (2 * tokens, tokens, requests, requests + 1, requests * width)
-        slots, self.positions, self.kv_lens_device, self.cu_q, table = self._buffer.split(sizes)
-        self.slots = slots.view(torch.int64)
-        self.block_table = table.view(requests, width)
+    def _name_parts(self, memory: BatchMemory) -> None:
+        self.slots, self.positions = memory.slots, memory.positions
+        self.kv_lens_device, self.cu_q, self.block_table = memory.kv_lens, memory.cu_q, memory.block_table
 
     def subset(self, requests: Sequence[int]) -> RaggedBatch:
         """Return a batch of only `requests` (indices into this one)."""
@@ -122,7 +154,7 @@ class RaggedBatch:
             raise ValueError("update_() needs a block table of the same width.")
         other.check_current()
         self._describe(other.query_lens, other.kv_lens, other.block_table_host)
-        self._buffer.copy_(other._buffer, non_blocking=True)
+        self.memory.take(other.memory)
         return self
 
     def memo(self, key: Hashable, build: Callable[[], Value]) -> Value:

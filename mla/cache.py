@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mla.batch import RaggedBatch, host_ints
+from mla.batch import BatchMemory, RaggedBatch, host_ints
 from mla.config import MLAConfig
 from mla.errors import CacheFull
 
@@ -62,6 +62,7 @@ class LatentCache:
         self._next_id = 0
         self._tables = torch.zeros(0, 1, dtype=torch.int32)  # [rows, pages]
         self._last_table: tuple[list[int], torch.Tensor] | None = None
+        self._memory: BatchMemory | None = None  # of the last step
 
     @property
     def kv_cache(self) -> torch.Tensor:
@@ -117,7 +118,14 @@ class LatentCache:
             size = self.page_size
             slots = [entry.pages[-1] * size + (entry.length - 1) % size for entry in entries]
         table = self._table(entries)
-        return RaggedBatch(query_lens, kv_lens, table, self.page_size, self.pages.device, self, slots)
+        memory = self._batch_memory(sum(query_lens), table)
+        return RaggedBatch(query_lens, kv_lens, table, self.page_size, self.pages.device, self, slots, memory)
+
+    def _batch_memory(self, tokens: int, table: torch.Tensor) -> BatchMemory:
+        """Return where the step's tables go: the last step's memory again while the shape is the same."""
+        if self._memory is None or not self._memory.fits(tokens, *table.shape):
+            self._memory = BatchMemory(tokens, *table.shape, self.pages.device)
+        return self._memory
 
     def _table(self, entries: Sequence[_Sequence]) -> torch.Tensor:
         """Return the block table [B, n] of these sequences; the last one again while no page changed."""
@@ -139,7 +147,10 @@ class LatentCache:
 
     def _reserve(self, entries: Sequence[_Sequence], kv_lens: Sequence[int]) -> None:
         """Give each entry the pages its new length needs, or raise before giving any."""
-        wanted = [-(-n // self.page_size) - len(e.pages) for e, n in zip(entries, kv_lens, strict=True)]
+        size = self.page_size
+        wanted = [-(-n // size) - len(e.pages) for e, n in zip(entries, kv_lens, strict=True)]
+        if max(wanted) <= 0:  # most steps of a decode
+            return
         if sum(wanted) > len(self._free):
             raise CacheFull(
                 f"the cache has {len(self._free)} free pages of {self.page_size} tokens and this step needs "

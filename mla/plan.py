@@ -44,6 +44,7 @@ class AbsorbedGroup:
     """Requests that attend in latent space."""
 
     tokens: Tokens
+    cos_sin: torch.Tensor  # [t, r] fp32
     batch: RaggedBatch
     state: Any
 
@@ -53,6 +54,7 @@ class ExpandedGroup:
     """Requests whose keys and values are rebuilt from the latent cache, in rounds."""
 
     tokens: Tokens
+    cos_sin: torch.Tensor  # [t, r] fp32
     rounds: tuple[Round, ...]
 
 
@@ -76,10 +78,11 @@ def make_plan(
     """Split a batch by path and prepare each op once."""
     rotary.reserve(max(batch.kv_lens))
     members = _split(config, batch, attention)
+    cos_sin = rotary.gather(batch.positions)
     return Plan(
-        cos_sin=rotary.gather(batch.positions),
-        absorbed=_absorbed(ops, batch, members[cost.ABSORBED]),
-        expanded=_expanded(config, ops, batch, members[cost.EXPANDED], workspace),
+        cos_sin=cos_sin,
+        absorbed=_absorbed(ops, batch, members[cost.ABSORBED], cos_sin),
+        expanded=_expanded(config, ops, batch, members[cost.EXPANDED], cos_sin, workspace),
     )
 
 
@@ -99,17 +102,25 @@ def _split(config: MLAConfig, batch: RaggedBatch, attention: str) -> dict[str, l
     return members
 
 
-def _absorbed(ops: Ops, batch: RaggedBatch, requests: Sequence[int]) -> AbsorbedGroup | None:
+def _absorbed(
+    ops: Ops, batch: RaggedBatch, requests: Sequence[int], cos_sin: torch.Tensor
+) -> AbsorbedGroup | None:
     tokens, part = _part(batch, requests)
     if part is None:
         return None
     choice = ops["latent_attention"]
     choice.check_batch(part.query_lens, part.kv_lens, part.page_size)
-    return AbsorbedGroup(tokens, part, choice.op.prepare(choice.spec, part))
+    angles = cos_sin if part is batch else cos_sin[tokens]
+    return AbsorbedGroup(tokens, angles, part, choice.op.prepare(choice.spec, part))
 
 
 def _expanded(
-    config: MLAConfig, ops: Ops, batch: RaggedBatch, requests: Sequence[int], workspace: int
+    config: MLAConfig,
+    ops: Ops,
+    batch: RaggedBatch,
+    requests: Sequence[int],
+    cos_sin: torch.Tensor,
+    workspace: int,
 ) -> ExpandedGroup | None:
     tokens, part = _part(batch, requests)
     if part is None:
@@ -124,7 +135,7 @@ def _expanded(
             f"fused op '{choice.name}' gives no log-sum-exp, and merging parts of a long context needs it: "
             "raise workspace_bytes, or use the reference ops (`--ops reference`)."
         )
-    return ExpandedGroup(tokens, rounds)
+    return ExpandedGroup(tokens, cos_sin[tokens], rounds)
 
 
 def _part(batch: RaggedBatch, requests: Sequence[int]) -> tuple[Tokens, RaggedBatch | None]:

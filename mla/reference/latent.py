@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,19 +18,15 @@ KEYS_BYTES = 256 << 20
 
 
 class _Row(NamedTuple):
-    """A run of queries of one request, and the keys the last of them sees."""
+    """A run of queries of one request, and the keys the last of them sees. Rows sort by their sizes."""
 
-    request: int
-    first_query: int  # index into the tokens of the batch
     queries: int
     keys: int
+    request: int
+    first_query: int  # index into the tokens of the batch
 
 
-_by_size = operator.itemgetter(2, 3)  # queries, then keys
-
-
-@dataclass(frozen=True)
-class _Group:
+class _Group(NamedTuple):
     """Rows of equal query count that are attended together."""
 
     rows: int
@@ -44,8 +38,7 @@ class _Group:
     hidden: torch.Tensor | None  # [rows, queries, m] bool: which of the last m keys a query may not see
 
 
-@dataclass(frozen=True)
-class _LatentState:
+class _LatentState(NamedTuple):
     groups: tuple[_Group, ...]
     empty: tuple[slice, ...]  # tokens that see no key: rows a graph pads its batch with
 
@@ -57,13 +50,11 @@ class LatentAttention(FusedOp):
     nan_safe_tail = True
 
     def prepare(self, spec: AttentionSpec, batch: BatchView) -> _LatentState:
-        rows = sorted(_cut(batch, spec.num_heads), key=_by_size)
+        rows = sorted(_cut(batch, spec.num_heads))
         width = spec.kv_lora_rank + spec.qk_rope_head_dim
         groups = list(_gather_rows([row for row in rows if row.keys > 0], spec.num_heads, width))
-        return _LatentState(
-            groups=tuple(_groups(groups, batch)),
-            empty=tuple(slice(r.first_query, r.first_query + r.queries) for r in rows if r.keys <= 0),
-        )
+        empty = [slice(row.first_query, row.first_query + row.queries) for row in rows if row.keys <= 0]
+        return _LatentState(tuple(_groups(groups, batch)), tuple(empty))
 
     def __call__(
         self,
@@ -113,14 +104,15 @@ def _attend_group(
 def _cut(batch: BatchView, heads: int) -> Iterator[_Row]:
     """Cut each request's queries into runs whose logits fit the cap."""
     if batch.query_lens.count(1) == len(batch.query_lens):  # decode: nothing to cut
-        yield from (_Row(request, request, 1, kv_len) for request, kv_len in enumerate(batch.kv_lens))
+        requests = range(len(batch.kv_lens))
+        yield from map(_Row._make, zip(batch.query_lens, batch.kv_lens, requests, requests, strict=True))
         return
     start = 0
     for request, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
         step = queries_per_call(heads, kv_len)
         for offset in range(0, query_len, step):
             count = min(step, query_len - offset)
-            yield _Row(request, start + offset, count, kv_len - query_len + offset + count)
+            yield _Row(count, kv_len - query_len + offset + count, request, start + offset)
         start += query_len
 
 
@@ -160,9 +152,8 @@ def _is_uniform(members: Sequence[_Row]) -> bool:
     first, last = members[0], members[-1]
     return (
         first.queries == 1
-        and first.keys == last.keys  # they are sorted by keys
+        and first.keys == last.keys  # they are sorted by keys, and then by request
         and last.request - first.request == len(members) - 1 == last.first_query - first.first_query
-        and [row.request for row in members] == list(range(first.request, last.request + 1))
     )
 
 

@@ -24,6 +24,23 @@ def make_batch(
     return cache, ids, cache.extend(ids, new)
 
 
+def check_tables(cache: LatentCache, ids: list[int], batch: Any, new: list[int]) -> None:
+    """Hold every table of the newest batch against what the cache says of its sequences."""
+    page_size, old = cache.page_size, [cache.length(one) - n for one, n in zip(ids, new, strict=True)]
+    assert batch.num_tokens == sum(new)
+    assert batch.query_lens == tuple(new)
+    assert batch.kv_lens == tuple(n + o for n, o in zip(new, old, strict=True))
+    assert batch.positions.tolist() == [o + i for n, o in zip(new, old, strict=True) for i in range(n)]
+    expected = [cache.slots(sequence)[o:] for sequence, o in zip(ids, old, strict=True)]
+    assert torch.equal(batch.slots, torch.cat(expected))
+    assert batch.kv_lens_device.tolist() == list(batch.kv_lens)
+    assert batch.cu_q.tolist() == list(batch.cu_q_host)
+    for sequence, row, kv_len in zip(ids, batch.block_table, batch.kv_lens, strict=True):
+        position = torch.arange(kv_len)
+        slots = row[position // page_size].long() * page_size + position % page_size
+        assert torch.equal(slots, cache.slots(sequence))
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 20), st.integers(0, 50)), min_size=1, max_size=6),
@@ -34,18 +51,29 @@ def test_every_new_token_knows_its_position_and_slot(
 ) -> None:
     new, old = (list(lengths) for lengths in zip(*requests, strict=True))
     cache, ids, batch = make_batch(tiny, new, old, page_size)
-    assert batch.num_tokens == sum(new)
-    assert batch.query_lens == tuple(new)
-    assert batch.kv_lens == tuple(n + o for n, o in requests)
-    assert batch.positions.tolist() == [o + i for n, o in requests for i in range(n)]
-    expected = [cache.slots(sequence)[o:] for sequence, o in zip(ids, old, strict=True)]
-    assert torch.equal(batch.slots, torch.cat(expected))
-    assert batch.kv_lens_device.tolist() == list(batch.kv_lens)
-    assert batch.cu_q.tolist() == list(batch.cu_q_host)
-    for sequence, row, kv_len in zip(ids, batch.block_table, batch.kv_lens, strict=True):
-        position = torch.arange(kv_len)
-        slots = row[position // page_size].long() * page_size + position % page_size
-        assert torch.equal(slots, cache.slots(sequence))
+    check_tables(cache, ids, batch, new)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_steps_that_share_memory_keep_their_tables_apart(tiny: Any, data: st.DataObject) -> None:
+    cache = LatentCache(tiny(), max_tokens=4000, page_size=4, shuffle=2, dtype=torch.float32)
+    ids = cache.new_sequences(3)
+    kept = cache.extend(ids, [1, 1, 1])
+    for _ in range(12):
+        new = data.draw(st.sampled_from([[1, 1, 1], [1, 1, 1], [2, 0, 1], [1, 5, 2]]))
+        batch = cache.extend(ids, new)
+        check_tables(cache, ids, batch, new)
+        action = data.draw(st.sampled_from(["go on", "update", "truncate", "replace", "reorder"]))
+        if action == "update" and new == [1, 1, 1] and batch.block_table.shape == kept.block_table.shape:
+            check_tables(cache, ids, kept.update_(batch), new)
+        elif action == "truncate":
+            cache.truncate(ids[0], cache.length(ids[0]) // 2)
+        elif action == "replace":
+            cache.release([ids.pop()])
+            ids += cache.new_sequences(1)
+        elif action == "reorder":
+            ids.reverse()
 
 
 def test_device_tables_have_the_dtypes_of_the_contract(tiny: Any) -> None:
@@ -85,6 +113,13 @@ def test_update_takes_new_lengths_and_keeps_every_address(tiny: Any) -> None:
     for name in names:
         assert torch.equal(getattr(batch, name), getattr(fresh, name)), name
     assert batch.memo("key", object) is not memo, "what was prepared for the old lengths is forgotten"
+
+
+def test_a_step_after_an_update_in_another_order_has_its_own_table(tiny: Any) -> None:
+    cache, ids, batch = make_batch(tiny, [1, 1], [5, 20])
+    batch.update_(batch.subset([1, 0]))
+    check_tables(cache, ids[::-1], batch, [1, 1])
+    check_tables(cache, ids, cache.extend(ids, [1, 1]), [1, 1])
 
 
 def test_an_updated_batch_runs_like_a_fresh_one(make_case: Any) -> None:
