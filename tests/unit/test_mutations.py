@@ -35,10 +35,10 @@ class MovedMask(Latent):  # type: ignore[misc, valid-type]
     def prepare(self, spec: Any, batch: Any) -> Any:
         state = super().prepare(spec, batch)
         groups = [
-            group if group.hidden is None else replace(group, hidden=self.moved(group.hidden))
+            group if group.hidden is None else group._replace(hidden=self.moved(group.hidden))
             for group in state.groups
         ]
-        return replace(state, groups=tuple(groups))
+        return state._replace(groups=tuple(groups))
 
     def moved(self, hidden: torch.Tensor) -> torch.Tensor:
         moved = hidden.roll(self.by, dims=-1)  # a query that may see more keys, or fewer
