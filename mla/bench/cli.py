@@ -22,6 +22,8 @@ Examples:
   python -m mla.bench --backend cpu
   python -m mla.bench --backend cpu --config deepseek-r1 --runs 10 -o run.json
   python -m mla.bench --backend cpu --scenario decode --implementations mla,transformers
+  python -m mla.bench --backend cpu --scenario decode -a kv=1k..16k*4 -a batch=1,16 -o sweep.json
+  python -m mla.bench --backend cpu --preset full --budget 10m -o full.json
   python -m mla.bench --backend my_module:MyBackend --workload mine.toml --dry-run
   python -m mla.bench compare before.json after.json --fail-slower 3%
   python -m mla.bench list
@@ -29,7 +31,7 @@ Examples:
   python -m mla.bench new-backend acme ./acme
 
 \b
-Exit codes: 0 ok, 1 regression, 2 usage, 3 backend missing or unusable,
+Exit codes: 0 ok, 1 regression, 2 usage, 3 backend missing, unusable or hung,
 4 wrong result, 5 nothing ran, 130 interrupted (the partial result is written).
 """
 

@@ -39,9 +39,13 @@ def describe(request: Request, say: Say) -> None:
 def _scenarios(scenarios: Sequence[Point]) -> list[str]:
     if len(scenarios) <= LISTED:
         return [_line(scenario) for scenario in scenarios]
-    bases = [scenario.base for scenario in scenarios]
-    counted = [(base, bases.count(base)) for base in dict.fromkeys(bases)]
-    return [f"{base}: {count} point{'s' * (count > 1)} (--dry-run lists them)" for base, count in counted]
+    points: dict[str, list[Point]] = {}
+    for scenario in scenarios:
+        points.setdefault(scenario.base, []).append(scenario)
+    return [
+        f"{base}: {len(found)} points (--dry-run lists them)" if len(found) > 1 else _line(found[0])
+        for base, found in points.items()
+    ]
 
 
 def _line(scenario: Point) -> str:

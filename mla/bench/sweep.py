@@ -100,7 +100,7 @@ class _Sweep:
     def _visit(self, scenario: Point) -> Outcome | None:
         """Measure what is missing of a scenario; return an outcome if the run ends here."""
         names = self._missing(scenario)
-        bar = _Bar(self._advance, self._place(), self._nominal, scenario, self._request.implementations)
+        bar = _Bar(self._move_on, self._place(), self._nominal, scenario, self._request.implementations)
         work = Work(self._request, scenario, bar.forwards, self._pace(scenario, names))
         try:
             if names:
@@ -121,6 +121,10 @@ class _Sweep:
         if found:
             self._steering.log(f"{self._place()}  {scenario.name}: {', '.join(map(_in_short, found))}")
         return None
+
+    def _move_on(self, what: str, seconds: float) -> None:
+        self._watchdog.beat()
+        self._advance(what, seconds)
 
     def _missing(self, scenario: Point) -> list[str]:
         """Return the implementations that have not run a scenario yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,27 @@ def test_a_point_the_device_has_no_memory_for_after_all_does_not_cost_the_others
     cases = {case.point["kv"]: case for case in results.read(Path("run.json")).cases}
     assert [kv for kv, case in cases.items() if case.latency_ms is None] == [3]
     assert (cases[3].check.status, cases[3].check.reason) == ("not run", "no room")
+
+
+def test_weights_and_oracle_of_one_scenario_are_gone_before_the_next(
+    bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mla.bench import session
+
+    tensors: list[Any] = []
+    alive: list[int] = []
+    expected_outputs = session.expected_outputs
+
+    def watched(config: Any, state: Any, scenario: Any, inputs: Any) -> Any:
+        alive.append(sum(tensor() is not None for tensor in tensors))
+        outputs = expected_outputs(config, state, scenario, inputs)
+        tensors.extend(map(weakref.ref, (outputs, inputs.hidden, *state.values())))
+        return outputs
+
+    monkeypatch.setattr(session, "expected_outputs", watched)
+    bench(*VIRTUAL, *small, *FEW, *GRID, fakes=["virtual_clock"])
+    assert alive == [0] * 6
+    assert tensors
 
 
 def test_a_dry_run_lists_every_case(bench: Bench, small: list[str]) -> None:

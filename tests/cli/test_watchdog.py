@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mla.bench import results
+from mla.bench import results, sweep
 from mla.bench.watchdog import Watchdog
 
 Bench = Callable[..., Any]
@@ -71,3 +73,20 @@ def test_a_hang_in_a_timed_pass_is_noticed(process: Bench, small: list[str]) -> 
     done = process(*faulty, *small, "--scenario", "decode", "--hang-after", "4s", fakes=["wrong_op"])
     assert done.code == 3
     assert "no forward finished for 4 s" in done.error
+
+
+def test_every_forward_of_a_run_is_a_sign_of_life(
+    bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callers: Counter[str] = Counter()
+
+    class Counting(Watchdog):
+        def beat(self) -> None:
+            super().beat()
+            callers[sys._getframe(1).f_code.co_name] += 1
+
+    monkeypatch.setattr(sweep, "Watchdog", Counting)
+    virtual = ("--backend", "fake-virtual-clock", "--scenario", "decode")
+    assert bench(*virtual, *small, fakes=["virtual_clock"]).code == 0
+    assert callers["_time_pass"] == 6 * 4
+    assert callers["_move_on"] >= 4 + 1, "the check and the warm-up"
