@@ -9,11 +9,12 @@ from typing import Any
 import click
 
 from mla.bench import cli_files, commands
+from mla.bench.budget import duration
 from mla.bench.cli_files import Word
 from mla.bench.exits import guarded
-from mla.bench.options import DEFAULT_CONFIG, RunOptions
+from mla.bench.options import DEFAULT_CONFIG, DEFAULT_DTYPE, DEFAULT_PAGE_SIZE, RunOptions
 from mla.bench.render import FORMATS
-from mla.bench.workload import MAX_COUNT, STANDARD
+from mla.bench.workload import MAX_COUNT, PRESETS, STANDARD
 from mla.errors import did_you_mean
 
 EPILOG = """\b
@@ -21,6 +22,8 @@ Examples:
   python -m mla.bench --backend cpu
   python -m mla.bench --backend cpu --config deepseek-r1 --runs 10 -o run.json
   python -m mla.bench --backend cpu --scenario decode --implementations mla,transformers
+  python -m mla.bench --backend cpu --scenario decode -a kv=1k..16k*4 -a batch=1,16 -o sweep.json
+  python -m mla.bench --backend cpu --preset full --budget 10m -o full.json
   python -m mla.bench --backend my_module:MyBackend --workload mine.toml --dry-run
   python -m mla.bench compare before.json after.json --fail-slower 3%
   python -m mla.bench list
@@ -28,9 +31,17 @@ Examples:
   python -m mla.bench new-backend acme ./acme
 
 \b
-Exit codes: 0 ok, 1 regression, 2 usage, 3 backend missing or unusable,
+Exit codes: 0 ok, 1 regression, 2 usage, 3 backend missing, unusable or hung,
 4 wrong result, 5 nothing ran, 130 interrupted (the partial result is written).
 """
+
+
+def _duration(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """Read "10m" as 600.0."""
+    try:
+        return None if value is None else duration(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from error
 
 
 class DefaultGroup(click.Group):
@@ -104,12 +115,17 @@ def cli() -> None:
     help="Layer of the checkpoint: 3, or 3.1 for the second of two attentions. Default: the only one.",
 )
 @click.option(
+    "--preset",
+    type=click.Choice(PRESETS),
+    help="A shipped workload instead of --workload: smoke takes seconds; full adds sweeps over history, "
+    "batch and tokens per step.",
+)
+@click.option(
     "--workload",
     metavar="NAME|FILE",
-    default=STANDARD,
-    show_default=True,
+    show_default=STANDARD,
     help="Scenarios to run: a TOML file of [[scenario]] tables with name, mode, query_lens, "
-    "history, runs, passes, warmups, heads.",
+    "history, runs, passes, warmups, heads, axes.",
 )
 @click.option(
     "--scenario",
@@ -117,6 +133,15 @@ def cli() -> None:
     metavar="NAME",
     multiple=True,
     help="Run only this scenario of the workload; may be repeated.",
+)
+@click.option(
+    "-a",
+    "--axis",
+    "axes",
+    metavar="AXIS=VALUES",
+    multiple=True,
+    help="Lay a grid over every scenario; may be repeated. Axes: batch, kv (history), q_len (new tokens of a "
+    "request), heads, dtype, page_size. Values: 1,8,64 or 1k..64k*4 or 1..8+1; k is 1024.",
 )
 @click.option(
     "--implementations",
@@ -139,8 +164,7 @@ def cli() -> None:
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
-    default="bfloat16",
-    show_default=True,
+    show_default=DEFAULT_DTYPE,
     help="Of weights, cache and activations.",
 )
 @click.option(
@@ -150,7 +174,7 @@ def cli() -> None:
     show_default=True,
     help="Path of attention; auto takes the one with fewer FLOPs per request.",
 )
-@click.option("--page-size", type=int, default=64, show_default=True, help="Tokens per cache page.")
+@click.option("--page-size", type=int, show_default=str(DEFAULT_PAGE_SIZE), help="Tokens per cache page.")
 @click.option(
     "--ops",
     metavar="POLICY",
@@ -174,6 +198,38 @@ def cli() -> None:
     help="Write the complete result as JSON.",
 )
 @click.option(
+    "--resume",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Go on with the run in this result file: its complete cases are kept; without -o it is rewritten.",
+)
+@click.option(
+    "--budget",
+    metavar="TIME",
+    callback=_duration,
+    help="Stay inside this time, such as 90s, 10m or 1h: what does not fit is left out.",
+)
+@click.option(
+    "--hang-after",
+    metavar="TIME",
+    callback=_duration,
+    default="10m",
+    show_default=True,
+    help="End the run, keeping what there is, when no forward finishes for so long.",
+)
+@click.option(
+    "--baseline",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Compare with this result file afterwards.",
+)
+@click.option(
+    "--fail-slower",
+    metavar="PERCENT",
+    callback=cli_files.percent,
+    help="Exit 1 if a case is surely slower than the baseline by more.",
+)
+@click.option(
     "--format",
     "kind",
     type=click.Choice(FORMATS),
@@ -181,7 +237,9 @@ def cli() -> None:
     show_default=True,
     help="Of what is printed on stdout.",
 )
-@click.option("--dry-run", is_flag=True, help="Print the plan and the memory needed on stderr, and stop.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print every case, its memory and about its time on stderr, and stop."
+)
 @click.option("--list-ops", is_flag=True, help="Print which op runs where, and why, and stop.")
 def run(**values: Any) -> int:
     """Measure one MLA layer on one device.

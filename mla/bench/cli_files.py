@@ -26,7 +26,7 @@ class Word(click.Argument):
         return self.human_readable_name, self.help or ""
 
 
-def _percent(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+def percent(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
     """Read "3%" or "3" as 0.03."""
     if value is None:
         return None
@@ -42,9 +42,9 @@ def _percent(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 @click.command(short_help="Compare result files; torch is not needed.")
 @click.argument("base", cls=Word, type=FILE, help="Result file (-o) that the others are compared with.")
 @click.argument("runs", cls=Word, type=FILE, nargs=-1, required=True, help="Result files to compare.")
-@click.option("--noise", callback=_percent, default="2%", show_default=True, help="What counts as the same.")
+@click.option("--noise", callback=percent, default="2%", show_default=True, help="What counts as the same.")
 @click.option(
-    "--fail-slower", callback=_percent, metavar="PERCENT", help="Exit 1 if a case is surely slower by more."
+    "--fail-slower", callback=percent, metavar="PERCENT", help="Exit 1 if a case is surely slower by more."
 )
 @click.option(
     "--format",

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mla.bench import environment, render, results
+from mla.bench import axes, compare_command, environment, render, results
+from mla.bench.axes import Point
+from mla.bench.budget import Budget
 from mla.bench.exits import Exit
 from mla.bench.options import DEFAULT_CONFIG, RunOptions
 from mla.bench.progress import Progress, Reading
-from mla.bench.workload import Scenario, WorkloadError
+from mla.bench.workload import WorkloadError
 from mla.errors import MLAError
 from mla_backends import status
 from mla_backends.discovery import locate
@@ -23,7 +26,8 @@ if TYPE_CHECKING:
     import torch
 
     from mla.bench.implementations import Setting
-    from mla.bench.session import Outcome, Request
+    from mla.bench.session import Request
+    from mla.bench.sweep import Outcome, Steering
     from mla.config import MLAConfig
     from mla_backends.api import Backend
 
@@ -50,23 +54,46 @@ def out(text: str) -> None:
 
 def run(options: RunOptions) -> int:
     """Carry out `run`."""
+    budget = Budget(options.budget)
+    baseline = options.read_baseline()
+    old = results.read(options.resume) if options.resume else None
     request = prepare(options)
     if options.list_ops:
         return _list_ops(request.setting)
-    _describe(request)
-    _require_memory(request)
+    from mla.bench import describe, steer
+
+    describe.describe(request, note)
+    describe.require_memory(request)
     if options.dry_run:
+        describe.dry_run(request, note)
         return Exit.OK
-    outcome = measure(request)
+    show = functools.partial(_show, options.kind)
+    outcome = measure(request, steer.steering(options, request, budget, old, note, show))
     try:
-        if options.output:
-            results.write(outcome.run, options.output)
+        if options.target:
+            results.write(outcome.run, options.target)
     finally:  # the numbers must survive a disk that has filled up
-        if outcome.run.cases:
-            out(render.render(outcome.run, options.kind))
-            for remark in render.noise(outcome.run):
-                note(remark)
-    return verdict(outcome)
+        show(outcome.run)
+    if missing := steer.left_out(options, request, outcome.run):
+        note(missing)
+    code = verdict(outcome)
+    return code if code or baseline is None else _gate(options, baseline, outcome.run)
+
+
+def _show(kind: str, run: results.Run) -> None:
+    if run.cases:
+        out(render.render(run, kind))
+        for remark in render.noise(run):
+            note(remark)
+
+
+def _gate(options: RunOptions, baseline: results.Run, run: results.Run) -> Exit:
+    """Compare with the baseline: beside the table, or on stderr where stdout is for machines."""
+    text, found = compare_command.compare_runs(
+        baseline, run, f"this run against {options.baseline}", options.kind
+    )
+    (out if options.kind in ("table", "md") else note)(f"\n{text}")
+    return compare_command.verdict(found, options.fail_slower)
 
 
 def prepare(options: RunOptions) -> Request:
@@ -75,18 +102,21 @@ def prepare(options: RunOptions) -> Request:
         note(mixed)
     scenarios = options.chosen_scenarios()
     options.check_checkpoint(scenarios)
-    if options.output:
-        results.check_writable(options.output)
+    if options.target:
+        results.check_writable(options.target)
     name = _only_usable() if options.backend is None else options.backend
     return _request(options, name, _open(options, name), scenarios)
 
 
-def measure(request: Request) -> Outcome:
-    """Run a request with a progress bar."""
-    from mla.bench import session
+def measure(request: Request, steering: Steering | None = None) -> Outcome:
+    """Run a request with a progress bar, or with a line per scenario where nobody would see one."""
+    from mla.bench import sweep
 
-    with Progress(session.total_forwards(request)) as progress:
-        return session.execute(request, progress.advance, note)
+    steering = steering or sweep.Steering()
+    with Progress(sweep.estimated_seconds(request)) as progress:
+        if progress.hidden and len(request.scenarios) > 1:
+            steering = replace(steering, log=note)
+        return sweep.execute(request, progress.advance, note, steering)
 
 
 def verdict(outcome: Outcome) -> Exit:
@@ -127,20 +157,26 @@ def _only_usable() -> str:
     raise error
 
 
-def _request(options: RunOptions, name: str, backend: Backend, scenarios: list[Scenario]) -> Request:
+def _request(options: RunOptions, name: str, backend: Backend, scenarios: list[Point]) -> Request:
     import torch
 
     from mla.bench import session
     from mla.bench.implementations import Setting
 
-    dtype = getattr(torch, options.dtype)
-    _check_dtype(backend, dtype)
-    if options.page_size < 1 or options.page_size & (options.page_size - 1):
-        raise WorkloadError(f"--page-size must be a power of two, got {options.page_size}.")
+    dtype = getattr(torch, options.run_dtype(scenarios))
+    dtypes = {getattr(torch, one.dtype) if one.dtype else dtype: None for one in scenarios}
+    for one in dtypes:
+        _check_dtype(backend, one)
+    page_size = options.run_page_size(scenarios)
+    if page_size < 1 or page_size & (page_size - 1):
+        raise WorkloadError(f"--page-size must be a power of two, got {page_size}.")
     config = _config(options)
-    state = _weights(options, config, dtype) if options.model_path else None
-    setting = Setting(config, backend, dtype, options.attention, options.page_size, options.seed, options.ops)
-    names = session.resolve_implementations(_implementations(options), setting, note)
+    axes.check_heads(config, scenarios)
+    stored = dtype if len(dtypes) == 1 else torch.float32  # each scenario rounds to its own
+    state = _weights(options, config, stored) if options.model_path else None
+    setting = Setting(config, backend, dtype, options.attention, page_size, options.seed, options.ops)
+    settings = session.settings_of(setting, scenarios)
+    names = session.resolve_implementations(_implementations(options), settings, note)
     return session.Request(setting, scenarios, names, options.command(name), _version(name), state)
 
 
@@ -209,52 +245,6 @@ def _list_ops(setting: Setting) -> int:
 
     out("".join(f"{line}\n" for line in session.make_ops(setting).explain()))
     return Exit.OK
-
-
-def _require_memory(request: Request) -> None:
-    from mla.bench import session
-
-    session.plan(request).require()
-
-
-def _describe(request: Request) -> None:
-    """Say on stderr what is about to be measured."""
-    from mla.bench import memory, session
-
-    setting = request.setting
-    plan = session.plan(request)
-    info = setting.backend.device_info()
-    facts = environment.environment(setting.backend)
-    names = session.make_ops(setting).names()
-    fused = [f"{role}={name}" for role, name in names.items() if name != "reference"]
-    note(
-        f"backend    {setting.backend.name} on {info.name}, torch {facts['torch']}, "
-        f"{facts['torch_threads']} threads"
-    )
-    note(
-        f"config     {setting.config.name}, {setting.dtype}, attention {setting.attention}, "
-        f"page size {setting.page_size}, seed {setting.seed}"
-    )
-    note(f"ops        {', '.join(fused) or 'reference for every op'} (--list-ops says why)")
-    for scenario in request.scenarios:
-        note(f"scenario   {_scenario_line(scenario)}")
-    together = "in turns" if plan.side_by_side else "one at a time"
-    note(
-        f"plan       {', '.join(request.implementations)}, {together}; "
-        f"{session.total_forwards(request)} forwards, checked against a float64 oracle"
-    )
-    count = plan.implementations if plan.side_by_side else 1
-    note(
-        f"memory     {memory.gib(plan.device_bytes(count))} on the device, "
-        f"{memory.gib(plan.host)} on the host; available {memory.gib(plan.device_available)} "
-        f"and {memory.gib(plan.host_available)}"
-    )
-
-
-def _scenario_line(scenario: Scenario) -> str:
-    size = f"{len(scenario.query_lens)} requests, {scenario.tokens} new tokens per forward, "
-    lengths = f"history {min(scenario.history)} to {max(scenario.history)}, "
-    return f"{scenario.name}: {size}{lengths}{scenario.turns} passes of {scenario.steps}"
 
 
 def list_configs(as_json: bool) -> int:

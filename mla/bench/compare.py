@@ -38,18 +38,26 @@ class Comparison:
 
 
 def compare(base: Run, new: Run, noise: float = NOISE) -> list[Comparison]:
-    """Compare every case of `new` with the case of `base` that has its scenario and implementation."""
-    known = {(case.scenario, case.implementation): case for case in base.cases}
+    """Compare every case of `new` with the case of `base` that has its scenario, point and implementation."""
+    known = {(*_key(case), case.dtype): case for case in base.cases}
+    dtypes = {_key(case): case.dtype for case in base.cases}
     differ = _run_differences(base, new)
     found = []
     for case in new.cases:
-        other = known.get((case.scenario, case.implementation))
+        other = known.get((*_key(case), case.dtype))
         if other is None:
-            found.append(_refused(case, "the base run has no such case"))
+            only = dtypes.get(_key(case))
+            why = f"dtype differs: {only} and {case.dtype}" if only else "the base run has no such case"
+            found.append(_refused(case, why))
         else:
             reasons = [*differ, *_case_differences(other, case)]
             found.append(_refused(case, "; ".join(reasons)) if reasons else _compare(other, case, noise))
     return found
+
+
+def _key(case: Case) -> tuple[object, ...]:
+    """Return what makes two cases the same, but for the dtype; scenarios' names follow from it."""
+    return case.base, frozenset(case.point.items()), case.op, case.implementation
 
 
 def warnings(base: Run, new: Run) -> list[str]:
@@ -65,8 +73,8 @@ def _run_differences(base: Run, new: Run) -> list[str]:
     shared = sorted((base.config.keys() & new.config.keys()) - {"name", "model_type"})
     changed = [key for key in shared if not _same(base.config[key], new.config[key])]
     reasons = [f"config differs in {', '.join(changed)}"] if changed else []
-    pairs = (("dtype", base.dtype, new.dtype), ("attention", base.attention, new.attention))
-    reasons += [f"{name} differs: {old} and {now}" for name, old, now in pairs if old != now]
+    if base.attention != new.attention:
+        reasons.append(f"attention differs: {base.attention} and {new.attention}")
     return reasons
 
 
@@ -78,7 +86,9 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def _case_differences(base: Case, new: Case) -> list[str]:
-    names = ("mode", "query_lens", "history", "steps_per_pass", "clock")
+    names = ["mode", "query_lens", "history", "steps_per_pass", "clock", "layers"]
+    if base.heads is not None and new.heads is not None:  # version 1 did not say
+        names.append("heads")
     reasons = [f"{name} differs" for name in names if getattr(base, name) != getattr(new, name)]
     for which, case in (("base", base), ("new", new)):
         if case.latency_ms is None:

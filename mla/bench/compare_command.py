@@ -9,6 +9,7 @@ from pathlib import Path
 from mla.bench import compare, render, results
 from mla.bench.compare import Comparison
 from mla.bench.exits import Exit
+from mla.bench.results import Run
 
 _HEADER = ("scenario", "implementation", "base ms", "new ms", "time ratio", "90% CI", "verdict")
 
@@ -25,14 +26,20 @@ def compare_files(
     first = results.read(base)
     text, found = "", []
     for path in others:
-        run = results.read(path)
-        cases = compare.compare(first, run, noise)
+        printed, cases = compare_runs(first, results.read(path), f"{path} against {base}", kind, noise)
+        text += printed
         found += cases
-        lines = [f"{path} against {base}", *(f"warning: {one}" for one in compare.warnings(first, run)), ""]
-        text += (
-            "\n".join(lines) + "\n" + (_markdown(cases) if kind == "md" else _table(cases)) + _reasons(cases)
-        )
     return text, found
+
+
+def compare_runs(
+    base: Run, run: Run, title: str, kind: str, noise: float = compare.NOISE
+) -> tuple[str, list[Comparison]]:
+    """Return what to print about a run against the base, and all its cases."""
+    cases = compare.compare(base, run, noise)
+    lines = [title, *(f"warning: {one}" for one in compare.warnings(base, run)), ""]
+    table = _markdown(cases) if kind == "md" else _table(cases)
+    return "\n".join(lines) + "\n" + table + _reasons(cases), cases
 
 
 def verdict(found: Sequence[Comparison], limit: float | None) -> Exit:

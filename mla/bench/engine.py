@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from mla.bench.check import Checker
 from mla.bench.implementations import Implementation
 from mla.bench.inputs import Inputs
+from mla.bench.pace import Pace
 from mla.bench.results import Check
 from mla.bench.transient import TransientBytes
 from mla.bench.workload import Scenario
@@ -52,18 +53,21 @@ def measure(
     timer: Timer,
     seed: int,
     progress: Progress = lambda what, done: None,
+    pace: Pace = Pace(),  # noqa: B008  # immutable
 ) -> dict[str, Measured]:
-    """Return name -> measurement. An interrupt ends timing early and keeps the complete passes."""
+    """Return name -> measurement. An interrupt or `pace` ends timing early; complete passes are kept."""
     measured: dict[str, Measured] = {}
     try:
         for one in implementations:
+            pace.enter(one.name)
             one.load(scenario, inputs)
             measured[one.name] = _run_and_check(one, scenario, checker, progress)
         right = [one for one in implementations if measured[one.name].check.status == "ok"]
         for one in right:
+            pace.enter(one.name)
             _warm_up(one, scenario, progress)
         with _no_garbage_collection():
-            _time_passes(right, scenario, timer, random.Random(seed), measured, progress)
+            _time_passes(right, scenario, timer, random.Random(seed), measured, progress, pace)
         for one in implementations:
             _check_again(one, measured[one.name], checker)
     except KeyboardInterrupt:
@@ -103,28 +107,35 @@ def _time_passes(
     order: random.Random,
     measured: dict[str, Measured],
     progress: Progress,
+    pace: Pace,
 ) -> None:
     previous = ""
     turns = list(implementations)
     for _ in range(scenario.turns):
         order.shuffle(turns)
         for one in turns:
+            if pace.over():
+                return
+            pace.enter(one.name)
             one.restore()
             one.outputs.fill_(float("nan"))  # so that the check after timing sees this pass alone
-            samples = _time_pass(one, scenario, timer)
+            samples = _time_pass(one, scenario, timer, pace.beat)
             measured[one.name].passes.append(samples)
             measured[one.name].after_switch.append(one.name != previous)
             previous = one.name
             progress(f"{scenario.name}: timing {one.name}", len(samples))
 
 
-def _time_pass(one: Implementation, scenario: Scenario, timer: Timer) -> list[float]:
+def _time_pass(
+    one: Implementation, scenario: Scenario, timer: Timer, beat: Callable[[], None]
+) -> list[float]:
     samples = []
     for index in range(scenario.steps):
         one.before(index)
         timer.start()
         one.step(index)
         samples.append(timer.stop())
+        beat()
     if not (math.isfinite(sum(samples)) and statistics.median(samples) > 0):
         raise ClockError(f"the {timer.clock} clock of this backend measured {samples[0]} ms for a forward.")
     return samples

@@ -1,15 +1,16 @@
-"""Work out the memory of a run before anything is allocated."""
+"""Work out the memory of a scenario before anything is allocated."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 
+import torch
+
 from mla import cost
+from mla.bench.axes import Point
 from mla.bench.implementations import SPARE_PAGES, Setting
 from mla.bench.workload import Scenario
-from mla.config import MLAConfig
 from mla.errors import OutOfMemory
 from mla_backends import host
 
@@ -19,7 +20,7 @@ WORKSPACE = 1 << 30
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes a run needs, and whether its implementations fit side by side."""
+    """Bytes a scenario needs, and whether its implementations fit side by side."""
 
     per_implementation: int  # on the device
     host: int  # weights, inputs, and the oracle in float64
@@ -44,19 +45,27 @@ class MemoryPlan:
         """Return what `count` implementations need on the device."""
         return (count + self.extra) * self.per_implementation
 
+    @property
+    def fits(self) -> bool:
+        """Say whether at least one implementation fits."""
+        return self._fits(1)
+
     def require(self) -> None:
         """Raise `OutOfMemory` when not even one implementation fits."""
-        if self._fits(1):
-            return
+        if not self.fits:
+            raise OutOfMemory(
+                f"this run needs {self.shortage()}: use fewer requests, shorter histories or a smaller "
+                "config."
+            )
+
+    def shortage(self) -> str:
+        """Return what one implementation needs and what there is, as a clause."""
         device = self.device_bytes(1)
         need = f"{gib(device)} on the device and {gib(self.host)} on the host"
         available = f"{gib(self.device_available)} and {gib(self.host_available)}"
         if self.shared:
             need, available = f"{gib(device + self.host)}, which are {need}", gib(self.host_available)
-        raise OutOfMemory(
-            f"this run needs about {need}; available are {available}: use fewer requests, shorter histories "
-            "or a smaller config."
-        )
+        return f"about {need}; available are {available}"
 
 
 def _within(need: int, available: int | None) -> bool:
@@ -71,31 +80,32 @@ def gib(count: int | None) -> str:
     return f"{size:.2f} GiB" if size < 10**6 else f"{size:.1e} GiB"
 
 
-def plan_memory(
-    setting: Setting, scenarios: Sequence[Scenario], implementations: int, extra: int = 0
-) -> MemoryPlan:
-    """Estimate the largest scenario's needs from lengths alone; `extra` layers live for a while beside."""
-    configs = [scenario_config(setting.config, scenario) for scenario in scenarios]
-    pairs = list(zip(configs, scenarios, strict=True))
-    free = setting.backend.memory().free
+def plan_memory(setting: Setting, scenario: Point, implementations: int, extra: int = 0) -> MemoryPlan:
+    """Estimate a scenario's needs from lengths alone; `extra` layers live for a while beside."""
+    own = scenario_setting(setting, scenario)
     return MemoryPlan(
-        per_implementation=max(_device_bytes(setting, config, scenario) for config, scenario in pairs),
-        host=max(_host_bytes(setting, config, scenario) for config, scenario in pairs),
+        per_implementation=_device_bytes(own, scenario),
+        host=_host_bytes(own, scenario),
         implementations=implementations,
         extra=extra,
-        device_available=free,
+        device_available=setting.backend.memory().free,
         host_available=host.memory_available(),
         shared=setting.device.type == "cpu",
     )
 
 
-def scenario_config(config: MLAConfig, scenario: Scenario) -> MLAConfig:
-    """Return the config a scenario runs: its own head count if it names one."""
-    return config.with_heads(scenario.heads) if scenario.heads else config
+def scenario_setting(setting: Setting, scenario: Point) -> Setting:
+    """Return the setting a scenario runs in: with its own heads, dtype and page size where it names them."""
+    return replace(
+        setting,
+        config=setting.config.with_heads(scenario.heads) if scenario.heads else setting.config,
+        dtype=getattr(torch, scenario.dtype) if scenario.dtype else setting.dtype,
+        page_size=scenario.page_size or setting.page_size,
+    )
 
 
-def _device_bytes(setting: Setting, config: MLAConfig, scenario: Scenario) -> int:
-    size = setting.page_size
+def _device_bytes(setting: Setting, scenario: Scenario) -> int:
+    config, size = setting.config, setting.page_size
     slots = (sum(-(-length // size) for length in scenario.final_lens) + SPARE_PAGES) * size
     activations = scenario.tokens * 4 * config.num_attention_heads * config.latent_dim
     hidden = 2 * scenario.inputs * scenario.tokens * config.hidden_size
@@ -105,7 +115,8 @@ def _device_bytes(setting: Setting, config: MLAConfig, scenario: Scenario) -> in
     return elements * setting.dtype.itemsize + WORKSPACE
 
 
-def _host_bytes(setting: Setting, config: MLAConfig, scenario: Scenario) -> int:
+def _host_bytes(setting: Setting, scenario: Scenario) -> int:
+    config = setting.config
     weights = cost.parameters(config) * (setting.dtype.itemsize + 8)
     rows = scenario.inputs * scenario.tokens
     oracle = 8 * rows * (3 * config.hidden_size + 4 * config.num_attention_heads * config.qk_head_dim)

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import msgspec
 
-from mla.bench.workload import Scenario, WorkloadError, load_workload, select
+from mla.bench import axes, results
+from mla.bench.axes import Point
+from mla.bench.workload import STANDARD, Scenario, WorkloadError, load_workload, select
 
 DEFAULT_CONFIG = "deepseek-v2-lite"
+DEFAULT_DTYPE = "bfloat16"
+DEFAULT_PAGE_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -24,28 +28,73 @@ class RunOptions:
     config: str | None
     model_path: Path | None
     layer: str | None
-    workload: str
+    preset: str | None
+    workload: str | None
     scenarios: tuple[str, ...]
+    axes: tuple[str, ...]
     implementations: str
     runs: int | None
     passes: int | None
     warmups: int | None
-    dtype: str
+    dtype: str | None
     attention: str
-    page_size: int
+    page_size: int | None
     ops: str
     seed: int
     output: Path | None
+    resume: Path | None
+    budget: float | None
+    hang_after: float
+    baseline: Path | None
+    fail_slower: float | None
     kind: str
     dry_run: bool
     list_ops: bool
 
-    def chosen_scenarios(self) -> list[Scenario]:
-        """Return the workload's scenarios with the counts the user set. Raises `WorkloadError`."""
+    @property
+    def workload_name(self) -> str:
+        """The workload to load: a preset is a shipped one."""
+        return self.preset or self.workload or STANDARD
+
+    def chosen_scenarios(self) -> list[Point]:
+        """Return the workload's scenarios with the user's counts and grids. Raises `WorkloadError`."""
+        if self.preset and self.workload:
+            raise WorkloadError("--preset and --workload exclude each other: a preset is a shipped workload.")
         counts = {"runs": self.runs, "passes": self.passes, "warmups": self.warmups}
         changes = {name: count for name, count in counts.items() if count is not None}
-        scenarios = select(load_workload(self.workload), self.scenarios)
-        return [msgspec.structs.replace(scenario, **changes) for scenario in scenarios]
+        scenarios = select(load_workload(self.workload_name), self.scenarios)
+        counted = [msgspec.structs.replace(scenario, **changes) for scenario in scenarios]
+        points = axes.lay(counted, axes.parse(self.axes))
+        for flag, name in (("--dtype", "dtype"), ("--page-size", "page_size")):
+            if getattr(self, name) is not None and any(name in point.point for point in points):
+                raise WorkloadError(
+                    f"{flag} and an axis {name} exclude each other: name every value in the axis."
+                )
+        return points
+
+    def run_dtype(self, points: Sequence[Point]) -> str:
+        """Return the dtype of the run; with an axis of dtypes, that of its first point."""
+        return self.dtype or points[0].dtype or DEFAULT_DTYPE
+
+    def run_page_size(self, points: Sequence[Point]) -> int:
+        """Return the page size of the run; with an axis of page sizes, that of its first point."""
+        return points[0].page_size or DEFAULT_PAGE_SIZE if self.page_size is None else self.page_size
+
+    @property
+    def target(self) -> Path | None:
+        """The file to write: a resumed run goes back where it came from."""
+        return self.output or self.resume
+
+    def read_baseline(self) -> results.Run | None:
+        """Return the run to compare with. Raises `WorkloadError`, `ResultError`."""
+        if self.baseline is None and self.fail_slower is not None:
+            raise WorkloadError("--fail-slower needs a run to compare with: add --baseline FILE.")
+        return results.read(self.baseline) if self.baseline else None
+
+    def selection(self) -> list[str]:
+        """Return the options that choose scenarios and points."""
+        words = [word for name in self.scenarios for word in ("--scenario", name)]
+        return words + [word for axis in self.axes for word in ("-a", axis)]
 
     def check_checkpoint(self, scenarios: Sequence[Scenario]) -> None:
         """Raise `WorkloadError` for options that contradict the checkpoint or need one."""
@@ -83,13 +132,13 @@ class RunOptions:
             ("--config", None if self.model_path else self._config(), None),
             ("--model-path", self.model_path, None),
             ("--layer", self.layer, None),
-            ("--workload", self.workload, "standard"),
+            ("--workload", self.workload_name, STANDARD),
             ("--runs", self.runs, None),
             ("--passes", self.passes, None),
             ("--warmups", self.warmups, None),
-            ("--dtype", self.dtype, "bfloat16"),
+            ("--dtype", self.dtype, DEFAULT_DTYPE),
             ("--attention", self.attention, "auto"),
-            ("--page-size", self.page_size, 64),
+            ("--page-size", self.page_size, DEFAULT_PAGE_SIZE),
             ("--ops", self.ops, "auto"),
             ("--seed", self.seed, None),
         )

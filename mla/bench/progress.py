@@ -14,7 +14,7 @@ _Self = TypeVar("_Self", bound="_Bar")
 class _Bar:
     """A bar between a description and whatever columns a subclass adds."""
 
-    def __init__(self, description: str, total: int | None, *columns: progress.ProgressColumn) -> None:
+    def __init__(self, description: str, total: float | None, *columns: progress.ProgressColumn) -> None:
         console = Console(stderr=True)
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}", markup=False),
@@ -24,6 +24,7 @@ class _Bar:
             console=console,
             disable=not console.is_terminal,
             transient=True,
+            speed_estimate_period=3600,  # scenarios differ: a short window would see only one of them
             auto_refresh=False,  # a refresh thread would disturb the timed region
         )
         self._task = self._bar.add_task(description, total=total)
@@ -39,14 +40,19 @@ class _Bar:
 
 
 class Progress(_Bar):
-    """Counts forwards; says what is running and how long the rest will take."""
+    """Counts estimated seconds; says what is running and how long the rest will take."""
 
-    def __init__(self, total: int) -> None:
-        super().__init__("starting", total, progress.MofNCompleteColumn())
+    def __init__(self, seconds: float) -> None:
+        super().__init__("starting", seconds)
 
-    def advance(self, what: str, done: int) -> None:
-        """Record `done` forwards. Called outside timed regions only."""
-        self._bar.update(self._task, description=what, advance=done)
+    @property
+    def hidden(self) -> bool:
+        """Say whether nobody sees the bar, since stderr is no terminal."""
+        return self._bar.disable
+
+    def advance(self, what: str, seconds: float) -> None:
+        """Record so many estimated seconds. Called outside timed regions only."""
+        self._bar.update(self._task, description=what, advance=seconds)
         self._bar.refresh()
 
 

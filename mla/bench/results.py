@@ -163,6 +163,15 @@ class BackendFacts(msgspec.Struct, kw_only=True):
     cache_bytes: int | None
 
 
+class Plan(msgspec.Struct, kw_only=True):
+    """What a run was asked for: `--resume` goes on with nothing else."""
+
+    options: list[str]  # as every `repro` repeats them
+    scenarios: list[str]  # in the workload's order
+    implementations: list[str]
+    digest: str  # of the lengths and counts of all scenarios
+
+
 class Run(msgspec.Struct, kw_only=True):
     """One invocation of the runner."""
 
@@ -179,6 +188,7 @@ class Run(msgspec.Struct, kw_only=True):
     seed: int
     cases: list[Case]
     ceilings: list[Ceiling] = []
+    plan: Plan | None = None
 
 
 def encode(run: msgspec.Struct) -> bytes:

@@ -1,32 +1,33 @@
-"""One run: build implementations, measure every scenario, collect the result."""
+"""What a run is asked for, and one scenario of it: build implementations, measure, collect the cases."""
 
 from __future__ import annotations
 
 import datetime
-import os
+import hashlib
 import shlex
 import sys
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
+import msgspec
 import torch
 
-from mla import cost
 from mla.bench import agreement, engine, environment, peers, results, stats
+from mla.bench.axes import Point
 from mla.bench.ceilings import Ceilings
 from mla.bench.check import Checker, expected_outputs
+from mla.bench.estimate import forward_cost, forwards
 from mla.bench.implementations import Implementation, MlaLayer, Setting
 from mla.bench.inputs import Inputs, make_inputs
-from mla.bench.memory import MemoryPlan, plan_memory, scenario_config
+from mla.bench.memory import MemoryPlan, plan_memory, scenario_setting
+from mla.bench.pace import Pace
 from mla.bench.peers import Transformers
 from mla.bench.workload import Scenario, WorkloadError
 from mla.config import MLAConfig
-from mla.errors import MLAError, did_you_mean
+from mla.errors import did_you_mean
 from mla.ops import Ops
 from mla.oracle import State
 from mla.weights import random_state_dict
-from mla_backends import BackendError
 
 Note = Callable[[str], None]
 
@@ -43,15 +44,15 @@ class Request:
     """What the user asked for, resolved."""
 
     setting: Setting
-    scenarios: Sequence[Scenario]
+    scenarios: Sequence[Point]
     implementations: Sequence[str]
     command: Sequence[str]  # options that every `repro` line repeats
     backend_version: str | None = None
     state: State | None = None  # weights of a checkpoint; None: random ones
 
 
-def resolve_implementations(names: Sequence[str], setting: Setting, note: Note) -> list[str]:
-    """Return the implementations to run; without names, `mla` and, if it differs, `mla-reference`."""
+def resolve_implementations(names: Sequence[str], settings: Sequence[Setting], note: Note) -> list[str]:
+    """Return the implementations to run; without names, `mla` and, if it ever differs, `mla-reference`."""
     for name in names:
         if name not in IMPLEMENTATIONS:
             known = ", ".join(IMPLEMENTATIONS)
@@ -61,7 +62,7 @@ def resolve_implementations(names: Sequence[str], setting: Setting, note: Note) 
         peers.require()
     if names:
         return list(dict.fromkeys(names))
-    if make_ops(setting).all_reference():
+    if all(make_ops(setting).all_reference() for setting in settings):
         note("mla-reference is left out: no fused op was chosen, so it is identical to mla")
         return ["mla"]
     return ["mla", "mla-reference"]
@@ -72,87 +73,38 @@ def make_ops(setting: Setting) -> Ops:
     return Ops(setting.config, setting.backend.ops(), setting.dtype, setting.device, setting.ops)
 
 
-def plan(request: Request) -> MemoryPlan:
-    """Return the memory plan of a request; fused ops need the reference once, as their yardstick."""
-    yardstick = 0 if make_ops(request.setting).all_reference() or "mla" not in request.implementations else 1
-    return plan_memory(request.setting, request.scenarios, len(request.implementations), yardstick)
+def settings_of(setting: Setting, scenarios: Sequence[Point]) -> list[Setting]:
+    """Return the settings in which a layer may choose other ops: one per number of heads and dtype."""
+    distinct = {(scenario.heads, scenario.dtype): scenario for scenario in scenarios}
+    return [scenario_setting(setting, scenario) for scenario in distinct.values()]
+
+
+def plan(request: Request, scenario: Point) -> MemoryPlan:
+    """Return the memory plan of a scenario; fused ops need the reference once, as their yardstick."""
+    ops = make_ops(scenario_setting(request.setting, scenario))
+    yardstick = 0 if ops.all_reference() or "mla" not in request.implementations else 1
+    return plan_memory(request.setting, scenario, len(request.implementations), yardstick)
 
 
 def total_forwards(request: Request) -> int:
-    """Return the forwards of a run, checks and warm-ups included, for a progress bar."""
-    return len(request.implementations) * sum(
-        scenario.inputs + scenario.untimed + scenario.turns * scenario.steps for scenario in request.scenarios
-    )
+    """Return the forwards of a run, checks and warm-ups included."""
+    return len(request.implementations) * sum(forwards(scenario) for scenario in request.scenarios)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A run, complete or cut short by an interrupt or by the failure to print; finished cases are kept."""
-
-    run: results.Run
-    interrupted: bool = False
-    failure: MLAError | BackendError | None = None
-
-
-class RunFailed(MLAError):
-    """An op, a backend or torch raised while a scenario ran."""
-
-    exit_code = 3
-
-
-def execute(request: Request, progress: engine.Progress, note: Note) -> Outcome:
-    """Run every scenario, in turns where memory allows it."""
-    memory = plan(request)
-    memory.require()
-    if not memory.side_by_side:
-        note("not interleaved: the implementations do not fit into memory together, so each runs alone")
-    names = request.implementations
-    turns = [list(names)] if memory.side_by_side else [[name] for name in names]
-    cases: list[results.Case] = []
-    ceilings = Ceilings(request.setting)
-    for scenario in request.scenarios:
-        work = _Work(request, scenario, progress, ceilings)
-        done: list[results.Case] = []
-        for together in turns:
-            try:
-                done += work.measure(together)
-            except Exception as error:  # noqa: BLE001  # whatever a plugin raises, finished cases must survive
-                return Outcome(_run(request, cases + done), failure=_failure(scenario, error))
-            if any(case.interrupted for case in done):
-                return Outcome(_run(request, cases + done), interrupted=True)
-        work.compare(done)
-        cases += done
-    return Outcome(_run(request, cases))
-
-
-def _failure(scenario: Scenario, error: Exception) -> MLAError | BackendError:
-    """Return what to print: our own sentence, or what was raised and where."""
-    if isinstance(error, (MLAError, BackendError)):
-        return error
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    text = str(error).partition("\n")[0]
-    return RunFailed(
-        f"scenario '{scenario.name}' failed: {type(error).__name__}: {text} "
-        f"({os.path.basename(where.filename)}:{where.lineno} in {where.name})."
-    )
-
-
-class _Work:
+class Work:
     """One scenario: its weights, inputs and oracle, shared by all implementations."""
 
-    def __init__(
-        self, request: Request, scenario: Scenario, progress: engine.Progress, ceilings: Ceilings
-    ) -> None:
-        self._request, self._scenario, self._progress = request, scenario, progress
-        self._ceilings = ceilings
-        setting = request.setting
-        self._setting = replace(setting, config=scenario_config(setting.config, scenario))
+    def __init__(self, request: Request, scenario: Point, progress: engine.Progress, pace: Pace) -> None:
+        self._request, self._scenario, self._progress, self._pace = request, scenario, progress, pace
+        self._setting = scenario_setting(request.setting, scenario)
+        self._ceilings = Ceilings(self._setting)
         self._inputs: Inputs | None = None
         self._state: State = {}
         self._checker: Checker | None = None
         self._outputs: dict[str, torch.Tensor] = {}  # of right implementations, on the host
 
-    def _prepare(self) -> tuple[Inputs, Checker]:
+    def prepare(self) -> tuple[Inputs, Checker]:
+        """Make weights and inputs, and compute the oracle: on the host, once, and for minutes if need be."""
         config, seed, dtype = self._setting.config, self._setting.seed, self._setting.dtype
         if self._inputs is None or self._checker is None:
             self._progress(f"{self._scenario.name}: float64 oracle", 0)
@@ -169,28 +121,38 @@ class _Work:
 
     def _reference_outputs(self) -> torch.Tensor:
         """Run the reference once: the yardstick of our own implementations."""
-        inputs, _ = self._prepare()
+        inputs, _ = self.prepare()
         reference = IMPLEMENTATIONS["mla-reference"](self._setting, self._state)
         reference.load(self._scenario, inputs)
         for index in range(self._scenario.inputs):
             reference.step(index)
+            self._pace.beat()
         return reference.outputs
 
     def measure(self, names: Sequence[str]) -> list[results.Case]:
         """Measure implementations that run in turns."""
-        try:
-            inputs, checker = self._prepare()
-            built = [IMPLEMENTATIONS[name](self._setting, self._state) for name in names]
-        except KeyboardInterrupt:
-            return [self._not_run(name) for name in names]
+        inputs, checker = self.prepare()
+        built = [self._build(name) for name in names]
         timer = self._setting.backend.timer()
         measured = engine.measure(
-            built, self._scenario, inputs, checker, timer, self._setting.seed, self._progress
+            built, self._scenario, inputs, checker, timer, self._setting.seed, self._progress, self._pace
         )
         for one in built:
             if measured[one.name].check.status == "ok":
                 self._outputs[one.name] = one.outputs.to("cpu", copy=True)
         return [self._case(one, measured[one.name], names, timer.clock) for one in built]
+
+    def _build(self, name: str) -> Implementation:
+        self._pace.enter(name)
+        return IMPLEMENTATIONS[name](self._setting, self._state)
+
+    def not_run(self, names: Sequence[str], reason: str) -> list[results.Case]:
+        """Return cases that say why they hold no number."""
+        return [self._empty(name, reason, interrupted=False) for name in names]
+
+    def interrupted(self, names: Sequence[str]) -> list[results.Case]:
+        """Return cases that an interrupt forestalled."""
+        return [self._empty(name, "interrupted", interrupted=True) for name in names]
 
     def compare(self, cases: Sequence[results.Case]) -> None:
         """Tell the right implementations of this scenario how they relate."""
@@ -200,7 +162,7 @@ class _Work:
         self, one: Implementation, measured: engine.Measured, names: Sequence[str], clock: str
     ) -> results.Case:
         loaded = measured.check.status != "not run"
-        case = self._not_run(one.name)
+        case = self._empty(one.name, "", interrupted=False)
         case.check = measured.check
         case.interrupted = measured.interrupted
         case.interleaved_with = [name for name in names if name != one.name]
@@ -218,7 +180,7 @@ class _Work:
             case.roofline = self._ceilings.roofline(case.cost, latency.median)
         return case
 
-    def _not_run(self, name: str) -> results.Case:
+    def _empty(self, name: str, reason: str, interrupted: bool) -> results.Case:
         scenario = self._scenario
         return results.Case(
             scenario=scenario.name,
@@ -230,31 +192,23 @@ class _Work:
             passes=0,
             warmups=scenario.untimed,
             interleaved_with=[],
-            check=results.Check(status="not run", reason="interrupted"),
+            check=results.Check(status="not run", reason=reason),
             latency_ms=None,
             tokens_per_s=None,
             plan_ms=None,
             switch_steps=[],
-            cost=self._cost(),
+            cost=forward_cost(self._setting, scenario, range(scenario.inputs)),
             roofline=results.Roofline(),
             memory=results.Memory(weight_bytes=0, cache_bytes=0, peak_bytes=None),
             ops={},
             clock="none",
-            interrupted=True,
+            interrupted=interrupted,
             repro=_repro(self._request, scenario, name),
-            base=scenario.name,
+            base=scenario.base,
+            point=dict(scenario.point),
             dtype=str(self._setting.dtype).removeprefix("torch."),
             heads=self._setting.config.num_attention_heads,
         )
-
-    def _cost(self) -> results.Cost:
-        """Average the work of a pass's forwards, counted for our layer's paths."""
-        config, scenario, setting = self._setting.config, self._scenario, self._setting
-        lengths = [scenario.kv_lens(step) for step in range(scenario.inputs)]
-        flops = [cost.step_flops(config, scenario.query_lens, kv, setting.attention) for kv in lengths]
-        size = setting.dtype.itemsize
-        moved = [cost.step_bytes(config, scenario.query_lens, kv, size) for kv in lengths]
-        return results.Cost(flops=round(sum(flops) / len(flops)), bytes=round(sum(moved) / len(moved)))
 
 
 def _add_numbers(
@@ -278,12 +232,13 @@ def _add_numbers(
     return case.latency_ms
 
 
-def _repro(request: Request, scenario: Scenario, name: str) -> str:
-    words = [*request.command, "--scenario", scenario.name, "--implementations", name]
+def _repro(request: Request, scenario: Point, name: str) -> str:
+    words = [*request.command, "--scenario", scenario.base, *scenario.axis_words, "--implementations", name]
     return shlex.join(["python", "-m", "mla.bench", *words])
 
 
-def _run(request: Request, cases: list[results.Case]) -> results.Run:
+def describe_run(request: Request) -> results.Run:
+    """Return a run without cases: everything else that its file says."""
     setting = request.setting
     info = setting.backend.device_info()
     return results.Run(
@@ -304,5 +259,11 @@ def _run(request: Request, cases: list[results.Case]) -> results.Run:
         attention=setting.attention,
         page_size=setting.page_size,
         seed=setting.seed,
-        cases=cases,
+        cases=[],
+        plan=results.Plan(
+            options=list(request.command),
+            scenarios=[scenario.name for scenario in request.scenarios],
+            implementations=list(request.implementations),
+            digest=hashlib.sha256(msgspec.json.encode(request.scenarios)).hexdigest()[:16],
+        ),
     )

@@ -18,6 +18,8 @@ else:
     import tomli as tomllib
 
 STANDARD = "standard"
+#: The shipped workloads.
+PRESETS = ("smoke", STANDARD, "full")
 #: Longer lists are a typing mistake, not a workload.
 MAX_REQUESTS = 65536
 #: Lengths and counts beyond this are typing mistakes; kernels keep them in int32.
@@ -46,6 +48,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     passes: Positive = 6
     warmups: Count = 10
     heads: Positive | None = None  # instead of the config's: one tensor-parallel rank
+    axes: dict[str, int | str | list[int | str]] = {}  # a grid of its own, see `mla.bench.axes`
 
     @property
     def steps(self) -> int:
@@ -119,7 +122,9 @@ def _scenario(source: str, table: dict[str, Any]) -> Scenario:
         scenario = msgspec.convert({**table, **lists}, Scenario)
     except (msgspec.ValidationError, ValueError) as error:
         raise WorkloadError(f"workload '{source}', scenario '{name}': {error}.") from error
-    _check_lengths(source, scenario)
+    check_lengths(f"workload '{source}', scenario '{scenario.name}'", scenario)
+    if not scenario.name.strip() or not scenario.name.isprintable():
+        raise WorkloadError(f"workload '{source}': {scenario.name!r} is no name, use one line of text.")
     return scenario
 
 
@@ -144,8 +149,8 @@ def _item(item: Any) -> tuple[int, int]:
         raise ValueError(f'{item!r} is neither a length nor "length*count"') from None
 
 
-def _check_lengths(source: str, scenario: Scenario) -> None:
-    where = f"workload '{source}', scenario '{scenario.name}'"
+def check_lengths(where: str, scenario: Scenario) -> None:
+    """Raise `WorkloadError` for requests that cannot be."""
     if len(scenario.query_lens) != len(scenario.history):
         raise WorkloadError(
             f"{where}: query_lens has {len(scenario.query_lens)} requests, history {len(scenario.history)}."
@@ -158,8 +163,6 @@ def _check_lengths(source: str, scenario: Scenario) -> None:
         raise WorkloadError(f"{where}: history must not be negative, got {min(scenario.history)}.")
     if max(scenario.final_lens) > MAX_COUNT:
         raise WorkloadError(f"{where}: no request may grow beyond {MAX_COUNT} tokens.")
-    if not scenario.name.strip() or not scenario.name.isprintable():
-        raise WorkloadError(f"workload '{source}': {scenario.name!r} is no name, use one line of text.")
 
 
 def select(scenarios: Sequence[Scenario], names: Sequence[str]) -> list[Scenario]:

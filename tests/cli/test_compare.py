@@ -59,7 +59,11 @@ def test_steps_of_a_pass_are_one_observation(run: Any) -> None:
         ({"history": [4, 1]}, "history differs"),
         ({"query_lens": [5, 3]}, "query_lens differs"),
         ({"clock": "device"}, "clock differs"),
-        ({"scenario": "other"}, "the base run has no such case"),
+        ({"base": "other"}, "the base run has no such case"),
+        ({"point": {"kv": 4096}}, "the base run has no such case"),
+        ({"op": "latent_attention"}, "the base run has no such case"),
+        ({"dtype": "float32"}, "dtype differs: bfloat16 and float32"),
+        ({"layers": 4}, "layers differs"),
         ({"implementation": "transformers"}, "the base run has no such case"),
     ],
 )
@@ -68,7 +72,20 @@ def test_another_workload_is_refused(run: Any, change: dict[str, Any], reason: s
     assert (found.verdict, found.reason) == ("REFUSED", reason)
 
 
-@pytest.mark.parametrize(("field", "value"), [("dtype", "float32"), ("config", {"hidden_size": 65})])
+def test_heads_differ_only_where_both_runs_name_them(run: Any) -> None:
+    assert compare(run(heads=4), run(heads=8))[0].reason == "heads differs"
+    assert compare(run(heads=None), run(heads=8))[0].verdict == "SAME"
+
+
+def test_a_point_is_compared_with_its_own_dtype(run: Any) -> None:
+    base, new = run(), run()
+    wide = run([9 * sample for sample in STEADY], dtype="float32").cases
+    base.cases += wide
+    new.cases = [*wide, *new.cases]
+    assert [found.verdict for found in compare(base, new)] == ["SAME", "SAME"]
+
+
+@pytest.mark.parametrize(("field", "value"), [("attention", "absorbed"), ("config", {"hidden_size": 65})])
 def test_another_layer_is_refused(run: Any, field: str, value: Any) -> None:
     other = run()
     setattr(other, field, value)

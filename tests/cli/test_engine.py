@@ -14,6 +14,7 @@ from mla.bench.check import Checker
 from mla.bench.engine import Measured, measure
 from mla.bench.implementations import Implementation
 from mla.bench.inputs import Inputs, make_inputs
+from mla.bench.pace import Pace
 from mla.bench.workload import Scenario
 
 if TYPE_CHECKING:
@@ -94,9 +95,11 @@ class Bench:
     def parrot(self, name: str, wrong: Wrong = lambda number: False) -> Parrot:
         return Parrot(name, self.expected, self.log, wrong)
 
-    def measure(self, *parrots: Parrot, seed: int = 0, **at: Any) -> dict[str, Measured]:
+    def measure(self, *parrots: Parrot, seed: int = 0, pace: Pace = Pace(), **at: Any) -> dict[str, Measured]:  # noqa: B008
         clock = Clock(self.log, {int(key[1:]): error for key, error in at.items()})
-        return measure(parrots, self.scenario, self.inputs, self.checker, clock, seed)
+        return measure(
+            parrots, self.scenario, self.inputs, self.checker, clock, seed, lambda what, done: None, pace
+        )
 
     def order(self) -> list[str]:
         """Name whose pass each run of timed steps belongs to, in the order they ran."""
@@ -261,3 +264,24 @@ def test_the_garbage_collector_is_back_after_an_error(decode: Bench) -> None:
     with pytest.raises(RuntimeError, match="launch failed"):
         decode.measure(decode.parrot("a"), _4=RuntimeError("launch failed"))
     assert gc.isenabled()
+
+
+def test_no_pass_starts_when_the_time_is_over_and_the_others_are_checked(decode: Bench) -> None:
+    answers = iter([False, False, False, True])
+    measured = decode.measure(decode.parrot("a"), decode.parrot("b"), pace=Pace(over=lambda: next(answers)))
+    assert sorted(len(one.passes) for one in measured.values()) == [1, 2]
+    assert [one.check.status for one in measured.values()] == ["ok", "ok"]
+    assert not any(one.interrupted for one in measured.values())
+
+
+def test_the_engine_tells_who_runs_and_that_it_is_alive_outside_of_timed_regions(decode: Bench) -> None:
+    log = decode.log
+    pace = Pace(enter=lambda name: log.append((name, "enter")), beat=lambda: log.append(("", "beat")))
+    decode.measure(decode.parrot("a"), decode.parrot("b"), pace=pace)
+    words = [what for _, what in log]
+    assert words.count("beat") == 2 * DECODE.passes * DECODE.runs
+    assert all(words[place - 1] == "stop" for place, what in enumerate(words) if what == "beat")
+    running = ""
+    for name, what in log:
+        running = name if what == "enter" else running
+        assert what != "step" or name == running

@@ -54,7 +54,13 @@ def test_stderr_shows_no_progress_bar_when_it_is_no_terminal(process: Bench, sma
     assert "\r" not in done.err
     assert "timing" not in done.err
     remarks = [line for line in done.err.splitlines() if line.startswith(("noisy: ", "building "))]
-    assert len(done.err.splitlines()) - len(remarks) == 7
+    assert len(done.err.splitlines()) - len(remarks) == 9
+    finished = [
+        line
+        for line in done.err.splitlines()
+        if re.match(r"[12] of 2  (prefill|decode): mla [\d.]+ ms", line)
+    ]
+    assert len(finished) == 2
 
 
 def test_the_numbers_are_those_of_the_clock(bench: Bench, small: list[str]) -> None:
@@ -201,7 +207,8 @@ def test_a_run_that_cannot_fit_is_refused_before_it_allocates(
     bench: Bench, small: list[str], dry: list[str]
 ) -> None:
     Path("huge.toml").write_text(Path("tiny.toml").read_text().replace("[5, 9]", "[5, 2000000000]"))
-    done = bench(*CPU, "--config", "tiny.json", "--workload", "huge.toml", *dry)
+    huge = ("--config", "tiny.json", "--workload", "huge.toml")
+    done = bench(*CPU, *huge, "--scenario", "decode", *dry)
     assert (done.code, done.out) == (2, "")
     sentence = (
         r"error: this run needs about [\d.]+ GiB, which are [\d.]+ GiB on the device and [\d.]+ GiB on the "

@@ -2,12 +2,14 @@
 
 none: it is right. drop: it never sees the last key. nan: it writes NaN. late: it is right for the first
 `after` calls and drops the last key from then on. spec: it refuses every layer. batch: it refuses every
-batch. raise: it raises from the call number `after` on.
+batch. raise: it raises from the call number `after` on. hang: it does not return from then on.
 """
+
+import time
 
 from mla_backends import Availability, Backend, BackendError, FusedOp, hookimpl
 
-FAULTS = ("none", "drop", "nan", "late", "spec", "batch", "raise")
+FAULTS = ("none", "drop", "nan", "late", "spec", "batch", "raise", "hang")
 
 
 class LoopAttention(FusedOp):
@@ -33,6 +35,8 @@ class LoopAttention(FusedOp):
         self._after -= 1
         if self._fault == "raise" and self._after < 0:
             raise RuntimeError("the device ran out of memory\nin 3 lines\nof text")
+        if self._fault == "hang" and self._after < 0:
+            time.sleep(3600)
         dropped = 1 if self._fault == "drop" or (self._fault == "late" and self._after < 0) else 0
         token = 0
         for request, (query_len, kv_len) in enumerate(zip(*state, strict=True)):
@@ -63,6 +67,9 @@ class WrongOp(Backend):
 
         if self.options.get("fault", "drop") not in FAULTS:
             raise BackendError(f"backend '{self.name}' knows these faults: {', '.join(FAULTS)}.")
+        if self.options.get("fault") == "hang":
+            import torch._dynamo  # else imported by the first counted forward, which takes seconds
+
         torch.set_num_threads(1)
         return torch.device("cpu")
 

@@ -1,0 +1,58 @@
+"""The time a run may take, and how well the estimates held that decide what still fits."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable
+
+UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+
+def duration(text: str) -> float:
+    """Return the seconds of "90", "90s", "10m" or "1.5h". Raises ValueError for anything else, and for 0."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    seconds = float(found[1]) * UNITS[found[2]] if found else 0.0
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"'{text}' is no duration, such as 90s, 10m or 1.5h")
+    return seconds
+
+
+def spoken(seconds: float) -> str:
+    """Return a duration in the unit a reader would choose."""
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 1 or not seconds else f"{seconds:.1g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+class Budget:
+    """Seconds from now on; None is no limit. Estimates are corrected by how long earlier scenarios took."""
+
+    def __init__(self, seconds: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds = seconds
+        self._clock = clock
+        self._end = math.inf if seconds is None else clock() + seconds
+        self._estimated = self._taken = 0.0
+
+    def left(self) -> float:
+        """Return the seconds that are left, below 0 when it is over."""
+        return self._end - self._clock()
+
+    def corrected(self, estimate: float) -> float:
+        """Return an estimate as the scenarios before suggest it."""
+        return estimate * self._taken / self._estimated if self._estimated else estimate
+
+    def fits(self, estimate: float) -> bool:
+        """Say whether work of so many estimated seconds still fits."""
+        left = self.left()
+        return left > 0 and self.corrected(estimate) <= left
+
+    def learn(self, estimate: float, taken: float) -> None:
+        """Take note of how long work took."""
+        self._estimated += estimate
+        self._taken += taken
+
+    def over(self, reserve: float) -> bool:
+        """Say whether less than `reserve` estimated seconds are left."""
+        return self.left() < self.corrected(reserve)

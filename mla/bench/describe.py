@@ -1,0 +1,125 @@
+"""What is said on stderr before a run: the device, the layer, the plan, and what a dry run adds to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mla.bench import environment, memory, render, session
+from mla.bench.axes import Point
+from mla.bench.budget import spoken
+from mla.bench.estimate import SHARES, Estimator, estimator, forwards
+from mla.bench.session import Request
+
+Say = Callable[[str], None]
+
+#: More scenarios than this are counted, not listed.
+LISTED = 8
+
+
+def describe(request: Request, say: Say) -> None:
+    """Say what is about to be measured."""
+    setting = request.setting
+    facts = environment.environment(setting.backend)
+    names = session.make_ops(setting).names()
+    fused = [f"{role}={name}" for role, name in names.items() if name != "reference"]
+    say(
+        f"backend    {setting.backend.name} on {setting.backend.device_info().name}, torch {facts['torch']}, "
+        f"{facts['torch_threads']} threads"
+    )
+    say(
+        f"config     {setting.config.name}, {setting.dtype}, attention {setting.attention}, "
+        f"page size {setting.page_size}, seed {setting.seed}"
+    )
+    say(f"ops        {', '.join(fused) or 'reference for every op'} (--list-ops says why)")
+    for line in _scenarios(request.scenarios):
+        say(f"scenario   {line}")
+    _plan(request, say)
+
+
+def _scenarios(scenarios: Sequence[Point]) -> list[str]:
+    if len(scenarios) <= LISTED:
+        return [_line(scenario) for scenario in scenarios]
+    points: dict[str, list[Point]] = {}
+    for scenario in scenarios:
+        points.setdefault(scenario.base, []).append(scenario)
+    return [
+        f"{base}: {len(found)} points (--dry-run lists them)" if len(found) > 1 else _line(found[0])
+        for base, found in points.items()
+    ]
+
+
+def _line(scenario: Point) -> str:
+    size = f"{len(scenario.query_lens)} requests, {scenario.tokens} new tokens per forward, "
+    lengths = f"history {min(scenario.history)} to {max(scenario.history)}, "
+    return f"{scenario.name}: {size}{lengths}{scenario.turns} passes of {scenario.steps}"
+
+
+def _plan(request: Request, say: Say) -> None:
+    plans = [session.plan(request, scenario) for scenario in request.scenarios]
+    together = (
+        "in turns" if all(one.side_by_side for one in plans if one.fits) else "one at a time where they must"
+    )
+    say(
+        f"plan       {', '.join(request.implementations)}, {together}; "
+        f"{session.total_forwards(request)} forwards, checked against a float64 oracle"
+    )
+    device = max(one.device_bytes(one.implementations if one.side_by_side else 1) for one in plans)
+    say(
+        f"memory     {memory.gib(device)} on the device, "
+        f"{memory.gib(max(one.host for one in plans))} on the host; available "
+        f"{memory.gib(plans[0].device_available)} and {memory.gib(plans[0].host_available)}"
+    )
+
+
+def require_memory(request: Request) -> None:
+    """Raise `OutOfMemory` when no scenario fits; those that do not are left out of a run with others."""
+    plans = [session.plan(request, scenario) for scenario in request.scenarios]
+    if not any(one.fits for one in plans):
+        min(plans, key=lambda one: one.device_bytes(1)).require()
+
+
+def dry_run(request: Request, say: Say) -> None:
+    """Say how many cases there are, and of each what memory and about what time it needs."""
+    found = estimator(request.setting, measured=True)
+    rows: list[tuple[str, ...]] = [
+        ("case", "scenario", "implementation", "forwards", "device", "host", "about")
+    ]
+    for scenario in request.scenarios:
+        rows += _rows(request, scenario, found, len(rows))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    say("")
+    for row in rows:
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    say("")
+    _total(request, found, say)
+
+
+def _rows(request: Request, scenario: Point, found: Estimator, first: int) -> list[tuple[str, ...]]:
+    plan = session.plan(request, scenario)
+    needs = (memory.gib(plan.device_bytes(1)), memory.gib(plan.host))
+    count = str(forwards(scenario))
+    return [
+        (
+            str(first + place),
+            scenario.name,
+            name,
+            count,
+            *needs,
+            spoken(found.seconds(scenario, [name])) if plan.fits else "does not fit, left out",
+        )
+        for place, name in enumerate(request.implementations)
+    ]
+
+
+def _total(request: Request, found: Estimator, say: Say) -> None:
+    fitting = [scenario for scenario in request.scenarios if session.plan(request, scenario).fits]
+    seconds = sum(found.seconds(scenario, request.implementations) for scenario in fitting)
+    count = len(request.scenarios) * len(request.implementations)
+    shares = ", ".join(
+        f"{name} {render.number(100 * SHARES[name])} %" for name in request.implementations if name in SHARES
+    )
+    how = "measured just now" if found.measured else "nominal, since none could be measured"
+    say(
+        f"{count} cases, about {spoken(seconds)}, float64 oracle and checks included (limits of the device "
+        f"{how}; taken to be reached: {shares})"
+    )

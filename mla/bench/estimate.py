@@ -1,0 +1,99 @@
+"""About how long a run will take, from what it has to compute and what the device reaches.
+
+Good for deciding what to start and for a progress bar, no more: implementations stay differently far from the
+limit, and what shares the machine is not known.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from mla import cost
+from mla.bench import results
+from mla.bench.axes import Point
+from mla.bench.ceilings import Ceilings
+from mla.bench.implementations import Setting
+from mla.bench.memory import scenario_setting
+
+#: Implementation -> share of the device's limit that it is taken to reach.
+SHARES = {"mla": 0.5, "mla-reference": 0.2, "transformers": 0.05, "transformers-eager": 0.05}
+#: Seconds of a forward that no limit explains: launches, and Python between them.
+OVERHEAD = 5e-4
+#: Seconds per weight: drawing it, and laying it out.
+DRAWING, PACKING = 2e-8, 5e-9
+#: What is taken for granted where nothing is measured: right in proportion is enough for a progress bar.
+NOMINAL_FLOPS, NOMINAL_BANDWIDTH, NOMINAL_FLOAT64 = 1e12, 3e10, 3e10
+
+
+def forward_cost(setting: Setting, scenario: Point, steps: Sequence[int]) -> results.Cost:
+    """Average the work of a pass's forwards at these steps, counted for our layer's paths."""
+    lengths = [scenario.kv_lens(step) for step in steps]
+    size, new = setting.dtype.itemsize, scenario.query_lens
+    flops = [cost.step_flops(setting.config, new, kv, setting.attention) for kv in lengths]
+    moved = [cost.step_bytes(setting.config, new, kv, size) for kv in lengths]
+    return results.Cost(flops=round(sum(flops) / len(flops)), bytes=round(sum(moved) / len(moved)))
+
+
+def forwards(scenario: Point) -> int:
+    """Return the forwards of one implementation, checks and warm-ups included."""
+    return scenario.inputs + scenario.untimed + scenario.turns * scenario.steps
+
+
+class Estimator:
+    """Estimates scenarios of one run; with `measured` limits, or with nominal ones that cost no time."""
+
+    def __init__(self, setting: Setting, measured: bool) -> None:
+        self._setting, self.measured = setting, measured
+        self._float64 = _float64_rate() if measured else NOMINAL_FLOAT64
+
+    def seconds(self, scenario: Point, names: Sequence[str]) -> float:
+        """Return the seconds of a scenario: its oracle, and every forward of these implementations."""
+        return self.preparation(scenario, names) + sum(
+            forwards(scenario) * self.forward(scenario, name) for name in names
+        )
+
+    def preparation(self, scenario: Point, names: Sequence[str]) -> float:
+        """Return the seconds for weights and the float64 oracle."""
+        config = scenario_setting(self._setting, scenario).config
+        rows = [length * scenario.inputs for length in scenario.query_lens]
+        flops = cost.step_flops(config, rows, scenario.final_lens, cost.EXPANDED)
+        return flops / self._float64 + cost.parameters(config) * (DRAWING + PACKING * len(names))
+
+    def forward(self, scenario: Point, name: str) -> float:
+        """Return the seconds of one forward."""
+        setting = scenario_setting(self._setting, scenario)
+        work = forward_cost(setting, scenario, [scenario.inputs // 2])
+        return self._floor(setting, work) / SHARES.get(name, min(SHARES.values())) + OVERHEAD
+
+    def _floor(self, setting: Setting, work: results.Cost) -> float:
+        flops, bandwidth = NOMINAL_FLOPS, NOMINAL_BANDWIDTH
+        if self.measured:
+            ceilings = Ceilings(setting)
+            flops = ceilings.flops().value
+            # Sizes of a factor of two share a measurement, or a grid would measure for minutes.
+            bandwidth = ceilings.bandwidth(1 << work.bytes.bit_length()).value
+        return max(work.flops / flops, work.bytes / bandwidth)
+
+
+def estimator(setting: Setting, measured: bool) -> Estimator:
+    """Return an estimator; one with nominal limits for a device that cannot run the yardstick."""
+    found = Estimator(setting, measured)
+    try:
+        found._floor(setting, results.Cost(flops=1, bytes=1))
+    except Exception:  # noqa: BLE001  # whatever a plugin raises must not cost the run
+        return Estimator(setting, measured=False)
+    return found
+
+
+def _float64_rate(side: int = 512) -> float:
+    """Return FLOP per second of the host's float64 products, the oracle's main work."""
+    x = torch.ones(side, side, dtype=torch.float64)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.mm(x, x)
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best

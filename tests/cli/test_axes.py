@@ -1,0 +1,195 @@
+"""Axes: what their values mean, which points they make, and that a point can be measured and run again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla.bench import results
+from mla.bench.axes import MAX_POINTS, lay, parse
+from mla.bench.workload import Scenario, WorkloadError
+
+Bench = Callable[..., Any]
+
+VIRTUAL = ("--backend", "fake-virtual-clock")
+DECODE = Scenario(name="decode", mode="decode", query_lens=(1, 2), history=(5, 9), runs=2)
+FEW = ("--runs", "2", "--passes", "1", "--warmups", "0", "--scenario", "decode")
+
+
+def sentence(*words: str) -> str:
+    with pytest.raises(WorkloadError) as refused:
+        lay([DECODE], parse(words))
+    message = str(refused.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("8", (8,)),
+        ("1,8, 64", (1, 8, 64)),
+        ("1k,2m", (1024, 2 << 20)),
+        ("1k..64k*4", (1024, 4096, 16384, 65536)),
+        ("1..10*3", (1, 3, 9)),
+        ("1..8+3", (1, 4, 7)),
+        ("0..2+1", (0, 1, 2)),
+        ("4..4*2,8,4,1K", (4, 8, 1024)),
+    ],
+)
+def test_values_are_numbers_and_ranges(text: str, values: tuple[int, ...]) -> None:
+    assert parse([f"kv={text}"]) == {"kv": values}
+
+
+def test_dtypes_have_short_names() -> None:
+    assert parse(["dtype=bf16,fp16,float32,bfloat16"]) == {"dtype": ("bfloat16", "float16", "float32")}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["kv"], "-a wants AXIS=VALUES, such as kv=1k..64k*4, got 'kv'"),
+        (["btach=1"], "unknown axis 'btach'. Did you mean 'batch'? There are: batch, kv, q_len, "),
+        (["=1"], "unknown axis ''. There are: "),
+        (["kv=1", "kv=2"], "axis 'kv' is given twice: list all its values in one -a"),
+        (["kv="], "axis kv: '' is neither a number, such as 4k, nor a range"),
+        (["kv=1,,2"], "axis kv: '' is neither"),
+        (["kv=-1"], "axis kv: '-1' is neither"),
+        (["kv=1..8"], "axis kv: '1..8' is neither"),
+        (["kv=1.5k"], "axis kv: '1.5k' is neither"),
+        (["kv=8..1*2"], "the range '8..1*2' does not ascend"),
+        (["kv=0..8*2"], "the range '0..8*2' does not ascend"),
+        (["kv=1..8*1"], "the range '1..8*1' does not ascend"),
+        (["kv=1..8+0"], "the range '1..8+0' does not ascend"),
+        (["kv=1..1m+1"], f"axis kv: '1..1m+1' goes beyond {MAX_POINTS} values: give fewer"),
+        (["kv=9999m"], "axis kv: 10484711424 is not between 0 and 2147483647"),
+        (["batch=0"], "axis batch: 0 is not between 1 and 65536"),
+        (["page_size=48"], "axis page_size: 48 is not a power of two"),
+        (["dtype=bf61"], "axis dtype: unknown dtype 'bf61'. Did you mean 'bf16'? There are: bf16, "),
+        (["kv=1..40+1", "batch=1..40+1"], "these axes make 1600 points, and at most 1000 are run at once"),
+        (["kv=2147483647"], "scenario 'decode kv=2147483647': no request may grow beyond 2147483647 tokens"),
+    ],
+)
+def test_every_mistake_is_named(words: list[str], message: str) -> None:
+    assert message in sentence(*words)
+
+
+def test_points_are_the_product_and_the_first_axis_varies_slowest() -> None:
+    points = lay([DECODE], parse(["kv=4,8", "batch=1,3"]))
+    assert [point.name for point in points] == [
+        "decode kv=4 batch=1",
+        "decode kv=4 batch=3",
+        "decode kv=8 batch=1",
+        "decode kv=8 batch=3",
+    ]
+    assert {point.base for point in points} == {"decode"}
+    assert points[3].point == {"kv": 8, "batch": 3}
+    assert (points[3].history, points[3].query_lens) == ((8, 8, 8), (1, 2, 1))
+    assert points[3].axis_words == ["-a", "kv=8", "-a", "batch=3"]
+
+
+def test_a_batch_cuts_or_repeats_the_requests_of_the_scenario() -> None:
+    one, five = lay([DECODE], parse(["batch=1,5"]))
+    assert (one.query_lens, one.history) == ((1,), (5,))
+    assert (five.query_lens, five.history) == ((1, 2, 1, 2, 1), (5, 9, 5, 9, 5))
+
+
+def test_without_axes_a_scenario_stays_what_it_is() -> None:
+    (point,) = lay([DECODE], {})
+    assert (point.name, point.base, point.point, point.axis_words) == ("decode", "decode", {}, [])
+    assert (point.query_lens, point.history, point.turns) == (DECODE.query_lens, DECODE.history, DECODE.turns)
+
+
+def test_a_scenario_may_bring_axes_which_the_command_line_replaces() -> None:
+    own = Scenario(
+        name="own", mode="decode", query_lens=(1,), history=(0,), axes={"kv": "1..4*2", "batch": [1, "2"]}
+    )
+    assert len(lay([own, DECODE], {})) == 6 + 1
+    assert [point.name for point in lay([own, DECODE], parse(["kv=7"]))] == [
+        "own kv=7 batch=1",
+        "own kv=7 batch=2",
+        "decode kv=7",
+    ]
+    bad = Scenario(name="own", mode="decode", query_lens=(1,), history=(0,), axes={"vk": 1})
+    with pytest.raises(WorkloadError, match=r"^scenario 'own': unknown axis 'vk'"):
+        lay([bad], {})
+
+
+def test_two_points_of_one_name_are_refused() -> None:
+    clash = Scenario(name="decode kv=4", mode="decode", query_lens=(1,), history=(0,))
+    with pytest.raises(WorkloadError, match="two points are named 'decode kv=4'"):
+        lay(
+            [clash, Scenario(name="decode", mode="decode", query_lens=(1,), history=(0,), axes={"kv": 4})], {}
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-a", "heads=8"], "axis heads: 8 are more than the 4 heads of tiny"),
+        (["-a", "heads=3"], "axis heads: 3 do not divide the 4 heads of tiny"),
+        (["-a", "dtype=fp16"], "does not compute float16 natively"),
+        (["-a", "dtype=bf16", "--dtype", "float32"], "--dtype and an axis dtype exclude each other"),
+        (["-a", "page_size=1", "--page-size", "64"], "--page-size and an axis page_size exclude each other"),
+        (["--preset", "smoke"], "--preset and --workload exclude each other"),
+    ],
+)
+def test_an_axis_must_fit_the_model_the_device_and_the_options(
+    bench: Bench, small: list[str], words: list[str], message: str
+) -> None:
+    Path("tiny").mkdir()
+    Path("tiny.json").rename("tiny/config.json")
+    done = bench(*VIRTUAL, "--config", "tiny", *small[2:], *words, fakes=["virtual_clock"])
+    assert done.code == 2
+    assert message in done.error
+
+
+def test_a_grid_is_measured_and_checked_point_by_point(bench: Bench, small: list[str]) -> None:
+    """Several tokens per decode step included, as in multi-token prediction."""
+    axes = (
+        "-a",
+        "q_len=1,3",
+        "-a",
+        "kv=0,70",
+        "-a",
+        "heads=2",
+        "-a",
+        "dtype=bf16,fp32",
+        "-a",
+        "page_size=16",
+    )
+    done = bench(*VIRTUAL, *small, *FEW, *axes, "-o", "run.json", fakes=["virtual_clock"])
+    assert done.code == 0
+    run = results.read(Path("run.json"))
+    assert len(run.cases) == 8
+    last = run.cases[-1]
+    assert last.scenario == "decode q_len=3 kv=70 heads=2 dtype=float32 page_size=16"
+    assert last.point == {"q_len": 3, "kv": 70, "heads": 2, "dtype": "float32", "page_size": 16}
+    assert (last.base, last.dtype, last.heads) == ("decode", "float32", 2)
+    assert (last.query_lens, last.history) == ([3, 3], [70, 70])
+    assert {case.check.status for case in run.cases} == {"ok"}
+    errors = {case.dtype: case.check.relative_error or 0 for case in run.cases}
+    assert errors["float32"] < 1e-5 < errors["bfloat16"]
+    assert (run.dtype, run.page_size) == ("bfloat16", 16)
+
+
+def test_every_repro_line_reruns_its_point(bench: Bench, small: list[str]) -> None:
+    text = Path("tiny.toml").read_text()
+    Path("tiny.toml").write_text(text + 'axes.batch = "1,3"\n')
+    axes = ("-a", "kv=4,8", "-a", "dtype=fp32")
+    bench(*VIRTUAL, *small, *FEW[:-2], *axes, "-o", "run.json", fakes=["virtual_clock"])
+    cases = results.read(Path("run.json")).cases
+    assert len(cases) == 2 + 4
+    for case in cases:
+        words = shlex.split(case.repro)[3:]
+        assert words[words.index("--scenario") + 1] == case.base
+        assert bench(*words, "-o", "again.json").code == 0
+        (again,) = results.read(Path("again.json")).cases
+        again.memory.peak_bytes, again.plan_ms = case.memory.peak_bytes, case.plan_ms
+        again.roofline = case.roofline
+        assert again == case

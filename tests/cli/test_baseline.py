@@ -1,0 +1,79 @@
+"""A run that is compared with an earlier one as soon as it is done."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla.bench import results
+
+Bench = Callable[..., Any]
+
+GATE = ("--baseline", "base.json", "--fail-slower", "3%")
+
+
+@pytest.fixture
+def run(bench: Bench, small: list[str]) -> Bench:
+    """Return a function that runs on a clock which shows so many milliseconds, after a base run at 2."""
+
+    def run(milliseconds: str, *words: str) -> Any:
+        virtual = ("--backend", "fake-virtual-clock", "-O", f"script={milliseconds}")
+        return bench(*virtual, *small, *words, fakes=["virtual_clock"])
+
+    assert run("2", "-o", "base.json").code == 0
+    return run
+
+
+def test_a_regression_is_exit_code_1_after_the_result(run: Bench) -> None:
+    done = run("3", *GATE, "-o", "new.json")
+    assert done.code == 1
+    result, _, comparison = done.out.partition("this run against base.json\n")
+    assert "Prefill Latency: 3 ms" in result
+    assert comparison.count("SLOWER") == 2
+    assert done.err.endswith(
+        "regression: prefill, mla takes 1.500 times as long\n"
+        "regression: decode, mla takes 1.500 times as long\n"
+    )
+    assert len(results.read(Path("new.json")).cases) == 2
+
+
+def test_no_regression_is_exit_code_0(run: Bench) -> None:
+    same = run("2", *GATE)
+    assert (same.code, same.out.count("SAME")) == (0, 2)
+    assert run("9", "--baseline", "base.json").code == 0, "without a limit, slower is no failure"
+
+
+def test_stdout_of_a_machine_format_stays_that_format(run: Bench) -> None:
+    done = run("3", *GATE, "--format", "csv")
+    assert done.code == 1
+    assert [row["scenario"] for row in csv.DictReader(io.StringIO(done.out))] == ["prefill", "decode"]
+    assert "SLOWER" in done.err
+    assert "| SLOWER |" in run("3", *GATE, "--format", "md").out
+
+
+def test_a_gate_that_compares_nothing_is_no_pass(run: Bench) -> None:
+    done = run("2", *GATE, "-a", "kv=1")
+    assert done.code == 5
+    assert "the base run has no such case" in done.out
+    assert done.error == "nothing could be compared"
+
+
+def test_points_of_a_grid_are_compared_one_by_one(run: Bench) -> None:
+    grid = ("--scenario", "decode", "-a", "kv=1,2", "-a", "dtype=bf16,fp32")
+    run("2", *grid, "-o", "base.json")
+    one = run("2", "--scenario", "decode", "-a", "kv=2", "-a", "dtype=fp32", *GATE)
+    assert (one.code, one.out.count("SAME")) == (0, 1)
+
+
+def test_mistakes_show_before_any_work(run: Bench) -> None:
+    assert run("2", "--fail-slower", "3%").error == (
+        "error: --fail-slower needs a run to compare with: add --baseline FILE."
+    )
+    gone = run("2", "--baseline", "gone.json")
+    assert (gone.code, gone.out) == (2, "")
+    assert gone.err.startswith("error: cannot read 'gone.json'")

@@ -1,0 +1,157 @@
+"""A budget: what it accepts, when it is over, and what a run inside one keeps."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla.bench import commands, results, sweep
+from mla.bench.budget import Budget, duration, spoken
+from mla.bench.sweep import OVER_BUDGET, Steering
+
+Bench = Callable[..., Any]
+
+VIRTUAL = ("--backend", "fake-virtual-clock")
+GRID = ("--scenario", "decode", "-a", "kv=1,2,3")
+
+
+class Clock:
+    """Tells the time that a test sets, and moves on by `step` whenever it is asked."""
+
+    def __init__(self, step: float = 0.0) -> None:
+        self.now, self.step = 0.0, step
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400), ("0.5", 0.5), (" 2m ", 120)]
+)
+def test_durations_have_units(text: str, seconds: float) -> None:
+    assert duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "0m", "-1", "m", "1d", "1e3", "ten", "9" * 400])
+def test_anything_else_is_no_duration(text: str) -> None:
+    with pytest.raises(ValueError, match="is no duration, such as 90s, 10m or "):
+        duration(text)
+
+
+def test_a_duration_is_spoken_in_the_unit_one_would_choose() -> None:
+    assert [spoken(seconds) for seconds in (0.023, 0, 5, 119, 600, 7200)] == [
+        "0.02 s",
+        "0 s",
+        "5 s",
+        "119 s",
+        "10 min",
+        "2.0 h",
+    ]
+
+
+def test_what_does_not_fit_into_what_is_left_does_not_start() -> None:
+    clock = Clock()
+    budget = Budget(10, clock)
+    assert budget.fits(10)
+    assert not budget.fits(10.1)
+    clock.now = 4
+    assert not budget.fits(7)
+    assert not budget.over(6)
+    assert budget.over(6.1)
+    clock.now = 10
+    assert not budget.fits(0)
+
+
+def test_estimates_are_corrected_by_what_earlier_scenarios_took() -> None:
+    budget = Budget(10, Clock())
+    budget.learn(1, 4)
+    budget.learn(1, 2)
+    assert budget.corrected(2) == 6
+    assert budget.fits(3)
+    assert not budget.fits(4)
+    assert budget.over(4)
+
+
+def test_without_a_budget_everything_fits() -> None:
+    assert Budget().fits(1e30)
+    assert not Budget().over(1e30)
+
+
+@pytest.fixture
+def run_inside(bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that runs a grid within a budget; each scenario is estimated at half a second."""
+    monkeypatch.setattr("mla.bench.estimate.Estimator.seconds", lambda self, scenario, names: 0.5)
+    monkeypatch.setattr("mla.bench.estimate.Estimator.forward", lambda self, scenario, name: 0.0)
+    measure = commands.measure
+
+    def run_inside(budget: Budget, *words: str) -> Any:
+        def steered(request: Any, steering: Steering) -> Any:
+            return measure(request, replace(steering, budget=budget))
+
+        options = ("--budget", "9m", "-o", "run.json", *words)
+        with monkeypatch.context() as patched:
+            patched.setattr(commands, "measure", steered)
+            return bench(*VIRTUAL, *small, *GRID, *options, fakes=["virtual_clock"])
+
+    return run_inside
+
+
+def test_scenarios_that_do_not_fit_are_left_out_and_the_note_says_how_to_go_on(
+    run_inside: Any, bench: Bench
+) -> None:
+    class Shrinking(Budget):
+        def learn(self, estimate: float, taken: float) -> None:
+            self._end = 0.4  # less than another scenario is estimated to take
+
+    done = run_inside(Shrinking(2, Clock()))
+    assert done.code == 0
+    cases = results.read(Path("run.json")).cases
+    assert sorted((case.check.status, case.check.reason) for case in cases) == [
+        ("not run", OVER_BUDGET),
+        ("not run", OVER_BUDGET),
+        ("ok", ""),
+    ]
+    assert not any(case.interrupted for case in cases)
+    assert "--budget left out 2 of 3 cases and cut short 0; go on with: python -m mla.bench " in done.error
+    words = shlex.split(done.error.partition("python -m mla.bench ")[2])
+    assert bench(*words).code == 0
+    after = results.read(Path("run.json")).cases
+    assert [case.check.status for case in after] == ["ok"] * 3
+    assert next(case for case in cases if case.latency_ms) in after
+
+
+def test_passes_stop_at_the_deadline_and_what_was_measured_is_kept_and_checked(run_inside: Any) -> None:
+    """The clock moves on by a second whenever it is read: twice to start, and before every pass."""
+    done = run_inside(Budget(3.5, Clock(step=1.0)), "-a", "batch=1")
+    assert done.code == 0
+    measured = [case for case in results.read(Path("run.json")).cases if case.latency_ms]
+    assert [case.passes for case in measured] == [2]
+    assert measured[0].check.status == "ok"
+    assert measured[0].latency_ms is not None
+    assert len(measured[0].latency_ms.samples) == 2 * 4
+    assert "left out 2 of 3 cases and cut short 1; " in done.error
+
+
+def test_a_scenario_without_a_timed_pass_counts_as_left_out(run_inside: Any) -> None:
+    done = run_inside(Budget(1.9, Clock(step=1.0)))
+    assert done.code == 5
+    cases = results.read(Path("run.json")).cases
+    assert {(case.check.status, case.check.reason) for case in cases} == {("not run", OVER_BUDGET)}
+
+
+def test_a_budget_that_is_over_at_once_runs_nothing(bench: Bench, small: list[str]) -> None:
+    done = bench(*VIRTUAL, *small, *GRID, "--budget", "0.001", fakes=["virtual_clock"])
+    assert done.code == 5
+    assert "--budget left out 3 of 3 cases and cut short 0; with -o, a later run could" in done.err
+    assert "is no duration" in bench(*VIRTUAL, "--budget", "soon").err
+
+
+def test_by_default_nothing_ends_a_run_early() -> None:
+    assert Steering().budget.left() == float("inf")
+    assert Steering().hang_after == sweep.HANG_AFTER == duration("10m")

@@ -1,0 +1,131 @@
+"""A run over many points: its order, what is left out, what a log shows, and what a dry run promises."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla.bench import results
+from mla.bench.axes import lay, parse
+from mla.bench.workload import PRESETS, load_workload
+
+Bench = Callable[..., Any]
+
+VIRTUAL = ("--backend", "fake-virtual-clock")
+FEW = ("--runs", "1", "--passes", "1", "--warmups", "0", "--scenario", "decode")
+GRID = ("-a", "kv=1..6+1")
+
+
+def visited(err: str) -> list[str]:
+    """Return the scenarios in the order in which a log says that they were finished."""
+    return re.findall(r"^\d+ of 6  (.*): mla [\d.]+ ms$", err, re.MULTILINE)
+
+
+def test_points_run_in_a_seeded_order_and_are_reported_in_the_workloads(
+    bench: Bench, small: list[str]
+) -> None:
+    def orders(seed: str) -> tuple[list[str], list[str]]:
+        done = bench(*VIRTUAL, *small, *FEW, *GRID, "--seed", seed, "-o", "run.json", fakes=["virtual_clock"])
+        return visited(done.err), [case.scenario for case in results.read(Path("run.json")).cases]
+
+    names = [f"decode kv={length}" for length in range(1, 7)]
+    ran, reported = orders("0")
+    assert sorted(ran) == names
+    assert ran != names
+    assert reported == names
+    assert orders("0") == (ran, names)
+    assert orders("1")[0] not in (ran, names)
+
+
+def test_a_point_that_does_not_fit_is_named_and_the_others_run(bench: Bench, small: list[str]) -> None:
+    axes = ("-a", "kv=8,2000000000")
+    done = bench(*VIRTUAL, *small, *FEW, *axes, "-o", "run.json", fakes=["virtual_clock"])
+    assert done.code == 0
+    assert "decode kv=2000000000 is left out: it needs about " in done.err
+    fits, large = results.read(Path("run.json")).cases
+    assert (fits.check.status, large.check.status, large.latency_ms) == ("ok", "not run", None)
+    assert "; available are " in large.check.reason
+    assert "decode kv=2000000000, mla: it needs about " in done.out
+    plan = bench(*VIRTUAL, *small, *FEW, *axes, "--dry-run")
+    assert plan.code == 0
+    assert re.search(r"^2 +decode kv=2000000000 .* does not fit, left out$", plan.err, re.MULTILINE)
+    assert "2 cases, about " in plan.err
+
+
+def test_a_point_the_device_has_no_memory_for_after_all_does_not_cost_the_others(
+    bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mla.bench import session
+
+    expected_outputs = session.expected_outputs
+
+    def refuse(config: Any, state: Any, scenario: Any, inputs: Any) -> Any:
+        if scenario.history[0] == 3:
+            raise MemoryError("no room\nfor 3")
+        return expected_outputs(config, state, scenario, inputs)
+
+    monkeypatch.setattr(session, "expected_outputs", refuse)
+    done = bench(*VIRTUAL, *small, *FEW, *GRID, "-o", "run.json", fakes=["virtual_clock"])
+    assert done.code == 0
+    cases = {case.point["kv"]: case for case in results.read(Path("run.json")).cases}
+    assert [kv for kv, case in cases.items() if case.latency_ms is None] == [3]
+    assert (cases[3].check.status, cases[3].check.reason) == ("not run", "no room")
+
+
+def test_weights_and_oracle_of_one_scenario_are_gone_before_the_next(
+    bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mla.bench import session
+
+    tensors: list[Any] = []
+    alive: list[int] = []
+    expected_outputs = session.expected_outputs
+
+    def watched(config: Any, state: Any, scenario: Any, inputs: Any) -> Any:
+        alive.append(sum(tensor() is not None for tensor in tensors))
+        outputs = expected_outputs(config, state, scenario, inputs)
+        tensors.extend(map(weakref.ref, (outputs, inputs.hidden, *state.values())))
+        return outputs
+
+    monkeypatch.setattr(session, "expected_outputs", watched)
+    bench(*VIRTUAL, *small, *FEW, *GRID, fakes=["virtual_clock"])
+    assert alive == [0] * 6
+    assert tensors
+
+
+def test_a_dry_run_lists_every_case(bench: Bench, small: list[str]) -> None:
+    both = ("--implementations", "mla,mla-reference")
+    done = bench(*VIRTUAL, *small, *FEW, "-a", "kv=1..10+1", *both, "--dry-run", fakes=["virtual_clock"])
+    assert (done.code, done.out) == (0, "")
+    rows = re.findall(
+        r"^\d+ +decode kv=(\d+) +(mla\S*) +2 +[\d.]+ GiB +[\d.]+ GiB +[\d.e-]+ s$", done.err, re.MULTILINE
+    )
+    assert rows == [(str(kv), name) for kv in range(1, 11) for name in ("mla", "mla-reference")]
+    assert "scenario   decode: 10 points (--dry-run lists them)" in done.err
+    assert re.search(r"20 cases, about [\d.e-]+ s, float64 oracle and checks included", done.err)
+    assert "taken to be reached: mla 50 %, mla-reference 20 %" in done.err
+
+
+def test_presets_are_shipped_workloads(bench: Bench, small: list[str]) -> None:
+    points = {name: lay(load_workload(name), {}) for name in PRESETS}
+    standard = [(one.name, one.query_lens, one.history) for one in points["standard"]]
+    for name in ("smoke", "full"):
+        assert [(one.name, one.query_lens, one.history) for one in points[name][:2]] == standard
+        assert all(one.turns >= 6 for one in points[name]), "an interval needs 6 passes"
+    assert len(points["smoke"]) == 2
+    assert {axis for point in points["full"] for axis in point.point} == {"kv", "batch", "q_len"}
+    assert max(max(point.query_lens) for point in points["full"] if point.mode == "decode") > 1
+    chosen = bench(*VIRTUAL, *small[:2], "--preset", "smoke", "--dry-run", fakes=["virtual_clock"])
+    assert "scenario   decode: 16 requests, 16 new tokens per forward, history 50 to 400, 6 passes of 10" in (
+        chosen.err
+    )
+
+
+def test_axes_lie_over_every_scenario_of_the_workload() -> None:
+    names = [point.name for point in lay(load_workload("standard"), parse(["batch=1"]))]
+    assert names == ["prefill batch=1", "decode batch=1"]
