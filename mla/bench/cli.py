@@ -10,6 +10,7 @@ import click
 
 from mla.bench import cli_files, commands
 from mla.bench.cli_files import Word
+from mla.bench.cli_ops import op_options
 from mla.bench.exits import guarded
 from mla.bench.options import DEFAULT_CONFIG, RunOptions
 from mla.bench.render import FORMATS
@@ -21,6 +22,7 @@ Examples:
   python -m mla.bench --backend cpu
   python -m mla.bench --backend cpu --config deepseek-r1 --runs 10 -o run.json
   python -m mla.bench --backend cpu --scenario decode --implementations mla,transformers
+  python -m mla.bench --backend cpu --op latent_attention --batch 64 --kv 4k
   python -m mla.bench --backend my_module:MyBackend --workload mine.toml --dry-run
   python -m mla.bench compare before.json after.json --fail-slower 3%
   python -m mla.bench list
@@ -118,6 +120,7 @@ def cli() -> None:
     multiple=True,
     help="Run only this scenario of the workload; may be repeated.",
 )
+@op_options
 @click.option(
     "--implementations",
     metavar="A,B",
@@ -128,7 +131,8 @@ def cli() -> None:
 @click.option(
     "--runs",
     type=click.IntRange(1, MAX_COUNT),
-    help="Prefill: timed forwards, rounded up to equal passes. Decode: steps of a pass.  [workload: 100]",
+    help="Prefill: timed forwards, rounded up to equal passes. Decode: steps of a pass. "
+    "--op: calls of a pass.  [workload: 100]",
 )
 @click.option(
     "--passes",

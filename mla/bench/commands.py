@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mla.bench import environment, render, results
 from mla.bench.exits import Exit
+from mla.bench.op_scenario import refuse_idle
 from mla.bench.options import DEFAULT_CONFIG, RunOptions
 from mla.bench.progress import Progress, Reading
 from mla.bench.workload import Scenario, WorkloadError
@@ -140,7 +141,9 @@ def _request(options: RunOptions, name: str, backend: Backend, scenarios: list[S
     config = _config(options)
     state = _weights(options, config, dtype) if options.model_path else None
     setting = Setting(config, backend, dtype, options.attention, options.page_size, options.seed, options.ops)
-    names = session.resolve_implementations(_implementations(options), setting, note)
+    scenarios = session.expand_ops(scenarios, setting)
+    refuse_idle(scenarios, options.kv, options.heads)
+    names = session.resolve_implementations(_implementations(options), setting, note, scenarios)
     return session.Request(setting, scenarios, names, options.command(name), _version(name), state)
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from mla.attention import MLA
+from mla.bench.check import Checker
 from mla.bench.inputs import Inputs
 from mla.bench.poison import Poison
+from mla.bench.results import Check
 from mla.bench.workload import Scenario
 from mla.cache import LatentCache
 from mla.config import MLAConfig
@@ -69,6 +72,11 @@ class Implementation(ABC):
     @abstractmethod
     def step(self, index: int) -> None:
         """Run one forward; in decode, the cache grows."""
+
+    def check(self, checker: Any) -> Check:
+        """Judge what the last pass left: its outputs, and whatever else a subclass knows of."""
+        judge: Checker = checker
+        return judge.check(self.outputs, self.held_to_reference)
 
     @abstractmethod
     def cache_bytes(self) -> int:

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from mla import cost
+from mla.bench import op_memory
 from mla.bench.implementations import SPARE_PAGES, Setting
+from mla.bench.op_scenario import OpScenario
 from mla.bench.workload import Scenario
 from mla.config import MLAConfig
 from mla.errors import OutOfMemory
 from mla_backends import host
 
 #: The reference's logits, rebuilt keys and values, and their fp32 copies, at most.
-WORKSPACE = 1 << 30
+WORKSPACE = op_memory.WORKSPACE
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ def scenario_config(config: MLAConfig, scenario: Scenario) -> MLAConfig:
 
 
 def _device_bytes(setting: Setting, config: MLAConfig, scenario: Scenario) -> int:
+    if isinstance(scenario, OpScenario):
+        return op_memory.device_bytes(setting, config, scenario)
     size = setting.page_size
     slots = (sum(-(-length // size) for length in scenario.final_lens) + SPARE_PAGES) * size
     activations = scenario.tokens * 4 * config.num_attention_heads * config.latent_dim
@@ -106,6 +110,8 @@ def _device_bytes(setting: Setting, config: MLAConfig, scenario: Scenario) -> in
 
 
 def _host_bytes(setting: Setting, config: MLAConfig, scenario: Scenario) -> int:
+    if isinstance(scenario, OpScenario):
+        return op_memory.host_bytes(setting, config, scenario)
     weights = cost.parameters(config) * (setting.dtype.itemsize + 8)
     rows = scenario.inputs * scenario.tokens
     oracle = 8 * rows * (3 * config.hidden_size + 4 * config.num_attention_heads * config.qk_head_dim)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from mla.bench.workload import Scenario, WorkloadError, load_workload, select
+from mla.bench.op_scenario import op_scenario
+from mla.bench.workload import STANDARD, Scenario, WorkloadError, load_workload, select
 
 DEFAULT_CONFIG = "deepseek-v2-lite"
 
@@ -39,13 +40,41 @@ class RunOptions:
     kind: str
     dry_run: bool
     list_ops: bool
+    op: str | None = None
+    batch: int | None = None
+    kv: int | None = None
+    q_len: int | None = None
+    heads: int | None = None
 
     def chosen_scenarios(self) -> list[Scenario]:
         """Return the workload's scenarios with the counts the user set. Raises `WorkloadError`."""
         counts = {"runs": self.runs, "passes": self.passes, "warmups": self.warmups}
         changes = {name: count for name, count in counts.items() if count is not None}
-        scenarios = select(load_workload(self.workload), self.scenarios)
+        self._check_op()
+        if self.op is not None:
+            scenarios: list[Scenario] = [op_scenario(self.op, self.batch, self.kv, self.q_len, self.heads)]
+        else:
+            scenarios = select(load_workload(self.workload), self.scenarios)
         return [msgspec.structs.replace(scenario, **changes) for scenario in scenarios]
+
+    def _check_op(self) -> None:
+        """Raise `WorkloadError` for options that mean nothing with `--op`, or without it."""
+        shape = {"--batch": self.batch, "--kv": self.kv, "--q-len": self.q_len, "--heads": self.heads}
+        given = [flag for flag, value in shape.items() if value is not None]
+        if self.op is None and given:
+            raise WorkloadError(f"{given[0]} shapes one op: it needs --op; a workload has its own lengths.")
+        layer = {
+            "--workload": self.workload != STANDARD,
+            "--scenario": self.scenarios,
+            "--model-path": self.model_path,
+            "--attention": self.attention != "auto",
+        }
+        given = [flag for flag, value in layer.items() if value]
+        if self.op is not None and given:
+            raise WorkloadError(
+                f"{given[0]} is about the whole layer: leave it out with --op, whose shape is --batch, --kv, "
+                "--q-len, --heads and --config."
+            )
 
     def check_checkpoint(self, scenarios: Sequence[Scenario]) -> None:
         """Raise `WorkloadError` for options that contradict the checkpoint or need one."""

@@ -98,9 +98,11 @@ def headlines(run: Run) -> list[str]:
         )
         of = f" [{', '.join(parts)}]" if parts else ""
         if case.latency_ms is None or case.tokens_per_s is None:
-            lines.append(f"{case.mode.title()}{of}: no number, check: {case.check.status}")
-        elif case.mode == "prefill":
-            lines.append(f"Prefill Latency{of}: {number(case.latency_ms.median)} ms")
+            what = "Op" if case.op else case.mode.title()
+            lines.append(f"{what}{of}: no number, check: {case.check.status}")
+        elif case.op or case.mode == "prefill":
+            what = "Op" if case.op else "Prefill"
+            lines.append(f"{what} Latency{of}: {number(case.latency_ms.median)} ms")
         else:
             lines.append(f"Decode Throughput{of}: {case.tokens_per_s.median:.1f} tok/s")
     return lines
@@ -122,7 +124,7 @@ def _table(cases: Sequence[Case]) -> str:
         table.add_row(*(Text(cell) for cell in cells), style=style)
     wide = Console(
         file=io.StringIO(),
-        width=max(console.width, 150),  # a cut number is worse than a wrapped line
+        width=max(console.width, 1000),  # a cut number is worse than a wrapped line
         force_terminal=console.is_terminal,
         color_system="standard" if console.is_terminal else None,
     )

@@ -8,24 +8,21 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 
-from mla import cost
 from mla.bench import agreement, engine, environment, peers, results, stats
 from mla.bench.ceilings import Ceilings
-from mla.bench.check import Checker, expected_outputs
 from mla.bench.implementations import Implementation, MlaLayer, Setting
-from mla.bench.inputs import Inputs, make_inputs
-from mla.bench.memory import MemoryPlan, plan_memory, scenario_config
+from mla.bench.memory import MemoryPlan, plan_memory
+from mla.bench.op_scenario import OpScenario, expand
 from mla.bench.peers import Transformers
+from mla.bench.subject import LayerSubject, OpSubject, Subject
 from mla.bench.workload import Scenario, WorkloadError
-from mla.config import MLAConfig
 from mla.errors import MLAError, did_you_mean
-from mla.ops import Ops
+from mla.ops import Ops, layer_roles
 from mla.oracle import State
-from mla.weights import random_state_dict
 from mla_backends import BackendError
 
 Note = Callable[[str], None]
@@ -50,21 +47,39 @@ class Request:
     state: State | None = None  # weights of a checkpoint; None: random ones
 
 
-def resolve_implementations(names: Sequence[str], setting: Setting, note: Note) -> list[str]:
+def expand_ops(scenarios: Sequence[Scenario], setting: Setting) -> list[Scenario]:
+    """Return the scenarios, each op replaced by the roles it has in this layer. Raises `WorkloadError`."""
+    roles = layer_roles(setting.config, setting.dtype, setting.device)
+    return expand(scenarios, setting.config, {role: kind for role, (kind, _) in roles.items()})
+
+
+def resolve_implementations(
+    names: Sequence[str], setting: Setting, note: Note, scenarios: Sequence[Scenario] = ()
+) -> list[str]:
     """Return the implementations to run; without names, `mla` and, if it differs, `mla-reference`."""
     for name in names:
         if name not in IMPLEMENTATIONS:
             known = ", ".join(IMPLEMENTATIONS)
             hint = did_you_mean(name, list(IMPLEMENTATIONS))
             raise WorkloadError(f"unknown implementation '{name}'.{hint} There are: {known}.")
-    if any(name.startswith("transformers") for name in names):
+    peer = next((name for name in names if not name.startswith("mla")), None)
+    if peer and any(isinstance(scenario, OpScenario) for scenario in scenarios):
+        raise WorkloadError(f"{peer} runs the whole layer: --op times mla and mla-reference.")
+    if peer:
         peers.require()
     if names:
         return list(dict.fromkeys(names))
-    if make_ops(setting).all_reference():
+    if _all_reference(setting, scenarios):
         note("mla-reference is left out: no fused op was chosen, so it is identical to mla")
         return ["mla"]
     return ["mla", "mla-reference"]
+
+
+def _all_reference(setting: Setting, scenarios: Sequence[Scenario]) -> bool:
+    """Say whether no fused op runs in any scenario."""
+    ops = make_ops(setting)
+    roles = {scenario.role for scenario in scenarios if isinstance(scenario, OpScenario)}
+    return all(ops[role].name == "reference" for role in roles) if roles else ops.all_reference()
 
 
 def make_ops(setting: Setting) -> Ops:
@@ -74,7 +89,9 @@ def make_ops(setting: Setting) -> Ops:
 
 def plan(request: Request) -> MemoryPlan:
     """Return the memory plan of a request; fused ops need the reference once, as their yardstick."""
-    yardstick = 0 if make_ops(request.setting).all_reference() or "mla" not in request.implementations else 1
+    of_ops = any(isinstance(scenario, OpScenario) for scenario in request.scenarios)  # theirs is on the host
+    fused = "mla" in request.implementations and not make_ops(request.setting).all_reference()
+    yardstick = 1 if fused and not of_ops else 0
     return plan_memory(request.setting, request.scenarios, len(request.implementations), yardstick)
 
 
@@ -137,50 +154,31 @@ def _failure(scenario: Scenario, error: Exception) -> MLAError | BackendError:
     )
 
 
+def make_subject(request: Request, scenario: Scenario) -> Subject:
+    """Return what a scenario measures."""
+    if isinstance(scenario, OpScenario):
+        return OpSubject(request.setting, scenario)
+    return LayerSubject(request.setting, scenario, request.state, IMPLEMENTATIONS)
+
+
 class _Work:
-    """One scenario: its weights, inputs and oracle, shared by all implementations."""
+    """One scenario: its subject, measured implementation by implementation."""
 
     def __init__(
         self, request: Request, scenario: Scenario, progress: engine.Progress, ceilings: Ceilings
     ) -> None:
         self._request, self._scenario, self._progress = request, scenario, progress
         self._ceilings = ceilings
-        setting = request.setting
-        self._setting = replace(setting, config=scenario_config(setting.config, scenario))
-        self._inputs: Inputs | None = None
-        self._state: State = {}
-        self._checker: Checker | None = None
+        self._subject = make_subject(request, scenario)
+        self._setting = self._subject.setting
         self._outputs: dict[str, torch.Tensor] = {}  # of right implementations, on the host
-
-    def _prepare(self) -> tuple[Inputs, Checker]:
-        config, seed, dtype = self._setting.config, self._setting.seed, self._setting.dtype
-        if self._inputs is None or self._checker is None:
-            self._progress(f"{self._scenario.name}: float64 oracle", 0)
-            self._state = self._weights(config, seed, dtype)
-            self._inputs = make_inputs(config, self._scenario, seed, dtype)
-            expected = expected_outputs(config, self._state, self._scenario, self._inputs)
-            self._checker = Checker(expected, dtype, self._reference_outputs)
-        return self._inputs, self._checker
-
-    def _weights(self, config: MLAConfig, seed: int, dtype: torch.dtype) -> State:
-        if self._request.state is None:
-            return random_state_dict(config, seed, dtype)
-        return {name: weight.to(dtype) for name, weight in self._request.state.items()}
-
-    def _reference_outputs(self) -> torch.Tensor:
-        """Run the reference once: the yardstick of our own implementations."""
-        inputs, _ = self._prepare()
-        reference = IMPLEMENTATIONS["mla-reference"](self._setting, self._state)
-        reference.load(self._scenario, inputs)
-        for index in range(self._scenario.inputs):
-            reference.step(index)
-        return reference.outputs
 
     def measure(self, names: Sequence[str]) -> list[results.Case]:
         """Measure implementations that run in turns."""
         try:
-            inputs, checker = self._prepare()
-            built = [IMPLEMENTATIONS[name](self._setting, self._state) for name in names]
+            self._progress(f"{self._scenario.name}: float64 oracle", 0)
+            inputs, checker = self._subject.prepare()
+            built = [self._subject.build(name) for name in names]
         except KeyboardInterrupt:
             return [self._not_run(name) for name in names]
         timer = self._setting.backend.timer()
@@ -235,7 +233,7 @@ class _Work:
             tokens_per_s=None,
             plan_ms=None,
             switch_steps=[],
-            cost=self._cost(),
+            cost=self._subject.cost(),
             roofline=results.Roofline(),
             memory=results.Memory(weight_bytes=0, cache_bytes=0, peak_bytes=None),
             ops={},
@@ -245,16 +243,8 @@ class _Work:
             base=scenario.name,
             dtype=str(self._setting.dtype).removeprefix("torch."),
             heads=self._setting.config.num_attention_heads,
+            op=self._subject.op,
         )
-
-    def _cost(self) -> results.Cost:
-        """Average the work of a pass's forwards, counted for our layer's paths."""
-        config, scenario, setting = self._setting.config, self._scenario, self._setting
-        lengths = [scenario.kv_lens(step) for step in range(scenario.inputs)]
-        flops = [cost.step_flops(config, scenario.query_lens, kv, setting.attention) for kv in lengths]
-        size = setting.dtype.itemsize
-        moved = [cost.step_bytes(config, scenario.query_lens, kv, size) for kv in lengths]
-        return results.Cost(flops=round(sum(flops) / len(flops)), bytes=round(sum(moved) / len(moved)))
 
 
 def _add_numbers(
@@ -279,7 +269,7 @@ def _add_numbers(
 
 
 def _repro(request: Request, scenario: Scenario, name: str) -> str:
-    words = [*request.command, "--scenario", scenario.name, "--implementations", name]
+    words = [*request.command, *scenario.selection, "--implementations", name]
     return shlex.join(["python", "-m", "mla.bench", *words])
 
 

@@ -68,6 +68,11 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return min(self.warmups, self.steps) if self.mode == "decode" else self.warmups
 
     @property
+    def selection(self) -> list[str]:
+        """Options that choose this scenario."""
+        return ["--scenario", self.name]
+
+    @property
     def tokens(self) -> int:
         """New tokens of one forward."""
         return sum(self.query_lens)

@@ -1,0 +1,128 @@
+"""One op of the contract as a scenario: equal requests, and the op's role in the layer. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import msgspec
+
+from mla.bench.workload import Positive, Scenario, WorkloadError
+from mla.config import MLAConfig
+from mla.errors import did_you_mean
+from mla_backends.api import OPS
+
+#: Roles whose work depends on the history; the others see new tokens alone.
+READS_HISTORY = frozenset({"kv_b_proj", "write_latent", "latent_attention", "expanded_attention"})
+DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY = 16, 1024, 1
+#: Words for ops and roles that only layers with a query LoRA have.
+QUERY_LORA = frozenset({"rms_norm", "q_a_layernorm", "q_b_proj"})
+
+
+class OpScenario(Scenario, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One op on one prepared batch: a pass is `runs` calls, each the same. `role` as in `mla.ops.Ops`."""
+
+    role: str  # until `expand`, also the name of an op, which means all roles it has
+    mode: Literal["prefill", "decode"] = "prefill"
+    passes: Positive = 10
+
+    @property
+    def steps(self) -> int:
+        """Calls of one pass."""
+        return self.runs
+
+    @property
+    def turns(self) -> int:
+        """Passes that are timed."""
+        return self.passes
+
+    @property
+    def selection(self) -> list[str]:
+        """Options that choose this scenario."""
+        words = ["--op", self.role, "--batch", str(len(self.query_lens)), "--q-len", str(self.query_lens[0])]
+        words += ["--kv", str(self.history[0])] * (self.role in READS_HISTORY)
+        return words + (["--heads", str(self.heads)] if self.heads else [])
+
+
+def op_scenario(
+    op: str, batch: int | None, kv: int | None, q_len: int | None, heads: int | None
+) -> OpScenario:
+    """Return `batch` requests of `kv` cached and `q_len` new tokens; None is the default."""
+    requests = DEFAULT_BATCH if batch is None else batch
+    return OpScenario(
+        name=op,
+        role=op,
+        query_lens=(DEFAULT_QUERY if q_len is None else q_len,) * requests,
+        history=(DEFAULT_HISTORY if kv is None else kv,) * requests,
+        heads=heads,
+    )
+
+
+def expand(scenarios: Sequence[Scenario], config: MLAConfig, kinds: Mapping[str, str]) -> list[Scenario]:
+    """Replace each op by its roles in a layer of `config`, each named after its shape; others stay.
+
+    `kinds`: role -> op. Raises `WorkloadError` for an op there is not, or that this layer has not.
+    """
+    found: list[Scenario] = []
+    for scenario in scenarios:
+        if isinstance(scenario, OpScenario):
+            found += [_of_role(scenario, role, config) for role in _roles(scenario.role, config, kinds)]
+        else:
+            found.append(scenario)
+    names = [scenario.name for scenario in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise WorkloadError(f"'{twice}' would be measured twice: what varies makes no difference to it.")
+    return found
+
+
+def _roles(op: str, config: MLAConfig, kinds: Mapping[str, str]) -> list[str]:
+    """Return the roles that a role's or an op's name means."""
+    if op in kinds:
+        return [op]
+    roles = [role for role, kind in kinds.items() if kind == op]
+    if not roles and op in QUERY_LORA:
+        raise WorkloadError(
+            f"a layer of config '{config.name}' has no {op}, because it does not compress its queries: "
+            "choose a config that does, such as --config deepseek-r1."
+        )
+    if not roles:
+        known = list(dict.fromkeys([*OPS, *kinds]))
+        raise WorkloadError(f"unknown op '{op}'.{did_you_mean(op, known)} --op takes: {', '.join(known)}.")
+    return roles
+
+
+def _of_role(scenario: OpScenario, role: str, config: MLAConfig) -> OpScenario:
+    """Return the scenario for one role, without what makes no difference to it."""
+    history = scenario.history if role in READS_HISTORY else (DEFAULT_HISTORY,) * len(scenario.history)
+    heads = scenario.heads if _has_heads(role, config) else None
+    return msgspec.structs.replace(
+        scenario, role=role, history=history, heads=heads, name=_name(scenario, role, config)
+    )
+
+
+def refuse_idle(scenarios: Sequence[Scenario], kv: int | None, heads: int | None) -> None:
+    """Raise `WorkloadError` for `--kv` and `--heads` that change none of the expanded scenarios."""
+    ops = [scenario for scenario in scenarios if isinstance(scenario, OpScenario)]
+    idle = []
+    if kv is not None and not any(scenario.role in READS_HISTORY for scenario in ops):
+        idle.append("--kv")
+    if heads is not None and not any(scenario.heads for scenario in ops):
+        idle.append("--heads")
+    if idle:
+        roles = ", ".join(dict.fromkeys(scenario.role for scenario in ops))
+        raise WorkloadError(f"{' and '.join(idle)} makes no difference to {roles}: leave it out.")
+
+
+def _name(scenario: OpScenario, role: str, config: MLAConfig) -> str:
+    """Return the role and what it depends on, such as "latent_attention batch=64 kv=4096 heads=16"."""
+    words = [role, f"batch={len(scenario.query_lens)}"]
+    words += [f"kv={scenario.history[0]}"] * (role in READS_HISTORY)
+    words += [f"q_len={scenario.query_lens[0]}"] * (scenario.query_lens[0] != 1)
+    words += [f"heads={scenario.heads or config.num_attention_heads}"] * _has_heads(role, config)
+    return " ".join(words)
+
+
+def _has_heads(role: str, config: MLAConfig) -> bool:
+    """Say whether a role's shape depends on the head count."""
+    return role not in ("q_a_layernorm", "write_latent") and not (role == "qkv_a_proj" and config.q_lora_rank)
