@@ -14,7 +14,7 @@ from mla.bench.cli_ops import op_options
 from mla.bench.exits import guarded
 from mla.bench.options import DEFAULT_CONFIG, RunOptions
 from mla.bench.render import FORMATS
-from mla.bench.workload import MAX_COUNT, STANDARD
+from mla.bench.workload import MAX_COUNT, MAX_LAYERS, STANDARD
 from mla.errors import did_you_mean
 
 EPILOG = """\b
@@ -111,7 +111,7 @@ def cli() -> None:
     default=STANDARD,
     show_default=True,
     help="Scenarios to run: a TOML file of [[scenario]] tables with name, mode, query_lens, "
-    "history, runs, passes, warmups, heads.",
+    "history, runs, passes, warmups, heads, layers.",
 )
 @click.option(
     "--scenario",
@@ -138,6 +138,12 @@ def cli() -> None:
     "--passes",
     type=click.IntRange(1, MAX_COUNT),
     help="Turns per implementation; a 95% interval needs 6.  [workload: 10 and 6]",
+)
+@click.option(
+    "--layers",
+    type=click.IntRange(1, MAX_LAYERS),
+    help="Layers with weights and caches of their own, one after the other, as in a model; numbers are per "
+    "layer.  [workload: 1]",
 )
 @click.option("--warmups", type=click.IntRange(0, MAX_COUNT), help="Untimed forwards first.  [workload: 10]")
 @click.option(

@@ -257,7 +257,8 @@ def _describe(request: Request) -> None:
 def _scenario_line(scenario: Scenario) -> str:
     size = f"{len(scenario.query_lens)} requests, {scenario.tokens} new tokens per forward, "
     lengths = f"history {min(scenario.history)} to {max(scenario.history)}, "
-    return f"{scenario.name}: {size}{lengths}{scenario.turns} passes of {scenario.steps}"
+    layers = f"{scenario.layers} layers, " if scenario.layers > 1 else ""
+    return f"{scenario.name}: {size}{lengths}{layers}{scenario.turns} passes of {scenario.steps}"
 
 
 def list_configs(as_json: bool) -> int:

@@ -78,7 +78,7 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def _case_differences(base: Case, new: Case) -> list[str]:
-    names = ("mode", "query_lens", "history", "steps_per_pass", "clock")
+    names = ("mode", "query_lens", "history", "steps_per_pass", "clock", "layers", "op")
     reasons = [f"{name} differs" for name in names if getattr(base, name) != getattr(new, name)]
     for which, case in (("base", base), ("new", new)):
         if case.latency_ms is None:

@@ -13,6 +13,7 @@ from mla.bench.op_scenario import OpScenario
 from mla.bench.workload import Scenario
 from mla.config import MLAConfig
 from mla.errors import OutOfMemory
+from mla.plan import WORKSPACE_BYTES
 from mla_backends import host
 
 #: The reference's logits, rebuilt keys and values, and their fp32 copies, at most.
@@ -105,14 +106,25 @@ def _device_bytes(setting: Setting, config: MLAConfig, scenario: Scenario) -> in
     hidden = 2 * scenario.inputs * scenario.tokens * config.hidden_size
     weights = cost.parameters(config) + cost.kv_b_parameters(config)  # kv_b is packed for both its uses
     longest = 4 * max(scenario.final_lens) * config.latent_dim  # one request's keys, gathered and widened
-    elements = longest + weights + slots * config.latent_dim + activations + hidden
-    return elements * setting.dtype.itemsize + WORKSPACE
+    per_layer = weights + slots * config.latent_dim + activations + hidden
+    scratch = WORKSPACE + (scenario.layers - 1) * _kept_bytes(setting, config, scenario)
+    return (longest + scenario.layers * per_layer) * setting.dtype.itemsize + scratch
+
+
+def _kept_bytes(setting: Setting, config: MLAConfig, scenario: Scenario) -> int:
+    """Return the rebuilt keys and values that each layer keeps memory for; absorbed attention has none."""
+    if setting.attention == "absorbed" or (max(scenario.query_lens) == 1 and setting.attention == "auto"):
+        return 0
+    row = config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim
+    size = sum(scenario.final_lens) * row * config.num_attention_heads * setting.dtype.itemsize
+    return min(size, WORKSPACE_BYTES)
 
 
 def _host_bytes(setting: Setting, config: MLAConfig, scenario: Scenario) -> int:
     if isinstance(scenario, OpScenario):
         return op_memory.host_bytes(setting, config, scenario)
-    weights = cost.parameters(config) * (setting.dtype.itemsize + 8)
+    copies = 1 if scenario.layers == 1 else 2  # of the layer that is being rolled
+    weights = cost.parameters(config) * (copies * setting.dtype.itemsize + 8)
     rows = scenario.inputs * scenario.tokens
     oracle = 8 * rows * (3 * config.hidden_size + 4 * config.num_attention_heads * config.qk_head_dim)
     logits = (

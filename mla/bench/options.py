@@ -45,10 +45,11 @@ class RunOptions:
     kv: int | None = None
     q_len: int | None = None
     heads: int | None = None
+    layers: int | None = None
 
     def chosen_scenarios(self) -> list[Scenario]:
         """Return the workload's scenarios with the counts the user set. Raises `WorkloadError`."""
-        counts = {"runs": self.runs, "passes": self.passes, "warmups": self.warmups}
+        counts = {"runs": self.runs, "passes": self.passes, "warmups": self.warmups, "layers": self.layers}
         changes = {name: count for name, count in counts.items() if count is not None}
         self._check_op()
         if self.op is not None:
@@ -68,6 +69,7 @@ class RunOptions:
             "--scenario": self.scenarios,
             "--model-path": self.model_path,
             "--attention": self.attention != "auto",
+            "--layers": self.layers is not None,
         }
         given = [flag for flag, value in layer.items() if value]
         if self.op is not None and given:
@@ -91,7 +93,7 @@ class RunOptions:
     def implementation_names(self) -> list[str]:
         """Return the names the user listed; a checkpoint is compared with `transformers` unless they say."""
         names = [name.strip() for name in self.implementations.split(",") if name.strip()]
-        return names or (["mla", "transformers"] if self.model_path else [])
+        return names or (["mla", "transformers"] if self.model_path and self.layers in (None, 1) else [])
 
     def key_values(self) -> dict[str, str]:
         """Return the `-O` options. Raises `WorkloadError`."""
@@ -116,6 +118,7 @@ class RunOptions:
             ("--runs", self.runs, None),
             ("--passes", self.passes, None),
             ("--warmups", self.warmups, None),
+            ("--layers", self.layers, None),
             ("--dtype", self.dtype, "bfloat16"),
             ("--attention", self.attention, "auto"),
             ("--page-size", self.page_size, 64),

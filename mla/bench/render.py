@@ -21,7 +21,7 @@ NOISY = 1.5
 
 #: Column title -> cell. Unknown prints "-".
 COLUMNS: dict[str, Callable[[Case], str]] = {
-    "scenario": lambda case: case.scenario,
+    "scenario": lambda case: case.scenario + _layers(case),
     "implementation": lambda case: case.implementation,
     "latency ms": lambda case: number(case.latency_ms.median if case.latency_ms else None),
     "95% CI": lambda case: _interval(case.latency_ms.ci95 if case.latency_ms else None),
@@ -93,9 +93,9 @@ def headlines(run: Run) -> list[str]:
     """Return one line per scenario for the first implementation that ran it."""
     lines = []
     for case in (cases[0] for cases in _by_scenario(run).values()):
-        parts = [case.scenario] * (case.scenario != case.mode) + [case.implementation] * (
-            case.implementation != "mla"
-        )
+        parts = [case.scenario] * (case.scenario != case.mode)
+        parts += [case.implementation] * (case.implementation != "mla")
+        parts += [_layers(case).strip()] * (case.layers > 1)
         of = f" [{', '.join(parts)}]" if parts else ""
         if case.latency_ms is None or case.tokens_per_s is None:
             what = "Op" if case.op else case.mode.title()
@@ -106,6 +106,11 @@ def headlines(run: Run) -> list[str]:
         else:
             lines.append(f"Decode Throughput{of}: {case.tokens_per_s.median:.1f} tok/s")
     return lines
+
+
+def _layers(case: Case) -> str:
+    """Say that numbers are per layer, where several ran."""
+    return f" per layer of {case.layers}" if case.layers > 1 else ""
 
 
 def _cells(cases: Sequence[Case]) -> Iterable[list[str]]:
@@ -175,6 +180,7 @@ def _flat(case: Case) -> dict[str, object]:
         "limit_source": case.roofline.peak_source,
         "flops": case.cost.flops,
         "bytes": case.cost.bytes,
+        "layers": case.layers,
         "passes": case.passes,
         "steps_per_pass": case.steps_per_pass,
         "cache_bytes": case.memory.cache_bytes,

@@ -15,6 +15,7 @@ import torch
 from mla.bench import agreement, engine, environment, peers, results, stats
 from mla.bench.ceilings import Ceilings
 from mla.bench.implementations import Implementation, MlaLayer, Setting
+from mla.bench.layer_stack import MlaStack
 from mla.bench.memory import MemoryPlan, plan_memory
 from mla.bench.op_scenario import OpScenario, expand
 from mla.bench.peers import Transformers
@@ -28,11 +29,15 @@ from mla_backends import BackendError
 Note = Callable[[str], None]
 
 IMPLEMENTATIONS: dict[str, Callable[[Setting, State], Implementation]] = {
-    "mla": MlaLayer,
-    "mla-reference": lambda setting, state: MlaLayer(setting, state, "mla-reference", "reference"),
+    "mla": lambda setting, state: _layers(setting)(setting, state),
+    "mla-reference": lambda setting, state: _layers(setting)(setting, state, "mla-reference", "reference"),
     "transformers": Transformers,
     "transformers-eager": lambda setting, state: Transformers(setting, state, "eager"),
 }
+
+
+def _layers(setting: Setting) -> type[MlaLayer]:
+    return MlaStack if setting.layers > 1 else MlaLayer
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ def resolve_implementations(
     peer = next((name for name in names if not name.startswith("mla")), None)
     if peer and any(isinstance(scenario, OpScenario) for scenario in scenarios):
         raise WorkloadError(f"{peer} runs the whole layer: --op times mla and mla-reference.")
+    if peer and any(scenario.layers > 1 for scenario in scenarios):
+        raise WorkloadError(f"{peer} runs one layer at a time: leave it out, or --layers.")
     if peer:
         peers.require()
     if names:
@@ -187,7 +194,7 @@ class _Work:
         )
         for one in built:
             if measured[one.name].check.status == "ok":
-                self._outputs[one.name] = one.outputs.to("cpu", copy=True)
+                self._outputs[one.name] = one.compared().to("cpu", copy=True)
         return [self._case(one, measured[one.name], names, timer.clock) for one in built]
 
     def compare(self, cases: Sequence[results.Case]) -> None:
@@ -213,8 +220,16 @@ class _Work:
         )
         if measured.passes:
             latency = _add_numbers(case, self._scenario, measured, one)
-            case.roofline = self._ceilings.roofline(case.cost, latency.median)
+            case.roofline = self._roofline(case.cost, latency.median)
         return case
+
+    def _roofline(self, work: results.Cost, latency_ms: float) -> results.Roofline:
+        """Return the roofline of one layer, where a forward moves the bytes of all."""
+        layers = self._scenario.layers
+        whole = results.Cost(flops=layers * work.flops, bytes=layers * work.bytes)
+        found = self._ceilings.roofline(whole, layers * latency_ms)
+        found.floor_ms = None if found.floor_ms is None else found.floor_ms / layers
+        return found
 
     def _not_run(self, name: str) -> results.Case:
         scenario = self._scenario
@@ -243,6 +258,7 @@ class _Work:
             base=scenario.name,
             dtype=str(self._setting.dtype).removeprefix("torch."),
             heads=self._setting.config.num_attention_heads,
+            layers=scenario.layers,
             op=self._subject.op,
         )
 
@@ -250,9 +266,10 @@ class _Work:
 def _add_numbers(
     case: results.Case, scenario: Scenario, measured: engine.Measured, one: Implementation
 ) -> results.Latency:
-    samples = [sample for samples in measured.passes for sample in samples]
-    medians = [stats.median(samples) for samples in measured.passes]
-    rates = [1e3 * scenario.tokens * len(samples) / sum(samples) for samples in measured.passes]
+    passes = [[sample / scenario.layers for sample in samples] for samples in measured.passes]
+    samples = [sample for samples in passes for sample in samples]
+    medians = [stats.median(samples) for samples in passes]
+    rates = [1e3 * scenario.tokens * len(samples) / sum(samples) for samples in passes]
     case.latency_ms = results.Latency(
         median=stats.median(samples),
         ci95=stats.median_interval(medians),
@@ -261,7 +278,7 @@ def _add_numbers(
         samples=samples,
     )
     case.tokens_per_s = results.Throughput(median=stats.median(rates), ci95=stats.median_interval(rates))
-    case.plan_ms = one.plan_ms
+    case.plan_ms = None if one.plan_ms is None else one.plan_ms / scenario.layers
     case.switch_steps = [
         index * scenario.steps for index, switched in enumerate(measured.after_switch) if switched
     ]

@@ -36,7 +36,8 @@ class Subject(ABC):
     op: str | None = None  # the role that is measured; None is the layer
 
     def __init__(self, setting: Setting, scenario: Scenario) -> None:
-        self.setting = replace(setting, config=scenario_config(setting.config, scenario))
+        config = scenario_config(setting.config, scenario)
+        self.setting = replace(setting, config=config, layers=scenario.layers)
         self.scenario = scenario
         self._prepared: tuple[Any, Any] | None = None
 
@@ -81,7 +82,7 @@ class LayerSubject(Subject):
     def _reference_outputs(self) -> torch.Tensor:
         """Run the reference once: the yardstick of our own implementations."""
         inputs, _ = self.prepare()
-        reference = self.build("mla-reference")
+        reference = self._builders["mla-reference"](replace(self.setting, layers=1), self._state)
         reference.load(self.scenario, inputs)
         for index in range(self.scenario.inputs):
             reference.step(index)
