@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from mla.bench.workload import Positive, Scenario, WorkloadError
-from mla.config import MLAConfig
 from mla.errors import did_you_mean
 from mla_backends.api import OPS
+
+if TYPE_CHECKING:
+    from mla.config import MLAConfig
 
 #: Roles whose work depends on the history; the others see new tokens alone.
 READS_HISTORY = frozenset({"kv_b_proj", "write_latent", "latent_attention", "expanded_attention"})
