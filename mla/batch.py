@@ -39,18 +39,20 @@ class BatchMemory:
     work in order.
     """
 
-    def __init__(self, tokens: int, requests: int, width: int, device: torch.device) -> None:
+    def __init__(self, tokens: int, table: torch.Tensor, device: torch.device) -> None:
+        """Make memory for `tokens` new tokens and a block table like `table`."""
+        requests, width = table.shape
         sizes = (2 * tokens, tokens, requests, requests + 1, requests * width)
         self.buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-        slots, self.positions, self.kv_lens, self.cu_q, table = self.buffer.split(sizes)
+        slots, self.positions, self.kv_lens, self.cu_q, pages = self.buffer.split(sizes)
         self.slots = slots.view(torch.int64)
-        self.block_table = table.view(requests, width)
-        self._numbers = self.buffer[: self.buffer.numel() - table.numel()]
+        self.block_table = pages.view(requests, width)
+        self._numbers = self.buffer[: self.buffer.shape[0] - requests * width]
         self._held: torch.Tensor | None = None  # the host's block table that `block_table` holds
 
-    def fits(self, tokens: int, requests: int, width: int) -> bool:
+    def fits(self, tokens: int, table: torch.Tensor) -> bool:
         """Say whether a batch of this shape can lie here."""
-        return self.positions.shape[0] == tokens and self.block_table.shape == (requests, width)
+        return self.positions.shape[0] == tokens and self.block_table.shape == table.shape
 
     def fill(self, numbers: torch.Tensor, table: torch.Tensor) -> None:
         """Copy what a batch packed, and its block table unless that is the one held already: one copy."""
@@ -90,8 +92,7 @@ class RaggedBatch:
         self.device = device
         self._source = source
         self._describe(tuple(query_lens), tuple(kv_lens), block_table)
-        tables = (self.num_tokens, *block_table.shape)
-        self.memory = memory or BatchMemory(*tables, device)
+        self.memory = memory or BatchMemory(self.num_tokens, block_table, device)
         self.memory.fill(self._pack(slots), block_table)
         self._name_parts(self.memory)
 

@@ -123,8 +123,8 @@ class LatentCache:
 
     def _batch_memory(self, tokens: int, table: torch.Tensor) -> BatchMemory:
         """Return where the step's tables go: the last step's memory again while the shape is the same."""
-        if self._memory is None or not self._memory.fits(tokens, *table.shape):
-            self._memory = BatchMemory(tokens, *table.shape, self.pages.device)
+        if self._memory is None or not self._memory.fits(tokens, table):
+            self._memory = BatchMemory(tokens, table, self.pages.device)
         return self._memory
 
     def _table(self, entries: Sequence[_Sequence]) -> torch.Tensor:

@@ -106,7 +106,7 @@ class Ops:
         _check_names(offered, policy)
         self.attention = attention_spec(config, dtype, device)
         self._choices: dict[str, Choice] = {}
-        for role, (kind, spec) in _roles(config, dtype, device).items():
+        for role, (kind, spec) in layer_roles(config, dtype, device).items():
             self._choices[role] = choose(kind, spec, offered, policy)
 
     def __getitem__(self, role: str) -> Choice:
@@ -156,7 +156,7 @@ def attention_spec(config: MLAConfig, dtype: torch.dtype, device: torch.device) 
     )
 
 
-def _roles(config: MLAConfig, dtype: torch.dtype, device: torch.device) -> dict[str, tuple[str, Any]]:
+def layer_roles(config: MLAConfig, dtype: torch.dtype, device: torch.device) -> dict[str, tuple[str, Any]]:
     """Return role -> (op kind, spec). The first projections of queries and latents are one weight."""
     h, n, c, v = (
         config.num_attention_heads,

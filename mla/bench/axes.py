@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from mla.bench.sizes import UNITS
 from mla.bench.workload import MAX_COUNT, MAX_REQUESTS, Scenario, WorkloadError, check_lengths
 from mla.errors import did_you_mean
 
@@ -36,7 +37,6 @@ DTYPES = {
     "float16": "float16",
     "float32": "float32",
 }
-SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20}
 
 Value = int | str
 Axes = dict[str, tuple[Value, ...]]
@@ -54,9 +54,10 @@ class Point(Scenario, frozen=True, kw_only=True):
     page_size: int | None = None  # instead of the run's
 
     @property
-    def axis_words(self) -> list[str]:
-        """Return the command line's words that lead to this point."""
-        return [word for name, value in self.point.items() for word in ("-a", f"{name}={value}")]
+    def selection(self) -> list[str]:
+        """The command line's words that choose this point alone."""
+        axes = [word for name, value in self.point.items() for word in ("-a", f"{name}={value}")]
+        return ["--scenario", self.base, *axes]
 
 
 def parse(words: Sequence[str]) -> Axes:
@@ -161,7 +162,7 @@ def _numbers(name: str, item: str) -> list[int]:
 
 def _number(text: str) -> int:
     digits = text.rstrip("kKmM")
-    return int(digits) * SUFFIXES[text[len(digits) :].lower()]
+    return int(digits) * UNITS[text[len(digits) :].lower()]
 
 
 def _checked(name: str, value: int) -> int:
@@ -175,20 +176,21 @@ def _checked(name: str, value: int) -> int:
 
 def _point(scenario: Scenario, values: Mapping[str, Any]) -> Point:
     """Return the scenario at one point: its requests repeated or cut to `batch`, then given lengths."""
-    fields = msgspec.structs.asdict(scenario)
     lengths = itertools.cycle(zip(scenario.query_lens, scenario.history, strict=True))
     requests = list(itertools.islice(lengths, values.get("batch", len(scenario.query_lens))))
-    fields |= {
+    changes = {
         "query_lens": tuple(values.get("q_len", new) for new, _ in requests),
         "history": tuple(values.get("kv", past) for _, past in requests),
         "heads": values.get("heads", scenario.heads),
         "dtype": values.get("dtype"),
         "page_size": values.get("page_size"),
         "axes": {},
-        "base": scenario.name,
         "point": dict(values),
         "name": " ".join([scenario.name, *(f"{name}={value}" for name, value in values.items())]),
     }
-    point = Point(**fields)
+    if isinstance(scenario, Point):
+        point = msgspec.structs.replace(scenario, **changes)
+    else:
+        point = Point(base=scenario.name, **{**msgspec.structs.asdict(scenario), **changes})
     check_lengths(f"scenario '{point.name}'", point)
     return point

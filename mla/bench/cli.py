@@ -11,10 +11,11 @@ import click
 from mla.bench import cli_files, commands
 from mla.bench.budget import duration
 from mla.bench.cli_files import Word
+from mla.bench.cli_ops import op_options
 from mla.bench.exits import guarded
 from mla.bench.options import DEFAULT_CONFIG, DEFAULT_DTYPE, DEFAULT_PAGE_SIZE, RunOptions
 from mla.bench.render import FORMATS
-from mla.bench.workload import MAX_COUNT, PRESETS, STANDARD
+from mla.bench.workload import MAX_COUNT, MAX_LAYERS, PRESETS, STANDARD
 from mla.errors import did_you_mean
 
 EPILOG = """\b
@@ -24,6 +25,7 @@ Examples:
   python -m mla.bench --backend cpu --scenario decode --implementations mla,transformers
   python -m mla.bench --backend cpu --scenario decode -a kv=1k..16k*4 -a batch=1,16 -o sweep.json
   python -m mla.bench --backend cpu --preset full --budget 10m -o full.json
+  python -m mla.bench --backend cpu --op latent_attention --batch 64 --kv 4k
   python -m mla.bench --backend my_module:MyBackend --workload mine.toml --dry-run
   python -m mla.bench compare before.json after.json --fail-slower 3%
   python -m mla.bench list
@@ -125,7 +127,7 @@ def cli() -> None:
     metavar="NAME|FILE",
     show_default=STANDARD,
     help="Scenarios to run: a TOML file of [[scenario]] tables with name, mode, query_lens, "
-    "history, runs, passes, warmups, heads, axes.",
+    "history, runs, passes, warmups, heads, layers, axes.",
 )
 @click.option(
     "--scenario",
@@ -134,6 +136,7 @@ def cli() -> None:
     multiple=True,
     help="Run only this scenario of the workload; may be repeated.",
 )
+@op_options
 @click.option(
     "-a",
     "--axis",
@@ -153,12 +156,19 @@ def cli() -> None:
 @click.option(
     "--runs",
     type=click.IntRange(1, MAX_COUNT),
-    help="Prefill: timed forwards, rounded up to equal passes. Decode: steps of a pass.  [workload: 100]",
+    help="Prefill: timed forwards, rounded up to equal passes. Decode: steps of a pass. "
+    "--op: calls of a pass.  [workload: 100]",
 )
 @click.option(
     "--passes",
     type=click.IntRange(1, MAX_COUNT),
     help="Turns per implementation; a 95% interval needs 6.  [workload: 10 and 6]",
+)
+@click.option(
+    "--layers",
+    type=click.IntRange(1, MAX_LAYERS),
+    help="Layers with weights and caches of their own, one after the other, as in a model; numbers are per "
+    "layer.  [workload: 1]",
 )
 @click.option("--warmups", type=click.IntRange(0, MAX_COUNT), help="Untimed forwards first.  [workload: 10]")
 @click.option(

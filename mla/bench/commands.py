@@ -15,6 +15,7 @@ from mla.bench import axes, compare_command, environment, render, results
 from mla.bench.axes import Point
 from mla.bench.budget import Budget
 from mla.bench.exits import Exit
+from mla.bench.op_scenario import refuse_idle
 from mla.bench.options import DEFAULT_CONFIG, RunOptions
 from mla.bench.progress import Progress, Reading
 from mla.bench.workload import WorkloadError
@@ -175,8 +176,9 @@ def _request(options: RunOptions, name: str, backend: Backend, scenarios: list[P
     stored = dtype if len(dtypes) == 1 else torch.float32  # each scenario rounds to its own
     state = _weights(options, config, stored) if options.model_path else None
     setting = Setting(config, backend, dtype, options.attention, page_size, options.seed, options.ops)
-    settings = session.settings_of(setting, scenarios)
-    names = session.resolve_implementations(_implementations(options), settings, note)
+    scenarios = session.expand_ops(scenarios, setting)
+    refuse_idle(scenarios, options.kv, options.heads)
+    names = session.resolve_implementations(_implementations(options), setting, note, scenarios)
     return session.Request(setting, scenarios, names, options.command(name), _version(name), state)
 
 

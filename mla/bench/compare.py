@@ -86,7 +86,7 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def _case_differences(base: Case, new: Case) -> list[str]:
-    names = ["mode", "query_lens", "history", "steps_per_pass", "clock", "layers"]
+    names = ["mode", "query_lens", "history", "steps_per_pass", "clock", "layers", "op"]
     if base.heads is not None and new.heads is not None:  # version 1 did not say
         names.append("heads")
     reasons = [f"{name} differs" for name in names if getattr(base, name) != getattr(new, name)]

@@ -51,7 +51,8 @@ def _scenarios(scenarios: Sequence[Point]) -> list[str]:
 def _line(scenario: Point) -> str:
     size = f"{len(scenario.query_lens)} requests, {scenario.tokens} new tokens per forward, "
     lengths = f"history {min(scenario.history)} to {max(scenario.history)}, "
-    return f"{scenario.name}: {size}{lengths}{scenario.turns} passes of {scenario.steps}"
+    layers = f"{scenario.layers} layers, " if scenario.layers > 1 else ""
+    return f"{scenario.name}: {size}{lengths}{layers}{scenario.turns} passes of {scenario.steps}"
 
 
 def _plan(request: Request, say: Say) -> None:

@@ -17,6 +17,8 @@ from mla.bench.axes import Point
 from mla.bench.ceilings import Ceilings
 from mla.bench.implementations import Setting
 from mla.bench.memory import scenario_setting
+from mla.bench.op_problem import op_problem
+from mla.bench.op_scenario import OpScenario
 
 #: Implementation -> share of the device's limit that it is taken to reach.
 SHARES = {"mla": 0.5, "mla-reference": 0.2, "transformers": 0.05, "transformers-eager": 0.05}
@@ -57,7 +59,10 @@ class Estimator:
 
     def preparation(self, scenario: Point, names: Sequence[str]) -> float:
         """Return the seconds for weights and the float64 oracle."""
-        config = scenario_setting(self._setting, scenario).config
+        setting = scenario_setting(self._setting, scenario)
+        if isinstance(scenario, OpScenario):
+            return op_problem(setting, scenario).work.flops / self._float64
+        config = setting.config
         rows = [length * scenario.inputs for length in scenario.query_lens]
         flops = cost.step_flops(config, rows, scenario.final_lens, cost.EXPANDED)
         return flops / self._float64 + cost.parameters(config) * (DRAWING + PACKING * len(names))
@@ -65,7 +70,11 @@ class Estimator:
     def forward(self, scenario: Point, name: str) -> float:
         """Return the seconds of one forward."""
         setting = scenario_setting(self._setting, scenario)
-        work = forward_cost(setting, scenario, [scenario.inputs // 2])
+        if isinstance(scenario, OpScenario):
+            work = results.Cost(**op_problem(setting, scenario).work._asdict())
+        else:
+            one = forward_cost(setting, scenario, [scenario.inputs // 2])
+            work = results.Cost(flops=scenario.layers * one.flops, bytes=scenario.layers * one.bytes)
         return self._floor(setting, work) / SHARES.get(name, min(SHARES.values())) + OVERHEAD
 
     def _floor(self, setting: Setting, work: results.Cost) -> float:

@@ -9,12 +9,16 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from mla.attention import MLA
+from mla.batch import RaggedBatch
+from mla.bench.check import Checker
 from mla.bench.inputs import Inputs
 from mla.bench.poison import Poison
+from mla.bench.results import Check
 from mla.bench.workload import Scenario
 from mla.cache import LatentCache
 from mla.config import MLAConfig
@@ -36,6 +40,7 @@ class Setting:
     page_size: int
     seed: int
     ops: str = "auto"  # policy of `mla.ops.choose`, for the implementation `mla`
+    layers: int = 1
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +75,15 @@ class Implementation(ABC):
     def step(self, index: int) -> None:
         """Run one forward; in decode, the cache grows."""
 
+    def check(self, checker: Any) -> Check:
+        """Judge what the last pass left: its outputs, and whatever else a subclass knows of."""
+        judge: Checker = checker
+        return judge.check(self.outputs, self.held_to_reference)
+
+    def compared(self) -> torch.Tensor:
+        """Return the outputs that are compared with those of other implementations."""
+        return self.outputs
+
     @abstractmethod
     def cache_bytes(self) -> int:
         """Return the bytes the cache holds for the scenario."""
@@ -97,26 +111,33 @@ class MlaLayer(Implementation):
     def __init__(self, setting: Setting, state: State, name: str = "mla", ops: str | None = None) -> None:
         super().__init__(setting)
         self.name = name
-        self.layer = MLA(
+        self.layer = self._make_layer(ops)
+        self.layer.load_state_dict(state)
+        self.held_to_reference = not self.layer.ops.all_reference()
+
+    def _make_layer(self, ops: str | None) -> MLA:
+        setting = self.setting
+        return MLA(
             setting.config,
             backend=setting.backend,
             dtype=setting.dtype,
             attention=setting.attention,
             ops=ops or setting.ops,
         )
-        self.layer.load_state_dict(state)
-        self.held_to_reference = not self.layer.ops.all_reference()
 
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
         self._scenario = scenario
         self._prepare_buffers(inputs)
         self._cache = self._make_cache(scenario)
         self._sequences = self._cache.new_sequences(len(scenario.query_lens))
-        for sequence, (kv, pe) in zip(self._sequences, inputs.history, strict=True):
-            self._cache.load(sequence, kv, pe)
+        self._load_history(inputs)
         nan_safe = self.layer.ops["latent_attention"].op.nan_safe_tail
         self._poison = Poison(self._cache, self._sequences, scenario.final_lens, nan_safe)
         self.restore()
+
+    def _load_history(self, inputs: Inputs) -> None:
+        for sequence, (kv, pe) in zip(self._sequences, inputs.history, strict=True):
+            self._cache.load(sequence, kv, pe)
 
     def _make_cache(self, scenario: Scenario) -> LatentCache:
         size = self.setting.page_size
@@ -125,6 +146,7 @@ class MlaLayer(Implementation):
             self.setting.config,
             max_tokens=pages * size,
             page_size=size,
+            num_layers=self.setting.layers,
             device=self.setting.device,
             dtype=self.setting.dtype,
             shuffle=self.setting.seed,
@@ -154,9 +176,11 @@ class MlaLayer(Implementation):
 
     def step(self, index: int) -> None:
         if self._scenario.mode == "prefill":
-            self.layer(self._hidden[0], self._batch, self._cache.pages[0], out=self.outputs[0])
+            self._forward(0, self._batch)
             return
-        batch = self._cache.extend(self._sequences, self._scenario.query_lens)
+        self._forward(index, self._cache.extend(self._sequences, self._scenario.query_lens))
+
+    def _forward(self, index: int, batch: RaggedBatch) -> None:
         self.layer(self._hidden[index], batch, self._cache.pages[0], out=self.outputs[index])
 
     def cache_bytes(self) -> int:

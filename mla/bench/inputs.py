@@ -23,12 +23,17 @@ class Inputs:
     history: History  # per request kv [s, c] as if normed, pe [s, r] as if rotated
 
 
+def generator(seed: int, name: str) -> torch.Generator:
+    """Return the source of a scenario's random numbers."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + sum(name.encode()))
+
+
 def make_inputs(config: MLAConfig, scenario: Scenario, seed: int, dtype: torch.dtype) -> Inputs:
     """Draw N(0, 1) inputs; a scenario's inputs depend on its seed, name and shape only."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + sum(scenario.name.encode()))
+    random = generator(seed, scenario.name)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=random).to(dtype)
 
     hidden = torch.stack([normal(scenario.tokens, config.hidden_size) for _ in range(scenario.inputs)])
     widths = (config.kv_lora_rank, config.qk_rope_head_dim)

@@ -8,14 +8,17 @@ from decimal import Decimal
 import torch
 
 from mla import cost
+from mla.bench import op_memory
 from mla.bench.axes import Point
 from mla.bench.implementations import SPARE_PAGES, Setting
+from mla.bench.op_scenario import OpScenario
 from mla.bench.workload import Scenario
 from mla.errors import OutOfMemory
+from mla.plan import WORKSPACE_BYTES
 from mla_backends import host
 
 #: The reference's logits, rebuilt keys and values, and their fp32 copies, at most.
-WORKSPACE = 1 << 30
+WORKSPACE = op_memory.WORKSPACE
 
 
 @dataclass(frozen=True)
@@ -101,23 +104,40 @@ def scenario_setting(setting: Setting, scenario: Point) -> Setting:
         config=setting.config.with_heads(scenario.heads) if scenario.heads else setting.config,
         dtype=getattr(torch, scenario.dtype) if scenario.dtype else setting.dtype,
         page_size=scenario.page_size or setting.page_size,
+        layers=scenario.layers,
     )
 
 
-def _device_bytes(setting: Setting, scenario: Scenario) -> int:
+def _device_bytes(setting: Setting, scenario: Point) -> int:
+    if isinstance(scenario, OpScenario):
+        return op_memory.device_bytes(setting, scenario)
     config, size = setting.config, setting.page_size
     slots = (sum(-(-length // size) for length in scenario.final_lens) + SPARE_PAGES) * size
     activations = scenario.tokens * 4 * config.num_attention_heads * config.latent_dim
     hidden = 2 * scenario.inputs * scenario.tokens * config.hidden_size
     weights = cost.parameters(config) + cost.kv_b_parameters(config)  # kv_b is packed for both its uses
     longest = 4 * max(scenario.final_lens) * config.latent_dim  # one request's keys, gathered and widened
-    elements = longest + weights + slots * config.latent_dim + activations + hidden
-    return elements * setting.dtype.itemsize + WORKSPACE
+    per_layer = weights + slots * config.latent_dim + activations + hidden
+    scratch = WORKSPACE + (scenario.layers - 1) * _kept_bytes(setting, scenario)
+    return (longest + scenario.layers * per_layer) * setting.dtype.itemsize + scratch
 
 
-def _host_bytes(setting: Setting, scenario: Scenario) -> int:
+def _kept_bytes(setting: Setting, scenario: Scenario) -> int:
+    """Return the rebuilt keys and values that each layer keeps memory for; absorbed attention has none."""
+    if setting.attention == "absorbed" or (max(scenario.query_lens) == 1 and setting.attention == "auto"):
+        return 0
     config = setting.config
-    weights = cost.parameters(config) * (setting.dtype.itemsize + 8)
+    row = config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim
+    size = sum(scenario.final_lens) * row * config.num_attention_heads * setting.dtype.itemsize
+    return min(size, WORKSPACE_BYTES)
+
+
+def _host_bytes(setting: Setting, scenario: Point) -> int:
+    if isinstance(scenario, OpScenario):
+        return op_memory.host_bytes(setting, scenario)
+    config = setting.config
+    copies = 1 if scenario.layers == 1 else 2  # of the layer that is being rolled
+    weights = cost.parameters(config) * (copies * setting.dtype.itemsize + 8)
     rows = scenario.inputs * scenario.tokens
     oracle = 8 * rows * (3 * config.hidden_size + 4 * config.num_attention_heads * config.qk_head_dim)
     logits = (

@@ -9,7 +9,8 @@ from pathlib import Path
 import msgspec
 
 from mla.bench import axes, results
-from mla.bench.axes import Point
+from mla.bench.axes import Axes, Point
+from mla.bench.op_scenario import op_scenario
 from mla.bench.workload import STANDARD, Scenario, WorkloadError, load_workload, select
 
 DEFAULT_CONFIG = "deepseek-v2-lite"
@@ -50,6 +51,12 @@ class RunOptions:
     kind: str
     dry_run: bool
     list_ops: bool
+    op: str | None = None
+    batch: int | None = None
+    kv: int | None = None
+    q_len: int | None = None
+    heads: int | None = None
+    layers: int | None = None
 
     @property
     def workload_name(self) -> str:
@@ -60,17 +67,25 @@ class RunOptions:
         """Return the workload's scenarios with the user's counts and grids. Raises `WorkloadError`."""
         if self.preset and self.workload:
             raise WorkloadError("--preset and --workload exclude each other: a preset is a shipped workload.")
-        counts = {"runs": self.runs, "passes": self.passes, "warmups": self.warmups}
-        changes = {name: count for name, count in counts.items() if count is not None}
-        scenarios = select(load_workload(self.workload_name), self.scenarios)
-        counted = [msgspec.structs.replace(scenario, **changes) for scenario in scenarios]
-        points = axes.lay(counted, axes.parse(self.axes))
+        grid = axes.parse(self.axes)
+        self._check_op(grid)
+        points = axes.lay(self._counted(), grid)
         for flag, name in (("--dtype", "dtype"), ("--page-size", "page_size")):
             if getattr(self, name) is not None and any(name in point.point for point in points):
                 raise WorkloadError(
                     f"{flag} and an axis {name} exclude each other: name every value in the axis."
                 )
         return points
+
+    def _counted(self) -> list[Scenario]:
+        """Return the workload's scenarios, or the op, with the counts the user set."""
+        counts = {"runs": self.runs, "passes": self.passes, "warmups": self.warmups, "layers": self.layers}
+        changes = {name: count for name, count in counts.items() if count is not None}
+        if self.op is not None:
+            scenarios: list[Scenario] = [op_scenario(self.op, self.batch, self.kv, self.q_len, self.heads)]
+        else:
+            scenarios = select(load_workload(self.workload_name), self.scenarios)
+        return [msgspec.structs.replace(scenario, **changes) for scenario in scenarios]
 
     def run_dtype(self, points: Sequence[Point]) -> str:
         """Return the dtype of the run; with an axis of dtypes, that of its first point."""
@@ -94,7 +109,34 @@ class RunOptions:
     def selection(self) -> list[str]:
         """Return the options that choose scenarios and points."""
         words = [word for name in self.scenarios for word in ("--scenario", name)]
+        shape = (("--op", self.op), ("--batch", self.batch), ("--kv", self.kv), ("--q-len", self.q_len))
+        for flag, value in (*shape, ("--heads", self.heads)):
+            words += [] if value is None else [flag, str(value)]
         return words + [word for axis in self.axes for word in ("-a", axis)]
+
+    def _check_op(self, grid: Axes) -> None:
+        """Raise `WorkloadError` for options that mean nothing with `--op`, without it, or with an axis."""
+        shape = {"--batch": self.batch, "--kv": self.kv, "--q-len": self.q_len, "--heads": self.heads}
+        given = [flag for flag, value in shape.items() if value is not None]
+        for flag in given:
+            if flag[2:].replace("-", "_") in grid:
+                raise WorkloadError(f"{flag} and an axis of that name exclude each other: keep one.")
+        if self.op is None and given:
+            raise WorkloadError(f"{given[0]} shapes one op: it needs --op; a workload has its own lengths.")
+        layer = {
+            "--workload": self.workload is not None,
+            "--preset": self.preset is not None,
+            "--scenario": self.scenarios,
+            "--model-path": self.model_path,
+            "--attention": self.attention != "auto",
+            "--layers": self.layers is not None,
+        }
+        given = [flag for flag, value in layer.items() if value]
+        if self.op is not None and given:
+            raise WorkloadError(
+                f"{given[0]} is about the whole layer: leave it out with --op, whose shape is --batch, --kv, "
+                "--q-len, --heads and --config."
+            )
 
     def check_checkpoint(self, scenarios: Sequence[Scenario]) -> None:
         """Raise `WorkloadError` for options that contradict the checkpoint or need one."""
@@ -111,7 +153,7 @@ class RunOptions:
     def implementation_names(self) -> list[str]:
         """Return the names the user listed; a checkpoint is compared with `transformers` unless they say."""
         names = [name.strip() for name in self.implementations.split(",") if name.strip()]
-        return names or (["mla", "transformers"] if self.model_path else [])
+        return names or (["mla", "transformers"] if self.model_path and self.layers in (None, 1) else [])
 
     def key_values(self) -> dict[str, str]:
         """Return the `-O` options. Raises `WorkloadError`."""
@@ -136,6 +178,7 @@ class RunOptions:
             ("--runs", self.runs, None),
             ("--passes", self.passes, None),
             ("--warmups", self.warmups, None),
+            ("--layers", self.layers, None),
             ("--dtype", self.dtype, DEFAULT_DTYPE),
             ("--attention", self.attention, "auto"),
             ("--page-size", self.page_size, DEFAULT_PAGE_SIZE),

@@ -21,7 +21,7 @@ NOISY = 1.5
 
 #: Column title -> cell. Unknown prints "-".
 COLUMNS: dict[str, Callable[[Case], str]] = {
-    "scenario": lambda case: case.scenario,
+    "scenario": lambda case: case.scenario + _layers(case),
     "implementation": lambda case: case.implementation,
     "latency ms": lambda case: number(case.latency_ms.median if case.latency_ms else None),
     "95% CI": lambda case: _interval(case.latency_ms.ci95 if case.latency_ms else None),
@@ -93,17 +93,24 @@ def headlines(run: Run) -> list[str]:
     """Return one line per scenario for the first implementation that ran it."""
     lines = []
     for case in (cases[0] for cases in _by_scenario(run).values()):
-        parts = [case.scenario] * (case.scenario != case.mode) + [case.implementation] * (
-            case.implementation != "mla"
-        )
+        parts = [case.scenario] * (case.scenario != case.mode)
+        parts += [case.implementation] * (case.implementation != "mla")
+        parts += [_layers(case).strip()] * (case.layers > 1)
         of = f" [{', '.join(parts)}]" if parts else ""
         if case.latency_ms is None or case.tokens_per_s is None:
-            lines.append(f"{case.mode.title()}{of}: no number, check: {case.check.status}")
-        elif case.mode == "prefill":
-            lines.append(f"Prefill Latency{of}: {number(case.latency_ms.median)} ms")
+            what = "Op" if case.op else case.mode.title()
+            lines.append(f"{what}{of}: no number, check: {case.check.status}")
+        elif case.op or case.mode == "prefill":
+            what = "Op" if case.op else "Prefill"
+            lines.append(f"{what} Latency{of}: {number(case.latency_ms.median)} ms")
         else:
             lines.append(f"Decode Throughput{of}: {case.tokens_per_s.median:.1f} tok/s")
     return lines
+
+
+def _layers(case: Case) -> str:
+    """Say that numbers are per layer, where several ran."""
+    return f" per layer of {case.layers}" if case.layers > 1 else ""
 
 
 def _cells(cases: Sequence[Case]) -> Iterable[list[str]]:
@@ -122,7 +129,7 @@ def _table(cases: Sequence[Case]) -> str:
         table.add_row(*(Text(cell) for cell in cells), style=style)
     wide = Console(
         file=io.StringIO(),
-        width=max(console.width, 150),  # a cut number is worse than a wrapped line
+        width=max(console.width, 1000),  # a cut number is worse than a wrapped line
         force_terminal=console.is_terminal,
         color_system="standard" if console.is_terminal else None,
     )
@@ -173,6 +180,7 @@ def _flat(case: Case) -> dict[str, object]:
         "limit_source": case.roofline.peak_source,
         "flops": case.cost.flops,
         "bytes": case.cost.bytes,
+        "layers": case.layers,
         "passes": case.passes,
         "steps_per_pass": case.steps_per_pass,
         "cache_bytes": case.memory.cache_bytes,

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import msgspec
 import torch
@@ -15,28 +16,31 @@ import torch
 from mla.bench import agreement, engine, environment, peers, results, stats
 from mla.bench.axes import Point
 from mla.bench.ceilings import Ceilings
-from mla.bench.check import Checker, expected_outputs
-from mla.bench.estimate import forward_cost, forwards
+from mla.bench.estimate import forwards
 from mla.bench.implementations import Implementation, MlaLayer, Setting
-from mla.bench.inputs import Inputs, make_inputs
+from mla.bench.layer_stack import MlaStack
 from mla.bench.memory import MemoryPlan, plan_memory, scenario_setting
+from mla.bench.op_scenario import OpScenario, expand
 from mla.bench.pace import Pace
 from mla.bench.peers import Transformers
+from mla.bench.subject import LayerSubject, OpSubject, Subject
 from mla.bench.workload import Scenario, WorkloadError
-from mla.config import MLAConfig
 from mla.errors import did_you_mean
-from mla.ops import Ops
+from mla.ops import Ops, layer_roles
 from mla.oracle import State
-from mla.weights import random_state_dict
 
 Note = Callable[[str], None]
 
 IMPLEMENTATIONS: dict[str, Callable[[Setting, State], Implementation]] = {
-    "mla": MlaLayer,
-    "mla-reference": lambda setting, state: MlaLayer(setting, state, "mla-reference", "reference"),
+    "mla": lambda setting, state: _layers(setting)(setting, state),
+    "mla-reference": lambda setting, state: _layers(setting)(setting, state, "mla-reference", "reference"),
     "transformers": Transformers,
     "transformers-eager": lambda setting, state: Transformers(setting, state, "eager"),
 }
+
+
+def _layers(setting: Setting) -> type[MlaLayer]:
+    return MlaStack if setting.layers > 1 else MlaLayer
 
 
 @dataclass(frozen=True)
@@ -51,21 +55,40 @@ class Request:
     state: State | None = None  # weights of a checkpoint; None: random ones
 
 
-def resolve_implementations(names: Sequence[str], settings: Sequence[Setting], note: Note) -> list[str]:
+def expand_ops(scenarios: Sequence[Point], setting: Setting) -> list[Point]:
+    """Return the scenarios, each op replaced by the roles it has in this layer. Raises `WorkloadError`."""
+    roles = layer_roles(setting.config, setting.dtype, setting.device)
+    return expand(scenarios, setting.config, {role: kind for role, (kind, _) in roles.items()})
+
+
+def resolve_implementations(
+    names: Sequence[str], setting: Setting, note: Note, scenarios: Sequence[Point]
+) -> list[str]:
     """Return the implementations to run; without names, `mla` and, if it ever differs, `mla-reference`."""
     for name in names:
         if name not in IMPLEMENTATIONS:
             known = ", ".join(IMPLEMENTATIONS)
             hint = did_you_mean(name, list(IMPLEMENTATIONS))
             raise WorkloadError(f"unknown implementation '{name}'.{hint} There are: {known}.")
-    if any(name.startswith("transformers") for name in names):
+    peer = next((name for name in names if not name.startswith("mla")), None)
+    if peer and any(isinstance(scenario, OpScenario) for scenario in scenarios):
+        raise WorkloadError(f"{peer} runs the whole layer: --op times mla and mla-reference.")
+    if peer and any(scenario.layers > 1 for scenario in scenarios):
+        raise WorkloadError(f"{peer} runs one layer at a time: leave it out, or --layers.")
+    if peer:
         peers.require()
     if names:
         return list(dict.fromkeys(names))
-    if all(make_ops(setting).all_reference() for setting in settings):
+    if all(all_reference(setting, scenario) for scenario in _distinct(scenarios)):
         note("mla-reference is left out: no fused op was chosen, so it is identical to mla")
         return ["mla"]
     return ["mla", "mla-reference"]
+
+
+def all_reference(setting: Setting, scenario: Point) -> bool:
+    """Say whether no fused op runs in a scenario."""
+    ops = make_ops(scenario_setting(setting, scenario))
+    return ops[scenario.role].name == "reference" if isinstance(scenario, OpScenario) else ops.all_reference()
 
 
 def make_ops(setting: Setting) -> Ops:
@@ -73,16 +96,17 @@ def make_ops(setting: Setting) -> Ops:
     return Ops(setting.config, setting.backend.ops(), setting.dtype, setting.device, setting.ops)
 
 
-def settings_of(setting: Setting, scenarios: Sequence[Point]) -> list[Setting]:
-    """Return the settings in which a layer may choose other ops: one per number of heads and dtype."""
-    distinct = {(scenario.heads, scenario.dtype): scenario for scenario in scenarios}
-    return [scenario_setting(setting, scenario) for scenario in distinct.values()]
+def _distinct(scenarios: Sequence[Point]) -> list[Point]:
+    """Return one scenario per head count, dtype and role, by which ops are chosen."""
+    role = [one.role if isinstance(one, OpScenario) else None for one in scenarios]
+    keys = zip((one.heads for one in scenarios), (one.dtype for one in scenarios), role, strict=True)
+    return list(dict(zip(keys, scenarios, strict=True)).values())
 
 
 def plan(request: Request, scenario: Point) -> MemoryPlan:
     """Return the memory plan of a scenario; fused ops need the reference once, as their yardstick."""
-    ops = make_ops(scenario_setting(request.setting, scenario))
-    yardstick = 0 if ops.all_reference() or "mla" not in request.implementations else 1
+    fused = "mla" in request.implementations and not all_reference(request.setting, scenario)
+    yardstick = 1 if fused and not isinstance(scenario, OpScenario) else 0  # an op's is on the host
     return plan_memory(request.setting, scenario, len(request.implementations), yardstick)
 
 
@@ -91,43 +115,28 @@ def total_forwards(request: Request) -> int:
     return len(request.implementations) * sum(forwards(scenario) for scenario in request.scenarios)
 
 
+def make_subject(request: Request, scenario: Point, beat: Callable[[], None]) -> Subject:
+    """Return what a scenario measures; `beat` is called after every forward of the yardstick."""
+    setting = scenario_setting(request.setting, scenario)
+    if isinstance(scenario, OpScenario):
+        return OpSubject(setting, scenario)
+    return LayerSubject(setting, scenario, request.state, IMPLEMENTATIONS, beat)
+
+
 class Work:
-    """One scenario: its weights, inputs and oracle, shared by all implementations."""
+    """One scenario: its subject, measured implementation by implementation."""
 
     def __init__(self, request: Request, scenario: Point, progress: engine.Progress, pace: Pace) -> None:
         self._request, self._scenario, self._progress, self._pace = request, scenario, progress, pace
-        self._setting = scenario_setting(request.setting, scenario)
+        self._subject = make_subject(request, scenario, pace.beat)
+        self._setting = self._subject.setting
         self._ceilings = Ceilings(self._setting)
-        self._inputs: Inputs | None = None
-        self._state: State = {}
-        self._checker: Checker | None = None
         self._outputs: dict[str, torch.Tensor] = {}  # of right implementations, on the host
 
-    def prepare(self) -> tuple[Inputs, Checker]:
-        """Make weights and inputs, and compute the oracle: on the host, once, and for minutes if need be."""
-        config, seed, dtype = self._setting.config, self._setting.seed, self._setting.dtype
-        if self._inputs is None or self._checker is None:
-            self._progress(f"{self._scenario.name}: float64 oracle", 0)
-            self._state = self._weights(config, seed, dtype)
-            self._inputs = make_inputs(config, self._scenario, seed, dtype)
-            expected = expected_outputs(config, self._state, self._scenario, self._inputs)
-            self._checker = Checker(expected, dtype, self._reference_outputs)
-        return self._inputs, self._checker
-
-    def _weights(self, config: MLAConfig, seed: int, dtype: torch.dtype) -> State:
-        if self._request.state is None:
-            return random_state_dict(config, seed, dtype)
-        return {name: weight.to(dtype) for name, weight in self._request.state.items()}
-
-    def _reference_outputs(self) -> torch.Tensor:
-        """Run the reference once: the yardstick of our own implementations."""
-        inputs, _ = self.prepare()
-        reference = IMPLEMENTATIONS["mla-reference"](self._setting, self._state)
-        reference.load(self._scenario, inputs)
-        for index in range(self._scenario.inputs):
-            reference.step(index)
-            self._pace.beat()
-        return reference.outputs
+    def prepare(self) -> tuple[Any, Any]:
+        """Make operands, and compute the oracle: on the host, once, and for minutes if need be."""
+        self._progress(f"{self._scenario.name}: float64 oracle", 0)
+        return self._subject.prepare()
 
     def measure(self, names: Sequence[str]) -> list[results.Case]:
         """Measure implementations that run in turns."""
@@ -139,12 +148,12 @@ class Work:
         )
         for one in built:
             if measured[one.name].check.status == "ok":
-                self._outputs[one.name] = one.outputs.to("cpu", copy=True)
+                self._outputs[one.name] = one.compared().to("cpu", copy=True)
         return [self._case(one, measured[one.name], names, timer.clock) for one in built]
 
     def _build(self, name: str) -> Implementation:
         self._pace.enter(name)
-        return IMPLEMENTATIONS[name](self._setting, self._state)
+        return self._subject.build(name)
 
     def not_run(self, names: Sequence[str], reason: str) -> list[results.Case]:
         """Return cases that say why they hold no number."""
@@ -177,8 +186,16 @@ class Work:
         )
         if measured.passes:
             latency = _add_numbers(case, self._scenario, measured, one)
-            case.roofline = self._ceilings.roofline(case.cost, latency.median)
+            case.roofline = self._roofline(case.cost, latency.median)
         return case
+
+    def _roofline(self, work: results.Cost, latency_ms: float) -> results.Roofline:
+        """Return the roofline of one layer, where a forward moves the bytes of all."""
+        layers = self._scenario.layers
+        whole = results.Cost(flops=layers * work.flops, bytes=layers * work.bytes)
+        found = self._ceilings.roofline(whole, layers * latency_ms)
+        found.floor_ms = None if found.floor_ms is None else found.floor_ms / layers
+        return found
 
     def _empty(self, name: str, reason: str, interrupted: bool) -> results.Case:
         scenario = self._scenario
@@ -197,7 +214,7 @@ class Work:
             tokens_per_s=None,
             plan_ms=None,
             switch_steps=[],
-            cost=forward_cost(self._setting, scenario, range(scenario.inputs)),
+            cost=self._subject.cost(),
             roofline=results.Roofline(),
             memory=results.Memory(weight_bytes=0, cache_bytes=0, peak_bytes=None),
             ops={},
@@ -208,15 +225,18 @@ class Work:
             point=dict(scenario.point),
             dtype=str(self._setting.dtype).removeprefix("torch."),
             heads=self._setting.config.num_attention_heads,
+            layers=scenario.layers,
+            op=self._subject.op,
         )
 
 
 def _add_numbers(
     case: results.Case, scenario: Scenario, measured: engine.Measured, one: Implementation
 ) -> results.Latency:
-    samples = [sample for samples in measured.passes for sample in samples]
-    medians = [stats.median(samples) for samples in measured.passes]
-    rates = [1e3 * scenario.tokens * len(samples) / sum(samples) for samples in measured.passes]
+    passes = [[sample / scenario.layers for sample in samples] for samples in measured.passes]
+    samples = [sample for samples in passes for sample in samples]
+    medians = [stats.median(samples) for samples in passes]
+    rates = [1e3 * scenario.tokens * len(samples) / sum(samples) for samples in passes]
     case.latency_ms = results.Latency(
         median=stats.median(samples),
         ci95=stats.median_interval(medians),
@@ -225,7 +245,7 @@ def _add_numbers(
         samples=samples,
     )
     case.tokens_per_s = results.Throughput(median=stats.median(rates), ci95=stats.median_interval(rates))
-    case.plan_ms = one.plan_ms
+    case.plan_ms = None if one.plan_ms is None else one.plan_ms / scenario.layers
     case.switch_steps = [
         index * scenario.steps for index, switched in enumerate(measured.after_switch) if switched
     ]
@@ -233,7 +253,7 @@ def _add_numbers(
 
 
 def _repro(request: Request, scenario: Point, name: str) -> str:
-    words = [*request.command, "--scenario", scenario.base, *scenario.axis_words, "--implementations", name]
+    words = [*request.command, *scenario.selection, "--implementations", name]
     return shlex.join(["python", "-m", "mla.bench", *words])
 
 

@@ -25,8 +25,11 @@ MAX_REQUESTS = 65536
 #: Lengths and counts beyond this are typing mistakes; kernels keep them in int32.
 MAX_COUNT = 2**31 - 1
 
+MAX_LAYERS = 1024
+
 Positive = Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
+Layers = Annotated[int, msgspec.Meta(ge=1, le=MAX_LAYERS)]
 
 
 class WorkloadError(MLAError):
@@ -49,6 +52,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     warmups: Count = 10
     heads: Positive | None = None  # instead of the config's: one tensor-parallel rank
     axes: dict[str, int | str | list[int | str]] = {}  # a grid of its own, see `mla.bench.axes`
+    layers: Layers = 1  # with weights of their own, one after the other: cold, as in a model
 
     @property
     def steps(self) -> int:

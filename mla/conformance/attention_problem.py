@@ -1,7 +1,7 @@
 """Attention problems: lengths and widths, inputs drawn from a seed, and the truth in float64.
 
 A problem's host side (inputs, truth, the reference's own output) is made once and shared by every op, dtype
-by dtype. The truth is written out here, independent of the reference.
+by dtype.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mla.op_oracle import attend
 from mla_backends.api import AttentionSpec
 
 Lengths = tuple[int, ...]
@@ -137,26 +138,6 @@ def data(problem: Problem, dtype: torch.dtype) -> Data:
     parts = zip(q.split(list(problem.query_lens)), keys, values, strict=True)
     out, lse = zip(*(attend(*part, problem.scale, problem.causal) for part in parts), strict=True)
     return Data(q, keys, values, torch.cat(out), torch.cat(lse))
-
-
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend q [t, h, dk] over k [s, 1 or h, dk] and v [s, 1 or h, dv] in float64: out and lse [t, h].
-
-    When causal, the last query sees the last key. A query that sees no key gives 0 and -inf.
-    """
-    tokens, keys = q.shape[0], k.shape[0]
-    logits = torch.matmul(q.double().permute(1, 0, 2), k.double().permute(1, 2, 0)) * scale  # [h, t, s]
-    if causal:
-        future = torch.arange(keys)[None, :] > torch.arange(keys - tokens, keys)[:, None]
-        logits = logits.masked_fill(future, -torch.inf)
-    lse = logits.logsumexp(-1)
-    if keys == 0:
-        lse = torch.full(lse.shape, -torch.inf, dtype=torch.float64)
-    weights = (logits - lse.clamp_min(-1e300)[..., None]).exp()
-    out = torch.matmul(weights, v.double().permute(1, 0, 2))  # [h, t, dv]
-    return out.permute(1, 0, 2), lse.T
 
 
 def cumulative(lengths: Sequence[int]) -> list[int]:

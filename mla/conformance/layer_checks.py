@@ -21,9 +21,9 @@ from mla.conformance.layer_problem import (
     weights,
 )
 from mla.conformance.numerics import same_bits
-from mla.conformance.pointwise_checks import true_norm, true_rotation
 from mla.conformance.registry import LAYER, check
 from mla.conformance.trial import Trial, expect
+from mla.op_oracle import true_norm, true_rotation
 from mla.rope import RotaryTable
 
 #: A prefill, a decode, several tokens behind a history, and a row without new tokens.

@@ -11,6 +11,7 @@ from mla.conformance.numerics import same_bits
 from mla.conformance.registry import OP, check
 from mla.conformance.tensors import angles, blank, draw, expect_margin, place
 from mla.conformance.trial import Trial, expect
+from mla.op_oracle import true_norm, true_rotation
 from mla.reference import REFERENCE
 from mla_backends.api import FusedOp, NormSpec
 
@@ -18,12 +19,6 @@ NORM, ROTATE = "rms_norm", "rotate_query"
 
 
 # ---------------------------------------------------------------------------------------------- rms_norm
-
-
-def true_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return x / sqrt(mean(x^2) + eps) * weight in float64."""
-    wide = x.double()
-    return wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
 
 
 def check_norm(
@@ -84,19 +79,6 @@ def norm_strided(trial: Trial) -> None:
 
 
 # ------------------------------------------------------------------------------------------ rotate_query
-
-
-def true_rotation(x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """Multiply channel pairs, as complex numbers, with cos + i sin, in float64; x [T, .., r]."""
-    turn = torch.complex(*cos_sin.double().chunk(2, dim=-1))
-    turn = turn.view(turn.shape[0], *(1,) * (x.dim() - 2), turn.shape[1])
-    wide, half = x.double(), x.shape[-1] // 2
-    if interleaved:
-        return torch.view_as_real(
-            torch.view_as_complex(wide.unflatten(-1, (half, 2)).contiguous()) * turn
-        ).flatten(-2)
-    product = torch.complex(*wide.chunk(2, dim=-1)) * turn
-    return torch.cat((product.real, product.imag), dim=-1)
 
 
 def rotation_op(trial: Trial, heads: int) -> FusedOp:

@@ -12,6 +12,7 @@ from mla.conformance.numerics import same_bits
 from mla.conformance.registry import OP, check
 from mla.conformance.tensors import blank, draw, expect_margin, place
 from mla.conformance.trial import Trial, expect
+from mla.op_oracle import product
 from mla.reference import REFERENCE
 from mla_backends.api import FusedOp, LinearSpec, Packed
 
@@ -58,11 +59,7 @@ def host(problem: Product, dtype: torch.dtype) -> Host:
     weight = draw(*heads, problem.outputs, problem.inputs, seed=problem.seed + 1) * problem.inputs**-0.5
     weight = weight.to(dtype)
     bias = draw(problem.outputs, dtype=dtype, seed=problem.seed + 2) if problem.biased else None
-    if problem.groups:
-        truth = torch.einsum("thi,hoi->tho", x.double(), weight.double())
-    else:
-        truth = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    return Host(x, weight, bias, truth)
+    return Host(x, weight, bias, product(x, weight, bias))
 
 
 def run(

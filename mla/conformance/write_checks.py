@@ -9,10 +9,10 @@ import torch
 
 from mla.conformance.attention_problem import DEEPSEEK, SMALL, Dims, attention_spec
 from mla.conformance.numerics import same_bits
-from mla.conformance.pointwise_checks import true_norm, true_rotation
 from mla.conformance.registry import OP, check
 from mla.conformance.tensors import angles, draw, place
 from mla.conformance.trial import Trial, expect
+from mla.op_oracle import true_norm, true_rotation
 from mla.reference import REFERENCE
 from mla_backends.api import FusedOp
 

@@ -90,7 +90,7 @@ def test_points_are_the_product_and_the_first_axis_varies_slowest() -> None:
     assert {point.base for point in points} == {"decode"}
     assert points[3].point == {"kv": 8, "batch": 3}
     assert (points[3].history, points[3].query_lens) == ((8, 8, 8), (1, 2, 1))
-    assert points[3].axis_words == ["-a", "kv=8", "-a", "batch=3"]
+    assert points[3].selection == ["--scenario", points[3].base, "-a", "kv=8", "-a", "batch=3"]
 
 
 def test_a_batch_cuts_or_repeats_the_requests_of_the_scenario() -> None:
@@ -101,7 +101,12 @@ def test_a_batch_cuts_or_repeats_the_requests_of_the_scenario() -> None:
 
 def test_without_axes_a_scenario_stays_what_it_is() -> None:
     (point,) = lay([DECODE], {})
-    assert (point.name, point.base, point.point, point.axis_words) == ("decode", "decode", {}, [])
+    assert (point.name, point.base, point.point, point.selection) == (
+        "decode",
+        "decode",
+        {},
+        ["--scenario", "decode"],
+    )
     assert (point.query_lens, point.history, point.turns) == (DECODE.query_lens, DECODE.history, DECODE.turns)
 
 

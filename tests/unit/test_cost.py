@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla import MLAConfig, cost
+from mla.ops import layer_roles
 from mla.weights import weight_shapes
 
 dims = st.integers(1, 600)
@@ -122,3 +124,39 @@ def test_a_single_cached_key_is_not_absorbed() -> None:
     chooser = cost.PathChooser(MLAConfig.preset("deepseek-v2-lite"))
     assert not chooser.always_absorbs(1)
     assert chooser.always_absorbs(2)
+
+
+def spec_of(kind: str) -> Any:
+    """Return a role's spec in bf16 for a config with a query LoRA."""
+    config = MLAConfig(
+        hidden_size=8,
+        num_attention_heads=3,
+        q_lora_rank=6,
+        kv_lora_rank=10,
+        qk_nope_head_dim=4,
+        qk_rope_head_dim=2,
+        v_head_dim=5,
+    )
+    return layer_roles(config, torch.bfloat16, torch.device("cpu"))[kind][1]
+
+
+def test_work_of_projections_by_hand() -> None:
+    assert cost.linear_cost(spec_of("q_b_proj"), 7) == (2 * 7 * 6 * 18, 2 * (6 * 18 + 7 * (6 + 18)))
+    assert cost.linear_cost(spec_of("w_uv"), 7) == (2 * 7 * 3 * 10 * 5, 2 * 3 * (10 * 5 + 7 * (10 + 5)))
+
+
+def test_work_of_small_ops_by_hand() -> None:
+    assert cost.rms_norm_cost(spec_of("q_a_layernorm"), 7) == (4 * 7 * 6, 2 * (7 * 6 + 7 * 6 + 6))
+    angles = 7 * 2 * 4
+    assert cost.rotate_query_cost(spec_of("rotate_query"), 7) == (7 * 3 * 6, 2 * 2 * 7 * 3 * 2 + angles)
+    written = 2 * (7 * 12 + 7 * 12 + 10) + angles + 7 * 8
+    assert cost.write_latent_cost(spec_of("write_latent"), 7) == (7 * (4 * 10 + 6), written)
+
+
+def test_work_of_attention_by_hand() -> None:
+    """Requests of 1 and 3 new tokens over 9 and 5 keys: 9 and 3 + 4 + 5 pairs."""
+    lengths, pairs = ((1, 3), (9, 5)), 9 + 12
+    latent = cost.latent_attention_cost(spec_of("latent_attention"), *lengths)
+    assert latent == (2 * 3 * pairs * (12 + 10), 2 * (4 * 3 * 12 + 14 * 12 + 4 * 3 * 10) + 4 * 4 * 3)
+    expanded = cost.expanded_attention_cost(spec_of("expanded_attention"), *lengths)
+    assert expanded == (2 * 3 * pairs * (6 + 5), 2 * 3 * (4 * 6 + 14 * 6 + 14 * 5 + 4 * 5) + 4 * 4 * 3)

@@ -141,6 +141,20 @@ def test_a_run_uses_the_kernel_and_is_right(kernel: Any, bench: Any, tmp_path: P
     assert {case.implementation for case in run.cases} == {"mla", "mla-reference"}
 
 
+@pytest.mark.parametrize("kernel", LIVES[BACKEND], ids=lambda case: case[0], indirect=True)
+def test_the_kernel_alone_is_right(kernel: Any, bench: Any, tmp_path: Path) -> None:
+    role, op = kernel
+    (tmp_path / "tiny.json").write_text(json.dumps({**WIDE, **SHAPES.get(op, {})}))
+    shape = ("--workload", "standard", "--batch", "2", "--kv", "70", "--runs", "2", "--passes", "2")
+    done = bench("--op", role, *shape, "-o", "run.json")
+    assert done.code == 0, done.err
+    run = results.decode((tmp_path / "run.json").read_bytes())
+    assert [(case.ops, case.check.status) for case in run.cases] == [
+        ({role: op}, "ok"),
+        ({role: "reference"}, "ok"),
+    ]
+
+
 @pytest.mark.parametrize("heads", [1, 16, 128])
 def test_ragged_batches_of_any_head_count(kernel: Any, backend: Any, heads: int) -> None:
     """Several new tokens per request, a request without any, and more query rows than one plan may hold."""

@@ -1,0 +1,86 @@
+"""The CPU with one op of a kind, `-O op=...`, that is the reference but for the fault in `-O fault=...`.
+
+none: it is right. scale: what it writes is 5 % too large. head: so is the last head, or column, alone.
+lse: its log-sum-exp is 0.1 too large. no_lse: it writes none and says so. half: it leaves the last row as it
+was. stray: it writes one more slot of the cache. stops: from its fourth call on it does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mla.reference import REFERENCE
+from mla_backends import Availability, Backend, FusedOp
+from mla_backends.api import Packed
+
+
+class FaultyOp(FusedOp):
+    """A reference op, and then its fault."""
+
+    nan_safe_tail = True
+
+    def __init__(self, kind: str, fault: str) -> None:
+        self._right, self._fault = REFERENCE[kind], fault
+        self.contract = self._right.contract
+        self.writes_lse = fault != "no_lse"
+        self._calls = 0
+
+    def pack(self, weight: torch.Tensor) -> Packed:
+        return self._right.pack(weight)
+
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        return self._right.unpack(packed)
+
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        return self._right.prepare(spec, batch)
+
+    def __call__(self, *leading: Any, **tensors: Any) -> None:
+        self._calls += 1
+        if self._fault == "stops" and self._calls > 3:
+            return
+        flat = "slots" in tensors
+        out = tensors["cache"].view(-1, tensors["cache"].shape[-1]) if flat else tensors["out"]
+        rows: Any = tensors["slots"] if flat else slice(None)
+        last = rows[-1] if flat else -1
+        before = out[last].clone()
+        self._right(*leading, **tensors)
+        if self._fault == "scale":
+            out[rows] *= 1.05
+        elif self._fault == "head":
+            out[rows, -1] *= 1.05
+        elif self._fault == "half":
+            out[last] = before
+        elif self._fault == "lse":
+            tensors["lse"] += 0.1
+        elif self._fault == "no_lse":
+            tensors["lse"].fill_(torch.nan)
+        elif self._fault == "stray":
+            out[next(slot for slot in range(len(out)) if slot not in rows)] = 0
+
+
+class FaultyBackend(Backend):
+    name = "faulty"
+    api_version = 1
+
+    @classmethod
+    def known_options(cls) -> tuple[str, ...]:
+        return ("threads", "op", "fault")
+
+    def probe(self) -> Availability:
+        return Availability(ok=True)
+
+    def setup(self, index: int | None = None) -> torch.device:
+        torch.set_num_threads(1)
+        return torch.device("cpu")
+
+    def synchronize(self) -> None:
+        pass
+
+    def dtypes(self) -> Sequence[torch.dtype]:
+        return (torch.bfloat16, torch.float16, torch.float32)
+
+    def ops(self) -> Mapping[str, FusedOp]:
+        return {"faulty": FaultyOp(self.options["op"], self.options.get("fault", "none"))}
