@@ -163,7 +163,7 @@ def test_settings_of_matplotlib_do_not_show(rich: Sequence[results.Run]) -> None
     import matplotlib
 
     plain = render(rich[0])
-    with matplotlib.rc_context({"axes.facecolor": "red", "svg.fonttype": "path", "font.size": 20}):
+    with matplotlib.rc_context({"xtick.direction": "in", "svg.fonttype": "path", "font.size": 20}):
         assert render(rich[0]) == plain
         assert matplotlib.rcParams["font.size"] == 20
 
