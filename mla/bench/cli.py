@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mla.bench import cli_files, commands
+from mla.bench import cli_files, cli_report, commands
 from mla.bench.budget import duration
 from mla.bench.cli_files import Word
 from mla.bench.cli_ops import op_options
@@ -28,6 +28,7 @@ Examples:
   python -m mla.bench --backend cpu --op latent_attention --batch 64 --kv 4k
   python -m mla.bench --backend my_module:MyBackend --workload mine.toml --dry-run
   python -m mla.bench compare before.json after.json --fail-slower 3%
+  python -m mla.bench report before.json after.json --html report.html
   python -m mla.bench list
   python -m mla.bench doctor cpu
   python -m mla.bench new-backend acme ./acme
@@ -304,7 +305,7 @@ def new_backend(name: str, folder: Path) -> int:
     return commands.new_backend(name, folder)
 
 
-for command in (cli_files.compare, cli_files.show):
+for command in (cli_files.compare, cli_files.show, cli_report.report):
     cli.add_command(command)
 
 

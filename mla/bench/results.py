@@ -251,7 +251,11 @@ def check_writable(path: Path) -> None:
 
 def write(run: msgspec.Struct, path: Path) -> None:
     """Write a run, or another report, whole or not at all. Raises `ResultError`."""
-    data = encode(run)
+    write_bytes(encode(run), path)
+
+
+def write_bytes(data: bytes, path: Path) -> None:
+    """Write a file whole or not at all. Raises `ResultError`."""
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             try:

@@ -145,7 +145,7 @@ def isolated(process: Bench, without_backends: Path) -> Bench:
     return functools.partial(process, path=[without_backends], flags=["-S"])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_run() -> Callable[..., results.Run]:
     """Return a maker of a run with one prefill case; keyword arguments replace fields of the case."""
 
@@ -195,7 +195,7 @@ def make_run() -> Callable[..., results.Run]:
     return make_run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def case(make_run: Callable[..., results.Run]) -> Callable[..., results.Case]:
     """Return a maker of one case."""
     return lambda **changes: make_run(**changes).cases[0]

@@ -1,0 +1,80 @@
+"""Render the report and write it: one file, whole or not at all."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from mla.bench import results
+from mla.bench.report import data, summary
+from mla.bench.results import ResultError, Run
+from mla.errors import MLAError
+
+#: How every report starts, and what alone may be overwritten.
+DOCTYPE = "<!doctype html>"
+
+
+class ReportError(MLAError):
+    """A report that cannot be made."""
+
+
+def require() -> None:
+    """Raise `ReportError` unless the libraries of the extra can be imported."""
+    for name in ("jinja2", "matplotlib"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ReportError(
+                f"a report needs {name}, which cannot be imported ({error}): "
+                "`pip install '.[report]'` in a checkout of this project."
+            ) from error
+
+
+def check_target(target: Path, inputs: Sequence[Path]) -> None:
+    """Raise `ResultError` if `target` cannot be written, or holds something else than a report."""
+    results.check_writable(target)
+    if not target.exists():
+        return
+    if any(one.exists() and one.samefile(target) for one in inputs):
+        raise ResultError(f"cannot write '{target}': it is one of the result files; name another file.")
+    with target.open("rb") as file:
+        start = file.read(len(DOCTYPE))
+    if start and start.lower() != DOCTYPE.encode():
+        raise ResultError(
+            f"cannot write '{target}': it exists and is no HTML page; remove it or name another file."
+        )
+
+
+def render(paths: Sequence[str], runs: Sequence[Run]) -> str:
+    """Return the page about these runs; the first is the base of comparisons. Needs the extra's libraries."""
+    import jinja2
+
+    from mla.bench.report import sections, tables
+    from mla.bench.report.picture import Context
+
+    files = data.sources(paths, runs)
+    loader = jinja2.PackageLoader("mla.bench.report", ".")
+    environment = jinja2.Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("template.html.j2").render(
+        files=files,
+        summaries=[summary.summary(one) for one in files],
+        several=len(files) > 1,
+        columns=list(tables.columns()),
+        result_rows=tables.result_rows,
+        sections=sections.sections(Context(files)),
+        summary=summary,
+        version=metadata.version("mla"),
+    )
+
+
+def write(page: str, path: Path) -> None:
+    """Write the page. Raises `ResultError`."""
+    results.write_bytes(page.encode("utf-8", "replace"), path)

@@ -1,0 +1,91 @@
+"""Colours, markers and dashes: one meaning each in all pictures, told apart without seeing colour."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+
+#: Okabe and Ito's palette without its yellow, which is too pale on white, and two of Tol's.
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#E69F00",
+    "#222222",
+    "#882255",
+    "#999933",
+)
+
+#: Of lines and marks that belong to no series.
+GREY, DARK = "#777777", "#222222"
+
+#: matplotlib's markers, each with the path of its swatch in a box of 16 x 16.
+MARKERS = {
+    "o": "M8 3.5a4.5 4.5 0 1 1 0 9a4.5 4.5 0 1 1 0-9z",
+    "s": "M4 4h8v8h-8z",
+    "^": "M8 3l5 9.5h-10z",
+    "D": "M8 2.5l5.5 5.5l-5.5 5.5l-5.5-5.5z",
+    "v": "M8 13l5-9.5h-10z",
+    "p": "M8 2.5l5.5 4l-2.1 6.5h-6.8l-2.1-6.5z",
+    ">": "M13 8l-9.5 5v-10z",
+    "<": "M3 8l9.5-5v10z",
+}
+MARKER_NAMES = tuple(MARKERS)
+MARKERS["|"] = "M7 1h2v14h-2z"  # stands for a mark over a bar
+
+#: Dashes by their lengths in points.
+DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (2, 2), (7, 2, 2, 2), (1, 1.5), (9, 3))
+
+
+@dataclass(frozen=True)
+class Swatch:
+    """One line of a legend: a filled box, or a marker with or without a line through it."""
+
+    text: str
+    colour: str
+    marker: str = ""
+    dash: tuple[float, ...] | None = None  # None: no line
+
+    @property
+    def path(self) -> str:
+        """Outline of the marker, in a box of 16 x 16."""
+        return MARKERS.get(self.marker, "")
+
+    @property
+    def dashes(self) -> str:
+        """The line's dashes as SVG writes them."""
+        return " ".join(f"{length:g}" for length in self.dash or ())
+
+
+class Palette:
+    """Colours by order of first appearance."""
+
+    def __init__(self, keys: Iterable[Hashable]) -> None:
+        self._places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+
+    def __getitem__(self, key: Hashable) -> str:
+        return COLOURS[self._places[key] % len(COLOURS)]
+
+    def marker(self, key: Hashable) -> str:
+        """Return the marker at the key's place."""
+        return MARKER_NAMES[self._places[key] % len(MARKER_NAMES)]
+
+    def dash(self, key: Hashable) -> tuple[float, ...]:
+        """Return the dashes at the key's place."""
+        return DASHES[self._places[key] % len(DASHES)]
+
+
+def ink(colour: str) -> str:
+    """Return black or white, whichever reads better on `colour`."""
+    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 130 else "#ffffff"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What colours and markers mean in one picture."""
+
+    colours: Palette
+    shapes: Palette

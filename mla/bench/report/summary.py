@@ -1,0 +1,154 @@
+"""What the report says first about each file, and last about its environment and method. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from mla.bench import render
+from mla.bench.report.data import Source, grouped
+from mla.bench.results import Case, Run
+
+#: Headlines and remarks of one file; a grid has a headline per point.
+MOST_LINES = 6
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One file in a few lines. `status` is "ok", "wrong" or "not run", the worst of its cases."""
+
+    source: Source
+    facts: list[tuple[str, str]]
+    headlines: list[str]
+    more: str  # what has no headline here
+    status: str
+    verdict: str
+    noise: list[str]
+    agreement: list[str]
+
+
+def summary(source: Source) -> Summary:
+    """Return what to say first about a file."""
+    run = source.run
+    plain = [case for case in run.cases if not case.point]
+    headlines = render.headlines(msgspec.structs.replace(run, cases=plain or run.cases))
+    status, verdict = worst(run.cases)
+    return Summary(
+        source,
+        _facts(source),
+        headlines[:MOST_LINES],
+        _left_out(run, len(headlines)),
+        status,
+        verdict,
+        render.noise(run),
+        render.comparisons(run),
+    )
+
+
+def _left_out(run: Run, headlines: int) -> str:
+    points = sum(bool(case.point) for case in run.cases)
+    if points:
+        return f"and {points} cases of a grid, in the table"
+    return f"and {headlines - MOST_LINES} more in the table" if headlines > MOST_LINES else ""
+
+
+def _facts(source: Source) -> list[tuple[str, str]]:
+    run = source.run
+    layer = ", ".join(filter(None, (source.config, run.dtype, f"attention {run.attention}", _pages(run))))
+    return [
+        ("device", f"{run.backend.device} (backend {run.backend.name})"),
+        ("layer", layer),
+        ("measured", run.created.replace("T", " ").replace("+00:00", " UTC")),
+        ("commit", _short(run.git_commit)),
+    ]
+
+
+def _short(commit: str | None) -> str:
+    """Return a commit as git abbreviates it, with its mark of a changed work tree."""
+    name, dash, rest = (commit or "unknown").partition("-")
+    return f"{name[:12]}{dash}{rest}"
+
+
+def _pages(run: Run) -> str:
+    return f"page size {run.page_size}"
+
+
+def worst(cases: Sequence[Case]) -> tuple[str, str]:
+    """Return the worst check of some cases, and a sentence that counts it."""
+    counts = {status: sum(case.check.status == status for case in cases) for status in ("wrong", "not run")}
+    for status, count in counts.items():
+        if count:
+            return status, f"{count} of {len(cases)} cases {status}"
+    return (
+        ("ok", f"all {len(cases)} cases agree with the oracle") if cases else ("not run", "no case was run")
+    )
+
+
+def environment(source: Source) -> list[tuple[str, str]]:
+    """Return everything a file says about where and how it was measured."""
+    run = source.run
+    rows = [
+        ("command", " ".join(run.argv)),
+        ("created", run.created),
+        ("commit", run.git_commit or "unknown"),
+        ("schema version", str(run.schema_version)),
+        ("backend", " ".join(filter(None, (run.backend.name, run.backend.version)))),
+        ("device", run.backend.device),
+        ("device memory", _bytes(run.backend.memory_bytes)),
+        ("last-level cache", _bytes(run.backend.cache_bytes)),
+        ("dtype", run.dtype),
+        ("attention", run.attention),
+        ("page size", str(run.page_size)),
+        ("seed", str(run.seed)),
+    ]
+    return [*rows, *run.environment.items()]
+
+
+def config(source: Source) -> list[tuple[str, str]]:
+    """Return the dimensions of the layer that was run."""
+    return [(key, _value(value)) for key, value in source.run.config.items() if value is not None]
+
+
+def _value(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {one}" for key, one in value.items() if one is not None)
+    return str(value)
+
+
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return "unknown"
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def method(case: Case) -> list[tuple[str, str]]:
+    """Return how a case was measured."""
+    lengths = f"new tokens {_runs(case.query_lens)}; history {_runs(case.history)}"
+    passes = f"{case.passes} passes of {case.steps_per_pass} after {case.warmups} warm-ups"
+    rows = [
+        ("requests", f"{len(case.query_lens)}; {lengths}"),
+        ("timed", f"{passes}, {case.clock} clock"),
+        ("in turns with", ", ".join(case.interleaved_with) or "nothing: it ran alone"),
+    ]
+    rows += [("ops", _ops(case))] * bool(case.ops)
+    states = [", ".join(f"{key} {value}" for key, value in state.items()) for state in case.device_state]
+    return rows + [("device state", "; then ".join(states))] * bool(states)
+
+
+def _ops(case: Case) -> str:
+    """Return which op ran where, op by op."""
+    names = grouped(case.ops, lambda role: case.ops[role])
+    return "; ".join(f"{name} for {', '.join(roles)}" for name, roles in names.items())
+
+
+def _runs(lengths: Sequence[int]) -> str:
+    """Return lengths with repetitions folded, such as "50 x4, 100 x4"."""
+    folded: list[list[int]] = []
+    for length in lengths:
+        if folded and folded[-1][0] == length:
+            folded[-1][1] += 1
+        else:
+            folded.append([length, 1])
+    return ", ".join(f"{length}" if count == 1 else f"{length} x{count}" for length, count in folded)

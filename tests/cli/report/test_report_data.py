@@ -1,0 +1,192 @@
+"""What the report's pictures show: selected from runs, without drawing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from mla.bench import results
+from mla.bench.report import data, roofs, summary
+from mla.bench.report.data import Entry, Source
+
+Case = Callable[..., results.Case]
+
+
+@pytest.fixture
+def source(make_run: Any) -> Callable[..., Source]:
+    """Return a maker of a file with the given cases."""
+
+    def source(*cases: results.Case, **changes: Any) -> Source:
+        run = make_run()
+        run.cases = list(cases)
+        for name, value in changes.items():
+            setattr(run, name, value)
+        return data.sources(["run.json"], [run])[0]
+
+    return source
+
+
+def point(case: Case, implementation: str = "mla", **values: Any) -> results.Case:
+    return case(scenario=f"sweep {values}", base="sweep", implementation=implementation, point=values)
+
+
+def places(found: Sequence[data.Curves]) -> list[tuple[str, str, list[float]]]:
+    """Return implementation, other values and places of every line."""
+    return [
+        (line.entry.case.implementation, line.others, [x for x, _ in line.points])
+        for one in found
+        for line in one.lines
+    ]
+
+
+def test_several_files_get_letters_and_repetitions_lanes(make_run: Any) -> None:
+    runs = [make_run() for _ in range(4)]
+    runs[1].backend.device = "another CPU"
+    runs[3].config = {"name": "other"}
+    found = data.sources(list("wxyz"), runs)
+    assert [one.key for one in found] == ["A", "B", "C", "D"]
+    assert [one.lane for one in found] == [0, 0, 1, 0]  # only the third repeats device and config
+    assert data.sources(["x"], runs[:1])[0].key == ""
+    assert [one.key for one in data.sources(["x"] * 28, [make_run()] * 28)][25:] == ["Z", "AA", "AB"]
+
+
+def test_a_line_has_one_implementation_and_one_value_of_every_other_axis(source: Any, case: Case) -> None:
+    cases = [
+        point(case, name, kv=kv, batch=batch)
+        for kv in (64, 16, 32)
+        for batch in (1, 8)
+        for name in ("mla", "other")
+    ]
+    found = data.entries([source(*cases)])
+    assert places(data.curves(found, "kv")) == [
+        ("mla", "batch 1", [16, 32, 64]),
+        ("other", "batch 1", [16, 32, 64]),
+        ("mla", "batch 8", [16, 32, 64]),
+        ("other", "batch 8", [16, 32, 64]),
+    ]
+    assert len(places(data.curves(found, "batch"))) == 6
+    assert data.bars(found) == {}
+
+
+def test_files_have_lines_of_their_own(make_run: Any, case: Case) -> None:
+    runs = [make_run(), make_run()]
+    for run in runs:
+        run.cases = [point(case, kv=kv) for kv in (1, 2)]
+    (found,) = data.curves(data.entries(data.sources(["x", "x"], runs)), "kv")
+    assert [line.entry.source.key for line in found.lines] == ["A", "B"]
+
+
+def test_a_wrong_case_is_on_no_picture(source: Any, case: Case) -> None:
+    wrong = point(case, kv=4)
+    wrong.latency_ms = wrong.tokens_per_s = None
+    found = data.entries([source(point(case, kv=1), point(case, kv=2), wrong)])
+    assert places(data.curves(found, "kv")) == [("mla", "", [1, 2])]
+    assert data.bars(found) == {}
+    assert roofs.roofline(found[0].source).dots[2:] == []
+
+
+@pytest.mark.parametrize("values", [[{"kv": 5}, {"kv": 5}], [{"kv": "1..5"}, {"kv": "2..6"}], [{"heads": 8}]])
+def test_what_makes_no_curve_is_a_bar(source: Any, case: Case, values: list[dict[str, Any]]) -> None:
+    found = data.entries([source(*(point(case, **one) for one in values))])
+    assert data.curves(found, "kv") == []
+    assert [len(group) for group in data.bars(found).values()] == [len(values)]
+
+
+def test_pictures_hold_one_workload_and_say_what_tells_them_apart(make_run: Any, case: Case) -> None:
+    runs = [make_run(), make_run()]
+    for run, name in zip(runs, ("small", "large"), strict=True):
+        run.config = {"name": name}
+        run.cases = [case(), case(scenario="decode", base="decode", op="latent_attention")]
+    found = data.entries(data.sources(["x", "y"], runs))
+    groups = data.bars(found)
+    names = data.titles(groups)
+    assert [names[one] for one in groups] == [
+        "prefill, small",
+        "decode, latent_attention, small",
+        "prefill, large",
+        "decode, latent_attention, large",
+    ]
+    assert data.titles([data.workload(found[0])]) == {data.workload(found[0]): "prefill"}
+
+
+def test_thinning_keeps_the_extremes_in_order() -> None:
+    samples = [1.0 + 0.001 * (i % 7) for i in range(1200)]
+    samples[333], samples[777] = 90.0, 0.1
+    found = data.thin(samples, 200)
+    assert len(found) <= 200
+    assert {(333, 90.0), (777, 0.1)} <= set(found)
+    assert [index for index, _ in found] == sorted({index for index, _ in found})
+    assert data.thin(samples, 1200) == list(enumerate(samples))
+
+
+def test_ceilings_are_the_roofs(source: Any, case: Case) -> None:
+    def ceiling(work: Any, value: float, **more: Any) -> results.Ceiling:
+        return results.Ceiling(work=work, value=value, source="here", **more)
+
+    limits = [
+        ceiling("read", 1e9, footprint_bytes=3 << 29),
+        ceiling("read", 5e9, footprint_bytes=32 << 20),
+        ceiling("read", 0.99e9),  # too near the first to be a line of its own
+        ceiling("copy", 9e9),
+        ceiling("matmul", 1e12, dtype="bfloat16"),
+    ]
+    found = roofs.roofline(source(case(roofline=floor(7.0, "memory")), ceilings=limits))
+    kept = [(one.bound, one.value, one.detail) for one in found.roofs]
+    assert kept == [("memory", 5e9, "32 MiB"), ("memory", 1e9, "1.5 GiB"), ("compute", 1e12, "bfloat16")]
+    assert roofs.ridge(found.roofs) == pytest.approx(200)
+
+
+def floor(ms: float, bound: Any) -> results.Roofline:
+    return results.Roofline(floor_ms=ms, fraction=0.5, bound=bound, peak_source="there")
+
+
+def test_without_ceilings_roofs_are_what_the_floors_were_computed_from(source: Any, case: Case) -> None:
+    cost = results.Cost(flops=4 * 10**9, bytes=10**6)
+    one = source(
+        case(cost=cost, roofline=floor(0.5, "memory")), case(cost=cost, roofline=floor(4, "compute"))
+    )
+    found = roofs.roofline(one)
+    assert [(one.bound, one.value, one.source) for one in found.roofs] == [
+        ("memory", pytest.approx(2e9), "there"),
+        ("compute", pytest.approx(1e12), "there"),
+    ]
+    assert [(dot.intensity, dot.rate) for dot in found.dots] == [(4000, 2e12)] * 2  # in 2 ms
+    assert roofs.roofline(source(case())).roofs == []
+    assert roofs.ridge(roofs.roofline(source(case())).roofs) is None
+
+
+def test_a_case_without_work_is_under_no_roof(source: Any, case: Case) -> None:
+    assert roofs.roofline(source(case(cost=results.Cost(flops=0, bytes=0)))).dots == []
+
+
+def test_the_worst_check_is_named(case: Case) -> None:
+    ok, wrong = case(), case(check=results.Check(status="wrong"))
+    not_run = case(check=results.Check(status="not run"))
+    assert summary.worst([ok, not_run, wrong]) == ("wrong", "1 of 3 cases wrong")
+    assert summary.worst([ok, not_run]) == ("not run", "1 of 2 cases not run")
+    assert summary.worst([ok])[0] == "ok"
+    assert summary.worst([])[0] == "not run"
+
+
+def test_a_summary_leads_with_the_scenarios_and_counts_the_grid(source: Any, case: Case) -> None:
+    found = summary.summary(source(*(point(case, kv=kv) for kv in (1, 2, 3)), case(), git_commit="a" * 40))
+    assert found.headlines == ["Prefill Latency: 2 ms"]
+    assert found.more == "and 3 cases of a grid, in the table"
+    assert ("commit", "a" * 12) in found.facts
+
+
+def test_lengths_are_folded(case: Case) -> None:
+    rows = dict(summary.method(case(query_lens=[1, 1, 1, 2], history=[0, 5, 5, 0])))
+    assert rows["requests"] == "4; new tokens 1 x3, 2; history 0, 5 x2, 0"
+
+
+def test_names_are_cut_and_cleaned() -> None:
+    assert data.printable("a\x00b\n\ud800c") == "a b c"
+    assert data.printable("abcdef", 4) == "abc…"
+
+
+def test_a_name_in_a_picture_starts_with_its_file(source: Any, case: Case) -> None:
+    assert Entry(source(case()), case()).name == "mla"
+    assert Entry(Source("B", "x", source(case()).run, 0), case()).name == "B mla"

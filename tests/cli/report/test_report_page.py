@@ -1,0 +1,201 @@
+"""The report as a file: complete, escaped, nothing to load, the same bytes for the same runs."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla.bench import results
+from mla.bench.report import page
+
+ROOT = Path(__file__).resolve().parents[3]
+COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+LITTLE = ["results", "scenarios", "roofline", "samples", "method"]
+SECTIONS = [*LITTLE[:1], "grid", *LITTLE[1:3], "stages", "timings", "comparison", *LITTLE[3:]]
+#: Elements a report is made of. None of them runs or loads anything.
+OF_PAGE = (
+    "a article b body code dd details div dl dt figcaption figure footer h1 h2 h3 h4 head header html li "
+    "main meta nav p pre section span style summary table tbody td th thead title tr ul"
+)
+OF_PICTURES = "clippath defs g path rect svg text tspan use"
+ELEMENTS = {*OF_PAGE.split(), *OF_PICTURES.split()}
+LOADING = ("src", "srcset", "xlink:href")
+
+
+class Page(HTMLParser):
+    """A parsed report: elements, attributes and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def ids(self, tag: str = "") -> list[str]:
+        """Return the ids of all elements, or of those of one kind."""
+        return [str(given["id"]) for name, given in self.elements if "id" in given and tag in ("", name)]
+
+
+def render(*runs: results.Run) -> str:
+    return page.render([f"{place}.json" for place in range(len(runs))], runs)
+
+
+def test_a_rich_report_has_every_section_and_picture(rich_page: str) -> None:
+    found = Page(rich_page)
+    assert found.ids("section") == SECTIONS
+    figures = found.ids("figure")
+    for kind, count in {
+        "grid": 2,  # against history, against batch
+        "bars": 2,  # prefill, decode
+        "roofline": 2,  # one a card
+        "stages": 2,
+        "timings": 2,
+        "compare": 1,
+        "samples": 16,  # 8 scenarios with numbers, on both cards
+    }.items():
+        assert len([one for one in figures if one.startswith(kind)]) == count, kind
+    for figure in rich_page.split("<figure ")[1:]:
+        body = figure.partition("</figure>")[0]
+        assert body.count("<svg viewBox=") == (2 if body.startswith('id="grid') else 1)
+        assert "<summary>data</summary>" in body
+        assert "<td" in body.partition("<summary>data</summary>")[2]
+    assert len(rich_page) < 1.5e6
+
+
+def test_pictures_are_named_and_ids_unique(rich_page: str) -> None:
+    found = Page(rich_page)
+    identities = found.ids()
+    assert len(identities) == len(set(identities))
+    drawings = [given for tag, given in found.elements if tag == "svg" and given.get("role") == "img"]
+    assert {given["aria-labelledby"] for given in drawings} <= set(found.ids("title"))
+    assert all((given.get("href") or "#")[1:] in {"", *identities} for _, given in found.elements)
+
+
+def test_a_wrong_case_is_red_and_has_its_reason_but_no_number(rich_page: str) -> None:
+    row, reason = re.findall(r'<tr class="[^"]*wrong">.*?</tr>', rich_page)[:2]
+    assert "long-prefill" in row
+    assert row.count("<td>-</td>") == 7
+    assert "row 17 is off by 31 times its bound" in reason
+    assert "1 of 11 cases wrong" in rich_page
+    assert not any("long-prefill" in one for one in re.findall(r"<svg viewBox.*?</svg>", rich_page))
+
+
+def test_it_names_devices_ways_of_timing_verdicts_and_commands(rich_page: str) -> None:
+    text = Page(rich_page).text
+    for expected in (
+        "Card One 80GB",
+        "0123456789ab-dirty",
+        "graph, warm, device events",
+        "no graph of this op can be captured",
+        "Launch bound",
+        "SLOWER",
+        "Warning: device differs: Card One 80GB and Card Two.",
+        "9000 GB/s 32 MiB",
+        "drift +0.4 %",
+        "python -m mla.bench --scenario 'decode' --implementations mla-reference",
+        "sm clock 1755 MHz",
+    ):
+        assert expected in text, expected
+
+
+def test_nothing_is_loaded_and_nothing_runs(rich_page: str) -> None:
+    assert_harmless(rich_page)
+    assert not re.search(r"https?:|//|@import|<script", rich_page.replace("</", "<"))
+
+
+def assert_harmless(text: str) -> None:
+    """Check that a page holds only known elements, links into itself, and no handler of an event."""
+    for tag, given in Page(text).elements:
+        assert tag in ELEMENTS
+        assert not [
+            name for name in given if name.startswith("on") or name in ("src", "srcset", "xlink:href")
+        ]
+        assert (given.get("href") or "#").startswith("#")
+    assert set(re.findall(r"url\((.)", text)) <= {"#"}
+
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)> \"'{{ 7 * 7 }} $x$ 漢字 </svg></style>"
+
+
+def test_text_from_files_is_escaped(rich: Sequence[results.Run]) -> None:
+    for run in rich:
+        run.backend.device = run.git_commit = run.argv[0] = HOSTILE
+        run.config = {"name": HOSTILE, HOSTILE: HOSTILE}
+        run.environment = {HOSTILE: HOSTILE}
+        for case in run.cases:
+            case.scenario += HOSTILE
+            case.base += HOSTILE
+            case.implementation = f"_{case.implementation}{HOSTILE}"
+            case.check.reason = case.repro = HOSTILE
+            for stage in case.stages:
+                stage.name += HOSTILE
+            for timing in case.timings:
+                timing.clock = timing.check.reason = HOSTILE
+        for ceiling in run.ceilings:
+            ceiling.source = ceiling.dtype = HOSTILE
+    text = page.render([HOSTILE, HOSTILE], rich)
+    assert_harmless(text)
+    assert HOSTILE not in text
+    assert html.escape("<script>alert(1)</script>") in text
+    assert HOSTILE in Page(text).text
+
+
+def test_the_same_runs_give_the_same_bytes(process: Any, files: list[str], tmp_path: Path) -> None:
+    for seed in ("1", "2"):
+        done = process("report", files[0], "--html", f"{seed}.html", PYTHONHASHSEED=seed, MPLBACKEND="svg")
+        assert done.code == 0, done.err
+    assert (tmp_path / "1.html").read_bytes() == (tmp_path / "2.html").read_bytes()
+
+
+def test_settings_of_matplotlib_do_not_show(rich: Sequence[results.Run]) -> None:
+    import matplotlib
+
+    plain = render(rich[0])
+    with matplotlib.rc_context({"xtick.direction": "in", "svg.fonttype": "path", "font.size": 20}):
+        assert render(rich[0]) == plain
+        assert matplotlib.rcParams["font.size"] == 20
+
+
+def test_files_of_both_schemas_mix(rich: Sequence[results.Run]) -> None:
+    old = [results.read(path) for path in COMMITTED]
+    assert {run.schema_version for run in old} == {1}
+    found = Page(page.render([path.name for path in (*COMMITTED, Path("new.json"))], [*old, rich[0]]))
+    assert set(found.ids("section")) == set(SECTIONS)
+    assert "Nothing can be compared" in found.text
+    assert "This file knows no limit" in found.text
+
+
+@pytest.mark.parametrize("cases", [0, 1])
+def test_a_run_with_little_in_it_is_a_page(make_run: Any, cases: int) -> None:
+    run = make_run((5.0,))
+    run.cases = run.cases[:cases]
+    found = Page(render(run))
+    assert found.ids("section") == (LITTLE if cases else ["results", "method"])
+
+
+def test_long_runs_are_thinned_and_say_so(make_run: Any) -> None:
+    samples = [1.0 + 1e-4 * (i % 997) for i in range(6 * 1200)]
+    run = make_run(samples, steps_per_pass=1200, passes=6)
+    text = render(run)
+    assert "Of up to 7200 samples, at most 1200 are drawn" in text
+    assert len(text) < 150_000
+
+
+def test_many_cases_leave_room(make_run: Any, case: Any) -> None:
+    run = make_run()
+    run.cases = [case(scenario=f"s{i}", base="grid", point={"heads": i}) for i in range(60)]
+    found = Page(render(run))
+    assert "Drawn are the first 40 of 60" in found.text
+    assert len([one for one in found.ids("figure") if one.startswith("samples")]) == 24
