@@ -303,6 +303,13 @@ class Backend(ABC):
     def synchronize(self) -> None:
         """Wait until all submitted work is done."""
 
+    def device_count(self) -> int | None:
+        """Return how many devices this process sees, before `setup` as well; None: they cannot be counted.
+
+        Tasks on one node then take device (local task number) modulo this; with None, the current one.
+        """
+        return None
+
     def device_info(self) -> DeviceInfo:
         """Describe the device; unknown facts are None."""
         return DeviceInfo(name=self.name)

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -39,10 +39,19 @@ HOOK = "mla_backend"
 REPORT = "report it to the backend's authors"
 
 
-def open_backend(name: str, index: int | None = None, options: Mapping[str, str] | None = None) -> Backend:
-    """Create the backend `name`, probe it and set up its device `index`. Raises `BackendError`."""
+def open_backend(
+    name: str,
+    index: int | Callable[[int | None], int | None] | None = None,
+    options: Mapping[str, str] | None = None,
+) -> Backend:
+    """Create the backend `name`, probe it and set up its device `index`. Raises `BackendError`.
+
+    A function for `index` gets the number of visible devices, None where they cannot be counted.
+    """
     backend = create(name, options)
     probe_backend(name, backend)
+    if callable(index):
+        index = index(count_devices(name, backend))
     try:
         device = backend.setup(index)
     except BackendError:
@@ -71,6 +80,14 @@ def probe_backend(name: str, backend: Backend) -> Availability:
     if not found.ok:
         raise DeviceUnavailable(name, found.reason, _torch_hint(name) or found.hint, found.evidence)
     return found
+
+
+def count_devices(name: str, backend: Backend) -> int | None:
+    """Return how many devices the backend sees, or None. Raises `DeviceUnavailable` when asking fails."""
+    try:
+        return backend.device_count()
+    except Exception as error:
+        raise DeviceUnavailable(name, f"device_count() raised {describe(error)}", LIST_HINT) from error
 
 
 def create(name: str, options: Mapping[str, str] | None = None) -> Backend:

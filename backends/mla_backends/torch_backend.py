@@ -116,8 +116,11 @@ class TorchBackend(Backend):
             self.at_setup = self.monitor.sample()
         return self.device
 
+    def device_count(self) -> int:
+        return int(self.module.device_count())
+
     def _check_index(self, index: int | None) -> None:
-        count = int(self.module.device_count())
+        count = self.device_count()
         if count == 0:
             raise DeviceUnavailable(self.name, "torch counts 0 devices", self.device_hint())
         if index is not None and not 0 <= index < count:

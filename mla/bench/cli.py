@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mla.bench import cli_files, commands
+from mla.bench import cli_files, commands, launch
 from mla.bench.cli_files import Word
 from mla.bench.exits import guarded
 from mla.bench.options import DEFAULT_CONFIG, RunOptions
@@ -29,7 +29,7 @@ Examples:
 
 \b
 Exit codes: 0 ok, 1 regression, 2 usage, 3 backend missing or unusable,
-4 wrong result, 5 nothing ran, 130 interrupted (the partial result is written).
+4 wrong result, 5 nothing ran, 130 interrupted, 143 ended by SIGTERM (the partial result is written).
 """
 
 
@@ -83,7 +83,12 @@ def cli() -> None:
     metavar="NAME",
     help="Backend to measure, or package.module:attribute. Default: the only usable one.",
 )
-@click.option("--device", metavar="INDEX", type=click.IntRange(min=0), help="Index of the device.")
+@click.option(
+    "--device",
+    metavar="INDEX",
+    type=click.IntRange(min=0),
+    help="Index of the device. Default: by LOCAL_RANK (torchrun) or SLURM_LOCALID, else the current one.",
+)
 @click.option("-O", "backend_options", metavar="KEY=VALUE", multiple=True, help="Option of the backend.")
 @click.option("--threads", type=click.IntRange(1, 4096), help="Host threads. Default: the backend decides.")
 @click.option(
@@ -171,7 +176,8 @@ def cli() -> None:
     "--output",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Write the complete result as JSON.",
+    callback=lambda ctx, parameter, value: value and launch.result_path(value),
+    help="Write the complete result as JSON. %t is the task's number under srun or torchrun, %j the job's.",
 )
 @click.option(
     "--format",

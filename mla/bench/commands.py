@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import sys
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mla.bench import environment, render, results
-from mla.bench.exits import Exit
+from mla.bench import environment, launch, render, results
+from mla.bench.exits import Exit, interrupted
 from mla.bench.options import DEFAULT_CONFIG, RunOptions
 from mla.bench.progress import Progress, Reading
 from mla.bench.workload import Scenario, WorkloadError
@@ -78,7 +79,8 @@ def prepare(options: RunOptions) -> Request:
     if options.output:
         results.check_writable(options.output)
     name = _only_usable() if options.backend is None else options.backend
-    return _request(options, name, _open(options, name), scenarios)
+    backend = _open(options, name)
+    return _request(_with_device(options, backend), name, backend, scenarios)
 
 
 def measure(request: Request) -> Outcome:
@@ -94,8 +96,10 @@ def verdict(outcome: Outcome) -> Exit:
     if outcome.failure is not None:
         raise outcome.failure
     if outcome.interrupted:
-        note("interrupted: the result holds what was measured until then")
-        return Exit.INTERRUPTED
+        code = interrupted()
+        by = " by SIGTERM" if code == Exit.TERMINATED else ""
+        note(f"interrupted{by}: the result holds what was measured until then")
+        return code
     if any(case.check.status == "wrong" for case in outcome.run.cases):
         note("wrong result: at least one implementation disagrees with the oracle and got no number")
         return Exit.WRONG
@@ -105,8 +109,16 @@ def verdict(outcome: Outcome) -> Exit:
 def _open(options: RunOptions, name: str) -> Backend:
     import mla
 
-    backend: Backend = mla.load_backend(name, options.device, options.threads, options.key_values())
+    index = launch.local_device(note) if options.device is None else options.device
+    backend: Backend = mla.load_backend(name, index, options.threads, options.key_values())
     return backend
+
+
+def _with_device(options: RunOptions, backend: Backend) -> RunOptions:
+    """Name the device that the launcher chose, so that `repro` commands need no launcher."""
+    if options.device is not None or launch.local_number() is None or backend.device is None:
+        return options
+    return replace(options, device=backend.device.index)
 
 
 def _only_usable() -> str:
@@ -227,10 +239,7 @@ def _describe(request: Request) -> None:
     facts = environment.environment(setting.backend)
     names = session.make_ops(setting).names()
     fused = [f"{role}={name}" for role, name in names.items() if name != "reference"]
-    note(
-        f"backend    {setting.backend.name} on {info.name}, torch {facts['torch']}, "
-        f"{facts['torch_threads']} threads"
-    )
+    note(f"backend    {setting.backend.name} on {info.name}, torch {facts['torch']}, {_threads(facts)}")
     note(
         f"config     {setting.config.name}, {setting.dtype}, attention {setting.attention}, "
         f"page size {setting.page_size}, seed {setting.seed}"
@@ -249,6 +258,11 @@ def _describe(request: Request) -> None:
         f"{memory.gib(plan.host)} on the host; available {memory.gib(plan.device_available)} "
         f"and {memory.gib(plan.host_available)}"
     )
+
+
+def _threads(facts: Mapping[str, str]) -> str:
+    count, source = facts["torch_threads"], facts.get("backend.threads_from")
+    return f"{count} thread{'' if count == '1' else 's'}{f' ({source})' if source else ''}"
 
 
 def _scenario_line(scenario: Scenario) -> str:

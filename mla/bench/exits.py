@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import click
 
+from mla.bench import signals
 from mla.errors import MLAError
 from mla_backends import BackendError
 
@@ -25,10 +26,21 @@ class Exit(enum.IntEnum):
     WRONG = 4
     NOTHING_RAN = 5
     INTERRUPTED = 130
+    TERMINATED = 143
+
+
+def interrupted() -> Exit:
+    """Return the code of a run that ended early: by SIGTERM, else by Ctrl-C."""
+    return Exit.TERMINATED if signals.terminated() else Exit.INTERRUPTED
 
 
 def guarded(command: Callable[[], int | None]) -> int:
     """Run `command`, print one sentence for anything a user can cause, and return the exit code."""
+    with signals.sigterm_interrupts():
+        return _guarded(command)
+
+
+def _guarded(command: Callable[[], int | None]) -> int:
     try:
         return int(command() or Exit.OK)
     except click.exceptions.Exit as done:
@@ -37,7 +49,7 @@ def guarded(command: Callable[[], int | None]) -> int:
         error.show()
         return Exit.USAGE
     except (KeyboardInterrupt, click.Abort):
-        return _say("interrupted", Exit.INTERRUPTED)
+        return _say("interrupted by SIGTERM" if signals.terminated() else "interrupted", interrupted())
     except BackendError as error:
         return _say(str(error), Exit.BACKEND)
     except MLAError as error:

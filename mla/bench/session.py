@@ -116,6 +116,8 @@ def execute(request: Request, progress: engine.Progress, note: Note) -> Outcome:
         for together in turns:
             try:
                 done += work.measure(together)
+            except KeyboardInterrupt:  # outside of timing, as while the device's limits are measured
+                return Outcome(_run(request, cases + done), interrupted=True)
             except Exception as error:  # noqa: BLE001  # whatever a plugin raises, finished cases must survive
                 return Outcome(_run(request, cases + done), failure=_failure(scenario, error))
             if any(case.interrupted for case in done):
