@@ -116,7 +116,7 @@ def _build(entry: Entry, found: Any, options: dict[str, str]) -> Any:
     """Get the backend out of what the entry point names."""
     if isinstance(found, Backend):
         if options:
-            raise BackendOptionError(found.name, sorted(options), ())
+            raise BackendOptionError.unknown(found.name, sorted(options), ())
         return found
     if isinstance(found, type) and issubclass(found, Backend):
         return found(options)

@@ -13,7 +13,7 @@ import click
 
 from mla.bench import signals
 from mla.errors import MLAError
-from mla_backends import BackendError
+from mla_backends import BackendError, BackendOptionError
 
 
 class Exit(enum.IntEnum):
@@ -50,6 +50,8 @@ def _guarded(command: Callable[[], int | None]) -> int:
         return Exit.USAGE
     except (KeyboardInterrupt, click.Abort):
         return _say("interrupted by SIGTERM" if signals.terminated() else "interrupted", interrupted())
+    except BackendOptionError as error:
+        return _say(str(error), Exit.USAGE)
     except BackendError as error:
         return _say(str(error), Exit.BACKEND)
     except MLAError as error:

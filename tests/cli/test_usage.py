@@ -89,9 +89,10 @@ def test_a_bad_command_line_is_refused(bench: Bench, words: list[str], message: 
         (["--backend", "os:nothing"], 3, "backend 'os:nothing' failed to load: importing module os "),
         (["--backend", "os:path"], 3, "backend 'os:path' failed to load: module os has no hook; "),
         ([*CPU, "--device", "5"], 3, "backend 'cpu' has one device, so there is no device 5."),
-        ([*CPU, "-O", "x=1"], 3, "backend 'cpu' has no option 'x'; it knows: threads"),
-        ([*CPU, "-O", "threads=two"], 3, "backend 'cpu' needs a positive number of threads, got 'two'."),
-        ([*CPU, "-O", "threads=-1"], 3, "backend 'cpu' needs a positive number of threads, got '-1'."),
+        ([*CPU, "-O", "x=1"], 2, "backend 'cpu' has no option 'x'; it knows: threads"),
+        ([*CPU, "-O", "threads=two"], 2, "backend 'cpu' needs a positive number of threads, got 'two'."),
+        ([*CPU, "-O", "threads=-1"], 2, "backend 'cpu' needs a positive number of threads, got '-1'."),
+        ([*CPU, "-O", "fp32=maybe"], 2, "backend 'cpu' takes -O fp32=auto, on or off, got 'maybe'."),
         ([*CPU, "-O", "x"], 2, "-O wants KEY=VALUE, got 'x'."),
         ([*CPU, "-O", "=x"], 2, "-O wants KEY=VALUE, got '=x'."),
         (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mla_backend_cpu.build import LEVELS
 from mla_backend_cpu.kernels import describe, native_ops
 from mla_backend_cpu.linear import Fp32BatchedLinear, Fp32Linear, fp32_gain
-from mla_backends import Availability, Backend, BackendError, FusedOp, hookimpl, host
+from mla_backends import Availability, Backend, BackendError, BackendOptionError, FusedOp, hookimpl, host
 from mla_backends.api import DeviceInfo, MemoryInfo
 
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ class Cpu(Backend):
         self._threads_from = "not set up"
 
     def _choice(self, option: str, allowed: tuple[str, ...], default: str = "auto") -> str:
-        """Return the value of an option. Raises `BackendError` when it is none of those allowed."""
+        """Return the value of an option. Raises `BackendOptionError` when it is none of those allowed."""
         value = self.options.get(option, default)
         if value not in allowed:
             listed = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
             where = "" if option in self.options else f" from {NATIVE_VARIABLE}"
-            raise BackendError(f"backend 'cpu' takes -O {option}={listed}, got '{value}'{where}.")
+            raise BackendOptionError(f"backend 'cpu' takes -O {option}={listed}, got '{value}'{where}.")
         return value
 
     @classmethod
