@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import os
 import sys
-import traceback
 from collections.abc import Callable
 
 import click
 
 from mla.bench import signals
+from mla.bench.blame import place
 from mla.errors import MLAError
 from mla_backends import BackendError, BackendOptionError
 
@@ -71,10 +70,9 @@ def _unexpected(error: Exception) -> str:
             "torch is not installed: install the build of your device's vendor, or for a CPU run "
             "`pip install ./plugins/cpu` from a checkout of this project."
         )
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{os.path.basename(where.filename)}:{where.lineno} in {where.name}"
     text = str(error).partition("\n")[0]
-    return f"{type(error).__name__}: {text} ({place}); `python -X dev -m mla.bench ...` shows the traceback."
+    said = f"{type(error).__name__}: {text} ({place(error)})"
+    return f"{said}; `python -X dev -m mla.bench ...` shows the traceback."
 
 
 def _say(sentence: str, code: Exit) -> int:

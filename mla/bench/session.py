@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import datetime
-import os
 import shlex
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from mla import cost
-from mla.bench import agreement, engine, environment, peers, results, stats
+from mla.bench import agreement, blame, engine, environment, peers, results, stats
 from mla.bench.ceilings import Ceilings
 from mla.bench.check import Checker, expected_outputs
 from mla.bench.implementations import Implementation, MlaLayer, Setting
@@ -116,8 +114,6 @@ def execute(request: Request, progress: engine.Progress, note: Note) -> Outcome:
         for together in turns:
             try:
                 done += work.measure(together)
-            except KeyboardInterrupt:  # outside of timing, as while the device's limits are measured
-                return Outcome(_run(request, cases + done), interrupted=True)
             except Exception as error:  # noqa: BLE001  # whatever a plugin raises, finished cases must survive
                 return Outcome(_run(request, cases + done), failure=_failure(scenario, error))
             if any(case.interrupted for case in done):
@@ -131,11 +127,9 @@ def _failure(scenario: Scenario, error: Exception) -> MLAError | BackendError:
     """Return what to print: our own sentence, or what was raised and where."""
     if isinstance(error, (MLAError, BackendError)):
         return error
-    where = traceback.extract_tb(error.__traceback__)[-1]
     text = str(error).partition("\n")[0]
     return RunFailed(
-        f"scenario '{scenario.name}' failed: {type(error).__name__}: {text} "
-        f"({os.path.basename(where.filename)}:{where.lineno} in {where.name})."
+        f"scenario '{scenario.name}' failed: {type(error).__name__}: {text} ({blame.place(error)})."
     )
 
 
