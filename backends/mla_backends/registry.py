@@ -37,6 +37,7 @@ __all__ = ["Entry", "Status", "create", "entries", "open_backend", "probe_backen
 
 HOOK = "mla_backend"
 REPORT = "report it to the backend's authors"
+PATH_HINT = "check the spelling, run from the folder it is in, or put that folder on PYTHONPATH"
 
 
 def open_backend(
@@ -186,8 +187,18 @@ def _blaming(entry: Entry, action: str) -> Iterator[None]:
         missing = _missing_from_contract(error)
         if missing:
             raise BackendVersionError(entry.name, entry.origin, API_VERSION, missing=missing) from error
+        if _missing_module(entry, error):
+            reason, hint = f"{entry.origin} cannot be imported: there is none of that name", PATH_HINT
+            raise BackendImportError(entry.name, reason, hint) from error
         hint = _torch_hint(entry.name, error) or LIST_HINT
         raise BackendImportError(entry.name, f"{action} raised {describe(error)}", hint) from error
+
+
+def _missing_module(entry: Entry, error: BaseException) -> bool:
+    """Say whether the module that the user pointed at, or a package above it, is what is missing."""
+    module = entry.value.partition(":")[0]
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    return entry.distribution is None and bool(missing) and f"{module}.".startswith(f"{missing}.")
 
 
 def _missing_from_contract(error: BaseException) -> str:

@@ -85,7 +85,12 @@ def test_a_bad_command_line_is_refused(bench: Bench, words: list[str], message: 
         (["--backend", "CPU"], 3, "unknown backend 'CPU' (did you mean 'cpu'?); installed: "),
         (["--backend", "cuda"], 3, "unknown backend 'cuda' (did you mean 'nvidia'?); installed: "),
         (["--backend", ""], 3, "unknown backend ''; installed: "),
-        (["--backend", "nowhere:x"], 3, "backend 'nowhere:x' failed to load: importing module nowhere "),
+        (
+            ["--backend", "nowhere:x"],
+            3,
+            "backend 'nowhere:x' failed to load: module nowhere cannot be imported: there is none of that "
+            "name; check the spelling, run from the folder it is in, or put that folder on PYTHONPATH.",
+        ),
         (["--backend", "os:nothing"], 3, "backend 'os:nothing' failed to load: importing module os "),
         (["--backend", "os:path"], 3, "backend 'os:path' failed to load: module os has no hook; "),
         ([*CPU, "--device", "5"], 3, "backend 'cpu' has one device, so there is no device 5."),
