@@ -14,14 +14,14 @@ _Place = tuple[FrameType, int]  # a frame and its current line
 def place(error: BaseException) -> str:
     """Return "file.py:12 in function", and which op of the layer that was if one was running."""
     frames = list(traceback.walk_tb(error.__traceback__))
-    running = next((at for at, (frame, _) in enumerate(frames) if isinstance(_self(frame), FusedOp)), None)
-    if running is None:
-        own = [one for one in frames if _package(one[0]) != "torch"]
-        return _text((own or frames)[-1])
-    op = _self(frames[running][0])
-    package = type(op).__module__.partition(".")[0]
-    own = [one for one in frames[running:] if _package(one[0]) == package]
-    return _text((own or frames)[-1]) + _name(frames[:running], op)
+    for at, (frame, _) in enumerate(frames):
+        op = _self(frame)
+        if isinstance(op, FusedOp):
+            package = type(op).__module__.partition(".")[0]
+            own = [one for one in frames[at:] if _package(one[0]) == package]
+            return _text((own or frames)[-1]) + _name(frames[:at], op)
+    own = [one for one in frames if _package(one[0]) != "torch"]
+    return _text((own or frames)[-1])
 
 
 def _name(callers: list[_Place], op: FusedOp) -> str:
