@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mla_backends.errors import BackendError, BackendOptionError
+from mla_backends.errors import BackendOptionError
 
 if TYPE_CHECKING:
     import torch
@@ -274,14 +274,19 @@ class Backend(ABC):
     device: torch.device | None = None  # what `setup` returned
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
-        """Keep the user's `-O key=value` options; a subclass names those it knows in `known_options`."""
+        """Keep the user's `-O key=value` options; a subclass names those it knows in `known_options`.
+
+        Raises `BackendOptionError` for others; a subclass does so for values that it does not take.
+        """
         self.options = dict(options or {})
         unknown = sorted(set(self.options) - set(self.known_options()))
         if unknown:
-            raise BackendOptionError(self.name, unknown, self.known_options())
+            raise BackendOptionError.unknown(self.name, unknown, self.known_options())
         threads = str(self.options.get("threads", 1))
         if not threads.isdecimal() or int(threads) < 1:
-            raise BackendError(f"backend '{self.name}' needs a positive number of threads, got '{threads}'.")
+            raise BackendOptionError(
+                f"backend '{self.name}' needs a positive number of threads, got '{threads}'."
+            )
 
     @classmethod
     def known_options(cls) -> tuple[str, ...]:
@@ -302,6 +307,13 @@ class Backend(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until all submitted work is done."""
+
+    def device_count(self) -> int | None:
+        """Return how many devices this process sees, before `setup` as well; None: they cannot be counted.
+
+        Tasks on one node then take device (local task number) modulo this; with None, the current one.
+        """
+        return None
 
     def device_info(self) -> DeviceInfo:
         """Describe the device; unknown facts are None."""

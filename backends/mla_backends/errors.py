@@ -29,13 +29,15 @@ class BackendError(Exception):
 
 
 class BackendOptionError(BackendError):
-    """The user passed an option the backend does not know."""
+    """The user passed an option the backend does not know, or a value it does not take."""
 
     state = "bad option"
 
-    def __init__(self, name: str, unknown: Sequence[str], known: Sequence[str]) -> None:
+    @classmethod
+    def unknown(cls, name: str, unknown: Sequence[str], known: Sequence[str]) -> BackendOptionError:
+        """Name the options there are."""
         listed = ", ".join(known) or "none"
-        super().__init__(f"backend '{name}' has no option '{', '.join(unknown)}'; it knows: {listed}.")
+        return cls(f"backend '{name}' has no option '{', '.join(unknown)}'; it knows: {listed}.")
 
 
 class UnknownBackend(BackendError):

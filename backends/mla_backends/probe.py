@@ -1,6 +1,7 @@
 """Probe one backend and print what was found as JSON: `python -m mla_backends.probe NAME`.
 
-The last line of stdout is the answer; a traceback, where there is one, goes to stderr.
+The last line of stdout is the answer. Where the backend is not usable a sentence goes to stderr, after the
+traceback if there is one. Exit code 0: usable, 3: not usable or not known, 2: no name was given.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def _problem(error: BackendError, state: str) -> dict[str, Any]:
     """Describe `error`; `state` is for errors that plugins raise without choosing a class."""
     if error.__cause__ is not None:
         traceback.print_exception(error.__cause__)
+    sys.stderr.write(f"error: {error}\n")
     return {
         "state": state if error.state == BackendError.state else error.state,
         "reason": error.reason,
@@ -48,14 +50,15 @@ def _strings(evidence: Any) -> dict[str, str]:
 def main(arguments: list[str]) -> None:
     """Print the answer and end the process at once."""
     if len(arguments) != 1:
-        sys.exit("usage: python -m mla_backends.probe NAME")
+        sys.stderr.write("usage: python -m mla_backends.probe NAME\n")
+        sys.exit(2)
     answer = examine(arguments[0])
     # A line of its own, whatever the plugin printed before.
     sys.stdout.write(f"\n{json.dumps(answer)}\n")
     sys.stdout.flush()
     sys.stderr.flush()
     # Vendor stacks have been seen to hang or crash while the interpreter winds down.
-    os._exit(0)
+    os._exit(0 if answer["state"] == USABLE else 3)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -37,12 +37,22 @@ __all__ = ["Entry", "Status", "create", "entries", "open_backend", "probe_backen
 
 HOOK = "mla_backend"
 REPORT = "report it to the backend's authors"
+PATH_HINT = "check the spelling, run from the folder it is in, or put that folder on PYTHONPATH"
 
 
-def open_backend(name: str, index: int | None = None, options: Mapping[str, str] | None = None) -> Backend:
-    """Create the backend `name`, probe it and set up its device `index`. Raises `BackendError`."""
+def open_backend(
+    name: str,
+    index: int | Callable[[int | None], int | None] | None = None,
+    options: Mapping[str, str] | None = None,
+) -> Backend:
+    """Create the backend `name`, probe it and set up its device `index`. Raises `BackendError`.
+
+    A function for `index` gets the number of visible devices, None where they cannot be counted.
+    """
     backend = create(name, options)
     probe_backend(name, backend)
+    if callable(index):
+        index = index(count_devices(name, backend))
     try:
         device = backend.setup(index)
     except BackendError:
@@ -73,6 +83,14 @@ def probe_backend(name: str, backend: Backend) -> Availability:
     return found
 
 
+def count_devices(name: str, backend: Backend) -> int | None:
+    """Return how many devices the backend sees, or None. Raises `DeviceUnavailable` when asking fails."""
+    try:
+        return backend.device_count()
+    except Exception as error:
+        raise DeviceUnavailable(name, f"device_count() raised {describe(error)}", LIST_HINT) from error
+
+
 def create(name: str, options: Mapping[str, str] | None = None) -> Backend:
     """Import the one plugin that `name` stands for and return its backend, not yet probed.
 
@@ -99,7 +117,7 @@ def _build(entry: Entry, found: Any, options: dict[str, str]) -> Any:
     """Get the backend out of what the entry point names."""
     if isinstance(found, Backend):
         if options:
-            raise BackendOptionError(found.name, sorted(options), ())
+            raise BackendOptionError.unknown(found.name, sorted(options), ())
         return found
     if isinstance(found, type) and issubclass(found, Backend):
         return found(options)
@@ -169,8 +187,18 @@ def _blaming(entry: Entry, action: str) -> Iterator[None]:
         missing = _missing_from_contract(error)
         if missing:
             raise BackendVersionError(entry.name, entry.origin, API_VERSION, missing=missing) from error
+        if _missing_module(entry, error):
+            reason, hint = f"{entry.origin} cannot be imported: there is none of that name", PATH_HINT
+            raise BackendImportError(entry.name, reason, hint) from error
         hint = _torch_hint(entry.name, error) or LIST_HINT
         raise BackendImportError(entry.name, f"{action} raised {describe(error)}", hint) from error
+
+
+def _missing_module(entry: Entry, error: BaseException) -> bool:
+    """Say whether the module that the user pointed at, or a package above it, is what is missing."""
+    module = entry.value.partition(":")[0]
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    return entry.distribution is None and bool(missing) and f"{module}.".startswith(f"{missing}.")
 
 
 def _missing_from_contract(error: BaseException) -> str:

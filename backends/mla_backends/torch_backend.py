@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mla_backends import torch_report
 from mla_backends.api import Availability, Backend, DeviceInfo, MemoryInfo, Timer
-from mla_backends.errors import BackendError, DeviceUnavailable, describe
+from mla_backends.errors import BackendError, BackendOptionError, DeviceUnavailable, describe
 from mla_backends.monitor import Monitor
 from mla_backends.torch_graph import capture
 from mla_backends.torch_timing import EventTimer
@@ -41,7 +41,7 @@ class TorchBackend(Backend):
         super().__init__(options)
         self._graphs = self.options.get("graph", "on" if self.graphs_by_default() else "off")
         if self._graphs not in ("on", "off"):
-            raise BackendError(f"backend '{self.name}' takes -O graph=on or off, got '{self._graphs}'.")
+            raise BackendOptionError(f"backend '{self.name}' takes -O graph=on or off, got '{self._graphs}'.")
         self.at_setup: Mapping[str, str] = {}  # the monitor's readings then
 
     @classmethod
@@ -116,8 +116,11 @@ class TorchBackend(Backend):
             self.at_setup = self.monitor.sample()
         return self.device
 
+    def device_count(self) -> int:
+        return int(self.module.device_count())
+
     def _check_index(self, index: int | None) -> None:
-        count = int(self.module.device_count())
+        count = self.device_count()
         if count == 0:
             raise DeviceUnavailable(self.name, "torch counts 0 devices", self.device_hint())
         if index is not None and not 0 <= index < count:

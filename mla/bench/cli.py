@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mla.bench import cli_files, cli_report, commands
+from mla.bench import cli_files, cli_report, commands, launch
 from mla.bench.budget import duration
 from mla.bench.cli_files import Word
 from mla.bench.cli_ops import op_options
@@ -35,8 +35,13 @@ Examples:
 
 \b
 Exit codes: 0 ok, 1 regression, 2 usage, 3 backend missing, unusable or hung,
-4 wrong result, 5 nothing ran, 130 interrupted (the partial result is written).
+4 wrong result, 5 nothing ran, 130 interrupted, 143 ended by SIGTERM (the partial result is written).
 """
+
+
+def _result_path(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """Give every task of a launcher a file of its own."""
+    return None if value is None else launch.result_path(value)
 
 
 def _duration(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
@@ -97,7 +102,12 @@ def cli() -> None:
     metavar="NAME",
     help="Backend to measure, or package.module:attribute. Default: the only usable one.",
 )
-@click.option("--device", metavar="INDEX", type=click.IntRange(min=0), help="Index of the device.")
+@click.option(
+    "--device",
+    metavar="INDEX",
+    type=click.IntRange(min=0),
+    help="Index of the device. Default: by LOCAL_RANK (torchrun) or SLURM_LOCALID, else the current one.",
+)
 @click.option("-O", "backend_options", metavar="KEY=VALUE", multiple=True, help="Option of the backend.")
 @click.option("--threads", type=click.IntRange(1, 4096), help="Host threads. Default: the backend decides.")
 @click.option(
@@ -206,12 +216,14 @@ def cli() -> None:
     "--output",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Write the complete result as JSON.",
+    callback=_result_path,
+    help="Write the complete result as JSON. %t is the task's number under srun or torchrun, %j the job's.",
 )
 @click.option(
     "--resume",
     metavar="FILE",
     type=click.Path(path_type=Path),
+    callback=_result_path,
     help="Go on with the run in this result file: its complete cases are kept; without -o it is rewritten.",
 )
 @click.option(

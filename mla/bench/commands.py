@@ -11,10 +11,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mla.bench import axes, compare_command, environment, render, results
+from mla.bench import axes, compare_command, environment, launch, render, results
 from mla.bench.axes import Point
 from mla.bench.budget import Budget
-from mla.bench.exits import Exit
+from mla.bench.exits import Exit, interrupted
 from mla.bench.op_scenario import refuse_idle
 from mla.bench.options import DEFAULT_CONFIG, RunOptions
 from mla.bench.progress import Progress, Reading
@@ -106,7 +106,8 @@ def prepare(options: RunOptions) -> Request:
     if options.target:
         results.check_writable(options.target)
     name = _only_usable() if options.backend is None else options.backend
-    return _request(options, name, _open(options, name), scenarios)
+    backend = _open(options, name)
+    return _request(_with_device(options, backend), name, backend, scenarios)
 
 
 def measure(request: Request, steering: Steering | None = None) -> Outcome:
@@ -125,8 +126,10 @@ def verdict(outcome: Outcome) -> Exit:
     if outcome.failure is not None:
         raise outcome.failure
     if outcome.interrupted:
-        note("interrupted: the result holds what was measured until then")
-        return Exit.INTERRUPTED
+        code = interrupted()
+        by = " by SIGTERM" if code == Exit.TERMINATED else ""
+        note(f"interrupted{by}: the result holds what was measured until then")
+        return code
     if any(case.check.status == "wrong" for case in outcome.run.cases):
         note("wrong result: at least one implementation disagrees with the oracle and got no number")
         return Exit.WRONG
@@ -136,8 +139,16 @@ def verdict(outcome: Outcome) -> Exit:
 def _open(options: RunOptions, name: str) -> Backend:
     import mla
 
-    backend: Backend = mla.load_backend(name, options.device, options.threads, options.key_values())
+    index = launch.local_device(note) if options.device is None else options.device
+    backend: Backend = mla.load_backend(name, index, options.threads, options.key_values())
     return backend
+
+
+def _with_device(options: RunOptions, backend: Backend) -> RunOptions:
+    """Name the device that the launcher chose, so that `repro` commands need no launcher."""
+    if options.device is not None or launch.local_number() is None or backend.device is None:
+        return options
+    return replace(options, device=backend.device.index)
 
 
 def _only_usable() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mla.bench import environment, memory, render, session
 from mla.bench.axes import Point
@@ -22,10 +22,8 @@ def describe(request: Request, say: Say) -> None:
     facts = environment.environment(setting.backend)
     names = session.make_ops(setting).names()
     fused = [f"{role}={name}" for role, name in names.items() if name != "reference"]
-    say(
-        f"backend    {setting.backend.name} on {setting.backend.device_info().name}, torch {facts['torch']}, "
-        f"{facts['torch_threads']} threads"
-    )
+    name = setting.backend.device_info().name
+    say(f"backend    {setting.backend.name} on {name}, torch {facts['torch']}, {_threads(facts)}")
     say(
         f"config     {setting.config.name}, {setting.dtype}, attention {setting.attention}, "
         f"page size {setting.page_size}, seed {setting.seed}"
@@ -34,6 +32,11 @@ def describe(request: Request, say: Say) -> None:
     for line in _scenarios(request.scenarios):
         say(f"scenario   {line}")
     _plan(request, say)
+
+
+def _threads(facts: Mapping[str, str]) -> str:
+    count, source = facts["torch_threads"], facts.get("backend.threads_from")
+    return f"{count} thread{'' if count == '1' else 's'}{f' ({source})' if source else ''}"
 
 
 def _scenarios(scenarios: Sequence[Point]) -> list[str]:

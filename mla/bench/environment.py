@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import mla
+from mla.bench import launch
 from mla_backends import host
 from mla_backends.api import Backend
 
@@ -29,7 +30,7 @@ def environment(backend: Backend) -> dict[str, str]:
     }
     facts |= {name: value for name in ("transformers", "numpy") if (value := distribution_version(name))}
     facts |= {key: value for key in ("OMP_NUM_THREADS", "KMP_AFFINITY") if (value := os.environ.get(key))}
-    facts |= {key: value for key, value in os.environ.items() if key.startswith("SLURM_JOB_")}
+    facts |= launch.facts()
     return facts | {f"backend.{key}": str(value) for key, value in backend.environment().items()}
 
 

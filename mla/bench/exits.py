@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import os
 import sys
-import traceback
 from collections.abc import Callable
 
 import click
 
+from mla.bench import signals
+from mla.bench.blame import place
 from mla.errors import MLAError
-from mla_backends import BackendError
+from mla_backends import BackendError, BackendOptionError
 
 
 class Exit(enum.IntEnum):
@@ -25,10 +25,21 @@ class Exit(enum.IntEnum):
     WRONG = 4
     NOTHING_RAN = 5
     INTERRUPTED = 130
+    TERMINATED = 143
+
+
+def interrupted() -> Exit:
+    """Return the code of a run that ended early: by SIGTERM, else by Ctrl-C."""
+    return Exit.TERMINATED if signals.terminated() else Exit.INTERRUPTED
 
 
 def guarded(command: Callable[[], int | None]) -> int:
     """Run `command`, print one sentence for anything a user can cause, and return the exit code."""
+    with signals.sigterm_interrupts():
+        return _guarded(command)
+
+
+def _guarded(command: Callable[[], int | None]) -> int:
     try:
         return int(command() or Exit.OK)
     except click.exceptions.Exit as done:
@@ -37,7 +48,9 @@ def guarded(command: Callable[[], int | None]) -> int:
         error.show()
         return Exit.USAGE
     except (KeyboardInterrupt, click.Abort):
-        return _say("interrupted", Exit.INTERRUPTED)
+        return _say("interrupted by SIGTERM" if signals.terminated() else "interrupted", interrupted())
+    except BackendOptionError as error:
+        return _say(str(error), Exit.USAGE)
     except BackendError as error:
         return _say(str(error), Exit.BACKEND)
     except MLAError as error:
@@ -57,10 +70,9 @@ def _unexpected(error: Exception) -> str:
             "torch is not installed: install the build of your device's vendor, or for a CPU run "
             "`pip install ./plugins/cpu` from a checkout of this project."
         )
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{os.path.basename(where.filename)}:{where.lineno} in {where.name}"
     text = str(error).partition("\n")[0]
-    return f"{type(error).__name__}: {text} ({place}); `python -X dev -m mla.bench ...` shows the traceback."
+    said = f"{type(error).__name__}: {text} ({place(error)})"
+    return f"{said}; `python -X dev -m mla.bench ...` shows the traceback."
 
 
 def _say(sentence: str, code: Exit) -> int:

@@ -9,7 +9,7 @@ from mla.bench.axes import Point
 from mla.bench.results import Case, ResultError, Run
 
 #: Facts of the environment that change from one job to the next and mean nothing.
-VOLATILE = ("SLURM_JOB_",)
+VOLATILE = ("slurm_", "torchrun_")
 
 
 def kept_cases(path: Path, old: Run, now: Run, scenarios: Sequence[Point]) -> list[Case]:

@@ -6,13 +6,12 @@ import gc
 import os
 import random
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
-from mla.bench import render, results
+from mla.bench import blame, render, results
 from mla.bench.axes import Point
 from mla.bench.budget import Budget, spoken
 from mla.bench.estimate import Estimator, estimator
@@ -236,8 +235,7 @@ def _failure(scenario: Point, error: Exception) -> MLAError | BackendError:
     """Return what to print: our own sentence, or what was raised and where."""
     if isinstance(error, (MLAError, BackendError)):
         return error
-    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = str(error).partition("\n")[0]
     return RunFailed(
-        f"scenario '{scenario.name}' failed: {type(error).__name__}: {str(error).partition(chr(10))[0]} "
-        f"({os.path.basename(where.filename)}:{where.lineno} in {where.name})."
+        f"scenario '{scenario.name}' failed: {type(error).__name__}: {text} ({blame.place(error)})."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -121,6 +121,7 @@ def _read(source: str) -> str:
 
 def _scenario(source: str, table: dict[str, Any]) -> Scenario:
     name = table.get("name", "?")
+    _check_keys(f"workload '{source}', scenario '{name}'", table)
     try:
         lists: dict[str, Any] = {key: expand(table[key]) for key in ("query_lens", "history") if key in table}
         scenario = msgspec.convert({**table, **lists}, Scenario)
@@ -130,6 +131,19 @@ def _scenario(source: str, table: dict[str, Any]) -> Scenario:
     if not scenario.name.strip() or not scenario.name.isprintable():
         raise WorkloadError(f"workload '{source}': {scenario.name!r} is no name, use one line of text.")
     return scenario
+
+
+def _check_keys(where: str, table: Mapping[str, Any]) -> None:
+    """Raise `WorkloadError` for a key that scenarios do not have, or one that they must."""
+    fields = msgspec.structs.fields(Scenario)
+    known = [field.encode_name for field in fields]
+    for key in table:
+        if key not in known:
+            hint = did_you_mean(key, known)
+            raise WorkloadError(f"{where}: unknown key '{key}'.{hint} There are: {', '.join(known)}.")
+    missing = [field.encode_name for field in fields if field.required and field.encode_name not in table]
+    if missing:
+        raise WorkloadError(f"{where}: it has no {' and no '.join(missing)}.")
 
 
 def expand(items: Any) -> tuple[int, ...]:

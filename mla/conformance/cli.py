@@ -13,6 +13,7 @@ import click
 from mla.bench import environment, results
 from mla.bench.commands import note, out
 from mla.bench.exits import Exit, guarded
+from mla.bench.exits import interrupted as ended_early
 from mla.bench.progress import Progress
 from mla.errors import MLAError
 from mla_backends.discovery import locate
@@ -39,7 +40,7 @@ A check is named by its id, by its group, or with wildcards: latent.heads, laten
 
 \b
 Exit codes: 0 all passed, 1 an expected failure passed, 2 usage, 3 backend missing or unusable,
-4 a check failed, 5 nothing ran, 130 interrupted (the partial report is written).
+4 a check failed, 5 nothing ran, 130 interrupted, 143 ended by SIGTERM (the partial report is written).
 """
 
 
@@ -259,7 +260,7 @@ def verdict(report: Report) -> Exit:
     """Return the exit code."""
     counts = report.counts()
     if report.interrupted:
-        return Exit.INTERRUPTED
+        return ended_early()
     if counts["fail"]:
         return Exit.WRONG
     if counts["xpass"]:

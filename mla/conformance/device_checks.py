@@ -109,6 +109,16 @@ def options(trial: Trial) -> None:
         raise CheckFailed(f"-O {option}=1 was accepted")
 
 
+@check("device.count", catches="a count by which a node's tasks would choose devices that are not there")
+def count(trial: Trial) -> None:
+    """The number of visible devices is None, or positive and beyond the index of the one in use."""
+    found = trial.backend.device_count()
+    whole = isinstance(found, int) and not isinstance(found, bool)
+    expect(found is None or (whole and found > 0), f"device_count() is {found!r}; unknown is None")
+    used = trial.device.index or 0
+    expect(found is None or used < found, f"device_count() is {found} and device {used} is in use")
+
+
 @check("device.info", catches="zero or an empty text where a fact is unknown")
 def info(trial: Trial) -> None:
     """Facts about the device are positive and peaks have a source; what is unknown is None."""

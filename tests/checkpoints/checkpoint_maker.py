@@ -234,7 +234,15 @@ def main(words: Sequence[str]) -> int:
         print("usage: checkpoint_maker.py LAYOUT SIZE FOLDER")  # noqa: T201
         print(f"layouts: {', '.join(LAYOUTS)}\nsizes: {', '.join(SIZES)}")  # noqa: T201
         return 2
-    made = LAYOUTS[words[0]].make(Path(words[2]), words[1])
+    folder = Path(words[2])
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        print(f"'{folder}' exists and is not empty: name a new folder")  # noqa: T201
+        return 2
+    try:
+        made = LAYOUTS[words[0]].make(folder, words[1])
+    except FileExistsError as error:  # of the hub's cache, which is written beside the folder
+        print(f"'{error.filename}' exists: name another folder")  # noqa: T201
+        return 2
     print(f"{made.folder}: {'the only layer' if made.layer is None else f'layer {made.layer}'}")  # noqa: T201
     return 0
 

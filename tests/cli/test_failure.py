@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,17 @@ def test_an_op_that_raises_is_named_and_earlier_scenarios_are_kept(
     kept = results.decode(Path("run.json").read_bytes()).cases
     assert [case.scenario for case in kept] == ([] if scenario else ["prefill"])
     assert ("Prefill Latency" in done.out) == (not scenario)
+
+
+def test_an_op_is_blamed_by_its_own_line_and_name_where_torch_raises(bench: Bench, small: list[str]) -> None:
+    options = ("--backend", "fake-wrong-op", "-O", "fault=inside", "--implementations", "mla")
+    done = bench(*options, *small, "--scenario", "decode", fakes=["wrong_op"])
+    assert done.code == 3
+    assert re.fullmatch(
+        r"error: scenario 'decode' failed: TypeError: layer_norm\(\).* "
+        r"\(fake_wrong_op\.py:\d+ in normalized, op 'loop' of latent_attention\)\.",
+        done.error,
+    )
 
 
 def test_a_clock_that_stands_still_is_refused(bench: Bench, small: list[str]) -> None:

@@ -61,17 +61,30 @@ def test_ctrl_c_keeps_the_complete_passes(start: Start) -> None:
     assert out.splitlines()[-1] == "Decode Throughput: 800.0 tok/s"
 
 
-def test_ctrl_c_from_outside_ends_a_long_run_soon(start: Start) -> None:
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [
+        ([signal.SIGINT], 130, "interrupted"),
+        ([signal.SIGTERM], 143, "interrupted by SIGTERM"),
+        ([signal.SIGTERM] * 2, 143, "interrupted by SIGTERM"),  # Slurm's, and srun's copy of it
+    ],
+    ids=["Ctrl-C", "SIGTERM", "SIGTERM twice"],
+)
+def test_a_signal_from_outside_ends_a_long_run_soon(
+    start: Start, sent: list[signal.Signals], code: int, said: str
+) -> None:
     options = ["--passes", "100000", "--scenario", "decode", "-O", "announce=1", "-o", "run.json"]
     with start(*options) as child:
         assert child.stderr is not None
         for line in child.stderr:
             if line == "timing starts\n":
                 break
-        child.send_signal(signal.SIGINT)
+        for number in sent:
+            child.send_signal(number)
         _, err = child.communicate(timeout=120)
-    assert child.returncode == 130
+    assert child.returncode == code
     assert "Traceback" not in err
+    assert err.splitlines()[-1] == f"{said}: the result holds what was measured until then"
     (case,) = read("run.json").cases
     assert case.interrupted
     assert case.passes < 100000

@@ -73,10 +73,10 @@ def test_absurd_repeats_are_refused_before_any_list_is_made(count: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"name": ""}, "scenario '?': Object missing required field `name`"),
-        ({"mode": ""}, "Object missing required field `mode`"),
-        ({"query_lens": ""}, "Object missing required field `query_lens`"),
-        ({"history": ""}, "Object missing required field `history`"),
+        ({"name": ""}, "scenario '?': it has no name."),
+        ({"mode": ""}, "it has no mode."),
+        ({"query_lens": ""}, "it has no query_lens."),
+        ({"history": "", "mode": ""}, "it has no mode and no history."),
         ({"name": "5"}, "scenario '5': Expected `str`, got `int` - at `$.name`"),
         ({"name": '" "'}, "' ' is no name, use one line of text"),
         ({"name": r'"a\nb"'}, r"'a\nb' is no name, use one line of text"),
@@ -97,7 +97,7 @@ def test_absurd_repeats_are_refused_before_any_list_is_made(count: str) -> None:
         ({"passes": "-1"}, "Expected `int` >= 1 - at `$.passes`"),
         ({"warmups": "-1"}, "Expected `int` >= 0 - at `$.warmups`"),
         ({"heads": "0"}, "Expected `int` >= 1 - at `$.heads`"),
-        ({"rnus": "5"}, "Object contains unknown field `rnus`"),
+        ({"rnus": "5"}, "unknown key 'rnus'. Did you mean 'runs'? There are: name, mode, query_lens, hi"),
     ],
 )
 def test_every_mistake_in_a_scenario_is_named(tmp_path: Path, changes: dict[str, str], expected: str) -> None:

@@ -228,7 +228,7 @@ def test_a_device_that_cannot_describe_itself_still_gets_a_card(conformance: Con
         (["--xfails", "none.txt"], 2, "cannot read 'none.txt': No such file or directory."),
         (["--report", "no/out.json"], 2, "cannot write 'no/out.json': there is no folder 'no'."),
         (["-O", "fault"], 2, "-O wants KEY=VALUE, got 'fault'."),
-        (["-O", "colour=red"], 3, "backend 'mine' has no option 'colour'; it knows: threads, fault."),
+        (["-O", "colour=red"], 2, "backend 'mine' has no option 'colour'; it knows: threads, fault."),
         (["-O", "fault=absent"], 3, "it is switched off; switch it on"),
     ],
 )

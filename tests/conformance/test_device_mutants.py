@@ -111,6 +111,11 @@ MUTANTS: Mapping[str, list[Callable[[type], Any]]] = {
     "device.probe_process": [replaces("probe", spawning), replaces("probe", forking)],
     "device.setup": [indexed],
     "device.options": [lax],
+    "device.count": [
+        replaces("device_count", 0),
+        replaces("device_count", 1.0),
+        replaces("device_count", RuntimeError("no driver")),
+    ],
     "device.info": [
         replaces("device_info", DeviceInfo("card", memory_bytes=0)),
         replaces("device_info", DeviceInfo(" ")),

@@ -45,9 +45,9 @@ def test_importing_the_contract_imports_no_torch(python: Python) -> None:
 def test_the_contract_exports_exactly_its_public_names() -> None:
     import mla_backends
 
-    names = {"API_VERSION", "Availability", "Backend", "BackendError", "FusedOp", "TorchBackend", "hookimpl"}
-    assert set(mla_backends.__all__) == names
-    assert all(hasattr(mla_backends, name) for name in names)
+    classes = {"Availability", "Backend", "BackendError", "BackendOptionError", "FusedOp", "TorchBackend"}
+    assert set(mla_backends.__all__) == {"API_VERSION", "hookimpl", *classes}
+    assert all(hasattr(mla_backends, name) for name in mla_backends.__all__)
 
 
 def test_entries_come_from_metadata_and_import_no_plugin(python: Python) -> None:
@@ -286,6 +286,37 @@ def test_the_probe_can_be_run_by_hand_and_shows_the_traceback(
         text=True,
         timeout=60,
     )
+    assert shown.returncode == 3
     assert json.loads(shown.stdout.splitlines()[-1])["state"] == "import failed"
     assert "Traceback" in shown.stderr
     assert "and this line is not for users" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("names", "code", "said"),
+    [
+        (["fake-good"], 0, ""),
+        (["fake-goud"], 3, "error: unknown backend 'fake-goud' (did you mean 'fake-good'?); installed: "),
+        ([], 2, "usage: python -m mla_backends.probe NAME"),
+    ],
+)
+def test_the_probe_tells_by_its_exit_code_whether_a_backend_is_usable(
+    install: Callable[[str], Path],
+    contract_alone: Path,
+    tmp_path: Path,
+    names: list[str],
+    code: int,
+    said: str,
+) -> None:
+    path = os.pathsep.join([str(install("good")), str(contract_alone)])
+    shown = subprocess.run(
+        [sys.executable, "-S", "-m", "mla_backends.probe", *names],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert shown.returncode == code
+    assert shown.stderr.startswith(said)
+    assert len(shown.stderr.splitlines()) == bool(said)

@@ -56,6 +56,22 @@ def test_the_command_line_writes_a_checked_result(run: Any, backend: str, tmp_pa
     assert found.environment["backend.device_count"] == "2"
 
 
+def test_each_task_takes_the_device_of_its_local_number(run: Any, tmp_path: Path) -> None:
+    done = run("nvidia", "-o", "run-%t.json", SLURM_LOCALID="1", SLURM_PROCID="5", SLURM_STEP_NUM_TASKS="6")
+    assert done.code == 0, done.err
+    assert done.err.startswith("device 1 of 2, from SLURM_LOCALID\n")
+    found = results.decode((tmp_path / "run-5.json").read_bytes())
+    assert all(" --device 1 " in case.repro for case in found.cases)
+
+
+def test_a_device_that_the_user_names_counts_more_than_the_launcher(run: Any, tmp_path: Path) -> None:
+    done = run("nvidia", "--device", "0", "-o", "run.json", LOCAL_RANK="1")
+    assert done.code == 0, done.err
+    assert "LOCAL_RANK" not in done.err
+    found = results.decode((tmp_path / "run.json").read_bytes())
+    assert all(" --device 0 " in case.repro for case in found.cases)
+
+
 def test_moore_does_not_need_autoload(run: Any, tmp_path: Path) -> None:
     """With autoload off, torch knows no musa until the plugin imports torch_musa."""
     done = run("moore", "-o", "run.json", TORCH_DEVICE_BACKEND_AUTOLOAD="0")

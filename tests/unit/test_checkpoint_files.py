@@ -256,3 +256,13 @@ def test_dangling_and_circular_links_are_refused(name: str, tmp_path: Path) -> N
     refused(made.folder, made.config, f"'{name}' of checkpoint .* is missing")
     (made.folder / "gone").symlink_to(name)
     refused(made.folder, made.config, f"'{name}' of checkpoint .* (is missing|cannot be opened)")
+
+
+def test_the_maker_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["full-names", "tiny", str(tmp_path / "layer")]
+    assert maker.main(words) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "layer").iterdir()}
+    capsys.readouterr()
+    assert maker.main(words) == 2
+    assert capsys.readouterr().out == f"'{words[2]}' exists and is not empty: name a new folder\n"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "layer").iterdir()} == before

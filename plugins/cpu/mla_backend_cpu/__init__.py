@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mla_backend_cpu.build import LEVELS
 from mla_backend_cpu.kernels import describe, native_ops
 from mla_backend_cpu.linear import Fp32BatchedLinear, Fp32Linear, fp32_gain
-from mla_backends import Availability, Backend, BackendError, FusedOp, hookimpl, host
+from mla_backends import Availability, Backend, BackendError, BackendOptionError, FusedOp, hookimpl, host
 from mla_backends.api import DeviceInfo, MemoryInfo
 
 if TYPE_CHECKING:
@@ -33,14 +33,15 @@ class Cpu(Backend):
         levels = ("auto", "off", *(level.name for level in LEVELS))
         self._native = self._choice("native", levels, os.environ.get(NATIVE_VARIABLE) or "auto")
         self._ops: dict[str, FusedOp] = {}
+        self._threads_from = "not set up"
 
     def _choice(self, option: str, allowed: tuple[str, ...], default: str = "auto") -> str:
-        """Return the value of an option. Raises `BackendError` when it is none of those allowed."""
+        """Return the value of an option. Raises `BackendOptionError` when it is none of those allowed."""
         value = self.options.get(option, default)
         if value not in allowed:
             listed = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
             where = "" if option in self.options else f" from {NATIVE_VARIABLE}"
-            raise BackendError(f"backend 'cpu' takes -O {option}={listed}, got '{value}'{where}.")
+            raise BackendOptionError(f"backend 'cpu' takes -O {option}={listed}, got '{value}'{where}.")
         return value
 
     @classmethod
@@ -55,7 +56,8 @@ class Cpu(Backend):
 
         if index not in (None, 0):
             raise BackendError(f"backend 'cpu' has one device, so there is no device {index}.")
-        torch.set_num_threads(self._threads(torch.get_num_threads()))
+        threads, self._threads_from = self._threads(torch.get_num_threads())
+        torch.set_num_threads(threads)
         self._ops = {
             **native_ops(self._native),
             "fp32_linear": Fp32Linear(self._fp32),
@@ -63,11 +65,18 @@ class Cpu(Backend):
         }
         return torch.device("cpu")
 
-    def _threads(self, default: int) -> int:
-        """Return the user's number, else torch's own within the limit of the cgroup."""
+    def _threads(self, default: int) -> tuple[int, str]:
+        """Return the user's number, else the least that anything here allows; and who says so."""
         if "threads" in self.options:
-            return int(self.options["threads"])
-        return max(1, min(default, host.cpu_limit()))
+            return int(self.options["threads"]), "the option threads"
+        limits = [
+            (host.cpu_limit(), "the CPUs it may use"),
+            (default, "OMP_NUM_THREADS" if "OMP_NUM_THREADS" in os.environ else "torch's default"),
+        ]
+        per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
+        if per_task.isdecimal() and int(per_task):  # Slurm need not bind its tasks to as many
+            limits.append((int(per_task), "SLURM_CPUS_PER_TASK"))
+        return min(limits, key=lambda limit: limit[0])
 
     def synchronize(self) -> None:
         """Return at once: torch's CPU ops are done when they return."""
@@ -95,6 +104,7 @@ class Cpu(Backend):
 
         return {
             "threads": str(torch.get_num_threads()),
+            "threads_from": self._threads_from,
             "cpu_limit": str(host.cpu_limit()),
             "kernels": describe(self._native),
             "fp32_gain": f"{fp32_gain():.2f}",

@@ -130,6 +130,43 @@ def test_threads_are_obeyed(tmp_path: Path) -> None:
     assert done.stdout == "1\n"
 
 
+THREADS = """
+import os, sys, mla
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv[1])])
+facts = mla.load_backend("cpu", threads=int(sys.argv[2]) or None, options={"native": "off"}).environment()
+print(facts["threads"], facts["threads_from"])
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU leaves nothing to decide")
+@pytest.mark.parametrize(
+    ("cpus", "option", "variables", "expected"),
+    [
+        (1, 0, {}, "1 the CPUs it may use"),
+        (1, 0, {"SLURM_CPUS_PER_TASK": "2", "OMP_NUM_THREADS": "2"}, "1 the CPUs it may use"),
+        (2, 0, {}, "2 the CPUs it may use"),
+        (2, 0, {"SLURM_CPUS_PER_TASK": "1"}, "1 SLURM_CPUS_PER_TASK"),  # a cluster that binds no task
+        (2, 0, {"SLURM_CPUS_PER_TASK": "64"}, "2 the CPUs it may use"),
+        (2, 0, {"OMP_NUM_THREADS": "1"}, "1 OMP_NUM_THREADS"),
+        (2, 2, {"SLURM_CPUS_PER_TASK": "1"}, "2 the option threads"),
+    ],
+)
+def test_threads_are_the_least_that_anything_allows_unless_a_number_is_given(
+    tmp_path: Path, cpus: int, option: int, variables: dict[str, str], expected: str
+) -> None:
+    names = ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK")
+    clean = {key: value for key, value in os.environ.items() if key not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS, str(cpus), str(option)],
+        cwd=tmp_path,
+        env={**clean, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == expected
+
+
 def test_there_is_only_one_cpu() -> None:
     with pytest.raises(BackendError, match="backend 'cpu' has one device, so there is no device 3"):
         mla.load_backend("cpu", index=3)

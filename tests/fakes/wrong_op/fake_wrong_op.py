@@ -2,14 +2,21 @@
 
 none: it is right. drop: it never sees the last key. nan: it writes NaN. late: it is right for the first
 `after` calls and drops the last key from then on. spec: it refuses every layer. batch: it refuses every
-batch. raise: it raises from the call number `after` on. hang: it does not return from then on.
+batch. raise: it raises from the call number `after` on. hang: it does not return from then on. inside: torch
+raises in Python that the op calls.
 """
 
 import time
 
 from mla_backends import Availability, Backend, BackendError, FusedOp, hookimpl
 
-FAULTS = ("none", "drop", "nan", "late", "spec", "batch", "raise", "hang")
+FAULTS = ("none", "drop", "nan", "late", "spec", "batch", "raise", "hang", "inside")
+
+
+def normalized(x):
+    import torch
+
+    return torch.nn.functional.layer_norm(x, "wide")
 
 
 class LoopAttention(FusedOp):
@@ -37,6 +44,8 @@ class LoopAttention(FusedOp):
             raise RuntimeError("the device ran out of memory\nin 3 lines\nof text")
         if self._fault == "hang" and self._after < 0:
             time.sleep(3600)
+        if self._fault == "inside":
+            normalized(q)
         dropped = 1 if self._fault == "drop" or (self._fault == "late" and self._after < 0) else 0
         token = 0
         for request, (query_len, kv_len) in enumerate(zip(*state, strict=True)):

@@ -1,0 +1,125 @@
+"""Where this process stands among the tasks that torchrun or Slurm started, and what follows from it.
+
+Each task takes a device of its own and writes a result of its own. torchrun's variables come first: it may
+itself be a task of Slurm.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from mla.errors import MLAError
+
+#: Variables that number this process on its node, the strongest first.
+LOCAL = ("LOCAL_RANK", "SLURM_LOCALID")
+#: Variables that count the tasks. Not SLURM_NTASKS: a batch script, which is one process, has that as well.
+TASKS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+#: Letters of Slurm's own file name patterns, and the variables they stand for.
+LETTERS = {
+    "t": ("RANK", "SLURM_PROCID"),
+    "j": ("SLURM_JOB_ID",),
+    "s": ("SLURM_STEP_ID",),
+    "n": ("SLURM_NODEID",),
+    "N": ("SLURMD_NODENAME",),
+    "A": ("SLURM_ARRAY_JOB_ID",),
+    "a": ("SLURM_ARRAY_TASK_ID",),
+}
+_PATTERN = re.compile(rf"%(\d?)([%{''.join(LETTERS)}])")
+
+
+class LaunchError(MLAError):
+    """An output or a variable that does not fit how this process was launched."""
+
+
+def result_path(path: Path) -> Path:
+    """Return the file this task writes: `%t`, `%j` and the others replaced, padded as in `%3t`.
+
+    Raises `LaunchError` when a letter stands for nothing here, and when several tasks would write one file.
+    """
+    text = str(path)
+    count = _number(TASKS)
+    if count is not None and count > 1 and "t" not in {letter for _, letter in _PATTERN.findall(text)}:
+        raise LaunchError(
+            f"{count} tasks would all write '{text}': put the task's number into the name, as in "
+            "-o run-%t.json."
+        )
+    return Path(_PATTERN.sub(lambda found: _value(text, found[2]).zfill(int(found[1] or 0)), text))
+
+
+def _value(text: str, letter: str) -> str:
+    if letter == "%":
+        return letter
+    names = LETTERS[letter]
+    found = _first(names)
+    if found is None:
+        raise LaunchError(
+            f"%{letter} in '{text}' stands for {' or '.join(names)}, which is not set here; "
+            "a percent sign is written %%."
+        )
+    return found[1]
+
+
+def local_number() -> int | None:
+    """Return this task's number on its node; None where no launcher says. Raises `LaunchError`."""
+    return _number(LOCAL)
+
+
+def local_device(note: Callable[[str], None]) -> Callable[[int | None], int | None] | None:
+    """Return a function from the number of visible devices to this task's index, for `load_backend`.
+
+    The index is None where the devices cannot be counted. What was chosen is noted. Numbers beyond the
+    visible devices start again from 0: with --gpus-per-task=1 every task sees its own device as number 0.
+    Returns None without a launcher.
+    """
+    number = local_number()
+    if number is None:
+        return None
+
+    def choose(count: int | None) -> int | None:
+        if not count:
+            return None
+        wrapped = f" {number}" if number >= count else ""
+        note(f"device {number % count} of {count}, from {_source(LOCAL)}{wrapped}")
+        return number % count
+
+    return choose
+
+
+def facts(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return what the launcher said about this process, from a fixed list of variables: no secrets."""
+    return {name.lower(): environment[name] for name in (*_TORCHRUN, *_SLURM) if environment.get(name)}
+
+
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+# Not SLURM_*: that would record user names, hosts' addresses and, on some clusters, a token (SLURM_JWT).
+_SLURM = (
+    *("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST"),
+    *("SLURM_JOB_NUM_NODES", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_STEP_ID", "SLURM_NTASKS"),
+    *("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURMD_NODENAME"),
+    *("SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "SLURM_CPU_BIND"),
+    *("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS"),
+    *("SLURM_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND"),
+)
+
+
+def _first(names: tuple[str, ...]) -> tuple[str, str] | None:
+    """Return name and value of the first variable that is set."""
+    return next(((name, value) for name in names if (value := os.environ.get(name))), None)
+
+
+def _source(names: tuple[str, ...]) -> str:
+    found = _first(names)
+    return found[0] if found else ""
+
+
+def _number(names: tuple[str, ...]) -> int | None:
+    """Return the first variable that is set, as a number. Raises `LaunchError` when it is none."""
+    found = _first(names)
+    if found is None:
+        return None
+    if not found[1].isdecimal():
+        raise LaunchError(f"the variable {found[0]} must be a number from 0, got '{found[1]}'.")
+    return int(found[1])
