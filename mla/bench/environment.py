@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import mla
+from mla.bench.results import BackendFacts
 from mla_backends import host
 from mla_backends.api import Backend
 
@@ -31,6 +32,18 @@ def environment(backend: Backend) -> dict[str, str]:
     facts |= {key: value for key in ("OMP_NUM_THREADS", "KMP_AFFINITY") if (value := os.environ.get(key))}
     facts |= {key: value for key, value in os.environ.items() if key.startswith("SLURM_JOB_")}
     return facts | {f"backend.{key}": str(value) for key, value in backend.environment().items()}
+
+
+def backend_facts(backend: Backend, version: str | None) -> BackendFacts:
+    """Return what ran; `version` is that of the backend's distribution."""
+    info = backend.device_info()
+    return BackendFacts(
+        name=backend.name,
+        version=version,
+        device=info.name,
+        memory_bytes=info.memory_bytes,
+        cache_bytes=info.cache_bytes,
+    )
 
 
 def distribution_version(name: str) -> str | None:

@@ -14,12 +14,12 @@ import torch
 
 from mla import cost
 from mla.bench import agreement, engine, environment, peers, results, stats
-from mla.bench.ceilings import Ceilings
 from mla.bench.check import Checker, expected_outputs
 from mla.bench.implementations import Implementation, MlaLayer, Setting
 from mla.bench.inputs import Inputs, make_inputs
 from mla.bench.memory import MemoryPlan, plan_memory, scenario_config
 from mla.bench.peers import Transformers
+from mla.bench.rooflines import Ceilings
 from mla.bench.workload import Scenario, WorkloadError
 from mla.config import MLAConfig
 from mla.errors import MLAError, did_you_mean
@@ -117,12 +117,12 @@ def execute(request: Request, progress: engine.Progress, note: Note) -> Outcome:
             try:
                 done += work.measure(together)
             except Exception as error:  # noqa: BLE001  # whatever a plugin raises, finished cases must survive
-                return Outcome(_run(request, cases + done), failure=_failure(scenario, error))
+                return Outcome(_run(request, cases + done, ceilings), failure=_failure(scenario, error))
             if any(case.interrupted for case in done):
-                return Outcome(_run(request, cases + done), interrupted=True)
+                return Outcome(_run(request, cases + done, ceilings), interrupted=True)
         work.compare(done)
         cases += done
-    return Outcome(_run(request, cases))
+    return Outcome(_run(request, cases, ceilings))
 
 
 def _failure(scenario: Scenario, error: Exception) -> MLAError | BackendError:
@@ -283,21 +283,14 @@ def _repro(request: Request, scenario: Scenario, name: str) -> str:
     return shlex.join(["python", "-m", "mla.bench", *words])
 
 
-def _run(request: Request, cases: list[results.Case]) -> results.Run:
+def _run(request: Request, cases: list[results.Case], ceilings: Ceilings) -> results.Run:
     setting = request.setting
-    info = setting.backend.device_info()
     return results.Run(
         schema_version=results.SCHEMA_VERSION,
         argv=["python -m mla.bench", *sys.argv[1:]],
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         git_commit=environment.git_commit(),
-        backend=results.BackendFacts(
-            name=setting.backend.name,
-            version=request.backend_version,
-            device=info.name,
-            memory_bytes=info.memory_bytes,
-            cache_bytes=info.cache_bytes,
-        ),
+        backend=environment.backend_facts(setting.backend, request.backend_version),
         environment=environment.environment(setting.backend),
         config=asdict(setting.config),
         dtype=str(setting.dtype).removeprefix("torch."),
@@ -305,4 +298,5 @@ def _run(request: Request, cases: list[results.Case]) -> results.Run:
         page_size=setting.page_size,
         seed=setting.seed,
         cases=cases,
+        ceilings=ceilings.used(),
     )
