@@ -18,7 +18,7 @@ from mla.ops import choose
 from mla_backends.api import Backend, LinearSpec
 
 #: Seconds that one way of doing the work is repeated, and how often at least.
-SECONDS, REPEATS = 0.05, 3
+SECONDS, REPEATS = 0.1, 5
 #: Seconds between two synchronizations, at least: where one costs much, it is spread over several calls.
 REGION = 2e-4
 #: Sides of the matrices whose product is timed: larger ones only while one takes less than LONG seconds.
@@ -42,7 +42,8 @@ class Yardstick:
         """Return bytes per second of reading about `size` bytes again and again."""
         rows = max(16, size // (FEATURES * self._dtype.itemsize) // 16 * 16)
         size = rows * FEATURES * self._dtype.itemsize
-        seconds, way = self._best(self._read_ways(rows))
+        weight = torch.ones(rows, FEATURES, dtype=self._dtype, device=self._device)
+        seconds, way = self._best(self._read_ways(weight))
         return Ceiling(
             work="read", value=size / seconds, source=_measured(way, _mib(size)), footprint_bytes=size
         )
@@ -81,9 +82,8 @@ class Yardstick:
             if 2 * side**3 / found.value > LONG:
                 return
 
-    def _read_ways(self, rows: int) -> Ways:
-        weight = torch.ones(rows, FEATURES, dtype=self._dtype, device=self._device)
-        x, out = weight[:1].clone(), weight.new_empty(1, rows)
+    def _read_ways(self, weight: torch.Tensor) -> Ways:
+        x, out = weight[:1].clone(), weight.new_empty(1, weight.shape[0])
         numbers = weight.view(torch.float32)  # sums of other types are widened first, and slow
         return {
             "sum": numbers.sum,

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mla.bench import cli_files, commands
+from mla.bench import cli_ceilings, cli_files, commands
 from mla.bench.cli_files import Word
 from mla.bench.exits import guarded
 from mla.bench.options import DEFAULT_CONFIG, RunOptions
@@ -23,6 +23,7 @@ Examples:
   python -m mla.bench --backend cpu --scenario decode --implementations mla,transformers
   python -m mla.bench --backend my_module:MyBackend --workload mine.toml --dry-run
   python -m mla.bench compare before.json after.json --fail-slower 3%
+  python -m mla.bench ceilings --backend cpu
   python -m mla.bench list
   python -m mla.bench doctor cpu
   python -m mla.bench new-backend acme ./acme
@@ -236,7 +237,7 @@ def new_backend(name: str, folder: Path) -> int:
     return commands.new_backend(name, folder)
 
 
-for command in (cli_files.compare, cli_files.show):
+for command in (cli_files.compare, cli_files.show, cli_ceilings.ceilings):
     cli.add_command(command)
 
 

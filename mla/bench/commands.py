@@ -77,7 +77,7 @@ def prepare(options: RunOptions) -> Request:
     options.check_checkpoint(scenarios)
     if options.output:
         results.check_writable(options.output)
-    name = _only_usable() if options.backend is None else options.backend
+    name = only_usable() if options.backend is None else options.backend
     return _request(options, name, _open(options, name), scenarios)
 
 
@@ -109,7 +109,7 @@ def _open(options: RunOptions, name: str) -> Backend:
     return backend
 
 
-def _only_usable() -> str:
+def only_usable() -> str:
     """Return the one usable backend. Raises `NoBackend` with what there is."""
     found = status.statuses()
     usable = [one.name for one in found if one.state == status.USABLE]
@@ -134,7 +134,7 @@ def _request(options: RunOptions, name: str, backend: Backend, scenarios: list[S
     from mla.bench.implementations import Setting
 
     dtype = getattr(torch, options.dtype)
-    _check_dtype(backend, dtype)
+    check_dtype(backend, dtype)
     if options.page_size < 1 or options.page_size & (options.page_size - 1):
         raise WorkloadError(f"--page-size must be a power of two, got {options.page_size}.")
     config = _config(options)
@@ -190,7 +190,8 @@ def _config(options: RunOptions) -> MLAConfig:
     return MLAConfig.from_pretrained(name) if path and name not in PRESETS else MLAConfig.preset(name)
 
 
-def _check_dtype(backend: Backend, dtype: object) -> None:
+def check_dtype(backend: Backend, dtype: object) -> None:
+    """Raise `WorkloadError` for a dtype that the device only emulates."""
     native = backend.dtypes()
     if dtype not in native:
         listed = ", ".join(str(one).removeprefix("torch.") for one in native)

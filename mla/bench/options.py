@@ -66,11 +66,7 @@ class RunOptions:
 
     def key_values(self) -> dict[str, str]:
         """Return the `-O` options. Raises `WorkloadError`."""
-        pairs = [option.partition("=") for option in self.backend_options]
-        for option, (key, equals, _) in zip(self.backend_options, pairs, strict=True):
-            if not key or not equals:
-                raise WorkloadError(f"-O wants KEY=VALUE, got '{option}'.")
-        return {key: value for key, _, value in pairs}
+        return key_values(self.backend_options)
 
     def _config(self) -> str:
         return DEFAULT_CONFIG if self.config is None else self.config
@@ -100,3 +96,12 @@ class RunOptions:
             if value is not None and value != default:
                 words += [flag, str(value)]
         return words
+
+
+def key_values(options: Sequence[str]) -> dict[str, str]:
+    """Split `-O` options at their "=". Raises `WorkloadError`."""
+    pairs = [option.partition("=") for option in options]
+    for option, (key, equals, _) in zip(options, pairs, strict=True):
+        if not key or not equals:
+            raise WorkloadError(f"-O wants KEY=VALUE, got '{option}'.")
+    return {key: value for key, _, value in pairs}
