@@ -182,6 +182,11 @@ def cli() -> None:
     show_default=True,
     help="Of what is printed on stdout.",
 )
+@click.option(
+    "--stages",
+    is_flag=True,
+    help="Afterwards time every op of the layer alone, and print where a forward's time goes.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and the memory needed on stderr, and stop.")
 @click.option("--list-ops", is_flag=True, help="Print which op runs where, and why, and stop.")
 def run(**values: Any) -> int:

@@ -141,7 +141,10 @@ def _request(options: RunOptions, name: str, backend: Backend, scenarios: list[S
     state = _weights(options, config, dtype) if options.model_path else None
     setting = Setting(config, backend, dtype, options.attention, options.page_size, options.seed, options.ops)
     names = session.resolve_implementations(_implementations(options), setting, note)
-    return session.Request(setting, scenarios, names, options.command(name), _version(name), state)
+    if options.stages and not session.ours(names):
+        raise WorkloadError("--stages times the parts of mla and mla-reference: run one of them.")
+    command, version = options.command(name), _version(name)
+    return session.Request(setting, scenarios, names, command, version, state, options.stages)
 
 
 def _implementations(options: RunOptions) -> list[str]:

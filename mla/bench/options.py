@@ -39,6 +39,7 @@ class RunOptions:
     kind: str
     dry_run: bool
     list_ops: bool
+    stages: bool = False
 
     def chosen_scenarios(self) -> list[Scenario]:
         """Return the workload's scenarios with the counts the user set. Raises `WorkloadError`."""

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from mla import cost
-from mla.bench import agreement, engine, environment, peers, results, stats
+from mla.bench import agreement, engine, environment, peers, results, stages, stats
 from mla.bench.check import Checker, expected_outputs
 from mla.bench.implementations import Implementation, MlaLayer, Setting
 from mla.bench.inputs import Inputs, make_inputs
@@ -48,6 +48,7 @@ class Request:
     command: Sequence[str]  # options that every `repro` line repeats
     backend_version: str | None = None
     state: State | None = None  # weights of a checkpoint; None: random ones
+    stages: bool = False  # time the parts of a forward, after everything else
 
 
 def resolve_implementations(names: Sequence[str], setting: Setting, note: Note) -> list[str]:
@@ -80,9 +81,17 @@ def plan(request: Request) -> MemoryPlan:
 
 def total_forwards(request: Request) -> int:
     """Return the forwards of a run, checks and warm-ups included, for a progress bar."""
-    return len(request.implementations) * sum(
+    forwards = len(request.implementations) * sum(
         scenario.inputs + scenario.untimed + scenario.turns * scenario.steps for scenario in request.scenarios
     )
+    if not request.stages:
+        return forwards
+    return forwards + len(ours(request.implementations)) * sum(map(stages.total_forwards, request.scenarios))
+
+
+def ours(names: Sequence[str]) -> list[str]:
+    """Return the implementations that are this project's layer, whose ops can be timed one by one."""
+    return [name for name in names if name in ("mla", "mla-reference")]
 
 
 @dataclass(frozen=True)
@@ -190,7 +199,16 @@ class _Work:
         for one in built:
             if measured[one.name].check.status == "ok":
                 self._outputs[one.name] = one.outputs.to("cpu", copy=True)
-        return [self._case(one, measured[one.name], names, timer.clock) for one in built]
+        cases = [self._case(one, measured[one.name], names, timer.clock) for one in built]
+        if self._request.stages:
+            for one, case in zip(built, cases, strict=True):
+                self._add_stages(one, case, checker)
+        return cases
+
+    def _add_stages(self, one: Implementation, case: results.Case, checker: Checker) -> None:
+        """Time the parts of our own layer's forward, if it has numbers at all."""
+        if isinstance(one, MlaLayer) and case.latency_ms and not case.interrupted:
+            stages.add(case, one, self._scenario, checker, self._ceilings, self._progress)
 
     def compare(self, cases: Sequence[results.Case]) -> None:
         """Tell the right implementations of this scenario how they relate."""
