@@ -124,7 +124,7 @@ class Yardstick:
     def _shortest(self, work: Callable[[], object]) -> float:
         """Return the seconds of one call, in the fastest region between two synchronizations."""
         self._region(work, 1)  # loads kernels and touches pages
-        calls = max(1, min(1000, int(REGION / self._region(work, 1))))
+        calls = max(1, min(1000, int(REGION / max(self._region(work, 1), 1e-9))))
         best, end, done = float("inf"), time.perf_counter() + SECONDS, 0
         while done < REPEATS or time.perf_counter() < end:
             best = min(best, self._region(work, calls) / calls)

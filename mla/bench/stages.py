@@ -121,7 +121,8 @@ def time_forwards(
     one: MlaLayer, scenario: Scenario, timer: Timer, progress: Callable[[str, int], None]
 ) -> list[Sample]:
     """Run the passes and return a sample per forward; the last pass leaves its outputs."""
-    watch, samples = Stopwatch(timer), []
+    watch = Stopwatch(timer)
+    samples: list[Sample] = []
     gc.collect()
     gc.disable()
     try:
