@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +113,15 @@ class Ops:
 
     def __getitem__(self, role: str) -> Choice:
         return self._choices[role]
+
+    def replaced(self, replace: Callable[[str, FusedOp], Any]) -> Ops:
+        """Return the same choices with `replace(role, op)` in place of every op."""
+        ops = copy.copy(self)
+        ops._choices = {
+            role: dataclasses.replace(choice, op=replace(role, choice.op))
+            for role, choice in self._choices.items()
+        }
+        return ops
 
     def names(self) -> dict[str, str]:
         """Return role -> implementation name, as results record it."""

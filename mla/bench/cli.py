@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mla.bench import cli_files, cli_report, commands, launch
+from mla.bench import cli_ceilings, cli_files, cli_report, commands, launch
 from mla.bench.budget import duration
 from mla.bench.cli_files import Word
 from mla.bench.cli_ops import op_options
@@ -29,6 +29,7 @@ Examples:
   python -m mla.bench --backend my_module:MyBackend --workload mine.toml --dry-run
   python -m mla.bench compare before.json after.json --fail-slower 3%
   python -m mla.bench report before.json after.json --html report.html
+  python -m mla.bench ceilings --backend cpu
   python -m mla.bench list
   python -m mla.bench doctor cpu
   python -m mla.bench new-backend acme ./acme
@@ -261,6 +262,11 @@ def cli() -> None:
     help="Of what is printed on stdout.",
 )
 @click.option(
+    "--stages",
+    is_flag=True,
+    help="Afterwards time every op of the layer alone, and print where a forward's time goes.",
+)
+@click.option(
     "--dry-run", is_flag=True, help="Print every case, its memory and about its time on stderr, and stop."
 )
 @click.option("--list-ops", is_flag=True, help="Print which op runs where, and why, and stop.")
@@ -317,7 +323,7 @@ def new_backend(name: str, folder: Path) -> int:
     return commands.new_backend(name, folder)
 
 
-for command in (cli_files.compare, cli_files.show, cli_report.report):
+for command in (cli_files.compare, cli_files.show, cli_report.report, cli_ceilings.ceilings):
     cli.add_command(command)
 
 

@@ -105,7 +105,7 @@ def prepare(options: RunOptions) -> Request:
     options.check_checkpoint(scenarios)
     if options.target:
         results.check_writable(options.target)
-    name = _only_usable() if options.backend is None else options.backend
+    name = only_usable() if options.backend is None else options.backend
     backend = _open(options, name)
     return _request(_with_device(options, backend), name, backend, scenarios)
 
@@ -151,7 +151,7 @@ def _with_device(options: RunOptions, backend: Backend) -> RunOptions:
     return replace(options, device=backend.device.index)
 
 
-def _only_usable() -> str:
+def only_usable() -> str:
     """Return the one usable backend. Raises `NoBackend` with what there is."""
     found = status.statuses()
     usable = [one.name for one in found if one.state == status.USABLE]
@@ -178,7 +178,7 @@ def _request(options: RunOptions, name: str, backend: Backend, scenarios: list[P
     dtype = getattr(torch, options.run_dtype(scenarios))
     dtypes = {getattr(torch, one.dtype) if one.dtype else dtype: None for one in scenarios}
     for one in dtypes:
-        _check_dtype(backend, one)
+        check_dtype(backend, one)
     page_size = options.run_page_size(scenarios)
     if page_size < 1 or page_size & (page_size - 1):
         raise WorkloadError(f"--page-size must be a power of two, got {page_size}.")
@@ -190,7 +190,9 @@ def _request(options: RunOptions, name: str, backend: Backend, scenarios: list[P
     scenarios = session.expand_ops(scenarios, setting)
     refuse_idle(scenarios, options.kv, options.heads)
     names = session.resolve_implementations(_implementations(options), setting, note, scenarios)
-    return session.Request(setting, scenarios, names, options.command(name), _version(name), state)
+    options.check_stages(scenarios, names)
+    command, version = options.command(name), _version(name)
+    return session.Request(setting, scenarios, names, command, version, state, options.stages)
 
 
 def _implementations(options: RunOptions) -> list[str]:
@@ -239,7 +241,8 @@ def _config(options: RunOptions) -> MLAConfig:
     return MLAConfig.from_pretrained(name) if path and name not in PRESETS else MLAConfig.preset(name)
 
 
-def _check_dtype(backend: Backend, dtype: object) -> None:
+def check_dtype(backend: Backend, dtype: object) -> None:
+    """Raise `WorkloadError` for a dtype that the device only emulates."""
     native = backend.dtypes()
     if dtype not in native:
         listed = ", ".join(str(one).removeprefix("torch.") for one in native)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mla.bench import compare, render, results
+from mla.bench import ceiling_results, compare, render, render_ceilings, results
 from mla.bench.compare import Comparison
 from mla.bench.exits import Exit
 from mla.bench.results import Run
@@ -15,7 +15,9 @@ _HEADER = ("scenario", "implementation", "base ms", "new ms", "time ratio", "90%
 
 
 def show(path: Path, kind: str) -> str:
-    """Return a stored run as `run` printed it. Raises `ResultError`."""
+    """Return a stored run, or what `ceilings` stored, as it was printed. Raises `ResultError`."""
+    if ceiling_results.is_ceilings(path):
+        return render_ceilings.render(ceiling_results.read(path), kind)
     return render.render(results.read(path), kind)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mla
 from mla.bench import launch
+from mla.bench.results import BackendFacts
 from mla_backends import host
 from mla_backends.api import Backend
 
@@ -32,6 +33,18 @@ def environment(backend: Backend) -> dict[str, str]:
     facts |= {key: value for key in ("OMP_NUM_THREADS", "KMP_AFFINITY") if (value := os.environ.get(key))}
     facts |= launch.facts()
     return facts | {f"backend.{key}": str(value) for key, value in backend.environment().items()}
+
+
+def backend_facts(backend: Backend, version: str | None) -> BackendFacts:
+    """Return what ran; `version` is that of the backend's distribution."""
+    info = backend.device_info()
+    return BackendFacts(
+        name=backend.name,
+        version=version,
+        device=info.name,
+        memory_bytes=info.memory_bytes,
+        cache_bytes=info.cache_bytes,
+    )
 
 
 def distribution_version(name: str) -> str | None:

@@ -14,11 +14,11 @@ import torch
 from mla import cost
 from mla.bench import results
 from mla.bench.axes import Point
-from mla.bench.ceilings import Ceilings
 from mla.bench.implementations import Setting
 from mla.bench.memory import scenario_setting
 from mla.bench.op_problem import op_problem
 from mla.bench.op_scenario import OpScenario
+from mla.bench.rooflines import Ceilings
 
 #: Implementation -> share of the device's limit that it is taken to reach.
 SHARES = {"mla": 0.5, "mla-reference": 0.2, "transformers": 0.05, "transformers-eager": 0.05}

@@ -152,6 +152,11 @@ class MlaLayer(Implementation):
             shuffle=self.setting.seed,
         )
 
+    @property
+    def cache(self) -> LatentCache:
+        """The scenario's cache, once it is loaded."""
+        return self._cache
+
     def restore(self) -> None:
         self._shrink()
         self._poison.apply()

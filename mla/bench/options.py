@@ -57,6 +57,7 @@ class RunOptions:
     q_len: int | None = None
     heads: int | None = None
     layers: int | None = None
+    stages: bool = False
 
     @property
     def workload_name(self) -> str:
@@ -138,6 +139,17 @@ class RunOptions:
                 "--q-len, --heads and --config."
             )
 
+    def check_stages(self, scenarios: Sequence[Scenario], implementations: Sequence[str]) -> None:
+        """Raise `WorkloadError` where there are no parts to time, or not those of one layer."""
+        if not self.stages:
+            return
+        if not any(name.startswith("mla") for name in implementations):
+            raise WorkloadError("--stages times the parts of mla and mla-reference: run one of them.")
+        if self.op is not None:
+            raise WorkloadError("--stages times the parts of a layer, and --op is one part alone.")
+        if any(scenario.layers > 1 for scenario in scenarios):
+            raise WorkloadError("--stages times one layer: leave out --layers.")
+
     def check_checkpoint(self, scenarios: Sequence[Scenario]) -> None:
         """Raise `WorkloadError` for options that contradict the checkpoint or need one."""
         if self.layer is not None and not self.model_path:
@@ -157,11 +169,7 @@ class RunOptions:
 
     def key_values(self) -> dict[str, str]:
         """Return the `-O` options. Raises `WorkloadError`."""
-        pairs = [option.partition("=") for option in self.backend_options]
-        for option, (key, equals, _) in zip(self.backend_options, pairs, strict=True):
-            if not key or not equals:
-                raise WorkloadError(f"-O wants KEY=VALUE, got '{option}'.")
-        return {key: value for key, _, value in pairs}
+        return key_values(self.backend_options)
 
     def _config(self) -> str:
         return DEFAULT_CONFIG if self.config is None else self.config
@@ -192,3 +200,12 @@ class RunOptions:
             if value is not None and value != default:
                 words += [flag, str(value)]
         return words
+
+
+def key_values(options: Sequence[str]) -> dict[str, str]:
+    """Split `-O` options at their "=". Raises `WorkloadError`."""
+    pairs = [option.partition("=") for option in options]
+    for option, (key, equals, _) in zip(options, pairs, strict=True):
+        if not key or not equals:
+            raise WorkloadError(f"-O wants KEY=VALUE, got '{option}'.")
+    return {key: value for key, _, value in pairs}

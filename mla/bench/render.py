@@ -11,7 +11,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from mla.bench import results
+from mla.bench import render_ceilings, render_stages, results
 from mla.bench.results import Case, Run
 
 FORMATS = ("table", "md", "csv", "json")
@@ -44,8 +44,9 @@ def render(run: Run, kind: str) -> str:
     if kind == "csv":
         return _csv(run.cases)
     body = _markdown(run.cases) if kind == "md" else _table(run.cases)
-    compared = "".join(f"{line}\n" for line in comparisons(run))
-    return f"{body}\n{compared}{chr(10) * bool(compared)}" + "".join(f"{line}\n" for line in headlines(run))
+    parts = render_stages.render(run.cases, kind, number, _limit)
+    blocks = (render_ceilings.run_lines(run.ceilings), comparisons(run), headlines(run))
+    return f"{body}\n{parts}" + "\n".join("".join(f"{line}\n" for line in lines) for lines in blocks if lines)
 
 
 def noise(run: Run) -> list[str]:

@@ -13,9 +13,8 @@ from typing import Any
 import msgspec
 import torch
 
-from mla.bench import agreement, engine, environment, peers, results, stats
+from mla.bench import agreement, engine, environment, peers, results, stages, stats
 from mla.bench.axes import Point
-from mla.bench.ceilings import Ceilings
 from mla.bench.estimate import forwards
 from mla.bench.implementations import Implementation, MlaLayer, Setting
 from mla.bench.layer_stack import MlaStack
@@ -23,6 +22,7 @@ from mla.bench.memory import MemoryPlan, plan_memory, scenario_setting
 from mla.bench.op_scenario import OpScenario, expand
 from mla.bench.pace import Pace
 from mla.bench.peers import Transformers
+from mla.bench.rooflines import Ceilings
 from mla.bench.subject import LayerSubject, OpSubject, Subject
 from mla.bench.workload import Scenario, WorkloadError
 from mla.errors import did_you_mean
@@ -53,6 +53,7 @@ class Request:
     command: Sequence[str]  # options that every `repro` line repeats
     backend_version: str | None = None
     state: State | None = None  # weights of a checkpoint; None: random ones
+    stages: bool = False  # time the parts of a forward, after everything else
 
 
 def expand_ops(scenarios: Sequence[Point], setting: Setting) -> list[Point]:
@@ -112,7 +113,11 @@ def plan(request: Request, scenario: Point) -> MemoryPlan:
 
 def total_forwards(request: Request) -> int:
     """Return the forwards of a run, checks and warm-ups included."""
-    return len(request.implementations) * sum(forwards(scenario) for scenario in request.scenarios)
+    count = len(request.implementations) * sum(forwards(scenario) for scenario in request.scenarios)
+    if not request.stages:
+        return count
+    ours = sum(name.startswith("mla") for name in request.implementations)
+    return count + ours * sum(map(stages.total_forwards, request.scenarios))
 
 
 def make_subject(request: Request, scenario: Point, beat: Callable[[], None]) -> Subject:
@@ -149,7 +154,20 @@ class Work:
         for one in built:
             if measured[one.name].check.status == "ok":
                 self._outputs[one.name] = one.compared().to("cpu", copy=True)
-        return [self._case(one, measured[one.name], names, timer.clock) for one in built]
+        cases = [self._case(one, measured[one.name], names, timer.clock) for one in built]
+        if self._request.stages:
+            for one, case in zip(built, cases, strict=True):
+                self._add_stages(one, case, checker)
+        return cases
+
+    def _add_stages(self, one: Implementation, case: results.Case, checker: Any) -> None:
+        """Time the parts of our own layer's forward, if it has numbers at all."""
+        if isinstance(one, MlaLayer) and case.latency_ms and not case.interrupted:
+            stages.add(case, one, self._scenario, checker, self._ceilings, self._progress)
+
+    def ceilings(self) -> list[results.Ceiling]:
+        """Return what the rooflines were held against."""
+        return self._ceilings.used()
 
     def _build(self, name: str) -> Implementation:
         self._pace.enter(name)
@@ -260,19 +278,12 @@ def _repro(request: Request, scenario: Point, name: str) -> str:
 def describe_run(request: Request) -> results.Run:
     """Return a run without cases: everything else that its file says."""
     setting = request.setting
-    info = setting.backend.device_info()
     return results.Run(
         schema_version=results.SCHEMA_VERSION,
         argv=["python -m mla.bench", *sys.argv[1:]],
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         git_commit=environment.git_commit(),
-        backend=results.BackendFacts(
-            name=setting.backend.name,
-            version=request.backend_version,
-            device=info.name,
-            memory_bytes=info.memory_bytes,
-            cache_bytes=info.cache_bytes,
-        ),
+        backend=environment.backend_facts(setting.backend, request.backend_version),
         environment=environment.environment(setting.backend),
         config=asdict(setting.config),
         dtype=str(setting.dtype).removeprefix("torch."),

@@ -43,7 +43,8 @@ def steering(
             note(f"error: {sentence}")
         os._exit(Exit.BACKEND)  # a call into a driver cannot be interrupted
 
-    return Steering(budget, kept, save, hang_after=options.hang_after, hung=hung)
+    ceilings = old.ceilings if old is not None else ()
+    return Steering(budget, kept, ceilings, save, hang_after=options.hang_after, hung=hung)
 
 
 def left_out(options: RunOptions, request: Request, run: results.Run) -> str | None:

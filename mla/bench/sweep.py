@@ -38,6 +38,7 @@ class Steering:
 
     budget: Budget = field(default_factory=Budget)
     kept: Sequence[results.Case] = ()  # of the run that is resumed: these are not measured again
+    ceilings: Sequence[results.Ceiling] = ()  # that the kept cases were held against
     save: Callable[[results.Run], None] = lambda run: None  # after every scenario
     log: Note = lambda text: None  # one line per finished scenario
     hang_after: float = HANG_AFTER
@@ -75,6 +76,7 @@ class _Sweep:
         self._request, self._advance, self._note, self._steering = request, advance, note, steering
         self._facts = describe_run(request)
         self._cases = {(case.scenario, case.implementation): case for case in steering.kept}
+        self._ceilings = list(steering.ceilings)
         self._latest = self._result()
         self._nominal = Estimator(request.setting, measured=False)
         limited = steering.budget.seconds is not None
@@ -112,6 +114,7 @@ class _Sweep:
                 return Outcome(self._result(), failure=_failure(scenario, error))
             self._leave_out(work, scenario, self._missing(scenario), _first_line(error))
         bar.finish()
+        self._ceilings += [one for one in work.ceilings() if one not in self._ceilings]
         found = [self._cases[scenario.name, name] for name in names]
         self._latest = self._result()
         self._steering.save(self._latest)
@@ -188,7 +191,9 @@ class _Sweep:
         """Return the run so far, its cases in the workload's order."""
         keys = [(one.name, name) for one in self._request.scenarios for name in self._request.implementations]
         return msgspec.structs.replace(
-            self._facts, cases=[self._cases[key] for key in keys if key in self._cases]
+            self._facts,
+            cases=[self._cases[key] for key in keys if key in self._cases],
+            ceilings=list(self._ceilings),
         )
 
     def _hung(self, scenario: str, implementation: str) -> None:
