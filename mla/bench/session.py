@@ -103,6 +103,11 @@ class Work:
         self._checker: Checker | None = None
         self._outputs: dict[str, torch.Tensor] = {}  # of right implementations, on the host
 
+    @property
+    def prepared(self) -> bool:
+        """Say whether anything large was made."""
+        return bool(self._state)
+
     def prepare(self) -> tuple[Inputs, Checker]:
         """Make weights and inputs, and compute the oracle: on the host, once, and for minutes if need be."""
         config, seed, dtype = self._setting.config, self._setting.seed, self._setting.dtype
