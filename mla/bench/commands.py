@@ -63,10 +63,11 @@ def run(options: RunOptions) -> int:
         return _list_ops(request.setting)
     from mla.bench import describe, steer
 
-    describe.describe(request, note)
-    describe.require_memory(request)
+    plans = describe.plans_of(request)
+    describe.describe(request, plans, note)
+    describe.require_memory(plans)
     if options.dry_run:
-        describe.dry_run(request, note)
+        describe.dry_run(request, plans, note)
         return Exit.OK
     show = functools.partial(_show, options.kind)
     outcome = measure(request, steer.steering(options, request, budget, old, note, show))

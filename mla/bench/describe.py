@@ -8,6 +8,7 @@ from mla.bench import environment, memory, render, session
 from mla.bench.axes import Point
 from mla.bench.budget import spoken
 from mla.bench.estimate import SHARES, Estimator, estimator, forwards
+from mla.bench.memory import MemoryPlan
 from mla.bench.session import Request
 
 Say = Callable[[str], None]
@@ -16,7 +17,12 @@ Say = Callable[[str], None]
 LISTED = 8
 
 
-def describe(request: Request, say: Say) -> None:
+def plans_of(request: Request) -> list[MemoryPlan]:
+    """Return the memory plan of every scenario, in their order."""
+    return [session.plan(request, scenario) for scenario in request.scenarios]
+
+
+def describe(request: Request, plans: Sequence[MemoryPlan], say: Say) -> None:
     """Say what is about to be measured."""
     setting = request.setting
     facts = environment.environment(setting.backend)
@@ -31,7 +37,7 @@ def describe(request: Request, say: Say) -> None:
     say(f"ops        {', '.join(fused) or 'reference for every op'} (--list-ops says why)")
     for line in _scenarios(request.scenarios):
         say(f"scenario   {line}")
-    _plan(request, say)
+    _plan(request, plans, say)
 
 
 def _threads(facts: Mapping[str, str]) -> str:
@@ -58,8 +64,7 @@ def _line(scenario: Point) -> str:
     return f"{scenario.name}: {size}{lengths}{layers}{scenario.turns} passes of {scenario.steps}"
 
 
-def _plan(request: Request, say: Say) -> None:
-    plans = [session.plan(request, scenario) for scenario in request.scenarios]
+def _plan(request: Request, plans: Sequence[MemoryPlan], say: Say) -> None:
     together = (
         "in turns" if all(one.side_by_side for one in plans if one.fits) else "one at a time where they must"
     )
@@ -75,31 +80,32 @@ def _plan(request: Request, say: Say) -> None:
     )
 
 
-def require_memory(request: Request) -> None:
+def require_memory(plans: Sequence[MemoryPlan]) -> None:
     """Raise `OutOfMemory` when no scenario fits; those that do not are left out of a run with others."""
-    plans = [session.plan(request, scenario) for scenario in request.scenarios]
     if not any(one.fits for one in plans):
         min(plans, key=lambda one: one.device_bytes(1)).require()
 
 
-def dry_run(request: Request, say: Say) -> None:
+def dry_run(request: Request, plans: Sequence[MemoryPlan], say: Say) -> None:
     """Say how many cases there are, and of each what memory and about what time it needs."""
     found = estimator(request.setting, measured=True)
     rows: list[tuple[str, ...]] = [
         ("case", "scenario", "implementation", "forwards", "device", "host", "about")
     ]
-    for scenario in request.scenarios:
-        rows += _rows(request, scenario, found, len(rows))
+    for scenario, plan in zip(request.scenarios, plans, strict=True):
+        rows += _rows(scenario, request.implementations, plan, found, len(rows))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     say("")
     for row in rows:
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     say("")
-    _total(request, found, say)
+    fitting = [scenario for scenario, plan in zip(request.scenarios, plans, strict=True) if plan.fits]
+    _total(request, fitting, found, say)
 
 
-def _rows(request: Request, scenario: Point, found: Estimator, first: int) -> list[tuple[str, ...]]:
-    plan = session.plan(request, scenario)
+def _rows(
+    scenario: Point, names: Sequence[str], plan: MemoryPlan, found: Estimator, first: int
+) -> list[tuple[str, ...]]:
     needs = (memory.gib(plan.device_bytes(1)), memory.gib(plan.host))
     count = str(forwards(scenario))
     return [
@@ -111,12 +117,11 @@ def _rows(request: Request, scenario: Point, found: Estimator, first: int) -> li
             *needs,
             spoken(found.seconds(scenario, [name])) if plan.fits else "does not fit, left out",
         )
-        for place, name in enumerate(request.implementations)
+        for place, name in enumerate(names)
     ]
 
 
-def _total(request: Request, found: Estimator, say: Say) -> None:
-    fitting = [scenario for scenario in request.scenarios if session.plan(request, scenario).fits]
+def _total(request: Request, fitting: Sequence[Point], found: Estimator, say: Say) -> None:
     seconds = sum(found.seconds(scenario, request.implementations) for scenario in fitting)
     count = len(request.scenarios) * len(request.implementations)
     shares = ", ".join(

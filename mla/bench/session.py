@@ -138,9 +138,15 @@ class Work:
         self._ceilings = Ceilings(self._setting)
         self._outputs: dict[str, torch.Tensor] = {}  # of right implementations, on the host
 
+    @property
+    def prepared(self) -> bool:
+        """Say whether anything large was made."""
+        return self._subject.prepared
+
     def prepare(self) -> tuple[Any, Any]:
         """Make operands, and compute the oracle: on the host, once, and for minutes if need be."""
-        self._progress(f"{self._scenario.name}: float64 oracle", 0)
+        if not self.prepared:
+            self._progress(f"{self._scenario.name}: float64 oracle", 0)
         return self._subject.prepare()
 
     def measure(self, names: Sequence[str]) -> list[results.Case]:

@@ -39,6 +39,11 @@ class Subject(ABC):
         self.scenario = scenario
         self._prepared: tuple[Any, Any] | None = None
 
+    @property
+    def prepared(self) -> bool:
+        """Say whether anything large was made."""
+        return self._prepared is not None
+
     def prepare(self) -> tuple[Any, Any]:
         """Return what `Implementation.load` and `Implementation.check` take, made once."""
         if self._prepared is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import random
 import time
@@ -94,8 +95,6 @@ class _Sweep:
                 ended = self._visit(scenario)
                 if ended is not None:
                     return ended
-                gc.collect()  # weights and oracle of one scenario are gone before the next one's are made
-                self._request.setting.backend.empty_cache()
         return Outcome(self._result())
 
     def _visit(self, scenario: Point) -> Outcome | None:
@@ -116,13 +115,19 @@ class _Sweep:
         bar.finish()
         self._ceilings += [one for one in work.ceilings() if one not in self._ceilings]
         found = [self._cases[scenario.name, name] for name in names]
+        if any(case.check.status != "not run" for case in found):
+            self._settle(scenario, found)
+        if work.prepared:
+            del work
+            gc.collect()  # weights and oracle are gone before the next ones are made
+            self._request.setting.backend.empty_cache()
+        return Outcome(self._result(), interrupted=True) if any(one.interrupted for one in found) else None
+
+    def _settle(self, scenario: Point, found: Sequence[results.Case]) -> None:
+        """Write what there is, and say so."""
         self._latest = self._result()
         self._steering.save(self._latest)
-        if any(case.interrupted for case in found):
-            return Outcome(self._latest, interrupted=True)
-        if found:
-            self._steering.log(f"{self._place()}  {scenario.name}: {', '.join(map(_in_short, found))}")
-        return None
+        self._steering.log(f"{self._place()}  {scenario.name}: {', '.join(map(_in_short, found))}")
 
     def _move_on(self, what: str, seconds: float) -> None:
         self._watchdog.beat()
@@ -136,16 +141,18 @@ class _Sweep:
         return f"{self._number} of {len(self._request.scenarios)}"
 
     def _measure(self, work: Work, scenario: Point, names: list[str]) -> None:
-        memory = plan(self._request, scenario)
-        estimate = self._estimator.seconds(scenario, names)
+        memory, budget = plan(self._request, scenario), self._steering.budget
         if not memory.fits:
             self._leave_out(work, scenario, names, f"it needs {memory.shortage()}")
-        elif not self._steering.budget.fits(estimate):
+            return
+        # Estimating may measure: not once the time is over.
+        estimate = self._estimator.seconds(scenario, names) if budget.left() > 0 else math.inf
+        if not budget.fits(estimate):
             self._keep(work.not_run(names, OVER_BUDGET))
-        else:
-            start = time.monotonic()
-            self._take_turns(work, memory, scenario, names)
-            self._steering.budget.learn(estimate, time.monotonic() - start)
+            return
+        start = time.monotonic()
+        self._take_turns(work, memory, scenario, names)
+        budget.learn(estimate, time.monotonic() - start)
 
     def _take_turns(self, work: Work, memory: MemoryPlan, scenario: Point, names: list[str]) -> None:
         if not memory.side_by_side:

@@ -127,8 +127,8 @@ def test_scenarios_that_do_not_fit_are_left_out_and_the_note_says_how_to_go_on(
 
 
 def test_passes_stop_at_the_deadline_and_what_was_measured_is_kept_and_checked(run_inside: Any) -> None:
-    """The clock moves on by a second whenever it is read: twice to start, and before every pass."""
-    done = run_inside(Budget(3.5, Clock(step=1.0)), "-a", "batch=1")
+    """The clock moves on by a second whenever it is read: three times to start, and before every pass."""
+    done = run_inside(Budget(4.5, Clock(step=1.0)), "-a", "batch=1")
     assert done.code == 0
     measured = [case for case in results.read(Path("run.json")).cases if case.latency_ms]
     assert [case.passes for case in measured] == [2]
@@ -139,7 +139,7 @@ def test_passes_stop_at_the_deadline_and_what_was_measured_is_kept_and_checked(r
 
 
 def test_a_scenario_without_a_timed_pass_counts_as_left_out(run_inside: Any) -> None:
-    done = run_inside(Budget(1.9, Clock(step=1.0)))
+    done = run_inside(Budget(2.7, Clock(step=1.0)))
     assert done.code == 5
     cases = results.read(Path("run.json")).cases
     assert {(case.check.status, case.check.reason) for case in cases} == {("not run", OVER_BUDGET)}
