@@ -12,23 +12,24 @@ from rich.table import Table
 from rich.text import Text
 
 from mla.bench import results
+from mla.bench.digits import between, known, number
+from mla.bench.remarks import noise
 from mla.bench.results import Case, Run
+from mla.bench.timing_lines import cold, flat_timings, timing_lines
+
+__all__ = ["COLUMNS", "FORMATS", "comparisons", "headlines", "noise", "number", "render"]
 
 FORMATS = ("table", "md", "csv", "json")
-
-#: p90 over p10 from which a machine is called noisy; a growing cache alone gives about 1.1.
-NOISY = 1.5
 
 #: Column title -> cell. Unknown prints "-".
 COLUMNS: dict[str, Callable[[Case], str]] = {
     "scenario": lambda case: case.scenario,
     "implementation": lambda case: case.implementation,
-    "latency ms": lambda case: number(case.latency_ms.median if case.latency_ms else None),
-    "95% CI": lambda case: _interval(case.latency_ms.ci95 if case.latency_ms else None),
-    "p10 .. p90": lambda case: _interval(
-        (case.latency_ms.p10, case.latency_ms.p90) if case.latency_ms else None
-    ),
-    "tok/s": lambda case: number(case.tokens_per_s.median if case.tokens_per_s else None),
+    "latency ms": lambda case: _estimate(case.latency_ms),
+    "95% CI": lambda case: _interval(case.latency_ms),
+    "p10 .. p90": lambda case: _spread(case.latency_ms),
+    "cold ms": lambda case: _estimate(cold(case)),
+    "tok/s": lambda case: _estimate(case.tokens_per_s),
     "TFLOP/s": lambda case: _rate(case, case.cost.flops, 1e12),
     "GB/s": lambda case: _rate(case, case.cost.bytes, 1e9),
     "% of limit": lambda case: _limit(case.roofline),
@@ -44,19 +45,8 @@ def render(run: Run, kind: str) -> str:
     if kind == "csv":
         return _csv(run.cases)
     body = _markdown(run.cases) if kind == "md" else _table(run.cases)
-    compared = "".join(f"{line}\n" for line in comparisons(run))
-    return f"{body}\n{compared}{chr(10) * bool(compared)}" + "".join(f"{line}\n" for line in headlines(run))
-
-
-def noise(run: Run) -> list[str]:
-    """Return a remark per case whose samples are spread so widely that the machine was not its alone."""
-    found = []
-    for case in run.cases:
-        spread = case.latency_ms.p90 / case.latency_ms.p10 if case.latency_ms else 1
-        if spread > NOISY:
-            what = f"{case.scenario}, {case.implementation}: p90 is {number(spread)} times p10"
-            found.append(f"noisy: {what}; see its samples, or run again on a quieter machine")
-    return found
+    parts = (timing_lines(run), comparisons(run), headlines(run))
+    return "\n".join([body, *("".join(f"{line}\n" for line in lines) for lines in parts if lines)])
 
 
 def comparisons(run: Run) -> list[str]:
@@ -100,9 +90,9 @@ def headlines(run: Run) -> list[str]:
         if case.latency_ms is None or case.tokens_per_s is None:
             lines.append(f"{case.mode.title()}{of}: no number, check: {case.check.status}")
         elif case.mode == "prefill":
-            lines.append(f"Prefill Latency{of}: {number(case.latency_ms.median)} ms")
+            lines.append(f"Prefill Latency{of}: {_estimate(case.latency_ms)} ms")
         else:
-            lines.append(f"Decode Throughput{of}: {case.tokens_per_s.median:.1f} tok/s")
+            lines.append(f"Decode Throughput{of}: {_estimate(case.tokens_per_s)} tok/s")
     return lines
 
 
@@ -178,6 +168,10 @@ def _flat(case: Case) -> dict[str, object]:
         "cache_bytes": case.memory.cache_bytes,
         "transient_bytes": case.memory.transient_bytes,
         "clock": case.clock,
+        "drift": latency.drift if latency else None,
+        "outliers": latency.outliers if latency else None,
+        "launch_bound": case.launch_bound,
+        **flat_timings(case),
         "repro": case.repro,
     }
 
@@ -194,15 +188,16 @@ def _limit(roofline: results.Roofline) -> str:
     return " ".join((f"{100 * roofline.fraction:.0f}", (roofline.bound or "")[:3])).strip()
 
 
-def number(value: float | None) -> str:
-    """Return three significant digits or all digits before the point; "-" for None."""
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.1f}"
+def _estimate(found: results.Latency | results.Throughput | None) -> str:
+    return known(found.median, found.ci95) if found else "-"
 
 
-def _interval(values: tuple[float, float] | None) -> str:
-    return "-" if values is None else f"{number(values[0])} .. {number(values[1])}"
+def _interval(latency: results.Latency | None) -> str:
+    return between(latency.ci95, latency.median, latency.ci95) if latency else "-"
+
+
+def _spread(latency: results.Latency | None) -> str:
+    return between((latency.p10, latency.p90), latency.median, latency.ci95) if latency else "-"
 
 
 def _mib(count: int | None) -> str:
