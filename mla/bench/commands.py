@@ -130,7 +130,7 @@ def _only_usable() -> str:
 def _request(options: RunOptions, name: str, backend: Backend, scenarios: list[Scenario]) -> Request:
     import torch
 
-    from mla.bench import session
+    from mla.bench import lanes, session
     from mla.bench.implementations import Setting
 
     dtype = getattr(torch, options.dtype)
@@ -141,7 +141,8 @@ def _request(options: RunOptions, name: str, backend: Backend, scenarios: list[S
     state = _weights(options, config, dtype) if options.model_path else None
     setting = Setting(config, backend, dtype, options.attention, options.page_size, options.seed, options.ops)
     names = session.resolve_implementations(_implementations(options), setting, note)
-    return session.Request(setting, scenarios, names, options.command(name), _version(name), state)
+    ways = lanes.choose(backend, options.mode, options.cache, options.clock)
+    return session.Request(setting, scenarios, names, options.command(name), _version(name), state, ways)
 
 
 def _implementations(options: RunOptions) -> list[str]:
@@ -238,10 +239,12 @@ def _describe(request: Request) -> None:
     note(f"ops        {', '.join(fused) or 'reference for every op'} (--list-ops says why)")
     for scenario in request.scenarios:
         note(f"scenario   {_scenario_line(scenario)}")
+    if len(request.lanes.kinds) > 1:
+        note(f"timed      {request.lanes}")
     together = "in turns" if plan.side_by_side else "one at a time"
     note(
         f"plan       {', '.join(request.implementations)}, {together}; "
-        f"{session.total_forwards(request)} forwards, checked against a float64 oracle"
+        f"{session.total_forwards(request)} forwards or more, checked against a float64 oracle"
     )
     count = plan.implementations if plan.side_by_side else 1
     note(

@@ -39,6 +39,9 @@ class RunOptions:
     kind: str
     dry_run: bool
     list_ops: bool
+    mode: str | None = None
+    cache: str | None = None
+    clock: str | None = None
 
     def chosen_scenarios(self) -> list[Scenario]:
         """Return the workload's scenarios with the counts the user set. Raises `WorkloadError`."""
@@ -92,6 +95,9 @@ class RunOptions:
             ("--page-size", self.page_size, 64),
             ("--ops", self.ops, "auto"),
             ("--seed", self.seed, None),
+            ("--mode", self.mode, None),
+            ("--cache", self.cache, None),
+            ("--clock", self.clock, None),
         )
         words = ["--backend", backend]
         for option in self.backend_options:

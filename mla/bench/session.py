@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from mla import cost
-from mla.bench import agreement, engine, environment, peers, results, stats
+from mla.bench import agreement, engine, environment, lanes, numbers, peers, results
 from mla.bench.ceilings import Ceilings
 from mla.bench.check import Checker, expected_outputs
 from mla.bench.implementations import Implementation, MlaLayer, Setting
 from mla.bench.inputs import Inputs, make_inputs
+from mla.bench.measured import Measured
 from mla.bench.memory import MemoryPlan, plan_memory, scenario_config
 from mla.bench.peers import Transformers
 from mla.bench.workload import Scenario, WorkloadError
@@ -48,6 +49,7 @@ class Request:
     command: Sequence[str]  # options that every `repro` line repeats
     backend_version: str | None = None
     state: State | None = None  # weights of a checkpoint; None: random ones
+    lanes: lanes.Lanes = lanes.Lanes()  # noqa: RUF009  # frozen
 
 
 def resolve_implementations(names: Sequence[str], setting: Setting, note: Note) -> list[str]:
@@ -79,9 +81,9 @@ def plan(request: Request) -> MemoryPlan:
 
 
 def total_forwards(request: Request) -> int:
-    """Return the forwards of a run, checks and warm-ups included, for a progress bar."""
+    """Return the forwards of a run at least, checks and warm-ups included, for a progress bar."""
     return len(request.implementations) * sum(
-        scenario.inputs + scenario.untimed + scenario.turns * scenario.steps for scenario in request.scenarios
+        lanes.forwards(request.lanes.kinds, scenario) for scenario in request.scenarios
     )
 
 
@@ -183,29 +185,22 @@ class _Work:
             built = [IMPLEMENTATIONS[name](self._setting, self._state) for name in names]
         except KeyboardInterrupt:
             return [self._not_run(name) for name in names]
-        timer = self._setting.backend.timer()
-        measured = engine.measure(
-            built, self._scenario, inputs, checker, timer, self._setting.seed, self._progress
-        )
+        backend, seed, ways = self._setting.backend, self._setting.seed, self._request.lanes
+        measured = engine.measure(built, self._scenario, inputs, checker, backend, seed, ways, self._progress)
         for one in built:
             if measured[one.name].check.status == "ok":
                 self._outputs[one.name] = one.outputs.to("cpu", copy=True)
-        return [self._case(one, measured[one.name], names, timer.clock) for one in built]
+        return [self._case(one, measured[one.name], names) for one in built]
 
     def compare(self, cases: Sequence[results.Case]) -> None:
         """Tell the right implementations of this scenario how they relate."""
         agreement.compare(cases, self._outputs)
 
-    def _case(
-        self, one: Implementation, measured: engine.Measured, names: Sequence[str], clock: str
-    ) -> results.Case:
+    def _case(self, one: Implementation, measured: Measured, names: Sequence[str]) -> results.Case:
         loaded = measured.check.status != "not run"
         case = self._not_run(one.name)
-        case.check = measured.check
-        case.interrupted = measured.interrupted
+        numbers.fill(case, self._scenario, measured, one)
         case.interleaved_with = [name for name in names if name != one.name]
-        case.passes = len(measured.passes)
-        case.clock = clock
         case.ops = one.ops()
         case.memory = results.Memory(
             weight_bytes=one.weight_bytes(),
@@ -213,9 +208,8 @@ class _Work:
             peak_bytes=self._setting.backend.memory().peak,
             transient_bytes=measured.transient_bytes,
         )
-        if measured.passes:
-            latency = _add_numbers(case, self._scenario, measured, one)
-            case.roofline = self._ceilings.roofline(case.cost, latency.median)
+        if case.latency_ms is not None:
+            case.roofline = self._ceilings.roofline(case.cost, case.latency_ms.median)
         return case
 
     def _not_run(self, name: str) -> results.Case:
@@ -228,7 +222,7 @@ class _Work:
             history=list(scenario.history),
             steps_per_pass=scenario.steps,
             passes=0,
-            warmups=scenario.untimed,
+            warmups=0,
             interleaved_with=[],
             check=results.Check(status="not run", reason="interrupted"),
             latency_ms=None,
@@ -255,27 +249,6 @@ class _Work:
         size = setting.dtype.itemsize
         moved = [cost.step_bytes(config, scenario.query_lens, kv, size) for kv in lengths]
         return results.Cost(flops=round(sum(flops) / len(flops)), bytes=round(sum(moved) / len(moved)))
-
-
-def _add_numbers(
-    case: results.Case, scenario: Scenario, measured: engine.Measured, one: Implementation
-) -> results.Latency:
-    samples = [sample for samples in measured.passes for sample in samples]
-    medians = [stats.median(samples) for samples in measured.passes]
-    rates = [1e3 * scenario.tokens * len(samples) / sum(samples) for samples in measured.passes]
-    case.latency_ms = results.Latency(
-        median=stats.median(samples),
-        ci95=stats.median_interval(medians),
-        p10=stats.percentile(samples, 10),
-        p90=stats.percentile(samples, 90),
-        samples=samples,
-    )
-    case.tokens_per_s = results.Throughput(median=stats.median(rates), ci95=stats.median_interval(rates))
-    case.plan_ms = one.plan_ms
-    case.switch_steps = [
-        index * scenario.steps for index, switched in enumerate(measured.after_switch) if switched
-    ]
-    return case.latency_ms
 
 
 def _repro(request: Request, scenario: Scenario, name: str) -> str:
