@@ -15,8 +15,8 @@ import torch
 
 from mla.bench.workload import Scenario, WorkloadError
 from mla.errors import MLAError, did_you_mean
-from mla_backends import BackendError
 from mla_backends.api import Backend
+from mla_backends.errors import describe
 
 Mode = Literal["eager", "graph"]
 Cache = Literal["warm", "cold"]
@@ -117,8 +117,8 @@ def _no_graphs(backend: Backend) -> str:
     try:
         if backend.graph(add) is not None:
             return ""
-    except BackendError as error:
-        return f"backend '{backend.name}' captures no graphs ({str(error).rstrip('.')})"
+    except Exception as error:  # noqa: BLE001  # a stack raises anything when it cannot capture
+        return f"backend '{backend.name}' captures no graphs ({describe(error)})"
     return f"backend '{backend.name}' offers no graphs, or an option forbids them"
 
 
