@@ -348,6 +348,13 @@ class Backend(ABC):
         """Report driver, SDK and library versions, for the result file."""
         return {}
 
+    def sensors(self) -> Mapping[str, str]:
+        """Report what changes while the device works (clocks, power, temperature), units in the names.
+
+        Asked before and after timed passes, never between. Empty where there are no sensors.
+        """
+        return {}
+
     def ops(self) -> Mapping[str, FusedOp]:
         """Return fused ops by implementation name, best first; each says in `contract` which op it is."""
         return {}

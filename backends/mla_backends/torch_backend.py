@@ -241,6 +241,9 @@ class TorchBackend(Backend):
         """Return a monitor of the device; subclasses that have a library override this."""
         return None
 
+    def sensors(self) -> Mapping[str, str]:
+        return {} if self.monitor is None else self.monitor.sample()
+
     def vendor_facts(self) -> Mapping[str, str]:
         """Return what only this vendor's stack can tell, for the environment; subclasses override this."""
         return {}

@@ -182,7 +182,27 @@ def cli() -> None:
     help="Layers with weights and caches of their own, one after the other, as in a model; numbers are per "
     "layer.  [workload: 1]",
 )
-@click.option("--warmups", type=click.IntRange(0, MAX_COUNT), help="Untimed forwards first.  [workload: 10]")
+@click.option(
+    "--warmups",
+    type=click.IntRange(0, MAX_COUNT),
+    help="Untimed forwards first, and more until latencies settle; 0: none.  [workload: 10]",
+)
+@click.option(
+    "--mode",
+    metavar="A,B",
+    help="How forwards are launched: eager, graph (replayed). Default: both where the backend has graphs.",
+)
+@click.option(
+    "--cache",
+    metavar="A,B",
+    help="Caches before a forward: warm, cold (swept). Default: both.",
+)
+@click.option(
+    "--clock",
+    metavar="A,B",
+    help="host, device. Default: both where the device has a clock. Every combination of the three is timed; "
+    "eager, warm, host is the headline and always is.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),

@@ -173,7 +173,7 @@ def only_usable() -> str:
 def _request(options: RunOptions, name: str, backend: Backend, scenarios: list[Point]) -> Request:
     import torch
 
-    from mla.bench import session
+    from mla.bench import lanes, session
     from mla.bench.implementations import Setting
 
     dtype = getattr(torch, options.run_dtype(scenarios))
@@ -192,8 +192,9 @@ def _request(options: RunOptions, name: str, backend: Backend, scenarios: list[P
     refuse_idle(scenarios, options.kv, options.heads)
     names = session.resolve_implementations(_implementations(options), setting, note, scenarios)
     options.check_stages(scenarios, names)
+    ways = lanes.choose(backend, options.mode, options.cache, options.clock)
     command, version = options.command(name), _version(name)
-    return session.Request(setting, scenarios, names, command, version, state, options.stages)
+    return session.Request(setting, scenarios, names, command, version, state, options.stages, ways)
 
 
 def _implementations(options: RunOptions) -> list[str]:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from mla.bench import environment, memory, render, session
 from mla.bench.axes import Point
 from mla.bench.budget import spoken
-from mla.bench.estimate import SHARES, Estimator, estimator, forwards
+from mla.bench.estimate import SHARES, Estimator, estimator
+from mla.bench.lanes import forwards
 from mla.bench.memory import MemoryPlan
 from mla.bench.session import Request
 
@@ -37,6 +38,8 @@ def describe(request: Request, plans: Sequence[MemoryPlan], say: Say) -> None:
     say(f"ops        {', '.join(fused) or 'reference for every op'} (--list-ops says why)")
     for line in _scenarios(request.scenarios):
         say(f"scenario   {line}")
+    if len(request.lanes.kinds) > 1:
+        say(f"timed      {request.lanes}")
     _plan(request, plans, say)
 
 
@@ -70,7 +73,7 @@ def _plan(request: Request, plans: Sequence[MemoryPlan], say: Say) -> None:
     )
     say(
         f"plan       {', '.join(request.implementations)}, {together}; "
-        f"{session.total_forwards(request)} forwards, checked against a float64 oracle"
+        f"{session.total_forwards(request)} forwards or more, checked against a float64 oracle"
     )
     device = max(one.device_bytes(one.implementations if one.side_by_side else 1) for one in plans)
     say(
@@ -88,12 +91,12 @@ def require_memory(plans: Sequence[MemoryPlan]) -> None:
 
 def dry_run(request: Request, plans: Sequence[MemoryPlan], say: Say) -> None:
     """Say how many cases there are, and of each what memory and about what time it needs."""
-    found = estimator(request.setting, measured=True)
+    found = estimator(request.setting, request.lanes.kinds, measured=True)
     rows: list[tuple[str, ...]] = [
         ("case", "scenario", "implementation", "forwards", "device", "host", "about")
     ]
     for scenario, plan in zip(request.scenarios, plans, strict=True):
-        rows += _rows(scenario, request.implementations, plan, found, len(rows))
+        rows += _rows(request, scenario, plan, found, len(rows))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     say("")
     for row in rows:
@@ -104,10 +107,10 @@ def dry_run(request: Request, plans: Sequence[MemoryPlan], say: Say) -> None:
 
 
 def _rows(
-    scenario: Point, names: Sequence[str], plan: MemoryPlan, found: Estimator, first: int
+    request: Request, scenario: Point, plan: MemoryPlan, found: Estimator, first: int
 ) -> list[tuple[str, ...]]:
     needs = (memory.gib(plan.device_bytes(1)), memory.gib(plan.host))
-    count = str(forwards(scenario))
+    count = str(forwards(request.lanes.kinds, scenario))
     return [
         (
             str(first + place),
@@ -117,7 +120,7 @@ def _rows(
             *needs,
             spoken(found.seconds(scenario, [name])) if plan.fits else "does not fit, left out",
         )
-        for place, name in enumerate(names)
+        for place, name in enumerate(request.implementations)
     ]
 
 

@@ -15,6 +15,7 @@ from mla import cost
 from mla.bench import results
 from mla.bench.axes import Point
 from mla.bench.implementations import Setting
+from mla.bench.lanes import Kind, forwards
 from mla.bench.memory import scenario_setting
 from mla.bench.op_problem import op_problem
 from mla.bench.op_scenario import OpScenario
@@ -39,22 +40,17 @@ def forward_cost(setting: Setting, scenario: Point, steps: Sequence[int]) -> res
     return results.Cost(flops=round(sum(flops) / len(flops)), bytes=round(sum(moved) / len(moved)))
 
 
-def forwards(scenario: Point) -> int:
-    """Return the forwards of one implementation, checks and warm-ups included."""
-    return scenario.inputs + scenario.untimed + scenario.turns * scenario.steps
-
-
 class Estimator:
     """Estimates scenarios of one run; with `measured` limits, or with nominal ones that cost no time."""
 
-    def __init__(self, setting: Setting, measured: bool) -> None:
-        self._setting, self.measured = setting, measured
+    def __init__(self, setting: Setting, kinds: Sequence[Kind], measured: bool) -> None:
+        self._setting, self._kinds, self.measured = setting, kinds, measured
         self._float64 = _float64_rate() if measured else NOMINAL_FLOAT64
 
     def seconds(self, scenario: Point, names: Sequence[str]) -> float:
         """Return the seconds of a scenario: its oracle, and every forward of these implementations."""
         return self.preparation(scenario, names) + sum(
-            forwards(scenario) * self.forward(scenario, name) for name in names
+            forwards(self._kinds, scenario) * self.forward(scenario, name) for name in names
         )
 
     def preparation(self, scenario: Point, names: Sequence[str]) -> float:
@@ -87,13 +83,13 @@ class Estimator:
         return max(work.flops / flops, work.bytes / bandwidth)
 
 
-def estimator(setting: Setting, measured: bool) -> Estimator:
+def estimator(setting: Setting, kinds: Sequence[Kind], measured: bool) -> Estimator:
     """Return an estimator; one with nominal limits for a device that cannot run the yardstick."""
-    found = Estimator(setting, measured)
+    found = Estimator(setting, kinds, measured)
     try:
         found._floor(setting, results.Cost(flops=1, bytes=1))
     except Exception:  # noqa: BLE001  # whatever a plugin raises must not cost the run
-        return Estimator(setting, measured=False)
+        return Estimator(setting, kinds, measured=False)
     return found
 
 

@@ -16,6 +16,7 @@ import torch
 from mla.attention import MLA
 from mla.batch import RaggedBatch
 from mla.bench.check import Checker
+from mla.bench.graphs import Captured, CapturedDecode, CapturedPrefill, NoGraph
 from mla.bench.inputs import Inputs
 from mla.bench.poison import Poison
 from mla.bench.results import Check
@@ -74,6 +75,13 @@ class Implementation(ABC):
     @abstractmethod
     def step(self, index: int) -> None:
         """Run one forward; in decode, the cache grows."""
+
+    def after(self, index: int) -> None:  # noqa: B027  # most implementations write where they should
+        """Move the output of `step(index)` to `outputs`. Never timed."""
+
+    def captured(self) -> Captured:
+        """Return the same forwards as replays of graphs, after a whole pass has run. Raises `NoGraph`."""
+        raise NoGraph(f"{self.name} is not captured")
 
     def check(self, checker: Any) -> Check:
         """Judge what the last pass left: its outputs, and whatever else a subclass knows of."""
@@ -183,10 +191,33 @@ class MlaLayer(Implementation):
         if self._scenario.mode == "prefill":
             self._forward(0, self._batch)
             return
-        self._forward(index, self._cache.extend(self._sequences, self._scenario.query_lens))
+        self._forward(index, self.extend())
 
     def _forward(self, index: int, batch: RaggedBatch) -> None:
-        self.layer(self._hidden[index], batch, self._cache.pages[0], out=self.outputs[index])
+        self.forward(batch, self._hidden[index], self.outputs[index])
+
+    def captured(self) -> Captured:
+        if self._scenario.mode == "prefill":
+            return CapturedPrefill(self)
+        return CapturedDecode(self, self._scenario)
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The inputs of all forwards [inputs, T, d], on the device."""
+        return self._hidden
+
+    @property
+    def batch(self) -> RaggedBatch:
+        """The prepared batch of a prefill."""
+        return self._batch
+
+    def extend(self) -> RaggedBatch:
+        """Make room for the next decode step and return its batch."""
+        return self._cache.extend(self._sequences, self._scenario.query_lens)
+
+    def forward(self, batch: RaggedBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """Run the layer on any batch of the cache."""
+        self.layer(hidden, batch, self._cache.pages[0], out=out)
 
     def cache_bytes(self) -> int:
         return self._cache.pages.nbytes

@@ -62,6 +62,10 @@ class MlaStack(MlaLayer):
         for layer, pages, out in zip(self.layers, self._pages, self._outs[index], strict=True):
             layer(hidden, batch, pages, out=out)
 
+    def forward(self, batch: RaggedBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        for layer, pages, target in zip(self.layers, self._pages, out.unbind(), strict=True):
+            layer(hidden, batch, pages, out=target)
+
     def check(self, checker: Any) -> Check:
         """Judge every layer's outputs, and that its new latents are in its own part of the cache."""
         judge: Checker = checker

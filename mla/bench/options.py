@@ -58,6 +58,9 @@ class RunOptions:
     heads: int | None = None
     layers: int | None = None
     stages: bool = False
+    mode: str | None = None
+    cache: str | None = None
+    clock: str | None = None
 
     @property
     def workload_name(self) -> str:
@@ -192,6 +195,9 @@ class RunOptions:
             ("--page-size", self.page_size, DEFAULT_PAGE_SIZE),
             ("--ops", self.ops, "auto"),
             ("--seed", self.seed, None),
+            ("--mode", self.mode, None),
+            ("--cache", self.cache, None),
+            ("--clock", self.clock, None),
         )
         words = ["--backend", backend]
         for option in self.backend_options:

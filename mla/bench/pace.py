@@ -10,6 +10,6 @@ from dataclasses import dataclass
 class Pace:
     """By default the engine is never stopped, and nobody watches it."""
 
-    over: Callable[[], bool] = lambda: False  # asked before every timed pass: no further one is to start
+    over: Callable[[], bool] | None = None  # asked before every timed pass: no further one is to start
     enter: Callable[[str], None] = lambda name: None  # the implementation that runs from now on
     beat: Callable[[], None] = lambda: None  # called between forwards

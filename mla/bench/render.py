@@ -12,23 +12,24 @@ from rich.table import Table
 from rich.text import Text
 
 from mla.bench import render_ceilings, render_stages, results
+from mla.bench.digits import between, known, number
+from mla.bench.remarks import noise
 from mla.bench.results import Case, Run
+from mla.bench.timing_lines import cold, flat_timings, timing_lines
+
+__all__ = ["COLUMNS", "FORMATS", "comparisons", "headlines", "noise", "number", "render"]
 
 FORMATS = ("table", "md", "csv", "json")
-
-#: p90 over p10 from which a machine is called noisy; a growing cache alone gives about 1.1.
-NOISY = 1.5
 
 #: Column title -> cell. Unknown prints "-".
 COLUMNS: dict[str, Callable[[Case], str]] = {
     "scenario": lambda case: case.scenario + _layers(case),
     "implementation": lambda case: case.implementation,
-    "latency ms": lambda case: number(case.latency_ms.median if case.latency_ms else None),
-    "95% CI": lambda case: _interval(case.latency_ms.ci95 if case.latency_ms else None),
-    "p10 .. p90": lambda case: _interval(
-        (case.latency_ms.p10, case.latency_ms.p90) if case.latency_ms else None
-    ),
-    "tok/s": lambda case: number(case.tokens_per_s.median if case.tokens_per_s else None),
+    "latency ms": lambda case: _estimate(case.latency_ms),
+    "95% CI": lambda case: _interval(case.latency_ms),
+    "p10 .. p90": lambda case: _spread(case.latency_ms),
+    "cold ms": lambda case: _estimate(cold(case)),
+    "tok/s": lambda case: _estimate(case.tokens_per_s),
     "TFLOP/s": lambda case: _rate(case, case.cost.flops, 1e12),
     "GB/s": lambda case: _rate(case, case.cost.bytes, 1e9),
     "% of limit": lambda case: _limit(case.roofline),
@@ -45,19 +46,8 @@ def render(run: Run, kind: str) -> str:
         return _csv(run.cases)
     body = _markdown(run.cases) if kind == "md" else _table(run.cases)
     parts = render_stages.render(run.cases, kind, number, _limit)
-    blocks = (render_ceilings.run_lines(run.ceilings), comparisons(run), headlines(run))
+    blocks = (timing_lines(run), render_ceilings.run_lines(run.ceilings), comparisons(run), headlines(run))
     return f"{body}\n{parts}" + "\n".join("".join(f"{line}\n" for line in lines) for lines in blocks if lines)
-
-
-def noise(run: Run) -> list[str]:
-    """Return a remark per case whose samples are spread so widely that the machine was not its alone."""
-    found = []
-    for case in run.cases:
-        spread = case.latency_ms.p90 / case.latency_ms.p10 if case.latency_ms else 1
-        if spread > NOISY:
-            what = f"{case.scenario}, {case.implementation}: p90 is {number(spread)} times p10"
-            found.append(f"noisy: {what}; see its samples, or run again on a quieter machine")
-    return found
 
 
 def comparisons(run: Run) -> list[str]:
@@ -103,9 +93,9 @@ def headlines(run: Run) -> list[str]:
             lines.append(f"{what}{of}: no number, check: {case.check.status}")
         elif case.op or case.mode == "prefill":
             what = "Op" if case.op else "Prefill"
-            lines.append(f"{what} Latency{of}: {number(case.latency_ms.median)} ms")
+            lines.append(f"{what} Latency{of}: {_estimate(case.latency_ms)} ms")
         else:
-            lines.append(f"Decode Throughput{of}: {case.tokens_per_s.median:.1f} tok/s")
+            lines.append(f"Decode Throughput{of}: {_estimate(case.tokens_per_s)} tok/s")
     return lines
 
 
@@ -187,6 +177,10 @@ def _flat(case: Case) -> dict[str, object]:
         "cache_bytes": case.memory.cache_bytes,
         "transient_bytes": case.memory.transient_bytes,
         "clock": case.clock,
+        "drift": latency.drift if latency else None,
+        "outliers": latency.outliers if latency else None,
+        "launch_bound": case.launch_bound,
+        **flat_timings(case),
         "repro": case.repro,
     }
 
@@ -203,15 +197,16 @@ def _limit(roofline: results.Roofline) -> str:
     return " ".join((f"{100 * roofline.fraction:.0f}", (roofline.bound or "")[:3])).strip()
 
 
-def number(value: float | None) -> str:
-    """Return three significant digits or all digits before the point; "-" for None."""
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.1f}"
+def _estimate(found: results.Latency | results.Throughput | None) -> str:
+    return known(found.median, found.ci95) if found else "-"
 
 
-def _interval(values: tuple[float, float] | None) -> str:
-    return "-" if values is None else f"{number(values[0])} .. {number(values[1])}"
+def _interval(latency: results.Latency | None) -> str:
+    return between(latency.ci95, latency.median, latency.ci95) if latency else "-"
+
+
+def _spread(latency: results.Latency | None) -> str:
+    return between((latency.p10, latency.p90), latency.median, latency.ci95) if latency else "-"
 
 
 def _mib(count: int | None) -> str:

@@ -87,6 +87,7 @@ class Timing(msgspec.Struct, kw_only=True):
     passes: int
     check: Check
     latency_ms: Latency | None
+    method: str = ""  # what was swept, captured, left out of the timed region or not timed at every step
 
 
 class Stage(msgspec.Struct, kw_only=True):
@@ -116,7 +117,7 @@ class Case(msgspec.Struct, kw_only=True):
     history: list[int]
     steps_per_pass: int
     passes: int
-    warmups: int
+    warmups: int  # forwards run before timing, beside the checked ones
     interleaved_with: list[str]
     check: Check
     latency_ms: Latency | None
@@ -141,6 +142,7 @@ class Case(msgspec.Struct, kw_only=True):
     launch_bound: bool | None = None  # the host needs longer to launch than the device to compute
     stages: list[Stage] = []
     device_state: list[dict[str, str]] = []  # sensors before and after the timed passes, where there are any
+    settled: bool | None = None  # the warm-up ended because latencies had settled; None: there was none
 
 
 class Ceiling(msgspec.Struct, kw_only=True):

@@ -13,18 +13,18 @@ from typing import Any
 import msgspec
 import torch
 
-from mla.bench import agreement, engine, environment, peers, results, stages, stats
+from mla.bench import agreement, engine, environment, lanes, numbers, peers, results, stages
 from mla.bench.axes import Point
-from mla.bench.estimate import forwards
 from mla.bench.implementations import Implementation, MlaLayer, Setting
 from mla.bench.layer_stack import MlaStack
+from mla.bench.measured import Measured
 from mla.bench.memory import MemoryPlan, plan_memory, scenario_setting
 from mla.bench.op_scenario import OpScenario, expand
 from mla.bench.pace import Pace
 from mla.bench.peers import Transformers
 from mla.bench.rooflines import Ceilings
 from mla.bench.subject import LayerSubject, OpSubject, Subject
-from mla.bench.workload import Scenario, WorkloadError
+from mla.bench.workload import WorkloadError
 from mla.errors import did_you_mean
 from mla.ops import Ops, layer_roles
 from mla.oracle import State
@@ -54,6 +54,7 @@ class Request:
     backend_version: str | None = None
     state: State | None = None  # weights of a checkpoint; None: random ones
     stages: bool = False  # time the parts of a forward, after everything else
+    lanes: lanes.Lanes = lanes.Lanes()  # noqa: RUF009  # frozen
 
 
 def expand_ops(scenarios: Sequence[Point], setting: Setting) -> list[Point]:
@@ -112,8 +113,9 @@ def plan(request: Request, scenario: Point) -> MemoryPlan:
 
 
 def total_forwards(request: Request) -> int:
-    """Return the forwards of a run, checks and warm-ups included."""
-    count = len(request.implementations) * sum(forwards(scenario) for scenario in request.scenarios)
+    """Return the forwards of a run at least, checks and warm-ups included."""
+    kinds = request.lanes.kinds
+    count = len(request.implementations) * sum(lanes.forwards(kinds, one) for one in request.scenarios)
     if not request.stages:
         return count
     ours = sum(name.startswith("mla") for name in request.implementations)
@@ -153,14 +155,14 @@ class Work:
         """Measure implementations that run in turns."""
         inputs, checker = self.prepare()
         built = [self._build(name) for name in names]
-        timer = self._setting.backend.timer()
+        backend, seed, ways = self._setting.backend, self._setting.seed, self._request.lanes
         measured = engine.measure(
-            built, self._scenario, inputs, checker, timer, self._setting.seed, self._progress, self._pace
+            built, self._scenario, inputs, checker, backend, seed, ways, self._progress, self._pace
         )
         for one in built:
             if measured[one.name].check.status == "ok":
                 self._outputs[one.name] = one.compared().to("cpu", copy=True)
-        cases = [self._case(one, measured[one.name], names, timer.clock) for one in built]
+        cases = [self._case(one, measured[one.name], names) for one in built]
         if self._request.stages:
             for one, case in zip(built, cases, strict=True):
                 self._add_stages(one, case, checker)
@@ -191,16 +193,11 @@ class Work:
         """Tell the right implementations of this scenario how they relate."""
         agreement.compare(cases, self._outputs)
 
-    def _case(
-        self, one: Implementation, measured: engine.Measured, names: Sequence[str], clock: str
-    ) -> results.Case:
+    def _case(self, one: Implementation, measured: Measured, names: Sequence[str]) -> results.Case:
         loaded = measured.check.status != "not run"
         case = self._empty(one.name, "", interrupted=False)
-        case.check = measured.check
-        case.interrupted = measured.interrupted
+        numbers.fill(case, self._scenario, measured, one)
         case.interleaved_with = [name for name in names if name != one.name]
-        case.passes = len(measured.passes)
-        case.clock = clock
         case.ops = one.ops()
         case.memory = results.Memory(
             weight_bytes=one.weight_bytes(),
@@ -208,9 +205,8 @@ class Work:
             peak_bytes=self._setting.backend.memory().peak,
             transient_bytes=measured.transient_bytes,
         )
-        if measured.passes:
-            latency = _add_numbers(case, self._scenario, measured, one)
-            case.roofline = self._roofline(case.cost, latency.median)
+        if case.latency_ms is not None:
+            case.roofline = self._roofline(case.cost, case.latency_ms.median)
         return case
 
     def _roofline(self, work: results.Cost, latency_ms: float) -> results.Roofline:
@@ -231,7 +227,7 @@ class Work:
             history=list(scenario.history),
             steps_per_pass=scenario.steps,
             passes=0,
-            warmups=scenario.untimed,
+            warmups=0,
             interleaved_with=[],
             check=results.Check(status="not run", reason=reason),
             latency_ms=None,
@@ -252,28 +248,6 @@ class Work:
             layers=scenario.layers,
             op=self._subject.op,
         )
-
-
-def _add_numbers(
-    case: results.Case, scenario: Scenario, measured: engine.Measured, one: Implementation
-) -> results.Latency:
-    passes = [[sample / scenario.layers for sample in samples] for samples in measured.passes]
-    samples = [sample for samples in passes for sample in samples]
-    medians = [stats.median(samples) for samples in passes]
-    rates = [1e3 * scenario.tokens * len(samples) / sum(samples) for samples in passes]
-    case.latency_ms = results.Latency(
-        median=stats.median(samples),
-        ci95=stats.median_interval(medians),
-        p10=stats.percentile(samples, 10),
-        p90=stats.percentile(samples, 90),
-        samples=samples,
-    )
-    case.tokens_per_s = results.Throughput(median=stats.median(rates), ci95=stats.median_interval(rates))
-    case.plan_ms = None if one.plan_ms is None else one.plan_ms / scenario.layers
-    case.switch_steps = [
-        index * scenario.steps for index, switched in enumerate(measured.after_switch) if switched
-    ]
-    return case.latency_ms
 
 
 def _repro(request: Request, scenario: Point, name: str) -> str:

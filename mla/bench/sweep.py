@@ -68,7 +68,7 @@ def execute(request: Request, advance: Advance, note: Note, steering: Steering) 
 
 def estimated_seconds(request: Request) -> float:
     """Return the length of a progress bar, in nominal seconds."""
-    nominal = Estimator(request.setting, measured=False)
+    nominal = Estimator(request.setting, request.lanes.kinds, measured=False)
     return sum(nominal.seconds(scenario, request.implementations) for scenario in request.scenarios)
 
 
@@ -79,9 +79,11 @@ class _Sweep:
         self._cases = {(case.scenario, case.implementation): case for case in steering.kept}
         self._ceilings = list(steering.ceilings)
         self._latest = self._result()
-        self._nominal = Estimator(request.setting, measured=False)
+        self._nominal = Estimator(request.setting, request.lanes.kinds, measured=False)
         limited = steering.budget.seconds is not None
-        self._estimator = estimator(request.setting, measured=True) if limited else self._nominal
+        self._estimator = self._nominal
+        if limited:
+            self._estimator = estimator(request.setting, request.lanes.kinds, measured=True)
         self._watchdog = Watchdog(steering.hang_after, self._hung)
         self._number = 0
 
@@ -180,7 +182,8 @@ class _Sweep:
         passes = (scenario.steps * self._estimator.forward(scenario, name) for name in names)
         reserve = max(passes, default=0.0)
         budget = self._steering.budget
-        return Pace(lambda: budget.over(reserve), self._watchdog.enter, self._watchdog.beat)
+        over = None if budget.seconds is None else lambda: budget.over(reserve)
+        return Pace(over, self._watchdog.enter, self._watchdog.beat)
 
     def _only_this_one(self, error: Exception) -> bool:
         """Say whether other scenarios may go well: this one was too large, or no op takes its lengths."""

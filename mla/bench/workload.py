@@ -70,11 +70,6 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.steps if self.mode == "decode" else 1
 
     @property
-    def untimed(self) -> int:
-        """Warm-up forwards; a decode pass has only so many steps."""
-        return min(self.warmups, self.steps) if self.mode == "decode" else self.warmups
-
-    @property
     def tokens(self) -> int:
         """New tokens of one forward."""
         return sum(self.query_lens)

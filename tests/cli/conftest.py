@@ -73,10 +73,10 @@ def _work_in_an_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def small(tmp_path: Path) -> list[str]:
-    """Write a tiny config and workload, and return the options that choose them."""
+    """Write a tiny config and workload, and return the options that choose them, without cold caches."""
     (tmp_path / "tiny.json").write_text(json.dumps(DIMS))
     (tmp_path / "tiny.toml").write_text(WORKLOAD)
-    return ["--config", "tiny.json", "--workload", "tiny.toml"]
+    return ["--config", "tiny.json", "--workload", "tiny.toml", "--cache", "warm"]
 
 
 @pytest.fixture

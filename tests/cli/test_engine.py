@@ -7,15 +7,20 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 import torch
 
 from mla.bench.check import Checker
-from mla.bench.engine import Measured, measure
+from mla.bench.engine import measure
 from mla.bench.implementations import Implementation
 from mla.bench.inputs import Inputs, make_inputs
+from mla.bench.lanes import Kind, LaneError, Lanes
+from mla.bench.measured import Measured
 from mla.bench.pace import Pace
 from mla.bench.workload import Scenario
+from mla_backends import Availability, Backend
+from mla_backends.api import DeviceInfo
 
 if TYPE_CHECKING:
     from mla import MLAConfig
@@ -23,8 +28,12 @@ if TYPE_CHECKING:
 Log = list[tuple[str, str]]
 Wrong = Callable[[int], bool]
 
-DECODE = Scenario(name="d", mode="decode", query_lens=(1, 1), history=(2, 3), runs=3, passes=4, warmups=2)
-PREFILL = Scenario(name="p", mode="prefill", query_lens=(2,), history=(0,), runs=6, passes=3, warmups=5)
+DECODE = Scenario(name="d", mode="decode", query_lens=(1, 1), history=(2, 3), runs=3, passes=4, warmups=0)
+PREFILL = Scenario(name="p", mode="prefill", query_lens=(2,), history=(0,), runs=6, passes=3, warmups=0)
+#: All lanes that need no graphs.
+EAGER = Lanes(
+    (Kind(), Kind(cache="cold"), Kind(clock="device"), Kind(cache="cold", clock="device")),
+)
 
 
 class Parrot(Implementation):
@@ -70,16 +79,55 @@ class Clock:
     def __init__(self, log: Log, at: dict[int, BaseException] | None = None) -> None:
         self._log, self._at = log, at or {}
         self._numbers: Iterator[int] = itertools.count()
+        self.taken = 0
+
+    def note(self, what: str) -> None:
+        self._log.append(("clock", what))
 
     def start(self) -> None:
         self._log.append(("clock", "start"))
 
     def stop(self) -> float:
         number = next(self._numbers)
+        self.taken = number + 1
         self._log.append(("clock", "stop"))
         if number in self._at:
             raise self._at[number]
         return float(number)
+
+
+class Stage(Backend):
+    """A backend whose timers are all one clock, so that samples number the forwards in their order."""
+
+    name = "stage"
+    api_version = 1
+    device = torch.device("cpu")
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def probe(self) -> Availability:
+        return Availability(ok=True)
+
+    def setup(self, index: int | None = None) -> torch.device:
+        return self.device
+
+    def synchronize(self) -> None:
+        self.clock.note("wait")
+
+    def device_info(self) -> DeviceInfo:
+        return DeviceInfo(name="a stage", cache_bytes=1)
+
+    def timer(self) -> Clock:
+        return self.clock
+
+    def device_timer(self) -> Clock:
+        return self.clock
+
+    def sensors(self) -> dict[str, str]:
+        self.clock.note("sense")
+        return {"timed": str(self.clock.taken)}
 
 
 class Bench:
@@ -95,10 +143,26 @@ class Bench:
     def parrot(self, name: str, wrong: Wrong = lambda number: False) -> Parrot:
         return Parrot(name, self.expected, self.log, wrong)
 
-    def measure(self, *parrots: Parrot, seed: int = 0, pace: Pace = Pace(), **at: Any) -> dict[str, Measured]:  # noqa: B008
+    def measure(
+        self,
+        *parrots: Parrot,
+        seed: int = 0,
+        lanes: Lanes | None = None,
+        pace: Pace = Pace(),  # noqa: B008
+        **at: Any,
+    ) -> dict[str, Measured]:
         clock = Clock(self.log, {int(key[1:]): error for key, error in at.items()})
+        stage = Stage(clock)
         return measure(
-            parrots, self.scenario, self.inputs, self.checker, clock, seed, lambda what, done: None, pace
+            parrots,
+            self.scenario,
+            self.inputs,
+            self.checker,
+            stage,
+            seed,
+            lanes,
+            lambda what, done: None,
+            pace,
         )
 
     def order(self) -> list[str]:
@@ -162,7 +226,7 @@ def test_a_pass_after_another_implementation_is_flagged(decode: Bench) -> None:
     order = decode.order()
     switched = [name != last for name, last in zip(order, ["", *order], strict=False)]
     for name in ("a", "b"):
-        assert measured[name].after_switch == [
+        assert measured[name].headline.after_switch == [
             s for s, who in zip(switched, order, strict=True) if who == name
         ]
     assert False in switched[1:], "choose a seed with two turns of one implementation in a row"
@@ -178,15 +242,6 @@ def test_every_pass_starts_from_restored_history_and_empty_outputs(decode: Bench
     assert timed == [True, False, False] * DECODE.passes
 
 
-def test_warm_ups_are_not_timed_and_not_more_than_a_decode_pass_has_steps(
-    decode: Bench, prefill: Bench
-) -> None:
-    for bench in (decode, prefill):
-        bench.measure(bench.parrot("a"))
-        untimed = [what for _, what in bench.log[: bench.log.index(("clock", "start"))]].count("step")
-        assert untimed == bench.scenario.inputs + bench.scenario.warmups
-
-
 def test_an_implementation_that_fails_its_check_is_never_timed(decode: Bench) -> None:
     measured = decode.measure(decode.parrot("bad", wrong=lambda number: number == 0), decode.parrot("good"))
     assert measured["bad"].check.status == "wrong"
@@ -196,8 +251,8 @@ def test_an_implementation_that_fails_its_check_is_never_timed(decode: Bench) ->
 
 
 def test_one_that_is_wrong_after_timing_loses_its_numbers(decode: Bench) -> None:
-    last = DECODE.passes + 1  # the check restores nothing, the warm-up once, each pass once
-    measured = decode.measure(decode.parrot("late", wrong=lambda number: number == last), decode.parrot("b"))
+    passes = DECODE.passes  # the check restores nothing, each pass does, and once more after another's
+    measured = decode.measure(decode.parrot("late", wrong=lambda number: number > passes), decode.parrot("b"))
     assert measured["late"].check.status == "wrong"
     assert measured["late"].check.reason.startswith("right before timing and wrong after it: ")
     assert measured["late"].passes == []
@@ -256,7 +311,7 @@ def test_the_garbage_collector_rests_while_timing_only(decode: Bench) -> None:
     decode.measure(parrot)
     timed = DECODE.passes * DECODE.runs
     assert not any(parrot.collecting[-timed:])
-    assert all(parrot.collecting[:-timed])
+    assert all(parrot.collecting[: DECODE.inputs])
     assert gc.isenabled()
 
 
@@ -285,3 +340,138 @@ def test_the_engine_tells_who_runs_and_that_it_is_alive_outside_of_timed_regions
     for name, what in log:
         running = name if what == "enter" else running
         assert what != "step" or name == running
+
+
+# ---------------------------------------------------------------------------------------------- lanes
+
+
+def test_further_lanes_are_timed_beside_the_headline(decode: Bench) -> None:
+    result = decode.measure(decode.parrot("a"), lanes=EAGER)["a"]
+    assert [str(one.kind) for one in result.series] == [
+        "eager, warm cache, host clock",
+        "eager, cold cache, host clock",
+        "eager, warm cache, device clock",
+        "eager, cold cache, device clock",
+    ]
+    taken = sorted(sample for one in result.series for samples in one.passes for sample in samples)
+    assert taken == list(range(4 * DECODE.passes * DECODE.runs))
+    assert {one.check.status for one in result.series} == {"ok"}
+
+
+def test_lanes_alternate_by_pass_in_the_order_of_the_seed(tiny: Callable[..., MLAConfig]) -> None:
+    def firsts(seed: int) -> list[list[float]]:
+        bench = Bench(tiny(), DECODE)
+        found = bench.measure(bench.parrot("a"), bench.parrot("b"), seed=seed, lanes=EAGER)
+        return [[samples[0] for samples in one.passes] for name in "ab" for one in found[name].series]
+
+    per_turn = 8 * DECODE.runs
+    for seed in range(3):
+        turns = [[first // per_turn for first in lane] for lane in firsts(seed)]
+        assert turns == [list(range(DECODE.passes))] * 8, "each lane has one pass in every turn"
+    assert firsts(0) == firsts(0)
+    assert firsts(0) != firsts(1)
+
+
+def test_a_cold_forward_follows_a_sweep_that_has_been_waited_for(decode: Bench) -> None:
+    decode.measure(decode.parrot("a"), lanes=Lanes((Kind(), Kind(cache="cold"))))
+    words = [what for _, what in decode.log]
+    starts = [place for place, what in enumerate(words) if what == "start"]
+    swept = [words[place - 2 : place] == ["before", "wait"] for place in starts]
+    assert swept.count(True) == swept.count(False) == DECODE.passes * DECODE.runs
+
+
+def test_a_warm_pass_after_another_lane_begins_with_an_untimed_forward(decode: Bench) -> None:
+    decode.measure(decode.parrot("a"), decode.parrot("b"), lanes=Lanes((Kind(), Kind(cache="cold"))))
+    events = [(name, what) for name, what in decode.log if what in ("restore", "step", "start", "wait")]
+    for place, (name, what) in enumerate(events):
+        if what == "restore" and events[place + 1 : place + 3] == [("clock", "start"), (name, "step")]:
+            before = events[place - 2 : place]
+            again = events[place - 1][0] == name and events[place - 2][1] == "start"
+            assert again or before == [(name, "restore"), (name, "step")]
+
+
+def test_extra_lanes_of_a_long_run_have_six_passes_spread_over_it(tiny: Callable[..., MLAConfig]) -> None:
+    bench = Bench(tiny(), msgspec.structs.replace(PREFILL, runs=100, passes=10))
+    result = bench.measure(bench.parrot("a"), lanes=Lanes((Kind(), Kind(cache="cold"))))["a"]
+    headline, cold = result.series
+    assert [len(samples) for samples in headline.passes] == [10] * 10
+    assert [len(samples) for samples in cold.passes] == [5] * 6
+    firsts = [samples[0] for samples in cold.passes]
+    ends = [samples[-1] for samples in headline.passes]
+    before = [sum(end < first for end in ends) for first in firsts]
+    turns = [1, 3, 4, 6, 8, 9]
+    assert all(turn <= count <= turn + 1 for turn, count in zip(turns, before, strict=True))
+
+
+def test_a_cold_decode_pass_times_some_steps_and_checks_all(tiny: Callable[..., MLAConfig]) -> None:
+    scenario = msgspec.structs.replace(DECODE, runs=40, passes=6)
+    bench = Bench(tiny(), scenario)
+    parrot = bench.parrot("a")
+    cold = bench.measure(parrot, lanes=Lanes((Kind(), Kind(cache="cold"))))["a"].others[0]
+    assert [len(samples) for samples in cold.passes] == [10] * 6
+    assert "every 4th step of a pass timed" in cold.method
+    assert cold.check.status == "ok"
+
+
+class Spoilt(Parrot):
+    """Wrong whenever the clock's last word before its step was a wait: only with cold caches."""
+
+    def step(self, index: int) -> None:
+        swept = self._log[-1] == ("clock", "wait") or self._log[-2:-1] == [("clock", "wait")]
+        self._wrong = lambda number: swept and self._when(number)
+        super().step(index)
+
+    _when: Wrong = staticmethod(lambda number: True)
+
+
+def test_a_lane_that_is_wrong_before_timing_costs_the_case_its_numbers(decode: Bench) -> None:
+    spoilt = Spoilt("a", decode.expected, decode.log)
+    measured = decode.measure(spoilt, decode.parrot("b"), lanes=EAGER)
+    assert measured["a"].check.status == "wrong"
+    assert measured["a"].check.reason.startswith(
+        "eager, cold cache, host clock: 6 of 6 output rows are too far"
+    )
+    assert not any(one.passes for one in measured["a"].series)
+    assert all(len(one.passes) == DECODE.passes for one in measured["b"].series)
+
+
+def test_a_lane_that_goes_wrong_while_it_is_timed_costs_the_case_its_numbers(decode: Bench) -> None:
+    class Late(Spoilt):
+        _when = staticmethod(lambda number: number > 8)  # after the passes that are checked before timing
+
+    late = Late("a", decode.expected, decode.log)
+    measured = decode.measure(late, decode.parrot("b"), lanes=EAGER)
+    assert "cold cache" in measured["a"].check.reason
+    assert ": right before timing and wrong after it: " in measured["a"].check.reason
+    assert not any(one.passes for one in measured["a"].series)
+    assert all(len(one.passes) == DECODE.passes for one in measured["b"].series)
+
+
+def test_sensors_are_read_around_all_passes_and_never_between(decode: Bench) -> None:
+    measured = decode.measure(decode.parrot("a"), decode.parrot("b"))
+    total = 2 * DECODE.passes * DECODE.runs
+    state = [{"when": "before", "timed": "0"}, {"when": "after", "timed": str(total)}]
+    assert [measured[name].device_state for name in "ab"] == [state, state]
+    words = [what for _, what in decode.log if what in ("sense", "start")]
+    assert words == ["sense", *["start"] * total, "sense"]
+
+
+def test_an_implementation_without_graphs_says_so(decode: Bench) -> None:
+    lanes = Lanes((Kind(), Kind(mode="graph")))
+    graph = decode.measure(decode.parrot("a"), lanes=lanes)["a"].others[0]
+    assert (graph.check.status, graph.check.reason) == ("not run", "a is not captured")
+    insisting = Lanes(lanes.kinds, graphs_by_name=True)
+    with pytest.raises(
+        LaneError, match=r"--mode graph: d, a cannot be replayed from graphs: a is not captured\."
+    ):
+        decode.measure(decode.parrot("a"), lanes=insisting)
+
+
+def test_warm_ups_have_a_clock_of_their_own_and_restore_where_a_pass_ends(
+    tiny: Callable[..., MLAConfig],
+) -> None:
+    bench = Bench(tiny(), msgspec.structs.replace(DECODE, warmups=7))
+    result = bench.measure(bench.parrot("a"))["a"]
+    assert (result.warmups, result.settled) == (101, False)  # 0 + 1 + ... + 100 ms are more than 5 s
+    words = [what for _, what in bench.log if what in ("restore", "step")][DECODE.inputs :]
+    assert words[:135] == [*["restore", "step", "step", "step"] * 34][:135]

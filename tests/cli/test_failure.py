@@ -18,9 +18,10 @@ Bench = Callable[..., Any]
 def test_an_op_that_raises_is_named_and_earlier_scenarios_are_kept(
     bench: Bench, small: list[str], scenario: tuple[str, ...]
 ) -> None:
-    calls = 1 + 1 + 6  # the prefill scenario: its check, its warm-up and its six runs
+    calls = 1 + 1 + 6  # the prefill scenario: its check, the forward before its first pass, and its six runs
     faulty = ("--backend", "fake-wrong-op", "-O", "fault=raise", "-O", f"after={0 if scenario else calls}")
-    done = bench(*faulty, *small, *scenario, "--implementations", "mla", "-o", "run.json", fakes=["wrong_op"])
+    options = ["--warmups", "0", "--implementations", "mla", "-o", "run.json"]
+    done = bench(*faulty, *small, *scenario, *options, fakes=["wrong_op"])
     assert done.code == 3
     assert done.error.startswith(
         "error: scenario 'decode' failed: RuntimeError: the device ran out of memory (fake_wrong_op.py:"

@@ -19,6 +19,8 @@ Bench = Callable[..., Any]
 
 CPU = ("--backend", "cpu", "--threads", "1", "--implementations", "mla")
 VIRTUAL = ("--backend", "fake-virtual-clock")
+#: What depends on the machine.
+REMARKS = ("noisy: ", "drifts: ", "outliers: ", "not settled: ", "building ")
 
 
 def read(path: str) -> results.Run:
@@ -53,7 +55,7 @@ def test_stderr_shows_no_progress_bar_when_it_is_no_terminal(process: Bench, sma
     assert "\x1b" not in done.err
     assert "\r" not in done.err
     assert "timing" not in done.err
-    remarks = [line for line in done.err.splitlines() if line.startswith(("noisy: ", "building "))]
+    remarks = [line for line in done.err.splitlines() if line.startswith(REMARKS)]
     assert len(done.err.splitlines()) - len(remarks) == 9
     finished = [
         line
@@ -66,7 +68,7 @@ def test_stderr_shows_no_progress_bar_when_it_is_no_terminal(process: Bench, sma
 def test_the_numbers_are_those_of_the_clock(bench: Bench, small: list[str]) -> None:
     done = bench(*VIRTUAL, *small, "-o", "run.json", fakes=["virtual_clock"])
     assert done.code == 0
-    assert done.out.splitlines()[-2:] == ["Prefill Latency: 2 ms", "Decode Throughput: 800.0 tok/s"]
+    assert done.out.splitlines()[-2:] == ["Prefill Latency: 2.0 ms", "Decode Throughput: 800.0 tok/s"]
     prefill, decode = read("run.json").cases
     assert latency(prefill).samples == [1, 2, 3, 4, 1, 2]
     assert latency(decode).samples == [1, 2, 3, 4] * 6
@@ -93,7 +95,8 @@ def test_a_result_records_what_was_measured(bench: Bench, small: list[str]) -> N
     prefill, decode = run.cases
     assert (prefill.query_lens, prefill.history) == ([3, 5], [4, 0])
     assert (decode.query_lens, decode.history) == ([1, 1], [5, 9])
-    assert (decode.steps_per_pass, decode.passes, decode.warmups) == (4, 6, 1)
+    assert (decode.steps_per_pass, decode.passes) == (4, 6)
+    assert decode.warmups >= 10  # the fewest that can be seen to have settled
     for case in run.cases:
         assert case.check.status == "ok"
         assert case.check.error_ratio is not None
@@ -191,7 +194,7 @@ def test_a_dry_run_measures_and_writes_nothing(bench: Bench, small: list[str]) -
     done = bench(*CPU, *small, "--dry-run", "-o", "run.json")
     assert (done.code, done.out) == (0, "")
     assert "scenario   decode: 2 requests, 2 new tokens per forward, history 5 to 9, " in done.err
-    assert "plan       mla, in turns; 37 forwards, checked against a float64 oracle" in done.err
+    assert "plan       mla, in turns; 37 forwards or more, checked against a float64 oracle" in done.err
     assert not Path("run.json").exists()
 
 
@@ -222,4 +225,6 @@ def test_the_main_job_runs_at_full_size(bench: Bench) -> None:
     assert done.code == 0
     prefill, decode = (case for case in read("run.json").cases if case.implementation == "mla")
     assert (len(latency(prefill).samples), len(latency(decode).samples)) == (6, 36)
-    assert all(case.check.status == "ok" for case in read("run.json").cases)
+    for case in read("run.json").cases:
+        assert case.check.status == "ok"
+        assert [(one.cache, one.check.status, one.passes) for one in case.timings] == [("cold", "ok", 6)]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla.bench.stats import median, median_interval, percentile
+from mla.bench.stats import drift, median, median_interval, outliers, percentile
 
 NUMBERS = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=40)
 
@@ -79,3 +79,80 @@ def test_the_extreme_percentiles_are_the_extreme_values(values: list[float]) -> 
 
 def test_a_single_value_is_every_percentile() -> None:
     assert [percentile([2.5], percent) for percent in (0, 10, 50, 100)] == [2.5] * 4
+
+
+def test_drift_needs_three_passes() -> None:
+    assert [drift([1.0] * n) for n in range(4)] == [None, None, None, 0]
+
+
+def test_drift_is_the_change_over_all_passes() -> None:
+    assert drift([1.0, 1.1, 1.2, 1.3, 1.4]) == pytest.approx(5 * 0.1 / 1.2)
+    assert drift([2.0, 1.5, 1.0]) == pytest.approx(-1.0)
+
+
+@given(st.floats(-0.05, 0.05), st.integers(0, 9), st.floats(0.1, 100))
+def test_one_disturbed_pass_hardly_moves_the_drift(slope: float, place: int, disturbed: float) -> None:
+    medians = [1 + slope * i for i in range(10)]
+    clean = drift(medians)
+    medians[place] = disturbed
+    found = drift(medians)
+    assert clean is not None
+    assert found is not None
+    assert found == pytest.approx(clean, abs=0.25 * abs(clean) + 1e-9)
+
+
+@given(st.permutations(range(10)))
+def test_drift_has_a_sign_and_is_blind_to_scale(order: list[int]) -> None:
+    values = [2.0 + i for i in order]
+    found = drift(values)
+    assert found is not None
+    assert drift([7 * value for value in values]) == pytest.approx(found)
+    assert drift(values[::-1]) == pytest.approx(-found)
+
+
+def noisy_passes(seed: int = 0, passes: int = 6, steps: int = 100) -> list[list[float]]:
+    draw = random.Random(seed)
+    return [[1 + 0.002 * step + draw.gauss(0, 0.01) for step in range(steps)] for _ in range(passes)]
+
+
+def test_a_growing_cache_gives_no_outliers() -> None:
+    assert outliers(noisy_passes()) == 0
+    assert outliers([[1.0, 2.0, 3.0, 40.0]] * 6) == 0
+
+
+def test_giants_are_counted_one_by_one_wherever_they_are() -> None:
+    passes = noisy_passes()
+    passes[0][0] += 0.5
+    assert outliers(passes) == 1
+    passes[3][99] += 1000
+    passes[5][50] += 0.4
+    assert outliers(passes) == 3
+
+
+def test_a_slow_pass_and_a_drift_are_no_outliers() -> None:
+    passes = noisy_passes()
+    assert outliers([[sample * (1 + 0.1 * place) for sample in one] for place, one in enumerate(passes)]) == 0
+    assert outliers([*passes[:5], [3 * sample for sample in passes[5]]]) == 0
+
+
+def test_throttling_midway_is_no_outlier() -> None:
+    passes = noisy_passes()
+    assert outliers([*passes[:3], *([2 * sample for sample in one] for one in passes[3:])]) == 0
+
+
+def test_a_giant_that_is_a_whole_pass_is_counted() -> None:
+    """A prefill of one forward per pass: there is nothing to tell the pass by."""
+    assert outliers([[1.0], [1.01], [0.99], [1.0], [1.02], [5.0]]) == 1
+
+
+def test_what_is_slower_by_less_than_a_tenth_is_no_outlier_on_a_quiet_machine() -> None:
+    passes = [[1.0] * 4 for _ in range(6)]
+    passes[2][1] = 1.09
+    assert outliers(passes) == 0
+    passes[2][1] = 1.11
+    assert outliers(passes) == 1
+
+
+def test_too_few_passes_have_no_outliers_that_could_be_told() -> None:
+    assert outliers([[1.0, 100.0], [1.0, 1.0]]) is None
+    assert outliers([]) is None

@@ -65,8 +65,8 @@ def test_a_wrong_op_gets_a_reason_and_no_number(
 
 
 def test_an_op_that_goes_wrong_while_it_is_timed_loses_its_numbers(measure: Bench) -> None:
-    """4 calls check it and 1 warms it up: 10 later, it is wrong in the middle of timing."""
-    done = measure("late", "-O", "after=15")
+    """4 calls check it and 10 warm it up: 10 later, it is wrong in the middle of timing."""
+    done = measure("late", "-O", "after=24")
     assert done.code == 4
     wrong, right = cases()["mla"], cases()["mla-reference"]
     assert wrong.check.status == "wrong"

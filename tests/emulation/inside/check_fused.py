@@ -64,6 +64,13 @@ LIVES = {
     name: [case for case in cases if case[0] not in ("nvidia_a", "nvidia_b", "flash_attn_3", "ixformer_old")]
     for name, cases in KERNELS.items()
 }
+#: What a run replays: op and scenario. Decode takes one new token per request, the prefill 3 and 5.
+REPLAYED = {
+    "nvidia": {("flash_mla", "decode"), ("flash_attn", "prefill")},
+    "metax": {("flash_attn", "prefill")},
+    "iluvatar": {("ixformer", "decode")},
+    "moore": set(),
+}[BACKEND]
 #: What launches kernels of its own, unseen by torch.
 LAUNCHES = {
     "flash_mla": ("get_mla_metadata", "flash_mla_with_kvcache"),
@@ -153,6 +160,27 @@ def test_the_kernel_alone_is_right(kernel: Any, bench: Any, tmp_path: Path) -> N
         ({role: op}, "ok"),
         ({role: "reference"}, "ok"),
     ]
+
+
+def test_a_run_replays_what_the_kernel_lets_be_captured(kernel: Any, bench: Any, tmp_path: Path) -> None:
+    """What cannot be captured is left out with its reason, and costs nothing else."""
+    role, op = kernel
+    (tmp_path / "tiny.json").write_text(json.dumps({**WIDE, **SHAPES.get(op, {})}))
+    mode = "absorbed" if role == "latent_attention" else "expanded"
+    done = bench("--attention", mode, "--implementations", "mla", "-O", "graph=on", "-o", "run.json")
+    assert done.code == 0, done.err
+    run = results.decode((tmp_path / "run.json").read_bytes())
+    for case in run.cases:
+        assert {one.check.status for one in case.timings if one.mode == "eager"} == {"ok"}
+        graphs = [one for one in case.timings if one.mode == "graph"]
+        assert len(graphs) == 4  # warm and cold, on both clocks
+        if (op, case.scenario) in REPLAYED:
+            assert {one.check.status for one in graphs} == {"ok"}
+            assert case.launch_bound is not None
+        else:
+            assert {(one.check.status, bool(one.check.reason)) for one in graphs} == {("not run", True)}
+            assert f"left out: graph of {case.scenario}, mla: {graphs[0].check.reason}" in done.err
+            assert case.launch_bound is None
 
 
 @pytest.mark.parametrize("heads", [1, 16, 128])

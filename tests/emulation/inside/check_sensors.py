@@ -12,6 +12,7 @@ import emulated
 import pytest
 
 import mla
+from mla.bench import results
 
 #: backend -> (module, prefix of functions, prefix of constants)
 LIBRARIES = {
@@ -74,6 +75,16 @@ def test_clocks_power_and_temperature_before_and_after(name: str, nvml: Nvml) ->
     assert power.items() <= report.items()
     uuid = dict(emulated.STATE.card.extra).get("uuid")
     assert nvml.asked == ([f"GPU-{uuid}"] if name == "nvidia" else [1])
+
+
+def test_a_run_keeps_a_reading_before_and_after_its_passes(nvml: Nvml, bench: Any, tmp_path: Any) -> None:
+    headline = ("--mode", "eager", "--cache", "warm", "--clock", "host")
+    done = bench(*headline, "--implementations", "mla", "-o", "run.json")
+    assert done.code == 0, done.err
+    states = [case.device_state for case in results.decode((tmp_path / "run.json").read_bytes()).cases]
+    assert [[one["when"] for one in state] for state in states] == [["before", "after"]] * 2
+    degrees = [int(one["temperature_c"]) for state in states for one in state]
+    assert degrees == sorted(set(degrees))
 
 
 @pytest.mark.only("moore", "metax")  # NVIDIA's goes by UUID

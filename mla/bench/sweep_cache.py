@@ -1,0 +1,42 @@
+"""Sweep the last-level cache, so that the next forward finds nothing of the layer in it.
+
+A buffer of twice the cache is read and written on the device, which then has finished before timing starts.
+That evicts weights, latents, hidden states and tables from every data cache on the way to memory. It does not
+empty instruction caches, branch predictors or the translation of addresses, and on an accelerator it leaves
+the host's caches alone.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mla_backends.api import Backend
+
+#: How many times the cache is swept: replacement is not strictly oldest first.
+TIMES = 2
+#: Bytes swept where the size of the cache is unknown.
+FALLBACK = 256 << 20
+#: Bounds of what is swept: a cache shared by a whole machine would take longer than the forwards.
+LEAST, MOST = 1 << 20, 512 << 20
+
+
+class Sweep:
+    """A buffer on the backend's device; calling the object sweeps it and waits."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._cache = backend.device_info().cache_bytes
+        wanted = FALLBACK if self._cache is None else TIMES * self._cache
+        self.bytes = min(max(wanted, LEAST), MOST)
+        self._buffer = torch.zeros(self.bytes // 4, dtype=torch.float32, device=backend.device)
+        self._synchronize = backend.synchronize
+
+    def __call__(self) -> None:
+        self._buffer.add_(1)
+        self._synchronize()
+
+    def method(self) -> str:
+        """Return what is swept, for the result."""
+        known = "a last-level cache of unknown size"
+        if self._cache is not None:
+            known = f"a last-level cache of {self._cache / 2**20:g} MiB"
+        return f"{self.bytes / 2**20:g} MiB read and written before every timed forward, for {known}"

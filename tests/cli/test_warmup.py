@@ -1,0 +1,93 @@
+"""The warm-up's rule: at least so many, until they settle, within bounds; on scripted milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
+
+import pytest
+
+from mla.bench.warmup import MOST, SECONDS, WINDOW, Warmth, settled, warm_up
+
+
+class Script:
+    """A timer and the forwards it times; `log` holds what was called."""
+
+    clock = "script"
+
+    def __init__(self, samples: Sequence[float], then: float = 1.0) -> None:
+        self._samples: Iterator[float] = chain(samples, repeat(then))
+        self.log: list[str] = []
+        self.ticks: list[int] = []
+
+    def restore(self) -> None:
+        self.log.append("restore")
+
+    def before(self, index: int) -> None:
+        pass
+
+    def step(self, index: int) -> None:
+        self.log.append(f"step {index}")
+
+    def after(self, index: int) -> None:
+        pass
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> float:
+        return next(self._samples)
+
+    def warm_up(self, least: int, steps: int = 1000) -> Warmth:
+        return warm_up(self, steps, least, self, self.ticks.append)
+
+
+def test_settled_forwards_end_with_the_number_asked_for() -> None:
+    script = Script([])
+    assert script.warm_up(12) == Warmth(12, True)
+    assert script.ticks == [1] * 12
+
+
+def test_it_takes_two_windows_to_see_that_forwards_have_settled() -> None:
+    script = Script([])
+    assert script.warm_up(1) == Warmth(2 * WINDOW, True)
+    assert script.ticks == [1] + [0] * (2 * WINDOW - 1)
+
+
+def test_a_slow_start_is_waited_for() -> None:
+    """20 forwards at twice the time: both windows must lie mostly behind them."""
+    assert Script([2.0] * 20).warm_up(18) == Warmth(18, True)  # nothing has changed yet
+    assert Script([2.0 - 0.05 * i for i in range(20)]).warm_up(10) == Warmth(27, True)
+
+
+def test_zero_asks_for_none() -> None:
+    script = Script([])
+    assert script.warm_up(0) == Warmth(0, None)
+    assert script.log == []
+
+
+def test_what_never_settles_ends_at_the_limit() -> None:
+    assert Script([1.1**i for i in range(40)] * 10).warm_up(5).settled is False
+    alternating = ([1.0] * WINDOW + [2.0] * WINDOW) * 100
+    changing = [1.0 + 0.5 * i for i in range(15)]
+    assert Script(changing * 20 + alternating).warm_up(3).forwards <= 3 + MOST
+
+
+def test_a_hang_ends_the_warm_up_as_soon_as_enough_were_run() -> None:
+    hang = 1e3 * SECONDS
+    growing = [1.2**i for i in range(8)]
+    assert Script([hang, *growing]).warm_up(4) == Warmth(4, False)
+    assert Script([*growing, hang, 1e5]).warm_up(4) == Warmth(9, False)
+
+
+def test_a_decode_pass_that_is_over_is_restored() -> None:
+    script = Script([])
+    script.warm_up(10, steps=4)
+    passes = ["restore", "step 0", "step 1", "step 2", "step 3"]
+    assert script.log == [*passes, *passes, "restore", "step 0", "step 1"]
+
+
+@pytest.mark.parametrize(("now", "expected"), [(1.049, True), (1.051, False), (0.951, True), (0.949, False)])
+def test_windows_within_five_percent_are_alike(now: float, expected: bool) -> None:
+    assert settled([1.0] * WINDOW + [now] * WINDOW) == expected
+    assert settled([9.0] + [1.0] * WINDOW + [now] * WINDOW) == expected
