@@ -197,6 +197,14 @@ def test_a_nan_or_infinity_in_one_token_stays_there(kernels: Library, gain: floa
     assert torch.equal(out[19:], clean[19:])
 
 
+def test_what_an_earlier_call_left_in_scratch_memory_reaches_no_result(kernels: Library, gain: float) -> None:
+    """Sizes that fill no register are filled up, and a NaN that lay there would spread by NaN x 0."""
+    op, nothing = NativeLinear(kernels), torch.full((40, 96), torch.nan, dtype=BF16)
+    op(op.pack(draw(50, 96)), x=nothing, bias=None, out=torch.empty(40, 50, dtype=BF16))
+    for tokens, inputs in ((5, 6), (37, 34)):
+        check_linear(kernels, tokens, inputs, 20)
+
+
 # ---------------------------------------------------------------------------------------------- threads
 
 
