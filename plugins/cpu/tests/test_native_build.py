@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -17,9 +16,8 @@ import pytest
 from native_cases import BF16, CPU, levels_here
 
 import mla
-from mla_backend_cpu import build, gains, levels, library
+from mla_backend_cpu import build, levels, library
 from mla_backend_cpu.library import Library
-from mla_backends import BackendError
 from mla_backends.api import LinearSpec
 
 PORTABLE = levels.choose_level("portable")
@@ -326,37 +324,15 @@ def test_a_wrong_level_is_one_sentence() -> None:
     assert "Traceback" not in done.stderr
 
 
-# ------------------------------------------------------------------------------------------ AMX
+def test_emulation_is_named_wherever_ops_are() -> None:
+    done = bench("-O", "native=amx_emulated")
+    assert done.returncode == 0
+    assert "\nlatent_attention: amx_emulated_native_latent_attention\n" in done.stdout
+    assert "native=auto, off, amx, avx512_bf16" in bench("-O", "native=no").stderr
+    assert "emulated" not in bench("-O", "native=no").stderr
 
 
-def test_amx_is_refused_with_the_systems_reason_and_the_next_level_serves(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The request is a real one: processors without AMX, and old kernels, refuse it."""
-    flags = levels.processor_flags()
-    if "amx_tile" in flags or levels.tiles_refused() is None:
-        pytest.skip("this machine has AMX")
-    claimed = flags | next(level for level in levels.LEVELS if level.name == "amx").needs
-    if not claimed - {"amx_tile", "amx_bf16"} <= flags:
-        pytest.skip("this processor lacks AVX-512-BF16, which amx needs beside the tiles")
-    monkeypatch.setattr(levels, "processor_flags", lambda: claimed)
-    monkeypatch.setattr(gains, "product_gain", lambda kernels: 2.0)
-    library._load.cache_clear()
-    try:
-        backend = mla.load_backend("cpu")
-        lines = mla.MLA(mla.MLAConfig(hidden_size=64, num_attention_heads=2), backend=backend).ops.explain()
-        kernels = backend.environment()["kernels"]
-        with pytest.raises(BackendError, match=r"no kernels for native=amx: Linux refuses this process"):
-            mla.load_backend("cpu", options={"native": "amx"})
-    finally:
-        library._load.cache_clear()
-    refused = "Linux refuses this process AMX tiles ("
-    assert any(f"fused op 'amx_native_linear' not used because {refused}" in line for line in lines)
-    assert "latent_attention: native_latent_attention" in lines
-    assert kernels.startswith(f"avx512_bf16; not amx: {refused}")
-
-
-def test_a_compiler_that_does_not_know_amx_leaves_the_next_level(
+def test_a_compiler_that_does_not_know_the_instructions_leaves_the_next_level(
     compiler: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler(
@@ -373,67 +349,6 @@ def test_a_compiler_that_does_not_know_amx_leaves_the_next_level(
             library.load("avx2")
     finally:
         library._load.cache_clear()
-
-
-def test_the_level_for_amx_holds_its_instructions(tmp_path: Path) -> None:
-    """Compiled, not run: this needs no AMX."""
-    level, built = next(level for level in levels.LEVELS if level.name == "amx"), tmp_path / "kernels.o"
-    if platform.machine() != "x86_64" or not shutil.which("objdump"):
-        pytest.skip("needs an x86-64 compiler and objdump")
-    source = str(build.SOURCES / "api.cpp")
-    subprocess.run(["g++", *build.FLAGS, *level.flags, "-c", source, "-o", str(built)], check=True)
-    listing = subprocess.run(["objdump", "-d", str(built)], capture_output=True, text=True, check=True).stdout
-    for instruction in ("tdpbf16ps", "tileloadd", "tilestored", "tilezero"):
-        assert instruction in listing
-    assert listing.count("ldtilecfg") == listing.count("tilerelease") > 0
-
-
-def test_emulation_is_named_wherever_ops_are() -> None:
-    done = bench("-O", "native=amx_emulated")
-    assert done.returncode == 0
-    assert "\nlatent_attention: amx_emulated_native_latent_attention\n" in done.stdout
-    assert "native=auto, off, amx, avx512_bf16" in bench("-O", "native=no").stderr
-    assert "emulated" not in bench("-O", "native=no").stderr
-
-
-_MISUSE = {
-    "used before it was configured": "tile::zero<0>();",
-    "configured again before it was released": "TileSession one; TileSession two;",
-    "a row has at most 64 bytes": "config[16] = 65; config[48] = 1; tile::configure(config);",
-    "a tile has at most 16 rows": "config[16] = 64; config[48] = 17; tile::configure(config);",
-    "there are eight tiles": "config[32] = 64; config[56] = 1; tile::configure(config);",
-    "a tile has both rows and bytes, or neither": "config[48] = 1; tile::configure(config);",
-    "there is no such palette": "config[0] = 2; tile::configure(config);",
-    "a tile that was not configured is used": "tile::configure(config); tile::zero<3>();",
-    "A has no column pair for every row of B": "config[16] = config[18] = config[20] = 64; "
-    "config[48] = config[49] = 16; config[50] = 15; tile::configure(config); tile::dot<0, 1, 2>();",
-}
-
-
-@pytest.fixture(scope="module")
-def misuser(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a program that misuses tiles in the way whose number it is given."""
-    folder = tmp_path_factory.mktemp("misuse")
-    cases = "\n".join(f"case {i}: {{ {code} break; }}" for i, code in enumerate(_MISUSE.values()))
-    (folder / "misuse.cpp").write_text(
-        '#include "tiles.h"\n#include <cstdlib>\nusing namespace mla;\nint main(int, char** arguments) {\n'
-        "alignas(64) uint8_t config[64] = {1};\n"
-        f"switch (std::atoi(arguments[1])) {{ {cases} }}\nreturn 0;\n}}\n"
-    )
-    subprocess.run(
-        ["g++", "-std=c++17", "-Wno-psabi", "-DMLA_EMULATE_TILES", f"-I{build.SOURCES}",
-         str(folder / "misuse.cpp"), "-o", str(folder / "misuse")],
-        check=True,
-    )  # fmt: skip
-    return folder / "misuse"
-
-
-@pytest.mark.parametrize("rule", _MISUSE)
-def test_the_emulation_ends_a_program_that_misuses_tiles(misuser: Path, rule: str) -> None:
-    number = str(list(_MISUSE).index(rule))
-    done = subprocess.run([str(misuser), number], capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGABRT
-    assert done.stderr == f"tile emulation: {rule}\n"
 
 
 # ------------------------------------------------------------------------------------------ sanitizers
