@@ -175,14 +175,14 @@ def test_another_commit_or_environment_is_a_warning(bench: Bench, partial: list[
     run = read("run.json")
     run.git_commit = "abc"
     run.environment["torch"] = "1.0"
-    run.environment["SLURM_JOB_ID"] = "7"
+    run.environment["slurm_job_id"] = "7"
     results.write(run, Path("run.json"))
     done = bench(*partial, "--resume", "run.json")
     assert done.code == 0
     (line,) = [line for line in done.err.splitlines() if line.startswith("warning: ")]
     assert "kept cases were measured under other conditions: commit was abc and is " in line
     assert "torch was 1.0 and is " in line
-    assert "SLURM" not in line
+    assert "slurm" not in line
 
 
 def test_a_file_without_a_plan_or_without_a_run_is_refused(bench: Bench, partial: list[str]) -> None:

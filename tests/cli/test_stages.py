@@ -170,7 +170,7 @@ def test_headline_passes_run_the_ops_themselves(
 
     monkeypatch.setattr(MlaLayer, "step", watched)
     (case,) = cases(bench, small, "--stages", "--scenario", "decode")
-    forwards = 4 + 1 + case.passes * case.steps_per_pass
+    forwards = 4 + case.warmups + 1 + case.passes * case.steps_per_pass  # one that warms up before the passes
     assert seen == [(False,) * 3] * forwards + [(True,) * 3] * stages.FORWARDS
 
 

@@ -54,8 +54,19 @@ def test_neither_beats_nor_silence_of_the_host_are(hung: Any) -> None:
 
 
 def test_a_hanging_op_ends_the_run_and_keeps_what_was_finished(process: Bench, small: list[str]) -> None:
-    """The 9th call is the first of decode: prefill takes its check, its warm-up and six runs."""
-    faulty = ("--backend", "fake-wrong-op", "-O", "fault=hang", "-O", "after=8", "--implementations", "mla")
+    """The 9th call is the first of decode: prefill takes its check, six runs and one before them."""
+    faulty = (
+        "--backend",
+        "fake-wrong-op",
+        "-O",
+        "fault=hang",
+        "-O",
+        "after=8",
+        "--implementations",
+        "mla",
+        "--warmups",
+        "0",
+    )
     done = process(*faulty, *small, "--hang-after", "4s", "-o", "run.json", fakes=["wrong_op"])
     assert done.code == 3
     assert done.error == (
@@ -68,8 +79,19 @@ def test_a_hanging_op_ends_the_run_and_keeps_what_was_finished(process: Bench, s
 
 
 def test_a_hang_in_a_timed_pass_is_noticed(process: Bench, small: list[str]) -> None:
-    """Decode alone: 4 forwards of the check, 1 warm-up, and the hang in the second forward of a pass."""
-    faulty = ("--backend", "fake-wrong-op", "-O", "fault=hang", "-O", "after=6", "--implementations", "mla")
+    """Decode alone: 4 forwards of the check, 1 before the passes, and the hang in the second of a pass."""
+    faulty = (
+        "--backend",
+        "fake-wrong-op",
+        "-O",
+        "fault=hang",
+        "-O",
+        "after=6",
+        "--implementations",
+        "mla",
+        "--warmups",
+        "0",
+    )
     done = process(*faulty, *small, "--scenario", "decode", "--hang-after", "4s", fakes=["wrong_op"])
     assert done.code == 3
     assert "no forward finished for 4 s" in done.error
@@ -88,5 +110,5 @@ def test_every_forward_of_a_run_is_a_sign_of_life(
     monkeypatch.setattr(sweep, "Watchdog", Counting)
     virtual = ("--backend", "fake-virtual-clock", "--scenario", "decode")
     assert bench(*virtual, *small, fakes=["virtual_clock"]).code == 0
-    assert callers["_time_pass"] == 6 * 4
+    assert callers["_pass"] == 6 * 4
     assert callers["_move_on"] >= 4 + 1, "the check and the warm-up"

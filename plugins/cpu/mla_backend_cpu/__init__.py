@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mla_backend_cpu.build import LEVELS
-from mla_backend_cpu.kernels import describe, native_ops
+from mla_backend_cpu.kernels import describe, measured, native_ops
+from mla_backend_cpu.levels import EMULATED, LEVELS
 from mla_backend_cpu.linear import Fp32BatchedLinear, Fp32Linear, fp32_gain
 from mla_backends import Availability, Backend, BackendError, BackendOptionError, FusedOp, hookimpl, host
 from mla_backends.api import DeviceInfo, MemoryInfo
@@ -31,14 +31,17 @@ class Cpu(Backend):
         super().__init__(options)
         self._fp32 = self._choice("fp32", ("auto", "on", "off"))
         levels = ("auto", "off", *(level.name for level in LEVELS))
-        self._native = self._choice("native", levels, os.environ.get(NATIVE_VARIABLE) or "auto")
+        default = os.environ.get(NATIVE_VARIABLE) or "auto"
+        self._native = self._choice("native", levels, default, unlisted=EMULATED)
         self._ops: dict[str, FusedOp] = {}
         self._threads_from = "not set up"
 
-    def _choice(self, option: str, allowed: tuple[str, ...], default: str = "auto") -> str:
+    def _choice(
+        self, option: str, allowed: tuple[str, ...], default: str = "auto", unlisted: str | None = None
+    ) -> str:
         """Return the value of an option. Raises `BackendOptionError` when it is none of those allowed."""
         value = self.options.get(option, default)
-        if value not in allowed:
+        if value not in (*allowed, unlisted):
             listed = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
             where = "" if option in self.options else f" from {NATIVE_VARIABLE}"
             raise BackendOptionError(f"backend 'cpu' takes -O {option}={listed}, got '{value}'{where}.")
@@ -108,6 +111,7 @@ class Cpu(Backend):
             "cpu_limit": str(host.cpu_limit()),
             "kernels": describe(self._native),
             "fp32_gain": f"{fp32_gain():.2f}",
+            **measured(self._native),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         }
 

@@ -1,7 +1,7 @@
 """Compile the kernels in `native/` for this processor, once, and keep the result in a cache folder.
 
 A build happens in a private folder that is renamed into place: processes may start at once, and one that is
-killed leaves nothing broken. The folder's name is a digest of everything the result depends on.
+killed leaves nothing broken. The folder's name holds digests of everything the result depends on.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import functools
 import hashlib
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
+
+from mla_backend_cpu.levels import BuildError, Level
 
 SOURCES = Path(__file__).parent / "native"
 #: Seconds after which a compiler counts as hanging; it needs about five.
@@ -29,65 +29,30 @@ FLAGS = (
     "-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
     "-fvisibility=hidden", "-Wno-psabi",
 )  # fmt: skip
+#: How compilers and assemblers say that they do not know an instruction set.
+_UNKNOWN = ("unrecognized command", "unknown argument", "no such instruction")
 
 
-@dataclass(frozen=True)
-class Level:
-    """One instruction set that the kernels can be compiled for."""
-
-    name: str
-    flags: tuple[str, ...]
-    needs: frozenset[str]  # processor flags, as Linux names them
-
-
-_V3 = frozenset({"avx2", "fma", "f16c", "bmi2"})
-_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-#: Best first; the last one runs anywhere.
-LEVELS = (
-    Level("avx512_bf16", ("-march=x86-64-v4", "-mavx512bf16"), _V4 | {"avx512_bf16"}),
-    Level("avx512", ("-march=x86-64-v4",), _V4),
-    Level("avx2", ("-march=x86-64-v3",), _V3),
-    Level("portable", (), frozenset()),
-)
-
-
-class BuildError(Exception):
-    """The kernels could not be built; the message is one clause saying why."""
-
-
-def processor_flags() -> frozenset[str]:
-    """Return the instruction sets the processor has; empty where the system does not say."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    match = re.search(r"^flags\s*:\s*(.+)$", text, re.MULTILINE)
-    return frozenset(match.group(1).split()) if match else frozenset()
-
-
-def choose_level(wanted: str = "auto") -> Level:
-    """Return the best level this processor runs, or the one named. Raises `BuildError`."""
-    flags = processor_flags()
-    for level in LEVELS:
-        if wanted in ("auto", level.name):
-            missing = sorted(level.needs - flags)
-            if not missing:
-                return level
-            if wanted == level.name:
-                raise BuildError(f"this processor lacks {', '.join(missing)}, which level '{wanted}' needs")
-    raise BuildError(f"there is no level '{wanted}'")
+class FlagError(BuildError):
+    """The compiler, or its assembler, does not know the instructions of a level."""
 
 
 def library(level: Level) -> Path:
-    """Return the compiled kernels, building them when they are not in the cache. Raises `BuildError`."""
-    compiler = _compiler()
-    digest = hashlib.sha256(
-        "\0".join((_version(compiler), platform.machine(), *FLAGS, *level.flags)).encode()
-    )
-    for source in sorted(SOURCES.iterdir()):
-        if source.suffix in (".h", ".cpp"):
-            digest.update(source.read_bytes())
-    kept = _cache() / f"{level.name}-{digest.hexdigest()[:16]}"
+    """Return the compiled kernels, building them when they are not in the cache. Raises `BuildError`.
+
+    A folder's name says what was compiled, and by which compiler. Where no compiler is found, the newest
+    kernels that any has made of the same are used.
+    """
+    name = f"{level.name}-{_digest(level)}"
+    try:
+        compiler = _compiler()
+    except BuildError:
+        made = _newest(name)
+        if made is None:
+            raise
+        return made / "kernels.so"
+    version = hashlib.sha256(_version(compiler).encode()).hexdigest()
+    kept = _cache() / f"{name}-{version[:8]}"
     if not _intact(kept):
         try:
             _build(compiler, level, kept)
@@ -96,6 +61,21 @@ def library(level: Level) -> Path:
                 f"built kernels cannot be kept: {error} (name another folder in MLA_CACHE_DIR)"
             ) from error
     return kept / "kernels.so"
+
+
+def _digest(level: Level) -> str:
+    """Return what stands for everything the result depends on, but the compiler."""
+    digest = hashlib.sha256("\0".join((platform.machine(), *FLAGS, *level.flags)).encode())
+    for source in sorted(SOURCES.iterdir()):
+        if source.suffix in (".h", ".cpp"):
+            digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _newest(name: str) -> Path | None:
+    """Return the newest intact build of that name by any compiler."""
+    made = [folder for folder in _cache().glob(f"{name}-*") if _intact(folder)]
+    return max(made, key=lambda folder: folder.stat().st_mtime, default=None)
 
 
 def _intact(kept: Path) -> bool:
@@ -168,7 +148,9 @@ def _run(command: list[str]) -> str:
     if done.returncode:
         lines = (done.stderr or done.stdout).splitlines()
         first = next((line for line in lines if "error" in line.lower()), (lines or ["no message"])[0])
-        raise BuildError(f"the compiler '{command[0]}' failed: {first.strip()}")
+        unknown = any(text in first for text in _UNKNOWN)
+        kind = FlagError if unknown else BuildError
+        raise kind(f"the compiler '{command[0]}' failed: {first.strip()}")
     return done.stdout
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mla_backend_cpu.build import BuildError
-from mla_backend_cpu.library import load
+from mla_backend_cpu import gains
+from mla_backend_cpu.levels import BuildError
+from mla_backend_cpu.library import Library, load
 from mla_backend_cpu.native_attention import NativeExpandedAttention, NativeLatentAttention
 from mla_backend_cpu.native_ops import (
     NativeBatchedLinear,
@@ -51,8 +52,7 @@ def native_ops(level: str) -> dict[str, FusedOp]:
     reason = "the option native=off forbids it"
     if level != "off":
         try:
-            kernels = load(level)
-            return {name: op(kernels, insist=level != "auto") for name, op in _OPS.items()}
+            return _built(load(level), insist=level != "auto")
         except BuildError as error:
             if level != "auto":  # the user named it: nothing else may run in its place
                 raise BackendError(f"backend 'cpu' has no kernels for native={level}: {error}.") from error
@@ -60,11 +60,32 @@ def native_ops(level: str) -> dict[str, FusedOp]:
     return {name: NotBuilt(op.contract, reason) for name, op in _OPS.items()}
 
 
+def _built(kernels: Library, insist: bool) -> dict[str, FusedOp]:
+    """Return the ops on these kernels, after stand-ins for those of better levels that cannot be had."""
+    ops: dict[str, FusedOp] = {}
+    for level, reason in kernels.passed_over.items():
+        ops |= {f"{level}_{name}": NotBuilt(op.contract, reason) for name, op in _OPS.items()}
+    prefix = f"{kernels.level}_" if kernels.emulated else ""  # emulation is to be seen wherever ops are named
+    return ops | {f"{prefix}{name}": op(kernels, insist=insist) for name, op in _OPS.items()}
+
+
 def describe(level: str) -> str:
     """Return the instruction set in use, or why there is none."""
     if level == "off":
         return "off"
     try:
-        return load(level).level
+        kernels = load(level)
     except BuildError as error:
         return f"none: {error}"
+    reasons = [f"; not {name}: {reason}" for name, reason in kernels.passed_over.items()]
+    return kernels.level + "".join(reasons)
+
+
+def measured(level: str) -> dict[str, str]:
+    """Return what was measured to choose between these kernels' products and torch's, by name."""
+    if level != "auto" or not gains.torch_has_tiles():
+        return {}
+    try:
+        return {"native_product_gain": f"{gains.product_gain(load(level)):.2f}"}
+    except BuildError:
+        return {}

@@ -6,8 +6,10 @@ import ctypes
 import functools
 import platform
 import sys
+from collections.abc import Mapping
 
-from mla_backend_cpu import build
+from mla_backend_cpu import build, levels
+from mla_backend_cpu.levels import BuildError
 
 #: Argument types by letter: p address, i int64, f float, n int.
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "n": ctypes.c_int}
@@ -17,26 +19,45 @@ SIGNATURES = {
     "mla_unpack": "p iii p n",
     "mla_linear": "pi p p pi iii nn",
     "mla_batched_linear": "pii p pii iiii nn",
-    "mla_latent_attention": "pii p pi pp iiiii f pii pii n",
-    "mla_expanded_attention": "pii pii pii iii f pii pii ppin n",
+    "mla_latent_attention": "piii pi pii pp iiiii f pii pii n",
+    "mla_expanded_attention": "piii piii pii iii f pii pii ppin n",
     "mla_rms_norm": "pi p f pi ii n",
     "mla_rotate": "pii pi pii iiin n",
-    "mla_write_latent": "pi p f pi p p iiin n",
+    "mla_write_latent": "pi p f pi p pi iiin n",
     "mla_dot_bf16": "",
+    "mla_tiles": "",
+}
+#: Those that do not return None: facts, and sentences saying what is wrong with an argument.
+_RESULTS = {
+    "mla_latent_attention": ctypes.c_char_p,
+    "mla_expanded_attention": ctypes.c_char_p,
+    "mla_write_latent": ctypes.c_char_p,
+    "mla_dot_bf16": ctypes.c_int,
+    "mla_tiles": ctypes.c_int,
 }
 
 
 class Library:
     """The kernels of one level; `functions.mla_linear(...)` and so on."""
 
-    def __init__(self, level: str, functions: ctypes.CDLL) -> None:
+    def __init__(
+        self, level: str, functions: ctypes.CDLL, passed_over: Mapping[str, str] | None = None
+    ) -> None:
+        """`passed_over`: better levels by name, and why they are not these."""
         self.level = level
         self.functions = functions
+        self.passed_over = dict(passed_over or {})
         for name, signature in SIGNATURES.items():
             function = getattr(functions, name)
             function.argtypes = [_TYPES[letter] for letter in signature.replace(" ", "")]
-            function.restype = ctypes.c_int if name == "mla_dot_bf16" else None
+            function.restype = _RESULTS.get(name)
         self.dot_bf16 = bool(functions.mla_dot_bf16())
+        self.tiles = bool(functions.mla_tiles())
+
+    @property
+    def emulated(self) -> bool:
+        """Whether instructions this level is named after are done in C++."""
+        return self.level == levels.EMULATED
 
 
 def load(wanted: str) -> Library:
@@ -46,7 +67,7 @@ def load(wanted: str) -> Library:
     """
     found = _load(wanted)
     if isinstance(found, str):
-        raise build.BuildError(found)
+        raise BuildError(found)
     return found
 
 
@@ -63,10 +84,24 @@ def _load(wanted: str) -> Library | str:
     if sys.byteorder != "little":
         return "the kernels read pairs of bf16 values as little-endian words, and this processor's are not"
     try:
-        level = build.choose_level(wanted)
-        return Library(level.name, ctypes.CDLL(str(build.library(level))))
-    except build.BuildError as error:
+        return _first(wanted)
+    except BuildError as error:
         return str(error)
     except (OSError, AttributeError) as error:
         hint = "; build them with g++, since torch has loaded GNU's OpenMP" if "__kmpc" in str(error) else ""
         return f"the built kernels cannot be loaded: {error}{hint}"
+
+
+def _first(wanted: str) -> Library:
+    """Return the kernels of the first candidate that may run and that the compiler knows."""
+    passed_over: dict[str, str] = {}
+    reason: str | None = None
+    for level in levels.candidates(wanted):
+        reason = levels.missing(level)
+        if reason is None:
+            try:
+                return Library(level.name, ctypes.CDLL(str(build.library(level))), passed_over)
+            except build.FlagError as error:
+                reason = str(error)
+        passed_over[level.name] = reason
+    raise BuildError(reason or "there is no level for this processor")

@@ -125,11 +125,11 @@ def fp32_gain() -> float:
     def widened() -> None:
         torch.mm(wide_x, wide.copy_(weight).t())
 
-    narrow, broad = _fastest(lambda: torch.mm(x, weight.t()), widened)
+    narrow, broad = fastest(lambda: torch.mm(x, weight.t()), widened)
     return narrow / broad
 
 
-def _fastest(*functions: Callable[[], object], rounds: int = 9) -> list[float]:
+def fastest(*functions: Callable[[], object], rounds: int = 9) -> list[float]:
     """Time functions in turns, and keep the fastest of each: other tenants can only slow one down."""
     samples: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import time
 from typing import TYPE_CHECKING, Any
 
-from mla_backend_cpu import build
+from mla_backend_cpu import gains
 from mla_backend_cpu.library import Library
 from mla_backends import FusedOp
 from mla_backends.api import AttentionSpec, LinearSpec, NormSpec, Packed
@@ -54,6 +52,12 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def check(wrong: bytes | None) -> None:
+    """Raise ValueError with what a kernel says is wrong with its arguments, if anything."""
+    if wrong is not None:
+        raise ValueError(wrong.decode())
+
+
 def pages(cache: torch.Tensor) -> int:
     """Return where the pages lie. Raises ValueError unless they lie back to back."""
     if not cache.is_contiguous():
@@ -70,8 +74,8 @@ class _Product(NativeOp):
     """Weights in panels of 16 outputs and pairs of inputs."""
 
     def misfits(self, spec: LinearSpec) -> list[str]:
-        if not self._insist and "amx_bf16" in build.processor_flags():
-            return ["this processor has AMX, which torch's products use and these kernels do not"]
+        if not self._insist and gains.torch_has_tiles() and (gain := gains.product_gain(self._kernels)) < 1:
+            return [f"its products were measured at {gain:.2f}x the speed of torch's, which may use AMX"]
         return multiple("in_features", spec.in_features, 2)
 
     def pack(self, weight: torch.Tensor) -> Packed:
@@ -95,7 +99,9 @@ class _Product(NativeOp):
         return weight
 
     def _wide(self, tokens: int) -> bool:
-        return not self._kernels.dot_bf16 or (tokens >= WIDE_TOKENS and fp32_gain(self._kernels) > 1)
+        if self._kernels.tiles:
+            return False
+        return not self._kernels.dot_bf16 or (tokens >= WIDE_TOKENS and gains.fp32_gain(self._kernels) > 1)
 
 
 class NativeLinear(_Product):
@@ -194,37 +200,9 @@ class NativeWriteLatent(NativeOp):
         cache: torch.Tensor,
     ) -> None:
         kv_a, weight, cos_sin, slots = rows(kv_a), rows(weight), rows(cos_sin), rows(slots)
-        self._call.mla_write_latent(
+        wrong = self._call.mla_write_latent(
             kv_a.data_ptr(), kv_a.stride(0), weight.data_ptr(), eps, cos_sin.data_ptr(), cos_sin.stride(0),
-            slots.data_ptr(), pages(cache), kv_a.shape[0], weight.shape[0], cos_sin.shape[1], interleaved,
-            threads(),
+            slots.data_ptr(), pages(cache), cache.shape[0] * cache.shape[1], kv_a.shape[0], weight.shape[0],
+            cos_sin.shape[1], interleaved, threads(),
         )  # fmt: skip
-
-
-@functools.cache
-def fp32_gain(kernels: Library) -> float:
-    """Measure once how much faster the kernels are with widened values than with bf16 pairs."""
-    import torch
-
-    op = NativeLinear(kernels)
-    x, weight = (torch.ones(size, 1024, dtype=torch.bfloat16) for size in (64, 512))
-    packed, out = op.pack(weight), x.new_empty(64, 512)
-    best = [float("inf")] * 2
-    for _ in range(9):  # in turns, fastest kept: other tenants can only slow one down
-        for wide in (0, 1):
-            start = time.perf_counter()
-            kernels.functions.mla_linear(
-                x.data_ptr(),
-                1024,
-                packed.data[0].data_ptr(),
-                None,
-                out.data_ptr(),
-                512,
-                64,
-                1024,
-                512,
-                wide,
-                1,
-            )
-            best[wide] = min(best[wide], time.perf_counter() - start)
-    return best[0] / best[1]
+        check(wrong)

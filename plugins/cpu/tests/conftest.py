@@ -1,4 +1,4 @@
-"""The compiled kernels, once per instruction set that this processor has."""
+"""The compiled kernels, once per instruction set that this processor has, and with AMX emulated."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ sys.path.append(str(Path(__file__).parent))  # for `import native_cases`
 
 import native_cases
 
+from mla_backend_cpu.levels import EMULATED
 from mla_backend_cpu.library import Library, load
 
 
-@pytest.fixture(scope="session", params=native_cases.levels_here())
+@pytest.fixture(scope="session", params=[*native_cases.levels_here(), EMULATED])
 def kernels(request: pytest.FixtureRequest) -> Library:
     """Return the kernels of one level; every test that uses them runs at each."""
     return load(request.param)

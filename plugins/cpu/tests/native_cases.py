@@ -12,7 +12,7 @@ import torch
 
 from mla.conformance.numerics import judge
 from mla.reference import REFERENCE
-from mla_backend_cpu import build
+from mla_backend_cpu import levels
 from mla_backends.api import AttentionSpec, SegmentLengths
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
@@ -27,10 +27,10 @@ Lengths = Sequence[int]
 def levels_here() -> list[str]:
     """Return the levels whose instructions this processor has; the last, portable, is always among them."""
     found = []
-    for level in build.LEVELS:
+    for level in levels.LEVELS:
         try:
-            found.append(build.choose_level(level.name).name)
-        except build.BuildError:
+            found.append(levels.choose_level(level.name).name)
+        except levels.BuildError:
             continue
     return found
 

@@ -3,6 +3,10 @@
 // poisoned and unused table entries name no page. One element too far ends the program; a wrong value, too.
 #include <cstdio>
 #include "api.cpp"
+#if MLA_TILES && !defined(MLA_EMULATE_TILES)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -119,7 +123,8 @@ static void test_pointwise(int64_t tokens, int64_t latent, int64_t rotary, bool 
     for (int64_t t = 0; t < tokens; t++) slots[t] = 2 * (tokens - 1 - t) + 1;
     mla_rms_norm(x.data, row, weight.data, 1e-6f, out.data, latent, tokens, latent, threads);
     mla_rotate(query.data, heads * rotary, rotary, angles.data, rotary, query.data, heads * rotary, rotary, tokens, heads, rotary, interleaved, threads);
-    mla_write_latent(x.data, row, weight.data, 1e-6f, angles.data, rotary, slots.data, cache.data, tokens, latent, rotary, interleaved, threads);
+    const char* wrong = mla_write_latent(x.data, row, weight.data, 1e-6f, angles.data, rotary, slots.data, cache.data, slots_all, tokens, latent, rotary, interleaved, threads);
+    require(!wrong, wrong, tokens, latent, rotary);
     for (int64_t t = 0; t < tokens; t++) {
         const bf16* written = cache.data + slots[t] * width;
         for (int64_t k = 0; k < latent; k++) {
@@ -191,7 +196,8 @@ static void test_latent(const Lengths& queries, const Lengths& keys, int64_t hea
     fill(q);
     const float scale = 1 / std::sqrt((float)width);
     // Results lie head by head.
-    mla_latent_attention(q.data, heads * width, width, cache, table.data, columns, lens.data, starts.data, requests, page, heads, width, latent, scale, out.data, latent, tokens * latent, lse.data, 1, tokens, threads);
+    const char* wrong = mla_latent_attention(q.data, heads * width, width, tokens, cache, pages, table.data, columns, columns, lens.data, starts.data, requests, page, heads, width, latent, scale, out.data, latent, tokens * latent, lse.data, 1, tokens, threads);
+    require(!wrong, wrong, tokens, heads, width);
     for (int64_t b = 0; b < requests; b++)
         for (int64_t t = 0; t < queries[b]; t++)
             for (int64_t h = 0; h < heads; h++) {
@@ -215,7 +221,8 @@ static void test_expanded(const Lengths& queries, const Lengths& keys, int64_t h
     fill(q), fill(kv);
     for (size_t s = 0; s < queries.size(); s++) query_lens[s] = queries[s], kv_lens[s] = keys[s];
     const float scale = 1 / std::sqrt((float)key_width);
-    mla_expanded_attention(q.data, heads * key_width, key_width, kv.data, heads * both, both, kv.data + key_width, heads * both, both, heads, key_width, value_width, scale, out.data, heads * value_width, value_width, lse.data, heads, 1, query_lens.data, kv_lens.data, (int64_t)queries.size(), causal, threads);
+    const char* wrong = mla_expanded_attention(q.data, heads * key_width, key_width, tokens, kv.data, heads * both, both, rows, kv.data + key_width, heads * both, both, heads, key_width, value_width, scale, out.data, heads * value_width, value_width, lse.data, heads, 1, query_lens.data, kv_lens.data, (int64_t)queries.size(), causal, threads);
+    require(!wrong, wrong, tokens, heads, key_width);
     for (size_t s = 0; s < queries.size(); first_query += queries[s], first_key += keys[s], s++)
         for (int64_t t = 0; t < queries[s]; t++)
             for (int64_t h = 0; h < heads; h++) {
@@ -227,7 +234,17 @@ static void test_expanded(const Lengths& queries, const Lengths& keys, int64_t h
     cases++;
 }
 
+// Ask Linux for AMX tiles, where they are real ones.
+static bool tiles_allowed() {
+#if MLA_TILES && !defined(MLA_EMULATE_TILES)
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+    return true;
+#endif
+}
+
 int main() {
+    if (!tiles_allowed()) return std::puts("Linux refuses AMX tiles"), 2;
     for (int64_t tokens : TOKENS) {
         for (int64_t outputs : {1, 16, 33, 70, 130})
             for (int wide : {0, 1}) test_linear(tokens, 6, outputs, outputs % 2, wide, 2);

@@ -185,10 +185,10 @@ def test_the_host_is_described_truthfully() -> None:
 
 
 def test_a_level_that_was_named_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mla_backend_cpu import build, library
+    from mla_backend_cpu import levels, library
 
     library._load.cache_clear()
-    monkeypatch.setattr(build, "processor_flags", frozenset)
+    monkeypatch.setattr(levels, "processor_flags", frozenset)
     try:
         with pytest.raises(BackendError, match=r"no kernels for native=avx2: this processor lacks avx2, "):
             mla.load_backend("cpu", options={"native": "avx2"})
@@ -198,19 +198,34 @@ def test_a_level_that_was_named_never_falls_back(monkeypatch: pytest.MonkeyPatch
         library._load.cache_clear()
 
 
-def test_products_are_left_to_torch_where_it_has_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mla_backend_cpu import build
+@pytest.mark.parametrize("gain", [0.5, 2.0])
+def test_where_torch_has_amx_a_measurement_decides_on_products(
+    monkeypatch: pytest.MonkeyPatch, gain: float
+) -> None:
+    from mla_backend_cpu import gains, levels
 
-    flags = build.processor_flags() | {"amx_bf16"}
-    monkeypatch.setattr(build, "processor_flags", lambda: flags)
-    config = mla.MLAConfig(hidden_size=64, num_attention_heads=2)
-    ops = mla.MLA(config, backend=mla.load_backend("cpu")).ops
-    assert ops["o_proj"].name != "native_linear"
-    assert ops["w_uk"].name != "native_batched_linear"
-    assert any("this processor has AMX" in reason for reason in ops["o_proj"].reasons)
+    flags = levels.processor_flags() | {"amx_bf16"}
+    monkeypatch.setattr(levels, "processor_flags", lambda: flags)
+    monkeypatch.setattr(gains, "product_gain", lambda kernels: gain)
+    config, backend = mla.MLAConfig(hidden_size=64, num_attention_heads=2), mla.load_backend("cpu")
+    ops = mla.MLA(config, backend=backend).ops
+    assert (ops["o_proj"].name == "native_linear") == (gain > 1)
+    assert (ops["w_uk"].name == "native_batched_linear") == (gain > 1)
+    assert any("measured at 0.50x the speed of torch's" in line for line in ops["o_proj"].reasons) == (
+        gain < 1
+    )
     assert ops["latent_attention"].name == "native_latent_attention"
+    assert backend.environment()["native_product_gain"] == f"{gain:.2f}"
     named = mla.load_backend("cpu", options={"native": "portable"})
     assert mla.MLA(config, backend=named).ops["o_proj"].name == "native_linear"
+    assert "native_product_gain" not in named.environment()
+
+
+def test_the_gain_over_torch_is_measured() -> None:
+    from mla_backend_cpu.gains import product_gain
+    from mla_backend_cpu.library import load
+
+    assert product_gain(load("portable")) > 0
 
 
 def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

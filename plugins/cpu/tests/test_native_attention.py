@@ -210,6 +210,50 @@ def test_a_strided_cache_is_refused(kernels: Library) -> None:
         strided.run(NativeLatentAttention(kernels))
 
 
+_BAD_INDICES = [
+    ("table", (1, 2), 99, r"block_table names page 99 in column 2 of request 1, and the cache has \d+ pages"),
+    ("table", (0, 0), -1, "block_table names page -1 in column 0 of request 0"),
+    ("kv_lens", 0, 10_000, "kv_lens names 10000 tokens for request 0, whose row of block_table has room"),
+    ("kv_lens", 1, -3, "kv_lens names -3 tokens for request 1"),
+    ("cu_q", 2, 400, "cu_q runs from 0 to 400, and q has 3 tokens"),
+    ("cu_q", 0, -1, "cu_q runs from -1 to 3"),
+    ("cu_q", 1, 3, "cu_q falls from 3 to 2 behind request 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "at", "value", "sentence"), _BAD_INDICES)
+def test_an_index_that_leads_nowhere_is_a_sentence(
+    kernels: Library, name: str, at: Any, value: int, sentence: str
+) -> None:
+    case, op = latent_case([2, 1], [40, 33], latent=128), NativeLatentAttention(kernels)
+    view, table = case.view(), case.table.clone()
+    lengths = {"table": table, "kv_lens": view.kv_lens_device, "cu_q": view.cu_q}
+    if name == "cu_q" and at == 1:
+        lengths["cu_q"][2] = 2
+    lengths[name][at] = value
+    out = torch.full((3, 3, 128), 7.0).bfloat16()
+    with pytest.raises(ValueError, match=sentence):
+        op(
+            op.prepare(case.spec, view),
+            q=case.q,
+            cache=case.cache,
+            block_table=table,
+            kv_lens=lengths["kv_lens"],
+            cu_q=lengths["cu_q"],
+            softmax_scale=1.0,
+            out=out,
+            lse=torch.empty(3, 3),
+        )
+    assert (out == 7).all()
+
+
+def test_columns_of_the_table_that_no_token_uses_may_hold_anything(kernels: Library) -> None:
+    case = latent_case([1, 1], [40, 16], latent=128)
+    expected, _ = case.run(NativeLatentAttention(kernels))
+    case.table[0, 3:], case.table[1, 1:] = -1, 1 << 30
+    assert torch.equal(case.run(NativeLatentAttention(kernels))[0], expected)
+
+
 # ---------------------------------------------------------------------------------------------- expanded
 
 
@@ -294,6 +338,23 @@ def test_nan_in_a_later_key_stays_hidden_from_earlier_blocks(kernels: Library) -
     assert torch.equal(out[:, 0], clean[:, 0])
     assert torch.equal(out[:100, 1], clean[:100, 1])
     assert out[250:, 1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "sentence"),
+    [
+        ((3, 1), (3, 4), r"query_lens adds up to 4 tokens, and q has 5"),
+        ((3, 2), (3, 40), r"kv_lens names 40 tokens for segment 1, and k has 7"),
+        ((7, -2), (3, 4), r"query_lens names 7 tokens for segment 0, and q has 5"),
+    ],
+)
+def test_lengths_that_do_not_fill_the_tensors_are_a_sentence(
+    kernels: Library, queries: tuple[int, ...], keys: tuple[int, ...], sentence: str
+) -> None:
+    case = expanded_case([3, 2], [3, 4], 2)
+    wrong = replace(case, lengths=replace(case.lengths, query_lens=queries, kv_lens=keys))
+    with pytest.raises(ValueError, match=sentence):
+        wrong.run(NativeExpandedAttention(kernels))
 
 
 # ---------------------------------------------------------------------------------------------- threads

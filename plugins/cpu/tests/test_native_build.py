@@ -16,12 +16,12 @@ import pytest
 from native_cases import BF16, CPU, levels_here
 
 import mla
-from mla_backend_cpu import build
+from mla_backend_cpu import build, levels, library
 from mla_backend_cpu.library import Library
 from mla_backends.api import LinearSpec
 
-PORTABLE = build.choose_level("portable")
-BUILD = "import sys; from mla_backend_cpu import build; print(build.library(build.choose_level('portable')))"
+PORTABLE = levels.choose_level("portable")
+BUILD = "from mla_backend_cpu import build, levels; print(build.library(levels.choose_level('portable')))"
 LIST_OPS = ("-m", "mla.bench", "--backend", "cpu", "--list-ops")
 
 Script = Callable[[str], Path]
@@ -161,10 +161,33 @@ def test_a_change_of_the_sources_is_a_new_build(
     second = build.library(PORTABLE)
     assert first.parent != second.parent
     assert build.library(PORTABLE) == second
-    assert build.library(build.Level("other", ("-DOTHER",), frozenset())).parent not in (
+    assert build.library(levels.Level("other", ("-DOTHER",), frozenset())).parent not in (
         first.parent,
         second.parent,
     )
+
+
+def test_kernels_that_were_built_need_no_compiler(
+    compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(build, "SOURCES", small_sources(tmp_path))
+    first = build.library(PORTABLE)
+    again = tmp_path / "another"
+    again.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo another && exit 0\nexec {tmp_path}/compiler "$@"\n'
+    )
+    again.chmod(0o755)
+    monkeypatch.setenv("CXX", str(again))
+    second = build.library(PORTABLE)
+    assert second != first
+    os.utime(first.parent, (1, 1))
+    monkeypatch.setenv("CXX", "g++-none")
+    assert build.library(PORTABLE) == second  # the newest
+    second.write_bytes(b"spoilt")
+    assert build.library(PORTABLE) == first
+    (tmp_path / "sources" / "more.h").write_text("// another source\n")
+    with pytest.raises(levels.BuildError, match=r"no C\+\+ compiler 'g\+\+-none' was found"):
+        build.library(PORTABLE)
 
 
 # ------------------------------------------------------------------------------------------ no kernels
@@ -188,35 +211,35 @@ def test_what_prevents_a_build_is_said_in_one_clause(
     monkeypatch.delenv("CXX", raising=False)
     for name, value in {"MLA_CACHE_DIR": str(tmp_path), **variables}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(build.BuildError, match=reason) as caught:
+    with pytest.raises(levels.BuildError, match=reason) as caught:
         build.library(PORTABLE)
     assert "\n" not in str(caught.value)
 
 
 def test_a_compiler_that_fails_is_quoted(compiler: Script, tmp_path: Path) -> None:
     compiler("echo 'In file included from api.cpp:'; echo 'api.cpp:7: error: no such luck' >&2; exit 1")
-    with pytest.raises(build.BuildError, match=r"compiler' failed: api.cpp:7: error: no such luck$"):
+    with pytest.raises(levels.BuildError, match=r"compiler' failed: api.cpp:7: error: no such luck$"):
         build.library(PORTABLE)
     assert left(tmp_path) == []
 
 
 def test_a_processor_without_the_instructions_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "processor_flags", lambda: frozenset({"sse2", "avx2", "fma", "f16c", "bmi2"}))
-    assert build.choose_level().name == "avx2"
+    monkeypatch.setattr(levels, "processor_flags", lambda: frozenset({"sse2", "avx2", "fma", "f16c", "bmi2"}))
+    assert levels.choose_level().name == "avx2"
     with pytest.raises(
-        build.BuildError, match=r"this processor lacks avx512bw, .*, which level 'avx512' needs"
+        levels.BuildError, match=r"this processor lacks avx512bw, .*, which level 'avx512' needs"
     ):
-        build.choose_level("avx512")
-    monkeypatch.setattr(build, "processor_flags", frozenset)  # arm64, or no /proc
-    assert build.choose_level().name == "portable"
-    with pytest.raises(build.BuildError, match="there is no level 'best'"):
-        build.choose_level("best")
+        levels.choose_level("avx512")
+    monkeypatch.setattr(levels, "processor_flags", frozenset)  # arm64, or no /proc
+    assert levels.choose_level().name == "portable"
+    with pytest.raises(levels.BuildError, match="there is no level 'best'"):
+        levels.choose_level("best")
 
 
 def test_the_processor_flags_are_those_of_this_machine() -> None:
     text = Path("/proc/cpuinfo").read_text()
     for name in ("sse2", "avx2", "avx512_bf16", "amx_tile"):
-        assert (name in build.processor_flags()) == (f" {name} " in text.replace("\n", " "))
+        assert (name in levels.processor_flags()) == (f" {name} " in text.replace("\n", " "))
 
 
 # ------------------------------------------------------------------------------------------ the runner
@@ -272,6 +295,7 @@ def test_without_kernels_a_layer_computes_and_the_result_names_the_reason(tmp_pa
         ({"native": "portable"}, "", "portable"),
         ({}, "portable", "portable"),
         ({}, "", levels_here()[0]),
+        ({"native": "amx_emulated"}, "", "amx_emulated"),
         ({"native": "off"}, "", "off"),
         ({}, "off", "off"),
         ({"native": "portable"}, "off", "portable"),  # the option wins
@@ -285,27 +309,55 @@ def test_the_level_is_chosen_by_option_or_environment(
         monkeypatch.delenv("MLA_CPU_NATIVE")
     backend = mla.load_backend("cpu", options=options)
     assert backend.environment()["kernels"] == kernels
-    reasons = backend.ops()["native_linear"].unsupported_reasons(LinearSpec(8, 8, 1, BF16, CPU))
+    name = "amx_emulated_native_linear" if kernels == "amx_emulated" else "native_linear"
+    reasons = backend.ops()[name].unsupported_reasons(LinearSpec(8, 8, 1, BF16, CPU))
     assert reasons == (["the option native=off forbids it"] if kernels == "off" else [])
 
 
 def test_a_wrong_level_is_one_sentence() -> None:
     done = bench("-O", "native=best")
-    levels = ", ".join(level.name for level in build.LEVELS[:-1])
+    listed = ", ".join(level.name for level in levels.LEVELS[:-1])
     assert done.returncode == 3
     assert done.stderr.endswith(
-        f"backend 'cpu' takes -O native=auto, off, {levels} or portable, got 'best'.\n"
+        f"backend 'cpu' takes -O native=auto, off, {listed} or portable, got 'best'.\n"
     )
     assert "Traceback" not in done.stderr
+
+
+def test_emulation_is_named_wherever_ops_are() -> None:
+    done = bench("-O", "native=amx_emulated")
+    assert done.returncode == 0
+    assert "\nlatent_attention: amx_emulated_native_latent_attention\n" in done.stdout
+    assert "native=auto, off, amx, avx512_bf16" in bench("-O", "native=no").stderr
+    assert "emulated" not in bench("-O", "native=no").stderr
+
+
+def test_a_compiler_that_does_not_know_the_instructions_leaves_the_next_level(
+    compiler: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler(
+        'case "$*" in *mavx2*) '
+        "echo \"g++: error: unrecognized command-line option '-mavx2'\" >&2; exit 1;; esac"
+    )
+    monkeypatch.setattr(levels, "processor_flags", lambda: frozenset({"avx2", "fma", "f16c", "bmi2"}))
+    library._load.cache_clear()
+    try:
+        kernels = library.load("auto")
+        assert kernels.level == "portable"
+        assert "unrecognized command-line option '-mavx2'" in kernels.passed_over["avx2"]
+        with pytest.raises(levels.BuildError, match="unrecognized command-line option"):
+            library.load("avx2")
+    finally:
+        library._load.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------ sanitizers
 
 
-@pytest.mark.parametrize("name", dict.fromkeys(("portable", levels_here()[0])))
+@pytest.mark.parametrize("name", dict.fromkeys(("portable", levels_here()[0], levels.EMULATED)))
 def test_the_sanitizers_find_nothing(tmp_path: Path, name: str) -> None:
     """Ragged, page-boundary and poisoned cases stay within memory that is just large enough."""
-    level, program = build.choose_level(name), tmp_path / "driver"
+    level, program = levels.choose_level(name), tmp_path / "driver"
     flags = [flag for flag in build.FLAGS if flag not in ("-O3", "-fPIC", "-fvisibility=hidden")]
     checks = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     driver = Path(__file__).with_name("native_driver.cpp")

@@ -6,7 +6,6 @@ Bounds are per element and hold for any right kernel: one rounding to bf16, and 
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_cases import BF16, CPU, LAYOUTS, Canvas, any_bits, assert_rounded, bits, draw, laid_out
 
+from mla_backend_cpu import gains
 from mla_backend_cpu.library import Library
 from mla_backend_cpu.native_ops import NativeBatchedLinear, NativeLinear
 from mla_backends.api import LinearSpec
@@ -28,7 +28,7 @@ seeds = st.integers(0, 99)
 @pytest.fixture(params=[0.5, 2.0], ids=["pairs", "wide"])
 def gain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
     """Decide instead of the measurement whether values are widened, so that both paths are tested."""
-    monkeypatch.setattr(sys.modules[NativeLinear.__module__], "fp32_gain", lambda kernels: request.param)
+    monkeypatch.setattr(gains, "fp32_gain", lambda kernels: request.param)
     return request.param
 
 
@@ -195,6 +195,14 @@ def test_a_nan_or_infinity_in_one_token_stays_there(kernels: Library, gain: floa
     assert out[18].isinf().all()
     assert torch.equal(out[:17], clean[:17])
     assert torch.equal(out[19:], clean[19:])
+
+
+def test_what_an_earlier_call_left_in_scratch_memory_reaches_no_result(kernels: Library, gain: float) -> None:
+    """Sizes that fill no register are filled up, and a NaN that lay there would spread by NaN x 0."""
+    op, nothing = NativeLinear(kernels), torch.full((40, 96), torch.nan, dtype=BF16)
+    op(op.pack(draw(50, 96)), x=nothing, bias=None, out=torch.empty(40, 50, dtype=BF16))
+    for tokens, inputs in ((5, 6), (37, 34)):
+        check_linear(kernels, tokens, inputs, 20)
 
 
 # ---------------------------------------------------------------------------------------------- threads

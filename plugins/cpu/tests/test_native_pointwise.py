@@ -195,6 +195,22 @@ def test_strided_slots_are_read_by_their_stride(kernels: Library) -> None:
     assert cache[0].any(-1).nonzero().flatten().tolist() == [3, 5]
 
 
+@pytest.mark.parametrize("slot", [-1, 8, 1 << 40])
+def test_a_slot_outside_the_cache_is_a_sentence(kernels: Library, slot: int) -> None:
+    cache = torch.zeros(2, 4, 48, dtype=BF16)
+    with pytest.raises(ValueError, match=rf"slots names slot {slot} for token 1, and the cache has 8\."):
+        NativeWriteLatent(kernels)(
+            kv_a=draw(2, 48),
+            weight=draw(16),
+            eps=1e-6,
+            cos_sin=angles(2, 32),
+            interleaved=True,
+            slots=torch.tensor([0, slot]),
+            cache=cache,
+        )
+    assert not cache.any()
+
+
 def test_no_tokens_are_no_work(kernels: Library) -> None:
     cache, cos_sin = torch.zeros(1, 4, 96, dtype=BF16), angles(0, 32)
     NativeRmsNorm(kernels)(x=draw(0, 32), weight=draw(32), eps=1e-6, out=draw(0, 32))

@@ -9,6 +9,9 @@ import sys
 from typing import Any
 
 import pytest
+from native_cases import levels_here
+
+from mla_backend_cpu import levels
 
 #: A layer small enough that a step takes a fraction of a millisecond, with every native op in use.
 SETUP = """if True:
@@ -101,3 +104,17 @@ def test_the_environment_sets_the_number_where_the_user_names_none() -> None:
     )
     assert used == 1
     assert limit >= 1
+
+
+@pytest.mark.parametrize("level", [levels.EMULATED, levels_here()[0]])
+def test_the_conformance_checks_pass(level: str) -> None:
+    options = ("--backend", "cpu", "-O", f"native={level}", "--quick", "--dtype", "bfloat16")
+    done = subprocess.run(
+        [sys.executable, "-m", "mla.conformance", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    prefix = "amx_emulated_" if level == levels.EMULATED else ""
+    assert f"`{prefix}native_latent_attention`" in done.stdout

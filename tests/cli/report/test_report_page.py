@@ -86,7 +86,7 @@ def test_pictures_are_named_and_ids_unique(rich_page: str) -> None:
 def test_a_wrong_case_is_red_and_has_its_reason_but_no_number(rich_page: str) -> None:
     row, reason = re.findall(r'<tr class="[^"]*wrong">.*?</tr>', rich_page)[:2]
     assert "long-prefill" in row
-    assert row.count("<td>-</td>") == 7
+    assert row.count("<td>-</td>") == 8
     assert "row 17 is off by 31 times its bound" in reason
     assert "1 of 11 cases wrong" in rich_page
     assert not any("long-prefill" in one for one in re.findall(r"<svg viewBox.*?</svg>", rich_page))

@@ -1,8 +1,11 @@
-// The C interface that Python calls with raw addresses. Shapes have been checked there.
-#include "expanded.h"
+// The C interface that Python calls with raw addresses. Shapes have been checked there; functions that follow
+// indices return what is wrong with them, in a sentence, or null.
+#include "checks.h"
+#if MLA_TILES
+#include "tile_gemm.h"
+#else
 #include "gemm.h"
-#include "latent.h"
-#include "pointwise.h"
+#endif
 
 using namespace mla;
 
@@ -43,24 +46,29 @@ void mla_batched_linear(const bf16* x, int64_t x_token, int64_t x_head, const bf
                    threads);
 }
 
-void mla_latent_attention(const bf16* q, int64_t q_token, int64_t q_head, const bf16* cache,
-                          const int32_t* block_table, int64_t table_row, const int32_t* kv_lens,
-                          const int32_t* cu_q, int64_t requests, int64_t page_size, int64_t heads,
-                          int64_t width, int64_t latent, float scale, bf16* out, int64_t out_token,
-                          int64_t out_head, float* lse, int64_t lse_token, int64_t lse_head, int threads) {
-    latent_attention(
-        {q,     q_token, q_head, cache, block_table, table_row, kv_lens,  cu_q, requests,  page_size,
-         heads, width,   latent, scale, out,         out_token, out_head, lse,  lse_token, lse_head},
-        threads);
+const char* mla_latent_attention(const bf16* q, int64_t q_token, int64_t q_head, int64_t tokens,
+                                 const bf16* cache, int64_t pages, const int32_t* block_table,
+                                 int64_t table_row, int64_t table_columns, const int32_t* kv_lens,
+                                 const int32_t* cu_q, int64_t requests, int64_t page_size, int64_t heads,
+                                 int64_t width, int64_t latent, float scale, bf16* out, int64_t out_token,
+                                 int64_t out_head, float* lse, int64_t lse_token, int64_t lse_head,
+                                 int threads) {
+    const Latent a = {q,    q_token,   q_head,    cache, block_table, table_row, kv_lens,
+                      cu_q, requests,  page_size, heads, width,       latent,    scale,
+                      out,  out_token, out_head,  lse,   lse_token,   lse_head};
+    if (const char* wrong = check_latent(a, table_columns, pages, tokens)) return wrong;
+    latent_attention(a, threads);
+    return nullptr;
 }
 
-void mla_expanded_attention(const bf16* q, int64_t q_token, int64_t q_head, const bf16* k, int64_t k_token,
-                            int64_t k_head, const bf16* v, int64_t v_token, int64_t v_head, int64_t heads,
-                            int64_t key_width, int64_t value_width, float scale, bf16* out, int64_t out_token,
-                            int64_t out_head, float* lse, int64_t lse_token, int64_t lse_head,
-                            const int64_t* query_lens, const int64_t* kv_lens, int64_t segments, int causal,
-                            int threads) {
-    expanded_attention({{q, q_token, q_head},
+const char* mla_expanded_attention(const bf16* q, int64_t q_token, int64_t q_head, int64_t queries,
+                                   const bf16* k, int64_t k_token, int64_t k_head, int64_t keys,
+                                   const bf16* v, int64_t v_token, int64_t v_head, int64_t heads,
+                                   int64_t key_width, int64_t value_width, float scale, bf16* out,
+                                   int64_t out_token, int64_t out_head, float* lse, int64_t lse_token,
+                                   int64_t lse_head, const int64_t* query_lens, const int64_t* kv_lens,
+                                   int64_t segments, int causal, int threads) {
+    const Expanded a = {{q, q_token, q_head},
                         {k, k_token, k_head},
                         {v, v_token, v_head},
                         heads,
@@ -76,8 +84,10 @@ void mla_expanded_attention(const bf16* q, int64_t q_token, int64_t q_head, cons
                         query_lens,
                         kv_lens,
                         segments,
-                        causal != 0},
-                       threads);
+                        causal != 0};
+    if (const char* wrong = check_expanded(a, queries, keys)) return wrong;
+    expanded_attention(a, threads);
+    return nullptr;
 }
 
 void mla_rms_norm(const bf16* x, int64_t x_row, const bf16* weight, float eps, bf16* out, int64_t out_row,
@@ -93,17 +103,25 @@ void mla_rotate(const bf16* x, int64_t x_token, int64_t x_head, const float* cos
            threads);
 }
 
-void mla_write_latent(const bf16* kv_a, int64_t row, const bf16* weight, float eps, const float* cos_sin,
-                      int64_t angle_row, const int64_t* slots, bf16* cache, int64_t tokens, int64_t latent,
-                      int64_t rotary, int interleaved, int threads) {
-    write_latent(
-        {kv_a, row, weight, eps, cos_sin, angle_row, slots, cache, tokens, latent, rotary, interleaved != 0},
-        threads);
+const char* mla_write_latent(const bf16* kv_a, int64_t row, const bf16* weight, float eps,
+                             const float* cos_sin, int64_t angle_row, const int64_t* slots, bf16* cache,
+                             int64_t cache_slots, int64_t tokens, int64_t latent, int64_t rotary,
+                             int interleaved, int threads) {
+    const Write a = {kv_a,  row,   weight, eps,    cos_sin, angle_row,
+                     slots, cache, tokens, latent, rotary,  interleaved != 0};
+    if (const char* wrong = check_write(a, cache_slots)) return wrong;
+    write_latent(a, threads);
+    return nullptr;
 }
 
 // 1 where bf16 pairs are multiplied by an instruction of their own.
 int mla_dot_bf16() {
     return MLA_DOT_BF16;
+}
+
+// 1 where products are made by tiles.
+int mla_tiles() {
+    return MLA_TILES;
 }
 
 }  // extern "C"

@@ -1,26 +1,17 @@
-// Softmax attention of some query rows over some key rows, block by block with a running maximum.
+// Softmax attention of some query rows over some key rows, block by block with a running maximum: what does
+// not depend on how products are made. attend_vectors.h and attend_tiles.h add that.
 //
-// Sixteen query rows are the lanes of a vector, so that a key row is used as it lies in memory: scores are
-// dot(q lanes, one pair of the key), the softmax is vertical, and values are zipped pairwise on the way. Rows
-// may be (query, head) pairs that share one latent key, or queries of one head: both attention ops run on
-// this.
+// Sixteen query rows are the lanes of a vector, so that a key row is used as it lies in memory, and the
+// softmax is vertical. Rows may be (query, head) pairs that share one latent key, or queries of one head:
+// both attention ops run on this.
 #pragma once
 #include <algorithm>
 #include <cmath>
-#include <utility>
 
 #include "memory.h"
-#include "simd.h"
+#include "tiles.h"
 
 namespace mla {
-
-constexpr int64_t KEYS = 120;  // of one block: its rows stay in the second-level cache while panels pass by
-
-#if defined(__AVX512F__)
-constexpr int KEYS_ONE = 24, KEYS_TWO = 12, WEIGH_ROWS = 8;
-#else
-constexpr int KEYS_ONE = 4, KEYS_TWO = 2, WEIGH_ROWS = 2;
-#endif
 
 // One query row: where it is read and written, and how many keys it sees.
 struct Row {
@@ -31,39 +22,16 @@ struct Row {
 };
 
 struct Panel {
-    vu* q;          // [dk / 2] pairs of sixteen rows
+    vu* q;          // [depth] pairs of sixteen rows
     float* sum;     // [16, dv], columns in zipped order
     vf top, total;  // running maximum and sum of weights
     vi visible;     // keys each lane sees
     int64_t least, most;
 };
 
-// q_i . k_j for KN keys and NP neighbouring panels (their q follow each other): scores [NP][KEYS][16].
-template <int KN, int NP>
-static void scores(const bf16* const* keys, const vu* q, int64_t pairs, float* to) {
-    vf sum[KN][NP] = {};
-    for (int64_t k = 0; k < pairs; k++) {
-        vu b[NP];
-        for (int p = 0; p < NP; p++) b[p] = q[p * pairs + k];
-#pragma GCC unroll 32
-        for (int i = 0; i < KN; i++) {
-            uint32_t pair;
-            std::memcpy(&pair, keys[i] + 2 * k, 4);
-            for (int p = 0; p < NP; p++) sum[i][p] = dot(sum[i][p], b[p], pair);
-        }
-    }
-    for (int i = 0; i < KN; i++)
-        for (int p = 0; p < NP; p++) store(to + (p * KEYS + i) * LANES, sum[i][p]);
-}
-
-template <int NP, int... KN>
-static void all_scores(const bf16* const* keys, int64_t count, const vu* q, int64_t pairs, float* to,
-                       std::integer_sequence<int, KN...>) {
-    static void (*const table[])(const bf16* const*, const vu*, int64_t, float*) = {scores<KN + 1, NP>...};
-    const int64_t step = sizeof...(KN), blocks = (count + step - 1) / step,
-                  even = (count + blocks - 1) / blocks;
-    for (int64_t i = 0; i < count; i += even)
-        table[std::min(even, count - i) - 1](keys + i, q, pairs, to + i * LANES);
+// Where the sums of a row's columns c .. c + 15 lie: row by row, or in tiles.
+static inline int64_t sum_at(int64_t row, int64_t c, int64_t width) {
+    return MLA_TILES ? c * LANES + row * LANES : row * width + c;
 }
 
 // Turn a panel's scores [count][16] of keys first .. first + count - 1 into weights, as pairs of keys [count
@@ -94,44 +62,24 @@ static inline vf soften(Panel& panel, float* score, int64_t first, int64_t count
     return fade;
 }
 
-// sum[row] = sum[row] * fade[row] + weights . values, for RN rows and 32 columns.
-template <int RN>
-static void weigh(const bf16* const* values, const bf16* zeros, int64_t count, const vu* weights, int row,
-                  float* sum, int64_t width, const vf& fade, int64_t column) {
-    vf acc[RN][2];
-    for (int r = 0; r < RN; r++)
-        for (int half = 0; half < 2; half++)
-            acc[r][half] = load<vf>(sum + r * width + half * LANES) * fade[row + r];
-    for (int64_t j = 0; j < count; j += 2) {
-        Zipped v = zip(values[j] + column, j + 1 < count ? values[j + 1] + column : zeros);
-        const uint32_t* weight = (const uint32_t*)(weights + j / 2) + row;
-#pragma GCC unroll 16
-        for (int r = 0; r < RN; r++) {
-            acc[r][0] = dot(acc[r][0], v.first, weight[r]);
-            acc[r][1] = dot(acc[r][1], v.second, weight[r]);
-        }
-    }
-    for (int r = 0; r < RN; r++)
-        for (int half = 0; half < 2; half++) store(sum + r * width + half * LANES, acc[r][half]);
-}
-
-// The work of one task: up to `panels` x 16 query rows against key blocks that arrive one after the other.
+// The state of one task: up to `panels` x 16 query rows, and what the keys seen so far gave.
 class Attention {
  public:
-    Attention(const Row* rows, int64_t count, int64_t key_width, int64_t value_width, float scale)
+    // Queries are filled up with zeros to a multiple of `unit` pairs.
+    Attention(const Row* rows, int64_t count, int64_t key_width, int64_t value_width, float scale,
+              int64_t unit)
         : rows_(rows),
           count_(count),
           pairs_(key_width / 2),
+          depth_((pairs_ + unit - 1) / unit * unit),
           width_(value_width),
           scale_(scale),
           panels_((count + LANES - 1) / LANES) {
         panel_ = scratch<10>().take<Panel>(panels_);
-        vu* q = scratch<11>().take<vu>(panels_ * pairs_);
+        vu* q = scratch<11>().take<vu>(panels_ * depth_);
         float* sum = scratch<12>().take<float>(panels_ * LANES * width_);
-        score_ = scratch<13>().take<float>(2 * KEYS * LANES);
-        weights_ = scratch<14>().take<vu>(KEYS / 2 + 1);
         std::memset(sum, 0, panels_ * LANES * width_ * sizeof(float));
-        for (int64_t p = 0; p < panels_; p++) open(p, q + p * pairs_, sum + p * LANES * width_);
+        for (int64_t p = 0; p < panels_; p++) open(p, q + p * depth_, sum + p * LANES * width_);
     }
 
     int64_t most() const {
@@ -140,33 +88,14 @@ class Attention {
         return most;
     }
 
-    // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to.
-    void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count) {
-        for (int64_t p = 0; p < panels_;) {
-            const bool two = p + 1 < panels_;
-            if (std::max(panel_[p].most, two ? panel_[p + 1].most : 0) > first) {
-                if (two)
-                    all_scores<2>(keys, count, panel_[p].q, pairs_, score_,
-                                  std::make_integer_sequence<int, KEYS_TWO>());
-                else
-                    all_scores<1>(keys, count, panel_[p].q, pairs_, score_,
-                                  std::make_integer_sequence<int, KEYS_ONE>());
-                for (int half = 0; half <= two; half++)
-                    update(panel_[p + half], score_ + half * KEYS * LANES, values, first, count);
-            }
-            p += 1 + two;
-        }
-    }
-
     // Write the result: normalised rows and their log-sum-exp; 0 and -inf for a row that saw no key.
     void finish() const {
         for (int64_t i = 0; i < count_; i++) {
             const Panel& panel = panel_[i / LANES];
             const float total = panel.total[i % LANES], factor = total == 0 ? 0 : 1 / total;
-            const float* sum = panel.sum + i % LANES * width_;
             for (int64_t c = 0; c < width_; c += 2 * LANES)
-                store_unzipped(rows_[i].out + c, load<vf>(sum + c) * factor,
-                               load<vf>(sum + c + LANES) * factor);
+                store_unzipped(rows_[i].out + c, load<vf>(panel.sum + sum_at(i % LANES, c, width_)) * factor,
+                               load<vf>(panel.sum + sum_at(i % LANES, c + LANES, width_)) * factor);
             if (rows_[i].lse) *rows_[i].lse = total == 0 ? -INFINITY : std::log(total) + panel.top[i % LANES];
         }
     }
@@ -176,12 +105,21 @@ class Attention {
     void save(float* to) const;
     void merge(const float* from);
 
+ protected:
+    const Row* rows_;
+    const int64_t count_, pairs_, depth_, width_;
+    const float scale_;
+    const int64_t panels_;
+    Panel* panel_;
+    alignas(64) const bf16 zeros_[2 * LANES] = {};
+
  private:
     void open(int64_t p, vu* q, float* sum) {
         Panel& panel = panel_[p];
         panel.q = q, panel.sum = sum;
         panel.top = splat(-INFINITY), panel.total = splat(0);
         panel.least = INT64_MAX, panel.most = 0;
+        std::memset((void*)(q + pairs_), 0, (depth_ - pairs_) * sizeof(vu));
         for (int64_t i = 0; i < LANES; i++) {
             const int64_t row = p * LANES + i;
             const bool used = row < count_;
@@ -196,25 +134,6 @@ class Attention {
             }
         }
     }
-
-    void update(Panel& panel, float* score, const bf16* const* values, int64_t first, int64_t count) {
-        if (panel.most <= first) return;
-        count = std::min(count, panel.most - first);
-        const vf fade = soften(panel, score, first, count, scale_, weights_);
-        for (int row = 0; row < LANES; row += WEIGH_ROWS)
-            for (int64_t c = 0; c < width_; c += 2 * LANES)
-                weigh<WEIGH_ROWS>(values, zeros_, count, weights_, row, panel.sum + row * width_ + c, width_,
-                                  fade, c);
-    }
-
-    const Row* rows_;
-    const int64_t count_, pairs_, width_;
-    const float scale_;
-    const int64_t panels_;
-    Panel* panel_;
-    float* score_;
-    vu* weights_;
-    alignas(64) const bf16 zeros_[2 * LANES] = {};
 };
 
 inline void Attention::save(float* to) const {
@@ -233,8 +152,9 @@ inline void Attention::merge(const float* from) {
         const vf old_factor = exponential(panel.top - base), new_factor = exponential(top - base);
         for (int64_t i = 0; i < LANES; i++)
             for (int64_t c = 0; c < width_; c += LANES) {
-                float* sum = panel.sum + i * width_ + c;
-                store(sum, load<vf>(sum) * old_factor[i] + load<vf>(from + i * width_ + c) * new_factor[i]);
+                const int64_t at = sum_at(i, c, width_);
+                store(panel.sum + at,
+                      load<vf>(panel.sum + at) * old_factor[i] + load<vf>(from + at) * new_factor[i]);
             }
         panel.total = panel.total * old_factor + total * new_factor;
         panel.top = both;

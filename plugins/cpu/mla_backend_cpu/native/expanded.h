@@ -4,7 +4,7 @@
 #pragma once
 #include <vector>
 
-#include "attention.h"
+#include "attend.h"
 
 namespace mla {
 
@@ -57,8 +57,8 @@ static void expanded_task(const Expanded& a, const ExpandedTask& t) {
                    a.out + token * a.out_token + t.head * a.out_head,
                    a.lse + token * a.lse_token + t.head * a.lse_head, a.causal ? t.seen + i : t.seen};
     }
-    Attention attention(rows, t.queries, a.key_width, a.value_width, a.scale);
     const int64_t pitch = a.key_width + a.value_width + 2 * LANES;  // never a power of two
+    Attending attention(rows, t.queries, a.key_width, a.value_width, a.scale, pitch);
     bf16* copy = scratch<22>().take<bf16>(KEYS * pitch);
     const bf16 *keys[KEYS], *values[KEYS];
     for (int64_t j = 0; j < KEYS; j++) keys[j] = copy + j * pitch, values[j] = keys[j] + a.key_width;
@@ -82,8 +82,12 @@ static void expanded_attention(const Expanded& a, int threads) {
     plan_expanded(a, tasks);
     const ExpandedTask* all = tasks.data();
     const int64_t count = (int64_t)tasks.size();
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t i = 0; i < count; i++) expanded_task(a, all[i]);
+#pragma omp parallel num_threads(threads)
+    {
+        const TileSession session;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < count; i++) expanded_task(a, all[i]);
+    }
 }
 
 }  // namespace mla

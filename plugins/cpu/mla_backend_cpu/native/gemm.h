@@ -1,33 +1,12 @@
-// y = x W^T with W packed in panels of 16 outputs: panel[k / 2][16] pairs, so that one vector holds two
-// inputs' weights of 16 outputs. AVX-512-BF16 multiplies such a vector as it is; elsewhere its halves are
-// widened.
+// y = x W^T with W in panels, one vector of pairs at a time. AVX-512-BF16 multiplies such a vector as it is;
+// elsewhere its halves are widened.
 #pragma once
-#include <algorithm>
 #include <utility>
 
 #include "memory.h"
-#include "simd.h"
+#include "panels.h"
 
 namespace mla {
-
-static inline int64_t panels_of(int64_t outputs) {
-    return (outputs + LANES - 1) / LANES;
-}
-static inline int64_t packed_size(int64_t outputs, int64_t inputs) {
-    return panels_of(outputs) * LANES * inputs;
-}
-
-static inline void pack_panel(const bf16* rows, int64_t row, int64_t column, int64_t count, int64_t inputs,
-                              bf16* panel) {
-    for (int64_t k = 0; k < inputs; k++)
-        for (int64_t i = 0; i < LANES; i++)
-            panel[(k / 2) * 2 * LANES + 2 * i + (k & 1)] = i < count ? rows[i * row + k * column] : 0;
-}
-static inline void unpack_panel(const bf16* panel, int64_t count, int64_t inputs, bf16* rows) {
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t k = 0; k < inputs; k++)
-            rows[i * inputs + k] = panel[(k / 2) * 2 * LANES + 2 * i + (k & 1)];
-}
 
 // What a kernel reads of x: bf16 pairs as they are, or values widened beforehand.
 struct Pairs {
@@ -49,30 +28,6 @@ struct Wide {
         for (int j = 0; j < NR; j++) sum[j] += high_half(b[j]) * a[1];
     }
 };
-
-struct Output {
-    bf16* data;
-    int64_t row;       // elements from one token to the next
-    const bf16* bias;  // or null
-    int64_t outputs;
-
-    Output from(int64_t token, int64_t column) const {
-        return {data + token * row + column, row, bias ? bias + column : nullptr, outputs - column};
-    }
-};
-
-static inline void store_panel(vf sum, const Output& out, int64_t token, int64_t column) {
-    int64_t count = std::min<int64_t>(LANES, out.outputs - column);
-    bf16 *to = out.data + token * out.row + column, rounded[LANES];
-    if (out.bias) {
-        vf bias = {};
-        for (int64_t i = 0; i < count; i++) bias[i] = widen(out.bias[column + i]);
-        sum += bias;
-    }
-    if (count == LANES) return store(to, narrow(sum));
-    store(rounded, narrow(sum));
-    std::memcpy(to, rounded, count * sizeof(bf16));
-}
 
 // A stretch of the inputs. Sums of all but the last one are kept in `partial`, [tokens, outputs] of the task,
 // so that the weights and tokens of a stretch fit the first-level cache.
@@ -208,10 +163,6 @@ static void linear(const bf16* x, int64_t x_row, const bf16* packed, int64_t inp
         product<Wide, ROWS_WIDE>(copy, inputs, packed, inputs, out.from(first, 0), count, threads);
     }
 }
-
-struct Grouped {  // [tokens, heads, width] by strides
-    int64_t token, head;
-};
 
 template <class X, int MR>
 static void grouped_product(const typename X::Value* x, Grouped x_step, const bf16* packed, int64_t inputs,

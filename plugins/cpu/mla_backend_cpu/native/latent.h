@@ -4,7 +4,7 @@
 #pragma once
 #include <vector>
 
-#include "attention.h"
+#include "attend.h"
 
 namespace mla {
 
@@ -70,7 +70,7 @@ static Row* latent_rows(const Latent& a, const LatentTask& task) {
 }
 
 static void latent_task(const Latent& a, const LatentTask& task, float* saved) {
-    Attention attention(latent_rows(a, task), task.rows, a.width, a.latent, a.scale);
+    Attending attention(latent_rows(a, task), task.rows, a.width, a.latent, a.scale, a.width);
     const bf16* keys[KEYS];
     const int32_t* pages = a.block_table + task.request * a.table_row;
     const int64_t begin = task.part * task.keys, end = std::min(begin + task.keys, attention.most());
@@ -91,7 +91,7 @@ static void latent_task(const Latent& a, const LatentTask& task, float* saved) {
 }
 
 static void merge_latent(const Latent& a, const LatentTask& first, float* saved) {
-    Attention attention(latent_rows(a, first), first.rows, a.width, a.latent, a.scale);
+    Attending attention(latent_rows(a, first), first.rows, a.width, a.latent, a.scale, a.width);
     for (int64_t part = 0; part < first.parts; part++)
         attention.merge(saved + first.saved + part * attention.part_size());
     attention.finish();
@@ -106,6 +106,7 @@ static void latent_attention(const Latent& a, int threads) {
     const int64_t count = (int64_t)tasks.size();
 #pragma omp parallel num_threads(threads)
     {
+        const TileSession session;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < count; i++) latent_task(a, all[i], saved);
         if (size) {

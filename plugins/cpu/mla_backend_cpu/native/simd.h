@@ -123,6 +123,38 @@ static inline void store_unzipped(bf16* to, vf first, vf second) {
 #endif
 }
 
+// Transpose sixteen rows of sixteen words: squares of 1, 2, 4 and 8 words change places across the diagonal.
+static inline void transpose(const vu* from, uint32_t* to) {
+#if defined(__AVX512F__)
+    __m512i rows[LANES];
+    for (int i = 0; i < LANES; i++) rows[i] = (__m512i)from[i];
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#pragma GCC unroll 4
+    for (int size = 1; size < LANES; size *= 2) {
+        const vi upper = (lane & size) != 0, moved = lane ^ size;
+        const __m512i low = (__m512i)(upper ? moved + LANES : lane);
+        const __m512i high = (__m512i)(upper ? lane + LANES : moved);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            if (i & size) continue;
+            const __m512i a = rows[i], b = rows[i + size];
+            rows[i] = _mm512_permutex2var_epi32(a, low, b);
+            rows[i + size] = _mm512_permutex2var_epi32(a, high, b);
+        }
+    }
+    for (int i = 0; i < LANES; i++) store(to + i * LANES, rows[i]);
+#else
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < LANES; j++) to[j * LANES + i] = from[i][j];
+#endif
+}
+
+static inline bool same(vf x, float value) {
+    bool same = true;
+    for (int i = 0; i < LANES; i++) same &= x[i] == value;
+    return same;
+}
+
 static inline vf maximum(vf a, vf b) {
     return a > b ? a : b;
 }

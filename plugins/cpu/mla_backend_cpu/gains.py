@@ -1,0 +1,66 @@
+"""Measurements, once per process, that decide between two ways to make a product."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+from mla_backend_cpu import levels
+from mla_backend_cpu.library import Library
+from mla_backend_cpu.linear import fastest
+
+
+class _Trial:
+    """A product of ones, made in several ways."""
+
+    def __init__(self, kernels: Library, tokens: int, inputs: int, outputs: int) -> None:
+        import torch
+
+        ones = functools.partial(torch.ones, dtype=torch.bfloat16)
+        self._call = kernels.functions
+        self._shape = (tokens, inputs, outputs)
+        self._x, self._weight, self._out = ones(tokens, inputs), ones(outputs, inputs), ones(tokens, outputs)
+        self._packed = ones(-(-outputs // 16) * 16 * inputs)
+        self._call.mla_pack(
+            self._weight.data_ptr(), 0, inputs, 1, 1, outputs, inputs, self._packed.data_ptr(), 1
+        )
+
+    def native(self, wide: bool, threads: int) -> None:
+        tokens, inputs, outputs = self._shape
+        self._call.mla_linear(
+            self._x.data_ptr(), inputs, self._packed.data_ptr(), None, self._out.data_ptr(), outputs,
+            tokens, inputs, outputs, wide, threads,
+        )  # fmt: skip
+
+    def torch(self) -> None:
+        import torch
+
+        torch.mm(self._x, self._weight.t(), out=self._out)
+
+
+@functools.cache
+def fp32_gain(kernels: Library) -> float:
+    """Measure how much faster the kernels are with widened values than with bf16 pairs."""
+    trial = _Trial(kernels, 64, 1024, 512)
+    pairs, wide = fastest(lambda: trial.native(False, 1), lambda: trial.native(True, 1))
+    return pairs / wide
+
+
+@functools.cache
+def product_gain(kernels: Library) -> float:
+    """Measure how much faster the kernels' products are than torch's, few tokens and many alike."""
+    import torch
+
+    threads = torch.get_num_threads()
+    wide = not kernels.tiles and not kernels.dot_bf16
+    gains = []
+    for tokens in (16, 512):
+        trial = _Trial(kernels, tokens, 2048, 2048)
+        theirs, ours = fastest(trial.torch, functools.partial(trial.native, wide, threads))
+        gains.append(theirs / ours)
+    return math.sqrt(math.prod(gains))
+
+
+def torch_has_tiles() -> bool:
+    """Say whether torch's products may use AMX, so that these kernels need not be the faster ones."""
+    return "amx_bf16" in levels.processor_flags()

@@ -1,0 +1,113 @@
+"""Instruction sets that the kernels can be compiled for, and which of them this processor has."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class BuildError(Exception):
+    """The kernels could not be built or may not run here; the message is one clause saying why."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One instruction set that the kernels can be compiled for."""
+
+    name: str
+    flags: tuple[str, ...]
+    needs: frozenset[str]  # processor flags, as Linux names them
+
+
+_V3 = frozenset({"avx2", "fma", "f16c", "bmi2"})
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_BF16 = _V4 | {"avx512_bf16"}
+_AMX = _BF16 | {"amx_tile", "amx_bf16"}
+
+
+def _level(name: str, needs: frozenset[str]) -> Level:
+    """Name every instruction set to the compiler: -march=x86-64-v4 needs GCC 11, these do not."""
+    spelt = {"avx512_bf16": "avx512bf16", "amx_tile": "amx-tile", "amx_bf16": "amx-bf16"}
+    return Level(name, tuple(sorted(f"-m{spelt.get(flag, flag)}" for flag in needs)), needs)
+
+
+#: Best first; the last one runs anywhere.
+LEVELS = (
+    _level("amx", _AMX),
+    _level("avx512_bf16", _BF16),
+    _level("avx512", _V4),
+    _level("avx2", _V3),
+    _level("portable", frozenset()),
+)
+#: The kernels of level amx with its instructions done in C++; for tests, and never chosen by itself.
+EMULATED = "amx_emulated"
+
+# From the Linux headers: what a process asks before it uses tiles.
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
+
+
+def processor_flags() -> frozenset[str]:
+    """Return the instruction sets the processor has; empty where the system does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    match = re.search(r"^flags\s*:\s*(.+)$", text, re.MULTILINE)
+    return frozenset(match.group(1).split()) if match else frozenset()
+
+
+@functools.cache
+def tiles_refused() -> str | None:
+    """Ask Linux, once, that this process may use AMX tiles; return why it may not, or None."""
+    if platform.machine() != "x86_64":
+        return f"AMX is an extension of x86-64, and this machine is {platform.machine()}"
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0:
+        return None
+    return f"Linux refuses this process AMX tiles ({os.strerror(ctypes.get_errno())})"
+
+
+def missing(level: Level) -> str | None:
+    """Return why the kernels of `level` cannot run here, or None."""
+    absent = sorted(level.needs - processor_flags())
+    if absent:
+        return f"this processor lacks {', '.join(absent)}, which level '{level.name}' needs"
+    return tiles_refused() if "amx_tile" in level.needs else None
+
+
+def choose_level(wanted: str = "auto") -> Level:
+    """Return the best level this processor runs, or the one named. Raises `BuildError`."""
+    if wanted == EMULATED:
+        return _emulated()
+    for level in LEVELS:
+        if wanted in ("auto", level.name):
+            reason = missing(level)
+            if reason is None:
+                return level
+            if wanted == level.name:
+                raise BuildError(reason)
+    raise BuildError(f"there is no level '{wanted}'")
+
+
+def candidates(wanted: str) -> Iterator[Level]:
+    """Yield the levels to try, best first: for "auto" those whose instructions the processor has.
+
+    Raises `BuildError` where the level that was named cannot run here.
+    """
+    if wanted != "auto":
+        yield choose_level(wanted)
+        return
+    flags = processor_flags()
+    yield from (level for level in LEVELS if level.needs <= flags)
+
+
+def _emulated() -> Level:
+    """Return the tiles' kernels over the best instructions there are beside them."""
+    base = next(level for level in LEVELS[1:] if missing(level) is None)
+    return Level(EMULATED, ("-DMLA_EMULATE_TILES", *base.flags), base.needs)

@@ -1,0 +1,184 @@
+// Attention by AMX tiles. Scores are keys times queries: sixteen keys are a tile of A as they lie in memory,
+// and a panel's pairs are tiles of B. Values are weights times values: weights are transposed to tiles of A,
+// and values are zipped to tiles of B, some columns at a time, so that they stay in the first-level cache.
+#pragma once
+#include "attention.h"
+
+namespace mla {
+
+constexpr int64_t KEYS = 256;                 // of one block
+constexpr int64_t KEY_TILES = KEYS / LANES;   // when they are rows of A
+constexpr int64_t STEPS = KEYS / TILE_DEPTH;  // when weights and values are summed over them
+
+// The work of one task: keys arrive block after block.
+class Attending : public Attention {
+ public:
+    // Keys that are neighbours lie `pitch` elements apart.
+    Attending(const Row* rows, int64_t count, int64_t key_width, int64_t value_width, float scale,
+              int64_t pitch)
+        : Attention(rows, count, key_width, value_width, scale, TILE_DEPTH / 2),
+          pitch_(pitch),
+          whole_(key_width / TILE_DEPTH),
+          rest_(key_width % TILE_DEPTH),
+          score_(scratch<13>().take<float>(2 * KEYS * LANES)),
+          weights_(scratch<14>().take<vu>(KEYS / 2)),
+          spread_(scratch<15>().take<uint32_t>(panels_ * STEPS * TILE_FLOATS)),
+          zipped_(scratch<16>().take<bf16>(2 * STEPS * TILE_BF16)),
+          gathered_(scratch<17>().take<bf16>(KEYS * pitch)),
+          rests_(scratch<18>().take<bf16>(rest_ ? KEY_TILES * TILE_BF16 : 0)),
+          steps_(scratch<19>().take<int64_t>(panels_ + 1)) {}
+
+    // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to.
+    void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count) {
+        gather(keys, count);
+        for (int64_t p = 0; p < panels_; p += 2) {
+            const bool two = p + 1 < panels_;
+            const int64_t most = two ? std::max(panel_[p].most, panel_[p + 1].most) : panel_[p].most;
+            const int64_t seen = std::max<int64_t>(0, std::min(count, most - first));
+            steps_[p] = (seen + TILE_DEPTH - 1) / TILE_DEPTH;
+            if (!seen) continue;
+            score(p, two, (seen + LANES - 1) / LANES);
+            for (int half = 0; half <= two; half++) weight(p + half, half, first, count, steps_[p]);
+        }
+        if (panels_ == 1)
+            weigh_one(values, count);
+        else
+            weigh_pairs(values, count);
+    }
+
+ private:
+    // Make every sixteen keys rows of one piece of memory, by copying them where they are not.
+    void gather(const bf16* const* keys, int64_t count) {
+        for (int64_t i = 0; i * LANES < count; i++) {
+            const bf16* const* key = keys + i * LANES;
+            const int64_t rows = std::min<int64_t>(LANES, count - i * LANES);
+            bool neighbours = rows == LANES;
+            for (int64_t j = 1; j < rows; j++) neighbours &= key[j] == key[j - 1] + pitch_;
+            keys_[i] = key[0];
+            if (!neighbours) {
+                bf16* copy = gathered_ + i * LANES * pitch_;
+                keys_[i] = copy;
+                for (int64_t j = 0; j < LANES; j++, copy += pitch_)
+                    if (j < rows)
+                        std::memcpy(copy, key[j], 2 * pairs_ * sizeof(bf16));
+                    else
+                        std::memset(copy, 0, 2 * pairs_ * sizeof(bf16));
+            }
+            if (rest_) copy_rest(i);
+        }
+    }
+    // The last columns of sixteen keys, filled up with zeros to a tile.
+    void copy_rest(int64_t i) {
+        for (int64_t j = 0; j < LANES; j++) {
+            bf16* to = rests_ + i * TILE_BF16 + j * TILE_DEPTH;
+            std::memset(to, 0, TILE_ROW);
+            std::memcpy(to, keys_[i] + j * pitch_ + whole_ * TILE_DEPTH, rest_ * sizeof(bf16));
+        }
+    }
+
+    // Scores of one or two panels with the first `tiles` x 16 keys: [panel][KEYS][16].
+    void score(int64_t p, bool two, int64_t tiles) {
+        int64_t i = 0;
+        if (two) {
+            for (; i + 2 <= tiles; i += 2) score_block<2, 2>(p, i);
+            if (i < tiles) score_block<1, 2>(p, i);
+            return;
+        }
+        for (; i + 4 <= tiles; i += 4) score_block<4, 1>(p, i);
+        if (i + 2 <= tiles) score_block<2, 1>(p, i), i += 2;
+        if (i < tiles) score_block<1, 1>(p, i);
+    }
+    template <int M, int N>
+    void score_block(int64_t p, int64_t tile) {
+        const bf16 *a[M], *rest[M], *b[N];
+        for (int m = 0; m < M; m++) a[m] = keys_[tile + m], rest[m] = rests_ + (tile + m) * TILE_BF16;
+        for (int n = 0; n < N; n++) b[n] = (const bf16*)panel_[p + n].q;
+        Block<M, N>::zero();
+        for (int64_t k = 0; k < whole_; k++)
+            Block<M, N>::multiply(a, k * TILE_DEPTH, pitch_ * sizeof(bf16), b, k * TILE_BF16);
+        if (rest_) Block<M, N>::multiply(rest, 0, TILE_ROW, b, whole_ * TILE_BF16);
+        Block<M, N>::store(score_ + tile * TILE_FLOATS, TILE_FLOATS, KEYS * LANES);
+    }
+
+    // Turn a panel's scores into tiles of weights, zero where it sees no key, and scale its sums.
+    void weight(int64_t p, int half, int64_t first, int64_t count, int64_t steps) {
+        Panel& panel = panel_[p];
+        const int64_t seen = std::max<int64_t>(0, std::min(count, panel.most - first));
+        const int64_t pairs = (seen + 1) / 2;
+        if (seen) {
+            const bool empty = same(panel.top, -INFINITY);
+            const vf fade = soften(panel, score_ + half * KEYS * LANES, first, seen, scale_, weights_);
+            if (!empty && !same(fade, 1)) scale(panel.sum, fade);
+        }
+        std::memset((void*)(weights_ + pairs), 0, (steps * LANES - pairs) * sizeof(vu));
+        for (int64_t t = 0; t < steps; t++) transpose(weights_ + t * LANES, spread(p) + t * TILE_FLOATS);
+    }
+    void scale(float* sum, const vf& fade) const {
+        for (int64_t c = 0; c < width_; c += LANES)
+            for (int64_t row = 0; row < LANES; row++, sum += LANES) store(sum, load<vf>(sum) * fade[row]);
+    }
+    uint32_t* spread(int64_t p) const { return spread_ + p * STEPS * TILE_FLOATS; }
+
+    // One panel takes 64 columns at a time, and zips into two slots that alternate.
+    void weigh_one(const bf16* const* values, int64_t count) {
+        for (int64_t c = 0; c < width_;) {
+            int64_t zipped = 0;
+            if (c + 4 * LANES <= width_)
+                weigh<1, 4>(0, c, values, count, zipped, 1), c += 4 * LANES;
+            else
+                weigh<1, 2>(0, c, values, count, zipped, 1), c += 2 * LANES;
+        }
+    }
+    // Several panels take 32 columns, which are zipped once for all of them.
+    void weigh_pairs(const bf16* const* values, int64_t count) {
+        for (int64_t c = 0; c < width_; c += 2 * LANES) {
+            int64_t zipped = 0;
+            for (int64_t p = 0; p < panels_; p += 2)
+                if (p + 1 < panels_)
+                    weigh<2, 2>(p, c, values, count, zipped, STEPS - 1);
+                else
+                    weigh<1, 2>(p, c, values, count, zipped, STEPS - 1);
+        }
+    }
+    // Add weights . values to the sums of M panels and N x 16 columns. `zipped` steps of the values are ready
+    // in the slots t & mask.
+    template <int M, int N>
+    void weigh(int64_t p, int64_t c, const bf16* const* values, int64_t count, int64_t& zipped,
+               int64_t mask) {
+        const int64_t steps = steps_[p];
+        if (!steps) return;
+        const bf16 *a[M], *b[N];
+        for (int m = 0; m < M; m++) a[m] = (const bf16*)spread(p + m);
+        for (int n = 0; n < N; n++) b[n] = zipped_ + n * TILE_BF16;
+        float* sum = panel_[p].sum + sum_at(0, c, width_);
+        Block<M, N>::load(sum, LANES * width_, TILE_FLOATS);
+        for (int64_t t = 0; t < steps; t++) {
+            for (; zipped < std::min(t + 2, steps); zipped++)  // one ahead
+                zip_step<N>(values, count, zipped, c, zipped_ + (zipped & mask) * N * TILE_BF16);
+            Block<M, N>::multiply(a, t * TILE_BF16, TILE_ROW, b, (t & mask) * N * TILE_BF16);
+        }
+        Block<M, N>::store(sum, LANES * width_, TILE_FLOATS);
+    }
+    // Zip N x 16 columns of 32 values, zeros where there are fewer.
+    template <int N>
+    void zip_step(const bf16* const* values, int64_t count, int64_t t, int64_t c, bf16* to) const {
+        for (int64_t i = 0; i < LANES; i++, to += TILE_DEPTH)
+            for (int n = 0; n < N; n += 2) {
+                const int64_t j = t * TILE_DEPTH + 2 * i, at = c + n * LANES;
+                const Zipped v =
+                    zip(j < count ? values[j] + at : zeros_, j + 1 < count ? values[j + 1] + at : zeros_);
+                store(to + n * TILE_BF16, v.first);
+                store(to + (n + 1) * TILE_BF16, v.second);
+            }
+    }
+
+    const int64_t pitch_, whole_, rest_;
+    const bf16* keys_[KEY_TILES];  // sixteen neighbours each
+    float* score_;
+    vu* weights_;
+    uint32_t* spread_;  // weights in tiles, [panels][STEPS][row][pair]
+    bf16 *zipped_, *gathered_, *rests_;
+    int64_t* steps_;  // of 32 keys that a pair of panels sees, at its first one
+};
+
+}  // namespace mla

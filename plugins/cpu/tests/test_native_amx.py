@@ -1,0 +1,95 @@
+"""The level for AMX: what happens where it is refused, that it holds its instructions, and its emulation."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import mla
+from mla_backend_cpu import build, gains, levels, library
+from mla_backends import BackendError
+
+
+def test_amx_is_refused_with_the_systems_reason_and_the_next_level_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The request is a real one: processors without AMX, and old kernels, refuse it."""
+    flags = levels.processor_flags()
+    if "amx_tile" in flags or levels.tiles_refused() is None:
+        pytest.skip("this machine has AMX")
+    claimed = flags | next(level for level in levels.LEVELS if level.name == "amx").needs
+    if not claimed - {"amx_tile", "amx_bf16"} <= flags:
+        pytest.skip("this processor lacks AVX-512-BF16, which amx needs beside the tiles")
+    monkeypatch.setattr(levels, "processor_flags", lambda: claimed)
+    monkeypatch.setattr(gains, "product_gain", lambda kernels: 2.0)
+    library._load.cache_clear()
+    try:
+        backend = mla.load_backend("cpu")
+        lines = mla.MLA(mla.MLAConfig(hidden_size=64, num_attention_heads=2), backend=backend).ops.explain()
+        kernels = backend.environment()["kernels"]
+        with pytest.raises(BackendError, match=r"no kernels for native=amx: Linux refuses this process"):
+            mla.load_backend("cpu", options={"native": "amx"})
+    finally:
+        library._load.cache_clear()
+    refused = "Linux refuses this process AMX tiles ("
+    assert any(f"fused op 'amx_native_linear' not used because {refused}" in line for line in lines)
+    assert "latent_attention: native_latent_attention" in lines
+    assert kernels.startswith(f"avx512_bf16; not amx: {refused}")
+
+
+def test_the_level_for_amx_holds_its_instructions(tmp_path: Path) -> None:
+    """Compiled, not run: this needs no AMX."""
+    level, built = next(level for level in levels.LEVELS if level.name == "amx"), tmp_path / "kernels.o"
+    if platform.machine() != "x86_64" or not shutil.which("objdump"):
+        pytest.skip("needs an x86-64 compiler and objdump")
+    source = str(build.SOURCES / "api.cpp")
+    subprocess.run(["g++", *build.FLAGS, *level.flags, "-c", source, "-o", str(built)], check=True)
+    listing = subprocess.run(["objdump", "-d", str(built)], capture_output=True, text=True, check=True).stdout
+    for instruction in ("tdpbf16ps", "tileloadd", "tilestored", "tilezero"):
+        assert instruction in listing
+    assert listing.count("ldtilecfg") == listing.count("tilerelease") > 0
+
+
+_MISUSE = {
+    "used before it was configured": "tile::zero<0>();",
+    "configured again before it was released": "TileSession one; TileSession two;",
+    "a row has at most 64 bytes": "config[16] = 65; config[48] = 1; tile::configure(config);",
+    "a tile has at most 16 rows": "config[16] = 64; config[48] = 17; tile::configure(config);",
+    "there are eight tiles": "config[32] = 64; config[56] = 1; tile::configure(config);",
+    "a tile has both rows and bytes, or neither": "config[48] = 1; tile::configure(config);",
+    "there is no such palette": "config[0] = 2; tile::configure(config);",
+    "a tile that was not configured is used": "tile::configure(config); tile::zero<3>();",
+    "A has no column pair for every row of B": "config[16] = config[18] = config[20] = 64; "
+    "config[48] = config[49] = 16; config[50] = 15; tile::configure(config); tile::dot<0, 1, 2>();",
+}
+
+
+@pytest.fixture(scope="module")
+def misuser(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a program that misuses tiles in the way whose number it is given."""
+    folder = tmp_path_factory.mktemp("misuse")
+    cases = "\n".join(f"case {i}: {{ {code} break; }}" for i, code in enumerate(_MISUSE.values()))
+    (folder / "misuse.cpp").write_text(
+        '#include "tiles.h"\n#include <cstdlib>\nusing namespace mla;\nint main(int, char** arguments) {\n'
+        "alignas(64) uint8_t config[64] = {1};\n"
+        f"switch (std::atoi(arguments[1])) {{ {cases} }}\nreturn 0;\n}}\n"
+    )
+    subprocess.run(
+        ["g++", "-std=c++17", "-Wno-psabi", "-DMLA_EMULATE_TILES", f"-I{build.SOURCES}",
+         str(folder / "misuse.cpp"), "-o", str(folder / "misuse")],
+        check=True,
+    )  # fmt: skip
+    return folder / "misuse"
+
+
+@pytest.mark.parametrize("rule", _MISUSE)
+def test_the_emulation_ends_a_program_that_misuses_tiles(misuser: Path, rule: str) -> None:
+    number = str(list(_MISUSE).index(rule))
+    done = subprocess.run([str(misuser), number], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGABRT
+    assert done.stderr == f"tile emulation: {rule}\n"
