@@ -84,7 +84,7 @@ def _run_and_check(one: Implementation, scenario: Scenario, checker: Checker, pr
         with transient if index == scenario.inputs - 1 else nullcontext():
             one.step(index)
         progress(f"{scenario.name}: checking {one.name}", 1)
-    check = checker.check(one.outputs, one.held_to_reference)
+    check = one.check(checker)
     return Measured(check, transient_bytes=transient.peak + one.scratch_bytes())
 
 
@@ -134,7 +134,7 @@ def _check_again(one: Implementation, result: Measured, checker: Checker) -> Non
     """Check the outputs of the last timed pass; a case that is wrong now loses its numbers."""
     if result.check.status != "ok":
         return
-    again = checker.check(one.outputs, one.held_to_reference)
+    again = one.check(checker)
     if again.status != "ok":
         again.reason = f"right before timing and wrong after it: {again.reason}"
         result.passes.clear()

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from mla.attention import MLA
+from mla.bench.check import Checker
 from mla.bench.inputs import Inputs
 from mla.bench.poison import Poison
+from mla.bench.results import Check
 from mla.bench.workload import Scenario
 from mla.cache import LatentCache
 from mla.config import MLAConfig
@@ -69,6 +71,10 @@ class Implementation(ABC):
     @abstractmethod
     def step(self, index: int) -> None:
         """Run one forward; in decode, the cache grows."""
+
+    def check(self, checker: Checker) -> Check:
+        """Judge the outputs of the pass that ran last."""
+        return checker.check(self.outputs, self.held_to_reference)
 
     @abstractmethod
     def cache_bytes(self) -> int:

@@ -6,6 +6,7 @@ allocates inside itself, such as a kernel's own scratch memory, does not pass th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ class TransientBytes(TorchDispatchMode):
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {_address(leaf) for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
+        given = {_address(tensor) for tensor in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in tree_leaves(result) if torch.is_tensor(leaf) and _address(leaf) not in given]
+        made = [tensor for tensor in _tensors(result) if _address(tensor) not in given]
         for tensor in made:
             storage = tensor.untyped_storage()
             self._seen.setdefault(storage.data_ptr(), (StorageWeakRef(storage), storage.nbytes()))
@@ -36,6 +37,13 @@ class TransientBytes(TorchDispatchMode):
         """Forget storages that are gone, and add up the others."""
         self._seen = {key: value for key, value in self._seen.items() if not value[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self._seen.values()))
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors that have a storage; weights packed by a library are opaque."""
+    for leaf in tree_leaves(tree):
+        if torch.is_tensor(leaf) and leaf.layout == torch.strided:
+            yield leaf
 
 
 def _address(tensor: torch.Tensor) -> int:
