@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.peers import catalog, scaling, summary
+from benchmarks.peers import catalog, scaling, steady, summary
 from benchmarks.peers.faults import FaultCounter
 from benchmarks.peers.scenarios import scenario, scenarios
 from mla.bench import results
@@ -249,3 +250,25 @@ def test_scaling_varies_one_axis_at_a_time() -> None:
     one = scaling.scenario("heads", 64, steps=3, passes=2)
     assert (one.heads, one.history, one.runs) == (64, (1024,) * 16, 3)
     assert scaling.scenario("batch", 4, 3, 2).query_lens == (1,) * 4
+
+
+def readings(*resident: int) -> list[steady.Reading]:
+    """Return readings of resident sets in KiB."""
+    return [steady.Reading(1000 * i, size << 10, 5, 100, 0) for i, size in enumerate(resident)]
+
+
+def test_memory_that_grows_to_the_end_is_no_steady_state() -> None:
+    assert steady.verdict(readings(100, 5000, 9000, 9000, 9010)) == (
+        True,
+        "steady: from 2000 to 4000 steps the resident set changed by 10 KiB and tensors by 0 bytes",
+    )
+    assert not steady.verdict(readings(100, 5000, 5500, 6000, 6500))[0]
+
+
+def test_a_reading_counts_every_storage_once() -> None:
+    before = steady.read(0, 0)
+    data = torch.zeros(1 << 20, dtype=torch.uint8)
+    views = [data[:5], data[5:]]
+    after = steady.read(0, 0)
+    assert after.tensor_bytes - before.tensor_bytes == 1 << 20
+    assert after.tensors - before.tensors == 1 + len(views)
