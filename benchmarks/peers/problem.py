@@ -40,7 +40,7 @@ class Problem:
         self.starts = _starts(self.sizes)
         self.lens = [scenario.kv_lens(step) for step in range(scenario.inputs)]
         self.firsts = _starts(scenario.query_lens)  # a request's first row among the new tokens
-        self.groups = _groups(scenario, self.sizes)
+        self.groups = _groups(self.sizes)
         self.rows = torch.full((sum(self.sizes), config.latent_dim), torch.nan, dtype=dtype)
         for start, (kv, pe) in zip(self.starts, history, strict=True):
             self.rows[start : start + kv.shape[0]] = torch.cat((kv, pe), dim=1)
@@ -84,12 +84,12 @@ def _starts(sizes: Sequence[int]) -> list[int]:
     return [sum(sizes[:request]) for request in range(len(sizes))]
 
 
-def _groups(scenario: Scenario, sizes: Sequence[int]) -> list[Group]:
+def _groups(sizes: Sequence[int]) -> list[Group]:
+    """Return neighbours with equal final lengths, which in decode have equal lengths in every step."""
     groups: list[Group] = []
-    for request, (past, size) in enumerate(zip(scenario.history, sizes, strict=True)):
-        last = groups[-1] if groups else None
-        if last and last.size == size and scenario.history[last.first] == past:
-            groups[-1] = Group(last.first, last.count + 1, size)
+    for request, size in enumerate(sizes):
+        if groups and groups[-1].size == size:
+            groups[-1] = Group(groups[-1].first, groups[-1].count + 1, size)
         else:
             groups.append(Group(request, 1, size))
     return groups

@@ -28,7 +28,7 @@ import msgspec
 from benchmarks.peers import catalog, steady, summary
 from benchmarks.peers.choice import Unavailable
 from benchmarks.peers.scenarios import is_long, scenarios
-from mla.bench import commands, options, render, results
+from mla.bench import commands, options, render, results, session
 from mla.bench.ceilings import Ceilings
 from mla.bench.exits import guarded
 from mla.bench.session import Outcome, Request
@@ -62,6 +62,7 @@ class PeerRun:
 
     def measure(self, wanted: list[Scenario]) -> Outcome:
         """Measure the scenarios one after the other; an interrupt or a failure keeps what there is."""
+        session.plan(replace(self._request, scenarios=wanted, implementations=[catalog.OURS])).require()
         outcomes: list[Outcome] = []
         for scenario in wanted:
             outcomes.append(self._scenario(scenario))
@@ -69,6 +70,7 @@ class PeerRun:
                 break
         whole = outcomes[-1]
         whole.run.cases = [case for outcome in outcomes for case in outcome.run.cases]
+        whole.run.argv = ["python benchmarks/peers/run.py", *sys.argv[1:]]
         whole.run.environment |= {key: os.environ[key] for key in ("GLIBC_TUNABLES",) if key in os.environ}
         return whole
 
@@ -177,6 +179,7 @@ def split(context: click.Context, option: click.Parameter, value: str | None) ->
 @click.option("--threads", type=click.IntRange(1, 4096), help="Threads of everybody.  [the backend decides]")
 @click.option("--runs", type=click.IntRange(1), help="Prefill forwards in all; decode steps of a pass.")
 @click.option("--passes", type=click.IntRange(1), help="Turns of each; a 95% interval needs 6.")
+@click.option("--warmups", type=click.IntRange(0), help="Untimed forwards first.")
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights, inputs and turns."
 )
@@ -195,6 +198,7 @@ def peer_run(
     threads: int | None,
     runs: int | None,
     passes: int | None,
+    warmups: int | None,
     seed: int,
     malloc: bool,
     memory: bool,
@@ -203,7 +207,7 @@ def peer_run(
     """Carry out the command line."""
     if malloc:
         rerun_with_tunables()
-    wanted = scenarios(words, runs, passes)
+    wanted = scenarios(words, runs=runs, passes=passes, warmups=warmups)
     request = commands.prepare(
         defaults(config=config, threads=threads, seed=seed, output=output, implementations="mla")
     )

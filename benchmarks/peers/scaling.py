@@ -68,6 +68,7 @@ def measure(config: str, threads: int, steps: int, passes: int, output: Path) ->
     for case in outcome.run.cases:
         case.base, value = at[case.scenario]
         case.point = {case.base: value}
+    outcome.run.argv = ["python benchmarks/peers/scaling.py", *sys.argv[1:]]
     results.write(outcome.run, output)
     return commands.verdict(outcome)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import msgspec
+
 from mla.bench.workload import Scenario, WorkloadError, load_workload
 
 REQUESTS = 16
@@ -12,10 +14,13 @@ REQUESTS = 16
 STEPS = ((8192, 50), (32768, 20), (1 << 31, 10))
 
 
-def scenarios(words: Sequence[str], runs: int | None = None, passes: int | None = None) -> list[Scenario]:
-    """Return the scenarios named "prefill", "decode" or "long:16k". Raises `WorkloadError`."""
-    counts = {name: count for name, count in (("runs", runs), ("passes", passes)) if count is not None}
-    return [_with(scenario(word), counts) for word in dict.fromkeys(words)]
+def scenarios(words: Sequence[str], **counts: int | None) -> list[Scenario]:
+    """Return the scenarios named "prefill", "decode" or "long:16k"; `counts` replace runs, passes, warmups.
+
+    Raises `WorkloadError`.
+    """
+    given = {name: count for name, count in counts.items() if count is not None}
+    return [msgspec.structs.replace(scenario(word), **given) for word in dict.fromkeys(words)]
 
 
 def scenario(word: str) -> Scenario:
@@ -47,7 +52,3 @@ def long_context(history: int) -> Scenario:
 def is_long(scenario: Scenario) -> bool:
     """Say whether the histories are too long for implementations that expand them in every step."""
     return scenario.name.startswith("long-")
-
-
-def _with(scenario: Scenario, counts: dict[str, int]) -> Scenario:
-    return Scenario(**{name: getattr(scenario, name) for name in scenario.__struct_fields__} | counts)

@@ -67,6 +67,15 @@ def test_every_way_is_right(
     assert check.relative_error < 1e-2
 
 
+def test_slots_past_the_history_are_poisoned_before_every_pass(tiny: Callable[..., MLAConfig]) -> None:
+    one, _ = run(tiny(), DECODE, TORCH)
+    rows = one._problem.rows
+    assert rows.isfinite().all()
+    one.restore()
+    assert int(rows.isnan().all(dim=1).sum()) == len(DECODE.query_lens) * DECODE.inputs
+    assert int(rows.isfinite().all(dim=1).sum()) == sum(DECODE.history)
+
+
 def test_the_chosen_ways_are_named(tiny: Callable[..., MLAConfig]) -> None:
     one, _ = run(tiny(), DECODE, only("decode", "products_by_length"))
     assert one.ops()["latent_attention"] == "products_by_length"
