@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 import click
 import msgspec
 
-from benchmarks.peers import catalog, steady, summary
+from benchmarks.peers import catalog, sglang_tools, steady, summary
 from benchmarks.peers.choice import Unavailable
 from benchmarks.peers.scenarios import is_long, scenarios
 from mla.bench import commands, options, render, results, session
@@ -57,6 +57,8 @@ class PeerRun:
         self._names = catalog.implementation_names(peers or catalog.DEFAULT)
         self._expanding_too = peers is not None  # the user named them
         self._absent = catalog.why_not(self._names, request.setting.config, vllm)
+        self._facts = {"vllm_cpu": sglang_tools.version(vllm)} if vllm else {}
+        self._facts |= {key: os.environ[key] for key in ("GLIBC_TUNABLES",) if key in os.environ}
         for name, reason in self._absent.items():
             commands.note(f"{name} is not available here: {reason}")
 
@@ -71,7 +73,7 @@ class PeerRun:
         whole = outcomes[-1]
         whole.run.cases = [case for outcome in outcomes for case in outcome.run.cases]
         whole.run.argv = ["python benchmarks/peers/run.py", *sys.argv[1:]]
-        whole.run.environment |= {key: os.environ[key] for key in ("GLIBC_TUNABLES",) if key in os.environ}
+        whole.run.environment |= self._facts
         return whole
 
     def _scenario(self, scenario: Scenario) -> Outcome:

@@ -112,7 +112,7 @@ def _curve(panel: Any, axis: str, run: results.Run) -> None:
     panel.fill_between(list(points), *zip(*bounds, strict=True), alpha=0.2)
     panel.set(xscale="log", yscale="log", xlabel=LABELS[axis], ylabel="ms per decode step")
     panel.set_xticks(list(points), [str(value) for value in points])
-    panel.minorticks_off()
+    panel.set_xticks([], minor=True)
     rest = ", ".join(f"{LABELS[other]} {value}" for other, value in USUAL.items() if other != axis)
     panel.set_title(rest, fontsize=9)
     panel.legend()
@@ -135,7 +135,9 @@ def _speed_up(panel: Any, runs: Sequence[results.Run]) -> None:
 
 
 def _title(run: results.Run) -> str:
-    facts = (run.config["name"], run.backend.device, f"torch {run.environment['torch']}", run.created[:10])
+    kernels = run.environment.get("backend.kernels", "unknown")
+    machine = f"{run.backend.device}, {run.environment['cpus']} CPUs, kernels {kernels}"
+    facts = (run.config["name"], machine, f"torch {run.environment['torch']}", run.created[:10])
     return f"{' · '.join(facts)} · commit {(run.git_commit or 'unknown')[:8]}"
 
 

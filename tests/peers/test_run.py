@@ -216,7 +216,7 @@ def run_of(threads: int, factor: float) -> results.Run:
         backend=results.BackendFacts(
             name="cpu", version=None, device="a CPU", memory_bytes=None, cache_bytes=None
         ),
-        environment={"torch": "2", "torch_threads": str(threads)},
+        environment={"torch": "2", "torch_threads": str(threads), "cpus": "2"},
         config={"name": "tiny"},
         dtype="bfloat16",
         attention="auto",
