@@ -128,7 +128,7 @@ class RunOptions:
         if self.op is None and given:
             raise WorkloadError(f"{given[0]} shapes one op: it needs --op; a workload has its own lengths.")
         layer = {
-            "--workload": self.workload is not None,
+            "--workload": self.workload not in (None, STANDARD),
             "--preset": self.preset is not None,
             "--scenario": self.scenarios,
             "--model-path": self.model_path,

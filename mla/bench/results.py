@@ -76,6 +76,7 @@ class Memory(msgspec.Struct, kw_only=True):
     cache_bytes: int
     peak_bytes: int | None
     transient_bytes: int | None = None
+    page_faults: float | None = None  # minor ones per timed forward, where they were counted
 
 
 class Timing(msgspec.Struct, kw_only=True):

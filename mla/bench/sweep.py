@@ -86,6 +86,7 @@ class _Sweep:
             self._estimator = estimator(request.setting, request.lanes.kinds, measured=True)
         self._watchdog = Watchdog(steering.hang_after, self._hung)
         self._number = 0
+        self._refusal: MLAError | BackendError | None = None  # why the first scenario was left out
 
     def run(self) -> Outcome:
         """Visit every scenario once."""
@@ -97,7 +98,9 @@ class _Sweep:
                 ended = self._visit(scenario)
                 if ended is not None:
                     return ended
-        return Outcome(self._result())
+        found = self._result()
+        nothing = not any(case.latency_ms or case.check.status == "wrong" for case in found.cases)
+        return Outcome(found, failure=self._refusal if nothing else None)
 
     def _visit(self, scenario: Point) -> Outcome | None:
         """Measure what is missing of a scenario; return an outcome if the run ends here."""
@@ -113,6 +116,7 @@ class _Sweep:
         except Exception as error:  # noqa: BLE001  # whatever a plugin raises, finished cases must survive
             if not self._only_this_one(error):
                 return Outcome(self._result(), failure=_failure(scenario, error))
+            self._refusal = self._refusal or _failure(scenario, error)
             self._leave_out(work, scenario, self._missing(scenario), _first_line(error))
         bar.finish()
         self._ceilings += [one for one in work.ceilings() if one not in self._ceilings]

@@ -6,6 +6,7 @@ allocates inside itself, such as a kernel's own scratch memory, does not pass th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,19 +24,28 @@ class TransientBytes(TorchDispatchMode):
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {_address(leaf) for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
+        given = {_address(tensor) for tensor in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in tree_leaves(result) if torch.is_tensor(leaf) and _address(leaf) not in given]
+        made = [tensor for tensor in _tensors(result) if _address(tensor) not in given]
+        self._forget()  # before adding: a new storage may have the address of one that is gone
         for tensor in made:
             storage = tensor.untyped_storage()
             self._seen.setdefault(storage.data_ptr(), (StorageWeakRef(storage), storage.nbytes()))
         self._count()
         return result
 
-    def _count(self) -> None:
-        """Forget storages that are gone, and add up the others."""
+    def _forget(self) -> None:
         self._seen = {key: value for key, value in self._seen.items() if not value[0].expired()}
+
+    def _count(self) -> None:
         self.peak = max(self.peak, sum(size for _, size in self._seen.values()))
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors that have a storage; weights packed by a library are opaque."""
+    for leaf in tree_leaves(tree):
+        if torch.is_tensor(leaf) and leaf.layout == torch.strided:
+            yield leaf
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -43,6 +43,14 @@ def test_memory_that_is_kept_counts_until_it_is_freed() -> None:
     assert counted.peak == 3 * MIB
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="packs a tensor with oneDNN")
+def test_tensors_that_a_library_packed_have_no_storage_to_count() -> None:
+    packed = torch.ones(MIB // 4).to_mkldnn()
+    with TransientBytes() as counted:
+        plain = packed.to_dense()
+    assert counted.peak == plain.nbytes == MIB
+
+
 def test_agreement_is_relative_and_mutual(case: Any) -> None:
     a, b = case(implementation="a"), case(implementation="b")
     base = torch.randn(2, 3, 4)
@@ -73,3 +81,13 @@ def test_a_run_says_how_implementations_relate(bench: Any, small: list[str], tmp
     lines = [line for line in done.out.splitlines() if "as fast as transformers; outputs differ by" in line]
     assert len(lines) == len({case["scenario"] for case in cases})
     assert all(" transient " in line for line in lines)
+
+
+def test_memory_at_the_address_of_what_is_gone_counts_again() -> None:
+    with TransientBytes() as counted:
+        for _ in range(50):  # the allocator hands the same address out again and again
+            first = torch.empty(1000)
+            del first
+            second, third = torch.empty(1000), torch.empty(500)
+            del second, third
+    assert counted.peak == 6000

@@ -1,0 +1,185 @@
+"""A layer assembled from other people's kernels, the fastest way of each part kept.
+
+One product per projection over all new tokens, then absorbed attention over the latents (decode) or ordinary
+attention over rebuilt keys and values (prefill), then the output projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from benchmarks.peers.choice import Unavailable, built, fastest
+from benchmarks.peers.problem import Problem, rotate
+from mla.bench.implementations import Implementation, Setting
+from mla.bench.inputs import Inputs
+from mla.bench.workload import Scenario
+from mla.oracle import State
+
+Product = Callable[[torch.Tensor], torch.Tensor]  # x [T, k] -> [T, n]
+BatchedProduct = Callable[[torch.Tensor], torch.Tensor]  # x [T, h, k] -> [T, h, n]
+LatentAttention = Callable[[torch.Tensor, int], torch.Tensor]  # q [T, h, c + r], step -> [T, h, c]
+Attention = Callable[[torch.Tensor, int], torch.Tensor]  # q [T, h, n + r] rotated, step -> [T, h, v]
+
+
+@dataclass(frozen=True)
+class Toolbox:
+    """The ways a peer may choose from, by name."""
+
+    product: Mapping[str, Callable[[torch.Tensor, int], Product]]  # weight [n, k], tokens
+    batched: Mapping[str, Callable[[torch.Tensor], BatchedProduct]]  # weight [h, n, k]
+    decode: Mapping[str, Callable[[Problem], LatentAttention]]
+    prefill: Mapping[str, Callable[[Parts], Attention]]
+
+
+class Parts:
+    """A layer's weights cut for one scenario, each made ready once by its fastest way."""
+
+    def __init__(self, problem: Problem, state: State, tools: Toolbox) -> None:
+        self.problem, self._state, self._tools = problem, state, tools
+        self.chosen: dict[str, str] = {}
+        config, tokens = problem.config, problem.scenario.tokens
+        self._heads = (config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim)
+        first = "q_proj" if config.q_lora_rank is None else "q_a_proj"
+        names = (f"{first}.weight", "kv_a_proj_with_mqa.weight")
+        self.first = self._product("qkv_a", torch.cat([state[name] for name in names]), tokens)
+        self.q_b = (
+            None if config.q_lora_rank is None else self._product("q_b", state["q_b_proj.weight"], tokens)
+        )
+        self.o = self._product("o_proj", state["o_proj.weight"], tokens)
+
+    def _product(self, role: str, weight: torch.Tensor, tokens: int) -> Product:
+        x = torch.randn(tokens, weight.shape[1]).to(weight.dtype)
+        return self._choose(role, self._tools.product, (weight, tokens), (x,))
+
+    def kv_b(self, tokens: int) -> Product:
+        """Return the product that rebuilds keys and values [S, h * (n + v)] from latents [S, c]."""
+        return self._product("kv_b", self._state["kv_b_proj.weight"], tokens)
+
+    def absorb(self) -> tuple[BatchedProduct, BatchedProduct]:
+        """Return the products with W_UK, [T, h, n] -> [T, h, c], and W_UV, [T, h, c] -> [T, h, v]."""
+        n = self.problem.config.qk_nope_head_dim
+        weight = self._state["kv_b_proj.weight"].unflatten(0, self._heads)
+        w_uk, w_uv = weight[:, :n].transpose(1, 2).contiguous(), weight[:, n:].contiguous()
+        return self._batched("w_uk", w_uk), self._batched("w_uv", w_uv)
+
+    def _batched(self, role: str, weight: torch.Tensor) -> BatchedProduct:
+        x = torch.randn(self.problem.scenario.tokens, weight.shape[0], weight.shape[2]).to(weight.dtype)
+        return self._choose(role, self._tools.batched, (weight,), (x,))
+
+    def attention(self) -> Attention:
+        """Return the attention of the scenario's mode, from rotated queries to values of every head."""
+        problem, config = self.problem, self.problem.config
+        heads, tokens = config.num_attention_heads, problem.scenario.tokens
+        problem.rows.nan_to_num_(nan=0.0)  # the trials read new slots too; `forget` poisons them again
+        if problem.scenario.mode == "prefill":
+            q = torch.randn(tokens, heads, config.qk_head_dim).to(problem.dtype)
+            return self._choose("expanded_attention", self._tools.prefill, (self,), (q, 0))
+        q = torch.randn(tokens, heads, config.latent_dim).to(problem.dtype)
+        attend = self._choose(
+            "latent_attention", self._tools.decode, (problem,), (q, problem.scenario.inputs // 2)
+        )
+        return absorbed(self, attend)
+
+    def _choose(
+        self,
+        role: str,
+        makers: Mapping[str, Callable[..., Any]],
+        given: tuple[Any, ...],
+        trial: tuple[Any, ...],
+    ) -> Any:
+        """Return the fastest way on `trial` among those made from `given`, and remember its name."""
+
+        def maker(make: Callable[..., Any]) -> Callable[[], Any]:
+            def made() -> Any:
+                way = make(*given)
+                way(*trial)  # what a kernel refuses, it refuses here
+                return way
+
+            return made
+
+        ways = built(role, {name: maker(make) for name, make in makers.items()})
+        name = fastest({name: lambda way=way: way(*trial) for name, way in ways.items()})  # type: ignore[misc]
+        self.chosen[role] = name
+        return ways[name]
+
+
+def absorbed(parts: Parts, attend: LatentAttention) -> Attention:
+    """Return attention over the latents, with W_UK before it and W_UV after it."""
+    w_uk, w_uv = parts.absorb()
+    n = parts.problem.config.qk_nope_head_dim
+
+    def attention(q: torch.Tensor, step: int) -> torch.Tensor:
+        joined = torch.cat((w_uk(q[..., :n]), q[..., n:]), dim=-1)
+        return w_uv(attend(joined, step))
+
+    return attention
+
+
+class Assembled(Implementation):
+    """A peer: one toolbox, the fastest of its ways kept for each part of a scenario."""
+
+    def __init__(self, setting: Setting, state: State, name: str, tools: Toolbox) -> None:
+        super().__init__(setting)
+        self.name, self._state, self._tools = name, state, tools
+
+    @torch.no_grad()
+    def load(self, scenario: Scenario, inputs: Inputs) -> None:
+        config = self.setting.config
+        self._prepare_buffers(inputs)
+        try:
+            self._problem = Problem(config, scenario, self.setting.dtype, inputs.history)
+            self._parts = Parts(self._problem, self._state, self._tools)
+            self._attention = self._parts.attention()
+        except Unavailable as error:
+            raise error.of(self.name) from error
+        self._widths = (
+            config.q_lora_rank or config.num_attention_heads * config.qk_head_dim,
+            config.kv_lora_rank,
+            config.qk_rope_head_dim,
+        )
+        self.restore()
+
+    def restore(self) -> None:
+        self._problem.forget()
+
+    @torch.no_grad()
+    def step(self, index: int) -> None:
+        step = index if self._problem.scenario.mode == "decode" else 0
+        q, kv, pe = self._parts.first(self._hidden[step]).split(self._widths, dim=-1)
+        self._write(kv, pe, step)
+        heads = self._attention(self._queries(q, step), step)
+        self.outputs[step] = self._parts.o(heads.flatten(1))
+
+    def _write(self, kv: torch.Tensor, pe: torch.Tensor, step: int) -> None:
+        """Norm and rotate the new latents and put them into their slots."""
+        normed = self._norm(kv, "kv_a_layernorm")
+        turned = rotate(pe[:, None], self._problem.turns[step])[:, 0]
+        self._problem.rows.index_copy_(0, self._problem.slots[step], torch.cat((normed, turned), dim=1))
+
+    def _queries(self, q: torch.Tensor, step: int) -> torch.Tensor:
+        """Return the queries [T, h, n + r], rotated."""
+        config = self.setting.config
+        if self._parts.q_b is not None:
+            q = self._parts.q_b(self._norm(q, "q_a_layernorm"))
+        q = q.unflatten(1, (config.num_attention_heads, config.qk_head_dim))
+        q_pe = q[..., config.qk_nope_head_dim :]
+        q_pe.copy_(rotate(q_pe, self._problem.turns[step]))
+        return q
+
+    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        weight = self._state[f"{name}.weight"]
+        return functional.rms_norm(x, weight.shape, weight, self.setting.config.rms_norm_eps)
+
+    def cache_bytes(self) -> int:
+        return self._problem.rows.nbytes
+
+    def weight_bytes(self) -> int:
+        return sum(weight.nbytes for weight in self._state.values())
+
+    def ops(self) -> dict[str, str]:
+        return self._parts.chosen

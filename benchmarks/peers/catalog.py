@@ -1,0 +1,102 @@
+"""The peers by name, and why one cannot run here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.peers import sglang_tools
+from benchmarks.peers.assembled import Assembled, Toolbox
+from benchmarks.peers.faults import FaultCounter
+from benchmarks.peers.sglang_tools import SGLANG
+from benchmarks.peers.torch_tools import TORCH
+from benchmarks.peers.yardstick import Read
+from mla.bench import peers, session
+from mla.bench.implementations import Implementation, Setting
+from mla.bench.peer_models import peer_model
+from mla.bench.workload import WorkloadError
+from mla.config import MLAConfig
+from mla.errors import MLAError, did_you_mean
+from mla.oracle import State
+
+Maker = Callable[[Setting, State], Implementation]
+
+OURS = "mla"
+DEFAULT = ("ours", "read", "hand", "sglang", "composite", "transformers", "transformers-eager")
+#: They rebuild every request's keys and values in every step, which takes minutes after long histories.
+EXPANDING = ("transformers", "transformers-eager")
+
+
+def _assembled(name: str, tools: Toolbox) -> Maker:
+    return lambda setting, state: Assembled(setting, state, name, tools)
+
+
+def _joined(*boxes: Toolbox) -> Toolbox:
+    parts = ("product", "batched", "decode", "prefill")
+    return Toolbox(
+        *({key: way for box in boxes for key, way in getattr(box, part).items()} for part in parts)
+    )
+
+
+PEERS: dict[str, Maker] = {
+    "read": Read,
+    "hand": _assembled("hand", TORCH),
+    "sglang": _assembled("sglang", SGLANG),
+    "composite": _assembled("composite", _joined(TORCH, SGLANG)),
+}
+
+
+def implementation_names(words: Sequence[str]) -> list[str]:
+    """Return the implementations of a list of peers, ours first. Raises `WorkloadError`."""
+    known = ["ours", *PEERS, *session.IMPLEMENTATIONS]
+    for word in words:
+        if word not in known:
+            hint = did_you_mean(word, known)
+            raise WorkloadError(f"unknown peer '{word}'.{hint} There are: {', '.join(dict.fromkeys(known))}.")
+    return list(dict.fromkeys([OURS, *(OURS if word == "ours" else word for word in words)]))
+
+
+def why_not(names: Sequence[str], config: MLAConfig, vllm: Path | None) -> dict[str, str]:
+    """Return why each implementation that cannot run here cannot; loads the kernels of the others."""
+    checks: dict[str, Callable[[], object]] = {}
+    for name in names:
+        if name in ("sglang", "composite"):
+            checks[name] = lambda: sglang_tools.load(vllm)
+        elif name in EXPANDING:
+            checks[name] = lambda: (peers.require(), peer_model(config))
+    return {name: reason for name, check in checks.items() if (reason := _reason(check))}
+
+
+def _reason(check: Callable[[], object]) -> str | None:
+    try:
+        check()
+    except MLAError as error:
+        return str(error)
+    return None
+
+
+class Counters:
+    """Registers every implementation with the runner, and counts the page faults of each one it makes."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, FaultCounter] = {}
+        self._makers: dict[str, Maker] = {**session.IMPLEMENTATIONS, **PEERS}
+
+    def __enter__(self) -> Counters:
+        self._before = dict(session.IMPLEMENTATIONS)
+        session.IMPLEMENTATIONS.update(
+            {name: self._counted(name, maker) for name, maker in self._makers.items()}
+        )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        session.IMPLEMENTATIONS.clear()
+        session.IMPLEMENTATIONS.update(self._before)
+
+    def _counted(self, name: str, maker: Maker) -> Maker:
+        def make(setting: Setting, state: State) -> Implementation:
+            one = maker(setting, state)
+            self.by_name[name] = FaultCounter(one)
+            return one
+
+        return make

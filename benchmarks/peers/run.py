@@ -1,0 +1,236 @@
+#!/usr/bin/env python3
+"""Measure our CPU layer beside other implementations, all passes interleaved in one process.
+
+\b
+    python benchmarks/peers/run.py --vllm FOLDER -o peers.json
+    python benchmarks/peers/run.py --config deepseek-r1 --scenario prefill --malloc -o peers-malloc.json
+    python benchmarks/peers/run.py --scenario long:4k,long:16k,long:64k -o long.json
+    python benchmarks/peers/run.py --memory
+
+Peers: ours, read (a yardstick that only reads memory), hand, sglang, composite, transformers,
+transformers-eager. The result is an ordinary result file: `python -m mla.bench show` and `compare` read it. A
+peer that cannot run here stays in the result with the reason. Exit codes are those of `python -m mla.bench`.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2]))
+
+import click
+import msgspec
+
+from benchmarks.peers import catalog, sglang_tools, steady, summary
+from benchmarks.peers.choice import Unavailable
+from benchmarks.peers.scenarios import is_long, scenarios
+from mla.bench import commands, options, render, results, session
+from mla.bench.axes import Point
+from mla.bench.exits import guarded
+from mla.bench.rooflines import Ceilings
+from mla.bench.session import Request
+from mla.bench.sweep import Outcome
+
+#: Temporaries stay in the process instead of being mapped, faulted in and given back in every call.
+TUNABLES = ":".join(
+    f"glibc.malloc.{name}={size}"
+    for name, size in (("mmap_threshold", 32 << 30), ("trim_threshold", 32 << 30), ("top_pad", 256 << 20))
+)
+
+
+#: Peers are compared by the headline alone: caches warm, launched one by one, host clock.
+_HEADLINE = {"mode": "eager", "cache": "warm", "clock": "host"}
+
+
+def defaults(**changes: object) -> options.RunOptions:
+    """Return the runner's options with its own defaults for everything not in `changes`."""
+    from mla.bench.cli import run
+
+    context = run.make_context("run", [])
+    return options.RunOptions(**{**context.params, "backend": "cpu", **_HEADLINE, **changes})
+
+
+class PeerRun:
+    """All scenarios of one command, and what could not run."""
+
+    def __init__(self, request: Request, peers: tuple[str, ...] | None, vllm: Path | None) -> None:
+        self._request = request
+        self._names = catalog.implementation_names(peers or catalog.DEFAULT)
+        self._expanding_too = peers is not None  # the user named them
+        self._absent = catalog.why_not(self._names, request.setting.config, vllm)
+        self._facts = {"vllm_cpu": sglang_tools.version(vllm)} if vllm else {}
+        self._facts |= {key: os.environ[key] for key in ("GLIBC_TUNABLES",) if key in os.environ}
+        for name, reason in self._absent.items():
+            commands.note(f"{name} is not available here: {reason}")
+
+    def measure(self, wanted: list[Point]) -> Outcome:
+        """Measure the scenarios one after the other; an interrupt or a failure keeps what there is."""
+        ours = replace(self._request, implementations=[catalog.OURS])
+        for scenario in wanted:
+            session.plan(ours, scenario).require()
+        outcomes: list[Outcome] = []
+        for scenario in wanted:
+            outcomes.append(self._scenario(scenario))
+            if outcomes[-1].interrupted or outcomes[-1].failure:
+                break
+        whole = outcomes[-1]
+        whole.run.cases = [case for outcome in outcomes for case in outcome.run.cases]
+        whole.run.argv = ["python benchmarks/peers/run.py", *sys.argv[1:]]
+        whole.run.environment |= self._facts
+        return whole
+
+    def _scenario(self, scenario: Point) -> Outcome:
+        """Measure one scenario; a peer that refuses it is left out and said, and the others run."""
+        names = [name for name in self._names if not self._reason(name, scenario)]
+        request = replace(self._request, scenarios=[scenario], implementations=names)
+        with catalog.Counters() as counters:
+            outcome = commands.measure(request)
+        if isinstance(outcome.failure, Unavailable) and outcome.failure.peer in names:
+            commands.note(f"{outcome.failure.peer} is not available here: {outcome.failure}")
+            self._absent[outcome.failure.peer] = str(outcome.failure)
+            return self._scenario(scenario)
+        for case in outcome.run.cases:
+            self._complete(case, counters)
+        outcome.run.cases += self._missing(outcome.run.cases, scenario)
+        return outcome
+
+    def _reason(self, name: str, scenario: Point) -> str | None:
+        """Return why an implementation sits a scenario out."""
+        if is_long(scenario) and name in catalog.EXPANDING and not self._expanding_too:
+            return "left out after long histories, which it expands in every step; --peers asks for it"
+        reason = self._absent.get(name)
+        return f"not available here: {reason}" if reason else None
+
+    def _complete(self, case: results.Case, counters: catalog.Counters) -> None:
+        """Fill in what only this harness knows."""
+        word = f"long:{case.history[0]}" if case.scenario.startswith("long-") else case.scenario
+        name = "ours" if case.implementation == catalog.OURS else case.implementation
+        config = str(self._request.setting.config.name)
+        words = [
+            "--config",
+            config,
+            "--scenario",
+            word,
+            "--peers",
+            f"ours,{name}" if name != "ours" else name,
+        ]
+        case.repro = shlex.join(["python", "benchmarks/peers/run.py", *words])
+        counter = counters.by_name.get(case.implementation)
+        case.memory.page_faults = counter.per_forward() if counter else None
+        case.agreement = [found for found in case.agreement if found.implementation != "read"]
+        if case.implementation == "read" and case.latency_ms:
+            case.agreement, case.roofline, case.cost.flops = [], results.Roofline(), 0
+            case.check = results.Check(
+                status="not run", reason="a yardstick: it only reads memory, nothing is computed"
+            )
+
+    def _missing(self, cases: list[results.Case], scenario: Point) -> list[results.Case]:
+        """Return a case without numbers for every implementation that sat out."""
+        reasons = {name: reason for name in self._names if (reason := self._reason(name, scenario))}
+        return [
+            msgspec.structs.replace(
+                cases[0],
+                implementation=name,
+                check=results.Check(status="not run", reason=reason),
+                latency_ms=None,
+                tokens_per_s=None,
+                plan_ms=None,
+                passes=0,
+                switch_steps=[],
+                interleaved_with=[],
+                agreement=[],
+                roofline=results.Roofline(),
+                memory=results.Memory(weight_bytes=0, cache_bytes=0, peak_bytes=None),
+                ops={},
+            )
+            for name, reason in reasons.items()
+            if cases
+        ]
+
+
+def report(run: results.Run, request: Request) -> str:
+    """Return the runner's table and one comparison per scenario."""
+    ceilings = Ceilings(request.setting)
+    limits = summary.Limits(ceilings.bandwidth, ceilings.flops)
+    grouped: dict[str, list[results.Case]] = {}
+    for case in run.cases:
+        grouped.setdefault(case.scenario, []).append(case)
+    tables = "\n".join(summary.summary(cases, limits) for cases in grouped.values())
+    return f"{render.render(run, 'table')}\n{tables}"
+
+
+def rerun_with_tunables() -> None:
+    """Start this command again with an allocator that keeps temporaries; does nothing the second time."""
+    if os.environ.get("GLIBC_TUNABLES") != TUNABLES:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": TUNABLES})
+
+
+def split(context: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Return the words of a comma-separated option."""
+    return None if value is None else tuple(word.strip() for word in value.split(",") if word.strip())
+
+
+@click.command(help=__doc__)
+@click.option("--config", default=options.DEFAULT_CONFIG, show_default=True, help="Preset, or a config.json.")
+@click.option(
+    "--scenario", "words", callback=split, default="prefill,decode", show_default=True, help="Also long:4k."
+)
+@click.option(
+    "--peers", callback=split, help="What to measure beside ours.  [all; none that expands in long:...]"
+)
+@click.option(
+    "--vllm", type=click.Path(path_type=Path), help="Folder that holds vLLM's CPU wheel, for its kernels."
+)
+@click.option("--threads", type=click.IntRange(1, 4096), help="Threads of everybody.  [the backend decides]")
+@click.option("--runs", type=click.IntRange(1), help="Prefill forwards in all; decode steps of a pass.")
+@click.option("--passes", type=click.IntRange(1), help="Turns of each; a 95% interval needs 6.")
+@click.option("--warmups", type=click.IntRange(0), help="Untimed forwards first.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights, inputs and turns."
+)
+@click.option(
+    "--malloc", is_flag=True, help="Keep temporaries in the process (GLIBC_TUNABLES), for everybody."
+)
+@click.option(
+    "--memory", is_flag=True, help="Instead: 10,000 decode steps of ours, and what memory they leave."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the complete result as JSON.")
+def peer_run(
+    config: str,
+    words: tuple[str, ...],
+    peers: tuple[str, ...] | None,
+    vllm: Path | None,
+    threads: int | None,
+    runs: int | None,
+    passes: int | None,
+    warmups: int | None,
+    seed: int,
+    malloc: bool,
+    memory: bool,
+    output: Path | None,
+) -> int:
+    """Carry out the command line."""
+    if malloc:
+        rerun_with_tunables()
+    wanted = scenarios(words, runs=runs, passes=passes, warmups=warmups)
+    request = commands.prepare(
+        defaults(config=config, threads=threads, seed=seed, output=output, implementations="mla")
+    )
+    if memory:
+        return steady.report(request, output)
+    whole = PeerRun(request, peers, vllm).measure(wanted)
+    if output:
+        results.write(whole.run, output)
+    if whole.run.cases:
+        commands.out(report(whole.run, request))
+        for remark in render.noise(whole.run):
+            commands.note(remark)
+    return commands.verdict(whole)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: peer_run(standalone_mode=False)))

@@ -1,0 +1,98 @@
+"""Does memory stay where it is over 10,000 decode steps of ours?"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+
+from benchmarks.peers.faults import minor_faults
+from mla.bench import commands, results
+from mla.bench.exits import Exit
+from mla.bench.implementations import MlaLayer
+from mla.bench.inputs import make_inputs
+from mla.bench.session import Request
+from mla.bench.workload import load_workload
+from mla.weights import random_state_dict
+
+STEPS, EVERY = 10_000, 1_000
+#: Growth of the resident set over the second half that is no leak: 256 KiB are 52 bytes a step.
+TOLERATED = 256 << 10
+
+
+class Reading(msgspec.Struct):
+    """Memory after a number of steps."""
+
+    steps: int
+    resident_bytes: int
+    tensors: int  # alive
+    tensor_bytes: int  # of their storages, each counted once
+    page_faults: int  # minor ones since the last reading
+
+
+class Steady(msgspec.Struct):
+    """What `--memory -o FILE` writes."""
+
+    environment: dict[str, str]
+    config: str
+    scenario: str
+    readings: list[Reading]
+
+
+def report(request: Request, output: Path | None) -> int:
+    """Run the steps, print readings, and return 1 if the resident set or the tensors grew."""
+    readings = run(request)
+    commands.out("   steps   resident MiB   tensors   tensor MiB   page faults since\n")
+    for one in readings:
+        sizes = f"{one.resident_bytes / 2**20:15.2f}{one.tensors:10d}{one.tensor_bytes / 2**20:13.2f}"
+        commands.out(f"{one.steps:8d}{sizes}{one.page_faults:20d}\n")
+    if output:
+        from mla.bench.environment import environment
+
+        facts = environment(request.setting.backend)
+        results.write(Steady(facts, request.setting.config.name, "decode", readings), output)
+    steady, sentence = verdict(readings)
+    commands.out(f"{sentence}\n")
+    return Exit.OK if steady else Exit.REGRESSION
+
+
+def verdict(readings: Sequence[Reading]) -> tuple[bool, str]:
+    """Return whether memory stood still over the second half, and the sentence that says so."""
+    half, last = readings[len(readings) // 2], readings[-1]
+    resident, tensors = last.resident_bytes - half.resident_bytes, last.tensor_bytes - half.tensor_bytes
+    steady = resident <= TOLERATED and tensors <= 0
+    return steady, (
+        f"{'steady' if steady else 'growing'}: from {half.steps} to {last.steps} steps the resident set "
+        f"changed by {resident / 2**10:.0f} KiB and tensors by {tensors} bytes"
+    )
+
+
+def run(request: Request) -> list[Reading]:
+    """Decode in passes of the standard scenario, as the runner does, with a reading every thousand steps."""
+    setting = request.setting
+    scenario = load_workload("standard")[1]
+    inputs = make_inputs(setting.config, scenario, setting.seed, setting.dtype)
+    ours = MlaLayer(setting, random_state_dict(setting.config, setting.seed, setting.dtype))
+    ours.load(scenario, inputs)
+    readings, mark = [read(0, 0)], minor_faults()
+    for done in range(scenario.steps, STEPS + 1, scenario.steps):
+        for index in range(scenario.steps):
+            ours.step(index)
+        ours.restore()
+        if done % EVERY == 0:
+            faults = minor_faults() - mark
+            readings.append(read(done, faults))
+            mark = minor_faults()
+    return readings
+
+
+def read(steps: int, faults: int) -> Reading:
+    """Return what memory holds now."""
+    gc.collect()
+    alive = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in alive}
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return Reading(steps, pages * 4096, len(alive), sum(storages.values()), faults)

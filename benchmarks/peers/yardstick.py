@@ -1,0 +1,64 @@
+"""A multi-threaded read of as many bytes as a forward must move, in turns with the implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from benchmarks.peers.choice import fastest
+from mla import cost
+from mla.bench.check import Checker
+from mla.bench.implementations import Implementation, Setting
+from mla.bench.inputs import Inputs
+from mla.bench.results import Check
+from mla.bench.workload import Scenario
+from mla.oracle import State
+
+#: Ways to read memory with torch that leave nothing but a number behind.
+WAYS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sum": lambda data: data.sum(),
+    "max": lambda data: data.amax(),
+}
+
+
+class Read(Implementation):
+    """Reads and computes nothing: its latency is what memory alone costs, its tok/s the bandwidth's limit."""
+
+    name = "read"
+
+    def __init__(self, setting: Setting, state: State) -> None:
+        super().__init__(setting)
+
+    def load(self, scenario: Scenario, inputs: Inputs) -> None:
+        lens = [scenario.kv_lens(step) for step in range(scenario.inputs)]
+        size = self.setting.dtype.itemsize
+        moved = [cost.step_bytes(self.setting.config, scenario.query_lens, kv, size) for kv in lens]
+        self._bytes = round(sum(moved) / len(moved))
+        self._data = torch.rand(self._bytes // 4)
+        self._way = fastest({name: partial(way, self._data) for name, way in WAYS.items()})
+        self._read = WAYS[self._way]
+        self.outputs = torch.ones_like(inputs.hidden)
+
+    def restore(self) -> None:
+        """Keep the data: there is no cache."""
+
+    def before(self, index: int) -> None:
+        self.outputs[index if index < len(self.outputs) else 0] = 1.0  # finite, as everybody's must be
+
+    def step(self, index: int) -> None:
+        self._read(self._data)
+
+    def check(self, checker: Checker) -> Check:
+        """Pass, so that it is timed; `summary` marks the case as nothing that was checked."""
+        return Check(status="ok")
+
+    def cache_bytes(self) -> int:
+        return 0
+
+    def weight_bytes(self) -> int:
+        return self._data.nbytes
+
+    def ops(self) -> dict[str, str]:
+        return {"read": f"torch {self._way} of {self._bytes / 2**20:.1f} MiB"}

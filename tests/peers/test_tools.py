@@ -1,0 +1,142 @@
+"""Every hand-written way to compute a part of the layer is right, and what cannot run is said."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+import mla
+from benchmarks.peers import sglang_tools
+from benchmarks.peers.assembled import Assembled, Toolbox
+from benchmarks.peers.choice import Unavailable, fastest
+from benchmarks.peers.torch_tools import TORCH
+from mla.bench.check import Checker, expected_outputs
+from mla.bench.implementations import Setting
+from mla.bench.inputs import make_inputs
+from mla.bench.workload import Scenario
+from mla.config import YarnScaling
+from mla.weights import random_state_dict
+
+if TYPE_CHECKING:
+    from mla import MLAConfig
+
+DECODE = Scenario(name="d", mode="decode", query_lens=(1,) * 5, history=(3, 3, 9, 3, 0), runs=4)
+PREFILL = Scenario(name="p", mode="prefill", query_lens=(5, 140, 3), history=(7, 0, 130))
+YARN = YarnScaling(factor=4.0, original_max_position_embeddings=64)
+WAYS = [(part, name) for part in ("product", "batched", "decode", "prefill") for name in getattr(TORCH, part)]
+
+
+def only(part: str, name: str) -> Toolbox:
+    """Return the hand-written tools with one way alone for a part."""
+    parts = {one: getattr(TORCH, one) for one in ("product", "batched", "decode", "prefill")}
+    return Toolbox(**{**parts, part: {name: parts[part][name]}})
+
+
+def run(config: MLAConfig, scenario: Scenario, tools: Toolbox) -> tuple[Assembled, Checker]:
+    """Run a pass after another one, as the runner does, and return what judges it."""
+    dtype = torch.bfloat16
+    setting = Setting(config, mla.load_backend("cpu"), dtype, "auto", 64, seed=0)
+    state, inputs = random_state_dict(config), make_inputs(config, scenario, 0, dtype)
+    one = Assembled(setting, state, "hand", tools)
+    one.load(scenario, inputs)
+    for _ in range(2):
+        one.restore()
+        one.outputs.fill_(torch.nan)
+        for index in range(scenario.inputs):
+            one.before(index)
+            one.step(index)
+    return one, Checker(expected_outputs(config, state, scenario, inputs), dtype, lambda: one.outputs)
+
+
+@pytest.mark.parametrize("scenario", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("q_lora_rank", [None, 24])
+@pytest.mark.parametrize(("part", "name"), WAYS)
+def test_every_way_is_right(
+    tiny: Callable[..., MLAConfig], part: str, name: str, q_lora_rank: int | None, scenario: Scenario
+) -> None:
+    one, checker = run(tiny(q_lora_rank=q_lora_rank, rope_scaling=YARN), scenario, only(part, name))
+    check = one.check(checker)
+    assert check.status == "ok", check.reason
+    assert check.relative_error is not None
+    assert check.relative_error < 1e-2
+
+
+def test_slots_past_the_history_are_poisoned_before_every_pass(tiny: Callable[..., MLAConfig]) -> None:
+    one, _ = run(tiny(), DECODE, TORCH)
+    rows = one._problem.rows
+    assert rows.isfinite().all()
+    one.restore()
+    assert int(rows.isnan().all(dim=1).sum()) == len(DECODE.query_lens) * DECODE.inputs
+    assert int(rows.isfinite().all(dim=1).sum()) == sum(DECODE.history)
+
+
+def test_the_chosen_ways_are_named(tiny: Callable[..., MLAConfig]) -> None:
+    one, _ = run(tiny(), DECODE, only("decode", "products_by_length"))
+    assert one.ops()["latent_attention"] == "products_by_length"
+    assert one.ops()["o_proj"] in TORCH.product
+
+
+def test_the_fastest_way_is_kept() -> None:
+    def slow() -> None:
+        torch.ones(1 << 21).sum()
+
+    assert fastest({"slow": slow, "fast": lambda: None}) == "fast"
+
+
+def test_a_part_that_nothing_can_compute_is_said(tiny: Callable[..., MLAConfig]) -> None:
+    def refuse(weight: torch.Tensor, tokens: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        raise RuntimeError("needs another processor\nwith details")
+
+    tools = Toolbox({"special": refuse}, TORCH.batched, TORCH.decode, TORCH.prefill)
+    with pytest.raises(
+        Unavailable, match=r"no way to compute qkv_a: special: needs another processor\.$"
+    ) as told:
+        run(tiny(), DECODE, tools)
+    assert told.value.peer == "hand"
+
+
+@pytest.mark.parametrize(
+    "change", [{"rope_interleave": False}, {"kv_latent_scale": 2.0}, {"attention_bias": True}]
+)
+def test_another_layer_is_refused(tiny: Callable[..., MLAConfig], change: dict[str, object]) -> None:
+    with pytest.raises(Unavailable, match="'tiny' differs"):
+        run(tiny(**change), DECODE, TORCH)
+
+
+def test_several_tokens_per_decode_step_are_refused(tiny: Callable[..., MLAConfig]) -> None:
+    several = Scenario(name="d", mode="decode", query_lens=(2,), history=(3,), runs=2)
+    with pytest.raises(Unavailable, match="one token per request"):
+        run(tiny(), several, TORCH)
+
+
+def test_kernels_that_are_not_there_are_said(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="no --vllm FOLDER"):
+        sglang_tools.load(None)
+    with pytest.raises(Unavailable, match=r"there is no .*_C\.abi3\.so"):
+        sglang_tools.load(tmp_path)
+
+
+def test_a_library_that_does_not_load_is_said(tmp_path: Path) -> None:
+    library = tmp_path / sglang_tools.LIBRARY
+    library.parent.mkdir()
+    library.write_bytes(b"no library" * 100)
+    with pytest.raises(Unavailable, match="invalid ELF header"):
+        sglang_tools.load(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="builds a library")
+def test_a_library_that_ends_the_process_is_said(tmp_path: Path) -> None:
+    """Kernels for another processor do so with SIGILL, in the middle of a call."""
+    library = tmp_path / sglang_tools.LIBRARY
+    library.parent.mkdir()
+    source = tmp_path / "fatal.cpp"
+    source.write_text("#include <csignal>\n__attribute__((constructor)) static void f() { raise(SIGILL); }\n")
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    with pytest.raises(Unavailable, match="SIGILL in load_library of"):
+        sglang_tools.load(tmp_path)
