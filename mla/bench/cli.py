@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from mla.bench import cli_ceilings, cli_files, cli_report, commands, launch
-from mla.bench.budget import duration
+from mla.bench import cli_ceilings, cli_files, cli_report, commands
+from mla.bench.cli_course import course_options
 from mla.bench.cli_files import Word
 from mla.bench.cli_ops import op_options
 from mla.bench.exits import guarded
@@ -38,19 +38,6 @@ Examples:
 Exit codes: 0 ok, 1 regression, 2 usage, 3 backend missing, unusable or hung,
 4 wrong result, 5 nothing ran, 130 interrupted, 143 ended by SIGTERM (the partial result is written).
 """
-
-
-def _result_path(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    """Give every task of a launcher a file of its own."""
-    return None if value is None else launch.result_path(value)
-
-
-def _duration(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
-    """Read "10m" as 600.0."""
-    try:
-        return None if value is None else duration(value)
-    except ValueError as error:
-        raise click.BadParameter(f"{error}.") from error
 
 
 class DefaultGroup(click.Group):
@@ -232,47 +219,7 @@ def cli() -> None:
     show_default=True,
     help="Of weights, inputs, page order and turns.",
 )
-@click.option(
-    "-o",
-    "--output",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    callback=_result_path,
-    help="Write the complete result as JSON. %t is the task's number under srun or torchrun, %j the job's.",
-)
-@click.option(
-    "--resume",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    callback=_result_path,
-    help="Go on with the run in this result file: its complete cases are kept; without -o it is rewritten.",
-)
-@click.option(
-    "--budget",
-    metavar="TIME",
-    callback=_duration,
-    help="Stay inside this time, such as 90s, 10m or 1h: what does not fit is left out.",
-)
-@click.option(
-    "--hang-after",
-    metavar="TIME",
-    callback=_duration,
-    default="10m",
-    show_default=True,
-    help="End the run, keeping what there is, when no forward finishes for so long.",
-)
-@click.option(
-    "--baseline",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Compare with this result file afterwards.",
-)
-@click.option(
-    "--fail-slower",
-    metavar="PERCENT",
-    callback=cli_files.percent,
-    help="Exit 1 if a case is surely slower than the baseline by more.",
-)
+@course_options
 @click.option(
     "--format",
     "kind",
