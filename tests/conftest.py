@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     import torch
 
     from mla import MLAConfig
+
+# Processes that test side by side must not spin for each other's cores; read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = ("mla", "mla_backends")
