@@ -22,7 +22,7 @@ def render(cases: Sequence[Case], kind: str, number: Number, limit: Callable[[Ro
 
 def total(stages: Sequence[Stage]) -> float:
     """Return the milliseconds of all stages; rows about a part of one ("stage: part") are in its own."""
-    return sum(stage.ms for stage in stages if not _is_part(stage))
+    return sum(stage.ms for stage in stages if not is_part(stage))
 
 
 def _case(case: Case, kind: str, number: Number, limit: Callable[[Roofline], str]) -> str:
@@ -38,7 +38,7 @@ def _case(case: Case, kind: str, number: Number, limit: Callable[[Roofline], str
 def _row(
     stage: Stage, sum_ms: float, kind: str, number: Number, limit: Callable[[Roofline], str]
 ) -> tuple[str, ...]:
-    indented = kind == "table" and _is_part(stage)
+    indented = kind == "table" and is_part(stage)
     cost = stage.cost
     return (
         f"  {stage.name.partition(': ')[2]}" if indented else stage.name,
@@ -63,5 +63,11 @@ def _remark(case: Case, sum_ms: float, number: Number) -> str:
     return remark + " Bookkeeping is no part of a prefill's latency." * (case.mode == "prefill")
 
 
-def _is_part(stage: Stage) -> bool:
+def wholes(stages: Sequence[Stage]) -> list[Stage]:
+    """Return the stages that add up to the sum, without the parts they are made of."""
+    return [stage for stage in stages if not is_part(stage)]
+
+
+def is_part(stage: Stage) -> bool:
+    """Say whether a stage is part of the one named before the colon."""
     return ": " in stage.name

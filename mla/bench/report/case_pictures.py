@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mla.bench.render_stages import wholes
 from mla.bench.report import plots, tables
 from mla.bench.report.data import (
     AXES,
@@ -108,7 +109,7 @@ def breakdown(context: Context) -> list[Picture]:
 
 def _stages(slug: str, title: str, found: list[Entry]) -> Picture:
     drawn = found[:MOST_ROWS]
-    names = list(dict.fromkeys(stage.name for entry in drawn for stage in entry.case.stages))
+    names = list(dict.fromkeys(stage.name for entry in drawn for stage in wholes(entry.case.stages)))
     colours = Palette(names)
     drawing = plots.stages(slug, f"{title}: stages of a forward", row_names(drawn), drawn, colours)
     legend = [*(Swatch(name, colours[name]) for name in names), Swatch("the whole forward", DARK, "|")]

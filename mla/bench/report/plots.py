@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mla.bench.compare import NOISE
 from mla.bench.render import number
+from mla.bench.render_stages import total, wholes
 from mla.bench.report import axes as axis
 from mla.bench.report.data import AXES, Curves, Entry, Measure, Quantity, printable, thin
 from mla.bench.report.style import DARK, GREY, Look, Palette, ink
@@ -95,10 +96,10 @@ def stages(slug: str, title: str, names: Sequence[str], found: Sequence[Entry], 
     """Draw the stages of every case end to end, and the whole forward as a mark over them."""
     figure = Figure(figsize=(WIDTH, 0.75 + 0.36 * len(found)), layout="constrained")
     axes = figure.add_subplot()
-    totals = [sum(stage.ms for stage in entry.case.stages) for entry in found]
+    totals = [total(entry.case.stages) for entry in found]
     for row, entry in enumerate(found):
         start = 0.0
-        for stage in entry.case.stages:
+        for stage in wholes(entry.case.stages):
             colour = colours[stage.name]
             axes.barh(row, stage.ms, left=start, height=0.62, color=colour, edgecolor="white", linewidth=0.8)
             if _fits(number(stage.ms), stage.ms / max(totals)):

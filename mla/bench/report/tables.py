@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mla.bench import render, stats
 from mla.bench.compare import Comparison
 from mla.bench.render import number
+from mla.bench.render_stages import total
 from mla.bench.report.data import Curves, Entry, Measure, Quantity, passes, position
 from mla.bench.report.roofs import Roof, Roofline
 from mla.bench.results import Case, Interval, Latency, Timing
@@ -123,11 +124,11 @@ def stages(found: Sequence[Entry]) -> Table:
     head = [*_who_head(found), "stage", "ms", "% of the sum", "% of limit", "bound by"]
     rows = []
     for entry in found:
-        total = sum(stage.ms for stage in entry.case.stages)
+        whole = total(entry.case.stages)
         for stage in entry.case.stages:
             limit = stage.roofline
             near = "-" if limit is None or limit.fraction is None else f"{100 * limit.fraction:.0f}"
-            share = f"{100 * stage.ms / total:.0f}" if total else "-"
+            share = f"{100 * stage.ms / whole:.0f}" if whole else "-"
             bound = (limit.bound if limit else None) or "-"
             rows.append([*_who(entry), stage.name, number(stage.ms), share, near, bound])
     return Table(head, rows, len(_who_head(found)) + 1)

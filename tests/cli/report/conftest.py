@@ -115,6 +115,7 @@ def stages(one: results.Case) -> list[results.Stage]:
     """Return the parts of a forward."""
     assert one.latency_ms is not None
     shares = {"projections": 0.4, "attention": 0.35, "o_proj": 0.2, "cache write": 0.05, "launches": 0.15}
+    shares["attention: w_uk"] = 0.1
     return [
         results.Stage(
             name=name,
