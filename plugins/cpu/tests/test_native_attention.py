@@ -17,8 +17,8 @@ from mla_backend_cpu.library import Library
 from mla_backend_cpu.native_attention import NativeExpandedAttention, NativeLatentAttention
 
 pairs = st.tuples(st.integers(0, 9), st.integers(0, 150))  # new tokens, history
-#: Around the kernels' block of keys (120), two of them, and pages of 64.
-EDGES = (1, 2, 63, 64, 65, 119, 120, 121, 127, 128, 129, 239, 240, 241)
+#: Around the kernels' groups of keys (16), their blocks (128, with tiles 256), and pages of 64.
+EDGES = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 144, 145, 255, 256, 257)
 
 Threads = Callable[[int], Any]
 
@@ -147,7 +147,7 @@ def test_large_logits_overflow_nothing(kernels: Library, threads: Threads) -> No
             assert close.float().mean() > 0.9  # the others have two largest logits within fp32 rounding
 
 
-@pytest.mark.parametrize("position", [0, 118, 119, 120, 700, 1499])
+@pytest.mark.parametrize("position", [0, 15, 16, 127, 128, 700, 1499])
 def test_one_dominant_key_is_returned_bit_for_bit(kernels: Library, threads: Threads, position: int) -> None:
     with threads(2):
         case = latent_case([1], [1500], 3, latent=128, scale=1.0)
@@ -161,7 +161,7 @@ def test_one_dominant_key_is_returned_bit_for_bit(kernels: Library, threads: Thr
         assert torch.equal(out, case.cache[page, slot, :128].expand_as(out))
 
 
-@pytest.mark.parametrize("position", [0, 63, 119, 120, 128])
+@pytest.mark.parametrize("position", [0, 15, 63, 127, 128])
 def test_nan_in_an_owned_row_reaches_the_output(kernels: Library, position: int) -> None:
     for channel in (0, 100, 159):  # of the value, and of the key's rotary part
         case = latent_case([1, 1], [129, 129], 3, latent=128)

@@ -3,6 +3,7 @@
 // and values are zipped to tiles of B, some columns at a time, so that they stay in the first-level cache.
 #pragma once
 #include "attention.h"
+#include "gathered.h"
 
 namespace mla {
 
@@ -17,20 +18,22 @@ class Attending : public Attention {
     Attending(const Row* rows, int64_t count, int64_t key_width, int64_t value_width, float scale,
               int64_t pitch)
         : Attention(rows, count, key_width, value_width, scale, TILE_DEPTH / 2),
-          pitch_(pitch),
+          keys_(key_width, pitch),
           whole_(key_width / TILE_DEPTH),
           rest_(key_width % TILE_DEPTH),
           score_(scratch<13>().take<float>(2 * KEYS * LANES)),
           weights_(scratch<14>().take<vu>(KEYS / 2)),
           spread_(scratch<15>().take<uint32_t>(panels_ * STEPS * TILE_FLOATS)),
           zipped_(scratch<16>().take<bf16>(2 * STEPS * TILE_BF16)),
-          gathered_(scratch<17>().take<bf16>(KEYS * pitch)),
           rests_(scratch<18>().take<bf16>(rest_ ? KEY_TILES * TILE_BF16 : 0)),
           steps_(scratch<19>().take<int64_t>(panels_ + 1)) {}
 
-    // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to.
-    void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count) {
-        gather(keys, count);
+    // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to. Those that come next are
+    // not fetched: whether that helps tiles has not been measured.
+    void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
+                const bf16* const* = nullptr) {
+        keys_.take(keys, count);
+        for (int64_t i = 0; rest_ && i * LANES < count; i++) copy_rest(i);
         for (int64_t p = 0; p < panels_; p += 2) {
             const bool two = p + 1 < panels_;
             const int64_t most = two ? std::max(panel_[p].most, panel_[p + 1].most) : panel_[p].most;
@@ -47,32 +50,12 @@ class Attending : public Attention {
     }
 
  private:
-    // Make every sixteen keys rows of one piece of memory, by copying them where they are not.
-    void gather(const bf16* const* keys, int64_t count) {
-        for (int64_t i = 0; i * LANES < count; i++) {
-            const bf16* const* key = keys + i * LANES;
-            const int64_t rows = std::min<int64_t>(LANES, count - i * LANES);
-            bool neighbours = rows == LANES;
-            for (int64_t j = 1; j < rows; j++) neighbours &= key[j] == key[j - 1] + pitch_;
-            keys_[i] = key[0];
-            if (!neighbours) {
-                bf16* copy = gathered_ + i * LANES * pitch_;
-                keys_[i] = copy;
-                for (int64_t j = 0; j < LANES; j++, copy += pitch_)
-                    if (j < rows)
-                        std::memcpy(copy, key[j], 2 * pairs_ * sizeof(bf16));
-                    else
-                        std::memset(copy, 0, 2 * pairs_ * sizeof(bf16));
-            }
-            if (rest_) copy_rest(i);
-        }
-    }
     // The last columns of sixteen keys, filled up with zeros to a tile.
     void copy_rest(int64_t i) {
         for (int64_t j = 0; j < LANES; j++) {
             bf16* to = rests_ + i * TILE_BF16 + j * TILE_DEPTH;
             std::memset(to, 0, TILE_ROW);
-            std::memcpy(to, keys_[i] + j * pitch_ + whole_ * TILE_DEPTH, rest_ * sizeof(bf16));
+            std::memcpy(to, keys_[i] + j * keys_.pitch() + whole_ * TILE_DEPTH, rest_ * sizeof(bf16));
         }
     }
 
@@ -95,7 +78,7 @@ class Attending : public Attention {
         for (int n = 0; n < N; n++) b[n] = (const bf16*)panel_[p + n].q;
         Block<M, N>::zero();
         for (int64_t k = 0; k < whole_; k++)
-            Block<M, N>::multiply(a, k * TILE_DEPTH, pitch_ * sizeof(bf16), b, k * TILE_BF16);
+            Block<M, N>::multiply(a, k * TILE_DEPTH, keys_.pitch() * sizeof(bf16), b, k * TILE_BF16);
         if (rest_) Block<M, N>::multiply(rest, 0, TILE_ROW, b, whole_ * TILE_BF16);
         Block<M, N>::store(score_ + tile * TILE_FLOATS, TILE_FLOATS, KEYS * LANES);
     }
@@ -172,12 +155,12 @@ class Attending : public Attention {
             }
     }
 
-    const int64_t pitch_, whole_, rest_;
-    const bf16* keys_[KEY_TILES];  // sixteen neighbours each
+    Gathered<KEYS> keys_;
+    const int64_t whole_, rest_;
     float* score_;
     vu* weights_;
     uint32_t* spread_;  // weights in tiles, [panels][STEPS][row][pair]
-    bf16 *zipped_, *gathered_, *rests_;
+    bf16 *zipped_, *rests_;
     int64_t* steps_;  // of 32 keys that a pair of panels sees, at its first one
 };
 

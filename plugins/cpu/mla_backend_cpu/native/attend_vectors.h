@@ -1,31 +1,37 @@
 // Attention with products of one pair by sixteen rows: scores are dot(q lanes, one pair of the key), and
 // values are zipped pairwise on the way.
 #pragma once
-#include <utility>
-
 #include "attention.h"
+#include "gathered.h"
 
 namespace mla {
 
-constexpr int64_t KEYS = 120;  // of one block: its rows stay in the second-level cache while panels pass by
+constexpr int64_t KEYS = 128;  // of one block: its rows stay in the second-level cache while panels pass by
 
 #if defined(__AVX512F__)
-constexpr int KEYS_ONE = 24, KEYS_TWO = 12, WEIGH_ROWS = 8;
+constexpr int KEYS_ONE = 16, KEYS_TWO = 8, WEIGH_ROWS = 8;
 #else
 constexpr int KEYS_ONE = 4, KEYS_TWO = 2, WEIGH_ROWS = 2;
 #endif
 
-// q_i . k_j for KN keys and NP neighbouring panels (their q follow each other): scores [NP][KEYS][16].
+// Inlined into the loops of a task, their sums would not all stay in registers.
+#define OWN_REGISTERS [[gnu::noinline]]
+
+// q_i . k_j for KN keys and NP neighbouring panels (their q follow each other): scores [NP][KEYS][16]. Lines of
+// the sixteen rows `next`, if any, are fetched meanwhile, one per pair: sixteen pairs of a row are a line.
 template <int KN, int NP>
-static void scores(const bf16* const* keys, const vu* q, int64_t pairs, float* to) {
+OWN_REGISTERS static void scores(const bf16* key, int64_t pitch, const vu* q, int64_t pairs, float* to,
+                   const bf16* const* next) {
     vf sum[KN][NP] = {};
     for (int64_t k = 0; k < pairs; k++) {
+        if (next) __builtin_prefetch(next[k % LANES] + 2 * (k - k % LANES), 0, 2);
         vu b[NP];
         for (int p = 0; p < NP; p++) b[p] = q[p * pairs + k];
-#pragma GCC unroll 32
-        for (int i = 0; i < KN; i++) {
+        const bf16* at = key + 2 * k;
+#pragma GCC unroll 16
+        for (int i = 0; i < KN; i++, at += pitch) {
             uint32_t pair;
-            std::memcpy(&pair, keys[i] + 2 * k, 4);
+            std::memcpy(&pair, at, 4);
             for (int p = 0; p < NP; p++) sum[i][p] = dot(sum[i][p], b[p], pair);
         }
     }
@@ -33,19 +39,9 @@ static void scores(const bf16* const* keys, const vu* q, int64_t pairs, float* t
         for (int p = 0; p < NP; p++) store(to + (p * KEYS + i) * LANES, sum[i][p]);
 }
 
-template <int NP, int... KN>
-static void all_scores(const bf16* const* keys, int64_t count, const vu* q, int64_t pairs, float* to,
-                       std::integer_sequence<int, KN...>) {
-    static void (*const table[])(const bf16* const*, const vu*, int64_t, float*) = {scores<KN + 1, NP>...};
-    const int64_t step = sizeof...(KN), blocks = (count + step - 1) / step,
-                  even = (count + blocks - 1) / blocks;
-    for (int64_t i = 0; i < count; i += even)
-        table[std::min(even, count - i) - 1](keys + i, q, pairs, to + i * LANES);
-}
-
 // sum[row] = sum[row] * fade[row] + weights . values, for RN rows and 32 columns.
 template <int RN>
-static void weigh(const bf16* const* values, const bf16* zeros, int64_t count, const vu* weights, int row,
+OWN_REGISTERS static void weigh(const bf16* const* values, const bf16* zeros, int64_t count, const vu* weights, int row,
                   float* sum, int64_t width, const vf& fade, int64_t column) {
     vf acc[RN][2];
     for (int r = 0; r < RN; r++)
@@ -67,41 +63,54 @@ static void weigh(const bf16* const* values, const bf16* zeros, int64_t count, c
 // The work of one task: keys arrive block after block.
 class Attending : public Attention {
  public:
-    // Keys may lie anywhere; attend_tiles.h asks for their pitch.
-    Attending(const Row* rows, int64_t count, int64_t key_width, int64_t value_width, float scale, int64_t)
+    // Keys that are neighbours lie `pitch` elements apart.
+    Attending(const Row* rows, int64_t count, int64_t key_width, int64_t value_width, float scale,
+              int64_t pitch)
         : Attention(rows, count, key_width, value_width, scale, 1),
+          keys_(key_width, pitch),
           score_(scratch<13>().take<float>(2 * KEYS * LANES)),
-          weights_(scratch<14>().take<vu>(KEYS / 2 + 1)) {}
+          weights_(scratch<14>().take<vu>(KEYS / 2)) {}
 
-    // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to.
-    void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count) {
-        for (int64_t p = 0; p < panels_;) {
+    // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to. The keys [KEYS] that come
+    // next, if any, are fetched to the second-level cache meanwhile: the processor does not see them coming, and
+    // memory is slow rather than busy.
+    void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
+                const bf16* const* next = nullptr) {
+        keys_.take(keys, count);
+        for (int64_t p = 0; p < panels_; p += 2) {
             const bool two = p + 1 < panels_;
-            if (std::max(panel_[p].most, two ? panel_[p + 1].most : 0) > first) {
+            if (std::max(panel_[p].most, two ? panel_[p + 1].most : 0) <= first) continue;
+            for (int64_t i = 0; i < count; i += LANES)
                 if (two)
-                    all_scores<2>(keys, count, panel_[p].q, pairs_, score_,
-                                  std::make_integer_sequence<int, KEYS_TWO>());
+                    score<KEYS_TWO, 2>(p, i, next);
                 else
-                    all_scores<1>(keys, count, panel_[p].q, pairs_, score_,
-                                  std::make_integer_sequence<int, KEYS_ONE>());
-                for (int half = 0; half <= two; half++)
-                    update(panel_[p + half], score_ + half * KEYS * LANES, values, first, count);
-            }
-            p += 1 + two;
+                    score<KEYS_ONE, 1>(p, i, next);
+            next = nullptr;
+            for (int half = 0; half <= two; half++)
+                update(panel_[p + half], score_ + half * KEYS * LANES, values, first, count);
         }
     }
 
  private:
+    // Scores of NP panels with keys i .. i + 15 of the block.
+    template <int KN, int NP>
+    void score(int64_t p, int64_t i, const bf16* const* next) {
+        const bf16* key = keys_[i / LANES];
+        for (int j = 0; j < LANES; j += KN)
+            scores<KN, NP>(key + j * keys_.pitch(), keys_.pitch(), panel_[p].q, pairs_,
+                           score_ + (i + j) * LANES, next && !j ? next + i : nullptr);
+    }
     void update(Panel& panel, float* score, const bf16* const* values, int64_t first, int64_t count) {
         if (panel.most <= first) return;
         count = std::min(count, panel.most - first);
         const vf fade = soften(panel, score, first, count, scale_, weights_);
-        for (int row = 0; row < LANES; row += WEIGH_ROWS)
-            for (int64_t c = 0; c < width_; c += 2 * LANES)
+        for (int64_t c = 0; c < width_; c += 2 * LANES)
+            for (int row = 0; row < LANES; row += WEIGH_ROWS)
                 weigh<WEIGH_ROWS>(values, zeros_, count, weights_, row, panel.sum + sum_at(row, c, width_),
                                   width_, fade, c);
     }
 
+    Gathered<KEYS> keys_;
     float* score_;
     vu* weights_;
 };

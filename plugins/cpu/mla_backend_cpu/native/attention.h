@@ -120,6 +120,7 @@ class Attention {
         panel.top = splat(-INFINITY), panel.total = splat(0);
         panel.least = INT64_MAX, panel.most = 0;
         std::memset((void*)(q + pairs_), 0, (depth_ - pairs_) * sizeof(vu));
+        const bf16* query[LANES];
         for (int64_t i = 0; i < LANES; i++) {
             const int64_t row = p * LANES + i;
             const bool used = row < count_;
@@ -127,12 +128,21 @@ class Attention {
             panel.visible[i] = (int32_t)visible;
             panel.most = std::max(panel.most, visible);
             if (used) panel.least = std::min(panel.least, visible);
-            for (int64_t k = 0; k < pairs_; k++) {
-                uint32_t pair = 0;
-                if (used) std::memcpy(&pair, rows_[row].q + 2 * k, 4);
-                ((uint32_t*)(q + k))[i] = pair;
-            }
+            query[i] = used ? rows_[row].q : nullptr;
         }
+        for (int64_t k = 0; k < pairs_; k += LANES) take_queries(query, k, (uint32_t*)(q + k));
+    }
+
+    // Pairs k .. k + 15 of sixteen rows, sixteen rows side by side; zeros for a row that is not used.
+    void take_queries(const bf16* const* query, int64_t k, uint32_t* to) const {
+        const int64_t count = std::min<int64_t>(LANES, pairs_ - k);
+        vu rows[LANES], columns[LANES];
+        for (int64_t i = 0; i < LANES; i++) {
+            rows[i] = vu{};
+            if (query[i]) std::memcpy(&rows[i], query[i] + 2 * k, count * sizeof(uint32_t));
+        }
+        transpose(rows, (uint32_t*)columns);
+        std::memcpy(to, columns, count * sizeof(vu));
     }
 };
 

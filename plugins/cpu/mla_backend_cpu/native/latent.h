@@ -69,20 +69,27 @@ static Row* latent_rows(const Latent& a, const LatentTask& task) {
     return rows;
 }
 
+// Where keys first .. first + KEYS - 1 of a request lie; in place of those from `end` on, the one before it.
+static void find_keys(const Latent& a, int64_t request, int64_t first, int64_t end, const bf16** keys) {
+    const int32_t* page = a.block_table + request * a.table_row + first / a.page_size;
+    int64_t slot = first % a.page_size;
+    for (int64_t j = 0; j < KEYS; j++) {
+        keys[j] = a.cache + (*page * a.page_size + slot) * a.width;
+        if (first + j >= end - 1) continue;
+        if (++slot == a.page_size) slot = 0, page++;
+    }
+}
+
 static void latent_task(const Latent& a, const LatentTask& task, float* saved) {
     Attending attention(latent_rows(a, task), task.rows, a.width, a.latent, a.scale, a.width);
-    const bf16* keys[KEYS];
-    const int32_t* pages = a.block_table + task.request * a.table_row;
+    const bf16* keys[2][KEYS];  // of this block and of the next one, in turns
     const int64_t begin = task.part * task.keys, end = std::min(begin + task.keys, attention.most());
-    for (int64_t first = begin; first < end; first += KEYS) {
-        const int64_t count = std::min(KEYS, end - first);
-        for (int64_t j = 0; j < count; j++) {
-            const int64_t position = first + j;
-            keys[j] =
-                a.cache +
-                ((int64_t)pages[position / a.page_size] * a.page_size + position % a.page_size) * a.width;
-        }
-        attention.attend(keys, keys, first, count);
+    if (begin < end) find_keys(a, task.request, begin, end, keys[0]);
+    bool turn = false;
+    for (int64_t first = begin; first < end; first += KEYS, turn = !turn) {
+        const bf16 **now = keys[turn], **next = first + KEYS < end ? keys[!turn] : nullptr;
+        if (next) find_keys(a, task.request, first + KEYS, end, next);
+        attention.attend(now, now, first, std::min(KEYS, end - first), next);
     }
     if (task.parts == 1)
         attention.finish();
