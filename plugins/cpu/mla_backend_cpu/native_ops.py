@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 #: Widening x first pays from so many tokens on, where fp32 products are the faster ones.
 WIDE_TOKENS = 16
+#: Bytes of a huge page on x86-64, and on arm64 with small pages of 4 KiB.
+HUGE_PAGE = 2 << 20
 
 
 class NativeOp(FusedOp):
@@ -70,6 +72,18 @@ def multiple(name: str, value: int, of: int) -> list[str]:
     return [] if value % of == 0 else [f"{name} {value} is not a multiple of {of}"]
 
 
+def whole_pages(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return memory like torch.empty's that begins where a huge page may, if it is large enough for one."""
+    import torch
+
+    spare = HUGE_PAGE // dtype.itemsize
+    if elements < spare:
+        return torch.empty(elements, dtype=dtype)
+    memory = torch.empty(elements + spare, dtype=dtype)  # what is not written takes no memory
+    begin = -memory.data_ptr() % HUGE_PAGE // dtype.itemsize
+    return memory[begin : begin + elements]
+
+
 class _Product(NativeOp):
     """Weights in panels of 16 outputs and pairs of inputs."""
 
@@ -79,11 +93,9 @@ class _Product(NativeOp):
         return multiple("in_features", spec.in_features, 2)
 
     def pack(self, weight: torch.Tensor) -> Packed:
-        import torch
-
         groups, (outputs, inputs) = (weight.shape[0] if weight.dim() == 3 else 1), weight.shape[-2:]
         panels = -(-outputs // 16)
-        packed = torch.empty(groups * panels * 16 * inputs, dtype=weight.dtype)
+        packed = whole_pages(groups * panels * 16 * inputs, weight.dtype)
         group = weight.stride(0) if weight.dim() == 3 else 0
         self._call.mla_pack(
             weight.data_ptr(), group, weight.stride(-2), weight.stride(-1), groups, outputs, inputs,

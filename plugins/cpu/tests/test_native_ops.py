@@ -81,7 +81,15 @@ def test_linear_is_right_for_any_shape(
 
 @pytest.mark.parametrize(
     ("tokens", "inputs", "outputs"),
-    [(1, 2, 1), (7, 2048, 65), (16, 1536, 129), (70, 4096, 40), (200, 2048, 33)],
+    [
+        (1, 2, 1),
+        (3, 4100, 70),
+        (7, 2048, 65),
+        (9, 4100, 200),
+        (16, 1536, 129),
+        (70, 4096, 40),
+        (200, 2048, 33),
+    ],
 )
 def test_linear_walks_over_blocks_of_rows_and_panels(
     kernels: Library, gain: float, tokens: int, inputs: int, outputs: int
@@ -182,6 +190,12 @@ def test_packing_keeps_no_copy_of_the_weight(kernels: Library) -> None:
     gc.collect()
     assert gone() is None
     assert packed.nbytes == 48 * 64 * 2  # outputs in panels of 16
+
+
+def test_a_large_weight_begins_where_a_huge_page_may(kernels: Library) -> None:
+    packed = NativeLinear(kernels).pack(draw(1024, 1024))
+    assert packed.data[0].data_ptr() % (2 << 20) == 0
+    assert packed.nbytes == 2 << 20
 
 
 def test_a_nan_or_infinity_in_one_token_stays_there(kernels: Library, gain: float) -> None:

@@ -1,6 +1,7 @@
 // The C interface that Python calls with raw addresses. Shapes have been checked there; functions that follow
 // indices return what is wrong with them, in a sentence, or null.
 #include "checks.h"
+#include "huge_pages.h"
 #if MLA_TILES
 #include "tile_gemm.h"
 #else
@@ -15,12 +16,15 @@ extern "C" {
 void mla_pack(const bf16* weight, int64_t group, int64_t row, int64_t column, int64_t groups, int64_t outputs,
               int64_t inputs, bf16* packed, int threads) {
     const int64_t panels = panels_of(outputs);
+    const size_t bytes = groups * packed_size(outputs, inputs) * sizeof(bf16);
+    want_huge_pages(packed, bytes);
 #pragma omp parallel for num_threads(threads)
     for (int64_t task = 0; task < groups * panels; task++) {
         int64_t g = task / panels, first = task % panels * LANES;
         pack_panel(weight + g * group + first * row, row, column, std::min<int64_t>(LANES, outputs - first),
                    inputs, packed + task * LANES * inputs);
     }
+    make_huge_pages(packed, bytes);
 }
 
 void mla_unpack(const bf16* packed, int64_t groups, int64_t outputs, int64_t inputs, bf16* weight,

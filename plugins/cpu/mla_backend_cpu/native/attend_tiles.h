@@ -28,8 +28,8 @@ class Attending : public Attention {
           rests_(scratch<18>().take<bf16>(rest_ ? KEY_TILES * TILE_BF16 : 0)),
           steps_(scratch<19>().take<int64_t>(panels_ + 1)) {}
 
-    // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to. Those that come next are
-    // not fetched: whether that helps tiles has not been measured.
+    // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to. Those that come next
+    // are not fetched: whether that helps tiles has not been measured.
     void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
                 const bf16* const* = nullptr) {
         keys_.take(keys, count);

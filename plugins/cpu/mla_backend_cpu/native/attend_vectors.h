@@ -17,11 +17,11 @@ constexpr int KEYS_ONE = 4, KEYS_TWO = 2, WEIGH_ROWS = 2;
 // Inlined into the loops of a task, their sums would not all stay in registers.
 #define OWN_REGISTERS [[gnu::noinline]]
 
-// q_i . k_j for KN keys and NP neighbouring panels (their q follow each other): scores [NP][KEYS][16]. Lines of
-// the sixteen rows `next`, if any, are fetched meanwhile, one per pair: sixteen pairs of a row are a line.
+// q_i . k_j for KN keys and NP neighbouring panels (their q follow each other): scores [NP][KEYS][16]. Lines
+// of the sixteen rows `next`, if any, are fetched meanwhile, one per pair: sixteen pairs of a row are a line.
 template <int KN, int NP>
 OWN_REGISTERS static void scores(const bf16* key, int64_t pitch, const vu* q, int64_t pairs, float* to,
-                   const bf16* const* next) {
+                                 const bf16* const* next) {
     vf sum[KN][NP] = {};
     for (int64_t k = 0; k < pairs; k++) {
         if (next) __builtin_prefetch(next[k % LANES] + 2 * (k - k % LANES), 0, 2);
@@ -41,8 +41,9 @@ OWN_REGISTERS static void scores(const bf16* key, int64_t pitch, const vu* q, in
 
 // sum[row] = sum[row] * fade[row] + weights . values, for RN rows and 32 columns.
 template <int RN>
-OWN_REGISTERS static void weigh(const bf16* const* values, const bf16* zeros, int64_t count, const vu* weights, int row,
-                  float* sum, int64_t width, const vf& fade, int64_t column) {
+OWN_REGISTERS static void weigh(const bf16* const* values, const bf16* zeros, int64_t count,
+                                const vu* weights, int row, float* sum, int64_t width, const vf& fade,
+                                int64_t column) {
     vf acc[RN][2];
     for (int r = 0; r < RN; r++)
         for (int half = 0; half < 2; half++)
@@ -71,9 +72,9 @@ class Attending : public Attention {
           score_(scratch<13>().take<float>(2 * KEYS * LANES)),
           weights_(scratch<14>().take<vu>(KEYS / 2)) {}
 
-    // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to. The keys [KEYS] that come
-    // next, if any, are fetched to the second-level cache meanwhile: the processor does not see them coming, and
-    // memory is slow rather than busy.
+    // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to. The keys [KEYS] that
+    // come next, if any, are fetched to the second-level cache meanwhile: the processor does not see them
+    // coming, and memory is slow rather than busy.
     void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
                 const bf16* const* next = nullptr) {
         keys_.take(keys, count);

@@ -1,6 +1,6 @@
-// The keys of a block in groups of sixteen that lie at one pitch. A product then finds its keys at one address
-// and multiples of the pitch: sixteen addresses of their own do not fit the registers, and loading them costs as
-// much as loading the keys.
+// The keys of a block in groups of sixteen that lie at one pitch. A product then finds its keys at one
+// address and multiples of the pitch: sixteen addresses of their own do not fit the registers, and loading
+// them costs as much as loading the keys.
 #pragma once
 #include <algorithm>
 

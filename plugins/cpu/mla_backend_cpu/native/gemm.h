@@ -5,6 +5,7 @@
 
 #include "memory.h"
 #include "panels.h"
+#include "turns.h"
 
 namespace mla {
 
@@ -40,35 +41,46 @@ struct Stretch {
     bool last() const { return end == inputs; }
 };
 
+// Two panels of the weights that come next, fetched to the second-level cache while others are multiplied:
+// the processor alone sees the next panels coming too late. Where one block of rows is all, the weights are a
+// plain stream, which it does see.
+struct Fetch {
+    const bf16* panel[2];
+
+    void line(int64_t k) const {
+        for (int j = 0; j < 2; j++) __builtin_prefetch(panel[j] + k * LANES, 0, 2);
+    }
+};
+
 // MR tokens times NR neighbouring panels; token and column count within the task.
-template <class X, int MR, int NR>
+template <class X, int MR, int NR, bool FETCHES>
 static void tile(const typename X::Value* x, int64_t x_row, const bf16* panel, const Stretch& part,
-                 const Output& out, int64_t token, int64_t column) {
+                 const Output& out, int64_t token, int64_t column, const Fetch& fetch) {
     vf sum[MR][NR] = {};
     float* partial = part.partial ? part.partial + token * part.row + column : nullptr;
     if (!part.first())
         for (int i = 0; i < MR; i++)
             for (int j = 0; j < NR; j++) sum[i][j] = load<vf>(partial + i * part.row + j * LANES);
     for (int64_t k = part.begin; k < part.end; k += 2) {
+        if (FETCHES) fetch.line(k - part.begin);
         vu b[NR];
         for (int j = 0; j < NR; j++) b[j] = load<vu>(panel + (j * part.inputs + k) * LANES);
 #pragma GCC unroll 32
         for (int i = 0; i < MR; i++) X::step(sum[i], b, x + i * x_row + k);
     }
     for (int i = 0; i < MR; i++)
-        for (int j = 0; j < NR; j++)
-            if (part.last())
-                store_panel(sum[i][j], out, token + i, column + j * LANES);
-            else
-                store(partial + i * part.row + j * LANES, sum[i][j]);
+        if (part.last())
+            store_panels(sum[i], out, token + i, column);
+        else
+            for (int j = 0; j < NR; j++) store(partial + i * part.row + j * LANES, sum[i][j]);
 }
 
 template <class X>
 using Tile = void (*)(const typename X::Value*, int64_t, const bf16*, const Stretch&, const Output&, int64_t,
-                      int64_t);
-template <class X, int NR, int... MR>
+                      int64_t, const Fetch&);
+template <class X, int NR, bool FETCHES, int... MR>
 static Tile<X> pick(int rows, std::integer_sequence<int, MR...>) {
-    static const Tile<X> table[] = {tile<X, MR + 1, NR>...};
+    static const Tile<X> table[] = {tile<X, MR + 1, NR, FETCHES>...};
     return table[rows - 1];
 }
 
@@ -79,7 +91,7 @@ constexpr int FEW_ROWS = 6, ROWS = 14, ROWS_WIDE = 12;
 #else
 constexpr int FEW_ROWS = 1, ROWS = 2, ROWS_WIDE = 2;
 #endif
-constexpr int64_t DEPTH = 2048;  // inputs of a stretch when there are many tokens
+constexpr int64_t DEPTH = 2048;  // inputs of a stretch when the rows are more than one block
 
 // What one task multiplies: rows of x by neighbouring panels.
 template <class X>
@@ -89,34 +101,61 @@ struct Job {
     const bf16* packed;
     int64_t panels, inputs;
     Output out;
+
+    const bf16* weights(int64_t panel, int64_t k) const { return packed + (panel * inputs + k) * LANES; }
 };
 
 // All rows against panels from `panel` on, NR at a time as long as they last; returns the first one left. The
-// rows are cut evenly: 8 + 8 is faster than 14 + 2.
-template <class X, int MR, int NR>
-static int64_t sweep(const Job<X>& job, const Stretch& part, int64_t panel) {
+// rows are cut evenly: 8 + 8 is faster than 14 + 2. The first blocks of rows fetch the weights that come
+// next, two panels each; where this job has none in this stretch, `after` says.
+template <class X, int MR, int NR, bool FETCHES, class After>
+static int64_t sweep(const Job<X>& job, const Stretch& part, int64_t panel, const After& after) {
     const int64_t blocks = (job.tokens + MR - 1) / MR, step = (job.tokens + blocks - 1) / blocks;
-    for (; panel + NR <= job.panels; panel += NR)
-        for (int64_t i = 0; i < job.tokens; i += step) {
-            auto run =
-                pick<X, NR>((int)std::min(step, job.tokens - i), std::make_integer_sequence<int, MR>());
-            run(job.x + i * job.x_row, job.x_row, job.packed + panel * LANES * job.inputs, part, job.out, i,
-                panel * LANES);
+    for (; panel + NR <= job.panels; panel += NR) {
+        const bf16 *here = job.weights(panel, part.begin),
+                   *next = panel + NR < job.panels ? job.weights(panel + NR, part.begin) : after(part);
+        for (int64_t i = 0, first = 0; i < job.tokens; i += step, first += 2) {
+            const auto size = (int)std::min(step, job.tokens - i);
+            const bf16* from = next && first < NR ? next + first * job.inputs * LANES : here;
+            pick<X, NR, FETCHES>(size, std::make_integer_sequence<int, MR>())(
+                job.x + i * job.x_row, job.x_row, job.weights(panel, 0), part, job.out, i, panel * LANES,
+                {from, from + job.inputs * LANES});
         }
+    }
     return panel;
 }
 
-template <class X, int MR>
-static void run(const Job<X>& job) {
-    const int64_t depth = job.tokens > 2 * MR ? DEPTH : job.inputs, row = job.panels * LANES;
+// `next` is asked once, with the last weights of the job, for those of the thread's next one, or null.
+template <class X, int MR, class Next>
+static void run(const Job<X>& job, const Next& next) {
+    const int64_t depth = job.tokens > FEW_ROWS ? DEPTH : job.inputs, row = job.panels * LANES;
     const bool whole = depth >= job.inputs;
     float* partial = whole ? nullptr : scratch<1>().take<float>(job.tokens * row);
+    const auto after = [&](const Stretch& part) { return part.last() ? next() : job.weights(0, part.end); };
     for (int64_t begin = 0; begin < job.inputs; begin += depth) {
         const Stretch part = {begin, std::min(begin + depth, job.inputs), job.inputs, partial, row};
         int64_t panel = 0;
-        if (X::FOUR_PANELS || job.tokens <= FEW_ROWS) panel = sweep<X, FEW_ROWS, 4>(job, part, panel);
-        panel = sweep<X, MR, 2>(job, part, panel);
-        sweep<X, MR, 1>(job, part, panel);
+        if (job.tokens <= FEW_ROWS)
+            panel = sweep<X, FEW_ROWS, 4, false>(job, part, panel, after);
+        else if (X::FOUR_PANELS)
+            panel = sweep<X, FEW_ROWS, 4, true>(job, part, panel, after);
+        panel = sweep<X, MR, 2, false>(job, part, panel, after);
+        sweep<X, MR, 1, false>(job, part, panel, after);
+    }
+}
+
+// Do all jobs; job_of(i) makes one.
+template <class X, int MR, class JobOf>
+static void run_all(int64_t count, const JobOf& job_of, int threads) {
+    Turns turns(count);
+#pragma omp parallel num_threads(threads)
+    for (int64_t task = turns.take(); task >= 0;) {
+        int64_t following = -1;
+        run<X, MR>(job_of(task), [&] {
+            following = turns.take();
+            return following < 0 ? nullptr : job_of(following).packed;
+        });
+        task = following;
     }
 }
 
@@ -135,13 +174,17 @@ static void product(const typename X::Value* x, int64_t x_row, const bf16* packe
     const int64_t wanted = panels * row_blocks / (16 * (int64_t)threads);
     const int64_t group = std::min<int64_t>(16, std::max<int64_t>(4, (wanted + 3) / 4 * 4));
     const int64_t groups = (panels + group - 1) / group;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t task = 0; task < row_blocks * groups; task++) {
+    const auto job_of = [&](int64_t task) -> Job<X> {
         const int64_t token = task % row_blocks * rows, first = task / row_blocks * group;
-        const Output to = out.from(token, first * LANES);
-        run<X, MR>({x + token * x_row, x_row, std::min(rows, tokens - token), packed + first * LANES * inputs,
-                    std::min(group, panels - first), inputs, to});
-    }
+        return {x + token * x_row,
+                x_row,
+                std::min(rows, tokens - token),
+                packed + first * LANES * inputs,
+                std::min(group, panels - first),
+                inputs,
+                out.from(token, first * LANES)};
+    };
+    run_all<X, MR>(row_blocks * groups, job_of, threads);
 }
 
 constexpr int64_t WIDENED = 2048;  // tokens widened at a time
@@ -170,14 +213,17 @@ static void grouped_product(const typename X::Value* x, Grouped x_step, const bf
                             int threads) {
     const int64_t rows = task_rows<MR>(tokens), blocks = (tokens + rows - 1) / rows;
     const int64_t size = packed_size(outputs, inputs);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t task = 0; task < heads * blocks; task++) {
+    const auto job_of = [&](int64_t task) -> Job<X> {
         const int64_t head = task / blocks, token = task % blocks * rows;
-        const Output to = {out + head * out_step.head, out_step.token, nullptr, outputs};
-        run<X, MR>({x + token * x_step.token + head * x_step.head, x_step.token,
-                    std::min(rows, tokens - token), packed + head * size, panels_of(outputs), inputs,
-                    to.from(token, 0)});
-    }
+        return {x + token * x_step.token + head * x_step.head,
+                x_step.token,
+                std::min(rows, tokens - token),
+                packed + head * size,
+                panels_of(outputs),
+                inputs,
+                Output{out + head * out_step.head, out_step.token, nullptr, outputs}.from(token, 0)};
+    };
+    run_all<X, MR>(heads * blocks, job_of, threads);
 }
 
 // One weight per head: x [T, h, i], out [T, h, o].

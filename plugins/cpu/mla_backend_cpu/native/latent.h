@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "attend.h"
+#include "turns.h"
 
 namespace mla {
 
@@ -69,7 +70,7 @@ static Row* latent_rows(const Latent& a, const LatentTask& task) {
     return rows;
 }
 
-// Where keys first .. first + KEYS - 1 of a request lie; in place of those from `end` on, the one before it.
+// Where up to KEYS keys of a request from `first` on lie; in place of those from `end` on, the one before it.
 static void find_keys(const Latent& a, int64_t request, int64_t first, int64_t end, const bf16** keys) {
     const int32_t* page = a.block_table + request * a.table_row + first / a.page_size;
     int64_t slot = first % a.page_size;
@@ -80,21 +81,54 @@ static void find_keys(const Latent& a, int64_t request, int64_t first, int64_t e
     }
 }
 
-static void latent_task(const Latent& a, const LatentTask& task, float* saved) {
+// The tasks of a call.
+class LatentTasks {
+ public:
+    LatentTasks(const Latent& a, const std::vector<LatentTask>& tasks)
+        : a_(a), all_(tasks.data()), turns_((int64_t)tasks.size()) {}
+
+    const LatentTask* take() {
+        const int64_t i = turns_.take();
+        return i < 0 ? nullptr : all_ + i;
+    }
+    // Find the first keys of a task, or null where there are none.
+    const bf16** begin(const LatentTask* task, const bf16** keys) const {
+        if (!task) return nullptr;
+        const int64_t first = task->part * task->keys, end = a_.kv_lens[task->request];
+        if (first >= end) return nullptr;
+        find_keys(a_, task->request, first, std::min(first + task->keys, end), keys);
+        return keys;
+    }
+
+ private:
+    const Latent& a_;
+    const LatentTask* const all_;
+    Turns turns_;
+};
+
+// Do a task; returns the same thread's next one, or null. That is taken with the last block, whose keys are
+// attended while the first ones of the next task are fetched.
+static const LatentTask* latent_task(const Latent& a, const LatentTask& task, float* saved,
+                                     LatentTasks& left) {
     Attending attention(latent_rows(a, task), task.rows, a.width, a.latent, a.scale, a.width);
     const bf16* keys[2][KEYS];  // of this block and of the next one, in turns
     const int64_t begin = task.part * task.keys, end = std::min(begin + task.keys, attention.most());
+    const LatentTask* following = begin < end ? nullptr : left.take();
     if (begin < end) find_keys(a, task.request, begin, end, keys[0]);
     bool turn = false;
     for (int64_t first = begin; first < end; first += KEYS, turn = !turn) {
-        const bf16 **now = keys[turn], **next = first + KEYS < end ? keys[!turn] : nullptr;
-        if (next) find_keys(a, task.request, first + KEYS, end, next);
+        const bf16 **now = keys[turn], **next = keys[!turn];
+        if (first + KEYS < end)
+            find_keys(a, task.request, first + KEYS, end, next);
+        else
+            next = left.begin(following = left.take(), next);
         attention.attend(now, now, first, std::min(KEYS, end - first), next);
     }
     if (task.parts == 1)
         attention.finish();
     else
         attention.save(saved + task.saved);
+    return following;
 }
 
 static void merge_latent(const Latent& a, const LatentTask& first, float* saved) {
@@ -111,12 +145,13 @@ static void latent_attention(const Latent& a, int threads) {
     float* saved = scratch<21>().take<float>(size);
     const LatentTask* all = tasks.data();
     const int64_t count = (int64_t)tasks.size();
+    LatentTasks left(a, tasks);
 #pragma omp parallel num_threads(threads)
     {
         const TileSession session;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; i++) latent_task(a, all[i], saved);
+        for (const LatentTask* task = left.take(); task;) task = latent_task(a, *task, saved, left);
         if (size) {
+#pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < count; i++)
                 if (all[i].parts > 1 && all[i].part == 0) merge_latent(a, all[i], saved);

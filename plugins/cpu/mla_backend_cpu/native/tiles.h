@@ -19,7 +19,7 @@ namespace mla {
 namespace tile {
 
 static inline void configure(const void* config) {
-    asm volatile("ldtilecfg %0" ::"m"(*(const char(*)[64])config));
+    asm volatile("ldtilecfg %0" ::"m"(*(const char (*)[64])config));
 }
 static inline void release() {
     asm volatile("tilerelease" ::: "memory");
