@@ -4,6 +4,7 @@
 #pragma once
 #include "attention.h"
 #include "gathered.h"
+#include "sums.h"
 
 namespace mla {
 

@@ -3,6 +3,7 @@
 #pragma once
 #include "attention.h"
 #include "gathered.h"
+#include "sums.h"
 
 namespace mla {
 
@@ -11,7 +12,7 @@ constexpr int64_t KEYS = 128;  // of one block: its rows stay in the second-leve
 #if defined(__AVX512F__)
 constexpr int KEYS_ONE = 16, KEYS_TWO = 8, WEIGH_ROWS = 8;
 #else
-constexpr int KEYS_ONE = 4, KEYS_TWO = 2, WEIGH_ROWS = 2;
+constexpr int KEYS_ONE = 8, KEYS_TWO = 4, WEIGH_ROWS = 4;
 #endif
 
 // Inlined into the loops of a task, their sums would not all stay in registers.
@@ -22,17 +23,17 @@ constexpr int KEYS_ONE = 4, KEYS_TWO = 2, WEIGH_ROWS = 2;
 template <int KN, int NP>
 OWN_REGISTERS static void scores(const bf16* key, int64_t pitch, const vu* q, int64_t pairs, float* to,
                                  const bf16* const* next) {
-    vf sum[KN][NP] = {};
+    Sum16 sum[KN][NP] = {};
     for (int64_t k = 0; k < pairs; k++) {
         if (next) __builtin_prefetch(next[k % LANES] + 2 * (k - k % LANES), 0, 2);
-        vu b[NP];
-        for (int p = 0; p < NP; p++) b[p] = q[p * pairs + k];
+        Pair16 b[NP];
+        for (int p = 0; p < NP; p++) b[p] = load_pair16(q + p * pairs + k);
         const bf16* at = key + 2 * k;
 #pragma GCC unroll 16
         for (int i = 0; i < KN; i++, at += pitch) {
             uint32_t pair;
             std::memcpy(&pair, at, 4);
-            for (int p = 0; p < NP; p++) sum[i][p] = dot(sum[i][p], b[p], pair);
+            for (int p = 0; p < NP; p++) add_products(sum[i][p], b[p], pair);
         }
     }
     for (int i = 0; i < KN; i++)
@@ -44,20 +45,26 @@ template <int RN>
 OWN_REGISTERS static void weigh(const bf16* const* values, const bf16* zeros, int64_t count,
                                 const vu* weights, int row, float* sum, int64_t width, const vf& fade,
                                 int64_t column) {
-    vf acc[RN][2];
+    Sum16 acc[RN][2];
+#pragma GCC unroll 16
     for (int r = 0; r < RN; r++)
-        for (int half = 0; half < 2; half++)
-            acc[r][half] = load<vf>(sum + r * width + half * LANES) * fade[row + r];
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            acc[r][half] = load_sum16(sum + r * width + half * LANES);
+            scale(acc[r][half], fade[row + r]);
+        }
     for (int64_t j = 0; j < count; j += 2) {
         Zipped v = zip(values[j] + column, j + 1 < count ? values[j + 1] + column : zeros);
         const uint32_t* weight = (const uint32_t*)(weights + j / 2) + row;
 #pragma GCC unroll 16
         for (int r = 0; r < RN; r++) {
-            acc[r][0] = dot(acc[r][0], v.first, weight[r]);
-            acc[r][1] = dot(acc[r][1], v.second, weight[r]);
+            add_products(acc[r][0], v.first, weight[r]);
+            add_products(acc[r][1], v.second, weight[r]);
         }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < RN; r++)
+#pragma GCC unroll 2
         for (int half = 0; half < 2; half++) store(sum + r * width + half * LANES, acc[r][half]);
 }
 

@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "memory.h"
+#include "sums.h"
 #include "tiles.h"
 
 namespace mla {
@@ -34,32 +35,42 @@ static inline int64_t sum_at(int64_t row, int64_t c, int64_t width) {
     return MLA_TILES ? c * LANES + row * LANES : row * width + c;
 }
 
-// Turn a panel's scores [count][16] of keys first .. first + count - 1 into weights, as pairs of keys [count
-// / 2][16]; returns what the sums of earlier blocks must be scaled by.
-static inline vf soften(Panel& panel, float* score, int64_t first, int64_t count, float scale, vu* weights) {
+// Some lanes of a panel: what `soften` does for PART rows from `lane` on.
+static inline void soften_part(Panel& panel, int lane, float* score, int64_t first, int64_t count,
+                               float scale, uint32_t* weights, float* fades) {
+    typedef Like<pf>::I pi;
     const bool masked = panel.least < first + count;
-    const vf nothing = splat(-INFINITY);
-    const vi left = panel.visible - (int32_t)first;
-    vf top = nothing;
+    const pf nothing = pf{} - INFINITY, old = load<pf>((float*)&panel.top + lane);
+    const pi left = load<pi>((int32_t*)&panel.visible + lane) - (int32_t)first;
+    pf top = nothing;
     for (int64_t j = 0; j < count; j++) {
-        vf s = load<vf>(score + j * LANES);
+        pf s = load<pf>(score + j * LANES);
         if (masked) store(score + j * LANES, s = left > (int32_t)j ? s : nothing);
         top = maximum(s, top);
     }
-    top = maximum(top * scale, panel.top);
-    const vf base = top == nothing ? splat(0) : top;
-    const vf fade = exponential(panel.top - base);
-    vf total = {}, pair[2];
+    top = maximum(top * scale, old);
+    const pf base = top == nothing ? pf{} : top;
+    const pf fade = exponential(old - base);
+    pf total = {}, pair[2];
     for (int64_t j = 0; j < count + (count & 1); j++) {
-        vf s = j < count ? load<vf>(score + j * LANES) : nothing;
-        vf weight = exponential(s * scale - base);
-        pair[j & 1] = s == nothing ? splat(0) : weight;
+        pf s = j < count ? load<pf>(score + j * LANES) : nothing;
+        pf weight = exponential(s * scale - base);
+        pair[j & 1] = s == nothing ? pf{} : weight;
         total += pair[j & 1];
-        if (j & 1) weights[j / 2] = pair_up(narrow(pair[0]), narrow(pair[1]));
+        if (j & 1) store(weights + j / 2 * LANES, pair_up(narrow(pair[0]), narrow(pair[1])));
     }
-    panel.top = top;
-    panel.total = panel.total * fade + total;
-    return fade;
+    store((float*)&panel.top + lane, top);
+    store((float*)&panel.total + lane, load<pf>((float*)&panel.total + lane) * fade + total);
+    store(fades + lane, fade);
+}
+
+// Turn a panel's scores [count][16] of keys first .. first + count - 1 into weights, as pairs of keys [count
+// / 2][16]; returns what the sums of earlier blocks must be scaled by.
+static inline vf soften(Panel& panel, float* score, int64_t first, int64_t count, float scale, vu* weights) {
+    float fades[LANES];
+    for (int lane = 0; lane < LANES; lane += PART)
+        soften_part(panel, lane, score + lane, first, count, scale, (uint32_t*)weights + lane, fades);
+    return load<vf>(fades);
 }
 
 // The state of one task: up to `panels` x 16 query rows, and what the keys seen so far gave.

@@ -5,6 +5,7 @@
 
 #include "memory.h"
 #include "panels.h"
+#include "sums.h"
 #include "turns.h"
 
 namespace mla {
@@ -12,22 +13,15 @@ namespace mla {
 // What a kernel reads of x: bf16 pairs as they are, or values widened beforehand.
 struct Pairs {
     typedef bf16 Value;
-    static constexpr bool FOUR_PANELS = true;  // ten loads for 24 products; two panels need sixteen for 28
-    template <int NR>
-    static inline void step(vf (&sum)[NR], const vu (&b)[NR], const bf16* a) {
+    static inline void step(Sum16& sum, const Pair16& b, const bf16* a) {
         uint32_t pair;
         std::memcpy(&pair, a, 4);
-        for (int j = 0; j < NR; j++) sum[j] = dot(sum[j], b[j], pair);
+        add_products(sum, b, pair);
     }
 };
 struct Wide {
     typedef float Value;
-    static constexpr bool FOUR_PANELS = false;  // the widened weights would not fit the registers
-    template <int NR>
-    static inline void step(vf (&sum)[NR], const vu (&b)[NR], const float* a) {
-        for (int j = 0; j < NR; j++) sum[j] += low_half(b[j]) * a[0];
-        for (int j = 0; j < NR; j++) sum[j] += high_half(b[j]) * a[1];
-    }
+    static inline void step(Sum16& sum, const Pair16& b, const float* a) { add_products(sum, b, a[0], a[1]); }
 };
 
 // A stretch of the inputs. Sums of all but the last one are kept in `partial`, [tokens, outputs] of the task,
@@ -56,17 +50,18 @@ struct Fetch {
 template <class X, int MR, int NR, bool FETCHES>
 static void tile(const typename X::Value* x, int64_t x_row, const bf16* panel, const Stretch& part,
                  const Output& out, int64_t token, int64_t column, const Fetch& fetch) {
-    vf sum[MR][NR] = {};
+    Sum16 sum[MR][NR] = {};
     float* partial = part.partial ? part.partial + token * part.row + column : nullptr;
     if (!part.first())
         for (int i = 0; i < MR; i++)
-            for (int j = 0; j < NR; j++) sum[i][j] = load<vf>(partial + i * part.row + j * LANES);
+            for (int j = 0; j < NR; j++) sum[i][j] = load_sum16(partial + i * part.row + j * LANES);
     for (int64_t k = part.begin; k < part.end; k += 2) {
         if (FETCHES) fetch.line(k - part.begin);
-        vu b[NR];
-        for (int j = 0; j < NR; j++) b[j] = load<vu>(panel + (j * part.inputs + k) * LANES);
+        Pair16 b[NR];
+        for (int j = 0; j < NR; j++) b[j] = load_pair16(panel + (j * part.inputs + k) * LANES);
 #pragma GCC unroll 32
-        for (int i = 0; i < MR; i++) X::step(sum[i], b, x + i * x_row + k);
+        for (int i = 0; i < MR; i++)
+            for (int j = 0; j < NR; j++) X::step(sum[i][j], b[j], x + i * x_row + k);
     }
     for (int i = 0; i < MR; i++)
         if (part.last())
@@ -84,12 +79,14 @@ static Tile<X> pick(int rows, std::integer_sequence<int, MR...>) {
     return table[rows - 1];
 }
 
-// Register blocks: MR x NR sums, NR weights, and room to widen. A load of x serves NR products and one of W
-// serves MR.
+// Register blocks: rows of x by panels, of which the first weights may have to be widened. A load of x serves
+// all panels, and one of W all rows: with six rows by four panels ten loads are enough for 24 products, which
+// two panels need sixteen for.
 #if defined(__AVX512F__)
-constexpr int FEW_ROWS = 6, ROWS = 14, ROWS_WIDE = 12;
+constexpr int FEW_ROWS = 6, ROWS = 14, ROWS_WIDE = 12, PANELS = 2;
 #else
-constexpr int FEW_ROWS = 1, ROWS = 2, ROWS_WIDE = 2;
+// One panel's weights, widened, take two registers per part; the rest is for sums, and some for x.
+constexpr int FEW_ROWS = 1, ROWS = REGISTERS / PARTS - 3, ROWS_WIDE = ROWS, PANELS = 1;
 #endif
 constexpr int64_t DEPTH = 2048;  // inputs of a stretch when the rows are more than one block
 
@@ -137,9 +134,9 @@ static void run(const Job<X>& job, const Next& next) {
         int64_t panel = 0;
         if (job.tokens <= FEW_ROWS)
             panel = sweep<X, FEW_ROWS, 4, false>(job, part, panel, after);
-        else if (X::FOUR_PANELS)
+        else if (MLA_DOT_BF16)  // else widened weights would not fit the registers
             panel = sweep<X, FEW_ROWS, 4, true>(job, part, panel, after);
-        panel = sweep<X, MR, 2, false>(job, part, panel, after);
+        if (PANELS > 1) panel = sweep<X, MR, PANELS, false>(job, part, panel, after);
         sweep<X, MR, 1, false>(job, part, panel, after);
     }
 }

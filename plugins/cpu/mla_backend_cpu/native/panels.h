@@ -3,7 +3,7 @@
 #pragma once
 #include <algorithm>
 
-#include "simd.h"
+#include "sums.h"
 
 namespace mla {
 
@@ -52,13 +52,13 @@ static inline void store_panel(vf sum, const Output& out, int64_t token, int64_t
 
 // The same for NR neighbouring panels.
 template <int NR>
-static inline void store_panels(const vf (&sum)[NR], const Output& out, int64_t token, int64_t column) {
+static inline void store_panels(const Sum16 (&sum)[NR], const Output& out, int64_t token, int64_t column) {
     if (out.bias || column + NR * LANES > out.outputs) {
-        for (int j = 0; j < NR; j++) store_panel(sum[j], out, token, column + j * LANES);
+        for (int j = 0; j < NR; j++) store_panel(whole(sum[j]), out, token, column + j * LANES);
         return;
     }
     bf16* to = out.data + token * out.row + column;
-    for (int j = 0; j < NR; j++) store(to + j * LANES, narrow(sum[j]));
+    for (int j = 0; j < NR; j++) store(to + j * LANES, narrow(whole(sum[j])));
 }
 
 struct Grouped {  // [tokens, heads, width] by strides

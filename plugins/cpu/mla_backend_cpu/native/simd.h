@@ -1,15 +1,13 @@
-// Sixteen-lane vectors and the one primitive everything is built on: a dot product of bf16 pairs.
-//
-// Written once with the compiler's vector extension, so that any target compiles; the instructions that
-// matter are chosen by the target's macros. A bf16 value is held as uint16_t, a pair of them as uint32_t
-// (first one low).
+// Sixteen-lane vectors, and what is done with them lane by lane. Written once with the compiler's vector
+// extension, so that any target compiles; the instructions that matter are chosen by the target's macros. A
+// bf16 value is held as uint16_t, a pair of them as uint32_t (first one low).
 #pragma once
 #include <cstdint>
 #include <cstring>
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #include <immintrin.h>
 #define MLA_DOT_BF16 1
-#elif defined(__AVX512BW__)
+#elif defined(__AVX2__)
 #include <immintrin.h>
 #define MLA_DOT_BF16 0
 #else
@@ -56,15 +54,25 @@ static inline vf widen(vh x) {
     return as_float(__builtin_convertvector(x, vu) << 16);
 }
 
+// The vectors of integers that go with one of floats.
+template <class F>
+struct Like {
+    typedef uint32_t U __attribute__((vector_size(sizeof(F))));
+    typedef int32_t I __attribute__((vector_size(sizeof(F))));
+    typedef uint16_t H __attribute__((vector_size(sizeof(F) / 2)));
+};
+
 // Round to nearest even; a NaN stays one.
-static inline vh narrow(vf x) {
+template <class F>
+static inline typename Like<F>::H narrow(F x) {
 #if MLA_DOT_BF16
-    return (vh)_mm512_cvtneps_pbh((__m512)x);
+    return (typename Like<F>::H)_mm512_cvtneps_pbh((__m512)x);
 #else
-    vu bits = (vu)x;
-    vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    vu quiet = (bits >> 16) | 0x40;
-    return __builtin_convertvector(x != x ? quiet : rounded, vh);
+    typedef typename Like<F>::U U;
+    const U bits = (U)x;
+    const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const U quiet = (bits >> 16) | 0x40;
+    return __builtin_convertvector(x != x ? quiet : rounded, typename Like<F>::H);
 #endif
 }
 static inline bf16 narrow(float x) {
@@ -82,45 +90,10 @@ static inline vf high_half(vu pairs) {
     return as_float(pairs & 0xffff0000u);
 }
 
-// sum += b.low * a.low + b.high * a.high, lane by lane; a is one pair for all lanes.
-static inline vf dot(vf sum, vu b, uint32_t a) {
-#if MLA_DOT_BF16
-    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32((int)a));
-#else
-    sum += low_half(b) * widen((bf16)a);
-    sum += high_half(b) * widen((bf16)(a >> 16));
-    return sum;
-#endif
-}
-
-static inline vu pair_up(vh low, vh high) {
-    return __builtin_convertvector(low, vu) | (__builtin_convertvector(high, vu) << 16);
-}
-
-// 32 columns of two rows as pairs, in two vectors. Where the machine shuffles only within 128-bit groups, the
-// columns come in the order of `column_order`, which `unzipped` undoes.
-struct Zipped {
-    vu first, second;
-};
-static inline Zipped zip(const bf16* a, const bf16* b) {
-#if defined(__AVX512BW__)
-    __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
-    return {(vu)_mm512_unpacklo_epi16(x, y), (vu)_mm512_unpackhi_epi16(x, y)};
-#else
-    return {pair_up(load<vh>(a), load<vh>(b)), pair_up(load<vh>(a + 16), load<vh>(b + 16))};
-#endif
-}
-// Store 32 results of zipped columns as bf16, in plain order.
-static inline void store_unzipped(bf16* to, vf first, vf second) {
-#if defined(__AVX512BW__)
-    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    store(to, narrow((vf)_mm512_permutex2var_ps((__m512)first, low, (__m512)second)));
-    store(to + 16, narrow((vf)_mm512_permutex2var_ps((__m512)first, high, (__m512)second)));
-#else
-    store(to, narrow(first));
-    store(to + 16, narrow(second));
-#endif
+template <class H>
+static inline auto pair_up(H low, H high) {
+    typedef uint32_t U __attribute__((vector_size(2 * sizeof(H))));
+    return __builtin_convertvector(low, U) | (__builtin_convertvector(high, U) << 16);
 }
 
 // Transpose sixteen rows of sixteen words: squares of 1, 2, 4 and 8 words change places across the diagonal.
@@ -155,26 +128,29 @@ static inline bool same(vf x, float value) {
     return same;
 }
 
-static inline vf maximum(vf a, vf b) {
+template <class F>
+static inline F maximum(F a, F b) {
     return a > b ? a : b;
 }
 
 // e^x for x <= 0, relative error below 3e-7; what is below -87 counts as -87.
-static inline vf exponential(vf x) {
-    x = x < -87.0f ? splat(-87.0f) : x;  // a NaN fails the comparison and stays
-    vf scaled = x * 1.44269504f;
+template <class F>
+static inline F exponential(F x) {
+    typedef typename Like<F>::I I;
+    x = x < -87.0f ? F{} - 87.0f : x;  // a NaN fails the comparison and stays
+    F scaled = x * 1.44269504f;
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-    vf shifted = scaled + magic;
-    vi whole = (vi)shifted - (vi)splat(magic);
-    vf rest = scaled - (shifted - magic);  // in [-0.5, 0.5]; 2^rest by its Taylor series
-    vf p = splat(1.5403530e-4f);
+    F shifted = scaled + magic;
+    I whole = (I)shifted - (I)(F{} + magic);
+    F rest = scaled - (shifted - magic);  // in [-0.5, 0.5]; 2^rest by its Taylor series
+    F p = F{} + 1.5403530e-4f;
     p = p * rest + 1.3333558e-3f;
     p = p * rest + 9.6181291e-3f;
     p = p * rest + 5.5504109e-2f;
     p = p * rest + 2.4022651e-1f;
     p = p * rest + 6.9314718e-1f;
     p = p * rest + 1.0f;
-    return x != x ? x : (vf)((vi)p + (whole << 23));
+    return x != x ? x : (F)((I)p + (whole << 23));
 }
 
 }  // namespace mla
