@@ -38,7 +38,7 @@ static inline int64_t sum_at(int64_t row, int64_t c, int64_t width) {
 // Some lanes of a panel: what `soften` does for PART rows from `lane` on.
 static inline void soften_part(Panel& panel, int lane, float* score, int64_t first, int64_t count,
                                float scale, uint32_t* weights, float* fades) {
-    typedef Like<pf>::I pi;
+    typedef Vectors<WIDTH>::I pi;
     const bool masked = panel.least < first + count;
     const pf nothing = pf{} - INFINITY, old = load<pf>((float*)&panel.top + lane);
     const pi left = load<pi>((int32_t*)&panel.visible + lane) - (int32_t)first;

@@ -17,10 +17,38 @@
 namespace mla {
 
 constexpr int LANES = 16;
-typedef float vf __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
+
+// Vectors of so many bytes: of floats, of integers that go with them, and of as many bf16.
+template <int BYTES>
+struct Vectors;
+template <>
+struct Vectors<16> {
+    typedef float F __attribute__((vector_size(16)));
+    typedef uint32_t U __attribute__((vector_size(16)));
+    typedef int32_t I __attribute__((vector_size(16)));
+    typedef uint16_t H __attribute__((vector_size(8)));
+};
+template <>
+struct Vectors<32> {
+    typedef float F __attribute__((vector_size(32)));
+    typedef uint32_t U __attribute__((vector_size(32)));
+    typedef int32_t I __attribute__((vector_size(32)));
+    typedef uint16_t H __attribute__((vector_size(16)));
+};
+template <>
+struct Vectors<64> {
+    typedef float F __attribute__((vector_size(64)));
+    typedef uint32_t U __attribute__((vector_size(64)));
+    typedef int32_t I __attribute__((vector_size(64)));
+    typedef uint16_t H __attribute__((vector_size(32)));
+};
+template <class F>
+using Like = Vectors<sizeof(F)>;
+
+typedef Vectors<64>::F vf;
+typedef Vectors<64>::U vu;
+typedef Vectors<64>::I vi;
+typedef Vectors<64>::H vh;
 typedef uint16_t bf16;
 
 static inline vf splat(float x) {
@@ -54,14 +82,6 @@ static inline vf widen(vh x) {
     return as_float(__builtin_convertvector(x, vu) << 16);
 }
 
-// The vectors of integers that go with one of floats.
-template <class F>
-struct Like {
-    typedef uint32_t U __attribute__((vector_size(sizeof(F))));
-    typedef int32_t I __attribute__((vector_size(sizeof(F))));
-    typedef uint16_t H __attribute__((vector_size(sizeof(F) / 2)));
-};
-
 // Round to nearest even; a NaN stays one.
 template <class F>
 static inline typename Like<F>::H narrow(F x) {
@@ -92,7 +112,7 @@ static inline vf high_half(vu pairs) {
 
 template <class H>
 static inline auto pair_up(H low, H high) {
-    typedef uint32_t U __attribute__((vector_size(2 * sizeof(H))));
+    typedef typename Vectors<2 * sizeof(H)>::U U;
     return __builtin_convertvector(low, U) | (__builtin_convertvector(high, U) << 16);
 }
 

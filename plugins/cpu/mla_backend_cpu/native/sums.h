@@ -19,9 +19,9 @@ constexpr int REGISTERS = 32;
 constexpr int REGISTERS = 16;
 #endif
 constexpr int PART = LANES / PARTS;  // lanes of a part
-typedef float pf __attribute__((vector_size(WIDTH)));
-typedef uint32_t pu __attribute__((vector_size(WIDTH)));
-typedef uint16_t ph __attribute__((vector_size(WIDTH / 2)));
+typedef Vectors<WIDTH>::F pf;
+typedef Vectors<WIDTH>::U pu;
+typedef Vectors<WIDTH>::H ph;
 
 struct Sum16 {
     pf part[PARTS];
