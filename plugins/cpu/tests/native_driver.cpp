@@ -253,17 +253,18 @@ int main() {
     }
     for (int wide : {0, 1}) {
         test_linear(31, 2050, 17, true, wide, 1);
+        test_linear(9, 4100, 200, true, wide, 2);
         test_linear(200, 8, 40, false, wide, 3);
         test_batched(180, 2, 1030, 17, wide, 2);
     }
     test_pointwise(700, 80, 64, true, 2);  // enough that several threads take part
     for (int threads : {1, 2, 3}) {
-        for (int64_t page : {1, 16, 64})
-            test_latent({1, 1, 3, 0, 1, 2, 1, 1, 1, 1}, {119, 120, 121, 5, 0, 1, 64, 65, 16, 1}, 5, page, 32, 4, threads);
+        for (int64_t page : {1, 16, 24, 64})
+            test_latent({1, 1, 3, 0, 1, 2, 1, 1, 1, 1}, {127, 128, 129, 5, 0, 1, 64, 255, 256, 257}, 5, page, 32, 4, threads);
         test_latent({1}, {1700}, 17, 64, 64, 32, threads);
         test_latent({40, 2}, {40, 130}, 2, 16, 32, 4, threads);
         for (bool causal : {true, false}) {
-            test_expanded({1, 4, 0, 3, 2}, {119, 121, 3, 1, 0}, 2, 6, 32, causal, threads);
+            test_expanded({1, 4, 0, 3, 2}, {127, 129, 3, 1, 0}, 2, 6, 32, causal, threads);
             test_expanded({290, 17}, {290, 245}, 1, 10, 128, causal, threads);
         }
     }

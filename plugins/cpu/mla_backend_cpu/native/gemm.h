@@ -13,6 +13,7 @@ namespace mla {
 // What a kernel reads of x: bf16 pairs as they are, or values widened beforehand.
 struct Pairs {
     typedef bf16 Value;
+    static constexpr bool FOUR_PANELS = MLA_DOT_BF16;
     static inline void step(Sum16& sum, const Pair16& b, const bf16* a) {
         uint32_t pair;
         std::memcpy(&pair, a, 4);
@@ -21,11 +22,12 @@ struct Pairs {
 };
 struct Wide {
     typedef float Value;
+    static constexpr bool FOUR_PANELS = false;  // with widened weights the sums would not fit the registers
     static inline void step(Sum16& sum, const Pair16& b, const float* a) { add_products(sum, b, a[0], a[1]); }
 };
 
 // A stretch of the inputs. Sums of all but the last one are kept in `partial`, [tokens, outputs] of the task,
-// so that the weights and tokens of a stretch fit the first-level cache.
+// so that the weights and tokens of a stretch fit the second-level cache.
 struct Stretch {
     int64_t begin, end, inputs;
     float* partial;  // null: one stretch is all
@@ -88,7 +90,7 @@ constexpr int FEW_ROWS = 6, ROWS = 14, ROWS_WIDE = 12, PANELS = 2;
 // One panel's weights, widened, take two registers per part; the rest is for sums, and some for x.
 constexpr int FEW_ROWS = 1, ROWS = REGISTERS / PARTS - 3, ROWS_WIDE = ROWS, PANELS = 1;
 #endif
-constexpr int64_t DEPTH = 2048;  // inputs of a stretch when the rows are more than one block
+constexpr int64_t DEPTH = 2048;  // inputs of a stretch, unless the tokens are few
 
 // What one task multiplies: rows of x by neighbouring panels.
 template <class X>
@@ -103,17 +105,17 @@ struct Job {
 };
 
 // All rows against panels from `panel` on, NR at a time as long as they last; returns the first one left. The
-// rows are cut evenly: 8 + 8 is faster than 14 + 2. The first blocks of rows fetch the weights that come
-// next, two panels each; where this job has none in this stretch, `after` says.
+// rows are cut evenly: 8 + 8 is faster than 14 + 2. Where it FETCHES, the first blocks of rows fetch the
+// weights that come next, two panels each; where this job has none in this stretch, `after` says.
 template <class X, int MR, int NR, bool FETCHES, class After>
 static int64_t sweep(const Job<X>& job, const Stretch& part, int64_t panel, const After& after) {
     const int64_t blocks = (job.tokens + MR - 1) / MR, step = (job.tokens + blocks - 1) / blocks;
     for (; panel + NR <= job.panels; panel += NR) {
-        const bf16 *here = job.weights(panel, part.begin),
-                   *next = panel + NR < job.panels ? job.weights(panel + NR, part.begin) : after(part);
-        for (int64_t i = 0, first = 0; i < job.tokens; i += step, first += 2) {
+        const bf16 *here = job.weights(panel, part.begin), *next = nullptr;
+        if (FETCHES) next = panel + NR < job.panels ? job.weights(panel + NR, part.begin) : after(part);
+        for (int64_t i = 0, fetched = 0; i < job.tokens; i += step, fetched += 2) {
             const auto size = (int)std::min(step, job.tokens - i);
-            const bf16* from = next && first < NR ? next + first * job.inputs * LANES : here;
+            const bf16* from = next && fetched < NR ? next + fetched * job.inputs * LANES : here;
             pick<X, NR, FETCHES>(size, std::make_integer_sequence<int, MR>())(
                 job.x + i * job.x_row, job.x_row, job.weights(panel, 0), part, job.out, i, panel * LANES,
                 {from, from + job.inputs * LANES});
@@ -122,7 +124,8 @@ static int64_t sweep(const Job<X>& job, const Stretch& part, int64_t panel, cons
     return panel;
 }
 
-// `next` is asked once, with the last weights of the job, for those of the thread's next one, or null.
+// `next` is asked at most once, with the last weights of the job, for those of the thread's next one, or
+// null.
 template <class X, int MR, class Next>
 static void run(const Job<X>& job, const Next& next) {
     const int64_t depth = job.tokens > FEW_ROWS ? DEPTH : job.inputs, row = job.panels * LANES;
@@ -134,7 +137,7 @@ static void run(const Job<X>& job, const Next& next) {
         int64_t panel = 0;
         if (job.tokens <= FEW_ROWS)
             panel = sweep<X, FEW_ROWS, 4, false>(job, part, panel, after);
-        else if (MLA_DOT_BF16)  // else widened weights would not fit the registers
+        else if (X::FOUR_PANELS)
             panel = sweep<X, FEW_ROWS, 4, true>(job, part, panel, after);
         if (PANELS > 1) panel = sweep<X, MR, PANELS, false>(job, part, panel, after);
         sweep<X, MR, 1, false>(job, part, panel, after);
@@ -144,15 +147,15 @@ static void run(const Job<X>& job, const Next& next) {
 // Do all jobs; job_of(i) makes one.
 template <class X, int MR, class JobOf>
 static void run_all(int64_t count, const JobOf& job_of, int threads) {
-    Turns turns(count);
+    Turns turns(count, threads);
 #pragma omp parallel num_threads(threads)
     for (int64_t task = turns.take(); task >= 0;) {
         int64_t following = -1;
         run<X, MR>(job_of(task), [&] {
-            following = turns.take();
+            following = turns.take_early();
             return following < 0 ? nullptr : job_of(following).packed;
         });
-        task = following;
+        task = following < 0 ? turns.take() : following;
     }
 }
 

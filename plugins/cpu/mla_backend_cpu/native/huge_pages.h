@@ -9,13 +9,13 @@
 
 namespace mla {
 
-constexpr uintptr_t SMALL_PAGE = 4096;
+constexpr uintptr_t HUGE_PAGE = 2 << 20;
 constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, of Linux 6.1; its headers may be older than the system
 
 static inline void advise(const void* data, size_t bytes, int advice) {
 #if defined(__linux__)
-    const uintptr_t begin = ((uintptr_t)data + SMALL_PAGE - 1) & ~(SMALL_PAGE - 1);
-    const uintptr_t end = ((uintptr_t)data + bytes) & ~(SMALL_PAGE - 1);
+    const uintptr_t begin = ((uintptr_t)data + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1);
+    const uintptr_t end = ((uintptr_t)data + bytes) & ~(HUGE_PAGE - 1);  // whole ones only
     if (end > begin) madvise((void*)begin, end - begin, advice);
 #endif
 }

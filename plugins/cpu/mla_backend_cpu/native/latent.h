@@ -84,13 +84,11 @@ static void find_keys(const Latent& a, int64_t request, int64_t first, int64_t e
 // The tasks of a call.
 class LatentTasks {
  public:
-    LatentTasks(const Latent& a, const std::vector<LatentTask>& tasks)
-        : a_(a), all_(tasks.data()), turns_((int64_t)tasks.size()) {}
+    LatentTasks(const Latent& a, const std::vector<LatentTask>& tasks, int threads)
+        : a_(a), all_(tasks.data()), turns_((int64_t)tasks.size(), threads) {}
 
-    const LatentTask* take() {
-        const int64_t i = turns_.take();
-        return i < 0 ? nullptr : all_ + i;
-    }
+    const LatentTask* take() { return task(turns_.take()); }
+    const LatentTask* take_early() { return task(turns_.take_early()); }
     // Find the first keys of a task, or null where there are none.
     const bf16** begin(const LatentTask* task, const bf16** keys) const {
         if (!task) return nullptr;
@@ -101,6 +99,8 @@ class LatentTasks {
     }
 
  private:
+    const LatentTask* task(int64_t i) const { return i < 0 ? nullptr : all_ + i; }
+
     const Latent& a_;
     const LatentTask* const all_;
     Turns turns_;
@@ -113,7 +113,7 @@ static const LatentTask* latent_task(const Latent& a, const LatentTask& task, fl
     Attending attention(latent_rows(a, task), task.rows, a.width, a.latent, a.scale, a.width);
     const bf16* keys[2][KEYS];  // of this block and of the next one, in turns
     const int64_t begin = task.part * task.keys, end = std::min(begin + task.keys, attention.most());
-    const LatentTask* following = begin < end ? nullptr : left.take();
+    const LatentTask* following = nullptr;
     if (begin < end) find_keys(a, task.request, begin, end, keys[0]);
     bool turn = false;
     for (int64_t first = begin; first < end; first += KEYS, turn = !turn) {
@@ -121,14 +121,14 @@ static const LatentTask* latent_task(const Latent& a, const LatentTask& task, fl
         if (first + KEYS < end)
             find_keys(a, task.request, first + KEYS, end, next);
         else
-            next = left.begin(following = left.take(), next);
+            next = left.begin(following = left.take_early(), next);
         attention.attend(now, now, first, std::min(KEYS, end - first), next);
     }
     if (task.parts == 1)
         attention.finish();
     else
         attention.save(saved + task.saved);
-    return following;
+    return following ? following : left.take();
 }
 
 static void merge_latent(const Latent& a, const LatentTask& first, float* saved) {
@@ -145,7 +145,7 @@ static void latent_attention(const Latent& a, int threads) {
     float* saved = scratch<21>().take<float>(size);
     const LatentTask* all = tasks.data();
     const int64_t count = (int64_t)tasks.size();
-    LatentTasks left(a, tasks);
+    LatentTasks left(a, tasks, threads);
 #pragma omp parallel num_threads(threads)
     {
         const TileSession session;

@@ -54,9 +54,6 @@ typedef uint16_t bf16;
 static inline vf splat(float x) {
     return x - vf{};
 }
-static inline vi splat_int(int32_t x) {
-    return x - vi{};
-}
 static inline vf as_float(vu x) {
     return (vf)x;
 }
