@@ -7,6 +7,7 @@ key per token. *Expanded*: keys and values are rebuilt per head. Per request the
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from mla.batch import RaggedBatch
 from mla.checkpoint import read_layer, refuse_other_formats
 from mla.config import MLAConfig
 from mla.errors import WeightError
+from mla.expanded import ExpandedPath
 from mla.ops import Ops
 from mla.packed import PackedWeights
-from mla.plan import WORKSPACE_BYTES, AbsorbedGroup, ExpandedGroup, Piece, Plan, make_plan
+from mla.plan import WORKSPACE_BYTES, AbsorbedGroup, Plan, make_plan
+from mla.repeated import Repeated, recording
 from mla.rope import RotaryTable, query_factors
 from mla.views import Projected, StepViews
 from mla.workspace import Workspace
-from mla_backends.api import Backend
+from mla_backends.api import Backend, OpCall
 
 ATTENTION_MODES = ("auto", "absorbed", "expanded")
 
@@ -68,6 +71,8 @@ class MLA(nn.Module):
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
         self._scratch = Workspace(dtype, self.device)
         self._step_views = StepViews(config, self.ops, self._scratch)
+        self.expanded = ExpandedPath(config, self._weights, self._scratch)
+        self._repeated = Repeated(backend)
         self._plan_key = self._make_plan_key()
         self._softmax_scale = config.softmax_scale
 
@@ -100,6 +105,7 @@ class MLA(nn.Module):
         (unknown ones pass with `strict=False`); the layer then keeps what it had.
         """
         self._weights.load(state_dict, strict)
+        self._repeated.forget()
 
     def state_dict(  # type: ignore[override]
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
@@ -115,7 +121,7 @@ class MLA(nn.Module):
         own = {
             name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)
         }
-        self._weights.load(own)
+        self.load_state_dict(own)
 
     def weight_bytes(self) -> int:
         """Return the bytes all packed weights keep alive."""
@@ -170,15 +176,45 @@ class MLA(nn.Module):
             out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         self._check(hidden, batch, pages, out)
         plan = self.plan(batch)
+        at_once = self._at_once(hidden, batch, plan, pages, out)
+        if at_once is not None:
+            at_once(hidden, pages, out)
+        else:
+            self._run(hidden, batch, plan, pages, out)
+        return out
+
+    def _at_once(
+        self, hidden: torch.Tensor, batch: RaggedBatch, plan: Plan, pages: torch.Tensor, out: torch.Tensor
+    ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None:
+        """Return what makes this forward in one call, if it is one of ops alone and came before."""
+        group = plan.absorbed
+        if group is None or group.batch is not batch or self._scales(batch):
+            return None
+        ops, views = self.ops, self._step_views.projected(batch.num_tokens)
+        owners = (ops, views, batch.memory, group.cos_sin, group.state)
+        in_place = hidden.data_ptr() == out.data_ptr()
+        layout = (hidden.stride(), pages.shape, pages.stride(), out.stride(), in_place)
+
+        def record() -> list[OpCall]:
+            calls: list[OpCall] = []
+            layer = copy.copy(self)
+            layer.ops = recording(ops, calls)
+            layer._run(hidden, batch, plan, pages, out)
+            return calls
+
+        return self._repeated.find(owners, layout, record, (hidden, pages, out))
+
+    def _run(
+        self, hidden: torch.Tensor, batch: RaggedBatch, plan: Plan, pages: torch.Tensor, out: torch.Tensor
+    ) -> None:
         step = self._project(hidden)
         self._scale_queries(step.q, batch)
         self._write_latent(step.kv_a, batch, plan, pages)
         if plan.absorbed is not None:
             self._absorbed(step, plan.absorbed, pages)
         if plan.expanded is not None:
-            self._expanded(step.q, plan.expanded, pages, step.heads)
+            self.expanded.run(self.ops, step.q, plan.expanded, pages, step.heads)
         self._linear("o_proj", step.heads_flat, out, bias="o_proj.bias")
-        return out
 
     def _check(
         self, hidden: torch.Tensor, batch: RaggedBatch, pages: torch.Tensor, out: torch.Tensor
@@ -204,10 +240,15 @@ class MLA(nn.Module):
             self._linear("q_b_proj", views.q_normed, views.q_flat)
         return views
 
+    def _scales(self, batch: RaggedBatch) -> bool:
+        """Say whether any query's factor is other than 1."""
+        scaling = self.config.query_scaling
+        return scaling is not None and max(batch.kv_lens) > scaling.period
+
     def _scale_queries(self, q: torch.Tensor, batch: RaggedBatch) -> None:
         """Scale q [T, h, n + r] by position, in place, where the config says so."""
         scaling = self.config.query_scaling
-        if scaling is None or max(batch.kv_lens) <= scaling.period:  # every factor is 1
+        if scaling is None or not self._scales(batch):
             return
         factors = batch.memo(scaling, lambda: query_factors(scaling, batch.positions)[:, None, None])
         q.mul_(factors)
@@ -242,83 +283,12 @@ class MLA(nn.Module):
         self.ops["w_uv"].op(self._weights.packed["w_uv"], x=views.latent_out, out=views.heads)
         self._scratch.put(step.heads, group.tokens, views.heads)
 
-    def _expanded(
-        self, q: torch.Tensor, group: ExpandedGroup, pages: torch.Tensor, heads: torch.Tensor
-    ) -> None:
-        """Rebuild k and v of the context round by round and run multi-head attention. Writes heads."""
-        n = self.config.qk_nope_head_dim
-        q = self._scratch.rows("expanded_q", q, group.tokens)
-        self._rotate(q[..., n:], group.cos_sin, q[..., n:])
-        target = self._scratch.target("expanded_heads", heads, group.tokens, q.shape[0])
-        lse = self._scratch.take("lse", *q.shape[:2], dtype=torch.float32)
-        if len(group.rounds) == 1:
-            k, v = self._expand(group.rounds[0].slots, pages)
-            for piece in group.rounds[0].pieces:
-                self._attend(piece, q, k, v, target[piece.queries], lse[piece.queries])
-        else:
-            self._merge_rounds(group, q, pages, target, lse)
-        self._scratch.put(heads, group.tokens, target)
-
-    def _merge_rounds(
-        self, group: ExpandedGroup, q: torch.Tensor, pages: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
-    ) -> None:
-        """Attend round by round, merging in fp32: rounding after every round would add up."""
-        total = self._scratch.take("merged", *out.shape, dtype=torch.float32)
-        for part in group.rounds:
-            k, v = self._expand(part.slots, pages)
-            for piece in part.pieces:
-                rows = piece.queries
-                part_out = self._scratch.take("part_out", *out[rows].shape)
-                part_lse = self._scratch.take("part_lse", *lse[rows].shape, dtype=torch.float32)
-                self._attend(piece, q, k, v, part_out, part_lse)
-                if piece.merge:
-                    _merge(total[rows], lse[rows], part_out, part_lse)
-                else:
-                    total[rows], lse[rows] = part_out, part_lse
-        out.copy_(total)
-
-    def _expand(self, slots: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return k [s, h, n + r] and v [s, h, v] of the cached tokens at `slots`."""
-        n, c, h = self.config.qk_nope_head_dim, self.config.kv_lora_rank, self.config.num_attention_heads
-        latents = self._scratch.take("latents", slots.shape[0], self.config.latent_dim)
-        torch.index_select(pages.view(-1, self.config.latent_dim), 0, slots, out=latents)
-        kv = self._scratch.take("kv_b", slots.shape[0], self.ops["kv_b_proj"].spec.out_features)
-        self._linear("kv_b_proj", latents[:, :c], kv)
-        k_nope, v = kv.unflatten(1, (h, -1)).split((n, self.config.v_head_dim), dim=2)
-        k = self._scratch.take("k", slots.shape[0], h, self.config.qk_head_dim)
-        k[..., :n] = k_nope
-        k[..., n:] = latents[:, None, c:]
-        return k, v
-
-    def _attend(
-        self,
-        piece: Piece,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> None:
-        """Attend one piece into out and lse, which hold its queries only."""
-        scale = self._softmax_scale
-        self.ops["expanded_attention"].op(
-            piece.state, q=q[piece.queries], k=k, v=v, softmax_scale=scale, out=out, lse=lse
-        )
-
     def _rotate(self, x: torch.Tensor, cos_sin: torch.Tensor, out: torch.Tensor) -> None:
         interleaved = self.config.rope_interleave
         self.ops["rotate_query"].op(x=x, cos_sin=cos_sin, interleaved=interleaved, out=out)
 
     def _linear(self, role: str, x: torch.Tensor, out: torch.Tensor, bias: str = "") -> None:
         self.ops[role].op(self._weights.packed[role], x=x, bias=self._weights.vectors.get(bias), out=out)
-
-
-def _merge(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor) -> None:
-    """Merge two attentions over disjoint keys, in place: weights are exp(lse), normalised."""
-    total = torch.logaddexp(lse, new_lse)
-    old_weight, new_weight = ((part - total).exp()[..., None] for part in (lse, new_lse))
-    out.mul_(old_weight).add_(new_out * new_weight)
-    lse.copy_(total)
 
 
 def _require(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

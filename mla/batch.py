@@ -49,10 +49,17 @@ class BatchMemory:
         self.block_table = pages.view(requests, width)
         self._numbers = self.buffer[: self.buffer.shape[0] - requests * width]
         self._held: torch.Tensor | None = None  # the host's block table that `block_table` holds
+        self._kept: dict[Hashable, Any] = {}
 
     def fits(self, tokens: int, table: torch.Tensor) -> bool:
         """Say whether a batch of this shape can lie here."""
         return self.positions.shape[0] == tokens and self.block_table.shape == table.shape
+
+    def keep(self, key: Hashable, build: Callable[[], Value]) -> Value:
+        """Return further memory for what is derived from a batch, made once per key and filled by each."""
+        if key not in self._kept:
+            self._kept[key] = build()
+        return cast("Value", self._kept[key])
 
     def fill(self, numbers: torch.Tensor, table: torch.Tensor) -> None:
         """Copy what a batch packed, and its block table unless that is the one held already: one copy."""

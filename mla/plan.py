@@ -78,7 +78,8 @@ def make_plan(
     """Split a batch by path and prepare each op once."""
     rotary.reserve(max(batch.kv_lens))
     members = _split(config, batch, attention)
-    cos_sin = rotary.gather(batch.positions)
+    memory = batch.memory.keep(rotary, lambda: rotary.empty(batch.num_tokens))
+    cos_sin = rotary.gather(batch.positions, memory)
     return Plan(
         cos_sin=cos_sin,
         absorbed=_absorbed(ops, batch, members[cost.ABSORBED], cos_sin),

@@ -72,6 +72,10 @@ class RotaryTable:
         if positions > size:
             self.table = self._compute(max(positions, 2 * size))
 
-    def gather(self, positions: torch.Tensor) -> torch.Tensor:
-        """Return the rows [T, r] of `positions` [T]; the caller has reserved them."""
-        return self.table.index_select(0, positions)
+    def gather(self, positions: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the rows [T, r] of `positions` [T], in `out` if given; the caller has reserved them."""
+        return torch.index_select(self.table, 0, positions, out=out)
+
+    def empty(self, count: int) -> torch.Tensor:
+        """Return memory for `count` rows."""
+        return self.table.new_empty(count, self.table.shape[1])

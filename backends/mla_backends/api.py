@@ -240,6 +240,15 @@ class FusedOp(ABC):
 
 
 @dataclass(frozen=True)
+class OpCall:
+    """One call of an op: ``op(*arguments, **tensors)``."""
+
+    op: FusedOp
+    arguments: tuple[Any, ...]
+    tensors: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class SegmentLengths:
     """Lengths of a ragged `expanded_attention` call: q and k rows of the segments lie back to back."""
 
@@ -358,3 +367,13 @@ class Backend(ABC):
     def ops(self) -> Mapping[str, FusedOp]:
         """Return fused ops by implementation name, best first; each says in `contract` which op it is."""
         return {}
+
+    def sequence(self, calls: Sequence[OpCall], moving: Sequence[torch.Tensor]) -> Callable[..., None] | None:
+        """Return one callable that makes `calls` in their order, or None: then they are made one by one.
+
+        For hosts on which handing over a call takes as long as a small op. The layer asks when a forward
+        comes a second time on the same memory, and calls the result with tensors that stand in for `moving`,
+        of the same shapes, dtypes and strides, which it must not keep alive. All other tensors stay those of
+        `calls`; what they hold may change.
+        """
+        return None

@@ -100,7 +100,7 @@ class _TimedOp:
 def instrumented(one: MlaLayer, watch: Stopwatch) -> Iterator[None]:
     """Time the layer's ops, its planning and its cache's `extend` inside the `with` block only."""
     layer, ops = one.layer, one.layer.ops
-    parts = ((layer, "plan", "plan"), (layer, "_expand", "gather"), (one.cache, "extend", "extend"))
+    parts = ((layer, "plan", "plan"), (layer.expanded, "expand", "gather"), (one.cache, "extend", "extend"))
     layer.ops = ops.replaced(lambda role, op: _TimedOp(op, watch.wrap(role, op)))
     for owner, attribute, name in parts:
         setattr(owner, attribute, watch.wrap(name, getattr(owner, attribute)))

@@ -144,9 +144,9 @@ def again(trial: Trial) -> None:
                 judge(trial, problem, ready.forward(0, batch)[None].cpu())
 
 
-@layer_check("shared_plan", "a plan that one layer uses up, or that remembers the first layer's cache")
+@layer_check("shared_plan", "a plan or a sequence that one forward uses up, or that remembers its cache")
 def shared_plan(trial: Trial) -> None:
-    """Two layers with caches of their own share one batch and its plan."""
+    """A layer runs one batch again and again, on two caches in turns."""
     first, second = (LayerProblem(*MIXED, seed=seed) for seed in (0, 1))
     for mode in MODES:
         with trial.case(f"{mode}, {first.label}"):
@@ -154,7 +154,7 @@ def shared_plan(trial: Trial) -> None:
             ready, other = (stage(trial, one, mode, layer=layer) for one in (first, second))
             batch = ready.extend()
             other.extend()  # so that its tables are the same
-            for one in (ready, other, ready):
+            for one in (ready, ready, other, ready):  # the second one may be recorded by the backend
                 judge(trial, one.problem, layer(one.hidden[0], batch, one.cache.pages[0])[None].cpu())
 
 

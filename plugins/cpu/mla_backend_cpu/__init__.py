@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mla_backend_cpu.kernels import describe, measured, native_ops
 from mla_backend_cpu.levels import EMULATED, LEVELS
 from mla_backend_cpu.linear import Fp32BatchedLinear, Fp32Linear, fp32_gain
+from mla_backend_cpu.recorded import sequence
 from mla_backends import Availability, Backend, BackendError, BackendOptionError, FusedOp, hookimpl, host
-from mla_backends.api import DeviceInfo, MemoryInfo
+from mla_backends.api import DeviceInfo, MemoryInfo, OpCall
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +102,9 @@ class Cpu(Backend):
 
     def ops(self) -> Mapping[str, FusedOp]:
         return self._ops
+
+    def sequence(self, calls: Sequence[OpCall], moving: Sequence[torch.Tensor]) -> Callable[..., None] | None:
+        return sequence(calls, moving)
 
     def environment(self) -> Mapping[str, str]:
         import torch

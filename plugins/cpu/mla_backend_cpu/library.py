@@ -11,8 +11,14 @@ from collections.abc import Mapping
 from mla_backend_cpu import build, levels
 from mla_backend_cpu.levels import BuildError
 
-#: Argument types by letter: p address, i int64, f float, n int.
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "n": ctypes.c_int}
+#: Argument types by letter: p address, s text, i int64, f float, n int.
+_TYPES = {
+    "p": ctypes.c_void_p,
+    "s": ctypes.c_char_p,
+    "i": ctypes.c_int64,
+    "f": ctypes.c_float,
+    "n": ctypes.c_int,
+}
 #: Arguments of each function of native/api.cpp, in groups that belong to one tensor or one idea.
 SIGNATURES = {
     "mla_pack": "piii iii p n",
@@ -24,6 +30,8 @@ SIGNATURES = {
     "mla_rms_norm": "pi p f pi ii n",
     "mla_rotate": "pii pi pii iiin n",
     "mla_write_latent": "pi p f pi p pi iiin n",
+    "mla_recorded": "s",
+    "mla_run_recorded": "pi n",
     "mla_dot_bf16": "",
     "mla_tiles": "",
 }
@@ -32,6 +40,8 @@ _RESULTS = {
     "mla_latent_attention": ctypes.c_char_p,
     "mla_expanded_attention": ctypes.c_char_p,
     "mla_write_latent": ctypes.c_char_p,
+    "mla_recorded": ctypes.c_void_p,
+    "mla_run_recorded": ctypes.c_char_p,
     "mla_dot_bf16": ctypes.c_int,
     "mla_tiles": ctypes.c_int,
 }

@@ -39,7 +39,7 @@ class NativeLatentAttention(NativeOp):
         lse: torch.Tensor,  # [T, h] fp32
     ) -> None:
         q, target, table, kv_lens, cu_q = rows(q), rows(out), rows(block_table), rows(kv_lens), rows(cu_q)
-        wrong = self._call.mla_latent_attention(
+        wrong = self.functions.mla_latent_attention(
             q.data_ptr(), *q.stride()[:2], q.shape[0], pages(cache), cache.shape[0],
             table.data_ptr(), table.stride(0), table.shape[1], kv_lens.data_ptr(), cu_q.data_ptr(),
             kv_lens.shape[0], cache.shape[1], q.shape[1], q.shape[2], out.shape[2], softmax_scale,
@@ -86,7 +86,7 @@ class NativeExpandedAttention(NativeOp):
     ) -> None:
         q, k, v, target = rows(q), rows(k), rows(v), rows(out)
         (query_lens, segments), (kv_lens, _) = state.query_lens.buffer_info(), state.kv_lens.buffer_info()
-        wrong = self._call.mla_expanded_attention(
+        wrong = self.functions.mla_expanded_attention(
             q.data_ptr(), *q.stride()[:2], q.shape[0], k.data_ptr(), *k.stride()[:2], k.shape[0],
             v.data_ptr(), *v.stride()[:2], q.shape[1], q.shape[2], v.shape[2], softmax_scale,
             target.data_ptr(), *target.stride()[:2], lse.data_ptr(), *lse.stride(),

@@ -23,9 +23,9 @@ class NativeOp(FusedOp):
 
     def __init__(self, kernels: Library, *, insist: bool = True) -> None:
         """`insist`: somebody chose these kernels, so they serve even where others are likely faster."""
-        self._kernels = kernels
+        self.kernels = kernels
         self._insist = insist
-        self._call = kernels.functions
+        self.functions = kernels.functions
 
     def unsupported_reasons(self, spec: Any) -> list[str]:
         import torch
@@ -46,12 +46,14 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def rows(x: torch.Tensor) -> torch.Tensor:
-    """Return x with neighbouring elements in its last dimension, which the kernels read as vectors.
+def is_direct(x: torch.Tensor) -> bool:
+    """Say whether elements of the last dimension are neighbours: the kernels read them as vectors."""
+    return x.stride(-1) == 1 or x.shape[-1] == 1
 
-    It may be a copy: bind it to a name, so that it outlives the call.
-    """
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """Return x as the kernels read it. It may be a copy: bind it to a name, so that it outlives the call."""
+    return x if is_direct(x) else x.contiguous()
 
 
 def check(wrong: bytes | None) -> None:
@@ -88,7 +90,7 @@ class _Product(NativeOp):
     """Weights in panels of 16 outputs and pairs of inputs."""
 
     def misfits(self, spec: LinearSpec) -> list[str]:
-        if not self._insist and gains.torch_has_tiles() and (gain := gains.product_gain(self._kernels)) < 1:
+        if not self._insist and gains.torch_has_tiles() and (gain := gains.product_gain(self.kernels)) < 1:
             return [f"its products were measured at {gain:.2f}x the speed of torch's, which may use AMX"]
         return multiple("in_features", spec.in_features, 2)
 
@@ -97,7 +99,7 @@ class _Product(NativeOp):
         panels = -(-outputs // 16)
         packed = whole_pages(groups * panels * 16 * inputs, weight.dtype)
         group = weight.stride(0) if weight.dim() == 3 else 0
-        self._call.mla_pack(
+        self.functions.mla_pack(
             weight.data_ptr(), group, weight.stride(-2), weight.stride(-1), groups, outputs, inputs,
             packed.data_ptr(), threads(),
         )  # fmt: skip
@@ -107,13 +109,13 @@ class _Product(NativeOp):
         data, shape = packed.data
         weight = data.new_empty(shape)
         groups = shape[0] if len(shape) == 3 else 1
-        self._call.mla_unpack(data.data_ptr(), groups, *shape[-2:], weight.data_ptr(), threads())
+        self.functions.mla_unpack(data.data_ptr(), groups, *shape[-2:], weight.data_ptr(), threads())
         return weight
 
     def _wide(self, tokens: int) -> bool:
-        if self._kernels.tiles:
+        if self.kernels.tiles:
             return False
-        return not self._kernels.dot_bf16 or (tokens >= WIDE_TOKENS and gains.fp32_gain(self._kernels) > 1)
+        return not self.kernels.dot_bf16 or (tokens >= WIDE_TOKENS and gains.fp32_gain(self.kernels) > 1)
 
 
 class NativeLinear(_Product):
@@ -126,7 +128,7 @@ class NativeLinear(_Product):
     ) -> None:
         data, (outputs, inputs) = packed.data
         x, target, bias = rows(x), rows(out), None if bias is None else rows(bias)
-        self._call.mla_linear(
+        self.functions.mla_linear(
             x.data_ptr(), x.stride(0), data.data_ptr(), None if bias is None else bias.data_ptr(),
             target.data_ptr(), target.stride(0), x.shape[0], inputs, outputs,
             self._wide(x.shape[0]), threads(),
@@ -143,7 +145,7 @@ class NativeBatchedLinear(_Product):
     def __call__(self, packed: Packed, *, x: torch.Tensor, out: torch.Tensor) -> None:
         data, (heads, outputs, inputs) = packed.data
         x, target = rows(x), rows(out)
-        self._call.mla_batched_linear(
+        self.functions.mla_batched_linear(
             x.data_ptr(), *x.stride()[:2], data.data_ptr(), target.data_ptr(), *target.stride()[:2],
             x.shape[0], heads, inputs, outputs, self._wide(x.shape[0]), threads(),
         )  # fmt: skip
@@ -161,7 +163,7 @@ class NativeRmsNorm(NativeOp):
 
     def __call__(self, *, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
         x, weight, target = rows(x), rows(weight), rows(out)
-        self._call.mla_rms_norm(
+        self.functions.mla_rms_norm(
             x.data_ptr(), x.stride(0), weight.data_ptr(), eps, target.data_ptr(), target.stride(0),
             *x.shape, threads(),
         )  # fmt: skip
@@ -181,7 +183,7 @@ class NativeRotateQuery(NativeOp):
         self, *, x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool, out: torch.Tensor
     ) -> None:
         x, cos_sin, target = rows(x), rows(cos_sin), rows(out)
-        self._call.mla_rotate(
+        self.functions.mla_rotate(
             x.data_ptr(), *x.stride()[:2], cos_sin.data_ptr(), cos_sin.stride(0), target.data_ptr(),
             *target.stride()[:2], *x.shape, interleaved, threads(),
         )  # fmt: skip
@@ -212,7 +214,7 @@ class NativeWriteLatent(NativeOp):
         cache: torch.Tensor,
     ) -> None:
         kv_a, weight, cos_sin, slots = rows(kv_a), rows(weight), rows(cos_sin), rows(slots)
-        wrong = self._call.mla_write_latent(
+        wrong = self.functions.mla_write_latent(
             kv_a.data_ptr(), kv_a.stride(0), weight.data_ptr(), eps, cos_sin.data_ptr(), cos_sin.stride(0),
             slots.data_ptr(), pages(cache), cache.shape[0] * cache.shape[1], kv_a.shape[0], weight.shape[0],
             cos_sin.shape[1], interleaved, threads(),

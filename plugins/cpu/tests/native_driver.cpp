@@ -234,6 +234,27 @@ static void test_expanded(const Lengths& queries, const Lengths& keys, int64_t h
     cases++;
 }
 
+// Two products, the second of what the first gives, made from records that end where they must.
+static void test_recorded(int64_t tokens, int64_t width, int threads) {
+    Exact<bf16> x(tokens * width), weight(width * width), packed(packed_size(width, width)), bias(width);
+    Exact<bf16> middle(tokens * width), out(tokens * width), expected(tokens * width);
+    fill(x), fill(weight), fill(bias);
+    mla_pack(weight.data, 0, width, 1, 1, width, width, packed.data, threads);
+    mla_linear(x.data, width, packed.data, bias.data, middle.data, width, tokens, width, width, 0, threads);
+    mla_linear(middle.data, width, packed.data, nullptr, expected.data, width, tokens, width, width, 0, threads);
+    std::memset(middle.data, 0xff, tokens * width * sizeof(bf16));
+    const Slot linear = (Slot)mla_recorded("mla_linear");
+    const Slot given[] = {
+        linear, 11, (Slot)x.data, width, (Slot)packed.data, (Slot)bias.data, (Slot)middle.data, width, tokens, width, width, 0, -1,
+        linear, 11, (Slot)middle.data, width, (Slot)packed.data, 0, (Slot)out.data, width, tokens, width, width, 0, -1};
+    Exact<Slot> records(sizeof given / sizeof *given);
+    std::memcpy(records.data, given, sizeof given);
+    require(!mla_run_recorded(records.data, 2, threads), "recorded, refused", tokens, width, threads);
+    require(!std::memcmp(out.data, expected.data, tokens * width * sizeof(bf16)), "recorded", tokens, width, threads);
+    require(!mla_recorded("mla_pack"), "mla_pack is not to be recorded", 0, 0, 0);
+    cases++;
+}
+
 // Ask Linux for AMX tiles, where they are real ones.
 static bool tiles_allowed() {
 #if MLA_TILES && !defined(MLA_EMULATE_TILES)
@@ -268,6 +289,7 @@ int main() {
             test_expanded({290, 17}, {290, 245}, 1, 10, 128, causal, threads);
         }
     }
+    for (int threads : {1, 2}) test_recorded(7, 34, threads);
     test_latent({1, 1}, {60, 130}, 128, 16, 96, 8, 2);
     std::printf("%d cases, %d wrong\n", cases, failures);
     return failures != 0;

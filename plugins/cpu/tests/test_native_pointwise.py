@@ -253,7 +253,7 @@ def test_copies_of_strided_arguments_outlive_the_call(
     linear, norm, write = NativeLinear(kernels), NativeRmsNorm(kernels), NativeWriteLatent(kernels)
     packed = linear.pack(draw(40, 8))
     for op in (linear, norm, write):
-        op._call = Watch()
+        op.functions = Watch()
     linear(packed, x=draw(3, 16)[:, ::2], bias=draw(80)[::2], out=torch.empty(3, 80, dtype=BF16)[:, ::2])
     norm(x=draw(3, 128)[:, ::2], weight=draw(128)[::2], eps=1e-6, out=torch.empty(3, 128, dtype=BF16)[:, ::2])
     write(

@@ -2,6 +2,7 @@
 // indices return what is wrong with them, in a sentence, or null.
 #include "checks.h"
 #include "huge_pages.h"
+#include "recorded.h"
 #if MLA_TILES
 #include "tile_gemm.h"
 #else
@@ -116,6 +117,26 @@ const char* mla_write_latent(const bf16* kv_a, int64_t row, const bf16* weight, 
     if (const char* wrong = check_write(a, cache_slots)) return wrong;
     write_latent(a, threads);
     return nullptr;
+}
+
+// How a function above is called from a record; null for one that is never recorded.
+const void* mla_recorded(const char* name) {
+    static const std::pair<const char*, Recorded> functions[] = {
+        {"mla_linear", Recording<mla_linear>::run},
+        {"mla_batched_linear", Recording<mla_batched_linear>::run},
+        {"mla_latent_attention", Recording<mla_latent_attention>::run},
+        {"mla_rms_norm", Recording<mla_rms_norm>::run},
+        {"mla_rotate", Recording<mla_rotate>::run},
+        {"mla_write_latent", Recording<mla_write_latent>::run},
+    };
+    for (const auto& [known, run] : functions)
+        if (!std::strcmp(known, name)) return (const void*)run;
+    return nullptr;
+}
+
+// Make `count` recorded calls in their order. Returns what is wrong with one, at which they end, or null.
+const char* mla_run_recorded(const int64_t* records, int64_t count, int threads) {
+    return run_recorded(records, count, threads);
 }
 
 // 1 where bf16 pairs are multiplied by an instruction of their own.

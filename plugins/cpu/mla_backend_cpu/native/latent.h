@@ -2,6 +2,8 @@
 // of its keys; long requests are cut so that all threads have work, and the parts are merged by their running
 // maxima.
 #pragma once
+#include <algorithm>
+#include <tuple>
 #include <vector>
 
 #include "attend.h"
@@ -55,6 +57,12 @@ static void plan_latent(const Latent& a, int threads, std::vector<LatentTask>& t
             }
         }
     }
+    // The longest first: at the end, threads wait for the one that was taken last.
+    std::sort(tasks.begin(), tasks.end(), [](const LatentTask& x, const LatentTask& y) {
+        const int64_t longer = x.rows * x.keys - y.rows * y.keys;
+        return longer ? longer > 0
+                      : std::tie(x.request, x.first_row, x.part) < std::tie(y.request, y.first_row, y.part);
+    });
 }
 
 static Row* latent_rows(const Latent& a, const LatentTask& task) {

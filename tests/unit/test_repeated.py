@@ -1,0 +1,231 @@
+"""Forwards that come again: when a backend is asked to make their calls in one, and when it must not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mla import MLA, LatentCache, MLAConfig, RaggedBatch
+from mla.config import QueryScaling
+from mla.reference import REFERENCE
+from mla.weights import random_state_dict
+from mla_backends import Availability, Backend, FusedOp
+from mla_backends.api import OPS, OpCall
+
+FP32 = torch.float32
+Reference = type(REFERENCE["latent_attention"])
+
+
+class Stateless(FusedOp):
+    """Latent attention that reads all it needs from its tensors, as a kernel does."""
+
+    contract = OPS["latent_attention"]
+
+    def __init__(self) -> None:
+        self._spec: Any = None
+
+    def unsupported_reasons(self, spec: Any) -> list[str]:
+        self._spec = spec
+        return []
+
+    def __call__(self, state: None, **tensors: Any) -> None:
+        batch = SimpleNamespace(
+            query_lens=tuple(tensors["cu_q"].diff().tolist()),
+            kv_lens=tuple(tensors["kv_lens"].tolist()),
+            page_size=tensors["cache"].shape[1],
+            block_table=tensors["block_table"],
+            device=torch.device("cpu"),
+        )
+        op = Reference()
+        op(op.prepare(self._spec, batch), **tensors)
+
+
+class Sequencing(Backend):
+    """The CPU, which makes sequences by keeping the calls, and counts."""
+
+    name = "sequencing"
+
+    def __init__(self, *, refuses: bool = False, stateless: bool = True) -> None:
+        super().__init__()
+        self.device = self.setup()
+        self.refuses, self.stateless = refuses, stateless
+        self.asked = self.ran = 0
+
+    def probe(self) -> Availability:
+        return Availability(True)
+
+    def setup(self, index: int | None = None) -> torch.device:
+        return torch.device("cpu")
+
+    def synchronize(self) -> None:
+        pass
+
+    def sequence(self, calls: Sequence[OpCall], moving: Sequence[torch.Tensor]) -> Callable[..., None] | None:
+        self.asked += 1
+        return None if self.refuses else lambda *moved: self._run(calls, moving, moved)
+
+    def ops(self) -> Mapping[str, FusedOp]:
+        return {"stateless": Stateless()} if self.stateless else {}
+
+    def _run(
+        self, calls: Sequence[OpCall], moving: Sequence[torch.Tensor], moved: Sequence[torch.Tensor]
+    ) -> None:
+        self.ran += 1
+        for old, new in zip(moving, moved, strict=True):
+            assert (new.shape, new.stride(), new.dtype) == (old.shape, old.stride(), old.dtype)
+        for call in calls:
+            tensors = dict(call.tensors)
+            for name, tensor in tensors.items():
+                for old, new in zip(moving, moved, strict=True):
+                    tensors[name] = new if tensor is old else tensors[name]
+            call.op(*call.arguments, **tensors)
+
+
+class Pair:
+    """A layer whose forwards are made at once where they come again, and one whose never are."""
+
+    def __init__(self, config: MLAConfig, **arguments: Any) -> None:
+        self.config, self.backend = config, Sequencing(**arguments)
+        self.layers = [
+            MLA(config, backend=self.backend, dtype=FP32),
+            MLA(config, dtype=FP32, backend=Sequencing(refuses=True, stateless=self.backend.stateless)),
+        ]
+        self.reload(0)
+        self.caches = [
+            LatentCache(config, max_tokens=1024, page_size=16, dtype=FP32, shuffle=0) for _ in range(2)
+        ]
+        for cache in self.caches:
+            cache.new_sequences(2)
+
+    def reload(self, seed: int) -> None:
+        for layer in self.layers:
+            layer.load_state_dict(random_state_dict(self.config, seed, FP32))
+
+    def forward(self, query_lens: Sequence[int] = (1, 1)) -> None:
+        """Run both layers on the same new tokens; their results must be the same bits."""
+        hidden = torch.randn(sum(query_lens), self.config.hidden_size)
+        ids = range(len(query_lens))
+        outs = [
+            layer(hidden, cache.extend(ids, query_lens), cache.pages[0])
+            for layer, cache in zip(self.layers, self.caches, strict=True)
+        ]
+        assert torch.equal(*outs)
+        assert torch.equal(*(cache.pages for cache in self.caches))
+
+
+@pytest.fixture
+def pair(tiny: Any) -> Pair:
+    made = Pair(tiny())
+    made.forward([17, 20])
+    made.forward()
+    made.forward()  # the memory that a decode needs is there
+    return made
+
+
+def test_a_repeated_step_is_asked_for_once(pair: Pair) -> None:
+    before = pair.backend.asked, pair.backend.ran
+    for _ in range(5):
+        pair.forward()
+    assert pair.backend.asked - before[0] <= 1
+    assert pair.backend.ran - before[1] >= 4
+
+
+def test_a_backend_that_refuses_is_not_asked_again(tiny: Any) -> None:
+    pair = Pair(tiny(), refuses=True)
+    pair.forward([17, 20])
+    for _ in range(8):
+        pair.forward()
+    assert (pair.backend.asked, pair.backend.ran) == (1, 0)
+
+
+def test_a_step_that_an_op_prepares_anew_is_never_asked_for(tiny: Any) -> None:
+    pair = Pair(tiny(), stateless=False)
+    pair.forward([17, 20])
+    for _ in range(5):
+        pair.forward()
+    assert pair.backend.asked == 0
+
+
+def test_a_wider_block_table_and_another_batch_are_new(pair: Pair) -> None:
+    for _ in range(20):  # across a page
+        pair.forward()
+    pair.forward([1])
+    pair.forward([3, 1])
+    for _ in range(4):
+        pair.forward()
+    assert pair.backend.asked >= 3
+
+
+def test_new_weights_and_new_ops_are_new(pair: Pair) -> None:
+    for _ in range(3):
+        pair.forward()
+    pair.reload(1)
+    for _ in range(3):
+        pair.forward()
+    ran = pair.backend.ran
+    pair.layers[0].ops = pair.layers[0].ops.replaced(lambda role, op: op)
+    pair.forward()
+    assert pair.backend.ran == ran
+
+
+def test_a_forward_with_expanded_requests_is_never_asked_for(pair: Pair) -> None:
+    hidden = torch.randn(61, pair.config.hidden_size)
+    for layer, cache in zip(pair.layers, pair.caches, strict=True):
+        batch = cache.extend([0, 1], [60, 1])
+        assert layer.plan(batch).absorbed is not None
+        assert layer.plan(batch).expanded is not None
+        outs = [layer(hidden, batch, cache.pages[0]) for _ in range(4)]
+        assert all(torch.equal(out, outs[0]) for out in outs)
+    assert pair.backend.asked == 0
+
+
+def test_a_step_in_place_is_another_forward_than_one_that_is_not(pair: Pair) -> None:
+    hidden = torch.randn(2, pair.config.hidden_size)
+    batches = [cache.extend([0, 1], [1, 1]) for cache in pair.caches]
+    expected = pair.layers[1](hidden, batches[1], pair.caches[1].pages[0])
+    for in_place in (True, True, False, False, True):
+        given = hidden.clone()
+        out = pair.layers[0](given, batches[0], pair.caches[0].pages[0], out=given if in_place else None)
+        assert torch.equal(out, expected)
+    assert pair.backend.ran > 0
+
+
+def test_a_forward_with_scaled_queries_is_never_asked_for(tiny: Any) -> None:
+    pair = Pair(tiny(query_scaling=QueryScaling(beta=0.5, period=24)))
+    pair.forward([17, 17])
+    for _ in range(5):
+        pair.forward()
+    assert pair.backend.ran > 0
+    for _ in range(6):  # the first tokens past the period
+        pair.forward()
+    ran = pair.backend.ran
+    for _ in range(3):
+        pair.forward()
+    assert pair.backend.ran == ran
+
+
+def test_one_batch_over_pages_of_two_sizes(tiny: Any) -> None:
+    """A batch that describes no cache may be run on any: the number of pages is part of what repeats."""
+    config = tiny()
+    layers = [MLA(config, backend=Sequencing(refuses=refuses), dtype=FP32) for refuses in (False, True)]
+    for layer in layers:
+        layer.load_state_dict(random_state_dict(config, 0, FP32))
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    batch = RaggedBatch([1], [9], table, 16, torch.device("cpu"))
+    for count in (2, 2, 2, 5, 5, 2):
+        hidden, pages = torch.randn(1, config.hidden_size), torch.randn(count, 16, config.latent_dim)
+        assert torch.equal(*(layer(hidden, batch, pages.clone()) for layer in layers))
+
+
+def test_rows_apart_are_another_forward(pair: Pair) -> None:
+    layer, cache = pair.layers[0], pair.caches[0]
+    for _ in range(3):
+        pair.forward()
+    ran = pair.backend.ran
+    wide = torch.randn(2, 2 * pair.config.hidden_size)
+    layer(wide[:, : pair.config.hidden_size], cache.extend([0, 1], [1, 1]), cache.pages[0])
+    assert pair.backend.ran == ran
