@@ -17,7 +17,7 @@ from mla.config import MLAConfig
 from mla.errors import CacheFull
 
 
-@dataclass
+@dataclass(slots=True)
 class _Sequence:
     row: int  # of the block table
     length: int = 0
@@ -61,7 +61,8 @@ class LatentCache:
         self._free_rows: list[int] = []
         self._next_id = 0
         self._tables = torch.zeros(0, 1, dtype=torch.int32)  # [rows, pages]
-        self._last_table: tuple[list[int], torch.Tensor] | None = None
+        self._last_entries: tuple[list[int], list[_Sequence]] | None = None  # the last step's, by id
+        self._last_table: tuple[list[_Sequence], torch.Tensor] | None = None
         self._memory: BatchMemory | None = None  # of the last step
 
     @property
@@ -127,23 +128,26 @@ class LatentCache:
             self._memory = BatchMemory(tokens, table, self.pages.device)
         return self._memory
 
-    def _table(self, entries: Sequence[_Sequence]) -> torch.Tensor:
+    def _table(self, entries: list[_Sequence]) -> torch.Tensor:
         """Return the block table [B, n] of these sequences; the last one again while no page changed."""
-        rows = [entry.row for entry in entries]
-        if self._last_table is None or self._last_table[0] != rows:
+        if self._last_table is None or self._last_table[0] is not entries:
             width = max(1, *[len(entry.pages) for entry in entries])
-            table = self._tables[:, :width].index_select(0, host_ints(rows))
-            self._last_table = (rows, table)
+            table = self._tables[:, :width].index_select(0, host_ints(entry.row for entry in entries))
+            self._last_table = (entries, table)
         return self._last_table[1]
 
     def _entries(self, sequences: Sequence[int], query_lens: Sequence[int]) -> list[_Sequence]:
+        """Return the entries of a step's sequences: the same list again for the same sequences."""
         if len(sequences) != len(query_lens) or not sequences:
             raise ValueError(f"got {len(sequences)} sequences and {len(query_lens)} query_lens.")
-        if len(set(sequences)) != len(sequences):
-            raise ValueError("a sequence may appear only once in a step.")
         if min(query_lens) < 0:
             raise ValueError(f"query_lens must not be negative, got {min(query_lens)}.")
-        return [self._get(sequence) for sequence in sequences]
+        ids = list(sequences)
+        if self._last_entries is None or self._last_entries[0] != ids:
+            if len(set(ids)) != len(ids):
+                raise ValueError("a sequence may appear only once in a step.")
+            self._last_entries = (ids, [self._get(sequence) for sequence in ids])
+        return self._last_entries[1]
 
     def _reserve(self, entries: Sequence[_Sequence], kv_lens: Sequence[int]) -> None:
         """Give each entry the pages its new length needs, or raise before giving any."""
@@ -194,6 +198,7 @@ class LatentCache:
             raise ValueError("a sequence may be released only once.")
         for sequence in sequences:
             self._get(sequence)
+        self._last_entries = self._last_table = None
         for sequence in sequences:
             self.truncate(sequence, 0)
             self._free_rows.append(self._sequences.pop(sequence).row)

@@ -180,6 +180,8 @@ def test_a_released_sequence_is_gone_and_its_pages_serve_others(make_cache: Any)
     cache.release([ids[0]])
     with pytest.raises(ValueError, match=f"no sequence {ids[0]}"):
         cache.length(ids[0])
+    with pytest.raises(ValueError, match=f"no sequence {ids[0]}"):
+        cache.extend(ids, [16, 16])  # the very sequences of the last step
     (newcomer,) = cache.new_sequences(1)
     assert newcomer not in ids
     assert cache.extend([newcomer], [16]).num_tokens == 16
