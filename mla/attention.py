@@ -72,7 +72,8 @@ class MLA(nn.Module):
         self._scratch = Workspace(dtype, self.device)
         self._step_views = StepViews(config, self.ops, self._scratch)
         self.expanded = ExpandedPath(config, self._weights, self._scratch)
-        self._repeated = Repeated(backend)
+        # A subclass may do more between ops than can be recorded.
+        self._repeated = Repeated(backend if type(self) is MLA else None)
         self._plan_key = self._make_plan_key()
         self._softmax_scale = config.softmax_scale
 
@@ -147,7 +148,10 @@ class MLA(nn.Module):
         return batch.memo(key, lambda: self._make_plan(batch))
 
     def _make_plan(self, batch: RaggedBatch) -> Plan:
-        return make_plan(self.config, self.ops, self.rotary, batch, self.attention, self.workspace_bytes)
+        memory = batch.memory.keep(self._plan_key, lambda: self.rotary.empty(batch.num_tokens))
+        self.rotary.reserve(max(batch.kv_lens))
+        cos_sin = self.rotary.gather(batch.positions, memory)
+        return make_plan(self.config, self.ops, cos_sin, batch, self.attention, self.workspace_bytes)
 
     def _make_plan_key(self) -> object:
         """Return what stands for the specs a plan depends on: one object for layers with equal ones."""
@@ -189,11 +193,13 @@ class MLA(nn.Module):
         """Return what makes this forward in one call, if it is one of ops alone and came before."""
         group = plan.absorbed
         if group is None or group.batch is not batch or self._scales(batch):
+            self._repeated.forget()
             return None
         ops, views = self.ops, self._step_views.projected(batch.num_tokens)
         owners = (ops, views, batch.memory, group.cos_sin, group.state)
-        in_place = hidden.data_ptr() == out.data_ptr()
-        layout = (hidden.stride(), pages.shape, pages.stride(), out.stride(), in_place)
+        starts = (hidden.data_ptr(), pages.data_ptr(), out.data_ptr())
+        same = tuple(starts.index(start) for start in starts)  # which of them begin at one address
+        layout = (hidden.stride(), pages.shape, pages.stride(), out.stride(), same)
 
         def record() -> list[OpCall]:
             calls: list[OpCall] = []

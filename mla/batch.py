@@ -43,7 +43,8 @@ class BatchMemory:
         """Make memory for `tokens` new tokens and a block table like `table`."""
         requests, width = table.shape
         sizes = (2 * tokens, tokens, requests, requests + 1, requests * width)
-        self.buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+        with torch.inference_mode(False):
+            self.buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
         slots, self.positions, self.kv_lens, self.cu_q, pages = self.buffer.split(sizes)
         self.slots = slots.view(torch.int64)
         self.block_table = pages.view(requests, width)
@@ -56,9 +57,13 @@ class BatchMemory:
         return self.positions.shape[0] == tokens and self.block_table.shape == table.shape
 
     def keep(self, key: Hashable, build: Callable[[], Value]) -> Value:
-        """Return further memory for what is derived from a batch, made once per key and filled by each."""
+        """Return further memory for what is derived from a batch, made once per key.
+
+        Every batch fills it anew, as it does the rest, so only the latest one may use it.
+        """
         if key not in self._kept:
-            self._kept[key] = build()
+            with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
+                self._kept[key] = build()
         return cast("Value", self._kept[key])
 
     def fill(self, numbers: torch.Tensor, table: torch.Tensor) -> None:

@@ -14,7 +14,6 @@ from mla.batch import RaggedBatch
 from mla.config import MLAConfig
 from mla.errors import UnsupportedBatch
 from mla.ops import Ops
-from mla.rope import RotaryTable
 from mla.workspace import Tokens
 from mla_backends.api import SegmentLengths
 
@@ -70,16 +69,13 @@ class Plan:
 def make_plan(
     config: MLAConfig,
     ops: Ops,
-    rotary: RotaryTable,
+    cos_sin: torch.Tensor,  # [T, r] fp32, of the batch's positions
     batch: RaggedBatch,
     attention: str,
     workspace: int,
 ) -> Plan:
     """Split a batch by path and prepare each op once."""
-    rotary.reserve(max(batch.kv_lens))
     members = _split(config, batch, attention)
-    memory = batch.memory.keep(rotary, lambda: rotary.empty(batch.num_tokens))
-    cos_sin = rotary.gather(batch.positions, memory)
     return Plan(
         cos_sin=cos_sin,
         absorbed=_absorbed(ops, batch, members[cost.ABSORBED], cos_sin),

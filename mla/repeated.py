@@ -30,8 +30,14 @@ class Repeated:
     """The last forward of a layer, as one call once it comes a second time."""
 
     def __init__(self, backend: Backend | None) -> None:
-        self._sequence = backend.sequence if backend is not None else None
+        self._sequence = None if backend is None else backend.sequence
+        if getattr(self._sequence, "__func__", None) is Backend.sequence:  # it always declines
+            self._sequence = None
         self.forget()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle without the backend and its addresses: a copy calls its ops one by one."""
+        return Repeated, (None,)
 
     def forget(self) -> None:
         """Let go of what a record holds."""
@@ -49,7 +55,8 @@ class Repeated:
     ) -> Callable[..., None] | None:
         """Return what makes this forward in one call; None where nothing does, and the first time.
 
-        `owners`, by identity, and `layout`, by value, name everything that addresses in a record depend on.
+        `owners`, by identity, and `layout`, by value, are what addresses in a record depend on, but for the
+        weights: who replaces those calls `forget`. There are always as many owners.
         """
         if self._sequence is None:
             return None

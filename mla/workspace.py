@@ -28,7 +28,8 @@ class Workspace:
         size = math.prod(shape)
         held = self._held.get(name)
         if held is None or held.numel() < size:
-            held = torch.empty(size, dtype=dtype or self._dtype, device=self._device)
+            with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
+                held = torch.empty(size, dtype=dtype or self._dtype, device=self._device)
             self._held[name] = held
             self._views.clear()  # they are of memory that may be gone
         return held[:size].view(shape)

@@ -373,7 +373,8 @@ class Backend(ABC):
 
         For hosts on which handing over a call takes as long as a small op. The layer asks when a forward
         comes a second time on the same memory, and calls the result with tensors that stand in for `moving`,
-        of the same shapes, dtypes and strides, which it must not keep alive. All other tensors stay those of
-        `calls`; what they hold may change.
+        of the same shapes, dtypes and strides, which it must not keep alive. They appear in `calls` as
+        themselves, never as views. All other tensors stay those of `calls`; what they hold may change, and so
+        may the number of host threads. Errors are those of the ops.
         """
         return None

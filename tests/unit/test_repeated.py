@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -219,6 +223,87 @@ def test_one_batch_over_pages_of_two_sizes(tiny: Any) -> None:
     for count in (2, 2, 2, 5, 5, 2):
         hidden, pages = torch.randn(1, config.hidden_size), torch.randn(count, 16, config.latent_dim)
         assert torch.equal(*(layer(hidden, batch, pages.clone()) for layer in layers))
+
+
+@pytest.mark.parametrize("inside", [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_inference_mode_may_come_and_go(tiny: Any, inside: tuple[int, int]) -> None:
+    pair = Pair(tiny())
+    layer, cache = pair.layers[0], pair.caches[0]
+    for step in range(6):
+        hidden, mode = torch.randn(2, pair.config.hidden_size), step % 2 == 0
+        with torch.inference_mode(mode and bool(inside[0])):
+            batch = cache.extend([0, 1], [1, 1])
+        with torch.inference_mode(mode and bool(inside[1])):
+            assert layer(hidden, batch, cache.pages[0]).isfinite().all()
+
+
+def test_a_copy_of_a_layer_computes_the_same_without_the_backend(pair: Pair) -> None:
+    for _ in range(3):
+        pair.forward()
+    ran = pair.backend.ran
+    layers = [
+        pair.layers[0],
+        copy.deepcopy(pair.layers[0]),
+        pickle.loads(pickle.dumps(pair.layers[0]._repeated)),
+    ]
+    assert layers.pop().find((), (1,), list, ()) is None
+    batch, hidden = pair.caches[0].extend([0, 1], [1, 1]), torch.randn(2, pair.config.hidden_size)
+    outs = [layer(hidden, batch, pair.caches[0].pages[0]) for layer in layers for _ in range(2)]
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    assert pair.backend.ran <= ran + 2
+
+
+def test_what_a_subclass_does_is_done_in_every_step(pair: Pair) -> None:
+    class Louder(MLA):
+        def _linear(self, role: str, x: torch.Tensor, out: torch.Tensor, bias: str = "") -> None:
+            super()._linear(role, x, out, bias)
+            out.mul_(2)
+
+    layer = Louder(pair.config, backend=pair.backend, dtype=FP32)
+    layer.load_state_dict(random_state_dict(pair.config, 0, FP32))
+    asked = pair.backend.asked
+    batch, hidden = pair.caches[0].extend([0, 1], [1, 1]), torch.randn(2, pair.config.hidden_size)
+    outs = [layer(hidden, batch, pair.caches[0].pages[0]) for _ in range(4)]
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    assert pair.backend.asked == asked
+
+
+def test_inputs_that_begin_where_the_pages_do_are_another_forward(pair: Pair) -> None:
+    """A record finds what moves by its address."""
+    layer, cache = pair.layers[0], pair.caches[0]
+    pair.forward()
+    pair.forward()
+    ran = pair.backend.ran
+    strange = torch.as_strided(
+        cache.pages, (2, pair.config.hidden_size), (pair.config.hidden_size, 1)
+    ).clone()
+    pages = torch.cat((strange.flatten(), cache.pages[0].flatten()))[: cache.pages[0].numel()]
+    hidden = pages[: strange.numel()].view(strange.shape)
+    layer(hidden, cache.extend([0, 1], [1, 1]), pages.view(cache.pages[0].shape))
+    assert pair.backend.ran == ran
+
+
+def test_a_layer_that_is_gone_leaves_nothing_in_a_batch(tiny: Any) -> None:
+    config = tiny()
+    cache = LatentCache(config, max_tokens=64, page_size=16, dtype=FP32)
+    batch = cache.extend(cache.new_sequences(1), [3])
+    layer = MLA(config, dtype=FP32)
+    layer.plan(batch)
+    table = weakref.ref(layer.rotary)
+    del layer
+    gc.collect()
+    assert table() is None
+
+
+def test_a_backend_that_never_makes_sequences_is_offered_none(tiny: Any, fake_backend: Any) -> None:
+    pair = Pair(tiny())
+    layer = MLA(pair.config, backend=fake_backend({"stateless": Stateless()}), dtype=FP32)
+    layer.load_state_dict(random_state_dict(pair.config, 0, FP32))
+    pair.layers[0] = layer
+    for _ in range(4):
+        pair.forward()
+    assert layer._repeated._sequence is None
+    assert layer._repeated._owners == ()
 
 
 def test_rows_apart_are_another_forward(pair: Pair) -> None:

@@ -12,28 +12,45 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mla_backend_cpu.library import SIGNATURES
-from mla_backend_cpu.native_ops import NativeOp, check, is_direct, threads
+from mla_backend_cpu.native_attention import NativeLatentAttention
+from mla_backend_cpu.native_ops import (
+    NativeBatchedLinear,
+    NativeLinear,
+    NativeOp,
+    NativeRmsNorm,
+    NativeRotateQuery,
+    NativeWriteLatent,
+    check,
+    is_direct,
+    threads,
+)
 from mla_backends.api import OpCall
 
 if TYPE_CHECKING:
     import torch
 
+#: Ops that do nothing beside one call of a kernel; a subclass may.
+_RECORDABLE = {
+    NativeLinear,
+    NativeBatchedLinear,
+    NativeRmsNorm,
+    NativeRotateQuery,
+    NativeWriteLatent,
+    NativeLatentAttention,
+}
 #: The name of a function and its arguments.
 Made = tuple[str, tuple[Any, ...]]
 
 
 def sequence(calls: Sequence[OpCall], moving: Sequence[torch.Tensor]) -> Callable[..., None] | None:
     """Return `calls` as one (see `Backend.sequence`); None where one of them cannot be made from a record."""
-    ops = [call.op for call in calls if isinstance(call.op, NativeOp)]
+    ops = [call.op for call in calls if isinstance(call.op, NativeOp) and type(call.op) in _RECORDABLE]
     if len(ops) < len(calls) or len({op.kernels.level for op in ops}) != 1:
         return None
     if not all(is_direct(tensor) for tensor in _tensors(calls)):
         return None  # a copy of such a tensor would be the record's, not the step's
     made = _write_down(ops, calls)
-    functions = ops[0].kernels.functions
-    if not all(functions.mla_recorded(name.encode()) for name, _ in made):
-        return None
-    return Recorded(functions, made, calls, moving)
+    return Recorded(ops[0].kernels.functions, made, calls, moving)
 
 
 def _tensors(calls: Sequence[OpCall]) -> list[torch.Tensor]:

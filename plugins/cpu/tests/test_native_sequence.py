@@ -186,6 +186,17 @@ def test_ops_of_others_are_not_recorded(kernels: Library) -> None:
     assert recorded.sequence([OpCall(REFERENCE["rms_norm"], (), norm)], []) is None
 
 
+def test_an_op_that_does_more_is_not_recorded(kernels: Library) -> None:
+    class Louder(NativeRmsNorm):
+        def __call__(self, **tensors: Any) -> None:
+            super().__call__(**tensors)
+            tensors["out"].mul_(2)
+
+    x = torch.randn(2, 32).to(BF16)
+    norm = {"x": x, "weight": torch.ones(32, dtype=BF16), "eps": 1e-6, "out": torch.empty_like(x)}
+    assert recorded.sequence([OpCall(Louder(kernels), (), norm)], []) is None
+
+
 def test_moving_tensors_take_the_place_of_those_recorded(kernels: Library) -> None:
     linear = NativeLinear(kernels)
     packed, bias = linear.pack(torch.randn(24, 16).to(BF16)), torch.randn(24).to(BF16)
