@@ -191,6 +191,8 @@ class MLA(nn.Module):
         self, hidden: torch.Tensor, batch: RaggedBatch, plan: Plan, pages: torch.Tensor, out: torch.Tensor
     ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None:
         """Return what makes this forward in one call, if it is one of ops alone and came before."""
+        if not self._repeated.offered:
+            return None
         group = plan.absorbed
         if group is None or group.batch is not batch or self._scales(batch):
             self._repeated.forget()

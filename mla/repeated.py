@@ -35,6 +35,11 @@ class Repeated:
             self._sequence = None
         self.forget()
 
+    @property
+    def offered(self) -> bool:
+        """Whether there is a backend that may make sequences."""
+        return self._sequence is not None
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle without the backend and its addresses: a copy calls its ops one by one."""
         return Repeated, (None,)

@@ -246,7 +246,7 @@ def test_a_copy_of_a_layer_computes_the_same_without_the_backend(pair: Pair) -> 
         copy.deepcopy(pair.layers[0]),
         pickle.loads(pickle.dumps(pair.layers[0]._repeated)),
     ]
-    assert layers.pop().find((), (1,), list, ()) is None
+    assert not layers.pop().offered
     batch, hidden = pair.caches[0].extend([0, 1], [1, 1]), torch.randn(2, pair.config.hidden_size)
     outs = [layer(hidden, batch, pair.caches[0].pages[0]) for layer in layers for _ in range(2)]
     assert all(torch.equal(out, outs[0]) for out in outs)
@@ -302,7 +302,7 @@ def test_a_backend_that_never_makes_sequences_is_offered_none(tiny: Any, fake_ba
     pair.layers[0] = layer
     for _ in range(4):
         pair.forward()
-    assert layer._repeated._sequence is None
+    assert not layer._repeated.offered
     assert layer._repeated._owners == ()
 
 
