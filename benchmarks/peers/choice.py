@@ -45,7 +45,9 @@ def built(
     for name, make in makers.items():
         try:
             made[name] = make()
-        except RuntimeError as error:  # torch and its extensions refuse dtypes, shapes and processors so
+        # torch and its extensions refuse dtypes, shapes and processors with the first; a build without a
+        # library lacks its ops, which is the second.
+        except (RuntimeError, AttributeError) as error:
             refused.append(f"{name}: {str(error).partition(chr(10))[0]}")
     if not made:
         raise Unavailable(f"no way to compute {what}: {'; '.join(refused)}.")

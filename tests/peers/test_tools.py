@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 DECODE = Scenario(name="d", mode="decode", query_lens=(1,) * 5, history=(3, 3, 9, 3, 0), runs=4)
 PREFILL = Scenario(name="p", mode="prefill", query_lens=(5, 140, 3), history=(7, 0, 130))
 YARN = YarnScaling(factor=4.0, original_max_position_embeddings=64)
+#: Calls that torch refuses on some processors (oneDNN has bf16 products from AVX-512 on) or in some builds.
+PROBES: dict[str, Callable[[], object]] = {
+    "onednn_prepacked": lambda: torch.ops.mkldnn._reorder_linear_weight(
+        torch.ones(8, 8, dtype=torch.bfloat16), 1
+    )
+}
 WAYS = [(part, name) for part in ("product", "batched", "decode", "prefill") for name in getattr(TORCH, part)]
 
 
@@ -54,12 +60,25 @@ def run(config: MLAConfig, scenario: Scenario, tools: Toolbox) -> tuple[Assemble
     return one, Checker(expected_outputs(config, state, scenario, inputs), dtype, lambda: one.outputs)
 
 
+def torch_refuses(name: str) -> bool:
+    """Return whether torch refuses the call that a way consists of, on this processor and in this build."""
+    try:
+        PROBES.get(name, lambda: None)()
+    except (RuntimeError, AttributeError):
+        return True
+    return False
+
+
 @pytest.mark.parametrize("scenario", [DECODE, PREFILL], ids=["decode", "prefill"])
 @pytest.mark.parametrize("q_lora_rank", [None, 24])
 @pytest.mark.parametrize(("part", "name"), WAYS)
-def test_every_way_is_right(
+def test_every_way_is_right_or_refused_by_name(
     tiny: Callable[..., MLAConfig], part: str, name: str, q_lora_rank: int | None, scenario: Scenario
 ) -> None:
+    if torch_refuses(name):
+        with pytest.raises(Unavailable, match=rf"no way to compute \w+: {name}: .+\.$"):
+            run(tiny(q_lora_rank=q_lora_rank, rope_scaling=YARN), scenario, only(part, name))
+        return
     one, checker = run(tiny(q_lora_rank=q_lora_rank, rope_scaling=YARN), scenario, only(part, name))
     check = one.check(checker)
     assert check.status == "ok", check.reason
@@ -99,6 +118,26 @@ def test_a_part_that_nothing_can_compute_is_said(tiny: Callable[..., MLAConfig])
     ) as told:
         run(tiny(), DECODE, tools)
     assert told.value.peer == "hand"
+
+
+@pytest.mark.parametrize("missing", [RuntimeError("bf16 path needs the cpu support avx512bw"), None])
+def test_a_way_that_the_processor_or_the_build_cannot_take_is_refused_by_name(
+    tiny: Callable[..., MLAConfig], monkeypatch: pytest.MonkeyPatch, missing: Exception | None
+) -> None:
+    """What torch says on a processor without AVX-512, and what a build without oneDNN does."""
+
+    class Ops:
+        def __getattr__(self, name: str) -> object:
+            if missing is None:
+                raise AttributeError(f"'_OpNamespace' 'mkldnn' object has no attribute '{name}'")
+            raise missing
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Ops())
+    with pytest.raises(Unavailable, match=r"no way to compute qkv_a: onednn_prepacked: .+\.$"):
+        run(tiny(), DECODE, only("product", "onednn_prepacked"))
+    one, checker = run(tiny(), DECODE, TORCH)  # the other way serves
+    assert one.ops()["o_proj"] == "linear"
+    assert one.check(checker).status == "ok"
 
 
 @pytest.mark.parametrize(
