@@ -17,9 +17,9 @@ from pathlib import Path
 
 import click
 
-from mla.bench import commands, options
-from mla.bench.exits import guarded
-from mla.bench.results import Case, Run
+from mla.bench.plan import options, resolve
+from mla.bench.results.schema import Case, Run
+from mla.command.exit_codes import guarded
 
 BACKENDS = ("cpu", "nvidia", "moore", "metax", "iluvatar")
 TITLES = {"mla": "Custom", "transformers": "Transformers"}
@@ -28,7 +28,7 @@ WIDTH = 78
 
 def defaults(**changes: object) -> options.RunOptions:
     """Return the runner's options with its own defaults for everything not in `changes`."""
-    from mla.bench.cli import run
+    from mla.bench.cli.main import run
 
     context = run.make_context("run", [])
     return options.RunOptions(**{**context.params, **changes})
@@ -91,9 +91,9 @@ def attention_test(backend: str | None, model_path: Path | None, runs: int | Non
     names = "mla,transformers" if model_path else "mla"
     headline = {"mode": "eager", "cache": "warm", "clock": "host"}  # the original timed in no other way
     chosen = defaults(backend=backend, model_path=model_path, implementations=names, runs=runs, **headline)
-    outcome = commands.measure(commands.prepare(chosen))
-    commands.out(report(outcome.run) + "\n")
-    return commands.verdict(outcome)
+    outcome = resolve.measure(resolve.prepare(chosen))
+    resolve.out(report(outcome.run) + "\n")
+    return resolve.verdict(outcome)
 
 
 if __name__ == "__main__":

@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mla.attention import MLA
-    from mla.batch import RaggedBatch
+    from mla.backend import load_backend
     from mla.cache import LatentCache
+    from mla.cache.ragged_batch import RaggedBatch
     from mla.config import MLAConfig
-    from mla.device import load_backend
+    from mla.layer.attention import MLA
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "MLA": "mla.attention",
+    "MLA": "mla.layer.attention",
     "MLAConfig": "mla.config",
     "LatentCache": "mla.cache",
-    "RaggedBatch": "mla.batch",
-    "load_backend": "mla.device",
+    "RaggedBatch": "mla.cache.ragged_batch",
+    "load_backend": "mla.backend",
 }
 
 __all__ = ["MLA", "LatentCache", "MLAConfig", "RaggedBatch", "load_backend"]

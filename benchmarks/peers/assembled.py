@@ -15,10 +15,10 @@ from torch.nn import functional
 
 from benchmarks.peers.choice import Unavailable, built, fastest
 from benchmarks.peers.problem import Problem, rotate
-from mla.bench.implementations import Implementation, Setting
-from mla.bench.inputs import Inputs
-from mla.bench.workload import Scenario
-from mla.oracle import State
+from mla.bench.subjects.base import Implementation, Setting
+from mla.bench.subjects.inputs import Inputs
+from mla.bench.workload.scenario import Scenario
+from mla.verify.layer_oracle import State
 
 Product = Callable[[torch.Tensor], torch.Tensor]  # x [T, k] -> [T, n]
 BatchedProduct = Callable[[torch.Tensor], torch.Tensor]  # x [T, h, k] -> [T, h, n]

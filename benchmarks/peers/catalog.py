@@ -11,13 +11,14 @@ from benchmarks.peers.faults import FaultCounter
 from benchmarks.peers.sglang_tools import SGLANG
 from benchmarks.peers.torch_tools import TORCH
 from benchmarks.peers.yardstick import Read
-from mla.bench import peers, session
-from mla.bench.implementations import Implementation, Setting
-from mla.bench.peer_models import peer_model
-from mla.bench.workload import WorkloadError
+from mla.bench.run import scenario_run
+from mla.bench.subjects import transformers_layer
+from mla.bench.subjects.base import Implementation, Setting
+from mla.bench.subjects.transformers_classes import peer_model
+from mla.bench.workload.scenario import WorkloadError
 from mla.config import MLAConfig
 from mla.errors import MLAError, did_you_mean
-from mla.oracle import State
+from mla.verify.layer_oracle import State
 
 Maker = Callable[[Setting, State], Implementation]
 
@@ -48,7 +49,7 @@ PEERS: dict[str, Maker] = {
 
 def implementation_names(words: Sequence[str]) -> list[str]:
     """Return the implementations of a list of peers, ours first. Raises `WorkloadError`."""
-    known = ["ours", *PEERS, *session.IMPLEMENTATIONS]
+    known = ["ours", *PEERS, *scenario_run.IMPLEMENTATIONS]
     for word in words:
         if word not in known:
             hint = did_you_mean(word, known)
@@ -63,7 +64,7 @@ def why_not(names: Sequence[str], config: MLAConfig, vllm: Path | None) -> dict[
         if name in ("sglang", "composite"):
             checks[name] = lambda: sglang_tools.load(vllm)
         elif name in EXPANDING:
-            checks[name] = lambda: (peers.require(), peer_model(config))
+            checks[name] = lambda: (transformers_layer.require(), peer_model(config))
     return {name: reason for name, check in checks.items() if (reason := _reason(check))}
 
 
@@ -80,18 +81,18 @@ class Counters:
 
     def __init__(self) -> None:
         self.by_name: dict[str, FaultCounter] = {}
-        self._makers: dict[str, Maker] = {**session.IMPLEMENTATIONS, **PEERS}
+        self._makers: dict[str, Maker] = {**scenario_run.IMPLEMENTATIONS, **PEERS}
 
     def __enter__(self) -> Counters:
-        self._before = dict(session.IMPLEMENTATIONS)
-        session.IMPLEMENTATIONS.update(
+        self._before = dict(scenario_run.IMPLEMENTATIONS)
+        scenario_run.IMPLEMENTATIONS.update(
             {name: self._counted(name, maker) for name, maker in self._makers.items()}
         )
         return self
 
     def __exit__(self, *exception: object) -> None:
-        session.IMPLEMENTATIONS.clear()
-        session.IMPLEMENTATIONS.update(self._before)
+        scenario_run.IMPLEMENTATIONS.clear()
+        scenario_run.IMPLEMENTATIONS.update(self._before)
 
     def _counted(self, name: str, maker: Maker) -> Maker:
         def make(setting: Setting, state: State) -> Implementation:

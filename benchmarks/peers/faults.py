@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 
-from mla.bench.implementations import Implementation
+from mla.bench.subjects.base import Implementation
 
 
 def minor_faults() -> int:

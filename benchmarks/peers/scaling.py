@@ -23,9 +23,10 @@ sys.path.append(str(Path(__file__).parents[2]))
 import click
 
 from benchmarks.peers.run import defaults
-from mla.bench import commands, options, results
-from mla.bench.axes import Point
-from mla.bench.exits import guarded
+from mla.bench import results
+from mla.bench.plan import options, resolve
+from mla.bench.workload.grid import Point
+from mla.command.exit_codes import guarded
 from mla.errors import MLAError
 from mla_backends import host
 
@@ -65,10 +66,10 @@ def measure(config: str, threads: int, steps: int, passes: int, output: Path) ->
     points = [(axis, value) for axis, values in AXES.items() for value in values]
     wanted = [scenario(axis, value, steps, passes) for axis, value in points]
     chosen = defaults(config=config, threads=threads, implementations="mla", output=output)
-    outcome = commands.measure(replace(commands.prepare(chosen), scenarios=wanted))
+    outcome = resolve.measure(replace(resolve.prepare(chosen), scenarios=wanted))
     outcome.run.argv = ["python benchmarks/peers/scaling.py", *sys.argv[1:]]
     results.write(outcome.run, output)
-    return commands.verdict(outcome)
+    return resolve.verdict(outcome)
 
 
 def plot(files: Sequence[Path], output: Path) -> None:
@@ -163,7 +164,7 @@ def scaling(
                 return code
     output = files[1].parent / f"{name}.svg"
     plot(files, output)
-    commands.out(f"wrote {output}\n")
+    resolve.out(f"wrote {output}\n")
     return 0
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from mla.bench.axes import Point, lay
-from mla.bench.workload import Scenario, WorkloadError, load_workload
+from mla.bench.workload.grid import Point, lay
+from mla.bench.workload.scenario import Scenario, WorkloadError, load_workload
 
 REQUESTS = 16
 #: Steps of a pass by the length of the history: a pass takes a few seconds, and the oracle minutes at most.

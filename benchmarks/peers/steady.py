@@ -10,12 +10,13 @@ import msgspec
 import torch
 
 from benchmarks.peers.faults import minor_faults
-from mla.bench import commands, results
-from mla.bench.exits import Exit
-from mla.bench.implementations import MlaLayer
-from mla.bench.inputs import make_inputs
-from mla.bench.session import Request
-from mla.bench.workload import load_workload
+from mla.bench import results
+from mla.bench.plan import resolve
+from mla.bench.run.scenario_run import Request
+from mla.bench.subjects.base import MlaLayer
+from mla.bench.subjects.inputs import make_inputs
+from mla.bench.workload.scenario import load_workload
+from mla.command.exit_codes import Exit
 from mla.weights import random_state_dict
 
 STEPS, EVERY = 10_000, 1_000
@@ -45,17 +46,17 @@ class Steady(msgspec.Struct):
 def report(request: Request, output: Path | None) -> int:
     """Run the steps, print readings, and return 1 if the resident set or the tensors grew."""
     readings = run(request)
-    commands.out("   steps   resident MiB   tensors   tensor MiB   page faults since\n")
+    resolve.out("   steps   resident MiB   tensors   tensor MiB   page faults since\n")
     for one in readings:
         sizes = f"{one.resident_bytes / 2**20:15.2f}{one.tensors:10d}{one.tensor_bytes / 2**20:13.2f}"
-        commands.out(f"{one.steps:8d}{sizes}{one.page_faults:20d}\n")
+        resolve.out(f"{one.steps:8d}{sizes}{one.page_faults:20d}\n")
     if output:
-        from mla.bench.environment import environment
+        from mla.command.environment import environment
 
         facts = environment(request.setting.backend)
         results.write(Steady(facts, request.setting.config.name, "decode", readings), output)
     steady, sentence = verdict(readings)
-    commands.out(f"{sentence}\n")
+    resolve.out(f"{sentence}\n")
     return Exit.OK if steady else Exit.REGRESSION
 
 

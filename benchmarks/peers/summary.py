@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mla.bench.render import number
-from mla.bench.results import Case, Ceiling
+from mla.bench.results.schema import Case, Ceiling
+from mla.bench.terminal.run_table import number
 
 #: Peers that a scenario is compared with by name, beside the best of all.
 NAMED = ("transformers", "transformers-eager")

@@ -20,8 +20,8 @@ from benchmarks.peers.assembled import Parts
 from benchmarks.peers.problem import Problem
 from benchmarks.peers.sglang_tools import SGLANG
 from benchmarks.peers.torch_tools import TORCH
-from mla.bench.inputs import make_inputs
-from mla.bench.workload import Scenario
+from mla.bench.subjects.inputs import make_inputs
+from mla.bench.workload.scenario import Scenario
 from mla.config import MLAConfig
 from mla.weights import random_state_dict
 

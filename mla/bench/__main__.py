@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from mla.bench.cli import main
+from mla.bench.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

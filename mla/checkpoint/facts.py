@@ -8,7 +8,7 @@ from typing import Any
 
 from mla.checkpoint.errors import CheckpointError
 from mla.checkpoint.folder import Folder
-from mla.families import language_model
+from mla.config.families import language_model
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mla.bench import environment, results
-from mla.bench.commands import note, out
-from mla.bench.exits import Exit, guarded
-from mla.bench.exits import interrupted as ended_early
-from mla.bench.progress import Progress
+from mla.bench import results
+from mla.bench.plan.resolve import note, out
+from mla.command import environment
+from mla.command.exit_codes import Exit, guarded
+from mla.command.exit_codes import interrupted as ended_early
+from mla.command.progress import Progress
 from mla.errors import MLAError
 from mla_backends.discovery import locate
 

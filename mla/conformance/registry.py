@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 DEVICE, DTYPE, OP, LAYER = "device", "dtype", "op", "layer"
 
 _MODULES = (
-    "device_checks",
-    "clock_checks",
-    "graph_checks",
-    "contract_checks",
-    "projection_checks",
-    "pointwise_checks",
-    "write_checks",
-    "latent_checks",
-    "expanded_checks",
-    "layer_checks",
-    "replay_checks",
+    "device",
+    "clock",
+    "graph",
+    "contract",
+    "linear",
+    "pointwise",
+    "write_latent",
+    "latent_attention",
+    "expanded_attention",
+    "layer",
+    "replay",
 )
 
 
@@ -62,7 +62,7 @@ def check(
 def all_checks() -> tuple[Check, ...]:
     """Return every check, in the order they run."""
     for module in _MODULES:
-        importlib.import_module(f"mla.conformance.{module}")
+        importlib.import_module(f"mla.conformance.checks.{module}")
     return tuple(_CHECKS.values())
 
 

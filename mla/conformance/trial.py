@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from mla.conformance.numerics import judge, judge_lse
 from mla.errors import UnsupportedBatch
+from mla.verify.tolerances import judge, judge_lse
 from mla_backends.api import OPS, Backend, FusedOp
 from mla_backends.errors import BackendError, describe
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from mla.batch import host_ints
+from mla.cache.ragged_batch import host_ints
 from mla.reference.softmax import LOGITS_BYTES, attend, queries_per_call
 from mla_backends.api import OPS, AttentionSpec, BatchView, FusedOp
 

@@ -18,7 +18,7 @@ import pytest
 import mla
 import mla_backends
 from mla.bench import results
-from mla.bench.cli import main
+from mla.bench.cli.main import main
 
 DIMS = {
     "hidden_size": 64,

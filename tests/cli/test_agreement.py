@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from mla.bench import agreement
-from mla.bench.transient import TransientBytes
+from mla.bench.measure import agreement
+from mla.bench.measure.transient_memory import TransientBytes
 
 MIB = 1 << 20
 

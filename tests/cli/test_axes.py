@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from mla.bench import results
-from mla.bench.axes import MAX_POINTS, lay, parse
-from mla.bench.workload import Scenario, WorkloadError
+from mla.bench.workload.grid import MAX_POINTS, lay, parse
+from mla.bench.workload.scenario import Scenario, WorkloadError
 
 Bench = Callable[..., Any]
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from mla.bench import commands, results, sweep
-from mla.bench.budget import Budget, duration, spoken
-from mla.bench.sweep import OVER_BUDGET, Steering
+from mla.bench import results
+from mla.bench.plan import resolve
+from mla.bench.run import scheduler as sweep
+from mla.bench.run.budget import Budget, duration, spoken
+from mla.bench.run.scheduler import OVER_BUDGET, Steering
 
 Bench = Callable[..., Any]
 
@@ -86,9 +88,9 @@ def test_without_a_budget_everything_fits() -> None:
 @pytest.fixture
 def run_inside(bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that runs a grid within a budget; each scenario is estimated at half a second."""
-    monkeypatch.setattr("mla.bench.estimate.Estimator.seconds", lambda self, scenario, names: 0.5)
-    monkeypatch.setattr("mla.bench.estimate.Estimator.forward", lambda self, scenario, name: 0.0)
-    measure = commands.measure
+    monkeypatch.setattr("mla.bench.plan.estimate.Estimator.seconds", lambda self, scenario, names: 0.5)
+    monkeypatch.setattr("mla.bench.plan.estimate.Estimator.forward", lambda self, scenario, name: 0.0)
+    measure = resolve.measure
 
     def run_inside(budget: Budget, *words: str) -> Any:
         def steered(request: Any, steering: Steering) -> Any:
@@ -96,7 +98,7 @@ def run_inside(bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch) 
 
         options = ("--budget", "9m", "-o", "run.json", *words)
         with monkeypatch.context() as patched:
-            patched.setattr(commands, "measure", steered)
+            patched.setattr(resolve, "measure", steered)
             return bench(*VIRTUAL, *small, *GRID, *options, fakes=["virtual_clock"])
 
     return run_inside

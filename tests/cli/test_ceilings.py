@@ -11,12 +11,15 @@ import pytest
 import torch
 
 import mla
-from mla.bench import ceiling_results, ceilings, ceilings_command, results
-from mla.bench.ceiling_results import CeilingRun
-from mla.bench.ceilings import Yardstick
-from mla.bench.ceilings_command import footprints
-from mla.bench.render_ceilings import rate, render, run_lines, size
-from mla.bench.results import Ceiling, ResultError
+from mla.bench import results
+from mla.bench.limits import microbench as ceilings
+from mla.bench.limits.microbench import Yardstick
+from mla.bench.results import ceilings_file as ceiling_results
+from mla.bench.results.ceilings_file import CeilingRun
+from mla.bench.results.schema import Ceiling, ResultError
+from mla.bench.run import ceilings as ceilings_command
+from mla.bench.run.ceilings import footprints
+from mla.bench.terminal.ceilings import rate, render, run_lines, size
 
 Bench = Callable[..., Any]
 CPU = ("ceilings", "--backend", "cpu")

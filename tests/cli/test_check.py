@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from mla.bench.check import BOUNDS, Checker, expected_outputs
-from mla.bench.inputs import make_inputs
-from mla.bench.workload import Scenario
-from mla.oracle import oracle
+from mla.bench.subjects.inputs import make_inputs
+from mla.bench.workload.scenario import Scenario
+from mla.verify.layer_check import BOUNDS, Checker, expected_outputs
+from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
 
 if TYPE_CHECKING:

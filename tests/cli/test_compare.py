@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.compare import compare
+from mla.bench.results.compare import compare
 
 STEADY = [1.0, 1.001, 0.999, 1.002, 0.998, 1.0]
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla.bench.digits import FEWEST, MOST, between, known, number
+from mla.bench.terminal.digits import FEWEST, MOST, between, known, number
 
 
 @pytest.mark.parametrize(

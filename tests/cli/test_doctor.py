@@ -174,7 +174,7 @@ def test_ops_are_listed_with_every_reason_for_the_default_config(process: Bench,
             {"setup": "os.abort()"},
             "no device",
             "the probe succeeds, and a process that sets up the device died with signal SIGABRT",
-            "`python -X faulthandler -m mla.bench.examine backend loose:Loose` shows where it stops",
+            "`python -X faulthandler -m mla.bench.doctor.worker backend loose:Loose` shows where it stops",
         ),
         (
             {"setup": "raise RuntimeError('driver too old')"},
@@ -286,7 +286,7 @@ def test_with_autoload_off_a_broken_extension_does_no_harm(process: Bench, exten
 def test_it_needs_no_torch_in_its_own_process(process: Bench) -> None:
     """A torch that hangs or aborts must not take the doctor along."""
     blocker = "import sys; sys.modules['torch'] = None; "
-    code = blocker + "from mla.bench.cli import main; sys.exit(main(sys.argv[3:]))"
+    code = blocker + "from mla.bench.cli.main import main; sys.exit(main(sys.argv[3:]))"
     done = process("doctor", "fake-good", flags=("-c", code), fakes=["good"])
     assert done.code == 0
     assert done.out.splitlines()[-1] == "usable: fake-good"

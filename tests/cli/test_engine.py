@@ -11,14 +11,14 @@ import msgspec
 import pytest
 import torch
 
-from mla.bench.check import Checker
-from mla.bench.engine import measure
-from mla.bench.implementations import Implementation
-from mla.bench.inputs import Inputs, make_inputs
-from mla.bench.lanes import Kind, LaneError, Lanes
-from mla.bench.measured import Measured
-from mla.bench.pace import Pace
-from mla.bench.workload import Scenario
+from mla.bench.measure.engine import measure
+from mla.bench.measure.hooks import Pace
+from mla.bench.measure.samples import Measured
+from mla.bench.measure.variants import Kind, LaneError, Lanes
+from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.inputs import Inputs, make_inputs
+from mla.bench.workload.scenario import Scenario
+from mla.verify.layer_check import Checker
 from mla_backends import Availability, Backend
 from mla_backends.api import DeviceInfo
 

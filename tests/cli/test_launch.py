@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from mla.bench import launch, results
+from mla.bench import results
+from mla.command import launcher
 
 Bench = Callable[..., Any]
 
@@ -30,7 +31,7 @@ SetVariables = Callable[..., None]
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> SetVariables:
     """Return a function that sets exactly these of the launchers' variables."""
-    for name in (*launch.LOCAL, *launch.TASKS, *launch._TORCHRUN, *launch._SLURM):
+    for name in (*launcher.LOCAL, *launcher.TASKS, *launcher._TORCHRUN, *launcher._SLURM):
         monkeypatch.delenv(name, raising=False)
 
     def launched(**variables: str) -> None:
@@ -51,13 +52,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> SetVariables:
 )
 def test_slurms_own_patterns_name_the_file_of_a_task(launched: SetVariables, written: str, path: str) -> None:
     launched(**SECOND)
-    assert launch.result_path(Path(written)) == Path(path)
+    assert launcher.result_path(Path(written)) == Path(path)
 
 
 def test_torchruns_rank_counts_more_than_slurms_task(launched: SetVariables) -> None:
     launched(**SECOND, RANK="6", WORLD_SIZE="8", LOCAL_RANK="2")
-    assert launch.result_path(Path("run-%t.json")) == Path("run-6.json")
-    assert launch.local_number() == 2
+    assert launcher.result_path(Path("run-%t.json")) == Path("run-6.json")
+    assert launcher.local_number() == 2
 
 
 def test_each_task_writes_its_own_result_with_what_slurm_said(
@@ -92,7 +93,7 @@ def test_tasks_that_would_overwrite_each_other_are_refused(
 def test_a_batch_script_is_one_process_whatever_the_job_asks_for(launched: SetVariables) -> None:
     """As sbatch -n 2 sets it: the number of tasks that srun would start, and task 0."""
     launched(SLURM_JOB_ID="17", SLURM_NTASKS="2", SLURM_PROCID="0", SLURM_LOCALID="0")
-    assert launch.result_path(Path("run-%j.json")) == Path("run-17.json")
+    assert launcher.result_path(Path("run-%j.json")) == Path("run-17.json")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_the_local_number_chooses_among_the_visible_devices(
 ) -> None:
     launched(**variables)
     notes: list[str] = []
-    choose = launch.local_device(notes.append)
+    choose = launcher.local_device(notes.append)
     assert choose is not None
     assert choose(count) == index
     assert notes == said
@@ -137,4 +138,4 @@ def test_the_local_number_chooses_among_the_visible_devices(
 
 def test_without_a_launcher_nothing_is_chosen(launched: SetVariables) -> None:
     launched()
-    assert launch.local_device(lambda said: None) is None
+    assert launcher.local_device(lambda said: None) is None

@@ -14,13 +14,13 @@ import torch
 
 import mla
 from mla.bench import results
-from mla.bench.axes import Point
-from mla.bench.check import Checker, expected_outputs
-from mla.bench.implementations import MlaLayer, Setting
-from mla.bench.inputs import make_inputs
-from mla.bench.layer_stack import MlaStack, layer_state
-from mla.bench.memory import plan_memory
-from mla.bench.workload import Scenario
+from mla.bench.plan.memory import plan_memory
+from mla.bench.subjects.base import MlaLayer, Setting
+from mla.bench.subjects.inputs import make_inputs
+from mla.bench.subjects.stack import MlaStack, layer_state
+from mla.bench.workload.grid import Point
+from mla.bench.workload.scenario import Scenario
+from mla.verify.layer_check import Checker, expected_outputs
 from mla.weights import random_state_dict
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mla import MLAConfig
-from mla.presets import PRESETS
+from mla.config.presets import PRESETS
 
 Bench = Callable[..., Any]
 
@@ -43,7 +43,7 @@ def test_json_holds_whole_configs_for_machines(bench: Bench) -> None:
 def test_it_needs_no_torch(process: Bench) -> None:
     """Naming configs must work where the vendor's torch is not installed yet."""
     blocker = "import sys; sys.modules['torch'] = None; "
-    code = blocker + "from mla.bench.cli import main; sys.exit(main(['list', '--configs']))"
+    code = blocker + "from mla.bench.cli.main import main; sys.exit(main(['list', '--configs']))"
     done = process(flags=("-c", code))
     assert done.code == 0
     assert "deepseek-r1" in done.out

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.sizes import size
+from mla.bench.workload.quantities import size
 from mla_backends.api import OPS
 
 Bench = Callable[..., Any]

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from mla.bench.implementations import MlaLayer, Setting
-from mla.bench.inputs import Inputs, make_inputs
-from mla.bench.poison import TAIL, Poison
-from mla.bench.workload import Scenario
+from mla.bench.subjects.base import MlaLayer, Setting
+from mla.bench.subjects.inputs import Inputs, make_inputs
+from mla.bench.workload.scenario import Scenario
 from mla.cache import LatentCache
+from mla.verify.poison import TAIL, Poison
 from mla.weights import random_state_dict
 from mla_backends import Availability, Backend
 

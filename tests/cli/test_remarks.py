@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mla.bench import results
-from mla.bench.remarks import noise
+from mla.bench.terminal.quality_warnings import noise
 
 MakeRun = Callable[..., results.Run]
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.render import COLUMNS, FORMATS, headlines, render
-from mla.bench.results import Check, Run
+from mla.bench.results.schema import Check, Run
+from mla.bench.terminal.run_table import COLUMNS, FORMATS, headlines, render
 
 MakeRun = Callable[..., Run]
 

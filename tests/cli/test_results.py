@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from mla.bench.results import ResultError, Run, check_writable, decode, encode, write
+from mla.bench.results.schema import ResultError, Run, check_writable, decode, encode, write
 
 MakeRun = Callable[..., Run]
 

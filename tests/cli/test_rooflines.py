@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import mla
-from mla.bench import ceilings, results, rooflines
-from mla.bench.ceilings import Yardstick
-from mla.bench.implementations import Setting
-from mla.bench.results import Ceiling
-from mla.bench.rooflines import Ceilings
+from mla.bench import results
+from mla.bench.limits import microbench as ceilings
+from mla.bench.limits import roofline as rooflines
+from mla.bench.limits.microbench import Yardstick
+from mla.bench.limits.roofline import Ceilings
+from mla.bench.results.schema import Ceiling
+from mla.bench.subjects.base import Setting
 from mla_backends.api import DeviceInfo, Peak
 
 

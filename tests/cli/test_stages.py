@@ -11,14 +11,15 @@ import torch
 
 import mla
 from mla import MLAConfig
-from mla.bench import results, stages
-from mla.bench.implementations import MlaLayer, Setting
-from mla.bench.inputs import make_inputs
-from mla.bench.render import render
-from mla.bench.results import Check, Cost, Roofline, Run, Stage
-from mla.bench.stages import STAGES, Stopwatch
-from mla.bench.workload import Scenario
-from mla.ops import Ops
+from mla.bench import results
+from mla.bench.measure import stages
+from mla.bench.measure.stages import STAGES, Stopwatch
+from mla.bench.results.schema import Check, Cost, Roofline, Run, Stage
+from mla.bench.subjects.base import MlaLayer, Setting
+from mla.bench.subjects.inputs import make_inputs
+from mla.bench.terminal.run_table import render
+from mla.bench.workload.scenario import Scenario
+from mla.layer.ops import Ops
 from mla.weights import random_state_dict
 
 Bench = Callable[..., Any]

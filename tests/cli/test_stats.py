@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla.bench.stats import drift, median, median_interval, outliers, percentile
+from mla.bench.results.stats import drift, median, median_interval, outliers, percentile
 
 NUMBERS = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=40)
 

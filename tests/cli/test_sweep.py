@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.axes import lay, parse
-from mla.bench.workload import PRESETS, load_workload
+from mla.bench.workload.grid import lay, parse
+from mla.bench.workload.scenario import PRESETS, load_workload
 
 Bench = Callable[..., Any]
 
@@ -60,16 +60,16 @@ def test_a_point_that_does_not_fit_is_named_and_the_others_run(bench: Bench, sma
 def test_a_point_the_device_has_no_memory_for_after_all_does_not_cost_the_others(
     bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mla.bench import subject
+    from mla.bench.subjects import fixture
 
-    expected_outputs = subject.expected_outputs
+    expected_outputs = fixture.expected_outputs
 
     def refuse(config: Any, state: Any, scenario: Any, inputs: Any) -> Any:
         if scenario.history[0] == 3:
             raise MemoryError("no room\nfor 3")
         return expected_outputs(config, state, scenario, inputs)
 
-    monkeypatch.setattr(subject, "expected_outputs", refuse)
+    monkeypatch.setattr(fixture, "expected_outputs", refuse)
     done = bench(*VIRTUAL, *small, *FEW, *GRID, "-o", "run.json", fakes=["virtual_clock"])
     assert done.code == 0
     cases = {case.point["kv"]: case for case in results.read(Path("run.json")).cases}
@@ -80,11 +80,11 @@ def test_a_point_the_device_has_no_memory_for_after_all_does_not_cost_the_others
 def test_weights_and_oracle_of_one_scenario_are_gone_before_the_next(
     bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mla.bench import subject
+    from mla.bench.subjects import fixture
 
     tensors: list[Any] = []
     alive: list[int] = []
-    expected_outputs = subject.expected_outputs
+    expected_outputs = fixture.expected_outputs
 
     def watched(config: Any, state: Any, scenario: Any, inputs: Any) -> Any:
         alive.append(sum(tensor() is not None for tensor in tensors))
@@ -92,7 +92,7 @@ def test_weights_and_oracle_of_one_scenario_are_gone_before_the_next(
         tensors.extend(map(weakref.ref, (outputs, inputs.hidden, *state.values())))
         return outputs
 
-    monkeypatch.setattr(subject, "expected_outputs", watched)
+    monkeypatch.setattr(fixture, "expected_outputs", watched)
     bench(*VIRTUAL, *small, *FEW, *GRID, fakes=["virtual_clock"])
     assert alive == [0] * 6
     assert tensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mla.bench.sweep_cache import FALLBACK, LEAST, MOST, Sweep
+from mla.bench.measure.cold_cache import FALLBACK, LEAST, MOST, Sweep
 from mla_backends import Availability, Backend
 from mla_backends.api import DeviceInfo
 

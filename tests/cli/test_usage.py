@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mla.bench.cli import cli
-from mla.presets import PRESETS
+from mla.bench.cli.main import cli
+from mla.config.presets import PRESETS
 
 Bench = Callable[..., Any]
 

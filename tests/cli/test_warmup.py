@@ -7,7 +7,7 @@ from itertools import chain, repeat
 
 import pytest
 
-from mla.bench.warmup import MOST, SECONDS, WINDOW, Warmth, settled, warm_up
+from mla.bench.measure.warmup import MOST, SECONDS, WINDOW, Warmth, settled, warm_up
 
 
 class Script:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from mla.bench import results, sweep
-from mla.bench.watchdog import Watchdog
+from mla.bench import results
+from mla.bench.run import scheduler
+from mla.bench.run.watchdog import Watchdog
 
 Bench = Callable[..., Any]
 
@@ -107,7 +108,7 @@ def test_every_forward_of_a_run_is_a_sign_of_life(
             super().beat()
             callers[sys._getframe(1).f_code.co_name] += 1
 
-    monkeypatch.setattr(sweep, "Watchdog", Counting)
+    monkeypatch.setattr(scheduler, "Watchdog", Counting)
     virtual = ("--backend", "fake-virtual-clock", "--scenario", "decode")
     assert bench(*virtual, *small, fakes=["virtual_clock"]).code == 0
     assert callers["_pass"] == 6 * 4

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla.bench.workload import MAX_COUNT, MAX_REQUESTS, Scenario, WorkloadError, expand, load_workload, select
+from mla.bench.workload.scenario import (
+    MAX_COUNT,
+    MAX_REQUESTS,
+    Scenario,
+    WorkloadError,
+    expand,
+    load_workload,
+    select,
+)
 
 LENGTHS = st.integers(0, 10**6)
 RUNS = st.tuples(LENGTHS, st.integers(1, 50))

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from mla.conformance.numerics import UNITS, judge, judge_lse, same_bits
 from mla.conformance.report import CheckResult
 from mla.reference import REFERENCE
+from mla.verify.tolerances import UNITS, judge, judge_lse, same_bits
 
 Run = Callable[..., list[CheckResult]]
 BF16 = torch.bfloat16

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla import MLA, LatentCache, MLAConfig
-from mla.oracle import oracle
+from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
 from mla_backends import Availability, Backend, FusedOp
 from mla_backends.kernels import FlashAttnVarlen, VarlenLimits

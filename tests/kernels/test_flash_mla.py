@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mla import MLA, LatentCache, MLAConfig
 from mla.config import YarnScaling
-from mla.oracle import oracle
+from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
 from mla_backends import Availability, Backend, BackendError, FusedOp
 from mla_backends.kernels import FlashMla, LatentLimits

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla.bench import new_backend
-from mla.bench.cli import main
+from mla.bench.cli.main import main
+from mla.bench.scaffold import new_backend
 from mla_backends.known import KNOWN
 
 if sys.version_info >= (3, 11):
@@ -151,7 +151,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path, exists: bool
         (tmp_path / "work" / "project").mkdir()
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
-        "from mla.bench.cli import main; sys.exit(main(['new-backend', 'acme', 'project']))"
+        "from mla.bench.cli.main import main; sys.exit(main(['new-backend', 'acme', 'project']))"
     )
     done = subprocess.run(
         [sys.executable, "-B", "-c", code], cwd=tmp_path / "work", capture_output=True, text=True, check=False
@@ -218,7 +218,7 @@ def test_the_template_is_part_of_the_package() -> None:
 
     shipped = {one.distribution_path for one in WheelBuilder(str(ROOT)).recurse_included_files()}
     template = {
-        f"mla/bench/template/{path.relative_to(new_backend.TEMPLATE)}"
+        f"mla/bench/scaffold/template/{path.relative_to(new_backend.TEMPLATE)}"
         for path in new_backend.TEMPLATE.rglob("*.template")
     }
     assert len(template) == len(FILES)

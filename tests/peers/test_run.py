@@ -15,10 +15,10 @@ from benchmarks.peers import catalog, scaling, steady, summary
 from benchmarks.peers.faults import FaultCounter
 from benchmarks.peers.scenarios import scenario, scenarios
 from mla.bench import results
-from mla.bench.implementations import Implementation
-from mla.bench.inputs import Inputs
-from mla.bench.results import Ceiling
-from mla.bench.workload import Scenario, WorkloadError
+from mla.bench.results.schema import Ceiling
+from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.inputs import Inputs
+from mla.bench.workload.scenario import Scenario, WorkloadError
 
 RUN = Path(__file__).parents[2] / "benchmarks" / "peers" / "run.py"
 DIMS = {
@@ -139,12 +139,12 @@ def test_page_faults_are_counted_per_forward(pages: int, least: int, most: int) 
 
 
 def test_the_runners_implementations_are_put_back() -> None:
-    from mla.bench import session
+    from mla.bench.run import scenario_run
 
-    before = dict(session.IMPLEMENTATIONS)
+    before = dict(scenario_run.IMPLEMENTATIONS)
     with catalog.Counters():
-        assert "hand" in session.IMPLEMENTATIONS
-    assert before == session.IMPLEMENTATIONS
+        assert "hand" in scenario_run.IMPLEMENTATIONS
+    assert before == scenario_run.IMPLEMENTATIONS
 
 
 def test_ours_comes_first_and_once() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from mla import MLA, LatentCache, MLAConfig, RaggedBatch
 from mla.config import YarnScaling
-from mla.oracle import oracle
+from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
 from mla_backends import Availability, Backend, FusedOp
 from mla_backends.api import AttentionSpec, SegmentLengths

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla import LatentCache
-from mla.batch import host_ints
+from mla.cache.ragged_batch import host_ints
 from mla.errors import StaleBatch
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from mla import MLAConfig
 from mla.config import YarnScaling
+from mla.config.presets import PRESETS
 from mla.errors import ConfigError
-from mla.presets import PRESETS
 
 MINIMAL = {"hidden_size": 64, "num_attention_heads": 4, "kv_lora_rank": 32}
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla import MLAConfig, cost
-from mla.ops import layer_roles
+from mla.layer.ops import layer_roles
 from mla.weights import weight_shapes
 
 dims = st.integers(1, 600)

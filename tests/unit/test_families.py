@@ -15,9 +15,9 @@ from transformers import AutoConfig
 
 from mla import MLAConfig
 from mla.config import LongRopeScaling, QueryScaling, YarnScaling
+from mla.config.families import ALIASES, CHANGES, FAMILIES, REFUSED
+from mla.config.presets import PRESETS
 from mla.errors import ConfigError
-from mla.families import ALIASES, CHANGES, FAMILIES, REFUSED
-from mla.presets import PRESETS
 
 #: Keys of each checkpoint's config.json that concern attention, as far as the named place gives them.
 PUBLISHED: dict[str, dict[str, Any]] = json.loads(

@@ -1,7 +1,8 @@
 """Every served family against its own class in `transformers`: one tiny config.json, one state dict, fp32.
 
-Both sides read the same config.json and the same cached latents. `mla.bench.peer_models` is judged here too:
-what it builds from our config must compute the same as what `transformers` builds from config.json.
+Both sides read the same config.json and the same cached latents. `mla.bench.subjects.transformers_classes` is
+judged here too: what it builds from our config must compute the same as what `transformers` builds from
+config.json.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import torch
 from transformers import AutoConfig, DynamicCache
 
 from mla import MLA, MLAConfig
-from mla.bench.peer_models import PeerModel, UnknownPeer, peer_model
+from mla.bench.subjects.transformers_classes import PeerModel, UnknownPeer, peer_model
 from mla.config import QueryScaling, YarnScaling
-from mla.families import FAMILIES
-from mla.presets import PRESETS
+from mla.config.families import FAMILIES
+from mla.config.presets import PRESETS
 from mla.weights import random_state_dict, weight_shapes
 
 #: Between two right implementations; 1.3e-6 is the worst seen among them.

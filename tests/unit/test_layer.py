@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mla import MLAConfig
 from mla.config import YarnScaling
-from mla.oracle import oracle
+from mla.verify.layer_oracle import oracle
 
 MODES = ("auto", "absorbed", "expanded")
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mla import MLAConfig
+from mla.layer.rope import RotaryTable
 from mla.reference import REFERENCE
-from mla.rope import RotaryTable
 
 Latent, Expanded = type(REFERENCE["latent_attention"]), type(REFERENCE["expanded_attention"])
 Rotate, Write = type(REFERENCE["rotate_query"]), type(REFERENCE["write_latent"])

@@ -10,7 +10,7 @@ import torch
 
 from mla import MLAConfig
 from mla.config import YarnScaling
-from mla.rope import RotaryTable, inverse_frequencies
+from mla.layer.rope import RotaryTable, inverse_frequencies
 
 CPU = torch.device("cpu")
 

@@ -17,7 +17,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from mla import MLAConfig
 from mla.config import LongRopeScaling, QueryScaling, YarnScaling
 from mla.errors import ConfigError
-from mla.rope import inverse_frequencies, query_factors
+from mla.layer.rope import inverse_frequencies, query_factors
 
 DIMS = {"hidden_size": 64, "num_attention_heads": 2, "q_lora_rank": None, "kv_lora_rank": 32}
 DIMS = {**DIMS, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 16}
@@ -255,8 +255,8 @@ def test_the_query_scale_is_that_of_mistral4() -> None:
 
 
 def test_no_rotation_changes_no_bit(tiny: Any) -> None:
+    from mla.layer.rope import RotaryTable
     from mla.reference.pointwise import rotate
-    from mla.rope import RotaryTable
 
     config = tiny(rope_theta=None)
     table = RotaryTable(config, torch.device("cpu"), size=200)

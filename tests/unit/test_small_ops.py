@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mla.errors import UnsupportedBatch, UnsupportedOps
-from mla.ops import Ops, choose
+from mla.layer.ops import Ops, choose
 from mla.reference import REFERENCE
 from mla_backends import BackendError, FusedOp
 from mla_backends.api import OPS

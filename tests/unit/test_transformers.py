@@ -18,7 +18,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 
 from mla import MLAConfig
 from mla.config import YarnScaling
-from mla.rope import inverse_frequencies
+from mla.layer.rope import inverse_frequencies
 
 YARN = {"original_max_position_embeddings": 64, "mscale": 0.707, "mscale_all_dim": 0.707}
 

@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 
 from mla.bench import results
-from mla.bench.report import data, summary
-from mla.bench.results import ResultError, Run
+from mla.bench.report import series, summary
+from mla.bench.results.schema import ResultError, Run
 from mla.errors import MLAError
 
 #: How every report starts, and what alone may be overwritten.
@@ -52,9 +52,9 @@ def render(paths: Sequence[str], runs: Sequence[Run]) -> str:
     import jinja2
 
     from mla.bench.report import sections, tables
-    from mla.bench.report.picture import Context
+    from mla.bench.report.panel import Context
 
-    files = data.sources(paths, runs)
+    files = series.sources(paths, runs)
     loader = jinja2.PackageLoader("mla.bench.report", ".")
     environment = jinja2.Environment(
         loader=loader,

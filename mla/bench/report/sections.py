@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mla.bench.compare import NOISE
-from mla.bench.report.case_pictures import against_grid, breakdown, rooflines, scenarios
-from mla.bench.report.picture import Context, Picture
-from mla.bench.report.time_pictures import (
+from mla.bench.report.case_panels import against_grid, breakdown, rooflines, scenarios
+from mla.bench.report.panel import Context, Picture
+from mla.bench.report.timing_panels import (
     MOST_STRIPS,
     against_base,
     distributions,
     further_timings,
 )
+from mla.bench.results.compare import NOISE
 
 #: What stands before the pictures of a section.
 _GRID = "Medians along the axes of the grid, with 95 % intervals as whiskers. Both axes are logarithmic."

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import msgspec
 
-from mla.bench import render
-from mla.bench.report.data import Source, grouped
-from mla.bench.results import Case, Run
+from mla.bench.report.series import Source, grouped
+from mla.bench.results.schema import Case, Run
+from mla.bench.terminal import run_table
 
 #: Headlines and remarks of one file; a grid has a headline per point.
 MOST_LINES = 6
@@ -33,7 +33,7 @@ def summary(source: Source) -> Summary:
     """Return what to say first about a file."""
     run = source.run
     plain = [case for case in run.cases if not case.point]
-    headlines = render.headlines(msgspec.structs.replace(run, cases=plain or run.cases))
+    headlines = run_table.headlines(msgspec.structs.replace(run, cases=plain or run.cases))
     status, verdict = worst(run.cases)
     return Summary(
         source,
@@ -42,8 +42,8 @@ def summary(source: Source) -> Summary:
         _left_out(run, len(headlines)),
         status,
         verdict,
-        render.noise(run),
-        render.comparisons(run),
+        run_table.noise(run),
+        run_table.comparisons(run),
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mla.bench import render, stats
-from mla.bench.compare import Comparison
-from mla.bench.render import number
-from mla.bench.render_stages import total
-from mla.bench.report.data import Curves, Entry, Measure, Quantity, passes, position
-from mla.bench.report.roofs import Roof, Roofline
-from mla.bench.results import Case, Interval, Latency, Timing
+from mla.bench.report.roofline_data import Roof, Roofline
+from mla.bench.report.series import Curves, Entry, Measure, Quantity, passes, position
+from mla.bench.results import stats
+from mla.bench.results.compare import Comparison
+from mla.bench.results.schema import Case, Interval, Latency, Timing
+from mla.bench.terminal import run_table as render
+from mla.bench.terminal.run_table import number
+from mla.bench.terminal.stages import total
 
 
 @dataclass(frozen=True)

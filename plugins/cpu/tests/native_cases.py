@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from mla.conformance.numerics import judge
 from mla.reference import REFERENCE
+from mla.verify.tolerances import judge
 from mla_backend_cpu import levels
 from mla_backends.api import AttentionSpec, SegmentLengths
 

@@ -105,7 +105,7 @@ def test_the_gain_is_measured_once() -> None:
 
 @pytest.mark.parametrize("gain", [0.5, 2.0])
 def test_the_layer_is_right_with_and_without_the_op(monkeypatch: pytest.MonkeyPatch, gain: float) -> None:
-    from mla.oracle import oracle
+    from mla.verify.layer_oracle import oracle
 
     monkeypatch.setattr(linear, "fp32_gain", lambda: gain)
     config = mla.MLAConfig(hidden_size=96, num_attention_heads=4, q_lora_rank=32)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from mla.bench import results, stats
+from mla.bench import results
 from mla.bench.report import page
+from mla.bench.results import stats
 
 #: Relative speed of the two cards' implementations.
 SLOWNESS = {"mla": 1.0, "mla-reference": 3.0}

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.report import data, roofs, summary
-from mla.bench.report.data import Entry, Source
+from mla.bench.report import roofline_data, summary
+from mla.bench.report import series as data
+from mla.bench.report.series import Entry, Source
 
 Case = Callable[..., results.Case]
 
@@ -84,7 +85,7 @@ def test_a_wrong_case_is_on_no_picture(source: Any, case: Case) -> None:
     found = data.entries([source(point(case, kv=1), point(case, kv=2), wrong)])
     assert places(data.curves(found, "kv")) == [("mla", "", [1, 2])]
     assert data.bars(found) == {}
-    assert roofs.roofline(found[0].source).dots[2:] == []
+    assert roofline_data.roofline(found[0].source).dots[2:] == []
 
 
 @pytest.mark.parametrize("values", [[{"kv": 5}, {"kv": 5}], [{"kv": "1..5"}, {"kv": "2..6"}], [{"heads": 8}]])
@@ -132,10 +133,10 @@ def test_ceilings_are_the_roofs(source: Any, case: Case) -> None:
         ceiling("copy", 9e9),
         ceiling("matmul", 1e12, dtype="bfloat16"),
     ]
-    found = roofs.roofline(source(case(roofline=floor(7.0, "memory")), ceilings=limits))
+    found = roofline_data.roofline(source(case(roofline=floor(7.0, "memory")), ceilings=limits))
     kept = [(one.bound, one.value, one.detail) for one in found.roofs]
     assert kept == [("memory", 5e9, "32 MiB"), ("memory", 1e9, "1.5 GiB"), ("compute", 1e12, "bfloat16")]
-    assert roofs.ridge(found.roofs) == pytest.approx(200)
+    assert roofline_data.ridge(found.roofs) == pytest.approx(200)
 
 
 def floor(ms: float, bound: Any) -> results.Roofline:
@@ -147,18 +148,18 @@ def test_without_ceilings_roofs_are_what_the_floors_were_computed_from(source: A
     one = source(
         case(cost=cost, roofline=floor(0.5, "memory")), case(cost=cost, roofline=floor(4, "compute"))
     )
-    found = roofs.roofline(one)
+    found = roofline_data.roofline(one)
     assert [(one.bound, one.value, one.source) for one in found.roofs] == [
         ("memory", pytest.approx(2e9), "there"),
         ("compute", pytest.approx(1e12), "there"),
     ]
     assert [(dot.intensity, dot.rate) for dot in found.dots] == [(4000, 2e12)] * 2  # in 2 ms
-    assert roofs.roofline(source(case())).roofs == []
-    assert roofs.ridge(roofs.roofline(source(case())).roofs) is None
+    assert roofline_data.roofline(source(case())).roofs == []
+    assert roofline_data.ridge(roofline_data.roofline(source(case())).roofs) is None
 
 
 def test_a_case_without_work_is_under_no_roof(source: Any, case: Case) -> None:
-    assert roofs.roofline(source(case(cost=results.Cost(flops=0, bytes=0)))).dots == []
+    assert roofline_data.roofline(source(case(cost=results.Cost(flops=0, bytes=0)))).dots == []
 
 
 def test_the_worst_check_is_named(case: Case) -> None:

@@ -18,11 +18,11 @@ import torch
 
 import mla
 from mla.bench import results
-from mla.bench.check import Checker
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import Subject
 from mla.conformance.xfails import Xfails
-from mla.oracle import oracle
+from mla.verify.layer_check import Checker
+from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
 
 FAKES = Path(__file__).resolve().parents[2] / "fakes" / "kernels"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import mla
-from mla.bench.cli import main
+from mla.bench.cli.main import main
 from mla_backends.api import Backend
 
 DIMS = {

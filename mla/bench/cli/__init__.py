@@ -1,0 +1,1 @@
+"""The commands of `python -m mla.bench`, one file each."""

@@ -1,0 +1,63 @@
+"""Options that replace the workload: one op of the layer alone, and its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from mla.bench.workload.op_scenario import DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY
+from mla.bench.workload.quantities import size
+from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """Read "4k" as 4096."""
+    try:
+        return None if value is None else size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+_OPTIONS = (
+    click.option(
+        "--op",
+        metavar="NAME",
+        help="Time one op of the contract without the layer, instead of a workload: its name, or its role "
+        "(see --list-ops).",
+    ),
+    click.option(
+        "--batch",
+        type=click.IntRange(1, MAX_REQUESTS),
+        metavar="N",
+        help=f"--op: requests.  [default: {DEFAULT_BATCH}]",
+    ),
+    click.option(
+        "--kv",
+        callback=_size,
+        metavar="LEN",
+        help=f"--op: tokens per request cached before the new ones (4k).  [default: {DEFAULT_HISTORY}]",
+    ),
+    click.option(
+        "--q-len",
+        type=click.IntRange(1, MAX_COUNT),
+        metavar="N",
+        help=f"--op: new tokens per request.  [default: {DEFAULT_QUERY}]",
+    ),
+    click.option(
+        "--heads",
+        type=click.IntRange(1, MAX_COUNT),
+        metavar="N",
+        help="--op: heads, instead of the config's.",
+    ),
+)
+
+
+def op_options(command: Command) -> Command:
+    """Add `--op` and the options of its shape."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command

@@ -1,0 +1,1 @@
+"""Why a backend is or is not usable."""

@@ -1,0 +1,173 @@
+"""`doctor`: why a backend is or is not usable, and what to do about it.
+
+Everything that imports torch or a plugin happens in child processes: a vendor's library may abort or hang.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mla
+from mla.bench.doctor.torch_import import OFF, SECONDS, SWITCH, Extension, TorchReport, check_torch
+from mla.command.environment import distribution_version
+from mla_backends.discovery import locate
+from mla_backends.errors import BackendNotInstalled, DeviceUnavailable, DuplicateBackend
+from mla_backends.status import USABLE, NoAnswer, Status, ask, names, status
+
+#: Setting up a device may compile kernels.
+SETUP_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The state of one backend, beyond its probe: whether the device starts, and what runs on it."""
+
+    name: str
+    state: str  # "usable", or that of a `BackendError` class
+    distribution: str | None
+    version: str | None
+    reason: str
+    evidence: Mapping[str, str]
+    fixes: Sequence[str]
+    facts: Mapping[str, Any] = field(default_factory=dict)  # device, dtypes, ops; empty unless usable
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything `doctor` found out."""
+
+    host: Mapping[str, str]
+    torch: TorchReport
+    backends: Sequence[Diagnosis]
+
+    @property
+    def usable(self) -> list[str]:
+        """Names of the usable backends among those that were examined."""
+        return [one.name for one in self.backends if one.state == USABLE]
+
+
+def examine(name: str | None = None) -> Report:
+    """Examine one backend, or all that are installed or known. Raises `UnknownBackend` for other names."""
+    if name is not None:
+        with suppress(BackendNotInstalled, DuplicateBackend):  # these have a state to report
+            locate(name)
+    chosen = names() if name is None else [name]
+    with ThreadPoolExecutor(max_workers=len(chosen) + 1) as pool:
+        torch = pool.submit(check_torch, chosen)
+        found = list(pool.map(_diagnose, chosen))
+        if torch.result().autoload_is_to_blame:
+            found = list(pool.map(_retried, found))
+    return Report(_host(), torch.result(), found)
+
+
+def _host() -> dict[str, str]:
+    return {
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "platform": platform.platform(),
+        "mla": mla.__version__,
+        "mla-backends": distribution_version("mla-backends") or "not installed as a distribution",
+    }
+
+
+def _diagnose(name: str, variables: Mapping[str, str] | None = None) -> Diagnosis:
+    """Probe a backend, and set it up where the probe succeeds."""
+    probed = status(name, SECONDS, variables)
+    if probed.state != USABLE:
+        return _diagnosis(probed, probed.state, probed.reason, probed.hint)
+    try:
+        fields = ("state", "reason", "hint", "facts")
+        command = ["-m", "mla.bench.doctor.worker", "backend", name]
+        return _diagnosis(probed, **ask(command, fields, SETUP_SECONDS, variables))
+    except NoAnswer as none:
+        reason = f"the probe succeeds, and a process that sets up the device {none}"
+        hint = f"`python -X faulthandler -m mla.bench.doctor.worker backend {name}` shows where it stops"
+        return _diagnosis(probed, DeviceUnavailable.state, reason, hint)
+
+
+def _diagnosis(
+    probed: Status, state: str, reason: str, hint: str, facts: Mapping[str, Any] | None = None
+) -> Diagnosis:
+    return Diagnosis(
+        name=probed.name,
+        state=state,
+        distribution=probed.distribution,
+        version=probed.version,
+        reason=reason,
+        evidence=probed.evidence,
+        fixes=[hint] if hint else [],
+        facts=facts or {},
+    )
+
+
+def _retried(found: Diagnosis) -> Diagnosis:
+    """Try a backend once more where torch loads no extension by itself: that may be all it needs."""
+    if found.state in (USABLE, BackendNotInstalled.state, DuplicateBackend.state):
+        return found
+    if _diagnose(found.name, OFF).state != USABLE:
+        return found
+    return replace(found, fixes=[f"run with {SWITCH}=0: tried just now, and '{found.name}' is usable then"])
+
+
+# ---------------------------------------------------------------------------------------------- as text
+
+
+def as_text(report: Report) -> str:
+    """Return the report for people: a block per subject, one fix per line."""
+    blocks = [_block("host", report.host.items()), _torch(report.torch), *map(_backend, report.backends)]
+    return "\n".join([*blocks, f"usable: {', '.join(report.usable) or 'none'}\n"])
+
+
+def _block(title: str, lines: Iterable[tuple[str, str]]) -> str:
+    return f"{title}\n" + "".join(f"  {key:<12}  {value}\n" for key, value in lines)
+
+
+def _torch(torch: TorchReport) -> str:
+    title = f"torch {torch.version}".strip()
+    return _block(f"{title}: {'does not import' if torch.problem else 'imports'}", _torch_lines(torch))
+
+
+def _torch_lines(torch: TorchReport) -> Iterator[tuple[str, str]]:
+    yield from torch.build.items()
+    if torch.problem:
+        yield "reason", torch.problem
+    yield "autoload", "on" if torch.autoload else f"off ({SWITCH})"
+    yield from (("extension", _extension(one)) for one in torch.extensions)
+    yield from (("fix", fix) for fix in torch.fixes)
+
+
+def _extension(one: Extension) -> str:
+    problem = f" fails: {one.problem}" if one.problem else ""
+    return f"{one.name} of {one.distribution} {one.version}{problem}"
+
+
+def _backend(found: Diagnosis) -> str:
+    origin = f" ({found.distribution} {found.version})" if found.distribution else ""
+    return _block(f"{found.name}: {found.state}{origin}", _backend_lines(found))
+
+
+def _backend_lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
+    if found.reason:
+        yield "reason", found.reason
+    yield from (("evidence", f"{marker}: {seen}") for marker, seen in found.evidence.items())
+    if found.facts:
+        yield from _fact_lines(found.facts)
+    yield from (("fix", fix) for fix in found.fixes)
+
+
+def _fact_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    memory = facts["memory_bytes"]
+    yield "device", f"{facts['device_name']} ({facts['device']})"
+    yield "memory", f"{memory / 2**30:.1f} GiB" if memory else "unknown"
+    yield "dtypes", ", ".join(facts["dtypes"])
+    yield "ops", f"for {facts['config']} in {facts['dtype']}:"
+    for role, choice in facts["ops"].items():
+        yield "", f"{role}: {choice['implementation']}"
+        yield from (("", f"  {reason}") for reason in choice["reasons"])
+    for name, contract in facts["idle_ops"].items():
+        yield "", f"{name}: offered for {contract}, which this config does not call"

@@ -1,0 +1,127 @@
+"""The questions `doctor` asks in child processes, because a vendor's library may abort or hang in them.
+
+`python -m mla.bench.doctor.worker torch`, `extension NAME VALUE` or `backend NAME`; the last line of stdout
+is the answer as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from mla_backends.errors import BackendError, describe
+from mla_backends.status import USABLE
+
+if TYPE_CHECKING:
+    from mla.layer.ops import Ops
+    from mla_backends.api import Backend, FusedOp
+
+CONFIG = "deepseek-v2-lite"  # the runner's default
+EXTENSIONS = "torch.backends"  # the group of entry points that torch loads by itself
+
+
+def examine_torch() -> dict[str, Any]:
+    """Import torch as a user does; say which build it is, or why it does not import."""
+    try:
+        import torch
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # extensions of vendors run in this import
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+        return {"version": "", "build": {}, "problem": describe(error), "missing": missing}
+    build = {
+        name: str(value)
+        for name, value in vars(torch.version).items()
+        if isinstance(value, str) and not name.startswith("_") and name != "git_version"
+    }
+    return {"version": str(torch.__version__), "build": build, "problem": "", "missing": False}
+
+
+def examine_extension(name: str, value: str) -> dict[str, Any]:
+    """Load one extension as torch would; say why that fails. Needs a torch that has not done so already."""
+    import torch  # noqa: F401  # an extension may rely on a complete torch
+
+    try:
+        for point in metadata.entry_points(group=EXTENSIONS, name=name):
+            if point.value == value:
+                point.load()()
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # the question is what it raises
+        return {"problem": describe(error)}
+    return {"problem": ""}
+
+
+def examine_backend(name: str) -> dict[str, Any]:
+    """Set up a backend whose probe succeeded, and list its ops for the default config."""
+    try:
+        import mla
+
+        return {"state": USABLE, "reason": "", "hint": "", "facts": _facts(mla.load_backend(name))}
+    except BackendError as error:
+        return {"state": error.state, "reason": error.reason, "hint": error.hint, "facts": {}}
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # what a backend raises is a line of the report
+        reason = f"the device starts, and asking the backend about it raised {describe(error)}"
+        command = f"`python -X dev -m mla.bench --backend {name} --list-ops`"
+        hint = f"report it to the backend's authors, with what {command} prints"
+        return {"state": BackendError.state, "reason": reason, "hint": hint, "facts": {}}
+
+
+def _facts(opened: Backend) -> dict[str, Any]:
+    import torch
+
+    from mla.config import MLAConfig
+    from mla.layer.ops import Ops
+
+    assert opened.device is not None
+    native, info, offered = opened.dtypes(), opened.device_info(), opened.ops()
+    dtype = torch.bfloat16 if torch.bfloat16 in native else native[0]
+    chosen = Ops(MLAConfig.preset(CONFIG), offered, dtype, opened.device)
+    return {
+        "device": str(opened.device),
+        "device_name": info.name,
+        "memory_bytes": info.memory_bytes,
+        "dtypes": [_dtype_name(one) for one in native],
+        "config": CONFIG,
+        "dtype": _dtype_name(dtype),
+        "ops": {role: _choice(chosen, role) for role in chosen.names()},
+        "idle_ops": _idle(chosen, offered),
+    }
+
+
+def _dtype_name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _choice(chosen: Ops, role: str) -> dict[str, Any]:
+    return {"implementation": chosen[role].name, "reasons": list(chosen[role].reasons)}
+
+
+def _idle(chosen: Ops, offered: Mapping[str, FusedOp]) -> dict[str, str]:
+    """Return the ops whose kind this config never calls: not refused, and yet they do not run."""
+    called = {_kind(chosen[role].op) for role in chosen.names()}
+    return {name: op.contract for name, op in offered.items() if _kind(op) not in called}
+
+
+def _kind(op: FusedOp) -> str:
+    return op.contract.partition("/")[0]
+
+
+QUESTIONS: dict[str, Callable[..., dict[str, Any]]] = {
+    "torch": examine_torch,
+    "extension": examine_extension,
+    "backend": examine_backend,
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Answer one question and end the process at once."""
+    answer = QUESTIONS[arguments[0]](*arguments[1:])
+    sys.stdout.write(f"\n{json.dumps(answer)}\n")  # a line of its own, whatever was printed before
+    sys.stdout.flush()
+    # Vendor stacks have been seen to hang or crash while the interpreter winds down.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Samples: warm-up, passes, ways of timing, and the statistics of them."""

@@ -1,0 +1,34 @@
+"""How the implementations of one scenario relate: their outputs and their speed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mla.bench.results.schema import Agreement, Case
+
+
+def compare(cases: Sequence[Case], outputs: Mapping[str, torch.Tensor]) -> None:
+    """Tell every pair of cases with outputs (by implementation name, on the host) how they agree."""
+    compared = [case for case in cases if case.implementation in outputs]
+    for case in compared:
+        case.agreement = [_agreement(case, other, outputs) for other in compared if other is not case]
+
+
+def _agreement(case: Case, other: Case, outputs: Mapping[str, torch.Tensor]) -> Agreement:
+    mine, theirs = (outputs[one.implementation].double() for one in (case, other))
+    return Agreement(
+        implementation=other.implementation,
+        relative_difference=((mine - theirs).norm() / theirs.norm()).item(),
+        speed_ratio=_speed_ratio(case, other),
+    )
+
+
+def _speed_ratio(case: Case, other: Case) -> float | None:
+    """Return the ratio of the medians: of latencies in prefill, of throughputs in decode."""
+    if case.latency_ms is None or other.latency_ms is None:
+        return None
+    if case.mode == "prefill" or case.tokens_per_s is None or other.tokens_per_s is None:
+        return other.latency_ms.median / case.latency_ms.median
+    return case.tokens_per_s.median / other.tokens_per_s.median

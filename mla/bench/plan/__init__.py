@@ -1,0 +1,1 @@
+"""What will run: options, judged and resolved before anything is measured."""

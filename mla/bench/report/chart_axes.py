@@ -1,0 +1,97 @@
+"""Axes in plain numbers: logarithmic ones without powers in superscript, rows of names, whiskers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
+
+from mla.bench.report.series import Measure, printable
+from mla.bench.terminal.run_table import number
+
+#: Characters of a name in a picture; tables hold it whole.
+LABEL = 42
+#: Ticks on the axis of a grid: more would run into each other.
+MOST_TICKS = 9
+#: Rows from which their names are written smaller.
+MANY_ROWS = 16
+
+Side = Literal["x", "y"]
+
+
+def log(axes: Axes, side: Side) -> None:
+    """Make an axis logarithmic, with ticks that fit its length."""
+    axes.set_xscale("log") if side == "x" else axes.set_yscale("log")
+    axis = axes.xaxis if side == "x" else axes.yaxis
+    axis.set_major_locator(_locator(*axis.get_view_interval()))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+    axis.set_minor_locator(NullLocator())
+    axes.grid(True, axis=side)
+
+
+def _locator(low: float, high: float) -> Locator:
+    """Return round numbers for less than a decade, 1, 2 and 5 for a few, powers of ten for many."""
+    decades = math.log10(high / low)
+    if decades < 0.8:
+        return MaxNLocator(6, steps=[1, 2, 5, 10])
+    return LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=20)
+
+
+def plain(value: float) -> str:
+    """Return a number without an exponent, such as 0.05, 800, 20k or 1.5M."""
+    for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 10 * unit or (unit > 1e3 and abs(value) >= unit):
+            return f"{value / unit:.4g}{suffix}"
+    return f"{value:.4g}"
+
+
+def places(axes: Axes, values: Iterable[float]) -> None:
+    """Tick the x axis at the values of the grid; powers of two look evenly spaced."""
+    found = sorted(set(values))
+    if found[0] > 0:
+        axes.set_xscale("log", base=2)
+    else:  # a history of 0 has no logarithm
+        axes.set_xscale("symlog", base=2, linthresh=max(1.0, min((x for x in found if x > 0), default=1.0)))
+    step = math.ceil(len(found) / MOST_TICKS)
+    axes.xaxis.set_major_locator(FixedLocator(found[::-step][::-1]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(True, axis="x")
+
+
+def count(value: float) -> str:
+    """Return a count of tokens or requests, whole multiples of 1024 as "4k"."""
+    if value >= 1024 and value % 1024 == 0:
+        return f"{value / 1024:.0f}k"
+    return f"{value:g}"
+
+
+def rows(axes: Axes, names: Sequence[str]) -> None:
+    """Name the rows of a chart from the top."""
+    axes.set_yticks(range(len(names)), [printable(name, LABEL) for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0, labelsize=8 if len(names) > MANY_ROWS else 9)
+    axes.spines["left"].set_visible(False)
+
+
+def whiskers(measures: Sequence[Measure]) -> list[list[float]]:
+    """Return distances down and up to the intervals; none where there is no interval."""
+    down = [0.0 if one.low is None else max(0.0, one.value - one.low) for one in measures]
+    up = [0.0 if one.high is None else max(0.0, one.high - one.value) for one in measures]
+    return [down, up]
+
+
+def end_labels(axes: Axes, measures: Sequence[Measure]) -> None:
+    """Write each value right of its bar and whisker."""
+    ends = [one.value if one.high is None else max(one.high, one.value) for one in measures]
+    axes.set_xlim(0, 1.36 * max(ends))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+    axes.grid(True, axis="x")
+    for row, (end, one) in enumerate(zip(ends, measures, strict=True)):
+        axes.annotate(
+            number(one.value), (end, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+        )

@@ -1,0 +1,1 @@
+"""The loop over scenarios, and what may end it early."""

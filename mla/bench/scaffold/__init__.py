@@ -1,0 +1,1 @@
+"""`new-backend`: the project that a new backend starts from."""

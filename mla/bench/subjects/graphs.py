@@ -1,0 +1,189 @@
+"""Forwards of our layer, captured into graphs of the device and replayed.
+
+prefill: one graph of the forward on the prepared batch. decode: one graph per width of the block table, since
+`RaggedBatch.update_` keeps it. Each holds a batch of its own at fixed addresses; planning is captured with
+the forward and follows it. A replayed step is `extend`, `update_` of that batch, and the replay.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from mla.cache.ragged_batch import RaggedBatch
+from mla_backends import BackendError
+from mla_backends.api import Backend
+from mla_backends.errors import describe
+
+if TYPE_CHECKING:
+    from mla.bench.subjects.base import MlaLayer
+    from mla.bench.workload.scenario import Scenario
+
+#: Graphs of one decode pass at most; each keeps its own memory.
+MOST_GRAPHS = 16
+
+
+class NoGraph(Exception):
+    """Why an implementation has no graphs, as one clause."""
+
+
+class Captured(ABC):
+    """Captured forwards, with the interface of what a lane runs. `method` goes into the result."""
+
+    method: str
+
+    def __init__(self, layer: MlaLayer) -> None:
+        self._layer = layer
+
+    def restore(self) -> None:
+        """Put the cache back to the history. Never timed."""
+        self._layer.restore()
+
+    def before(self, index: int) -> None:  # noqa: B027  # a prefill's inputs stay where they are
+        """Put the inputs of a forward where its graph reads them. Never timed."""
+
+    def bookkeep(self) -> None:  # noqa: B027  # a prefill has none
+        """Do what the host does for every forward."""
+
+    @abstractmethod
+    def replay(self) -> None:
+        """Run the forward."""
+
+    def step(self, index: int) -> None:
+        self.bookkeep()
+        self.replay()
+
+    def after(self, index: int) -> None:  # noqa: B027  # a prefill's outputs are where they belong
+        """Move the outputs of a forward to where they belong. Never timed."""
+
+
+class ReplayAlone:
+    """Captured forwards for the device's clock, which is to see the replay and no bookkeeping of the host."""
+
+    def __init__(self, captured: Captured) -> None:
+        self._captured = captured
+        self.method = f"{captured.method}; bookkeeping of the host outside the timed region"
+        self.restore, self.after = captured.restore, captured.after
+
+    def before(self, index: int) -> None:
+        self._captured.before(index)
+        self._captured.bookkeep()
+
+    def step(self, index: int) -> None:
+        self._captured.replay()
+
+
+class CapturedPrefill(Captured):
+    """A forward of the prepared batch. Its batch and plan are kept, because the graph reads their memory."""
+
+    method = "replay of one captured forward of the prepared batch"
+
+    def __init__(self, layer: MlaLayer) -> None:
+        super().__init__(layer)
+        layer.restore()
+        self._batch = layer.batch
+        self._plan = layer.layer.plan(self._batch)
+        self._replay = capture(layer.setting.backend, lambda: layer.step(0))
+
+    def replay(self) -> None:
+        self._replay()
+
+    def restore(self) -> None:
+        super().restore()
+        if not torch.equal(self._layer.batch.block_table_host, self._batch.block_table_host):
+            raise RuntimeError("a restored cache handed out other pages than those that were captured.")
+
+
+@dataclass(frozen=True)
+class _Graph:
+    batch: RaggedBatch  # at the addresses the graph reads
+    replay: Callable[[], None]
+
+
+class CapturedDecode(Captured):
+    """Decode steps. Raises `NoGraph` when a replay would not follow the lengths."""
+
+    def __init__(self, layer: MlaLayer, scenario: Scenario) -> None:
+        super().__init__(layer)
+        _check_scaling(layer, scenario)
+        self._hidden = torch.empty_like(layer.hidden[0])
+        self._out = torch.empty_like(layer.outputs[0])
+        self._graphs: dict[int, _Graph] = {}
+        layer.layer.rotary.reserve(max(scenario.final_lens))  # growing would move what graphs read
+        layer.restore()
+        for step in range(scenario.inputs):
+            self._add(layer.extend(), step)
+        layer.restore()
+        count = len(self._graphs)
+        self.method = f"replay of {count} captured graph{'s' * (count > 1)}, one per width of the block table"
+
+    def _add(self, batch: RaggedBatch, step: int) -> None:
+        """Capture a forward for the width of this batch, if it is a new one; the batch stays in use."""
+        _check_plan(self._layer, batch)
+        width = batch.block_table.shape[1]
+        if width in self._graphs:
+            return
+        if len(self._graphs) == MOST_GRAPHS:
+            raise NoGraph(
+                f"its block table takes more than {MOST_GRAPHS} widths in a pass, and each needs a graph: "
+                "use a larger --page-size or fewer steps"
+            )
+        self._hidden.copy_(self._layer.hidden[step])
+        self._graphs[width] = _Graph(batch, capture(self._layer.setting.backend, lambda: self._work(batch)))
+
+    def _work(self, batch: RaggedBatch) -> None:
+        batch.update_(batch)  # forgets the plan, so that making it is captured, too
+        self._layer.forward(batch, self._hidden, self._out)
+
+    def before(self, index: int) -> None:
+        self._hidden.copy_(self._layer.hidden[index])
+        self._out.fill_(math.nan)
+
+    def bookkeep(self) -> None:
+        batch = self._layer.extend()
+        self._current = self._graphs[batch.block_table.shape[1]]
+        self._current.batch.update_(batch)
+
+    def replay(self) -> None:
+        self._current.replay()
+
+    def after(self, index: int) -> None:
+        self._layer.outputs[index].copy_(self._out)
+
+
+def capture(backend: Backend, work: Callable[[], None]) -> Callable[[], None]:
+    """Return the replay of `work`. Raises `NoGraph`."""
+    try:
+        replay = backend.graph(work)
+    except BackendError as error:
+        raise NoGraph(str(error).rstrip(".")) from error
+    except Exception as error:  # a stack raises anything when it cannot capture
+        raise NoGraph(f"capturing it raised {describe(error)}") from error
+    if replay is None:
+        raise NoGraph("the backend offers no graphs")
+    return replay
+
+
+def _check_plan(layer: MlaLayer, batch: RaggedBatch) -> None:
+    """Raise `NoGraph` for a plan in which the host decides what changes from step to step."""
+    plan = layer.layer.plan(batch)
+    if plan.expanded is not None:
+        raise NoGraph("requests that take the expanded path keep the lengths of their plan")
+    if plan.absorbed is not None and not getattr(plan.absorbed.state, "graph_safe", False):
+        name = layer.layer.ops["latent_attention"].name
+        raise NoGraph(
+            f"op '{name}' (latent_attention) does not promise that a captured call follows growing lengths"
+        )
+
+
+def _check_scaling(layer: MlaLayer, scenario: Scenario) -> None:
+    """Raise `NoGraph` where queries begin to be scaled within a pass: the host decides that."""
+    scaling = layer.setting.config.query_scaling
+    first, last = max(scenario.kv_lens(0)), max(scenario.final_lens)
+    if scaling is not None and first <= scaling.period < last:
+        raise NoGraph(f"queries begin to be scaled at {scaling.period} tokens, within the pass")

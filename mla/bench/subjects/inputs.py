@@ -1,0 +1,41 @@
+"""Seeded inputs of a scenario: hidden states and cached history, random in every channel.
+
+Zero or constant inputs flatter a device (power, caches, branch-free softmax), so nothing here is either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mla.bench.workload.scenario import Scenario
+from mla.config import MLAConfig
+
+History = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Host tensors that every implementation gets alike."""
+
+    hidden: torch.Tensor  # [inputs, T, d]
+    history: History  # per request kv [s, c] as if normed, pe [s, r] as if rotated
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """Return the source of a scenario's random numbers."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + sum(name.encode()))
+
+
+def make_inputs(config: MLAConfig, scenario: Scenario, seed: int, dtype: torch.dtype) -> Inputs:
+    """Draw N(0, 1) inputs; a scenario's inputs depend on its seed, name and shape only."""
+    random = generator(seed, scenario.name)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random).to(dtype)
+
+    hidden = torch.stack([normal(scenario.tokens, config.hidden_size) for _ in range(scenario.inputs)])
+    widths = (config.kv_lora_rank, config.qk_rope_head_dim)
+    history = [tuple(normal(length, width) for width in widths) for length in scenario.history]
+    return Inputs(hidden, history)  # type: ignore[arg-type]  # each tuple is a pair

@@ -1,0 +1,1 @@
+"""One op of the contract without the layer."""

@@ -1,0 +1,79 @@
+"""One op of the contract alone, behind the interface of everything the runner times."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mla.bench.results.schema import Check
+from mla.bench.subjects.base import Implementation, Setting
+from mla.bench.subjects.op.call import CALLS, Place
+from mla.bench.subjects.op.problem import OpProblem, Tensors
+from mla.bench.workload.scenario import Scenario
+from mla.layer.ops import Choice, Ops
+from mla.reference import REFERENCE
+from mla.verify.op_check import OpChecker
+
+
+class OpCase(Implementation):
+    """The op that a layer would choose for a role (`mla`), or the reference (`mla-reference`)."""
+
+    def __init__(self, setting: Setting, problem: OpProblem, name: str, policy: str) -> None:
+        super().__init__(setting)
+        self.name = name
+        self._problem = problem
+        offered = setting.backend.ops()
+        self._choice = Ops(setting.config, offered, setting.dtype, setting.device, policy)[problem.role]
+
+    def load(self, scenario: Scenario, inputs: Any) -> None:
+        """Lay the operands out on the device. Raises `UnsupportedBatch` where the op refuses the shape."""
+        problem, setting = self._problem, self.setting
+        if problem.kind.endswith("attention"):
+            pages = setting.page_size if problem.kind == "latent_attention" else None
+            self._choice.check_batch(scenario.query_lens, scenario.kv_lens(0), pages)
+        place = Place(setting.device, setting.page_size, setting.seed)
+        self._call = CALLS[problem.kind](problem, self._choice, place)
+        self.restore()
+        self._keep_outputs()
+
+    def restore(self) -> None:
+        """Plan the batch anew and forget every result."""
+        start = time.perf_counter_ns()
+        if self._call.prepare():
+            self.plan_ms = (time.perf_counter_ns() - start) / 1e6
+        self._call.clear()
+
+    def step(self, index: int) -> None:
+        self._call.run()
+
+    def check(self, checker: OpChecker) -> Check:
+        """Judge everything the op wrote, log-sum-exps and the cache included."""
+        self._keep_outputs()
+        return checker.check(self._call.found(), self._call.damage())
+
+    def _keep_outputs(self) -> None:
+        """Show the results as one tensor, [1, T, ..], for comparing implementations."""
+        found = [result for name, result in self._call.found().items() if name != "lse"]
+        self.outputs = (found[0] if len(found) == 1 else torch.cat(found, dim=-1))[None]
+
+    def cache_bytes(self) -> int:
+        return self._call.cache_bytes
+
+    def weight_bytes(self) -> int:
+        return self._call.weight_bytes
+
+    def ops(self) -> dict[str, str]:
+        return {self._problem.role: self._choice.name}
+
+
+def reference_results(problem: OpProblem, setting: Setting) -> Tensors:
+    """Return what the reference gives on the host: the yardstick."""
+    host = torch.device("cpu")
+    choice = Choice("reference", REFERENCE[problem.kind], replace(problem.spec, device=host))
+    call = CALLS[problem.kind](problem, choice, Place(host, setting.page_size, setting.seed))
+    call.prepare()
+    call.run()
+    return call.found()

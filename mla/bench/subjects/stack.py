@@ -1,0 +1,109 @@
+"""N layers with weights and latents of their own: what a forward costs with the weights cold, as in a model.
+
+Layer i computes what layer 0 computes, with channels rolled by i in two places: in the latent, inside the
+layer and its cache, and in the output. One oracle thus serves all layers, and yet a layer that uses another's
+weights or another's cache is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mla.bench.results.schema import Check
+from mla.bench.subjects.base import MlaLayer, Setting
+from mla.bench.subjects.inputs import Inputs
+from mla.cache.ragged_batch import RaggedBatch
+from mla.verify.layer_check import BOUNDS, ROW_SLACK, Checker
+from mla.verify.layer_oracle import State
+
+
+def layer_state(state: State, index: int) -> dict[str, torch.Tensor]:
+    """Return the weights of layer `index`, the rolled ones as copies."""
+    rank = state["kv_a_layernorm.weight"].shape[0]
+    rolled = {
+        "kv_a_layernorm.weight": state["kv_a_layernorm.weight"].roll(index, 0),
+        "kv_b_proj.weight": state["kv_b_proj.weight"].roll(index, 1),
+    }
+    for name in ("kv_a_proj_with_mqa.weight", "kv_a_proj_with_mqa.bias"):
+        if name in state:
+            rolled[name] = torch.cat((state[name][:rank].roll(index, 0), state[name][rank:]))
+    for name in ("o_proj.weight", "o_proj.bias"):
+        if name in state:
+            rolled[name] = state[name].roll(index, 0)
+    return {**state, **rolled}
+
+
+class MlaStack(MlaLayer):
+    """`setting.layers` layers over one cache: one extend, one plan, and a forward each of the same hidden."""
+
+    def __init__(self, setting: Setting, state: State, name: str = "mla", ops: str | None = None) -> None:
+        super().__init__(setting, state, name, ops)
+        self.layers = [self.layer, *(self._make_layer(ops) for _ in range(1, setting.layers))]
+        for index, layer in enumerate(self.layers[1:], 1):
+            layer.load_state_dict(layer_state(state, index))
+
+    def _prepare_buffers(self, inputs: Inputs) -> None:
+        super()._prepare_buffers(inputs)
+        steps, count = inputs.hidden.shape[0], len(self.layers)
+        shape = (steps, count, *inputs.hidden.shape[1:])
+        self.outputs = torch.full(shape, torch.nan, dtype=self._hidden.dtype, device=self._hidden.device)
+        self._outs = [list(step) for step in self.outputs]  # views, made before anything is timed
+
+    def _load_history(self, inputs: Inputs) -> None:
+        for index in range(len(self.layers)):
+            for sequence, (kv, pe) in zip(self._sequences, inputs.history, strict=True):
+                self._cache.load(sequence, kv.roll(index, 1), pe, layer=index)
+        self._pages = list(self._cache.pages)
+
+    def _forward(self, index: int, batch: RaggedBatch) -> None:
+        hidden = self._hidden[index]
+        for layer, pages, out in zip(self.layers, self._pages, self._outs[index], strict=True):
+            layer(hidden, batch, pages, out=out)
+
+    def forward(self, batch: RaggedBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        for layer, pages, target in zip(self.layers, self._pages, out.unbind(), strict=True):
+            layer(hidden, batch, pages, out=target)
+
+    def check(self, checker: Any) -> Check:
+        """Judge every layer's outputs, and that its new latents are in its own part of the cache."""
+        judge: Checker = checker
+        found = [
+            judge.check(self.outputs[:, index].roll(-index, -1), self.held_to_reference)
+            for index in range(len(self.layers))
+        ]
+        for index, one in enumerate(found):
+            if one.status == "ok" and not self._cached(index):
+                one.status, one.reason = "wrong", "its latents are not in its part of the cache"
+        worst = max(range(len(found)), key=lambda index: _badness(found[index]))
+        if found[worst].reason:
+            found[worst].reason = f"layer {worst}: {found[worst].reason}"
+        return found[worst]
+
+    def _cached(self, index: int) -> bool:
+        """Say whether a layer cached what layer 0 did, rolled and but for rounding."""
+        bound = ROW_SLACK * BOUNDS[self.setting.dtype][0]
+        for sequence in self._sequences:
+            first, own = (torch.cat(self._unrolled(sequence, layer), dim=1) for layer in (0, index))
+            errors = (own - first).norm(dim=1) / first.norm(dim=1)
+            if not bool((errors <= bound).all()):  # NaN is not
+                return False
+        return True
+
+    def _unrolled(self, sequence: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        kv, pe = self._cache.read(sequence, layer=index)
+        return kv.float().roll(-index, 1), pe.float()
+
+    def compared(self) -> torch.Tensor:
+        return self.outputs[:, 0]
+
+    def weight_bytes(self) -> int:
+        return sum(layer.weight_bytes() for layer in self.layers)
+
+    def scratch_bytes(self) -> int:
+        return sum(layer.scratch_bytes() for layer in self.layers)
+
+
+def _badness(check: Check) -> tuple[bool, float]:
+    return check.status != "ok", check.error_ratio if check.error_ratio is not None else float("inf")

@@ -1,0 +1,129 @@
+"""`transformers` as a comparator: its own attention of the model's family, one request at a time.
+
+Position embeddings and masks are made outside the timed region, as a model makes them once per forward.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from mla.bench.subjects.base import Implementation, Setting
+from mla.bench.subjects.inputs import Inputs
+from mla.bench.subjects.transformers_classes import PeerModel, peer_model
+from mla.bench.workload.scenario import Scenario
+from mla.config import MLAConfig
+from mla.errors import MLAError
+from mla.verify.layer_oracle import State
+
+
+class PeerError(MLAError):
+    """A comparator that cannot run here."""
+
+
+class Transformers(Implementation):
+    """The family's attention class with attention function "sdpa" or "eager"."""
+
+    def __init__(self, setting: Setting, state: State, kind: str = "sdpa") -> None:
+        super().__init__(setting)
+        self.name = "transformers" if kind == "sdpa" else f"transformers-{kind}"
+        self._kind = kind
+        self._make_cache = require()
+        self._peer = _peer(setting.config, kind)
+        with torch.device(setting.device):
+            self._layer = self._peer.attention().to(setting.dtype).eval()
+            self._rotary = self._peer.rotary()
+        self._layer.load_state_dict({key: tensor.to(setting.dtype) for key, tensor in state.items()})
+        self._layer.requires_grad_(False)
+
+    def load(self, scenario: Scenario, inputs: Inputs) -> None:
+        self._scenario = scenario
+        self._prepare_buffers(inputs)
+        device, dtype = self.setting.device, self.setting.dtype
+        self._history = [
+            (
+                kv.to(device, dtype)[None, None],
+                self._peer.to_cache(pe).to(device, dtype)[None, None],
+            )
+            for kv, pe in inputs.history
+        ]
+        self._steps = [self._arguments(step) for step in range(scenario.inputs)]
+        self.restore()
+
+    def _arguments(self, step: int) -> list[dict[str, Any]]:
+        """Return, per request, what one step's call takes beside the hidden states and the cache."""
+        arguments = []
+        for query_len, kv_len in zip(self._scenario.query_lens, self._scenario.kv_lens(step), strict=True):
+            positions = torch.arange(kv_len - query_len, kv_len, device=self.setting.device)[None]
+            embedding = None if self._rotary is None else self._rotary(self._hidden[:1], positions)
+            mask = self._mask(query_len, kv_len)
+            arguments.append({"attention_mask": mask, **self._peer.arguments(embedding, positions)})
+        return arguments
+
+    def _mask(self, query_len: int, kv_len: int) -> torch.Tensor | None:
+        if query_len == 1:
+            return None
+        device = self.setting.device
+        visible = torch.ones(query_len, kv_len, dtype=torch.bool, device=device).tril(kv_len - query_len)
+        if self._kind == "sdpa":
+            return visible[None, None]
+        least = torch.finfo(self.setting.dtype).min
+        mask = torch.zeros(query_len, kv_len, dtype=self.setting.dtype, device=device)
+        return mask.masked_fill_(~visible, least)[None, None]
+
+    def restore(self) -> None:
+        self._caches = []
+        for kv, pe in self._history:
+            cache = self._make_cache()
+            if kv.shape[2]:
+                cache.update(kv, pe, 0)
+            self._caches.append(cache)
+
+    def before(self, index: int) -> None:
+        if self._scenario.mode == "prefill":
+            self.restore()  # its cache would grow with every forward
+
+    @torch.no_grad()
+    def step(self, index: int) -> None:
+        step = index if self._scenario.mode == "decode" else 0
+        rows = self._hidden[step].split(self._scenario.query_lens)
+        outputs = self.outputs[step].split(self._scenario.query_lens)
+        requests = zip(rows, outputs, self._caches, self._steps[step], strict=True)
+        for hidden, out, cache, arguments in requests:
+            out.copy_(self._layer(hidden[None], cache=cache, **arguments)[0][0])
+
+    def cache_bytes(self) -> int:
+        tokens = sum(self._scenario.final_lens)
+        return tokens * self.setting.config.latent_dim * self.setting.dtype.itemsize
+
+    def weight_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self._layer.parameters())
+
+
+def require() -> Any:
+    """Return the cache class of `transformers`. Raises `PeerError` where it is missing or too old."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from transformers import DynamicCache
+    except ImportError as error:
+        raise _missing(error) from error
+    return DynamicCache
+
+
+def _peer(config: MLAConfig, kind: str) -> PeerModel:
+    """Return the classes and config that compute `config`. Raises `PeerError` or `UnknownPeer`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return peer_model(config, kind)
+    except ImportError as error:
+        raise _missing(error) from error
+
+
+def _missing(error: ImportError) -> PeerError:
+    return PeerError(
+        f"implementation 'transformers' needs transformers >= 5.20: pip install '.[transformers]' ({error})."
+    )

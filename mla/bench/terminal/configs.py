@@ -1,0 +1,64 @@
+"""`list --configs`: the presets, their numbers and where these were read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from mla.config import LongRopeScaling, MLAConfig, YarnScaling
+from mla.config.presets import PRESETS
+
+_HEADER = ("name", "hidden", "heads", "q_lora", "latent", "nope/v", "rotation", "source")
+_WORDS = frozenset(("name", "nope/v", "rotation", "source"))  # aligned left
+
+
+def as_table() -> str:
+    """Return one line per preset under a header; "-" means none."""
+    rows = [_HEADER, *(_row(name) for name in PRESETS)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "".join(f"{'  '.join(_cells(row, widths)).rstrip()}\n" for row in rows)
+
+
+def as_objects() -> list[dict[str, Any]]:
+    """Return per preset the config, the checkpoint it belongs to and where its numbers were read."""
+    return [
+        {**_numbers(name), "checkpoint": preset.checkpoint, "source": preset.source}
+        for name, preset in PRESETS.items()
+    ]
+
+
+def _numbers(name: str) -> dict[str, Any]:
+    config = MLAConfig.preset(name)
+    return {**asdict(config), "softmax_scale": config.softmax_scale}
+
+
+def _cells(row: tuple[str, ...], widths: list[int]) -> Iterator[str]:
+    for title, cell, width in zip(_HEADER, row, widths, strict=True):
+        yield cell.ljust(width) if title in _WORDS else cell.rjust(width)
+
+
+def _row(name: str) -> tuple[str, ...]:
+    config = MLAConfig.preset(name)
+    return (
+        name,
+        str(config.hidden_size),
+        str(config.num_attention_heads),
+        str(config.q_lora_rank or "-"),
+        f"{config.kv_lora_rank}+{config.qk_rope_head_dim}",
+        f"{config.qk_nope_head_dim}/{config.v_head_dim}",
+        _rotation(config),
+        PRESETS[name].source,
+    )
+
+
+def _rotation(config: MLAConfig) -> str:
+    """Return channel order, theta and scaling in a few words."""
+    if config.rope_theta is None:
+        return "none"
+    words = ["" if config.rope_interleave else "half-split", f"theta {config.rope_theta:.12g}"]
+    if isinstance(config.rope_scaling, YarnScaling):
+        words.append(f"yarn {config.rope_scaling.factor:g}")
+    if isinstance(config.rope_scaling, LongRopeScaling):
+        words.append("longrope")
+    return " ".join(filter(None, words))

@@ -1,0 +1,53 @@
+"""How many digits of a number are printed: as many as its interval supports.
+
+The last printed digit stands at the largest power of ten that is not above half the 95 % interval, within 2
+to 6 significant digits. So rounding moves a number by at most a quarter of its interval, and a number known
+to 4 % shows 2 or 3 digits, one known to 0.1 % shows 4.
+"""
+
+from __future__ import annotations
+
+import math
+
+from mla.bench.results.schema import Interval
+
+#: Significant digits at least and at most, whatever the interval.
+FEWEST, MOST = 2, 6
+
+
+def number(value: float | None) -> str:
+    """Return three significant digits or all digits before the point; "-" for None. Where no interval is."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.1f}"
+
+
+def known(value: float | None, interval: Interval | None) -> str:
+    """Return `value` with the digits that its `interval` supports; as `number` does without one."""
+    if value is None:
+        return "-"
+    place = _place(value, interval)
+    return number(value) if place is None else _rounded(value, place)
+
+
+def between(values: Interval | None, value: float | None, interval: Interval | None) -> str:
+    """Return "low .. high", to the same place as `value` with its `interval`."""
+    if values is None:
+        return "-"
+    place = None if value is None else _place(value, interval)
+    low, high = (number(end) if place is None else _rounded(end, place) for end in values)
+    return f"{low} .. {high}"
+
+
+def _place(value: float, interval: Interval | None) -> int | None:
+    """Return the exponent of the last digit to print; None where the interval supports none."""
+    half = (interval[1] - interval[0]) / 2 if interval is not None else 0.0
+    if not (half > 0 and value > 0 and math.isfinite(half) and math.isfinite(value)):
+        return None
+    leading = math.floor(math.log10(value))
+    place = math.floor(math.log10(half * (1 + 1e-9)))  # 0.001 must not suffer from its own rounding
+    return min(max(place, leading - MOST + 1), leading - FEWEST + 1)
+
+
+def _rounded(value: float, place: int) -> str:
+    return f"{round(value, -place):.{max(0, -place)}f}"

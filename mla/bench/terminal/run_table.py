@@ -1,0 +1,219 @@
+"""Turn a run into a table, markdown, CSV or JSON. Reads results only, so it needs no torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+
+from rich import box
+from rich.console import Console, JustifyMethod
+from rich.table import Table
+from rich.text import Text
+
+from mla.bench import results
+from mla.bench.results.schema import Case, Run
+from mla.bench.terminal import ceilings as render_ceilings
+from mla.bench.terminal import stages
+from mla.bench.terminal.digits import between, known, number
+from mla.bench.terminal.quality_warnings import noise
+from mla.bench.terminal.timings import cold, flat_timings, timing_lines
+
+__all__ = ["COLUMNS", "FORMATS", "comparisons", "headlines", "noise", "number", "render"]
+
+FORMATS = ("table", "md", "csv", "json")
+
+#: Column title -> cell. Unknown prints "-".
+COLUMNS: dict[str, Callable[[Case], str]] = {
+    "scenario": lambda case: case.scenario + _layers(case),
+    "implementation": lambda case: case.implementation,
+    "latency ms": lambda case: _estimate(case.latency_ms),
+    "95% CI": lambda case: _interval(case.latency_ms),
+    "p10 .. p90": lambda case: _spread(case.latency_ms),
+    "cold ms": lambda case: _estimate(cold(case)),
+    "tok/s": lambda case: _estimate(case.tokens_per_s),
+    "TFLOP/s": lambda case: _rate(case, case.cost.flops, 1e12),
+    "GB/s": lambda case: _rate(case, case.cost.bytes, 1e9),
+    "% of limit": lambda case: _limit(case.roofline),
+    "rel. error": lambda case: _exponent(case.check.relative_error),
+    "check": lambda case: case.check.status,
+}
+
+
+def render(run: Run, kind: str) -> str:
+    """Return the run in one of `FORMATS`, newline at the end."""
+    if kind == "json":
+        return results.encode(run).decode()
+    if kind == "csv":
+        return _csv(run.cases)
+    body = _markdown(run.cases) if kind == "md" else _table(run.cases)
+    parts = stages.render(run.cases, kind, number, _limit)
+    blocks = (timing_lines(run), render_ceilings.run_lines(run.ceilings), comparisons(run), headlines(run))
+    return f"{body}\n{parts}" + "\n".join("".join(f"{line}\n" for line in lines) for lines in blocks if lines)
+
+
+def comparisons(run: Run) -> list[str]:
+    """Return one line per scenario and comparator: the first implementation against each other one."""
+    lines = []
+    for scenario, cases in _by_scenario(run).items():
+        others = {case.implementation: case for case in cases[1:]}
+        for found in cases[0].agreement:
+            other = others.get(found.implementation)
+            if other is not None:
+                lines.append(f"{scenario}: {_comparison(cases[0], other, found)}")
+    return lines
+
+
+def _comparison(case: Case, other: Case, found: results.Agreement) -> str:
+    """Return how a case compares with another: speed, outputs, cache and transient memory."""
+    speed = f"{number(found.speed_ratio)}x as fast as" if found.speed_ratio else "against"
+    return (
+        f"{case.implementation} is {speed} {other.implementation}; outputs differ by "
+        f"{_exponent(found.relative_difference)}; cache {_mib(case.memory.cache_bytes)} against "
+        f"{_mib(other.memory.cache_bytes)}; transient {_mib(case.memory.transient_bytes)} against "
+        f"{_mib(other.memory.transient_bytes)}"
+    )
+
+
+def _by_scenario(run: Run) -> dict[str, list[Case]]:
+    grouped: dict[str, list[Case]] = {}
+    for case in run.cases:
+        grouped.setdefault(case.scenario, []).append(case)
+    return grouped
+
+
+def headlines(run: Run) -> list[str]:
+    """Return one line per scenario for the first implementation that ran it."""
+    lines = []
+    for case in (cases[0] for cases in _by_scenario(run).values()):
+        parts = [case.scenario] * (case.scenario != case.mode)
+        parts += [case.implementation] * (case.implementation != "mla")
+        parts += [_layers(case).strip()] * (case.layers > 1)
+        of = f" [{', '.join(parts)}]" if parts else ""
+        if case.latency_ms is None or case.tokens_per_s is None:
+            what = "Op" if case.op else case.mode.title()
+            lines.append(f"{what}{of}: no number, check: {case.check.status}")
+        elif case.op or case.mode == "prefill":
+            what = "Op" if case.op else "Prefill"
+            lines.append(f"{what} Latency{of}: {_estimate(case.latency_ms)} ms")
+        else:
+            lines.append(f"Decode Throughput{of}: {_estimate(case.tokens_per_s)} tok/s")
+    return lines
+
+
+def _layers(case: Case) -> str:
+    """Say that numbers are per layer, where several ran."""
+    return f" per layer of {case.layers}" if case.layers > 1 else ""
+
+
+def _cells(cases: Sequence[Case]) -> Iterable[list[str]]:
+    return ([cell(case) for cell in COLUMNS.values()] for case in cases)
+
+
+def _table(cases: Sequence[Case]) -> str:
+    console = Console()
+    can_draw = console.encoding.startswith("utf")
+    table = Table(box=box.SIMPLE_HEAD if can_draw else box.ASCII, pad_edge=False)
+    for title in COLUMNS:
+        side: JustifyMethod = "left" if title in ("scenario", "implementation") else "right"
+        table.add_column(title, justify=side, no_wrap=True)
+    for case, cells in zip(cases, _cells(cases), strict=True):
+        style = "red" if case.check.status == "wrong" else ""
+        table.add_row(*(Text(cell) for cell in cells), style=style)
+    wide = Console(
+        file=io.StringIO(),
+        width=max(console.width, 1000),  # a cut number is worse than a wrapped line
+        force_terminal=console.is_terminal,
+        color_system="standard" if console.is_terminal else None,
+    )
+    wide.print(table)
+    lines = wide.file.getvalue().splitlines()  # type: ignore[attr-defined]  # a StringIO
+    return "".join(f"{line.rstrip()}\n" for line in lines if line.strip()) + _reasons(cases)
+
+
+def _reasons(cases: Sequence[Case]) -> str:
+    wrong = [case for case in cases if case.check.status != "ok"]
+    lines = [f"{case.scenario}, {case.implementation}: {case.check.reason}\n" for case in wrong]
+    return "\n" * bool(wrong) + "".join(lines)
+
+
+def _markdown(cases: Sequence[Case]) -> str:
+    cells = ([cell.replace("|", "\\|") for cell in row] for row in _cells(cases))
+    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *cells]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + _reasons(cases)
+
+
+def _csv(cases: Sequence[Case]) -> str:
+    """Return full-precision numbers for a spreadsheet."""
+    file = io.StringIO()
+    rows = [_flat(case) for case in cases]
+    writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _flat(case: Case) -> dict[str, object]:
+    latency, rate = case.latency_ms, case.tokens_per_s
+    low, high = (latency.ci95 if latency else None) or (None, None)
+    return {
+        "scenario": case.scenario,
+        "mode": case.mode,
+        "implementation": case.implementation,
+        "check": case.check.status,
+        "error_ratio": case.check.error_ratio,
+        "latency_ms": latency.median if latency else None,
+        "ci_low_ms": low,
+        "ci_high_ms": high,
+        "p10_ms": latency.p10 if latency else None,
+        "p90_ms": latency.p90 if latency else None,
+        "tokens_per_s": rate.median if rate else None,
+        "floor_ms": case.roofline.floor_ms,
+        "limit": case.roofline.bound,
+        "limit_source": case.roofline.peak_source,
+        "flops": case.cost.flops,
+        "bytes": case.cost.bytes,
+        "layers": case.layers,
+        "passes": case.passes,
+        "steps_per_pass": case.steps_per_pass,
+        "cache_bytes": case.memory.cache_bytes,
+        "transient_bytes": case.memory.transient_bytes,
+        "clock": case.clock,
+        "drift": latency.drift if latency else None,
+        "outliers": latency.outliers if latency else None,
+        "launch_bound": case.launch_bound,
+        **flat_timings(case),
+        "repro": case.repro,
+    }
+
+
+def _rate(case: Case, amount: int, unit: float) -> str:
+    """Return necessary work per time; what an implementation does beyond that does not count."""
+    return number(amount / case.latency_ms.median * 1e3 / unit if case.latency_ms else None)
+
+
+def _limit(roofline: results.Roofline) -> str:
+    """Return the share of the limit and which one it is, such as "71 mem"."""
+    if roofline.fraction is None:
+        return "-"
+    return " ".join((f"{100 * roofline.fraction:.0f}", (roofline.bound or "")[:3])).strip()
+
+
+def _estimate(found: results.Latency | results.Throughput | None) -> str:
+    return known(found.median, found.ci95) if found else "-"
+
+
+def _interval(latency: results.Latency | None) -> str:
+    return between(latency.ci95, latency.median, latency.ci95) if latency else "-"
+
+
+def _spread(latency: results.Latency | None) -> str:
+    return between((latency.p10, latency.p90), latency.median, latency.ci95) if latency else "-"
+
+
+def _mib(count: int | None) -> str:
+    return "-" if count is None else f"{number(count / 2**20)} MiB"
+
+
+def _exponent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"

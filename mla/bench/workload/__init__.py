@@ -1,0 +1,1 @@
+"""Scenarios, grids over them, and the workloads that are shipped."""

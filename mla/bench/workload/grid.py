@@ -1,0 +1,196 @@
+"""Axes: a grid laid over the scenarios of a workload, one scenario per point."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from mla.bench.workload.quantities import UNITS
+from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS, Scenario, WorkloadError, check_lengths
+from mla.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from mla.config import MLAConfig
+
+#: More points are a typing mistake, or several runs.
+MAX_POINTS = 1000
+
+#: Axis -> smallest and largest value. `dtype` takes names.
+LIMITS = {
+    "batch": (1, MAX_REQUESTS),
+    "kv": (0, MAX_COUNT),
+    "q_len": (1, MAX_COUNT),
+    "heads": (1, MAX_COUNT),
+    "page_size": (1, MAX_COUNT),
+}
+AXES = ("batch", "kv", "q_len", "heads", "dtype", "page_size")
+DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "float32": "float32",
+}
+
+Value = int | str
+Axes = dict[str, tuple[Value, ...]]
+
+_NUMBER = r"\d{1,12}[kKmM]?"
+_RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})([*+])({_NUMBER})")
+
+
+class Point(Scenario, frozen=True, kw_only=True):
+    """A scenario that runs: the workload's own, or one point of the grid over it."""
+
+    base: str  # name of the workload's scenario
+    point: dict[str, Value] = {}  # noqa: RUF012  # msgspec copies it
+    dtype: str | None = None  # instead of the run's
+    page_size: int | None = None  # instead of the run's
+
+    @property
+    def selection(self) -> list[str]:
+        """The command line's words that choose this point alone."""
+        axes = [word for name, value in self.point.items() for word in ("-a", f"{name}={value}")]
+        return ["--scenario", self.base, *axes]
+
+
+def parse(words: Sequence[str]) -> Axes:
+    """Read "kv=1k..64k*4" and the like. Raises `WorkloadError`."""
+    axes: Axes = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise WorkloadError(f"-a wants AXIS=VALUES, such as kv=1k..64k*4, got '{word}'.")
+        if name in axes:
+            raise WorkloadError(f"axis '{name}' is given twice: list all its values in one -a.")
+        axes[name] = _values(name, text)
+    return axes
+
+
+def lay(scenarios: Sequence[Scenario], axes: Axes) -> list[Point]:
+    """Return every point, scenario by scenario; the first axis varies slowest. Raises `WorkloadError`.
+
+    Axes of the command line replace those of the same name that a scenario brings along.
+    """
+    grids = [(scenario, {**_own(scenario), **axes}) for scenario in scenarios]
+    count = sum(math.prod(map(len, grid.values())) for _, grid in grids)
+    if count > MAX_POINTS:
+        raise WorkloadError(
+            f"these axes make {count} points, and at most {MAX_POINTS} are run at once: give fewer values."
+        )
+    points = [
+        _point(scenario, dict(zip(grid, values, strict=True)))
+        for scenario, grid in grids
+        for values in itertools.product(*grid.values())
+    ]
+    names = [point.name for point in points]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise WorkloadError(f"two points are named '{twice[0]}': rename the scenario of that name.")
+    return points
+
+
+def check_heads(config: MLAConfig, points: Sequence[Point]) -> None:
+    """Raise `WorkloadError` for a number of heads that no tensor-parallel rank of the model has."""
+    whole = config.num_attention_heads
+    for point in points:
+        heads = point.point.get("heads")
+        if isinstance(heads, int) and (heads > whole or whole % heads):
+            problem = "are more than" if heads > whole else "do not divide"
+            raise WorkloadError(
+                f"axis heads: {heads} {problem} the {whole} heads of {config.name}; a tensor-parallel rank "
+                "has an equal share of them."
+            )
+
+
+def _own(scenario: Scenario) -> Axes:
+    try:
+        return {name: _values(name, _text(value)) for name, value in scenario.axes.items()}
+    except WorkloadError as error:
+        raise WorkloadError(f"scenario '{scenario.name}': {error}") from error
+
+
+def _text(value: Any) -> str:
+    """Return a value of a TOML table as the command line would write it."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _values(name: str, text: str) -> tuple[Value, ...]:
+    if name not in AXES:
+        raise WorkloadError(f"unknown axis '{name}'.{did_you_mean(name, AXES)} There are: {', '.join(AXES)}.")
+    items = [item.strip() for item in text.split(",")]
+    values: list[Value] = []
+    for item in items:
+        values += [_dtype(item)] if name == "dtype" else _numbers(name, item)
+        if len(values) > MAX_POINTS:
+            raise WorkloadError(f"axis {name}: '{item}' goes beyond {MAX_POINTS} values: give fewer.")
+    return tuple(dict.fromkeys(values))
+
+
+def _dtype(item: str) -> str:
+    if item not in DTYPES:
+        hint = did_you_mean(item, list(DTYPES))
+        raise WorkloadError(f"axis dtype: unknown dtype '{item}'.{hint} There are: {', '.join(DTYPES)}.")
+    return DTYPES[item]
+
+
+def _numbers(name: str, item: str) -> list[int]:
+    if re.fullmatch(_NUMBER, item):
+        return [_checked(name, _number(item))]
+    found = _RANGE.fullmatch(item)
+    if found is None:
+        raise WorkloadError(
+            f"axis {name}: '{item}' is neither a number, such as 4k, nor a range, such as 1k..64k*4 "
+            "or 1..8+1."
+        )
+    first, last, by = (_number(found[group]) for group in (1, 2, 4))
+    if first > last or by < 1 or (found[3] == "*" and (by < 2 or first < 1)):
+        raise WorkloadError(f"axis {name}: the range '{item}' does not ascend.")
+    values = [_checked(name, first)]
+    while len(values) <= MAX_POINTS:  # one too many shows the caller
+        value = values[-1] * by if found[3] == "*" else values[-1] + by
+        if value > last:
+            break
+        values.append(_checked(name, value))
+    return values
+
+
+def _number(text: str) -> int:
+    digits = text.rstrip("kKmM")
+    return int(digits) * UNITS[text[len(digits) :].lower()]
+
+
+def _checked(name: str, value: int) -> int:
+    low, high = LIMITS[name]
+    if not low <= value <= high:
+        raise WorkloadError(f"axis {name}: {value} is not between {low} and {high}.")
+    if name == "page_size" and value & (value - 1):
+        raise WorkloadError(f"axis page_size: {value} is not a power of two.")
+    return value
+
+
+def _point(scenario: Scenario, values: Mapping[str, Any]) -> Point:
+    """Return the scenario at one point: its requests repeated or cut to `batch`, then given lengths."""
+    lengths = itertools.cycle(zip(scenario.query_lens, scenario.history, strict=True))
+    requests = list(itertools.islice(lengths, values.get("batch", len(scenario.query_lens))))
+    changes = {
+        "query_lens": tuple(values.get("q_len", new) for new, _ in requests),
+        "history": tuple(values.get("kv", past) for _, past in requests),
+        "heads": values.get("heads", scenario.heads),
+        "dtype": values.get("dtype"),
+        "page_size": values.get("page_size"),
+        "axes": {},
+        "point": dict(values),
+        "name": " ".join([scenario.name, *(f"{name}={value}" for name, value in values.items())]),
+    }
+    if isinstance(scenario, Point):
+        point = msgspec.structs.replace(scenario, **changes)
+    else:
+        point = Point(base=scenario.name, **{**msgspec.structs.asdict(scenario), **changes})
+    check_lengths(f"scenario '{point.name}'", point)
+    return point

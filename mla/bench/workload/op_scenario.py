@@ -1,0 +1,147 @@
+"""One op of the contract as a scenario: equal requests, and the op's role in the layer. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from mla.bench.workload.grid import Point, Value
+from mla.bench.workload.scenario import Positive, WorkloadError
+from mla.errors import did_you_mean
+from mla_backends.api import OPS
+
+if TYPE_CHECKING:
+    from mla.config import MLAConfig
+
+#: Roles whose work depends on the history; the others see new tokens alone.
+READS_HISTORY = frozenset({"kv_b_proj", "write_latent", "latent_attention", "expanded_attention"})
+DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY = 16, 1024, 1
+#: Axes that are no part of an op's shape, and have no option of its own here.
+_ELSEWHERE = ("dtype", "page_size")
+#: Words for ops and roles that only layers with a query LoRA have.
+QUERY_LORA = frozenset({"rms_norm", "q_a_layernorm", "q_b_proj"})
+
+
+class OpScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One op on one prepared batch: a pass is `runs` calls, each the same. `role` as in `mla.layer.ops`."""
+
+    role: str  # until `expand`, also the name of an op, which means all roles it has
+    mode: Literal["prefill", "decode"] = "prefill"
+    passes: Positive = 10
+
+    @property
+    def steps(self) -> int:
+        """Calls of one pass."""
+        return self.runs
+
+    @property
+    def turns(self) -> int:
+        """Passes that are timed."""
+        return self.passes
+
+    @property
+    def selection(self) -> list[str]:
+        """Options that choose this scenario."""
+        words = ["--op", self.role, "--batch", str(len(self.query_lens)), "--q-len", str(self.query_lens[0])]
+        words += ["--kv", str(self.history[0])] * (self.role in READS_HISTORY)
+        words += ["--heads", str(self.heads)] if self.heads else []
+        return words + [word for name in _ELSEWHERE if name in self.point for word in self._axis(name)]
+
+    def _axis(self, name: str) -> list[str]:
+        return ["-a", f"{name}={self.point[name]}"]
+
+
+def op_scenario(
+    op: str, batch: int | None, kv: int | None, q_len: int | None, heads: int | None
+) -> OpScenario:
+    """Return `batch` requests of `kv` cached and `q_len` new tokens; None is the default."""
+    requests = DEFAULT_BATCH if batch is None else batch
+    return OpScenario(
+        name=op,
+        base=op,
+        role=op,
+        query_lens=(DEFAULT_QUERY if q_len is None else q_len,) * requests,
+        history=(DEFAULT_HISTORY if kv is None else kv,) * requests,
+        heads=heads,
+    )
+
+
+def expand(scenarios: Sequence[Point], config: MLAConfig, kinds: Mapping[str, str]) -> list[Point]:
+    """Replace each op by its roles in a layer of `config`, each named after its shape; others stay.
+
+    `kinds`: role -> op. Raises `WorkloadError` for an op there is not, or that this layer has not.
+    """
+    found: list[Point] = []
+    for scenario in scenarios:
+        if isinstance(scenario, OpScenario):
+            found += [_of_role(scenario, role, config) for role in _roles(scenario.role, config, kinds)]
+        else:
+            found.append(scenario)
+    names = [scenario.name for scenario in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise WorkloadError(f"'{twice}' would be measured twice: what varies makes no difference to it.")
+    return found
+
+
+def _roles(op: str, config: MLAConfig, kinds: Mapping[str, str]) -> list[str]:
+    """Return the roles that a role's or an op's name means."""
+    if op in kinds:
+        return [op]
+    roles = [role for role, kind in kinds.items() if kind == op]
+    if not roles and op in QUERY_LORA:
+        raise WorkloadError(
+            f"a layer of config '{config.name}' has no {op}, because it does not compress its queries: "
+            "choose a config that does, such as --config deepseek-r1."
+        )
+    if not roles:
+        known = list(dict.fromkeys([*OPS, *kinds]))
+        raise WorkloadError(f"unknown op '{op}'.{did_you_mean(op, known)} --op takes: {', '.join(known)}.")
+    return roles
+
+
+def _of_role(scenario: OpScenario, role: str, config: MLAConfig) -> OpScenario:
+    """Return the scenario for one role, without what makes no difference to it."""
+    history = scenario.history if role in READS_HISTORY else (DEFAULT_HISTORY,) * len(scenario.history)
+    point = _shape(scenario, role, config)
+    shown = {name: value for name, value in point.items() if (name, value) != ("q_len", DEFAULT_QUERY)}
+    return msgspec.structs.replace(
+        scenario,
+        role=role,
+        base=role,
+        history=history,
+        heads=scenario.heads if _has_heads(role, config) else None,
+        point=point,
+        name=" ".join([role, *(f"{name}={value}" for name, value in shown.items())]),
+    )
+
+
+def _shape(scenario: OpScenario, role: str, config: MLAConfig) -> dict[str, Value]:
+    """Return axis -> value of all that a role depends on."""
+    shape: dict[str, Value] = {"batch": len(scenario.query_lens)}
+    if role in READS_HISTORY:
+        shape["kv"] = scenario.history[0]
+    shape["q_len"] = scenario.query_lens[0]
+    if _has_heads(role, config):
+        shape["heads"] = scenario.heads or config.num_attention_heads
+    return shape | {name: scenario.point[name] for name in _ELSEWHERE if name in scenario.point}
+
+
+def refuse_idle(scenarios: Sequence[Point], kv: int | None, heads: int | None) -> None:
+    """Raise `WorkloadError` for `--kv` and `--heads` that change none of the expanded scenarios."""
+    ops = [scenario for scenario in scenarios if isinstance(scenario, OpScenario)]
+    idle = []
+    if kv is not None and not any(scenario.role in READS_HISTORY for scenario in ops):
+        idle.append("--kv")
+    if heads is not None and not any(scenario.heads for scenario in ops):
+        idle.append("--heads")
+    if idle:
+        roles = ", ".join(dict.fromkeys(scenario.role for scenario in ops))
+        raise WorkloadError(f"{' and '.join(idle)} makes no difference to {roles}: leave it out.")
+
+
+def _has_heads(role: str, config: MLAConfig) -> bool:
+    """Say whether a role's shape depends on the head count."""
+    return role not in ("q_a_layernorm", "write_latent") and not (role == "qkv_a_proj" and config.q_lora_rank)

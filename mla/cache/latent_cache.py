@@ -1,0 +1,238 @@
+"""`LatentCache`: paged storage for the compressed latents, the only thing MLA ever caches.
+
+One token of one layer is a row [c + r]: the normed latent and the rotated shared key. Pages are handed out
+by a free list; sequences own pages through a block table kept on the host.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mla.cache.ragged_batch import BatchMemory, RaggedBatch, host_ints
+from mla.config import MLAConfig
+from mla.errors import CacheFull
+
+
+@dataclass(slots=True)
+class _Sequence:
+    row: int  # of the block table
+    length: int = 0
+    pages: list[int] = field(default_factory=list)
+
+
+class LatentCache:
+    """`pages` [layers, pages, page_size, c + r], zero where nothing was written.
+
+    `shuffle` (a seed) hands pages out in random order: contiguous pages flatter a benchmark.
+    Raises ValueError for sizes that make no cache.
+    """
+
+    def __init__(
+        self,
+        config: MLAConfig,
+        *,
+        max_tokens: int,
+        page_size: int = 64,
+        num_layers: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        shuffle: int | None = None,
+    ) -> None:
+        if page_size < 1 or page_size & (page_size - 1):
+            raise ValueError(f"page_size must be a power of two, got {page_size}.")
+        if max_tokens < 1 or num_layers < 1:
+            raise ValueError(
+                f"max_tokens and num_layers must be positive, got {max_tokens} and {num_layers}."
+            )
+        self.config = config
+        self.page_size = page_size
+        self.num_pages = -(-max_tokens // page_size)
+        shape = (num_layers, self.num_pages, page_size, config.latent_dim)
+        self.pages = torch.zeros(shape, dtype=dtype, device=device)
+        self.generation = 0
+        self._free = list(range(self.num_pages - 1, -1, -1))
+        if shuffle is not None:
+            random.Random(shuffle).shuffle(self._free)
+        self._sequences: dict[int, _Sequence] = {}
+        self._free_rows: list[int] = []
+        self._next_id = 0
+        self._tables = torch.zeros(0, 1, dtype=torch.int32)  # [rows, pages]
+        self._last_entries: tuple[list[int], list[_Sequence]] | None = None  # the last step's, by id
+        self._last_table: tuple[list[_Sequence], torch.Tensor] | None = None
+        self._memory: BatchMemory | None = None  # of the last step
+
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """The latent part of `pages`: [layers, pages, page_size, c]."""
+        return self.pages[..., : self.config.kv_lora_rank]
+
+    @property
+    def pe_cache(self) -> torch.Tensor:
+        """The rotary part of `pages`: [layers, pages, page_size, r], channels in checkpoint order."""
+        return self.pages[..., self.config.kv_lora_rank :]
+
+    @property
+    def free_pages(self) -> int:
+        """Pages no sequence owns."""
+        return len(self._free)
+
+    def length(self, sequence: int) -> int:
+        """Return the tokens cached for a sequence."""
+        return self._get(sequence).length
+
+    def slots(self, sequence: int) -> torch.Tensor:
+        """Return the rows [length] int64 of a flattened layer that hold a sequence, in token order."""
+        entry = self._get(sequence)
+        pages = host_ints(entry.pages)
+        rows = pages[:, None] * self.page_size + torch.arange(self.page_size)
+        return rows.reshape(-1)[: entry.length].to(self.pages.device)
+
+    def new_sequences(self, count: int) -> list[int]:
+        """Return the ids of `count` empty sequences."""
+        return [self._new_sequence() for _ in range(count)]
+
+    def _new_sequence(self) -> int:
+        row = self._free_rows.pop() if self._free_rows else len(self._sequences)
+        if row >= self._tables.shape[0]:
+            self._grow_tables(rows=max(16, 2 * row), width=self._tables.shape[1])
+        self._sequences[self._next_id] = _Sequence(row)
+        self._next_id += 1
+        return self._next_id - 1
+
+    def extend(self, sequences: Sequence[int], query_lens: Sequence[int]) -> RaggedBatch:
+        """Make room for `query_lens[i]` new tokens of each sequence and return the step's batch.
+
+        Raises `CacheFull` when pages run out and ValueError for bad arguments; both change nothing.
+        """
+        entries = self._entries(sequences, query_lens)
+        kv_lens = [entry.length + query for entry, query in zip(entries, query_lens, strict=True)]
+        self._reserve(entries, kv_lens)
+        for entry, kv_len in zip(entries, kv_lens, strict=True):
+            entry.length = kv_len
+        self.generation += 1
+        slots = None
+        if query_lens.count(1) == len(query_lens):  # decode: a few integers, not worth tensor arithmetic
+            size = self.page_size
+            slots = [entry.pages[-1] * size + (entry.length - 1) % size for entry in entries]
+        table = self._table(entries)
+        memory = self._batch_memory(sum(query_lens), table)
+        return RaggedBatch(query_lens, kv_lens, table, self.page_size, self.pages.device, self, slots, memory)
+
+    def _batch_memory(self, tokens: int, table: torch.Tensor) -> BatchMemory:
+        """Return where the step's tables go: the last step's memory again while the shape is the same."""
+        if self._memory is None or not self._memory.fits(tokens, table):
+            self._memory = BatchMemory(tokens, table, self.pages.device)
+        return self._memory
+
+    def _table(self, entries: list[_Sequence]) -> torch.Tensor:
+        """Return the block table [B, n] of these sequences; the last one again while no page changed."""
+        if self._last_table is None or self._last_table[0] is not entries:
+            width = max(1, *[len(entry.pages) for entry in entries])
+            table = self._tables[:, :width].index_select(0, host_ints(entry.row for entry in entries))
+            self._last_table = (entries, table)
+        return self._last_table[1]
+
+    def _entries(self, sequences: Sequence[int], query_lens: Sequence[int]) -> list[_Sequence]:
+        """Return the entries of a step's sequences: the same list again for the same sequences."""
+        if len(sequences) != len(query_lens) or not sequences:
+            raise ValueError(f"got {len(sequences)} sequences and {len(query_lens)} query_lens.")
+        if min(query_lens) < 0:
+            raise ValueError(f"query_lens must not be negative, got {min(query_lens)}.")
+        ids = list(sequences)
+        if self._last_entries is None or self._last_entries[0] != ids:
+            if len(set(ids)) != len(ids):
+                raise ValueError("a sequence may appear only once in a step.")
+            self._last_entries = (ids, [self._get(sequence) for sequence in ids])
+        return self._last_entries[1]
+
+    def _reserve(self, entries: Sequence[_Sequence], kv_lens: Sequence[int]) -> None:
+        """Give each entry the pages its new length needs, or raise before giving any."""
+        size = self.page_size
+        wanted = [-(-n // size) - len(e.pages) for e, n in zip(entries, kv_lens, strict=True)]
+        if max(wanted) <= 0:  # most steps of a decode
+            return
+        if sum(wanted) > len(self._free):
+            raise CacheFull(
+                f"the cache has {len(self._free)} free pages of {self.page_size} tokens and this step needs "
+                f"{sum(wanted)}: release sequences or make the cache larger."
+            )
+        for entry, count in zip(entries, wanted, strict=True):
+            if count > 0:
+                self._append_pages(entry, count)
+
+    def _append_pages(self, entry: _Sequence, count: int) -> None:
+        start = len(entry.pages)
+        if start + count > self._tables.shape[1]:
+            self._grow_tables(self._tables.shape[0], width=2 * (start + count))
+        self._last_table = None
+        entry.pages += [self._free.pop() for _ in range(count)]
+        self._tables[entry.row, start : start + count] = host_ints(entry.pages[start:], torch.int32)
+
+    def _grow_tables(self, rows: int, width: int) -> None:
+        grown = torch.zeros(rows, width, dtype=torch.int32)
+        grown[: self._tables.shape[0], : self._tables.shape[1]] = self._tables
+        self._tables = grown
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget all tokens of a sequence past `length`; freed pages are zeroed."""
+        entry = self._get(sequence)
+        if not 0 <= length <= entry.length:
+            raise ValueError(f"cannot truncate a sequence of {entry.length} tokens to {length}.")
+        keep = -(-length // self.page_size)
+        dropped = entry.pages[keep:]
+        del entry.pages[keep:]
+        entry.length = length
+        self.generation += 1
+        if dropped:
+            self._last_table = None
+            self.pages[:, torch.tensor(dropped, device=self.pages.device)] = 0
+            self._free += reversed(dropped)  # so that extending again takes the same pages
+
+    def release(self, sequences: Sequence[int]) -> None:
+        """Free the pages of sequences and forget their ids. Raises ValueError before freeing any."""
+        if len(set(sequences)) != len(sequences):
+            raise ValueError("a sequence may be released only once.")
+        for sequence in sequences:
+            self._get(sequence)
+        self._last_entries = self._last_table = None
+        for sequence in sequences:
+            self.truncate(sequence, 0)
+            self._free_rows.append(self._sequences.pop(sequence).row)
+
+    def load(self, sequence: int, kv: torch.Tensor, pe: torch.Tensor, layer: int = 0) -> None:
+        """Store history: kv [s, c] already normed, pe [s, r] already rotated.
+
+        An empty sequence grows to s tokens; a sequence of s tokens (another layer was loaded first) is
+        overwritten. Raises `CacheFull`, or ValueError when the sequence has another length.
+        """
+        count, widths = kv.shape[0], (self.config.kv_lora_rank, self.config.qk_rope_head_dim)
+        if not 0 <= layer < self.pages.shape[0]:
+            raise ValueError(f"this cache has {self.pages.shape[0]} layers, so there is no layer {layer}.")
+        found = (*kv.shape, *pe.shape)
+        if found != (count, widths[0], count, widths[1]):
+            raise ValueError(f"load() takes kv [s, {widths[0]}] and pe [s, {widths[1]}], got {list(found)}.")
+        if count and self.length(sequence) == 0:
+            self.extend([sequence], [count])
+        if self.length(sequence) != count:
+            raise ValueError(f"load() got {count} tokens for a sequence of {self.length(sequence)}.")
+        rows = torch.cat((kv, pe), dim=1).to(self.pages.device, self.pages.dtype)
+        self._flat(layer).index_copy_(0, self.slots(sequence), rows)
+
+    def read(self, sequence: int, layer: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return copies of a sequence's kv [s, c] and pe [s, r]."""
+        rows = self._flat(layer).index_select(0, self.slots(sequence))
+        kv, pe = rows.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=1)
+        return kv.contiguous(), pe.contiguous()
+
+    def _flat(self, layer: int) -> torch.Tensor:
+        return self.pages[layer].view(-1, self.config.latent_dim)
+
+    def _get(self, sequence: int) -> _Sequence:
+        try:
+            return self._sequences[sequence]
+        except KeyError:
+            raise ValueError(f"this cache has no sequence {sequence}.") from None

@@ -1,0 +1,1 @@
+"""What both commands share: console, exit codes, signals, progress, launchers, files."""

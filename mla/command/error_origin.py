@@ -1,0 +1,51 @@
+"""Where something was raised: the op's own line, and not the innermost one of torch below it."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from types import FrameType
+
+from mla_backends.api import FusedOp
+
+_Place = tuple[FrameType, int]  # a frame and its current line
+
+
+def place(error: BaseException) -> str:
+    """Return "file.py:12 in function", and which op of the layer that was if one was running."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    for at, (frame, _) in enumerate(frames):
+        op = _self(frame)
+        if isinstance(op, FusedOp):
+            package = type(op).__module__.partition(".")[0]
+            own = [one for one in frames[at:] if _package(one[0]) == package]
+            return _text((own or frames)[-1]) + _name(frames[:at], op)
+    own = [one for one in frames if _package(one[0]) != "torch"]
+    return _text((own or frames)[-1])
+
+
+def _name(callers: list[_Place], op: FusedOp) -> str:
+    """Return ", op 'name' of role": the layer that called the op knows both."""
+    from mla.layer.ops import Ops
+
+    for frame, _ in reversed(callers):
+        ops = getattr(_self(frame), "ops", None)
+        if isinstance(ops, Ops):
+            roles = [role for role in ops.names() if ops[role].op is op]
+            named = frame.f_locals.get("role")  # one op may serve several weights
+            roles = [named] if named in roles else roles
+            return f", op '{ops[roles[0]].name}' of {' or '.join(roles)}" if roles else ""
+    return ""
+
+
+def _self(frame: FrameType) -> object:
+    return frame.f_locals.get("self")
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def _text(one: _Place) -> str:
+    frame, line = one
+    return f"{os.path.basename(frame.f_code.co_filename)}:{line} in {frame.f_code.co_name}"

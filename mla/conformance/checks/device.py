@@ -1,0 +1,225 @@
+"""The device: what it says about itself must be true."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mla.conformance.registry import DTYPE, check
+from mla.conformance.trial import CheckFailed, Trial, expect, raised
+from mla.verify.tolerances import UNITS
+from mla_backends.api import API_VERSION, Availability, DeviceInfo, MemoryInfo, Peak
+from mla_backends.errors import BackendError
+
+#: Milliseconds a probe may take. The fastest of several counts, so that a busy host fails nobody.
+PROBE_MS = 50.0
+PROBES = 5
+#: Bytes allocated to see the memory counter move.
+BLOCK_BYTES = 32 << 20
+
+
+@check("device.identity", catches="a name or contract version that results could not be told apart by")
+def identity(trial: Trial) -> None:
+    """The backend has a name and was written for this version of the contract."""
+    name, version = getattr(trial.backend, "name", None), getattr(trial.backend, "api_version", None)
+    expect(isinstance(name, str) and bool(name), f"name is {name!r}")
+    expect(version == API_VERSION, f"api_version is {version!r}, this contract is {API_VERSION}")
+
+
+@check("device.probe", catches="a probe that raises, or calls a working device unusable")
+def probe(trial: Trial) -> None:
+    """The probe finds the device usable, again after setup, and gives evidence as text."""
+    found = trial.backend.probe()
+    expect(isinstance(found, Availability), f"probe() returned a {type(found).__name__}")
+    expect(found.ok is True, f"probe() says: {found.reason or found.ok!r}")
+    _expect_texts("evidence", found.evidence)
+
+
+@check("device.probe_speed", catches="a probe that scans the machine, so that listing backends takes seconds")
+def probe_speed(trial: Trial) -> None:
+    """A probe takes less than 50 ms; the fastest of several counts."""
+    times = []
+    for _ in range(PROBES):
+        start = time.perf_counter()
+        trial.backend.probe()
+        times.append(1e3 * (time.perf_counter() - start))
+    trial.note = f"{min(times):.3g} ms"
+    expect(min(times) < PROBE_MS, f"the fastest of {PROBES} probes took {min(times):.0f} ms")
+
+
+@check("device.probe_process", catches="a probe that runs a vendor's command line tool")
+def probe_process(trial: Trial) -> None:
+    """A probe starts no process."""
+    with _started_processes() as started:
+        trial.backend.probe()
+    expect(not started, f"probe() started a process ({started[0] if started else ''})")
+
+
+_PROCESS_EVENTS = {"subprocess.Popen", "os.system", "os.posix_spawn", "os.fork", "os.forkpty", "os.exec"}
+_watch: dict[str, Any] = {"installed": False, "thread": None, "started": []}
+
+
+@contextmanager
+def _started_processes() -> Iterator[list[str]]:
+    """Collect the names of events by which this thread starts processes."""
+    if not _watch["installed"]:
+        sys.addaudithook(_audit)  # there is no way to remove one, so it stays and does nothing
+        _watch["installed"] = True
+    _watch.update(thread=threading.get_ident(), started=[])
+    try:
+        yield _watch["started"]
+    finally:
+        _watch["thread"] = None
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in _PROCESS_EVENTS and _watch["thread"] == threading.get_ident():
+        _watch["started"].append(event)
+
+
+@check("device.setup", catches="a device that differs from that of its own tensors, e.g. 'x:0' and 'x'")
+def setup(trial: Trial) -> None:
+    """A tensor made on the device, and what is computed from it, are on a device equal to it."""
+    made = torch.ones(4, device=trial.device)
+    for what, tensor in (
+        ("a tensor made on it", made),
+        ("a sum", made + 1),
+        ("a copy", torch.ones(4).to(made)),
+    ):
+        same = tensor.device == trial.device
+        expect(same, f"setup() returned '{trial.device}' and {what} is on '{tensor.device}'")
+    expect((made + 1).cpu().tolist() == [2.0] * 4, "1 + 1 is not 2 on the device")
+
+
+@check("device.options", catches="a misspelt option that is ignored, so that a run measures something else")
+def options(trial: Trial) -> None:
+    """An option the backend does not know is refused with a BackendError that names it."""
+    option = "no_such_option"
+    try:
+        trial.subject.create({option: "1"})
+    except BackendError as refused:
+        expect(option in str(refused), f"the refusal does not name the option: {refused}")
+    else:
+        raise CheckFailed(f"-O {option}=1 was accepted")
+
+
+@check("device.count", catches="a count by which a node's tasks would choose devices that are not there")
+def count(trial: Trial) -> None:
+    """The number of visible devices is None, or positive and beyond the index of the one in use."""
+    found = trial.backend.device_count()
+    whole = isinstance(found, int) and not isinstance(found, bool)
+    expect(found is None or (whole and found > 0), f"device_count() is {found!r}; unknown is None")
+    used = trial.device.index or 0
+    expect(found is None or used < found, f"device_count() is {found} and device {used} is in use")
+
+
+@check("device.info", catches="zero or an empty text where a fact is unknown")
+def info(trial: Trial) -> None:
+    """Facts about the device are positive and peaks have a source; what is unknown is None."""
+    found = trial.backend.device_info()
+    expect(isinstance(found, DeviceInfo), f"device_info() returned a {type(found).__name__}")
+    expect(isinstance(found.name, str) and bool(found.name.strip()), f"the name is {found.name!r}")
+    trial.note = found.name
+    for fact in ("memory_bytes", "cache_bytes"):
+        value = getattr(found, fact)
+        expect(value is None or _positive(value), f"{fact} is {value!r}, and unknown is None")
+    peaks = {"bandwidth": found.bandwidth, **{f"flops[{key}]": peak for key, peak in found.flops.items()}}
+    for fact, peak in peaks.items():
+        right = peak is None or (isinstance(peak, Peak) and _positive(peak.value) and bool(peak.source))
+        expect(right, f"{fact} is {peak!r}; it needs a positive value and a source")
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
+@check("device.environment", catches="a library version lookup that takes the whole run down")
+def environment(trial: Trial) -> None:
+    """The environment report never raises and maps text to text."""
+    for _ in range(2):
+        _expect_texts("environment()", trial.backend.environment())
+
+
+def _expect_texts(what: str, found: Any) -> None:
+    expect(isinstance(found, Mapping), f"{what} is a {type(found).__name__}, not a mapping")
+    for key, value in found.items():
+        expect(isinstance(key, str) and isinstance(value, str), f"{what} has {key!r}: {value!r}, not text")
+
+
+@check("device.memory", catches="counters that are mixed up, in other units, or zero for unknown")
+def memory(trial: Trial) -> None:
+    """Counters are None or add up: free and allocated fit into total, and the peak is no less than either."""
+    found = trial.backend.memory()
+    expect(isinstance(found, MemoryInfo), f"memory() returned a {type(found).__name__}")
+    for name in ("free", "total", "allocated", "peak"):
+        value = getattr(found, name)
+        right = value is None or (isinstance(value, int) and value >= 0)
+        expect(right, f"{name} is {value!r}; it must be a number of bytes or None")
+    expect(found.total != 0, "total is 0, and unknown is None")
+    for less, more in (("free", "total"), ("allocated", "total"), ("allocated", "peak")):
+        low, high = getattr(found, less), getattr(found, more)
+        expect(low is None or high is None or low <= high, f"{less} is {low}, {more} is {high}")
+
+
+@check("device.memory_grows", catches="a counter that never moves, or one that counts another device")
+def memory_grows(trial: Trial) -> None:
+    """An allocation raises `allocated` by its size, and giving cached memory back does no harm."""
+    before = trial.backend.memory().allocated
+    block = torch.zeros(BLOCK_BYTES, dtype=torch.uint8, device=trial.device)
+    trial.backend.synchronize()
+    after = trial.backend.memory().allocated
+    expect((before is None) == (after is None), f"allocated was {before} and then {after}")
+    if before is None or after is None:
+        trial.note = "allocated is not offered"
+    else:
+        grown = after - before
+        expect(grown >= BLOCK_BYTES, f"{BLOCK_BYTES} bytes were allocated and `allocated` grew by {grown}")
+    del block
+    trial.backend.empty_cache()
+
+
+@check(
+    "device.dtype",
+    scope=DTYPE,
+    catches="a dtype that can be stored but not computed with, or is emulated badly",
+)
+def dtype(trial: Trial) -> None:
+    """A claimed dtype multiplies, adds, gathers and takes a softmax, each as exactly as the dtype allows."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(48, 48, generator=generator).to(trial.dtype) for _ in range(2))
+    rows = torch.tensor([40, 3, 3, 17])
+    results = {
+        "matmul": (lambda x, y, i: x @ y),
+        "add": (lambda x, y, i: x + y),
+        "index_select": (lambda x, y, i: x.index_select(0, i)),
+        "softmax": (lambda x, y, i: x.softmax(-1)),
+    }
+    unit = UNITS.get(trial.dtype, 16 * torch.finfo(trial.dtype).eps)
+    on_device = (a.to(trial.device), b.to(trial.device), rows.to(trial.device))
+    for name, function in results.items():
+        with trial.case(name):
+            truth = function(a.double(), b.double(), rows)
+            found = function(*on_device)
+            expect(found.dtype == trial.dtype, f"the result is {found.dtype}")
+            error = ((found.cpu().double() - truth).norm() / truth.norm()).item()
+            expect(error <= 2 * unit, f"relative error {error:.1e}, allowed {2 * unit:.1e}")
+
+
+@check("device.dtypes", catches="a list of dtypes that is empty, or holds names instead of dtypes")
+def dtypes(trial: Trial) -> None:
+    """The dtypes that are claimed are floating torch dtypes, and there is at least one."""
+    try:
+        claimed = tuple(trial.backend.dtypes())
+    except Exception as error:
+        raise CheckFailed(raised(error)) from error
+    expect(bool(claimed), "dtypes() is empty")
+    for one in claimed:
+        floating = isinstance(one, torch.dtype) and one.is_floating_point
+        expect(floating, f"dtypes() holds {one!r}, which is no floating dtype")
+    trial.note = ", ".join(str(one).removeprefix("torch.") for one in claimed)

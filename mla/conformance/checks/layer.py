@@ -1,0 +1,169 @@
+"""The whole layer against the float64 oracle, over the steps in which the classic bugs show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from mla.config import MLAConfig
+from mla.conformance.problems.layer import (
+    LORA,
+    MODES,
+    PLAIN,
+    VARIANT,
+    LayerProblem,
+    check_layer,
+    data,
+    judge,
+    make_layer,
+    stage,
+    weights,
+)
+from mla.conformance.registry import LAYER, check
+from mla.conformance.trial import Trial, expect
+from mla.layer.rope import RotaryTable
+from mla.verify.op_oracle import true_norm, true_rotation
+from mla.verify.tolerances import same_bits
+
+#: A prefill, a decode, several tokens behind a history, and a row without new tokens.
+MIXED = ((20, 1, 0, 3), (0, 70, 5, 64))
+
+
+def layer_check(name: str, catches: str) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
+    """Register a check that runs once per dtype and policy of ops."""
+    return check(f"layer.{name}", catches=catches, scope=LAYER)
+
+
+@layer_check("prefill", "a mask that leaks future tokens, which a long history hides")
+def prefill(trial: Trial) -> None:
+    """Requests without history, with and without a query LoRA, on every attention path."""
+    check_layer(trial, *(LayerProblem((5, 1, 30), (0, 0, 0), config) for config in (PLAIN, LORA)))
+
+
+@layer_check("history", "new tokens that are rotated for, or masked at, the wrong position")
+def history(trial: Trial) -> None:
+    """New tokens behind a history attend it and themselves."""
+    check_layer(trial, LayerProblem((3, 9, 2), (40, 7, 64), LORA))
+
+
+@layer_check("mixed", "tokens of one request that land in the rows of another")
+def mixed(trial: Trial) -> None:
+    """Prefill, decode, several tokens behind a history and a row without any share a batch."""
+    check_layer(trial, LayerProblem(*MIXED))
+
+
+@layer_check("decode", "a token that is cached at the wrong place, which only later steps see")
+def decode(trial: Trial) -> None:
+    """Twenty decode steps give what one prefill of the same tokens gives."""
+    check_layer(trial, LayerProblem((1, 1, 1), (50, 0, 120), steps=20), modes=("auto", "absorbed"))
+
+
+@layer_check("pages", "pages that are taken to be contiguous")
+def pages(trial: Trial) -> None:
+    """The order and the size of pages do not matter; sizes may be refused with a reason."""
+    problem = LayerProblem((2, 1), (140, 70))
+    for page_size, shuffle in ((64, 1), (64, 2), (64, 3), (16, 1), (128, 1)):
+        with trial.case(f"page {page_size}, order {shuffle}, {problem.label}"):
+            ready = stage(trial, problem, "absorbed", page_size=page_size, shuffle=shuffle)
+            judge(trial, problem, ready.run())
+
+
+@layer_check("chunks", "a log-sum-exp that is wrong, which shows only when parts of a context are merged")
+def chunks(trial: Trial) -> None:
+    """A workspace too small for the context makes the expanded path merge several rounds."""
+    problem = LayerProblem((30, 6), (100, 0))
+    config = problem.config
+    width = config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim
+    bytes_per_key = config.num_attention_heads * width * trial.dtype.itemsize
+    check_layer(trial, problem, modes=("expanded",), workspace_bytes=40 * bytes_per_key)
+
+
+@layer_check("variant", "biases that are dropped, or channels rotated in the usual order only")
+def variant(trial: Trial) -> None:
+    """A layer with biases and half-split rotary channels."""
+    check_layer(trial, LayerProblem((5, 1), (0, 30), VARIANT))
+
+
+@layer_check("cached", "a latent that is cached before its norm, or a key before its rotation")
+def cached(trial: Trial) -> None:
+    """What a step leaves in the cache is the normed latent and the rotated key."""
+    problem = LayerProblem((5, 1, 30), (0, 70, 3))
+    with trial.case(problem.label):
+        made, ready = data(problem, trial.dtype), stage(trial, problem)
+        ready.run()
+        bound = 1e-5 if trial.dtype == torch.float32 else 6e-3
+        parts = zip(ready.ids, made.hidden[0].split(list(problem.query_lens)), problem.history, strict=True)
+        for sequence, hidden, old in parts:
+            kv, pe = ready.cache.read(sequence)
+            truth = true_latents(problem.config, made.state, hidden, old)
+            for name, found, true in zip(("latent", "key"), (kv[old:], pe[old:]), truth, strict=True):
+                error = ((found.cpu().double() - true).norm() / true.norm()).item()
+                expect(
+                    error <= bound, f"the cached {name} has relative error {error:.1e}, allowed {bound:.0e}"
+                )
+
+
+def true_latents(
+    config: MLAConfig, state: Mapping[str, torch.Tensor], hidden: torch.Tensor, first: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what must be cached of tokens at positions `first` and on: kv [t, c] and pe [t, r], float64."""
+    projected = hidden.double() @ state["kv_a_proj_with_mqa.weight"].double().T
+    latent, key = projected.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=1)
+    stop = first + len(hidden)
+    cos_sin = RotaryTable(config, torch.device("cpu"), stop).table[first:stop]
+    norm = true_norm(latent, state["kv_a_layernorm.weight"], config.rms_norm_eps)
+    return norm, true_rotation(key, cos_sin, config.rope_interleave)
+
+
+@layer_check("untouched", "latents written to a page that belongs to another request")
+def untouched(trial: Trial) -> None:
+    """A step changes the slots of its new tokens and no other bit of the cache."""
+    problem = LayerProblem(*MIXED)
+    for mode in MODES:
+        with trial.case(f"{mode}, {problem.label}"):
+            ready = stage(trial, problem, mode)
+            before = ready.cache.pages[0].cpu().clone().view(-1, problem.config.latent_dim)
+            batch = ready.extend()
+            ready.forward(0, batch)
+            after = ready.cache.pages[0].cpu().view(-1, problem.config.latent_dim)
+            others = torch.ones(len(before), dtype=torch.bool)
+            others[batch.slots.cpu()] = False
+            expect(same_bits(after[others], before[others]), "a slot that holds no new token has changed")
+
+
+@layer_check("again", "an op that accumulates into its output or the cache")
+def again(trial: Trial) -> None:
+    """Running a batch again gives the same result."""
+    problem = LayerProblem(*MIXED)
+    for mode in MODES:
+        with trial.case(f"{mode}, {problem.label}"):
+            ready = stage(trial, problem, mode)
+            batch = ready.extend()
+            for _ in range(3):
+                judge(trial, problem, ready.forward(0, batch)[None].cpu())
+
+
+@layer_check("shared_plan", "a plan or a sequence that one forward uses up, or that remembers its cache")
+def shared_plan(trial: Trial) -> None:
+    """A layer runs one batch again and again, on two caches in turns."""
+    first, second = (LayerProblem(*MIXED, seed=seed) for seed in (0, 1))
+    for mode in MODES:
+        with trial.case(f"{mode}, {first.label}"):
+            layer = make_layer(trial, first.config, mode)
+            ready, other = (stage(trial, one, mode, layer=layer) for one in (first, second))
+            batch = ready.extend()
+            other.extend()  # so that its tables are the same
+            for one in (ready, ready, other, ready):  # the second one may be recorded by the backend
+                judge(trial, one.problem, layer(one.hidden[0], batch, one.cache.pages[0])[None].cpu())
+
+
+@layer_check("weights", "a packed layout that loses bits, so that a checkpoint cannot be saved again")
+def state_dict(trial: Trial) -> None:
+    """The layer gives back the weights it was given, bit for bit."""
+    for config in (PLAIN, VARIANT):
+        with trial.case(config.name):
+            given, back = weights(config, trial.dtype), make_layer(trial, config, "auto").state_dict()
+            expect(set(back) == set(given), "state_dict() has other names than the weights it was given")
+            different = [name for name, weight in given.items() if not same_bits(back[name], weight)]
+            expect(not different, f"weight {', '.join(different)} came back with other bits")

@@ -1,0 +1,1 @@
+"""Inputs, and what is right for them, that the checks share."""

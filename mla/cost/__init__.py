@@ -1,0 +1,43 @@
+"""FLOPs and bytes that are needed, from actual lengths."""
+
+from mla.cost.step import (
+    ABSORBED,
+    EXPANDED,
+    PathChooser,
+    Work,
+    absorbed_flops,
+    attended_pairs,
+    expanded_attention_cost,
+    expanded_flops,
+    kv_b_parameters,
+    latent_attention_cost,
+    linear_cost,
+    parameters,
+    projection_parameters,
+    rms_norm_cost,
+    rotate_query_cost,
+    step_bytes,
+    step_flops,
+    write_latent_cost,
+)
+
+__all__ = [
+    "ABSORBED",
+    "EXPANDED",
+    "PathChooser",
+    "Work",
+    "absorbed_flops",
+    "attended_pairs",
+    "expanded_attention_cost",
+    "expanded_flops",
+    "kv_b_parameters",
+    "latent_attention_cost",
+    "linear_cost",
+    "parameters",
+    "projection_parameters",
+    "rms_norm_cost",
+    "rotate_query_cost",
+    "step_bytes",
+    "step_flops",
+    "write_latent_cost",
+]

@@ -1,0 +1,1 @@
+"""The layer: its math on torch, how a step is planned, and which op runs where."""

@@ -1,0 +1,305 @@
+"""`MLA`: DeepSeek's Multi-head Latent Attention as one ragged layer over a paged latent cache.
+
+A step goes through four stages: queries, latents, attention, output. Attention has two paths over the same
+cache. *Absorbed*: W_UK is applied to the query and W_UV to the result, so that all heads attend one latent
+key per token. *Expanded*: keys and values are rebuilt per head. Per request the cheaper one is taken.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mla.cache.ragged_batch import RaggedBatch
+from mla.checkpoint import read_layer, refuse_other_formats
+from mla.config import MLAConfig
+from mla.errors import WeightError
+from mla.layer.expanded import ExpandedPath
+from mla.layer.ops import Ops
+from mla.layer.packed_weights import PackedWeights
+from mla.layer.plan import WORKSPACE_BYTES, AbsorbedGroup, Plan, make_plan
+from mla.layer.recording import Repeated, recording
+from mla.layer.rope import RotaryTable, query_factors
+from mla.layer.views import Projected, StepViews
+from mla.layer.workspace import Workspace
+from mla_backends.api import Backend, OpCall
+
+ATTENTION_MODES = ("auto", "absorbed", "expanded")
+
+
+#: Specs a plan depends on -> what stands for them.
+_PLAN_KEYS: dict[Hashable, object] = {}
+
+
+class MLA(nn.Module):
+    """One attention layer on one device, for inference.
+
+    `attention`: "auto", "absorbed" or "expanded". `ops`: "auto" takes the backend's fused ops where they
+    serve this layer, "reference" never does, "fused" and names of ops insist (`mla.layer.ops.choose`), which
+    raises `UnsupportedOps` where they cannot. Without a backend the layer runs the reference on the CPU.
+    `workspace_bytes` caps the keys and values the expanded path rebuilds at a time.
+    Weights arrive through `load_state_dict` under Hugging Face names.
+    """
+
+    def __init__(
+        self,
+        config: MLAConfig,
+        *,
+        backend: Backend | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        attention: str = "auto",
+        ops: str = "auto",
+        workspace_bytes: int = WORKSPACE_BYTES,
+    ) -> None:
+        super().__init__()
+        if attention not in ATTENTION_MODES:
+            raise ValueError(f"attention must be one of {ATTENTION_MODES}, got {attention!r}.")
+        if backend is not None and backend.device is None:
+            raise ValueError(f"backend '{backend.name}' is not set up; use mla.load_backend().")
+        self.config = config
+        self.dtype = dtype
+        self.attention = attention
+        self.workspace_bytes = workspace_bytes
+        self.device = backend.device if backend is not None and backend.device else torch.device("cpu")
+        self.ops = Ops(config, backend.ops() if backend else {}, dtype, self.device, ops)
+        self.rotary = RotaryTable(config, self.device)
+        self._weights = PackedWeights(config, self.ops, dtype, self.device)
+        self._scratch = Workspace(dtype, self.device)
+        self._step_views = StepViews(config, self.ops, self._scratch)
+        self.expanded = ExpandedPath(config, self._weights, self._scratch)
+        # A subclass may do more between ops than can be recorded.
+        self._repeated = Repeated(backend if type(self) is MLA else None)
+        self._plan_key = self._make_plan_key()
+        self._softmax_scale = config.softmax_scale
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        layer: int | str | None = None,
+        *,
+        progress: Callable[[int, int], object] | None = None,
+        **arguments: Any,
+    ) -> MLA:
+        """Build the layer of a checkpoint folder (config.json and *.safetensors); `arguments` as for MLA.
+
+        `layer` None means the only main layer there is; "3.1" the second of a layer's two attentions.
+        `progress` is called with the bytes read and those of all. Raises `ConfigError` or `CheckpointError`.
+        """
+        refuse_other_formats(folder)  # such folders lack a config.json, which says less
+        config = MLAConfig.from_pretrained(folder)
+        built = cls(config, **arguments)
+        built.load_state_dict(read_layer(folder, config, layer, progress=progress))
+        return built
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False
+    ) -> None:
+        """Pack weights (Hugging Face names) for this layer's ops, one at a time.
+
+        Raises `WeightError` naming the tensor when one is missing, has the wrong shape or is unknown
+        (unknown ones pass with `strict=False`); the layer then keeps what it had.
+        """
+        self._weights.load(state_dict, strict)
+        self._repeated.forget()
+
+    def state_dict(  # type: ignore[override]
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """Return the plain weights under Hugging Face names, bit for bit those that were loaded."""
+        self._require_weights()
+        found = {} if destination is None else destination
+        found.update({prefix + name: weight for name, weight in self._weights.state_dict().items()})
+        return found
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Load as part of a larger module, whose state dict holds this layer's weights under `prefix`."""
+        own = {
+            name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)
+        }
+        self.load_state_dict(own)
+
+    def weight_bytes(self) -> int:
+        """Return the bytes all packed weights keep alive."""
+        return self._weights.nbytes()
+
+    def scratch_bytes(self) -> int:
+        """Return the bytes of scratch memory kept between steps."""
+        return self._scratch.nbytes()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MLA:
+        raise RuntimeError(
+            "an MLA layer cannot be moved or cast: its weights are packed for one device. "
+            "Build it with the backend and dtype you want."
+        )
+
+    def _require_weights(self) -> None:
+        if not self._weights.packed:
+            raise WeightError("this MLA layer has no weights yet: call load_state_dict() first.")
+
+    def plan(self, batch: RaggedBatch) -> Plan:
+        """Return how this layer runs `batch`; made once, shared by layers with equal specs."""
+        key = (self._plan_key, self.attention, self.workspace_bytes)
+        return batch.memo(key, lambda: self._make_plan(batch))
+
+    def _make_plan(self, batch: RaggedBatch) -> Plan:
+        memory = batch.memory.keep(self._plan_key, lambda: self.rotary.empty(batch.num_tokens))
+        self.rotary.reserve(max(batch.kv_lens))
+        cos_sin = self.rotary.gather(batch.positions, memory)
+        return make_plan(self.config, self.ops, cos_sin, batch, self.attention, self.workspace_bytes)
+
+    def _make_plan_key(self) -> object:
+        """Return what stands for the specs a plan depends on: one object for layers with equal ones."""
+        key = (
+            self.ops["latent_attention"].key(),
+            self.ops["expanded_attention"].key(),
+            self.config.rope_theta,
+            self.config.rope_scaling,
+        )
+        return _PLAN_KEYS.setdefault(key, object())  # hashing the specs on every step would cost more
+
+    @torch.no_grad()
+    def forward(
+        self,
+        hidden: torch.Tensor,  # [T, d]
+        batch: RaggedBatch,
+        pages: torch.Tensor,  # [pages, page, c + r]: this layer's part of LatentCache.pages
+        out: torch.Tensor | None = None,  # [T, d]
+    ) -> torch.Tensor:
+        """Attend the batch's new tokens, write their latents to the cache and return [T, d].
+
+        Running the same batch again gives the same result. Raises `StaleBatch` when the cache has changed
+        since `batch` was made, and ValueError when a tensor does not fit.
+        """
+        if out is None:
+            out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        self._check(hidden, batch, pages, out)
+        plan = self.plan(batch)
+        at_once = self._at_once(hidden, batch, plan, pages, out)
+        if at_once is not None:
+            at_once(hidden, pages, out)
+        else:
+            self._run(hidden, batch, plan, pages, out)
+        return out
+
+    def _at_once(
+        self, hidden: torch.Tensor, batch: RaggedBatch, plan: Plan, pages: torch.Tensor, out: torch.Tensor
+    ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None:
+        """Return what makes this forward in one call, if it is one of ops alone and came before."""
+        if not self._repeated.offered:
+            return None
+        group = plan.absorbed
+        if group is None or group.batch is not batch or self._scales(batch):
+            self._repeated.forget()
+            return None
+        ops, views = self.ops, self._step_views.projected(batch.num_tokens)
+        owners = (ops, views, batch.memory, group.cos_sin, group.state)
+        starts = (hidden.data_ptr(), pages.data_ptr(), out.data_ptr())
+        same = tuple(starts.index(start) for start in starts)  # which of them begin at one address
+        layout = (hidden.stride(), pages.shape, pages.stride(), out.stride(), same)
+
+        def record() -> list[OpCall]:
+            calls: list[OpCall] = []
+            layer = copy.copy(self)
+            layer.ops = recording(ops, calls)
+            layer._run(hidden, batch, plan, pages, out)
+            return calls
+
+        return self._repeated.find(owners, layout, record, (hidden, pages, out))
+
+    def _run(
+        self, hidden: torch.Tensor, batch: RaggedBatch, plan: Plan, pages: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        step = self._project(hidden)
+        self._scale_queries(step.q, batch)
+        self._write_latent(step.kv_a, batch, plan, pages)
+        if plan.absorbed is not None:
+            self._absorbed(step, plan.absorbed, pages)
+        if plan.expanded is not None:
+            self.expanded.run(self.ops, step.q, plan.expanded, pages, step.heads)
+        self._linear("o_proj", step.heads_flat, out, bias="o_proj.bias")
+
+    def _check(
+        self, hidden: torch.Tensor, batch: RaggedBatch, pages: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        self._require_weights()
+        batch.check_current()
+        rows = (batch.num_tokens, self.config.hidden_size)
+        _require("hidden", hidden, rows, self.dtype)
+        _require("out", out, rows, self.dtype)
+        _require("pages", pages, (pages.shape[0], batch.page_size, self.config.latent_dim), self.dtype)
+        if not batch.fits(pages.shape[0]):
+            raise ValueError(
+                f"pages [{pages.shape[0]}, ...] are not those of the cache this batch describes."
+            )
+
+    def _project(self, hidden: torch.Tensor) -> Projected:
+        """Return the step's views, with q not yet rotated and kv_a neither normed nor rotated."""
+        views = self._step_views.projected(hidden.shape[0])
+        self._linear("qkv_a_proj", hidden, views.first, bias="qkv_a_proj.bias")
+        if views.q_normed is not None:
+            weight, eps = self._weights.vectors["q_a_layernorm.weight"], self.config.rms_norm_eps
+            self.ops["q_a_layernorm"].op(x=views.q_a, weight=weight, eps=eps, out=views.q_normed)
+            self._linear("q_b_proj", views.q_normed, views.q_flat)
+        return views
+
+    def _scales(self, batch: RaggedBatch) -> bool:
+        """Say whether any query's factor is other than 1."""
+        scaling = self.config.query_scaling
+        return scaling is not None and max(batch.kv_lens) > scaling.period
+
+    def _scale_queries(self, q: torch.Tensor, batch: RaggedBatch) -> None:
+        """Scale q [T, h, n + r] by position, in place, where the config says so."""
+        scaling = self.config.query_scaling
+        if scaling is None or not self._scales(batch):
+            return
+        factors = batch.memo(scaling, lambda: query_factors(scaling, batch.positions)[:, None, None])
+        q.mul_(factors)
+
+    def _write_latent(self, kv_a: torch.Tensor, batch: RaggedBatch, plan: Plan, pages: torch.Tensor) -> None:
+        self.ops["write_latent"].op(
+            kv_a=kv_a,
+            weight=self._weights.vectors["kv_a_layernorm.weight"],
+            eps=self.config.rms_norm_eps,
+            cos_sin=plan.cos_sin,
+            interleaved=self.config.rope_interleave,
+            slots=batch.slots,
+            cache=pages,
+        )
+
+    def _absorbed(self, step: Projected, group: AbsorbedGroup, pages: torch.Tensor) -> None:
+        """q_nope W_UK, joined with the rotated q_pe, over the latents; then W_UV. Writes step.heads."""
+        views = self._step_views.absorbed(step, group.tokens)
+        self.ops["w_uk"].op(self._weights.packed["w_uk"], x=views.q_nope, out=views.latent_nope)
+        self._rotate(views.q_pe, group.cos_sin, views.latent_pe)
+        self.ops["latent_attention"].op(
+            group.state,
+            q=views.latent_q,
+            cache=pages,
+            block_table=group.batch.block_table,
+            kv_lens=group.batch.kv_lens_device,
+            cu_q=group.batch.cu_q,
+            softmax_scale=self._softmax_scale,
+            out=views.latent_out,
+            lse=views.lse,
+        )
+        self.ops["w_uv"].op(self._weights.packed["w_uv"], x=views.latent_out, out=views.heads)
+        self._scratch.put(step.heads, group.tokens, views.heads)
+
+    def _rotate(self, x: torch.Tensor, cos_sin: torch.Tensor, out: torch.Tensor) -> None:
+        interleaved = self.config.rope_interleave
+        self.ops["rotate_query"].op(x=x, cos_sin=cos_sin, interleaved=interleaved, out=out)
+
+    def _linear(self, role: str, x: torch.Tensor, out: torch.Tensor, bias: str = "") -> None:
+        self.ops[role].op(self._weights.packed[role], x=x, bias=self._weights.vectors.get(bias), out=out)
+
+
+def _require(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise ValueError unless the tensor has this shape and dtype."""
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {list(shape)} {dtype}, got {list(tensor.shape)} {tensor.dtype}.")

@@ -1,0 +1,104 @@
+"""The expanded path: keys and values are rebuilt per head from the latent cache, and attended as usual."""
+
+from __future__ import annotations
+
+import torch
+
+from mla.config import MLAConfig
+from mla.layer.ops import Ops
+from mla.layer.packed_weights import PackedWeights
+from mla.layer.plan import ExpandedGroup, Piece
+from mla.layer.workspace import Workspace
+
+
+class ExpandedPath:
+    """What a layer does with requests that are cheaper expanded. `ops` are the layer's, at each call."""
+
+    def __init__(self, config: MLAConfig, weights: PackedWeights, scratch: Workspace) -> None:
+        self._config, self._weights, self._scratch = config, weights, scratch
+        self._softmax_scale = config.softmax_scale
+
+    def run(
+        self,
+        ops: Ops,
+        q: torch.Tensor,  # [T, h, n + r], not yet rotated
+        group: ExpandedGroup,
+        pages: torch.Tensor,  # [pages, page, c + r]
+        heads: torch.Tensor,  # [T, h, v], of which the group's rows are written
+    ) -> None:
+        """Rebuild k and v of the context round by round and run multi-head attention."""
+        n = self._config.qk_nope_head_dim
+        q = self._scratch.rows("expanded_q", q, group.tokens)
+        rotary = q[..., n:]
+        interleaved = self._config.rope_interleave
+        ops["rotate_query"].op(x=rotary, cos_sin=group.cos_sin, interleaved=interleaved, out=rotary)
+        target = self._scratch.target("expanded_heads", heads, group.tokens, q.shape[0])
+        lse = self._scratch.take("lse", *q.shape[:2], dtype=torch.float32)
+        if len(group.rounds) == 1:
+            k, v = self.expand(ops, group.rounds[0].slots, pages)
+            for piece in group.rounds[0].pieces:
+                self._attend(ops, piece, q, k, v, target[piece.queries], lse[piece.queries])
+        else:
+            self._merge_rounds(ops, group, q, pages, target, lse)
+        self._scratch.put(heads, group.tokens, target)
+
+    def _merge_rounds(
+        self,
+        ops: Ops,
+        group: ExpandedGroup,
+        q: torch.Tensor,
+        pages: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Attend round by round, merging in fp32: rounding after every round would add up."""
+        total = self._scratch.take("merged", *out.shape, dtype=torch.float32)
+        for part in group.rounds:
+            k, v = self.expand(ops, part.slots, pages)
+            for piece in part.pieces:
+                rows = piece.queries
+                part_out = self._scratch.take("part_out", *out[rows].shape)
+                part_lse = self._scratch.take("part_lse", *lse[rows].shape, dtype=torch.float32)
+                self._attend(ops, piece, q, k, v, part_out, part_lse)
+                if piece.merge:
+                    _merge(total[rows], lse[rows], part_out, part_lse)
+                else:
+                    total[rows], lse[rows] = part_out, part_lse
+        out.copy_(total)
+
+    def expand(self, ops: Ops, slots: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return k [s, h, n + r] and v [s, h, v] of the cached tokens at `slots`."""
+        config = self._config
+        n, c, h = config.qk_nope_head_dim, config.kv_lora_rank, config.num_attention_heads
+        latents = self._scratch.take("latents", slots.shape[0], config.latent_dim)
+        torch.index_select(pages.view(-1, config.latent_dim), 0, slots, out=latents)
+        kv = self._scratch.take("kv_b", slots.shape[0], ops["kv_b_proj"].spec.out_features)
+        ops["kv_b_proj"].op(self._weights.packed["kv_b_proj"], x=latents[:, :c], bias=None, out=kv)
+        k_nope, v = kv.unflatten(1, (h, -1)).split((n, config.v_head_dim), dim=2)
+        k = self._scratch.take("k", slots.shape[0], h, config.qk_head_dim)
+        k[..., :n] = k_nope
+        k[..., n:] = latents[:, None, c:]
+        return k, v
+
+    def _attend(
+        self,
+        ops: Ops,
+        piece: Piece,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Attend one piece into out and lse, which hold its queries only."""
+        ops["expanded_attention"].op(
+            piece.state, q=q[piece.queries], k=k, v=v, softmax_scale=self._softmax_scale, out=out, lse=lse
+        )
+
+
+def _merge(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor) -> None:
+    """Merge two attentions over disjoint keys, in place: weights are exp(lse), normalised."""
+    total = torch.logaddexp(lse, new_lse)
+    old_weight, new_weight = ((part - total).exp()[..., None] for part in (lse, new_lse))
+    out.mul_(old_weight).add_(new_out * new_weight)
+    lse.copy_(total)

@@ -1,0 +1,127 @@
+"""`PackedWeights`: a layer's weights in the layouts its ops want, and back again bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from mla.checkpoint import StoredLayer
+from mla.config import MLAConfig
+from mla.errors import WeightError
+from mla.layer.ops import Ops
+from mla.weights import weight_shapes
+from mla_backends.api import Packed
+
+State = Mapping[str, torch.Tensor]
+
+
+class PackedWeights:
+    """Matrices by role (`qkv_a_proj`, `o_proj`, `w_uk`, ...) in `packed`, norms and biases in `vectors`.
+
+    q_proj (or q_a_proj) and kv_a_proj_with_mqa read the same input, so they are one weight. kv_b_proj is
+    kept twice: for expanding context (`kv_b_proj`) and for absorption (`w_uk`, `w_uv`), which contract other
+    axes.
+    """
+
+    def __init__(self, config: MLAConfig, ops: Ops, dtype: torch.dtype, device: torch.device) -> None:
+        self._config, self._ops, self._dtype, self._device = config, ops, dtype, device
+        self._first = "q_proj" if config.q_lora_rank is None else "q_a_proj"
+        self.packed: dict[str, Packed] = {}
+        self.vectors: dict[str, torch.Tensor] = {}
+        self._unscaled: dict[str, torch.Tensor] = {}  # norms as loaded, where `vectors` holds scaled ones
+
+    def load(self, state: State, strict: bool = True) -> None:
+        """Pack plain weights one at a time. Whatever is raised, the weights held before stay."""
+        shapes = weight_shapes(self._config)
+        _check(state, shapes, strict)
+        vectors = {name: self._take(state, name) for name, shape in shapes.items() if len(shape) == 1}
+        if self._config.attention_bias:
+            vectors["qkv_a_proj.bias"] = self._fused_bias(vectors)
+        unscaled = self._fold_latent_scales(vectors)
+        self.packed, self.vectors, self._unscaled = dict(self._pack_all(state)), vectors, unscaled
+
+    def _fold_latent_scales(self, vectors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Scale norm weights by the config's latent scales, in place; return the plain ones."""
+        scales = {"q_a_layernorm.weight": self._config.q_latent_scale}
+        scales["kv_a_layernorm.weight"] = self._config.kv_latent_scale
+        plain = {name: vectors[name] for name, scale in scales.items() if scale != 1}
+        for name, weight in plain.items():
+            vectors[name] = (weight.float() * scales[name]).to(self._dtype)
+        return plain
+
+    def _pack_all(self, state: State) -> Iterator[tuple[str, Packed]]:
+        """Yield every packed matrix; large ones first, because packing may hold one of them twice."""
+        yield self._pack("o_proj", self._take(state, "o_proj.weight"))
+        if self._config.q_lora_rank is not None:
+            yield self._pack("q_b_proj", self._take(state, "q_b_proj.weight"))
+        yield self._pack(
+            "qkv_a_proj", self._take(state, f"{self._first}.weight", "kv_a_proj_with_mqa.weight")
+        )
+        yield from self._pack_kv_b(self._take(state, "kv_b_proj.weight"))
+
+    def _take(self, state: State, *names: str) -> torch.Tensor:
+        """Return a copy of weights, one below the other, in the layer's dtype on its device."""
+        shapes = weight_shapes(self._config)
+        rows = [shapes[name][0] for name in names]
+        out = torch.empty(sum(rows), *shapes[names[0]][1:], dtype=self._dtype, device=self._device)
+        for name, part in zip(names, out.split(rows), strict=True):
+            if isinstance(state, StoredLayer):
+                state.read_into(name, part)
+            else:
+                part.copy_(state[name].detach())
+        return out
+
+    def _pack(self, role: str, weight: torch.Tensor) -> tuple[str, Packed]:
+        return role, self._ops[role].op.pack(weight)
+
+    def _pack_kv_b(self, weight: torch.Tensor) -> Iterator[tuple[str, Packed]]:
+        n, v = self._config.qk_nope_head_dim, self._config.v_head_dim
+        per_head = weight.unflatten(0, (self._config.num_attention_heads, n + v))  # [h, n + v, c]
+        yield self._pack("kv_b_proj", weight)
+        yield self._pack("w_uk", per_head[:, :n].transpose(1, 2))  # [h, c, n]
+        yield self._pack("w_uv", per_head[:, n:])  # [h, v, c]
+
+    def _fused_bias(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the bias of the fused first projection; q_proj has none, which counts as zero."""
+        kv_a = vectors["kv_a_proj_with_mqa.bias"]
+        width = self._ops["qkv_a_proj"].spec.out_features - kv_a.shape[0]
+        return torch.cat((vectors.get(f"{self._first}.bias", kv_a.new_zeros(width)), kv_a))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return plain copies of the weights under Hugging Face names."""
+        shapes = weight_shapes(self._config)
+        rows = (shapes[f"{self._first}.weight"][0], self._config.latent_dim)
+        q, kv_a = self._unpack("qkv_a_proj").split(rows)
+        vectors = {**self.vectors, **self._unscaled}
+        plain = {f"{self._first}.weight": q, "kv_a_proj_with_mqa.weight": kv_a, **vectors}
+        for name in shapes:
+            if name not in plain:
+                plain[name] = self._unpack(name.removesuffix(".weight"))
+        return {name: plain[name].clone() for name in shapes}
+
+    def _unpack(self, role: str) -> torch.Tensor:
+        return self._ops[role].op.unpack(self.packed[role])
+
+    def nbytes(self) -> int:
+        """Return the bytes the packed matrices keep alive; views of one storage count once."""
+        storages: dict[int, int] = {}
+        for packed in self.packed.values():
+            if torch.is_tensor(packed.data):
+                storage = packed.data.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+            else:
+                storages[id(packed)] = packed.nbytes
+        return sum(storages.values())
+
+
+def _check(state: State, shapes: Mapping[str, tuple[int, ...]], strict: bool) -> None:
+    for name, shape in shapes.items():
+        if name not in state:
+            raise WeightError(f"weight '{name}' is missing.")
+        found = state.shape(name) if isinstance(state, StoredLayer) else tuple(state[name].shape)
+        if found != shape:
+            raise WeightError(f"weight '{name}' has shape {list(found)}, expected {list(shape)}.")
+    unknown = sorted(set(state) - set(shapes)) if strict else []
+    if unknown:
+        raise WeightError(f"weight '{unknown[0]}' does not belong to this layer ({len(unknown)} unknown).")

@@ -1,0 +1,221 @@
+"""`Plan`: how one batch goes through attention. Made on the host, once per batch, without a device sync."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from mla import cost
+from mla.cache.ragged_batch import RaggedBatch
+from mla.config import MLAConfig
+from mla.errors import UnsupportedBatch
+from mla.layer.ops import Ops
+from mla.layer.workspace import Tokens
+from mla_backends.api import SegmentLengths
+
+#: Bytes that rebuilt keys and values of one round may take.
+WORKSPACE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Queries of a round that attend its keys under one mask."""
+
+    queries: slice  # of the group's tokens
+    state: Any  # of the op
+    merge: bool  # earlier rounds have already attended other keys for these queries
+
+
+@dataclass(frozen=True)
+class Round:
+    """Context tokens that are expanded together."""
+
+    slots: torch.Tensor  # [s] int64
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class AbsorbedGroup:
+    """Requests that attend in latent space."""
+
+    tokens: Tokens
+    cos_sin: torch.Tensor  # [t, r] fp32
+    batch: RaggedBatch
+    state: Any
+
+
+@dataclass(frozen=True)
+class ExpandedGroup:
+    """Requests whose keys and values are rebuilt from the latent cache, in rounds."""
+
+    tokens: Tokens
+    cos_sin: torch.Tensor  # [t, r] fp32
+    rounds: tuple[Round, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """At most one group per path; together they cover every token once."""
+
+    cos_sin: torch.Tensor  # [T, r] fp32
+    absorbed: AbsorbedGroup | None
+    expanded: ExpandedGroup | None
+
+
+def make_plan(
+    config: MLAConfig,
+    ops: Ops,
+    cos_sin: torch.Tensor,  # [T, r] fp32, of the batch's positions
+    batch: RaggedBatch,
+    attention: str,
+    workspace: int,
+) -> Plan:
+    """Split a batch by path and prepare each op once."""
+    members = _split(config, batch, attention)
+    return Plan(
+        cos_sin=cos_sin,
+        absorbed=_absorbed(ops, batch, members[cost.ABSORBED], cos_sin),
+        expanded=_expanded(config, ops, batch, members[cost.EXPANDED], cos_sin, workspace),
+    )
+
+
+def _split(config: MLAConfig, batch: RaggedBatch, attention: str) -> dict[str, list[int]]:
+    """Return path -> the requests that take it."""
+    members: dict[str, list[int]] = {cost.ABSORBED: [], cost.EXPANDED: []}
+    if attention != "auto":
+        members[attention] = list(range(len(batch.query_lens)))
+        return members
+    chooser = cost.PathChooser(config)
+    count = len(batch.query_lens)
+    if batch.query_lens.count(1) == count and chooser.always_absorbs(min(batch.kv_lens)):
+        members[cost.ABSORBED] = list(range(count))
+        return members
+    for request, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
+        members[chooser.path(query_len, kv_len)].append(request)
+    return members
+
+
+def _absorbed(
+    ops: Ops, batch: RaggedBatch, requests: Sequence[int], cos_sin: torch.Tensor
+) -> AbsorbedGroup | None:
+    tokens, part = _part(batch, requests)
+    if part is None:
+        return None
+    choice = ops["latent_attention"]
+    choice.check_batch(part.query_lens, part.kv_lens, part.page_size)
+    angles = cos_sin if part is batch else cos_sin[tokens]
+    return AbsorbedGroup(tokens, angles, part, choice.op.prepare(choice.spec, part))
+
+
+def _expanded(
+    config: MLAConfig,
+    ops: Ops,
+    batch: RaggedBatch,
+    requests: Sequence[int],
+    cos_sin: torch.Tensor,
+    workspace: int,
+) -> ExpandedGroup | None:
+    tokens, part = _part(batch, requests)
+    if part is None:
+        return None
+    choice = ops["expanded_attention"]
+    choice.check_batch(part.query_lens, part.kv_lens)
+    row = config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim  # k, and kv_b's own output
+    limit = max(1, workspace // (row * config.num_attention_heads * choice.spec.dtype.itemsize))
+    rounds = tuple(_round(part, choice, chunk) for chunk in _chunks(part, limit))
+    if not choice.op.writes_lse and any(piece.merge for one in rounds for piece in one.pieces):
+        raise UnsupportedBatch(
+            f"fused op '{choice.name}' gives no log-sum-exp, and merging parts of a long context needs it: "
+            "raise workspace_bytes, or use the reference ops (`--ops reference`)."
+        )
+    return ExpandedGroup(tokens, cos_sin[tokens], rounds)
+
+
+def _part(batch: RaggedBatch, requests: Sequence[int]) -> tuple[Tokens, RaggedBatch | None]:
+    """Return where the requests' tokens are, and a batch of those requests; None when there is no token."""
+    if sum(batch.query_lens[i] for i in requests) == 0:
+        return slice(0, 0), None
+    if len(requests) == len(batch.query_lens):
+        return slice(0, batch.num_tokens), batch
+    part = batch.subset(requests)
+    spans = [(batch.cu_q_host[i], batch.cu_q_host[i + 1]) for i in requests]
+    if all(left[1] == right[0] for left, right in pairwise(spans)):
+        return slice(spans[0][0], spans[-1][1]), part
+    index = torch.cat([torch.arange(*span) for span in spans])
+    return index.to(batch.device, non_blocking=True), part
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Keys [start, stop) of one request."""
+
+    request: int
+    start: int
+    stop: int
+
+
+def _chunks(batch: RaggedBatch, limit: int) -> Iterator[list[_Span]]:
+    """Split the context into rounds of at most `limit` tokens: whole requests, or parts of a longer one."""
+    together: list[_Span] = []
+    for request, kv_len in enumerate(batch.kv_lens):
+        if batch.query_lens[request] == 0:
+            continue
+        if together and sum(span.stop for span in together) + kv_len > limit:
+            yield together
+            together = []
+        if kv_len > limit:
+            yield from ([_Span(request, s, min(s + limit, kv_len))] for s in range(0, kv_len, limit))
+        else:
+            together.append(_Span(request, 0, kv_len))
+    if together:
+        yield together
+
+
+def _round(batch: RaggedBatch, choice: Any, spans: Sequence[_Span]) -> Round:
+    """Resolve a round's slots, and the queries that see its keys."""
+    prepare = choice.op.prepare
+
+    def piece(first: int, stop: int, lengths: SegmentLengths, merge: bool) -> Piece:
+        return Piece(slice(first, stop), prepare(choice.spec, lengths), merge)
+
+    slots = torch.cat([_slots(batch, span) for span in spans]).to(batch.device, non_blocking=True)
+    last = spans[-1]
+    if last.start == 0 and last.stop == batch.kv_lens[last.request]:
+        members = [span.request for span in spans]
+        lengths = SegmentLengths(
+            tuple(batch.query_lens[i] for i in members), tuple(batch.kv_lens[i] for i in members), True
+        )
+        return Round(slots, (piece(*_token_range(batch, members), lengths, False),))
+    return Round(slots, tuple(piece(*arguments) for arguments in _chunk_pieces(batch, last)))
+
+
+def _token_range(batch: RaggedBatch, members: Sequence[int]) -> tuple[int, int]:
+    return batch.cu_q_host[members[0]], batch.cu_q_host[members[-1] + 1]
+
+
+def _chunk_pieces(batch: RaggedBatch, span: _Span) -> Iterator[tuple[int, int, SegmentLengths, bool]]:
+    """Yield the pieces of one chunk of a long request: queries inside it (causal), then those after it."""
+    base = batch.cu_q_host[span.request]
+    query_len, kv_len = batch.query_lens[span.request], batch.kv_lens[span.request]
+    past = kv_len - query_len
+    inside = max(0, span.start - past)  # first query at or after the chunk's first key
+    after = max(0, span.stop - past)  # first query past the chunk's last key
+    keys = span.stop - span.start
+    if after > inside:
+        lengths = SegmentLengths((after - inside,), (keys,), True)
+        yield base + inside, base + after, lengths, span.start > 0
+    if query_len > after:
+        lengths = SegmentLengths((query_len - after,), (keys,), False)
+        yield base + after, base + query_len, lengths, span.start > 0
+
+
+def _slots(batch: RaggedBatch, span: _Span) -> torch.Tensor:
+    """Return the flattened cache rows of a span, on the host."""
+    shift, mask = batch.page_size.bit_length() - 1, batch.page_size - 1
+    position = torch.arange(span.start, span.stop)
+    pages = batch.block_table_host[span.request, position >> shift].long()
+    return (pages << shift) + (position & mask)

@@ -1,0 +1,1 @@
+"""When a result is right: float64 oracles, tolerances, verdicts."""

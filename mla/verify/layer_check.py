@@ -1,0 +1,96 @@
+"""Hold an implementation's outputs against the float64 oracle.
+
+Every output row is judged, because an aggregate hides one wrong token. A layer with fused ops must stay
+within twice the error of the reference in the same dtype, row by row and in all; everybody within the
+absolute table (measured over six correct implementations: worst 1.6e-2 in bf16 and 1.3e-6 in fp32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from mla.bench.results.schema import Check
+from mla.bench.subjects.inputs import Inputs
+from mla.bench.workload.scenario import Scenario
+from mla.config import MLAConfig
+from mla.verify.layer_oracle import State, oracle
+
+#: dtype -> (bound on the relative error of the whole output, unit of rounding)
+BOUNDS = {
+    torch.bfloat16: (2e-2, 1.7e-3),
+    torch.float16: (4e-3, 2.1e-4),
+    torch.float32: (1e-5, 2e-7),
+}
+#: One row may be this much worse than the whole.
+ROW_SLACK = 1.5
+
+
+def expected_outputs(config: MLAConfig, state: State, scenario: Scenario, inputs: Inputs) -> torch.Tensor:
+    """Return the oracle's outputs [inputs, T, d]: all decode steps come from one prefill per request."""
+    lengths = [length * scenario.inputs for length in scenario.query_lens]
+    per_request = zip(*(step.split(scenario.query_lens) for step in inputs.hidden), strict=True)
+    hidden = torch.cat([torch.cat(steps) for steps in per_request])
+    flat = oracle(config, state, hidden, lengths, inputs.history)
+    steps = zip(*(request.chunk(scenario.inputs) for request in flat.split(lengths)), strict=True)
+    return torch.stack([torch.cat(requests) for requests in steps])
+
+
+@dataclass
+class Checker:
+    """Judges outputs of one scenario. `reference_outputs` is called when one needs the yardstick."""
+
+    expected: torch.Tensor  # [inputs, T, d] float64
+    dtype: torch.dtype
+    reference_outputs: Callable[[], torch.Tensor]
+    _reference: torch.Tensor | None = None
+
+    def check(self, outputs: torch.Tensor, held_to_reference: bool) -> Check:
+        """Return "ok", or "wrong" with the sentence that says where."""
+        found = outputs.cpu().double()
+        broken = (~found.isfinite()).any(-1)
+        if broken.any():
+            return Check(
+                status="wrong",
+                reason=f"{int(broken.sum())} of {broken.numel()} output rows hold NaN or infinity",
+            )
+        errors = self._errors(found)
+        bound, rows = self._bounds(held_to_reference)
+        total = _relative(found.flatten(), self.expected.flatten()).item()
+        ratios = errors / rows
+        worst = max(ratios.max().item(), total / bound)
+        return Check(
+            status="ok" if worst <= 1 else "wrong",
+            error_ratio=worst,
+            relative_error=total,
+            reason="" if worst <= 1 else self._reason(ratios, errors),
+        )
+
+    def _bounds(self, held_to_reference: bool) -> tuple[float, torch.Tensor]:
+        """Return the bound of the whole output and that of every row [inputs, T]."""
+        bound, unit = BOUNDS[self.dtype]
+        rows = torch.full(self.expected.shape[:2], ROW_SLACK * bound, dtype=torch.float64)
+        if not held_to_reference:
+            return bound, rows
+        if self._reference is None:
+            self._reference = self.reference_outputs().cpu().double()
+        total = _relative(self._reference.flatten(), self.expected.flatten()).item()
+        own_rows = 2 * self._errors(self._reference).clamp_min(unit)
+        return min(bound, 2 * max(total, unit)), torch.minimum(rows, own_rows)
+
+    def _errors(self, found: torch.Tensor) -> torch.Tensor:
+        return _relative(found, self.expected)
+
+    def _reason(self, ratios: torch.Tensor, errors: torch.Tensor) -> str:
+        step, token = divmod(int(ratios.argmax()), ratios.shape[1])
+        bad = int((ratios > 1).sum())
+        return (
+            f"{bad} of {ratios.numel()} output rows are too far from the oracle; worst is token {token} of "
+            f"step {step} with relative error {errors[step, token]:.1e}"
+        )
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    return (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)

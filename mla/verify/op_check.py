@@ -1,0 +1,49 @@
+"""Hold what one op left against float64: per row and in all, at most twice the reference's error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from mla.bench.results.schema import Check
+from mla.bench.subjects.op.problem import Tensors
+from mla.verify.tolerances import judge, judge_lse
+
+
+class OpChecker:
+    """Judges results of one problem. The reference runs once, on the host: no device vouches for itself."""
+
+    def __init__(self, truth: Tensors, dtype: torch.dtype, run_reference: Callable[[], Tensors]) -> None:
+        self._truth, self._dtype, self._run_reference = truth, dtype, run_reference
+        self._reference: Tensors | None = None
+
+    def check(self, found: Tensors, damage: str = "") -> Check:
+        """Return "ok", or "wrong" with the sentence that says where. `damage` is a fault seen elsewhere."""
+        ratios, reasons = [], [damage] * bool(damage)
+        for name, result in found.items():
+            ratio, reason = self._judge(name, result)
+            ratios.append(ratio)
+            reasons += [f"{name}: {reason}"] * bool(reason)
+        worst = max(ratios)
+        return Check(
+            status="wrong" if reasons else "ok",
+            error_ratio=worst if math.isfinite(worst) else None,
+            relative_error=self._relative_error(found),
+            reason="; ".join(reasons),
+        )
+
+    def _judge(self, name: str, result: torch.Tensor) -> tuple[float, str]:
+        if name == "lse":
+            return judge_lse(result, self._truth[name], self._dtype)
+        if self._reference is None:
+            self._reference = self._run_reference()
+        return judge(result, self._truth[name], self._reference[name], self._dtype)
+
+    def _relative_error(self, found: Tensors) -> float | None:
+        """Return the relative error of all results together, log-sum-exps left out."""
+        pairs = [(result, self._truth[name]) for name, result in found.items() if name != "lse"]
+        error = math.hypot(*((result.cpu().double() - truth).norm().item() for result, truth in pairs))
+        error /= math.hypot(*(truth.norm().item() for _, truth in pairs))
+        return error if math.isfinite(error) else None
