@@ -24,6 +24,12 @@ def kernels(request: pytest.FixtureRequest) -> Library:
     return load(request.param)
 
 
+@pytest.fixture
+def no_level_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests about what is chosen when nobody names a level: the suite itself may run held to one."""
+    monkeypatch.delenv("MLA_CPU_NATIVE", raising=False)
+
+
 @pytest.fixture(scope="session")
 def threads() -> Callable[[int], AbstractContextManager[None]]:
     """Return a context in which torch, and so the kernels, use another number of threads."""

@@ -184,6 +184,7 @@ def test_the_host_is_described_truthfully() -> None:
     assert host.processor_name()
 
 
+@pytest.mark.usefixtures("no_level_named")
 def test_a_level_that_was_named_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     from mla_backend_cpu import levels, library
 
@@ -198,6 +199,7 @@ def test_a_level_that_was_named_never_falls_back(monkeypatch: pytest.MonkeyPatch
         library._load.cache_clear()
 
 
+@pytest.mark.usefixtures("no_level_named")
 @pytest.mark.parametrize("gain", [0.5, 2.0])
 def test_where_torch_has_amx_a_measurement_decides_on_products(
     monkeypatch: pytest.MonkeyPatch, gain: float

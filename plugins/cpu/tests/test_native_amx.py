@@ -15,6 +15,7 @@ from mla_backend_cpu import build, gains, levels, library
 from mla_backends import BackendError
 
 
+@pytest.mark.usefixtures("no_level_named")
 def test_amx_is_refused_with_the_systems_reason_and_the_next_level_serves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

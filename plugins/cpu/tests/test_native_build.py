@@ -255,6 +255,7 @@ def bench(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.usefixtures("no_level_named")
 def test_without_kernels_the_reference_runs_and_the_reason_is_printed(tmp_path: Path) -> None:
     done = bench(PATH="", CXX="", MLA_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0
@@ -266,6 +267,7 @@ def test_without_kernels_the_reference_runs_and_the_reason_is_printed(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("no_level_named")
 def test_without_kernels_a_layer_computes_and_the_result_names_the_reason(tmp_path: Path) -> None:
     code = """if True:
         import mla, torch
