@@ -19,6 +19,7 @@ import click
 
 from mla.bench.plan import options, resolve
 from mla.bench.results.schema import Case, Run
+from mla.command import console
 from mla.command.exit_codes import guarded
 
 BACKENDS = ("cpu", "nvidia", "moore", "metax", "iluvatar")
@@ -92,7 +93,7 @@ def attention_test(backend: str | None, model_path: Path | None, runs: int | Non
     headline = {"mode": "eager", "cache": "warm", "clock": "host"}  # the original timed in no other way
     chosen = defaults(backend=backend, model_path=model_path, implementations=names, runs=runs, **headline)
     outcome = resolve.measure(resolve.prepare(chosen))
-    resolve.out(report(outcome.run) + "\n")
+    console.out(report(outcome.run) + "\n")
     return resolve.verdict(outcome)
 
 

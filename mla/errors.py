@@ -59,3 +59,11 @@ class UnsupportedBatch(MLAError):
 
 class OutOfMemory(MLAError):
     """A run needs more memory than there is."""
+
+
+class ResultError(MLAError):
+    """A result file that cannot be written or read."""
+
+
+class UsageError(MLAError):
+    """An option, a workload or a combination of them that cannot be run as asked."""

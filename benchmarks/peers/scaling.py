@@ -24,9 +24,11 @@ import click
 
 from benchmarks.peers.run import defaults
 from mla.bench import results
-from mla.bench.plan import options, resolve
+from mla.bench.plan import resolve
 from mla.bench.workload.grid import Point
+from mla.command import console
 from mla.command.exit_codes import guarded
+from mla.config import presets
 from mla.errors import MLAError
 from mla_backends import host
 
@@ -141,7 +143,7 @@ def _title(run: results.Run) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--config", default=options.DEFAULT_CONFIG, show_default=True, help="Preset, or a config.json.")
+@click.option("--config", default=presets.DEFAULT_CONFIG, show_default=True, help="Preset, or a config.json.")
 @click.option("--steps", default=20, show_default=True, help="Decode steps of a pass.")
 @click.option("--passes", default=6, show_default=True, help="Passes; a 95% interval needs 6.")
 @click.option("--folder", type=click.Path(path_type=Path), default=".", help="Where results go.  [here]")
@@ -164,7 +166,7 @@ def scaling(
                 return code
     output = files[1].parent / f"{name}.svg"
     plot(files, output)
-    resolve.out(f"wrote {output}\n")
+    console.out(f"wrote {output}\n")
     return 0
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import msgspec
 
 from mla.bench.workload.grid import Point, lay
-from mla.bench.workload.scenario import Scenario, WorkloadError, load_workload
+from mla.bench.workload.scenario import Scenario, load_workload
+from mla.errors import UsageError
 
 REQUESTS = 16
 #: Steps of a pass by the length of the history: a pass takes a few seconds, and the oracle minutes at most.
@@ -18,20 +19,20 @@ STEPS = ((8192, 50), (32768, 20), (1 << 31, 10))
 def scenarios(words: Sequence[str], **counts: int | None) -> list[Point]:
     """Return the scenarios named "prefill", "decode" or "long:16k"; `counts` replace runs, passes, warmups.
 
-    Raises `WorkloadError`.
+    Raises `UsageError`.
     """
     given = {name: count for name, count in counts.items() if count is not None}
     return lay([msgspec.structs.replace(scenario(word), **given) for word in dict.fromkeys(words)], {})
 
 
 def scenario(word: str) -> Scenario:
-    """Return one scenario by its word on the command line. Raises `WorkloadError`."""
+    """Return one scenario by its word on the command line. Raises `UsageError`."""
     standard = {one.name: one for one in load_workload("standard")}
     if word in standard:
         return standard[word]
     match = re.fullmatch(r"long:(\d+)(k?)", word)
     if match is None or not 0 < (history := int(match[1]) * (1024 if match[2] else 1)) < 1 << 24:
-        raise WorkloadError(
+        raise UsageError(
             f"unknown scenario '{word}': there are {', '.join(standard)} and long:TOKENS (long:16k)."
         )
     return long_context(history)

@@ -11,11 +11,11 @@ import torch
 
 from benchmarks.peers.faults import minor_faults
 from mla.bench import results
-from mla.bench.plan import resolve
 from mla.bench.run.scenario_run import Request
-from mla.bench.subjects.base import MlaLayer
 from mla.bench.subjects.inputs import make_inputs
+from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.scenario import load_workload
+from mla.command import console
 from mla.command.exit_codes import Exit
 from mla.weights import random_state_dict
 
@@ -46,17 +46,17 @@ class Steady(msgspec.Struct):
 def report(request: Request, output: Path | None) -> int:
     """Run the steps, print readings, and return 1 if the resident set or the tensors grew."""
     readings = run(request)
-    resolve.out("   steps   resident MiB   tensors   tensor MiB   page faults since\n")
+    console.out("   steps   resident MiB   tensors   tensor MiB   page faults since\n")
     for one in readings:
         sizes = f"{one.resident_bytes / 2**20:15.2f}{one.tensors:10d}{one.tensor_bytes / 2**20:13.2f}"
-        resolve.out(f"{one.steps:8d}{sizes}{one.page_faults:20d}\n")
+        console.out(f"{one.steps:8d}{sizes}{one.page_faults:20d}\n")
     if output:
         from mla.command.environment import environment
 
         facts = environment(request.setting.backend)
         results.write(Steady(facts, request.setting.config.name, "decode", readings), output)
     steady, sentence = verdict(readings)
-    resolve.out(f"{sentence}\n")
+    console.out(f"{sentence}\n")
     return Exit.OK if steady else Exit.REGRESSION
 
 

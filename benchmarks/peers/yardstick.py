@@ -9,12 +9,13 @@ import torch
 
 from benchmarks.peers.choice import fastest
 from mla import cost
-from mla.bench.results.schema import Check
-from mla.bench.subjects.base import Implementation, Setting
+from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import Inputs
+from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
 from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import State
+from mla.verify.verdict import Check
 
 #: Ways to read memory with torch that leave nothing but a number behind.
 WAYS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

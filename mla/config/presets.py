@@ -197,3 +197,6 @@ PRESETS: dict[str, Preset] = {
         f"{_HUB}Firworks/Kimi-Linear-48B-A3B-Instruct-nvfp4/resolve/main/config.json",
     ),
 }
+
+
+DEFAULT_CONFIG = "deepseek-v2-lite"

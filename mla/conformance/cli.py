@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mla.bench import results
-from mla.bench.plan.resolve import note, out
-from mla.command import environment
+from mla.command import environment, files
+from mla.command.console import note, out
 from mla.command.exit_codes import Exit, guarded
 from mla.command.exit_codes import interrupted as ended_early
 from mla.command.progress import Progress
-from mla.errors import MLAError
+from mla.errors import UsageError
 from mla_backends.discovery import locate
 
 if TYPE_CHECKING:
@@ -43,10 +42,6 @@ A check is named by its id, by its group, or with wildcards: latent.heads, laten
 Exit codes: 0 all passed, 1 an expected failure passed, 2 usage, 3 backend missing or unusable,
 4 a check failed, 5 nothing ran, 130 interrupted, 143 ended by SIGTERM (the partial report is written).
 """
-
-
-class ConformanceError(MLAError):
-    """A command line that makes no sense."""
 
 
 @click.command(epilog=EPILOG)
@@ -129,16 +124,16 @@ def run(
     from mla.conformance.xfails import Xfails
 
     if backend is None:
-        raise ConformanceError("--backend is missing; `python -m mla.bench list` shows what there is.")
+        raise UsageError("--backend is missing; `python -m mla.bench list` shows what there is.")
     xfails = Xfails.read(xfails_file) if xfails_file else Xfails()
     _require_known(only)
     if report_file:
-        results.check_writable(report_file)
+        files.check_writable(report_file)
     subject = open_subject(backend, device, threads, _key_values(options), quick)
     chosen = _dtypes(subject, dtypes)
     planned = instances(subject, chosen, only)
     if not planned:
-        raise ConformanceError(f"no check of this backend matches --only {' '.join(only)}.")
+        raise UsageError(f"no check of this backend matches --only {' '.join(only)}.")
     found, interrupted = carry_out_all(planned, subject, xfails, verbose)
     report = make_report(words, subject, chosen, len(planned), found, interrupted, xfails)
     try:
@@ -165,7 +160,7 @@ def _key_values(options: Sequence[str]) -> dict[str, str]:
     pairs = [option.partition("=") for option in options]
     for option, (key, equals, _) in zip(options, pairs, strict=True):
         if not key or not equals:
-            raise ConformanceError(f"-O wants KEY=VALUE, got '{option}'.")
+            raise UsageError(f"-O wants KEY=VALUE, got '{option}'.")
     return {key: value for key, _, value in pairs}
 
 
@@ -185,7 +180,7 @@ def _dtypes(subject: Subject, names: Sequence[str]) -> tuple[torch.dtype, ...]:
     listed = [dtype_name(dtype) for dtype in claimed]
     for name in names:
         if name not in listed:
-            raise ConformanceError(f"the backend does not claim {name}; it claims: {', '.join(listed)}.")
+            raise UsageError(f"the backend does not claim {name}; it claims: {', '.join(listed)}.")
     return tuple(dtype for dtype, name in zip(claimed, listed, strict=True) if not names or name in names)
 
 

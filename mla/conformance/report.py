@@ -98,7 +98,7 @@ def decode(data: bytes) -> Report:
 
 
 def write(report: Report, path: Path) -> None:
-    """Write a report whole or not at all. Raises `mla.bench.results.schema.ResultError`."""
+    """Write a report whole or not at all. Raises `mla.errors.ResultError`."""
     results.write(report, path)
 
 

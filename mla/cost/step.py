@@ -7,20 +7,12 @@ tokens, new latents, hidden states in and out. Letters as in the design: T token
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 from mla.config import MLAConfig
-
-if TYPE_CHECKING:
-    from mla_backends.api import AttentionSpec, LinearSpec, NormSpec
+from mla.cost.by_op import attended_pairs
 
 #: Attention paths a request can take.
 ABSORBED, EXPANDED = "absorbed", "expanded"
-
-
-def attended_pairs(query_len: int, kv_len: int) -> int:
-    """Return the causal query-key pairs: query i of t sees kv_len - t + i + 1 keys."""
-    return query_len * (kv_len - query_len) + query_len * (query_len + 1) // 2
 
 
 def absorbed_flops(config: MLAConfig, query_len: int, kv_len: int) -> int:
@@ -99,55 +91,3 @@ def step_bytes(
 
 
 # ------------------------------------------------------------------------------------------- one op alone
-
-
-class Work(NamedTuple):
-    """What one call of an op needs: every operand moves once."""
-
-    flops: int
-    bytes: int
-
-
-def linear_cost(spec: LinearSpec, tokens: int) -> Work:
-    """Return the work of `linear`, and of `batched_linear`, which has a weight per head."""
-    weights = spec.groups * spec.in_features * spec.out_features
-    moved = weights + tokens * spec.groups * (spec.in_features + spec.out_features)
-    return Work(2 * tokens * weights, spec.dtype.itemsize * moved)
-
-
-def rms_norm_cost(spec: NormSpec, tokens: int) -> Work:
-    """Return the work of `rms_norm`: square and add, then scale and weigh."""
-    return Work(4 * tokens * spec.features, spec.dtype.itemsize * (2 * tokens + 1) * spec.features)
-
-
-def rotate_query_cost(spec: AttentionSpec, tokens: int) -> Work:
-    """Return the work of `rotate_query`: 6 FLOPs per pair of channels, and fp32 angles per token."""
-    channels, angles = tokens * spec.num_heads * spec.qk_rope_head_dim, tokens * spec.qk_rope_head_dim
-    return Work(3 * channels, 2 * spec.dtype.itemsize * channels + 4 * angles)
-
-
-def write_latent_cost(spec: AttentionSpec, tokens: int) -> Work:
-    """Return the work of `write_latent`: norm c channels, rotate r, with fp32 angles and int64 slots."""
-    c, r = spec.kv_lora_rank, spec.qk_rope_head_dim
-    moved = spec.dtype.itemsize * (2 * tokens * (c + r) + c) + tokens * (4 * r + 8)
-    return Work(tokens * (4 * c + 3 * r), moved)
-
-
-def latent_attention_cost(spec: AttentionSpec, query_lens: Sequence[int], kv_lens: Sequence[int]) -> Work:
-    """Return the work of `latent_attention`: one key of c + r and one value of c for all heads; fp32 lse."""
-    c, h, width = spec.kv_lora_rank, spec.num_heads, spec.kv_lora_rank + spec.qk_rope_head_dim
-    tokens = sum(query_lens)
-    moved = spec.dtype.itemsize * (tokens * h * (width + c) + sum(kv_lens) * width)
-    return Work(2 * h * _pairs(query_lens, kv_lens) * (width + c), moved + 4 * tokens * h)
-
-
-def expanded_attention_cost(spec: AttentionSpec, query_lens: Sequence[int], kv_lens: Sequence[int]) -> Work:
-    """Return the work of `expanded_attention`: keys of n + r and values of v per head; fp32 lse."""
-    h, width = spec.num_heads, spec.qk_nope_head_dim + spec.qk_rope_head_dim + spec.v_head_dim
-    tokens = sum(query_lens)
-    moved = spec.dtype.itemsize * h * width * (tokens + sum(kv_lens))
-    return Work(2 * h * _pairs(query_lens, kv_lens) * width, moved + 4 * tokens * h)
-
-
-def _pairs(query_lens: Sequence[int], kv_lens: Sequence[int]) -> int:
-    return sum(map(attended_pairs, query_lens, kv_lens))

@@ -12,30 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mla.bench.results.schema import Check
-from mla.bench.subjects.inputs import Inputs
-from mla.bench.workload.scenario import Scenario
-from mla.config import MLAConfig
-from mla.verify.layer_oracle import State, oracle
-
-#: dtype -> (bound on the relative error of the whole output, unit of rounding)
-BOUNDS = {
-    torch.bfloat16: (2e-2, 1.7e-3),
-    torch.float16: (4e-3, 2.1e-4),
-    torch.float32: (1e-5, 2e-7),
-}
-#: One row may be this much worse than the whole.
-ROW_SLACK = 1.5
-
-
-def expected_outputs(config: MLAConfig, state: State, scenario: Scenario, inputs: Inputs) -> torch.Tensor:
-    """Return the oracle's outputs [inputs, T, d]: all decode steps come from one prefill per request."""
-    lengths = [length * scenario.inputs for length in scenario.query_lens]
-    per_request = zip(*(step.split(scenario.query_lens) for step in inputs.hidden), strict=True)
-    hidden = torch.cat([torch.cat(steps) for steps in per_request])
-    flat = oracle(config, state, hidden, lengths, inputs.history)
-    steps = zip(*(request.chunk(scenario.inputs) for request in flat.split(lengths)), strict=True)
-    return torch.stack([torch.cat(requests) for requests in steps])
+from mla.verify.tolerances import BOUNDS, ROW_SLACK
+from mla.verify.verdict import Check
 
 
 @dataclass

@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from mla.bench.results.schema import Check
-from mla.bench.subjects.op.problem import Tensors
 from mla.verify.tolerances import judge, judge_lse
+from mla.verify.verdict import Check
 
 
 class OpChecker:
@@ -47,3 +46,6 @@ class OpChecker:
         error = math.hypot(*((result.cpu().double() - truth).norm().item() for result, truth in pairs))
         error /= math.hypot(*(truth.norm().item() for _, truth in pairs))
         return error if math.isfinite(error) else None
+
+
+Tensors = dict[str, torch.Tensor]

@@ -87,3 +87,15 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     plain = torch.empty(tensor.shape, dtype=tensor.dtype)  # a single element may keep any stride otherwise
     return plain.copy_(tensor.detach()).view(-1).view(torch.uint8)
+
+
+#: dtype -> (bound on the relative error of the whole output, unit of rounding)
+BOUNDS = {
+    torch.bfloat16: (2e-2, 1.7e-3),
+    torch.float16: (4e-3, 2.1e-4),
+    torch.float32: (1e-5, 2e-7),
+}
+
+
+#: One row may be this much worse than the whole.
+ROW_SLACK = 1.5

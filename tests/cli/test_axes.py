@@ -12,7 +12,8 @@ import pytest
 
 from mla.bench import results
 from mla.bench.workload.grid import MAX_POINTS, lay, parse
-from mla.bench.workload.scenario import Scenario, WorkloadError
+from mla.bench.workload.scenario import Scenario
+from mla.errors import UsageError
 
 Bench = Callable[..., Any]
 
@@ -22,7 +23,7 @@ FEW = ("--runs", "2", "--passes", "1", "--warmups", "0", "--scenario", "decode")
 
 
 def sentence(*words: str) -> str:
-    with pytest.raises(WorkloadError) as refused:
+    with pytest.raises(UsageError) as refused:
         lay([DECODE], parse(words))
     message = str(refused.value)
     assert "\n" not in message
@@ -122,13 +123,13 @@ def test_a_scenario_may_bring_axes_which_the_command_line_replaces() -> None:
         "decode kv=7",
     ]
     bad = Scenario(name="own", mode="decode", query_lens=(1,), history=(0,), axes={"vk": 1})
-    with pytest.raises(WorkloadError, match=r"^scenario 'own': unknown axis 'vk'"):
+    with pytest.raises(UsageError, match=r"^scenario 'own': unknown axis 'vk'"):
         lay([bad], {})
 
 
 def test_two_points_of_one_name_are_refused() -> None:
     clash = Scenario(name="decode kv=4", mode="decode", query_lens=(1,), history=(0,))
-    with pytest.raises(WorkloadError, match="two points are named 'decode kv=4'"):
+    with pytest.raises(UsageError, match="two points are named 'decode kv=4'"):
         lay(
             [clash, Scenario(name="decode", mode="decode", query_lens=(1,), history=(0,), axes={"kv": 4})], {}
         )

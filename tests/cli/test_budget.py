@@ -13,8 +13,9 @@ import pytest
 from mla.bench import results
 from mla.bench.plan import resolve
 from mla.bench.run import scheduler as sweep
-from mla.bench.run.budget import Budget, duration, spoken
+from mla.bench.run.budget import Budget
 from mla.bench.run.scheduler import OVER_BUDGET, Steering
+from mla.bench.workload.quantities import duration, spoken
 
 Bench = Callable[..., Any]
 

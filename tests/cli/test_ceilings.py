@@ -16,10 +16,11 @@ from mla.bench.limits import microbench as ceilings
 from mla.bench.limits.microbench import Yardstick
 from mla.bench.results import ceilings_file as ceiling_results
 from mla.bench.results.ceilings_file import CeilingRun
-from mla.bench.results.schema import Ceiling, ResultError
+from mla.bench.results.schema import Ceiling
 from mla.bench.run import ceilings as ceilings_command
 from mla.bench.run.ceilings import footprints
 from mla.bench.terminal.ceilings import rate, render, run_lines, size
+from mla.errors import ResultError
 
 Bench = Callable[..., Any]
 CPU = ("ceilings", "--backend", "cpu")

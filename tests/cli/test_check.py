@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from mla.bench.subjects.inputs import make_inputs
+from mla.bench.subjects.inputs import expected_outputs, make_inputs
 from mla.bench.workload.scenario import Scenario
-from mla.verify.layer_check import BOUNDS, Checker, expected_outputs
+from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import oracle
+from mla.verify.tolerances import BOUNDS
 from mla.weights import random_state_dict
 
 if TYPE_CHECKING:

@@ -15,12 +15,13 @@ import torch
 import mla
 from mla.bench import results
 from mla.bench.plan.memory import plan_memory
-from mla.bench.subjects.base import MlaLayer, Setting
-from mla.bench.subjects.inputs import make_inputs
+from mla.bench.subjects.inputs import expected_outputs, make_inputs
+from mla.bench.subjects.layer import MlaLayer
+from mla.bench.subjects.setting import Setting
 from mla.bench.subjects.stack import MlaStack, layer_state
 from mla.bench.workload.grid import Point
 from mla.bench.workload.scenario import Scenario
-from mla.verify.layer_check import Checker, expected_outputs
+from mla.verify.layer_check import Checker
 from mla.weights import random_state_dict
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from mla.bench.subjects.base import MlaLayer, Setting
 from mla.bench.subjects.inputs import Inputs, make_inputs
+from mla.bench.subjects.layer import MlaLayer
+from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
 from mla.cache import LatentCache
 from mla.verify.poison import TAIL, Poison

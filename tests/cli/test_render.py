@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.results.schema import Check, Run
+from mla.bench.results.schema import Run
 from mla.bench.terminal.run_table import COLUMNS, FORMATS, headlines, render
+from mla.verify.verdict import Check
 
 MakeRun = Callable[..., Run]
 

@@ -10,7 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from mla.bench.results.schema import ResultError, Run, check_writable, decode, encode, write
+from mla.bench.results.file import decode, encode, write
+from mla.bench.results.schema import Run
+from mla.command.files import check_writable
+from mla.errors import ResultError
 
 MakeRun = Callable[..., Run]
 

@@ -14,7 +14,7 @@ from mla.bench.limits import roofline as rooflines
 from mla.bench.limits.microbench import Yardstick
 from mla.bench.limits.roofline import Ceilings
 from mla.bench.results.schema import Ceiling
-from mla.bench.subjects.base import Setting
+from mla.bench.subjects.setting import Setting
 from mla_backends.api import DeviceInfo, Peak
 
 

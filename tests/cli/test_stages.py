@@ -14,12 +14,14 @@ from mla import MLAConfig
 from mla.bench import results
 from mla.bench.measure import stages
 from mla.bench.measure.stages import STAGES, Stopwatch
-from mla.bench.results.schema import Check, Cost, Roofline, Run, Stage
-from mla.bench.subjects.base import MlaLayer, Setting
+from mla.bench.results.schema import Cost, Roofline, Run, Stage
 from mla.bench.subjects.inputs import make_inputs
+from mla.bench.subjects.layer import MlaLayer
+from mla.bench.subjects.setting import Setting
 from mla.bench.terminal.run_table import render
 from mla.bench.workload.scenario import Scenario
 from mla.layer.ops import Ops
+from mla.verify.verdict import Check
 from mla.weights import random_state_dict
 
 Bench = Callable[..., Any]

@@ -8,15 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla.bench.workload.scenario import (
-    MAX_COUNT,
-    MAX_REQUESTS,
-    Scenario,
-    WorkloadError,
-    expand,
-    load_workload,
-    select,
-)
+from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS, Scenario, expand, load_workload, select
+from mla.errors import UsageError
 
 LENGTHS = st.integers(0, 10**6)
 RUNS = st.tuples(LENGTHS, st.integers(1, 50))
@@ -32,7 +25,7 @@ def table(**changes: str) -> str:
 def sentence(path: Path, text: str | bytes) -> str:
     """Return the one line that refuses a workload file."""
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(WorkloadError) as refused:
+    with pytest.raises(UsageError) as refused:
         load_workload(str(path))
     message = str(refused.value)
     assert "\n" not in message
@@ -133,7 +126,7 @@ def test_every_mistake_in_a_file_is_named(tmp_path: Path, text: str | bytes, exp
 
 @pytest.mark.parametrize("source", ["nothing.toml", ".", "", "n" * 300])
 def test_a_file_that_cannot_be_read_is_named(source: str) -> None:
-    with pytest.raises(WorkloadError, match=r"^cannot read workload '.*': [^\n]+\.$"):
+    with pytest.raises(UsageError, match=r"^cannot read workload '.*': [^\n]+\.$"):
         load_workload(source)
 
 
@@ -145,7 +138,7 @@ def test_select_keeps_the_asked_order_and_asks_once() -> None:
 
 
 def test_an_unknown_scenario_is_guessed() -> None:
-    with pytest.raises(WorkloadError) as refused:
+    with pytest.raises(UsageError) as refused:
         select(load_workload("standard"), ["decod"])
     assert str(refused.value) == (
         "unknown scenario 'decod'. Did you mean 'decode'? This workload has: prefill, decode."

@@ -18,7 +18,8 @@ from mla.bench import results
 from mla.bench.results.schema import Ceiling
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import Inputs
-from mla.bench.workload.scenario import Scenario, WorkloadError
+from mla.bench.workload.scenario import Scenario
+from mla.errors import UsageError
 
 RUN = Path(__file__).parents[2] / "benchmarks" / "peers" / "run.py"
 DIMS = {
@@ -149,7 +150,7 @@ def test_the_runners_implementations_are_put_back() -> None:
 
 def test_ours_comes_first_and_once() -> None:
     assert catalog.implementation_names(["read", "hand", "ours"]) == ["mla", "read", "hand"]
-    with pytest.raises(WorkloadError, match=r"unknown peer 'hands'.*hand"):
+    with pytest.raises(UsageError, match=r"unknown peer 'hands'.*hand"):
         catalog.implementation_names(["hands"])
 
 
@@ -158,7 +159,7 @@ def test_long_contexts_are_named_by_their_length() -> None:
     assert scenario("long:100").name == "long-100"
     assert [one.runs for one in scenarios(["decode", "long:64k"], runs=3)] == [3, 3]
     for word in ("long:", "long:0", "long:4m", "short"):
-        with pytest.raises(WorkloadError, match="unknown scenario"):
+        with pytest.raises(UsageError, match="unknown scenario"):
             scenario(word)
 
 

@@ -16,11 +16,11 @@ from benchmarks.peers import sglang_tools
 from benchmarks.peers.assembled import Assembled, Toolbox
 from benchmarks.peers.choice import Unavailable, fastest
 from benchmarks.peers.torch_tools import TORCH
-from mla.bench.subjects.base import Setting
-from mla.bench.subjects.inputs import make_inputs
+from mla.bench.subjects.inputs import expected_outputs, make_inputs
+from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
 from mla.config import YarnScaling
-from mla.verify.layer_check import Checker, expected_outputs
+from mla.verify.layer_check import Checker
 from mla.weights import random_state_dict
 
 if TYPE_CHECKING:

@@ -2,42 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
-from mla.bench.plan import resolve
 from mla.bench.terminal import comparison
 from mla.bench.terminal.run_table import FORMATS
-
-FILE = click.Path(path_type=Path)
-
-
-class Word(click.Argument):
-    """An argument that explains itself in the help, as options do."""
-
-    def __init__(self, names: Sequence[str], *, help: str, **attributes: Any) -> None:
-        super().__init__(names, **attributes)
-        self.help = help
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
-        """Return name and explanation."""
-        return self.human_readable_name, self.help or ""
-
-
-def percent(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
-    """Read "3%" or "3" as 0.03."""
-    if value is None:
-        return None
-    try:
-        found = float(value.removesuffix("%")) / 100
-    except ValueError:
-        found = -1.0
-    if not 0 <= found < 10:
-        raise click.BadParameter(f"'{value}' is no percentage, such as 3%.")
-    return found
+from mla.command import console
+from mla.command.options import FILE, Word, percent
 
 
 @click.command(short_help="Compare result files; torch is not needed.")
@@ -65,7 +37,7 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
     result; 5 if nothing could be compared.
     """
     text, found = comparison.compare_files(base, runs, noise, kind)
-    resolve.out(text)
+    console.out(text)
     return comparison.verdict(found, fail_slower)
 
 
@@ -81,5 +53,5 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
 )
 def show(run: Path, kind: str) -> int:
     """Print a run from its result file, in any format."""
-    resolve.out(comparison.show(run, kind))
+    console.out(comparison.show(run, kind))
     return 0

@@ -11,14 +11,15 @@ import click
 from mla.bench.cli import ceilings as cli_ceilings
 from mla.bench.cli import compare as cli_files
 from mla.bench.cli import report as cli_report
-from mla.bench.cli.compare import Word
 from mla.bench.cli.op_options import op_options
 from mla.bench.cli.run_options import course_options
 from mla.bench.plan import resolve
-from mla.bench.plan.options import DEFAULT_CONFIG, DEFAULT_DTYPE, DEFAULT_PAGE_SIZE, RunOptions
+from mla.bench.plan.options import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE, RunOptions
 from mla.bench.terminal.run_table import FORMATS
 from mla.bench.workload.scenario import MAX_COUNT, MAX_LAYERS, PRESETS, STANDARD
 from mla.command.exit_codes import guarded
+from mla.command.options import Word
+from mla.config.presets import DEFAULT_CONFIG
 from mla.errors import did_you_mean
 
 EPILOG = """\b

@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 from mla.bench import results
-from mla.bench.cli.compare import FILE, Word
-from mla.bench.plan import resolve
 from mla.bench.report import page
+from mla.command import console
+from mla.command.options import FILE, Word
 
 
 @click.command(short_help="Make an HTML page of result files; torch is not needed.")
@@ -37,5 +37,5 @@ def report(runs: tuple[Path, ...], target: Path) -> int:
     page.write(text, target)
     count = sum(len(run.cases) for run in read)
     files = f"{len(read)} file{'s' * (len(read) > 1)}"
-    resolve.note(f"wrote {target}: {count} cases of {files}, {len(text.encode()) / 1024:.0f} KiB")
+    console.note(f"wrote {target}: {count} cases of {files}, {len(text.encode()) / 1024:.0f} KiB")
     return 0

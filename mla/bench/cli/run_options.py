@@ -8,9 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
-from mla.bench.cli import compare
-from mla.bench.run.budget import duration
-from mla.command import launcher
+from mla.bench.workload.quantities import duration
+from mla.command import launcher, options
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -69,7 +68,7 @@ _OPTIONS = (
     click.option(
         "--fail-slower",
         metavar="PERCENT",
-        callback=compare.percent,
+        callback=options.percent,
         help="Exit 1 if a case is surely slower than the baseline by more.",
     ),
 )

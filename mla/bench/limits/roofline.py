@@ -8,7 +8,7 @@ import torch
 
 from mla.bench.limits.microbench import Yardstick
 from mla.bench.results.schema import Ceiling, Cost, Roofline
-from mla.bench.subjects.base import Setting
+from mla.bench.subjects.setting import Setting
 
 #: Bytes read at most: more than any cache holds, and a long context must not ask for its size a second time.
 MOST_BYTES = 512 << 20

@@ -24,9 +24,9 @@ from mla.bench.measure.setup import Equipment
 from mla.bench.measure.transient_memory import TransientBytes
 from mla.bench.measure.variants import HEADLINE, Lanes
 from mla.bench.measure.warmup import warm_up
-from mla.bench.results.schema import Check
 from mla.bench.subjects.base import Implementation
 from mla.bench.workload.scenario import Scenario
+from mla.verify.verdict import Check
 from mla_backends.api import Backend
 
 Progress = Callable[[str, int], None]  # what is running, forwards done since the last call

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mla.bench.measure.variants import Kind
-from mla.bench.results.schema import Check
+from mla.verify.verdict import Check
 
 
 @dataclass

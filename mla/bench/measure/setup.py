@@ -6,10 +6,10 @@ from mla.bench.measure.cold_cache import Sweep
 from mla.bench.measure.passes import Forwards, Lane
 from mla.bench.measure.samples import Measured, Series
 from mla.bench.measure.variants import HEADLINE, Kind, LaneError, Lanes, steps
-from mla.bench.results.schema import Check
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.graphs import Captured, NoGraph, ReplayAlone
 from mla.bench.workload.scenario import Scenario
+from mla.verify.verdict import Check
 from mla_backends.api import Backend, Timer
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mla.bench.limits.roofline import Ceilings
 from mla.bench.results.schema import Case, Cost, Roofline, Stage
-from mla.bench.subjects.base import MlaLayer
+from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.scenario import Scenario
 from mla.cost.by_role import role_costs
 from mla.verify.layer_check import Checker

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from mla.bench import results
 from mla.bench.measure.samples import Measured, Series
 from mla.bench.results import stats
+from mla.bench.results.timings import by_kind
 from mla.bench.subjects.base import Implementation
-from mla.bench.terminal.timings import by_kind
 from mla.bench.workload.scenario import Scenario
 
 #: Host time over the device's own from which a case is launch bound.

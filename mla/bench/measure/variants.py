@@ -13,8 +13,8 @@ from typing import Literal, cast
 
 import torch
 
-from mla.bench.workload.scenario import Scenario, WorkloadError
-from mla.errors import MLAError, did_you_mean
+from mla.bench.workload.scenario import Scenario
+from mla.errors import MLAError, UsageError, did_you_mean
 from mla_backends.api import Backend
 from mla_backends.errors import describe
 
@@ -72,7 +72,7 @@ def choose(
 ) -> Lanes:
     """Return every combination of the listed words (commas between them), and the headline.
 
-    None takes what the backend has. Raises `WorkloadError` for a word that means nothing and `LaneError` for
+    None takes what the backend has. Raises `UsageError` for a word that means nothing and `LaneError` for
     graphs or a clock that the backend lacks.
     """
     modes = cast("list[Mode]", _words("--mode", mode, ["eager", "graph"]))
@@ -95,9 +95,9 @@ def _words(option: str, given: str | None, known: list[str]) -> list[str]:
     for word in words:
         if word not in known:
             hint = did_you_mean(word, known)
-            raise WorkloadError(f"{option} takes {' and '.join(known)}, got '{word}'.{hint}")
+            raise UsageError(f"{option} takes {' and '.join(known)}, got '{word}'.{hint}")
     if not words:
-        raise WorkloadError(f"{option} takes {' and '.join(known)}, got nothing.")
+        raise UsageError(f"{option} takes {' and '.join(known)}, got nothing.")
     return list(dict.fromkeys(words))
 
 

@@ -15,9 +15,9 @@ from mla import cost
 from mla.bench import results
 from mla.bench.limits.roofline import Ceilings
 from mla.bench.measure.variants import Kind, forwards
-from mla.bench.plan.memory import scenario_setting
-from mla.bench.subjects.base import Setting
+from mla.bench.subjects.memory import forward_cost
 from mla.bench.subjects.op.problem import op_problem
+from mla.bench.subjects.setting import Setting, scenario_setting
 from mla.bench.workload.grid import Point
 from mla.bench.workload.op_scenario import OpScenario
 
@@ -29,15 +29,6 @@ OVERHEAD = 5e-4
 DRAWING, PACKING = 2e-8, 5e-9
 #: What is taken for granted where nothing is measured: right in proportion is enough for a progress bar.
 NOMINAL_FLOPS, NOMINAL_BANDWIDTH, NOMINAL_FLOAT64 = 1e12, 3e10, 3e10
-
-
-def forward_cost(setting: Setting, scenario: Point, steps: Sequence[int]) -> results.Cost:
-    """Average the work of a pass's forwards at these steps, counted for our layer's paths."""
-    lengths = [scenario.kv_lens(step) for step in steps]
-    size, new = setting.dtype.itemsize, scenario.query_lens
-    flops = [cost.step_flops(setting.config, new, kv, setting.attention) for kv in lengths]
-    moved = [cost.step_bytes(setting.config, new, kv, size) for kv in lengths]
-    return results.Cost(flops=round(sum(flops) / len(flops)), bytes=round(sum(moved) / len(moved)))
 
 
 class Estimator:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 
-import torch
-
-from mla import cost
-from mla.bench.subjects.base import SPARE_PAGES, Setting
-from mla.bench.subjects.op import memory as op_memory
+from mla.bench.subjects.memory import _device_bytes, _host_bytes
+from mla.bench.subjects.setting import Setting, scenario_setting
 from mla.bench.workload.grid import Point
-from mla.bench.workload.op_scenario import OpScenario
-from mla.bench.workload.scenario import Scenario
 from mla.errors import OutOfMemory
-from mla.layer.plan import WORKSPACE_BYTES
 from mla_backends import host
-
-#: The reference's logits, rebuilt keys and values, and their fp32 copies, at most.
-WORKSPACE = op_memory.WORKSPACE
 
 
 @dataclass(frozen=True)
@@ -95,58 +86,3 @@ def plan_memory(setting: Setting, scenario: Point, implementations: int, extra: 
         host_available=host.memory_available(),
         shared=setting.device.type == "cpu",
     )
-
-
-def scenario_setting(setting: Setting, scenario: Point) -> Setting:
-    """Return the setting a scenario runs in: with its own heads, dtype and page size where it names them."""
-    return replace(
-        setting,
-        config=setting.config.with_heads(scenario.heads) if scenario.heads else setting.config,
-        dtype=getattr(torch, scenario.dtype) if scenario.dtype else setting.dtype,
-        page_size=scenario.page_size or setting.page_size,
-        layers=scenario.layers,
-    )
-
-
-def _device_bytes(setting: Setting, scenario: Point) -> int:
-    if isinstance(scenario, OpScenario):
-        return op_memory.device_bytes(setting, scenario)
-    config, size = setting.config, setting.page_size
-    slots = (sum(-(-length // size) for length in scenario.final_lens) + SPARE_PAGES) * size
-    activations = scenario.tokens * 4 * config.num_attention_heads * config.latent_dim
-    hidden = 2 * scenario.inputs * scenario.tokens * config.hidden_size
-    weights = cost.parameters(config) + cost.kv_b_parameters(config)  # kv_b is packed for both its uses
-    longest = 4 * max(scenario.final_lens) * config.latent_dim  # one request's keys, gathered and widened
-    per_layer = weights + slots * config.latent_dim + activations + hidden
-    scratch = WORKSPACE + (scenario.layers - 1) * _kept_bytes(setting, scenario)
-    return (longest + scenario.layers * per_layer) * setting.dtype.itemsize + scratch
-
-
-def _kept_bytes(setting: Setting, scenario: Scenario) -> int:
-    """Return the rebuilt keys and values that each layer keeps memory for; absorbed attention has none."""
-    if setting.attention == "absorbed" or (max(scenario.query_lens) == 1 and setting.attention == "auto"):
-        return 0
-    config = setting.config
-    row = config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim
-    size = sum(scenario.final_lens) * row * config.num_attention_heads * setting.dtype.itemsize
-    return min(size, WORKSPACE_BYTES)
-
-
-def _host_bytes(setting: Setting, scenario: Point) -> int:
-    if isinstance(scenario, OpScenario):
-        return op_memory.host_bytes(setting, scenario)
-    config = setting.config
-    copies = 1 if scenario.layers == 1 else 2  # of the layer that is being rolled
-    weights = cost.parameters(config) * (copies * setting.dtype.itemsize + 8)
-    rows = scenario.inputs * scenario.tokens
-    oracle = 8 * rows * (3 * config.hidden_size + 4 * config.num_attention_heads * config.qk_head_dim)
-    logits = (
-        3
-        * 8
-        * max(
-            new * scenario.inputs * final
-            for new, final in zip(scenario.query_lens, scenario.final_lens, strict=True)
-        )
-    )
-    history = sum(scenario.history) * config.latent_dim * (8 + setting.dtype.itemsize)
-    return weights + oracle + logits + history

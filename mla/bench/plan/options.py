@@ -12,9 +12,11 @@ from mla.bench import results
 from mla.bench.workload import grid as axes
 from mla.bench.workload.grid import Axes, Point
 from mla.bench.workload.op_scenario import op_scenario
-from mla.bench.workload.scenario import STANDARD, Scenario, WorkloadError, load_workload, select
+from mla.bench.workload.scenario import STANDARD, Scenario, load_workload, select
+from mla.command.options import key_values
+from mla.config.presets import DEFAULT_CONFIG
+from mla.errors import UsageError
 
-DEFAULT_CONFIG = "deepseek-v2-lite"
 DEFAULT_DTYPE = "bfloat16"
 DEFAULT_PAGE_SIZE = 64
 
@@ -69,15 +71,15 @@ class RunOptions:
         return self.preset or self.workload or STANDARD
 
     def chosen_scenarios(self) -> list[Point]:
-        """Return the workload's scenarios with the user's counts and grids. Raises `WorkloadError`."""
+        """Return the workload's scenarios with the user's counts and grids. Raises `UsageError`."""
         if self.preset and self.workload:
-            raise WorkloadError("--preset and --workload exclude each other: a preset is a shipped workload.")
+            raise UsageError("--preset and --workload exclude each other: a preset is a shipped workload.")
         grid = axes.parse(self.axes)
         self._check_op(grid)
         points = axes.lay(self._counted(), grid)
         for flag, name in (("--dtype", "dtype"), ("--page-size", "page_size")):
             if getattr(self, name) is not None and any(name in point.point for point in points):
-                raise WorkloadError(
+                raise UsageError(
                     f"{flag} and an axis {name} exclude each other: name every value in the axis."
                 )
         return points
@@ -106,9 +108,9 @@ class RunOptions:
         return self.output or self.resume
 
     def read_baseline(self) -> results.Run | None:
-        """Return the run to compare with. Raises `WorkloadError`, `ResultError`."""
+        """Return the run to compare with. Raises `UsageError`, `ResultError`."""
         if self.baseline is None and self.fail_slower is not None:
-            raise WorkloadError("--fail-slower needs a run to compare with: add --baseline FILE.")
+            raise UsageError("--fail-slower needs a run to compare with: add --baseline FILE.")
         return results.read(self.baseline) if self.baseline else None
 
     def selection(self) -> list[str]:
@@ -120,14 +122,14 @@ class RunOptions:
         return words + [word for axis in self.axes for word in ("-a", axis)]
 
     def _check_op(self, grid: Axes) -> None:
-        """Raise `WorkloadError` for options that mean nothing with `--op`, without it, or with an axis."""
+        """Raise `UsageError` for options that mean nothing with `--op`, without it, or with an axis."""
         shape = {"--batch": self.batch, "--kv": self.kv, "--q-len": self.q_len, "--heads": self.heads}
         given = [flag for flag, value in shape.items() if value is not None]
         for flag in given:
             if flag[2:].replace("-", "_") in grid:
-                raise WorkloadError(f"{flag} and an axis of that name exclude each other: keep one.")
+                raise UsageError(f"{flag} and an axis of that name exclude each other: keep one.")
         if self.op is None and given:
-            raise WorkloadError(f"{given[0]} shapes one op: it needs --op; a workload has its own lengths.")
+            raise UsageError(f"{given[0]} shapes one op: it needs --op; a workload has its own lengths.")
         layer = {
             "--workload": self.workload not in (None, STANDARD),
             "--preset": self.preset is not None,
@@ -138,33 +140,33 @@ class RunOptions:
         }
         given = [flag for flag, value in layer.items() if value]
         if self.op is not None and given:
-            raise WorkloadError(
+            raise UsageError(
                 f"{given[0]} is about the whole layer: leave it out with --op, whose shape is --batch, --kv, "
                 "--q-len, --heads and --config."
             )
 
     def check_stages(self, scenarios: Sequence[Scenario], implementations: Sequence[str]) -> None:
-        """Raise `WorkloadError` where there are no parts to time, or not those of one layer."""
+        """Raise `UsageError` where there are no parts to time, or not those of one layer."""
         if not self.stages:
             return
         if not any(name.startswith("mla") for name in implementations):
-            raise WorkloadError("--stages times the parts of mla and mla-reference: run one of them.")
+            raise UsageError("--stages times the parts of mla and mla-reference: run one of them.")
         if self.op is not None:
-            raise WorkloadError("--stages times the parts of a layer, and --op is one part alone.")
+            raise UsageError("--stages times the parts of a layer, and --op is one part alone.")
         if any(scenario.layers > 1 for scenario in scenarios):
-            raise WorkloadError("--stages times one layer: leave out --layers.")
+            raise UsageError("--stages times one layer: leave out --layers.")
 
     def check_checkpoint(self, scenarios: Sequence[Scenario]) -> None:
-        """Raise `WorkloadError` for options that contradict the checkpoint or need one."""
+        """Raise `UsageError` for options that contradict the checkpoint or need one."""
         if self.layer is not None and not self.model_path:
-            raise WorkloadError("--layer chooses a layer of a checkpoint: it needs --model-path.")
+            raise UsageError("--layer chooses a layer of a checkpoint: it needs --model-path.")
         if self.model_path and self.config is not None:
-            raise WorkloadError(
+            raise UsageError(
                 "--config and --model-path exclude each other: the checkpoint's own config.json is used."
             )
         with_heads = [scenario.name for scenario in scenarios if scenario.heads]
         if self.model_path and with_heads:
-            raise WorkloadError(f"scenario '{with_heads[0]}' sets heads, which a checkpoint's weights fix.")
+            raise UsageError(f"scenario '{with_heads[0]}' sets heads, which a checkpoint's weights fix.")
 
     def implementation_names(self) -> list[str]:
         """Return the names the user listed; a checkpoint is compared with `transformers` unless they say."""
@@ -172,7 +174,7 @@ class RunOptions:
         return names or (["mla", "transformers"] if self.model_path and self.layers in (None, 1) else [])
 
     def key_values(self) -> dict[str, str]:
-        """Return the `-O` options. Raises `WorkloadError`."""
+        """Return the `-O` options. Raises `UsageError`."""
         return key_values(self.backend_options)
 
     def _config(self) -> str:
@@ -207,12 +209,3 @@ class RunOptions:
             if value is not None and value != default:
                 words += [flag, str(value)]
         return words
-
-
-def key_values(options: Sequence[str]) -> dict[str, str]:
-    """Split `-O` options at their "=". Raises `WorkloadError`."""
-    pairs = [option.partition("=") for option in options]
-    for option, (key, equals, _) in zip(options, pairs, strict=True):
-        if not key or not equals:
-            raise WorkloadError(f"-O wants KEY=VALUE, got '{option}'.")
-    return {key: value for key, _, value in pairs}

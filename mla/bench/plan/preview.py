@@ -9,10 +9,10 @@ from mla.bench.plan import memory
 from mla.bench.plan.estimate import SHARES, Estimator, estimator
 from mla.bench.plan.memory import MemoryPlan
 from mla.bench.run import scenario_run as session
-from mla.bench.run.budget import spoken
 from mla.bench.run.scenario_run import Request
 from mla.bench.terminal import run_table
 from mla.bench.workload.grid import Point
+from mla.bench.workload.quantities import spoken
 from mla.command import environment
 
 Say = Callable[[str], None]

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla.bench import results
-from mla.bench.plan.options import DEFAULT_CONFIG, RunOptions
+from mla.bench.plan.options import RunOptions
 from mla.bench.run.budget import Budget
 from mla.bench.terminal import comparison, run_table
 from mla.bench.workload import grid as axes
 from mla.bench.workload.grid import Point
 from mla.bench.workload.op_scenario import refuse_idle
-from mla.bench.workload.scenario import WorkloadError
-from mla.command import environment, launcher
+from mla.command import environment, files, launcher
+from mla.command.console import note, out
 from mla.command.exit_codes import Exit, interrupted
 from mla.command.progress import Progress, Reading
-from mla.errors import MLAError
+from mla.config.presets import DEFAULT_CONFIG
+from mla.errors import MLAError, UsageError
 from mla_backends import status
 from mla_backends.discovery import locate
 
@@ -31,29 +30,13 @@ if TYPE_CHECKING:
 
     from mla.bench.run.scenario_run import Request
     from mla.bench.run.scheduler import Outcome, Steering
-    from mla.bench.subjects.base import Setting
+    from mla.bench.subjects.setting import Setting
     from mla.config import MLAConfig
     from mla_backends.api import Backend
 
 
 class NoBackend(MLAError):
     """No backend was named and none or several could be meant."""
-
-
-def note(text: str) -> None:
-    """Print a remark where it cannot disturb the result."""
-    with contextlib.suppress(BrokenPipeError):  # `2>&1 | head` must not end the run
-        print(text, file=sys.stderr, flush=True)  # noqa: T201
-
-
-def out(text: str) -> None:
-    """Print part of the result."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # a name may not fit the terminal's
-    try:
-        print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)  # noqa: T201
-    except BrokenPipeError:
-        # The reader went away (`| head`): not an error of ours. click would exit with 1.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(options: RunOptions) -> int:
@@ -107,7 +90,7 @@ def prepare(options: RunOptions) -> Request:
     scenarios = options.chosen_scenarios()
     options.check_checkpoint(scenarios)
     if options.target:
-        results.check_writable(options.target)
+        files.check_writable(options.target)
     name = only_usable() if options.backend is None else options.backend
     backend = _open(options, name)
     return _request(_with_device(options, backend), name, backend, scenarios)
@@ -177,7 +160,7 @@ def _request(options: RunOptions, name: str, backend: Backend, scenarios: list[P
 
     from mla.bench.measure import variants
     from mla.bench.run import scenario_run as session
-    from mla.bench.subjects.base import Setting
+    from mla.bench.subjects.setting import Setting
 
     dtype = getattr(torch, options.run_dtype(scenarios))
     dtypes = {getattr(torch, one.dtype) if one.dtype else dtype: None for one in scenarios}
@@ -185,7 +168,7 @@ def _request(options: RunOptions, name: str, backend: Backend, scenarios: list[P
         check_dtype(backend, one)
     page_size = options.run_page_size(scenarios)
     if page_size < 1 or page_size & (page_size - 1):
-        raise WorkloadError(f"--page-size must be a power of two, got {page_size}.")
+        raise UsageError(f"--page-size must be a power of two, got {page_size}.")
     config = _config(options)
     axes.check_heads(config, scenarios)
     stored = dtype if len(dtypes) == 1 else torch.float32  # each scenario rounds to its own
@@ -235,7 +218,7 @@ def _config(options: RunOptions) -> MLAConfig:
     if options.model_path:
         if not options.model_path.is_dir():
             problem = "is no folder" if options.model_path.exists() else "does not exist"
-            raise WorkloadError(
+            raise UsageError(
                 f"--model-path '{options.model_path}' {problem}: it takes a folder with config.json and "
                 "safetensors."
             )
@@ -247,11 +230,11 @@ def _config(options: RunOptions) -> MLAConfig:
 
 
 def check_dtype(backend: Backend, dtype: object) -> None:
-    """Raise `WorkloadError` for a dtype that the device only emulates."""
+    """Raise `UsageError` for a dtype that the device only emulates."""
     native = backend.dtypes()
     if dtype not in native:
         listed = ", ".join(str(one).removeprefix("torch.") for one in native)
-        raise WorkloadError(
+        raise UsageError(
             f"backend '{backend.name}' does not compute {str(dtype).removeprefix('torch.')} natively; "
             f"choose --dtype from: {listed}."
         )

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from mla.bench import results
 from mla.bench.report import series, summary
-from mla.bench.results.schema import ResultError, Run
-from mla.errors import MLAError
+from mla.bench.results.schema import Run
+from mla.command import files
+from mla.errors import MLAError, ResultError
 
 #: How every report starts, and what alone may be overwritten.
 DOCTYPE = "<!doctype html>"
@@ -34,7 +34,7 @@ def require() -> None:
 
 def check_target(target: Path, inputs: Sequence[Path]) -> None:
     """Raise `ResultError` if `target` cannot be written, or holds something else than a report."""
-    results.check_writable(target)
+    files.check_writable(target)
     if not target.exists():
         return
     if any(one.exists() and one.samefile(target) for one in inputs):
@@ -77,4 +77,4 @@ def render(paths: Sequence[str], runs: Sequence[Run]) -> str:
 
 def write(page: str, path: Path) -> None:
     """Write the page. Raises `ResultError`."""
-    results.write_bytes(page.encode("utf-8", "replace"), path)
+    files.write_bytes(page.encode("utf-8", "replace"), path)

@@ -1,29 +1,23 @@
 """What result files hold, and how two of them compare."""
 
+from mla.bench.results.file import decode, encode, read, write
 from mla.bench.results.schema import (
     SCHEMA_VERSION,
     Agreement,
     BackendFacts,
     Case,
     Ceiling,
-    Check,
     Cost,
     Latency,
     Memory,
     Plan,
-    ResultError,
     Roofline,
     Run,
     Stage,
     Throughput,
     Timing,
-    check_writable,
-    decode,
-    encode,
-    read,
-    write,
-    write_bytes,
 )
+from mla.verify.verdict import Check
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -36,16 +30,13 @@ __all__ = [
     "Latency",
     "Memory",
     "Plan",
-    "ResultError",
     "Roofline",
     "Run",
     "Stage",
     "Throughput",
     "Timing",
-    "check_writable",
     "decode",
     "encode",
     "read",
     "write",
-    "write_bytes",
 ]

@@ -7,7 +7,8 @@ from typing import Literal
 
 import msgspec
 
-from mla.bench.results.schema import BackendFacts, Ceiling, ResultError
+from mla.bench.results.schema import BackendFacts, Ceiling
+from mla.errors import ResultError
 
 SCHEMA_VERSION = 1
 

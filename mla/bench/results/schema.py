@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from mla.errors import MLAError
+from mla.verify.verdict import Check
 
 #: 2 added points of a grid, several timings and stages of a case, ceilings. Files of version 1 still load.
 SCHEMA_VERSION = 2
 
 Interval = tuple[float, float]
-
-
-class ResultError(MLAError):
-    """A result file that cannot be written or read."""
-
-
-class Check(msgspec.Struct, kw_only=True):
-    """Outcome of comparing a case with the float64 oracle, before and after timing."""
-
-    status: Literal["ok", "wrong", "not run"]
-    error_ratio: float | None = None  # largest error over its bound; at most 1 when ok
-    relative_error: float | None = None  # of the whole output
-    reason: str = ""
 
 
 class Latency(msgspec.Struct, kw_only=True):
@@ -192,82 +176,3 @@ class Run(msgspec.Struct, kw_only=True):
     cases: list[Case]
     ceilings: list[Ceiling] = []
     plan: Plan | None = None
-
-
-def encode(run: msgspec.Struct) -> bytes:
-    """Return a run, or another report, as indented JSON."""
-    return msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n"
-
-
-def decode(data: bytes) -> Run:
-    """Parse and validate a run. Raises `ResultError` with the JSON path of the fault."""
-    try:
-        version = msgspec.json.decode(data, type=_Version).schema_version
-        if version > SCHEMA_VERSION:
-            raise ResultError(
-                f"a result file of schema version {version}, and this mla reads up to {SCHEMA_VERSION}: "
-                "use the mla that wrote it, or a newer one."
-            )
-        return _upgrade(msgspec.json.decode(data, type=Run))
-    except msgspec.DecodeError as error:
-        raise ResultError(f"not a result file: {error}.") from error
-
-
-class _Version(msgspec.Struct):
-    schema_version: int
-
-
-def _upgrade(run: Run) -> Run:
-    """Fill in what older versions did not write; `schema_version` keeps saying what was read."""
-    for case in run.cases:
-        case.base = case.base or case.scenario
-        case.dtype = case.dtype or run.dtype
-    return run
-
-
-def read(path: Path) -> Run:
-    """Read a run from its file. Raises `ResultError` naming the file and the cause."""
-    try:
-        return decode(path.read_bytes())
-    except OSError as error:
-        raise ResultError(f"cannot read '{path}': {error.strerror}.") from error
-    except ResultError as error:
-        raise ResultError(f"'{path}' is {error}") from error
-
-
-def check_writable(path: Path) -> None:
-    """Raise `ResultError` before a long run rather than after it."""
-    folder = path.parent
-    try:
-        if path.is_dir():
-            raise ResultError(f"cannot write '{path}': it is a folder.")
-        if path.exists() and not path.is_file():  # renaming onto /dev/null would destroy it
-            raise ResultError(f"cannot write '{path}': it is not a regular file.")
-        if not folder.is_dir():
-            raise ResultError(f"cannot write '{path}': there is no folder '{folder}'.")
-        handle, name = tempfile.mkstemp(dir=folder)
-        os.close(handle)
-        os.unlink(name)
-    except OSError as error:
-        raise ResultError(f"cannot write '{path}': {error.strerror}.") from error
-
-
-def write(run: msgspec.Struct, path: Path) -> None:
-    """Write a run, or another report, whole or not at all. Raises `ResultError`."""
-    write_bytes(encode(run), path)
-
-
-def write_bytes(data: bytes, path: Path) -> None:
-    """Write a file whole or not at all. Raises `ResultError`."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            try:
-                file.write(data)
-                file.flush()
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise ResultError(f"cannot write '{path}': {error.strerror}.") from error

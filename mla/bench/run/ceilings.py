@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING
 
 from mla.bench import results
 from mla.bench.plan import resolve
-from mla.bench.plan.options import key_values
 from mla.bench.results import ceilings_file
 from mla.bench.results.schema import Ceiling
 from mla.bench.terminal import ceilings as render_ceilings
-from mla.bench.workload.scenario import WorkloadError
-from mla.command import environment
+from mla.command import console, environment, files
 from mla.command.exit_codes import Exit
+from mla.command.options import key_values
 from mla.command.progress import Progress
-from mla.errors import did_you_mean
+from mla.errors import UsageError, did_you_mean
 from mla_backends.discovery import locate
 
 if TYPE_CHECKING:
@@ -52,13 +51,13 @@ class CeilingOptions:
     kind: str
 
     def dtype_names(self) -> list[str]:
-        """Return what --dtype lists, under torch's names. Raises `WorkloadError`."""
+        """Return what --dtype lists, under torch's names. Raises `UsageError`."""
         words = list(DEFAULT_DTYPES) if self.dtype is None else self.dtype.split(",")
         names = [DTYPES.get(word.strip(), word.strip()) for word in words]
         for name in names:
             if name not in DTYPES.values():
                 known = [*DTYPES, *DTYPES.values()]
-                raise WorkloadError(
+                raise UsageError(
                     f"unknown dtype '{name}'.{did_you_mean(name, known)} --dtype takes {', '.join(DTYPES)}, "
                     "comma-separated."
                 )
@@ -80,10 +79,10 @@ Task = tuple[str, Callable[[], list[Ceiling]]]
 def run(options: CeilingOptions) -> int:
     """Carry out `ceilings`."""
     if mixed := environment.mixed_installation():
-        resolve.note(mixed)
+        console.note(mixed)
     names, pairs = options.dtype_names(), key_values(options.backend_options)
     if options.output:
-        results.check_writable(options.output)
+        files.check_writable(options.output)
     name = resolve.only_usable() if options.backend is None else options.backend
     import mla
 
@@ -94,13 +93,13 @@ def run(options: CeilingOptions) -> int:
         if options.output:
             results.write(report, options.output)
     finally:
-        resolve.out(render_ceilings.render(report, options.kind))
+        console.out(render_ceilings.render(report, options.kind))
     return _verdict(found)
 
 
 def _verdict(found: _Found) -> Exit:
     if found.interrupted:
-        resolve.note("interrupted: the result holds what was measured until then")
+        console.note("interrupted: the result holds what was measured until then")
         return Exit.INTERRUPTED
     return Exit.OK if found.ceilings else Exit.NOTHING_RAN
 
@@ -161,8 +160,8 @@ def _product_task(stick: Yardstick, name: str, shape: tuple[int, int, int]) -> T
 
 def _projections(dtype: torch.dtype, backend: Backend) -> list[tuple[int, int]]:
     """Return inputs and outputs of the default config's projections."""
-    from mla.bench.plan.options import DEFAULT_CONFIG
     from mla.config import MLAConfig
+    from mla.config.presets import DEFAULT_CONFIG
     from mla.layer.ops import Ops
 
     assert backend.device is not None
@@ -184,7 +183,7 @@ def _measure(tasks: list[Task]) -> _Found:
                 break
             except Exception as error:  # noqa: BLE001  # whatever a device refuses, the rest is worth having
                 reason = str(error).partition("\n")[0]
-                resolve.note(f"left out: {what}: {type(error).__name__}: {reason}")
+                console.note(f"left out: {what}: {type(error).__name__}: {reason}")
             progress.advance(what, 1)
     return found
 

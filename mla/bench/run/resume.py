@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mla.bench.results.schema import Case, ResultError, Run
+from mla.bench.results.schema import Case, Run
 from mla.bench.workload.grid import Point
+from mla.errors import ResultError
 
 #: Facts of the environment that change from one job to the next and mean nothing.
 VOLATILE = ("slurm_", "torchrun_")

@@ -18,21 +18,21 @@ from mla.bench.limits.roofline import Ceilings
 from mla.bench.measure import agreement, engine, stages, summary, variants
 from mla.bench.measure.hooks import Pace
 from mla.bench.measure.samples import Measured
-from mla.bench.plan.memory import MemoryPlan, plan_memory, scenario_setting
+from mla.bench.plan.memory import MemoryPlan, plan_memory
 from mla.bench.subjects import transformers_layer as peers
-from mla.bench.subjects.base import Implementation, MlaLayer, Setting
+from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.fixture import LayerSubject, OpSubject, Subject
+from mla.bench.subjects.layer import MlaLayer
+from mla.bench.subjects.setting import Setting, scenario_setting
 from mla.bench.subjects.stack import MlaStack
 from mla.bench.subjects.transformers_layer import Transformers
 from mla.bench.workload.grid import Point
 from mla.bench.workload.op_scenario import OpScenario, expand
-from mla.bench.workload.scenario import WorkloadError
 from mla.command import environment
-from mla.errors import did_you_mean
+from mla.command.console import Note
+from mla.errors import UsageError, did_you_mean
 from mla.layer.ops import Ops, layer_roles
 from mla.verify.layer_oracle import State
-
-Note = Callable[[str], None]
 
 IMPLEMENTATIONS: dict[str, Callable[[Setting, State], Implementation]] = {
     "mla": lambda setting, state: _layers(setting)(setting, state),
@@ -61,7 +61,7 @@ class Request:
 
 
 def expand_ops(scenarios: Sequence[Point], setting: Setting) -> list[Point]:
-    """Return the scenarios, each op replaced by the roles it has in this layer. Raises `WorkloadError`."""
+    """Return the scenarios, each op replaced by the roles it has in this layer. Raises `UsageError`."""
     roles = layer_roles(setting.config, setting.dtype, setting.device)
     return expand(scenarios, setting.config, {role: kind for role, (kind, _) in roles.items()})
 
@@ -74,12 +74,12 @@ def resolve_implementations(
         if name not in IMPLEMENTATIONS:
             known = ", ".join(IMPLEMENTATIONS)
             hint = did_you_mean(name, list(IMPLEMENTATIONS))
-            raise WorkloadError(f"unknown implementation '{name}'.{hint} There are: {known}.")
+            raise UsageError(f"unknown implementation '{name}'.{hint} There are: {known}.")
     peer = next((name for name in names if not name.startswith("mla")), None)
     if peer and any(isinstance(scenario, OpScenario) for scenario in scenarios):
-        raise WorkloadError(f"{peer} runs the whole layer: --op times mla and mla-reference.")
+        raise UsageError(f"{peer} runs the whole layer: --op times mla and mla-reference.")
     if peer and any(scenario.layers > 1 for scenario in scenarios):
-        raise WorkloadError(f"{peer} runs one layer at a time: leave it out, or --layers.")
+        raise UsageError(f"{peer} runs one layer at a time: leave it out, or --layers.")
     if peer:
         peers.require()
     if names:

@@ -16,12 +16,14 @@ from mla.bench import results
 from mla.bench.measure.hooks import Pace
 from mla.bench.plan.estimate import Estimator, estimator
 from mla.bench.plan.memory import MemoryPlan
-from mla.bench.run.budget import Budget, spoken
-from mla.bench.run.scenario_run import Note, Request, Work, describe_run, plan
+from mla.bench.run.budget import Budget
+from mla.bench.run.scenario_run import Request, Work, describe_run, plan
 from mla.bench.run.watchdog import Watchdog
 from mla.bench.terminal import run_table
 from mla.bench.workload.grid import Point
+from mla.bench.workload.quantities import spoken
 from mla.command import error_origin
+from mla.command.console import Note
 from mla.errors import MLAError, OutOfMemory, UnsupportedBatch
 from mla_backends import BackendError
 

@@ -12,9 +12,11 @@ from mla.bench.plan.options import RunOptions
 from mla.bench.run import resume
 from mla.bench.run import scenario_run as session
 from mla.bench.run.budget import Budget
-from mla.bench.run.scenario_run import Note, Request
+from mla.bench.run.scenario_run import Request
 from mla.bench.run.scheduler import OVER_BUDGET, Steering
+from mla.command.console import Note
 from mla.command.exit_codes import Exit
+from mla.errors import ResultError
 
 Show = Callable[[results.Run], None]
 
@@ -35,7 +37,7 @@ def steering(
         try:
             if options.target:
                 results.write(run, options.target)
-        except results.ResultError as error:
+        except ResultError as error:
             note(f"{error} The run goes on, and tries again.")
 
     def hung(run: results.Run, sentence: str) -> None:

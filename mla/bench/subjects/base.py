@@ -6,48 +6,17 @@ All get the same host weights and inputs. A *pass* is `restore()` and then `step
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from mla.bench.results.schema import Check
-from mla.bench.subjects.graphs import Captured, CapturedDecode, CapturedPrefill, NoGraph
+from mla.bench.subjects.graphs import Captured, NoGraph
 from mla.bench.subjects.inputs import Inputs
+from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
-from mla.cache import LatentCache
-from mla.cache.ragged_batch import RaggedBatch
-from mla.config import MLAConfig
-from mla.layer.attention import MLA
 from mla.verify.layer_check import Checker
-from mla.verify.layer_oracle import State
-from mla.verify.poison import Poison
-from mla_backends.api import Backend
-
-#: Pages beyond what a scenario needs; they stay NaN, so that reading a wrong page shows.
-SPARE_PAGES = 16
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all implementations of a run share."""
-
-    config: MLAConfig
-    backend: Backend
-    dtype: torch.dtype
-    attention: str
-    page_size: int
-    seed: int
-    ops: str = "auto"  # policy of `mla.layer.ops.choose`, for the implementation `mla`
-    layers: int = 1
-
-    @property
-    def device(self) -> torch.device:
-        """The device `setup` returned."""
-        assert self.backend.device is not None
-        return self.backend.device
+from mla.verify.verdict import Check
 
 
 class Implementation(ABC):
@@ -111,122 +80,3 @@ class Implementation(ABC):
     def _prepare_buffers(self, inputs: Inputs) -> None:
         self._hidden = inputs.hidden.to(self.setting.device)
         self.outputs = torch.full_like(self._hidden, torch.nan)
-
-
-class MlaLayer(Implementation):
-    """Our layer, with the backend's fused ops (`mla`) or without (`mla-reference`)."""
-
-    def __init__(self, setting: Setting, state: State, name: str = "mla", ops: str | None = None) -> None:
-        super().__init__(setting)
-        self.name = name
-        self.layer = self._make_layer(ops)
-        self.layer.load_state_dict(state)
-        self.held_to_reference = not self.layer.ops.all_reference()
-
-    def _make_layer(self, ops: str | None) -> MLA:
-        setting = self.setting
-        return MLA(
-            setting.config,
-            backend=setting.backend,
-            dtype=setting.dtype,
-            attention=setting.attention,
-            ops=ops or setting.ops,
-        )
-
-    def load(self, scenario: Scenario, inputs: Inputs) -> None:
-        self._scenario = scenario
-        self._prepare_buffers(inputs)
-        self._cache = self._make_cache(scenario)
-        self._sequences = self._cache.new_sequences(len(scenario.query_lens))
-        self._load_history(inputs)
-        nan_safe = self.layer.ops["latent_attention"].op.nan_safe_tail
-        self._poison = Poison(self._cache, self._sequences, scenario.final_lens, nan_safe)
-        self.restore()
-
-    def _load_history(self, inputs: Inputs) -> None:
-        for sequence, (kv, pe) in zip(self._sequences, inputs.history, strict=True):
-            self._cache.load(sequence, kv, pe)
-
-    def _make_cache(self, scenario: Scenario) -> LatentCache:
-        size = self.setting.page_size
-        pages = sum(-(-length // size) for length in scenario.final_lens) + SPARE_PAGES
-        return LatentCache(
-            self.setting.config,
-            max_tokens=pages * size,
-            page_size=size,
-            num_layers=self.setting.layers,
-            device=self.setting.device,
-            dtype=self.setting.dtype,
-            shuffle=self.setting.seed,
-        )
-
-    @property
-    def cache(self) -> LatentCache:
-        """The scenario's cache, once it is loaded."""
-        return self._cache
-
-    def restore(self) -> None:
-        self._shrink()
-        self._poison.apply()
-        if self._scenario.mode == "prefill":
-            self._plan()
-
-    def _shrink(self) -> None:
-        """Undo the pass, last pages first: the free list ends as it began, so every pass gets the same."""
-        scenario = self._scenario
-        for step in reversed(range(scenario.inputs)):
-            grown = zip(self._sequences, scenario.kv_lens(step), scenario.query_lens, strict=True)
-            for sequence, length, new in reversed(list(grown)):
-                if self._cache.length(sequence) > length - new:
-                    self._cache.truncate(sequence, length - new)
-
-    def _plan(self) -> None:
-        """Prepare the batch that every prefill forward runs; its time is reported beside the forward's."""
-        self._batch = self._cache.extend(self._sequences, self._scenario.query_lens)
-        start = time.perf_counter_ns()
-        self.layer.plan(self._batch)
-        self.plan_ms = (time.perf_counter_ns() - start) / 1e6
-
-    def step(self, index: int) -> None:
-        if self._scenario.mode == "prefill":
-            self._forward(0, self._batch)
-            return
-        self._forward(index, self.extend())
-
-    def _forward(self, index: int, batch: RaggedBatch) -> None:
-        self.forward(batch, self._hidden[index], self.outputs[index])
-
-    def captured(self) -> Captured:
-        if self._scenario.mode == "prefill":
-            return CapturedPrefill(self)
-        return CapturedDecode(self, self._scenario)
-
-    @property
-    def hidden(self) -> torch.Tensor:
-        """The inputs of all forwards [inputs, T, d], on the device."""
-        return self._hidden
-
-    @property
-    def batch(self) -> RaggedBatch:
-        """The prepared batch of a prefill."""
-        return self._batch
-
-    def extend(self) -> RaggedBatch:
-        """Make room for the next decode step and return its batch."""
-        return self._cache.extend(self._sequences, self._scenario.query_lens)
-
-    def forward(self, batch: RaggedBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """Run the layer on any batch of the cache."""
-        self.layer(hidden, batch, self._cache.pages[0], out=out)
-
-    def cache_bytes(self) -> int:
-        return self._cache.pages.nbytes
-
-    def weight_bytes(self) -> int:
-        return self.layer.weight_bytes()
-
-    def scratch_bytes(self) -> int:
-        return self.layer.scratch_bytes()
-
-    def ops(self) -> dict[str, str]:
-        return self.layer.ops.names()

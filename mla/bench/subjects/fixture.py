@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from mla.bench import results
-from mla.bench.plan.estimate import forward_cost
-from mla.bench.subjects.base import Implementation, Setting
-from mla.bench.subjects.inputs import make_inputs
+from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.inputs import expected_outputs, make_inputs
+from mla.bench.subjects.memory import forward_cost
 from mla.bench.subjects.op.implementation import OpCase, reference_results
 from mla.bench.subjects.op.problem import op_problem
+from mla.bench.subjects.setting import Setting
 from mla.bench.workload.grid import Point
 from mla.bench.workload.op_scenario import OpScenario
-from mla.verify.layer_check import Checker, expected_outputs
+from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import State
 from mla.verify.op_check import OpChecker
 from mla.weights import random_state_dict

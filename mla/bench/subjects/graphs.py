@@ -21,7 +21,7 @@ from mla_backends.api import Backend
 from mla_backends.errors import describe
 
 if TYPE_CHECKING:
-    from mla.bench.subjects.base import MlaLayer
+    from mla.bench.subjects.layer import MlaLayer
     from mla.bench.workload.scenario import Scenario
 
 #: Graphs of one decode pass at most; each keeps its own memory.

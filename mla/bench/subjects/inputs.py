@@ -11,6 +11,7 @@ import torch
 
 from mla.bench.workload.scenario import Scenario
 from mla.config import MLAConfig
+from mla.verify.layer_oracle import State, oracle
 
 History = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -39,3 +40,13 @@ def make_inputs(config: MLAConfig, scenario: Scenario, seed: int, dtype: torch.d
     widths = (config.kv_lora_rank, config.qk_rope_head_dim)
     history = [tuple(normal(length, width) for width in widths) for length in scenario.history]
     return Inputs(hidden, history)  # type: ignore[arg-type]  # each tuple is a pair
+
+
+def expected_outputs(config: MLAConfig, state: State, scenario: Scenario, inputs: Inputs) -> torch.Tensor:
+    """Return the oracle's outputs [inputs, T, d]: all decode steps come from one prefill per request."""
+    lengths = [length * scenario.inputs for length in scenario.query_lens]
+    per_request = zip(*(step.split(scenario.query_lens) for step in inputs.hidden), strict=True)
+    hidden = torch.cat([torch.cat(steps) for steps in per_request])
+    flat = oracle(config, state, hidden, lengths, inputs.history)
+    steps = zip(*(request.chunk(scenario.inputs) for request in flat.split(lengths)), strict=True)
+    return torch.stack([torch.cat(requests) for requests in steps])

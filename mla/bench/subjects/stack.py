@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from mla.bench.results.schema import Check
-from mla.bench.subjects.base import MlaLayer, Setting
 from mla.bench.subjects.inputs import Inputs
+from mla.bench.subjects.layer import MlaLayer
+from mla.bench.subjects.setting import Setting
 from mla.cache.ragged_batch import RaggedBatch
-from mla.verify.layer_check import BOUNDS, ROW_SLACK, Checker
+from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import State
+from mla.verify.tolerances import BOUNDS, ROW_SLACK
+from mla.verify.verdict import Check
 
 
 def layer_state(state: State, index: int) -> dict[str, torch.Tensor]:

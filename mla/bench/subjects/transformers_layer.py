@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from mla.bench.subjects.base import Implementation, Setting
+from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import Inputs
+from mla.bench.subjects.setting import Setting
 from mla.bench.subjects.transformers_classes import PeerModel, peer_model
 from mla.bench.workload.scenario import Scenario
 from mla.config import MLAConfig

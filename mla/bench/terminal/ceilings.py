@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from mla.bench import results
 from mla.bench.results.ceilings_file import CeilingRun
-from mla.bench.results.schema import Ceiling, ResultError
+from mla.bench.results.schema import Ceiling
 from mla.bench.terminal import table
+from mla.errors import ResultError
 
 FORMATS = ("table", "md", "json")
 

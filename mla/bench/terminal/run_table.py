@@ -13,11 +13,12 @@ from rich.text import Text
 
 from mla.bench import results
 from mla.bench.results.schema import Case, Run
+from mla.bench.results.timings import cold, flat_timings
 from mla.bench.terminal import ceilings as render_ceilings
 from mla.bench.terminal import stages
 from mla.bench.terminal.digits import between, known, number
 from mla.bench.terminal.quality_warnings import noise
-from mla.bench.terminal.timings import cold, flat_timings, timing_lines
+from mla.bench.terminal.timings import timing_lines
 
 __all__ = ["COLUMNS", "FORMATS", "comparisons", "headlines", "noise", "number", "render"]
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from mla.bench.workload.quantities import UNITS
-from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS, Scenario, WorkloadError, check_lengths
-from mla.errors import did_you_mean
+from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS, Scenario, check_lengths
+from mla.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from mla.config import MLAConfig
@@ -61,27 +61,27 @@ class Point(Scenario, frozen=True, kw_only=True):
 
 
 def parse(words: Sequence[str]) -> Axes:
-    """Read "kv=1k..64k*4" and the like. Raises `WorkloadError`."""
+    """Read "kv=1k..64k*4" and the like. Raises `UsageError`."""
     axes: Axes = {}
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
-            raise WorkloadError(f"-a wants AXIS=VALUES, such as kv=1k..64k*4, got '{word}'.")
+            raise UsageError(f"-a wants AXIS=VALUES, such as kv=1k..64k*4, got '{word}'.")
         if name in axes:
-            raise WorkloadError(f"axis '{name}' is given twice: list all its values in one -a.")
+            raise UsageError(f"axis '{name}' is given twice: list all its values in one -a.")
         axes[name] = _values(name, text)
     return axes
 
 
 def lay(scenarios: Sequence[Scenario], axes: Axes) -> list[Point]:
-    """Return every point, scenario by scenario; the first axis varies slowest. Raises `WorkloadError`.
+    """Return every point, scenario by scenario; the first axis varies slowest. Raises `UsageError`.
 
     Axes of the command line replace those of the same name that a scenario brings along.
     """
     grids = [(scenario, {**_own(scenario), **axes}) for scenario in scenarios]
     count = sum(math.prod(map(len, grid.values())) for _, grid in grids)
     if count > MAX_POINTS:
-        raise WorkloadError(
+        raise UsageError(
             f"these axes make {count} points, and at most {MAX_POINTS} are run at once: give fewer values."
         )
     points = [
@@ -91,18 +91,18 @@ def lay(scenarios: Sequence[Scenario], axes: Axes) -> list[Point]:
     ]
     names = [point.name for point in points]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise WorkloadError(f"two points are named '{twice[0]}': rename the scenario of that name.")
+        raise UsageError(f"two points are named '{twice[0]}': rename the scenario of that name.")
     return points
 
 
 def check_heads(config: MLAConfig, points: Sequence[Point]) -> None:
-    """Raise `WorkloadError` for a number of heads that no tensor-parallel rank of the model has."""
+    """Raise `UsageError` for a number of heads that no tensor-parallel rank of the model has."""
     whole = config.num_attention_heads
     for point in points:
         heads = point.point.get("heads")
         if isinstance(heads, int) and (heads > whole or whole % heads):
             problem = "are more than" if heads > whole else "do not divide"
-            raise WorkloadError(
+            raise UsageError(
                 f"axis heads: {heads} {problem} the {whole} heads of {config.name}; a tensor-parallel rank "
                 "has an equal share of them."
             )
@@ -111,8 +111,8 @@ def check_heads(config: MLAConfig, points: Sequence[Point]) -> None:
 def _own(scenario: Scenario) -> Axes:
     try:
         return {name: _values(name, _text(value)) for name, value in scenario.axes.items()}
-    except WorkloadError as error:
-        raise WorkloadError(f"scenario '{scenario.name}': {error}") from error
+    except UsageError as error:
+        raise UsageError(f"scenario '{scenario.name}': {error}") from error
 
 
 def _text(value: Any) -> str:
@@ -122,20 +122,20 @@ def _text(value: Any) -> str:
 
 def _values(name: str, text: str) -> tuple[Value, ...]:
     if name not in AXES:
-        raise WorkloadError(f"unknown axis '{name}'.{did_you_mean(name, AXES)} There are: {', '.join(AXES)}.")
+        raise UsageError(f"unknown axis '{name}'.{did_you_mean(name, AXES)} There are: {', '.join(AXES)}.")
     items = [item.strip() for item in text.split(",")]
     values: list[Value] = []
     for item in items:
         values += [_dtype(item)] if name == "dtype" else _numbers(name, item)
         if len(values) > MAX_POINTS:
-            raise WorkloadError(f"axis {name}: '{item}' goes beyond {MAX_POINTS} values: give fewer.")
+            raise UsageError(f"axis {name}: '{item}' goes beyond {MAX_POINTS} values: give fewer.")
     return tuple(dict.fromkeys(values))
 
 
 def _dtype(item: str) -> str:
     if item not in DTYPES:
         hint = did_you_mean(item, list(DTYPES))
-        raise WorkloadError(f"axis dtype: unknown dtype '{item}'.{hint} There are: {', '.join(DTYPES)}.")
+        raise UsageError(f"axis dtype: unknown dtype '{item}'.{hint} There are: {', '.join(DTYPES)}.")
     return DTYPES[item]
 
 
@@ -144,13 +144,13 @@ def _numbers(name: str, item: str) -> list[int]:
         return [_checked(name, _number(item))]
     found = _RANGE.fullmatch(item)
     if found is None:
-        raise WorkloadError(
+        raise UsageError(
             f"axis {name}: '{item}' is neither a number, such as 4k, nor a range, such as 1k..64k*4 "
             "or 1..8+1."
         )
     first, last, by = (_number(found[group]) for group in (1, 2, 4))
     if first > last or by < 1 or (found[3] == "*" and (by < 2 or first < 1)):
-        raise WorkloadError(f"axis {name}: the range '{item}' does not ascend.")
+        raise UsageError(f"axis {name}: the range '{item}' does not ascend.")
     values = [_checked(name, first)]
     while len(values) <= MAX_POINTS:  # one too many shows the caller
         value = values[-1] * by if found[3] == "*" else values[-1] + by
@@ -168,9 +168,9 @@ def _number(text: str) -> int:
 def _checked(name: str, value: int) -> int:
     low, high = LIMITS[name]
     if not low <= value <= high:
-        raise WorkloadError(f"axis {name}: {value} is not between {low} and {high}.")
+        raise UsageError(f"axis {name}: {value} is not between {low} and {high}.")
     if name == "page_size" and value & (value - 1):
-        raise WorkloadError(f"axis page_size: {value} is not a power of two.")
+        raise UsageError(f"axis page_size: {value} is not a power of two.")
     return value
 
 

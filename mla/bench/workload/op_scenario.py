@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from mla.bench.workload.grid import Point, Value
-from mla.bench.workload.scenario import Positive, WorkloadError
-from mla.errors import did_you_mean
+from mla.bench.workload.scenario import Positive
+from mla.errors import UsageError, did_you_mean
 from mla_backends.api import OPS
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def op_scenario(
 def expand(scenarios: Sequence[Point], config: MLAConfig, kinds: Mapping[str, str]) -> list[Point]:
     """Replace each op by its roles in a layer of `config`, each named after its shape; others stay.
 
-    `kinds`: role -> op. Raises `WorkloadError` for an op there is not, or that this layer has not.
+    `kinds`: role -> op. Raises `UsageError` for an op there is not, or that this layer has not.
     """
     found: list[Point] = []
     for scenario in scenarios:
@@ -82,7 +82,7 @@ def expand(scenarios: Sequence[Point], config: MLAConfig, kinds: Mapping[str, st
     names = [scenario.name for scenario in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise WorkloadError(f"'{twice}' would be measured twice: what varies makes no difference to it.")
+        raise UsageError(f"'{twice}' would be measured twice: what varies makes no difference to it.")
     return found
 
 
@@ -92,13 +92,13 @@ def _roles(op: str, config: MLAConfig, kinds: Mapping[str, str]) -> list[str]:
         return [op]
     roles = [role for role, kind in kinds.items() if kind == op]
     if not roles and op in QUERY_LORA:
-        raise WorkloadError(
+        raise UsageError(
             f"a layer of config '{config.name}' has no {op}, because it does not compress its queries: "
             "choose a config that does, such as --config deepseek-r1."
         )
     if not roles:
         known = list(dict.fromkeys([*OPS, *kinds]))
-        raise WorkloadError(f"unknown op '{op}'.{did_you_mean(op, known)} --op takes: {', '.join(known)}.")
+        raise UsageError(f"unknown op '{op}'.{did_you_mean(op, known)} --op takes: {', '.join(known)}.")
     return roles
 
 
@@ -130,7 +130,7 @@ def _shape(scenario: OpScenario, role: str, config: MLAConfig) -> dict[str, Valu
 
 
 def refuse_idle(scenarios: Sequence[Point], kv: int | None, heads: int | None) -> None:
-    """Raise `WorkloadError` for `--kv` and `--heads` that change none of the expanded scenarios."""
+    """Raise `UsageError` for `--kv` and `--heads` that change none of the expanded scenarios."""
     ops = [scenario for scenario in scenarios if isinstance(scenario, OpScenario)]
     idle = []
     if kv is not None and not any(scenario.role in READS_HISTORY for scenario in ops):
@@ -139,7 +139,7 @@ def refuse_idle(scenarios: Sequence[Point], kv: int | None, heads: int | None) -
         idle.append("--heads")
     if idle:
         roles = ", ".join(dict.fromkeys(scenario.role for scenario in ops))
-        raise WorkloadError(f"{' and '.join(idle)} makes no difference to {roles}: leave it out.")
+        raise UsageError(f"{' and '.join(idle)} makes no difference to {roles}: leave it out.")
 
 
 def _has_heads(role: str, config: MLAConfig) -> bool:

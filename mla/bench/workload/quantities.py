@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from mla.bench.workload.scenario import MAX_COUNT
@@ -16,3 +17,22 @@ def size(text: str) -> int:
     if not 0 <= value <= MAX_COUNT:
         raise ValueError(f"'{text}' is no length: use a number such as 4096, 4k or 1m.")
     return value
+
+
+TIME_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+
+def duration(text: str) -> float:
+    """Return the seconds of "90", "90s", "10m" or "1.5h". Raises ValueError for anything else, and for 0."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    seconds = float(found[1]) * TIME_UNITS[found[2]] if found else 0.0
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"'{text}' is no duration, such as 90s, 10m or 1.5h")
+    return seconds
+
+
+def spoken(seconds: float) -> str:
+    """Return a duration in the unit a reader would choose."""
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 1 or not seconds else f"{seconds:.1g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

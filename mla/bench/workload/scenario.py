@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from mla.errors import MLAError, did_you_mean
+from mla.errors import UsageError, did_you_mean
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,10 +30,6 @@ MAX_LAYERS = 1024
 Positive = Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
 Layers = Annotated[int, msgspec.Meta(ge=1, le=MAX_LAYERS)]
-
-
-class WorkloadError(MLAError):
-    """A workload file or option that describes no runnable scenario."""
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -90,18 +86,18 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def load_workload(source: str) -> list[Scenario]:
-    """Read a workload by name (shipped) or path. Raises `WorkloadError`."""
+    """Read a workload by name (shipped) or path. Raises `UsageError`."""
     text = _read(source)
     try:
         document = msgspec.convert(tomllib.loads(text), _File)
     except msgspec.ValidationError as error:
-        raise WorkloadError(f"workload '{source}': {error}; it needs [[scenario]] tables.") from error
+        raise UsageError(f"workload '{source}': {error}; it needs [[scenario]] tables.") from error
     except (ValueError, RecursionError) as error:  # absurd numbers and nesting are no TOMLDecodeError
-        raise WorkloadError(f"workload '{source}' is not valid TOML: {error}.") from error
+        raise UsageError(f"workload '{source}' is not valid TOML: {error}.") from error
     scenarios = [_scenario(source, table) for table in document.scenario]
     names = [scenario.name for scenario in scenarios]
     if not names or len(set(names)) != len(names):
-        raise WorkloadError(f"workload '{source}' needs at least one scenario, each with a name of its own.")
+        raise UsageError(f"workload '{source}' needs at least one scenario, each with a name of its own.")
     return scenarios
 
 
@@ -111,7 +107,7 @@ def _read(source: str) -> str:
         return shipped.read_text() if shipped.is_file() else Path(source).read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise WorkloadError(f"cannot read workload '{source}': {reason}.") from error
+        raise UsageError(f"cannot read workload '{source}': {reason}.") from error
 
 
 def _scenario(source: str, table: dict[str, Any]) -> Scenario:
@@ -121,24 +117,24 @@ def _scenario(source: str, table: dict[str, Any]) -> Scenario:
         lists: dict[str, Any] = {key: expand(table[key]) for key in ("query_lens", "history") if key in table}
         scenario = msgspec.convert({**table, **lists}, Scenario)
     except (msgspec.ValidationError, ValueError) as error:
-        raise WorkloadError(f"workload '{source}', scenario '{name}': {error}.") from error
+        raise UsageError(f"workload '{source}', scenario '{name}': {error}.") from error
     check_lengths(f"workload '{source}', scenario '{scenario.name}'", scenario)
     if not scenario.name.strip() or not scenario.name.isprintable():
-        raise WorkloadError(f"workload '{source}': {scenario.name!r} is no name, use one line of text.")
+        raise UsageError(f"workload '{source}': {scenario.name!r} is no name, use one line of text.")
     return scenario
 
 
 def _check_keys(where: str, table: Mapping[str, Any]) -> None:
-    """Raise `WorkloadError` for a key that scenarios do not have, or one that they must."""
+    """Raise `UsageError` for a key that scenarios do not have, or one that they must."""
     fields = msgspec.structs.fields(Scenario)
     known = [field.encode_name for field in fields]
     for key in table:
         if key not in known:
             hint = did_you_mean(key, known)
-            raise WorkloadError(f"{where}: unknown key '{key}'.{hint} There are: {', '.join(known)}.")
+            raise UsageError(f"{where}: unknown key '{key}'.{hint} There are: {', '.join(known)}.")
     missing = [field.encode_name for field in fields if field.required and field.encode_name not in table]
     if missing:
-        raise WorkloadError(f"{where}: it has no {' and no '.join(missing)}.")
+        raise UsageError(f"{where}: it has no {' and no '.join(missing)}.")
 
 
 def expand(items: Any) -> tuple[int, ...]:
@@ -163,26 +159,26 @@ def _item(item: Any) -> tuple[int, int]:
 
 
 def check_lengths(where: str, scenario: Scenario) -> None:
-    """Raise `WorkloadError` for requests that cannot be."""
+    """Raise `UsageError` for requests that cannot be."""
     if len(scenario.query_lens) != len(scenario.history):
-        raise WorkloadError(
+        raise UsageError(
             f"{where}: query_lens has {len(scenario.query_lens)} requests, history {len(scenario.history)}."
         )
     if not scenario.query_lens:
-        raise WorkloadError(f"{where}: query_lens is empty; a scenario needs at least one request.")
+        raise UsageError(f"{where}: query_lens is empty; a scenario needs at least one request.")
     if min(scenario.query_lens) < 1:
-        raise WorkloadError(f"{where}: query_lens must be positive, got {min(scenario.query_lens)}.")
+        raise UsageError(f"{where}: query_lens must be positive, got {min(scenario.query_lens)}.")
     if min(scenario.history) < 0:
-        raise WorkloadError(f"{where}: history must not be negative, got {min(scenario.history)}.")
+        raise UsageError(f"{where}: history must not be negative, got {min(scenario.history)}.")
     if max(scenario.final_lens) > MAX_COUNT:
-        raise WorkloadError(f"{where}: no request may grow beyond {MAX_COUNT} tokens.")
+        raise UsageError(f"{where}: no request may grow beyond {MAX_COUNT} tokens.")
 
 
 def select(scenarios: Sequence[Scenario], names: Sequence[str]) -> list[Scenario]:
-    """Return the named scenarios, all when none is named. Raises `WorkloadError` with a did-you-mean."""
+    """Return the named scenarios, all when none is named. Raises `UsageError` with a did-you-mean."""
     known = {scenario.name: scenario for scenario in scenarios}
     for name in names:
         if name not in known:
             hint = did_you_mean(name, list(known))
-            raise WorkloadError(f"unknown scenario '{name}'.{hint} This workload has: {', '.join(known)}.")
+            raise UsageError(f"unknown scenario '{name}'.{hint} This workload has: {', '.join(known)}.")
     return [known[name] for name in dict.fromkeys(names)] if names else list(scenarios)

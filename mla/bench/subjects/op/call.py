@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from mla.bench.subjects.base import SPARE_PAGES
-from mla.bench.subjects.op.problem import OpProblem, Tensors
+from mla.bench.subjects.op.problem import OpProblem
+from mla.bench.subjects.setting import SPARE_PAGES
 from mla.cache import LatentCache
 from mla.cache.ragged_batch import RaggedBatch
 from mla.layer.ops import Choice
+from mla.verify.op_check import Tensors
 from mla.verify.poison import TAIL, Poison
 from mla_backends.api import SegmentLengths
 

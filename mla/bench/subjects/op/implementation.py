@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from mla.bench.results.schema import Check
-from mla.bench.subjects.base import Implementation, Setting
+from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.op.call import CALLS, Place
-from mla.bench.subjects.op.problem import OpProblem, Tensors
+from mla.bench.subjects.op.problem import OpProblem
+from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
 from mla.layer.ops import Choice, Ops
 from mla.reference import REFERENCE
-from mla.verify.op_check import OpChecker
+from mla.verify.op_check import OpChecker, Tensors
+from mla.verify.verdict import Check
 
 
 class OpCase(Implementation):

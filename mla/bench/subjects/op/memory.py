@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mla.bench.subjects.base import SPARE_PAGES, Setting
 from mla.bench.subjects.op.problem import LOGITS_BYTES, op_problem
+from mla.bench.subjects.setting import SPARE_PAGES, Setting
 from mla.bench.workload.op_scenario import OpScenario
 
 #: The reference's logits, gathered keys, and their fp32 copies, at most.

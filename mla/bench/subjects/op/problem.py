@@ -14,12 +14,12 @@ from mla.bench.workload.op_scenario import OpScenario
 from mla.config import MLAConfig
 from mla.layer.ops import layer_roles
 from mla.layer.rope import RotaryTable
+from mla.verify.op_check import Tensors
 from mla.verify.op_oracle import attend, product, true_norm, true_rotation
 
 if TYPE_CHECKING:
-    from mla.bench.subjects.base import Setting
+    from mla.bench.subjects.setting import Setting
 
-Tensors = dict[str, torch.Tensor]
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 #: Bytes that the float64 logits of one step of the attention oracle may take.

@@ -1,0 +1,16 @@
+"""What a check says of an output."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class Check(msgspec.Struct, kw_only=True):
+    """Outcome of comparing a case with the float64 oracle, before and after timing."""
+
+    status: Literal["ok", "wrong", "not run"]
+    error_ratio: float | None = None  # largest error over its bound; at most 1 when ok
+    relative_error: float | None = None  # of the whole output
+    reason: str = ""
