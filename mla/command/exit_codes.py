@@ -12,6 +12,7 @@ import click
 from mla.command import signals
 from mla.command.error_origin import place
 from mla.errors import MLAError
+from mla.text import first_line
 from mla_backends import BackendError, BackendOptionError
 
 
@@ -70,7 +71,7 @@ def _unexpected(error: Exception) -> str:
             "torch is not installed: install the build of your device's vendor, or for a CPU run "
             "`pip install ./plugins/cpu` from a checkout of this project."
         )
-    text = str(error).partition("\n")[0]
+    text = first_line(error)
     said = f"{type(error).__name__}: {text} ({place(error)})"
     return f"{said}; `python -X dev -m mla.bench ...` shows the traceback."
 

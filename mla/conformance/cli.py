@@ -174,7 +174,7 @@ def _require_known(patterns: Sequence[str]) -> None:
 def _dtypes(subject: Subject, names: Sequence[str]) -> tuple[torch.dtype, ...]:
     """Return the dtypes to check: the user's, which the backend must claim, or all it claims."""
     from mla.conformance.suite import claimed_dtypes
-    from mla.conformance.trial import dtype_name
+    from mla.text import dtype_name
 
     claimed = claimed_dtypes(subject)
     listed = [dtype_name(dtype) for dtype in claimed]
@@ -215,7 +215,7 @@ def make_report(
 ) -> Report:
     """Put the results together with what they depend on."""
     from mla.conformance.report import SCHEMA_VERSION, BackendFacts, Report
-    from mla.conformance.trial import dtype_name
+    from mla.text import dtype_name
 
     return Report(
         schema_version=SCHEMA_VERSION,

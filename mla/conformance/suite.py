@@ -10,9 +10,10 @@ import torch
 
 from mla.conformance.registry import DEVICE, DTYPE, LAYER, OP, Check, all_checks, matches
 from mla.conformance.report import Cases, CheckResult, Refusal, Status
-from mla.conformance.trial import DTYPES, Subject, Trial, dtype_name
+from mla.conformance.trial import DTYPES, Subject, Trial
 from mla.conformance.xfails import Xfails
 from mla.reference import REFERENCE
+from mla.text import dtype_name
 from mla_backends.api import FusedOp
 
 

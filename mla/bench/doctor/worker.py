@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from mla.text import dtype_name
 from mla_backends.errors import BackendError, describe
 from mla_backends.status import USABLE
 
@@ -81,16 +82,12 @@ def _facts(opened: Backend) -> dict[str, Any]:
         "device": str(opened.device),
         "device_name": info.name,
         "memory_bytes": info.memory_bytes,
-        "dtypes": [_dtype_name(one) for one in native],
+        "dtypes": [dtype_name(one) for one in native],
         "config": CONFIG,
-        "dtype": _dtype_name(dtype),
+        "dtype": dtype_name(dtype),
         "ops": {role: _choice(chosen, role) for role in chosen.names()},
         "idle_ops": _idle(chosen, offered),
     }
-
-
-def _dtype_name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _choice(chosen: Ops, role: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 
 from mla.bench.results.schema import Ceiling
 from mla.layer.ops import choose
+from mla.text import dtype_name
 from mla_backends.api import Backend, LinearSpec
 
 #: Seconds that one way of doing the work is repeated, and how often at least.
@@ -65,7 +66,7 @@ class Yardstick:
         out = torch.empty(tokens, outputs, dtype=self._dtype, device=self._device)
         ways = {"torch.mm": lambda: torch.mm(x, weight.t(), out=out), **self._projection(x, weight, out)}
         seconds, way = self._best(ways)
-        dtype = str(self._dtype).removeprefix("torch.")
+        dtype = dtype_name(self._dtype)
         return Ceiling(
             work="matmul",
             value=2 * tokens * inputs * outputs / seconds,

@@ -9,6 +9,7 @@ import torch
 from mla.bench.limits.microbench import Yardstick
 from mla.bench.results.schema import Ceiling, Cost, Roofline
 from mla.bench.subjects.setting import Setting
+from mla.text import dtype_name
 
 #: Bytes read at most: more than any cache holds, and a long context must not ask for its size a second time.
 MOST_BYTES = 512 << 20
@@ -23,7 +24,7 @@ class Ceilings:
     """Ceilings of one setting, each measured at most once in a process."""
 
     def __init__(self, setting: Setting) -> None:
-        self._dtype = str(setting.dtype).removeprefix("torch.")
+        self._dtype = dtype_name(setting.dtype)
         self._info = setting.backend.device_info()
         self._yardstick = Yardstick(setting.backend, setting.device, setting.dtype, setting.ops)
         names = (setting.backend.name, setting.device, setting.dtype, setting.ops, torch.get_num_threads())

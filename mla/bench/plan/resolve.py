@@ -22,6 +22,7 @@ from mla.command.exit_codes import Exit, interrupted
 from mla.command.progress import Progress, Reading
 from mla.config.presets import DEFAULT_CONFIG
 from mla.errors import MLAError, UsageError
+from mla.text import dtype_name
 from mla_backends import status
 from mla_backends.discovery import locate
 
@@ -233,7 +234,7 @@ def check_dtype(backend: Backend, dtype: object) -> None:
     """Raise `UsageError` for a dtype that the device only emulates."""
     native = backend.dtypes()
     if dtype not in native:
-        listed = ", ".join(str(one).removeprefix("torch.") for one in native)
+        listed = ", ".join(dtype_name(one) for one in native)
         raise UsageError(
             f"backend '{backend.name}' does not compute {str(dtype).removeprefix('torch.')} natively; "
             f"choose --dtype from: {listed}."

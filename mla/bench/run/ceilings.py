@@ -19,6 +19,7 @@ from mla.command.exit_codes import Exit
 from mla.command.options import key_values
 from mla.command.progress import Progress
 from mla.errors import UsageError, did_you_mean
+from mla.text import dtype_name, first_line
 from mla_backends.discovery import locate
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _memory_task(work: str, measure: Callable[[int], Ceiling], size: int) -> Tas
 
 def _product_tasks(stick: Yardstick, dtype: torch.dtype, backend: Backend) -> Iterator[Task]:
     """Yield squares as one task, and the default config's projections for few and for many tokens."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     yield f"square {name} products", lambda: list(stick.squares())
     for inputs, outputs in _projections(dtype, backend):
         for tokens in TOKENS:
@@ -182,7 +183,7 @@ def _measure(tasks: list[Task]) -> _Found:
                 found.interrupted = True
                 break
             except Exception as error:  # noqa: BLE001  # whatever a device refuses, the rest is worth having
-                reason = str(error).partition("\n")[0]
+                reason = first_line(error)
                 console.note(f"left out: {what}: {type(error).__name__}: {reason}")
             progress.advance(what, 1)
     return found

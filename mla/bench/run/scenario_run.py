@@ -32,6 +32,7 @@ from mla.command import environment
 from mla.command.console import Note
 from mla.errors import UsageError, did_you_mean
 from mla.layer.ops import Ops, layer_roles
+from mla.text import dtype_name
 from mla.verify.layer_oracle import State
 
 IMPLEMENTATIONS: dict[str, Callable[[Setting, State], Implementation]] = {
@@ -246,7 +247,7 @@ class Work:
             repro=_repro(self._request, scenario, name),
             base=scenario.base,
             point=dict(scenario.point),
-            dtype=str(self._setting.dtype).removeprefix("torch."),
+            dtype=dtype_name(self._setting.dtype),
             heads=self._setting.config.num_attention_heads,
             layers=scenario.layers,
             op=self._subject.op,
@@ -269,7 +270,7 @@ def describe_run(request: Request) -> results.Run:
         backend=environment.backend_facts(setting.backend, request.backend_version),
         environment=environment.environment(setting.backend),
         config=asdict(setting.config),
-        dtype=str(setting.dtype).removeprefix("torch."),
+        dtype=dtype_name(setting.dtype),
         attention=setting.attention,
         page_size=setting.page_size,
         seed=setting.seed,

@@ -25,6 +25,7 @@ from mla.bench.workload.quantities import spoken
 from mla.command import error_origin
 from mla.command.console import Note
 from mla.errors import MLAError, OutOfMemory, UnsupportedBatch
+from mla.text import first_line
 from mla_backends import BackendError
 
 Advance = Callable[[str, float], None]  # what is running, estimated seconds done since the last call
@@ -121,7 +122,9 @@ class _Sweep:
             if not self._only_this_one(error):
                 return Outcome(self._result(), failure=_failure(scenario, error))
             self._refusal = self._refusal or _failure(scenario, error)
-            self._leave_out(work, scenario, self._missing(scenario), _first_line(error))
+            self._leave_out(
+                work, scenario, self._missing(scenario), first_line(error) or type(error).__name__
+            )
         bar.finish()
         self._ceilings += [one for one in work.ceilings() if one not in self._ceilings]
         found = [self._cases[scenario.name, name] for name in names]
@@ -250,15 +253,11 @@ def _in_short(case: results.Case) -> str:
     return f"{case.implementation} {run_table.number(case.latency_ms.median)} ms"
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
 def _failure(scenario: Point, error: Exception) -> MLAError | BackendError:
     """Return what to print: our own sentence, or what was raised and where."""
     if isinstance(error, (MLAError, BackendError)):
         return error
-    text = str(error).partition("\n")[0]
+    text = first_line(error)
     return RunFailed(
         f"scenario '{scenario.name}' failed: {type(error).__name__}: {text} ({error_origin.place(error)})."
     )

@@ -13,6 +13,7 @@ import torch
 
 from mla.conformance.registry import DTYPE, check
 from mla.conformance.trial import CheckFailed, Trial, expect, raised
+from mla.text import dtype_name
 from mla.verify.tolerances import UNITS
 from mla_backends.api import API_VERSION, Availability, DeviceInfo, MemoryInfo, Peak
 from mla_backends.errors import BackendError
@@ -222,4 +223,4 @@ def dtypes(trial: Trial) -> None:
     for one in claimed:
         floating = isinstance(one, torch.dtype) and one.is_floating_point
         expect(floating, f"dtypes() holds {one!r}, which is no floating dtype")
-    trial.note = ", ".join(str(one).removeprefix("torch.") for one in claimed)
+    trial.note = ", ".join(dtype_name(one) for one in claimed)
