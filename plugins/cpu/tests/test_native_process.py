@@ -56,6 +56,7 @@ def run(code: str, threads: str = "2", **variables: str) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.usefixtures("no_level_named")
 def test_one_openmp_runtime_is_loaded_and_every_op_is_native() -> None:
     code = """
 step()
