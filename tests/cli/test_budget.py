@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.plan import resolve
-from mla.bench.run import scheduler as sweep
+from mla.bench.run import scheduler
 from mla.bench.run.budget import Budget
-from mla.bench.run.scheduler import OVER_BUDGET, Steering
+from mla.bench.run.steering import HANG_AFTER, OVER_BUDGET, Steering
 from mla.bench.workload.quantities import duration, spoken
 
 Bench = Callable[..., Any]
@@ -91,15 +90,15 @@ def run_inside(bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch) 
     """Return a function that runs a grid within a budget; each scenario is estimated at half a second."""
     monkeypatch.setattr("mla.bench.plan.estimate.Estimator.seconds", lambda self, scenario, names: 0.5)
     monkeypatch.setattr("mla.bench.plan.estimate.Estimator.forward", lambda self, scenario, name: 0.0)
-    measure = resolve.measure
+    measure = scheduler.measure
 
     def run_inside(budget: Budget, *words: str) -> Any:
-        def steered(request: Any, steering: Steering) -> Any:
-            return measure(request, replace(steering, budget=budget))
+        def steered(request: Any, run: results.Run, steering: Steering) -> Any:
+            return measure(request, run, replace(steering, budget=budget))
 
         options = ("--budget", "9m", "-o", "run.json", *words)
         with monkeypatch.context() as patched:
-            patched.setattr(resolve, "measure", steered)
+            patched.setattr(scheduler, "measure", steered)
             return bench(*VIRTUAL, *small, *GRID, *options, fakes=["virtual_clock"])
 
     return run_inside
@@ -157,4 +156,4 @@ def test_a_budget_that_is_over_at_once_runs_nothing(bench: Bench, small: list[st
 
 def test_by_default_nothing_ends_a_run_early() -> None:
     assert Steering().budget.left() == float("inf")
-    assert Steering().hang_after == sweep.HANG_AFTER == duration("10m")
+    assert Steering().hang_after == HANG_AFTER == duration("10m")

@@ -106,7 +106,7 @@ class _Scheduler:
         return Outcome(self._result(), interrupted=True) if any(one.interrupted for one in found) else None
 
     def _settle(self, scenario: ScenarioPlan, found: Sequence[results.Case]) -> None:
-        """Write what there is, and say so."""
+        """Write the result so far, and log the scenario."""
         self._latest = self._result()
         self._steering.save(self._latest)
         self._steering.log(f"{self._place()}  {scenario.name}: {', '.join(map(_in_short, found))}")
@@ -129,13 +129,13 @@ class _Scheduler:
             self._leave_out(work, scenario, names, f"it needs {memory.shortage()}")
             return
         # Estimating may measure: not once the time is over.
-        estimate = self._estimator.seconds(scenario, names) if budget.left() > 0 else math.inf
-        if not budget.fits(estimate):
+        seconds = self._estimator.seconds(scenario, names) if budget.left() > 0 else math.inf
+        if not budget.fits(seconds):
             self._keep(work.not_run(names, OVER_BUDGET))
             return
         start = time.monotonic()
         self._interleave(work, memory, scenario, names)
-        budget.learn(estimate, time.monotonic() - start)
+        budget.learn(seconds, time.monotonic() - start)
 
     def _interleave(
         self, work: ScenarioRun, memory: MemoryPlan, scenario: ScenarioPlan, names: list[str]
@@ -169,7 +169,7 @@ class _Scheduler:
         return Pace(over, self._watchdog.enter, self._watchdog.beat)
 
     def _only_this_one(self, error: Exception) -> bool:
-        """Say whether other scenarios may go well: this one was too large, or no op takes its lengths."""
+        """Return whether other scenarios may go well: this one was too large, or no op takes its lengths."""
         too_large = isinstance(error, (OutOfMemory, MemoryError, UnsupportedBatch))
         return len(self._request.scenarios) > 1 and (too_large or type(error).__name__ == "OutOfMemoryError")
 
