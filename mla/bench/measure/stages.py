@@ -19,6 +19,7 @@ from mla.bench.results.schema import Case, Cost, Roofline, Stage
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.scenario import Scenario
 from mla.cache.ragged_batch import RaggedBatch
+from mla.cost import Work
 from mla.cost.by_role import role_costs
 from mla.verify.layer_check import Checker
 from mla_backends.api import Timer
@@ -172,12 +173,11 @@ def add(
 
 def costs(one: MlaLayer, scenario: Scenario) -> dict[str, Cost]:
     """Return role -> its work, averaged over the forwards of a pass."""
-    setting, total = one.setting, dict[str, list[int]]()
+    setting, total = one.setting, dict[str, Work]()
     for step in range(scenario.inputs):
         lengths, size = (scenario.query_lens, scenario.kv_lens(step)), setting.dtype.itemsize
         for role, work in role_costs(setting.config, *lengths, size, setting.attention).items():
-            old = total.get(role, [0, 0])
-            total[role] = [old[0] + work.flops, old[1] + work.bytes]
+            total[role] = total.get(role, Work()) + work
     count = scenario.inputs
     return {role: Cost(flops=round(f / count), bytes=round(b / count)) for role, (f, b) in total.items()}
 
