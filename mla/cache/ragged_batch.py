@@ -18,7 +18,7 @@ from mla.errors import StaleBatch
 Value = TypeVar("Value")
 
 
-class Source(Protocol):
+class PagedCache(Protocol):
     """The cache a batch describes; its generation moves with every change of lengths."""
 
     generation: int
@@ -96,7 +96,7 @@ class RaggedBatch:
         block_table: torch.Tensor,  # [B, n] int32, on the host
         page_size: int,
         device: torch.device,
-        source: Source | None = None,
+        source: PagedCache | None = None,
         slots: Sequence[int] | None = None,  # of the new tokens, where the caller knows them
         memory: BatchMemory | None = None,  # of this shape, where the caller has some to use again
     ) -> None:

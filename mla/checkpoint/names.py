@@ -31,7 +31,7 @@ _IN_MODULE = re.compile(
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """One attention of a checkpoint.
 
     `layer` is None where names carry no number. `part` counts the attentions of a layer that has several.
@@ -44,7 +44,7 @@ class Place:
 
     @property
     def pattern(self) -> str:
-        """How names of this place look, for messages."""
+        """How names of this location look, for messages."""
         layers = "" if self.layer is None else "layers.N."
         return f"{self.prefix}{layers}{self.module + '.' if self.module else ''}*"
 
@@ -54,18 +54,18 @@ class Place:
         return "mtp" in self.prefix.split(".")
 
 
-def locate(key: str) -> tuple[Place, str] | None:
-    """Return a tensor's place and its weight's Hugging Face name, or None if it is no attention's."""
+def locate(key: str) -> tuple[Location, str] | None:
+    """Return a tensor's location and its weight's Hugging Face name, or None if it is no attention's."""
     in_layer = _IN_LAYER.fullmatch(key)
     prefix, layer, rest = ("", None, key) if in_layer is None else in_layer.group("prefix", "layer", "rest")
     number = None if layer is None else int(layer)
     in_module = _IN_MODULE.fullmatch(rest)
     if in_module is not None and not (layer and in_module["prefix"]):
         part = None if in_module["part"] is None else int(in_module["part"])
-        place = Place(prefix + in_module["prefix"], number, in_module["module"], part)
-        return place, _hugging_face(in_module["name"])
+        location = Location(prefix + in_module["prefix"], number, in_module["module"], part)
+        return location, _hugging_face(in_module["name"])
     if layer is None and in_module is None and not _OTHERS.match(key):
-        return Place("", None, ""), _hugging_face(key)
+        return Location("", None, ""), _hugging_face(key)
     return None
 
 

@@ -14,8 +14,8 @@ from mla.checkpoint.errors import CheckpointError
 from mla.checkpoint.facts import Facts, read_facts
 from mla.checkpoint.files import StoredTensor
 from mla.checkpoint.folder import Folder
-from mla.checkpoint.names import KNOWN, Place, is_mla, locate
-from mla.checkpoint.stored import DTYPES, FP8, Progress, StoredLayer, StoredWeight
+from mla.checkpoint.names import KNOWN, Location, is_mla, locate
+from mla.checkpoint.stored import DTYPES, FP8, ReadProgress, StoredLayer, StoredWeight
 from mla.config import MLAConfig
 from mla.weights import weight_shapes
 
@@ -45,7 +45,7 @@ def read_layer(
     layer: Wanted = None,
     *,
     dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: ReadProgress | None = None,
 ) -> StoredLayer:
     """Return the weights of one layer, checked against `config` and still on disk.
 
@@ -57,13 +57,13 @@ def read_layer(
     follows reading. Raises `CheckpointError`, here for names, shapes and dtypes, and when a weight is read
     for its values.
     """
-    place = Folder(folder)
-    facts = read_facts(place)
-    keys = _find(place, layer, facts)
+    stored = Folder(folder)
+    facts = read_facts(stored)
+    keys = _find(stored, layer, facts)
     shapes = weight_shapes(config)
-    _check_names(place, keys, shapes)
+    _check_names(stored, keys, shapes)
     wanted = [name for one in shapes for name in (one, one + _SCALE) if name in keys]
-    tensors = _headers(place, {name: keys[name][0] for name in wanted})
+    tensors = _headers(stored, {name: keys[name][0] for name in wanted})
     weights = {
         name: _weight(tensors[name], tensors.get(name + _SCALE), shape, facts)
         for name, shape in shapes.items()
@@ -73,19 +73,19 @@ def read_layer(
 
 def _find(folder: Folder, layer: Wanted, facts: Facts) -> Keys:
     """Return the tensors of the chosen layer's attention."""
-    places: dict[Place, Keys] = {}
+    locations: dict[Location, Keys] = {}
     for file, key in folder.tensors():
         located = locate(key)
         if located is not None:
-            place, name = located
-            places.setdefault(place, {}).setdefault(name, []).append((file, key))
-    served = [place for place, keys in places.items() if is_mla(set(keys)) and not place.is_draft]
+            location, name = located
+            locations.setdefault(location, {}).setdefault(name, []).append((file, key))
+    served = [location for location, keys in locations.items() if is_mla(set(keys)) and not location.is_draft]
     if not served:
         raise CheckpointError(
             f"checkpoint '{folder.path}' holds no MLA attention weights, such as "
             "'model.layers.0.self_attn.kv_a_proj_with_mqa.weight'."
         )
-    return places[choose(served, layer, facts, str(folder.path))]
+    return locations[choose(served, layer, facts, str(folder.path))]
 
 
 def _check_names(folder: Folder, keys: Keys, shapes: Mapping[str, object]) -> None:

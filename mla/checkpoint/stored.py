@@ -11,7 +11,7 @@ import torch
 from mla.checkpoint.errors import CheckpointError
 from mla.checkpoint.files import StoredTensor
 
-Progress = Callable[[int, int], object]
+ReadProgress = Callable[[int, int], object]  # bytes read, bytes of all
 
 #: Elements read at a time: with fp32 copies, scratch memory of some 10 MiB.
 BLOCK = 1 << 20
@@ -99,7 +99,7 @@ class StoredLayer(Mapping[str, torch.Tensor]):
         self,
         weights: Mapping[str, StoredWeight],
         dtype: torch.dtype | None = None,
-        progress: Progress | None = None,
+        progress: ReadProgress | None = None,
     ) -> None:
         self._weights, self._dtype, self._progress = weights, dtype, progress
         self._unread = set(weights)

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mla.errors import ConfigError, did_you_mean
-
-if TYPE_CHECKING:
-    from mla.config import MLAConfig
 
 
 @dataclass(frozen=True)
@@ -22,7 +19,8 @@ class Family:
 
     architecture: str = ""  # stands in for a missing model_type
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what an absent key means
-    derived: Mapping[str, Callable[[MLAConfig], Any]] = field(default_factory=dict)  # the same, computed
+    # What an absent key means where that depends on the other fields of the config, given by name.
+    derived: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)  # fields that no key changes
     demands: Mapping[str, Any] = field(default_factory=dict)  # keys with one supported value, if present
     needs: frozenset[str] = frozenset()  # keys that may not be null
@@ -58,15 +56,15 @@ FAMILIES: Mapping[str, Family] = {
     "minicpm3": Family(
         "MiniCPM3ForCausalLM",
         defaults={"q_lora_rank": 768, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32},
-        derived={"v_head_dim": lambda config: config.hidden_size // config.num_attention_heads},
+        derived={"v_head_dim": lambda values: values["hidden_size"] // values["num_attention_heads"]},
         fixed={**_EPS, "rope_interleave": False},
     ),
     "longcat_flash": Family(
         "LongcatFlashForCausalLM",
         defaults={**_DIMS, "rope_theta": 1e7},
         derived={
-            "q_latent_scale": lambda config: (config.hidden_size / (config.q_lora_rank or 1)) ** 0.5,
-            "kv_latent_scale": lambda config: (config.hidden_size / config.kv_lora_rank) ** 0.5,
+            "q_latent_scale": lambda values: (values["hidden_size"] / (values["q_lora_rank"] or 1)) ** 0.5,
+            "kv_latent_scale": lambda values: (values["hidden_size"] / values["kv_lora_rank"]) ** 0.5,
         },
         fixed=_INTERLEAVED,
         demands={"mla_scale_q_lora": True, "mla_scale_kv_lora": True},

@@ -13,7 +13,7 @@ from mla.config.presets import PRESETS
 from mla.config.rope_settings import (
     LongRopeScaling,
     QueryScaling,
-    Scaling,
+    RopeScaling,
     YarnScaling,
     is_positive,
     read_rope,
@@ -60,7 +60,7 @@ class MLAConfig:
     attention_bias: bool = False  # on q_a, kv_a and o; never on q, q_b and kv_b
     rope_theta: float | None = 10000.0  # None: nothing is rotated
     rope_interleave: bool = True  # channels (0, 1), (2, 3), ... are rotated together, else i and i + r/2
-    rope_scaling: Scaling | None = None
+    rope_scaling: RopeScaling | None = None
     q_latent_scale: float = 1.0  # on the normed query latent, and so on queries
     kv_latent_scale: float = 1.0  # on the normed latent, which is cached scaled
     query_scaling: QueryScaling | None = None  # of queries by position
@@ -168,7 +168,7 @@ def _plain(cls: type[MLAConfig], family: Family, values: Mapping[str, Any], **na
     absent = {key for key in family.derived if values.get(key) is None}
     own = {key: value for key, value in values.items() if key in known - absent}
     config = cls(**own, **names)
-    derived = {key: family.derived[key](config) for key in absent}
+    derived = {key: family.derived[key](vars(config)) for key in absent}
     return replace(config, **derived, **family.fixed)
 
 

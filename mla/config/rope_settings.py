@@ -72,7 +72,7 @@ class QueryScaling:
     period: int
 
 
-Scaling = YarnScaling | LongRopeScaling
+RopeScaling = YarnScaling | LongRopeScaling
 
 #: Keys that name the kind of scaling.
 _KIND = ("type", "rope_type")
@@ -85,7 +85,7 @@ class Rope:
     """What the rotary keys of a config.json amount to; `theta` None means that nothing is rotated."""
 
     theta: float | None
-    scaling: Scaling | None = None
+    scaling: RopeScaling | None = None
     query_scaling: QueryScaling | None = None
 
 
@@ -159,7 +159,7 @@ def _query_scaling(spec: _Spec) -> QueryScaling | None:
     return QueryScaling(beta, spec.number("original_max_position_embeddings")) if beta else None
 
 
-def _scaling(spec: _Spec, family: Family, values: Mapping[str, Any], half: int) -> Scaling | None:
+def _scaling(spec: _Spec, family: Family, values: Mapping[str, Any], half: int) -> RopeScaling | None:
     kind = spec.values.get("rope_type", spec.values.get("type", "default"))
     kind = family.rope_types.get(kind, kind) if isinstance(kind, str) else kind
     if kind == "default":

@@ -1,4 +1,4 @@
-"""FLOPs and bytes of one layer step, and of every op alone, from the actual lengths.
+"""FLOPs and bytes of one layer step, from the actual lengths.
 
 A multiply-add counts as 2 FLOPs. Bytes are those that must move at least once: weights, latents of attended
 tokens, new latents, hidden states in and out. Letters as in the design: T tokens, h heads, n, r, c, v.
@@ -88,6 +88,3 @@ def step_bytes(
     latents = (sum(kv_lens) + sum(query_lens)) * config.latent_dim
     hidden = 2 * sum(query_lens) * config.hidden_size
     return element_size * (parameters(config) + latents + hidden)
-
-
-# ------------------------------------------------------------------------------------------- one op alone

@@ -1,4 +1,4 @@
-"""`Plan`: how one batch goes through attention. Made on the host, once per batch, without a device sync."""
+"""`StepPlan`: how a batch goes through attention. Made on the host, once per batch, without a device sync."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ExpandedGroup:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """At most one group per path; together they cover every token once."""
 
     cos_sin: torch.Tensor  # [T, r] fp32
@@ -73,10 +73,10 @@ def make_plan(
     batch: RaggedBatch,
     attention: str,
     workspace: int,
-) -> Plan:
+) -> StepPlan:
     """Split a batch by path and prepare each op once."""
     members = _split(config, batch, attention)
-    return Plan(
+    return StepPlan(
         cos_sin=cos_sin,
         absorbed=_absorbed(ops, batch, members[cost.ABSORBED], cos_sin),
         expanded=_expanded(config, ops, batch, members[cost.EXPANDED], cos_sin, workspace),

@@ -62,13 +62,15 @@ class StepViews:
         heads = self._scratch.take("heads", tokens, config.num_attention_heads, config.v_head_dim)
         return Projected(first, q_a, normed, q, per_head, kv_a, heads, heads.flatten(1))
 
-    def absorbed(self, step: Projected, tokens: Tokens) -> Absorbed:
+    def absorbed(self, projected: Projected, tokens: Tokens) -> Absorbed:
         """Return a group's queries and where its latent queries and outputs go."""
         if not isinstance(tokens, slice):  # the rows are copied anew for every step
-            q = self._scratch.rows("absorbed_q", step.q, tokens)
-            return self._absorbed_memory(q, step.heads, tokens)
-        key = ("absorbed", step.q.shape[0], tokens.start, tokens.stop)
-        return self._scratch.views(key, lambda: self._absorbed_memory(step.q[tokens], step.heads, tokens))
+            q = self._scratch.rows("absorbed_q", projected.q, tokens)
+            return self._absorbed_memory(q, projected.heads, tokens)
+        key = ("absorbed", projected.q.shape[0], tokens.start, tokens.stop)
+        return self._scratch.views(
+            key, lambda: self._absorbed_memory(projected.q[tokens], projected.heads, tokens)
+        )
 
     def _absorbed_memory(self, q: torch.Tensor, heads: torch.Tensor, tokens: Tokens) -> Absorbed:
         n, c, h = self._config.qk_nope_head_dim, self._config.kv_lora_rank, self._config.num_attention_heads

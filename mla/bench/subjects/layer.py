@@ -71,10 +71,14 @@ class MlaLayer(Implementation):
         return self._cache
 
     def restore(self) -> None:
-        self._shrink()
-        self._poison.apply()
+        self.rewind()
         if self._scenario.mode == "prefill":
             self._plan()
+
+    def rewind(self) -> None:
+        """Put the cache back to the history, without a batch for the next forward."""
+        self._shrink()
+        self._poison.apply()
 
     def _shrink(self) -> None:
         """Undo the pass, last pages first: the free list ends as it began, so every pass gets the same."""
