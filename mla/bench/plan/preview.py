@@ -10,10 +10,11 @@ from mla.bench.plan.estimate import SHARES, Estimator, estimator
 from mla.bench.plan.memory import MemoryPlan
 from mla.bench.run import scenario_run as session
 from mla.bench.run.scenario_run import Request
-from mla.bench.terminal import run_table
+from mla.bench.terminal.digits import number
 from mla.bench.workload.grid import Point
 from mla.bench.workload.quantities import spoken
 from mla.command import environment
+from mla.command.table import aligned
 
 Say = Callable[[str], None]
 
@@ -95,15 +96,13 @@ def require_memory(plans: Sequence[MemoryPlan]) -> None:
 def dry_run(request: Request, plans: Sequence[MemoryPlan], say: Say) -> None:
     """Say how many cases there are, and of each what memory and about what time it needs."""
     found = estimator(request.setting, request.lanes.kinds, measured=True)
-    rows: list[tuple[str, ...]] = [
-        ("case", "scenario", "implementation", "forwards", "device", "host", "about")
-    ]
+    header = ("case", "scenario", "implementation", "forwards", "device", "host", "about")
+    rows: list[tuple[str, ...]] = []
     for scenario, plan in zip(request.scenarios, plans, strict=True):
-        rows += _rows(request, scenario, plan, found, len(rows))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        rows += _rows(request, scenario, plan, found, len(rows) + 1)
     say("")
-    for row in rows:
-        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for line in aligned(header, rows, words=header).splitlines():
+        say(line)
     say("")
     fitting = [scenario for scenario, plan in zip(request.scenarios, plans, strict=True) if plan.fits]
     _total(request, fitting, found, say)
@@ -131,9 +130,7 @@ def _total(request: Request, fitting: Sequence[Point], found: Estimator, say: Sa
     seconds = sum(found.seconds(scenario, request.implementations) for scenario in fitting)
     count = len(request.scenarios) * len(request.implementations)
     shares = ", ".join(
-        f"{name} {run_table.number(100 * SHARES[name])} %"
-        for name in request.implementations
-        if name in SHARES
+        f"{name} {number(100 * SHARES[name])} %" for name in request.implementations if name in SHARES
     )
     how = "measured just now" if found.measured else "nominal, since none could be measured"
     say(

@@ -19,7 +19,7 @@ from mla.command.exit_codes import Exit
 from mla.command.options import key_values
 from mla.command.progress import Progress
 from mla.errors import UsageError, did_you_mean
-from mla.text import dtype_name, first_line
+from mla.text import dtype_name, first_line, size
 from mla_backends.discovery import locate
 
 if TYPE_CHECKING:
@@ -133,17 +133,17 @@ def _tasks(backend: Backend, dtypes: list[torch.dtype]) -> list[Task]:
 
     assert backend.device is not None
     sticks = [Yardstick(backend, backend.device, dtype) for dtype in dtypes]
-    sizes = footprints(backend.device_info().cache_bytes, backend.memory().free)
+    counts = footprints(backend.device_info().cache_bytes, backend.memory().free)
     tasks: list[Task] = []
     for work, measure in (("read", sticks[0].read), ("copy", sticks[0].copy)):
-        tasks += [_memory_task(work, measure, size) for size in sizes]
+        tasks += [_memory_task(work, measure, count) for count in counts]
     for stick, dtype in zip(sticks, dtypes, strict=True):
         tasks += _product_tasks(stick, dtype, backend)
     return tasks
 
 
-def _memory_task(work: str, measure: Callable[[int], Ceiling], size: int) -> Task:
-    return f"{work} of {render_ceilings.size(size)}", lambda: [measure(size)]
+def _memory_task(work: str, measure: Callable[[int], Ceiling], count: int) -> Task:
+    return f"{work} of {size(count)}", lambda: [measure(count)]
 
 
 def _product_tasks(stick: Yardstick, dtype: torch.dtype, backend: Backend) -> Iterator[Task]:

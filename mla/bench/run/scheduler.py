@@ -19,7 +19,7 @@ from mla.bench.plan.memory import MemoryPlan
 from mla.bench.run.budget import Budget
 from mla.bench.run.scenario_run import Request, Work, describe_run, plan
 from mla.bench.run.watchdog import Watchdog
-from mla.bench.terminal import run_table
+from mla.bench.terminal.digits import number
 from mla.bench.workload.grid import Point
 from mla.bench.workload.quantities import spoken
 from mla.command import error_origin
@@ -250,7 +250,7 @@ class _Bar:
 def _in_short(case: results.Case) -> str:
     if case.latency_ms is None:
         return f"{case.implementation} {case.check.status}"
-    return f"{case.implementation} {run_table.number(case.latency_ms.median)} ms"
+    return f"{case.implementation} {number(case.latency_ms.median)} ms"
 
 
 def _failure(scenario: Point, error: Exception) -> MLAError | BackendError:
