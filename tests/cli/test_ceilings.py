@@ -19,8 +19,9 @@ from mla.bench.results.ceilings_file import CeilingRun
 from mla.bench.results.schema import Ceiling
 from mla.bench.run import ceilings as ceilings_command
 from mla.bench.run.ceilings import footprints
-from mla.bench.terminal.ceilings import rate, render, run_lines, size
+from mla.bench.terminal.ceilings import rate, render, run_lines
 from mla.errors import ResultError
+from mla.text import size
 
 Bench = Callable[..., Any]
 CPU = ("ceilings", "--backend", "cpu")

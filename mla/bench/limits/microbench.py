@@ -15,7 +15,7 @@ import torch
 
 from mla.bench.results.schema import Ceiling
 from mla.layer.ops import choose
-from mla.text import dtype_name
+from mla.text import dtype_name, size
 from mla_backends.api import Backend, LinearSpec
 
 #: Seconds that one way of doing the work is repeated, and how often at least.
@@ -39,25 +39,31 @@ class Yardstick:
         self._backend, self._device, self._dtype = backend, device, dtype
         self._policy = "reference" if ops == "reference" else "auto"
 
-    def read(self, size: int) -> Ceiling:
-        """Return bytes per second of reading about `size` bytes again and again."""
-        rows = max(16, size // (FEATURES * self._dtype.itemsize) // 16 * 16)
-        size = rows * FEATURES * self._dtype.itemsize
+    def read(self, count: int) -> Ceiling:
+        """Return bytes per second of reading about `count` bytes again and again."""
+        rows = max(16, count // (FEATURES * self._dtype.itemsize) // 16 * 16)
+        count = rows * FEATURES * self._dtype.itemsize
         weight = torch.ones(rows, FEATURES, dtype=self._dtype, device=self._device)
         seconds, way = self._best(self._read_ways(weight))
         return Ceiling(
-            work="read", value=size / seconds, source=_measured(way, _mib(size)), footprint_bytes=size
+            work="read",
+            value=count / seconds,
+            source=_measured(way, size(count, MiB=".3g")),
+            footprint_bytes=count,
         )
 
-    def copy(self, size: int) -> Ceiling:
-        """Return bytes per second, read and written ones, of copying one half of `size` to the other."""
-        source = torch.ones(size // 8, dtype=torch.float32, device=self._device)
+    def copy(self, count: int) -> Ceiling:
+        """Return bytes per second, reads plus writes, of copying half of `count` bytes to the other half."""
+        source = torch.ones(count // 8, dtype=torch.float32, device=self._device)
         target = torch.empty_like(source)
         ways = {"copy_": lambda: target.copy_(source), "neg": lambda: torch.neg(source, out=target)}
         seconds, way = self._best(ways)
         moved = 2 * source.nbytes
         return Ceiling(
-            work="copy", value=moved / seconds, source=_measured(way, _mib(moved)), footprint_bytes=moved
+            work="copy",
+            value=moved / seconds,
+            source=_measured(way, size(moved, MiB=".3g")),
+            footprint_bytes=moved,
         )
 
     def product(self, tokens: int, inputs: int, outputs: int) -> Ceiling:
@@ -143,7 +149,3 @@ class Yardstick:
 
 def _measured(way: str, what: str) -> str:
     return f"measured: {way}, {what}"
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.3g} MiB"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from mla.text import size
 from mla_backends.api import Backend
 
 #: How many times the cache is swept: replacement is not strictly oldest first.
@@ -38,5 +39,5 @@ class Sweep:
         """Return what is swept, for the result."""
         known = "a last-level cache of unknown size"
         if self._cache is not None:
-            known = f"a last-level cache of {self._cache / 2**20:g} MiB"
-        return f"{self.bytes / 2**20:g} MiB read and written before every timed forward, for {known}"
+            known = f"a last-level cache of {size(self._cache, MiB='g')}"
+        return f"{size(self.bytes, MiB='g')} read and written before every timed forward, for {known}"

@@ -8,6 +8,7 @@ from decimal import Decimal
 from mla.bench.subjects.fixture import Needs
 from mla.bench.subjects.setting import Setting
 from mla.errors import OutOfMemory
+from mla.text import size
 from mla_backends import host
 from mla_backends.api import Backend
 
@@ -72,10 +73,8 @@ def _within(need: int, available: int | None) -> bool:
 
 def gib(count: int | None) -> str:
     """Return bytes in GiB, or "an unknown amount"."""
-    if count is None:
-        return "an unknown amount"
-    size = Decimal(count) / 2**30  # mistyped lengths overflow a float
-    return f"{size:.2f} GiB" if size < 10**6 else f"{size:.1e} GiB"
+    exact = None if count is None else Decimal(count)  # mistyped lengths overflow a float
+    return size(exact, "an unknown amount", GiB=lambda gibs: format(gibs, ".2f" if gibs < 10**6 else ".1e"))
 
 
 def plan_memory(setting: Setting, needs: Needs, implementations: int, extra: int = 0) -> MemoryPlan:

@@ -11,9 +11,9 @@ from mla.bench.plan.memory import gib
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.subjects.fixture import make_ops
 from mla.bench.terminal.digits import number
-from mla.bench.terminal.table import aligned
 from mla.bench.workload.grid import Point
 from mla.bench.workload.quantities import spoken
+from mla.command.table import aligned
 
 Say = Callable[[str], None]
 

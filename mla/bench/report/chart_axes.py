@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
 from mla.bench.report.series import Measure, printable
-from mla.bench.terminal.run_table import number
+from mla.bench.terminal.digits import number
 
 #: Characters of a name in a picture; tables hold it whole.
 LABEL = 42

@@ -20,7 +20,7 @@ from mla.bench.report.style import DARK, GREY, Look, Palette, ink
 from mla.bench.report.svg import inline, styled
 from mla.bench.results.compare import NOISE
 from mla.bench.results.schema import Case
-from mla.bench.terminal.run_table import number
+from mla.bench.terminal.digits import number
 from mla.bench.terminal.stages import total, wholes
 
 

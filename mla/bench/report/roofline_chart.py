@@ -14,7 +14,7 @@ from mla.bench.report.roofline_data import Roof, Roofline, ridge
 from mla.bench.report.series import printable
 from mla.bench.report.style import DARK, GREY, Look
 from mla.bench.report.svg import inline, styled
-from mla.bench.terminal.run_table import number
+from mla.bench.terminal.digits import number
 
 #: Points: the height of a label, and how near two must be to run into each other.
 HEIGHT, REACH = 9.0, 34.0

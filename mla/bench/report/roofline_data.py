@@ -8,6 +8,7 @@ from typing import Literal
 
 from mla.bench.report.series import Entry, Source, entries, with_numbers
 from mla.bench.results.schema import Ceiling
+from mla.text import size
 
 #: Roofs nearer than this share are drawn as one, and so many of one kind at most.
 NEAR, MOST = 0.10, 4
@@ -60,13 +61,8 @@ def _measured(ceiling: Ceiling) -> Roof | None:
         return None
     if ceiling.work == "matmul":
         return Roof("compute", ceiling.value, ceiling.source, ceiling.dtype or "")
-    size = ceiling.footprint_bytes
-    return Roof("memory", ceiling.value, ceiling.source, _size(size) if size else "")
-
-
-def _size(count: int) -> str:
-    mib = count / 2**20
-    return f"{mib / 1024:.3g} GiB" if mib >= 1024 else f"{mib:.3g} MiB"
+    footprint = size(ceiling.footprint_bytes or None, unknown="", GiB=".3g", MiB=".3g")
+    return Roof("memory", ceiling.value, ceiling.source, footprint)
 
 
 def _derived(entry: Entry) -> Roof | None:

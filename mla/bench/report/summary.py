@@ -10,6 +10,7 @@ import msgspec
 from mla.bench.report.series import Source, grouped
 from mla.bench.results.schema import Case, Run
 from mla.bench.terminal import run_table
+from mla.text import size
 
 #: Headlines and remarks of one file; a grid has a headline per point.
 MOST_LINES = 6
@@ -118,9 +119,7 @@ def _value(value: object) -> str:
 
 
 def _bytes(count: int | None) -> str:
-    if count is None:
-        return "unknown"
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    return size(count, unknown="unknown", GiB=".1f", MiB=".0f")
 
 
 def method(case: Case) -> list[tuple[str, str]]:

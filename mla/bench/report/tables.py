@@ -11,7 +11,7 @@ from mla.bench.results import stats
 from mla.bench.results.compare import Comparison
 from mla.bench.results.schema import Case, Interval, Latency, Timing
 from mla.bench.terminal import run_table as render
-from mla.bench.terminal.run_table import number
+from mla.bench.terminal.digits import number
 from mla.bench.terminal.stages import total
 
 

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 from mla.bench.results import ceilings_file
 from mla.bench.results.schema import Ceiling
-from mla.bench.terminal.ceilings import size as size_text
 from mla.command import environment
 from mla.command.backend import OpenedBackend
 from mla.command.console import note
 from mla.command.progress import Progress
-from mla.text import dtype_name, first_line
+from mla.text import dtype_name, first_line, size
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +68,8 @@ def tasks(backend: Backend, dtypes: list[torch.dtype]) -> list[Task]:
     return tasks
 
 
-def _memory_task(work: str, measure: Callable[[int], Ceiling], size: int) -> Task:
-    return f"{work} of {size_text(size)}", lambda: [measure(size)]
+def _memory_task(work: str, measure: Callable[[int], Ceiling], count: int) -> Task:
+    return f"{work} of {size(count)}", lambda: [measure(count)]
 
 
 def _product_tasks(stick: Yardstick, dtype: torch.dtype, backend: Backend) -> Iterator[Task]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from mla.bench import results
 from mla.bench.results.ceilings_file import CeilingRun
 from mla.bench.results.schema import Ceiling
-from mla.bench.terminal import table
+from mla.command import table
 from mla.errors import ResultError
+from mla.text import size
 
 FORMATS = ("table", "md", "json")
 
@@ -44,16 +45,6 @@ def rate(found: Ceiling) -> str:
         if found.value >= factor or prefix == "G":
             break
     return f"{found.value / factor:.3g} {prefix}{unit}"
-
-
-def size(count: int | None) -> str:
-    """Return bytes in KiB, MiB or GiB; "-" for None."""
-    if count is None:
-        return "-"
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= factor or unit == "KiB":
-            break
-    return f"{count / factor:.3g} {unit}"
 
 
 def _work(found: Ceiling) -> str:

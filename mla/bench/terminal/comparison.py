@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from mla.bench.results import compare
 from mla.bench.results.compare import Comparison
 from mla.bench.results.schema import Run
-from mla.bench.terminal import run_table
+from mla.bench.terminal.digits import number
+from mla.command.table import aligned, markdown
 
 _HEADER = ("scenario", "implementation", "base ms", "new ms", "time ratio", "90% CI", "verdict")
 
@@ -18,27 +19,16 @@ def compare_runs(
     """Return what to print about a run against the base, and all its cases."""
     cases = compare.compare(base, run, noise)
     lines = [title, *(f"warning: {one}" for one in compare.warnings(base, run)), ""]
-    table = _markdown(cases) if kind == "md" else _table(cases)
+    rows = map(_row, cases)
+    table = markdown(_HEADER, rows) if kind == "md" else aligned(_HEADER, rows, words=_HEADER)
     return "\n".join(lines) + "\n" + table + _reasons(cases), cases
 
 
 def _row(one: Comparison) -> tuple[str, ...]:
     interval = f"{one.interval[0]:.3f} .. {one.interval[1]:.3f}" if one.interval else "-"
     ratio = "-" if one.ratio is None else f"{one.ratio:.3f}"
-    times = (run_table.number(one.base_ms), run_table.number(one.new_ms))
+    times = (number(one.base_ms), number(one.new_ms))
     return (one.scenario, one.implementation, *times, ratio, interval, one.verdict)
-
-
-def _table(cases: Sequence[Comparison]) -> str:
-    rows = [_HEADER, *map(_row, cases)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "".join(f"{line.rstrip()}\n" for line in lines)
-
-
-def _markdown(cases: Sequence[Comparison]) -> str:
-    rows = [_HEADER, ("---",) * len(_HEADER), *map(_row, cases)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _reasons(cases: Sequence[Comparison]) -> str:

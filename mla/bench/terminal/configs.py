@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from mla.command.table import aligned
 from mla.config import LongRopeScaling, MLAConfig, YarnScaling
 from mla.config.presets import PRESETS
 
 _HEADER = ("name", "hidden", "heads", "q_lora", "latent", "nope/v", "rotation", "source")
-_WORDS = frozenset(("name", "nope/v", "rotation", "source"))  # aligned left
+_WORDS = ("name", "nope/v", "rotation", "source")  # aligned left
 
 
 def as_table() -> str:
     """Return one line per preset under a header; "-" means none."""
-    rows = [_HEADER, *(_row(name) for name in PRESETS)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "".join(f"{'  '.join(_cells(row, widths)).rstrip()}\n" for row in rows)
+    return aligned(_HEADER, map(_row, PRESETS), words=_WORDS)
 
 
 def as_objects() -> list[dict[str, Any]]:
@@ -31,11 +29,6 @@ def as_objects() -> list[dict[str, Any]]:
 def _numbers(name: str) -> dict[str, Any]:
     config = MLAConfig.preset(name)
     return {**asdict(config), "softmax_scale": config.softmax_scale}
-
-
-def _cells(row: tuple[str, ...], widths: list[int]) -> Iterator[str]:
-    for title, cell, width in zip(_HEADER, row, widths, strict=True):
-        yield cell.ljust(width) if title in _WORDS else cell.rjust(width)
 
 
 def _row(name: str) -> tuple[str, ...]:

@@ -19,8 +19,10 @@ from mla.bench.terminal import stages
 from mla.bench.terminal.digits import between, known, number
 from mla.bench.terminal.quality_warnings import noise
 from mla.bench.terminal.timings import timing_lines
+from mla.command.table import markdown
+from mla.text import size
 
-__all__ = ["COLUMNS", "FORMATS", "comparisons", "headlines", "noise", "number", "render"]
+__all__ = ["COLUMNS", "FORMATS", "comparisons", "headlines", "noise", "render"]
 
 FORMATS = ("table", "md", "csv", "json")
 
@@ -139,9 +141,7 @@ def _reasons(cases: Sequence[Case]) -> str:
 
 
 def _markdown(cases: Sequence[Case]) -> str:
-    cells = ([cell.replace("|", "\\|") for cell in row] for row in _cells(cases))
-    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *cells]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + _reasons(cases)
+    return markdown(list(COLUMNS), _cells(cases)) + _reasons(cases)
 
 
 def _csv(cases: Sequence[Case]) -> str:
@@ -213,7 +213,7 @@ def _spread(latency: results.Latency | None) -> str:
 
 
 def _mib(count: int | None) -> str:
-    return "-" if count is None else f"{number(count / 2**20)} MiB"
+    return size(count, MiB=number)
 
 
 def _exponent(value: float | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mla.bench.results.schema import Case, Roofline, Stage
-from mla.bench.terminal import table as text_table
+from mla.command.table import aligned, markdown
 
 _HEADER = ("ms", "share %", "TFLOP/s", "GB/s", "% of limit")
 
@@ -29,9 +29,9 @@ def _case(case: Case, kind: str, number: Number, limit: Callable[[Roofline], str
     sum_ms, title = total(case.stages), f"stages of {case.scenario}, {case.implementation}"
     rows = [_row(stage, sum_ms, kind, number, limit) for stage in case.stages]
     if kind == "md":
-        table = text_table.markdown((title, *_HEADER), rows)
+        table = markdown((title, *_HEADER), rows)
     else:
-        table = text_table.aligned((title, *_HEADER), rows, words=(title,))
+        table = aligned((title, *_HEADER), rows, words=(title,))
     return f"{table}\n{_remark(case, sum_ms, number)}\n\n"
 
 
