@@ -14,7 +14,7 @@ import torch
 from mla import cost
 from mla.bench import results
 from mla.bench.limits.roofline import Ceilings
-from mla.bench.measure.variants import Kind, forwards
+from mla.bench.measure.variants import Variant, forwards
 from mla.bench.subjects.memory import forward_cost
 from mla.bench.subjects.op.problem import op_problem
 from mla.bench.subjects.setting import Setting, scenario_setting
@@ -34,7 +34,7 @@ NOMINAL_FLOPS, NOMINAL_BANDWIDTH, NOMINAL_FLOAT64 = 1e12, 3e10, 3e10
 class Estimator:
     """Estimates scenarios of one run; with `measured` limits, or with nominal ones that cost no time."""
 
-    def __init__(self, setting: Setting, kinds: Sequence[Kind], measured: bool) -> None:
+    def __init__(self, setting: Setting, kinds: Sequence[Variant], measured: bool) -> None:
         self._setting, self._kinds, self.measured = setting, kinds, measured
         self._float64 = _float64_rate() if measured else NOMINAL_FLOAT64
 
@@ -74,7 +74,7 @@ class Estimator:
         return max(work.flops / flops, work.bytes / bandwidth)
 
 
-def estimator(setting: Setting, kinds: Sequence[Kind], measured: bool) -> Estimator:
+def estimator(setting: Setting, kinds: Sequence[Variant], measured: bool) -> Estimator:
     """Return an estimator; one with nominal limits for a device that cannot run the yardstick."""
     found = Estimator(setting, kinds, measured)
     try:

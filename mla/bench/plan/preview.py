@@ -41,8 +41,8 @@ def describe(request: Request, plans: Sequence[MemoryPlan], say: Say) -> None:
     say(f"ops        {', '.join(fused) or 'reference for every op'} (--list-ops says why)")
     for line in _scenarios(request.scenarios):
         say(f"scenario   {line}")
-    if len(request.lanes.kinds) > 1:
-        say(f"timed      {request.lanes}")
+    if len(request.variants.timed) > 1:
+        say(f"timed      {request.variants}")
     _plan(request, plans, say)
 
 
@@ -67,7 +67,7 @@ def _line(scenario: Point) -> str:
     size = f"{len(scenario.query_lens)} requests, {scenario.tokens} new tokens per forward, "
     lengths = f"history {min(scenario.history)} to {max(scenario.history)}, "
     layers = f"{scenario.layers} layers, " if scenario.layers > 1 else ""
-    return f"{scenario.name}: {size}{lengths}{layers}{scenario.turns} passes of {scenario.steps}"
+    return f"{scenario.name}: {size}{lengths}{layers}{scenario.rounds} passes of {scenario.steps}"
 
 
 def _plan(request: Request, plans: Sequence[MemoryPlan], say: Say) -> None:
@@ -94,7 +94,7 @@ def require_memory(plans: Sequence[MemoryPlan]) -> None:
 
 def dry_run(request: Request, plans: Sequence[MemoryPlan], say: Say) -> None:
     """Say how many cases there are, and of each what memory and about what time it needs."""
-    found = estimator(request.setting, request.lanes.kinds, measured=True)
+    found = estimator(request.setting, request.variants.timed, measured=True)
     rows: list[tuple[str, ...]] = [
         ("case", "scenario", "implementation", "forwards", "device", "host", "about")
     ]
@@ -113,7 +113,7 @@ def _rows(
     request: Request, scenario: Point, plan: MemoryPlan, found: Estimator, first: int
 ) -> list[tuple[str, ...]]:
     needs = (memory.gib(plan.device_bytes(1)), memory.gib(plan.host))
-    count = str(forwards(request.lanes.kinds, scenario))
+    count = str(forwards(request.variants.timed, scenario))
     return [
         (
             str(first + place),

@@ -16,8 +16,9 @@ import torch
 from mla.bench import results
 from mla.bench.limits.roofline import Ceilings
 from mla.bench.measure import agreement, engine, stages, summary, variants
-from mla.bench.measure.hooks import Pace
-from mla.bench.measure.samples import Measured
+from mla.bench.measure.hooks import Hooks
+from mla.bench.measure.samples import Measurement
+from mla.bench.measure.variants import Variants
 from mla.bench.plan.memory import MemoryPlan, plan_memory
 from mla.bench.subjects import transformers_layer as peers
 from mla.bench.subjects.base import Implementation
@@ -58,7 +59,7 @@ class Request:
     backend_version: str | None = None
     state: State | None = None  # weights of a checkpoint; None: random ones
     stages: bool = False  # time the parts of a forward, after everything else
-    lanes: variants.Lanes = variants.Lanes()  # noqa: RUF009  # frozen
+    variants: Variants = Variants()  # noqa: RUF009  # frozen
 
 
 def expand_ops(scenarios: Sequence[Point], setting: Setting) -> list[Point]:
@@ -118,7 +119,7 @@ def plan(request: Request, scenario: Point) -> MemoryPlan:
 
 def total_forwards(request: Request) -> int:
     """Return the forwards of a run at least, checks and warm-ups included."""
-    kinds = request.lanes.kinds
+    kinds = request.variants.timed
     count = len(request.implementations) * sum(variants.forwards(kinds, one) for one in request.scenarios)
     if not request.stages:
         return count
@@ -137,9 +138,9 @@ def make_subject(request: Request, scenario: Point, beat: Callable[[], None]) ->
 class Work:
     """One scenario: its subject, measured implementation by implementation."""
 
-    def __init__(self, request: Request, scenario: Point, progress: engine.Progress, pace: Pace) -> None:
-        self._request, self._scenario, self._progress, self._pace = request, scenario, progress, pace
-        self._subject = make_subject(request, scenario, pace.beat)
+    def __init__(self, request: Request, scenario: Point, progress: engine.Progress, hooks: Hooks) -> None:
+        self._request, self._scenario, self._progress, self._hooks = request, scenario, progress, hooks
+        self._subject = make_subject(request, scenario, hooks.heartbeat)
         self._setting = self._subject.setting
         self._ceilings = Ceilings(self._setting)
         self._outputs: dict[str, torch.Tensor] = {}  # of right implementations, on the host
@@ -159,9 +160,9 @@ class Work:
         """Measure implementations that run in turns."""
         inputs, checker = self.prepare()
         built = [self._build(name) for name in names]
-        backend, seed, ways = self._setting.backend, self._setting.seed, self._request.lanes
+        backend, seed, ways = self._setting.backend, self._setting.seed, self._request.variants
         measured = engine.measure(
-            built, self._scenario, inputs, checker, backend, seed, ways, self._progress, self._pace
+            built, self._scenario, inputs, checker, backend, seed, ways, self._progress, self._hooks
         )
         for one in built:
             if measured[one.name].check.status == "ok":
@@ -182,7 +183,7 @@ class Work:
         return self._ceilings.used()
 
     def _build(self, name: str) -> Implementation:
-        self._pace.enter(name)
+        self._hooks.enter(name)
         return self._subject.build(name)
 
     def not_run(self, names: Sequence[str], reason: str) -> list[results.Case]:
@@ -197,7 +198,7 @@ class Work:
         """Tell the right implementations of this scenario how they relate."""
         agreement.compare(cases, self._outputs)
 
-    def _case(self, one: Implementation, measured: Measured, names: Sequence[str]) -> results.Case:
+    def _case(self, one: Implementation, measured: Measurement, names: Sequence[str]) -> results.Case:
         loaded = measured.check.status != "not run"
         case = self._empty(one.name, "", interrupted=False)
         summary.fill(case, self._scenario, measured, one)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from mla.bench import results
-from mla.bench.measure.hooks import Pace
+from mla.bench.measure.hooks import Hooks
 from mla.bench.plan.estimate import Estimator, estimator
 from mla.bench.plan.memory import MemoryPlan
 from mla.bench.run.budget import Budget
@@ -73,7 +73,7 @@ def execute(request: Request, advance: Advance, note: Note, steering: Steering) 
 
 def estimated_seconds(request: Request) -> float:
     """Return the length of a progress bar, in nominal seconds."""
-    nominal = Estimator(request.setting, request.lanes.kinds, measured=False)
+    nominal = Estimator(request.setting, request.variants.timed, measured=False)
     return sum(nominal.seconds(scenario, request.implementations) for scenario in request.scenarios)
 
 
@@ -84,11 +84,11 @@ class _Sweep:
         self._cases = {(case.scenario, case.implementation): case for case in steering.kept}
         self._ceilings = list(steering.ceilings)
         self._latest = self._result()
-        self._nominal = Estimator(request.setting, request.lanes.kinds, measured=False)
+        self._nominal = Estimator(request.setting, request.variants.timed, measured=False)
         limited = steering.budget.seconds is not None
         self._estimator = self._nominal
         if limited:
-            self._estimator = estimator(request.setting, request.lanes.kinds, measured=True)
+            self._estimator = estimator(request.setting, request.variants.timed, measured=True)
         self._watchdog = Watchdog(steering.hang_after, self._hung)
         self._number = 0
         self._refusal: MLAError | BackendError | None = None  # why the first scenario was left out
@@ -111,7 +111,7 @@ class _Sweep:
         """Measure what is missing of a scenario; return an outcome if the run ends here."""
         names = self._missing(scenario)
         bar = _Bar(self._move_on, self._place(), self._nominal, scenario, self._request.implementations)
-        work = Work(self._request, scenario, bar.forwards, self._pace(scenario, names))
+        work = Work(self._request, scenario, bar.forwards, self._hooks(scenario, names))
         try:
             if names:
                 self._measure(work, scenario, names)
@@ -188,13 +188,13 @@ class _Sweep:
         cut = [case for case in done if case.check.status == "ok" and not case.passes]
         self._keep(work.not_run([case.implementation for case in cut], OVER_BUDGET))
 
-    def _pace(self, scenario: Point, names: Sequence[str]) -> Pace:
+    def _hooks(self, scenario: Point, names: Sequence[str]) -> Hooks:
         """Return when the engine has to stop: while one pass more of any implementation still fits."""
         passes = (scenario.steps * self._estimator.forward(scenario, name) for name in names)
         reserve = max(passes, default=0.0)
         budget = self._steering.budget
         over = None if budget.seconds is None else lambda: budget.over(reserve)
-        return Pace(over, self._watchdog.enter, self._watchdog.beat)
+        return Hooks(over, self._watchdog.enter, self._watchdog.beat)
 
     def _only_this_one(self, error: Exception) -> bool:
         """Say whether other scenarios may go well: this one was too large, or no op takes its lengths."""

@@ -53,7 +53,7 @@ def steering(
 
 def left_out(options: RunOptions, request: Request, run: results.Run) -> str | None:
     """Return how many cases the budget cut, and how to go on; None if it cut none."""
-    turns = {scenario.name: scenario.turns for scenario in request.scenarios}
+    turns = {scenario.name: scenario.rounds for scenario in request.scenarios}
     left_out = sum(case.check.reason == OVER_BUDGET for case in run.cases)
     short = sum(0 < case.passes < turns[case.scenario] and not case.interrupted for case in run.cases)
     if not left_out and not short:
