@@ -1,4 +1,4 @@
-"""Runs on scripted clocks: what lanes, statistics and warm-ups make of known milliseconds is exact."""
+"""Runs on scripted clocks: what variants, statistics and warm-ups make of known milliseconds is exact."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GRAPHS = ("-O", "graphs=on", "--cache", "warm")
 
 @pytest.fixture
 def virtual(bench: Bench, small: list[str]) -> Bench:
-    """Return `bench` for one scenario of `mla` on scripted clocks, with the lanes that are asked for."""
+    """Return `bench` for one scenario of `mla` on scripted clocks, with the variants that are asked for."""
     config = small[: small.index("--cache")]
 
     def virtual(*words: str, scenario: str = "decode", **options: str) -> Any:
@@ -55,7 +55,7 @@ def remarks(done: Any) -> list[str]:
     return [line.partition(":")[0] for line in done.err.splitlines() if line.startswith(heads)]
 
 
-# ---------------------------------------------------------------------------------------------- lanes
+# ------------------------------------------------------------------------------------------- variants
 
 
 def test_by_default_warm_and_cold_are_timed(virtual: Bench) -> None:
@@ -127,7 +127,7 @@ def test_a_replay_that_does_nothing_is_wrong(virtual: Bench, scenario: str, afte
     assert done.code == 4
     case = only_case()
     assert case.check.status == "wrong"
-    start = "graph, warm cache, host clock: right before timing and wrong after it: "
+    start = "graph, warm cache, host clock: correct before timing, wrong after it: "
     assert case.check.reason.startswith(start)
     assert "hold NaN or infinity" in case.check.reason
     assert case.latency_ms is None
@@ -176,12 +176,12 @@ def test_a_comparator_without_graphs_is_no_error(virtual: Bench) -> None:
         (
             ["--mode", "graph"],
             3,
-            "error: backend 'virtual' offers no graphs, or an option forbids them, which",
+            "error: backend 'virtual' offers no graphs, or an option disables them (required by",
         ),
         (
             ["--clock", "host,device"],
             3,
-            "error: backend 'virtual' has no clock of its own, which --clock device",
+            "error: backend 'virtual' has no device timer (required by --clock device).",
         ),
         (["--cache", "cool"], 2, "error: --cache takes warm and cold, got 'cool'. Did you mean 'cold'?"),
         (["--mode", "graphs"], 2, "error: --mode takes eager and graph, got 'graphs'. Did you mean 'graph'?"),
@@ -338,6 +338,6 @@ def test_csv_has_a_column_for_every_way(virtual: Bench) -> None:
     assert {bare[f"{name}_ms"] for name in names} == {""}
 
 
-def test_a_repro_line_repeats_the_lanes(virtual: Bench) -> None:
+def test_a_repro_line_repeats_the_variants(virtual: Bench) -> None:
     virtual("--mode", "eager", "--cache", "cold", "--clock", "host")
     assert " --mode eager --cache cold --clock host " in only_case().repro

@@ -116,7 +116,7 @@ def test_presets_are_shipped_workloads(bench: Bench, small: list[str]) -> None:
     standard = [(one.name, one.query_lens, one.history) for one in points["standard"]]
     for name in ("smoke", "full"):
         assert [(one.name, one.query_lens, one.history) for one in points[name][:2]] == standard
-        assert all(one.turns >= 6 for one in points[name]), "an interval needs 6 passes"
+        assert all(one.rounds >= 6 for one in points[name]), "an interval needs 6 passes"
     assert len(points["smoke"]) == 2
     assert {axis for point in points["full"] for axis in point.point} == {"kv", "batch", "q_len"}
     assert max(max(point.query_lens) for point in points["full"] if point.mode == "decode") > 1

@@ -1,4 +1,4 @@
-"""How the implementations of one scenario relate: their outputs and their speed."""
+"""Compare the implementations of one scenario with each other: outputs and speed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mla.bench.results.schema import Agreement, Case
 
 
 def compare(cases: Sequence[Case], outputs: Mapping[str, torch.Tensor]) -> None:
-    """Tell every pair of cases with outputs (by implementation name, on the host) how they agree."""
+    """Fill the `agreement` of every case with the others; `outputs` are on the host, by implementation."""
     compared = [case for case in cases if case.implementation in outputs]
     for case in compared:
         case.agreement = [_agreement(case, other, outputs) for other in compared if other is not case]

@@ -13,7 +13,7 @@ import torch
 
 from mla.bench import results
 from mla.bench.limits.roofline import Ceilings
-from mla.bench.measure.variants import Kind, forwards
+from mla.bench.measure.variants import Variant, forwards
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.subjects.setting import Setting
 
@@ -30,14 +30,14 @@ NOMINAL_FLOPS, NOMINAL_BANDWIDTH, NOMINAL_FLOAT64 = 1e12, 3e10, 3e10
 class Estimator:
     """Estimates scenarios of one run; with `measured` limits, or with nominal ones that cost no time."""
 
-    def __init__(self, kinds: Sequence[Kind], measured: bool) -> None:
-        self._kinds, self.measured = kinds, measured
+    def __init__(self, variants: Sequence[Variant], measured: bool) -> None:
+        self._variants, self.measured = variants, measured
         self._float64 = _float64_rate() if measured else NOMINAL_FLOAT64
 
     def seconds(self, scenario: ScenarioPlan, names: Sequence[str]) -> float:
         """Return the seconds of a scenario: its oracle, and every forward of these implementations."""
         return self.preparation(scenario, names) + sum(
-            forwards(self._kinds, scenario.point) * self.forward(scenario, name) for name in names
+            forwards(self._variants, scenario.point) * self.forward(scenario, name) for name in names
         )
 
     def preparation(self, scenario: ScenarioPlan, names: Sequence[str]) -> float:
@@ -63,12 +63,12 @@ class Estimator:
 
 def nominal(request: Request) -> Estimator:
     """Return an estimator that measures nothing."""
-    return Estimator(request.lanes.kinds, measured=False)
+    return Estimator(request.variants.timed, measured=False)
 
 
 def measured(request: Request) -> Estimator:
     """Return an estimator with measured limits; nominal ones for a device that cannot be measured."""
-    estimator = Estimator(request.lanes.kinds, measured=True)
+    estimator = Estimator(request.variants.timed, measured=True)
     try:
         estimator.floor(request.setting, results.Cost(flops=1, bytes=1))
     except Exception:  # noqa: BLE001  # whatever a plugin raises must not cost the run

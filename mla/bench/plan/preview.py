@@ -36,8 +36,8 @@ def describe(request: Request, facts: Mapping[str, str], say: Say) -> None:
     say(f"ops        {', '.join(fused) or 'reference for every op'} (--list-ops says why)")
     for line in _scenarios(request.points):
         say(f"scenario   {line}")
-    if len(request.lanes.kinds) > 1:
-        say(f"timed      {request.lanes}")
+    if len(request.variants.timed) > 1:
+        say(f"timed      {request.variants}")
     _plan(request, say)
 
 
@@ -62,7 +62,7 @@ def _line(point: Point) -> str:
     size = f"{len(point.query_lens)} requests, {point.tokens} new tokens per forward, "
     lengths = f"history {min(point.history)} to {max(point.history)}, "
     layers = f"{point.layers} layers, " if point.layers > 1 else ""
-    return f"{point.name}: {size}{lengths}{layers}{point.turns} passes of {point.steps}"
+    return f"{point.name}: {size}{lengths}{layers}{point.rounds} passes of {point.steps}"
 
 
 def _plan(request: Request, say: Say) -> None:
@@ -103,7 +103,7 @@ def _rows(
     request: Request, scenario: ScenarioPlan, estimator: Estimator, first: int
 ) -> list[tuple[str, ...]]:
     memory = scenario.memory
-    count = str(forwards(request.lanes.kinds, scenario.point))
+    count = str(forwards(request.variants.timed, scenario.point))
     return [
         (
             str(first + place),

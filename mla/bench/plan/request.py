@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 import msgspec
 
 from mla.bench import results
-from mla.bench.measure import stages, variants
+from mla.bench.measure import stages
+from mla.bench.measure.variants import Variants, forwards
 from mla.bench.plan.memory import MemoryPlan, plan_memory
 from mla.bench.subjects.fixture import Needs, make_fixture
 from mla.bench.subjects.setting import Setting, scenario_setting
@@ -62,7 +63,7 @@ class Request:
     backend_version: str | None = None
     state: State | None = field(default=None, repr=False)  # weights of a checkpoint; None: random ones
     stages: bool = False  # time the parts of a forward, after everything else
-    lanes: variants.Lanes = variants.Lanes()  # noqa: RUF009  # frozen
+    variants: Variants = Variants()  # noqa: RUF009  # frozen
 
     def replanned(self, points: Sequence[Point], names: Sequence[str]) -> Request:
         """Return the same request with other scenarios and implementations."""
@@ -76,8 +77,8 @@ class Request:
 
     def total_forwards(self) -> int:
         """Return the minimum number of forwards, checks and warm-ups included."""
-        kinds, points = self.lanes.kinds, self.points
-        count = len(self.implementations) * sum(variants.forwards(kinds, point) for point in points)
+        timed, points = self.variants.timed, self.points
+        count = len(self.implementations) * sum(forwards(timed, point) for point in points)
         if not self.stages:
             return count
         ours = sum(name.startswith("mla") for name in self.implementations)

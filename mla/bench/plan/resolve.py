@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mla.bench.measure import variants
 from mla.bench.plan import repro, scenarios, validate
 from mla.bench.plan.options import RunOptions
 from mla.bench.workload import grid
@@ -32,9 +33,10 @@ def resolve(options: RunOptions) -> Request:
     if mixed := environment.mixed_installation():
         note(mixed)
     points = _points(options)
+    wanted = variants.parse(options.mode, options.cache, options.clock)
     if options.target:
         files.check_writable(options.target)
-    return _request(options, points, open_backend(options))
+    return _request(options, points, wanted, open_backend(options))
 
 
 def _points(options: RunOptions) -> list[Point]:
@@ -46,8 +48,9 @@ def _points(options: RunOptions) -> list[Point]:
     return points
 
 
-def _request(options: RunOptions, points: Sequence[Point], opened: OpenedBackend) -> Request:
-    from mla.bench.measure import variants
+def _request(
+    options: RunOptions, points: Sequence[Point], wanted: variants.Wanted, opened: OpenedBackend
+) -> Request:
     from mla.bench.plan.request import Request
 
     setting, state = _layer(options, points, opened)
@@ -64,7 +67,7 @@ def _request(options: RunOptions, points: Sequence[Point], opened: OpenedBackend
         backend_version=opened.version,
         state=state,
         stages=options.stages,
-        lanes=variants.choose(opened.backend, options.mode, options.cache, options.clock),
+        variants=variants.available(wanted, opened.backend),
     )
 
 

@@ -22,7 +22,7 @@ def kept_cases(path: Path, old: Run, now: Run, scenarios: Sequence[Point]) -> li
             f"cannot resume '{path}', it holds another run: {'; '.join(reasons)}. Repeat its options, "
             "or write a new file."
         )
-    turns = {scenario.name: scenario.turns for scenario in scenarios}
+    turns = {scenario.name: scenario.rounds for scenario in scenarios}
     return [case for case in old.cases if _complete(case, turns[case.scenario])]
 
 

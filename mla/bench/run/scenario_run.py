@@ -10,8 +10,8 @@ import torch
 from mla.bench import results
 from mla.bench.limits.roofline import Ceilings
 from mla.bench.measure import agreement, engine, stages, summary
-from mla.bench.measure.hooks import Pace
-from mla.bench.measure.samples import Measured
+from mla.bench.measure.hooks import Hooks
+from mla.bench.measure.samples import Measurement
 from mla.bench.plan.repro import case_command
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.subjects.base import Implementation
@@ -24,11 +24,11 @@ class ScenarioRun:
     """One scenario: its fixture, measured implementation by implementation."""
 
     def __init__(
-        self, request: Request, scenario: ScenarioPlan, progress: engine.Progress, pace: Pace
+        self, request: Request, scenario: ScenarioPlan, progress: engine.Progress, hooks: Hooks
     ) -> None:
         self._request, self._point, self._setting = request, scenario.point, scenario.setting
-        self._progress, self._pace = progress, pace
-        self._fixture = make_fixture(scenario.setting, scenario.point, request.state, pace.beat)
+        self._progress, self._hooks = progress, hooks
+        self._fixture = make_fixture(scenario.setting, scenario.point, request.state, hooks.heartbeat)
         self._ceilings = Ceilings(self._setting)
         self._outputs: dict[str, torch.Tensor] = {}  # of right implementations, on the host
 
@@ -47,9 +47,9 @@ class ScenarioRun:
         """Measure implementations, interleaved."""
         inputs, checker = self.prepare()
         built = [self._build(name) for name in names]
-        backend, seed, ways = self._setting.backend, self._setting.seed, self._request.lanes
+        backend, seed, variants = self._setting.backend, self._setting.seed, self._request.variants
         measured = engine.measure(
-            built, self._point, inputs, checker, backend, seed, ways, self._progress, self._pace
+            built, self._point, inputs, checker, backend, seed, variants, self._progress, self._hooks
         )
         for one in built:
             if measured[one.name].check.status == "ok":
@@ -70,7 +70,7 @@ class ScenarioRun:
         return self._ceilings.used()
 
     def _build(self, name: str) -> Implementation:
-        self._pace.enter(name)
+        self._hooks.enter(name)
         return self._fixture.build(name)
 
     def not_run(self, names: Sequence[str], reason: str) -> list[results.Case]:
@@ -85,7 +85,7 @@ class ScenarioRun:
         """Tell the right implementations of this scenario how they relate."""
         agreement.compare(cases, self._outputs)
 
-    def _case(self, one: Implementation, measured: Measured, names: Sequence[str]) -> results.Case:
+    def _case(self, one: Implementation, measured: Measurement, names: Sequence[str]) -> results.Case:
         loaded = measured.check.status != "not run"
         case = self._empty(one.name, "", interrupted=False)
         summary.fill(case, self._point, measured, one)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import msgspec
 
 from mla.bench import results
-from mla.bench.measure.hooks import Pace
+from mla.bench.measure.hooks import Hooks
 from mla.bench.plan import estimate
 from mla.bench.plan.estimate import Estimator
 from mla.bench.plan.memory import MemoryPlan
@@ -80,7 +80,7 @@ class _Scheduler:
         """Measure what is missing of a scenario; return an outcome if the run ends here."""
         names = self._missing(scenario)
         bar = _Bar(self._move_on, self._place(), self._nominal, scenario, self._request.implementations)
-        work = ScenarioRun(self._request, scenario, bar.forwards, self._pace(scenario, names))
+        work = ScenarioRun(self._request, scenario, bar.forwards, self._hooks(scenario, names))
         try:
             if names:
                 self._measure(work, scenario, names)
@@ -160,13 +160,13 @@ class _Scheduler:
         cut = [case for case in done if case.check.status == "ok" and not case.passes]
         self._keep(work.not_run([case.implementation for case in cut], OVER_BUDGET))
 
-    def _pace(self, scenario: ScenarioPlan, names: Sequence[str]) -> Pace:
+    def _hooks(self, scenario: ScenarioPlan, names: Sequence[str]) -> Hooks:
         """Return when the engine has to stop: while one pass more of any implementation still fits."""
         passes = (scenario.point.steps * self._estimator.forward(scenario, name) for name in names)
         reserve = max(passes, default=0.0)
         budget = self._steering.budget
         over = None if budget.seconds is None else lambda: budget.over(reserve)
-        return Pace(over, self._watchdog.enter, self._watchdog.beat)
+        return Hooks(over, self._watchdog.enter, self._watchdog.beat)
 
     def _only_this_one(self, error: Exception) -> bool:
         """Return whether other scenarios may go well: this one was too large, or no op takes its lengths."""

@@ -94,9 +94,9 @@ def _save(options: RunOptions, run: results.Run) -> None:
 
 def skipped(options: RunOptions, request: Request, run: results.Run) -> str | None:
     """Return how many cases the budget cut, and how to resume; None if it cut none."""
-    turns = {point.name: point.turns for point in request.points}
+    rounds = {point.name: point.rounds for point in request.points}
     left_out = sum(case.check.reason == OVER_BUDGET for case in run.cases)
-    short = sum(0 < case.passes < turns[case.scenario] and not case.interrupted for case in run.cases)
+    short = sum(0 < case.passes < rounds[case.scenario] and not case.interrupted for case in run.cases)
     if not left_out and not short:
         return None
     words = [*request.command, *request.selection, "--implementations", ",".join(request.implementations)]

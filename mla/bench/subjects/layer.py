@@ -7,7 +7,6 @@ import time
 import torch
 
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.graphs import Captured, CapturedDecode, CapturedPrefill
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.subjects.setting import SPARE_PAGES, Setting
 from mla.bench.workload.scenario import Scenario
@@ -104,11 +103,6 @@ class MlaLayer(Implementation):
 
     def _forward(self, index: int, batch: RaggedBatch) -> None:
         self.forward(batch, self._hidden[index], self.outputs[index])
-
-    def captured(self) -> Captured:
-        if self._scenario.mode == "prefill":
-            return CapturedPrefill(self)
-        return CapturedDecode(self, self._scenario)
 
     @property
     def hidden(self) -> torch.Tensor:

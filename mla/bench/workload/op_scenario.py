@@ -46,7 +46,7 @@ class OpScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.runs
 
     @property
-    def turns(self) -> int:
+    def rounds(self) -> int:
         """Passes that are timed."""
         return self.passes
 
