@@ -120,7 +120,7 @@ def test_scenarios_that_do_not_fit_are_left_out_and_the_note_says_how_to_go_on(
         ("ok", ""),
     ]
     assert not any(case.interrupted for case in cases)
-    assert "--budget left out 2 of 3 cases and cut short 0; go on with: python -m mla.bench " in done.error
+    assert "--budget skipped 2 of 3 cases and cut short 0; resume with: python -m mla.bench " in done.error
     words = shlex.split(done.error.partition("python -m mla.bench ")[2])
     assert bench(*words).code == 0
     after = results.read(Path("run.json")).cases
@@ -137,7 +137,7 @@ def test_passes_stop_at_the_deadline_and_what_was_measured_is_kept_and_checked(r
     assert measured[0].check.status == "ok"
     assert measured[0].latency_ms is not None
     assert len(measured[0].latency_ms.samples) == 2 * 4
-    assert "left out 2 of 3 cases and cut short 1; " in done.error
+    assert "skipped 2 of 3 cases and cut short 1; " in done.error
 
 
 def test_a_scenario_without_a_timed_pass_counts_as_left_out(run_inside: Any) -> None:
@@ -150,7 +150,7 @@ def test_a_scenario_without_a_timed_pass_counts_as_left_out(run_inside: Any) -> 
 def test_a_budget_that_is_over_at_once_runs_nothing(bench: Bench, small: list[str]) -> None:
     done = bench(*VIRTUAL, *small, *GRID, "--budget", "0.001", fakes=["virtual_clock"])
     assert done.code == 5
-    assert "--budget left out 3 of 3 cases and cut short 0; with -o, a later run could" in done.err
+    assert "--budget skipped 3 of 3 cases and cut short 0; with -o, a later run could" in done.err
     assert "is no duration" in bench(*VIRTUAL, "--budget", "soon").err
 
 

@@ -58,6 +58,6 @@ def test_a_mode_that_was_left_out_is_named_once_with_its_reason(make_run: MakeRu
         for cache in ("warm", "cold")
     ]
     assert noise(make_run(latency_ms=latency(), timings=timings)) == [
-        "left out: graph of prefill, mla: it waits"
+        "skipped: graph of prefill, mla: it waits"
     ]
     assert noise(make_run(latency_ms=latency(), timings=timings, interrupted=True)) == []

@@ -147,7 +147,7 @@ def _plans(
 
 def _own_implementations(identical: bool) -> list[str]:
     if identical:
-        note("mla-reference is left out: no fused op was chosen, so it is identical to mla")
+        note("mla-reference is skipped: no fused op was chosen, so it is identical to mla")
         return ["mla"]
     return ["mla", "mla-reference"]
 
@@ -176,6 +176,6 @@ def _listed_implementations(options: RunOptions, points: Sequence[Point]) -> lis
     except transformers_layer.PeerError as error:
         if options.implementations:
             raise
-        note(f"transformers is left out: {error}")  # a checkpoint is compared only where it is installed
+        note(f"transformers is skipped: {error}")  # a checkpoint is compared only where it is installed
         return []
     return names

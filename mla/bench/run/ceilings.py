@@ -98,7 +98,7 @@ def _projections(dtype: torch.dtype, backend: Backend) -> list[tuple[int, int]]:
 
 
 def measure(tasks: list[Task]) -> Findings:
-    """Carry out the tasks; one that fails is named and left out."""
+    """Carry out the tasks; one that fails is named and skipped."""
     found = Findings()
     with Progress(len(tasks)) as progress:
         for what, measure in tasks:
@@ -110,7 +110,7 @@ def measure(tasks: list[Task]) -> Findings:
                 break
             except Exception as error:  # noqa: BLE001  # whatever a device refuses, the rest is worth having
                 reason = first_line(error)
-                note(f"left out: {what}: {type(error).__name__}: {reason}")
+                note(f"skipped: {what}: {type(error).__name__}: {reason}")
             progress.advance(what, 1)
     return found
 

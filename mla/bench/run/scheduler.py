@@ -60,7 +60,7 @@ class _Scheduler:
         self._estimator = estimate.measured(request) if limited else self._nominal
         self._watchdog = Watchdog(steering.hang_after, self._hung)
         self._number = 0
-        self._refusal: MLAError | BackendError | None = None  # why the first scenario was left out
+        self._refusal: MLAError | BackendError | None = None  # why the first skipped scenario was skipped
 
     def run(self) -> Outcome:
         """Visit every scenario once."""
@@ -79,7 +79,7 @@ class _Scheduler:
     def _visit(self, scenario: ScenarioPlan) -> Outcome | None:
         """Measure what is missing of a scenario; return an outcome if the run ends here."""
         names = self._missing(scenario)
-        bar = _Bar(self._move_on, self._place(), self._nominal, scenario, self._request.implementations)
+        bar = _Bar(self._advance_to, self._place(), self._nominal, scenario, self._request.implementations)
         work = ScenarioRun(self._request, scenario, bar.forwards, self._hooks(scenario, names))
         try:
             if names:
@@ -91,9 +91,7 @@ class _Scheduler:
             if not self._only_this_one(error):
                 return Outcome(self._result(), failure=failure_of(scenario.name, error))
             self._refusal = self._refusal or failure_of(scenario.name, error)
-            self._leave_out(
-                work, scenario, self._missing(scenario), first_line(error) or type(error).__name__
-            )
+            self._skip(work, scenario, self._missing(scenario), first_line(error) or type(error).__name__)
         bar.finish()
         self._ceilings += [one for one in work.ceilings() if one not in self._ceilings]
         found = [self._cases[scenario.name, name] for name in names]
@@ -111,7 +109,7 @@ class _Scheduler:
         self._steering.save(self._latest)
         self._steering.log(f"{self._place()}  {scenario.name}: {', '.join(map(_in_short, found))}")
 
-    def _move_on(self, what: str, seconds: float) -> None:
+    def _advance_to(self, what: str, seconds: float) -> None:
         self._watchdog.beat()
         self._advance(what, seconds)
 
@@ -126,7 +124,7 @@ class _Scheduler:
         memory = scenario.memory.with_available(scenario.setting.backend)
         budget = self._steering.budget
         if not memory.fits:
-            self._leave_out(work, scenario, names, f"it needs {memory.shortage()}")
+            self._skip(work, scenario, names, f"it needs {memory.shortage()}")
             return
         # Estimating may measure: not once the time is over.
         seconds = self._estimator.seconds(scenario, names) if budget.left() > 0 else math.inf
@@ -173,10 +171,8 @@ class _Scheduler:
         too_large = isinstance(error, (OutOfMemory, MemoryError, UnsupportedBatch))
         return len(self._request.scenarios) > 1 and (too_large or type(error).__name__ == "OutOfMemoryError")
 
-    def _leave_out(
-        self, work: ScenarioRun, scenario: ScenarioPlan, names: Sequence[str], reason: str
-    ) -> None:
-        note(f"{scenario.name} is left out: {reason}")
+    def _skip(self, work: ScenarioRun, scenario: ScenarioPlan, names: Sequence[str], reason: str) -> None:
+        note(f"{scenario.name} is skipped: {reason}")
         self._keep(work.not_run(names, reason))
 
     def _keep(self, cases: Sequence[results.Case]) -> None:
@@ -211,13 +207,13 @@ class _Bar:
         self._each = sum(nominal.forward(scenario, name) for name in names) / len(names)
 
     def forwards(self, what: str, done: int) -> None:
-        """Move on by so many forwards."""
+        """Advance by this many forwards."""
         seconds = min(done * self._each, self._left)
         self._left -= seconds
         self._advance(f"{self._place}  {what}", seconds)
 
     def finish(self) -> None:
-        """Move on by what was estimated and not done."""
+        """Advance by what was estimated but not done."""
         self._advance(self._place, self._left)
 
 

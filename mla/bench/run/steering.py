@@ -18,7 +18,7 @@ from mla.command.exit_codes import Exit
 from mla.errors import ResultError
 
 Show = Callable[[results.Run], None]
-OVER_BUDGET = "left out by --budget"
+OVER_BUDGET = "skipped by --budget"
 # Seconds without a forward after which a device is assumed to hang.
 HANG_AFTER = 600.0
 
@@ -101,5 +101,5 @@ def skipped(options: RunOptions, request: Request, run: results.Run) -> str | No
         return None
     words = [*request.command, *request.selection, "--implementations", ",".join(request.implementations)]
     command = repro.command([*words, "--resume", str(options.target)])
-    on = f"go on with: {command}" if options.target else "with -o, a later run could go on with --resume"
-    return f"--budget left out {left_out} of {len(run.cases)} cases and cut short {short}; {on}"
+    on = f"resume with: {command}" if options.target else "with -o, a later run could --resume it"
+    return f"--budget skipped {left_out} of {len(run.cases)} cases and cut short {short}; {on}"

@@ -30,7 +30,7 @@ def _of_case(case: Case) -> Iterator[str]:
     if case.latency_ms is not None:
         yield from _of_latency(where, case.latency_ms)
     for mode, reason in _left_out(case).items():
-        yield f"left out: {mode} of {where}: {reason}"
+        yield f"skipped: {mode} of {where}: {reason}"
 
 
 def _of_latency(where: str, latency: Latency) -> Iterator[str]:
