@@ -1,4 +1,4 @@
-"""What a number depended on: versions, host, build, commit. Every probe is guarded; unknown facts are omitted."""
+"""What a number depended on: versions, host, build, commit. Probes are guarded; unknown facts are omitted."""
 
 from __future__ import annotations
 

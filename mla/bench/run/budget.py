@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class Budget:
-    """Seconds from now on; None means no limit. Estimates are corrected by how long earlier scenarios took."""
+    """Seconds from now on, or no limit. Estimates are corrected by how long earlier scenarios took."""
 
     def __init__(self, seconds: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds = seconds
