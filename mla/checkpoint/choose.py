@@ -1,4 +1,4 @@
-"""Which of a checkpoint's attentions is meant."""
+"""Choose among a checkpoint's attentions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mla.checkpoint.errors import CheckpointError
 from mla.checkpoint.facts import Facts
 from mla.checkpoint.names import Location
 
-#: A layer's number, or "N.M": attention M of a layer that has several.
+# A layer's number, or "N.M" for attention M of a layer that has several.
 Wanted = int | str | None
 _WANTED = re.compile(r"([0-9]{1,6})(?:\.([0-9]{1,3}))?")
 
@@ -35,7 +35,7 @@ def _one_pattern(locations: Collection[Location], folder: str) -> None:
     if len(patterns) > 1:
         raise CheckpointError(
             f"checkpoint '{folder}' holds MLA attention weights under several names, '{patterns[0]}' and "
-            f"'{patterns[1]}': which are meant cannot be told."
+            f"'{patterns[1]}': it is unclear which are meant."
         )
 
 
@@ -67,7 +67,7 @@ def _only_main(locations: Collection[Location], facts: Facts, folder: str) -> in
 
 
 def _numbered(locations: Collection[Location], number: int | None, facts: Facts, folder: str) -> int | None:
-    """Return the stored number of layer `number`: a folder of one layer may have lost or changed it."""
+    """Return the stored number of layer `number`, which a folder of one layer may have lost or changed."""
     layers = {location.layer for location in locations}
     if number in layers:
         return number

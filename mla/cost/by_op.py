@@ -20,7 +20,7 @@ def attended_pairs(query_len: int, kv_len: int) -> int:
 
 
 def linear_flops(weights: int, rows: int) -> int:
-    """Return the FLOPs of multiplying `rows` rows with a matrix of so many weights."""
+    """Return the FLOPs of multiplying `rows` rows by a matrix of `weights` elements."""
     return 2 * rows * weights
 
 

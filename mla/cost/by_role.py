@@ -23,7 +23,7 @@ from mla.cost.work import Work
 
 @dataclass(frozen=True)
 class PathLoad:
-    """What the requests that take one attention path bring along."""
+    """The requests that take one attention path, added up."""
 
     requests: int = 0
     tokens: int = 0  # new ones

@@ -30,8 +30,7 @@ from mla_backends.api import Backend, OpCall
 
 ATTENTION_MODES = ("auto", "absorbed", "expanded")
 
-
-#: Specs a plan depends on -> what stands for them.
+# The specs a plan depends on -> an object that stands for them.
 _PLAN_KEYS: dict[Hashable, object] = {}
 
 
@@ -39,8 +38,9 @@ class MLA(nn.Module):
     """One attention layer on one device, for inference.
 
     `attention`: "auto", "absorbed" or "expanded". `ops`: "auto" takes the backend's fused ops where they
-    serve this layer, "reference" never does, "fused" and names of ops insist (`mla.layer.ops.choose`), which
-    raises `UnsupportedOps` where they cannot. Without a backend the layer runs the reference on the CPU.
+    serve this layer, "reference" never does, "fused" and names of ops require them (`mla.layer.ops.choose`)
+    and raise `UnsupportedOps` where they cannot serve. Without a backend the layer runs the reference on the
+    CPU.
     `workspace_bytes` caps the keys and values the expanded path rebuilds at a time.
     Weights arrive through `load_state_dict` under Hugging Face names.
     """
@@ -86,10 +86,10 @@ class MLA(nn.Module):
     ) -> MLA:
         """Build the layer of a checkpoint folder (config.json and *.safetensors); `arguments` as for MLA.
 
-        `layer` None means the only main layer there is; "3.1" the second of a layer's two attentions.
-        `progress` is called with the bytes read and those of all. Raises `ConfigError` or `CheckpointError`.
+        `layer` None means the only main layer; "3.1" the second of a layer's two attentions.
+        `progress` is called with the bytes read and the total. Raises `ConfigError` or `CheckpointError`.
         """
-        refuse_other_formats(folder)  # such folders lack a config.json, which says less
+        refuse_other_formats(folder)  # such folders lack a config.json, and that error would say less
         config = MLAConfig.from_pretrained(folder)
         built = cls(config, **arguments)
         built.load_state_dict(read_layer(folder, config, layer, progress=progress))
@@ -101,7 +101,7 @@ class MLA(nn.Module):
         """Pack weights (Hugging Face names) for this layer's ops, one at a time.
 
         Raises `WeightError` naming the tensor when one is missing, has the wrong shape or is unknown
-        (unknown ones pass with `strict=False`); the layer then keeps what it had.
+        (unknown ones are accepted with `strict=False`); the layer then keeps the weights it had.
         """
         self._weights.load(state_dict, strict)
         self._repeated.forget()
@@ -109,7 +109,7 @@ class MLA(nn.Module):
     def state_dict(  # type: ignore[override]
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """Return the plain weights under Hugging Face names, bit for bit those that were loaded."""
+        """Return the plain weights under Hugging Face names, bit for bit as loaded."""
         self._require_weights()
         found = {} if destination is None else destination
         found.update({prefix + name: weight for name, weight in self._weights.state_dict().items()})
@@ -123,7 +123,7 @@ class MLA(nn.Module):
         self.load_state_dict(own)
 
     def weight_bytes(self) -> int:
-        """Return the bytes all packed weights keep alive."""
+        """Return the bytes that the packed weights keep alive."""
         return self._weights.nbytes()
 
     def scratch_bytes(self) -> int:
@@ -152,7 +152,7 @@ class MLA(nn.Module):
         return make_plan(self.config, self.ops, cos_sin, batch, self.attention, self.workspace_bytes)
 
     def _make_plan_key(self) -> object:
-        """Return what stands for the specs a plan depends on: one object for layers with equal ones."""
+        """Return a stand-in for the specs a plan depends on: one object for layers with equal specs."""
         key = (
             self.ops["latent_attention"].key(),
             self.ops["expanded_attention"].key(),
@@ -188,7 +188,7 @@ class MLA(nn.Module):
     def _at_once(
         self, hidden: torch.Tensor, batch: RaggedBatch, plan: StepPlan, pages: torch.Tensor, out: torch.Tensor
     ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None:
-        """Return what makes this forward in one call, if it is one of ops alone and came before."""
+        """Return a function that runs this forward in one call, if it is a repeated one of ops alone."""
         if not self._repeated.offered:
             return None
         group = plan.absorbed
@@ -198,7 +198,7 @@ class MLA(nn.Module):
         ops, views = self.ops, self.step.views.projected(batch.num_tokens)
         owners = (ops, views, batch.memory, group.cos_sin, group.state)
         starts = (hidden.data_ptr(), pages.data_ptr(), out.data_ptr())
-        same = tuple(starts.index(start) for start in starts)  # which of them begin at one address
+        same = tuple(starts.index(start) for start in starts)  # which of them start at the same address
         layout = (hidden.stride(), pages.shape, pages.stride(), out.stride(), same)
 
         def record() -> list[OpCall]:

@@ -17,7 +17,7 @@ from mla.layer.ops import Ops
 from mla.layer.workspace import Tokens
 from mla_backends.api import SegmentLengths
 
-#: Bytes that rebuilt keys and values of one round may take.
+# Bytes that the rebuilt keys and values of one round may take.
 WORKSPACE_BYTES = 256 << 20
 
 
@@ -129,14 +129,14 @@ def _expanded(
     rounds = tuple(_round(part, choice, chunk) for chunk in _chunks(part, limit))
     if not choice.op.writes_lse and any(piece.merge for one in rounds for piece in one.pieces):
         raise UnsupportedBatch(
-            f"fused op '{choice.name}' gives no log-sum-exp, and merging parts of a long context needs it: "
+            f"fused op '{choice.name}' returns no log-sum-exp, which merging parts of a long context needs: "
             "raise workspace_bytes, or use the reference ops (`--ops reference`)."
         )
     return ExpandedGroup(tokens, cos_sin[tokens], rounds)
 
 
 def _part(batch: RaggedBatch, requests: Sequence[int]) -> tuple[Tokens, RaggedBatch | None]:
-    """Return where the requests' tokens are, and a batch of those requests; None when there is no token."""
+    """Return where the requests' tokens are, and a batch of those requests; None when they have no tokens."""
     if sum(batch.query_lens[i] for i in requests) == 0:
         return slice(0, 0), None
     if len(requests) == len(batch.query_lens):

@@ -1,6 +1,6 @@
-"""Views of a layer's scratch memory that every step of the same shape uses again.
+"""Views of a layer's scratch memory, reused by every step of the same shape.
 
-Slicing costs a host as much as a small op, and a decode step has a dozen such views; so they are made once.
+Slicing costs the host as much as a small op, and a decode step takes a dozen views, so they are made once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class StepViews:
         self._config, self._ops, self._scratch = config, ops, scratch
 
     def projected(self, tokens: int) -> Projected:
-        """Return where the projections of so many tokens are written."""
+        """Return where the projections of this many tokens are written."""
         return self._scratch.views(("projected", tokens), lambda: self._projected(tokens))
 
     def _projected(self, tokens: int) -> Projected:
@@ -64,7 +64,7 @@ class StepViews:
 
     def absorbed(self, projected: Projected, tokens: Tokens) -> Absorbed:
         """Return a group's queries and where its latent queries and outputs go."""
-        if not isinstance(tokens, slice):  # the rows are copied anew for every step
+        if not isinstance(tokens, slice):  # the rows are copied for every step
             q = self._scratch.rows("absorbed_q", projected.q, tokens)
             return self._absorbed_memory(q, projected.heads, tokens)
         key = ("absorbed", projected.q.shape[0], tokens.start, tokens.stop)

@@ -1,6 +1,6 @@
-"""Where a forward's time goes: every op timed alone, in passes of their own after the headline's.
+"""Where a forward's time goes: every op timed alone, in separate passes after the headline's.
 
-Between two ops the device is synchronized, which a forward does without; so the parts add up to more than it.
+The device is synchronized between two ops, which a forward is not, so the parts add up to more than it takes.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from mla.cost.by_role import role_costs
 from mla.verify.layer_check import Checker
 from mla_backends.api import Timer
 
-#: Forwards that are timed at least: whole passes, so that a growing cache counts as it does in the headline.
+# Minimum of timed forwards: whole passes, so that a growing cache counts as it does in the headline.
 FORWARDS = 20
 BETWEEN = "between ops"
 
-#: Stage -> what belongs to it: roles of `mla.layer.ops`, `gather` (context latents, and keys made of them),
-#: `extend` and `plan`, and the layer's own host code and copies between them.
+# Stage -> its parts: roles of `mla.layer.ops`, `gather` (context latents, and keys made of them),
+# `extend` and `plan`, and the layer's own host code and copies between them.
 STAGES = {
     "query and latent projections": ("qkv_a_proj", "q_a_layernorm", "q_b_proj"),
     "cache write": ("write_latent",),
@@ -42,7 +42,7 @@ STAGES = {
     BETWEEN: (BETWEEN,),
 }
 
-#: Milliseconds of one forward, by part.
+# Milliseconds of one forward, by part.
 Sample = dict[str, float]
 
 
@@ -61,7 +61,7 @@ class Stopwatch:
 
     @contextmanager
     def region(self, name: str) -> Iterator[None]:
-        """Time what happens inside the `with` block, other regions excepted."""
+        """Time the `with` block, excluding other regions inside it."""
         if self._open:
             self._stop()
         self._open.append(name)
@@ -110,7 +110,7 @@ class TimedSteps:
             self._plan(self._batch)
 
     def step(self, index: int) -> None:
-        """Run one forward, and write its output to where the layer's own would go."""
+        """Run one forward, and write its output where the layer would."""
         with self._watch.region(BETWEEN), torch.no_grad():
             self._forward(index, self._batch if self._prefill else self._extend())
 
