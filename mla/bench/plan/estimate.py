@@ -13,7 +13,7 @@ import torch
 
 from mla import cost
 from mla.bench import results
-from mla.bench.limits.roofline import Ceilings
+from mla.bench.limits.roofline import RooflineModel
 from mla.bench.measure.variants import Kind, forwards
 from mla.bench.subjects.memory import forward_cost
 from mla.bench.subjects.op.problem import op_problem
@@ -67,7 +67,7 @@ class Estimator:
     def _floor(self, setting: Setting, work: results.Cost) -> float:
         flops, bandwidth = NOMINAL_FLOPS, NOMINAL_BANDWIDTH
         if self.measured:
-            ceilings = Ceilings(setting)
+            ceilings = RooflineModel(setting)
             flops = ceilings.flops().value
             # Sizes of a factor of two share a measurement, or a grid would measure for minutes.
             bandwidth = ceilings.bandwidth(1 << work.bytes.bit_length()).value

@@ -13,6 +13,7 @@ from mla.bench import results
 from mla.bench.plan.options import RunOptions
 from mla.bench.run.budget import Budget
 from mla.bench.terminal import comparison, run_table
+from mla.bench.terminal.quality_warnings import quality_warnings
 from mla.bench.workload import grid as axes
 from mla.bench.workload.grid import Point
 from mla.bench.workload.op_scenario import refuse_idle
@@ -73,7 +74,7 @@ def run(options: RunOptions) -> int:
 def _show(kind: str, run: results.Run) -> None:
     if run.cases:
         out(run_table.render(run, kind))
-        for remark in run_table.noise(run):
+        for remark in quality_warnings(run):
             note(remark)
 
 

@@ -13,7 +13,7 @@ from mla.bench import results
 from mla.bench.plan import resolve
 from mla.bench.results import ceilings_file
 from mla.bench.results.schema import Ceiling
-from mla.bench.terminal import ceilings as render_ceilings
+from mla.bench.terminal.ceilings import render
 from mla.command import console, environment, files
 from mla.command.exit_codes import Exit
 from mla.command.options import key_values
@@ -25,7 +25,7 @@ from mla_backends.discovery import locate
 if TYPE_CHECKING:
     import torch
 
-    from mla.bench.limits.microbench import Yardstick
+    from mla.bench.limits.microbench import Microbenchmark
     from mla_backends.api import Backend
 
 #: Short and long names of what --dtype takes.
@@ -94,7 +94,7 @@ def run(options: CeilingOptions) -> int:
         if options.output:
             results.write(report, options.output)
     finally:
-        console.out(render_ceilings.render(report, options.kind))
+        console.out(render(report, options.kind))
     return _verdict(found)
 
 
@@ -129,16 +129,16 @@ def footprints(cache: int | None, free: int | None) -> list[int]:
 
 
 def _tasks(backend: Backend, dtypes: list[torch.dtype]) -> list[Task]:
-    from mla.bench.limits.microbench import Yardstick
+    from mla.bench.limits.microbench import Microbenchmark
 
     assert backend.device is not None
-    sticks = [Yardstick(backend, backend.device, dtype) for dtype in dtypes]
+    benchmarks = [Microbenchmark(backend, backend.device, dtype) for dtype in dtypes]
     counts = footprints(backend.device_info().cache_bytes, backend.memory().free)
     tasks: list[Task] = []
-    for work, measure in (("read", sticks[0].read), ("copy", sticks[0].copy)):
+    for work, measure in (("read", benchmarks[0].read), ("copy", benchmarks[0].copy)):
         tasks += [_memory_task(work, measure, count) for count in counts]
-    for stick, dtype in zip(sticks, dtypes, strict=True):
-        tasks += _product_tasks(stick, dtype, backend)
+    for benchmark, dtype in zip(benchmarks, dtypes, strict=True):
+        tasks += _product_tasks(benchmark, dtype, backend)
     return tasks
 
 
@@ -146,17 +146,17 @@ def _memory_task(work: str, measure: Callable[[int], Ceiling], count: int) -> Ta
     return f"{work} of {size(count)}", lambda: [measure(count)]
 
 
-def _product_tasks(stick: Yardstick, dtype: torch.dtype, backend: Backend) -> Iterator[Task]:
+def _product_tasks(benchmark: Microbenchmark, dtype: torch.dtype, backend: Backend) -> Iterator[Task]:
     """Yield squares as one task, and the default config's projections for few and for many tokens."""
     name = dtype_name(dtype)
-    yield f"square {name} products", lambda: list(stick.squares())
+    yield f"square {name} products", lambda: list(benchmark.squares())
     for inputs, outputs in _projections(dtype, backend):
         for tokens in TOKENS:
-            yield _product_task(stick, name, (tokens, inputs, outputs))
+            yield _product_task(benchmark, name, (tokens, inputs, outputs))
 
 
-def _product_task(stick: Yardstick, name: str, shape: tuple[int, int, int]) -> Task:
-    return f"{name} product {' x '.join(map(str, shape))}", lambda: [stick.product(*shape)]
+def _product_task(benchmark: Microbenchmark, name: str, shape: tuple[int, int, int]) -> Task:
+    return f"{name} product {' x '.join(map(str, shape))}", lambda: [benchmark.product(*shape)]
 
 
 def _projections(dtype: torch.dtype, backend: Backend) -> list[tuple[int, int]]:

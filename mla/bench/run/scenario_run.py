@@ -14,7 +14,7 @@ import msgspec
 import torch
 
 from mla.bench import results
-from mla.bench.limits.roofline import Ceilings
+from mla.bench.limits.roofline import RooflineModel
 from mla.bench.measure import agreement, engine, stages, summary, variants
 from mla.bench.measure.hooks import Pace
 from mla.bench.measure.samples import Measured
@@ -141,7 +141,7 @@ class Work:
         self._request, self._scenario, self._progress, self._pace = request, scenario, progress, pace
         self._subject = make_subject(request, scenario, pace.beat)
         self._setting = self._subject.setting
-        self._ceilings = Ceilings(self._setting)
+        self._ceilings = RooflineModel(self._setting)
         self._outputs: dict[str, torch.Tensor] = {}  # of right implementations, on the host
 
     @property
