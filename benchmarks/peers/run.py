@@ -29,13 +29,14 @@ from benchmarks.peers import catalog, sglang_tools, steady, summary
 from benchmarks.peers.choice import Unavailable
 from benchmarks.peers.scenarios import is_long, scenarios
 from mla.bench import results
-from mla.bench.limits.roofline import Ceilings
+from mla.bench.limits.roofline import RooflineModel
 from mla.bench.plan import options
 from mla.bench.plan.request import Request, plan_scenario
 from mla.bench.plan.resolve import resolve
 from mla.bench.run.outcome import Outcome, verdict
 from mla.bench.run.scheduler import measure
 from mla.bench.terminal import run_table
+from mla.bench.terminal.quality_warnings import quality_warnings
 from mla.bench.workload.grid import Point
 from mla.command import console
 from mla.command.exit_codes import guarded
@@ -160,7 +161,7 @@ class PeerRun:
 
 def report(run: results.Run, request: Request) -> str:
     """Return the runner's table and one comparison per scenario."""
-    ceilings = Ceilings(request.setting)
+    ceilings = RooflineModel(request.setting)
     limits = summary.Limits(ceilings.bandwidth, ceilings.flops)
     grouped: dict[str, list[results.Case]] = {}
     for case in run.cases:
@@ -233,7 +234,7 @@ def peer_run(
         results.write(whole.run, output)
     if whole.run.cases:
         console.out(report(whole.run, request))
-        for remark in run_table.noise(whole.run):
+        for remark in quality_warnings(whole.run):
             console.note(remark)
     return verdict(whole)
 

@@ -289,8 +289,8 @@ def test_stages_are_printed_below_the_table(make_run: Callable[..., Run]) -> Non
         "  gather                      0.5     12.5        -     -           -",
         "between ops                   0.5     12.5        -     -           -",
         "",
-        "Each is timed alone between two synchronizations, which a forward does without: they add up to "
-        "4 ms, and a forward takes 2 ms. Bookkeeping is no part of a prefill's latency.",
+        "Each is timed alone between two synchronizations that a forward does not make: they add up to "
+        "4 ms, a forward takes 2 ms. Bookkeeping is not part of a prefill's latency.",
         "",
     ]
     assert lines[-1] == "Prefill Latency: 2 ms"

@@ -11,8 +11,9 @@ from mla.bench.cli import compare
 from mla.bench.cli.run_options import run_options
 from mla.bench.plan.options import RunOptions
 from mla.bench.run.budget import Budget
-from mla.bench.terminal import quality_warnings, run_table
+from mla.bench.terminal import run_table
 from mla.bench.terminal.comparison import compare_runs
+from mla.bench.terminal.quality_warnings import quality_warnings
 from mla.command.console import note, out
 from mla.command.exit_codes import Exit
 
@@ -127,7 +128,7 @@ def _report(options: RunOptions, request: Request, outcome: Outcome) -> None:
 def _show(options: RunOptions, run: results.Run) -> None:
     if run.cases:
         out(run_table.render(run, options.kind))
-        for warning in quality_warnings.noise(run):
+        for warning in quality_warnings(run):
             note(warning)
 
 

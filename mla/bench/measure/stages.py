@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mla.bench.limits.roofline import Ceilings
+from mla.bench.limits.roofline import RooflineModel
 from mla.bench.results.schema import Case, Cost, Roofline, Stage
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.scenario import Scenario
@@ -153,7 +153,7 @@ def add(
     one: MlaLayer,
     scenario: Scenario,
     checker: Checker,
-    ceilings: Ceilings,
+    ceilings: RooflineModel,
     progress: Callable[[str, int], None],
 ) -> None:
     """Fill `case.stages`. A case that is wrong in these passes loses its numbers."""
@@ -183,7 +183,7 @@ def costs(one: MlaLayer, scenario: Scenario) -> dict[str, Cost]:
 
 
 def summary(
-    samples: Sequence[Sample], costs: dict[str, Cost], ceilings: Ceilings, footprint: int
+    samples: Sequence[Sample], costs: dict[str, Cost], ceilings: RooflineModel, footprint: int
 ) -> list[Stage]:
     """Return a row per stage that ran and, where it has several parts, one for each: "stage: part"."""
     rows = []
@@ -199,7 +199,7 @@ def _stage(
     parts: Sequence[str],
     samples: Sequence[Sample],
     costs: dict[str, Cost],
-    ceilings: Ceilings,
+    ceilings: RooflineModel,
     footprint: int,
 ) -> Stage:
     ms = statistics.median(sum(sample.get(part, 0.0) for part in parts) for sample in samples)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from mla.bench import results
-from mla.bench.limits.roofline import Ceilings
+from mla.bench.limits.roofline import RooflineModel
 from mla.bench.measure.variants import Variant, forwards
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.subjects.setting import Setting
@@ -54,7 +54,7 @@ class Estimator:
         """Return the seconds below which the device cannot do some work."""
         flops, bandwidth = NOMINAL_FLOPS, NOMINAL_BANDWIDTH
         if self.measured:
-            ceilings = Ceilings(setting)
+            ceilings = RooflineModel(setting)
             flops = ceilings.flops().value
             # Sizes of a factor of two share a measurement, or a grid would measure for minutes.
             bandwidth = ceilings.bandwidth(1 << work.bytes.bit_length()).value

@@ -19,7 +19,7 @@ from mla.text import dtype_name, first_line, size
 if TYPE_CHECKING:
     import torch
 
-    from mla.bench.limits.microbench import Yardstick
+    from mla.bench.limits.microbench import Microbenchmark
     from mla_backends.api import Backend
 
 # Footprints: powers of 4 from the smallest to the largest, or to so many caches, or a share of memory.
@@ -55,16 +55,16 @@ def footprints(cache: int | None, free: int | None) -> list[int]:
 
 def tasks(backend: Backend, dtypes: list[torch.dtype]) -> list[Task]:
     """Return what there is to measure: reading, copying, and products."""
-    from mla.bench.limits.microbench import Yardstick
+    from mla.bench.limits.microbench import Microbenchmark
 
     assert backend.device is not None
-    sticks = [Yardstick(backend, backend.device, dtype) for dtype in dtypes]
-    sizes = footprints(backend.device_info().cache_bytes, backend.memory().free)
+    benchmarks = [Microbenchmark(backend, backend.device, dtype) for dtype in dtypes]
+    counts = footprints(backend.device_info().cache_bytes, backend.memory().free)
     tasks: list[Task] = []
-    for work, measure in (("read", sticks[0].read), ("copy", sticks[0].copy)):
-        tasks += [_memory_task(work, measure, size) for size in sizes]
-    for stick, dtype in zip(sticks, dtypes, strict=True):
-        tasks += _product_tasks(stick, dtype, backend)
+    for work, measure in (("read", benchmarks[0].read), ("copy", benchmarks[0].copy)):
+        tasks += [_memory_task(work, measure, count) for count in counts]
+    for benchmark, dtype in zip(benchmarks, dtypes, strict=True):
+        tasks += _product_tasks(benchmark, dtype, backend)
     return tasks
 
 
@@ -72,17 +72,17 @@ def _memory_task(work: str, measure: Callable[[int], Ceiling], count: int) -> Ta
     return f"{work} of {size(count)}", lambda: [measure(count)]
 
 
-def _product_tasks(stick: Yardstick, dtype: torch.dtype, backend: Backend) -> Iterator[Task]:
+def _product_tasks(benchmark: Microbenchmark, dtype: torch.dtype, backend: Backend) -> Iterator[Task]:
     """Yield squares as one task, and the default config's projections for few and for many tokens."""
     name = dtype_name(dtype)
-    yield f"square {name} products", lambda: list(stick.squares())
+    yield f"square {name} products", lambda: list(benchmark.squares())
     for inputs, outputs in _projections(dtype, backend):
         for tokens in TOKENS:
-            yield _product_task(stick, name, (tokens, inputs, outputs))
+            yield _product_task(benchmark, name, (tokens, inputs, outputs))
 
 
-def _product_task(stick: Yardstick, name: str, shape: tuple[int, int, int]) -> Task:
-    return f"{name} product {' x '.join(map(str, shape))}", lambda: [stick.product(*shape)]
+def _product_task(benchmark: Microbenchmark, name: str, shape: tuple[int, int, int]) -> Task:
+    return f"{name} product {' x '.join(map(str, shape))}", lambda: [benchmark.product(*shape)]
 
 
 def _projections(dtype: torch.dtype, backend: Backend) -> list[tuple[int, int]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mla.bench import results
-from mla.bench.limits.roofline import Ceilings
+from mla.bench.limits.roofline import RooflineModel
 from mla.bench.measure import agreement, engine, stages, summary
 from mla.bench.measure.hooks import Hooks
 from mla.bench.measure.samples import Measurement
@@ -29,7 +29,7 @@ class ScenarioRun:
         self._request, self._point, self._setting = request, scenario.point, scenario.setting
         self._progress, self._hooks = progress, hooks
         self._fixture = make_fixture(scenario.setting, scenario.point, request.state, hooks.heartbeat)
-        self._ceilings = Ceilings(self._setting)
+        self._ceilings = RooflineModel(self._setting)
         self._outputs: dict[str, torch.Tensor] = {}  # of right implementations, on the host
 
     @property

@@ -16,21 +16,21 @@ _HEADER = ("scenario", "implementation", "base ms", "new ms", "time ratio", "90%
 def compare_runs(
     base: Run, run: Run, title: str, kind: str, noise: float = compare.NOISE
 ) -> tuple[str, list[Comparison]]:
-    """Return what to print about a run against the base, and all its cases."""
+    """Return what to print about a run compared with the base, and all its cases."""
     cases = compare.compare(base, run, noise)
-    lines = [title, *(f"warning: {one}" for one in compare.warnings(base, run)), ""]
+    lines = [title, *(f"warning: {warning}" for warning in compare.warnings(base, run)), ""]
     rows = map(_row, cases)
     table = markdown(_HEADER, rows) if kind == "md" else aligned(_HEADER, rows, words=_HEADER)
     return "\n".join(lines) + "\n" + table + _reasons(cases), cases
 
 
-def _row(one: Comparison) -> tuple[str, ...]:
-    interval = f"{one.interval[0]:.3f} .. {one.interval[1]:.3f}" if one.interval else "-"
-    ratio = "-" if one.ratio is None else f"{one.ratio:.3f}"
-    times = (number(one.base_ms), number(one.new_ms))
-    return (one.scenario, one.implementation, *times, ratio, interval, one.verdict)
+def _row(case: Comparison) -> tuple[str, ...]:
+    interval = f"{case.interval[0]:.3f} .. {case.interval[1]:.3f}" if case.interval else "-"
+    ratio = "-" if case.ratio is None else f"{case.ratio:.3f}"
+    times = (number(case.base_ms), number(case.new_ms))
+    return (case.scenario, case.implementation, *times, ratio, interval, case.verdict)
 
 
 def _reasons(cases: Sequence[Comparison]) -> str:
-    lines = [f"{one.scenario}, {one.implementation}: {one.reason}\n" for one in cases if one.reason]
+    lines = [f"{case.scenario}, {case.implementation}: {case.reason}\n" for case in cases if case.reason]
     return "\n" + "".join(lines) if lines else ""

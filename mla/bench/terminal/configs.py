@@ -1,4 +1,4 @@
-"""`list --configs`: the presets, their numbers and where these were read."""
+"""`list --configs`: the presets, their numbers and the sources of these."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _WORDS = ("name", "nope/v", "rotation", "source")  # aligned left
 
 
 def as_table() -> str:
-    """Return one line per preset under a header; "-" means none."""
+    """Return a table with one line per preset; "-" means none."""
     return aligned(_HEADER, map(_row, PRESETS), words=_WORDS)
 
 
 def as_objects() -> list[dict[str, Any]]:
-    """Return per preset the config, the checkpoint it belongs to and where its numbers were read."""
+    """Return per preset the config, its checkpoint and the source of its numbers."""
     return [
         {**_numbers(name), "checkpoint": preset.checkpoint, "source": preset.source}
         for name, preset in PRESETS.items()
@@ -46,7 +46,7 @@ def _row(name: str) -> tuple[str, ...]:
 
 
 def _rotation(config: MLAConfig) -> str:
-    """Return channel order, theta and scaling in a few words."""
+    """Return channel order, theta and scaling as one phrase."""
     if config.rope_theta is None:
         return "none"
     words = ["" if config.rope_interleave else "half-split", f"theta {config.rope_theta:.12g}"]
