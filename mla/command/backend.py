@@ -14,7 +14,6 @@ from mla.command.exit_codes import Exit
 from mla.command.options import Command, adding
 from mla.errors import MLAError, UsageError
 from mla_backends import status
-from mla_backends.discovery import locate
 
 if TYPE_CHECKING:
     from mla_backends.api import Backend
@@ -84,7 +83,8 @@ def open_backend(options: BackendOptions) -> OpenedBackend:
     name = only_usable() if options.backend is None else options.backend
     index = launcher.local_device(note) if options.device is None else options.device
     backend: Backend = mla.load_backend(name, index, options.threads, settings)
-    return OpenedBackend(backend, name, locate(name).version, _repeatable_index(options, backend))
+    version = backend.entry.version if backend.entry else None
+    return OpenedBackend(backend, name, version, _repeatable_index(options, backend))
 
 
 def _repeatable_index(options: BackendOptions, backend: Backend) -> int | None:

@@ -9,7 +9,7 @@ from typing import Literal, cast
 
 import msgspec
 
-from mla.bench import results
+from mla.command.files import write_bytes
 from mla.command.table import markdown
 from mla.errors import MLAError
 
@@ -100,7 +100,7 @@ def decode(data: bytes) -> Report:
 
 def write(report: Report, path: Path) -> None:
     """Write a report whole or not at all. Raises `mla.errors.ResultError`."""
-    results.write(report, path)
+    write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n", path)
 
 
 # ------------------------------------------------------------------------------------------------ card
