@@ -79,7 +79,7 @@ class _Scheduler:
     def _visit(self, scenario: ScenarioPlan) -> Outcome | None:
         """Measure what is missing of a scenario; return an outcome if the run ends here."""
         names = self._missing(scenario)
-        bar = _Bar(self._advance_to, self._place(), self._nominal, scenario, self._request.implementations)
+        bar = _ScenarioBar(self._advance_to, self._place(), self._nominal, scenario, self._request.implementations)
         work = ScenarioRun(self._request, scenario, bar.forwards, self._hooks(scenario, names))
         try:
             if names:
@@ -196,7 +196,7 @@ class _Scheduler:
         self._steering.hung(self._latest, sentence)
 
 
-class _Bar:
+class _ScenarioBar:
     """The part of a progress bar that belongs to one scenario."""
 
     def __init__(
