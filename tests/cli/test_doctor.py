@@ -173,7 +173,7 @@ def test_ops_are_listed_with_every_reason_for_the_default_config(process: Bench,
         (
             {"setup": "os.abort()"},
             "no device",
-            "the probe succeeds, and a process that sets up the device died with signal SIGABRT",
+            "the probe succeeds, but a process that sets up the device died with signal SIGABRT",
             "`python -X faulthandler -m mla.bench.doctor.worker backend loose:Loose` shows where it stops",
         ),
         (
@@ -185,9 +185,9 @@ def test_ops_are_listed_with_every_reason_for_the_default_config(process: Bench,
         (
             {"ops": "1 / 0"},
             "error",
-            "the device starts, and asking the backend about it raised ZeroDivisionError: division by zero",
-            "report it to the backend's authors, with what "
-            "`python -X dev -m mla.bench --backend loose:Loose --list-ops` prints",
+            "the device starts, but querying the backend raised ZeroDivisionError: division by zero",
+            "report it to the backend's authors with the output of "
+            "`python -X dev -m mla.bench --backend loose:Loose --list-ops`",
         ),
     ],
     ids=["abort", "setup", "ops"],
@@ -231,7 +231,7 @@ def test_a_torch_that_is_broken_itself_blames_no_extension(
     assert torch["problem"] == "OSError: libvendor.so: cannot open shared object file"
     assert not torch["autoload_is_to_blame"]
     assert [one["problem"] for one in torch["extensions"]] == [""]
-    assert torch["fixes"][0] == "reinstall torch, in a build that fits this system"
+    assert torch["fixes"][0] == "reinstall torch in a build that fits this system"
 
 
 def test_extensions_that_break_torch_are_told_from_those_that_do_not(
@@ -258,17 +258,17 @@ def test_extensions_that_break_torch_are_told_from_those_that_do_not(
     }
     assert torch["version"]
     assert torch["fixes"] == [
-        f"install a torch-late that fits torch {torch['version']}",
+        f"install a version of torch-late that fits torch {torch['version']}",
         "or remove it: `pip uninstall torch-late`",
-        f"install a torch-crash that fits torch {torch['version']}",
+        f"install a version of torch-crash that fits torch {torch['version']}",
         "or remove it: `pip uninstall torch-crash`",
-        "or run with TORCH_DEVICE_BACKEND_AUTOLOAD=0, so that torch loads no extension by itself; backends "
-        "import their own",
+        "or run with TORCH_DEVICE_BACKEND_AUTOLOAD=0, so that torch autoloads no extensions; backends import "
+        "their own",
     ]
     (backend,) = found["backends"]
     assert "Failed to load the backend extension: torch_late" in backend["reason"]
     assert backend["fixes"] == [
-        "run with TORCH_DEVICE_BACKEND_AUTOLOAD=0: tried just now, and 'loose:Loose' is usable then"
+        "run with TORCH_DEVICE_BACKEND_AUTOLOAD=0: just tried, and it makes 'loose:Loose' usable"
     ]
 
 

@@ -30,7 +30,7 @@ def doctor(name: str | None, as_json: bool) -> int:
 
     if mixed := environment.mixed_installation():
         note(mixed)
-    report = diagnosis.examine(name)
+    report = diagnosis.diagnose(name)
     facts = {**asdict(report), "usable": report.usable}
     out(json.dumps(facts, indent=1) + "\n" if as_json else diagnosis.as_text(report))
     return Exit.OK if report.usable else Exit.BACKEND

@@ -21,13 +21,13 @@ from mla_backends.discovery import locate
 from mla_backends.errors import BackendNotInstalled, DeviceUnavailable, DuplicateBackend
 from mla_backends.status import USABLE, NoAnswer, Status, ask, names, status
 
-#: Setting up a device may compile kernels.
+# Setting up a device may compile kernels.
 SETUP_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The state of one backend, beyond its probe: whether the device starts, and what runs on it."""
+    """The state of one backend beyond its probe: whether the device starts, and what runs on it."""
 
     name: str
     state: str  # "usable", or that of a `BackendError` class
@@ -40,8 +40,8 @@ class Diagnosis:
 
 
 @dataclass(frozen=True)
-class Report:
-    """Everything `doctor` found out."""
+class DoctorReport:
+    """Everything `doctor` finds out."""
 
     host: Mapping[str, str]
     torch: TorchReport
@@ -49,22 +49,22 @@ class Report:
 
     @property
     def usable(self) -> list[str]:
-        """Names of the usable backends among those that were examined."""
-        return [one.name for one in self.backends if one.state == USABLE]
+        """Names of the usable backends among those diagnosed."""
+        return [backend.name for backend in self.backends if backend.state == USABLE]
 
 
-def examine(name: str | None = None) -> Report:
-    """Examine one backend, or all that are installed or known. Raises `UnknownBackend` for other names."""
+def diagnose(name: str | None = None) -> DoctorReport:
+    """Diagnose one backend, or all that are installed or known. Raises `UnknownBackend` for other names."""
     if name is not None:
-        with suppress(BackendNotInstalled, DuplicateBackend):  # these have a state to report
+        with suppress(BackendNotInstalled, DuplicateBackend):  # these are reported as a state
             locate(name)
     chosen = names() if name is None else [name]
     with ThreadPoolExecutor(max_workers=len(chosen) + 1) as pool:
         torch = pool.submit(check_torch, chosen)
-        found = list(pool.map(_diagnose, chosen))
+        backends = list(pool.map(_diagnose, chosen))
         if torch.result().autoload_is_to_blame:
-            found = list(pool.map(_retried, found))
-    return Report(_host(), torch.result(), found)
+            backends = list(pool.map(_retried, backends))
+    return DoctorReport(_host(), torch.result(), backends)
 
 
 def _host() -> dict[str, str]:
@@ -77,7 +77,7 @@ def _host() -> dict[str, str]:
 
 
 def _diagnose(name: str, variables: Mapping[str, str] | None = None) -> Diagnosis:
-    """Probe a backend, and set it up where the probe succeeds."""
+    """Probe a backend, and set it up if the probe succeeds."""
     probed = status(name, SECONDS, variables)
     if probed.state != USABLE:
         return _diagnosis(probed, probed.state, probed.reason, probed.hint)
@@ -86,7 +86,7 @@ def _diagnose(name: str, variables: Mapping[str, str] | None = None) -> Diagnosi
         command = ["-m", "mla.bench.doctor.worker", "backend", name]
         return _diagnosis(probed, **ask(command, fields, SETUP_SECONDS, variables))
     except NoAnswer as none:
-        reason = f"the probe succeeds, and a process that sets up the device {none}"
+        reason = f"the probe succeeds, but a process that sets up the device {none}"
         hint = f"`python -X faulthandler -m mla.bench.doctor.worker backend {name}` shows where it stops"
         return _diagnosis(probed, DeviceUnavailable.state, reason, hint)
 
@@ -106,20 +106,17 @@ def _diagnosis(
     )
 
 
-def _retried(found: Diagnosis) -> Diagnosis:
-    """Try a backend once more where torch loads no extension by itself: that may be all it needs."""
-    if found.state in (USABLE, BackendNotInstalled.state, DuplicateBackend.state):
-        return found
-    if _diagnose(found.name, OFF).state != USABLE:
-        return found
-    return replace(found, fixes=[f"run with {SWITCH}=0: tried just now, and '{found.name}' is usable then"])
+def _retried(failed: Diagnosis) -> Diagnosis:
+    """Retry a backend with torch's autoloading off, which may be all it needs."""
+    if failed.state in (USABLE, BackendNotInstalled.state, DuplicateBackend.state):
+        return failed
+    if _diagnose(failed.name, OFF).state != USABLE:
+        return failed
+    return replace(failed, fixes=[f"run with {SWITCH}=0: just tried, and it makes '{failed.name}' usable"])
 
 
-# ---------------------------------------------------------------------------------------------- as text
-
-
-def as_text(report: Report) -> str:
-    """Return the report for people: a block per subject, one fix per line."""
+def as_text(report: DoctorReport) -> str:
+    """Return the report as text: a block for the host, torch and each backend, one fix per line."""
     blocks = [_block("host", report.host.items()), _torch(report.torch), *map(_backend, report.backends)]
     return "\n".join([*blocks, f"usable: {', '.join(report.usable) or 'none'}\n"])
 
@@ -138,27 +135,27 @@ def _torch_lines(torch: TorchReport) -> Iterator[tuple[str, str]]:
     if torch.problem:
         yield "reason", torch.problem
     yield "autoload", "on" if torch.autoload else f"off ({SWITCH})"
-    yield from (("extension", _extension(one)) for one in torch.extensions)
+    yield from (("extension", _extension(extension)) for extension in torch.extensions)
     yield from (("fix", fix) for fix in torch.fixes)
 
 
-def _extension(one: Extension) -> str:
-    problem = f" fails: {one.problem}" if one.problem else ""
-    return f"{one.name} of {one.distribution} {one.version}{problem}"
+def _extension(extension: Extension) -> str:
+    problem = f" fails: {extension.problem}" if extension.problem else ""
+    return f"{extension.name} of {extension.distribution} {extension.version}{problem}"
 
 
-def _backend(found: Diagnosis) -> str:
-    origin = f" ({found.distribution} {found.version})" if found.distribution else ""
-    return _block(f"{found.name}: {found.state}{origin}", _backend_lines(found))
+def _backend(backend: Diagnosis) -> str:
+    origin = f" ({backend.distribution} {backend.version})" if backend.distribution else ""
+    return _block(f"{backend.name}: {backend.state}{origin}", _backend_lines(backend))
 
 
-def _backend_lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
-    if found.reason:
-        yield "reason", found.reason
-    yield from (("evidence", f"{marker}: {seen}") for marker, seen in found.evidence.items())
-    if found.facts:
-        yield from _fact_lines(found.facts)
-    yield from (("fix", fix) for fix in found.fixes)
+def _backend_lines(backend: Diagnosis) -> Iterator[tuple[str, str]]:
+    if backend.reason:
+        yield "reason", backend.reason
+    yield from (("evidence", f"{marker}: {seen}") for marker, seen in backend.evidence.items())
+    if backend.facts:
+        yield from _fact_lines(backend.facts)
+    yield from (("fix", fix) for fix in backend.fixes)
 
 
 def _fact_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

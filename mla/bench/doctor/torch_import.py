@@ -1,4 +1,4 @@
-"""Whether torch imports here, and if not, which extension of a vendor is to blame.
+"""Whether torch imports here, and if not, which vendor's extension breaks it.
 
 torch imports every distribution that declares an entry point in the group `torch.backends`, and one that
 fails takes `import torch` down with it, for every device.
@@ -24,7 +24,7 @@ SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Extension:
-    """A distribution that torch imports by itself. `problem` says why that fails, where it does."""
+    """A distribution that torch imports automatically. `problem` says why that fails, or is empty."""
 
     name: str
     value: str  # "package.module:function"
@@ -35,35 +35,35 @@ class Extension:
 
 @dataclass(frozen=True)
 class TorchReport:
-    """What importing torch comes to. `problem` is empty where it imports."""
+    """The outcome of importing torch. `problem` is empty if it imports."""
 
     version: str = ""
     build: Mapping[str, str] = field(default_factory=dict)
     problem: str = ""
     autoload: bool = True
-    autoload_is_to_blame: bool = False  # it imports where it loads no extensions
+    autoload_is_to_blame: bool = False  # it imports with autoloading off
     extensions: Sequence[Extension] = ()
     fixes: Sequence[str] = ()
 
 
 def check_torch(names: Sequence[str]) -> TorchReport:
-    """Import torch in a child process; where that fails, find out why. `names` are the backends examined."""
-    found = _import({})
+    """Import torch in a child process; if that fails, find out why. `names` are the diagnosed backends."""
+    imported = _import({})
     report = TorchReport(
-        version=found["version"],
-        build=found["build"],
-        problem=found["problem"],
+        version=imported["version"],
+        build=imported["build"],
+        problem=imported["problem"],
         autoload=os.environ.get(SWITCH, "1") == "1",  # as torch reads it
         extensions=_extensions(),
     )
     if not report.problem:
         return report
-    if found["missing"]:
+    if imported["missing"]:
         return replace(report, problem="torch is not installed", fixes=_sources(names))
-    without = _import(OFF) if report.autoload and report.extensions else found
+    without = _import(OFF) if report.autoload and report.extensions else imported
     if without["problem"]:
-        return replace(report, fixes=["reinstall torch, in a build that fits this system", *_sources(names)])
-    return _blame(replace(report, version=without["version"], build=without["build"]))
+        return replace(report, fixes=["reinstall torch in a build that fits this system", *_sources(names)])
+    return _with_culprits(replace(report, version=without["version"], build=without["build"]))
 
 
 def _import(variables: Mapping[str, str]) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _import(variables: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _extensions() -> tuple[Extension, ...]:
-    """Return what torch would import by itself, without importing it."""
+    """Return what torch would import automatically, without importing it."""
     return tuple(
         Extension(
             point.name,
@@ -94,32 +94,32 @@ def _extensions() -> tuple[Extension, ...]:
 
 
 def _sources(names: Sequence[str]) -> list[str]:
-    """Return where to get torch: from the vendors of those backends, or from anybody's."""
+    """Return where to get torch: from the vendors of the named backends if known."""
     known = [KNOWN[name] for name in names if name in KNOWN]
-    return [f"for backend '{one.name}', install torch from {one.torch_source}" for one in known] or [
+    return [f"for backend '{entry.name}', install torch from {entry.torch_source}" for entry in known] or [
         "install the torch build of your device's vendor"
     ]
 
 
-def _blame(report: TorchReport) -> TorchReport:
-    """Load the extensions one by one, each in a process of its own, and say how to go on."""
+def _with_culprits(report: TorchReport) -> TorchReport:
+    """Load each extension in its own process, and add how to fix those that fail."""
     with ThreadPoolExecutor(max_workers=len(report.extensions)) as pool:
         tried = tuple(pool.map(_tried, report.extensions))
-    fixes = [fix for one in tried if one.problem for fix in _repairs(one, report.version)]
-    switch = f"or run with {SWITCH}=0, so that torch loads no extension by itself; backends import their own"
+    fixes = [fix for extension in tried if extension.problem for fix in _repairs(extension, report.version)]
+    switch = f"or run with {SWITCH}=0, so that torch autoloads no extensions; backends import their own"
     return replace(report, autoload_is_to_blame=True, extensions=tried, fixes=[*fixes, switch])
 
 
-def _tried(one: Extension) -> Extension:
-    command = ["-m", "mla.bench.doctor.worker", "extension", one.name, one.value]
+def _tried(extension: Extension) -> Extension:
+    command = ["-m", "mla.bench.doctor.worker", "extension", extension.name, extension.value]
     try:
-        return replace(one, problem=ask(command, ("problem",), SECONDS, OFF)["problem"])
+        return replace(extension, problem=ask(command, ("problem",), SECONDS, OFF)["problem"])
     except NoAnswer as none:
-        return replace(one, problem=f"a process that loads it {none}")
+        return replace(extension, problem=f"a process that loads it {none}")
 
 
-def _repairs(one: Extension, torch_version: str) -> tuple[str, str]:
+def _repairs(extension: Extension, torch_version: str) -> tuple[str, str]:
     return (
-        f"install a {one.distribution} that fits torch {torch_version}",
-        f"or remove it: `pip uninstall {one.distribution}`",
+        f"install a version of {extension.distribution} that fits torch {torch_version}",
+        f"or remove it: `pip uninstall {extension.distribution}`",
     )

@@ -26,10 +26,10 @@ EXTENSIONS = "torch.backends"  # the group of entry points that torch loads by i
 
 
 def examine_torch() -> dict[str, Any]:
-    """Import torch as a user does; say which build it is, or why it does not import."""
+    """Import torch as a user does; return its build, or why it does not import."""
     try:
         import torch
-    except (Exception, SystemExit) as error:  # noqa: BLE001  # extensions of vendors run in this import
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # vendor extensions run during this import
         missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
         return {"version": "", "build": {}, "problem": describe(error), "missing": missing}
     build = {
@@ -41,7 +41,7 @@ def examine_torch() -> dict[str, Any]:
 
 
 def examine_extension(name: str, value: str) -> dict[str, Any]:
-    """Load one extension as torch would; say why that fails. Needs a torch that has not done so already."""
+    """Load one extension as torch would; return why that fails. Needs a torch that has not loaded it."""
     import torch  # noqa: F401  # an extension may rely on a complete torch
 
     try:
@@ -61,10 +61,10 @@ def examine_backend(name: str) -> dict[str, Any]:
         return {"state": USABLE, "reason": "", "hint": "", "facts": _facts(mla.load_backend(name))}
     except BackendError as error:
         return {"state": error.state, "reason": error.reason, "hint": error.hint, "facts": {}}
-    except (Exception, SystemExit) as error:  # noqa: BLE001  # what a backend raises is a line of the report
-        reason = f"the device starts, and asking the backend about it raised {describe(error)}"
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a backend raises is reported
+        reason = f"the device starts, but querying the backend raised {describe(error)}"
         command = f"`python -X dev -m mla.bench --backend {name} --list-ops`"
-        hint = f"report it to the backend's authors, with what {command} prints"
+        hint = f"report it to the backend's authors with the output of {command}"
         return {"state": BackendError.state, "reason": reason, "hint": hint, "facts": {}}
 
 
@@ -95,7 +95,7 @@ def _choice(chosen: Ops, role: str) -> dict[str, Any]:
 
 
 def _idle(chosen: Ops, offered: Mapping[str, FusedOp]) -> dict[str, str]:
-    """Return the ops whose kind this config never calls: not refused, and yet they do not run."""
+    """Return the ops whose kind this config never calls: they are not refused, but do not run."""
     called = {_kind(chosen[role].op) for role in chosen.names()}
     return {name: op.contract for name, op in offered.items() if _kind(op) not in called}
 
@@ -112,11 +112,11 @@ QUESTIONS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def main(arguments: list[str]) -> None:
-    """Answer one question and end the process at once."""
+    """Answer one question and end the process immediately."""
     answer = QUESTIONS[arguments[0]](*arguments[1:])
-    sys.stdout.write(f"\n{json.dumps(answer)}\n")  # a line of its own, whatever was printed before
+    sys.stdout.write(f"\n{json.dumps(answer)}\n")  # on its own line, whatever was printed before
     sys.stdout.flush()
-    # Vendor stacks have been seen to hang or crash while the interpreter winds down.
+    # Vendor stacks have been seen to hang or crash during interpreter shutdown.
     os._exit(0)
 
 

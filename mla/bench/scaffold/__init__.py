@@ -1,1 +1,1 @@
-"""`new-backend`: the project that a new backend starts from."""
+"""`new-backend`: the project a new backend starts from."""

@@ -17,9 +17,9 @@ from mla_backends.discovery import entries
 from mla_backends.known import KNOWN
 
 TEMPLATE = Path(__file__).with_name("template")
-SUFFIX = ".template"  # keeps linters and type checkers away from what is not Python yet
+SUFFIX = ".template"  # keeps linters and type checkers away from templates
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")  # fits a module, a distribution and a torch device
-LONGEST = 32  # lines of the template are formatted for so much
+LONGEST = 32  # the template's lines are formatted for names up to this length
 COMMANDS = (
     "pip install -e .",
     "python -m mla.bench doctor {name}",
@@ -29,7 +29,7 @@ COMMANDS = (
 
 
 class NewBackendError(MLAError):
-    """A project that cannot be written."""
+    """The project cannot be written."""
 
 
 def create(name: str, folder: Path) -> None:
@@ -43,9 +43,11 @@ def create(name: str, folder: Path) -> None:
 
 
 def next_commands(name: str, folder: Path) -> str:
-    """Return what to print once the project is written."""
+    """Return the message to print once the project is written."""
     lines = [f"cd {shlex.quote(str(folder))}", *_commands(name)]
-    return f"wrote the project of backend '{name}'; go on with\n\n" + "".join(f"  {one}\n" for one in lines)
+    return f"wrote the project of backend '{name}'; continue with\n\n" + "".join(
+        f"  {line}\n" for line in lines
+    )
 
 
 def render(name: str) -> dict[str, str]:
@@ -60,8 +62,8 @@ def render(name: str) -> dict[str, str]:
 def _check_name(name: str) -> None:
     if not NAME.fullmatch(name) or len(name) > LONGEST:
         raise NewBackendError(
-            f"'{name}' is no name for a backend: use up to {LONGEST} lower-case letters, digits and single "
-            "underscores, a letter first, as in 'acme' or 'acme_npu'."
+            f"'{name}' is not a valid backend name: use up to {LONGEST} lower-case letters, digits and "
+            "single underscores, starting with a letter, as in 'acme' or 'acme_npu'."
         )
     owners = [entry.origin for entry in entries() if entry.name == name]
     if not owners and name in KNOWN:
@@ -87,7 +89,7 @@ def _commands(name: str) -> list[str]:
 
 
 def _values(name: str) -> dict[str, str]:
-    """Return what the template asks for."""
+    """Return the values of the template's placeholders."""
     major, minor = mla.__version__.split(".")[:2]
     return {
         "name": name,
@@ -102,13 +104,13 @@ def _values(name: str) -> dict[str, str]:
 
 
 def _path(source: Path, package: str) -> str:
-    """Return where a file of the template goes in the project."""
+    """Return a template file's path in the project."""
     path = source.relative_to(TEMPLATE).as_posix().removesuffix(SUFFIX)
     return re.sub("^package/", f"{package}/", path)
 
 
 def _write(files: Mapping[str, str], folder: Path) -> None:
-    """Write everything beside its place, on the same file system, and rename it when it is complete."""
+    """Write everything next to its destination, on the same file system, and rename it once complete."""
     exists = folder.is_dir()
     with tempfile.TemporaryDirectory(
         prefix=".new-backend-", dir=folder if exists else folder.parent
@@ -117,14 +119,14 @@ def _write(files: Mapping[str, str], folder: Path) -> None:
         for path, text in files.items():
             (project / path).parent.mkdir(parents=True, exist_ok=True)
             (project / path).write_text(text, encoding="utf-8")
-        if exists:  # it stays: a shell may stand in it, or a file system be mounted on it
+        if exists:  # keep it: it may be a shell's working directory or a mount point
             _move(project, folder)
         else:
             project.rename(folder)
 
 
 def _move(source: Path, target: Path) -> None:
-    """Move all that is in `source` to `target`, or nothing."""
+    """Move everything in `source` to `target`, or nothing."""
     moved: list[Path] = []
     try:
         for entry in sorted(source.iterdir()):
