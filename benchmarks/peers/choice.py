@@ -1,4 +1,4 @@
-"""Keep the fastest of several ways to do one part of a layer, found by trial before anything is timed."""
+"""Choose the fastest of several candidates for one part of a layer, by trial runs before timing."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 
 from mla.errors import MLAError
 
-#: Seconds of trials for every way, and how often each is tried at least.
-SECONDS, LEAST = 0.1, 4
+# Seconds of trials per candidate.
+SECONDS = 0.1
+# Minimum number of trials of each.
+LEAST = 4
 
 
 class Unavailable(MLAError):
-    """A peer that cannot run here; the sentence says why, and `peer` which one it is, once that is known."""
+    """A peer that cannot run here; the message says why, and `peer` is its name, once known."""
 
     peer: str | None = None
 
@@ -23,7 +25,7 @@ class Unavailable(MLAError):
 
 
 def fastest(ways: Mapping[str, Callable[[], object]]) -> str:
-    """Return the name of the way with the shortest single time; ways take turns."""
+    """Return the name of the candidate with the shortest single time; trials are interleaved."""
     if len(ways) == 1:
         return next(iter(ways))
     best = dict.fromkeys(ways, float("inf"))
@@ -40,13 +42,13 @@ def fastest(ways: Mapping[str, Callable[[], object]]) -> str:
 def built(
     what: str, makers: Mapping[str, Callable[[], Callable[..., object]]]
 ) -> dict[str, Callable[..., object]]:
-    """Make every way that this machine and these shapes allow. Raises `Unavailable` when none is left."""
+    """Build the candidates that support this machine and shapes. Raises `Unavailable` if none does."""
     made, refused = {}, []
     for name, make in makers.items():
         try:
             made[name] = make()
-        # torch and its extensions refuse dtypes, shapes and processors with the first; a build without a
-        # library lacks its ops, which is the second.
+        # RuntimeError: torch and its extensions reject a dtype, shape or processor.
+        # AttributeError: this build of torch lacks the library and so its ops.
         except (RuntimeError, AttributeError) as error:
             refused.append(f"{name}: {str(error).partition(chr(10))[0]}")
     if not made:

@@ -15,7 +15,7 @@ from mla.bench.run.budget import Budget
 from mla.bench.terminal import comparison, run_table
 from mla.bench.workload import grid as axes
 from mla.bench.workload.grid import Point
-from mla.bench.workload.op_scenario import refuse_idle
+from mla.bench.workload.op_scenario import refuse_unused
 from mla.command import environment, files, launcher
 from mla.command.console import note, out
 from mla.command.exit_codes import Exit, interrupted
@@ -176,7 +176,7 @@ def _request(options: RunOptions, name: str, backend: Backend, scenarios: list[P
     state = _weights(options, config, stored) if options.model_path else None
     setting = Setting(config, backend, dtype, options.attention, page_size, options.seed, options.ops)
     scenarios = session.expand_ops(scenarios, setting)
-    refuse_idle(scenarios, options.kv, options.heads)
+    refuse_unused(scenarios, options.kv, options.heads)
     names = session.resolve_implementations(_implementations(options), setting, note, scenarios)
     options.check_stages(scenarios, names)
     ways = variants.choose(backend, options.mode, options.cache, options.clock)
@@ -193,7 +193,7 @@ def _implementations(options: RunOptions) -> list[str]:
         return names
     try:
         transformers_layer.require()
-    except transformers_layer.PeerError as error:
+    except transformers_layer.TransformersMissing as error:
         note(f"transformers is left out: {error}")
         return []
     return names

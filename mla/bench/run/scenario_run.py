@@ -26,7 +26,7 @@ from mla.bench.subjects.fixture import LayerSubject, OpSubject, Subject
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting, scenario_setting
 from mla.bench.subjects.stack import MlaStack
-from mla.bench.subjects.transformers_layer import Transformers
+from mla.bench.subjects.transformers_layer import TransformersLayer
 from mla.bench.workload.grid import Point
 from mla.bench.workload.op_scenario import OpScenario, expand
 from mla.command import environment
@@ -39,8 +39,8 @@ from mla.verify.layer_oracle import State
 IMPLEMENTATIONS: dict[str, Callable[[Setting, State], Implementation]] = {
     "mla": lambda setting, state: _layers(setting)(setting, state),
     "mla-reference": lambda setting, state: _layers(setting)(setting, state, "mla-reference", "reference"),
-    "transformers": Transformers,
-    "transformers-eager": lambda setting, state: Transformers(setting, state, "eager"),
+    "transformers": TransformersLayer,
+    "transformers-eager": lambda setting, state: TransformersLayer(setting, state, "eager"),
 }
 
 
@@ -138,7 +138,9 @@ def make_subject(request: Request, scenario: Point, beat: Callable[[], None]) ->
 class Work:
     """One scenario: its subject, measured implementation by implementation."""
 
-    def __init__(self, request: Request, scenario: Point, progress: engine.Progress, hooks: Hooks) -> None:
+    def __init__(
+        self, request: Request, scenario: Point, progress: engine.ProgressCallback, hooks: Hooks
+    ) -> None:
         self._request, self._scenario, self._progress, self._hooks = request, scenario, progress, hooks
         self._subject = make_subject(request, scenario, hooks.heartbeat)
         self._setting = self._subject.setting

@@ -13,7 +13,7 @@ from mla.bench import results
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import expected_outputs, make_inputs
 from mla.bench.subjects.memory import forward_cost
-from mla.bench.subjects.op.implementation import OpCase, reference_results
+from mla.bench.subjects.op.implementation import OpImplementation, reference_results
 from mla.bench.subjects.op.problem import op_problem
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.grid import Point
@@ -122,7 +122,7 @@ class OpSubject(Subject):
 
     def build(self, name: str) -> Implementation:
         policy = "reference" if name == "mla-reference" else self.setting.ops
-        return OpCase(self.setting, self._problem, name, policy)
+        return OpImplementation(self.setting, self._problem, name, policy)
 
     def cost(self) -> results.Cost:
         return results.Cost(**self._problem.work._asdict())

@@ -1,4 +1,4 @@
-"""A multi-threaded read of as many bytes as a forward must move, in turns with the implementations."""
+"""The bandwidth baseline: a multi-threaded read of as many bytes as a forward must move."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import State
 from mla.verify.verdict import Check
 
-#: Ways to read memory with torch that leave nothing but a number behind.
+# Ways to read memory with torch whose only result is a number.
 WAYS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sum": lambda data: data.sum(),
     "max": lambda data: data.amax(),
 }
 
 
-class Read(Implementation):
-    """Reads and computes nothing: its latency is what memory alone costs, its tok/s the bandwidth's limit."""
+class MemoryRead(Implementation):
+    """Only reads memory: its latency is the cost of moving the bytes, its tok/s the bandwidth's limit."""
 
     name = "read"
 
@@ -46,13 +46,13 @@ class Read(Implementation):
         """Keep the data: there is no cache."""
 
     def before(self, index: int) -> None:
-        self.outputs[index if index < len(self.outputs) else 0] = 1.0  # finite, as everybody's must be
+        self.outputs[index if index < len(self.outputs) else 0] = 1.0  # finite, as the engine requires
 
     def step(self, index: int) -> None:
         self._read(self._data)
 
     def check(self, checker: Checker) -> Check:
-        """Pass, so that it is timed; `summary` marks the case as nothing that was checked."""
+        """Always pass, so that it is timed; `PeerRun` marks the case as unchecked."""
         return Check(status="ok")
 
     def cache_bytes(self) -> int:
