@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,16 +98,16 @@ class Parts:
 
         def maker(make: Callable[..., Any]) -> Callable[[], Any]:
             def made() -> Any:
-                way = make(*given)
-                way(*trial)  # a kernel that rejects its arguments does so here
-                return way
+                candidate = make(*given)
+                candidate(*trial)  # a kernel that rejects its arguments does so here
+                return candidate
 
             return made
 
-        ways = built(role, {name: maker(make) for name, make in makers.items()})
-        name = fastest({name: lambda way=way: way(*trial) for name, way in ways.items()})  # type: ignore[misc]
+        candidates = built(role, {name: maker(make) for name, make in makers.items()})
+        name = fastest({name: partial(candidate, *trial) for name, candidate in candidates.items()})
         self.chosen[role] = name
-        return ways[name]
+        return candidates[name]
 
 
 def absorbed(parts: Parts, attend: LatentAttention) -> Attention:

@@ -35,7 +35,10 @@ def _assembled(name: str, tools: Toolbox) -> Maker:
 def _joined(*boxes: Toolbox) -> Toolbox:
     parts = ("product", "batched", "decode", "prefill")
     return Toolbox(
-        *({key: way for box in boxes for key, way in getattr(box, part).items()} for part in parts)
+        *(
+            {key: candidate for box in boxes for key, candidate in getattr(box, part).items()}
+            for part in parts
+        )
     )
 
 

@@ -24,16 +24,16 @@ class Unavailable(MLAError):
         return self
 
 
-def fastest(ways: Mapping[str, Callable[[], object]]) -> str:
+def fastest(candidates: Mapping[str, Callable[[], object]]) -> str:
     """Return the name of the candidate with the shortest single time; trials are interleaved."""
-    if len(ways) == 1:
-        return next(iter(ways))
-    best = dict.fromkeys(ways, float("inf"))
-    end, done = time.perf_counter() + SECONDS * len(ways), 0
+    if len(candidates) == 1:
+        return next(iter(candidates))
+    best = dict.fromkeys(candidates, float("inf"))
+    end, done = time.perf_counter() + SECONDS * len(candidates), 0
     while done < LEAST or time.perf_counter() < end:
-        for name, way in ways.items():
+        for name, candidate in candidates.items():
             start = time.perf_counter()
-            way()
+            candidate()
             best[name] = min(best[name], time.perf_counter() - start)
         done += 1
     return min(best, key=best.__getitem__)
@@ -52,5 +52,5 @@ def built(
         except (RuntimeError, AttributeError) as error:
             refused.append(f"{name}: {str(error).partition(chr(10))[0]}")
     if not made:
-        raise Unavailable(f"no way to compute {what}: {'; '.join(refused)}.")
+        raise Unavailable(f"cannot compute {what}: {'; '.join(refused)}.")
     return made

@@ -18,7 +18,7 @@ from mla.verify.layer_oracle import State
 from mla.verify.verdict import Check
 
 # Ways to read memory with torch whose only result is a number.
-WAYS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+READERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sum": lambda data: data.sum(),
     "max": lambda data: data.amax(),
 }
@@ -38,8 +38,8 @@ class MemoryRead(Implementation):
         moved = [cost.step_bytes(self.setting.config, scenario.query_lens, kv, size) for kv in lens]
         self._bytes = round(sum(moved) / len(moved))
         self._data = torch.rand(self._bytes // 4)
-        self._way = fastest({name: partial(way, self._data) for name, way in WAYS.items()})
-        self._read = WAYS[self._way]
+        self._reader = fastest({name: partial(reader, self._data) for name, reader in READERS.items()})
+        self._read = READERS[self._reader]
         self.outputs = torch.ones_like(inputs.hidden)
 
     def restore(self) -> None:
@@ -62,4 +62,4 @@ class MemoryRead(Implementation):
         return self._data.nbytes
 
     def ops(self) -> dict[str, str]:
-        return {"read": f"torch {self._way} of {self._bytes / 2**20:.1f} MiB"}
+        return {"read": f"torch {self._reader} of {self._bytes / 2**20:.1f} MiB"}

@@ -38,7 +38,7 @@ def load(folder: Path | None) -> None:
         raise Unavailable(f"no --vllm FOLDER was given: {INSTALL}.")
     library = folder / LIBRARY
     if not library.is_file():
-        raise Unavailable(f"there is no '{library}': {INSTALL}.")
+        raise Unavailable(f"'{library}' does not exist: {INSTALL}.")
     _try_out(library)
     torch.ops.load_library(str(library))
 

@@ -92,7 +92,7 @@ def flash(parts: Parts) -> Attention:
     """Return flash attention per request; values are padded to the keys' width, as its kernel requires."""
     problem, config = parts.problem, parts.problem.config
     expanded = Expanded(parts)
-    requests = [_Request(problem, request) for request in range(len(problem.starts))]
+    requests = [_RequestSlices(problem, request) for request in range(len(problem.starts))]
 
     def attention(q: torch.Tensor, step: int) -> torch.Tensor:
         keys, values = expanded.rebuild()
@@ -113,7 +113,7 @@ def flash(parts: Parts) -> Attention:
     return attention
 
 
-class _Request:
+class _RequestSlices:
     """A request's new tokens and slots; `bias` is None without history, where `is_causal` suffices."""
 
     def __init__(self, problem: PeerProblem, request: int) -> None:
