@@ -145,9 +145,12 @@ def test_two_points_of_one_name_are_refused() -> None:
         (["-a", "heads=8"], "axis heads: 8 are more than the 4 heads of tiny"),
         (["-a", "heads=3"], "axis heads: 3 do not divide the 4 heads of tiny"),
         (["-a", "dtype=fp16"], "does not compute float16 natively"),
-        (["-a", "dtype=bf16", "--dtype", "float32"], "--dtype and an axis dtype exclude each other"),
-        (["-a", "page_size=1", "--page-size", "64"], "--page-size and an axis page_size exclude each other"),
-        (["--preset", "smoke"], "--preset and --workload exclude each other"),
+        (["-a", "dtype=bf16", "--dtype", "float32"], "--dtype and an axis dtype are mutually exclusive"),
+        (
+            ["-a", "page_size=1", "--page-size", "64"],
+            "--page-size and an axis page_size are mutually exclusive",
+        ),
+        (["--preset", "smoke"], "--preset and --workload are mutually exclusive"),
     ],
 )
 def test_an_axis_must_fit_the_model_the_device_and_the_options(

@@ -157,7 +157,7 @@ def test_several_tokens_per_decode_step_are_refused(tiny: Callable[..., MLAConfi
 def test_kernels_that_are_not_there_are_said(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="no --vllm FOLDER"):
         sglang_tools.load(None)
-    with pytest.raises(Unavailable, match=r".*_C\.abi3\.so"):
+    with pytest.raises(Unavailable, match=r"_C\.abi3\.so"):
         sglang_tools.load(tmp_path)
 
 

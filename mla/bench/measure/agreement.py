@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from mla.bench.results.schema import Agreement, Case
+from mla.verify.tolerances import relative_error
 
 
 def compare(cases: Sequence[Case], outputs: Mapping[str, torch.Tensor]) -> None:
@@ -17,10 +18,10 @@ def compare(cases: Sequence[Case], outputs: Mapping[str, torch.Tensor]) -> None:
 
 
 def _agreement(case: Case, other: Case, outputs: Mapping[str, torch.Tensor]) -> Agreement:
-    mine, theirs = (outputs[one.implementation].double() for one in (case, other))
+    mine, theirs = outputs[case.implementation], outputs[other.implementation]
     return Agreement(
         implementation=other.implementation,
-        relative_difference=((mine - theirs).norm() / theirs.norm()).item(),
+        relative_difference=relative_error((mine, theirs)),
         speed_ratio=_speed_ratio(case, other),
     )
 

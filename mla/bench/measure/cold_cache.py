@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from mla.text import size
 from mla_backends.api import Backend
 
 # Size of the buffer relative to the cache: replacement is not strictly oldest first.
@@ -37,5 +38,5 @@ class CacheFlush:
         """Return how the cache is flushed, for the result."""
         known = "a last-level cache of unknown size"
         if self._cache is not None:
-            known = f"a last-level cache of {self._cache / 2**20:g} MiB"
-        return f"{self.bytes / 2**20:g} MiB read and written before every timed forward, for {known}"
+            known = f"a last-level cache of {size(self._cache, MiB='g')}"
+        return f"{size(self.bytes, MiB='g')} read and written before every timed forward, for {known}"

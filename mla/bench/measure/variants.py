@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal, cast
 
-import torch
-
 from mla.bench.workload.scenario import Scenario
 from mla.errors import MLAError, UsageError, did_you_mean
 from mla_backends.api import Backend
@@ -106,13 +104,6 @@ def available(wanted: Wanted, backend: Backend) -> Variants:
     return Variants(tuple(dict.fromkeys((HEADLINE, *combined))), graphs_required=wanted.modes is not None)
 
 
-def choose(
-    backend: Backend, mode: str | None = None, cache: str | None = None, clock: str | None = None
-) -> Variants:
-    """Return what a run times on a backend. Raises `UsageError` and `VariantError`."""
-    return available(parse(mode, cache, clock), backend)
-
-
 def _values(option: str, given: str | None, known: list[str]) -> tuple[str, ...] | None:
     if given is None:
         return None
@@ -128,6 +119,8 @@ def _values(option: str, given: str | None, known: list[str]) -> tuple[str, ...]
 
 def _no_graphs(backend: Backend) -> str:
     """Return why nothing can be captured, as one clause; "" if capturing a small addition works."""
+    import torch
+
     number = torch.zeros(1, device=backend.device)
 
     def add() -> None:

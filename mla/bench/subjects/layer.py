@@ -70,10 +70,14 @@ class MlaLayer(Implementation):
         return self._cache
 
     def restore(self) -> None:
-        self._shrink()
-        self._poison.apply()
+        self.rewind()
         if self._scenario.mode == "prefill":
             self._plan()
+
+    def rewind(self) -> None:
+        """Put the cache back to the history, without a batch for the next forward."""
+        self._shrink()
+        self._poison.apply()
 
     def _shrink(self) -> None:
         """Undo the pass, last pages first, so that the free list and thus every pass's pages are the same."""

@@ -32,6 +32,15 @@ class OpScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
     passes: Positive = 10
 
     @property
+    def op(self) -> str:
+        """The role that is timed."""
+        return self.role
+
+    def expand(self, config: MLAConfig, kinds: Mapping[str, str]) -> list[Point]:
+        """Return one scenario per role of the op. Raises `UsageError` for an op that this layer lacks."""
+        return [_of_role(self, role, config) for role in _roles(self.role, config, kinds)]
+
+    @property
     def steps(self) -> int:
         """Number of calls in one pass."""
         return self.runs
@@ -73,17 +82,12 @@ def expand(scenarios: Sequence[Point], config: MLAConfig, kinds: Mapping[str, st
 
     `kinds`: role -> op. Raises `UsageError` for an op that is unknown or that this layer lacks.
     """
-    found: list[Point] = []
-    for scenario in scenarios:
-        if isinstance(scenario, OpScenario):
-            found += [_of_role(scenario, role, config) for role in _roles(scenario.role, config, kinds)]
-        else:
-            found.append(scenario)
-    names = [scenario.name for scenario in found]
+    expanded = [point for scenario in scenarios for point in scenario.expand(config, kinds)]
+    names = [scenario.name for scenario in expanded]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise UsageError(f"'{twice}' would be measured twice: it is unaffected by the axes you vary.")
-    return found
+    return expanded
 
 
 def _roles(op: str, config: MLAConfig, kinds: Mapping[str, str]) -> list[str]:
@@ -127,20 +131,6 @@ def _shape(scenario: OpScenario, role: str, config: MLAConfig) -> dict[str, Valu
     if _has_heads(role, config):
         shape["heads"] = scenario.heads or config.num_attention_heads
     return shape | {name: scenario.point[name] for name in _ELSEWHERE if name in scenario.point}
-
-
-def refuse_unused(scenarios: Sequence[Point], kv: int | None, heads: int | None) -> None:
-    """Raise `UsageError` if `--kv` or `--heads` affects none of the expanded scenarios."""
-    ops = [scenario for scenario in scenarios if isinstance(scenario, OpScenario)]
-    unused = []
-    if kv is not None and not any(scenario.role in READS_HISTORY for scenario in ops):
-        unused.append("--kv")
-    if heads is not None and not any(scenario.heads for scenario in ops):
-        unused.append("--heads")
-    if unused:
-        roles = ", ".join(dict.fromkeys(scenario.role for scenario in ops))
-        have, them = ("has", "it") if len(unused) == 1 else ("have", "them")
-        raise UsageError(f"{' and '.join(unused)} {have} no effect on {roles}: omit {them}.")
 
 
 def _has_heads(role: str, config: MLAConfig) -> bool:
