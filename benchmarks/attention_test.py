@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The command line of the original MLA test, as a thin front on `mla.bench`.
+"""The command line of the original MLA test, as a thin front end of `mla.bench`.
 
     python benchmarks/attention_test.py --cpu
     python benchmarks/attention_test.py --nvidia --model_path DeepSeek-R1-Layer-3
@@ -93,7 +93,7 @@ def attention_test(backend: str | None, model_path: Path | None, runs: int | Non
     if backend is None:
         raise click.UsageError(f"choose a device: {', '.join(f'--{name}' for name in BACKENDS)}.")
     names = "mla,transformers" if model_path else "mla"
-    headline = {"mode": "eager", "cache": "warm", "clock": "host"}  # the original timed in no other way
+    headline = {"mode": "eager", "cache": "warm", "clock": "host"}  # the only way the original timed
     chosen = defaults(backend=backend, model_path=model_path, implementations=names, runs=runs, **headline)
     outcome = measure(resolve(chosen))
     console.out(report(outcome.run) + "\n")

@@ -1,4 +1,4 @@
-"""A layer assembled from other people's kernels, the fastest way of each part kept.
+"""A layer assembled from third-party kernels, with the fastest candidate for each part.
 
 One product per projection over all new tokens, then absorbed attention over the latents (decode) or ordinary
 attention over rebuilt keys and values (prefill), then the output projection.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from benchmarks.peers.choice import Unavailable, built, fastest
-from benchmarks.peers.problem import Problem, rotate
+from benchmarks.peers.problem import PeerProblem, rotate
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.subjects.setting import Setting
@@ -29,18 +30,18 @@ Attention = Callable[[torch.Tensor, int], torch.Tensor]  # q [T, h, n + r] rotat
 
 @dataclass(frozen=True)
 class Toolbox:
-    """The ways a peer may choose from, by name."""
+    """The candidates a peer may choose from, by name."""
 
     product: Mapping[str, Callable[[torch.Tensor, int], Product]]  # weight [n, k], tokens
     batched: Mapping[str, Callable[[torch.Tensor], BatchedProduct]]  # weight [h, n, k]
-    decode: Mapping[str, Callable[[Problem], LatentAttention]]
+    decode: Mapping[str, Callable[[PeerProblem], LatentAttention]]
     prefill: Mapping[str, Callable[[Parts], Attention]]
 
 
 class Parts:
-    """A layer's weights cut for one scenario, each made ready once by its fastest way."""
+    """A layer's weights split for one scenario, each prepared once by its fastest candidate."""
 
-    def __init__(self, problem: Problem, state: State, tools: Toolbox) -> None:
+    def __init__(self, problem: PeerProblem, state: State, tools: Toolbox) -> None:
         self.problem, self._state, self._tools = problem, state, tools
         self.chosen: dict[str, str] = {}
         config, tokens = problem.config, problem.scenario.tokens
@@ -76,7 +77,7 @@ class Parts:
         """Return the attention of the scenario's mode, from rotated queries to values of every head."""
         problem, config = self.problem, self.problem.config
         heads, tokens = config.num_attention_heads, problem.scenario.tokens
-        problem.rows.nan_to_num_(nan=0.0)  # the trials read new slots too; `forget` poisons them again
+        problem.rows.nan_to_num_(nan=0.0)  # trials read new slots too; `reset` poisons them again
         if problem.scenario.mode == "prefill":
             q = torch.randn(tokens, heads, config.qk_head_dim).to(problem.dtype)
             return self._choose("expanded_attention", self._tools.prefill, (self,), (q, 0))
@@ -93,20 +94,20 @@ class Parts:
         given: tuple[Any, ...],
         trial: tuple[Any, ...],
     ) -> Any:
-        """Return the fastest way on `trial` among those made from `given`, and remember its name."""
+        """Return the fastest candidate on `trial` of those made from `given`, and record its name."""
 
         def maker(make: Callable[..., Any]) -> Callable[[], Any]:
             def made() -> Any:
-                way = make(*given)
-                way(*trial)  # what a kernel refuses, it refuses here
-                return way
+                candidate = make(*given)
+                candidate(*trial)  # a kernel that rejects its arguments does so here
+                return candidate
 
             return made
 
-        ways = built(role, {name: maker(make) for name, make in makers.items()})
-        name = fastest({name: lambda way=way: way(*trial) for name, way in ways.items()})  # type: ignore[misc]
+        candidates = built(role, {name: maker(make) for name, make in makers.items()})
+        name = fastest({name: partial(candidate, *trial) for name, candidate in candidates.items()})
         self.chosen[role] = name
-        return ways[name]
+        return candidates[name]
 
 
 def absorbed(parts: Parts, attend: LatentAttention) -> Attention:
@@ -122,7 +123,7 @@ def absorbed(parts: Parts, attend: LatentAttention) -> Attention:
 
 
 class Assembled(Implementation):
-    """A peer: one toolbox, the fastest of its ways kept for each part of a scenario."""
+    """A peer: the fastest candidate of one toolbox for each part of a scenario."""
 
     def __init__(self, setting: Setting, state: State, name: str, tools: Toolbox) -> None:
         super().__init__(setting)
@@ -133,7 +134,7 @@ class Assembled(Implementation):
         config = self.setting.config
         self._prepare_buffers(inputs)
         try:
-            self._problem = Problem(config, scenario, self.setting.dtype, inputs.history)
+            self._problem = PeerProblem(config, scenario, self.setting.dtype, inputs.history)
             self._parts = Parts(self._problem, self._state, self._tools)
             self._attention = self._parts.attention()
         except Unavailable as error:
@@ -146,7 +147,7 @@ class Assembled(Implementation):
         self.restore()
 
     def restore(self) -> None:
-        self._problem.forget()
+        self._problem.reset()
 
     @torch.no_grad()
     def step(self, index: int) -> None:
@@ -157,10 +158,10 @@ class Assembled(Implementation):
         self.outputs[step] = self._parts.o(heads.flatten(1))
 
     def _write(self, kv: torch.Tensor, pe: torch.Tensor, step: int) -> None:
-        """Norm and rotate the new latents and put them into their slots."""
+        """Normalize and rotate the new latents and write them to their slots."""
         normed = self._norm(kv, "kv_a_layernorm")
-        turned = rotate(pe[:, None], self._problem.turns[step])[:, 0]
-        self._problem.rows.index_copy_(0, self._problem.slots[step], torch.cat((normed, turned), dim=1))
+        rotated = rotate(pe[:, None], self._problem.rotations[step])[:, 0]
+        self._problem.rows.index_copy_(0, self._problem.slots[step], torch.cat((normed, rotated), dim=1))
 
     def _queries(self, q: torch.Tensor, step: int) -> torch.Tensor:
         """Return the queries [T, h, n + r], rotated."""
@@ -169,7 +170,7 @@ class Assembled(Implementation):
             q = self._parts.q_b(self._norm(q, "q_a_layernorm"))
         q = q.unflatten(1, (config.num_attention_heads, config.qk_head_dim))
         q_pe = q[..., config.qk_nope_head_dim :]
-        q_pe.copy_(rotate(q_pe, self._problem.turns[step]))
+        q_pe.copy_(rotate(q_pe, self._problem.rotations[step]))
         return q
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:

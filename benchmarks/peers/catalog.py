@@ -1,4 +1,4 @@
-"""The peers by name, and why one cannot run here."""
+"""The peers by name, and the reasons why some cannot run here."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from benchmarks.peers import sglang_tools
 from benchmarks.peers.assembled import Assembled, Toolbox
 from benchmarks.peers.faults import FaultCounter
+from benchmarks.peers.memory_read import MemoryRead
 from benchmarks.peers.sglang_tools import SGLANG
 from benchmarks.peers.torch_tools import TORCH
-from benchmarks.peers.yardstick import Read
 from mla.bench.subjects import fixture, transformers_layer
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.setting import Setting
-from mla.bench.subjects.transformers_classes import peer_model
+from mla.bench.subjects.transformers_classes import transformers_model
 from mla.config import MLAConfig
 from mla.errors import MLAError, UsageError, did_you_mean
 from mla.verify.layer_oracle import State
@@ -23,7 +23,7 @@ Maker = Callable[[Setting, State], Implementation]
 
 OURS = "mla"
 DEFAULT = ("ours", "read", "hand", "sglang", "composite", "transformers", "transformers-eager")
-#: They rebuild every request's keys and values in every step, which takes minutes after long histories.
+# These rebuild every request's keys and values in every step, which takes minutes with long histories.
 EXPANDING = ("transformers", "transformers-eager")
 
 
@@ -34,12 +34,15 @@ def _assembled(name: str, tools: Toolbox) -> Maker:
 def _joined(*boxes: Toolbox) -> Toolbox:
     parts = ("product", "batched", "decode", "prefill")
     return Toolbox(
-        *({key: way for box in boxes for key, way in getattr(box, part).items()} for part in parts)
+        *(
+            {key: candidate for box in boxes for key, candidate in getattr(box, part).items()}
+            for part in parts
+        )
     )
 
 
 PEERS: dict[str, Maker] = {
-    "read": Read,
+    "read": MemoryRead,
     "hand": _assembled("hand", TORCH),
     "sglang": _assembled("sglang", SGLANG),
     "composite": _assembled("composite", _joined(TORCH, SGLANG)),
@@ -47,23 +50,23 @@ PEERS: dict[str, Maker] = {
 
 
 def implementation_names(words: Sequence[str]) -> list[str]:
-    """Return the implementations of a list of peers, ours first. Raises `UsageError`."""
+    """Return the implementations for a list of peers, ours first. Raises `UsageError`."""
     known = ["ours", *PEERS, *fixture.IMPLEMENTATIONS]
     for word in words:
         if word not in known:
             hint = did_you_mean(word, known)
-            raise UsageError(f"unknown peer '{word}'.{hint} There are: {', '.join(dict.fromkeys(known))}.")
+            raise UsageError(f"unknown peer '{word}'.{hint} Choose from: {', '.join(dict.fromkeys(known))}.")
     return list(dict.fromkeys([OURS, *(OURS if word == "ours" else word for word in words)]))
 
 
 def why_not(names: Sequence[str], config: MLAConfig, vllm: Path | None) -> dict[str, str]:
-    """Return why each implementation that cannot run here cannot; loads the kernels of the others."""
+    """Return implementation -> reason for those that cannot run here; load the kernels of the others."""
     checks: dict[str, Callable[[], object]] = {}
     for name in names:
         if name in ("sglang", "composite"):
             checks[name] = lambda: sglang_tools.load(vllm)
         elif name in EXPANDING:
-            checks[name] = lambda: (transformers_layer.require(), peer_model(config))
+            checks[name] = lambda: (transformers_layer.require(), transformers_model(config))
     return {name: reason for name, check in checks.items() if (reason := _reason(check))}
 
 
@@ -76,7 +79,7 @@ def _reason(check: Callable[[], object]) -> str | None:
 
 
 class Counters:
-    """Registers every implementation with the runner, and counts the page faults of each one it makes."""
+    """Register every implementation with the runner, and count the page faults of each one created."""
 
     def __init__(self) -> None:
         self.by_name: dict[str, FaultCounter] = {}

@@ -1,4 +1,4 @@
-"""Keep the fastest of several ways to do one part of a layer, found by trial before anything is timed."""
+"""Choose the fastest of several candidates for one part of a layer, by trial runs before timing."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 
 from mla.errors import MLAError
 
-#: Seconds of trials for every way, and how often each is tried at least.
-SECONDS, LEAST = 0.1, 4
+# Seconds of trials per candidate.
+SECONDS = 0.1
+# Minimum number of trials of each.
+LEAST = 4
 
 
 class Unavailable(MLAError):
-    """A peer that cannot run here; the sentence says why, and `peer` which one it is, once that is known."""
+    """A peer that cannot run here; the message says why, and `peer` is its name, once known."""
 
     peer: str | None = None
 
@@ -22,16 +24,16 @@ class Unavailable(MLAError):
         return self
 
 
-def fastest(ways: Mapping[str, Callable[[], object]]) -> str:
-    """Return the name of the way with the shortest single time; ways take turns."""
-    if len(ways) == 1:
-        return next(iter(ways))
-    best = dict.fromkeys(ways, float("inf"))
-    end, done = time.perf_counter() + SECONDS * len(ways), 0
+def fastest(candidates: Mapping[str, Callable[[], object]]) -> str:
+    """Return the name of the candidate with the shortest single time; trials are interleaved."""
+    if len(candidates) == 1:
+        return next(iter(candidates))
+    best = dict.fromkeys(candidates, float("inf"))
+    end, done = time.perf_counter() + SECONDS * len(candidates), 0
     while done < LEAST or time.perf_counter() < end:
-        for name, way in ways.items():
+        for name, candidate in candidates.items():
             start = time.perf_counter()
-            way()
+            candidate()
             best[name] = min(best[name], time.perf_counter() - start)
         done += 1
     return min(best, key=best.__getitem__)
@@ -40,15 +42,15 @@ def fastest(ways: Mapping[str, Callable[[], object]]) -> str:
 def built(
     what: str, makers: Mapping[str, Callable[[], Callable[..., object]]]
 ) -> dict[str, Callable[..., object]]:
-    """Make every way that this machine and these shapes allow. Raises `Unavailable` when none is left."""
+    """Build the candidates that support this machine and shapes. Raises `Unavailable` if none does."""
     made, refused = {}, []
     for name, make in makers.items():
         try:
             made[name] = make()
-        # torch and its extensions refuse dtypes, shapes and processors with the first; a build without a
-        # library lacks its ops, which is the second.
+        # RuntimeError: torch and its extensions reject a dtype, shape or processor.
+        # AttributeError: this build of torch lacks the library and so its ops.
         except (RuntimeError, AttributeError) as error:
             refused.append(f"{name}: {str(error).partition(chr(10))[0]}")
     if not made:
-        raise Unavailable(f"no way to compute {what}: {'; '.join(refused)}.")
+        raise Unavailable(f"cannot compute {what}: {'; '.join(refused)}.")
     return made

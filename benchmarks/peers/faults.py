@@ -1,4 +1,4 @@
-"""Minor page faults per timed forward: what an allocator that gives memory back costs every time."""
+"""Minor page faults per timed forward: the cost of an allocator that returns memory to the system."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from mla.bench.subjects.base import Implementation
 
 
 def minor_faults() -> int:
-    """Return the page faults of this process, all threads, that needed no disk."""
+    """Return the page faults of this process, over all threads, that needed no disk access."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 class FaultCounter:
-    """Counts an implementation's faults around its forwards, from outside the timed region.
+    """Count an implementation's faults per forward, from outside the timed region.
 
-    `restore` begins a pass; what runs before the first one after loading is not counted.
+    `restore` begins a pass; forwards before the first `restore` after loading are not counted.
     """
 
     def __init__(self, one: Implementation) -> None:
         self._restore, self._before, self._after = one.restore, one.before, one.after
         self._mark = 0
         self.passes: list[list[int]] = []
-        # On the instance: all else that the runner may ask of it stays as it is.
+        # On the instance, so that the rest of its interface stays untouched.
         vars(one).update(restore=self.restore, before=self.before, after=self.after)
 
     def restore(self) -> None:
@@ -31,7 +31,7 @@ class FaultCounter:
         self.passes.append([])
 
     def before(self, index: int) -> None:
-        """Take note of the faults until now."""
+        """Record the faults so far."""
         self._before(index)
         self._mark = minor_faults()
 
@@ -42,6 +42,6 @@ class FaultCounter:
         self._after(index)
 
     def per_forward(self) -> float | None:
-        """Return the mean over the timed forwards, None when there were none."""
+        """Return the mean over the timed forwards, or None if there were none."""
         counts = [count for one in self.passes[1:] for count in one]
         return sum(counts) / len(counts) if counts else None

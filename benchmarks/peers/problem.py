@@ -1,8 +1,8 @@
-"""What a peer assembled from pieces works on: one scenario's latent cache, lengths and tables.
+"""The data of an assembled peer: one scenario's latent cache, lengths and tables.
 
 The cache is one contiguous tensor, requests back to back, each with room for its final length. Positions,
-slots, rotations and masks of every step are made before anything is timed, which favours the peers slightly:
-our layer makes them in every step.
+slots, rotations and masks of every step are computed before timing, which slightly favours the peers: our
+layer computes them in every step.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from mla.layer.rope import RotaryTable
 
 
 @dataclass(frozen=True)
-class Group:
-    """Neighbouring requests of one length, so that one call serves them."""
+class LengthGroup:
+    """Neighbouring requests of equal length, which one call serves."""
 
     first: int
     count: int
     size: int  # slots of each request
 
 
-class Problem:
+class PeerProblem:
     """A scenario as tensors on the host; `rows` [slots, c + r] is the cache."""
 
     def __init__(self, config: MLAConfig, scenario: Scenario, dtype: torch.dtype, history: History) -> None:
         _require_plain(config)
         if scenario.mode == "decode" and set(scenario.query_lens) != {1}:
-            raise Unavailable("peers assembled from pieces decode one token per request and step.")
+            raise Unavailable("assembled peers decode one token per request and step.")
         self.config, self.scenario, self.dtype = config, scenario, dtype
         self.sizes = scenario.final_lens
         self.starts = _starts(self.sizes)
@@ -46,9 +46,9 @@ class Problem:
             self.rows[start : start + kv.shape[0]] = torch.cat((kv, pe), dim=1)
         table = RotaryTable(config, torch.device("cpu"), max(self.sizes)).table
         cos, sin = table.chunk(2, dim=1)
-        turns = torch.complex(cos, sin)
+        rotations = torch.complex(cos, sin)
         self.positions = [self._positions(lens) for lens in self.lens]
-        self.turns = [turns.index_select(0, positions)[:, None] for positions in self.positions]
+        self.rotations = [rotations.index_select(0, positions)[:, None] for positions in self.positions]
         self.slots = [positions + self._offsets() for positions in self.positions]
 
     def _positions(self, lens: Sequence[int]) -> torch.Tensor:
@@ -59,12 +59,12 @@ class Problem:
         new = torch.tensor(self.scenario.query_lens)
         return torch.tensor(self.starts).repeat_interleave(new)
 
-    def forget(self) -> None:
-        """Put NaN back into every slot past the history, so that reading one too many shows."""
+    def reset(self) -> None:
+        """Fill every slot past the history with NaN, so that reading one too many is detected."""
         for start, size, past in zip(self.starts, self.sizes, self.scenario.history, strict=True):
             self.rows[start + past : start + size] = torch.nan
 
-    def group_rows(self, group: Group) -> torch.Tensor:
+    def group_rows(self, group: LengthGroup) -> torch.Tensor:
         """Return the cache of a group as a view [count, size, c + r]."""
         start = self.starts[group.first]
         return self.rows[start : start + group.count * group.size].view(group.count, group.size, -1)
@@ -74,29 +74,29 @@ class Problem:
         return self.rows[self.starts[request] : self.starts[request] + self.sizes[request]]
 
 
-def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     """Rotate channel pairs of x [T, h, r] by unit complex numbers [T, 1, r/2]."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
     return [sum(sizes[:request]) for request in range(len(sizes))]
 
 
-def _groups(sizes: Sequence[int]) -> list[Group]:
-    """Return neighbours with equal final lengths, which in decode have equal lengths in every step."""
-    groups: list[Group] = []
+def _groups(sizes: Sequence[int]) -> list[LengthGroup]:
+    """Group neighbours with equal final lengths; in decode their lengths are equal in every step."""
+    groups: list[LengthGroup] = []
     for request, size in enumerate(sizes):
         if groups and groups[-1].size == size:
-            groups[-1] = Group(groups[-1].first, groups[-1].count + 1, size)
+            groups[-1] = LengthGroup(groups[-1].first, groups[-1].count + 1, size)
         else:
-            groups.append(Group(request, 1, size))
+            groups.append(LengthGroup(request, 1, size))
     return groups
 
 
 def _require_plain(config: MLAConfig) -> None:
-    """Raise `Unavailable` for what DeepSeek's own models do not have and these peers do not compute."""
+    """Raise `Unavailable` for features that DeepSeek's own models lack and these peers do not compute."""
     plain = (
         not config.attention_bias
         and config.rope_interleave
@@ -106,5 +106,5 @@ def _require_plain(config: MLAConfig) -> None:
     )
     if not plain:
         raise Unavailable(
-            f"peers assembled from pieces compute DeepSeek's layer only, and '{config.name}' differs."
+            f"assembled peers compute DeepSeek's layer only, and '{config.name}' differs from it."
         )

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure our CPU layer beside other implementations, all passes interleaved in one process.
+"""Compare our CPU layer with other implementations, all passes interleaved in one process.
 
 \b
     python benchmarks/peers/run.py --vllm FOLDER -o peers.json
@@ -7,9 +7,9 @@
     python benchmarks/peers/run.py --scenario long:4k,long:16k,long:64k -o long.json
     python benchmarks/peers/run.py --memory
 
-Peers: ours, read (a yardstick that only reads memory), hand, sglang, composite, transformers,
+Peers: ours, read (a baseline that only reads memory), hand, sglang, composite, transformers,
 transformers-eager. The result is an ordinary result file: `python -m mla.bench show` and `compare` read it. A
-peer that cannot run here stays in the result with the reason. Exit codes are those of `python -m mla.bench`.
+peer that cannot run here is listed in the result with the reason. Exit codes as in `python -m mla.bench`.
 """
 
 from __future__ import annotations
@@ -42,14 +42,12 @@ from mla.command import console
 from mla.command.exit_codes import guarded
 from mla.config import presets
 
-#: Temporaries stay in the process instead of being mapped, faulted in and given back in every call.
+# Keep temporaries in the process instead of mapping, faulting in and returning them in every call.
 TUNABLES = ":".join(
     f"glibc.malloc.{name}={size}"
     for name, size in (("mmap_threshold", 32 << 30), ("trim_threshold", 32 << 30), ("top_pad", 256 << 20))
 )
-
-
-#: Peers are compared by the headline alone: caches warm, launched one by one, host clock.
+# Peers are compared by the headline alone: eager, warm cache, host clock.
 _HEADLINE = {"mode": "eager", "cache": "warm", "clock": "host"}
 
 
@@ -62,7 +60,7 @@ def defaults(**changes: object) -> options.RunOptions:
 
 
 class PeerRun:
-    """All scenarios of one command, and what could not run."""
+    """All scenarios of one command, and the peers that cannot run."""
 
     def __init__(self, request: Request, peers: tuple[str, ...] | None, vllm: Path | None) -> None:
         self._request = request
@@ -75,7 +73,7 @@ class PeerRun:
             console.note(f"{name} is not available here: {reason}")
 
     def measure(self, wanted: list[Point]) -> Outcome:
-        """Measure the scenarios one after the other; an interrupt or a failure keeps what there is."""
+        """Measure the scenarios one by one; an interrupt or a failure keeps the cases so far."""
         ours = replace(self._request, implementations=[catalog.OURS])
         for scenario in wanted:
             plan_scenario(ours.setting, scenario, ours.implementations).memory.require()
@@ -91,7 +89,7 @@ class PeerRun:
         return whole
 
     def _scenario(self, scenario: Point) -> Outcome:
-        """Measure one scenario; a peer that refuses it is left out and said, and the others run."""
+        """Measure one scenario; a peer that cannot run it is skipped with a note."""
         names = [name for name in self._names if not self._reason(name, scenario)]
         request = self._request.replanned([scenario], names)
         with catalog.Counters() as counters:
@@ -106,14 +104,14 @@ class PeerRun:
         return outcome
 
     def _reason(self, name: str, scenario: Point) -> str | None:
-        """Return why an implementation sits a scenario out."""
+        """Return why an implementation skips a scenario, or None."""
         if is_long(scenario) and name in catalog.EXPANDING and not self._expanding_too:
-            return "left out after long histories, which it expands in every step; --peers asks for it"
+            return "skipped for long histories, which it expands in every step; name it in --peers to run it"
         reason = self._absent.get(name)
         return f"not available here: {reason}" if reason else None
 
     def _complete(self, case: results.Case, counters: catalog.Counters) -> None:
-        """Fill in what only this harness knows."""
+        """Fill in the fields that only this harness knows."""
         word = f"long:{case.history[0]}" if case.scenario.startswith("long-") else case.scenario
         name = "ours" if case.implementation == catalog.OURS else case.implementation
         config = str(self._request.setting.config.name)
@@ -132,11 +130,11 @@ class PeerRun:
         if case.implementation == "read" and case.latency_ms:
             case.agreement, case.roofline, case.cost.flops = [], results.Roofline(), 0
             case.check = results.Check(
-                status="not run", reason="a yardstick: it only reads memory, nothing is computed"
+                status="not run", reason="a baseline: it only reads memory and computes nothing"
             )
 
     def _missing(self, cases: list[results.Case], scenario: Point) -> list[results.Case]:
-        """Return a case without numbers for every implementation that sat out."""
+        """Return a case without numbers for every implementation that was skipped."""
         reasons = {name: reason for name in self._names if (reason := self._reason(name, scenario))}
         return [
             msgspec.structs.replace(
@@ -171,7 +169,7 @@ def report(run: results.Run, request: Request) -> str:
 
 
 def rerun_with_tunables() -> None:
-    """Start this command again with an allocator that keeps temporaries; does nothing the second time."""
+    """Restart this command with an allocator that keeps temporaries; do nothing in the restarted process."""
     if os.environ.get("GLIBC_TUNABLES") != TUNABLES:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": TUNABLES})
 
@@ -187,23 +185,33 @@ def split(context: click.Context, option: click.Parameter, value: str | None) ->
     "--scenario", "words", callback=split, default="prefill,decode", show_default=True, help="Also long:4k."
 )
 @click.option(
-    "--peers", callback=split, help="What to measure beside ours.  [all; none that expands in long:...]"
+    "--peers",
+    callback=split,
+    help="What to compare ours with.  [all; in long:... none that expands the history]",
 )
 @click.option(
-    "--vllm", type=click.Path(path_type=Path), help="Folder that holds vLLM's CPU wheel, for its kernels."
+    "--vllm", type=click.Path(path_type=Path), help="Folder with vLLM's CPU wheel, for its kernels."
 )
-@click.option("--threads", type=click.IntRange(1, 4096), help="Threads of everybody.  [the backend decides]")
+@click.option(
+    "--threads", type=click.IntRange(1, 4096), help="Threads of all implementations.  [the backend decides]"
+)
 @click.option("--runs", type=click.IntRange(1), help="Prefill forwards in all; decode steps of a pass.")
-@click.option("--passes", type=click.IntRange(1), help="Turns of each; a 95% interval needs 6.")
+@click.option("--passes", type=click.IntRange(1), help="Passes of each; a 95% interval needs 6.")
 @click.option("--warmups", type=click.IntRange(0), help="Untimed forwards first.")
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights, inputs and turns."
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of weights, inputs and the order of passes.",
 )
 @click.option(
-    "--malloc", is_flag=True, help="Keep temporaries in the process (GLIBC_TUNABLES), for everybody."
+    "--malloc",
+    is_flag=True,
+    help="Keep temporaries in the process (GLIBC_TUNABLES), for all implementations.",
 )
 @click.option(
-    "--memory", is_flag=True, help="Instead: 10,000 decode steps of ours, and what memory they leave."
+    "--memory", is_flag=True, help="Instead, run 10,000 decode steps of ours and report memory growth."
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the complete result as JSON.")
 def peer_run(

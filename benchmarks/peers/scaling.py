@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""How a decode step of our layer grows with history, batch and heads, and what a second thread gives.
+"""How the time of our decode step grows with history, batch and heads, and the gain of a second thread.
 
 \b
     python benchmarks/peers/scaling.py --folder benchmarks/results
     python benchmarks/peers/scaling.py --plot FILE-threads1.json FILE-threads2.json
 
-Every number of threads runs in a process of its own and leaves an ordinary result file; the curves are drawn
-from these files, the machine in their title, as SVG beside them.
+Each thread count runs in its own process and writes an ordinary result file. The curves are drawn from these
+files, as an SVG next to them with the machine in its title.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mla.config import presets
 from mla.errors import MLAError
 from mla_backends import host
 
-#: Axis -> its values; the other axes stay at `USUAL`.
+# Axis -> its values; the other axes stay at `USUAL`.
 AXES: dict[str, tuple[int, ...]] = {
     "history": (128, 512, 2048, 8192, 32768),
     "batch": (1, 2, 4, 8, 16, 32, 64),
@@ -44,7 +44,7 @@ LABELS = {"history": "tokens of history", "batch": "requests", "heads": "heads"}
 
 
 class NothingToPlot(MLAError):
-    """Result files without curves, or no library to draw them."""
+    """Result files without the points of a curve, or matplotlib is missing."""
 
 
 def scenario(axis: str, value: int, steps: int, passes: int) -> Point:
@@ -97,7 +97,7 @@ def _points(run: results.Run, axis: str) -> dict[int, results.Latency]:
     cases = [case for case in run.cases if case.base == axis and case.latency_ms]
     found = {int(case.point[axis]): case.latency_ms for case in cases if case.latency_ms}
     if not found:
-        raise NothingToPlot(f"a result file has no points over {axis}: this command writes such files.")
+        raise NothingToPlot(f"a result file has no points over {axis}: use files written by this command.")
     return found
 
 
@@ -106,7 +106,7 @@ def _threads(run: results.Run) -> int:
 
 
 def _curve(panel: Any, axis: str, run: results.Run) -> None:
-    """Draw the medians over one axis, with their 95 % intervals where there are any, on log scales."""
+    """Draw the medians over one axis, with their 95 % intervals if known, on log scales."""
     points = _points(run, axis)
     medians = [latency.median for latency in points.values()]
     bounds = [latency.ci95 or (latency.median, latency.median) for latency in points.values()]
@@ -122,7 +122,7 @@ def _curve(panel: Any, axis: str, run: results.Run) -> None:
 
 
 def _speed_up(panel: Any, runs: Sequence[results.Run]) -> None:
-    """Draw how many times as fast the run with most threads is as the one with fewest, over every axis."""
+    """Draw the speed-up of the run with the most threads over the one with the fewest, over every axis."""
     few, many = min(runs, key=_threads), max(runs, key=_threads)
     for axis in AXES:
         slow, fast = _points(few, axis), _points(many, axis)
@@ -148,8 +148,12 @@ def _title(run: results.Run) -> str:
 @click.option("--config", default=presets.DEFAULT_CONFIG, show_default=True, help="Preset, or a config.json.")
 @click.option("--steps", default=20, show_default=True, help="Decode steps of a pass.")
 @click.option("--passes", default=6, show_default=True, help="Passes; a 95% interval needs 6.")
-@click.option("--folder", type=click.Path(path_type=Path), default=".", help="Where results go.  [here]")
-@click.option("--threads", type=click.IntRange(1), help="Measure only with so many threads, in this process.")
+@click.option(
+    "--folder", type=click.Path(path_type=Path), default=".", help="Where to write results.  [here]"
+)
+@click.option(
+    "--threads", type=click.IntRange(1), help="Only measure with this many threads, in this process."
+)
 @click.option("--plot", "files", type=click.Path(path_type=Path), nargs=2, help="Only draw these two files.")
 def scaling(
     config: str, steps: int, passes: int, folder: Path, threads: int | None, files: tuple[Path, Path] | None

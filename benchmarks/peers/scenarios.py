@@ -12,7 +12,7 @@ from mla.bench.workload.scenario import Scenario, load_workload
 from mla.errors import UsageError
 
 REQUESTS = 16
-#: Steps of a pass by the length of the history: a pass takes a few seconds, and the oracle minutes at most.
+# Steps of a pass by history length: a pass takes a few seconds, and the oracle minutes at most.
 STEPS = ((8192, 50), (32768, 20), (1 << 31, 10))
 
 
@@ -26,15 +26,13 @@ def scenarios(words: Sequence[str], **counts: int | None) -> list[Point]:
 
 
 def scenario(word: str) -> Scenario:
-    """Return one scenario by its word on the command line. Raises `UsageError`."""
+    """Return one scenario by its command-line name. Raises `UsageError`."""
     standard = {one.name: one for one in load_workload("standard")}
     if word in standard:
         return standard[word]
     match = re.fullmatch(r"long:(\d+)(k?)", word)
     if match is None or not 0 < (history := int(match[1]) * (1024 if match[2] else 1)) < 1 << 24:
-        raise UsageError(
-            f"unknown scenario '{word}': there are {', '.join(standard)} and long:TOKENS (long:16k)."
-        )
+        raise UsageError(f"unknown scenario '{word}': use {', '.join(standard)} or long:TOKENS (long:16k).")
     return long_context(history)
 
 
@@ -52,5 +50,5 @@ def long_context(history: int) -> Scenario:
 
 
 def is_long(scenario: Scenario) -> bool:
-    """Say whether the histories are too long for implementations that expand them in every step."""
+    """Return whether the histories are too long for implementations that expand them in every step."""
     return scenario.name.startswith("long-")

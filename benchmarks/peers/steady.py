@@ -1,4 +1,4 @@
-"""Does memory stay where it is over 10,000 decode steps of ours?"""
+"""Check that memory does not grow over 10,000 decode steps of our layer."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from mla.command.exit_codes import Exit
 from mla.weights import random_state_dict
 
 STEPS, EVERY = 10_000, 1_000
-#: Growth of the resident set over the second half that is no leak: 256 KiB are 52 bytes a step.
+# Growth of the resident set in bytes over the second half that is not a leak: about 52 bytes per step.
 TOLERATED = 256 << 10
 
 
-class Reading(msgspec.Struct):
+class MemoryReading(msgspec.Struct):
     """Memory after a number of steps."""
 
     steps: int
     resident_bytes: int
-    tensors: int  # alive
+    tensors: int  # live
     tensor_bytes: int  # of their storages, each counted once
     page_faults: int  # minor ones since the last reading
 
 
 class Steady(msgspec.Struct):
-    """What `--memory -o FILE` writes."""
+    """The schema of `--memory -o FILE`."""
 
     environment: dict[str, str]
     config: str
     scenario: str
-    readings: list[Reading]
+    readings: list[MemoryReading]
 
 
 def report(request: Request, output: Path | None) -> int:
-    """Run the steps, print readings, and return 1 if the resident set or the tensors grew."""
+    """Run the steps, print the readings, and return 1 if the resident set or the tensors grew."""
     readings = run(request)
     console.out("   steps   resident MiB   tensors   tensor MiB   page faults since\n")
     for one in readings:
@@ -60,8 +60,8 @@ def report(request: Request, output: Path | None) -> int:
     return Exit.OK if steady else Exit.REGRESSION
 
 
-def verdict(readings: Sequence[Reading]) -> tuple[bool, str]:
-    """Return whether memory stood still over the second half, and the sentence that says so."""
+def verdict(readings: Sequence[MemoryReading]) -> tuple[bool, str]:
+    """Return whether memory was steady over the second half, and a sentence with the figures."""
     half, last = readings[len(readings) // 2], readings[-1]
     resident, tensors = last.resident_bytes - half.resident_bytes, last.tensor_bytes - half.tensor_bytes
     steady = resident <= TOLERATED and tensors <= 0
@@ -71,7 +71,7 @@ def verdict(readings: Sequence[Reading]) -> tuple[bool, str]:
     )
 
 
-def run(request: Request) -> list[Reading]:
+def run(request: Request) -> list[MemoryReading]:
     """Decode in passes of the standard scenario, as the runner does, with a reading every thousand steps."""
     setting = request.setting
     scenario = load_workload("standard")[1]
@@ -90,10 +90,10 @@ def run(request: Request) -> list[Reading]:
     return readings
 
 
-def read(steps: int, faults: int) -> Reading:
-    """Return what memory holds now."""
+def read(steps: int, faults: int) -> MemoryReading:
+    """Read the current memory use."""
     gc.collect()
     alive = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in alive}
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return Reading(steps, pages * 4096, len(alive), sum(storages.values()), faults)
+    return MemoryReading(steps, pages * 4096, len(alive), sum(storages.values()), faults)

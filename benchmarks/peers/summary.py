@@ -1,4 +1,4 @@
-"""How ours stands against each peer and against the machine's limits, from the cases of one scenario."""
+"""Compare ours with each peer and with the machine's limits, from the cases of one scenario."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from mla.bench.results.schema import Case, Ceiling
 from mla.bench.terminal.digits import number
 
-#: Peers that a scenario is compared with by name, beside the best of all.
+# Peers that ours is compared with by name, as well as with the best of all.
 NAMED = ("transformers", "transformers-eager")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Peaks measured on the spot for a case: bytes per second at its footprint, FLOP per second."""
+    """Measured peaks: bytes per second at a case's footprint, and FLOP per second."""
 
     bandwidth: Callable[[int], Ceiling]
     flops: Callable[[], Ceiling]
 
 
 def summary(cases: Sequence[Case], limits: Limits) -> str:
-    """Return a table over the cases of one scenario, ours first, and a line that says how ours stands."""
+    """Return a table over the cases of one scenario, ours first, and a line comparing ours with the rest."""
     read = next((case for case in cases if case.implementation == "read"), None)
     rows = [
         ["implementation", "ms", "ours is", "% of read", "% of bandwidth", "% of compute", "faults", "check"]
@@ -30,7 +30,7 @@ def summary(cases: Sequence[Case], limits: Limits) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     table = "\n".join(line.rstrip() for line in [f"{cases[0].scenario}:", *lines])
-    return f"{table}\n{_standing(cases)}\n"
+    return f"{table}\n{_headline(cases)}\n"
 
 
 def _row(case: Case, ours: Case, read: Case | None, limits: Limits) -> list[str]:
@@ -43,7 +43,7 @@ def _row(case: Case, ours: Case, read: Case | None, limits: Limits) -> list[str]
         _share(1e3 * case.cost.bytes / limits.bandwidth(case.cost.bytes).value, case),
         "-" if case is read else _share(1e3 * case.cost.flops / limits.flops().value, case),
         number(case.memory.page_faults),
-        "yardstick" if case is read else case.check.status,
+        "baseline" if case is read else case.check.status,
     ]
 
 
@@ -64,8 +64,8 @@ def speed_ratio(case: Case, other: Case) -> float | None:
     return other.latency_ms.median / case.latency_ms.median
 
 
-def _standing(cases: Sequence[Case]) -> str:
-    """Return the line of ratios and the share of the larger roofline."""
+def _headline(cases: Sequence[Case]) -> str:
+    """Return the line of speed ratios and the fraction of the roofline."""
     ours = cases[0]
     ratios = {
         case.implementation: speed_ratio(ours, case) for case in cases[1:] if case.implementation != "read"

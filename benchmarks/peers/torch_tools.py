@@ -1,4 +1,4 @@
-"""Careful hand-written PyTorch: what somebody who knows it well writes today, without compiling anything."""
+"""Careful hand-written PyTorch, as an expert would write it without compiling anything."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional
 
 from benchmarks.peers.assembled import Attention, BatchedProduct, LatentAttention, Parts, Product, Toolbox
-from benchmarks.peers.problem import Problem
+from benchmarks.peers.problem import PeerProblem
 
-#: Query rows that one product with the keys before them covers: fewer masked pairs against larger products.
+# Query rows per product with the keys before them: a trade-off of masked pairs against product size.
 BLOCK = 128
 
 Attend = Callable[[torch.Tensor, torch.Tensor, float, int], torch.Tensor]
@@ -22,21 +22,21 @@ def linear(weight: torch.Tensor, tokens: int) -> Product:
 
 
 def prepacked(weight: torch.Tensor, tokens: int) -> Product:
-    """Return oneDNN's product, its weight laid out for this many tokens beforehand."""
+    """Return oneDNN's product, its weight prepacked for this many tokens."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, tokens)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 def bmm(weight: torch.Tensor) -> BatchedProduct:
     """Return one product per head as `torch.bmm`."""
-    turned = weight.transpose(1, 2).contiguous()
-    return lambda x: torch.bmm(x.transpose(0, 1), turned).transpose(0, 1)
+    transposed = weight.transpose(1, 2).contiguous()
+    return lambda x: torch.bmm(x.transpose(0, 1), transposed).transpose(0, 1)
 
 
-def by_length(attend: Attend) -> Callable[[Problem], LatentAttention]:
-    """Return absorbed attention in one call per group of equal lengths."""
+def by_length(attend: Attend) -> Callable[[PeerProblem], LatentAttention]:
+    """Return absorbed attention with one call per group of equal lengths."""
 
-    def make(problem: Problem) -> LatentAttention:
+    def make(problem: PeerProblem) -> LatentAttention:
         groups = [
             (group.first, group.first + group.count, problem.group_rows(group)) for group in problem.groups
         ]
@@ -60,7 +60,7 @@ def sdpa(q: torch.Tensor, latents: torch.Tensor, scale: float, width: int) -> to
 
 
 def sdpa_fp32(q: torch.Tensor, latents: torch.Tensor, scale: float, width: int) -> torch.Tensor:
-    """Return `sdpa` over widened copies: without bf16 products in hardware it is the faster one."""
+    """Return `sdpa` over widened copies: faster without bf16 products in hardware."""
     return sdpa(q.float(), latents.float(), scale, width).to(q.dtype)
 
 
@@ -89,10 +89,10 @@ class Expanded:
 
 
 def flash(parts: Parts) -> Attention:
-    """Return flash attention per request; values are padded to the keys' width, which its kernel demands."""
+    """Return flash attention per request; values are padded to the keys' width, as its kernel requires."""
     problem, config = parts.problem, parts.problem.config
     expanded = Expanded(parts)
-    requests = [_Request(problem, request) for request in range(len(problem.starts))]
+    requests = [_RequestSlices(problem, request) for request in range(len(problem.starts))]
 
     def attention(q: torch.Tensor, step: int) -> torch.Tensor:
         keys, values = expanded.rebuild()
@@ -113,10 +113,10 @@ def flash(parts: Parts) -> Attention:
     return attention
 
 
-class _Request:
-    """Where a request's new tokens and slots are; `bias` is None without history, where causal is enough."""
+class _RequestSlices:
+    """A request's new tokens and slots; `bias` is None without history, where `is_causal` suffices."""
 
-    def __init__(self, problem: Problem, request: int) -> None:
+    def __init__(self, problem: PeerProblem, request: int) -> None:
         first, start = problem.firsts[request], problem.starts[request]
         count, past = problem.scenario.query_lens[request], problem.scenario.history[request]
         self.new = slice(first, first + count)
@@ -147,8 +147,8 @@ def blocks(parts: Parts) -> Attention:
     return attention
 
 
-def _blocks(problem: Problem, request: int) -> list[tuple[slice, slice, torch.Tensor]]:
-    """Return per block of a request: its new tokens, the slots they see, and what hides the future."""
+def _blocks(problem: PeerProblem, request: int) -> list[tuple[slice, slice, torch.Tensor]]:
+    """Return per block of a request: its new tokens, the slots they see, and the causal mask."""
     count, first = problem.scenario.query_lens[request], problem.firsts[request]
     start, past = problem.starts[request], problem.scenario.history[request]
     found = []

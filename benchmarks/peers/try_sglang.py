@@ -1,7 +1,7 @@
-"""Run every SGLang kernel once, in a process that may die of it: `python try_sglang.py LIBRARY`.
+"""Run every SGLang kernel once, in a process that may crash: `python try_sglang.py LIBRARY`.
 
-Prints each kernel's name before calling it, so that a parent knows which one ended the process. A kernel that
-refuses its arguments with an exception is not a failure here: the peer leaves it out and says so.
+Prints each kernel's name before calling it, so that the parent knows which one crashed. A kernel that rejects
+its arguments with an exception is not a failure here: the peer skips it and reports why.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 import torch
 
 from benchmarks.peers.assembled import Parts
-from benchmarks.peers.problem import Problem
+from benchmarks.peers.problem import PeerProblem
 from benchmarks.peers.sglang_tools import SGLANG
 from benchmarks.peers.torch_tools import TORCH
 from mla.bench.subjects.inputs import make_inputs
@@ -33,13 +33,13 @@ PREFILL = Scenario(name="prefill", mode="prefill", query_lens=(64, 200), history
 def parts(scenario: Scenario) -> Parts:
     """Return a small layer's parts for a scenario, its cache filled."""
     dtype = torch.bfloat16
-    problem = Problem(CONFIG, scenario, dtype, make_inputs(CONFIG, scenario, 0, dtype).history)
+    problem = PeerProblem(CONFIG, scenario, dtype, make_inputs(CONFIG, scenario, 0, dtype).history)
     problem.rows.nan_to_num_(nan=0.0)
     return Parts(problem, random_state_dict(CONFIG), TORCH)
 
 
 def attempt(name: str, make: Callable[..., Any], given: tuple[Any, ...], trial: tuple[Any, ...]) -> None:
-    """Announce a way, make it from what it is given, and call it once."""
+    """Print a candidate's name, build it from `given`, and call it once."""
     print(name, flush=True)  # noqa: T201
     with contextlib.suppress(RuntimeError):
         make(*given)(*trial)
@@ -70,5 +70,5 @@ def main(library: str) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1])
-    except (OSError, RuntimeError) as error:  # a library made for another torch does not load
-        sys.exit(str(error.__cause__ or error).partition("\n")[0])  # torch says only that it did not load
+    except (OSError, RuntimeError) as error:  # a library built for another torch does not load
+        sys.exit(str(error.__cause__ or error).partition("\n")[0])  # torch's own message has no cause

@@ -55,10 +55,10 @@ def test_dtypes_have_short_names() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["kv"], "-a wants AXIS=VALUES, such as kv=1k..64k*4, got 'kv'"),
-        (["btach=1"], "unknown axis 'btach'. Did you mean 'batch'? There are: batch, kv, q_len, "),
-        (["=1"], "unknown axis ''. There are: "),
-        (["kv=1", "kv=2"], "axis 'kv' is given twice: list all its values in one -a"),
+        (["kv"], "-a takes AXIS=VALUES, such as kv=1k..64k*4, got 'kv'"),
+        (["btach=1"], "unknown axis 'btach'. Did you mean 'batch'? Choose from: batch, kv, q_len, "),
+        (["=1"], "unknown axis ''. Choose from: "),
+        (["kv=1", "kv=2"], "axis 'kv' is given twice: list all of its values in one -a"),
         (["kv="], "axis kv: '' is neither a number, such as 4k, nor a range"),
         (["kv=1,,2"], "axis kv: '' is neither"),
         (["kv=-1"], "axis kv: '-1' is neither"),
@@ -68,12 +68,12 @@ def test_dtypes_have_short_names() -> None:
         (["kv=0..8*2"], "the range '0..8*2' does not ascend"),
         (["kv=1..8*1"], "the range '1..8*1' does not ascend"),
         (["kv=1..8+0"], "the range '1..8+0' does not ascend"),
-        (["kv=1..1m+1"], f"axis kv: '1..1m+1' goes beyond {MAX_POINTS} values: give fewer"),
+        (["kv=1..1m+1"], f"axis kv: '1..1m+1' exceeds {MAX_POINTS} values: give fewer"),
         (["kv=9999m"], "axis kv: 10484711424 is not between 0 and 2147483647"),
         (["batch=0"], "axis batch: 0 is not between 1 and 65536"),
         (["page_size=48"], "axis page_size: 48 is not a power of two"),
-        (["dtype=bf61"], "axis dtype: unknown dtype 'bf61'. Did you mean 'bf16'? There are: bf16, "),
-        (["kv=1..40+1", "batch=1..40+1"], "these axes make 1600 points, and at most 1000 are run at once"),
+        (["dtype=bf61"], "axis dtype: unknown dtype 'bf61'. Did you mean 'bf16'? Choose from: bf16, "),
+        (["kv=1..40+1", "batch=1..40+1"], "these axes make 1600 points, but a run has at most 1000"),
         (["kv=2147483647"], "scenario 'decode kv=2147483647': no request may grow beyond 2147483647 tokens"),
     ],
 )
@@ -145,9 +145,12 @@ def test_two_points_of_one_name_are_refused() -> None:
         (["-a", "heads=8"], "axis heads: 8 are more than the 4 heads of tiny"),
         (["-a", "heads=3"], "axis heads: 3 do not divide the 4 heads of tiny"),
         (["-a", "dtype=fp16"], "does not compute float16 natively"),
-        (["-a", "dtype=bf16", "--dtype", "float32"], "--dtype and an axis dtype exclude each other"),
-        (["-a", "page_size=1", "--page-size", "64"], "--page-size and an axis page_size exclude each other"),
-        (["--preset", "smoke"], "--preset and --workload exclude each other"),
+        (["-a", "dtype=bf16", "--dtype", "float32"], "--dtype and an axis dtype are mutually exclusive"),
+        (
+            ["-a", "page_size=1", "--page-size", "64"],
+            "--page-size and an axis page_size are mutually exclusive",
+        ),
+        (["--preset", "smoke"], "--preset and --workload are mutually exclusive"),
     ],
 )
 def test_an_axis_must_fit_the_model_the_device_and_the_options(

@@ -42,7 +42,7 @@ def test_durations_have_units(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "0m", "-1", "m", "1d", "1e3", "ten", "9" * 400])
 def test_anything_else_is_no_duration(text: str) -> None:
-    with pytest.raises(ValueError, match="is no duration, such as 90s, 10m or "):
+    with pytest.raises(ValueError, match="is not a valid duration, such as 90s, 10m or "):
         duration(text)
 
 
@@ -151,7 +151,7 @@ def test_a_budget_that_is_over_at_once_runs_nothing(bench: Bench, small: list[st
     done = bench(*VIRTUAL, *small, *GRID, "--budget", "0.001", fakes=["virtual_clock"])
     assert done.code == 5
     assert "--budget skipped 3 of 3 cases and cut short 0; with -o, a later run could" in done.err
-    assert "is no duration" in bench(*VIRTUAL, "--budget", "soon").err
+    assert "is not a valid duration" in bench(*VIRTUAL, "--budget", "soon").err
 
 
 def test_by_default_nothing_ends_a_run_early() -> None:

@@ -115,7 +115,7 @@ def test_the_log_sum_exp_is_checked_where_an_op_has_one(measure: Bench, op: str)
 
 def test_a_write_beside_the_new_tokens_slots_is_wrong(measure: Bench) -> None:
     assert measure("write_latent", fault="stray").code == 4
-    assert cases()[0].check.reason == "1 slots that were not to be written have changed"
+    assert cases()[0].check.reason == "1 slots other than those of the new tokens have changed"
 
 
 def test_an_op_that_goes_wrong_while_it_is_timed_loses_its_numbers(bench: Bench, small: list[str]) -> None:
@@ -188,10 +188,10 @@ def test_a_prompt_without_history_is_a_shape_like_any(measure: Bench) -> None:
             "error: a layer of config 'deepseek-v2-lite' has no rms_norm, because it does not compress its "
             "queries: choose a config that does, such as --config deepseek-r1.",
         ),
-        (["--op", "o_proj", "--kv", "4k"], "error: --kv makes no difference to o_proj: leave it out."),
+        (["--op", "o_proj", "--kv", "4k"], "error: --kv has no effect on o_proj: omit it."),
         (
             ["--op", "write_latent", "--heads", "2"],
-            "error: --heads makes no difference to write_latent: leave it out.",
+            "error: --heads has no effect on write_latent: omit it.",
         ),
         (["--batch", "4"], "error: --batch shapes one op: it needs --op; a workload has its own lengths."),
         (["--heads", "4"], "error: --heads shapes one op: it needs --op; a workload has its own lengths."),
@@ -208,13 +208,16 @@ def test_a_prompt_without_history_is_a_shape_like_any(measure: Bench) -> None:
         ),
         (
             ["--op", "linear", "--kv", "4q"],
-            "Error: Invalid value for '--kv': '4q' is no length: use a number",
+            "Error: Invalid value for '--kv': '4q' is not a valid length: use a number",
         ),
         (
             ["--op", "linear", "--kv", "-1"],
-            "Error: Invalid value for '--kv': '-1' is no length: use a number",
+            "Error: Invalid value for '--kv': '-1' is not a valid length: use a number",
         ),
-        (["--op", "linear", "--kv", "9999m"], "Error: Invalid value for '--kv': '9999m' is no length: use a"),
+        (
+            ["--op", "linear", "--kv", "9999m"],
+            "Error: Invalid value for '--kv': '9999m' is not a valid length: use a",
+        ),
         (["--op", "linear", "--batch", "0"], "Error: Invalid value for '--batch': 0 is not in the range"),
         (["--op", "linear", "--q-len", "0"], "Error: Invalid value for '--q-len': 0 is not in the range"),
         (["--op", "latent_attention", "--kv", "2000m"], "error: this run needs about "),
@@ -251,4 +254,4 @@ def test_axes_lay_a_grid_over_an_op_whose_points_rerun(bench: Bench, small: list
 def test_an_axis_and_the_option_of_its_name_exclude_each_other(bench: Bench) -> None:
     done = bench("--backend", "cpu", "--op", "latent_attention", "--q-len", "2", "-a", "q_len=1,2")
     assert done.code == 2
-    assert "--q-len and an axis of that name exclude each other" in done.err
+    assert "--q-len and an axis of that name are mutually exclusive" in done.err

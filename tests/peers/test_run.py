@@ -75,7 +75,7 @@ def test_a_peer_that_is_not_there_is_said(
     assert done.stdout.count(", sglang: not available here") == len(absent) == 2
 
 
-def test_the_yardstick_claims_no_check_and_no_agreement(
+def test_the_baseline_claims_no_check_and_no_agreement(
     finished: tuple[subprocess.CompletedProcess[str], results.Run],
 ) -> None:
     _, run = finished
@@ -258,9 +258,9 @@ def test_scaling_varies_one_axis_at_a_time() -> None:
     assert scaling.scenario("batch", 4, 3, 2).query_lens == (1,) * 4
 
 
-def readings(*resident: int) -> list[steady.Reading]:
+def readings(*resident: int) -> list[steady.MemoryReading]:
     """Return readings of resident sets in KiB."""
-    return [steady.Reading(1000 * i, size << 10, 5, 100, 0) for i, size in enumerate(resident)]
+    return [steady.MemoryReading(1000 * i, size << 10, 5, 100, 0) for i, size in enumerate(resident)]
 
 
 def test_memory_that_grows_to_the_end_is_no_steady_state() -> None:

@@ -76,7 +76,7 @@ def test_every_way_is_right_or_refused_by_name(
     tiny: Callable[..., MLAConfig], part: str, name: str, q_lora_rank: int | None, scenario: Scenario
 ) -> None:
     if torch_refuses(name):
-        with pytest.raises(Unavailable, match=rf"no way to compute \w+: {name}: .+\.$"):
+        with pytest.raises(Unavailable, match=rf"cannot compute \w+: {name}: .+\.$"):
             run(tiny(q_lora_rank=q_lora_rank, rope_scaling=YARN), scenario, only(part, name))
         return
     one, checker = run(tiny(q_lora_rank=q_lora_rank, rope_scaling=YARN), scenario, only(part, name))
@@ -114,7 +114,7 @@ def test_a_part_that_nothing_can_compute_is_said(tiny: Callable[..., MLAConfig])
 
     tools = Toolbox({"special": refuse}, TORCH.batched, TORCH.decode, TORCH.prefill)
     with pytest.raises(
-        Unavailable, match=r"no way to compute qkv_a: special: needs another processor\.$"
+        Unavailable, match=r"cannot compute qkv_a: special: needs another processor\.$"
     ) as told:
         run(tiny(), DECODE, tools)
     assert told.value.peer == "hand"
@@ -133,7 +133,7 @@ def test_a_way_that_the_processor_or_the_build_cannot_take_is_refused_by_name(
             raise missing
 
     monkeypatch.setattr(torch.ops, "mkldnn", Ops())
-    with pytest.raises(Unavailable, match=r"no way to compute qkv_a: onednn_prepacked: .+\.$"):
+    with pytest.raises(Unavailable, match=r"cannot compute qkv_a: onednn_prepacked: .+\.$"):
         run(tiny(), DECODE, only("product", "onednn_prepacked"))
     one, checker = run(tiny(), DECODE, TORCH)  # the other way serves
     assert one.ops()["o_proj"] == "linear"
@@ -157,7 +157,7 @@ def test_several_tokens_per_decode_step_are_refused(tiny: Callable[..., MLAConfi
 def test_kernels_that_are_not_there_are_said(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="no --vllm FOLDER"):
         sglang_tools.load(None)
-    with pytest.raises(Unavailable, match=r"there is no .*_C\.abi3\.so"):
+    with pytest.raises(Unavailable, match=r"_C\.abi3\.so"):
         sglang_tools.load(tmp_path)
 
 

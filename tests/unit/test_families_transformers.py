@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, DynamicCache
 
 from mla import MLA, MLAConfig
-from mla.bench.subjects.transformers_classes import PeerModel, UnknownPeer, peer_model
+from mla.bench.subjects.transformers_classes import NoEquivalentClass, TransformersModel, transformers_model
 from mla.config import QueryScaling, YarnScaling
 from mla.config.families import FAMILIES
 from mla.config.presets import PRESETS
@@ -147,14 +147,14 @@ def config_json(kind: str, **change: Any) -> dict[str, Any]:
     return {**TINY, "model_type": kind, **CASES[kind].keys, **change}
 
 
-def own_class(kind: str, **change: Any) -> PeerModel:
+def own_class(kind: str, **change: Any) -> TransformersModel:
     """Return what `transformers` itself builds from the family's config.json."""
     case = CASES[kind]
     values = config_json(kind, **change)
     twin = AutoConfig.for_model(values.pop("model_type"), **values)
     twin._attn_implementation = "eager"
     modeling = importlib.import_module(f"transformers.models.{case.module}.modeling_{case.module}")
-    return PeerModel(
+    return TransformersModel(
         attention_class=getattr(modeling, case.prefix + case.attention),
         rotary_class=getattr(modeling, f"{case.prefix}RotaryEmbedding", None),
         config=twin,
@@ -167,7 +167,7 @@ def own_class(kind: str, **change: Any) -> PeerModel:
 class Twin:
     """One attention layer of `transformers`, run request by request."""
 
-    def __init__(self, model: PeerModel, state: dict[str, torch.Tensor]) -> None:
+    def __init__(self, model: TransformersModel, state: dict[str, torch.Tensor]) -> None:
         self.model = model
         self.attention, self.rotary = model.attention(), model.rotary()
         self.attention.load_state_dict(state)
@@ -278,7 +278,7 @@ def test_layers_with_different_query_scales_share_a_batch(make_case: Any, assert
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_peer_built_from_our_config_is_the_family_s_own(make_case: Any, kind: str) -> None:
     config = MLAConfig.from_dict(config_json(kind))
-    peer = peer_model(config, "eager")
+    peer = transformers_model(config, "eager")
     assert peer.attention_class is own_class(kind).attention_class
     case = make_case(*STEP, config)
     output, latents = errors(case, Twin(peer, case.state))
@@ -290,7 +290,7 @@ def test_a_peer_built_from_our_config_is_the_family_s_own(make_case: Any, kind: 
 def test_a_peer_is_found_for_numbers_without_a_name(make_case: Any, kind: str) -> None:
     config = replace(MLAConfig.from_dict(config_json(kind)), model_type=None, rms_norm_eps=1e-4)
     case = make_case(*STEP, config, hidden_scale=1e-2)
-    assert errors(case, Twin(peer_model(config, "eager"), case.state))[0] <= BOUND
+    assert errors(case, Twin(transformers_model(config, "eager"), case.state))[0] <= BOUND
 
 
 def test_numbers_that_no_class_computes_have_no_peer(tiny: Any) -> None:
@@ -301,14 +301,14 @@ def test_numbers_that_no_class_computes_have_no_peer(tiny: Any) -> None:
         tiny(rope_scaling=YarnScaling(40, 64), query_scaling=QueryScaling(0.1, 16)),
         tiny(model_type="deepseek_v2", rope_interleave=False),
     ):
-        with pytest.raises(UnknownPeer, match="no attention that computes config 'tiny'"):
-            peer_model(config)
+        with pytest.raises(NoEquivalentClass, match="no attention that computes config 'tiny'"):
+            transformers_model(config)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_s_peer_has_its_weights_and_its_scale(name: str) -> None:
     config = MLAConfig.preset(name)
-    peer = peer_model(config)
+    peer = transformers_model(config)
     with torch.device("meta"):
         module = peer.attention()
     assert {key: tuple(value.shape) for key, value in module.state_dict().items()} == weight_shapes(config)

@@ -29,7 +29,7 @@ from mla.bench.workload.scenario import Scenario
 from mla.verify.verdict import Check
 from mla_backends.api import Backend
 
-Progress = Callable[[str, int], None]  # what is running, forwards done since the last call
+ProgressCallback = Callable[[str, int], None]  # what is running, forwards done since the last call
 
 
 def measure(
@@ -40,7 +40,7 @@ def measure(
     backend: Backend,
     seed: int,
     variants: Variants | None = None,
-    progress: Progress = lambda what, done: None,
+    progress: ProgressCallback = lambda what, done: None,
     hooks: Hooks = Hooks(),  # noqa: B008  # immutable
 ) -> dict[str, Measurement]:
     """Return implementation name -> measurement.
@@ -67,7 +67,7 @@ class _Engine:
     """The measurement of one scenario."""
 
     def __init__(
-        self, scenario: Scenario, checker: Any, backend: Backend, progress: Progress, hooks: Hooks
+        self, scenario: Scenario, checker: Any, backend: Backend, progress: ProgressCallback, hooks: Hooks
     ) -> None:
         self.measurements: dict[str, Measurement] = {}
         self._scenario, self._checker, self._backend = scenario, checker, backend

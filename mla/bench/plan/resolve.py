@@ -173,7 +173,7 @@ def _listed_implementations(options: RunOptions, points: Sequence[Point]) -> lis
         raise UsageError(f"{other} runs one layer at a time: leave it out, or --layers.")
     try:
         transformers_layer.require()
-    except transformers_layer.PeerError as error:
+    except transformers_layer.TransformersMissing as error:
         if options.implementations:
             raise
         note(f"transformers is skipped: {error}")  # a checkpoint is compared only where it is installed

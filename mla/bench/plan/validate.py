@@ -122,7 +122,8 @@ def check_op_uses_shape(options: RunOptions, points: Sequence[Point]) -> None:
     if options.heads is not None and not any(point.heads for point in points):
         unused.append("--heads")
     if unused:
-        raise UsageError(f"{' and '.join(unused)} makes no difference to {', '.join(roles)}: leave it out.")
+        have, them = ("has", "it") if len(unused) == 1 else ("have", "them")
+        raise UsageError(f"{' and '.join(unused)} {have} no effect on {', '.join(roles)}: omit {them}.")
 
 
 def check_stages(options: RunOptions, points: Sequence[Point], implementations: Sequence[str]) -> None:

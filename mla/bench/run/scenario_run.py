@@ -24,7 +24,7 @@ class ScenarioRun:
     """One scenario: its fixture, measured implementation by implementation."""
 
     def __init__(
-        self, request: Request, scenario: ScenarioPlan, progress: engine.Progress, hooks: Hooks
+        self, request: Request, scenario: ScenarioPlan, progress: engine.ProgressCallback, hooks: Hooks
     ) -> None:
         self._request, self._point, self._setting = request, scenario.point, scenario.setting
         self._progress, self._hooks = progress, hooks

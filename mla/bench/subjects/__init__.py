@@ -1,1 +1,1 @@
-"""What can be timed: the layer, a stack of layers, one op, `transformers`."""
+"""Benchmark fixtures: the layer, a stack of layers, one op, `transformers`."""

@@ -1,4 +1,4 @@
-"""What the runner times: implementations of one layer behind one small interface.
+"""The interface of everything that is timed: implementations of one layer.
 
 All get the same host weights and inputs. A *pass* is `restore()` and then `step(0)`, `step(1)`, ...; only
 `step` is timed, and it leaves its output in `outputs`.
@@ -22,7 +22,7 @@ class Implementation(ABC):
     """One way to run the layer."""
 
     name: str
-    held_to_reference = False  # to twice its error, beside the absolute table
+    held_to_reference = False  # at most twice its error, as well as the absolute bounds
     plan_ms: float | None = None
 
     def __init__(self, setting: Setting) -> None:
@@ -31,29 +31,29 @@ class Implementation(ABC):
 
     @abstractmethod
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
-        """Make a cache with the scenario's history, and buffers for its outputs."""
+        """Create a cache with the scenario's history, and buffers for its outputs."""
 
     @abstractmethod
     def restore(self) -> None:
-        """Put the cache back to the history. Never timed."""
+        """Restore the cache to the history. Never timed."""
 
     def before(self, index: int) -> None:  # noqa: B027  # most implementations need nothing here
-        """Get ready for `step(index)`. Never timed."""
+        """Prepare `step(index)`. Never timed."""
 
     @abstractmethod
     def step(self, index: int) -> None:
         """Run one forward; in decode, the cache grows."""
 
-    def after(self, index: int) -> None:  # noqa: B027  # most implementations write where they should
-        """Move the output of `step(index)` to `outputs`. Never timed."""
+    def after(self, index: int) -> None:  # noqa: B027  # most implementations write in place
+        """Copy the output of `step(index)` to `outputs`. Never timed."""
 
     def check(self, checker: Any) -> Check:
-        """Judge what the last pass left: its outputs, and whatever else a subclass knows of."""
+        """Check the outputs of the last pass, and whatever else a subclass covers."""
         judge: Checker = checker
         return judge.check(self.outputs, self.held_to_reference)
 
     def compared(self) -> torch.Tensor:
-        """Return the outputs that are compared with those of other implementations."""
+        """Return the outputs to compare with those of other implementations."""
         return self.outputs
 
     @abstractmethod
@@ -65,7 +65,7 @@ class Implementation(ABC):
         """Return the bytes of the weights."""
 
     def scratch_bytes(self) -> int:
-        """Return the bytes of scratch memory kept between forwards."""
+        """Return the bytes of scratch memory that persist between forwards."""
         return 0
 
     def ops(self) -> dict[str, str]:

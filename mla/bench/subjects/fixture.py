@@ -20,11 +20,11 @@ from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import expected_outputs, make_inputs
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.op import memory as op_memory
-from mla.bench.subjects.op.implementation import OpCase, reference_results
+from mla.bench.subjects.op.implementation import OpImplementation, reference_results
 from mla.bench.subjects.op.problem import op_problem
 from mla.bench.subjects.setting import Setting
 from mla.bench.subjects.stack import MlaStack
-from mla.bench.subjects.transformers_layer import Transformers
+from mla.bench.subjects.transformers_layer import TransformersLayer
 from mla.bench.workload.grid import Point
 from mla.layer.ops import Ops
 from mla.verify.layer_check import Checker
@@ -36,8 +36,8 @@ from mla.weights import random_state_dict
 IMPLEMENTATIONS: dict[str, Callable[[Setting, State], Implementation]] = {
     "mla": lambda setting, state: _layers(setting)(setting, state),
     "mla-reference": lambda setting, state: _layers(setting)(setting, state, "mla-reference", "reference"),
-    "transformers": Transformers,
-    "transformers-eager": lambda setting, state: Transformers(setting, state, "eager"),
+    "transformers": TransformersLayer,
+    "transformers-eager": lambda setting, state: TransformersLayer(setting, state, "eager"),
 }
 
 
@@ -177,7 +177,7 @@ class OpFixture(Fixture):
 
     def build(self, name: str) -> Implementation:
         policy = "reference" if name == "mla-reference" else self.setting.ops
-        return OpCase(self.setting, self._problem, name, policy)
+        return OpImplementation(self.setting, self._problem, name, policy)
 
     def cost(self) -> results.Cost:
         return results.Cost(**self._problem.work._asdict())

@@ -39,7 +39,7 @@ class CapturedForwards(ABC):
         self._layer = layer
 
     def restore(self) -> None:
-        """Put the cache back to the history. Never timed."""
+        """Restore the cache to the history. Never timed."""
         self._layer.restore()
 
     def before(self, index: int) -> None:  # noqa: B027  # a prefill's inputs never change

@@ -1,6 +1,6 @@
 """Seeded inputs of a scenario: hidden states and cached history, random in every channel.
 
-Zero or constant inputs flatter a device (power, caches, branch-free softmax), so nothing here is either.
+Zero or constant inputs flatter a device (power, caches, branch-free softmax), so these inputs avoid both.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ History = list[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Host tensors that every implementation gets alike."""
+    """Host tensors shared by all implementations."""
 
     hidden: torch.Tensor  # [inputs, T, d]
-    history: History  # per request kv [s, c] as if normed, pe [s, r] as if rotated
+    history: History  # per request: kv [s, c], normalized; pe [s, r], rotated
 
 
 def generator(seed: int, name: str) -> torch.Generator:
-    """Return the source of a scenario's random numbers."""
+    """Return the generator of a scenario's random numbers."""
     return torch.Generator().manual_seed(seed * 1_000_003 + sum(name.encode()))
 
 
@@ -43,7 +43,7 @@ def make_inputs(config: MLAConfig, scenario: Scenario, seed: int, dtype: torch.d
 
 
 def expected_outputs(config: MLAConfig, state: State, scenario: Scenario, inputs: Inputs) -> torch.Tensor:
-    """Return the oracle's outputs [inputs, T, d]: all decode steps come from one prefill per request."""
+    """Return the oracle's outputs [inputs, T, d]: all decode steps from one prefill per request."""
     lengths = [length * scenario.inputs for length in scenario.query_lens]
     per_request = zip(*(step.split(scenario.query_lens) for step in inputs.hidden), strict=True)
     hidden = torch.cat([torch.cat(steps) for steps in per_request])

@@ -1,4 +1,4 @@
-"""Our layer as something that can be timed."""
+"""Our layer as an implementation that can be timed."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class MlaLayer(Implementation):
         self._poison.apply()
 
     def _shrink(self) -> None:
-        """Undo the pass, last pages first: the free list ends as it began, so every pass gets the same."""
+        """Undo the pass, last pages first, so that the free list and thus every pass's pages are the same."""
         scenario = self._scenario
         for step in reversed(range(scenario.inputs)):
             grown = zip(self._sequences, scenario.kv_lens(step), scenario.query_lens, strict=True)
@@ -89,7 +89,7 @@ class MlaLayer(Implementation):
                     self._cache.truncate(sequence, length - new)
 
     def _plan(self) -> None:
-        """Prepare the batch that every prefill forward runs; its time is reported beside the forward's."""
+        """Prepare the batch that every prefill forward runs; its time is reported separately."""
         self._batch = self._cache.extend(self._sequences, self._scenario.query_lens)
         start = time.perf_counter_ns()
         self.layer.plan(self._batch)

@@ -1,8 +1,8 @@
-"""N layers with weights and latents of their own: what a forward costs with the weights cold, as in a model.
+"""N layers, each with its own weights and latents, to time forwards with cold weights, as in a model.
 
 Layer i computes what layer 0 computes, with channels rolled by i in two places: in the latent, inside the
-layer and its cache, and in the output. One oracle thus serves all layers, and yet a layer that uses another's
-weights or another's cache is wrong.
+layer and its cache, and in the output. So one oracle serves all layers, yet a layer that uses another's
+weights or cache is wrong.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class MlaStack(MlaLayer):
             layer(hidden, batch, pages, out=target)
 
     def check(self, checker: Any) -> Check:
-        """Judge every layer's outputs, and that its new latents are in its own part of the cache."""
+        """Check every layer's outputs, and that its new latents are in its own part of the cache."""
         judge: Checker = checker
         found = [
             judge.check(self.outputs[:, index].roll(-index, -1), self.held_to_reference)
@@ -84,7 +84,7 @@ class MlaStack(MlaLayer):
         return found[worst]
 
     def _cached(self, index: int) -> bool:
-        """Say whether a layer cached what layer 0 did, rolled and but for rounding."""
+        """Return whether a layer cached the same as layer 0, rolled and up to rounding."""
         bound = ROW_SLACK * BOUNDS[self.setting.dtype][0]
         for sequence in self._sequences:
             first, own = (torch.cat(self._unrolled(sequence, layer), dim=1) for layer in (0, index))

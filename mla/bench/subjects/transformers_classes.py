@@ -1,4 +1,4 @@
-"""The `transformers` attention that computes what a config says, with the channel order of its cache."""
+"""Choose the `transformers` attention class that computes a config, and map its cache's channel order."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from mla.config import DIMENSIONS, LongRopeScaling, MLAConfig, QueryScaling, Yar
 from mla.errors import MLAError
 
 
-class UnknownPeer(MLAError):
-    """No class of `transformers` computes what a config says."""
+class NoEquivalentClass(MLAError):
+    """No class of `transformers` computes a config."""
 
 
 @dataclass(frozen=True)
 class _Classes:
-    """Where a family's classes are, and what they do whatever their config says."""
+    """Where a family's classes are, and what they do regardless of their config."""
 
     module: str
     prefix: str
     attention: str = "Attention"
     interleaved: bool | None = None  # None: as rope_interleave says
     reorders: bool = True  # interleaved channels are cached as evens, then odds
-    by_position: bool = False  # multiplies queries by position, and so takes position_ids
+    by_position: bool = False  # scales queries by position, and so takes position_ids
     scales_latents: bool = False
     rotates: bool = True
-    takes_head_dim: bool = False  # as a field of its own, which must be r
+    takes_head_dim: bool = False  # as a separate field, which must be r
 
     def load(self) -> tuple[type, type | None, type]:
-        """Return the classes of attention, rotary embedding (if any) and config. Raises `ImportError`."""
+        """Return the attention, rotary embedding (if any) and config classes. Raises `ImportError`."""
         home = "transformers.models."
         modeling = importlib.import_module(f"{home}{self.module}.modeling_{self.module}")
         configs = importlib.import_module(f"{home}{self.module}.configuration_{self.module}")
@@ -66,8 +66,8 @@ _CLASSES: Mapping[str, _Classes] = {
 
 
 @dataclass(frozen=True)
-class PeerModel:
-    """Classes and config; both modules are to be built where and in what dtype the caller wants them."""
+class TransformersModel:
+    """Classes and config of `transformers`; the caller chooses device and dtype to build modules with."""
 
     attention_class: type
     rotary_class: type | None
@@ -77,7 +77,7 @@ class PeerModel:
     takes_position_ids: bool
 
     def attention(self) -> Any:
-        """Build the attention module, its latent norms with the layer's eps."""
+        """Build the attention module, with the config's eps in its latent norms."""
         module = self.attention_class(self.config, 0)
         for name in ("q_a_layernorm", "kv_a_layernorm"):
             norm = getattr(module, name, None)
@@ -86,16 +86,16 @@ class PeerModel:
         return module.eval().requires_grad_(False)
 
     def rotary(self) -> Any | None:
-        """Build the rotary embedding: call it with (hidden, position_ids [1, t]). None where none is used."""
+        """Build the rotary embedding: call it with (hidden, position_ids [1, t]). None if unused."""
         return self.rotary_class(self.config) if self.rotary_class is not None else None
 
     def arguments(self, embedding: Any | None, positions: torch.Tensor) -> dict[str, Any]:
-        """Return what its forward takes beside hidden states, mask and cache; positions are [1, t]."""
+        """Return the forward's arguments besides hidden states, mask and cache; positions are [1, t]."""
         arguments = {} if embedding is None else {"position_embeddings": embedding}
         return {**arguments, "position_ids": positions} if self.takes_position_ids else arguments
 
     def to_cache(self, pe: torch.Tensor) -> torch.Tensor:
-        """Return rotary keys [.., r] in the channel order of its cache, from that of the checkpoint."""
+        """Return rotary keys [.., r] in the channel order of its cache, given in the checkpoint's."""
         return torch.cat((pe[..., 0::2], pe[..., 1::2]), dim=-1) if self.reorders else pe
 
     def from_cache(self, pe: torch.Tensor) -> torch.Tensor:
@@ -103,22 +103,22 @@ class PeerModel:
         return torch.stack(pe.chunk(2, dim=-1), dim=-1).flatten(-2) if self.reorders else pe
 
 
-def peer_model(config: MLAConfig, kind: str = "sdpa") -> PeerModel:
-    """Return the family's own class for a config read from one, else a class that computes the same.
+def transformers_model(config: MLAConfig, kind: str = "sdpa") -> TransformersModel:
+    """Return the family's own class if the config has a known `model_type`, else one that computes the same.
 
-    `kind` is "sdpa" or "eager". Raises `UnknownPeer` when no class does, and `ImportError` when
-    `transformers` is missing or too old to have it.
+    `kind` is "sdpa" or "eager". Raises `NoEquivalentClass`, and `ImportError` when `transformers` is
+    missing or too old to have the class.
     """
     family = config.model_type if config.model_type in _CLASSES else None
     classes = _CLASSES[family] if family else _CLASSES[_closest(config)]
     if not _computes(classes, config):
-        raise UnknownPeer(f"transformers has no attention that computes config '{config.name}'.")
+        raise NoEquivalentClass(f"transformers has no attention that computes config '{config.name}'.")
     attention, rotary, config_class = classes.load()
     head = {"head_dim": config.qk_rope_head_dim} if classes.takes_head_dim else {}
-    peer = config_class(**_dims(config), **head, **_rope(config, classes))
-    peer._attn_implementation = kind
+    built = config_class(**_dims(config), **head, **_rope(config, classes))
+    built._attn_implementation = kind
     reorders = classes.reorders and config.rope_interleave
-    return PeerModel(attention, rotary, peer, config.rms_norm_eps, reorders, classes.by_position)
+    return TransformersModel(attention, rotary, built, config.rms_norm_eps, reorders, classes.by_position)
 
 
 def _closest(config: MLAConfig) -> str:
@@ -134,7 +134,7 @@ def _scales(config: MLAConfig) -> tuple[float, float]:
 
 
 def _computes(classes: _Classes, config: MLAConfig) -> bool:
-    """Say whether the classes follow every field that a family may fix."""
+    """Return whether the classes honour every field of the config that a family may fix."""
     scales = (1.0, 1.0)
     if classes.scales_latents and config.q_lora_rank is not None:
         ranks = (config.q_lora_rank, config.kv_lora_rank)
@@ -149,7 +149,7 @@ def _computes(classes: _Classes, config: MLAConfig) -> bool:
 
 
 def _computes_query_scaling(classes: _Classes, config: MLAConfig) -> bool:
-    """Say whether the query scale is none, or one whose period is YaRN's original length."""
+    """Return whether there is no query scale, or one whose period is YaRN's original length."""
     if config.query_scaling is None:
         return True
     period, scaling = config.query_scaling.period, config.rope_scaling
@@ -167,7 +167,7 @@ def _dims(config: MLAConfig) -> dict[str, Any]:
 
 
 def _rope(config: MLAConfig, classes: _Classes) -> dict[str, Any]:
-    """Return `rope_parameters`, in full: the classes' own defaults must not come through."""
+    """Return complete `rope_parameters`, so that the classes' own defaults never apply."""
     if not classes.rotates:
         return {}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}

@@ -1,6 +1,7 @@
-"""`transformers` as a comparator: its own attention of the model's family, one request at a time.
+"""The attention layer of `transformers` for the model's family, run one request at a time.
 
-Position embeddings and masks are made outside the timed region, as a model makes them once per forward.
+Position embeddings and masks are computed outside the timed region, since a model computes them once per
+forward for all layers.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ import torch
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.subjects.setting import Setting
-from mla.bench.subjects.transformers_classes import PeerModel, peer_model
+from mla.bench.subjects.transformers_classes import TransformersModel, transformers_model
 from mla.bench.workload.scenario import Scenario
 from mla.config import MLAConfig
 from mla.errors import MLAError
 from mla.verify.layer_oracle import State
 
 
-class PeerError(MLAError):
-    """A comparator that cannot run here."""
+class TransformersMissing(MLAError):
+    """`transformers` is not installed, or too old."""
 
 
-class Transformers(Implementation):
+class TransformersLayer(Implementation):
     """The family's attention class with attention function "sdpa" or "eager"."""
 
     def __init__(self, setting: Setting, state: State, kind: str = "sdpa") -> None:
@@ -32,10 +33,10 @@ class Transformers(Implementation):
         self.name = "transformers" if kind == "sdpa" else f"transformers-{kind}"
         self._kind = kind
         self._make_cache = require()
-        self._peer = _peer(setting.config, kind)
+        self._model = _model(setting.config, kind)
         with torch.device(setting.device):
-            self._layer = self._peer.attention().to(setting.dtype).eval()
-            self._rotary = self._peer.rotary()
+            self._layer = self._model.attention().to(setting.dtype).eval()
+            self._rotary = self._model.rotary()
         self._layer.load_state_dict({key: tensor.to(setting.dtype) for key, tensor in state.items()})
         self._layer.requires_grad_(False)
 
@@ -46,7 +47,7 @@ class Transformers(Implementation):
         self._history = [
             (
                 kv.to(device, dtype)[None, None],
-                self._peer.to_cache(pe).to(device, dtype)[None, None],
+                self._model.to_cache(pe).to(device, dtype)[None, None],
             )
             for kv, pe in inputs.history
         ]
@@ -54,13 +55,13 @@ class Transformers(Implementation):
         self.restore()
 
     def _arguments(self, step: int) -> list[dict[str, Any]]:
-        """Return, per request, what one step's call takes beside the hidden states and the cache."""
+        """Return one step's arguments per request, other than the hidden states and the cache."""
         arguments = []
         for query_len, kv_len in zip(self._scenario.query_lens, self._scenario.kv_lens(step), strict=True):
             positions = torch.arange(kv_len - query_len, kv_len, device=self.setting.device)[None]
             embedding = None if self._rotary is None else self._rotary(self._hidden[:1], positions)
             mask = self._mask(query_len, kv_len)
-            arguments.append({"attention_mask": mask, **self._peer.arguments(embedding, positions)})
+            arguments.append({"attention_mask": mask, **self._model.arguments(embedding, positions)})
         return arguments
 
     def _mask(self, query_len: int, kv_len: int) -> torch.Tensor | None:
@@ -104,7 +105,7 @@ class Transformers(Implementation):
 
 
 def require() -> Any:
-    """Return the cache class of `transformers`. Raises `PeerError` where it is missing or too old."""
+    """Return the cache class of `transformers`. Raises `TransformersMissing`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -114,17 +115,17 @@ def require() -> Any:
     return DynamicCache
 
 
-def _peer(config: MLAConfig, kind: str) -> PeerModel:
-    """Return the classes and config that compute `config`. Raises `PeerError` or `UnknownPeer`."""
+def _model(config: MLAConfig, kind: str) -> TransformersModel:
+    """Return the classes for `config`. Raises `TransformersMissing` or `NoEquivalentClass`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return peer_model(config, kind)
+            return transformers_model(config, kind)
     except ImportError as error:
         raise _missing(error) from error
 
 
-def _missing(error: ImportError) -> PeerError:
-    return PeerError(
+def _missing(error: ImportError) -> TransformersMissing:
+    return TransformersMissing(
         f"implementation 'transformers' needs transformers >= 5.20: pip install '.[transformers]' ({error})."
     )

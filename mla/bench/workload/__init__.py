@@ -1,1 +1,1 @@
-"""Scenarios, grids over them, and the workloads that are shipped."""
+"""Scenarios, grids over them, and the shipped workloads."""

@@ -1,4 +1,4 @@
-"""Axes: a grid laid over the scenarios of a workload, one scenario per point."""
+"""Axes: a grid over the scenarios of a workload, one scenario per point."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mla.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from mla.config import MLAConfig
 
-#: More points are a typing mistake, or several runs.
+# More points are a typo, or should be several runs.
 MAX_POINTS = 1000
 
-#: Axis -> smallest and largest value. `dtype` takes names.
+# Axis -> smallest and largest value. `dtype` takes names.
 LIMITS = {
     "batch": (1, MAX_REQUESTS),
     "kv": (0, MAX_COUNT),
@@ -46,12 +46,12 @@ _RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})([*+])({_NUMBER})")
 
 
 class Point(Scenario, frozen=True, kw_only=True):
-    """A scenario that runs: the workload's own, or one point of the grid over it."""
+    """A scenario to run: the workload's own, or one point of the grid over it."""
 
     base: str  # name of the workload's scenario
     point: dict[str, Value] = {}  # noqa: RUF012  # msgspec copies it
-    dtype: str | None = None  # instead of the run's
-    page_size: int | None = None  # instead of the run's
+    dtype: str | None = None  # overrides the run's
+    page_size: int | None = None  # overrides the run's
 
     @property
     def op(self) -> str | None:
@@ -64,7 +64,7 @@ class Point(Scenario, frozen=True, kw_only=True):
 
     @property
     def selection(self) -> list[str]:
-        """The command line's words that choose this point alone."""
+        """The command-line arguments that select this point alone."""
         axes = [word for name, value in self.point.items() for word in ("-a", f"{name}={value}")]
         return ["--scenario", self.base, *axes]
 
@@ -75,9 +75,9 @@ def parse(words: Sequence[str]) -> Axes:
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
-            raise UsageError(f"-a wants AXIS=VALUES, such as kv=1k..64k*4, got '{word}'.")
+            raise UsageError(f"-a takes AXIS=VALUES, such as kv=1k..64k*4, got '{word}'.")
         if name in axes:
-            raise UsageError(f"axis '{name}' is given twice: list all its values in one -a.")
+            raise UsageError(f"axis '{name}' is given twice: list all of its values in one -a.")
         axes[name] = _values(name, text)
     return axes
 
@@ -85,13 +85,13 @@ def parse(words: Sequence[str]) -> Axes:
 def lay(scenarios: Sequence[Scenario], axes: Axes) -> list[Point]:
     """Return every point, scenario by scenario; the first axis varies slowest. Raises `UsageError`.
 
-    Axes of the command line replace those of the same name that a scenario brings along.
+    Command-line axes replace a scenario's own axes of the same name.
     """
     grids = [(scenario, {**_own(scenario), **axes}) for scenario in scenarios]
     count = sum(math.prod(map(len, grid.values())) for _, grid in grids)
     if count > MAX_POINTS:
         raise UsageError(
-            f"these axes make {count} points, and at most {MAX_POINTS} are run at once: give fewer values."
+            f"these axes make {count} points, but a run has at most {MAX_POINTS}: give fewer values."
         )
     points = [
         _point(scenario, dict(zip(grid, values, strict=True)))
@@ -112,26 +112,26 @@ def _own(scenario: Scenario) -> Axes:
 
 
 def _text(value: Any) -> str:
-    """Return a value of a TOML table as the command line would write it."""
+    """Return a value of a TOML table in command-line form."""
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _values(name: str, text: str) -> tuple[Value, ...]:
     if name not in AXES:
-        raise UsageError(f"unknown axis '{name}'.{did_you_mean(name, AXES)} There are: {', '.join(AXES)}.")
+        raise UsageError(f"unknown axis '{name}'.{did_you_mean(name, AXES)} Choose from: {', '.join(AXES)}.")
     items = [item.strip() for item in text.split(",")]
     values: list[Value] = []
     for item in items:
         values += [_dtype(item)] if name == "dtype" else _numbers(name, item)
         if len(values) > MAX_POINTS:
-            raise UsageError(f"axis {name}: '{item}' goes beyond {MAX_POINTS} values: give fewer.")
+            raise UsageError(f"axis {name}: '{item}' exceeds {MAX_POINTS} values: give fewer.")
     return tuple(dict.fromkeys(values))
 
 
 def _dtype(item: str) -> str:
     if item not in DTYPES:
         hint = did_you_mean(item, list(DTYPES))
-        raise UsageError(f"axis dtype: unknown dtype '{item}'.{hint} There are: {', '.join(DTYPES)}.")
+        raise UsageError(f"axis dtype: unknown dtype '{item}'.{hint} Choose from: {', '.join(DTYPES)}.")
     return DTYPES[item]
 
 
@@ -148,7 +148,7 @@ def _numbers(name: str, item: str) -> list[int]:
     if first > last or by < 1 or (found[3] == "*" and (by < 2 or first < 1)):
         raise UsageError(f"axis {name}: the range '{item}' does not ascend.")
     values = [_checked(name, first)]
-    while len(values) <= MAX_POINTS:  # one too many shows the caller
+    while len(values) <= MAX_POINTS:  # one too many tells the caller
         value = values[-1] * by if found[3] == "*" else values[-1] + by
         if value > last:
             break
@@ -171,7 +171,7 @@ def _checked(name: str, value: int) -> int:
 
 
 def _point(scenario: Scenario, values: Mapping[str, Any]) -> Point:
-    """Return the scenario at one point: its requests repeated or cut to `batch`, then given lengths."""
+    """Return the scenario at one point: requests repeated or truncated to `batch`, with the given lengths."""
     lengths = itertools.cycle(zip(scenario.query_lens, scenario.history, strict=True))
     requests = list(itertools.islice(lengths, values.get("batch", len(scenario.query_lens))))
     changes = {

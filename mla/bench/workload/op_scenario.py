@@ -15,19 +15,19 @@ from mla_backends.api import OPS
 if TYPE_CHECKING:
     from mla.config import MLAConfig
 
-#: Roles whose work depends on the history; the others see new tokens alone.
+# Roles whose work depends on the history; the others only see new tokens.
 READS_HISTORY = frozenset({"kv_b_proj", "write_latent", "latent_attention", "expanded_attention"})
 DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY = 16, 1024, 1
-#: Axes that are no part of an op's shape, and have no option of its own here.
+# Axes that are not part of an op's shape and have no option of their own here.
 _ELSEWHERE = ("dtype", "page_size")
-#: Words for ops and roles that only layers with a query LoRA have.
+# Ops and roles that only layers with a query LoRA have.
 QUERY_LORA = frozenset({"rms_norm", "q_a_layernorm", "q_b_proj"})
 
 
 class OpScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One op on one prepared batch: a pass is `runs` calls, each the same. `role` as in `mla.layer.ops`."""
+    """One op on one prepared batch: a pass is `runs` identical calls. `role` as in `mla.layer.ops`."""
 
-    role: str  # until `expand`, also the name of an op, which means all roles it has
+    role: str  # before `expand`, also the name of an op, which means all of its roles
     mode: Literal["prefill", "decode"] = "prefill"
     passes: Positive = 10
 
@@ -42,17 +42,17 @@ class OpScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def steps(self) -> int:
-        """Calls of one pass."""
+        """Number of calls in one pass."""
         return self.runs
 
     @property
     def rounds(self) -> int:
-        """Passes that are timed."""
+        """Number of timed passes."""
         return self.passes
 
     @property
     def selection(self) -> list[str]:
-        """Options that choose this scenario."""
+        """The command-line arguments that select this scenario."""
         words = ["--op", self.role, "--batch", str(len(self.query_lens)), "--q-len", str(self.query_lens[0])]
         words += ["--kv", str(self.history[0])] * (self.role in READS_HISTORY)
         words += ["--heads", str(self.heads)] if self.heads else []
@@ -78,20 +78,20 @@ def op_scenario(
 
 
 def expand(scenarios: Sequence[Point], config: MLAConfig, kinds: Mapping[str, str]) -> list[Point]:
-    """Replace each op by its roles in a layer of `config`, each named after its shape; others stay.
+    """Replace each op with its roles in a layer of `config`, named after their shape; keep other scenarios.
 
-    `kinds`: role -> op. Raises `UsageError` for an op there is not, or that this layer has not.
+    `kinds`: role -> op. Raises `UsageError` for an op that is unknown or that this layer lacks.
     """
     expanded = [point for scenario in scenarios for point in scenario.expand(config, kinds)]
     names = [scenario.name for scenario in expanded]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise UsageError(f"'{twice}' would be measured twice: what varies makes no difference to it.")
+        raise UsageError(f"'{twice}' would be measured twice: it is unaffected by the axes you vary.")
     return expanded
 
 
 def _roles(op: str, config: MLAConfig, kinds: Mapping[str, str]) -> list[str]:
-    """Return the roles that a role's or an op's name means."""
+    """Return the roles that the name of a role or an op stands for."""
     if op in kinds:
         return [op]
     roles = [role for role, kind in kinds.items() if kind == op]
@@ -107,7 +107,7 @@ def _roles(op: str, config: MLAConfig, kinds: Mapping[str, str]) -> list[str]:
 
 
 def _of_role(scenario: OpScenario, role: str, config: MLAConfig) -> OpScenario:
-    """Return the scenario for one role, without what makes no difference to it."""
+    """Return the scenario for one role, without the values that do not affect it."""
     history = scenario.history if role in READS_HISTORY else (DEFAULT_HISTORY,) * len(scenario.history)
     point = _shape(scenario, role, config)
     shown = {name: value for name, value in point.items() if (name, value) != ("q_len", DEFAULT_QUERY)}
@@ -123,7 +123,7 @@ def _of_role(scenario: OpScenario, role: str, config: MLAConfig) -> OpScenario:
 
 
 def _shape(scenario: OpScenario, role: str, config: MLAConfig) -> dict[str, Value]:
-    """Return axis -> value of all that a role depends on."""
+    """Return axis -> value for everything a role depends on."""
     shape: dict[str, Value] = {"batch": len(scenario.query_lens)}
     if role in READS_HISTORY:
         shape["kv"] = scenario.history[0]
@@ -134,5 +134,5 @@ def _shape(scenario: OpScenario, role: str, config: MLAConfig) -> dict[str, Valu
 
 
 def _has_heads(role: str, config: MLAConfig) -> bool:
-    """Say whether a role's shape depends on the head count."""
+    """Return whether a role's shape depends on the head count."""
     return role not in ("q_a_layernorm", "write_latent") and not (role == "qkv_a_proj" and config.q_lora_rank)

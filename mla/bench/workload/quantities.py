@@ -1,4 +1,4 @@
-"""Lengths as people write them: 4096, 4k, 1m."""
+"""Read and print lengths (4096, 4k, 1m) and durations (90s, 10m, 1.5h)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ UNITS = {"": 1, "k": 2**10, "m": 2**20}
 
 
 def size(text: str) -> int:
-    """Return 4096 for "4k". Raises ValueError for what is no length from 0 to `MAX_COUNT`."""
+    """Return 4096 for "4k". Raises ValueError unless `text` is a length from 0 to `MAX_COUNT`."""
     found = re.fullmatch(r"([0-9]{1,10})([km]?)", text.strip().lower())
     value = int(found[1]) * UNITS[found[2]] if found else -1
     if not 0 <= value <= MAX_COUNT:
-        raise ValueError(f"'{text}' is no length: use a number such as 4096, 4k or 1m.")
+        raise ValueError(f"'{text}' is not a valid length: use a number such as 4096, 4k or 1m.")
     return value
 
 
@@ -27,7 +27,7 @@ def duration(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
     seconds = float(found[1]) * TIME_UNITS[found[2]] if found else 0.0
     if not 0 < seconds < math.inf:
-        raise ValueError(f"'{text}' is no duration, such as 90s, 10m or 1.5h")
+        raise ValueError(f"'{text}' is not a valid duration, such as 90s, 10m or 1.5h")
     return seconds
 
 

@@ -1,4 +1,4 @@
-"""Workloads: scenarios read from TOML, with every mistake named before anything runs."""
+"""Workloads: scenarios read from TOML and fully validated before anything runs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ else:
     import tomli as tomllib
 
 STANDARD = "standard"
-#: The shipped workloads.
+# The shipped workloads.
 PRESETS = ("smoke", STANDARD, "full")
-#: Longer lists are a typing mistake, not a workload.
+# Longer lists are typos.
 MAX_REQUESTS = 65536
-#: Lengths and counts beyond this are typing mistakes; kernels keep them in int32.
+# Larger lengths and counts are typos; kernels keep them in int32.
 MAX_COUNT = 2**31 - 1
 
 MAX_LAYERS = 1024
@@ -46,38 +46,38 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     runs: Positive = 100
     passes: Positive = 6
     warmups: Count = 10
-    heads: Positive | None = None  # instead of the config's: one tensor-parallel rank
-    axes: dict[str, int | str | list[int | str]] = {}  # a grid of its own, see `mla.bench.workload.grid`
-    layers: Layers = 1  # with weights of their own, one after the other: cold, as in a model
+    heads: Positive | None = None  # overrides the config's: one tensor-parallel rank
+    axes: dict[str, int | str | list[int | str]] = {}  # its own grid, see `mla.bench.workload.grid`
+    layers: Layers = 1  # each with its own weights, run one after another: cold, as in a model
 
     @property
     def steps(self) -> int:
-        """Forwards of one pass, each with inputs of its own in decode."""
+        """Number of forwards in one pass; in decode, each has its own inputs."""
         return self.runs if self.mode == "decode" else max(1, -(-self.runs // self.passes))
 
     @property
     def rounds(self) -> int:
-        """Passes that are timed; a prefill with fewer runs than passes has only so many."""
+        """Number of timed passes; a prefill has no more passes than runs."""
         return self.passes if self.mode == "decode" else min(self.passes, self.runs)
 
     @property
     def inputs(self) -> int:
-        """Distinct hidden states: one per decode step, one for prefill."""
+        """Number of distinct hidden states: one per decode step, one for prefill."""
         return self.steps if self.mode == "decode" else 1
 
     @property
     def tokens(self) -> int:
-        """New tokens of one forward."""
+        """Number of new tokens in one forward."""
         return sum(self.query_lens)
 
     def kv_lens(self, step: int) -> tuple[int, ...]:
-        """Return the attended tokens per request at a step."""
+        """Return the number of attended tokens per request at a step."""
         grown = step + 1 if self.mode == "decode" else 1
         return tuple(past + grown * new for past, new in zip(self.history, self.query_lens, strict=True))
 
     @property
     def final_lens(self) -> tuple[int, ...]:
-        """Cached tokens per request at the end of a pass."""
+        """Number of cached tokens per request at the end of a pass."""
         return self.kv_lens(self.inputs - 1)
 
 
@@ -86,18 +86,18 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def load_workload(source: str) -> list[Scenario]:
-    """Read a workload by name (shipped) or path. Raises `UsageError`."""
+    """Read a shipped workload by name, or any by path. Raises `UsageError`."""
     text = _read(source)
     try:
         document = msgspec.convert(tomllib.loads(text), _File)
     except msgspec.ValidationError as error:
         raise UsageError(f"workload '{source}': {error}; it needs [[scenario]] tables.") from error
-    except (ValueError, RecursionError) as error:  # absurd numbers and nesting are no TOMLDecodeError
+    except (ValueError, RecursionError) as error:  # absurd numbers and nesting do not raise TOMLDecodeError
         raise UsageError(f"workload '{source}' is not valid TOML: {error}.") from error
     scenarios = [_scenario(source, table) for table in document.scenario]
     names = [scenario.name for scenario in scenarios]
     if not names or len(set(names)) != len(names):
-        raise UsageError(f"workload '{source}' needs at least one scenario, each with a name of its own.")
+        raise UsageError(f"workload '{source}' needs at least one scenario, each with a unique name.")
     return scenarios
 
 
@@ -120,18 +120,18 @@ def _scenario(source: str, table: dict[str, Any]) -> Scenario:
         raise UsageError(f"workload '{source}', scenario '{name}': {error}.") from error
     check_lengths(f"workload '{source}', scenario '{scenario.name}'", scenario)
     if not scenario.name.strip() or not scenario.name.isprintable():
-        raise UsageError(f"workload '{source}': {scenario.name!r} is no name, use one line of text.")
+        raise UsageError(f"workload '{source}': {scenario.name!r} is not a valid name: use one line of text.")
     return scenario
 
 
 def _check_keys(where: str, table: Mapping[str, Any]) -> None:
-    """Raise `UsageError` for a key that scenarios do not have, or one that they must."""
+    """Raise `UsageError` for unknown and for missing keys."""
     fields = msgspec.structs.fields(Scenario)
     known = [field.encode_name for field in fields]
     for key in table:
         if key not in known:
             hint = did_you_mean(key, known)
-            raise UsageError(f"{where}: unknown key '{key}'.{hint} There are: {', '.join(known)}.")
+            raise UsageError(f"{where}: unknown key '{key}'.{hint} Choose from: {', '.join(known)}.")
     missing = [field.encode_name for field in fields if field.required and field.encode_name not in table]
     if missing:
         raise UsageError(f"{where}: it has no {' and no '.join(missing)}.")
@@ -159,7 +159,7 @@ def _item(item: Any) -> tuple[int, int]:
 
 
 def check_lengths(where: str, scenario: Scenario) -> None:
-    """Raise `UsageError` for requests that cannot be."""
+    """Raise `UsageError` for impossible request lengths."""
     if len(scenario.query_lens) != len(scenario.history):
         raise UsageError(
             f"{where}: query_lens has {len(scenario.query_lens)} requests, history {len(scenario.history)}."
@@ -175,7 +175,7 @@ def check_lengths(where: str, scenario: Scenario) -> None:
 
 
 def select(scenarios: Sequence[Scenario], names: Sequence[str]) -> list[Scenario]:
-    """Return the named scenarios, all when none is named. Raises `UsageError` with a did-you-mean."""
+    """Return the named scenarios, or all if none are named. Raises `UsageError`."""
     known = {scenario.name: scenario for scenario in scenarios}
     for name in names:
         if name not in known:

@@ -1,7 +1,7 @@
-"""One op on one device, with operands that lie in memory as the layer hands them over.
+"""One op bound to operands on one device, laid out in memory as the layer passes them.
 
-What is beside a strided operand is NaN, pages come in shuffled order, and slots that nobody owns are
-poisoned as for the layer (`poison.py`).
+Memory around a strided operand is NaN, pages come in shuffled order, and unowned slots are poisoned as for
+the layer (`mla.verify.poison`).
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from mla_backends.api import SegmentLengths
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a call runs, and in what kind of cache."""
+class Placement:
+    """The device of a call, and the layout of its cache."""
 
     device: torch.device
     page_size: int
-    seed: int  # of the order of pages
+    seed: int  # of the page order
 
 
-class OpCall:
-    """A call that may be made again and again. `run` is what is timed; `results` is what it writes."""
+class BoundCall:
+    """A repeatable call of an op. Only `run` is timed; it writes `results`."""
 
-    def __init__(self, problem: OpProblem, choice: Choice, place: Place) -> None:
-        self.problem, self.choice, self.place = problem, choice, place
-        self.leading: tuple[Any, ...] = ()  # a packed weight, or what `prepare` made
+    def __init__(self, problem: OpProblem, choice: Choice, placement: Placement) -> None:
+        self.problem, self.choice, self.placement = problem, choice, placement
+        self.leading: tuple[Any, ...] = ()  # a packed weight, or the result of `prepare`
         self.arguments: dict[str, Any] = {}
         self.results: Tensors = {}
         self.weight_bytes = self.cache_bytes = 0
@@ -47,7 +47,7 @@ class OpCall:
         raise NotImplementedError
 
     def prepare(self) -> bool:
-        """Make the op's state for the batch, if it has one, and say so. Never part of the timed call."""
+        """Prepare the op's state for the batch; return whether it has one. Never part of the timed call."""
         return False
 
     def run(self) -> None:
@@ -60,20 +60,20 @@ class OpCall:
             result.fill_(torch.nan)
 
     def found(self) -> Tensors:
-        """Return what the last call left, by name."""
+        """Return the results of the last call by name."""
         return self.results
 
     def damage(self) -> str:
-        """Say what was written beside the results; nothing if all is well."""
+        """Return what was written outside the results, as a clause; "" if nothing."""
         return ""
 
     def _give(self, name: str, before: int = 0, after: int = 0) -> torch.Tensor:
-        """Copy an operand to the device, into columns of a wider row with so many others around it."""
-        return _columns(self.problem.given[name], self.place.device, before, after)
+        """Copy an operand to the device, as columns of a row with `before` and `after` more around them."""
+        return _columns(self.problem.given[name], self.placement.device, before, after)
 
     def _blank(self, shape: Sequence[int], before: int = 0, after: int = 0) -> torch.Tensor:
         nothing = torch.full(tuple(shape), torch.nan, dtype=self.problem.spec.dtype)
-        return _columns(nothing, self.place.device, before, after)
+        return _columns(nothing, self.placement.device, before, after)
 
 
 def _columns(tensor: torch.Tensor, device: torch.device, before: int, after: int) -> torch.Tensor:
@@ -86,23 +86,23 @@ def _columns(tensor: torch.Tensor, device: torch.device, before: int, after: int
     return part
 
 
-class LinearCall(OpCall):
+class LinearCall(BoundCall):
     """`linear` and `batched_linear`."""
 
     def _lay_out(self) -> None:
         packed = self._op.pack(self._give("weight"))
         self.leading, self.weight_bytes = (packed,), packed.nbytes
         r = self.problem.config.qk_rope_head_dim
-        beside_x, beside_out = {"kv_b_proj": (r, 0), "w_uk": (r, r)}.get(self.problem.role, (0, 0))
-        out = self._blank(self.problem.truth["out"].shape, after=beside_out)
-        self.arguments = {"x": self._give("x", after=beside_x), "out": out}
+        after_x, after_out = {"kv_b_proj": (r, 0), "w_uk": (r, r)}.get(self.problem.role, (0, 0))
+        out = self._blank(self.problem.truth["out"].shape, after=after_out)
+        self.arguments = {"x": self._give("x", after=after_x), "out": out}
         if self.problem.kind == "linear":  # a weight per head has no bias
             self.arguments["bias"] = self._give("bias") if "bias" in self.problem.given else None
         self.results = {"out": out}
 
 
-class NormCall(OpCall):
-    """`rms_norm` of the query latent, which lies beside the new tokens' latents."""
+class NormCall(BoundCall):
+    """`rms_norm` of the query latent, which shares its rows with the new tokens' latents."""
 
     def _lay_out(self) -> None:
         config, out = self.problem.config, self._blank(self.problem.truth["out"].shape)
@@ -111,8 +111,8 @@ class NormCall(OpCall):
         self.weight_bytes, self.results = weight.nbytes, {"out": out}
 
 
-class RotateCall(OpCall):
-    """`rotate_query` from the last channels of the queries to the last of the latent queries."""
+class RotateCall(BoundCall):
+    """`rotate_query` from the last channels of the queries to those of the latent queries."""
 
     def _lay_out(self) -> None:
         config = self.problem.config
@@ -126,20 +126,20 @@ class RotateCall(OpCall):
         self.results = {"out": out}
 
 
-class CacheCall(OpCall):
+class CacheCall(BoundCall):
     """An op that works on a paged cache."""
 
     def _make_cache(self) -> tuple[LatentCache, list[int]]:
-        """Return a cache of the problem's size, and its sequences, still empty."""
-        problem, size = self.problem, self.place.page_size
+        """Return a cache of the problem's size, and its sequences, which are still empty."""
+        problem, size = self.problem, self.placement.page_size
         pages = sum(-(-length // size) for length in problem.kv_lens) + SPARE_PAGES
         cache = LatentCache(
             problem.config,
             max_tokens=pages * size,
             page_size=size,
-            device=self.place.device,
+            device=self.placement.device,
             dtype=problem.spec.dtype,
-            shuffle=self.place.seed,
+            shuffle=self.placement.seed,
         )
         self.cache_bytes = cache.pages.nbytes
         return cache, cache.new_sequences(len(problem.kv_lens))
@@ -166,7 +166,7 @@ class LatentCall(CacheCall):
         self.results = {"out": out, "lse": lse}
 
     def _fill(self) -> tuple[LatentCache, RaggedBatch]:
-        """Load the history, poison every other slot, then write the new tokens' latents to theirs."""
+        """Load the history, poison every other slot, then write the new tokens' latents."""
         problem, (cache, sequences) = self.problem, self._make_cache()
         scenario, c = problem.scenario, problem.config.kv_lora_rank
         requests = problem.given["keys"].split(problem.kv_lens)
@@ -175,7 +175,7 @@ class LatentCall(CacheCall):
         Poison(cache, sequences, problem.kv_lens, self._op.nan_safe_tail).apply()
         batch = cache.extend(sequences, scenario.query_lens)
         new = [keys[past:] for keys, past in zip(requests, scenario.history, strict=True)]
-        rows = torch.cat(new).to(self.place.device)
+        rows = torch.cat(new).to(self.placement.device)
         cache.pages[0].view(-1, problem.config.latent_dim).index_copy_(0, batch.slots, rows)
         return cache, batch
 
@@ -187,7 +187,7 @@ class LatentCall(CacheCall):
         return _attention_results(self)
 
 
-class ExpandedCall(OpCall):
+class ExpandedCall(BoundCall):
     """`expanded_attention` over rebuilt keys and values, which are columns of one product."""
 
     def _lay_out(self) -> None:
@@ -213,14 +213,14 @@ class ExpandedCall(OpCall):
         return _attention_results(self)
 
 
-def _attention_results(call: OpCall) -> Tensors:
+def _attention_results(call: BoundCall) -> Tensors:
     """Return `out`, and `lse` of an op that has one."""
     names = ("out", "lse") if call.choice.op.writes_lse else ("out",)
     return {name: call.results[name] for name in names}
 
 
 class WriteCall(CacheCall):
-    """`write_latent` to the slots of new tokens; every other slot holds one number that must stay."""
+    """`write_latent` to the slots of new tokens; every other slot holds a marker that must stay."""
 
     def _lay_out(self) -> None:
         problem, (cache, sequences) = self.problem, self._make_cache()
@@ -252,7 +252,7 @@ class WriteCall(CacheCall):
         others[self._slots] = False
         kept = (self._flat == torch.tensor(TAIL, dtype=self._flat.dtype)).all(1)
         changed = int((others & ~kept).sum())
-        return f"{changed} slots that were not to be written have changed" if changed else ""
+        return f"{changed} slots other than those of the new tokens have changed" if changed else ""
 
 
 def _first_width(problem: OpProblem) -> int:
@@ -261,7 +261,7 @@ def _first_width(problem: OpProblem) -> int:
     return config.q_lora_rank or config.num_attention_heads * config.qk_head_dim
 
 
-CALLS: dict[str, type[OpCall]] = {
+CALLS: dict[str, type[BoundCall]] = {
     "linear": LinearCall,
     "batched_linear": LinearCall,
     "rms_norm": NormCall,

@@ -1,4 +1,4 @@
-"""One op of the contract alone, behind the interface of everything the runner times."""
+"""One op of the contract alone, as an implementation that can be timed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.op.call import CALLS, Place
+from mla.bench.subjects.op.call import CALLS, Placement
 from mla.bench.subjects.op.problem import OpProblem
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
@@ -19,7 +19,7 @@ from mla.verify.op_check import OpChecker, Tensors
 from mla.verify.verdict import Check
 
 
-class OpCase(Implementation):
+class OpImplementation(Implementation):
     """The op that a layer would choose for a role (`mla`), or the reference (`mla-reference`)."""
 
     def __init__(self, setting: Setting, problem: OpProblem, name: str, policy: str) -> None:
@@ -30,18 +30,18 @@ class OpCase(Implementation):
         self._choice = Ops(setting.config, offered, setting.dtype, setting.device, policy)[problem.role]
 
     def load(self, scenario: Scenario, inputs: Any) -> None:
-        """Lay the operands out on the device. Raises `UnsupportedBatch` where the op refuses the shape."""
+        """Lay the operands out on the device. Raises `UnsupportedBatch` if the op refuses the shape."""
         problem, setting = self._problem, self.setting
         if problem.kind.endswith("attention"):
             pages = setting.page_size if problem.kind == "latent_attention" else None
             self._choice.check_batch(scenario.query_lens, scenario.kv_lens(0), pages)
-        place = Place(setting.device, setting.page_size, setting.seed)
-        self._call = CALLS[problem.kind](problem, self._choice, place)
+        placement = Placement(setting.device, setting.page_size, setting.seed)
+        self._call = CALLS[problem.kind](problem, self._choice, placement)
         self.restore()
         self._keep_outputs()
 
     def restore(self) -> None:
-        """Plan the batch anew and forget every result."""
+        """Plan the batch again and clear all results."""
         start = time.perf_counter_ns()
         if self._call.prepare():
             self.plan_ms = (time.perf_counter_ns() - start) / 1e6
@@ -51,12 +51,12 @@ class OpCase(Implementation):
         self._call.run()
 
     def check(self, checker: OpChecker) -> Check:
-        """Judge everything the op wrote, log-sum-exps and the cache included."""
+        """Check everything the op wrote, including log-sum-exps and the cache."""
         self._keep_outputs()
         return checker.check(self._call.found(), self._call.damage())
 
     def _keep_outputs(self) -> None:
-        """Show the results as one tensor, [1, T, ..], for comparing implementations."""
+        """Join the results into one tensor [1, T, ..], to compare implementations."""
         found = [result for name, result in self._call.found().items() if name != "lse"]
         self.outputs = (found[0] if len(found) == 1 else torch.cat(found, dim=-1))[None]
 
@@ -71,10 +71,10 @@ class OpCase(Implementation):
 
 
 def reference_results(problem: OpProblem, setting: Setting) -> Tensors:
-    """Return what the reference gives on the host: the yardstick."""
+    """Return the reference's results on the host, whose error bounds that of a fused op."""
     host = torch.device("cpu")
     choice = Choice("reference", REFERENCE[problem.kind], replace(problem.spec, device=host))
-    call = CALLS[problem.kind](problem, choice, Place(host, setting.page_size, setting.seed))
+    call = CALLS[problem.kind](problem, choice, Placement(host, setting.page_size, setting.seed))
     call.prepare()
     call.run()
     return call.found()

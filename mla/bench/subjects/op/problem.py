@@ -1,4 +1,4 @@
-"""Problems of one op: operands on the host, drawn from a seed at a layer's scales, and what must come out."""
+"""Problems of one op: seeded operands on the host, at a layer's scales, and the expected results."""
 
 from __future__ import annotations
 
@@ -22,21 +22,20 @@ if TYPE_CHECKING:
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-#: Bytes that the float64 logits of one step of the attention oracle may take.
+# The most bytes of float64 logits in one step of the attention oracle.
 LOGITS_BYTES = 256 << 20
 
 
 @dataclass
 class OpProblem:
-    """One op at one shape. `given` are operands by their names in the contract, `truth` results in float64.
+    """One op at one shape. `given`: operands by their names in the contract; `truth`: results in float64.
 
-    The keys of attention are in `given` as rows of all requests, one request after the other; how they are
-    laid out is up to the call.
+    The keys of attention are in `given` as rows, one request after another; the call lays them out.
     """
 
     role: str
     kind: str
-    spec: Any  # as the op gets it, of the run's device
+    spec: Any  # as passed to the op, for the run's device
     config: MLAConfig
     scenario: Point
     seed: int
@@ -45,21 +44,21 @@ class OpProblem:
 
     @property
     def kv_lens(self) -> tuple[int, ...]:
-        """Keys each request attends."""
+        """Number of keys each request attends to."""
         return self.scenario.kv_lens(0)
 
     @property
     def rows(self) -> int:
-        """Rows that go through the op: kv_b expands the whole context, all others see new tokens."""
+        """Number of rows the op processes: the whole context for kv_b, new tokens for all others."""
         return sum(self.kv_lens) if self.role == "kv_b_proj" else self.scenario.tokens
 
     @property
     def work(self) -> cost.Work:
-        """What one call needs."""
+        """FLOPs and bytes of one call."""
         return _COSTS[self.kind](self)
 
     def draw(self) -> None:
-        """Fill `given` and `truth`; they depend on the seed and the scenario's name and shape only."""
+        """Fill `given` and `truth`, which depend only on the seed and the scenario's name and shape."""
         random = generator(self.seed, self.scenario.name)
 
         def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -69,7 +68,7 @@ class OpProblem:
 
 
 def op_problem(setting: Setting, scenario: Point) -> OpProblem:
-    """Return the problem of a scenario in its own setting; nothing is drawn yet."""
+    """Return the problem of a scenario in its setting, not yet drawn."""
     assert scenario.op is not None
     kind, spec = layer_roles(setting.config, setting.dtype, setting.device)[scenario.op]
     return OpProblem(scenario.op, kind, spec, setting.config, scenario, setting.seed)
@@ -139,7 +138,7 @@ def _angles(problem: OpProblem) -> torch.Tensor:
 def _latent_attention(problem: OpProblem, normal: Normal) -> None:
     spec, c = problem.spec, problem.spec.kv_lora_rank
     q = normal(problem.rows, spec.num_heads, c + spec.qk_rope_head_dim)
-    q[..., :c] *= (spec.qk_nope_head_dim / c) ** 0.5  # as W_UK leaves them
+    q[..., :c] *= (spec.qk_nope_head_dim / c) ** 0.5  # the scale after W_UK
     keys = normal(sum(problem.kv_lens), c + spec.qk_rope_head_dim)
     problem.given = {"q": q, "keys": keys}
     problem.truth = _attend(problem, q, keys[:, None], keys[:, None, :c])
@@ -155,7 +154,7 @@ def _expanded_attention(problem: OpProblem, normal: Normal) -> None:
 
 
 def _attend(problem: OpProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Tensors:
-    """Attend request by request, so many heads at a time that logits stay small."""
+    """Attend request by request, a few heads at a time, to keep the logits small."""
     scale, tokens, keys = problem.spec.softmax_scale, problem.scenario.query_lens, problem.kv_lens
     found = []
     for request in zip(q.split(tokens), k.split(keys), v.split(keys), strict=True):
@@ -166,7 +165,7 @@ def _attend(problem: OpProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
 
 
 def _by_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[Triple]:
-    """Yield heads of q with their keys and values, which may be one for all."""
+    """Yield heads of q with their keys and values, which all heads may share."""
     count = max(1, LOGITS_BYTES // (8 * q.shape[0] * k.shape[0]))
     for start in range(0, q.shape[1], count):
         heads = slice(start, start + count)

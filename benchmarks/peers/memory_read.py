@@ -1,4 +1,4 @@
-"""A multi-threaded read of as many bytes as a forward must move, in turns with the implementations."""
+"""The bandwidth baseline: a multi-threaded read of as many bytes as a forward must move."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import State
 from mla.verify.verdict import Check
 
-#: Ways to read memory with torch that leave nothing but a number behind.
-WAYS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+# Ways to read memory with torch whose only result is a number.
+READERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sum": lambda data: data.sum(),
     "max": lambda data: data.amax(),
 }
 
 
-class Read(Implementation):
-    """Reads and computes nothing: its latency is what memory alone costs, its tok/s the bandwidth's limit."""
+class MemoryRead(Implementation):
+    """Only reads memory: its latency is the cost of moving the bytes, its tok/s the bandwidth's limit."""
 
     name = "read"
 
@@ -38,21 +38,21 @@ class Read(Implementation):
         moved = [cost.step_bytes(self.setting.config, scenario.query_lens, kv, size) for kv in lens]
         self._bytes = round(sum(moved) / len(moved))
         self._data = torch.rand(self._bytes // 4)
-        self._way = fastest({name: partial(way, self._data) for name, way in WAYS.items()})
-        self._read = WAYS[self._way]
+        self._reader = fastest({name: partial(reader, self._data) for name, reader in READERS.items()})
+        self._read = READERS[self._reader]
         self.outputs = torch.ones_like(inputs.hidden)
 
     def restore(self) -> None:
         """Keep the data: there is no cache."""
 
     def before(self, index: int) -> None:
-        self.outputs[index if index < len(self.outputs) else 0] = 1.0  # finite, as everybody's must be
+        self.outputs[index if index < len(self.outputs) else 0] = 1.0  # finite, as the engine requires
 
     def step(self, index: int) -> None:
         self._read(self._data)
 
     def check(self, checker: Checker) -> Check:
-        """Pass, so that it is timed; `summary` marks the case as nothing that was checked."""
+        """Always pass, so that it is timed; `PeerRun` marks the case as unchecked."""
         return Check(status="ok")
 
     def cache_bytes(self) -> int:
@@ -62,4 +62,4 @@ class Read(Implementation):
         return self._data.nbytes
 
     def ops(self) -> dict[str, str]:
-        return {"read": f"torch {self._way} of {self._bytes / 2**20:.1f} MiB"}
+        return {"read": f"torch {self._reader} of {self._bytes / 2**20:.1f} MiB"}
