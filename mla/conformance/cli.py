@@ -21,9 +21,9 @@ from mla_backends.discovery import locate
 if TYPE_CHECKING:
     import torch
 
-    from mla.conformance.report import CheckResult, Report
+    from mla.conformance.report import CheckResult, ConformanceReport
     from mla.conformance.suite import Instance
-    from mla.conformance.trial import Subject
+    from mla.conformance.trial import BackendUnderTest
     from mla.conformance.xfails import Xfails
 
 PROGRAM = "python -m mla.conformance"
@@ -146,14 +146,16 @@ def run(
 
 def open_subject(
     name: str, device: int | None, threads: int | None, options: Mapping[str, str], quick: bool
-) -> Subject:
+) -> BackendUnderTest:
     """Open a backend as the runner does. Raises `BackendError`."""
     import mla
-    from mla.conformance.trial import Subject
+    from mla.conformance.trial import BackendUnderTest
     from mla_backends.registry import create
 
     backend = mla.load_backend(name, device, threads, options)
-    return Subject(backend, name, quick, locate(name).version, lambda more: create(name, {**options, **more}))
+    return BackendUnderTest(
+        backend, name, quick, locate(name).version, lambda more: create(name, {**options, **more})
+    )
 
 
 def _key_values(options: Sequence[str]) -> dict[str, str]:
@@ -171,7 +173,7 @@ def _require_known(patterns: Sequence[str]) -> None:
         require_known(pattern, "--only")
 
 
-def _dtypes(subject: Subject, names: Sequence[str]) -> tuple[torch.dtype, ...]:
+def _dtypes(subject: BackendUnderTest, names: Sequence[str]) -> tuple[torch.dtype, ...]:
     """Return the dtypes to check: the user's, which the backend must claim, or all it claims."""
     from mla.conformance.suite import claimed_dtypes
     from mla.text import dtype_name
@@ -185,7 +187,7 @@ def _dtypes(subject: Subject, names: Sequence[str]) -> tuple[torch.dtype, ...]:
 
 
 def carry_out_all(
-    planned: Sequence[Instance], subject: Subject, xfails: Xfails, verbose: bool = False
+    planned: Sequence[Instance], subject: BackendUnderTest, xfails: Xfails, verbose: bool = False
 ) -> tuple[list[CheckResult], bool]:
     """Run checks with a progress bar; return the results so far and whether the user ended it."""
     from mla.conformance.suite import carry_out
@@ -206,25 +208,25 @@ def carry_out_all(
 
 def make_report(
     words: Sequence[str],
-    subject: Subject,
+    subject: BackendUnderTest,
     dtypes: Sequence[torch.dtype],
     planned: int,
     found: list[CheckResult],
     interrupted: bool,
     xfails: Xfails,
-) -> Report:
+) -> ConformanceReport:
     """Put the results together with what they depend on."""
-    from mla.conformance.report import SCHEMA_VERSION, BackendFacts, Report
+    from mla.conformance.report import SCHEMA_VERSION, CheckedBackend, ConformanceReport
     from mla.text import dtype_name
 
-    return Report(
+    return ConformanceReport(
         schema_version=SCHEMA_VERSION,
         argv=["python", "-m", "mla.conformance", *words],
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         git_commit=environment.git_commit(),
         interrupted=interrupted,
         quick=subject.quick,
-        backend=BackendFacts(
+        backend=CheckedBackend(
             name=subject.name,
             version=subject.version,
             device=str(subject.backend.device),
@@ -238,21 +240,21 @@ def make_report(
     )
 
 
-def _device_name(subject: Subject) -> str:
+def _device_name(subject: BackendUnderTest) -> str:
     try:
         return str(subject.backend.device_info().name)
     except Exception:  # noqa: BLE001  # device.info reports it; the card must come out all the same
         return "unknown"
 
 
-def _environment(subject: Subject) -> dict[str, str]:
+def _environment(subject: BackendUnderTest) -> dict[str, str]:
     try:
         return environment.environment(subject.backend)
     except Exception as error:  # noqa: BLE001  # device.environment reports it
         return {"environment": f"unknown: {type(error).__name__}"}
 
 
-def verdict(report: Report) -> Exit:
+def verdict(report: ConformanceReport) -> Exit:
     """Return the exit code."""
     counts = report.counts()
     if report.interrupted:
