@@ -22,9 +22,9 @@ from mla.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from mla.conformance.report import CheckResult, Report
+    from mla.conformance.report import CheckResult, ConformanceReport
     from mla.conformance.suite import Instance
-    from mla.conformance.trial import Subject
+    from mla.conformance.trial import BackendUnderTest
     from mla.conformance.xfails import Xfails
     from mla_backends.api import Backend
 
@@ -144,9 +144,9 @@ def run(
     return verdict(report)
 
 
-def open_subject(options: BackendOptions, quick: bool) -> Subject:
+def open_subject(options: BackendOptions, quick: bool) -> BackendUnderTest:
     """Open a backend as the runner does. Raises `UsageError`, `BackendError`."""
-    from mla.conformance.trial import Subject
+    from mla.conformance.trial import BackendUnderTest
     from mla_backends.registry import create
 
     opened, settings = open_backend(options), options.key_values()
@@ -154,7 +154,7 @@ def open_subject(options: BackendOptions, quick: bool) -> Subject:
     def reopen(more: Mapping[str, str]) -> Backend:
         return create(opened.name, {**settings, **more})
 
-    return Subject(opened.backend, opened.name, quick, opened.version, reopen)
+    return BackendUnderTest(opened.backend, opened.name, quick, opened.version, reopen)
 
 
 def _require_known(patterns: Sequence[str]) -> None:
@@ -164,7 +164,7 @@ def _require_known(patterns: Sequence[str]) -> None:
         require_known(pattern, "--only")
 
 
-def _dtypes(subject: Subject, names: Sequence[str]) -> tuple[torch.dtype, ...]:
+def _dtypes(subject: BackendUnderTest, names: Sequence[str]) -> tuple[torch.dtype, ...]:
     """Return the dtypes to check: the user's, which the backend must claim, or all it claims."""
     from mla.conformance.suite import claimed_dtypes
     from mla.text import dtype_name
@@ -178,7 +178,7 @@ def _dtypes(subject: Subject, names: Sequence[str]) -> tuple[torch.dtype, ...]:
 
 
 def carry_out_all(
-    planned: Sequence[Instance], subject: Subject, xfails: Xfails, verbose: bool = False
+    planned: Sequence[Instance], subject: BackendUnderTest, xfails: Xfails, verbose: bool = False
 ) -> tuple[list[CheckResult], bool]:
     """Run checks with a progress bar; return the results so far and whether the user ended it."""
     from mla.conformance.suite import carry_out
@@ -199,25 +199,25 @@ def carry_out_all(
 
 def make_report(
     words: Sequence[str],
-    subject: Subject,
+    subject: BackendUnderTest,
     dtypes: Sequence[torch.dtype],
     planned: int,
     found: list[CheckResult],
     interrupted: bool,
     xfails: Xfails,
-) -> Report:
+) -> ConformanceReport:
     """Put the results together with what they depend on."""
-    from mla.conformance.report import SCHEMA_VERSION, BackendFacts, Report
+    from mla.conformance.report import SCHEMA_VERSION, CheckedBackend, ConformanceReport
     from mla.text import dtype_name
 
-    return Report(
+    return ConformanceReport(
         schema_version=SCHEMA_VERSION,
         argv=["python", "-m", "mla.conformance", *words],
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         git_commit=environment.git_commit(),
         interrupted=interrupted,
         quick=subject.quick,
-        backend=BackendFacts(
+        backend=CheckedBackend(
             name=subject.name,
             version=subject.version,
             device=str(subject.backend.device),
@@ -231,21 +231,21 @@ def make_report(
     )
 
 
-def _device_name(subject: Subject) -> str:
+def _device_name(subject: BackendUnderTest) -> str:
     try:
         return str(subject.backend.device_info().name)
     except Exception:  # noqa: BLE001  # device.info reports it; the card must come out all the same
         return "unknown"
 
 
-def _environment(subject: Subject) -> dict[str, str]:
+def _environment(subject: BackendUnderTest) -> dict[str, str]:
     try:
         return environment.environment(subject.backend)
     except Exception as error:  # noqa: BLE001  # device.environment reports it
         return {"environment": f"unknown: {type(error).__name__}"}
 
 
-def verdict(report: Report) -> Exit:
+def verdict(report: ConformanceReport) -> Exit:
     """Return the exit code."""
     counts = report.counts()
     if report.interrupted:

@@ -1,4 +1,4 @@
-"""The suite as a pytest class: subclass it, and define the fixture `backend` and, if need be, `xfails`.
+"""The suite as a pytest class: subclass it, and define the fixture `backend` and, if needed, `xfails`.
 
 Example::
 
@@ -11,7 +11,7 @@ Example::
         return load_backend("acme")
 
     @pytest.fixture(scope="module")
-    def xfails():  # or a path to a file of such lines
+    def xfails():  # or the path of an xfails file
         return {"latent.heads[mine-float16]": "SDK 4.3 pads heads to 16"}
 
     class TestAcme(BackendConformance):
@@ -32,7 +32,7 @@ import pytest
 from mla.conformance.registry import all_checks
 from mla.conformance.report import CheckResult
 from mla.conformance.suite import carry_out, claimed_dtypes, instances
-from mla.conformance.trial import Subject
+from mla.conformance.trial import BackendUnderTest
 from mla.conformance.xfails import Xfails, require_known
 from mla_backends.api import Backend
 
@@ -60,7 +60,7 @@ class BackendConformance:
     @pytest.mark.parametrize("check_id", _CHECKS)
     def test_conformance(self, check_id: str, backend: Backend, expected_failures: Xfails) -> None:
         """The check passes for every op and dtype of the backend, or is refused with a reason."""
-        subject = Subject(backend, backend.name, self.quick)
+        subject = BackendUnderTest(backend, backend.name, self.quick)
         chosen = instances(subject, claimed_dtypes(subject), [check_id])
         found = [carry_out(one, subject, expected_failures) for one in chosen]
         conclude(_CHECKS[check_id].description, found)
@@ -74,7 +74,7 @@ def conclude(description: str, found: list[CheckResult]) -> None:
     if "fail" in by_status:
         pytest.fail(f"{description}\n{_lines(by_status['fail'])}", pytrace=False)
     if "xpass" in by_status:
-        pytest.fail(f"expected to fail, and passed:\n{_lines(by_status['xpass'])}", pytrace=False)
+        pytest.fail(f"expected to fail, but passed:\n{_lines(by_status['xpass'])}", pytrace=False)
     if "xfail" in by_status:
         pytest.xfail(_lines(by_status["xfail"]))
     if "pass" not in by_status:

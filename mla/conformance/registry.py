@@ -1,4 +1,4 @@
-"""The checks there are. Each is one small function with an id, a sentence, and the bug it is there for."""
+"""All checks. Each is one small function with an id, a sentence, and the bug it catches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mla.conformance.trial import Trial
 
-#: What a check is run for, once each: the device, every dtype, every op in every dtype, every layer.
+# What a check runs once for: the device, every dtype, every op in every dtype, every layer.
 DEVICE, DTYPE, OP, LAYER = "device", "dtype", "op", "layer"
 
 _MODULES = (
@@ -30,7 +30,7 @@ _MODULES = (
 
 
 @dataclass(frozen=True)
-class Check:
+class ConformanceCheck:
     """One property that a backend must have."""
 
     id: str
@@ -41,7 +41,7 @@ class Check:
     run: Callable[[Trial], None]
 
 
-_CHECKS: dict[str, Check] = {}
+_CHECKS: dict[str, ConformanceCheck] = {}
 
 
 def check(
@@ -51,15 +51,15 @@ def check(
 
     def register(function: Callable[[Trial], None]) -> Callable[[Trial], None]:
         if name in _CHECKS:
-            raise ValueError(f"there are two checks '{name}'.")
+            raise ValueError(f"check '{name}' is registered twice.")
         description = (function.__doc__ or "").strip().partition("\n")[0]
-        _CHECKS[name] = Check(name, scope, kind, description, catches, function)
+        _CHECKS[name] = ConformanceCheck(name, scope, kind, description, catches, function)
         return function
 
     return register
 
 
-def all_checks() -> tuple[Check, ...]:
+def all_checks() -> tuple[ConformanceCheck, ...]:
     """Return every check, in the order they run."""
     for module in _MODULES:
         importlib.import_module(f"mla.conformance.checks.{module}")
@@ -67,11 +67,11 @@ def all_checks() -> tuple[Check, ...]:
 
 
 def matches(pattern: str, check_id: str, subject: str = "") -> bool:
-    """Say whether `pattern` means this check, or this check of this subject.
+    """Return whether `pattern` means this check, or this check of this subject.
 
     A pattern is a check ("latent.decode"), a group ("latent"), a check of one subject
     ("latent.decode[mine-bfloat16]"), or one of these with wildcards ("*.decode[*-float16]").
     """
-    literal = pattern.replace("[", "[[]")  # a bracket names the subject and is no character class
+    literal = pattern.replace("[", "[[]")  # a bracket names the subject, it is not a character class
     names = (check_id, f"{check_id}[{subject}]", check_id.partition(".")[0])
     return any(fnmatch.fnmatchcase(name, literal) for name in names)

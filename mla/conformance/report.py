@@ -18,12 +18,12 @@ SCHEMA_VERSION = 1
 Status = Literal["pass", "fail", "refused", "xfail", "xpass"]
 
 
-class ReportError(MLAError):
+class ConformanceReportError(MLAError):
     """A report that cannot be read."""
 
 
 class Cases(msgspec.Struct, kw_only=True):
-    """How many cases of a check ended how."""
+    """Number of cases of a check by outcome."""
 
     passed: int
     refused: int
@@ -40,8 +40,8 @@ class Refusal(msgspec.Struct, kw_only=True):
 class CheckResult(msgspec.Struct, kw_only=True):
     """One check of one subject.
 
-    refused: the backend said beforehand that it serves none of the cases. xfail: it failed, as the list of
-    expected failures says. xpass: the list says it fails, and it passed.
+    refused: the backend declared beforehand that it serves none of the cases. xfail: it failed, as the list
+    of expected failures says. xpass: the list says it fails, but it passed.
     """
 
     id: str  # check, and the subject in brackets
@@ -57,7 +57,7 @@ class CheckResult(msgspec.Struct, kw_only=True):
     seconds: float
 
 
-class BackendFacts(msgspec.Struct, kw_only=True):
+class CheckedBackend(msgspec.Struct, kw_only=True):
     """What was checked."""
 
     name: str
@@ -66,7 +66,7 @@ class BackendFacts(msgspec.Struct, kw_only=True):
     device_name: str
 
 
-class Report(msgspec.Struct, kw_only=True):
+class ConformanceReport(msgspec.Struct, kw_only=True):
     """One run of the suite."""
 
     schema_version: int
@@ -75,7 +75,7 @@ class Report(msgspec.Struct, kw_only=True):
     git_commit: str | None
     interrupted: bool
     quick: bool
-    backend: BackendFacts
+    backend: CheckedBackend
     environment: dict[str, str]
     dtypes: list[str]
     planned: int  # checks, of which `checks` holds those that ran
@@ -87,18 +87,20 @@ class Report(msgspec.Struct, kw_only=True):
         return Counter(one.status for one in self.checks)
 
 
-def decode(data: bytes) -> Report:
-    """Parse and validate a report. Raises `ReportError` with the JSON path of the fault."""
+def decode(data: bytes) -> ConformanceReport:
+    """Parse and validate a report. Raises `ConformanceReportError` with the JSON path of the fault."""
     try:
-        report = msgspec.json.decode(data, type=Report)
+        report = msgspec.json.decode(data, type=ConformanceReport)
     except msgspec.DecodeError as error:
-        raise ReportError(f"not a conformance report of this version: {error}.") from error
+        raise ConformanceReportError(f"not a conformance report of this version: {error}.") from error
     if report.schema_version != SCHEMA_VERSION:
-        raise ReportError(f"the report has schema version {report.schema_version}, not {SCHEMA_VERSION}.")
+        raise ConformanceReportError(
+            f"the report has schema version {report.schema_version}, not {SCHEMA_VERSION}."
+        )
     return report
 
 
-def write(report: Report, path: Path) -> None:
+def write(report: ConformanceReport, path: Path) -> None:
     """Write a report whole or not at all. Raises `mla.errors.ResultError`."""
     write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n", path)
 
@@ -108,12 +110,12 @@ def write(report: Report, path: Path) -> None:
 _TITLES = ("check", "of", "result", "cases", "error/bound", "note")
 _SECTIONS: dict[Status, str] = {
     "fail": "Failed",
-    "xpass": "Passed unexpectedly (take them off the list)",
+    "xpass": "Passed unexpectedly (remove them from the list)",
     "xfail": "Failed as expected",
 }
 
 
-def card(report: Report) -> str:
+def card(report: ConformanceReport) -> str:
     """Return the report card: Markdown that is readable as plain text."""
     parts = [
         f"# mla conformance: {report.backend.name}\n",
@@ -127,8 +129,8 @@ def card(report: Report) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def summary(report: Report) -> str:
-    """Return the last line: how many checks ended how."""
+def summary(report: ConformanceReport) -> str:
+    """Return the last line: the number of checks by outcome."""
     counts, seconds = report.counts(), sum(one.seconds for one in report.checks)
     words = {
         "pass": "passed",
@@ -142,7 +144,7 @@ def summary(report: Report) -> str:
     return f"{len(report.checks)} checks{cut}: {listed}; {seconds:.1f} s"
 
 
-def _header(report: Report) -> str:
+def _header(report: ConformanceReport) -> str:
     backend = report.backend
     facts = {
         "backend": f"{backend.name} {backend.version or '(not packaged)'}",
@@ -176,7 +178,7 @@ def _rows(checks: Iterable[CheckResult]) -> Iterator[tuple[str, ...]]:
 
 
 def _result(members: Sequence[CheckResult]) -> str:
-    """Return "pass", or what each dtype came to."""
+    """Return "pass", or the outcome of each dtype."""
     by_status: dict[str, list[str]] = {}
     for one in members:
         word = one.status.upper() if one.status in ("fail", "xpass") else one.status

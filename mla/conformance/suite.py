@@ -1,4 +1,4 @@
-"""Which checks run on a backend, and what each comes to."""
+"""Which checks run on a backend, and the outcome of each."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mla.conformance.registry import DEVICE, DTYPE, LAYER, OP, Check, all_checks, matches
+from mla.conformance.registry import DEVICE, DTYPE, LAYER, OP, ConformanceCheck, all_checks, matches
 from mla.conformance.report import Cases, CheckResult, Refusal, Status
-from mla.conformance.trial import DTYPES, Subject, Trial
+from mla.conformance.trial import DTYPES, BackendUnderTest, Trial
 from mla.conformance.xfails import Xfails
 from mla.reference import REFERENCE
 from mla.text import dtype_name
@@ -21,7 +21,7 @@ from mla_backends.api import FusedOp
 class Instance:
     """A check of one subject: the device, a dtype, an op in a dtype, or a layer in a dtype."""
 
-    check: Check
+    check: ConformanceCheck
     of: str = ""  # op or policy
     dtype: torch.dtype | None = None
     op: FusedOp | None = None
@@ -35,8 +35,8 @@ class Instance:
     def id(self) -> str:
         return f"{self.check.id}[{self.subject}]" if self.subject else self.check.id
 
-    def run(self, subject: Subject) -> Trial:
-        """Carry the check out. Nothing but an interrupt is raised."""
+    def run(self, subject: BackendUnderTest) -> Trial:
+        """Run the check. Raises nothing but KeyboardInterrupt."""
         trial = Trial(
             subject,
             dtype=self.dtype or torch.float32,
@@ -55,13 +55,13 @@ class Instance:
         return trial
 
 
-def claimed_dtypes(subject: Subject) -> tuple[torch.dtype, ...]:
-    """Return the dtypes of a layer that the backend claims; a backend that cannot say gets fp32 tried."""
+def claimed_dtypes(subject: BackendUnderTest) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of a layer that the backend claims; float32 if it claims none."""
     claimed = _claimed(subject)
     return tuple(dtype for dtype in DTYPES if dtype in claimed) or (torch.float32,)
 
 
-def _claimed(subject: Subject) -> list[torch.dtype]:
+def _claimed(subject: BackendUnderTest) -> list[torch.dtype]:
     try:
         found = list(subject.backend.dtypes())
     except Exception:  # noqa: BLE001  # the check of dtypes reports it
@@ -70,7 +70,7 @@ def _claimed(subject: Subject) -> list[torch.dtype]:
 
 
 def instances(
-    subject: Subject, dtypes: Sequence[torch.dtype], only: Sequence[str] = ()
+    subject: BackendUnderTest, dtypes: Sequence[torch.dtype], only: Sequence[str] = ()
 ) -> tuple[Instance, ...]:
     """Return what runs on this backend, in order; `only` keeps what matches any of its patterns."""
     offered = _offered(subject)
@@ -81,13 +81,18 @@ def instances(
 
 
 def _of_check(
-    check: Check, subject: Subject, dtypes: Sequence[torch.dtype], offered: Mapping[str, FusedOp]
+    check: ConformanceCheck,
+    subject: BackendUnderTest,
+    dtypes: Sequence[torch.dtype],
+    offered: Mapping[str, FusedOp],
 ) -> Iterator[Instance]:
     if check.scope == DEVICE:
         yield Instance(check)
         return
     if check.scope == DTYPE:
-        more = [dtype for dtype in _claimed(subject) if dtype not in DTYPES]  # of no layer, yet claimed
+        more = [
+            dtype for dtype in _claimed(subject) if dtype not in DTYPES
+        ]  # no layer has them, but they are claimed
         yield from (Instance(check, dtype=dtype) for dtype in (*dtypes, *more))
         return
     for dtype in dtypes:
@@ -99,7 +104,7 @@ def _of_check(
                 yield Instance(check, policy, dtype)
 
 
-def _offered(subject: Subject) -> dict[str, FusedOp]:
+def _offered(subject: BackendUnderTest) -> dict[str, FusedOp]:
     try:
         offered = dict(subject.backend.ops())
     except Exception:  # noqa: BLE001  # the checks of ops report it
@@ -108,20 +113,20 @@ def _offered(subject: Subject) -> dict[str, FusedOp]:
 
 
 def _implementations(offered: Mapping[str, FusedOp], kind: str) -> Iterator[tuple[str, FusedOp]]:
-    """Yield what the backend offers for a kind of op, and the reference, which serves what is refused."""
+    """Yield what the backend offers for a kind of op, and the reference, which serves what ops refuse."""
     for name, op in offered.items():
         if str(getattr(op, "contract", "")).partition("/")[0] == kind:
             yield name, op
     yield "reference", REFERENCE[kind]
 
 
-def _policies(subject: Subject, offered: Mapping[str, FusedOp]) -> tuple[str, ...]:
+def _policies(subject: BackendUnderTest, offered: Mapping[str, FusedOp]) -> tuple[str, ...]:
     """Return the ops a layer is built with; without fused ops both policies are the same."""
     return ("auto", "reference") if offered and not subject.quick else ("auto",)
 
 
-def carry_out(instance: Instance, subject: Subject, xfails: Xfails) -> CheckResult:
-    """Run one check and classify what it came to."""
+def carry_out(instance: Instance, subject: BackendUnderTest, xfails: Xfails) -> CheckResult:
+    """Run one check and classify its outcome."""
     start = time.perf_counter()
     trial = instance.run(subject)
     status, reason = _verdict(instance, trial, xfails)

@@ -1,4 +1,4 @@
-"""`Trial`: one check on one subject, and what its cases came to."""
+"""`Trial`: one check on one subject, and the outcomes of its cases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mla.verify.tolerances import judge, judge_lse
 from mla_backends.api import OPS, Backend, FusedOp
 from mla_backends.errors import BackendError, describe
 
-#: Dtypes that a layer can have.
+# Dtypes that a layer can have.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -25,18 +25,18 @@ class CheckFailed(Exception):
 
 
 class Refused(Exception):
-    """The backend said beforehand that it does not serve a case, as the contract allows."""
+    """The backend declared beforehand that it does not serve a case, as the contract allows."""
 
 
 @dataclass(frozen=True)
-class Subject:
+class BackendUnderTest:
     """The backend under test."""
 
     backend: Backend
     name: str
     quick: bool = False
     version: str | None = None
-    reopen: Callable[[Mapping[str, str]], Backend] | None = None  # makes the backend with other options
+    reopen: Callable[[Mapping[str, str]], Backend] | None = None  # creates the backend with other options
 
     @property
     def device(self) -> torch.device:
@@ -47,7 +47,7 @@ class Subject:
         return device
 
     def create(self, options: Mapping[str, str]) -> Backend:
-        """Return another backend of this kind, made with `options` and not set up."""
+        """Return another backend of this kind, created with `options` and not set up."""
         if self.reopen is not None:
             return self.reopen(options)
         return type(self.backend)(options)
@@ -57,7 +57,7 @@ class Subject:
 class Trial:
     """What a check needs, and what it found. Its cases are counted one by one."""
 
-    subject: Subject
+    subject: BackendUnderTest
     dtype: torch.dtype = torch.float32
     op: FusedOp | None = None
     kind: str = ""
@@ -88,7 +88,7 @@ class Trial:
 
     @contextmanager
     def case(self, label: str = "") -> Iterator[None]:
-        """Count the body as one case. What it raises is its outcome, and the next case runs all the same."""
+        """Count the body as one case. What it raises is its outcome; the next case still runs."""
         where = f"{label}: " if label else ""
         try:
             yield
@@ -107,11 +107,11 @@ class Trial:
             self.passed += 1
 
     def judge(self, found: torch.Tensor, truth: torch.Tensor, reference: torch.Tensor, what: str) -> None:
-        """Hold an output against the truth and the reference's error. Raises `CheckFailed`."""
+        """Compare an output with the truth and the reference's error. Raises `CheckFailed`."""
         self._record(*judge(found, truth, reference, self.dtype), what)
 
     def judge_lse(self, found: torch.Tensor, truth: torch.Tensor) -> None:
-        """Hold a log-sum-exp against the truth. Raises `CheckFailed`."""
+        """Compare a log-sum-exp with the truth. Raises `CheckFailed`."""
         self._record(*judge_lse(found, truth, self.dtype), "lse")
 
     def _record(self, ratio: float, reason: str, what: str) -> None:
@@ -123,7 +123,7 @@ class Trial:
         """Return the op if it serves this spec and these lengths; raises `Refused` with its reasons."""
         assert self.op is not None, "only checks of ops have one"
         if self.op.contract != OPS[self.kind]:
-            raise Refused(f"it implements {self.op.contract} and this suite checks {OPS[self.kind]}")
+            raise Refused(f"it implements {self.op.contract}, but this suite checks {OPS[self.kind]}")
         reasons = list(self.op.unsupported_reasons(spec))
         if not reasons and query_lens:
             reasons = list(self.op.unsupported_batch(spec, query_lens, kv_lens))
@@ -139,7 +139,7 @@ def expect(condition: bool, reason: str) -> None:
 
 
 def raised(error: BaseException) -> str:
-    """Say what was raised and where."""
+    """Return what was raised and where, as one clause."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
     return f"raised {describe(error)}{place}"

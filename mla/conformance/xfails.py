@@ -1,7 +1,7 @@
-"""The list of failures that are known: lines `check: reason`.
+"""The list of expected failures: lines `check: reason`.
 
 A check is named as for `--only`: `latent.heads`, `latent.heads[mine-bfloat16]`, `latent`, with wildcards.
-Empty lines and lines that start with # do not count.
+Empty lines and lines that start with # are ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class XfailError(MLAError):
 
 @dataclass
 class Xfails:
-    """Expected failures: pattern -> reason. Remembers which ones mattered."""
+    """Expected failures: pattern -> reason. Remembers which ones were used."""
 
     entries: Mapping[str, str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
@@ -38,7 +38,7 @@ class Xfails:
                 continue
             pattern, reason = _entry(line, f"'{path}' line {number}")
             if pattern in entries:
-                raise XfailError(f"'{path}' line {number}: there are two lines for '{pattern}'.")
+                raise XfailError(f"'{path}' line {number}: '{pattern}' is listed twice.")
             entries[pattern] = reason
         return cls(entries)
 
@@ -64,10 +64,10 @@ def _entry(line: str, where: str) -> tuple[str, str]:
 
 
 def require_known(pattern: str, where: str) -> None:
-    """Raise `XfailError` when no check is called like that, whatever the subject."""
+    """Raise `XfailError` unless some check matches the pattern, whatever the subject."""
     check, _, _ = pattern.partition("[")
     names = [one.id for one in all_checks()]
     if not any(matches(check, name) for name in names):
         groups = list(dict.fromkeys(name.partition(".")[0] for name in names))
         hint = did_you_mean(check, names + groups)
-        raise XfailError(f"{where}: there is no check '{check}'.{hint} `--list` shows them all.")
+        raise XfailError(f"{where}: unknown check '{check}'.{hint} `--list` shows all checks.")

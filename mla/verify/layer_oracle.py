@@ -2,7 +2,7 @@
 
 Independent of the layer on purpose: heads are expanded, nothing is paged, absorbed or fused, and no
 code of `attention.py`, `reference/` or `cache.py` is used. Shared are the config's softmax scale
-and YaRN magnitude and `rope.inverse_frequencies`, which tests hold against `transformers`. Angles
+and YaRN magnitude and `rope.inverse_frequencies`, which tests compare with `transformers`. Angles
 stay fp32(position) * fp32(inv_freq), because that is what a checkpoint was trained with.
 """
 

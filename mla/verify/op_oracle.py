@@ -1,4 +1,4 @@
-"""What every op must give, in float64 on the host, written out independently of `reference/`."""
+"""What every op must compute, in float64 on the host, written out independently of `reference/`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Poison the cache: a kernel that reads what it does not own must not get away with it.
+"""Poison the cache, to expose a kernel that reads memory it does not own.
 
-Pages no request will own hold NaN. Slots past a request's end, inside pages it owns, hold NaN for ops that
-declare `nan_safe_tail`, else a large finite number, because a kernel may read them and multiply by zero.
+Pages that no request will own hold NaN. Slots past a request's end, inside pages it owns, hold NaN for ops
+that declare `nan_safe_tail`, else a large finite number, because a kernel may read them and multiply by zero.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TAIL = 1e4
 
 
 class Poison:
-    """What to write where, worked out once for sequences that will grow to `final_lens`."""
+    """What to write where, computed once for sequences that will grow to `final_lens`."""
 
     def __init__(
         self, cache: LatentCache, sequences: Sequence[int], final_lens: Sequence[int], nan_safe_tail: bool
@@ -28,7 +28,7 @@ class Poison:
         cache.extend(sequences, growth)
         owned = torch.cat([cache.slots(sequence) for sequence in sequences])
         for sequence, length in reversed(list(zip(sequences, history, strict=True))):
-            cache.truncate(sequence, length)  # last first, so that the free list is as it was
+            cache.truncate(sequence, length)  # last first, to restore the free list
         value = torch.full((cache.num_pages, cache.page_size), torch.nan, device=owned.device)
         value[owned // cache.page_size] = torch.nan if nan_safe_tail else TAIL
         free = torch.ones(value.numel(), dtype=torch.bool, device=owned.device)

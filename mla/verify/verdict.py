@@ -1,4 +1,4 @@
-"""What a check says of an output."""
+"""The outcome of checking an output."""
 
 from __future__ import annotations
 

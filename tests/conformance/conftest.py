@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla.conformance.report import CheckResult
 from mla.conformance.suite import carry_out, instances
-from mla.conformance.trial import Subject
+from mla.conformance.trial import BackendUnderTest
 from mla.conformance.xfails import Xfails
 from mla_backends import Availability, Backend, FusedOp
 from mla_backends.api import HostTimer, MemoryInfo, Packed
@@ -317,7 +317,7 @@ def judge() -> Run:
         xfails: Xfails | None = None,
         **facts: Any,
     ) -> list[CheckResult]:
-        subject = Subject(backend, backend.name, quick=True, **facts)
+        subject = BackendUnderTest(backend, backend.name, quick=True, **facts)
         chosen = instances(subject, dtypes, only)
         return [carry_out(one, subject, xfails or Xfails()) for one in chosen]
 

@@ -17,7 +17,7 @@ import mla
 import mla_backends
 from mla.conformance.cli import main
 from mla.conformance.registry import all_checks
-from mla.conformance.report import Report, ReportError, decode
+from mla.conformance.report import ConformanceReport, ConformanceReportError, decode
 
 #: The CPU, with a fused op that is right, wrong, raises or is interrupted, as `-O fault=...` says.
 MODULE = """
@@ -105,7 +105,7 @@ def conformance(
     return run
 
 
-def read(name: str = "out.json") -> Report:
+def read(name: str = "out.json") -> ConformanceReport:
     return decode(Path(name).read_bytes())
 
 
@@ -218,7 +218,7 @@ def test_a_device_that_cannot_describe_itself_still_gets_a_card(conformance: Con
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
-        (["--only", "latent.head"], 2, "there is no check 'latent.head'. Did you mean 'latent.heads'?"),
+        (["--only", "latent.head"], 2, "unknown check 'latent.head'. Did you mean 'latent.heads'?"),
         (
             ["--only", "latent.heads[nobody-*]"],
             2,
@@ -247,8 +247,8 @@ def test_every_mistake_is_one_sentence(
     [
         ("latent.heads\n", "'known.txt' line 1: expected 'check: reason', got 'latent.heads'."),
         ("\nlatent.heads:  \n", "'known.txt' line 2: expected 'check: reason', got 'latent.heads:'."),
-        ("latent.haeds: it pads\n", "line 1: there is no check 'latent.haeds'. Did you mean 'latent.heads'?"),
-        ("latent: a\nlatent: b\n", "'known.txt' line 2: there are two lines for 'latent'."),
+        ("latent.haeds: it pads\n", "line 1: unknown check 'latent.haeds'. Did you mean 'latent.heads'?"),
+        ("latent: a\nlatent: b\n", "'known.txt' line 2: 'latent' is listed twice."),
         (b"\xff\xfe", "cannot read 'known.txt': "),
     ],
 )
@@ -285,9 +285,9 @@ def test_verbose_names_a_check_before_it_runs(conformance: Conformance) -> None:
 def test_a_report_of_another_schema_is_refused(conformance: Conformance) -> None:
     conformance("--only", "device.identity", "--report", "out.json")
     fields = json.loads(Path("out.json").read_text())
-    with pytest.raises(ReportError, match="schema version 9"):
+    with pytest.raises(ConformanceReportError, match="schema version 9"):
         decode(json.dumps({**fields, "schema_version": 9}).encode())
-    with pytest.raises(ReportError, match=r"not a conformance report of this version.*\$\.checks"):
+    with pytest.raises(ConformanceReportError, match=r"not a conformance report of this version.*\$\.checks"):
         decode(json.dumps({**fields, "checks": 3}).encode())
 
 

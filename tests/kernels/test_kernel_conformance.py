@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mla.conformance.suite import carry_out, instances
-from mla.conformance.trial import Subject
+from mla.conformance.trial import BackendUnderTest
 from mla.conformance.xfails import Xfails
 from mla_backends import Availability, Backend, FusedOp
 from mla_backends.kernels import (
@@ -78,7 +78,7 @@ class Cpu(Backend):
 def test_an_adapter_passes_the_suite(installed: Any, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
     with installed(folder):
-        subject = Subject(Cpu(OFFERS[folder]()), "cpu-with-a-fake", quick=True)
+        subject = BackendUnderTest(Cpu(OFFERS[folder]()), "cpu-with-a-fake", quick=True)
         kind = OFFERS[folder]().contract.partition("_")[0]
         chosen = [
             one

@@ -79,7 +79,9 @@ class _Scheduler:
     def _visit(self, scenario: ScenarioPlan) -> Outcome | None:
         """Measure what is missing of a scenario; return an outcome if the run ends here."""
         names = self._missing(scenario)
-        bar = _ScenarioBar(self._advance_to, self._place(), self._nominal, scenario, self._request.implementations)
+        bar = _ScenarioBar(
+            self._advance_to, self._place(), self._nominal, scenario, self._request.implementations
+        )
         work = ScenarioRun(self._request, scenario, bar.forwards, self._hooks(scenario, names))
         try:
             if names:

@@ -1,4 +1,4 @@
-"""The offer: ops must say which contract they keep, and refuse in words before anything is launched."""
+"""The ops on offer: each must name its contract, and refuse with reasons before anything is launched."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from mla.config import MLAConfig
 from mla.conformance.problems.attention import DEEPSEEK, SMALL, attention_spec
 from mla.conformance.registry import check
-from mla.conformance.trial import DTYPES, Refused, Subject, Trial, expect
+from mla.conformance.trial import DTYPES, BackendUnderTest, Refused, Trial, expect
 from mla.layer.ops import Ops
 from mla_backends.api import FusedOp, LinearSpec, NormSpec
 
 
 @check("ops.known", catches="an op with a misspelt contract, which would silently never run")
 def known(trial: Trial) -> None:
-    """Every op offered has a name of its own and a contract that exists."""
+    """Every op has a unique name and a known contract."""
     offered = trial.backend.ops()
     expect(isinstance(offered, Mapping), f"ops() returned a {type(offered).__name__}, not a mapping")
-    expect(list(offered) == list(trial.backend.ops()), "ops() gives other names when it is called again")
+    expect(list(offered) == list(trial.backend.ops()), "ops() returns different names when called again")
     for name, op in _some(offered).items():
         with trial.case(str(name)):
             expect(isinstance(name, str) and bool(name), f"an op is named {name!r}")
@@ -28,9 +28,9 @@ def known(trial: Trial) -> None:
             expect(isinstance(op.nan_safe_tail, bool), f"nan_safe_tail is {op.nan_safe_tail!r}")
 
 
-@check("ops.reasons", catches="a support query that raises, launches work, or forgets to say why")
+@check("ops.reasons", catches="a support query that raises, launches work, or gives no reason")
 def reasons(trial: Trial) -> None:
-    """Whatever layer an op is asked about, it answers with a list of sentences, the same one every time."""
+    """For any layer, an op answers with a list of sentences, the same every time."""
     for name, op in _some(trial.backend.ops()).items():
         with trial.case(name):
             for spec in specs(op, trial.subject):
@@ -38,9 +38,9 @@ def reasons(trial: Trial) -> None:
                 _expect_reasons("unsupported_reasons()", asked)
 
 
-@check("ops.batch_reasons", catches="a support query for lengths that raises or answers yes or no")
+@check("ops.batch_reasons", catches="a support query for lengths that raises, or answers yes or no")
 def batch_reasons(trial: Trial) -> None:
-    """Whatever lengths an attention op is asked about, it answers with a list of sentences."""
+    """For any lengths, an attention op answers with a list of sentences."""
     lengths = (((1,), (1,)), ((0, 1), (0, 0)), ((3, 1, 128), (3, 70_000, 200)), ((1,) * 300, (5,) * 300))
     for name, op in _some(trial.backend.ops()).items():
         if not op.contract.partition("/")[0].endswith("_attention"):
@@ -58,8 +58,8 @@ def _some(offered: Mapping[str, FusedOp]) -> Mapping[str, FusedOp]:
     return offered
 
 
-def specs(op: FusedOp, subject: Subject) -> Iterator[Any]:
-    """Yield specs of the op's kind, common ones and odd ones."""
+def specs(op: FusedOp, subject: BackendUnderTest) -> Iterator[Any]:
+    """Yield specs of the op's kind, common and odd ones."""
     kind = op.contract.partition("/")[0]
     for dtype in (*DTYPES, torch.float64):
         if kind in ("linear", "batched_linear"):
@@ -76,5 +76,5 @@ def specs(op: FusedOp, subject: Subject) -> Iterator[Any]:
 def _expect_reasons(what: str, asked: list[Any]) -> None:
     for answer in asked:
         right = isinstance(answer, (list, tuple)) and all(isinstance(one, str) and one for one in answer)
-        expect(right, f"{what} gave {answer!r}, not a list of sentences")
-    expect(list(asked[0]) == list(asked[1]), f"{what} gave {asked[0]!r} and then {asked[1]!r}")
+        expect(right, f"{what} returned {answer!r}, not a list of sentences")
+    expect(list(asked[0]) == list(asked[1]), f"{what} returned {asked[0]!r} and then {asked[1]!r}")

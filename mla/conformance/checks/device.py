@@ -18,24 +18,25 @@ from mla.verify.tolerances import UNITS, relative_error
 from mla_backends.api import API_VERSION, Availability, DeviceInfo, MemoryInfo, Peak
 from mla_backends.errors import BackendError
 
-#: Milliseconds a probe may take. The fastest of several counts, so that a busy host fails nobody.
-PROBE_MS = 50.0
-PROBES = 5
-#: Bytes allocated to see the memory counter move.
-BLOCK_BYTES = 32 << 20
+PROBE_MS = 50.0  # what a probe may take
+PROBES = 5  # the fastest of several counts, so that a busy host fails no backend
+BLOCK_BYTES = 32 << 20  # allocated to see the memory counter move
 
 
-@check("device.identity", catches="a name or contract version that results could not be told apart by")
+@check(
+    "device.identity",
+    catches="a missing name or contract version, without which results cannot be told apart",
+)
 def identity(trial: Trial) -> None:
     """The backend has a name and was written for this version of the contract."""
     name, version = getattr(trial.backend, "name", None), getattr(trial.backend, "api_version", None)
     expect(isinstance(name, str) and bool(name), f"name is {name!r}")
-    expect(version == API_VERSION, f"api_version is {version!r}, this contract is {API_VERSION}")
+    expect(version == API_VERSION, f"api_version is {version!r}, but this contract is {API_VERSION}")
 
 
 @check("device.probe", catches="a probe that raises, or calls a working device unusable")
 def probe(trial: Trial) -> None:
-    """The probe finds the device usable, again after setup, and gives evidence as text."""
+    """The probe finds the device usable, after setup as well, and gives evidence as text."""
     found = trial.backend.probe()
     expect(isinstance(found, Availability), f"probe() returned a {type(found).__name__}")
     expect(found.ok is True, f"probe() says: {found.reason or found.ok!r}")
@@ -54,7 +55,7 @@ def probe_speed(trial: Trial) -> None:
     expect(min(times) < PROBE_MS, f"the fastest of {PROBES} probes took {min(times):.0f} ms")
 
 
-@check("device.probe_process", catches="a probe that runs a vendor's command line tool")
+@check("device.probe_process", catches="a probe that runs a vendor's command-line tool")
 def probe_process(trial: Trial) -> None:
     """A probe starts no process."""
     with _started_processes() as started:
@@ -70,7 +71,7 @@ _watch: dict[str, Any] = {"installed": False, "thread": None, "started": []}
 def _started_processes() -> Iterator[list[str]]:
     """Collect the names of events by which this thread starts processes."""
     if not _watch["installed"]:
-        sys.addaudithook(_audit)  # there is no way to remove one, so it stays and does nothing
+        sys.addaudithook(_audit)  # hooks cannot be removed, so it stays and does nothing
         _watch["installed"] = True
     _watch.update(thread=threading.get_ident(), started=[])
     try:
@@ -86,7 +87,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 @check("device.setup", catches="a device that differs from that of its own tensors, e.g. 'x:0' and 'x'")
 def setup(trial: Trial) -> None:
-    """A tensor made on the device, and what is computed from it, are on a device equal to it."""
+    """A tensor made on the device, and results computed from it, report an equal device."""
     made = torch.ones(4, device=trial.device)
     for what, tensor in (
         ("a tensor made on it", made),
@@ -94,42 +95,42 @@ def setup(trial: Trial) -> None:
         ("a copy", torch.ones(4).to(made)),
     ):
         same = tensor.device == trial.device
-        expect(same, f"setup() returned '{trial.device}' and {what} is on '{tensor.device}'")
+        expect(same, f"setup() returned '{trial.device}', but {what} is on '{tensor.device}'")
     expect((made + 1).cpu().tolist() == [2.0] * 4, "1 + 1 is not 2 on the device")
 
 
 @check("device.options", catches="a misspelt option that is ignored, so that a run measures something else")
 def options(trial: Trial) -> None:
-    """An option the backend does not know is refused with a BackendError that names it."""
+    """An unknown option is rejected with a BackendError that names it."""
     option = "no_such_option"
     try:
         trial.subject.create({option: "1"})
     except BackendError as refused:
-        expect(option in str(refused), f"the refusal does not name the option: {refused}")
+        expect(option in str(refused), f"the error does not name the option: {refused}")
     else:
         raise CheckFailed(f"-O {option}=1 was accepted")
 
 
-@check("device.count", catches="a count by which a node's tasks would choose devices that are not there")
+@check("device.count", catches="a count that sends a node's tasks to devices that do not exist")
 def count(trial: Trial) -> None:
-    """The number of visible devices is None, or positive and beyond the index of the one in use."""
+    """The number of visible devices is None, or positive and greater than the index of the one in use."""
     found = trial.backend.device_count()
     whole = isinstance(found, int) and not isinstance(found, bool)
-    expect(found is None or (whole and found > 0), f"device_count() is {found!r}; unknown is None")
+    expect(found is None or (whole and found > 0), f"device_count() is {found!r}; use None for unknown")
     used = trial.device.index or 0
-    expect(found is None or used < found, f"device_count() is {found} and device {used} is in use")
+    expect(found is None or used < found, f"device_count() is {found}, but device {used} is in use")
 
 
-@check("device.info", catches="zero or an empty text where a fact is unknown")
+@check("device.info", catches="zero or an empty text for an unknown fact")
 def info(trial: Trial) -> None:
-    """Facts about the device are positive and peaks have a source; what is unknown is None."""
+    """Facts about the device are positive, peaks have a source, and unknown values are None."""
     found = trial.backend.device_info()
     expect(isinstance(found, DeviceInfo), f"device_info() returned a {type(found).__name__}")
     expect(isinstance(found.name, str) and bool(found.name.strip()), f"the name is {found.name!r}")
     trial.note = found.name
     for fact in ("memory_bytes", "cache_bytes"):
         value = getattr(found, fact)
-        expect(value is None or _positive(value), f"{fact} is {value!r}, and unknown is None")
+        expect(value is None or _positive(value), f"{fact} is {value!r}; use None for unknown")
     peaks = {"bandwidth": found.bandwidth, **{f"flops[{key}]": peak for key, peak in found.flops.items()}}
     for fact, peak in peaks.items():
         right = peak is None or (isinstance(peak, Peak) and _positive(peak.value) and bool(peak.source))
@@ -153,16 +154,16 @@ def _expect_texts(what: str, found: Any) -> None:
         expect(isinstance(key, str) and isinstance(value, str), f"{what} has {key!r}: {value!r}, not text")
 
 
-@check("device.memory", catches="counters that are mixed up, in other units, or zero for unknown")
+@check("device.memory", catches="counters that are mixed up, in the wrong unit, or zero for unknown")
 def memory(trial: Trial) -> None:
-    """Counters are None or add up: free and allocated fit into total, and the peak is no less than either."""
+    """Counters are None or consistent: free and allocated fit into total, allocated into peak."""
     found = trial.backend.memory()
     expect(isinstance(found, MemoryInfo), f"memory() returned a {type(found).__name__}")
     for name in ("free", "total", "allocated", "peak"):
         value = getattr(found, name)
         right = value is None or (isinstance(value, int) and value >= 0)
         expect(right, f"{name} is {value!r}; it must be a number of bytes or None")
-    expect(found.total != 0, "total is 0, and unknown is None")
+    expect(found.total != 0, "total is 0; use None for unknown")
     for less, more in (("free", "total"), ("allocated", "total"), ("allocated", "peak")):
         low, high = getattr(found, less), getattr(found, more)
         expect(low is None or high is None or low <= high, f"{less} is {low}, {more} is {high}")
@@ -170,17 +171,17 @@ def memory(trial: Trial) -> None:
 
 @check("device.memory_grows", catches="a counter that never moves, or one that counts another device")
 def memory_grows(trial: Trial) -> None:
-    """An allocation raises `allocated` by its size, and giving cached memory back does no harm."""
+    """An allocation raises `allocated` by its size, and releasing cached memory does no harm."""
     before = trial.backend.memory().allocated
     block = torch.zeros(BLOCK_BYTES, dtype=torch.uint8, device=trial.device)
     trial.backend.synchronize()
     after = trial.backend.memory().allocated
-    expect((before is None) == (after is None), f"allocated was {before} and then {after}")
+    expect((before is None) == (after is None), f"allocated was {before}, then {after}")
     if before is None or after is None:
-        trial.note = "allocated is not offered"
+        trial.note = "allocated is not reported"
     else:
         grown = after - before
-        expect(grown >= BLOCK_BYTES, f"{BLOCK_BYTES} bytes were allocated and `allocated` grew by {grown}")
+        expect(grown >= BLOCK_BYTES, f"{BLOCK_BYTES} bytes were allocated, but `allocated` grew by {grown}")
     del block
     trial.backend.empty_cache()
 
@@ -191,7 +192,7 @@ def memory_grows(trial: Trial) -> None:
     catches="a dtype that can be stored but not computed with, or is emulated badly",
 )
 def dtype(trial: Trial) -> None:
-    """A claimed dtype multiplies, adds, gathers and takes a softmax, each as exactly as the dtype allows."""
+    """A claimed dtype multiplies, adds, gathers and takes a softmax, as accurately as the dtype allows."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(48, 48, generator=generator).to(trial.dtype) for _ in range(2))
     rows = torch.tensor([40, 3, 3, 17])
@@ -214,7 +215,7 @@ def dtype(trial: Trial) -> None:
 
 @check("device.dtypes", catches="a list of dtypes that is empty, or holds names instead of dtypes")
 def dtypes(trial: Trial) -> None:
-    """The dtypes that are claimed are floating torch dtypes, and there is at least one."""
+    """At least one dtype is claimed, and all are floating torch dtypes."""
     try:
         claimed = tuple(trial.backend.dtypes())
     except Exception as error:
@@ -222,5 +223,5 @@ def dtypes(trial: Trial) -> None:
     expect(bool(claimed), "dtypes() is empty")
     for one in claimed:
         floating = isinstance(one, torch.dtype) and one.is_floating_point
-        expect(floating, f"dtypes() holds {one!r}, which is no floating dtype")
+        expect(floating, f"dtypes() holds {one!r}, which is not a floating dtype")
     trial.note = ", ".join(dtype_name(one) for one in claimed)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mla.conformance.checks.latent_attention import check_large, require_lse, writes_lse
-from mla.conformance.problems.attention import SMALL, Lengths, Problem
+from mla.conformance.problems.attention import SMALL, AttentionProblem, Lengths
 from mla.conformance.problems.attention_call import (
     Layout,
     check_inputs,
@@ -21,7 +21,7 @@ from mla.conformance.problems.attention_call import (
 from mla.conformance.registry import OP, check
 from mla.conformance.trial import Trial, expect
 
-#: A segment without history, some with one, and a single query.
+# A segment without history, some with one, and a single query.
 MIXED = ((5, 1, 20, 3), (5, 70, 20, 67))
 
 
@@ -30,14 +30,14 @@ def expanded_check(name: str, catches: str) -> Callable[[Callable[[Trial], None]
     return check(f"expanded.{name}", catches=catches, scope=OP, kind="expanded_attention")
 
 
-def expanded(query_lens: Lengths, kv_lens: Lengths, **changes: Any) -> Problem:
+def expanded(query_lens: Lengths, kv_lens: Lengths, **changes: Any) -> AttentionProblem:
     """Return an expanded problem."""
-    return Problem(False, query_lens, kv_lens, **changes)
+    return AttentionProblem(False, query_lens, kv_lens, **changes)
 
 
 @expanded_check("prefill", "a mask that leaks future tokens")
 def prefill(trial: Trial) -> None:
-    """Segments without history see themselves and what came before."""
+    """Segments without history see their own tokens up to each query."""
     lengths = (5, 1, 40) if trial.quick else (5, 1, 40, 64, 65, 129, 300)
     check_out(trial, expanded(lengths, lengths))
 
@@ -56,7 +56,7 @@ def mixed(trial: Trial) -> None:
 
 @expanded_check("unmasked", "a mask that is applied although the call is not causal")
 def unmasked(trial: Trial) -> None:
-    """Without a mask every query sees every key of its segment, also when there are fewer keys."""
+    """Without a mask every query sees every key of its segment, even when there are fewer keys."""
     check_out(trial, expanded((5, 1, 20), (3, 9, 20), causal=False))
 
 
@@ -71,7 +71,7 @@ def empty_segments(trial: Trial) -> None:
         expect(bool((out[:2] == 0).all()), "`out` of a query without keys is not 0")
         written = bool((sums[:2] == -torch.inf).all())
         expect(written or not writes_lse(trial), "`lse` of a query without keys is not -inf")
-        expect(bool(out[2:].isfinite().all()), "`out` beside a query without keys holds NaN")
+        expect(bool(out[2:].isfinite().all()), "`out` next to a query without keys holds NaN")
 
 
 @expanded_check("heads", "a head count that is padded, cut or grouped without saying so")
@@ -96,7 +96,7 @@ def scale(trial: Trial) -> None:
 
 @expanded_check("large", "logits that overflow: exp() without the maximum, or a narrow accumulator")
 def large(trial: Trial) -> None:
-    """Logits of thousands still give a finite output that is close to the truth."""
+    """Logits in the thousands still give a finite output that is close to the truth."""
     problem = expanded(*MIXED, magnitude=1e3)
     with trial.case(problem.label):
         op, call = serve(trial, problem)
@@ -104,15 +104,15 @@ def large(trial: Trial) -> None:
         check_large(out, sums if writes_lse(trial) else None, problem, trial)
 
 
-@expanded_check("strided", "a kernel that ignores strides, or writes beside its output")
+@expanded_check("strided", "a kernel that ignores strides, or writes outside its output")
 def strided(trial: Trial) -> None:
-    """All tensors may be slices of wider ones; what is beside them is neither read nor written."""
+    """All tensors may be slices of wider ones; memory around them is neither read nor written."""
     check_out(trial, expanded(*MIXED), layout=Layout(strided=True))
 
 
 @expanded_check("inputs", "a kernel that scales its input in place")
 def inputs(trial: Trial) -> None:
-    """Queries, keys and values are as they were after the call."""
+    """Queries, keys and values are unchanged after the call."""
     check_inputs(trial, expanded(*MIXED))
 
 
@@ -124,11 +124,11 @@ def reuse(trial: Trial) -> None:
 
 @expanded_check("prepare", "a plan step that waits for the device")
 def prepare(trial: Trial) -> None:
-    """Preparing a batch does not wait for work that is pending on the device."""
+    """Preparing a batch does not wait for pending work on the device."""
     check_prepare(trial, expanded(*MIXED))
 
 
-@expanded_check("other_widths", "a kernel compiled for 192 and 128 that runs on other widths all the same")
+@expanded_check("other_widths", "a kernel compiled for 192 and 128 that runs on other widths anyway")
 def other_widths(trial: Trial) -> None:
-    """Other widths than 192 and 128 are served, or refused with a reason."""
+    """Widths other than 192 and 128 are served, or refused with a reason."""
     check_out(trial, expanded(*MIXED, dims=SMALL, heads=3))

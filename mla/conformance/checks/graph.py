@@ -13,7 +13,7 @@ NO_GRAPH = "the backend offers no graphs"
 
 @check("device.graph", catches="a replay that returns the captured outputs, or reads inputs that were copied")
 def graph(trial: Trial) -> None:
-    """A replay computes from what its inputs hold now, and again when they change again."""
+    """A replay uses the current values of its inputs, every time they change."""
     dtype = trial.backend.dtypes()[0]
     x, y = (torch.zeros(8, 8, dtype=dtype, device=trial.device) for _ in range(2))
 
@@ -31,4 +31,6 @@ def graph(trial: Trial) -> None:
         replay()
         trial.backend.synchronize()
         expected = torch.eye(8, dtype=dtype) * (value * value + value)
-        expect(same_bits(y, expected), f"after the input became {value:g} I, a replay gave something else")
+        expect(
+            same_bits(y, expected), f"after the input became {value:g} I, a replay gave a different result"
+        )

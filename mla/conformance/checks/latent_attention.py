@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mla.conformance.problems.attention import SMALL, Lengths, Problem, data
+from mla.conformance.problems.attention import SMALL, AttentionProblem, Lengths, data
 from mla.conformance.problems.attention_call import (
     Layout,
     check_inputs,
@@ -22,7 +22,7 @@ from mla.conformance.trial import Refused, Trial, expect
 from mla.verify.tolerances import relative_error
 
 BOUNDARIES: Lengths = (1, 63, 64, 65, 127, 128, 129)
-#: A row of each kind: prefill, decode, several tokens with history, one across a page's end.
+# A request of each kind: prefill, decode, several tokens with history, one across a page's end.
 MIXED = ((5, 1, 9, 2), (5, 70, 64, 129))
 
 
@@ -32,7 +32,7 @@ def latent_check(name: str, catches: str) -> Callable[[Callable[[Trial], None]],
 
 
 def writes_lse(trial: Trial) -> bool:
-    """Say whether the op supplies the log-sum-exp; the layer needs it only to merge parts of a context."""
+    """Return whether the op supplies the log-sum-exp; the layer needs it only to merge parts of a context."""
     return bool(getattr(trial.op, "writes_lse", True))
 
 
@@ -42,17 +42,17 @@ def require_lse(trial: Trial) -> None:
         raise Refused("it does not supply the log-sum-exp (writes_lse is False)")
 
 
-def latent(query_lens: Lengths, kv_lens: Lengths, **changes: Any) -> Problem:
+def latent(query_lens: Lengths, kv_lens: Lengths, **changes: Any) -> AttentionProblem:
     """Return an absorbed problem."""
-    return Problem(True, query_lens, kv_lens, **changes)
+    return AttentionProblem(True, query_lens, kv_lens, **changes)
 
 
-def decode(*kv_lens: int, **changes: Any) -> Problem:
+def decode(*kv_lens: int, **changes: Any) -> AttentionProblem:
     """Return a problem of one new token per request."""
     return latent((1,) * len(kv_lens), kv_lens, **changes)
 
 
-@latent_check("decode", "a block table row, a length or a head taken from the neighbour")
+@latent_check("decode", "a block table row, a length or a head taken from a neighbour")
 def decode_step(trial: Trial) -> None:
     """One new token per request attends histories of different lengths."""
     check_out(trial, decode(33, 7, 100, 64, 3), decode(90))
@@ -66,14 +66,14 @@ def page_boundaries(trial: Trial) -> None:
 
 @latent_check("page_sizes", "an op that assumes pages of 64 tokens without saying so")
 def page_sizes(trial: Trial) -> None:
-    """Pages of any size are attended, or refused with a reason."""
+    """Pages of any size are served, or refused with a reason."""
     for size in (1, 16, 128) if trial.quick else (1, 2, 4, 8, 16, 32, 128, 256):
         check_out(trial, decode(33, 7, 130, page_size=size), latent(*MIXED, page_size=size))
 
 
 @latent_check("poison", "memory that is read and then multiplied by zero, which NaN survives")
 def poison(trial: Trial) -> None:
-    """Pages that no request owns hold NaN, and so does every page the unused columns of a table name."""
+    """Pages that no request owns hold NaN, including those that unused columns of a table name."""
     check_out(trial, decode(*BOUNDARIES), latent(*MIXED), layout=Layout(unowned=torch.nan))
 
 
@@ -87,33 +87,33 @@ def tail(trial: Trial) -> None:
 
 @latent_check("multi_token", "a mask that is off by one when several tokens follow a history")
 def multi_token(trial: Trial) -> None:
-    """The same few new tokens per request, as speculative decoding gives, are causal behind their history."""
+    """Several new tokens per request, as in speculative decoding, are causal after their history."""
     for count in (2, 3) if trial.quick else (2, 3, 4, 5, 8):
         check_out(trial, latent((count,) * 3, (70, count + 1, 64)))
 
 
 @latent_check("prefill", "a mask that leaks future tokens, which a long history hides")
 def prefill(trial: Trial) -> None:
-    """Requests without history see themselves and what came before."""
+    """Requests without history see their own tokens up to each query."""
     lengths = (5, 1, 20) if trial.quick else (5, 1, 20, 64, 65, 150)
     check_out(trial, latent(lengths, lengths))
 
 
 @latent_check("mixed", "tokens of one request that land in the rows of another")
 def mixed(trial: Trial) -> None:
-    """Prefill, decode and several tokens behind a history share a batch."""
+    """Prefill, decode and several tokens after a history share a batch."""
     check_out(trial, latent(*MIXED), latent((1, 12, 1), (65, 40, 9)))
 
 
-@latent_check("zero_queries", "a request without new tokens that shifts those behind it")
+@latent_check("zero_queries", "a request without new tokens that shifts those after it")
 def zero_queries(trial: Trial) -> None:
-    """Requests without new tokens take no row, wherever they stand in the batch."""
+    """Requests without new tokens take no row, wherever they are in the batch."""
     check_out(trial, latent((0, 2, 0, 1, 0), (5, 66, 0, 30, 64)))
 
 
 @latent_check("empty_rows", "NaN in the rows a captured graph pads its batch with")
 def empty_rows(trial: Trial) -> None:
-    """A token without keys gets 0 and a log-sum-exp of -inf, beside others and alone."""
+    """A token without keys gets 0 and a log-sum-exp of -inf, among others and alone."""
     for problem in (decode(0, 40, 0, 65), decode(0, 0)):
         with trial.case(problem.label):
             op, call = serve(trial, problem, Layout(unowned=torch.nan))
@@ -123,7 +123,7 @@ def empty_rows(trial: Trial) -> None:
             if writes_lse(trial):
                 trial.judge_lse(lse, data(problem, trial.dtype).lse)
             rows = [i for i, length in enumerate(problem.kv_lens) if length]
-            expect(bool(out[rows].isfinite().all()), "`out` beside a token without keys holds NaN")
+            expect(bool(out[rows].isfinite().all()), "`out` next to a token without keys holds NaN")
 
 
 @latent_check("heads", "a head count that is padded, cut or grouped without saying so")
@@ -148,7 +148,7 @@ def scale(trial: Trial) -> None:
 
 @latent_check("large", "logits that overflow: exp() without the maximum, or a narrow accumulator")
 def large(trial: Trial) -> None:
-    """Logits of thousands still give a finite output that is close to the truth."""
+    """Logits in the thousands still give a finite output that is close to the truth."""
     for problem in (decode(33, 130, 5, magnitude=1e3), latent((5, 9), (5, 70), magnitude=1e3)):
         with trial.case(problem.label):
             op, call = serve(trial, problem)
@@ -156,8 +156,10 @@ def large(trial: Trial) -> None:
             check_large(out, sums if writes_lse(trial) else None, problem, trial)
 
 
-def check_large(out: torch.Tensor, sums: torch.Tensor | None, problem: Problem, trial: Trial) -> None:
-    """Hold outputs of huge logits against wide bounds: fp32 logits themselves are off by their rounding."""
+def check_large(
+    out: torch.Tensor, sums: torch.Tensor | None, problem: AttentionProblem, trial: Trial
+) -> None:
+    """Compare outputs of huge logits with wide bounds: fp32 logits themselves have rounding errors."""
     truth = data(problem, trial.dtype)
     expect(bool(out.isfinite().all()), "the output holds NaN or infinity")
     error = relative_error((out, truth.out))
@@ -165,25 +167,25 @@ def check_large(out: torch.Tensor, sums: torch.Tensor | None, problem: Problem, 
     if sums is None:
         return
     gap = ((sums.double() - truth.lse) / truth.lse.abs().clamp_min(1)).abs().max().item()
-    expect(gap <= 1e-3, f"lse is off by {gap:.1e} of itself, allowed 1e-3")
+    expect(gap <= 1e-3, f"lse has relative error {gap:.1e}, allowed 1e-3")
 
 
 @latent_check("long", "partial results of a split context that are merged wrongly")
 def long(trial: Trial) -> None:
-    """A context of thousands of tokens beside short ones is attended in full."""
+    """A context of thousands of tokens next to short ones is attended in full."""
     lengths = (2500, 1, 70) if trial.quick else (8193, 1, 4096, 70)
     check_out(trial, decode(*lengths, heads=8))
 
 
-@latent_check("strided", "a kernel that ignores strides, or writes beside its output")
+@latent_check("strided", "a kernel that ignores strides, or writes outside its output")
 def strided(trial: Trial) -> None:
-    """Queries and output may be slices of wider tensors; what is beside them is neither read nor written."""
+    """Queries and output may be slices of wider tensors; memory around them is neither read nor written."""
     check_out(trial, latent(*MIXED), layout=Layout(strided=True))
 
 
 @latent_check("inputs", "a kernel that scales or rotates its input in place")
 def inputs(trial: Trial) -> None:
-    """Queries, cache and tables are as they were after the call."""
+    """Queries, cache and tables are unchanged after the call."""
     check_inputs(trial, latent(*MIXED))
 
 
@@ -195,13 +197,13 @@ def reuse(trial: Trial) -> None:
 
 @latent_check("prepare", "a plan step that copies lengths back from the device, once per step")
 def prepare(trial: Trial) -> None:
-    """Preparing a batch does not wait for work that is pending on the device."""
+    """Preparing a batch does not wait for pending work on the device."""
     check_prepare(trial, latent(*MIXED))
 
 
-@latent_check("other_widths", "a kernel compiled for 512 + 64 that runs on other widths all the same")
+@latent_check("other_widths", "a kernel compiled for 512 + 64 that runs on other widths anyway")
 def other_widths(trial: Trial) -> None:
-    """Other widths than 512 + 64 are served, or refused with a reason."""
+    """Widths other than 512 + 64 are served, or refused with a reason."""
     check_out(trial, latent(*MIXED, dims=SMALL, heads=3, page_size=16))
 
 

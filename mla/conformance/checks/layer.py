@@ -1,4 +1,4 @@
-"""The whole layer against the float64 oracle, over the steps in which the classic bugs show."""
+"""The whole layer compared with the float64 oracle, over the steps in which the classic bugs show."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mla.conformance.problems.layer import (
     data,
     judge,
     make_layer,
-    stage,
+    prepare_layer,
     weights,
 )
 from mla.conformance.registry import LAYER, check
@@ -26,7 +26,7 @@ from mla.layer.rope import RotaryTable
 from mla.verify.op_oracle import true_norm, true_rotation
 from mla.verify.tolerances import relative_error, same_bits
 
-#: A prefill, a decode, several tokens behind a history, and a row without new tokens.
+# A prefill, a decode, several tokens after a history, and a request without new tokens.
 MIXED = ((20, 1, 0, 3), (0, 70, 5, 64))
 
 
@@ -43,13 +43,13 @@ def prefill(trial: Trial) -> None:
 
 @layer_check("history", "new tokens that are rotated for, or masked at, the wrong position")
 def history(trial: Trial) -> None:
-    """New tokens behind a history attend it and themselves."""
+    """New tokens after a history attend to it and to themselves."""
     check_layer(trial, LayerProblem((3, 9, 2), (40, 7, 64), LORA))
 
 
 @layer_check("mixed", "tokens of one request that land in the rows of another")
 def mixed(trial: Trial) -> None:
-    """Prefill, decode, several tokens behind a history and a row without any share a batch."""
+    """Prefill, decode, several tokens after a history and a request without any share a batch."""
     check_layer(trial, LayerProblem(*MIXED))
 
 
@@ -59,13 +59,13 @@ def decode(trial: Trial) -> None:
     check_layer(trial, LayerProblem((1, 1, 1), (50, 0, 120), steps=20), modes=("auto", "absorbed"))
 
 
-@layer_check("pages", "pages that are taken to be contiguous")
+@layer_check("pages", "pages that are assumed to be contiguous")
 def pages(trial: Trial) -> None:
     """The order and the size of pages do not matter; sizes may be refused with a reason."""
     problem = LayerProblem((2, 1), (140, 70))
     for page_size, shuffle in ((64, 1), (64, 2), (64, 3), (16, 1), (128, 1)):
         with trial.case(f"page {page_size}, order {shuffle}, {problem.label}"):
-            ready = stage(trial, problem, "absorbed", page_size=page_size, shuffle=shuffle)
+            ready = prepare_layer(trial, problem, "absorbed", page_size=page_size, shuffle=shuffle)
             judge(trial, problem, ready.run())
 
 
@@ -87,10 +87,10 @@ def variant(trial: Trial) -> None:
 
 @layer_check("cached", "a latent that is cached before its norm, or a key before its rotation")
 def cached(trial: Trial) -> None:
-    """What a step leaves in the cache is the normed latent and the rotated key."""
+    """A step caches the normed latent and the rotated key."""
     problem = LayerProblem((5, 1, 30), (0, 70, 3))
     with trial.case(problem.label):
-        made, ready = data(problem, trial.dtype), stage(trial, problem)
+        made, ready = data(problem, trial.dtype), prepare_layer(trial, problem)
         ready.run()
         bound = 1e-5 if trial.dtype == torch.float32 else 6e-3
         parts = zip(ready.ids, made.hidden[0].split(list(problem.query_lens)), problem.history, strict=True)
@@ -107,7 +107,7 @@ def cached(trial: Trial) -> None:
 def true_latents(
     config: MLAConfig, state: Mapping[str, torch.Tensor], hidden: torch.Tensor, first: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what must be cached of tokens at positions `first` and on: kv [t, c] and pe [t, r], float64."""
+    """Return what must be cached for tokens from position `first` on: kv [t, c] and pe [t, r], float64."""
     projected = hidden.double() @ state["kv_a_proj_with_mqa.weight"].double().T
     latent, key = projected.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=1)
     stop = first + len(hidden)
@@ -122,7 +122,7 @@ def untouched(trial: Trial) -> None:
     problem = LayerProblem(*MIXED)
     for mode in MODES:
         with trial.case(f"{mode}, {problem.label}"):
-            ready = stage(trial, problem, mode)
+            ready = prepare_layer(trial, problem, mode)
             before = ready.cache.pages[0].cpu().clone().view(-1, problem.config.latent_dim)
             batch = ready.extend()
             ready.forward(0, batch)
@@ -138,7 +138,7 @@ def again(trial: Trial) -> None:
     problem = LayerProblem(*MIXED)
     for mode in MODES:
         with trial.case(f"{mode}, {problem.label}"):
-            ready = stage(trial, problem, mode)
+            ready = prepare_layer(trial, problem, mode)
             batch = ready.extend()
             for _ in range(3):
                 judge(trial, problem, ready.forward(0, batch)[None].cpu())
@@ -146,12 +146,12 @@ def again(trial: Trial) -> None:
 
 @layer_check("shared_plan", "a plan or a sequence that one forward uses up, or that remembers its cache")
 def shared_plan(trial: Trial) -> None:
-    """A layer runs one batch again and again, on two caches in turns."""
+    """A layer runs one batch repeatedly, alternating between two caches."""
     first, second = (LayerProblem(*MIXED, seed=seed) for seed in (0, 1))
     for mode in MODES:
         with trial.case(f"{mode}, {first.label}"):
             layer = make_layer(trial, first.config, mode)
-            ready, other = (stage(trial, one, mode, layer=layer) for one in (first, second))
+            ready, other = (prepare_layer(trial, one, mode, layer=layer) for one in (first, second))
             batch = ready.extend()
             other.extend()  # so that its tables are the same
             for one in (ready, ready, other, ready):  # the second one may be recorded by the backend
@@ -160,10 +160,10 @@ def shared_plan(trial: Trial) -> None:
 
 @layer_check("weights", "a packed layout that loses bits, so that a checkpoint cannot be saved again")
 def state_dict(trial: Trial) -> None:
-    """The layer gives back the weights it was given, bit for bit."""
+    """The layer returns the weights it was given, bit for bit."""
     for config in (PLAIN, VARIANT):
         with trial.case(config.name):
             given, back = weights(config, trial.dtype), make_layer(trial, config, "auto").state_dict()
-            expect(set(back) == set(given), "state_dict() has other names than the weights it was given")
+            expect(set(back) == set(given), "state_dict() has different names from the weights it was given")
             different = [name for name, weight in given.items() if not same_bits(back[name], weight)]
-            expect(not different, f"weight {', '.join(different)} came back with other bits")
+            expect(not different, f"weight {', '.join(different)} came back with different bits")

@@ -42,7 +42,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Host:
+class HostProduct:
     """The host's side of a product."""
 
     x: torch.Tensor
@@ -52,14 +52,14 @@ class Host:
 
 
 @functools.lru_cache(maxsize=64)
-def host(problem: Product, dtype: torch.dtype) -> Host:
+def host(problem: Product, dtype: torch.dtype) -> HostProduct:
     """Draw x ~ N(0, 1) and a weight ~ N(0, 1 / inputs), and multiply in float64."""
     heads = (problem.groups,) * bool(problem.groups)
     x = draw(problem.tokens, *heads, problem.inputs, dtype=dtype, seed=problem.seed)
     weight = draw(*heads, problem.outputs, problem.inputs, seed=problem.seed + 1) * problem.inputs**-0.5
     weight = weight.to(dtype)
     bias = draw(problem.outputs, dtype=dtype, seed=problem.seed + 2) if problem.biased else None
-    return Host(x, weight, bias, product(x, weight, bias))
+    return HostProduct(x, weight, bias, product(x, weight, bias))
 
 
 def run(
@@ -85,7 +85,7 @@ def reference(problem: Product, dtype: torch.dtype) -> torch.Tensor:
 
 
 def check_product(trial: Trial, problem: Product, strided: bool = False) -> None:
-    """Hold one product against the truth."""
+    """Compare one product with the truth."""
     with trial.case(problem.label):
         op, one = trial.require(problem.spec(trial.dtype, trial.device)), host(problem, trial.dtype)
         packed = op.pack(one.weight.to(trial.device, copy=True))
@@ -98,7 +98,7 @@ def check_product(trial: Trial, problem: Product, strided: bool = False) -> None
 
 
 def check_pack(trial: Trial, problem: Product) -> None:
-    """See that packing keeps the weight, and the original alone."""
+    """Check that packing preserves the weight, and leaves the original alone."""
     with trial.case(problem.label):
         op = trial.require(problem.spec(trial.dtype, trial.device))
         weight = host(problem, trial.dtype).weight
@@ -107,16 +107,16 @@ def check_pack(trial: Trial, problem: Product) -> None:
             expect(isinstance(packed, Packed), f"pack() returned a {type(packed).__name__}")
             expect(packed.nbytes > 0, f"nbytes is {packed.nbytes}")
             expect(same_bits(given, weight), f"pack() changed the weight it was given ({name})")
-            expect(same_bits(op.unpack(packed), weight), f"unpack() gives other bits ({name})")
+            expect(same_bits(op.unpack(packed), weight), f"unpack() returns different bits ({name})")
 
 
 def layouts(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the weight as a layer may hand it over: contiguous, and as a view of a transposed one."""
+    """Return the weight as a layer may pass it: contiguous, and as a view of a transposed one."""
     return {"contiguous": weight, "transposed": weight.mT.contiguous().mT}
 
 
 def check_unchanged(trial: Trial, problem: Product) -> None:
-    """See that applying the op, twice, changes neither its input nor its weight, and gives the same twice."""
+    """Check that two calls of the op change neither its input nor its weight, and are both right."""
     with trial.case(problem.label):
         op, one = trial.require(problem.spec(trial.dtype, trial.device)), host(problem, trial.dtype)
         packed, x = op.pack(one.weight.to(trial.device, copy=True)), one.x.to(trial.device, copy=True)
@@ -144,11 +144,13 @@ def _register(kind: str, groups: int, product_bug: str) -> None:
 
     base = [Product(tokens, 96, 70, groups) for tokens in (1, 7, 130)] + [Product(5, 33, 17, groups)]
     more = [Product(64, 512, 2048 if not groups else 128, groups), Product(300, 128, 512, groups)]
-    register("product", product_bug, "The product is right for one token and for many.", check_product, base)
+    register(
+        "product", product_bug, "The product is correct for one token and for many.", check_product, base
+    )
     register(
         "strided",
-        "a kernel that ignores strides, or writes beside its output",
-        "Input and output may be columns of wider tensors; what is beside them is neither read nor written.",
+        "a kernel that ignores strides, or writes outside its output",
+        "Input and output may be columns of wider tensors; memory around them is neither read nor written.",
         functools.partial(check_product, strided=True),
         base[1:],
     )
@@ -162,14 +164,14 @@ def _register(kind: str, groups: int, product_bug: str) -> None:
     register(
         "inputs",
         "a kernel that uses its input or weight as scratch memory",
-        "Input and weight are as they were after the call, and a second call gives the same.",
+        "Input and weight are unchanged after the call, and a second call is correct too.",
         check_unchanged,
         base[1:3],
     )
 
 
 _register("linear", 0, "a weight that is transposed, or a last tile that is missing")
-_register("batched_linear", 16, "a head that is given its neighbour's weight")
+_register("batched_linear", 16, "a head that gets its neighbour's weight")
 
 
 @check("linear.bias", scope=OP, kind="linear", catches="a bias that is ignored")

@@ -1,4 +1,4 @@
-"""Buffers that stay and numbers that change: what a captured step lives on."""
+"""Buffers that stay and numbers that change, on which a captured step depends."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 from mla.conformance.checks.graph import NO_GRAPH
 from mla.conformance.checks.latent_attention import decode
-from mla.conformance.problems.attention import Problem
-from mla.conformance.problems.attention_call import Call, judge_out, serve
-from mla.conformance.problems.layer import LayerProblem, judge, stage
+from mla.conformance.problems.attention import AttentionProblem
+from mla.conformance.problems.attention_call import AttentionCall, judge_out, serve
+from mla.conformance.problems.layer import LayerProblem, judge, prepare_layer
 from mla.conformance.registry import LAYER, OP, check
 from mla.conformance.trial import Refused, Trial
 
 NOT_SAFE = "the op's state does not declare that a captured call follows its batch (graph_safe)"
-#: Lengths that stay within their pages for eight steps, so that the block table keeps its width.
+# Lengths that stay within their pages for eight steps, so that the block table keeps its width.
 STEPPING = LayerProblem((1, 1, 1, 1), (50, 10, 100, 65), steps=8)
 
 
@@ -24,10 +24,10 @@ STEPPING = LayerProblem((1, 1, 1, 1), (50, 10, 100, 65), steps=8)
     "layer.update", scope=LAYER, catches="a plan that is remembered for the batch object, not for its lengths"
 )
 def update(trial: Trial) -> None:
-    """A batch that takes over the next step's lengths in place runs like that step's own batch."""
+    """A batch updated in place to the next step's lengths runs like that step's own batch."""
     for mode in ("absorbed", "auto"):
         with trial.case(f"{mode}, {STEPPING.label}"):
-            ready = stage(trial, STEPPING, mode)
+            ready = prepare_layer(trial, STEPPING, mode)
             batch = ready.extend()
             outputs = [ready.forward(0, batch).cpu()]
             for step in range(1, STEPPING.steps):
@@ -36,8 +36,8 @@ def update(trial: Trial) -> None:
             judge(trial, STEPPING, torch.stack(outputs))
 
 
-def captured(trial: Trial, first: Problem, second: Problem, follows: bool) -> None:
-    """Capture a call for one problem, put the numbers of the other in place, replay, and back again."""
+def captured(trial: Trial, first: AttentionProblem, second: AttentionProblem, follows: bool) -> None:
+    """Capture a call for one problem, then replay it with the inputs of the other, and back again."""
     op, call = serve(trial, first)
     state = call.prepare(op)
     if follows and not getattr(state, "graph_safe", False):
@@ -49,7 +49,7 @@ def captured(trial: Trial, first: Problem, second: Problem, follows: bool) -> No
 
     replay = capture(trial, work)
     for problem in (second, first, second):
-        for name, tensor in Call(problem, trial.dtype, trial.device).inputs.items():
+        for name, tensor in AttentionCall(problem, trial.dtype, trial.device).inputs.items():
             call.inputs[name].copy_(tensor)
         out.fill_(torch.nan)
         replay()
@@ -58,7 +58,7 @@ def captured(trial: Trial, first: Problem, second: Problem, follows: bool) -> No
 
 
 def capture(trial: Trial, work: Callable[[], None]) -> Callable[[], None]:
-    """Run `work` once, for what is built once must not be captured, and capture it."""
+    """Run `work` once, so that one-time setup is not captured, then capture it."""
     work()
     trial.backend.synchronize()
     replay = trial.backend.graph(work)
@@ -74,7 +74,7 @@ def capture(trial: Trial, work: Callable[[], None]) -> Callable[[], None]:
     catches="a call that waits, allocates or reads its inputs on the host while captured",
 )
 def latent_graph(trial: Trial) -> None:
-    """A captured call gives the right output for other queries and another cache content."""
+    """A captured call gives the right output for other queries and other cache contents."""
     first = decode(50, 10, 100)
     with trial.case(first.label):
         captured(trial, first, replace(first, seed=1), follows=False)
@@ -87,7 +87,7 @@ def latent_graph(trial: Trial) -> None:
     catches="a schedule or a longest length that is frozen at capture",
 )
 def latent_graph_lengths(trial: Trial) -> None:
-    """A captured call follows lengths and block tables that change in place, where its state declares it."""
+    """A captured call follows lengths and block tables that change in place, if its state declares it."""
     first, second = decode(50, 10, 100, 3), decode(100, 65, 1, 0, seed=1)
     with trial.case(f"{first.label}, then {second.label}"):
         captured(trial, first, second, follows=True)
@@ -99,10 +99,10 @@ def latent_graph_lengths(trial: Trial) -> None:
     catches="an op that waits, allocates or reads its inputs on the host while captured",
 )
 def graph(trial: Trial) -> None:
-    """A captured forward gives the right output for new inputs and another cache content."""
+    """A captured forward gives the right output for new inputs and other cache contents."""
     first, second = (LayerProblem((1, 1, 1), (50, 10, 100), seed=seed) for seed in (0, 1))
     with trial.case(first.label):
-        ready, other = (stage(trial, problem, "absorbed") for problem in (first, second))
+        ready, other = (prepare_layer(trial, problem, "absorbed") for problem in (first, second))
         batch, hidden, pages = ready.extend(), ready.hidden[0], ready.cache.pages[0]
         out = ready.forward(0, batch)
 
@@ -110,7 +110,7 @@ def graph(trial: Trial) -> None:
             ready.layer(hidden, batch, pages, out=out)
 
         replay = capture(trial, forward)
-        for one in (other, stage(trial, first, "absorbed"), other):
+        for one in (other, prepare_layer(trial, first, "absorbed"), other):
             hidden.copy_(one.hidden[0])
             pages.copy_(one.cache.pages[0])
             out.fill_(torch.nan)
@@ -121,9 +121,9 @@ def graph(trial: Trial) -> None:
 
 @check("layer.graph_lengths", scope=LAYER, catches="a plan whose lengths or angles are frozen at capture")
 def graph_lengths(trial: Trial) -> None:
-    """A captured plan and forward follow the batch as update_() takes it from step to step in place."""
+    """A captured plan and forward follow the batch as update_() advances it in place."""
     with trial.case(STEPPING.label):
-        ready = stage(trial, STEPPING, "absorbed")
+        ready = prepare_layer(trial, STEPPING, "absorbed")
         batch, pages = ready.extend(), ready.cache.pages[0]
         plan = ready.layer.plan(batch)
         if plan.absorbed is None or not getattr(plan.absorbed.state, "graph_safe", False):
@@ -132,7 +132,7 @@ def graph_lengths(trial: Trial) -> None:
         out = torch.empty_like(hidden)
 
         def forward() -> None:
-            batch.update_(batch)  # forgets the plan, so that making it is captured, too
+            batch.update_(batch)  # drops the plan, so that planning is captured as well
             ready.layer(hidden, batch, pages, out=out)
 
         replay = capture(trial, forward)

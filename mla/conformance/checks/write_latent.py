@@ -25,7 +25,7 @@ def write_check(name: str, catches: str) -> Callable[[Callable[[Trial], None]], 
 
 
 @dataclass(frozen=True)
-class Write:
+class LatentWrite:
     """New tokens of one step and where they go."""
 
     tokens: int = 9
@@ -47,15 +47,15 @@ class Write:
         return -(-3 * self.tokens // self.page_size) + 1
 
     def slots(self) -> torch.Tensor:
-        """Return [T] int64, shuffled, with slots between them that nobody writes to."""
+        """Return [T] int64, shuffled, with unwritten slots between them."""
         generator = torch.Generator().manual_seed(self.tokens)
         return torch.randperm(self.pages * self.page_size, generator=generator)[: self.tokens]
 
 
-class Host:
+class HostWrite:
     """The host's side of a write: inputs, and the cache as it is and as the reference leaves it."""
 
-    def __init__(self, problem: Write, dtype: torch.dtype) -> None:
+    def __init__(self, problem: LatentWrite, dtype: torch.dtype) -> None:
         dims = problem.dims
         self.problem = problem
         self.kv_a = (draw(problem.tokens, dims.latent) * problem.size).to(dtype)
@@ -85,24 +85,24 @@ class Host:
         return norm, true_rotation(self.kv_a[:, c:], self.cos_sin, self.problem.interleaved)
 
 
-def check_write(trial: Trial, problem: Write) -> None:
-    """Hold what was cached against the truth."""
+def check_write(trial: Trial, problem: LatentWrite) -> None:
+    """Compare what was cached with the truth."""
     with trial.case(problem.label):
         host, cache, _ = written(trial, problem)
         c = problem.dims.kv_lora_rank
-        rows, yardstick = (
+        rows, expected = (
             whole.view(-1, problem.dims.latent)[host.slots] for whole in (cache, host.reference)
         )
         norm, key = host.truth()
-        trial.judge(rows[:, :c], norm, yardstick[:, :c], "latent")
-        trial.judge(rows[:, c:], key, yardstick[:, c:], "rotated key")
+        trial.judge(rows[:, :c], norm, expected[:, :c], "latent")
+        trial.judge(rows[:, c:], key, expected[:, c:], "rotated key")
 
 
-def written(trial: Trial, problem: Write) -> tuple[Host, torch.Tensor, dict[str, torch.Tensor]]:
+def written(trial: Trial, problem: LatentWrite) -> tuple[HostWrite, torch.Tensor, dict[str, torch.Tensor]]:
     """Run the op on the second layer of a cache; return the host's side, that layer, and the op's inputs."""
     dims = problem.dims
     op = trial.require(attention_spec(16, dims, dims.scale, trial.dtype, trial.device))
-    host = Host(problem, trial.dtype)
+    host = HostWrite(problem, trial.dtype)
     layers = torch.stack((torch.zeros_like(host.before), host.before)).to(trial.device)
     inputs = host.write(op, layers[1], trial.device)
     expect(not layers[0].any(), "the op wrote to another layer of the cache")
@@ -111,66 +111,66 @@ def written(trial: Trial, problem: Write) -> tuple[Host, torch.Tensor, dict[str,
 
 @write_check("formula", "a key that is cached unrotated, or a latent without its norm's weight")
 def formula(trial: Trial) -> None:
-    """The latent is normed and the key rotated, each as exactly as the dtype allows."""
+    """The latent is normed and the key rotated, each as accurately as the dtype allows."""
     for tokens in (1, 9, 130):
-        check_write(trial, Write(tokens))
+        check_write(trial, LatentWrite(tokens))
 
 
 @write_check("halves", "the `interleaved` argument ignored")
 def halves(trial: Trial) -> None:
     """Not interleaved: channels i and i + r/2 of the key are rotated together."""
-    check_write(trial, Write(interleaved=False))
+    check_write(trial, LatentWrite(interleaved=False))
 
 
 @write_check("eps", "an eps that is fixed, or added after the square root")
 def eps(trial: Trial) -> None:
-    """With small inputs eps decides, and it is the one that is passed."""
+    """With small inputs eps matters, and it is the one that is passed."""
     for value in (1e-6, 1e-5):
-        check_write(trial, Write(size=1e-3, eps=value))
+        check_write(trial, LatentWrite(size=1e-3, eps=value))
 
 
 @write_check("large", "squares that overflow a narrow dtype")
 def large(trial: Trial) -> None:
-    """Inputs of hundreds are cached as exactly as small ones."""
-    check_write(trial, Write(size=500.0))
+    """Inputs in the hundreds are cached as accurately as small ones."""
+    check_write(trial, LatentWrite(size=500.0))
 
 
 @write_check("page_sizes", "a slot that is split into page and offset with a fixed page size")
 def page_sizes(trial: Trial) -> None:
     """Slots are rows of the flattened cache, whatever the page size."""
     for size in (1, 16, 128) if trial.quick else (1, 2, 4, 8, 16, 32, 128, 256):
-        check_write(trial, Write(page_size=size))
+        check_write(trial, LatentWrite(page_size=size))
 
 
 @write_check("strided", "a kernel that ignores the stride of its input, which is a slice of the projection")
 def strided(trial: Trial) -> None:
     """The input may be columns of a wider tensor."""
-    check_write(trial, Write(strided=True))
+    check_write(trial, LatentWrite(strided=True))
 
 
 @write_check("untouched", "a write past the row, to a neighbour's slot or to another layer")
 def untouched(trial: Trial) -> None:
     """Slots that are not written keep every bit, NaN included, and so do the other layers."""
-    for problem in (Write(), Write(tokens=1, page_size=16), Write(tokens=70)):
+    for problem in (LatentWrite(), LatentWrite(tokens=1, page_size=16), LatentWrite(tokens=70)):
         with trial.case(problem.label):
             host, cache, _ = written(trial, problem)
             others = torch.ones(problem.pages * problem.page_size, dtype=torch.bool)
             others[host.slots] = False
             now, before = (whole.view(-1, problem.dims.latent)[others] for whole in (cache, host.before))
-            expect(same_bits(now, before), "a slot that was not to be written has changed")
+            expect(same_bits(now, before), "a slot that should not be written has changed")
 
 
 @write_check("inputs", "a norm that is taken in place")
 def inputs(trial: Trial) -> None:
-    """Projection, weight, angles and slots are as they were after the call."""
-    problem = Write()
+    """Projection, weight, angles and slots are unchanged after the call."""
+    problem = LatentWrite()
     with trial.case(problem.label):
         host, _, given = written(trial, problem)
         changed = [name for name, tensor in given.items() if not same_bits(tensor, getattr(host, name))]
         expect(not changed, f"the op wrote to its input {', '.join(changed)}")
 
 
-@write_check("other_widths", "a kernel compiled for 512 + 64 that runs on other widths all the same")
+@write_check("other_widths", "a kernel compiled for 512 + 64 that runs on other widths anyway")
 def other_widths(trial: Trial) -> None:
-    """Other widths than 512 + 64 are served, or refused with a reason."""
-    check_write(trial, Write(dims=SMALL, page_size=16))
+    """Widths other than 512 + 64 are served, or refused with a reason."""
+    check_write(trial, LatentWrite(dims=SMALL, page_size=16))

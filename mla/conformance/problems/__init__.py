@@ -1,1 +1,1 @@
-"""Inputs, and what is right for them, that the checks share."""
+"""Inputs that the checks share, and the right results for them."""

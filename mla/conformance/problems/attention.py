@@ -65,7 +65,7 @@ def attention_spec(
 
 
 @dataclass(frozen=True)
-class Problem:
+class AttentionProblem:
     """One attention call. `absorbed` is `latent_attention`, otherwise it is `expanded_attention`.
 
     `magnitude` scales the queries, and with them the logits, whose standard deviation is about 1.7 at 1.
@@ -88,7 +88,7 @@ class Problem:
 
     @property
     def label(self) -> str:
-        """Say what is special, for reports."""
+        """What is special about the problem, for reports."""
         words = [f"q {_runs(self.query_lens)} kv {_runs(self.kv_lens)}", f"heads {self.heads}"]
         words += [f"page {self.page_size}"] * self.absorbed
         words += ["no mask"] * (not self.causal)
@@ -100,13 +100,13 @@ class Problem:
 
 
 def _runs(lengths: Lengths) -> str:
-    """Write equal neighbours once: 1x6,5."""
+    """Return lengths with repeats shortened: 1x6,5."""
     groups = ((length, len(list(run))) for length, run in itertools.groupby(lengths))
     return ",".join(f"{length}x{count}" if count > 1 else str(length) for length, count in groups)
 
 
 @dataclass(frozen=True)
-class Data:
+class AttentionData:
     """The host's side of a problem. Absorbed: keys are latent rows and values their first columns."""
 
     q: torch.Tensor  # [T, h, dk]
@@ -117,7 +117,7 @@ class Data:
 
 
 @functools.lru_cache(maxsize=96)
-def data(problem: Problem, dtype: torch.dtype) -> Data:
+def data(problem: AttentionProblem, dtype: torch.dtype) -> AttentionData:
     """Draw N(0, 1) inputs in `dtype` and attend them in float64."""
     generator = torch.Generator().manual_seed(problem.seed)
     dims, heads = problem.dims, problem.heads
@@ -137,7 +137,7 @@ def data(problem: Problem, dtype: torch.dtype) -> Data:
     q = q * problem.magnitude
     parts = zip(q.split(list(problem.query_lens)), keys, values, strict=True)
     out, lse = zip(*(attend(*part, problem.scale, problem.causal) for part in parts), strict=True)
-    return Data(q, keys, values, torch.cat(out), torch.cat(lse))
+    return AttentionData(q, keys, values, torch.cat(out), torch.cat(lse))
 
 
 def cumulative(lengths: Sequence[int]) -> list[int]:

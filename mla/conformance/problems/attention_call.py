@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from mla.conformance.checks.clock import Work, best, elapsed, usual
-from mla.conformance.problems.attention import Lengths, Problem, cumulative, data
+from mla.conformance.problems.attention import AttentionProblem, Lengths, cumulative, data
+from mla.conformance.problems.load import MatmulLoad, best, elapsed, usual
 from mla.conformance.trial import Trial, expect
 from mla.reference import REFERENCE
 from mla.verify.tolerances import same_bits
@@ -20,7 +20,7 @@ Outputs = tuple[torch.Tensor, torch.Tensor]  # out [T, h, dv] and lse [T, h]
 
 @dataclass(frozen=True)
 class Layout:
-    """What is around the numbers that count."""
+    """What surrounds the numbers that count."""
 
     unowned: float = 0.0  # in pages that no request owns
     tail: float = 0.0  # in slots past a request's end
@@ -42,11 +42,11 @@ class View:
     cu_q: torch.Tensor
 
 
-class Call:
+class AttentionCall:
     """A problem on a device. `inputs` are what the op gets; `run` may be called again and again."""
 
     def __init__(
-        self, problem: Problem, dtype: torch.dtype, device: torch.device, layout: Layout = PLAIN
+        self, problem: AttentionProblem, dtype: torch.dtype, device: torch.device, layout: Layout = PLAIN
     ) -> None:
         self.problem, self.dtype, self.device, self.layout = problem, dtype, device, layout
         self.spec = problem.spec(dtype, device)
@@ -65,7 +65,7 @@ class Call:
             self.inputs |= {"k": self._place(torch.cat(host.keys)), "v": self._place(torch.cat(host.values))}
 
     def _place(self, tensor: torch.Tensor, fill: float = torch.nan) -> torch.Tensor:
-        """Copy [t, h, d] to the device, on request into a wider tensor full of NaN."""
+        """Copy [t, h, d] to the device; if strided, into a wider tensor full of NaN."""
         if not self.layout.strided:
             return tensor.to(self.device, copy=True)
         tokens, heads, width = tensor.shape
@@ -117,12 +117,12 @@ class Call:
         guard = surroundings(out) if self.layout.strided else None
         op(state, **self.inputs, softmax_scale=self.problem.scale, out=out, lse=lse)
         if guard is not None:
-            expect(bool(surroundings(out).isnan().all()), "memory beside `out` was written")
+            expect(bool(surroundings(out).isnan().all()), "memory next to `out` was written")
         return out.cpu(), lse.cpu()
 
 
 def surroundings(part: torch.Tensor) -> torch.Tensor:
-    """Return what is beside a strided `Call._place`, on the host; the part itself reads NaN."""
+    """Return the memory around a strided `AttentionCall._place`, on the host; the part itself reads NaN."""
     tokens, heads, width = part.shape
     wide = part.as_strided(
         (tokens, heads + 1, width + 32), (*part.stride()[:2], 1), part.storage_offset() - 16
@@ -133,42 +133,42 @@ def surroundings(part: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=96)
-def reference(problem: Problem, dtype: torch.dtype) -> Outputs:
-    """Return what the reference gives on the host: the yardstick."""
-    call = Call(problem, dtype, torch.device("cpu"))
+def reference(problem: AttentionProblem, dtype: torch.dtype) -> Outputs:
+    """Return what the reference gives on the host."""
+    call = AttentionCall(problem, dtype, torch.device("cpu"))
     return call.run(REFERENCE["latent_attention" if problem.absorbed else "expanded_attention"])
 
 
-def serve(trial: Trial, problem: Problem, layout: Layout = PLAIN) -> tuple[FusedOp, Call]:
+def serve(trial: Trial, problem: AttentionProblem, layout: Layout = PLAIN) -> tuple[FusedOp, AttentionCall]:
     """Return the op and a call for it; raises `Refused` where the op does not serve the problem."""
     spec = problem.spec(trial.dtype, trial.device)
     op = trial.require(spec, problem.query_lens, problem.kv_lens)
-    return op, Call(problem, trial.dtype, trial.device, layout)
+    return op, AttentionCall(problem, trial.dtype, trial.device, layout)
 
 
-def check_out(trial: Trial, *problems: Problem, layout: Layout = PLAIN) -> None:
-    """Hold the op's `out` against the truth, one case per problem."""
+def check_out(trial: Trial, *problems: AttentionProblem, layout: Layout = PLAIN) -> None:
+    """Compare the op's `out` with the truth, one case per problem."""
     for problem in problems:
         with trial.case(problem.label):
             op, call = serve(trial, problem, layout)
             judge_out(trial, problem, call.run(op)[0])
 
 
-def judge_out(trial: Trial, problem: Problem, out: torch.Tensor) -> None:
-    """Hold one output against the truth. Raises `CheckFailed`."""
+def judge_out(trial: Trial, problem: AttentionProblem, out: torch.Tensor) -> None:
+    """Compare one output with the truth. Raises `CheckFailed`."""
     trial.judge(out, data(problem, trial.dtype).out, reference(problem, trial.dtype)[0], "out")
 
 
-def check_lse(trial: Trial, *problems: Problem) -> None:
-    """Hold the op's `lse` against the truth, one case per problem."""
+def check_lse(trial: Trial, *problems: AttentionProblem) -> None:
+    """Compare the op's `lse` with the truth, one case per problem."""
     for problem in problems:
         with trial.case(problem.label):
             op, call = serve(trial, problem)
             trial.judge_lse(call.run(op)[1], data(problem, trial.dtype).lse)
 
 
-def check_inputs(trial: Trial, problem: Problem) -> None:
-    """See that the op leaves every input as it was."""
+def check_inputs(trial: Trial, problem: AttentionProblem) -> None:
+    """Check that the op leaves every input unchanged."""
     with trial.case(problem.label):
         op, call = serve(trial, problem)
         before = {name: tensor.cpu().clone() for name, tensor in call.inputs.items()}
@@ -177,8 +177,8 @@ def check_inputs(trial: Trial, problem: Problem) -> None:
         expect(not changed, f"the op wrote to its input {', '.join(changed)}")
 
 
-def check_reuse(trial: Trial, first: Problem, second: Problem) -> None:
-    """Run one state for two layers, which hold other numbers, with another batch's calls in between."""
+def check_reuse(trial: Trial, first: AttentionProblem, second: AttentionProblem) -> None:
+    """Run one state for two layers with different numbers, with another batch's calls in between."""
     with trial.case(f"{first.label}, and {second.label} in between"):
         op, layer = serve(trial, first)
         _, next_layer = serve(trial, replace(first, seed=first.seed + 1))
@@ -188,12 +188,12 @@ def check_reuse(trial: Trial, first: Problem, second: Problem) -> None:
             judge_out(trial, call.problem, call.run(op, state)[0])
 
 
-def check_prepare(trial: Trial, problem: Problem) -> None:
-    """See that preparing a batch does not wait for work that is pending on the device."""
+def check_prepare(trial: Trial, problem: AttentionProblem) -> None:
+    """Check that preparing a batch does not wait for pending work on the device."""
     with trial.case(problem.label):
         op, call = serve(trial, problem)
-        call.prepare(op)  # what is built once, ever, does not count
-        work = Work(trial.subject)
+        call.prepare(op)  # one-time setup does not count
+        work = MatmulLoad(trial.subject)
         pending = work.milliseconds(8)
 
         def busy() -> float:

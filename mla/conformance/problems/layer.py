@@ -22,14 +22,14 @@ from mla.weights import random_state_dict
 
 History = list[tuple[torch.Tensor, torch.Tensor]]  # per request kv [s, c] normed, pe [s, r] rotated
 
-#: Small, but with the head widths that kernels are made for: without and with a query LoRA.
+# Small, but with the head widths that kernels are made for: without and with a query LoRA.
 PLAIN = MLAConfig(
     256, 16, rope_scaling=YarnScaling(40, 4096, mscale=0.707, mscale_all_dim=0.707), name="plain"
 )
 LORA = MLAConfig(
     192, 16, q_lora_rank=128, rope_scaling=YarnScaling(40, 4096, mscale=1.0, mscale_all_dim=1.0), name="lora"
 )
-#: What few models have: biases, and channels rotated in halves.
+# What few models have: biases, and channels rotated in halves.
 VARIANT = MLAConfig(192, 16, q_lora_rank=128, attention_bias=True, rope_interleave=False, name="variant")
 MODES = ("auto", "absorbed", "expanded")
 
@@ -52,7 +52,7 @@ class LayerProblem:
 
 
 @dataclass(frozen=True)
-class Data:
+class LayerData:
     """The host's side of a problem."""
 
     state: dict[str, torch.Tensor]
@@ -68,7 +68,7 @@ def weights(config: MLAConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 @functools.lru_cache(maxsize=64)
-def data(problem: LayerProblem, dtype: torch.dtype) -> Data:
+def data(problem: LayerProblem, dtype: torch.dtype) -> LayerData:
     """Draw N(0, 1) inputs; all steps' truth comes from one prefill of all their tokens."""
     generator = torch.Generator().manual_seed(problem.seed + 7)
     config, state = problem.config, weights(problem.config, dtype)
@@ -83,12 +83,12 @@ def data(problem: LayerProblem, dtype: torch.dtype) -> Data:
     lengths = [length * problem.steps for length in problem.query_lens]
     flat = oracle(config, state, torch.cat([one.flatten(0, 1) for one in by_request]), lengths, history)
     parts = [one.unflatten(0, (problem.steps, -1)) for one in flat.split(lengths) if len(one)]
-    return Data(state, history, hidden, torch.cat(parts, dim=1))
+    return LayerData(state, history, hidden, torch.cat(parts, dim=1))
 
 
 @dataclass
-class Stage:
-    """A layer and a cache holding a problem's history, all else poisoned."""
+class PreparedLayer:
+    """A layer and a cache holding a problem's history, with all other slots poisoned."""
 
     problem: LayerProblem
     layer: MLA
@@ -119,7 +119,7 @@ def make_layer(trial: Trial, config: MLAConfig, attention: str, **arguments: Any
     return layer
 
 
-def stage(
+def prepare_layer(
     trial: Trial,
     problem: LayerProblem,
     attention: str = "auto",
@@ -128,14 +128,14 @@ def stage(
     shuffle: int = 0,
     layer: MLA | None = None,
     **arguments: Any,
-) -> Stage:
-    """Set a problem up: history in shuffled pages, poison in every slot that holds none."""
+) -> PreparedLayer:
+    """Set up a problem: history in shuffled pages, poison in every other slot."""
     made = data(problem, trial.dtype)
     layer = layer or make_layer(trial, problem.config, attention, **arguments)
     cache, ids = _filled(problem, made.history, trial.dtype, trial.device, page_size, shuffle)
     final = _final_lengths(problem)
     Poison(cache, ids, final, layer.ops["latent_attention"].op.nan_safe_tail).apply()
-    return Stage(problem, layer, cache, ids, made.hidden.to(trial.device, copy=True))
+    return PreparedLayer(problem, layer, cache, ids, made.hidden.to(trial.device, copy=True))
 
 
 def _final_lengths(problem: LayerProblem) -> list[int]:
@@ -169,16 +169,16 @@ def _filled(
 
 @functools.lru_cache(maxsize=64)
 def reference(problem: LayerProblem, dtype: torch.dtype) -> torch.Tensor:
-    """Return the reference's outputs on the host: the yardstick."""
+    """Return the reference's outputs on the host."""
     made = data(problem, dtype)
     layer = MLA(problem.config, dtype=dtype)
     layer.load_state_dict(made.state)
     cache, ids = _filled(problem, made.history, dtype, torch.device("cpu"))
-    return Stage(problem, layer, cache, ids, made.hidden).run()
+    return PreparedLayer(problem, layer, cache, ids, made.hidden).run()
 
 
 def judge(trial: Trial, problem: LayerProblem, found: torch.Tensor) -> None:
-    """Hold outputs [steps, T, d] against the oracle, by the rules the runner has. Raises `CheckFailed`."""
+    """Compare outputs [steps, T, d] with the oracle, by the runner's rules. Raises `CheckFailed`."""
     checker = Checker(data(problem, trial.dtype).truth, trial.dtype, lambda: reference(problem, trial.dtype))
     held = trial.dtype != torch.float32  # there the absolute bound is the contract
     verdict = checker.check(found, held_to_reference=held)
@@ -194,4 +194,4 @@ def check_layer(
     for problem in problems:
         for mode in modes:
             with trial.case(f"{mode}, {problem.label}"):
-                judge(trial, problem, stage(trial, problem, mode, **arguments).run())
+                judge(trial, problem, prepare_layer(trial, problem, mode, **arguments).run())

@@ -1,4 +1,4 @@
-"""Tensors for checks of small ops: seeded, and on request slices of wider ones."""
+"""Tensors for checks of small ops: seeded, optionally slices of wider ones."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import torch
 
 from mla.conformance.trial import expect
 
-#: Columns beside a slice, on either side.
-MARGIN = 16
+MARGIN = 16  # columns on either side of a slice
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -22,7 +21,7 @@ def angles(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
 
 
 def place(tensor: torch.Tensor, device: torch.device, strided: bool) -> torch.Tensor:
-    """Copy to the device, on request into columns of a wider tensor full of NaN."""
+    """Copy to the device; if strided, into columns of a wider tensor full of NaN."""
     if not strided:
         return tensor.to(device, copy=True)
     wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 2 * MARGIN), torch.nan, dtype=tensor.dtype)
@@ -37,8 +36,8 @@ def blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, stri
 
 
 def expect_margin(part: torch.Tensor) -> None:
-    """Raise `CheckFailed` unless the columns beside a strided `place` are still NaN."""
+    """Raise `CheckFailed` unless the columns around a strided `place` are still NaN."""
     shape = (*part.shape[:-1], part.shape[-1] + 2 * MARGIN)
     wide = part.as_strided(shape, part.stride(), part.storage_offset() - MARGIN).cpu()
     untouched = wide[..., :MARGIN].isnan().all() and wide[..., -MARGIN:].isnan().all()
-    expect(bool(untouched), "memory beside `out` was written")
+    expect(bool(untouched), "memory next to `out` was written")

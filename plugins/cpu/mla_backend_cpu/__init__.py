@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from mla_backend_cpu.kernels import describe, measured, native_ops
-from mla_backend_cpu.levels import EMULATED, LEVELS
-from mla_backend_cpu.linear import Fp32BatchedLinear, Fp32Linear, fp32_gain
+from mla_backend_cpu.catalog import describe, measured, native_ops
+from mla_backend_cpu.fp32_linear import Fp32BatchedLinear, Fp32Linear, fp32_gain
+from mla_backend_cpu.instruction_sets import EMULATED, LEVELS
 from mla_backend_cpu.recorded import sequence
 from mla_backends import Availability, Backend, BackendError, BackendOptionError, FusedOp, hookimpl, host
 from mla_backends.api import DeviceInfo, MemoryInfo, OpCall

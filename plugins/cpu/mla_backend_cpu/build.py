@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from mla_backend_cpu.levels import BuildError, Level
+from mla_backend_cpu.instruction_sets import BuildError, Level
 
 SOURCES = Path(__file__).parent / "native"
 #: Seconds after which a compiler counts as hanging; it needs about five.

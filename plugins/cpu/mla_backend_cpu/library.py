@@ -8,8 +8,8 @@ import platform
 import sys
 from collections.abc import Mapping
 
-from mla_backend_cpu import build, levels
-from mla_backend_cpu.levels import BuildError
+from mla_backend_cpu import build, instruction_sets
+from mla_backend_cpu.instruction_sets import BuildError
 
 #: Argument types by letter: p address, s text, i int64, f float, n int.
 _TYPES = {
@@ -67,7 +67,7 @@ class Library:
     @property
     def emulated(self) -> bool:
         """Whether instructions this level is named after are done in C++."""
-        return self.level == levels.EMULATED
+        return self.level == instruction_sets.EMULATED
 
 
 def load(wanted: str) -> Library:
@@ -106,8 +106,8 @@ def _first(wanted: str) -> Library:
     """Return the kernels of the first candidate that may run and that the compiler knows."""
     passed_over: dict[str, str] = {}
     reason: str | None = None
-    for level in levels.candidates(wanted):
-        reason = levels.missing(level)
+    for level in instruction_sets.candidates(wanted):
+        reason = instruction_sets.missing(level)
         if reason is None:
             try:
                 return Library(level.name, ctypes.CDLL(str(build.library(level))), passed_over)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mla_backend_cpu import gains
+from mla_backend_cpu import tuning
 from mla_backend_cpu.library import Library
 from mla_backends import FusedOp
 from mla_backends.api import AttentionSpec, LinearSpec, NormSpec, Packed
@@ -90,7 +90,7 @@ class _Product(NativeOp):
     """Weights in panels of 16 outputs and pairs of inputs."""
 
     def misfits(self, spec: LinearSpec) -> list[str]:
-        if not self._insist and gains.torch_has_tiles() and (gain := gains.product_gain(self.kernels)) < 1:
+        if not self._insist and tuning.torch_has_tiles() and (gain := tuning.product_gain(self.kernels)) < 1:
             return [f"its products were measured at {gain:.2f}x the speed of torch's, which may use AMX"]
         return multiple("in_features", spec.in_features, 2)
 
@@ -115,7 +115,7 @@ class _Product(NativeOp):
     def _wide(self, tokens: int) -> bool:
         if self.kernels.tiles:
             return False
-        return not self.kernels.dot_bf16 or (tokens >= WIDE_TOKENS and gains.fp32_gain(self.kernels) > 1)
+        return not self.kernels.dot_bf16 or (tokens >= WIDE_TOKENS and tuning.fp32_gain(self.kernels) > 1)
 
 
 class NativeLinear(_Product):

@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parent))  # for `import native_cases`
 
 import native_cases
 
-from mla_backend_cpu.levels import EMULATED
+from mla_backend_cpu.instruction_sets import EMULATED
 from mla_backend_cpu.library import Library, load
 
 

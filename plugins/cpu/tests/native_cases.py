@@ -12,7 +12,7 @@ import torch
 
 from mla.reference import REFERENCE
 from mla.verify.tolerances import judge
-from mla_backend_cpu import levels
+from mla_backend_cpu import instruction_sets
 from mla_backends.api import AttentionSpec, SegmentLengths
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
@@ -27,10 +27,10 @@ Lengths = Sequence[int]
 def levels_here() -> list[str]:
     """Return the levels whose instructions this processor has; the last, portable, is always among them."""
     found = []
-    for level in levels.LEVELS:
+    for level in instruction_sets.LEVELS:
         try:
-            found.append(levels.choose_level(level.name).name)
-        except levels.BuildError:
+            found.append(instruction_sets.choose_level(level.name).name)
+        except instruction_sets.BuildError:
             continue
     return found
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import mla
 from mla.weights import random_state_dict
-from mla_backend_cpu import linear
-from mla_backend_cpu.linear import MIN_TOKENS, Fp32BatchedLinear, Fp32Linear
+from mla_backend_cpu import fp32_linear
+from mla_backend_cpu.fp32_linear import MIN_TOKENS, Fp32BatchedLinear, Fp32Linear
 from mla_backends import BackendError, host
 from mla_backends.api import LinearSpec
 
@@ -49,7 +49,7 @@ def test_linear_rounds_once_whatever_the_shape(
 
 
 def test_linear_walks_over_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "BLOCK", 1)  # 256 rows a block
+    monkeypatch.setattr(fp32_linear, "BLOCK", 1)  # 256 rows a block
     x, weight = (torch.randn(rows, 24).bfloat16() for rows in (MIN_TOKENS, 1000))
     out = torch.full((MIN_TOKENS, 1000), torch.nan, dtype=torch.bfloat16)
     Fp32Linear()(Fp32Linear().pack(weight), x=x, bias=None, out=out)
@@ -84,13 +84,13 @@ def test_batched_linear_rounds_once_and_unpacks_its_weight(tokens: int) -> None:
 def test_linear_says_why_it_is_not_used(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, gain: float, reason: str | None
 ) -> None:
-    monkeypatch.setattr(linear, "fp32_gain", lambda: gain)
+    monkeypatch.setattr(fp32_linear, "fp32_gain", lambda: gain)
     reasons = Fp32Linear().unsupported_reasons(LinearSpec(8, 8, 1, dtype, CPU))
     assert reasons == ([reason] if reason else [])
 
 
 def test_an_option_decides_instead_of_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "fp32_gain", lambda: 0.0)
+    monkeypatch.setattr(fp32_linear, "fp32_gain", lambda: 0.0)
     spec = LinearSpec(8, 8, 1, torch.bfloat16, CPU)
     assert Fp32Linear("on").unsupported_reasons(spec) == []
     assert Fp32BatchedLinear("off").unsupported_reasons(spec) == ["the option fp32=off forbids it"]
@@ -99,15 +99,15 @@ def test_an_option_decides_instead_of_the_measurement(monkeypatch: pytest.Monkey
 
 
 def test_the_gain_is_measured_once() -> None:
-    assert linear.fp32_gain() > 0
-    assert linear.fp32_gain() == linear.fp32_gain()
+    assert fp32_linear.fp32_gain() > 0
+    assert fp32_linear.fp32_gain() == fp32_linear.fp32_gain()
 
 
 @pytest.mark.parametrize("gain", [0.5, 2.0])
 def test_the_layer_is_right_with_and_without_the_op(monkeypatch: pytest.MonkeyPatch, gain: float) -> None:
     from mla.verify.layer_oracle import oracle
 
-    monkeypatch.setattr(linear, "fp32_gain", lambda: gain)
+    monkeypatch.setattr(fp32_linear, "fp32_gain", lambda: gain)
     config = mla.MLAConfig(hidden_size=96, num_attention_heads=4, q_lora_rank=32)
     backend: Any = mla.load_backend("cpu", options={"native": "off"})  # the kernels would come first
     layer = mla.MLA(config, backend=backend)
@@ -186,10 +186,10 @@ def test_the_host_is_described_truthfully() -> None:
 
 @pytest.mark.usefixtures("no_level_named")
 def test_a_level_that_was_named_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mla_backend_cpu import levels, library
+    from mla_backend_cpu import instruction_sets, library
 
     library._load.cache_clear()
-    monkeypatch.setattr(levels, "processor_flags", frozenset)
+    monkeypatch.setattr(instruction_sets, "processor_flags", frozenset)
     try:
         with pytest.raises(BackendError, match=r"no kernels for native=avx2: this processor lacks avx2, "):
             mla.load_backend("cpu", options={"native": "avx2"})
@@ -204,11 +204,11 @@ def test_a_level_that_was_named_never_falls_back(monkeypatch: pytest.MonkeyPatch
 def test_where_torch_has_amx_a_measurement_decides_on_products(
     monkeypatch: pytest.MonkeyPatch, gain: float
 ) -> None:
-    from mla_backend_cpu import gains, levels
+    from mla_backend_cpu import instruction_sets, tuning
 
-    flags = levels.processor_flags() | {"amx_bf16"}
-    monkeypatch.setattr(levels, "processor_flags", lambda: flags)
-    monkeypatch.setattr(gains, "product_gain", lambda kernels: gain)
+    flags = instruction_sets.processor_flags() | {"amx_bf16"}
+    monkeypatch.setattr(instruction_sets, "processor_flags", lambda: flags)
+    monkeypatch.setattr(tuning, "product_gain", lambda kernels: gain)
     config, backend = mla.MLAConfig(hidden_size=64, num_attention_heads=2), mla.load_backend("cpu")
     ops = mla.MLA(config, backend=backend).ops
     assert (ops["o_proj"].name == "native_linear") == (gain > 1)
@@ -224,8 +224,8 @@ def test_where_torch_has_amx_a_measurement_decides_on_products(
 
 
 def test_the_gain_over_torch_is_measured() -> None:
-    from mla_backend_cpu.gains import product_gain
     from mla_backend_cpu.library import load
+    from mla_backend_cpu.tuning import product_gain
 
     assert product_gain(load("portable")) > 0
 

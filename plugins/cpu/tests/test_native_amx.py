@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import mla
-from mla_backend_cpu import build, gains, levels, library
+from mla_backend_cpu import build, instruction_sets, library, tuning
 from mla_backends import BackendError
 
 
@@ -20,14 +20,14 @@ def test_amx_is_refused_with_the_systems_reason_and_the_next_level_serves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The request is a real one: processors without AMX, and old kernels, refuse it."""
-    flags = levels.processor_flags()
-    if "amx_tile" in flags or levels.tiles_refused() is None:
+    flags = instruction_sets.processor_flags()
+    if "amx_tile" in flags or instruction_sets.tiles_refused() is None:
         pytest.skip("this machine has AMX")
-    claimed = flags | next(level for level in levels.LEVELS if level.name == "amx").needs
+    claimed = flags | next(level for level in instruction_sets.LEVELS if level.name == "amx").needs
     if not claimed - {"amx_tile", "amx_bf16"} <= flags:
         pytest.skip("this processor lacks AVX-512-BF16, which amx needs beside the tiles")
-    monkeypatch.setattr(levels, "processor_flags", lambda: claimed)
-    monkeypatch.setattr(gains, "product_gain", lambda kernels: 2.0)
+    monkeypatch.setattr(instruction_sets, "processor_flags", lambda: claimed)
+    monkeypatch.setattr(tuning, "product_gain", lambda kernels: 2.0)
     library._load.cache_clear()
     try:
         backend = mla.load_backend("cpu")
@@ -45,7 +45,8 @@ def test_amx_is_refused_with_the_systems_reason_and_the_next_level_serves(
 
 def test_the_level_for_amx_holds_its_instructions(tmp_path: Path) -> None:
     """Compiled, not run: this needs no AMX."""
-    level, built = next(level for level in levels.LEVELS if level.name == "amx"), tmp_path / "kernels.o"
+    level = next(level for level in instruction_sets.LEVELS if level.name == "amx")
+    built = tmp_path / "kernels.o"
     if platform.machine() != "x86_64" or not shutil.which("objdump"):
         pytest.skip("needs an x86-64 compiler and objdump")
     source = str(build.SOURCES / "api.cpp")

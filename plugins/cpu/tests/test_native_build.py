@@ -16,12 +16,15 @@ import pytest
 from native_cases import BF16, CPU, levels_here
 
 import mla
-from mla_backend_cpu import build, levels, library
+from mla_backend_cpu import build, instruction_sets, library
 from mla_backend_cpu.library import Library
 from mla_backends.api import LinearSpec
 
-PORTABLE = levels.choose_level("portable")
-BUILD = "from mla_backend_cpu import build, levels; print(build.library(levels.choose_level('portable')))"
+PORTABLE = instruction_sets.choose_level("portable")
+BUILD = """
+from mla_backend_cpu import build, instruction_sets
+print(build.library(instruction_sets.choose_level("portable")))
+"""
 LIST_OPS = ("-m", "mla.bench", "--backend", "cpu", "--list-ops")
 
 Script = Callable[[str], Path]
@@ -161,7 +164,7 @@ def test_a_change_of_the_sources_is_a_new_build(
     second = build.library(PORTABLE)
     assert first.parent != second.parent
     assert build.library(PORTABLE) == second
-    assert build.library(levels.Level("other", ("-DOTHER",), frozenset())).parent not in (
+    assert build.library(instruction_sets.Level("other", ("-DOTHER",), frozenset())).parent not in (
         first.parent,
         second.parent,
     )
@@ -186,7 +189,7 @@ def test_kernels_that_were_built_need_no_compiler(
     second.write_bytes(b"spoilt")
     assert build.library(PORTABLE) == first
     (tmp_path / "sources" / "more.h").write_text("// another source\n")
-    with pytest.raises(levels.BuildError, match=r"no C\+\+ compiler 'g\+\+-none' was found"):
+    with pytest.raises(instruction_sets.BuildError, match=r"no C\+\+ compiler 'g\+\+-none' was found"):
         build.library(PORTABLE)
 
 
@@ -211,35 +214,39 @@ def test_what_prevents_a_build_is_said_in_one_clause(
     monkeypatch.delenv("CXX", raising=False)
     for name, value in {"MLA_CACHE_DIR": str(tmp_path), **variables}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(levels.BuildError, match=reason) as caught:
+    with pytest.raises(instruction_sets.BuildError, match=reason) as caught:
         build.library(PORTABLE)
     assert "\n" not in str(caught.value)
 
 
 def test_a_compiler_that_fails_is_quoted(compiler: Script, tmp_path: Path) -> None:
     compiler("echo 'In file included from api.cpp:'; echo 'api.cpp:7: error: no such luck' >&2; exit 1")
-    with pytest.raises(levels.BuildError, match=r"compiler' failed: api.cpp:7: error: no such luck$"):
+    with pytest.raises(
+        instruction_sets.BuildError, match=r"compiler' failed: api.cpp:7: error: no such luck$"
+    ):
         build.library(PORTABLE)
     assert left(tmp_path) == []
 
 
 def test_a_processor_without_the_instructions_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(levels, "processor_flags", lambda: frozenset({"sse2", "avx2", "fma", "f16c", "bmi2"}))
-    assert levels.choose_level().name == "avx2"
+    monkeypatch.setattr(
+        instruction_sets, "processor_flags", lambda: frozenset({"sse2", "avx2", "fma", "f16c", "bmi2"})
+    )
+    assert instruction_sets.choose_level().name == "avx2"
     with pytest.raises(
-        levels.BuildError, match=r"this processor lacks avx512bw, .*, which level 'avx512' needs"
+        instruction_sets.BuildError, match=r"this processor lacks avx512bw, .*, which level 'avx512' needs"
     ):
-        levels.choose_level("avx512")
-    monkeypatch.setattr(levels, "processor_flags", frozenset)  # arm64, or no /proc
-    assert levels.choose_level().name == "portable"
-    with pytest.raises(levels.BuildError, match="there is no level 'best'"):
-        levels.choose_level("best")
+        instruction_sets.choose_level("avx512")
+    monkeypatch.setattr(instruction_sets, "processor_flags", frozenset)  # arm64, or no /proc
+    assert instruction_sets.choose_level().name == "portable"
+    with pytest.raises(instruction_sets.BuildError, match="there is no level 'best'"):
+        instruction_sets.choose_level("best")
 
 
 def test_the_processor_flags_are_those_of_this_machine() -> None:
     text = Path("/proc/cpuinfo").read_text()
     for name in ("sse2", "avx2", "avx512_bf16", "amx_tile"):
-        assert (name in levels.processor_flags()) == (f" {name} " in text.replace("\n", " "))
+        assert (name in instruction_sets.processor_flags()) == (f" {name} " in text.replace("\n", " "))
 
 
 # ------------------------------------------------------------------------------------------ the runner
@@ -318,7 +325,7 @@ def test_the_level_is_chosen_by_option_or_environment(
 
 def test_a_wrong_level_is_one_sentence() -> None:
     done = bench("-O", "native=best")
-    listed = ", ".join(level.name for level in levels.LEVELS[:-1])
+    listed = ", ".join(level.name for level in instruction_sets.LEVELS[:-1])
     assert done.returncode == 2
     assert done.stderr.endswith(
         f"backend 'cpu' takes -O native=auto, off, {listed} or portable, got 'best'.\n"
@@ -341,13 +348,15 @@ def test_a_compiler_that_does_not_know_the_instructions_leaves_the_next_level(
         'case "$*" in *mavx2*) '
         "echo \"g++: error: unrecognized command-line option '-mavx2'\" >&2; exit 1;; esac"
     )
-    monkeypatch.setattr(levels, "processor_flags", lambda: frozenset({"avx2", "fma", "f16c", "bmi2"}))
+    monkeypatch.setattr(
+        instruction_sets, "processor_flags", lambda: frozenset({"avx2", "fma", "f16c", "bmi2"})
+    )
     library._load.cache_clear()
     try:
         kernels = library.load("auto")
         assert kernels.level == "portable"
         assert "unrecognized command-line option '-mavx2'" in kernels.passed_over["avx2"]
-        with pytest.raises(levels.BuildError, match="unrecognized command-line option"):
+        with pytest.raises(instruction_sets.BuildError, match="unrecognized command-line option"):
             library.load("avx2")
     finally:
         library._load.cache_clear()
@@ -356,10 +365,10 @@ def test_a_compiler_that_does_not_know_the_instructions_leaves_the_next_level(
 # ------------------------------------------------------------------------------------------ sanitizers
 
 
-@pytest.mark.parametrize("name", dict.fromkeys(("portable", levels_here()[0], levels.EMULATED)))
+@pytest.mark.parametrize("name", dict.fromkeys(("portable", levels_here()[0], instruction_sets.EMULATED)))
 def test_the_sanitizers_find_nothing(tmp_path: Path, name: str) -> None:
     """Ragged, page-boundary and poisoned cases stay within memory that is just large enough."""
-    level, program = levels.choose_level(name), tmp_path / "driver"
+    level, program = instruction_sets.choose_level(name), tmp_path / "driver"
     flags = [flag for flag in build.FLAGS if flag not in ("-O3", "-fPIC", "-fvisibility=hidden")]
     checks = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     driver = Path(__file__).with_name("native_driver.cpp")

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_cases import BF16, CPU, LAYOUTS, Canvas, any_bits, assert_rounded, bits, draw, laid_out
 
-from mla_backend_cpu import gains
+from mla_backend_cpu import tuning
 from mla_backend_cpu.library import Library
 from mla_backend_cpu.native_ops import NativeBatchedLinear, NativeLinear
 from mla_backends.api import LinearSpec
@@ -28,7 +28,7 @@ seeds = st.integers(0, 99)
 @pytest.fixture(params=[0.5, 2.0], ids=["pairs", "wide"])
 def gain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
     """Decide instead of the measurement whether values are widened, so that both paths are tested."""
-    monkeypatch.setattr(gains, "fp32_gain", lambda kernels: request.param)
+    monkeypatch.setattr(tuning, "fp32_gain", lambda kernels: request.param)
     return request.param
 
 

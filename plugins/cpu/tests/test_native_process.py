@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from native_cases import levels_here
 
-from mla_backend_cpu import levels
+from mla_backend_cpu import instruction_sets
 
 #: A layer small enough that a step takes a fraction of a millisecond, with every native op in use.
 SETUP = """if True:
@@ -107,7 +107,7 @@ def test_the_environment_sets_the_number_where_the_user_names_none() -> None:
     assert limit >= 1
 
 
-@pytest.mark.parametrize("level", [levels.EMULATED, levels_here()[0]])
+@pytest.mark.parametrize("level", [instruction_sets.EMULATED, levels_here()[0]])
 def test_the_conformance_checks_pass(level: str) -> None:
     options = ("--backend", "cpu", "-O", f"native={level}", "--quick", "--dtype", "bfloat16")
     done = subprocess.run(
@@ -117,5 +117,5 @@ def test_the_conformance_checks_pass(level: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout
-    prefix = "amx_emulated_" if level == levels.EMULATED else ""
+    prefix = "amx_emulated_" if level == instruction_sets.EMULATED else ""
     assert f"`{prefix}native_latent_attention`" in done.stdout

@@ -9,13 +9,13 @@ import torch
 
 import mla
 from mla.conformance.suite import carry_out, instances
-from mla.conformance.trial import Subject
+from mla.conformance.trial import BackendUnderTest
 from mla.conformance.xfails import Xfails
 
 
 def run_suite(name: str, *only: str) -> set[str]:
     """Return the checks that pass, none failing."""
-    subject = Subject(mla.load_backend(name), name, quick=True)
+    subject = BackendUnderTest(mla.load_backend(name), name, quick=True)
     found: list[Any] = [
         carry_out(one, subject, Xfails({})) for one in instances(subject, (torch.bfloat16,), only)
     ]

@@ -19,7 +19,7 @@ import torch
 import mla
 from mla.bench import results
 from mla.conformance.suite import carry_out, instances
-from mla.conformance.trial import Subject
+from mla.conformance.trial import BackendUnderTest
 from mla.conformance.xfails import Xfails
 from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import oracle
@@ -230,7 +230,7 @@ def test_a_decode_step_through_the_kernel_does_not_wait(kernel: Any, backend: An
 
 def conform(name: str, *only: str) -> dict[str, str]:
     """Return how the suite's own checks of an op end, in bfloat16."""
-    subject = Subject(mla.load_backend(name, options={"graph": "on"}), name, quick=True)
+    subject = BackendUnderTest(mla.load_backend(name, options={"graph": "on"}), name, quick=True)
     found = [carry_out(one, subject, Xfails({})) for one in instances(subject, (torch.bfloat16,), only)]
     assert not [(one.id, one.reason) for one in found if one.status == "fail"]
     return {one.id: one.status for one in found}

@@ -1,5 +1,5 @@
 // Softmax attention of some query rows over some key rows, block by block with a running maximum: what does
-// not depend on how products are made. attend_vectors.h and attend_tiles.h add that.
+// not depend on how products are made. attention_vectors.h and attention_tiles.h add that.
 //
 // Sixteen query rows are the lanes of a vector, so that a key row is used as it lies in memory, and the
 // softmax is vertical. Rows may be (query, head) pairs that share one latent key, or queries of one head:
@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "accumulators.h"
 #include "memory.h"
-#include "sums.h"
 #include "tiles.h"
 
 namespace mla {

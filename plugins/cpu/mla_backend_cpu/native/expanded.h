@@ -4,7 +4,7 @@
 #pragma once
 #include <vector>
 
-#include "attend.h"
+#include "attention_dispatch.h"
 
 namespace mla {
 

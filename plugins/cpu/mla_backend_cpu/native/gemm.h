@@ -3,10 +3,10 @@
 #pragma once
 #include <utility>
 
+#include "accumulators.h"
 #include "memory.h"
 #include "panels.h"
-#include "sums.h"
-#include "turns.h"
+#include "work_queue.h"
 
 namespace mla {
 
@@ -147,15 +147,15 @@ static void run(const Job<X>& job, const Next& next) {
 // Do all jobs; job_of(i) makes one.
 template <class X, int MR, class JobOf>
 static void run_all(int64_t count, const JobOf& job_of, int threads) {
-    Turns turns(count, threads);
+    WorkQueue queue(count, threads);
 #pragma omp parallel num_threads(threads)
-    for (int64_t task = turns.take(); task >= 0;) {
+    for (int64_t task = queue.take(); task >= 0;) {
         int64_t following = -1;
         run<X, MR>(job_of(task), [&] {
-            following = turns.take_early();
+            following = queue.take_early();
             return following < 0 ? nullptr : job_of(following).packed;
         });
-        task = following < 0 ? turns.take() : following;
+        task = following < 0 ? queue.take() : following;
     }
 }
 

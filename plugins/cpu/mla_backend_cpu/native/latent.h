@@ -6,8 +6,8 @@
 #include <tuple>
 #include <vector>
 
-#include "attend.h"
-#include "turns.h"
+#include "attention_dispatch.h"
+#include "work_queue.h"
 
 namespace mla {
 
@@ -93,10 +93,10 @@ static void find_keys(const Latent& a, int64_t request, int64_t first, int64_t e
 class LatentTasks {
  public:
     LatentTasks(const Latent& a, const std::vector<LatentTask>& tasks, int threads)
-        : a_(a), all_(tasks.data()), turns_((int64_t)tasks.size(), threads) {}
+        : a_(a), all_(tasks.data()), queue_((int64_t)tasks.size(), threads) {}
 
-    const LatentTask* take() { return task(turns_.take()); }
-    const LatentTask* take_early() { return task(turns_.take_early()); }
+    const LatentTask* take() { return task(queue_.take()); }
+    const LatentTask* take_early() { return task(queue_.take_early()); }
     // Find the first keys of a task, or null where there are none.
     const bf16** begin(const LatentTask* task, const bf16** keys) const {
         if (!task) return nullptr;
@@ -111,7 +111,7 @@ class LatentTasks {
 
     const Latent& a_;
     const LatentTask* const all_;
-    Turns turns_;
+    WorkQueue queue_;
 };
 
 // Do a task; returns the same thread's next one, or null. That is taken with the last block, whose keys are

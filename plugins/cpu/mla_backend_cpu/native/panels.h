@@ -3,7 +3,7 @@
 #pragma once
 #include <algorithm>
 
-#include "sums.h"
+#include "accumulators.h"
 
 namespace mla {
 

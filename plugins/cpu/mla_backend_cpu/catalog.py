@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mla_backend_cpu import gains
-from mla_backend_cpu.levels import BuildError
+from mla_backend_cpu import tuning
+from mla_backend_cpu.instruction_sets import BuildError
 from mla_backend_cpu.library import Library, load
 from mla_backend_cpu.native_attention import NativeExpandedAttention, NativeLatentAttention
 from mla_backend_cpu.native_ops import (
@@ -83,9 +83,9 @@ def describe(level: str) -> str:
 
 def measured(level: str) -> dict[str, str]:
     """Return what was measured to choose between these kernels' products and torch's, by name."""
-    if level != "auto" or not gains.torch_has_tiles():
+    if level != "auto" or not tuning.torch_has_tiles():
         return {}
     try:
-        return {"native_product_gain": f"{gains.product_gain(load(level)):.2f}"}
+        return {"native_product_gain": f"{tuning.product_gain(load(level)):.2f}"}
     except BuildError:
         return {}

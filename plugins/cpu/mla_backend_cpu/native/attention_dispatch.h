@@ -2,7 +2,7 @@
 #pragma once
 #include "tiles.h"
 #if MLA_TILES
-#include "attend_tiles.h"
+#include "attention_tiles.h"
 #else
-#include "attend_vectors.h"
+#include "attention_vectors.h"
 #endif

@@ -1,9 +1,9 @@
 // Attention with products of one pair by sixteen rows: scores are dot(q lanes, one pair of the key), and
 // values are zipped pairwise on the way.
 #pragma once
+#include "accumulators.h"
 #include "attention.h"
 #include "gathered.h"
-#include "sums.h"
 
 namespace mla {
 

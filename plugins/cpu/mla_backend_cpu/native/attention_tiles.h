@@ -2,9 +2,9 @@
 // and a panel's pairs are tiles of B. Values are weights times values: weights are transposed to tiles of A,
 // and values are zipped to tiles of B, some columns at a time, so that they stay in the first-level cache.
 #pragma once
+#include "accumulators.h"
 #include "attention.h"
 #include "gathered.h"
-#include "sums.h"
 
 namespace mla {
 

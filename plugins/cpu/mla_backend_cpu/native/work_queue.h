@@ -6,9 +6,9 @@
 
 namespace mla {
 
-class Turns {
+class WorkQueue {
  public:
-    Turns(int64_t count, int threads) : count_(count), threads_(threads) {}
+    WorkQueue(int64_t count, int threads) : count_(count), threads_(threads) {}
 
     // The next piece, or -1 when there is none.
     int64_t take() {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import math
 
-from mla_backend_cpu import levels
+from mla_backend_cpu import instruction_sets
+from mla_backend_cpu.fp32_linear import fastest
 from mla_backend_cpu.library import Library
-from mla_backend_cpu.linear import fastest
 
 
 class _Trial:
@@ -63,4 +63,4 @@ def product_gain(kernels: Library) -> float:
 
 def torch_has_tiles() -> bool:
     """Say whether torch's products may use AMX, so that these kernels need not be the faster ones."""
-    return "amx_bf16" in levels.processor_flags()
+    return "amx_bf16" in instruction_sets.processor_flags()
