@@ -45,9 +45,8 @@ def config(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def measure(bench: Bench, config: None, monkeypatch: pytest.MonkeyPatch) -> Bench:
+def measure(bench: Bench, config: None) -> Bench:
     """Return `bench` for one op of the tiny config on a backend whose op of that kind has a fault."""
-    monkeypatch.syspath_prepend(Path(__file__).parent)
 
     def measure(op: str, *words: str, fault: str = "none", kind: str = "") -> Any:
         backend = [*FAULTY, "-O", f"op={kind or op}", "-O", f"fault={fault}"]
