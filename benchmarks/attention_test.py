@@ -17,8 +17,11 @@ from pathlib import Path
 
 import click
 
-from mla.bench.plan import options, resolve
+from mla.bench.plan import options
+from mla.bench.plan.resolve import resolve
 from mla.bench.results.schema import Case, Run
+from mla.bench.run.outcome import verdict
+from mla.bench.run.scheduler import measure
 from mla.command import console
 from mla.command.exit_codes import guarded
 
@@ -29,7 +32,7 @@ WIDTH = 78
 
 def defaults(**changes: object) -> options.RunOptions:
     """Return the runner's options with its own defaults for everything not in `changes`."""
-    from mla.bench.cli.main import run
+    from mla.bench.cli.run import run
 
     context = run.make_context("run", [])
     return options.RunOptions(**{**context.params, **changes})
@@ -92,9 +95,9 @@ def attention_test(backend: str | None, model_path: Path | None, runs: int | Non
     names = "mla,transformers" if model_path else "mla"
     headline = {"mode": "eager", "cache": "warm", "clock": "host"}  # the original timed in no other way
     chosen = defaults(backend=backend, model_path=model_path, implementations=names, runs=runs, **headline)
-    outcome = resolve.measure(resolve.prepare(chosen))
+    outcome = measure(resolve(chosen))
     console.out(report(outcome.run) + "\n")
-    return resolve.verdict(outcome)
+    return verdict(outcome)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Errors a user can cause. Each carries the one sentence to print; `exit_code` is the runner's."""
+"""Errors a user can cause. Each carries the one sentence to print, and the `exit_code` of the command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ConfigError(MLAError):
 
     @classmethod
     def unknown_preset(cls, name: str, known: Sequence[str]) -> ConfigError:
-        """Name the presets there are."""
+        """Return the error that lists the presets."""
         return cls(f"unknown config '{name}'.{did_you_mean(name, known)} Presets: {', '.join(known)}.")
 
 
@@ -40,13 +40,13 @@ class StaleBatch(MLAError):
 
 
 class UnsupportedOps(MLAError):
-    """Fused ops were demanded that the backend does not offer, or that cannot serve the layer."""
+    """Fused ops were required that the backend does not offer, or that cannot serve the layer."""
 
     exit_code = 3
 
 
 class UnknownOp(UnsupportedOps):
-    """A name that no op of the backend has."""
+    """The backend has no op of this name."""
 
     exit_code = 2
 
@@ -58,7 +58,7 @@ class UnsupportedBatch(MLAError):
 
 
 class OutOfMemory(MLAError):
-    """A run needs more memory than there is."""
+    """A run needs more memory than is available."""
 
 
 class ResultError(MLAError):

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+_BYTES = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}  # descending: `size` takes the first that fits
+_FORMATS = dict.fromkeys(_BYTES, ".3g")
+
 
 def dtype_name(dtype: object) -> str:
     """Return "bfloat16" for `torch.bfloat16`."""
@@ -11,3 +18,18 @@ def dtype_name(dtype: object) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, which may be empty: stacks append pages of theirs."""
     return str(error).strip().partition("\n")[0].strip()
+
+
+def size(count: int | Decimal | None, unknown: str = "-", **formats: str | Callable[[Any], str]) -> str:
+    """Return bytes with a unit, such as "1.5 MiB"; `unknown` for None.
+
+    `formats` maps each allowed unit (GiB, MiB, KiB) to its number format: a format spec, or a function from
+    the number to text. The largest unit that `count` reaches is used, otherwise the smallest allowed one.
+    Default: any of the three, with three significant digits. A `Decimal` is for counts beyond a float.
+    """
+    if count is None:
+        return unknown
+    allowed = [unit for unit in _BYTES if unit in (formats or _FORMATS)]
+    unit = next((unit for unit in allowed if count >= _BYTES[unit]), allowed[-1])
+    number, style = count / _BYTES[unit], (formats or _FORMATS)[unit]
+    return f"{style(number) if callable(style) else format(number, style)} {unit}"

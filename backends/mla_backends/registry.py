@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,8 +102,10 @@ def create(name: str, options: Mapping[str, str] | None = None) -> Backend:
     with _blaming(entry, f"importing {entry.origin}"):
         found = _import(entry.value)
     with _blaming(entry, f"{HOOK}(options) of {entry.origin}"):
-        backend = _build(entry, found, dict(options or {}))
-        return _validated(entry, backend)
+        backend = _validated(entry, _build(entry, found, dict(options or {})))
+    with suppress(AttributeError):  # a subclass may use the name for a property of its own
+        backend.entry = entry
+    return backend
 
 
 def _import(value: str) -> Any:

@@ -1,28 +1,5 @@
-"""Capturing a function into a graph of the device, the same way for every stack shaped like torch.cuda."""
+"""Kept for code that imports it from here; it lives in `mla_backends.torch_backend.graph`."""
 
-from __future__ import annotations
+from mla_backends.torch_backend.graph import WARMUPS, capture
 
-from collections.abc import Callable
-from types import ModuleType
-
-#: Calls before the capture: lazy initialisation and growing workspaces must not be captured.
-WARMUPS = 3
-
-
-def capture(module: ModuleType, graph_class: str, fn: Callable[[], None]) -> Callable[[], None]:
-    """Run `fn` a few times on a side stream, capture one more call, and return its replay.
-
-    A replay repeats the captured kernels on the same addresses; host code of `fn` does not run again.
-    Raises whatever the stack does when `fn` cannot be captured, for example because it waits for the device.
-    """
-    side = module.Stream()
-    side.wait_stream(module.current_stream())
-    with module.stream(side):
-        for _ in range(WARMUPS):
-            fn()
-    module.current_stream().wait_stream(side)
-    graph = getattr(module, graph_class)()
-    with module.graph(graph):
-        fn()
-    replay: Callable[[], None] = graph.replay
-    return replay
+__all__ = ["WARMUPS", "capture"]

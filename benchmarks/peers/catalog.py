@@ -11,8 +11,7 @@ from benchmarks.peers.faults import FaultCounter
 from benchmarks.peers.sglang_tools import SGLANG
 from benchmarks.peers.torch_tools import TORCH
 from benchmarks.peers.yardstick import Read
-from mla.bench.run import scenario_run
-from mla.bench.subjects import transformers_layer
+from mla.bench.subjects import fixture, transformers_layer
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.setting import Setting
 from mla.bench.subjects.transformers_classes import peer_model
@@ -49,7 +48,7 @@ PEERS: dict[str, Maker] = {
 
 def implementation_names(words: Sequence[str]) -> list[str]:
     """Return the implementations of a list of peers, ours first. Raises `UsageError`."""
-    known = ["ours", *PEERS, *scenario_run.IMPLEMENTATIONS]
+    known = ["ours", *PEERS, *fixture.IMPLEMENTATIONS]
     for word in words:
         if word not in known:
             hint = did_you_mean(word, known)
@@ -81,18 +80,18 @@ class Counters:
 
     def __init__(self) -> None:
         self.by_name: dict[str, FaultCounter] = {}
-        self._makers: dict[str, Maker] = {**scenario_run.IMPLEMENTATIONS, **PEERS}
+        self._makers: dict[str, Maker] = {**fixture.IMPLEMENTATIONS, **PEERS}
 
     def __enter__(self) -> Counters:
-        self._before = dict(scenario_run.IMPLEMENTATIONS)
-        scenario_run.IMPLEMENTATIONS.update(
+        self._before = dict(fixture.IMPLEMENTATIONS)
+        fixture.IMPLEMENTATIONS.update(
             {name: self._counted(name, maker) for name, maker in self._makers.items()}
         )
         return self
 
     def __exit__(self, *exception: object) -> None:
-        scenario_run.IMPLEMENTATIONS.clear()
-        scenario_run.IMPLEMENTATIONS.update(self._before)
+        fixture.IMPLEMENTATIONS.clear()
+        fixture.IMPLEMENTATIONS.update(self._before)
 
     def _counted(self, name: str, maker: Maker) -> Maker:
         def make(setting: Setting, state: State) -> Implementation:

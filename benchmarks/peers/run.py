@@ -29,12 +29,14 @@ from benchmarks.peers import catalog, sglang_tools, steady, summary
 from benchmarks.peers.choice import Unavailable
 from benchmarks.peers.scenarios import is_long, scenarios
 from mla.bench import results
-from mla.bench.limits.roofline import Ceilings
-from mla.bench.plan import options, resolve
-from mla.bench.run import scenario_run as session
-from mla.bench.run.scenario_run import Request
-from mla.bench.run.scheduler import Outcome
+from mla.bench.limits.roofline import RooflineModel
+from mla.bench.plan import options
+from mla.bench.plan.request import Request, plan_scenario
+from mla.bench.plan.resolve import resolve
+from mla.bench.run.outcome import Outcome, verdict
+from mla.bench.run.scheduler import measure
 from mla.bench.terminal import run_table
+from mla.bench.terminal.quality_warnings import quality_warnings
 from mla.bench.workload.grid import Point
 from mla.command import console
 from mla.command.exit_codes import guarded
@@ -53,7 +55,7 @@ _HEADLINE = {"mode": "eager", "cache": "warm", "clock": "host"}
 
 def defaults(**changes: object) -> options.RunOptions:
     """Return the runner's options with its own defaults for everything not in `changes`."""
-    from mla.bench.cli.main import run
+    from mla.bench.cli.run import run
 
     context = run.make_context("run", [])
     return options.RunOptions(**{**context.params, "backend": "cpu", **_HEADLINE, **changes})
@@ -76,7 +78,7 @@ class PeerRun:
         """Measure the scenarios one after the other; an interrupt or a failure keeps what there is."""
         ours = replace(self._request, implementations=[catalog.OURS])
         for scenario in wanted:
-            session.plan(ours, scenario).require()
+            plan_scenario(ours.setting, scenario, ours.implementations).memory.require()
         outcomes: list[Outcome] = []
         for scenario in wanted:
             outcomes.append(self._scenario(scenario))
@@ -91,9 +93,9 @@ class PeerRun:
     def _scenario(self, scenario: Point) -> Outcome:
         """Measure one scenario; a peer that refuses it is left out and said, and the others run."""
         names = [name for name in self._names if not self._reason(name, scenario)]
-        request = replace(self._request, scenarios=[scenario], implementations=names)
+        request = self._request.replanned([scenario], names)
         with catalog.Counters() as counters:
-            outcome = resolve.measure(request)
+            outcome = measure(request)
         if isinstance(outcome.failure, Unavailable) and outcome.failure.peer in names:
             console.note(f"{outcome.failure.peer} is not available here: {outcome.failure}")
             self._absent[outcome.failure.peer] = str(outcome.failure)
@@ -159,7 +161,7 @@ class PeerRun:
 
 def report(run: results.Run, request: Request) -> str:
     """Return the runner's table and one comparison per scenario."""
-    ceilings = Ceilings(request.setting)
+    ceilings = RooflineModel(request.setting)
     limits = summary.Limits(ceilings.bandwidth, ceilings.flops)
     grouped: dict[str, list[results.Case]] = {}
     for case in run.cases:
@@ -222,7 +224,7 @@ def peer_run(
     if malloc:
         rerun_with_tunables()
     wanted = scenarios(words, runs=runs, passes=passes, warmups=warmups)
-    request = resolve.prepare(
+    request = resolve(
         defaults(config=config, threads=threads, seed=seed, output=output, implementations="mla")
     )
     if memory:
@@ -232,9 +234,9 @@ def peer_run(
         results.write(whole.run, output)
     if whole.run.cases:
         console.out(report(whole.run, request))
-        for remark in run_table.noise(whole.run):
+        for remark in quality_warnings(whole.run):
             console.note(remark)
-    return resolve.verdict(whole)
+    return verdict(whole)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,9 @@ import click
 
 from benchmarks.peers.run import defaults
 from mla.bench import results
-from mla.bench.plan import resolve
+from mla.bench.plan.resolve import resolve
+from mla.bench.run import scheduler
+from mla.bench.run.outcome import verdict
 from mla.bench.workload.grid import Point
 from mla.command import console
 from mla.command.exit_codes import guarded
@@ -68,10 +69,11 @@ def measure(config: str, threads: int, steps: int, passes: int, output: Path) ->
     points = [(axis, value) for axis, values in AXES.items() for value in values]
     wanted = [scenario(axis, value, steps, passes) for axis, value in points]
     chosen = defaults(config=config, threads=threads, implementations="mla", output=output)
-    outcome = resolve.measure(replace(resolve.prepare(chosen), scenarios=wanted))
+    request = resolve(chosen)
+    outcome = scheduler.measure(request.replanned(wanted, request.implementations))
     outcome.run.argv = ["python benchmarks/peers/scaling.py", *sys.argv[1:]]
     results.write(outcome.run, output)
-    return resolve.verdict(outcome)
+    return verdict(outcome)
 
 
 def plot(files: Sequence[Path], output: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.peers.faults import minor_faults
 from mla.bench import results
-from mla.bench.run.scenario_run import Request
+from mla.bench.plan.request import Request
 from mla.bench.subjects.inputs import make_inputs
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.scenario import load_workload

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mla.bench.results.schema import Case, Ceiling
-from mla.bench.terminal.run_table import number
+from mla.bench.terminal.digits import number
 
 #: Peers that a scenario is compared with by name, beside the best of all.
 NAMED = ("transformers", "transformers-eager")

@@ -1,4 +1,4 @@
-"""The paged latent cache, and the ragged batches that are cut from it."""
+"""The paged latent cache, and the ragged batches of its steps."""
 
 from mla.cache.latent_cache import LatentCache
 

@@ -28,7 +28,7 @@ class LatentCache:
     """`pages` [layers, pages, page_size, c + r], zero where nothing was written.
 
     `shuffle` (a seed) hands pages out in random order: contiguous pages flatter a benchmark.
-    Raises ValueError for sizes that make no cache.
+    Raises ValueError for invalid sizes.
     """
 
     def __init__(
@@ -123,13 +123,13 @@ class LatentCache:
         return RaggedBatch(query_lens, kv_lens, table, self.page_size, self.pages.device, self, slots, memory)
 
     def _batch_memory(self, tokens: int, table: torch.Tensor) -> BatchMemory:
-        """Return where the step's tables go: the last step's memory again while the shape is the same."""
+        """Return where the step's tables go: the last step's memory while the shape is the same."""
         if self._memory is None or not self._memory.fits(tokens, table):
             self._memory = BatchMemory(tokens, table, self.pages.device)
         return self._memory
 
     def _table(self, entries: list[_Sequence]) -> torch.Tensor:
-        """Return the block table [B, n] of these sequences; the last one again while no page changed."""
+        """Return the block table [B, n] of these sequences; the previous one while no page has changed."""
         if self._last_table is None or self._last_table[0] is not entries:
             width = max(1, *[len(entry.pages) for entry in entries])
             table = self._tables[:, :width].index_select(0, host_ints(entry.row for entry in entries))
@@ -137,7 +137,7 @@ class LatentCache:
         return self._last_table[1]
 
     def _entries(self, sequences: Sequence[int], query_lens: Sequence[int]) -> list[_Sequence]:
-        """Return the entries of a step's sequences: the same list again for the same sequences."""
+        """Return the entries of a step's sequences: the same list as long as they are the same sequences."""
         if len(sequences) != len(query_lens) or not sequences:
             raise ValueError(f"got {len(sequences)} sequences and {len(query_lens)} query_lens.")
         if min(query_lens) < 0:
@@ -150,7 +150,7 @@ class LatentCache:
         return self._last_entries[1]
 
     def _reserve(self, entries: Sequence[_Sequence], kv_lens: Sequence[int]) -> None:
-        """Give each entry the pages its new length needs, or raise before giving any."""
+        """Give each entry the pages its new length needs; raises before giving any."""
         size = self.page_size
         wanted = [-(-n // size) - len(e.pages) for e, n in zip(entries, kv_lens, strict=True)]
         if max(wanted) <= 0:  # most steps of a decode

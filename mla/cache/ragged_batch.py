@@ -18,8 +18,8 @@ from mla.errors import StaleBatch
 Value = TypeVar("Value")
 
 
-class Source(Protocol):
-    """The cache a batch describes; its generation moves with every change of lengths."""
+class PagedCache(Protocol):
+    """The cache a batch describes; its generation changes with every change of lengths."""
 
     generation: int
     num_pages: int
@@ -34,9 +34,9 @@ def host_ints(values: Iterable[int], dtype: torch.dtype = torch.int64) -> torch.
 class BatchMemory:
     """The int32 device buffer of a batch's tables, and views of its parts.
 
-    Making the views costs more than filling them. So a cache fills the same memory for every step of one
-    shape, which is safe because a batch is void as soon as the next one exists, and because a device does its
-    work in order.
+    Making the views costs more than filling them, so a cache fills the same memory for every step of one
+    shape. That is safe because a batch is void as soon as the next one exists, and a device runs its work in
+    order.
     """
 
     def __init__(self, tokens: int, table: torch.Tensor, device: torch.device) -> None:
@@ -49,17 +49,17 @@ class BatchMemory:
         self.slots = slots.view(torch.int64)
         self.block_table = pages.view(requests, width)
         self._numbers = self.buffer[: self.buffer.shape[0] - requests * width]
-        self._held: torch.Tensor | None = None  # the host's block table that `block_table` holds
+        self._held: torch.Tensor | None = None  # the host's block table that `block_table` is a copy of
         self._kept: dict[Hashable, Any] = {}
 
     def fits(self, tokens: int, table: torch.Tensor) -> bool:
-        """Say whether a batch of this shape can lie here."""
+        """Return whether a batch of this shape fits here."""
         return self.positions.shape[0] == tokens and self.block_table.shape == table.shape
 
     def keep(self, key: Hashable, build: Callable[[], Value]) -> Value:
-        """Return further memory for what is derived from a batch, made once per key.
+        """Return memory for data derived from a batch, made once per key.
 
-        Every batch fills it anew, as it does the rest, so only the latest one may use it.
+        Every batch overwrites it, as it does the rest, so only the latest one may use it.
         """
         if key not in self._kept:
             with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
@@ -67,7 +67,7 @@ class BatchMemory:
         return cast("Value", self._kept[key])
 
     def fill(self, numbers: torch.Tensor, table: torch.Tensor) -> None:
-        """Copy what a batch packed, and its block table unless that is the one held already: one copy."""
+        """Copy what a batch packed, and its block table unless it is already here, in one copy."""
         if table is self._held:
             self._numbers.copy_(numbers, non_blocking=True)
             return
@@ -96,9 +96,9 @@ class RaggedBatch:
         block_table: torch.Tensor,  # [B, n] int32, on the host
         page_size: int,
         device: torch.device,
-        source: Source | None = None,
+        source: PagedCache | None = None,
         slots: Sequence[int] | None = None,  # of the new tokens, where the caller knows them
-        memory: BatchMemory | None = None,  # of this shape, where the caller has some to use again
+        memory: BatchMemory | None = None,  # of this shape, where the caller has some to reuse
     ) -> None:
         self.page_size = page_size
         self.device = device
@@ -177,7 +177,7 @@ class RaggedBatch:
         return cast("Value", self._memo[key])
 
     def fits(self, pages: int) -> bool:
-        """Say whether a cache of so many pages can be the one this batch describes."""
+        """Return whether a cache of `pages` pages can be the one this batch describes."""
         return self._source is None or self._source.num_pages == pages
 
     def check_current(self) -> None:

@@ -1,6 +1,6 @@
-"""Read one attention layer of a checkpoint folder of safetensors; whatever cannot be read right is refused.
+"""Read one attention layer from a folder of safetensors; anything that could be misread is refused.
 
-`read_layer` looks at names and headers only, so that every mistake they show is found before a value is
+`read_layer` looks at names and headers only, so that every mistake they reveal is found before a value is
 read. The `StoredLayer` it returns reads weights one at a time, in blocks of rows.
 """
 

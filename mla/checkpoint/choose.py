@@ -1,4 +1,4 @@
-"""Which of a checkpoint's attentions is meant."""
+"""Choose among a checkpoint's attentions."""
 
 from __future__ import annotations
 
@@ -7,31 +7,35 @@ from collections.abc import Collection, Iterable
 
 from mla.checkpoint.errors import CheckpointError
 from mla.checkpoint.facts import Facts
-from mla.checkpoint.names import Place
+from mla.checkpoint.names import Location
 
-#: A layer's number, or "N.M": attention M of a layer that has several.
+# A layer's number, or "N.M" for attention M of a layer that has several.
 Wanted = int | str | None
 _WANTED = re.compile(r"([0-9]{1,6})(?:\.([0-9]{1,3}))?")
 
 
-def choose(places: Collection[Place], wanted: Wanted, facts: Facts, folder: str) -> Place:
-    """Return the place of the wanted layer; None: of the only main layer. Raises `CheckpointError`."""
-    _one_pattern(places, folder)
+def choose(locations: Collection[Location], wanted: Wanted, facts: Facts, folder: str) -> Location:
+    """Return the location of the wanted layer; None: of the only main layer. Raises `CheckpointError`."""
+    _one_pattern(locations, folder)
     number, part = _parse(wanted, folder)
-    layer = _only_main(places, facts, folder) if wanted is None else _numbered(places, number, facts, folder)
-    parts = [place for place in places if place.layer == layer]
-    for place in parts:
-        if place.part == part:
-            return place
+    layer = (
+        _only_main(locations, facts, folder)
+        if wanted is None
+        else _numbered(locations, number, facts, folder)
+    )
+    parts = [location for location in locations if location.layer == layer]
+    for location in parts:
+        if location.part == part:
+            return location
     raise CheckpointError(_which_part(parts, layer, part, folder))
 
 
-def _one_pattern(places: Collection[Place], folder: str) -> None:
-    patterns = sorted({place.pattern for place in places})
+def _one_pattern(locations: Collection[Location], folder: str) -> None:
+    patterns = sorted({location.pattern for location in locations})
     if len(patterns) > 1:
         raise CheckpointError(
             f"checkpoint '{folder}' holds MLA attention weights under several names, '{patterns[0]}' and "
-            f"'{patterns[1]}': which are meant cannot be told."
+            f"'{patterns[1]}': it is unclear which are meant."
         )
 
 
@@ -47,8 +51,8 @@ def _parse(wanted: Wanted, folder: str) -> tuple[int | None, int | None]:
     return int(match[1]), int(match[2]) if match[2] else None
 
 
-def _only_main(places: Collection[Place], facts: Facts, folder: str) -> int | None:
-    layers = {place.layer for place in places}
+def _only_main(locations: Collection[Location], facts: Facts, folder: str) -> int | None:
+    layers = {location.layer for location in locations}
     main = {layer for layer in layers if not facts.is_draft(layer)}
     if len(main) == 1:
         return main.pop()
@@ -62,9 +66,9 @@ def _only_main(places: Collection[Place], facts: Facts, folder: str) -> int | No
     )
 
 
-def _numbered(places: Collection[Place], number: int | None, facts: Facts, folder: str) -> int | None:
-    """Return the stored number of layer `number`: a folder of one layer may have lost or changed it."""
-    layers = {place.layer for place in places}
+def _numbered(locations: Collection[Location], number: int | None, facts: Facts, folder: str) -> int | None:
+    """Return the stored number of layer `number`, which a folder of one layer may have lost or changed."""
+    layers = {location.layer for location in locations}
     if number in layers:
         return number
     if layers == {None} or (layers == {0} and facts.layers == 1):
@@ -75,11 +79,11 @@ def _numbered(places: Collection[Place], number: int | None, facts: Facts, folde
     )
 
 
-def _which_part(parts: list[Place], layer: int | None, part: int | None, folder: str) -> str:
+def _which_part(parts: list[Location], layer: int | None, part: int | None, folder: str) -> str:
     there = f"layer {layer or 0} of checkpoint '{folder}'"
     if parts[0].part is None:
         return f"{there} has one attention, so there is no {layer or 0}.{part}."
-    numbers = sorted(place.part or 0 for place in parts)
+    numbers = sorted(location.part or 0 for location in parts)
     choices = " or ".join(f"'{layer or 0}.{number}'" for number in numbers)
     return f"{there} has several attentions: choose one with layer={choices}."
 

@@ -1,4 +1,4 @@
-"""What config.json says about the files, beside the layer's dimensions: layer counts and quantization."""
+"""What config.json says about the files, besides the layer's dimensions: layer counts and quantization."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mla.config.families import language_model
 
 @dataclass(frozen=True)
 class Facts:
-    """`layers` None: the config does not say how many there are."""
+    """Layer counts and quantization; `layers` is None where the config does not give it."""
 
     source: str
     layers: int | None = None
@@ -21,13 +21,13 @@ class Facts:
     quantization: Mapping[str, Any] = field(default_factory=dict)
 
     def is_draft(self, layer: int | None) -> bool:
-        """Say whether a layer predicts further tokens, and so is none of the main layers."""
+        """Return whether a layer predicts further tokens, and so is not a main layer."""
         if self.layers is None or layer is None:
             return False
         return self.layers <= layer < self.layers + self.draft_layers
 
     def block_size(self, tensor: str) -> tuple[int, int]:
-        """Return rows and columns that share one FP8 scale, as declared: shapes cannot tell."""
+        """Return how many rows and columns share one FP8 scale, as declared: shapes do not determine it."""
         for key, known in (("quant_method", ("fp8",)), ("fmt", ("e4m3", None))):
             if self.quantization.get(key) not in known:
                 raise CheckpointError(
@@ -44,7 +44,7 @@ class Facts:
 
 
 def read_facts(folder: Folder) -> Facts:
-    """Read them from the folder's config.json, if it has one. Raises `CheckpointError`."""
+    """Read the facts from the folder's config.json, if it has one. Raises `CheckpointError`."""
     name = "config.json"
     source = str(folder.path / name)
     values = folder.json(name)

@@ -1,4 +1,4 @@
-"""Safetensors files: headers, and rows of a tensor. Nothing here keeps a file open or mapped."""
+"""Safetensors files: headers, and rows of a tensor. No file stays open or mapped."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 
 from mla.checkpoint.errors import CheckpointError
 
-#: What `safetensors` itself accepts.
+# What `safetensors` itself accepts.
 _MAX_HEADER = 100_000_000
 _LFS = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: what the header says. `dtype` is spelt as in the header, such as "BF16"."""
+    """A tensor in a file: what the header says. `dtype` is spelled as in the header, such as "BF16"."""
 
     file: Path
     key: str
@@ -32,8 +32,8 @@ class StoredTensor:
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) of dimension 0 as a view of the file, mapped while it lives.
 
-        The file is mapped anew for every block: the pages a mapping has read count as this process's memory
-        until it ends, and a mapping of a whole tensor would double what loading needs.
+        The file is mapped again for every block: the pages read through a mapping count as this process's
+        memory until it ends, so one mapping of a whole tensor would double what loading needs.
         """
         with opened(self.file) as tensors:
             part: torch.Tensor = tensors.get_slice(self.key)[start:stop]
@@ -48,7 +48,7 @@ def keys(file: Path) -> list[str]:
 
 
 def headers(file: Path, names: Collection[str]) -> dict[str, StoredTensor]:
-    """Return what the header says about those of `names` that it has. Raises `CheckpointError`."""
+    """Return what the header says about the tensors in `names` that it lists. Raises `CheckpointError`."""
     _sniff(file)
     found = {}
     with opened(file) as tensors:
@@ -60,7 +60,7 @@ def headers(file: Path, names: Collection[str]) -> dict[str, StoredTensor]:
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """Open a file, and turn whatever goes wrong with it into a `CheckpointError`."""
+    """Open a file, and turn any failure into a `CheckpointError`."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -74,7 +74,7 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def _sniff(file: Path) -> None:
-    """Look at a file's first bytes, for what the library would describe less clearly. Raises."""
+    """Raise `CheckpointError` for first bytes that the library would describe less clearly."""
     try:
         with file.open("rb") as stream:
             start = stream.read(len(_LFS))
@@ -90,6 +90,6 @@ def _sniff(file: Path) -> None:
     length = int.from_bytes(start[:8], "little")
     if length > min(size - 8, _MAX_HEADER):
         raise CheckpointError(
-            f"checkpoint file '{file}' is truncated or no safetensors: {size} bytes cannot hold a header of "
-            f"{length}."
+            f"checkpoint file '{file}' is truncated or not a safetensors file: {size} bytes cannot hold a "
+            f"header of {length}."
         )

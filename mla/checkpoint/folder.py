@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder: which there are, and which of them may be opened."""
+"""The files of a checkpoint folder, and which of them may be opened."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mla.checkpoint import files
 from mla.checkpoint.errors import CheckpointError
 
 _INDEX = ".safetensors.index.json"
-#: No config or index comes near this; a larger one is not parsed.
+# No config or index comes close to this; a larger file is not parsed.
 _MAX_JSON = 64 << 20
 _REFUSED = {
     **dict.fromkeys(
@@ -34,7 +34,7 @@ class Folder:
         self.index = self._index()
 
     def tensors(self) -> Iterator[tuple[str, str]]:
-        """Yield (file name, tensor name). With an index no file is opened; else only headers are read."""
+        """Yield (file name, tensor name). With an index opens no file; otherwise reads only headers."""
         if self.index is not None:
             yield from self._indexed(self.index)
             return
@@ -92,7 +92,8 @@ class Folder:
         weight_map = (self.json(index) or {}).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(one, str) for one in weight_map.values()):
             raise CheckpointError(
-                f"'{self.path / index}' has no weight_map from tensor names to file names, so it is no index."
+                f"'{self.path / index}' has no weight_map from tensor names to file names, so it is not an "
+                "index."
             )
         for name in sorted(set(weight_map.values())):
             _check_indexed(self.path / index, name)
@@ -126,7 +127,7 @@ def _check_indexed(index: Path, name: str) -> None:
 
 
 def refuse_other_formats(folder: str | Path) -> None:
-    """Raise `CheckpointError` for a folder whose only weights are of a format that is not read."""
+    """Raise `CheckpointError` for a folder that holds weights in unsupported formats only."""
     try:
         names = sorted(os.listdir(folder))
     except OSError:
@@ -140,7 +141,7 @@ def refuse_other_formats(folder: str | Path) -> None:
 
 
 def _root(folder: Path) -> Path:
-    """Return what links may point into: the folder, or the hub cache entry whose snapshot it is."""
+    """Return the folder that links may point into: this one, or the hub cache entry it is a snapshot of."""
     for parent in folder.parents:
         if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
             return parent.parent

@@ -1,4 +1,4 @@
-"""`read_layer`: from a folder and a config to one layer's stored weights, or to the reason why not."""
+"""`read_layer`: from a folder and a config to one layer's stored weights, or to the reason for refusing."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from mla.checkpoint.errors import CheckpointError
 from mla.checkpoint.facts import Facts, read_facts
 from mla.checkpoint.files import StoredTensor
 from mla.checkpoint.folder import Folder
-from mla.checkpoint.names import KNOWN, Place, is_mla, locate
-from mla.checkpoint.stored import DTYPES, FP8, Progress, StoredLayer, StoredWeight
+from mla.checkpoint.names import KNOWN, Location, is_mla, locate
+from mla.checkpoint.stored import DTYPES, FP8, ReadProgress, StoredLayer, StoredWeight
 from mla.config import MLAConfig
 from mla.weights import weight_shapes
 
 Keys = dict[str, list[tuple[str, str]]]  # Hugging Face name -> (file name, tensor name)
 
-#: Tensors of an attention that are no weights: tables every implementation computes.
+# Tensors of an attention that are not weights: tables every implementation computes.
 _IGNORED = "rotary_emb."
 _SCALE = "_scale_inv"
-#: Why a tensor of the layer is not simply left out, by the start or the end of its name.
+# Why a tensor of the layer may not be ignored, by the start or the end of its name.
 _REASONS = (
     (r"indexer\.", "belongs to an indexer that picks the tokens to attend"),
     (r"sinks?\b|.*\.sinks?$", "is an attention sink"),
@@ -45,25 +45,25 @@ def read_layer(
     layer: Wanted = None,
     *,
     dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: ReadProgress | None = None,
 ) -> StoredLayer:
     """Return the weights of one layer, checked against `config` and still on disk.
 
     `layer` is a number, or "N.M" for attention M of a layer that has several, or None for the only main
-    layer: layers for multi-token prediction are taken by number alone. A folder of one layer whose names
+    layer: layers for multi-token prediction are chosen by number only. A folder of one layer whose names
     carry no number serves any; one renumbered to 0 does if its config.json has num_hidden_layers 1.
 
     Tensors arrive in `dtype`, or as stored (FP8 as BF16), rounded once; `progress(done_bytes, total_bytes)`
-    follows reading. Raises `CheckpointError`, here for names, shapes and dtypes, and when a weight is read
-    for its values.
+    is called while they are read. Raises `CheckpointError`: here for names, shapes and dtypes, and for values
+    when a weight is read.
     """
-    place = Folder(folder)
-    facts = read_facts(place)
-    keys = _find(place, layer, facts)
+    stored = Folder(folder)
+    facts = read_facts(stored)
+    keys = _find(stored, layer, facts)
     shapes = weight_shapes(config)
-    _check_names(place, keys, shapes)
+    _check_names(stored, keys, shapes)
     wanted = [name for one in shapes for name in (one, one + _SCALE) if name in keys]
-    tensors = _headers(place, {name: keys[name][0] for name in wanted})
+    tensors = _headers(stored, {name: keys[name][0] for name in wanted})
     weights = {
         name: _weight(tensors[name], tensors.get(name + _SCALE), shape, facts)
         for name, shape in shapes.items()
@@ -73,23 +73,23 @@ def read_layer(
 
 def _find(folder: Folder, layer: Wanted, facts: Facts) -> Keys:
     """Return the tensors of the chosen layer's attention."""
-    places: dict[Place, Keys] = {}
+    locations: dict[Location, Keys] = {}
     for file, key in folder.tensors():
         located = locate(key)
         if located is not None:
-            place, name = located
-            places.setdefault(place, {}).setdefault(name, []).append((file, key))
-    served = [place for place, keys in places.items() if is_mla(set(keys)) and not place.is_draft]
+            location, name = located
+            locations.setdefault(location, {}).setdefault(name, []).append((file, key))
+    served = [location for location, keys in locations.items() if is_mla(set(keys)) and not location.is_draft]
     if not served:
         raise CheckpointError(
             f"checkpoint '{folder.path}' holds no MLA attention weights, such as "
             "'model.layers.0.self_attn.kv_a_proj_with_mqa.weight'."
         )
-    return places[choose(served, layer, facts, str(folder.path))]
+    return locations[choose(served, layer, facts, str(folder.path))]
 
 
 def _check_names(folder: Folder, keys: Keys, shapes: Mapping[str, object]) -> None:
-    """Refuse tensors that are there twice, that are not this layer's, or that are not there."""
+    """Refuse tensors that are duplicated, foreign to this layer, or missing."""
     for name, entries in keys.items():
         if len(entries) > 1:
             raise CheckpointError(f"checkpoint '{folder.path}' holds '{name}' twice: {_twice(*entries[:2])}.")
@@ -100,7 +100,7 @@ def _check_names(folder: Folder, keys: Keys, shapes: Mapping[str, object]) -> No
         if name not in keys:
             file, key = next(iter(keys.values()))[0]
             raise CheckpointError(
-                f"checkpoint '{folder.path}' has no tensor '{name}' beside {key!r} in {file!r}."
+                f"checkpoint '{folder.path}' has no tensor '{name}' next to {key!r} in {file!r}."
             )
 
 
@@ -114,16 +114,16 @@ def _twice(one: tuple[str, str], other: tuple[str, str]) -> str:
 
 
 def _unexpected(name: str) -> str:
-    """Return why a tensor is refused: left out, the layer would compute something else."""
+    """Return why a tensor is refused: without it, the layer would compute something else."""
     for pattern, reason in _REASONS:
         if re.match(pattern, name):
             served = name.partition(".")[0] in KNOWN
             return reason if served else f"{reason}, which this layer does not compute"
-    return "is none of this layer's weights, and leaving it out could change the result"
+    return "is not one of this layer's weights, and ignoring it could change the result"
 
 
 def _headers(folder: Folder, entries: Mapping[str, tuple[str, str]]) -> dict[str, StoredTensor]:
-    """Return what the files say about weights; only the files that should hold them are opened."""
+    """Return what the files say about the weights, opening only the files that should hold them."""
     by_file: dict[str, dict[str, str]] = {}
     for name, (file, key) in entries.items():
         by_file.setdefault(file, {})[key] = name
@@ -157,8 +157,8 @@ def _weight(
         )
     if scale is not None:
         raise CheckpointError(
-            f"{tensor} is {tensor.dtype} and yet has a scale, {scale.key!r}: whether that still has to be "
-            "applied cannot be told."
+            f"{tensor} is {tensor.dtype} and yet has a scale, {scale.key!r}: it is unclear whether that "
+            "still has to be applied."
         )
     return StoredWeight(tensor)
 

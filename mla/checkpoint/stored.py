@@ -11,9 +11,9 @@ import torch
 from mla.checkpoint.errors import CheckpointError
 from mla.checkpoint.files import StoredTensor
 
-Progress = Callable[[int, int], object]
+ReadProgress = Callable[[int, int], object]  # bytes read, bytes of all
 
-#: Elements read at a time: with fp32 copies, scratch memory of some 10 MiB.
+# Elements read at a time: with fp32 copies, about 10 MiB of scratch memory.
 BLOCK = 1 << 20
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 FP8 = "F8_E4M3"
@@ -30,7 +30,7 @@ class StoredWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the numbers: as stored, and BF16 for FP8."""
+        """The dtype of the numbers: as stored, or BF16 for FP8."""
         return torch.bfloat16 if self.scale else DTYPES[self.tensor.dtype]
 
     @property
@@ -40,7 +40,7 @@ class StoredWeight:
         return sum(math.prod(one.shape) * _BYTES[one.dtype] for one in stored)
 
     def read_into(self, out: torch.Tensor, advance: Callable[[int], None]) -> None:
-        """Write the numbers, rounded once to `out`'s dtype; `advance` is told the bytes of every block."""
+        """Write the numbers, rounded once to `out`'s dtype; `advance` gets the bytes of every block."""
         rows, scale = self.tensor.shape[0], self._read_scale()
         advance(0 if self.scale is None else math.prod(self.scale.shape) * _BYTES[self.scale.dtype])
         step = max(1, BLOCK // math.prod(self.tensor.shape[1:]))
@@ -82,7 +82,7 @@ class StoredWeight:
 
 
 def _finite(tensor: torch.Tensor) -> bool:
-    """Say whether all elements are finite: NaN and infinity survive as the least or the greatest."""
+    """Return whether all elements are finite: NaN and infinity survive in the minimum or the maximum."""
     least, greatest = tensor.aminmax()
     return math.isfinite(least) and math.isfinite(greatest)
 
@@ -91,7 +91,7 @@ class StoredLayer(Mapping[str, torch.Tensor]):
     """One layer's weights by Hugging Face name, on disk: shapes and dtypes are checked, values unread.
 
     `layer[name]` reads one weight to the host, in `dtype` if given, else as stored (FP8 as BF16);
-    `read_into` writes it to memory that exists, on any device and in any dtype, with one rounding. Both
+    `read_into` writes it to existing memory, on any device and in any dtype, rounded once. Both
     raise `CheckpointError`. `progress(done_bytes, total_bytes)` is called after each block of a first read.
     """
 
@@ -99,7 +99,7 @@ class StoredLayer(Mapping[str, torch.Tensor]):
         self,
         weights: Mapping[str, StoredWeight],
         dtype: torch.dtype | None = None,
-        progress: Progress | None = None,
+        progress: ReadProgress | None = None,
     ) -> None:
         self._weights, self._dtype, self._progress = weights, dtype, progress
         self._unread = set(weights)

@@ -1,4 +1,4 @@
-"""What a number depended on: versions, host, build, commit. Every probe is guarded; unknown is left out."""
+"""What a number depended on: versions, host, build, commit. Probes are guarded; unknown facts are omitted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 
 import mla
-from mla.bench.results.schema import BackendFacts
 from mla.command import launcher
 from mla_backends import host
 from mla_backends.api import Backend
@@ -33,18 +32,6 @@ def environment(backend: Backend) -> dict[str, str]:
     facts |= {key: value for key in ("OMP_NUM_THREADS", "KMP_AFFINITY") if (value := os.environ.get(key))}
     facts |= launcher.facts()
     return facts | {f"backend.{key}": str(value) for key, value in backend.environment().items()}
-
-
-def backend_facts(backend: Backend, version: str | None) -> BackendFacts:
-    """Return what ran; `version` is that of the backend's distribution."""
-    info = backend.device_info()
-    return BackendFacts(
-        name=backend.name,
-        version=version,
-        device=info.name,
-        memory_bytes=info.memory_bytes,
-        cache_bytes=info.cache_bytes,
-    )
 
 
 def distribution_version(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Where something was raised: the op's own line, and not the innermost one of torch below it."""
+"""Where an error was raised: the line of the op itself rather than the innermost one of torch below it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def place(error: BaseException) -> str:
 
 
 def _name(callers: list[_Place], op: FusedOp) -> str:
-    """Return ", op 'name' of role": the layer that called the op knows both."""
+    """Return ", op 'name' of role": the step that called the op knows both."""
     from mla.layer.ops import Ops
 
     for frame, _ in reversed(callers):
-        ops = getattr(_self(frame), "ops", None)
+        ops = frame.f_locals.get("ops", getattr(_self(frame), "ops", None))
         if isinstance(ops, Ops):
             roles = [role for role in ops.names() if ops[role].op is op]
             named = frame.f_locals.get("role")  # one op may serve several weights

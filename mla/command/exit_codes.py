@@ -65,7 +65,7 @@ def _guarded(command: Callable[[], int | None]) -> int:
 
 
 def _unexpected(error: Exception) -> str:
-    """Return the sentence for an exception nobody foresaw, or for a missing torch."""
+    """Return the sentence for an unforeseen exception, or for a missing torch."""
     if isinstance(error, ModuleNotFoundError) and error.name == "torch":
         return (
             "torch is not installed: install the build of your device's vendor, or for a CPU run "
@@ -77,6 +77,6 @@ def _unexpected(error: Exception) -> str:
 
 
 def _say(sentence: str, code: Exit) -> int:
-    with contextlib.suppress(BrokenPipeError):  # nobody reads stderr; the exit code still tells
+    with contextlib.suppress(BrokenPipeError):  # stderr was closed; the exit code still tells
         print(f"error: {sentence}", file=sys.stderr, flush=True)  # noqa: T201
     return code

@@ -1,24 +1,17 @@
-"""Options that several commands share, and the words they take."""
+"""What the options and arguments of several commands share: how words are read, and how help shows them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
-from mla.errors import UsageError
+from mla.command import launcher
 
-
-def key_values(options: Sequence[str]) -> dict[str, str]:
-    """Split `-O` options at their "=". Raises `UsageError`."""
-    pairs = [option.partition("=") for option in options]
-    for option, (key, equals, _) in zip(options, pairs, strict=True):
-        if not key or not equals:
-            raise UsageError(f"-O wants KEY=VALUE, got '{option}'.")
-    return {key: value for key, _, value in pairs}
-
+Command = TypeVar("Command", bound=Callable[..., Any])
+Callback = Callable[[click.Context, click.Parameter, "str | None"], Any]
 
 FILE = click.Path(path_type=Path)
 
@@ -35,14 +28,40 @@ class Word(click.Argument):
         return self.human_readable_name, self.help or ""
 
 
-def percent(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
-    """Read "3%" or "3" as 0.03."""
-    if value is None:
-        return None
+def adding(options: Sequence[Callable[[Any], Any]]) -> Callable[[Command], Command]:
+    """Return a decorator that adds click options to a command, in their order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def reading(parse: Callable[[str], Any]) -> Callback:
+    """Return a click callback that reads a value with `parse`, whose ValueError names the mistake."""
+
+    def read(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Any:
+        try:
+            return None if value is None else parse(value)
+        except ValueError as error:
+            raise click.BadParameter(f"{str(error).rstrip('.')}.") from error
+
+    return read
+
+
+def percent(text: str) -> float:
+    """Read "3%" or "3" as 0.03. Raises ValueError."""
     try:
-        found = float(value.removesuffix("%")) / 100
+        share = float(text.removesuffix("%")) / 100
     except ValueError:
-        found = -1.0
-    if not 0 <= found < 10:
-        raise click.BadParameter(f"'{value}' is no percentage, such as 3%.")
-    return found
+        share = -1.0
+    if not 0 <= share < 10:
+        raise ValueError(f"'{text}' is not a valid percentage, such as 3%.")
+    return share
+
+
+def result_path(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """Give every task of a launcher a result file of its own. Raises `LaunchError`."""
+    return None if value is None else launcher.result_path(value)

@@ -47,7 +47,7 @@ class Progress(_Bar):
 
     @property
     def hidden(self) -> bool:
-        """Say whether nobody sees the bar, since stderr is no terminal."""
+        """True when stderr is not a terminal."""
         return self._bar.disable
 
     def advance(self, what: str, seconds: float) -> None:

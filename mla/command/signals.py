@@ -15,7 +15,7 @@ _terminated = False
 def sigterm_interrupts() -> Iterator[None]:
     """Let SIGTERM raise KeyboardInterrupt within the block; `terminated` tells it from Ctrl-C.
 
-    Does nothing where somebody else handles SIGTERM, and outside the main thread.
+    Does nothing where SIGTERM already has a handler, and outside the main thread.
     """
     global _terminated
     _terminated = False
@@ -31,7 +31,7 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def terminated() -> bool:
-    """Say whether SIGTERM arrived within the last block."""
+    """Return whether SIGTERM arrived within the last block."""
     return _terminated
 
 

@@ -1,4 +1,4 @@
-"""What each model family's own code makes of its config.json, as data.
+"""How each model family's own code reads its config.json, as data.
 
 The core never asks for a family: `MLAConfig.from_dict` turns these tables into numbers once. Defaults and
 fixed values are those of the classes in `transformers`, which the tests compare with.
@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mla.errors import ConfigError, did_you_mean
-
-if TYPE_CHECKING:
-    from mla.config import MLAConfig
 
 
 @dataclass(frozen=True)
 class Family:
     """How one `model_type` differs from a plain reading of its keys."""
 
-    architecture: str = ""  # stands in for a missing model_type
+    architecture: str = ""  # identifies the family where model_type is missing
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what an absent key means
-    derived: Mapping[str, Callable[[MLAConfig], Any]] = field(default_factory=dict)  # the same, computed
+    # What an absent key means where that depends on the other fields of the config, given by name.
+    derived: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)  # fields that no key changes
     demands: Mapping[str, Any] = field(default_factory=dict)  # keys with one supported value, if present
     needs: frozenset[str] = frozenset()  # keys that may not be null
@@ -33,7 +31,7 @@ class Family:
     rotary_share_of_head: bool = False  # partial_rotary_factor is a part of n + r, not of r
 
 
-#: The two latent norms of every class pass no eps, so it is 1e-6 even where config.json says 1e-5.
+# The two latent norms of every class pass no eps, so it is 1e-6 even where config.json says 1e-5.
 _EPS = {"rms_norm_eps": 1e-6}
 _DIMS = {"q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 _INTERLEAVED = {**_EPS, "rope_interleave": True}
@@ -58,15 +56,15 @@ FAMILIES: Mapping[str, Family] = {
     "minicpm3": Family(
         "MiniCPM3ForCausalLM",
         defaults={"q_lora_rank": 768, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32},
-        derived={"v_head_dim": lambda config: config.hidden_size // config.num_attention_heads},
+        derived={"v_head_dim": lambda values: values["hidden_size"] // values["num_attention_heads"]},
         fixed={**_EPS, "rope_interleave": False},
     ),
     "longcat_flash": Family(
         "LongcatFlashForCausalLM",
         defaults={**_DIMS, "rope_theta": 1e7},
         derived={
-            "q_latent_scale": lambda config: (config.hidden_size / (config.q_lora_rank or 1)) ** 0.5,
-            "kv_latent_scale": lambda config: (config.hidden_size / config.kv_lora_rank) ** 0.5,
+            "q_latent_scale": lambda values: (values["hidden_size"] / (values["q_lora_rank"] or 1)) ** 0.5,
+            "kv_latent_scale": lambda values: (values["hidden_size"] / values["kv_lora_rank"]) ** 0.5,
         },
         fixed=_INTERLEAVED,
         demands={"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
@@ -92,7 +90,7 @@ FAMILIES: Mapping[str, Family] = {
         scales_queries=True,
         rotary_share_of_head=True,
     ),
-    "kimi_linear": Family(  # its latent attention layers; the others are no MLA
+    "kimi_linear": Family(  # its latent attention layers; the others are not MLA
         "KimiLinearForCausalLM",
         defaults={**_DIMS, "q_lora_rank": None},
         fixed=_INTERLEAVED,
@@ -101,15 +99,15 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 
-#: For configs that name no family: the keys mean what they say.
+# For configs that name no family: the keys mean what they say.
 UNNAMED = Family()
 
-#: Other names of the families above.
+# Other names of the families above.
 ALIASES: Mapping[str, str] = {"kimi_k2": "deepseek_v3", "AXK1": "axk1"}
 
 _INDEXER = "an indexer picks which keys a query sees"
 
-#: Families that are refused, and why. Their parts (`<name>_text`) are refused alike.
+# Families that are refused, and why. So are their parts (`<name>_text`).
 REFUSED: Mapping[str, str] = {
     "deepseek_v32": _INDEXER,
     "glm_moe_dsa": f"{_INDEXER}, and some layers reuse another's choice",
@@ -125,7 +123,7 @@ REFUSED: Mapping[str, str] = {
     "kimi_k3": "a gate multiplies the output of attention",
 }
 
-#: Keys that mean another attention when they are set, and what they mean. Refused in every family.
+# Keys that mean a different attention when set, and what they mean. Refused in every family.
 CHANGES: Mapping[str, str] = {
     **dict.fromkeys(("index_topk", "index_n_heads", "index_head_dim", "indexer_types"), _INDEXER),
     **dict.fromkeys(("sliding_window", "sliding_window_size"), "queries see a window of keys only"),
@@ -143,13 +141,13 @@ CHANGES: Mapping[str, str] = {
     **dict.fromkeys(("mla_scale_q_lora", "mla_scale_kv_lora"), "latents are scaled"),
 }
 
-#: Keys of any family with one supported value.
+# Keys of any family with one supported value.
 DEMANDS: Mapping[str, Any] = {"use_mla": True, "attention_method": "MLA"}
 
-#: Keys that count only while another key is not false.
+# Keys that count only while another key is not false.
 SWITCHES: Mapping[str, str] = {"sliding_window": "use_sliding_window"}
 
-#: Keys under which a multimodal model's config.json holds its language model's.
+# Keys under which a multimodal model's config.json holds its language model's.
 WRAPPERS = ("text_config", "language_config", "llm_config")
 
 
@@ -163,7 +161,7 @@ def language_model(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def refuse(name: str, values: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for a family that is known not to fit, whatever its other keys say."""
+    """Raise `ConfigError` for a family that is known to be unsupported, regardless of its other keys."""
     kind = values.get("model_type")
     reason = REFUSED.get(kind.removesuffix("_text")) if isinstance(kind, str) else None
     if reason is not None:
@@ -171,10 +169,10 @@ def refuse(name: str, values: Mapping[str, Any]) -> None:
 
 
 def find_family(name: str, values: Mapping[str, Any]) -> tuple[str | None, Family]:
-    """Return the family's common name and its table; a missing model_type is told by `architectures`.
+    """Return the family's common name and its table; `architectures` stands in for a missing model_type.
 
-    A config that names neither is read as it stands. Raises `ConfigError` for an unknown name: such a model
-    may do something to its queries or keys that no key tells.
+    A config with neither is read as it stands. Raises `ConfigError` for an unknown name: such a model may do
+    something to its queries or keys that no key reveals.
     """
     kind, architectures = values.get("model_type"), values.get("architectures")
     if kind is None and isinstance(architectures, list) and architectures:
@@ -185,15 +183,15 @@ def find_family(name: str, values: Mapping[str, Any]) -> tuple[str | None, Famil
     kind = ALIASES.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConfigError(
-            f"config '{name}': model type {kind!r} is not known, and its attention may differ from what its "
-            f"keys tell.{did_you_mean(str(kind), list(FAMILIES))} Known: {', '.join(FAMILIES)}. If it is "
+            f"config '{name}': model type {kind!r} is unknown, and its attention may differ from what its "
+            f"keys say.{did_you_mean(str(kind), list(FAMILIES))} Known: {', '.join(FAMILIES)}. If it is "
             "DeepSeek-V3's attention, say so with model_type 'deepseek_v3'."
         )
     return kind, FAMILIES[kind]
 
 
 def check_keys(name: str, family: Family, values: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for keys that mean another attention than this family's."""
+    """Raise `ConfigError` for keys that mean a different attention than this family's."""
     for key, reason in CHANGES.items():
         off = not values.get(key) or values.get(SWITCHES.get(key, "")) is False
         if not off and key not in family.ignores and key not in family.demands:

@@ -13,7 +13,7 @@ from mla.config.presets import PRESETS
 from mla.config.rope_settings import (
     LongRopeScaling,
     QueryScaling,
-    Scaling,
+    RopeScaling,
     YarnScaling,
     is_positive,
     read_rope,
@@ -22,9 +22,9 @@ from mla.errors import ConfigError
 
 __all__ = ["DIMENSIONS", "LongRopeScaling", "MLAConfig", "QueryScaling", "YarnScaling"]
 
-#: Keys of a config.json that must agree with the head's width, where they are given.
+# Keys of a config.json that must agree with the head's width, where they are given.
 _WIDTHS = ("qk_head_dim", "q_head_dim")
-#: Fields that are dimensions, all of them keys of a config.json.
+# Fields that are dimensions, all of them keys of a config.json.
 DIMENSIONS = (
     "hidden_size",
     "num_attention_heads",
@@ -34,7 +34,7 @@ DIMENSIONS = (
     "qk_rope_head_dim",
     "v_head_dim",
 )
-#: Fields that are no keys of a config.json.
+# Fields that are not keys of a config.json.
 _READ_APART = {"rope_theta", "rope_scaling", "query_scaling", "model_type", "name"}
 
 
@@ -45,8 +45,8 @@ class MLAConfig:
     Dimensions are per head unless they say otherwise. `q_lora_rank` None means one `q_proj` instead of the
     `q_a_proj`, `q_a_layernorm`, `q_b_proj` chain. `rms_norm_eps` is that of the two latent norms: read from
     a config.json that names its family it is 1e-6, because the classes of `transformers` pass none to these
-    norms even where the file says 1e-5; `dataclasses.replace` sets another. Raises `ConfigError` for values
-    no layer can have.
+    norms even where the file says 1e-5; use `dataclasses.replace` to change it. Raises `ConfigError` for
+    invalid values.
     """
 
     hidden_size: int
@@ -60,7 +60,7 @@ class MLAConfig:
     attention_bias: bool = False  # on q_a, kv_a and o; never on q, q_b and kv_b
     rope_theta: float | None = 10000.0  # None: nothing is rotated
     rope_interleave: bool = True  # channels (0, 1), (2, 3), ... are rotated together, else i and i + r/2
-    rope_scaling: Scaling | None = None
+    rope_scaling: RopeScaling | None = None
     q_latent_scale: float = 1.0  # on the normed query latent, and so on queries
     kv_latent_scale: float = 1.0  # on the normed latent, which is cached scaled
     query_scaling: QueryScaling | None = None  # of queries by position
@@ -108,7 +108,7 @@ class MLAConfig:
         return float(self.qk_head_dim**-0.5 * factor)
 
     def with_heads(self, num_attention_heads: int) -> MLAConfig:
-        """Return this config with another head count, as one tensor-parallel rank has."""
+        """Return this config with a different head count, such as that of one tensor-parallel rank."""
         return replace(self, num_attention_heads=num_attention_heads)
 
     @classmethod
@@ -141,7 +141,7 @@ class MLAConfig:
 
         A multimodal config gives its language model's layer. Keys that do not concern the layer are ignored,
         and so are head_dim and max_position_embeddings, which no weight and no angle of MLA depends on.
-        Raises `ConfigError` for a family or a key that means another attention, and for an unknown family.
+        Raises `ConfigError` for a family or key that means a different attention, and for an unknown family.
         """
         inner = language_model(values)
         name = str(values.get("name", inner.get("model_type", "custom")))
@@ -168,12 +168,12 @@ def _plain(cls: type[MLAConfig], family: Family, values: Mapping[str, Any], **na
     absent = {key for key in family.derived if values.get(key) is None}
     own = {key: value for key, value in values.items() if key in known - absent}
     config = cls(**own, **names)
-    derived = {key: family.derived[key](config) for key in absent}
+    derived = {key: family.derived[key](vars(config)) for key in absent}
     return replace(config, **derived, **family.fixed)
 
 
 def _check_agreement(config: MLAConfig, values: Mapping[str, Any]) -> None:
-    """Refuse keys that contradict the layer's dimensions: they would mean another attention."""
+    """Refuse keys that contradict the layer's dimensions: they would mean a different attention."""
     heads = values.get("num_key_value_heads")
     if heads is not None and heads != config.num_attention_heads:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Published MLA configurations: the checkpoint each belongs to, and where its numbers were read."""
+"""Published MLA configurations: the checkpoint each belongs to, and the source of its numbers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _COPIES = f"{_GITHUB}hlky/dinoml_v2/blob/ac464cf1b3a8/agents/plans/transformers/
 _V3_COPY = f"{_COPIES}deepseek_v3/_sources/deepseek-ai__DeepSeek-V3.config.json"
 _V3 = _layer("deepseek_v3", 7168, 128, 1536, rope_theta=10000, rope_scaling=_yarn(40, 1.0))
 
-#: Divisors of the 16 rotary frequencies of MiniCPM3, for short and long sequences alike.
+# Divisors of the 16 rotary frequencies of MiniCPM3, for short and long sequences alike.
 _MINICPM3_FACTORS = [
     1.0591234137867171,
     1.1241891283591912,

@@ -1,4 +1,4 @@
-"""Rotary settings of a config.json: every spelling `transformers` reads alike, or a `ConfigError`."""
+"""Rotary settings of a config.json: the spellings `transformers` reads the same way, or a `ConfigError`."""
 
 from __future__ import annotations
 
@@ -72,20 +72,20 @@ class QueryScaling:
     period: int
 
 
-Scaling = YarnScaling | LongRopeScaling
+RopeScaling = YarnScaling | LongRopeScaling
 
-#: Keys that name the kind of scaling.
+# Keys that name the kind of scaling.
 _KIND = ("type", "rope_type")
-#: Keys for which null is not as good as absent.
+# Keys for which null does not mean absent.
 _NULL_COUNTS = (*_KIND, "truncate")
 
 
 @dataclass(frozen=True)
 class Rope:
-    """What the rotary keys of a config.json amount to; `theta` None means that nothing is rotated."""
+    """The meaning of a config.json's rotary keys; `theta` None means that nothing is rotated."""
 
     theta: float | None
-    scaling: Scaling | None = None
+    scaling: RopeScaling | None = None
     query_scaling: QueryScaling | None = None
 
 
@@ -118,7 +118,7 @@ def read_rope(name: str, family: Family, values: Mapping[str, Any], head: tuple[
 
 @dataclass(frozen=True)
 class _Spec:
-    """Rotary keys with a value, and how messages name where they stand."""
+    """Rotary keys with a value, and how messages name their location."""
 
     where: str
     values: dict[str, Any]
@@ -137,12 +137,12 @@ class _Spec:
 
 
 def is_positive(value: Any) -> bool:
-    """Say whether a value of a config.json is a number above 0, within bounds that no real one leaves."""
+    """Return whether a value of a config.json is a number above 0, within bounds that any real one keeps."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-30 < value < 1e30
 
 
 def _check_share(name: str, share: Any, head: tuple[int, int], of_head: bool) -> None:
-    """Refuse a partial_rotary_factor that means other than the r rotary channels."""
+    """Refuse a partial_rotary_factor that does not mean the r rotary channels."""
     whole = sum(head) if of_head else head[1]
     if not is_positive(share) or round(share * whole) != head[1]:
         raise ConfigError(
@@ -159,7 +159,7 @@ def _query_scaling(spec: _Spec) -> QueryScaling | None:
     return QueryScaling(beta, spec.number("original_max_position_embeddings")) if beta else None
 
 
-def _scaling(spec: _Spec, family: Family, values: Mapping[str, Any], half: int) -> Scaling | None:
+def _scaling(spec: _Spec, family: Family, values: Mapping[str, Any], half: int) -> RopeScaling | None:
     kind = spec.values.get("rope_type", spec.values.get("type", "default"))
     kind = family.rope_types.get(kind, kind) if isinstance(kind, str) else kind
     if kind == "default":

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mla.command import environment, files
+from mla.command.backend import BackendOptions, backend_options, open_backend
 from mla.command.console import note, out
 from mla.command.exit_codes import Exit, guarded
 from mla.command.exit_codes import interrupted as ended_early
+from mla.command.options import FILE, result_path
 from mla.command.progress import Progress
 from mla.errors import UsageError
-from mla_backends.discovery import locate
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from mla.conformance.suite import Instance
     from mla.conformance.trial import Subject
     from mla.conformance.xfails import Xfails
+    from mla_backends.api import Backend
 
 PROGRAM = "python -m mla.conformance"
 
@@ -46,10 +48,7 @@ Exit codes: 0 all passed, 1 an expected failure passed, 2 usage, 3 backend missi
 
 @click.command(epilog=EPILOG)
 @click.version_option(package_name="mla")
-@click.option("--backend", metavar="NAME", help="Backend to check, or package.module:attribute.")
-@click.option("--device", metavar="INDEX", type=click.IntRange(min=0), help="Index of the device.")
-@click.option("-O", "options", metavar="KEY=VALUE", multiple=True, help="Option of the backend.")
-@click.option("--threads", type=click.IntRange(1, 4096), help="Host threads. Default: the backend decides.")
+@backend_options("Backend to check, or package.module:attribute.")
 @click.option(
     "--dtype",
     "dtypes",
@@ -63,15 +62,16 @@ Exit codes: 0 all passed, 1 an expected failure passed, 2 usage, 3 backend missi
     "--xfails",
     "xfails_file",
     metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Expected failures, one 'check: reason' a line.",
+    type=FILE,
+    help="Expected failures, one 'check: reason' per line.",
 )
 @click.option(
     "--report",
     "report_file",
     metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Write the report as JSON.",
+    type=FILE,
+    callback=result_path,
+    help="Write the report as JSON. %t is the task's number under srun or torchrun, %j the job's.",
 )
 @click.option("--list", "list_only", is_flag=True, help="Describe every check, and stop.")
 @click.option(
@@ -108,7 +108,7 @@ def run(
     *,
     backend: str | None,
     device: int | None,
-    options: Sequence[str],
+    backend_options: tuple[str, ...],
     threads: int | None,
     dtypes: Sequence[str],
     only: Sequence[str],
@@ -129,7 +129,7 @@ def run(
     _require_known(only)
     if report_file:
         files.check_writable(report_file)
-    subject = open_subject(backend, device, threads, _key_values(options), quick)
+    subject = open_subject(BackendOptions(backend, device, backend_options, threads), quick)
     chosen = _dtypes(subject, dtypes)
     planned = instances(subject, chosen, only)
     if not planned:
@@ -144,24 +144,17 @@ def run(
     return verdict(report)
 
 
-def open_subject(
-    name: str, device: int | None, threads: int | None, options: Mapping[str, str], quick: bool
-) -> Subject:
-    """Open a backend as the runner does. Raises `BackendError`."""
-    import mla
+def open_subject(options: BackendOptions, quick: bool) -> Subject:
+    """Open a backend as the runner does. Raises `UsageError`, `BackendError`."""
     from mla.conformance.trial import Subject
     from mla_backends.registry import create
 
-    backend = mla.load_backend(name, device, threads, options)
-    return Subject(backend, name, quick, locate(name).version, lambda more: create(name, {**options, **more}))
+    opened, settings = open_backend(options), options.key_values()
 
+    def reopen(more: Mapping[str, str]) -> Backend:
+        return create(opened.name, {**settings, **more})
 
-def _key_values(options: Sequence[str]) -> dict[str, str]:
-    pairs = [option.partition("=") for option in options]
-    for option, (key, equals, _) in zip(options, pairs, strict=True):
-        if not key or not equals:
-            raise UsageError(f"-O wants KEY=VALUE, got '{option}'.")
-    return {key: value for key, _, value in pairs}
+    return Subject(opened.backend, opened.name, quick, opened.version, reopen)
 
 
 def _require_known(patterns: Sequence[str]) -> None:

@@ -9,7 +9,8 @@ from typing import Literal, cast
 
 import msgspec
 
-from mla.bench import results
+from mla.command.files import write_bytes
+from mla.command.table import markdown
 from mla.errors import MLAError
 
 SCHEMA_VERSION = 1
@@ -99,7 +100,7 @@ def decode(data: bytes) -> Report:
 
 def write(report: Report, path: Path) -> None:
     """Write a report whole or not at all. Raises `mla.errors.ResultError`."""
-    results.write(report, path)
+    write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n", path)
 
 
 # ------------------------------------------------------------------------------------------------ card
@@ -157,14 +158,7 @@ def _header(report: Report) -> str:
 
 
 def _table(checks: Sequence[CheckResult]) -> str:
-    rows = [_TITLES, *_rows(checks)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_TITLES))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "".join(f"{line}\n" for line in lines)
+    return markdown(_TITLES, _rows(checks), padded=True)
 
 
 def _rows(checks: Iterable[CheckResult]) -> Iterator[tuple[str, ...]]:
@@ -175,7 +169,7 @@ def _rows(checks: Iterable[CheckResult]) -> Iterator[tuple[str, ...]]:
     for (name, of), members in groups.items():
         yield tuple(
             map(
-                _flat,
+                _one_line,
                 (name, of or "device", _result(members), _cases(members), _ratio(members), _note(members)),
             )
         )
@@ -255,5 +249,9 @@ def _list(title: str, lines: Sequence[str]) -> str:
 
 
 def _flat(text: str) -> str:
-    """Return text that cannot break a table: one line, no bars."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+    """Return text that cannot break a list of Markdown: one line, no bars."""
+    return _one_line(text).replace("|", "\\|")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(str(text).split())

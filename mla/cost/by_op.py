@@ -1,4 +1,7 @@
-"""Work of one call of each op of the contract, from actual lengths."""
+"""Work of one call of each op of the contract, from actual lengths: every operand moves once.
+
+Letters as in the design: T tokens, h heads, n, r, c, v.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,26 @@ def attended_pairs(query_len: int, kv_len: int) -> int:
     return query_len * (kv_len - query_len) + query_len * (query_len + 1) // 2
 
 
+def linear_flops(weights: int, rows: int) -> int:
+    """Return the FLOPs of multiplying `rows` rows by a matrix of `weights` elements."""
+    return 2 * rows * weights
+
+
+def latent_attention_flops(heads: int, pairs: int, c: int, r: int) -> int:
+    """Return the FLOPs of scores over c + r and values of c, for every query-key pair of every head."""
+    return 2 * heads * pairs * (2 * c + r)
+
+
+def expanded_attention_flops(heads: int, pairs: int, qk_head_dim: int, v: int) -> int:
+    """Return the FLOPs of scores over n + r and values of v, for every query-key pair of every head."""
+    return 2 * heads * pairs * (qk_head_dim + v)
+
+
 def linear_cost(spec: LinearSpec, tokens: int) -> Work:
     """Return the work of `linear`, and of `batched_linear`, which has a weight per head."""
     weights = spec.groups * spec.in_features * spec.out_features
     moved = weights + tokens * spec.groups * (spec.in_features + spec.out_features)
-    return Work(2 * tokens * weights, spec.dtype.itemsize * moved)
+    return Work(linear_flops(weights, tokens), spec.dtype.itemsize * moved)
 
 
 def rms_norm_cost(spec: NormSpec, tokens: int) -> Work:
@@ -43,18 +61,19 @@ def write_latent_cost(spec: AttentionSpec, tokens: int) -> Work:
 
 def latent_attention_cost(spec: AttentionSpec, query_lens: Sequence[int], kv_lens: Sequence[int]) -> Work:
     """Return the work of `latent_attention`: one key of c + r and one value of c for all heads; fp32 lse."""
-    c, h, width = spec.kv_lora_rank, spec.num_heads, spec.kv_lora_rank + spec.qk_rope_head_dim
-    tokens = sum(query_lens)
-    moved = spec.dtype.itemsize * (tokens * h * (width + c) + sum(kv_lens) * width)
-    return Work(2 * h * _pairs(query_lens, kv_lens) * (width + c), moved + 4 * tokens * h)
+    c, r, h, tokens = spec.kv_lora_rank, spec.qk_rope_head_dim, spec.num_heads, sum(query_lens)
+    moved = spec.dtype.itemsize * (tokens * h * (2 * c + r) + sum(kv_lens) * (c + r))
+    flops = latent_attention_flops(h, _pairs(query_lens, kv_lens), c, r)
+    return Work(flops, moved + 4 * tokens * h)
 
 
 def expanded_attention_cost(spec: AttentionSpec, query_lens: Sequence[int], kv_lens: Sequence[int]) -> Work:
     """Return the work of `expanded_attention`: keys of n + r and values of v per head; fp32 lse."""
-    h, width = spec.num_heads, spec.qk_nope_head_dim + spec.qk_rope_head_dim + spec.v_head_dim
-    tokens = sum(query_lens)
-    moved = spec.dtype.itemsize * h * width * (tokens + sum(kv_lens))
-    return Work(2 * h * _pairs(query_lens, kv_lens) * width, moved + 4 * tokens * h)
+    h, v, tokens = spec.num_heads, spec.v_head_dim, sum(query_lens)
+    qk_head_dim = spec.qk_nope_head_dim + spec.qk_rope_head_dim
+    moved = spec.dtype.itemsize * h * (qk_head_dim + v) * (tokens + sum(kv_lens))
+    flops = expanded_attention_flops(h, _pairs(query_lens, kv_lens), qk_head_dim, v)
+    return Work(flops, moved + 4 * tokens * h)
 
 
 def _pairs(query_lens: Sequence[int], kv_lens: Sequence[int]) -> int:

@@ -1,8 +1,8 @@
 """FLOPs and bytes of the parts of one layer step, by their role in `mla.layer.ops`, from the actual lengths.
 
-Over all roles they add up to `mla.cost.step_flops` and `step_bytes`, exactly. What passes from one part to
-the next (queries, latent outputs, rebuilt keys) moves no byte here, because a step need not take it to
-memory; norms and rotations count nothing at all. Letters as in the design: T tokens, h heads, n, r, c, v.
+Over all roles they add up to `mla.cost.step_flops` and `step_bytes`, exactly. FLOPs are those of the op
+alone (`by_op`). Bytes are fewer: what passes from one part to the next (queries, latent outputs, rebuilt
+keys) moves none here, because a step need not take it to memory. Norms and rotations count nothing at all.
 """
 
 from __future__ import annotations
@@ -11,23 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mla.config import MLAConfig
-from mla.cost import ABSORBED, EXPANDED, PathChooser, attended_pairs, kv_b_parameters
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a part of a step needs: FLOPs, a multiply-add being 2, and bytes that must move at least once."""
-
-    flops: int = 0
-    bytes: int = 0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
+from mla.cost.by_op import (
+    attended_pairs,
+    expanded_attention_flops,
+    latent_attention_flops,
+    linear_flops,
+)
+from mla.cost.step import ABSORBED, EXPANDED, PathChooser, kv_b_parameters
+from mla.cost.work import Work
 
 
 @dataclass(frozen=True)
 class PathLoad:
-    """What the requests that take one attention path bring along."""
+    """The requests that take one attention path, added up."""
 
     requests: int = 0
     tokens: int = 0  # new ones
@@ -56,68 +52,58 @@ def role_costs(
     element_size: int,
     attention: str = "auto",
 ) -> dict[str, Work]:
-    """Return role -> its work in one forward. A role that nobody needs, or that counts nothing, is left out.
+    """Return role -> its work in one forward, without the roles that do not run or count nothing.
 
     kv_b's weights count once: for W_UK and W_UV if any request is absorbed, else for kv_b_proj.
     """
     loads, tokens = path_loads(config, query_lens, kv_lens, attention), sum(query_lens)
-    absorbed, expanded = loads[ABSORBED], loads[EXPANDED]
-    costs = {
-        "qkv_a_proj": first_projection(config, tokens, element_size),
-        "write_latent": Work(bytes=element_size * tokens * config.latent_dim),
-        "o_proj": output_projection(config, tokens, element_size),
-    }
-    if config.q_lora_rank:
-        costs["q_b_proj"] = query_expansion(config, tokens, element_size)
-    if absorbed.requests:
-        costs["w_uk"] = absorption(config, absorbed.tokens, config.qk_nope_head_dim, element_size)
-        costs["latent_attention"] = latent_attention(config, absorbed, element_size)
-        costs["w_uv"] = absorption(config, absorbed.tokens, config.v_head_dim, element_size)
-    if expanded.requests:
-        weights = 0 if absorbed.requests else kv_b_parameters(config)
-        costs["kv_b_proj"] = expansion(config, expanded.keys, weights, element_size)
-        costs["expanded_attention"] = expanded_attention(config, expanded)
+    costs = _projections(config, tokens, element_size)
+    costs["write_latent"] = Work(bytes=element_size * tokens * config.latent_dim)
+    if loads[ABSORBED].requests:
+        costs.update(_absorbed(config, loads[ABSORBED], element_size))
+    if loads[EXPANDED].requests:
+        weights = 0 if loads[ABSORBED].requests else kv_b_parameters(config)
+        costs.update(_expanded(config, loads[EXPANDED], weights, element_size))
     return costs
 
 
-def first_projection(config: MLAConfig, tokens: int, element_size: int) -> Work:
-    """q (or q_a) and kv_a as one product [T, d] x [d, q + c + r]: its weights, and the hidden states read."""
-    width = (config.q_lora_rank or config.num_attention_heads * config.qk_head_dim) + config.latent_dim
-    weights = config.hidden_size * width
-    return Work(2 * tokens * weights, element_size * (weights + tokens * config.hidden_size))
+def _projections(config: MLAConfig, tokens: int, element_size: int) -> dict[str, Work]:
+    """Projections of all new tokens; hidden states are read by the first and written by the last."""
+    d, q_width = config.hidden_size, config.num_attention_heads * config.qk_head_dim
+    first = d * ((config.q_lora_rank or q_width) + config.latent_dim)  # q (or q_a) and kv_a as one weight
+    last = config.num_attention_heads * config.v_head_dim * d
+    costs = {
+        "qkv_a_proj": _product(first, tokens, element_size, moved=tokens * d),
+        "o_proj": _product(last, tokens, element_size, moved=tokens * d),
+    }
+    if config.q_lora_rank:
+        costs["q_b_proj"] = _product(config.q_lora_rank * q_width, tokens, element_size)
+    return costs
 
 
-def query_expansion(config: MLAConfig, tokens: int, element_size: int) -> Work:
-    """q_b: [T, q_lora_rank] x [q_lora_rank, h (n + r)]."""
-    weights = (config.q_lora_rank or 0) * config.num_attention_heads * config.qk_head_dim
-    return Work(2 * tokens * weights, element_size * weights)
+def _absorbed(config: MLAConfig, load: PathLoad, element_size: int) -> dict[str, Work]:
+    """W_UK and W_UV of every head on new tokens; each attended latent is read once."""
+    h, c = config.num_attention_heads, config.kv_lora_rank
+    flops = latent_attention_flops(h, load.pairs, c, config.qk_rope_head_dim)
+    return {
+        "w_uk": _product(h * c * config.qk_nope_head_dim, load.tokens, element_size),
+        "latent_attention": Work(flops, element_size * load.keys * config.latent_dim),
+        "w_uv": _product(h * c * config.v_head_dim, load.tokens, element_size),
+    }
 
 
-def absorption(config: MLAConfig, tokens: int, width: int, element_size: int) -> Work:
-    """W_UK (width n) or W_UV (width v) of every head, on new tokens: 2 t h c width FLOPs, weights once."""
-    weights = config.num_attention_heads * config.kv_lora_rank * width
-    return Work(2 * tokens * weights, element_size * weights)
+def _expanded(config: MLAConfig, load: PathLoad, weights: int, element_size: int) -> dict[str, Work]:
+    """kv_b over the context, reading each latent and `weights` once; its keys and values move no byte."""
+    expansion = linear_flops(kv_b_parameters(config), load.keys)
+    attention = expanded_attention_flops(
+        config.num_attention_heads, load.pairs, config.qk_head_dim, config.v_head_dim
+    )
+    return {
+        "kv_b_proj": Work(expansion, element_size * (weights + load.keys * config.latent_dim)),
+        "expanded_attention": Work(attention),
+    }
 
 
-def latent_attention(config: MLAConfig, load: PathLoad, element_size: int) -> Work:
-    """Pairs over c + r (scores) and c (values) for every head; each attended latent is read once."""
-    per_pair = config.latent_dim + config.kv_lora_rank
-    flops = 2 * config.num_attention_heads * load.pairs * per_pair
-    return Work(flops, element_size * load.keys * config.latent_dim)
-
-
-def expansion(config: MLAConfig, keys: int, weights: int, element_size: int) -> Work:
-    """kv_b over the context: [keys, c] x [c, h (n + v)]; each attended latent and `weights` are read once."""
-    flops = 2 * keys * kv_b_parameters(config)
-    return Work(flops, element_size * (weights + keys * config.latent_dim))
-
-
-def expanded_attention(config: MLAConfig, load: PathLoad) -> Work:
-    """Pairs over n + r (scores) and v (values) for every head, on keys and values made just before."""
-    return Work(2 * config.num_attention_heads * load.pairs * (config.qk_head_dim + config.v_head_dim))
-
-
-def output_projection(config: MLAConfig, tokens: int, element_size: int) -> Work:
-    """o: [T, h v] x [h v, d]: its weights, and the hidden states written."""
-    weights = config.num_attention_heads * config.v_head_dim * config.hidden_size
-    return Work(2 * tokens * weights, element_size * (weights + tokens * config.hidden_size))
+def _product(weights: int, rows: int, element_size: int, moved: int = 0) -> Work:
+    """A product with weights that are read once; `moved` counts the other elements it moves."""
+    return Work(linear_flops(weights, rows), element_size * (weights + moved))

@@ -1,4 +1,4 @@
-"""FLOPs and bytes of one layer step, and of every op alone, from the actual lengths.
+"""FLOPs and bytes of one layer step, from the actual lengths.
 
 A multiply-add counts as 2 FLOPs. Bytes are those that must move at least once: weights, latents of attended
 tokens, new latents, hidden states in and out. Letters as in the design: T tokens, h heads, n, r, c, v.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from mla.config import MLAConfig
 from mla.cost.by_op import attended_pairs
 
-#: Attention paths a request can take.
+# Attention paths a request can take.
 ABSORBED, EXPANDED = "absorbed", "expanded"
 
 
@@ -32,7 +32,7 @@ def expanded_flops(config: MLAConfig, query_len: int, kv_len: int) -> int:
 
 
 class PathChooser:
-    """Picks the path with fewer FLOPs per request; the config's part of the sum is done once."""
+    """Picks the path with fewer FLOPs per request; the config's part of the sum is computed once."""
 
     def __init__(self, config: MLAConfig) -> None:
         self._per_pair = 2 * config.kv_lora_rank - config.qk_nope_head_dim - config.v_head_dim
@@ -44,12 +44,12 @@ class PathChooser:
         return ABSORBED if extra <= 0 else EXPANDED
 
     def always_absorbs(self, least: int) -> bool:
-        """Say whether single tokens after at least `least` keys take the absorbed path, as decode does."""
+        """Return whether single tokens with at least `least` keys take the absorbed path, as in decode."""
         return self._per_pair <= self._per_token and self.path(1, least) == ABSORBED
 
 
 def projection_parameters(config: MLAConfig) -> int:
-    """Return the weights every new token passes: q, kv_a and o."""
+    """Return the number of weights in the projections of every new token: q, kv_a and o."""
     q_width = config.num_attention_heads * config.qk_head_dim
     q = config.hidden_size * q_width
     if config.q_lora_rank:
@@ -59,12 +59,12 @@ def projection_parameters(config: MLAConfig) -> int:
 
 
 def kv_b_parameters(config: MLAConfig) -> int:
-    """Return the weights of kv_b: W_UK and W_UV of all heads."""
+    """Return the number of weights in kv_b: W_UK and W_UV of all heads."""
     return config.kv_lora_rank * config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
 
 
 def parameters(config: MLAConfig) -> int:
-    """Return all weights of the layer; norms and biases are left out as negligible."""
+    """Return the number of weights in the layer, without norms and biases, which are negligible."""
     return projection_parameters(config) + kv_b_parameters(config)
 
 
@@ -88,6 +88,3 @@ def step_bytes(
     latents = (sum(kv_lens) + sum(query_lens)) * config.latent_dim
     hidden = 2 * sum(query_lens) * config.hidden_size
     return element_size * (parameters(config) + latents + hidden)
-
-
-# ------------------------------------------------------------------------------------------- one op alone

@@ -2,45 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
 from mla.config import MLAConfig
 from mla.layer.ops import Ops
 from mla.layer.packed_weights import PackedWeights
 from mla.layer.plan import ExpandedGroup, Piece
+from mla.layer.views import Projected
 from mla.layer.workspace import Workspace
 
 
-class ExpandedPath:
-    """What a layer does with requests that are cheaper expanded. `ops` are the layer's, at each call."""
+@dataclass(frozen=True, eq=False)
+class Rebuild:
+    """Rebuilds keys and values per head from the latents of cached tokens."""
 
-    def __init__(self, config: MLAConfig, weights: PackedWeights, scratch: Workspace) -> None:
-        self._config, self._weights, self._scratch = config, weights, scratch
-        self._softmax_scale = config.softmax_scale
+    config: MLAConfig
+    weights: PackedWeights
+    scratch: Workspace
+
+    def __call__(
+        self, ops: Ops, slots: torch.Tensor, pages: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return k [s, h, n + r] and v [s, h, v] of the cached tokens at `slots` [s], in scratch memory."""
+        config = self.config
+        n, c, h = config.qk_nope_head_dim, config.kv_lora_rank, config.num_attention_heads
+        latents = self.scratch.take("latents", slots.shape[0], config.latent_dim)
+        torch.index_select(pages.view(-1, config.latent_dim), 0, slots, out=latents)
+        kv = self.scratch.take("kv_b", slots.shape[0], ops["kv_b_proj"].spec.out_features)
+        ops["kv_b_proj"].op(self.weights.packed["kv_b_proj"], x=latents[:, :c], bias=None, out=kv)
+        k_nope, v = kv.unflatten(1, (h, -1)).split((n, config.v_head_dim), dim=2)
+        k = self.scratch.take("k", slots.shape[0], h, config.qk_head_dim)
+        k[..., :n] = k_nope
+        k[..., n:] = latents[:, None, c:]
+        return k, v
+
+
+@dataclass(frozen=True, eq=False)
+class ExpandedPath:
+    """What a step does with the requests that are cheaper expanded."""
+
+    scratch: Workspace
+    rebuild: Callable[[Ops, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # see `Rebuild`
+    qk_nope_head_dim: int
+    interleaved: bool
+    softmax_scale: float
 
     def run(
         self,
         ops: Ops,
-        q: torch.Tensor,  # [T, h, n + r], not yet rotated
+        projected: Projected,  # q not yet rotated; the group's rows of `heads` are written
         group: ExpandedGroup,
         pages: torch.Tensor,  # [pages, page, c + r]
-        heads: torch.Tensor,  # [T, h, v], of which the group's rows are written
     ) -> None:
         """Rebuild k and v of the context round by round and run multi-head attention."""
-        n = self._config.qk_nope_head_dim
-        q = self._scratch.rows("expanded_q", q, group.tokens)
-        rotary = q[..., n:]
-        interleaved = self._config.rope_interleave
-        ops["rotate_query"].op(x=rotary, cos_sin=group.cos_sin, interleaved=interleaved, out=rotary)
-        target = self._scratch.target("expanded_heads", heads, group.tokens, q.shape[0])
-        lse = self._scratch.take("lse", *q.shape[:2], dtype=torch.float32)
+        q = self.scratch.rows("expanded_q", projected.q, group.tokens)
+        rotary = q[..., self.qk_nope_head_dim :]
+        ops["rotate_query"].op(x=rotary, cos_sin=group.cos_sin, interleaved=self.interleaved, out=rotary)
+        target = self.scratch.target("expanded_heads", projected.heads, group.tokens, q.shape[0])
+        lse = self.scratch.take("lse", *q.shape[:2], dtype=torch.float32)
         if len(group.rounds) == 1:
-            k, v = self.expand(ops, group.rounds[0].slots, pages)
+            k, v = self.rebuild(ops, group.rounds[0].slots, pages)
             for piece in group.rounds[0].pieces:
                 self._attend(ops, piece, q, k, v, target[piece.queries], lse[piece.queries])
         else:
             self._merge_rounds(ops, group, q, pages, target, lse)
-        self._scratch.put(heads, group.tokens, target)
+        self.scratch.put(projected.heads, group.tokens, target)
 
     def _merge_rounds(
         self,
@@ -52,33 +81,19 @@ class ExpandedPath:
         lse: torch.Tensor,
     ) -> None:
         """Attend round by round, merging in fp32: rounding after every round would add up."""
-        total = self._scratch.take("merged", *out.shape, dtype=torch.float32)
+        total = self.scratch.take("merged", *out.shape, dtype=torch.float32)
         for part in group.rounds:
-            k, v = self.expand(ops, part.slots, pages)
+            k, v = self.rebuild(ops, part.slots, pages)
             for piece in part.pieces:
                 rows = piece.queries
-                part_out = self._scratch.take("part_out", *out[rows].shape)
-                part_lse = self._scratch.take("part_lse", *lse[rows].shape, dtype=torch.float32)
+                part_out = self.scratch.take("part_out", *out[rows].shape)
+                part_lse = self.scratch.take("part_lse", *lse[rows].shape, dtype=torch.float32)
                 self._attend(ops, piece, q, k, v, part_out, part_lse)
                 if piece.merge:
                     _merge(total[rows], lse[rows], part_out, part_lse)
                 else:
                     total[rows], lse[rows] = part_out, part_lse
         out.copy_(total)
-
-    def expand(self, ops: Ops, slots: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return k [s, h, n + r] and v [s, h, v] of the cached tokens at `slots`."""
-        config = self._config
-        n, c, h = config.qk_nope_head_dim, config.kv_lora_rank, config.num_attention_heads
-        latents = self._scratch.take("latents", slots.shape[0], config.latent_dim)
-        torch.index_select(pages.view(-1, config.latent_dim), 0, slots, out=latents)
-        kv = self._scratch.take("kv_b", slots.shape[0], ops["kv_b_proj"].spec.out_features)
-        ops["kv_b_proj"].op(self._weights.packed["kv_b_proj"], x=latents[:, :c], bias=None, out=kv)
-        k_nope, v = kv.unflatten(1, (h, -1)).split((n, config.v_head_dim), dim=2)
-        k = self._scratch.take("k", slots.shape[0], h, config.qk_head_dim)
-        k[..., :n] = k_nope
-        k[..., n:] = latents[:, None, c:]
-        return k, v
 
     def _attend(
         self,
@@ -92,7 +107,7 @@ class ExpandedPath:
     ) -> None:
         """Attend one piece into out and lse, which hold its queries only."""
         ops["expanded_attention"].op(
-            piece.state, q=q[piece.queries], k=k, v=v, softmax_scale=self._softmax_scale, out=out, lse=lse
+            piece.state, q=q[piece.queries], k=k, v=v, softmax_scale=self.softmax_scale, out=out, lse=lse
         )
 
 

@@ -19,7 +19,7 @@ from mla_backends.api import OPS, AttentionSpec, FusedOp, LinearSpec, NormSpec
 
 @dataclass(frozen=True)
 class Choice:
-    """The implementation of one op, and every reason why no better one was taken."""
+    """The implementation of one op, and every reason why a better one was not chosen."""
 
     name: str  # "reference", or the name the backend gave the op
     op: FusedOp
@@ -42,15 +42,15 @@ class Choice:
             )
 
 
-#: What may be asked of the ops beside a list of names.
+# What `ops` accepts besides a list of names.
 POLICIES = ("auto", "reference", "fused")
 
 
 def choose(kind: str, spec: Any, offered: Mapping[str, FusedOp], policy: str) -> Choice:
     """Return the first offered op of `kind` that serves `spec`, else the reference.
 
-    `policy`: "auto"; "reference" takes no fused op; "fused" wants one wherever the backend offers any; names,
-    separated by commas, want those for their kinds. Raises `UnsupportedOps` when what is wanted cannot serve.
+    `policy`: "auto"; "reference" takes no fused op; "fused" requires one wherever the backend offers any;
+    names, separated by commas, require those for their kinds. Raises `UnsupportedOps` when one cannot serve.
     """
     if policy == "reference":
         return Choice("reference", REFERENCE[kind], spec)
@@ -64,7 +64,7 @@ def choose(kind: str, spec: Any, offered: Mapping[str, FusedOp], policy: str) ->
         reasons += [f"fused op '{name}' not used because {reason}" for reason in why]
     if named or (candidates and policy == "fused"):
         raise UnsupportedOps(
-            f"no fused {kind} serves this layer, and --ops {policy} wants one: {'; '.join(reasons)}."
+            f"no fused {kind} serves this layer, but --ops {policy} requires one: {'; '.join(reasons)}."
         )
     return Choice("reference", REFERENCE[kind], spec, tuple(reasons))
 
@@ -78,12 +78,12 @@ def _check_names(offered: Mapping[str, FusedOp], policy: str) -> None:
     """Raise `UnknownOp` when a policy names an op that the backend does not offer."""
     for name in _names(policy):
         if name in POLICIES:
-            raise UnknownOp(f"--ops {name} stands alone: it is no op that could be listed with others.")
+            raise UnknownOp(f"--ops {name} cannot be combined with names of ops.")
         if name not in offered:
             known = [*POLICIES, *offered]
             raise UnknownOp(
                 f"this backend offers no op '{name}'.{did_you_mean(name, known)} "
-                f"--ops takes {', '.join(POLICIES)}, or of: {', '.join(offered) or 'none'}."
+                f"--ops takes {', '.join(POLICIES)}, or names from: {', '.join(offered) or 'none'}."
             )
 
 
@@ -94,7 +94,7 @@ def _refusals(op: FusedOp, kind: str, spec: Any) -> list[str]:
 
 
 class Ops:
-    """The implementations one layer uses, by role. `linear` roles are weights of the layer."""
+    """The implementations one layer uses, by role. A `linear` role is a weight of the layer."""
 
     def __init__(
         self,
@@ -135,26 +135,26 @@ class Ops:
         return lines
 
     def all_reference(self) -> bool:
-        """Say whether no fused op was chosen."""
+        """Return whether no fused op was chosen."""
         return all(choice.name == "reference" for choice in self._choices.values())
 
 
 def _validate(offered: Mapping[str, FusedOp]) -> None:
-    """Raise `BackendError` for an op no contract knows: left alone, it would silently never run."""
+    """Raise `BackendError` for an op with an unknown contract, which would otherwise silently never run."""
     for name, op in offered.items():
         contract = getattr(op, "contract", None)
         kind = str(contract).partition("/")[0]
         if not isinstance(op, FusedOp) or kind not in OPS:
             hint = did_you_mean(kind, list(OPS))
-            raise BackendError(f"the backend's op '{name}' has contract {contract!r}, which is none.{hint}")
+            raise BackendError(f"the backend's op '{name}' has unknown contract {contract!r}.{hint}")
         if name == "reference":
             raise BackendError(
-                "a backend's op may not be named 'reference', which results could not tell apart."
+                "a backend's op may not be named 'reference': results could not tell the two apart."
             )
 
 
 def attention_spec(config: MLAConfig, dtype: torch.dtype, device: torch.device) -> AttentionSpec:
-    """Return what both attention ops are chosen and prepared by."""
+    """Return the spec that both attention ops are chosen and prepared with."""
     return AttentionSpec(
         num_heads=config.num_attention_heads,
         kv_lora_rank=config.kv_lora_rank,

@@ -1,4 +1,4 @@
-"""`PackedWeights`: a layer's weights in the layouts its ops want, and back again bit for bit."""
+"""`PackedWeights`: a layer's weights in the layouts its ops need, and back again bit for bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PackedWeights:
     """Matrices by role (`qkv_a_proj`, `o_proj`, `w_uk`, ...) in `packed`, norms and biases in `vectors`.
 
     q_proj (or q_a_proj) and kv_a_proj_with_mqa read the same input, so they are one weight. kv_b_proj is
-    kept twice: for expanding context (`kv_b_proj`) and for absorption (`w_uk`, `w_uv`), which contract other
+    kept twice, since expanding the context (`kv_b_proj`) and absorption (`w_uk`, `w_uv`) contract different
     axes.
     """
 
@@ -32,7 +32,7 @@ class PackedWeights:
         self._unscaled: dict[str, torch.Tensor] = {}  # norms as loaded, where `vectors` holds scaled ones
 
     def load(self, state: State, strict: bool = True) -> None:
-        """Pack plain weights one at a time. Whatever is raised, the weights held before stay."""
+        """Pack plain weights one at a time. On an error the previous weights stay."""
         shapes = weight_shapes(self._config)
         _check(state, shapes, strict)
         vectors = {name: self._take(state, name) for name, shape in shapes.items() if len(shape) == 1}
@@ -61,7 +61,7 @@ class PackedWeights:
         yield from self._pack_kv_b(self._take(state, "kv_b_proj.weight"))
 
     def _take(self, state: State, *names: str) -> torch.Tensor:
-        """Return a copy of weights, one below the other, in the layer's dtype on its device."""
+        """Return a copy of the weights, stacked by rows, in the layer's dtype on its device."""
         shapes = weight_shapes(self._config)
         rows = [shapes[name][0] for name in names]
         out = torch.empty(sum(rows), *shapes[names[0]][1:], dtype=self._dtype, device=self._device)

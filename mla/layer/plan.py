@@ -1,4 +1,4 @@
-"""`Plan`: how one batch goes through attention. Made on the host, once per batch, without a device sync."""
+"""`StepPlan`: how a batch goes through attention. Made on the host, once per batch, without a device sync."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mla.layer.ops import Ops
 from mla.layer.workspace import Tokens
 from mla_backends.api import SegmentLengths
 
-#: Bytes that rebuilt keys and values of one round may take.
+# Bytes that the rebuilt keys and values of one round may take.
 WORKSPACE_BYTES = 256 << 20
 
 
@@ -58,7 +58,7 @@ class ExpandedGroup:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """At most one group per path; together they cover every token once."""
 
     cos_sin: torch.Tensor  # [T, r] fp32
@@ -73,10 +73,10 @@ def make_plan(
     batch: RaggedBatch,
     attention: str,
     workspace: int,
-) -> Plan:
+) -> StepPlan:
     """Split a batch by path and prepare each op once."""
     members = _split(config, batch, attention)
-    return Plan(
+    return StepPlan(
         cos_sin=cos_sin,
         absorbed=_absorbed(ops, batch, members[cost.ABSORBED], cos_sin),
         expanded=_expanded(config, ops, batch, members[cost.EXPANDED], cos_sin, workspace),
@@ -129,14 +129,14 @@ def _expanded(
     rounds = tuple(_round(part, choice, chunk) for chunk in _chunks(part, limit))
     if not choice.op.writes_lse and any(piece.merge for one in rounds for piece in one.pieces):
         raise UnsupportedBatch(
-            f"fused op '{choice.name}' gives no log-sum-exp, and merging parts of a long context needs it: "
+            f"fused op '{choice.name}' returns no log-sum-exp, which merging parts of a long context needs: "
             "raise workspace_bytes, or use the reference ops (`--ops reference`)."
         )
     return ExpandedGroup(tokens, cos_sin[tokens], rounds)
 
 
 def _part(batch: RaggedBatch, requests: Sequence[int]) -> tuple[Tokens, RaggedBatch | None]:
-    """Return where the requests' tokens are, and a batch of those requests; None when there is no token."""
+    """Return where the requests' tokens are, and a batch of those requests; None when they have no tokens."""
     if sum(batch.query_lens[i] for i in requests) == 0:
         return slice(0, 0), None
     if len(requests) == len(batch.query_lens):

@@ -1,4 +1,4 @@
-"""Forwards that come again on the same memory: a backend may make all their calls in one."""
+"""Repeated forwards: a backend may make all calls of one on the same memory in a single call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mla_backends.api import Backend, OpCall
 
 
 class Recording:
-    """Stands for an op, and writes down how it is called instead of computing."""
+    """Stands in for an op, and records its calls instead of computing."""
 
     def __init__(self, op: Any, calls: list[OpCall]) -> None:
         self._op, self._calls = op, calls
@@ -22,12 +22,12 @@ class Recording:
 
 
 def recording(ops: Ops, calls: list[OpCall]) -> Ops:
-    """Return `ops` with calls written down to `calls`."""
+    """Return `ops` as ones that only append their calls to `calls`."""
     return ops.replaced(lambda role, op: Recording(op, calls))
 
 
 class Repeated:
-    """The last forward of a layer, as one call once it comes a second time."""
+    """The last forward of a layer, as one call once it is repeated."""
 
     def __init__(self, backend: Backend | None) -> None:
         self._sequence = None if backend is None else backend.sequence
@@ -45,7 +45,7 @@ class Repeated:
         return Repeated, (None,)
 
     def forget(self) -> None:
-        """Let go of what a record holds."""
+        """Release the recording."""
         self._owners: tuple[object, ...] = ()
         self._layout: tuple[object, ...] = ()
         self._asked = False  # whether the backend has been asked for the call
@@ -58,10 +58,10 @@ class Repeated:
         record: Callable[[], list[OpCall]],
         moving: Sequence[torch.Tensor],
     ) -> Callable[..., None] | None:
-        """Return what makes this forward in one call; None where nothing does, and the first time.
+        """Return a function that runs this forward in one call; None the first time, and where there is none.
 
-        `owners`, by identity, and `layout`, by value, are what addresses in a record depend on, but for the
-        weights: who replaces those calls `forget`. There are always as many owners.
+        The addresses in a recording depend on `owners`, by identity, and on `layout`, by value; and on the
+        weights, so callers that replace weights must call `forget`. The number of owners never changes.
         """
         if self._sequence is None:
             return None

@@ -14,7 +14,7 @@ from mla.config import LongRopeScaling, MLAConfig, QueryScaling, YarnScaling
 
 
 def inverse_frequencies(config: MLAConfig) -> torch.Tensor:
-    """Return the rotary frequencies [r/2] in fp32, scaled as the config says; zeros where nothing rotates."""
+    """Return the rotary frequencies [r/2] in fp32, scaled as the config says; zeros where none rotate."""
     dim, scaling = config.qk_rope_head_dim, config.rope_scaling
     if config.rope_theta is None:
         return torch.zeros(dim // 2)  # cosines of exactly 1 and sines of 0: a rotation that changes no bit
@@ -45,7 +45,7 @@ def _interpolation_ramp(scaling: YarnScaling, dim: int, theta: float) -> torch.T
 
 
 def query_factors(scaling: QueryScaling, positions: torch.Tensor) -> torch.Tensor:
-    """Return what queries at `positions` [T] are multiplied by, [T] fp32 on their device."""
+    """Return the factors [T], fp32, of queries at `positions` [T], on the same device."""
     periods = torch.div(positions, scaling.period, rounding_mode="floor")
     return 1.0 + scaling.beta * torch.log1p(periods.float())
 

@@ -1,6 +1,6 @@
-"""Views of a layer's scratch memory that every step of the same shape uses again.
+"""Views of a layer's scratch memory, reused by every step of the same shape.
 
-Slicing costs a host as much as a small op, and a decode step has a dozen such views; so they are made once.
+Slicing costs the host as much as a small op, and a decode step takes a dozen views, so they are made once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class StepViews:
         self._config, self._ops, self._scratch = config, ops, scratch
 
     def projected(self, tokens: int) -> Projected:
-        """Return where the projections of so many tokens are written."""
+        """Return where the projections of this many tokens are written."""
         return self._scratch.views(("projected", tokens), lambda: self._projected(tokens))
 
     def _projected(self, tokens: int) -> Projected:
@@ -62,13 +62,15 @@ class StepViews:
         heads = self._scratch.take("heads", tokens, config.num_attention_heads, config.v_head_dim)
         return Projected(first, q_a, normed, q, per_head, kv_a, heads, heads.flatten(1))
 
-    def absorbed(self, step: Projected, tokens: Tokens) -> Absorbed:
+    def absorbed(self, projected: Projected, tokens: Tokens) -> Absorbed:
         """Return a group's queries and where its latent queries and outputs go."""
-        if not isinstance(tokens, slice):  # the rows are copied anew for every step
-            q = self._scratch.rows("absorbed_q", step.q, tokens)
-            return self._absorbed_memory(q, step.heads, tokens)
-        key = ("absorbed", step.q.shape[0], tokens.start, tokens.stop)
-        return self._scratch.views(key, lambda: self._absorbed_memory(step.q[tokens], step.heads, tokens))
+        if not isinstance(tokens, slice):  # the rows are copied for every step
+            q = self._scratch.rows("absorbed_q", projected.q, tokens)
+            return self._absorbed_memory(q, projected.heads, tokens)
+        key = ("absorbed", projected.q.shape[0], tokens.start, tokens.stop)
+        return self._scratch.views(
+            key, lambda: self._absorbed_memory(projected.q[tokens], projected.heads, tokens)
+        )
 
     def _absorbed_memory(self, q: torch.Tensor, heads: torch.Tensor, tokens: Tokens) -> Absorbed:
         n, c, h = self._config.qk_nope_head_dim, self._config.kv_lora_rank, self._config.num_attention_heads

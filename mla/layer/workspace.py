@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 Views = TypeVar("Views")
-#: Sets of views that are remembered; prompts come in any length.
+# Most sets of views kept; prompts come in any length.
 MOST_VIEWS = 256
 
 Tokens = slice | torch.Tensor  # rows of a step: contiguous, or by index
@@ -24,14 +24,14 @@ class Workspace:
         self._views: dict[Hashable, Any] = {}
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return uninitialised memory of this shape; its last content under the same name is lost."""
+        """Return uninitialised memory of this shape; what the name held before is lost."""
         size = math.prod(shape)
         held = self._held.get(name)
         if held is None or held.numel() < size:
             with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
                 held = torch.empty(size, dtype=dtype or self._dtype, device=self._device)
             self._held[name] = held
-            self._views.clear()  # they are of memory that may be gone
+            self._views.clear()  # they may view memory that is gone
         return held[:size].view(shape)
 
     def views(self, key: Hashable, build: Callable[[], Views]) -> Views:

@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch: right on any torch device, and the yardstick a fused op is held to.
+"""Every op in plain PyTorch: correct on any torch device, and the baseline fused ops are compared with.
 
 Logits, softmax and norms are fp32 whatever the dtype of the tensors, and attention reads only slots that a
 request owns.
@@ -14,7 +14,7 @@ from mla.reference.linear import BatchedLinear, Linear
 from mla.reference.pointwise import RmsNorm, RotateQuery, WriteLatent
 from mla_backends.api import FusedOp
 
-#: The reference for every op, by op name.
+# The reference for every op, by op name.
 REFERENCE: Mapping[str, FusedOp] = {
     "linear": Linear(),
     "batched_linear": BatchedLinear(),

@@ -1,4 +1,4 @@
-"""Ordinary multi-head attention, one ragged segment after the other."""
+"""Ordinary multi-head attention, one ragged segment after another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mla_backends.api import OPS, AttentionSpec, FusedOp, SegmentLengths
 
 
 class ExpandedAttention(FusedOp):
-    """Ordinary multi-head attention, one ragged segment after the other."""
+    """Ordinary multi-head attention, one ragged segment after another."""
 
     contract = OPS["expanded_attention"]
 

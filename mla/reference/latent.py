@@ -1,4 +1,4 @@
-"""Absorbed attention over the latent pages, in groups of requests of about equal length."""
+"""Absorbed attention over the latent pages, in groups of requests of similar length."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mla.cache.ragged_batch import host_ints
 from mla.reference.softmax import LOGITS_BYTES, attend, queries_per_call
 from mla_backends.api import OPS, AttentionSpec, BatchView, FusedOp
 
-#: A request joins a group of shorter ones while that pads the shorter by at most this factor.
+# A request joins a group of shorter ones while that pads the shorter by at most this factor.
 PADDING = 1.25
-#: Bytes of gathered keys, in the cache's dtype and in fp32, that one group may take.
+# Bytes of gathered keys, in the cache's dtype and in fp32, that one group may take.
 KEYS_BYTES = 256 << 20
 
 
@@ -117,7 +117,7 @@ def _cut(batch: BatchView, heads: int) -> Iterator[_Row]:
 
 
 def _gather_rows(rows: Sequence[_Row], heads: int, width: int) -> Iterator[list[_Row]]:
-    """Group sorted rows of equal query count and about equal key count, within the caps on memory."""
+    """Group sorted rows of equal query count and similar key count, within the memory caps."""
     members: list[_Row] = []
     for row in rows:
         keys = row.keys * (len(members) + 1)
@@ -148,7 +148,7 @@ def _groups(groups: Sequence[Sequence[_Row]], batch: BatchView) -> Iterator[_Gro
 
 
 def _is_uniform(members: Sequence[_Row]) -> bool:
-    """Say whether the rows are single queries of neighbouring requests with equally many keys."""
+    """Return whether the rows are single queries of adjacent requests with the same number of keys."""
     first, last = members[0], members[-1]
     return (
         first.queries == 1

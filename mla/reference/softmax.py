@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-#: Bytes of fp32 logits one call may hold.
+# Bytes of fp32 logits one call may hold.
 LOGITS_BYTES = 256 << 20
-#: Logits of this size stay in a host's cache, and short runs of queries skip more of the masked keys ...
+# Logits of this size stay in the host's cache, and short runs of queries skip more of the masked keys ...
 TILE_BYTES = 2 << 20
-#: ... but runs of fewer queries would make too many small products.
+# ... but runs of fewer queries would make too many small products.
 MIN_QUERIES = 64
 
 

@@ -1,4 +1,4 @@
-"""Hold what one op left against float64: per row and in all, at most twice the reference's error."""
+"""Compare the results of one op with float64: per row and overall, at most twice the reference's error."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-from mla.verify.tolerances import judge, judge_lse
+from mla.verify.tolerances import judge, judge_lse, relative_error
 from mla.verify.verdict import Check
+
+Tensors = dict[str, torch.Tensor]
 
 
 class OpChecker:
@@ -19,7 +21,7 @@ class OpChecker:
         self._reference: Tensors | None = None
 
     def check(self, found: Tensors, damage: str = "") -> Check:
-        """Return "ok", or "wrong" with the sentence that says where. `damage` is a fault seen elsewhere."""
+        """Return "ok", or "wrong" with a reason that says where. `damage` is a fault found by the caller."""
         ratios, reasons = [], [damage] * bool(damage)
         for name, result in found.items():
             ratio, reason = self._judge(name, result)
@@ -41,11 +43,8 @@ class OpChecker:
         return judge(result, self._truth[name], self._reference[name], self._dtype)
 
     def _relative_error(self, found: Tensors) -> float | None:
-        """Return the relative error of all results together, log-sum-exps left out."""
-        pairs = [(result, self._truth[name]) for name, result in found.items() if name != "lse"]
-        error = math.hypot(*((result.cpu().double() - truth).norm().item() for result, truth in pairs))
-        error /= math.hypot(*(truth.norm().item() for _, truth in pairs))
+        """Return the relative error of all results together, except log-sum-exps."""
+        error = relative_error(
+            *((result, self._truth[name]) for name, result in found.items() if name != "lse")
+        )
         return error if math.isfinite(error) else None
-
-
-Tensors = dict[str, torch.Tensor]

@@ -1,8 +1,8 @@
-"""When an output is right: the one criterion that every op is held to.
+"""When an output is right: how far it may be from the truth.
 
-Truth is float64 on the host. The reference, run on the host in the op's dtype, says how large an error is
-honest: an op may have twice that, or twice the dtype's rounding error, whichever is more. Every row counts,
-because an aggregate hides one wrong head.
+Truth is float64 on the host. The reference, run on the host in the op's dtype, shows how large an error is
+unavoidable: an op may have twice that, or twice the dtype's rounding error, whichever is larger. Every row
+counts, because an aggregate hides one wrong head.
 """
 
 from __future__ import annotations
@@ -11,10 +11,18 @@ import math
 
 import torch
 
-#: Relative error of rounding once. A matter of the mantissa; for fp32 the contract's 1e-5, halved.
+# For single ops: relative error of rounding once, set by the mantissa; for fp32 half the contract's 1e-5.
 UNITS = {torch.bfloat16: 1.7e-3, torch.float16: 2.1e-4, torch.float32: 5e-6}
-#: A log-sum-exp is fp32 whatever the dtype, and its error is a relative error of the merged output.
+# A log-sum-exp is fp32 whatever the dtype, and its error is a relative error of the merged output.
 LSE_BOUNDS = {torch.bfloat16: 1e-3, torch.float16: 1e-3, torch.float32: 2e-5}
+# For whole layers: bound on the relative error of the whole output, and the error of rounding once.
+BOUNDS = {
+    torch.bfloat16: (2e-2, 1.7e-3),
+    torch.float16: (4e-3, 2.1e-4),
+    torch.float32: (1e-5, 2e-7),
+}
+ROW_SLACK = 1.5  # one row may be this much worse than the whole
+TINY = torch.finfo(torch.float64).tiny  # stands in for the norm of zeros
 
 
 def judge(
@@ -34,10 +42,10 @@ def judge(
     if not found.numel():
         return 0.0, ""
     unit = UNITS[dtype]
-    errors = _relative(found, truth)
-    ratios = errors / (2 * _relative(reference, truth).clamp_min(unit))
-    total = _relative(found.flatten(), truth.flatten()).item()
-    total_bound = 2 * max(_relative(reference.flatten(), truth.flatten()).item(), unit)
+    errors = row_errors(found, truth)
+    ratios = errors / (2 * row_errors(reference, truth).clamp_min(unit))
+    total = relative_error((found, truth))
+    total_bound = 2 * max(relative_error((reference, truth)), unit)
     worst = max(ratios.max().item(), total / total_bound)
     return worst, "" if worst <= 1 else _reason(errors, ratios, total, total_bound)
 
@@ -73,29 +81,24 @@ def judge_lse(found: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> t
     return worst, "" if worst <= 1 else f"{seen:.5g} where the natural logarithm is {true:.5g}"
 
 
-def _relative(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Return |found - truth| / |truth| over the last dimension, in float64."""
-    tiny = torch.finfo(torch.float64).tiny
-    return (found - truth).norm(dim=-1) / truth.double().norm(dim=-1).clamp_min(tiny)
+def row_errors(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Return the relative error |found - truth| / |truth| of every row, the last dimension, in float64."""
+    found, truth = found.cpu().double(), truth.double()
+    return (found - truth).norm(dim=-1) / truth.norm(dim=-1).clamp_min(TINY)
+
+
+def relative_error(*pairs: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Return |found - truth| / |truth| over all (found, truth) pairs together, in float64."""
+    wide = [(found.cpu().double().flatten(), truth.double().flatten()) for found, truth in pairs]
+    error = math.hypot(*((found - truth).norm().item() for found, truth in wide))
+    return error / max(math.hypot(*(truth.norm().item() for _, truth in wide)), TINY)
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Say whether two tensors hold the same bits; NaN equals NaN."""
+    """Return whether two tensors hold the same bits; NaN equals NaN."""
     return left.shape == right.shape and torch.equal(_bytes(left), _bytes(right))
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     plain = torch.empty(tensor.shape, dtype=tensor.dtype)  # a single element may keep any stride otherwise
     return plain.copy_(tensor.detach()).view(-1).view(torch.uint8)
-
-
-#: dtype -> (bound on the relative error of the whole output, unit of rounding)
-BOUNDS = {
-    torch.bfloat16: (2e-2, 1.7e-3),
-    torch.float16: (4e-3, 2.1e-4),
-    torch.float32: (1e-5, 2e-7),
-}
-
-
-#: One row may be this much worse than the whole.
-ROW_SLACK = 1.5

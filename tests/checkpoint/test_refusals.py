@@ -43,8 +43,8 @@ def spoilt(tensor: torch.Tensor, value: float) -> torch.Tensor:
 
 
 PLAIN: list[tuple[Callable[[Tensors], Tensors], str]] = [
-    (lambda t: put(t, o_proj__weight=None), r"has no tensor 'o_proj.weight' beside 'model\.layers\.3\."),
-    (lambda t: put(t, q_a_layernorm__weight=None), "has no tensor 'q_a_layernorm.weight' beside"),
+    (lambda t: put(t, o_proj__weight=None), r"has no tensor 'o_proj.weight' next to 'model\.layers\.3\."),
+    (lambda t: put(t, q_a_layernorm__weight=None), "has no tensor 'q_a_layernorm.weight' next to"),
     (
         lambda t: put(t, o_proj__weight=t[O_PROJ].T.contiguous()),
         r"'model\.layers\.3\.self_attn\.o_proj\.weight' in '.*model\.safetensors' has shape \[36, 72\], the "
@@ -71,7 +71,7 @@ PLAIN: list[tuple[Callable[[Tensors], Tensors], str]] = [
     ),
     (
         lambda t: put(t, o_proj__weight_scale_inv=torch.ones(5, 2)),
-        "is BF16 and yet has a scale, .*cannot be told",
+        "is BF16 and yet has a scale, .*it is unclear whether",
     ),
     (lambda t: put(t, o_proj__weight=spoilt(t[O_PROJ], torch.nan)), "holds NaN or infinity in rows 0 to 71"),
     (
@@ -90,7 +90,10 @@ PLAIN: list[tuple[Callable[[Tensors], Tensors], str]] = [
     (lambda t: put(t, sinks=torch.ones(2)), "sinks' in .* is an attention sink, which this layer does not"),
     (lambda t: put(t, g_proj__weight=torch.ones(2)), "g_proj.weight' in .* gates the attention's output"),
     (lambda t: put(t, q_gate_proj__weight=torch.ones(2)), "gates the attention's output"),
-    (lambda t: put(t, k_norm__weight=torch.ones(2)), "k_norm.weight' in .* is none of this layer's weights"),
+    (
+        lambda t: put(t, k_norm__weight=torch.ones(2)),
+        "k_norm.weight' in .* is not one of this layer's weights",
+    ),
     (lambda t: put(t, o_proj__weight_scale=torch.ones(2)), "belongs to a quantization that is not read"),
     (lambda t: put(t, o_proj__weight=None, o_proj__qweight=torch.ones(2)), "belongs to a quantization"),
     (

@@ -150,7 +150,7 @@ def test_a_config_may_name_its_architecture_only() -> None:
     for kind, family in FAMILIES.items():
         values = {**V3, "model_type": None, "q_lora_rank": 24, "architectures": [family.architecture]}
         assert MLAConfig.from_dict(values).model_type == kind
-    with pytest.raises(ConfigError, match="model type 'LongcatCausalLM' is not known"):
+    with pytest.raises(ConfigError, match="model type 'LongcatCausalLM' is unknown"):
         MLAConfig.from_dict({**values, "architectures": ["LongcatCausalLM"]})
 
 
@@ -177,12 +177,12 @@ def test_an_unknown_family_is_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError) as info:
         MLAConfig.from_dict({**V3, "model_type": "deepseek_v33"})
     message = str(info.value)
-    assert "model type 'deepseek_v33' is not known" in message
+    assert "model type 'deepseek_v33' is unknown" in message
     assert "Did you mean 'deepseek_v3'?" in message
     assert all(kind in message for kind in FAMILIES)
     assert "say so with model_type 'deepseek_v3'" in message
     for kind in (3, ["deepseek_v3"], True):
-        with pytest.raises(ConfigError, match="is not known"):
+        with pytest.raises(ConfigError, match="is unknown"):
             MLAConfig.from_dict({**V3, "model_type": kind})
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla import MLAConfig, cost
-from mla.cost.by_role import Work, path_loads, role_costs
+from mla.cost import Work
+from mla.cost.by_role import path_loads, role_costs
 
 lengths = st.tuples(st.integers(0, 300), st.integers(0, 3000)).map(lambda pair: (pair[0], sum(pair)))
 configs = st.builds(

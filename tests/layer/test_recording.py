@@ -15,6 +15,8 @@ import torch
 
 from mla import MLA, LatentCache, MLAConfig, RaggedBatch
 from mla.config import QueryScaling
+from mla.layer.forward import Step
+from mla.layer.ops import Ops
 from mla.reference import REFERENCE
 from mla.weights import random_state_dict
 from mla_backends import Availability, Backend, FusedOp
@@ -254,10 +256,15 @@ def test_a_copy_of_a_layer_computes_the_same_without_the_backend(pair: Pair) -> 
 
 
 def test_what_a_subclass_does_is_done_in_every_step(pair: Pair) -> None:
-    class Louder(MLA):
-        def _linear(self, role: str, x: torch.Tensor, out: torch.Tensor, bias: str = "") -> None:
-            super()._linear(role, x, out, bias)
+    class LouderStep(Step):
+        def _linear(self, ops: Ops, role: str, x: torch.Tensor, out: torch.Tensor, bias: str = "") -> None:
+            super()._linear(ops, role, x, out, bias)
             out.mul_(2)
+
+    class Louder(MLA):
+        def __init__(self, config: MLAConfig, **arguments: Any) -> None:
+            super().__init__(config, **arguments)
+            self.step = LouderStep(**vars(self.step))
 
     layer = Louder(pair.config, backend=pair.backend, dtype=FP32)
     layer.load_state_dict(random_state_dict(pair.config, 0, FP32))

@@ -140,12 +140,12 @@ def test_page_faults_are_counted_per_forward(pages: int, least: int, most: int) 
 
 
 def test_the_runners_implementations_are_put_back() -> None:
-    from mla.bench.run import scenario_run
+    from mla.bench.subjects import fixture
 
-    before = dict(scenario_run.IMPLEMENTATIONS)
+    before = dict(fixture.IMPLEMENTATIONS)
     with catalog.Counters():
-        assert "hand" in scenario_run.IMPLEMENTATIONS
-    assert before == scenario_run.IMPLEMENTATIONS
+        assert "hand" in fixture.IMPLEMENTATIONS
+    assert before == fixture.IMPLEMENTATIONS
 
 
 def test_ours_comes_first_and_once() -> None:

@@ -174,7 +174,7 @@ def test_a_policy_can_insist_on_fused_ops(tiny: Any) -> None:
         ops("picky", 3)
     with pytest.raises(UnsupportedOps, match=r"offers no op 'pickey'. Did you mean 'picky'\?"):
         ops("pickey", 4)
-    with pytest.raises(UnsupportedOps, match="--ops reference stands alone"):
+    with pytest.raises(UnsupportedOps, match="--ops reference cannot be combined"):
         ops("reference,picky", 4)
 
 
@@ -204,7 +204,7 @@ def test_an_op_that_refuses_a_batch_raises_and_never_falls_back(make_case: Any, 
         (
             "mine",
             "latent_atention/1",
-            "has contract 'latent_atention/1', which is none. Did you mean 'latent_att",
+            "has unknown contract 'latent_atention/1'. Did you mean 'latent_att",
         ),
         ("reference", "linear/1", "may not be named 'reference'"),
     ],

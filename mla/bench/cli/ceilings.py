@@ -1,25 +1,56 @@
-"""The command that measures a device without the layer."""
+"""`ceilings`: measure a device without the layer."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mla.bench.run import ceilings as ceilings_command
-from mla.bench.terminal.ceilings import FORMATS
+from mla.bench import results
+from mla.bench.terminal import ceilings as terminal
+from mla.command import environment, files
+from mla.command.backend import MEASURED, BackendOptions, backend_options, open_backend
+from mla.command.console import note, out
+from mla.command.exit_codes import Exit, interrupted
+from mla.command.options import FILE, result_path
+from mla.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+    from mla_backends.api import Backend
+
+# Short and long names of what --dtype takes.
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DEFAULT_DTYPES = ("bf16", "fp32")
 
 
-@click.command(short_help="Measure what the device reaches at best.")
-@click.option(
-    "--backend",
-    metavar="NAME",
-    help="Backend to measure, or package.module:attribute. Default: the only usable one.",
-)
-@click.option("--device", metavar="INDEX", type=click.IntRange(min=0), help="Index of the device.")
-@click.option("-O", "backend_options", metavar="KEY=VALUE", multiple=True, help="Option of the backend.")
-@click.option("--threads", type=click.IntRange(1, 4096), help="Host threads. Default: the backend decides.")
+@dataclass(frozen=True)
+class CeilingOptions(BackendOptions):
+    """The options of `ceilings`, one field each."""
+
+    dtype: str | None
+    output: Path | None
+    kind: str
+
+    def dtype_names(self) -> list[str]:
+        """Return what --dtype lists, under torch's names. Raises `UsageError`."""
+        words = list(DEFAULT_DTYPES) if self.dtype is None else self.dtype.split(",")
+        names = [DTYPES.get(word.strip(), word.strip()) for word in words]
+        for name in names:
+            if name not in DTYPES.values():
+                known = [*DTYPES, *DTYPES.values()]
+                raise UsageError(
+                    f"unknown dtype '{name}'.{did_you_mean(name, known)} --dtype takes {', '.join(DTYPES)}, "
+                    "comma-separated."
+                )
+        return list(dict.fromkeys(names))
+
+
+@click.command(short_help="Measure a device's peak bandwidth and FLOP rate.")
+@backend_options(MEASURED)
 @click.option(
     "--dtype",
     metavar="A,B",
@@ -29,25 +60,61 @@ from mla.bench.terminal.ceilings import FORMATS
     "-o",
     "--output",
     metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Write the complete result as JSON; `show` prints it again.",
+    type=FILE,
+    callback=result_path,
+    help="Write the complete result as JSON; `show` prints it again. %t is the task's number under srun or "
+    "torchrun, %j the job's.",
 )
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(FORMATS),
+    type=click.Choice(terminal.FORMATS),
     default="table",
     show_default=True,
     help="Of what is printed on stdout.",
 )
 def ceilings(**values: Any) -> int:
-    """Measure what a device reaches at best, in about ten seconds.
+    """Measure peak bandwidth and FLOP rate of a device, in about ten seconds.
 
     Reading and copying of footprints from 256 KiB to beyond the last-level cache, square products, and those
-    of the default config's projections with 16 and 704 tokens; each in the way that was fastest, beside the
+    of the default config's projections with 16 and 704 tokens; each in the way that was fastest, next to the
     peaks that the backend declares.
 
     Exit code 0; 2 for a mistake; 3 if the backend cannot be used; 5 if nothing could be measured; 130 if
     interrupted.
     """
-    return ceilings_command.run(ceilings_command.CeilingOptions(**values))
+    options = CeilingOptions(**values)
+    if mixed := environment.mixed_installation():
+        note(mixed)
+    names = options.dtype_names()
+    if options.output:
+        files.check_writable(options.output)
+    from mla.bench.run.ceilings import measure, report, tasks
+
+    opened = open_backend(options)
+    dtypes = _native(opened.backend, names, explicit=options.dtype is not None)
+    found = measure(tasks(opened.backend, dtypes))
+    result = report(opened, found)
+    try:
+        if options.output:
+            results.write(result, options.output)
+    finally:
+        out(terminal.render(result, options.kind))
+    if found.interrupted:
+        note("interrupted: the result holds what was measured until then")
+        return interrupted()
+    return Exit.OK if found.ceilings else Exit.NOTHING_RAN
+
+
+def _native(backend: Backend, names: list[str], *, explicit: bool) -> list[torch.dtype]:
+    """Return the dtypes to measure; those the user named must be native, others are skipped."""
+    import torch
+
+    from mla.bench.plan.validate import check_dtype
+
+    dtypes = [getattr(torch, name) for name in names]
+    if explicit:
+        for dtype in dtypes:
+            check_dtype(backend, dtype)
+    native = backend.dtypes()
+    return [dtype for dtype in dtypes if dtype in native] or list(native)

@@ -1,23 +1,31 @@
-"""The commands that read result files, and what commands with arguments share."""
+"""`compare`: a verdict for every case of result files against a base run."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from mla.bench.terminal import comparison
-from mla.bench.terminal.run_table import FORMATS
-from mla.command import console
-from mla.command.options import FILE, Word, percent
+from mla.bench import results
+from mla.bench.results.compare import REFUSED, Comparison, slower
+from mla.bench.terminal.comparison import compare_runs
+from mla.command.console import note, out
+from mla.command.exit_codes import Exit
+from mla.command.options import FILE, Word, percent, reading
 
 
 @click.command(short_help="Compare result files; torch is not needed.")
 @click.argument("base", cls=Word, type=FILE, help="Result file (-o) that the others are compared with.")
 @click.argument("runs", cls=Word, type=FILE, nargs=-1, required=True, help="Result files to compare.")
-@click.option("--noise", callback=percent, default="2%", show_default=True, help="What counts as the same.")
 @click.option(
-    "--fail-slower", callback=percent, metavar="PERCENT", help="Exit 1 if a case is surely slower by more."
+    "--noise", callback=reading(percent), default="2%", show_default=True, help="What counts as the same."
+)
+@click.option(
+    "--fail-slower",
+    callback=reading(percent),
+    metavar="PERCENT",
+    help="Exit 1 if the whole interval of a case's time ratio lies above this.",
 )
 @click.option(
     "--format",
@@ -28,30 +36,31 @@ from mla.command.options import FILE, Word, percent
     help="Of what is printed; md for a pull request.",
 )
 def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float | None, kind: str) -> int:
-    """Say of every case whether it is FASTER, SLOWER, the SAME or UNDECIDED against the base run.
+    """Say for every case whether it is FASTER, SLOWER, the SAME or UNDECIDED against the base run.
 
     Verdicts come from the interval of the ratio of times, never from a single number. Cases whose workload,
     config, dtype or clock differ are REFUSED; other differences are named.
 
-    Exit code 0; 1 with --fail-slower and a case that is slower beyond doubt; 2 for a file that is no
+    Exit code 0; 1 with --fail-slower and a case that is slower beyond doubt; 2 for a file that is not a
     result; 5 if nothing could be compared.
     """
-    text, found = comparison.compare_files(base, runs, noise, kind)
-    console.out(text)
-    return comparison.verdict(found, fail_slower)
+    first = results.read(base)
+    cases: list[Comparison] = []
+    text = ""
+    for path in runs:
+        printed, compared = compare_runs(first, results.read(path), f"{path} against {base}", kind, noise)
+        text += printed
+        cases += compared
+    out(text)
+    return verdict(cases, fail_slower)
 
 
-@click.command(short_help="Print a stored run again; torch is not needed.")
-@click.argument("run", cls=Word, type=FILE, help="Result file (-o).")
-@click.option(
-    "--format",
-    "kind",
-    type=click.Choice(FORMATS),
-    default="table",
-    show_default=True,
-    help="Of what is printed.",
-)
-def show(run: Path, kind: str) -> int:
-    """Print a run from its result file, in any format."""
-    console.out(comparison.show(run, kind))
-    return 0
+def verdict(cases: Sequence[Comparison], limit: float | None) -> Exit:
+    """Return the exit code: 1 if a case is slower by more than `limit` beyond doubt; stderr says which."""
+    if all(case.verdict == REFUSED for case in cases):
+        note("nothing could be compared")
+        return Exit.NOTHING_RAN
+    regressions = slower(cases, limit) if limit is not None else []
+    for case in regressions:
+        note(f"regression: {case.scenario}, {case.implementation} takes {case.ratio:.3f} times as long")
+    return Exit.REGRESSION if regressions else Exit.OK

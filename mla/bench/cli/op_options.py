@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 import click
 
 from mla.bench.workload.op_scenario import DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY
 from mla.bench.workload.quantities import size
 from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS
+from mla.command.options import reading
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    """Read "4k" as 4096."""
-    try:
-        return None if value is None else size(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
-
-
-_OPTIONS = (
+OP = (
     click.option(
         "--op",
         metavar="NAME",
@@ -37,7 +24,7 @@ _OPTIONS = (
     ),
     click.option(
         "--kv",
-        callback=_size,
+        callback=reading(size),
         metavar="LEN",
         help=f"--op: tokens per request cached before the new ones (4k).  [default: {DEFAULT_HISTORY}]",
     ),
@@ -54,10 +41,3 @@ _OPTIONS = (
         help="--op: heads, instead of the config's.",
     ),
 )
-
-
-def op_options(command: Command) -> Command:
-    """Add `--op` and the options of its shape."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command

@@ -10,6 +10,7 @@ from mla.bench import results
 from mla.bench.report import page
 from mla.command import console
 from mla.command.options import FILE, Word
+from mla.text import size
 
 
 @click.command(short_help="Make an HTML page of result files; torch is not needed.")
@@ -37,5 +38,5 @@ def report(runs: tuple[Path, ...], target: Path) -> int:
     page.write(text, target)
     count = sum(len(run.cases) for run in read)
     files = f"{len(read)} file{'s' * (len(read) > 1)}"
-    console.note(f"wrote {target}: {count} cases of {files}, {len(text.encode()) / 1024:.0f} KiB")
+    console.note(f"wrote {target}: {count} cases of {files}, {size(len(text.encode()), KiB='.0f')}")
     return 0

@@ -1,81 +1,217 @@
-"""Options about a run's course: where its result goes, what it goes on from, and what ends it."""
+"""The options of `run`, in the order of its help."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
-
 import click
 
+from mla.bench.cli.op_options import OP
+from mla.bench.plan.options import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE
+from mla.bench.terminal.run_table import FORMATS
 from mla.bench.workload.quantities import duration
-from mla.command import launcher, options
+from mla.bench.workload.scenario import MAX_COUNT, MAX_LAYERS, PRESETS, STANDARD
+from mla.command.backend import MEASURED, backend_options
+from mla.command.options import FILE, Command, adding, percent, reading, result_path
+from mla.config.presets import DEFAULT_CONFIG
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+# What is measured.
+WORKLOAD = (
+    click.option(
+        "--config",
+        metavar="NAME|PATH",
+        show_default=DEFAULT_CONFIG,
+        help="Preset, or a config.json (or its folder).",
+    ),
+    click.option(
+        "--model-path",
+        metavar="DIR",
+        type=FILE,
+        help="Checkpoint folder: config.json and safetensors of one layer or more, instead of --config.",
+    ),
+    click.option(
+        "--layer",
+        metavar="N",
+        help="Layer of the checkpoint: 3, or 3.1 for the second of two attentions. Default: the only one.",
+    ),
+    click.option(
+        "--preset",
+        type=click.Choice(PRESETS),
+        help="A shipped workload instead of --workload: smoke takes seconds; full adds sweeps over history, "
+        "batch and tokens per step.",
+    ),
+    click.option(
+        "--workload",
+        metavar="NAME|FILE",
+        show_default=STANDARD,
+        help="Scenarios to run: a TOML file of [[scenario]] tables with name, mode, query_lens, "
+        "history, runs, passes, warmups, heads, layers, axes.",
+    ),
+    click.option(
+        "--scenario",
+        "scenarios",
+        metavar="NAME",
+        multiple=True,
+        help="Run only this scenario of the workload; may be repeated.",
+    ),
+)
 
+# How it is measured.
+METHOD = (
+    click.option(
+        "-a",
+        "--axis",
+        "axes",
+        metavar="AXIS=VALUES",
+        multiple=True,
+        help="Lay a grid over every scenario; may be repeated. Axes: batch, kv (history), q_len (new tokens "
+        "of a request), heads, dtype, page_size. Values: 1,8,64 or 1k..64k*4 or 1..8+1; k is 1024.",
+    ),
+    click.option(
+        "--implementations",
+        metavar="A,B",
+        default="",
+        help="What to time, interleaved: mla, mla-reference, transformers, transformers-eager. Default: "
+        "mla, and mla-reference where a fused op makes it differ.",
+    ),
+    click.option(
+        "--runs",
+        type=click.IntRange(1, MAX_COUNT),
+        help="Prefill: timed forwards, rounded up to equal passes. Decode: steps of a pass. "
+        "--op: calls of a pass.  [workload: 100]",
+    ),
+    click.option(
+        "--passes",
+        type=click.IntRange(1, MAX_COUNT),
+        help="Passes per implementation, interleaved; a 95% interval needs 6.  [workload: 10 and 6]",
+    ),
+    click.option(
+        "--layers",
+        type=click.IntRange(1, MAX_LAYERS),
+        help="Layers with weights and caches of their own, one after the other, as in a model; numbers are "
+        "per layer.  [workload: 1]",
+    ),
+    click.option(
+        "--warmups",
+        type=click.IntRange(0, MAX_COUNT),
+        help="Untimed forwards first, and more until latencies settle; 0: none.  [workload: 10]",
+    ),
+    click.option(
+        "--mode",
+        metavar="A,B",
+        help="How forwards are launched: eager, graph (replayed). Default: both, if the backend has graphs.",
+    ),
+    click.option(
+        "--cache",
+        metavar="A,B",
+        help="Caches before a forward: warm, cold (flushed). Default: both.",
+    ),
+    click.option(
+        "--clock",
+        metavar="A,B",
+        help="host, device. Default: both, if the device has a timer. Every combination of the three is "
+        "timed; eager, warm, host is the headline and always is.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["bfloat16", "float16", "float32"]),
+        show_default=DEFAULT_DTYPE,
+        help="Of weights, cache and activations.",
+    ),
+    click.option(
+        "--attention",
+        type=click.Choice(["auto", "absorbed", "expanded"]),
+        default="auto",
+        show_default=True,
+        help="Path of attention; auto takes the one with fewer FLOPs per request.",
+    ),
+    click.option("--page-size", type=int, show_default=str(DEFAULT_PAGE_SIZE), help="Tokens per cache page."),
+    click.option(
+        "--ops",
+        metavar="POLICY",
+        default="auto",
+        show_default=True,
+        help="auto: the backend's fused ops where they fit; reference: none; fused: an error where one is "
+        "offered and does not fit; or names of ops to insist on, comma-separated (see --list-ops).",
+    ),
+    click.option(
+        "--seed",
+        type=click.IntRange(min=0, max=2**32 - 1),
+        default=0,
+        show_default=True,
+        help="Of weights, inputs, page order and the order of scenarios.",
+    ),
+)
 
-def _result_path(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    """Give every task of a launcher a file of its own."""
-    return None if value is None else launcher.result_path(value)
-
-
-def _duration(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
-    """Read "10m" as 600.0."""
-    try:
-        return None if value is None else duration(value)
-    except ValueError as error:
-        raise click.BadParameter(f"{error}.") from error
-
-
-_OPTIONS = (
+# Where the result goes, what a run goes on from, and what ends it.
+COURSE = (
     click.option(
         "-o",
         "--output",
         metavar="FILE",
-        type=click.Path(path_type=Path),
-        callback=_result_path,
+        type=FILE,
+        callback=result_path,
         help="Write the complete result as JSON. %t is the task's number under srun or torchrun, %j the "
         "job's.",
     ),
     click.option(
         "--resume",
         metavar="FILE",
-        type=click.Path(path_type=Path),
-        callback=_result_path,
-        help="Go on with the run in this result file: its complete cases are kept; without -o it is "
+        type=FILE,
+        callback=result_path,
+        help="Resume the run in this result file: its complete cases are kept; without -o the file is "
         "rewritten.",
     ),
     click.option(
         "--budget",
         metavar="TIME",
-        callback=_duration,
-        help="Stay inside this time, such as 90s, 10m or 1h: what does not fit is left out.",
+        callback=reading(duration),
+        help="Stay within this time, such as 90s, 10m or 1h; what does not fit is skipped.",
     ),
     click.option(
         "--hang-after",
         metavar="TIME",
-        callback=_duration,
+        callback=reading(duration),
         default="10m",
         show_default=True,
-        help="End the run, keeping what there is, when no forward finishes for so long.",
+        help="Abort the run, keeping the results so far, if no forward finishes for this long.",
     ),
     click.option(
         "--baseline",
         metavar="FILE",
-        type=click.Path(path_type=Path),
-        help="Compare with this result file afterwards.",
+        type=FILE,
+        help="Compare with this result file after the run.",
     ),
     click.option(
         "--fail-slower",
         metavar="PERCENT",
-        callback=options.percent,
-        help="Exit 1 if a case is surely slower than the baseline by more.",
+        callback=reading(percent),
+        help="With --baseline: exit 1 if the whole interval of a case's time ratio lies above this.",
     ),
 )
 
+# What is printed.
+OUTPUT = (
+    click.option(
+        "--format",
+        "kind",
+        type=click.Choice(FORMATS),
+        default="table",
+        show_default=True,
+        help="Of what is printed on stdout.",
+    ),
+    click.option(
+        "--stages",
+        is_flag=True,
+        help="Afterwards time every op of the layer alone, and print where a forward's time goes.",
+    ),
+    click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Print every case, its memory and estimated time on stderr, and stop.",
+    ),
+    click.option("--list-ops", is_flag=True, help="Print which op runs where, and why, and stop."),
+)
 
-def course_options(command: Command) -> Command:
-    """Add these options in their order."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+
+def run_options(command: Command) -> Command:
+    """Add the options of `run` to a click command."""
+    return backend_options(MEASURED)(adding((*WORKLOAD, *OP, *METHOD, *COURSE, *OUTPUT))(command))

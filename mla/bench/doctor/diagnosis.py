@@ -16,6 +16,7 @@ from typing import Any
 import mla
 from mla.bench.doctor.torch_import import OFF, SECONDS, SWITCH, Extension, TorchReport, check_torch
 from mla.command.environment import distribution_version
+from mla.text import size
 from mla_backends.discovery import locate
 from mla_backends.errors import BackendNotInstalled, DeviceUnavailable, DuplicateBackend
 from mla_backends.status import USABLE, NoAnswer, Status, ask, names, status
@@ -161,9 +162,8 @@ def _backend_lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
 
 
 def _fact_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    memory = facts["memory_bytes"]
     yield "device", f"{facts['device_name']} ({facts['device']})"
-    yield "memory", f"{memory / 2**30:.1f} GiB" if memory else "unknown"
+    yield "memory", size(facts["memory_bytes"] or None, unknown="unknown", GiB=".1f")
     yield "dtypes", ", ".join(facts["dtypes"])
     yield "ops", f"for {facts['config']} in {facts['dtype']}:"
     for role, choice in facts["ops"].items():

@@ -1,1 +1,1 @@
-"""What the device can do at best, and where a number stands below it."""
+"""The device's limits, and how near a latency comes to them."""

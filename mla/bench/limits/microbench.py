@@ -1,9 +1,9 @@
-"""What a device reaches at best, measured on the spot.
+"""Peak bandwidth and FLOP rate of a device, measured.
 
 A ceiling is the fastest of many repetitions over several ways to do the same work: torch's own operations and
-the layer's projections. Each way is somewhere the fastest one, by device, threads and footprint. Reading is
-measured over as many bytes as a forward moves, because a footprint that fits a cache is read several times
-faster than one that does not.
+the layer's projections. Which way is fastest depends on device, threads and footprint. Reading is measured
+over as many bytes as a forward moves, because a footprint that fits a cache is read several times faster than
+one that does not.
 """
 
 from __future__ import annotations
@@ -15,53 +15,59 @@ import torch
 
 from mla.bench.results.schema import Ceiling
 from mla.layer.ops import choose
-from mla.text import dtype_name
+from mla.text import dtype_name, size
 from mla_backends.api import Backend, LinearSpec
 
-#: Seconds that one way of doing the work is repeated, and how often at least.
+# How long each way is repeated, and the fewest repetitions.
 SECONDS, REPEATS = 0.1, 5
-#: Seconds between two synchronizations, at least: where one costs much, it is spread over several calls.
+# Least seconds between two synchronizations: the cost of one is spread over several calls.
 REGION = 2e-4
-#: Sides of the matrices whose product is timed: larger ones only while one takes less than LONG seconds.
+# Sides of the square matrices that are multiplied; larger ones are skipped once one takes LONG seconds.
 SIDES, LONG = (1024, 2048, 4096, 8192), 5e-3
-#: Features of the weight that is streamed: a whole number of register blocks of any kernel.
+# Features of the weight that is streamed: a multiple of the register blocks of any kernel.
 FEATURES = 2048
-#: Rows of random numbers that the factors of a product repeat; equal numbers would flatter a device's power.
+# Rows of random numbers, repeated to fill the factors of a product; constant data would draw less power.
 RANDOM_ROWS = 256
 
 Ways = Mapping[str, Callable[[], object]]
 
 
-class Yardstick:
-    """Measures one device in one dtype. `ops` as in `MLA`: which projections are tried beside torch's."""
+class Microbenchmark:
+    """Measures one device in one dtype. `ops` as in `MLA`: which projections are tried next to torch's."""
 
     def __init__(self, backend: Backend, device: torch.device, dtype: torch.dtype, ops: str = "auto") -> None:
         self._backend, self._device, self._dtype = backend, device, dtype
         self._policy = "reference" if ops == "reference" else "auto"
 
-    def read(self, size: int) -> Ceiling:
-        """Return bytes per second of reading about `size` bytes again and again."""
-        rows = max(16, size // (FEATURES * self._dtype.itemsize) // 16 * 16)
-        size = rows * FEATURES * self._dtype.itemsize
+    def read(self, count: int) -> Ceiling:
+        """Return bytes per second of reading about `count` bytes repeatedly."""
+        rows = max(16, count // (FEATURES * self._dtype.itemsize) // 16 * 16)
+        count = rows * FEATURES * self._dtype.itemsize
         weight = torch.ones(rows, FEATURES, dtype=self._dtype, device=self._device)
         seconds, way = self._best(self._read_ways(weight))
         return Ceiling(
-            work="read", value=size / seconds, source=_measured(way, _mib(size)), footprint_bytes=size
+            work="read",
+            value=count / seconds,
+            source=_measured(way, size(count, MiB=".3g")),
+            footprint_bytes=count,
         )
 
-    def copy(self, size: int) -> Ceiling:
-        """Return bytes per second, read and written ones, of copying one half of `size` to the other."""
-        source = torch.ones(size // 8, dtype=torch.float32, device=self._device)
+    def copy(self, count: int) -> Ceiling:
+        """Return bytes per second, reads plus writes, of copying half of `count` bytes to the other half."""
+        source = torch.ones(count // 8, dtype=torch.float32, device=self._device)
         target = torch.empty_like(source)
         ways = {"copy_": lambda: target.copy_(source), "neg": lambda: torch.neg(source, out=target)}
         seconds, way = self._best(ways)
         moved = 2 * source.nbytes
         return Ceiling(
-            work="copy", value=moved / seconds, source=_measured(way, _mib(moved)), footprint_bytes=moved
+            work="copy",
+            value=moved / seconds,
+            source=_measured(way, size(moved, MiB=".3g")),
+            footprint_bytes=moved,
         )
 
     def product(self, tokens: int, inputs: int, outputs: int) -> Ceiling:
-        """Return FLOP per second of [tokens, inputs] x [inputs, outputs], a multiply-add being 2."""
+        """Return FLOP per second of [tokens, inputs] x [inputs, outputs]; a multiply-add counts as 2."""
         x, weight = self._random(tokens, inputs), self._random(outputs, inputs)
         out = torch.empty(tokens, outputs, dtype=self._dtype, device=self._device)
         ways = {"torch.mm": lambda: torch.mm(x, weight.t(), out=out), **self._projection(x, weight, out)}
@@ -76,16 +82,16 @@ class Yardstick:
         )
 
     def squares(self) -> Iterator[Ceiling]:
-        """Yield products of square matrices, from small to large, until one takes long."""
+        """Yield products of square matrices, from small to large, until one takes `LONG`."""
         for side in SIDES:
-            found = self.product(side, side, side)
-            yield found
-            if 2 * side**3 / found.value > LONG:
+            ceiling = self.product(side, side, side)
+            yield ceiling
+            if 2 * side**3 / ceiling.value > LONG:
                 return
 
     def _read_ways(self, weight: torch.Tensor) -> Ways:
         x, out = weight[:1].clone(), weight.new_empty(1, weight.shape[0])
-        numbers = weight.view(torch.float32)  # sums of other types are widened first, and slow
+        numbers = weight.view(torch.float32)  # sums of other dtypes are widened first, which is slow
         return {
             "sum": numbers.sum,
             "sums of rows": lambda: numbers.sum(1),
@@ -96,10 +102,10 @@ class Yardstick:
         }
 
     def _projection(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> Ways:
-        """Return the layer's fused projection, if it has one."""
+        """Return the layer's fused projection, if there is one."""
         spec = LinearSpec(weight.shape[1], weight.shape[0], 1, self._dtype, self._device)
         choice = choose("linear", spec, self._backend.ops(), self._policy)
-        if choice.name == "reference":  # that is torch.mm
+        if choice.name == "reference":  # which is torch.mm
             return {}
         packed = choice.op.pack(weight)
         return {choice.name: lambda: choice.op(packed, x=x, bias=None, out=out)}
@@ -110,20 +116,20 @@ class Yardstick:
         return block.to(self._device, self._dtype).repeat(-(-rows // RANDOM_ROWS), 1)[:rows].contiguous()
 
     def _best(self, ways: Ways) -> tuple[float, str]:
-        """Return the shortest time of any way in seconds, and which way it was. Raises if all of them do."""
-        found: list[tuple[float, str]] = []
+        """Return the seconds and the name of the fastest way. Raises the first error if all ways fail."""
+        timed: list[tuple[float, str]] = []
         failed: list[Exception] = []
         for name, work in ways.items():
             try:
-                found.append((self._shortest(work), name))
-            except Exception as error:  # noqa: BLE001  # a device need not have every operation
+                timed.append((self._shortest(work), name))
+            except Exception as error:  # noqa: BLE001  # a device may lack an operation
                 failed.append(error)
-        if not found:
+        if not timed:
             raise failed[0]
-        return min(found)
+        return min(timed)
 
     def _shortest(self, work: Callable[[], object]) -> float:
-        """Return the seconds of one call, in the fastest region between two synchronizations."""
+        """Return the seconds per call in the fastest region between two synchronizations."""
         self._region(work, 1)  # loads kernels and touches pages
         calls = max(1, min(1000, int(REGION / max(self._region(work, 1), 1e-9))))
         best, end, done = float("inf"), time.perf_counter() + SECONDS, 0
@@ -143,7 +149,3 @@ class Yardstick:
 
 def _measured(way: str, what: str) -> str:
     return f"measured: {way}, {what}"
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.3g} MiB"

@@ -1,1 +1,1 @@
-"""Samples: warm-up, passes, ways of timing, and the statistics of them."""
+"""Timing: variants, warm-up, passes, samples and their statistics."""

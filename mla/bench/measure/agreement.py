@@ -1,4 +1,4 @@
-"""How the implementations of one scenario relate: their outputs and their speed."""
+"""Compare the implementations of one scenario with each other: outputs and speed."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from mla.bench.results.schema import Agreement, Case
+from mla.verify.tolerances import relative_error
 
 
 def compare(cases: Sequence[Case], outputs: Mapping[str, torch.Tensor]) -> None:
-    """Tell every pair of cases with outputs (by implementation name, on the host) how they agree."""
+    """Fill the `agreement` of every case with the others; `outputs` are on the host, by implementation."""
     compared = [case for case in cases if case.implementation in outputs]
     for case in compared:
         case.agreement = [_agreement(case, other, outputs) for other in compared if other is not case]
 
 
 def _agreement(case: Case, other: Case, outputs: Mapping[str, torch.Tensor]) -> Agreement:
-    mine, theirs = (outputs[one.implementation].double() for one in (case, other))
+    mine, theirs = outputs[case.implementation], outputs[other.implementation]
     return Agreement(
         implementation=other.implementation,
-        relative_difference=((mine - theirs).norm() / theirs.norm()).item(),
+        relative_difference=relative_error((mine, theirs)),
         speed_ratio=_speed_ratio(case, other),
     )
 

@@ -1,27 +1,27 @@
-"""Sweep the last-level cache, so that the next forward finds nothing of the layer in it.
+"""Flush the last-level cache, so that the next forward finds nothing of the layer in it.
 
-A buffer of twice the cache is read and written on the device, which then has finished before timing starts.
-That evicts weights, latents, hidden states and tables from every data cache on the way to memory. It does not
-empty instruction caches, branch predictors or the translation of addresses, and on an accelerator it leaves
-the host's caches alone.
+A buffer of twice the cache is read and written on the device, and finished before timing starts. That evicts
+weights, latents, hidden states and tables from every data cache on the way to memory. It does not empty
+instruction caches, branch predictors or TLBs, and on an accelerator it leaves the host's caches alone.
 """
 
 from __future__ import annotations
 
 import torch
 
+from mla.text import size
 from mla_backends.api import Backend
 
-#: How many times the cache is swept: replacement is not strictly oldest first.
+# Size of the buffer relative to the cache: replacement is not strictly oldest first.
 TIMES = 2
-#: Bytes swept where the size of the cache is unknown.
+# Size of the buffer in bytes if the size of the cache is unknown.
 FALLBACK = 256 << 20
-#: Bounds of what is swept: a cache shared by a whole machine would take longer than the forwards.
+# Bounds of the buffer in bytes: flushing a whole machine's shared cache would take longer than the forwards.
 LEAST, MOST = 1 << 20, 512 << 20
 
 
-class Sweep:
-    """A buffer on the backend's device; calling the object sweeps it and waits."""
+class CacheFlush:
+    """A buffer on the backend's device; calling the object flushes the cache and waits for the device."""
 
     def __init__(self, backend: Backend) -> None:
         self._cache = backend.device_info().cache_bytes
@@ -35,8 +35,8 @@ class Sweep:
         self._synchronize()
 
     def method(self) -> str:
-        """Return what is swept, for the result."""
+        """Return how the cache is flushed, for the result."""
         known = "a last-level cache of unknown size"
         if self._cache is not None:
-            known = f"a last-level cache of {self._cache / 2**20:g} MiB"
-        return f"{self.bytes / 2**20:g} MiB read and written before every timed forward, for {known}"
+            known = f"a last-level cache of {size(self._cache, MiB='g')}"
+        return f"{size(self.bytes, MiB='g')} read and written before every timed forward, for {known}"

@@ -1,4 +1,4 @@
-"""The state of the device around timed passes, as evidence: clocks, power, temperature."""
+"""The device's state around timed passes, as evidence: clocks, power, temperature."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from mla_backends.errors import describe
 
 
 def read_sensors(backend: Backend, when: str) -> list[dict[str, str]]:
-    """Return one reading, labelled with `when`; none where the backend has no sensors. Never raises."""
+    """Return one reading, labelled with `when`; none if the backend has no sensors. Never raises."""
     try:
         found = {str(name): str(value) for name, value in backend.sensors().items()}
     except Exception as error:  # noqa: BLE001  # a sensor must not cost a run

@@ -1,10 +1,10 @@
 """Time implementations against each other, fairly, and check what was timed.
 
-Per scenario: every implementation runs one whole pass, which is compared with the oracle; those that are
-wrong are not timed. So does every further lane (graph replay, cold cache, device clock) of those that are
-right. After warming up, passes of all lanes alternate in seeded random order, each from the restored history.
-The outputs that a lane's last pass leaves are compared with the oracle again, right after it. An
-implementation with a wrong lane gets no number at all.
+Per scenario, every implementation runs one whole pass, which is compared with the oracle; wrong ones are not
+timed. The same goes for every further variant (graph replay, cold cache, device clock) of correct ones. After
+the warm-up, passes of all variants are interleaved in a seeded random order, each starting from the restored
+history. The outputs of a variant's last pass are compared with the oracle again, right after it. An
+implementation with a wrong variant gets no numbers at all.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from functools import partial
 from typing import Any
 
 from mla.bench.measure.device_state import read_sensors
-from mla.bench.measure.hooks import Pace
-from mla.bench.measure.passes import Lane
-from mla.bench.measure.samples import Measured, Series
-from mla.bench.measure.setup import Equipment
+from mla.bench.measure.hooks import Hooks
+from mla.bench.measure.passes import PassRunner
+from mla.bench.measure.samples import Measurement, Samples
+from mla.bench.measure.setup import Setup
 from mla.bench.measure.transient_memory import TransientBytes
-from mla.bench.measure.variants import HEADLINE, Lanes
+from mla.bench.measure.variants import HEADLINE, Variants
 from mla.bench.measure.warmup import warm_up
 from mla.bench.subjects.base import Implementation
 from mla.bench.workload.scenario import Scenario
@@ -39,50 +39,50 @@ def measure(
     checker: Any,
     backend: Backend,
     seed: int,
-    lanes: Lanes | None = None,
+    variants: Variants | None = None,
     progress: Progress = lambda what, done: None,
-    pace: Pace = Pace(),  # noqa: B008  # immutable
-) -> dict[str, Measured]:
-    """Return name -> measurement. An interrupt or `pace` ends timing early; complete passes are kept.
+    hooks: Hooks = Hooks(),  # noqa: B008  # immutable
+) -> dict[str, Measurement]:
+    """Return implementation name -> measurement.
 
-    `inputs` and `checker` are what the implementations load and are checked with.
-    Raises `LaneError` when graphs were asked for by name and the first implementation has none.
+    `inputs` and `checker` are what the implementations are loaded and checked with. An interrupt or
+    `hooks.should_stop` ends timing early; complete passes are kept. Raises `VariantError` if graphs are
+    required and the first implementation has none.
     """
-    work = _Work(scenario, checker, backend, progress, pace)
+    engine = _Engine(scenario, checker, backend, progress, hooks)
     try:
         for one in implementations:
-            pace.enter(one.name)
+            hooks.enter(one.name)
             one.load(scenario, inputs)
-            work.run_and_check(one)
-        equipment = Equipment(backend, lanes or Lanes(), scenario)
-        ready = work.make_lanes(implementations, equipment)
-        work.warm_up(ready)
-        work.time(ready, random.Random(seed))
+            engine.run_and_check(one)
+        runners = engine.make_runners(implementations, Setup(backend, variants or Variants(), scenario))
+        engine.warm_up(runners)
+        engine.time(runners, random.Random(seed))
     except KeyboardInterrupt:
-        work.interrupt(implementations)
-    return work.measured
+        engine.interrupt(implementations)
+    return engine.measurements
 
 
-class _Work:
-    """One scenario while it is measured."""
+class _Engine:
+    """The measurement of one scenario."""
 
     def __init__(
-        self, scenario: Scenario, checker: Any, backend: Backend, progress: Progress, pace: Pace
+        self, scenario: Scenario, checker: Any, backend: Backend, progress: Progress, hooks: Hooks
     ) -> None:
-        self.measured: dict[str, Measured] = {}
+        self.measurements: dict[str, Measurement] = {}
         self._scenario, self._checker, self._backend = scenario, checker, backend
-        self._progress, self._pace = progress, pace
+        self._progress, self._hooks = progress, hooks
 
     def _tick(self, doing: str, one: Implementation, count: int = 1) -> None:
         self._progress(f"{self._scenario.name}: {doing} {one.name}", count)
 
-    def _right(self, lane: Lane) -> bool:
-        return self.measured[lane.implementation.name].check.status == "ok"
+    def _correct(self, runner: PassRunner) -> bool:
+        return self.measurements[runner.implementation.name].check.status == "ok"
 
     # ------------------------------------------------------------------------------------------ before
 
     def run_and_check(self, one: Implementation) -> None:
-        """Run a whole pass, untimed; the last forward, the longest, has its memory counted."""
+        """Run a whole pass, untimed; the transient memory of the last forward, the longest, is counted."""
         transient = TransientBytes()
         for index in range(self._scenario.inputs):
             one.before(index)
@@ -92,95 +92,96 @@ class _Work:
             self._tick("checking", one)
         check = one.check(self._checker)
         transient_bytes = transient.peak + one.scratch_bytes()
-        self.measured[one.name] = Measured(Series(HEADLINE, check), transient_bytes=transient_bytes)
+        headline = Samples(HEADLINE, check)
+        self.measurements[one.name] = Measurement(headline, transient_bytes=transient_bytes)
 
-    def make_lanes(self, implementations: Sequence[Implementation], equipment: Equipment) -> list[Lane]:
-        """Return the lanes of all that are right, each checked in its own mode before it is timed."""
+    def make_runners(self, implementations: Sequence[Implementation], setup: Setup) -> list[PassRunner]:
+        """Return the runners of all correct implementations, each variant checked before it is timed."""
         found = []
-        for place, one in enumerate(implementations):
-            self._pace.enter(one.name)
-            if self.measured[one.name].check.status == "ok":
-                found += equipment.lanes(one, self.measured[one.name], first=place == 0)
-        for lane in found:
-            if lane.series.kind != HEADLINE and self._right(lane):
-                self._pace.enter(lane.implementation.name)
-                lane.try_pass(self._pace.beat)
-                self._tick("checking", lane.implementation, len(lane.steps.run))
-                lane.series.check = lane.implementation.check(self._checker)
-        return [lane for lane in found if self._right(lane)]
+        for position, one in enumerate(implementations):
+            self._hooks.enter(one.name)
+            if self.measurements[one.name].check.status == "ok":
+                found += setup.runners(one, self.measurements[one.name], first=position == 0)
+        for runner in found:
+            if runner.samples.variant != HEADLINE and self._correct(runner):
+                self._hooks.enter(runner.implementation.name)
+                runner.try_pass(self._hooks.heartbeat)
+                self._tick("checking", runner.implementation, len(runner.steps.run))
+                runner.samples.check = runner.implementation.check(self._checker)
+        return [runner for runner in found if self._correct(runner)]
 
-    def warm_up(self, lanes: Sequence[Lane]) -> None:
-        """Warm up every mode on a clock of its own; what the headline needed goes into the result."""
-        for lane in lanes:
-            kind, one = lane.series.kind, lane.implementation
-            if kind.cache == "cold" or kind.clock == "device":
-                continue  # the pass that was checked is enough where caches are swept, or warm already
-            self._pace.enter(one.name)
+    def warm_up(self, runners: Sequence[PassRunner]) -> None:
+        """Warm up every mode, timed separately; the result reports the headline's warm-up."""
+        for runner in runners:
+            variant, one = runner.samples.variant, runner.implementation
+            if variant.cache == "cold" or variant.clock == "device":
+                continue  # the checked pass is warm-up enough: caches are flushed, or warm already
+            self._hooks.enter(one.name)
             tick = partial(self._tick, "warming up", one)
             timer, least = self._backend.timer(), self._scenario.warmups
-            warmth = warm_up(lane.forwards, self._scenario.steps, least, timer, tick)
-            if kind == HEADLINE:
-                measured = self.measured[one.name]
-                measured.warmups, measured.settled = warmth.forwards, warmth.settled
+            done = warm_up(runner.forwards, self._scenario.steps, least, timer, tick)
+            if variant == HEADLINE:
+                measurement = self.measurements[one.name]
+                measurement.warmups, measurement.settled = done.forwards, done.settled
 
     # ------------------------------------------------------------------------------------------ timing
 
-    def time(self, lanes: Sequence[Lane], order: random.Random) -> None:
+    def time(self, runners: Sequence[PassRunner], order: random.Random) -> None:
         """Time all passes, between two readings of the device's sensors."""
         self._sense("before")
         with _no_garbage_collection():
-            self._time_passes(lanes, order)
+            self._time_passes(runners, order)
         self._sense("after")
 
     def _sense(self, when: str) -> None:
         state = read_sensors(self._backend, when)
-        for measured in self.measured.values():
-            measured.device_state += [dict(one) for one in state]
+        for measurement in self.measurements.values():
+            measurement.device_state += [dict(one) for one in state]
 
-    def _time_passes(self, lanes: Sequence[Lane], order: random.Random) -> None:
+    def _time_passes(self, runners: Sequence[PassRunner], order: random.Random) -> None:
         previous = None
-        turns = self._scenario.turns
-        for turn in range(turns):
-            due = [lane for lane in lanes if lane.steps.due(turn, turns)]
+        rounds = self._scenario.rounds
+        for index in range(rounds):
+            due = [runner for runner in runners if runner.steps.due(index, rounds)]
             order.shuffle(due)
-            for lane in due:
-                if self._pace.over is not None and self._pace.over():
+            for runner in due:
+                if self._hooks.should_stop is not None and self._hooks.should_stop():
                     return
-                if self._right(lane):
-                    self._time_pass(lane, switched=lane is not previous)
-                    previous = lane
+                if self._correct(runner):
+                    self._time_pass(runner, switched=runner is not previous)
+                    previous = runner
 
-    def _time_pass(self, lane: Lane, switched: bool) -> None:
-        self._pace.enter(lane.implementation.name)
+    def _time_pass(self, runner: PassRunner, switched: bool) -> None:
+        self._hooks.enter(runner.implementation.name)
         if switched:
-            lane.rewarm()
-        lane.series.passes.append(lane.time_pass(self._pace.beat))
-        lane.series.after_switch.append(switched)
-        self._tick("timing", lane.implementation, len(lane.steps.run))
-        if lane.complete or self._pace.over is not None:  # any pass may be the last
-            self._check_again(lane)
+            runner.rewarm()
+        runner.samples.passes.append(runner.time_pass(self._hooks.heartbeat))
+        runner.samples.after_switch.append(switched)
+        self._tick("timing", runner.implementation, len(runner.steps.run))
+        if runner.complete or self._hooks.should_stop is not None:  # any pass may be the last
+            self._check_again(runner)
 
-    def _check_again(self, lane: Lane) -> None:
-        """Check the outputs of a lane's last pass; an implementation that is wrong now loses its numbers."""
-        first, again = lane.series.check, lane.implementation.check(self._checker)
-        lane.series.checked_again = True
+    def _check_again(self, runner: PassRunner) -> None:
+        """Check the outputs of the last pass; an implementation that is wrong now loses its numbers."""
+        first, again = runner.samples.check, runner.implementation.check(self._checker)
+        runner.samples.checked_again = True
         if again.status != "ok":
-            again.reason = f"right before timing and wrong after it: {again.reason}"
+            again.reason = f"correct before timing, wrong after it: {again.reason}"
         if again.status != "ok" or (again.error_ratio or 0) >= (first.error_ratio or 0):
-            lane.series.check = again
+            runner.samples.check = again
         if again.status != "ok":
-            self.measured[lane.implementation.name].refuse()
+            self.measurements[runner.implementation.name].discard()
 
     def interrupt(self, implementations: Sequence[Implementation]) -> None:
-        """Mark what an interrupt left undone, also of implementations that had not begun."""
+        """Mark what an interrupt left undone, including implementations that had not started."""
         for one in implementations:
-            not_run = Series(HEADLINE, Check(status="not run", reason="interrupted"))
-            self.measured.setdefault(one.name, Measured(not_run)).interrupt()
+            not_run = Samples(HEADLINE, Check(status="not run", reason="interrupted"))
+            self.measurements.setdefault(one.name, Measurement(not_run)).interrupt()
 
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Keep Python's collector out of the timed region."""
+    """Disable Python's garbage collector inside the `with` block."""
     gc.collect()
     gc.disable()
     try:

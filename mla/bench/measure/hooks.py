@@ -1,4 +1,4 @@
-"""What the engine asks and tells while it works: when to stop, and that it is alive. Never while it times."""
+"""Callbacks of the engine: when to stop, and signs of life. None is called inside a timed region."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Pace:
-    """By default the engine is never stopped, and nobody watches it."""
+class Hooks:
+    """By default the engine runs to the end, without a watchdog."""
 
-    over: Callable[[], bool] | None = None  # asked before every timed pass: no further one is to start
+    should_stop: Callable[[], bool] | None = None  # asked before every timed pass
     enter: Callable[[str], None] = lambda name: None  # the implementation that runs from now on
-    beat: Callable[[], None] = lambda: None  # called between forwards
+    heartbeat: Callable[[], None] = lambda: None  # called between forwards

@@ -1,70 +1,70 @@
-"""What timed passes gave, lane by lane, before anything is summarised."""
+"""Raw samples of timed passes, variant by variant, before any statistics."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mla.bench.measure.variants import Kind
+from mla.bench.measure.variants import Variant
 from mla.verify.verdict import Check
 
 
 @dataclass
-class Series:
-    """What one lane gave. Only complete passes are in `passes`."""
+class Samples:
+    """Samples of one variant of one implementation. Only complete passes are in `passes`."""
 
-    kind: Kind
+    variant: Variant
     check: Check
     clock: str = "none"
     method: str = ""
     passes: list[list[float]] = field(default_factory=list)  # milliseconds
-    after_switch: list[bool] = field(default_factory=list)  # per pass: another lane ran before
+    after_switch: list[bool] = field(default_factory=list)  # per pass: another variant ran before it
     checked_again: bool = False  # the outputs of the last pass were
 
 
 @dataclass
-class Measured:
-    """What one implementation's passes gave: the headline's, and those of the other lanes."""
+class Measurement:
+    """Everything measured of one implementation: samples of the headline and of the other variants."""
 
-    headline: Series
-    others: list[Series] = field(default_factory=list)
+    headline: Samples
+    others: list[Samples] = field(default_factory=list)
     interrupted: bool = False
     transient_bytes: int | None = None
     warmups: int = 0
-    settled: bool | None = None  # the warm-up ended because latencies had; None: there was none
+    settled: bool | None = None  # the warm-up ended because latencies had settled; None: no warm-up
     device_state: list[dict[str, str]] = field(default_factory=list)
 
     @property
-    def series(self) -> list[Series]:
-        """All lanes, the headline first."""
+    def samples(self) -> list[Samples]:
+        """Samples of all variants, the headline first."""
         return [self.headline, *self.others]
 
     @property
     def passes(self) -> list[list[float]]:
-        """The headline's samples."""
+        """The headline's passes."""
         return self.headline.passes
 
     @property
     def check(self) -> Check:
-        """The check of the headline, or that of another lane if it is wrong; the reason names the lane."""
+        """The headline's check, or that of a wrong variant; the reason then names the variant."""
         for one in self.others:
             if one.check.status == "wrong":
                 return Check(
                     status="wrong",
                     error_ratio=one.check.error_ratio,
                     relative_error=one.check.relative_error,
-                    reason=f"{one.kind}: {one.check.reason}",
+                    reason=f"{one.variant}: {one.check.reason}",
                 )
         return self.headline.check
 
-    def refuse(self) -> None:
-        """Take all numbers from an implementation that was wrong in one lane."""
-        for one in self.series:
+    def discard(self) -> None:
+        """Drop all samples of an implementation that was wrong in one variant."""
+        for one in self.samples:
             one.passes.clear()
             one.after_switch.clear()
 
     def interrupt(self) -> None:
         """Mark what an interrupt left undone."""
         self.interrupted = True
-        for one in self.series:
+        for one in self.samples:
             if one.check.status == "ok" and not one.checked_again:
                 one.check.reason = "interrupted: checked before timing only"

@@ -1,6 +1,6 @@
-"""Where a forward's time goes: every op timed alone, in passes of their own after the headline's.
+"""Where a forward's time goes: every op timed alone, in separate passes after the headline's.
 
-Between two ops the device is synchronized, which a forward does without; so the parts add up to more than it.
+The device is synchronized between two ops, which a forward is not, so the parts add up to more than it takes.
 """
 
 from __future__ import annotations
@@ -9,22 +9,27 @@ import gc
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from mla.bench.limits.roofline import Ceilings
+import torch
+
+from mla.bench.limits.roofline import RooflineModel
 from mla.bench.results.schema import Case, Cost, Roofline, Stage
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.scenario import Scenario
+from mla.cache.ragged_batch import RaggedBatch
+from mla.cost import Work
 from mla.cost.by_role import role_costs
 from mla.verify.layer_check import Checker
 from mla_backends.api import Timer
 
-#: Forwards that are timed at least: whole passes, so that a growing cache counts as it does in the headline.
+# Minimum of timed forwards: whole passes, so that a growing cache counts as it does in the headline.
 FORWARDS = 20
 BETWEEN = "between ops"
 
-#: Stage -> what belongs to it: roles of `mla.layer.ops`, `gather` (context latents, and keys made of them),
-#: `extend` and `plan`, and the layer's own host code and copies between them.
+# Stage -> its parts: roles of `mla.layer.ops`, `gather` (context latents, and keys made of them),
+# `extend` and `plan`, and the layer's own host code and copies between them.
 STAGES = {
     "query and latent projections": ("qkv_a_proj", "q_a_layernorm", "q_b_proj"),
     "cache write": ("write_latent",),
@@ -37,7 +42,7 @@ STAGES = {
     BETWEEN: (BETWEEN,),
 }
 
-#: Milliseconds of one forward, by part.
+# Milliseconds of one forward, by part.
 Sample = dict[str, float]
 
 
@@ -56,7 +61,7 @@ class Stopwatch:
 
     @contextmanager
     def region(self, name: str) -> Iterator[None]:
-        """Time what happens inside the `with` block, other regions excepted."""
+        """Time the `with` block, excluding other regions inside it."""
         if self._open:
             self._stop()
         self._open.append(name)
@@ -83,33 +88,37 @@ class Stopwatch:
         self._times[name] = self._times.get(name, 0.0) + self._timer.stop()
 
 
-class _TimedOp:
-    """An op whose calls are timed and which is itself in every other way."""
+class TimedSteps:
+    """The passes of a layer with every part of a step in a region of its own.
 
-    def __init__(self, op: Any, call: Callable[..., Any]) -> None:
-        self._op, self._call = op, call
+    Drives the parts of the layer and of its cache itself, so that both stay as they are.
+    """
 
-    def __call__(self, *args: Any, **tensors: Any) -> None:
-        self._call(*args, **tensors)
+    def __init__(self, one: MlaLayer, scenario: Scenario, watch: Stopwatch) -> None:
+        self._one, self._watch, self._prefill = one, watch, scenario.mode == "prefill"
+        layer, step = one.layer, one.layer.step
+        expanded = replace(step.expanded, rebuild=watch.wrap("gather", step.expanded.rebuild))
+        self._step = replace(step, expanded=expanded)
+        self._ops = layer.ops.replaced(watch.wrap)
+        self._extend, self._plan = watch.wrap("extend", one.extend), watch.wrap("plan", layer.plan)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._op, name)
+    def restore(self) -> None:
+        """Put the cache back to the history and prepare the batch of a prefill, as the layer itself does."""
+        self._one.rewind()
+        if self._prefill:
+            self._batch = self._extend()
+            self._plan(self._batch)
 
+    def step(self, index: int) -> None:
+        """Run one forward, and write its output where the layer would."""
+        with self._watch.region(BETWEEN), torch.no_grad():
+            self._forward(index, self._batch if self._prefill else self._extend())
 
-@contextmanager
-def instrumented(one: MlaLayer, watch: Stopwatch) -> Iterator[None]:
-    """Time the layer's ops, its planning and its cache's `extend` inside the `with` block only."""
-    layer, ops = one.layer, one.layer.ops
-    parts = ((layer, "plan", "plan"), (layer.expanded, "expand", "gather"), (one.cache, "extend", "extend"))
-    layer.ops = ops.replaced(lambda role, op: _TimedOp(op, watch.wrap(role, op)))
-    for owner, attribute, name in parts:
-        setattr(owner, attribute, watch.wrap(name, getattr(owner, attribute)))
-    try:
-        yield
-    finally:
-        layer.ops = ops
-        for owner, attribute, _ in parts:
-            delattr(owner, attribute)  # the class's own shows again
+    def _forward(self, index: int, batch: RaggedBatch) -> None:
+        one = self._one
+        hidden, pages, out = one.hidden[index], one.cache.pages[0], one.outputs[index]
+        one.layer.check(hidden, batch, pages, out)
+        self._step.run(self._ops, hidden, batch, self._plan(batch), pages, out)
 
 
 def total_forwards(scenario: Scenario) -> int:
@@ -122,19 +131,18 @@ def time_forwards(
 ) -> list[Sample]:
     """Run the passes and return a sample per forward; the last pass leaves its outputs."""
     watch = Stopwatch(timer)
+    steps = TimedSteps(one, scenario, watch)
     samples: list[Sample] = []
     gc.collect()
     gc.disable()
     try:
-        with instrumented(one, watch):
-            while len(samples) < FORWARDS:
-                one.restore()  # plans the batch of a prefill
-                one.outputs.fill_(float("nan"))
-                for index in range(scenario.inputs):
-                    with watch.region(BETWEEN):
-                        one.step(index)
-                    samples.append(watch.take())
-                progress(f"{scenario.name}: stages of {one.name}", scenario.inputs)
+        while len(samples) < FORWARDS:
+            steps.restore()
+            one.outputs.fill_(float("nan"))
+            for index in range(scenario.inputs):
+                steps.step(index)
+                samples.append(watch.take())
+            progress(f"{scenario.name}: stages of {one.name}", scenario.inputs)
     finally:
         gc.enable()
     return samples
@@ -145,10 +153,10 @@ def add(
     one: MlaLayer,
     scenario: Scenario,
     checker: Checker,
-    ceilings: Ceilings,
+    ceilings: RooflineModel,
     progress: Callable[[str, int], None],
 ) -> None:
-    """Fill `case.stages`. A case that is wrong when it is instrumented loses its numbers."""
+    """Fill `case.stages`. A case that is wrong in these passes loses its numbers."""
     try:
         samples = time_forwards(one, scenario, one.setting.backend.timer(), progress)
     except KeyboardInterrupt:
@@ -165,18 +173,17 @@ def add(
 
 def costs(one: MlaLayer, scenario: Scenario) -> dict[str, Cost]:
     """Return role -> its work, averaged over the forwards of a pass."""
-    setting, total = one.setting, dict[str, list[int]]()
+    setting, total = one.setting, dict[str, Work]()
     for step in range(scenario.inputs):
         lengths, size = (scenario.query_lens, scenario.kv_lens(step)), setting.dtype.itemsize
         for role, work in role_costs(setting.config, *lengths, size, setting.attention).items():
-            old = total.get(role, [0, 0])
-            total[role] = [old[0] + work.flops, old[1] + work.bytes]
+            total[role] = total.get(role, Work()) + work
     count = scenario.inputs
     return {role: Cost(flops=round(f / count), bytes=round(b / count)) for role, (f, b) in total.items()}
 
 
 def summary(
-    samples: Sequence[Sample], costs: dict[str, Cost], ceilings: Ceilings, footprint: int
+    samples: Sequence[Sample], costs: dict[str, Cost], ceilings: RooflineModel, footprint: int
 ) -> list[Stage]:
     """Return a row per stage that ran and, where it has several parts, one for each: "stage: part"."""
     rows = []
@@ -192,7 +199,7 @@ def _stage(
     parts: Sequence[str],
     samples: Sequence[Sample],
     costs: dict[str, Cost],
-    ceilings: Ceilings,
+    ceilings: RooflineModel,
     footprint: int,
 ) -> Stage:
     ms = statistics.median(sum(sample.get(part, 0.0) for part in parts) for sample in samples)

@@ -1,7 +1,7 @@
-"""How much memory a forward takes beyond weights, cache and outputs: counted, not sampled.
+"""Peak memory of a forward beyond weights, cache and outputs: counted, not sampled.
 
-Works on every device, since it watches torch's dispatcher instead of a vendor's allocator. What an op
-allocates inside itself, such as a kernel's own scratch memory, does not pass the dispatcher: not counted.
+Works on every device, since it watches torch's dispatcher instead of a vendor's allocator. Memory that an op
+allocates internally, such as a kernel's scratch memory, bypasses the dispatcher and is not counted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class TransientBytes(TorchDispatchMode):
-    """Counts the storages created inside a `with` block; `peak` is the most alive at once, in bytes."""
+    """Counts the storages created inside a `with` block; `peak` is the largest total at once, in bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class TransientBytes(TorchDispatchMode):
         given = {_address(tensor) for tensor in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         made = [tensor for tensor in _tensors(result) if _address(tensor) not in given]
-        self._forget()  # before adding: a new storage may have the address of one that is gone
+        self._forget()  # before adding: a new storage may reuse the address of a freed one
         for tensor in made:
             storage = tensor.untyped_storage()
             self._seen.setdefault(storage.data_ptr(), (StorageWeakRef(storage), storage.nbytes()))
@@ -42,7 +42,7 @@ class TransientBytes(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors that have a storage; weights packed by a library are opaque."""
+    """Yield the tensors with a storage; weights packed by a library are opaque."""
     for leaf in tree_leaves(tree):
         if torch.is_tensor(leaf) and leaf.layout == torch.strided:
             yield leaf

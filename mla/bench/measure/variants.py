@@ -1,7 +1,7 @@
-"""Lanes: the ways in which every implementation of a run is timed.
+"""Variants: the ways of timing that a run applies to each of its implementations.
 
-A lane is a mode (eager, or replayed from graphs), the state of the caches (warm, or swept before every timed
-forward) and a clock (the host's, or the device's own). Eager, warm, host is the headline and always there.
+A variant is a mode (eager, or replayed from graphs), a cache state (warm, or flushed before every timed
+forward) and a clock (the host's, or the device's own). Eager, warm, host is the headline and always timed.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal, cast
-
-import torch
 
 from mla.bench.workload.scenario import Scenario
 from mla.errors import MLAError, UsageError, did_you_mean
@@ -22,22 +20,22 @@ Mode = Literal["eager", "graph"]
 Cache = Literal["warm", "cold"]
 Clock = Literal["host", "device"]
 
-#: Passes of a lane beside the headline: the fewest that give a 95 % interval.
+# Passes of a variant other than the headline: the fewest that give a 95 % interval.
 EXTRA_PASSES = 6
-#: Forwards of such a pass in prefill, where each is like the other.
+# Forwards of such a pass in prefill, where all are alike.
 EXTRA_FORWARDS = 5
-#: Timed steps of a cold decode pass at least, where it has them: sweeping takes longer than a step.
+# Timed steps of a cold decode pass, if it has as many: a flush takes longer than a step.
 COLD_STEPS = 10
 
 
-class LaneError(MLAError):
-    """A way of timing that this backend does not have."""
+class VariantError(MLAError):
+    """A way of timing that this backend does not support."""
 
     exit_code = 3
 
 
 @dataclass(frozen=True)
-class Kind:
+class Variant:
     """One way of timing."""
 
     mode: Mode = "eager"
@@ -48,67 +46,81 @@ class Kind:
         return f"{self.mode}, {self.cache} cache, {self.clock} clock"
 
 
-HEADLINE = Kind()
+HEADLINE = Variant()
 
 
 @dataclass(frozen=True)
-class Lanes:
-    """What a run times, the headline first."""
+class Variants:
+    """All that a run times, the headline first."""
 
-    kinds: tuple[Kind, ...] = (HEADLINE,)
-    graphs_by_name: bool = False  # the user asked for graphs: a first implementation without is an error
+    timed: tuple[Variant, ...] = (HEADLINE,)
+    graphs_required: bool = False  # requested with --mode: an error if the first implementation has none
 
     def __str__(self) -> str:
-        """Return, for example, "eager, graph; warm, cold; host clock, device clock"."""
+        """Return, for example, "eager, graph; warm, cold; host and device clock"."""
         modes, caches, clocks = (
             list(dict.fromkeys(values))
-            for values in zip(*((kind.mode, kind.cache, kind.clock) for kind in self.kinds), strict=True)
+            for values in zip(*((one.mode, one.cache, one.clock) for one in self.timed), strict=True)
         )
         return f"{', '.join(modes)}; {', '.join(caches)}; {' and '.join(clocks)} clock"
 
 
-def choose(
-    backend: Backend, mode: str | None = None, cache: str | None = None, clock: str | None = None
-) -> Lanes:
-    """Return every combination of the listed words (commas between them), and the headline.
+@dataclass(frozen=True)
+class Wanted:
+    """The values of `--mode`, `--cache` and `--clock`. None means whatever the backend supports."""
 
-    None takes what the backend has. Raises `UsageError` for a word that means nothing and `LaneError` for
-    graphs or a clock that the backend lacks.
+    modes: tuple[Mode, ...] | None = None
+    caches: tuple[Cache, ...] | None = None
+    clocks: tuple[Clock, ...] | None = None
+
+
+def parse(mode: str | None, cache: str | None, clock: str | None) -> Wanted:
+    """Read the comma-separated values of the three options. Raises `UsageError`; needs no backend."""
+    return Wanted(
+        cast("tuple[Mode, ...] | None", _values("--mode", mode, ["eager", "graph"])),
+        cast("tuple[Cache, ...] | None", _values("--cache", cache, ["warm", "cold"])),
+        cast("tuple[Clock, ...] | None", _values("--clock", clock, ["host", "device"])),
+    )
+
+
+def available(wanted: Wanted, backend: Backend) -> Variants:
+    """Return every combination of the wanted values, and the headline.
+
+    Graphs and a device timer that the backend lacks are omitted by default. Raises `VariantError` if they
+    were requested.
     """
-    modes = cast("list[Mode]", _words("--mode", mode, ["eager", "graph"]))
-    caches = cast("list[Cache]", _words("--cache", cache, ["warm", "cold"]))
-    clocks = cast("list[Clock]", _words("--clock", clock, ["host", "device"]))
+    modes: list[Mode] = list(wanted.modes or ("eager", "graph"))
+    caches: list[Cache] = list(wanted.caches or ("warm", "cold"))
+    clocks: list[Clock] = list(wanted.clocks or ("host", "device"))
     if "device" in clocks and backend.device_timer() is None:
-        _refuse(clock, f"backend '{backend.name}' has no clock of its own, which --clock device wants.")
+        if wanted.clocks:
+            raise VariantError(f"backend '{backend.name}' has no device timer (required by --clock device).")
         clocks.remove("device")
     if "graph" in modes and (problem := _no_graphs(backend)):
-        _refuse(mode, f"{problem}, which --mode graph wants.")
+        if wanted.modes:
+            raise VariantError(f"{problem} (required by --mode graph).")
         modes.remove("graph")
-    kinds = [Kind(*words) for words in product(modes, caches, clocks)]
-    return Lanes(tuple(dict.fromkeys((HEADLINE, *kinds))), graphs_by_name=mode is not None)
+    combined = [Variant(*values) for values in product(modes, caches, clocks)]
+    return Variants(tuple(dict.fromkeys((HEADLINE, *combined))), graphs_required=wanted.modes is not None)
 
 
-def _words(option: str, given: str | None, known: list[str]) -> list[str]:
+def _values(option: str, given: str | None, known: list[str]) -> tuple[str, ...] | None:
     if given is None:
-        return known
-    words = [word.strip() for word in given.split(",") if word.strip()]
-    for word in words:
-        if word not in known:
-            hint = did_you_mean(word, known)
-            raise UsageError(f"{option} takes {' and '.join(known)}, got '{word}'.{hint}")
-    if not words:
+        return None
+    values = [value.strip() for value in given.split(",") if value.strip()]
+    for value in values:
+        if value not in known:
+            hint = did_you_mean(value, known)
+            raise UsageError(f"{option} takes {' and '.join(known)}, got '{value}'.{hint}")
+    if not values:
         raise UsageError(f"{option} takes {' and '.join(known)}, got nothing.")
-    return list(dict.fromkeys(words))
-
-
-def _refuse(given: str | None, sentence: str) -> None:
-    """Raise `LaneError` for what was asked for by name; by default it is just not there."""
-    if given is not None:
-        raise LaneError(sentence)
+    return tuple(dict.fromkeys(values))
 
 
 def _no_graphs(backend: Backend) -> str:
-    """Return why nothing can be captured, as one clause; "" when a small addition can."""
+    """Return why nothing can be captured, as one clause; "" if capturing a small addition works."""
+    import torch
+
     number = torch.zeros(1, device=backend.device)
 
     def add() -> None:
@@ -118,43 +130,43 @@ def _no_graphs(backend: Backend) -> str:
         if backend.graph(add) is not None:
             return ""
     except Exception as error:  # noqa: BLE001  # a stack raises anything when it cannot capture
-        return f"backend '{backend.name}' captures no graphs ({describe(error)})"
-    return f"backend '{backend.name}' offers no graphs, or an option forbids them"
+        return f"backend '{backend.name}' cannot capture graphs: {describe(error)}"
+    return f"backend '{backend.name}' offers no graphs, or an option disables them"
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The forwards of a lane's pass, those of them that are timed, and how many passes there are."""
+    """The forwards of a variant's pass, those of them that are timed, and the number of passes."""
 
     run: range
     timed: range
     passes: int
 
-    def due(self, turn: int, turns: int) -> bool:
-        """Say whether the lane has a pass in this turn: its passes are spread over all turns."""
-        return (turn + 1) * self.passes // turns > turn * self.passes // turns
+    def due(self, index: int, rounds: int) -> bool:
+        """Return whether round `index` has a pass of this variant: its passes are spread over all rounds."""
+        return (index + 1) * self.passes // rounds > index * self.passes // rounds
 
     def method(self) -> str:
-        """Say which steps are timed, where not all are."""
+        """Return which steps are timed, unless all are."""
         return "" if self.run == self.timed else f"every {self.timed.step}th step of a pass timed"
 
 
-def steps(kind: Kind, scenario: Scenario) -> Steps:
-    """Return what one lane of a scenario runs."""
+def steps(variant: Variant, scenario: Scenario) -> Steps:
+    """Return what one variant of a scenario runs."""
     every = range(scenario.steps)
-    if kind == HEADLINE:
-        return Steps(every, every, scenario.turns)
-    passes = min(scenario.turns, EXTRA_PASSES)
+    if variant == HEADLINE:
+        return Steps(every, every, scenario.rounds)
+    passes = min(scenario.rounds, EXTRA_PASSES)
     if scenario.mode == "prefill":
         some = range(min(scenario.steps, EXTRA_FORWARDS))
         return Steps(some, some, passes)
-    stride = max(1, scenario.steps // COLD_STEPS) if kind.cache == "cold" else 1
+    stride = max(1, scenario.steps // COLD_STEPS) if variant.cache == "cold" else 1
     return Steps(every, range(stride // 2, scenario.steps, stride), passes)
 
 
-def forwards(kinds: Sequence[Kind], scenario: Scenario) -> int:
-    """Return the forwards that one implementation runs at least, checks and warm-ups included."""
-    extra = [steps(kind, scenario) for kind in kinds if kind != HEADLINE]
-    warmed = sum(kind.cache == "warm" and kind.clock == "host" for kind in kinds)
-    headline = scenario.inputs + warmed * scenario.warmups + scenario.turns * scenario.steps
+def forwards(variants: Sequence[Variant], scenario: Scenario) -> int:
+    """Return the minimum number of forwards of one implementation, checks and warm-ups included."""
+    extra = [steps(variant, scenario) for variant in variants if variant != HEADLINE]
+    warmed = sum(variant.cache == "warm" and variant.clock == "host" for variant in variants)
+    headline = scenario.inputs + warmed * scenario.warmups + scenario.rounds * scenario.steps
     return headline + sum((one.passes + 1) * len(one.run) for one in extra)

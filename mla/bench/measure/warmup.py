@@ -1,8 +1,8 @@
-"""Warm up until latencies settle: a published and bounded rule.
+"""Warm up until latencies settle, by a bounded rule.
 
 At least as many forwards run as were asked for. Then more, until the median of the last `WINDOW` is within
-`WITHIN` of the median of the `WINDOW` before; but at most `MOST` further ones, and none after `SECONDS` of
-forwards. With 0 asked for, nothing is warmed up.
+`WITHIN` of the median of the `WINDOW` before; but at most `MOST` more, and none once forwards have taken
+`SECONDS`. With 0 asked for, there is no warm-up.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ MOST, SECONDS = 100, 5.0
 
 
 @dataclass(frozen=True)
-class Warmth:
+class WarmupResult:
     """How a warm-up went. `settled` is None when none was asked for."""
 
     forwards: int = 0
     settled: bool | None = None
 
 
-def warm_up(forwards: Forwards, steps: int, least: int, timer: Timer, tick: Callable[[int], None]) -> Warmth:
-    """Run forwards until they settle; `steps` of them make a pass, after which the history is restored.
+def warm_up(
+    forwards: Forwards, steps: int, least: int, timer: Timer, tick: Callable[[int], None]
+) -> WarmupResult:
+    """Run forwards until latencies settle; the history is restored every `steps` forwards, as in a pass.
 
-    `tick` is told of every forward, with 1 while fewer than `least` were done and 0 afterwards.
+    `tick` is called after every forward, with 1 for the first `least` forwards and 0 afterwards.
     """
     if not least:
-        return Warmth()
+        return WarmupResult()
     taken: list[float] = []
     while not _done(taken, least):
         index = len(taken) % steps
@@ -44,7 +46,7 @@ def warm_up(forwards: Forwards, steps: int, least: int, timer: Timer, tick: Call
         taken.append(timer.stop())
         forwards.after(index)
         tick(int(len(taken) <= least))
-    return Warmth(len(taken), settled(taken))
+    return WarmupResult(len(taken), settled(taken))
 
 
 def _done(taken: Sequence[float], least: int) -> bool:
@@ -55,7 +57,7 @@ def _done(taken: Sequence[float], least: int) -> bool:
 
 
 def settled(taken: Sequence[float]) -> bool:
-    """Say whether the last window is as fast as the one before."""
+    """Return whether the last window of milliseconds is as fast as the one before, within `WITHIN`."""
     if len(taken) < 2 * WINDOW:
         return False
     before, now = median(taken[-2 * WINDOW : -WINDOW]), median(taken[-WINDOW:])

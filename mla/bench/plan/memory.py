@@ -1,15 +1,16 @@
-"""Work out the memory of a scenario before anything is allocated."""
+"""The memory of a scenario, before anything is allocated."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 
-from mla.bench.subjects.memory import _device_bytes, _host_bytes
-from mla.bench.subjects.setting import Setting, scenario_setting
-from mla.bench.workload.grid import Point
+from mla.bench.subjects.fixture import Needs
+from mla.bench.subjects.setting import Setting
 from mla.errors import OutOfMemory
+from mla.text import size
 from mla_backends import host
+from mla_backends.api import Backend
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class MemoryPlan:
 
     @property
     def side_by_side(self) -> bool:
-        """Say whether all implementations fit at once, so that they can alternate."""
+        """Whether all implementations fit at once, so that they can alternate."""
         return self._fits(self.implementations)
 
     def _fits(self, count: int) -> bool:
@@ -41,8 +42,12 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Say whether at least one implementation fits."""
+        """Whether at least one implementation fits."""
         return self._fits(1)
+
+    def with_available(self, backend: Backend) -> MemoryPlan:
+        """Return the same needs with the memory that is available now."""
+        return replace(self, device_available=backend.memory().free, host_available=host.memory_available())
 
     def require(self) -> None:
         """Raise `OutOfMemory` when not even one implementation fits."""
@@ -68,21 +73,19 @@ def _within(need: int, available: int | None) -> bool:
 
 def gib(count: int | None) -> str:
     """Return bytes in GiB, or "an unknown amount"."""
-    if count is None:
-        return "an unknown amount"
-    size = Decimal(count) / 2**30  # mistyped lengths overflow a float
-    return f"{size:.2f} GiB" if size < 10**6 else f"{size:.1e} GiB"
+    exact = None if count is None else Decimal(count)  # mistyped lengths overflow a float
+    return size(exact, "an unknown amount", GiB=lambda gibs: format(gibs, ".2f" if gibs < 10**6 else ".1e"))
 
 
-def plan_memory(setting: Setting, scenario: Point, implementations: int, extra: int = 0) -> MemoryPlan:
-    """Estimate a scenario's needs from lengths alone; `extra` layers live for a while beside."""
-    own = scenario_setting(setting, scenario)
-    return MemoryPlan(
-        per_implementation=_device_bytes(own, scenario),
-        host=_host_bytes(own, scenario),
+def plan_memory(setting: Setting, needs: Needs, implementations: int, extra: int = 0) -> MemoryPlan:
+    """Compare a scenario's needs with what there is; `extra` layers live for a while next to the others."""
+    plan = MemoryPlan(
+        per_implementation=needs.device_bytes,
+        host=needs.host_bytes,
         implementations=implementations,
         extra=extra,
-        device_available=setting.backend.memory().free,
-        host_available=host.memory_available(),
+        device_available=None,
+        host_available=None,
         shared=setting.device.type == "cpu",
     )
+    return plan.with_available(setting.backend)

@@ -1,1 +1,1 @@
-"""Result files as one HTML page that needs no network, no script and no torch."""
+"""Result files as one HTML page that needs no network, no scripts and no torch."""

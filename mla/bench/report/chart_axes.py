@@ -1,4 +1,4 @@
-"""Axes in plain numbers: logarithmic ones without powers in superscript, rows of names, whiskers."""
+"""Chart axes: plain numbers on logarithmic scales, rows of names, whiskers."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
 from mla.bench.report.series import Measure, printable
-from mla.bench.terminal.run_table import number
+from mla.bench.terminal.digits import number
 
-#: Characters of a name in a picture; tables hold it whole.
+# Most characters of a name in a chart; tables show it whole.
 LABEL = 42
-#: Ticks on the axis of a grid: more would run into each other.
+# Most ticks on the axis of a grid: more would overlap.
 MOST_TICKS = 9
-#: Rows from which their names are written smaller.
+# With more rows than this, their names are set smaller.
 MANY_ROWS = 16
 
 Side = Literal["x", "y"]
 
 
 def log(axes: Axes, side: Side) -> None:
-    """Make an axis logarithmic, with ticks that fit its length."""
+    """Make an axis logarithmic, with ticks that suit its range."""
     axes.set_xscale("log") if side == "x" else axes.set_yscale("log")
     axis = axes.xaxis if side == "x" else axes.yaxis
     axis.set_major_locator(_locator(*axis.get_view_interval()))
@@ -33,7 +33,7 @@ def log(axes: Axes, side: Side) -> None:
 
 
 def _locator(low: float, high: float) -> Locator:
-    """Return round numbers for less than a decade, 1, 2 and 5 for a few, powers of ten for many."""
+    """Return round ticks below a decade, 1-2-5 ticks for a few decades, powers of ten for many."""
     decades = math.log10(high / low)
     if decades < 0.8:
         return MaxNLocator(6, steps=[1, 2, 5, 10])
@@ -49,28 +49,28 @@ def plain(value: float) -> str:
 
 
 def places(axes: Axes, values: Iterable[float]) -> None:
-    """Tick the x axis at the values of the grid; powers of two look evenly spaced."""
-    found = sorted(set(values))
-    if found[0] > 0:
+    """Put ticks on the x axis at the grid's values, on a scale where powers of two are evenly spaced."""
+    ticks = sorted(set(values))
+    if ticks[0] > 0:
         axes.set_xscale("log", base=2)
     else:  # a history of 0 has no logarithm
-        axes.set_xscale("symlog", base=2, linthresh=max(1.0, min((x for x in found if x > 0), default=1.0)))
-    step = math.ceil(len(found) / MOST_TICKS)
-    axes.xaxis.set_major_locator(FixedLocator(found[::-step][::-1]))
+        axes.set_xscale("symlog", base=2, linthresh=max(1.0, min((x for x in ticks if x > 0), default=1.0)))
+    step = math.ceil(len(ticks) / MOST_TICKS)
+    axes.xaxis.set_major_locator(FixedLocator(ticks[::-step][::-1]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(True, axis="x")
 
 
 def count(value: float) -> str:
-    """Return a count of tokens or requests, whole multiples of 1024 as "4k"."""
+    """Return a count of tokens or requests; whole multiples of 1024 as "4k"."""
     if value >= 1024 and value % 1024 == 0:
         return f"{value / 1024:.0f}k"
     return f"{value:g}"
 
 
 def rows(axes: Axes, names: Sequence[str]) -> None:
-    """Name the rows of a chart from the top."""
+    """Label the rows of a chart from the top."""
     axes.set_yticks(range(len(names)), [printable(name, LABEL) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0, labelsize=8 if len(names) > MANY_ROWS else 9)
@@ -78,14 +78,14 @@ def rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def whiskers(measures: Sequence[Measure]) -> list[list[float]]:
-    """Return distances down and up to the intervals; none where there is no interval."""
+    """Return the distances to the lower and upper ends of the intervals; 0 without an interval."""
     down = [0.0 if one.low is None else max(0.0, one.value - one.low) for one in measures]
     up = [0.0 if one.high is None else max(0.0, one.high - one.value) for one in measures]
     return [down, up]
 
 
 def end_labels(axes: Axes, measures: Sequence[Measure]) -> None:
-    """Write each value right of its bar and whisker."""
+    """Write each value to the right of its bar and whisker."""
     ends = [one.value if one.high is None else max(one.high, one.value) for one in measures]
     axes.set_xlim(0, 1.36 * max(ends))
     axes.xaxis.set_major_locator(MaxNLocator(4))

@@ -12,49 +12,49 @@ from mla.bench.results.schema import Run
 from mla.command import files
 from mla.errors import MLAError, ResultError
 
-#: How every report starts, and what alone may be overwritten.
+# How every report starts; only a file that starts like this is overwritten.
 DOCTYPE = "<!doctype html>"
 
 
-class ReportError(MLAError):
-    """A report that cannot be made."""
+class PageError(MLAError):
+    """The page cannot be made."""
 
 
 def require() -> None:
-    """Raise `ReportError` unless the libraries of the extra can be imported."""
+    """Raise `PageError` unless the libraries of the extra `report` can be imported."""
     for name in ("jinja2", "matplotlib"):
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ReportError(
+            raise PageError(
                 f"a report needs {name}, which cannot be imported ({error}): "
                 "`pip install '.[report]'` in a checkout of this project."
             ) from error
 
 
 def check_target(target: Path, inputs: Sequence[Path]) -> None:
-    """Raise `ResultError` if `target` cannot be written, or holds something else than a report."""
+    """Raise `ResultError` if `target` cannot be written, or exists and is not a report."""
     files.check_writable(target)
     if not target.exists():
         return
-    if any(one.exists() and one.samefile(target) for one in inputs):
+    if any(path.exists() and path.samefile(target) for path in inputs):
         raise ResultError(f"cannot write '{target}': it is one of the result files; name another file.")
     with target.open("rb") as file:
         start = file.read(len(DOCTYPE))
     if start and start.lower() != DOCTYPE.encode():
         raise ResultError(
-            f"cannot write '{target}': it exists and is no HTML page; remove it or name another file."
+            f"cannot write '{target}': it exists and is not an HTML page; remove it or name another file."
         )
 
 
 def render(paths: Sequence[str], runs: Sequence[Run]) -> str:
-    """Return the page about these runs; the first is the base of comparisons. Needs the extra's libraries."""
+    """Return the HTML page about these runs; the first is the base of comparisons."""
     import jinja2
 
     from mla.bench.report import sections, tables
     from mla.bench.report.panel import Context
 
-    files = series.sources(paths, runs)
+    files = series.result_files(paths, runs)
     loader = jinja2.PackageLoader("mla.bench.report", ".")
     environment = jinja2.Environment(
         loader=loader,
@@ -65,12 +65,10 @@ def render(paths: Sequence[str], runs: Sequence[Run]) -> str:
     )
     return environment.get_template("template.html.j2").render(
         files=files,
-        summaries=[summary.summary(one) for one in files],
+        summaries=list(map(summary.summary, files)),
         several=len(files) > 1,
-        columns=list(tables.columns()),
-        result_rows=tables.result_rows,
+        columns=tables.columns(),
         sections=sections.sections(Context(files)),
-        summary=summary,
         version=metadata.version("mla"),
     )
 

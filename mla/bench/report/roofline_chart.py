@@ -8,34 +8,34 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mla.bench.report import chart_axes as axis
+from mla.bench.report import chart_axes
 from mla.bench.report.charts import WIDTH
-from mla.bench.report.roofline_data import Roof, Roofline, ridge
+from mla.bench.report.roofline_data import Roof, RooflineData, ridge
 from mla.bench.report.series import printable
 from mla.bench.report.style import DARK, GREY, Look
 from mla.bench.report.svg import inline, styled
-from mla.bench.terminal.run_table import number
+from mla.bench.terminal.digits import number
 
-#: Points: the height of a label, and how near two must be to run into each other.
+# In points: the height of a label, and the distance below which two overlap.
 HEIGHT, REACH = 9.0, 34.0
-#: More cases than this get no label; the table beside the picture has their numbers.
+# With more cases than this, none is labelled; the table next to the chart has their numbers.
 MOST_LABELS = 16
 TERA = 1e12
 
 
 @styled()
-def roofline(slug: str, title: str, found: Roofline, look: Look) -> str:
-    """Draw every case of a file under the roofs that are known."""
+def roofline(slug: str, title: str, data: RooflineData, look: Look) -> str:
+    """Draw every case of a file under its known roofs."""
     figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_xlim(*_span(found))
-    rates = [dot.rate for dot in found.dots] + [r.value for r in found.roofs if r.bound == "compute"]
+    axes.set_xlim(*_span(data))
+    rates = [dot.rate for dot in data.dots] + [r.value for r in data.roofs if r.bound == "compute"]
     axes.set_ylim(min(rates) / TERA / 3, max(rates) / TERA * 3)
-    axis.log(axes, "x")
-    axis.log(axes, "y")
+    chart_axes.log(axes, "x")
+    chart_axes.log(axes, "y")
     axes.set_xlabel("arithmetic intensity, FLOP per byte")
     axes.set_ylabel("TFLOP/s")
-    for dot in found.dots:
+    for dot in data.dots:
         axes.plot(
             dot.intensity,
             dot.rate / TERA,
@@ -43,20 +43,20 @@ def roofline(slug: str, title: str, found: Roofline, look: Look) -> str:
             marker=look.shapes.marker(dot.entry.case.base),
             color=look.colours[dot.entry.colour_key],
             markersize=7,
-            markerfacecolor="none",  # one below another stays visible
+            markerfacecolor="none",  # overlapping dots stay visible
             markeredgewidth=1.8,
         )
     figure.draw_without_rendering()  # where labels go is known only after the layout
-    _draw_roofs(axes, found.roofs)
-    _label_dots(axes, found)
+    _draw_roofs(axes, data.roofs)
+    _label_dots(axes, data)
     return inline(figure, slug, title)
 
 
-def _span(found: Roofline) -> tuple[float, float]:
-    """Return the intensities to show: every case, and where the roofs meet."""
-    shown = [dot.intensity for dot in found.dots]
-    meeting = ridge(found.roofs)
-    shown += [meeting] if meeting else []
+def _span(data: RooflineData) -> tuple[float, float]:
+    """Return the range of intensities to show: every case, and the ridge point."""
+    shown = [dot.intensity for dot in data.dots]
+    ridge_point = ridge(data.roofs)
+    shown += [ridge_point] if ridge_point else []
     return min(shown) / 4, max(shown) * 4
 
 
@@ -75,7 +75,7 @@ def _draw_roofs(axes: Axes, roofs: Sequence[Roof]) -> None:
 def _flat_roof(axes: Axes, roof: Roof, start: float, end: float) -> None:
     height = roof.value / TERA
     axes.plot([start, end], [height, height], color=DARK, linewidth=1.2)
-    text = printable(f"{number(height)} TFLOP/s {roof.detail}", axis.LABEL)
+    text = printable(f"{number(height)} TFLOP/s {roof.detail}", chart_axes.LABEL)
     axes.annotate(
         text, (end, height), (-2, 3), textcoords="offset points", ha="right", va="bottom", fontsize=8
     )
@@ -87,7 +87,7 @@ def _steep_roof(axes: Axes, roof: Roof, start: float, end: float) -> None:
     axes.plot([start, end], [start * slope, end * slope], color=DARK, linewidth=1.2)
     (x0, y0), (x1, y1) = axes.transData.transform([(start, start * slope), (end, end * slope)])
     axes.annotate(
-        printable(f"{number(roof.value / 1e9)} GB/s {roof.detail}", axis.LABEL),
+        printable(f"{number(roof.value / 1e9)} GB/s {roof.detail}", chart_axes.LABEL),
         (start, start * slope),
         (6, 8),
         textcoords="offset points",
@@ -99,15 +99,15 @@ def _steep_roof(axes: Axes, roof: Roof, start: float, end: float) -> None:
     )
 
 
-def _label_dots(axes: Axes, found: Roofline) -> None:
-    """Write the share of the limit beside each case, below the label or roof that it would run into."""
-    if len(found.dots) > MOST_LABELS or axes.figure is None:
+def _label_dots(axes: Axes, data: RooflineData) -> None:
+    """Write each case's share of its limit next to it, below any label or roof that it would overlap."""
+    if len(data.dots) > MOST_LABELS or axes.figure is None:
         return
     scale = 72 / axes.figure.dpi
-    flat = [r.value / TERA for r in found.roofs if r.bound == "compute"]
+    flat = [r.value / TERA for r in data.roofs if r.bound == "compute"]
     lines = [axes.transData.transform((1, height))[1] * scale for height in flat]
     placed: list[tuple[float, float]] = []
-    for dot in sorted(found.dots, key=lambda one: -one.rate):
+    for dot in sorted(data.dots, key=lambda dot: -dot.rate):
         fraction = dot.entry.case.roofline.fraction
         if fraction is None:
             continue

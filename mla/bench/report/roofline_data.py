@@ -1,4 +1,4 @@
-"""The roofline of one file: its roofs, measured or reconstructed, and its cases under them. Pure."""
+"""The roofline of one file: its roofs, measured or derived, and its cases under them. Pure."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mla.bench.report.series import Entry, Source, entries, with_numbers
+from mla.bench.report.series import ReportEntry, ResultFile, entries, with_numbers
 from mla.bench.results.schema import Ceiling
+from mla.text import size
 
-#: Roofs nearer than this share are drawn as one, and so many of one kind at most.
+# Roofs within this share of each other are drawn as one; at most this many of a kind are drawn.
 NEAR, MOST = 0.10, 4
 
 
@@ -20,39 +21,39 @@ class Roof:
     bound: Literal["memory", "compute"]
     value: float
     source: str
-    detail: str = ""  # what tells roofs of one kind apart: a footprint or a dtype
+    detail: str = ""  # distinguishes roofs of one kind: a footprint or a dtype
 
 
 @dataclass(frozen=True)
 class Dot:
     """A case under the roofs. Intensity in FLOP per byte, rate in FLOP per second."""
 
-    entry: Entry
+    entry: ReportEntry
     intensity: float
     rate: float
 
 
 @dataclass(frozen=True)
-class Roofline:
-    """Everything one picture shows."""
+class RooflineData:
+    """What the roofline chart of one file shows."""
 
-    source: Source
+    file: ResultFile
     roofs: list[Roof]
     dots: list[Dot]
 
 
-def roofline(source: Source) -> Roofline:
-    """Return roofs and cases of a file; roofs are its ceilings, else what the floors of its cases mean."""
-    found = with_numbers(entries([source]))
-    measured = [roof for ceiling in source.run.ceilings if (roof := _measured(ceiling)) is not None]
-    derived = [roof for entry in found if (roof := _derived(entry)) is not None]
+def roofline(file: ResultFile) -> RooflineData:
+    """Return roofs and cases of a file; its measured ceilings, else the limits its cases' floors imply."""
+    cases = with_numbers(entries([file]))
+    measured = [roof for ceiling in file.run.ceilings if (roof := _measured(ceiling)) is not None]
+    derived = [roof for entry in cases if (roof := _derived(entry)) is not None]
     roofs = []
     for bound in ("memory", "compute"):
-        of_kind = [one for one in measured if one.bound == bound] or [
-            one for one in derived if one.bound == bound
+        of_kind = [roof for roof in measured if roof.bound == bound] or [
+            roof for roof in derived if roof.bound == bound
         ]
         roofs += _distinct(of_kind)
-    return Roofline(source, roofs, [dot for entry in found if (dot := _dot(entry)) is not None])
+    return RooflineData(file, roofs, [dot for entry in cases if (dot := _dot(entry)) is not None])
 
 
 def _measured(ceiling: Ceiling) -> Roof | None:
@@ -60,17 +61,12 @@ def _measured(ceiling: Ceiling) -> Roof | None:
         return None
     if ceiling.work == "matmul":
         return Roof("compute", ceiling.value, ceiling.source, ceiling.dtype or "")
-    size = ceiling.footprint_bytes
-    return Roof("memory", ceiling.value, ceiling.source, _size(size) if size else "")
+    footprint = size(ceiling.footprint_bytes or None, unknown="", GiB=".3g", MiB=".3g")
+    return Roof("memory", ceiling.value, ceiling.source, footprint)
 
 
-def _size(count: int) -> str:
-    mib = count / 2**20
-    return f"{mib / 1024:.3g} GiB" if mib >= 1024 else f"{mib:.3g} MiB"
-
-
-def _derived(entry: Entry) -> Roof | None:
-    """Work over its floor is the limit that the floor was computed from."""
+def _derived(entry: ReportEntry) -> Roof | None:
+    """Return the limit that a case's floor was computed from: its work over the floor."""
     limit, cost = entry.case.roofline, entry.case.cost
     if not limit.floor_ms or limit.bound is None:
         return None
@@ -80,19 +76,19 @@ def _derived(entry: Entry) -> Roof | None:
 
 
 def _distinct(roofs: Iterable[Roof]) -> list[Roof]:
-    """Return the highest roof of every level, at most `MOST` of them."""
+    """Return the highest of each cluster of near-equal roofs, at most `MOST` of them."""
     kept: list[Roof] = []
-    for roof in sorted(roofs, key=lambda one: -one.value):
+    for roof in sorted(roofs, key=lambda roof: -roof.value):
         if all(_differ(roof, other) for other in kept):
             kept.append(roof)
     return kept if len(kept) <= MOST else [*kept[: MOST - 1], kept[-1]]
 
 
-def _differ(one: Roof, other: Roof) -> bool:
-    return one.value < other.value * (1 - NEAR)
+def _differ(roof: Roof, other: Roof) -> bool:
+    return roof.value < other.value * (1 - NEAR)
 
 
-def _dot(entry: Entry) -> Dot | None:
+def _dot(entry: ReportEntry) -> Dot | None:
     cost, latency = entry.case.cost, entry.case.latency_ms
     if latency is None or cost.flops <= 0 or cost.bytes <= 0:
         return None
@@ -100,7 +96,7 @@ def _dot(entry: Entry) -> Dot | None:
 
 
 def ridge(roofs: Sequence[Roof]) -> float | None:
-    """Return the intensity at which the highest roofs of both kinds meet."""
+    """Return the intensity at which the highest roofs of both kinds meet; None without both."""
     highest = {kind: max((r.value for r in roofs if r.bound == kind), default=None) for kind in _KINDS}
     memory, compute = highest["memory"], highest["compute"]
     return compute / memory if memory and compute else None

@@ -1,4 +1,4 @@
-"""Select from runs what each picture shows. Pure: no drawing, no HTML, no files."""
+"""Select the data of each panel from the runs. Pure: no drawing, no HTML, no file access."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from mla.bench.results import compare
 from mla.bench.results.compare import Comparison
-from mla.bench.results.schema import Case, Run
+from mla.bench.results.schema import Case, Latency, Run, Throughput
 
-#: Axes of a grid that get curves, with what they count.
+# Axes of a grid that get curves, and what they count.
 AXES = {"kv": "history (tokens per request)", "batch": "batch (requests)"}
 
 T = TypeVar("T")
@@ -19,17 +19,17 @@ K = TypeVar("K")
 
 
 @dataclass(frozen=True)
-class Source:
-    """One result file. `key` is the letter that stands for it in pictures, empty for a file alone."""
+class ResultFile:
+    """One result file. `key` is the letter that stands for it in panels; empty for a single file."""
 
     key: str
     path: str
     run: Run
-    lane: int  # tells apart files of one device and config, such as before and after
+    repeat: int  # distinguishes files of one device and config, such as before and after
 
     @property
     def config(self) -> str:
-        """Name of the config, "" where the file does not say."""
+        """Name of the config; "" if the file does not name it."""
         return str(self.run.config.get("name") or "")
 
     @property
@@ -39,25 +39,25 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One case and the file that it is from."""
+class ReportEntry:
+    """One case and the file it is from."""
 
-    source: Source
+    file: ResultFile
     case: Case
 
     @property
     def name(self) -> str:
-        """Short name in a picture of one workload, such as "A mla"."""
-        return f"{self.source.key} {self.case.implementation}".strip()
+        """Short name in a panel of one workload, such as "A mla"."""
+        return f"{self.file.key} {self.case.implementation}".strip()
 
     @property
     def colour_key(self) -> tuple[str, int, str]:
-        """What has a colour of its own: files of one device share theirs unless they repeat a config."""
-        return (self.source.run.backend.device, self.source.lane, self.case.implementation)
+        """What gets its own colour: files of one device share colours unless they repeat a config."""
+        return (self.file.run.backend.device, self.file.repeat, self.case.implementation)
 
 
 class Measure(NamedTuple):
-    """A median and its interval, where there is one."""
+    """A median and its interval, if there is one."""
 
     value: float
     low: float | None
@@ -65,7 +65,7 @@ class Measure(NamedTuple):
 
 
 class Quantity(NamedTuple):
-    """What the y axis of a curve, or a bar, shows."""
+    """What a bar, or the y axis of a curve, shows."""
 
     name: str
     unit: str
@@ -73,46 +73,46 @@ class Quantity(NamedTuple):
 
 
 def _latency(case: Case) -> Measure | None:
-    found = case.latency_ms
-    if found is None or found.median <= 0:
-        return None
-    return Measure(found.median, *(found.ci95 or (None, None)))
+    return _measure(case.latency_ms)
 
 
 def _throughput(case: Case) -> Measure | None:
-    found = case.tokens_per_s
-    if found is None or found.median <= 0:
+    return _measure(case.tokens_per_s)
+
+
+def _measure(estimate: Latency | Throughput | None) -> Measure | None:
+    if estimate is None or estimate.median <= 0:
         return None
-    return Measure(found.median, *(found.ci95 or (None, None)))
+    return Measure(estimate.median, *(estimate.ci95 or (None, None)))
 
 
 LATENCY = Quantity("latency", "ms", _latency)
 THROUGHPUT = Quantity("throughput", "tok/s", _throughput)
 
 
-def sources(paths: Sequence[str], runs: Sequence[Run]) -> list[Source]:
-    """Return the files under their letters: A, B, ... when there are several."""
+def result_files(paths: Sequence[str], runs: Sequence[Run]) -> list[ResultFile]:
+    """Return the files with their letters: A, B, ... if there are several."""
     seen: dict[tuple[str, str], int] = {}
-    found = []
+    files = []
     for index, (path, run) in enumerate(zip(paths, runs, strict=True)):
         same = (run.backend.device, str(run.config.get("name")))
         seen[same] = seen.get(same, -1) + 1
-        found.append(Source(_letters(index) if len(runs) > 1 else "", path, run, seen[same]))
-    return found
+        files.append(ResultFile(_letters(index) if len(runs) > 1 else "", path, run, seen[same]))
+    return files
 
 
 def _letters(index: int) -> str:
     return (_letters(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
 
 
-def entries(files: Iterable[Source]) -> list[Entry]:
+def entries(files: Iterable[ResultFile]) -> list[ReportEntry]:
     """Return every case of every file."""
-    return [Entry(source, case) for source in files for case in source.run.cases]
+    return [ReportEntry(file, case) for file in files for case in file.run.cases]
 
 
-def with_numbers(found: Iterable[Entry]) -> list[Entry]:
-    """Return the cases that may be drawn: a wrong one, or one that was not run, has no number."""
-    return [entry for entry in found if _latency(entry.case) is not None]
+def with_numbers(cases: Iterable[ReportEntry]) -> list[ReportEntry]:
+    """Return the cases that can be drawn: one that is wrong or was not run has no number."""
+    return [entry for entry in cases if _latency(entry.case) is not None]
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
@@ -124,7 +124,7 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 
 
 class Workload(NamedTuple):
-    """What must agree for times to stand in one picture."""
+    """What cases must have in common to appear in one panel."""
 
     base: str
     op: str
@@ -132,29 +132,29 @@ class Workload(NamedTuple):
     dtype: str
 
 
-def workload(entry: Entry) -> Workload:
-    """Return the picture that a case belongs to; a dtype that is an axis of the grid does not split it."""
+def workload(entry: ReportEntry) -> Workload:
+    """Return a case's workload; a dtype that is an axis of the grid does not split it."""
     case = entry.case
     dtype = "" if "dtype" in case.point else case.dtype
-    return Workload(case.base, case.op or "", entry.source.config, dtype)
+    return Workload(case.base, case.op or "", entry.file.config, dtype)
 
 
 def titles(workloads: Iterable[Workload]) -> dict[Workload, str]:
-    """Name each workload by its base scenario and by whatever else tells them apart."""
-    found = list(dict.fromkeys(workloads))
-    telling = [place for place in range(1, len(Workload._fields)) if len({one[place] for one in found}) > 1]
-    return {one: ", ".join([one.base, *(one[place] for place in telling if one[place])]) for one in found}
+    """Name each workload by its base scenario and by any other field in which they differ."""
+    distinct = list(dict.fromkeys(workloads))
+    telling = [at for at in range(1, len(Workload._fields)) if len({each[at] for each in distinct}) > 1]
+    return {each: ", ".join([each.base, *(each[at] for at in telling if each[at])]) for each in distinct}
 
 
 @dataclass(frozen=True)
 class Line:
-    """Cases that differ along the axis only. `others` are the grid's other values, such as "batch 8"."""
+    """Cases that differ only along the axis. `others` are the grid's other values, such as "batch 8"."""
 
     others: str
-    points: list[tuple[float, Entry]]
+    points: list[tuple[float, ReportEntry]]
 
     @property
-    def entry(self) -> Entry:
+    def entry(self) -> ReportEntry:
         """Any case of the line: all are of one file and implementation."""
         return self.points[0][1]
 
@@ -168,9 +168,9 @@ class Curves:
     lines: list[Line]
 
 
-def curves(found: Sequence[Entry], axis: str) -> list[Curves]:
-    """Return the curves along `axis`: workloads whose grid has at least two numeric values of it."""
-    on_axis = [entry for entry in with_numbers(found) if position(entry.case, axis) is not None]
+def curves(cases: Sequence[ReportEntry], axis: str) -> list[Curves]:
+    """Return the curves along `axis`, for workloads whose grid has at least two numeric values of it."""
+    on_axis = [entry for entry in with_numbers(cases) if position(entry.case, axis) is not None]
     result = []
     for which, members in grouped(on_axis, workload).items():
         if len({position(entry.case, axis) for entry in members}) > 1:
@@ -179,18 +179,18 @@ def curves(found: Sequence[Entry], axis: str) -> list[Curves]:
 
 
 def position(case: Case, axis: str) -> float | None:
-    """Return a case's place on an axis, None where its grid has none or the value is no number."""
+    """Return a case's place on an axis; None if its grid has no such axis or the value is not a number."""
     try:
         return float(case.point[axis])
     except (KeyError, ValueError):
         return None
 
 
-def _lines(members: Sequence[Entry], axis: str) -> list[Line]:
-    def others(entry: Entry) -> str:
+def _lines(members: Sequence[ReportEntry], axis: str) -> list[Line]:
+    def others(entry: ReportEntry) -> str:
         return ", ".join(f"{name} {value}" for name, value in entry.case.point.items() if name != axis)
 
-    groups = grouped(members, lambda entry: (entry.source.path, entry.source.key, entry.name, others(entry)))
+    groups = grouped(members, lambda entry: (entry.file.path, entry.file.key, entry.name, others(entry)))
     lines = []
     for (*_, rest), same in groups.items():
         places = [(position(entry.case, axis) or 0.0, entry) for entry in same]
@@ -198,30 +198,30 @@ def _lines(members: Sequence[Entry], axis: str) -> list[Line]:
     return lines
 
 
-def bars(found: Sequence[Entry]) -> dict[Workload, list[Entry]]:
-    """Return the cases that no curve shows, by workload."""
-    drawn = {workload_curves.workload for axis in AXES for workload_curves in curves(found, axis)}
+def bars(cases: Sequence[ReportEntry]) -> dict[Workload, list[ReportEntry]]:
+    """Return the cases that are on no curve, by workload."""
+    drawn = {group.workload for axis in AXES for group in curves(cases, axis)}
 
-    def shown(entry: Entry) -> bool:
+    def shown(entry: ReportEntry) -> bool:
         return workload(entry) in drawn and any(position(entry.case, axis) is not None for axis in AXES)
 
-    return grouped((entry for entry in with_numbers(found) if not shown(entry)), workload)
+    return grouped((entry for entry in with_numbers(cases) if not shown(entry)), workload)
 
 
-def comparisons(files: Sequence[Source]) -> list[tuple[Source, list[Comparison], list[str]]]:
-    """Compare every further file with the first: cases and warnings."""
+def comparisons(files: Sequence[ResultFile]) -> list[tuple[ResultFile, list[Comparison], list[str]]]:
+    """Compare every other file with the first: cases and warnings."""
     base, *others = files
-    return [(one, compare.compare(base.run, one.run), compare.warnings(base.run, one.run)) for one in others]
+    return [(new, compare.compare(base.run, new.run), compare.warnings(base.run, new.run)) for new in others]
 
 
-def spread(entry: Entry) -> float:
-    """Return p90 over p10 of a case with numbers."""
+def spread(entry: ReportEntry) -> float:
+    """Return p90 over p10 of a case; 1.0 without numbers."""
     latency = entry.case.latency_ms
     return latency.p90 / latency.p10 if latency and latency.p10 > 0 else 1.0
 
 
 def thin(samples: Sequence[float], most: int) -> list[tuple[int, float]]:
-    """Return at most `most` samples with their indices: the extremes of equal stretches, to keep spikes."""
+    """Return at most `most` samples with their indices: the extremes of equal intervals, to keep spikes."""
     if len(samples) <= most:
         return list(enumerate(samples))
     stretches = max(1, most // 2)
@@ -240,6 +240,6 @@ def passes(case: Case) -> list[list[float]]:
 
 
 def printable(text: Any, most: int = 0) -> str:
-    """Return text on one line without control characters, cut to `most` characters if that is given."""
+    """Return text on one line without control characters, cut to `most` characters if given."""
     line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]+", " ", str(text)).strip()
     return line if not most or len(line) <= most else f"{line[: most - 1]}…"

@@ -1,11 +1,11 @@
-"""Colours, markers and dashes: one meaning each in all pictures, told apart without seeing colour."""
+"""Colours, markers and dashes: one meaning each across all panels, distinguishable without colour."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
-#: Okabe and Ito's palette without its yellow, which is too pale on white, and two of Tol's.
+# Okabe and Ito's palette without its yellow, which is too pale on white, and two of Tol's.
 COLOURS = (
     "#0072B2",
     "#D55E00",
@@ -18,10 +18,10 @@ COLOURS = (
     "#999933",
 )
 
-#: Of lines and marks that belong to no series.
+# For lines and marks that belong to no series.
 GREY, DARK = "#777777", "#222222"
 
-#: matplotlib's markers, each with the path of its swatch in a box of 16 x 16.
+# matplotlib's markers, each with the path of its swatch in a 16 x 16 box.
 MARKERS = {
     "o": "M8 3.5a4.5 4.5 0 1 1 0 9a4.5 4.5 0 1 1 0-9z",
     "s": "M4 4h8v8h-8z",
@@ -35,7 +35,7 @@ MARKERS = {
 MARKER_NAMES = tuple(MARKERS)
 MARKERS["|"] = "M7 1h2v14h-2z"  # stands for a mark over a bar
 
-#: Dashes by their lengths in points.
+# Dashes by their lengths in points.
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (2, 2), (7, 2, 2, 2), (1, 1.5), (9, 3))
 
 
@@ -50,12 +50,12 @@ class Swatch:
 
     @property
     def path(self) -> str:
-        """Outline of the marker, in a box of 16 x 16."""
+        """Outline of the marker, in a 16 x 16 box."""
         return MARKERS.get(self.marker, "")
 
     @property
     def dashes(self) -> str:
-        """The line's dashes as SVG writes them."""
+        """The line's dashes in SVG notation."""
         return " ".join(f"{length:g}" for length in self.dash or ())
 
 
@@ -69,23 +69,23 @@ class Palette:
         return COLOURS[self._places[key] % len(COLOURS)]
 
     def marker(self, key: Hashable) -> str:
-        """Return the marker at the key's place."""
+        """Return the marker of a key."""
         return MARKER_NAMES[self._places[key] % len(MARKER_NAMES)]
 
     def dash(self, key: Hashable) -> tuple[float, ...]:
-        """Return the dashes at the key's place."""
+        """Return the dashes of a key."""
         return DASHES[self._places[key] % len(DASHES)]
 
 
 def ink(colour: str) -> str:
-    """Return black or white, whichever reads better on `colour`."""
+    """Return black or white, whichever is more legible on `colour`."""
     red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
     return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 130 else "#ffffff"
 
 
 @dataclass(frozen=True)
 class Look:
-    """What colours and markers mean in one picture."""
+    """What colours and markers mean in one panel."""
 
     colours: Palette
     shapes: Palette

@@ -1,4 +1,4 @@
-"""What the report says first about each file, and last about its environment and method. Pure."""
+"""Everything the page says about one file except its panels. Pure."""
 
 from __future__ import annotations
 
@@ -7,56 +7,77 @@ from dataclasses import dataclass
 
 import msgspec
 
-from mla.bench.report.series import Source, grouped
+from mla.bench.report.panel import case_name
+from mla.bench.report.series import ResultFile, grouped
+from mla.bench.report.tables import ResultRow, result_rows
 from mla.bench.results.schema import Case, Run
 from mla.bench.terminal import run_table
+from mla.bench.terminal.quality_warnings import quality_warnings
+from mla.text import size
 
-#: Headlines and remarks of one file; a grid has a headline per point.
+# Most headlines of one file; a grid has a headline per point.
 MOST_LINES = 6
 
 
 @dataclass(frozen=True)
-class Summary:
-    """One file in a few lines. `status` is "ok", "wrong" or "not run", the worst of its cases."""
+class CaseMethod:
+    """How one case was measured, and the command that repeats it."""
 
-    source: Source
+    name: str
+    repro: str
+    method: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One file, ready for the template. `status` is "ok", "wrong" or "not run", the worst of its cases."""
+
+    file: ResultFile
     facts: list[tuple[str, str]]
     headlines: list[str]
-    more: str  # what has no headline here
+    more: str  # how many cases have no headline here
     status: str
     verdict: str
-    noise: list[str]
+    warnings: list[str]
     agreement: list[str]
+    rows: list[ResultRow]
+    environment: list[tuple[str, str]]
+    config: list[tuple[str, str]]
+    cases: list[CaseMethod]
 
 
-def summary(source: Source) -> Summary:
-    """Return what to say first about a file."""
-    run = source.run
+def summary(file: ResultFile) -> Summary:
+    """Return what the page says about a file."""
+    run = file.run
     plain = [case for case in run.cases if not case.point]
     headlines = run_table.headlines(msgspec.structs.replace(run, cases=plain or run.cases))
     status, verdict = worst(run.cases)
     return Summary(
-        source,
-        _facts(source),
+        file,
+        _facts(file),
         headlines[:MOST_LINES],
-        _left_out(run, len(headlines)),
+        _more(run, len(headlines)),
         status,
         verdict,
-        run_table.noise(run),
+        quality_warnings(run),
         run_table.comparisons(run),
+        result_rows(run.cases),
+        environment(file),
+        config(file),
+        [CaseMethod(case_name(case), case.repro, method(case)) for case in run.cases],
     )
 
 
-def _left_out(run: Run, headlines: int) -> str:
+def _more(run: Run, headlines: int) -> str:
     points = sum(bool(case.point) for case in run.cases)
     if points:
-        return f"and {points} cases of a grid, in the table"
+        return f"and {points} grid cases in the table"
     return f"and {headlines - MOST_LINES} more in the table" if headlines > MOST_LINES else ""
 
 
-def _facts(source: Source) -> list[tuple[str, str]]:
-    run = source.run
-    layer = ", ".join(filter(None, (source.config, run.dtype, f"attention {run.attention}", _pages(run))))
+def _facts(file: ResultFile) -> list[tuple[str, str]]:
+    run = file.run
+    layer = ", ".join(filter(None, (file.config, run.dtype, f"attention {run.attention}", _pages(run))))
     return [
         ("device", f"{run.backend.device} (backend {run.backend.name})"),
         ("layer", layer),
@@ -66,7 +87,7 @@ def _facts(source: Source) -> list[tuple[str, str]]:
 
 
 def _short(commit: str | None) -> str:
-    """Return a commit as git abbreviates it, with its mark of a changed work tree."""
+    """Return an abbreviated commit, keeping its "-dirty" suffix."""
     name, dash, rest = (commit or "unknown").partition("-")
     return f"{name[:12]}{dash}{rest}"
 
@@ -76,7 +97,7 @@ def _pages(run: Run) -> str:
 
 
 def worst(cases: Sequence[Case]) -> tuple[str, str]:
-    """Return the worst check of some cases, and a sentence that counts it."""
+    """Return the worst check status among cases, and a phrase that counts it."""
     counts = {status: sum(case.check.status == status for case in cases) for status in ("wrong", "not run")}
     for status, count in counts.items():
         if count:
@@ -86,9 +107,9 @@ def worst(cases: Sequence[Case]) -> tuple[str, str]:
     )
 
 
-def environment(source: Source) -> list[tuple[str, str]]:
-    """Return everything a file says about where and how it was measured."""
-    run = source.run
+def environment(file: ResultFile) -> list[tuple[str, str]]:
+    """Return everything a file records about where and how it was measured."""
+    run = file.run
     rows = [
         ("command", " ".join(run.argv)),
         ("created", run.created),
@@ -106,21 +127,19 @@ def environment(source: Source) -> list[tuple[str, str]]:
     return [*rows, *run.environment.items()]
 
 
-def config(source: Source) -> list[tuple[str, str]]:
+def config(file: ResultFile) -> list[tuple[str, str]]:
     """Return the dimensions of the layer that was run."""
-    return [(key, _value(value)) for key, value in source.run.config.items() if value is not None]
+    return [(key, _value(value)) for key, value in file.run.config.items() if value is not None]
 
 
 def _value(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {one}" for key, one in value.items() if one is not None)
+        return ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
     return str(value)
 
 
 def _bytes(count: int | None) -> str:
-    if count is None:
-        return "unknown"
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    return size(count, unknown="unknown", GiB=".1f", MiB=".0f")
 
 
 def method(case: Case) -> list[tuple[str, str]]:
@@ -130,7 +149,7 @@ def method(case: Case) -> list[tuple[str, str]]:
     rows = [
         ("requests", f"{len(case.query_lens)}; {lengths}"),
         ("timed", f"{passes}, {case.clock} clock"),
-        ("in turns with", ", ".join(case.interleaved_with) or "nothing: it ran alone"),
+        ("interleaved with", ", ".join(case.interleaved_with) or "nothing: it ran alone"),
     ]
     rows += [("ops", _ops(case))] * bool(case.ops)
     states = [", ".join(f"{key} {value}" for key, value in state.items()) for state in case.device_state]
@@ -138,13 +157,13 @@ def method(case: Case) -> list[tuple[str, str]]:
 
 
 def _ops(case: Case) -> str:
-    """Return which op ran where, op by op."""
+    """Return each op with the roles it served."""
     names = grouped(case.ops, lambda role: case.ops[role])
     return "; ".join(f"{name} for {', '.join(roles)}" for name, roles in names.items())
 
 
 def _runs(lengths: Sequence[int]) -> str:
-    """Return lengths with repetitions folded, such as "50 x4, 100 x4"."""
+    """Return lengths with repeats folded, such as "50 x4, 100 x4"."""
     folded: list[list[int]] = []
     for length in lengths:
         if folded and folded[-1][0] == length:

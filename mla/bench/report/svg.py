@@ -1,4 +1,4 @@
-"""Turn matplotlib's figures into SVG for a page: the same bytes for the same data, nothing to load."""
+"""Turn matplotlib figures into inline SVG: the same bytes for the same data, nothing to load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Text stays text, to be found and copied; the page names fonts as wide as the one it was laid out with.
+# Text stays text, so it can be searched and copied; the page names fonts as wide as the layout's.
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mla",
@@ -42,7 +42,7 @@ _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Draw in the report's style, whatever matplotlibrc says."""
+    """Draw in the report's style, ignoring matplotlibrc."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
@@ -76,9 +76,9 @@ def _local(name: str) -> str:
 
 
 def _drop_style(root: ElementTree.Element) -> None:
-    """Remove the style element: in a page its `*` would mean every element of it."""
+    """Remove the style element: inline, its `*` would apply to the whole page."""
     for parent in list(root.iter()):
-        for child in [one for one in parent if _local(one.tag) in ("style", "metadata")]:
+        for child in [node for node in parent if _local(node.tag) in ("style", "metadata")]:
             parent.remove(child)
 
 
@@ -98,8 +98,8 @@ def _tidy(element: ElementTree.Element) -> None:
 
 
 def _rename(root: ElementTree.Element, slug: str) -> None:
-    """Keep the ids that something refers to, made unique in a page of many pictures."""
-    used = {one.attrib["href"][1:] for one in root.iter() if "href" in one.attrib}
+    """Keep only the ids that are referred to, and make them unique within the page."""
+    used = {node.attrib["href"][1:] for node in root.iter() if "href" in node.attrib}
     for element in root.iter():
         for value in element.attrib.values():
             used.update(_REFERENCE.findall(value))

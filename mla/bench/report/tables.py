@@ -1,37 +1,37 @@
-"""The tables of the report. Every cell is text; numbers look as they do in the terminal."""
+"""The tables of the report. Every cell is text; numbers are formatted as in the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mla.bench.report.roofline_data import Roof, Roofline
-from mla.bench.report.series import Curves, Entry, Measure, Quantity, passes, position
+from mla.bench.report.roofline_data import Roof, RooflineData
+from mla.bench.report.series import Curves, Measure, Quantity, ReportEntry, passes, position
 from mla.bench.results import stats
 from mla.bench.results.compare import Comparison
 from mla.bench.results.schema import Case, Interval, Latency, Timing
-from mla.bench.terminal import run_table as render
-from mla.bench.terminal.run_table import number
+from mla.bench.terminal.digits import number
+from mla.bench.terminal.run_table import COLUMNS
 from mla.bench.terminal.stages import total
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells. The first `names` columns are words, and the last if `remarks`, others numbers."""
+    """Rows of cells. The first `names` columns hold words, and the last if `reasons`; the others numbers."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     names: int = 1
-    remarks: bool = False
+    reasons: bool = False
 
     def is_words(self, column: int) -> bool:
-        """Say whether a column holds words."""
-        return column < self.names or (self.remarks and column == len(self.head) - 1)
+        """Return whether a column holds words."""
+        return column < self.names or (self.reasons and column == len(self.head) - 1)
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A case as the terminal shows it; `reason` says what is wrong with it."""
+    """A case as the terminal shows it; `reason` says why it has no number."""
 
     cells: Sequence[str]
     wrong: bool
@@ -39,67 +39,67 @@ class ResultRow:
 
 
 def result_rows(cases: Iterable[Case]) -> list[ResultRow]:
-    """Return the rows of the result table, columns `render.COLUMNS`."""
+    """Return the rows of the results table, with the columns of the terminal's."""
     rows = []
     for case in cases:
-        cells = [cell(case) for cell in render.COLUMNS.values()]
+        cells = [cell(case) for cell in COLUMNS.values()]
         bad = case.check.status != "ok"
         rows.append(ResultRow(cells, case.check.status == "wrong", case.check.reason if bad else ""))
     return rows
 
 
-def interval(found: Interval | None) -> str:
-    """Return an interval, "-" where there is none."""
-    return "-" if found is None else f"{number(found[0])} .. {number(found[1])}"
+def interval(bounds: Interval | None) -> str:
+    """Return an interval; "-" for None."""
+    return "-" if bounds is None else f"{number(bounds[0])} .. {number(bounds[1])}"
 
 
-def _measure(found: Measure | None) -> tuple[str, str]:
+def _measure(measure: Measure | None) -> tuple[str, str]:
     """Return the cells of a median and its interval."""
-    if found is None:
+    if measure is None:
         return "-", "-"
-    bounds = None if found.low is None or found.high is None else (found.low, found.high)
-    return number(found.value), interval(bounds)
+    bounds = None if measure.low is None or measure.high is None else (measure.low, measure.high)
+    return number(measure.value), interval(bounds)
 
 
-def _who(entry: Entry) -> list[str]:
-    """Return the cells that name a case: its file, where there are several, scenario and implementation."""
-    return [entry.source.key] * bool(entry.source.key) + [entry.case.scenario, entry.case.implementation]
+def _case_cells(entry: ReportEntry) -> list[str]:
+    """Return the cells that name a case: its file if there are several, scenario and implementation."""
+    return [entry.file.key] * bool(entry.file.key) + [entry.case.scenario, entry.case.implementation]
 
 
-def _who_head(found: Sequence[Entry]) -> list[str]:
-    return ["file"] * bool(found and found[0].source.key) + ["scenario", "implementation"]
+def _case_titles(entries: Sequence[ReportEntry]) -> list[str]:
+    return ["file"] * bool(entries and entries[0].file.key) + ["scenario", "implementation"]
 
 
-def curve(found: Curves, quantities: Sequence[Quantity]) -> Table:
+def curve(group: Curves, quantities: Sequence[Quantity]) -> Table:
     """Return the points of all lines."""
-    members = [entry for line in found.lines for _, entry in line.points]
-    return _quantities(members, quantities, found.axis)
+    members = [entry for line in group.lines for _, entry in line.points]
+    return _quantities(members, quantities, group.axis)
 
 
-def bars(found: Sequence[Entry], quantities: Sequence[Quantity]) -> Table:
+def bars(entries: Sequence[ReportEntry], quantities: Sequence[Quantity]) -> Table:
     """Return the values of all bars."""
-    return _quantities(found, quantities)
+    return _quantities(entries, quantities)
 
 
-def _quantities(found: Sequence[Entry], quantities: Sequence[Quantity], axis: str = "") -> Table:
-    head = [*_who_head(found), *[axis] * bool(axis)]
+def _quantities(entries: Sequence[ReportEntry], quantities: Sequence[Quantity], axis: str = "") -> Table:
+    head = [*_case_titles(entries), *[axis] * bool(axis)]
     names = len(head) - bool(axis)
     for quantity in quantities:
         head += [f"{quantity.name} {quantity.unit}", "95% CI"]
     rows = []
-    for entry in found:
-        row = _who(entry) + ([f"{position(entry.case, axis):g}"] if axis else [])
+    for entry in entries:
+        row = _case_cells(entry) + ([f"{position(entry.case, axis):g}"] if axis else [])
         for quantity in quantities:
             row += _measure(quantity.of(entry.case))
         rows.append(row)
     return Table(head, rows, names)
 
 
-def roofline(found: Roofline) -> Table:
-    """Return where every case lies and how near its limit it comes."""
+def roofline(data: RooflineData) -> Table:
+    """Return where every case lies and how near it comes to its limit."""
     head = ["scenario", "implementation", "limit", "FLOP/byte", "TFLOP/s", "GB/s", "floor ms", "% of limit"]
     rows = []
-    for dot in found.dots:
+    for dot in data.dots:
         case = dot.entry.case
         limit = case.roofline
         rate = [number(dot.intensity), number(dot.rate / 1e12), number(dot.rate / dot.intensity / 1e9)]
@@ -109,82 +109,82 @@ def roofline(found: Roofline) -> Table:
     return Table(head, rows, 3)
 
 
-def roofs(found: Sequence[Roof]) -> Table:
-    """Return the limits and where they are from."""
+def roofs(limits: Sequence[Roof]) -> Table:
+    """Return the limits and their sources."""
     rows = []
-    for roof in found:
-        size, unit = (1e9, "GB/s") if roof.bound == "memory" else (1e12, "TFLOP/s")
-        rows.append(
-            [roof.bound, roof.detail or "-", roof.source or "-", f"{number(roof.value / size)} {unit}"]
-        )
+    for roof in limits:
+        factor, unit = (1e9, "GB/s") if roof.bound == "memory" else (1e12, "TFLOP/s")
+        value = f"{number(roof.value / factor)} {unit}"
+        rows.append([roof.bound, roof.detail or "-", roof.source or "-", value])
     return Table(["limit", "of", "source", "value"], rows, 3)
 
 
-def stages(found: Sequence[Entry]) -> Table:
+def stages(entries: Sequence[ReportEntry]) -> Table:
     """Return every stage with its share of the sum and of its own limit."""
-    head = [*_who_head(found), "stage", "ms", "% of the sum", "% of limit", "bound by"]
+    head = [*_case_titles(entries), "stage", "ms", "% of the sum", "% of limit", "bound by"]
     rows = []
-    for entry in found:
+    for entry in entries:
         whole = total(entry.case.stages)
         for stage in entry.case.stages:
             limit = stage.roofline
             near = "-" if limit is None or limit.fraction is None else f"{100 * limit.fraction:.0f}"
             share = f"{100 * stage.ms / whole:.0f}" if whole else "-"
             bound = (limit.bound if limit else None) or "-"
-            rows.append([*_who(entry), stage.name, number(stage.ms), share, near, bound])
-    return Table(head, rows, len(_who_head(found)) + 1)
+            rows.append([*_case_cells(entry), stage.name, number(stage.ms), share, near, bound])
+    return Table(head, rows, len(_case_titles(entries)) + 1)
 
 
-def timings(found: Sequence[Entry]) -> Table:
+def timings(entries: Sequence[ReportEntry]) -> Table:
     """Return the headline of every case and its further timings, with their checks."""
     head = ["scenario", "implementation", "timed", "ms", "95% CI", "ratio", "check"]
     rows = []
-    for entry in found:
+    for entry in entries:
         case = entry.case
-        who = [case.scenario, case.implementation]
-        rows.append([*who, f"headline, {case.clock}", *_latency(case.latency_ms), "1", case.check.status])
-        for one in case.timings:
+        names = [case.scenario, case.implementation]
+        rows.append([*names, f"headline, {case.clock}", *_latency(case.latency_ms), "1", case.check.status])
+        for timing in case.timings:
             ratio = "-"
-            if one.latency_ms and case.latency_ms:
-                ratio = number(one.latency_ms.median / case.latency_ms.median)
-            rows.append([*who, timing_name(one), *_latency(one.latency_ms), ratio, one.check.status])
+            if timing.latency_ms and case.latency_ms:
+                ratio = number(timing.latency_ms.median / case.latency_ms.median)
+            cells = (*_latency(timing.latency_ms), ratio, timing.check.status)
+            rows.append([*names, timing_name(timing), *cells])
     return Table(head, rows, 3)
 
 
-def _latency(found: Latency | None) -> tuple[str, str]:
-    return (number(found.median), interval(found.ci95)) if found else ("-", "-")
+def _latency(latency: Latency | None) -> tuple[str, str]:
+    return (number(latency.median), interval(latency.ci95)) if latency else ("-", "-")
 
 
-def timing_name(one: Timing) -> str:
-    """Return what is special about a timing, such as "graph, cold, host": mode, cache, clock."""
-    return f"{one.mode}, {one.cache}, {one.clock}"
+def timing_name(timing: Timing) -> str:
+    """Return mode, cache and clock of a timing, such as "graph, cold, host"."""
+    return f"{timing.mode}, {timing.cache}, {timing.clock}"
 
 
-def comparison(found: Sequence[Comparison]) -> Table:
-    """Return every case of a file against the base, refusals with their reason."""
-    head = ["scenario", "implementation", "verdict", "base ms", "new ms", "time ratio", "90% CI", "remark"]
+def comparison(cases: Sequence[Comparison]) -> Table:
+    """Return every case of a file compared with the base, refusals with their reason."""
+    head = ["scenario", "implementation", "verdict", "base ms", "new ms", "time ratio", "90% CI", "reason"]
     rows = []
-    for one in found:
-        bounds = f"{one.interval[0]:.3f} .. {one.interval[1]:.3f}" if one.interval else "-"
-        ratio = "-" if one.ratio is None else f"{one.ratio:.3f}"
-        times = (number(one.base_ms), number(one.new_ms))
-        rows.append([one.scenario, one.implementation, one.verdict, *times, ratio, bounds, one.reason])
-    if any(one.reason for one in found):
+    for case in cases:
+        bounds = f"{case.interval[0]:.3f} .. {case.interval[1]:.3f}" if case.interval else "-"
+        ratio = "-" if case.ratio is None else f"{case.ratio:.3f}"
+        times = (number(case.base_ms), number(case.new_ms))
+        rows.append([case.scenario, case.implementation, case.verdict, *times, ratio, bounds, case.reason])
+    if any(case.reason for case in cases):
         return Table(head, rows, 3, True)
     return Table(head[:-1], [row[:-1] for row in rows], 3)
 
 
-def pass_table(found: Sequence[Entry]) -> Table:
-    """Return what every pass was like: the samples themselves are in the result file."""
-    head = [*_who_head(found), "pass", "forwards", "min ms", "median ms", "p90 ms", "max ms"]
+def pass_table(entries: Sequence[ReportEntry]) -> Table:
+    """Return statistics of every pass; the samples themselves are in the result file."""
+    head = [*_case_titles(entries), "pass", "forwards", "min ms", "median ms", "p90 ms", "max ms"]
     rows = []
-    for entry in found:
+    for entry in entries:
         for place, samples in enumerate(passes(entry.case), start=1):
             summary = (min(samples), stats.median(samples), stats.percentile(samples, 90), max(samples))
-            rows.append([*_who(entry), str(place), str(len(samples)), *map(number, summary)])
-    return Table(head, rows, len(_who_head(found)))
+            rows.append([*_case_cells(entry), str(place), str(len(samples)), *map(number, summary)])
+    return Table(head, rows, len(_case_titles(entries)))
 
 
 def columns() -> list[str]:
-    """Return the titles of the result table."""
-    return list(render.COLUMNS)
+    """Return the titles of the results table."""
+    return list(COLUMNS)

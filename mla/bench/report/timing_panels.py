@@ -1,17 +1,16 @@
-"""Pictures of how times relate: other ways of timing, other files, one forward after another."""
+"""Panels that relate times: other ways of timing, other files, one forward after another."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mla.bench.report import charts as plots
-from mla.bench.report import tables
+from mla.bench.report import charts, tables
 from mla.bench.report.charts import Relative
-from mla.bench.report.panel import MOST_ROWS, Context, Picture, case_name, cut_note, file_title, is_short
+from mla.bench.report.panel import MOST_ROWS, Context, Panel, case_name, cut_note, file_title, is_short
 from mla.bench.report.series import (
-    Entry,
     Measure,
-    Source,
+    ReportEntry,
+    ResultFile,
     comparisons,
     entries,
     grouped,
@@ -23,11 +22,11 @@ from mla.bench.report.tables import timing_name
 from mla.bench.results import compare
 from mla.bench.results.schema import Latency, Timing
 
-#: Strips of samples of one file: the widest spreads are shown.
+# Most strips of samples of one file: the widest spreads are shown.
 MOST_STRIPS = 24
-#: Points of all strips together, and of one strip at least and at most.
+# Most points in all strips together, and the fewest and most in one strip.
 ALL_POINTS, FEWEST_POINTS, MOST_POINTS = 20_000, 100, 1200
-#: Colour and marker of a verdict.
+# Colour and marker of each verdict.
 VERDICTS = {
     compare.FASTER: ("#0072B2", "<"),
     compare.SLOWER: ("#D55E00", ">"),
@@ -36,50 +35,50 @@ VERDICTS = {
 }
 
 
-def further_timings(context: Context) -> list[Picture]:
-    """Return, for every file that has some, other ways of timing beside the headline."""
-    found = [entry for entry in context.entries if entry.case.timings]
-    groups = grouped(found, lambda entry: entry.source.path + entry.source.key)
+def further_timings(context: Context) -> list[Panel]:
+    """Return, for every file with further timings, how they relate to the headline."""
+    timed = [entry for entry in context.entries if entry.case.timings]
+    groups = grouped(timed, lambda entry: entry.file.path + entry.file.key)
     return [_timings(f"timings-{place}", members) for place, members in enumerate(groups.values())]
 
 
-def _timings(slug: str, found: list[Entry]) -> Picture:
-    title = file_title(found[0].source)
-    looks = Palette(timing_name(one) for entry in found for one in entry.case.timings)
-    rows = [entry for entry in found if _timed(entry)]
+def _timings(slug: str, entries: list[ReportEntry]) -> Panel:
+    title = file_title(entries[0].file)
+    looks = Palette(timing_name(timing) for entry in entries for timing in entry.case.timings)
+    rows = [entry for entry in entries if _timed(entry)]
     drawn = rows[:MOST_ROWS]
-    dots = [[_dot(one, entry, looks) for one in _timed(entry)] for entry in drawn]
-    ways = dict.fromkeys(timing_name(one) for entry in drawn for one in _timed(entry))
-    legend = [Swatch(way, looks[way], looks.marker(way)) for way in ways]
+    dots = [[_dot(timing, entry, looks) for timing in _timed(entry)] for entry in drawn]
+    kinds = dict.fromkeys(timing_name(timing) for entry in drawn for timing in _timed(entry))
+    legend = [Swatch(kind, looks[kind], looks.marker(kind)) for kind in kinds]
     label = "time, as a multiple of the headline"
     names = [case_name(entry.case) for entry in drawn]
-    drawings = [plots.relative(slug, f"{title}: {label}", names, dots, label)] if drawn else []
-    notes = [*cut_note(drawn, rows), *_timing_notes(found)]
-    table = tables.timings(found)
-    return Picture(slug, title, drawings, legend, notes, [table], is_short(table))
+    drawings = [charts.relative(slug, f"{title}: {label}", names, dots, label)] if drawn else []
+    notes = [*cut_note(drawn, rows), *_timing_notes(entries)]
+    table = tables.timings(entries)
+    return Panel(slug, title, drawings, legend, notes, [table], is_short(table))
 
 
-def _timed(entry: Entry) -> list[Timing]:
-    """Return the further timings that can be set against the case's headline."""
-    return [one for one in entry.case.timings if one.latency_ms and entry.case.latency_ms]
+def _timed(entry: ReportEntry) -> list[Timing]:
+    """Return the further timings that can be compared with the case's headline."""
+    return [timing for timing in entry.case.timings if timing.latency_ms and entry.case.latency_ms]
 
 
-def _timing_notes(found: Sequence[Entry]) -> Iterator[str]:
-    """Say which cases wait for the host, and why timings have no number, every reason once."""
-    bound = [case_name(entry.case) for entry in found if entry.case.launch_bound]
+def _timing_notes(entries: Sequence[ReportEntry]) -> Iterator[str]:
+    """Yield which cases are launch bound, and why timings have no number, each reason once."""
+    bound = [case_name(entry.case) for entry in entries if entry.case.launch_bound]
     if bound:
         yield f"Launch bound (the host is slower than the device): {'; '.join(bound)}."
-    missing = [one for entry in found for one in entry.case.timings if one.latency_ms is None]
-    groups = grouped(missing, lambda one: (timing_name(one), one.check.status, one.check.reason))
+    missing = [timing for entry in entries for timing in entry.case.timings if timing.latency_ms is None]
+    groups = grouped(missing, lambda timing: (timing_name(timing), timing.check.status, timing.check.reason))
     for (name, status, reason), same in groups.items():
-        yield f"{name}: {status} in {len(same)} of {len(found)} cases{': ' * bool(reason)}{reason}."
+        yield f"{name}: {status} in {len(same)} of {len(entries)} cases{': ' * bool(reason)}{reason}."
 
 
-def _dot(one: Timing, entry: Entry, looks: Palette) -> Relative:
-    assert one.latency_ms is not None
+def _dot(timing: Timing, entry: ReportEntry, looks: Palette) -> Relative:
+    assert timing.latency_ms is not None
     assert entry.case.latency_ms is not None
-    way = timing_name(one)
-    return Relative(_over(one.latency_ms, entry.case.latency_ms.median), looks[way], looks.marker(way))
+    kind = timing_name(timing)
+    return Relative(_over(timing.latency_ms, entry.case.latency_ms.median), looks[kind], looks.marker(kind))
 
 
 def _over(latency: Latency, unit: float) -> Measure:
@@ -87,59 +86,57 @@ def _over(latency: Latency, unit: float) -> Measure:
     return Measure(latency.median / unit, low and low / unit, high and high / unit)
 
 
-def against_base(context: Context) -> list[Picture]:
-    """Return the comparison of every further file with the first."""
+def against_base(context: Context) -> list[Panel]:
+    """Return the comparison of every other file with the first."""
     base = file_title(context.files[0])
     return [
-        _comparison(f"compare-{place}", f"{file_title(source)} against {base}", found, remarks)
-        for place, (source, found, remarks) in enumerate(comparisons(context.files))
+        _comparison(f"compare-{place}", f"{file_title(file)} against {base}", cases, warnings)
+        for place, (file, cases, warnings) in enumerate(comparisons(context.files))
     ]
 
 
-def _comparison(
-    slug: str, title: str, found: Sequence[compare.Comparison], remarks: Sequence[str]
-) -> Picture:
-    rows = [one for one in found if one.ratio is not None]
+def _comparison(slug: str, title: str, cases: Sequence[compare.Comparison], warnings: Sequence[str]) -> Panel:
+    rows = [case for case in cases if case.ratio is not None]
     drawn = rows[:MOST_ROWS]
-    dots = [[Relative(_ratio(one), *VERDICTS[one.verdict])] for one in drawn]
+    dots = [[Relative(_ratio(case), *VERDICTS[case.verdict])] for case in drawn]
     label = "time ratio: left of 1 is faster than the base"
-    names = [case_name(one) for one in drawn]
-    drawings = [plots.relative(slug, title, names, dots, label)] if drawn else []
-    met = {one.verdict for one in drawn}
-    legend = [Swatch(name, *look) for name, look in VERDICTS.items() if name in met]
-    notes = [f"Warning: {remark}." for remark in remarks] + cut_note(drawn, rows)
+    names = [case_name(case) for case in drawn]
+    drawings = [charts.relative(slug, title, names, dots, label)] if drawn else []
+    verdicts = {case.verdict for case in drawn}
+    legend = [Swatch(name, *look) for name, look in VERDICTS.items() if name in verdicts]
+    notes = [f"Warning: {warning}." for warning in warnings] + cut_note(drawn, rows)
     notes += ["Nothing can be compared: the table says why."] * (not rows)
-    table = tables.comparison(found)
-    return Picture(slug, title, drawings, legend, notes, [table], is_short(table))
+    table = tables.comparison(cases)
+    return Panel(slug, title, drawings, legend, notes, [table], is_short(table))
 
 
-def _ratio(one: compare.Comparison) -> Measure:
-    assert one.ratio is not None
-    return Measure(one.ratio, *(one.interval or (None, None)))
+def _ratio(case: compare.Comparison) -> Measure:
+    assert case.ratio is not None
+    return Measure(case.ratio, *(case.interval or (None, None)))
 
 
-def distributions(context: Context) -> list[Picture]:
-    """Return the samples of every file's cases; where there are many, of those with the widest spread."""
-    kept = [entry for source in context.files for entry in _widest(source)]
+def distributions(context: Context) -> list[Panel]:
+    """Return the samples of every file's cases; if there are many, of those with the widest spread."""
+    kept = [entry for file in context.files for entry in _widest(file)]
     most = max(FEWEST_POINTS, min(MOST_POINTS, ALL_POINTS // max(1, len(kept))))
-    groups = grouped(kept, lambda entry: (entry.source.key, entry.case.scenario))
+    groups = grouped(kept, lambda entry: (entry.file.key, entry.case.scenario))
     return [
         _samples(context, f"samples-{place}", members, most) for place, members in enumerate(groups.values())
     ]
 
 
-def _widest(source: Source) -> Iterator[Entry]:
-    found = with_numbers(entries([source]))
-    chosen = sorted(range(len(found)), key=lambda place: -spread(found[place]))[:MOST_STRIPS]
-    return (found[place] for place in sorted(chosen))
+def _widest(file: ResultFile) -> Iterator[ReportEntry]:
+    cases = with_numbers(entries([file]))
+    chosen = sorted(range(len(cases)), key=lambda place: -spread(cases[place]))[:MOST_STRIPS]
+    return (cases[place] for place in sorted(chosen))
 
 
-def _samples(context: Context, slug: str, found: list[Entry], most: int) -> Picture:
-    source, scenario = found[0].source, found[0].case.scenario
-    title = f"{file_title(source)}: {scenario}"
+def _samples(context: Context, slug: str, members: list[ReportEntry], most: int) -> Panel:
+    file, scenario = members[0].file, members[0].case.scenario
+    title = f"{file_title(file)}: {scenario}"
     look = Look(context.colours, Palette(()))
-    drawing = plots.samples(slug, f"samples of {title}", found, most, look)
-    longest = max(len(entry.case.latency_ms.samples) for entry in found if entry.case.latency_ms)
-    thinned = f"Of up to {longest} samples, at most {most} are drawn: the extremes of equal stretches."
+    drawing = charts.samples(slug, f"samples of {title}", members, most, look)
+    longest = max(len(entry.case.latency_ms.samples) for entry in members if entry.case.latency_ms)
+    thinned = f"Of up to {longest} samples, at most {most} are drawn: the extremes of equal intervals."
     notes = [thinned] * (longest > most)
-    return Picture(slug, title, [drawing], [], notes, [tables.pass_table(found)])
+    return Panel(slug, title, [drawing], [], notes, [tables.pass_table(members)])

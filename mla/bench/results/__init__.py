@@ -1,4 +1,4 @@
-"""What result files hold, and how two of them compare."""
+"""The schema of result files, and their comparison."""
 
 from mla.bench.results.file import decode, encode, read, write
 from mla.bench.results.schema import (

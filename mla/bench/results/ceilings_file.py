@@ -1,4 +1,4 @@
-"""The file that `ceilings` writes: what was measured, and what the backend declares. Needs no torch."""
+"""The file that `ceilings` writes: measured ceilings and declared peaks. Needs no torch."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class CeilingRun(msgspec.Struct, kw_only=True):
     backend: BackendFacts
     environment: dict[str, str]
     measured: list[Ceiling]
-    declared: list[Ceiling]  # the backend's own peaks, with where they are published
+    declared: list[Ceiling]  # the backend's own peaks, with the source they are published in
     interrupted: bool = False
 
-    def fraction(self, found: Ceiling) -> float | None:
-        """Return a measured ceiling over the declared one; None where they are not of the same thing.
+    def fraction(self, ceiling: Ceiling) -> float | None:
+        """Return a measured ceiling over the declared peak of the same work; None if there is none.
 
-        Bandwidths are declared for memory, so what fits the last-level cache is not compared.
+        Bandwidths are declared for memory, so a footprint that fits the last-level cache has none.
         """
-        if found.work != "matmul" and (found.footprint_bytes or 0) <= (self.backend.cache_bytes or 0):
+        if ceiling.work != "matmul" and (ceiling.footprint_bytes or 0) <= (self.backend.cache_bytes or 0):
             return None
-        kind = ("matmul", found.dtype) if found.work == "matmul" else ("read", None)
-        peak = next((one for one in self.declared if (one.work, one.dtype) == kind), None)
-        return found.value / peak.value if peak else None
+        kind = ("matmul", ceiling.dtype) if ceiling.work == "matmul" else ("read", None)
+        peak = next((peak for peak in self.declared if (peak.work, peak.dtype) == kind), None)
+        return ceiling.value / peak.value if peak else None
 
 
 class _Head(msgspec.Struct):
@@ -45,7 +45,7 @@ class _Head(msgspec.Struct):
 
 
 def is_ceilings(path: Path) -> bool:
-    """Say whether a file claims to be one of `ceilings`; other results, and what cannot be read, do not."""
+    """Return whether a file says it was written by `ceilings`; False for one that cannot be read."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=_Head).report == "ceilings"
     except (OSError, msgspec.DecodeError):
@@ -53,21 +53,21 @@ def is_ceilings(path: Path) -> bool:
 
 
 def decode(data: bytes) -> CeilingRun:
-    """Parse and validate. Raises `ResultError` with the JSON path of the fault."""
+    """Parse and validate a ceilings file. Raises `ResultError` with the JSON path of the fault."""
     try:
         version = msgspec.json.decode(data, type=_Head).schema_version
         if version > SCHEMA_VERSION:
             raise ResultError(
-                f"a file of ceilings of schema version {version}, and this mla reads up to {SCHEMA_VERSION}: "
-                "use the mla that wrote it, or a newer one."
+                f"a ceilings file of schema version {version}, but this mla reads only up to "
+                f"{SCHEMA_VERSION}: use the mla that wrote it, or a newer one."
             )
         return msgspec.json.decode(data, type=CeilingRun)
     except msgspec.DecodeError as error:
-        raise ResultError(f"not a file of ceilings: {error}.") from error
+        raise ResultError(f"not a ceilings file: {error}.") from error
 
 
 def read(path: Path) -> CeilingRun:
-    """Read a file of ceilings. Raises `ResultError` naming the file and the cause."""
+    """Read a ceilings file. Raises `ResultError` naming the file and the cause."""
     try:
         return decode(path.read_bytes())
     except OSError as error:

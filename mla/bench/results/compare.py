@@ -1,7 +1,7 @@
-"""Compare runs from their result files: how much faster or slower, and whether the measurements can say so.
+"""Compare runs from their result files: how much faster or slower, and with which confidence.
 
-The unit of confidence is the pass, as in a run: the ratio's interval is made of both medians' 95 % intervals,
-so it holds with at least 90 %. What differs by less than the noise floor is the same. Needs no torch.
+The unit of confidence is the pass, as in a run: the ratio's interval combines both medians' 95 % intervals,
+so its confidence is at least 90 %. Differences within the noise floor count as the same. Needs no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from mla.bench.results import stats
 from mla.bench.results.schema import Case, Interval, Run
 
-#: Ratios this near 1 are noise on any machine that was tried.
+# Ratios this near 1 were noise on every machine tried.
 NOISE = 0.02
 
 FASTER, SLOWER, SAME, UNDECIDED, REFUSED = "FASTER", "SLOWER", "SAME", "UNDECIDED", "REFUSED"
@@ -21,7 +21,7 @@ FASTER, SLOWER, SAME, UNDECIDED, REFUSED = "FASTER", "SLOWER", "SAME", "UNDECIDE
 
 @dataclass(frozen=True)
 class Comparison:
-    """One case of a run against the same case of the base run. `ratio` is of times: above 1 is slower."""
+    """One case of a run and the same case of the base run. `ratio` is of times: above 1 is slower."""
 
     scenario: str
     implementation: str
@@ -33,35 +33,36 @@ class Comparison:
     reason: str = ""
 
     def slower_than(self, limit: float) -> bool:
-        """Say whether it is surely slower by more than `limit` (0.03: 3 %)."""
+        """Return whether the whole interval is slower by more than `limit` (0.03: 3 %)."""
         return self.interval is not None and self.interval[0] > 1 + limit
 
 
 def compare(base: Run, new: Run, noise: float = NOISE) -> list[Comparison]:
-    """Compare every case of `new` with the case of `base` that has its scenario, point and implementation."""
+    """Compare each case of `new` with the case of `base` of the same scenario, point and implementation."""
     known = {(*_key(case), case.dtype): case for case in base.cases}
     dtypes = {_key(case): case.dtype for case in base.cases}
     differ = _run_differences(base, new)
-    found = []
+    comparisons = []
     for case in new.cases:
         other = known.get((*_key(case), case.dtype))
         if other is None:
             only = dtypes.get(_key(case))
             why = f"dtype differs: {only} and {case.dtype}" if only else "the base run has no such case"
-            found.append(_refused(case, why))
+            comparisons.append(_refused(case, why))
         else:
             reasons = [*differ, *_case_differences(other, case)]
-            found.append(_refused(case, "; ".join(reasons)) if reasons else _compare(other, case, noise))
-    return found
+            refused = _refused(case, "; ".join(reasons)) if reasons else None
+            comparisons.append(refused or _compare(other, case, noise))
+    return comparisons
 
 
 def _key(case: Case) -> tuple[object, ...]:
-    """Return what makes two cases the same, but for the dtype; scenarios' names follow from it."""
+    """Return what identifies a case across runs, except its dtype; scenario names follow from it."""
     return case.base, frozenset(case.point.items()), case.op, case.implementation
 
 
 def warnings(base: Run, new: Run) -> list[str]:
-    """Return what differs without forbidding the comparison: often it is what the comparison is about."""
+    """Return differences that do not forbid the comparison: often they are its subject."""
     pairs = [("device", base.backend.device, new.backend.device), ("seed", base.seed, new.seed)]
     for key in sorted({*base.environment, *new.environment} & {"torch", "torch_threads", "python"}):
         pairs.append((key, base.environment.get(key), new.environment.get(key)))
@@ -79,7 +80,7 @@ def _run_differences(base: Run, new: Run) -> list[str]:
 
 
 def _same(old: Any, new: Any) -> bool:
-    """Compare values of a config; fields that only a newer version wrote have their neutral default there."""
+    """Compare config values; fields that only a newer version wrote have a neutral default."""
     if isinstance(old, dict) and isinstance(new, dict):
         return all(_same(old[key], new[key]) for key in old.keys() & new.keys())
     return bool(old == new)
@@ -123,7 +124,7 @@ def _verdict(interval: Interval | None, noise: float) -> str:
 
 
 def _time(case: Case) -> tuple[float, Interval | None]:
-    """Return milliseconds per forward and their interval over passes, from totals of passes."""
+    """Return the median milliseconds per forward and its interval, from totals of passes."""
     assert case.latency_ms is not None
     samples, steps = case.latency_ms.samples, case.steps_per_pass
     passes = [sum(samples[i : i + steps]) / steps for i in range(0, len(samples), steps)]
@@ -131,5 +132,5 @@ def _time(case: Case) -> tuple[float, Interval | None]:
 
 
 def slower(comparisons: Sequence[Comparison], limit: float) -> list[Comparison]:
-    """Return the cases that are surely slower by more than `limit`."""
-    return [one for one in comparisons if one.slower_than(limit)]
+    """Return the cases whose whole interval is slower by more than `limit`."""
+    return [case for case in comparisons if case.slower_than(limit)]

@@ -1,4 +1,4 @@
-"""Result files: read, upgraded and written."""
+"""Read, upgrade and write result files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mla.errors import ResultError
 
 
 def encode(run: msgspec.Struct) -> bytes:
-    """Return a run, or another report, as indented JSON."""
+    """Return a run, or the result of another command, as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n"
 
 
@@ -22,7 +22,7 @@ def decode(data: bytes) -> Run:
         version = msgspec.json.decode(data, type=_Version).schema_version
         if version > SCHEMA_VERSION:
             raise ResultError(
-                f"a result file of schema version {version}, and this mla reads up to {SCHEMA_VERSION}: "
+                f"a result file of schema version {version}, but this mla reads only up to {SCHEMA_VERSION}: "
                 "use the mla that wrote it, or a newer one."
             )
         return _upgrade(msgspec.json.decode(data, type=Run))
@@ -35,7 +35,7 @@ class _Version(msgspec.Struct):
 
 
 def _upgrade(run: Run) -> Run:
-    """Fill in what older versions did not write; `schema_version` keeps saying what was read."""
+    """Fill in fields that older versions did not write; `schema_version` stays that of the file."""
     for case in run.cases:
         case.base = case.base or case.scenario
         case.dtype = case.dtype or run.dtype
@@ -53,5 +53,5 @@ def read(path: Path) -> Run:
 
 
 def write(run: msgspec.Struct, path: Path) -> None:
-    """Write a run, or another report, whole or not at all. Raises `ResultError`."""
+    """Write a run, or the result of another command, whole or not at all. Raises `ResultError`."""
     write_bytes(encode(run), path)

@@ -8,7 +8,7 @@ import msgspec
 
 from mla.verify.verdict import Check
 
-#: 2 added points of a grid, several timings and stages of a case, ceilings. Files of version 1 still load.
+# 2 added points of a grid, several timings and stages of a case, ceilings. Files of version 1 still load.
 SCHEMA_VERSION = 2
 
 Interval = tuple[float, float]
@@ -23,7 +23,7 @@ class Latency(msgspec.Struct, kw_only=True):
     p90: float
     samples: list[float]
     drift: float | None = None  # relative change over all passes: robust slope of their medians
-    outliers: int | None = None  # samples far from the others (`stats.outliers`), counted and kept
+    outliers: int | None = None  # samples that are outliers (`stats.outliers`), counted and kept
 
 
 class Throughput(msgspec.Struct, kw_only=True):
@@ -41,7 +41,7 @@ class Cost(msgspec.Struct, kw_only=True):
 
 
 class Roofline(msgspec.Struct, kw_only=True):
-    """Distance to the device's limit. `bound` says which limit the floor is: "memory" or "compute"."""
+    """Distance to the device's limit. `bound` says which limit sets the floor: "memory" or "compute"."""
 
     floor_ms: float | None = None
     fraction: float | None = None
@@ -50,10 +50,10 @@ class Roofline(msgspec.Struct, kw_only=True):
 
 
 class Memory(msgspec.Struct, kw_only=True):
-    """Bytes. `peak_bytes` is the high-water mark of the process until then; None: the stack does not say.
+    """Bytes. `peak_bytes` is the high-water mark of the process so far; None if the stack does not report it.
 
-    `transient_bytes` is the most tensor memory that a pass's last forward held at once beyond weights, cache
-    and outputs, scratch memory kept between forwards included; None when no forward was run.
+    `transient_bytes` is the peak tensor memory of a pass's last forward beyond weights, cache and outputs,
+    including scratch memory kept between forwards; None if no forward was run.
     """
 
     weight_bytes: int
@@ -64,15 +64,15 @@ class Memory(msgspec.Struct, kw_only=True):
 
 
 class Timing(msgspec.Struct, kw_only=True):
-    """One more way in which a case was timed, beside the headline (eager, warm, host clock)."""
+    """One more way in which a case was timed, in addition to the headline (eager, warm, host clock)."""
 
     mode: Literal["eager", "graph"]
-    cache: Literal["warm", "cold"]  # cold: the last-level cache was swept before every forward
+    cache: Literal["warm", "cold"]  # cold: the last-level cache was flushed before every forward
     clock: str  # label of the clock, "host" or the device's own
     passes: int
     check: Check
     latency_ms: Latency | None
-    method: str = ""  # what was swept, captured, left out of the timed region or not timed at every step
+    method: str = ""  # what was flushed, captured, excluded from the timed region or not timed at every step
 
 
 class Stage(msgspec.Struct, kw_only=True):
@@ -102,12 +102,12 @@ class Case(msgspec.Struct, kw_only=True):
     history: list[int]
     steps_per_pass: int
     passes: int
-    warmups: int  # forwards run before timing, beside the checked ones
+    warmups: int  # forwards run before timing, not counting the checked ones
     interleaved_with: list[str]
     check: Check
     latency_ms: Latency | None
     tokens_per_s: Throughput | None
-    plan_ms: float | None  # prefill: planning the batch, which is outside its timed region
+    plan_ms: float | None  # prefill: planning the batch, outside the timed region
     switch_steps: list[int]  # indices into samples of forwards that followed another implementation
     cost: Cost
     roofline: Roofline
@@ -117,31 +117,31 @@ class Case(msgspec.Struct, kw_only=True):
     clock: str
     interrupted: bool
     repro: str
-    base: str = ""  # the workload's scenario that a grid was laid over; `scenario` names the point as well
+    base: str = ""  # the workload's scenario that a grid expands; `scenario` also names the point
     point: dict[str, int | str] = {}  # axis -> value, for a point of a grid
     dtype: str = ""
     heads: int | None = None
     layers: int = 1  # latencies are per layer
     op: str | None = None  # one op of the contract alone, without the layer
     timings: list[Timing] = []
-    launch_bound: bool | None = None  # the host needs longer to launch than the device to compute
+    launch_bound: bool | None = None  # the host takes longer to launch than the device to compute
     stages: list[Stage] = []
-    device_state: list[dict[str, str]] = []  # sensors before and after the timed passes, where there are any
-    settled: bool | None = None  # the warm-up ended because latencies had settled; None: there was none
+    device_state: list[dict[str, str]] = []  # sensors before and after the timed passes, if any
+    settled: bool | None = None  # the warm-up ended because latencies had settled; None: no warm-up
 
 
 class Ceiling(msgspec.Struct, kw_only=True):
-    """What the device reached at best on one kind of work."""
+    """The best the device reached on one kind of work."""
 
     work: Literal["read", "copy", "matmul"]
     value: float  # bytes per second, or FLOP per second
-    source: str  # how it was measured, or where it was published
+    source: str  # how it was measured, or where it is published
     dtype: str | None = None
     footprint_bytes: int | None = None
 
 
 class BackendFacts(msgspec.Struct, kw_only=True):
-    """What ran the cases."""
+    """The backend and device that ran the cases."""
 
     name: str
     version: str | None
@@ -151,7 +151,7 @@ class BackendFacts(msgspec.Struct, kw_only=True):
 
 
 class Plan(msgspec.Struct, kw_only=True):
-    """What a run was asked for: `--resume` goes on with nothing else."""
+    """What a run was asked for: `--resume` continues only the same plan."""
 
     options: list[str]  # as every `repro` repeats them
     scenarios: list[str]  # in the workload's order

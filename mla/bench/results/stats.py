@@ -1,7 +1,8 @@
-"""Statistics of timed passes: medians with distribution-free confidence intervals, nothing dropped.
+"""Statistics of timed passes: medians with distribution-free confidence intervals; no sample is dropped.
 
-Steps of one pass are autocorrelated, so the unit of confidence is the pass: the interval is for the median
-over passes. Source: order statistics, e.g. H. A. David and H. N. Nagaraja, *Order Statistics*, section 7.1.
+Steps of one pass are autocorrelated, so the unit of confidence is the pass: the interval is that of the
+median over passes. Source: order statistics, e.g. H. A. David and H. N. Nagaraja, *Order Statistics*,
+section 7.1.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
     """Return the narrowest symmetric order-statistic interval of the median with at least `confidence`.
 
-    None when there are too few values for it (fewer than 6 at 95 %).
+    None if there are too few values (fewer than 6 at 95 %).
     """
     ordered, n = sorted(values), len(values)
     best = None
@@ -55,20 +56,22 @@ def drift(medians: Sequence[float]) -> float | None:
 
 
 def outliers(passes: Sequence[Sequence[float]]) -> int | None:
-    """Count the samples far slower than was to be expected; None below 3 passes of equal length.
+    """Return the number of samples far slower than expected; None below 3 passes of equal length.
 
-    Expected is the median of the sample's step over all passes (a growing cache is no outlier), times, for
-    passes of at least 3 samples, the median ratio by which its pass differs (nor is a machine that drifts or
-    throttles). Far is a ratio to that of more than 1 plus 5 robust standard deviations (1.4826 times the
-    median absolute deviation), and of more than 1.1, or a quiet machine would answer for each microsecond.
+    A sample is expected to take the median of its step over all passes (so a growing cache makes no outliers)
+    times, in passes of at least 3 samples, the median ratio by which its pass differs (so drifting and
+    throttling make none either). It is an outlier if its ratio to that exceeds both 1 plus 5 robust standard
+    deviations (1.4826 times the median absolute deviation) and 1.1, so that microseconds do not count on a
+    quiet machine.
     """
     if len(passes) < 3 or len({len(samples) for samples in passes}) != 1:
         return None
     steps = [median(step) for step in zip(*passes, strict=True)]
     ratios = [
-        [sample / step if step else 1.0 for sample, step in zip(one, steps, strict=True)] for one in passes
+        [sample / step if step else 1.0 for sample, step in zip(samples, steps, strict=True)]
+        for samples in passes
     ]
-    levels = [median(one) if len(one) >= 3 else 1.0 for one in ratios]
-    away = [ratio / level - 1 for one, level in zip(ratios, levels, strict=True) for ratio in one if level]
-    spread = 1.4826 * median([abs(value) for value in away])
-    return sum(value > max(5 * spread, 0.1) for value in away)
+    levels = [median(row) if len(row) >= 3 else 1.0 for row in ratios]
+    excess = [ratio / level - 1 for row, level in zip(ratios, levels, strict=True) for ratio in row if level]
+    spread = 1.4826 * median([abs(value) for value in excess])
+    return sum(value > max(5 * spread, 0.1) for value in excess)

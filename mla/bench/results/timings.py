@@ -1,10 +1,10 @@
-"""The further ways of timing of a case, by kind."""
+"""The further timings of a case, by kind."""
 
 from __future__ import annotations
 
 from mla.bench.results.schema import Case, Latency, Timing
 
-#: Short name -> (graph replayed, cache cold, device clock), in the order they are named.
+# Short name -> (graph replayed, cache cold, device clock), in the order in which they are listed.
 KINDS = {
     "cold": (False, True, False),
     "device": (False, False, True),
@@ -17,19 +17,22 @@ KINDS = {
 
 
 def cold(case: Case) -> Latency | None:
-    """Return the latency with a swept cache, otherwise timed as the headline."""
-    found = by_kind(case).get("cold")
-    return found.latency_ms if found else None
+    """Return the latency with a cold cache, otherwise timed like the headline."""
+    timing = by_kind(case).get("cold")
+    return timing.latency_ms if timing else None
 
 
 def by_kind(case: Case) -> dict[str, Timing]:
-    """Return short name -> timing, for those there are."""
-    found = {(one.mode == "graph", one.cache == "cold", one.clock != case.clock): one for one in case.timings}
-    return {name: found[kind] for name, kind in KINDS.items() if kind in found}
+    """Return short name -> timing, for the timings that the case has."""
+    timings = {
+        (timing.mode == "graph", timing.cache == "cold", timing.clock != case.clock): timing
+        for timing in case.timings
+    }
+    return {name: timings[kind] for name, kind in KINDS.items() if kind in timings}
 
 
 def flat_timings(case: Case) -> dict[str, float | None]:
-    """Return column -> median, the same columns for every case."""
+    """Return column -> median, with the same columns for every case."""
     timings = by_kind(case)
-    medians = {name: one.latency_ms.median for name, one in timings.items() if one.latency_ms}
+    medians = {name: timing.latency_ms.median for name, timing in timings.items() if timing.latency_ms}
     return {f"{name}_ms": medians.get(name) for name in KINDS}

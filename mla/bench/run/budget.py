@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class Budget:
-    """Seconds from now on; None is no limit. Estimates are corrected by how long earlier scenarios took."""
+    """Seconds from now on, or no limit. Estimates are corrected by how long earlier scenarios took."""
 
     def __init__(self, seconds: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds = seconds
@@ -17,23 +17,23 @@ class Budget:
         self._estimated = self._taken = 0.0
 
     def left(self) -> float:
-        """Return the seconds that are left, below 0 when it is over."""
+        """Return the seconds that are left; negative once the time is over."""
         return self._end - self._clock()
 
     def corrected(self, estimate: float) -> float:
-        """Return an estimate as the scenarios before suggest it."""
+        """Return an estimate, scaled by how far earlier ones were off."""
         return estimate * self._taken / self._estimated if self._estimated else estimate
 
     def fits(self, estimate: float) -> bool:
-        """Say whether work of so many estimated seconds still fits."""
+        """Return whether work with this estimate, in seconds, still fits."""
         left = self.left()
         return left > 0 and self.corrected(estimate) <= left
 
     def learn(self, estimate: float, taken: float) -> None:
-        """Take note of how long work took."""
+        """Record how long work took."""
         self._estimated += estimate
         self._taken += taken
 
     def over(self, reserve: float) -> bool:
-        """Say whether less than `reserve` estimated seconds are left."""
+        """Return whether less than `reserve` estimated seconds are left."""
         return self.left() < self.corrected(reserve)

@@ -1,4 +1,4 @@
-"""Go on with a run from its file: what may be kept, and whether it is the same run. Needs no torch."""
+"""Resume a run from its file: what may be kept, and whether it is the same run. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from mla.bench.results.schema import Case, Run
 from mla.bench.workload.grid import Point
 from mla.errors import ResultError
 
-#: Facts of the environment that change from one job to the next and mean nothing.
+# Facts of the environment that differ between jobs without meaning anything.
 VOLATILE = ("slurm_", "torchrun_")
 
 
 def kept_cases(path: Path, old: Run, now: Run, scenarios: Sequence[Point]) -> list[Case]:
     """Return the complete cases of a file. Raises `ResultError` if it holds another run than `now`."""
     if old.plan is None:
-        raise ResultError(f"cannot resume '{path}': it does not say what was planned; run it anew.")
+        raise ResultError(f"cannot resume '{path}': it does not say what was planned; start a new run.")
     if reasons := list(_differences(old, now)):
         raise ResultError(
             f"cannot resume '{path}', it holds another run: {'; '.join(reasons)}. Repeat its options, "
             "or write a new file."
         )
-    turns = {scenario.name: scenario.turns for scenario in scenarios}
-    return [case for case in old.cases if _complete(case, turns[case.scenario])]
+    rounds = {scenario.name: scenario.rounds for scenario in scenarios}
+    return [case for case in old.cases if _complete(case, rounds[case.scenario])]
 
 
 def warning(old: Run, now: Run) -> str | None:
@@ -40,9 +40,9 @@ def warning(old: Run, now: Run) -> str | None:
     )
 
 
-def _complete(case: Case, turns: int) -> bool:
-    """Say whether nothing of a case is missing; what a budget cut short is measured again."""
-    measured = case.check.status == "ok" and case.passes >= turns
+def _complete(case: Case, rounds: int) -> bool:
+    """Return whether a case is complete; what a budget cut short is measured again."""
+    measured = case.check.status == "ok" and case.passes >= rounds
     return not case.interrupted and (measured or case.check.status == "wrong")
 
 

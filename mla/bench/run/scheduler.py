@@ -1,97 +1,66 @@
-"""The loop over scenarios: their order, what is left out and why, what is kept of a run that ends early."""
+"""The loop over scenarios: their order, what is skipped and why, what is kept of a run that ends early."""
 
 from __future__ import annotations
 
 import gc
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import msgspec
 
 from mla.bench import results
-from mla.bench.measure.hooks import Pace
-from mla.bench.plan.estimate import Estimator, estimator
+from mla.bench.measure.hooks import Hooks
+from mla.bench.plan import estimate
+from mla.bench.plan.estimate import Estimator
 from mla.bench.plan.memory import MemoryPlan
-from mla.bench.run.budget import Budget
-from mla.bench.run.scenario_run import Request, Work, describe_run, plan
+from mla.bench.plan.request import Request, ScenarioPlan, empty_run
+from mla.bench.run.outcome import Outcome, failure_of
+from mla.bench.run.scenario_run import ScenarioRun
+from mla.bench.run.steering import OVER_BUDGET, Steering
 from mla.bench.run.watchdog import Watchdog
-from mla.bench.terminal import run_table
-from mla.bench.workload.grid import Point
+from mla.bench.terminal.digits import number
 from mla.bench.workload.quantities import spoken
-from mla.command import error_origin
-from mla.command.console import Note
+from mla.command.console import note
+from mla.command.progress import Progress
 from mla.errors import MLAError, OutOfMemory, UnsupportedBatch
 from mla.text import first_line
 from mla_backends import BackendError
 
 Advance = Callable[[str, float], None]  # what is running, estimated seconds done since the last call
-OVER_BUDGET = "left out by --budget"
-#: Seconds without a forward after which a device is taken to hang.
-HANG_AFTER = 600.0
 
 
-def _end_here(run: results.Run, sentence: str) -> None:
-    os._exit(3)
+def measure(request: Request, run: results.Run | None = None, steering: Steering | None = None) -> Outcome:
+    """Run a request with a progress bar, or with a line per scenario where stderr is not a terminal.
+
+    `run` is the result without cases.
+    """
+    run, steering = run or empty_run(request), steering or Steering()
+    with Progress(estimate.nominal_seconds(request)) as progress:
+        if progress.hidden and len(request.scenarios) > 1:
+            steering = replace(steering, log=note)
+        return execute(request, run, progress.advance, steering)
 
 
-@dataclass(frozen=True)
-class Steering:
-    """What may cut a run short, what it goes on from, and who hears of its progress."""
-
-    budget: Budget = field(default_factory=Budget)
-    kept: Sequence[results.Case] = ()  # of the run that is resumed: these are not measured again
-    ceilings: Sequence[results.Ceiling] = ()  # that the kept cases were held against
-    save: Callable[[results.Run], None] = lambda run: None  # after every scenario
-    log: Note = lambda text: None  # one line per finished scenario
-    hang_after: float = HANG_AFTER
-    hung: Callable[[results.Run, str], None] = _end_here  # must end the process
+def execute(request: Request, run: results.Run, advance: Advance, steering: Steering) -> Outcome:
+    """Run every scenario in a seeded order, its implementations interleaved where memory allows it."""
+    return _Scheduler(request, run, advance, steering).run()
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A run, complete or cut short by an interrupt or by the failure to print; finished cases are kept."""
-
-    run: results.Run
-    interrupted: bool = False
-    failure: MLAError | BackendError | None = None
-
-
-class RunFailed(MLAError):
-    """An op, a backend or torch raised while a scenario ran."""
-
-    exit_code = 3
-
-
-def execute(request: Request, advance: Advance, note: Note, steering: Steering) -> Outcome:
-    """Run every scenario in a seeded order, its implementations in turns where memory allows it."""
-    return _Sweep(request, advance, note, steering).run()
-
-
-def estimated_seconds(request: Request) -> float:
-    """Return the length of a progress bar, in nominal seconds."""
-    nominal = Estimator(request.setting, request.lanes.kinds, measured=False)
-    return sum(nominal.seconds(scenario, request.implementations) for scenario in request.scenarios)
-
-
-class _Sweep:
-    def __init__(self, request: Request, advance: Advance, note: Note, steering: Steering) -> None:
-        self._request, self._advance, self._note, self._steering = request, advance, note, steering
-        self._facts = describe_run(request)
+class _Scheduler:
+    def __init__(self, request: Request, run: results.Run, advance: Advance, steering: Steering) -> None:
+        self._request, self._run, self._advance, self._steering = request, run, advance, steering
         self._cases = {(case.scenario, case.implementation): case for case in steering.kept}
         self._ceilings = list(steering.ceilings)
         self._latest = self._result()
-        self._nominal = Estimator(request.setting, request.lanes.kinds, measured=False)
+        self._nominal = estimate.nominal(request)
         limited = steering.budget.seconds is not None
-        self._estimator = self._nominal
-        if limited:
-            self._estimator = estimator(request.setting, request.lanes.kinds, measured=True)
+        self._estimator = estimate.measured(request) if limited else self._nominal
         self._watchdog = Watchdog(steering.hang_after, self._hung)
         self._number = 0
-        self._refusal: MLAError | BackendError | None = None  # why the first scenario was left out
+        self._refusal: MLAError | BackendError | None = None  # why the first skipped scenario was skipped
 
     def run(self) -> Outcome:
         """Visit every scenario once."""
@@ -107,11 +76,11 @@ class _Sweep:
         nothing = not any(case.latency_ms or case.check.status == "wrong" for case in found.cases)
         return Outcome(found, failure=self._refusal if nothing else None)
 
-    def _visit(self, scenario: Point) -> Outcome | None:
+    def _visit(self, scenario: ScenarioPlan) -> Outcome | None:
         """Measure what is missing of a scenario; return an outcome if the run ends here."""
         names = self._missing(scenario)
-        bar = _Bar(self._move_on, self._place(), self._nominal, scenario, self._request.implementations)
-        work = Work(self._request, scenario, bar.forwards, self._pace(scenario, names))
+        bar = _Bar(self._advance_to, self._place(), self._nominal, scenario, self._request.implementations)
+        work = ScenarioRun(self._request, scenario, bar.forwards, self._hooks(scenario, names))
         try:
             if names:
                 self._measure(work, scenario, names)
@@ -120,11 +89,9 @@ class _Sweep:
             return Outcome(self._result(), interrupted=True)
         except Exception as error:  # noqa: BLE001  # whatever a plugin raises, finished cases must survive
             if not self._only_this_one(error):
-                return Outcome(self._result(), failure=_failure(scenario, error))
-            self._refusal = self._refusal or _failure(scenario, error)
-            self._leave_out(
-                work, scenario, self._missing(scenario), first_line(error) or type(error).__name__
-            )
+                return Outcome(self._result(), failure=failure_of(scenario.name, error))
+            self._refusal = self._refusal or failure_of(scenario.name, error)
+            self._skip(work, scenario, self._missing(scenario), first_line(error) or type(error).__name__)
         bar.finish()
         self._ceilings += [one for one in work.ceilings() if one not in self._ceilings]
         found = [self._cases[scenario.name, name] for name in names]
@@ -136,40 +103,43 @@ class _Sweep:
             self._request.setting.backend.empty_cache()
         return Outcome(self._result(), interrupted=True) if any(one.interrupted for one in found) else None
 
-    def _settle(self, scenario: Point, found: Sequence[results.Case]) -> None:
-        """Write what there is, and say so."""
+    def _settle(self, scenario: ScenarioPlan, found: Sequence[results.Case]) -> None:
+        """Write the result so far, and log the scenario."""
         self._latest = self._result()
         self._steering.save(self._latest)
         self._steering.log(f"{self._place()}  {scenario.name}: {', '.join(map(_in_short, found))}")
 
-    def _move_on(self, what: str, seconds: float) -> None:
+    def _advance_to(self, what: str, seconds: float) -> None:
         self._watchdog.beat()
         self._advance(what, seconds)
 
-    def _missing(self, scenario: Point) -> list[str]:
+    def _missing(self, scenario: ScenarioPlan) -> list[str]:
         """Return the implementations that have not run a scenario yet."""
         return [name for name in self._request.implementations if (scenario.name, name) not in self._cases]
 
     def _place(self) -> str:
         return f"{self._number} of {len(self._request.scenarios)}"
 
-    def _measure(self, work: Work, scenario: Point, names: list[str]) -> None:
-        memory, budget = plan(self._request, scenario), self._steering.budget
+    def _measure(self, work: ScenarioRun, scenario: ScenarioPlan, names: list[str]) -> None:
+        memory = scenario.memory.with_available(scenario.setting.backend)
+        budget = self._steering.budget
         if not memory.fits:
-            self._leave_out(work, scenario, names, f"it needs {memory.shortage()}")
+            self._skip(work, scenario, names, f"it needs {memory.shortage()}")
             return
         # Estimating may measure: not once the time is over.
-        estimate = self._estimator.seconds(scenario, names) if budget.left() > 0 else math.inf
-        if not budget.fits(estimate):
+        seconds = self._estimator.seconds(scenario, names) if budget.left() > 0 else math.inf
+        if not budget.fits(seconds):
             self._keep(work.not_run(names, OVER_BUDGET))
             return
         start = time.monotonic()
-        self._take_turns(work, memory, scenario, names)
-        budget.learn(estimate, time.monotonic() - start)
+        self._interleave(work, memory, scenario, names)
+        budget.learn(seconds, time.monotonic() - start)
 
-    def _take_turns(self, work: Work, memory: MemoryPlan, scenario: Point, names: list[str]) -> None:
+    def _interleave(
+        self, work: ScenarioRun, memory: MemoryPlan, scenario: ScenarioPlan, names: list[str]
+    ) -> None:
         if not memory.side_by_side:
-            self._note(
+            note(
                 f"{scenario.name} is not interleaved: the implementations do not fit into memory together, "
                 "so each runs alone"
             )
@@ -188,21 +158,21 @@ class _Sweep:
         cut = [case for case in done if case.check.status == "ok" and not case.passes]
         self._keep(work.not_run([case.implementation for case in cut], OVER_BUDGET))
 
-    def _pace(self, scenario: Point, names: Sequence[str]) -> Pace:
+    def _hooks(self, scenario: ScenarioPlan, names: Sequence[str]) -> Hooks:
         """Return when the engine has to stop: while one pass more of any implementation still fits."""
-        passes = (scenario.steps * self._estimator.forward(scenario, name) for name in names)
+        passes = (scenario.point.steps * self._estimator.forward(scenario, name) for name in names)
         reserve = max(passes, default=0.0)
         budget = self._steering.budget
         over = None if budget.seconds is None else lambda: budget.over(reserve)
-        return Pace(over, self._watchdog.enter, self._watchdog.beat)
+        return Hooks(over, self._watchdog.enter, self._watchdog.beat)
 
     def _only_this_one(self, error: Exception) -> bool:
-        """Say whether other scenarios may go well: this one was too large, or no op takes its lengths."""
+        """Return whether other scenarios may go well: this one was too large, or no op takes its lengths."""
         too_large = isinstance(error, (OutOfMemory, MemoryError, UnsupportedBatch))
         return len(self._request.scenarios) > 1 and (too_large or type(error).__name__ == "OutOfMemoryError")
 
-    def _leave_out(self, work: Work, scenario: Point, names: Sequence[str], reason: str) -> None:
-        self._note(f"{scenario.name} is left out: {reason}")
+    def _skip(self, work: ScenarioRun, scenario: ScenarioPlan, names: Sequence[str], reason: str) -> None:
+        note(f"{scenario.name} is skipped: {reason}")
         self._keep(work.not_run(names, reason))
 
     def _keep(self, cases: Sequence[results.Case]) -> None:
@@ -212,7 +182,7 @@ class _Sweep:
         """Return the run so far, its cases in the workload's order."""
         keys = [(one.name, name) for one in self._request.scenarios for name in self._request.implementations]
         return msgspec.structs.replace(
-            self._facts,
+            self._run,
             cases=[self._cases[key] for key in keys if key in self._cases],
             ceilings=list(self._ceilings),
         )
@@ -220,8 +190,8 @@ class _Sweep:
     def _hung(self, scenario: str, implementation: str) -> None:
         limit = spoken(self._steering.hang_after)
         sentence = (
-            f"scenario '{scenario}', implementation '{implementation}': no forward finished for {limit}, so "
-            "the device is taken to hang; --hang-after waits longer."
+            f"scenario '{scenario}', implementation '{implementation}': no forward finished in {limit}, so "
+            "the device is assumed to hang; raise --hang-after to wait longer."
         )
         self._steering.hung(self._latest, sentence)
 
@@ -230,34 +200,24 @@ class _Bar:
     """The part of a progress bar that belongs to one scenario."""
 
     def __init__(
-        self, advance: Advance, place: str, nominal: Estimator, scenario: Point, names: Sequence[str]
+        self, advance: Advance, place: str, nominal: Estimator, scenario: ScenarioPlan, names: Sequence[str]
     ) -> None:
         self._advance, self._place = advance, place
         self._left = nominal.seconds(scenario, names)
         self._each = sum(nominal.forward(scenario, name) for name in names) / len(names)
 
     def forwards(self, what: str, done: int) -> None:
-        """Move on by so many forwards."""
+        """Advance by this many forwards."""
         seconds = min(done * self._each, self._left)
         self._left -= seconds
         self._advance(f"{self._place}  {what}", seconds)
 
     def finish(self) -> None:
-        """Move on by what was estimated and not done."""
+        """Advance by what was estimated but not done."""
         self._advance(self._place, self._left)
 
 
 def _in_short(case: results.Case) -> str:
     if case.latency_ms is None:
         return f"{case.implementation} {case.check.status}"
-    return f"{case.implementation} {run_table.number(case.latency_ms.median)} ms"
-
-
-def _failure(scenario: Point, error: Exception) -> MLAError | BackendError:
-    """Return what to print: our own sentence, or what was raised and where."""
-    if isinstance(error, (MLAError, BackendError)):
-        return error
-    text = first_line(error)
-    return RunFailed(
-        f"scenario '{scenario.name}' failed: {type(error).__name__}: {text} ({error_origin.place(error)})."
-    )
+    return f"{case.implementation} {number(case.latency_ms.median)} ms"

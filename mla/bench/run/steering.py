@@ -1,64 +1,105 @@
-"""What the options say about a run's course: what it goes on from, what ends it early, how to go on then."""
+"""What may cut a run short, what it resumes from, and how to resume it later."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from mla.bench import results
+from mla.bench.plan import repro
 from mla.bench.plan.options import RunOptions
+from mla.bench.plan.request import Request
 from mla.bench.run import resume
-from mla.bench.run import scenario_run as session
 from mla.bench.run.budget import Budget
-from mla.bench.run.scenario_run import Request
-from mla.bench.run.scheduler import OVER_BUDGET, Steering
-from mla.command.console import Note
+from mla.command.console import Note, note
 from mla.command.exit_codes import Exit
 from mla.errors import ResultError
 
 Show = Callable[[results.Run], None]
+OVER_BUDGET = "skipped by --budget"
+# Seconds without a forward after which a device is assumed to hang.
+HANG_AFTER = 600.0
+
+
+def _end_here(run: results.Run, sentence: str) -> None:
+    os._exit(Exit.BACKEND)
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What may cut a run short, what it resumes from, and what is called as it advances."""
+
+    budget: Budget = field(default_factory=Budget)
+    kept: Sequence[results.Case] = ()  # of the run that is resumed: these are not measured again
+    ceilings: Sequence[results.Ceiling] = ()  # that the kept cases used
+    save: Callable[[results.Run], None] = lambda run: None  # after every scenario
+    log: Note = lambda text: None  # one line per finished scenario
+    hang_after: float = HANG_AFTER
+    hung: Callable[[results.Run, str], None] = _end_here  # must end the process
 
 
 def steering(
-    options: RunOptions, request: Request, budget: Budget, old: results.Run | None, note: Note, show: Show
+    options: RunOptions,
+    request: Request,
+    run: results.Run,
+    budget: Budget,
+    old: results.Run | None,
+    show: Show,
 ) -> Steering:
-    """Return what steers a run; `old` is the run to resume. Raises `ResultError`."""
-    kept: list[results.Case] = []
-    if old is not None and options.resume is not None:
-        now = session.describe_run(request)
-        kept = resume.kept_cases(options.resume, old, now, request.scenarios)
-        note(f"resuming   {len(kept)} cases of '{options.resume}' are kept")
-        if warning := resume.warning(old, now):
-            note(warning)
+    """Return what steers a run; `run` is its result without cases, `old` the one to resume.
 
-    def save(run: results.Run) -> None:
-        try:
-            if options.target:
-                results.write(run, options.target)
-        except ResultError as error:
-            note(f"{error} The run goes on, and tries again.")
+    Raises `ResultError`.
+    """
+    kept = _kept(options, request, run, old)
 
     def hung(run: results.Run, sentence: str) -> None:
         with contextlib.suppress(Exception):  # nothing may keep the process from ending
-            save(run)
+            _save(options, run)
             show(run)
             note(f"error: {sentence}")
         os._exit(Exit.BACKEND)  # a call into a driver cannot be interrupted
 
-    ceilings = old.ceilings if old is not None else ()
-    return Steering(budget, kept, ceilings, save, hang_after=options.hang_after, hung=hung)
+    return Steering(
+        budget,
+        kept,
+        old.ceilings if old is not None else (),
+        save=lambda run: _save(options, run),
+        hang_after=options.hang_after,
+        hung=hung,
+    )
 
 
-def left_out(options: RunOptions, request: Request, run: results.Run) -> str | None:
-    """Return how many cases the budget cut, and how to go on; None if it cut none."""
-    turns = {scenario.name: scenario.turns for scenario in request.scenarios}
+def _kept(
+    options: RunOptions, request: Request, run: results.Run, old: results.Run | None
+) -> list[results.Case]:
+    """Return the cases of an earlier run that need not be measured again."""
+    if old is None or options.resume is None:
+        return []
+    kept = resume.kept_cases(options.resume, old, run, request.points)
+    note(f"resuming   {len(kept)} cases of '{options.resume}' are kept")
+    if warning := resume.warning(old, run):
+        note(warning)
+    return kept
+
+
+def _save(options: RunOptions, run: results.Run) -> None:
+    try:
+        if options.target:
+            results.write(run, options.target)
+    except ResultError as error:
+        note(f"{error} The run goes on, and tries again.")
+
+
+def skipped(options: RunOptions, request: Request, run: results.Run) -> str | None:
+    """Return how many cases the budget cut, and how to resume; None if it cut none."""
+    rounds = {point.name: point.rounds for point in request.points}
     left_out = sum(case.check.reason == OVER_BUDGET for case in run.cases)
-    short = sum(0 < case.passes < turns[case.scenario] and not case.interrupted for case in run.cases)
+    short = sum(0 < case.passes < rounds[case.scenario] and not case.interrupted for case in run.cases)
     if not left_out and not short:
         return None
-    words = [*request.command, *options.selection(), "--implementations", ",".join(request.implementations)]
-    command = shlex.join(["python", "-m", "mla.bench", *words, "--resume", str(options.target)])
-    on = f"go on with: {command}" if options.target else "with -o, a later run could go on with --resume"
-    return f"--budget left out {left_out} of {len(run.cases)} cases and cut short {short}; {on}"
+    words = [*request.command, *request.selection, "--implementations", ",".join(request.implementations)]
+    command = repro.command([*words, "--resume", str(options.target)])
+    on = f"resume with: {command}" if options.target else "with -o, a later run could --resume it"
+    return f"--budget skipped {left_out} of {len(run.cases)} cases and cut short {short}; {on}"

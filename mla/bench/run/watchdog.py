@@ -1,7 +1,7 @@
-"""Notices a device that hangs: no forward finishes for a long time although one was started.
+"""Notice a device that hangs: no forward finishes for a long time although one was started.
 
 A call into a driver cannot be interrupted, so the only way out is the end of the process. The thread sleeps;
-the timed path is not touched, since the engine tells of its progress between timed regions.
+the timed path is not touched, since the engine reports progress between timed regions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-#: Looks in one limit; a hang is noticed at most one look late.
+# Looks per limit; a hang is noticed at most one look late.
 LOOKS = 4
 
 Hung = Callable[[str, str], None]  # scenario, implementation
@@ -49,12 +49,12 @@ class Watchdog:
             self._scenario = None
 
     def enter(self, implementation: str) -> None:
-        """Take note of which implementation runs."""
+        """Record which implementation runs."""
         self._implementation = implementation
         self.beat()
 
     def beat(self) -> None:
-        """Take note that a forward has finished."""
+        """Record that a forward has finished."""
         self._beats += 1
 
     def _watch(self) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from mla.bench.subjects.graphs import Captured, NoGraph
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
@@ -47,10 +46,6 @@ class Implementation(ABC):
 
     def after(self, index: int) -> None:  # noqa: B027  # most implementations write where they should
         """Move the output of `step(index)` to `outputs`. Never timed."""
-
-    def captured(self) -> Captured:
-        """Return the same forwards as replays of graphs, after a whole pass has run. Raises `NoGraph`."""
-        raise NoGraph(f"{self.name} is not captured")
 
     def check(self, checker: Any) -> Check:
         """Judge what the last pass left: its outputs, and whatever else a subclass knows of."""

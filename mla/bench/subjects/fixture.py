@@ -1,48 +1,82 @@
-"""What a scenario measures: the layer, or one op of it, behind one interface for `session`."""
+"""What a scenario runs on: the layer, or one op of it, behind one interface.
+
+A fixture is cheap to make: its needs follow from lengths alone. Inputs, weights and the float64 oracle are
+made at first use and shared by all implementations.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from mla import cost
 from mla.bench import results
+from mla.bench.subjects import memory
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import expected_outputs, make_inputs
-from mla.bench.subjects.memory import forward_cost
+from mla.bench.subjects.layer import MlaLayer
+from mla.bench.subjects.op import memory as op_memory
 from mla.bench.subjects.op.implementation import OpCase, reference_results
 from mla.bench.subjects.op.problem import op_problem
 from mla.bench.subjects.setting import Setting
+from mla.bench.subjects.stack import MlaStack
+from mla.bench.subjects.transformers_layer import Transformers
 from mla.bench.workload.grid import Point
-from mla.bench.workload.op_scenario import OpScenario
+from mla.layer.ops import Ops
 from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import State
 from mla.verify.op_check import OpChecker
 from mla.weights import random_state_dict
 
-Builders = Mapping[str, Callable[[Setting, State], Implementation]]
+# Name -> how to build it. `benchmarks/peers` adds comparators while it runs.
+IMPLEMENTATIONS: dict[str, Callable[[Setting, State], Implementation]] = {
+    "mla": lambda setting, state: _layers(setting)(setting, state),
+    "mla-reference": lambda setting, state: _layers(setting)(setting, state, "mla-reference", "reference"),
+    "transformers": Transformers,
+    "transformers-eager": lambda setting, state: Transformers(setting, state, "eager"),
+}
 
 
-class Subject(ABC):
-    """Inputs, oracle, implementations and work of one scenario, shared by all implementations.
+def _layers(setting: Setting) -> type[MlaLayer]:
+    return MlaStack if setting.layers > 1 else MlaLayer
 
-    Making one is cheap: `cost` counts from lengths alone, and the rest draws and computes at first use.
-    """
+
+def make_ops(setting: Setting) -> Ops:
+    """Return the ops that a layer of this setting chooses."""
+    return Ops(setting.config, setting.backend.ops(), setting.dtype, setting.device, setting.ops)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a scenario needs, from its lengths alone."""
+
+    forward: results.Cost  # of a typical forward, all layers together
+    oracle_flops: int  # in float64, on the host
+    weights: int  # drawn once, and packed by every implementation; 0 for one op
+    device_bytes: int  # per implementation
+    host_bytes: int
+    reference_copies: int  # that live on the device for a while to judge fused ops
+    all_reference: bool  # no fused op was chosen: `mla` is `mla-reference`
+
+
+class Fixture(ABC):
+    """Inputs, oracle, implementations and work of one scenario."""
 
     op: str | None = None  # the role that is measured; None is the layer
 
-    def __init__(self, setting: Setting, scenario: Point) -> None:
+    def __init__(self, setting: Setting, point: Point) -> None:
         """`setting`: that of the scenario, with its own heads, dtype and layers."""
         self.setting = setting
-        self.scenario = scenario
+        self.point = point
         self._prepared: tuple[Any, Any] | None = None
 
     @property
     def prepared(self) -> bool:
-        """Say whether anything large was made."""
+        """Whether anything large was made."""
         return self._prepared is not None
 
     def prepare(self) -> tuple[Any, Any]:
@@ -60,29 +94,28 @@ class Subject(ABC):
 
     @abstractmethod
     def cost(self) -> results.Cost:
-        """Return the work of one forward."""
+        """Return the work of one forward: its mean over a pass, per layer."""
+
+    @abstractmethod
+    def needs(self) -> Needs:
+        """Return what the scenario needs."""
 
 
-class LayerSubject(Subject):
+class LayerFixture(Fixture):
     """The whole layer, on random weights or those of a checkpoint (`state`)."""
 
     def __init__(
-        self,
-        setting: Setting,
-        scenario: Point,
-        state: State | None,
-        builders: Builders,
-        beat: Callable[[], None],
+        self, setting: Setting, point: Point, state: State | None, after_forward: Callable[[], None]
     ) -> None:
-        super().__init__(setting, scenario)
-        self._builders, self._given, self._beat = builders, state, beat
+        super().__init__(setting, point)
+        self._given, self._after_forward = state, after_forward
         self._state: State = {}
 
     def _prepare(self) -> tuple[Any, Any]:
         config, dtype = self.setting.config, self.setting.dtype
         self._state = self._weights()
-        inputs = make_inputs(config, self.scenario, self.setting.seed, dtype)
-        expected = expected_outputs(config, self._state, self.scenario, inputs)
+        inputs = make_inputs(config, self.point, self.setting.seed, dtype)
+        expected = expected_outputs(config, self._state, self.point, inputs)
         return inputs, Checker(expected, dtype, self._reference_outputs)
 
     def _weights(self) -> State:
@@ -91,29 +124,51 @@ class LayerSubject(Subject):
         return {name: weight.to(self.setting.dtype) for name, weight in self._given.items()}
 
     def _reference_outputs(self) -> torch.Tensor:
-        """Run the reference once: the yardstick of our own implementations."""
+        """Run the reference once: our own implementations are compared with its error."""
         inputs, _ = self.prepare()
-        reference = self._builders["mla-reference"](replace(self.setting, layers=1), self._state)
-        reference.load(self.scenario, inputs)
-        for index in range(self.scenario.inputs):
+        reference = IMPLEMENTATIONS["mla-reference"](replace(self.setting, layers=1), self._state)
+        reference.load(self.point, inputs)
+        for index in range(self.point.inputs):
             reference.step(index)
-            self._beat()
+            self._after_forward()
         return reference.outputs
 
     def build(self, name: str) -> Implementation:
-        return self._builders[name](self.setting, self._state)
+        return IMPLEMENTATIONS[name](self.setting, self._state)
 
     def cost(self) -> results.Cost:
-        return forward_cost(self.setting, self.scenario, range(self.scenario.inputs))
+        return self._mean_cost(range(self.point.inputs))
+
+    def _mean_cost(self, steps: Sequence[int]) -> results.Cost:
+        """Return the mean work of the forwards at these steps, counted for our layer's paths."""
+        setting, new = self.setting, self.point.query_lens
+        lengths = [self.point.kv_lens(step) for step in steps]
+        flops = [cost.step_flops(setting.config, new, kv, setting.attention) for kv in lengths]
+        moved = [cost.step_bytes(setting.config, new, kv, setting.dtype.itemsize) for kv in lengths]
+        return results.Cost(flops=round(sum(flops) / len(flops)), bytes=round(sum(moved) / len(moved)))
+
+    def needs(self) -> Needs:
+        point, config, layers = self.point, self.setting.config, self.point.layers
+        typical = self._mean_cost([point.inputs // 2])
+        rows = [length * point.inputs for length in point.query_lens]
+        return Needs(
+            forward=results.Cost(flops=layers * typical.flops, bytes=layers * typical.bytes),
+            oracle_flops=cost.step_flops(config, rows, point.final_lens, cost.EXPANDED),
+            weights=cost.parameters(config),
+            device_bytes=memory.device_bytes(self.setting, point),
+            host_bytes=memory.host_bytes(self.setting, point),
+            reference_copies=1,
+            all_reference=make_ops(self.setting).all_reference(),
+        )
 
 
-class OpSubject(Subject):
-    """One op of the layer alone."""
+class OpFixture(Fixture):
+    """One op of the layer alone. Its reference runs on the host."""
 
-    def __init__(self, setting: Setting, scenario: OpScenario) -> None:
-        super().__init__(setting, scenario)
-        self.op = scenario.role
-        self._problem = op_problem(setting, scenario)
+    def __init__(self, setting: Setting, point: Point) -> None:
+        super().__init__(setting, point)
+        self.op = point.op
+        self._problem = op_problem(setting, point)
 
     def _prepare(self) -> tuple[Any, Any]:
         problem, setting = self._problem, self.setting
@@ -126,3 +181,27 @@ class OpSubject(Subject):
 
     def cost(self) -> results.Cost:
         return results.Cost(**self._problem.work._asdict())
+
+    def needs(self) -> Needs:
+        role = self._problem.role
+        return Needs(
+            forward=self.cost(),
+            oracle_flops=self._problem.work.flops,
+            weights=0,
+            device_bytes=op_memory.device_bytes(self.setting, self.point),
+            host_bytes=op_memory.host_bytes(self.setting, self.point),
+            reference_copies=0,
+            all_reference=make_ops(self.setting)[role].name == "reference",
+        )
+
+
+def make_fixture(
+    setting: Setting,
+    point: Point,
+    state: State | None = None,
+    after_forward: Callable[[], None] = lambda: None,
+) -> Fixture:
+    """Return what a scenario runs on; `after_forward` is called after every forward of the reference."""
+    if point.op is None:
+        return LayerFixture(setting, point, state, after_forward)
+    return OpFixture(setting, point)

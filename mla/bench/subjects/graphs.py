@@ -1,8 +1,8 @@
-"""Forwards of our layer, captured into graphs of the device and replayed.
+"""Capture our layer's forwards into device graphs and replay them.
 
-prefill: one graph of the forward on the prepared batch. decode: one graph per width of the block table, since
-`RaggedBatch.update_` keeps it. Each holds a batch of its own at fixed addresses; planning is captured with
-the forward and follows it. A replayed step is `extend`, `update_` of that batch, and the replay.
+prefill: one graph of the forward on the prepared batch. decode: one graph per width of the block table, which
+`RaggedBatch.update_` cannot change. Each graph has its own batch at fixed addresses; planning is captured
+along with the forward. A replayed step is `extend`, `update_` of that batch, and the replay.
 """
 
 from __future__ import annotations
@@ -11,29 +11,27 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.layer import MlaLayer
+from mla.bench.workload.scenario import Scenario
 from mla.cache.ragged_batch import RaggedBatch
 from mla_backends import BackendError
 from mla_backends.api import Backend
 from mla_backends.errors import describe
 
-if TYPE_CHECKING:
-    from mla.bench.subjects.layer import MlaLayer
-    from mla.bench.workload.scenario import Scenario
-
-#: Graphs of one decode pass at most; each keeps its own memory.
+# The most graphs of one decode pass; each keeps its own memory.
 MOST_GRAPHS = 16
 
 
 class NoGraph(Exception):
-    """Why an implementation has no graphs, as one clause."""
+    """Raised with the reason why an implementation cannot be captured, as one clause."""
 
 
-class Captured(ABC):
-    """Captured forwards, with the interface of what a lane runs. `method` goes into the result."""
+class CapturedForwards(ABC):
+    """Forwards replayed from graphs, as `mla.bench.measure.passes.Forwards`. `method` is for the result."""
 
     method: str
 
@@ -44,10 +42,10 @@ class Captured(ABC):
         """Put the cache back to the history. Never timed."""
         self._layer.restore()
 
-    def before(self, index: int) -> None:  # noqa: B027  # a prefill's inputs stay where they are
-        """Put the inputs of a forward where its graph reads them. Never timed."""
+    def before(self, index: int) -> None:  # noqa: B027  # a prefill's inputs never change
+        """Copy the inputs of a forward to where its graph reads them. Never timed."""
 
-    def bookkeep(self) -> None:  # noqa: B027  # a prefill has none
+    def bookkeep(self) -> None:  # noqa: B027  # a prefill needs none
         """Do what the host does for every forward."""
 
     @abstractmethod
@@ -58,14 +56,14 @@ class Captured(ABC):
         self.bookkeep()
         self.replay()
 
-    def after(self, index: int) -> None:  # noqa: B027  # a prefill's outputs are where they belong
-        """Move the outputs of a forward to where they belong. Never timed."""
+    def after(self, index: int) -> None:  # noqa: B027  # a prefill writes them in place
+        """Copy the outputs of a forward to the layer's `outputs`. Never timed."""
 
 
 class ReplayAlone:
-    """Captured forwards for the device's clock, which is to see the replay and no bookkeeping of the host."""
+    """Captured forwards for the device's clock, which times the replay without the host's bookkeeping."""
 
-    def __init__(self, captured: Captured) -> None:
+    def __init__(self, captured: CapturedForwards) -> None:
         self._captured = captured
         self.method = f"{captured.method}; bookkeeping of the host outside the timed region"
         self.restore, self.after = captured.restore, captured.after
@@ -78,8 +76,8 @@ class ReplayAlone:
         self._captured.replay()
 
 
-class CapturedPrefill(Captured):
-    """A forward of the prepared batch. Its batch and plan are kept, because the graph reads their memory."""
+class CapturedPrefill(CapturedForwards):
+    """One forward of the prepared batch. Batch and plan are kept alive: the graph reads their memory."""
 
     method = "replay of one captured forward of the prepared batch"
 
@@ -96,7 +94,7 @@ class CapturedPrefill(Captured):
     def restore(self) -> None:
         super().restore()
         if not torch.equal(self._layer.batch.block_table_host, self._batch.block_table_host):
-            raise RuntimeError("a restored cache handed out other pages than those that were captured.")
+            raise RuntimeError("a restored cache handed out pages other than the captured ones.")
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,8 @@ class _Graph:
     replay: Callable[[], None]
 
 
-class CapturedDecode(Captured):
-    """Decode steps. Raises `NoGraph` when a replay would not follow the lengths."""
+class CapturedDecode(CapturedForwards):
+    """Decode steps. Raises `NoGraph` if a replay would not follow the growing lengths."""
 
     def __init__(self, layer: MlaLayer, scenario: Scenario) -> None:
         super().__init__(layer)
@@ -123,7 +121,7 @@ class CapturedDecode(Captured):
         self.method = f"replay of {count} captured graph{'s' * (count > 1)}, one per width of the block table"
 
     def _add(self, batch: RaggedBatch, step: int) -> None:
-        """Capture a forward for the width of this batch, if it is a new one; the batch stays in use."""
+        """Capture a forward for this batch's width, if it is a new one; the graph keeps the batch."""
         _check_plan(self._layer, batch)
         width = batch.block_table.shape[1]
         if width in self._graphs:
@@ -137,7 +135,7 @@ class CapturedDecode(Captured):
         self._graphs[width] = _Graph(batch, capture(self._layer.setting.backend, lambda: self._work(batch)))
 
     def _work(self, batch: RaggedBatch) -> None:
-        batch.update_(batch)  # forgets the plan, so that making it is captured, too
+        batch.update_(batch)  # drops the plan, so that planning is captured too
         self._layer.forward(batch, self._hidden, self._out)
 
     def before(self, index: int) -> None:
@@ -156,6 +154,15 @@ class CapturedDecode(Captured):
         self._layer.outputs[index].copy_(self._out)
 
 
+def captured(implementation: Implementation, scenario: Scenario) -> CapturedForwards:
+    """Return an implementation's forwards as graph replays; it has run a whole pass. Raises `NoGraph`."""
+    if not isinstance(implementation, MlaLayer):
+        raise NoGraph(f"{implementation.name} is not captured")
+    if scenario.mode == "prefill":
+        return CapturedPrefill(implementation)
+    return CapturedDecode(implementation, scenario)
+
+
 def capture(backend: Backend, work: Callable[[], None]) -> Callable[[], None]:
     """Return the replay of `work`. Raises `NoGraph`."""
     try:
@@ -170,7 +177,7 @@ def capture(backend: Backend, work: Callable[[], None]) -> Callable[[], None]:
 
 
 def _check_plan(layer: MlaLayer, batch: RaggedBatch) -> None:
-    """Raise `NoGraph` for a plan in which the host decides what changes from step to step."""
+    """Raise `NoGraph` for a plan whose host decisions change from step to step."""
     plan = layer.layer.plan(batch)
     if plan.expanded is not None:
         raise NoGraph("requests that take the expanded path keep the lengths of their plan")
@@ -182,8 +189,8 @@ def _check_plan(layer: MlaLayer, batch: RaggedBatch) -> None:
 
 
 def _check_scaling(layer: MlaLayer, scenario: Scenario) -> None:
-    """Raise `NoGraph` where queries begin to be scaled within a pass: the host decides that."""
+    """Raise `NoGraph` if query scaling starts within a pass, which the host decides."""
     scaling = layer.setting.config.query_scaling
     first, last = max(scenario.kv_lens(0)), max(scenario.final_lens)
     if scaling is not None and first <= scaling.period < last:
-        raise NoGraph(f"queries begin to be scaled at {scaling.period} tokens, within the pass")
+        raise NoGraph(f"query scaling starts at {scaling.period} tokens, within the pass")

@@ -7,7 +7,6 @@ import time
 import torch
 
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.graphs import Captured, CapturedDecode, CapturedPrefill
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.subjects.setting import SPARE_PAGES, Setting
 from mla.bench.workload.scenario import Scenario
@@ -71,10 +70,14 @@ class MlaLayer(Implementation):
         return self._cache
 
     def restore(self) -> None:
-        self._shrink()
-        self._poison.apply()
+        self.rewind()
         if self._scenario.mode == "prefill":
             self._plan()
+
+    def rewind(self) -> None:
+        """Put the cache back to the history, without a batch for the next forward."""
+        self._shrink()
+        self._poison.apply()
 
     def _shrink(self) -> None:
         """Undo the pass, last pages first: the free list ends as it began, so every pass gets the same."""
@@ -100,11 +103,6 @@ class MlaLayer(Implementation):
 
     def _forward(self, index: int, batch: RaggedBatch) -> None:
         self.forward(batch, self._hidden[index], self.outputs[index])
-
-    def captured(self) -> Captured:
-        if self._scenario.mode == "prefill":
-            return CapturedPrefill(self)
-        return CapturedDecode(self, self._scenario)
 
     @property
     def hidden(self) -> torch.Tensor:

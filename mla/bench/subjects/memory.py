@@ -1,35 +1,19 @@
-"""x"""
+"""The memory that a scenario of the layer needs, from its lengths."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from mla import cost
-from mla.bench import results
-from mla.bench.subjects.op import memory as op_memory
 from mla.bench.subjects.setting import SPARE_PAGES, Setting
 from mla.bench.workload.grid import Point
-from mla.bench.workload.op_scenario import OpScenario
 from mla.bench.workload.scenario import Scenario
 from mla.layer.plan import WORKSPACE_BYTES
 
-
-def forward_cost(setting: Setting, scenario: Point, steps: Sequence[int]) -> results.Cost:
-    """Average the work of a pass's forwards at these steps, counted for our layer's paths."""
-    lengths = [scenario.kv_lens(step) for step in steps]
-    size, new = setting.dtype.itemsize, scenario.query_lens
-    flops = [cost.step_flops(setting.config, new, kv, setting.attention) for kv in lengths]
-    moved = [cost.step_bytes(setting.config, new, kv, size) for kv in lengths]
-    return results.Cost(flops=round(sum(flops) / len(flops)), bytes=round(sum(moved) / len(moved)))
+# The reference's logits, rebuilt keys and values, and their fp32 copies, at most.
+WORKSPACE = 1 << 30
 
 
-#: The reference's logits, rebuilt keys and values, and their fp32 copies, at most.
-WORKSPACE = op_memory.WORKSPACE
-
-
-def _device_bytes(setting: Setting, scenario: Point) -> int:
-    if isinstance(scenario, OpScenario):
-        return op_memory.device_bytes(setting, scenario)
+def device_bytes(setting: Setting, scenario: Point) -> int:
+    """Return what one implementation holds on the device."""
     config, size = setting.config, setting.page_size
     slots = (sum(-(-length // size) for length in scenario.final_lens) + SPARE_PAGES) * size
     activations = scenario.tokens * 4 * config.num_attention_heads * config.latent_dim
@@ -51,9 +35,8 @@ def _kept_bytes(setting: Setting, scenario: Scenario) -> int:
     return min(size, WORKSPACE_BYTES)
 
 
-def _host_bytes(setting: Setting, scenario: Point) -> int:
-    if isinstance(scenario, OpScenario):
-        return op_memory.host_bytes(setting, scenario)
+def host_bytes(setting: Setting, scenario: Point) -> int:
+    """Return what the host holds: weights, inputs, and the oracle in float64."""
     config = setting.config
     copies = 1 if scenario.layers == 1 else 2  # of the layer that is being rolled
     weights = cost.parameters(config) * (copies * setting.dtype.itemsize + 8)

@@ -1,1 +1,1 @@
-"""What a run, a comparison and the limits look like in a terminal."""
+"""How runs, comparisons and limits are printed."""

@@ -1,4 +1,4 @@
-"""Print ceilings: the file of `ceilings` as a table, and those of a run in a few lines. Needs no torch."""
+"""Print ceilings: the file of `ceilings` as a table, those of a run in a few lines. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from mla.bench import results
 from mla.bench.results.ceilings_file import CeilingRun
 from mla.bench.results.schema import Ceiling
-from mla.bench.terminal import table
+from mla.command import table
 from mla.errors import ResultError
+from mla.text import size
 
 FORMATS = ("table", "md", "json")
 
@@ -16,12 +17,12 @@ _HEADER = ("work", "size", "reached", "% of declared", "fastest way")
 
 
 def render(run: CeilingRun, kind: str) -> str:
-    """Return the ceilings in one of `FORMATS`, newline at the end. Raises `ResultError` for any other."""
+    """Return the ceilings in one of `FORMATS`, ending in a newline. Raises `ResultError` for any other."""
     if kind not in FORMATS:
-        raise ResultError(f"ceilings are printed as {', '.join(FORMATS)}, not as {kind}.")
+        raise ResultError(f"ceilings cannot be printed as {kind}: use table, md or json.")
     if kind == "json":
         return results.encode(run).decode()
-    rows = [_row(run, one) for one in run.measured]
+    rows = [_row(run, ceiling) for ceiling in run.measured]
     if kind == "md":
         body = table.markdown(_HEADER, rows)
     else:
@@ -30,45 +31,36 @@ def render(run: CeilingRun, kind: str) -> str:
 
 
 def run_lines(ceilings: Sequence[Ceiling]) -> list[str]:
-    """Return one line per kind of work about the ceilings that a run was held against."""
+    """Return one line per kind of work about the ceilings that a run was compared with."""
     kinds: dict[tuple[str, str | None], list[Ceiling]] = {}
-    for one in ceilings:
-        kinds.setdefault((one.work, one.dtype), []).append(one)
-    return [f"limit of {_work(found[0])}: {_range(found)}" for found in kinds.values()]
+    for ceiling in ceilings:
+        kinds.setdefault((ceiling.work, ceiling.dtype), []).append(ceiling)
+    return [f"limit of {_work(members[0])}: {_range(members)}" for members in kinds.values()]
 
 
-def rate(found: Ceiling) -> str:
+def rate(ceiling: Ceiling) -> str:
     """Return a ceiling's value with its unit."""
-    unit = "FLOP/s" if found.work == "matmul" else "B/s"
+    unit = "FLOP/s" if ceiling.work == "matmul" else "B/s"
     for prefix, factor in (("T", 1e12), ("G", 1e9)):
-        if found.value >= factor or prefix == "G":
+        if ceiling.value >= factor or prefix == "G":
             break
-    return f"{found.value / factor:.3g} {prefix}{unit}"
+    return f"{ceiling.value / factor:.3g} {prefix}{unit}"
 
 
-def size(count: int | None) -> str:
-    """Return bytes in KiB, MiB or GiB; "-" for None."""
-    if count is None:
-        return "-"
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= factor or unit == "KiB":
-            break
-    return f"{count / factor:.3g} {unit}"
+def _work(ceiling: Ceiling) -> str:
+    if ceiling.work == "matmul":
+        return f"{ceiling.dtype} products" if ceiling.dtype else "products"
+    return {"read": "reading", "copy": "copying"}[ceiling.work]
 
 
-def _work(found: Ceiling) -> str:
-    if found.work == "matmul":
-        return f"{found.dtype} products" if found.dtype else "products"
-    return {"read": "reading", "copy": "copying"}[found.work]
-
-
-def _range(found: Sequence[Ceiling]) -> str:
-    """Return the value and source of one ceiling, or between which values several lie."""
-    if len(found) == 1:
-        return f"{rate(found[0])} ({found[0].source})"
-    least, most = (choose(found, key=lambda one: one.value) for choose in (min, max))
-    small, large = (choose(one.footprint_bytes or 0 for one in found) for choose in (min, max))
-    return f"{rate(least)} to {rate(most)}, at {len(found)} footprints from {size(small)} to {size(large)}"
+def _range(ceilings: Sequence[Ceiling]) -> str:
+    """Return the value and source of a single ceiling, or the range of several."""
+    if len(ceilings) == 1:
+        return f"{rate(ceilings[0])} ({ceilings[0].source})"
+    least, most = (choose(ceilings, key=lambda ceiling: ceiling.value) for choose in (min, max))
+    footprints = [ceiling.footprint_bytes or 0 for ceiling in ceilings]
+    sizes = f"{size(min(footprints))} to {size(max(footprints))}"
+    return f"{rate(least)} to {rate(most)}, at {len(ceilings)} footprints from {sizes}"
 
 
 def _device(run: CeilingRun) -> str:
@@ -77,15 +69,15 @@ def _device(run: CeilingRun) -> str:
     return f"{run.backend.name} on {run.backend.device}, {threads} threads, last-level cache {cache}"
 
 
-def _row(run: CeilingRun, found: Ceiling) -> tuple[str, ...]:
-    way, _, shape = found.source.removeprefix("measured: ").rpartition(", ")
-    fraction = run.fraction(found)
+def _row(run: CeilingRun, ceiling: Ceiling) -> tuple[str, ...]:
+    way, _, shape = ceiling.source.removeprefix("measured: ").rpartition(", ")
+    fraction = run.fraction(ceiling)
     of_declared = "-" if fraction is None else f"{100 * fraction:.0f}"
-    amount = shape if found.work == "matmul" else size(found.footprint_bytes)
-    return (found.work, amount, rate(found), of_declared, way)
+    amount = shape if ceiling.work == "matmul" else size(ceiling.footprint_bytes)
+    return (ceiling.work, amount, rate(ceiling), of_declared, way)
 
 
 def _declared(declared: Sequence[Ceiling]) -> str:
     if not declared:
-        return "The backend declares no peaks of this device.\n"
-    return "".join(f"declared {_work(one)}: {rate(one)} ({one.source})\n" for one in declared)
+        return "The backend declares no peaks for this device.\n"
+    return "".join(f"declared {_work(peak)}: {rate(peak)} ({peak.source})\n" for peak in declared)

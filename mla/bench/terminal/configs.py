@@ -1,27 +1,25 @@
-"""`list --configs`: the presets, their numbers and where these were read."""
+"""`list --configs`: the presets, their numbers and the sources of these."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from mla.command.table import aligned
 from mla.config import LongRopeScaling, MLAConfig, YarnScaling
 from mla.config.presets import PRESETS
 
 _HEADER = ("name", "hidden", "heads", "q_lora", "latent", "nope/v", "rotation", "source")
-_WORDS = frozenset(("name", "nope/v", "rotation", "source"))  # aligned left
+_WORDS = ("name", "nope/v", "rotation", "source")  # aligned left
 
 
 def as_table() -> str:
-    """Return one line per preset under a header; "-" means none."""
-    rows = [_HEADER, *(_row(name) for name in PRESETS)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "".join(f"{'  '.join(_cells(row, widths)).rstrip()}\n" for row in rows)
+    """Return a table with one line per preset; "-" means none."""
+    return aligned(_HEADER, map(_row, PRESETS), words=_WORDS)
 
 
 def as_objects() -> list[dict[str, Any]]:
-    """Return per preset the config, the checkpoint it belongs to and where its numbers were read."""
+    """Return per preset the config, its checkpoint and the source of its numbers."""
     return [
         {**_numbers(name), "checkpoint": preset.checkpoint, "source": preset.source}
         for name, preset in PRESETS.items()
@@ -31,11 +29,6 @@ def as_objects() -> list[dict[str, Any]]:
 def _numbers(name: str) -> dict[str, Any]:
     config = MLAConfig.preset(name)
     return {**asdict(config), "softmax_scale": config.softmax_scale}
-
-
-def _cells(row: tuple[str, ...], widths: list[int]) -> Iterator[str]:
-    for title, cell, width in zip(_HEADER, row, widths, strict=True):
-        yield cell.ljust(width) if title in _WORDS else cell.rjust(width)
 
 
 def _row(name: str) -> tuple[str, ...]:
@@ -53,7 +46,7 @@ def _row(name: str) -> tuple[str, ...]:
 
 
 def _rotation(config: MLAConfig) -> str:
-    """Return channel order, theta and scaling in a few words."""
+    """Return channel order, theta and scaling as one phrase."""
     if config.rope_theta is None:
         return "none"
     words = ["" if config.rope_interleave else "half-split", f"theta {config.rope_theta:.12g}"]

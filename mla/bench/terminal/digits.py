@@ -1,8 +1,8 @@
 """How many digits of a number are printed: as many as its interval supports.
 
-The last printed digit stands at the largest power of ten that is not above half the 95 % interval, within 2
-to 6 significant digits. So rounding moves a number by at most a quarter of its interval, and a number known
-to 4 % shows 2 or 3 digits, one known to 0.1 % shows 4.
+The last printed digit is at the largest power of ten that does not exceed half the 95 % interval, within 2
+to 6 significant digits. So rounding moves a number by at most a quarter of its interval: a number known to
+4 % shows 2 or 3 digits, one known to 0.1 % shows 4.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import math
 
 from mla.bench.results.schema import Interval
 
-#: Significant digits at least and at most, whatever the interval.
+# Fewest and most significant digits, whatever the interval.
 FEWEST, MOST = 2, 6
 
 
 def number(value: float | None) -> str:
-    """Return three significant digits or all digits before the point; "-" for None. Where no interval is."""
+    """Return a number without an interval: 3 significant digits, or all before the point; "-" for None."""
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.1f}"
 
 
 def known(value: float | None, interval: Interval | None) -> str:
-    """Return `value` with the digits that its `interval` supports; as `number` does without one."""
+    """Return `value` with the digits that its `interval` supports; as `number` without one."""
     if value is None:
         return "-"
     place = _place(value, interval)
@@ -31,7 +31,7 @@ def known(value: float | None, interval: Interval | None) -> str:
 
 
 def between(values: Interval | None, value: float | None, interval: Interval | None) -> str:
-    """Return "low .. high", to the same place as `value` with its `interval`."""
+    """Return "low .. high", rounded to the same place as `value` with its `interval`."""
     if values is None:
         return "-"
     place = None if value is None else _place(value, interval)
@@ -40,12 +40,12 @@ def between(values: Interval | None, value: float | None, interval: Interval | N
 
 
 def _place(value: float, interval: Interval | None) -> int | None:
-    """Return the exponent of the last digit to print; None where the interval supports none."""
+    """Return the exponent of the last digit to print; None without a usable interval."""
     half = (interval[1] - interval[0]) / 2 if interval is not None else 0.0
     if not (half > 0 and value > 0 and math.isfinite(half) and math.isfinite(value)):
         return None
     leading = math.floor(math.log10(value))
-    place = math.floor(math.log10(half * (1 + 1e-9)))  # 0.001 must not suffer from its own rounding
+    place = math.floor(math.log10(half * (1 + 1e-9)))  # so that 0.001 is not rounded down a place
     return min(max(place, leading - MOST + 1), leading - FEWEST + 1)
 
 

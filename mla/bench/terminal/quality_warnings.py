@@ -1,4 +1,4 @@
-"""What a reader must know before trusting a run's numbers: one sentence each. Needs no torch."""
+"""Warnings about a run's numbers: one sentence each. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterator
 from mla.bench.results.schema import Case, Latency, Run
 from mla.bench.terminal.digits import number
 
-#: p90 over p10 from which a machine is called noisy; a growing cache alone gives about 1.1.
+# p90 over p10 above which a case is called noisy; a growing cache alone gives about 1.1.
 NOISY = 1.5
-#: Relative change over all passes from which a machine is said to drift.
+# Relative change over all passes above which a case is said to drift.
 DRIFTS = 0.05
-#: Share of outliers, and times the median that one sample may take, before they are mentioned.
+# Share of outliers, and multiple of the median taken by the slowest, above which they are mentioned.
 MANY, LONG = 0.01, 10.0
 
 
-def noise(run: Run) -> list[str]:
-    """Return a remark for everything about a run's cases that makes their numbers doubtful or incomplete."""
-    return [remark for case in run.cases for remark in _of_case(case)]
+def quality_warnings(run: Run) -> list[str]:
+    """Return a sentence for everything that makes the numbers of a run doubtful or incomplete."""
+    return [warning for case in run.cases for warning in _of_case(case)]
 
 
 def _of_case(case: Case) -> Iterator[str]:
@@ -29,8 +29,8 @@ def _of_case(case: Case) -> Iterator[str]:
         )
     if case.latency_ms is not None:
         yield from _of_latency(where, case.latency_ms)
-    for mode, reason in _left_out(case).items():
-        yield f"left out: {mode} of {where}: {reason}"
+    for mode, reason in _skipped(case).items():
+        yield f"skipped: {mode} of {where}: {reason}"
 
 
 def _of_latency(where: str, latency: Latency) -> Iterator[str]:
@@ -43,20 +43,20 @@ def _of_latency(where: str, latency: Latency) -> Iterator[str]:
     if latency.drift is not None and abs(latency.drift) > DRIFTS:
         change = "slower" if latency.drift > 0 else "faster"
         yield (
-            f"drifts: {where}: became {100 * abs(latency.drift):.0f}% {change} over its passes; the clock of "
-            "the device, its temperature or another load changed"
+            f"drifts: {where}: became {100 * abs(latency.drift):.0f}% {change} over its passes; the device's "
+            "clock or temperature, or another load, changed"
         )
     longest = max(latency.samples) / latency.median
     count = latency.outliers or 0
     if count > MANY * len(latency.samples) or (count and longest > LONG):
         yield (
-            f"outliers: {where}: {count} of {len(latency.samples)} samples are far slower than their like, "
-            f"the slowest {number(longest)} times the median; all are kept"
+            f"outliers: {where}: {count} of {len(latency.samples)} samples are outliers, the slowest "
+            f"{number(longest)} times the median; all are kept"
         )
 
 
-def _left_out(case: Case) -> dict[str, str]:
-    """Return mode -> why it was not timed."""
+def _skipped(case: Case) -> dict[str, str]:
+    """Return mode -> reason why it was not timed."""
     if case.interrupted:
         return {}
-    return {one.mode: one.check.reason for one in case.timings if one.check.status == "not run"}
+    return {timing.mode: timing.check.reason for timing in case.timings if timing.check.status == "not run"}

@@ -1,4 +1,4 @@
-"""Turn a run into a table, markdown, CSV or JSON. Reads results only, so it needs no torch."""
+"""Print a run as a table, Markdown, CSV or JSON. Reads results only, so it needs no torch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from rich.text import Text
 from mla.bench import results
 from mla.bench.results.schema import Case, Run
 from mla.bench.results.timings import cold, flat_timings
-from mla.bench.terminal import ceilings as render_ceilings
-from mla.bench.terminal import stages
+from mla.bench.terminal import ceilings, stages
 from mla.bench.terminal.digits import between, known, number
-from mla.bench.terminal.quality_warnings import noise
 from mla.bench.terminal.timings import timing_lines
+from mla.command.table import markdown
+from mla.text import size
 
-__all__ = ["COLUMNS", "FORMATS", "comparisons", "headlines", "noise", "number", "render"]
+__all__ = ["COLUMNS", "FORMATS", "comparisons", "headlines", "render"]
 
 FORMATS = ("table", "md", "csv", "json")
 
-#: Column title -> cell. Unknown prints "-".
+# Column title -> cell. Unknown prints "-".
 COLUMNS: dict[str, Callable[[Case], str]] = {
     "scenario": lambda case: case.scenario + _layers(case),
     "implementation": lambda case: case.implementation,
@@ -42,35 +42,35 @@ COLUMNS: dict[str, Callable[[Case], str]] = {
 
 
 def render(run: Run, kind: str) -> str:
-    """Return the run in one of `FORMATS`, newline at the end."""
+    """Return the run in one of `FORMATS`, ending in a newline."""
     if kind == "json":
         return results.encode(run).decode()
     if kind == "csv":
         return _csv(run.cases)
     body = _markdown(run.cases) if kind == "md" else _table(run.cases)
     parts = stages.render(run.cases, kind, number, _limit)
-    blocks = (timing_lines(run), render_ceilings.run_lines(run.ceilings), comparisons(run), headlines(run))
+    blocks = (timing_lines(run), ceilings.run_lines(run.ceilings), comparisons(run), headlines(run))
     return f"{body}\n{parts}" + "\n".join("".join(f"{line}\n" for line in lines) for lines in blocks if lines)
 
 
 def comparisons(run: Run) -> list[str]:
-    """Return one line per scenario and comparator: the first implementation against each other one."""
+    """Return one line per scenario and pair: the first implementation compared with each other one."""
     lines = []
     for scenario, cases in _by_scenario(run).items():
         others = {case.implementation: case for case in cases[1:]}
-        for found in cases[0].agreement:
-            other = others.get(found.implementation)
+        for agreement in cases[0].agreement:
+            other = others.get(agreement.implementation)
             if other is not None:
-                lines.append(f"{scenario}: {_comparison(cases[0], other, found)}")
+                lines.append(f"{scenario}: {_comparison(cases[0], other, agreement)}")
     return lines
 
 
-def _comparison(case: Case, other: Case, found: results.Agreement) -> str:
+def _comparison(case: Case, other: Case, agreement: results.Agreement) -> str:
     """Return how a case compares with another: speed, outputs, cache and transient memory."""
-    speed = f"{number(found.speed_ratio)}x as fast as" if found.speed_ratio else "against"
+    speed = f"{number(agreement.speed_ratio)}x as fast as" if agreement.speed_ratio else "against"
     return (
         f"{case.implementation} is {speed} {other.implementation}; outputs differ by "
-        f"{_exponent(found.relative_difference)}; cache {_mib(case.memory.cache_bytes)} against "
+        f"{_exponent(agreement.relative_difference)}; cache {_mib(case.memory.cache_bytes)} against "
         f"{_mib(other.memory.cache_bytes)}; transient {_mib(case.memory.transient_bytes)} against "
         f"{_mib(other.memory.transient_bytes)}"
     )
@@ -103,7 +103,7 @@ def headlines(run: Run) -> list[str]:
 
 
 def _layers(case: Case) -> str:
-    """Say that numbers are per layer, where several ran."""
+    """Return a note that numbers are per layer, if several ran."""
     return f" per layer of {case.layers}" if case.layers > 1 else ""
 
 
@@ -123,7 +123,7 @@ def _table(cases: Sequence[Case]) -> str:
         table.add_row(*(Text(cell) for cell in cells), style=style)
     wide = Console(
         file=io.StringIO(),
-        width=max(console.width, 1000),  # a cut number is worse than a wrapped line
+        width=max(console.width, 1000),  # a truncated number is worse than a wrapped line
         force_terminal=console.is_terminal,
         color_system="standard" if console.is_terminal else None,
     )
@@ -139,13 +139,11 @@ def _reasons(cases: Sequence[Case]) -> str:
 
 
 def _markdown(cases: Sequence[Case]) -> str:
-    cells = ([cell.replace("|", "\\|") for cell in row] for row in _cells(cases))
-    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *cells]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + _reasons(cases)
+    return markdown(list(COLUMNS), _cells(cases)) + _reasons(cases)
 
 
 def _csv(cases: Sequence[Case]) -> str:
-    """Return full-precision numbers for a spreadsheet."""
+    """Return all cases as CSV, in full precision."""
     file = io.StringIO()
     rows = [_flat(case) for case in cases]
     writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
@@ -189,19 +187,19 @@ def _flat(case: Case) -> dict[str, object]:
 
 
 def _rate(case: Case, amount: int, unit: float) -> str:
-    """Return necessary work per time; what an implementation does beyond that does not count."""
+    """Return necessary work per time; extra work of an implementation does not count."""
     return number(amount / case.latency_ms.median * 1e3 / unit if case.latency_ms else None)
 
 
 def _limit(roofline: results.Roofline) -> str:
-    """Return the share of the limit and which one it is, such as "71 mem"."""
+    """Return the share of the limit and its kind, such as "71 mem"."""
     if roofline.fraction is None:
         return "-"
     return " ".join((f"{100 * roofline.fraction:.0f}", (roofline.bound or "")[:3])).strip()
 
 
-def _estimate(found: results.Latency | results.Throughput | None) -> str:
-    return known(found.median, found.ci95) if found else "-"
+def _estimate(estimate: results.Latency | results.Throughput | None) -> str:
+    return known(estimate.median, estimate.ci95) if estimate else "-"
 
 
 def _interval(latency: results.Latency | None) -> str:
@@ -213,7 +211,7 @@ def _spread(latency: results.Latency | None) -> str:
 
 
 def _mib(count: int | None) -> str:
-    return "-" if count is None else f"{number(count / 2**20)} MiB"
+    return size(count, MiB=number)
 
 
 def _exponent(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""A case's further timings (cold, graph, device clock) in words and as columns. Needs no torch."""
+"""Print a case's further timings (cold, graph, device clock). Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from mla.bench.terminal.digits import known, number
 
 
 def timing_lines(run: Run) -> list[str]:
-    """Return one line per case that was timed in more ways than the table's columns show."""
+    """Return one line per case with more timings than the table's columns show."""
     return [line for line in map(_line, run.cases) if line]
 
 
 def _line(case: Case) -> str:
-    timings = {name: one for name, one in by_kind(case).items() if one.latency_ms}
+    timings = {name: timing for name, timing in by_kind(case).items() if timing.latency_ms}
     if set(timings) <= {"cold"} or case.latency_ms is None:
         return ""
-    parts = [_part(case, case.latency_ms, name, one) for name, one in timings.items()]
+    parts = [_part(case.latency_ms, name, timing) for name, timing in timings.items()]
     return f"{case.scenario}, {case.implementation}: {', '.join(parts)}{_launch(case)}"
 
 
-def _part(case: Case, warm: Latency, name: str, timing: Timing) -> str:
+def _part(warm: Latency, name: str, timing: Timing) -> str:
     assert timing.latency_ms is not None
     latency = timing.latency_ms
     ratio = f" ({number(latency.median / warm.median)}x warm)" if name == "cold" else ""

@@ -54,6 +54,15 @@ class Point(Scenario, frozen=True, kw_only=True):
     page_size: int | None = None  # instead of the run's
 
     @property
+    def op(self) -> str | None:
+        """The role of the op that is timed alone; None: the whole layer."""
+        return None
+
+    def expand(self, config: MLAConfig, kinds: Mapping[str, str]) -> list[Point]:
+        """Return the scenarios that this one means in a layer of `config`; `kinds`: role -> op."""
+        return [self]
+
+    @property
     def selection(self) -> list[str]:
         """The command line's words that choose this point alone."""
         axes = [word for name, value in self.point.items() for word in ("-a", f"{name}={value}")]
@@ -93,19 +102,6 @@ def lay(scenarios: Sequence[Scenario], axes: Axes) -> list[Point]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"two points are named '{twice[0]}': rename the scenario of that name.")
     return points
-
-
-def check_heads(config: MLAConfig, points: Sequence[Point]) -> None:
-    """Raise `UsageError` for a number of heads that no tensor-parallel rank of the model has."""
-    whole = config.num_attention_heads
-    for point in points:
-        heads = point.point.get("heads")
-        if isinstance(heads, int) and (heads > whole or whole % heads):
-            problem = "are more than" if heads > whole else "do not divide"
-            raise UsageError(
-                f"axis heads: {heads} {problem} the {whole} heads of {config.name}; a tensor-parallel rank "
-                "has an equal share of them."
-            )
 
 
 def _own(scenario: Scenario) -> Axes:

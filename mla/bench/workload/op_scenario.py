@@ -32,12 +32,21 @@ class OpScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
     passes: Positive = 10
 
     @property
+    def op(self) -> str:
+        """The role that is timed."""
+        return self.role
+
+    def expand(self, config: MLAConfig, kinds: Mapping[str, str]) -> list[Point]:
+        """Return one scenario per role of the op. Raises `UsageError` for an op that this layer lacks."""
+        return [_of_role(self, role, config) for role in _roles(self.role, config, kinds)]
+
+    @property
     def steps(self) -> int:
         """Calls of one pass."""
         return self.runs
 
     @property
-    def turns(self) -> int:
+    def rounds(self) -> int:
         """Passes that are timed."""
         return self.passes
 
@@ -73,17 +82,12 @@ def expand(scenarios: Sequence[Point], config: MLAConfig, kinds: Mapping[str, st
 
     `kinds`: role -> op. Raises `UsageError` for an op there is not, or that this layer has not.
     """
-    found: list[Point] = []
-    for scenario in scenarios:
-        if isinstance(scenario, OpScenario):
-            found += [_of_role(scenario, role, config) for role in _roles(scenario.role, config, kinds)]
-        else:
-            found.append(scenario)
-    names = [scenario.name for scenario in found]
+    expanded = [point for scenario in scenarios for point in scenario.expand(config, kinds)]
+    names = [scenario.name for scenario in expanded]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise UsageError(f"'{twice}' would be measured twice: what varies makes no difference to it.")
-    return found
+    return expanded
 
 
 def _roles(op: str, config: MLAConfig, kinds: Mapping[str, str]) -> list[str]:
@@ -127,19 +131,6 @@ def _shape(scenario: OpScenario, role: str, config: MLAConfig) -> dict[str, Valu
     if _has_heads(role, config):
         shape["heads"] = scenario.heads or config.num_attention_heads
     return shape | {name: scenario.point[name] for name in _ELSEWHERE if name in scenario.point}
-
-
-def refuse_idle(scenarios: Sequence[Point], kv: int | None, heads: int | None) -> None:
-    """Raise `UsageError` for `--kv` and `--heads` that change none of the expanded scenarios."""
-    ops = [scenario for scenario in scenarios if isinstance(scenario, OpScenario)]
-    idle = []
-    if kv is not None and not any(scenario.role in READS_HISTORY for scenario in ops):
-        idle.append("--kv")
-    if heads is not None and not any(scenario.heads for scenario in ops):
-        idle.append("--heads")
-    if idle:
-        roles = ", ".join(dict.fromkeys(scenario.role for scenario in ops))
-        raise UsageError(f"{' and '.join(idle)} makes no difference to {roles}: leave it out.")
 
 
 def _has_heads(role: str, config: MLAConfig) -> bool:

@@ -56,7 +56,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.runs if self.mode == "decode" else max(1, -(-self.runs // self.passes))
 
     @property
-    def turns(self) -> int:
+    def rounds(self) -> int:
         """Passes that are timed; a prefill with fewer runs than passes has only so many."""
         return self.passes if self.mode == "decode" else min(self.passes, self.runs)
 

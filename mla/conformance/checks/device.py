@@ -14,7 +14,7 @@ import torch
 from mla.conformance.registry import DTYPE, check
 from mla.conformance.trial import CheckFailed, Trial, expect, raised
 from mla.text import dtype_name
-from mla.verify.tolerances import UNITS
+from mla.verify.tolerances import UNITS, relative_error
 from mla_backends.api import API_VERSION, Availability, DeviceInfo, MemoryInfo, Peak
 from mla_backends.errors import BackendError
 
@@ -208,7 +208,7 @@ def dtype(trial: Trial) -> None:
             truth = function(a.double(), b.double(), rows)
             found = function(*on_device)
             expect(found.dtype == trial.dtype, f"the result is {found.dtype}")
-            error = ((found.cpu().double() - truth).norm() / truth.norm()).item()
+            error = relative_error((found, truth))
             expect(error <= 2 * unit, f"relative error {error:.1e}, allowed {2 * unit:.1e}")
 
 

@@ -24,7 +24,7 @@ from mla.conformance.registry import LAYER, check
 from mla.conformance.trial import Trial, expect
 from mla.layer.rope import RotaryTable
 from mla.verify.op_oracle import true_norm, true_rotation
-from mla.verify.tolerances import same_bits
+from mla.verify.tolerances import relative_error, same_bits
 
 #: A prefill, a decode, several tokens behind a history, and a row without new tokens.
 MIXED = ((20, 1, 0, 3), (0, 70, 5, 64))
@@ -98,7 +98,7 @@ def cached(trial: Trial) -> None:
             kv, pe = ready.cache.read(sequence)
             truth = true_latents(problem.config, made.state, hidden, old)
             for name, found, true in zip(("latent", "key"), (kv[old:], pe[old:]), truth, strict=True):
-                error = ((found.cpu().double() - true).norm() / true.norm()).item()
+                error = relative_error((found, true))
                 expect(
                     error <= bound, f"the cached {name} has relative error {error:.1e}, allowed {bound:.0e}"
                 )

@@ -18,7 +18,6 @@ from mla_backends.api import DeviceInfo, Peak
 from mla_backends.known import KNOWN
 from mla_backends.monitor import Monitor
 from mla_backends.nvml import Address
-from mla_backends.torch_report import known
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +55,7 @@ class Moore(TorchBackend):
     @functools.cached_property
     def _ops(self) -> Mapping[str, FusedOp]:
         """Made once the device is known; they import no kernel, and stay because they keep scratch memory."""
-        return kernels(self.capability, known(self.properties(), "multi_processor_count"))
+        return kernels(self.capability, self.multiprocessors())
 
     def ops(self) -> Mapping[str, FusedOp]:
         return self._ops

@@ -21,7 +21,6 @@ from mla_backends.errors import DeviceUnavailable
 from mla_backends.known import KNOWN
 from mla_backends.monitor import Monitor
 from mla_backends.nvml import Address, Dialect, NvmlSampler
-from mla_backends.torch_report import known
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +76,7 @@ class Nvidia(CudaBackend):
     @functools.cached_property
     def _ops(self) -> Mapping[str, FusedOp]:
         """Made once the device is known; they import no kernel, and stay because they keep scratch memory."""
-        return kernels(self.architecture, known(self.properties(), "multi_processor_count"))
+        return kernels(self.architecture, self.multiprocessors())
 
     def ops(self) -> Mapping[str, FusedOp]:
         return self._ops

@@ -87,5 +87,5 @@ def test_a_layer_runs_on_it_and_refuses_to_merge_without_sums() -> None:
     tight.load_state_dict(state)
     cache = LatentCache(config, max_tokens=512, dtype=torch.float32, device=CPU)
     batch = cache.extend(cache.new_sequences(1), [70])
-    with pytest.raises(UnsupportedBatch, match="'sdpa' gives no log-sum-exp"):
+    with pytest.raises(UnsupportedBatch, match="'sdpa' returns no log-sum-exp"):
         tight.plan(batch)

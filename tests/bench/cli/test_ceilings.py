@@ -12,15 +12,16 @@ import torch
 
 import mla
 from mla.bench import results
-from mla.bench.limits import microbench as ceilings
-from mla.bench.limits.microbench import Yardstick
-from mla.bench.results import ceilings_file as ceiling_results
+from mla.bench.limits import microbench
+from mla.bench.limits.microbench import Microbenchmark
+from mla.bench.results import ceilings_file
 from mla.bench.results.ceilings_file import CeilingRun
 from mla.bench.results.schema import Ceiling
 from mla.bench.run import ceilings as ceilings_command
 from mla.bench.run.ceilings import footprints
-from mla.bench.terminal.ceilings import rate, render, run_lines, size
+from mla.bench.terminal.ceilings import rate, render, run_lines
 from mla.errors import ResultError
+from mla.text import size
 
 Bench = Callable[..., Any]
 CPU = ("ceilings", "--backend", "cpu")
@@ -29,16 +30,16 @@ CPU = ("ceilings", "--backend", "cpu")
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure little, and once."""
-    monkeypatch.setattr(ceilings, "SIDES", (16, 32))
-    monkeypatch.setattr(ceilings, "SECONDS", 0.0)
-    monkeypatch.setattr(ceilings, "REPEATS", 1)
+    monkeypatch.setattr(microbench, "SIDES", (16, 32))
+    monkeypatch.setattr(microbench, "SECONDS", 0.0)
+    monkeypatch.setattr(microbench, "REPEATS", 1)
     monkeypatch.setattr(ceilings_command, "LARGEST", 1 << 20)
     monkeypatch.setattr(ceilings_command, "TOKENS", (2, 3))
 
 
 @pytest.fixture
-def yardstick(quick: None) -> Yardstick:
-    return Yardstick(mla.load_backend("cpu"), torch.device("cpu"), torch.bfloat16)
+def benchmark(quick: None) -> Microbenchmark:
+    return Microbenchmark(mla.load_backend("cpu"), torch.device("cpu"), torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -60,43 +61,43 @@ def test_footprints_reach_from_the_smallest_beyond_the_cache(
 
 
 def test_the_fastest_way_is_the_ceiling_and_is_named(
-    yardstick: Yardstick, monkeypatch: pytest.MonkeyPatch
+    benchmark: Microbenchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = {"slow": 4.0, "fast": 0.5, "middling": 2.0}
-    monkeypatch.setattr(Yardstick, "_shortest", lambda self, work: work())
+    monkeypatch.setattr(Microbenchmark, "_shortest", lambda self, work: work())
     ways = {name: (lambda value=value: value) for name, value in seconds.items()}
-    monkeypatch.setattr(Yardstick, "_read_ways", lambda self, weight: ways)
-    found = yardstick.read(3 << 20)
+    monkeypatch.setattr(Microbenchmark, "_read_ways", lambda self, weight: ways)
+    found = benchmark.read(3 << 20)
     assert found == Ceiling(
         work="read", value=(3 << 20) / 0.5, source="measured: fast, 3 MiB", footprint_bytes=3 << 20
     )
 
 
 def test_a_way_that_a_device_lacks_is_no_obstacle_and_all_of_them_are(
-    yardstick: Yardstick, monkeypatch: pytest.MonkeyPatch
+    benchmark: Microbenchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lacking() -> float:
         raise NotImplementedError("no such kernel")
 
-    monkeypatch.setattr(Yardstick, "_shortest", lambda self, work: work())
-    monkeypatch.setattr(Yardstick, "_read_ways", lambda self, weight: {"a": lacking, "b": lambda: 1.0})
-    assert yardstick.read(1 << 20).source == "measured: b, 1 MiB"
-    monkeypatch.setattr(Yardstick, "_read_ways", lambda self, weight: {"a": lacking})
+    monkeypatch.setattr(Microbenchmark, "_shortest", lambda self, work: work())
+    monkeypatch.setattr(Microbenchmark, "_read_ways", lambda self, weight: {"a": lacking, "b": lambda: 1.0})
+    assert benchmark.read(1 << 20).source == "measured: b, 1 MiB"
+    monkeypatch.setattr(Microbenchmark, "_read_ways", lambda self, weight: {"a": lacking})
     with pytest.raises(NotImplementedError):
-        yardstick.read(1 << 20)
+        benchmark.read(1 << 20)
 
 
 def test_one_call_is_what_a_region_of_many_is_divided_into(
-    yardstick: Yardstick, monkeypatch: pytest.MonkeyPatch
+    benchmark: Microbenchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     regions: list[int] = []
 
-    def region(self: Yardstick, work: Callable[[], object], calls: int) -> float:
+    def region(self: Microbenchmark, work: Callable[[], object], calls: int) -> float:
         regions.append(calls)
-        return calls * ceilings.REGION / 8
+        return calls * microbench.REGION / 8
 
-    monkeypatch.setattr(Yardstick, "_region", region)
-    assert yardstick._shortest(lambda: None) == ceilings.REGION / 8
+    monkeypatch.setattr(Microbenchmark, "_region", region)
+    assert benchmark._shortest(lambda: None) == microbench.REGION / 8
     assert regions == [1, 1, 8]
 
 
@@ -104,9 +105,9 @@ def test_one_call_is_what_a_region_of_many_is_divided_into(
 @pytest.mark.parametrize("place", [0, -1])
 def test_every_way_of_reading_reads_all_of_it(dtype: torch.dtype, place: int) -> None:
     """The largest number shows in the result of each way, wherever it is."""
-    stick = Yardstick(mla.load_backend("cpu"), torch.device("cpu"), dtype, "reference")
-    weight = torch.ones(32, ceilings.FEATURES, dtype=dtype)
-    ways = stick._read_ways(weight)
+    benchmark = Microbenchmark(mla.load_backend("cpu"), torch.device("cpu"), dtype, "reference")
+    weight = torch.ones(32, microbench.FEATURES, dtype=dtype)
+    ways = benchmark._read_ways(weight)
     weight.view(-1)[place] = 1e12
     if dtype == torch.bfloat16:  # read in pairs as float32, whose leading half is the second
         weight.view(-1)[place : place + 2 or None] = 1e12
@@ -116,10 +117,10 @@ def test_every_way_of_reading_reads_all_of_it(dtype: torch.dtype, place: int) ->
 
 
 def test_a_product_counts_two_flops_per_multiply_add(
-    yardstick: Yardstick, monkeypatch: pytest.MonkeyPatch
+    benchmark: Microbenchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Yardstick, "_best", lambda self, ways: (0.5, "torch.mm"))
-    assert yardstick.product(2, 2048, 64) == Ceiling(
+    monkeypatch.setattr(Microbenchmark, "_best", lambda self, ways: (0.5, "torch.mm"))
+    assert benchmark.product(2, 2048, 64) == Ceiling(
         work="matmul",
         value=2 * 2 * 2048 * 64 / 0.5,
         source="measured: torch.mm, 2 x 2048 x 64 bfloat16",
@@ -129,20 +130,20 @@ def test_a_product_counts_two_flops_per_multiply_add(
 
 
 def test_larger_squares_are_left_out_once_one_takes_long(
-    yardstick: Yardstick, monkeypatch: pytest.MonkeyPatch
+    benchmark: Microbenchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ceilings, "SIDES", (2, 4, 8))
-    times = {2: ceilings.LONG / 2, 4: 2 * ceilings.LONG, 8: 1.0}
+    monkeypatch.setattr(microbench, "SIDES", (2, 4, 8))
+    times = {2: microbench.LONG / 2, 4: 2 * microbench.LONG, 8: 1.0}
     sides: Iterator[int] = iter(times)
-    monkeypatch.setattr(Yardstick, "_best", lambda self, ways: (times[next(sides)], "torch.mm"))
-    assert len(list(yardstick.squares())) == 2
+    monkeypatch.setattr(Microbenchmark, "_best", lambda self, ways: (times[next(sides)], "torch.mm"))
+    assert len(list(benchmark.squares())) == 2
 
 
 def test_the_command_measures_stores_and_shows_the_same(bench: Bench, quick: None) -> None:
     done = bench(*CPU, "--dtype", "fp32", "-o", "c.json")
     assert done.code == 0
     assert done.err == ""
-    run = ceiling_results.read(Path("c.json"))
+    run = ceilings_file.read(Path("c.json"))
     assert [one.work for one in run.measured[:4]] == ["read", "read", "copy", "copy"]
     assert {one.footprint_bytes for one in run.measured[:4]} == {1 << 18, 1 << 20}
     products = [one.source.rpartition(", ")[2] for one in run.measured[4:]]
@@ -153,7 +154,7 @@ def test_the_command_measures_stores_and_shows_the_same(bench: Bench, quick: Non
     assert run.environment["torch_threads"] == str(torch.get_num_threads())
     assert not run.interrupted
     assert bench("show", "c.json").out == done.out
-    assert "The backend declares no peaks of this device." in done.out
+    assert "The backend declares no peaks for this device." in done.out
 
 
 def test_json_on_stdout_is_the_file(bench: Bench, quick: None) -> None:
@@ -163,43 +164,43 @@ def test_json_on_stdout_is_the_file(bench: Bench, quick: None) -> None:
 
 def test_the_default_is_what_the_device_computes_natively(bench: Bench, quick: None) -> None:
     run = bench("ceilings", "--backend", "fake-float32-only", "--format", "json", fakes=["float32_only"])
-    dtypes = {one.dtype for one in ceiling_results.decode(run.out.encode()).measured}
+    dtypes = {one.dtype for one in ceilings_file.decode(run.out.encode()).measured}
     assert dtypes == {None, "float32"}
 
 
 def test_what_a_device_refuses_is_named_and_left_out(
     bench: Bench, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Yardstick, size: int) -> Ceiling:
+    def refuse(self: Microbenchmark, size: int) -> Ceiling:
         raise RuntimeError("out of memory\nand more")
 
-    monkeypatch.setattr(Yardstick, "copy", refuse)
+    monkeypatch.setattr(Microbenchmark, "copy", refuse)
     done = bench(*CPU, "--dtype", "fp32", "--format", "json")
     assert done.code == 0
     assert done.err.splitlines() == [
-        "left out: copy of 256 KiB: RuntimeError: out of memory",
-        "left out: copy of 1 MiB: RuntimeError: out of memory",
+        "skipped: copy of 256 KiB: RuntimeError: out of memory",
+        "skipped: copy of 1 MiB: RuntimeError: out of memory",
     ]
-    assert "copy" not in {one.work for one in ceiling_results.decode(done.out.encode()).measured}
+    assert "copy" not in {one.work for one in ceilings_file.decode(done.out.encode()).measured}
 
 
 def test_an_interrupt_keeps_what_was_measured(
     bench: Bench, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(self: Yardstick, size: int) -> Ceiling:
+    def interrupt(self: Microbenchmark, size: int) -> Ceiling:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Yardstick, "copy", interrupt)
+    monkeypatch.setattr(Microbenchmark, "copy", interrupt)
     done = bench(*CPU, "-o", "c.json")
     assert done.code == 130
     assert done.error == "interrupted: the result holds what was measured until then"
-    run = ceiling_results.read(Path("c.json"))
+    run = ceilings_file.read(Path("c.json"))
     assert [one.work for one in run.measured] == ["read", "read"]
     assert run.interrupted
 
 
 def test_nothing_measured_is_exit_code_5(bench: Bench, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Yardstick, "_best", lambda self, ways: 1 / 0)
+    monkeypatch.setattr(Microbenchmark, "_best", lambda self, ways: 1 / 0)
     assert bench(*CPU).code == 5
 
 
@@ -285,7 +286,7 @@ def test_a_table_shows_each_ceiling_and_the_sources_of_what_is_declared(report: 
 
 def test_ceilings_survive_the_round_trip_and_faults_are_named(report: CeilingRun, tmp_path: Path) -> None:
     data = results.encode(report)
-    assert ceiling_results.decode(data) == report
+    assert ceilings_file.decode(data) == report
     document = msgspec.json.decode(data)
     for change, expected in (
         ({"measured": [{}]}, "Object missing required field `work` - at `$.measured[0]`"),
@@ -293,16 +294,19 @@ def test_ceilings_survive_the_round_trip_and_faults_are_named(report: CeilingRun
     ):
         (tmp_path / "bad.json").write_bytes(msgspec.json.encode({**document, **change}))
         with pytest.raises(ResultError) as refused:
-            ceiling_results.read(tmp_path / "bad.json")
-        assert str(refused.value) == f"'{tmp_path / 'bad.json'}' is not a file of ceilings: {expected}."
-    with pytest.raises(ResultError, match="schema version 9, and this mla reads up to 1"):
-        ceiling_results.decode(msgspec.json.encode({**document, "schema_version": 9}))
+            ceilings_file.read(tmp_path / "bad.json")
+        assert str(refused.value) == f"'{tmp_path / 'bad.json'}' is not a ceilings file: {expected}."
+    with pytest.raises(ResultError, match="schema version 9, but this mla reads only up to 1"):
+        ceilings_file.decode(msgspec.json.encode({**document, "schema_version": 9}))
 
 
 def test_show_refuses_a_format_that_ceilings_do_not_have(bench: Bench, report: CeilingRun) -> None:
     Path("c.json").write_bytes(results.encode(report))
     done = bench("show", "c.json", "--format", "csv")
-    assert (done.code, done.error) == (2, "error: ceilings are printed as table, md, json, not as csv.")
+    assert (done.code, done.error) == (
+        2,
+        "error: ceilings cannot be printed as csv: use table, md or json.",
+    )
 
 
 def test_a_runs_limits_are_a_line_per_kind_of_work(report: CeilingRun) -> None:

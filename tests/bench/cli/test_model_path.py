@@ -87,7 +87,7 @@ def _nan(folder: Path) -> None:
         ),
         (
             lambda folder: os.truncate(folder / SHARDS[0], 500),
-            f"error: checkpoint file 'model/{SHARDS[0]}' is truncated or no safetensors: 500 bytes",
+            f"error: checkpoint file 'model/{SHARDS[0]}' is truncated or not a safetensors file: 500 bytes",
         ),
         (
             lambda folder: os.truncate(folder / SHARDS[0], (folder / SHARDS[0]).stat().st_size - 1),

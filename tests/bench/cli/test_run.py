@@ -45,7 +45,7 @@ def test_a_run_prints_its_result_on_stdout_and_its_plan_on_stderr(bench: Bench, 
 
 def test_the_reference_is_left_out_where_it_would_be_the_same(bench: Bench, small: list[str]) -> None:
     done = bench(*VIRTUAL, *small, "--dry-run", fakes=["virtual_clock"])
-    assert "mla-reference is left out: no fused op was chosen, so it is identical to mla" in done.err
+    assert "mla-reference is skipped: no fused op was chosen, so it is identical to mla" in done.err
     assert "plan       mla, in turns; " in done.err
 
 

@@ -9,10 +9,9 @@ import torch
 
 import mla
 from mla.bench import results
-from mla.bench.limits import microbench as ceilings
-from mla.bench.limits import roofline as rooflines
-from mla.bench.limits.microbench import Yardstick
-from mla.bench.limits.roofline import Ceilings
+from mla.bench.limits import microbench, roofline
+from mla.bench.limits.microbench import Microbenchmark
+from mla.bench.limits.roofline import RooflineModel
 from mla.bench.results.schema import Ceiling
 from mla.bench.subjects.setting import Setting
 from mla_backends.api import DeviceInfo, Peak
@@ -20,22 +19,22 @@ from mla_backends.api import DeviceInfo, Peak
 
 @pytest.fixture
 def setting(monkeypatch: pytest.MonkeyPatch) -> Setting:
-    monkeypatch.setattr(rooflines, "_MEASURED", {})
-    monkeypatch.setattr(ceilings, "SIDES", (64, 128))
-    monkeypatch.setattr(ceilings, "SECONDS", 0.0)
+    monkeypatch.setattr(roofline, "_MEASURED", {})
+    monkeypatch.setattr(microbench, "SIDES", (64, 128))
+    monkeypatch.setattr(microbench, "SECONDS", 0.0)
     backend = mla.load_backend("cpu")
     return Setting(mla.MLAConfig.preset("deepseek-v2-lite"), backend, torch.bfloat16, "auto", 64, 0)
 
 
 def test_what_is_unknown_is_measured_once_and_says_how(setting: Setting) -> None:
-    found = Ceilings(setting)
+    found = RooflineModel(setting)
     flops, read = found.flops(), found.bandwidth(3 << 20)
     assert flops.value > 0
     assert flops.source.startswith("measured: ")
     assert flops.source.endswith(" bfloat16")
     assert read.value > 0
     assert read.source.endswith(", 3 MiB")
-    assert Ceilings(setting).flops() is flops
+    assert RooflineModel(setting).flops() is flops
     assert found.bandwidth((3 << 20) + 1) is read  # the same footprint
     assert found.bandwidth(9 << 20) is not read
 
@@ -46,15 +45,15 @@ def test_a_footprint_is_at_most_an_eighth_smaller_than_what_is_asked_for(
 ) -> None:
     asked: list[int] = []
 
-    def read(self: Yardstick, size: int) -> Ceiling:
+    def read(self: Microbenchmark, size: int) -> Ceiling:
         asked.append(size)
         return Ceiling(work="read", value=1.0, source="x", footprint_bytes=size)
 
-    monkeypatch.setattr(Yardstick, "read", read)
-    Ceilings(setting).bandwidth(count)
-    wanted = max(rooflines.GRAIN, min(count, rooflines.MOST_BYTES))  # a long context is not made twice
+    monkeypatch.setattr(Microbenchmark, "read", read)
+    RooflineModel(setting).bandwidth(count)
+    wanted = max(roofline.GRAIN, min(count, roofline.MOST_BYTES))  # a long context is not made twice
     assert wanted * 7 / 8 < asked[0] <= wanted
-    assert asked[0] % rooflines.GRAIN == 0
+    assert asked[0] % roofline.GRAIN == 0
 
 
 def declare(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +63,7 @@ def declare(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_nearer_limit_is_the_floor(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     declare(setting, monkeypatch)
-    found = Ceilings(setting)
+    found = RooflineModel(setting)
     memory = found.roofline(results.Cost(flops=10**9, bytes=2 * 10**6), latency_ms=8.0)
     assert (memory.floor_ms, memory.fraction, memory.bound) == (2.0, 0.25, "memory")
     assert memory.peak_source == "a sheet"
@@ -77,7 +76,7 @@ def test_the_ceilings_that_were_used_are_listed_once(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     declare(setting, monkeypatch)
-    found = Ceilings(setting)
+    found = RooflineModel(setting)
     assert found.used() == []
     for _ in range(2):
         found.roofline(results.Cost(flops=1, bytes=1), latency_ms=1.0)
@@ -90,13 +89,13 @@ def test_the_ceilings_that_were_used_are_listed_once(
 def test_a_part_of_a_forward_is_read_at_the_footprint_of_the_whole(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(self: Yardstick, size: int) -> Ceiling:
+    def read(self: Microbenchmark, size: int) -> Ceiling:
         return Ceiling(work="read", value=float(size), source="x", footprint_bytes=size)
 
-    monkeypatch.setattr(Yardstick, "read", read)
+    monkeypatch.setattr(Microbenchmark, "read", read)
     cost = results.Cost(flops=0, bytes=1 << 20)
-    assert Ceilings(setting).roofline(cost, 1000.0).floor_ms == 1000
-    assert Ceilings(setting).roofline(cost, 1000.0, footprint=1 << 22).floor_ms == 250
+    assert RooflineModel(setting).roofline(cost, 1000.0).floor_ms == 1000
+    assert RooflineModel(setting).roofline(cost, 1000.0, footprint=1 << 22).floor_ms == 250
 
 
 def test_a_run_reports_its_limits(bench: Any, small: list[str]) -> None:
@@ -108,17 +107,17 @@ def test_a_run_reports_its_limits(bench: Any, small: list[str]) -> None:
         assert (case.roofline.peak_source or "").startswith("measured: ")
         assert case.roofline.peak_source in sources
     assert [one.work for one in run.ceilings] == ["read", "matmul"]  # both scenarios are as small as can be
-    assert run.ceilings[0].footprint_bytes == rooflines.GRAIN
+    assert run.ceilings[0].footprint_bytes == roofline.GRAIN
     assert run.ceilings[1].dtype == "bfloat16"
 
 
-def test_a_device_that_cannot_run_the_yardstick_keeps_its_numbers(
+def test_a_device_that_cannot_run_the_microbenchmark_keeps_its_numbers(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Yardstick, size: int) -> Ceiling:
+    def refuse(self: Microbenchmark, size: int) -> Ceiling:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(Yardstick, "read", refuse)
-    found = Ceilings(setting)
+    monkeypatch.setattr(Microbenchmark, "read", refuse)
+    found = RooflineModel(setting)
     assert found.roofline(results.Cost(flops=10**9, bytes=2 * 10**6), 8.0) == results.Roofline()
     assert found.used() == []

@@ -1,11 +1,11 @@
-"""How much is swept, that all of it is, and that it is waited for."""
+"""How much is flushed, that all of it is, and that the device has finished."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from mla.bench.measure.cold_cache import FALLBACK, LEAST, MOST, Sweep
+from mla.bench.measure.cold_cache import FALLBACK, LEAST, MOST, CacheFlush
 from mla_backends import Availability, Backend
 from mla_backends.api import DeviceInfo
 
@@ -36,7 +36,7 @@ class Cached(Backend):
 
 
 @pytest.mark.parametrize(
-    ("cache", "swept", "words"),
+    ("cache", "flushed", "words"),
     [
         (
             32 << 20,
@@ -57,17 +57,17 @@ class Cached(Backend):
     ],
     ids=["known", "unknown", "huge", "tiny"],
 )
-def test_twice_the_cache_within_bounds(cache: int | None, swept: int, words: str) -> None:
-    sweep = Sweep(Cached(cache))
-    assert sweep.bytes == swept
-    assert sweep.method().startswith(words)
+def test_twice_the_cache_within_bounds(cache: int | None, flushed: int, words: str) -> None:
+    flush = CacheFlush(Cached(cache))
+    assert flush.bytes == flushed
+    assert flush.method().startswith(words)
 
 
 def test_every_byte_is_written_and_waited_for() -> None:
     backend = Cached(1 << 20)
-    sweep = Sweep(backend)
+    flush = CacheFlush(backend)
     for times in (1, 2):
-        sweep()
+        flush()
         assert backend.waits == times
-        assert sweep._buffer.nbytes == sweep.bytes
-        assert bool((sweep._buffer == times).all())
+        assert flush._buffer.nbytes == flush.bytes
+        assert bool((flush._buffer == times).all())

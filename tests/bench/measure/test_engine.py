@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from mla.bench.measure.engine import measure
-from mla.bench.measure.hooks import Pace
-from mla.bench.measure.samples import Measured
-from mla.bench.measure.variants import Kind, LaneError, Lanes
+from mla.bench.measure.hooks import Hooks
+from mla.bench.measure.samples import Measurement
+from mla.bench.measure.variants import Variant, VariantError, Variants
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import Inputs, make_inputs
 from mla.bench.workload.scenario import Scenario
@@ -30,9 +30,9 @@ Wrong = Callable[[int], bool]
 
 DECODE = Scenario(name="d", mode="decode", query_lens=(1, 1), history=(2, 3), runs=3, passes=4, warmups=0)
 PREFILL = Scenario(name="p", mode="prefill", query_lens=(2,), history=(0,), runs=6, passes=3, warmups=0)
-#: All lanes that need no graphs.
-EAGER = Lanes(
-    (Kind(), Kind(cache="cold"), Kind(clock="device"), Kind(cache="cold", clock="device")),
+# All variants that need no graphs.
+EAGER = Variants(
+    (Variant(), Variant(cache="cold"), Variant(clock="device"), Variant(cache="cold", clock="device")),
 )
 
 
@@ -147,10 +147,10 @@ class Bench:
         self,
         *parrots: Parrot,
         seed: int = 0,
-        lanes: Lanes | None = None,
-        pace: Pace = Pace(),  # noqa: B008
+        variants: Variants | None = None,
+        hooks: Hooks = Hooks(),  # noqa: B008
         **at: Any,
-    ) -> dict[str, Measured]:
+    ) -> dict[str, Measurement]:
         clock = Clock(self.log, {int(key[1:]): error for key, error in at.items()})
         stage = Stage(clock)
         return measure(
@@ -160,9 +160,9 @@ class Bench:
             self.checker,
             stage,
             seed,
-            lanes,
+            variants,
             lambda what, done: None,
-            pace,
+            hooks,
         )
 
     def order(self) -> list[str]:
@@ -203,14 +203,14 @@ def test_only_the_step_lies_between_start_and_stop(decode: Bench) -> None:
     assert all(words[place - 1 : place + 3] == ["before", "start", "step", "stop"] for place in starts)
 
 
-def test_each_round_of_turns_runs_every_implementation_once(decode: Bench) -> None:
+def test_each_round_runs_every_implementation_once(decode: Bench) -> None:
     decode.measure(decode.parrot("a"), decode.parrot("b"), decode.parrot("c"))
     order = decode.order()
     rounds = [order[first : first + 3] for first in range(0, len(order), 3)]
-    assert [sorted(turn) for turn in rounds] == [["a", "b", "c"]] * DECODE.passes
+    assert [sorted(one) for one in rounds] == [["a", "b", "c"]] * DECODE.passes
 
 
-def test_the_order_of_turns_follows_the_seed(tiny: Callable[..., MLAConfig]) -> None:
+def test_the_order_within_rounds_follows_the_seed(tiny: Callable[..., MLAConfig]) -> None:
     def order(seed: int) -> tuple[str, ...]:
         bench = Bench(tiny(), DECODE)
         bench.measure(bench.parrot("a"), bench.parrot("b"), seed=seed)
@@ -229,7 +229,7 @@ def test_a_pass_after_another_implementation_is_flagged(decode: Bench) -> None:
         assert measured[name].headline.after_switch == [
             s for s, who in zip(switched, order, strict=True) if who == name
         ]
-    assert False in switched[1:], "choose a seed with two turns of one implementation in a row"
+    assert False in switched[1:], "choose a seed with two passes of one implementation in a row"
 
 
 def test_every_pass_starts_from_restored_history_and_empty_outputs(decode: Bench) -> None:
@@ -254,7 +254,7 @@ def test_one_that_is_wrong_after_timing_loses_its_numbers(decode: Bench) -> None
     passes = DECODE.passes  # the check restores nothing, each pass does, and once more after another's
     measured = decode.measure(decode.parrot("late", wrong=lambda number: number > passes), decode.parrot("b"))
     assert measured["late"].check.status == "wrong"
-    assert measured["late"].check.reason.startswith("right before timing and wrong after it: ")
+    assert measured["late"].check.reason.startswith("correct before timing, wrong after it: ")
     assert measured["late"].passes == []
     assert len(measured["b"].passes) == DECODE.passes
 
@@ -272,7 +272,7 @@ def test_the_worse_of_both_checks_is_reported(decode: Bench) -> None:
     assert exact.error_ratio < drifted.error_ratio <= 1
 
 
-def test_an_interrupt_keeps_complete_passes_and_flags_everybody(decode: Bench) -> None:
+def test_an_interrupt_keeps_complete_passes_and_flags_all(decode: Bench) -> None:
     measured = decode.measure(decode.parrot("a"), decode.parrot("b"), _16=KeyboardInterrupt())
     kept = [samples for name in ("a", "b") for samples in measured[name].passes]
     assert sorted(kept) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11], [12, 13, 14]]
@@ -323,7 +323,9 @@ def test_the_garbage_collector_is_back_after_an_error(decode: Bench) -> None:
 
 def test_no_pass_starts_when_the_time_is_over_and_the_others_are_checked(decode: Bench) -> None:
     answers = iter([False, False, False, True])
-    measured = decode.measure(decode.parrot("a"), decode.parrot("b"), pace=Pace(over=lambda: next(answers)))
+    measured = decode.measure(
+        decode.parrot("a"), decode.parrot("b"), hooks=Hooks(should_stop=lambda: next(answers))
+    )
     assert sorted(len(one.passes) for one in measured.values()) == [1, 2]
     assert [one.check.status for one in measured.values()] == ["ok", "ok"]
     assert not any(one.interrupted for one in measured.values())
@@ -331,8 +333,8 @@ def test_no_pass_starts_when_the_time_is_over_and_the_others_are_checked(decode:
 
 def test_the_engine_tells_who_runs_and_that_it_is_alive_outside_of_timed_regions(decode: Bench) -> None:
     log = decode.log
-    pace = Pace(enter=lambda name: log.append((name, "enter")), beat=lambda: log.append(("", "beat")))
-    decode.measure(decode.parrot("a"), decode.parrot("b"), pace=pace)
+    hooks = Hooks(enter=lambda name: log.append((name, "enter")), heartbeat=lambda: log.append(("", "beat")))
+    decode.measure(decode.parrot("a"), decode.parrot("b"), hooks=hooks)
     words = [what for _, what in log]
     assert words.count("beat") == 2 * DECODE.passes * DECODE.runs
     assert all(words[place - 1] == "stop" for place, what in enumerate(words) if what == "beat")
@@ -342,46 +344,48 @@ def test_the_engine_tells_who_runs_and_that_it_is_alive_outside_of_timed_regions
         assert what != "step" or name == running
 
 
-# ---------------------------------------------------------------------------------------------- lanes
+# ------------------------------------------------------------------------------------------- variants
 
 
-def test_further_lanes_are_timed_beside_the_headline(decode: Bench) -> None:
-    result = decode.measure(decode.parrot("a"), lanes=EAGER)["a"]
-    assert [str(one.kind) for one in result.series] == [
+def test_further_variants_are_timed_beside_the_headline(decode: Bench) -> None:
+    result = decode.measure(decode.parrot("a"), variants=EAGER)["a"]
+    assert [str(one.variant) for one in result.samples] == [
         "eager, warm cache, host clock",
         "eager, cold cache, host clock",
         "eager, warm cache, device clock",
         "eager, cold cache, device clock",
     ]
-    taken = sorted(sample for one in result.series for samples in one.passes for sample in samples)
+    taken = sorted(sample for one in result.samples for samples in one.passes for sample in samples)
     assert taken == list(range(4 * DECODE.passes * DECODE.runs))
-    assert {one.check.status for one in result.series} == {"ok"}
+    assert {one.check.status for one in result.samples} == {"ok"}
 
 
-def test_lanes_alternate_by_pass_in_the_order_of_the_seed(tiny: Callable[..., MLAConfig]) -> None:
+def test_variants_alternate_by_pass_in_the_order_of_the_seed(tiny: Callable[..., MLAConfig]) -> None:
     def firsts(seed: int) -> list[list[float]]:
         bench = Bench(tiny(), DECODE)
-        found = bench.measure(bench.parrot("a"), bench.parrot("b"), seed=seed, lanes=EAGER)
-        return [[samples[0] for samples in one.passes] for name in "ab" for one in found[name].series]
+        found = bench.measure(bench.parrot("a"), bench.parrot("b"), seed=seed, variants=EAGER)
+        return [[samples[0] for samples in one.passes] for name in "ab" for one in found[name].samples]
 
-    per_turn = 8 * DECODE.runs
+    per_round = 8 * DECODE.runs
     for seed in range(3):
-        turns = [[first // per_turn for first in lane] for lane in firsts(seed)]
-        assert turns == [list(range(DECODE.passes))] * 8, "each lane has one pass in every turn"
+        rounds = [[first // per_round for first in variant] for variant in firsts(seed)]
+        assert rounds == [list(range(DECODE.passes))] * 8, "each variant has one pass in every round"
     assert firsts(0) == firsts(0)
     assert firsts(0) != firsts(1)
 
 
-def test_a_cold_forward_follows_a_sweep_that_has_been_waited_for(decode: Bench) -> None:
-    decode.measure(decode.parrot("a"), lanes=Lanes((Kind(), Kind(cache="cold"))))
+def test_a_cold_forward_follows_a_flush_that_has_finished(decode: Bench) -> None:
+    decode.measure(decode.parrot("a"), variants=Variants((Variant(), Variant(cache="cold"))))
     words = [what for _, what in decode.log]
     starts = [place for place, what in enumerate(words) if what == "start"]
-    swept = [words[place - 2 : place] == ["before", "wait"] for place in starts]
-    assert swept.count(True) == swept.count(False) == DECODE.passes * DECODE.runs
+    flushed = [words[place - 2 : place] == ["before", "wait"] for place in starts]
+    assert flushed.count(True) == flushed.count(False) == DECODE.passes * DECODE.runs
 
 
-def test_a_warm_pass_after_another_lane_begins_with_an_untimed_forward(decode: Bench) -> None:
-    decode.measure(decode.parrot("a"), decode.parrot("b"), lanes=Lanes((Kind(), Kind(cache="cold"))))
+def test_a_warm_pass_after_another_variant_begins_with_an_untimed_forward(decode: Bench) -> None:
+    decode.measure(
+        decode.parrot("a"), decode.parrot("b"), variants=Variants((Variant(), Variant(cache="cold")))
+    )
     events = [(name, what) for name, what in decode.log if what in ("restore", "step", "start", "wait")]
     for place, (name, what) in enumerate(events):
         if what == "restore" and events[place + 1 : place + 3] == [("clock", "start"), (name, "step")]:
@@ -390,24 +394,24 @@ def test_a_warm_pass_after_another_lane_begins_with_an_untimed_forward(decode: B
             assert again or before == [(name, "restore"), (name, "step")]
 
 
-def test_extra_lanes_of_a_long_run_have_six_passes_spread_over_it(tiny: Callable[..., MLAConfig]) -> None:
+def test_extra_variants_of_a_long_run_have_six_passes_spread_over_it(tiny: Callable[..., MLAConfig]) -> None:
     bench = Bench(tiny(), msgspec.structs.replace(PREFILL, runs=100, passes=10))
-    result = bench.measure(bench.parrot("a"), lanes=Lanes((Kind(), Kind(cache="cold"))))["a"]
-    headline, cold = result.series
+    result = bench.measure(bench.parrot("a"), variants=Variants((Variant(), Variant(cache="cold"))))["a"]
+    headline, cold = result.samples
     assert [len(samples) for samples in headline.passes] == [10] * 10
     assert [len(samples) for samples in cold.passes] == [5] * 6
     firsts = [samples[0] for samples in cold.passes]
     ends = [samples[-1] for samples in headline.passes]
     before = [sum(end < first for end in ends) for first in firsts]
-    turns = [1, 3, 4, 6, 8, 9]
-    assert all(turn <= count <= turn + 1 for turn, count in zip(turns, before, strict=True))
+    rounds = [1, 3, 4, 6, 8, 9]
+    assert all(one <= count <= one + 1 for one, count in zip(rounds, before, strict=True))
 
 
 def test_a_cold_decode_pass_times_some_steps_and_checks_all(tiny: Callable[..., MLAConfig]) -> None:
     scenario = msgspec.structs.replace(DECODE, runs=40, passes=6)
     bench = Bench(tiny(), scenario)
     parrot = bench.parrot("a")
-    cold = bench.measure(parrot, lanes=Lanes((Kind(), Kind(cache="cold"))))["a"].others[0]
+    cold = bench.measure(parrot, variants=Variants((Variant(), Variant(cache="cold"))))["a"].others[0]
     assert [len(samples) for samples in cold.passes] == [10] * 6
     assert "every 4th step of a pass timed" in cold.method
     assert cold.check.status == "ok"
@@ -417,34 +421,34 @@ class Spoilt(Parrot):
     """Wrong whenever the clock's last word before its step was a wait: only with cold caches."""
 
     def step(self, index: int) -> None:
-        swept = self._log[-1] == ("clock", "wait") or self._log[-2:-1] == [("clock", "wait")]
-        self._wrong = lambda number: swept and self._when(number)
+        flushed = self._log[-1] == ("clock", "wait") or self._log[-2:-1] == [("clock", "wait")]
+        self._wrong = lambda number: flushed and self._when(number)
         super().step(index)
 
     _when: Wrong = staticmethod(lambda number: True)
 
 
-def test_a_lane_that_is_wrong_before_timing_costs_the_case_its_numbers(decode: Bench) -> None:
+def test_a_variant_that_is_wrong_before_timing_costs_the_case_its_numbers(decode: Bench) -> None:
     spoilt = Spoilt("a", decode.expected, decode.log)
-    measured = decode.measure(spoilt, decode.parrot("b"), lanes=EAGER)
+    measured = decode.measure(spoilt, decode.parrot("b"), variants=EAGER)
     assert measured["a"].check.status == "wrong"
     assert measured["a"].check.reason.startswith(
         "eager, cold cache, host clock: 6 of 6 output rows are too far"
     )
-    assert not any(one.passes for one in measured["a"].series)
-    assert all(len(one.passes) == DECODE.passes for one in measured["b"].series)
+    assert not any(one.passes for one in measured["a"].samples)
+    assert all(len(one.passes) == DECODE.passes for one in measured["b"].samples)
 
 
-def test_a_lane_that_goes_wrong_while_it_is_timed_costs_the_case_its_numbers(decode: Bench) -> None:
+def test_a_variant_that_goes_wrong_while_it_is_timed_costs_the_case_its_numbers(decode: Bench) -> None:
     class Late(Spoilt):
         _when = staticmethod(lambda number: number > 8)  # after the passes that are checked before timing
 
     late = Late("a", decode.expected, decode.log)
-    measured = decode.measure(late, decode.parrot("b"), lanes=EAGER)
+    measured = decode.measure(late, decode.parrot("b"), variants=EAGER)
     assert "cold cache" in measured["a"].check.reason
-    assert ": right before timing and wrong after it: " in measured["a"].check.reason
-    assert not any(one.passes for one in measured["a"].series)
-    assert all(len(one.passes) == DECODE.passes for one in measured["b"].series)
+    assert ": correct before timing, wrong after it: " in measured["a"].check.reason
+    assert not any(one.passes for one in measured["a"].samples)
+    assert all(len(one.passes) == DECODE.passes for one in measured["b"].samples)
 
 
 def test_sensors_are_read_around_all_passes_and_never_between(decode: Bench) -> None:
@@ -457,14 +461,14 @@ def test_sensors_are_read_around_all_passes_and_never_between(decode: Bench) -> 
 
 
 def test_an_implementation_without_graphs_says_so(decode: Bench) -> None:
-    lanes = Lanes((Kind(), Kind(mode="graph")))
-    graph = decode.measure(decode.parrot("a"), lanes=lanes)["a"].others[0]
+    variants = Variants((Variant(), Variant(mode="graph")))
+    graph = decode.measure(decode.parrot("a"), variants=variants)["a"].others[0]
     assert (graph.check.status, graph.check.reason) == ("not run", "a is not captured")
-    insisting = Lanes(lanes.kinds, graphs_by_name=True)
+    insisting = Variants(variants.timed, graphs_required=True)
     with pytest.raises(
-        LaneError, match=r"--mode graph: d, a cannot be replayed from graphs: a is not captured\."
+        VariantError, match=r"--mode graph: d, a cannot be replayed from graphs: a is not captured\."
     ):
-        decode.measure(decode.parrot("a"), lanes=insisting)
+        decode.measure(decode.parrot("a"), variants=insisting)
 
 
 def test_warm_ups_have_a_clock_of_their_own_and_restore_where_a_pass_ends(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -163,18 +164,30 @@ def test_a_growing_cache_is_timed_in_whole_passes(mode: Any, runs: int, forwards
 def test_headline_passes_run_the_ops_themselves(
     bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[bool, ...]] = []
-    step = MlaLayer.step
+    headline: list[int] = []
+    timed: list[int] = []
+    regions: list[str] = []
+    region = Stopwatch.region
 
-    def watched(self: MlaLayer, index: int) -> None:
-        timed = isinstance(self.layer.ops["o_proj"].op, stages._TimedOp)
-        seen.append((timed, "plan" in vars(self.layer), "extend" in vars(self.cache)))
-        step(self, index)
+    def seen(self: Stopwatch, name: str) -> Any:
+        regions.append(name)
+        return region(self, name)
 
-    monkeypatch.setattr(MlaLayer, "step", watched)
+    def counting(step: Callable[[Any, int], None], counts: list[int]) -> Callable[[Any, int], None]:
+        def counted(self: Any, index: int) -> None:
+            before = len(regions)
+            step(self, index)
+            counts.append(len(regions) - before)
+
+        return counted
+
+    monkeypatch.setattr(Stopwatch, "region", seen)
+    monkeypatch.setattr(MlaLayer, "step", counting(MlaLayer.step, headline))
+    monkeypatch.setattr(stages.TimedSteps, "step", counting(stages.TimedSteps.step, timed))
     (case,) = cases(bench, small, "--stages", "--scenario", "decode")
     forwards = 4 + case.warmups + 1 + case.passes * case.steps_per_pass  # one that warms up before the passes
-    assert seen == [(False,) * 3] * forwards + [(True,) * 3] * stages.FORWARDS
+    assert headline == [0] * forwards
+    assert timed == [1 + len(STEP)] * stages.FORWARDS
 
 
 def test_the_headline_is_the_same_with_and_without_stages(bench: Bench, small: list[str]) -> None:
@@ -184,31 +197,40 @@ def test_the_headline_is_the_same_with_and_without_stages(bench: Bench, small: l
         assert (one.stages, bool(other.stages)) == ([], True)
 
 
-def test_a_layer_is_itself_again_after_an_error(tiny: Any) -> None:
-    setting = Setting(tiny(), mla.load_backend("cpu"), torch.float32, "auto", 64, 0)
+@pytest.mark.parametrize("attention", ["absorbed", "expanded"])
+@pytest.mark.parametrize("times", [1, 1000])
+def test_a_layer_stays_itself_while_its_stages_are_timed(tiny: Any, attention: str, times: int) -> None:
+    setting = Setting(tiny(), mla.load_backend("cpu"), torch.float32, attention, 64, 0)
     one = MlaLayer(setting, random_state_dict(setting.config, 0, torch.float32))
     scenario = Scenario(name="p", mode="prefill", query_lens=(2,), history=(0,))
     one.load(scenario, make_inputs(setting.config, scenario, 0, torch.float32))
-    before = one.layer.ops
-    with pytest.raises(IndexError, match="pop"), stages.instrumented(one, Stopwatch(Script())):
-        one.restore()  # a clock that fails
-    assert one.layer.ops is before
-    assert "plan" not in vars(one.layer)
-    assert "expand" not in vars(one.layer.expanded)
-    assert "extend" not in vars(one.cache)
+    parts = (one.layer, one.layer.step, one.layer.step.expanded, one.layer.ops, one.layer.ops._choices)
+
+    def held() -> list[dict[str, int]]:
+        return [
+            {name: id(value) for name, value in (part if isinstance(part, dict) else vars(part)).items()}
+            for part in parts
+        ]
+
+    before, names = held(), set(vars(one.cache))
+    steps = stages.TimedSteps(one, scenario, Stopwatch(Script(*[1] * times)))
+    fails = pytest.raises(IndexError, match="pop") if times < 1000 else nullcontext()
+    with fails:  # where the clock does
+        steps.restore()
+        steps.step(0)
+    assert (held(), set(vars(one.cache))) == (before, names)
 
 
 def test_a_case_that_is_wrong_when_its_stages_are_timed_loses_its_numbers(
     bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = MlaLayer.step
+    step = stages.TimedSteps.step
 
-    def corrupt(self: MlaLayer, index: int) -> None:
+    def corrupt(self: stages.TimedSteps, index: int) -> None:
         step(self, index)
-        if isinstance(self.layer.ops["o_proj"].op, stages._TimedOp):
-            self.outputs[index, 0] *= 2
+        self._one.outputs[index, 0] *= 2
 
-    monkeypatch.setattr(MlaLayer, "step", corrupt)
+    monkeypatch.setattr(stages.TimedSteps, "step", corrupt)
     (case,) = cases(bench, small, "--stages", "--scenario", "decode", code=4)
     assert case.check.status == "wrong"
     assert case.check.reason.startswith("right in timed passes and wrong when its stages were timed: ")
@@ -267,8 +289,8 @@ def test_stages_are_printed_below_the_table(make_run: Callable[..., Run]) -> Non
         "  gather                      0.5     12.5        -     -           -",
         "between ops                   0.5     12.5        -     -           -",
         "",
-        "Each is timed alone between two synchronizations, which a forward does without: they add up to "
-        "4 ms, and a forward takes 2 ms. Bookkeeping is no part of a prefill's latency.",
+        "Each is timed alone between two synchronizations that a forward does not make: they add up to "
+        "4 ms, a forward takes 2 ms. Bookkeeping is not part of a prefill's latency.",
         "",
     ]
     assert lines[-1] == "Prefill Latency: 2 ms"

@@ -1,4 +1,4 @@
-"""Runs on scripted clocks: what lanes, statistics and warm-ups make of known milliseconds is exact."""
+"""Runs on scripted clocks: what variants, statistics and warm-ups make of known milliseconds is exact."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GRAPHS = ("-O", "graphs=on", "--cache", "warm")
 
 @pytest.fixture
 def virtual(bench: Bench, small: list[str]) -> Bench:
-    """Return `bench` for one scenario of `mla` on scripted clocks, with the lanes that are asked for."""
+    """Return `bench` for one scenario of `mla` on scripted clocks, with the variants that are asked for."""
     config = small[: small.index("--cache")]
 
     def virtual(*words: str, scenario: str = "decode", **options: str) -> Any:
@@ -51,11 +51,11 @@ def medians() -> dict[tuple[str, str, str], float | None]:
 
 
 def remarks(done: Any) -> list[str]:
-    heads = ("noisy: ", "drifts: ", "outliers: ", "not settled: ", "left out: ")
+    heads = ("noisy: ", "drifts: ", "outliers: ", "not settled: ", "skipped: ")
     return [line.partition(":")[0] for line in done.err.splitlines() if line.startswith(heads)]
 
 
-# ---------------------------------------------------------------------------------------------- lanes
+# ------------------------------------------------------------------------------------------- variants
 
 
 def test_by_default_warm_and_cold_are_timed(virtual: Bench) -> None:
@@ -127,7 +127,7 @@ def test_a_replay_that_does_nothing_is_wrong(virtual: Bench, scenario: str, afte
     assert done.code == 4
     case = only_case()
     assert case.check.status == "wrong"
-    start = "graph, warm cache, host clock: right before timing and wrong after it: "
+    start = "graph, warm cache, host clock: correct before timing, wrong after it: "
     assert case.check.reason.startswith(start)
     assert "hold NaN or infinity" in case.check.reason
     assert case.latency_ms is None
@@ -138,7 +138,7 @@ def test_a_replay_that_does_nothing_is_wrong(virtual: Bench, scenario: str, afte
 def test_a_capture_that_is_refused_is_left_out_with_its_reason(virtual: Bench) -> None:
     done = virtual("--cache", "warm", graphs="refuse")
     assert done.code == 0
-    assert "left out: graph of decode, mla: the virtual driver is busy" in done.err.splitlines()
+    assert "skipped: graph of decode, mla: the virtual driver is busy" in done.err.splitlines()
     (graph,) = only_case().timings
     assert (graph.check.status, graph.check.reason, graph.latency_ms) == (
         "not run",
@@ -167,7 +167,7 @@ def test_an_op_that_plans_on_the_host_is_not_captured(virtual: Bench) -> None:
 def test_a_comparator_without_graphs_is_no_error(virtual: Bench) -> None:
     done = virtual("--mode", "graph", "--implementations", "mla,mla-reference", graphs="on")
     assert done.code == 0
-    assert "left out: graph of decode, mla-reference: " in done.err
+    assert "skipped: graph of decode, mla-reference: " in done.err
 
 
 @pytest.mark.parametrize(
@@ -176,12 +176,12 @@ def test_a_comparator_without_graphs_is_no_error(virtual: Bench) -> None:
         (
             ["--mode", "graph"],
             3,
-            "error: backend 'virtual' offers no graphs, or an option forbids them, which",
+            "error: backend 'virtual' offers no graphs, or an option disables them (required by",
         ),
         (
             ["--clock", "host,device"],
             3,
-            "error: backend 'virtual' has no clock of its own, which --clock device",
+            "error: backend 'virtual' has no device timer (required by --clock device).",
         ),
         (["--cache", "cool"], 2, "error: --cache takes warm and cold, got 'cool'. Did you mean 'cold'?"),
         (["--mode", "graphs"], 2, "error: --mode takes eager and graph, got 'graphs'. Did you mean 'graph'?"),
@@ -271,7 +271,7 @@ def test_a_hang_is_kept_and_named(virtual: Bench) -> None:
         1,
         120,
     )
-    assert "1 of 120 samples are far slower than their like, the slowest 60000 times the median" in done.err
+    assert "1 of 120 samples are outliers, the slowest 60000 times the median" in done.err
 
 
 def test_a_growing_cache_is_neither_drift_nor_an_outlier(virtual: Bench) -> None:
@@ -338,6 +338,6 @@ def test_csv_has_a_column_for_every_way(virtual: Bench) -> None:
     assert {bare[f"{name}_ms"] for name in names} == {""}
 
 
-def test_a_repro_line_repeats_the_lanes(virtual: Bench) -> None:
+def test_a_repro_line_repeats_the_variants(virtual: Bench) -> None:
     virtual("--mode", "eager", "--cache", "cold", "--clock", "host")
     assert " --mode eager --cache cold --clock host " in only_case().repro

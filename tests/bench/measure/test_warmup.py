@@ -7,7 +7,7 @@ from itertools import chain, repeat
 
 import pytest
 
-from mla.bench.measure.warmup import MOST, SECONDS, WINDOW, Warmth, settled, warm_up
+from mla.bench.measure.warmup import MOST, SECONDS, WINDOW, WarmupResult, settled, warm_up
 
 
 class Script:
@@ -38,31 +38,31 @@ class Script:
     def stop(self) -> float:
         return next(self._samples)
 
-    def warm_up(self, least: int, steps: int = 1000) -> Warmth:
+    def warm_up(self, least: int, steps: int = 1000) -> WarmupResult:
         return warm_up(self, steps, least, self, self.ticks.append)
 
 
 def test_settled_forwards_end_with_the_number_asked_for() -> None:
     script = Script([])
-    assert script.warm_up(12) == Warmth(12, True)
+    assert script.warm_up(12) == WarmupResult(12, True)
     assert script.ticks == [1] * 12
 
 
 def test_it_takes_two_windows_to_see_that_forwards_have_settled() -> None:
     script = Script([])
-    assert script.warm_up(1) == Warmth(2 * WINDOW, True)
+    assert script.warm_up(1) == WarmupResult(2 * WINDOW, True)
     assert script.ticks == [1] + [0] * (2 * WINDOW - 1)
 
 
 def test_a_slow_start_is_waited_for() -> None:
     """20 forwards at twice the time: both windows must lie mostly behind them."""
-    assert Script([2.0] * 20).warm_up(18) == Warmth(18, True)  # nothing has changed yet
-    assert Script([2.0 - 0.05 * i for i in range(20)]).warm_up(10) == Warmth(27, True)
+    assert Script([2.0] * 20).warm_up(18) == WarmupResult(18, True)  # nothing has changed yet
+    assert Script([2.0 - 0.05 * i for i in range(20)]).warm_up(10) == WarmupResult(27, True)
 
 
 def test_zero_asks_for_none() -> None:
     script = Script([])
-    assert script.warm_up(0) == Warmth(0, None)
+    assert script.warm_up(0) == WarmupResult(0, None)
     assert script.log == []
 
 
@@ -76,8 +76,8 @@ def test_what_never_settles_ends_at_the_limit() -> None:
 def test_a_hang_ends_the_warm_up_as_soon_as_enough_were_run() -> None:
     hang = 1e3 * SECONDS
     growing = [1.2**i for i in range(8)]
-    assert Script([hang, *growing]).warm_up(4) == Warmth(4, False)
-    assert Script([*growing, hang, 1e5]).warm_up(4) == Warmth(9, False)
+    assert Script([hang, *growing]).warm_up(4) == WarmupResult(4, False)
+    assert Script([*growing, hang, 1e5]).warm_up(4) == WarmupResult(9, False)
 
 
 def test_a_decode_pass_that_is_over_is_restored() -> None:

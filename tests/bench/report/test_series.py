@@ -8,23 +8,22 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.report import roofline_data, summary
-from mla.bench.report import series as data
-from mla.bench.report.series import Entry, Source
+from mla.bench.report import roofline_data, series, summary
+from mla.bench.report.series import ReportEntry, ResultFile
 
 Case = Callable[..., results.Case]
 
 
 @pytest.fixture
-def source(make_run: Any) -> Callable[..., Source]:
+def source(make_run: Any) -> Callable[..., ResultFile]:
     """Return a maker of a file with the given cases."""
 
-    def source(*cases: results.Case, **changes: Any) -> Source:
+    def source(*cases: results.Case, **changes: Any) -> ResultFile:
         run = make_run()
         run.cases = list(cases)
         for name, value in changes.items():
             setattr(run, name, value)
-        return data.sources(["run.json"], [run])[0]
+        return series.result_files(["run.json"], [run])[0]
 
     return source
 
@@ -33,7 +32,7 @@ def point(case: Case, implementation: str = "mla", **values: Any) -> results.Cas
     return case(scenario=f"sweep {values}", base="sweep", implementation=implementation, point=values)
 
 
-def places(found: Sequence[data.Curves]) -> list[tuple[str, str, list[float]]]:
+def places(found: Sequence[series.Curves]) -> list[tuple[str, str, list[float]]]:
     """Return implementation, other values and places of every line."""
     return [
         (line.entry.case.implementation, line.others, [x for x, _ in line.points])
@@ -42,15 +41,15 @@ def places(found: Sequence[data.Curves]) -> list[tuple[str, str, list[float]]]:
     ]
 
 
-def test_several_files_get_letters_and_repetitions_lanes(make_run: Any) -> None:
+def test_several_files_get_letters_and_repetitions_are_counted(make_run: Any) -> None:
     runs = [make_run() for _ in range(4)]
     runs[1].backend.device = "another CPU"
     runs[3].config = {"name": "other"}
-    found = data.sources(list("wxyz"), runs)
+    found = series.result_files(list("wxyz"), runs)
     assert [one.key for one in found] == ["A", "B", "C", "D"]
-    assert [one.lane for one in found] == [0, 0, 1, 0]  # only the third repeats device and config
-    assert data.sources(["x"], runs[:1])[0].key == ""
-    assert [one.key for one in data.sources(["x"] * 28, [make_run()] * 28)][25:] == ["Z", "AA", "AB"]
+    assert [one.repeat for one in found] == [0, 0, 1, 0]  # only the third repeats device and config
+    assert series.result_files(["x"], runs[:1])[0].key == ""
+    assert [one.key for one in series.result_files(["x"] * 28, [make_run()] * 28)][25:] == ["Z", "AA", "AB"]
 
 
 def test_a_line_has_one_implementation_and_one_value_of_every_other_axis(source: Any, case: Case) -> None:
@@ -60,39 +59,39 @@ def test_a_line_has_one_implementation_and_one_value_of_every_other_axis(source:
         for batch in (1, 8)
         for name in ("mla", "other")
     ]
-    found = data.entries([source(*cases)])
-    assert places(data.curves(found, "kv")) == [
+    found = series.entries([source(*cases)])
+    assert places(series.curves(found, "kv")) == [
         ("mla", "batch 1", [16, 32, 64]),
         ("other", "batch 1", [16, 32, 64]),
         ("mla", "batch 8", [16, 32, 64]),
         ("other", "batch 8", [16, 32, 64]),
     ]
-    assert len(places(data.curves(found, "batch"))) == 6
-    assert data.bars(found) == {}
+    assert len(places(series.curves(found, "batch"))) == 6
+    assert series.bars(found) == {}
 
 
 def test_files_have_lines_of_their_own(make_run: Any, case: Case) -> None:
     runs = [make_run(), make_run()]
     for run in runs:
         run.cases = [point(case, kv=kv) for kv in (1, 2)]
-    (found,) = data.curves(data.entries(data.sources(["x", "x"], runs)), "kv")
-    assert [line.entry.source.key for line in found.lines] == ["A", "B"]
+    (found,) = series.curves(series.entries(series.result_files(["x", "x"], runs)), "kv")
+    assert [line.entry.file.key for line in found.lines] == ["A", "B"]
 
 
 def test_a_wrong_case_is_on_no_picture(source: Any, case: Case) -> None:
     wrong = point(case, kv=4)
     wrong.latency_ms = wrong.tokens_per_s = None
-    found = data.entries([source(point(case, kv=1), point(case, kv=2), wrong)])
-    assert places(data.curves(found, "kv")) == [("mla", "", [1, 2])]
-    assert data.bars(found) == {}
-    assert roofline_data.roofline(found[0].source).dots[2:] == []
+    found = series.entries([source(point(case, kv=1), point(case, kv=2), wrong)])
+    assert places(series.curves(found, "kv")) == [("mla", "", [1, 2])]
+    assert series.bars(found) == {}
+    assert roofline_data.roofline(found[0].file).dots[2:] == []
 
 
 @pytest.mark.parametrize("values", [[{"kv": 5}, {"kv": 5}], [{"kv": "1..5"}, {"kv": "2..6"}], [{"heads": 8}]])
 def test_what_makes_no_curve_is_a_bar(source: Any, case: Case, values: list[dict[str, Any]]) -> None:
-    found = data.entries([source(*(point(case, **one) for one in values))])
-    assert data.curves(found, "kv") == []
-    assert [len(group) for group in data.bars(found).values()] == [len(values)]
+    found = series.entries([source(*(point(case, **one) for one in values))])
+    assert series.curves(found, "kv") == []
+    assert [len(group) for group in series.bars(found).values()] == [len(values)]
 
 
 def test_pictures_hold_one_workload_and_say_what_tells_them_apart(make_run: Any, case: Case) -> None:
@@ -100,26 +99,26 @@ def test_pictures_hold_one_workload_and_say_what_tells_them_apart(make_run: Any,
     for run, name in zip(runs, ("small", "large"), strict=True):
         run.config = {"name": name}
         run.cases = [case(), case(scenario="decode", base="decode", op="latent_attention")]
-    found = data.entries(data.sources(["x", "y"], runs))
-    groups = data.bars(found)
-    names = data.titles(groups)
+    found = series.entries(series.result_files(["x", "y"], runs))
+    groups = series.bars(found)
+    names = series.titles(groups)
     assert [names[one] for one in groups] == [
         "prefill, small",
         "decode, latent_attention, small",
         "prefill, large",
         "decode, latent_attention, large",
     ]
-    assert data.titles([data.workload(found[0])]) == {data.workload(found[0]): "prefill"}
+    assert series.titles([series.workload(found[0])]) == {series.workload(found[0]): "prefill"}
 
 
 def test_thinning_keeps_the_extremes_in_order() -> None:
     samples = [1.0 + 0.001 * (i % 7) for i in range(1200)]
     samples[333], samples[777] = 90.0, 0.1
-    found = data.thin(samples, 200)
+    found = series.thin(samples, 200)
     assert len(found) <= 200
     assert {(333, 90.0), (777, 0.1)} <= set(found)
     assert [index for index, _ in found] == sorted({index for index, _ in found})
-    assert data.thin(samples, 1200) == list(enumerate(samples))
+    assert series.thin(samples, 1200) == list(enumerate(samples))
 
 
 def test_ceilings_are_the_roofs(source: Any, case: Case) -> None:
@@ -174,7 +173,7 @@ def test_the_worst_check_is_named(case: Case) -> None:
 def test_a_summary_leads_with_the_scenarios_and_counts_the_grid(source: Any, case: Case) -> None:
     found = summary.summary(source(*(point(case, kv=kv) for kv in (1, 2, 3)), case(), git_commit="a" * 40))
     assert found.headlines == ["Prefill Latency: 2 ms"]
-    assert found.more == "and 3 cases of a grid, in the table"
+    assert found.more == "and 3 grid cases in the table"
     assert ("commit", "a" * 12) in found.facts
 
 
@@ -184,10 +183,10 @@ def test_lengths_are_folded(case: Case) -> None:
 
 
 def test_names_are_cut_and_cleaned() -> None:
-    assert data.printable("a\x00b\n\ud800c") == "a b c"
-    assert data.printable("abcdef", 4) == "abc…"
+    assert series.printable("a\x00b\n\ud800c") == "a b c"
+    assert series.printable("abcdef", 4) == "abc…"
 
 
 def test_a_name_in_a_picture_starts_with_its_file(source: Any, case: Case) -> None:
-    assert Entry(source(case()), case()).name == "mla"
-    assert Entry(Source("B", "x", source(case()).run, 0), case()).name == "B mla"
+    assert ReportEntry(source(case()), case()).name == "mla"
+    assert ReportEntry(ResultFile("B", "x", source(case()).run, 0), case()).name == "B mla"

@@ -66,7 +66,7 @@ def test_a_file_of_version_1_loads_with_what_it_did_not_say(make_run: MakeRun) -
 
 def test_a_file_of_a_newer_version_is_refused(make_run: MakeRun) -> None:
     document = {**msgspec.json.decode(encode(make_run())), "schema_version": 99, "cases": "anything"}
-    with pytest.raises(ResultError, match="schema version 99, and this mla reads up to 2"):
+    with pytest.raises(ResultError, match="schema version 99, but this mla reads only up to 2"):
         decode(msgspec.json.encode(document))
 
 

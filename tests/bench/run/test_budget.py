@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.plan import resolve
-from mla.bench.run import scheduler as sweep
+from mla.bench.run import scheduler
 from mla.bench.run.budget import Budget
-from mla.bench.run.scheduler import OVER_BUDGET, Steering
+from mla.bench.run.steering import HANG_AFTER, OVER_BUDGET, Steering
 from mla.bench.workload.quantities import duration, spoken
 
 Bench = Callable[..., Any]
@@ -91,15 +90,15 @@ def run_inside(bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch) 
     """Return a function that runs a grid within a budget; each scenario is estimated at half a second."""
     monkeypatch.setattr("mla.bench.plan.estimate.Estimator.seconds", lambda self, scenario, names: 0.5)
     monkeypatch.setattr("mla.bench.plan.estimate.Estimator.forward", lambda self, scenario, name: 0.0)
-    measure = resolve.measure
+    measure = scheduler.measure
 
     def run_inside(budget: Budget, *words: str) -> Any:
-        def steered(request: Any, steering: Steering) -> Any:
-            return measure(request, replace(steering, budget=budget))
+        def steered(request: Any, run: results.Run, steering: Steering) -> Any:
+            return measure(request, run, replace(steering, budget=budget))
 
         options = ("--budget", "9m", "-o", "run.json", *words)
         with monkeypatch.context() as patched:
-            patched.setattr(resolve, "measure", steered)
+            patched.setattr(scheduler, "measure", steered)
             return bench(*VIRTUAL, *small, *GRID, *options, fakes=["virtual_clock"])
 
     return run_inside
@@ -121,7 +120,7 @@ def test_scenarios_that_do_not_fit_are_left_out_and_the_note_says_how_to_go_on(
         ("ok", ""),
     ]
     assert not any(case.interrupted for case in cases)
-    assert "--budget left out 2 of 3 cases and cut short 0; go on with: python -m mla.bench " in done.error
+    assert "--budget skipped 2 of 3 cases and cut short 0; resume with: python -m mla.bench " in done.error
     words = shlex.split(done.error.partition("python -m mla.bench ")[2])
     assert bench(*words).code == 0
     after = results.read(Path("run.json")).cases
@@ -138,7 +137,7 @@ def test_passes_stop_at_the_deadline_and_what_was_measured_is_kept_and_checked(r
     assert measured[0].check.status == "ok"
     assert measured[0].latency_ms is not None
     assert len(measured[0].latency_ms.samples) == 2 * 4
-    assert "left out 2 of 3 cases and cut short 1; " in done.error
+    assert "skipped 2 of 3 cases and cut short 1; " in done.error
 
 
 def test_a_scenario_without_a_timed_pass_counts_as_left_out(run_inside: Any) -> None:
@@ -151,10 +150,10 @@ def test_a_scenario_without_a_timed_pass_counts_as_left_out(run_inside: Any) -> 
 def test_a_budget_that_is_over_at_once_runs_nothing(bench: Bench, small: list[str]) -> None:
     done = bench(*VIRTUAL, *small, *GRID, "--budget", "0.001", fakes=["virtual_clock"])
     assert done.code == 5
-    assert "--budget left out 3 of 3 cases and cut short 0; with -o, a later run could" in done.err
+    assert "--budget skipped 3 of 3 cases and cut short 0; with -o, a later run could" in done.err
     assert "is no duration" in bench(*VIRTUAL, "--budget", "soon").err
 
 
 def test_by_default_nothing_ends_a_run_early() -> None:
     assert Steering().budget.left() == float("inf")
-    assert Steering().hang_after == sweep.HANG_AFTER == duration("10m")
+    assert Steering().hang_after == HANG_AFTER == duration("10m")

@@ -118,7 +118,7 @@ def test_nothing_is_measured_when_nothing_is_missing(bench: Bench, partial: list
 def test_what_was_cut_short_or_left_out_is_measured_again(bench: Bench, partial: list[str]) -> None:
     run = read("run.json")
     run.cases[0].passes = 2
-    run.cases[1].check = results.Check(status="not run", reason="left out by --budget")
+    run.cases[1].check = results.Check(status="not run", reason="skipped by --budget")
     results.write(run, Path("run.json"))
     done = bench(*partial, "--resume", "run.json")
     assert "resuming   0 cases" in done.err
@@ -190,5 +190,5 @@ def test_a_file_without_a_plan_or_without_a_run_is_refused(bench: Bench, partial
     run.plan = None
     results.write(run, Path("run.json"))
     refused = bench(*partial, "--resume", "run.json").error
-    assert refused == "error: cannot resume 'run.json': it does not say what was planned; run it anew."
+    assert refused == "error: cannot resume 'run.json': it does not say what was planned; start a new run."
     assert bench(*partial, "--resume", "gone.json").error.startswith("error: cannot read 'gone.json'")

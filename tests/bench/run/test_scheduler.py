@@ -46,14 +46,14 @@ def test_a_point_that_does_not_fit_is_named_and_the_others_run(bench: Bench, sma
     axes = ("-a", "kv=8,2000000000")
     done = bench(*VIRTUAL, *small, *FEW, *axes, "-o", "run.json", fakes=["virtual_clock"])
     assert done.code == 0
-    assert "decode kv=2000000000 is left out: it needs about " in done.err
+    assert "decode kv=2000000000 is skipped: it needs about " in done.err
     fits, large = results.read(Path("run.json")).cases
     assert (fits.check.status, large.check.status, large.latency_ms) == ("ok", "not run", None)
     assert "; available are " in large.check.reason
     assert "decode kv=2000000000, mla: it needs about " in done.out
     plan = bench(*VIRTUAL, *small, *FEW, *axes, "--dry-run")
     assert plan.code == 0
-    assert re.search(r"^2 +decode kv=2000000000 .* does not fit, left out$", plan.err, re.MULTILINE)
+    assert re.search(r"^2 +decode kv=2000000000 .* does not fit, skipped$", plan.err, re.MULTILINE)
     assert "2 cases, about " in plan.err
 
 
@@ -116,7 +116,7 @@ def test_presets_are_shipped_workloads(bench: Bench, small: list[str]) -> None:
     standard = [(one.name, one.query_lens, one.history) for one in points["standard"]]
     for name in ("smoke", "full"):
         assert [(one.name, one.query_lens, one.history) for one in points[name][:2]] == standard
-        assert all(one.turns >= 6 for one in points[name]), "an interval needs 6 passes"
+        assert all(one.rounds >= 6 for one in points[name]), "an interval needs 6 passes"
     assert len(points["smoke"]) == 2
     assert {axis for point in points["full"] for axis in point.point} == {"kv", "batch", "q_len"}
     assert max(max(point.query_lens) for point in points["full"] if point.mode == "decode") > 1

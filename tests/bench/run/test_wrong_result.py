@@ -70,7 +70,7 @@ def test_an_op_that_goes_wrong_while_it_is_timed_loses_its_numbers(measure: Benc
     assert done.code == 4
     wrong, right = cases()["mla"], cases()["mla-reference"]
     assert wrong.check.status == "wrong"
-    assert wrong.check.reason.startswith("right before timing and wrong after it: ")
+    assert wrong.check.reason.startswith("correct before timing, wrong after it: ")
     assert (wrong.latency_ms, wrong.tokens_per_s) == (None, None)
     assert right.latency_ms is not None
     assert wrong.check.reason in done.out

@@ -101,7 +101,7 @@ def test_a_wrong_op_gets_no_number(measure: Bench, op: str, fault: str) -> None:
 def test_results_of_an_earlier_pass_do_not_count(measure: Bench, op: str) -> None:
     """1 call checks it, 1 warms it up, and so it stops in the first pass."""
     assert measure(op, fault="stops").code == 4
-    assert cases()[0].check.reason.startswith("right before timing and wrong after it: ")
+    assert cases()[0].check.reason.startswith("correct before timing, wrong after it: ")
     assert cases()[0].latency_ms is None
 
 
@@ -123,7 +123,7 @@ def test_an_op_that_goes_wrong_while_it_is_timed_loses_its_numbers(bench: Bench,
     words = ["--backend", "fake-wrong-op", *small[:2], *fault, *QUICK, "-o", "run.json"]
     assert bench(*words, fakes=["wrong_op"]).code == 4
     wrong, right = cases()
-    assert wrong.check.reason.startswith("right before timing and wrong after it: out: ")
+    assert wrong.check.reason.startswith("correct before timing, wrong after it: out: ")
     assert (wrong.latency_ms, right.latency_ms is not None) == (None, True)
 
 
@@ -163,7 +163,7 @@ def test_kv_b_is_applied_to_the_whole_context(measure: Bench) -> None:
 
 def test_without_a_fused_op_the_reference_runs_once(measure: Bench) -> None:
     done = measure("rotate_query", kind="rms_norm")
-    assert "mla-reference is left out: no fused op was chosen" in done.err
+    assert "mla-reference is skipped: no fused op was chosen" in done.err
     assert [case.implementation for case in cases()] == ["mla"]
     assert done.out.splitlines()[-1].startswith("Op Latency [rotate_query batch=3 q_len=2 heads=4]: ")
 

@@ -14,7 +14,7 @@ import torch
 
 import mla
 from mla.bench import results
-from mla.bench.plan.memory import plan_memory
+from mla.bench.plan.request import plan_scenario
 from mla.bench.subjects.inputs import expected_outputs, make_inputs
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting
@@ -241,7 +241,9 @@ def test_the_memory_plan_counts_every_layer() -> None:
     setting = Setting(config, backend, torch.bfloat16, "auto", 64, 0)
     lengths = {"query_lens": (1,) * 16, "history": (1000,) * 16}
     one, five = (
-        plan_memory(setting, Point(name="d", base="d", mode="decode", runs=10, layers=layers, **lengths), 1)
+        plan_scenario(
+            setting, Point(name="d", base="d", mode="decode", runs=10, layers=layers, **lengths), ["mla"]
+        ).memory
         for layers in (1, 5)
     )
     layer = MlaLayer(setting, random_state_dict(config))

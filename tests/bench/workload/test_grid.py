@@ -109,7 +109,11 @@ def test_without_axes_a_scenario_stays_what_it_is() -> None:
         {},
         ["--scenario", "decode"],
     )
-    assert (point.query_lens, point.history, point.turns) == (DECODE.query_lens, DECODE.history, DECODE.turns)
+    assert (point.query_lens, point.history, point.rounds) == (
+        DECODE.query_lens,
+        DECODE.history,
+        DECODE.rounds,
+    )
 
 
 def test_a_scenario_may_bring_axes_which_the_command_line_replaces() -> None:

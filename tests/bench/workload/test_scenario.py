@@ -39,11 +39,11 @@ def test_the_shipped_workload_is_the_two_standard_scenarios() -> None:
     assert (prefill.name, prefill.mode) == ("prefill", "prefill")
     assert prefill.query_lens == (64, 128, 256, 256)
     assert prefill.history == (512, 0, 0, 256)
-    assert prefill.turns * prefill.steps == 100
+    assert prefill.rounds * prefill.steps == 100
     assert (decode.name, decode.mode) == ("decode", "decode")
     assert decode.query_lens == (1,) * 16
     assert decode.history == (50,) * 4 + (100,) * 4 + (200,) * 4 + (400,) * 4
-    assert (decode.steps, decode.turns) == (100, 6)
+    assert (decode.steps, decode.rounds) == (100, 6)
     assert decode.final_lens == tuple(length + 100 for length in decode.history)
 
 
@@ -148,8 +148,8 @@ def test_an_unknown_scenario_is_guessed() -> None:
 @given(runs=st.integers(1, 500), passes=st.integers(1, 60))
 def test_a_prefill_never_runs_less_than_asked_nor_an_empty_pass(runs: int, passes: int) -> None:
     scenario = Scenario(name="a", mode="prefill", query_lens=(1,), history=(0,), runs=runs, passes=passes)
-    assert runs <= scenario.turns * scenario.steps < runs + scenario.turns
-    assert scenario.turns <= passes
+    assert runs <= scenario.rounds * scenario.steps < runs + scenario.rounds
+    assert scenario.rounds <= passes
 
 
 def test_decode_lengths_grow_with_each_step_and_prefill_lengths_do_not() -> None:

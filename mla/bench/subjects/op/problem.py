@@ -10,7 +10,7 @@ import torch
 
 from mla import cost
 from mla.bench.subjects.inputs import generator
-from mla.bench.workload.op_scenario import OpScenario
+from mla.bench.workload.grid import Point
 from mla.config import MLAConfig
 from mla.layer.ops import layer_roles
 from mla.layer.rope import RotaryTable
@@ -38,7 +38,7 @@ class OpProblem:
     kind: str
     spec: Any  # as the op gets it, of the run's device
     config: MLAConfig
-    scenario: OpScenario
+    scenario: Point
     seed: int
     given: Tensors = field(default_factory=dict)
     truth: Tensors = field(default_factory=dict)
@@ -68,10 +68,11 @@ class OpProblem:
         _DRAWERS[self.kind](self, normal)
 
 
-def op_problem(setting: Setting, scenario: OpScenario) -> OpProblem:
+def op_problem(setting: Setting, scenario: Point) -> OpProblem:
     """Return the problem of a scenario in its own setting; nothing is drawn yet."""
-    kind, spec = layer_roles(setting.config, setting.dtype, setting.device)[scenario.role]
-    return OpProblem(scenario.role, kind, spec, setting.config, scenario, setting.seed)
+    assert scenario.op is not None
+    kind, spec = layer_roles(setting.config, setting.dtype, setting.device)[scenario.op]
+    return OpProblem(scenario.op, kind, spec, setting.config, scenario, setting.seed)
 
 
 Normal = Callable[..., torch.Tensor]  # shape, scale -> N(0, scale^2) in the run's dtype

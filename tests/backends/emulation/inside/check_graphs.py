@@ -10,7 +10,7 @@ import torch
 import mla
 from mla.weights import random_state_dict
 from mla_backends import BackendError
-from mla_backends.torch_graph import WARMUPS
+from mla_backends.torch_backend.graph import WARMUPS
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mla_backends import torch_report
 from mla_backends.api import Availability, Backend, DeviceInfo, MemoryInfo, Timer
 from mla_backends.errors import BackendError, BackendOptionError, DeviceUnavailable, describe
 from mla_backends.monitor import Monitor
-from mla_backends.torch_graph import capture
-from mla_backends.torch_timing import EventTimer
+from mla_backends.torch_backend.graph import capture
+from mla_backends.torch_backend.report import known, report, sensor_facts, set_variables, versions
+from mla_backends.torch_backend.timing import EventTimer
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ class TorchBackend(Backend):
     def probe_module(self, module: ModuleType, evidence: Mapping[str, str]) -> Availability:
         """Ask `module` whether it has a device; what it warns about on the way becomes part of the reason."""
         call = f"torch.{self.device_type}.is_available()"
-        evidence = {**evidence, **torch_report.set_variables(self.visibility)}
+        evidence = {**evidence, **set_variables(self.visibility)}
         try:
             with _overheard() as remarks:
                 available = bool(module.is_available())
@@ -92,7 +92,7 @@ class TorchBackend(Backend):
     def device_hint(self) -> str:
         """Return what to check when the software is there and the device is not."""
         tool = f"`{self.query_tool}`" if self.query_tool else "the driver"
-        found = torch_report.set_variables(self.visibility)
+        found = set_variables(self.visibility)
         if found:
             hiding = " and ".join(f"{name}='{value}'" for name, value in found.items())
             return f"check that {tool} lists the device and that {hiding} does not hide it"
@@ -200,6 +200,10 @@ class TorchBackend(Backend):
             return None
         return f"{found.major}.{found.minor}"
 
+    def multiprocessors(self) -> int | None:
+        """Return the number of multiprocessors; None where the stack does not report it."""
+        return known(self.properties(), "multi_processor_count")
+
     def native_bfloat16(self) -> bool | None:
         """Return what the stack says about bfloat16 without emulation; None where it cannot say."""
         function = getattr(self.module, "is_bf16_supported", None)
@@ -214,8 +218,8 @@ class TorchBackend(Backend):
             return DeviceInfo(name=self.device_type)
         return DeviceInfo(
             name=str(found.name),
-            memory_bytes=torch_report.known(found, "total_memory"),
-            cache_bytes=torch_report.known(found, "L2_cache_size"),
+            memory_bytes=known(found, "total_memory"),
+            cache_bytes=known(found, "L2_cache_size"),
         )
 
     def memory(self) -> MemoryInfo:
@@ -250,7 +254,25 @@ class TorchBackend(Backend):
 
     def environment(self) -> Mapping[str, str]:
         """Report versions, variables and sensors. A part that cannot be read says so and harms no other."""
-        return torch_report.report(self)
+        return report(
+            {
+                "versions": lambda: versions(self.requires, self.packages),
+                "device": self._device_facts,
+                "variables": lambda: set_variables((*self.visibility, *self.variables)),
+                "vendor": self.vendor_facts,
+                "sensors": lambda: sensor_facts(self.monitor, self.at_setup),
+            }
+        )
+
+    def _device_facts(self) -> Mapping[str, str]:
+        facts = {
+            "device": self.device,
+            "device_count": self.module.device_count(),
+            "capability": self.capability(),
+            "multiprocessors": self.multiprocessors(),
+            "graphs": self.graphs,
+        }
+        return {name: str(value) for name, value in facts.items() if value is not None}
 
 
 @contextmanager

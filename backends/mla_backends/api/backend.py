@@ -1,0 +1,138 @@
+"""`Backend`: one kind of device, as a plugin describes it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from mla_backends.api.facts import Availability, DeviceInfo, MemoryInfo
+from mla_backends.api.ops import FusedOp, OpCall
+from mla_backends.api.timing import HostTimer, Timer
+from mla_backends.errors import BackendOptionError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mla_backends.discovery import Entry
+
+
+class Backend(ABC):
+    """One kind of device. `TorchBackend` implements the optional part for devices with a torch module.
+
+    Example::
+
+        from mla_backends import Availability, TorchBackend, hookimpl
+
+        class Acme(TorchBackend):
+            name = "acme"
+            api_version = 1               # the contract it was written for
+            device_type = "acme"          # torch.acme exists after this import
+            requires = ("torch_acme",)
+
+        @hookimpl
+        def mla_backend(options):
+            return Acme(options)
+    """
+
+    name: str
+    api_version: int  # no default: a plugin must not inherit whatever version happens to be installed
+    device: torch.device | None = None  # what `setup` returned
+    entry: Entry | None = None  # where the registry found it: name, distribution and version
+
+    def __init__(self, options: Mapping[str, str] | None = None) -> None:
+        """Keep the user's `-O key=value` options; a subclass names those it knows in `known_options`.
+
+        Raises `BackendOptionError` for others; a subclass does so for values that it does not take.
+        """
+        self.options = dict(options or {})
+        unknown = sorted(set(self.options) - set(self.known_options()))
+        if unknown:
+            raise BackendOptionError.unknown(self.name, unknown, self.known_options())
+        threads = str(self.options.get("threads", 1))
+        if not threads.isdecimal() or int(threads) < 1:
+            raise BackendOptionError(
+                f"backend '{self.name}' needs a positive number of threads, got '{threads}'."
+            )
+
+    @classmethod
+    def known_options(cls) -> tuple[str, ...]:
+        """Names of the options this backend understands. `threads` is passed by `--threads`."""
+        return ("threads",)
+
+    @abstractmethod
+    def probe(self) -> Availability:
+        """Say whether the device can be used. No exception, no subprocess, no device context, < 50 ms."""
+
+    @abstractmethod
+    def setup(self, index: int | None = None) -> torch.device:
+        """Make device `index` (default: the current one) usable and return it.
+
+        The device equals that of a tensor made on it (`cpu`, not `cpu:0`). Raises `BackendError`.
+        """
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until all submitted work is done."""
+
+    def device_count(self) -> int | None:
+        """Return how many devices this process sees, before `setup` as well; None: they cannot be counted.
+
+        Tasks on one node then take device (local task number) modulo this; with None, the current one.
+        """
+        return None
+
+    def device_info(self) -> DeviceInfo:
+        """Describe the device; unknown facts are None."""
+        return DeviceInfo(name=self.name)
+
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Return the floating dtypes the device computes natively (not emulated)."""
+        import torch
+
+        return (torch.bfloat16, torch.float32)
+
+    def timer(self) -> Timer:
+        """Return a timer for the headline numbers: host clock, synchronization included."""
+        return HostTimer(self.synchronize)
+
+    def device_timer(self) -> Timer | None:
+        """Return a timer on the device's own clock; None where there is none."""
+        return None
+
+    def graph(self, fn: Callable[[], None]) -> Callable[[], None] | None:
+        """Capture `fn` and return its replay, or None where the stack has no graphs."""
+        return None
+
+    def memory(self) -> MemoryInfo:
+        """Return memory counters of the device; unknown ones are None."""
+        return MemoryInfo()
+
+    def empty_cache(self) -> None:  # noqa: B027  # optional on purpose
+        """Give cached memory back to the device."""
+
+    def environment(self) -> Mapping[str, str]:
+        """Report driver, SDK and library versions, for the result file."""
+        return {}
+
+    def sensors(self) -> Mapping[str, str]:
+        """Report what changes while the device works (clocks, power, temperature), units in the names.
+
+        Asked before and after timed passes, never between. Empty where there are no sensors.
+        """
+        return {}
+
+    def ops(self) -> Mapping[str, FusedOp]:
+        """Return fused ops by implementation name, best first; each says in `contract` which op it is."""
+        return {}
+
+    def sequence(self, calls: Sequence[OpCall], moving: Sequence[torch.Tensor]) -> Callable[..., None] | None:
+        """Return one callable that makes `calls` in their order, or None: then they are made one by one.
+
+        For hosts on which handing over a call takes as long as a small op. The layer asks when a forward
+        comes a second time on the same memory, and calls the result with tensors that stand in for `moving`,
+        of the same shapes, dtypes and strides, which it must not keep alive. They appear in `calls` as
+        themselves, never as views. All other tensors stay those of `calls`; what they hold may change, and so
+        may the number of host threads. Errors are those of the ops.
+        """
+        return None

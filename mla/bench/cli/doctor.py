@@ -1,0 +1,36 @@
+"""`doctor`: why a backend is or is not usable."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from mla.command import environment
+from mla.command.console import note, out
+from mla.command.exit_codes import Exit
+from mla.command.options import Word
+
+
+@click.command(short_help="Say why a backend is or is not usable.")
+@click.argument("name", cls=Word, required=False, help="Backend, or package.module:attribute. Default: all.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def doctor(name: str | None, as_json: bool) -> int:
+    """Say why a backend is or is not usable, one fix per line.
+
+    Imports torch, probes the backend, sets up its device and lists its ops for the default config, each in a
+    process of its own, so that a library that aborts or hangs becomes a line of the report. If torch itself
+    does not import, the extension to blame is named.
+
+    Exit code 0 if the backend, or without NAME any backend, is usable; 3 if not, or if there is no such
+    backend.
+    """
+    from mla.bench.doctor import diagnosis
+
+    if mixed := environment.mixed_installation():
+        note(mixed)
+    report = diagnosis.examine(name)
+    facts = {**asdict(report), "usable": report.usable}
+    out(json.dumps(facts, indent=1) + "\n" if as_json else diagnosis.as_text(report))
+    return Exit.OK if report.usable else Exit.BACKEND

@@ -1,0 +1,41 @@
+"""`list`: the backends there are, or the presets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from mla.command.console import out
+from mla.command.exit_codes import Exit
+from mla_backends import status
+
+
+@click.command("list", short_help="Show backends and their state, or the presets.")
+@click.option("--configs", is_flag=True, help="Show the presets of --config and where they were read.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def list_backends(configs: bool, as_json: bool) -> int:
+    """Show every installed and known backend and whether it is usable. Each is probed in its own process."""
+    out(_configs(as_json) if configs else _backends(as_json))
+    return Exit.OK
+
+
+def _configs(as_json: bool) -> str:
+    from mla.bench.terminal.configs import as_objects, as_table
+
+    return json.dumps(as_objects(), indent=1) + "\n" if as_json else as_table()
+
+
+def _backends(as_json: bool) -> str:
+    backends = status.statuses()
+    if as_json:
+        return json.dumps([asdict(one) for one in backends], indent=1) + "\n"
+    width = max(len(one.name) for one in backends)
+    return "".join(_line(one, width) for one in backends)
+
+
+def _line(one: status.Status, width: int) -> str:
+    version = f" {one.distribution} {one.version}" if one.distribution else ""
+    why = "; ".join(part for part in (one.reason, one.hint) if part)
+    return f"{one.name:{width}}  {one.state}{version}{': ' + why if why else ''}\n"

@@ -1,0 +1,139 @@
+"""`run`: measure one layer, or one op, on one device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mla.bench import results
+from mla.bench.cli import compare
+from mla.bench.cli.run_options import run_options
+from mla.bench.plan.options import RunOptions
+from mla.bench.run.budget import Budget
+from mla.bench.terminal import run_table
+from mla.bench.terminal.comparison import compare_runs
+from mla.bench.terminal.quality_warnings import quality_warnings
+from mla.command.console import note, out
+from mla.command.exit_codes import Exit
+
+if TYPE_CHECKING:
+    from mla.bench.plan.request import Request
+    from mla.bench.run.outcome import Outcome
+
+EPILOG = """\b
+Examples:
+  python -m mla.bench --backend cpu
+  python -m mla.bench --backend cpu --config deepseek-r1 --runs 10 -o run.json
+  python -m mla.bench --backend cpu --scenario decode --implementations mla,transformers
+  python -m mla.bench --backend cpu --scenario decode -a kv=1k..16k*4 -a batch=1,16 -o sweep.json
+  python -m mla.bench --backend cpu --preset full --budget 10m -o full.json
+  python -m mla.bench --backend cpu --op latent_attention --batch 64 --kv 4k
+  python -m mla.bench --backend my_module:MyBackend --workload mine.toml --dry-run
+  python -m mla.bench compare before.json after.json --fail-slower 3%
+  python -m mla.bench report before.json after.json --html report.html
+  python -m mla.bench ceilings --backend cpu
+  python -m mla.bench list
+  python -m mla.bench doctor cpu
+  python -m mla.bench new-backend acme ./acme
+
+\b
+Exit codes: 0 ok, 1 regression, 2 usage, 3 backend missing, unusable or hung,
+4 wrong result, 5 nothing ran, 130 interrupted, 143 ended by SIGTERM (the partial result is written).
+"""
+
+
+class RunCommand(click.Command):
+    """`run`, whose help also lists the other commands."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options and then the commands beside `run`."""
+        super().format_options(ctx, formatter)
+        assert ctx.parent is not None
+        group = ctx.parent.command
+        assert isinstance(group, click.Group)
+        others = [(name, one.get_short_help_str()) for name, one in group.commands.items() if one is not self]
+        with formatter.section("Commands"):
+            formatter.write_dl([("run", "What is described here; the default."), *others])
+
+
+@click.command(cls=RunCommand, epilog=EPILOG, short_help="Measure the layer (the default).")
+@run_options
+def run(**values: Any) -> int:
+    """Measure one MLA layer on one device.
+
+    By default the two standard scenarios run with the deepseek-v2-lite config: a prefill of 4 requests with
+    704 new tokens, and 100 decode steps of 16 requests. Outputs are checked against a float64 oracle before
+    and after timing. stdout carries the result, stderr everything else.
+    """
+    options = RunOptions(**values)
+    budget = Budget(options.budget)
+    baseline = results.read(options.baseline) if options.baseline else None
+    old = results.read(options.resume) if options.resume else None
+    from mla.bench.plan.resolve import resolve
+
+    request = resolve(options)
+    if options.list_ops:
+        return _list_ops(request)
+    return _run(options, request, budget, old, baseline)
+
+
+def _list_ops(request: Request) -> Exit:
+    from mla.bench.subjects.fixture import make_ops
+
+    out("".join(f"{line}\n" for line in make_ops(request.setting).explain()))
+    return Exit.OK
+
+
+def _run(
+    options: RunOptions,
+    request: Request,
+    budget: Budget,
+    old: results.Run | None,
+    baseline: results.Run | None,
+) -> int:
+    """Say what will run, run it, write it and print it."""
+    from mla.bench.plan import preview
+    from mla.bench.plan.request import empty_run
+    from mla.bench.run import scheduler
+    from mla.bench.run.outcome import verdict
+    from mla.bench.run.steering import steering
+
+    empty = empty_run(request)
+    preview.describe(request, empty.environment, note)
+    preview.require_memory(request)
+    if options.dry_run:
+        preview.dry_run(request, note)
+        return Exit.OK
+    course = steering(options, request, empty, budget, old, lambda run: _show(options, run))
+    outcome = scheduler.measure(request, empty, course)
+    _report(options, request, outcome)
+    code = verdict(outcome)
+    return code if code or baseline is None else _gate(options, baseline, outcome.run)
+
+
+def _report(options: RunOptions, request: Request, outcome: Outcome) -> None:
+    """Write the result file, print the table, and name what a budget cut."""
+    from mla.bench.run.steering import skipped
+
+    try:
+        if options.target:
+            results.write(outcome.run, options.target)
+    finally:  # the numbers must survive a disk that has filled up
+        _show(options, outcome.run)
+    if missing := skipped(options, request, outcome.run):
+        note(missing)
+
+
+def _show(options: RunOptions, run: results.Run) -> None:
+    if run.cases:
+        out(run_table.render(run, options.kind))
+        for warning in quality_warnings(run):
+            note(warning)
+
+
+def _gate(options: RunOptions, baseline: results.Run, run: results.Run) -> Exit:
+    """Compare with the baseline: below the table, or on stderr where stdout is for machines."""
+    text, cases = compare_runs(baseline, run, f"this run against {options.baseline}", options.kind)
+    (out if options.kind in ("table", "md") else note)(f"\n{text}")
+    return compare.verdict(cases, options.fail_slower)

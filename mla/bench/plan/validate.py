@@ -1,0 +1,137 @@
+"""Judge what the options ask for. Every mistake shows here, before any work.
+
+`check_options` and `check_points` need nothing but the command line and the workload; `check_layer` also the
+layer and the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mla.bench.plan.options import RunOptions
+from mla.bench.workload.grid import Axes, Point
+from mla.bench.workload.op_scenario import READS_HISTORY
+from mla.bench.workload.scenario import STANDARD
+from mla.errors import UsageError
+from mla.text import dtype_name
+
+if TYPE_CHECKING:
+    from mla.config import MLAConfig
+    from mla_backends.api import Backend
+
+
+def check_options(options: RunOptions, axes: Axes) -> None:
+    """Raise `UsageError` for options that contradict each other or lack one that they need."""
+    if options.baseline is None and options.fail_slower is not None:
+        raise UsageError("--fail-slower needs a run to compare with: add --baseline FILE.")
+    if options.preset and options.workload:
+        raise UsageError("--preset and --workload are mutually exclusive: a preset is a shipped workload.")
+    _check_op_shape(options, axes)
+    _check_op_alone(options)
+    _check_checkpoint(options)
+    _check_page_size(options.page_size)
+
+
+def _check_op_shape(options: RunOptions, axes: Axes) -> None:
+    given = [flag for flag, value in options.op_shape.items() if value is not None]
+    for flag in given:
+        if flag[2:].replace("-", "_") in axes:
+            raise UsageError(f"{flag} and an axis of that name are mutually exclusive: keep one.")
+    if options.op is None and given:
+        raise UsageError(f"{given[0]} shapes one op: it needs --op; a workload has its own lengths.")
+
+
+def _check_op_alone(options: RunOptions) -> None:
+    """Raise `UsageError` for options about the whole layer beside `--op`."""
+    if options.op is None:
+        return
+    layer = {
+        "--workload": options.workload not in (None, STANDARD),
+        "--preset": options.preset is not None,
+        "--scenario": options.scenarios,
+        "--model-path": options.model_path,
+        "--attention": options.attention != "auto",
+        "--layers": options.layers is not None,
+    }
+    given = [flag for flag, value in layer.items() if value]
+    if given:
+        raise UsageError(
+            f"{given[0]} is about the whole layer: leave it out with --op, whose shape is --batch, --kv, "
+            "--q-len, --heads and --config."
+        )
+
+
+def _check_checkpoint(options: RunOptions) -> None:
+    if options.layer is not None and not options.model_path:
+        raise UsageError("--layer chooses a layer of a checkpoint: it needs --model-path.")
+    if options.model_path and options.config is not None:
+        raise UsageError(
+            "--config and --model-path are mutually exclusive: the checkpoint's own config.json is used."
+        )
+
+
+def _check_page_size(size: int | None) -> None:
+    if size is not None and (size < 1 or size & (size - 1)):
+        raise UsageError(f"--page-size must be a power of two, got {size}.")
+
+
+def check_points(options: RunOptions, points: Sequence[Point]) -> None:
+    """Raise `UsageError` for options that the scenarios contradict."""
+    for flag, name in (("--dtype", "dtype"), ("--page-size", "page_size")):
+        if getattr(options, name) is not None and any(name in point.point for point in points):
+            raise UsageError(
+                f"{flag} and an axis {name} are mutually exclusive: list every value in the axis."
+            )
+    with_heads = [point.name for point in points if point.heads]
+    if options.model_path and with_heads:
+        raise UsageError(f"scenario '{with_heads[0]}' sets heads, which a checkpoint's weights fix.")
+
+
+def check_dtype(backend: Backend, dtype: object) -> None:
+    """Raise `UsageError` for a dtype that the device only emulates."""
+    native = backend.dtypes()
+    if dtype not in native:
+        raise UsageError(
+            f"backend '{backend.name}' does not compute {dtype_name(dtype)} natively; "
+            f"choose --dtype from: {', '.join(map(dtype_name, native))}."
+        )
+
+
+def check_heads(config: MLAConfig, points: Sequence[Point]) -> None:
+    """Raise `UsageError` for a number of heads that no tensor-parallel rank of the model has."""
+    whole = config.num_attention_heads
+    for point in points:
+        heads = point.point.get("heads")
+        if isinstance(heads, int) and (heads > whole or whole % heads):
+            problem = "are more than" if heads > whole else "do not divide"
+            raise UsageError(
+                f"axis heads: {heads} {problem} the {whole} heads of {config.name}; a tensor-parallel rank "
+                "has an equal share of them."
+            )
+
+
+def check_op_uses_shape(options: RunOptions, points: Sequence[Point]) -> None:
+    """Raise `UsageError` for `--kv` and `--heads` that change none of the op's roles."""
+    if options.op is None:
+        return
+    roles = list(dict.fromkeys(point.op for point in points if point.op))
+    unused = []
+    if options.kv is not None and not any(role in READS_HISTORY for role in roles):
+        unused.append("--kv")
+    if options.heads is not None and not any(point.heads for point in points):
+        unused.append("--heads")
+    if unused:
+        raise UsageError(f"{' and '.join(unused)} makes no difference to {', '.join(roles)}: leave it out.")
+
+
+def check_stages(options: RunOptions, points: Sequence[Point], implementations: Sequence[str]) -> None:
+    """Raise `UsageError` where `--stages` has nothing to time, or more than one layer."""
+    if not options.stages:
+        return
+    if not any(name.startswith("mla") for name in implementations):
+        raise UsageError("--stages times the parts of mla and mla-reference: run one of them.")
+    if options.op is not None:
+        raise UsageError("--stages times the parts of a layer, and --op is one part alone.")
+    if any(point.layers > 1 for point in points):
+        raise UsageError("--stages times one layer: leave out --layers.")

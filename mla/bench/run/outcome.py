@@ -1,0 +1,53 @@
+"""How a run ended, as a result and as an exit code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mla.bench import results
+from mla.command import error_origin
+from mla.command.console import note
+from mla.command.exit_codes import Exit, interrupted
+from mla.errors import MLAError
+from mla.text import first_line
+from mla_backends import BackendError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run, complete or cut short by an interrupt or a failure to print; finished cases are kept."""
+
+    run: results.Run
+    interrupted: bool = False
+    failure: MLAError | BackendError | None = None
+
+
+class RunFailed(MLAError):
+    """An op, a backend or torch raised while a scenario ran."""
+
+    exit_code = 3
+
+
+def failure_of(scenario: str, error: Exception) -> MLAError | BackendError:
+    """Return what to print: our own sentence, or what was raised and where."""
+    if isinstance(error, (MLAError, BackendError)):
+        return error
+    return RunFailed(
+        f"scenario '{scenario}' failed: {type(error).__name__}: {first_line(error)} "
+        f"({error_origin.place(error)})."
+    )
+
+
+def verdict(outcome: Outcome) -> Exit:
+    """Return the exit code of a run, and say on stderr why it is not 0. Raises what made the run fail."""
+    if outcome.failure is not None:
+        raise outcome.failure
+    if outcome.interrupted:
+        code = interrupted()
+        by = " by SIGTERM" if code == Exit.TERMINATED else ""
+        note(f"interrupted{by}: the result holds what was measured until then")
+        return code
+    if any(case.check.status == "wrong" for case in outcome.run.cases):
+        note("wrong result: at least one implementation disagrees with the oracle and got no number")
+        return Exit.WRONG
+    return Exit.OK if any(case.latency_ms for case in outcome.run.cases) else Exit.NOTHING_RAN
