@@ -247,7 +247,7 @@ def test_axes_lay_a_grid_over_an_op_whose_points_rerun(bench: Bench, small: list
         assert getattr(again, name) == getattr(case, name), name
 
 
-def test_an_axis_and_the_option_of_its_name_exclude_each_other(bench: Bench) -> None:
+def test_an_axis_and_the_option_of_its_name_are_mutually_exclusive(bench: Bench) -> None:
     done = bench("--backend", "cpu", "--op", "latent_attention", "--q-len", "2", "-a", "q_len=1,2")
     assert done.code == 2
-    assert "--q-len and an axis of that name exclude each other" in done.err
+    assert "--q-len and an axis of that name are mutually exclusive" in done.err
