@@ -26,7 +26,6 @@ REQUIRED = ("mla", "mla_backends")
 OPTIONAL = tuple(f"mla_backend_{name}" for name in ("cpu", "nvidia", "moore", "metax", "iluvatar"))
 INSTALLED, CHECKOUT = "site-packages", "this checkout"
 FAKES = ROOT / "tests" / "fakes"
-sys.path.append(str(ROOT / "tests" / "checkpoints"))  # for `import checkpoint_maker`, anywhere in the tests
 
 
 def pytest_configure(config: pytest.Config) -> None:

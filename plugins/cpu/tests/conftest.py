@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.append(str(Path(__file__).parent))  # for `import native_cases`
 
 import native_cases
+import pytest
+import torch
 
 from mla_backend_cpu.instruction_sets import EMULATED
 from mla_backend_cpu.library import Library, load

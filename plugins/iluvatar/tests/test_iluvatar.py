@@ -1,4 +1,4 @@
-"""The Iluvatar backend without a card. Its life on an emulated one is in tests/emulation."""
+"""The Iluvatar backend without a card. Its life on an emulated one is in tests/backends/emulation."""
 
 from __future__ import annotations
 

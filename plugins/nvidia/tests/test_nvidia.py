@@ -1,4 +1,4 @@
-"""The NVIDIA backend without a card. Its life on an emulated one is in tests/emulation."""
+"""The NVIDIA backend without a card. Its life on an emulated one is in tests/backends/emulation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the unit tests share: a layer on a poisoned cache, attention problems with their truth, checks.
+"""What tests of the core share: a layer on a poisoned cache, attention problems with their truth, checks.
 
 The checks are the same for right and for deliberately wrong code (test_mutations.py). Errors are relative,
 per row of the last dimension: per token for the layer, per token and head for an attention op.

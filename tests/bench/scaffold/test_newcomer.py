@@ -25,7 +25,7 @@ if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this torch cannot take a device written in Python", allow_module_level=True)
 
 HERE = Path(__file__).parent
-VENDOR = (HERE.parent / "emulation" / "device", HERE / "torch_acme")
+VENDOR = (HERE.parents[1] / "backends" / "emulation" / "device", HERE / "torch_acme")
 DIMS = {
     "hidden_size": 64,
     "num_attention_heads": 4,

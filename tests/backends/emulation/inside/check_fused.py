@@ -25,7 +25,7 @@ from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
 
-FAKES = Path(__file__).resolve().parents[2] / "fakes" / "kernels"
+FAKES = Path(__file__).resolve().parents[3] / "fakes" / "kernels"
 PACKAGES = (
     "flash_mla",
     "mate",

@@ -45,9 +45,8 @@ def config(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def measure(bench: Bench, config: None, monkeypatch: pytest.MonkeyPatch) -> Bench:
+def measure(bench: Bench, config: None) -> Bench:
     """Return `bench` for one op of the tiny config on a backend whose op of that kind has a fault."""
-    monkeypatch.syspath_prepend(Path(__file__).parent)
 
     def measure(op: str, *words: str, fault: str = "none", kind: str = "") -> Any:
         backend = [*FAULTY, "-O", f"op={kind or op}", "-O", f"fault={fault}"]
@@ -251,7 +250,7 @@ def test_axes_lay_a_grid_over_an_op_whose_points_rerun(bench: Bench, small: list
         assert getattr(again, name) == getattr(case, name), name
 
 
-def test_an_axis_and_the_option_of_its_name_exclude_each_other(bench: Bench) -> None:
+def test_an_axis_and_the_option_of_its_name_are_mutually_exclusive(bench: Bench) -> None:
     done = bench("--backend", "cpu", "--op", "latent_attention", "--q-len", "2", "-a", "q_len=1,2")
     assert done.code == 2
     assert "--q-len and an axis of that name are mutually exclusive" in done.err

@@ -266,7 +266,7 @@ except KeyboardInterrupt:
 
 
 def test_the_example_in_the_readme_works(python: Python, tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[2] / "backends" / "README.md").read_text()
+    readme = (Path(__file__).parents[3] / "backends" / "README.md").read_text()
     (tmp_path / "my_backend.py").write_text(readme.split("```python\n")[1].split("```")[0])
     code = (
         "from mla_backends.registry import open_backend; print(open_backend('my_backend:mla_backend').device)"

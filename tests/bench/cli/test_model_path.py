@@ -21,7 +21,7 @@ from mla.bench import results
 
 Bench = Callable[..., Any]
 
-ATTENTION_TEST = Path(__file__).parents[2] / "benchmarks" / "attention_test.py"
+ATTENTION_TEST = Path(__file__).parents[3] / "benchmarks" / "attention_test.py"
 INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-000002.safetensors", "model-00002-of-000002.safetensors")
 

@@ -18,6 +18,7 @@ import mla_backends
 from mla_backends.known import KNOWN
 
 ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("layer", "config", "cache", "reference", "checkpoint", "cost", "verify", "support")
 PLUGINS = sorted((ROOT / "plugins").glob("*/mla_backend_*"))
 
 
@@ -74,11 +75,11 @@ def test_the_core_never_imports_a_plugin() -> None:
         assert not [name for name in found if name.startswith("mla_backend_")], path
 
 
-def test_the_core_and_its_unit_tests_never_name_a_vendor() -> None:
+def test_the_core_and_its_tests_never_name_a_vendor() -> None:
     names = {word for entry in KNOWN.values() for word in (entry.name, *entry.also)} - {"cpu", "cuda"}
     assert len(names) >= 7
     vendor = re.compile(rf"(?<![a-z])({'|'.join(sorted(names))})(?![a-z])", re.IGNORECASE)
-    for path in python_files(ROOT / "mla", ROOT / "tests" / "unit"):
+    for path in python_files(ROOT / "mla", *(ROOT / "tests" / room for room in ROOMS)):
         assert not vendor.findall(path.read_text(encoding="utf-8")), path
 
 

@@ -4,7 +4,7 @@
 "tiny", "ragged" (odd, with FP8 blocks cut off by the edges) and "real" (DeepSeek-R1's). As a program it
 writes one folder, to try a command on without the weights of a model:
 
-    python tests/checkpoints/checkpoint_maker.py fp8-sharded real /tmp/layer
+    python tests/support/checkpoint_maker.py fp8-sharded real /tmp/layer
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import torch
 from mla_backends import FusedOp
 from mla_backends.api import AttentionSpec, SegmentLengths
 
-FAKES = Path(__file__).resolve().parents[2] / "tests" / "fakes" / "kernels"
+FAKES = Path(__file__).resolve().parents[2] / "fakes" / "kernels"
 PACKAGES = ("flash_mla", "mate", "ixformer", "flashinfer", "flash_attn", "flash_attn_interface")
 LATENT, ROTARY, NOPE, VALUE = 512, 64, 128, 128
 SCALE = 1.3 * (NOPE + ROTARY) ** -0.5  # neither the width's root nor that of the head
