@@ -32,7 +32,7 @@ FREE = {"mla", "mla.__init__", "mla.backend", "mla.errors", "mla.text", "mla.wei
 
 
 def room_of(module: str) -> str | None:
-    """Return the room a module is in: a folder of mla, or of mla/bench; None for modules that are free to all."""
+    """Return the room of a module: a folder of mla or of mla/bench; None if it is free to all."""
     if module in FREE or not module.startswith("mla."):
         return None
     parts = module.split(".")
