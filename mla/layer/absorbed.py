@@ -23,14 +23,12 @@ class AbsorbedPath:
     interleaved: bool
     softmax_scale: float
 
-    def run(
-        self,
-        ops: Ops,
-        projected: Projected,  # q not yet rotated; the group's rows of `heads` are written
-        group: AbsorbedGroup,
-        pages: torch.Tensor,  # [pages, page, c + r]
-    ) -> None:
-        """Attend with q_nope W_UK, joined with the rotated q_pe, over the latents; then apply W_UV."""
+    def run(self, ops: Ops, projected: Projected, group: AbsorbedGroup, pages: torch.Tensor) -> None:
+        """Attend with q_nope W_UK, joined with the rotated q_pe, over the latents; then apply W_UV.
+
+        Takes `projected.q` not yet rotated and `pages` [pages, page, c + r]; writes the group's rows of
+        `projected.heads`.
+        """
         views, packed = self.views.absorbed(projected, group.tokens), self.weights.packed
         ops["w_uk"].op(packed["w_uk"], x=views.q_nope, out=views.latent_nope)
         ops["rotate_query"].op(

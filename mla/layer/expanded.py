@@ -50,14 +50,12 @@ class ExpandedPath:
     interleaved: bool
     softmax_scale: float
 
-    def run(
-        self,
-        ops: Ops,
-        projected: Projected,  # q not yet rotated; the group's rows of `heads` are written
-        group: ExpandedGroup,
-        pages: torch.Tensor,  # [pages, page, c + r]
-    ) -> None:
-        """Rebuild k and v of the context round by round and run multi-head attention."""
+    def run(self, ops: Ops, projected: Projected, group: ExpandedGroup, pages: torch.Tensor) -> None:
+        """Rebuild k and v of the context round by round and run multi-head attention.
+
+        Takes `projected.q` not yet rotated and `pages` [pages, page, c + r]; writes the group's rows of
+        `projected.heads`.
+        """
         q = self.scratch.rows("expanded_q", projected.q, group.tokens)
         rotary = q[..., self.qk_nope_head_dim :]
         ops["rotate_query"].op(x=rotary, cos_sin=group.cos_sin, interleaved=self.interleaved, out=rotary)

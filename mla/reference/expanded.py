@@ -17,16 +17,10 @@ class ExpandedAttention(FusedOp):
         return batch
 
     def __call__(
-        self,
-        state: SegmentLengths,
-        *,
-        q: torch.Tensor,  # [Tq, h, n + r]
-        k: torch.Tensor,  # [Tk, h, n + r]
-        v: torch.Tensor,  # [Tk, h, v]
-        softmax_scale: float,
-        out: torch.Tensor,  # [Tq, h, v]
-        lse: torch.Tensor,  # [Tq, h] fp32
-    ) -> None:
+        self, state: SegmentLengths, *,
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,  # [Tq, h, n + r], [Tk, h, n + r], [Tk, h, v]
+        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor,  # out [Tq, h, v], lse [Tq, h] fp32
+    ) -> None:  # fmt: skip
         by_query = (tensor.split(state.query_lens) for tensor in (q, out, lse))
         by_key = (tensor.split(state.kv_lens) for tensor in (k, v))
         for parts in zip(*by_query, *by_key, strict=True):

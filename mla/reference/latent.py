@@ -57,18 +57,11 @@ class LatentAttention(FusedOp):
         return _LatentState(tuple(_groups(groups, batch)), tuple(empty))
 
     def __call__(
-        self,
-        state: _LatentState,
-        *,
-        q: torch.Tensor,  # [T, h, c + r]
-        cache: torch.Tensor,  # [pages, page, c + r]
-        block_table: torch.Tensor,
-        kv_lens: torch.Tensor,
-        cu_q: torch.Tensor,
-        softmax_scale: float,
-        out: torch.Tensor,  # [T, h, c]
-        lse: torch.Tensor,  # [T, h] fp32
-    ) -> None:
+        self, state: _LatentState, *,
+        q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r]
+        block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
+        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor,  # out [T, h, c], lse [T, h] fp32
+    ) -> None:  # fmt: skip
         for group in state.groups:
             _attend_group(group, q, _keys(group, cache), softmax_scale, out, lse)
         for tokens in state.empty:

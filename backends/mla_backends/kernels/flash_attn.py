@@ -122,16 +122,10 @@ class FlashAttnVarlen(FusedOp):
         return VarlenState(both[:count], both[count:], longest_q, longest_k, batch.causal)
 
     def __call__(
-        self,
-        state: VarlenState,
-        *,
-        q: torch.Tensor,  # [Tq, h, n + r]
-        k: torch.Tensor,  # [Tk, h, n + r]
-        v: torch.Tensor,  # [Tk, h, v]
-        softmax_scale: float,
-        out: torch.Tensor,  # [Tq, h, v]
-        lse: torch.Tensor,  # [Tq, h] fp32
-    ) -> None:
+        self, state: VarlenState, *,
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,  # [Tq, h, n + r], [Tk, h, n + r], [Tk, h, v]
+        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor,  # out [Tq, h, v], lse [Tq, h] fp32
+    ) -> None:  # fmt: skip
         if state.longest_q == 0:
             return
         if state.longest_k == 0:

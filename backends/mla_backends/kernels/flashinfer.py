@@ -181,18 +181,11 @@ class FlashInferMla(FusedOp):
         )
 
     def __call__(
-        self,
-        state: FlashInferState,
-        *,
-        q: torch.Tensor,  # [T, h, c + r]
-        cache: torch.Tensor,  # [pages, page, c + r]
-        block_table: torch.Tensor,
-        kv_lens: torch.Tensor,
-        cu_q: torch.Tensor,
-        softmax_scale: float,
-        out: torch.Tensor,  # [T, h, c]
-        lse: torch.Tensor,  # [T, h] fp32
-    ) -> None:
+        self, state: FlashInferState, *,
+        q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r]
+        block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
+        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor,  # out [T, h, c], lse [T, h] fp32
+    ) -> None:  # fmt: skip
         _check_capture(q.device)
         if float(softmax_scale) != state.plan["sm_scale"]:
             raise KernelRefused("flashinfer was planned with another softmax scale than the call's.")

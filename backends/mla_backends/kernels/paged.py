@@ -116,18 +116,11 @@ class PagedLatentOp(FusedOp):
         """Run the kernel once."""
 
     def __call__(
-        self,
-        state: PagedState,
-        *,
-        q: torch.Tensor,  # [T, h, c + r]
-        cache: torch.Tensor,  # [pages, page, c + r]
-        block_table: torch.Tensor,
-        kv_lens: torch.Tensor,
-        cu_q: torch.Tensor,
-        softmax_scale: float,
-        out: torch.Tensor,  # [T, h, c]
-        lse: torch.Tensor,  # [T, h] fp32
-    ) -> None:
+        self, state: PagedState, *,
+        q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r]
+        block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
+        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor,  # out [T, h, c], lse [T, h] fp32
+    ) -> None:  # fmt: skip
         captured = capturing(q.device)
         if captured:
             self._check_capture(state)

@@ -63,16 +63,10 @@ class SdpaExpanded(FusedOp):
         return SdpaState(batch.query_lens, batch.kv_lens, blind, masks)
 
     def __call__(
-        self,
-        state: SdpaState,
-        *,
-        q: torch.Tensor,  # [Tq, h, n + r]
-        k: torch.Tensor,  # [Tk, h, n + r]
-        v: torch.Tensor,  # [Tk, h, v]
-        softmax_scale: float,
-        out: torch.Tensor,  # [Tq, h, v]
-        lse: torch.Tensor,  # [Tq, h] fp32
-    ) -> None:
+        self, state: SdpaState, *,
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,  # [Tq, h, n + r], [Tk, h, n + r], [Tk, h, v]
+        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor,  # out [Tq, h, v], lse [Tq, h] fp32
+    ) -> None:  # fmt: skip
         import torch
 
         lse.fill_(float("nan"))

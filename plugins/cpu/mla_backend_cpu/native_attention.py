@@ -26,18 +26,11 @@ class NativeLatentAttention(NativeOp):
         ]
 
     def __call__(
-        self,
-        state: None,
-        *,
-        q: torch.Tensor,  # [T, h, c + r]
-        cache: torch.Tensor,  # [pages, page, c + r]
-        block_table: torch.Tensor,
-        kv_lens: torch.Tensor,
-        cu_q: torch.Tensor,
-        softmax_scale: float,
-        out: torch.Tensor,  # [T, h, c]
-        lse: torch.Tensor,  # [T, h] fp32
-    ) -> None:
+        self, state: None, *,
+        q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r]
+        block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
+        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor,  # out [T, h, c], lse [T, h] fp32
+    ) -> None:  # fmt: skip
         q, target, table, kv_lens, cu_q = rows(q), rows(out), rows(block_table), rows(kv_lens), rows(cu_q)
         wrong = self.functions.mla_latent_attention(
             q.data_ptr(), *q.stride()[:2], q.shape[0], pages(cache), cache.shape[0],
@@ -74,16 +67,10 @@ class NativeExpandedAttention(NativeOp):
         return _Segments(array("q", batch.query_lens), array("q", batch.kv_lens), batch.causal)
 
     def __call__(
-        self,
-        state: _Segments,
-        *,
-        q: torch.Tensor,  # [Tq, h, n + r]
-        k: torch.Tensor,  # [Tk, h, n + r]
-        v: torch.Tensor,  # [Tk, h, v]
-        softmax_scale: float,
-        out: torch.Tensor,  # [Tq, h, v]
-        lse: torch.Tensor,  # [Tq, h] fp32
-    ) -> None:
+        self, state: _Segments, *,
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,  # [Tq, h, n + r], [Tk, h, n + r], [Tk, h, v]
+        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor,  # out [Tq, h, v], lse [Tq, h] fp32
+    ) -> None:  # fmt: skip
         q, k, v, target = rows(q), rows(k), rows(v), rows(out)
         (query_lens, segments), (kv_lens, _) = state.query_lens.buffer_info(), state.kv_lens.buffer_info()
         wrong = self.functions.mla_expanded_attention(
