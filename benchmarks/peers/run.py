@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2]))
@@ -31,7 +30,7 @@ from benchmarks.peers.scenarios import is_long, scenarios
 from mla.bench import results
 from mla.bench.limits.roofline import RooflineModel
 from mla.bench.plan import options
-from mla.bench.plan.request import Request, plan_scenario
+from mla.bench.plan.request import Request, plan_scenarios
 from mla.bench.plan.resolve import resolve
 from mla.bench.run.outcome import Outcome, verdict
 from mla.bench.run.scheduler import measure
@@ -74,9 +73,8 @@ class PeerRun:
 
     def measure(self, wanted: list[Point]) -> Outcome:
         """Measure the scenarios one by one; an interrupt or a failure keeps the cases so far."""
-        ours = replace(self._request, implementations=[catalog.OURS])
-        for scenario in wanted:
-            plan_scenario(ours.setting, scenario, ours.implementations).memory.require()
+        for plan in plan_scenarios(self._request.setting, wanted, [catalog.OURS])[0]:
+            plan.memory.require()
         outcomes: list[Outcome] = []
         for scenario in wanted:
             outcomes.append(self._scenario(scenario))

@@ -11,16 +11,17 @@ import click
 from mla.command import launcher
 from mla.command.console import note
 from mla.command.exit_codes import Exit
-from mla.command.options import Command, adding
+from mla.command.options import Command, add_options
 from mla.errors import MLAError, UsageError
 from mla_backends import status
+from mla_backends.discovery import locate
 
 if TYPE_CHECKING:
     from mla_backends.api import Backend
 
 
 # The help of --backend where a command measures.
-MEASURED = "Backend to measure, or package.module:attribute. Default: the only usable one."
+MEASURED_BACKEND_HELP = "Backend to measure, or package.module:attribute. Default: the only usable one."
 
 
 class NoBackend(MLAError):
@@ -69,7 +70,7 @@ def backend_options(help: str) -> Callable[[Command], Command]:
             "--threads", type=click.IntRange(1, 4096), help="Host threads. Default: the backend decides."
         ),
     )
-    return adding(options)
+    return add_options(options)
 
 
 def open_backend(options: BackendOptions) -> OpenedBackend:
@@ -83,8 +84,7 @@ def open_backend(options: BackendOptions) -> OpenedBackend:
     name = only_usable() if options.backend is None else options.backend
     index = launcher.local_device(note) if options.device is None else options.device
     backend: Backend = mla.load_backend(name, index, options.threads, settings)
-    version = backend.entry.version if backend.entry else None
-    return OpenedBackend(backend, name, version, _repeatable_index(options, backend))
+    return OpenedBackend(backend, name, locate(name).version, _repeatable_index(options, backend))
 
 
 def _repeatable_index(options: BackendOptions, backend: Backend) -> int | None:

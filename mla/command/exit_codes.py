@@ -10,6 +10,7 @@ from collections.abc import Callable
 import click
 
 from mla.command import signals
+from mla.command.console import note
 from mla.command.error_origin import place
 from mla.errors import MLAError
 from mla.text import first_line
@@ -32,6 +33,13 @@ class Exit(enum.IntEnum):
 def interrupted() -> Exit:
     """Return the code of a run that ended early: by SIGTERM, else by Ctrl-C."""
     return Exit.TERMINATED if signals.terminated() else Exit.INTERRUPTED
+
+
+def end_early() -> Exit:
+    """Say that a run was interrupted and return its exit code."""
+    by = " by SIGTERM" if signals.terminated() else ""
+    note(f"interrupted{by}: the result holds what was measured until then")
+    return interrupted()
 
 
 def guarded(command: Callable[[], int | None]) -> int:

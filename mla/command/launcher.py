@@ -13,11 +13,11 @@ from pathlib import Path
 
 from mla.errors import MLAError
 
-#: Variables that number this process on its node, the strongest first.
+# Variables that number this process on its node, the strongest first.
 LOCAL = ("LOCAL_RANK", "SLURM_LOCALID")
-#: Variables that count the tasks. Not SLURM_NTASKS: a batch script, which is one process, has that as well.
+# Variables that count the tasks. Not SLURM_NTASKS: a batch script, which is one process, has that as well.
 TASKS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-#: Letters of Slurm's own file name patterns, and the variables they stand for.
+# Letters of Slurm's own file name patterns, and the variables they stand for.
 LETTERS = {
     "t": ("RANK", "SLURM_PROCID"),
     "j": ("SLURM_JOB_ID",),
@@ -43,8 +43,7 @@ def result_path(path: Path) -> Path:
     count = _number(TASKS)
     if count is not None and count > 1 and "t" not in {letter for _, letter in _PATTERN.findall(text)}:
         raise LaunchError(
-            f"{count} tasks would all write '{text}': put the task's number into the name, as in "
-            "-o run-%t.json."
+            f"{count} tasks would all write '{text}': put the task's number into the name, as in run-%t.json."
         )
     return Path(_PATTERN.sub(lambda found: _value(text, found[2]).zfill(int(found[1] or 0)), text))
 

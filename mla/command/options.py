@@ -28,7 +28,7 @@ class Word(click.Argument):
         return self.human_readable_name, self.help or ""
 
 
-def adding(options: Sequence[Callable[[Any], Any]]) -> Callable[[Command], Command]:
+def add_options(options: Sequence[Callable[[Any], Any]]) -> Callable[[Command], Command]:
     """Return a decorator that adds click options to a command, in their order."""
 
     def add(command: Command) -> Command:
@@ -39,7 +39,7 @@ def adding(options: Sequence[Callable[[Any], Any]]) -> Callable[[Command], Comma
     return add
 
 
-def reading(parse: Callable[[str], Any]) -> Callback:
+def parsed_by(parse: Callable[[str], Any]) -> Callback:
     """Return a click callback that reads a value with `parse`, whose ValueError names the mistake."""
 
     def read(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Any:

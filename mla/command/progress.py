@@ -51,7 +51,7 @@ class Progress(_Bar):
         return self._bar.disable
 
     def advance(self, what: str, seconds: float) -> None:
-        """Record so many estimated seconds. Called outside timed regions only."""
+        """Record the given number of estimated seconds. Called outside timed regions only."""
         self._bar.update(self._task, description=what, advance=seconds)
         self._bar.refresh()
 

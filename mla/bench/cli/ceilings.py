@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mla.bench import results
+from mla.bench.plan.validate import check_dtype
 from mla.bench.terminal import ceilings as terminal
 from mla.command import environment, files
-from mla.command.backend import MEASURED, BackendOptions, backend_options, open_backend
+from mla.command.backend import MEASURED_BACKEND_HELP, BackendOptions, backend_options, open_backend
 from mla.command.console import note, out
-from mla.command.exit_codes import Exit, interrupted
+from mla.command.exit_codes import Exit, end_early
 from mla.command.options import FILE, result_path
 from mla.errors import UsageError, did_you_mean
 
@@ -50,7 +51,7 @@ class CeilingOptions(BackendOptions):
 
 
 @click.command(short_help="Measure a device's peak bandwidth and FLOP rate.")
-@backend_options(MEASURED)
+@backend_options(MEASURED_BACKEND_HELP)
 @click.option(
     "--dtype",
     metavar="A,B",
@@ -81,19 +82,20 @@ def ceilings(**values: Any) -> int:
     peaks that the backend declares.
 
     Exit code 0; 2 for a mistake; 3 if the backend cannot be used; 5 if nothing could be measured; 130 if
-    interrupted.
+    interrupted, 143 by SIGTERM.
     """
     options = CeilingOptions(**values)
     if mixed := environment.mixed_installation():
         note(mixed)
     names = options.dtype_names()
+    options.key_values()  # a mistake shows before anything is opened
     if options.output:
         files.check_writable(options.output)
-    from mla.bench.run.ceilings import measure, report, tasks
+    from mla.bench.run.ceilings import all_tasks, report, run_tasks
 
     opened = open_backend(options)
     dtypes = _native(opened.backend, names, explicit=options.dtype is not None)
-    found = measure(tasks(opened.backend, dtypes))
+    found = run_tasks(all_tasks(opened.backend, dtypes))
     result = report(opened, found)
     try:
         if options.output:
@@ -101,16 +103,13 @@ def ceilings(**values: Any) -> int:
     finally:
         out(terminal.render(result, options.kind))
     if found.interrupted:
-        note("interrupted: the result holds what was measured until then")
-        return interrupted()
+        return end_early()
     return Exit.OK if found.ceilings else Exit.NOTHING_RAN
 
 
 def _native(backend: Backend, names: list[str], *, explicit: bool) -> list[torch.dtype]:
     """Return the dtypes to measure; those the user named must be native, others are skipped."""
     import torch
-
-    from mla.bench.plan.validate import check_dtype
 
     dtypes = [getattr(torch, name) for name in names]
     if explicit:

@@ -12,18 +12,18 @@ from mla.bench.results.compare import REFUSED, Comparison, slower
 from mla.bench.terminal.comparison import compare_runs
 from mla.command.console import note, out
 from mla.command.exit_codes import Exit
-from mla.command.options import FILE, Word, percent, reading
+from mla.command.options import FILE, Word, parsed_by, percent
 
 
 @click.command(short_help="Compare result files; torch is not needed.")
 @click.argument("base", cls=Word, type=FILE, help="Result file (-o) that the others are compared with.")
 @click.argument("runs", cls=Word, type=FILE, nargs=-1, required=True, help="Result files to compare.")
 @click.option(
-    "--noise", callback=reading(percent), default="2%", show_default=True, help="What counts as the same."
+    "--noise", callback=parsed_by(percent), default="2%", show_default=True, help="What counts as the same."
 )
 @click.option(
     "--fail-slower",
-    callback=reading(percent),
+    callback=parsed_by(percent),
     metavar="PERCENT",
     help="Exit 1 if the whole interval of a case's time ratio lies above this.",
 )

@@ -7,7 +7,7 @@ import click
 from mla.bench.workload.op_scenario import DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY
 from mla.bench.workload.quantities import size
 from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS
-from mla.command.options import reading
+from mla.command.options import parsed_by
 
 OP = (
     click.option(
@@ -24,7 +24,7 @@ OP = (
     ),
     click.option(
         "--kv",
-        callback=reading(size),
+        callback=parsed_by(size),
         metavar="LEN",
         help=f"--op: tokens per request cached before the new ones (4k).  [default: {DEFAULT_HISTORY}]",
     ),

@@ -9,6 +9,7 @@ import click
 from mla.bench import results
 from mla.bench.report import page
 from mla.command import console
+from mla.command.exit_codes import Exit
 from mla.command.options import FILE, Word
 from mla.text import size
 
@@ -29,7 +30,7 @@ def report(runs: tuple[Path, ...], target: Path) -> int:
     The page has no script and loads nothing. An earlier page is overwritten, any other file is not.
     Needs matplotlib and jinja2: pip install '.[report]' in a checkout.
 
-    Exit code 0; 2 for a file that is no result, a page that cannot be written, or missing libraries.
+    Exit code 0; 2 for a file that is not a result, a page that cannot be written, or missing libraries.
     """
     page.check_target(target, runs)
     page.require()
@@ -39,4 +40,4 @@ def report(runs: tuple[Path, ...], target: Path) -> int:
     count = sum(len(run.cases) for run in read)
     files = f"{len(read)} file{'s' * (len(read) > 1)}"
     console.note(f"wrote {target}: {count} cases of {files}, {size(len(text.encode()), KiB='.0f')}")
-    return 0
+    return Exit.OK

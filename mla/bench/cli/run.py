@@ -10,6 +10,7 @@ from mla.bench import results
 from mla.bench.cli import compare
 from mla.bench.cli.run_options import run_options
 from mla.bench.plan.options import RunOptions
+from mla.bench.plan.validate import check_gate
 from mla.bench.run.budget import Budget
 from mla.bench.terminal import run_table
 from mla.bench.terminal.comparison import compare_runs
@@ -47,7 +48,7 @@ class RunCommand(click.Command):
     """`run`, whose help also lists the other commands."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options and then the commands beside `run`."""
+        """Write the options and then the commands other than `run`."""
         super().format_options(ctx, formatter)
         assert ctx.parent is not None
         group = ctx.parent.command
@@ -68,6 +69,7 @@ def run(**values: Any) -> int:
     """
     options = RunOptions(**values)
     budget = Budget(options.budget)
+    check_gate(options)
     baseline = results.read(options.baseline) if options.baseline else None
     old = results.read(options.resume) if options.resume else None
     from mla.bench.plan.resolve import resolve
@@ -99,12 +101,12 @@ def _run(
     from mla.bench.run.outcome import verdict
     from mla.bench.run.steering import steering
 
-    empty = empty_run(request)
-    preview.describe(request, empty.environment, note)
+    preview.describe(request)
     preview.require_memory(request)
     if options.dry_run:
-        preview.dry_run(request, note)
+        preview.dry_run(request)
         return Exit.OK
+    empty = empty_run(request)
     course = steering(options, request, empty, budget, old, lambda run: _show(options, run))
     outcome = scheduler.measure(request, empty, course)
     _report(options, request, outcome)

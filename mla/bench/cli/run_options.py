@@ -9,8 +9,8 @@ from mla.bench.plan.options import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE
 from mla.bench.terminal.run_table import FORMATS
 from mla.bench.workload.quantities import duration
 from mla.bench.workload.scenario import MAX_COUNT, MAX_LAYERS, PRESETS, STANDARD
-from mla.command.backend import MEASURED, backend_options
-from mla.command.options import FILE, Command, adding, percent, reading, result_path
+from mla.command.backend import MEASURED_BACKEND_HELP, backend_options
+from mla.command.options import FILE, Command, add_options, parsed_by, percent, result_path
 from mla.config.presets import DEFAULT_CONFIG
 
 # What is measured.
@@ -141,8 +141,8 @@ METHOD = (
     ),
 )
 
-# Where the result goes, what a run goes on from, and what ends it.
-COURSE = (
+# Where the result goes, what a run resumes from, and what ends it.
+CONTROL = (
     click.option(
         "-o",
         "--output",
@@ -163,13 +163,13 @@ COURSE = (
     click.option(
         "--budget",
         metavar="TIME",
-        callback=reading(duration),
+        callback=parsed_by(duration),
         help="Stay within this time, such as 90s, 10m or 1h; what does not fit is skipped.",
     ),
     click.option(
         "--hang-after",
         metavar="TIME",
-        callback=reading(duration),
+        callback=parsed_by(duration),
         default="10m",
         show_default=True,
         help="Abort the run, keeping the results so far, if no forward finishes for this long.",
@@ -183,7 +183,7 @@ COURSE = (
     click.option(
         "--fail-slower",
         metavar="PERCENT",
-        callback=reading(percent),
+        callback=parsed_by(percent),
         help="With --baseline: exit 1 if the whole interval of a case's time ratio lies above this.",
     ),
 )
@@ -214,4 +214,5 @@ OUTPUT = (
 
 def run_options(command: Command) -> Command:
     """Add the options of `run` to a click command."""
-    return backend_options(MEASURED)(adding((*WORKLOAD, *OP, *METHOD, *COURSE, *OUTPUT))(command))
+    others = add_options((*WORKLOAD, *OP, *METHOD, *CONTROL, *OUTPUT))
+    return backend_options(MEASURED_BACKEND_HELP)(others(command))

@@ -16,7 +16,7 @@ LAUNCH_BOUND = 1.3
 
 
 def fill(case: results.Case, scenario: Scenario, measurement: Measurement, one: Implementation) -> None:
-    """Fill `case` with everything that was measurement."""
+    """Fill `case` with everything that was measured."""
     case.check, case.interrupted = measurement.check, measurement.interrupted
     case.passes, case.clock = len(measurement.passes), measurement.headline.clock
     case.warmups, case.settled = measurement.warmups, measurement.settled

@@ -43,7 +43,7 @@ class Estimator:
     def preparation(self, scenario: ScenarioPlan, names: Sequence[str]) -> float:
         """Return the seconds for weights and the float64 oracle."""
         needs = scenario.needs
-        return needs.oracle_flops / self._float64 + needs.weights * (DRAWING + PACKING * len(names))
+        return needs.oracle_flops / self._float64 + needs.parameters * (DRAWING + PACKING * len(names))
 
     def forward(self, scenario: ScenarioPlan, name: str) -> float:
         """Return the seconds of one forward."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from typing import NamedTuple
 
 from mla.bench.subjects.fixture import Needs
 from mla.bench.subjects.setting import Setting
@@ -13,6 +14,18 @@ from mla_backends import host
 from mla_backends.api import Backend
 
 
+class Available(NamedTuple):
+    """Free memory in bytes; None where it is unknown."""
+
+    device: int | None
+    host: int | None
+
+
+def available_memory(backend: Backend) -> Available:
+    """Return the memory that is free now."""
+    return Available(backend.memory().free, host.memory_available())
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes a scenario needs, and whether its implementations fit side by side."""
@@ -20,7 +33,7 @@ class MemoryPlan:
     per_implementation: int  # on the device
     host: int  # weights, inputs, and the oracle in float64
     implementations: int
-    extra: int
+    references: int  # copies of the layer that live for a while next to the implementations
     device_available: int | None
     host_available: int | None
     shared: bool  # the device is the host
@@ -38,16 +51,16 @@ class MemoryPlan:
 
     def device_bytes(self, count: int) -> int:
         """Return what `count` implementations need on the device."""
-        return (count + self.extra) * self.per_implementation
+        return (count + self.references) * self.per_implementation
 
     @property
     def fits(self) -> bool:
         """Whether at least one implementation fits."""
         return self._fits(1)
 
-    def with_available(self, backend: Backend) -> MemoryPlan:
-        """Return the same needs with the memory that is available now."""
-        return replace(self, device_available=backend.memory().free, host_available=host.memory_available())
+    def with_available(self, available: Available) -> MemoryPlan:
+        """Return the same needs next to what is available now."""
+        return replace(self, device_available=available.device, host_available=available.host)
 
     def require(self) -> None:
         """Raise `OutOfMemory` when not even one implementation fits."""
@@ -77,15 +90,16 @@ def gib(count: int | None) -> str:
     return size(exact, "an unknown amount", GiB=lambda gibs: format(gibs, ".2f" if gibs < 10**6 else ".1e"))
 
 
-def plan_memory(setting: Setting, needs: Needs, implementations: int, extra: int = 0) -> MemoryPlan:
-    """Compare a scenario's needs with what there is; `extra` layers live for a while next to the others."""
-    plan = MemoryPlan(
+def plan_memory(
+    setting: Setting, needs: Needs, implementations: int, references: int, available: Available
+) -> MemoryPlan:
+    """Return a scenario's needs next to the memory that is available."""
+    return MemoryPlan(
         per_implementation=needs.device_bytes,
         host=needs.host_bytes,
         implementations=implementations,
-        extra=extra,
-        device_available=None,
-        host_available=None,
+        references=references,
+        device_available=available.device,
+        host_available=available.host,
         shared=setting.device.type == "cpu",
     )
-    return plan.with_available(setting.backend)

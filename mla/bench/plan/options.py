@@ -74,6 +74,6 @@ class RunOptions(BackendOptions):
 
     @property
     def implementation_names(self) -> list[str]:
-        """The names the user listed; without any, a checkpoint is compared with `transformers`."""
+        """The names the user listed; without any, one layer of a checkpoint runs with `transformers`."""
         names = [name.strip() for name in self.implementations.split(",") if name.strip()]
         return names or (["mla", "transformers"] if self.model_path and self.layers in (None, 1) else [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from mla.bench.measure.variants import forwards
 from mla.bench.plan import estimate
@@ -13,32 +13,33 @@ from mla.bench.subjects.fixture import make_ops
 from mla.bench.terminal.digits import number
 from mla.bench.workload.grid import Point
 from mla.bench.workload.quantities import spoken
+from mla.command import environment
+from mla.command.console import note
 from mla.command.table import aligned
-
-Say = Callable[[str], None]
 
 # More scenarios than this are counted, not listed.
 LISTED = 8
 _HEADER = ("case", "scenario", "implementation", "forwards", "device", "host", "about")
 
 
-def describe(request: Request, facts: Mapping[str, str], say: Say) -> None:
-    """Say what is about to be measured; `facts` is the environment of the run."""
+def describe(request: Request) -> None:
+    """Say what is about to be measured."""
     setting = request.setting
+    facts = environment.environment(setting.backend)
     names = make_ops(setting).names()
     fused = [f"{role}={name}" for role, name in names.items() if name != "reference"]
     name = setting.backend.device_info().name
-    say(f"backend    {setting.backend.name} on {name}, torch {facts['torch']}, {_threads(facts)}")
-    say(
+    note(f"backend    {setting.backend.name} on {name}, torch {facts['torch']}, {_threads(facts)}")
+    note(
         f"config     {setting.config.name}, {setting.dtype}, attention {setting.attention}, "
         f"page size {setting.page_size}, seed {setting.seed}"
     )
-    say(f"ops        {', '.join(fused) or 'reference for every op'} (--list-ops says why)")
+    note(f"ops        {', '.join(fused) or 'reference for every op'} (--list-ops says why)")
     for line in _scenarios(request.points):
-        say(f"scenario   {line}")
+        note(f"scenario   {line}")
     if len(request.variants.timed) > 1:
-        say(f"timed      {request.variants}")
-    _plan(request, say)
+        note(f"timed      {request.variants}")
+    _plan(request)
 
 
 def _threads(facts: Mapping[str, str]) -> str:
@@ -65,16 +66,16 @@ def _line(point: Point) -> str:
     return f"{point.name}: {size}{lengths}{layers}{point.rounds} passes of {point.steps}"
 
 
-def _plan(request: Request, say: Say) -> None:
+def _plan(request: Request) -> None:
     plans = [scenario.memory for scenario in request.scenarios]
     together = all(one.side_by_side for one in plans if one.fits)
     order = "interleaved" if together else "one at a time where memory is short"
-    say(
+    note(
         f"plan       {', '.join(request.implementations)}, {order}; at least {request.total_forwards()} "
         "forwards, checked against a float64 oracle"
     )
     device = max(one.device_bytes(one.implementations if one.side_by_side else 1) for one in plans)
-    say(
+    note(
         f"memory     {gib(device)} on the device, {gib(max(one.host for one in plans))} on the host; "
         f"available {gib(plans[0].device_available)} and {gib(plans[0].host_available)}"
     )
@@ -87,16 +88,16 @@ def require_memory(request: Request) -> None:
         min(plans, key=lambda one: one.device_bytes(1)).require()
 
 
-def dry_run(request: Request, say: Say) -> None:
+def dry_run(request: Request) -> None:
     """Say how many cases there are, and for each the memory and roughly the time it needs."""
     estimator = estimate.measured(request)
     rows: list[tuple[str, ...]] = []
     for scenario in request.scenarios:
         rows += _rows(request, scenario, estimator, len(rows) + 1)
-    say("")
-    say(aligned(_HEADER, rows, _HEADER).rstrip("\n"))
-    say("")
-    _total(request, estimator, say)
+    note("")
+    note(aligned(_HEADER, rows, _HEADER).rstrip("\n"))
+    note("")
+    _total(request, estimator)
 
 
 def _rows(
@@ -118,7 +119,7 @@ def _rows(
     ]
 
 
-def _total(request: Request, estimator: Estimator, say: Say) -> None:
+def _total(request: Request, estimator: Estimator) -> None:
     fitting = [scenario for scenario in request.scenarios if scenario.memory.fits]
     seconds = sum(estimator.seconds(scenario, request.implementations) for scenario in fitting)
     count = len(request.scenarios) * len(request.implementations)
@@ -126,7 +127,7 @@ def _total(request: Request, estimator: Estimator, say: Say) -> None:
         f"{name} {number(100 * SHARES[name])} %" for name in request.implementations if name in SHARES
     )
     how = "measured just now" if estimator.measured else "nominal, since none could be measured"
-    say(
+    note(
         f"{count} cases, about {spoken(seconds)}, float64 oracle and checks included (limits of the device "
         f"{how}; assumed efficiency: {shares})"
     )

@@ -13,14 +13,13 @@ import msgspec
 from mla.bench import results
 from mla.bench.measure import stages
 from mla.bench.measure.variants import Variants, forwards
-from mla.bench.plan.memory import MemoryPlan, plan_memory
+from mla.bench.plan.memory import MemoryPlan, available_memory, plan_memory
 from mla.bench.subjects.fixture import Needs, make_fixture
 from mla.bench.subjects.setting import Setting, scenario_setting
 from mla.bench.workload.grid import Point
 from mla.command import environment
 from mla.text import dtype_name
 from mla.verify.layer_oracle import State
-from mla_backends.api import Backend
 
 
 @dataclass(frozen=True)
@@ -37,18 +36,25 @@ class ScenarioPlan:
         """The scenario's name, unique in a run."""
         return self.point.name
 
-    def for_implementations(self, names: Sequence[str]) -> ScenarioPlan:
-        """Return the plan with the memory that these implementations need together."""
-        fused = "mla" in names and not self.needs.all_reference
-        references = self.needs.reference_copies if fused else 0
-        return replace(self, memory=plan_memory(self.setting, self.needs, len(names), references))
 
+def plan_scenarios(
+    setting: Setting, points: Sequence[Point], names: Sequence[str] = ()
+) -> tuple[list[ScenarioPlan], list[str]]:
+    """Return every scenario of a run with its needs, and the implementations to run.
 
-def plan_scenario(setting: Setting, point: Point, names: Sequence[str]) -> ScenarioPlan:
-    """Return one scenario of a run with this setting and these implementations."""
-    own = scenario_setting(setting, point)
-    needs = make_fixture(own, point).needs()
-    return ScenarioPlan(point, own, needs, plan_memory(own, needs, 1)).for_implementations(names)
+    Without names these are `mla` and, if a fused op makes it differ anywhere, `mla-reference`.
+    """
+    fixtures = [make_fixture(scenario_setting(setting, point), point) for point in points]
+    fused = [fixture.uses_fused_ops() if not names or "mla" in names else False for fixture in fixtures]
+    chosen = list(names) or (["mla", "mla-reference"] if any(fused) else ["mla"])
+    available = available_memory(setting.backend)
+    plans = []
+    for fixture, differs in zip(fixtures, fused, strict=True):
+        needs = fixture.needs()
+        references = needs.reference_copies if differs else 0
+        memory = plan_memory(fixture.setting, needs, len(chosen), references, available)
+        plans.append(ScenarioPlan(fixture.point, fixture.setting, needs, memory))
+    return plans, chosen
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,8 @@ class Request:
 
     def replanned(self, points: Sequence[Point], names: Sequence[str]) -> Request:
         """Return the same request with other scenarios and implementations."""
-        plans = [plan_scenario(self.setting, point, names) for point in points]
-        return replace(self, scenarios=plans, implementations=list(names))
+        plans, chosen = plan_scenarios(self.setting, points, names)
+        return replace(self, scenarios=plans, implementations=chosen)
 
     @property
     def points(self) -> list[Point]:
@@ -93,7 +99,7 @@ def empty_run(request: Request) -> results.Run:
         argv=["python -m mla.bench", *sys.argv[1:]],
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         git_commit=environment.git_commit(),
-        backend=backend_facts(setting.backend, request.backend_version),
+        backend=results.backend_facts(setting.backend, request.backend_version),
         environment=environment.environment(setting.backend),
         config=asdict(setting.config),
         dtype=dtype_name(setting.dtype),
@@ -107,16 +113,4 @@ def empty_run(request: Request) -> results.Run:
             implementations=list(request.implementations),
             digest=hashlib.sha256(msgspec.json.encode(request.points)).hexdigest()[:16],
         ),
-    )
-
-
-def backend_facts(backend: Backend, version: str | None) -> results.BackendFacts:
-    """Return what ran; `version` is that of the backend's distribution."""
-    info = backend.device_info()
-    return results.BackendFacts(
-        name=backend.name,
-        version=version,
-        device=info.name,
-        memory_bytes=info.memory_bytes,
-        cache_bytes=info.cache_bytes,
     )

@@ -135,21 +135,13 @@ def _plans(
     options: RunOptions, points: Sequence[Point], setting: Setting
 ) -> tuple[list[ScenarioPlan], list[str]]:
     """Return every scenario with its needs, and the implementations to run."""
-    from mla.bench.plan.request import plan_scenario
+    from mla.bench.plan.request import plan_scenarios
 
-    names = _listed_implementations(options, points)
-    plans = [plan_scenario(setting, point, names) for point in points]
-    if names:
-        return plans, names
-    names = _own_implementations(identical=all(plan.needs.all_reference for plan in plans))
-    return [plan.for_implementations(names) for plan in plans], names
-
-
-def _own_implementations(identical: bool) -> list[str]:
-    if identical:
+    listed = _listed_implementations(options, points)
+    plans, names = plan_scenarios(setting, points, listed)
+    if not listed and names == ["mla"]:
         note("mla-reference is skipped: no fused op was chosen, so it is identical to mla")
-        return ["mla"]
-    return ["mla", "mla-reference"]
+    return plans, names
 
 
 def _listed_implementations(options: RunOptions, points: Sequence[Point]) -> list[str]:
@@ -167,15 +159,19 @@ def _listed_implementations(options: RunOptions, points: Sequence[Point]) -> lis
     other = next((name for name in names if not name.startswith("mla")), None)
     if other is None:
         return names
+    try:
+        transformers_layer.require()
+    except transformers_layer.TransformersMissing as error:
+        if not options.implementations:  # a checkpoint is compared only where it is installed
+            note(f"transformers is skipped: {error}")
+            return []
+        missing: Exception | None = error
+    else:
+        missing = None
     if options.op is not None:
         raise UsageError(f"{other} runs the whole layer: --op times mla and mla-reference.")
     if any(point.layers > 1 for point in points):
         raise UsageError(f"{other} runs one layer at a time: leave it out, or --layers.")
-    try:
-        transformers_layer.require()
-    except transformers_layer.TransformersMissing as error:
-        if options.implementations:
-            raise
-        note(f"transformers is skipped: {error}")  # a checkpoint is compared only where it is installed
-        return []
+    if missing:
+        raise missing
     return names

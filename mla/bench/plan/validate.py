@@ -1,7 +1,7 @@
-"""Judge what the options ask for. Every mistake shows here, before any work.
+"""Validate the options. Every mistake shows here, before any work.
 
-`check_options` and `check_points` need nothing but the command line and the workload; `check_layer` also the
-layer and the device.
+`check_gate`, `check_options` and `check_points` need nothing but the command line and the workload; the
+others also the layer or the device.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     from mla_backends.api import Backend
 
 
-def check_options(options: RunOptions, axes: Axes) -> None:
-    """Raise `UsageError` for options that contradict each other or lack one that they need."""
+def check_gate(options: RunOptions) -> None:
+    """Raise `UsageError` for a threshold without a run to compare with."""
     if options.baseline is None and options.fail_slower is not None:
         raise UsageError("--fail-slower needs a run to compare with: add --baseline FILE.")
+
+
+def check_options(options: RunOptions, axes: Axes) -> None:
+    """Raise `UsageError` for options that contradict each other or lack one that they need."""
     if options.preset and options.workload:
         raise UsageError("--preset and --workload are mutually exclusive: a preset is a shipped workload.")
     _check_op_shape(options, axes)
@@ -43,7 +47,7 @@ def _check_op_shape(options: RunOptions, axes: Axes) -> None:
 
 
 def _check_op_alone(options: RunOptions) -> None:
-    """Raise `UsageError` for options about the whole layer beside `--op`."""
+    """Raise `UsageError` for options about the whole layer together with `--op`."""
     if options.op is None:
         return
     layer = {

@@ -1,5 +1,6 @@
 """The schema of result files, and their comparison."""
 
+from mla.bench.results.facts import backend_facts
 from mla.bench.results.file import decode, encode, read, write
 from mla.bench.results.schema import (
     SCHEMA_VERSION,
@@ -35,6 +36,7 @@ __all__ = [
     "Stage",
     "Throughput",
     "Timing",
+    "backend_facts",
     "decode",
     "encode",
     "read",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mla.bench import results
 from mla.bench.results import ceilings_file
 from mla.bench.results.schema import Ceiling
 from mla.command import environment
@@ -53,23 +54,23 @@ def footprints(cache: int | None, free: int | None) -> list[int]:
     return [*sizes, last] if last > sizes[-1] else sizes
 
 
-def tasks(backend: Backend, dtypes: list[torch.dtype]) -> list[Task]:
+def all_tasks(backend: Backend, dtypes: list[torch.dtype]) -> list[Task]:
     """Return what there is to measure: reading, copying, and products."""
     from mla.bench.limits.microbench import Microbenchmark
 
     assert backend.device is not None
     benchmarks = [Microbenchmark(backend, backend.device, dtype) for dtype in dtypes]
-    counts = footprints(backend.device_info().cache_bytes, backend.memory().free)
+    sizes = footprints(backend.device_info().cache_bytes, backend.memory().free)
     tasks: list[Task] = []
     for work, measure in (("read", benchmarks[0].read), ("copy", benchmarks[0].copy)):
-        tasks += [_memory_task(work, measure, count) for count in counts]
+        tasks += [_memory_task(work, measure, footprint) for footprint in sizes]
     for benchmark, dtype in zip(benchmarks, dtypes, strict=True):
         tasks += _product_tasks(benchmark, dtype, backend)
     return tasks
 
 
-def _memory_task(work: str, measure: Callable[[int], Ceiling], count: int) -> Task:
-    return f"{work} of {size(count)}", lambda: [measure(count)]
+def _memory_task(work: str, measure: Callable[[int], Ceiling], footprint: int) -> Task:
+    return f"{work} of {size(footprint)}", lambda: [measure(footprint)]
 
 
 def _product_tasks(benchmark: Microbenchmark, dtype: torch.dtype, backend: Backend) -> Iterator[Task]:
@@ -97,7 +98,7 @@ def _projections(dtype: torch.dtype, backend: Backend) -> list[tuple[int, int]]:
     return [(spec.in_features, spec.out_features) for spec in specs]
 
 
-def measure(tasks: list[Task]) -> Findings:
+def run_tasks(tasks: list[Task]) -> Findings:
     """Carry out the tasks; one that fails is named and skipped."""
     found = Findings()
     with Progress(len(tasks)) as progress:
@@ -128,15 +129,13 @@ def declared(backend: Backend) -> list[Ceiling]:
 
 def report(opened: OpenedBackend, found: Findings) -> ceilings_file.CeilingRun:
     """Return the result file."""
-    from mla.bench.plan.request import backend_facts
-
     return ceilings_file.CeilingRun(
         report="ceilings",
         schema_version=ceilings_file.SCHEMA_VERSION,
         argv=["python -m mla.bench", *sys.argv[1:]],
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         git_commit=environment.git_commit(),
-        backend=backend_facts(opened.backend, opened.version),
+        backend=results.backend_facts(opened.backend, opened.version),
         environment=environment.environment(opened.backend),
         measured=found.ceilings,
         declared=declared(opened.backend),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mla.bench import results
 from mla.command import error_origin
 from mla.command.console import note
-from mla.command.exit_codes import Exit, interrupted
+from mla.command.exit_codes import Exit, end_early
 from mla.errors import MLAError
 from mla.text import first_line
 from mla_backends import BackendError
@@ -15,7 +15,7 @@ from mla_backends import BackendError
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run, complete or cut short by an interrupt or a failure to print; finished cases are kept."""
+    """A run, complete or cut short by an interrupt or by an error; finished cases are kept."""
 
     run: results.Run
     interrupted: bool = False
@@ -31,7 +31,7 @@ class RunFailed(MLAError):
 def failure_of(scenario: str, error: Exception) -> MLAError | BackendError:
     """Return what to print: our own sentence, or what was raised and where."""
     if isinstance(error, (MLAError, BackendError)):
-        return error
+        return error.with_traceback(None)  # whose frames would keep weights alive
     return RunFailed(
         f"scenario '{scenario}' failed: {type(error).__name__}: {first_line(error)} "
         f"({error_origin.place(error)})."
@@ -43,10 +43,7 @@ def verdict(outcome: Outcome) -> Exit:
     if outcome.failure is not None:
         raise outcome.failure
     if outcome.interrupted:
-        code = interrupted()
-        by = " by SIGTERM" if code == Exit.TERMINATED else ""
-        note(f"interrupted{by}: the result holds what was measured until then")
-        return code
+        return end_early()
     if any(case.check.status == "wrong" for case in outcome.run.cases):
         note("wrong result: at least one implementation disagrees with the oracle and got no number")
         return Exit.WRONG

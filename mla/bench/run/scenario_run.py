@@ -38,7 +38,7 @@ class ScenarioRun:
         return self._fixture.prepared
 
     def prepare(self) -> tuple[Any, Any]:
-        """Make operands, and compute the oracle: on the host, once, and for minutes if need be."""
+        """Make operands, and compute the oracle: on the host, once, which may take minutes."""
         if not self.prepared:
             self._progress(f"{self._point.name}: float64 oracle", 0)
         return self._fixture.prepare()

@@ -15,7 +15,7 @@ from mla.bench import results
 from mla.bench.measure.hooks import Hooks
 from mla.bench.plan import estimate
 from mla.bench.plan.estimate import Estimator
-from mla.bench.plan.memory import MemoryPlan
+from mla.bench.plan.memory import MemoryPlan, available_memory
 from mla.bench.plan.request import Request, ScenarioPlan, empty_run
 from mla.bench.run.outcome import Outcome, failure_of
 from mla.bench.run.scenario_run import ScenarioRun
@@ -32,26 +32,26 @@ from mla_backends import BackendError
 Advance = Callable[[str, float], None]  # what is running, estimated seconds done since the last call
 
 
-def measure(request: Request, run: results.Run | None = None, steering: Steering | None = None) -> Outcome:
+def measure(request: Request, empty: results.Run | None = None, steering: Steering | None = None) -> Outcome:
     """Run a request with a progress bar, or with a line per scenario where stderr is not a terminal.
 
-    `run` is the result without cases.
+    `empty` is the result without cases.
     """
-    run, steering = run or empty_run(request), steering or Steering()
+    empty, steering = empty or empty_run(request), steering or Steering()
     with Progress(estimate.nominal_seconds(request)) as progress:
         if progress.hidden and len(request.scenarios) > 1:
             steering = replace(steering, log=note)
-        return execute(request, run, progress.advance, steering)
+        return execute(request, empty, progress.advance, steering)
 
 
-def execute(request: Request, run: results.Run, advance: Advance, steering: Steering) -> Outcome:
+def execute(request: Request, empty: results.Run, advance: Advance, steering: Steering) -> Outcome:
     """Run every scenario in a seeded order, its implementations interleaved where memory allows it."""
-    return _Scheduler(request, run, advance, steering).run()
+    return _Scheduler(request, empty, advance, steering).run()
 
 
 class _Scheduler:
-    def __init__(self, request: Request, run: results.Run, advance: Advance, steering: Steering) -> None:
-        self._request, self._run, self._advance, self._steering = request, run, advance, steering
+    def __init__(self, request: Request, empty: results.Run, advance: Advance, steering: Steering) -> None:
+        self._request, self._empty, self._advance, self._steering = request, empty, advance, steering
         self._cases = {(case.scenario, case.implementation): case for case in steering.kept}
         self._ceilings = list(steering.ceilings)
         self._latest = self._result()
@@ -90,7 +90,7 @@ class _Scheduler:
             self._keep(work.interrupted(self._missing(scenario)))
             return Outcome(self._result(), interrupted=True)
         except Exception as error:  # noqa: BLE001  # whatever a plugin raises, finished cases must survive
-            if not self._only_this_one(error):
+            if not self._others_may_run(error):
                 return Outcome(self._result(), failure=failure_of(scenario.name, error))
             self._refusal = self._refusal or failure_of(scenario.name, error)
             self._skip(work, scenario, self._missing(scenario), first_line(error) or type(error).__name__)
@@ -123,7 +123,7 @@ class _Scheduler:
         return f"{self._number} of {len(self._request.scenarios)}"
 
     def _measure(self, work: ScenarioRun, scenario: ScenarioPlan, names: list[str]) -> None:
-        memory = scenario.memory.with_available(scenario.setting.backend)
+        memory = scenario.memory.with_available(available_memory(scenario.setting.backend))
         budget = self._steering.budget
         if not memory.fits:
             self._skip(work, scenario, names, f"it needs {memory.shortage()}")
@@ -161,14 +161,14 @@ class _Scheduler:
         self._keep(work.not_run([case.implementation for case in cut], OVER_BUDGET))
 
     def _hooks(self, scenario: ScenarioPlan, names: Sequence[str]) -> Hooks:
-        """Return when the engine has to stop: while one pass more of any implementation still fits."""
+        """Return the engine's hooks: it stops when another pass of the slowest one would not fit."""
         passes = (scenario.point.steps * self._estimator.forward(scenario, name) for name in names)
         reserve = max(passes, default=0.0)
         budget = self._steering.budget
         over = None if budget.seconds is None else lambda: budget.over(reserve)
         return Hooks(over, self._watchdog.enter, self._watchdog.beat)
 
-    def _only_this_one(self, error: Exception) -> bool:
+    def _others_may_run(self, error: Exception) -> bool:
         """Return whether other scenarios may go well: this one was too large, or no op takes its lengths."""
         too_large = isinstance(error, (OutOfMemory, MemoryError, UnsupportedBatch))
         return len(self._request.scenarios) > 1 and (too_large or type(error).__name__ == "OutOfMemoryError")
@@ -184,7 +184,7 @@ class _Scheduler:
         """Return the run so far, its cases in the workload's order."""
         keys = [(one.name, name) for one in self._request.scenarios for name in self._request.implementations]
         return msgspec.structs.replace(
-            self._run,
+            self._empty,
             cases=[self._cases[key] for key in keys if key in self._cases],
             ceilings=list(self._ceilings),
         )

@@ -43,16 +43,16 @@ class Steering:
 def steering(
     options: RunOptions,
     request: Request,
-    run: results.Run,
+    empty: results.Run,
     budget: Budget,
     old: results.Run | None,
     show: Show,
 ) -> Steering:
-    """Return what steers a run; `run` is its result without cases, `old` the one to resume.
+    """Return what steers a run; `empty` is its result without cases, `old` the one to resume.
 
     Raises `ResultError`.
     """
-    kept = _kept(options, request, run, old)
+    kept = _kept(options, request, empty, old)
 
     def hung(run: results.Run, sentence: str) -> None:
         with contextlib.suppress(Exception):  # nothing may keep the process from ending
@@ -89,7 +89,7 @@ def _save(options: RunOptions, run: results.Run) -> None:
         if options.target:
             results.write(run, options.target)
     except ResultError as error:
-        note(f"{error} The run goes on, and tries again.")
+        note(f"{error} The run continues and will try again.")
 
 
 def skipped(options: RunOptions, request: Request, run: results.Run) -> str | None:

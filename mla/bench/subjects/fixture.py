@@ -56,11 +56,10 @@ class Needs:
 
     forward: results.Cost  # of a typical forward, all layers together
     oracle_flops: int  # in float64, on the host
-    weights: int  # drawn once, and packed by every implementation; 0 for one op
+    parameters: int  # weights drawn once and packed by every implementation; 0 for one op
     device_bytes: int  # per implementation
     host_bytes: int
     reference_copies: int  # that live on the device for a while to judge fused ops
-    all_reference: bool  # no fused op was chosen: `mla` is `mla-reference`
 
 
 class Fixture(ABC):
@@ -100,6 +99,10 @@ class Fixture(ABC):
     def needs(self) -> Needs:
         """Return what the scenario needs."""
 
+    @abstractmethod
+    def uses_fused_ops(self) -> bool:
+        """Return whether `mla` differs from `mla-reference`. Raises `UnsupportedOps`."""
+
 
 class LayerFixture(Fixture):
     """The whole layer, on random weights or those of a checkpoint (`state`)."""
@@ -110,6 +113,7 @@ class LayerFixture(Fixture):
         super().__init__(setting, point)
         self._given, self._after_forward = state, after_forward
         self._state: State = {}
+        self._cost: results.Cost | None = None
 
     def _prepare(self) -> tuple[Any, Any]:
         config, dtype = self.setting.config, self.setting.dtype
@@ -137,7 +141,9 @@ class LayerFixture(Fixture):
         return IMPLEMENTATIONS[name](self.setting, self._state)
 
     def cost(self) -> results.Cost:
-        return self._mean_cost(range(self.point.inputs))
+        if self._cost is None:
+            self._cost = self._mean_cost(range(self.point.inputs))
+        return self._cost
 
     def _mean_cost(self, steps: Sequence[int]) -> results.Cost:
         """Return the mean work of the forwards at these steps, counted for our layer's paths."""
@@ -154,12 +160,14 @@ class LayerFixture(Fixture):
         return Needs(
             forward=results.Cost(flops=layers * typical.flops, bytes=layers * typical.bytes),
             oracle_flops=cost.step_flops(config, rows, point.final_lens, cost.EXPANDED),
-            weights=cost.parameters(config),
+            parameters=cost.parameters(config),
             device_bytes=memory.device_bytes(self.setting, point),
             host_bytes=memory.host_bytes(self.setting, point),
             reference_copies=1,
-            all_reference=make_ops(self.setting).all_reference(),
         )
+
+    def uses_fused_ops(self) -> bool:
+        return not make_ops(self.setting).all_reference()
 
 
 class OpFixture(Fixture):
@@ -183,16 +191,18 @@ class OpFixture(Fixture):
         return results.Cost(**self._problem.work._asdict())
 
     def needs(self) -> Needs:
-        role = self._problem.role
+        on_device = op_memory.device_bytes(self.setting, self._problem)
         return Needs(
             forward=self.cost(),
             oracle_flops=self._problem.work.flops,
-            weights=0,
-            device_bytes=op_memory.device_bytes(self.setting, self.point),
-            host_bytes=op_memory.host_bytes(self.setting, self.point),
+            parameters=0,
+            device_bytes=on_device,
+            host_bytes=op_memory.host_bytes(self.setting, self._problem, on_device),
             reference_copies=0,
-            all_reference=make_ops(self.setting)[role].name == "reference",
         )
+
+    def uses_fused_ops(self) -> bool:
+        return make_ops(self.setting)[self._problem.role].name != "reference"
 
 
 def make_fixture(

@@ -10,7 +10,7 @@ from mla.bench.workload.grid import Point
 from mla.config import MLAConfig
 from mla_backends.api import Backend
 
-#: Pages beyond what a scenario needs; they stay NaN, so that reading a wrong page shows.
+# Pages beyond what a scenario needs; they stay NaN, so that reading a wrong page shows.
 SPARE_PAGES = 16
 
 

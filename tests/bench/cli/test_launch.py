@@ -86,7 +86,7 @@ def test_tasks_that_would_overwrite_each_other_are_refused(
     assert (done.code, done.err) == (
         2,
         "error: 2 tasks would all write 'run-%%t.json': put the task's number into the name, as in "
-        "-o run-%t.json.\n",
+        "run-%t.json.\n",
     )
 
 

@@ -14,7 +14,7 @@ import torch
 
 import mla
 from mla.bench import results
-from mla.bench.plan.request import plan_scenario
+from mla.bench.plan.request import plan_scenarios
 from mla.bench.subjects.inputs import expected_outputs, make_inputs
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting
@@ -240,11 +240,10 @@ def test_the_memory_plan_counts_every_layer() -> None:
     config, backend = mla.MLAConfig.preset("deepseek-v2-lite"), mla.load_backend("cpu", threads=1)
     setting = Setting(config, backend, torch.bfloat16, "auto", 64, 0)
     lengths = {"query_lens": (1,) * 16, "history": (1000,) * 16}
-    one, five = (
-        plan_scenario(
-            setting, Point(name="d", base="d", mode="decode", runs=10, layers=layers, **lengths), ["mla"]
-        ).memory
+    points = [
+        Point(name=f"{layers}", base="d", mode="decode", runs=10, layers=layers, **lengths)
         for layers in (1, 5)
-    )
+    ]
+    one, five = (plan.memory for plan in plan_scenarios(setting, points, ["mla"])[0])
     layer = MlaLayer(setting, random_state_dict(config))
     assert five.per_implementation - one.per_implementation >= 4 * layer.weight_bytes()
