@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from mla.bench.workload.grid import Point, lay
+from mla.bench.workload.grid import Point, points_of
 from mla.bench.workload.scenario import Scenario, load_workload
 from mla.errors import UsageError
 
@@ -22,7 +22,7 @@ def scenarios(words: Sequence[str], **counts: int | None) -> list[Point]:
     Raises `UsageError`.
     """
     given = {name: count for name, count in counts.items() if count is not None}
-    return lay([msgspec.structs.replace(scenario(word), **given) for word in dict.fromkeys(words)], {})
+    return points_of([msgspec.structs.replace(scenario(word), **given) for word in dict.fromkeys(words)], {})
 
 
 def scenario(word: str) -> Scenario:

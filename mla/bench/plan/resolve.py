@@ -11,7 +11,7 @@ from mla.bench.plan import repro, scenarios, validate
 from mla.bench.plan.options import RunOptions
 from mla.bench.workload import grid
 from mla.bench.workload.grid import Point
-from mla.bench.workload.op_scenario import expand
+from mla.bench.workload.op_scenario import expand_ops
 from mla.command import environment, files
 from mla.command.backend import OpenedBackend, open_backend
 from mla.command.console import note
@@ -128,7 +128,7 @@ def _expanded(points: Sequence[Point], setting: Setting) -> list[Point]:
     from mla.layer.ops import layer_roles
 
     roles = layer_roles(setting.config, setting.dtype, setting.device)
-    return expand(points, setting.config, {role: kind for role, (kind, _) in roles.items()})
+    return expand_ops(points, setting.config, {role: kind for role, (kind, _) in roles.items()})
 
 
 def _plans(

@@ -15,7 +15,7 @@ from mla.bench.workload.scenario import Scenario, load_workload, select
 
 def choose_points(options: RunOptions, axes: Axes) -> list[Point]:
     """Return the scenarios to run, one per point of the grids. Raises `UsageError`."""
-    return grid.lay(_counted(options), axes)
+    return grid.points_of(_counted(options), axes)
 
 
 def _counted(options: RunOptions) -> list[Scenario]:

@@ -82,7 +82,7 @@ def parse(words: Sequence[str]) -> Axes:
     return axes
 
 
-def lay(scenarios: Sequence[Scenario], axes: Axes) -> list[Point]:
+def points_of(scenarios: Sequence[Scenario], axes: Axes) -> list[Point]:
     """Return every point, scenario by scenario; the first axis varies slowest. Raises `UsageError`.
 
     Command-line axes replace a scenario's own axes of the same name.

@@ -77,7 +77,7 @@ def op_scenario(
     )
 
 
-def expand(scenarios: Sequence[Point], config: MLAConfig, kinds: Mapping[str, str]) -> list[Point]:
+def expand_ops(scenarios: Sequence[Point], config: MLAConfig, kinds: Mapping[str, str]) -> list[Point]:
     """Replace each op with its roles in a layer of `config`, named after their shape; keep other scenarios.
 
     `kinds`: role -> op. Raises `UsageError` for an op that is unknown or that this layer lacks.

@@ -114,7 +114,9 @@ def _scenario(source: str, table: dict[str, Any]) -> Scenario:
     name = table.get("name", "?")
     _check_keys(f"workload '{source}', scenario '{name}'", table)
     try:
-        lists: dict[str, Any] = {key: expand(table[key]) for key in ("query_lens", "history") if key in table}
+        lists: dict[str, Any] = {
+            key: parse_lengths(table[key]) for key in ("query_lens", "history") if key in table
+        }
         scenario = msgspec.convert({**table, **lists}, Scenario)
     except (msgspec.ValidationError, ValueError) as error:
         raise UsageError(f"workload '{source}', scenario '{name}': {error}.") from error
@@ -137,7 +139,7 @@ def _check_keys(where: str, table: Mapping[str, Any]) -> None:
         raise UsageError(f"{where}: it has no {' and no '.join(missing)}.")
 
 
-def expand(items: Any) -> tuple[int, ...]:
+def parse_lengths(items: Any) -> tuple[int, ...]:
     """Expand [64, "50*4"] to 64, 50, 50, 50, 50. Raises ValueError."""
     lengths: list[int] = []
     for item in items if isinstance(items, list) else [items]:

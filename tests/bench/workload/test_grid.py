@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from mla.bench import results
-from mla.bench.workload.grid import MAX_POINTS, lay, parse
+from mla.bench.workload.grid import MAX_POINTS, parse, points_of
 from mla.bench.workload.scenario import Scenario
 from mla.errors import UsageError
 
@@ -24,7 +24,7 @@ FEW = ("--runs", "2", "--passes", "1", "--warmups", "0", "--scenario", "decode")
 
 def sentence(*words: str) -> str:
     with pytest.raises(UsageError) as refused:
-        lay([DECODE], parse(words))
+        points_of([DECODE], parse(words))
     message = str(refused.value)
     assert "\n" not in message
     assert message.endswith(".")
@@ -82,7 +82,7 @@ def test_every_mistake_is_named(words: list[str], message: str) -> None:
 
 
 def test_points_are_the_product_and_the_first_axis_varies_slowest() -> None:
-    points = lay([DECODE], parse(["kv=4,8", "batch=1,3"]))
+    points = points_of([DECODE], parse(["kv=4,8", "batch=1,3"]))
     assert [point.name for point in points] == [
         "decode kv=4 batch=1",
         "decode kv=4 batch=3",
@@ -96,13 +96,13 @@ def test_points_are_the_product_and_the_first_axis_varies_slowest() -> None:
 
 
 def test_a_batch_cuts_or_repeats_the_requests_of_the_scenario() -> None:
-    one, five = lay([DECODE], parse(["batch=1,5"]))
+    one, five = points_of([DECODE], parse(["batch=1,5"]))
     assert (one.query_lens, one.history) == ((1,), (5,))
     assert (five.query_lens, five.history) == ((1, 2, 1, 2, 1), (5, 9, 5, 9, 5))
 
 
 def test_without_axes_a_scenario_stays_what_it_is() -> None:
-    (point,) = lay([DECODE], {})
+    (point,) = points_of([DECODE], {})
     assert (point.name, point.base, point.point, point.selection) == (
         "decode",
         "decode",
@@ -120,21 +120,21 @@ def test_a_scenario_may_bring_axes_which_the_command_line_replaces() -> None:
     own = Scenario(
         name="own", mode="decode", query_lens=(1,), history=(0,), axes={"kv": "1..4*2", "batch": [1, "2"]}
     )
-    assert len(lay([own, DECODE], {})) == 6 + 1
-    assert [point.name for point in lay([own, DECODE], parse(["kv=7"]))] == [
+    assert len(points_of([own, DECODE], {})) == 6 + 1
+    assert [point.name for point in points_of([own, DECODE], parse(["kv=7"]))] == [
         "own kv=7 batch=1",
         "own kv=7 batch=2",
         "decode kv=7",
     ]
     bad = Scenario(name="own", mode="decode", query_lens=(1,), history=(0,), axes={"vk": 1})
     with pytest.raises(UsageError, match=r"^scenario 'own': unknown axis 'vk'"):
-        lay([bad], {})
+        points_of([bad], {})
 
 
 def test_two_points_of_one_name_are_refused() -> None:
     clash = Scenario(name="decode kv=4", mode="decode", query_lens=(1,), history=(0,))
     with pytest.raises(UsageError, match="two points are named 'decode kv=4'"):
-        lay(
+        points_of(
             [clash, Scenario(name="decode", mode="decode", query_lens=(1,), history=(0,), axes={"kv": 4})], {}
         )
 

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS, Scenario, expand, load_workload, select
+from mla.bench.workload.scenario import (
+    MAX_COUNT,
+    MAX_REQUESTS,
+    Scenario,
+    load_workload,
+    parse_lengths,
+    select,
+)
 from mla.errors import UsageError
 
 LENGTHS = st.integers(0, 10**6)
@@ -50,25 +57,25 @@ def test_the_shipped_workload_is_the_two_standard_scenarios() -> None:
 @given(runs=st.lists(RUNS, max_size=20))
 def test_a_starred_item_stands_for_that_many_lengths(runs: list[tuple[int, int]]) -> None:
     written = [f"{length}*{count}" for length, count in runs]
-    assert expand(written) == tuple(length for length, count in runs for _ in range(count))
+    assert parse_lengths(written) == tuple(length for length, count in runs for _ in range(count))
 
 
 @given(lengths=st.lists(LENGTHS, max_size=50))
 def test_plain_lengths_stay_as_they_are(lengths: list[int]) -> None:
-    assert expand(lengths) == tuple(lengths)
-    assert expand([str(length) for length in lengths]) == tuple(lengths)
+    assert parse_lengths(lengths) == tuple(lengths)
+    assert parse_lengths([str(length) for length in lengths]) == tuple(lengths)
 
 
 @given(item=st.one_of(st.floats(), st.booleans(), st.none(), st.dates(), st.text(alphabet="ab*. x")))
 def test_anything_else_is_refused(item: object) -> None:
     with pytest.raises(ValueError, match="is neither a length nor"):
-        expand([item])
+        parse_lengths([item])
 
 
 @pytest.mark.parametrize("count", ["0", "-1", str(MAX_REQUESTS + 1), "99999999999999"])
 def test_absurd_repeats_are_refused_before_any_list_is_made(count: str) -> None:
     with pytest.raises(ValueError, match="must repeat between 1 and"):
-        expand([f"1*{count}"])
+        parse_lengths([f"1*{count}"])
 
 
 @pytest.mark.parametrize(
