@@ -1,4 +1,4 @@
-"""Devices that answer on `torch.cuda`: whose they are, and what they have in common.
+"""Devices available as `torch.cuda`: whose they are, and what they have in common.
 
 Several vendors build torch so that their device is `cuda`. They are told apart by marks of the build, never
 by what the device can do, and never by environment variables or tools alone: hosts have several SDKs.
@@ -24,13 +24,13 @@ Marks = dict[str, str]  # what was looked at -> what was seen
 class Build:
     """Whose device `torch.cuda` is in the torch that is installed."""
 
-    backend: str  # name of the backend that serves it; "" if there is none
+    backend: str  # name of the backend that serves it; "" if none does
     description: str  # completes "this torch is ..."
     marks: Mapping[str, str]
 
 
 def cuda_build() -> Build:
-    """Tell whose build of torch this is, from marks alone. Raises whatever importing torch raises."""
+    """Return whose build of torch this is, from marks alone. Raises whatever importing torch raises."""
     import torch
 
     for backend, description, find in _BUILDS:
@@ -41,7 +41,7 @@ def cuda_build() -> Build:
 
 
 def _torchada(torch: ModuleType) -> Marks:
-    """It sends torch.cuda to musa once it is imported."""
+    """Once imported, torchada redirects torch.cuda to musa."""
     return {"torchada": "imported"} if "torchada" in sys.modules else {}
 
 
@@ -61,7 +61,7 @@ def _maca(torch: ModuleType) -> Marks:
 
 
 def _names_maca_home(torch: ModuleType) -> bool:
-    """Say whether `torch.utils.cpp_extension` knows MACA; importing it takes longer than a probe may."""
+    """Return whether `torch.utils.cpp_extension` knows MACA; importing it takes longer than a probe may."""
     loaded = sys.modules.get("torch.utils.cpp_extension")
     if loaded is not None:
         return hasattr(loaded, "MACA_HOME")
@@ -84,7 +84,7 @@ def _local_version(torch: ModuleType, suffix: str) -> Marks:
     return {"torch.__version__": version} if suffix in version else {}
 
 
-#: Those that imitate NVIDIA come first: most of them set `torch.version.cuda` as well.
+# Those that imitate NVIDIA come first: most of them set `torch.version.cuda` as well.
 _BUILDS: tuple[tuple[str, str, Callable[[ModuleType], Marks]], ...] = (
     ("moore", "redirected by torchada to Moore Threads' torch.musa", _torchada),
     ("iluvatar", "Iluvatar's CoreX build", _corex),
@@ -105,7 +105,7 @@ class CudaBackend(TorchBackend):
         try:
             build = cuda_build()
             module = self.module
-        except Exception as error:  # noqa: BLE001  # vendor stacks raise anything, and a probe must not
+        except Exception as error:  # noqa: BLE001  # vendor stacks raise anything; a probe must not
             return Availability(False, self._import_problem(error), self.install_hint)
         if build.backend != self.name:
             return Availability(False, *self._foreign(build), build.marks)

@@ -1,7 +1,7 @@
 """One exception class per way a backend can fail, each carrying the sentence a user should read.
 
 The sentence names the cause and the fix. Callers print `str(error)` and nothing else. A table can print
-`state`, `reason` and `hint` instead, which say the same without repeating the backend's name.
+`state`, `reason` and `hint` instead, which omit the backend's name.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ class BackendError(Exception):
 
 
 class BackendOptionError(BackendError):
-    """The user passed an option the backend does not know, or a value it does not take."""
+    """The user passed an option that the backend does not know, or an invalid value."""
 
     state = "bad option"
 
     @classmethod
     def unknown(cls, name: str, unknown: Sequence[str], known: Sequence[str]) -> BackendOptionError:
-        """Name the options there are."""
+        """Name the options that the backend knows."""
         listed = ", ".join(known) or "none"
         return cls(f"backend '{name}' has no option '{', '.join(unknown)}'; it knows: {listed}.")
 
 
 class UnknownBackend(BackendError):
-    """No distribution offers the name and this project has not heard of it."""
+    """No distribution offers the name, and this project does not know it."""
 
     state = "unknown"
 
@@ -86,12 +86,12 @@ class DuplicateBackend(BackendError):
 
 
 class BackendImportError(BackendError):
-    """The code of the backend failed before there was a `Backend` to ask."""
+    """The backend's code failed before it returned a `Backend`."""
 
     state = "import failed"
 
     def __init__(self, name: str, reason: str, hint: str = LIST_HINT) -> None:
-        """Say in `reason` which code failed and how, as one clause."""
+        """`reason` says which code failed and how, as one clause."""
         super().__init__(
             f"backend '{name}' failed to load: {_clauses(reason, hint)}.", reason=reason, hint=hint
         )
@@ -105,16 +105,17 @@ class BackendVersionError(BackendError):
     def __init__(
         self, name: str, origin: str, speaks: int, built_for: object = None, missing: str = ""
     ) -> None:
-        """Compare `speaks` with `built_for`, or with nothing but what the backend found `missing`."""
+        """Compare `speaks` with `built_for`; if that is unknown, name what the backend found `missing`."""
         core = "mla-backends (`pip install ./backends` in a newer checkout of this project)"
         if missing:
-            reason = (
-                f"{origin} is built for another contract than this mla-backends speaks, {speaks} ({missing})"
-            )
+            contracts = f"another contract, but this mla-backends has contract {speaks}"
+            reason = f"{origin} is built for {contracts} ({missing})"
             hint = f"upgrade whichever is older: {origin}, or {core}"
         else:
             newer = isinstance(built_for, int) and built_for > speaks
-            reason = f"{origin} is built for contract {built_for}, this mla-backends speaks {speaks}"
+            reason = (
+                f"{origin} is built for contract {built_for}, but this mla-backends has contract {speaks}"
+            )
             hint = f"upgrade {core if newer else origin}"
         super().__init__(
             f"backend '{name}' has the wrong api version: {_clauses(reason, hint)}.", reason=reason, hint=hint
@@ -129,8 +130,8 @@ class DeviceUnavailable(BackendError):
     def __init__(
         self, name: str, reason: str, hint: str = "", evidence: Mapping[str, str] | None = None
     ) -> None:
-        """Take what `Backend.probe` found."""
-        reason = reason or "it gives no reason"
+        """Take the result of `Backend.probe`."""
+        reason = reason or "no reason given"
         super().__init__(
             f"backend '{name}' has no usable device: {_clauses(reason, hint)}.", reason=reason, hint=hint
         )
@@ -149,7 +150,7 @@ def one_line(text: str) -> str:
 
 
 def _clauses(*parts: str) -> str:
-    """Join parts that plugin authors wrote, with or without a full stop."""
+    """Join parts, which plugin authors may have ended with a full stop."""
     return "; ".join(one_line(part).rstrip(".") for part in parts if part)
 
 

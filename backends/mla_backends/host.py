@@ -1,4 +1,4 @@
-"""What the host says about its processor and memory. Unknown is None, and no function raises."""
+"""What the host reports about its processor and memory. Unknown is None, and no function raises."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cpu_limit() -> int:
 
 
 def memory_total() -> int | None:
-    """Return the memory this process may use at most: the machine's, or less under a cgroup limit."""
+    """Return the most memory this process may use: the machine's, or less under a cgroup limit."""
     return _least(_meminfo("MemTotal"), *(limit for limit, _ in _memory_limits()))
 
 

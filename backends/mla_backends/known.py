@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class KnownBackend:
-    """What to tell a user who asks for a backend that is not there."""
+    """What to tell a user who asks for a backend that is not installed."""
 
     name: str
     device: str  # one line
@@ -23,7 +23,7 @@ class KnownBackend:
 
     @property
     def folder(self) -> str:
-        """Where its source lies in a checkout; none of these distributions is on a package index."""
+        """Where its source is in a checkout; none of these distributions is on a package index."""
         return f"./plugins/{self.name}"
 
 

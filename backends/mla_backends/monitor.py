@@ -1,7 +1,7 @@
 """Clocks, power and temperature of a device, for the result file; reading them can never break a run.
 
-A `Sampler` may raise, and a driver may hang: `Monitor` asks it in a thread of its own, for a bounded time,
-and turns every failure into one word of text.
+A `Sampler` may raise, and a driver may hang: `Monitor` asks it in a separate thread, for a bounded time, and
+turns every failure into one line of text.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import Protocol
 
 from mla_backends.errors import describe
 
-#: Seconds that a management library may take for one answer.
-PATIENCE = 3.0
+PATIENCE = 3.0  # seconds that a management library may take to answer
 
 
 class Sampler(Protocol):
@@ -29,7 +28,7 @@ class Sampler(Protocol):
 
 
 class Monitor:
-    """A sampler that cannot do harm. After the first failure it is never asked again."""
+    """A sampler that cannot break a run. After the first failure it is never asked again."""
 
     def __init__(self, sampler: Sampler, patience: float = PATIENCE) -> None:
         self._sampler = sampler
@@ -38,13 +37,13 @@ class Monitor:
         self._facts: dict[str, str] | None = None
 
     def facts(self) -> dict[str, str]:
-        """Return what does not change, or why there is nothing, as {"monitor": reason}."""
+        """Return what does not change, or why it is unknown, as {"monitor": reason}."""
         if self._facts is None:
             self._facts = self._ask(lambda: self._sampler.facts())
         return {**self._facts, **({"monitor": f"none ({self._problem})"} if self._problem else {})}
 
     def sample(self) -> dict[str, str]:
-        """Return what changes; nothing where the library gives nothing."""
+        """Return what changes; empty if the library reports nothing."""
         return self._ask(lambda: self._sampler.sample())
 
     def _ask(self, question: Callable[[], Mapping[str, str]]) -> dict[str, str]:
@@ -59,7 +58,7 @@ class Monitor:
             except BaseException as error:  # noqa: BLE001  # a library's SystemExit must not end the thread's run
                 problems.append(describe(error))
 
-        # A daemon, because a call into a driver that hangs cannot be ended.
+        # A daemon, because a call into a hanging driver cannot be stopped.
         thread = threading.Thread(target=work, name="mla-monitor", daemon=True)
         thread.start()
         thread.join(self._patience)

@@ -24,7 +24,7 @@ class Address:
     uuid: str | None = None  # without a prefix
 
     def physical_index(self) -> int:
-        """Return the index among all devices of the host. Raises LookupError where that is a guess."""
+        """Return the index among all devices of the host. Raises LookupError if that would be a guess."""
         if self.visible is None:
             return self.index
         chosen = [word.strip() for word in self.visible.split(",")]
@@ -74,7 +74,7 @@ class NvmlSampler:
         }
         found = {}
         for name, read in readings.items():
-            with suppress(Exception):  # each of them may be unsupported on a card
+            with suppress(Exception):  # any of them may be unsupported on a card
                 found[name] = read()
         return found
 
@@ -101,7 +101,7 @@ class NvmlSampler:
         if address.uuid:
             return self.call("DeviceGetHandleByUUID", f"GPU-{address.uuid}")
         if self.call("DeviceGetCount") != 1:  # torch and the library may count in different orders
-            raise LookupError("this torch does not tell the UUID of the device")
+            raise LookupError("this torch does not report the UUID of the device")
         return self.call("DeviceGetHandleByIndex", 0)
 
     def call(self, name: str, *arguments: Any) -> Any:

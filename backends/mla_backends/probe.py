@@ -1,7 +1,7 @@
 """Probe one backend and print what was found as JSON: `python -m mla_backends.probe NAME`.
 
-The last line of stdout is the answer. Where the backend is not usable a sentence goes to stderr, after the
-traceback if there is one. Exit code 0: usable, 3: not usable or not known, 2: no name was given.
+The last line of stdout is the answer. If the backend is not usable, one sentence goes to stderr, after the
+traceback if there is one. Exit code 0: usable, 3: not usable or unknown, 2: no name given.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mla_backends.registry import create, probe_backend
 from mla_backends.status import USABLE
 
 
-def examine(name: str) -> dict[str, Any]:
+def probe_by_name(name: str) -> dict[str, Any]:
     """Create and probe the backend `name`; return state, reason, hint and evidence."""
     try:
         backend = create(name)
@@ -31,7 +31,7 @@ def examine(name: str) -> dict[str, Any]:
 
 
 def _problem(error: BackendError, state: str) -> dict[str, Any]:
-    """Describe `error`; `state` is for errors that plugins raise without choosing a class."""
+    """Describe `error`; `state` is used for a plain `BackendError`, which a plugin may raise."""
     if error.__cause__ is not None:
         traceback.print_exception(error.__cause__)
     sys.stderr.write(f"error: {error}\n")
@@ -52,12 +52,12 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m mla_backends.probe NAME\n")
         sys.exit(2)
-    answer = examine(arguments[0])
-    # A line of its own, whatever the plugin printed before.
+    answer = probe_by_name(arguments[0])
+    # On its own line, whatever the plugin printed before.
     sys.stdout.write(f"\n{json.dumps(answer)}\n")
     sys.stdout.flush()
     sys.stderr.flush()
-    # Vendor stacks have been seen to hang or crash while the interpreter winds down.
+    # Vendor stacks have been seen to hang or crash while the interpreter shuts down.
     os._exit(0 if answer["state"] == USABLE else 3)
 
 

@@ -1,4 +1,4 @@
-"""Turning a backend's name into a backend that is ready to use, or into the sentence that says why not.
+"""Turning a backend's name into a backend that is ready to use, or into a sentence that says why not.
 
 Only the chosen plugin is imported. Whatever a plugin does wrong surfaces as a `BackendError`: nothing is
 skipped, and nothing falls back to another backend.
@@ -47,7 +47,7 @@ def open_backend(
 ) -> Backend:
     """Create the backend `name`, probe it and set up its device `index`. Raises `BackendError`.
 
-    A function for `index` gets the number of visible devices, None where they cannot be counted.
+    `index` may be a function of the number of visible devices (None if they cannot be counted).
     """
     backend = create(name, options)
     probe_backend(name, backend)
@@ -144,22 +144,24 @@ def _register(entry: Entry, found: Any) -> tuple[pluggy.PluginManager, list[str]
         manager.register(plugin, name=entry.name)
     except pluggy.PluginValidationError as error:
         raise BackendImportError(
-            entry.name, f"the hook of {entry.origin} takes other arguments", f"define it as {HOOK}(options)"
+            entry.name,
+            f"the hook of {entry.origin} takes the wrong arguments",
+            f"define it as {HOOK}(options)",
         ) from error
     hooks = manager.get_hookcallers(plugin) or []
     try:
-        manager.check_pending()  # without it, a misspelt hook would pass as no hook at all
+        manager.check_pending()  # otherwise a misspelt hook would look like no hook at all
     except pluggy.PluginValidationError as error:
         wrong = ", ".join(repr(hook.name) for hook in hooks if not hook.has_spec())
-        reason = f"{entry.origin} implements {wrong}, which is no hook"
-        raise BackendImportError(entry.name, reason, f"the one hook is {HOOK}(options)") from error
+        reason = f"{entry.origin} implements {wrong}, which is not a hook"
+        raise BackendImportError(entry.name, reason, f"the only hook is {HOOK}(options)") from error
     return manager, [hook.name for hook in hooks]
 
 
 def _validated(entry: Entry, backend: Any) -> Backend:
-    """Return `backend` if it keeps the parts of the contract that can be checked without a device."""
+    """Return `backend` if it meets the parts of the contract that can be checked without a device."""
     version = getattr(backend, "api_version", None)
-    # First, because a backend for another contract need not be an instance of this one's class.
+    # First, because a backend for another contract need not be an instance of this `Backend`.
     if version is not None and version != API_VERSION:
         raise BackendVersionError(entry.name, entry.origin, API_VERSION, version)
     if not isinstance(backend, Backend):
@@ -190,21 +192,21 @@ def _blaming(entry: Entry, action: str) -> Iterator[None]:
         if missing:
             raise BackendVersionError(entry.name, entry.origin, API_VERSION, missing=missing) from error
         if _missing_module(entry, error):
-            reason, hint = f"{entry.origin} cannot be imported: there is none of that name", PATH_HINT
+            reason, hint = f"{entry.origin} cannot be imported: no such module", PATH_HINT
             raise BackendImportError(entry.name, reason, hint) from error
         hint = _torch_hint(entry.name, error) or LIST_HINT
         raise BackendImportError(entry.name, f"{action} raised {describe(error)}", hint) from error
 
 
 def _missing_module(entry: Entry, error: BaseException) -> bool:
-    """Say whether the module that the user pointed at, or a package above it, is what is missing."""
+    """Return whether what is missing is the module the user named, or a package above it."""
     module = entry.value.partition(":")[0]
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     return entry.distribution is None and bool(missing) and f"{module}.".startswith(f"{missing}.")
 
 
 def _missing_from_contract(error: BaseException) -> str:
-    """Say what the plugin wanted from `mla_backends` and did not find, or nothing."""
+    """Return what the plugin expected in `mla_backends` and did not find; empty if that is not the cause."""
     if isinstance(error, ImportError):
         owner = error.name or ""
     elif isinstance(error, AttributeError) and inspect.ismodule(error.obj):
@@ -217,7 +219,7 @@ def _missing_from_contract(error: BaseException) -> str:
 
 
 def _torch_hint(name: str, error: BaseException | None = None) -> str:
-    """Return the cure if torch is what backend `name` failed on: absent, or failing to import.
+    """Return the fix if backend `name` failed because torch is absent or fails to import, else "".
 
     A package whose import fails is dropped from `sys.modules`, but the submodules it had loaded stay.
     """
@@ -227,4 +229,4 @@ def _torch_hint(name: str, error: BaseException | None = None) -> str:
     started = any(module.startswith("torch.") for module in sys.modules)
     if "torch" in sys.modules or not started:
         return ""
-    return "torch itself does not import; with TORCH_DEVICE_BACKEND_AUTOLOAD=0 it loads no vendor extension"
+    return "torch itself fails to import; with TORCH_DEVICE_BACKEND_AUTOLOAD=0 it loads no vendor extension"

@@ -1,7 +1,7 @@
-"""The state of every backend, each found out in a child process.
+"""The state of every backend, each determined in a child process.
 
 Probing in this process would load every vendor's stack into it, and one that aborts or hangs would take
-the whole report along.
+the whole report down.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def names() -> list[str]:
 def status(name: str, timeout: float = 30.0, variables: Mapping[str, str] | None = None) -> Status:
     """Report on one backend; a child process that answers later than `timeout` seconds is killed.
 
-    `variables` are set in the child's environment, beside those of this process.
+    `variables` are set in the child's environment, in addition to those of this process.
     """
     try:
         entry = locate(name)
@@ -67,11 +67,11 @@ def _probe(entry: Entry, timeout: float, variables: Mapping[str, str] | None) ->
     try:
         return ask(["-m", "mla_backends.probe", entry.name], fields, timeout, variables)
     except NoAnswer as none:
-        return _no_answer(entry, f"probing {none}")
+        return _no_answer(entry, f"the probe {none}")
 
 
 class NoAnswer(Exception):
-    """A child process gave no answer. The text is a clause without subject: "died with signal SIGABRT"."""
+    """A child process gave no answer. The text is a clause without a subject: "died with signal SIGABRT"."""
 
 
 def ask(
@@ -82,8 +82,8 @@ def ask(
 ) -> dict[str, Any]:
     """Run this Python with `arguments` in a child process; return `fields` of the JSON object it prints last.
 
-    `variables` are set in the child's environment, beside those of this process. Raises `NoAnswer` when the
-    child prints no such object or takes more than `timeout` seconds, after which it is killed.
+    `variables` are set in the child's environment, in addition to those of this process. Raises `NoAnswer` if
+    the child prints no such object or takes more than `timeout` seconds, after which it is killed.
     """
     try:
         child = subprocess.run(
@@ -110,11 +110,11 @@ def _no_answer(entry: Entry, reason: str) -> dict[str, Any]:
 
 
 def _ending(child: subprocess.CompletedProcess[bytes]) -> str:
-    """Say how a child ended that gave no answer."""
+    """Return how a child that gave no answer ended."""
     if child.returncode < 0:
         try:
             return f"died with signal {signal.Signals(-child.returncode).name}"
         except ValueError:  # real-time signals have numbers only
             return f"died with signal {-child.returncode}"
     last = child.stderr.decode(errors="replace").strip().splitlines()[-1:]
-    return f"ended with exit status {child.returncode} and no answer" + "".join(f" ({line})" for line in last)
+    return f"exited with status {child.returncode} without an answer" + "".join(f" ({line})" for line in last)

@@ -41,9 +41,9 @@ class Backend(ABC):
     entry: Entry | None = None  # where the registry found it: name, distribution and version
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
-        """Keep the user's `-O key=value` options; a subclass names those it knows in `known_options`.
+        """Keep the user's `-O key=value` options; a subclass lists those it knows in `known_options`.
 
-        Raises `BackendOptionError` for others; a subclass does so for values that it does not take.
+        Raises `BackendOptionError` for others; a subclass raises it for invalid values as well.
         """
         self.options = dict(options or {})
         unknown = sorted(set(self.options) - set(self.known_options()))
@@ -62,7 +62,7 @@ class Backend(ABC):
 
     @abstractmethod
     def probe(self) -> Availability:
-        """Say whether the device can be used. No exception, no subprocess, no device context, < 50 ms."""
+        """Return whether the device can be used. No exception, no subprocess, no device context, < 50 ms."""
 
     @abstractmethod
     def setup(self, index: int | None = None) -> torch.device:
@@ -76,7 +76,7 @@ class Backend(ABC):
         """Wait until all submitted work is done."""
 
     def device_count(self) -> int | None:
-        """Return how many devices this process sees, before `setup` as well; None: they cannot be counted.
+        """Return how many devices this process sees, also before `setup`; None if they cannot be counted.
 
         Tasks on one node then take device (local task number) modulo this; with None, the current one.
         """
@@ -97,11 +97,11 @@ class Backend(ABC):
         return HostTimer(self.synchronize)
 
     def device_timer(self) -> Timer | None:
-        """Return a timer on the device's own clock; None where there is none."""
+        """Return a timer on the device's own clock; None if it has none."""
         return None
 
     def graph(self, fn: Callable[[], None]) -> Callable[[], None] | None:
-        """Capture `fn` and return its replay, or None where the stack has no graphs."""
+        """Capture `fn` and return its replay, or None if the stack has no graphs."""
         return None
 
     def memory(self) -> MemoryInfo:
@@ -109,7 +109,7 @@ class Backend(ABC):
         return MemoryInfo()
 
     def empty_cache(self) -> None:  # noqa: B027  # optional on purpose
-        """Give cached memory back to the device."""
+        """Release cached memory to the device."""
 
     def environment(self) -> Mapping[str, str]:
         """Report driver, SDK and library versions, for the result file."""
@@ -118,21 +118,21 @@ class Backend(ABC):
     def sensors(self) -> Mapping[str, str]:
         """Report what changes while the device works (clocks, power, temperature), units in the names.
 
-        Asked before and after timed passes, never between. Empty where there are no sensors.
+        Called before and after timed passes, never in between. Empty if there are no sensors.
         """
         return {}
 
     def ops(self) -> Mapping[str, FusedOp]:
-        """Return fused ops by implementation name, best first; each says in `contract` which op it is."""
+        """Return fused ops by implementation name, best first; `contract` names the op that each replaces."""
         return {}
 
     def sequence(self, calls: Sequence[OpCall], moving: Sequence[torch.Tensor]) -> Callable[..., None] | None:
-        """Return one callable that makes `calls` in their order, or None: then they are made one by one.
+        """Return one callable that makes all `calls` in order; None to have them made one by one.
 
-        For hosts on which handing over a call takes as long as a small op. The layer asks when a forward
-        comes a second time on the same memory, and calls the result with tensors that stand in for `moving`,
-        of the same shapes, dtypes and strides, which it must not keep alive. They appear in `calls` as
-        themselves, never as views. All other tensors stay those of `calls`; what they hold may change, and so
-        may the number of host threads. Errors are those of the ops.
+        For hosts on which dispatching a call takes as long as a small op. The layer asks when a forward
+        repeats on the same memory, and calls the result with tensors that replace `moving`, of the same
+        shapes, dtypes and strides, which it must not keep alive. They appear in `calls` as themselves, never
+        as views. All other tensors stay those of `calls`; their contents may change, and so may the number of
+        host threads. Errors are those of the ops.
         """
         return None

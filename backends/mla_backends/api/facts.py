@@ -18,7 +18,7 @@ class Availability:
 
 @dataclass(frozen=True)
 class Peak:
-    """A ceiling of the device and where the figure comes from (a URL, or how it was measured)."""
+    """A peak rate of the device, and the source of the figure (a URL, or how it was measured)."""
 
     value: float
     source: str
@@ -37,7 +37,7 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class MemoryInfo:
-    """Device memory in bytes. None means the stack does not say."""
+    """Device memory in bytes. None means unknown."""
 
     free: int | None = None
     total: int | None = None

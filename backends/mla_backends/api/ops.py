@@ -79,7 +79,7 @@ class BatchView(Protocol):
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight in the layout one op wants. `nbytes` counts what it keeps alive."""
+    """A weight in the layout that one op uses. `nbytes` is the memory it keeps alive."""
 
     data: Any
     nbytes: int
@@ -117,15 +117,15 @@ class FusedOp(ABC):
     writes_lse = True  # attention fills lse; where the kernel has none, it is NaN
 
     def unsupported_reasons(self, spec: Any) -> list[str]:
-        """Return why this op cannot serve `spec` (empty: it can)."""
+        """Return why this op cannot serve `spec` (empty if it can)."""
         return []
 
     def unsupported_batch(
         self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
     ) -> list[str]:
-        """Return why this op cannot serve these lengths (empty: it can).
+        """Return why this op cannot serve these lengths (empty if it can).
 
-        `page_size` is that of the cache; None for ops that see no pages.
+        `page_size` is that of the cache; None for ops that do not use pages.
         """
         return []
 
@@ -140,7 +140,7 @@ class FusedOp(ABC):
     def prepare(self, spec: Any, batch: Any) -> Any:
         """Build what every call with this batch shares, once per batch, without waiting for the device.
 
-        Raises `BackendError` when the op cannot serve the batch after all. A state whose `graph_safe` is True
+        Raises `BackendError` when the op turns out not to serve the batch. A state whose `graph_safe` is True
         promises that a captured call follows the batch's device tensors when they change in place.
         """
         return None

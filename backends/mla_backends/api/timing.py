@@ -20,7 +20,7 @@ class Timer(Protocol):
 
 
 class HostTimer:
-    """Host wall clock between two synchronizations: what a caller of the layer feels."""
+    """Host wall clock between two synchronizations: what a caller of the layer experiences."""
 
     clock = "host"
 

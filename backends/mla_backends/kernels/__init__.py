@@ -22,8 +22,8 @@ a layer is built, and a package that is missing, broken or changed becomes a rea
 | `SdpaExpanded` | expanded | torch itself | no: NaN | keeps the lengths of its plan |
 | `FlashAttnVarlen` | expanded | `flash_attn`, `flash_attn_interface` | yes | keeps the lengths of its plan |
 
-One op object serves all layers; keep it, because it keeps scratch memory and the vendor's workspace. An op
-is not for use on two streams at a time. To serve another kernel over pages, subclass `PagedLatentOp`.
+One op object serves all layers; keep it, because it holds scratch memory and the vendor's workspace. Do
+not use an op on two streams at a time. To serve another kernel over pages, subclass `PagedLatentOp`.
 """
 
 from mla_backends.kernels.flash_attn import FlashAttnVarlen, VarlenLimits

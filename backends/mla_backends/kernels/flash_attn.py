@@ -1,7 +1,7 @@
 """`flash_attn_varlen_func`: ordinary causal attention over ragged segments, for the expanded path.
 
-FlashAttention 2, and what vendors ship under its name, wants values as wide as keys; there they are padded
-with zeros and the result is cut. FlashAttention 3 takes 192 and 128 as they are.
+FlashAttention 2, and what vendors ship under its name, needs values as wide as keys: they are padded with
+zeros and the result is cut. FlashAttention 3 takes 192 and 128 as they are.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ARGUMENTS = (
     "softmax_scale",
     "causal",
 )
-#: What asks for the log-sum-exp; releases that have neither always return it.
+# Arguments that ask for the log-sum-exp; releases that have neither always return it.
 ASKS = ("return_attn_probs", "return_softmax_lse")
 
 
@@ -49,16 +49,16 @@ class VarlenLimits:
     unpadded: tuple[tuple[int, int], ...] = (
         (192, 128),
     )  # else these widths of keys and values are taken too
-    device_reason: Callable[[torch.device], str] | None = None  # why this device cannot run it; "": it can
+    device_reason: Callable[[torch.device], str] | None = None  # why this device cannot run it; "" if it can
 
     def pads(self, key_width: int, value_width: int) -> bool:
-        """Say whether values of this width are padded beside such keys."""
+        """Return whether values of this width are padded to the width of such keys."""
         return value_width != key_width and (
             self.pads_values or (key_width, value_width) not in self.unpadded
         )
 
     def reasons(self, spec: AttentionSpec) -> list[str]:
-        """Return why the function cannot serve layers like `spec` (empty: it can)."""
+        """Return why the function cannot serve layers like `spec` (empty if it can)."""
         why = self.device_reason(spec.device) if self.device_reason else ""
         found = [why] if why else []
         found += dtype_reasons(self.dtypes, spec)
@@ -72,7 +72,7 @@ class VarlenLimits:
 
 @dataclass(frozen=True)
 class VarlenState:
-    """Segments, planned."""
+    """Planned segments."""
 
     cu_q: torch.Tensor  # [n + 1] int32
     cu_k: torch.Tensor  # [n + 1] int32
@@ -84,7 +84,7 @@ class VarlenState:
 class FlashAttnVarlen(FusedOp):
     """`flash_attn.flash_attn_varlen_func`, or that of another `module` such as `flash_attn_interface`.
 
-    Costs beside the kernel: a copy into `out` and one into `lse`, and one of v where it is padded. The plan
+    Costs besides the kernel: a copy into `out` and one into `lse`, and one of v where it is padded. The plan
     holds the lengths it was made with, so a captured graph does not follow later ones.
     """
 
@@ -93,7 +93,7 @@ class FlashAttnVarlen(FusedOp):
     def __init__(
         self, limits: VarlenLimits | None = None, *, module: str = "flash_attn", install: str = ""
     ) -> None:
-        """Take the function's limits on this vendor's devices, and the hint for who has no such module."""
+        """Take the function's limits on this vendor's devices, and the hint for a missing module."""
         self._vendor = VendorModule(module, (FUNCTION,), install)
         self.limits = limits or VarlenLimits()
         self._scratch = Scratch()
@@ -111,7 +111,7 @@ class FlashAttnVarlen(FusedOp):
         return found + self.limits.reasons(spec)
 
     def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> VarlenState:
-        """Copy the segments' bounds to the device, without waiting for it."""
+        """Copy the bounds of the segments to the device, without waiting for it."""
         import torch
 
         count = len(batch.query_lens) + 1
@@ -153,7 +153,7 @@ class FlashAttnVarlen(FusedOp):
         lse.copy_(self._logs(sums, state, lse))
 
     def _values(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Return v as the function wants it: as wide as k, zero behind its own columns."""
+        """Return v as the function needs it: as wide as k, with zeros after its own columns."""
         if not self.limits.pads(k.shape[2], v.shape[2]):
             return v
         wide = self._scratch.take(f"v{v.shape[2]}", tuple(k.shape), v, fresh=capturing(v.device))
@@ -162,7 +162,7 @@ class FlashAttnVarlen(FusedOp):
 
     @staticmethod
     def _logs(sums: torch.Tensor, state: VarlenState, lse: torch.Tensor) -> torch.Tensor:
-        """Return the log-sum-exp as [Tq, h] with -inf for queries without keys, which vendors give +inf.
+        """Return the log-sum-exp as [Tq, h] with -inf for queries without keys, where vendors give +inf.
 
         Old releases return [segments, h, longest] instead of [h, Tq].
         """

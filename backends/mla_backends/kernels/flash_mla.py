@@ -1,7 +1,7 @@
 """`flash_mla`, under which NVIDIA, MetaX and Moore Threads ship absorbed attention, in three generations.
 
 The generations differ in what plans a batch (`get_mla_metadata`): two tensors, or an object that the first
-call fills and None. The adapter goes by what it gets, never by a version, and passes keywords only.
+call fills and None. The adapter relies on what it gets, never on a version, and passes keywords only.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ ARGUMENTS = (
 class FlashMla(PagedLatentOp):
     """`flash_mla_with_kvcache` of any generation; `module` may be another that has the same functions.
 
-    Graphs: a call that is being captured plans anew, inside the graph, so that every replay plans for the
-    lengths it finds. Capture batches of one query length; `RaggedBatch.update_()` then reaches the kernel.
+    Graphs: a call that is being captured plans again, inside the graph, so that every replay plans for the
+    current lengths. Capture batches of one query length; `RaggedBatch.update_()` then reaches the kernel.
     """
 
     def __init__(
         self, limits: LatentLimits | None = None, *, module: str = "flash_mla", install: str = ""
     ) -> None:
-        """Take the kernel's limits on this vendor's devices, and the hint for who has no such module."""
+        """Take the kernel's limits on this vendor's devices, and the hint for a missing module."""
         vendor = VendorModule(module, ("get_mla_metadata", "flash_mla_with_kvcache"), install)
         super().__init__(vendor, limits or LatentLimits())
 
@@ -47,7 +47,7 @@ class FlashMla(PagedLatentOp):
         return missing(self._vendor.flash_mla_with_kvcache, name, ARGUMENTS)
 
     def plan(self, kv_lens: torch.Tensor, query_rows: int) -> Any:
-        """Return the scheduler metadata and the splits: of one batch only, whose layers share them."""
+        """Return the scheduler metadata and the splits: for one batch, whose layers share them."""
         return self._vendor.get_mla_metadata(kv_lens, query_rows, 1)
 
     def launch(self, plan: Any, call: Launch) -> Result:

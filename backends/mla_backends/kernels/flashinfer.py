@@ -2,7 +2,7 @@
 
 Its plan runs on the host and is given host tensors, so it copies nothing back from the device. A wrapper
 holds one plan, and its pinned memory may be read by the device until the plan's copy is done: a few wrappers
-take turns, and one is planned anew only when its last plan has arrived.
+take turns, and one is planned again only when its last plan has arrived.
 """
 
 from __future__ import annotations
@@ -39,10 +39,8 @@ PLAN_ARGUMENTS = (
 )
 RUN_ARGUMENTS = ("q_nope", "q_pe", "ckv_cache", "kpe_cache", "out", "lse", "return_lse")
 NATURAL = "return_lse_base_on_e"  # older releases return base 2 only
-#: What the library's documentation recommends for split contexts.
-WORKSPACE_BYTES = 128 << 20
-#: Wrappers that take turns: how many batches may be planned ahead of the device.
-TURNS = 4
+WORKSPACE_BYTES = 128 << 20  # what the library's documentation recommends for split contexts
+TURNS = 4  # wrappers that take turns: how many batches may be planned ahead of the device
 LIMITS = LatentLimits(page_sizes=None, graph=False)
 
 
@@ -109,7 +107,7 @@ class FlashInferMla(FusedOp):
     contract = OPS["latent_attention"]
 
     def __init__(self, limits: LatentLimits = LIMITS, *, backend: str = "auto", install: str = "") -> None:
-        """Take the kernel's limits on this vendor's devices, and the hint for who has no flashinfer."""
+        """Take the kernel's limits on this vendor's devices, and the hint for a missing flashinfer."""
         self._vendor = VendorModule("flashinfer.mla", (CLASS,), install)
         self.limits = replace(limits, pads_heads_to=(), graph=False)
         self._backend = backend
@@ -132,7 +130,7 @@ class FlashInferMla(FusedOp):
     ) -> list[str]:
         found = self.limits.page_reasons(page_size)
         if any(keys < count != 1 for count, keys in zip(query_lens, kv_lens, strict=True)):
-            found.append("it wants no more new tokens than keys in a request")
+            found.append("a request must not have more new tokens than keys")
         return found
 
     def prepare(self, spec: AttentionSpec, batch: BatchView) -> FlashInferState:
@@ -188,7 +186,7 @@ class FlashInferMla(FusedOp):
     ) -> None:  # fmt: skip
         _check_capture(q.device)
         if float(softmax_scale) != state.plan["sm_scale"]:
-            raise KernelRefused("flashinfer was planned with another softmax scale than the call's.")
+            raise KernelRefused("flashinfer was planned with a different softmax scale.")
         wrapper, latent = self._pool(q.device).planned(state), out.shape[-1]
         options = {NATURAL: True} if self._natural else {}
         sums = lse if lse.is_contiguous() else lse.new_empty(lse.shape)

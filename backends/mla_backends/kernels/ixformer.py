@@ -17,7 +17,7 @@ from mla_backends.kernels.vendor import KernelRefused, VendorModule, accepts, mi
 FUNCTION = "vllm_paged_attention_mla"
 ARGUMENTS = ("output", "query", "kv_cache", "scale", "block_tables", "context_lens", "max_context_len")
 LSE, GRAPH = "return_softmax_lse", "use_cuda_graph"
-#: What rows without keys give, and which pages are too small, is not known of the closed library.
+# What rows without keys give, and which pages are too small, is not known for this closed library.
 LIMITS = LatentLimits(page_sizes=None, max_queries=1, empty_rows=False, lse_layout="tokens_first")
 
 
@@ -28,7 +28,7 @@ class IxformerMla(PagedLatentOp):
     """
 
     def __init__(self, limits: LatentLimits = LIMITS, *, install: str = "") -> None:
-        """Take the kernel's limits; whatever they say, one query token goes into a row."""
+        """Take the kernel's limits; regardless of them, a row holds one query token."""
         vendor = VendorModule("ixformer.inference.functions", (FUNCTION,), install)
         super().__init__(vendor, replace(limits, max_queries=1))
 

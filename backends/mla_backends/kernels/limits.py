@@ -20,8 +20,8 @@ LSE_BASES = ("e", "2")
 class LatentLimits:
     """What one kernel for absorbed attention serves. The defaults are those of FlashMLA on Hopper.
 
-    A value nobody has seen is declared the careful way: `empty_rows=False` costs a little, a wrong True
-    gives wrong numbers. Raises ValueError for a layout or base that is none.
+    Declare conservatively what has not been confirmed: `empty_rows=False` costs a little, a wrong True gives
+    wrong numbers. Raises ValueError for an unknown layout or base.
     """
 
     dtypes: tuple[str, ...] = ("bfloat16", "float16")
@@ -35,14 +35,14 @@ class LatentLimits:
     lse_base: str = "e"  # or "2"
     empty_rows: bool = True  # rows without keys may be launched
     graph: bool = True  # calls can be captured
-    device_reason: Callable[[torch.device], str] | None = None  # why this device cannot run it; "": it can
+    device_reason: Callable[[torch.device], str] | None = None  # why this device cannot run it; "" if it can
 
     def __post_init__(self) -> None:
         if self.lse_layout not in LSE_LAYOUTS or self.lse_base not in LSE_BASES:
-            raise ValueError(f"lse_layout is one of {LSE_LAYOUTS} and lse_base one of {LSE_BASES}.")
+            raise ValueError(f"lse_layout must be one of {LSE_LAYOUTS}, lse_base one of {LSE_BASES}.")
 
     def padded_heads(self, heads: int) -> int | None:
-        """Return how many heads the kernel is given for `heads`; None where it serves no such layer."""
+        """Return how many heads the kernel is given for `heads`; None if it serves no such layer."""
         if self.heads is None or heads in self.heads:
             return heads
         return min((count for count in self.pads_heads_to if count >= heads), default=None)
@@ -55,7 +55,7 @@ class LatentLimits:
         return min(limits, default=None)
 
     def reasons(self, spec: AttentionSpec) -> list[str]:
-        """Return why the kernel cannot serve layers like `spec` (empty: it can)."""
+        """Return why the kernel cannot serve layers like `spec` (empty if it can)."""
         found = []
         why = self.device_reason(spec.device) if self.device_reason else ""
         if why:
@@ -73,10 +73,10 @@ class LatentLimits:
         return found
 
     def page_reasons(self, page_size: int | None) -> list[str]:
-        """Return why the kernel cannot read pages of this size (empty: it can, or None: nobody said)."""
+        """Return why the kernel cannot read pages of this size (empty if it can, or for None)."""
         if page_size is None or self.page_sizes is None or page_size in self.page_sizes:
             return []
-        return [f"it reads pages of {_or(self.page_sizes)} tokens, and this cache has pages of {page_size}"]
+        return [f"it reads pages of {_or(self.page_sizes)} tokens, but this cache has pages of {page_size}"]
 
     def check_page(self, page_size: int) -> None:
         """Raise `KernelRefused` when the kernel cannot read pages of this size."""
@@ -89,12 +89,12 @@ class LatentLimits:
 
 
 def dtype_reasons(dtypes: Sequence[str], spec: AttentionSpec) -> list[str]:
-    """Return why a kernel for `dtypes` cannot compute in the layer's own (empty: it can)."""
+    """Return why a kernel for `dtypes` cannot compute in the layer's own (empty if it can)."""
     name = str(spec.dtype).removeprefix("torch.")
     return [] if name in dtypes else [f"it computes in {_or(dtypes)}, not {name}"]
 
 
 def _or(values: object) -> str:
-    """Write values as a list: "1, 2 or 3"."""
+    """Join values as "1, 2 or 3"."""
     words = list(dict.fromkeys(str(value) for value in values))  # type: ignore[attr-defined]
     return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))

@@ -29,7 +29,7 @@ class Part:
 
 @dataclass(frozen=True)
 class PagedState:
-    """A batch, planned: valid as long as the batch is, for every layer of equal spec."""
+    """A planned batch: valid as long as the batch is, for every layer with the same spec."""
 
     parts: tuple[Part, ...]
     heads: int  # what the kernel is given, padding included
@@ -60,9 +60,9 @@ Result = tuple["torch.Tensor", "torch.Tensor | None"]  # out [rows, s, h, c], ls
 
 
 class PagedLatentOp(FusedOp):
-    """Base of adapters whose kernel takes rows of equally many queries. Subclasses plan and launch.
+    """Base of adapters whose kernel takes rows with equally many queries. Subclasses plan and launch.
 
-    Costs beside the kernel, per launch: a copy into `out` unless the kernel writes where it is told, and one
+    Costs besides the kernel, per launch: a copy into `out` unless the kernel writes to it directly, and one
     into `lse`; a copy of q where its rows are scattered, strided or padded; a little where a row has no key.
     """
 
@@ -77,7 +77,7 @@ class PagedLatentOp(FusedOp):
         return (self._vendor.reasons() or self.interface_reasons()) + self.limits.reasons(spec)
 
     def interface_reasons(self) -> list[str]:
-        """Return what is unexpected about the vendor's functions."""
+        """Return how the vendor's functions differ from what is expected."""
         return []
 
     def unsupported_batch(
@@ -102,13 +102,13 @@ class PagedLatentOp(FusedOp):
         return Part(group, kv_lens, self.plan(kv_lens, group.queries * heads))
 
     def _lens(self, group: Group, captured: bool) -> torch.Tensor:
-        """Return lengths the kernel takes; a replay may find rows empty that are not so now."""
+        """Return lengths the kernel takes; a replay may find rows empty that are not empty now."""
         if not self.limits.empty_rows and (group.has_empty or captured):
             return group.kv_lens.clamp(min=1)  # what such a row gives is overwritten
         return group.kv_lens
 
     def plan(self, kv_lens: torch.Tensor, query_rows: int) -> Any:
-        """Build what the vendor shares between calls, for rows of `query_rows` query heads in all."""
+        """Build what the vendor shares between calls, for rows with `query_rows` query heads in total."""
         return None
 
     @abstractmethod
@@ -181,7 +181,7 @@ class PagedLatentOp(FusedOp):
     def _write(
         self, group: Group, call: Launch, result: Result, out: torch.Tensor, lse: torch.Tensor
     ) -> None:
-        """Normalise what the kernel gave to the contract's layout, base and empty rows."""
+        """Convert the kernel's results to the contract's layout, base and empty rows."""
         value, sums = result
         heads, count = out.shape[1], group.rows * group.queries
         rows = value.reshape(count, -1, out.shape[2])[:, :heads]

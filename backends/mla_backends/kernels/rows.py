@@ -1,8 +1,8 @@
 """Cut a ragged batch into groups of rows with equally many queries, which is what a vendor's kernel takes.
 
-A row is a run of one request's queries together with the keys that the last of them sees. Requests with as
-many new tokens as each other share one launch, so a decode step is one launch and a mixed batch one per
-distinct number of new tokens; no key is read more often than the kernel's own tiling wants.
+A row is a run of one request's queries together with the keys that the last of them sees. Requests with
+equally many new tokens share one launch, so a decode step is one launch and a mixed batch one per distinct
+number of new tokens; no key is read more often than the kernel's own tiling requires.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _cut(request: int, first: int, count: int, keys: int, most: int | None) -> I
     step = most or max(1, count)
     for offset in range(0, count, step):
         queries = min(step, count - offset)
-        unseen = count - offset - queries if keys else 0  # keys of the queries behind this row
+        unseen = count - offset - queries if keys else 0  # keys of the queries after this row
         yield Row(request, first + offset, queries, keys - unseen)
 
 
@@ -73,7 +73,7 @@ def groups(batch: BatchView, most: int | None) -> tuple[Group, ...]:
 
 
 def _whole(rows: Sequence[Row], batch: BatchView) -> Group:
-    """Describe rows that are the batch's requests, one by one."""
+    """Return the group of rows that are the batch's requests, one by one."""
     tokens = slice(0, sum(row.queries for row in rows))
     return _describe(rows, tokens, batch.block_table, batch.kv_lens_device, True)
 
@@ -102,7 +102,7 @@ def _describe(
 
 
 def _upload(values: Iterable[int], like: torch.Tensor) -> torch.Tensor:
-    """Copy host integers to the device of `like` as int64, in one copy that nothing waits for."""
+    """Copy host integers to the device of `like` as int64, in one asynchronous copy."""
     import torch
 
     buffer = array("q", values)

@@ -1,4 +1,4 @@
-"""`Scratch`: memory an adapter needs beside the vendor's own; it grows to the largest call and is kept."""
+"""`Scratch`: memory an adapter needs besides the vendor's; it grows to the largest call and is kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Scratch:
     ) -> torch.Tensor:
         """Return memory of this shape in the dtype and on the device of `like`; contents stay, row for row.
 
-        `fresh` gives memory of its own, full of zeros: what a graph captures must outlive a later growth.
+        `fresh` returns separate memory, full of zeros: what a graph captures must outlive a later growth.
         """
         if fresh:
             return like.new_zeros(shape)

@@ -1,7 +1,7 @@
-"""`torch.nn.functional.scaled_dot_product_attention` as an expanded attention, wherever torch serves it.
+"""`torch.nn.functional.scaled_dot_product_attention` as an expanded attention, wherever torch supports it.
 
-torch picks a kernel of its own; values narrower than keys are padded where asked, because some kernels want
-equal widths. It gives no log-sum-exp, so all keys of a segment must be there at once (`writes_lse` is False).
+torch picks the kernel; values narrower than keys are padded on request, because some kernels need equal
+widths. It gives no log-sum-exp, so all keys of a segment must be present at once (`writes_lse` is False).
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from mla_backends.api import OPS, AttentionSpec, FusedOp, SegmentLengths
 if TYPE_CHECKING:
     import torch
 
-#: Elements of the largest mask; only a causal segment with history needs one.
-MASK = 1 << 28
+MASK = 1 << 28  # elements of the largest mask; only a causal segment with history needs one
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,9 @@ class SdpaState:
 
 
 class SdpaExpanded(FusedOp):
-    """Segment after segment through torch's attention; a causal one ends at its last key.
+    """One segment after another through torch's attention; a causal one ends at its last key.
 
-    `pads_values`: give v the width of k with zeros, at the cost of a copy. Allocates what torch does.
+    `pads_values`: give v the width of k with zeros, at the cost of a copy. Allocates as torch does.
     """
 
     contract = OPS["expanded_attention"]

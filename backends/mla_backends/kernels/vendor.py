@@ -48,14 +48,14 @@ class VendorModule:
         return f"{self.name} is installed but cannot be imported ({one_line(describe(error))})"
 
     def reasons(self) -> list[str]:
-        """Return why the module cannot be used (empty: it can)."""
+        """Return why the module cannot be used (empty if it can)."""
         module, reason = self._loaded
         if module is None:
             return [reason]
         return [f"{self.name} has no {name}" for name in self._needs if not hasattr(module, name)]
 
     def __getattr__(self, name: str) -> Any:
-        """Return a function or class of the module. Raises `KernelRefused` where there is no module."""
+        """Return a function or class of the module. Raises `KernelRefused` if there is no module."""
         if name.startswith("_"):
             raise AttributeError(name)
         module, reason = self._loaded
@@ -65,7 +65,7 @@ class VendorModule:
 
 
 def parameters(function: Callable[..., Any]) -> frozenset[str] | None:
-    """Return the arguments that can be passed by keyword; None where any can, or nobody knows."""
+    """Return the arguments that can be passed by keyword; None if any can, or if unknown."""
     try:
         found = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -77,7 +77,7 @@ def parameters(function: Callable[..., Any]) -> frozenset[str] | None:
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:
-    """Say whether `function` is known to have an argument called `name`."""
+    """Return whether `function` is known to have an argument called `name`."""
     return name in (parameters(function) or ())
 
 
@@ -88,7 +88,7 @@ def missing(function: Callable[..., Any], label: str, names: Iterable[str]) -> l
 
 
 def capturing(device: torch.device) -> bool:
-    """Say whether the device's current stream is being captured into a graph."""
+    """Return whether the device's current stream is being captured into a graph."""
     import torch
 
     probe = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)

@@ -1,6 +1,6 @@
 """The optional part of `Backend`, implemented through a device's own torch module.
 
-Works from `getattr(torch, device_type)` and never from `torch.accelerator`, which several vendor builds
+Uses `getattr(torch, device_type)` and never `torch.accelerator`, which several vendor builds
 lack or leave incomplete. A CUDA-like plugin is a name, a device type, hints and a probe.
 """
 
@@ -32,7 +32,7 @@ class TorchBackend(Backend):
     requires: tuple[str, ...] = ()  # modules whose import registers the device with torch
     install_hint = "install the torch build of the device's vendor"
     query_tool = ""  # the command that lists the devices; named in hints and never run
-    visibility: tuple[str, ...] = ()  # environment variables that choose devices, the strongest first
+    visibility: tuple[str, ...] = ()  # environment variables that choose devices, highest priority first
     variables: tuple[str, ...] = ()  # further variables that a result should record
     packages: tuple[str, ...] = ()  # distributions whose versions a result should record
     graph_class = ""  # of the torch module: "CUDAGraph"; empty where the stack has none
@@ -62,12 +62,12 @@ class TorchBackend(Backend):
         """Ask the device's torch module; a subclass that shares a device type must exclude the others."""
         try:
             module = self.module
-        except Exception as error:  # noqa: BLE001  # vendor stacks raise anything, and a probe must not
+        except Exception as error:  # noqa: BLE001  # vendor stacks raise anything; a probe must not
             return Availability(False, self._import_problem(error), self.install_hint)
         return self.probe_module(module, {})
 
     def probe_module(self, module: ModuleType, evidence: Mapping[str, str]) -> Availability:
-        """Ask `module` whether it has a device; what it warns about on the way becomes part of the reason."""
+        """Ask `module` whether it has a device; its warnings become part of the reason."""
         call = f"torch.{self.device_type}.is_available()"
         evidence = {**evidence, **set_variables(self.visibility)}
         try:
@@ -81,7 +81,7 @@ class TorchBackend(Backend):
         return Availability(True, evidence={f"torch.{self.device_type}": "available", **evidence})
 
     def _import_problem(self, error: Exception) -> str:
-        """Say why there is no `torch.<device_type>`, as one clause."""
+        """Return why there is no `torch.<device_type>`, as one clause."""
         if isinstance(error, ModuleNotFoundError) and error.name in ("torch", *self.requires):
             return f"{error.name} is not installed"
         if isinstance(error, AttributeError) and error.name == self.device_type:
@@ -90,7 +90,7 @@ class TorchBackend(Backend):
         return f"torch.{self.device_type} cannot be used: importing {modules} raised {describe(error)}"
 
     def device_hint(self) -> str:
-        """Return what to check when the software is there and the device is not."""
+        """Return what to check when the software is installed but the device is not found."""
         tool = f"`{self.query_tool}`" if self.query_tool else "the driver"
         found = set_variables(self.visibility)
         if found:
@@ -110,7 +110,7 @@ class TorchBackend(Backend):
             raise
         except Exception as error:
             which = "the device" if index is None else f"device {index}"
-            reason = f"{which} did not start: {describe(error)}"
+            reason = f"{which} failed to start: {describe(error)}"
             raise DeviceUnavailable(self.name, reason, self.device_hint()) from error
         if self.monitor is not None:
             self.at_setup = self.monitor.sample()
@@ -122,16 +122,16 @@ class TorchBackend(Backend):
     def _check_index(self, index: int | None) -> None:
         count = self.device_count()
         if count == 0:
-            raise DeviceUnavailable(self.name, "torch counts 0 devices", self.device_hint())
+            raise DeviceUnavailable(self.name, "torch sees 0 devices", self.device_hint())
         if index is not None and not 0 <= index < count:
             names = " or ".join(self.visibility)
-            why = f" ({names} chooses which are seen)" if names else ""
+            why = f" ({names} selects the visible ones)" if names else ""
             raise BackendError(
                 f"backend '{self.name}' has {count} device(s), so there is no device {index}{why}."
             )
 
     def _start(self, index: int | None) -> torch.device:
-        """Make the device current and use it once: a broken driver shows here and not in the first op."""
+        """Make the device current and use it once: a broken driver fails here and not in the first op."""
         import torch
 
         if index is not None:
@@ -156,24 +156,24 @@ class TorchBackend(Backend):
     # ------------------------------------------------------------------------------------ time and graphs
 
     def device_timer(self) -> Timer | None:
-        """Return a timer on the device's clock, beside the headline's `timer()`; None without events."""
+        """Return a timer on the device's clock, in addition to `timer()`; None without events."""
         if not hasattr(self.module, "Event"):
             return None
         return EventTimer(self.module, self.device_type, self.synchronize)
 
     def graphs_by_default(self) -> bool:
-        """Say whether graphs are captured without -O graph=on or off."""
+        """Return whether graphs are captured unless -O graph says otherwise."""
         return True
 
     @property
     def graphs(self) -> str:
-        """Say whether functions are captured: "on", "off" by option or default, "none" without support."""
+        """Whether functions are captured: "on", "off" by option or default, "none" without support."""
         return self._graphs if self.graph_class and hasattr(self.module, self.graph_class) else "none"
 
     def graph(self, fn: Callable[[], None]) -> Callable[[], None] | None:
         """Capture `fn` after running it three times, and return its replay.
 
-        None where the stack has no graphs or `-O graph=off` forbids them. Raises `BackendError` when `fn`
+        None if the stack has no graphs or `-O graph=off` disables them. Raises `BackendError` when `fn`
         cannot be captured.
         """
         if self.graphs != "on":
@@ -189,27 +189,27 @@ class TorchBackend(Backend):
     # ------------------------------------------------------------------------------------------ facts
 
     def properties(self) -> Any:
-        """Return torch's properties of the device, or None where the stack has none."""
+        """Return torch's properties of the device, or None if the stack has none."""
         function = getattr(self.module, "get_device_properties", None)
         return function(self.device) if function is not None else None
 
     def capability(self) -> str | None:
-        """Return the capability as text. Its numbers mean something else for every vendor."""
+        """Return the capability as text. Its numbers mean something different for every vendor."""
         found = self.properties()
         if not (hasattr(found, "major") and hasattr(found, "minor")):
             return None
         return f"{found.major}.{found.minor}"
 
     def multiprocessors(self) -> int | None:
-        """Return the number of multiprocessors; None where the stack does not report it."""
+        """Return the number of multiprocessors; None if the stack does not report it."""
         return known(self.properties(), "multi_processor_count")
 
     def native_bfloat16(self) -> bool | None:
-        """Return what the stack says about bfloat16 without emulation; None where it cannot say."""
+        """Return whether the stack reports bfloat16 without emulation; None if it cannot say."""
         function = getattr(self.module, "is_bf16_supported", None)
         try:
             return None if function is None else bool(function(including_emulation=False))
-        except TypeError:  # an older torch counts emulation in
+        except TypeError:  # an older torch includes emulation
             return None
 
     def device_info(self) -> DeviceInfo:
@@ -249,11 +249,11 @@ class TorchBackend(Backend):
         return {} if self.monitor is None else self.monitor.sample()
 
     def vendor_facts(self) -> Mapping[str, str]:
-        """Return what only this vendor's stack can tell, for the environment; subclasses override this."""
+        """Return facts that only this vendor's stack has, for the environment; subclasses override this."""
         return {}
 
     def environment(self) -> Mapping[str, str]:
-        """Report versions, variables and sensors. A part that cannot be read says so and harms no other."""
+        """Report versions, variables and sensors. A part that cannot be read says so."""
         return report(
             {
                 "versions": lambda: versions(self.requires, self.packages),
@@ -286,7 +286,7 @@ def _overheard() -> Iterator[list[str]]:
 
 
 def _call(module: ModuleType, name: str) -> Any:
-    """Call an optional function of the device module; None where it does not exist or cannot say."""
+    """Call an optional function of the device module; None if it does not exist or does not know."""
     function = getattr(module, name, None)
     try:
         return function() if function is not None else None

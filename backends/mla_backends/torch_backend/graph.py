@@ -1,12 +1,11 @@
-"""Capturing a function into a graph of the device, the same way for every stack shaped like torch.cuda."""
+"""Capturing a function into a device graph, the same way for every stack shaped like torch.cuda."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
 
-#: Calls before the capture: lazy initialisation and growing workspaces must not be captured.
-WARMUPS = 3
+WARMUPS = 3  # calls before the capture: lazy initialisation and growing workspaces must not be captured
 
 
 def capture(module: ModuleType, graph_class: str, fn: Callable[[], None]) -> Callable[[], None]:

@@ -9,7 +9,7 @@ from types import ModuleType
 class EventTimer:
     """Time between two events in the current stream: what the device spent, launch gaps included.
 
-    Host work before the first kernel does not count, so this is no headline number (`Backend.timer`).
+    Host work before the first kernel does not count, so this is not a headline number (`Backend.timer`).
     """
 
     def __init__(self, module: ModuleType, device_type: str, synchronize: Callable[[], None]) -> None:

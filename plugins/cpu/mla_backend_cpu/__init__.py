@@ -1,4 +1,4 @@
-"""CPU backend: the device everybody has, with kernels compiled for the processor at hand."""
+"""CPU backend: the device every host has, with kernels compiled for the processor at hand."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cpu", "mla_backend"]
 
-#: Stands in for -O native where that is not given.
-NATIVE_VARIABLE = "MLA_CPU_NATIVE"
+NATIVE_VARIABLE = "MLA_CPU_NATIVE"  # the default of -O native
 
 
 class Cpu(Backend):
@@ -40,7 +39,7 @@ class Cpu(Backend):
     def _choice(
         self, option: str, allowed: tuple[str, ...], default: str = "auto", unlisted: str | None = None
     ) -> str:
-        """Return the value of an option. Raises `BackendOptionError` when it is none of those allowed."""
+        """Return the value of an option. Raises `BackendOptionError` if it is not allowed."""
         value = self.options.get(option, default)
         if value not in (*allowed, unlisted):
             listed = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
@@ -70,7 +69,7 @@ class Cpu(Backend):
         return torch.device("cpu")
 
     def _threads(self, default: int) -> tuple[int, str]:
-        """Return the user's number, else the least that anything here allows; and who says so."""
+        """Return the user's number, else the lowest limit; and where it comes from."""
         if "threads" in self.options:
             return int(self.options["threads"]), "the option threads"
         limits = [

@@ -22,14 +22,13 @@ from pathlib import Path
 from mla_backend_cpu.instruction_sets import BuildError, Level
 
 SOURCES = Path(__file__).parent / "native"
-#: Seconds after which a compiler counts as hanging; it needs about five.
-TIMEOUT = 600
-#: What every level is compiled with.
+TIMEOUT = 600  # seconds after which a compiler is assumed to hang; it needs about five
+# Every level is compiled with these.
 FLAGS = (
     "-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
     "-fvisibility=hidden", "-Wno-psabi",
 )  # fmt: skip
-#: How compilers and assemblers say that they do not know an instruction set.
+# How compilers and assemblers report an unknown instruction set.
 _UNKNOWN = ("unrecognized command", "unknown argument", "no such instruction")
 
 
@@ -40,8 +39,8 @@ class FlagError(BuildError):
 def library(level: Level) -> Path:
     """Return the compiled kernels, building them when they are not in the cache. Raises `BuildError`.
 
-    A folder's name says what was compiled, and by which compiler. Where no compiler is found, the newest
-    kernels that any has made of the same are used.
+    A folder's name identifies what was compiled, and by which compiler. If no compiler is found, the newest
+    kernels that any compiler has built from the same are used.
     """
     name = f"{level.name}-{_digest(level)}"
     try:
@@ -58,13 +57,13 @@ def library(level: Level) -> Path:
             _build(compiler, level, kept)
         except OSError as error:
             raise BuildError(
-                f"built kernels cannot be kept: {error} (name another folder in MLA_CACHE_DIR)"
+                f"built kernels cannot be stored: {error} (set MLA_CACHE_DIR to another folder)"
             ) from error
     return kept / "kernels.so"
 
 
 def _digest(level: Level) -> str:
-    """Return what stands for everything the result depends on, but the compiler."""
+    """Return a digest of everything the result depends on, except the compiler."""
     digest = hashlib.sha256("\0".join((platform.machine(), *FLAGS, *level.flags)).encode())
     for source in sorted(SOURCES.iterdir()):
         if source.suffix in (".h", ".cpp"):
@@ -79,7 +78,7 @@ def _newest(name: str) -> Path | None:
 
 
 def _intact(kept: Path) -> bool:
-    """Say whether the kernels are as they were put there: loading a file cut short ends the process."""
+    """Return whether the kernels are as they were stored: loading a truncated file ends the process."""
     try:
         return _checksum(kept) == (kept / "sha256").read_bytes()
     except OSError:
@@ -99,7 +98,7 @@ def _build(compiler: list[str], level: Level, kept: Path) -> None:
         _compile(compiler, level, private)
         if not _intact(kept):
             shutil.rmtree(kept, ignore_errors=True)
-        private.chmod(0o755)  # an image may be built by root and run by somebody else
+        private.chmod(0o755)  # an image may be built by root and run by another user
         with contextlib.suppress(OSError):  # another process was first: its result is the same
             private.rename(kept)
     finally:
@@ -109,15 +108,15 @@ def _build(compiler: list[str], level: Level, kept: Path) -> None:
 
 
 def _note(text: str) -> None:
-    with contextlib.suppress(OSError):  # whoever read along may be gone
+    with contextlib.suppress(OSError):  # stderr may be closed
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what builds that were killed have left."""
+    """Remove what killed builds have left."""
     for private in folder.glob(".building-*"):
-        with contextlib.suppress(OSError):  # its owner is done just now
+        with contextlib.suppress(OSError):  # its owner has just finished
             if time.time() - private.stat().st_mtime > 3 * TIMEOUT:
                 shutil.rmtree(private, ignore_errors=True)
 
@@ -159,12 +158,12 @@ def _compiler() -> list[str]:
     try:
         chosen = shlex.split(os.environ.get("CXX", ""))
     except ValueError as error:
-        raise BuildError(f"CXX names no compiler: {error}") from error
+        raise BuildError(f"CXX is not a valid command: {error}") from error
     for candidate in [chosen] if chosen else [["g++"], ["c++"]]:
         if shutil.which(candidate[0]):
             return candidate
     name = chosen[0] if chosen else "g++"
-    raise BuildError(f"no C++ compiler '{name}' was found (install g++, or name one in CXX)")
+    raise BuildError(f"no C++ compiler '{name}' was found (install g++, or set CXX)")
 
 
 @functools.cache
@@ -177,6 +176,6 @@ def _version(compiler: list[str]) -> str:
 
 
 def _cache() -> Path:
-    """Return the folder that keeps built kernels."""
+    """Return the folder of the built kernels."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(os.environ.get("MLA_CACHE_DIR") or Path(base) / "mla") / "cpu"

@@ -1,4 +1,4 @@
-"""The fused ops on compiled kernels, or the reason why there are none here."""
+"""The fused ops on compiled kernels, or the reason why there are none."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OPS: Mapping[str, type[NativeOp]] = {
 
 
 class NotBuilt(FusedOp):
-    """Stands for an op whose kernels are missing, so that `--list-ops` can say why."""
+    """Stands in for an op whose kernels are missing, so that `--list-ops` can say why."""
 
     def __init__(self, contract: str, reason: str) -> None:
         self.contract = contract
@@ -47,25 +47,25 @@ class NotBuilt(FusedOp):
 def native_ops(level: str) -> dict[str, FusedOp]:
     """Return the ops by name; `level` is "auto", "off" or an instruction set.
 
-    Raises `BackendError` where an instruction set was named and cannot be had.
+    Raises `BackendError` if an instruction set was named and is not available.
     """
-    reason = "the option native=off forbids it"
+    reason = "disabled by the option native=off"
     if level != "off":
         try:
             return _built(load(level), insist=level != "auto")
         except BuildError as error:
-            if level != "auto":  # the user named it: nothing else may run in its place
+            if level != "auto":  # the user named it: nothing else may run instead
                 raise BackendError(f"backend 'cpu' has no kernels for native={level}: {error}.") from error
             reason = str(error)
     return {name: NotBuilt(op.contract, reason) for name, op in _OPS.items()}
 
 
 def _built(kernels: Library, insist: bool) -> dict[str, FusedOp]:
-    """Return the ops on these kernels, after stand-ins for those of better levels that cannot be had."""
+    """Return the ops on these kernels, after stand-ins for those of better levels that are not available."""
     ops: dict[str, FusedOp] = {}
     for level, reason in kernels.passed_over.items():
         ops |= {f"{level}_{name}": NotBuilt(op.contract, reason) for name, op in _OPS.items()}
-    prefix = f"{kernels.level}_" if kernels.emulated else ""  # emulation is to be seen wherever ops are named
+    prefix = f"{kernels.level}_" if kernels.emulated else ""  # emulation must show wherever ops are named
     return ops | {f"{prefix}{name}": op(kernels, insist=insist) for name, op in _OPS.items()}
 
 

@@ -1,8 +1,8 @@
 """Projections for processors whose bf16 products are slower than fp32 ones.
 
-Without AMX, bf16 products run at half the speed of fp32 ones on the machines tried. There a product
-over many tokens is faster with the weight widened block by block; the weight itself stays bf16, and so does
-what a decode step streams. Sums are fp32 either way, rounded once.
+Without AMX, bf16 products ran at half the speed of fp32 ones on the machines tried. There a product over many
+tokens is faster with the weight widened block by block; the weight itself stays bf16, and so does what a
+decode step streams. Sums are fp32 either way, rounded once.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from mla_backends.api import LinearSpec, Packed
 if TYPE_CHECKING:
     import torch
 
-#: From so many tokens on, widening the weight pays; below, reading it dominates.
-MIN_TOKENS = 48
-#: How much faster fp32 must have been to be used.
-MIN_GAIN = 1.2
-#: Elements of a widened block: 32 MiB of fp32 bound the scratch memory; smaller blocks were slower.
+MIN_TOKENS = 48  # from here on, widening the weight pays; below, reading it dominates
+MIN_GAIN = 1.2  # fp32 must be this much faster to be used
+# Elements of a widened block: 32 MiB of fp32 bound the scratch memory; smaller blocks were slower.
 BLOCK = 1 << 23
 
 
@@ -38,9 +36,9 @@ class _Widening(FusedOp):
         import torch
 
         if spec.dtype != torch.bfloat16:
-            return [f"it widens bfloat16 weights, and this layer's are {spec.dtype}"]
+            return [f"it widens bfloat16 weights, but this layer's are {spec.dtype}"]
         if self._policy == "off":
-            return ["the option fp32=off forbids it"]
+            return ["disabled by the option fp32=off"]
         if self._policy == "auto" and fp32_gain() < MIN_GAIN:
             return [f"fp32 products were measured at only {fp32_gain():.2f}x the speed of bfloat16 ones here"]
         return []
@@ -130,7 +128,7 @@ def fp32_gain() -> float:
 
 
 def fastest(*functions: Callable[[], object], rounds: int = 9) -> list[float]:
-    """Time functions in turns, and keep the fastest of each: other tenants can only slow one down."""
+    """Time functions interleaved, and keep the fastest of each: other load can only slow them down."""
     samples: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
         for function, mine in zip(functions, samples, strict=True):

@@ -37,7 +37,7 @@ def _level(name: str, needs: frozenset[str]) -> Level:
     return Level(name, tuple(sorted(f"-m{spelt.get(flag, flag)}" for flag in needs)), needs)
 
 
-#: Best first; the last one runs anywhere.
+# Best first; the last one runs anywhere.
 LEVELS = (
     _level("amx", _AMX),
     _level("avx512_bf16", _BF16),
@@ -45,15 +45,15 @@ LEVELS = (
     _level("avx2", _V3),
     _level("portable", frozenset()),
 )
-#: The kernels of level amx with its instructions done in C++; for tests, and never chosen by itself.
+# The kernels of level amx with its instructions emulated in C++; for tests, and never chosen automatically.
 EMULATED = "amx_emulated"
 
-# From the Linux headers: what a process asks before it uses tiles.
+# From the Linux headers: how a process asks for permission to use tiles.
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 
 def processor_flags() -> frozenset[str]:
-    """Return the instruction sets the processor has; empty where the system does not say."""
+    """Return the instruction sets the processor has; empty if the system does not report them."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -92,13 +92,13 @@ def choose_level(wanted: str = "auto") -> Level:
                 return level
             if wanted == level.name:
                 raise BuildError(reason)
-    raise BuildError(f"there is no level '{wanted}'")
+    raise BuildError(f"unknown level '{wanted}'")
 
 
 def candidates(wanted: str) -> Iterator[Level]:
     """Yield the levels to try, best first: for "auto" those whose instructions the processor has.
 
-    Raises `BuildError` where the level that was named cannot run here.
+    Raises `BuildError` if the level that was named cannot run here.
     """
     if wanted != "auto":
         yield choose_level(wanted)
@@ -108,6 +108,6 @@ def candidates(wanted: str) -> Iterator[Level]:
 
 
 def _emulated() -> Level:
-    """Return the tiles' kernels over the best instructions there are beside them."""
+    """Return the tile kernels on the best other instructions of this processor."""
     base = next(level for level in LEVELS[1:] if missing(level) is None)
     return Level(EMULATED, ("-DMLA_EMULATE_TILES", *base.flags), base.needs)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from mla_backend_cpu import build, instruction_sets
 from mla_backend_cpu.instruction_sets import BuildError
 
-#: Argument types by letter: p address, s text, i int64, f float, n int.
+# Argument types by letter: p address, s text, i int64, f float, n int.
 _TYPES = {
     "p": ctypes.c_void_p,
     "s": ctypes.c_char_p,
@@ -19,7 +19,7 @@ _TYPES = {
     "f": ctypes.c_float,
     "n": ctypes.c_int,
 }
-#: Arguments of each function of native/api.cpp, in groups that belong to one tensor or one idea.
+# Arguments of each function of native/api.cpp, in groups that belong to one tensor or one idea.
 SIGNATURES = {
     "mla_pack": "piii iii p n",
     "mla_unpack": "p iii p n",
@@ -35,7 +35,7 @@ SIGNATURES = {
     "mla_dot_bf16": "",
     "mla_tiles": "",
 }
-#: Those that do not return None: facts, and sentences saying what is wrong with an argument.
+# Functions that do not return None: facts, and sentences about an invalid argument.
 _RESULTS = {
     "mla_latent_attention": ctypes.c_char_p,
     "mla_expanded_attention": ctypes.c_char_p,
@@ -53,7 +53,7 @@ class Library:
     def __init__(
         self, level: str, functions: ctypes.CDLL, passed_over: Mapping[str, str] | None = None
     ) -> None:
-        """`passed_over`: better levels by name, and why they are not these."""
+        """`passed_over`: better levels by name, and why they are not used."""
         self.level = level
         self.functions = functions
         self.passed_over = dict(passed_over or {})
@@ -66,7 +66,7 @@ class Library:
 
     @property
     def emulated(self) -> bool:
-        """Whether instructions this level is named after are done in C++."""
+        """Whether the instructions this level is named after are emulated in C++."""
         return self.level == instruction_sets.EMULATED
 
 
@@ -90,9 +90,11 @@ def _load(wanted: str) -> Library | str:
     import torch  # noqa: F401  # loads the OpenMP runtime
 
     if platform.system() != "Linux":
-        return f"kernels are built on Linux only, and this is {platform.system()}"
+        return f"kernels are built on Linux only, but this is {platform.system()}"
     if sys.byteorder != "little":
-        return "the kernels read pairs of bf16 values as little-endian words, and this processor's are not"
+        return (
+            "the kernels read pairs of bf16 values as little-endian words, but this processor is big-endian"
+        )
     try:
         return _first(wanted)
     except BuildError as error:

@@ -45,7 +45,7 @@ class NativeLatentAttention(NativeOp):
 
 @dataclass(frozen=True)
 class _Segments:
-    """Lengths as the kernel reads them."""
+    """Lengths in the layout that the kernel reads."""
 
     query_lens: array[int]
     kv_lens: array[int]

@@ -1,4 +1,4 @@
-"""Fused ops over the compiled kernels: projections and what is done row by row."""
+"""Fused ops over the compiled kernels: projections and row-wise ops."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from mla_backends.api import AttentionSpec, LinearSpec, NormSpec, Packed
 if TYPE_CHECKING:
     import torch
 
-#: Widening x first pays from so many tokens on, where fp32 products are the faster ones.
-WIDE_TOKENS = 16
-#: Bytes of a huge page on x86-64, and on arm64 with small pages of 4 KiB.
-HUGE_PAGE = 2 << 20
+WIDE_TOKENS = 16  # from here on, widening x first pays, if fp32 products are faster
+HUGE_PAGE = 2 << 20  # bytes, on x86-64 and on arm64 with small pages of 4 KiB
 
 
 class NativeOp(FusedOp):
     """What all ops on the kernels share."""
 
     def __init__(self, kernels: Library, *, insist: bool = True) -> None:
-        """`insist`: somebody chose these kernels, so they serve even where others are likely faster."""
+        """`insist`: the user chose these kernels, so they serve even if others are likely faster."""
         self.kernels = kernels
         self._insist = insist
         self.functions = kernels.functions
@@ -31,11 +29,11 @@ class NativeOp(FusedOp):
         import torch
 
         if spec.dtype != torch.bfloat16:
-            return [f"it computes in bfloat16, and this layer is {spec.dtype}"]
+            return [f"it computes in bfloat16, but this layer is {spec.dtype}"]
         return self.misfits(spec)
 
     def misfits(self, spec: Any) -> list[str]:
-        """Return what about the sizes does not fit."""
+        """Return why the kernels cannot serve these sizes."""
         return []
 
 
@@ -47,7 +45,7 @@ def threads() -> int:
 
 
 def is_direct(x: torch.Tensor) -> bool:
-    """Say whether elements of the last dimension are neighbours: the kernels read them as vectors."""
+    """Return whether elements of the last dimension are adjacent: the kernels read them as vectors."""
     return x.stride(-1) == 1 or x.shape[-1] == 1
 
 
@@ -57,15 +55,15 @@ def rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def check(wrong: bytes | None) -> None:
-    """Raise ValueError with what a kernel says is wrong with its arguments, if anything."""
+    """Raise ValueError if a kernel reports that its arguments are invalid."""
     if wrong is not None:
         raise ValueError(wrong.decode())
 
 
 def pages(cache: torch.Tensor) -> int:
-    """Return where the pages lie. Raises ValueError unless they lie back to back."""
+    """Return the address of the pages. Raises ValueError unless they are contiguous."""
     if not cache.is_contiguous():
-        raise ValueError("the native ops need a cache whose pages lie back to back; this one is strided.")
+        raise ValueError("the native ops need a cache with contiguous pages; this one is strided.")
     return cache.data_ptr()
 
 
@@ -75,13 +73,13 @@ def multiple(name: str, value: int, of: int) -> list[str]:
 
 
 def whole_pages(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return memory like torch.empty's that begins where a huge page may, if it is large enough for one."""
+    """Return uninitialized memory, aligned to a huge page if it is large enough for one."""
     import torch
 
     spare = HUGE_PAGE // dtype.itemsize
     if elements < spare:
         return torch.empty(elements, dtype=dtype)
-    memory = torch.empty(elements + spare, dtype=dtype)  # what is not written takes no memory
+    memory = torch.empty(elements + spare, dtype=dtype)  # pages that are not written take no memory
     begin = -memory.data_ptr() % HUGE_PAGE // dtype.itemsize
     return memory[begin : begin + elements]
 

@@ -1,6 +1,6 @@
-"""A forward's calls of the kernels, written down once and made again as one.
+"""A forward's kernel calls, recorded once and replayed as one call.
 
-Handing a call its two dozen arguments costs Python as much as a small kernel takes, on every step anew.
+Passing a call its two dozen arguments costs Python as much time as a small kernel takes, on every step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mla_backends.api import OpCall
 if TYPE_CHECKING:
     import torch
 
-#: Ops that do nothing beside one call of a kernel; a subclass may.
+# Ops that do nothing but call one kernel; a subclass may do more.
 _RECORDABLE = {
     NativeLinear,
     NativeBatchedLinear,
@@ -38,17 +38,16 @@ _RECORDABLE = {
     NativeWriteLatent,
     NativeLatentAttention,
 }
-#: The name of a function and its arguments.
-Made = tuple[str, tuple[Any, ...]]
+Made = tuple[str, tuple[Any, ...]]  # the name of a function and its arguments
 
 
 def sequence(calls: Sequence[OpCall], moving: Sequence[torch.Tensor]) -> Callable[..., None] | None:
-    """Return `calls` as one (see `Backend.sequence`); None where one of them cannot be made from a record."""
+    """Return `calls` as one (see `Backend.sequence`); None if one of them cannot be replayed."""
     ops = [call.op for call in calls if isinstance(call.op, NativeOp) and type(call.op) in _RECORDABLE]
     if len(ops) < len(calls) or len({op.kernels.level for op in ops}) != 1:
         return None
     if not all(is_direct(tensor) for tensor in _tensors(calls)):
-        return None  # a copy of such a tensor would be the record's, not the step's
+        return None  # a copy of such a tensor would belong to the record, not to the step
     made = _write_down(ops, calls)
     return Recorded(ops[0].kernels.functions, made, calls, moving)
 
@@ -58,7 +57,7 @@ def _tensors(calls: Sequence[OpCall]) -> list[torch.Tensor]:
 
 
 def _write_down(ops: Sequence[NativeOp], calls: Sequence[OpCall]) -> list[Made]:
-    """Return the functions that these calls call, and their arguments."""
+    """Return the functions that these ops call, and their arguments."""
     recorder = _Recorder()
     for op, call in zip(ops, calls, strict=True):
         writing: Any = copy.copy(op)
@@ -68,7 +67,7 @@ def _write_down(ops: Sequence[NativeOp], calls: Sequence[OpCall]) -> list[Made]:
 
 
 class _Recorder:
-    """Stands for the functions of a library and writes down how they are called."""
+    """Stands in for the functions of a library and records how they are called."""
 
     def __init__(self) -> None:
         self.calls: list[Made] = []
@@ -78,7 +77,7 @@ class _Recorder:
 
 
 class Recorded:
-    """Records as `native/recorded.h` reads them, and where the addresses of moving tensors stand in them."""
+    """Records as `native/recorded.h` reads them, and where they hold the addresses of moving tensors."""
 
     def __init__(
         self, functions: Any, made: Sequence[Made], calls: Sequence[OpCall], moving: Sequence[torch.Tensor]
@@ -86,7 +85,7 @@ class Recorded:
         self._run = functions.mla_run_recorded
         self._count = len(made)
         self._records = array("q")
-        addresses: list[int] = []  # which of the records are some
+        addresses: list[int] = []  # indices of the records that hold addresses
         for name, arguments in made:
             letters = SIGNATURES[name].replace(" ", "")
             self._records.extend((functions.mla_recorded(name.encode()), len(letters)))

@@ -1,4 +1,4 @@
-"""Measurements, once per process, that decide between two ways to make a product."""
+"""Measurements, once per process, that decide between two ways to compute a product."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mla_backend_cpu.library import Library
 
 
 class _Trial:
-    """A product of ones, made in several ways."""
+    """A product of ones, computed in several ways."""
 
     def __init__(self, kernels: Library, tokens: int, inputs: int, outputs: int) -> None:
         import torch
@@ -48,7 +48,7 @@ def fp32_gain(kernels: Library) -> float:
 
 @functools.cache
 def product_gain(kernels: Library) -> float:
-    """Measure how much faster the kernels' products are than torch's, few tokens and many alike."""
+    """Measure how much faster the kernels' products are than torch's, averaged over few and many tokens."""
     import torch
 
     threads = torch.get_num_threads()
@@ -62,5 +62,5 @@ def product_gain(kernels: Library) -> float:
 
 
 def torch_has_tiles() -> bool:
-    """Say whether torch's products may use AMX, so that these kernels need not be the faster ones."""
+    """Return whether torch's products may use AMX, so that these kernels need not be faster."""
     return "amx_bf16" in instruction_sets.processor_flags()

@@ -76,7 +76,7 @@ def test_batched_linear_rounds_once_and_unpacks_its_weight(tokens: int) -> None:
 @pytest.mark.parametrize(
     ("dtype", "gain", "reason"),
     [
-        (torch.float32, 2.0, "it widens bfloat16 weights, and this layer's are torch.float32"),
+        (torch.float32, 2.0, "it widens bfloat16 weights, but this layer's are torch.float32"),
         (torch.bfloat16, 0.42, "fp32 products were measured at only 0.42x the speed of bfloat16 ones here"),
         (torch.bfloat16, 1.9, None),
     ],
@@ -93,7 +93,7 @@ def test_an_option_decides_instead_of_the_measurement(monkeypatch: pytest.Monkey
     monkeypatch.setattr(fp32_linear, "fp32_gain", lambda: 0.0)
     spec = LinearSpec(8, 8, 1, torch.bfloat16, CPU)
     assert Fp32Linear("on").unsupported_reasons(spec) == []
-    assert Fp32BatchedLinear("off").unsupported_reasons(spec) == ["the option fp32=off forbids it"]
+    assert Fp32BatchedLinear("off").unsupported_reasons(spec) == ["disabled by the option fp32=off"]
     with pytest.raises(BackendError, match="takes -O fp32=auto, on or off, got 'maybe'"):
         mla.load_backend("cpu", options={"fp32": "maybe"})
 

@@ -206,18 +206,18 @@ def test_lengths_and_tables_may_be_strided(kernels: Library) -> None:
 def test_a_strided_cache_is_refused(kernels: Library) -> None:
     case = latent_case([1], [40], latent=128)
     strided = replace(case, cache=case.cache.repeat_interleave(2, 0)[::2])
-    with pytest.raises(ValueError, match="need a cache whose pages lie back to back; this one is strided"):
+    with pytest.raises(ValueError, match="need a cache with contiguous pages; this one is strided"):
         strided.run(NativeLatentAttention(kernels))
 
 
 _BAD_INDICES = [
-    ("table", (1, 2), 99, r"block_table names page 99 in column 2 of request 1, and the cache has \d+ pages"),
+    ("table", (1, 2), 99, r"block_table names page 99 in column 2 of request 1, but the cache has \d+ pages"),
     ("table", (0, 0), -1, "block_table names page -1 in column 0 of request 0"),
     ("kv_lens", 0, 10_000, "kv_lens names 10000 tokens for request 0, whose row of block_table has room"),
     ("kv_lens", 1, -3, "kv_lens names -3 tokens for request 1"),
-    ("cu_q", 2, 400, "cu_q runs from 0 to 400, and q has 3 tokens"),
+    ("cu_q", 2, 400, "cu_q runs from 0 to 400, but q has 3 tokens"),
     ("cu_q", 0, -1, "cu_q runs from -1 to 3"),
-    ("cu_q", 1, 3, "cu_q falls from 3 to 2 behind request 1"),
+    ("cu_q", 1, 3, "cu_q falls from 3 to 2 after request 1"),
 ]
 
 
@@ -343,9 +343,9 @@ def test_nan_in_a_later_key_stays_hidden_from_earlier_blocks(kernels: Library) -
 @pytest.mark.parametrize(
     ("queries", "keys", "sentence"),
     [
-        ((3, 1), (3, 4), r"query_lens adds up to 4 tokens, and q has 5"),
-        ((3, 2), (3, 40), r"kv_lens names 40 tokens for segment 1, and k has 7"),
-        ((7, -2), (3, 4), r"query_lens names 7 tokens for segment 0, and q has 5"),
+        ((3, 1), (3, 4), r"query_lens adds up to 4 tokens, but q has 5"),
+        ((3, 2), (3, 40), r"kv_lens names 40 tokens for segment 1, but k has 7"),
+        ((7, -2), (3, 4), r"query_lens names 7 tokens for segment 0, but q has 5"),
     ],
 )
 def test_lengths_that_do_not_fill_the_tensors_are_a_sentence(

@@ -198,7 +198,7 @@ def test_strided_slots_are_read_by_their_stride(kernels: Library) -> None:
 @pytest.mark.parametrize("slot", [-1, 8, 1 << 40])
 def test_a_slot_outside_the_cache_is_a_sentence(kernels: Library, slot: int) -> None:
     cache = torch.zeros(2, 4, 48, dtype=BF16)
-    with pytest.raises(ValueError, match=rf"slots names slot {slot} for token 1, and the cache has 8\."):
+    with pytest.raises(ValueError, match=rf"slots names slot {slot} for token 1, but the cache has 8\."):
         NativeWriteLatent(kernels)(
             kv_a=draw(2, 48),
             weight=draw(16),

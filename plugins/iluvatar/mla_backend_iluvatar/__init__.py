@@ -1,6 +1,6 @@
 """Iluvatar backend: GPUs through the CoreX build of PyTorch, whose devices are called `cuda`.
 
-What the stack says about dtypes is not to be trusted, so a small product decides. Known hazards: float64 is
+What the stack reports about dtypes is unreliable, so a small product decides. Known hazards: float64 is
 off in the vendor's kernel libraries, and GELU of a non-contiguous tensor has hung a card. The layer needs
 neither; ops for this device must not add them.
 """
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Iluvatar", "mla_backend"]
 
-#: What the vendor's own deployments set to allow graphs.
-GRAPH_VARIABLE = "VLLM_ENFORCE_CUDA_GRAPH"
+GRAPH_VARIABLE = "VLLM_ENFORCE_CUDA_GRAPH"  # the vendor's own deployments set it to allow graphs
 
 
 class Iluvatar(CudaBackend):
@@ -40,7 +39,7 @@ class Iluvatar(CudaBackend):
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
-        self._ops = kernels()  # imports no kernel; ops keep scratch memory, so they stay
+        self._ops = kernels()  # imports no kernel; kept because ops hold scratch memory
         self._refusals: dict[torch.dtype, str] = {}  # dtype -> why it is not native, "" if it is
 
     def graphs_by_default(self) -> bool:
@@ -48,18 +47,18 @@ class Iluvatar(CudaBackend):
         return os.environ.get(GRAPH_VARIABLE) == "1"
 
     def prepare_device(self) -> None:
-        """Multiply in each dtype once. Raises `DeviceUnavailable` when not one of them works."""
+        """Multiply in each dtype once. Raises `DeviceUnavailable` when none of them works."""
         import torch
 
         device = torch.device("cuda", self.module.current_device())
         candidates = (torch.bfloat16, torch.float16, torch.float32)
         self._refusals = {dtype: refusal(dtype, device) for dtype in candidates}
         if all(self._refusals.values()):
-            reason = f"the device multiplies in no floating dtype ({self._refusals[torch.float32]})"
+            reason = f"the device cannot multiply in any floating dtype ({self._refusals[torch.float32]})"
             raise DeviceUnavailable(self.name, reason, self.device_hint())
 
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Return the dtypes whose products came out right at setup."""
+        """Return the dtypes whose products were right at setup."""
         return tuple(dtype for dtype, why in self._refusals.items() if not why)
 
     def ops(self) -> Mapping[str, FusedOp]:

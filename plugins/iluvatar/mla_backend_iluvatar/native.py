@@ -1,4 +1,4 @@
-"""Which dtypes a device really computes, found out by computing."""
+"""Which dtypes a device really computes, determined by a small product."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def refusal(dtype: torch.dtype, device: torch.device) -> str:
-    """Return why the device does not multiply in `dtype`; empty when a product comes out exactly right.
+    """Return why the device does not multiply in `dtype`; empty if a product is exactly right.
 
     The factors are small integers, so that the product [16, 16] has no rounding in any floating dtype.
     """

@@ -35,7 +35,7 @@ class Metax(CudaBackend):
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
-        self._ops = kernels()  # imports no kernel; ops keep scratch memory, so they stay
+        self._ops = kernels()  # imports no kernel; kept because ops hold scratch memory
 
     def prepare_device(self) -> None:
         """Keep scaled_dot_product_attention off cuDNN, which this stack does not have."""

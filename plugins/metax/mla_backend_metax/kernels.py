@@ -13,8 +13,8 @@ _INSTALL = "its wheel for this MACA SDK is on MetaX's own index; those on PyPI a
 def kernels() -> Mapping[str, FusedOp]:
     """Return the ops, best first.
 
-    mcFlashMLA is said to take any power of two as page size; 64 is what deployments use. Nobody has said what
-    it gives for rows without keys, or that its planning can be captured into a graph.
+    mcFlashMLA reportedly takes any power of two as page size; deployments use 64. Not documented: what it
+    gives for rows without keys, and whether its planning can be captured into a graph.
     """
     return {
         "flash_mla": FlashMla(LatentLimits(empty_rows=False, graph=False), install=_INSTALL),

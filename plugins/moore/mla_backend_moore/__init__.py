@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Moore", "mla_backend"]
 
-#: The first capability of Moore Threads' own numbering that computes bfloat16: MTT S4000.
+# The first capability, in Moore Threads' own numbering, that computes bfloat16: MTT S4000.
 FIRST_WITH_BFLOAT16 = (2, 2)
 
 
@@ -43,18 +43,18 @@ class Moore(TorchBackend):
     graph_class = "MUSAGraph"
 
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Return the native dtypes. MTT S80 and S3000 can store bfloat16, and their ops then fail."""
+        """Return the native dtypes. MTT S80 and S3000 can store bfloat16, but their ops then fail."""
         import torch
 
         native = self.native_bfloat16()
-        if native is None:  # a torch_musa that only says whether a tensor can be made
+        if native is None:  # a torch_musa that only reports whether a tensor can be created
             found = self.properties()
             native = (found.major, found.minor) >= FIRST_WITH_BFLOAT16
         return (*((torch.bfloat16,) if native else ()), torch.float16, torch.float32)
 
     @functools.cached_property
     def _ops(self) -> Mapping[str, FusedOp]:
-        """Made once the device is known; they import no kernel, and stay because they keep scratch memory."""
+        """Created once the device is known; they import no kernel, and are kept for their scratch memory."""
         return kernels(self.capability, self.multiprocessors())
 
     def ops(self) -> Mapping[str, FusedOp]:
@@ -64,7 +64,7 @@ class Moore(TorchBackend):
         return replace(super().device_info(), bandwidth=self._bandwidth())
 
     def _bandwidth(self) -> Peak | None:
-        """Return what the management library says; no data sheet is public."""
+        """Return what the management library reports; no data sheet is public."""
         found = self.monitor.facts().get(BANDWIDTH) if self.monitor else None
         return Peak(1e9 * float(found), f"mtmlMemoryGetBandwidth, {LIBRARY}") if found else None
 

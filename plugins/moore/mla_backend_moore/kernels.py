@@ -18,13 +18,11 @@ from mla_backends.kernels import FlashMla, LatentLimits, SdpaExpanded
 if TYPE_CHECKING:
     import torch
 
-#: The capability, in Moore Threads' own numbering, that the kernels are compiled for.
-CAPABILITY = "3.1"
-#: MT-flashMLA plans one part per multiprocessor and tile of so many query rows; with none it reads nowhere.
+CAPABILITY = "3.1"  # that the kernels are compiled for, in Moore Threads' own numbering
+# MT-flashMLA plans one part per multiprocessor and tile of this many query rows; with none, it reads garbage.
 LEGACY_TILE = 32
-#: What MATE's own tests cover; other head counts are padded.
-MATE_HEADS = (8, 16, 32, 64, 128)
-#: Nobody has said what rows without keys give, or that planning can be captured into a graph.
+MATE_HEADS = (8, 16, 32, 64, 128)  # what MATE's own tests cover; other head counts are padded
+# Not documented: what rows without keys give, and whether planning can be captured into a graph.
 CAREFUL = LatentLimits(empty_rows=False, graph=False)
 
 _MATE = "see https://github.com/MooreThreads/mate; the package of that name on PyPI is another"
@@ -32,12 +30,12 @@ _LEGACY = "see https://github.com/MooreThreads/MT-flashMLA"
 
 
 def kernels(capability: Callable[[], str | None], multiprocessors: int | None) -> Mapping[str, FusedOp]:
-    """Return the ops, best first. `multiprocessors` None means that nobody knows."""
+    """Return the ops, best first. `multiprocessors` None means unknown."""
 
     def device_reason(device: torch.device) -> str:
         found = capability()
         wanted = f"it runs on capability {CAPABILITY} (MTT S5000) only"
-        return "" if found == CAPABILITY else f"{wanted}, and this device says {found}"
+        return "" if found == CAPABILITY else f"{wanted}, but this device reports {found}"
 
     def legacy_reason(device: torch.device) -> str:
         return device_reason(device) or _not_legacy()
@@ -64,7 +62,7 @@ def kernels(capability: Callable[[], str | None], multiprocessors: int | None) -
 
 
 def _not_legacy() -> str:
-    """Return why the installed `flash_mla` is not MT-flashMLA; MATE comes with a module of that name too."""
+    """Return why the installed `flash_mla` is not MT-flashMLA; MATE also ships a module of that name."""
     if importlib.util.find_spec("flash_mla") is None:
         return ""  # another reason says so
     if importlib.util.find_spec("flash_mla_musa") is None:

@@ -8,12 +8,11 @@ from contextlib import suppress
 from mla_backends.nvml import Address, Dialect, NvmlSampler
 
 LIBRARY = "mthreads-ml-py"
-#: The fact that names the bandwidth of the memory.
-BANDWIDTH = "memory_bandwidth_gb_s"
+BANDWIDTH = "memory_bandwidth_gb_s"  # name of the fact
 
 
 class MtmlSampler(NvmlSampler):
-    """NVML's names over MTML, and the bandwidth, which NVML does not tell."""
+    """NVML's names over MTML, and the bandwidth, which NVML does not report."""
 
     def __init__(self, locate: Callable[[], Address]) -> None:
         super().__init__(Dialect("pymtml"), locate)

@@ -58,7 +58,7 @@ def reasons(op: str, capability: str | None, dtype: torch.dtype = torch.bfloat16
 def test_the_kernels_are_for_the_s5000_only(op: str) -> None:
     assert reasons(op, "3.1") == ""
     for capability in ("2.1", "2.2", "3.0", "4.0", None):
-        assert f"it runs on capability 3.1 (MTT S5000) only, and this device says {capability}" in reasons(
+        assert f"it runs on capability 3.1 (MTT S5000) only, but this device reports {capability}" in reasons(
             op, capability
         )
 

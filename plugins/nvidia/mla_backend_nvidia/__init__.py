@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Nvidia", "mla_backend"]
 
-#: Words in the names of devices that imitate torch.cuda; old NVIDIA cards do not say NVIDIA in theirs.
+# Words in the names of devices that imitate torch.cuda; old NVIDIA cards do not have NVIDIA in theirs.
 FOREIGN = ("metax", "iluvatar", "mthreads", "mtt ", "amd ", "radeon", "hygon", "biren")
 
 
@@ -50,7 +50,7 @@ class Nvidia(CudaBackend):
         """Refuse a device of another vendor that got past the marks of the build."""
         found = str(self.properties().name)
         if any(word in found.lower() for word in FOREIGN):
-            reason = f"torch.cuda offers '{found}', which is no NVIDIA device"
+            reason = f"torch.cuda offers '{found}', which is not an NVIDIA device"
             raise DeviceUnavailable(
                 self.name, reason, "`python -m mla.bench list` shows the backend that serves it"
             )
@@ -64,7 +64,7 @@ class Nvidia(CudaBackend):
         import torch
 
         native = self.native_bfloat16()
-        if native is None:  # a torch that counts emulation in
+        if native is None:  # a torch that includes emulation
             native = self.architecture() >= (8, 0)
         return (*((torch.bfloat16,) if native else ()), torch.float16, torch.float32)
 
@@ -75,7 +75,7 @@ class Nvidia(CudaBackend):
 
     @functools.cached_property
     def _ops(self) -> Mapping[str, FusedOp]:
-        """Made once the device is known; they import no kernel, and stay because they keep scratch memory."""
+        """Created once the device is known; they import no kernel, and are kept for their scratch memory."""
         return kernels(self.architecture, self.multiprocessors())
 
     def ops(self) -> Mapping[str, FusedOp]:
@@ -100,7 +100,7 @@ class Nvidia(CudaBackend):
 
 
 def _driver(file: Path = Path("/proc/driver/nvidia/version")) -> str:
-    """Return the version of the kernel's driver, for hosts without a management library."""
+    """Return the version of the kernel driver, for hosts without a management library."""
     found = re.search(r"Module.*?\s(\d+(?:\.\d+)+)\s", file.read_text()) if file.is_file() else None
     return found[1] if found else ""
 

@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 Architecture = Callable[[], tuple[int, int]]
 Reason = Callable[["torch.device"], str]
 
-#: FlashMLA plans one part per multiprocessor and tile of so many query rows; early releases perhaps none.
+# FlashMLA plans one part per multiprocessor and tile of this many query rows; early releases perhaps none.
 TILE = 64
 
-# `pip install flash-mla` gets a placeholder of that name.
+# `pip install flash-mla` installs a placeholder of that name.
 _FLASH_MLA = "build it from https://github.com/deepseek-ai/FlashMLA"
 _FLASH_ATTN_3 = "build the folder hopper of https://github.com/Dao-AILab/flash-attention"
 
 
 def kernels(architecture: Architecture, multiprocessors: int | None) -> Mapping[str, FusedOp]:
-    """Return the ops, best first. `multiprocessors` None means that nobody knows."""
+    """Return the ops, best first. `multiprocessors` None means unknown."""
     hopper, ampere = _only(architecture, (9, 0)), _from(architecture, (8, 0))
     rows = (multiprocessors or 1) * TILE
     return {
@@ -53,7 +53,7 @@ def kernels(architecture: Architecture, multiprocessors: int | None) -> Mapping[
 def _only(architecture: Architecture, wanted: tuple[int, int]) -> Reason:
     def reason(device: torch.device) -> str:
         found = architecture()
-        why = f"it runs on {_name(wanted)} only, and this is {_name(found)}"
+        why = f"it runs on {_name(wanted)} only, but this is {_name(found)}"
         return "" if found == wanted else why
 
     return reason
@@ -62,7 +62,7 @@ def _only(architecture: Architecture, wanted: tuple[int, int]) -> Reason:
 def _from(architecture: Architecture, least: tuple[int, int]) -> Reason:
     def reason(device: torch.device) -> str:
         found = architecture()
-        why = f"it needs {_name(least)} or newer, and this is {_name(found)}"
+        why = f"it needs {_name(least)} or newer, but this is {_name(found)}"
         return "" if found >= least else why
 
     return reason

@@ -1,7 +1,7 @@
-"""Ceilings that NVIDIA publishes, for cards whose name and memory leave no doubt. All others are unknown.
+"""Peak rates that NVIDIA publishes, for cards identified by name and memory. All others are unknown.
 
-A name alone is not enough: a MIG slice and a card with other memory may share it. FLOP/s are dense; where a
-sheet gives figures with sparsity, they are halved.
+A name alone is not enough: a MIG slice and a card with different memory may share it. FLOP/s are dense;
+figures that a sheet gives with sparsity are halved.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _A100_40 = (
     "https://images.nvidia.com/aem-dam/en-zz/Solutions/data-center/nvidia-ampere-architecture-whitepaper.pdf"
 )
 
-#: By the name that the driver reports.
+# By the name that the driver reports.
 SHEETS: Mapping[str, Sheet] = {
     "NVIDIA H100 80GB HBM3": Sheet(80, 3350, 989, 67, _H100),
     "NVIDIA H200": Sheet(141, 4800, 989, 67, _H200),
@@ -37,8 +37,7 @@ SHEETS: Mapping[str, Sheet] = {
     "NVIDIA A100 80GB PCIe": Sheet(80, 1935, 312, 19.5, _A100),
     "NVIDIA A100-SXM4-40GB": Sheet(40, 1555, 312, 19.5, _A100_40),
 }
-#: What a driver reports may differ this much from the nominal size.
-TOLERANCE = 0.1
+TOLERANCE = 0.1  # how much the reported memory may differ from the nominal size
 
 
 def peaks(name: str, memory_bytes: int | None) -> tuple[Peak | None, dict[str, Peak]]:

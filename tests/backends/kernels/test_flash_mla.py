@@ -296,11 +296,11 @@ def test_a_wrong_page_size_is_refused_before_the_kernel_could_end_the_process(
             op.prepare(problem.spec, problem.view)
         assert not fakes.CALLS
     assert str(refused.value) == (
-        "the chosen attention op cannot serve this batch: it reads pages of 64 tokens, and this cache has "
+        "the chosen attention op cannot serve this batch: it reads pages of 64 tokens, but this cache has "
         "pages of 16. Build the cache with page_size=64, or use the reference ops (`--ops reference`)."
     )
     reasons = op.unsupported_batch(problem.spec, [1], [40], page_size=16)
-    assert reasons == ["it reads pages of 64 tokens, and this cache has pages of 16"]
+    assert reasons == ["it reads pages of 64 tokens, but this cache has pages of 16"]
     assert op.unsupported_batch(problem.spec, [1], [40]) == []
 
 

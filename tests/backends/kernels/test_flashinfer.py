@@ -144,7 +144,7 @@ def test_the_plan_is_given_host_lengths_and_device_pages(installed: Any, make_pr
 
 def test_more_new_tokens_than_keys_are_refused(installed: Any, make_spec: Any) -> None:
     with installed("flashinfer"):
-        op, reason = FlashInferMla(), ["it wants no more new tokens than keys in a request"]
+        op, reason = FlashInferMla(), ["a request must not have more new tokens than keys"]
         assert op.unsupported_batch(make_spec(), [1, 3], [5, 2]) == reason
         assert op.unsupported_batch(make_spec(), [1, 2], [5, 0]) == reason
         assert op.unsupported_batch(make_spec(), [1, 1, 0], [5, 0, 0]) == []
@@ -163,7 +163,7 @@ def test_a_capture_and_another_scale_are_refused(
         }
         tables = {"block_table": problem.view.block_table, "kv_lens": problem.view.kv_lens_device}
         rest = {"cu_q": problem.view.cu_q, "lse": torch.empty(1, 16)}
-        with pytest.raises(KernelRefused, match="another softmax scale"):
+        with pytest.raises(KernelRefused, match="a different softmax scale"):
             op(state, **tensors, **tables, **rest, softmax_scale=0.5)
         monkeypatch.setattr(torch.cpu, "is_current_stream_capturing", lambda: True, raising=False)
         for call in (lambda: problem.run(op, state), lambda: op.prepare(problem.spec, problem.view)):

@@ -123,6 +123,22 @@ print(backend.name, backend.device, backend.device == torch.zeros(1).device, bac
     assert python(code, "good", everything=True).strip() == "fake-good cpu True {'threads': '1'}"
 
 
+def test_a_backend_knows_the_distribution_it_came_from(python: Python) -> None:
+    code = """
+from mla_backends.registry import create
+entry = create("fake-good").entry
+print(entry.name, entry.distribution, entry.version, entry.value)
+"""
+    assert python(code, "good").strip() == "fake-good mla-backend-fake-good 1.0 fake_good"
+
+
+def test_a_backend_may_use_the_name_entry_for_itself(python: Python, tmp_path: Path) -> None:
+    definition = "class it(Local):\n    @property\n    def entry(self): return 'mine'"
+    (tmp_path / "local_code.py").write_text(f"{BACKEND}\n{definition}\n")
+    code = "from mla_backends.registry import create; print(create('local_code:it').entry)"
+    assert python(code).strip() == "mine"
+
+
 def test_an_absent_torch_is_named_with_its_cure(python: Python) -> None:
     assert refusal(python, "fake-good", "good") == (
         "DeviceUnavailable: backend 'fake-good' has no usable device: setup(None) raised "
@@ -190,7 +206,7 @@ ABSENT = "backend 'local_code:it' has no usable device: "
         ),
         (
             "@hookimpl\ndef it(options, card): return 1",
-            FAILED + "the hook of module local_code takes other arguments;",
+            FAILED + "the hook of module local_code takes the wrong arguments;",
         ),
         (
             "class it(Backend): name = 'x'",
@@ -203,15 +219,17 @@ ABSENT = "backend 'local_code:it' has no usable device: "
         ),
         (
             "class it(Local): api_version = 2",
-            OTHER + "contract 2, this mla-backends speaks 1; upgrade mla-backends",
+            OTHER + "contract 2, but this mla-backends has contract 1; upgrade mla-backends",
         ),
         (
             "import mla_backends\nclass it(mla_backends.Later): pass",
-            OTHER + "another contract than this mla-backends speaks, 1 (module 'mla_backends' has no attri",
+            OTHER
+            + "another contract, but this mla-backends has contract 1 (module 'mla_backends' has no attri",
         ),
         (
             "import mla_backends.later",
-            OTHER + "another contract than this mla-backends speaks, 1 (No module named 'mla_backends.lat",
+            OTHER
+            + "another contract, but this mla-backends has contract 1 (No module named 'mla_backends.lat",
         ),
         (
             "class it(Local):\n    def probe(self): raise OSError('libx.so\\nmore')",
@@ -223,7 +241,7 @@ ABSENT = "backend 'local_code:it' has no usable device: "
         ),
         (
             "class it(Local):\n    def probe(self): return Availability(False)",
-            ABSENT + "it gives no reason.",
+            ABSENT + "no reason given.",
         ),
         (
             "class it(Local):\n    def setup(self, index=None): raise OSError('device 0 is busy')",

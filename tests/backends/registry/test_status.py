@@ -49,8 +49,8 @@ def test_no_backend_can_spoil_the_report_on_the_others(python: Python) -> None:
         ("iluvatar", "not installed"),
     ]
     reasons = {status["name"]: status["reason"] for status in found}
-    assert reasons["fake-crash"] == "probing died with signal SIGABRT"
-    assert reasons["fake-hang"] == "probing did not answer within 6 s"
+    assert reasons["fake-crash"] == "the probe died with signal SIGABRT"
+    assert reasons["fake-hang"] == "the probe did not answer within 6 s"
     assert seconds < 11, "two probes that hang for 6 s must hang at the same time"
 
 
@@ -96,7 +96,7 @@ def test_a_child_that_leaves_without_an_answer_is_reported(python: Python, tmp_p
     (tmp_path / "local_code.py").write_text("import os\nos._exit(7)\n")
     found = one(python, "local_code:it")
     assert found["state"] == "no device"
-    assert found["reason"] == "probing ended with exit status 7 and no answer"
+    assert found["reason"] == "the probe exited with status 7 without an answer"
     assert "python -X faulthandler -m mla_backends.probe local_code:it" in found["hint"]
 
 

@@ -88,8 +88,8 @@ def test_a_bad_command_line_is_refused(bench: Bench, words: list[str], message: 
         (
             ["--backend", "nowhere:x"],
             3,
-            "backend 'nowhere:x' failed to load: module nowhere cannot be imported: there is none of that "
-            "name; check the spelling, run from the folder it is in, or put that folder on PYTHONPATH.",
+            "backend 'nowhere:x' failed to load: module nowhere cannot be imported: no such module; "
+            "check the spelling, run from the folder it is in, or put that folder on PYTHONPATH.",
         ),
         (["--backend", "os:nothing"], 3, "backend 'os:nothing' failed to load: importing module os "),
         (["--backend", "os:path"], 3, "backend 'os:path' failed to load: module os has no hook; "),

@@ -107,7 +107,7 @@ def test_every_backend_gets_a_block_and_one_that_works_suffices(isolated: Bench)
         "fix plug one in",
     ]
     crash = found["fake-crash: no device (mla-backend-fake-crash 1.0)"]
-    assert crash[0] == "reason probing died with signal SIGABRT"
+    assert crash[0] == "reason the probe died with signal SIGABRT"
     twin = found["fake-twin: duplicate"]
     assert twin[1].startswith("fix uninstall one of them: `pip uninstall mla-backend-fake-duplicate-a` or ")
     good = found["fake-good: usable (mla-backend-fake-good 1.0)"]

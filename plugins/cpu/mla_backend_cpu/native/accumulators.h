@@ -1,5 +1,5 @@
 // Sixteen sums, and sixteen pairs to multiply, in vectors as wide as the target's own. The compiler passes
-// wider ones through memory, which an inner loop does not forgive; vf and vu are for everything else.
+// wider ones through memory, which an inner loop cannot afford; vf and vu are for everything else.
 #pragma once
 #include "simd.h"
 
@@ -96,7 +96,7 @@ static inline Zipped zip(const bf16* a, const bf16* b) {
     }
     return to;
 }
-// Store 32 results of zipped columns as bf16, in plain order.
+// Store 32 results of zipped columns as bf16, in their original order.
 static inline void store_unzipped(bf16* to, vf first, vf second) {
 #if defined(__AVX512BW__)
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);

@@ -1,5 +1,5 @@
 // The C interface that Python calls with raw addresses. Shapes have been checked there; functions that follow
-// indices return what is wrong with them, in a sentence, or null.
+// indices return a sentence if one is invalid, else null.
 #include "checks.h"
 #include "huge_pages.h"
 #include "recorded.h"
@@ -119,7 +119,7 @@ const char* mla_write_latent(const bf16* kv_a, int64_t row, const bf16* weight, 
     return nullptr;
 }
 
-// How a function above is called from a record; null for one that is never recorded.
+// How a function above is called from a record; null if it is never recorded.
 const void* mla_recorded(const char* name) {
     static const std::pair<const char*, Recorded> functions[] = {
         {"mla_linear", Recording<mla_linear>::run},
@@ -134,7 +134,7 @@ const void* mla_recorded(const char* name) {
     return nullptr;
 }
 
-// Make `count` recorded calls in their order. Returns what is wrong with one, at which they end, or null.
+// Make `count` recorded calls in order. Stops at the first invalid one and returns its fault, else null.
 const char* mla_run_recorded(const int64_t* records, int64_t count, int threads) {
     return run_recorded(records, count, threads);
 }

@@ -1,5 +1,5 @@
-// Softmax attention of some query rows over some key rows, block by block with a running maximum: what does
-// not depend on how products are made. attention_vectors.h and attention_tiles.h add that.
+// Softmax attention of some query rows over some key rows, block by block with a running maximum: the part
+// that does not depend on how products are computed; attention_vectors.h and attention_tiles.h add that.
 //
 // Sixteen query rows are the lanes of a vector, so that a key row is used as it lies in memory, and the
 // softmax is vertical. Rows may be (query, head) pairs that share one latent key, or queries of one head:
@@ -65,7 +65,7 @@ static inline void soften_part(Panel& panel, int lane, float* score, int64_t fir
 }
 
 // Turn a panel's scores [count][16] of keys first .. first + count - 1 into weights, as pairs of keys [count
-// / 2][16]; returns what the sums of earlier blocks must be scaled by.
+// / 2][16]; returns the factor for the sums of earlier blocks.
 static inline vf soften(Panel& panel, float* score, int64_t first, int64_t count, float scale, vu* weights) {
     float fades[LANES];
     for (int lane = 0; lane < LANES; lane += PART)
@@ -111,7 +111,7 @@ class Attention {
         }
     }
 
-    // Keep what a part of the keys gave, [rows, width + 2] fp32, and add it up again.
+    // Save what a part of the keys gave, [rows, width + 2] fp32, and merge it later.
     int64_t part_size() const { return panels_ * LANES * (width_ + 2); }
     void save(float* to) const;
     void merge(const float* from);
@@ -144,7 +144,7 @@ class Attention {
         for (int64_t k = 0; k < pairs_; k += LANES) take_queries(query, k, (uint32_t*)(q + k));
     }
 
-    // Pairs k .. k + 15 of sixteen rows, sixteen rows side by side; zeros for a row that is not used.
+    // Pairs k .. k + 15 of sixteen rows, sixteen rows next to each other; zeros for a row that is not used.
     void take_queries(const bf16* const* query, int64_t k, uint32_t* to) const {
         const int64_t count = std::min<int64_t>(LANES, pairs_ - k);
         vu rows[LANES], columns[LANES];

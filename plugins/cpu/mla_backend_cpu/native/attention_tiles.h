@@ -15,7 +15,7 @@ constexpr int64_t STEPS = KEYS / TILE_DEPTH;  // when weights and values are sum
 // The work of one task: keys arrive block after block.
 class Attending : public Attention {
  public:
-    // Keys that are neighbours lie `pitch` elements apart.
+    // Adjacent keys lie `pitch` elements apart.
     Attending(const Row* rows, int64_t count, int64_t key_width, int64_t value_width, float scale,
               int64_t pitch)
         : Attention(rows, count, key_width, value_width, scale, TILE_DEPTH / 2),
@@ -29,8 +29,8 @@ class Attending : public Attention {
           rests_(scratch<18>().take<bf16>(rest_ ? KEY_TILES * TILE_BF16 : 0)),
           steps_(scratch<19>().take<int64_t>(panels_ + 1)) {}
 
-    // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to. Those that come next
-    // are not fetched: whether that helps tiles has not been measured.
+    // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to. The next keys are not
+    // prefetched: whether that helps tiles has not been measured.
     void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
                 const bf16* const* = nullptr) {
         keys_.take(keys, count);

@@ -1,5 +1,5 @@
 // Attention with products of one pair by sixteen rows: scores are dot(q lanes, one pair of the key), and
-// values are zipped pairwise on the way.
+// values are zipped pairwise in between.
 #pragma once
 #include "accumulators.h"
 #include "attention.h"
@@ -12,10 +12,10 @@ constexpr int64_t KEYS = 128;  // of one block: its rows stay in the second-leve
 #if defined(__AVX512F__)
 constexpr int KEYS_ONE = 16, KEYS_TWO = 8, WEIGH_ROWS = 8;
 #else
-constexpr int KEYS_ONE = 8, KEYS_TWO = 4, WEIGH_ROWS = 4;  // more than the registers, and faster than fewer
+constexpr int KEYS_ONE = 8, KEYS_TWO = 4, WEIGH_ROWS = 4;  // more than the registers, but faster than fewer
 #endif
 
-// Inlined into the loops of a task, their sums would not all stay in registers.
+// If these were inlined into the loops of a task, not all sums would stay in registers.
 #define OWN_REGISTERS [[gnu::noinline]]
 
 // q_i . k_j for KN keys and NP neighbouring panels (their q follow each other): scores [NP][KEYS][16]. Lines
@@ -71,7 +71,7 @@ OWN_REGISTERS static void weigh(const bf16* const* values, const bf16* zeros, in
 // The work of one task: keys arrive block after block.
 class Attending : public Attention {
  public:
-    // Keys that are neighbours lie `pitch` elements apart.
+    // Adjacent keys lie `pitch` elements apart.
     Attending(const Row* rows, int64_t count, int64_t key_width, int64_t value_width, float scale,
               int64_t pitch)
         : Attention(rows, count, key_width, value_width, scale, 1),
@@ -80,8 +80,8 @@ class Attending : public Attention {
           weights_(scratch<14>().take<vu>(KEYS / 2)) {}
 
     // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to. The keys [KEYS] that
-    // come next, if any, are fetched to the second-level cache meanwhile: the processor does not see them
-    // coming, and memory is slow rather than busy.
+    // come next, if any, are fetched to the second-level cache meanwhile: the processor cannot predict them,
+    // and memory latency, not bandwidth, is the limit.
     void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
                 const bf16* const* next = nullptr) {
         keys_.take(keys, count);

@@ -1,5 +1,5 @@
-// Indices and lengths that decide where memory is read and written are looked at once per call. A fault is a
-// sentence, which is kept until the same thread's next one; null where there is none.
+// Indices and lengths that decide where memory is read and written are checked once per call. A fault is a
+// sentence, valid until the same thread's next one; null if there is none.
 #pragma once
 #include <cstdarg>
 #include <cstdio>
@@ -19,7 +19,7 @@ namespace mla {
     return sentence;
 }
 
-// The first of `count` indices that is not below `limit`, or -1. All are looked at, which runs as vectors do.
+// The first of `count` indices that is not below `limit`, or -1. All are checked, which vectorizes.
 template <class T>
 static int64_t first_outside(const T* indices, int64_t count, int64_t limit) {
     bool outside = false;
@@ -31,11 +31,11 @@ static int64_t first_outside(const T* indices, int64_t count, int64_t limit) {
 // `table_columns`, `pages` and `tokens` are what block_table, the cache and q hold.
 static const char* check_latent(const Latent& a, int64_t table_columns, int64_t pages, int64_t tokens) {
     if (a.cu_q[0] < 0 || a.cu_q[a.requests] > tokens)
-        return fault("cu_q runs from %d to %d, and q has %lld tokens.", a.cu_q[0], a.cu_q[a.requests],
+        return fault("cu_q runs from %d to %d, but q has %lld tokens.", a.cu_q[0], a.cu_q[a.requests],
                      (long long)tokens);
     for (int64_t b = 0; b < a.requests; b++) {
         if (a.cu_q[b + 1] < a.cu_q[b])
-            return fault("cu_q falls from %d to %d behind request %lld.", a.cu_q[b], a.cu_q[b + 1],
+            return fault("cu_q falls from %d to %d after request %lld.", a.cu_q[b], a.cu_q[b + 1],
                          (long long)b);
         const int64_t used = ((int64_t)a.kv_lens[b] + a.page_size - 1) / a.page_size;
         if (a.kv_lens[b] < 0 || used > table_columns)
@@ -46,7 +46,7 @@ static const char* check_latent(const Latent& a, int64_t table_columns, int64_t 
         const int64_t bad = first_outside(row, used, pages);
         if (bad >= 0)
             return fault(
-                "block_table names page %d in column %lld of request %lld, and the cache has %lld pages.",
+                "block_table names page %d in column %lld of request %lld, but the cache has %lld pages.",
                 row[bad], (long long)bad, (long long)b, (long long)pages);
     }
     return nullptr;
@@ -55,7 +55,7 @@ static const char* check_latent(const Latent& a, int64_t table_columns, int64_t 
 static const char* check_write(const Write& a, int64_t slots) {
     const int64_t bad = first_outside(a.slots, a.tokens, slots);
     if (bad < 0) return nullptr;
-    return fault("slots names slot %lld for token %lld, and the cache has %lld.", (long long)a.slots[bad],
+    return fault("slots names slot %lld for token %lld, but the cache has %lld.", (long long)a.slots[bad],
                  (long long)bad, (long long)slots);
 }
 
@@ -65,12 +65,12 @@ static const char* check_lengths(const char* name, const int64_t* lengths, int64
     int64_t total = 0;
     for (int64_t s = 0; s < segments; s++) {
         if (lengths[s] < 0 || lengths[s] > rows)
-            return fault("%s names %lld tokens for segment %lld, and %s has %lld.", name,
+            return fault("%s names %lld tokens for segment %lld, but %s has %lld.", name,
                          (long long)lengths[s], (long long)s, tensor, (long long)rows);
         total += lengths[s];
     }
     if (total == rows) return nullptr;
-    return fault("%s adds up to %lld tokens, and %s has %lld.", name, (long long)total, tensor,
+    return fault("%s adds up to %lld tokens, but %s has %lld.", name, (long long)total, tensor,
                  (long long)rows);
 }
 

@@ -1,5 +1,5 @@
 // The keys of a block in groups of sixteen that lie at one pitch. A product then finds its keys at one
-// address and multiples of the pitch: sixteen addresses of their own do not fit the registers, and loading
+// address and multiples of the pitch: sixteen separate addresses do not fit the registers, and loading
 // them costs as much as loading the keys.
 #pragma once
 #include <algorithm>
@@ -12,11 +12,11 @@ namespace mla {
 template <int64_t KEYS>
 class Gathered {
  public:
-    // Rows of `columns` elements; those that are neighbours lie `pitch` elements apart.
+    // Rows of `columns` elements; adjacent ones lie `pitch` elements apart.
     Gathered(int64_t columns, int64_t pitch)
         : columns_(columns), pitch_(pitch), copy_(scratch<17>().take<bf16>(KEYS * pitch)) {}
 
-    // Take keys [count]; where sixteen are not neighbours they are copied, and filled up with zeros.
+    // Take keys [count]; where sixteen are not adjacent they are copied, and filled up with zeros.
     void take(const bf16* const* keys, int64_t count) {
         for (int64_t i = 0; i * LANES < count; i++) {
             const bf16* const* key = keys + i * LANES;

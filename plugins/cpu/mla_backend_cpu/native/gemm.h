@@ -38,8 +38,8 @@ struct Stretch {
 };
 
 // Two panels of the weights that come next, fetched to the second-level cache while others are multiplied:
-// the processor alone sees the next panels coming too late. Where one block of rows is all, the weights are a
-// plain stream, which it does see.
+// the processor predicts the next panels too late. With a single block of rows the weights are a plain
+// stream, which it does predict.
 struct Fetch {
     const bf16* panel[2];
 
@@ -104,9 +104,10 @@ struct Job {
     const bf16* weights(int64_t panel, int64_t k) const { return packed + (panel * inputs + k) * LANES; }
 };
 
-// All rows against panels from `panel` on, NR at a time as long as they last; returns the first one left. The
-// rows are cut evenly: 8 + 8 is faster than 14 + 2. Where it FETCHES, the first blocks of rows fetch the
-// weights that come next, two panels each; where this job has none in this stretch, `after` says.
+// All rows against panels from `panel` on, NR at a time while enough are left; returns the first one left.
+// The rows are cut evenly: 8 + 8 is faster than 14 + 2. Where it FETCHES, the first blocks of rows prefetch
+// the weights that come next, two panels each; `after` returns them when this job has none left in this
+// stretch.
 template <class X, int MR, int NR, bool FETCHES, class After>
 static int64_t sweep(const Job<X>& job, const Stretch& part, int64_t panel, const After& after) {
     const int64_t blocks = (job.tokens + MR - 1) / MR, step = (job.tokens + blocks - 1) / blocks;
@@ -170,7 +171,7 @@ static void product(const typename X::Value* x, int64_t x_row, const bf16* packe
                     const Output& out, int64_t tokens, int threads) {
     const int64_t panels = panels_of(out.outputs), rows = task_rows<MR>(tokens);
     const int64_t row_blocks = (tokens + rows - 1) / rows;
-    // Small enough pieces that a disturbed core holds nobody up.
+    // Pieces are small enough that one disturbed core does not delay the others.
     const int64_t wanted = panels * row_blocks / (16 * (int64_t)threads);
     const int64_t group = std::min<int64_t>(16, std::max<int64_t>(4, (wanted + 3) / 4 * 4));
     const int64_t groups = (panels + group - 1) / group;

@@ -78,7 +78,7 @@ static Row* latent_rows(const Latent& a, const LatentTask& task) {
     return rows;
 }
 
-// Where up to KEYS keys of a request from `first` on lie; in place of those from `end` on, the one before it.
+// Where up to KEYS keys of a request from `first` on lie; those from `end` on repeat the last one before it.
 static void find_keys(const Latent& a, int64_t request, int64_t first, int64_t end, const bf16** keys) {
     const int32_t* page = a.block_table + request * a.table_row + first / a.page_size;
     int64_t slot = first % a.page_size;
@@ -119,7 +119,7 @@ class LatentTasks {
 static const LatentTask* latent_task(const Latent& a, const LatentTask& task, float* saved,
                                      LatentTasks& left) {
     Attending attention(latent_rows(a, task), task.rows, a.width, a.latent, a.scale, a.width);
-    const bf16* keys[2][KEYS];  // of this block and of the next one, in turns
+    const bf16* keys[2][KEYS];  // of this block and of the next one, alternating
     const int64_t begin = task.part * task.keys, end = std::min(begin + task.keys, attention.most());
     const LatentTask* following = nullptr;
     if (begin < end) find_keys(a, task.request, begin, end, keys[0]);

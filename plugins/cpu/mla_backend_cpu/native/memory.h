@@ -1,4 +1,4 @@
-// Scratch memory: it grows to the largest use, is kept, and is never shared between threads.
+// Scratch memory: grows to the largest use, is kept, and is never shared between threads.
 #pragma once
 #include <cstdlib>
 

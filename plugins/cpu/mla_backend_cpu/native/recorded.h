@@ -1,5 +1,5 @@
-// Calls whose arguments were written down once, made again one after another. A caller that repeats itself
-// then pays for one call from outside instead of many.
+// Calls whose arguments were recorded once, replayed one after another. A caller that repeats itself then
+// pays for one call from outside instead of many.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -11,7 +11,7 @@ namespace mla {
 
 // One argument in 64 bits: an address or an int64_t as it is, a float or an int in the low bytes.
 typedef int64_t Slot;
-// Makes a call of `slots`, but with so many threads; returns what is wrong with its arguments, or null.
+// Makes a call of `slots`, but with `threads` threads; returns the fault in its arguments, or null.
 typedef const char* (*Recorded)(const Slot* slots, int threads);
 
 template <class T>

@@ -1,4 +1,4 @@
-// Sixteen-lane vectors, and what is done with them lane by lane. Written once with the compiler's vector
+// Sixteen-lane vectors, and lane-wise operations on them. Written once with the compiler's vector
 // extension, so that any target compiles; the instructions that matter are chosen by the target's macros. A
 // bf16 value is held as uint16_t, a pair of them as uint32_t (first one low).
 #pragma once
@@ -18,7 +18,7 @@ namespace mla {
 
 constexpr int LANES = 16;
 
-// Vectors of so many bytes: of floats, of integers that go with them, and of as many bf16.
+// Vectors of BYTES bytes: of floats, of integers of the same size, and of as many bf16.
 template <int BYTES>
 struct Vectors;
 template <>
@@ -113,7 +113,7 @@ static inline auto pair_up(H low, H high) {
     return __builtin_convertvector(low, U) | (__builtin_convertvector(high, U) << 16);
 }
 
-// Transpose sixteen rows of sixteen words: squares of 1, 2, 4 and 8 words change places across the diagonal.
+// Transpose sixteen rows of sixteen words: squares of 1, 2, 4 and 8 words are swapped across the diagonal.
 static inline void transpose(const vu* from, uint32_t* to) {
 #if defined(__AVX512F__)
     __m512i rows[LANES];
@@ -150,7 +150,7 @@ static inline F maximum(F a, F b) {
     return a > b ? a : b;
 }
 
-// e^x for x <= 0, relative error below 3e-7; what is below -87 counts as -87.
+// e^x for x <= 0, relative error below 3e-7; values below -87 count as -87.
 template <class F>
 static inline F exponential(F x) {
     typedef typename Like<F>::I I;

@@ -110,7 +110,7 @@ static void multiply_block(const Product& p, const TileTask& task, int64_t row, 
         write_block<M, N>(p, task.group, task.row + row, task.panel + panel);
 }
 
-// Blocks of M x N as long as the panels last; returns the first panel left.
+// Blocks of M x N while enough panels are left; returns the first panel left.
 template <int M, int N>
 static int64_t sweep(const Product& p, const TileTask& task, int64_t panel, int64_t begin, int64_t end) {
     for (; panel + N <= task.panels; panel += N) {

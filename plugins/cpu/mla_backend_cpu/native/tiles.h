@@ -1,8 +1,8 @@
 // AMX tiles: eight registers of 16 rows by 64 bytes, and blocks of up to four sums over them.
 //
-// The instructions are written out: the compiler's macros take literal register numbers only, and do not say
-// that they read memory, so that stores before them may be moved behind. Where MLA_EMULATE_TILES is defined
-// plain C++ does the same, which lets every line above run, and be checked, on any machine.
+// The instructions are inline assembly: the compiler's macros take literal register numbers only, and do not
+// declare that they read memory, so that stores before them may be moved after them. If MLA_EMULATE_TILES is
+// defined, plain C++ does the same, so that all code on top can run, and be checked, on any machine.
 #pragma once
 #include <cstdint>
 #include <utility>

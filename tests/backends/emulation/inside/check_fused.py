@@ -265,8 +265,8 @@ def test_a_captured_step_follows_its_batch_or_is_refused(
 
 
 OTHER_CARDS = {
-    "moore": ("MTT S80", "capability 3.1 (MTT S5000) only, and this device says 2.1"),
-    "nvidia": ("Tesla T4", "and this is sm_75"),
+    "moore": ("MTT S80", "capability 3.1 (MTT S5000) only, but this device reports 2.1"),
+    "nvidia": ("Tesla T4", "but this is sm_75"),
 }
 
 
@@ -296,4 +296,4 @@ def test_pages_a_kernel_cannot_read_end_a_run_with_a_sentence(
     (tmp_path / "tiny.json").write_text(json.dumps(WIDE))
     done = bench("--page-size", "32", "--attention", "absorbed")
     assert done.code == 3
-    assert "it reads pages of 64 tokens, and this cache has pages of 32" in done.error
+    assert "it reads pages of 64 tokens, but this cache has pages of 32" in done.error

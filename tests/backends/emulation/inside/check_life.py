@@ -115,7 +115,7 @@ def test_a_driver_that_fails_at_setup_is_a_sentence(
     monkeypatch.setattr(module, "synchronize", fail)
     done = bench()
     assert done.code == 3
-    reason = "the device did not start: RuntimeError: system not yet initialized;"
+    reason = "the device failed to start: RuntimeError: system not yet initialized;"
     assert f"backend '{name}' has no usable device: {reason}" in done.error
     assert f"`{vendor.tool}`" in done.error
 
@@ -124,7 +124,7 @@ def test_a_device_that_vanished_after_the_probe(name: str, state: Any, module: A
     backend = create(name)
     assert backend.probe().ok
     state.count = 0
-    with pytest.raises(DeviceUnavailable, match="torch counts 0 devices"):
+    with pytest.raises(DeviceUnavailable, match="torch sees 0 devices"):
         backend.setup()
 
 

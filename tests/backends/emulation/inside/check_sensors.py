@@ -130,7 +130,7 @@ def test_without_a_uuid_only_a_single_card_is_known(
 ) -> None:
     state.card = replace(state.card, extra=())
     report = mla.load_backend(name).environment()
-    assert report["monitor"] == "none (LookupError: this torch does not tell the UUID of the device)"
+    assert report["monitor"] == "none (LookupError: this torch does not report the UUID of the device)"
     monkeypatch.setattr(nvml, "nvmlDeviceGetCount", lambda: 1)
     assert mla.load_backend(name).environment()["now.clock_mhz"] == "1755"
     assert nvml.asked == [0]
