@@ -227,7 +227,7 @@ def test_a_device_that_cannot_describe_itself_still_gets_a_card(conformance: Con
         (["--dtype", "float16"], 2, "does not claim float16; it claims: bfloat16, float32."),
         (["--xfails", "none.txt"], 2, "cannot read 'none.txt': No such file or directory."),
         (["--report", "no/out.json"], 2, "cannot write 'no/out.json': there is no folder 'no'."),
-        (["-O", "fault"], 2, "-O wants KEY=VALUE, got 'fault'."),
+        (["-O", "fault"], 2, "-O takes KEY=VALUE, got 'fault'."),
         (["-O", "colour=red"], 2, "backend 'mine' has no option 'colour'; it knows: threads, fault."),
         (["-O", "fault=absent"], 3, "it is switched off; switch it on"),
     ],

@@ -174,7 +174,7 @@ def make_problem(make_spec: Any) -> Callable[..., Problem]:
 
 @pytest.fixture(scope="session")
 def assert_right() -> Callable[..., None]:
-    """Return a check of out and lse against the truth, per token and head; lse may be left out."""
+    """Return a check of out and lse against the truth, per token and head; lse may be omitted."""
 
     def check(found: Outputs, truth: Outputs, with_lse: bool = True) -> None:
         (out, lse), (true_out, true_lse) = found, truth

@@ -214,7 +214,7 @@ def test_nothing_measured_is_exit_code_5(bench: Bench, quick: None, monkeypatch:
         ),
         (["--dtype", ""], 2, "error: unknown dtype ''. --dtype takes bf16, fp16, fp32, comma-separated."),
         (["--dtype", "bf16,,fp32"], 2, "error: unknown dtype ''. --dtype takes "),
-        (["-O", "x"], 2, "error: -O wants KEY=VALUE, got 'x'."),
+        (["-O", "x"], 2, "error: -O takes KEY=VALUE, got 'x'."),
         (["-O", "x=1"], 2, "error: backend 'cpu' has no option 'x'; it knows: threads"),
         (["--device", "7"], 3, "error: backend 'cpu' has one device, so there is no device 7."),
         (["--device", "-1"], 2, "Error: Invalid value for '--device': -1 is not in the range"),

@@ -46,7 +46,7 @@ def test_a_run_prints_its_result_on_stdout_and_its_plan_on_stderr(bench: Bench, 
 def test_the_reference_is_left_out_where_it_would_be_the_same(bench: Bench, small: list[str]) -> None:
     done = bench(*VIRTUAL, *small, "--dry-run", fakes=["virtual_clock"])
     assert "mla-reference is skipped: no fused op was chosen, so it is identical to mla" in done.err
-    assert "plan       mla, in turns; " in done.err
+    assert "plan       mla, interleaved; " in done.err
 
 
 def test_stderr_shows_no_progress_bar_when_it_is_no_terminal(process: Bench, small: list[str]) -> None:
@@ -194,7 +194,7 @@ def test_a_dry_run_measures_and_writes_nothing(bench: Bench, small: list[str]) -
     done = bench(*CPU, *small, "--dry-run", "-o", "run.json")
     assert (done.code, done.out) == (0, "")
     assert "scenario   decode: 2 requests, 2 new tokens per forward, history 5 to 9, " in done.err
-    assert "plan       mla, in turns; 37 forwards or more, checked against a float64 oracle" in done.err
+    assert "plan       mla, interleaved; at least 37 forwards, checked against a float64 oracle" in done.err
     assert not Path("run.json").exists()
 
 

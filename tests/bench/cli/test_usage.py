@@ -98,8 +98,8 @@ def test_a_bad_command_line_is_refused(bench: Bench, words: list[str], message: 
         ([*CPU, "-O", "threads=two"], 2, "backend 'cpu' needs a positive number of threads, got 'two'."),
         ([*CPU, "-O", "threads=-1"], 2, "backend 'cpu' needs a positive number of threads, got '-1'."),
         ([*CPU, "-O", "fp32=maybe"], 2, "backend 'cpu' takes -O fp32=auto, on or off, got 'maybe'."),
-        ([*CPU, "-O", "x"], 2, "-O wants KEY=VALUE, got 'x'."),
-        ([*CPU, "-O", "=x"], 2, "-O wants KEY=VALUE, got '=x'."),
+        ([*CPU, "-O", "x"], 2, "-O takes KEY=VALUE, got 'x'."),
+        ([*CPU, "-O", "=x"], 2, "-O takes KEY=VALUE, got '=x'."),
         (
             [*CPU, "--config", "deepseek-r2"],
             2,
@@ -209,7 +209,7 @@ def test_a_config_beside_a_checkpoint_is_refused(bench: Bench) -> None:
     done = bench(*CPU, "--model-path", "somewhere", "--config", "deepseek-r1")
     assert done.code == 2
     assert done.error == (
-        "error: --config and --model-path exclude each other: the checkpoint's own config.json is used."
+        "error: --config and --model-path are mutually exclusive: the checkpoint's own config.json is used."
     )
 
 
@@ -218,6 +218,6 @@ def test_a_file_is_no_checkpoint_folder(bench: Bench) -> None:
     done = bench(*CPU, "--model-path", "model.safetensors")
     assert done.code == 2
     assert done.error == (
-        "error: --model-path 'model.safetensors' is no folder: it takes a folder with config.json and "
+        "error: --model-path 'model.safetensors' is not a folder: it takes a folder with config.json and "
         "safetensors."
     )

@@ -138,7 +138,7 @@ def test_files_that_cannot_be_compared(bench: Any) -> None:
         assert done.code == 2
         assert message in done.err
         assert len(done.err.splitlines()) == 1
-    assert "is no percentage" in bench("compare", "base.json", "slow.json", "--noise", "much").err
+    assert "is not a valid percentage" in bench("compare", "base.json", "slow.json", "--noise", "much").err
 
 
 @pytest.mark.usefixtures("files")

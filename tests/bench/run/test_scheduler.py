@@ -1,4 +1,4 @@
-"""A run over many points: its order, what is left out, what a log shows, and what a dry run promises."""
+"""A run over many points: its order, what is skipped, what a log shows, and what a dry run promises."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_dry_run_lists_every_case(bench: Bench, small: list[str]) -> None:
     assert rows == [(str(kv), name) for kv in range(1, 11) for name in ("mla", "mla-reference")]
     assert "scenario   decode: 10 points (--dry-run lists them)" in done.err
     assert re.search(r"20 cases, about [\d.e-]+ s, float64 oracle and checks included", done.err)
-    assert "taken to be reached: mla 50 %, mla-reference 20 %" in done.err
+    assert "assumed efficiency: mla 50 %, mla-reference 20 %" in done.err
 
 
 def test_presets_are_shipped_workloads(bench: Bench, small: list[str]) -> None:

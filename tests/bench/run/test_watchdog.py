@@ -71,8 +71,8 @@ def test_a_hanging_op_ends_the_run_and_keeps_what_was_finished(process: Bench, s
     done = process(*faulty, *small, "--hang-after", "4s", "-o", "run.json", fakes=["wrong_op"])
     assert done.code == 3
     assert done.error == (
-        "error: scenario 'decode', implementation 'mla': no forward finished for 4 s, so the device is taken "
-        "to hang; --hang-after waits longer."
+        "error: scenario 'decode', implementation 'mla': no forward finished in 4 s, so the device is "
+        "assumed to hang; raise --hang-after to wait longer."
     )
     (case,) = results.read(Path("run.json")).cases
     assert (case.scenario, case.check.status, case.passes) == ("prefill", "ok", 6)
@@ -95,7 +95,7 @@ def test_a_hang_in_a_timed_pass_is_noticed(process: Bench, small: list[str]) -> 
     )
     done = process(*faulty, *small, "--scenario", "decode", "--hang-after", "4s", fakes=["wrong_op"])
     assert done.code == 3
-    assert "no forward finished for 4 s" in done.error
+    assert "no forward finished in 4 s" in done.error
 
 
 def test_every_forward_of_a_run_is_a_sign_of_life(
@@ -112,4 +112,4 @@ def test_every_forward_of_a_run_is_a_sign_of_life(
     virtual = ("--backend", "fake-virtual-clock", "--scenario", "decode")
     assert bench(*virtual, *small, fakes=["virtual_clock"]).code == 0
     assert callers["_pass"] == 6 * 4
-    assert callers["_move_on"] >= 4 + 1, "the check and the warm-up"
+    assert callers["_advance_to"] >= 4 + 1, "the check and the warm-up"

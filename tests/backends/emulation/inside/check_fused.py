@@ -164,7 +164,7 @@ def test_the_kernel_alone_is_right(kernel: Any, bench: Any, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kernel", LIVES[BACKEND], ids=lambda case: case[0], indirect=True)
 def test_a_run_replays_what_the_kernel_lets_be_captured(kernel: Any, bench: Any, tmp_path: Path) -> None:
-    """What cannot be captured is left out with its reason, and costs nothing else."""
+    """What cannot be captured is skipped with its reason, and costs nothing else."""
     role, op = kernel
     (tmp_path / "tiny.json").write_text(json.dumps({**WIDE, **SHAPES.get(op, {})}))
     mode = "absorbed" if role == "latent_attention" else "expanded"
