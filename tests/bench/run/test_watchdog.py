@@ -54,21 +54,15 @@ def test_neither_beats_nor_silence_of_the_host_are(hung: Any) -> None:
         assert not event.wait(3 * LIMIT)
 
 
+def hanging_after(calls: int) -> list[str]:
+    """Return the options of a backend whose op hangs after this many calls."""
+    words = f"--backend fake-wrong-op -O fault=hang -O after={calls} --implementations mla --warmups 0"
+    return words.split()
+
+
 def test_a_hanging_op_ends_the_run_and_keeps_what_was_finished(process: Bench, small: list[str]) -> None:
     """The 9th call is the first of decode: prefill takes its check, six runs and one before them."""
-    faulty = (
-        "--backend",
-        "fake-wrong-op",
-        "-O",
-        "fault=hang",
-        "-O",
-        "after=8",
-        "--implementations",
-        "mla",
-        "--warmups",
-        "0",
-    )
-    done = process(*faulty, *small, "--hang-after", "4s", "-o", "run.json", fakes=["wrong_op"])
+    done = process(*hanging_after(8), *small, "--hang-after", "4s", "-o", "run.json", fakes=["wrong_op"])
     assert done.code == 3
     assert done.error == (
         "error: scenario 'decode', implementation 'mla': no forward finished in 4 s, so the device is "
@@ -81,19 +75,9 @@ def test_a_hanging_op_ends_the_run_and_keeps_what_was_finished(process: Bench, s
 
 def test_a_hang_in_a_timed_pass_is_noticed(process: Bench, small: list[str]) -> None:
     """Decode alone: 4 forwards of the check, 1 before the passes, and the hang in the second of a pass."""
-    faulty = (
-        "--backend",
-        "fake-wrong-op",
-        "-O",
-        "fault=hang",
-        "-O",
-        "after=6",
-        "--implementations",
-        "mla",
-        "--warmups",
-        "0",
+    done = process(
+        *hanging_after(6), *small, "--scenario", "decode", "--hang-after", "4s", fakes=["wrong_op"]
     )
-    done = process(*faulty, *small, "--scenario", "decode", "--hang-after", "4s", fakes=["wrong_op"])
     assert done.code == 3
     assert "no forward finished in 4 s" in done.error
 
