@@ -1,4 +1,8 @@
-"""What every op must compute, in float64 on the host, written out independently of `reference/`."""
+"""What every op must compute, in float64 on the host, written out independently of `reference/`.
+
+The tests have a second float64 attention (`tests/support/float64_attention.py`), written independently of
+this one, so that neither can hide a mistake of the other.
+"""
 
 from __future__ import annotations
 

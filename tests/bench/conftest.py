@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import subprocess
@@ -14,39 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_run import write_tiny_run
 
 import mla
 import mla_backends
 from mla.bench import results
 from mla.bench.cli.main import main
-
-DIMS = {
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-}
-WORKLOAD = """
-[[scenario]]
-name = "prefill"
-mode = "prefill"
-query_lens = [3, 5]
-history = [4, 0]
-runs = 6
-passes = 6
-warmups = 1
-
-[[scenario]]
-name = "decode"
-mode = "decode"
-query_lens = ["1*2"]
-history = [5, 9]
-runs = 4
-passes = 6
-warmups = 1
-"""
 
 
 @dataclass(frozen=True)
@@ -74,9 +46,8 @@ def _work_in_an_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.fixture
 def small(tmp_path: Path) -> list[str]:
     """Write a tiny config and workload, and return the options that choose them, without cold caches."""
-    (tmp_path / "tiny.json").write_text(json.dumps(DIMS))
-    (tmp_path / "tiny.toml").write_text(WORKLOAD)
-    return ["--config", "tiny.json", "--workload", "tiny.toml", "--cache", "warm"]
+    options = write_tiny_run(tmp_path, passes=6, prefill_runs=6, decode_runs=4, history=(5, 9))
+    return [*options, "--cache", "warm"]
 
 
 @pytest.fixture

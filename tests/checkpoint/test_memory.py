@@ -21,6 +21,7 @@ import json, math, sys
 import torch
 import mla
 from mla.weights import weight_shapes
+from mla_backends.testing import HostBackend
 
 class Copying(mla_backends.FusedOp):
     contract = "linear/1"
@@ -28,26 +29,20 @@ class Copying(mla_backends.FusedOp):
         return mla_backends.api.Packed(weight.clone(), weight.nbytes)
     def __call__(self, *args, **tensors): ...
 
-class Host(mla_backends.Backend):
-    name, api_version, device = "host", 1, torch.device("cpu")
-    def probe(self): ...
-    def setup(self, index=None): return self.device
-    def synchronize(self): ...
-    def ops(self): return {"copying": Copying()} if COPY else {}
-
 def memory(key):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
 
 warm_up, folder, layer = sys.argv[1:4]
-mla.MLA.from_pretrained(warm_up, layer=3, backend=Host())
+backend = HostBackend(ops={"copying": Copying()} if COPY else {})
+mla.MLA.from_pretrained(warm_up, layer=3, backend=backend)
 try:
     with open("/proc/self/clear_refs", "w") as refs:
         refs.write("5")
     before = memory("VmRSS")
 except OSError:  # not allowed here: the growth beyond the peak so far is the best there is
     before = memory("VmHWM")
-built = mla.MLA.from_pretrained(folder, layer=int(layer), backend=Host())
+built = mla.MLA.from_pretrained(folder, layer=int(layer), backend=backend)
 grown = memory("VmHWM") - before
 size = sum(2 * math.prod(shape) for shape in weight_shapes(built.config).values())
 if len(sys.argv) > 4:

@@ -7,7 +7,7 @@ The CPU stands in for every device. `Asynchronous` gives it a queue, so that wha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,28 +18,15 @@ from mla.conformance.report import CheckResult
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
 from mla.conformance.xfails import Xfails
-from mla_backends import Availability, Backend, FusedOp
+from mla_backends import Backend, FusedOp
 from mla_backends.api import HostTimer, MemoryInfo, Packed
+from mla_backends.testing import HostBackend
 
 
-class Sound(Backend):
+class Sound(HostBackend):
     """The CPU, as right as can be: it has graphs and a memory counter, and whatever ops it is given."""
 
     name = "sound"
-    api_version = 1
-
-    def __init__(
-        self, options: Mapping[str, str] | None = None, ops: Mapping[str, FusedOp] | None = None
-    ) -> None:
-        super().__init__(options)
-        self._ops = ops or {}
-        self.device = self.setup()
-
-    def probe(self) -> Availability:
-        return Availability(True, evidence={"device": "the CPU is always there"})
-
-    def setup(self, index: int | None = None) -> torch.device:
-        return torch.device("cpu")
 
     def synchronize(self) -> None:
         Asynchronous.wait()
@@ -53,9 +40,6 @@ class Sound(Backend):
 
     def graph(self, fn: Callable[[], None]) -> Callable[[], None] | None:
         return Tape.capture(fn)
-
-    def ops(self) -> Mapping[str, FusedOp]:
-        return self._ops
 
 
 class Allocated(TorchDispatchMode):

@@ -11,6 +11,7 @@ import torch
 import mla
 from mla.conformance.registry import all_checks
 from mla.conformance.report import CheckResult
+from mla.reference import REFERENCE
 from mla_backends.api import OPS
 
 Run = Callable[..., list[CheckResult]]
@@ -97,3 +98,15 @@ def test_every_check_says_in_one_sentence_what_it_wants_and_what_it_is_for(check
     assert len(check.description) < 120
     assert check.catches
     assert not check.catches.endswith(".")
+
+
+def test_an_op_of_another_contract_is_refused_and_never_called(judge: Run, sound: Any) -> None:
+    class Later(type(REFERENCE["linear"])):  # type: ignore[misc]
+        contract = "linear/2"
+
+        def __call__(self, *state: Any, **tensors: Any) -> None:
+            raise AssertionError("it has other arguments")
+
+    results = [one for one in judge(sound(ops={"later": Later()}), "linear") if one.of == "later"]
+    assert {one.status for one in results} == {"refused"}
+    assert {one.reason for one in results} == {"it implements linear/2, but this suite checks linear/1"}

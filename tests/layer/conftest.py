@@ -5,7 +5,6 @@ from layer_cases import (
     check_expanded,
     check_latent,
     check_layer,
-    fake_backend,
     latent_problem,
     make_case,
 )
@@ -15,7 +14,6 @@ __all__ = [
     "check_expanded",
     "check_latent",
     "check_layer",
-    "fake_backend",
     "latent_problem",
     "make_case",
 ]

@@ -6,7 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +19,9 @@ from mla.layer.forward import Step
 from mla.layer.ops import Ops
 from mla.reference import REFERENCE
 from mla.weights import random_state_dict
-from mla_backends import Availability, Backend, FusedOp
+from mla_backends import FusedOp
 from mla_backends.api import OPS, OpCall
+from mla_backends.testing import HostBackend
 
 FP32 = torch.float32
 Reference = type(REFERENCE["latent_attention"])
@@ -50,32 +51,19 @@ class Stateless(FusedOp):
         op(op.prepare(self._spec, batch), **tensors)
 
 
-class Sequencing(Backend):
+class Sequencing(HostBackend):
     """The CPU, which makes sequences by keeping the calls, and counts."""
 
     name = "sequencing"
 
     def __init__(self, *, refuses: bool = False, stateless: bool = True) -> None:
-        super().__init__()
-        self.device = self.setup()
+        super().__init__(ops={"stateless": Stateless()} if stateless else {})
         self.refuses, self.stateless = refuses, stateless
         self.asked = self.ran = 0
-
-    def probe(self) -> Availability:
-        return Availability(True)
-
-    def setup(self, index: int | None = None) -> torch.device:
-        return torch.device("cpu")
-
-    def synchronize(self) -> None:
-        pass
 
     def sequence(self, calls: Sequence[OpCall], moving: Sequence[torch.Tensor]) -> Callable[..., None] | None:
         self.asked += 1
         return None if self.refuses else lambda *moved: self._run(calls, moving, moved)
-
-    def ops(self) -> Mapping[str, FusedOp]:
-        return {"stateless": Stateless()} if self.stateless else {}
 
     def _run(
         self, calls: Sequence[OpCall], moving: Sequence[torch.Tensor], moved: Sequence[torch.Tensor]
@@ -302,9 +290,9 @@ def test_a_layer_that_is_gone_leaves_nothing_in_a_batch(tiny: Any) -> None:
     assert table() is None
 
 
-def test_a_backend_that_never_makes_sequences_is_offered_none(tiny: Any, fake_backend: Any) -> None:
+def test_a_backend_that_never_makes_sequences_is_offered_none(tiny: Any) -> None:
     pair = Pair(tiny())
-    layer = MLA(pair.config, backend=fake_backend({"stateless": Stateless()}), dtype=FP32)
+    layer = MLA(pair.config, backend=HostBackend(ops={"stateless": Stateless()}), dtype=FP32)
     layer.load_state_dict(random_state_dict(pair.config, 0, FP32))
     pair.layers[0] = layer
     for _ in range(4):

@@ -15,6 +15,7 @@ from mla.reference import REFERENCE
 from mla.weights import random_state_dict, weight_shapes
 from mla_backends import FusedOp
 from mla_backends.api import OPS, Packed
+from mla_backends.testing import HostBackend
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -157,10 +158,10 @@ def test_an_unknown_attention_mode_is_refused(tiny: Any) -> None:
         MLA(tiny(), attention="absorb")
 
 
-def test_a_backend_that_is_not_set_up_is_refused(tiny: Any, fake_backend: Any) -> None:
-    backend = fake_backend({})
+def test_a_backend_that_is_not_set_up_is_refused(tiny: Any) -> None:
+    backend = HostBackend()
     backend.device = None
-    with pytest.raises(ValueError, match="backend 'fake' is not set up"):
+    with pytest.raises(ValueError, match="backend 'host' is not set up"):
         MLA(tiny(), backend=backend)
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from mla.reference import REFERENCE
-from mla_backends import Availability, Backend, FusedOp
+from mla_backends import FusedOp
 from mla_backends.api import Packed
+from mla_backends.testing import HostBackend
 
 
 class FaultyOp(FusedOp):
@@ -61,23 +62,16 @@ class FaultyOp(FusedOp):
             out[next(slot for slot in range(len(out)) if slot not in rows)] = 0
 
 
-class FaultyBackend(Backend):
+class FaultyBackend(HostBackend):
     name = "faulty"
-    api_version = 1
 
     @classmethod
     def known_options(cls) -> tuple[str, ...]:
         return ("threads", "op", "fault")
 
-    def probe(self) -> Availability:
-        return Availability(ok=True)
-
     def setup(self, index: int | None = None) -> torch.device:
         torch.set_num_threads(1)
-        return torch.device("cpu")
-
-    def synchronize(self) -> None:
-        pass
+        return super().setup(index)
 
     def dtypes(self) -> Sequence[torch.dtype]:
         return (torch.bfloat16, torch.float16, torch.float32)

@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from float64_attention import attend_segments
 
 from mla import MLA, LatentCache, MLAConfig, RaggedBatch
 from mla.config import YarnScaling
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
-from mla_backends import Availability, Backend, FusedOp
+from mla_backends import FusedOp
 from mla_backends.api import AttentionSpec, SegmentLengths
+from mla_backends.testing import HostBackend
 
 #: Per (token, head). Rounding the output to bf16 once costs at most 2^-8; in fp32 7e-7 was measured.
 OP_BOUND = {torch.bfloat16: 1.05 * 2.0**-8, torch.float32: 2e-6}
@@ -54,29 +56,6 @@ def assert_rows_close() -> Callable[[torch.Tensor, torch.Tensor, float], None]:
 # ----------------------------------------------------------------------------------------------- layer
 
 
-class FakeBackend(Backend):
-    """The CPU with whatever ops a test wants to offer."""
-
-    name = "fake"
-
-    def __init__(self, ops: Mapping[str, FusedOp]) -> None:
-        super().__init__()
-        self._ops = ops
-        self.device = self.setup()
-
-    def probe(self) -> Availability:
-        return Availability(True)
-
-    def setup(self, index: int | None = None) -> torch.device:
-        return torch.device("cpu")
-
-    def synchronize(self) -> None:
-        pass
-
-    def ops(self) -> Mapping[str, FusedOp]:
-        return self._ops
-
-
 @dataclass
 class Case:
     """A layer, one step's batch and everything the oracle needs to judge the output."""
@@ -95,11 +74,6 @@ class Case:
 
     def truth(self) -> torch.Tensor:
         return oracle(self.config, self.state, self.hidden, self.batch.query_lens, self.history)
-
-
-@pytest.fixture(scope="session")
-def fake_backend() -> Callable[[Mapping[str, FusedOp]], Backend]:
-    return FakeBackend
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +98,7 @@ def make_case(tiny: Any, make_history: Any) -> Callable[..., Case]:
         seed: int = 0,
     ) -> Case:
         config = config or tiny()
-        backend = FakeBackend(ops) if ops else None
+        backend = HostBackend(ops=ops) if ops else None
         layer = MLA(layer_config or config, backend=backend, dtype=dtype, attention=attention)
         state = random_state_dict(config, seed, dtype)
         layer.load_state_dict(state)
@@ -213,28 +187,9 @@ class LatentProblem:
 
     def truth(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return out and lse in float64, query by query; a query without keys gives 0 and -inf."""
-        results = [
-            _attend_one(q, rows, rows[:, : self.spec.kv_lora_rank], self.spec.softmax_scale)
-            for queries, keys in zip(self.q.split(list(self.view.query_lens)), self.owned, strict=True)
-            for q, rows in _causal(queries, keys)
-        ]
-        out, lse = zip(*results, strict=True)
-        return torch.stack(out), torch.stack(lse)
-
-
-def _causal(queries: torch.Tensor, *keys: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """Return per query what it sees of each of `keys`; the last query sees them all."""
-    first = keys[0].shape[0] - queries.shape[0] + 1
-    return [(q, *(rows[: max(0, first + i)] for rows in keys)) for i, q in enumerate(queries)]
-
-
-def _attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, ...]:
-    """Attend one query [h, dk] over k [s, dk] or [s, h, dk] and v alike."""
-    k, v = (x.double() if x.dim() == 3 else x.double()[:, None].expand(-1, q.shape[0], -1) for x in (k, v))
-    logits = torch.einsum("hd,shd->hs", q.double(), k) * scale
-    lse = logits.logsumexp(-1) if k.shape[0] else torch.full(logits.shape[:1], -torch.inf).double()
-    weights = (logits - lse[:, None]).exp()
-    return torch.einsum("hs,shd->hd", weights, v), lse
+        pieces = zip(self.q.split(list(self.view.query_lens)), self.owned, strict=True)
+        shared = ((q, rows, rows[:, : self.spec.kv_lora_rank]) for q, rows in pieces)
+        return attend_segments(shared, self.spec.softmax_scale)
 
 
 def _spec(heads: int, dtype: torch.dtype) -> AttentionSpec:
@@ -318,16 +273,7 @@ def check_expanded(assert_rows_close: Any) -> Callable[..., None]:
             pieces = zip(
                 q.split(list(query_lens)), k.split(list(kv_lens)), v.split(list(kv_lens)), strict=True
             )
-            seen = [
-                one
-                for queries, keys, values in pieces
-                for one in (
-                    _causal(queries, keys, values) if causal else [(q, keys, values) for q in queries]
-                )
-            ]
-            true_out, true_lse = map(
-                torch.stack, zip(*(_attend_one(*one, spec.softmax_scale) for one in seen), strict=True)
-            )
+            true_out, true_lse = attend_segments(pieces, spec.softmax_scale, causal)
             assert_rows_close(out, true_out, OP_BOUND[dtype])
             gap = torch.where(lse == true_lse, 0.0, (lse - true_lse).abs())  # -inf is -inf
             assert gap.max() <= LSE_BOUND, "worst lse error is too large"

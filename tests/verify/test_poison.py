@@ -16,7 +16,7 @@ from mla.bench.workload.scenario import Scenario
 from mla.cache import LatentCache
 from mla.verify.poison import TAIL, Poison
 from mla.weights import random_state_dict
-from mla_backends import Availability, Backend
+from mla_backends.testing import HostBackend
 
 if TYPE_CHECKING:
     from mla import MLAConfig
@@ -26,25 +26,9 @@ PREFILL = Scenario(name="p", mode="prefill", query_lens=(3, 5), history=(4, 0))
 PAGE = 4
 
 
-class Host(Backend):
-    name = "host"
-    api_version = 1
-
-    def probe(self) -> Availability:
-        return Availability(True)
-
-    def setup(self, index: int | None = None) -> torch.device:
-        return torch.device("cpu")
-
-    def synchronize(self) -> None:
-        """Nothing is ever pending."""
-
-
 @pytest.fixture
 def setting(tiny: Callable[..., MLAConfig]) -> Setting:
-    backend = Host()
-    backend.device = backend.setup()
-    return Setting(tiny(), backend, torch.float32, "auto", PAGE, 0)
+    return Setting(tiny(), HostBackend(), torch.float32, "auto", PAGE, 0)
 
 
 def load(setting: Setting, scenario: Scenario) -> tuple[MlaLayer, Inputs]:

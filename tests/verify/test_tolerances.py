@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 
 from mla.conformance.report import CheckResult
-from mla.reference import REFERENCE
 from mla.verify.tolerances import UNITS, judge, judge_lse, same_bits
 
 Run = Callable[..., list[CheckResult]]
@@ -105,15 +103,3 @@ def test_bits_are_compared_and_not_values() -> None:
     assert same_bits(nan, nan.clone())
     assert not same_bits(nan, torch.tensor([torch.nan, -0.0]))
     assert same_bits(nan[::2], torch.tensor([torch.nan]))
-
-
-def test_an_op_of_another_contract_is_refused_and_never_called(judge: Run, sound: Any) -> None:
-    class Later(type(REFERENCE["linear"])):  # type: ignore[misc]
-        contract = "linear/2"
-
-        def __call__(self, *state: Any, **tensors: Any) -> None:
-            raise AssertionError("it has other arguments")
-
-    results = [one for one in judge(sound(ops={"later": Later()}), "linear") if one.of == "later"]
-    assert {one.status for one in results} == {"refused"}
-    assert {one.reason for one in results} == {"it implements linear/2, but this suite checks linear/1"}

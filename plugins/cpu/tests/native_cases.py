@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from float64_attention import attend_segments
 
 from mla.reference import REFERENCE
 from mla.verify.tolerances import judge
@@ -159,8 +160,8 @@ class LatentCase:
         """Return out and lse in float64."""
         latent = self.spec.kv_lora_rank
         pieces = zip(self.q.split(list(self.query_lens)), self.owned, strict=True)
-        shared = ((q, rows[:, None].expand(-1, q.shape[1], -1)) for q, rows in pieces)
-        return _join(attend(q, k, k[..., :latent], self.spec.softmax_scale) for q, k in shared)
+        shared = ((q, rows, rows[:, :latent]) for q, rows in pieces)
+        return attend_segments(shared, self.spec.softmax_scale)
 
 
 def latent_case(
@@ -214,7 +215,7 @@ class ExpandedCase:
         """Return out and lse in float64."""
         queries, keys = list(self.lengths.query_lens), list(self.lengths.kv_lens)
         pieces = zip(self.q.split(queries), self.k.split(keys), self.v.split(keys), strict=True)
-        return _join(attend(*piece, self.spec.softmax_scale, self.lengths.causal) for piece in pieces)
+        return attend_segments(pieces, self.spec.softmax_scale, self.lengths.causal)
 
 
 def expanded_case(
@@ -234,27 +235,6 @@ def expanded_case(
     q, k, v = (torch.randn(t, heads, d, generator=generator).to(BF16) for t, d in shapes)
     lengths = SegmentLengths(tuple(query_lens), tuple(kv_lens), causal)
     return ExpandedCase(spec(heads, 64, rotary, nope, value), lengths, q, k, v)
-
-
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = True
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend q [t, h, dk] over k [s, h, dk], v [s, h, dv] in float64: out [t, h, dv] and lse [t, h].
-
-    When causal, the last query sees the last key. A query that sees no key gives 0 and -inf.
-    """
-    logits = torch.einsum("thd,shd->ths", q.double(), k.double()) * scale
-    if causal:
-        last = torch.arange(len(q)) + (len(k) - len(q))
-        logits.masked_fill_((torch.arange(len(k)) > last[:, None])[:, None], -torch.inf)
-    lse = logits.logsumexp(-1) if len(k) else torch.full(logits.shape[:2], -torch.inf).double()
-    weights = (logits - lse[..., None]).exp().nan_to_num(0.0)
-    return torch.einsum("ths,shd->thd", weights, v.double()), lse
-
-
-def _join(results: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = zip(*results, strict=True)
-    return torch.cat(out), torch.cat(lse)
 
 
 def check_attention(case: Any, op: Any, *layouts: str) -> None:

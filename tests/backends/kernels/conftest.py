@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from float64_attention import attend_segments
 
 from mla_backends import FusedOp
 from mla_backends.api import AttentionSpec, SegmentLengths
@@ -114,24 +115,8 @@ class Problem:
 
     def truth(self) -> Outputs:
         """Return out and lse in float64, by the definition, request by request."""
-        parts = [
-            _attend(q, rows[:, None], rows[:, None, :LATENT], True)
-            for q, rows in zip(self.q.split(list(self.view.query_lens)), self.owned, strict=True)
-        ]
-        out, lse = zip(*parts, strict=True)
-        return torch.cat(out), torch.cat(lse)
-
-
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Outputs:
-    """Attend q [t, h, d] over k [s, 1 or h, d] and v alike; a query without keys gives 0 and -inf."""
-    (t, h, _), s = q.shape, k.shape[0]
-    k, v = (x.double().expand(-1, h, -1) for x in (k, v))
-    logits = torch.einsum("thd,shd->hts", q.double(), k) * SCALE
-    hidden = torch.arange(s)[None] > torch.arange(s - t, s)[:, None]
-    logits = logits.masked_fill(hidden, -torch.inf) if causal else logits
-    lse = logits.logsumexp(-1) if s else torch.full((h, t), -torch.inf).double()
-    weights = (logits - lse.clamp_min(-1e300)[..., None]).exp()
-    return torch.einsum("hts,shd->thd", weights, v), lse.T
+        pieces = zip(self.q.split(list(self.view.query_lens)), self.owned, strict=True)
+        return attend_segments(((q, rows, rows[:, :LATENT]) for q, rows in pieces), SCALE)
 
 
 @pytest.fixture(scope="session")
@@ -240,7 +225,6 @@ def run_expanded(make_spec: Any) -> Callable[..., tuple[Outputs, Outputs]]:
         segments = zip(
             *(x.split(list(n)) for x, n in ((q, query_lens), (k, kv_lens), (v, kv_lens))), strict=True
         )
-        true_out, true_lse = zip(*(_attend(*parts, causal) for parts in segments), strict=True)
-        return (out, lse), (torch.cat(true_out), torch.cat(true_lse))
+        return (out, lse), attend_segments(segments, SCALE, causal)
 
     return run

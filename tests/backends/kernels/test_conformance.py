@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
 from mla.conformance.xfails import Xfails
-from mla_backends import Availability, Backend, FusedOp
+from mla_backends import FusedOp
 from mla_backends.kernels import (
     FlashAttnVarlen,
     FlashInferMla,
@@ -21,6 +21,7 @@ from mla_backends.kernels import (
     VarlenLimits,
     flashinfer,
 )
+from mla_backends.testing import HostBackend
 
 CAREFUL = LatentLimits(empty_rows=False, graph=False)
 OFFERS: dict[str, Callable[[], FusedOp]] = {
@@ -51,34 +52,11 @@ OFFERS: dict[str, Callable[[], FusedOp]] = {
 TIMED = ("latent.prepare", "expanded.prepare")
 
 
-class Cpu(Backend):
-    """The CPU with one op."""
-
-    name = "cpu-with-a-fake"
-    api_version = 1
-
-    def __init__(self, op: FusedOp) -> None:
-        super().__init__()
-        self.op, self.device = op, self.setup()
-
-    def probe(self) -> Availability:
-        return Availability(True)
-
-    def setup(self, index: int | None = None) -> torch.device:
-        return torch.device("cpu")
-
-    def synchronize(self) -> None:
-        pass
-
-    def ops(self) -> Mapping[str, FusedOp]:
-        return {"fake": self.op}
-
-
 @pytest.mark.parametrize("folder", OFFERS)
 def test_an_adapter_passes_the_suite(installed: Any, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
     with installed(folder):
-        subject = BackendUnderTest(Cpu(OFFERS[folder]()), "cpu-with-a-fake", quick=True)
+        subject = BackendUnderTest(HostBackend(ops={"fake": OFFERS[folder]()}), "host", quick=True)
         kind = OFFERS[folder]().contract.partition("_")[0]
         chosen = [
             one

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from mla import MLA, LatentCache, MLAConfig
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
-from mla_backends import Availability, Backend, FusedOp
 from mla_backends.kernels import FlashAttnVarlen, VarlenLimits
+from mla_backends.testing import HostBackend
 
 RELEASES: dict[str, Callable[[], FlashAttnVarlen]] = {
     "flash_attn_2": FlashAttnVarlen,
@@ -74,29 +74,6 @@ def test_a_layer_it_cannot_serve_is_refused(
         assert not fakes.CALLS
 
 
-class FakeBackend(Backend):
-    """The CPU with one op."""
-
-    name = "fake"
-    api_version = 1
-
-    def __init__(self, op: FusedOp) -> None:
-        super().__init__()
-        self.op, self.device = op, self.setup()
-
-    def probe(self) -> Availability:
-        return Availability(True)
-
-    def setup(self, index: int | None = None) -> torch.device:
-        return torch.device("cpu")
-
-    def synchronize(self) -> None:
-        pass
-
-    def ops(self) -> dict[str, FusedOp]:
-        return {"flash_attn": self.op}
-
-
 @each_release
 def test_a_layer_on_the_adapter_is_right_in_one_round_and_in_several(
     installed: Any, tiny_config: MLAConfig, release: str
@@ -104,7 +81,7 @@ def test_a_layer_on_the_adapter_is_right_in_one_round_and_in_several(
     config = tiny_config
     for workspace in (1 << 28, 300_000):  # the second cuts a history of 70 into rounds that are merged by lse
         with installed(release):
-            backend = FakeBackend(RELEASES[release]())
+            backend = HostBackend(ops={"flash_attn": RELEASES[release]()})
             layer = MLA(config, backend=backend, attention="expanded", workspace_bytes=workspace)
             assert layer.ops.names()["expanded_attention"] == "flash_attn", layer.ops.explain()
             state = random_state_dict(config, 0, torch.bfloat16)

@@ -15,8 +15,9 @@ from mla import MLA, LatentCache, MLAConfig
 from mla.config import YarnScaling
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
-from mla_backends import Availability, Backend, BackendError, FusedOp
+from mla_backends import BackendError
 from mla_backends.kernels import FlashMla, LatentLimits
+from mla_backends.testing import HostBackend
 
 
 @dataclass(frozen=True)
@@ -328,29 +329,6 @@ def test_a_misspelt_declaration_is_an_error(wrong: Mapping[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------- the layer
 
 
-class FakeBackend(Backend):
-    """The CPU with one op."""
-
-    name = "fake"
-    api_version = 1
-
-    def __init__(self, op: FusedOp) -> None:
-        super().__init__()
-        self.op, self.device = op, self.setup()
-
-    def probe(self) -> Availability:
-        return Availability(True)
-
-    def setup(self, index: int | None = None) -> torch.device:
-        return torch.device("cpu")
-
-    def synchronize(self) -> None:
-        pass
-
-    def ops(self) -> Mapping[str, FusedOp]:
-        return {"flash_mla": self.op}
-
-
 @each_variant
 def test_a_layer_on_the_adapter_is_right(installed: Any, variant: Variant) -> None:
     yarn = YarnScaling(40, 64, mscale=0.707, mscale_all_dim=0.707)
@@ -365,7 +343,7 @@ def test_a_layer_on_the_adapter_is_right(installed: Any, variant: Variant) -> No
         rope_scaling=yarn,
     )
     with installed(variant.folder):
-        layer = MLA(config, backend=FakeBackend(variant.op()), attention="absorbed")
+        layer = MLA(config, backend=HostBackend(ops={"flash_mla": variant.op()}), attention="absorbed")
         assert layer.ops.names()["latent_attention"] == "flash_mla", layer.ops.explain()
         state = random_state_dict(config, 0, torch.bfloat16)
         layer.load_state_dict(state)

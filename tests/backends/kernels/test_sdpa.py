@@ -6,33 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from float64_attention import attend_segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla import MLA, LatentCache, MLAConfig
 from mla.errors import UnsupportedBatch
 from mla.weights import random_state_dict
-from mla_backends import Availability, Backend
 from mla_backends.api import AttentionSpec, SegmentLengths
 from mla_backends.kernels import SdpaExpanded
+from mla_backends.testing import HostBackend
 
 CPU = torch.device("cpu")
 SPEC = AttentionSpec(3, 32, 16, 8, 12, 0.3, torch.float32, CPU)
 Segments = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40)), min_size=1, max_size=4)
-
-
-def truth(q: Any, k: Any, v: Any, lengths: SegmentLengths, scale: float) -> torch.Tensor:
-    out = torch.zeros(*q.shape[:2], v.shape[2], dtype=torch.float64)
-    start = begin = 0
-    for queries, keys in zip(lengths.query_lens, lengths.kv_lens, strict=True):
-        for i in range(queries):
-            seen = keys - queries + i + 1 if lengths.causal else keys
-            if seen > 0:
-                own = slice(begin, begin + seen)
-                logits = torch.einsum("hd,shd->hs", q[start + i].double(), k[own].double()) * scale
-                out[start + i] = torch.einsum("hs,shd->hd", logits.softmax(-1), v[own].double())
-        start, begin = start + queries, begin + keys
-    return out
 
 
 @settings(max_examples=40, deadline=None)
@@ -47,33 +34,17 @@ def test_it_is_right_whatever_the_segments(segments: Any, causal: bool, pads: bo
     op = SdpaExpanded(pads_values=pads)
     assert op.unsupported_reasons(SPEC) == []
     op(op.prepare(SPEC, lengths), q=q, k=k, v=v, softmax_scale=0.3, out=out, lse=lse)
-    torch.testing.assert_close(out.double(), truth(q, k, v, lengths, 0.3), atol=1e-5, rtol=1e-5)
+    queries, segments = list(lengths.query_lens), list(lengths.kv_lens)
+    pieces = zip(q.split(queries), k.split(segments), v.split(segments), strict=True)
+    truth, _ = attend_segments(pieces, 0.3, causal)
+    torch.testing.assert_close(out.double(), truth, atol=1e-5, rtol=1e-5)
     assert lse.isnan().all()
-
-
-class Torch(Backend):
-    """The CPU with torch's attention."""
-
-    name, api_version = "torch", 1
-
-    def probe(self) -> Availability:
-        return Availability(True)
-
-    def setup(self, index: int | None = None) -> torch.device:
-        self.device = CPU
-        return CPU
-
-    def synchronize(self) -> None:
-        pass
-
-    def ops(self) -> dict[str, Any]:
-        return {"sdpa": SdpaExpanded(pads_values=True)}
 
 
 def test_a_layer_runs_on_it_and_refuses_to_merge_without_sums() -> None:
     config = MLAConfig(hidden_size=48, num_attention_heads=3, kv_lora_rank=32)
-    backend, state = Torch(), random_state_dict(config, dtype=torch.float32)
-    backend.setup()
+    backend = HostBackend(ops={"sdpa": SdpaExpanded(pads_values=True)})
+    state = random_state_dict(config, dtype=torch.float32)
     outputs = []
     for made in (backend, None):
         layer = MLA(config, backend=made, dtype=torch.float32, attention="expanded")

@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from mla.bench.measure.cold_cache import FALLBACK, LEAST, MOST, CacheFlush
-from mla_backends import Availability, Backend
-from mla_backends.api import DeviceInfo
+from mla_backends.testing import HostBackend
 
 
-class Cached(Backend):
-    """A host whose cache has a given size."""
+class Counting(HostBackend):
+    """Counts how often it is synchronized."""
 
-    name = "cached"
-    api_version = 1
-    device = torch.device("cpu")
-
-    def __init__(self, cache_bytes: int | None) -> None:
-        super().__init__()
-        self._bytes = cache_bytes
-        self.waits = 0
-
-    def probe(self) -> Availability:
-        return Availability(ok=True)
-
-    def setup(self, index: int | None = None) -> torch.device:
-        return self.device
+    waits = 0
 
     def synchronize(self) -> None:
         self.waits += 1
-
-    def device_info(self) -> DeviceInfo:
-        return DeviceInfo(name=self.name, cache_bytes=self._bytes)
 
 
 @pytest.mark.parametrize(
@@ -58,13 +40,13 @@ class Cached(Backend):
     ids=["known", "unknown", "huge", "tiny"],
 )
 def test_twice_the_cache_within_bounds(cache: int | None, flushed: int, words: str) -> None:
-    flush = CacheFlush(Cached(cache))
+    flush = CacheFlush(HostBackend(cache_bytes=cache))
     assert flush.bytes == flushed
     assert flush.method().startswith(words)
 
 
 def test_every_byte_is_written_and_waited_for() -> None:
-    backend = Cached(1 << 20)
+    backend = Counting(cache_bytes=1 << 20)
     flush = CacheFlush(backend)
     for times in (1, 2):
         flush()

@@ -19,8 +19,7 @@ from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import Inputs, make_inputs
 from mla.bench.workload.scenario import Scenario
 from mla.verify.layer_check import Checker
-from mla_backends import Availability, Backend
-from mla_backends.api import DeviceInfo
+from mla_backends.testing import HostBackend
 
 if TYPE_CHECKING:
     from mla import MLAConfig
@@ -96,28 +95,15 @@ class Clock:
         return float(number)
 
 
-class Stage(Backend):
+class Stage(HostBackend):
     """A backend whose timers are all one clock, so that samples number the forwards in their order."""
 
-    name = "stage"
-    api_version = 1
-    device = torch.device("cpu")
-
     def __init__(self, clock: Clock) -> None:
-        super().__init__()
+        super().__init__(cache_bytes=1)
         self.clock = clock
-
-    def probe(self) -> Availability:
-        return Availability(ok=True)
-
-    def setup(self, index: int | None = None) -> torch.device:
-        return self.device
 
     def synchronize(self) -> None:
         self.clock.note("wait")
-
-    def device_info(self) -> DeviceInfo:
-        return DeviceInfo(name="a stage", cache_bytes=1)
 
     def timer(self) -> Clock:
         return self.clock

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.workload.grid import lay, parse
+from mla.bench.workload.grid import parse, points_of
 from mla.bench.workload.scenario import PRESETS, load_workload
 
 Bench = Callable[..., Any]
@@ -112,7 +112,7 @@ def test_a_dry_run_lists_every_case(bench: Bench, small: list[str]) -> None:
 
 
 def test_presets_are_shipped_workloads(bench: Bench, small: list[str]) -> None:
-    points = {name: lay(load_workload(name), {}) for name in PRESETS}
+    points = {name: points_of(load_workload(name), {}) for name in PRESETS}
     standard = [(one.name, one.query_lens, one.history) for one in points["standard"]]
     for name in ("smoke", "full"):
         assert [(one.name, one.query_lens, one.history) for one in points[name][:2]] == standard
@@ -127,5 +127,5 @@ def test_presets_are_shipped_workloads(bench: Bench, small: list[str]) -> None:
 
 
 def test_axes_lie_over_every_scenario_of_the_workload() -> None:
-    names = [point.name for point in lay(load_workload("standard"), parse(["batch=1"]))]
+    names = [point.name for point in points_of(load_workload("standard"), parse(["batch=1"]))]
     assert names == ["prefill batch=1", "decode batch=1"]

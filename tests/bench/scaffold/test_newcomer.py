@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tiny_run import write_tiny_run
 from torch.utils import backend_registration
 
 from mla.bench import results
@@ -26,34 +26,6 @@ if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
 
 HERE = Path(__file__).parent
 VENDOR = (HERE.parents[1] / "backends" / "emulation" / "device", HERE / "torch_acme")
-DIMS = {
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "q_lora_rank": 48,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-}
-WORKLOAD = """
-[[scenario]]
-name = "prefill"
-mode = "prefill"
-query_lens = [3, 5]
-history = [4, 0]
-runs = 2
-passes = 2
-warmups = 1
-
-[[scenario]]
-name = "decode"
-mode = "decode"
-query_lens = ["1*2"]
-history = [62, 9]
-runs = 3
-passes = 2
-warmups = 1
-"""
 BENCH = ("-m", "mla.bench", "--backend", "acme", "--config", "tiny.json", "--workload", "tiny.toml")
 CONFORMANCE = ("-m", "mla.conformance", "--backend", "acme", "--quick")
 
@@ -116,8 +88,7 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Newcomer:
     subprocess.run(command, cwd=work, check=True, capture_output=True)
     pip_install(found.vendor, *VENDOR)
     pip_install(found.site, found.project)
-    (work / "tiny.json").write_text(json.dumps(DIMS))
-    (work / "tiny.toml").write_text(WORKLOAD)
+    write_tiny_run(work, q_lora_rank=48)
     return found
 
 

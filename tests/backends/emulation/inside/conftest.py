@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,38 +11,11 @@ from typing import Any
 import emulated
 import pytest
 import torch
+from tiny_run import DIMS, write_tiny_run
 
 import mla
 from mla.bench.cli.main import main
 from mla_backends.api import Backend
-
-DIMS = {
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-}
-WORKLOAD = """
-[[scenario]]
-name = "prefill"
-mode = "prefill"
-query_lens = [3, 5]
-history = [4, 0]
-runs = 2
-passes = 2
-warmups = 1
-
-[[scenario]]
-name = "decode"
-mode = "decode"
-query_lens = ["1*2"]
-history = [62, 9]
-runs = 3
-passes = 2
-warmups = 1
-"""
 
 
 @dataclass(frozen=True)
@@ -136,12 +108,11 @@ def backend(name: str) -> Backend:
 @pytest.fixture
 def bench(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Bench:
     """Return a function that runs the command line with a tiny config and workload."""
-    (tmp_path / "tiny.json").write_text(json.dumps(DIMS))
-    (tmp_path / "tiny.toml").write_text(WORKLOAD)
+    options = write_tiny_run(tmp_path)
 
     def bench(*words: str) -> Outcome:
         capsys.readouterr()
-        code = main(["--backend", name, "--config", "tiny.json", "--workload", "tiny.toml", *words])
+        code = main(["--backend", name, *options, *words])
         out, err = capsys.readouterr()
         assert "Traceback" not in out + err
         return Outcome(code, out, err)
