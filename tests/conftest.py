@@ -26,6 +26,7 @@ REQUIRED = ("mla", "mla_backends")
 OPTIONAL = tuple(f"mla_backend_{name}" for name in ("cpu", "nvidia", "moore", "metax", "iluvatar"))
 INSTALLED, CHECKOUT = "site-packages", "this checkout"
 FAKES = ROOT / "tests" / "fakes"
+pytest.register_assert_rewrite("checkpoint_checks", "engine_bench", "layer_cases")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ceiling_cases import ceiling_run, quick_ceilings
 from tiny_run import write_tiny_run
 
 import mla
 import mla_backends
 from mla.bench import results
 from mla.bench.cli.main import main
+
+__all__ = ["ceiling_run", "quick_ceilings"]
 
 
 @dataclass(frozen=True)

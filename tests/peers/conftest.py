@@ -5,4 +5,5 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+# Last on the path, unlike pytest's `pythonpath`: the checkout must not shadow packages that are installed.
 sys.path.append(str(Path(__file__).parents[2]))

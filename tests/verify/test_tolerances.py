@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 
-from mla.conformance.report import CheckResult
 from mla.verify.tolerances import UNITS, judge, judge_lse, same_bits
 
-Run = Callable[..., list[CheckResult]]
 BF16 = torch.bfloat16
 
 

@@ -1,0 +1,5 @@
+"""Tasks of a launcher."""
+
+from launch_variables import launched
+
+__all__ = ["launched"]

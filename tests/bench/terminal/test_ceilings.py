@@ -1,0 +1,41 @@
+"""Ceilings in print: a table, Markdown, and a line per kind of work under a run."""
+
+from __future__ import annotations
+
+from mla.bench.results.ceilings_file import CeilingRun
+from mla.bench.results.schema import Ceiling
+from mla.bench.terminal.ceilings import rate, render, run_lines
+from mla.text import size
+
+
+def test_a_table_shows_each_ceiling_and_the_sources_of_what_is_declared(ceiling_run: CeilingRun) -> None:
+    assert render(ceiling_run, "table").splitlines() == [
+        "x on X1, 3 threads, last-level cache 4 MiB",
+        "",
+        "work    size           reached  % of declared  fastest way",
+        "read    4 MiB         400 GB/s              -  sum",
+        "read    16 MiB        150 GB/s             75  dot",
+        "copy    16 MiB        100 GB/s             50  neg",
+        "matmul  1 x 2 x 3  500 GFLOP/s             25  torch.mm",
+        "matmul  1 x 2 x 3  500 GFLOP/s              -  torch.mm",
+        "",
+        "declared reading: 200 GB/s (https://x.example/sheet)",
+        "declared bfloat16 products: 2 TFLOP/s (https://x.example/flops)",
+    ]
+    assert "| read | 16 MiB | 150 GB/s | 75 | dot |" in render(ceiling_run, "md").splitlines()
+
+
+def test_a_runs_limits_are_a_line_per_kind_of_work(ceiling_run: CeilingRun) -> None:
+    assert run_lines([]) == []
+    assert run_lines(ceiling_run.measured) == [
+        "limit of reading: 150 GB/s to 400 GB/s, at 2 footprints from 4 MiB to 16 MiB",
+        "limit of copying: 100 GB/s (measured: neg, 16 MiB)",
+        "limit of bfloat16 products: 500 GFLOP/s (measured: torch.mm, 1 x 2 x 3)",
+        "limit of float32 products: 500 GFLOP/s (measured: torch.mm, 1 x 2 x 3)",
+    ]
+
+
+def test_units_keep_three_digits() -> None:
+    assert rate(Ceiling(work="read", value=3.35e12, source="")) == "3.35 TB/s"
+    assert rate(Ceiling(work="read", value=9.87e7, source="")) == "0.0987 GB/s"
+    assert [size(count) for count in (None, 1 << 18, 3 << 20, 1 << 30)] == ["-", "256 KiB", "3 MiB", "1 GiB"]
