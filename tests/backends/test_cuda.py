@@ -19,7 +19,7 @@ from mla_backends.cuda import cuda_build
 from mla_backends.registry import create
 
 CUDA_LIKE = ("nvidia", "metax", "iluvatar")
-#: build -> (version of torch, torch.version.cuda, further marks, the backend that serves it)
+# build -> (version of torch, torch.version.cuda, further marks, the backend that serves it)
 BUILDS: dict[str, tuple[str, str | None, dict[str, Any], str]] = {
     "PyPI": ("2.9.0+cu128", "12.8", {}, "nvidia"),
     "NVIDIA's container": ("2.9.0a0+50eac81", "13.0", {}, "nvidia"),

@@ -19,13 +19,13 @@ from mla.config.families import ALIASES, CHANGES, FAMILIES, REFUSED
 from mla.config.presets import PRESETS
 from mla.errors import ConfigError
 
-#: Keys of each checkpoint's config.json that concern attention, as far as the named place gives them.
+# Keys of each checkpoint's config.json that concern attention, as far as the named place gives them.
 PUBLISHED: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parent / "data" / "published_configs.json").read_text()
 )
 V3 = {"model_type": "deepseek_v3", "hidden_size": 64, "num_attention_heads": 4, "kv_lora_rank": 32}
 
-#: hidden, heads, q rank, latent, n, r, v, theta
+# hidden, heads, q rank, latent, n, r, v, theta
 NUMBERS: dict[str, tuple[Any, ...]] = {
     "deepseek-v2-lite": (2048, 16, None, 512, 128, 64, 128, 1e4),
     "deepseek-v2": (5120, 128, 1536, 512, 128, 64, 128, 1e4),
@@ -43,7 +43,7 @@ NUMBERS: dict[str, tuple[Any, ...]] = {
     "mistral-small-4": (4096, 32, 1024, 256, 64, 64, 128, 1e4),
     "kimi-linear-48b": (2304, 32, None, 512, 128, 64, 128, None),
 }
-#: Factor on the softmax scale of 1 / sqrt(n + r), and on cos and sin.
+# Factor on the softmax scale of 1 / sqrt(n + r), and on cos and sin.
 FACTORS = {
     "deepseek-v2-lite": (1.589626, 1.0),
     "deepseek-v2": (1.589626, 1.0),

@@ -23,9 +23,9 @@ from mla.config.families import FAMILIES
 from mla.config.presets import PRESETS
 from mla.weights import random_state_dict, weight_shapes
 
-#: Between two right implementations; 1.3e-6 is the worst seen among them.
+# Between two right implementations; 1.3e-6 is the worst seen among them.
 BOUND, LATENT_BOUND = 1e-5, 1e-6
-#: Every deviation below costs at least this.
+# Every deviation below costs at least this.
 VISIBLE = 1e-3
 
 TINY: dict[str, Any] = {
@@ -201,7 +201,7 @@ def errors(case: Any, twin: Twin) -> tuple[float, float]:
     return worst[0], worst[1]
 
 
-#: Prefill from empty, decode, and prefill with history; positions on both sides of 16 and 32.
+# Prefill from empty, decode, and prefill with history; positions on both sides of 16 and 32.
 STEP = ([20, 1, 6], [0, 90, 33])
 
 

@@ -297,7 +297,7 @@ EXPANDED_MUTANTS: Mapping[str, list[Callable[[], Any]]] = {
     "expanded.other_widths": [lambda: after(Expanded, made_for(128))],
 }
 ALL: Mapping[str, list[Callable[[], Any]]] = {**MUTANTS, **EXPANDED_MUTANTS}
-#: Mutants so specific that few checks of their group notice them: check -> those beside it that do.
+# Mutants so specific that few checks of their group notice them: check -> those beside it that do.
 FEW: Mapping[str, set[str]] = {
     "latent.empty_rows": set(),
     "latent.graph_lengths": set(),

@@ -19,7 +19,7 @@ from mla.conformance.cli import main
 from mla.conformance.registry import all_checks
 from mla.conformance.report import ConformanceReport, ConformanceReportError, decode
 
-#: The CPU, with a fused op that is right, wrong, raises or is interrupted, as `-O fault=...` says.
+# The CPU, with a fused op that is right, wrong, raises or is interrupted, as `-O fault=...` says.
 MODULE = """
 from mla_backends import Availability, Backend, FusedOp
 

@@ -96,7 +96,7 @@ def waiting(self: Any) -> HostTimer:
     return HostTimer(self.synchronize)
 
 
-#: check -> makers of backends that it must fail
+# check -> makers of backends that it must fail
 MUTANTS: Mapping[str, list[Callable[[type], Any]]] = {
     "device.identity": [
         lambda sound: type("Old", (sound,), {"api_version": 0})(),

@@ -193,7 +193,7 @@ MUTANTS: Mapping[str, list[type]] = {
     "layer.graph": [OnTheHost],
     "layer.graph_lengths": [FrozenLengths],
 }
-#: Faults that only their own check can see.
+# Faults that only their own check can see.
 ALONE = (
     "layer.chunks",
     "layer.graph_lengths",

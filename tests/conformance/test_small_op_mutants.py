@@ -186,7 +186,7 @@ MUTANTS: Mapping[str, list[Any]] = {
     "write_latent.inputs": [mutant(Write, norm_in_place)],
     "write_latent.other_widths": [mutant(Write, made_for_512)],
 }
-#: Mutants so specific that no other check of their group may notice them.
+# Mutants so specific that no other check of their group may notice them.
 ALONE = (
     "linear.bias",
     "linear.strided",

@@ -16,7 +16,7 @@ from mla.weights import random_state_dict
 
 MODES = ("auto", "absorbed", "expanded")
 FP32 = 1e-5
-#: 32 new tokens are break-even for the tiny config, whatever the history.
+# 32 new tokens are break-even for the tiny config, whatever the history.
 LONG, SHORT = (50, 10), (2, 60)
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DECODE = Scenario(name="d", mode="decode", query_lens=(1,) * 5, history=(3, 3, 9, 3, 0), runs=4)
 PREFILL = Scenario(name="p", mode="prefill", query_lens=(5, 140, 3), history=(7, 0, 130))
 YARN = YarnScaling(factor=4.0, original_max_position_embeddings=64)
-#: Calls that torch refuses on some processors (oneDNN has bf16 products from AVX-512 on) or in some builds.
+# Calls that torch refuses on some processors (oneDNN has bf16 products from AVX-512 on) or in some builds.
 PROBES: dict[str, Callable[[], object]] = {
     "onednn_prepacked": lambda: torch.ops.mkldnn._reorder_linear_weight(
         torch.ones(8, 8, dtype=torch.bfloat16), 1

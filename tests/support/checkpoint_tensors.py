@@ -43,8 +43,8 @@ def _dims(hidden: int, heads: int, q_lora: int, kv_lora: int, nope: int, rope: i
     }
 
 
-#: Size -> the config's values and the FP8 block. Divided by their scales' rows, ragged 24 and real 576 rows
-#: would give other blocks than those that are declared.
+# Size -> the config's values and the FP8 block. Divided by their scales' rows, ragged 24 and real 576 rows
+# would give other blocks than those that are declared.
 SIZES: dict[str, tuple[Values, list[int]]] = {
     "tiny": (_dims(64, 4, 32, 32, 16, 16, 16), [16, 16]),
     "ragged": (_dims(72, 3, 24, 40, 20, 10, 12), [16, 20]),

@@ -8,7 +8,7 @@ import pytest
 
 from mla.command import launcher
 
-#: What `srun -n 2` sets for its second task, shortened.
+# What `srun -n 2` sets for its second task, shortened.
 SECOND = {
     "SLURM_JOB_ID": "17",
     "SLURM_STEP_ID": "0",

@@ -23,11 +23,11 @@ from mla_backends import FusedOp
 from mla_backends.api import AttentionSpec, SegmentLengths
 from mla_backends.testing import HostBackend
 
-#: Per (token, head). Rounding the output to bf16 once costs at most 2^-8; in fp32 7e-7 was measured.
+# Per (token, head). Rounding the output to bf16 once costs at most 2^-8; in fp32 7e-7 was measured.
 OP_BOUND = {torch.bfloat16: 1.05 * 2.0**-8, torch.float32: 2e-6}
-#: Per token, for the whole layer with tiny heads; 9.7e-3 and 7e-7 were measured.
+# Per token, for the whole layer with tiny heads; 9.7e-3 and 7e-7 were measured.
 LAYER_BOUND = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
-#: Absolute, for log-sum-exps of a few units, fp32 whatever the dtype of the tensors; 7e-7 was measured.
+# Absolute, for log-sum-exps of a few units, fp32 whatever the dtype of the tensors; 7e-7 was measured.
 LSE_BOUND = 1e-5
 
 Lengths = Sequence[int]

@@ -14,7 +14,7 @@ from torch.utils import backend_registration
 
 HERE = Path(__file__).parent
 collect_ignore = ["inside", "device", "torch_musa", "cuda_builds"]  # for the emulated processes only
-#: backend -> (distribution that brings its device, environment)
+# backend -> (distribution that brings its device, environment)
 DEVICES = {
     "moore": ("torch_musa", {}),
     "nvidia": ("cuda_builds", {"EMULATED_BUILD": "nvidia"}),

@@ -23,7 +23,7 @@ FAKES = Path(__file__).resolve().parents[2] / "fakes" / "kernels"
 PACKAGES = ("flash_mla", "mate", "ixformer", "flashinfer", "flash_attn", "flash_attn_interface")
 LATENT, ROTARY, NOPE, VALUE = 512, 64, 128, 128
 SCALE = 1.3 * (NOPE + ROTARY) ** -0.5  # neither the width's root nor that of the head
-#: Per (token, head): one rounding of the output.
+# Per (token, head): one rounding of the output.
 BOUND = {torch.bfloat16: 1.05 * 2.0**-8, torch.float16: 1.05 * 2.0**-11}
 LSE_BOUND = 2e-5
 CPU = torch.device("cpu")

@@ -48,7 +48,7 @@ OFFERS: dict[str, Callable[[], FusedOp]] = {
     "flash_attn_2": FlashAttnVarlen,
     "flash_attn_3": lambda: FlashAttnVarlen(VarlenLimits(pads_values=False), module="flash_attn_interface"),
 }
-#: Checks that time the device, which no fake has.
+# Checks that time the device, which no fake has.
 TIMED = ("latent.prepare", "expanded.prepare")
 
 

@@ -20,7 +20,7 @@ OPS: dict[str, Callable[[], FusedOp]] = {
     "flashinfer": lambda: FlashInferMla(install="pip install it"),
     "flash_attn": lambda: FlashAttnVarlen(install="pip install it"),
 }
-#: The file of a package that an adapter imports.
+# The file of a package that an adapter imports.
 FILES = {
     "flash_mla": "flash_mla/__init__.py",
     "ixformer": "ixformer/inference/functions.py",

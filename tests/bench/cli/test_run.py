@@ -19,7 +19,7 @@ Bench = Callable[..., Any]
 
 CPU = ("--backend", "cpu", "--threads", "1", "--implementations", "mla")
 VIRTUAL = ("--backend", "fake-virtual-clock")
-#: What depends on the machine.
+# What depends on the machine.
 REMARKS = ("noisy: ", "drifts: ", "outliers: ", "not settled: ", "building ")
 
 

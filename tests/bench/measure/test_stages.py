@@ -74,7 +74,7 @@ def test_every_role_of_the_layer_belongs_to_one_stage(tiny: Any, rank: int | Non
     assert set(Ops(config, {}, torch.bfloat16, torch.device("cpu")).names()) < set(parts)
 
 
-#: Milliseconds of an absorbed decode step, part after part, and of the layer's own code around each.
+# Milliseconds of an absorbed decode step, part after part, and of the layer's own code around each.
 STEP = {
     "extend": 20,
     "plan": 30,

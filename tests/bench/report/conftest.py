@@ -14,7 +14,7 @@ from mla.bench import results
 from mla.bench.report import page
 from mla.bench.results import stats
 
-#: Relative speed of the two cards' implementations.
+# Relative speed of the two cards' implementations.
 SLOWNESS = {"mla": 1.0, "mla-reference": 3.0}
 CEILINGS = {"read": 3.0e12, "copy": 2.6e12, "matmul": 9.0e14}
 

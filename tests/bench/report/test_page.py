@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 LITTLE = ["results", "scenarios", "roofline", "samples", "method"]
 SECTIONS = [*LITTLE[:1], "grid", *LITTLE[1:3], "stages", "timings", "comparison", *LITTLE[3:]]
-#: Elements a report is made of. None of them runs or loads anything.
+# Elements a report is made of. None of them runs or loads anything.
 OF_PAGE = (
     "a article b body code dd details div dl dt figcaption figure footer h1 h2 h3 h4 head header html li "
     "main meta nav p pre section span style summary table tbody td th thead title tr ul"

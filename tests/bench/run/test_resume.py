@@ -19,7 +19,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 VIRTUAL = ("--backend", "fake-virtual-clock")
 GRID = ("--scenario", "decode", "-a", "kv=1,2,3")
-#: A shell starts background jobs with SIGINT ignored, and children inherit that.
+# A shell starts background jobs with SIGINT ignored, and children inherit that.
 LAUNCH = (
     "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "runpy.run_module('mla.bench', run_name='__main__', alter_sys=True)"

@@ -35,7 +35,7 @@ PACKAGES = (
     "flash_attn_interface",
     "fake_kernels",
 )
-#: backend -> [(folder of the fake, role, name of the op)]
+# backend -> [(folder of the fake, role, name of the op)]
 KERNELS = {
     "moore": [
         ("moore_mate", "latent_attention", "mate"),
@@ -59,19 +59,19 @@ KERNELS = {
     ],
 }
 BACKEND = os.environ["EMULATED_BACKEND"]
-#: Those that a whole run is tried with; the generations of one kernel differ in nothing a run can see.
+# Those that a whole run is tried with; the generations of one kernel differ in nothing a run can see.
 LIVES = {
     name: [case for case in cases if case[0] not in ("nvidia_a", "nvidia_b", "flash_attn_3", "ixformer_old")]
     for name, cases in KERNELS.items()
 }
-#: What a run replays: op and scenario. Decode takes one new token per request, the prefill 3 and 5.
+# What a run replays: op and scenario. Decode takes one new token per request, the prefill 3 and 5.
 REPLAYED = {
     "nvidia": {("flash_mla", "decode"), ("flash_attn", "prefill")},
     "metax": {("flash_attn", "prefill")},
     "iluvatar": {("ixformer", "decode")},
     "moore": set(),
 }[BACKEND]
-#: What launches kernels of its own, unseen by torch.
+# What launches kernels of its own, unseen by torch.
 LAUNCHES = {
     "flash_mla": ("get_mla_metadata", "flash_mla_with_kvcache"),
     "mate.flashmla": ("get_mla_metadata", "flash_mla_with_kvcache"),
@@ -87,7 +87,7 @@ WIDE = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 16,
 }
-#: Where an op serves other shapes than those above.
+# Where an op serves other shapes than those above.
 SHAPES = {"flash_attn_3": {"qk_nope_head_dim": 128, "v_head_dim": 128}}
 
 
@@ -249,7 +249,7 @@ def test_what_the_layer_does_not_look_at_is_right_too(
     assert conform(name, *wanted) == expected
 
 
-#: Kernels whose planning follows a batch that is updated in place; others refuse a capture with a sentence.
+# Kernels whose planning follows a batch that is updated in place; others refuse a capture with a sentence.
 FOLLOW = ("nvidia_a", "nvidia_b", "nvidia_c", "ixformer", "ixformer_old")
 
 

@@ -14,7 +14,7 @@ import pytest
 import mla
 from mla.bench import results
 
-#: backend -> (module, prefix of functions, prefix of constants)
+# backend -> (module, prefix of functions, prefix of constants)
 LIBRARIES = {
     "moore": ("pymtml", "nvml", "NVML"),
     "nvidia": ("pynvml", "nvml", "NVML"),

@@ -12,7 +12,7 @@ import mla
 from mla.weights import random_state_dict
 from mla_backends import FusedOp
 
-#: One packed copy of the batch's tables, and one for the reference's groups of requests.
+# One packed copy of the batch's tables, and one for the reference's groups of requests.
 UPLOADS_PER_STEP = 2
 
 

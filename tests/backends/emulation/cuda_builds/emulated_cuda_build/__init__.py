@@ -9,7 +9,7 @@ import emulated
 import torch
 from torch.torch_version import TorchVersion
 
-#: build -> (suffix of torch.__version__, torch.version.cuda, card)
+# build -> (suffix of torch.__version__, torch.version.cuda, card)
 BUILDS = {
     "nvidia": ("+cu128", "12.8", "NVIDIA H100 80GB HBM3"),
     "metax": ("+metax3.3.0.2", "11.6", "MetaX C500"),

@@ -16,7 +16,7 @@ from emulated.state import STATE
 from emulated.tensor import EmulatedTensor, run
 from emulated.trees import tensors
 
-#: Positions in c10's enumeration of device types.
+# Positions in c10's enumeration of device types.
 CUDA, PRIVATEUSE1, DEVICE_TYPES = 1, 20, 22
 _alive: list[Any] = []  # what torch only borrows
 

@@ -11,7 +11,7 @@ import torch
 from emulated.state import STATE, DeviceMix
 from emulated.trees import change, tensors
 
-#: Operations whose result the host needs before it can go on.
+# Operations whose result the host needs before it can go on.
 WAITING = {
     f"aten::{name}"
     for name in (

@@ -7,9 +7,9 @@ import math
 
 import torch
 
-#: Package -> the capability of the device it believes to run on.
+# Package -> the capability of the device it believes to run on.
 CAPABILITY = {"flash_mla": (9, 0), "mt_flash_mla": (3, 1), "mate": (3, 1)}
-#: Function -> how often it was called.
+# Function -> how often it was called.
 CALLS = collections.Counter()
 
 
