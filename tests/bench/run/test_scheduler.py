@@ -1,4 +1,4 @@
-"""A run over many points: its order, what is skipped, what a log shows, and what a dry run promises."""
+"""A run over many points: its order, what is skipped, and what a log shows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from mla.bench.workload.grid import parse, points_of
 from mla.bench.workload.scenario import PRESETS, load_workload
 
 Bench = Callable[..., Any]
-
 VIRTUAL = ("--backend", "fake-virtual-clock")
 FEW = ("--runs", "1", "--passes", "1", "--warmups", "0", "--scenario", "decode")
 GRID = ("-a", "kv=1..6+1")
@@ -96,19 +95,6 @@ def test_weights_and_oracle_of_one_scenario_are_gone_before_the_next(
     bench(*VIRTUAL, *small, *FEW, *GRID, fakes=["virtual_clock"])
     assert alive == [0] * 6
     assert tensors
-
-
-def test_a_dry_run_lists_every_case(bench: Bench, small: list[str]) -> None:
-    both = ("--implementations", "mla,mla-reference")
-    done = bench(*VIRTUAL, *small, *FEW, "-a", "kv=1..10+1", *both, "--dry-run", fakes=["virtual_clock"])
-    assert (done.code, done.out) == (0, "")
-    rows = re.findall(
-        r"^\d+ +decode kv=(\d+) +(mla\S*) +2 +[\d.]+ GiB +[\d.]+ GiB +[\d.e-]+ s$", done.err, re.MULTILINE
-    )
-    assert rows == [(str(kv), name) for kv in range(1, 11) for name in ("mla", "mla-reference")]
-    assert "scenario   decode: 10 points (--dry-run lists them)" in done.err
-    assert re.search(r"20 cases, about [\d.e-]+ s, float64 oracle and checks included", done.err)
-    assert "assumed efficiency: mla 50 %, mla-reference 20 %" in done.err
 
 
 def test_presets_are_shipped_workloads(bench: Bench, small: list[str]) -> None:

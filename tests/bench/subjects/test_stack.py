@@ -14,12 +14,9 @@ import torch
 
 import mla
 from mla.bench import results
-from mla.bench.plan.request import plan_scenarios
 from mla.bench.subjects.inputs import expected_outputs, make_inputs
-from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting
 from mla.bench.subjects.stack import MlaStack, layer_state
-from mla.bench.workload.grid import Point
 from mla.bench.workload.scenario import Scenario
 from mla.verify.layer_check import Checker
 from mla.weights import random_state_dict
@@ -29,7 +26,6 @@ if TYPE_CHECKING:
 
 Bench = Callable[..., Any]
 Mutation = Callable[[MlaStack], None]
-
 VIRTUAL = ("--backend", "fake-virtual-clock")
 LAYERS = 3
 DECODE = Scenario(name="d", mode="decode", query_lens=(1, 1), history=(5, 30), runs=3, layers=LAYERS)
@@ -234,16 +230,3 @@ def test_rolling_keeps_the_checkpoint_s_layer_as_it_is(tiny: Callable[..., MLACo
     before = {name: weight.clone() for name, weight in state.items()}
     assert not torch.equal(layer_state(state, 1)["o_proj.weight"], state["o_proj.weight"])
     assert all(torch.equal(state[name], weight) for name, weight in before.items())
-
-
-def test_the_memory_plan_counts_every_layer() -> None:
-    config, backend = mla.MLAConfig.preset("deepseek-v2-lite"), mla.load_backend("cpu", threads=1)
-    setting = Setting(config, backend, torch.bfloat16, "auto", 64, 0)
-    lengths = {"query_lens": (1,) * 16, "history": (1000,) * 16}
-    points = [
-        Point(name=f"{layers}", base="d", mode="decode", runs=10, layers=layers, **lengths)
-        for layers in (1, 5)
-    ]
-    one, five = (plan.memory for plan in plan_scenarios(setting, points, ["mla"])[0])
-    layer = MlaLayer(setting, random_state_dict(config))
-    assert five.per_implementation - one.per_implementation >= 4 * layer.weight_bytes()
