@@ -50,7 +50,7 @@ def _of_latency(where: str, latency: Latency) -> Iterator[str]:
     count = latency.outliers or 0
     if count > MANY * len(latency.samples) or (count and longest > LONG):
         yield (
-            f"outliers: {where}: {count} of {len(latency.samples)} samples are outliers, the slowest "
+            f"outliers: {where}: {count} of {len(latency.samples)} samples, the slowest "
             f"{number(longest)} times the median; all are kept"
         )
 

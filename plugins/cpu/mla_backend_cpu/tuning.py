@@ -10,7 +10,7 @@ from mla_backend_cpu.fp32_linear import fastest
 from mla_backend_cpu.library import Library
 
 
-class _Trial:
+class _SpeedTrial:
     """A product of ones, computed in several ways."""
 
     def __init__(self, kernels: Library, tokens: int, inputs: int, outputs: int) -> None:
@@ -41,7 +41,7 @@ class _Trial:
 @functools.cache
 def fp32_gain(kernels: Library) -> float:
     """Measure how much faster the kernels are with widened values than with bf16 pairs."""
-    trial = _Trial(kernels, 64, 1024, 512)
+    trial = _SpeedTrial(kernels, 64, 1024, 512)
     pairs, wide = fastest(lambda: trial.native(False, 1), lambda: trial.native(True, 1))
     return pairs / wide
 
@@ -55,7 +55,7 @@ def product_gain(kernels: Library) -> float:
     wide = not kernels.tiles and not kernels.dot_bf16
     gains = []
     for tokens in (16, 512):
-        trial = _Trial(kernels, tokens, 2048, 2048)
+        trial = _SpeedTrial(kernels, tokens, 2048, 2048)
         theirs, ours = fastest(trial.torch, functools.partial(trial.native, wide, threads))
         gains.append(theirs / ours)
     return math.sqrt(math.prod(gains))

@@ -271,7 +271,7 @@ def test_a_hang_is_kept_and_named(virtual: Bench) -> None:
         1,
         120,
     )
-    assert "1 of 120 samples are outliers, the slowest 60000 times the median" in done.err
+    assert "1 of 120 samples, the slowest 60000 times the median" in done.err
 
 
 def test_a_growing_cache_is_neither_drift_nor_an_outlier(virtual: Bench) -> None:

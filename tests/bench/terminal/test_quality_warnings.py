@@ -36,7 +36,7 @@ def test_a_drifting_machine_is_said_to_drift_and_which_way(make_run: MakeRun) ->
 
 def test_many_outliers_and_a_single_giant_are_mentioned(make_run: MakeRun) -> None:
     (many,) = quality_warnings(make_run(latency_ms=latency(outliers=2, samples=[2.0] * 98 + [3.0] * 2)))
-    assert many.startswith("outliers: prefill, mla: 2 of 100 samples are outliers, the slowest 1.5")
+    assert many.startswith("outliers: prefill, mla: 2 of 100 samples, the slowest 1.5")
     (giant,) = quality_warnings(make_run(latency_ms=latency(outliers=1, samples=[2.0] * 999 + [2000.0])))
     assert "1 of 1000 samples" in giant
     assert "the slowest 1000 times the median" in giant
