@@ -18,7 +18,7 @@ from mla_backends.api import FusedOp, LinearSpec, Packed
 
 
 @dataclass(frozen=True)
-class ProductProblem:
+class MatMul:
     """x [T, i] or [T, h, i] times a weight [o, i] or [h, o, i]."""
 
     tokens: int
@@ -52,7 +52,7 @@ class HostProduct:
 
 
 @functools.lru_cache(maxsize=64)
-def host(problem: ProductProblem, dtype: torch.dtype) -> HostProduct:
+def host(problem: MatMul, dtype: torch.dtype) -> HostProduct:
     """Draw x ~ N(0, 1) and a weight ~ N(0, 1 / inputs), and multiply in float64."""
     heads = (problem.groups,) * bool(problem.groups)
     x = draw(problem.tokens, *heads, problem.inputs, dtype=dtype, seed=problem.seed)
@@ -78,13 +78,13 @@ def run(
 
 
 @functools.lru_cache(maxsize=64)
-def reference(problem: ProductProblem, dtype: torch.dtype) -> torch.Tensor:
+def reference(problem: MatMul, dtype: torch.dtype) -> torch.Tensor:
     """Return what the reference gives on the host."""
     op, one = REFERENCE[problem.kind], host(problem, dtype)
     return run(op, op.pack(one.weight), one.x, one.bias, torch.empty(one.truth.shape, dtype=dtype))
 
 
-def check_product(trial: Trial, problem: ProductProblem, strided: bool = False) -> None:
+def check_product(trial: Trial, problem: MatMul, strided: bool = False) -> None:
     """Compare one product with the truth."""
     with trial.case(problem.label):
         op, one = trial.require(problem.spec(trial.dtype, trial.device)), host(problem, trial.dtype)
@@ -97,7 +97,7 @@ def check_product(trial: Trial, problem: ProductProblem, strided: bool = False) 
             expect_margin(out)
 
 
-def check_pack(trial: Trial, problem: ProductProblem) -> None:
+def check_pack(trial: Trial, problem: MatMul) -> None:
     """Check that packing preserves the weight, and leaves the original alone."""
     with trial.case(problem.label):
         op = trial.require(problem.spec(trial.dtype, trial.device))
@@ -115,7 +115,7 @@ def layouts(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"contiguous": weight, "transposed": weight.mT.contiguous().mT}
 
 
-def check_unchanged(trial: Trial, problem: ProductProblem) -> None:
+def check_unchanged(trial: Trial, problem: MatMul) -> None:
     """Check that two calls of the op change neither its input nor its weight, and are both right."""
     with trial.case(problem.label):
         op, one = trial.require(problem.spec(trial.dtype, trial.device)), host(problem, trial.dtype)
@@ -136,8 +136,8 @@ def _register(kind: str, groups: int, product_bug: str) -> None:
         name: str,
         catches: str,
         text: str,
-        body: Callable[[Trial, ProductProblem], None],
-        shapes: Sequence[ProductProblem],
+        body: Callable[[Trial, MatMul], None],
+        shapes: Sequence[MatMul],
     ) -> None:
         def function(trial: Trial) -> None:
             for problem in shapes if trial.quick else (*shapes, *more):
@@ -146,12 +146,10 @@ def _register(kind: str, groups: int, product_bug: str) -> None:
         function.__doc__ = text
         check(f"{kind}.{name}", catches=catches, scope=OP, kind=kind)(function)
 
-    base = [ProductProblem(tokens, 96, 70, groups) for tokens in (1, 7, 130)] + [
-        ProductProblem(5, 33, 17, groups)
-    ]
+    base = [MatMul(tokens, 96, 70, groups) for tokens in (1, 7, 130)] + [MatMul(5, 33, 17, groups)]
     more = [
-        ProductProblem(64, 512, 2048 if not groups else 128, groups),
-        ProductProblem(300, 128, 512, groups),
+        MatMul(64, 512, 2048 if not groups else 128, groups),
+        MatMul(300, 128, 512, groups),
     ]
     register(
         "product", product_bug, "The product is correct for one token and for many.", check_product, base
@@ -187,11 +185,11 @@ _register("batched_linear", 16, "a head that gets its neighbour's weight")
 def bias(trial: Trial) -> None:
     """A bias is added to every row."""
     for tokens in (1, 7, 130):
-        check_product(trial, ProductProblem(tokens, 96, 70, biased=True))
+        check_product(trial, MatMul(tokens, 96, 70, biased=True))
 
 
 @check("batched_linear.heads", scope=OP, kind="batched_linear", catches="a head count that is assumed")
 def heads(trial: Trial) -> None:
     """Any number of heads from 1 to 128 is served, or refused with a reason."""
     for groups in (1, 3, 128) if trial.quick else (1, 2, 3, 5, 8, 20, 40, 64, 128):
-        check_product(trial, ProductProblem(3, 64, 40, groups))
+        check_product(trial, MatMul(3, 64, 40, groups))
