@@ -133,11 +133,7 @@ def _register(kind: str, groups: int, product_bug: str) -> None:
     """Register the checks that both ops share."""
 
     def register(
-        name: str,
-        catches: str,
-        text: str,
-        body: Callable[[Trial, MatMul], None],
-        shapes: Sequence[MatMul],
+        name: str, catches: str, text: str, body: Callable[[Trial, MatMul], None], shapes: Sequence[MatMul]
     ) -> None:
         def function(trial: Trial) -> None:
             for problem in shapes if trial.quick else (*shapes, *more):
@@ -147,10 +143,7 @@ def _register(kind: str, groups: int, product_bug: str) -> None:
         check(f"{kind}.{name}", catches=catches, scope=OP, kind=kind)(function)
 
     base = [MatMul(tokens, 96, 70, groups) for tokens in (1, 7, 130)] + [MatMul(5, 33, 17, groups)]
-    more = [
-        MatMul(64, 512, 2048 if not groups else 128, groups),
-        MatMul(300, 128, 512, groups),
-    ]
+    more = [MatMul(64, 512, 2048 if not groups else 128, groups), MatMul(300, 128, 512, groups)]
     register(
         "product", product_bug, "The product is correct for one token and for many.", check_product, base
     )
