@@ -55,7 +55,7 @@ class CeilingOptions(BackendOptions):
 @click.option(
     "--dtype",
     metavar="A,B",
-    help="Of products: bf16, fp16, fp32. Default: bf16 and fp32, where the device computes them natively.",
+    help="Dtypes of products: bf16, fp16, fp32. Default: bf16 and fp32, where the device computes them natively.",
 )
 @click.option(
     "-o",
@@ -72,7 +72,7 @@ class CeilingOptions(BackendOptions):
     type=click.Choice(terminal.FORMATS),
     default="table",
     show_default=True,
-    help="Of what is printed on stdout.",
+    help="Format of what is printed on stdout.",
 )
 def ceilings(**values: Any) -> int:
     """Measure peak bandwidth and FLOP rate of a device, in about ten seconds.

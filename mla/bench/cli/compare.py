@@ -33,7 +33,7 @@ from mla.command.options import FILE, Word, parsed_by, percent
     type=click.Choice(["table", "md"]),
     default="table",
     show_default=True,
-    help="Of what is printed; md for a pull request.",
+    help="Format of what is printed; md for a pull request.",
 )
 def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float | None, kind: str) -> int:
     """Say for every case whether it is FASTER, SLOWER, the SAME or UNDECIDED against the base run.

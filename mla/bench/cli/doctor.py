@@ -21,7 +21,7 @@ def doctor(name: str | None, as_json: bool) -> int:
 
     Imports torch, probes the backend, sets up its device and lists its ops for the default config, each in a
     process of its own, so that a library that aborts or hangs becomes a line of the report. If torch itself
-    does not import, the extension to blame is named.
+    does not import, the faulty extension is named.
 
     Exit code 0 if the backend, or without NAME any backend, is usable; 3 if not, or if there is no such
     backend.

@@ -12,7 +12,9 @@ from mla.command.options import FILE, Word
 
 
 @click.command("new-backend", short_help="Write the project of a new backend.")
-@click.argument("name", cls=Word, help="Of the backend, and of its torch device: lower-case, like 'acme'.")
+@click.argument(
+    "name", cls=Word, help="Name of the backend and of its torch device: lower-case, like 'acme'."
+)
 @click.argument(
     "folder", cls=Word, metavar="DIR", type=FILE, help="Where to write it: a new folder, or an empty one."
 )

@@ -114,7 +114,7 @@ METHOD = (
         "--dtype",
         type=click.Choice(["bfloat16", "float16", "float32"]),
         show_default=DEFAULT_DTYPE,
-        help="Of weights, cache and activations.",
+        help="Dtype of weights, cache and activations.",
     ),
     click.option(
         "--attention",
@@ -137,7 +137,7 @@ METHOD = (
         type=click.IntRange(min=0, max=2**32 - 1),
         default=0,
         show_default=True,
-        help="Of weights, inputs, page order and the order of scenarios.",
+        help="Seed of weights, inputs, page order and the order of scenarios.",
     ),
 )
 
@@ -196,7 +196,7 @@ OUTPUT = (
         type=click.Choice(FORMATS),
         default="table",
         show_default=True,
-        help="Of what is printed on stdout.",
+        help="Format of what is printed on stdout.",
     ),
     click.option(
         "--stages",

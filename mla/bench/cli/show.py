@@ -22,7 +22,7 @@ from mla.command.options import FILE, Word
     type=click.Choice(run_table.FORMATS),
     default="table",
     show_default=True,
-    help="Of what is printed.",
+    help="Format of what is printed.",
 )
 def show(run: Path, kind: str) -> int:
     """Print a run from its result file, in any format."""
