@@ -55,7 +55,7 @@ class CeilingOptions(BackendOptions):
 @click.option(
     "--dtype",
     metavar="A,B",
-    help="Dtypes of products: bf16, fp16, fp32. Default: bf16 and fp32, where the device computes them natively.",
+    help="Dtypes of products: bf16, fp16, fp32. Default: bf16 and fp32, as far as they are native.",
 )
 @click.option(
     "-o",
