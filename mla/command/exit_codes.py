@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import sys
 from collections.abc import Callable
 
 import click
 
-from mla.command import signals
-from mla.command.console import note
+from mla.command import console, signals
 from mla.command.error_origin import place
 from mla.errors import MLAError
 from mla.text import first_line
@@ -38,14 +36,17 @@ def interrupted() -> Exit:
 def end_early() -> Exit:
     """Say that a run was interrupted and return its exit code."""
     by = " by SIGTERM" if signals.terminated() else ""
-    note(f"interrupted{by}: the result holds what was measured until then")
+    console.note(f"interrupted{by}: the result holds what was measured until then")
     return interrupted()
 
 
 def guarded(command: Callable[[], int | None]) -> int:
     """Run `command`, print one sentence for anything a user can cause, and return the exit code."""
     with signals.sigterm_interrupts():
-        return _guarded(command)
+        try:
+            return _guarded(command)
+        finally:
+            console.flush()
 
 
 def _guarded(command: Callable[[], int | None]) -> int:
@@ -85,6 +86,5 @@ def _unexpected(error: Exception) -> str:
 
 
 def _say(sentence: str, code: Exit) -> int:
-    with contextlib.suppress(BrokenPipeError):  # stderr was closed; the exit code still tells
-        print(f"error: {sentence}", file=sys.stderr, flush=True)  # noqa: T201
+    console.note(f"error: {sentence}")
     return code

@@ -1,0 +1,35 @@
+"""A reader that goes away does not change the exit code, whatever is left in a stream."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+LEFT = "sys.{stream}.write('text of some library, and no line end')"
+SAID = "console.note('a remark'); console.out('a result')"
+CODE = """
+import sys
+from mla.command import console
+from mla.command.exit_codes import guarded
+
+def command():
+    {body}
+    return 5
+
+sys.exit(guarded(command))
+"""
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("body", [LEFT, SAID, f"{SAID}; {LEFT}", f"{LEFT}; {SAID}"])
+def test_a_closed_stream_does_not_change_the_exit_code(stream: str, body: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: writer}
+    code = CODE.format(body=body.format(stream=stream))
+    child = subprocess.Popen([sys.executable, "-c", code], **pipes)
+    os.close(writer)
+    assert child.wait(timeout=60) == 5
