@@ -30,6 +30,7 @@ def test_a_closed_stream_does_not_change_the_exit_code(stream: str, body: str) -
     os.close(reader)
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: writer}
     code = CODE.format(body=body.format(stream=stream))
-    child = subprocess.Popen([sys.executable, "-c", code], **pipes)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    child = subprocess.Popen([sys.executable, "-c", code], env=buffered, **pipes)
     os.close(writer)
     assert child.wait(timeout=60) == 5

@@ -36,9 +36,11 @@ def start(install: Callable[[str], Path], small: list[str]) -> Start:
     def start(*words: str, **pipes: Any) -> subprocess.Popen[str]:
         folders = [str(install("virtual_clock")), os.environ.get("PYTHONPATH", "")]
         path = os.pathsep.join(filter(None, folders))
+        # As in a user's shell: an unbuffered stream leaves nothing for the end of the process.
+        buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
         return subprocess.Popen(
             [sys.executable, "-c", LAUNCH, *VIRTUAL, *small, *words],
-            env={**os.environ, "PYTHONPATH": path},
+            env={**buffered, "PYTHONPATH": path},
             text=True,
             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **pipes},
         )
