@@ -7,15 +7,13 @@ from typing import Any
 
 import torch
 
-from mla.conformance.checks.latent_attention import check_large, require_lse, writes_lse
+from mla.conformance.checks.latent_attention import check_large, require_lse, state_checks, writes_lse
 from mla.conformance.problems.attention import SMALL, AttentionProblem, Lengths
 from mla.conformance.problems.attention_call import (
     Layout,
     check_inputs,
     check_lse,
     check_out,
-    check_prepare,
-    check_reuse,
     serve,
 )
 from mla.conformance.registry import OP, check
@@ -116,16 +114,8 @@ def inputs(trial: Trial) -> None:
     check_inputs(trial, expanded(*MIXED))
 
 
-@expanded_check("reuse", "a plan that is used up by one layer, or scratch memory that two batches share")
-def reuse(trial: Trial) -> None:
-    """One prepared state serves several layers, with another batch's calls in between."""
-    check_reuse(trial, expanded(*MIXED), expanded((1, 12, 1), (65, 40, 9)))
-
-
-@expanded_check("prepare", "a plan step that waits for the device")
-def prepare(trial: Trial) -> None:
-    """Preparing a batch does not wait for pending work on the device."""
-    check_prepare(trial, expanded(*MIXED))
+STATE_PROBLEMS = (expanded(*MIXED), expanded((1, 12, 1), (65, 40, 9)))
+state_checks(expanded_check, *STATE_PROBLEMS, "a plan step that waits for the device")
 
 
 @expanded_check("other_widths", "a kernel compiled for 192 and 128 that runs on other widths anyway")

@@ -52,6 +52,25 @@ def decode(*kv_lens: int, **changes: Any) -> AttentionProblem:
     return latent((1,) * len(kv_lens), kv_lens, **changes)
 
 
+Register = Callable[[str, str], Callable[[Callable[[Trial], None]], Callable[[Trial], None]]]
+
+
+def state_checks(
+    register: Register, problem: AttentionProblem, other: AttentionProblem, slow_plan: str
+) -> None:
+    """Register what holds for the prepared state of every attention op; `slow_plan` is a bug of its plan."""
+
+    @register("reuse", "a plan that is used up by one layer, or scratch memory that two batches share")
+    def reuse(trial: Trial) -> None:
+        """One prepared state serves several layers, with another batch's calls in between."""
+        check_reuse(trial, problem, other)
+
+    @register("prepare", slow_plan)
+    def prepare(trial: Trial) -> None:
+        """Preparing a batch does not wait for pending work on the device."""
+        check_prepare(trial, problem)
+
+
 @latent_check("decode", "a block table row, a length or a head taken from a neighbour")
 def decode_step(trial: Trial) -> None:
     """One new token per request attends histories of different lengths."""
@@ -183,22 +202,18 @@ def strided(trial: Trial) -> None:
     check_out(trial, latent(*MIXED), layout=Layout(strided=True))
 
 
+state_checks(
+    latent_check,
+    latent(*MIXED),
+    latent((1, 12, 1), (65, 40, 9)),
+    "a plan step that copies lengths back from the device, once per step",
+)
+
+
 @latent_check("inputs", "a kernel that scales or rotates its input in place")
 def inputs(trial: Trial) -> None:
     """Queries, cache and tables are unchanged after the call."""
     check_inputs(trial, latent(*MIXED))
-
-
-@latent_check("reuse", "a plan that is used up by one layer, or scratch memory that two batches share")
-def reuse(trial: Trial) -> None:
-    """One prepared state serves several layers, with another batch's calls in between."""
-    check_reuse(trial, latent(*MIXED), latent((1, 12, 1), (65, 40, 9)))
-
-
-@latent_check("prepare", "a plan step that copies lengths back from the device, once per step")
-def prepare(trial: Trial) -> None:
-    """Preparing a batch does not wait for pending work on the device."""
-    check_prepare(trial, latent(*MIXED))
 
 
 @latent_check("other_widths", "a kernel compiled for 512 + 64 that runs on other widths anyway")

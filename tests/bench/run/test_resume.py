@@ -137,21 +137,21 @@ def test_a_wrong_case_stays_wrong(bench: Bench, partial: list[str]) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (["--seed", "1"], "--seed was 0 and is 1"),
-        (["--dtype", "float32"], "--dtype was not given and is float32"),
-        (["--attention", "absorbed"], "--attention was not given and is absorbed"),
-        (["--page-size", "16"], "--page-size was not given and is 16"),
-        (["--ops", "reference"], "--ops was not given and is reference"),
-        (["--passes", "7"], "--passes was not given and is 7"),
-        (["-O", "script=1"], "-O was not given and is script=1"),
-        (["--implementations", "mla-reference"], "implementations was mla and is mla-reference"),
-        (["-a", "batch=4"], "workload or axes differ, it has no scenario 'decode kv=1 batch=4'"),
-        (["--scenario", "prefill"], "workload or axes differ, it has no scenario 'prefill kv=1'"),
+        ("--seed 1", "--seed was 0 and is 1"),
+        ("--dtype float32", "--dtype was not given and is float32"),
+        ("--attention absorbed", "--attention was not given and is absorbed"),
+        ("--page-size 16", "--page-size was not given and is 16"),
+        ("--ops reference", "--ops was not given and is reference"),
+        ("--passes 7", "--passes was not given and is 7"),
+        ("-O script=1", "-O was not given and is script=1"),
+        ("--implementations mla-reference", "implementations was mla and is mla-reference"),
+        ("-a batch=4", "workload or axes differ, it has no scenario 'decode kv=1 batch=4'"),
+        ("--scenario prefill", "workload or axes differ, it has no scenario 'prefill kv=1'"),
     ],
 )
-def test_another_run_is_refused(bench: Bench, partial: list[str], change: list[str], reason: str) -> None:
+def test_another_run_is_refused(bench: Bench, partial: list[str], change: str, reason: str) -> None:
     before = Path("run.json").read_bytes()
-    done = bench(*partial, *change, "--resume", "run.json")
+    done = bench(*partial, *change.split(), "--resume", "run.json")
     assert (done.code, done.out) == (2, "")
     start = "error: cannot resume 'run.json', it holds another run: "
     assert done.error.startswith(start)
