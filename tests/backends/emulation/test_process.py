@@ -7,17 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_run import DIMS
 
 from mla.bench import results
 
-DIMS = {
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-}
 WORKLOAD = """
 [[scenario]]
 name = "decode"
