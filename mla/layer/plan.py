@@ -16,6 +16,7 @@ from mla.errors import UnsupportedBatch
 from mla.layer.ops import Ops
 from mla.layer.workspace import Tokens
 from mla_backends.api import SegmentLengths
+from mla_backends.upload import upload
 
 # Bytes that the rebuilt keys and values of one round may take.
 WORKSPACE_BYTES = 256 << 20
@@ -146,7 +147,7 @@ def _part(batch: RaggedBatch, requests: Sequence[int]) -> tuple[Tokens, RaggedBa
     if all(left[1] == right[0] for left, right in pairwise(spans)):
         return slice(spans[0][0], spans[-1][1]), part
     index = torch.cat([torch.arange(*span) for span in spans])
-    return index.to(batch.device, non_blocking=True), part
+    return upload(index, batch.device), part
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def _round(batch: RaggedBatch, choice: Any, spans: Sequence[_Span]) -> Round:
     def piece(first: int, stop: int, lengths: SegmentLengths, merge: bool) -> Piece:
         return Piece(slice(first, stop), prepare(choice.spec, lengths), merge)
 
-    slots = torch.cat([_slots(batch, span) for span in spans]).to(batch.device, non_blocking=True)
+    slots = upload(torch.cat([_slots(batch, span) for span in spans]), batch.device)
     last = spans[-1]
     if last.start == 0 and last.stop == batch.kv_lens[last.request]:
         members = [span.request for span in spans]

@@ -10,6 +10,7 @@ import torch
 from mla.cache.ragged_batch import host_ints
 from mla.reference.softmax import LOGITS_BYTES, attend, queries_per_call
 from mla_backends.api import OPS, AttentionSpec, BatchView, FusedOp
+from mla_backends.upload import upload
 
 # A request joins a group of shorter ones while that pads the shorter by at most this factor.
 PADDING = 1.25
@@ -163,7 +164,7 @@ def _index(groups: Sequence[Sequence[_Row]], device: torch.device) -> torch.Tens
     values = [
         value for members in groups for row in members for value in (row.request, row.keys, row.first_query)
     ]
-    return host_ints(values).view(-1, 3).to(device, non_blocking=True)
+    return upload(host_ints(values).view(-1, 3), device)
 
 
 def _group(members: Sequence[_Row], index: torch.Tensor, batch: BatchView) -> _Group:

@@ -115,9 +115,20 @@ class FusedOp(ABC):
     contract: str
     nan_safe_tail = False  # slots past a request's end may hold NaN
     writes_lse = True  # attention fills lse; where the kernel has none, it is NaN
+    lse_optional = False  # attention may be called with lse=None where nobody reads it
+    compiles = ""  # what `preflight` compiles or loads, for the line that is printed while it does
 
     def unsupported_reasons(self, spec: Any) -> list[str]:
         """Return why this op cannot serve `spec` (empty if it can)."""
+        return []
+
+    def preflight(self, spec: Any) -> list[str]:
+        """Return why this op cannot run here although `unsupported_reasons(spec)` is empty.
+
+        For kernels that are compiled or loaded at their first use: plan one tiny problem, and return what
+        that raises as a reason with its cure. May take minutes, which is why probes do not call it; the core
+        does so once per process and spec, before anything is timed.
+        """
         return []
 
     def unsupported_batch(

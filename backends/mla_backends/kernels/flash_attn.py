@@ -17,6 +17,7 @@ from mla_backends.api import OPS, AttentionSpec, FusedOp, SegmentLengths
 from mla_backends.kernels.limits import dtype_reasons
 from mla_backends.kernels.scratch import Scratch
 from mla_backends.kernels.vendor import KernelRefused, VendorModule, accepts, capturing, missing
+from mla_backends.upload import upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,7 +118,7 @@ class FlashAttnVarlen(FusedOp):
         count = len(batch.query_lens) + 1
         bounds = array("i", accumulate(batch.query_lens, initial=0))
         bounds.extend(accumulate(batch.kv_lens, initial=0))
-        both = torch.frombuffer(bounds, dtype=torch.int32).to(spec.device, non_blocking=True)
+        both = upload(torch.frombuffer(bounds, dtype=torch.int32), spec.device)
         longest_q, longest_k = (max(lengths, default=0) for lengths in (batch.query_lens, batch.kv_lens))
         return VarlenState(both[:count], both[count:], longest_q, longest_k, batch.causal)
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mla_backends.api import OPS, AttentionSpec, BatchView, FusedOp
 from mla_backends.kernels.limits import LatentLimits
 from mla_backends.kernels.vendor import KernelRefused, VendorModule, accepts, capturing, missing
+from mla_backends.upload import upload
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +165,7 @@ class FlashInferMla(FusedOp):
             plan={
                 "qo_indptr": _ints(accumulate(batch.query_lens, initial=0), "i"),
                 "kv_indptr": _ints(accumulate(pages, initial=0), "i"),
-                "kv_indices": batch.block_table.reshape(-1).index_select(0, _send(slots, device)),
+                "kv_indices": batch.block_table.reshape(-1).index_select(0, upload(slots, device)),
                 "kv_len_arr": _ints(batch.kv_lens, "i"),
                 "num_heads": spec.num_heads,
                 "head_dim_ckv": spec.kv_lora_rank,
@@ -175,7 +176,7 @@ class FlashInferMla(FusedOp):
                 "q_data_type": spec.dtype,
                 "kv_data_type": spec.dtype,
             },
-            empty=_send(_ints(empty, "q"), device) if empty else None,
+            empty=upload(_ints(empty, "q"), device) if empty else None,
         )
 
     def __call__(
@@ -220,7 +221,3 @@ def _ints(values: Iterable[int], code: str) -> torch.Tensor:
 
     buffer, dtype = array(code, values), torch.int32 if code == "i" else torch.int64
     return torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
-
-
-def _send(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return host.to(device, non_blocking=True)

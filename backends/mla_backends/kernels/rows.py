@@ -14,6 +14,7 @@ from itertools import chain, groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from mla_backends.api import BatchView
+from mla_backends.upload import upload
 
 if TYPE_CHECKING:
     import torch
@@ -107,4 +108,4 @@ def _upload(values: Iterable[int], like: torch.Tensor) -> torch.Tensor:
 
     buffer = array("q", values)
     host = torch.frombuffer(buffer, dtype=torch.int64) if buffer else torch.empty(0, dtype=torch.int64)
-    return host.to(like.device, non_blocking=True)
+    return upload(host, like.device)
