@@ -12,7 +12,8 @@ from mla_backends.api import OPS, AttentionSpec, BatchView, FusedOp
 from mla_backends.kernels.limits import LatentLimits
 from mla_backends.kernels.rows import Group, groups
 from mla_backends.kernels.scratch import Scratch
-from mla_backends.kernels.vendor import KernelRefused, VendorModule, capturing
+from mla_backends.kernels.vendor import KernelRefused, VendorModule
+from mla_backends.torch_backend.graph import capturing
 
 if TYPE_CHECKING:
     import torch
