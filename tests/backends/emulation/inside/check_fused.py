@@ -39,6 +39,7 @@ PACKAGES = (
 KERNELS = {
     "moore": [
         ("moore_mate", "latent_attention", "mate"),
+        ("moore_mate", "expanded_attention", "mate_varlen"),
         ("moore_legacy", "latent_attention", "mt_flash_mla"),
     ],
     "nvidia": [
@@ -46,6 +47,7 @@ KERNELS = {
         ("nvidia_b", "latent_attention", "flash_mla"),
         ("nvidia_c", "latent_attention", "flash_mla"),
         ("flashinfer", "latent_attention", "flashinfer"),
+        ("flashinfer_07", "latent_attention", "flashinfer"),
         ("flash_attn_2", "expanded_attention", "flash_attn"),
         ("flash_attn_3", "expanded_attention", "flash_attn_3"),
     ],
@@ -61,7 +63,11 @@ KERNELS = {
 BACKEND = os.environ["EMULATED_BACKEND"]
 # Those that a whole run is tried with; the generations of one kernel differ in nothing a run can see.
 LIVES = {
-    name: [case for case in cases if case[0] not in ("nvidia_a", "nvidia_b", "flash_attn_3", "ixformer_old")]
+    name: [
+        case
+        for case in cases
+        if case[0] not in ("nvidia_a", "nvidia_b", "flashinfer_07", "flash_attn_3", "ixformer_old")
+    ]
     for name, cases in KERNELS.items()
 }
 # What a run replays: op and scenario. Decode takes one new token per request, the prefill 3 and 5.
@@ -69,12 +75,13 @@ REPLAYED = {
     "nvidia": {("flash_mla", "decode"), ("flash_attn", "prefill")},
     "metax": {("flash_attn", "prefill")},
     "iluvatar": {("ixformer", "decode")},
-    "moore": set(),
+    "moore": {("mate_varlen", "prefill")},
 }[BACKEND]
 # What launches kernels of its own, unseen by torch.
 LAUNCHES = {
     "flash_mla": ("get_mla_metadata", "flash_mla_with_kvcache"),
     "mate.flashmla": ("get_mla_metadata", "flash_mla_with_kvcache"),
+    "mate.mha_interface": ("flash_attn_varlen_func",),
     "ixformer.inference.functions": ("vllm_paged_attention_mla",),
     "flash_attn": ("flash_attn_varlen_func",),
     "flash_attn_interface": ("flash_attn_varlen_func",),
@@ -88,7 +95,7 @@ WIDE = {
     "v_head_dim": 16,
 }
 # Where an op serves other shapes than those above.
-SHAPES = {"flash_attn_3": {"qk_nope_head_dim": 128, "v_head_dim": 128}}
+SHAPES = dict.fromkeys(("flash_attn_3", "mate_varlen"), {"qk_nope_head_dim": 128, "v_head_dim": 128})
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
