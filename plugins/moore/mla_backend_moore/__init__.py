@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mla_backend_moore.kernels import kernels
 from mla_backend_moore.sensors import BANDWIDTH, LIBRARY, MtmlSampler
@@ -82,7 +82,7 @@ class Moore(TorchBackend):
         import torch
 
         super().prepare_device()
-        switches = getattr(torch.backends, "mudnn", None)
+        switches: Any = getattr(torch.backends, "mudnn", None)
         if hasattr(switches, "allow_tf32"):
             switches.allow_tf32 = False
 

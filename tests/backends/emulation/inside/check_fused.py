@@ -95,7 +95,8 @@ WIDE = {
     "v_head_dim": 16,
 }
 # Where an op serves other shapes than those above.
-SHAPES = dict.fromkeys(("flash_attn_3", "mate_varlen"), {"qk_nope_head_dim": 128, "v_head_dim": 128})
+DEEPSEEK = {"qk_nope_head_dim": 128, "v_head_dim": 128}
+SHAPES = {"flash_attn_3": DEEPSEEK, "mate_varlen": DEEPSEEK}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
