@@ -11,8 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mla.conformance.checks import latent_places
+from mla.conformance.report import CheckResult
+from mla.conformance.suite import carry_out, instances
+from mla.conformance.trial import BackendUnderTest
+from mla.conformance.xfails import Xfails
 from mla_backends.kernels import FlashInferMla, KernelRefused
 from mla_backends.kernels.flashinfer import batches, wrappers
+from mla_backends.testing import HostBackend
 
 CPU = torch.device("cpu")
 RELEASES = ("flashinfer", "flashinfer_old", "flashinfer_07")
@@ -299,3 +305,33 @@ def test_a_batch_that_the_library_refuses_is_refused(
     problem = make_problem([7], [65], heads=20)
     with installed("flashinfer_07"), pytest.raises(KernelRefused, match="causal tile boundary"):
         FlashInferMla().prepare(problem.spec, problem.view)
+
+
+class Unfenced(FlashInferMla):
+    """Serves whatever it is given."""
+
+    def unsupported_batch(self, *lengths: Any) -> list[str]:
+        return []
+
+    def _check_call(self, *call: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("check", "release"), [("latent.cut_tokens", "flashinfer"), ("latent.far_pages", "flashinfer_old")]
+)
+def test_the_suite_finds_out_an_adapter_without_these_limits(
+    installed: Any, monkeypatch: pytest.MonkeyPatch, check: str, release: str
+) -> None:
+    def judged(op: FlashInferMla) -> CheckResult:
+        subject = BackendUnderTest(HostBackend(ops={"mine": op}), "host", quick=True)
+        (one,) = instances(subject, (torch.bfloat16,), [f"{check}[mine-bfloat16]"])
+        return carry_out(one, subject, Xfails({}))
+
+    with installed(release):
+        for module, name in ((latent_places, "PLACES"), (ragged(), "FAR"), (batches, "FAR")):
+            monkeypatch.setattr(module, name, (1 << 22,) if name == "PLACES" else 1 << 22)
+        right, wrong = judged(FlashInferMla()), judged(Unfenced())
+    assert right.cases.failed == 0
+    assert right.cases.refused == wrong.cases.failed > 0
+    assert wrong.cases.refused == 0
+    assert "raised" not in wrong.reason
