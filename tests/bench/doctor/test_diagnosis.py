@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mla_backends.known import KNOWN
 
@@ -234,6 +235,9 @@ def test_a_torch_that_is_broken_itself_blames_no_extension(
     assert torch["fixes"][0] == "reinstall torch in a build that fits this system"
 
 
+@pytest.mark.skipif(
+    not hasattr(torch, "_is_device_backend_autoload_enabled"), reason="torch before 2.5 loads no extensions"
+)
 def test_extensions_that_break_torch_are_told_from_those_that_do_not(
     process: Bench, extension: Any, loose: Any
 ) -> None:
