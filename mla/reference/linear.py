@@ -50,7 +50,7 @@ class BatchedLinear(FusedOp):
 def writes_in_place(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether `bmm` is used with an output that is a slice, which saves a copy and its memory.
 
-    On the CPU it takes longer at the sizes of a decode step (measured with torch 2.13). Elsewhere it is tried
+    On the CPU it takes as long in bf16 and longer in fp32 (decode sizes, torch 2.13). Elsewhere it is tried
     once: some stacks refuse such an output, or warn that they would give it other memory.
     """
     return device.type != "cpu" and serves_slices(device, dtype)
