@@ -74,17 +74,19 @@ def kernels(architecture: Architecture, multiprocessors: int | None) -> Mapping[
 def flash_mla_source() -> str:
     """Return how to get dense FlashMLA beside the torch that is installed.
 
-    The wheel of sgl-flash-mla 1.0.0 links libcudart.so.13. It loads into torch 2.10 and newer by its README, but
-    asks pip for 2.14.1. The package `flash-mla` on PyPI is a placeholder.
+    The wheel of sgl-flash-mla 1.0.0 links libcudart.so.13. Its README says torch 2.10 and newer, its metadata
+    say 2.14.1. The package `flash-mla` on PyPI is a placeholder.
     """
     import torch
+    from torch.torch_version import TorchVersion
 
-    if int((torch.version.cuda or "0").partition(".")[0]) < 13 or torch.__version__ < "2.10":
+    version = TorchVersion(str(torch.__version__))
+    if int((torch.version.cuda or "0").partition(".")[0]) < 13 or version < "2.10":
         return (
             "build commit 9241ae3 of https://github.com/deepseek-ai/FlashMLA, with FLASH_MLA_DISABLE_SM100=1 "
             "for nvcc before 12.9; the wheel sgl-flash-mla needs torch 2.10 or newer for CUDA 13"
         )
-    if torch.__version__ < "2.14.1":
+    if version < "2.14.1":
         return "pip install --no-deps sgl-flash-mla, as pip would replace this torch by a newer one otherwise"
     return "pip install sgl-flash-mla"
 
