@@ -36,6 +36,18 @@ def cpu_limit() -> int:
     return allowed
 
 
+def thread_limit(default: int) -> tuple[int, str]:
+    """Return how many threads torch should use, given its own default, and which limit that is."""
+    limits = [
+        (cpu_limit(), "the CPUs it may use"),
+        (default, "OMP_NUM_THREADS" if "OMP_NUM_THREADS" in os.environ else "torch's default"),
+    ]
+    per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if per_task.isdecimal() and int(per_task):  # Slurm need not bind its tasks to as many
+        limits.append((int(per_task), "SLURM_CPUS_PER_TASK"))
+    return min(limits, key=lambda limit: limit[0])
+
+
 def memory_total() -> int | None:
     """Return the most memory this process may use: the machine's, or less under a cgroup limit."""
     return _least(_meminfo("MemTotal"), *(limit for limit, _ in _memory_limits()))

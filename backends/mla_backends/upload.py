@@ -1,13 +1,144 @@
-"""`upload`: host tables to the device without waiting for it."""
+"""`upload`: host tables to the device without waiting for it.
+
+An asynchronous copy may read host memory long after the call that asked for it has returned, so what it reads
+must stay as it is until then. Not every driver copies pageable memory aside first, as CUDA's does, and memory
+that was freed in the meantime would give wrong tables now and then. Every copy therefore starts from memory
+of this module: a few slots per device and size, pinned where the stack can, each with an event behind its
+last copy. A slot is written again only once its event has passed; while none has, there is one slot more, so
+the host never waits.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import defaultdict, deque
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from mla_backends.torch_backend.graph import capturing
 
 if TYPE_CHECKING:
     import torch
 
+SMALLEST = 4096  # bytes of a slot; others are the next powers of two
+
 
 def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a copy of `host` on `device`. The copy may still be under way when this returns."""
-    return host.to(device, non_blocking=True)
+    """Return the numbers of `host` on `device`. The copy may still be under way when this returns.
+
+    `host` may be freed or overwritten at once, except on the CPU, where the result is `host` itself.
+    """
+    if device.type == "cpu":
+        return host
+    import torch
+
+    target = torch.empty(host.shape, dtype=host.dtype, device=device)
+    upload_into(host, target)
+    return target
+
+
+def upload_into(host: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy `host` into `target` [same shape, same dtype], which may be on any device.
+
+    The copy may still be under way when this returns; `host` may be freed or overwritten at once. A copy that
+    is captured into a graph keeps its own memory for as long as the process lives: a replay reads it again.
+    """
+    if target.device.type == "cpu" or host.numel() == 0:
+        target.copy_(host)
+    else:
+        _ring(target.device).send(host, target)
+
+
+class _Slot:
+    """Host memory of one copy at a time."""
+
+    def __init__(self, size: int, event: Any = None) -> None:
+        self._memory, self._event = _host_memory(size), event
+
+    def fill(self, host: torch.Tensor) -> torch.Tensor:
+        """Return a copy of `host` in this memory."""
+        held = self._memory[: host.nbytes].view(host.dtype).view(host.shape)
+        return held.copy_(host)
+
+    def sent(self, stream: Any) -> None:
+        """Note that the copy is on its way, in the stream (None: the current one)."""
+        self._event.record(*(() if stream is None else (stream,)))
+
+    def arrived(self) -> bool:
+        """Return whether the device has read this memory."""
+        return bool(self._event.query())
+
+
+class _Ring:
+    """The slots of one device, by size, those sent first in front."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self._device = device
+        self._module: ModuleType | None = getattr(torch, device.type, None)
+        self._slots: defaultdict[int, deque[_Slot]] = defaultdict(deque)
+        self._captured: list[_Slot] = []
+        self._has_events = self._try_event()
+
+    def _try_event(self) -> bool:
+        try:
+            return callable(self._event().query)
+        except Exception:  # noqa: BLE001  # stacks lack events in different ways
+            return False
+
+    def _event(self) -> Any:
+        return self._module.Event()  # type: ignore[union-attr]
+
+    def send(self, host: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy `host` to `target`, from a slot; where the stack has no events, wait for the copy."""
+        if capturing(self._device):
+            slot = _Slot(_rounded(host.nbytes))
+            self._captured.append(slot)
+            target.copy_(slot.fill(host), non_blocking=True)
+        elif not self._has_events:
+            target.copy_(host)
+        else:
+            waiting = self._slots[_rounded(host.nbytes)]
+            slot = self._free(waiting, host.nbytes)
+            target.copy_(slot.fill(host), non_blocking=True)
+            slot.sent(self._stream())
+            waiting.append(slot)
+
+    def _free(self, waiting: deque[_Slot], size: int) -> _Slot:
+        """Take the slot that was sent first if it has arrived, else make one. No other thread can take it."""
+        try:
+            slot = waiting.popleft()
+        except IndexError:
+            return _Slot(_rounded(size), self._event())
+        if slot.arrived():
+            return slot
+        waiting.appendleft(slot)
+        return _Slot(_rounded(size), self._event())
+
+    def _stream(self) -> Any:
+        """Return the stream that copies to this device are in, which need not be the current device's."""
+        current = getattr(self._module, "current_stream", None)
+        return None if current is None else current(self._device)
+
+
+_RINGS: dict[torch.device, _Ring] = {}
+
+
+def _ring(device: torch.device) -> _Ring:
+    found = _RINGS.get(device)
+    return found if found is not None else _RINGS.setdefault(device, _Ring(device))
+
+
+def _rounded(size: int) -> int:
+    return max(SMALLEST, 1 << (size - 1).bit_length())
+
+
+def _host_memory(size: int) -> torch.Tensor:
+    """Return bytes of host memory, pinned where torch can pin for its accelerator."""
+    import torch
+
+    with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except (RuntimeError, NotImplementedError, AssertionError):  # what a stack without it raises
+            return torch.empty(size, dtype=torch.uint8)

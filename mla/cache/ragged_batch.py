@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 
 from mla.errors import StaleBatch
+from mla_backends.upload import upload_into
 
 Value = TypeVar("Value")
 
@@ -69,14 +70,14 @@ class BatchMemory:
     def fill(self, numbers: torch.Tensor, table: torch.Tensor) -> None:
         """Copy what a batch packed, and its block table unless it is already here, in one copy."""
         if table is self._held:
-            self._numbers.copy_(numbers, non_blocking=True)
+            upload_into(numbers, self._numbers)
             return
-        self.buffer.copy_(torch.cat((numbers, table.view(-1))), non_blocking=True)
+        upload_into(torch.cat((numbers, table.view(-1))), self.buffer)
         self._held = table
 
     def take(self, other: BatchMemory) -> None:
         """Copy the tables of another batch of the same shape."""
-        self.buffer.copy_(other.buffer, non_blocking=True)
+        self.buffer.copy_(other.buffer)
         self._held = other._held
 
 

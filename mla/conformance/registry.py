@@ -24,6 +24,7 @@ _MODULES = (
     "write_latent",
     "latent_attention",
     "expanded_attention",
+    "without_lse",
     "layer",
     "replay",
 )

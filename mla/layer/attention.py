@@ -70,7 +70,7 @@ class MLA(nn.Module):
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
         self._scratch = Workspace(dtype, self.device)
         views = StepViews(config, self.ops, self._scratch)
-        self.step = make_step(config, self._weights, views, self._scratch)
+        self.step = make_step(config, self.ops, self._weights, views, self._scratch)
         # A subclass may do more between ops than can be recorded.
         self._repeated = Repeated(backend if type(self) is MLA else None)
         self._plan_key = self._make_plan_key()

@@ -10,7 +10,7 @@ import torch
 from mla.config import MLAConfig
 from mla.layer.ops import Ops
 from mla.layer.packed_weights import PackedWeights
-from mla.layer.plan import ExpandedGroup, Piece
+from mla.layer.plan import ExpandedGroup, Piece, Round
 from mla.layer.views import Projected
 from mla.layer.workspace import Workspace
 
@@ -49,6 +49,7 @@ class ExpandedPath:
     qk_nope_head_dim: int
     interleaved: bool
     softmax_scale: float
+    lse_optional: bool  # of the op
 
     def run(self, ops: Ops, projected: Projected, group: ExpandedGroup, pages: torch.Tensor) -> None:
         """Rebuild k and v of the context round by round and run multi-head attention.
@@ -60,14 +61,24 @@ class ExpandedPath:
         rotary = q[..., self.qk_nope_head_dim :]
         ops["rotate_query"].op(x=rotary, cos_sin=group.cos_sin, interleaved=self.interleaved, out=rotary)
         target = self.scratch.target("expanded_heads", projected.heads, group.tokens, q.shape[0])
-        lse = self.scratch.take("lse", *q.shape[:2], dtype=torch.float32)
         if len(group.rounds) == 1:
-            k, v = self.rebuild(ops, group.rounds[0].slots, pages)
-            for piece in group.rounds[0].pieces:
-                self._attend(ops, piece, q, k, v, target[piece.queries], lse[piece.queries])
+            self._one_round(ops, group.rounds[0], q, pages, target)
         else:
-            self._merge_rounds(ops, group, q, pages, target, lse)
+            self._merge_rounds(ops, group, q, pages, target)
         self.scratch.put(projected.heads, group.tokens, target)
+
+    def _one_round(
+        self, ops: Ops, only: Round, q: torch.Tensor, pages: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Attend the whole context at once: there is nothing to merge, so nobody reads the log-sum-exp."""
+        k, v = self.rebuild(ops, only.slots, pages)
+        lse = None if self.lse_optional else self._lse(q)
+        for piece in only.pieces:
+            rows = piece.queries
+            self._attend(ops, piece, q, k, v, out[rows], None if lse is None else lse[rows])
+
+    def _lse(self, q: torch.Tensor) -> torch.Tensor:
+        return self.scratch.take("lse", *q.shape[:2], dtype=torch.float32)
 
     def _merge_rounds(
         self,
@@ -76,9 +87,9 @@ class ExpandedPath:
         q: torch.Tensor,
         pages: torch.Tensor,
         out: torch.Tensor,
-        lse: torch.Tensor,
     ) -> None:
         """Attend round by round, merging in fp32: rounding after every round would add up."""
+        lse = self._lse(q)
         total = self.scratch.take("merged", *out.shape, dtype=torch.float32)
         for part in group.rounds:
             k, v = self.rebuild(ops, part.slots, pages)
@@ -101,7 +112,7 @@ class ExpandedPath:
         k: torch.Tensor,
         v: torch.Tensor,
         out: torch.Tensor,
-        lse: torch.Tensor,
+        lse: torch.Tensor | None,
     ) -> None:
         """Attend one piece into out and lse, which hold its queries only."""
         ops["expanded_attention"].op(

@@ -93,7 +93,9 @@ class Step:
         ops[role].op(self.weights.packed[role], x=x, bias=self.weights.vectors.get(bias), out=out)
 
 
-def make_step(config: MLAConfig, weights: PackedWeights, views: StepViews, scratch: Workspace) -> Step:
+def make_step(
+    config: MLAConfig, ops: Ops, weights: PackedWeights, views: StepViews, scratch: Workspace
+) -> Step:
     """Return the step of one layer, which reads and writes `views` of `scratch`."""
     interleaved, softmax_scale = config.rope_interleave, config.softmax_scale
     rebuild = Rebuild(config, weights, scratch)
@@ -102,5 +104,12 @@ def make_step(config: MLAConfig, weights: PackedWeights, views: StepViews, scrat
         weights,
         views,
         AbsorbedPath(weights, scratch, views, interleaved, softmax_scale),
-        ExpandedPath(scratch, rebuild, config.qk_nope_head_dim, interleaved, softmax_scale),
+        ExpandedPath(
+            scratch,
+            rebuild,
+            config.qk_nope_head_dim,
+            interleaved,
+            softmax_scale,
+            ops["expanded_attention"].op.lse_optional,
+        ),
     )

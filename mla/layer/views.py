@@ -36,7 +36,7 @@ class Absorbed(NamedTuple):
     latent_nope: torch.Tensor  # its first c
     latent_pe: torch.Tensor  # its last r
     latent_out: torch.Tensor  # [t, h, c]
-    lse: torch.Tensor  # [t, h] fp32
+    lse: torch.Tensor | None  # [t, h] fp32; None where the op need not write what nobody reads
     heads: torch.Tensor  # [t, h, v]: the step's own rows, or memory to scatter them from
 
 
@@ -76,7 +76,9 @@ class StepViews:
         n, c, h = self._config.qk_nope_head_dim, self._config.kv_lora_rank, self._config.num_attention_heads
         latent_q = self._scratch.take("latent_q", q.shape[0], h, self._config.latent_dim)
         latent_out = self._scratch.take("latent_out", q.shape[0], h, c)
-        lse = self._scratch.take("lse", q.shape[0], h, dtype=torch.float32)
+        lse = None
+        if not self._ops["latent_attention"].op.lse_optional:
+            lse = self._scratch.take("lse", q.shape[0], h, dtype=torch.float32)
         target = self._scratch.target("absorbed_heads", heads, tokens, q.shape[0])
         parts = (q[..., :n], q[..., n:], latent_q, latent_q[..., :c], latent_q[..., c:])
         return Absorbed(*parts, latent_out, lse, target)

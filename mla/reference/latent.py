@@ -1,4 +1,4 @@
-"""Absorbed attention over the latent pages, in groups of requests of similar length."""
+"""Absorbed attention over the latent pages: in fixed shapes, or in groups of requests of similar length."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import NamedTuple
 import torch
 
 from mla.cache.ragged_batch import host_ints
-from mla.reference.softmax import LOGITS_BYTES, attend, queries_per_call
+from mla.reference.decode import DecodeState, fixed_shapes
+from mla.reference.softmax import KEYS_BYTES, LOGITS_BYTES, attend, queries_per_call
 from mla_backends.api import OPS, AttentionSpec, BatchView, FusedOp
 from mla_backends.upload import upload
 
 # A request joins a group of shorter ones while that pads the shorter by at most this factor.
 PADDING = 1.25
-# Bytes of gathered keys, in the cache's dtype and in fp32, that one group may take.
-KEYS_BYTES = 256 << 20
 
 
 class _Row(NamedTuple):
@@ -49,8 +48,12 @@ class LatentAttention(FusedOp):
 
     contract = OPS["latent_attention"]
     nan_safe_tail = True
+    lse_optional = True
 
-    def prepare(self, spec: AttentionSpec, batch: BatchView) -> _LatentState:
+    def prepare(self, spec: AttentionSpec, batch: BatchView) -> _LatentState | DecodeState:
+        return fixed_shapes(spec, batch) or self._grouped(spec, batch)
+
+    def _grouped(self, spec: AttentionSpec, batch: BatchView) -> _LatentState:
         rows = sorted(_cut(batch, spec.num_heads))
         width = spec.kv_lora_rank + spec.qk_rope_head_dim
         groups = list(_gather_rows([row for row in rows if row.keys > 0], spec.num_heads, width))
@@ -58,16 +61,20 @@ class LatentAttention(FusedOp):
         return _LatentState(tuple(_groups(groups, batch)), tuple(empty))
 
     def __call__(
-        self, state: _LatentState, *,
+        self, state: _LatentState | DecodeState, *,
         q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r]
         block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
-        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor,  # out [T, h, c], lse [T, h] fp32
+        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor | None,  # out [T, h, c], lse [T, h] fp32
     ) -> None:  # fmt: skip
+        if isinstance(state, DecodeState):
+            state.attend(q, cache, block_table, kv_lens, softmax_scale, out, lse)
+            return
         for group in state.groups:
             _attend_group(group, q, _keys(group, cache), softmax_scale, out, lse)
         for tokens in state.empty:
             out[tokens] = 0
-            lse[tokens] = -torch.inf
+            if lse is not None:
+                lse[tokens] = -torch.inf
 
 
 def _keys(group: _Group, cache: torch.Tensor) -> torch.Tensor:
@@ -78,7 +85,12 @@ def _keys(group: _Group, cache: torch.Tensor) -> torch.Tensor:
 
 
 def _attend_group(
-    group: _Group, q: torch.Tensor, keys: torch.Tensor, scale: float, out: torch.Tensor, lse: torch.Tensor
+    group: _Group,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
 ) -> None:
     """Attend one group over its keys [rows, keys, c + r]. Heads fold into the query dimension."""
     heads, width, latent = q.shape[1], q.shape[2], out.shape[2]
@@ -86,13 +98,18 @@ def _attend_group(
     if hidden is not None:
         hidden = hidden.repeat_interleave(heads, dim=1, output_size=group.queries * heads)
     folded = q[group.tokens].reshape(-1, group.queries * heads, width)
-    value, lse_rows = attend(folded, keys, keys[..., :latent], scale, hidden)
-    value, lse_rows = value.view(-1, heads, latent), lse_rows.view(-1, heads)
-    if isinstance(group.tokens, slice):
-        out[group.tokens], lse[group.tokens] = value, lse_rows
+    value, lse_rows = attend(folded, keys, keys[..., :latent], scale, hidden, with_lse=lse is not None)
+    _put(out, group.tokens, value.view(-1, heads, latent))
+    if lse is not None and lse_rows is not None:
+        _put(lse, group.tokens, lse_rows.view(-1, heads))
+
+
+def _put(target: torch.Tensor, tokens: slice | torch.Tensor, rows: torch.Tensor) -> None:
+    """Write a group's rows to their places in `target` [T, ...]."""
+    if isinstance(tokens, slice):
+        target[tokens] = rows
     else:
-        out.index_copy_(0, group.tokens, value.to(out.dtype))
-        lse.index_copy_(0, group.tokens, lse_rows)
+        target.index_copy_(0, tokens, rows.to(target.dtype))
 
 
 def _cut(batch: BatchView, heads: int) -> Iterator[_Row]:

@@ -6,6 +6,8 @@ import torch
 
 # Bytes of fp32 logits one call may hold.
 LOGITS_BYTES = 256 << 20
+# Bytes of gathered keys, in the cache's dtype and in fp32, that one call may hold.
+KEYS_BYTES = 256 << 20
 # Logits of this size stay in the host's cache, and short runs of queries skip more of the masked keys ...
 TILE_BYTES = 2 << 20
 # ... but runs of fewer queries would make too many small products.
@@ -18,8 +20,9 @@ def attend(
     v: torch.Tensor,  # [g, s, dv]
     scale: float,
     hidden: torch.Tensor | None,  # bool, broadcast to [g, t, m]: which of the last m keys a query may not see
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return softmax(scale q k^T) v [g, t, dv] and its natural log-sum-exp [g, t, 1], both fp32.
+    with_lse: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return softmax(scale q k^T) v [g, t, dv] and its natural log-sum-exp [g, t, 1] or None, both fp32.
 
     A query that sees no key gets 0 and -inf.
     """
@@ -32,7 +35,7 @@ def attend(
     top = weights.amax(-1, keepdim=True).clamp_min_(torch.finfo(weights.dtype).min)  # -inf - -inf is NaN
     total = weights.sub_(top).exp_().sum(-1, keepdim=True)
     value = torch.bmm(weights, v.float()).div_(total.clamp_min(torch.finfo(weights.dtype).tiny))
-    return value, total.log_().add_(top)
+    return value, total.log_().add_(top) if with_lse else None
 
 
 def queries_per_call(heads: int, keys: int) -> int:

@@ -49,7 +49,7 @@ def wrong(
             else:
                 call(lambda **given: right(inner, **given), batch, **tensors)
 
-    for name, value in facts.items():
+    for name, value in {"lse_optional": False, **facts}.items():
         setattr(Wrong, name, value)
     return Wrong()
 
@@ -115,6 +115,23 @@ def first_layers(name: str) -> Any:
 
     kept: dict[int, Any] = {}
     return call
+
+
+def without_lse(base: type, call: Callable[..., None] | None = None) -> Any:
+    """Return an op that is right only as long as it is given an lse to write."""
+
+    def choose(right: Any, batch: Any, *, lse: Any, out: Any, **tensors: Any) -> None:
+        if lse is not None:
+            right(lse=lse, out=out, **tensors)
+        elif call is None:  # unnormalised
+            right(lse=None, out=out, **tensors)
+            out.mul_(1.1)
+
+    return wrong(base, choose, lse_optional=True)
+
+
+def nothing(*arguments: Any, **tensors: Any) -> None:
+    """Leave `out` as it was."""
 
 
 def waits(spec: Any, batch: Any) -> Any:
@@ -247,6 +264,7 @@ MUTANTS: Mapping[str, list[Callable[[], Any]]] = {
     "latent.prepare": [lambda: wrong(Latent, prepare=waits)],
     "latent.other_widths": [lambda: after(Latent, made_for(512))],
     "latent.stepping": [lambda: wrong(Latent, prepare=first_lengths())],
+    "latent.without_lse": [lambda: without_lse(Latent), lambda: without_lse(Latent, nothing)],
     "latent.graph": [lambda: wrong(Latent, host_query)],
     "latent.graph_lengths": [FrozenLengths],
 }
@@ -261,6 +279,8 @@ def causal(value: bool, when: Callable[[Any], bool] = lambda lengths: True) -> C
 
 class EarlyKeys(Expanded):  # type: ignore[misc, valid-type]
     """Causality is aligned at the first key instead of the last."""
+
+    lse_optional = False
 
     def __call__(self, state: Any, **tensors: Any) -> None:
         q, k, v, out, lse = (tensors[name] for name in ("q", "k", "v", "out", "lse"))
@@ -294,6 +314,7 @@ EXPANDED_MUTANTS: Mapping[str, list[Callable[[], Any]]] = {
     "expanded.inputs": [lambda: wrong(Expanded, scaled_in_place)],
     "expanded.reuse": [lambda: wrong(Expanded, first_layers("k"))],
     "expanded.prepare": [lambda: wrong(Expanded, prepare=waits)],
+    "expanded.without_lse": [lambda: without_lse(Expanded), lambda: without_lse(Expanded, nothing)],
     "expanded.other_widths": [lambda: after(Expanded, made_for(128))],
 }
 ALL: Mapping[str, list[Callable[[], Any]]] = {**MUTANTS, **EXPANDED_MUTANTS}

@@ -125,6 +125,8 @@ class RowsMoved(Latent):  # type: ignore[misc, valid-type]
 class BaseTwo(Expanded):  # type: ignore[misc, valid-type]
     """A log-sum-exp to base 2: nobody looks, until two parts of a context are merged."""
 
+    lse_optional = False
+
     def __call__(self, state: Any, **tensors: Any) -> None:
         super().__call__(state, **tensors)
         tensors["lse"].div_(math.log(2))

@@ -138,6 +138,8 @@ class Unmasked(Expanded):  # type: ignore[misc, valid-type]
 class EarlyKeys(Expanded):  # type: ignore[misc, valid-type]
     """Causality is aligned at the first key instead of the last."""
 
+    lse_optional = False
+
     def __call__(self, state: Any, **tensors: Any) -> None:
         q, k, v, out, lse = (tensors[name] for name in ("q", "k", "v", "out", "lse"))
         first_q = first_k = 0

@@ -79,6 +79,16 @@ def test_the_benchmark_does_not_lean_on_conformance() -> None:
     assert [arrow for arrow in arrows() if arrow[1].startswith("bench") and arrow[2] == "conformance"] == []
 
 
+def test_asynchronous_copies_have_one_home() -> None:
+    """Elsewhere host memory could be gone, or other numbers in it, before the device has read it."""
+    product = ("mla", "backends", "plugins", "benchmarks")
+    files = [
+        path for package in product for path in (ROOT / package).rglob("*.py") if "tests" not in path.parts
+    ]
+    using = {str(path.relative_to(ROOT)) for path in files if "non_blocking" in path.read_text()}
+    assert using == {"backends/mla_backends/upload.py"}
+
+
 @pytest.mark.parametrize("package", ["mla", "backends", "plugins"])
 def test_no_folder_of_the_product_is_crowded(package: str) -> None:
     folders = {path.parent for path in (ROOT / package).rglob("*.py") if "tests" not in path.parts}

@@ -12,7 +12,8 @@ from mla_backends.api import OPS, AttentionSpec, BatchView, FusedOp
 from mla_backends.kernels.limits import LatentLimits
 from mla_backends.kernels.rows import Group, groups
 from mla_backends.kernels.scratch import Scratch
-from mla_backends.kernels.vendor import KernelRefused, VendorModule, capturing
+from mla_backends.kernels.vendor import KernelRefused, VendorModule
+from mla_backends.torch_backend.graph import capturing
 
 if TYPE_CHECKING:
     import torch
@@ -63,10 +64,12 @@ class PagedLatentOp(FusedOp):
     """Base of adapters whose kernel takes rows with equally many queries. Subclasses plan and launch.
 
     Costs besides the kernel, per launch: a copy into `out` unless the kernel writes to it directly, and one
-    into `lse`; a copy of q where its rows are scattered, strided or padded; a little where a row has no key.
+    into `lse` if there is one; a copy of q where its rows are scattered, strided or padded; a little where a
+    row has no key.
     """
 
     contract = OPS["latent_attention"]
+    lse_optional = True
 
     def __init__(self, vendor: VendorModule, limits: LatentLimits) -> None:
         self._vendor = vendor
@@ -120,7 +123,7 @@ class PagedLatentOp(FusedOp):
         self, state: PagedState, *,
         q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r]
         block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
-        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor,  # out [T, h, c], lse [T, h] fp32
+        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor | None,  # out [T, h, c], lse [T, h] fp32
     ) -> None:  # fmt: skip
         captured = capturing(q.device)
         if captured:
@@ -180,24 +183,24 @@ class PagedLatentOp(FusedOp):
         return wide.view(shape)
 
     def _write(
-        self, group: Group, call: Launch, result: Result, out: torch.Tensor, lse: torch.Tensor
+        self, group: Group, call: Launch, result: Result, out: torch.Tensor, lse: torch.Tensor | None
     ) -> None:
         """Convert the kernel's results to the contract's layout, base and empty rows."""
         value, sums = result
         heads, count = out.shape[1], group.rows * group.queries
-        rows = value.reshape(count, -1, out.shape[2])[:, :heads]
-        logs = None if sums is None else self._tokens_first(sums).reshape(count, -1)[:, :heads]
-        blank = group.has_empty or call.captured
-        if blank:
+        rows, empty = value.reshape(count, -1, out.shape[2])[:, :heads], None
+        if group.has_empty or call.captured:
             empty = (group.kv_lens == 0).repeat_interleave(group.queries, output_size=count)[:, None]
             rows = rows.masked_fill(empty[..., None], 0)
-            logs = None if logs is None else logs.masked_fill(empty, -math.inf)
-        if blank or value is not call.out:
+        if empty is not None or value is not call.out:
             _store(group, out, rows)
-        if logs is None:
+        if lse is None:
+            return
+        if sums is None:
             lse[group.tokens] = math.nan
-        else:
-            _store(group, lse, logs)
+            return
+        logs = self._tokens_first(sums).reshape(count, -1)[:, :heads]
+        _store(group, lse, logs if empty is None else logs.masked_fill(empty, -math.inf))
 
     def _tokens_first(self, lse: torch.Tensor) -> torch.Tensor:
         """Return the natural log-sum-exp as [rows, s, h], by the declared layout: shapes can be ambiguous."""

@@ -123,15 +123,14 @@ class TokenspeedMla(PagedLatentOp):
 def own_pages(table: torch.Tensor, kv_lens: torch.Tensor, page_size: int) -> torch.Tensor:
     """Return the table [rows, n] for whole tiles, with a row's last page wherever it has no more pages.
 
-    `table` is [rows, m] int32, `kv_lens` [rows] int32. Nothing waits for the device.
+    `table` is [rows, m] int32, `kv_lens` [rows] int32, at least 1. Nothing waits for the device.
     """
     import torch
 
     per_tile = max(1, TILE // page_size)
     width = -(-table.shape[1] // per_tile) * per_tile
-    last = torch.div(kv_lens - 1, page_size, rounding_mode="floor").clamp_(min=0, max=table.shape[1] - 1)
-    column = torch.arange(width, dtype=torch.int32, device=table.device)
-    return table.gather(1, torch.minimum(column[None], last[:, None]).long())
+    last = torch.div(kv_lens - 1, page_size, rounding_mode="floor")
+    return table.gather(1, torch.minimum(torch.arange(width, device=table.device), last[:, None]))
 
 
 def unavailable() -> list[str]:

@@ -65,6 +65,7 @@ class TokenspeedPrefill(FusedOp):
     """
 
     contract = OPS["expanded_attention"]
+    lse_optional = True
     compiles = "tokenspeed_mla's prefill kernel"
 
     def __init__(

@@ -7,12 +7,10 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mla_backends.errors import BackendError, describe, one_line
-
-if TYPE_CHECKING:
-    import torch
+from mla_backends.torch_backend.graph import capturing as capturing  # for adapters
 
 
 class KernelRefused(BackendError):
@@ -104,11 +102,3 @@ def missing(function: Callable[..., Any], label: str, names: Iterable[str]) -> l
     """Return a reason per name that `function`, called `label`, does not take by keyword."""
     known = parameters(function)
     return [f"{label} takes no argument {name}" for name in names if known is not None and name not in known]
-
-
-def capturing(device: torch.device) -> bool:
-    """Return whether the device's current stream is being captured into a graph."""
-    import torch
-
-    probe = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
-    return bool(probe is not None and probe())

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from mla_backends import host
 from mla_backends.api import Availability, Backend, DeviceInfo, MemoryInfo, Timer
 from mla_backends.errors import BackendError, BackendOptionError, DeviceUnavailable, describe
 from mla_backends.monitor import Monitor
@@ -43,6 +44,7 @@ class TorchBackend(Backend):
         if self._graphs not in ("on", "off"):
             raise BackendOptionError(f"backend '{self.name}' takes -O graph=on or off, got '{self._graphs}'.")
         self.at_setup: Mapping[str, str] = {}  # the monitor's readings then
+        self._host_threads = ""
 
     @classmethod
     def known_options(cls) -> tuple[str, ...]:
@@ -144,11 +146,18 @@ class TorchBackend(Backend):
         """Do what a vendor's stack needs once, right after the device has started."""
 
     def set_threads(self) -> None:
-        """Apply the `threads` option: how many host threads torch may use."""
-        if "threads" in self.options:
-            import torch
+        """Set how many host threads torch uses, which the float64 check needs: the option, else the limit.
 
-            torch.set_num_threads(int(self.options["threads"]))
+        Without this, torch starts a thread per core of the machine in a container that may use a few.
+        """
+        import torch
+
+        if "threads" in self.options:
+            threads, source = int(self.options["threads"]), "the option threads"
+        else:
+            threads, source = host.thread_limit(torch.get_num_threads())
+        torch.set_num_threads(threads)
+        self._host_threads = f"{threads}, {source}"
 
     def synchronize(self) -> None:
         self.module.synchronize()
@@ -271,6 +280,7 @@ class TorchBackend(Backend):
             "capability": self.capability(),
             "multiprocessors": self.multiprocessors(),
             "graphs": self.graphs,
+            "host_threads": self._host_threads,
         }
         return {name: str(value) for name, value in facts.items() if value is not None}
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 WARMUPS = 3  # calls before the capture: lazy initialisation and growing workspaces must not be captured
 
@@ -25,3 +29,11 @@ def capture(module: ModuleType, graph_class: str, fn: Callable[[], None]) -> Cal
         fn()
     replay: Callable[[], None] = graph.replay
     return replay
+
+
+def capturing(device: torch.device) -> bool:
+    """Return whether the device's current stream is being captured into a graph."""
+    import torch
+
+    probe = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
+    return bool(probe is not None and probe())

@@ -72,14 +72,7 @@ class Cpu(Backend):
         """Return the user's number, else the lowest limit; and where it comes from."""
         if "threads" in self.options:
             return int(self.options["threads"]), "the option threads"
-        limits = [
-            (host.cpu_limit(), "the CPUs it may use"),
-            (default, "OMP_NUM_THREADS" if "OMP_NUM_THREADS" in os.environ else "torch's default"),
-        ]
-        per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
-        if per_task.isdecimal() and int(per_task):  # Slurm need not bind its tasks to as many
-            limits.append((int(per_task), "SLURM_CPUS_PER_TASK"))
-        return min(limits, key=lambda limit: limit[0])
+        return host.thread_limit(default)
 
     def synchronize(self) -> None:
         """Return at once: torch's CPU ops are done when they return."""

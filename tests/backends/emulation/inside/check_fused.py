@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,17 +21,6 @@ from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
 
-FAKES = Path(__file__).resolve().parents[3] / "fakes" / "kernels"
-PACKAGES = (
-    "flash_mla",
-    "mate",
-    "ixformer",
-    "flashinfer",
-    "flash_attn",
-    "flash_attn_interface",
-    "tokenspeed_mla",
-    "fake_kernels",
-)
 # backend -> [(folder of the fake, role, name of the op)]
 KERNELS = {
     "moore": [
@@ -66,8 +51,6 @@ BACKEND = os.environ["EMULATED_BACKEND"]
 # Those that a whole run is tried with: the generations of one kernel differ in nothing a run can see.
 ALIKE = ("nvidia_a", "nvidia_b", "nvidia_c", "flash_attn_3", "ixformer_old")
 LIVES = {name: [case for case in cases if case[0] not in ALIKE] for name, cases in KERNELS.items()}
-# Kernels for another card than the emulated one usually is.
-CARDS = {"tokenspeed": {"name": "NVIDIA B200", "capability": (10, 0)}}
 # What a run replays: op and scenario. Decode takes one new token per request, the prefill 3 and 5.
 REPLAYED = {
     "nvidia": {
@@ -80,15 +63,6 @@ REPLAYED = {
     "iluvatar": {("ixformer", "decode")},
     "moore": set(),
 }[BACKEND]
-# What launches kernels of its own, unseen by torch.
-LAUNCHES = {
-    "flash_mla": ("get_mla_metadata", "flash_mla_with_kvcache"),
-    "mate.flashmla": ("get_mla_metadata", "flash_mla_with_kvcache"),
-    "ixformer.inference.functions": ("vllm_paged_attention_mla",),
-    "flash_attn": ("flash_attn_varlen_func",),
-    "flash_attn_interface": ("flash_attn_varlen_func",),
-    "tokenspeed_mla": ("tokenspeed_mla_decode", "tokenspeed_mla_prefill"),
-}
 WIDE = {
     "hidden_size": 64,
     "num_attention_heads": 8,
@@ -117,29 +91,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def kernel(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def kernel(request: pytest.FixtureRequest, vendor_package: Any) -> tuple[str, str]:
     """Put a fake package on the path and return (role, name of the op)."""
     folder, role, op = request.param
-    emulated.STATE.card = replace(emulated.STATE.card, **CARDS.get(folder, {}))
-    if folder == "moore_legacy":
-        (tmp_path / "flash_mla_musa.py").write_text('"""The extension module that tells MT-flashMLA."""\n')
-        monkeypatch.syspath_prepend(tmp_path)
-    for path in (FAKES / "common", FAKES / folder):
-        monkeypatch.syspath_prepend(path)
-    _forget()
-    for module, functions in LAUNCHES.items():
-        with suppress(ModuleNotFoundError):
-            found = importlib.import_module(module)
-            for function in functions:
-                monkeypatch.setattr(found, function, emulated.kernel(getattr(found, function)))
-    yield role, op
-    _forget()
-
-
-def _forget() -> None:
-    importlib.invalidate_caches()
-    for module in [name for name in sys.modules if name.partition(".")[0] in PACKAGES]:
-        del sys.modules[module]
+    vendor_package(folder)
+    return role, op
 
 
 def make_layer(backend: Any, kernel: tuple[str, str], heads: int = 8) -> tuple[mla.MLA, dict[str, Any]]:

@@ -2,18 +2,30 @@
 
 Its tensors report the emulated device and keep their numbers in a host tensor. Mixing devices raises.
 Whatever would make the host wait for a real device is logged, and raises inside `forbidden_waits()`. Fresh
-memory holds NaN, memory is counted, streams and events exist, and graphs replay captured calls.
+memory holds NaN, memory is counted, streams and events exist, and graphs replay captured calls. Inside
+`behind()` nothing runs until the host waits, so that copies read host memory late.
 
 It works on `PrivateUse1` under any name, and on `cuda`, which vendors other than NVIDIA use as well.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from emulated.cards import CARDS, Card
 from emulated.state import STATE, DeviceMix, HostWait, forbidden_waits
 
-__all__ = ["CARDS", "STATE", "Card", "DeviceMix", "HostWait", "forbidden_waits", "install", "kernel"]
+__all__ = [
+    "CARDS",
+    "STATE",
+    "Card",
+    "DeviceMix",
+    "HostWait",
+    "behind",
+    "forbidden_waits",
+    "install",
+    "kernel",
+]
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -21,6 +33,13 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     from emulated import graphs
 
     return graphs.kernel(function)
+
+
+def behind() -> AbstractContextManager[None]:
+    """Let the device start on its work only when the host waits for it: what is copied is read that late."""
+    from emulated import graphs
+
+    return graphs.behind()
 
 
 def install(name: str, card: Card, count: int = 2) -> object:

@@ -13,7 +13,7 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emulated.state import STATE
-from emulated.tensor import EmulatedTensor, run
+from emulated.tensor import EmulatedTensor, pin, run
 from emulated.trees import tensors
 
 # Positions in c10's enumeration of device types.
@@ -80,6 +80,8 @@ class _Emulate(TorchDispatchMode):
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == STATE.name:
             return run(func, args, kwargs)
+        if kwargs.get("pin_memory") and STATE.pins:
+            return pin(func(*args, **{**kwargs, "pin_memory": False}))
         if any(isinstance(leaf, EmulatedTensor) for leaf in tensors(args, kwargs)):
             return run(func, args, kwargs)
         return func(*args, **kwargs)

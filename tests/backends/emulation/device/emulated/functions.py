@@ -40,16 +40,22 @@ class Stream:
 
 
 class Event:
-    """A moment on the host's clock, which is the device's as well."""
+    """A moment on the host's clock, which is the device's as well unless it is behind."""
 
     def __init__(self, enable_timing: bool = False, **rest: Any) -> None:
         self._timing, self._moment = enable_timing, 0.0
+        self._done = -1
 
     def record(self, stream: Stream | None = None) -> None:
+        if STATE.recording is not None:
+            raise RuntimeError("operation not permitted when stream is capturing: event.record")
         self._moment = time.perf_counter()
+        self._done = -1 if STATE.behind is None else STATE.done
 
     def query(self) -> bool:
-        return True
+        if STATE.recording is not None:
+            raise RuntimeError("operation not permitted when stream is capturing: event.query")
+        return STATE.done > self._done
 
     def synchronize(self) -> None:
         STATE.wait("event.synchronize")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,9 +58,53 @@ class Graph:
         self._before.clear()
 
     def replay(self) -> None:
-        """Run the captured calls again."""
+        """Run the captured calls again; a device that is behind does what it was asked before first."""
+        if STATE.behind is not None:
+            STATE.behind.catch_up()
+        STATE.launches += 1
         for repeat in self._calls:
             repeat()
+
+
+class Behind:
+    """What the host has asked of a device that has done none of it yet."""
+
+    def __init__(self) -> None:
+        self._graph = Graph()
+
+    def before(self, *values: Any) -> None:
+        self._graph.before(*values)
+
+    def after(self, again: Callable[[], Any], given: Any, out: Any) -> None:
+        self._graph.after(again, given, out)
+
+    def catch_up(self) -> None:
+        """Do it all, with what host memory holds now."""
+        graph, self._graph = self._graph, Graph()
+        with STATE.unrecorded():
+            graph.finish()
+            graph.replay()
+        STATE.done += 1
+
+
+@contextmanager
+def behind() -> Iterator[None]:
+    """Let the device start on its work only when the host waits for it, and at the end."""
+    STATE.behind = Behind()
+    try:
+        yield
+        STATE.behind.catch_up()
+    finally:
+        STATE.behind = None
+
+
+def uncounted(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a kernel whose own operations are no launches."""
+    before = STATE.launches
+    try:
+        return function(*args, **kwargs)
+    finally:
+        STATE.launches = before
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,22 +112,20 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def launch(*args: Any, **kwargs: Any) -> Any:
-        graph = STATE.recording
-        if graph is None:
-            return function(*args, **kwargs)
+        STATE.launches += 1
+        if STATE.recorder is None:
+            return uncounted(function, *args, **kwargs)
 
         def again() -> Any:
-            return function(*map(_fresh, args), **{key: _fresh(value) for key, value in kwargs.items()})
+            fresh = {key: _fresh(value) for key, value in kwargs.items()}
+            return uncounted(function, *map(_fresh, args), **fresh)
 
-        STATE.recording = None
-        try:
+        with STATE.unrecorded() as graph:
             given = [_raw(tensor) for tensor in tensors(args, kwargs)]
             graph.before(given)
             out = again()
             raw = change(out, _raw)
             graph.after(lambda: change(again(), _raw), given, raw)
-        finally:
-            STATE.recording = graph
         return out
 
     return launch

@@ -47,11 +47,15 @@ class State:
     current: int = 0
     waits: list[str] = field(default_factory=list)  # every operation that would have blocked the host
     uploads: int = 0  # copies from the host that need not block it
+    launches: int = 0  # kernels and copies; views and allocations are none
     forbidden: bool = False
     allowed: tuple[str, ...] = ()  # waits that are noted and never forbidden
     allocated: int = 0
     peak: int = 0
     recording: Any = None  # the graph that is being captured
+    behind: Any = None  # what the device has not done yet, inside `behind()`
+    done: int = 0  # how often the device has done all it was asked to
+    pins: bool = True  # whether the stack has pinned memory
     _blocks: weakref.WeakValueDictionary[int, Block] = field(default_factory=weakref.WeakValueDictionary)
 
     def wait(self, what: str) -> None:
@@ -61,12 +65,29 @@ class State:
         self.waits.append(what)
         if self.forbidden and what not in self.allowed:
             raise HostWait(what)
+        if self.behind is not None:
+            self.behind.catch_up()
 
-    def upload(self, what: str) -> None:
+    def upload(self, pinned: bool) -> None:
         """Note a copy from the host that does not make it wait."""
-        if self.recording is not None:
-            raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
+        if self.recording is not None and not pinned:
+            raise RuntimeError("a copy from the host needs pinned memory when stream is capturing")
         self.uploads += 1
+
+    @property
+    def recorder(self) -> Any:
+        """What notes the calls of now: a graph, or a device that is behind; None where they just run."""
+        return self.recording if self.recording is not None else self.behind
+
+    @contextmanager
+    def unrecorded(self) -> Iterator[Any]:
+        """Let calls run without being noted one by one; gives the recorder."""
+        recorder, kept = self.recorder, (self.recording, self.behind)
+        self.recording = self.behind = None
+        try:
+            yield recorder
+        finally:
+            self.recording, self.behind = kept
 
     def block(self, raw: torch.Tensor) -> Block:
         """Return the memory that a host tensor stands for; its views share it."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from emulated.state import STATE, DeviceMix
 from emulated.trees import change, tensors
@@ -100,19 +101,29 @@ def _target(kwargs: Any, here: list[EmulatedTensor]) -> int | None:
     return here[0].index if here else STATE.current
 
 
-def _on_host(func: Any, args: Any, kwargs: Any, index: int | None) -> Any:
+def _on_host(func: Any, args: Any, kwargs: Any, index: int | None, counted: bool = True) -> Any:
     if kwargs.get("device") is not None and index is not None:
         kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"} | {"device": "cpu"}
     plain_args, plain_kwargs = change(args, _plain), change(kwargs, _plain)
-    if STATE.recording is not None:
-        STATE.recording.before(plain_args, plain_kwargs)
+    recorder = STATE.recorder
+    if recorder is not None:
+        recorder.before(plain_args, plain_kwargs)
     out = func(*plain_args, **plain_kwargs)
-    if func._schema.name in FRESH and isinstance(out, torch.Tensor):
+    if func._schema.name in FRESH:
         poison(out)
-    if STATE.recording is not None:
+    elif counted and not _is_view(func):
+        STATE.launches += 1
+    if recorder is not None:
         again = functools.partial(func, *plain_args, **plain_kwargs)
-        STATE.recording.after(again, (plain_args, plain_kwargs), out)
+        recorder.after(again, (plain_args, plain_kwargs), out)
     return out if index is None else change(out, _wrapper(args, kwargs, index))
+
+
+@functools.cache
+def _is_view(func: Any) -> bool:
+    """Return whether an operation only describes memory that is already there."""
+    aliases = [one.alias_info for one in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def _wrapper(args: Any, kwargs: Any, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -169,42 +180,73 @@ def _check_arithmetic(name: str, here: list[EmulatedTensor]) -> None:
 
 
 def _copy(func: Any, args: Any, kwargs: Any) -> Any:
-    """Carry out a copy, perhaps between devices. Reading back always waits; pinning is not emulated."""
+    """Carry out a copy, perhaps between devices. Reading back always waits."""
+    STATE.launches += 1
     if func._schema.name == "aten::copy_":
         target, source = args[0], args[1]
-        from_host, to_host = _crossing(source, target.device)
-        lazy = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
-        _note_copy(source, from_host, to_host, lazy)
-        there, here = _plain(target), _plain(source)
-        if STATE.recording is not None:
-            STATE.recording.before(there)
-            STATE.recording.after(functools.partial(there.copy_, here), there, there)
-        there.copy_(here)
+        waits = _note_copy(
+            source, target.device, kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
+        )
+        there, read = _plain(target), _reader(source)
+        if STATE.recorder is not None and not waits:
+            STATE.recorder.before(there)
+            STATE.recorder.after(lambda: there.copy_(read()), there, there)
+        there.copy_(read())
         return target
     source, rest = args[0], {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
     device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else source.device
-    from_host, to_host = _crossing(source, device)
-    _note_copy(source, from_host, to_host, rest.pop("non_blocking", False))
+    waits = _note_copy(source, device, rest.pop("non_blocking", False))
     if device.type != STATE.name:
         return func(_plain(source), **rest)
-    if from_host:
-        index = _target({"device": device}, [])
-        return EmulatedTensor(func(source, **rest), index)
-    return _on_host(func, args, rest, _target({"device": device}, []))
+    if isinstance(source, EmulatedTensor):
+        return _on_host(func, args, rest, _target({"device": device}, []), counted=False)
+    made, read = func(source, **rest), _reader(source)
+    if STATE.recorder is not None and not waits:
+        STATE.recorder.after(lambda: func(read(), **rest), (), made)
+    return EmulatedTensor(made, _target({"device": device}, []) or 0)
 
 
-def _crossing(source: torch.Tensor, target: torch.device) -> tuple[bool, bool]:
+def _note_copy(source: torch.Tensor, target: torch.device, lazy: bool) -> bool:
+    """Note a copy and return whether the host waits for it."""
     there, here = isinstance(source, EmulatedTensor), target.type == STATE.name
-    return not there and here, there and not here
-
-
-def _note_copy(source: torch.Tensor, from_host: bool, to_host: bool, lazy: bool) -> None:
-    if to_host:
+    if there and not here:
         STATE.wait("a copy to the host")
-    elif from_host and not lazy:
+    elif here and not there and not lazy:
         STATE.wait("a blocking copy from the host")
-    elif from_host:
-        STATE.upload("a copy from the host")
+    elif here and not there:
+        STATE.upload(is_pinned(source))
+    return there != here and not (here and lazy)
+
+
+_pinned: dict[int, StorageWeakRef] = {}
+
+
+def pin(memory: torch.Tensor) -> torch.Tensor:
+    """Make host memory such that a captured copy may read it."""
+    storage = memory.untyped_storage()
+    _pinned[storage.data_ptr()] = StorageWeakRef(storage)
+    return memory
+
+
+def is_pinned(memory: torch.Tensor) -> bool:
+    found = _pinned.get(memory.untyped_storage().data_ptr())
+    return found is not None and not found.expired()
+
+
+def _reader(source: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Return what reads a copy's source: of host memory whatever is there by then, zeros if it was freed."""
+    if isinstance(source, EmulatedTensor):
+        return lambda: source.raw
+    memory = StorageWeakRef(source.untyped_storage())
+    layout, dtype = (source.storage_offset(), source.size(), source.stride()), source.dtype
+
+    def read() -> torch.Tensor:
+        storage = torch.UntypedStorage._new_with_weak_ptr(memory.cdata)
+        if storage is None:
+            return torch.zeros(layout[1], dtype=dtype)
+        return torch.empty(0, dtype=dtype).set_(storage, *layout)
+
+    return read
 
 
 def poison(raw: torch.Tensor) -> None:
