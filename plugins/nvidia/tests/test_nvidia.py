@@ -17,7 +17,7 @@ from mla_backend_nvidia import Nvidia
 from mla_backend_nvidia.driver import driver_version, outdated
 from mla_backend_nvidia.kernels import kernels
 from mla_backend_nvidia.peaks import SHEETS, peaks
-from mla_backends.api import AttentionSpec, Availability
+from mla_backends.api import AttentionSpec, Availability, SegmentLengths
 from mla_backends.cuda import CudaBackend
 from mla_backends.errors import DeviceUnavailable
 
@@ -101,7 +101,8 @@ def reasons(op: str, architecture: tuple[int, int]) -> list[str]:
     """Return what the op says of a layer of DeepSeek's shape, but for packages that are not installed."""
     spec = AttentionSpec(16, 512, 128, 64, 128, 0.1, torch.bfloat16, torch.device("cpu"))
     found = kernels(lambda: architecture, 132)[op].unsupported_reasons(spec)
-    return [one for one in found if "is not installed" not in one]
+    missing = ("is not installed", "no flash attention of its own")
+    return [one for one in found if not any(words in one for words in missing)]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +114,7 @@ def reasons(op: str, architecture: tuple[int, int]) -> list[str]:
         ("flashinfer", {(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (10, 7), (11, 0), (12, 0)}),
         ("flash_attn_3", {(9, 0)}),
         ("flash_attn", {(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (10, 7), (11, 0), (12, 0)}),
+        ("torch_varlen", {(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (10, 7), (11, 0), (12, 0)}),
     ],
 )
 def test_a_kernel_is_refused_where_it_was_not_built_for(op: str, serves: set[tuple[int, int]]) -> None:
@@ -120,6 +122,38 @@ def test_a_kernel_is_refused_where_it_was_not_built_for(op: str, serves: set[tup
         found = reasons(op, architecture)
         assert (not found) == (architecture in serves), (architecture, found)
         assert all(f"this is sm_{architecture[0]}{architecture[1]}" in one for one in found)
+
+
+DEEPSEEK, SMALL, WIDE = (128, 64, 128), (64, 32, 64), (192, 64, 128)  # qk_nope, qk_rope and v
+
+
+@pytest.mark.parametrize(
+    ("architecture", "cudnn", "unpadded"),
+    [
+        ((8, 0), 92000, ()),  # FlashAttention 2
+        ((8, 9), 92000, ()),
+        ((9, 0), 91500, ()),  # not asked first
+        ((9, 0), 91501, (DEEPSEEK, SMALL)),
+        ((10, 0), 92000, (DEEPSEEK, SMALL)),
+        ((10, 3), 92000, (DEEPSEEK, SMALL)),
+        ((12, 0), 92000, ()),  # cuDNN is not asked first here
+        ((9, 0), None, ()),  # a torch without cuDNN
+    ],
+)
+def test_sdpa_gets_the_widths_that_its_fastest_kernel_takes(
+    architecture: tuple[int, int], cudnn: int | None, unpadded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    op = kernels(lambda: architecture, 132)["sdpa"]
+    for widths in (DEEPSEEK, SMALL, WIDE):
+        spec = AttentionSpec(16, 512, *widths, 0.1, torch.bfloat16, torch.device("cpu"))
+        assert op.prepare(spec, SegmentLengths((3,), (3,), True)).pads == (widths not in unpadded)
+
+
+def test_ops_with_a_log_sum_exp_come_before_the_one_without() -> None:
+    """Only they can merge the parts of a long context."""
+    found = [op for op in kernels(lambda: (9, 0), 132).values() if op.contract == "expanded_attention/1"]
+    assert [op.writes_lse for op in found] == [True] * (len(found) - 1) + [False]
 
 
 def missing(architecture: tuple[int, int], kind: str) -> dict[str, str]:
