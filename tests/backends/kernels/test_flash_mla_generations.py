@@ -53,6 +53,19 @@ def function(*more: str) -> Callable[..., Any]:
     return scope["flash_mla_with_kvcache"]
 
 
+def test_a_sparse_release_that_dropped_what_it_ignores_says_so_too(
+    installed: Any, make_spec: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with installed("nvidia_c"):
+        import flash_mla
+
+        def sparse(q: Any, k_cache: Any, head_dim_v: int, indices: Any) -> None: ...
+
+        monkeypatch.setattr(flash_mla, "flash_mla_with_kvcache", sparse)
+        (reason,) = FlashMla().unsupported_reasons(make_spec())
+        assert "sparse attention only: dense decoding is in sgl-flash-mla" in reason
+
+
 @pytest.mark.parametrize(
     ("more", "refused"),
     [
