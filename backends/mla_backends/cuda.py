@@ -7,6 +7,7 @@ by what the device can do, and never by environment variables or tools alone: ho
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from mla_backends.known import KNOWN
 from mla_backends.torch_backend import TorchBackend
 
 Marks = dict[str, str]  # what was looked at -> what was seen
+# Turn TF32 on or off for torch's products, or off for all of the vendor's libraries.
+TF32_VARIABLES = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE")
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,19 @@ class CudaBackend(TorchBackend):
         hint = f"use `--backend {build.backend}` for {KNOWN[build.backend].device}, or {self.install_hint}"
         return f"{reason} and its cuda devices are not this backend's", hint
 
+    def prepare_device(self) -> None:
+        """Multiply float32 in float32: a container may turn TF32 on, whose mantissa has 10 bits."""
+        import torch
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # some releases have announced a successor that others lack
+            torch.set_float32_matmul_precision("highest")
+
     def vendor_facts(self) -> Mapping[str, str]:
+        import torch
+
         build = cuda_build()
-        return {f"mark.{name}": value for name, value in build.marks.items()}
+        return {
+            **{f"mark.{name}": value for name, value in build.marks.items()},
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        }

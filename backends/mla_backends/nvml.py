@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+# One function, under the name NVML has given it since CUDA 12 and under the one before.
+THROTTLE_REASONS = ("DeviceGetCurrentClocksEventReasons", "DeviceGetCurrentClocksThrottleReasons")
+
 
 @dataclass(frozen=True)
 class Address:
@@ -70,13 +73,20 @@ class NvmlSampler:
                 self.call("DeviceGetTemperature", device, self.constant("TEMPERATURE_GPU"))
             ),
             **self._power(device),
-            "throttle_reasons": lambda: hex(self.call("DeviceGetCurrentClocksThrottleReasons", device)),
+            "throttle_reasons": lambda: hex(self._first(THROTTLE_REASONS, device)),
         }
         found = {}
         for name, read in readings.items():
             with suppress(Exception):  # any of them may be unsupported on a card
                 found[name] = read()
         return found
+
+    def _first(self, names: tuple[str, ...], *arguments: Any) -> Any:
+        """Call the first of these functions that works. Raises what the last one does."""
+        for name in names[:-1]:
+            with suppress(Exception):
+                return self.call(name, *arguments)
+        return self.call(names[-1], *arguments)
 
     def _power(self, device: Any) -> dict[str, Callable[[], str]]:
         if self.dialect.milliwatts:

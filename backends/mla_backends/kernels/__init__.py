@@ -17,9 +17,12 @@ a layer is built, and a package that is missing, broken or changed becomes a rea
 | adapter | attention | package | `lse` | in a captured graph |
 |---|---|---|---|---|
 | `FlashMla` | latent | `flash_mla`, `mate.flashmla` | yes | plans inside the graph, or `graph=False` |
+| `TokenspeedMla` | latent | `tokenspeed_mla` | yes | makes its table inside the graph |
 | `IxformerMla` | latent | `ixformer` | newer releases; else NaN | bounded by the block table |
 | `FlashInferMla` | latent | `flashinfer` | yes | refused: it plans on the host |
 | `SdpaExpanded` | expanded | torch itself | no: NaN | keeps the lengths of its plan |
+| `TokenspeedPrefill` | expanded | `tokenspeed_mla` | yes | keeps the lengths of its plan |
+| `TorchVarlen` | expanded | torch itself | yes | keeps the lengths of its plan |
 | `FlashAttnVarlen` | expanded | `flash_attn`, `flash_attn_interface` | yes | keeps the lengths of its plan |
 
 One op object serves all layers; keep it, because it holds scratch memory and the vendor's workspace. Do
@@ -33,6 +36,9 @@ from mla_backends.kernels.ixformer import IxformerMla
 from mla_backends.kernels.limits import LatentLimits
 from mla_backends.kernels.paged import PagedLatentOp
 from mla_backends.kernels.sdpa import SdpaExpanded
+from mla_backends.kernels.tokenspeed import TokenspeedMla
+from mla_backends.kernels.tokenspeed_prefill import TokenspeedPrefill
+from mla_backends.kernels.torch_varlen import TorchVarlen
 from mla_backends.kernels.vendor import KernelRefused
 
 __all__ = [
@@ -44,5 +50,8 @@ __all__ = [
     "LatentLimits",
     "PagedLatentOp",
     "SdpaExpanded",
+    "TokenspeedMla",
+    "TokenspeedPrefill",
+    "TorchVarlen",
     "VarlenLimits",
 ]

@@ -1,16 +1,25 @@
-"""`flash_mla`, under which NVIDIA, MetaX and Moore Threads ship absorbed attention, in three generations.
+"""`flash_mla`, under which NVIDIA, MetaX and Moore Threads ship absorbed attention, in several generations.
 
 The generations differ in what plans a batch (`get_mla_metadata`): two tensors, or an object that the first
 call fills and None. The adapter relies on what it gets, never on a version, and passes keywords only.
+
+FlashMLA removed dense decoding on 2026-09-30. The package `sgl-flash-mla` keeps it under the same module
+name, for calls that ask for it with `use_legacy` (read in FlashMLA 9a7d253 and sgl-flash-mla 1.0.0).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mla_backends.api import AttentionSpec
 from mla_backends.kernels.limits import LatentLimits
 from mla_backends.kernels.paged import Launch, PagedLatentOp, Result
-from mla_backends.kernels.vendor import VendorModule, missing
+from mla_backends.kernels.trial import failures, try_latent
+from mla_backends.kernels.vendor import VendorModule, accepts, default, demanded, missing
 
 if TYPE_CHECKING:
     import torch
@@ -26,29 +35,111 @@ ARGUMENTS = (
     "softmax_scale",
     "causal",
 )
+LEGACY = "use_legacy"
+DENSE = "dense decoding is in sgl-flash-mla, and in FlashMLA up to commit 9241ae3 of 2026-04-29"
+# The first generation's planner has static memory for fewer than 4096 rows and ends the process for more.
+FIRST_GENERATION_ROWS = 4095
 
 
 class FlashMla(PagedLatentOp):
     """`flash_mla_with_kvcache` of any generation; `module` may be another that has the same functions.
 
-    Graphs: a call that is being captured plans again, inside the graph, so that every replay plans for the
-    current lengths. Capture batches of one query length; `RaggedBatch.update_()` then reaches the kernel.
+    A plan belongs to one state, and so to the lengths of one batch: the kernel fills it in its first call and
+    compares nothing later. Graphs: a call that is being captured plans again, inside the graph, so that every
+    replay plans for the current lengths. Capture batches of one query length; `RaggedBatch.update_()` then
+    reaches the kernel.
     """
 
     def __init__(
-        self, limits: LatentLimits | None = None, *, module: str = "flash_mla", install: str = ""
+        self,
+        limits: LatentLimits | None = None,
+        *,
+        module: str = "flash_mla",
+        install: str = "",
+        compiles: str = "",
     ) -> None:
-        """Take the kernel's limits on this vendor's devices, and the hint for a missing module."""
+        """Take the kernel's limits on a vendor's devices, how to get the module, and what it compiles."""
         vendor = VendorModule(module, ("get_mla_metadata", "flash_mla_with_kvcache"), install)
         super().__init__(vendor, limits or LatentLimits())
+        self.compiles = compiles
+        self._install = install
+        self._tried: dict[AttentionSpec, list[str]] = {}
+
+    # ------------------------------------------------------------------------------------------- refusals
 
     def interface_reasons(self) -> list[str]:
+        function = self._vendor.flash_mla_with_kvcache
         name = f"{self._vendor.name}.flash_mla_with_kvcache"
-        return missing(self._vendor.flash_mla_with_kvcache, name, ARGUMENTS)
+        needs, legacy = demanded(function) - set(ARGUMENTS), accepts(function, LEGACY)
+        if not legacy and (default(function, "is_fp8_kvcache") is True or "indices" in needs):
+            return [f"this {self._vendor.name} has sparse attention only: {self._with_hint(DENSE)}"]
+        found = missing(function, name, ARGUMENTS)
+        found = found or [f"{name} needs {one}, which dense decoding has not" for one in sorted(needs)]
+        return found or (self._legacy_reasons() if legacy else [])
+
+    def _legacy_reasons(self) -> list[str]:
+        """Return why a package that keeps dense decoding apart lacks it."""
+        if self._loader_says("has_legacy", lambda: True)():
+            return []
+        why = self._loader_says("_LEGACY_UNAVAILABLE", None)
+        text = f"the dense kernels of this {self._vendor.name} are missing"
+        return [self._with_hint(f"{text}, because {why}" if why else text)]
+
+    def _loader_says(self, name: str, otherwise: Any) -> Any:
+        try:
+            loader = importlib.import_module(f"{self._vendor.name}._loader")
+        except ImportError:
+            return otherwise
+        return getattr(loader, name, otherwise)
+
+    def _with_hint(self, text: str) -> str:
+        return f"{text} ({self._install})" if self._install else text
+
+    def preflight(self, spec: AttentionSpec) -> list[str]:
+        """Return why the kernel does not work on this device, after one tiny batch per spec."""
+        if spec not in self._tried:
+            page = (self.limits.page_sizes or (64,))[0]
+            cure = self._install or "use the reference ops (`--ops reference`)"
+            self._tried[spec] = failures(lambda: try_latent(self, spec, page), self._vendor.name, cure)
+        return self._tried[spec]
+
+    def unsupported_batch(
+        self,
+        spec: AttentionSpec,
+        query_lens: Sequence[int],
+        kv_lens: Sequence[int],
+        page_size: int | None = None,
+    ) -> list[str]:
+        found = super().unsupported_batch(spec, query_lens, kv_lens, page_size)
+        return found + self._first_generation_reasons(spec, query_lens, kv_lens)
+
+    def _first_generation_reasons(
+        self, spec: AttentionSpec, query_lens: Sequence[int], kv_lens: Sequence[int]
+    ) -> list[str]:
+        few = sum(query_lens) <= FIRST_GENERATION_ROWS  # so the module need not be looked at
+        if few or accepts(self._vendor.flash_mla_with_kvcache, "is_fp8_kvcache"):
+            return []
+        limits = dataclasses.replace(self.limits, max_rows=FIRST_GENERATION_ROWS)
+        return limits.row_reasons(spec.num_heads, query_lens, kv_lens)
+
+    # --------------------------------------------------------------------------------------------- calls
+
+    @functools.cached_property
+    def _dense(self) -> dict[str, bool]:
+        """What asks for dense attention where it is not the default."""
+        function = self._vendor.flash_mla_with_kvcache
+        if not accepts(function, LEGACY):
+            return {}
+        asked = {LEGACY: True, "is_fp8_kvcache": False}
+        return {name: value for name, value in asked.items() if accepts(function, name)}
+
+    @functools.cached_property
+    def _planned_dense(self) -> dict[str, bool]:
+        return {LEGACY: True} if accepts(self._vendor.get_mla_metadata, LEGACY) else {}
 
     def plan(self, kv_lens: torch.Tensor, query_rows: int) -> Any:
         """Return the scheduler metadata and the splits: for one batch, whose layers share them."""
-        return self._vendor.get_mla_metadata(kv_lens, query_rows, 1)
+        return self._vendor.get_mla_metadata(kv_lens, query_rows, 1, **self._planned_dense)
 
     def launch(self, plan: Any, call: Launch) -> Result:
         if call.captured:
@@ -64,5 +155,6 @@ class FlashMla(PagedLatentOp):
             num_splits=splits,
             softmax_scale=call.scale,
             causal=True,
+            **self._dense,
         )
         return out, lse

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from mla_backends.api import AttentionSpec
+from mla_backends.kernels.rows import cut
 from mla_backends.kernels.vendor import KernelRefused
 
 if TYPE_CHECKING:
@@ -28,9 +31,11 @@ class LatentLimits:
     widths: tuple[tuple[int, int], ...] = ((512, 64),)  # (kv_lora_rank, qk_rope_head_dim)
     page_sizes: tuple[int, ...] | None = (64,)  # None: any
     heads: tuple[int, ...] | None = None  # head counts the kernel takes; None: any
+    max_heads: int | None = None  # None: any
     pads_heads_to: tuple[int, ...] = ()  # head counts that others are padded to with zeros, where declared
     max_queries: int | None = None  # query tokens of one request in one row; None: any
     max_query_rows: int | None = None  # query tokens times heads in one row; None: any
+    max_rows: int | None = None  # rows of one launch; None: any
     lse_layout: str = "heads_first"  # [rows, h, s], or "tokens_first": [rows, s, h]
     lse_base: str = "e"  # or "2"
     empty_rows: bool = True  # rows without keys may be launched
@@ -43,7 +48,8 @@ class LatentLimits:
 
     def padded_heads(self, heads: int) -> int | None:
         """Return how many heads the kernel is given for `heads`; None if it serves no such layer."""
-        if self.heads is None or heads in self.heads:
+        few = self.max_heads is None or heads <= self.max_heads
+        if few and (self.heads is None or heads in self.heads):
             return heads
         return min((count for count in self.pads_heads_to if count >= heads), default=None)
 
@@ -67,10 +73,24 @@ class LatentLimits:
                 f"it is made for latents of {made_for}, not {spec.kv_lora_rank} + {spec.qk_rope_head_dim}"
             )
         if self.padded_heads(spec.num_heads) is None:
-            found.append(
-                f"it serves {_or((*(self.heads or ()), *self.pads_heads_to))} heads, not {spec.num_heads}"
-            )
+            found.append(f"it serves {self._served_heads()} heads, not {spec.num_heads}")
         return found
+
+    def _served_heads(self) -> str:
+        listed = (*(self.heads or ()), *self.pads_heads_to)
+        return _or(listed) if listed else f"at most {self.max_heads}"
+
+    def row_reasons(self, heads: int, query_lens: Sequence[int], kv_lens: Sequence[int]) -> list[str]:
+        """Return why a launch cannot hold the rows of a batch (empty if it can)."""
+        if self.max_rows is None or sum(query_lens) <= self.max_rows:  # a row has at least one query
+            return []
+        most = self.queries_per_row(self.padded_heads(heads) or heads)
+        lengths: Any = SimpleNamespace(query_lens=query_lens, kv_lens=kv_lens)
+        sizes = Counter(row.queries for row in cut(lengths, most))
+        rows = max(sizes.values(), default=0)
+        if rows <= self.max_rows:
+            return []
+        return [f"it takes at most {self.max_rows} rows at a time, and this batch has {rows}"]
 
     def page_reasons(self, page_size: int | None) -> list[str]:
         """Return why the kernel cannot read pages of this size (empty if it can, or for None)."""

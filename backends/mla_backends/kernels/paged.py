@@ -90,7 +90,8 @@ class PagedLatentOp(FusedOp):
         kv_lens: Sequence[int],
         page_size: int | None = None,
     ) -> list[str]:
-        return self.limits.page_reasons(page_size)
+        rows = self.limits.row_reasons(spec.num_heads, query_lens, kv_lens)
+        return self.limits.page_reasons(page_size) + rows
 
     def prepare(self, spec: AttentionSpec, batch: BatchView) -> PagedState:
         """Plan the batch without waiting for the device. Raises `KernelRefused` for pages it cannot read."""

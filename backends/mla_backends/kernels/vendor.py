@@ -79,6 +79,25 @@ def accepts(function: Callable[..., Any], name: str) -> bool:
     return name in (parameters(function) or ())
 
 
+def default(function: Callable[..., Any], name: str) -> Any:
+    """Return what `function` takes for an argument left out; None if it has no default, or if unknown."""
+    try:
+        found = inspect.signature(function).parameters.get(name)
+    except (TypeError, ValueError):
+        return None
+    return None if found is None or found.default is found.empty else found.default
+
+
+def demanded(function: Callable[..., Any]) -> frozenset[str]:
+    """Return the arguments that `function` cannot be called without; empty if unknown."""
+    try:
+        found = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return frozenset()
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return frozenset(one.name for one in found if one.default is one.empty and one.kind not in variable)
+
+
 def missing(function: Callable[..., Any], label: str, names: Iterable[str]) -> list[str]:
     """Return a reason per name that `function`, called `label`, does not take by keyword."""
     known = parameters(function)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mla_backend_iluvatar.kernels import kernels
 from mla_backend_iluvatar.native import refusal
 from mla_backends import FusedOp, hookimpl
-from mla_backends.cuda import CudaBackend
+from mla_backends.cuda import TF32_VARIABLES, CudaBackend
 from mla_backends.errors import DeviceUnavailable
 from mla_backends.known import KNOWN
 
@@ -34,7 +34,7 @@ class Iluvatar(CudaBackend):
     install_hint = f"install torch from {KNOWN['iluvatar'].torch_source}"
     query_tool = "ixsmi"
     visibility = ("CUDA_VISIBLE_DEVICES",)
-    variables = ("COREX_ROOT", GRAPH_VARIABLE, "PYTORCH_CUDA_ALLOC_CONF")
+    variables = ("COREX_ROOT", GRAPH_VARIABLE, "PYTORCH_CUDA_ALLOC_CONF", *TF32_VARIABLES)
     packages = ("ixformer", "flash-mla", "flash-attn", "triton")
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
@@ -50,6 +50,7 @@ class Iluvatar(CudaBackend):
         """Multiply in each dtype once. Raises `DeviceUnavailable` when none of them works."""
         import torch
 
+        super().prepare_device()
         device = torch.device("cuda", self.module.current_device())
         candidates = (torch.bfloat16, torch.float16, torch.float32)
         self._refusals = {dtype: refusal(dtype, device) for dtype in candidates}

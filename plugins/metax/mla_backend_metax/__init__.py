@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mla_backend_metax.kernels import kernels
 from mla_backends import FusedOp, hookimpl
-from mla_backends.cuda import CudaBackend
+from mla_backends.cuda import TF32_VARIABLES, CudaBackend
 from mla_backends.known import KNOWN
 from mla_backends.monitor import Monitor
 from mla_backends.nvml import Address, Dialect, NvmlSampler
@@ -30,7 +30,7 @@ class Metax(CudaBackend):
     install_hint = f"install torch from {KNOWN['metax'].torch_source}"
     query_tool = "mx-smi"
     visibility = ("MACA_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")  # the first wins where both are set
-    variables = ("MACA_PATH", "MACA_HOME", "MACA_ROOT", "PYTORCH_CUDA_ALLOC_CONF")
+    variables = ("MACA_PATH", "MACA_HOME", "MACA_ROOT", "PYTORCH_CUDA_ALLOC_CONF", *TF32_VARIABLES)
     packages = ("flash-mla", "flash-attn", "mcoplib", "triton")
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
@@ -41,6 +41,7 @@ class Metax(CudaBackend):
         """Keep scaled_dot_product_attention off cuDNN, which this stack does not have."""
         import torch
 
+        super().prepare_device()
         switch = getattr(torch.backends.cuda, "enable_cudnn_sdp", None)  # older releases have none
         if switch is not None:
             switch(False)

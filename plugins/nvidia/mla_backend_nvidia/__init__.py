@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from mla_backend_nvidia.driver import driver_version, outdated
 from mla_backend_nvidia.kernels import kernels
 from mla_backend_nvidia.peaks import peaks
 from mla_backends import Availability, FusedOp, hookimpl
 from mla_backends.api import DeviceInfo
-from mla_backends.cuda import CudaBackend
+from mla_backends.cuda import TF32_VARIABLES, CudaBackend
 from mla_backends.errors import DeviceUnavailable
 from mla_backends.known import KNOWN
 from mla_backends.monitor import Monitor
@@ -30,6 +29,25 @@ __all__ = ["Nvidia", "mla_backend"]
 # Words in the names of devices that imitate torch.cuda; old NVIDIA cards do not have NVIDIA in theirs.
 FOREIGN = ("metax", "iluvatar", "mthreads", "mtt ", "amd ", "radeon", "hygon", "biren")
 
+# Libraries whose versions change numbers or times; those of CUDA have had no suffix since CUDA 13.
+PACKAGES = (
+    "sgl-flash-mla",
+    "flash-mla",
+    "tokenspeed-mla",
+    "flashinfer-python",
+    "flashinfer-cubin",
+    "flashinfer-jit-cache",
+    "flash-attn",
+    "flash-attn-3",
+    "nvidia-cutlass-dsl",
+    "apache-tvm-ffi",
+    "triton",
+    "nvidia-cublas",
+    "nvidia-cublas-cu12",
+    "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13",
+)
+
 
 class Nvidia(CudaBackend):
     """NVIDIA GPUs. Here, and only here, a capability is the number of an NVIDIA architecture."""
@@ -39,15 +57,34 @@ class Nvidia(CudaBackend):
     install_hint = f"install torch, built for CUDA, from {KNOWN['nvidia'].torch_source}"
     query_tool = "nvidia-smi"
     visibility = ("CUDA_VISIBLE_DEVICES",)
-    variables = ("CUDA_HOME", "CUDA_DEVICE_ORDER", "CUDA_MODULE_LOADING", "PYTORCH_CUDA_ALLOC_CONF")
-    packages = ("flash-mla", "flashinfer-python", "flash-attn", "triton", "nvidia-cublas-cu12")
+    variables = (
+        "CUDA_HOME",
+        "CUDA_DEVICE_ORDER",
+        "CUDA_MODULE_LOADING",
+        "PYTORCH_CUDA_ALLOC_CONF",
+        *TF32_VARIABLES,
+    )
+    packages = PACKAGES
 
     def probe_module(self, module: ModuleType, evidence: Mapping[str, str]) -> Availability:
         with _asking_nvml():
-            return super().probe_module(module, evidence)
+            found = super().probe_module(module, evidence)
+        hint = "" if found.ok else outdated(found.reason)
+        return replace(found, hint=hint) if hint else found
+
+    def setup(self, index: int | None = None) -> torch.device:
+        """Start the device. A driver that is too old passes the probe, which asks NVML, and fails here."""
+        try:
+            return super().setup(index)
+        except DeviceUnavailable as error:
+            hint = outdated(error.reason)
+            if not hint:
+                raise
+            raise DeviceUnavailable(self.name, error.reason, hint) from error
 
     def prepare_device(self) -> None:
         """Refuse a device of another vendor that got past the marks of the build."""
+        super().prepare_device()
         found = str(self.properties().name)
         if any(word in found.lower() for word in FOREIGN):
             reason = f"torch.cuda offers '{found}', which is not an NVIDIA device"
@@ -91,18 +128,11 @@ class Nvidia(CudaBackend):
     def vendor_facts(self) -> Mapping[str, str]:
         import torch
 
-        more = {"cudnn": torch.backends.cudnn.version(), "driver": _driver()}
+        more = {"cudnn": torch.backends.cudnn.version(), "driver": driver_version()}
         return {
             **super().vendor_facts(),
-            "float32_matmul_precision": torch.get_float32_matmul_precision(),
             **{name: str(value) for name, value in more.items() if value},
         }
-
-
-def _driver(file: Path = Path("/proc/driver/nvidia/version")) -> str:
-    """Return the version of the kernel driver, for hosts without a management library."""
-    found = re.search(r"Module.*?\s(\d+(?:\.\d+)+)\s", file.read_text()) if file.is_file() else None
-    return found[1] if found else ""
 
 
 @contextmanager

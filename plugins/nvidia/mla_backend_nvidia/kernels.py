@@ -1,4 +1,8 @@
-"""Which kernels NVIDIA GPUs have for attention, and on which architecture each runs."""
+"""Which kernels NVIDIA GPUs have for attention, on which architecture each runs, and how to get it.
+
+A card's best kernel comes first among those that run on it: FlashMLA on Hopper, TokenSpeed's on Blackwell,
+FlashInfer elsewhere. The hint for a missing package is given for cards that can use it.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mla_backends import FusedOp
+from mla_backends.api import AttentionSpec
 from mla_backends.kernels import (
     FlashAttnVarlen,
     FlashInferMla,
     FlashMla,
     LatentLimits,
     SdpaExpanded,
+    TokenspeedMla,
+    TokenspeedPrefill,
+    TorchVarlen,
     VarlenLimits,
 )
 from mla_backends.kernels.flashinfer import LIMITS as FLASHINFER_LIMITS
+from mla_backends.kernels.tokenspeed import LIMITS as TOKENSPEED_LIMITS
+from mla_backends.kernels.torch_varlen import LIMITS as TORCH_LIMITS
 
 if TYPE_CHECKING:
     import torch
@@ -25,36 +35,93 @@ Reason = Callable[["torch.device"], str]
 
 # FlashMLA plans one part per multiprocessor and tile of this many query rows; early releases perhaps none.
 TILE = 64
+# Its planner takes 20 bytes of shared memory per row, of which Hopper has 227 KiB; beyond, the process ends.
+FLASH_MLA_ROWS = 11_000
 
-# `pip install flash-mla` installs a placeholder of that name.
-_FLASH_MLA = "build it from https://github.com/deepseek-ai/FlashMLA"
+HOPPER = ((9, 0),)
+BLACKWELL = ((10, 0), (10, 3), (10, 7))  # of data centres, with tensor memory; not sm_120
+
+# torch's SDPA asks cuDNN first on these architectures, if it is newer than this (9.15.0), and cuDNN takes
+# values narrower than keys: either width up to 128, or 192 and 128. FlashAttention 2 wants them equal.
+# From check_prefer_cudnn_attention and check_cudnn_tensor_shapes in PyTorch's sdp_utils.cpp at 001f694.
+CUDNN_FIRST = ((9, 0), (10, 0), (10, 3))
+CUDNN_NEWER_THAN = 91500
+CUDNN_WIDTHS = (192, 128)
+
+_TOKENSPEED = "pip install tokenspeed-mla"
 _FLASH_ATTN_3 = "build the folder hopper of https://github.com/Dao-AILab/flash-attention"
+_FLASH_ATTN = (
+    "pip install a wheel from https://github.com/Dao-AILab/flash-attention/releases that names this torch; "
+    "without one, pip compiles for an hour"
+)
 
 
 def kernels(architecture: Architecture, multiprocessors: int | None) -> Mapping[str, FusedOp]:
     """Return the ops, best first. `multiprocessors` None means unknown."""
-    hopper, ampere = _only(architecture, (9, 0)), _from(architecture, (8, 0))
-    rows = (multiprocessors or 1) * TILE
+    hopper, blackwell = _only(architecture, *HOPPER), _only(architecture, *BLACKWELL)
+    ampere, here = _from(architecture, (8, 0)), architecture()
+    flash_mla = LatentLimits(
+        max_query_rows=(multiprocessors or 1) * TILE, max_rows=FLASH_MLA_ROWS, device_reason=hopper
+    )
+    tokenspeed = _TOKENSPEED if here in BLACKWELL else ""
     return {
-        "flash_mla": FlashMla(LatentLimits(max_query_rows=rows, device_reason=hopper), install=_FLASH_MLA),
+        "flash_mla": FlashMla(flash_mla, install=flash_mla_source() if here in HOPPER else ""),
+        "tokenspeed": TokenspeedMla(replace(TOKENSPEED_LIMITS, device_reason=blackwell), install=tokenspeed),
         "flashinfer": FlashInferMla(
             replace(FLASHINFER_LIMITS, device_reason=ampere), install="pip install flashinfer-python"
         ),
         "flash_attn_3": FlashAttnVarlen(
             VarlenLimits(pads_values=False, device_reason=hopper),
             module="flash_attn_interface",
-            install=_FLASH_ATTN_3,
+            install=_FLASH_ATTN_3 if here in HOPPER else "",
         ),
-        "flash_attn": FlashAttnVarlen(VarlenLimits(device_reason=ampere), install="pip install flash-attn"),
-        "sdpa": SdpaExpanded(pads_values=True),
+        "tokenspeed_prefill": TokenspeedPrefill(blackwell, install=tokenspeed),
+        "flash_attn": FlashAttnVarlen(VarlenLimits(device_reason=ampere), install=_FLASH_ATTN),
+        "torch_varlen": TorchVarlen(replace(TORCH_LIMITS, device_reason=ampere)),
+        "sdpa": SdpaExpanded(pads_values=_wants_equal_widths(architecture)),
     }
 
 
-def _only(architecture: Architecture, wanted: tuple[int, int]) -> Reason:
+def flash_mla_source() -> str:
+    """Return how to get dense FlashMLA beside the torch that is installed.
+
+    The wheel of sgl-flash-mla 1.0.0 links libcudart.so.13. Its README says torch 2.10 and newer, its metadata
+    say 2.14.1. The package `flash-mla` on PyPI is a placeholder.
+    """
+    import torch
+    from torch.torch_version import TorchVersion
+
+    version = TorchVersion(str(torch.__version__))
+    if int((torch.version.cuda or "0").partition(".")[0]) < 13 or version < "2.10":
+        return (
+            "build commit 9241ae3 of https://github.com/deepseek-ai/FlashMLA, with FLASH_MLA_DISABLE_SM100=1 "
+            "for nvcc before 12.9; the wheel sgl-flash-mla needs torch 2.10 or newer for CUDA 13"
+        )
+    if version < "2.14.1":
+        return "pip install --no-deps sgl-flash-mla, as pip would replace this torch by a newer one otherwise"
+    return "pip install sgl-flash-mla"
+
+
+def _wants_equal_widths(architecture: Architecture) -> Callable[[AttentionSpec], bool]:
+    """Return a function that says whether SDPA's fastest kernel needs values as wide as keys."""
+
+    def pads(spec: AttentionSpec) -> bool:
+        import torch
+
+        widths = (spec.qk_nope_head_dim + spec.qk_rope_head_dim, spec.v_head_dim)
+        takes = max(widths) <= CUDNN_WIDTHS[1] or widths == CUDNN_WIDTHS
+        first = architecture() in CUDNN_FIRST and (torch.backends.cudnn.version() or 0) > CUDNN_NEWER_THAN
+        return not (takes and first)
+
+    return pads
+
+
+def _only(architecture: Architecture, *wanted: tuple[int, int]) -> Reason:
+    names = ", ".join(map(_name, wanted))
+
     def reason(device: torch.device) -> str:
         found = architecture()
-        why = f"it runs on {_name(wanted)} only, but this is {_name(found)}"
-        return "" if found == wanted else why
+        return "" if found in wanted else f"it runs on {names} only, but this is {_name(found)}"
 
     return reason
 

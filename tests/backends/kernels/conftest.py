@@ -20,7 +20,15 @@ from mla_backends import FusedOp
 from mla_backends.api import AttentionSpec, SegmentLengths
 
 FAKES = Path(__file__).resolve().parents[2] / "fakes" / "kernels"
-PACKAGES = ("flash_mla", "mate", "ixformer", "flashinfer", "flash_attn", "flash_attn_interface")
+PACKAGES = (
+    "flash_mla",
+    "mate",
+    "ixformer",
+    "flashinfer",
+    "flash_attn",
+    "flash_attn_interface",
+    "tokenspeed_mla",
+)
 LATENT, ROTARY, NOPE, VALUE = 512, 64, 128, 128
 SCALE = 1.3 * (NOPE + ROTARY) ** -0.5  # neither the width's root nor that of the head
 # Per (token, head): one rounding of the output.

@@ -18,6 +18,8 @@ from mla_backends.kernels import (
     FlashMla,
     IxformerMla,
     LatentLimits,
+    TokenspeedMla,
+    TokenspeedPrefill,
     VarlenLimits,
     flashinfer,
 )
@@ -28,6 +30,7 @@ OFFERS: dict[str, Callable[[], FusedOp]] = {
     "nvidia_a": lambda: FlashMla(LatentLimits(max_query_rows=132 * 64)),
     "nvidia_b": FlashMla,
     "nvidia_c": FlashMla,
+    "nvidia_sgl": FlashMla,
     "metax": lambda: FlashMla(CAREFUL),
     "moore_legacy": lambda: FlashMla(
         LatentLimits(dtypes=("bfloat16",), max_query_rows=56 * 64, empty_rows=False, graph=False)
@@ -45,6 +48,8 @@ OFFERS: dict[str, Callable[[], FusedOp]] = {
     "ixformer_old": IxformerMla,
     "flashinfer": FlashInferMla,
     "flashinfer_old": FlashInferMla,
+    "tokenspeed": TokenspeedMla,
+    "tokenspeed prefill": TokenspeedPrefill,
     "flash_attn_2": FlashAttnVarlen,
     "flash_attn_3": lambda: FlashAttnVarlen(VarlenLimits(pads_values=False), module="flash_attn_interface"),
 }
@@ -55,7 +60,7 @@ TIMED = ("latent.prepare", "expanded.prepare")
 @pytest.mark.parametrize("folder", OFFERS)
 def test_an_adapter_passes_the_suite(installed: Any, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
-    with installed(folder):
+    with installed(folder.partition(" ")[0]):
         subject = BackendUnderTest(HostBackend(ops={"fake": OFFERS[folder]()}), "host", quick=True)
         kind = OFFERS[folder]().contract.partition("_")[0]
         chosen = [

@@ -31,6 +31,9 @@ KERNELS = {
         ("nvidia_a", "latent_attention", "flash_mla"),
         ("nvidia_b", "latent_attention", "flash_mla"),
         ("nvidia_c", "latent_attention", "flash_mla"),
+        ("nvidia_sgl", "latent_attention", "flash_mla"),
+        ("tokenspeed", "latent_attention", "tokenspeed"),
+        ("tokenspeed", "expanded_attention", "tokenspeed_prefill"),
         ("flashinfer", "latent_attention", "flashinfer"),
         ("flash_attn_2", "expanded_attention", "flash_attn"),
         ("flash_attn_3", "expanded_attention", "flash_attn_3"),
@@ -45,14 +48,17 @@ KERNELS = {
     ],
 }
 BACKEND = os.environ["EMULATED_BACKEND"]
-# Those that a whole run is tried with; the generations of one kernel differ in nothing a run can see.
-LIVES = {
-    name: [case for case in cases if case[0] not in ("nvidia_a", "nvidia_b", "flash_attn_3", "ixformer_old")]
-    for name, cases in KERNELS.items()
-}
+# Those that a whole run is tried with: the generations of one kernel differ in nothing a run can see.
+ALIKE = ("nvidia_a", "nvidia_b", "nvidia_c", "flash_attn_3", "ixformer_old")
+LIVES = {name: [case for case in cases if case[0] not in ALIKE] for name, cases in KERNELS.items()}
 # What a run replays: op and scenario. Decode takes one new token per request, the prefill 3 and 5.
 REPLAYED = {
-    "nvidia": {("flash_mla", "decode"), ("flash_attn", "prefill")},
+    "nvidia": {
+        ("flash_mla", "decode"),
+        ("tokenspeed", "decode"),
+        ("flash_attn", "prefill"),
+        ("tokenspeed_prefill", "prefill"),
+    },
     "metax": {("flash_attn", "prefill")},
     "iluvatar": {("ixformer", "decode")},
     "moore": set(),
@@ -66,7 +72,14 @@ WIDE = {
     "v_head_dim": 16,
 }
 # Where an op serves other shapes than those above.
-SHAPES = {"flash_attn_3": {"qk_nope_head_dim": 128, "v_head_dim": 128}}
+_DEEPSEEKS = {"qk_nope_head_dim": 128, "v_head_dim": 128}
+SHAPES = {"flash_attn_3": _DEEPSEEKS, "tokenspeed_prefill": _DEEPSEEKS}
+
+
+def _case(case: tuple[str, str, str]) -> str:
+    """Return the folder, or the op where a folder has two."""
+    folder, _, op = case
+    return op if folder == "tokenspeed" else folder
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -74,7 +87,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = any(mark.args[0] == "kernel" for mark in metafunc.definition.iter_markers("parametrize"))
     if "kernel" in metafunc.fixturenames and not chosen:
         cases = KERNELS[BACKEND]
-        metafunc.parametrize("kernel", cases, ids=[folder for folder, _, _ in cases], indirect=True)
+        metafunc.parametrize("kernel", cases, ids=[_case(case) for case in cases], indirect=True)
 
 
 @pytest.fixture
@@ -95,7 +108,7 @@ def make_layer(backend: Any, kernel: tuple[str, str], heads: int = 8) -> tuple[m
     return layer, state
 
 
-@pytest.mark.parametrize("kernel", LIVES[BACKEND], ids=lambda case: case[0], indirect=True)
+@pytest.mark.parametrize("kernel", LIVES[BACKEND], ids=_case, indirect=True)
 def test_a_run_uses_the_kernel_and_is_right(kernel: Any, bench: Any, tmp_path: Path) -> None:
     role, op = kernel
     (tmp_path / "tiny.json").write_text(json.dumps({**WIDE, **SHAPES.get(op, {})}))
@@ -109,7 +122,7 @@ def test_a_run_uses_the_kernel_and_is_right(kernel: Any, bench: Any, tmp_path: P
     assert {case.implementation for case in run.cases} == {"mla", "mla-reference"}
 
 
-@pytest.mark.parametrize("kernel", LIVES[BACKEND], ids=lambda case: case[0], indirect=True)
+@pytest.mark.parametrize("kernel", LIVES[BACKEND], ids=_case, indirect=True)
 def test_the_kernel_alone_is_right(kernel: Any, bench: Any, tmp_path: Path) -> None:
     role, op = kernel
     (tmp_path / "tiny.json").write_text(json.dumps({**WIDE, **SHAPES.get(op, {})}))
@@ -123,7 +136,7 @@ def test_the_kernel_alone_is_right(kernel: Any, bench: Any, tmp_path: Path) -> N
     ]
 
 
-@pytest.mark.parametrize("kernel", LIVES[BACKEND], ids=lambda case: case[0], indirect=True)
+@pytest.mark.parametrize("kernel", LIVES[BACKEND], ids=_case, indirect=True)
 def test_a_run_replays_what_the_kernel_lets_be_captured(kernel: Any, bench: Any, tmp_path: Path) -> None:
     """What cannot be captured is skipped with its reason, and costs nothing else."""
     role, op = kernel
@@ -211,7 +224,7 @@ def test_what_the_layer_does_not_look_at_is_right_too(
 
 
 # Kernels whose planning follows a batch that is updated in place; others refuse a capture with a sentence.
-FOLLOW = ("nvidia_a", "nvidia_b", "nvidia_c", "ixformer", "ixformer_old")
+FOLLOW = ("nvidia_a", "nvidia_b", "nvidia_c", "nvidia_sgl", "tokenspeed", "ixformer", "ixformer_old")
 
 
 def test_a_captured_step_follows_its_batch_or_is_refused(
@@ -244,7 +257,11 @@ def test_what_a_kernel_cannot_serve_is_refused_when_the_layer_is_built(kernel: A
     role, op = kernel
     changed = {"kv_lora_rank": 256} if role == "latent_attention" else {"qk_nope_head_dim": 256}
     why = mla.MLA(mla.MLAConfig(**{**WIDE, **changed}), backend=backend).ops[role].reasons
-    limits = ("it is made for latents of 512 + 64, not 256 + 64", "it takes heads of at most 256, not 320")
+    limits = (
+        "it is made for latents of 512 + 64, not 256 + 64",
+        "it takes heads of at most 256, not 320",
+        "it takes keys of 192 and values of 128, not (320, 16)",
+    )
     assert any(f"'{op}' not used because" in one and one.endswith(limits) for one in why), why
 
 
@@ -255,6 +272,7 @@ def test_pages_a_kernel_cannot_read_end_a_run_with_a_sentence(
     if role != "latent_attention" or op in ("flashinfer", "ixformer"):
         return  # it reads pages of any size, or none
     (tmp_path / "tiny.json").write_text(json.dumps(WIDE))
-    done = bench("--page-size", "32", "--attention", "absorbed")
+    done = bench("--page-size", "16", "--attention", "absorbed")
     assert done.code == 3
-    assert "it reads pages of 64 tokens, but this cache has pages of 32" in done.error
+    sizes = "32 or 64" if op == "tokenspeed" else "64"
+    assert f"it reads pages of {sizes} tokens, but this cache has pages of 16" in done.error

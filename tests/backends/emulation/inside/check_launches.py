@@ -35,6 +35,8 @@ DECODE = {
         "nvidia_a": Step(3, 29),
         "nvidia_b": Step(3, 29),
         "nvidia_c": Step(3, 29),
+        "nvidia_sgl": Step(3, 29),
+        "tokenspeed": Step(7, 28),
         "flashinfer": Step(5, 28),
     },
     "metax": {"metax": Step(3, 29)},
@@ -42,7 +44,12 @@ DECODE = {
     "iluvatar": {"ixformer": Step(2, 28), "ixformer_old": Step(2, 28)},
 }
 PREFILL = {
-    "nvidia": {"reference": Step(3, 105), "flash_attn_2": Step(4, 36), "flash_attn_3": Step(4, 34)},
+    "nvidia": {
+        "reference": Step(3, 105),
+        "tokenspeed": Step(4, 32),
+        "flash_attn_2": Step(4, 36),
+        "flash_attn_3": Step(4, 34),
+    },
     "metax": {"flash_attn_2": Step(4, 36)},
     "moore": {"reference": Step(3, 105)},
     "iluvatar": {"reference": Step(3, 105)},

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ PACKAGES = (
     "flashinfer",
     "flash_attn",
     "flash_attn_interface",
+    "tokenspeed_mla",
     "fake_kernels",
 )
 # What launches kernels of its own, unseen by torch.
@@ -37,7 +38,10 @@ LAUNCHES = {
     "ixformer.inference.functions": ("vllm_paged_attention_mla",),
     "flash_attn": ("flash_attn_varlen_func",),
     "flash_attn_interface": ("flash_attn_varlen_func",),
+    "tokenspeed_mla": ("tokenspeed_mla_decode", "tokenspeed_mla_prefill"),
 }
+# Packages for another card than the emulated one usually is.
+CARDS = {"tokenspeed": {"name": "NVIDIA B200", "capability": (10, 0)}}
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,7 @@ def vendor_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         if folder == "moore_legacy":
             (tmp_path / "flash_mla_musa.py").write_text('"""The extension that tells MT-flashMLA."""\n')
             monkeypatch.syspath_prepend(tmp_path)
+        emulated.STATE.card = replace(emulated.STATE.card, **CARDS.get(folder, {}))
         for path in (FAKES / "common", FAKES / folder):
             monkeypatch.syspath_prepend(path)
         _forget()

@@ -8,7 +8,9 @@ import math
 import torch
 
 # Package -> the capability of the device it believes to run on.
-CAPABILITY = {"flash_mla": (9, 0), "mt_flash_mla": (3, 1), "mate": (3, 1)}
+CAPABILITY = {"flash_mla": (9, 0), "mt_flash_mla": (3, 1), "mate": (3, 1), "tokenspeed_mla": (10, 0)}
+# Package -> whether its optional half was built.
+HAS_LEGACY = {"flash_mla": True}
 # Function -> how often it was called.
 CALLS = collections.Counter()
 

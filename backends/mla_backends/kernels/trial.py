@@ -1,0 +1,162 @@
+"""Tiny problems for `preflight`: a kernel that is compiled or loaded at its first use proves itself on one.
+
+The device attends a few tokens, and the results must agree roughly with a softmax in float32 on the host.
+Whether an op is exact is for the conformance suite to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mla_backends.api import AttentionSpec, FusedOp, SegmentLengths
+from mla_backends.errors import describe, one_line
+
+if TYPE_CHECKING:
+    import torch
+
+TOLERANCE = 0.03  # of a row's norm; bfloat16 rounds by 0.004
+ROWS = ((1, 1), (3, 70))  # new tokens and keys: a decode step of two requests
+SEGMENTS = ((2, 3), (2, 70))  # a new request and one with a history
+
+
+@dataclass(frozen=True)
+class TinyBatch:
+    """What `BatchView` asks for."""
+
+    query_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    page_size: int
+    block_table: torch.Tensor
+    kv_lens_device: torch.Tensor
+    cu_q: torch.Tensor
+
+
+def failures(attempt: Callable[[], str], label: str, cure: str) -> list[str]:
+    """Return why `attempt` failed, which returns what is wrong or raises; empty if nothing is.
+
+    What ends the process cannot be turned into a reason.
+    """
+    try:
+        wrong = attempt()
+    except Exception as error:  # noqa: BLE001  # compilers and loaders raise anything
+        behind = f", because of {describe(error.__cause__)}" if error.__cause__ else ""
+        wrong = f"raises {one_line(describe(error) + behind)}"
+    return [f"{label} {wrong} on a tiny batch here; {cure}"] if wrong else []
+
+
+def try_latent(op: FusedOp, spec: AttentionSpec, page_size: int) -> str:
+    """Run a `latent_attention` op on two requests; return what is wrong, "" if nothing."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    table, cache, rows = _pages(spec, page_size, generator)
+    batch = _batch(spec, page_size, table)
+    q = torch.randn(len(rows), spec.num_heads, cache.shape[2], generator=generator).to(spec.dtype)
+    out, lse = _targets(spec, len(rows), spec.kv_lora_rank)
+    op(
+        op.prepare(spec, batch),
+        q=q.to(spec.device),
+        cache=cache.to(spec.device),
+        block_table=batch.block_table,
+        kv_lens=batch.kv_lens_device,
+        cu_q=batch.cu_q,
+        softmax_scale=spec.softmax_scale,
+        out=out,
+        lse=lse,
+    )
+    keys = [row[:, None].expand(-1, spec.num_heads, -1) for row in rows]
+    truth = [
+        _attend(query, k, k[..., : spec.kv_lora_rank], spec)
+        for query, k in zip(q.split(1), keys, strict=True)
+    ]
+    return _judge(op, out, lse, truth)
+
+
+def _pages(
+    spec: AttentionSpec, page_size: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Return table and cache on the host, and each request's own latents.
+
+    Page 0 holds NaN and is nobody's; what the table names behind a request's last page is page 0.
+    """
+    import torch
+
+    counts = [-(-keys // page_size) for keys in ROWS[1]]
+    width = spec.kv_lora_rank + spec.qk_rope_head_dim
+    cache = torch.randn(1 + sum(counts), page_size, width, generator=generator).to(spec.dtype)
+    cache[0] = torch.nan
+    table = torch.zeros(len(counts), max(counts) + 1, dtype=torch.int32)
+    rows = []
+    for row, pages, keys in zip(table, torch.arange(1, len(cache)).split(counts), ROWS[1], strict=True):
+        row[: len(pages)] = pages
+        rows.append(cache[pages].flatten(0, 1)[:keys])
+    return table, cache, rows
+
+
+def _batch(spec: AttentionSpec, page_size: int, table: torch.Tensor) -> TinyBatch:
+    import torch
+
+    query_lens, kv_lens = ROWS
+    lens, cu_q = torch.tensor(kv_lens, dtype=torch.int32), torch.arange(3, dtype=torch.int32)
+    there = (tensor.to(spec.device) for tensor in (table, lens, cu_q))
+    return TinyBatch(query_lens, kv_lens, page_size, *there)
+
+
+def try_expanded(op: FusedOp, spec: AttentionSpec) -> str:
+    """Run an `expanded_attention` op on two segments; return what is wrong, "" if nothing."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    width, (query_lens, kv_lens) = spec.qk_nope_head_dim + spec.qk_rope_head_dim, SEGMENTS
+    shapes = ((sum(query_lens), width), (sum(kv_lens), width), (sum(kv_lens), spec.v_head_dim))
+    q, k, v = (torch.randn(t, spec.num_heads, d, generator=generator).to(spec.dtype) for t, d in shapes)
+    out, lse = _targets(spec, len(q), spec.v_head_dim)
+    state = op.prepare(spec, SegmentLengths(query_lens, kv_lens, causal=True))
+    op(
+        state,
+        q=q.to(spec.device),
+        k=k.to(spec.device),
+        v=torch.cat((k, v), dim=2).to(spec.device)[..., width:],  # as the layer has it: a slice
+        softmax_scale=spec.softmax_scale,
+        out=out,
+        lse=lse,
+    )
+    pieces = zip(q.split(list(query_lens)), k.split(list(kv_lens)), v.split(list(kv_lens)), strict=True)
+    return _judge(op, out, lse, [_attend(*piece, spec) for piece in pieces])
+
+
+def _targets(spec: AttentionSpec, tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out [t, h, width] and lse [t, h] for an op to fill; both hold NaN."""
+    import torch
+
+    out = torch.full((tokens, spec.num_heads, width), torch.nan, dtype=spec.dtype, device=spec.device)
+    return out, torch.full((tokens, spec.num_heads), torch.nan, device=spec.device)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend causally on the host: q [s, h, d], k [n, h, d], v [n, h, e] give out [s, h, e], lse [s, h]."""
+    import torch
+
+    logits = torch.einsum("shd,nhd->hsn", q.float(), k.float()) * spec.softmax_scale
+    hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
+    logits = logits.masked_fill(hidden, -torch.inf)
+    return torch.einsum("hsn,nhe->she", logits.softmax(-1), v.float()), logits.logsumexp(-1).t()
+
+
+def _judge(
+    op: FusedOp, out: torch.Tensor, lse: torch.Tensor, truth: list[tuple[torch.Tensor, torch.Tensor]]
+) -> str:
+    """Return how the results differ from the truth; "" if they do not."""
+    import torch
+
+    right, sums = (torch.cat(parts) for parts in zip(*truth, strict=True))
+    error = (out.float().cpu() - right).norm(dim=-1) / right.norm(dim=-1)
+    if not bool((error <= TOLERANCE).all()):  # NaN is not either
+        return "gives wrong results"
+    if op.writes_lse and not torch.allclose(lse.cpu(), sums, atol=TOLERANCE, rtol=0):
+        return "gives a wrong log-sum-exp"
+    return ""
