@@ -40,6 +40,7 @@ KERNELS = {
     "moore": [
         ("moore_mate", "latent_attention", "mate"),
         ("moore_legacy", "latent_attention", "mt_flash_mla"),
+        ("torch_flash.musa", "expanded_attention", "torch_varlen"),
     ],
     "nvidia": [
         ("nvidia_a", "latent_attention", "flash_mla"),
@@ -48,6 +49,7 @@ KERNELS = {
         ("flashinfer", "latent_attention", "flashinfer"),
         ("flash_attn_2", "expanded_attention", "flash_attn"),
         ("flash_attn_3", "expanded_attention", "flash_attn_3"),
+        ("torch_flash.cuda", "expanded_attention", "torch_varlen"),
     ],
     "metax": [
         ("metax", "latent_attention", "flash_mla"),
@@ -59,6 +61,7 @@ KERNELS = {
     ],
 }
 BACKEND = os.environ["EMULATED_BACKEND"]
+DISPATCH_KEYS = ("PrivateUse1",) if BACKEND == "moore" else ("CUDA",)
 # Those that a whole run is tried with; the generations of one kernel differ in nothing a run can see.
 LIVES = {
     name: [case for case in cases if case[0] not in ("nvidia_a", "nvidia_b", "flash_attn_3", "ixformer_old")]
@@ -66,10 +69,10 @@ LIVES = {
 }
 # What a run replays: op and scenario. Decode takes one new token per request, the prefill 3 and 5.
 REPLAYED = {
-    "nvidia": {("flash_mla", "decode"), ("flash_attn", "prefill")},
+    "nvidia": {("flash_mla", "decode"), ("flash_attn", "prefill"), ("torch_varlen", "prefill")},
     "metax": {("flash_attn", "prefill")},
     "iluvatar": {("ixformer", "decode")},
-    "moore": set(),
+    "moore": {("torch_varlen", "prefill")},
 }[BACKEND]
 # What launches kernels of its own, unseen by torch.
 LAUNCHES = {
@@ -109,6 +112,13 @@ def kernel(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     for path in (FAKES / "common", FAKES / folder):
         monkeypatch.syspath_prepend(path)
     _forget()
+    of_torch, _, function = folder.partition(".")
+    if function:  # torch's dispatcher is asked for the device, and the emulation computes on the host
+        stand_ins = importlib.import_module(f"fake_kernels.{of_torch}")
+        with stand_ins.registered(getattr(stand_ins, function), "CPU", *DISPATCH_KEYS):
+            yield role, op
+        _forget()
+        return
     for module, functions in LAUNCHES.items():
         with suppress(ModuleNotFoundError):
             found = importlib.import_module(module)
