@@ -62,17 +62,15 @@ KERNELS = {
 }
 BACKEND = os.environ["EMULATED_BACKEND"]
 DISPATCH_KEYS = ("PrivateUse1",) if BACKEND == "moore" else ("CUDA",)
-# Those that a whole run is tried with; the generations of one kernel differ in nothing a run can see.
-LIVES = {
-    name: [case for case in cases if case[0] not in ("nvidia_a", "nvidia_b", "flash_attn_3", "ixformer_old")]
-    for name, cases in KERNELS.items()
-}
+# Generations of a kernel that differ from another one in nothing a run can see; a run is not tried with them.
+ALIKE = ("nvidia_a", "nvidia_b", "flash_attn_3", "ixformer_old", "torch_flash.musa")
+LIVES = {name: [case for case in cases if case[0] not in ALIKE] for name, cases in KERNELS.items()}
 # What a run replays: op and scenario. Decode takes one new token per request, the prefill 3 and 5.
 REPLAYED = {
     "nvidia": {("flash_mla", "decode"), ("flash_attn", "prefill"), ("torch_varlen", "prefill")},
     "metax": {("flash_attn", "prefill")},
     "iluvatar": {("ixformer", "decode")},
-    "moore": {("torch_varlen", "prefill")},
+    "moore": set(),
 }[BACKEND]
 # What launches kernels of its own, unseen by torch.
 LAUNCHES = {
