@@ -26,6 +26,7 @@ KERNELS = {
     "moore": [
         ("moore_mate", "latent_attention", "mate"),
         ("moore_legacy", "latent_attention", "mt_flash_mla"),
+        ("torch_flash.musa", "expanded_attention", "torch_varlen"),
     ],
     "nvidia": [
         ("nvidia_a", "latent_attention", "flash_mla"),
@@ -37,6 +38,7 @@ KERNELS = {
         ("flashinfer", "latent_attention", "flashinfer"),
         ("flash_attn_2", "expanded_attention", "flash_attn"),
         ("flash_attn_3", "expanded_attention", "flash_attn_3"),
+        ("torch_flash.cuda", "expanded_attention", "torch_varlen"),
     ],
     "metax": [
         ("metax", "latent_attention", "flash_mla"),
@@ -48,8 +50,8 @@ KERNELS = {
     ],
 }
 BACKEND = os.environ["EMULATED_BACKEND"]
-# Those that a whole run is tried with: the generations of one kernel differ in nothing a run can see.
-ALIKE = ("nvidia_a", "nvidia_b", "nvidia_c", "flash_attn_3", "ixformer_old")
+# Generations of a kernel that differ from another one in nothing a run can see; a run is not tried with them.
+ALIKE = ("nvidia_a", "nvidia_b", "nvidia_c", "flash_attn_3", "ixformer_old", "torch_flash.musa")
 LIVES = {name: [case for case in cases if case[0] not in ALIKE] for name, cases in KERNELS.items()}
 # What a run replays: op and scenario. Decode takes one new token per request, the prefill 3 and 5.
 REPLAYED = {
@@ -58,6 +60,7 @@ REPLAYED = {
         ("tokenspeed", "decode"),
         ("flash_attn", "prefill"),
         ("tokenspeed_prefill", "prefill"),
+        ("torch_varlen", "prefill"),
     },
     "metax": {("flash_attn", "prefill")},
     "iluvatar": {("ixformer", "decode")},

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ LAUNCHES = {
     "flash_attn_interface": ("flash_attn_varlen_func",),
     "tokenspeed_mla": ("tokenspeed_mla_decode", "tokenspeed_mla_prefill"),
 }
+# Where torch looks a kernel of its own up, on the emulated device.
+DISPATCH_KEYS = ("PrivateUse1",) if os.environ["EMULATED_BACKEND"] == "moore" else ("CUDA",)
 # Packages for another card than the emulated one usually is.
 CARDS = {"tokenspeed": {"name": "NVIDIA B200", "capability": (10, 0)}}
 
@@ -164,13 +166,18 @@ def vendor_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         for path in (FAKES / "common", FAKES / folder):
             monkeypatch.syspath_prepend(path)
         _forget()
+        of_torch, _, function = folder.partition(".")
+        if function:  # torch's dispatcher is asked for the device, and the emulation computes on the host
+            stand_ins = importlib.import_module(f"fake_kernels.{of_torch}")
+            undone.enter_context(stand_ins.registered(getattr(stand_ins, function), "CPU", *DISPATCH_KEYS))
         for module, functions in LAUNCHES.items():
             with suppress(ModuleNotFoundError):
                 found = importlib.import_module(module)
                 for function in functions:
                     monkeypatch.setattr(found, function, emulated.kernel(getattr(found, function)))
 
-    yield install
+    with ExitStack() as undone:
+        yield install
     _forget()
 
 
