@@ -18,10 +18,11 @@ from mla.cache.ragged_batch import RaggedBatch
 from mla.checkpoint import read_layer, refuse_other_formats
 from mla.config import MLAConfig
 from mla.errors import WeightError
+from mla.layer.expansion import WORKSPACE_BYTES, Growth
 from mla.layer.forward import make_step
 from mla.layer.ops import Ops
 from mla.layer.packed_weights import PackedWeights
-from mla.layer.plan import WORKSPACE_BYTES, StepPlan, make_plan
+from mla.layer.plan import StepPlan, make_plan
 from mla.layer.recording import Repeated, recording
 from mla.layer.rope import RotaryTable
 from mla.layer.views import StepViews
@@ -41,7 +42,9 @@ class MLA(nn.Module):
     serve this layer, "reference" never does, "fused" and names of ops require them (`mla.layer.ops.choose`)
     and raise `UnsupportedOps` where they cannot serve. Without a backend the layer runs the reference on the
     CPU.
-    `workspace_bytes` caps the keys and values the expanded path rebuilds at a time.
+    `workspace_bytes` caps the keys and values that the expanded path rebuilds at a time. An op without a
+    log-sum-exp gets all of a request at once: beyond the cap, up to a quarter of the device's free memory,
+    else planning raises `UnsupportedBatch`.
     Weights arrive through `load_state_dict` under Hugging Face names.
     """
 
@@ -68,7 +71,8 @@ class MLA(nn.Module):
         self.ops = Ops(config, backend.ops() if backend else {}, dtype, self.device, ops)
         self.rotary = RotaryTable(config, self.device)
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
-        self._scratch = Workspace(dtype, self.device)
+        self._scratch = Workspace(dtype, self.device, keeps=workspace_bytes)
+        self._growth = Growth(backend)
         views = StepViews(config, self.ops, self._scratch)
         self.step = make_step(config, self.ops, self._weights, views, self._scratch)
         # A subclass may do more between ops than can be recorded.
@@ -149,7 +153,8 @@ class MLA(nn.Module):
         memory = batch.memory.keep(self._plan_key, lambda: self.rotary.empty(batch.num_tokens))
         self.rotary.reserve(max(batch.kv_lens))
         cos_sin = self.rotary.gather(batch.positions, memory)
-        return make_plan(self.config, self.ops, cos_sin, batch, self.attention, self.workspace_bytes)
+        limits = (self.workspace_bytes, self._growth)
+        return make_plan(self.config, self.ops, cos_sin, batch, self.attention, *limits)
 
     def _make_plan_key(self) -> object:
         """Return a stand-in for the specs a plan depends on: one object for layers with equal specs."""

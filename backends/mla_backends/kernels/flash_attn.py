@@ -142,7 +142,8 @@ class VarlenOp(FusedOp):
             if lse is not None:
                 lse.fill_(-math.inf)
             return
-        value, sums = self.attend(state, q, k, self._values(k, v), float(softmax_scale))
+        v = self._values(k, v)
+        value, sums = self.attend(state, _aligned(q), _aligned(k), _aligned(v), float(softmax_scale))
         out.copy_(value[..., : out.shape[2]])
         if lse is not None:
             lse.copy_(self._logs(sums, state, lse))
@@ -171,6 +172,20 @@ class VarlenOp(FusedOp):
         else:
             sums = sums.transpose(0, 1)
         return sums.masked_fill(sums == math.inf, -math.inf)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor, or a copy where its rows start elsewhere than at multiples of 16 bytes.
+
+    Kernels load so many at a time and check the last stride only. Widths that are no multiples of 8 are
+    padded, and thereby copied, by the kernel's own wrapper.
+    """
+    import torch
+
+    odd = any(stride % 8 for stride in tensor.stride()[:-1]) or tensor.data_ptr() % 16
+    if odd and tensor.shape[-1] % 8 == 0:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
 
 
 class FlashAttnVarlen(VarlenOp):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from float64_attention import attend_segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,6 +84,24 @@ def test_one_launch_serves_all_segments_whether_or_not_lse_is_read(
             assert fakes.CALLS["_flash_attention_forward"] == before + 1
         assert op.lse_optional
         assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize(("first", "more"), [(3, 8), (8, 13), (0, 1)])
+@each_stack
+def test_rows_that_start_anywhere_are_right(
+    stacked: Any, make_spec: Any, assert_right: Any, stack: str, first: int, more: int
+) -> None:
+    """The kernels load 16 bytes at a time and do not check it."""
+    spec, lengths = make_spec(num_heads=2), SegmentLengths((3, 2), (9, 2), True)
+    wide = [torch.randn(t, 2, d + more).bfloat16() for t, d in ((5, 192), (11, 192), (11, 128))]
+    parts = [tensor[..., first : first + tensor.shape[2] - more] for tensor in wide]
+    out, lse = torch.full((5, 2, 128), math.nan, dtype=torch.bfloat16), torch.full((5, 2), math.nan)
+    with stacked(stack):
+        op = STACKS[stack]()
+        q, k, v = parts
+        op(op.prepare(spec, lengths), q=q, k=k, v=v, softmax_scale=0.1, out=out, lse=lse)
+    split = zip(q.split([3, 2]), k.split([9, 2]), v.split([9, 2]), strict=True)
+    assert_right((out, lse), attend_segments(split, 0.1))
 
 
 @each_stack

@@ -15,7 +15,9 @@ from mla.bench.plan.request import plan_scenarios
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.grid import Point
+from mla.reference import REFERENCE
 from mla.weights import random_state_dict
+from mla_backends.testing import HostBackend
 
 Bench = Callable[..., Any]
 CPU = ("--backend", "cpu", "--threads", "1", "--implementations", "mla")
@@ -47,3 +49,40 @@ def test_a_run_that_cannot_fit_is_refused_before_it_allocates(
         r"host; available are [\d.]+ GiB: use fewer requests, shorter histories or a smaller config\."
     )
     assert re.fullmatch(sentence, done.error)
+
+
+class NoSums(type(REFERENCE["expanded_attention"])):  # type: ignore[misc]
+    """An op that cannot merge rounds."""
+
+    writes_lse = False
+
+
+PROMPT = {"query_lens": (4096,), "history": (0,)}
+FOLLOW_UP = {"query_lens": (1024,), "history": (4096,)}
+ABSORBED = {"query_lens": (1, 1), "history": (4096, 60_000)}
+TRICKLE = {"query_lens": (300, 1), "history": (0, 60_000)}  # only the first is expanded
+
+
+@pytest.mark.parametrize(
+    ("lengths", "attention", "grown"),
+    [
+        (PROMPT, "auto", 4096),
+        (FOLLOW_UP, "auto", 5120),
+        (PROMPT, "absorbed", 0),
+        (ABSORBED, "auto", 0),
+        (ABSORBED, "expanded", 60_001),
+        (TRICKLE, "auto", 0),
+    ],
+)
+def test_the_plan_counts_a_context_that_is_rebuilt_at_once(
+    lengths: dict[str, tuple[int, ...]], attention: str, grown: int
+) -> None:
+    """An op without a log-sum-exp takes k, kv_b's output and perhaps padded values of the longest request."""
+    config = mla.MLAConfig.preset("deepseek-r1")
+    point = Point(name="p", base="p", mode="prefill", runs=1, **lengths)
+    needs = []
+    for op in (NoSums(), REFERENCE["expanded_attention"]):
+        backend = HostBackend(ops={"mine": op})
+        setting = Setting(config, backend, torch.bfloat16, attention, 64, 0)
+        needs.append(plan_scenarios(setting, [point], ["mla"])[0][0].needs.device_bytes)
+    assert needs[0] - needs[1] == grown * 128 * (192 + 128 + 128 + 192) * 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ KERNELS = {
     "moore": [
         ("moore_mate", "latent_attention", "mate"),
         ("moore_legacy", "latent_attention", "mt_flash_mla"),
+        ("torch_flash.musa", "expanded_attention", "torch_varlen"),
     ],
     "nvidia": [
         ("nvidia_a", "latent_attention", "flash_mla"),
@@ -37,6 +40,7 @@ KERNELS = {
         ("flashinfer", "latent_attention", "flashinfer"),
         ("flash_attn_2", "expanded_attention", "flash_attn"),
         ("flash_attn_3", "expanded_attention", "flash_attn_3"),
+        ("torch_flash.cuda", "expanded_attention", "torch_varlen"),
     ],
     "metax": [
         ("metax", "latent_attention", "flash_mla"),
@@ -48,8 +52,9 @@ KERNELS = {
     ],
 }
 BACKEND = os.environ["EMULATED_BACKEND"]
-# Those that a whole run is tried with: the generations of one kernel differ in nothing a run can see.
-ALIKE = ("nvidia_a", "nvidia_b", "nvidia_c", "flash_attn_3", "ixformer_old")
+DISPATCH_KEYS = ("PrivateUse1",) if BACKEND == "moore" else ("CUDA",)
+# Generations of a kernel that differ from another one in nothing a run can see; a run is not tried with them.
+ALIKE = ("nvidia_a", "nvidia_b", "nvidia_c", "flash_attn_3", "ixformer_old", "torch_flash.musa")
 LIVES = {name: [case for case in cases if case[0] not in ALIKE] for name, cases in KERNELS.items()}
 # What a run replays: op and scenario. Decode takes one new token per request, the prefill 3 and 5.
 REPLAYED = {
@@ -58,6 +63,7 @@ REPLAYED = {
         ("tokenspeed", "decode"),
         ("flash_attn", "prefill"),
         ("tokenspeed_prefill", "prefill"),
+        ("torch_varlen", "prefill"),
     },
     "metax": {("flash_attn", "prefill")},
     "iluvatar": {("ixformer", "decode")},
@@ -91,11 +97,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def kernel(request: pytest.FixtureRequest, vendor_package: Any) -> tuple[str, str]:
+def kernel(request: pytest.FixtureRequest, vendor_package: Any) -> Iterator[tuple[str, str]]:
     """Put a fake package on the path and return (role, name of the op)."""
     folder, role, op = request.param
     vendor_package(folder)
-    return role, op
+    of_torch, _, function = folder.partition(".")
+    if not function:
+        yield role, op
+        return
+    # torch's dispatcher is asked for the device, and the emulation computes on the host
+    stand_ins = importlib.import_module(f"fake_kernels.{of_torch}")
+    with stand_ins.registered(getattr(stand_ins, function), "CPU", *DISPATCH_KEYS):
+        yield role, op
 
 
 def make_layer(backend: Any, kernel: tuple[str, str], heads: int = 8) -> tuple[mla.MLA, dict[str, Any]]:
