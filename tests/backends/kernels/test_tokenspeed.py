@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_backends.kernels import TokenspeedMla, TokenspeedPrefill, paged, tokenspeed
+from mla_backends import BackendError
+from mla_backends.kernels import TokenspeedMla, TokenspeedPrefill, paged, tokenspeed, tokenspeed_prefill
 from mla_backends.kernels.tokenspeed import LIMITS, own_pages
 
 FAKE = "tokenspeed"
@@ -129,6 +130,22 @@ def test_strided_queries_and_outputs(fakes: Any, make_problem: Any, assert_right
     assert room.isnan().all(), "memory beside out was written"
 
 
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor from the second element of its memory on: not at a multiple of 16 bytes."""
+    return torch.cat((tensor.new_zeros(1), tensor.flatten()))[1:].view(tensor.shape)
+
+
+def test_queries_and_outputs_may_start_anywhere(fakes: Any, make_problem: Any, assert_right: Any) -> None:
+    problem = make_problem([1, 1], [33, 70])
+    problem.q = shifted(problem.q)
+    assert problem.q.data_ptr() % 16
+    out = shifted(torch.full((2, 16, 512), torch.nan).bfloat16())
+    assert_right(problem.run(TokenspeedMla(), out=out), problem.truth())
+    problem.cache = shifted(problem.cache)
+    with pytest.raises(BackendError, match="must start at multiples of 16 bytes"):
+        problem.run(TokenspeedMla())
+
+
 class Unmasked(TokenspeedMla):
     def launch(self, plan: Any, call: Any) -> Any:
         import tokenspeed_mla
@@ -236,19 +253,10 @@ def test_out_may_be_strided_and_lse_left_out(fakes: Any, make_spec: Any) -> None
     op(state, q=q, k=k, v=v, softmax_scale=0.1, out=plain, lse=torch.empty(4, 2))
     op(state, q=q, k=k, v=v, softmax_scale=0.1, out=room[:, :2], lse=None)
     assert torch.equal(plain, room[:, :2])
+    odd = [shifted(tensor) for tensor in (q, k, v, torch.empty_like(plain))]
+    op(state, q=odd[0], k=odd[1], v=odd[2], softmax_scale=0.1, out=odd[3], lse=None)
+    assert torch.equal(plain, odd[3])
     assert room[:, 2].isnan().all()
-
-
-class Sliced(TokenspeedPrefill):
-    """Values are passed on as the layer has them."""
-
-    def __call__(self, state: Any, *, v: torch.Tensor, **tensors: Any) -> None:
-        super().__call__(state, v=v.as_subclass(Uncopied), **tensors)
-
-
-class Uncopied(torch.Tensor):
-    def contiguous(self, *arguments: Any, **options: Any) -> Any:
-        return self.as_subclass(torch.Tensor)
 
 
 class ByHalf(TokenspeedPrefill):
@@ -266,7 +274,15 @@ class Unblinded(TokenspeedPrefill):
         return replace(super().prepare(spec, batch), blind=None)
 
 
-@pytest.mark.parametrize("mutant", [Sliced, ByHalf, Unblinded])
+def test_values_that_are_passed_on_as_a_slice_are_wrong(
+    fakes: Any, run_expanded: Any, assert_right: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenspeed_prefill, "_dense", lambda tensor: tensor)
+    with pytest.raises(AssertionError, match=WRONG):
+        assert_right(*run_expanded(TokenspeedPrefill(), (4, 5), (4, 9)))
+
+
+@pytest.mark.parametrize("mutant", [ByHalf, Unblinded])
 def test_the_check_fails_a_wrong_prefill(
     fakes: Any, run_expanded: Any, assert_right: Any, mutant: type[TokenspeedPrefill]
 ) -> None:

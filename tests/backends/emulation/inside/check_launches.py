@@ -47,10 +47,10 @@ PREFILL = {
     "nvidia": {
         "reference": Step(3, 105),
         "tokenspeed": Step(4, 32),
-        "flash_attn_2": Step(4, 36),
-        "flash_attn_3": Step(4, 34),
+        "flash_attn_2": Step(4, 33),
+        "flash_attn_3": Step(4, 31),
     },
-    "metax": {"flash_attn_2": Step(4, 36)},
+    "metax": {"flash_attn_2": Step(4, 33)},
     "moore": {"reference": Step(3, 105)},
     "iluvatar": {"reference": Step(3, 105)},
 }
