@@ -83,7 +83,8 @@ def ask(
     """Run this Python with `arguments` in a child process; return `fields` of the JSON object it prints last.
 
     `variables` are set in the child's environment, in addition to those of this process. Raises `NoAnswer` if
-    the child prints no such object or takes more than `timeout` seconds, after which it is killed.
+    the child prints no such object or takes more than `timeout` seconds, after which it is killed; the last
+    line on its stderr is quoted, because it may say what it was doing.
     """
     try:
         child = subprocess.run(
@@ -94,8 +95,8 @@ def ask(
             check=False,
             env={**os.environ, **(variables or {})},
         )
-    except subprocess.TimeoutExpired:
-        raise NoAnswer(f"did not answer within {timeout:g} s") from None
+    except subprocess.TimeoutExpired as late:
+        raise NoAnswer(f"did not answer within {timeout:g} s{_last_line(late.stderr)}") from None
     lines = child.stdout.decode(errors="replace").strip().splitlines()
     try:
         answer = json.loads(lines[-1])
@@ -116,5 +117,10 @@ def _ending(child: subprocess.CompletedProcess[bytes]) -> str:
             return f"died with signal {signal.Signals(-child.returncode).name}"
         except ValueError:  # real-time signals have numbers only
             return f"died with signal {-child.returncode}"
-    last = child.stderr.decode(errors="replace").strip().splitlines()[-1:]
-    return f"exited with status {child.returncode} without an answer" + "".join(f" ({line})" for line in last)
+    return f"exited with status {child.returncode} without an answer{_last_line(child.stderr)}"
+
+
+def _last_line(stderr: bytes | None) -> str:
+    """Return the last line in brackets, after a space; "" if there is none."""
+    last = (stderr or b"").decode(errors="replace").strip().splitlines()[-1:]
+    return "".join(f" ({line.strip()})" for line in last)

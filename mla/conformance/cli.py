@@ -154,7 +154,7 @@ def open_subject(options: BackendOptions, quick: bool) -> BackendUnderTest:
     def reopen(more: Mapping[str, str]) -> Backend:
         return create(opened.name, {**settings, **more})
 
-    return BackendUnderTest(opened.backend, opened.name, quick, opened.version, reopen)
+    return BackendUnderTest(opened.backend, opened.name, quick, opened.version, reopen, note)
 
 
 def _require_known(patterns: Sequence[str]) -> None:

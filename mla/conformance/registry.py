@@ -23,6 +23,7 @@ _MODULES = (
     "pointwise",
     "write_latent",
     "latent_attention",
+    "latent_places",
     "expanded_attention",
     "without_lse",
     "layer",

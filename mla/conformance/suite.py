@@ -41,6 +41,7 @@ class Instance:
             subject,
             dtype=self.dtype or torch.float32,
             op=self.op,
+            name=self.of,
             kind=self.check.kind,
             policy=self.of if self.check.scope == LAYER else "auto",
             may_refuse=self.check.scope in (OP, LAYER),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mla.errors import UnsupportedBatch
+from mla.layer.preflight import Say, preflight_reasons
 from mla.verify.tolerances import judge, judge_lse
 from mla_backends.api import OPS, Backend, FusedOp
 from mla_backends.errors import BackendError, describe
@@ -37,6 +38,7 @@ class BackendUnderTest:
     quick: bool = False
     version: str | None = None
     reopen: Callable[[Mapping[str, str]], Backend] | None = None  # creates the backend with other options
+    say: Say | None = None  # is told in one line what an op compiles, before it does
 
     @property
     def device(self) -> torch.device:
@@ -60,6 +62,7 @@ class Trial:
     subject: BackendUnderTest
     dtype: torch.dtype = torch.float32
     op: FusedOp | None = None
+    name: str = ""  # of the op
     kind: str = ""
     policy: str = "auto"  # of the layer's ops
     may_refuse: bool = False  # a `BackendError` is an op's refusal, not a failure
@@ -125,6 +128,8 @@ class Trial:
         if self.op.contract != OPS[self.kind]:
             raise Refused(f"it implements {self.op.contract}, but this suite checks {OPS[self.kind]}")
         reasons = list(self.op.unsupported_reasons(spec))
+        if not reasons:
+            reasons = preflight_reasons(self.name, self.op, spec, self.subject.say)
         if not reasons and query_lens:
             reasons = list(self.op.unsupported_batch(spec, query_lens, kv_lens))
         if reasons:

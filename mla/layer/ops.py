@@ -12,6 +12,7 @@ import torch
 
 from mla.config import MLAConfig
 from mla.errors import UnknownOp, UnsupportedBatch, UnsupportedOps, did_you_mean
+from mla.layer.preflight import Say, preflight_reasons
 from mla.reference import REFERENCE
 from mla_backends import BackendError
 from mla_backends.api import OPS, AttentionSpec, FusedOp, LinearSpec, NormSpec
@@ -46,11 +47,14 @@ class Choice:
 POLICIES = ("auto", "reference", "fused")
 
 
-def choose(kind: str, spec: Any, offered: Mapping[str, FusedOp], policy: str) -> Choice:
+def choose(
+    kind: str, spec: Any, offered: Mapping[str, FusedOp], policy: str, say: Say | None = None
+) -> Choice:
     """Return the first offered op of `kind` that serves `spec`, else the reference.
 
     `policy`: "auto"; "reference" takes no fused op; "fused" requires one wherever the backend offers any;
     names, separated by commas, require those for their kinds. Raises `UnsupportedOps` when one cannot serve.
+    `say` is told what an op compiles before it does (`mla.layer.preflight`).
     """
     if policy == "reference":
         return Choice("reference", REFERENCE[kind], spec)
@@ -58,7 +62,7 @@ def choose(kind: str, spec: Any, offered: Mapping[str, FusedOp], policy: str) ->
     named = {name: op for name, op in candidates.items() if name in _names(policy)}
     reasons: list[str] = []
     for name, op in (named or candidates).items():
-        why = _refusals(op, kind, spec)
+        why = refusals(name, op, kind, spec, say)
         if not why:
             return Choice(name, op, spec, tuple(reasons))
         reasons += [f"fused op '{name}' not used because {reason}" for reason in why]
@@ -87,10 +91,11 @@ def _check_names(offered: Mapping[str, FusedOp], policy: str) -> None:
             )
 
 
-def _refusals(op: FusedOp, kind: str, spec: Any) -> list[str]:
+def refusals(name: str, op: FusedOp, kind: str, spec: Any, say: Say | None = None) -> list[str]:
+    """Return why `op`, offered as `name`, does not serve `spec` here (empty if it does)."""
     if op.contract != OPS[kind]:
         return [f"it implements {op.contract} and this core calls {OPS[kind]}"]
-    return op.unsupported_reasons(spec)
+    return op.unsupported_reasons(spec) or preflight_reasons(name, op, spec, say)
 
 
 class Ops:
@@ -103,13 +108,14 @@ class Ops:
         dtype: torch.dtype,
         device: torch.device,
         policy: str = "auto",
+        say: Say | None = None,
     ) -> None:
         _validate(offered)
         _check_names(offered, policy)
         self.attention = attention_spec(config, dtype, device)
         self._choices: dict[str, Choice] = {}
         for role, (kind, spec) in layer_roles(config, dtype, device).items():
-            self._choices[role] = choose(kind, spec, offered, policy)
+            self._choices[role] = choose(kind, spec, offered, policy, say)
 
     def __getitem__(self, role: str) -> Choice:
         return self._choices[role]

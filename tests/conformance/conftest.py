@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mla.conformance.checks import latent_places
 from mla.conformance.report import CheckResult
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
@@ -288,6 +289,12 @@ def sound() -> type[Sound]:
 def right_ops() -> dict[str, FusedOp]:
     """Return an op of each kind that is written in another way than the reference, and right."""
     return {op.__name__.lower(): op() for op in RIGHT_OPS}
+
+
+@pytest.fixture(autouse=True)
+def nearer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the memory of caches beyond 32 bits, which some ops copy."""
+    monkeypatch.setattr(latent_places, "PLACES", (1 << 22,))
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from mla.conformance.checks import latent_places
 from mla.conformance.registry import all_checks
 from mla.conformance.report import CheckResult
 from mla.reference import REFERENCE
@@ -18,6 +19,7 @@ from mla.reference import REFERENCE
 Run = Callable[..., list[CheckResult]]
 Latent, Expanded = (type(REFERENCE[kind]) for kind in ("latent_attention", "expanded_attention"))
 PAGE = 64
+FAR = 1 << 22  # numbers: where the pages lie that `conftest.py` lets the suite ask for
 
 
 def altered(batch: Any, **changes: Any) -> SimpleNamespace:
@@ -228,6 +230,36 @@ def first_lengths() -> Callable[..., Any]:
     )
 
 
+def last_key_lost(rows: int, keys: int) -> Callable[..., None]:
+    """Round the keys that a tile of rows sees down to whole tokens, where the token's own starts a tile."""
+
+    def spoil(
+        batch: Any, *, q: Any, cache: Any, block_table: Any, softmax_scale: float, out: Any, **tensors: Any
+    ) -> None:
+        first, heads = 0, q.shape[1]
+        for table, count, length in zip(block_table, batch.query_lens, batch.kv_lens, strict=True):
+            for end in range(rows, count * heads, rows):
+                token, cut = divmod(end, heads)
+                own = length - count + token
+                if cut and own > 0 and own % keys == 0:
+                    latents = cache[table.long()].flatten(0, 1)[:own].float()
+                    logits = q[first + token, :cut].float() @ latents.T * softmax_scale
+                    out[first + token, :cut] = (logits.softmax(-1) @ latents[:, : out.shape[2]]).to(out.dtype)
+            first += count
+
+    return spoil
+
+
+def wrapped(numbers: int) -> Callable[..., Any]:
+    """Find pages where so many numbers wrap around."""
+
+    def prepare(spec: Any, batch: Any) -> Any:
+        page = batch.page_size * (spec.kv_lora_rank + spec.qk_rope_head_dim)
+        return altered(batch, block_table=(batch.block_table.long() * page % numbers // page).int())
+
+    return prepare
+
+
 def host_query(right: Any, batch: Any, *, q: Any, **tensors: Any) -> None:
     right(q=torch.from_numpy(q.numpy().copy()), **tensors)
 
@@ -265,6 +297,14 @@ MUTANTS: Mapping[str, list[Callable[[], Any]]] = {
     "latent.other_widths": [lambda: after(Latent, made_for(512))],
     "latent.stepping": [lambda: wrong(Latent, prepare=first_lengths())],
     "latent.without_lse": [lambda: without_lse(Latent), lambda: without_lse(Latent, nothing)],
+    "latent.cut_tokens": [
+        lambda: after(Latent, last_key_lost(128, 64)),
+        lambda: after(Latent, last_key_lost(64, 16)),
+    ],
+    "latent.far_pages": [
+        lambda: wrong(Latent, prepare=wrapped(FAR)),
+        lambda: wrong(Latent, prepare=wrapped(FAR // 2)),
+    ],
     "latent.graph": [lambda: wrong(Latent, host_query)],
     "latent.graph_lengths": [FrozenLengths],
 }
@@ -320,6 +360,8 @@ EXPANDED_MUTANTS: Mapping[str, list[Callable[[], Any]]] = {
 ALL: Mapping[str, list[Callable[[], Any]]] = {**MUTANTS, **EXPANDED_MUTANTS}
 # Mutants so specific that few checks of their group notice them: check -> those beside it that do.
 FEW: Mapping[str, set[str]] = {
+    "latent.cut_tokens": set(),
+    "latent.far_pages": set(),
     "latent.empty_rows": set(),
     "latent.graph_lengths": set(),
     "latent.heads": set(),
@@ -368,3 +410,44 @@ def test_the_check_fails_a_wrong_op(
 def test_a_fault_is_not_smeared_over_the_report(judge: Run, sound: Any, check: str) -> None:
     backend = sound(ops={"mine": ALL[check][0]()})
     assert failed(judge(backend, f"{check.partition('.')[0]}.*[mine-*]")) == {check, *FEW[check]}
+
+
+def test_a_cache_that_there_is_no_memory_for_is_refused(
+    judge: Run, sound: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judged(available: int | None) -> CheckResult:
+        monkeypatch.setattr(latent_places.host, "memory_available", lambda: available)
+        (found,) = judge(sound(ops={"mine": Latent()}), "latent.far_pages[mine-*]")
+        return found
+
+    monkeypatch.setattr(latent_places, "PLACES", (2 * FAR, FAR))
+    assert judged(16 * FAR).note == "0.034 GB from the start"
+    assert judged(8 * FAR).note == "0.017 GB from the start"  # and a copy in float32, if an op makes one
+    assert (judged(8 * FAR - 1).status, judged(8 * FAR - 1).reason) == (
+        "refused",
+        "there is no room for a cache of 0.017 GB",
+    )
+    assert judged(None).reason == "how much memory is free is not known"
+
+
+def test_the_reference_finds_pages_as_far_as_this_machine_goes(
+    judge: Run, sound: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but the pages of the requests is touched, so that this takes address space and no memory."""
+    monkeypatch.setattr(latent_places, "PLACES", (1 << 32, 1 << 31, 1 << 30))
+    (found,) = judge(sound(), "latent.far_pages[reference-bfloat16]", dtypes=(torch.bfloat16,))
+    assert found.status in ("pass", "refused"), found.reason
+
+
+@pytest.mark.parametrize("rows", latent_places.ROWS)
+@pytest.mark.parametrize("heads", latent_places.HEADS)
+@pytest.mark.parametrize("keys", [16, 128])
+def test_every_kind_of_tile_that_loses_a_key_is_found_out(
+    judge: Run, sound: Any, monkeypatch: pytest.MonkeyPatch, rows: int, heads: int, keys: int
+) -> None:
+    problems = list(latent_places.cut(rows, heads))
+    assert bool(problems) == bool(rows % heads)
+    if problems:
+        monkeypatch.setattr(latent_places, "cut", lambda *tile: problems)
+        backend = sound(ops={"mine": after(Latent, last_key_lost(rows, keys))})
+        assert failed(judge(backend, "latent.cut_tokens[mine-*]", dtypes=(torch.bfloat16,)))

@@ -163,6 +163,10 @@ MUTANTS: Mapping[str, list[Callable[[type], Any]]] = {
         replaces("ops", answering("unsupported_reasons", None)),
         replaces("ops", answering("unsupported_reasons", "no bf16")),
     ],
+    "ops.preflight": [
+        replaces("ops", answering("preflight", None)),
+        replaces("ops", answering("preflight", "no nvcc")),
+    ],
     "ops.batch_reasons": [replaces("ops", answering("unsupported_batch", False))],
 }
 CASES = [(name, number) for name, makers in MUTANTS.items() for number in range(len(makers))]

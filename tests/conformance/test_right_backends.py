@@ -15,6 +15,7 @@ from mla.reference import REFERENCE
 from mla_backends.api import OPS
 
 Run = Callable[..., list[CheckResult]]
+OF_OPS = ("ops.known", "ops.reasons", "ops.preflight", "ops.batch_reasons")
 GRAPHS = ("layer.graph", "latent.graph", "layer.graph_lengths", "latent.graph_lengths")
 WITHOUT_BF16 = (torch.float16, torch.float32)  # which the other tests run
 
@@ -32,7 +33,7 @@ def test_a_backend_without_ops_passes_and_refuses_only_what_it_does_not_offer(ju
     found = by_status(results)
     assert set(found) == {"pass", "refused"}, found.get("fail")
     refused = {one.check for one in results if one.status == "refused"}
-    assert refused == {"device.graph", "ops.known", "ops.reasons", "ops.batch_reasons", *GRAPHS}
+    assert refused == {"device.graph", *OF_OPS, *GRAPHS}
     assert all(one.reason == "the backend offers no graphs" for one in results if one.check in GRAPHS[:2])
 
 
@@ -110,3 +111,18 @@ def test_an_op_of_another_contract_is_refused_and_never_called(judge: Run, sound
     results = [one for one in judge(sound(ops={"later": Later()}), "linear") if one.of == "later"]
     assert {one.status for one in results} == {"refused"}
     assert {one.reason for one in results} == {"it implements linear/2, but this suite checks linear/1"}
+
+
+def test_an_op_whose_preflight_fails_is_refused_and_asked_once(judge: Run, sound: Any) -> None:
+    class Uncompiled(type(REFERENCE["latent_attention"])):  # type: ignore[misc]
+        compiles = "it compiles"
+        asked = 0
+
+        def preflight(self, spec: Any) -> list[str]:
+            type(self).asked += 1
+            return ["there is no compiler"]
+
+    said: list[str] = []
+    results = judge(sound(ops={"mine": Uncompiled()}), "latent.decode[mine-*]", say=said.append)
+    assert [(one.status, one.reason) for one in results] == [("refused", "there is no compiler")]
+    assert (Uncompiled.asked, said) == (1, ["preparing mine: it compiles"])

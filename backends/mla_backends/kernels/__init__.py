@@ -19,7 +19,7 @@ a layer is built, and a package that is missing, broken or changed becomes a rea
 | `FlashMla` | latent | `flash_mla`, `mate.flashmla` | yes | plans inside the graph, or `graph=False` |
 | `TokenspeedMla` | latent | `tokenspeed_mla` | yes | makes its table inside the graph |
 | `IxformerMla` | latent | `ixformer` | newer releases; else NaN | bounded by the block table |
-| `FlashInferMla` | latent | `flashinfer` | yes | refused: it plans on the host |
+| `FlashInferMla` | latent | `flashinfer` 0.2.5 to 0.7 | yes | refused: it plans on the host |
 | `SdpaExpanded` | expanded | torch itself | no: NaN | keeps the lengths of its plan |
 | `TokenspeedPrefill` | expanded | `tokenspeed_mla` | yes | keeps the lengths of its plan |
 | `TorchVarlen` | expanded | torch itself | yes | keeps the lengths of its plan |

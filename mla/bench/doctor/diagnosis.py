@@ -21,8 +21,8 @@ from mla_backends.discovery import locate
 from mla_backends.errors import BackendNotInstalled, DeviceUnavailable, DuplicateBackend
 from mla_backends.status import USABLE, NoAnswer, Status, ask, names, status
 
-# Setting up a device may compile kernels.
-SETUP_SECONDS = 300.0
+# Setting up a device may compile kernels, and several ops may compile theirs, for a minute or two each.
+SETUP_SECONDS = 600.0
 
 
 @dataclass(frozen=True)

@@ -71,13 +71,14 @@ def examine_backend(name: str) -> dict[str, Any]:
 def _facts(opened: Backend) -> dict[str, Any]:
     import torch
 
+    from mla.command.console import note
     from mla.config import MLAConfig
     from mla.layer.ops import Ops
 
     assert opened.device is not None
     native, info, offered = opened.dtypes(), opened.device_info(), opened.ops()
     dtype = torch.bfloat16 if torch.bfloat16 in native else native[0]
-    chosen = Ops(MLAConfig.preset(CONFIG), offered, dtype, opened.device)
+    chosen = Ops(MLAConfig.preset(CONFIG), offered, dtype, opened.device, say=note)
     return {
         "device": str(opened.device),
         "device_name": info.name,

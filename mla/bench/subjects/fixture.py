@@ -26,6 +26,7 @@ from mla.bench.subjects.setting import Setting
 from mla.bench.subjects.stack import MlaStack
 from mla.bench.subjects.transformers_layer import TransformersLayer
 from mla.bench.workload.grid import Point
+from mla.command.console import note
 from mla.layer.ops import Ops
 from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import State
@@ -46,8 +47,8 @@ def _layers(setting: Setting) -> type[MlaLayer]:
 
 
 def make_ops(setting: Setting) -> Ops:
-    """Return the ops that a layer of this setting chooses."""
-    return Ops(setting.config, setting.backend.ops(), setting.dtype, setting.device, setting.ops)
+    """Return the ops that a layer of this setting chooses; what they compile is said on stderr before."""
+    return Ops(setting.config, setting.backend.ops(), setting.dtype, setting.device, setting.ops, note)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -50,6 +51,16 @@ def batch_reasons(trial: Trial) -> None:
                 for query_lens, kv_lens in lengths:
                     asked = [op.unsupported_batch(spec, query_lens, kv_lens) for _ in range(2)]
                     _expect_reasons("unsupported_batch()", asked)
+
+
+@check("ops.preflight", catches="a preflight that raises, or answers yes or no")
+def preflight(trial: Trial) -> None:
+    """Asked for a layer that it supports, an op says with a list of sentences whether it runs here."""
+    for name, op in _some(trial.backend.ops()).items():
+        with trial.case(name):
+            served = (spec for spec in specs(op, trial.subject) if not op.unsupported_reasons(spec))
+            for spec in itertools.islice(served, 1):  # it may compile
+                _expect_reasons("preflight()", [op.preflight(spec)] * 2)
 
 
 def _some(offered: Mapping[str, FusedOp]) -> Mapping[str, FusedOp]:

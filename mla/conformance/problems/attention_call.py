@@ -10,7 +10,7 @@ import torch
 
 from mla.conformance.problems.attention import AttentionProblem, Lengths, cumulative, data
 from mla.conformance.problems.load import MatmulLoad, best, elapsed, usual
-from mla.conformance.trial import Trial, expect
+from mla.conformance.trial import Refused, Trial, expect
 from mla.reference import REFERENCE
 from mla.verify.tolerances import same_bits
 from mla_backends.api import FusedOp, SegmentLengths
@@ -25,6 +25,7 @@ class Layout:
     unowned: float = 0.0  # in pages that no request owns
     tail: float = 0.0  # in slots past a request's end
     strided: bool = False  # inputs and outputs are slices of wider tensors
+    pages_before: int = 0  # that lie in front of all others, nobody owns and nobody writes
 
 
 PLAIN = Layout()
@@ -89,7 +90,8 @@ class AttentionCall:
             cache[pages] = self.layout.tail
             position = torch.arange(len(rows))
             cache[pages[position // size], position % size] = rows[:, 0]
-        self.inputs["cache"] = cache.to(self.device)
+        self.inputs["cache"] = self._placed(cache)
+        table += self.layout.pages_before
         return View(
             problem.query_lens,
             problem.kv_lens,
@@ -98,6 +100,18 @@ class AttentionCall:
             torch.tensor(problem.kv_lens, dtype=torch.int32).to(self.device),
             torch.tensor(cumulative(problem.query_lens), dtype=torch.int32).to(self.device),
         )
+
+    def _placed(self, cache: torch.Tensor) -> torch.Tensor:
+        """Copy the cache to the device, behind the layout's pages. Raises `Refused` if they take too much."""
+        before = self.layout.pages_before
+        if not before:
+            return cache.to(self.device)
+        try:
+            whole = torch.empty((before + len(cache), *cache.shape[1:]), dtype=self.dtype, device=self.device)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one, where torch has it
+            raise Refused(f"a cache with {before} pages more could not be allocated") from error
+        whole[before:].copy_(cache)
+        return whole
 
     def outputs(self) -> Outputs:
         """Return out and lse full of NaN, on the device."""

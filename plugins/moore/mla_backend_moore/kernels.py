@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mla_backend_moore.mate import MateMla, MateVarlen
 from mla_backends import FusedOp
 from mla_backends.kernels import FlashMla, LatentLimits, SdpaExpanded, TorchVarlen, VarlenLimits
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 CAPABILITY = "3.1"  # that the kernels are compiled for, in Moore Threads' own numbering
 # MT-flashMLA plans one part per multiprocessor and tile of this many query rows; with none, it reads garbage.
 LEGACY_TILE = 32
-MATE_HEADS = (8, 16, 32, 64, 128)  # what MATE's own tests cover; other head counts are padded
 # Not documented: what rows without keys give, and whether planning can be captured into a graph.
 CAREFUL = LatentLimits(empty_rows=False, graph=False)
 # muDNN's FlashAttention takes values narrower than keys (MuDNNFlashVarlenFwd in torch_musa's SDP.cpp). SDPA
@@ -30,7 +30,6 @@ CAREFUL = LatentLimits(empty_rows=False, graph=False)
 MUDNN = VarlenLimits(pads_values=False)
 FIRST_WITH_FLASH = (2, 2)
 
-_MATE = "see https://github.com/MooreThreads/mate; the package of that name on PyPI is another"
 _LEGACY = "see https://github.com/MooreThreads/MT-flashMLA"
 
 
@@ -52,21 +51,12 @@ def kernels(capability: Callable[[], str | None], multiprocessors: int | None) -
 
     rows = (multiprocessors or 1) * LEGACY_TILE
     return {
-        "mate": FlashMla(
-            replace(
-                CAREFUL,
-                heads=MATE_HEADS,
-                pads_heads_to=MATE_HEADS,
-                lse_layout="tokens_first",
-                device_reason=device_reason,
-            ),
-            module="mate.flashmla",
-            install=_MATE,
-        ),
+        "mate": MateMla(device_reason),
         "mt_flash_mla": FlashMla(
             replace(CAREFUL, dtypes=("bfloat16",), max_query_rows=rows, device_reason=legacy_reason),
             install=_LEGACY,
         ),
+        "mate_varlen": MateVarlen(device_reason),
         "torch_varlen": TorchVarlen(replace(MUDNN, device_reason=flash_reason)),
         "sdpa": SdpaExpanded(),
     }

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mla.conformance.checks import latent_places
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
 from mla.conformance.xfails import Xfails
@@ -21,8 +22,8 @@ from mla_backends.kernels import (
     TokenspeedMla,
     TokenspeedPrefill,
     VarlenLimits,
-    flashinfer,
 )
+from mla_backends.kernels.flashinfer import wrappers
 from mla_backends.testing import HostBackend
 
 CAREFUL = LatentLimits(empty_rows=False, graph=False)
@@ -48,6 +49,7 @@ OFFERS: dict[str, Callable[[], FusedOp]] = {
     "ixformer_old": IxformerMla,
     "flashinfer": FlashInferMla,
     "flashinfer_old": FlashInferMla,
+    "flashinfer_07": FlashInferMla,
     "tokenspeed": TokenspeedMla,
     "tokenspeed prefill": TokenspeedPrefill,
     "flash_attn_2": FlashAttnVarlen,
@@ -59,7 +61,8 @@ TIMED = ("latent.prepare", "expanded.prepare")
 
 @pytest.mark.parametrize("folder", OFFERS)
 def test_an_adapter_passes_the_suite(installed: Any, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
-    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
+    monkeypatch.setattr(wrappers, "WORKSPACE_BYTES", 1024)
+    monkeypatch.setattr(latent_places, "PLACES", (1 << 22,))  # the fakes copy what they are given
     with installed(folder.partition(" ")[0]):
         subject = BackendUnderTest(HostBackend(ops={"fake": OFFERS[folder]()}), "host", quick=True)
         kind = OFFERS[folder]().contract.partition("_")[0]

@@ -1,4 +1,4 @@
-"""The FlashInfer adapter on fakes of two releases: ragged batches, base 2, plans that take turns."""
+"""The FlashInfer adapter on fakes of three releases: ragged batches, base 2, plans that take turns."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_backends.kernels import FlashInferMla, KernelRefused, flashinfer
+from mla_backends.kernels import FlashInferMla, KernelRefused
+from mla_backends.kernels.flashinfer import wrappers
 
-RELEASES = ("flashinfer", "flashinfer_old")
+RELEASES = ("flashinfer", "flashinfer_old", "flashinfer_07")
 each_release = pytest.mark.parametrize("release", RELEASES)
 requests = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 140)), min_size=1, max_size=5)
 
@@ -20,7 +21,7 @@ requests = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 140)), min_size=
 def small_workspace() -> Any:
     """Do without 128 MiB that the fakes never touch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
+        patch.setattr(wrappers, "WORKSPACE_BYTES", 1024)
         yield
 
 
@@ -97,11 +98,11 @@ def test_many_batches_at_a_time_stay_right_with_few_wrappers(
     """A wrapper holds one plan; a state whose plan was replaced is planned again."""
     with installed("flashinfer") as fakes:
         op = FlashInferMla()
-        problems = [make_problem([1, 2], [33 + i, 64 + i], seed=i) for i in range(flashinfer.TURNS + 2)]
+        problems = [make_problem([1, 2], [33 + i, 64 + i], seed=i) for i in range(wrappers.TURNS + 2)]
         states = [op.prepare(problem.spec, problem.view) for problem in problems]
         for problem, state in zip(problems * 2, states * 2, strict=True):
             assert_right(problem.run(op, state), problem.truth())
-        assert fakes.CALLS["BatchMLAPagedAttentionWrapper"] == flashinfer.TURNS
+        assert fakes.CALLS["BatchMLAPagedAttentionWrapper"] == wrappers.TURNS
 
 
 class Event:
@@ -124,10 +125,10 @@ def test_a_wrapper_is_planned_again_only_when_its_last_plan_has_arrived(
         problem = make_problem([1], [33])
         op = FlashInferMla()
         op.prepare(problem.spec, problem.view)
-        for turn in op._pool(torch.device("cpu"))._turns:
+        for turn in op._pool(torch.device("cpu")).turns:
             turn._arrived = Event()
         Event.log.clear()
-        for _ in range(flashinfer.TURNS):
+        for _ in range(wrappers.TURNS):
             op.prepare(problem.spec, problem.view)
         assert Event.log == ["wait", "record"]  # the first wrapper's turn came again once
 

@@ -19,10 +19,10 @@ from mla_backends.kernels import (
     LatentLimits,
     PagedLatentOp,
     VarlenLimits,
-    flashinfer,
     ixformer,
     paged,
 )
+from mla_backends.kernels.flashinfer import wrappers
 from mla_backends.kernels.paged import Launch
 
 WRONG = r"worst (row|lse) error|NaN or infinity"
@@ -210,8 +210,6 @@ def test_the_check_fails_a_wrong_ixformer(installed: Any, check_latent: Any, mut
 class Unconverted(FlashInferMla):
     """The log-sum-exp is taken as it comes."""
 
-    _natural = False
-
     def __call__(self, state: Any, **tensors: Any) -> None:
         super().__call__(state, **tensors)
         tensors["lse"] /= math.log(2)
@@ -256,20 +254,21 @@ class Shared(FlashInferMla):
     def _pool(self, device: Any) -> Any:
         pool = super()._pool(device)
         planned = pool.planned
-        pool.planned = lambda state: pool._turns[-1].wrapper if len(pool._turns) > 1 else planned(state)
+        pool.planned = lambda *key: pool.turns[-1].wrapper if len(pool.turns) > 1 else planned(*key)
         return pool
 
 
 @pytest.fixture(autouse=True)
 def small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
+    monkeypatch.setattr(wrappers, "WORKSPACE_BYTES", 1024)
 
 
+@pytest.mark.parametrize("release", ["flashinfer", "flashinfer_07"])
 @pytest.mark.parametrize("mutant", [Unconverted, PlannedOnce, Unmasked, StaleEmpty, WholeTable, Shared])
 def test_the_check_fails_a_wrong_flashinfer(
-    installed: Any, check_latent: Any, mutant: Callable[[], FusedOp]
+    installed: Any, check_latent: Any, mutant: Callable[[], FusedOp], release: str
 ) -> None:
-    with installed("flashinfer"):
+    with installed(release):
         check_latent(FlashInferMla(), heads=(4, 16))
         with pytest.raises(FAILS, match=rf"{WRONG}|does not fit"):
             check_latent(mutant(), heads=(4, 16))

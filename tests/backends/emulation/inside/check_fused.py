@@ -25,6 +25,7 @@ from mla.weights import random_state_dict
 KERNELS = {
     "moore": [
         ("moore_mate", "latent_attention", "mate"),
+        ("moore_mate", "expanded_attention", "mate_varlen"),
         ("moore_legacy", "latent_attention", "mt_flash_mla"),
         ("torch_flash.musa", "expanded_attention", "torch_varlen"),
     ],
@@ -36,6 +37,7 @@ KERNELS = {
         ("tokenspeed", "latent_attention", "tokenspeed"),
         ("tokenspeed", "expanded_attention", "tokenspeed_prefill"),
         ("flashinfer", "latent_attention", "flashinfer"),
+        ("flashinfer_07", "latent_attention", "flashinfer"),
         ("flash_attn_2", "expanded_attention", "flash_attn"),
         ("flash_attn_3", "expanded_attention", "flash_attn_3"),
         ("torch_flash.cuda", "expanded_attention", "torch_varlen"),
@@ -51,7 +53,15 @@ KERNELS = {
 }
 BACKEND = os.environ["EMULATED_BACKEND"]
 # Generations of a kernel that differ from another one in nothing a run can see; a run is not tried with them.
-ALIKE = ("nvidia_a", "nvidia_b", "nvidia_c", "flash_attn_3", "ixformer_old", "torch_flash.musa")
+ALIKE = (
+    "nvidia_a",
+    "nvidia_b",
+    "nvidia_c",
+    "flashinfer_07",
+    "flash_attn_3",
+    "ixformer_old",
+    "torch_flash.musa",
+)
 LIVES = {name: [case for case in cases if case[0] not in ALIKE] for name, cases in KERNELS.items()}
 # What a run replays: op and scenario. Decode takes one new token per request, the prefill 3 and 5.
 REPLAYED = {
@@ -64,7 +74,7 @@ REPLAYED = {
     },
     "metax": {("flash_attn", "prefill")},
     "iluvatar": {("ixformer", "decode")},
-    "moore": set(),
+    "moore": {("mate_varlen", "prefill")},
 }[BACKEND]
 WIDE = {
     "hidden_size": 64,
@@ -76,13 +86,13 @@ WIDE = {
 }
 # Where an op serves other shapes than those above.
 _DEEPSEEKS = {"qk_nope_head_dim": 128, "v_head_dim": 128}
-SHAPES = {"flash_attn_3": _DEEPSEEKS, "tokenspeed_prefill": _DEEPSEEKS}
+SHAPES = {"flash_attn_3": _DEEPSEEKS, "mate_varlen": _DEEPSEEKS, "tokenspeed_prefill": _DEEPSEEKS}
 
 
 def _case(case: tuple[str, str, str]) -> str:
     """Return the folder, or the op where a folder has two."""
     folder, _, op = case
-    return op if folder == "tokenspeed" else folder
+    return op if folder in ("tokenspeed", "moore_mate") else folder
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

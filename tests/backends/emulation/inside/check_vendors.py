@@ -97,3 +97,13 @@ def test_moore_never_asks_torch_cuda(name: str, monkeypatch: pytest.MonkeyPatch,
     backend.memory()
     backend.dtypes()
     assert backend.graph(lambda: None) is not None
+
+
+@pytest.mark.only("moore")
+def test_moore_multiplies_float32_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mudnn, "allow_tf32", True)  # as torch_musa has it
+    backend = mla.load_backend(name)
+    assert torch.backends.mudnn.allow_tf32 is False
+    assert backend.environment()["mudnn.allow_tf32"] == "False"
+    monkeypatch.delattr(torch.backends, "mudnn")  # an old release
+    assert "mudnn.allow_tf32" not in mla.load_backend(name).environment()

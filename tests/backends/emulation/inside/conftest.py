@@ -35,6 +35,7 @@ PACKAGES = (
 LAUNCHES = {
     "flash_mla": ("get_mla_metadata", "flash_mla_with_kvcache"),
     "mate.flashmla": ("get_mla_metadata", "flash_mla_with_kvcache"),
+    "mate.mha_interface": ("flash_attn_varlen_func",),
     "ixformer.inference.functions": ("vllm_paged_attention_mla",),
     "flash_attn": ("flash_attn_varlen_func",),
     "flash_attn_interface": ("flash_attn_varlen_func",),

@@ -5,6 +5,7 @@ another torch does.
 """
 
 import os
+from types import SimpleNamespace
 
 import emulated
 import torch
@@ -16,6 +17,7 @@ if os.environ.get("EMULATED_FAULT") == "import":
 
 emulated.install("musa", emulated.CARDS["MTT S5000"], int(os.environ.get("EMULATED_COUNT", "2")))
 torch.version.musa = "4.3.6"
+torch.backends.mudnn = SimpleNamespace(allow_tf32=True)
 
 
 def _autoload():

@@ -1,13 +1,21 @@
-"""FlashInfer's planned MLA attention: what a wrapper is planned with decides, and runs must fit it."""
+"""FlashInfer's planned MLA attention: what a wrapper is planned with decides, and runs must fit it.
+
+Like the real kernels, it takes batches that it serves wrongly: see `lose_keys`, `WORK_ITEMS` and `FAR`.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
 
 import fake_kernels
 from fake_kernels import check
+
+WORK_ITEMS = 16384  # places in the tables of a plan
+FAR = 1 << 32  # numbers from the start of a cache at which the place of a page wraps, in old releases
+KEYS = 64  # in a tile, as on Hopper
 
 
 class Plan:
@@ -48,10 +56,27 @@ class Plan:
             )
             queries = self.starts[i + 1] - self.starts[i]
             check(not causal or queries <= max(1, length), "qo_len > kv_len is not supported with causal")
+        rows = self.starts[-1] * num_heads // max(1, len(self.lens))
+        self.tile = 128 if rows > 64 else 64
+        lengths = [stop - start for start, stop in itertools.pairwise(self.starts)]
+        tiles = sum(-(-count * num_heads // self.tile) for count in lengths)
+        check(tiles <= WORK_ITEMS, "CUDA error: an illegal memory access was encountered")
+
+    def lost(self, request):
+        """Yield the tokens whose last key is left out: token, for how many heads, which key."""
+        queries = self.starts[request + 1] - self.starts[request]
+        for end in range(self.tile, queries * self.heads, self.tile):
+            token, heads = divmod(end, self.heads)
+            key = self.lens[request] - queries + token
+            if heads and 0 <= key < self.lens[request] and key % KEYS == 0:
+                yield token, heads, key
 
 
-def run(plan, q_nope, q_pe, ckv_cache, kpe_cache, out, lse):
-    """Write out and the natural log-sum-exp; rows without keys stay as they are."""
+def run(plan, q_nope, q_pe, ckv_cache, kpe_cache, out, lse, far=None):
+    """Write out and the natural log-sum-exp; rows without keys stay as they are.
+
+    `far`: where the place of a page wraps.
+    """
     check(plan is not None, "plan() must be called before run()")
     check(tuple(q_nope.shape) == (plan.starts[-1], plan.heads, 512), "q_nope does not fit the plan")
     check(tuple(q_pe.shape) == (plan.starts[-1], plan.heads, 64), "q_pe does not fit the plan")
@@ -66,11 +91,23 @@ def run(plan, q_nope, q_pe, ckv_cache, kpe_cache, out, lse):
         if length == 0 or rows.start == rows.stop:
             continue
         table = plan.indices[plan.pages[i] : plan.pages[i + 1]][None]
+        if far is not None:
+            stride = ckv_cache.stride(0)
+            table = table.long() * stride % far // stride
         lens = torch.tensor([length])
         value, sums = fake_kernels.paged(q[None, rows], cache, table, lens, plan.scale, plan.causal, 512)
+        if plan.causal:
+            lose_keys(plan, i, q[rows], cache[table[0].long()].flatten(0, 1), value[0], sums[0])
         fake_kernels.host(out)[rows] = value[0].to(out.dtype)
         if lse is not None:
             fake_kernels.host(lse)[rows] = sums[0].float()
+
+
+def lose_keys(plan, request, q, keys, value, sums):
+    """Attend again what a tile's end cuts: the heads in front of it miss a key that starts a tile of keys."""
+    for token, heads, key in plan.lost(request):
+        part = fake_kernels.attend(q[token, :heads].double(), keys[:key].double(), plan.scale, 512)
+        value[token, :heads], sums[token, :heads] = part
 
 
 def check_output(tensor, shape, dtype, name):

@@ -1,1 +1,3 @@
 """FlashInfer."""
+
+__version__ = "0.6.18"

@@ -1,1 +1,3 @@
 """FlashInfer."""
+
+__version__ = "0.2.5"

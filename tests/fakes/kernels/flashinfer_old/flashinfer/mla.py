@@ -75,7 +75,8 @@ class BatchMLAPagedAttentionWrapper:
         if return_lse:
             lse = q_nope.new_empty(q_nope.shape[:2], dtype=torch.float32) if lse is None else lse
             ragged_mla.check_output(lse, q_nope.shape[:2], torch.float32, "lse")
-        ragged_mla.run(self._plan, q_nope, q_pe, ckv_cache, kpe_cache, out, lse if return_lse else None)
+        sums = lse if return_lse else None
+        ragged_mla.run(self._plan, q_nope, q_pe, ckv_cache, kpe_cache, out, sums, far=ragged_mla.FAR)
         if return_lse:
             ragged_mla.to_base_2(lse)
         return (out, lse) if return_lse else out

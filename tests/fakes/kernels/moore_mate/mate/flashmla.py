@@ -18,6 +18,7 @@ def get_mla_metadata(
     topk=None,
     extra_topk=None,
     q=None,
+    bs=None,
     topk_length=None,
     extra_topk_length=None,
 ):

@@ -1,0 +1,5 @@
+"""FlashInfer's `BatchMLAPagedAttentionWrapper`: ragged absorbed attention, causal, on pages of any size."""
+
+from mla_backends.kernels.flashinfer.op import LIMITS, FlashInferMla
+
+__all__ = ["LIMITS", "FlashInferMla"]

@@ -1,0 +1,301 @@
+"""Where FlashInfer cannot run, or runs and is wrong: every such layer and batch is refused, and no other."""
+
+from __future__ import annotations
+
+import inspect
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla_backends.kernels import FlashInferMla, KernelRefused
+from mla_backends.kernels.flashinfer import batches, wrappers
+
+CPU = torch.device("cpu")
+RELEASES = ("flashinfer", "flashinfer_old", "flashinfer_07")
+each_release = pytest.mark.parametrize("release", RELEASES)
+PAGES = 64 * 576  # numbers in one
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hopper() -> Any:
+    """Let the CPU have a Hopper's multiprocessors and shared memory, and a small workspace."""
+    properties = type(
+        "Hopper", (), {"multi_processor_count": 132, "shared_memory_per_multiprocessor": 233472}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wrappers, "WORKSPACE_BYTES", 1024)
+        patch.setattr(batches, "_properties", lambda device: properties)
+        yield
+
+
+# ---------------------------------------------------------------------------------------- a token's last key
+
+CUT = [
+    (20, (7,), (65,)),
+    (40, (4,), (65,)),
+    (48, (3,), (65,)),
+    (96, (2,), (65,)),
+    (192, (1,), (65,)),  # one token, cut by its own tile
+    (96, (1, 0, 0), (65, 5, 5)),  # few rows on average, so the tile is smaller
+    (20, (1, 13), (9, 129)),
+]
+
+
+@pytest.mark.parametrize(("heads", "query_lens", "kv_lens"), CUT)
+def test_a_token_whose_last_key_would_be_lost_is_refused(
+    installed: Any, make_problem: Any, assert_right: Any, heads: int, query_lens: Any, kv_lens: Any
+) -> None:
+    with installed("flashinfer"):
+        op, problem = FlashInferMla(), make_problem(query_lens, kv_lens, heads=heads)
+        (reason,) = op.unsupported_batch(problem.spec, query_lens, kv_lens, 64)
+        assert f"cut tokens of {heads} heads" in reason
+        problem.refusals = lambda op: []
+        with pytest.raises(AssertionError, match="worst row error"):
+            assert_right(problem.run(op), problem.truth())
+        longer = tuple(length + 1 for length in kv_lens)
+        assert op.unsupported_batch(problem.spec, query_lens, longer, 64) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    heads=st.integers(1, 200),
+    drawn=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 130)), min_size=1, max_size=4),
+)
+def test_exactly_the_batches_that_lose_a_key_are_refused(installed: Any, heads: int, drawn: Any) -> None:
+    query_lens, kv_lens = [new for new, _ in drawn], [new + old for new, old in drawn]
+    with installed("flashinfer"):
+        from fake_kernels.ragged_mla import Plan
+
+        def table(values: Any) -> torch.Tensor:
+            return torch.tensor(list(accumulate(values, initial=0))).int()
+
+        lens, none = torch.tensor(kv_lens), torch.empty(0).int()
+        dtypes = (torch.bfloat16, torch.bfloat16)
+        plan = Plan(table(query_lens), table(kv_lens), none, lens, heads, 512, 64, 1, True, 0.1, *dtypes)
+        lost = [one for request in range(len(drawn)) for one in plan.lost(request)]
+        assert bool(batches.tile_reasons(heads, query_lens, kv_lens, CPU)) == bool(lost)
+
+
+def test_a_device_that_does_not_say_its_tile_is_taken_for_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 16 keys end wherever those of 32 and 64 do."""
+    assert batches.tile_reasons(20, (7,), (65 - 16,), CPU) == []
+    monkeypatch.setattr(batches, "_properties", lambda device: None)
+    for kv in (17, 33, 49, 65):
+        assert batches.tile_reasons(20, (7,), (kv,), CPU) != []
+    for shared, keys in ((233_472, 64), (167_936, 32), (102_400, 16)):  # H100, A100, RTX 4090
+        device = type("Device", (), {"shared_memory_per_multiprocessor": shared})
+        monkeypatch.setattr(batches, "_properties", lambda _, device=device: device)
+        assert batches.key_tile(CPU) == keys
+
+
+def test_head_counts_that_divide_a_tile_are_never_refused() -> None:
+    for heads in (1, 2, 4, 8, 16, 32, 64, 128):
+        for kv in range(130, 330):
+            assert batches.tile_reasons(heads, (130,), (kv,), CPU) == []
+
+
+# ------------------------------------------------------------------------------------------ parts of work
+
+
+def parts(heads: int, query_lens: list[int], kv_lens: list[int], multiprocessors: int) -> int:
+    """Count the parts as the scheduler does: a tile's keys in equal shares, or all of them."""
+    tile = 128 if sum(query_lens) * heads // len(query_lens) > 64 else 64
+    seen = []
+    for count, keys in zip(query_lens, kv_lens, strict=True):
+        tiles = -(-count * heads // tile)
+        for i in range(1, tiles + 1):
+            last = keys if i == tiles else min(keys, keys - count + -(-i * tile // heads))
+            seen.append(max(0, last))
+    clusters = multiprocessors // (tile // 64)
+    share = max(1, -(-sum(seen) // clusters))
+    small = ((8, 32), (16, 64), (32, 128), (64, 192))
+    limit = next((most for up_to, most in small if share <= up_to), -(-share // 256) * 256)
+    return sum(max(1, -(-keys // limit)) for keys in seen)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    heads=st.sampled_from([1, 16, 20, 128]),
+    drawn=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 9000)), min_size=1, max_size=40),
+)
+def test_the_bound_on_the_parts_of_a_plan_is_one(heads: int, drawn: Any) -> None:
+    query_lens, kv_lens = [new for new, _ in drawn], [new + old for new, old in drawn]
+    exact = parts(heads, query_lens, kv_lens, 132)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "WORK_ITEMS", exact - 1)
+        (reason,) = batches.work_reasons(heads, query_lens, CPU)
+        assert f"its tables hold {exact - 1} parts" in reason
+        patch.setattr(batches, "WORK_ITEMS", exact + 132)
+        assert batches.work_reasons(heads, query_lens, CPU) == []
+
+
+@pytest.mark.parametrize(
+    ("heads", "query_lens", "most"),
+    [(128, [16_384 - 66], 16_384 - 66), (16, [8 * (16_384 - 66)], 8 * (16_384 - 66))],
+)
+def test_tables_are_refused_before_they_overflow(
+    installed: Any, make_spec: Any, heads: int, query_lens: list[int], most: int
+) -> None:
+    with installed("flashinfer"):
+        op, spec = FlashInferMla(), make_spec(num_heads=heads)
+        assert op.unsupported_batch(spec, [most], [most], 64) == []
+        (reason,) = op.unsupported_batch(spec, [most + 1], [most + 1], 64)
+        assert "may need 16385" in reason
+        rows = 16_384 - 132
+        assert op.unsupported_batch(make_spec(), [1] * rows, [5] * rows, 64) == []
+        assert len(op.unsupported_batch(make_spec(), [1] * (rows + 1), [5] * (rows + 1), 64)) == 1
+
+
+# ----------------------------------------------------------------------------------------------- far pages
+
+
+@pytest.mark.parametrize(
+    ("version", "wide"),
+    [
+        ("0.2.5", False),
+        ("0.6.10.post1", False),
+        ("0.6.11.dev20260501", False),
+        ("0.6.11rc1", True),
+        ("0.6.11", True),
+        ("0.7.2.post1", True),
+        ("1.0.0", True),
+        ("", False),
+        ("unknown", False),
+    ],
+)
+def test_the_release_decides_whether_far_pages_are_found(installed: Any, version: str, wide: bool) -> None:
+    with installed("flashinfer"):
+        import flashinfer
+
+        flashinfer.__version__ = version
+        assert FlashInferMla().release.wide_pages is wide
+
+
+def test_far_pages_are_refused_where_an_old_release_reads_others(
+    installed: Any, make_problem: Any, assert_right: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real limit takes 8.6 GB in bfloat16; here it is four pages."""
+    problem = make_problem([1, 1], [100, 200])  # six pages and a spare one
+    for release, serves in (("flashinfer", True), ("flashinfer_07", True), ("flashinfer_old", False)):
+        with installed(release), monkeypatch.context() as patch:
+            patch.setattr(ragged(), "FAR", 4 * PAGES)
+            patch.setattr(batches, "FAR", 7 * PAGES)
+            assert FlashInferMla().unsupported_batch(problem.spec, [1, 1], [100, 200], 64) == []
+            if serves:
+                assert_right(problem.run(FlashInferMla()), problem.truth())
+                continue
+            with pytest.raises(AssertionError, match=r"worst row error|NaN"):  # what the limit is there for
+                assert_right(problem.run(FlashInferMla()), problem.truth())
+            patch.setattr(batches, "FAR", 6 * PAGES)
+            with pytest.raises(KernelRefused, match=r"finds pages in .* upgrade flashinfer to 0.6.11"):
+                problem.run(FlashInferMla())
+            patch.setattr(batches, "FAR", 5 * PAGES)
+            (reason,) = FlashInferMla().unsupported_batch(problem.spec, [1, 1], [100, 200], 64)
+            assert f"this one has {6 * PAGES}" in reason
+
+
+def ragged() -> Any:
+    from fake_kernels import ragged_mla
+
+    return ragged_mla
+
+
+# ----------------------------------------------------------------------------------------------- preflight
+
+
+@each_release
+def test_a_kernel_that_works_passes_its_preflight(installed: Any, make_spec: Any, release: str) -> None:
+    with installed(release):
+        op = FlashInferMla()
+        assert op.compiles
+        for heads in (1, 20, 128):
+            assert op.preflight(make_spec(num_heads=heads)) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            RuntimeError("Could not find nvcc and default cuda_home='/usr/local/cuda' doesn't exist"),
+            "flashinfer cannot compile its kernel here (RuntimeError: Could not find nvcc and default "
+            "cuda_home='/usr/local/cuda' doesn't exist): install the CUDA toolkit, or `pip install "
+            "flashinfer-jit-cache --index-url https://flashinfer.ai/whl/cu128`",
+        ),
+        (
+            RuntimeError("Ninja build failed. Ninja output:\n[1/4] c++ ...\nsh: 1: c++: not found"),
+            "flashinfer cannot compile its kernel here (RuntimeError: Ninja build failed. Ninja output:): "
+            "install the CUDA toolkit, or `pip install flashinfer-jit-cache --index-url "
+            "https://flashinfer.ai/whl/cu128`",
+        ),
+        (
+            ValueError("qo_indptr must be on wrapper device cuda:0"),
+            "flashinfer refuses a tiny batch (KernelRefused: flashinfer refuses this batch (ValueError: "
+            "qo_indptr must be on wrapper device cuda:0).)",
+        ),
+    ],
+)
+def test_a_kernel_that_cannot_be_compiled_is_a_reason_with_its_cure(
+    installed: Any, make_spec: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def plan(self: Any, **tables: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    with installed("flashinfer"):
+        op = FlashInferMla()
+        plan.__signature__ = inspect.signature(op.release.wrapper.plan)  # type: ignore[attr-defined]
+        monkeypatch.setattr(op.release.wrapper, "plan", plan)
+        assert op.unsupported_reasons(make_spec()) == []
+        assert op.preflight(make_spec()) == [reason]
+        assert op._wrappers == {}  # nor is its workspace kept
+
+
+def test_a_kernel_that_runs_and_is_wrong_fails_its_preflight(
+    installed: Any, make_spec: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with installed("flashinfer"):
+        monkeypatch.setattr(ragged(), "run", lambda plan, *tensors: tensors[4].zero_())
+        assert FlashInferMla().preflight(make_spec()) == ["flashinfer gives wrong results"]
+
+
+# ------------------------------------------------------------------------------------ the plan of a step
+
+
+@each_release
+def test_the_log_sum_exp_is_left_out_where_nobody_reads_it(
+    installed: Any, make_problem: Any, assert_right: Any, release: str
+) -> None:
+    """What a plan is made for is what the last call asked; no step is planned twice."""
+    with installed(release) as fakes:
+        op = FlashInferMla()
+        assert op.lse_optional
+        for with_lse in (False, False, True, True, False, False):
+            problem = make_problem([3, 1, 1], [70, 33, 0])
+            state, (truth, sums) = op.prepare(problem.spec, problem.view), problem.truth()
+            out, lse = torch.full_like(truth, torch.nan).bfloat16(), torch.full(truth.shape[:2], torch.nan)
+            for _ in range(2):
+                op(
+                    state,
+                    q=problem.q,
+                    cache=problem.cache,
+                    block_table=problem.view.block_table,
+                    kv_lens=problem.view.kv_lens_device,
+                    cu_q=problem.view.cu_q,
+                    softmax_scale=problem.spec.softmax_scale,
+                    out=out,
+                    lse=lse if with_lse else None,
+                )
+            assert_right((out, lse), (truth, sums), with_lse)
+        assert fakes.CALLS["plan"] == 6 + (2 if release == "flashinfer_07" else 0)  # when it changes its mind
+
+
+def test_a_batch_that_the_library_refuses_is_refused(
+    installed: Any, make_problem: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = make_problem([7], [65], heads=20)
+    with installed("flashinfer_07"), pytest.raises(KernelRefused, match="causal tile boundary"):
+        FlashInferMla().prepare(problem.spec, problem.view)

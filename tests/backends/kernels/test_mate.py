@@ -1,0 +1,68 @@
+"""MATE's two kernels as the Moore Threads plugin offers them, on fakes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mla_backend_moore.mate import MateMla, MateVarlen
+
+WIDTHS = [(128, 64, 128), (64, 64, 128), (16, 64, 16), (32, 32, 64)]  # nope, rope, values
+
+
+def here(device: Any) -> str:
+    return ""
+
+
+def test_absorbed_attention_is_right(installed: Any, check_latent: Any) -> None:
+    with installed("moore_mate"):
+        check_latent(MateMla(here), heads=(4, 16, 128))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_expanded_attention_is_right(
+    installed: Any, run_expanded: Any, assert_right: Any, causal: bool
+) -> None:
+    with installed("moore_mate"):
+        op = MateVarlen(here)
+        for query_lens, kv_lens in (((5, 1, 20), (5, 1, 20)), ((3, 1), (40, 7)), ((4, 4), (4, 4))):
+            assert_right(*run_expanded(op, query_lens, kv_lens, causal=causal))
+
+
+def test_widths_without_a_kernel_are_refused(installed: Any, make_spec: Any) -> None:
+    with installed("moore_mate"):
+        op = MateVarlen(here)
+        for nope, rope, value in WIDTHS:
+            spec = make_spec(qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=value)
+            assert op.unsupported_reasons(spec) == []
+        for nope, rope, value in ((128, 64, 192), (128, 32, 128), (192, 64, 256)):
+            spec = make_spec(qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=value)
+            (reason,) = op.unsupported_reasons(spec)
+            assert reason == (
+                f"it takes heads of 192 and 128 or of at most 128, not {nope + rope} and {value}"
+            )
+
+
+def test_tokens_without_keys_are_refused(installed: Any, make_spec: Any) -> None:
+    with installed("moore_mate"):
+        op, reason = MateVarlen(here), ["what it gives for a token without keys is not documented"]
+        assert op.unsupported_batch(make_spec(), (2, 1), (0, 5)) == reason
+        assert op.unsupported_batch(make_spec(), (3,), (2,)) == reason
+        assert op.unsupported_batch(make_spec(), (0, 3), (0, 3)) == []
+
+
+@pytest.mark.parametrize(("make", "module"), [(MateMla, "flashmla"), (MateVarlen, "mha_interface")])
+def test_a_kernel_that_cannot_be_compiled_is_a_reason(
+    installed: Any, make_spec: Any, make: Any, module: str
+) -> None:
+    with installed("moore_mate") as fakes:
+        op = make(here)
+        assert op.compiles
+        assert op.preflight(make_spec()) == []
+        fakes.CAPABILITY["mate"] = (2, 2)
+        (reason,) = make(here).preflight(make_spec())
+        assert reason == (
+            f"mate.{module} raises RuntimeError: mate needs MP31 on a tiny batch here; install the MUSA "
+            "toolkit with mcc, or a MATE with kernels built ahead of time"
+        )

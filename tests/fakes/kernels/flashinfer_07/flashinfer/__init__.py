@@ -1,0 +1,3 @@
+"""FlashInfer."""
+
+__version__ = "0.7.2.post1"

@@ -1,0 +1,167 @@
+"""FlashInfer's MLA wrapper since 0.7: what it deprecates is an error here, and bad batches are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import fake_kernels
+import torch
+from fake_kernels import ragged_mla
+
+
+class _BackendPlanUnsupportedError(ValueError):
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class MLAPlanMetadata:
+    qo_indptr: torch.Tensor | None = None
+    kv_indptr: torch.Tensor | None = None
+    kv_indices: torch.Tensor | None = None
+    kv_len_arr: torch.Tensor | None = None
+    cum_seq_lens_q: torch.Tensor | None = None
+    block_tables: torch.Tensor | None = None
+    seq_lens: torch.Tensor | None = None
+    max_q_len: int | None = None
+
+    @classmethod
+    def csr(cls, qo_indptr, kv_indptr, kv_indices, kv_len_arr):
+        return cls(qo_indptr, kv_indptr, kv_indices, kv_len_arr)
+
+
+def keywords_only(method):
+    @functools.wraps(method)
+    def wrapped(self, *args, **kwargs):
+        if args:
+            raise DeprecationWarning("Positional MLA arguments are deprecated")
+        return method(self, **kwargs)
+
+    return wrapped
+
+
+class BatchMLAPagedAttentionWrapper:
+    def __init__(
+        self,
+        float_workspace_buffer,
+        use_cuda_graph=False,
+        qo_indptr=None,
+        kv_indptr=None,
+        kv_indices=None,
+        kv_len_arr=None,
+        backend="auto",
+    ):
+        fake_kernels.CALLS["BatchMLAPagedAttentionWrapper"] += 1
+        if backend not in ("auto", "fa2", "fa3"):
+            raise ValueError(f"backend {backend} is not covered by the fake")
+        self.device = float_workspace_buffer.device
+        self._plan = None
+        self._lse_mode = "none"
+
+    @keywords_only
+    def plan(
+        self,
+        qo_indptr=None,
+        kv_indptr=None,
+        kv_indices=None,
+        kv_len_arr=None,
+        num_heads=None,
+        head_dim_ckv=None,
+        head_dim_kpe=None,
+        page_size=None,
+        causal=None,
+        sm_scale=None,
+        q_data_type=None,
+        kv_data_type=None,
+        use_profiler=False,
+        *,
+        metadata=None,
+        cum_seq_lens_q=None,
+        block_tables=None,
+        seq_lens=None,
+        max_q_len=None,
+        query_layout=None,
+        kv_cache_layout=None,
+        lse_mode="none",
+        output_dtype=None,
+        output_scale="none",
+        scale_mode="default",
+        skip_softmax=False,
+        enable_pdl=None,
+        use_sinks=False,
+    ):
+        fake_kernels.CALLS["plan"] += 1
+        if metadata is None:
+            raise DeprecationWarning("Passing flat BatchMLAPagedAttentionWrapper.plan metadata is deprecated")
+        if (query_layout, kv_cache_layout) != ("split", "split"):
+            raise _BackendPlanUnsupportedError("the fake has kernels for split inputs only")
+        tables = (metadata.qo_indptr, metadata.kv_indptr, metadata.kv_indices, metadata.kv_len_arr)
+        for table in tables:
+            if table.dtype != torch.int32 or table.ndim != 1 or not table.is_contiguous():
+                raise ValueError("metadata must be contiguous int32 of rank 1")
+            if table.device.type != "cpu" and table.device != self.device:
+                raise ValueError(f"metadata must be on CPU or wrapper device {self.device}")
+        try:
+            plan = ragged_mla.Plan(
+                *tables,
+                num_heads,
+                head_dim_ckv,
+                head_dim_kpe,
+                page_size,
+                causal,
+                sm_scale,
+                q_data_type,
+                kv_data_type,
+            )
+        except RuntimeError as error:
+            raise _BackendPlanUnsupportedError(str(error)) from error
+        if any(lost for request in range(len(plan.lens)) for lost in plan.lost(request)):
+            raise _BackendPlanUnsupportedError("fa3 MLA causal tile boundary is unsupported")
+        self._plan, self._lse_mode = plan, lse_mode
+
+    @keywords_only
+    def run(
+        self,
+        q_nope=None,
+        q_pe=None,
+        ckv_cache=None,
+        kpe_cache=None,
+        out=None,
+        lse=None,
+        return_lse=False,
+        profiler_buffer=None,
+        kv_len=None,
+        page_table=None,
+        return_lse_base_on_e=False,
+        o_scale=None,
+        *,
+        query=None,
+        kv_cache=None,
+        ckv_scale=None,
+        ckv_scale_arr=None,
+        kpe_scale=None,
+        sinks=None,
+        skip_softmax_threshold_scale_factor=None,
+        bmm1_scale=None,
+        bmm2_scale=None,
+    ):
+        fake_kernels.CALLS["run"] += 1
+        if query is None or kv_cache is None:
+            raise DeprecationWarning("Legacy MLA tensor arguments are deprecated")
+        if self._plan is None:
+            raise RuntimeError("BatchMLAPagedAttentionWrapper.run() called before plan().")
+        asked = "none"
+        if return_lse or lse is not None or return_lse_base_on_e:
+            asked = "basee" if return_lse_base_on_e else "base2"
+        if asked != self._lse_mode:
+            raise ValueError(f"LSE mode mismatch: planned {self._lse_mode!r}, got {asked!r}; re-plan")
+        (q_nope, q_pe), (ckv_cache, kpe_cache) = query, kv_cache
+        out = torch.empty_like(q_nope) if out is None else out
+        ragged_mla.check_output(out, q_nope.shape, q_nope.dtype, "out")
+        if return_lse:
+            lse = q_nope.new_empty(q_nope.shape[:2], dtype=torch.float32) if lse is None else lse
+            ragged_mla.check_output(lse, q_nope.shape[:2], torch.float32, "lse")
+        ragged_mla.run(self._plan, q_nope, q_pe, ckv_cache, kpe_cache, out, lse if return_lse else None)
+        if asked == "base2":
+            ragged_mla.to_base_2(lse)
+        return (out, lse) if return_lse else out
