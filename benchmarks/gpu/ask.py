@@ -6,7 +6,7 @@
     python benchmarks/gpu/ask.py --list
 
 stdout: {"question": ..., "answer": ..., "evidence": {...}}. Exit codes: 0 answered, 2 usage, 3 it cannot be
-answered here (the answer says why), 4 the answer is a wrong result of this project.
+answered here (the answer says why), 4 the answer is a wrong result of this project, 1 the probe raised.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ import msgspec
 from benchmarks.gpu.questions.asking import QUESTIONS, Asked, NotHere
 from benchmarks.gpu.verdicts import Answer
 from mla.command import console
+from mla.command.error_origin import place
 from mla.command.exit_codes import Exit, guarded
 from mla.errors import UsageError, did_you_mean
+from mla_backends.errors import BackendError, describe, one_line
 
 FAMILIES = ("attention", "copies", "device", "flashinfer", "launches", "libraries")
 
@@ -46,8 +48,11 @@ def answer(name: str, backend_name: str) -> tuple[Answer, int]:
             raise NotHere(f"needs CUDA: it is about NVIDIA's devices, not those of {backend_name}")
         backend = load_backend(backend_name)
         found = question.probe(backend)
-    except NotHere as reason:
+    except (NotHere, BackendError) as reason:
         return Answer(question=question.text, answer=str(reason)), Exit.BACKEND
+    except Exception as error:  # noqa: BLE001  # no probe foresaw it, so it is worth reporting
+        said = f"it raised {one_line(describe(error))} ({place(error)})"
+        return Answer(question=question.text, answer=said), Exit.REGRESSION
     return Answer(question=question.text, answer=found.answer, evidence=dict(found.evidence)), _code(found)
 
 

@@ -42,7 +42,8 @@ def judge(step: Step, ended: Ended, result: Path, wrote: bool) -> tuple[str, str
     began = step.kind == "run" and wrote  # the runner has refused nothing: an op raised
     if code in REFUSED and not (code == Exit.BACKEND and began):
         return "refused", short(_answer(ended) if step.kind == "question" else ended.last_error)
-    return "crashed", short(": ".join(filter(None, (_how(code), ended.last_error))))
+    said = _answer(ended) if step.kind == "question" and code > 0 else ended.last_error
+    return "crashed", short(": ".join(filter(None, (_how(code), said))))
 
 
 def _how(code: int) -> str:

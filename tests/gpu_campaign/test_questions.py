@@ -234,3 +234,13 @@ def test_the_host_is_answered_truthfully(name: str, code: int, said: str) -> Non
     assert exit_code == code
     assert found.answer.startswith(said)
     assert found.question == asking.QUESTIONS[name].text
+
+
+def test_a_probe_that_raises_is_no_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(opened: Any) -> Any:
+        raise IndexError("off by one")
+
+    monkeypatch.setitem(asking.QUESTIONS, "broken", asking.Question("Why?", broken, False))
+    found, code = ask.answer("broken", "cpu")
+    assert code == 1
+    assert found.answer.startswith("it raised IndexError: off by one")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benchmarks.gpu.questions.asking import Asked, device_module, microseconds, question
+from benchmarks.gpu.questions.asking import Asked, device_module, microseconds, question, raised
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import torch
 
@@ -20,19 +20,24 @@ FILLS, NUMBERS = 10_000, 2048
 def copies(backend: Backend) -> Asked:
     import torch
 
+    device_module(backend)
+    found: dict[str, object] = {}
+    for name, count in (("4 KiB", 1024), ("590 KiB", 151_040)):
+        found |= {f"{how} {name}": us for how, us in _costs(backend, torch.zeros(count, dtype=torch.int32))}
+    return Asked(f"4 KiB: {found['pageable 4 KiB']} us pageable, {found['pinned 4 KiB']} us pinned", found)
+
+
+def _costs(backend: Backend, pageable: torch.Tensor) -> Iterator[tuple[str, object]]:
+    """Yield a way to copy and its microseconds, or why it cannot be had."""
     from mla_backends.upload import upload
 
-    device_module(backend)
-    device, found = backend.device, {}
+    device = backend.device
     assert device is not None
-    for name, count in (("4 KiB", 1024), ("590 KiB", 151_040)):
-        pageable = torch.zeros(count, dtype=torch.int32)
-        pinned = pageable.pin_memory()
-        found[f"pageable {name} us"] = microseconds(backend, lambda: pageable.to(device, non_blocking=True))  # noqa: B023
-        found[f"pinned {name} us"] = microseconds(backend, lambda: pinned.to(device, non_blocking=True))  # noqa: B023
-        found[f"upload() {name} us"] = microseconds(backend, lambda: upload(pageable, device))  # noqa: B023
-    said = (f"{found[f'{kind} 4 KiB us']} us {kind}" for kind in ("pageable", "pinned"))
-    return Asked(f"4 KiB: {', '.join(said)}", found)
+    yield "pageable", microseconds(backend, lambda: pageable.to(device, non_blocking=True))
+    yield "upload()", microseconds(backend, lambda: upload(pageable, device))
+    made: list[torch.Tensor] = []
+    refusal = raised(lambda: made.append(pageable.pin_memory()))
+    yield "pinned", refusal or microseconds(backend, lambda: made[0].to(device, non_blocking=True))
 
 
 @question(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mla_backends.api import Backend
 
 NODES = 100  # calls in one graph
+BUSY = 2048  # width of the product that keeps the device busy for longer than a launch takes
 
 
 @question("launch", "How long does a launch take, one by one and as a node of a graph?")
@@ -56,7 +57,7 @@ def event_gap(backend: Backend) -> Asked:
 
     module = device_module(backend)
     one = torch.zeros(1, device=backend.device)
-    large = torch.zeros(2048, 2048, device=backend.device)
+    large = torch.zeros(BUSY, BUSY, device=backend.device)
 
     def between(busy: bool) -> float:
         found = []
