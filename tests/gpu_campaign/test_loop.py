@@ -96,6 +96,16 @@ def test_a_step_that_will_not_end_is_killed_with_its_children(
     assert not _alive(int(mark.read_text()))
 
 
+def test_what_a_step_leaves_running_is_ended(tmp_path: Path) -> None:
+    """Such as the workers of a compiler, which would disturb the next step's timing."""
+    mark = tmp_path / "pid"
+    start = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    left = python("left", f"import subprocess, sys; open({str(mark)!r}, 'w').write(str({start}.pid))")
+    (found,) = walk(tmp_path, left).records
+    assert found.verdict == "ok"
+    assert not _alive(int(mark.read_text()))
+
+
 def _alive(pid: int) -> bool:
     """Return whether a process runs; one that nobody has waited for does not."""
     stat = Path(f"/proc/{pid}/stat")
@@ -206,6 +216,8 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_a_table(
     for text in (said, table):
         assert "first" in text
         assert "interrupted" in text
+    stored = json.loads((tmp_path / "out" / FILE).read_bytes())["records"]
+    assert [one["verdict"] for one in stored] == ["ok", "interrupted"]
     later = walk(tmp_path, steps[0], python("pressed", "print('now')"), steps[2])
     assert [one.verdict for one in later.records] == ["ok", "ok", "ok"]
     assert runs_of(tmp_path, "first") == 1

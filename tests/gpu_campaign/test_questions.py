@@ -73,23 +73,26 @@ def test_a_right_library_is_called_right(library: Any) -> None:
     assert all(text.startswith("error ") and "(wrong)" not in text for text in found.evidence.values())
 
 
-def rounding_down(run: Callable[..., None]) -> Callable[..., None]:
+def rounding_down(run: Callable[..., Any]) -> Callable[..., Any]:
     """Load as many tiles of 64 keys as a tile of 128 rows needs, by FlashInfer's bound, which rounds down.
 
     For one request whose pages are the first ones; the rows are those of tokens times heads.
     """
 
-    def wrong(plan: Any, q_nope: Any, q_pe: Any, ckv: Any, kpe: Any, out: Any, lse: Any) -> None:
-        run(plan, q_nope, q_pe, ckv, kpe, out, lse)
+    def wrong(self: Any, *arguments: Any, **given: Any) -> Any:
+        done = run(self, *arguments, **given)
+        q_nope, q_pe = given.get("query") or (given["q_nope"], given["q_pe"])
+        ckv, kpe = given.get("kv_cache") or (given["ckv_cache"], given["kpe_cache"])
+        out, before = given["out"], 65 - q_nope.shape[0]
         tokens, heads = out.shape[:2]
         q, keys = torch.cat((q_nope, q_pe), -1).double(), torch.cat((ckv, kpe), -1).flatten(0, 1).double()
-        before = 65 - tokens
         for row in range(tokens * heads):
             token, head = divmod(row, heads)
             bound = before + (row // 128 + 1) * 128 // heads
             seen = min(before + token + 1, -(-bound // 64) * 64)
             weights = torch.softmax(q[token, head] @ keys[:seen].T * SCALE, -1)
             out[token, head] = (weights @ keys[:seen, :512]).to(out.dtype)
+        return done
 
     return wrong
 
@@ -97,7 +100,8 @@ def rounding_down(run: Callable[..., None]) -> Callable[..., None]:
 def test_a_library_that_loses_a_key_is_called_wrong_unless_the_adapter_refuses(
     library: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(library.ragged_mla, "run", rounding_down(library.ragged_mla.run))
+    wrapper = library.BatchMLAPagedAttentionWrapper
+    monkeypatch.setattr(wrapper, "run", rounding_down(wrapper.run))
     monkeypatch.setattr(FlashInferMla, "unsupported_batch", lambda *arguments: [])
     found = flashinfer.heads(backend())
     assert found.wrong, found.evidence

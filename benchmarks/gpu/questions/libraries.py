@@ -37,7 +37,8 @@ def _signature(function: Callable[..., object]) -> str:
 def judged(backend: Backend, op: FusedOp) -> tuple[str, dict[str, object], bool]:
     """Return whether an op of absorbed attention is right, alone and in a graph, and if it is wrong."""
     batch = LatentBatch((1, 1, 1), (65, 700, 20), 16, backend.device)
-    if reasons := op.unsupported_reasons(batch.spec) or batch.refusals(op):
+    spec = batch.spec
+    if reasons := op.unsupported_reasons(spec) or op.preflight(spec) or batch.refusals(op):
         return f"not used: {'; '.join(reasons)}", {}, False
     found, wrong = outcome(op, batch)
     return found, {"in a graph": _captured(backend, op, batch)}, wrong
