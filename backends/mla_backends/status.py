@@ -80,7 +80,7 @@ def _probe(
     try:
         return ask(["-m", "mla_backends.probe", entry.name, *words], fields, timeout, variables)
     except NoAnswer as none:
-        return _no_answer(entry, f"the probe {none}")
+        return _no_answer(" ".join([entry.name, *words]), f"the probe {none}")
 
 
 class NoAnswer(Exception):
@@ -117,8 +117,8 @@ def ask(
         raise NoAnswer(_ending(child)) from None
 
 
-def _no_answer(entry: Entry, reason: str) -> dict[str, Any]:
-    hint = f"`python -X faulthandler -m mla_backends.probe {entry.name}` shows where it stops"
+def _no_answer(asked: str, reason: str) -> dict[str, Any]:
+    hint = f"`python -X faulthandler -m mla_backends.probe {asked}` shows where it stops"
     return {"state": DeviceUnavailable.state, "reason": reason, "hint": hint, "evidence": {}}
 
 

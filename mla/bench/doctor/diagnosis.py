@@ -89,14 +89,14 @@ def _diagnose(
     probed = status(name, SECONDS, variables, options)
     if probed.state != USABLE:
         return _diagnosis(probed, probed.state, probed.reason, probed.hint)
+    words = [f"{key}={value}" for key, value in (options or {}).items()]
+    command = ["-m", "mla.bench.doctor.worker", "backend", name, *words]
     try:
         fields = ("state", "reason", "hint", "facts")
-        words = [f"{key}={value}" for key, value in (options or {}).items()]
-        command = ["-m", "mla.bench.doctor.worker", "backend", name, *words]
         return _diagnosis(probed, **ask(command, fields, SETUP_SECONDS, variables))
     except NoAnswer as none:
         reason = f"the probe succeeds, but a process that sets up the device {none}"
-        hint = f"`python -X faulthandler -m mla.bench.doctor.worker backend {name}` shows where it stops"
+        hint = f"`python -X faulthandler {' '.join(command)}` shows where it stops"
         return _diagnosis(probed, DeviceUnavailable.state, reason, hint)
 
 

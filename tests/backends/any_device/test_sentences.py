@@ -101,8 +101,7 @@ def test_a_package_that_is_named_and_missing() -> None:
 # What torch says on MPS, shortened (seen in torch 2.x issue reports).
 MPS = (
     "The operator 'aten::index_copy.out' is not currently implemented for the MPS device. As a temporary "
-    "fix, you can set the environment variable `PYTORCH_ENABLE_MPS_FALLBACK=1` to use the CPU as a fallback for "
-    "this op."
+    "fix, you can set the environment variable `PYTORCH_ENABLE_MPS_FALLBACK=1` to use the CPU as a fallback."
 )
 
 

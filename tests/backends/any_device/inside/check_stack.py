@@ -14,9 +14,13 @@ import torch
 import torch_acme
 
 import mla
+from mla.conformance.suite import carry_out, instances
+from mla.conformance.trial import BackendUnderTest
+from mla.conformance.xfails import Xfails
 from mla_backends import BackendError, BackendOptionError
 from mla_backends.any_device import facts, trials
 from mla_backends.api import MemoryInfo
+from mla_backends.registry import create
 
 # What nothing can be measured without. All else is optional.
 VITAL = ("is_available", "device_count", "synchronize", "set_device")
@@ -175,6 +179,17 @@ def test_dtypes_whose_products_fail_or_lie_are_left_out(monkeypatch: pytest.Monk
     backend = opened()
     assert backend.dtypes() == (torch.float16, torch.float32)
     assert "not implemented for bfloat16" in backend.environment()["dtypes.bfloat16"]
+    on_host = emulated.tensor._on_host
+
+    def wrong(func: Any, args: Any, kwargs: Any, index: Any) -> Any:
+        out = on_host(func, args, kwargs, index)
+        return out.mul_(1.05) if func is torch.ops.aten.mm.default and out.dtype == torch.float16 else out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(emulated.tensor, "_on_host", wrong)
+        backend = opened()
+        assert backend.dtypes() == (torch.float32,)
+        assert "a sum of 16 ones came out as 16.79" in backend.environment()["dtypes.float16"]
     monkeypatch.setenv("ACME_REFUSES", "aten::mm")
     with pytest.raises(
         BackendError, match=r"no product comes out right on it .*no kernel for aten::mm on the"
@@ -209,6 +224,15 @@ def test_memory_of_a_stack_with_other_names(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delattr(torch, "accelerator")
     found = facts.memory(module, torch.device("acme:0"))  # type: ignore[arg-type]
     assert found == MemoryInfo(free=600, total=1000, allocated=300, peak=None)
+
+
+def test_the_device_conforms() -> None:
+    backend = opened()
+    subject = BackendUnderTest(backend, "torch", quick=True, reopen=lambda more: create("torch", more))
+    planned = instances(subject, (torch.bfloat16,), ["device"])
+    found = [carry_out(one, subject, Xfails({})) for one in planned]
+    assert [(one.check, one.reason) for one in found if one.status not in ("pass", "refused")] == []
+    assert {one.check for one in found if one.status == "refused"} == {"device.graph"}
 
 
 def test_the_package_is_what_brought_the_device() -> None:
