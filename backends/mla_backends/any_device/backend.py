@@ -13,7 +13,6 @@ from mla_backends.api import Availability, DeviceInfo, MemoryInfo, Timer
 from mla_backends.errors import BackendError, BackendOptionError, DeviceUnavailable, describe
 from mla_backends.known import GENERAL, KNOWN
 from mla_backends.torch_backend import TorchBackend
-from mla_backends.torch_backend.timing import EventTimer
 
 if TYPE_CHECKING:
     import torch
@@ -139,18 +138,13 @@ class AnyDevice(TorchBackend):
         return self._dtypes
 
     def device_timer(self) -> Timer | None:
-        if self._clock_problem:
-            return None
-        return EventTimer(self.module, self.device_type, self.synchronize)
+        return None if self._clock_problem else super().device_timer()
 
     # ------------------------------------------------------------------------------------------ facts
 
     def _device(self) -> torch.device:
         assert self.device is not None  # set up
         return self.device
-
-    def properties(self) -> Any:
-        return facts.attempt(super().properties)
 
     def device_info(self) -> DeviceInfo:
         return facts.info(self.module, self._device())

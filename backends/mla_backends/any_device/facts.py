@@ -65,13 +65,9 @@ def memory(module: ModuleType, device: torch.device) -> MemoryInfo:
 def _free_and_total(module: ModuleType, device: torch.device) -> tuple[int | None, int | None]:
     import torch
 
-    ways = (
-        lambda: module.mem_get_info(),
-        lambda: module.mem_get_info(device),
-        lambda: torch.accelerator.get_memory_info(device),  # newer than torch 2.8
-    )
-    for way in ways:
-        found = attempt(way)
+    newer = getattr(getattr(torch, "accelerator", None), "get_memory_info", None)  # only in a recent torch
+    for function in (getattr(module, "mem_get_info", None), newer):
+        found = attempt(function, device)
         if isinstance(found, tuple) and len(found) == 2 and _whole(found[1]):
             return _whole(found[0]), _whole(found[1])
     return None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def test_what_is_no_device_of_this_torch_names_those_that_are(device: str) -> No
     said = refusal(device)
     assert f"has no torch.{device}, and torch_{device} is not installed; install the package" in said
     assert "-O import=MODULE" in said
-    assert "cpu, cuda, mps, mtia, xpu have a module in this torch, available: cpu" in said
+    assert re.search(r"\(cpu, cuda, .*xpu.* have a module in this torch, available: cpu", said), said
 
 
 def test_a_module_without_a_device_says_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,5 +133,5 @@ def test_the_cpu_runs_as_any_device_does(
     from mla.bench import results
 
     run = results.decode((tmp_path / "run.json").read_bytes())
-    assert run.environment["backend.device_clock"].startswith("none: torch.cpu.Event cannot time: TypeError")
+    assert run.environment["backend.device_clock"].startswith("none: torch.cpu")
     assert {case.clock for case in run.cases} == {"host"}

@@ -133,6 +133,9 @@ def test_the_only_accelerator_is_taken_and_named(monkeypatch: pytest.MonkeyPatch
     remarks = mla.load_backend("torch").remarks()
     assert remarks == ["device acme:0: the accelerator that torch reports (-O device= chooses)"]
     assert opened().remarks() == []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.mtia, "is_available", lambda: True)
+        assert mla.load_backend("torch").device == torch.device("acme:0")  # as torch.accelerator says
     monkeypatch.delattr(torch, "accelerator")
     assert mla.load_backend("torch").device == torch.device("acme:0")
     monkeypatch.setattr(torch.mtia, "is_available", lambda: True)
@@ -213,6 +216,23 @@ def test_a_stack_without_part_of_a_capture_has_no_graphs(monkeypatch: pytest.Mon
     ):
         opened(graph="on")
     assert opened().environment()["graphs"] == "none"
+
+
+def test_a_stack_like_torch_cuda_is_described() -> None:
+    backend, total = opened(), 8 << 30
+    info, memory = backend.device_info(), backend.memory()
+    assert (info.name, info.memory_bytes, info.cache_bytes) == ("Acme One (acme)", total, None)
+    assert memory.total == total
+    assert memory.free == total - memory.allocated
+    assert memory.peak >= memory.allocated
+    assert backend.environment()["capability"] == "1.0"
+
+
+def test_memory_that_only_torch_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = SimpleNamespace(get_memory_info=lambda device: (5, 9) if device.index == 1 else (1, 2))
+    monkeypatch.setattr(torch, "accelerator", fake)
+    found = facts.memory(SimpleNamespace(), torch.device("acme:1"))  # type: ignore[arg-type]
+    assert (found.free, found.total) == (5, 9)
 
 
 def test_memory_of_a_stack_with_other_names(monkeypatch: pytest.MonkeyPatch) -> None:
