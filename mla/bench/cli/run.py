@@ -30,6 +30,7 @@ Examples:
   python -m mla.bench --backend cpu --scenario decode -a kv=1k..16k*4 -a batch=1,16 -o sweep.json
   python -m mla.bench --backend cpu --preset full --budget 10m -o full.json
   python -m mla.bench --backend cpu --op latent_attention --batch 64 --kv 4k
+  python -m mla.bench --backend torch -O device=xpu
   python -m mla.bench --backend my_module:MyBackend --workload mine.toml --dry-run
   python -m mla.bench compare before.json after.json --fail-slower 3%
   python -m mla.bench report before.json after.json --html report.html
