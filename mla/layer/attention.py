@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from mla.config import MLAConfig
 from mla.errors import WeightError
 from mla.layer.forward import make_step
 from mla.layer.ops import Ops
-from mla.layer.packed_weights import PackedWeights
+from mla.layer.packed_weights import PackedWeights, SharedWeights
 from mla.layer.plan import WORKSPACE_BYTES, StepPlan, make_plan
 from mla.layer.recording import Repeated, recording
 from mla.layer.rope import RotaryTable
@@ -39,8 +40,8 @@ class MLA(nn.Module):
 
     `attention`: "auto", "absorbed" or "expanded". `ops`: "auto" takes the backend's fused ops where they
     serve this layer, "reference" never does, "fused" and names of ops require them (`mla.layer.ops.choose`)
-    and raise `UnsupportedOps` where they cannot serve. Without a backend the layer runs the reference on the
-    CPU.
+    and raise `UnsupportedOps` where they cannot serve; `overrides` (role -> name of an op, or "reference")
+    come before it. Without a backend the layer runs the reference on the CPU.
     `workspace_bytes` caps the keys and values the expanded path rebuilds at a time.
     Weights arrive through `load_state_dict` under Hugging Face names.
     """
@@ -53,6 +54,7 @@ class MLA(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         attention: str = "auto",
         ops: str = "auto",
+        overrides: Mapping[str, str] = MappingProxyType({}),
         workspace_bytes: int = WORKSPACE_BYTES,
     ) -> None:
         super().__init__()
@@ -65,7 +67,7 @@ class MLA(nn.Module):
         self.attention = attention
         self.workspace_bytes = workspace_bytes
         self.device = backend.device if backend is not None and backend.device else torch.device("cpu")
-        self.ops = Ops(config, backend.ops() if backend else {}, dtype, self.device, ops)
+        self.ops = Ops(config, backend.ops() if backend else {}, dtype, self.device, ops, overrides)
         self.rotary = RotaryTable(config, self.device)
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
         self._scratch = Workspace(dtype, self.device)
@@ -105,6 +107,13 @@ class MLA(nn.Module):
         """
         self._weights.load(state_dict, strict)
         self._repeated.forget()
+
+    def share_weights(self, shared: SharedWeights) -> None:
+        """At the next load, take what another layer packed with the same ops from `shared`, and add the rest.
+
+        All layers that share must load the same state dict.
+        """
+        self._weights.shared = shared
 
     def state_dict(  # type: ignore[override]
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False

@@ -6,12 +6,14 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from mla.config import MLAConfig
 from mla.errors import UnknownOp, UnsupportedBatch, UnsupportedOps, did_you_mean
+from mla.layer.overrides import check_overrides
 from mla.reference import REFERENCE
 from mla_backends import BackendError
 from mla_backends.api import OPS, AttentionSpec, FusedOp, LinearSpec, NormSpec
@@ -46,11 +48,14 @@ class Choice:
 POLICIES = ("auto", "reference", "fused")
 
 
-def choose(kind: str, spec: Any, offered: Mapping[str, FusedOp], policy: str) -> Choice:
+def choose(
+    kind: str, spec: Any, offered: Mapping[str, FusedOp], policy: str, required_by: str = ""
+) -> Choice:
     """Return the first offered op of `kind` that serves `spec`, else the reference.
 
     `policy`: "auto"; "reference" takes no fused op; "fused" requires one wherever the backend offers any;
-    names, separated by commas, require those for their kinds. Raises `UnsupportedOps` when one cannot serve.
+    names, separated by commas, require those for their kinds. Raises `UnsupportedOps` when one cannot serve,
+    naming `required_by` (default: the policy).
     """
     if policy == "reference":
         return Choice("reference", REFERENCE[kind], spec)
@@ -64,7 +69,8 @@ def choose(kind: str, spec: Any, offered: Mapping[str, FusedOp], policy: str) ->
         reasons += [f"fused op '{name}' not used because {reason}" for reason in why]
     if named or (candidates and policy == "fused"):
         raise UnsupportedOps(
-            f"no fused {kind} serves this layer, but --ops {policy} requires one: {'; '.join(reasons)}."
+            f"no fused {kind} serves this layer, but {required_by or f'--ops {policy}'} requires one: "
+            f"{'; '.join(reasons)}."
         )
     return Choice("reference", REFERENCE[kind], spec, tuple(reasons))
 
@@ -94,7 +100,11 @@ def _refusals(op: FusedOp, kind: str, spec: Any) -> list[str]:
 
 
 class Ops:
-    """The implementations one layer uses, by role. A `linear` role is a weight of the layer."""
+    """The implementations one layer uses, by role. A `linear` role is a weight of the layer.
+
+    `overrides` (role -> name of an op, or "reference") come before `policy`. Raises `UnknownOp` for a name
+    that the backend or the layer lacks, and `UnsupportedOps` for a required op that cannot serve.
+    """
 
     def __init__(
         self,
@@ -103,13 +113,20 @@ class Ops:
         dtype: torch.dtype,
         device: torch.device,
         policy: str = "auto",
+        overrides: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         _validate(offered)
         _check_names(offered, policy)
         self.attention = attention_spec(config, dtype, device)
+        roles = layer_roles(config, dtype, device)
+        check_overrides(overrides, {role: kind for role, (kind, _) in roles.items()}, offered)
         self._choices: dict[str, Choice] = {}
-        for role, (kind, spec) in layer_roles(config, dtype, device).items():
-            self._choices[role] = choose(kind, spec, offered, policy)
+        for role, (kind, spec) in roles.items():
+            name = overrides.get(role)
+            if name is None or name == "reference":
+                self._choices[role] = choose(kind, spec, offered, name or policy)
+            else:
+                self._choices[role] = choose(kind, spec, {name: offered[name]}, "fused", f"{role}={name}")
 
     def __getitem__(self, role: str) -> Choice:
         return self._choices[role]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mla.bench.plan.options import RunOptions
+from mla.bench.workload import implementations
 from mla.bench.workload.grid import Axes, Point
 from mla.bench.workload.op_scenario import READS_HISTORY
 from mla.bench.workload.scenario import STANDARD
@@ -31,6 +32,7 @@ def check_options(options: RunOptions, axes: Axes) -> None:
     """Raise `UsageError` for options that contradict each other or lack one that they need."""
     if options.preset and options.workload:
         raise UsageError("--preset and --workload are mutually exclusive: a preset is a shipped workload.")
+    implementations.parse(options.implementations)
     _check_op_shape(options, axes)
     _check_op_alone(options)
     _check_checkpoint(options)
@@ -130,11 +132,11 @@ def check_op_uses_shape(options: RunOptions, points: Sequence[Point]) -> None:
         raise UsageError(f"{' and '.join(unused)} {have} no effect on {', '.join(roles)}: omit {them}.")
 
 
-def check_stages(options: RunOptions, points: Sequence[Point], implementations: Sequence[str]) -> None:
+def check_stages(options: RunOptions, points: Sequence[Point], names: Sequence[str]) -> None:
     """Raise `UsageError` where `--stages` has nothing to time, or more than one layer."""
     if not options.stages:
         return
-    if not any(name.startswith("mla") for name in implementations):
+    if not any(map(implementations.is_ours, names)):
         raise UsageError("--stages times the parts of mla and mla-reference: run one of them.")
     if options.op is not None:
         raise UsageError("--stages times the parts of a layer, and --op is one part alone.")

@@ -22,11 +22,12 @@ from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.op import memory as op_memory
 from mla.bench.subjects.op.implementation import OpImplementation, reference_results
 from mla.bench.subjects.op.problem import op_problem
-from mla.bench.subjects.setting import Setting
+from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, sharing_weights
+from mla.bench.subjects.shared_weights import shared_bytes
 from mla.bench.subjects.stack import MlaStack
 from mla.bench.subjects.transformers_layer import TransformersLayer
 from mla.bench.workload.grid import Point
-from mla.layer.ops import Ops
+from mla.bench.workload.implementations import parse_one
 from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import State
 from mla.verify.op_check import OpChecker
@@ -43,11 +44,6 @@ IMPLEMENTATIONS: dict[str, Callable[[Setting, State], Implementation]] = {
 
 def _layers(setting: Setting) -> type[MlaLayer]:
     return MlaStack if setting.layers > 1 else MlaLayer
-
-
-def make_ops(setting: Setting) -> Ops:
-    """Return the ops that a layer of this setting chooses."""
-    return Ops(setting.config, setting.backend.ops(), setting.dtype, setting.device, setting.ops)
 
 
 @dataclass(frozen=True)
@@ -99,9 +95,13 @@ class Fixture(ABC):
     def needs(self) -> Needs:
         """Return what the scenario needs."""
 
-    @abstractmethod
-    def uses_fused_ops(self) -> bool:
-        """Return whether `mla` differs from `mla-reference`. Raises `UnsupportedOps`."""
+    def shared_bytes(self, names: Sequence[str], with_reference: bool) -> int:
+        """Return the device memory that implementations save by sharing weights (`shared_weights`)."""
+        return 0
+
+    def ops(self, name: str) -> dict[str, str]:
+        """Return role -> op of an implementation of ours. Raises `UsageError` or `UnsupportedOps`."""
+        return make_ops(implementation_setting(self.setting, parse_one(name))).names()
 
 
 class LayerFixture(Fixture):
@@ -110,7 +110,7 @@ class LayerFixture(Fixture):
     def __init__(
         self, setting: Setting, point: Point, state: State | None, after_forward: Callable[[], None]
     ) -> None:
-        super().__init__(setting, point)
+        super().__init__(sharing_weights(setting), point)
         self._given, self._after_forward = state, after_forward
         self._state: State = {}
         self._cost: results.Cost | None = None
@@ -138,7 +138,10 @@ class LayerFixture(Fixture):
         return reference.outputs
 
     def build(self, name: str) -> Implementation:
-        return IMPLEMENTATIONS[name](self.setting, self._state)
+        named = parse_one(name)
+        one = IMPLEMENTATIONS[named.base](implementation_setting(self.setting, named), self._state)
+        one.name = name
+        return one
 
     def cost(self) -> results.Cost:
         if self._cost is None:
@@ -166,8 +169,8 @@ class LayerFixture(Fixture):
             reference_copies=1,
         )
 
-    def uses_fused_ops(self) -> bool:
-        return not make_ops(self.setting).all_reference()
+    def shared_bytes(self, names: Sequence[str], with_reference: bool) -> int:
+        return shared_bytes(self.setting, names, with_reference)
 
 
 class OpFixture(Fixture):
@@ -184,8 +187,8 @@ class OpFixture(Fixture):
         return problem, OpChecker(problem.truth, setting.dtype, lambda: reference_results(problem, setting))
 
     def build(self, name: str) -> Implementation:
-        policy = "reference" if name == "mla-reference" else self.setting.ops
-        return OpImplementation(self.setting, self._problem, name, policy)
+        setting = implementation_setting(self.setting, parse_one(name))
+        return OpImplementation(setting, self._problem, name)
 
     def cost(self) -> results.Cost:
         return results.Cost(**self._problem.work._asdict())
@@ -201,8 +204,9 @@ class OpFixture(Fixture):
             reference_copies=0,
         )
 
-    def uses_fused_ops(self) -> bool:
-        return make_ops(self.setting)[self._problem.role].name != "reference"
+    def ops(self, name: str) -> dict[str, str]:
+        role = self._problem.role
+        return {role: super().ops(name)[role]}
 
 
 def make_fixture(

@@ -23,19 +23,23 @@ class MlaLayer(Implementation):
     def __init__(self, setting: Setting, state: State, name: str = "mla", ops: str | None = None) -> None:
         super().__init__(setting)
         self.name = name
-        self.layer = self._make_layer(ops)
+        self.layer = self._make_layer(ops, 0)
         self.layer.load_state_dict(state)
         self.held_to_reference = not self.layer.ops.all_reference()
 
-    def _make_layer(self, ops: str | None) -> MLA:
+    def _make_layer(self, ops: str | None, index: int) -> MLA:
         setting = self.setting
-        return MLA(
+        layer = MLA(
             setting.config,
             backend=setting.backend,
             dtype=setting.dtype,
             attention=setting.attention,
             ops=ops or setting.ops,
+            overrides=dict(setting.overrides),
         )
+        if setting.weights is not None:
+            layer.share_weights(setting.weights[index])
+        return layer
 
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
         self._scenario = scenario

@@ -42,7 +42,7 @@ class MlaStack(MlaLayer):
 
     def __init__(self, setting: Setting, state: State, name: str = "mla", ops: str | None = None) -> None:
         super().__init__(setting, state, name, ops)
-        self.layers = [self.layer, *(self._make_layer(ops) for _ in range(1, setting.layers))]
+        self.layers = [self.layer, *(self._make_layer(ops, index) for index in range(1, setting.layers))]
         for index, layer in enumerate(self.layers[1:], 1):
             layer.load_state_dict(layer_state(state, index))
 

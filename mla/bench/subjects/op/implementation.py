@@ -11,23 +11,22 @@ import torch
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.op.call import CALLS, Placement
 from mla.bench.subjects.op.problem import OpProblem
-from mla.bench.subjects.setting import Setting
+from mla.bench.subjects.setting import Setting, make_ops
 from mla.bench.workload.scenario import Scenario
-from mla.layer.ops import Choice, Ops
+from mla.layer.ops import Choice
 from mla.reference import REFERENCE
 from mla.verify.op_check import OpChecker, Tensors
 from mla.verify.verdict import Check
 
 
 class OpImplementation(Implementation):
-    """The op that a layer would choose for a role (`mla`), or the reference (`mla-reference`)."""
+    """The op that a layer of this setting would choose for a role."""
 
-    def __init__(self, setting: Setting, problem: OpProblem, name: str, policy: str) -> None:
+    def __init__(self, setting: Setting, problem: OpProblem, name: str) -> None:
         super().__init__(setting)
         self.name = name
         self._problem = problem
-        offered = setting.backend.ops()
-        self._choice = Ops(setting.config, offered, setting.dtype, setting.device, policy)[problem.role]
+        self._choice = make_ops(setting)[problem.role]
 
     def load(self, scenario: Scenario, inputs: Any) -> None:
         """Lay the operands out on the device. Raises `UnsupportedBatch` if the op refuses the shape."""
