@@ -27,7 +27,7 @@ from mla.layer.recording import Repeated, recording
 from mla.layer.rope import RotaryTable
 from mla.layer.views import StepViews
 from mla.layer.workspace import Workspace
-from mla_backends.api import Backend, OpCall
+from mla_backends.api import Backend, FusedOp, OpCall
 
 ATTENTION_MODES = ("auto", "absorbed", "expanded")
 
@@ -130,6 +130,14 @@ class MLA(nn.Module):
             name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)
         }
         self.load_state_dict(own)
+
+    def replace_ops(self, replace: Callable[[str, FusedOp], Any]) -> None:
+        """Put `replace(role, op)` in place of every op; from now on they are called one by one.
+
+        What is put there has the attributes of the op that plans need: `prepare`, `unsupported_batch`, ...
+        """
+        self.ops = self.ops.replaced(replace)
+        self._repeated = Repeated(None)
 
     def weight_bytes(self) -> int:
         """Return the bytes that the packed weights keep alive."""

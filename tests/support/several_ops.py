@@ -1,11 +1,13 @@
 """The CPU with two ops of one kind to compare, and ops that cannot run: all are the reference inside.
 
 `first` and `second` are latent attention, `rows` is linear. `-O wrong=NAME` makes what that op writes 5 %
-too large. `picky` is latent attention and refuses every layer; `old` implements an outdated contract.
+too large; `-O hang=profiled`: `first` hangs while it is profiled. `picky` is latent attention and refuses
+every layer; `old` implements an outdated contract.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,15 @@ from mla_backends import FusedOp
 from mla_backends.testing import HostBackend
 
 KINDS = {"first": "latent_attention", "second": "latent_attention", "rows": "linear"}
+
+
+class Hanging(FaultyOp):
+    """Waits for ever as soon as a profiler watches."""
+
+    def __call__(self, *leading: Any, **tensors: Any) -> None:
+        if torch.autograd._profiler_enabled():
+            time.sleep(3600)
+        super().__call__(*leading, **tensors)
 
 
 class Picky(FaultyOp):
@@ -34,7 +45,7 @@ class SeveralOps(HostBackend):
 
     @classmethod
     def known_options(cls) -> tuple[str, ...]:
-        return ("threads", "wrong")
+        return ("threads", "wrong", "hang")
 
     def setup(self, index: int | None = None) -> torch.device:
         torch.set_num_threads(1)
@@ -45,9 +56,11 @@ class SeveralOps(HostBackend):
 
     def ops(self) -> Mapping[str, FusedOp]:
         if not self._ops:
-            wrong = self.options.get("wrong")
+            wrong = self.options.get("wrong", "hang")
             for name, kind in KINDS.items():
                 self._ops[name] = FaultyOp(kind, "scale" if name == wrong else "none")
+            if self.options.get("hang") == "profiled":
+                self._ops["first"] = Hanging("latent_attention", "none")
             self._ops["picky"] = Picky("latent_attention", "none")
             self._ops["old"] = Old("rotate_query", "none")
         return self._ops

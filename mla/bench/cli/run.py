@@ -32,6 +32,7 @@ Examples:
   python -m mla.bench --backend cpu --scenario decode -a kv=1k..16k*4 -a batch=1,16 -o sweep.json
   python -m mla.bench --backend cpu --preset full --budget 10m -o full.json
   python -m mla.bench --backend cpu --op latent_attention --batch 64 --kv 4k
+  python -m mla.bench --backend cpu --scenario decode --profile trace.json.gz
   python -m mla.bench --backend my_module:MyBackend --workload mine.toml --dry-run
   python -m mla.bench compare before.json after.json --fail-slower 3%
   python -m mla.bench report before.json after.json --html report.html
@@ -120,7 +121,18 @@ def _run(
     outcome = scheduler.measure(request, empty, course)
     _report(options, request, outcome)
     code = verdict(outcome)
-    return code if code or baseline is None else _gate(options, baseline, outcome.run)
+    if not code and baseline is not None:
+        code = _gate(options, baseline, outcome.run)
+    return code if outcome.interrupted else _profile(options, request, outcome, budget, code)
+
+
+def _profile(options: RunOptions, request: Request, outcome: Outcome, budget: Budget, code: Exit) -> Exit:
+    """Record a trace, if one was asked for; everything else is done by then."""
+    if options.profile is None:
+        return code
+    from mla.bench.run.profiling import profile
+
+    return profile(request, outcome.run, options.profile, budget, options.hang_after, code)
 
 
 def _report(options: RunOptions, request: Request, outcome: Outcome) -> None:

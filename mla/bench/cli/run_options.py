@@ -205,6 +205,14 @@ OUTPUT = (
         help="Afterwards time every op of the layer alone, and print where a forward's time goes.",
     ),
     click.option(
+        "--profile",
+        metavar="FILE",
+        type=FILE,
+        callback=result_path,
+        help="Afterwards record an untimed pass of every case with torch.profiler, and write them as one "
+        "Chrome trace (FILE.json or FILE.json.gz) with a range for every op.",
+    ),
+    click.option(
         "--dry-run",
         is_flag=True,
         help="Print every case, its memory and estimated time on stderr, and stop.",

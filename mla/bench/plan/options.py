@@ -52,6 +52,7 @@ class RunOptions(BackendOptions):
     mode: str | None = None
     cache: str | None = None
     clock: str | None = None
+    profile: Path | None = None
 
     @property
     def workload_name(self) -> str:

@@ -42,6 +42,8 @@ def describe(request: Request) -> None:
     _plan(request)
     for line in _same_ops(request):
         note(line)
+    if request.profile:
+        note(f"profile    {request.profile}: one more pass of every case, once all are timed")
 
 
 def _ops(request: Request) -> Iterator[str]:

@@ -7,6 +7,7 @@ import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import msgspec
 
@@ -73,6 +74,7 @@ class Request:
     state: State | None = field(default=None, repr=False)  # weights of a checkpoint; None: random ones
     stages: bool = False  # time the parts of a forward, after everything else
     variants: Variants = Variants()  # noqa: RUF009  # frozen
+    profile: Path | None = None  # the trace to write after everything else
 
     def replanned(self, points: Sequence[Point], names: Sequence[str]) -> Request:
         """Return the same request with other scenarios and implementations."""

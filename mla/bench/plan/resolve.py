@@ -35,8 +35,8 @@ def resolve(options: RunOptions) -> Request:
         note(mixed)
     points = _points(options)
     wanted = variants.parse(options.mode, options.cache, options.clock)
-    if options.target:
-        files.check_writable(options.target)
+    for file in filter(None, (options.target, options.profile)):
+        files.check_writable(file)
     return _request(options, points, wanted, open_backend(options))
 
 
@@ -68,6 +68,7 @@ def _request(
         backend_version=opened.version,
         state=state,
         stages=options.stages,
+        profile=options.profile,
         variants=variants.available(wanted, opened.backend),
     )
 

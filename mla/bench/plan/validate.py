@@ -36,6 +36,7 @@ def check_options(options: RunOptions, axes: Axes) -> None:
     _check_op_shape(options, axes)
     _check_op_alone(options)
     _check_checkpoint(options)
+    _check_profile(options)
     _check_page_size(options.page_size)
 
 
@@ -75,6 +76,18 @@ def _check_checkpoint(options: RunOptions) -> None:
         raise UsageError(
             "--config and --model-path are mutually exclusive: the checkpoint's own config.json is used."
         )
+
+
+def _check_profile(options: RunOptions) -> None:
+    file = options.profile
+    if file is None:
+        return
+    if not file.name.endswith((".json", ".json.gz")):
+        raise UsageError(f"--profile writes a Chrome trace, FILE.json or FILE.json.gz, got '{file}'.")
+    others = {"-o": options.output, "--resume": options.resume, "--baseline": options.baseline}
+    for flag, other in others.items():
+        if other is not None and other.absolute() == file.absolute():
+            raise UsageError(f"--profile and {flag} name the same file, '{file}': give the trace its own.")
 
 
 def _check_page_size(size: int | None) -> None:

@@ -17,11 +17,11 @@ from mla import cost
 from mla.bench import results
 from mla.bench.subjects import memory
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.inputs import expected_outputs, make_inputs
+from mla.bench.subjects.inputs import Inputs, expected_outputs, make_inputs
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.op import memory as op_memory
 from mla.bench.subjects.op.implementation import OpImplementation, reference_results
-from mla.bench.subjects.op.problem import op_problem
+from mla.bench.subjects.op.problem import OpProblem, op_problem
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, sharing_weights
 from mla.bench.subjects.shared_weights import shared_bytes
 from mla.bench.subjects.stack import MlaStack
@@ -67,25 +67,36 @@ class Fixture(ABC):
         """`setting`: that of the scenario, with its own heads, dtype and layers."""
         self.setting = setting
         self.point = point
-        self._prepared: tuple[Any, Any] | None = None
+        self._inputs: Any = None
+        self._checker: Any = None
 
     @property
     def prepared(self) -> bool:
         """Whether anything large was made."""
-        return self._prepared is not None
+        return self._inputs is not None
+
+    def inputs(self) -> Any:
+        """Return what `Implementation.load` takes, made once."""
+        if self._inputs is None:
+            self._inputs = self._make_inputs()
+        return self._inputs
 
     def prepare(self) -> tuple[Any, Any]:
         """Return what `Implementation.load` and `Implementation.check` take, made once."""
-        if self._prepared is None:
-            self._prepared = self._prepare()
-        return self._prepared
+        if self._checker is None:
+            self._checker = self._make_checker(self.inputs())
+        return self.inputs(), self._checker
 
     @abstractmethod
-    def _prepare(self) -> tuple[Any, Any]: ...
+    def _make_inputs(self) -> Any: ...
+
+    @abstractmethod
+    def _make_checker(self, inputs: Any) -> Any:
+        """Compute the oracle, which may take minutes."""
 
     @abstractmethod
     def build(self, name: str) -> Implementation:
-        """Return an implementation by name; `prepare` has been called."""
+        """Return an implementation by name; `inputs` or `prepare` has been called."""
 
     @abstractmethod
     def cost(self) -> results.Cost:
@@ -115,12 +126,13 @@ class LayerFixture(Fixture):
         self._state: State = {}
         self._cost: results.Cost | None = None
 
-    def _prepare(self) -> tuple[Any, Any]:
-        config, dtype = self.setting.config, self.setting.dtype
+    def _make_inputs(self) -> Inputs:
         self._state = self._weights()
-        inputs = make_inputs(config, self.point, self.setting.seed, dtype)
-        expected = expected_outputs(config, self._state, self.point, inputs)
-        return inputs, Checker(expected, dtype, self._reference_outputs)
+        return make_inputs(self.setting.config, self.point, self.setting.seed, self.setting.dtype)
+
+    def _make_checker(self, inputs: Inputs) -> Checker:
+        expected = expected_outputs(self.setting.config, self._state, self.point, inputs)
+        return Checker(expected, self.setting.dtype, self._reference_outputs)
 
     def _weights(self) -> State:
         if self._given is None:
@@ -129,9 +141,8 @@ class LayerFixture(Fixture):
 
     def _reference_outputs(self) -> torch.Tensor:
         """Run the reference once: our own implementations are compared with its error."""
-        inputs, _ = self.prepare()
         reference = IMPLEMENTATIONS["mla-reference"](replace(self.setting, layers=1), self._state)
-        reference.load(self.point, inputs)
+        reference.load(self.point, self.inputs())
         for index in range(self.point.inputs):
             reference.step(index)
             self._after_forward()
@@ -181,10 +192,13 @@ class OpFixture(Fixture):
         self.op = point.op
         self._problem = op_problem(setting, point)
 
-    def _prepare(self) -> tuple[Any, Any]:
-        problem, setting = self._problem, self.setting
-        problem.draw()
-        return problem, OpChecker(problem.truth, setting.dtype, lambda: reference_results(problem, setting))
+    def _make_inputs(self) -> OpProblem:
+        self._problem.draw()
+        return self._problem
+
+    def _make_checker(self, inputs: OpProblem) -> OpChecker:
+        dtype = self.setting.dtype
+        return OpChecker(inputs.truth, dtype, lambda: reference_results(inputs, self.setting))
 
     def build(self, name: str) -> Implementation:
         setting = implementation_setting(self.setting, parse_one(name))

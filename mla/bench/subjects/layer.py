@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -134,6 +136,9 @@ class MlaLayer(Implementation):
 
     def scratch_bytes(self) -> int:
         return self.layer.scratch_bytes()
+
+    def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:
+        self.layer.replace_ops(replace)
 
     def ops(self) -> dict[str, str]:
         return self.layer.ops.names()

@@ -7,6 +7,7 @@ weights or cache is wrong.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,6 +100,10 @@ class MlaStack(MlaLayer):
 
     def compared(self) -> torch.Tensor:
         return self.outputs[:, 0]
+
+    def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:
+        for layer in self.layers:
+            layer.replace_ops(replace)
 
     def weight_bytes(self) -> int:
         return sum(layer.weight_bytes() for layer in self.layers)

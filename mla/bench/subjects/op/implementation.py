@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,6 +66,9 @@ class OpImplementation(Implementation):
     def weight_bytes(self) -> int:
         return self._call.weight_bytes
 
+    def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:
+        self._choice = dataclasses.replace(self._choice, op=replace(self._problem.role, self._choice.op))
+
     def ops(self) -> dict[str, str]:
         return {self._problem.role: self._choice.name}
 
@@ -72,7 +76,7 @@ class OpImplementation(Implementation):
 def reference_results(problem: OpProblem, setting: Setting) -> Tensors:
     """Return the reference's results on the host, whose error bounds that of a fused op."""
     host = torch.device("cpu")
-    choice = Choice("reference", REFERENCE[problem.kind], replace(problem.spec, device=host))
+    choice = Choice("reference", REFERENCE[problem.kind], dataclasses.replace(problem.spec, device=host))
     call = CALLS[problem.kind](problem, choice, Placement(host, setting.page_size, setting.seed))
     call.prepare()
     call.run()
