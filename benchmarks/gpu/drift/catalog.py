@@ -70,10 +70,13 @@ LIBRARIES = (
         "flashinfer-python",
         (
             Call(f"{_WRAPPER}.__init__", ("backend",), "flashinfer.mla", "flashinfer", placed=1),
-            Call(f"{_WRAPPER}.plan", ("flashinfer:PLAN_ARGUMENTS",), "flashinfer.mla", "flashinfer"),
             Call(
-                f"{_WRAPPER}.run", ("flashinfer:RUN_ARGUMENTS",), "flashinfer.mla", "flashinfer",
-                where_taken=("return_lse_base_on_e",),
+                f"{_WRAPPER}.plan", ("metadata", "flashinfer.release:PLAN"), "flashinfer.mla",
+                "flashinfer_07", where_taken=("query_layout", "kv_cache_layout", "lse_mode"),
+            ),
+            Call(
+                f"{_WRAPPER}.run", ("flashinfer.release:PAIRS", "flashinfer.release:RUN"), "flashinfer.mla",
+                "flashinfer_07", where_taken=("return_lse_base_on_e",),
             ),
         ),
     ),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from mla import cost
-from mla.bench.subjects.setting import SPARE_PAGES, Setting
+from mla.bench.subjects.setting import SPARE_PAGES, Setting, make_ops
 from mla.bench.workload.grid import Point
 from mla.bench.workload.scenario import Scenario
 from mla.layer.expansion import WORKSPACE_BYTES, rebuilt_bytes
-from mla.layer.ops import Ops
 
 # The reference's logits, rebuilt keys and values, and their fp32 copies, at most.
 WORKSPACE = 1 << 30
@@ -60,8 +59,7 @@ def _grown_bytes(setting: Setting, scenario: Scenario) -> int:
 
 def _merges(setting: Setting) -> bool:
     """Return whether the op can merge parts of a context. Raises `UnsupportedOps`."""
-    ops = Ops(setting.config, setting.backend.ops(), setting.dtype, setting.device, setting.ops)
-    return ops["expanded_attention"].op.writes_lse
+    return make_ops(setting)["expanded_attention"].op.writes_lse
 
 
 def host_bytes(setting: Setting, scenario: Point) -> int:
