@@ -15,11 +15,6 @@ def dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, which may be empty: stacks append pages of theirs."""
-    return str(error).strip().partition("\n")[0].strip()
-
-
 def size(count: int | Decimal | None, unknown: str = "-", **formats: str | Callable[[Any], str]) -> str:
     """Return bytes with a unit, such as "1.5 MiB"; `unknown` for None.
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from mla_backends.errors import BackendNotInstalled, DuplicateBackend, UnknownBackend
-from mla_backends.known import KNOWN
+from mla_backends.known import GENERAL, KNOWN
 
 GROUP = "mla.backends"
+DISTRIBUTION = "mla-backends"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def locate(name: str) -> Entry:
     if ":" in name:
         return Entry(name, None, None, name)
     offers = entries()
-    chosen = [entry for entry in offers if entry.name == name]
+    chosen = [entry for entry in (*offers, general()) if entry.name == name]
     if len(chosen) > 1:
         raise DuplicateBackend(name, [(entry.distribution or "?", entry.version or "?") for entry in chosen])
     if chosen:
@@ -59,6 +60,15 @@ def locate(name: str) -> Entry:
     if name in KNOWN:
         raise BackendNotInstalled(KNOWN[name])
     raise UnknownBackend(name, sorted({entry.name for entry in offers}), KNOWN)
+
+
+def general() -> Entry:
+    """Return the backend of this package itself, which needs no metadata."""
+    try:
+        version = metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        version = "?"
+    return Entry(GENERAL, DISTRIBUTION, version, "mla_backends.any_device")
 
 
 def _identity(point: metadata.EntryPoint) -> tuple[str, str]:

@@ -7,8 +7,11 @@ The sentence names the cause and the fix. Callers print `str(error)` and nothing
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from mla_backends.known import GENERAL, GENERAL_DEVICES, GENERAL_USE
 
 if TYPE_CHECKING:
     from mla_backends.known import KnownBackend
@@ -47,12 +50,16 @@ class UnknownBackend(BackendError):
 
     def __init__(self, name: str, installed: Sequence[str], known: Mapping[str, KnownBackend]) -> None:
         close = _closest(name, installed, known)
-        guess = f" (did you mean '{close}'?)" if close else ""
-        lists = f"installed: {', '.join(installed) or 'none'}; known: {', '.join(known)}"
+        meant = f"`--backend {GENERAL} -O device={name}`" if name in GENERAL_DEVICES else f"'{close}'"
+        guess = f" (did you mean {meant}?)" if close or name in GENERAL_DEVICES else ""
+        lists = (
+            f"installed: {', '.join(installed) or 'none'}; known: {', '.join(known)}; without a plugin, "
+            f"{GENERAL_USE}"
+        )
         super().__init__(
             f"unknown backend '{name}'{guess}; {lists}.",
             reason="no backend has this name",
-            hint=f"did you mean '{close}'?" if close else lists,
+            hint=guess.strip(" ()") or lists,
         )
 
 
@@ -139,9 +146,33 @@ class DeviceUnavailable(BackendError):
 
 
 def describe(error: BaseException) -> str:
-    """Return the type of `error` and the first line of its text."""
+    """Return the type of `error` and what it says, on one line."""
+    text = first_line(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, which may be empty: stacks append pages of theirs."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    return _missing_kernel(str(error)) or (lines[0].strip() if lines else "")
+
+
+# What torch says where a device lacks an operator: a paragraph, and on MPS a text of its own.
+_NO_KERNEL = (
+    re.compile(r"Could not run '([\w:.]+)' with arguments from the '(\w+)' backend"),
+    re.compile(r"The operator '([\w:.]+)' is not currently \w+ (?:for|on) the (\w+) (?:device|backend)"),
+)
+_FALLBACK = "PYTORCH_ENABLE_MPS_FALLBACK=1"
+
+
+def _missing_kernel(text: str) -> str:
+    """Return one clause for an operator that torch does not have on a device, or ""."""
+    found = next((match for pattern in _NO_KERNEL if (match := pattern.search(text))), None)
+    if found is None:
+        return ""
+    said = f"torch has no kernel for {found[1]} on the device {found[2]}"
+    offered = f"; {_FALLBACK} runs it on the CPU instead, and times that" if _FALLBACK in text else ""
+    return said + offered
 
 
 def one_line(text: str) -> str:
@@ -156,7 +187,7 @@ def _clauses(*parts: str) -> str:
 
 def _closest(name: str, installed: Iterable[str], known: Mapping[str, KnownBackend]) -> str | None:
     """Find the backend meant by a misspelt name, or by the name of its platform ("cuda")."""
-    words = {word.lower(): word for word in installed}
+    words = {word.lower(): word for word in (GENERAL, *installed)}
     for entry in known.values():
         words.update(dict.fromkeys((entry.name, *entry.also), entry.name))
     close = difflib.get_close_matches(name.lower(), words, n=1)

@@ -6,6 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+# The backend that every installation of this package brings: any torch device, without a plugin.
+GENERAL = "torch"
+# Devices that torch or an extension of it serves, asked for as if they were backends of their own.
+GENERAL_DEVICES = ("xpu", "mps", "mtia", "npu", "hpu", "mlu", "xla", "hip", "rocm")
+GENERAL_USE = f"`--backend {GENERAL} -O device=NAME` runs on any torch device"
+
 
 @dataclass(frozen=True)
 class KnownBackend:

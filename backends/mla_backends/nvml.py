@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-# One function under its name since NVML 12, which a driver may lack, and the one before.
+# One function, under the name NVML has given it since CUDA 12 and under the one before.
 THROTTLE_REASONS = ("DeviceGetCurrentClocksEventReasons", "DeviceGetCurrentClocksThrottleReasons")
 
 

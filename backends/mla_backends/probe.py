@@ -1,7 +1,7 @@
-"""Probe one backend and print what was found as JSON: `python -m mla_backends.probe NAME`.
+"""Probe one backend and print what was found as JSON: `python -m mla_backends.probe NAME [KEY=VALUE ...]`.
 
 The last line of stdout is the answer. If the backend is not usable, one sentence goes to stderr, after the
-traceback if there is one. Exit code 0: usable, 3: not usable or unknown, 2: no name given.
+traceback if there is one. Exit code 0: usable, 3: not usable or unknown, 2: wrong arguments.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
 from mla_backends.errors import BackendError, BackendImportError, DeviceUnavailable
@@ -17,10 +18,10 @@ from mla_backends.registry import create, probe_backend
 from mla_backends.status import USABLE
 
 
-def probe_by_name(name: str) -> dict[str, Any]:
-    """Create and probe the backend `name`; return state, reason, hint and evidence."""
+def probe_by_name(name: str, options: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Create the backend `name` with `options` and probe it; return state, reason, hint and evidence."""
     try:
-        backend = create(name)
+        backend = create(name, options)
     except BackendError as error:
         return _problem(error, BackendImportError.state)
     try:
@@ -49,10 +50,11 @@ def _strings(evidence: Any) -> dict[str, str]:
 
 def main(arguments: list[str]) -> None:
     """Print the answer and end the process at once."""
-    if len(arguments) != 1:
-        sys.stderr.write("usage: python -m mla_backends.probe NAME\n")
+    options = dict(word.partition("=")[::2] for word in arguments[1:])
+    if not arguments or not all("=" in word for word in arguments[1:]):
+        sys.stderr.write("usage: python -m mla_backends.probe NAME [KEY=VALUE ...]\n")
         sys.exit(2)
-    answer = probe_by_name(arguments[0])
+    answer = probe_by_name(arguments[0], options)
     # On its own line, whatever the plugin printed before.
     sys.stdout.write(f"\n{json.dumps(answer)}\n")
     sys.stdout.flush()

@@ -36,38 +36,51 @@ class Status:
     evidence: Mapping[str, str] = field(default_factory=dict)
 
 
-def statuses(timeout: float = 30.0) -> list[Status]:
-    """Report on every installed backend, sorted, and then on the known ones that are not installed."""
-    with ThreadPoolExecutor(max_workers=len(names())) as pool:
-        return list(pool.map(lambda name: status(name, timeout), names()))
+def statuses(timeout: float = 30.0, chosen: Sequence[str] = ()) -> list[Status]:
+    """Report on the `chosen` backends, by default those that `names` returns."""
+    chosen = chosen or names()
+    with ThreadPoolExecutor(max_workers=len(chosen)) as pool:
+        return list(pool.map(lambda name: status(name, timeout), chosen))
 
 
 def names() -> list[str]:
-    """Return every installed backend, sorted, and then the known ones that are not installed."""
+    """Return every installed plugin's backend, sorted, and then the known ones that are not installed.
+
+    Not `GENERAL`: it would claim a device a second time.
+    """
     installed = sorted({entry.name for entry in entries()})
     return installed + [name for name in KNOWN if name not in installed]
 
 
-def status(name: str, timeout: float = 30.0, variables: Mapping[str, str] | None = None) -> Status:
+def status(
+    name: str,
+    timeout: float = 30.0,
+    variables: Mapping[str, str] | None = None,
+    options: Mapping[str, str] | None = None,
+) -> Status:
     """Report on one backend; a child process that answers later than `timeout` seconds is killed.
 
-    `variables` are set in the child's environment, in addition to those of this process.
+    `variables` are set in the child's environment, in addition to those of this process. `options` are the
+    backend's.
     """
     try:
         entry = locate(name)
     except BackendError as error:
         return Status(name, error.state, reason=error.reason, hint=error.hint)
-    answer = _probe(entry, timeout, variables)
+    answer = _probe(entry, timeout, variables, options or {})
     return Status(name, distribution=entry.distribution, version=entry.version, **answer)
 
 
-def _probe(entry: Entry, timeout: float, variables: Mapping[str, str] | None) -> dict[str, Any]:
+def _probe(
+    entry: Entry, timeout: float, variables: Mapping[str, str] | None, options: Mapping[str, str]
+) -> dict[str, Any]:
     """Probe `entry` in a child process and return the fields of its `Status`."""
     fields = ("state", "reason", "hint", "evidence")
+    words = [f"{key}={value}" for key, value in options.items()]
     try:
-        return ask(["-m", "mla_backends.probe", entry.name], fields, timeout, variables)
+        return ask(["-m", "mla_backends.probe", entry.name, *words], fields, timeout, variables)
     except NoAnswer as none:
-        return _no_answer(entry, f"the probe {none}")
+        return _no_answer(" ".join([entry.name, *words]), f"the probe {none}")
 
 
 class NoAnswer(Exception):
@@ -105,8 +118,8 @@ def ask(
         raise NoAnswer(_ending(child)) from None
 
 
-def _no_answer(entry: Entry, reason: str) -> dict[str, Any]:
-    hint = f"`python -X faulthandler -m mla_backends.probe {entry.name}` shows where it stops"
+def _no_answer(asked: str, reason: str) -> dict[str, Any]:
+    hint = f"`python -X faulthandler -m mla_backends.probe {asked}` shows where it stops"
     return {"state": DeviceUnavailable.state, "reason": reason, "hint": hint, "evidence": {}}
 
 

@@ -15,6 +15,7 @@ from mla.command.options import Command, add_options
 from mla.errors import MLAError, UsageError
 from mla_backends import status
 from mla_backends.discovery import locate
+from mla_backends.known import GENERAL
 
 if TYPE_CHECKING:
     from mla_backends.api import Backend
@@ -39,7 +40,7 @@ class BackendOptions:
 
     def key_values(self) -> dict[str, str]:
         """Return the `-O` options. Raises `UsageError`."""
-        return _key_values(self.backend_options)
+        return key_values(self.backend_options)
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def open_backend(options: BackendOptions) -> OpenedBackend:
     name = only_usable() if options.backend is None else options.backend
     index = launcher.local_device(note) if options.device is None else options.device
     backend: Backend = mla.load_backend(name, index, options.threads, settings)
+    for remark in backend.remarks():
+        note(remark)
     return OpenedBackend(backend, name, locate(name).version, _repeatable_index(options, backend))
 
 
@@ -95,8 +98,10 @@ def _repeatable_index(options: BackendOptions, backend: Backend) -> int | None:
 
 
 def only_usable() -> str:
-    """Return the one usable backend. Raises `NoBackend` with what there is."""
+    """Return the one usable backend; `GENERAL` only where no plugin's is. Raises `NoBackend`."""
     backends = status.statuses()
+    if not any(one.state == status.USABLE for one in backends):
+        backends.append(status.status(GENERAL))
     usable = [one.name for one in backends if one.state == status.USABLE]
     if len(usable) == 1:
         note(f"using backend '{usable[0]}', the only usable one")
@@ -112,8 +117,8 @@ def only_usable() -> str:
     raise error
 
 
-def _key_values(options: Sequence[str]) -> dict[str, str]:
-    """Split options at their "=". Raises `UsageError`."""
+def key_values(options: Sequence[str]) -> dict[str, str]:
+    """Split `-O` options at their "=". Raises `UsageError`."""
     pairs = [option.partition("=") for option in options]
     for option, (key, equals, _) in zip(options, pairs, strict=True):
         if not key or not equals:

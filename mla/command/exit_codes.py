@@ -11,8 +11,8 @@ import click
 from mla.command import console, signals
 from mla.command.error_origin import place
 from mla.errors import MLAError
-from mla.text import first_line
 from mla_backends import BackendError, BackendOptionError
+from mla_backends.errors import first_line
 
 
 class Exit(enum.IntEnum):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,15 +19,16 @@ from mla.cache.ragged_batch import RaggedBatch
 from mla.checkpoint import read_layer, refuse_other_formats
 from mla.config import MLAConfig
 from mla.errors import WeightError
+from mla.layer.expansion import WORKSPACE_BYTES, Growth
 from mla.layer.forward import make_step
 from mla.layer.ops import Ops
-from mla.layer.packed_weights import PackedWeights
-from mla.layer.plan import WORKSPACE_BYTES, StepPlan, make_plan
+from mla.layer.packed_weights import PackedWeights, SharedWeights
+from mla.layer.plan import StepPlan, make_plan
 from mla.layer.recording import Repeated, recording
 from mla.layer.rope import RotaryTable
 from mla.layer.views import StepViews
 from mla.layer.workspace import Workspace
-from mla_backends.api import Backend, OpCall
+from mla_backends.api import Backend, FusedOp, OpCall
 
 ATTENTION_MODES = ("auto", "absorbed", "expanded")
 
@@ -39,9 +41,11 @@ class MLA(nn.Module):
 
     `attention`: "auto", "absorbed" or "expanded". `ops`: "auto" takes the backend's fused ops where they
     serve this layer, "reference" never does, "fused" and names of ops require them (`mla.layer.ops.choose`)
-    and raise `UnsupportedOps` where they cannot serve. Without a backend the layer runs the reference on the
-    CPU.
-    `workspace_bytes` caps the keys and values the expanded path rebuilds at a time.
+    and raise `UnsupportedOps` where they cannot serve; `overrides` (role -> name of an op, or "reference")
+    come before it. Without a backend the layer runs the reference on the CPU.
+    `workspace_bytes` caps the keys and values that the expanded path rebuilds at a time. An op without a
+    log-sum-exp gets all of a request at once: beyond the cap, up to a quarter of the device's free memory,
+    else planning raises `UnsupportedBatch`.
     Weights arrive through `load_state_dict` under Hugging Face names.
     """
 
@@ -53,6 +57,7 @@ class MLA(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         attention: str = "auto",
         ops: str = "auto",
+        overrides: Mapping[str, str] = MappingProxyType({}),
         workspace_bytes: int = WORKSPACE_BYTES,
     ) -> None:
         super().__init__()
@@ -65,10 +70,11 @@ class MLA(nn.Module):
         self.attention = attention
         self.workspace_bytes = workspace_bytes
         self.device = backend.device if backend is not None and backend.device else torch.device("cpu")
-        self.ops = Ops(config, backend.ops() if backend else {}, dtype, self.device, ops)
+        self.ops = Ops(config, backend.ops() if backend else {}, dtype, self.device, ops, overrides)
         self.rotary = RotaryTable(config, self.device)
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
-        self._scratch = Workspace(dtype, self.device)
+        self._scratch = Workspace(dtype, self.device, keeps=workspace_bytes)
+        self._growth = Growth(backend)
         views = StepViews(config, self.ops, self._scratch)
         self.step = make_step(config, self.ops, self._weights, views, self._scratch)
         # A subclass may do more between ops than can be recorded.
@@ -106,6 +112,13 @@ class MLA(nn.Module):
         self._weights.load(state_dict, strict)
         self._repeated.forget()
 
+    def share_weights(self, shared: SharedWeights) -> None:
+        """At the next load, take what another layer packed with the same ops from `shared`, and add the rest.
+
+        All layers that share must load the same state dict.
+        """
+        self._weights.shared = shared
+
     def state_dict(  # type: ignore[override]
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
@@ -121,6 +134,14 @@ class MLA(nn.Module):
             name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)
         }
         self.load_state_dict(own)
+
+    def replace_ops(self, replace: Callable[[str, FusedOp], Any]) -> None:
+        """Put `replace(role, op)` in place of every op; from now on they are called one by one.
+
+        What is put there has the attributes of the op that plans need: `prepare`, `unsupported_batch`, ...
+        """
+        self.ops = self.ops.replaced(replace)
+        self._repeated = Repeated(None)
 
     def weight_bytes(self) -> int:
         """Return the bytes that the packed weights keep alive."""
@@ -149,7 +170,8 @@ class MLA(nn.Module):
         memory = batch.memory.keep(self._plan_key, lambda: self.rotary.empty(batch.num_tokens))
         self.rotary.reserve(max(batch.kv_lens))
         cos_sin = self.rotary.gather(batch.positions, memory)
-        return make_plan(self.config, self.ops, cos_sin, batch, self.attention, self.workspace_bytes)
+        limits = (self.workspace_bytes, self._growth)
+        return make_plan(self.config, self.ops, cos_sin, batch, self.attention, *limits)
 
     def _make_plan_key(self) -> object:
         """Return a stand-in for the specs a plan depends on: one object for layers with equal specs."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mla.config import MLAConfig
+from mla.layer.expansion import rebuilt_bytes
 from mla.layer.ops import Ops
 from mla.layer.packed_weights import PackedWeights
 from mla.layer.plan import ExpandedGroup, Piece, Round
@@ -26,15 +27,19 @@ class Rebuild:
     def __call__(
         self, ops: Ops, slots: torch.Tensor, pages: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return k [s, h, n + r] and v [s, h, v] of the cached tokens at `slots` [s], in scratch memory."""
+        """Return k [s, h, n + r] and v [s, h, v] of the cached tokens at `slots` [s], in scratch memory.
+
+        Valid until the next call.
+        """
         config = self.config
         n, c, h = config.qk_nope_head_dim, config.kv_lora_rank, config.num_attention_heads
-        latents = self.scratch.take("latents", slots.shape[0], config.latent_dim)
+        take = self.scratch.for_round(rebuilt_bytes(config, pages.element_size(), slots.shape[0]))
+        latents = take("latents", slots.shape[0], config.latent_dim)
         torch.index_select(pages.view(-1, config.latent_dim), 0, slots, out=latents)
-        kv = self.scratch.take("kv_b", slots.shape[0], ops["kv_b_proj"].spec.out_features)
+        kv = take("kv_b", slots.shape[0], ops["kv_b_proj"].spec.out_features)
         ops["kv_b_proj"].op(self.weights.packed["kv_b_proj"], x=latents[:, :c], bias=None, out=kv)
         k_nope, v = kv.unflatten(1, (h, -1)).split((n, config.v_head_dim), dim=2)
-        k = self.scratch.take("k", slots.shape[0], h, config.qk_head_dim)
+        k = take("k", slots.shape[0], h, config.qk_head_dim)
         k[..., :n] = k_nope
         k[..., n:] = latents[:, None, c:]
         return k, v

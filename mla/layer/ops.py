@@ -6,12 +6,14 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from mla.config import MLAConfig
 from mla.errors import UnknownOp, UnsupportedBatch, UnsupportedOps, did_you_mean
+from mla.layer.overrides import check_overrides
 from mla.layer.preflight import Say, preflight_reasons
 from mla.reference import REFERENCE
 from mla_backends import BackendError
@@ -48,12 +50,18 @@ POLICIES = ("auto", "reference", "fused")
 
 
 def choose(
-    kind: str, spec: Any, offered: Mapping[str, FusedOp], policy: str, say: Say | None = None
+    kind: str,
+    spec: Any,
+    offered: Mapping[str, FusedOp],
+    policy: str,
+    required_by: str = "",
+    say: Say | None = None,
 ) -> Choice:
     """Return the first offered op of `kind` that serves `spec`, else the reference.
 
     `policy`: "auto"; "reference" takes no fused op; "fused" requires one wherever the backend offers any;
-    names, separated by commas, require those for their kinds. Raises `UnsupportedOps` when one cannot serve.
+    names, separated by commas, require those for their kinds. Raises `UnsupportedOps` when one cannot serve,
+    naming `required_by` (default: the policy).
     `say` is told what an op compiles before it does (`mla.layer.preflight`).
     """
     if policy == "reference":
@@ -68,7 +76,8 @@ def choose(
         reasons += [f"fused op '{name}' not used because {reason}" for reason in why]
     if named or (candidates and policy == "fused"):
         raise UnsupportedOps(
-            f"no fused {kind} serves this layer, but --ops {policy} requires one: {'; '.join(reasons)}."
+            f"no fused {kind} serves this layer, but {required_by or f'--ops {policy}'} requires one: "
+            f"{'; '.join(reasons)}."
         )
     return Choice("reference", REFERENCE[kind], spec, tuple(reasons))
 
@@ -99,7 +108,11 @@ def refusals(name: str, op: FusedOp, kind: str, spec: Any, say: Say | None = Non
 
 
 class Ops:
-    """The implementations one layer uses, by role. A `linear` role is a weight of the layer."""
+    """The implementations one layer uses, by role. A `linear` role is a weight of the layer.
+
+    `overrides` (role -> name of an op, or "reference") come before `policy`. Raises `UnknownOp` for a name
+    that the backend or the layer lacks, and `UnsupportedOps` for a required op that cannot serve.
+    """
 
     def __init__(
         self,
@@ -108,14 +121,22 @@ class Ops:
         dtype: torch.dtype,
         device: torch.device,
         policy: str = "auto",
+        overrides: Mapping[str, str] = MappingProxyType({}),
         say: Say | None = None,
     ) -> None:
         _validate(offered)
         _check_names(offered, policy)
         self.attention = attention_spec(config, dtype, device)
+        roles = layer_roles(config, dtype, device)
+        check_overrides(overrides, {role: kind for role, (kind, _) in roles.items()}, offered)
         self._choices: dict[str, Choice] = {}
-        for role, (kind, spec) in layer_roles(config, dtype, device).items():
-            self._choices[role] = choose(kind, spec, offered, policy, say)
+        for role, (kind, spec) in roles.items():
+            name = overrides.get(role)
+            if name is None or name == "reference":
+                self._choices[role] = choose(kind, spec, offered, name or policy, say=say)
+            else:
+                only = {name: offered[name]}
+                self._choices[role] = choose(kind, spec, only, "fused", f"{role}={name}", say)
 
     def __getitem__(self, role: str) -> Choice:
         return self._choices[role]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -14,6 +15,9 @@ from mla.weights import weight_shapes
 from mla_backends.api import Packed
 
 State = Mapping[str, torch.Tensor]
+# What packed a weight -> the weight: of layers with one state dict, for as long as one of them holds it.
+SharedWeights = WeakValueDictionary[Hashable, Packed]
+Use = Callable[[torch.Tensor], torch.Tensor]  # from a weight to what one role packs of it
 
 
 class PackedWeights:
@@ -30,6 +34,7 @@ class PackedWeights:
         self.packed: dict[str, Packed] = {}
         self.vectors: dict[str, torch.Tensor] = {}
         self._unscaled: dict[str, torch.Tensor] = {}  # norms as loaded, where `vectors` holds scaled ones
+        self.shared: SharedWeights | None = None  # with layers that load the same state dict
 
     def load(self, state: State, strict: bool = True) -> None:
         """Pack plain weights one at a time. On an error the previous weights stay."""
@@ -52,13 +57,38 @@ class PackedWeights:
 
     def _pack_all(self, state: State) -> Iterator[tuple[str, Packed]]:
         """Yield every packed matrix; large ones first, because packing may hold one of them twice."""
-        yield self._pack("o_proj", self._take(state, "o_proj.weight"))
+        yield from self._pack(state, ["o_proj.weight"], {"o_proj": _whole})
         if self._config.q_lora_rank is not None:
-            yield self._pack("q_b_proj", self._take(state, "q_b_proj.weight"))
-        yield self._pack(
-            "qkv_a_proj", self._take(state, f"{self._first}.weight", "kv_a_proj_with_mqa.weight")
-        )
-        yield from self._pack_kv_b(self._take(state, "kv_b_proj.weight"))
+            yield from self._pack(state, ["q_b_proj.weight"], {"q_b_proj": _whole})
+        first = [f"{self._first}.weight", "kv_a_proj_with_mqa.weight"]
+        yield from self._pack(state, first, {"qkv_a_proj": _whole})
+        yield from self._pack(state, ["kv_b_proj.weight"], self._uses_of_kv_b())
+
+    def _uses_of_kv_b(self) -> Mapping[str, Use]:
+        n, v = self._config.qk_nope_head_dim, self._config.v_head_dim
+
+        def per_head(weight: torch.Tensor) -> torch.Tensor:  # [h, n + v, c]
+            return weight.unflatten(0, (self._config.num_attention_heads, n + v))
+
+        return {
+            "kv_b_proj": _whole,
+            "w_uk": lambda weight: per_head(weight)[:, :n].transpose(1, 2),  # [h, c, n]
+            "w_uv": lambda weight: per_head(weight)[:, n:],  # [h, v, c]
+        }
+
+    def _pack(
+        self, state: State, names: Sequence[str], uses: Mapping[str, Use]
+    ) -> Iterator[tuple[str, Packed]]:
+        """Yield a weight packed for its roles; it is read only if another layer has not packed it for all."""
+        shared = WeakValueDictionary() if self.shared is None else self.shared
+        keys = {role: (role, *self._ops[role].key()) for role in uses}
+        known = {role: shared.get(key) for role, key in keys.items()}
+        found = {role: packed for role, packed in known.items() if packed is not None}
+        missing = [role for role in uses if role not in found]
+        weight = self._take(state, *names) if missing else torch.empty(0)
+        for role in missing:
+            shared[keys[role]] = found[role] = self._ops[role].op.pack(uses[role](weight))
+        yield from found.items()
 
     def _take(self, state: State, *names: str) -> torch.Tensor:
         """Return a copy of the weights, stacked by rows, in the layer's dtype on its device."""
@@ -71,16 +101,6 @@ class PackedWeights:
             else:
                 part.copy_(state[name].detach())
         return out
-
-    def _pack(self, role: str, weight: torch.Tensor) -> tuple[str, Packed]:
-        return role, self._ops[role].op.pack(weight)
-
-    def _pack_kv_b(self, weight: torch.Tensor) -> Iterator[tuple[str, Packed]]:
-        n, v = self._config.qk_nope_head_dim, self._config.v_head_dim
-        per_head = weight.unflatten(0, (self._config.num_attention_heads, n + v))  # [h, n + v, c]
-        yield self._pack("kv_b_proj", weight)
-        yield self._pack("w_uk", per_head[:, :n].transpose(1, 2))  # [h, c, n]
-        yield self._pack("w_uv", per_head[:, n:])  # [h, v, c]
 
     def _fused_bias(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the bias of the fused first projection; q_proj has none, which counts as zero."""
@@ -113,6 +133,10 @@ class PackedWeights:
             else:
                 storages[id(packed)] = packed.nbytes
         return sum(storages.values())
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 def _check(state: State, shapes: Mapping[str, tuple[int, ...]], strict: bool) -> None:

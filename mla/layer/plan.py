@@ -12,14 +12,11 @@ import torch
 from mla import cost
 from mla.cache.ragged_batch import RaggedBatch
 from mla.config import MLAConfig
-from mla.errors import UnsupportedBatch
-from mla.layer.ops import Ops
+from mla.layer.expansion import Growth, rebuilt_bytes
+from mla.layer.ops import Choice, Ops
 from mla.layer.workspace import Tokens
 from mla_backends.api import SegmentLengths
 from mla_backends.upload import upload
-
-# Bytes that the rebuilt keys and values of one round may take.
-WORKSPACE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -74,13 +71,18 @@ def make_plan(
     batch: RaggedBatch,
     attention: str,
     workspace: int,
+    growth: Growth,
 ) -> StepPlan:
-    """Split a batch by path and prepare each op once."""
+    """Split a batch by path and prepare each op once.
+
+    One round rebuilds at most `workspace` bytes of keys and values; an op that cannot merge rounds gets a
+    whole request, as far as `growth` allows it. Raises `UnsupportedBatch`.
+    """
     members = _split(config, batch, attention)
     return StepPlan(
         cos_sin=cos_sin,
         absorbed=_absorbed(ops, batch, members[cost.ABSORBED], cos_sin),
-        expanded=_expanded(config, ops, batch, members[cost.EXPANDED], cos_sin, workspace),
+        expanded=_expanded(config, ops, batch, members[cost.EXPANDED], cos_sin, workspace, growth),
     )
 
 
@@ -119,21 +121,30 @@ def _expanded(
     requests: Sequence[int],
     cos_sin: torch.Tensor,
     workspace: int,
+    growth: Growth,
 ) -> ExpandedGroup | None:
     tokens, part = _part(batch, requests)
     if part is None:
         return None
     choice = ops["expanded_attention"]
     choice.check_batch(part.query_lens, part.kv_lens)
-    row = config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim  # k, and kv_b's own output
-    limit = max(1, workspace // (row * config.num_attention_heads * choice.spec.dtype.itemsize))
+    limit = _keys_per_round(config, choice, part, workspace, growth)
     rounds = tuple(_round(part, choice, chunk) for chunk in _chunks(part, limit))
-    if not choice.op.writes_lse and any(piece.merge for one in rounds for piece in one.pieces):
-        raise UnsupportedBatch(
-            f"fused op '{choice.name}' returns no log-sum-exp, which merging parts of a long context needs: "
-            "raise workspace_bytes, or use the reference ops (`--ops reference`)."
-        )
     return ExpandedGroup(tokens, cos_sin[tokens], rounds)
+
+
+def _keys_per_round(
+    config: MLAConfig, choice: Choice, batch: RaggedBatch, workspace: int, growth: Growth
+) -> int:
+    """Return how many keys are rebuilt together: whole requests, for an op that cannot merge their parts."""
+    itemsize = choice.spec.dtype.itemsize
+    limit = max(1, workspace // rebuilt_bytes(config, itemsize, 1))
+    if choice.op.writes_lse:
+        return limit
+    longest = max(kv_len for new, kv_len in zip(batch.query_lens, batch.kv_lens, strict=True) if new)
+    if longest > limit:
+        growth.require(rebuilt_bytes(config, itemsize, longest), choice, longest)
+    return max(limit, longest)
 
 
 def _part(batch: RaggedBatch, requests: Sequence[int]) -> tuple[Tokens, RaggedBatch | None]:
@@ -176,7 +187,7 @@ def _chunks(batch: RaggedBatch, limit: int) -> Iterator[list[_Span]]:
         yield together
 
 
-def _round(batch: RaggedBatch, choice: Any, spans: Sequence[_Span]) -> Round:
+def _round(batch: RaggedBatch, choice: Choice, spans: Sequence[_Span]) -> Round:
     """Resolve a round's slots, and the queries that see its keys."""
     prepare = choice.op.prepare
 

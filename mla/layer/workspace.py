@@ -18,8 +18,9 @@ Tokens = slice | torch.Tensor  # rows of a step: contiguous, or by index
 class Workspace:
     """Scratch tensors of one layer. A name's memory is reused by every step."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device = dtype, device
+    def __init__(self, dtype: torch.dtype, device: torch.device, keeps: int | None = None) -> None:
+        """Make no memory yet. `keeps`: the most bytes that `for_round` keeps; None is any."""
+        self._dtype, self._device, self._keeps = dtype, device, keeps
         self._held: dict[str, torch.Tensor] = {}
         self._views: dict[Hashable, Any] = {}
 
@@ -33,6 +34,16 @@ class Workspace:
             self._held[name] = held
             self._views.clear()  # they may view memory that is gone
         return held[:size].view(shape)
+
+    def for_round(self, nbytes: int) -> Callable[..., torch.Tensor]:
+        """Return `take` for a round of so many bytes, or what makes memory that is not kept after the round.
+
+        Every layer of a model has a workspace: were the memory of an exceptionally long context kept, it
+        would be needed once per layer. The device's allocator hands it from one layer to the next instead.
+        """
+        if self._keeps is None or nbytes <= self._keeps:
+            return self.take
+        return lambda name, *shape: torch.empty(shape, dtype=self._dtype, device=self._device)
 
     def views(self, key: Hashable, build: Callable[[], Views]) -> Views:
         """Return views of this memory, built once per key: making a dozen costs more than a small op.

@@ -5,9 +5,10 @@ The marks are put on the torch of this process; nothing else of it is used.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from mla_backends.cuda import cuda_build
+from mla_backends.cuda import CudaBackend, cuda_build
 from mla_backends.registry import create
 
 CUDA_LIKE = ("nvidia", "metax", "iluvatar")
@@ -121,3 +122,53 @@ print(sorted(unwanted & {name.partition(".")[0] for name in sys.modules}))
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.fixture
+def precision() -> Iterator[None]:
+    """Restore how this process multiplies float32."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+TF32: dict[str, Callable[[], None]] = {
+    "nothing": lambda: None,
+    "the flag": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "the precision": lambda: torch.set_float32_matmul_precision("high"),
+    "bfloat16": lambda: torch.set_float32_matmul_precision("medium"),
+}
+if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    TF32["the newer name"] = lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+
+
+@pytest.mark.parametrize("turn_on", TF32.values(), ids=TF32)
+def test_float32_is_multiplied_in_float32_whatever_turned_tf32_on(
+    precision: None, turn_on: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quietly: warnings fail a test here, and some releases have announced a successor of every switch."""
+    turn_on()
+    CudaBackend.prepare_device(create("nvidia"))  # type: ignore[arg-type]
+    assert torch.backends.cuda.matmul.allow_tf32 is False
+    assert create("nvidia").vendor_facts()["float32_matmul_precision"] == "highest"
+
+
+def test_a_container_that_exports_tf32_is_overruled() -> None:
+    """NVIDIA's images may set the variable that torch reads when it starts."""
+    code = """
+import torch
+from mla_backends.cuda import CudaBackend
+from mla_backends.registry import create
+before = torch.backends.cuda.matmul.allow_tf32
+CudaBackend.prepare_device(create("nvidia"))
+print(before, torch.backends.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision())
+"""
+    variables = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["True", "False", "highest"]
+
+
+@pytest.mark.parametrize("backend", CUDA_LIKE)
+def test_the_variables_that_decide_over_tf32_are_recorded(backend: str) -> None:
+    assert {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE"} <= set(create(backend).variables)

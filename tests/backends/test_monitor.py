@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mla_backends.monitor import Monitor
-from mla_backends.nvml import Address
+from mla_backends.nvml import Address, Dialect, NvmlSampler
 
 
 class Sampler:
@@ -83,3 +84,31 @@ def test_the_physical_index(visible: str | None, index: int, physical: int) -> N
 def test_an_index_that_would_be_a_guess(visible: str, index: int) -> None:
     with pytest.raises(LookupError, match="has no known physical index"):
         Address(index, visible).physical_index()
+
+
+EVENT, THROTTLE = "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"
+
+
+def refusing(*arguments: Any) -> Any:
+    raise RuntimeError("function not found")
+
+
+@pytest.mark.parametrize(
+    ("functions", "reading"),
+    [
+        ({EVENT: lambda device: 4, THROTTLE: refusing}, "0x4"),  # a binding and a driver of today
+        ({THROTTLE: lambda device: 8}, "0x8"),  # old bindings
+        ({EVENT: refusing, THROTTLE: lambda device: 8}, "0x8"),  # a new binding on an old driver
+        ({EVENT: refusing, THROTTLE: refusing}, None),
+        ({}, None),
+    ],
+)
+def test_throttling_is_read_under_its_old_and_its_new_name(
+    functions: dict[str, Any], reading: str | None
+) -> None:
+    library = SimpleNamespace(
+        nvmlInit=lambda: None, nvmlDeviceGetHandleByIndex=lambda index: "card", **functions
+    )
+    sampler = NvmlSampler(Dialect("pynvml"), lambda: Address(0))
+    sampler.__dict__["library"] = library
+    assert sampler.sample().get("throttle_reasons") == reading

@@ -11,7 +11,9 @@ import mla
 import mla.conformance.cli
 from mla.bench.cli import main as bench
 from mla.command import launcher
-from mla_backends import BackendError
+from mla.command.backend import only_usable
+from mla_backends import BackendError, status
+from mla_backends.status import USABLE, Status
 
 Main = Callable[[list[str]], int]
 RUN: tuple[Main, list[str], str] = (bench.main, [], "-o")
@@ -81,3 +83,19 @@ def test_a_mistake_in_the_backends_options_is_one_sentence(
     assert main([*words, "--backend", "cpu", "-O", "native"]) == 2
     assert asked == []
     assert capsys.readouterr().err == "error: -O takes KEY=VALUE, got 'native'.\n"
+
+
+@pytest.mark.parametrize(
+    ("plugins", "chosen"),
+    [
+        ({"a": USABLE, "b": "no device"}, "a"),
+        ({"a": "no device", "b": "not installed"}, "torch"),
+        ({}, "torch"),
+    ],
+)
+def test_the_backend_without_a_plugin_is_for_hosts_where_no_plugin_is_usable(
+    plugins: dict[str, str], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status, "statuses", lambda: [Status(*one) for one in plugins.items()])
+    monkeypatch.setattr(status, "status", lambda name: Status(name, USABLE))
+    assert only_usable() == chosen

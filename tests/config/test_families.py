@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
+from transformers_peer import needs_transformers
 
 from mla import MLAConfig
 from mla.config import LongRopeScaling, QueryScaling, YarnScaling
@@ -103,6 +104,7 @@ def test_a_preset_equals_its_published_config(name: str) -> None:
     assert MLAConfig.preset(name) == replace(read(name), name=name)
 
 
+@needs_transformers
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "longcat-flash"])
 def test_transformers_reads_the_same_dimensions(name: str) -> None:
     values = dict(PUBLISHED[name]["config"])
@@ -116,6 +118,7 @@ def test_transformers_reads_the_same_dimensions(name: str) -> None:
         assert getattr(theirs, key) == getattr(ours, key)
 
 
+@needs_transformers
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_an_absent_key_means_what_the_class_of_transformers_says(kind: str) -> None:
     """Only the three keys without which a config is no MLA layer are given."""

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, DynamicCache
+from transformers_peer import needs_transformers
 
 from mla import MLA, MLAConfig
 from mla.bench.subjects.transformers_classes import NoEquivalentClass, TransformersModel, transformers_model
@@ -22,6 +23,8 @@ from mla.config import QueryScaling, YarnScaling
 from mla.config.families import FAMILIES
 from mla.config.presets import PRESETS
 from mla.weights import random_state_dict, weight_shapes
+
+pytestmark = needs_transformers
 
 # Between two right implementations; 1.3e-6 is the worst seen among them.
 BOUND, LATENT_BOUND = 1e-5, 1e-6

@@ -8,11 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
-    DeepseekV3Attention,
-    DeepseekV3RotaryEmbedding,
-)
+from transformers_peer import DeepseekV3Attention, DeepseekV3Config, DeepseekV3RotaryEmbedding
 
 from mla import MLAConfig
 from mla.config import LongRopeScaling, QueryScaling, YarnScaling

@@ -309,3 +309,29 @@ def test_rows_apart_are_another_forward(pair: Pair) -> None:
     wide = torch.randn(2, 2 * pair.config.hidden_size)
     layer(wide[:, : pair.config.hidden_size], cache.extend([0, 1], [1, 1]), cache.pages[0])
     assert pair.backend.ran == ran
+
+
+def test_replaced_ops_are_called_one_by_one(tiny: Any) -> None:
+    """Whoever watches ops must see each call, and no call of what they stand for in a sequence."""
+    pair, seen = Pair(tiny()), []
+
+    class Watched(Stateless):
+        def __init__(self, role: str, op: FusedOp) -> None:
+            self._role, self._op = role, op
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._op, name)
+
+        def __call__(self, *leading: Any, **tensors: Any) -> None:
+            seen.append(self._role)
+            self._op(*leading, **tensors)
+
+    for _ in range(4):
+        pair.forward()
+    ran, asked = pair.backend.ran, pair.backend.asked
+    assert ran > 0
+    pair.layers[0].replace_ops(Watched)
+    for _ in range(4):
+        pair.forward()
+    assert (pair.backend.ran, pair.backend.asked) == (ran, asked)
+    assert seen.count("o_proj") == seen.count("qkv_a_proj") == 4

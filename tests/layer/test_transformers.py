@@ -10,11 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache
-from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
-    DeepseekV3Attention,
-    DeepseekV3RotaryEmbedding,
-)
+from transformers_peer import DeepseekV3Attention, DeepseekV3Config, DeepseekV3RotaryEmbedding
 
 from mla import MLAConfig
 from mla.config import YarnScaling

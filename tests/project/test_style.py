@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("plugins/*/mla_backend_*"))
+TYPED = tuple(map(int, version("torch").split(".")[:2])) >= (2, 6)
 CHECKED = ("mla", "backends/mla_backends", *PLUGINS, "benchmarks")
 
 
@@ -18,7 +20,10 @@ CHECKED = ("mla", "backends/mla_backends", *PLUGINS, "benchmarks")
     [
         ("ruff", "check", "--no-cache", "."),
         ("ruff", "format", "--no-cache", "--check", "."),
-        ("mypy", "--cache-dir", "{tmp}", *CHECKED),
+        pytest.param(
+            ("mypy", "--cache-dir", "{tmp}", *CHECKED),
+            marks=pytest.mark.skipif(not TYPED, reason="torch before 2.6 exports less to type checkers"),
+        ),
     ],
     ids=["lint", "format", "types"],
 )

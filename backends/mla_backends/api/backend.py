@@ -122,6 +122,10 @@ class Backend(ABC):
         """
         return {}
 
+    def remarks(self) -> Sequence[str]:
+        """Return what the user should know before a run, such as a default; called after `setup`."""
+        return ()
+
     def ops(self) -> Mapping[str, FusedOp]:
         """Return fused ops by implementation name, best first; `contract` names the op that each replaces."""
         return {}

@@ -22,6 +22,7 @@ a layer is built, and a package that is missing, broken or changed becomes a rea
 | `FlashInferMla` | latent | `flashinfer` 0.2.5 to 0.7 | yes | refused: it plans on the host |
 | `SdpaExpanded` | expanded | torch itself | no: NaN | keeps the lengths of its plan |
 | `TokenspeedPrefill` | expanded | `tokenspeed_mla` | yes | keeps the lengths of its plan |
+| `TorchVarlen` | expanded | torch itself | yes | keeps the lengths of its plan |
 | `FlashAttnVarlen` | expanded | `flash_attn`, `flash_attn_interface` | yes | keeps the lengths of its plan |
 
 One op object serves all layers; keep it, because it holds scratch memory and the vendor's workspace. Do
@@ -37,6 +38,7 @@ from mla_backends.kernels.paged import PagedLatentOp
 from mla_backends.kernels.sdpa import SdpaExpanded
 from mla_backends.kernels.tokenspeed import TokenspeedMla
 from mla_backends.kernels.tokenspeed_prefill import TokenspeedPrefill
+from mla_backends.kernels.torch_varlen import TorchVarlen
 from mla_backends.kernels.vendor import KernelRefused
 
 __all__ = [
@@ -50,5 +52,6 @@ __all__ = [
     "SdpaExpanded",
     "TokenspeedMla",
     "TokenspeedPrefill",
+    "TorchVarlen",
     "VarlenLimits",
 ]

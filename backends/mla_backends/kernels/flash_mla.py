@@ -70,13 +70,12 @@ class FlashMla(PagedLatentOp):
     def interface_reasons(self) -> list[str]:
         function = self._vendor.flash_mla_with_kvcache
         name = f"{self._vendor.name}.flash_mla_with_kvcache"
+        needs, legacy = demanded(function) - set(ARGUMENTS), accepts(function, LEGACY)
+        if not legacy and (default(function, "is_fp8_kvcache") is True or "indices" in needs):
+            return [f"this {self._vendor.name} has sparse attention only: {self._with_hint(DENSE)}"]
         found = missing(function, name, ARGUMENTS)
-        if accepts(function, LEGACY):
-            return found + self._legacy_reasons()
-        needs = demanded(function) - set(ARGUMENTS)
-        if default(function, "is_fp8_kvcache") is True or "indices" in needs:
-            return [*found, f"this {self._vendor.name} has sparse attention only: {self._with_hint(DENSE)}"]
-        return found + [f"{name} needs {one}, which dense decoding has not" for one in sorted(needs)]
+        found = found or [f"{name} needs {one}, which dense decoding has not" for one in sorted(needs)]
+        return found or (self._legacy_reasons() if legacy else [])
 
     def _legacy_reasons(self) -> list[str]:
         """Return why a package that keeps dense decoding apart lacks it."""

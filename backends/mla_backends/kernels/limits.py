@@ -48,7 +48,8 @@ class LatentLimits:
 
     def padded_heads(self, heads: int) -> int | None:
         """Return how many heads the kernel is given for `heads`; None if it serves no such layer."""
-        if heads in self.heads if self.heads else heads <= (self.max_heads or heads):
+        few = self.max_heads is None or heads <= self.max_heads
+        if few and (self.heads is None or heads in self.heads):
             return heads
         return min((count for count in self.pads_heads_to if count >= heads), default=None)
 

@@ -7,6 +7,7 @@ Read in the wheels tokenspeed-mla 0.1.8 to 2.0.4 (2026-11). What their documents
   kernel is therefore given a table of its own, which repeats a row's last page.
 - A row without keys is written only where `local_visible_lens` is passed, so such rows are given one key.
 - The workspace must be int8, against the docstring.
+- Tensors must start, and their rows too, at multiples of 16 bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mla_backends.api import AttentionSpec, BatchView
 from mla_backends.kernels.limits import LatentLimits
 from mla_backends.kernels.paged import Launch, PagedLatentOp, PagedState, Result
 from mla_backends.kernels.trial import failures, try_latent
-from mla_backends.kernels.vendor import VendorModule, missing
+from mla_backends.kernels.vendor import KernelRefused, VendorModule, missing
 
 if TYPE_CHECKING:
     import torch
@@ -89,9 +90,11 @@ class TokenspeedMla(PagedLatentOp):
         return replace(state, parts=tuple(parts))
 
     def launch(self, plan: Any, call: Launch) -> Result:
+        if not aligned(call.cache):
+            raise KernelRefused("the rows of the latent cache must start at multiples of 16 bytes.")
         page_size, width = call.cache.shape[1], call.q.shape[3]
         out, lse = self._vendor.tokenspeed_mla_decode(
-            query=call.q,
+            query=call.q if aligned(call.q) else call.q.clone(),
             kv_cache=call.cache,
             workspace_buffer=self._workspace(call.q.device),
             kv_lora_rank=call.latent,
@@ -100,7 +103,7 @@ class TokenspeedMla(PagedLatentOp):
             seq_lens=call.kv_lens,
             max_seq_len=call.longest,
             softmax_scale=call.scale,
-            out=call.out,
+            out=call.out if call.out is not None and aligned(call.out) else None,
             causal_mask=True,
             return_lse=True,
         )
@@ -120,18 +123,22 @@ class TokenspeedMla(PagedLatentOp):
         return self._workspaces[device]
 
 
+def aligned(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor of 16-bit numbers and its rows start at multiples of 16 bytes."""
+    return tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in tensor.stride()[:-1])
+
+
 def own_pages(table: torch.Tensor, kv_lens: torch.Tensor, page_size: int) -> torch.Tensor:
     """Return the table [rows, n] for whole tiles, with a row's last page wherever it has no more pages.
 
-    `table` is [rows, m] int32, `kv_lens` [rows] int32. Nothing waits for the device.
+    `table` is [rows, m] int32, `kv_lens` [rows] int32, at least 1. Nothing waits for the device.
     """
     import torch
 
     per_tile = max(1, TILE // page_size)
     width = -(-table.shape[1] // per_tile) * per_tile
-    last = torch.div(kv_lens - 1, page_size, rounding_mode="floor").clamp_(min=0, max=table.shape[1] - 1)
-    column = torch.arange(width, dtype=torch.int32, device=table.device)
-    return table.gather(1, torch.minimum(column[None], last[:, None]).long())
+    last = torch.div(kv_lens - 1, page_size, rounding_mode="floor")
+    return table.gather(1, torch.minimum(torch.arange(width, device=table.device), last[:, None]))
 
 
 def unavailable() -> list[str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from mla_backends.api import OPS, AttentionSpec, FusedOp, SegmentLengths
 from mla_backends.kernels.limits import dtype_reasons
-from mla_backends.kernels.tokenspeed import CURE, MODULE, unavailable
+from mla_backends.kernels.tokenspeed import CURE, MODULE, aligned, unavailable
 from mla_backends.kernels.trial import failures, try_expanded
 from mla_backends.kernels.vendor import VendorModule, missing
 from mla_backends.upload import upload
@@ -65,6 +65,7 @@ class TokenspeedPrefill(FusedOp):
     """
 
     contract = OPS["expanded_attention"]
+    lse_optional = True
     compiles = "tokenspeed_mla's prefill kernel"
 
     def __init__(
@@ -122,9 +123,9 @@ class TokenspeedPrefill(FusedOp):
                 lse.fill_(-math.inf)
             return
         value, sums = self._vendor.tokenspeed_mla_prefill(
-            query=q.contiguous(),
-            key=k.contiguous(),
-            value=v.contiguous(),
+            query=_dense(q),
+            key=_dense(k),
+            value=_dense(v),
             seq_lens=state.kv_lens,
             cum_seq_lens=state.cu_k,
             max_seq_len=state.longest_k,
@@ -134,7 +135,7 @@ class TokenspeedPrefill(FusedOp):
             return_lse=True,
             cum_seq_lens_q=state.cu_q,
             max_seq_len_q=state.longest_q,
-            out=out if out.is_contiguous() else None,
+            out=out if out.is_contiguous() and aligned(out) else None,
         )
         if value is not out:
             out.copy_(value)
@@ -144,6 +145,15 @@ class TokenspeedPrefill(FusedOp):
             out.index_fill_(0, state.blind, 0)
             if lse is not None:
                 lse.index_fill_(0, state.blind, -math.inf)
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor as the kernel reads it: contiguous, and aligned."""
+    import torch
+
+    if tensor.is_contiguous() and aligned(tensor):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _blind(batch: SegmentLengths, device: torch.device) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ import click
 from mla.command.console import out
 from mla.command.exit_codes import Exit
 from mla_backends import status
+from mla_backends.known import GENERAL, GENERAL_USE
 
 
 @click.command("list", short_help="Show backends and their state, or the presets.")
@@ -28,7 +29,7 @@ def _configs(as_json: bool) -> str:
 
 
 def _backends(as_json: bool) -> str:
-    backends = status.statuses()
+    backends = status.statuses(chosen=[*status.names(), GENERAL])
     if as_json:
         return json.dumps([asdict(one) for one in backends], indent=1) + "\n"
     width = max(len(one.name) for one in backends)
@@ -38,4 +39,6 @@ def _backends(as_json: bool) -> str:
 def _line(one: status.Status, width: int) -> str:
     version = f" {one.distribution} {one.version}" if one.distribution else ""
     why = "; ".join(part for part in (one.reason, one.hint) if part)
+    if one.name == GENERAL and not why:
+        why = f"without a plugin, {GENERAL_USE} (here {one.evidence['device']})"
     return f"{one.name:{width}}  {one.state}{version}{': ' + why if why else ''}\n"

@@ -15,6 +15,7 @@ from mla.bench.run.budget import Budget
 from mla.bench.terminal import run_table
 from mla.bench.terminal.comparison import compare_runs
 from mla.bench.terminal.quality_warnings import quality_warnings
+from mla.bench.workload.implementations import parse_one
 from mla.command.console import note, out
 from mla.command.exit_codes import Exit
 
@@ -27,9 +28,12 @@ Examples:
   python -m mla.bench --backend cpu
   python -m mla.bench --backend cpu --config deepseek-r1 --runs 10 -o run.json
   python -m mla.bench --backend cpu --scenario decode --implementations mla,transformers
+  python -m mla.bench --backend cpu --implementations 'mla,mla[latent_attention=reference]'
   python -m mla.bench --backend cpu --scenario decode -a kv=1k..16k*4 -a batch=1,16 -o sweep.json
   python -m mla.bench --backend cpu --preset full --budget 10m -o full.json
   python -m mla.bench --backend cpu --op latent_attention --batch 64 --kv 4k
+  python -m mla.bench --backend cpu --scenario decode --profile trace.json.gz
+  python -m mla.bench --backend torch -O device=xpu
   python -m mla.bench --backend my_module:MyBackend --workload mine.toml --dry-run
   python -m mla.bench compare before.json after.json --fail-slower 3%
   python -m mla.bench report before.json after.json --html report.html
@@ -81,9 +85,16 @@ def run(**values: Any) -> int:
 
 
 def _list_ops(request: Request) -> Exit:
-    from mla.bench.subjects.fixture import make_ops
+    """Print what the policy chooses, and what each implementation with ops of its own runs instead."""
+    from mla.bench.subjects.setting import implementation_setting, make_ops
 
-    out("".join(f"{line}\n" for line in make_ops(request.setting).explain()))
+    named = [parse_one(name) for name in request.implementations]
+    own = [one for one in named if one.ops]
+    if len(own) < len(named):
+        out("".join(f"{line}\n" for line in make_ops(request.setting).explain()))
+    for one in own:
+        lines = make_ops(implementation_setting(request.setting, one)).explain()
+        out(f"{one}:\n" + "".join(f"  {line}\n" for line in lines))
     return Exit.OK
 
 
@@ -111,7 +122,18 @@ def _run(
     outcome = scheduler.measure(request, empty, course)
     _report(options, request, outcome)
     code = verdict(outcome)
-    return code if code or baseline is None else _gate(options, baseline, outcome.run)
+    if not code and baseline is not None:
+        code = _gate(options, baseline, outcome.run)
+    return code if outcome.interrupted else _profile(options, request, outcome, budget, code)
+
+
+def _profile(options: RunOptions, request: Request, outcome: Outcome, budget: Budget, code: Exit) -> Exit:
+    """Record a trace, if one was asked for; everything else is done by then."""
+    if options.profile is None:
+        return code
+    from mla.bench.run.profiling import profile
+
+    return profile(request, outcome.run, options.profile, budget, options.hang_after, code)
 
 
 def _report(options: RunOptions, request: Request, outcome: Outcome) -> None:

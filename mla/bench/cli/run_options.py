@@ -69,8 +69,9 @@ METHOD = (
         "--implementations",
         metavar="A,B",
         default="",
-        help="What to time, interleaved: mla, mla-reference, transformers, transformers-eager. Default: "
-        "mla, and mla-reference where a fused op makes it differ.",
+        help="What to time, interleaved: mla, mla-reference, transformers, transformers-eager. "
+        "mla[ROLE=OP,...] is mla with these ops, as --list-ops names them, or reference. Default: mla, and "
+        "mla-reference where a fused op makes it differ.",
     ),
     click.option(
         "--runs",
@@ -202,6 +203,14 @@ OUTPUT = (
         "--stages",
         is_flag=True,
         help="Afterwards time every op of the layer alone, and print where a forward's time goes.",
+    ),
+    click.option(
+        "--profile",
+        metavar="FILE",
+        type=FILE,
+        callback=result_path,
+        help="Afterwards record an untimed pass of every case with torch.profiler, and write them as one "
+        "Chrome trace (FILE.json or FILE.json.gz) with a range for every op.",
     ),
     click.option(
         "--dry-run",

@@ -19,6 +19,7 @@ from mla.command.environment import distribution_version
 from mla.text import size
 from mla_backends.discovery import locate
 from mla_backends.errors import BackendNotInstalled, DeviceUnavailable, DuplicateBackend
+from mla_backends.known import GENERAL
 from mla_backends.status import USABLE, NoAnswer, Status, ask, names, status
 
 # Setting up a device may compile kernels, and several ops may compile theirs, for a minute or two each.
@@ -53,17 +54,22 @@ class DoctorReport:
         return [backend.name for backend in self.backends if backend.state == USABLE]
 
 
-def diagnose(name: str | None = None) -> DoctorReport:
-    """Diagnose one backend, or all that are installed or known. Raises `UnknownBackend` for other names."""
+def diagnose(name: str | None = None, options: Mapping[str, str] | None = None) -> DoctorReport:
+    """Diagnose one backend, with `options` of its own, or all. Raises `UnknownBackend` for other names.
+
+    All are those that are installed or known, and `GENERAL` where none of them is usable.
+    """
     if name is not None:
         with suppress(BackendNotInstalled, DuplicateBackend):  # these are reported as a state
             locate(name)
     chosen = names() if name is None else [name]
     with ThreadPoolExecutor(max_workers=len(chosen) + 1) as pool:
         torch = pool.submit(check_torch, chosen)
-        backends = list(pool.map(_diagnose, chosen))
+        backends = list(pool.map(lambda one: _diagnose(one, options=options), chosen))
+        if name is None and not any(backend.state == USABLE for backend in backends):
+            backends.append(_diagnose(GENERAL))
         if torch.result().autoload_is_to_blame:
-            backends = list(pool.map(_retried, backends))
+            backends = list(pool.map(lambda one: _retried(one, options), backends))
     return DoctorReport(_host(), torch.result(), backends)
 
 
@@ -76,18 +82,21 @@ def _host() -> dict[str, str]:
     }
 
 
-def _diagnose(name: str, variables: Mapping[str, str] | None = None) -> Diagnosis:
+def _diagnose(
+    name: str, variables: Mapping[str, str] | None = None, options: Mapping[str, str] | None = None
+) -> Diagnosis:
     """Probe a backend, and set it up if the probe succeeds."""
-    probed = status(name, SECONDS, variables)
+    probed = status(name, SECONDS, variables, options)
     if probed.state != USABLE:
         return _diagnosis(probed, probed.state, probed.reason, probed.hint)
+    words = [f"{key}={value}" for key, value in (options or {}).items()]
+    command = ["-m", "mla.bench.doctor.worker", "backend", name, *words]
     try:
         fields = ("state", "reason", "hint", "facts")
-        command = ["-m", "mla.bench.doctor.worker", "backend", name]
         return _diagnosis(probed, **ask(command, fields, SETUP_SECONDS, variables))
     except NoAnswer as none:
         reason = f"the probe succeeds, but a process that sets up the device {none}"
-        hint = f"`python -X faulthandler -m mla.bench.doctor.worker backend {name}` shows where it stops"
+        hint = f"`python -X faulthandler {' '.join(command)}` shows where it stops"
         return _diagnosis(probed, DeviceUnavailable.state, reason, hint)
 
 
@@ -106,11 +115,11 @@ def _diagnosis(
     )
 
 
-def _retried(failed: Diagnosis) -> Diagnosis:
+def _retried(failed: Diagnosis, options: Mapping[str, str] | None) -> Diagnosis:
     """Retry a backend with torch's autoloading off, which may be all it needs."""
     if failed.state in (USABLE, BackendNotInstalled.state, DuplicateBackend.state):
         return failed
-    if _diagnose(failed.name, OFF).state != USABLE:
+    if _diagnose(failed.name, OFF, options).state != USABLE:
         return failed
     return replace(failed, fixes=[f"run with {SWITCH}=0: just tried, and it makes '{failed.name}' usable"])
 

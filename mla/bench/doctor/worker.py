@@ -1,7 +1,7 @@
 """The questions `doctor` asks in child processes, because a vendor's library may abort or hang in them.
 
-`python -m mla.bench.doctor.worker torch`, `extension NAME VALUE` or `backend NAME`; the last line of stdout
-is the answer as JSON.
+`python -m mla.bench.doctor.worker torch`, `extension NAME VALUE` or `backend NAME [KEY=VALUE ...]`; the last
+line of stdout is the answer as JSON.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ def examine_extension(name: str, value: str) -> dict[str, Any]:
     return {"problem": ""}
 
 
-def examine_backend(name: str) -> dict[str, Any]:
-    """Set up a backend whose probe succeeded, and list its ops for the default config."""
+def examine_backend(name: str, *options: str) -> dict[str, Any]:
+    """Set up a backend with KEY=VALUE options, whose probe succeeded; list its ops for the default config."""
     try:
         import mla
 
-        return {"state": USABLE, "reason": "", "hint": "", "facts": _facts(mla.load_backend(name))}
+        opened = mla.load_backend(name, options=dict(word.partition("=")[::2] for word in options))
+        return {"state": USABLE, "reason": "", "hint": "", "facts": _facts(opened)}
     except BackendError as error:
         return {"state": error.state, "reason": error.reason, "hint": error.hint, "facts": {}}
     except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a backend raises is reported

@@ -16,6 +16,7 @@ from mla.bench.limits.roofline import RooflineModel
 from mla.bench.measure.variants import Variant, forwards
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.subjects.setting import Setting
+from mla.bench.workload.implementations import parse_one
 
 # Implementation -> share of the device's limit that it is assumed to reach.
 SHARES = {"mla": 0.5, "mla-reference": 0.2, "transformers": 0.05, "transformers-eager": 0.05}
@@ -48,7 +49,7 @@ class Estimator:
     def forward(self, scenario: ScenarioPlan, name: str) -> float:
         """Return the seconds of one forward."""
         floor = self.floor(scenario.setting, scenario.needs.forward)
-        return floor / SHARES.get(name, min(SHARES.values())) + OVERHEAD
+        return floor / SHARES.get(parse_one(name).base, min(SHARES.values())) + OVERHEAD
 
     def floor(self, setting: Setting, work: results.Cost) -> float:
         """Return the seconds below which the device cannot do some work."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import NamedTuple
 
-from mla.bench.subjects.fixture import Needs
-from mla.bench.subjects.setting import Setting
+from mla.bench.subjects.fixture import Fixture, Needs
 from mla.errors import OutOfMemory
 from mla.text import size
 from mla_backends import host
@@ -37,6 +37,8 @@ class MemoryPlan:
     device_available: int | None
     host_available: int | None
     shared: bool  # the device is the host
+    shared_weights: int = 0  # bytes that all implementations together need once between them
+    shared_alone: int = 0  # the same for any single one and the reference
 
     @property
     def side_by_side(self) -> bool:
@@ -51,7 +53,8 @@ class MemoryPlan:
 
     def device_bytes(self, count: int) -> int:
         """Return what `count` implementations need on the device."""
-        return (count + self.references) * self.per_implementation
+        saved = self.shared_weights if count == self.implementations else self.shared_alone
+        return (count + self.references) * self.per_implementation - saved
 
     @property
     def fits(self) -> bool:
@@ -91,15 +94,17 @@ def gib(count: int | None) -> str:
 
 
 def plan_memory(
-    setting: Setting, needs: Needs, implementations: int, references: int, available: Available
+    fixture: Fixture, needs: Needs, names: Sequence[str], fused: bool, available: Available
 ) -> MemoryPlan:
-    """Return a scenario's needs next to the memory that is available."""
+    """Return a scenario's needs next to the memory that is available; `fused`: some of `names` are."""
     return MemoryPlan(
         per_implementation=needs.device_bytes,
         host=needs.host_bytes,
-        implementations=implementations,
-        references=references,
+        implementations=len(names),
+        references=needs.reference_copies if fused else 0,
         device_available=available.device,
         host_available=available.host,
-        shared=setting.device.type == "cpu",
+        shared=fixture.setting.device.type == "cpu",
+        shared_weights=fixture.shared_bytes(names, fused),
+        shared_alone=min(fixture.shared_bytes([name], fused) for name in names),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mla.bench.workload.implementations import parse
 from mla.bench.workload.scenario import STANDARD
 from mla.command.backend import BackendOptions
 
@@ -51,6 +52,7 @@ class RunOptions(BackendOptions):
     mode: str | None = None
     cache: str | None = None
     clock: str | None = None
+    profile: Path | None = None
 
     @property
     def workload_name(self) -> str:
@@ -74,6 +76,10 @@ class RunOptions(BackendOptions):
 
     @property
     def implementation_names(self) -> list[str]:
-        """The names the user listed; without any, one layer of a checkpoint runs with `transformers`."""
-        names = [name.strip() for name in self.implementations.split(",") if name.strip()]
-        return names or (["mla", "transformers"] if self.model_path and self.layers in (None, 1) else [])
+        """The names that were listed; without any, one layer of a checkpoint runs with `transformers`.
+
+        Raises `UsageError`.
+        """
+        return list(map(str, parse(self.implementations))) or (
+            ["mla", "transformers"] if self.model_path and self.layers in (None, 1) else []
+        )

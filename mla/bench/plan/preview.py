@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mla.bench.measure.variants import forwards
 from mla.bench.plan import estimate
 from mla.bench.plan.estimate import SHARES, Estimator
 from mla.bench.plan.memory import gib
 from mla.bench.plan.request import Request, ScenarioPlan
-from mla.bench.subjects.fixture import make_ops
+from mla.bench.subjects.setting import implementation_setting, make_ops
 from mla.bench.terminal.digits import number
 from mla.bench.workload.grid import Point
+from mla.bench.workload.implementations import Named, is_ours, parse_one
 from mla.bench.workload.quantities import spoken
 from mla.command import environment
 from mla.command.console import note
@@ -26,20 +27,56 @@ def describe(request: Request) -> None:
     """Say what is about to be measured."""
     setting = request.setting
     facts = environment.environment(setting.backend)
-    names = make_ops(setting).names()
-    fused = [f"{role}={name}" for role, name in names.items() if name != "reference"]
     name = setting.backend.device_info().name
     note(f"backend    {setting.backend.name} on {name}, torch {facts['torch']}, {_threads(facts)}")
     note(
         f"config     {setting.config.name}, {setting.dtype}, attention {setting.attention}, "
         f"page size {setting.page_size}, seed {setting.seed}"
     )
-    note(f"ops        {', '.join(fused) or 'reference for every op'} (--list-ops says why)")
+    for line in _ops(request):
+        note(line)
     for line in _scenarios(request.points):
         note(f"scenario   {line}")
     if len(request.variants.timed) > 1:
         note(f"timed      {request.variants}")
     _plan(request)
+    for line in _same_ops(request):
+        note(line)
+    if request.profile:
+        note(f"profile    {request.profile}: one more pass of every case, once all are timed")
+
+
+def _ops(request: Request) -> Iterator[str]:
+    """Yield the ops of `mla`, and those that each implementation with ops of its own has instead."""
+    named = [parse_one(name) for name in request.implementations if is_ours(name)]
+    if not named or any(one in (Named("mla"), Named("mla-reference")) for one in named):
+        fused = _fused(make_ops(request.setting).names())
+        yield f"ops        {fused or 'reference for every op'} (--list-ops says why)"
+    for one in named:
+        if one.ops:
+            fused = _fused(make_ops(implementation_setting(request.setting, one)).names())
+            yield f"ops        {one}: {fused or 'reference for every op'}"
+
+
+def _fused(names: Mapping[str, str]) -> str:
+    return ", ".join(f"{role}={name}" for role, name in names.items() if name != "reference")
+
+
+def _same_ops(request: Request) -> Iterator[str]:
+    """Yield a line for each implementation that runs the ops of an earlier one, and in how many scenarios."""
+    total = len(request.scenarios)
+    for place, name in enumerate(request.implementations):
+        for other in request.implementations[:place]:
+            pairs = [
+                (one.ops[other], one.ops[name])
+                for one in request.scenarios
+                if {other, name} <= one.ops.keys()
+            ]
+            count = sum(first == second for first, second in pairs)
+            if count:
+                where = "" if count == total else f" in {count} of {total} scenarios"
+                yield f"same ops   {name} runs the ops of {other}{where}: a difference between them is noise"
+                break
 
 
 def _threads(facts: Mapping[str, str]) -> str:
@@ -123,9 +160,8 @@ def _total(request: Request, estimator: Estimator) -> None:
     fitting = [scenario for scenario in request.scenarios if scenario.memory.fits]
     seconds = sum(estimator.seconds(scenario, request.implementations) for scenario in fitting)
     count = len(request.scenarios) * len(request.implementations)
-    shares = ", ".join(
-        f"{name} {number(100 * SHARES[name])} %" for name in request.implementations if name in SHARES
-    )
+    bases = dict.fromkeys(parse_one(name).base for name in request.implementations)
+    shares = ", ".join(f"{base} {number(100 * SHARES[base])} %" for base in bases if base in SHARES)
     how = "measured just now" if estimator.measured else "nominal, since none could be measured"
     note(
         f"{count} cases, about {spoken(seconds)}, float64 oracle and checks included (limits of the device "

@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import msgspec
 
@@ -17,6 +18,7 @@ from mla.bench.plan.memory import MemoryPlan, available_memory, plan_memory
 from mla.bench.subjects.fixture import Needs, make_fixture
 from mla.bench.subjects.setting import Setting, scenario_setting
 from mla.bench.workload.grid import Point
+from mla.bench.workload.implementations import is_ours
 from mla.command import environment
 from mla.text import dtype_name
 from mla.verify.layer_oracle import State
@@ -30,6 +32,7 @@ class ScenarioPlan:
     setting: Setting  # with the scenario's own heads, dtype, page size and layers
     needs: Needs
     memory: MemoryPlan
+    ops: Mapping[str, Mapping[str, str]]  # implementation of ours -> role -> op
 
     @property
     def name(self) -> str:
@@ -45,15 +48,16 @@ def plan_scenarios(
     Without names these are `mla` and, if a fused op makes it differ anywhere, `mla-reference`.
     """
     fixtures = [make_fixture(scenario_setting(setting, point), point) for point in points]
-    fused = [fixture.uses_fused_ops() if not names or "mla" in names else False for fixture in fixtures]
+    ours = [name for name in names or ["mla"] if is_ours(name)]
+    ops = [{name: fixture.ops(name) for name in ours} for fixture in fixtures]
+    fused = [any({*roles.values()} != {"reference"} for roles in found.values()) for found in ops]
     chosen = list(names) or (["mla", "mla-reference"] if any(fused) else ["mla"])
     available = available_memory(setting.backend)
     plans = []
-    for fixture, differs in zip(fixtures, fused, strict=True):
-        needs = fixture.needs()
-        references = needs.reference_copies if differs else 0
-        memory = plan_memory(fixture.setting, needs, len(chosen), references, available)
-        plans.append(ScenarioPlan(fixture.point, fixture.setting, needs, memory))
+    for fixture, found, differs in zip(fixtures, ops, fused, strict=True):
+        needs = fixture.needs(ours)
+        memory = plan_memory(fixture, needs, chosen, differs, available)
+        plans.append(ScenarioPlan(fixture.point, fixture.setting, needs, memory, found))
     return plans, chosen
 
 
@@ -70,6 +74,7 @@ class Request:
     state: State | None = field(default=None, repr=False)  # weights of a checkpoint; None: random ones
     stages: bool = False  # time the parts of a forward, after everything else
     variants: Variants = Variants()  # noqa: RUF009  # frozen
+    profile: Path | None = None  # the trace to write after everything else
 
     def replanned(self, points: Sequence[Point], names: Sequence[str]) -> Request:
         """Return the same request with other scenarios and implementations."""
@@ -87,7 +92,7 @@ class Request:
         count = len(self.implementations) * sum(forwards(timed, point) for point in points)
         if not self.stages:
             return count
-        ours = sum(name.startswith("mla") for name in self.implementations)
+        ours = sum(map(is_ours, self.implementations))
         return count + ours * sum(map(stages.total_forwards, points))
 
 

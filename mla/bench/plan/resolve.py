@@ -11,6 +11,7 @@ from mla.bench.plan import repro, scenarios, validate
 from mla.bench.plan.options import RunOptions
 from mla.bench.workload import grid
 from mla.bench.workload.grid import Point
+from mla.bench.workload.implementations import is_ours, parse_one
 from mla.bench.workload.op_scenario import expand_ops
 from mla.command import environment, files
 from mla.command.backend import OpenedBackend, open_backend
@@ -34,8 +35,8 @@ def resolve(options: RunOptions) -> Request:
         note(mixed)
     points = _points(options)
     wanted = variants.parse(options.mode, options.cache, options.clock)
-    if options.target:
-        files.check_writable(options.target)
+    for file in filter(None, (options.target, options.profile)):
+        files.check_writable(file)
     return _request(options, points, wanted, open_backend(options))
 
 
@@ -67,6 +68,7 @@ def _request(
         backend_version=opened.version,
         state=state,
         stages=options.stages,
+        profile=options.profile,
         variants=variants.available(wanted, opened.backend),
     )
 
@@ -149,14 +151,14 @@ def _listed_implementations(options: RunOptions, points: Sequence[Point]) -> lis
     from mla.bench.subjects import transformers_layer
     from mla.bench.subjects.fixture import IMPLEMENTATIONS
 
-    names = list(dict.fromkeys(options.implementation_names))
-    for name in names:
-        if name not in IMPLEMENTATIONS:
-            hint = did_you_mean(name, list(IMPLEMENTATIONS))
+    names = options.implementation_names
+    for base in (parse_one(name).base for name in names):
+        if base not in IMPLEMENTATIONS:
+            hint = did_you_mean(base, list(IMPLEMENTATIONS))
             raise UsageError(
-                f"unknown implementation '{name}'.{hint} There are: {', '.join(IMPLEMENTATIONS)}."
+                f"unknown implementation '{base}'.{hint} There are: {', '.join(IMPLEMENTATIONS)}."
             )
-    other = next((name for name in names if not name.startswith("mla")), None)
+    other = next((name for name in names if not is_ours(name)), None)
     if other is None:
         return names
     try:

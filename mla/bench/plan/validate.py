@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mla.bench.plan.options import RunOptions
+from mla.bench.workload import implementations
 from mla.bench.workload.grid import Axes, Point
 from mla.bench.workload.op_scenario import READS_HISTORY
 from mla.bench.workload.scenario import STANDARD
@@ -31,9 +32,11 @@ def check_options(options: RunOptions, axes: Axes) -> None:
     """Raise `UsageError` for options that contradict each other or lack one that they need."""
     if options.preset and options.workload:
         raise UsageError("--preset and --workload are mutually exclusive: a preset is a shipped workload.")
+    implementations.parse(options.implementations)
     _check_op_shape(options, axes)
     _check_op_alone(options)
     _check_checkpoint(options)
+    _check_profile(options)
     _check_page_size(options.page_size)
 
 
@@ -73,6 +76,18 @@ def _check_checkpoint(options: RunOptions) -> None:
         raise UsageError(
             "--config and --model-path are mutually exclusive: the checkpoint's own config.json is used."
         )
+
+
+def _check_profile(options: RunOptions) -> None:
+    file = options.profile
+    if file is None:
+        return
+    if not file.name.endswith((".json", ".json.gz")):
+        raise UsageError(f"--profile writes a Chrome trace, FILE.json or FILE.json.gz, got '{file}'.")
+    others = {"-o": options.output, "--resume": options.resume, "--baseline": options.baseline}
+    for flag, other in others.items():
+        if other is not None and other.absolute() == file.absolute():
+            raise UsageError(f"--profile and {flag} name the same file, '{file}': give the trace its own.")
 
 
 def _check_page_size(size: int | None) -> None:
@@ -130,11 +145,11 @@ def check_op_uses_shape(options: RunOptions, points: Sequence[Point]) -> None:
         raise UsageError(f"{' and '.join(unused)} {have} no effect on {', '.join(roles)}: omit {them}.")
 
 
-def check_stages(options: RunOptions, points: Sequence[Point], implementations: Sequence[str]) -> None:
+def check_stages(options: RunOptions, points: Sequence[Point], names: Sequence[str]) -> None:
     """Raise `UsageError` where `--stages` has nothing to time, or more than one layer."""
     if not options.stages:
         return
-    if not any(name.startswith("mla") for name in implementations):
+    if not any(map(implementations.is_ours, names)):
         raise UsageError("--stages times the parts of mla and mla-reference: run one of them.")
     if options.op is not None:
         raise UsageError("--stages times the parts of a layer, and --op is one part alone.")

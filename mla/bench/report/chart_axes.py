@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -12,14 +13,26 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, 
 from mla.bench.report.series import Measure, printable
 from mla.bench.terminal.digits import number
 
-# Most characters of a name in a chart; tables show it whole.
+# Most characters in a line of a name in a chart; tables show it whole.
 LABEL = 42
+# Most lines of such a name.
+LINES = 3
 # Most ticks on the axis of a grid: more would overlap.
 MOST_TICKS = 9
 # With more rows than this, their names are set smaller.
 MANY_ROWS = 16
 
 Side = Literal["x", "y"]
+
+
+def label(name: str) -> str:
+    """Return a name for a chart: one with a list of ops is wrapped behind a comma, then cut to `LINES`."""
+    lines = [""]
+    for part in re.split(r"(?<=,)", printable(name)):
+        if lines[-1] and len(lines[-1] + part) > LABEL and len(lines) < LINES:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(printable(line, LABEL) for line in lines)
 
 
 def log(axes: Axes, side: Side) -> None:
@@ -69,9 +82,15 @@ def count(value: float) -> str:
     return f"{value:g}"
 
 
+def height(names: Sequence[str], pitch: float) -> float:
+    """Return the inches that all rows take: `pitch` each, or more for names of several lines."""
+    lines = max(label(name).count("\n") + 1 for name in names)
+    return len(names) * (pitch if lines == 1 else max(pitch, 0.16 * lines))
+
+
 def rows(axes: Axes, names: Sequence[str]) -> None:
     """Label the rows of a chart from the top."""
-    axes.set_yticks(range(len(names)), [printable(name, LABEL) for name in names])
+    axes.set_yticks(range(len(names)), [label(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0, labelsize=8 if len(names) > MANY_ROWS else 9)
     axes.spines["left"].set_visible(False)

@@ -15,7 +15,7 @@ from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
 from mla.bench.report import chart_axes
-from mla.bench.report.series import AXES, Curves, Measure, Quantity, ReportEntry, printable, thin
+from mla.bench.report.series import AXES, Curves, Measure, Quantity, ReportEntry, thin
 from mla.bench.report.style import DARK, GREY, Look, Palette, ink
 from mla.bench.report.svg import inline, styled
 from mla.bench.results.compare import NOISE
@@ -72,7 +72,7 @@ def bars(
     look: Look,
 ) -> str:
     """Draw quantities of cases as bars with whiskers, one subplot per quantity."""
-    figure = Figure(figsize=(WIDTH, 0.75 + 0.27 * len(entries)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.75 + chart_axes.height(names, 0.27)), layout="constrained")
     colours = [look.colours[entry.colour_key] for entry in entries]
     subplots = figure.subplots(1, len(quantities), sharey=True, squeeze=False)[0]
     for subplot, quantity in zip(subplots, quantities, strict=True):
@@ -96,7 +96,7 @@ def stages(
     slug: str, title: str, names: Sequence[str], entries: Sequence[ReportEntry], colours: Palette
 ) -> str:
     """Draw the stages of every case end to end, with a mark for the whole forward."""
-    figure = Figure(figsize=(WIDTH, 0.75 + 0.36 * len(entries)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.75 + chart_axes.height(names, 0.36)), layout="constrained")
     axes = figure.add_subplot()
     totals = [total(entry.case.stages) for entry in entries]
     for row, entry in enumerate(entries):
@@ -129,7 +129,7 @@ def relative(
 ) -> str:
     """Draw, row by row, times as multiples of a reference, with their intervals."""
     pitch = 0.3 if len(names) <= chart_axes.MANY_ROWS else 0.18
-    figure = Figure(figsize=(WIDTH, 0.85 + pitch * len(names)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.85 + chart_axes.height(names, pitch)), layout="constrained")
     axes = figure.add_subplot()
     axes.axvspan(1 - NOISE, 1 + NOISE, color="#eeeeee", linewidth=0)
     axes.axvline(1, color=GREY, linewidth=1)
@@ -166,7 +166,7 @@ def samples(slug: str, title: str, entries: Sequence[ReportEntry], most: int, lo
 
 
 def _strip_title(case: Case) -> str:
-    title = printable(case.implementation, chart_axes.LABEL)
+    title = chart_axes.label(case.implementation)
     if case.latency_ms and case.latency_ms.drift is not None:
         title += f"  ·  drift {100 * case.latency_ms.drift:+.1f} %"
     if case.latency_ms and case.latency_ms.outliers:

@@ -15,7 +15,8 @@ from mla.command import environment
 from mla.command.backend import OpenedBackend
 from mla.command.console import note
 from mla.command.progress import Progress
-from mla.text import dtype_name, first_line, size
+from mla.text import dtype_name, size
+from mla_backends.errors import first_line
 
 if TYPE_CHECKING:
     import torch

@@ -9,8 +9,8 @@ from mla.command import error_origin
 from mla.command.console import note
 from mla.command.exit_codes import Exit, end_early
 from mla.errors import MLAError
-from mla.text import first_line
 from mla_backends import BackendError
+from mla_backends.errors import first_line
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from mla.bench.workload.quantities import spoken
 from mla.command.console import note
 from mla.command.progress import Progress
 from mla.errors import MLAError, OutOfMemory, UnsupportedBatch
-from mla.text import first_line
 from mla_backends import BackendError
+from mla_backends.errors import first_line
 
 Advance = Callable[[str, float], None]  # what is running, estimated seconds done since the last call
 

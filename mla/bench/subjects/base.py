@@ -7,6 +7,7 @@ All get the same host weights and inputs. A *pass* is `restore()` and then `step
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,6 +68,9 @@ class Implementation(ABC):
     def scratch_bytes(self) -> int:
         """Return the bytes of scratch memory that persist between forwards."""
         return 0
+
+    def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:  # noqa: B027  # others have none
+        """Put `replace(role, op)` in place of every op of ours; called before `load`."""
 
     def ops(self) -> dict[str, str]:
         """Return role -> implementation name."""

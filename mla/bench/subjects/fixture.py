@@ -17,17 +17,17 @@ from mla import cost
 from mla.bench import results
 from mla.bench.subjects import memory
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.inputs import expected_outputs, make_inputs
+from mla.bench.subjects.inputs import Inputs, expected_outputs, make_inputs
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.op import memory as op_memory
 from mla.bench.subjects.op.implementation import OpImplementation, reference_results
-from mla.bench.subjects.op.problem import op_problem
-from mla.bench.subjects.setting import Setting
+from mla.bench.subjects.op.problem import OpProblem, op_problem
+from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, sharing_weights
+from mla.bench.subjects.shared_weights import shared_bytes
 from mla.bench.subjects.stack import MlaStack
 from mla.bench.subjects.transformers_layer import TransformersLayer
 from mla.bench.workload.grid import Point
-from mla.command.console import note
-from mla.layer.ops import Ops
+from mla.bench.workload.implementations import parse_one
 from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import State
 from mla.verify.op_check import OpChecker
@@ -44,11 +44,6 @@ IMPLEMENTATIONS: dict[str, Callable[[Setting, State], Implementation]] = {
 
 def _layers(setting: Setting) -> type[MlaLayer]:
     return MlaStack if setting.layers > 1 else MlaLayer
-
-
-def make_ops(setting: Setting) -> Ops:
-    """Return the ops that a layer of this setting chooses; what they compile is said on stderr before."""
-    return Ops(setting.config, setting.backend.ops(), setting.dtype, setting.device, setting.ops, note)
 
 
 @dataclass(frozen=True)
@@ -72,37 +67,52 @@ class Fixture(ABC):
         """`setting`: that of the scenario, with its own heads, dtype and layers."""
         self.setting = setting
         self.point = point
-        self._prepared: tuple[Any, Any] | None = None
+        self._inputs: Any = None
+        self._checker: Any = None
 
     @property
     def prepared(self) -> bool:
         """Whether anything large was made."""
-        return self._prepared is not None
+        return self._inputs is not None
+
+    def inputs(self) -> Any:
+        """Return what `Implementation.load` takes, made once."""
+        if self._inputs is None:
+            self._inputs = self._make_inputs()
+        return self._inputs
 
     def prepare(self) -> tuple[Any, Any]:
         """Return what `Implementation.load` and `Implementation.check` take, made once."""
-        if self._prepared is None:
-            self._prepared = self._prepare()
-        return self._prepared
+        if self._checker is None:
+            self._checker = self._make_checker(self.inputs())
+        return self.inputs(), self._checker
 
     @abstractmethod
-    def _prepare(self) -> tuple[Any, Any]: ...
+    def _make_inputs(self) -> Any: ...
+
+    @abstractmethod
+    def _make_checker(self, inputs: Any) -> Any:
+        """Compute the oracle, which may take minutes."""
 
     @abstractmethod
     def build(self, name: str) -> Implementation:
-        """Return an implementation by name; `prepare` has been called."""
+        """Return an implementation by name; `inputs` or `prepare` has been called."""
 
     @abstractmethod
     def cost(self) -> results.Cost:
         """Return the work of one forward: its mean over a pass, per layer."""
 
     @abstractmethod
-    def needs(self) -> Needs:
-        """Return what the scenario needs."""
+    def needs(self, ours: Sequence[str]) -> Needs:
+        """Return what the scenario needs; `ours` names the implementations of our layer."""
 
-    @abstractmethod
-    def uses_fused_ops(self) -> bool:
-        """Return whether `mla` differs from `mla-reference`. Raises `UnsupportedOps`."""
+    def shared_bytes(self, names: Sequence[str], with_reference: bool) -> int:
+        """Return the device memory that implementations save by sharing weights (`shared_weights`)."""
+        return 0
+
+    def ops(self, name: str) -> dict[str, str]:
+        """Return role -> op of an implementation of ours. Raises `UsageError` or `UnsupportedOps`."""
+        return make_ops(implementation_setting(self.setting, parse_one(name))).names()
 
 
 class LayerFixture(Fixture):
@@ -111,17 +121,18 @@ class LayerFixture(Fixture):
     def __init__(
         self, setting: Setting, point: Point, state: State | None, after_forward: Callable[[], None]
     ) -> None:
-        super().__init__(setting, point)
+        super().__init__(sharing_weights(setting), point)
         self._given, self._after_forward = state, after_forward
         self._state: State = {}
         self._cost: results.Cost | None = None
 
-    def _prepare(self) -> tuple[Any, Any]:
-        config, dtype = self.setting.config, self.setting.dtype
+    def _make_inputs(self) -> Inputs:
         self._state = self._weights()
-        inputs = make_inputs(config, self.point, self.setting.seed, dtype)
-        expected = expected_outputs(config, self._state, self.point, inputs)
-        return inputs, Checker(expected, dtype, self._reference_outputs)
+        return make_inputs(self.setting.config, self.point, self.setting.seed, self.setting.dtype)
+
+    def _make_checker(self, inputs: Inputs) -> Checker:
+        expected = expected_outputs(self.setting.config, self._state, self.point, inputs)
+        return Checker(expected, self.setting.dtype, self._reference_outputs)
 
     def _weights(self) -> State:
         if self._given is None:
@@ -130,16 +141,18 @@ class LayerFixture(Fixture):
 
     def _reference_outputs(self) -> torch.Tensor:
         """Run the reference once: our own implementations are compared with its error."""
-        inputs, _ = self.prepare()
         reference = IMPLEMENTATIONS["mla-reference"](replace(self.setting, layers=1), self._state)
-        reference.load(self.point, inputs)
+        reference.load(self.point, self.inputs())
         for index in range(self.point.inputs):
             reference.step(index)
             self._after_forward()
         return reference.outputs
 
     def build(self, name: str) -> Implementation:
-        return IMPLEMENTATIONS[name](self.setting, self._state)
+        named = parse_one(name)
+        one = IMPLEMENTATIONS[named.base](implementation_setting(self.setting, named), self._state)
+        one.name = name
+        return one
 
     def cost(self) -> results.Cost:
         if self._cost is None:
@@ -154,21 +167,22 @@ class LayerFixture(Fixture):
         moved = [cost.step_bytes(setting.config, new, kv, setting.dtype.itemsize) for kv in lengths]
         return results.Cost(flops=round(sum(flops) / len(flops)), bytes=round(sum(moved) / len(moved)))
 
-    def needs(self) -> Needs:
+    def needs(self, ours: Sequence[str]) -> Needs:
         point, config, layers = self.point, self.setting.config, self.point.layers
+        settings = [implementation_setting(self.setting, parse_one(name)) for name in ours or ["mla"]]
         typical = self._mean_cost([point.inputs // 2])
         rows = [length * point.inputs for length in point.query_lens]
         return Needs(
             forward=results.Cost(flops=layers * typical.flops, bytes=layers * typical.bytes),
             oracle_flops=cost.step_flops(config, rows, point.final_lens, cost.EXPANDED),
             parameters=cost.parameters(config),
-            device_bytes=memory.device_bytes(self.setting, point),
+            device_bytes=max(memory.device_bytes(one, point) for one in settings),
             host_bytes=memory.host_bytes(self.setting, point),
             reference_copies=1,
         )
 
-    def uses_fused_ops(self) -> bool:
-        return not make_ops(self.setting).all_reference()
+    def shared_bytes(self, names: Sequence[str], with_reference: bool) -> int:
+        return shared_bytes(self.setting, names, with_reference)
 
 
 class OpFixture(Fixture):
@@ -179,19 +193,22 @@ class OpFixture(Fixture):
         self.op = point.op
         self._problem = op_problem(setting, point)
 
-    def _prepare(self) -> tuple[Any, Any]:
-        problem, setting = self._problem, self.setting
-        problem.draw()
-        return problem, OpChecker(problem.truth, setting.dtype, lambda: reference_results(problem, setting))
+    def _make_inputs(self) -> OpProblem:
+        self._problem.draw()
+        return self._problem
+
+    def _make_checker(self, inputs: OpProblem) -> OpChecker:
+        dtype = self.setting.dtype
+        return OpChecker(inputs.truth, dtype, lambda: reference_results(inputs, self.setting))
 
     def build(self, name: str) -> Implementation:
-        policy = "reference" if name == "mla-reference" else self.setting.ops
-        return OpImplementation(self.setting, self._problem, name, policy)
+        setting = implementation_setting(self.setting, parse_one(name))
+        return OpImplementation(setting, self._problem, name)
 
     def cost(self) -> results.Cost:
         return results.Cost(**self._problem.work._asdict())
 
-    def needs(self) -> Needs:
+    def needs(self, ours: Sequence[str]) -> Needs:
         on_device = op_memory.device_bytes(self.setting, self._problem)
         return Needs(
             forward=self.cost(),
@@ -202,8 +219,9 @@ class OpFixture(Fixture):
             reference_copies=0,
         )
 
-    def uses_fused_ops(self) -> bool:
-        return make_ops(self.setting)[self._problem.role].name != "reference"
+    def ops(self, name: str) -> dict[str, str]:
+        role = self._problem.role
+        return {role: super().ops(name)[role]}
 
 
 def make_fixture(

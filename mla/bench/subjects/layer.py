@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -23,19 +25,23 @@ class MlaLayer(Implementation):
     def __init__(self, setting: Setting, state: State, name: str = "mla", ops: str | None = None) -> None:
         super().__init__(setting)
         self.name = name
-        self.layer = self._make_layer(ops)
+        self.layer = self._make_layer(ops, 0)
         self.layer.load_state_dict(state)
         self.held_to_reference = not self.layer.ops.all_reference()
 
-    def _make_layer(self, ops: str | None) -> MLA:
+    def _make_layer(self, ops: str | None, index: int) -> MLA:
         setting = self.setting
-        return MLA(
+        layer = MLA(
             setting.config,
             backend=setting.backend,
             dtype=setting.dtype,
             attention=setting.attention,
             ops=ops or setting.ops,
+            overrides=dict(setting.overrides),
         )
+        if setting.weights is not None:
+            layer.share_weights(setting.weights[index])
+        return layer
 
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
         self._scenario = scenario
@@ -130,6 +136,9 @@ class MlaLayer(Implementation):
 
     def scratch_bytes(self) -> int:
         return self.layer.scratch_bytes()
+
+    def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:
+        self.layer.replace_ops(replace)
 
     def ops(self) -> dict[str, str]:
         return self.layer.ops.names()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from mla import cost
-from mla.bench.subjects.setting import SPARE_PAGES, Setting
+from mla.bench.subjects.setting import SPARE_PAGES, Setting, make_ops
 from mla.bench.workload.grid import Point
 from mla.bench.workload.scenario import Scenario
-from mla.layer.plan import WORKSPACE_BYTES
+from mla.layer.expansion import WORKSPACE_BYTES, rebuilt_bytes
 
 # The reference's logits, rebuilt keys and values, and their fp32 copies, at most.
 WORKSPACE = 1 << 30
@@ -22,17 +22,44 @@ def device_bytes(setting: Setting, scenario: Point) -> int:
     longest = 4 * max(scenario.final_lens) * config.latent_dim  # one request's keys, gathered and widened
     per_layer = weights + slots * config.latent_dim + activations + hidden
     scratch = WORKSPACE + (scenario.layers - 1) * _kept_bytes(setting, scenario)
+    scratch += _grown_bytes(setting, scenario)
     return (longest + scenario.layers * per_layer) * setting.dtype.itemsize + scratch
+
+
+def _expanded_lens(setting: Setting, scenario: Scenario) -> list[int]:
+    """Return the final lengths of the requests whose keys and values are rebuilt in any forward."""
+    lengths = list(scenario.final_lens)
+    if setting.attention != "auto":
+        return lengths if setting.attention == cost.EXPANDED else []
+    chooser = cost.PathChooser(setting.config)
+    ends = zip(scenario.query_lens, scenario.kv_lens(0), lengths, strict=True)
+    return [
+        last
+        for new, first, last in ends
+        if new and cost.EXPANDED in (chooser.path(new, first), chooser.path(new, last))
+    ]
 
 
 def _kept_bytes(setting: Setting, scenario: Scenario) -> int:
     """Return the rebuilt keys and values that each layer keeps memory for; absorbed attention has none."""
-    if setting.attention == "absorbed" or (max(scenario.query_lens) == 1 and setting.attention == "auto"):
+    lengths = _expanded_lens(setting, scenario)
+    return min(rebuilt_bytes(setting.config, setting.dtype.itemsize, sum(lengths)), WORKSPACE_BYTES)
+
+
+def _grown_bytes(setting: Setting, scenario: Scenario) -> int:
+    """Return what the longest request takes where its op needs all of it at once; layers use it in turn."""
+    keys = max(_expanded_lens(setting, scenario), default=0)
+    config, itemsize = setting.config, setting.dtype.itemsize
+    rebuilt = rebuilt_bytes(config, itemsize, keys)
+    if rebuilt <= WORKSPACE_BYTES or _merges(setting):
         return 0
-    config = setting.config
-    row = config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim
-    size = sum(scenario.final_lens) * row * config.num_attention_heads * setting.dtype.itemsize
-    return min(size, WORKSPACE_BYTES)
+    padded = keys * config.num_attention_heads * config.qk_head_dim * itemsize  # values, as wide as keys
+    return rebuilt + padded
+
+
+def _merges(setting: Setting) -> bool:
+    """Return whether the op can merge parts of a context. Raises `UnsupportedOps`."""
+    return make_ops(setting)["expanded_attention"].op.writes_lse
 
 
 def host_bytes(setting: Setting, scenario: Point) -> int:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from weakref import WeakValueDictionary
 
 import torch
 
 from mla.bench.workload.grid import Point
+from mla.bench.workload.implementations import Named
+from mla.bench.workload.op_scenario import roles_of
+from mla.command.console import note
 from mla.config import MLAConfig
+from mla.layer.ops import Ops, layer_roles
+from mla.layer.packed_weights import SharedWeights
 from mla_backends.api import Backend
+
+# Of layer 0, 1, ...: one state dict for each, shared by the implementations of one scenario.
+ScenarioWeights = defaultdict[int, SharedWeights]
 
 # Pages beyond what a scenario needs; they stay NaN, so that reading a wrong page shows.
 SPARE_PAGES = 16
@@ -26,12 +36,19 @@ class Setting:
     seed: int
     ops: str = "auto"  # policy of `mla.layer.ops.choose`, for the implementation `mla`
     layers: int = 1
+    overrides: tuple[tuple[str, str], ...] = ()  # role -> op, before the policy
+    weights: ScenarioWeights | None = field(default=None, compare=False, repr=False)
 
     @property
     def device(self) -> torch.device:
         """The device `setup` returned."""
         assert self.backend.device is not None
         return self.backend.device
+
+
+def sharing_weights(setting: Setting) -> Setting:
+    """Return the setting of implementations that share weights among them, and with no others."""
+    return replace(setting, weights=defaultdict(WeakValueDictionary))
 
 
 def scenario_setting(setting: Setting, scenario: Point) -> Setting:
@@ -43,3 +60,27 @@ def scenario_setting(setting: Setting, scenario: Point) -> Setting:
         page_size=scenario.page_size or setting.page_size,
         layers=scenario.layers,
     )
+
+
+def implementation_setting(setting: Setting, named: Named) -> Setting:
+    """Return the setting in which an implementation of ours is built: with its own policy and ops.
+
+    Raises `UsageError` for a role that the layer lacks.
+    """
+    roles = layer_roles(setting.config, setting.dtype, setting.device)
+    kinds = {role: kind for role, (kind, _) in roles.items()}
+    single = [(key, op) for key, op in named.ops if key in kinds]
+    whole = [pair for pair in named.ops if pair not in single]
+    overrides = {
+        role: op
+        for key, op in [*whole, *single]  # a role says more than its kind
+        for role in roles_of(key, setting.config, kinds, "mla[ROLE=OP] takes as ROLE")
+    }
+    policy = "reference" if named.base == "mla-reference" else setting.ops
+    return replace(setting, ops=policy, overrides=tuple(overrides.items()))
+
+
+def make_ops(setting: Setting) -> Ops:
+    """Return the ops that a layer of this setting chooses; what they compile is said on stderr before."""
+    offered, overrides = setting.backend.ops(), dict(setting.overrides)
+    return Ops(setting.config, offered, setting.dtype, setting.device, setting.ops, overrides, note)

@@ -7,6 +7,7 @@ weights or cache is wrong.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class MlaStack(MlaLayer):
 
     def __init__(self, setting: Setting, state: State, name: str = "mla", ops: str | None = None) -> None:
         super().__init__(setting, state, name, ops)
-        self.layers = [self.layer, *(self._make_layer(ops) for _ in range(1, setting.layers))]
+        self.layers = [self.layer, *(self._make_layer(ops, index) for index in range(1, setting.layers))]
         for index, layer in enumerate(self.layers[1:], 1):
             layer.load_state_dict(layer_state(state, index))
 
@@ -99,6 +100,10 @@ class MlaStack(MlaLayer):
 
     def compared(self) -> torch.Tensor:
         return self.outputs[:, 0]
+
+    def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:
+        for layer in self.layers:
+            layer.replace_ops(replace)
 
     def weight_bytes(self) -> int:
         return sum(layer.weight_bytes() for layer in self.layers)

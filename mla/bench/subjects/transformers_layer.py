@@ -22,7 +22,7 @@ from mla.verify.layer_oracle import State
 
 
 class TransformersMissing(MLAError):
-    """`transformers` is not installed, or too old."""
+    """`transformers` is not installed, too old, or refuses this torch."""
 
 
 class TransformersLayer(Implementation):
@@ -109,9 +109,15 @@ def require() -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from transformers import DynamicCache
+            from transformers import DynamicCache, __version__
+            from transformers.utils.import_utils import is_torch_available
     except ImportError as error:
         raise _missing(error) from error
+    if not is_torch_available():  # each release has an oldest torch, below which it runs without models
+        raise TransformersMissing(
+            f"implementation 'transformers' needs a newer torch: transformers {__version__} does not work "
+            f"with torch {torch.__version__}."
+        )
     return DynamicCache
 
 

@@ -38,7 +38,7 @@ class OpScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def expand(self, config: MLAConfig, kinds: Mapping[str, str]) -> list[Point]:
         """Return one scenario per role of the op. Raises `UsageError` for an op that this layer lacks."""
-        return [_of_role(self, role, config) for role in _roles(self.role, config, kinds)]
+        return [_of_role(self, role, config) for role in roles_of(self.role, config, kinds, "--op takes")]
 
     @property
     def steps(self) -> int:
@@ -90,8 +90,11 @@ def expand_ops(scenarios: Sequence[Point], config: MLAConfig, kinds: Mapping[str
     return expanded
 
 
-def _roles(op: str, config: MLAConfig, kinds: Mapping[str, str]) -> list[str]:
-    """Return the roles that the name of a role or an op stands for."""
+def roles_of(op: str, config: MLAConfig, kinds: Mapping[str, str], takes: str) -> list[str]:
+    """Return the roles that the name of a role or an op stands for.
+
+    `takes`: start of the list of names in the `UsageError` for an unknown one.
+    """
     if op in kinds:
         return [op]
     roles = [role for role, kind in kinds.items() if kind == op]
@@ -102,7 +105,7 @@ def _roles(op: str, config: MLAConfig, kinds: Mapping[str, str]) -> list[str]:
         )
     if not roles:
         known = list(dict.fromkeys([*OPS, *kinds]))
-        raise UsageError(f"unknown op '{op}'.{did_you_mean(op, known)} --op takes: {', '.join(known)}.")
+        raise UsageError(f"unknown op '{op}'.{did_you_mean(op, known)} {takes}: {', '.join(known)}.")
     return roles
 
 

@@ -9,7 +9,11 @@ from mla_backends.kernels import IxformerMla, SdpaExpanded
 
 
 def kernels() -> Mapping[str, FusedOp]:
-    """Return the ops, best first."""
+    """Return the ops, best first.
+
+    Which widths CoreX's SDPA serves fast is not public. Values are padded to the width of keys, which
+    FlashAttention 2 and its relatives require; not run on hardware.
+    """
     return {
         "ixformer": IxformerMla(install="it comes with the CoreX SDK"),
         "sdpa": SdpaExpanded(pads_values=True),

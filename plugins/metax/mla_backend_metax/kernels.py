@@ -15,6 +15,11 @@ def kernels() -> Mapping[str, FusedOp]:
 
     mcFlashMLA reportedly takes any power of two as page size; deployments use 64. Not documented: what it
     gives for rows without keys, and whether its planning can be captured into a graph.
+
+    Values are padded to the width of keys: SDPA's FlashAttention requires that (check_head_dim_size_flash in
+    mcPytorch's sdp_utils.cpp at 2ee4c34), and flash-attn takes it; vLLM-metax calls flash-attn without
+    padding, which was not tried here. torch's own varlen operator is not offered, although mcPytorch
+    registers it: what the MACA library behind it does with bounds of int32 is not public.
     """
     return {
         "flash_mla": FlashMla(LatentLimits(empty_rows=False, graph=False), install=_INSTALL),

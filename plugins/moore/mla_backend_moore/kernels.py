@@ -1,7 +1,7 @@
-"""Which kernels Moore Threads GPUs have for attention: MATE, and MT-flashMLA before it.
+"""Which kernels Moore Threads GPUs have for attention: MATE, MT-flashMLA before it, and those of torch_musa.
 
-Both serve capability 3.1 (MTT S5000) only. MT-flashMLA ends the process when a page or width is wrong and
-waits for the device on every call, so its limits are as narrow as its source.
+The first two serve capability 3.1 (MTT S5000) only. MT-flashMLA ends the process when a page or width is
+wrong and waits for the device on every call, so its limits are as narrow as its source.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mla_backend_moore.mate import MateMla, MateVarlen
 from mla_backends import FusedOp
-from mla_backends.kernels import FlashMla, LatentLimits, SdpaExpanded
+from mla_backends.kernels import FlashMla, LatentLimits, SdpaExpanded, TorchVarlen, VarlenLimits
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,11 @@ CAPABILITY = "3.1"  # that the kernels are compiled for, in Moore Threads' own n
 LEGACY_TILE = 32
 # Not documented: what rows without keys give, and whether planning can be captured into a graph.
 CAREFUL = LatentLimits(empty_rows=False, graph=False)
+# muDNN's FlashAttention takes values narrower than keys (MuDNNFlashVarlenFwd in torch_musa's SDP.cpp). SDPA
+# picks it for 192 and 128 and for widths up to 128 (SDPUtils.h at 94a8bde), from capability 2.2 (MTT S4000)
+# on; with values padded to 192 it would fall back to plain products. Neither was run on a card.
+MUDNN = VarlenLimits(pads_values=False)
+FIRST_WITH_FLASH = (2, 2)
 
 _LEGACY = "see https://github.com/MooreThreads/MT-flashMLA"
 
@@ -39,6 +44,11 @@ def kernels(capability: Callable[[], str | None], multiprocessors: int | None) -
     def legacy_reason(device: torch.device) -> str:
         return device_reason(device) or _not_legacy()
 
+    def flash_reason(device: torch.device) -> str:
+        found = capability()
+        why = f"it needs capability 2.2 (MTT S4000) or newer, but this device reports {found}"
+        return "" if found and tuple(map(int, found.split("."))) >= FIRST_WITH_FLASH else why
+
     rows = (multiprocessors or 1) * LEGACY_TILE
     return {
         "mate": MateMla(device_reason),
@@ -47,7 +57,8 @@ def kernels(capability: Callable[[], str | None], multiprocessors: int | None) -
             install=_LEGACY,
         ),
         "mate_varlen": MateVarlen(device_reason),
-        "sdpa": SdpaExpanded(pads_values=True),
+        "torch_varlen": TorchVarlen(replace(MUDNN, device_reason=flash_reason)),
+        "sdpa": SdpaExpanded(),
     }
 
 

@@ -13,7 +13,7 @@ import torch
 
 import mla_backend_moore
 from mla_backend_moore.kernels import kernels
-from mla_backends.api import AttentionSpec
+from mla_backends.api import AttentionSpec, SegmentLengths
 from mla_backends.registry import create
 
 
@@ -51,7 +51,8 @@ def reasons(op: str, capability: str | None, dtype: torch.dtype = torch.bfloat16
     """Return what the op says of a layer of DeepSeek's shape, but for packages that are not installed."""
     spec = AttentionSpec(heads, 512, 128, 64, 128, 0.1, dtype, torch.device("cpu"))
     found = kernels(lambda: capability, 56)[op].unsupported_reasons(spec)
-    return "; ".join(one for one in found if "is not installed" not in one)
+    missing = ("is not installed", "no flash attention of its own")
+    return "; ".join(one for one in found if not any(words in one for words in missing))
 
 
 @pytest.mark.parametrize("op", ["mate", "mt_flash_mla"])
@@ -61,6 +62,18 @@ def test_the_kernels_are_for_the_s5000_only(op: str) -> None:
         assert f"it runs on capability 3.1 (MTT S5000) only, but this device reports {capability}" in reasons(
             op, capability
         )
+
+
+def test_torchs_own_kernels_take_values_narrower_than_keys() -> None:
+    """Padded to 192, they would leave muDNN's FlashAttention for plain products."""
+    spec = AttentionSpec(16, 512, 128, 64, 128, 0.1, torch.bfloat16, torch.device("cpu"))
+    offered = kernels(lambda: "3.1", 56)
+    assert not offered["torch_varlen"].limits.pads(192, 128)
+    assert not offered["sdpa"].prepare(spec, SegmentLengths((3,), (3,), True)).pads
+    for capability in ("2.2", "3.1", "10.0"):
+        assert reasons("torch_varlen", capability) == ""
+    for capability in ("2.1", None):
+        assert f"this device reports {capability}" in reasons("torch_varlen", capability)
 
 
 def test_the_older_kernel_computes_bfloat16_only() -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mla_backends import FusedOp
+from mla_backends.api import AttentionSpec
 from mla_backends.kernels import (
     FlashAttnVarlen,
     FlashInferMla,
@@ -19,10 +20,12 @@ from mla_backends.kernels import (
     SdpaExpanded,
     TokenspeedMla,
     TokenspeedPrefill,
+    TorchVarlen,
     VarlenLimits,
 )
 from mla_backends.kernels.flashinfer import LIMITS as FLASHINFER_LIMITS
 from mla_backends.kernels.tokenspeed import LIMITS as TOKENSPEED_LIMITS
+from mla_backends.kernels.torch_varlen import LIMITS as TORCH_LIMITS
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +40,13 @@ FLASH_MLA_ROWS = 11_000
 
 HOPPER = ((9, 0),)
 BLACKWELL = ((10, 0), (10, 3), (10, 7))  # of data centres, with tensor memory; not sm_120
+
+# torch's SDPA asks cuDNN first on these architectures, if it is newer than this (9.15.0), and cuDNN takes
+# values narrower than keys: either width up to 128, or 192 and 128. FlashAttention 2 wants them equal.
+# From check_prefer_cudnn_attention and check_cudnn_tensor_shapes in PyTorch's sdp_utils.cpp at 001f694.
+CUDNN_FIRST = ((9, 0), (10, 0), (10, 3))
+CUDNN_NEWER_THAN = 91500
+CUDNN_WIDTHS = (192, 128)
 
 _TOKENSPEED = "pip install tokenspeed-mla"
 _FLASH_ATTN_3 = "build the folder hopper of https://github.com/Dao-AILab/flash-attention"
@@ -67,26 +77,43 @@ def kernels(architecture: Architecture, multiprocessors: int | None) -> Mapping[
         ),
         "tokenspeed_prefill": TokenspeedPrefill(blackwell, install=tokenspeed),
         "flash_attn": FlashAttnVarlen(VarlenLimits(device_reason=ampere), install=_FLASH_ATTN),
-        "sdpa": SdpaExpanded(pads_values=True),
+        "torch_varlen": TorchVarlen(replace(TORCH_LIMITS, device_reason=ampere)),
+        "sdpa": SdpaExpanded(pads_values=_wants_equal_widths(architecture)),
     }
 
 
 def flash_mla_source() -> str:
     """Return how to get dense FlashMLA beside the torch that is installed.
 
-    The wheel of sgl-flash-mla 1.0.0 links libcudart.so.13. It loads into torch 2.10 and newer by its README, but
-    asks pip for 2.14.1. The package `flash-mla` on PyPI is a placeholder.
+    The wheel of sgl-flash-mla 1.0.0 links libcudart.so.13. Its README says torch 2.10 and newer, its metadata
+    say 2.14.1. The package `flash-mla` on PyPI is a placeholder.
     """
     import torch
+    from torch.torch_version import TorchVersion
 
-    if int((torch.version.cuda or "0").partition(".")[0]) < 13 or torch.__version__ < "2.10":
+    version = TorchVersion(str(torch.__version__))
+    if int((torch.version.cuda or "0").partition(".")[0]) < 13 or version < "2.10":
         return (
             "build commit 9241ae3 of https://github.com/deepseek-ai/FlashMLA, with FLASH_MLA_DISABLE_SM100=1 "
             "for nvcc before 12.9; the wheel sgl-flash-mla needs torch 2.10 or newer for CUDA 13"
         )
-    if torch.__version__ < "2.14.1":
+    if version < "2.14.1":
         return "pip install --no-deps sgl-flash-mla, as pip would replace this torch by a newer one otherwise"
     return "pip install sgl-flash-mla"
+
+
+def _wants_equal_widths(architecture: Architecture) -> Callable[[AttentionSpec], bool]:
+    """Return a function that says whether SDPA's fastest kernel needs values as wide as keys."""
+
+    def pads(spec: AttentionSpec) -> bool:
+        import torch
+
+        widths = (spec.qk_nope_head_dim + spec.qk_rope_head_dim, spec.v_head_dim)
+        takes = max(widths) <= CUDNN_WIDTHS[1] or widths == CUDNN_WIDTHS
+        first = architecture() in CUDNN_FIRST and (torch.backends.cudnn.version() or 0) > CUDNN_NEWER_THAN
+        return not (takes and first)
+
+    return pads
 
 
 def _only(architecture: Architecture, *wanted: tuple[int, int]) -> Reason:

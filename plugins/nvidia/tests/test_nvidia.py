@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from mla_backend_nvidia import Nvidia, _driver
+from mla_backend_nvidia import Nvidia
+from mla_backend_nvidia.driver import driver_version, outdated
 from mla_backend_nvidia.kernels import kernels
 from mla_backend_nvidia.peaks import SHEETS, peaks
-from mla_backends.api import AttentionSpec
+from mla_backends.api import AttentionSpec, Availability, SegmentLengths
+from mla_backends.cuda import CudaBackend
+from mla_backends.errors import DeviceUnavailable
 
 GIB = 1 << 30
 
@@ -27,8 +32,19 @@ def test_it_requires_torch_and_nothing_of_a_vendor() -> None:
         "numpy",
         "torch>=2.4",
     }
-    (monitor,) = (one for one in required if "extra" in one)
-    assert monitor.startswith("nvidia-ml-py")
+
+
+def test_extras_are_each_cards_kernels_and_a_monitor() -> None:
+    """Read from the project's file, as what is installed may be older."""
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    extras = dict(re.findall(r'^(\w+) = \["([\w-]+)[^"]*"\]$', section, re.MULTILINE))
+    assert extras == {
+        "monitor": "nvidia-ml-py",
+        "hopper": "sgl-flash-mla",
+        "blackwell": "tokenspeed-mla",
+        "flashinfer": "flashinfer-python",
+    }
 
 
 # ---------------------------------------------------------------------------------------------- peaks
@@ -78,35 +94,190 @@ def test_every_sheet_is_nvidias_own_and_dense() -> None:
 # ------------------------------------------------------------------------------------------- hardware
 
 
+CARDS = ((7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (10, 7), (11, 0), (12, 0))
+
+
 def reasons(op: str, architecture: tuple[int, int]) -> list[str]:
     """Return what the op says of a layer of DeepSeek's shape, but for packages that are not installed."""
     spec = AttentionSpec(16, 512, 128, 64, 128, 0.1, torch.bfloat16, torch.device("cpu"))
     found = kernels(lambda: architecture, 132)[op].unsupported_reasons(spec)
-    return [one for one in found if "is not installed" not in one]
+    missing = ("is not installed", "no flash attention of its own")
+    return [one for one in found if not any(words in one for words in missing)]
 
 
 @pytest.mark.parametrize(
     ("op", "serves"),
     [
         ("flash_mla", {(9, 0)}),
-        ("flashinfer", {(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)}),
+        ("tokenspeed", {(10, 0), (10, 3), (10, 7)}),
+        ("tokenspeed_prefill", {(10, 0), (10, 3), (10, 7)}),
+        ("flashinfer", {(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (10, 7), (11, 0), (12, 0)}),
         ("flash_attn_3", {(9, 0)}),
-        ("flash_attn", {(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)}),
+        ("flash_attn", {(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (10, 7), (11, 0), (12, 0)}),
+        ("torch_varlen", {(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (10, 7), (11, 0), (12, 0)}),
     ],
 )
 def test_a_kernel_is_refused_where_it_was_not_built_for(op: str, serves: set[tuple[int, int]]) -> None:
-    for architecture in ((7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
+    for architecture in CARDS:
         found = reasons(op, architecture)
         assert (not found) == (architecture in serves), (architecture, found)
         assert all(f"this is sm_{architecture[0]}{architecture[1]}" in one for one in found)
 
 
-def test_the_placeholder_on_pypi_is_not_offered() -> None:
-    """`flash-mla` on PyPI is not the kernel."""
+DEEPSEEK, SMALL, WIDE = (128, 64, 128), (64, 32, 64), (192, 64, 128)  # qk_nope, qk_rope and v
+
+
+@pytest.mark.parametrize(
+    ("architecture", "cudnn", "unpadded"),
+    [
+        ((8, 0), 92000, ()),  # FlashAttention 2
+        ((8, 9), 92000, ()),
+        ((9, 0), 91500, ()),  # not asked first
+        ((9, 0), 91501, (DEEPSEEK, SMALL)),
+        ((10, 0), 92000, (DEEPSEEK, SMALL)),
+        ((10, 3), 92000, (DEEPSEEK, SMALL)),
+        ((12, 0), 92000, ()),  # cuDNN is not asked first here
+        ((9, 0), None, ()),  # a torch without cuDNN
+    ],
+)
+def test_sdpa_gets_the_widths_that_its_fastest_kernel_takes(
+    architecture: tuple[int, int], cudnn: int | None, unpadded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    op = kernels(lambda: architecture, 132)["sdpa"]
+    for widths in (DEEPSEEK, SMALL, WIDE):
+        spec = AttentionSpec(16, 512, *widths, 0.1, torch.bfloat16, torch.device("cpu"))
+        assert op.prepare(spec, SegmentLengths((3,), (3,), True)).pads == (widths not in unpadded)
+
+
+def test_ops_with_a_log_sum_exp_come_before_the_one_without() -> None:
+    """Only they can merge the parts of a long context."""
+    found = [op for op in kernels(lambda: (9, 0), 132).values() if op.contract == "expanded_attention/1"]
+    assert [op.writes_lse for op in found] == [True] * (len(found) - 1) + [False]
+
+
+def missing(architecture: tuple[int, int], kind: str) -> dict[str, str]:
+    """Return op -> why it is refused, of the ops that would run on a card, best first."""
     spec = AttentionSpec(16, 512, 128, 64, 128, 0.1, torch.bfloat16, torch.device("cpu"))
-    (missing, *_) = kernels(lambda: (9, 0), 132)["flash_mla"].unsupported_reasons(spec)
-    assert "https://github.com/deepseek-ai/FlashMLA" in missing
-    assert "pip install" not in missing
+    found = {}
+    for name, op in kernels(lambda: architecture, 132).items():
+        why = op.unsupported_reasons(spec)
+        if op.contract.startswith(kind) and not any("but this is sm_" in one for one in why):
+            found[name] = "".join(why)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "best", "hint"),
+    [
+        ((9, 0), "latent", "flash_mla", "sgl-flash-mla"),
+        ((10, 0), "latent", "tokenspeed", "pip install tokenspeed-mla"),
+        ((10, 3), "latent", "tokenspeed", "pip install tokenspeed-mla"),
+        ((8, 0), "latent", "flashinfer", "pip install flashinfer-python"),
+        ((8, 9), "latent", "flashinfer", "pip install flashinfer-python"),
+        ((12, 0), "latent", "flashinfer", "pip install flashinfer-python"),
+        ((9, 0), "expanded", "flash_attn_3", "build the folder hopper"),
+        ((10, 0), "expanded", "tokenspeed_prefill", "pip install tokenspeed-mla"),
+        ((8, 0), "expanded", "flash_attn", "pip install a wheel"),
+    ],
+)
+def test_the_card_at_hand_names_its_best_kernel_and_how_to_get_it(
+    architecture: tuple[int, int], kind: str, best: str, hint: str
+) -> None:
+    """`--list-ops` and `doctor` print these reasons in this order."""
+    first, reason = next(iter(missing(architecture, kind).items()))
+    assert first == best
+    assert re.search(rf"is not installed \(.*{re.escape(hint)}", reason), reason
+
+
+def test_no_card_is_told_to_install_what_it_cannot_run() -> None:
+    spec = AttentionSpec(16, 512, 128, 64, 128, 0.1, torch.bfloat16, torch.device("cpu"))
+    for architecture in CARDS:
+        for name, op in kernels(lambda found=architecture: found, 132).items():
+            why = " ".join(op.unsupported_reasons(spec))
+            if "it runs on" in why:
+                assert "pip install" not in why, name
+                assert "build" not in why, name
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "hint"),
+    [
+        ("2.14.1+cu130", "13.0", r"pip install sgl-flash-mla"),
+        ("2.15.0a0+nv26", "13.1", r"pip install sgl-flash-mla"),
+        ("2.13.0+cu130", "13.0", r"pip install --no-deps sgl-flash-mla, as pip would replace this torch.*"),
+        ("2.10.0a0+nv", "13.0", r"build commit 9241ae3 .*"),
+        ("2.15.0+cu129", "12.9", r"build commit 9241ae3 .*"),
+        ("2.9.0", "13.0", r"build commit 9241ae3 .*"),
+        ("2.9.0+cpu", None, r"build commit 9241ae3 .*"),
+    ],
+)
+def test_flash_mla_is_named_for_the_torch_at_hand(
+    monkeypatch: pytest.MonkeyPatch, version: str, cuda: str | None, hint: str
+) -> None:
+    """pip must not replace a vendor's torch, and `flash-mla` on PyPI is a placeholder."""
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    reason = missing((9, 0), "latent")["flash_mla"]
+    assert re.fullmatch(rf"flash_mla is not installed \({hint}\)", reason), reason
+
+
+# --------------------------------------------------------------------------------------------- driver
+
+TOO_OLD = (
+    "device failed to start: RuntimeError: The NVIDIA driver on your system is too old (found version {}). "
+    "Please update your GPU driver by downloading and installing a new version"
+)
+
+
+@pytest.mark.parametrize(
+    ("reason", "wheels"),
+    [
+        (TOO_OLD.format(12020), "cu126"),
+        (TOO_OLD.format(11040), "cu118"),
+        ("CUDA error: CUDA driver version is insufficient for CUDA runtime version", "cu126"),
+        ("Error 803: system has unsupported display driver / cuda driver combination", "cu126"),
+        ("the provided PTX was compiled with an unsupported toolchain.", "cu126"),
+    ],
+)
+def test_a_driver_that_is_too_old_is_to_be_updated_or_torch_replaced(reason: str, wheels: str) -> None:
+    assert outdated(reason) == (
+        "update the driver, or install torch for an older CUDA: pip install torch --index-url "
+        f"https://download.pytorch.org/whl/{wheels}"
+    )
+
+
+@pytest.mark.parametrize(
+    "reason", ["CUDA error: out of memory", "torch sees 0 devices", "torch.cuda.is_available() is False", ""]
+)
+def test_other_failures_have_nothing_to_do_with_the_driver(reason: str) -> None:
+    assert outdated(reason) == ""
+
+
+def test_the_driver_is_named_where_the_probe_or_the_start_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe asks NVML, which says yes; the first use of the device says what is wrong."""
+    reason = TOO_OLD.format(12020)
+
+    def fail(self: Any, index: int | None = None) -> Any:
+        raise DeviceUnavailable("nvidia", reason, "check that `nvidia-smi` lists the device")
+
+    monkeypatch.setattr(CudaBackend, "setup", fail)
+    with pytest.raises(DeviceUnavailable, match="is too old") as error:
+        Nvidia().setup()
+    assert error.value.hint == outdated(reason)
+    refused = Availability(False, reason, "check that `nvidia-smi` lists the device")
+    monkeypatch.setattr(CudaBackend, "probe_module", lambda *arguments: refused)
+    assert Nvidia().probe_module(torch.cuda, {}).hint == outdated(reason)
+
+
+def test_other_failures_to_start_keep_their_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, index: int | None = None) -> Any:
+        raise DeviceUnavailable("nvidia", "torch sees 0 devices", "check `nvidia-smi`")
+
+    monkeypatch.setattr(CudaBackend, "setup", fail)
+    with pytest.raises(DeviceUnavailable) as error:
+        Nvidia().setup()
+    assert error.value.hint == "check `nvidia-smi`"
 
 
 @pytest.mark.parametrize("name", ["NVIDIA H20", "Tesla V100-SXM2-16GB", "GeForce GTX 1080", "A100-PCIE-40GB"])
@@ -115,7 +286,9 @@ def test_nvidias_own_cards_pass_by_name(name: str) -> None:
     backend.__dict__["module"] = SimpleNamespace(
         get_device_properties=lambda device: SimpleNamespace(name=name)
     )
-    backend.prepare_device()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backend.prepare_device()
 
 
 @pytest.mark.parametrize(
@@ -130,9 +303,9 @@ def test_nvidias_own_cards_pass_by_name(name: str) -> None:
     ],
 )
 def test_the_driver_is_read_from_the_kernel(tmp_path: Path, text: str, version: str) -> None:
-    assert _driver(tmp_path / "version") == ""
+    assert driver_version(tmp_path / "version") == ""
     (tmp_path / "version").write_text(text)
-    assert _driver(tmp_path / "version") == version
+    assert driver_version(tmp_path / "version") == version
 
 
 def test_a_uuid_finds_the_card_whatever_hides_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

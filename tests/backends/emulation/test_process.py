@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,21 @@ def test_the_command_line_writes_a_checked_result(run: Any, backend: str, tmp_pa
     assert found.backend.name == backend
     assert found.backend.version == found.environment["mla"]
     assert found.environment["backend.device_count"] == "2"
+
+
+@pytest.mark.parametrize("backend", ["moore", "nvidia"])
+def test_a_profile_of_a_device_that_torch_cannot_trace_says_so(
+    run: Any, backend: str, tmp_path: Path
+) -> None:
+    done = run(backend, "--mode", "eager", "--profile", "trace.json")
+    assert done.code == 0, done.err
+    assert re.search(
+        r"^profile    \d passes, eager, with \d+ operators of torch and no kernels of ",
+        done.err,
+        re.MULTILINE,
+    )
+    names = {event["name"] for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+    assert {"decode / mla", "latent_attention (reference)"} <= names
 
 
 def test_each_task_takes_the_device_of_its_local_number(run: Any, tmp_path: Path) -> None:

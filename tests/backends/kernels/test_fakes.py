@@ -13,6 +13,8 @@ TENSORS = {"dtype": torch.bfloat16}
 
 def decode_arguments(module: Any, **changes: Any) -> dict[str, Any]:
     """Return a right call of two rows: `changes` make it wrong."""
+    if "use_legacy" in inspect.signature(module.flash_mla_with_kvcache).parameters:
+        changes = {"use_legacy": True, **changes}
     generator = torch.Generator().manual_seed(0)
     lens = changes.get("cache_seqlens", torch.tensor([33, 65], dtype=torch.int32))
     meta, splits = module.get_mla_metadata(lens, 16, 1)
@@ -30,7 +32,7 @@ def decode_arguments(module: Any, **changes: Any) -> dict[str, Any]:
     }
 
 
-FLASH_MLA = ("nvidia_a", "nvidia_b", "nvidia_c", "metax", "moore_legacy", "moore_mate")
+FLASH_MLA = ("nvidia_a", "nvidia_b", "nvidia_c", "nvidia_sgl", "metax", "moore_legacy", "moore_mate")
 each_flash_mla = pytest.mark.parametrize("folder", FLASH_MLA)
 
 
@@ -90,7 +92,15 @@ def test_int64_lengths_are_refused(installed: Any, folder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "count"), [("nvidia_a", 9), ("nvidia_b", 11), ("nvidia_c", 16), ("metax", 17)]
+    ("folder", "count"),
+    [
+        ("nvidia_a", 9),
+        ("nvidia_b", 11),
+        ("nvidia_c", 16),
+        ("nvidia_d", 17),
+        ("nvidia_sgl", 21),
+        ("metax", 17),
+    ],
 )
 def test_each_generation_has_its_own_arguments_in_its_own_order(
     installed: Any, folder: str, count: int
@@ -102,7 +112,7 @@ def test_each_generation_has_its_own_arguments_in_its_own_order(
         assert len(names) == count
         assert names[7:9] == ["softmax_scale", "causal"]
         if count > 11:
-            assert names[11] == {"nvidia_c": "attn_sink", "metax": "indices_all_valid_per_q"}[folder]
+            assert names[11] == ("indices_all_valid_per_q" if folder == "metax" else "attn_sink")
 
 
 def test_a_page_of_another_size_is_refused_or_ends_the_process(installed: Any) -> None:
@@ -123,11 +133,11 @@ def test_a_page_of_another_size_is_refused_or_ends_the_process(installed: Any) -
 
 
 def test_another_chip_is_refused(installed: Any) -> None:
-    for folder, package in (("nvidia_a", "flash_mla"), ("nvidia_b", "flash_mla"), ("nvidia_c", "flash_mla")):
+    for folder in ("nvidia_a", "nvidia_b", "nvidia_c", "nvidia_sgl"):
         with installed(folder) as fakes:
             import flash_mla
 
-            fakes.CAPABILITY[package] = (8, 0)
+            fakes.CAPABILITY["flash_mla"] = (8, 0)
             with pytest.raises(RuntimeError):
                 flash_mla.flash_mla_with_kvcache(**decode_arguments(flash_mla))
 
@@ -159,6 +169,120 @@ def test_the_third_generation_takes_no_splits_and_one_kind_of_plan(installed: An
             flash_mla.flash_mla_with_kvcache(**{**arguments, "causal": False})
 
 
+def test_the_sparse_generation_fails_every_dense_call(installed: Any) -> None:
+    with installed("nvidia_d"):
+        import flash_mla
+
+        for changes in ({}, {"is_fp8_kvcache": False}, {"causal": False}):
+            with pytest.raises(AssertionError, match="Sparse attention is required"):
+                flash_mla.flash_mla_with_kvcache(**decode_arguments(flash_mla, **changes))
+
+
+def test_the_fork_has_dense_attention_where_it_is_asked_for_and_built(installed: Any) -> None:
+    with installed("nvidia_sgl") as fakes:
+        import flash_mla
+
+        for wrong in ({"use_legacy": False}, {"is_fp8_kvcache": True}, {"kv_format": "v4"}):
+            with pytest.raises(AssertionError):
+                flash_mla.flash_mla_with_kvcache(**decode_arguments(flash_mla, **wrong))
+        assert flash_mla.has_legacy()
+        fakes.HAS_LEGACY["flash_mla"] = False
+        assert not flash_mla.has_legacy()
+        with pytest.raises(RuntimeError, match="legacy FlashMLA kernels are not available"):
+            flash_mla.flash_mla_with_kvcache(**decode_arguments(flash_mla))
+
+
+def test_the_fork_follows_the_splits_of_its_first_call_without_a_word(installed: Any) -> None:
+    with installed("nvidia_sgl"):
+        import flash_mla
+
+        arguments = decode_arguments(flash_mla)
+        for _ in range(2):
+            out, _ = flash_mla.flash_mla_with_kvcache(**arguments)
+            assert out.isfinite().all()
+        arguments["cache_seqlens"] = arguments["cache_seqlens"] + 1
+        out, lse = flash_mla.flash_mla_with_kvcache(**arguments)
+        assert out.isnan().all()
+        assert lse.isnan().all()
+
+
+def tokenspeed_arguments(**changes: Any) -> dict[str, Any]:
+    """Return a right call of `tokenspeed_mla_decode`: `changes` make it wrong."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "query": torch.randn(2, 1, 16, 576, generator=generator).bfloat16(),
+        "kv_cache": torch.randn(4, 64, 576, generator=generator).bfloat16(),
+        "workspace_buffer": torch.empty(40 << 20, dtype=torch.int8),
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "block_tables": torch.tensor([[3, 3], [1, 2]], dtype=torch.int32),
+        "seq_lens": torch.tensor([33, 65], dtype=torch.int32),
+        "max_seq_len": 65,
+        "softmax_scale": 0.1,
+        "return_lse": True,
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workspace_buffer": torch.empty(40 << 20, dtype=torch.uint8)}, "must be torch.int8"),
+        ({"workspace_buffer": torch.empty(1 << 16, dtype=torch.int8)}, "workspace_buffer too small"),
+        ({"query": torch.zeros(2, 1, 129, 576, **TENSORS)}, "unsupported configuration"),
+        ({"kv_cache": torch.zeros(256, 1, 576, **TENSORS)}, "unsupported configuration"),
+        ({"kv_cache": torch.zeros(4, 256, 576, **TENSORS)}, "unsupported configuration"),
+        ({"kv_cache": torch.zeros(4, 64, 576)}, "must match"),
+        ({"seq_lens": torch.tensor([33, 65])}, "int32"),
+        ({"block_tables": torch.zeros(2, 4, dtype=torch.int32)[:, ::2]}, "compact"),
+        ({"out": torch.zeros(2, 1, 17, 512, **TENSORS)[:, :, :16]}, "compact"),
+        ({"max_seq_len": 0}, "max_seq_len must be > 0"),
+    ],
+)
+def test_tokenspeed_refuses_what_its_source_does(
+    installed: Any, changes: dict[str, Any], message: str
+) -> None:
+    with installed("tokenspeed"):
+        import tokenspeed_mla
+
+        tokenspeed_mla.tokenspeed_mla_decode(**tokenspeed_arguments())
+        with pytest.raises((AssertionError, RuntimeError, ValueError), match=message):
+            tokenspeed_mla.tokenspeed_mla_decode(**tokenspeed_arguments(**changes))
+
+
+def test_tokenspeed_reads_whole_tiles_and_leaves_empty_rows(installed: Any) -> None:
+    with installed("tokenspeed"):
+        import tokenspeed_mla
+
+        arguments = tokenspeed_arguments()
+        out, lse = tokenspeed_mla.tokenspeed_mla_decode(**arguments)
+        assert (out.shape, lse.shape) == ((2, 1, 16, 512), (2, 1, 16))
+        arguments["kv_cache"][0] = torch.nan  # nobody's page
+        for table in ([[3, 0], [1, 2]], [[3], [1]]):  # named behind the row's end, or standing in for it
+            tables = torch.tensor(table, dtype=torch.int32)
+            lens = torch.tensor([33, 64], dtype=torch.int32)
+            changed = {**arguments, "block_tables": tables, "seq_lens": lens}
+            out, _ = tokenspeed_mla.tokenspeed_mla_decode(**changed)
+            assert out[0].isnan().all()
+        empty = torch.tensor([0, 65], dtype=torch.int32)
+        out, _ = tokenspeed_mla.tokenspeed_mla_decode(**{**arguments, "seq_lens": empty})
+        assert out[0].isnan().all()
+        assert out[1].isfinite().all()
+
+
+def test_tokenspeed_takes_strided_values_for_contiguous_ones(installed: Any) -> None:
+    with installed("tokenspeed"):
+        import tokenspeed_mla
+
+        q, k, wide = (torch.randn(5, 2, width).bfloat16() for width in (192, 192, 256))
+        bounds = torch.tensor([0, 5], dtype=torch.int32)
+
+        def run(v: torch.Tensor) -> torch.Tensor:
+            return tokenspeed_mla.tokenspeed_mla_prefill(q, k, v, bounds[1:], bounds, 5, 1, 0.1)
+
+        assert not torch.equal(run(wide[..., 128:]), run(wide[..., 128:].contiguous()))
+
+
 def test_the_old_spelling_of_a_plan_warns(installed: Any) -> None:
     with installed("metax"):
         import flash_mla
@@ -170,7 +294,7 @@ def test_the_old_spelling_of_a_plan_warns(installed: Any) -> None:
 
 def test_a_row_without_keys_has_infinity(installed: Any) -> None:
     lens = torch.tensor([0, 65], dtype=torch.int32)
-    for folder in ("nvidia_a", "nvidia_b", "nvidia_c", "metax", "moore_legacy"):
+    for folder in ("nvidia_a", "nvidia_b", "nvidia_c", "nvidia_sgl", "metax", "moore_legacy"):
         with installed(folder):
             import flash_mla
 

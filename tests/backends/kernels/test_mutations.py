@@ -125,6 +125,7 @@ FLASH_MUTANTS: dict[str, tuple[str, Callable[[], FusedOp]]] = {
     "plan kept, first": ("nvidia_a", KeptPlan),
     "plan kept, second": ("nvidia_b", KeptPlan),
     "plan kept, third": ("nvidia_c", KeptPlan),
+    "plan kept, fork": ("nvidia_sgl", KeptPlan),
     "plan kept, wrapper": ("moore_mate", lambda: KeptPlan(MATE)),
     "plan of one query": ("nvidia_b", PlainMean),
     "empty rows raw": ("nvidia_c", RawEmptyRows),

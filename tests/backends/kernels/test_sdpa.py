@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla import MLA, LatentCache, MLAConfig
-from mla.errors import UnsupportedBatch
 from mla.weights import random_state_dict
 from mla_backends.api import AttentionSpec, SegmentLengths
 from mla_backends.kernels import SdpaExpanded
@@ -25,15 +25,24 @@ Segments = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40)), min_size=1
 @settings(max_examples=40, deadline=None)
 @given(Segments, st.booleans(), st.booleans(), st.integers(0, 99))
 def test_it_is_right_whatever_the_segments(segments: Any, causal: bool, pads: bool, seed: int) -> None:
+    check_segments(SdpaExpanded(pads_values=pads), segments, causal, seed)
+
+
+def check_segments(op: SdpaExpanded, segments: Any, causal: bool, seed: int = 0) -> None:
+    """Hold an op to the truth, with and without memory for the log-sum-exp."""
     generator = torch.Generator().manual_seed(seed)
     lengths = SegmentLengths(*(tuple(side) for side in zip(*segments, strict=True)), causal)
     tokens, keys = sum(lengths.query_lens), sum(lengths.kv_lens)
     q, k = (torch.randn(count, 3, 24, generator=generator) for count in (tokens, keys))
     v = torch.randn(keys, 3, 20, generator=generator)[..., 8:]
-    out, lse = torch.full((tokens, 3, 12), torch.nan), torch.zeros(tokens, 3)
-    op = SdpaExpanded(pads_values=pads)
+    out, again = (torch.full((tokens, 3, 12), torch.nan) for _ in range(2))
+    lse = torch.zeros(tokens, 3)
     assert op.unsupported_reasons(SPEC) == []
-    op(op.prepare(SPEC, lengths), q=q, k=k, v=v, softmax_scale=0.3, out=out, lse=lse)
+    state = op.prepare(SPEC, lengths)
+    op(state, q=q, k=k, v=v, softmax_scale=0.3, out=out, lse=lse)
+    op(state, q=q, k=k, v=v, softmax_scale=0.3, out=again, lse=None)
+    assert op.lse_optional
+    assert torch.equal(out, again)
     queries, segments = list(lengths.query_lens), list(lengths.kv_lens)
     pieces = zip(q.split(queries), k.split(segments), v.split(segments), strict=True)
     truth, _ = attend_segments(pieces, 0.3, causal)
@@ -41,22 +50,90 @@ def test_it_is_right_whatever_the_segments(segments: Any, causal: bool, pads: bo
     assert lse.isnan().all()
 
 
-def test_a_layer_runs_on_it_and_refuses_to_merge_without_sums() -> None:
+class FirstKey(SdpaExpanded):
+    """The first query of a segment with history sees the first key only, as torch's own rule has it."""
+
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        state = super().prepare(spec, batch)
+        masks = [mask.tril(0) if isinstance(mask, torch.Tensor) else mask for mask in state.masks]
+        return replace(state, masks=tuple(masks))
+
+
+class TorchsRule(SdpaExpanded):
+    """A segment with history is left to torch's own rule."""
+
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        state = super().prepare(spec, batch)
+        return replace(state, masks=tuple(True for _ in state.masks))
+
+
+class ValuesBehind(SdpaExpanded):
+    """Values are padded in front and cut behind."""
+
+    def _padded(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return super()._padded(k, v).roll(k.shape[2] - v.shape[2], dims=2)
+
+
+@pytest.mark.parametrize("mutant", [FirstKey, TorchsRule, ValuesBehind])
+def test_the_check_fails_a_wrong_sdpa(mutant: type[SdpaExpanded]) -> None:
+    segments = [(5, 5), (3, 40), (1, 7)]
+    check_segments(SdpaExpanded(pads_values=True), segments, causal=True)
+    with pytest.raises(AssertionError, match="not close"):
+        check_segments(mutant(pads_values=True), segments, causal=True)
+
+
+def test_values_are_padded_only_where_the_device_wants_it_and_there_is_no_mask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[int, bool]] = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q: Any, k: Any, v: Any, **rest: Any) -> torch.Tensor:
+        seen.append((v.shape[-1], rest["attn_mask"] is None))
+        return attention(q, k, v, **rest)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    asked: list[AttentionSpec] = []
+    segments = [(5, 5), (3, 40), (1, 7)]  # the second needs a mask
+    for wants, width in (
+        (lambda spec: asked.append(spec) or True, 24),
+        (lambda spec: False, 12),
+        (False, 12),
+    ):
+        seen.clear()
+        check_segments(SdpaExpanded(pads_values=wants), segments, causal=True)
+        assert seen == 2 * [(width, True), (12, False), (width, True)]
+    assert asked == [SPEC]
+    masked = SegmentLengths((3,), (40,), True)
+    assert not SdpaExpanded(pads_values=True).prepare(SPEC, masked).pads  # a copy that nobody would read
+    wide = replace(SPEC, v_head_dim=24)
+    assert not SdpaExpanded(pads_values=True).prepare(wide, SegmentLengths((3,), (3,), True)).pads
+
+
+def test_padded_values_never_hold_what_another_call_left() -> None:
+    """A longer call before, and one of another width: the zeros behind the values stay zeros."""
+    op = SdpaExpanded(pads_values=True)
+    for segments in ([(9, 9), (30, 30)], [(4, 4)], [(12, 12)]):
+        check_segments(op, segments, causal=True)
+    (held,) = op._scratch._held.values()
+    assert held.shape == (39, 3, 24)
+    assert not held[..., 12:].any()
+
+
+def test_a_layer_runs_on_it_however_small_its_workspace() -> None:
+    """It cannot merge rounds, so the second layer rebuilds more at a time than it was given for that."""
     config = MLAConfig(hidden_size=48, num_attention_heads=3, kv_lora_rank=32)
     backend = HostBackend(ops={"sdpa": SdpaExpanded(pads_values=True)})
     state = random_state_dict(config, dtype=torch.float32)
     outputs = []
-    for made in (backend, None):
-        layer = MLA(config, backend=made, dtype=torch.float32, attention="expanded")
+    for made, workspace in ((backend, 1 << 28), (backend, 1 << 14), (None, 1 << 28)):
+        layer = MLA(
+            config, backend=made, dtype=torch.float32, attention="expanded", workspace_bytes=workspace
+        )
         layer.load_state_dict(state)
         cache = LatentCache(config, max_tokens=512, dtype=torch.float32, device=CPU)
         batch = cache.extend(cache.new_sequences(3), [70, 1, 33])
         hidden = torch.randn(104, 48, generator=torch.Generator().manual_seed(3))
         outputs.append(layer(hidden, batch, cache.pages[0]))
-    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-4)
-    tight = MLA(config, backend=backend, dtype=torch.float32, attention="expanded", workspace_bytes=1 << 14)
-    tight.load_state_dict(state)
-    cache = LatentCache(config, max_tokens=512, dtype=torch.float32, device=CPU)
-    batch = cache.extend(cache.new_sequences(1), [70])
-    with pytest.raises(UnsupportedBatch, match="'sdpa' returns no log-sum-exp"):
-        tight.plan(batch)
+    for output in outputs[:-1]:
+        torch.testing.assert_close(output, outputs[-1], atol=1e-5, rtol=1e-4)

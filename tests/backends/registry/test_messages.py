@@ -89,6 +89,13 @@ def test_did_you_mean_knows_case_slips_and_platform_names(typed: str, meant: str
     assert f"(did you mean '{meant}'?)" in str(error)
 
 
+@pytest.mark.parametrize("typed", ["xpu", "npu", "mps", "hip"])
+def test_a_device_that_has_no_plugin_gets_the_words_that_run_it(typed: str) -> None:
+    error = errors.UnknownBackend(typed, ["cpu"], KNOWN)
+    assert f"(did you mean `--backend torch -O device={typed}`?)" in str(error)
+    assert error.hint == f"did you mean `--backend torch -O device={typed}`?"
+
+
 def test_did_you_mean_stays_silent_when_nothing_is_close() -> None:
     error = errors.UnknownBackend("zzzzzz", [], KNOWN)
     assert str(error).startswith("unknown backend 'zzzzzz'; installed: none; known: ")

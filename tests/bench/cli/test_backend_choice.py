@@ -36,7 +36,7 @@ def test_no_usable_backend_lists_why(isolated: Bench) -> None:
     known = "; ".join(f"{name} (not installed)" for name in KNOWN)
     assert done.err == (
         "error: no backend is usable: fake-broken-import (import failed); fake-no-device (no device); "
-        f"{known}. `python -m mla.bench list` says why.\n"
+        f"{known}; torch (no device). `python -m mla.bench list` says why.\n"
     )
 
 
@@ -63,6 +63,8 @@ def test_list_shows_every_state_on_one_line_each(isolated: Bench) -> None:
     assert states["fake-crash"].startswith("no device mla-backend-fake-crash")
     assert states["fake-twin"].startswith("duplicate: offered by 2 distributions")
     assert all(states[name].startswith("not installed: ") for name in KNOWN)
+    assert states["torch"].startswith("no device mla-backends ")
+    assert "-O device=NAME" in states["torch"]
 
 
 def test_list_json_holds_the_same_for_machines(isolated: Bench) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import checkpoint_maker as maker
 import pytest
+from transformers_peer import needs_transformers
 
 from mla.bench import results
 
@@ -26,6 +27,7 @@ INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-000002.safetensors", "model-00002-of-000002.safetensors")
 
 
+@needs_transformers
 @pytest.mark.parametrize("layout", ["fp8-sharded", "hub-cache", "own-names-fp8", "bare-names"])
 def test_a_checkpoint_is_compared_with_transformers(
     bench: Bench, small: list[str], layout: str, tmp_path: Path
@@ -161,6 +163,7 @@ def attention_test(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@needs_transformers
 def test_the_original_command_line_prints_the_original_format(
     tmp_path: Path,
 ) -> None:

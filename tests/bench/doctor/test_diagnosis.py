@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mla_backends.known import KNOWN
 
@@ -114,7 +115,39 @@ def test_every_backend_gets_a_block_and_one_that_works_suffices(isolated: Bench)
     assert {"evidence device: host", "device fake-good (cpu)", "memory unknown"} <= set(good)
     assert {"ops for deepseek-v2-lite in bfloat16:", "latent_attention: reference"} <= set(good)
     assert set(KNOWN) <= {title.partition(": not installed")[0] for title in found}
+    assert not [title for title in found if title.startswith("torch: ")], "fake-good is enough"
     assert done.out.splitlines()[-1] == "usable: fake-good"
+
+
+def test_where_nothing_is_usable_the_backend_without_a_plugin_is_tried(isolated: Bench) -> None:
+    done = isolated("doctor", fakes=["no_device"])
+    (found,) = [lines for title, lines in blocks(done.out).items() if title.startswith("torch: no device")]
+    assert found[0].startswith("reason torch ")
+    assert "-O device=NAME" in found[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["-O", "native=off"],
+            "-O is an option of one backend: name it, as in `doctor torch -O device=cpu`.",
+        ),
+        (["cpu", "-O", "native"], "-O takes KEY=VALUE, got 'native'."),
+    ],
+)
+def test_options_belong_to_the_backend_that_is_named(bench: Bench, words: list[str], sentence: str) -> None:
+    done = bench("doctor", *words)
+    assert (done.code, done.out, done.err) == (2, "", f"error: {sentence}\n")
+
+
+def test_an_option_that_the_backend_does_not_take_is_the_users_mistake(bench: Bench) -> None:
+    done = bench("doctor", "torch", "-O", "devise=cpu")
+    assert done.code == 2
+    (found,) = [lines for title, lines in blocks(done.out).items() if title.startswith("torch: bad option")]
+    assert found == [
+        "reason backend 'torch' has no option 'devise'; it knows: device, import, graph, threads."
+    ]
 
 
 def test_json_holds_the_same_for_machines(process: Bench, no_torch: Path) -> None:
@@ -234,6 +267,9 @@ def test_a_torch_that_is_broken_itself_blames_no_extension(
     assert torch["fixes"][0] == "reinstall torch in a build that fits this system"
 
 
+@pytest.mark.skipif(
+    not hasattr(torch, "_is_device_backend_autoload_enabled"), reason="torch before 2.5 loads no extensions"
+)
 def test_extensions_that_break_torch_are_told_from_those_that_do_not(
     process: Bench, extension: Any, loose: Any
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers_peer import needs_transformers
 
 from mla.bench.measure import agreement
 from mla.bench.measure.transient_memory import TransientBytes
@@ -68,6 +69,7 @@ def test_a_wrong_case_is_compared_with_nobody(case: Any) -> None:
     assert (a.agreement, b.agreement) == ([], [])
 
 
+@needs_transformers
 def test_a_run_says_how_implementations_relate(bench: Any, small: list[str], tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     done = bench("--backend", "cpu", *small, "--implementations", "mla,transformers", "-o", str(path))

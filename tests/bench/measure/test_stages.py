@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers_peer import needs_transformers
 
 import mla
 from mla import MLAConfig
@@ -259,8 +260,8 @@ def test_stages_of_the_reference_stand_beside_those_of_fused_ops(bench: Bench, s
     assert [stage.name for stage in found["mla"]] == [stage.name for stage in found["mla-reference"]]
 
 
+@needs_transformers
 def test_only_our_layer_has_stages(bench: Bench, small: list[str]) -> None:
-    pytest.importorskip("transformers")
     done = bench("--backend", "cpu", *small, "--stages", "--implementations", "transformers")
     assert done.code == 2
     assert done.error == "error: --stages times the parts of mla and mla-reference: run one of them."

@@ -37,4 +37,6 @@ def test_fused_ops_bring_the_reference_and_its_memory(
     assert implementations == chosen
     assert plan.memory.references == references
     needed = plan.memory.device_bytes(len(chosen))
-    assert needed == (len(chosen) + references) * plan.needs.device_bytes
+    saved = plan.memory.shared_weights
+    assert needed == (len(chosen) + references) * plan.needs.device_bytes - saved
+    assert (saved > 0) == (fused and len(chosen) > 1), "two copies of the reference share its weights"

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from transformers_peer import needs_transformers
 
 from mla.bench import results
 
@@ -48,6 +51,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+@needs_transformers
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_runs_beside_its_own_class(
     bench: Any, small: list[str], tmp_path: Path, family: str
@@ -61,3 +65,15 @@ def test_a_family_runs_beside_its_own_class(
     cases = results.decode(Path("run.json").read_bytes()).cases
     assert {case.check.status for case in cases} == {"ok"}
     assert max(case.agreement[0].relative_difference for case in cases) < 1e-5
+
+
+def test_a_torch_that_transformers_refuses_is_named_before_anything_runs(
+    bench: Any, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.import_utils.is_torch_available", lambda: False)
+    done = bench("--backend", "cpu", *small, "--implementations", "mla,transformers")
+    assert done.code == 2
+    assert done.error == (
+        "error: implementation 'transformers' needs a newer torch: transformers "
+        f"{transformers.__version__} does not work with torch {torch.__version__}."
+    )

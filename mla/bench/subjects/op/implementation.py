@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,23 +12,22 @@ import torch
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.op.call import CALLS, Placement
 from mla.bench.subjects.op.problem import OpProblem
-from mla.bench.subjects.setting import Setting
+from mla.bench.subjects.setting import Setting, make_ops
 from mla.bench.workload.scenario import Scenario
-from mla.layer.ops import Choice, Ops
+from mla.layer.ops import Choice
 from mla.reference import REFERENCE
 from mla.verify.op_check import OpChecker, Tensors
 from mla.verify.verdict import Check
 
 
 class OpImplementation(Implementation):
-    """The op that a layer would choose for a role (`mla`), or the reference (`mla-reference`)."""
+    """The op that a layer of this setting would choose for a role."""
 
-    def __init__(self, setting: Setting, problem: OpProblem, name: str, policy: str) -> None:
+    def __init__(self, setting: Setting, problem: OpProblem, name: str) -> None:
         super().__init__(setting)
         self.name = name
         self._problem = problem
-        offered = setting.backend.ops()
-        self._choice = Ops(setting.config, offered, setting.dtype, setting.device, policy)[problem.role]
+        self._choice = make_ops(setting)[problem.role]
 
     def load(self, scenario: Scenario, inputs: Any) -> None:
         """Lay the operands out on the device. Raises `UnsupportedBatch` if the op refuses the shape."""
@@ -66,6 +66,9 @@ class OpImplementation(Implementation):
     def weight_bytes(self) -> int:
         return self._call.weight_bytes
 
+    def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:
+        self._choice = dataclasses.replace(self._choice, op=replace(self._problem.role, self._choice.op))
+
     def ops(self) -> dict[str, str]:
         return {self._problem.role: self._choice.name}
 
@@ -73,7 +76,7 @@ class OpImplementation(Implementation):
 def reference_results(problem: OpProblem, setting: Setting) -> Tensors:
     """Return the reference's results on the host, whose error bounds that of a fused op."""
     host = torch.device("cpu")
-    choice = Choice("reference", REFERENCE[problem.kind], replace(problem.spec, device=host))
+    choice = Choice("reference", REFERENCE[problem.kind], dataclasses.replace(problem.spec, device=host))
     call = CALLS[problem.kind](problem, choice, Placement(host, setting.page_size, setting.seed))
     call.prepare()
     call.run()

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,31 +21,26 @@ from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
 
-FAKES = Path(__file__).resolve().parents[3] / "fakes" / "kernels"
-PACKAGES = (
-    "flash_mla",
-    "mate",
-    "ixformer",
-    "flashinfer",
-    "flash_attn",
-    "flash_attn_interface",
-    "fake_kernels",
-)
 # backend -> [(folder of the fake, role, name of the op)]
 KERNELS = {
     "moore": [
         ("moore_mate", "latent_attention", "mate"),
         ("moore_mate", "expanded_attention", "mate_varlen"),
         ("moore_legacy", "latent_attention", "mt_flash_mla"),
+        ("torch_flash.musa", "expanded_attention", "torch_varlen"),
     ],
     "nvidia": [
         ("nvidia_a", "latent_attention", "flash_mla"),
         ("nvidia_b", "latent_attention", "flash_mla"),
         ("nvidia_c", "latent_attention", "flash_mla"),
+        ("nvidia_sgl", "latent_attention", "flash_mla"),
+        ("tokenspeed", "latent_attention", "tokenspeed"),
+        ("tokenspeed", "expanded_attention", "tokenspeed_prefill"),
         ("flashinfer", "latent_attention", "flashinfer"),
         ("flashinfer_07", "latent_attention", "flashinfer"),
         ("flash_attn_2", "expanded_attention", "flash_attn"),
         ("flash_attn_3", "expanded_attention", "flash_attn_3"),
+        ("torch_flash.cuda", "expanded_attention", "torch_varlen"),
     ],
     "metax": [
         ("metax", "latent_attention", "flash_mla"),
@@ -61,31 +52,30 @@ KERNELS = {
     ],
 }
 BACKEND = os.environ["EMULATED_BACKEND"]
-# Those that a whole run is tried with; the generations of one kernel differ in nothing a run can see.
-LIVES = {
-    name: [
-        case
-        for case in cases
-        if case[0] not in ("nvidia_a", "nvidia_b", "flashinfer_07", "flash_attn_3", "ixformer_old")
-    ]
-    for name, cases in KERNELS.items()
-}
+# Generations of a kernel that differ from another one in nothing a run can see; a run is not tried with them.
+ALIKE = (
+    "nvidia_a",
+    "nvidia_b",
+    "nvidia_c",
+    "flashinfer_07",
+    "flash_attn_3",
+    "ixformer_old",
+    "torch_flash.musa",
+)
+LIVES = {name: [case for case in cases if case[0] not in ALIKE] for name, cases in KERNELS.items()}
 # What a run replays: op and scenario. Decode takes one new token per request, the prefill 3 and 5.
 REPLAYED = {
-    "nvidia": {("flash_mla", "decode"), ("flash_attn", "prefill")},
+    "nvidia": {
+        ("flash_mla", "decode"),
+        ("tokenspeed", "decode"),
+        ("flash_attn", "prefill"),
+        ("tokenspeed_prefill", "prefill"),
+        ("torch_varlen", "prefill"),
+    },
     "metax": {("flash_attn", "prefill")},
     "iluvatar": {("ixformer", "decode")},
     "moore": {("mate_varlen", "prefill")},
 }[BACKEND]
-# What launches kernels of its own, unseen by torch.
-LAUNCHES = {
-    "flash_mla": ("get_mla_metadata", "flash_mla_with_kvcache"),
-    "mate.flashmla": ("get_mla_metadata", "flash_mla_with_kvcache"),
-    "mate.mha_interface": ("flash_attn_varlen_func",),
-    "ixformer.inference.functions": ("vllm_paged_attention_mla",),
-    "flash_attn": ("flash_attn_varlen_func",),
-    "flash_attn_interface": ("flash_attn_varlen_func",),
-}
 WIDE = {
     "hidden_size": 64,
     "num_attention_heads": 8,
@@ -95,8 +85,14 @@ WIDE = {
     "v_head_dim": 16,
 }
 # Where an op serves other shapes than those above.
-DEEPSEEK = {"qk_nope_head_dim": 128, "v_head_dim": 128}
-SHAPES = {"flash_attn_3": DEEPSEEK, "mate_varlen": DEEPSEEK}
+_DEEPSEEKS = {"qk_nope_head_dim": 128, "v_head_dim": 128}
+SHAPES = {"flash_attn_3": _DEEPSEEKS, "mate_varlen": _DEEPSEEKS, "tokenspeed_prefill": _DEEPSEEKS}
+
+
+def _case(case: tuple[str, str, str]) -> str:
+    """Return the folder, or the op where a folder has two."""
+    folder, _, op = case
+    return op if folder in ("tokenspeed", "moore_mate") else folder
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -104,32 +100,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = any(mark.args[0] == "kernel" for mark in metafunc.definition.iter_markers("parametrize"))
     if "kernel" in metafunc.fixturenames and not chosen:
         cases = KERNELS[BACKEND]
-        metafunc.parametrize("kernel", cases, ids=[folder for folder, _, _ in cases], indirect=True)
+        metafunc.parametrize("kernel", cases, ids=[_case(case) for case in cases], indirect=True)
 
 
 @pytest.fixture
-def kernel(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def kernel(request: pytest.FixtureRequest, vendor_package: Any) -> tuple[str, str]:
     """Put a fake package on the path and return (role, name of the op)."""
     folder, role, op = request.param
-    if folder == "moore_legacy":
-        (tmp_path / "flash_mla_musa.py").write_text('"""The extension module that tells MT-flashMLA."""\n')
-        monkeypatch.syspath_prepend(tmp_path)
-    for path in (FAKES / "common", FAKES / folder):
-        monkeypatch.syspath_prepend(path)
-    _forget()
-    for module, functions in LAUNCHES.items():
-        with suppress(ModuleNotFoundError):
-            found = importlib.import_module(module)
-            for function in functions:
-                monkeypatch.setattr(found, function, emulated.kernel(getattr(found, function)))
-    yield role, op
-    _forget()
-
-
-def _forget() -> None:
-    importlib.invalidate_caches()
-    for module in [name for name in sys.modules if name.partition(".")[0] in PACKAGES]:
-        del sys.modules[module]
+    vendor_package(folder)
+    return role, op
 
 
 def make_layer(backend: Any, kernel: tuple[str, str], heads: int = 8) -> tuple[mla.MLA, dict[str, Any]]:
@@ -142,7 +121,7 @@ def make_layer(backend: Any, kernel: tuple[str, str], heads: int = 8) -> tuple[m
     return layer, state
 
 
-@pytest.mark.parametrize("kernel", LIVES[BACKEND], ids=lambda case: case[0], indirect=True)
+@pytest.mark.parametrize("kernel", LIVES[BACKEND], ids=_case, indirect=True)
 def test_a_run_uses_the_kernel_and_is_right(kernel: Any, bench: Any, tmp_path: Path) -> None:
     role, op = kernel
     (tmp_path / "tiny.json").write_text(json.dumps({**WIDE, **SHAPES.get(op, {})}))
@@ -156,7 +135,7 @@ def test_a_run_uses_the_kernel_and_is_right(kernel: Any, bench: Any, tmp_path: P
     assert {case.implementation for case in run.cases} == {"mla", "mla-reference"}
 
 
-@pytest.mark.parametrize("kernel", LIVES[BACKEND], ids=lambda case: case[0], indirect=True)
+@pytest.mark.parametrize("kernel", LIVES[BACKEND], ids=_case, indirect=True)
 def test_the_kernel_alone_is_right(kernel: Any, bench: Any, tmp_path: Path) -> None:
     role, op = kernel
     (tmp_path / "tiny.json").write_text(json.dumps({**WIDE, **SHAPES.get(op, {})}))
@@ -170,7 +149,7 @@ def test_the_kernel_alone_is_right(kernel: Any, bench: Any, tmp_path: Path) -> N
     ]
 
 
-@pytest.mark.parametrize("kernel", LIVES[BACKEND], ids=lambda case: case[0], indirect=True)
+@pytest.mark.parametrize("kernel", LIVES[BACKEND], ids=_case, indirect=True)
 def test_a_run_replays_what_the_kernel_lets_be_captured(kernel: Any, bench: Any, tmp_path: Path) -> None:
     """What cannot be captured is skipped with its reason, and costs nothing else."""
     role, op = kernel
@@ -258,7 +237,7 @@ def test_what_the_layer_does_not_look_at_is_right_too(
 
 
 # Kernels whose planning follows a batch that is updated in place; others refuse a capture with a sentence.
-FOLLOW = ("nvidia_a", "nvidia_b", "nvidia_c", "ixformer", "ixformer_old")
+FOLLOW = ("nvidia_a", "nvidia_b", "nvidia_c", "nvidia_sgl", "tokenspeed", "ixformer", "ixformer_old")
 
 
 def test_a_captured_step_follows_its_batch_or_is_refused(
@@ -291,7 +270,11 @@ def test_what_a_kernel_cannot_serve_is_refused_when_the_layer_is_built(kernel: A
     role, op = kernel
     changed = {"kv_lora_rank": 256} if role == "latent_attention" else {"qk_nope_head_dim": 256}
     why = mla.MLA(mla.MLAConfig(**{**WIDE, **changed}), backend=backend).ops[role].reasons
-    limits = ("it is made for latents of 512 + 64, not 256 + 64", "it takes heads of at most 256, not 320")
+    limits = (
+        "it is made for latents of 512 + 64, not 256 + 64",
+        "it takes heads of at most 256, not 320",
+        "it takes keys of 192 and values of 128, not (320, 16)",
+    )
     assert any(f"'{op}' not used because" in one and one.endswith(limits) for one in why), why
 
 
@@ -302,6 +285,7 @@ def test_pages_a_kernel_cannot_read_end_a_run_with_a_sentence(
     if role != "latent_attention" or op in ("flashinfer", "ixformer"):
         return  # it reads pages of any size, or none
     (tmp_path / "tiny.json").write_text(json.dumps(WIDE))
-    done = bench("--page-size", "32", "--attention", "absorbed")
+    done = bench("--page-size", "16", "--attention", "absorbed")
     assert done.code == 3
-    assert "it reads pages of 64 tokens, but this cache has pages of 32" in done.error
+    sizes = "32 or 64" if op == "tokenspeed" else "64"
+    assert f"it reads pages of {sizes} tokens, but this cache has pages of 16" in done.error

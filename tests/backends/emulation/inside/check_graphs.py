@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import mla
+from mla.bench import results
+from mla.conformance.suite import carry_out, instances
+from mla.conformance.trial import BackendUnderTest
+from mla.conformance.xfails import Xfails
 from mla.weights import random_state_dict
 from mla_backends import BackendError
 from mla_backends.torch_backend.graph import WARMUPS
@@ -36,6 +41,27 @@ def test_a_layer_can_be_captured(capturing: Any, config: Any) -> None:
         captured = out.cpu().clone()
         assert torch.equal(captured, layer(hidden, batch, cache.pages[0]).cpu())
         assert captured.isfinite().all()
+
+
+def test_decode_in_plain_torch_is_replayed_as_its_lengths_grow(bench: Any, tmp_path: Path) -> None:
+    """The history of the tiny run crosses the end of a page: two widths of the block table, two graphs."""
+    done = bench("--ops", "reference", "--scenario", "decode", "-O", "graph=on", "-o", "run.json")
+    assert done.code == 0, done.err
+    (case,) = results.decode((tmp_path / "run.json").read_bytes()).cases
+    graphs = [one for one in case.timings if one.mode == "graph"]
+    assert {one.check.status for one in graphs} == {"ok"}
+    assert len(graphs) == 4  # warm and cold, on both clocks
+    assert "2 captured graphs" in graphs[0].method
+
+
+def test_a_captured_call_of_the_reference_follows_its_batch(name: str) -> None:
+    subject = BackendUnderTest(mla.load_backend(name, options={"graph": "on"}), name, quick=True)
+    wanted = ("latent.graph*[reference-*]", "layer.graph*")
+    found = [carry_out(one, subject, Xfails({})) for one in instances(subject, (torch.bfloat16,), wanted)]
+    assert [(one.check, one.status, one.reason) for one in found] == [
+        (check, "pass", "")
+        for check in ("latent.graph", "latent.graph_lengths", "layer.graph", "layer.graph_lengths")
+    ]
 
 
 def test_the_function_is_warmed_up_on_a_side_stream(

@@ -38,6 +38,7 @@ class Nvml(ModuleType):
             "DeviceGetClockInfo": lambda handle, kind: {1: 1755, 2: 1593}[kind],
             "DeviceGetTemperature": self._temperature,
             "DeviceGetPowerUsage": lambda handle: 123456,
+            "DeviceGetCurrentClocksEventReasons": lambda handle: 0x4,
             "Shutdown": lambda: pytest.fail("the library was shut down"),
         }
         for function, value in functions.items():
@@ -73,6 +74,7 @@ def test_clocks_power_and_temperature_before_and_after(name: str, nvml: Nvml) ->
     assert (report["at_setup.temperature_c"], report["now.temperature_c"]) == ("41", "42")
     power = {"now.power_as_reported": "123456"} if name == "metax" else {"now.power_w": "123.5"}
     assert power.items() <= report.items()
+    assert report["now.throttle_reasons"] == "0x4"
     uuid = dict(emulated.STATE.card.extra).get("uuid")
     assert nvml.asked == ([f"GPU-{uuid}"] if name == "nvidia" else [1])
 

@@ -29,6 +29,12 @@ def test_metax_runs_on_a_torch_without_that_switch(name: str, monkeypatch: pytes
     assert mla.load_backend(name).device is not None
 
 
+@pytest.mark.only("nvidia", "metax", "iluvatar")
+def test_tf32_is_off_once_the_device_has_started(name: str) -> None:
+    torch.set_float32_matmul_precision("high")
+    assert mla.load_backend(name).environment()["float32_matmul_precision"] == "highest"
+
+
 @pytest.mark.only("iluvatar")
 def test_iluvatar_believes_products_and_not_words(name: str, state: Any) -> None:
     assert not torch.cuda.is_bf16_supported(including_emulation=False)
@@ -46,6 +52,21 @@ def test_nvidia_refuses_a_foreign_device_by_name(name: str, state: Any) -> None:
     state.card = replace(state.card, name="Iluvatar BI-V150")
     with pytest.raises(DeviceUnavailable, match="offers 'Iluvatar BI-V150', which is not an NVIDIA device"):
         mla.load_backend(name)
+
+
+@pytest.mark.only("nvidia")
+def test_nvidia_names_a_driver_that_is_too_old(
+    name: str, module: Any, monkeypatch: pytest.MonkeyPatch, bench: Any
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).")
+
+    monkeypatch.setattr(module, "synchronize", fail)
+    done = bench()
+    assert done.code == 3
+    assert "update the driver, or install torch for an older CUDA" in done.error
+    assert "https://download.pytorch.org/whl/cu126" in done.error
+    assert "nvidia-smi" not in done.error
 
 
 @pytest.mark.only("nvidia")

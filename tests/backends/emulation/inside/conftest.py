@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,32 @@ from tiny_run import DIMS, write_tiny_run
 import mla
 from mla.bench.cli.main import main
 from mla_backends.api import Backend
+
+FAKES = Path(__file__).resolve().parents[3] / "fakes" / "kernels"
+PACKAGES = (
+    "flash_mla",
+    "mate",
+    "ixformer",
+    "flashinfer",
+    "flash_attn",
+    "flash_attn_interface",
+    "tokenspeed_mla",
+    "fake_kernels",
+)
+# What launches kernels of its own, unseen by torch.
+LAUNCHES = {
+    "flash_mla": ("get_mla_metadata", "flash_mla_with_kvcache"),
+    "mate.flashmla": ("get_mla_metadata", "flash_mla_with_kvcache"),
+    "mate.mha_interface": ("flash_attn_varlen_func",),
+    "ixformer.inference.functions": ("vllm_paged_attention_mla",),
+    "flash_attn": ("flash_attn_varlen_func",),
+    "flash_attn_interface": ("flash_attn_varlen_func",),
+    "tokenspeed_mla": ("tokenspeed_mla_decode", "tokenspeed_mla_prefill"),
+}
+# Where torch looks a kernel of its own up, on the emulated device.
+DISPATCH_KEYS = ("PrivateUse1",) if os.environ["EMULATED_BACKEND"] == "moore" else ("CUDA",)
+# Packages for another card than the emulated one usually is.
+CARDS = {"tokenspeed": {"name": "NVIDIA B200", "capability": (10, 0)}}
 
 
 @dataclass(frozen=True)
@@ -124,3 +153,36 @@ def bench(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Benc
 def config() -> mla.MLAConfig:
     """Return a layer small enough for an emulated device."""
     return mla.MLAConfig(**DIMS)
+
+
+@pytest.fixture
+def vendor_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Return a function that puts a fake package on the path; what it launches is one kernel a call."""
+
+    def install(folder: str) -> None:
+        if folder == "moore_legacy":
+            (tmp_path / "flash_mla_musa.py").write_text('"""The extension that tells MT-flashMLA."""\n')
+            monkeypatch.syspath_prepend(tmp_path)
+        emulated.STATE.card = replace(emulated.STATE.card, **CARDS.get(folder, {}))
+        for path in (FAKES / "common", FAKES / folder):
+            monkeypatch.syspath_prepend(path)
+        _forget()
+        of_torch, _, function = folder.partition(".")
+        if function:  # torch's dispatcher is asked for the device, and the emulation computes on the host
+            stand_ins = importlib.import_module(f"fake_kernels.{of_torch}")
+            undone.enter_context(stand_ins.registered(getattr(stand_ins, function), "CPU", *DISPATCH_KEYS))
+        for module, functions in LAUNCHES.items():
+            with suppress(ModuleNotFoundError):
+                found = importlib.import_module(module)
+                for function in functions:
+                    monkeypatch.setattr(found, function, emulated.kernel(getattr(found, function)))
+
+    with ExitStack() as undone:
+        yield install
+    _forget()
+
+
+def _forget() -> None:
+    importlib.invalidate_caches()
+    for module in [name for name in sys.modules if name.partition(".")[0] in PACKAGES]:
+        del sys.modules[module]

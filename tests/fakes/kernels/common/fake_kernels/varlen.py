@@ -17,6 +17,8 @@ def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, soft
     check(k.shape[:2] == v.shape[:2], "k and v must have equal lengths")
     for tensor in (q, k, v):
         check(tensor.stride(-1) == 1, "Input tensor must have contiguous last dimension")
+        odd = tensor.data_ptr() % 16 or any(stride % 8 for stride in tensor.stride()[:-1])
+        check(tensor.shape[-1] % 8 or not odd, "CUDA error: misaligned address")
     for name, cu in {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}.items():
         check(cu.dtype == torch.int32 and cu.is_contiguous(), f"{name} must be contiguous int32")
     if type(max_seqlen_q) is not int or type(max_seqlen_k) is not int:

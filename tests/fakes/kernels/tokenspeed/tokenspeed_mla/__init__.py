@@ -13,6 +13,7 @@ Facts, all read in the wheel:
 - fmha.py, `__call__`: q, k and v are read from their first element as if they were contiguous. The grid
   covers `max_seq_len_q` in tiles of 256. `correction_epilog`: the lse is natural, [T, h].
 - mla_prefill.py, `tokenspeed_mla_prefill`: the errors for `out`, which is always bfloat16.
+- Both compile for addresses that are multiples of 16 bytes (`assumed_align=16`).
 - __init__.py: without CuTe DSL the import succeeds, and functions raise ImportError when they are called: see
   the fake `tokenspeed_bare`.
 """
@@ -112,7 +113,13 @@ def check_workspace(workspace, batch, queries, heads):
     return splits
 
 
+def check_aligned(*tensors):
+    for tensor in tensors:
+        check(tensor is None or fake_kernels.host(tensor).data_ptr() % 16 == 0, "misaligned address")
+
+
 def check_tensors(query, kv_cache, table, lens, out):
+    check_aligned(query, kv_cache, out)
     check(query.stride(-1) == 1 and kv_cache.stride(-1) == 1, "the last stride must be 1")
     check(table.dtype == torch.int32 and table.is_contiguous(), "page_table must be compact int32")
     check(table.shape[0] == query.shape[0], "page_table has another batch size")
@@ -161,6 +168,7 @@ def tokenspeed_mla_prefill(
 ):
     fake_kernels.CALLS["tokenspeed_mla_prefill"] += 1
     check_device()
+    check_aligned(query, key, value, out)
     check(query.dtype == key.dtype == value.dtype, "Type mismatch")
     check(query.dtype in (torch.bfloat16, torch.float16), "the fake has no fp8")
     tokens, heads, width = query.shape

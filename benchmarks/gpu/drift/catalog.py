@@ -1,0 +1,120 @@
+"""What the adapters of `mla_backends.kernels` call in which library. To follow another call, add an entry."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+KERNELS = "mla_backends.kernels"
+FAKES = Path(__file__).resolve().parents[3] / "tests" / "fakes" / "kernels"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One function of a library, and how it is called.
+
+    `passes` names the arguments that are passed by keyword, each directly or as "module:CONSTANT" of an
+    adapter (a tuple of names, or one). `fake` is the folder of tests/fakes/kernels that stands in.
+    """
+
+    function: str  # "function" or "Class.method", in `module`
+    passes: tuple[str, ...]
+    module: str
+    fake: str
+    placed: int = 0  # values passed by place, the first arguments
+    where_taken: tuple[str, ...] = ()  # passed only to releases that take them
+
+    def passed(self) -> Sequence[str]:
+        """Return the names passed by keyword. Raises `NotYet` if this checkout has no such adapter."""
+        return [name for one in self.passes for name in _resolved(one)]
+
+
+@dataclass(frozen=True)
+class Library:
+    """A distribution, or a repository that publishes none."""
+
+    name: str
+    calls: tuple[Call, ...]
+    on_index: bool = True  # a wheel can be downloaded; else a path or URL must be given
+
+
+class NotYet(Exception):
+    """An adapter that this checkout does not have."""
+
+
+def _resolved(name: str) -> tuple[str, ...]:
+    module, _, constant = name.partition(":")
+    if not constant:
+        return (name,)
+    try:
+        found = getattr(importlib.import_module(f"{KERNELS}.{module}"), constant)
+    except (ImportError, AttributeError):
+        raise NotYet(f"this checkout has no {KERNELS}.{module}.{constant}") from None
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def _flash_mla(fake: str, module: str = "flash_mla", *more: str) -> tuple[Call, ...]:
+    decode = Call("flash_mla_with_kvcache", ("flash_mla:ARGUMENTS", *more), module, fake)
+    return decode, Call("get_mla_metadata", (), module, fake, placed=3)
+
+
+_WRAPPER = "BatchMLAPagedAttentionWrapper"
+_VARLEN = "flash_attn_varlen_func"
+_IX = "ixformer.inference.functions"
+_ASKS = ("return_attn_probs", "return_softmax_lse")
+
+LIBRARIES = (
+    Library(
+        "flashinfer-python",
+        (
+            Call(f"{_WRAPPER}.__init__", ("backend",), "flashinfer.mla", "flashinfer", placed=1),
+            Call(
+                f"{_WRAPPER}.plan", ("metadata", "flashinfer.release:PLAN"), "flashinfer.mla",
+                "flashinfer_07", where_taken=("query_layout", "kv_cache_layout", "lse_mode"),
+            ),
+            Call(
+                f"{_WRAPPER}.run", ("flashinfer.release:PAIRS", "flashinfer.release:RUN"), "flashinfer.mla",
+                "flashinfer_07", where_taken=("return_lse_base_on_e",),
+            ),
+        ),
+    ),
+    Library("sgl-flash-mla", _flash_mla("nvidia_sgl", "flash_mla", "use_legacy")),
+    Library(
+        "tokenspeed-mla",
+        (
+            Call("tokenspeed_mla_decode", ("tokenspeed:ARGUMENTS",), "tokenspeed_mla", "tokenspeed"),
+            Call("tokenspeed_mla_prefill", ("tokenspeed_prefill:ARGUMENTS",), "tokenspeed_mla", "tokenspeed"),
+            Call("get_num_sm", (), "tokenspeed_mla", "tokenspeed", placed=1),
+        ),
+    ),
+    Library("FlashMLA", _flash_mla("nvidia_c"), on_index=False),
+    Library("MATE", _flash_mla("moore_mate", "mate.flashmla"), on_index=False),
+    Library("mcFlashMLA", _flash_mla("metax"), on_index=False),
+    Library("MT-flashMLA", _flash_mla("moore_legacy"), on_index=False),
+    Library(
+        "flash-attn",
+        (Call(_VARLEN, ("flash_attn:ARGUMENTS",), "flash_attn", "flash_attn_2", where_taken=_ASKS),),
+        on_index=False,
+    ),
+    Library(
+        "flash-attn-3",
+        (
+            Call(
+                _VARLEN, ("flash_attn:ARGUMENTS",), "flash_attn_interface", "flash_attn_3", where_taken=_ASKS
+            ),
+        ),
+        on_index=False,
+    ),
+    Library(
+        "ixformer",
+        (
+            Call(
+                "vllm_paged_attention_mla", ("ixformer:ARGUMENTS",), _IX, "ixformer",
+                where_taken=("return_softmax_lse", "use_cuda_graph"),
+            ),
+        ),
+        on_index=False,
+    ),
+)  # fmt: skip

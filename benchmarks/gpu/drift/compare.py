@@ -1,0 +1,88 @@
+"""What a library takes against what an adapter passes and a fake assumes: one sentence per difference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.gpu.drift.catalog import FAKES, Call, Library, NotYet
+from benchmarks.gpu.drift.signatures import Signature
+from benchmarks.gpu.drift.sources import Lost, Sources, read
+
+
+@dataclass
+class Findings:
+    """Sentences. `drift` must be acted upon; `notes` say what was not compared, or is new and not needed."""
+
+    checked: int = 0
+    drift: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def compare(library: Library, real: Sources) -> Findings:
+    """Compare every call to a library with its sources."""
+    found = Findings()
+    for call in library.calls:
+        title = f"{real.label}: {call.function}"
+        try:
+            passed = call.passed()
+        except NotYet as reason:
+            found.notes.append(f"{title} was not compared: {reason}")
+            continue
+        found.checked += 1
+        try:
+            taken = real.signature(call.module, call.function)
+        except Lost as reason:
+            found.drift.append(f"{real.label}: {reason}, which the adapter calls")
+            continue
+        given = {*passed, *call.where_taken, *taken.placed(call.placed)}
+        found.drift += [f"{title} {one}" for one in _refused(call, passed, given, taken)]
+        _with_fake(call, title, given, taken, found)
+    return found
+
+
+def _refused(call: Call, passed: Sequence[str], given: set[str], taken: Signature) -> Iterator[str]:
+    """Yield why the adapter's call would be refused."""
+    for name in passed:
+        if not taken.takes(name):
+            yield f"has no argument `{name}`, which the adapter passes"
+    if len(taken.placed(call.placed)) < call.placed and not taken.any_place:
+        yield f"takes fewer than the {call.placed} values that the adapter passes by place"
+    for one in taken.arguments:
+        if one.default is None and one.name not in given:
+            yield f"needs an argument `{one.name}`, which the adapter does not pass"
+
+
+def _with_fake(call: Call, title: str, given: set[str], taken: Signature, found: Findings) -> None:
+    """Add what the fake has otherwise: arguments, and defaults of those that the adapter leaves out."""
+    folder = FAKES / call.fake
+    if not folder.is_dir():
+        found.notes.append(
+            f"{title} was not compared with a fake: there is no tests/fakes/kernels/{call.fake}"
+        )
+        return
+    try:
+        fake = read(folder, call.fake).signature(call.module, call.function)
+    except Lost as reason:
+        found.drift.append(f"{title} is not in the fake {call.fake}: {reason}")
+        return
+    if fake.any_keyword or taken.any_keyword:
+        return
+    for one in fake.arguments:
+        real = taken.find(one.name)
+        if real is None:
+            found.drift.append(f"{title} has no argument `{one.name}`, which the fake {call.fake} takes")
+        elif real.default != one.default and one.name not in given:
+            found.drift.append(
+                f"{title} has {_default(real.default)} for `{one.name}`, which the adapter leaves out and "
+                f"the fake {call.fake} has {_default(one.default)} for"
+            )
+    new = [
+        f"`{one.name}`" for one in taken.arguments if fake.find(one.name) is None and one.default is not None
+    ]
+    if new:
+        found.notes.append(f"{title} also takes {', '.join(new)}, which the fake {call.fake} does not know")
+
+
+def _default(text: str | None) -> str:
+    return "no default" if text is None else f"the default {text}"

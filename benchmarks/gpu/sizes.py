@@ -1,0 +1,54 @@
+"""How large the measurements of a campaign are: as in models, or tiny to try the campaign itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Configs, shapes and counts; axes as `-a` of the runner takes them."""
+
+    default: tuple[str, ...]  # options that choose the original's sizes
+    large: tuple[str, ...]  # ... and DeepSeek-R1's
+    heads: tuple[int, ...]
+    batches: str
+    histories: str
+    layer_batches: str
+    layer_histories: str
+    kernel_heads: str
+    kernel_histories: str
+    counts: tuple[str, ...] = ()  # options of every run
+    grid_counts: tuple[str, ...] = ()  # ... and of runs with many points
+
+
+FULL = Sizes(
+    default=(),
+    large=("--config", "deepseek-r1"),
+    heads=(16, 64, 128),
+    batches="1,8,32,128",
+    histories="1k..64k*4",
+    layer_batches="1,32,128",
+    layer_histories="1k..64k*4",
+    kernel_heads="16,128",
+    kernel_histories="1k,16k",
+    grid_counts=("--runs", "20", "--passes", "6", "--clock", "host"),
+)
+
+_TINY = ("--config", str(HERE / "smoke.json"))
+SMOKE = Sizes(
+    default=_TINY,
+    large=_TINY,
+    heads=(4,),
+    batches="1,2",
+    histories="64",
+    layer_batches="2",
+    layer_histories="64",
+    kernel_heads="4",
+    kernel_histories="64",
+    counts=("--runs", "2", "--passes", "2", "--warmups", "1"),
+    grid_counts=("--clock", "host"),
+)

@@ -1,0 +1,121 @@
+"""The table of a campaign: what happened in each step, and the figures that it was made for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.gpu.figures import FOOTNOTE, attention_rows, standard_rows
+from benchmarks.gpu.record import Ledger, Record
+from benchmarks.gpu.steps import Section
+from mla.bench import results
+from mla.bench.results import ceilings_file
+from mla.bench.workload.quantities import spoken
+from mla.command.table import aligned, markdown
+from mla.errors import MLAError
+
+Rows = list[list[str]]
+
+STEPS = ("section", "step", "result", "code", "s", "what it says")
+STANDARD = ("config", "scenario", "mode", "cache", "figure", "original", "ratio", "check")
+ATTENTION = ("step", "case", "op", "ms", "of copy bandwidth", "of matmul peak", "check")
+ANSWERS = ("question", "answer", "evidence")
+WORDS = {"section", "step", "result", "what it says"}
+
+
+def listing(sections: Sequence[Section]) -> str:
+    """Return the sections with their limits."""
+    rows = [
+        [one.name, spoken(one.limit), one.title, ", ".join(sorted(one.backends)) or "all"] for one in sections
+    ]
+    return aligned(("section", "at most", "what", "backends"), rows, ("section", "what", "backends"))
+
+
+class Report:
+    """The tables of a ledger and of the result files in its folder."""
+
+    def __init__(self, ledger: Ledger, folder: Path, sections: Sequence[Section]) -> None:
+        self._ledger, self._folder = ledger, folder
+        self._order = [(section.name, step.name) for section in sections for step in section.steps]
+
+    def plain(self) -> str:
+        """Return what happened, and the standard scenarios, for a terminal."""
+        parts = [aligned(STEPS, self._steps(), WORDS)]
+        rows = standard_rows(self._runs("standard"))
+        if rows:
+            parts.append(aligned(STANDARD, rows, {"config", "scenario", "mode", "cache", "check"}) + FOOTNOTE)
+        return "\n".join(parts)
+
+    def markdown(self) -> str:
+        """Return all tables."""
+        ledger = self._ledger
+        smoke = " (--smoke: tiny sizes, which say nothing about the card)" if ledger.smoke else ""
+        parts = [f"# {ledger.card}, backend {ledger.backend}{smoke}\n"]
+        for title, header, rows, note in self._tables():
+            if rows:
+                parts.append(f"## {title}\n\n{markdown(header, rows)}{note and f'{chr(10)}{note}'}")
+        return "\n".join(parts)
+
+    def _tables(self) -> Iterator[tuple[str, Sequence[str], Rows, str]]:
+        ceilings = self._ceilings()
+        yield "Steps", STEPS, self._steps(), ""
+        yield "Standard scenarios", STANDARD, standard_rows(self._runs("standard")), FOOTNOTE
+        for name, title in (("grid", "Decode attention"), ("kernels", "Kernels"), ("layers", "Decode step")):
+            yield title, ATTENTION, attention_rows(self._runs(name), ceilings), ""
+        yield "Answers", ANSWERS, self._answers(), ""
+        yield "Machine", ("fact", "value"), [[key, value] for key, value in self._ledger.facts.items()], ""
+
+    def _records(self) -> list[Record]:
+        """Return the records in the order of the sections; those of other commands come last."""
+        place = {key: number for number, key in enumerate(self._order)}
+        return sorted(self._ledger.records, key=lambda one: place.get((one.section, one.step), len(place)))
+
+    def _steps(self) -> Rows:
+        return [
+            [
+                one.section, one.step, one.verdict + (" (kept)" if one.kept else ""),
+                "" if one.code is None else str(one.code), f"{one.seconds:.0f}", one.reason,
+            ]
+            for one in self._records()
+        ]  # fmt: skip
+
+    def _files(self, section: str) -> list[tuple[str, Path]]:
+        steps = [one.step for one in self._records() if one.section == section]
+        found = ((step, next((self._folder / section).glob(f"*-{step}.json"), None)) for step in steps)
+        return [(step, path) for step, path in found if path is not None]
+
+    def _runs(self, section: str) -> dict[str, results.Run]:
+        """Return step -> result, of the files that can be read."""
+        found = {}
+        for step, path in self._files(section):
+            try:
+                found[step] = results.read(path)
+            except MLAError:
+                continue  # a question's answer, or a file that the steps table has spoken about
+        return found
+
+    def _ceilings(self) -> dict[str, float]:
+        """Return kind of work -> the best the device reached: beyond its cache, and in bfloat16."""
+        path = next((self._folder / "facts").glob("*-ceilings.json"), None)
+        try:
+            found = ceilings_file.decode(path.read_bytes() if path else b"")
+        except (MLAError, OSError):
+            return {}
+        best: dict[str, float] = {}
+        for one in found.measured:
+            inside = (one.footprint_bytes or 0) <= (found.backend.cache_bytes or 0)
+            cached = one.work != "matmul" and inside
+            if one.dtype in (None, "bfloat16") and not cached:
+                best[one.work] = max(best.get(one.work, 0.0), one.value)
+        return best
+
+    def _answers(self) -> Rows:
+        rows = []
+        for section in dict.fromkeys(one.section for one in self._ledger.records):
+            for _, path in self._files(section):
+                found = json.loads(path.read_bytes())
+                if "question" in found:
+                    evidence = ", ".join(f"{key} {value}" for key, value in found["evidence"].items())
+                    rows.append([found["question"], found["answer"], evidence])
+        return rows

@@ -1,0 +1,84 @@
+"""The names of `--implementations`, such as `mla` or `mla[latent_attention=mine,linear=reference]`.
+
+In brackets stand ops of the implementation's own: a role of the layer or a kind of op (which means all of its
+roles), and what it runs: an op by its name, or `reference`. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mla.errors import UsageError
+
+# Implementations that run our layer, and thus take ops in brackets.
+OURS = ("mla", "mla-reference")
+_FORM = re.compile(r"([^\[\]]*)(?:\[([^\[\]]*)\])?")
+
+
+@dataclass(frozen=True)
+class Named:
+    """An implementation and the ops of its own, sorted. `str` is its name in results."""
+
+    base: str
+    ops: tuple[tuple[str, str], ...] = ()  # role or kind -> op
+
+    def __str__(self) -> str:
+        return f"{self.base}[{','.join('='.join(pair) for pair in self.ops)}]" if self.ops else self.base
+
+
+def parse(text: str) -> list[Named]:
+    """Read a comma-separated list; commas in brackets do not split it. Raises `UsageError`."""
+    found = [parse_one(part) for part in _split(text)]
+    named, count = Counter(found).most_common(1)[0] if found else (None, 0)
+    if count > 1:
+        raise UsageError(f"--implementations names '{named}' twice: it is measured once.")
+    return found
+
+
+def parse_one(text: str) -> Named:
+    """Read one name. Raises `UsageError`."""
+    form = _FORM.fullmatch(text.strip())
+    base = form[1].strip() if form else ""
+    if form is None or not base:
+        raise UsageError(f"--implementations takes NAME or NAME[ROLE=OP,...], got '{text.strip()}'.")
+    if form[2] is None:
+        return Named(base)
+    if base not in OURS:
+        raise UsageError(
+            f"'{text.strip()}': {base} cannot be given ops in brackets; only {' and '.join(OURS)} can."
+        )
+    pairs = [_pair(item, text.strip()) for item in form[2].split(",")]
+    key, count = Counter(key for key, _ in pairs).most_common(1)[0]
+    if count > 1:
+        raise UsageError(f"'{text.strip()}' gives {key} two ops: keep one.")
+    return Named(base, tuple(sorted(pairs)))
+
+
+def is_ours(name: str) -> bool:
+    """Return whether an implementation runs our layer."""
+    return parse_one(name).base in OURS
+
+
+def _split(text: str) -> Iterator[str]:
+    """Yield the parts between commas outside of brackets, except empty ones."""
+    depth = start = 0
+    for place, character in enumerate(f"{text},"):
+        depth += {"[": 1, "]": -1}.get(character, 0)
+        if depth not in (0, 1):
+            break
+        if character == "," and depth == 0:
+            if text[start:place].strip():
+                yield text[start:place]
+            start = place + 1
+    if depth:
+        raise UsageError(f"--implementations: the brackets of '{text[start:].strip()}' are not balanced.")
+
+
+def _pair(item: str, whole: str) -> tuple[str, str]:
+    key, _, op = (part.strip() for part in item.partition("="))
+    if not key or not op:
+        raise UsageError(f"'{whole}': brackets hold ROLE=OP, separated by commas, got '{item.strip()}'.")
+    return key, op

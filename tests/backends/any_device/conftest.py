@@ -1,0 +1,72 @@
+"""Processes whose torch can get a device that no plugin knows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tiny_run import write_tiny_run
+from torch.utils import backend_registration
+
+HERE = Path(__file__).parent
+STACK = (HERE / "stack", HERE.parent / "emulation" / "device")
+collect_ignore = ["stack", "inside"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The last line on stderr, which says what went wrong."""
+        return self.err.splitlines()[-1] if self.err else ""
+
+
+Acme = Callable[..., Outcome]
+
+
+@pytest.fixture
+def acme(tmp_path: Path) -> Acme:
+    """Return a function that runs Python where `torch_acme` can be imported."""
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch cannot take a device written in Python")
+
+    def acme(*words: str, **environment: str) -> Outcome:
+        path = [*map(str, STACK), os.environ.get("PYTHONPATH", "")]
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, path)),
+                "OMP_NUM_THREADS": "1",
+                **environment,
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert "Traceback" not in done.stdout + done.stderr, done.stderr
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return acme
+
+
+@pytest.fixture
+def bench(acme: Acme, tmp_path: Path) -> Acme:
+    """Return a function that runs the benchmark's command line on a tiny layer with the backend `torch`."""
+    small = write_tiny_run(tmp_path)
+    return lambda *words, **environment: acme(
+        "-m", "mla.bench", "--backend", "torch", *small, *words, **environment
+    )

@@ -1,0 +1,137 @@
+"""Devices that cannot be had, in this process: every one is a sentence that says what to do."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mla
+from mla.bench.cli.main import main
+from mla_backends import BackendError, BackendOptionError
+from mla_backends.any_device.find import parse
+from mla_backends.errors import describe
+
+
+def refusal(device: str, **options: str) -> str:
+    with pytest.raises(BackendError) as caught:
+        mla.load_backend("torch", options={"device": device, **options})
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["nosuch", "nn", "float32", "accelerator", "vulkan"])
+def test_what_is_no_device_of_this_torch_names_those_that_are(device: str) -> None:
+    said = refusal(device)
+    assert f"has no torch.{device}, and torch_{device} is not installed; install the package" in said
+    assert "-O import=MODULE" in said
+    assert re.search(r"\(cpu, cuda, .*xpu.* have a module in this torch, available: cpu", said), said
+
+
+def test_a_module_without_a_device_says_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    said = refusal("xpu:1")
+    assert "torch.xpu.is_available() is False; check that this torch (" in said
+    assert ") is built for xpu, that the driver lists the device" in said
+
+
+@pytest.mark.parametrize("name", ["hip", "rocm"])
+def test_hip_is_cuda_in_a_build_for_it_and_in_no_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert f"this torch is not a ROCm build (torch.version.hip is None), so it has no {name} device" in (
+        refusal(name)
+    )
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "torch.cuda.is_available() is False" in refusal(name)
+
+
+def test_meta_has_no_numbers() -> None:
+    assert "a meta tensor has a shape and no numbers, so nothing could be checked" in refusal("meta")
+
+
+def test_without_a_name_there_must_be_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cuda", "mps", "mtia", "xpu"):
+        monkeypatch.setattr(getattr(torch, name), "is_available", lambda: False)
+    with pytest.raises(BackendError, match="reports no accelerator; choose a device with -O device=NAME"):
+        mla.load_backend("torch")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"), [("xpu", ("xpu", None)), ("npu:0", ("npu", 0)), (" mps:12 ", ("mps", 12))]
+)
+def test_a_device_may_carry_its_index(text: str, parts: tuple[str, int | None]) -> None:
+    assert parse(text) == parts
+
+
+@pytest.mark.parametrize("text", ["", "xpu:", "xpu:-1", "xpu:one", "XPU", "x y", "torch.xpu", "0", ":1"])
+def test_a_device_that_cannot_be_read_is_a_usage_error(text: str) -> None:
+    with pytest.raises(BackendOptionError, match="takes -O device=NAME or NAME:INDEX, such as xpu or xpu:1"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("", "has no torch.unheard, and importing torch_unheard does not bring it; install the package"),
+        ("raise OSError('libvendor.so: not found')", "importing torch_unheard raised OSError: libvendor.so"),
+        ("import no_such_runtime", "importing torch_unheard raised ModuleNotFoundError: No module named"),
+        ("raise SystemExit(3)", "importing torch_unheard raised SystemExit: 3"),
+    ],
+)
+def test_a_package_that_does_not_bring_its_device(
+    source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch_unheard.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert said in refusal("unheard")
+    finally:
+        sys.modules.pop("torch_unheard", None)
+
+
+def test_a_package_that_is_named_and_missing() -> None:
+    assert "no_such_package is not installed; -O import=no_such_package names it" in (
+        refusal("cpu", **{"import": "no_such_package"})
+    )
+
+
+# What torch says on MPS, shortened (seen in torch 2.x issue reports).
+MPS = (
+    "The operator 'aten::index_copy.out' is not currently implemented for the MPS device. As a temporary "
+    "fix, you can set the environment variable `PYTORCH_ENABLE_MPS_FALLBACK=1` to use the CPU as a fallback."
+)
+
+
+def test_a_missing_kernel_is_one_clause() -> None:
+    with pytest.raises(NotImplementedError) as caught:
+        torch.zeros(1, device="vulkan")
+    assert describe(caught.value) == (
+        "NotImplementedError: torch has no kernel for aten::empty.memory_format on the device Vulkan"
+    )
+    assert describe(NotImplementedError(MPS)) == (
+        "NotImplementedError: torch has no kernel for aten::index_copy.out on the device MPS; "
+        "PYTORCH_ENABLE_MPS_FALLBACK=1 runs it on the CPU instead, and times that"
+    )
+    assert describe(ValueError("no kernel\nfor you")) == "ValueError: no kernel"
+
+
+def test_the_cpu_runs_as_any_device_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tiny_run import write_tiny_run
+
+    monkeypatch.chdir(tmp_path)
+    words: list[Any] = ["--backend", "torch", "-O", "device=cpu", *write_tiny_run(tmp_path), "-o", "run.json"]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert out.count(" ok") == 2
+    assert err.startswith("backend 'cpu' is made for this device and has ops of its own: ")
+    from mla.bench import results
+
+    run = results.decode((tmp_path / "run.json").read_bytes())
+    assert run.environment["backend.device_clock"].startswith("none: torch.cpu")
+    assert {case.clock for case in run.cases} == {"host"}

@@ -1,0 +1,57 @@
+"""The campaign on an emulated device: its sections, and the questions that need a device of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mla.bench import results
+
+ROOT = Path(__file__).resolve().parents[3]
+ASK = """
+import sys, warnings
+sys.path.append({root!r})
+import msgspec
+from benchmarks.gpu import ask
+from benchmarks.gpu.questions import asking, copies, launches
+
+asking.microseconds.__defaults__ = (2, 2)
+launches.BUSY = 16
+copies._lost.__defaults__ = (20,)
+ask.load()
+for name in {names!r}:
+    found, code = ask.answer(name, "nvidia")
+    print(msgspec.json.encode([name, code, found.answer], enc_hook=str).decode())
+"""
+ANSWERS = {
+    "copies": (0, "4 KiB: "),
+    "copies-alive": (0, "0 of "),
+    "event-gap": (0, ""),
+    "launch": (0, ""),
+    "l2-flush": (0, "reading "),
+    "tf32": (0, "yes"),
+    "driver": (0, ""),
+    "varlen": (0, "no: "),
+    "flashinfer-heads": (3, "not installed"),
+    "flash-mla": (3, "not installed"),
+}
+
+
+def test_a_section_runs_and_names_its_files_after_the_card(emulate: Any, tmp_path: Path) -> None:
+    script = str(ROOT / "benchmarks" / "gpu" / "campaign.py")
+    done = emulate("nvidia", script, "--smoke", "--only", "grid", "--out", "out")
+    assert done.code == 0, done.out + done.err
+    (path,) = (tmp_path / "out" / "grid").glob("nvidia-*-heads-4.json")
+    assert [case.check.status for case in results.read(path).cases] == ["ok", "ok"]
+    assert done.out.splitlines()[1].split()[:3] == ["grid", "heads-4", "ok"]
+    assert "| backend.device_count | 2 |" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_questions_are_answered_on_a_device(emulate: Any) -> None:
+    done = emulate("nvidia", "-c", ASK.format(root=str(ROOT), names=list(ANSWERS)))
+    assert done.code == 0, done.out + done.err
+    found = {name: (code, said) for name, code, said in map(json.loads, done.out.splitlines())}
+    for name, (code, beginning) in ANSWERS.items():
+        assert found[name][0] == code, found[name]
+        assert found[name][1].startswith(beginning), found[name]

@@ -1,0 +1,396 @@
+"""TokenSpeed's kernels on a fake that has what their source says, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla_backends import BackendError
+from mla_backends.kernels import TokenspeedMla, TokenspeedPrefill, paged, tokenspeed, tokenspeed_prefill
+from mla_backends.kernels.tokenspeed import LIMITS, own_pages
+
+FAKE = "tokenspeed"
+WRONG = r"worst (row|lse) error|NaN or infinity"
+FAILS = (AssertionError, RuntimeError, ValueError)
+requests = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 140)), min_size=1, max_size=5)
+
+
+@pytest.fixture
+def fakes(installed: Any) -> Any:
+    """Install the fake package, and return what it shares with the others."""
+    with installed(FAKE) as found:
+        yield found
+
+
+# ------------------------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("page_size", [32, 64])
+def test_every_kind_of_batch_is_right(fakes: Any, check_latent: Any, page_size: int) -> None:
+    check_latent(TokenspeedMla(), heads=(1, 4, 16, 96, 128), page_size=page_size)
+    check_latent(TokenspeedMla(), dtype=torch.float16, page_size=page_size)
+
+
+@settings(max_examples=30, deadline=None)
+@given(drawn=requests, heads=st.integers(1, 128), seed=st.integers(0, 99))
+def test_any_lengths_and_heads_are_right(
+    installed: Any, make_problem: Any, assert_right: Any, drawn: Any, heads: int, seed: int
+) -> None:
+    query_lens, kv_lens = [new for new, _ in drawn], [new + old for new, old in drawn]
+    if sum(query_lens) == 0:
+        query_lens[0], kv_lens[0] = 1, kv_lens[0] + 1
+    with installed(FAKE):
+        problem = make_problem(query_lens, kv_lens, heads=heads, seed=seed)
+        assert_right(problem.run(TokenspeedMla()), problem.truth())
+
+
+def test_lengths_around_the_ends_of_pages_and_tiles_are_right(
+    fakes: Any, make_problem: Any, assert_right: Any
+) -> None:
+    for kv_lens in ([63, 64, 65, 127, 128, 129], [1], [64], [65], [129, 257]):
+        problem = make_problem([1] * len(kv_lens), kv_lens)
+        assert_right(problem.run(TokenspeedMla()), problem.truth())
+
+
+def test_a_page_of_nan_behind_a_row_or_behind_the_table_is_not_read(
+    fakes: Any, make_problem: Any, assert_right: Any
+) -> None:
+    """The kernel reads whole tiles, and page 0 where the table ends."""
+    for width in (1, 2, 3):
+        problem = make_problem([1], [33])
+        spare, own = problem.view.block_table[0, 1].item(), problem.view.block_table[0, 0].item()
+        problem.view.block_table = torch.full((1, width), spare, dtype=torch.int32)
+        problem.view.block_table[0, 0] = own
+        assert problem.cache[spare].isnan().all()
+        assert_right(problem.run(TokenspeedMla()), problem.truth())
+
+
+def test_the_table_of_a_row_holds_its_own_pages_only() -> None:
+    table = torch.tensor([[7, 8, 9], [3, 0, 0], [5, 6, 0], [4, 0, 0]], dtype=torch.int32)
+    lens = torch.tensor([190, 64, 65, 1], dtype=torch.int32)
+    assert own_pages(table, lens, 64).tolist() == [[7, 8, 9, 9], [3, 3, 3, 3], [5, 6, 6, 6], [4, 4, 4, 4]]
+    assert own_pages(table[:1, :1], lens[3:], 32).tolist() == [[7, 7, 7, 7]]
+    assert own_pages(table[:1], lens[:1], 128).tolist() == [[7, 8, 8]]
+    assert own_pages(table, lens, 64).dtype == torch.int32
+
+
+def test_a_long_prompt_is_cut_into_rows_of_four(fakes: Any, make_problem: Any, assert_right: Any) -> None:
+    problem = make_problem([70, 1], [75, 9], heads=128)
+    assert_right(problem.run(TokenspeedMla()), problem.truth())
+    assert fakes.CALLS["tokenspeed_mla_decode"] == 3  # rows of 4, the last two of the prompt, and one
+
+
+def test_one_workspace_serves_all_batches(fakes: Any, make_problem: Any, assert_right: Any) -> None:
+    op = TokenspeedMla()
+    for count, queries, heads in (
+        (1, 1, 128),
+        (3, 4, 96),
+        (73, 1, 3),
+        (74, 2, 128),
+        (200, 1, 16),
+        (1, 4, 33),
+    ):
+        problem = make_problem([queries] * count, [9] * count, heads=heads)
+        assert_right(problem.run(op), problem.truth())
+    (workspace,) = op._workspaces.values()
+    assert workspace.dtype == torch.int8
+    assert workspace.nbytes < 40 << 20
+
+
+def test_a_captured_call_follows_lengths_and_tables_that_are_updated_in_place(
+    fakes: Any, make_problem: Any, assert_right: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "is_current_stream_capturing", lambda: True, raising=False)
+    op = TokenspeedMla()
+    old, new = make_problem([1] * 4, [33, 190, 0, 5]), make_problem([1] * 4, [190, 0, 64, 6], seed=1)
+    state = op.prepare(old.spec, old.view)
+    assert state.graph_safe
+    old.run(op, state)
+    old.view.block_table.copy_(new.view.block_table)
+    old.view.kv_lens_device.copy_(new.view.kv_lens_device)
+    new.view = old.view
+    found = new.run(op, state)
+    assert_right(found, new.truth())
+
+
+def test_strided_queries_and_outputs(fakes: Any, make_problem: Any, assert_right: Any) -> None:
+    problem = make_problem([3, 1, 3], [40, 70, 3])
+    wide = torch.full((7, 17, 608), torch.nan, dtype=problem.q.dtype)
+    wide[:, :16, 16:592] = problem.q
+    problem.q = wide[:, :16, 16:592]
+    room = torch.full((7, 17, 544), torch.nan, dtype=problem.q.dtype)
+    assert_right(problem.run(TokenspeedMla(), out=room[:, :16, 16:528]), problem.truth())
+    room[:, :16, 16:528] = torch.nan
+    assert room.isnan().all(), "memory beside out was written"
+
+
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor from the second element of its memory on: not at a multiple of 16 bytes."""
+    return torch.cat((tensor.new_zeros(1), tensor.flatten()))[1:].view(tensor.shape)
+
+
+def test_queries_and_outputs_may_start_anywhere(fakes: Any, make_problem: Any, assert_right: Any) -> None:
+    problem = make_problem([1, 1], [33, 70])
+    problem.q = shifted(problem.q)
+    assert problem.q.data_ptr() % 16
+    out = shifted(torch.full((2, 16, 512), torch.nan).bfloat16())
+    assert_right(problem.run(TokenspeedMla(), out=out), problem.truth())
+    problem.cache = shifted(problem.cache)
+    with pytest.raises(BackendError, match="must start at multiples of 16 bytes"):
+        problem.run(TokenspeedMla())
+
+
+class Unmasked(TokenspeedMla):
+    def launch(self, plan: Any, call: Any) -> Any:
+        import tokenspeed_mla
+
+        decode = tokenspeed_mla.tokenspeed_mla_decode
+        self._vendor.tokenspeed_mla_decode = lambda **given: decode(**{**given, "causal_mask": False})
+        return super().launch(plan, call)
+
+
+class NoTable(TokenspeedMla):
+    """The batch's table is passed on."""
+
+    def launch(self, plan: Any, call: Any) -> Any:
+        return super().launch(call.block_table, call)
+
+
+class RawEmptyRows(TokenspeedMla):
+    """What the kernel gives for rows without keys is passed on."""
+
+    def _write(self, group: Any, *rest: Any) -> None:
+        super()._write(replace(group, has_empty=False), *rest)
+
+
+class KeptTable(TokenspeedMla):
+    """A table is kept for a captured call."""
+
+    def launch(self, plan: Any, call: Any) -> Any:
+        return super().launch(plan, replace(call, captured=False))
+
+
+class SmallWorkspace(TokenspeedMla):
+    def _workspace(self, device: torch.device) -> torch.Tensor:
+        return super()._workspace(device)[: 1 << 16]
+
+
+MUTANTS: dict[str, Callable[[], TokenspeedMla]] = {
+    "no mask": Unmasked,
+    "the batch's table": NoTable,
+    "small workspace": SmallWorkspace,
+    "lse base": lambda: TokenspeedMla(replace(LIMITS, lse_base="e")),
+    "lse layout": lambda: TokenspeedMla(replace(LIMITS, lse_layout="heads_first")),
+    "empty rows raw": RawEmptyRows,
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_check_fails_a_wrong_adapter(fakes: Any, check_latent: Any, mutant: str) -> None:
+    with pytest.raises(FAILS, match=rf"{WRONG}|workspace_buffer too small"):
+        check_latent(MUTANTS[mutant](), heads=(4, 16))
+
+
+def test_a_graph_with_a_table_from_outside_fails_once_lengths_change(
+    fakes: Any, make_problem: Any, assert_right: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged, "capturing", lambda device: True)
+    for op, right in ((TokenspeedMla(), True), (KeptTable(), False)):
+        old, new = make_problem([1, 1], [5, 64]), make_problem([1, 1], [65, 190], seed=1)
+        old.view.block_table = torch.nn.functional.pad(old.view.block_table, (0, 2))
+        state = op.prepare(old.spec, old.view)
+        old.view.block_table.copy_(new.view.block_table[:, :4])
+        old.view.kv_lens_device.copy_(new.view.kv_lens_device)
+        new.view = old.view
+        found = new.run(op, state)
+        if right:
+            assert_right(found, new.truth())
+        else:
+            with pytest.raises(AssertionError, match=WRONG):
+                assert_right(found, new.truth())
+
+
+# ------------------------------------------------------------------------------------------ prefill
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("query_lens", "kv_lens"),
+    [
+        ((5,), (5,)),
+        ((5, 1, 9), (9, 1, 33)),
+        ((2, 1), (0, 5)),
+        ((3, 0, 2), (3, 4, 2)),
+        ((2,), (0,)),
+        ((4, 3), (2, 3)),  # queries before the first key
+        ((300,), (301,)),  # more than one tile of the grid
+    ],
+)
+def test_segments_are_right(
+    fakes: Any, run_expanded: Any, assert_right: Any, query_lens: Any, kv_lens: Any, heads: int, causal: bool
+) -> None:
+    """`run_expanded` has values that are a slice, which the kernel would read as if they were contiguous."""
+    if heads > 4 and max(query_lens) > 9:
+        heads = 2
+    assert_right(*run_expanded(TokenspeedPrefill(), query_lens, kv_lens, causal=causal, heads=heads))
+
+
+def test_out_may_be_strided_and_lse_left_out(fakes: Any, make_spec: Any) -> None:
+    from mla_backends.api import SegmentLengths
+
+    op, spec = TokenspeedPrefill(), make_spec(num_heads=2)
+    state = op.prepare(spec, SegmentLengths((4, 0), (2, 3), causal=True))
+    q, k = torch.randn(4, 2, 192).bfloat16(), torch.randn(5, 2, 192).bfloat16()
+    v = torch.randn(5, 2, 128).bfloat16()
+    plain, room = torch.empty(4, 2, 128).bfloat16(), torch.full((4, 3, 128), torch.nan).bfloat16()
+    op(state, q=q, k=k, v=v, softmax_scale=0.1, out=plain, lse=torch.empty(4, 2))
+    op(state, q=q, k=k, v=v, softmax_scale=0.1, out=room[:, :2], lse=None)
+    assert torch.equal(plain, room[:, :2])
+    odd = [shifted(tensor) for tensor in (q, k, v, torch.empty_like(plain))]
+    op(state, q=odd[0], k=odd[1], v=odd[2], softmax_scale=0.1, out=odd[3], lse=None)
+    assert torch.equal(plain, odd[3])
+    assert room[:, 2].isnan().all()
+
+
+class ByHalf(TokenspeedPrefill):
+    """The log-sum-exp is taken for one in base 2, as that of decoding is."""
+
+    def __call__(self, state: Any, **tensors: Any) -> None:
+        super().__call__(state, **tensors)
+        tensors["lse"] *= 0.6931
+
+
+class Unblinded(TokenspeedPrefill):
+    """What the kernel gives for queries without keys is passed on."""
+
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        return replace(super().prepare(spec, batch), blind=None)
+
+
+def test_values_that_are_passed_on_as_a_slice_are_wrong(
+    fakes: Any, run_expanded: Any, assert_right: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenspeed_prefill, "_dense", lambda tensor: tensor)
+    with pytest.raises(AssertionError, match=WRONG):
+        assert_right(*run_expanded(TokenspeedPrefill(), (4, 5), (4, 9)))
+
+
+@pytest.mark.parametrize("mutant", [ByHalf, Unblinded])
+def test_the_check_fails_a_wrong_prefill(
+    fakes: Any, run_expanded: Any, assert_right: Any, mutant: type[TokenspeedPrefill]
+) -> None:
+    assert_right(*run_expanded(TokenspeedPrefill(), (4, 5), (2, 9)))
+    with pytest.raises(AssertionError, match=WRONG):
+        assert_right(*run_expanded(mutant(), (4, 5), (2, 9)))
+
+
+# ------------------------------------------------------------------------------------------ refusals
+
+OPS = {"decode": TokenspeedMla, "prefill": TokenspeedPrefill}
+each_op = pytest.mark.parametrize("make", OPS.values(), ids=OPS)
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "reason"),
+    [
+        (TokenspeedMla, {"num_heads": 129}, "it serves at most 128 heads, not 129"),
+        (TokenspeedMla, {"kv_lora_rank": 256}, "it is made for latents of 512 + 64, not 256 + 64"),
+        (TokenspeedMla, {"dtype": torch.float32}, "it computes in bfloat16 or float16, not float32"),
+        (TokenspeedPrefill, {"dtype": torch.float16}, "it computes in bfloat16, not float16"),
+        (TokenspeedPrefill, {"v_head_dim": 192}, "it takes keys of 192 and values of 128, not (192, 192)"),
+    ],
+)
+def test_a_layer_it_cannot_serve_is_refused(
+    fakes: Any, make_spec: Any, make: Any, changes: dict[str, Any], reason: str
+) -> None:
+    assert make().unsupported_reasons(make_spec(**changes)) == [reason]
+    assert not fakes.CALLS
+
+
+def test_pages_and_batches_it_cannot_serve_are_refused(fakes: Any, make_spec: Any) -> None:
+    op, spec = TokenspeedMla(), make_spec()
+    assert op.unsupported_batch(spec, [1], [40], 16) == [
+        "it reads pages of 32 or 64 tokens, but this cache has pages of 16"
+    ]
+    assert "at most 16000 rows" in op.unsupported_batch(spec, [1] * 16_001, [9] * 16_001, 64)[0]
+
+
+@each_op
+def test_a_package_without_cute_dsl_is_refused_before_and_by_the_preflight(
+    installed: Any, make_spec: Any, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its import succeeds, and its functions raise ImportError."""
+    with installed("tokenspeed_bare") as fakes:
+        (reason,) = make().unsupported_reasons(make_spec())
+        assert reason.startswith(
+            "tokenspeed_mla cannot load CuTe DSL (No module named 'cutlass'); pip install"
+        )
+        assert not fakes.CALLS
+        (reason,) = make().preflight(make_spec())
+        assert "ImportError" in reason
+        assert "because of ModuleNotFoundError: No module named 'cutlass'" in reason
+        assert "pip install -U tokenspeed-mla" in reason
+
+
+@each_op
+def test_a_package_that_is_missing_or_old_is_refused(
+    installed: Any, make_spec: Any, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with installed("nvidia_c"):  # a fake of another package
+        assert make(install="pip install it").unsupported_reasons(make_spec()) == [
+            "tokenspeed_mla is not installed (pip install it)"
+        ]
+    with installed(FAKE):
+        import tokenspeed_mla
+
+        for name in ("tokenspeed_mla_decode", "tokenspeed_mla_prefill"):
+            monkeypatch.setattr(tokenspeed_mla, name, lambda query, out: None)
+        assert any("takes no argument return_lse" in one for one in make().unsupported_reasons(make_spec()))
+
+
+@each_op
+def test_a_preflight_compiles_once_and_names_what(fakes: Any, make_spec: Any, make: Any) -> None:
+    op = make()
+    assert "tokenspeed_mla" in op.compiles
+    assert op.preflight(make_spec()) == op.preflight(make_spec()) == []
+    assert sum(fakes.CALLS.values()) == 1
+
+
+@each_op
+def test_another_card_is_a_reason_of_the_preflight(fakes: Any, make_spec: Any, make: Any) -> None:
+    fakes.CAPABILITY["tokenspeed_mla"] = (12, 0)
+    (reason,) = make().preflight(make_spec())
+    assert "MLA decode requires SM100, SM103 or SM107, got (12, 0)" in reason
+
+
+@each_op
+def test_a_preflight_finds_wrong_numbers(
+    fakes: Any, make_spec: Any, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tokenspeed_mla
+
+    def zero(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(**given: Any) -> Any:
+            out, lse = function(**given)
+            return out.zero_(), lse
+
+        return call
+
+    for name in ("tokenspeed_mla_decode", "tokenspeed_mla_prefill"):
+        right = getattr(tokenspeed_mla, name)
+        monkeypatch.setattr(tokenspeed_mla, name, zero(right))
+    monkeypatch.setattr(make, "_interface_reasons", list, raising=False)
+    assert "gives wrong results on a tiny batch here" in make().preflight(make_spec())[0]
+
+
+def test_nothing_is_imported_before_it_is_asked_for() -> None:
+    assert tokenspeed.MODULE == "tokenspeed_mla"
+    TokenspeedMla()
+    TokenspeedPrefill()

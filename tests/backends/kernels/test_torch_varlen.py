@@ -1,0 +1,268 @@
+"""torch's own FlashAttention behind the contract, on two stand-ins for its kernel, against float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from float64_attention import attend_segments
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla import MLA, LatentCache, MLAConfig
+from mla.conformance.suite import carry_out, instances
+from mla.conformance.trial import BackendUnderTest
+from mla.conformance.xfails import Xfails
+from mla.verify.layer_oracle import oracle
+from mla.weights import random_state_dict
+from mla_backends.api import SegmentLengths
+from mla_backends.kernels import SdpaExpanded, TorchVarlen, VarlenLimits
+from mla_backends.kernels.torch_varlen import LIMITS
+from mla_backends.testing import HostBackend
+
+FOLDER = "flash_attn_2"  # any: the stand-ins are in what all folders share
+# Kernel -> the adapter that its plugin offers.
+STACKS: dict[str, Callable[[], TorchVarlen]] = {
+    "cuda": TorchVarlen,
+    "musa": lambda: TorchVarlen(VarlenLimits(pads_values=False)),
+}
+each_stack = pytest.mark.parametrize("stack", STACKS)
+segments = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 60)), min_size=1, max_size=5)
+
+
+@pytest.fixture(scope="session")
+def stacked(installed: Any) -> Callable[[str], Any]:
+    """Return a context in which torch has a flash attention on the host; it yields the stand-ins."""
+
+    @contextmanager
+    def stacked(kernel: str) -> Any:
+        with installed(FOLDER) as fakes:
+            from fake_kernels import torch_flash
+
+            with torch_flash.registered(getattr(torch_flash, kernel), "CPU"):
+                yield fakes
+
+    return stacked
+
+
+@each_stack
+@settings(max_examples=25, deadline=None)
+@given(drawn=segments, causal=st.booleans(), heads=st.integers(1, 6))
+def test_any_segments_are_right(
+    stacked: Any,
+    run_expanded: Any,
+    assert_right: Any,
+    stack: str,
+    drawn: Any,
+    causal: bool,
+    heads: int,
+) -> None:
+    query_lens, kv_lens = [new for new, _ in drawn], [old for _, old in drawn]
+    with stacked(stack):
+        found, truth = run_expanded(STACKS[stack](), query_lens, kv_lens, causal=causal, heads=heads)
+        if sum(query_lens):
+            assert_right(found, truth)
+
+
+@each_stack
+def test_one_launch_serves_all_segments_whether_or_not_lse_is_read(
+    stacked: Any, make_spec: Any, stack: str
+) -> None:
+    spec, lengths = make_spec(num_heads=4), SegmentLengths((5, 1, 20), (9, 1, 33), True)
+    q, k, v = (torch.randn(t, 4, d).bfloat16() for t, d in ((26, 192), (43, 192), (43, 128)))
+    with stacked(stack) as fakes:
+        op = STACKS[stack]()
+        outs = [torch.full((26, 4, 128), math.nan, dtype=torch.bfloat16) for _ in range(2)]
+        for out, lse in zip(outs, (torch.empty(26, 4), None), strict=True):
+            before = fakes.CALLS["_flash_attention_forward"]
+            op(op.prepare(spec, lengths), q=q, k=k, v=v, softmax_scale=0.1, out=out, lse=lse)
+            assert fakes.CALLS["_flash_attention_forward"] == before + 1
+        assert op.lse_optional
+        assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize(("first", "more"), [(3, 8), (8, 13), (0, 1)])
+@each_stack
+def test_rows_that_start_anywhere_are_right(
+    stacked: Any, make_spec: Any, assert_right: Any, stack: str, first: int, more: int
+) -> None:
+    """The kernels load 16 bytes at a time and do not check it."""
+    spec, lengths = make_spec(num_heads=2), SegmentLengths((3, 2), (9, 2), True)
+    wide = [torch.randn(t, 2, d + more).bfloat16() for t, d in ((5, 192), (11, 192), (11, 128))]
+    parts = [tensor[..., first : first + tensor.shape[2] - more] for tensor in wide]
+    out, lse = torch.full((5, 2, 128), math.nan, dtype=torch.bfloat16), torch.full((5, 2), math.nan)
+    with stacked(stack):
+        op = STACKS[stack]()
+        q, k, v = parts
+        op(op.prepare(spec, lengths), q=q, k=k, v=v, softmax_scale=0.1, out=out, lse=lse)
+    split = zip(q.split([3, 2]), k.split([9, 2]), v.split([9, 2]), strict=True)
+    assert_right((out, lse), attend_segments(split, 0.1))
+
+
+@each_stack
+def test_the_suite_that_judges_backends_passes(stacked: Any, stack: str) -> None:
+    with stacked(stack):
+        subject = BackendUnderTest(HostBackend(ops={"torch_varlen": STACKS[stack]()}), "host", quick=True)
+        chosen = [
+            one
+            for one in instances(
+                subject, (torch.bfloat16,), ["expanded.*", "layer.chunks*", "layer.history*"]
+            )
+            if one.check.id != "expanded.prepare"  # times the device
+        ]
+        results = [carry_out(one, subject, Xfails({})) for one in chosen]
+    assert not [(one.id, one.reason) for one in results if one.status not in ("pass", "refused")]
+    assert sum(one.status == "pass" for one in results) >= 10
+
+
+@each_stack
+def test_a_layer_on_it_is_right_in_one_round_and_in_several(stacked: Any, stack: str) -> None:
+    config = MLAConfig(hidden_size=64, num_attention_heads=5, name="narrow")
+    state = random_state_dict(config, 0, torch.bfloat16)
+    history = [(torch.randn(n, 512).bfloat16(), torch.randn(n, 64).bfloat16()) for n in (70, 0, 64)]
+    hidden = torch.randn(12, 64).bfloat16()
+    truth = oracle(config, state, hidden, [3, 8, 1], history)
+    for workspace in (1 << 28, 300_000):  # the second cuts a history of 70 into rounds that are merged by lse
+        with stacked(stack):
+            backend = HostBackend(ops={"torch_varlen": STACKS[stack]()})
+            layer = MLA(config, backend=backend, attention="expanded", workspace_bytes=workspace)
+            assert layer.ops.names()["expanded_attention"] == "torch_varlen", layer.ops.explain()
+            layer.load_state_dict(state)
+            cache = LatentCache(config, max_tokens=64 * 12)
+            ids = cache.new_sequences(3)
+            for sequence, past in zip(ids, history, strict=True):
+                cache.load(sequence, *past)
+            out = layer(hidden, cache.extend(ids, [3, 8, 1]), cache.pages[0]).double()
+        assert ((out - truth).norm(dim=-1) <= 2e-2 * truth.norm(dim=-1)).all()
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+def test_a_device_without_the_kernel_is_a_reason_and_sdpa_runs() -> None:
+    """This torch has none for the host."""
+    config = MLAConfig(hidden_size=64, num_attention_heads=2)
+    backend = HostBackend(ops={"torch_varlen": TorchVarlen(), "sdpa": SdpaExpanded()})
+    choice = MLA(config, backend=backend).ops["expanded_attention"]
+    assert choice.name == "sdpa"
+    assert choice.reasons == (
+        "fused op 'torch_varlen' not used because this torch has no flash attention of its own for devices "
+        "of kind 'cpu'",
+    )
+
+
+def test_a_torch_without_the_operator_is_a_reason(make_spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mla_backends.kernels.torch_varlen.OPERATOR", "_flash_attention_forwards")
+    assert TorchVarlen().unsupported_reasons(make_spec()) == ["this torch has no _flash_attention_forwards"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": torch.float32}, "it computes in bfloat16 or float16, not float32"),
+        ({"qk_nope_head_dim": 256}, "it takes heads of at most 256, not 320"),
+        ({"qk_nope_head_dim": 100}, "it takes heads in multiples of 8, not 164"),
+        ({"v_head_dim": 200}, "it takes values no wider than keys, not 200 and 192"),
+    ],
+)
+def test_a_layer_it_cannot_serve_is_refused(stacked: Any, make_spec: Any, changes: Any, reason: str) -> None:
+    with stacked("cuda") as fakes:
+        assert TorchVarlen().unsupported_reasons(make_spec(**changes)) == [reason]
+        assert TorchVarlen().unsupported_reasons(make_spec(v_head_dim=100)) == []  # they are padded
+        assert not fakes.CALLS
+
+
+# -------------------------------------------------------------------------------------- preflight
+
+
+@each_stack
+def test_a_right_kernel_passes_its_preflight(stacked: Any, make_spec: Any, stack: str) -> None:
+    random = torch.random.get_rng_state()
+    with stacked(stack):
+        for dtype in (torch.bfloat16, torch.float16):
+            for widths in ({}, {"qk_nope_head_dim": 64, "v_head_dim": 96}, {"v_head_dim": 192}):
+                assert STACKS[stack]().preflight(make_spec(dtype=dtype, **widths)) == []
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+def test_a_kernel_aligned_at_the_first_key_is_refused(stacked: Any, make_spec: Any) -> None:
+    with stacked("first_key"):
+        assert TorchVarlen().unsupported_reasons(make_spec()) == []
+        assert TorchVarlen().preflight(make_spec()) == [
+            "torch's own flash attention is wrong here for a segment with history (causal)"
+        ]
+
+
+def test_a_build_without_the_kernel_is_refused(stacked: Any, make_spec: Any) -> None:
+    with stacked("without_flash"):
+        (reason,) = TorchVarlen().preflight(make_spec())
+    assert reason == (
+        "this torch cannot run its own flash attention here "
+        "(RuntimeError: USE_FLASH_ATTENTION was not enabled for build.)"
+    )
+
+
+class NoScale(TorchVarlen):
+    """The kernel's own scale, which is not that of a model with YaRN."""
+
+    def attend(self, state: Any, q: Any, k: Any, v: Any, softmax_scale: float) -> Any:
+        return super().attend(state, q, k, v, q.shape[2] ** -0.5)
+
+
+class NoMask(TorchVarlen):
+    def attend(self, state: Any, *rest: Any) -> Any:
+        return super().attend(replace(state, causal=False), *rest)
+
+
+class ForeignKeys(TorchVarlen):
+    """Every segment starts where the one before it starts."""
+
+    def attend(self, state: Any, *rest: Any) -> Any:
+        shifted = torch.cat((state.cu_k[:1], state.cu_k[:-1]))
+        return super().attend(replace(state, cu_k=shifted), *rest)
+
+
+class Base2(TorchVarlen):
+    def attend(self, *arguments: Any) -> Any:
+        value, sums = super().attend(*arguments)
+        return value, sums / math.log(2)
+
+
+class RawLogs(TorchVarlen):
+    """+inf for queries without keys is passed on."""
+
+    @staticmethod
+    def _logs(sums: torch.Tensor, state: Any, lse: torch.Tensor) -> torch.Tensor:
+        return sums.transpose(0, 1)
+
+
+class StaleLogs(TorchVarlen):
+    """What another call left is returned again."""
+
+    _kept: Any = None
+
+    def attend(self, *arguments: Any) -> Any:
+        value, sums = super().attend(*arguments)
+        self._kept = sums if self._kept is None else self._kept
+        return value, self._kept
+
+
+class ValuesBehind(TorchVarlen):
+    """Values are padded in front and cut behind."""
+
+    def _values(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return super()._values(k, v).roll(k.shape[2] - v.shape[2], dims=2)
+
+
+@pytest.mark.parametrize("mutant", [NoScale, NoMask, ForeignKeys, Base2, RawLogs, StaleLogs, ValuesBehind])
+def test_the_preflight_fails_what_is_wrong(stacked: Any, make_spec: Any, mutant: type[TorchVarlen]) -> None:
+    """It stands between an undocumented stack and wrong results, so it must see every kind of them."""
+    with stacked("cuda"):
+        assert TorchVarlen(LIMITS).preflight(make_spec()) == []
+        (reason,) = mutant(LIMITS).preflight(make_spec())
+    assert reason.startswith("torch's own flash attention is wrong here for ")

@@ -1,0 +1,100 @@
+"""Adapters that may be called without a log-sum-exp give the same bits, and launch less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mla_backends import FusedOp
+from mla_backends.kernels import FlashMla, IxformerMla, LatentLimits, PagedLatentOp, paged
+
+MATE = LatentLimits(
+    heads=(8, 16, 32, 64, 128), pads_heads_to=(8, 16, 32), lse_layout="tokens_first", empty_rows=False
+)
+ADAPTERS: dict[str, Callable[[], PagedLatentOp]] = {
+    "nvidia_a": FlashMla,
+    "nvidia_b": FlashMla,
+    "nvidia_c": FlashMla,
+    "metax": lambda: FlashMla(LatentLimits(empty_rows=False)),
+    "moore_mate": lambda: FlashMla(MATE, module="mate.flashmla"),
+    "ixformer": IxformerMla,
+    "ixformer_old": IxformerMla,
+}
+STEPS = (((1, 1, 1), (33, 64, 129)), ((1, 1, 1), (0, 40, 0)), ((3, 1, 9, 1), (40, 7, 70, 65)))
+
+
+def run(op: FusedOp, problem: Any, with_lse: bool) -> torch.Tensor:
+    out = torch.full((*problem.q.shape[:2], 512), torch.nan, dtype=problem.q.dtype)
+    tables = {"block_table": problem.view.block_table, "kv_lens": problem.view.kv_lens_device}
+    op(
+        op.prepare(problem.spec, problem.view), q=problem.q, cache=problem.cache, cu_q=problem.view.cu_q,
+        softmax_scale=problem.spec.softmax_scale, out=out,
+        lse=torch.empty(problem.q.shape[:2]) if with_lse else None, **tables,
+    )  # fmt: skip
+    return out
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations, whatever they are."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize("folder", ADAPTERS)
+def test_the_output_is_the_same_without_lse(
+    installed: Any, make_problem: Any, folder: str, captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged, "capturing", lambda device: captured)
+    for heads in (4, 16):
+        with installed(folder):
+            op = ADAPTERS[folder]()
+            assert op.lse_optional
+            for query_lens, kv_lens in STEPS[
+                : 2 if captured else 3
+            ]:  # a graph takes equal numbers of queries
+                problem = make_problem(query_lens, kv_lens, heads=heads)
+                with Launches() as full:
+                    expected = run(op, problem, True)
+                with Launches() as fewer:
+                    found = run(op, problem, False)
+                assert found.isfinite().all()
+                assert torch.equal(found, expected)
+                assert fewer.count < full.count
+
+
+class Unwritten(FlashMla):
+    """Without lse, what the kernel gave for rows without keys is kept."""
+
+    def _write(self, group: Any, call: Any, result: Any, out: Any, lse: Any) -> None:
+        if lse is None:
+            paged._store(group, out, result[0].reshape(-1, *out.shape[1:]))
+        else:
+            super()._write(group, call, result, out, lse)
+
+
+class Forgotten(FlashMla):
+    """Without lse nothing is written at all."""
+
+    def _write(self, group: Any, call: Any, result: Any, out: Any, lse: Any) -> None:
+        if lse is not None:
+            super()._write(group, call, result, out, lse)
+
+
+@pytest.mark.parametrize("mutant", [Unwritten, Forgotten])
+def test_an_output_that_lacks_a_step_is_noticed(installed: Any, make_problem: Any, mutant: Any) -> None:
+    same = []
+    with installed("metax"):
+        op = mutant(LatentLimits(empty_rows=False))
+        for query_lens, kv_lens in STEPS:
+            problem = make_problem(query_lens, kv_lens)
+            same.append(torch.equal(run(op, problem, False), run(op, problem, True)))
+    assert not all(same)

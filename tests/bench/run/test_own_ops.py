@@ -1,0 +1,216 @@
+"""Ops against each other: `mla[ROLE=OP]` is timed, checked and reported under its own name."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import asdict
+
+from mla.bench import results
+from mla.bench.report.chart_axes import LABEL, label
+
+Bench = Callable[..., Any]
+
+SEVERAL = ("--backend", "several_ops:SeveralOps")
+FIRST, SECOND = "mla[latent_attention=first]", "mla[latent_attention=second]"
+ABSORBED = ("--scenario", "decode")  # the absorbed path: latent_attention, and linear ops around it
+
+
+@pytest.fixture
+def measure(bench: Bench, small: list[str]) -> Bench:
+    """Return `bench` for these implementations and a decode scenario."""
+
+    def measure(names: str, *words: str) -> Any:
+        chosen = ["--implementations", names, "-o", "run.json", "--passes", "2", "--runs", "3"]
+        return bench(*SEVERAL, *small, *chosen, *ABSORBED, *words)
+
+    return measure
+
+
+def cases(path: str = "run.json") -> dict[str, results.Case]:
+    run = results.decode(Path(path).read_bytes())
+    return {case.implementation: case for case in run.cases}
+
+
+def test_ops_are_timed_beside_each_other(measure: Bench) -> None:
+    reference = "mla-reference[ linear = rows ]"
+    names = ["mla", SECOND, "mla[latent_attention=reference,o_proj=reference]", "mla-reference[linear=rows]"]
+    done = measure(",".join([*names[:3], reference]))
+    assert done.code == 0, done.err
+    assert list(cases()) == names
+    found = [
+        (one.ops["latent_attention"], one.ops["kv_b_proj"], one.ops["o_proj"]) for one in cases().values()
+    ]
+    assert found == [
+        ("first", "rows", "rows"),
+        ("second", "rows", "rows"),
+        ("reference", "rows", "reference"),
+        ("reference", "rows", "rows"),
+    ]
+    for name, case in cases().items():
+        assert (case.check.status, case.passes) == ("ok", 2)
+        assert case.interleaved_with == [other for other in names if other != name]
+        assert [one.implementation for one in case.agreement] == case.interleaved_with
+        assert "decode: mla is " in done.out
+        assert name == "mla" or re.search(rf"decode: mla is [\d.]+x as fast as {re.escape(name)}; ", done.out)
+        assert shlex.split(case.repro)[-2:] == ["--implementations", name]
+    assert f"ops        {SECOND}: " in done.err
+    assert "same ops" not in done.err
+
+
+@pytest.mark.parametrize("wrong", ["first", "second"])
+def test_the_check_names_the_op_that_is_wrong_and_no_other(measure: Bench, wrong: str) -> None:
+    """An op that was not really put in place would be right, or wrong under another name."""
+    done = measure(f"{FIRST},{SECOND},mla[latent_attention=reference]", "-O", f"wrong={wrong}")
+    assert done.code == 4
+    found = {name: case.check.status for name, case in cases().items()}
+    named = f"mla[latent_attention={wrong}]"
+    assert found == {name: "wrong" if name == named else "ok" for name in found}
+    assert cases()[named].latency_ms is None
+    assert f"decode, {named}: " in done.out
+
+
+def test_the_policy_holds_for_every_other_role(measure: Bench) -> None:
+    assert measure("mla[o_proj=rows]", "--ops", "reference").code == 0
+    assert {role for role, op in cases()["mla[o_proj=rows]"].ops.items() if op != "reference"} == {"o_proj"}
+    assert measure("mla[linear=reference,o_proj=rows]", "--ops", "second").code == 0
+    (case,) = cases().values()
+    assert {role: op for role, op in case.ops.items() if op != "reference"} == {
+        "o_proj": "rows",
+        "latent_attention": "second",
+    }
+
+
+def test_implementations_that_run_the_same_ops_are_pointed_out(measure: Bench) -> None:
+    done = measure(f"mla,{FIRST},{SECOND}", "--dry-run")
+    assert f"same ops   {FIRST} runs the ops of mla: a difference between them is noise\n" in done.err
+    assert done.err.count("same ops") == 1
+    assert re.findall(r"^\d +decode +(\S+)", done.err, re.MULTILINE) == ["mla", FIRST, SECOND]
+    assert "assumed efficiency: mla 50 %)" in done.err
+
+
+def test_one_op_alone_is_compared_the_same_way(bench: Bench, small: list[str]) -> None:
+    names = f"{FIRST},{SECOND},mla-reference"
+    words = ["--op", "latent_attention", "--implementations", names, "--runs", "2", "--passes", "2"]
+    done = bench(*SEVERAL, *small[:2], "--cache", "warm", *words, "-O", "wrong=second", "-o", "run.json")
+    assert done.code == 4
+    assert {name: (case.ops["latent_attention"], case.check.status) for name, case in cases().items()} == {
+        FIRST: ("first", "ok"),
+        SECOND: ("second", "wrong"),
+        "mla-reference": ("reference", "ok"),
+    }
+    done = bench(*SEVERAL, *small[:2], "--op", "w_uk", "--implementations", names, "--dry-run")
+    assert done.err.count("same ops") == 2, "w_uk is not what they differ in"
+
+
+def test_stages_layers_and_formats_know_the_names(measure: Bench) -> None:
+    done = measure(f"{FIRST},{SECOND}", "--stages", "--format", "md")
+    assert done.code == 0
+    assert all(f"| stages of decode, {name} |" in done.out for name in (FIRST, SECOND))
+    done = measure(f"{SECOND},mla", "--layers", "2", "--format", "csv")
+    assert done.code == 0, done.err
+    assert f'"{SECOND}"' in done.out or f",{SECOND}," in done.out
+
+
+def test_a_run_is_resumed_and_compared_by_name(measure: Bench, bench: Bench) -> None:
+    names = f"mla[ latent_attention = first ],{SECOND}"
+    assert measure(names).code == 0
+    before = cases()
+    done = measure(names, "--resume", "run.json", "--baseline", "run.json")
+    assert done.code == 0
+    assert "resuming   2 cases" in done.err
+    assert {name: asdict(case) for name, case in cases().items()} == {
+        name: asdict(case) for name, case in before.items()
+    }
+    assert all(re.search(rf"^decode +{re.escape(name)} ", done.out, re.MULTILINE) for name in before)
+    assert bench("compare", "run.json", "run.json").out.count("latent_attention=") >= 2
+    done = measure(f"{FIRST},mla", "--resume", "run.json")
+    assert done.code == 2
+    assert f"implementations was {FIRST},{SECOND} and is {FIRST},mla" in done.error
+
+
+def test_the_repro_line_of_an_op_reruns_it(measure: Bench, bench: Bench) -> None:
+    assert measure(f"mla,{SECOND}").code == 0
+    words = shlex.split(cases()[SECOND].repro)[3:]
+    assert bench(*words, "-o", "again.json").code == 0
+    assert list(cases("again.json")) == [SECOND]
+    assert cases("again.json")[SECOND].ops == cases()[SECOND].ops
+
+
+def test_each_is_listed_with_its_ops_and_reasons(measure: Bench) -> None:
+    done = measure(f"mla,{SECOND}", "--list-ops")
+    assert done.code == 0
+    plain, own = done.out.split(f"{SECOND}:\n")
+    assert "\nlatent_attention: first\n" in plain
+    assert "\n  latent_attention: second\n" in own
+
+
+KINDS = "linear, batched_linear, rms_norm, rotate_query, write_latent, latent_attention, expanded_attention"
+
+
+@pytest.mark.parametrize(
+    ("names", "code", "sentence"),
+    [
+        (
+            "mla[latent_atention=first]",
+            2,
+            "unknown op 'latent_atention'. Did you mean 'latent_attention'? "
+            f"mla[ROLE=OP] takes as ROLE: {KINDS}, qkv_a_proj, ",
+        ),
+        (
+            "mla[q_b_proj=rows]",
+            2,
+            "a layer of config 'tiny.json' has no q_b_proj, because it does not compress ",
+        ),
+        (
+            "mla[latent_attention=frist]",
+            2,
+            "this backend offers no op 'frist'. Did you mean 'first'? latent_",
+        ),
+        (
+            "mla[latent_attention=rows]",
+            2,
+            "op 'rows' is of kind linear. latent_attention takes: reference, f",
+        ),
+        (
+            "mla,mla[latent_attention=picky]",
+            3,
+            "no fused latent_attention serves this layer, but latent_attention=picky requires one: fused op "
+            "'picky' not used because it has no kernel for this layer.",
+        ),
+        (
+            "mla[rotate_query=old]",
+            3,
+            "no fused rotate_query serves this layer, but rotate_query=old requires one: fused op 'old' not "
+            "used because it implements rotate_query/0 and this core calls rotate_query/1.",
+        ),
+        ("transformers[linear=rows]", 2, "'transformers[linear=rows]': transformers cannot be given ops in "),
+        ("mla[linear=rows", 2, "--implementations: the brackets of 'mla[linear=rows' are not balanced."),
+        (f"{FIRST},{FIRST}", 2, f"--implementations names '{FIRST}' twice: it is measured once."),
+        ("vllm,mla[linear=rows]", 2, "unknown implementation 'vllm'."),
+    ],
+)
+def test_a_mistake_gets_its_sentence_before_anything_runs(
+    measure: Bench, names: str, code: int, sentence: str
+) -> None:
+    done = measure(names)
+    assert (done.code, done.out) == (code, "")
+    assert done.error.startswith(f"error: {sentence}")
+    assert not Path("run.json").exists()
+
+
+def test_a_report_keeps_the_names_apart(measure: Bench, bench: Bench) -> None:
+    pair = [
+        f"mla[expanded_attention=reference,{name[4:-1]},rotate_query=reference]" for name in (FIRST, SECOND)
+    ]
+    assert measure(",".join(pair)).code == 0
+    assert bench("report", "run.json", "--html", "page.html").code == 0
+    page = Path("page.html").read_text()
+    assert all(page.count(name) >= 2 for name in pair), "in tables and legends"
+    assert len({label(name) for name in pair}) == 2
+    assert all(len(line) <= LABEL for name in pair for line in label(name).splitlines())

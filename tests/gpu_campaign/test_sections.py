@@ -1,0 +1,89 @@
+"""The sections as data: limits, commands that parse, questions that exist."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import ask, dry_run
+from benchmarks.gpu.questions.asking import QUESTIONS
+from benchmarks.gpu.sections import sections
+from benchmarks.gpu.steps import MOST_SECONDS, Machine, Section, Step
+
+OPS = {
+    "latent_attention": ["flash_mla", "flashinfer", "tokenspeed_decode"],
+    "expanded_attention": ["flash_attn_3", "flash_attn", "sdpa"],
+    "linear": ["fast_linear"],
+}
+CARD = Machine("nvidia", "NVIDIA H100 80GB HBM3", ops=OPS)
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+@pytest.mark.parametrize("backend", ["nvidia", "moore", "cpu"])
+def test_no_section_takes_more_than_ten_minutes(backend: str, smoke: bool) -> None:
+    for ops in ({}, OPS, {"latent_attention": [f"op{i}" for i in range(20)]}):
+        for section in sections(replace(CARD, backend=backend, ops=ops), smoke):
+            assert 0 < section.limit <= MOST_SECONDS, section.name
+            assert len({step.name for step in section.steps}) == len(section.steps)
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_every_command_parses(smoke: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = sections(CARD, smoke)
+    assert dry_run.dry_run(CARD, wanted, Path("out")) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len([line for line in said if line.startswith("timeout -k ")]) == sum(len(s.steps) for s in wanted)
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (("-m", "mla.bench", "--no-such-option"), "No such option"),
+        (("-m", "mla.bench", "--op", "latent_attention", "--batch", "many"), "not a valid integer"),
+        (("-m", "mla.bench", "ceilings", "--dry-run"), "No such option"),
+        (("-m", "mla.bench", "doctr"), "doctr"),
+        (("-m", "mla.conformance", "--quick", "--dtype", "int4"), "int4"),
+        (("/no/such/file.py",), "there is no file"),
+    ],
+)
+def test_a_command_that_does_not_parse_is_named(
+    words: tuple[str, ...], fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = [Section("one", "One", (Step("bad", words, 10), Step("good", ("-m", "mla.bench", "list"), 10)))]
+    assert dry_run.dry_run(CARD, wanted, Path("out")) == 1
+    said = capsys.readouterr().out
+    assert said.count("# wrong: ") == 1
+    assert fault in said
+
+
+def test_the_runner_itself_is_asked_where_there_is_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    """Options that parse one by one, and that only the runner's own --dry-run refuses."""
+    words = ("-m", "mla.bench", "--backend", "cpu", "--op", "latent_attention", "--scenario", "decode")
+    host = Machine("cpu", "host", True)
+    assert dry_run.dry_run(host, [Section("one", "One", (Step("bad", words, 10, "run"),))], Path("out")) == 1
+    assert "--scenario" in capsys.readouterr().out.partition("# wrong: ")[2]
+
+
+def test_every_kernel_of_the_backend_has_a_run_and_every_question_a_probe() -> None:
+    ask.load()
+    by_name = {section.name: section for section in sections(CARD)}
+    kernels = [step for step in by_name["kernels"].steps if step.kind == "run"]
+    insisted = [step.words[step.words.index("--ops") + 1] for step in kernels]
+    assert insisted == [*OPS["latent_attention"], *OPS["expanded_attention"]]
+    asked = {step.name for one in by_name.values() for step in one.steps if step.kind == "question"}
+    assert asked == set(QUESTIONS) - {"flashinfer-first"}, "that one is asked by flashinfer-compiler"
+    assert by_name["libraries"].steps[-1].name == "flashinfer-items", "it may leave the device unusable"
+
+
+@pytest.mark.parametrize(
+    ("card", "stem"),
+    [
+        ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"),
+        ("Tesla T4", "nvidia-tesla-t4"),
+        ("unknown", "nvidia-unknown"),
+    ],
+)
+def test_files_are_named_after_the_card(card: str, stem: str) -> None:
+    assert Machine("nvidia", card).stem == stem

@@ -1,0 +1,146 @@
+"""Contexts longer than the workspace: merged in rounds where the op can, else rebuilt at once or refused."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from mla import MLA, LatentCache, MLAConfig
+from mla.errors import UnsupportedBatch
+from mla.layer.expansion import FREE_PARTS, WORKSPACE_BYTES, rebuilt_bytes
+from mla.reference import REFERENCE
+from mla.verify.layer_oracle import oracle
+from mla.weights import random_state_dict
+from mla_backends.api import MemoryInfo
+from mla_backends.testing import HostBackend
+
+CONFIG = MLAConfig(hidden_size=48, num_attention_heads=3, kv_lora_rank=32)
+PAST, NEW = 120, 30
+PER_KEY = rebuilt_bytes(CONFIG, 4, 1)
+NEED = (PAST + NEW) * PER_KEY
+WORKSPACE = 40 * PER_KEY
+
+
+class Unmergeable(type(REFERENCE["expanded_attention"])):  # type: ignore[misc]
+    """An op without a log-sum-exp."""
+
+    writes_lse = False
+
+    def __call__(self, state: Any, *, lse: Any, **tensors: Any) -> None:
+        super().__call__(state, lse=torch.empty(tensors["out"].shape[:2]), **tensors)
+        if lse is not None:
+            lse.fill_(torch.nan)
+
+
+class Counting(HostBackend):
+    """A device that counts how often its memory is asked for, and releases some of it when told to."""
+
+    def __init__(self, op: Any, *free: int | None) -> None:
+        super().__init__(ops={"mine": op})
+        self.asked = 0
+        self._free = list(free)
+
+    def memory(self) -> MemoryInfo:
+        self.asked += 1
+        return MemoryInfo(free=self._free[0])
+
+    def empty_cache(self) -> None:
+        self._free = self._free[1:] or self._free
+
+
+class Subject:
+    """A layer on a cache with one request's history."""
+
+    def __init__(self, backend: HostBackend, **options: Any) -> None:
+        self.layer = MLA(
+            CONFIG,
+            backend=backend,
+            dtype=torch.float32,
+            **{"attention": "expanded", "workspace_bytes": WORKSPACE, **options},
+        )
+        self.state = random_state_dict(CONFIG, 0, torch.float32)
+        self.layer.load_state_dict(self.state)
+        self.cache = LatentCache(CONFIG, max_tokens=64 * 4, dtype=torch.float32)
+        self.ids = self.cache.new_sequences(1)
+        generator = torch.Generator().manual_seed(1)
+        self.past = tuple(torch.randn(PAST, width, generator=generator) for width in (32, 64))
+        self.cache.load(self.ids[0], *self.past)
+        self.hidden = torch.randn(NEW, 48, generator=generator)
+
+    def plan(self, new: int = NEW) -> Any:
+        return self.layer.plan(self.cache.extend(self.ids, [new])).expanded
+
+    def check(self) -> None:
+        out = self.layer(self.hidden, self.cache.extend(self.ids, [NEW]), self.cache.pages[0])
+        truth = oracle(CONFIG, self.state, self.hidden, [NEW], [self.past])
+        torch.testing.assert_close(out.double(), truth, atol=1e-4, rtol=1e-3)
+
+
+def test_an_op_without_a_log_sum_exp_gets_the_whole_context_at_once() -> None:
+    subject = Subject(Counting(Unmergeable(), FREE_PARTS * NEED))
+    subject.check()
+    assert len(Subject(Counting(Unmergeable(), FREE_PARTS * NEED)).plan().rounds) == 1
+
+
+def test_an_op_with_one_merges_rounds_and_asks_for_nothing() -> None:
+    backend = Counting(REFERENCE["expanded_attention"], 0)
+    subject = Subject(backend)
+    subject.check()
+    assert len(Subject(backend).plan().rounds) == 4
+    assert backend.asked == 0
+
+
+def test_memory_is_asked_for_once_and_only_beyond_the_workspace() -> None:
+    """Planning is part of a timed decode step."""
+    backend = Counting(Unmergeable(), FREE_PARTS * NEED)
+    assert len(Subject(backend, workspace_bytes=NEED).plan().rounds) == 1
+    assert backend.asked == 0
+    subject = Subject(backend)
+    for _ in range(NEW):
+        subject.plan(new=1)
+    assert backend.asked == 1
+
+
+def test_too_little_memory_is_a_sentence_with_the_numbers_and_cures_that_work() -> None:
+    backend = Counting(Unmergeable(), FREE_PARTS * NEED // 2)
+    with pytest.raises(UnsupportedBatch) as refused:
+        Subject(backend).plan()
+    found = str(refused.value)
+    whole, half = (f"{part / 1024:.3g} KiB" for part in (NEED, NEED / 2))
+    assert re.search(
+        rf"'mine' returns no log-sum-exp.* {whole} for 150 tokens, .* quarter .* \({half}\)", found
+    )
+    assert refused.value.exit_code == 3
+    assert "--ops reference" in found
+    assert "workspace_bytes" in found
+    Subject(backend, workspace_bytes=NEED).check()
+    Subject(backend, ops="reference").check()
+
+
+def test_memory_that_was_freed_is_released_before_a_refusal() -> None:
+    """Allocators keep freed memory, which the device then counts as used."""
+    Subject(Counting(Unmergeable(), 0, FREE_PARTS * NEED)).check()
+    with pytest.raises(UnsupportedBatch):
+        Subject(Counting(Unmergeable(), 0, FREE_PARTS * NEED - FREE_PARTS)).plan()
+
+
+def test_where_the_free_memory_is_unknown_nothing_is_refused() -> None:
+    Subject(Counting(Unmergeable(), None)).check()
+
+
+def test_what_exceeds_the_workspace_is_not_kept_by_every_layer() -> None:
+    small, large = (
+        Subject(Counting(Unmergeable(), None), workspace_bytes=size) for size in (WORKSPACE, NEED)
+    )
+    for subject in (small, large):
+        subject.check()
+    assert large.layer.scratch_bytes() - small.layer.scratch_bytes() >= NEED
+
+
+def test_deepseek_r1_needs_less_than_a_quarter_of_a_common_card_for_a_prompt_of_4096() -> None:
+    """The case that this is for: beyond the workspace, and harmless on a card of 16 GB."""
+    need = rebuilt_bytes(MLAConfig.preset("deepseek-r1"), 2, 4096)
+    assert WORKSPACE_BYTES < need < (12 << 30) / FREE_PARTS

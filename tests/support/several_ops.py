@@ -1,0 +1,69 @@
+"""The CPU with two ops of one kind to compare, and ops that cannot run: all are the reference inside.
+
+`first` and `second` are latent attention, `rows` is linear. `-O wrong=NAME` makes what that op writes 5 %
+too large; `-O hang=profiled`: `first` hangs while it is profiled. `picky` is latent attention and refuses
+every layer; `old` implements an outdated contract.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from faulty_backend import FaultyOp
+
+from mla_backends import FusedOp
+from mla_backends.testing import HostBackend
+
+KINDS = {"first": "latent_attention", "second": "latent_attention", "rows": "linear"}
+
+
+RELEASE = threading.Event()  # ends the wait of what hangs
+
+
+class Hanging(FaultyOp):
+    """Waits for ever as soon as a profiler watches."""
+
+    def __call__(self, *leading: Any, **tensors: Any) -> None:
+        if torch.autograd._profiler_enabled():
+            assert RELEASE.wait(600)
+        super().__call__(*leading, **tensors)
+
+
+class Picky(FaultyOp):
+    def unsupported_reasons(self, spec: Any) -> list[str]:
+        return ["it has no kernel for this layer"]
+
+
+class Old(FaultyOp):
+    def __init__(self, kind: str, fault: str) -> None:
+        super().__init__(kind, fault)
+        self.contract = f"{kind}/0"
+
+
+class SeveralOps(HostBackend):
+    name = "several"
+
+    @classmethod
+    def known_options(cls) -> tuple[str, ...]:
+        return ("threads", "wrong", "hang")
+
+    def setup(self, index: int | None = None) -> torch.device:
+        torch.set_num_threads(1)
+        return super().setup(index)
+
+    def dtypes(self) -> Sequence[torch.dtype]:
+        return (torch.bfloat16, torch.float32)
+
+    def ops(self) -> Mapping[str, FusedOp]:
+        if not self._ops:
+            wrong = self.options.get("wrong", "hang")
+            for name, kind in KINDS.items():
+                self._ops[name] = FaultyOp(kind, "scale" if name == wrong else "none")
+            if self.options.get("hang") == "profiled":
+                self._ops["first"] = Hanging("latent_attention", "none")
+            self._ops["picky"] = Picky("latent_attention", "none")
+            self._ops["old"] = Old("rotate_query", "none")
+        return self._ops
