@@ -86,7 +86,8 @@ def test_asynchronous_copies_have_one_home() -> None:
         path for package in product for path in (ROOT / package).rglob("*.py") if "tests" not in path.parts
     ]
     using = {str(path.relative_to(ROOT)) for path in files if "non_blocking" in path.read_text()}
-    assert using == {"backends/mla_backends/upload.py"}
+    timed = "benchmarks/gpu/questions/copies.py"  # asks a card how long each kind of copy takes
+    assert using == {"backends/mla_backends/upload.py", timed}
 
 
 @pytest.mark.parametrize("package", ["mla", "backends", "plugins"])

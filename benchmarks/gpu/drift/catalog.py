@@ -69,7 +69,8 @@ LIBRARIES = (
     Library(
         "flashinfer-python",
         (
-            Call(f"{_WRAPPER}.__init__", ("backend",), "flashinfer.mla", "flashinfer", placed=1),
+            Call(f"{_WRAPPER}.__init__", ("backend",), "flashinfer.mla", "flashinfer_07", placed=1),
+            Call("MLAPlanMetadata.csr", ("flashinfer.release:FLAT",), "flashinfer.mla", "flashinfer_07"),
             Call(
                 f"{_WRAPPER}.plan", ("metadata", "flashinfer.release:PLAN"), "flashinfer.mla",
                 "flashinfer_07", where_taken=("query_layout", "kv_cache_layout", "lse_mode"),
