@@ -154,8 +154,9 @@ def device_modules(torch: ModuleType) -> list[str]:
 
 
 def _is_here(torch: ModuleType, device_type: str) -> bool:
+    module = getattr(torch, device_type)
     try:
-        return bool(getattr(torch, device_type).is_available())
+        return bool(module.is_available() if hasattr(module, "is_available") else module.device_count())
     except Exception:  # noqa: BLE001  # vendor stacks raise anything
         return False
 

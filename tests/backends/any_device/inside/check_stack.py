@@ -138,6 +138,8 @@ def test_the_only_accelerator_is_taken_and_named(monkeypatch: pytest.MonkeyPatch
         assert mla.load_backend("torch").device == torch.device("acme:0")  # as torch.accelerator says
     monkeypatch.delattr(torch, "accelerator")
     assert mla.load_backend("torch").device == torch.device("acme:0")
+    monkeypatch.delattr(torch.acme, "is_available")  # as torch.mps in torch 2.4
+    assert mla.load_backend("torch").device == torch.device("acme:0")
     monkeypatch.setattr(torch.mtia, "is_available", lambda: True)
     with pytest.raises(BackendError, match=r"reports several accelerators \(acme, mtia\); choose a device"):
         mla.load_backend("torch")
