@@ -37,7 +37,8 @@ DECODE = {
         "nvidia_c": Step(3, 29),
         "nvidia_sgl": Step(3, 29),
         "tokenspeed": Step(7, 28),
-        "flashinfer": Step(5, 28),
+        "flashinfer": Step(4, 28),
+        "flashinfer_07": Step(4, 28),
     },
     "metax": {"metax": Step(3, 29)},
     "moore": {"reference": Step(9, 35), "moore_mate": Step(3, 29), "moore_legacy": Step(3, 29)},
@@ -49,9 +50,14 @@ PREFILL = {
         "tokenspeed": Step(4, 32),
         "flash_attn_2": Step(4, 33),
         "flash_attn_3": Step(4, 31),
+        "torch_flash.cuda": Step(4, 33),
     },
     "metax": {"flash_attn_2": Step(4, 33)},
-    "moore": {"reference": Step(3, 105)},
+    "moore": {
+        "reference": Step(3, 105),
+        "moore_mate": Step(4, 31),
+        "torch_flash.musa": Step(4, 31),
+    },
     "iluvatar": {"reference": Step(3, 105)},
 }
 
@@ -61,7 +67,7 @@ def backend(fake: str, name: str, vendor_package: Any, monkeypatch: pytest.Monke
     """Return the backend, with a vendor's package to be found."""
     if fake != "reference":
         vendor_package(fake)
-    if fake == "flashinfer":
+    if fake.startswith("flashinfer"):
         import flashinfer.mla
 
         wrapper = flashinfer.mla.BatchMLAPagedAttentionWrapper
