@@ -1,6 +1,7 @@
 """MATE's two attention kernels for the MTT S5000. Both are compiled with mcc when they are first called.
 
-(Read in MATE 0.2.2, commit 3f58cc3 of 2026-05-26, the newest that is public.)
+(Read in MATE 0.2.2, commit 3f58cc3 of 2026-05-26. A later source, yeahdongcn/mate at bbcd8b8 with the sparse
+kernels of 0.2.4 and newer, has the same dense signatures, plans and layouts; the releases are not public.)
 """
 
 from __future__ import annotations
