@@ -21,6 +21,8 @@ def load_backend(
     `threads` is how many host threads torch may use; the backend applies it. Raises a subclass of
     `mla_backends.BackendError` whose text names the cause and the fix; there is no fallback.
     """
+    if isinstance(index, Mapping):
+        raise TypeError(f"load_backend('{name}', options={dict(index)}): options go by name.")
     chosen = dict(options or {})
     if threads is not None:
         chosen["threads"] = str(threads)

@@ -11,7 +11,7 @@ from mla_backends.any_device import facts, trials
 from mla_backends.any_device.find import Found, Unusable, find, parse
 from mla_backends.api import Availability, DeviceInfo, MemoryInfo, Timer
 from mla_backends.errors import BackendError, BackendOptionError, DeviceUnavailable, describe
-from mla_backends.known import GENERAL, KNOWN
+from mla_backends.known import GENERAL
 from mla_backends.torch_backend import TorchBackend
 
 if TYPE_CHECKING:
@@ -117,9 +117,9 @@ class AnyDevice(TorchBackend):
         """Try what the device can do."""
         if self.options.get("graph") == "on" and not self.graph_class:
             module = f"torch.{self.device_type}"
+            absent = ", ".join(trials.lacking(self.module, self.device_type))
             raise BackendOptionError(
-                f"-O graph=on: {module} lacks part of what a capture needs ({self.device_type.upper()}Graph, "
-                "graph, Stream, stream, current_stream)."
+                f"-O graph=on: {module} lacks what a capture needs ({absent}): leave the option out."
             )
         device = self._device()
         works, self._left_out = trials.working_dtypes(device, self.synchronize)
@@ -161,8 +161,7 @@ class AnyDevice(TorchBackend):
         own = facts.own_backend(self.device_type)
         if own:
             said.append(
-                f"backend '{own}' is made for this device and has ops of its own: "
-                f"`pip install {KNOWN[own].folder}` in a checkout, and `--backend {own}`"
+                f"backend '{own}' is made for this device and has ops of its own: {facts.how_to_use(own)}"
             )
         return said
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mla_backends import host
 from mla_backends.api import DeviceInfo, MemoryInfo
 from mla_backends.cuda import cuda_build
+from mla_backends.discovery import entries
 from mla_backends.known import KNOWN
 
 if TYPE_CHECKING:
@@ -93,3 +94,11 @@ def own_backend(device_type: str) -> str:
     if device_type == "cuda":
         return cuda_build().backend
     return next((one.name for one in KNOWN.values() if device_type in (one.name, *one.also)), "")
+
+
+def how_to_use(backend: str) -> str:
+    """Return the command that chooses a backend of this project, and how to install it where it is not."""
+    use = f"`--backend {backend}`"
+    if any(entry.name == backend for entry in entries()):
+        return use
+    return f"`pip install {KNOWN[backend].folder}` in a checkout, and {use}"

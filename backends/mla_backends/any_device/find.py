@@ -39,7 +39,7 @@ class Found:
 
 def parse(text: str) -> tuple[str, int | None]:
     """Split "xpu:1" into type and index. Raises `BackendOptionError`."""
-    match = _DEVICE.fullmatch(text.strip())
+    match = _DEVICE.fullmatch(text.strip().lower())
     if match is None:
         raise BackendOptionError(
             f"backend 'torch' takes -O device=NAME or NAME:INDEX, such as xpu or xpu:1, got '{text}'."
@@ -57,7 +57,7 @@ def find(name: str, extension: str = "") -> Found:
         _import(extension, f"-O import={extension} names it")
     how = f"named by -O device={name}" if name else "the accelerator that torch reports"
     device_type = _torch_name(torch, name) if name else _reported(torch)
-    module = _module(torch, device_type) or _brought(torch, device_type, bool(extension))
+    module = _module(torch, device_type) or _brought(torch, device_type, extension)
     wait = _synchronize(torch, device_type, module)
     bringer = extension or f"torch_{device_type}"
     return Found(device_type, module, wait, how, bringer if bringer in sys.modules else "")
@@ -66,7 +66,8 @@ def find(name: str, extension: str = "") -> Found:
 def _torch_name(torch: ModuleType, name: str) -> str:
     """Return what torch calls the device. Raises `Unusable` for one that no layer can run on."""
     if name == "meta":
-        raise Unusable("a meta tensor has a shape and no numbers, so nothing could be checked", CHOOSE)
+        reason = "a meta tensor has a shape and no numbers, so nothing could be checked"
+        raise Unusable(reason, _choices(torch))
     if name in ALIASES and not getattr(torch.version, "hip", None):
         reason = f"this torch is not a ROCm build (torch.version.hip is None), so it has no {name} device"
         raise Unusable(reason, f"install torch's build for ROCm, or {_choices(torch)}")
@@ -82,7 +83,7 @@ def _module(torch: ModuleType, device_type: str) -> Any:
     return getattr(torch, device_type, None)
 
 
-def _brought(torch: ModuleType, device_type: str, asked: bool) -> Any:
+def _brought(torch: ModuleType, device_type: str, asked: str) -> Any:
     """Import the package that brings a device to torch, whose name custom gives, and look again."""
     bringer = f"torch_{device_type}"
     reason = f"torch {torch.__version__} has no torch.{device_type}"
@@ -91,7 +92,10 @@ def _brought(torch: ModuleType, device_type: str, asked: bool) -> Any:
         f"-O import=MODULE; or {_choices(torch)}"
     )
     if asked:
-        raise Unusable(f"{reason}, nor does the import bring it", hint)
+        raise Unusable(
+            f"{reason}, and importing {asked} does not bring it",
+            f"name the module that registers it with -O import=MODULE, or {_choices(torch)}",
+        )
     _import(bringer, hint, reason)
     module = _module(torch, device_type)
     if module is None:
@@ -165,4 +169,6 @@ def _choices(torch: ModuleType) -> str:
     """Return how to name a device, and which ones there are."""
     modules = device_modules(torch)
     here = [name for name in modules if _is_here(torch, name)]
-    return f"{CHOOSE} ({', '.join(modules)} have a module in this torch, available: {', '.join(here)})"
+    others = ", ".join(name for name in modules if name not in here)
+    known = f"; this torch also knows {others}" if others else ""
+    return f"{CHOOSE} (available here: {', '.join(here) or 'none'}{known})"

@@ -72,6 +72,10 @@ def _timed_pause(module: ModuleType, synchronize: Callable[[], Any]) -> tuple[fl
 
 def graph_class(module: ModuleType, device_type: str) -> str:
     """Return the name of the module's graph class if everything that a capture needs is there, else ""."""
-    name = f"{device_type.upper()}Graph"
-    needed = (name, "graph", "Stream", "stream", "current_stream")
-    return name if all(hasattr(module, one) for one in needed) else ""
+    return "" if lacking(module, device_type) else f"{device_type.upper()}Graph"
+
+
+def lacking(module: ModuleType, device_type: str) -> list[str]:
+    """Return what the module lacks of what a capture needs."""
+    needed = (f"{device_type.upper()}Graph", "graph", "Stream", "stream", "current_stream")
+    return [name for name in needed if not hasattr(module, name)]

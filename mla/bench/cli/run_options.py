@@ -68,7 +68,6 @@ METHOD = (
     click.option(
         "--implementations",
         metavar="A,B",
-        default="",
         help="What to time, interleaved: mla, mla-reference, transformers, transformers-eager. "
         "mla[ROLE=OP,...] is mla with these ops, as --list-ops names them, or reference. Default: mla, and "
         "mla-reference where a fused op makes it differ.",

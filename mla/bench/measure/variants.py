@@ -131,7 +131,7 @@ def _no_graphs(backend: Backend) -> str:
             return ""
     except Exception as error:  # noqa: BLE001  # a stack raises anything when it cannot capture
         return f"backend '{backend.name}' cannot capture graphs: {describe(error)}"
-    return f"backend '{backend.name}' offers no graphs, or an option disables them"
+    return f"backend '{backend.name}' offers no graphs, or only with -O graph=on"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from mla.bench.workload.implementations import parse
 from mla.bench.workload.scenario import STANDARD
 from mla.command.backend import BackendOptions
+from mla.errors import UsageError
 
 DEFAULT_DTYPE = "bfloat16"
 DEFAULT_PAGE_SIZE = 64
@@ -24,7 +25,7 @@ class RunOptions(BackendOptions):
     workload: str | None
     scenarios: tuple[str, ...]
     axes: tuple[str, ...]
-    implementations: str
+    implementations: str | None
     runs: int | None
     passes: int | None
     warmups: int | None
@@ -80,6 +81,9 @@ class RunOptions(BackendOptions):
 
         Raises `UsageError`.
         """
-        return list(map(str, parse(self.implementations))) or (
-            ["mla", "transformers"] if self.model_path and self.layers in (None, 1) else []
-        )
+        if self.implementations is None:
+            return ["mla", "transformers"] if self.model_path and self.layers in (None, 1) else []
+        names = list(map(str, parse(self.implementations)))
+        if not names:
+            raise UsageError("--implementations names nothing: leave it out, or list what to time.")
+        return names

@@ -32,7 +32,7 @@ def check_options(options: RunOptions, axes: Axes) -> None:
     """Raise `UsageError` for options that contradict each other or lack one that they need."""
     if options.preset and options.workload:
         raise UsageError("--preset and --workload are mutually exclusive: a preset is a shipped workload.")
-    implementations.parse(options.implementations)
+    options.implementation_names  # noqa: B018  # raises for a name that cannot be read
     _check_op_shape(options, axes)
     _check_op_alone(options)
     _check_checkpoint(options)

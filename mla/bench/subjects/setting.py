@@ -74,7 +74,7 @@ def implementation_setting(setting: Setting, named: Named) -> Setting:
     overrides = {
         role: op
         for key, op in [*whole, *single]  # a role says more than its kind
-        for role in roles_of(key, setting.config, kinds, "mla[ROLE=OP] takes as ROLE")
+        for role in roles_of(key, setting.config, kinds, "mla[ROLE=OP] takes as ROLE", "role")
     }
     policy = "reference" if named.base == "mla-reference" else setting.ops
     return replace(setting, ops=policy, overrides=tuple(overrides.items()))

@@ -67,7 +67,9 @@ def _split(text: str) -> Iterator[str]:
     depth = start = 0
     for place, character in enumerate(f"{text},"):
         depth += {"[": 1, "]": -1}.get(character, 0)
-        if depth not in (0, 1):
+        if depth > 1:
+            raise UsageError(f"--implementations: brackets cannot be nested, as in '{text[start:].strip()}'.")
+        if depth < 0:
             break
         if character == "," and depth == 0:
             if text[start:place].strip():

@@ -90,10 +90,10 @@ def expand_ops(scenarios: Sequence[Point], config: MLAConfig, kinds: Mapping[str
     return expanded
 
 
-def roles_of(op: str, config: MLAConfig, kinds: Mapping[str, str], takes: str) -> list[str]:
+def roles_of(op: str, config: MLAConfig, kinds: Mapping[str, str], takes: str, what: str = "op") -> list[str]:
     """Return the roles that the name of a role or an op stands for.
 
-    `takes`: start of the list of names in the `UsageError` for an unknown one.
+    `takes`: start of the list of names in the `UsageError` for an unknown one, which is called `what`.
     """
     if op in kinds:
         return [op]
@@ -105,7 +105,7 @@ def roles_of(op: str, config: MLAConfig, kinds: Mapping[str, str], takes: str) -
         )
     if not roles:
         known = list(dict.fromkeys([*OPS, *kinds]))
-        raise UsageError(f"unknown op '{op}'.{did_you_mean(op, known)} {takes}: {', '.join(known)}.")
+        raise UsageError(f"unknown {what} '{op}'.{did_you_mean(op, known)} {takes}: {', '.join(known)}.")
     return roles
 
 

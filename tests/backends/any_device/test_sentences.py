@@ -29,7 +29,7 @@ def test_what_is_no_device_of_this_torch_names_those_that_are(device: str) -> No
     said = refusal(device)
     assert f"has no torch.{device}, and torch_{device} is not installed; install the package" in said
     assert "-O import=MODULE" in said
-    assert re.search(r"\(cpu, cuda, .*xpu.* have a module in this torch, available: cpu", said), said
+    assert re.search(r"\(available here: cpu.*; this torch also knows cuda, .*xpu\)", said), said
 
 
 def test_a_module_without_a_device_says_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +47,20 @@ def test_hip_is_cuda_in_a_build_for_it_and_in_no_other(name: str, monkeypatch: p
     )
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert "torch.cuda.is_available() is False" in refusal(name)
+
+
+def test_a_module_that_registers_something_else_is_named() -> None:
+    said = refusal("nosuch", **{"import": "json"})
+    assert "has no torch.nosuch, and importing json does not bring it; name the module that" in said
+
+
+def test_names_are_lower_case_to_torch() -> None:
+    assert mla.load_backend("torch", options={"device": "CPU"}).device == torch.device("cpu")
+
+
+def test_options_in_place_of_an_index_are_a_type_error() -> None:
+    with pytest.raises(TypeError, match=r"options=\{'device': 'cpu'\}"):
+        mla.load_backend("torch", {"device": "cpu"})
 
 
 def test_meta_has_no_numbers() -> None:
@@ -130,6 +144,7 @@ def test_the_cpu_runs_as_any_device_does(
     out, err = capsys.readouterr()
     assert out.count(" ok") == 2
     assert err.startswith("backend 'cpu' is made for this device and has ops of its own: ")
+    assert "pip install" not in err.splitlines()[0]  # it is installed
     from mla.bench import results
 
     run = results.decode((tmp_path / "run.json").read_bytes())

@@ -159,9 +159,10 @@ KINDS = "linear, batched_linear, rms_norm, rotate_query, write_latent, latent_at
         (
             "mla[latent_atention=first]",
             2,
-            "unknown op 'latent_atention'. Did you mean 'latent_attention'? "
+            "unknown role 'latent_atention'. Did you mean 'latent_attention'? "
             f"mla[ROLE=OP] takes as ROLE: {KINDS}, qkv_a_proj, ",
         ),
+        (" , ", 2, "--implementations names nothing: leave it out, or list what to time."),
         (
             "mla[q_b_proj=rows]",
             2,

@@ -43,7 +43,7 @@ WAITS: dict[str, Callable[[], Any]] = {
     "copy_ to the host": lambda: torch.empty(3).copy_(ones(3)),
     "nonzero": lambda: ones(3).nonzero(),
     "a mask as index": lambda: ones(3)[ones(3) > 0],
-    "writing through a mask": lambda: ones(3).__setitem__(ones(3) > 0, 2.0),
+    "writing a tensor through a mask": lambda: ones(3).__setitem__(ones(3) > 0, ones(3)),
     "masked_select": lambda: ones(3).masked_select(ones(3) > 0),
     "equal": lambda: torch.equal(ones(3), ones(3)),
     "unique": lambda: ones(3).unique(),
