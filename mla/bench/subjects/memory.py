@@ -8,7 +8,7 @@ from mla.bench.workload.grid import Point
 from mla.bench.workload.scenario import Scenario
 from mla.layer.expansion import WORKSPACE_BYTES, rebuilt_bytes
 
-# The reference's logits, rebuilt keys and values, and their fp32 copies, at most.
+# The reference's logits, gathered keys, and masks of two decode steps, and what the layer rebuilds, at most.
 WORKSPACE = 1 << 30
 
 
