@@ -119,7 +119,8 @@ class TokenspeedMla(PagedLatentOp):
 
         if device not in self._workspaces:
             size = self._vendor.get_num_sm(device) * TILE * (512 + 1) * 4
-            self._workspaces[device] = torch.empty(size, dtype=torch.int8, device=device)
+            with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
+                self._workspaces[device] = torch.empty(size, dtype=torch.int8, device=device)
         return self._workspaces[device]
 
 
