@@ -52,7 +52,9 @@ class LatentCache:
         self.page_size = page_size
         self.num_pages = -(-max_tokens // page_size)
         shape = (num_layers, self.num_pages, page_size, config.latent_dim)
-        self.pages = torch.zeros(shape, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
+            self.pages = torch.zeros(shape, dtype=dtype, device=device)
+            self._tables = torch.zeros(0, 1, dtype=torch.int32)  # [rows, pages]
         self.generation = 0
         self._free = list(range(self.num_pages - 1, -1, -1))
         if shuffle is not None:
@@ -60,7 +62,6 @@ class LatentCache:
         self._sequences: dict[int, _Sequence] = {}
         self._free_rows: list[int] = []
         self._next_id = 0
-        self._tables = torch.zeros(0, 1, dtype=torch.int32)  # [rows, pages]
         self._last_entries: tuple[list[int], list[_Sequence]] | None = None  # the last step's, by id
         self._last_table: tuple[list[_Sequence], torch.Tensor] | None = None
         self._memory: BatchMemory | None = None  # of the last step
@@ -173,7 +174,8 @@ class LatentCache:
         self._tables[entry.row, start : start + count] = host_ints(entry.pages[start:], torch.int32)
 
     def _grow_tables(self, rows: int, width: int) -> None:
-        grown = torch.zeros(rows, width, dtype=torch.int32)
+        with torch.inference_mode(False):
+            grown = torch.zeros(rows, width, dtype=torch.int32)
         grown[: self._tables.shape[0], : self._tables.shape[1]] = self._tables
         self._tables = grown
 

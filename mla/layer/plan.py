@@ -137,13 +137,12 @@ def _keys_per_round(
     config: MLAConfig, choice: Choice, batch: RaggedBatch, workspace: int, growth: Growth
 ) -> int:
     """Return how many keys are rebuilt together: whole requests, for an op that cannot merge their parts."""
-    itemsize = choice.spec.dtype.itemsize
-    limit = max(1, workspace // rebuilt_bytes(config, itemsize, 1))
+    limit = max(1, workspace // rebuilt_bytes(config, choice.spec.dtype.itemsize, 1))
     if choice.op.writes_lse:
         return limit
     longest = max(kv_len for new, kv_len in zip(batch.query_lens, batch.kv_lens, strict=True) if new)
     if longest > limit:
-        growth.require(rebuilt_bytes(config, itemsize, longest), choice, longest)
+        growth.require(config, choice, longest)
     return max(limit, longest)
 
 

@@ -7,7 +7,7 @@ that is short of launches gains by it, the CPU would lose.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,13 +23,15 @@ MOST_QUERIES = 8
 WASTE = 4
 # ... unless they take no more than these bytes, which costs less than a few launches.
 FREE_BYTES = 16 << 20
+# Bytes of the masks of a whole batch, which live as long as its plan.
+MASKS_BYTES = 128 << 20
 
 
 class _Masks(NamedTuple):
     """What is hidden in one part, by the lengths of its requests."""
 
     foreign: torch.Tensor  # [b, keys, 1] bool: slots that a request does not own
-    bias: torch.Tensor  # [b, 1 or queries * h, keys] fp32: -inf for keys that a query may not see, else 0
+    bias: torch.Tensor  # [b, queries, keys] fp32: -inf for keys that a query may not see, else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +41,6 @@ class DecodeState:
     parts: tuple[slice, ...]  # of the requests: what is attended at once
     keys: int  # per request, padded
     queries: int  # new tokens per request
-    heads: int
     masks: tuple[_Masks, ...]  # one per part
     captured: bool  # a graph makes these masks anew whenever it is replayed
     graph_safe = True
@@ -55,17 +56,22 @@ class DecodeState:
         lse: torch.Tensor | None,  # [T, h] fp32
     ) -> None:
         """Attend all requests. In a capture, lengths are read on the device, as a replay finds them."""
-        masks = self.masks
-        if not self.captured and capturing(q.device):
-            masks = tuple(_masks(kv_lens[part], self.keys, self.queries, self.heads) for part in self.parts)
+        masks: Iterable[_Masks] = self.masks
+        if not self.captured and capturing(q.device):  # one part at a time
+            masks = (_masks(kv_lens[part], self.keys, self.queries) for part in self.parts)
         for part, masked in zip(self.parts, masks, strict=True):
             tokens = slice(part.start * self.queries, part.stop * self.queries)
-            keys = self._keys(cache, block_table[part], masked)
-            value, logits = self._attend(q[tokens], keys, out.shape[2], masked, scale)
-            out[tokens] = value
-            if lse is not None:
-                sums = logits.logsumexp(-1).masked_fill_((kv_lens[part] == 0)[:, None], -torch.inf)
-                lse[tokens] = sums.view(value.shape[:2])
+            value, sums = out[tokens], None if lse is None else lse[tokens]
+            # No name here for the keys: they would live on while those of the next part are gathered.
+            self._attend(
+                q[tokens],
+                self._keys(cache, block_table[part], masked),
+                kv_lens[part],
+                masked,
+                scale,
+                value,
+                sums,
+            )
 
     def _keys(self, cache: torch.Tensor, table: torch.Tensor, masks: _Masks) -> torch.Tensor:
         """Gather the latents [b, keys, c + r] in fp32; what a request does not own becomes zero."""
@@ -73,17 +79,30 @@ class DecodeState:
         return rows.float().masked_fill_(masks.foreign, 0)
 
     def _attend(
-        self, q: torch.Tensor, keys: torch.Tensor, latent: int, masks: _Masks, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the values [b * queries, h, c] and the logits [b, queries * h, keys], both fp32."""
+        self,
+        q: torch.Tensor,  # [b * queries, h, c + r]
+        keys: torch.Tensor,  # [b, keys, c + r] fp32
+        kv_lens: torch.Tensor,  # [b]
+        masks: _Masks,
+        scale: float,
+        out: torch.Tensor,  # [b * queries, h, c]
+        lse: torch.Tensor | None,  # [b * queries, h]
+    ) -> None:
+        """Attend one part."""
+        requests, heads = keys.shape[0], q.shape[1]
         wide = q.to(torch.float32, memory_format=torch.contiguous_format)
-        folded = wide.view(keys.shape[0], -1, keys.shape[2])
-        logits = torch.baddbmm(masks.bias, folded, keys.transpose(1, 2), alpha=scale)
-        value = torch.bmm(logits.softmax(-1), keys[..., :latent])
-        return value.view(q.shape[0], q.shape[1], latent), logits
+        newest = masks.bias[:, -1:]  # what the newest token may not see, no other may
+        folded = wide.view(requests, -1, q.shape[2])
+        logits = torch.baddbmm(newest, folded, keys.transpose(1, 2), alpha=scale)
+        if self.queries > 1:
+            logits.view(requests, self.queries, heads, -1).add_(masks.bias[:, :, None])
+        out.copy_(torch.bmm(logits.softmax(-1), keys[..., : out.shape[2]]).view(out.shape))
+        if lse is not None:
+            sums = logits.logsumexp(-1).masked_fill_((kv_lens == 0)[:, None], -torch.inf)
+            lse.copy_(sums.view(lse.shape))
 
 
-def _masks(kv_lens: torch.Tensor, keys: int, queries: int, heads: int) -> _Masks:
+def _masks(kv_lens: torch.Tensor, keys: int, queries: int) -> _Masks:
     """Return the masks of requests with these lengths [b].
 
     A request without keys sees its first slot, which is zero: its output is then exactly 0.
@@ -96,8 +115,6 @@ def _masks(kv_lens: torch.Tensor, keys: int, queries: int, heads: int) -> _Masks
     hidden = place > newest.clamp_(min=0)[..., None]
     bias = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     bias.masked_fill_(hidden, -torch.inf)
-    if queries > 1:
-        bias = bias.repeat_interleave(heads, dim=1, output_size=queries * heads)
     return _Masks((place >= owned)[..., None], bias)
 
 
@@ -111,13 +128,13 @@ def fixed_shapes(spec: AttentionSpec, batch: BatchView) -> DecodeState | None:
     logit_bytes = 8 * spec.num_heads * queries * keys  # of one request, and as weights
     padded = requests * keys
     wasteful = padded > WASTE * sum(batch.kv_lens) and padded * key_bytes > FREE_BYTES
-    if wasteful or logit_bytes > LOGITS_BYTES:
+    mask_bytes = padded * (4 * queries + 1)
+    if wasteful or logit_bytes > LOGITS_BYTES or mask_bytes > MASKS_BYTES:
         return None
     together = max(1, min(KEYS_BYTES // (key_bytes * keys), LOGITS_BYTES // logit_bytes))
     parts = tuple(_parts(requests, together))
-    shape = (keys, queries, spec.num_heads)
-    masks = tuple(_masks(batch.kv_lens_device[part], *shape) for part in parts)
-    return DecodeState(parts, *shape, masks, capturing(spec.device))
+    masks = tuple(_masks(batch.kv_lens_device[part], keys, queries) for part in parts)
+    return DecodeState(parts, keys, queries, masks, capturing(spec.device))
 
 
 def _is_decode(batch: BatchView) -> bool:

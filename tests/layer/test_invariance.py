@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mla import MLA, LatentCache
 from mla.errors import StaleBatch
+from mla.layer.expansion import rebuilt_bytes
 from mla.reference import REFERENCE
 from mla.weights import random_state_dict
 
@@ -48,9 +49,7 @@ def limit_rounds() -> Any:
     """Return a function that lets a round of the expanded path hold only so many context tokens."""
 
     def limit(case: Any, tokens: int) -> None:
-        dims = case.config
-        row = dims.num_attention_heads * (dims.qk_head_dim + dims.qk_nope_head_dim + dims.v_head_dim)
-        case.layer.workspace_bytes = tokens * row * case.layer.dtype.itemsize
+        case.layer.workspace_bytes = rebuilt_bytes(case.config, case.layer.dtype.itemsize, tokens)
 
     return limit
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from mla.layer.expansion import rebuilt_bytes
 from mla.reference import REFERENCE
 
 Latent, Expanded = (type(REFERENCE[kind]) for kind in ("latent_attention", "expanded_attention"))
@@ -47,9 +48,7 @@ def test_on_the_expanded_path_merging_reads_it(
 ) -> None:
     op = NotingExpanded(optional)
     case = make_case([20, 60], [9, 0], attention="expanded", ops={"noting": op})
-    dims = case.config
-    row = dims.num_attention_heads * (dims.qk_head_dim + dims.qk_nope_head_dim + dims.v_head_dim) * 4
-    case.layer.workspace_bytes = row * (89 if rounds == 1 else 60)
+    case.layer.workspace_bytes = rebuilt_bytes(case.config, 4, 89 if rounds == 1 else 60)
     assert_rows_close(case.run(), case.truth(), 1e-5)
     assert len(case.layer.plan(case.batch).expanded.rounds) == rounds
     assert op.given == [not optional] if rounds == 1 else all(op.given)

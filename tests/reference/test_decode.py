@@ -216,7 +216,7 @@ def unmasked(field: str) -> Callable[[pytest.MonkeyPatch], None]:
 def one_query(patch: pytest.MonkeyPatch) -> None:
     """All new tokens see what the last one sees."""
     masks = decode._masks
-    patch.setattr(decode, "_masks", lambda lens, keys, queries, heads: masks(lens, keys, 1, heads))
+    patch.setattr(decode, "_masks", lambda lens, keys, queries: masks(lens, keys, 1))
 
 
 def multiplied(patch: pytest.MonkeyPatch) -> None:

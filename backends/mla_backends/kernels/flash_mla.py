@@ -45,9 +45,9 @@ class FlashMla(PagedLatentOp):
     """`flash_mla_with_kvcache` of any generation; `module` may be another that has the same functions.
 
     A plan belongs to one state, and so to the lengths of one batch: the kernel fills it in its first call and
-    compares nothing later. Graphs: a call that is being captured plans again, inside the graph, so that every
-    replay plans for the current lengths. Capture batches of one query length; `RaggedBatch.update_()` then
-    reaches the kernel.
+    compares nothing later. Graphs: every replay plans for the current lengths, because planning is captured:
+    once where the batch is planned inside the graph, else with every call. Capture batches of one query
+    length; `RaggedBatch.update_()` then reaches the kernel.
     """
 
     def __init__(
@@ -142,8 +142,6 @@ class FlashMla(PagedLatentOp):
         return self._vendor.get_mla_metadata(kv_lens, query_rows, 1, **self._planned_dense)
 
     def launch(self, plan: Any, call: Launch) -> Result:
-        if call.captured:
-            plan = self.plan(call.kv_lens, call.q.shape[1] * call.q.shape[2])
         metadata, splits = plan
         out, lse = self._vendor.flash_mla_with_kvcache(
             q=call.q,

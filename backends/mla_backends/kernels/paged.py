@@ -35,6 +35,7 @@ class PagedState:
     parts: tuple[Part, ...]
     heads: int  # what the kernel is given, padding included
     capturable: bool = True
+    captured: bool = False  # planned inside a graph, which plans anew whenever it is replayed
 
     @property
     def graph_safe(self) -> bool:
@@ -98,11 +99,12 @@ class PagedLatentOp(FusedOp):
         self.limits.check_page(batch.page_size)
         heads = self.limits.padded_heads(spec.num_heads) or spec.num_heads
         found = groups(batch, self.limits.queries_per_row(heads))
-        parts = tuple(self._part(group, heads) for group in found)
-        return PagedState(parts, heads, self.limits.graph)
+        captured = capturing(spec.device)
+        parts = tuple(self._part(group, heads, batch.page_size, captured) for group in found)
+        return PagedState(parts, heads, self.limits.graph, captured)
 
-    def _part(self, group: Group, heads: int) -> Part:
-        kv_lens = self._lens(group, captured=False)
+    def _part(self, group: Group, heads: int, page_size: int, captured: bool) -> Part:
+        kv_lens = self._lens(group, captured)
         return Part(group, kv_lens, self.plan(kv_lens, group.queries * heads))
 
     def _lens(self, group: Group, captured: bool) -> torch.Tensor:
@@ -131,6 +133,8 @@ class PagedLatentOp(FusedOp):
         if cache.stride(-1) != 1:
             raise KernelRefused("the latent cache must be contiguous in its last dimension.")
         for part in state.parts:
+            if captured != state.captured:  # the plan is of another time than this launch
+                part = self._part(part.group, state.heads, cache.shape[1], captured=True)
             call = self._call(part, state.heads, q, cache, float(softmax_scale), out, captured)
             self._write(part.group, call, self.launch(part.plan, call), out, lse)
 
@@ -159,7 +163,7 @@ class PagedLatentOp(FusedOp):
             q=self._queries(group, heads, q, captured),
             cache=cache,
             block_table=table,
-            kv_lens=self._lens(group, captured) if captured else part.kv_lens,
+            kv_lens=part.kv_lens,
             longest=table.shape[1] * cache.shape[1] if captured else max(1, group.longest),
             scale=scale,
             latent=out.shape[2],

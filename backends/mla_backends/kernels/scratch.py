@@ -22,9 +22,16 @@ class Scratch:
         `fresh` returns separate memory, full of zeros: what a graph captures must outlive a later growth.
         """
         if fresh:
-            return like.new_zeros(shape)
+            return _zeros(shape, like)
         key = (name, shape[1:], like.dtype, like.device)
         held = self._held.get(key)
         if held is None or held.shape[0] < shape[0]:
-            held = self._held[key] = like.new_zeros(shape)
+            held = self._held[key] = _zeros(shape, like)
         return held[: shape[0]]
+
+
+def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
+        return like.new_zeros(shape)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from mla_backends.api import AttentionSpec, BatchView
 from mla_backends.kernels.limits import LatentLimits
-from mla_backends.kernels.paged import Launch, PagedLatentOp, PagedState, Result
+from mla_backends.kernels.paged import Launch, PagedLatentOp, PagedState, Part, Result
+from mla_backends.kernels.rows import Group
 from mla_backends.kernels.trial import failures, try_latent
 from mla_backends.kernels.vendor import KernelRefused, VendorModule, missing
 
@@ -58,7 +59,7 @@ class TokenspeedMla(PagedLatentOp):
     """`tokenspeed_mla.tokenspeed_mla_decode` with 16-bit caches.
 
     Costs besides the kernel: what `PagedLatentOp` says, a table per batch, and a workspace of about 40 MB per
-    device. Graphs: a captured call makes its table inside the graph, so a replay follows the batch.
+    device. Graphs: the table of a captured call is made inside the graph, so a replay follows the batch.
     """
 
     compiles = "tokenspeed_mla's decode kernel"
@@ -81,25 +82,23 @@ class TokenspeedMla(PagedLatentOp):
 
     def prepare(self, spec: AttentionSpec, batch: BatchView) -> PagedState:
         """Plan the batch, with a table per launch, without waiting for the device."""
-        state = super().prepare(spec, batch)
         self._workspace(spec.device)  # memory that a graph uses is not taken while it is captured
-        parts = (
-            replace(part, plan=own_pages(part.group.block_table, part.kv_lens, batch.page_size))
-            for part in state.parts
-        )
-        return replace(state, parts=tuple(parts))
+        return super().prepare(spec, batch)
+
+    def _part(self, group: Group, heads: int, page_size: int, captured: bool) -> Part:
+        part = super()._part(group, heads, page_size, captured)
+        return replace(part, plan=own_pages(group.block_table, part.kv_lens, page_size))
 
     def launch(self, plan: Any, call: Launch) -> Result:
         if not aligned(call.cache):
             raise KernelRefused("the rows of the latent cache must start at multiples of 16 bytes.")
-        page_size, width = call.cache.shape[1], call.q.shape[3]
         out, lse = self._vendor.tokenspeed_mla_decode(
             query=call.q if aligned(call.q) else call.q.clone(),
             kv_cache=call.cache,
             workspace_buffer=self._workspace(call.q.device),
             kv_lora_rank=call.latent,
-            qk_rope_head_dim=width - call.latent,
-            block_tables=own_pages(call.block_table, call.kv_lens, page_size) if call.captured else plan,
+            qk_rope_head_dim=call.q.shape[3] - call.latent,
+            block_tables=plan,
             seq_lens=call.kv_lens,
             max_seq_len=call.longest,
             softmax_scale=call.scale,
@@ -119,7 +118,8 @@ class TokenspeedMla(PagedLatentOp):
 
         if device not in self._workspaces:
             size = self._vendor.get_num_sm(device) * TILE * (512 + 1) * 4
-            self._workspaces[device] = torch.empty(size, dtype=torch.int8, device=device)
+            with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
+                self._workspaces[device] = torch.empty(size, dtype=torch.int8, device=device)
         return self._workspaces[device]
 
 

@@ -6,9 +6,9 @@ from mla import cost
 from mla.bench.subjects.setting import SPARE_PAGES, Setting, make_ops
 from mla.bench.workload.grid import Point
 from mla.bench.workload.scenario import Scenario
-from mla.layer.expansion import WORKSPACE_BYTES, rebuilt_bytes
+from mla.layer.expansion import WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
 
-# The reference's logits, rebuilt keys and values, and their fp32 copies, at most.
+# The reference's logits, gathered keys, and masks of two decode steps, and what the layer rebuilds, at most.
 WORKSPACE = 1 << 30
 
 
@@ -50,11 +50,9 @@ def _grown_bytes(setting: Setting, scenario: Scenario) -> int:
     """Return what the longest request takes where its op needs all of it at once; layers use it in turn."""
     keys = max(_expanded_lens(setting, scenario), default=0)
     config, itemsize = setting.config, setting.dtype.itemsize
-    rebuilt = rebuilt_bytes(config, itemsize, keys)
-    if rebuilt <= WORKSPACE_BYTES or _merges(setting):
+    if rebuilt_bytes(config, itemsize, keys) <= WORKSPACE_BYTES or _merges(setting):
         return 0
-    padded = keys * config.num_attention_heads * config.qk_head_dim * itemsize  # values, as wide as keys
-    return rebuilt + padded
+    return grown_bytes(config, itemsize, keys)
 
 
 def _merges(setting: Setting) -> bool:

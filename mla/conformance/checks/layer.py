@@ -22,6 +22,7 @@ from mla.conformance.problems.layer import (
 )
 from mla.conformance.registry import LAYER, check
 from mla.conformance.trial import Trial, expect
+from mla.layer.expansion import rebuilt_bytes
 from mla.layer.rope import RotaryTable
 from mla.verify.op_oracle import true_norm, true_rotation
 from mla.verify.tolerances import relative_error, same_bits
@@ -73,10 +74,8 @@ def pages(trial: Trial) -> None:
 def chunks(trial: Trial) -> None:
     """A workspace too small for the context makes the expanded path merge several rounds."""
     problem = LayerProblem((30, 6), (100, 0))
-    config = problem.config
-    width = config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim
-    bytes_per_key = config.num_attention_heads * width * trial.dtype.itemsize
-    check_layer(trial, problem, modes=("expanded",), workspace_bytes=40 * bytes_per_key)
+    workspace = rebuilt_bytes(problem.config, trial.dtype.itemsize, 40)
+    check_layer(trial, problem, modes=("expanded",), workspace_bytes=workspace)
 
 
 @layer_check("variant", "biases that are dropped, or channels rotated in the usual order only")

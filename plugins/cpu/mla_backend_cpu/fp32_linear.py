@@ -50,7 +50,8 @@ class _Widening(FusedOp):
         size = math.prod(shape)
         held = self._scratch.get(name)
         if held is None or held.numel() < size:
-            held = self._scratch[name] = torch.empty(size)
+            with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
+                held = self._scratch[name] = torch.empty(size)
         return held[:size].view(shape)
 
 

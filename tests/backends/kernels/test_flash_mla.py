@@ -217,8 +217,8 @@ def test_a_captured_call_follows_lengths_that_are_updated_in_place(
     installed: Any,
     make_problem: Any,
     assert_right: Any,
-    capture: None,
     variant: Variant,
+    request: Any,
 ) -> None:
     """Run a state on tables overwritten since, as a replay does; rows became and ceased to be empty."""
     with installed(variant.folder):
@@ -226,6 +226,7 @@ def test_a_captured_call_follows_lengths_that_are_updated_in_place(
         old, new = make_problem([1] * 4, [33, 190, 0, 5]), make_problem([1] * 4, [190, 0, 64, 6], seed=1)
         state = op.prepare(old.spec, old.view)
         assert state.graph_safe
+        request.getfixturevalue("capture")
         old.run(op, state)
         old.view.block_table.copy_(new.view.block_table)
         old.view.kv_lens_device.copy_(new.view.kv_lens_device)
@@ -233,6 +234,24 @@ def test_a_captured_call_follows_lengths_that_are_updated_in_place(
         found = new.run(op, state)
         new.view.query_lens = (1, 1, 1, 1)
         assert_right(found, new.truth())
+
+
+@pytest.mark.parametrize("variant", GRAPHS.values(), ids=GRAPHS)
+def test_a_plan_is_made_once_where_it_is_captured_with_its_calls(
+    installed: Any, make_problem: Any, assert_right: Any, variant: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers share what the graph plans; a call outside the graph, which may not have run yet, does not."""
+    inside = [True]
+    monkeypatch.setattr(torch.cpu, "is_current_stream_capturing", lambda: inside[0], raising=False)
+    with installed(variant.folder) as fakes:
+        op, problem = variant.op(), make_problem([1] * 4, [33, 190, 0, 5])
+        state = op.prepare(problem.spec, problem.view)
+        for _ in range(3):
+            assert_right(problem.run(op, state), problem.truth())
+        assert fakes.CALLS[variant.plan] == 1
+        inside[0] = False
+        assert_right(problem.run(op, state), problem.truth())
+        assert fakes.CALLS[variant.plan] == 2
 
 
 def test_what_a_graph_captures_is_memory_of_its_own(

@@ -82,12 +82,12 @@ def test_a_captured_call_lets_lengths_grow_into_the_table(
     installed: Any, make_problem: Any, assert_right: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bound of the lengths is a constant of the graph; a replay may find longer and empty rows."""
-    monkeypatch.setattr(torch.cpu, "is_current_stream_capturing", lambda: True, raising=False)
     with installed("ixformer"):
         op = IxformerMla()
         old, new = make_problem([1] * 3, [3, 190, 7]), make_problem([1] * 3, [190, 0, 192], seed=1)
         old.view.kv_lens = (3, 5, 7)
         state = op.prepare(old.spec, old.view)
+        monkeypatch.setattr(torch.cpu, "is_current_stream_capturing", lambda: True, raising=False)
         old.view.block_table.copy_(new.view.block_table)
         old.view.kv_lens_device.copy_(new.view.kv_lens_device)
         new.view = old.view

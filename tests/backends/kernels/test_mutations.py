@@ -338,18 +338,21 @@ def test_values_that_must_be_padded_are_refused_by_the_fake_where_they_are_not(
 class PlannedOutside(FlashMla):
     """A captured call uses the plan of the batch it was captured with."""
 
-    def launch(self, plan: Any, call: Launch) -> Any:
-        return super().launch(plan, replace(call, captured=False))
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        return replace(super().prepare(spec, batch), captured=True)
 
 
 def test_a_graph_with_a_plan_from_outside_fails_once_lengths_change(
     installed: Any, make_problem: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paged, "capturing", lambda device: True)
+    inside = [False]
+    monkeypatch.setattr(paged, "capturing", lambda device: inside[0])
     with installed("nvidia_b"):
         for op, fails in ((FlashMla(), False), (PlannedOutside(), True)):
             problem = make_problem([1, 1], [33, 64])
+            inside[0] = False
             state = op.prepare(problem.spec, problem.view)
+            inside[0] = True
             problem.view.kv_lens_device -= 1
             if fails:
                 with pytest.raises(RuntimeError, match="planned for"):

@@ -107,11 +107,11 @@ def test_one_workspace_serves_all_batches(fakes: Any, make_problem: Any, assert_
 def test_a_captured_call_follows_lengths_and_tables_that_are_updated_in_place(
     fakes: Any, make_problem: Any, assert_right: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "is_current_stream_capturing", lambda: True, raising=False)
     op = TokenspeedMla()
     old, new = make_problem([1] * 4, [33, 190, 0, 5]), make_problem([1] * 4, [190, 0, 64, 6], seed=1)
     state = op.prepare(old.spec, old.view)
     assert state.graph_safe
+    monkeypatch.setattr(torch.cpu, "is_current_stream_capturing", lambda: True, raising=False)
     old.run(op, state)
     old.view.block_table.copy_(new.view.block_table)
     old.view.kv_lens_device.copy_(new.view.kv_lens_device)
@@ -173,8 +173,8 @@ class RawEmptyRows(TokenspeedMla):
 class KeptTable(TokenspeedMla):
     """A table is kept for a captured call."""
 
-    def launch(self, plan: Any, call: Any) -> Any:
-        return super().launch(plan, replace(call, captured=False))
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        return replace(super().prepare(spec, batch), captured=True)
 
 
 class SmallWorkspace(TokenspeedMla):
@@ -201,11 +201,14 @@ def test_the_check_fails_a_wrong_adapter(fakes: Any, check_latent: Any, mutant: 
 def test_a_graph_with_a_table_from_outside_fails_once_lengths_change(
     fakes: Any, make_problem: Any, assert_right: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paged, "capturing", lambda device: True)
+    inside = [False]
+    monkeypatch.setattr(paged, "capturing", lambda device: inside[0])
     for op, right in ((TokenspeedMla(), True), (KeptTable(), False)):
         old, new = make_problem([1, 1], [5, 64]), make_problem([1, 1], [65, 190], seed=1)
         old.view.block_table = torch.nn.functional.pad(old.view.block_table, (0, 2))
+        inside[0] = False
         state = op.prepare(old.spec, old.view)
+        inside[0] = True
         old.view.block_table.copy_(new.view.block_table[:, :4])
         old.view.kv_lens_device.copy_(new.view.kv_lens_device)
         new.view = old.view

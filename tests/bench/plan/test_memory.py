@@ -131,7 +131,7 @@ TRICKLE = {"query_lens": (300, 1), "history": (0, 60_000)}  # only the first is 
 def test_the_plan_counts_a_context_that_is_rebuilt_at_once(
     lengths: dict[str, tuple[int, ...]], attention: str, grown: int
 ) -> None:
-    """An op without a log-sum-exp takes k, kv_b's output and perhaps padded values of the longest request."""
+    """An op without a log-sum-exp takes k, kv_b's output, latents and padded v of the longest request."""
     config = mla.MLAConfig.preset("deepseek-r1")
     point = Point(name="p", base="p", mode="prefill", runs=1, **lengths)
     needs = []
@@ -139,4 +139,4 @@ def test_the_plan_counts_a_context_that_is_rebuilt_at_once(
         backend = HostBackend(ops={"mine": op})
         setting = Setting(config, backend, torch.bfloat16, attention, 64, 0)
         needs.append(plan_scenarios(setting, [point], ["mla"])[0][0].needs.device_bytes)
-    assert needs[0] - needs[1] == grown * 128 * (192 + 128 + 128 + 192) * 2
+    assert needs[0] - needs[1] == grown * (128 * (192 + 128 + 128 + 192) + 576) * 2

@@ -56,7 +56,8 @@ class Wrappers:
         import torch
 
         self._release, self._backend, self._device = release, backend, device
-        self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
+            self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self.turns: list[Turn] = []
 
     def planned(self, state: FlashInferState, lse: bool) -> Any:
@@ -76,4 +77,8 @@ class Wrappers:
     def _next(self) -> Turn:
         if len(self.turns) >= TURNS:
             return self.turns.pop(0)
-        return Turn(self._release.wrapper(self._workspace, backend=self._backend), self._device)
+        import torch
+
+        with torch.inference_mode(False):  # it makes memory of its own
+            wrapper = self._release.wrapper(self._workspace, backend=self._backend)
+        return Turn(wrapper, self._device)

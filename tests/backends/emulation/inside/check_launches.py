@@ -7,6 +7,7 @@ one has to say so here.
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import emulated
@@ -44,6 +45,20 @@ DECODE = {
     "moore": {"reference": Step(9, 35), "moore_mate": Step(3, 29), "moore_legacy": Step(3, 29)},
     "iluvatar": {"ixformer": Step(2, 28), "ixformer_old": Step(2, 28)},
 }
+# The same, captured with its planning for two layers: nothing is planned per layer.
+CAPTURED: dict[str, dict[str, Step]] = {
+    "nvidia": {
+        "reference": Step(9, 35),
+        "nvidia_a": Step(3, 32),
+        "nvidia_b": Step(3, 32),
+        "nvidia_c": Step(3, 32),
+        "nvidia_sgl": Step(3, 32),
+        "tokenspeed": Step(8, 32),
+    },
+    "metax": {"reference": Step(9, 35)},
+    "moore": {"reference": Step(9, 35)},
+    "iluvatar": {"ixformer": Step(3, 32)},
+}
 PREFILL = {
     "nvidia": {
         "reference": Step(3, 105),
@@ -76,16 +91,42 @@ def backend(fake: str, name: str, vendor_package: Any, monkeypatch: pytest.Monke
     return mla.load_backend(name)
 
 
-def launches(backend: Any, fake: str, attention: str, query_lens: tuple[int, ...]) -> Step:
-    """Count the launches of a step that is not the first."""
+def prepared(backend: Any, fake: str, attention: str, tokens: int) -> tuple[Any, Any, list[int], Any]:
+    """Return a layer, a cache with four histories, their ids, and inputs."""
     ops = "reference" if fake == "reference" else "auto"
     layer = mla.MLA(CONFIG, backend=backend, attention=attention, ops=ops)
     layer.load_state_dict(random_state_dict(CONFIG))
     cache = mla.LatentCache(CONFIG, max_tokens=2048, device=backend.device)
-    ids = cache.new_sequences(len(query_lens))
+    ids = cache.new_sequences(4)
     cache.extend(ids, [60, 5, 1, 100])
     cache.pages.zero_()
-    hidden = torch.randn(sum(query_lens), 64).bfloat16().to(backend.device)
+    return layer, cache, ids, torch.randn(tokens, 64).bfloat16().to(backend.device)
+
+
+def captured_launches(name: str, fake: str) -> Step:
+    """Count what a graph of planning and two layers holds, as the runner captures a step."""
+    backend = mla.load_backend(name, options={"graph": "on"})
+    layer, cache, ids, hidden = prepared(backend, fake, "absorbed", 4)
+    batch, out = cache.extend(ids, [1] * 4), torch.empty_like(hidden)
+    counts: list[int] = []
+
+    def step() -> None:
+        counts[:] = [emulated.STATE.launches]
+        batch.update_(batch)  # drops the plan, so that planning is captured too
+        layer.plan(batch)
+        for _ in range(3):
+            counts.append(emulated.STATE.launches)
+            layer(hidden, batch, cache.pages[0], out=out)
+
+    assert backend.graph(step) is not None
+    update, first, second = (after - before for before, after in pairwise(counts))
+    assert first == second
+    return Step(update, first)
+
+
+def launches(backend: Any, fake: str, attention: str, query_lens: tuple[int, ...]) -> Step:
+    """Count the launches of a step that is not the first."""
+    layer, cache, ids, hidden = prepared(backend, fake, attention, sum(query_lens))
     out = torch.empty_like(hidden)
     for _ in range(2):
         before = emulated.STATE.launches
@@ -99,6 +140,11 @@ def launches(backend: Any, fake: str, attention: str, query_lens: tuple[int, ...
 @pytest.mark.parametrize("fake", DECODE[BACKEND])
 def test_a_decode_step_of_four_lengths(fake: str, backend: Any) -> None:
     assert launches(backend, fake, "absorbed", (1, 1, 1, 1)) == DECODE[BACKEND][fake]
+
+
+@pytest.mark.parametrize("fake", CAPTURED[BACKEND])
+def test_a_captured_decode_step_of_four_lengths(fake: str, backend: Any, name: str) -> None:
+    assert captured_launches(name, fake) == CAPTURED[BACKEND][fake]
 
 
 @pytest.mark.parametrize("fake", PREFILL[BACKEND])
