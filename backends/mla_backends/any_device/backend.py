@@ -13,9 +13,9 @@ from mla_backends.any_device.find import Found, Unusable, find, parse
 from mla_backends.api import Availability, DeviceInfo, MemoryInfo, Timer
 from mla_backends.cuda import OUTDATED_DRIVER
 from mla_backends.errors import BackendError, BackendOptionError, DeviceUnavailable, describe
-from mla_backends.float32 import TF32_VARIABLES, float32_facts, forbid_tf32
 from mla_backends.known import GENERAL, KNOWN
 from mla_backends.torch_backend import TorchBackend
+from mla_backends.torch_backend.float32 import TF32_VARIABLES, float32_facts, forbid_tf32
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,8 @@ from mla_backend_iluvatar.native import refusal
 from mla_backends import FusedOp, hookimpl
 from mla_backends.cuda import CudaBackend
 from mla_backends.errors import DeviceUnavailable
-from mla_backends.float32 import TF32_VARIABLES
 from mla_backends.known import KNOWN
+from mla_backends.torch_backend.float32 import TF32_VARIABLES
 
 if TYPE_CHECKING:
     import torch

@@ -15,10 +15,10 @@ from mla_backend_moore.kernels import kernels
 from mla_backend_moore.sensors import BANDWIDTH, LIBRARY, MtmlSampler
 from mla_backends import FusedOp, TorchBackend, hookimpl
 from mla_backends.api import DeviceInfo, Peak
-from mla_backends.float32 import float32_facts, forbid_tf32
 from mla_backends.known import KNOWN
 from mla_backends.monitor import Monitor
 from mla_backends.nvml import Address
+from mla_backends.torch_backend.float32 import float32_facts, forbid_tf32
 
 if TYPE_CHECKING:
     import torch

@@ -194,7 +194,7 @@ def test_the_card_at_hand_names_its_best_kernel_and_how_to_get_it(
 def test_flashinfer_is_offered_with_its_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     assert missing((8, 0), "latent")["flashinfer"].startswith(
-        "flashinfer.mla is not installed (pip install flashinfer-python, and where there is no nvcc, pip "
+        "flashinfer is not installed (pip install flashinfer-python, and where there is no nvcc, pip "
         "install flashinfer-jit-cache --index-url https://flashinfer.ai/whl/cu129)"
     )
 
