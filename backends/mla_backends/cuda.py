@@ -6,8 +6,8 @@ by what the device can do, and never by environment variables or tools alone: ho
 
 from __future__ import annotations
 
+import re
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,18 @@ from typing import Any
 from mla_backends.api import Availability
 from mla_backends.known import KNOWN
 from mla_backends.torch_backend import TorchBackend
+from mla_backends.torch_backend.float32 import float32_facts, forbid_tf32
 
+# What torch.cuda and the runtime below it say of a driver that is too old for this torch.
+OUTDATED_DRIVER = re.compile(
+    r"driver on your system is too old"
+    r"|driver version is insufficient"
+    r"|unsupported display driver"
+    r"|forward compatibility was attempted"
+    r"|unsupported toolchain",
+    re.IGNORECASE,
+)
 Marks = dict[str, str]  # what was looked at -> what was seen
-# Turn TF32 on or off for torch's products, or off for all of the vendor's libraries.
-TF32_VARIABLES = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE")
 
 
 @dataclass(frozen=True)
@@ -124,18 +132,12 @@ class CudaBackend(TorchBackend):
         return f"{reason} and its cuda devices are not this backend's", hint
 
     def prepare_device(self) -> None:
-        """Multiply float32 in float32: a container may turn TF32 on, whose mantissa has 10 bits."""
-        import torch
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # some releases have announced a successor that others lack
-            torch.set_float32_matmul_precision("highest")
+        """Multiply float32 in float32."""
+        forbid_tf32()
 
     def vendor_facts(self) -> Mapping[str, str]:
-        import torch
-
         build = cuda_build()
         return {
             **{f"mark.{name}": value for name, value in build.marks.items()},
-            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            **float32_facts(),
         }

@@ -175,6 +175,16 @@ def _missing_kernel(text: str) -> str:
     return said + offered
 
 
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|OutOfMemory|MemoryError|ALLOC_FAILED|bad_alloc|cannot allocate memory", re.IGNORECASE
+)
+
+
+def out_of_memory(text: str) -> bool:
+    """Return whether an error's description says that memory was short: later it may not be."""
+    return bool(_OUT_OF_MEMORY.search(text))
+
+
 def one_line(text: str) -> str:
     """Join the lines of `text`: what plugins say ends up in one sentence."""
     return " ".join(str(text).split())

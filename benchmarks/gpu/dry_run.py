@@ -65,7 +65,7 @@ def _unparsed(module: str, words: Sequence[str]) -> str:
 
 
 def _without_files(words: Sequence[str]) -> list[str]:
-    flags = ("-o", "--report")
+    flags = ("-o", "--report", "--profile")
     at = {number + step for number, word in enumerate(words) if word in flags for step in (0, 1)}
     return [word for number, word in enumerate(words) if number not in at]
 

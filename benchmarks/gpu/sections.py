@@ -30,8 +30,8 @@ ATTENTION_QUESTIONS = {"sdpa": 90, "varlen": 60}
 LIBRARY_QUESTIONS = {
     "flash-mla": 60,
     "tokenspeed": 60,
-    "flashinfer-compiler": 60,
-    "flashinfer-plan": 90,
+    "flashinfer-compiler": 120,  # longer than its two processes may take
+    "flashinfer-plan": 60,
     "flashinfer-heads": 60,
     "flashinfer-pages": 60,
     "flashinfer-split": 60,
@@ -40,17 +40,20 @@ LIBRARY_QUESTIONS = {
 }
 BREAKING = frozenset({"flashinfer-items"})
 FEWEST_SECONDS, KERNEL_SECONDS = 20, 90  # for one kernel
+PROFILE_SECONDS, CHOICE_SECONDS = 120, 120  # for a profile, and for one op inside the layer
 
 
 def sections(machine: Machine, smoke: bool = False) -> tuple[Section, ...]:
     """Return the sections for a machine."""
     sizes = SMOKE if smoke else FULL
     return (
+        preparation(machine, sizes),
         facts(machine),
         standard(machine, sizes),
         conformance(machine, smoke),
         grid(machine, sizes),
         kernels(machine, sizes),
+        choices(machine, sizes),
         long_prefill(machine, sizes),
         questions("questions", "The device", machine, DEVICE_QUESTIONS),
         questions("libraries", "Libraries of kernels", machine, LIBRARY_QUESTIONS, frozenset({"nvidia"})),
@@ -58,18 +61,33 @@ def sections(machine: Machine, smoke: bool = False) -> tuple[Section, ...]:
     )
 
 
+def preparation(machine: Machine, sizes: Sizes) -> Section:
+    """Compile what is compiled at first use, a minute or more for each kernel: libraries keep it on disk.
+
+    First what the layer chooses, then what else the backend offers; later sections have limits without that.
+    """
+    listing = ("-m", "mla.bench", "--backend", machine.backend, "--list-ops")
+    others = ("-m", "mla.conformance", "--backend", machine.backend, "--quick", "--only", "ops.preflight")
+    return Section(
+        "prepare",
+        "Kernels compiled at first use, and which op runs where",
+        (
+            Step("ops", (*listing, *sizes.default), 210, says=ATTENTION),
+            Step("ops-deepseek-r1", (*listing, *sizes.large), 150, says=ATTENTION),
+            Step("other-ops", others, 240, "conformance", tolerates=OPTIONAL),
+        ),
+    )
+
+
 def facts(machine: Machine) -> Section:
-    """What is there: whether the backend is usable, and which op runs where."""
+    """What is there: whether the backend is usable, and what its device can do at most."""
     bench, backend = ("-m", "mla.bench"), ("--backend", machine.backend)
-    large = FULL.large
     return Section(
         "facts",
-        "Machine, ops and ceilings",
+        "Machine and ceilings",
         (
-            Step("doctor", (*bench, "doctor", machine.backend), 90),
+            Step("doctor", (*bench, "doctor", machine.backend), 360),  # it chooses ops once more
             Step("list", (*bench, "list"), 60, says=f"^{re.escape(machine.backend)} "),
-            Step("ops", (*bench, *backend, "--list-ops"), 60, says=ATTENTION),
-            Step("ops-deepseek-r1", (*bench, *backend, *large, "--list-ops"), 60, says=ATTENTION),
             Step("ceilings", (*bench, "ceilings", *backend, "-o", "{out}"), 120, "file"),
         ),
         needs_device=False,
@@ -136,6 +154,32 @@ def kernels(machine: Machine, sizes: Sizes) -> Section:
         for op, name in offered
     )  # fmt: skip
     return Section("kernels", "Kernels against each other", runs + _asked(machine, ATTENTION_QUESTIONS))
+
+
+def choices(machine: Machine, sizes: Sizes) -> Section:
+    """Every absorbed attention inside the layer, against the chosen one and the reference; and a profile."""
+    offered = machine.ops.get("latent_attention", ())
+    left = MOST_SECONDS - PROFILE_SECONDS
+    limit = min(CHOICE_SECONDS, max(FEWEST_SECONDS, left // max(1, len(offered))))
+    headline = ("--mode", "eager", "--cache", "warm", "--clock", "host")
+    trace = ("--implementations", "mla", *headline, "--profile", "{out}.trace.json.gz")
+    every = (*sizes.default, *sizes.counts)
+    return Section(
+        "choices",
+        "Attention ops inside the layer, and a profile",
+        (
+            _run("profile", machine, PROFILE_SECONDS, *trace, *every),
+            *(
+                _run(
+                    name.replace("_", "-"), machine, limit,
+                    "--scenario", "decode", "--clock", "host", "--implementations",
+                    f"mla,mla[latent_attention={name}],mla[latent_attention=reference]", *every,
+                    tolerates=OPTIONAL,  # one that does not serve the layer says why
+                )
+                for name in offered
+            ),
+        ),
+    )  # fmt: skip
 
 
 def long_prefill(machine: Machine, sizes: Sizes) -> Section:

@@ -112,6 +112,7 @@ class Ops:
 
     `overrides` (role -> name of an op, or "reference") come before `policy`. Raises `UnknownOp` for a name
     that the backend or the layer lacks, and `UnsupportedOps` for a required op that cannot serve.
+    With `role`, that role alone is chosen, and no op of another is asked, prepared or required.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class Ops:
         policy: str = "auto",
         overrides: Mapping[str, str] = MappingProxyType({}),
         say: Say | None = None,
+        role: str | None = None,
     ) -> None:
         _validate(offered)
         _check_names(offered, policy)
@@ -130,13 +132,14 @@ class Ops:
         roles = layer_roles(config, dtype, device)
         check_overrides(overrides, {role: kind for role, (kind, _) in roles.items()}, offered)
         self._choices: dict[str, Choice] = {}
-        for role, (kind, spec) in roles.items():
-            name = overrides.get(role)
+        for one in roles if role is None else (role,):
+            kind, spec = roles[one]
+            name = overrides.get(one)
             if name is None or name == "reference":
-                self._choices[role] = choose(kind, spec, offered, name or policy, say=say)
+                self._choices[one] = choose(kind, spec, offered, name or policy, say=say)
             else:
                 only = {name: offered[name]}
-                self._choices[role] = choose(kind, spec, only, "fused", f"{role}={name}", say)
+                self._choices[one] = choose(kind, spec, only, "fused", f"{one}={name}", say)
 
     def __getitem__(self, role: str) -> Choice:
         return self._choices[role]

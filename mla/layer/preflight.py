@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from mla_backends.api import FusedOp
-from mla_backends.errors import describe, one_line
+from mla_backends.errors import describe, one_line, out_of_memory
 
 Say = Callable[[str], object]  # is told in one line what is about to take a while
 
@@ -22,16 +22,20 @@ _ANSWERS: dict[int, tuple[weakref.ref[FusedOp], dict[Hashable, tuple[str, ...]]]
 def preflight_reasons(name: str, op: FusedOp, spec: Any, say: Say | None = None) -> list[str]:
     """Return why `op`, offered as `name`, does not run here although it supports `spec`.
 
-    Asked once per op and spec in a process; whatever `op.preflight` raises is a reason.
+    Asked once per op and spec in a process, but again where memory was short. Whatever `op.preflight` raises
+    is a reason.
     """
     if type(op).preflight is FusedOp.preflight:
         return []
     answers = _answers(op)
-    if spec not in answers:
-        if say is not None and op.compiles:
-            say(f"preparing {name}: {op.compiles}")
-        answers[spec] = tuple(_ask(op, spec))
-    return list(answers[spec])
+    if spec in answers:
+        return list(answers[spec])
+    if say is not None and op.compiles:
+        say(f"preparing {name}: {op.compiles}")
+    found = _ask(op, spec)
+    if not any(map(out_of_memory, found)):
+        answers[spec] = tuple(found)
+    return found
 
 
 def _answers(op: FusedOp) -> dict[Hashable, tuple[str, ...]]:

@@ -126,3 +126,23 @@ def test_an_op_whose_preflight_fails_is_refused_and_asked_once(judge: Run, sound
     results = judge(sound(ops={"mine": Uncompiled()}), "latent.decode[mine-*]", say=said.append)
     assert [(one.status, one.reason) for one in results] == [("refused", "there is no compiler")]
     assert (Uncompiled.asked, said) == (1, ["preparing mine: it compiles"])
+
+
+def test_what_a_preflight_compiles_is_said_before_it_is_checked(judge: Run, sound: Any) -> None:
+    """A minute of silence looks like a hang; and its answer is kept for the checks that follow."""
+    events: list[str] = []
+
+    class Compiled(type(REFERENCE["latent_attention"])):  # type: ignore[misc]
+        compiles = "it compiles"
+
+        def preflight(self, spec: Any) -> list[str]:
+            events.append(f"asked for {spec.num_heads} heads of {spec.kv_lora_rank}")
+            return ["there is no compiler"]
+
+    subject = sound(ops={"mine": Compiled()})
+    for _ in range(2):
+        (found,) = judge(subject, "ops.preflight", say=events.append)
+        assert found.status == "pass", found.reason
+    assert events[0] == "preparing mine: it compiles"
+    assert len(events) == 1 + 3  # once for whoever asks, and once more for each check
+    assert len(set(events)) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -47,6 +48,29 @@ def test_sections_run_and_a_second_campaign_keeps_them(tmp_path: Path) -> None:
     assert again.stdout.splitlines()[1].split()[:4] == ["grid", "heads-4", "ok", "(kept)"]
 
 
+def test_ops_are_compared_inside_the_layer_and_a_profile_stays_with_the_results(tmp_path: Path) -> None:
+    done = run(tmp_path, "--smoke", "--backend", "cpu", "--out", "out", "--only", "prepare,choices")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = [line.split()[:3] for line in done.stdout.splitlines()[1:] if line.strip()]
+    assert ran[:4] == [
+        ["prepare", "ops", "ok"],
+        ["prepare", "ops-deepseek-r1", "ok"],
+        ["prepare", "other-ops", "ok"],
+        ["choices", "profile", "ok"],
+    ]
+    folder = tmp_path / "out" / "choices"
+    (trace,) = folder.glob("cpu-*-profile.json.trace.json.gz")
+    assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    (path,) = folder.glob("cpu-*-native-latent-attention.json")
+    used = {case.implementation: case.ops["latent_attention"] for case in results.read(path).cases}
+    mine = "native_latent_attention"
+    assert used == {
+        "mla": mine,
+        f"mla[latent_attention={mine}]": mine,
+        "mla[latent_attention=reference]": "reference",
+    }
+
+
 def test_a_device_that_is_not_there_ends_soon_and_says_why(tmp_path: Path) -> None:
     done = run(tmp_path, "--backend", "metax", "--only", "standard,grid", "--out", "out")
     assert done.returncode == 5
@@ -57,7 +81,7 @@ def test_a_device_that_is_not_there_ends_soon_and_says_why(tmp_path: Path) -> No
 def test_the_list_and_wrong_names(tmp_path: Path) -> None:
     done = run(tmp_path, "--list")
     assert done.returncode == 0
-    assert [line.split()[0] for line in done.stdout.splitlines()[1:4]] == ["facts", "standard", "conformance"]
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:4]] == ["prepare", "facts", "standard"]
     wrong = run(tmp_path, "--only", "standart")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: there is no section 'standart'. Did you mean 'standard'?")

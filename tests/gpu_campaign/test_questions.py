@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +90,34 @@ def test_what_a_library_raises_is_the_answer(library: Any, monkeypatch: pytest.M
     monkeypatch.setattr(library.BatchMLAPagedAttentionWrapper, "plan", refuse)
     assert flashinfer.first_plan(backend()).answer == "RuntimeError: Could not find nvcc"
     assert flashinfer.first_plan(backend()).wrong
+
+
+@pytest.mark.parametrize(
+    ("plan", "listing", "answer", "wrong"),
+    [
+        (None, None, "the first plan took more than 45 s, so it may have found a compiler; "
+         "--list-ops did not answer within 45 s", False),
+        (None, "latent_attention: flashinfer", "the first plan took more than 45 s, so it may have found a "
+         "compiler; --list-ops chooses it", False),
+        ('{"answer":"RuntimeError: no nvcc"}', "latent_attention: flashinfer",
+         "no plan without one; --list-ops chooses it", True),
+        ('{"answer":"3.1 s"}', None, "it works without one; --list-ops did not answer within 45 s", False),
+    ],
+)  # fmt: skip
+def test_a_library_that_keeps_compiling_is_an_answer(
+    library: Any, monkeypatch: pytest.MonkeyPatch, plan: str | None, listing: str | None,
+    answer: str, wrong: bool,
+) -> None:  # fmt: skip
+    printed = iter([plan, listing])
+
+    def process(command: list[str], *, timeout: float, **more: Any) -> Any:
+        if (said := next(printed)) is None:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return SimpleNamespace(stdout=said, stderr="")
+
+    monkeypatch.setattr(flashinfer.subprocess, "run", process)
+    found = flashinfer.compiler(backend())
+    assert (found.answer, found.wrong) == (answer, wrong)
 
 
 def test_the_first_plan_is_timed(library: Any) -> None:

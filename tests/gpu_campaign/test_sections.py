@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import ask, dry_run
+from benchmarks.gpu.questions import flashinfer
 from benchmarks.gpu.questions.asking import QUESTIONS
 from benchmarks.gpu.sections import sections
 from benchmarks.gpu.steps import MOST_SECONDS, Machine, Section, Step
@@ -27,6 +28,28 @@ def test_no_section_takes_more_than_ten_minutes(backend: str, smoke: bool) -> No
         for section in sections(replace(CARD, backend=backend, ops=ops), smoke):
             assert 0 < section.limit <= MOST_SECONDS, section.name
             assert len({step.name for step in section.steps}) == len(section.steps)
+
+
+def test_kernels_are_compiled_before_any_limit_that_has_no_room_for_it() -> None:
+    first, *rest = sections(CARD)
+    assert [step.limit >= 150 for step in first.steps] == [True] * 3
+    assert {"--list-ops", "ops.preflight"} <= {word for step in first.steps for word in step.words}
+    doctor = next(step for one in rest for step in one.steps if step.name == "doctor")
+    assert doctor.limit >= 300
+
+
+def test_a_question_outlasts_the_processes_that_it_starts() -> None:
+    limit = {step.name: step.limit for one in sections(CARD) for step in one.steps}["flashinfer-compiler"]
+    assert limit >= 2 * flashinfer.CHILD_SECONDS + 20
+
+
+def test_every_absorbed_attention_is_compared_inside_the_layer() -> None:
+    (found,) = [section for section in sections(CARD) if section.name == "choices"]
+    compared = [step.words[step.words.index("--implementations") + 1] for step in found.steps[1:]]
+    assert compared == [
+        f"mla,mla[latent_attention={name}],mla[latent_attention=reference]"
+        for name in OPS["latent_attention"]
+    ]
 
 
 @pytest.mark.parametrize("smoke", [False, True])

@@ -84,6 +84,19 @@ def test_it_is_asked_once_per_op_and_spec(tiny: Any) -> None:
     assert len(other.asked) == 1
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [["it finds too little memory (OutOfMemoryError: CUDA out of memory.)"], MemoryError("std::bad_alloc")],
+)
+def test_it_is_asked_again_where_memory_was_short(tiny: Any, answer: Any) -> None:
+    op = Compiled(answer)
+    assert ops(tiny, {"mine": op})["latent_attention"].name == "reference"
+    op.answer = []
+    for _ in range(2):
+        assert ops(tiny, {"mine": op})["latent_attention"].name == "mine"
+    assert len(op.asked) == 2
+
+
 def test_only_an_op_that_would_be_chosen_is_asked(tiny: Any) -> None:
     """A minute of compiling for an op that does not run is a minute lost."""
     first, refusing, second = Compiled(), Compiled(odd_heads=False), Compiled()

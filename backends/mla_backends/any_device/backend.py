@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mla_backends.any_device import facts, trials
 from mla_backends.any_device.find import Found, Unusable, find, parse
 from mla_backends.api import Availability, DeviceInfo, MemoryInfo, Timer
+from mla_backends.cuda import OUTDATED_DRIVER
 from mla_backends.errors import BackendError, BackendOptionError, DeviceUnavailable, describe
 from mla_backends.known import GENERAL
 from mla_backends.torch_backend import TorchBackend
+from mla_backends.torch_backend.float32 import TF32_VARIABLES, float32_facts, forbid_tf32
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +30,7 @@ class AnyDevice(TorchBackend):
 
     name = GENERAL
     api_version = 1
-    variables = ("TORCH_DEVICE_BACKEND_AUTOLOAD", "PYTORCH_ENABLE_MPS_FALLBACK")
+    variables = ("TORCH_DEVICE_BACKEND_AUTOLOAD", "PYTORCH_ENABLE_MPS_FALLBACK", *TF32_VARIABLES)
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
@@ -76,13 +79,34 @@ class AnyDevice(TorchBackend):
             evidence["extension"] = found.extension
         if not hasattr(found.module, "is_available"):
             return Availability(True, evidence={**evidence, "is_available": "missing; setup will tell"})
-        return self.probe_module(found.module, evidence)
+        answer = self.probe_module(found.module, evidence)
+        return replace(answer, hint=self._cure(answer.reason) or answer.hint)
 
     def device_count(self) -> int | None:  # type: ignore[override]
         """Return None where `-O device` names an index: tasks are then not spread over the devices."""
         return facts.count(self.module) if self._index is None else None
 
     # ------------------------------------------------------------------------------------------ setup
+
+    def setup(self, index: int | None = None) -> torch.device:
+        """Start the device. A driver that is too old may pass the probe, and fails here."""
+        try:
+            return super().setup(index)
+        except DeviceUnavailable as error:
+            hint = self._cure(error.reason)
+            if not hint:
+                raise
+            raise DeviceUnavailable(self.name, error.reason, hint) from error
+
+    def _cure(self, reason: str) -> str:
+        """Return what to do if `reason` is that the driver is too old for this torch; "" if it is not."""
+        import torch
+
+        if not OUTDATED_DRIVER.search(reason):
+            return ""
+        return (
+            f"update the driver, or install a torch older than {torch.__version__} that the driver supports"
+        )
 
     def _check_index(self, index: int | None) -> None:
         if None not in (index, self._index) and index != self._index:
@@ -114,7 +138,8 @@ class AnyDevice(TorchBackend):
         return device
 
     def prepare_device(self) -> None:
-        """Try what the device can do."""
+        """Try what the device can do, with products of float32 in float32."""
+        forbid_tf32()
         if self.options.get("graph") == "on" and not self.graph_class:
             module = f"torch.{self.device_type}"
             absent = ", ".join(trials.lacking(self.module, self.device_type))
@@ -181,6 +206,7 @@ class AnyDevice(TorchBackend):
             "dtypes": f"{tried} (tried; which of them are native is unknown)",
             **{f"dtypes.{name}": f"left out: {why}" for name, why in self._left_out.items()},
             "device_clock": f"none: {self._clock_problem}" if self._clock_problem else "events",
+            **float32_facts(),
             **facts.extensions(),
         }
 
@@ -191,6 +217,7 @@ class AnyDevice(TorchBackend):
             "capability": self.capability,
             "multiprocessors": self.multiprocessors,
             "graphs": lambda: self.graphs,
+            "host_threads": lambda: self._host_threads,
         }
         answers = {name: facts.attempt(function) for name, function in asked.items()}
         return {name: str(value) for name, value in answers.items() if value is not None}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mla_backends.api import AttentionSpec
 from mla_backends.kernels.limits import LatentLimits
 from mla_backends.kernels.paged import Launch, PagedLatentOp, Result
-from mla_backends.kernels.trial import failures, try_latent
+from mla_backends.kernels.trial import failures, remembered, try_latent
 from mla_backends.kernels.vendor import VendorModule, accepts, default, demanded, missing
 
 if TYPE_CHECKING:
@@ -97,11 +97,11 @@ class FlashMla(PagedLatentOp):
 
     def preflight(self, spec: AttentionSpec) -> list[str]:
         """Return why the kernel does not work on this device, after one tiny batch per spec."""
-        if spec not in self._tried:
-            page = (self.limits.page_sizes or (64,))[0]
-            cure = self._install or "use the reference ops (`--ops reference`)"
-            self._tried[spec] = failures(lambda: try_latent(self, spec, page), self._vendor.name, cure)
-        return self._tried[spec]
+        page = (self.limits.page_sizes or (64,))[0]
+        cure = self._install or "use the reference ops (`--ops reference`)"
+        return remembered(
+            self._tried, spec, lambda: failures(lambda: try_latent(self, spec, page), self._vendor.name, cure)
+        )
 
     def unsupported_batch(
         self,

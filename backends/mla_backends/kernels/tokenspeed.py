@@ -20,7 +20,7 @@ from mla_backends.api import AttentionSpec, BatchView
 from mla_backends.kernels.limits import LatentLimits
 from mla_backends.kernels.paged import Launch, PagedLatentOp, PagedState, Part, Result
 from mla_backends.kernels.rows import Group
-from mla_backends.kernels.trial import failures, try_latent
+from mla_backends.kernels.trial import failures, remembered, try_latent
 from mla_backends.kernels.vendor import KernelRefused, VendorModule, missing
 
 if TYPE_CHECKING:
@@ -75,10 +75,10 @@ class TokenspeedMla(PagedLatentOp):
 
     def preflight(self, spec: AttentionSpec) -> list[str]:
         """Compile the kernel for one new token per request, and return why it does not work here."""
-        if spec not in self._tried:
-            page = (self.limits.page_sizes or (64,))[-1]
-            self._tried[spec] = failures(lambda: try_latent(self, spec, page), MODULE, CURE)
-        return self._tried[spec]
+        page = (self.limits.page_sizes or (64,))[-1]
+        return remembered(
+            self._tried, spec, lambda: failures(lambda: try_latent(self, spec, page), MODULE, CURE)
+        )
 
     def prepare(self, spec: AttentionSpec, batch: BatchView) -> PagedState:
         """Plan the batch, with a table per launch, without waiting for the device."""

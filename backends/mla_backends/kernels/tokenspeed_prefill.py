@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from mla_backends.api import OPS, AttentionSpec, FusedOp, SegmentLengths
 from mla_backends.kernels.limits import dtype_reasons
 from mla_backends.kernels.tokenspeed import CURE, MODULE, aligned, unavailable
-from mla_backends.kernels.trial import failures, try_expanded
+from mla_backends.kernels.trial import failures, remembered, try_expanded
 from mla_backends.kernels.vendor import VendorModule, missing
 from mla_backends.upload import upload
 
@@ -92,9 +92,7 @@ class TokenspeedPrefill(FusedOp):
 
     def preflight(self, spec: AttentionSpec) -> list[str]:
         """Compile the kernel and compute a small case; return why it does not work here."""
-        if spec not in self._tried:
-            self._tried[spec] = failures(lambda: try_expanded(self, spec), MODULE, CURE)
-        return self._tried[spec]
+        return remembered(self._tried, spec, lambda: failures(lambda: try_expanded(self, spec), MODULE, CURE))
 
     def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> SegmentsState:
         """Copy the bounds of the segments to the device, without waiting for it."""

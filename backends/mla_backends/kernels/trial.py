@@ -6,12 +6,13 @@ Whether an op is exact is for the conformance suite to say.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mla_backends.api import AttentionSpec, FusedOp, SegmentLengths
-from mla_backends.errors import describe, one_line
+from mla_backends.errors import describe, one_line, out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 TOLERANCE = 0.03  # of a row's norm; bfloat16 rounds by 0.004
 ROWS = ((1, 1), (3, 70))  # new tokens and keys: a decode step of two requests
 SEGMENTS = ((2, 3), (2, 70))  # a new request and one with a history
+OTHERWISE = "update the package, or use another op (`--ops reference` takes none of its kind)"
+# What runtimes say of a kernel that broke off, or that has no code for the device.
+_OF_THE_DEVICE = re.compile(
+    r"\b(?:CUDA|MUSA|MACA|HIP)(?: driver| runtime)? error|\bcudaError|\bCUDA_ERROR_"
+    r"|no kernel image|kernel image is invalid|illegal (?:memory|instruction|address)|misaligned address"
+    r"|device-side assert|launch failure"
+)
 
 
 @dataclass(frozen=True)
@@ -36,14 +44,44 @@ class TinyBatch:
 def failures(attempt: Callable[[], str], label: str, cure: str) -> list[str]:
     """Return why `attempt` failed, which returns what is wrong or raises; empty if nothing is.
 
-    What ends the process cannot be turned into a reason.
+    `cure` is for a kernel that cannot be compiled or loaded. What ends the process cannot be turned into a
+    reason.
     """
     try:
         wrong = attempt()
     except Exception as error:  # noqa: BLE001  # compilers and loaders raise anything
-        behind = f", because of {describe(error.__cause__)}" if error.__cause__ else ""
-        wrong = f"raises {one_line(describe(error) + behind)}"
-    return [f"{label} {wrong} on a tiny batch here; {cure}"] if wrong else []
+        if trouble := device_trouble(error):
+            return [f"{label} {trouble}"]
+        return [f"{label} raises {_with_cause(error)} on a tiny batch here; {cure}"]
+    return [f"{label} {wrong} on a tiny batch here; {OTHERWISE}"] if wrong else []
+
+
+def device_trouble(error: BaseException) -> str:
+    """Return a clause for an error that no compiler or package cures, "" for any other."""
+    said = _with_cause(error)
+    if out_of_memory(said):
+        return f"finds too little memory for a tiny batch here ({said}): free some, and start again"
+    if _OF_THE_DEVICE.search(said):
+        cure = "check that its package has kernels for this card, or run without it (`--ops reference`)"
+        return f"fails on this device ({said}): {cure}"
+    return ""
+
+
+def remembered(
+    tried: dict[AttentionSpec, list[str]], spec: AttentionSpec, ask: Callable[[], list[str]]
+) -> list[str]:
+    """Return what `ask` finds, asked once per spec: but again where memory was short."""
+    if spec in tried:
+        return tried[spec]
+    found = ask()
+    if not any(map(out_of_memory, found)):
+        tried[spec] = found
+    return found
+
+
+def _with_cause(error: BaseException) -> str:
+    behind = f", because of {describe(error.__cause__)}" if error.__cause__ else ""
+    return one_line(describe(error) + behind)
 
 
 def try_latent(op: FusedOp, spec: AttentionSpec, page_size: int) -> str:

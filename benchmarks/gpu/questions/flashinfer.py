@@ -25,6 +25,8 @@ BOUND = 2e-2  # relative error of a row, as the runner's for bfloat16
 # of heads which do not divide a tile of 128 rows. 16 is the control.
 CUT = {16: (7, 65), 20: (7, 65), 40: (4, 65), 48: (3, 65), 96: (2, 65)}
 ASK = Path(__file__).resolve().parents[1] / "ask.py"
+CHILD_SECONDS = 45  # of each of the two processes that `flashinfer-compiler` starts
+LATE = f"did not answer within {CHILD_SECONDS} s"
 
 
 def adapter(backend: Backend) -> FusedOp:
@@ -203,17 +205,25 @@ def compiler(backend: Backend) -> Asked:
     works = '"answer":"' in ran and " s" in ran.rpartition('"answer":"')[2][:8]
     chosen = "flashinfer" in line.partition("(")[0]
     said = "it works without one" if works else "no plan without one"
+    if ran == LATE:
+        said = f"the first plan took more than {CHILD_SECONDS} s, so it may have found a compiler"
+    list_says = f"--list-ops {'chooses' if chosen else 'does not choose'} it"
     return Asked(
-        f"{said}; --list-ops {'chooses' if chosen else 'does not choose'} it",
+        f"{said}; {f'--list-ops {LATE}' if listed == LATE else list_says}",
         {"plan": ran[-300:], "list-ops": one_line(line)[:300]},
-        wrong=chosen and not works,
+        wrong=chosen and not works and ran != LATE,
     )
 
 
 def _child(words: list[str], env: Mapping[str, str]) -> str:
-    done = subprocess.run(
-        [sys.executable, *words], env=dict(env), capture_output=True, text=True, timeout=45, check=False
-    )
+    """Return what a process prints, or `LATE`."""
+    command = [sys.executable, *words]
+    try:
+        done = subprocess.run(
+            command, env=dict(env), capture_output=True, text=True, timeout=CHILD_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return LATE
     return done.stdout.strip() or done.stderr.strip()
 
 

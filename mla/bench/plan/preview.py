@@ -49,6 +49,9 @@ def describe(request: Request) -> None:
 def _ops(request: Request) -> Iterator[str]:
     """Yield the ops of `mla`, and those that each implementation with ops of its own has instead."""
     named = [parse_one(name) for name in request.implementations if is_ours(name)]
+    if request.scenarios[0].point.op is not None:
+        yield from _measured_op(request.scenarios[0])
+        return
     if not named or any(one in (Named("mla"), Named("mla-reference")) for one in named):
         fused = _fused(make_ops(request.setting).names())
         yield f"ops        {fused or 'reference for every op'} (--list-ops says why)"
@@ -56,6 +59,13 @@ def _ops(request: Request) -> Iterator[str]:
         if one.ops:
             fused = _fused(make_ops(implementation_setting(request.setting, one)).names())
             yield f"ops        {one}: {fused or 'reference for every op'}"
+
+
+def _measured_op(scenario: ScenarioPlan) -> Iterator[str]:
+    """Yield what runs for the one role that is measured; nothing is asked about others."""
+    for name, ops in scenario.ops.items():
+        if parse_one(name) != Named("mla-reference"):
+            yield "ops        " + ", ".join(f"{name}: {role}={op}" for role, op in ops.items())
 
 
 def _fused(names: Mapping[str, str]) -> str:

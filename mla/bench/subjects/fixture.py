@@ -112,7 +112,7 @@ class Fixture(ABC):
 
     def ops(self, name: str) -> dict[str, str]:
         """Return role -> op of an implementation of ours. Raises `UsageError` or `UnsupportedOps`."""
-        return make_ops(implementation_setting(self.setting, parse_one(name))).names()
+        return make_ops(implementation_setting(self.setting, parse_one(name)), self.op).names()
 
 
 class LayerFixture(Fixture):
@@ -190,8 +190,8 @@ class OpFixture(Fixture):
 
     def __init__(self, setting: Setting, point: Point) -> None:
         super().__init__(setting, point)
-        self.op = point.op
         self._problem = op_problem(setting, point)
+        self.op = self._problem.role
 
     def _make_inputs(self) -> OpProblem:
         self._problem.draw()
@@ -218,10 +218,6 @@ class OpFixture(Fixture):
             host_bytes=op_memory.host_bytes(self.setting, self._problem, on_device),
             reference_copies=0,
         )
-
-    def ops(self, name: str) -> dict[str, str]:
-        role = self._problem.role
-        return {role: super().ops(name)[role]}
 
 
 def make_fixture(

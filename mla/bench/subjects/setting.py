@@ -80,7 +80,10 @@ def implementation_setting(setting: Setting, named: Named) -> Setting:
     return replace(setting, ops=policy, overrides=tuple(overrides.items()))
 
 
-def make_ops(setting: Setting) -> Ops:
-    """Return the ops that a layer of this setting chooses; what they compile is said on stderr before."""
+def make_ops(setting: Setting, role: str | None = None) -> Ops:
+    """Return the ops that a layer of this setting chooses, or that of one role alone.
+
+    What they compile is said on stderr before.
+    """
     offered, overrides = setting.backend.ops(), dict(setting.overrides)
-    return Ops(setting.config, offered, setting.dtype, setting.device, setting.ops, overrides, note)
+    return Ops(setting.config, offered, setting.dtype, setting.device, setting.ops, overrides, note, role)

@@ -13,6 +13,7 @@ from mla.conformance.problems.attention import DEEPSEEK, SMALL, attention_spec
 from mla.conformance.registry import check
 from mla.conformance.trial import DTYPES, BackendUnderTest, Refused, Trial, expect
 from mla.layer.ops import Ops
+from mla.layer.preflight import preflight_reasons
 from mla_backends.api import FusedOp, LinearSpec, NormSpec
 
 
@@ -60,6 +61,7 @@ def preflight(trial: Trial) -> None:
         with trial.case(name):
             served = (spec for spec in specs(op, trial.subject) if not op.unsupported_reasons(spec))
             for spec in itertools.islice(served, 1):  # it may compile
+                preflight_reasons(name, op, spec, trial.subject.say)  # says so, and keeps the answer
                 _expect_reasons("preflight()", [op.preflight(spec)] * 2)
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from mla_backend_iluvatar.kernels import kernels
 from mla_backend_iluvatar.native import refusal
 from mla_backends import FusedOp, hookimpl
-from mla_backends.cuda import TF32_VARIABLES, CudaBackend
+from mla_backends.cuda import CudaBackend
 from mla_backends.errors import DeviceUnavailable
 from mla_backends.known import KNOWN
+from mla_backends.torch_backend.float32 import TF32_VARIABLES
 
 if TYPE_CHECKING:
     import torch

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from mla_backend_metax.kernels import kernels
 from mla_backends import FusedOp, hookimpl
-from mla_backends.cuda import TF32_VARIABLES, CudaBackend
+from mla_backends.cuda import CudaBackend
 from mla_backends.known import KNOWN
 from mla_backends.monitor import Monitor
 from mla_backends.nvml import Address, Dialect, NvmlSampler
+from mla_backends.torch_backend.float32 import TF32_VARIABLES
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mla_backend_moore.kernels import kernels
 from mla_backend_moore.sensors import BANDWIDTH, LIBRARY, MtmlSampler
@@ -18,6 +18,7 @@ from mla_backends.api import DeviceInfo, Peak
 from mla_backends.known import KNOWN
 from mla_backends.monitor import Monitor
 from mla_backends.nvml import Address
+from mla_backends.torch_backend.float32 import float32_facts, forbid_tf32
 
 if TYPE_CHECKING:
     import torch
@@ -75,25 +76,15 @@ class Moore(TorchBackend):
         return Address(self.module.current_device(), visible=os.environ.get("MUSA_VISIBLE_DEVICES"))
 
     def prepare_device(self) -> None:
-        """Multiply float32 in float32: torch_musa allows TF32 by default, whose mantissa has 10 bits.
-
-        (Context.h in torch_musa 2.7.1.) Old releases have no such switch.
-        """
-        import torch
-
+        """Multiply float32 in float32: torch_musa allows TF32 by default (Context.h in torch_musa 2.7.1)."""
         super().prepare_device()
-        switches: Any = getattr(torch.backends, "mudnn", None)
-        if hasattr(switches, "allow_tf32"):
-            switches.allow_tf32 = False
+        forbid_tf32()
 
     def vendor_facts(self) -> Mapping[str, str]:
         import torch
 
-        facts = {
-            "torch.version.musa": getattr(torch.version, "musa", None),
-            "mudnn.allow_tf32": getattr(getattr(torch.backends, "mudnn", None), "allow_tf32", None),
-        }
-        return {name: str(value) for name, value in facts.items() if value is not None}
+        version = getattr(torch.version, "musa", None)
+        return {**({"torch.version.musa": str(version)} if version else {}), **float32_facts()}
 
 
 @hookimpl

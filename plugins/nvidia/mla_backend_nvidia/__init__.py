@@ -15,11 +15,12 @@ from mla_backend_nvidia.kernels import kernels
 from mla_backend_nvidia.peaks import peaks
 from mla_backends import Availability, FusedOp, hookimpl
 from mla_backends.api import DeviceInfo
-from mla_backends.cuda import TF32_VARIABLES, CudaBackend
+from mla_backends.cuda import CudaBackend
 from mla_backends.errors import DeviceUnavailable
 from mla_backends.known import KNOWN
 from mla_backends.monitor import Monitor
 from mla_backends.nvml import Address, Dialect, NvmlSampler
+from mla_backends.torch_backend.float32 import TF32_VARIABLES
 
 if TYPE_CHECKING:
     import torch

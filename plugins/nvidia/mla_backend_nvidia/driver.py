@@ -5,15 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-# What torch and the CUDA runtime say of a driver that is too old.
-OUTDATED = re.compile(
-    r"driver on your system is too old"
-    r"|driver version is insufficient"
-    r"|unsupported display driver"
-    r"|forward compatibility was attempted"
-    r"|unsupported toolchain",
-    re.IGNORECASE,
-)
+from mla_backends.cuda import OUTDATED_DRIVER
+
 # Oldest driver -> the newest wheels of torch that run on it, with CUDA's compatibility of minor versions.
 WHEELS = ((525, "cu126"), (450, "cu118"))
 
@@ -26,7 +19,7 @@ def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str:
 
 def outdated(reason: str) -> str:
     """Return what to do if `reason` is that the driver is too old for this torch; "" if it is not."""
-    if not OUTDATED.search(reason):
+    if not OUTDATED_DRIVER.search(reason):
         return ""
     index = f"https://download.pytorch.org/whl/{_wheels(reason)}"
     return f"update the driver, or install torch for an older CUDA: pip install torch --index-url {index}"

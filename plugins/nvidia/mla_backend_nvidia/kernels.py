@@ -24,6 +24,7 @@ from mla_backends.kernels import (
     VarlenLimits,
 )
 from mla_backends.kernels.flashinfer import LIMITS as FLASHINFER_LIMITS
+from mla_backends.kernels.flashinfer import compiled_kernels
 from mla_backends.kernels.tokenspeed import LIMITS as TOKENSPEED_LIMITS
 from mla_backends.kernels.torch_varlen import LIMITS as TORCH_LIMITS
 
@@ -68,7 +69,8 @@ def kernels(architecture: Architecture, multiprocessors: int | None) -> Mapping[
         "flash_mla": FlashMla(flash_mla, install=flash_mla_source() if here in HOPPER else ""),
         "tokenspeed": TokenspeedMla(replace(TOKENSPEED_LIMITS, device_reason=blackwell), install=tokenspeed),
         "flashinfer": FlashInferMla(
-            replace(FLASHINFER_LIMITS, device_reason=ampere), install="pip install flashinfer-python"
+            replace(FLASHINFER_LIMITS, device_reason=ampere),
+            install=f"pip install flashinfer-python, and where there is no nvcc, {compiled_kernels()}",
         ),
         "flash_attn_3": FlashAttnVarlen(
             VarlenLimits(pads_values=False, device_reason=hopper),

@@ -20,6 +20,7 @@ from mla_backend_nvidia.peaks import SHEETS, peaks
 from mla_backends.api import AttentionSpec, Availability, SegmentLengths
 from mla_backends.cuda import CudaBackend
 from mla_backends.errors import DeviceUnavailable
+from mla_backends.kernels.flashinfer.release import WIDE_PAGES
 
 GIB = 1 << 30
 
@@ -188,6 +189,21 @@ def test_the_card_at_hand_names_its_best_kernel_and_how_to_get_it(
     first, reason = next(iter(missing(architecture, kind).items()))
     assert first == best
     assert re.search(rf"is not installed \(.*{re.escape(hint)}", reason), reason
+
+
+def test_flashinfer_is_offered_with_its_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    assert missing((8, 0), "latent")["flashinfer"].startswith(
+        "flashinfer is not installed (pip install flashinfer-python, and where there is no nvcc, pip "
+        "install flashinfer-jit-cache --index-url https://flashinfer.ai/whl/cu129)"
+    )
+
+
+def test_the_extra_asks_for_a_flashinfer_that_finds_every_page() -> None:
+    extras = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    oldest = re.search(r'"flashinfer-python>=([\d.]+)"', extras)
+    assert oldest is not None
+    assert tuple(map(int, oldest[1].split("."))) >= WIDE_PAGES
 
 
 def test_no_card_is_told_to_install_what_it_cannot_run() -> None:

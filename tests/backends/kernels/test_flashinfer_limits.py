@@ -238,6 +238,17 @@ def test_a_kernel_that_works_passes_its_preflight(installed: Any, make_spec: Any
             "https://flashinfer.ai/whl/cu128`",
         ),
         (
+            torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 128.00 MiB.\nSee docs"),
+            "flashinfer finds too little memory for a tiny batch here (OutOfMemoryError: CUDA out of memory. "
+            "Tried to allocate 128.00 MiB.): free some, and start again",
+        ),
+        (
+            RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile"),
+            "flashinfer fails on this device (RuntimeError: CUDA error: no kernel image is available for "
+            "execution on the device): check that its package has kernels for this card, or run without it "
+            "(`--ops reference`)",
+        ),
+        (
             ValueError("qo_indptr must be on wrapper device cuda:0"),
             "flashinfer refuses a tiny batch (KernelRefused: flashinfer refuses this batch (ValueError: "
             "qo_indptr must be on wrapper device cuda:0).)",

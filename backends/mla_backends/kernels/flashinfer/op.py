@@ -19,7 +19,7 @@ from mla_backends.kernels.flashinfer.pages import PageIndex
 from mla_backends.kernels.flashinfer.release import Release
 from mla_backends.kernels.flashinfer.wrappers import Wrappers
 from mla_backends.kernels.limits import LatentLimits
-from mla_backends.kernels.trial import try_latent
+from mla_backends.kernels.trial import device_trouble, try_latent
 from mla_backends.kernels.vendor import KernelRefused, capturing
 from mla_backends.upload import upload
 
@@ -70,7 +70,9 @@ class FlashInferMla(FusedOp):
         except (BackendError, ValueError, TypeError) as error:
             wrong = f"refuses a tiny batch ({one_line(describe(error))})"
         except Exception as error:  # noqa: BLE001  # compilers and loaders raise anything
-            wrong = f"cannot compile its kernel here ({one_line(describe(error))}): {_cure()}"
+            wrong = device_trouble(error) or (
+                f"cannot compile its kernel here ({one_line(describe(error))}): {_cure()}"
+            )
         if not wrong:
             return []
         self._wrappers.pop(spec.device, None)  # its workspace would be kept for nothing
@@ -165,14 +167,16 @@ def _check_capture(device: torch.device) -> None:
 
 
 def _cure() -> str:
-    """Return how to get a compiled kernel, for the CUDA of the torch that is installed."""
+    """Return how to get a compiled kernel."""
+    return f"install the CUDA toolkit, or `{compiled_kernels()}`"
+
+
+def compiled_kernels() -> str:
+    """Return the command that installs compiled kernels, for the CUDA of the torch that is installed."""
     import torch
 
     cuda = f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cuXXX"
-    return (
-        "install the CUDA toolkit, or `pip install flashinfer-jit-cache --index-url "
-        f"https://flashinfer.ai/whl/{cuda}`"
-    )
+    return f"pip install flashinfer-jit-cache --index-url https://flashinfer.ai/whl/{cuda}"
 
 
 def _ints(values: Iterable[int], code: str) -> torch.Tensor:

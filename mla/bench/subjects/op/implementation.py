@@ -27,7 +27,7 @@ class OpImplementation(Implementation):
         super().__init__(setting)
         self.name = name
         self._problem = problem
-        self._choice = make_ops(setting)[problem.role]
+        self._choice = make_ops(setting, problem.role)[problem.role]
 
     def load(self, scenario: Scenario, inputs: Any) -> None:
         """Lay the operands out on the device. Raises `UnsupportedBatch` if the op refuses the shape."""

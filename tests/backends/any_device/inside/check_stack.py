@@ -178,6 +178,39 @@ def test_no_device_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         opened()
 
 
+@pytest.mark.parametrize("place", ["probe", "setup"])
+def test_a_driver_that_is_too_old_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def outdated(*arguments: Any) -> Any:
+        raise RuntimeError("The driver on your system is too old (found version 11040). Update it")
+
+    monkeypatch.setattr(torch.acme, "is_available" if place == "probe" else "set_device", outdated)
+    with pytest.raises(BackendError, match=r"too old .*; update the driver, or install a torch older than "):
+        opened(device="acme:0")
+
+
+def test_float32_is_multiplied_in_float32_and_that_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every library of torch.backends with a switch, one that cannot be read, and one without any."""
+
+    class Mixed:
+        @property
+        def allow_tf32(self) -> bool:
+            raise RuntimeError("mix of the legacy and new APIs")
+
+    dnn = SimpleNamespace(allow_tf32=True)
+    for name, library in (("acmednn", dnn), ("mixed", Mixed()), ("plain", SimpleNamespace())):
+        monkeypatch.setattr(torch.backends, name, library, raising=False)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    torch.set_float32_matmul_precision("high")
+    found = opened(threads="1").environment()
+    assert dnn.allow_tf32 is False
+    assert torch.get_float32_matmul_precision() == found["float32_matmul_precision"] == "highest"
+    assert found["acmednn.allow_tf32"] == found["cudnn.allow_tf32"] == "False"
+    assert found["mixed.allow_tf32"].startswith("unreadable (RuntimeError: mix of")
+    assert "plain.allow_tf32" not in found
+    assert found["NVIDIA_TF32_OVERRIDE"] == "1"
+    assert found["host_threads"] == "1, the option threads"
+
+
 def test_dtypes_whose_products_fail_or_lie_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     card = emulated.Card("Acme Old", (1, 0), 8, products=("float16", "float32"))
     monkeypatch.setattr(emulated.STATE, "card", card)
