@@ -54,15 +54,22 @@ def render(run: Run, kind: str) -> str:
 
 
 def comparisons(run: Run) -> list[str]:
-    """Return one line per scenario and pair: the first implementation compared with each other one."""
+    """Return one line per scenario and pair: the first implementation that ran, and each other one."""
     lines = []
     for scenario, cases in _by_scenario(run).items():
-        others = {case.implementation: case for case in cases[1:]}
-        for agreement in cases[0].agreement:
+        first = _first_run(cases)
+        others = {case.implementation: case for case in cases if case is not first}
+        for agreement in first.agreement:
             other = others.get(agreement.implementation)
             if other is not None:
-                lines.append(f"{scenario}: {_comparison(cases[0], other, agreement)}")
+                lines.append(f"{scenario}: {_comparison(first, other, agreement)}")
     return lines
+
+
+def _first_run(cases: Sequence[Case]) -> Case:
+    """Return the first case that was run, or the first if none was."""
+    ran = (case for case in cases if case.latency_ms or case.check.status != "not run")
+    return next(ran, cases[0])
 
 
 def _comparison(case: Case, other: Case, agreement: results.Agreement) -> str:
@@ -86,7 +93,7 @@ def _by_scenario(run: Run) -> dict[str, list[Case]]:
 def headlines(run: Run) -> list[str]:
     """Return one line per scenario for the first implementation that ran it."""
     lines = []
-    for case in (cases[0] for cases in _by_scenario(run).values()):
+    for case in map(_first_run, _by_scenario(run).values()):
         parts = [case.scenario] * (case.scenario != case.mode)
         parts += [case.implementation] * (case.implementation != "mla")
         parts += [_layers(case).strip()] * (case.layers > 1)
