@@ -74,13 +74,19 @@ def _first_run(cases: Sequence[Case]) -> Case:
 
 def _comparison(case: Case, other: Case, agreement: results.Agreement) -> str:
     """Return how a case compares with another: speed, outputs, cache and transient memory."""
-    speed = f"{number(agreement.speed_ratio)}x as fast as" if agreement.speed_ratio else "against"
     return (
-        f"{case.implementation} is {speed} {other.implementation}; outputs differ by "
+        f"{case.implementation} {_speed(case, other, agreement)} {other.implementation}; outputs differ by "
         f"{_exponent(agreement.relative_difference)}; cache {_mib(case.memory.cache_bytes)} against "
         f"{_mib(other.memory.cache_bytes)}; transient {_mib(case.memory.transient_bytes)} against "
         f"{_mib(other.memory.transient_bytes)}"
     )
+
+
+def _speed(case: Case, other: Case, agreement: results.Agreement) -> str:
+    """Return how fast a case is; between cases that run the same ops a ratio would be noise."""
+    if case.ops and case.ops == other.ops:
+        return "runs the same ops as"
+    return f"is {number(agreement.speed_ratio)}x as fast as" if agreement.speed_ratio else "is against"
 
 
 def _by_scenario(run: Run) -> dict[str, list[Case]]:
