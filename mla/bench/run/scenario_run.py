@@ -145,7 +145,7 @@ class ScenarioRun:
             ops={},
             clock="none",
             interrupted=interrupted,
-            repro=case_command(self._request.command, scenario, name),
+            repro=case_command(self._request.command, scenario, self._fixture.repeated_as(name)),
             base=scenario.base,
             point=dict(scenario.point),
             dtype=dtype_name(self._setting.dtype),

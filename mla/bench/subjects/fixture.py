@@ -114,6 +114,10 @@ class Fixture(ABC):
         """Return role -> op of an implementation of ours. Raises `UsageError` or `UnsupportedOps`."""
         return make_ops(implementation_setting(self.setting, parse_one(name))).names()
 
+    def repeated_as(self, name: str) -> str:
+        """Return the implementation that runs what `name` runs here when nothing else does."""
+        return name
+
 
 class LayerFixture(Fixture):
     """The whole layer, on random weights or those of a checkpoint (`state`)."""
@@ -218,6 +222,11 @@ class OpFixture(Fixture):
             host_bytes=op_memory.host_bytes(self.setting, self._problem, on_device),
             reference_copies=0,
         )
+
+    def repeated_as(self, name: str) -> str:
+        named = parse_one(name)
+        own = dict(implementation_setting(self.setting, named).overrides)
+        return name if self._problem.role in own else named.base
 
     def ops(self, name: str) -> dict[str, str]:
         role = self._problem.role
