@@ -59,7 +59,7 @@ class ScenarioRun:
                 self._outputs[one.name] = one.compared().to("cpu", copy=True)
         for one in built:
             if measured[one.name].refused:
-                self._refuse(one.name, measured[one.name].check.reason)
+                self.refuse(one.name, measured[one.name].check.reason)
         ran = [one.name for one in built if not measured[one.name].refused]
         cases = [self._case(one, measured[one.name], ran) for one in built]
         if self._request.stages:
@@ -67,7 +67,7 @@ class ScenarioRun:
                 self._add_stages(one, case, checker)
         return cases
 
-    def _refuse(self, name: str, reason: str) -> None:
+    def refuse(self, name: str, reason: str) -> None:
         """Say which implementation is skipped because one of its ops refuses the batch."""
         note(f"{self._point.name}, {name} is skipped: {reason}")
         where = f"scenario '{self._point.name}', implementation '{name}'"

@@ -124,6 +124,9 @@ class _Scheduler:
         return f"{self._number} of {len(self._request.scenarios)}"
 
     def _measure(self, work: ScenarioRun, scenario: ScenarioPlan, names: list[str]) -> None:
+        names = self._not_refused(work, scenario, names)
+        if not names:
+            return
         memory = scenario.memory.with_available(available_memory(scenario.setting.backend))
         budget = self._steering.budget
         if not memory.fits:
@@ -137,6 +140,14 @@ class _Scheduler:
         start = time.monotonic()
         self._interleave(work, memory, scenario, names)
         budget.learn(seconds, time.monotonic() - start)
+
+    def _not_refused(self, work: ScenarioRun, scenario: ScenarioPlan, names: list[str]) -> list[str]:
+        """Skip the implementations whose ops refuse the lengths; return the others."""
+        for name in names:
+            if name in scenario.refused:
+                work.refuse(name, scenario.refused[name])
+                self._keep(work.not_run([name], scenario.refused[name]))
+        return [name for name in names if name not in scenario.refused]
 
     def _interleave(
         self, work: ScenarioRun, memory: MemoryPlan, scenario: ScenarioPlan, names: list[str]

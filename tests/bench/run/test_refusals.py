@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mla.bench import results
+from mla.bench.subjects import fixture
 from mla.bench.terminal.run_table import comparisons, headlines
 
 Bench = Callable[..., Any]
@@ -81,6 +82,40 @@ def test_a_run_of_refusals_alone_says_who_refused_and_why(measure: Bench, place:
     assert "20 tokens" in done.error
     assert "Leave `" in done.error
     assert refused_cases() == [("decode kv=30", SECOND)]
+
+
+def test_a_dry_run_says_what_is_refused_before_an_oracle_is_computed(
+    measure: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = measure(NAMES, "second:batch", *BOTH, "--dry-run")
+    assert done.code == 0
+    lines = [line for line in done.err.splitlines() if line.endswith(" refused, skipped")]
+    assert len(lines) == 1
+    assert lines[0].split()[1:4] == ["decode", "kv=30", SECOND]
+    assert f"\ndecode kv=30, {SECOND} will be skipped: fused op 'second' (latent_attention/1) " in done.err
+    monkeypatch.setattr(fixture, "expected_outputs", None)
+    assert measure(SECOND, "second:batch", *LONG).code == 3
+
+
+def test_a_refusal_that_the_plan_did_not_foresee_is_the_same(
+    measure: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decode step may have lengths that neither the first nor the last has, and free memory changes."""
+    monkeypatch.setattr(fixture.LayerFixture, "refusal", lambda self, name: "")
+    assert measure(NAMES, "second:batch", *LONG).code == 0
+    assert refused_cases() == [("decode kv=30", SECOND)]
+    assert read().cases[0].check.reason.endswith("it takes 20 tokens. Leave `latent_attention=second` out.")
+
+
+def test_an_op_alone_is_refused_the_same_way(bench: Bench, small: list[str]) -> None:
+    words = ["--op", "latent_attention", "--implementations", NAMES, "--runs", "2", "--passes", "2"]
+    words += ["-O", "refuse=second:batch", "--kv", "30", "-o", "run.json", "--cache", "warm"]
+    backend = ("--backend", "several_ops:SeveralOps")
+    assert " refused, skipped\n" in bench(*backend, *small[:2], *words, "--dry-run").err
+    done = bench(*backend, *small[:2], *words)
+    assert done.code == 0, done.err
+    assert [name for _, name in refused_cases()] == [SECOND]
+    assert len(read().cases) == 3
 
 
 def test_an_op_that_fails_is_no_refusal(measure: Bench) -> None:
