@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from faulty_backend import FaultyOp
 
-from mla_backends import FusedOp
+from mla_backends import BackendError, FusedOp
 from mla_backends.kernels import KernelRefused
 from mla_backends.testing import HostBackend
 
@@ -53,7 +53,7 @@ class Refusing(FaultyOp):
 
     def prepare(self, spec: Any, batch: Any) -> Any:
         if max(batch.kv_lens) > LONGEST and self._how == "prepare":
-            raise KernelRefused("the kernel takes 20 tokens.")
+            raise BackendError("the kernel takes 20 tokens.")
         if max(batch.kv_lens) > LONGEST and self._how == "raise":
             raise RuntimeError("the plan broke")
         return super().prepare(spec, batch)

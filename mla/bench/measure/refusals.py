@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from mla.bench.workload.implementations import parse_one
+from mla.command import error_origin
 from mla.errors import UnsupportedBatch
 from mla_backends import BackendError
 
 
 def reason(error: Exception, implementation: str) -> str:
-    """Return why an op of `implementation` refuses its batch, and the cure; "" for any other error."""
+    """Return why an op of `implementation` refuses its batch, and the cure; "" for any other error.
+
+    A `BackendError` that an op raises is a refusal, as the contract says.
+    """
     if isinstance(error, UnsupportedBatch):
         return str(error)
-    if isinstance(error, BackendError) and error.state == "unsupported":
+    if isinstance(error, BackendError) and error_origin.in_op(error):
         return f"{str(error).rstrip('.')}. {_cure(implementation)}"
     return ""
 

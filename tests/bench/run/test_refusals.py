@@ -11,6 +11,8 @@ import pytest
 from mla.bench import results
 from mla.bench.subjects import fixture
 from mla.bench.terminal.run_table import comparisons, headlines
+from mla_backends import BackendError
+from mla_backends.testing import HostBackend
 
 Bench = Callable[..., Any]
 
@@ -123,6 +125,17 @@ def test_an_op_that_fails_is_no_refusal(measure: Bench) -> None:
     assert done.code == 3
     assert done.error.startswith("error: scenario 'decode kv=30' failed: RuntimeError: the plan broke (")
     assert done.error.endswith("op 'second' of latent_attention).")
+
+
+def test_a_backend_that_fails_outside_of_its_ops_ends_the_run(
+    measure: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: HostBackend) -> Any:
+        raise BackendError("the clock is gone.")
+
+    monkeypatch.setattr(HostBackend, "timer", broken)
+    done = measure(NAMES, "second:call", *LONG)
+    assert (done.code, done.error) == (3, "error: the clock is gone.")
 
 
 def test_a_resumed_run_keeps_what_was_measured_and_asks_the_op_again(measure: Bench) -> None:
