@@ -24,6 +24,11 @@ def place(error: BaseException) -> str:
     return _text((own or frames)[-1])
 
 
+def in_op(error: BaseException) -> bool:
+    """Return whether an op raised the error, or what it called."""
+    return any(isinstance(_self(frame), FusedOp) for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
 def _name(callers: list[_Place], op: FusedOp) -> str:
     """Return ", op 'name' of role": the step that called the op knows both."""
     from mla.layer.ops import Ops

@@ -28,6 +28,7 @@ class Choice:
     op: FusedOp
     spec: Any
     reasons: tuple[str, ...] = ()
+    override: str = ""  # what chose the op for this role alone, such as "latent_attention=mine"
 
     def key(self) -> tuple[str, str, Any]:
         """Identify what this choice computes: layers with equal keys share a plan."""
@@ -39,9 +40,10 @@ class Choice:
         """Raise `UnsupportedBatch` with every reason why these lengths or pages cannot be served."""
         reasons = self.op.unsupported_batch(self.spec, query_lens, kv_lens, page_size)
         if reasons:
+            cure = f"Leave `{self.override}` out."
             raise UnsupportedBatch(
                 f"fused op '{self.name}' ({self.op.contract}) refuses this batch: {'; '.join(reasons)}. "
-                "Use the reference ops for it (`--ops reference`)."
+                f"{cure if self.override else 'Use the reference ops for it (`--ops reference`).'}"
             )
 
 
@@ -139,7 +141,9 @@ class Ops:
                 self._choices[one] = choose(kind, spec, offered, name or policy, say=say)
             else:
                 only = {name: offered[name]}
-                self._choices[one] = choose(kind, spec, only, "fused", f"{one}={name}", say)
+                override = f"{one}={name}"
+                chosen = choose(kind, spec, only, "fused", override, say)
+                self._choices[one] = dataclasses.replace(chosen, override=override)
 
     def __getitem__(self, role: str) -> Choice:
         return self._choices[role]

@@ -78,7 +78,7 @@ def make_plan(
     One round rebuilds at most `workspace` bytes of keys and values; an op that cannot merge rounds gets a
     whole request, as far as `growth` allows it. Raises `UnsupportedBatch`.
     """
-    members = _split(config, batch, attention)
+    members = _split(config, batch.query_lens, batch.kv_lens, attention)
     return StepPlan(
         cos_sin=cos_sin,
         absorbed=_absorbed(ops, batch, members[cost.ABSORBED], cos_sin),
@@ -86,18 +86,39 @@ def make_plan(
     )
 
 
-def _split(config: MLAConfig, batch: RaggedBatch, attention: str) -> dict[str, list[int]]:
+def check_lengths(
+    config: MLAConfig,
+    ops: Ops,
+    query_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    page_size: int,
+    attention: str,
+) -> None:
+    """Raise `UnsupportedBatch` for lengths that an op refuses, as planning a batch of them would."""
+    members = _split(config, query_lens, kv_lens, attention)
+    for path, role, pages in (
+        (cost.ABSORBED, "latent_attention", page_size),
+        (cost.EXPANDED, "expanded_attention", None),
+    ):
+        new = [query_lens[request] for request in members[path]]
+        if sum(new):
+            ops[role].check_batch(new, [kv_lens[request] for request in members[path]], pages)
+
+
+def _split(
+    config: MLAConfig, query_lens: Sequence[int], kv_lens: Sequence[int], attention: str
+) -> dict[str, list[int]]:
     """Return path -> the requests that take it."""
     members: dict[str, list[int]] = {cost.ABSORBED: [], cost.EXPANDED: []}
     if attention != "auto":
-        members[attention] = list(range(len(batch.query_lens)))
+        members[attention] = list(range(len(query_lens)))
         return members
     chooser = cost.PathChooser(config)
-    count = len(batch.query_lens)
-    if batch.query_lens.count(1) == count and chooser.always_absorbs(min(batch.kv_lens)):
+    count = len(query_lens)
+    if query_lens.count(1) == count and chooser.always_absorbs(min(kv_lens)):
         members[cost.ABSORBED] = list(range(count))
         return members
-    for request, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
+    for request, (query_len, kv_len) in enumerate(zip(query_lens, kv_lens, strict=True)):
         members[chooser.path(query_len, kv_len)].append(request)
     return members
 

@@ -1,8 +1,9 @@
 """The CPU with two ops of one kind to compare, and ops that cannot run: all are the reference inside.
 
 `first` and `second` are latent attention, `rows` is linear. `-O wrong=NAME` makes what that op writes 5 %
-too large; `-O hang=profiled`: `first` hangs while it is profiled. `picky` is latent attention and refuses
-every layer; `old` implements an outdated contract.
+too large; `-O hang=profiled`: `first` hangs while it is profiled. `-O refuse=NAME:HOW` makes an op refuse
+contexts of more than 20 tokens: by `unsupported_batch` ("batch"), in "prepare" or at its "call"; with "raise"
+its `prepare` fails. `picky` is latent attention and refuses every layer; `old` has an outdated contract.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 from faulty_backend import FaultyOp
 
-from mla_backends import FusedOp
+from mla_backends import BackendError, FusedOp
+from mla_backends.kernels import KernelRefused
 from mla_backends.testing import HostBackend
 
 KINDS = {"first": "latent_attention", "second": "latent_attention", "rows": "linear"}
 
-
+LONGEST = 20  # tokens that a `Refusing` op takes
 RELEASE = threading.Event()  # ends the wait of what hangs
 
 
@@ -37,6 +39,31 @@ class Picky(FaultyOp):
         return ["it has no kernel for this layer"]
 
 
+class Refusing(FaultyOp):
+    """Refuses long contexts in one of several places."""
+
+    def __init__(self, kind: str, how: str) -> None:
+        super().__init__(kind, "none")
+        self._how = how
+
+    def unsupported_batch(
+        self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
+    ) -> list[str]:
+        return ["it takes 20 tokens"] if self._how == "batch" and max(kv_lens) > LONGEST else []
+
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        if max(batch.kv_lens) > LONGEST and self._how == "prepare":
+            raise BackendError("the kernel takes 20 tokens.")
+        if max(batch.kv_lens) > LONGEST and self._how == "raise":
+            raise RuntimeError("the plan broke")
+        return super().prepare(spec, batch)
+
+    def __call__(self, *leading: Any, **tensors: Any) -> None:
+        if self._how == "call" and int(tensors["kv_lens"].max()) > LONGEST:
+            raise KernelRefused("the kernel takes 20 tokens.")
+        super().__call__(*leading, **tensors)
+
+
 class Old(FaultyOp):
     def __init__(self, kind: str, fault: str) -> None:
         super().__init__(kind, fault)
@@ -48,7 +75,7 @@ class SeveralOps(HostBackend):
 
     @classmethod
     def known_options(cls) -> tuple[str, ...]:
-        return ("threads", "wrong", "hang")
+        return ("threads", "wrong", "hang", "refuse")
 
     def setup(self, index: int | None = None) -> torch.device:
         torch.set_num_threads(1)
@@ -64,6 +91,9 @@ class SeveralOps(HostBackend):
                 self._ops[name] = FaultyOp(kind, "scale" if name == wrong else "none")
             if self.options.get("hang") == "profiled":
                 self._ops["first"] = Hanging("latent_attention", "none")
+            if "refuse" in self.options:
+                name, _, how = self.options["refuse"].partition(":")
+                self._ops[name] = Refusing(KINDS[name], how)
             self._ops["picky"] = Picky("latent_attention", "none")
             self._ops["old"] = Old("rotate_query", "none")
         return self._ops

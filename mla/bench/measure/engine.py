@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+from mla.bench.measure import refusals
 from mla.bench.measure.device_state import read_sensors
 from mla.bench.measure.hooks import Hooks
 from mla.bench.measure.passes import PassRunner
@@ -46,15 +47,17 @@ def measure(
     """Return implementation name -> measurement.
 
     `inputs` and `checker` are what the implementations are loaded and checked with. An interrupt or
-    `hooks.should_stop` ends timing early; complete passes are kept. Raises `VariantError` if graphs are
+    `hooks.should_stop` ends timing early; complete passes are kept. What an op refuses costs its own
+    implementation its numbers, and no other. Raises `VariantError` if graphs are
     required and the first implementation has none.
     """
     engine = _Engine(scenario, checker, backend, progress, hooks)
     try:
         for one in implementations:
             hooks.enter(one.name)
-            one.load(scenario, inputs)
-            engine.run_and_check(one)
+            with engine.refusable(one):
+                one.load(scenario, inputs)
+                engine.run_and_check(one)
         runners = engine.make_runners(implementations, Setup(backend, variants or Variants(), scenario))
         engine.warm_up(runners)
         engine.time(runners, random.Random(seed))
@@ -79,6 +82,18 @@ class _Engine:
     def _correct(self, runner: PassRunner) -> bool:
         return self.measurements[runner.implementation.name].check.status == "ok"
 
+    @contextmanager
+    def refusable(self, one: Implementation) -> Iterator[None]:
+        """Record what an op refuses inside the `with` block: the implementation was not run."""
+        try:
+            yield
+        except Exception as error:  # all others are raised again
+            reason = refusals.reason(error, one.name)
+            if not reason:
+                raise
+            check = Check(status="not run", reason=reason)
+            self.measurements[one.name] = Measurement(Samples(HEADLINE, check), refused=True)
+
     # ------------------------------------------------------------------------------------------ before
 
     def run_and_check(self, one: Implementation) -> None:
@@ -101,13 +116,15 @@ class _Engine:
         for position, one in enumerate(implementations):
             self._hooks.enter(one.name)
             if self.measurements[one.name].check.status == "ok":
-                found += setup.runners(one, self.measurements[one.name], first=position == 0)
+                with self.refusable(one):
+                    found += setup.runners(one, self.measurements[one.name], first=position == 0)
         for runner in found:
             if runner.samples.variant != HEADLINE and self._correct(runner):
                 self._hooks.enter(runner.implementation.name)
-                runner.try_pass(self._hooks.heartbeat)
-                self._tick("checking", runner.implementation, len(runner.steps.run))
-                runner.samples.check = runner.implementation.check(self._checker)
+                with self.refusable(runner.implementation):
+                    runner.try_pass(self._hooks.heartbeat)
+                    self._tick("checking", runner.implementation, len(runner.steps.run))
+                    runner.samples.check = runner.implementation.check(self._checker)
         return [runner for runner in found if self._correct(runner)]
 
     def warm_up(self, runners: Sequence[PassRunner]) -> None:
@@ -117,12 +134,17 @@ class _Engine:
             if variant.cache == "cold" or variant.clock == "device":
                 continue  # the checked pass is warm-up enough: caches are flushed, or warm already
             self._hooks.enter(one.name)
-            tick = partial(self._tick, "warming up", one)
-            timer, least = self._backend.timer(), self._scenario.warmups
-            done = warm_up(runner.forwards, self._scenario.steps, least, timer, tick)
-            if variant == HEADLINE:
-                measurement = self.measurements[one.name]
-                measurement.warmups, measurement.settled = done.forwards, done.settled
+            with self.refusable(one):
+                self._warm_up(runner)
+
+    def _warm_up(self, runner: PassRunner) -> None:
+        one = runner.implementation
+        tick = partial(self._tick, "warming up", one)
+        timer, least = self._backend.timer(), self._scenario.warmups
+        done = warm_up(runner.forwards, self._scenario.steps, least, timer, tick)
+        if runner.samples.variant == HEADLINE:
+            measurement = self.measurements[one.name]
+            measurement.warmups, measurement.settled = done.forwards, done.settled
 
     # ------------------------------------------------------------------------------------------ timing
 
@@ -147,9 +169,11 @@ class _Engine:
             for runner in due:
                 if self._hooks.should_stop is not None and self._hooks.should_stop():
                     return
-                if self._correct(runner):
+                if not self._correct(runner):
+                    continue
+                with self.refusable(runner.implementation):
                     self._time_pass(runner, switched=runner is not previous)
-                    previous = runner
+                previous = runner
 
     def _time_pass(self, runner: PassRunner, switched: bool) -> None:
         self._hooks.enter(runner.implementation.name)

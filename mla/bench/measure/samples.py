@@ -28,6 +28,7 @@ class Measurement:
     headline: Samples
     others: list[Samples] = field(default_factory=list)
     interrupted: bool = False
+    refused: bool = False  # by an op: the check says why
     transient_bytes: int | None = None
     warmups: int = 0
     settled: bool | None = None  # the warm-up ended because latencies had settled; None: no warm-up

@@ -144,6 +144,9 @@ def dry_run(request: Request) -> None:
     note("")
     note(aligned(_HEADER, rows, _HEADER).rstrip("\n"))
     note("")
+    for scenario in request.scenarios:
+        for name, reason in scenario.refused.items():
+            note(f"{scenario.name}, {name} will be skipped: {reason}")
     _total(request, estimator)
 
 
@@ -160,15 +163,23 @@ def _rows(
             count,
             gib(memory.device_bytes(1)),
             gib(memory.host),
-            spoken(estimator.seconds(scenario, [name])) if memory.fits else "does not fit, skipped",
+            _about(scenario, name, estimator),
         )
         for place, name in enumerate(request.implementations)
     ]
 
 
+def _about(scenario: ScenarioPlan, name: str, estimator: Estimator) -> str:
+    if not scenario.memory.fits:
+        return "does not fit, skipped"
+    return "refused, skipped" if name in scenario.refused else spoken(estimator.seconds(scenario, [name]))
+
+
 def _total(request: Request, estimator: Estimator) -> None:
     fitting = [scenario for scenario in request.scenarios if scenario.memory.fits]
-    seconds = sum(estimator.seconds(scenario, request.implementations) for scenario in fitting)
+    names = request.implementations
+    left = [(one, [name for name in names if name not in one.refused]) for one in fitting]
+    seconds = sum(estimator.seconds(scenario, those) for scenario, those in left if those)
     count = len(request.scenarios) * len(request.implementations)
     bases = dict.fromkeys(parse_one(name).base for name in request.implementations)
     shares = ", ".join(f"{base} {number(100 * SHARES[base])} %" for base in bases if base in SHARES)

@@ -33,6 +33,7 @@ class ScenarioPlan:
     needs: Needs
     memory: MemoryPlan
     ops: Mapping[str, Mapping[str, str]]  # implementation of ours -> role -> op
+    refused: Mapping[str, str]  # implementation -> why an op of its refuses the lengths
 
     @property
     def name(self) -> str:
@@ -57,7 +58,8 @@ def plan_scenarios(
     for fixture, found, differs in zip(fixtures, ops, fused, strict=True):
         needs = fixture.needs(ours)
         memory = plan_memory(fixture, needs, chosen, differs, available)
-        plans.append(ScenarioPlan(fixture.point, fixture.setting, needs, memory, found))
+        refused = {name: reason for name in ours if (reason := fixture.refusal(name))}
+        plans.append(ScenarioPlan(fixture.point, fixture.setting, needs, memory, found, refused))
     return plans, chosen
 
 

@@ -59,6 +59,7 @@ def _request(
     validate.check_op_uses_shape(options, points)
     plans, names = _plans(options, points, setting)
     validate.check_stages(options, points, names)
+    validate.check_own_ops(options, points, _overrides(setting, names))
     return Request(
         setting=setting,
         scenarios=plans,
@@ -144,6 +145,17 @@ def _plans(
     if not listed and names == ["mla"]:
         note("mla-reference is skipped: no fused op was chosen, so it is identical to mla")
     return plans, names
+
+
+def _overrides(setting: Setting, names: Sequence[str]) -> dict[str, list[str]]:
+    """Return implementation -> the roles that it has ops of its own for."""
+    from mla.bench.subjects.setting import implementation_setting
+
+    ours = {name: parse_one(name) for name in names if is_ours(name)}
+    return {
+        name: [role for role, _ in implementation_setting(setting, named).overrides]
+        for name, named in ours.items()
+    }
 
 
 def _listed_implementations(options: RunOptions, points: Sequence[Point]) -> list[str]:

@@ -6,7 +6,7 @@ others also the layer or the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mla.bench.plan.options import RunOptions
@@ -143,6 +143,22 @@ def check_op_uses_shape(options: RunOptions, points: Sequence[Point]) -> None:
     if unused:
         have, them = ("has", "it") if len(unused) == 1 else ("have", "them")
         raise UsageError(f"{' and '.join(unused)} {have} no effect on {', '.join(roles)}: omit {them}.")
+
+
+def check_own_ops(
+    options: RunOptions, points: Sequence[Point], overrides: Mapping[str, Collection[str]]
+) -> None:
+    """Raise `UsageError` for ops in brackets none of which `--op` times: they would change nothing.
+
+    `overrides`: implementation -> roles that it has ops of its own for.
+    """
+    roles = list(dict.fromkeys(point.op for point in points if point.op))
+    for name, own in overrides.items():
+        if options.op is not None and own and not any(role in own for role in roles):
+            raise UsageError(
+                f"--op times {', '.join(roles)} alone, for which '{name}' has no op in its brackets: name "
+                f"{'one of them' if len(roles) > 1 else roles[0]} there, or leave '{name}' out."
+            )
 
 
 def check_stages(options: RunOptions, points: Sequence[Point], names: Sequence[str]) -> None:

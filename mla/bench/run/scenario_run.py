@@ -17,6 +17,8 @@ from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.fixture import make_fixture
 from mla.bench.subjects.layer import MlaLayer
+from mla.command.console import note
+from mla.errors import MLAError, UnsupportedBatch
 from mla.text import dtype_name
 
 
@@ -30,6 +32,7 @@ class ScenarioRun:
         self._progress, self._hooks = progress, hooks
         self._fixture = make_fixture(scenario.setting, scenario.point, request.state, hooks.heartbeat)
         self._ceilings = RooflineModel(self._setting)
+        self.refusal: MLAError | None = None  # the first of an op
         self._outputs: dict[str, torch.Tensor] = {}  # of right implementations, on the host
 
     @property
@@ -54,11 +57,21 @@ class ScenarioRun:
         for one in built:
             if measured[one.name].check.status == "ok":
                 self._outputs[one.name] = one.compared().to("cpu", copy=True)
-        cases = [self._case(one, measured[one.name], names) for one in built]
+        for one in built:
+            if measured[one.name].refused:
+                self.refuse(one.name, measured[one.name].check.reason)
+        ran = [one.name for one in built if not measured[one.name].refused]
+        cases = [self._case(one, measured[one.name], ran) for one in built]
         if self._request.stages:
             for one, case in zip(built, cases, strict=True):
                 self._add_stages(one, case, checker)
         return cases
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Say which implementation is skipped because one of its ops refuses the batch."""
+        note(f"{self._point.name}, {name} is skipped: {reason}")
+        where = f"scenario '{self._point.name}', implementation '{name}'"
+        self.refusal = self.refusal or UnsupportedBatch(f"{where}: {reason}")
 
     def _add_stages(self, one: Implementation, case: results.Case, checker: Any) -> None:
         """Time the parts of our own layer's forward, if it has numbers at all."""
@@ -89,7 +102,7 @@ class ScenarioRun:
         loaded = measured.check.status != "not run"
         case = self._empty(one.name, "", interrupted=False)
         summary.fill(case, self._point, measured, one)
-        case.interleaved_with = [name for name in names if name != one.name]
+        case.interleaved_with = [name for name in names if name != one.name] if one.name in names else []
         case.ops = one.ops()
         case.memory = results.Memory(
             weight_bytes=one.weight_bytes(),
@@ -132,7 +145,7 @@ class ScenarioRun:
             ops={},
             clock="none",
             interrupted=interrupted,
-            repro=case_command(self._request.command, scenario, name),
+            repro=case_command(self._request.command, scenario, self._fixture.repeated_as(name)),
             base=scenario.base,
             point=dict(scenario.point),
             dtype=dtype_name(self._setting.dtype),

@@ -25,7 +25,7 @@ from mla.bench.terminal.digits import number
 from mla.bench.workload.quantities import spoken
 from mla.command.console import note
 from mla.command.progress import Progress
-from mla.errors import MLAError, OutOfMemory, UnsupportedBatch
+from mla.errors import MLAError, OutOfMemory
 from mla_backends import BackendError
 from mla_backends.errors import first_line
 
@@ -60,7 +60,7 @@ class _Scheduler:
         self._estimator = estimate.measured(request) if limited else self._nominal
         self._watchdog = Watchdog(steering.hang_after, self._hung)
         self._number = 0
-        self._refusal: MLAError | BackendError | None = None  # why the first skipped scenario was skipped
+        self._refusal: MLAError | BackendError | None = None  # why the first case that was not run was not
 
     def run(self) -> Outcome:
         """Visit every scenario once."""
@@ -94,6 +94,7 @@ class _Scheduler:
                 return Outcome(self._result(), failure=failure_of(scenario.name, error))
             self._refusal = self._refusal or failure_of(scenario.name, error)
             self._skip(work, scenario, self._missing(scenario), first_line(error) or type(error).__name__)
+        self._refusal = self._refusal or work.refusal
         bar.finish()
         self._ceilings += [one for one in work.ceilings() if one not in self._ceilings]
         found = [self._cases[scenario.name, name] for name in names]
@@ -123,6 +124,9 @@ class _Scheduler:
         return f"{self._number} of {len(self._request.scenarios)}"
 
     def _measure(self, work: ScenarioRun, scenario: ScenarioPlan, names: list[str]) -> None:
+        names = self._not_refused(work, scenario, names)
+        if not names:
+            return
         memory = scenario.memory.with_available(available_memory(scenario.setting.backend))
         budget = self._steering.budget
         if not memory.fits:
@@ -136,6 +140,14 @@ class _Scheduler:
         start = time.monotonic()
         self._interleave(work, memory, scenario, names)
         budget.learn(seconds, time.monotonic() - start)
+
+    def _not_refused(self, work: ScenarioRun, scenario: ScenarioPlan, names: list[str]) -> list[str]:
+        """Skip the implementations whose ops refuse the lengths; return the others."""
+        for name in names:
+            if name in scenario.refused:
+                work.refuse(name, scenario.refused[name])
+                self._keep(work.not_run([name], scenario.refused[name]))
+        return [name for name in names if name not in scenario.refused]
 
     def _interleave(
         self, work: ScenarioRun, memory: MemoryPlan, scenario: ScenarioPlan, names: list[str]
@@ -169,8 +181,8 @@ class _Scheduler:
         return Hooks(over, self._watchdog.enter, self._watchdog.beat)
 
     def _others_may_run(self, error: Exception) -> bool:
-        """Return whether other scenarios may go well: this one was too large, or no op takes its lengths."""
-        too_large = isinstance(error, (OutOfMemory, MemoryError, UnsupportedBatch))
+        """Return whether other scenarios may go well: this one was too large."""
+        too_large = isinstance(error, (OutOfMemory, MemoryError))
         return len(self._request.scenarios) > 1 and (too_large or type(error).__name__ == "OutOfMemoryError")
 
     def _skip(self, work: ScenarioRun, scenario: ScenarioPlan, names: Sequence[str], reason: str) -> None:

@@ -21,6 +21,7 @@ from mla.bench.subjects.inputs import Inputs, expected_outputs, make_inputs
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.op import memory as op_memory
 from mla.bench.subjects.op.implementation import OpImplementation, reference_results
+from mla.bench.subjects.op.implementation import check_lengths as check_op_lengths
 from mla.bench.subjects.op.problem import OpProblem, op_problem
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, sharing_weights
 from mla.bench.subjects.shared_weights import shared_bytes
@@ -28,6 +29,9 @@ from mla.bench.subjects.stack import MlaStack
 from mla.bench.subjects.transformers_layer import TransformersLayer
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import parse_one
+from mla.errors import UnsupportedBatch
+from mla.layer.ops import Ops
+from mla.layer.plan import check_lengths
 from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import State
 from mla.verify.op_check import OpChecker
@@ -114,6 +118,24 @@ class Fixture(ABC):
         """Return role -> op of an implementation of ours. Raises `UsageError` or `UnsupportedOps`."""
         return make_ops(implementation_setting(self.setting, parse_one(name)), self.op).names()
 
+    def refusal(self, name: str) -> str:
+        """Return why an op of an implementation of ours refuses the scenario's lengths; "" if none does."""
+        try:
+            self._check_lengths(make_ops(implementation_setting(self.setting, parse_one(name)), self.op))
+        except UnsupportedBatch as error:
+            return str(error)
+        except Exception:  # noqa: BLE001  # what a plugin raises is told when the scenario runs
+            return ""
+        return ""
+
+    @abstractmethod
+    def _check_lengths(self, ops: Ops) -> None:
+        """Raise `UnsupportedBatch`."""
+
+    def repeated_as(self, name: str) -> str:
+        """Return the implementation that runs what `name` runs here when nothing else does."""
+        return name
+
 
 class LayerFixture(Fixture):
     """The whole layer, on random weights or those of a checkpoint (`state`)."""
@@ -181,6 +203,12 @@ class LayerFixture(Fixture):
             reference_copies=1,
         )
 
+    def _check_lengths(self, ops: Ops) -> None:
+        point, setting = self.point, self.setting
+        for step in {0, point.inputs - 1}:  # lengths grow in between
+            lengths = (point.query_lens, point.kv_lens(step))
+            check_lengths(setting.config, ops, *lengths, setting.page_size, setting.attention)
+
     def shared_bytes(self, names: Sequence[str], with_reference: bool) -> int:
         return shared_bytes(self.setting, names, with_reference)
 
@@ -218,6 +246,15 @@ class OpFixture(Fixture):
             host_bytes=op_memory.host_bytes(self.setting, self._problem, on_device),
             reference_copies=0,
         )
+
+    def _check_lengths(self, ops: Ops) -> None:
+        problem = self._problem
+        check_op_lengths(problem.kind, ops[problem.role], self.point, self.setting.page_size)
+
+    def repeated_as(self, name: str) -> str:
+        named = parse_one(name)
+        own = dict(implementation_setting(self.setting, named).overrides)
+        return name if self._problem.role in own else named.base
 
 
 def make_fixture(

@@ -54,26 +54,39 @@ def render(run: Run, kind: str) -> str:
 
 
 def comparisons(run: Run) -> list[str]:
-    """Return one line per scenario and pair: the first implementation compared with each other one."""
+    """Return one line per scenario and pair: the first implementation that ran, and each other one."""
     lines = []
     for scenario, cases in _by_scenario(run).items():
-        others = {case.implementation: case for case in cases[1:]}
-        for agreement in cases[0].agreement:
+        first = _first_run(cases)
+        others = {case.implementation: case for case in cases if case is not first}
+        for agreement in first.agreement:
             other = others.get(agreement.implementation)
             if other is not None:
-                lines.append(f"{scenario}: {_comparison(cases[0], other, agreement)}")
+                lines.append(f"{scenario}: {_comparison(first, other, agreement)}")
     return lines
+
+
+def _first_run(cases: Sequence[Case]) -> Case:
+    """Return the first case that was run, or the first if none was."""
+    ran = (case for case in cases if case.latency_ms or case.check.status != "not run")
+    return next(ran, cases[0])
 
 
 def _comparison(case: Case, other: Case, agreement: results.Agreement) -> str:
     """Return how a case compares with another: speed, outputs, cache and transient memory."""
-    speed = f"{number(agreement.speed_ratio)}x as fast as" if agreement.speed_ratio else "against"
     return (
-        f"{case.implementation} is {speed} {other.implementation}; outputs differ by "
+        f"{case.implementation} {_speed(case, other, agreement)} {other.implementation}; outputs differ by "
         f"{_exponent(agreement.relative_difference)}; cache {_mib(case.memory.cache_bytes)} against "
         f"{_mib(other.memory.cache_bytes)}; transient {_mib(case.memory.transient_bytes)} against "
         f"{_mib(other.memory.transient_bytes)}"
     )
+
+
+def _speed(case: Case, other: Case, agreement: results.Agreement) -> str:
+    """Return how fast a case is; between cases that run the same ops a ratio would be noise."""
+    if case.ops and case.ops == other.ops:
+        return "runs the same ops as"
+    return f"is {number(agreement.speed_ratio)}x as fast as" if agreement.speed_ratio else "is against"
 
 
 def _by_scenario(run: Run) -> dict[str, list[Case]]:
@@ -86,7 +99,7 @@ def _by_scenario(run: Run) -> dict[str, list[Case]]:
 def headlines(run: Run) -> list[str]:
     """Return one line per scenario for the first implementation that ran it."""
     lines = []
-    for case in (cases[0] for cases in _by_scenario(run).values()):
+    for case in map(_first_run, _by_scenario(run).values()):
         parts = [case.scenario] * (case.scenario != case.mode)
         parts += [case.implementation] * (case.implementation != "mla")
         parts += [_layers(case).strip()] * (case.layers > 1)

@@ -104,8 +104,43 @@ def test_one_op_alone_is_compared_the_same_way(bench: Bench, small: list[str]) -
         SECOND: ("second", "wrong"),
         "mla-reference": ("reference", "ok"),
     }
-    done = bench(*SEVERAL, *small[:2], "--op", "w_uk", "--implementations", names, "--dry-run")
-    assert done.err.count("same ops") == 2, "w_uk is not what they differ in"
+
+
+def test_brackets_that_the_op_does_not_read_are_a_mistake(bench: Bench, small: list[str]) -> None:
+    def dry(op: str, names: str) -> Any:
+        return bench(*SEVERAL, *small[:2], "--op", op, "--implementations", names, "--dry-run")
+
+    done = dry("o_proj", f"mla,{FIRST}")
+    assert done.code == 2
+    assert done.error == (
+        f"error: --op times o_proj alone, for which '{FIRST}' has no op in its brackets: name o_proj there, "
+        f"or leave '{FIRST}' out."
+    )
+    assert dry("linear", FIRST).error.endswith(f": name one of them there, or leave '{FIRST}' out.")
+    for names in ("mla[o_proj=rows]", "mla[linear=rows],mla-reference[latent_attention=first,o_proj=rows]"):
+        assert dry("o_proj", names).code == 0
+
+
+def test_the_repro_line_of_a_role_is_accepted_where_brackets_name_another(
+    bench: Bench, small: list[str]
+) -> None:
+    names = "mla[o_proj=reference]"
+    words = ["--op", "linear", "--implementations", names, "--runs", "2", "--passes", "2", "-o", "run.json"]
+    assert bench(*SEVERAL, *small[:2], "--cache", "warm", *words).code == 0
+    run = results.decode(Path("run.json").read_bytes())
+    assert len(run.cases) > 1
+    for case in run.cases:
+        done = bench(*shlex.split(case.repro)[3:], "-o", "again.json")
+        assert done.code == 0, done.err
+        (again,) = cases("again.json").values()
+        assert (again.scenario, again.ops) == (case.scenario, case.ops)
+
+
+def test_the_same_ops_are_not_called_faster(measure: Bench) -> None:
+    done = measure(f"mla,{FIRST},{SECOND}")
+    assert done.code == 0
+    assert f"decode: mla runs the same ops as {FIRST}; outputs differ by " in done.out
+    assert re.search(rf"decode: mla is [\d.]+x as fast as {re.escape(SECOND)}; ", done.out)
 
 
 def test_stages_layers_and_formats_know_the_names(measure: Bench) -> None:

@@ -35,7 +35,8 @@ class Turn:
     def plan(self, state: FlashInferState, lse: bool, arguments: dict[str, Any]) -> None:
         """Plan, once the device has read what the last plan left in pinned memory.
 
-        Raises `KernelRefused` for what the library says it does not support.
+        Raises `KernelRefused` for what the library says it does not support. Whatever else it raises is a
+        failure and stays as it is: a run names the op that raised.
         """
         self.planned_for = None
         if self._arrived is not None:

@@ -32,9 +32,7 @@ class OpImplementation(Implementation):
     def load(self, scenario: Scenario, inputs: Any) -> None:
         """Lay the operands out on the device. Raises `UnsupportedBatch` if the op refuses the shape."""
         problem, setting = self._problem, self.setting
-        if problem.kind.endswith("attention"):
-            pages = setting.page_size if problem.kind == "latent_attention" else None
-            self._choice.check_batch(scenario.query_lens, scenario.kv_lens(0), pages)
+        check_lengths(problem.kind, self._choice, scenario, setting.page_size)
         placement = Placement(setting.device, setting.page_size, setting.seed)
         self._call = CALLS[problem.kind](problem, self._choice, placement)
         self.restore()
@@ -71,6 +69,13 @@ class OpImplementation(Implementation):
 
     def ops(self) -> dict[str, str]:
         return {self._problem.role: self._choice.name}
+
+
+def check_lengths(kind: str, choice: Choice, scenario: Scenario, page_size: int) -> None:
+    """Raise `UnsupportedBatch` if the op refuses the scenario's lengths."""
+    if kind.endswith("attention"):
+        pages = page_size if kind == "latent_attention" else None
+        choice.check_batch(scenario.query_lens, scenario.kv_lens(0), pages)
 
 
 def reference_results(problem: OpProblem, setting: Setting) -> Tensors:

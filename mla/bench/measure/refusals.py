@@ -1,0 +1,26 @@
+"""What an op refuses: a batch it cannot serve, told from an op that fails."""
+
+from __future__ import annotations
+
+from mla.bench.workload.implementations import parse_one
+from mla.command import error_origin
+from mla.errors import UnsupportedBatch
+from mla_backends import BackendError
+
+
+def reason(error: Exception, implementation: str) -> str:
+    """Return why an op of `implementation` refuses its batch, and the cure; "" for any other error.
+
+    A `BackendError` that an op raises is a refusal, as the contract says.
+    """
+    if isinstance(error, UnsupportedBatch):
+        return str(error)
+    if isinstance(error, BackendError) and error_origin.in_op(error):
+        return f"{str(error).rstrip('.')}. {_cure(implementation)}"
+    return ""
+
+
+def _cure(implementation: str) -> str:
+    if parse_one(implementation).ops:
+        return f"Leave `{implementation}` out of --implementations."
+    return "Use the reference ops for it (`--ops reference`)."
