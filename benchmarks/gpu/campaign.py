@@ -42,7 +42,9 @@ from mla.command.exit_codes import Exit, guarded, interrupted
 from mla.command.files import write_bytes
 from mla.command.options import parsed_by
 from mla.errors import UsageError, did_you_mean
-from mla_backends.errors import one_line
+from mla_backends.discovery import locate
+from mla_backends.errors import BackendError, UnknownBackend, one_line
+from mla_backends.known import GENERAL
 
 HERE = Path(__file__).resolve().parent
 FACTS_SECONDS = 120
@@ -66,6 +68,21 @@ def ask_machine(backend: str) -> Machine:
     except (IndexError, msgspec.DecodeError):
         last = one_line(done.stderr.strip().splitlines()[-1]) if done.stderr.strip() else "it said nothing"
         return Machine(backend, reason=f"setting up the device ended with code {done.returncode}: {last}")
+
+
+def check_backend(name: str) -> None:
+    """Raise `UsageError` for a backend that has no plugin: a known one may be missing on this host."""
+    if name == GENERAL:
+        raise UsageError(
+            f"backend '{name}' has no kernels to settle anything about: run "
+            f"`python -m mla.bench --backend {name} -O device=NAME` instead."
+        )
+    try:
+        locate(name)
+    except UnknownBackend as error:
+        raise UsageError(str(error)) from error
+    except BackendError:  # not installed here: --dry-run shows what would run
+        return
 
 
 def chosen(every: Sequence[Section], names: str | None) -> list[Section]:
@@ -132,6 +149,7 @@ def campaign(
     list_only: bool, dry: bool, smoke: bool,
 ) -> int:  # fmt: skip
     """Carry out the command line."""
+    check_backend(backend)
     every = sections(Machine(backend), smoke)
     chosen(every, only), chosen(every, again)  # a wrong name is said at once
     if list_only:

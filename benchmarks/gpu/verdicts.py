@@ -41,7 +41,8 @@ def judge(step: Step, ended: Ended, result: Path, wrote: bool) -> tuple[str, str
         return "wrong", short(f"{summary(step, ended, result)} {ended.last_error}".strip())
     began = step.kind == "run" and wrote  # the runner has refused nothing: an op raised
     if code in REFUSED and not (code == Exit.BACKEND and began):
-        return "refused", short(_answer(ended) if step.kind == "question" else ended.last_error)
+        told = ended.last_error or summary(step, ended, result)  # doctor's answer is all on stdout
+        return "refused", short(_answer(ended) if step.kind == "question" else told)
     said = _answer(ended) if step.kind == "question" and code > 0 else ended.last_error
     return "crashed", short(": ".join(filter(None, (_how(code), said))))
 
