@@ -24,6 +24,7 @@ class Exit(enum.IntEnum):
     BACKEND = 3
     WRONG = 4
     NOTHING_RAN = 5
+    DOUBTFUL = 6
     INTERRUPTED = 130
     TERMINATED = 143
 

@@ -8,8 +8,9 @@ import msgspec
 
 from mla.verify.verdict import Check
 
-# 2 added points of a grid, several timings and stages of a case, ceilings. Files of version 1 still load.
-SCHEMA_VERSION = 2
+# 2 added points of a grid, several timings and stages of a case, ceilings; 3 the status "doubtful", the spread
+# of ceilings and lengths never seen before. Files of older versions still load.
+SCHEMA_VERSION = 3
 
 Interval = tuple[float, float]
 
@@ -41,12 +42,16 @@ class Cost(msgspec.Struct, kw_only=True):
 
 
 class Roofline(msgspec.Struct, kw_only=True):
-    """Distance to the device's limit. `bound` says which limit sets the floor: "memory" or "compute"."""
+    """Distance to the device's limit. `bound` says which limit sets the floor: "memory" or "compute".
+
+    A case faster than its floor has no `fraction`: `doubt` says that the limit or the time is in doubt.
+    """
 
     floor_ms: float | None = None
     fraction: float | None = None
     bound: Literal["memory", "compute"] | None = None
     peak_source: str | None = None
+    doubt: str = ""
 
 
 class Memory(msgspec.Struct, kw_only=True):
@@ -73,6 +78,19 @@ class Timing(msgspec.Struct, kw_only=True):
     check: Check
     latency_ms: Latency | None
     method: str = ""  # what was flushed, captured, excluded from the timed region or not timed at every step
+
+
+class NewLengths(msgspec.Struct, kw_only=True):
+    """Forwards on lengths that nothing had seen before, next to forwards whose lengths repeat.
+
+    Milliseconds, medians. A schedule or a compiled kernel that is kept per tuple of lengths shows as a gap.
+    """
+
+    forwards: int
+    ms: float  # a forward on new lengths, its planning included
+    repeated_ms: float  # the same on lengths that were seen before
+    plan_ms: float  # planning alone, new lengths
+    repeated_plan_ms: float
 
 
 class Stage(msgspec.Struct, kw_only=True):
@@ -128,16 +146,19 @@ class Case(msgspec.Struct, kw_only=True):
     stages: list[Stage] = []
     device_state: list[dict[str, str]] = []  # sensors before and after the timed passes, if any
     settled: bool | None = None  # the warm-up ended because latencies had settled; None: no warm-up
+    new_lengths: NewLengths | None = None
 
 
 class Ceiling(msgspec.Struct, kw_only=True):
-    """The best the device reached on one kind of work."""
+    """The best the device reached on one kind of work; `lowest` is the lowest of its repeated measurements."""
 
     work: Literal["read", "copy", "matmul"]
     value: float  # bytes per second, or FLOP per second
     source: str  # how it was measured, or where it is published
     dtype: str | None = None
     footprint_bytes: int | None = None
+    lowest: float | None = None
+    ours: bool = False  # our own op is the best known way: no judge from outside
 
 
 class BackendFacts(msgspec.Struct, kw_only=True):

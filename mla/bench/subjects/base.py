@@ -1,7 +1,10 @@
 """The interface of everything that is timed: implementations of one layer.
 
-All get the same host weights and inputs. A *pass* is `restore()` and then `step(0)`, `step(1)`, ...; only
-`step` is timed, and it leaves its output in `outputs`.
+All get the same host weights and inputs. A *pass* is `restore(number)`, then `before(i)`, `step(i)`, `after(i)`
+for every forward, then `collect()`; only `step` is timed. Every forward has inputs and an output buffer of its
+own: the number of the pass selects exact changes of the scenario's inputs whose outputs are known (a sign per
+request, say), the same for all implementations, and output buffers hold NaN before. So no result of another
+forward passes for this one's.
 """
 
 from __future__ import annotations
@@ -35,8 +38,8 @@ class Implementation(ABC):
         """Create a cache with the scenario's history, and buffers for its outputs."""
 
     @abstractmethod
-    def restore(self) -> None:
-        """Restore the cache to the history. Never timed."""
+    def restore(self, number: int = 0) -> None:
+        """Restore the cache to the history, and select the inputs of pass `number`. Never timed."""
 
     def before(self, index: int) -> None:  # noqa: B027  # most implementations need nothing here
         """Prepare `step(index)`. Never timed."""
@@ -46,7 +49,10 @@ class Implementation(ABC):
         """Run one forward; in decode, the cache grows."""
 
     def after(self, index: int) -> None:  # noqa: B027  # most implementations write in place
-        """Copy the output of `step(index)` to `outputs`. Never timed."""
+        """Keep the output of `step(index)`. Never timed."""
+
+    def collect(self) -> None:  # noqa: B027  # see the classes
+        """Copy the pass's outputs to the host, before anything else calls the backend. Never timed."""
 
     def check(self, checker: Any) -> Check:
         """Check the outputs of the last pass, and whatever else a subclass covers."""

@@ -1,0 +1,1 @@
+"""Evidence against a number: what makes a time doubtful although the outputs are right."""
