@@ -81,11 +81,11 @@ class PassRunner:
 
     def run(self, number: int, heartbeat: Callable[[], None]) -> PassTimes:
         """Run a pass; `heartbeat` is called after every forward."""
-        return self._pass(number, self.forwards.step, self._flush, heartbeat)
+        return self._pass(number, self.forwards.step, heartbeat)
 
     def idle(self, number: int, heartbeat: Callable[[], None]) -> PassTimes:
         """Do all that a pass does beside its forwards, without them."""
-        return self._pass(number, lambda index: None, None, heartbeat)
+        return self._pass(number, lambda index: None, heartbeat)
 
     def time(self, number: int, heartbeat: Callable[[], None]) -> None:
         """Run a pass and record its samples, after all it does beside its forwards, without them.
@@ -102,14 +102,13 @@ class PassRunner:
         self.passes.append(found)
         self.samples.passes.append(times)
 
-    def _pass(
-        self,
-        number: int,
-        step: Callable[[int], None],
-        flush: Callable[[], None] | None,
-        heartbeat: Callable[[], None],
-    ) -> PassTimes:
-        forwards, timed, found = self.forwards, self.steps.timed, PassTimes(forwards=len(self.steps.run))
+    def _pass(self, number: int, step: Callable[[int], None], heartbeat: Callable[[], None]) -> PassTimes:
+        forwards, timed, flush, found = (
+            self.forwards,
+            self.steps.timed,
+            self._flush,
+            PassTimes(forwards=len(self.steps.run)),
+        )
         forwards.restore(number)
         self._synchronize()
         began, began_cpu, flushed = now_ns(), cpu_ns(), [0, 0]
