@@ -164,10 +164,13 @@ class TorchBackend(Backend):
     # ------------------------------------------------------------------------------------ time and graphs
 
     def device_timer(self) -> Timer | None:
-        """Return a timer on the device's clock, in addition to `timer()`; None without events."""
+        """Return a timer on the device's clock, in addition to `timer()`; None without timing events."""
         if not hasattr(self.module, "Event"):
             return None
-        return EventTimer(self.module, self.device_type, self.synchronize)
+        try:
+            return EventTimer(self.module, self.device_type, self.synchronize)
+        except TypeError:  # `torch.cpu.Event` takes no `enable_timing`
+            return None
 
     def graphs_by_default(self) -> bool:
         """Return whether graphs are captured unless -O graph says otherwise."""
