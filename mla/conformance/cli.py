@@ -18,6 +18,7 @@ from mla.command.exit_codes import interrupted as ended_early
 from mla.command.options import FILE, result_path
 from mla.command.progress import Progress
 from mla.errors import UsageError
+from mla.text import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -53,11 +54,15 @@ Exit codes: 0 all passed, 1 an expected failure passed, 2 usage, 3 backend missi
     "--dtype",
     "dtypes",
     multiple=True,
-    type=click.Choice(["bfloat16", "float16", "float32"]),
+    type=click.Choice([*DTYPES.values()]),
     help="Check only this dtype; may be repeated.  [those the backend claims]",
 )
 @click.option("--only", metavar="PATTERN", multiple=True, help="Run only these checks; may be repeated.")
-@click.option("--quick", is_flag=True, help="A smaller grid of shapes; every check still runs.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="A smaller grid of shapes; every check still runs. Half a minute on two CPUs, minutes on old ones.",
+)
 @click.option(
     "--xfails",
     "xfails_file",

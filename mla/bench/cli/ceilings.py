@@ -17,14 +17,13 @@ from mla.command.console import note, out
 from mla.command.exit_codes import Exit, end_early
 from mla.command.options import FILE, result_path
 from mla.errors import UsageError, did_you_mean
+from mla.text import DTYPES
 
 if TYPE_CHECKING:
     import torch
 
     from mla_backends.api import Backend
 
-# Short and long names of what --dtype takes.
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 DEFAULT_DTYPES = ("bf16", "fp32")
 
 

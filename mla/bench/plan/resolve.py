@@ -46,6 +46,7 @@ def _points(options: RunOptions) -> list[Point]:
     validate.check_options(options, axes)
     points = scenarios.choose_points(options, axes)
     validate.check_points(options, points)
+    validate.check_stages(options, points)
     return points
 
 
@@ -58,7 +59,6 @@ def _request(
     points = _expanded(points, setting)
     validate.check_op_uses_shape(options, points)
     plans, names = _plans(options, points, setting)
-    validate.check_stages(options, points, names)
     validate.check_own_ops(options, points, _overrides(setting, names))
     return Request(
         setting=setting,

@@ -78,7 +78,10 @@ class Implementation(ABC):
         return 0
 
     def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:  # noqa: B027  # others have none
-        """Put `replace(role, op)` in place of every op of ours; called before `load`."""
+        """Put `replace(role, op)` in place of every op of ours; called before `load`.
+
+        Of several layers, "layer 3: " stands before the role.
+        """
 
     def ops(self) -> dict[str, str]:
         """Return role -> implementation name."""
