@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from mla.verify.places import Places
 from mla.verify.tolerances import judge, judge_lse, relative_error
 from mla.verify.verdict import Check
 
@@ -20,11 +21,14 @@ class OpChecker:
         self._truth, self._dtype, self._run_reference = truth, dtype, run_reference
         self._reference: Tensors | None = None
 
-    def check(self, found: Tensors, damage: str = "") -> Check:
-        """Return "ok", or "wrong" with a reason that says where. `damage` is a fault found by the caller."""
+    def check(self, found: Tensors, damage: str = "", places: Places | None = None) -> Check:
+        """Return "ok", or "wrong" with a reason that says where.
+
+        `damage` is a fault found by the caller; `places` names the rows.
+        """
         ratios, reasons = [], [damage] * bool(damage)
         for name, result in found.items():
-            ratio, reason = self._judge(name, result)
+            ratio, reason = self._judge(name, result, places)
             ratios.append(ratio)
             reasons += [f"{name}: {reason}"] * bool(reason)
         worst = max(ratios)
@@ -35,12 +39,12 @@ class OpChecker:
             reason="; ".join(reasons),
         )
 
-    def _judge(self, name: str, result: torch.Tensor) -> tuple[float, str]:
+    def _judge(self, name: str, result: torch.Tensor, places: Places | None) -> tuple[float, str]:
         if name == "lse":
-            return judge_lse(result, self._truth[name], self._dtype)
+            return judge_lse(result, self._truth[name], self._dtype, places)
         if self._reference is None:
             self._reference = self._run_reference()
-        return judge(result, self._truth[name], self._reference[name], self._dtype)
+        return judge(result, self._truth[name], self._reference[name], self._dtype, places)
 
     def _relative_error(self, found: Tensors) -> float | None:
         """Return the relative error of all results together, except log-sum-exps."""

@@ -18,6 +18,7 @@ from mla.cache import LatentCache
 from mla.cache.ragged_batch import RaggedBatch
 from mla.layer.ops import Choice
 from mla.verify.op_check import Tensors
+from mla.verify.places import Places
 from mla.verify.poison import TAIL, Poison
 from mla_backends.api import SegmentLengths
 
@@ -66,6 +67,13 @@ class BoundCall:
     def damage(self) -> str:
         """Return what was written outside the results, as a clause; "" if nothing."""
         return ""
+
+    def places(self) -> Places:
+        """Return which request and position every row of the results belongs to."""
+        problem = self.problem
+        if problem.role == "kv_b_proj":
+            return Places.context(problem.kv_lens)
+        return Places.new_tokens(problem.scenario.query_lens, problem.kv_lens)
 
     def _give(self, name: str, before: int = 0, after: int = 0) -> torch.Tensor:
         """Copy an operand to the device, as columns of a row with `before` and `after` more around them."""
@@ -129,6 +137,8 @@ class RotateCall(BoundCall):
 class CacheCall(BoundCall):
     """An op that works on a paged cache."""
 
+    _batch: RaggedBatch
+
     def _make_cache(self) -> tuple[LatentCache, list[int]]:
         """Return a cache of the problem's size, and its sequences, which are still empty."""
         problem, size = self.problem, self.placement.page_size
@@ -143,6 +153,10 @@ class CacheCall(BoundCall):
         )
         self.cache_bytes = cache.pages.nbytes
         return cache, cache.new_sequences(len(problem.kv_lens))
+
+    def places(self) -> Places:
+        lengths = (self.problem.scenario.query_lens, self.problem.kv_lens)
+        return Places.new_tokens(*lengths, self._batch.block_table_host, self.placement.page_size)
 
 
 class LatentCall(CacheCall):
@@ -226,7 +240,8 @@ class WriteCall(CacheCall):
         problem, (cache, sequences) = self.problem, self._make_cache()
         if any(problem.scenario.history):
             cache.extend(sequences, problem.scenario.history)
-        self._slots = cache.extend(sequences, problem.scenario.query_lens).slots
+        self._batch = cache.extend(sequences, problem.scenario.query_lens)
+        self._slots = self._batch.slots
         cache.pages.fill_(TAIL)
         self._flat = cache.pages[0].view(-1, problem.config.latent_dim)
         self.arguments = {

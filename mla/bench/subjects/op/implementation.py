@@ -51,7 +51,7 @@ class OpImplementation(Implementation):
     def check(self, checker: OpChecker) -> Check:
         """Check everything the op wrote, including log-sum-exps and the cache."""
         self._keep_outputs()
-        return checker.check(self._call.found(), self._call.damage())
+        return checker.check(self._call.found(), self._call.damage(), self._call.places())
 
     def _keep_outputs(self) -> None:
         """Join the results into one tensor [1, T, ..], to compare implementations."""
