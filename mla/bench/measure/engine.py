@@ -109,6 +109,8 @@ class _Engine:
         transient_bytes = transient.peak + one.scratch_bytes()
         headline = Samples(HEADLINE, check)
         self.measurements[one.name] = Measurement(headline, transient_bytes=transient_bytes)
+        if check.status == "wrong":
+            self._hooks.failed(one, check)
 
     def make_runners(self, implementations: Sequence[Implementation], setup: Setup) -> list[PassRunner]:
         """Return the runners of all correct implementations, each variant checked before it is timed."""
@@ -195,6 +197,7 @@ class _Engine:
             runner.samples.check = again
         if again.status != "ok":
             self.measurements[runner.implementation.name].discard()
+            self._hooks.failed(runner.implementation, again)
 
     def interrupt(self, implementations: Sequence[Implementation]) -> None:
         """Mark what an interrupt left undone, including implementations that had not started."""
