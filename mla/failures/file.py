@@ -42,6 +42,7 @@ class Document(msgspec.Struct, kw_only=True):
 
     version: int = VERSION
     origin: Origin
+    replay: str = ""  # the line that makes the call again
     call: CallFacts | None = None
     reason: str = ""  # of the call
     damage: str = ""
@@ -94,7 +95,13 @@ def prepare(folder: Path) -> None:
 def write_call(folder: Path, judged: JudgedCall, origin: Origin) -> None:
     """Keep a call. Raises `ResultError`."""
     call = judged.call
-    document = Document(origin=origin, call=call.facts, reason=judged.reason, damage=judged.made.damage)
+    document = Document(
+        origin=origin,
+        replay=replay_command(folder),
+        call=call.facts,
+        reason=judged.reason,
+        damage=judged.made.damage,
+    )
     tensors = {
         f"operand.{name}": _shaped(piece, call.facts.views, name) for name, piece in call.memory.items()
     }

@@ -42,8 +42,14 @@ class Prepared:
 class Watcher:
     """Judges the calls of the ops that it has given out."""
 
-    def __init__(self, synchronize: Callable[[], None], patience: float = PATIENCE) -> None:
-        self._synchronize, self._deadline = synchronize, time.monotonic() + patience
+    def __init__(
+        self,
+        synchronize: Callable[[], None],
+        beat: Callable[[], None] = lambda: None,
+        patience: float = PATIENCE,
+    ) -> None:
+        """`beat` is called after every call that was judged."""
+        self._synchronize, self._beat, self._deadline = synchronize, beat, time.monotonic() + patience
         self.wrong: JudgedCall | None = None
         self.last: JudgedCall | None = None  # that was right
         self.lengths: Lengths | None = None  # new tokens and keys per request, of the calls that follow
@@ -69,6 +75,7 @@ class Watcher:
         pieces = views(without_cache(tensors))[1]
         found, right = made(recorded, pieces, cache, before), expected(recorded)
         self.judged += 1
+        self._beat()
         one = JudgedCall(recorded, found, right, judged(recorded, found, right))
         if one.reason:
             self.wrong = one

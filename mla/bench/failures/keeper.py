@@ -108,8 +108,8 @@ def not_found(found: Search) -> str:
         return "no op of its forwards can be judged alone, so there is no call to keep"
     again = f"{found.forwards} forward{'s' * (found.forwards > 1)}"
     return (
-        f"the failure did not repeat: every op was right in {again} made again, so it comes and goes, as a "
-        "race does, or depends on what ran before"
+        f"the failure did not repeat: every op was right in {again} made again op by op, so it comes and "
+        "goes, as a race does, or depends on what ran before, or on a graph"
     )
 
 

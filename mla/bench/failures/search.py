@@ -26,7 +26,7 @@ class Search:
 
 def search(one: Implementation, point: Point, inputs: Any, heartbeat: Callable[[], None]) -> Search:
     """Run an implementation's pass again until an op is wrong; it is of no further use."""
-    watcher = Watcher(one.setting.backend.synchronize)
+    watcher = Watcher(one.setting.backend.synchronize, heartbeat)
     names, forwards = one.ops(), 0
     roles = layer_roles(one.setting.config, one.setting.dtype, one.setting.device)
 
@@ -44,7 +44,6 @@ def search(one: Implementation, point: Point, inputs: Any, heartbeat: Callable[[
         one.before(index)
         one.step(index)
         one.after(index)
-        heartbeat()
         forwards += 1
         if watcher.done:
             break
