@@ -108,7 +108,7 @@ def test_a_failure_that_does_not_repeat_keeps_what_the_layer_wrote(
     done = measure("latent_attention", "none", "--scenario", "decode")
     assert done.code == 4
     said = line(done, "did not repeat")
-    assert "every op was right in 4 forwards made again op by op, so it comes and goes, as a race does" in said
+    assert "every op was right in 4 forwards made again op by op, so it comes and goes, as a race " in said
     tensors = safetensors.torch.load_file(Path("kept", "failure.safetensors"))
     assert set(tensors) == {"hidden", "output", "expected"}
     refused = bench("replay", "kept")
@@ -126,6 +126,8 @@ def test_one_op_is_kept_and_replayed(bench: Bench, small: list[str], tmp_path: P
     shape = ["--op", role, "--batch", "3", "--runs", "2", "--passes", "2", "--cache", "warm"]
     done = bench(*FAULTY, "-O", f"op={op}", "-O", "fault=half", *config, *shape, *REST)
     assert done.code == 4
+    last = "position 1024" if op not in ("linear", "rms_norm") else "position "
+    assert f"request 2, {last}" in done.out
     named = "q_a_layernorm" if op == "rms_norm" else role
     assert f"{named} (op 'faulty') is wrong again. Its call is kept" in line(done, "is wrong again")
     again = replayed(bench, done)
