@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mla.bench.failures.search import Search, search
+from mla.bench.failures.search import Search, present_pass, search
 from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.tokens import LayerImplementation
 from mla.bench.workload.grid import Point
 from mla.command import environment
 from mla.command.console import note
@@ -21,6 +20,7 @@ from mla.failures.call import LIMIT
 from mla.failures.memory import Tensors
 from mla.failures.watch import JudgedCall
 from mla.text import size
+from mla.verify.layer_check import Checker, Forward
 from mla.verify.verdict import Check
 from mla_backends.errors import describe
 
@@ -73,7 +73,9 @@ class Keeper:
             said = f"{not_found(found)}. Nothing is kept: the outputs take more than {size(LIMIT)}"
         else:
             file.write(self.folder, file.Document(origin=origin, reason=not_found(found)), seen)
-            said = f"{not_found(found)}. The layer's inputs and outputs are kept in '{path}'"
+            said = (
+                f"{not_found(found)}. The inputs and outputs of its first wrong forward are kept in '{path}'"
+            )
         note(f"{origin.where}: {said}")
 
     def _origin(self, one: Implementation, check: Check, case: Case) -> file.Origin:
@@ -114,8 +116,21 @@ def not_found(found: Search) -> str:
 
 
 def layer_tensors(one: Implementation, checker: Any) -> Tensors:
-    """Return copies of what an implementation got and wrote, and what it had to write, where it has them."""
-    found = {"hidden": getattr(one, "hidden", None), "output": one.outputs}
-    found["expected"] = getattr(checker, "expected", None)
-    tensors = {name: tensor for name, tensor in found.items() if torch.is_tensor(tensor) and tensor.numel()}
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    """Return what a layer got in its first wrong forward, what it wrote, and what it had to write."""
+    if not isinstance(one, LayerImplementation):
+        return {}
+    forwards = one.forwards(checker)
+    wrong = (index for index, forward in forwards.items() if is_wrong(forward, one, checker))
+    index = next(wrong, min(forwards, default=None))
+    if index is None:
+        return {}
+    found = {"output": forwards[index].found.cpu(), "expected": forwards[index].expected}
+    one.restore(present_pass(one))
+    one.before(index)
+    return {"hidden": one.x.to("cpu", copy=True), **found}
+
+
+def is_wrong(forward: Forward, one: LayerImplementation, checker: Checker) -> bool:
+    """Return whether one forward alone is wrong; of several layers together that cannot be told."""
+    alone = forward.found.shape == forward.expected.shape
+    return alone and checker.check_forwards([forward], one.held_to_reference).status != "ok"

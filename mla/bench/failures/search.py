@@ -24,10 +24,16 @@ class Search:
     refused: str  # why a call was not judged
 
 
+def present_pass(one: Implementation) -> int:
+    """Return the number of the pass that was wrong, whose inputs are to be used again."""
+    number: int = getattr(one, "_number", 0)
+    return number
+
+
 def search(one: Implementation, point: Point, inputs: Any, heartbeat: Callable[[], None]) -> Search:
     """Run an implementation's pass again until an op is wrong; it is of no further use."""
     watcher = Watcher(one.setting.backend.synchronize, heartbeat)
-    names, forwards = one.ops(), 0
+    names, forwards, number = one.ops(), 0, present_pass(one)
     roles = layer_roles(one.setting.config, one.setting.dtype, one.setting.device)
 
     def watched(role: str, op: Any) -> Watched:
@@ -37,7 +43,7 @@ def search(one: Implementation, point: Point, inputs: Any, heartbeat: Callable[[
     one.replace_ops(watched)
     if isinstance(one, OpImplementation):
         one.load(point, inputs)  # its call is bound to the op
-    one.restore()
+    one.restore(number)
     for index in range(point.steps):
         step = index if point.mode == "decode" else 0
         watcher.lengths = (point.query_lens, point.kv_lens(step))
