@@ -43,10 +43,10 @@ class AttentionCall(BoundCall):
         shape = (out.shape[0], *self.problem.shapes["lse"])
         return {"out": out, "lse": torch.full(shape, torch.nan, dtype=torch.float32, device=out.device)}
 
-    def collect(self) -> list[tuple[int, Tensors]]:
+    def collect(self) -> dict[int, Tensors]:
         """Return `out`, and `lse` of an op that has one."""
         names = ("out", "lse") if self._op.writes_lse else ("out",)
-        return [(index, {name: found[name] for name in names}) for index, found in super().collect()]
+        return {index: {name: found[name] for name in names} for index, found in super().collect().items()}
 
 
 def make_cache(call: BoundCall) -> tuple[LatentCache, list[int]]:
@@ -150,18 +150,19 @@ class WriteCall(BoundCall):
         }
         return {"rows": self._blank((self._buffers, problem.rows, width))}
 
-    def _offer(self) -> None:
+    def _offer(self, results: Tensors) -> None:
         self._flat[self._slots] = torch.nan
 
     def after(self, index: int) -> None:
-        self._outputs.next()["rows"].copy_(self._flat.index_select(0, self._slots))
+        self._shelf.next()["rows"].copy_(self._flat.index_select(0, self._slots))
         super().after(index)
 
-    def collect(self) -> list[tuple[int, Tensors]]:
+    def collect(self) -> dict[int, Tensors]:
         """Return what the kept calls wrote to the slots."""
-        c = self.problem.config.kv_lora_rank
-        kept = ((index, found["rows"]) for index, found in super().collect())
-        return [(index, {"latent": rows[:, :c], "key": rows[:, c:]}) for index, rows in kept]
+        c, kept = self.problem.config.kv_lora_rank, super().collect()
+        return {
+            index: {"latent": one["rows"][:, :c], "key": one["rows"][:, c:]} for index, one in kept.items()
+        }
 
     def damage(self) -> str:
         others = torch.ones(self._flat.shape[0], dtype=torch.bool, device=self._flat.device)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, ClassVar
 
 import torch
 
 from mla.bench.subjects.op.changes import Change, change
-from mla.bench.subjects.op.outputs import Outputs, buffers
+from mla.bench.subjects.op.outputs import buffers, on_host, poison
 from mla.bench.subjects.op.problem import OpProblem
+from mla.bench.subjects.shelf import Shelf
 from mla.layer.ops import Choice
 from mla.verify.op_check import Tensors
 
@@ -43,12 +43,16 @@ class BoundCall:
         self._op = choice.op
         self._number = 0
         self._change: Change | None = None  # that of the last call
-        self._outputs = Outputs(self._lay_out(), placement.calls)
+        self._shelf = self._make_shelf(self._lay_out())
         self._pools = {name: problem.given[name].to(placement.device) for name in self.varied}
 
     def _lay_out(self) -> Tensors:
-        """Fill `arguments`, and return the buffers of the results."""
+        """Fill `arguments`, and return the buffers of the results: name -> [buffers, ..]."""
         raise NotImplementedError
+
+    def _make_shelf(self, stacks: Tensors) -> Shelf[Tensors]:
+        parts = zip(*(stack.unbind() for stack in stacks.values()), strict=True)
+        return Shelf([dict(zip(stacks, one, strict=True)) for one in parts], self.placement.calls, poison)
 
     def prepare(self) -> bool:
         """Prepare the op's state for the batch; return whether it has one. Never part of the timed call."""
@@ -60,14 +64,9 @@ class BoundCall:
         self.forget()
 
     def forget(self) -> None:
-        """Forget the results of all calls but the first."""
+        """Forget the results of all calls."""
         self._change = None
-        self._outputs.clear()
-
-    def first(self) -> torch.Tensor:
-        """Return what the first call of all wrote [T, ..], without log-sum-exps, on the host."""
-        assert self._outputs.first is not None
-        return next(iter(self._outputs.first.values()))
+        self._shelf.clear()
 
     def before(self, index: int) -> None:
         """Prepare call `index` of the pass."""
@@ -79,10 +78,12 @@ class BoundCall:
         for name in self.varied:
             for target, values in self._contents(one, name):
                 target.copy_(values)
-        self._offer()
+        self._offer(self._shelf.next())
 
-    def _offer(self) -> None:
-        self.arguments.update(self._outputs.next())
+    def _offer(self, results: Tensors) -> None:
+        """Have the next call write to these buffers, which the caches hold as they do in a layer."""
+        poison(results)
+        self.arguments.update(results)
 
     def run(self) -> None:
         """Call the op once."""
@@ -90,11 +91,11 @@ class BoundCall:
 
     def after(self, index: int) -> None:
         """Keep the results of call `index`, or not."""
-        self._outputs.done(index)
+        self._shelf.keep(index)
 
-    def collect(self) -> list[tuple[int, Tensors]]:
-        """Return the kept results by the index of their call, copied to the host."""
-        return self._outputs.collect()
+    def collect(self) -> dict[int, Tensors]:
+        """Return the kept results by call, copied to the host."""
+        return {index: on_host(results) for index, results in sorted(self._shelf.kept.items())}
 
     def damage(self) -> str:
         """Return what was written outside the results, as a clause; "" if nothing."""
@@ -133,8 +134,7 @@ class BoundCall:
 
     @property
     def _buffers(self) -> int:
-        shapes = self.problem.shapes.values()
-        return buffers(self.placement.calls, sum(map(prod, shapes)), self.problem.spec.dtype.itemsize)
+        return buffers(self.problem, self.placement.calls)
 
 
 class LinearCall(BoundCall):

@@ -48,8 +48,6 @@ class OpImplementation(Implementation):
         check_lengths(problem.kind, self._choice, scenario, setting.page_size)
         placement = Placement(setting.device, setting.page_size, setting.seed, scenario.steps)
         self._call = CALLS[problem.kind](problem, self._choice, placement)
-        self._kept: list[tuple[int, Tensors]] | None = None  # index of a call, its results on the host
-        self.outputs = torch.empty(0)  # calls have buffers of their own
         self.restore()
 
     def restore(self, number: int = 0) -> None:
@@ -58,11 +56,11 @@ class OpImplementation(Implementation):
         if self._call.prepare():
             self.plan_ms = (now_ns() - start) / 1e6
         self._call.restore(number)
-        self._number, self._kept = number, None
+        self._number = number
+        self._kept: dict[int, Tensors] = {}  # index of a call -> its results on the host
 
     def before(self, index: int) -> None:
         self._call.before(index)
-        self._kept = None
 
     def step(self, index: int) -> None:
         self._call.run()
@@ -75,19 +73,17 @@ class OpImplementation(Implementation):
 
     def check(self, checker: OpChecker) -> Check:
         """Check everything that the kept calls wrote, including log-sum-exps and the cache."""
-        if self._kept is None:
-            self.collect()
-        assert self._kept is not None
-        checks = {index: checker.check(found, self.truth_of(index)) for index, found in self._kept}
+        checks = {index: checker.check(found, self.truth_of(index)) for index, found in self._kept.items()}
         return summary(checks, self._call.damage())
 
     def truth_of(self, index: int) -> ChangedTruth:
         """Return what call `index` of the last pass must write."""
         return ChangedTruth(self._problem, change(self._problem, self._number, index))
 
-    def compared(self) -> torch.Tensor:
-        """Return the results [1, T, ..] of the first call of all, which has the same operands everywhere."""
-        return self._call.first()[None]
+    def compared(self) -> dict[int, torch.Tensor]:
+        """Return the results [T, ..] without log-sum-exps, by call."""
+        kept = ((index, [one[name] for name in one if name != "lse"]) for index, one in self._kept.items())
+        return {index: torch.cat(results, dim=-1) for index, results in kept}
 
     def cache_bytes(self) -> int:
         return self._call.cache_bytes
@@ -124,7 +120,7 @@ def reference_results(problem: OpProblem, setting: Setting) -> Tensors:
         call.take(one)
         call.run()
         call.after(0)
-        for name, found in call.collect()[0][1].items():
+        for name, found in call.collect()[0].items():
             pool = results[name]
             pool[one.rows[0]] = found.double().reshape(-1, *pool.shape[1:])
     return results

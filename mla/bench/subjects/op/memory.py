@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from math import prod
-
 from mla.bench.subjects.memory import WORKSPACE
 from mla.bench.subjects.op.drawing import LOGITS_BYTES
-from mla.bench.subjects.op.outputs import buffers
+from mla.bench.subjects.op.outputs import buffers, numbers
 from mla.bench.subjects.op.problem import OpProblem
 from mla.bench.subjects.setting import SPARE_PAGES, Setting
 from mla.bench.workload.grid import Point
@@ -31,18 +29,14 @@ def host_bytes(setting: Setting, problem: OpProblem, on_device: int) -> int:
     """
     operands = problem.work.bytes + _pool_bytes(problem)
     wide = operands * 8 // setting.dtype.itemsize
-    judged = output_bytes(problem) + 4 * 8 * _numbers(problem)
+    judged = output_bytes(problem) + 4 * 8 * numbers(problem)
     return operands + wide + on_device + judged + 3 * LOGITS_BYTES
 
 
 def output_bytes(problem: OpProblem) -> int:
     """Return what the results of a pass take, in all their buffers."""
-    numbers, itemsize = _numbers(problem), problem.spec.dtype.itemsize
-    return buffers(problem.scenario.steps, numbers, itemsize) * numbers * itemsize
-
-
-def _numbers(problem: OpProblem) -> int:
-    return sum(map(prod, problem.shapes.values()))
+    count = buffers(problem, problem.scenario.steps)
+    return count * numbers(problem) * problem.spec.dtype.itemsize
 
 
 def _pool_bytes(problem: OpProblem) -> int:
