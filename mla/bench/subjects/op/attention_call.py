@@ -169,9 +169,17 @@ class WriteCall(BoundCall):
         others = torch.ones(self._flat.shape[0], dtype=torch.bool, device=self._flat.device)
         others[self._slots] = False
         kept = (self._flat == torch.tensor(TAIL, dtype=self._flat.dtype)).all(1)
-        changed = int((others & ~kept).sum())
-        slots = f"{changed} slots other than those of the new tokens have changed" if changed else ""
-        return "; ".join(filter(None, (slots, super().damage())))
+        return "; ".join(filter(None, (self._strays((others & ~kept).cpu()), super().damage())))
+
+    def _strays(self, changed: torch.Tensor) -> str:
+        """Return which slots [slots] of the cache have changed, as a clause; "" if none has."""
+        if not bool(changed.any()):
+            return ""
+        page, slot = divmod(int(changed.int().argmax()), self.placement.page_size)
+        return (
+            f"{int(changed.sum())} slots other than those of the new tokens have changed, "
+            f"the first is slot {slot} of page {page}"
+        )
 
 
 def _first_width(problem: OpProblem) -> int:
