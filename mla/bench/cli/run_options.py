@@ -213,6 +213,14 @@ OUTPUT = (
         "Chrome trace (FILE.json or FILE.json.gz) with a range for every op.",
     ),
     click.option(
+        "--dump-failure",
+        metavar="DIR",
+        type=FILE,
+        callback=result_path,
+        help="If a result is wrong, find the op and keep its call in DIR (operands, output, expected rows) "
+        "for `python -m mla.bench replay DIR`.",
+    ),
+    click.option(
         "--dry-run",
         is_flag=True,
         help="Print every case, its memory and estimated time on stderr, and stop.",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from mla.bench import results
+from mla.bench.failures.keeper import Case, Keeper
 from mla.bench.limits.roofline import RooflineModel
 from mla.bench.measure import agreement, engine, stages, summary
 from mla.bench.measure.hooks import Hooks
@@ -20,16 +22,24 @@ from mla.bench.subjects.layer import MlaLayer
 from mla.command.console import note
 from mla.errors import MLAError, UnsupportedBatch
 from mla.text import dtype_name
+from mla.verify.verdict import Check
 
 
 class ScenarioRun:
     """One scenario: its fixture, measured implementation by implementation."""
 
     def __init__(
-        self, request: Request, scenario: ScenarioPlan, progress: engine.ProgressCallback, hooks: Hooks
+        self,
+        request: Request,
+        scenario: ScenarioPlan,
+        progress: engine.ProgressCallback,
+        hooks: Hooks,
+        keeper: Keeper | None = None,
     ) -> None:
         self._request, self._point, self._setting = request, scenario.point, scenario.setting
-        self._progress, self._hooks = progress, hooks
+        self._progress = progress
+        self._hooks = replace(hooks, failed=self._failed) if keeper else hooks
+        self._keeper = keeper
         self._fixture = make_fixture(scenario.setting, scenario.point, request.state, hooks.heartbeat)
         self._ceilings = RooflineModel(self._setting)
         self.refusal: MLAError | None = None  # the first of an op
@@ -66,6 +76,13 @@ class ScenarioRun:
             for one, case in zip(built, cases, strict=True):
                 self._add_stages(one, case, checker)
         return cases
+
+    def _failed(self, one: Implementation, check: Check) -> None:
+        """Keep the first failure of the run; the engine calls this once per wrong implementation."""
+        assert self._keeper is not None
+        command = case_command(self._request.command, self._point, self._fixture.repeated_as(one.name))
+        case = Case(self._point, *self._fixture.prepare(), command, self._hooks.heartbeat)
+        self._keeper.keep(one, check, case)
 
     def refuse(self, name: str, reason: str) -> None:
         """Say which implementation is skipped because one of its ops refuses the batch."""

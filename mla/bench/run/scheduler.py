@@ -82,7 +82,9 @@ class _Scheduler:
         bar = _ScenarioBar(
             self._advance_to, self._place(), self._nominal, scenario, self._request.implementations
         )
-        work = ScenarioRun(self._request, scenario, bar.forwards, self._hooks(scenario, names))
+        work = ScenarioRun(
+            self._request, scenario, bar.forwards, self._hooks(scenario, names), self._steering.keeper
+        )
         try:
             if names:
                 self._measure(work, scenario, names)
