@@ -32,7 +32,7 @@ COLUMNS: dict[str, Callable[[Case], str]] = {
     "latency ms": lambda case: _estimate(case.latency_ms),
     "95% CI": lambda case: _interval(case.latency_ms),
     "p10 .. p90": lambda case: _spread(case.latency_ms),
-    "cold ms": lambda case: _estimate(cold(case)),
+    "cold ms": lambda case: _estimate(cold(case)) if case.check.status in ("ok", "not run") else "-",
     "tok/s": lambda case: _estimate(case.tokens_per_s),
     "TFLOP/s": lambda case: _rate(case, case.cost.flops, 1e12),
     "GB/s": lambda case: _rate(case, case.cost.bytes, 1e9),

@@ -10,7 +10,8 @@ from typing import Literal
 from mla.bench.results.schema import Case, Interval, Roofline, Run
 from mla.bench.terminal.digits import between, known
 
-Outcome = Literal["won", "open", "alone", "none"]
+# "doubt": the one ahead is faster than its limit.
+Outcome = Literal["won", "doubt", "open", "alone", "none"]
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,13 @@ class Contest:
 
     @property
     def outcome(self) -> Outcome:
-        """Return whether there is a winner, no decision, nothing to decide, or no number at all."""
+        """Return whether there is a winner, one in doubt, no decision, nothing to decide, or no number."""
         if not self.leaders:
             return "none"
         if len(self.leaders) > 1:
             return "open"
+        if self.leaders[0].roofline.doubt:
+            return "doubt"
         return "won" if self.beaten else "alone"
 
 
@@ -123,13 +126,18 @@ def _of_scenario(where: str, one: Contest) -> Verdict:
     if one.outcome == "none":
         text = f"nobody won{_without(one) or ': nothing was compared'}"
     else:
-        ways = {"won": _won, "open": _open, "alone": _alone}
+        ways = {"won": _won, "doubt": _ahead, "open": _open, "alone": _alone}
         text = f"{ways[one.outcome](one)}, {near(one.leaders[0].roofline)}{_without(one)}"
     return Verdict(where, one.outcome, text)
 
 
 def _won(one: Contest) -> str:
     return f"{one.leaders[0].implementation} won, {_over(one.leaders[0], one.beaten)}"
+
+
+def _ahead(one: Contest) -> str:
+    first = one.leaders[0]
+    return f"{first.implementation} is ahead, {_over(first, one.beaten)}" if one.beaten else _alone(one)
 
 
 def _over(first: Case, beaten: Sequence[Case]) -> str:
@@ -173,13 +181,14 @@ def _without(one: Contest) -> str:
 def near(limit: Roofline) -> str:
     """Return how near a case is to its limit."""
     if limit.doubt:
-        return "its limit or its time in doubt"
+        return "but its limit or its time is in doubt"
     if limit.fraction is None:
         return "no limit known"
     return f"at {100 * limit.fraction:.0f} % of the {f'{limit.bound} ' if limit.bound else ''}limit"
 
 
 _COUNTED: dict[Outcome, str] = {
+    "doubt": "limit or time in doubt at",
     "open": "no decision at",
     "alone": "nothing to compare with at",
     "none": "no number at",
@@ -196,9 +205,9 @@ def _of_sweep(where: str, contests: Sequence[Contest]) -> Verdict:
     if len(only) == 1 and set(outcomes) == {"alone"}:
         parts = [f"only {only.pop()} has numbers"]
     text = "; ".join([", ".join(parts), *_ranges(contests), *_missing(contests)])
-    order: tuple[Outcome, ...] = ("won", "open", "alone", "none")
-    worst = next(outcome for outcome in order if outcomes[outcome])
-    return Verdict(f"{where} ({len(contests)} points)", worst, text)
+    order: tuple[Outcome, ...] = ("doubt", "won", "open", "alone", "none")
+    overall = next(outcome for outcome in order if outcomes[outcome])
+    return Verdict(f"{where} ({len(contests)} points)", overall, text)
 
 
 def _ranges(contests: Sequence[Contest]) -> Iterator[str]:
