@@ -12,6 +12,8 @@ from mla.bench.terminal.verdict import Outcome, Speed, Verdict
 
 # Most scenarios of a pair of files that get a sentence of their own.
 MOST_LINES = 4
+# Longest name of a file that is repeated in every sentence.
+LONGEST = 24
 
 _COUNTED = {FASTER: "faster", SLOWER: "slower", SAME: "the same", UNDECIDED: "no decision"}
 
@@ -28,7 +30,7 @@ def _pair(base: ResultFile, new: ResultFile, cases: Sequence[Comparison]) -> Ite
     """Yield a sentence per scenario outside of a grid, if they are few, and one that counts the rest."""
     if not any(case.ratio for case in cases):
         why = "; ".join(dict.fromkeys(case.reason or case.verdict for case in cases)) or "no case in common"
-        yield Verdict(f"{new.title} against {base.title}", "none", f"cannot be compared: {why}")
+        yield Verdict(f"{_name(new)} against {_name(base)}", "open", f"cannot be compared: {why}")
         return
     points = {case.scenario for run in (base.run, new.run) for case in run.cases if case.point}
     plain = grouped((case for case in cases if case.scenario not in points), lambda case: case.scenario)
@@ -37,30 +39,40 @@ def _pair(base: ResultFile, new: ResultFile, cases: Sequence[Comparison]) -> Ite
         yield Verdict(f"{case.scenario}, {case.implementation}", *_sentence(base, new, case))
     rest = [case for case in cases if case.scenario in points or not said]
     if rest:
-        where = f"{len(rest)} {'grid ' * bool(said)}cases, {new.title} against {base.title}"
+        where = f"{len(rest)} {'grid ' * bool(said)}cases, {_name(new)} against {_name(base)}"
         yield Verdict(where, *_counted(rest))
 
 
-def _leading(cases: Sequence[Comparison]) -> Iterator[Comparison]:
-    """Yield the first implementation that can be compared, after those before it that cannot."""
-    for case in cases:
-        yield case
-        if case.ratio is not None:
-            return
+def _name(file: ResultFile) -> str:
+    """Return letter and name, or the letter alone if the name is long: it stands above the file's results."""
+    return file.title if len(file.name) <= LONGEST else file.key
+
+
+def _leading(cases: Sequence[Comparison]) -> list[Comparison]:
+    """Return the first implementation that can be compared, after those before it that cannot."""
+    first = next((place for place, case in enumerate(cases) if case.ratio is not None), 0)
+    return list(cases[: first + 1])
 
 
 def _sentence(base: ResultFile, new: ResultFile, case: Comparison) -> tuple[Outcome, str]:
     if case.ratio is None:
-        return "none", f"{new.title} and {base.title} cannot be compared: {case.reason or case.verdict}"
+        text = f"{_name(new)} and {_name(base)} cannot be compared: {case.reason or case.verdict}"
+        return "none" if _lost(new, case) else "open", text
     slow = case.ratio > 1
-    winner, other = (base, new) if slow else (new, base)
+    winner, other = (_name(base), _name(new)) if slow else (_name(new), _name(base))
     speed = _speed(case, slow)
     if case.verdict in (FASTER, SLOWER):
-        return "won", f"{winner.title} won, {speed} as {other.title}{speed.bounds}"
+        return "won", f"{winner} won, {speed} as {other}{speed.bounds}"
     if case.verdict == SAME:
-        return "open", f"{new.title} and {base.title} are the same within {100 * NOISE:g} %"
+        return "open", f"{winner} and {other} are the same within {100 * NOISE:g} %"
     why = f", {case.reason}" if case.reason else ""
-    return "open", f"no decision between {winner.title} and {other.title}: {speed}{speed.bounds}{why}"
+    return "open", f"no decision between {winner} and {other}: {speed}{speed.bounds}{why}"
+
+
+def _lost(new: ResultFile, case: Comparison) -> bool:
+    """Return whether the new file has this case without a number."""
+    where = (case.scenario, case.implementation)
+    return any((one.scenario, one.implementation) == where for one in new.run.cases if not one.latency_ms)
 
 
 def _speed(case: Comparison, slow: bool) -> Speed:

@@ -177,7 +177,8 @@ def timings(entries: Sequence[ReportEntry]) -> Table:
             ratio = "-"
             if timing.latency_ms and case.latency_ms:
                 ratio = number(timing.latency_ms.median / case.latency_ms.median)
-            cells = (*_latency(timing.latency_ms), ratio, timing.check.status)
+            withheld = case.check.status in ("wrong", "doubtful")  # no way of timing it counts, then
+            cells = (*_latency(None if withheld else timing.latency_ms), ratio, timing.check.status)
             rows.append([*names, timing_name(timing), *cells])
     return Table(head, rows, 3)
 

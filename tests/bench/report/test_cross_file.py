@@ -65,7 +65,7 @@ def test_a_case_that_lost_its_number_is_said_before_the_next_that_has_one(agains
 
 def test_files_with_nothing_in_common_say_so(against: Any) -> None:
     ((outcome, text),) = against({"mla": 2.0}, {"b": 2.0})
-    assert outcome == "none"
+    assert outcome == "open"
     assert text.startswith("B new.json against A old.json: cannot be compared: ")
 
 
@@ -75,3 +75,16 @@ def test_many_scenarios_are_counted(make_run: Any, case: Any) -> None:
         run.cases = [case(scenario=f"s{place}", base=f"s{place}") for place in range(9)]
     (found,) = cross_file.verdicts(series.result_files(["x", "y"], runs))
     assert str(found) == "9 cases, B y against A x: no decision in 9"
+
+
+def test_long_names_are_not_repeated_in_every_sentence(make_run: Any) -> None:
+    files = series.result_files([f"{place}{'x' * 30}.json" for place in "ab"], [make_run(), make_run()])
+    (found,) = cross_file.verdicts(files)
+    assert str(found).startswith("prefill, mla: no decision between B and A: ")
+
+
+def test_a_scenario_that_only_one_file_has_is_one_sentence(against: Any, make_run: Any, case: Any) -> None:
+    runs = [make_run(), make_run()]
+    runs[1].cases += [case(scenario="decode", base="decode", implementation=name) for name in ("mla", "b")]
+    found = cross_file.verdicts(series.result_files(["x", "y"], runs))
+    assert [one.where for one in found] == ["prefill, mla", "decode, mla"]

@@ -244,6 +244,14 @@ def test_a_doubtful_case_has_its_word_its_colour_and_its_reason_and_nothing_is_g
     assert not re.search(r"<svg viewBox", text)
 
 
+def test_a_doubtful_case_shows_no_other_timing_either(rich: Sequence[results.Run]) -> None:
+    rich[0].cases = rich[0].cases[:1]
+    (one,) = rich[0].cases
+    one.check, one.latency_ms = results.Check(status="doubtful", reason="because"), None
+    one.timings[0].latency_ms = results.Latency(median=77.7, ci95=None, p10=1, p90=99, samples=[77.7])
+    assert "77.7" not in Page(render(rich[0])).text
+
+
 def test_a_time_above_the_limit_shows_a_doubt_and_no_percentage(rich: Sequence[results.Run]) -> None:
     for case in rich[0].cases:
         case.roofline = results.Roofline(floor_ms=9.0, bound="memory", doubt="faster than its floor of 9 ms")

@@ -18,7 +18,7 @@ from mla.bench.report.draw.labels import Box, Point, along, around, beside, plac
 from mla.bench.report.draw.svg import inline, styled
 from mla.bench.report.roofline_data import Dot, Roof, RooflineData, ridge
 from mla.bench.report.series import printable
-from mla.bench.report.style import DARK, GREY, Look
+from mla.bench.report.style import DARK, Look
 from mla.bench.terminal.digits import number
 
 # With more cases than this, none is labelled; the table next to the chart has their numbers.
@@ -58,7 +58,7 @@ def draw(data: RooflineData, look: Look) -> tuple[Figure, int]:
         )
     figure.draw_without_rendering()  # where labels go is known only after the layout,
     figure.set_layout_engine("none")  # which they must not change
-    return figure, _write_labels(axes, data)
+    return figure, _write_labels(axes, data, look)
 
 
 def _span(data: RooflineData) -> tuple[float, float]:
@@ -102,7 +102,7 @@ def _size(text: Text) -> Point:
     return 1.06 * extent.width + 0.5 * SIZE * wide + 2, extent.height + 2
 
 
-def _write_labels(axes: Axes, data: RooflineData) -> int:
+def _write_labels(axes: Axes, data: RooflineData, look: Look) -> int:
     """Draw the roofs and label everything; return how many labels found no room."""
     points = [_pixel(axes, dot.intensity, dot.rate / TERA) for dot in data.dots]
     ends = [_draw_roof(axes, roof, data.roofs) for roof in data.roofs]
@@ -112,7 +112,7 @@ def _write_labels(axes: Axes, data: RooflineData) -> int:
         room.put(_roof_label(roof), partial(along, start, end, above=roof.bound == "compute"))
     if len(data.dots) <= MOST_LABELS:
         for dot, point in sorted(zip(data.dots, points, strict=True), key=lambda pair: -pair[0].rate):
-            _label_dot(room, dot, point)
+            _label_dot(room, dot, point, look.colours[dot.entry.case.implementation])
     return room.left_out
 
 
@@ -144,7 +144,7 @@ def _roof_label(roof: Roof) -> str:
     return printable(f"{number(roof.value / 1e9)} GB/s {roof.detail}", chart_axes.LABEL)
 
 
-def _label_dot(room: _Room, dot: Dot, point: Point) -> None:
+def _label_dot(room: _Room, dot: Dot, point: Point, colour: str) -> None:
     """Write a case's share of its limit beside it, with a line to it if it is not next to it."""
     limit = dot.entry.case.roofline
     text = "in doubt" if limit.doubt else limit.fraction is not None and f"{100 * limit.fraction:.0f} %"
@@ -153,4 +153,4 @@ def _label_dot(room: _Room, dot: Dot, point: Point) -> None:
         return
     end = (min(max(point[0], box.left), box.right), min(max(point[1], box.bottom), box.top))
     xs, ys = zip(point, end, strict=True)
-    room.axes.plot(xs, ys, color=GREY, linewidth=0.6, transform=IdentityTransform(), zorder=1)
+    room.axes.plot(xs, ys, color=colour, linewidth=0.8, transform=IdentityTransform(), zorder=1)
