@@ -33,7 +33,7 @@ from mla.bench.report.series import (
 from mla.bench.report.style import DARK, Look, Palette, Swatch
 from mla.bench.terminal.digits import number
 from mla.bench.terminal.stages import wholes
-from mla.bench.terminal.verdict import is_yardstick
+from mla.bench.terminal.verdict import is_yardstick, status
 
 BOTH = (LATENCY, THROUGHPUT)
 # Most lines in one chart, and most charts into which those of one axis are split.
@@ -122,7 +122,7 @@ def _yardsticks(cases: Sequence[ReportEntry]) -> Iterator[str]:
 
 
 def _no_number(cases: Sequence[ReportEntry]) -> Iterator[str]:
-    names = [f"{one.name} ({one.case.check.status})" for one in cases if one.case.latency_ms is None]
+    names = [f"{one.name} ({status(one.case)})" for one in cases if one.case.latency_ms is None]
     if names:
         yield f"No number: {', '.join(names)}."
 

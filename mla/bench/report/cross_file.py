@@ -35,7 +35,7 @@ def _pair(base: ResultFile, new: ResultFile, cases: Sequence[Comparison]) -> Ite
     points = {case.scenario for run in (base.run, new.run) for case in run.cases if case.point}
     plain = grouped((case for case in cases if case.scenario not in points), lambda case: case.scenario)
     said = list(plain.values()) if len(plain) <= MOST_LINES else []
-    for case in chain.from_iterable(map(_leading, said)):
+    for case in chain.from_iterable(_leading(base, new, same) for same in said):
         yield Verdict(f"{case.scenario}, {case.implementation}", *_sentence(base, new, case))
     rest = [case for case in cases if case.scenario in points or not said]
     if rest:
@@ -48,31 +48,39 @@ def _name(file: ResultFile) -> str:
     return file.title if len(file.name) <= LONGEST else file.key
 
 
-def _leading(cases: Sequence[Comparison]) -> list[Comparison]:
-    """Return the first implementation that can be compared, after those before it that cannot."""
-    first = next((place for place, case in enumerate(cases) if case.ratio is not None), 0)
-    return list(cases[: first + 1])
+def _leading(base: ResultFile, new: ResultFile, cases: Sequence[Comparison]) -> Iterator[Comparison]:
+    """Yield the cases that lost their number, and the first that can be compared, if any."""
+    lost = [case for case in cases if _lost(base, new, case)]
+    yield from lost
+    first = next((case for case in cases if case.ratio is not None), cases[0])
+    if not any(first is case for case in lost):
+        yield first
 
 
 def _sentence(base: ResultFile, new: ResultFile, case: Comparison) -> tuple[Outcome, str]:
     if case.ratio is None:
         text = f"{_name(new)} and {_name(base)} cannot be compared: {case.reason or case.verdict}"
-        return "none" if _lost(new, case) else "open", text
-    slow = case.ratio > 1
+        return "none" if _lost(base, new, case) else "open", text
+    slow = case.verdict == SLOWER or (case.verdict != FASTER and case.ratio > 1)
     winner, other = (_name(base), _name(new)) if slow else (_name(new), _name(base))
     speed = _speed(case, slow)
     if case.verdict in (FASTER, SLOWER):
-        return "won", f"{winner} won, {speed} as {other}{speed.bounds}"
+        how = f": {case.reason}" if case.reason else f", {speed} as {other}{speed.bounds}"
+        return "won", f"{winner} won{how}"
     if case.verdict == SAME:
         return "open", f"{winner} and {other} are the same within {100 * NOISE:g} %"
     why = f", {case.reason}" if case.reason else ""
     return "open", f"no decision between {winner} and {other}: {speed}{speed.bounds}{why}"
 
 
-def _lost(new: ResultFile, case: Comparison) -> bool:
-    """Return whether the new file has this case without a number."""
+def _lost(base: ResultFile, new: ResultFile, case: Comparison) -> bool:
+    """Return whether only the base has a number for this case."""
+    return _has_number(base, case) and not _has_number(new, case)
+
+
+def _has_number(file: ResultFile, case: Comparison) -> bool:
     where = (case.scenario, case.implementation)
-    return any((one.scenario, one.implementation) == where for one in new.run.cases if not one.latency_ms)
+    return any((one.scenario, one.implementation) == where and one.latency_ms for one in file.run.cases)
 
 
 def _speed(case: Comparison, slow: bool) -> Speed:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from mla.bench.report.panel import case_name
 from mla.bench.report.series import grouped
+from mla.bench.report.tables import css_class
 from mla.bench.results.schema import Case, Ceiling, Run
 from mla.bench.terminal.digits import number
 from mla.bench.terminal.quality_warnings import of_case
@@ -19,6 +20,17 @@ MOST_NAMED = 4
 # take longer than repeated ones by more.
 SPREAD = 0.10
 
+# Kinds of cases that are not simply right, the worst first, as said of a count.
+_WORDS = {
+    "wrong": "wrong",
+    "doubtful": "doubtful: no number",
+    "in-doubt": "with limit or time in doubt",
+    "not-run": "not run",
+    "not-timed": "not timed",
+    "interrupted": "interrupted",
+}
+# Kinds whose cases are named one by one.
+_NAMED = {"wrong": "wrong", "doubtful": "doubtful", "in-doubt": "limit or time in doubt"}
 # Kinds of remarks, as said of a count of cases.
 _KINDS = {"drifts": "drifting", "outliers": "with outliers", "skipped": "with ways of timing skipped"}
 
@@ -32,69 +44,42 @@ class Badge:
 
 
 def badges(cases: Sequence[Case]) -> list[Badge]:
-    """Return what is wrong, the worst first; a single "ok" only if there is nothing."""
-    judged = [case for case in cases if not is_yardstick(case)]
-    counts = {
-        "wrong": sum(case.check.status == "wrong" for case in judged),
-        "doubtful": sum(case.check.status == "doubtful" for case in judged),
-        "in-doubt": sum(bool(case.roofline.doubt) and case.check.status == "ok" for case in judged),
-        "not-run": sum(case.check.status == "not run" for case in judged),
-        "interrupted": sum(case.interrupted for case in judged),
-    }
-    words = {
-        "in-doubt": "with limit or time in doubt",
-        "not-run": "not run",
-        "doubtful": "doubtful: no number",
-    }
+    """Return what is wrong, the worst first; "ok" only if there is nothing. Yardsticks are counted apart."""
+    kinds = Counter(map(css_class, cases))
+    judged = len(cases) - kinds["yardstick"]
+    counts = {kind: kinds[kind] for kind in _WORDS}
+    counts["interrupted"] = sum(case.interrupted for case in cases if not is_yardstick(case))
     found = [
-        Badge(status, f"{count} of {_cases(judged)} {words.get(status, status)}")
-        for status, count in counts.items()
-        if count
+        Badge(kind, f"{counts[kind]} of {_cases(judged)} {words}")
+        for kind, words in _WORDS.items()
+        if counts[kind]
     ]
     if not judged:
-        return [Badge("not-run", "no case was run")]
-    return (found or [Badge("ok", f"{_all(judged)} with the oracle")]) + _yardsticks(len(cases) - len(judged))
+        found = [Badge("not-run", "no case was run")]
+    if not found:
+        agree = f"all {judged} cases agree" if judged > 1 else "the only case agrees"
+        found = [Badge("ok", f"{agree} with the oracle")]
+    if kinds["yardstick"]:
+        some = f"{kinds['yardstick']} yardstick{'s' * (kinds['yardstick'] > 1)}"
+        found.append(Badge("yardstick", f"and {some}, where nothing is computed"))
+    return found
 
 
-def _yardsticks(count: int) -> list[Badge]:
-    return (
-        [Badge("yardstick", f"and {count} yardstick{'s' * (count > 1)}, where nothing is computed")]
-        if count
-        else []
-    )
-
-
-def _cases(cases: Sequence[Case]) -> str:
-    return f"{len(cases)} case{'s' * (len(cases) > 1)}"
-
-
-def _all(cases: Sequence[Case]) -> str:
-    return f"all {len(cases)} cases agree" if len(cases) > 1 else "the only case agrees"
+def _cases(count: int) -> str:
+    return f"{count} case{'s' * (count > 1)}"
 
 
 def named(cases: Sequence[Case]) -> list[Badge]:
-    """Return the cases that are wrong or in doubt, with the reasons."""
-    found = [
-        *(
-            _badge(case, case.check.status, case.check.reason)
-            for case in cases
-            if case.check.status == "wrong"
-        ),
-        *(_badge(case, "doubtful", case.check.reason) for case in cases if case.check.status == "doubtful"),
-        *(_badge(case, "in-doubt", case.roofline.doubt) for case in cases if _in_doubt(case)),
-    ]
+    """Return the cases that are wrong or in doubt, with the reasons; the worst first, and not too many."""
+    found = [_badge(kind, case) for kind in _NAMED for case in cases if css_class(case) == kind]
     rest = len(found) - MOST_NAMED
     more = [Badge("more", f"and {rest} more in the table")] if rest > 0 else []
     return found[:MOST_NAMED] + more
 
 
-def _in_doubt(case: Case) -> bool:
-    return case.check.status == "ok" and bool(case.roofline.doubt)
-
-
-def _badge(case: Case, status: str, reason: str) -> Badge:
-    word = "limit or time in doubt" if status == "in-doubt" else status
-    return Badge(status, f"{case_name(case)}: {word}{': ' * bool(reason)}{reason}")
+def _badge(kind: str, case: Case) -> Badge:
+    reason = case.roofline.doubt if kind == "in-doubt" else case.check.reason
+    return Badge(kind, f"{case_name(case)}: {_NAMED[kind]}{': ' * bool(reason)}{reason}")
 
 
 def counted_remarks(run: Run) -> str:
@@ -103,7 +88,7 @@ def counted_remarks(run: Run) -> str:
     counts = Counter(kind for of_one in kinds for kind in sorted(of_one))
     counts["slower on new lengths"] = sum(map(_slower_on_new_lengths, run.cases))
     said = [(count, _KINDS.get(kind, kind)) for kind, count in counts.items() if count]
-    of = [f" of {_cases(run.cases)}", *[""] * len(said)]
+    of = [f" of {_cases(len(run.cases))}", *[""] * len(said)]
     return ", ".join(f"{count}{of[place]} {kind}" for place, (count, kind) in enumerate(said))
 
 

@@ -13,7 +13,7 @@ from mla.bench.results.schema import Case, Interval, Latency, Timing
 from mla.bench.terminal.digits import number
 from mla.bench.terminal.run_table import COLUMNS
 from mla.bench.terminal.stages import total
-from mla.bench.terminal.verdict import is_yardstick
+from mla.bench.terminal.verdict import is_yardstick, status
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def css_class(case: Case) -> str:
         return "yardstick"
     if case.check.status == "ok" and case.roofline.doubt:
         return "in-doubt"
-    return case.check.status.replace(" ", "-")
+    return status(case).replace(" ", "-")
 
 
 def interval(bounds: Interval | None) -> str:

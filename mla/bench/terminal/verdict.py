@@ -174,8 +174,13 @@ def _alone(one: Contest) -> str:
 
 def _without(one: Contest) -> str:
     """Name the cases without a number and why."""
-    names = [f"{case.implementation} ({case.check.status})" for case in one.without]
+    names = [f"{case.implementation} ({status(case)})" for case in one.without]
     return f"; no number: {', '.join(names)}" if names else ""
+
+
+def status(case: Case) -> str:
+    """Return the status of a case's check; "not timed" if its outputs are right and there is no number."""
+    return "not timed" if case.check.status == "ok" and case.latency_ms is None else case.check.status
 
 
 def near(limit: Roofline) -> str:
@@ -223,7 +228,7 @@ def _ranges(contests: Sequence[Contest]) -> Iterator[str]:
 
 
 def _missing(contests: Sequence[Contest]) -> Iterator[str]:
-    counts = Counter(case.check.status for one in contests for case in one.without)
+    counts = Counter(status(case) for one in contests for case in one.without)
     if counts:
         yield "cases without a number: " + ", ".join(f"{count} {name}" for name, count in counts.items())
 

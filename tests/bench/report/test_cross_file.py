@@ -8,6 +8,7 @@ import pytest
 
 from mla.bench import results
 from mla.bench.report import cross_file, series
+from mla.bench.results.compare import SLOWER, Comparison
 
 
 @pytest.fixture
@@ -88,3 +89,13 @@ def test_a_scenario_that_only_one_file_has_is_one_sentence(against: Any, make_ru
     runs[1].cases += [case(scenario="decode", base="decode", implementation=name) for name in ("mla", "b")]
     found = cross_file.verdicts(series.result_files(["x", "y"], runs))
     assert [one.where for one in found] == ["prefill, mla", "decode, mla"]
+
+
+def test_a_slower_verdict_is_never_a_win_of_the_new_file(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why = "whole passes take 1.1 to 1.2 times as long"
+    found = Comparison("prefill", "mla", SLOWER, 0.99, (0.98, 1.0), 2.0, 1.98, reason=why)
+    monkeypatch.setattr(cross_file, "comparisons", lambda files: [(files[1], [found], [])])
+    (verdict,) = cross_file.verdicts(series.result_files(["x", "y"], [make_run(), make_run()]))
+    assert verdict.text == f"A x won: {why}"

@@ -181,6 +181,7 @@ def test_badges_count_cases_the_worst_first(case: Case) -> None:
         ("not-run", "1 of 6 cases not run"),
         ("interrupted", "1 of 6 cases interrupted"),
     ]
+    assert said([case(latency_ms=None), case()]) == [("not-timed", "1 of 2 cases not timed")]
     assert said([case(), case()]) == [("ok", "all 2 cases agree with the oracle")]
     assert said([]) == [("not-run", "no case was run")]
 

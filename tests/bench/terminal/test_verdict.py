@@ -104,6 +104,11 @@ def test_a_case_without_a_number_never_wins_and_is_named(said: Any, case: Make, 
     assert said(failed(case, "mla", status)) == [f"prefill: nobody won; no number: mla ({status})"]
 
 
+def test_a_case_that_was_right_and_not_timed_is_named_so(said: Any, case: Make) -> None:
+    (text,) = said(case(latency_ms=None, tokens_per_s=None, interrupted=True), timed(case, "b", 2, 2.1))
+    assert text.endswith("; no number: mla (not timed)")
+
+
 def test_a_number_that_failed_its_check_never_wins(said: Any, case: Make) -> None:
     odd = timed(case, "odd", 0.1, 0.2, check=Check(status="wrong"))
     (text,) = said(timed(case, "a", 1, 1.1), timed(case, "b", 2, 2.1), odd)
@@ -118,7 +123,7 @@ def test_a_share_in_doubt_is_no_percentage(said: Any, case: Make) -> None:
     assert text.endswith(", but its limit or its time is in doubt")
     assert "won" not in text
     assert "%" not in text
-    assert run_table.COLUMNS["% of limit"](case(roofline=doubt)) == "in doubt"
+    assert run_table.COLUMNS["% of limit"](case(roofline=doubt)) == ">100? mem"
 
 
 def test_a_sweep_is_one_verdict_that_counts_its_points(said: Any, case: Make) -> None:
