@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain, repeat
+from itertools import chain, count, repeat
 
 import pytest
 
@@ -11,16 +11,16 @@ from mla.bench.measure.warmup import MOST, SECONDS, WINDOW, WarmupResult, settle
 
 
 class Script:
-    """A timer and the forwards it times; `log` holds what was called."""
-
-    clock = "script"
+    """Forwards, and the clock that they advance; `log` holds what was called."""
 
     def __init__(self, samples: Sequence[float], then: float = 1.0) -> None:
         self._samples: Iterator[float] = chain(samples, repeat(then))
         self.log: list[str] = []
         self.ticks: list[int] = []
+        self.numbers: list[int] = []
 
-    def restore(self) -> None:
+    def restore(self, number: int = 0) -> None:
+        self.numbers.append(number)
         self.log.append("restore")
 
     def before(self, index: int) -> None:
@@ -29,17 +29,15 @@ class Script:
     def step(self, index: int) -> None:
         self.log.append(f"step {index}")
 
+    def time(self, index: int) -> float:
+        self.step(index)
+        return next(self._samples)
+
     def after(self, index: int) -> None:
         pass
 
-    def start(self) -> None:
-        pass
-
-    def stop(self) -> float:
-        return next(self._samples)
-
     def warm_up(self, least: int, steps: int = 1000) -> WarmupResult:
-        return warm_up(self, steps, least, self, self.ticks.append)
+        return warm_up(self, steps, least, self.time, count(7), self.ticks.append)
 
 
 def test_settled_forwards_end_with_the_number_asked_for() -> None:
@@ -85,6 +83,7 @@ def test_a_decode_pass_that_is_over_is_restored() -> None:
     script.warm_up(10, steps=4)
     passes = ["restore", "step 0", "step 1", "step 2", "step 3"]
     assert script.log == [*passes, *passes, "restore", "step 0", "step 1"]
+    assert script.numbers == [7, 8, 9], "each pass has inputs of its own"
 
 
 @pytest.mark.parametrize(("now", "expected"), [(1.049, True), (1.051, False), (0.951, True), (0.949, False)])
