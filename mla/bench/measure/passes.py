@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from mla.bench.doubts.clock import cpu_ns, now_ns
-from mla.bench.measure.pass_times import PassTimes
+from mla.bench.doubts.pass_times import PassTimes
 from mla.bench.measure.samples import Samples
 from mla.bench.measure.variants import Steps
 from mla.bench.subjects.base import Implementation
@@ -37,8 +37,8 @@ class Forwards(Protocol):
 class PassRunner:
     """Runs and times the passes of one implementation in one variant.
 
-    The host clock is the runner's own, around `synchronize`, forward, `synchronize`. A `timer` is the device's
-    clock, and is read inside that.
+    The host clock is the runner's own, around `synchronize`, forward, `synchronize`. A `timer` is the
+    device's clock, and is read inside that.
     """
 
     def __init__(
@@ -103,30 +103,30 @@ class PassRunner:
         self.samples.passes.append(times)
 
     def _pass(self, number: int, step: Callable[[int], None], heartbeat: Callable[[], None]) -> PassTimes:
-        forwards, timed, flush, found = (
-            self.forwards,
-            self.steps.timed,
-            self._flush,
-            PassTimes(forwards=len(self.steps.run)),
-        )
+        forwards, found = self.forwards, PassTimes(forwards=len(self.steps.run))
         forwards.restore(number)
         self._synchronize()
-        began, began_cpu, flushed = now_ns(), cpu_ns(), [0, 0]
+        began, began_cpu = now_ns(), cpu_ns()
         for index in self.steps.run:
+            timed = index in self.steps.timed
             forwards.before(index)
             self._synchronize()
-            if flush is not None and index in timed:
-                start = (now_ns(), cpu_ns())
-                flush()  # waits for the device itself: the backend has no turn between it and the clock
-                flushed[0] += now_ns() - start[0]
-                flushed[1] += cpu_ns() - start[1]
-            self._region(step, index, index in timed, found)
+            if timed and self._flush is not None:
+                self._flushed(self._flush, found)
+            self._region(step, index, timed, found)
             forwards.after(index)
             heartbeat()
         self.implementation.collect()
-        found.wall_cpu = (cpu_ns() - began_cpu - flushed[1]) / 1e6
-        found.wall = (now_ns() - began - flushed[0]) / 1e6
+        found.wall_cpu += (cpu_ns() - began_cpu) / 1e6
+        found.wall += (now_ns() - began) / 1e6
         return found
+
+    def _flushed(self, flush: Callable[[], None], found: PassTimes) -> None:
+        """Flush the cache and wait for it without the backend, which has no turn before the clock starts."""
+        start, start_cpu = now_ns(), cpu_ns()
+        flush()
+        found.wall -= (now_ns() - start) / 1e6
+        found.wall_cpu -= (cpu_ns() - start_cpu) / 1e6
 
     def _region(self, step: Callable[[int], None], index: int, timed: bool, found: PassTimes) -> None:
         timer = self.timer if timed else None

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from mla.bench import results
 from mla.bench.failures.keeper import Case, Keeper
 from mla.bench.limits.roofline import RooflineModel

@@ -2,9 +2,9 @@
 
 All get the same host weights and inputs. A *pass* is `restore(number)`, then `before(i)`, `step(i)` and
 `after(i)` for every forward, then `collect()`; only `step` is timed. Every forward has inputs and an output
-buffer of its own: the number of the pass selects exact changes of the scenario's inputs whose outputs are known
-(a sign per request, say), the same for all implementations, and output buffers hold NaN before. So no result of
-another forward passes for this one's.
+buffer of its own: the number of the pass selects exact changes of the scenario's inputs whose outputs are
+known (a sign per request, say), the same for all implementations, and output buffers hold NaN before. So no
+result of another forward passes for this one's.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def test_every_variant_has_inputs_of_its_own(decode: Bench) -> None:
     a, b = decode.parrot("a"), decode.parrot("b")
     decode.measure(a, b, variants=EAGER)
     timed = [Counter(number for number in one.numbers if number < CHECKED) for one in (a, b)]
-    assert timed[0] == timed[1] == Counter({number: 2 for number in range(1, 4 * DECODE.passes + 1)})
+    assert timed[0] == timed[1] == Counter(dict.fromkeys(range(1, 4 * DECODE.passes + 1), 2))
 
 
 def test_nothing_of_the_backend_is_called_between_a_flush_and_the_clock(
@@ -76,7 +76,7 @@ def test_a_warm_pass_after_another_variant_begins_with_an_untimed_forward(decode
     assert len(passes) == 4 * DECODE.passes
     rewarmed = 0
     for place in passes:
-        name, (last, word) = events[place][0], events[place - 1]
+        name, word = events[place][0], events[place - 1][1]
         assert word == "passed" or events[place - 2 : place] == [(name, "restore"), (name, "step")]
         rewarmed += word != "passed"
     assert rewarmed >= DECODE.passes

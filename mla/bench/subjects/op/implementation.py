@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mla.bench.doubts.clock import now_ns
+from mla.command.clock import now_ns
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.op.attention_call import ExpandedCall, LatentCall, WriteCall
 from mla.bench.subjects.op.call import BoundCall, LinearCall, NormCall, Placement, RotateCall
