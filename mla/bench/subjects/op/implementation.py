@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from mla.command.clock import now_ns
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.op.attention_call import ExpandedCall, LatentCall, WriteCall
 from mla.bench.subjects.op.call import BoundCall, LinearCall, NormCall, Placement, RotateCall
@@ -17,6 +16,7 @@ from mla.bench.subjects.op.problem import OpProblem
 from mla.bench.subjects.op.verdicts import summary
 from mla.bench.subjects.setting import Setting, make_ops
 from mla.bench.workload.scenario import Scenario
+from mla.command.clock import now_ns
 from mla.layer.ops import Choice
 from mla.reference import REFERENCE
 from mla.verify.op_check import OpChecker, Tensors
