@@ -84,8 +84,8 @@ class PassRunner:
         return self._pass(number, self.forwards.step, self._flush, heartbeat)
 
     def idle(self, number: int, heartbeat: Callable[[], None]) -> PassTimes:
-        """Do all that a pass does beside its forwards, without them."""
-        return self._pass(number, lambda index: None, None, heartbeat)
+        """Do all that a pass does beside its forwards, without them; with cold caches, too, where they are."""
+        return self._pass(number, lambda index: None, self._flush, heartbeat)
 
     def time(self, number: int, heartbeat: Callable[[], None]) -> None:
         """Run a pass and record its samples, after all it does beside its forwards, without them.
