@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from time import perf_counter_ns
 from typing import Any
 
 import torch
 
-from mla.bench.doubts.clock import now_ns
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.op.attention_call import ExpandedCall, LatentCall, WriteCall
 from mla.bench.subjects.op.call import BoundCall, LinearCall, NormCall, Placement, RotateCall
@@ -52,9 +52,9 @@ class OpImplementation(Implementation):
 
     def restore(self, number: int = 0) -> None:
         """Plan the batch again, and begin pass `number`."""
-        start = now_ns()
+        start = perf_counter_ns()
         if self._call.prepare():
-            self.plan_ms = (now_ns() - start) / 1e6
+            self.plan_ms = (perf_counter_ns() - start) / 1e6
         self._call.restore(number)
         self._number = number
         self._kept: dict[int, Tensors] = {}  # index of a call -> its results on the host
