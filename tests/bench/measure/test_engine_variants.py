@@ -63,10 +63,11 @@ def test_nothing_of_the_backend_is_called_between_a_flush_and_the_clock(
     decode.measure(decode.parrot("a"), variants=COLD)
     words = [what for _, what in decode.log]
     places = [place for place, what in enumerate(words) if what == "flush"]
-    assert len(places) == (2 * DECODE.passes + 1) * DECODE.runs  # an idle pass is as cold
+    assert len(places) == (2 * DECODE.passes + 1) * DECODE.runs  # an idle pass is as cold as its pass
     for place in places:
         assert words[place - 2 : place + 3] == ["wait", "read", "flush", "read", "read"]
         assert words[place + 3] in ("step", "wait")
+    assert [words[place + 3] for place in places].count("step") == (DECODE.passes + 1) * DECODE.runs
 
 
 def test_a_warm_pass_after_another_variant_begins_with_an_untimed_forward(decode: Bench) -> None:

@@ -21,6 +21,9 @@ from mla.layer.ops import Choice
 from mla.verify.op_check import Tensors
 from mla.verify.places import Places
 
+# Changes of so many rows are made and uploaded before a pass begins, which keeps its calls close together.
+EARLY_ROWS = 1 << 20
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -46,6 +49,7 @@ class BoundCall:
         self._number = 0
         self._batch: RaggedBatch | None = None  # of an op that works on a cache
         self._change: Change | None = None  # that of the last call
+        self._early: list[Change] = []  # those of the pass
         self._shelf = self._make_shelf(self._lay_out())
         self._pools = {name: problem.given[name].to(placement.device) for name in self.varied}
 
@@ -65,6 +69,15 @@ class BoundCall:
         """Begin pass `number`."""
         self._number = number
         self.forget()
+        calls = self.placement.calls
+        early = range(calls if calls * self.problem.pool_size[1] <= EARLY_ROWS else 0)
+        self._early = [self._uploaded(index) for index in early]
+
+    def _uploaded(self, index: int) -> Change:
+        """Return the change of a call, with what its operands need on the device."""
+        one, device = change(self.problem, self._number, index), self.placement.device
+        signs = {name: one.signs[name].to(self._pools[name]) for name in self.varied if name in one.signs}
+        return Change(one.rows.to(device), signs)
 
     def forget(self) -> None:
         """Forget the results of all calls."""
@@ -73,7 +86,7 @@ class BoundCall:
 
     def before(self, index: int) -> None:
         """Prepare call `index` of the pass."""
-        self.take(change(self.problem, self._number, index))
+        self.take(self._early[index] if self._early else self._uploaded(index))
 
     def take(self, one: Change) -> None:
         """Write the operands of a call to where the op reads them, and give it a buffer for its results."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from time import perf_counter_ns
 from typing import Any
 
 import torch
@@ -52,9 +53,9 @@ class OpImplementation(Implementation):
 
     def restore(self, number: int = 0) -> None:
         """Plan the batch again, and begin pass `number`."""
-        start = now_ns()
+        start = perf_counter_ns()
         if self._call.prepare():
-            self.plan_ms = (now_ns() - start) / 1e6
+            self.plan_ms = (perf_counter_ns() - start) / 1e6
         self._call.restore(number)
         self._number = number
         self._kept: dict[int, Tensors] = {}  # index of a call -> its results on the host
