@@ -205,7 +205,9 @@ def _rate(case: Case, amount: int, unit: float) -> str:
 
 
 def _limit(roofline: results.Roofline) -> str:
-    """Return the share of the limit and its kind, such as "71 mem"."""
+    """Return the share of the limit and its kind, such as "71 mem"; ">100?" where that is in doubt."""
+    if roofline.doubt:
+        return f">100? {(roofline.bound or '')[:3]}".strip()
     if roofline.fraction is None:
         return "-"
     return " ".join((f"{100 * roofline.fraction:.0f}", (roofline.bound or "")[:3])).strip()
