@@ -11,12 +11,12 @@ from mla.bench.doubts import clock
 # How long regions are repeated, the fewest repetitions, and the time after which even those are cut short.
 SECONDS, REPEATS, MOST_SECONDS = 0.05, 5, 0.5
 # Seconds by which 2N calls must take longer than N, unless the longer region takes LONGEST already.
-GROWTH, LONGEST = 2e-4, 2e-2
+GROWTH, LONGEST = 2e-4, 5e-2
 # The longer region takes at least so many times as long: a constant cost is then no more than the work.
 RATIO = 1.5
 # Calls that take longer are not repeated beyond a second try.
 LONG_CALL = 0.25
-MOST_CALLS = 1000
+MOST_CALLS = 4096
 
 Region = Callable[[int], float]  # number of calls -> seconds
 

@@ -27,7 +27,7 @@ SIDES, LONG = (256, 512, 1024, 2048, 4096, 8192), 5e-3
 # Features of the weight that is streamed: a multiple of the register blocks of any kernel.
 FEATURES = 2048
 # A way that takes so many times as long as the fastest is not repeated; is not tried again for the same
-# work; and is not tried at all for larger squares.
+# work; and, compared with torch's fastest, is not tried at all any more.
 SLOW, BEATEN, HOPELESS = 3.0, 1.5, 8.0
 
 
@@ -110,8 +110,9 @@ class Microbenchmark:
         shape = f"{tokens} x {inputs} x {outputs} {dtype}"
         timed = self._timed(ways, shape)
         seconds, way = min(timed, key=lambda one: one[0])
+        by_torch = min((slow for slow, other in timed if not other.ours), default=seconds)
         if tokens == inputs == outputs:
-            self._hopeless |= {other.name for slow, other in timed if slow > HOPELESS * seconds}
+            self._hopeless |= {other.name for slow, other in timed if slow > HOPELESS * by_torch}
         ceiling = Ceiling(
             work="matmul",
             value=2 * tokens * inputs * outputs / seconds,
@@ -120,7 +121,7 @@ class Microbenchmark:
             footprint_bytes=self._dtype.itemsize * (tokens * inputs + inputs * outputs + tokens * outputs),
             ours=way.ours,
         )
-        return ceiling, min((slow for slow, other in timed if not other.ours), default=seconds)
+        return ceiling, by_torch
 
     def _own(self, weight: torch.Tensor, tokens: int) -> list[Way]:
         try:

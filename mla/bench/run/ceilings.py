@@ -103,7 +103,7 @@ def _projections(dtype: torch.dtype, backend: Backend) -> list[tuple[int, int]]:
 
 
 def run_tasks(tasks: list[Task]) -> Findings:
-    """Carry out the tasks; one that fails is named and skipped, and so is what is left after `MOST_SECONDS`."""
+    """Carry out the tasks; what fails is named and skipped, and so is what is left after `MOST_SECONDS`."""
     found = Findings()
     end = clock.now_ns() + 1e9 * MOST_SECONDS
     with Progress(len(tasks)) as progress:
