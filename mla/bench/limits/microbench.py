@@ -8,7 +8,6 @@ does not.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -45,7 +44,8 @@ class Microbenchmark:
         self._backend, self._device, self._dtype = backend, device, dtype
         self._policy = "reference" if ops == "reference" else "auto"
         self._near: dict[str, set[str]] = {}  # work -> ways that are nearly the fastest
-        self._hopeless: set[str] = set()  # ways that are never tried again
+        self._hopeless: set[str] = set()  # ways that are not tried again
+        self._wrong: set[str] = set()  # and those that never are
         self._sides: list[int] = []  # of squares that are nearly the fastest
         self.anew = False
 
@@ -135,16 +135,15 @@ class Microbenchmark:
 
     def _timed(self, ways: Sequence[Way], work: str) -> list[tuple[float, Way]]:
         """Return the seconds of every way worth timing. Raises the first error if all of them fail."""
-        near = {way.name for way in ways} if self.anew else self._near.get(work, {way.name for way in ways})
         timed: list[tuple[float, Way]] = []
         failed: list[Exception] = []
-        for way in [one for one in ways if one.name in near and one.name not in self._hopeless] or ways:
+        for way in self._worth_trying(ways, work):
             best = min((seconds for seconds, _ in timed), default=float("inf"))
             try:
                 timed.append((self._seconds(way, SLOW * best), way))
             except Wrong:
-                self._hopeless.add(way.name)
-                _say(f"{way.name} is left out of the limits: its result is wrong for {work}")
+                self._wrong.add(way.name)
+                _say_wrong(way.name, work)
             except Exception as error:  # noqa: BLE001  # a device may lack an operation
                 failed.append(error)
         if not timed:
@@ -152,6 +151,15 @@ class Microbenchmark:
         best = min(seconds for seconds, _ in timed)
         self._near[work] = {way.name for seconds, way in timed if seconds <= BEATEN * best}
         return timed
+
+    def _worth_trying(self, ways: Sequence[Way], work: str) -> list[Way]:
+        """Return the ways that may be the fastest; what was slow under another load is tried `anew`."""
+        right = [way for way in ways if way.name not in self._wrong]
+        if self.anew:
+            self._hopeless.clear()
+            return right
+        left = [way for way in right if way.name not in self._hopeless]
+        return [way for way in left if way.name in self._near.get(work, {way.name})] or left or right
 
     def _seconds(self, way: Way, enough: float) -> float:
         """Return the seconds per call of one way. Raises `Wrong`."""
@@ -171,9 +179,13 @@ class Microbenchmark:
         return seconds
 
 
-@functools.cache
-def _say(sentence: str) -> None:
-    note(sentence)  # once
+_SAID: set[str] = set()  # ways that were said to be wrong, once in a process
+
+
+def _say_wrong(way: str, work: str) -> None:
+    if way not in _SAID:
+        _SAID.add(way)
+        note(f"{way} is left out of the limits: its result is wrong for {work}")
 
 
 def _measured(way: Way, what: str) -> str:

@@ -25,6 +25,8 @@ SMALL = (1 << 20, 1 << 22)
 TIMES, MOST_TIMES = 4, 16
 # A declared and a measured limit that differ by so much are both named.
 DIFFER = 1.5
+# Measurements that differ by so much were disturbed.
+UNSTEADY = 1.2
 
 _Work = Literal["read", "matmul"]
 
@@ -37,12 +39,15 @@ class _Record:
     benchmark: Microbenchmark
     measure: Callable[[], Ceiling]
     times: int = 1
+    unsteady: bool = False  # two measurements differed: another load may have hidden the fastest way
 
     def again(self, anew: bool) -> None:
         """Measure once more, by the ways that were nearly the fastest, or `anew` by all of them."""
         self.times += 1
-        self.benchmark.anew = anew
-        self.best = higher(self.best, _repeatable(self.measure()))
+        self.benchmark.anew = anew or self.unsteady
+        found, before = _repeatable(self.measure()), self.best.value
+        self.unsteady |= not before / UNSTEADY <= found.value <= before * UNSTEADY
+        self.best = higher(self.best, found)
 
 
 # Everything measured in this process, keyed by all it depends on.

@@ -227,7 +227,7 @@ def test_an_op_whose_product_is_wrong_never_counts(
     if op is HalfTheRows and tokens == 1:
         op = Ones
     monkeypatch.setattr(growth, "REPEATS", 60)  # a memory pays only once it is full
-    microbench._say.cache_clear()
+    monkeypatch.setattr(microbench, "_SAID", set())
     one = op()
     found = with_op(one).product(tokens, 256, 128) if tokens > 1 else with_op(one).read(1 << 19)
     assert one.calls > 0, "it was not even tried"
@@ -281,6 +281,17 @@ def test_only_ways_that_were_nearly_the_fastest_are_measured_again(monkeypatch: 
     benchmark.anew = True
     benchmark.product(4, 64, 32)
     assert timed[5:] == ["torch.mm", "torch.mm in float32", "mine"]
+
+
+def test_a_way_that_a_load_made_hopeless_is_tried_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"torch.mm": 1.0, "torch.mm in float32": 9.0}
+    timed = counted(monkeypatch, lambda way: times[way.name])
+    benchmark = Microbenchmark(HostBackend(), CPU, torch.bfloat16)
+    for side in (16, 32):
+        benchmark.product(side, side, side)
+    assert timed == ["torch.mm", "torch.mm in float32", "torch.mm"]
+    times["torch.mm in float32"], benchmark.anew = 0.25, True
+    assert benchmark.product(16, 16, 16).value == 4 * 2 * 16**3
 
 
 class Deaf(HostBackend):
