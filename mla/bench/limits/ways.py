@@ -87,8 +87,8 @@ def own_ways(backend: Backend, policy: str, weight: torch.Tensor, tokens: int) -
 class OwnProduct:
     """Products by an op of the backend that can only be right if every call was made.
 
-    Each call of a region gets rows from another place of a pool that is rescaled before, and an output of its
-    own that holds NaN: neither a remembered result nor a skipped call passes.
+    Each call of a region has an output of its own, and gets rows from another place of a pool that is
+    rescaled before every region: neither a remembered result nor a skipped call passes.
     """
 
     def __init__(self, choice: Choice, weight: torch.Tensor, tokens: int) -> None:
@@ -111,8 +111,7 @@ class OwnProduct:
         self._starts = [self._random.randrange(SPARE_ROWS + 1) for _ in range(calls)]
         scales = torch.tensor([[self._random.uniform(0.5, 1.5)] for _ in range(len(self._base))])
         torch.mul(self._base, scales.to(self._base), out=self._pool)
-        self._out[:calls].fill_(torch.nan)
-        wait(self._out)
+        wait(self._pool)
 
     def _call(self, call: int) -> torch.Tensor:
         start, out = self._starts[call], self._out[call]

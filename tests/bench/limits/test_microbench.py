@@ -307,6 +307,18 @@ def test_the_backend_is_not_asked_to_wait(quick_ceilings: None) -> None:
         assert found.value > 0
 
 
+def test_a_region_ends_when_its_last_result_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[torch.Size, Any]] = []
+    to = torch.Tensor.to
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            torch.Tensor, "to", lambda self, where: read.append((self.shape, where)) or to(self, where)
+        )
+        for written in (torch.ones(3, 4), torch.tensor(1.0)):
+            ways.wait(written)
+    assert read == [(torch.Size([]), "cpu")] * 2
+
+
 class Ticking:
     """A clock that only work advances, and a device whose every wait costs the same."""
 
