@@ -226,7 +226,9 @@ def test_an_op_whose_product_is_wrong_never_counts(
 ) -> None:
     if op is HalfTheRows and tokens == 1:
         op = Ones
-    monkeypatch.setattr(growth, "REPEATS", 60)  # a memory pays only once it is full
+    monkeypatch.setattr(growth, "REPEATS", 12)
+    monkeypatch.setattr(growth, "MOST_SECONDS", 60.0)
+    monkeypatch.setattr(ways, "SPARE_ROWS", 1)  # operands come back to their addresses soon
     monkeypatch.setattr(microbench, "_SAID", set())
     one = op()
     found = with_op(one).product(tokens, 256, 128) if tokens > 1 else with_op(one).read(1 << 19)
