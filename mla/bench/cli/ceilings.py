@@ -74,7 +74,9 @@ class CeilingOptions(BackendOptions):
     help="Format of what is printed on stdout.",
 )
 def ceilings(**values: Any) -> int:
-    """Measure peak bandwidth and FLOP rate of a device, in about ten seconds.
+    """Measure peak bandwidth and FLOP rate of a device.
+
+    Takes 10 to 30 seconds. On a slow CPU, what has not begun after a minute is left out and named.
 
     Reading and copying of footprints from 256 KiB to beyond the last-level cache, square products, and those
     of the default config's projections with 16 and 704 tokens; each in the way that was fastest, next to the

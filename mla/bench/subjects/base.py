@@ -27,6 +27,7 @@ class Implementation(ABC):
     name: str
     held_to_reference = False  # at most twice its error, as well as the absolute bounds
     plan_ms: float | None = None
+    computes = True  # the work that is counted: its time cannot be shorter than the device's limits allow
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting

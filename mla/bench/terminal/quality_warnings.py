@@ -30,6 +30,8 @@ def of_case(case: Case) -> Iterator[str]:
         )
     if case.latency_ms is not None:
         yield from _of_latency(where, case.latency_ms)
+    if case.roofline.doubt:
+        yield f"above 100 % of its limit: {where}: {case.roofline.doubt}"
     for mode, reason in _skipped(case).items():
         yield f"skipped: {mode} of {where}: {reason}"
 

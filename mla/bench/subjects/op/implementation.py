@@ -17,7 +17,6 @@ from mla.bench.subjects.op.problem import OpProblem
 from mla.bench.subjects.op.verdicts import summary
 from mla.bench.subjects.setting import Setting, make_ops
 from mla.bench.workload.scenario import Scenario
-from mla.command.clock import now_ns
 from mla.layer.ops import Choice
 from mla.reference import REFERENCE
 from mla.verify.op_check import OpChecker, Tensors
