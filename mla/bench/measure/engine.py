@@ -17,7 +17,7 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-from mla.bench.doubts import backend_clocks, beside
+from mla.bench.doubts import evidence, new_lengths
 from mla.bench.doubts.clock import SecondOpinion
 from mla.bench.measure import refusals
 from mla.bench.measure.device_state import read_sensors
@@ -29,6 +29,7 @@ from mla.bench.measure.transient_memory import TransientBytes
 from mla.bench.measure.variants import HEADLINE, Variants
 from mla.bench.measure.warmup import warm_up
 from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.scenario import Scenario
 from mla.verify.verdict import Check
 from mla_backends.api import Backend
@@ -67,6 +68,7 @@ def measure(
                     engine.run_and_check(one)
             runners = engine.make_runners(implementations, Setup(backend, variants or Variants(), scenario))
             engine.warm_up(runners)
+            engine.shorten(runners)
             engine.time(runners, random.Random(seed))
             engine.examine(runners)
         except KeyboardInterrupt:
@@ -166,7 +168,20 @@ class _Engine:
         done = warm_up(runner.forwards, steps, least, runner.time_step, self._untimed, tick)
         if runner.samples.variant == HEADLINE:
             measurement = self.measurements[one.name]
-            measurement.warmups, measurement.settled = done.forwards, done.settled
+            measurement.warmups, measurement.settled, measurement.warm_ms = (
+                done.forwards,
+                done.settled,
+                done.ms,
+            )
+
+    def shorten(self, runners: Sequence[PassRunner]) -> None:
+        """Let a yardstick that is much slower than the first implementation run fewer forwards."""
+        ms = {name: one.warm_ms for name, one in self.measurements.items() if one.warm_ms}
+        for name, (plan, reason) in self._hooks.shorten(ms).items():
+            for runner in runners:
+                if runner.implementation.name == name:
+                    runner.steps = plan[runner.samples.variant]
+            self._hooks.say(f"{self._scenario.name}, {name}: {reason}")
 
     # ------------------------------------------------------------------------------------------ timing
 
@@ -230,36 +245,19 @@ class _Engine:
             one = runner.implementation
             if runner.passes and self._correct(runner):
                 self._hooks.enter(one.name)
-                found = self._doubts(runner)
-                if found:
-                    where = "" if runner.samples.variant == HEADLINE else f"{runner.samples.variant}: "
-                    self.measurements[one.name].doubts += [f"{where}{doubt}" for doubt in found]
+                measurement = self.measurements[one.name]
+                found = evidence.doubts(runner, self._backend, self._checker, self._untimed)
+                where = "" if runner.samples.variant == HEADLINE else f"{runner.samples.variant}: "
+                measurement.doubts += [f"{where}{doubt}" for doubt in found]
+                if runner.samples.variant == HEADLINE and isinstance(one, MlaLayer):
+                    beat = self._hooks.heartbeat
+                    measurement.new_lengths = new_lengths.measure(one, self._scenario, heartbeat=beat)
                 self._hooks.heartbeat()
-        clock = self._second_opinion.doubt()
-        for found_of in self.measurements.values():
-            if found_of.passes and clock:
-                found_of.doubts.append(clock)
-            if found_of.doubts:
-                found_of.discard()
-
-    def _doubts(self, runner: PassRunner) -> list[str]:
-        """Return why the times of one variant cannot be right."""
-        forwards, steps = runner.forwards, len(runner.steps.run)
-
-        def restore() -> None:
-            forwards.restore(next(self._untimed))
-
-        on_host = runner.implementation.setting.device.type == "cpu"
-        found = [
-            beside.doubt(runner.passes, runner.idles, on_host),
-            beside.empty_doubt(runner.passes, runner.idles),
-            runner.implementation.doubt(self._checker, runner.samples.check),
-        ]
-        if runner.timer is not None:
-            found.append(backend_clocks.device_doubt(runner.timer, forwards, steps, restore))
-        elif runner.samples.variant == HEADLINE:
-            found.append(backend_clocks.timer_doubt(self._backend, forwards, steps, restore))
-        return [doubt for doubt in found if doubt]
+        for measurement in self.measurements.values():
+            if measurement.passes and (clock := self._second_opinion.doubt()):
+                measurement.doubts.append(clock)
+            if measurement.doubts:
+                measurement.discard()
 
     # ------------------------------------------------------------------------------------ interrupted
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from mla.bench.measure.variants import Steps, Variant
 from mla.bench.subjects.base import Implementation
 from mla.verify.verdict import Check
+
+# Implementation -> what it runs instead of what is planned, and the clause that says why.
+Shorter = Mapping[str, tuple[Mapping[Variant, Steps], str]]
 
 
 @dataclass(frozen=True)
@@ -18,3 +22,6 @@ class Hooks:
     heartbeat: Callable[[], None] = lambda: None  # called between forwards
     # An implementation whose pass was wrong, while its inputs, cache and collected outputs are in place.
     failed: Callable[[Implementation, Check], None] = lambda one, check: None
+    # Asked after the warm-ups, with the milliseconds of a forward of each implementation, the first one first.
+    shorten: Callable[[Mapping[str, float]], Shorter] = lambda ms: {}
+    say: Callable[[str], None] = lambda text: None  # what a reader of the numbers should know

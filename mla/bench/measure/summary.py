@@ -30,7 +30,8 @@ def fill(case: results.Case, scenario: Scenario, measurement: Measurement, one: 
     case.tokens_per_s = results.Throughput(median=stats.median(rates), ci95=stats.median_interval(rates))
     case.plan_ms = None if one.plan_ms is None else one.plan_ms / scenario.layers
     switched = enumerate(measurement.headline.after_switch)
-    case.switch_steps = [index * scenario.steps for index, flag in switched if flag]
+    case.steps_per_pass = len(passes[0])  # a slow yardstick has fewer
+    case.switch_steps = [index * case.steps_per_pass for index, flag in switched if flag]
     case.launch_bound = launch_bound(case)
 
 

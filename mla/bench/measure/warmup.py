@@ -8,7 +8,7 @@ At least as many forwards run as were asked for. Then more, until the median of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mla.bench.measure.passes import Forwards
 from mla.bench.results.stats import median
@@ -23,6 +23,7 @@ class WarmupResult:
 
     forwards: int = 0
     settled: bool | None = None
+    ms: float | None = field(default=None, compare=False)  # median of the last forwards
 
 
 def warm_up(
@@ -49,7 +50,7 @@ def warm_up(
         taken.append(time_step(index))
         forwards.after(index)
         tick(int(len(taken) <= least))
-    return WarmupResult(len(taken), settled(taken))
+    return WarmupResult(len(taken), settled(taken), median(taken[-WINDOW:]))
 
 
 def _done(taken: Sequence[float], least: int) -> bool:

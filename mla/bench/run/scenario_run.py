@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from mla.bench import results
@@ -13,6 +14,7 @@ from mla.bench.limits.roofline import RooflineModel
 from mla.bench.measure import agreement, engine, stages, summary
 from mla.bench.measure.hooks import Hooks
 from mla.bench.measure.samples import Measurement
+from mla.bench.plan import yardstick
 from mla.bench.plan.repro import case_command
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.run import judging
@@ -63,8 +65,10 @@ class ScenarioRun:
         inputs, checker = self.prepare()
         built = [self._build(name) for name in names]
         backend, seed, variants = self._setting.backend, self._setting.seed, self._request.variants
+        shorten = partial(yardstick.shortened, self._point, variants.timed)
+        hooks = replace(self._hooks, shorten=shorten, say=note)
         measured = engine.measure(
-            built, self._point, inputs, checker, backend, seed, variants, self._progress, self._hooks
+            built, self._point, inputs, checker, backend, seed, variants, self._progress, hooks
         )
         for one in built:
             if measured[one.name].check.status in ("ok", "doubtful"):
