@@ -34,12 +34,9 @@ def _of_case(case: Case) -> Iterator[str]:
 
 
 def _of_latency(where: str, latency: Latency) -> Iterator[str]:
-    spread = latency.p90 / latency.p10
-    if spread > NOISY:
-        yield (
-            f"noisy: {where}: p90 is {number(spread)} times p10; see its samples, or run again on a quieter "
-            "machine"
-        )
+    if latency.p90 > NOISY * latency.p10:
+        spread = f"{number(latency.p90 / latency.p10)} times p10" if latency.p10 else "finite and p10 is 0"
+        yield f"noisy: {where}: p90 is {spread}; see its samples, or run again on a quieter machine"
     if latency.drift is not None and abs(latency.drift) > DRIFTS:
         change = "slower" if latency.drift > 0 else "faster"
         yield (

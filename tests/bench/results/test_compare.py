@@ -13,13 +13,9 @@ from mla.bench.results.compare import compare
 STEADY = [1.0, 1.001, 0.999, 1.002, 0.998, 1.0]
 
 
-def latency(samples: list[float]) -> results.Latency:
-    return results.Latency(median=1.0, ci95=None, p10=1.0, p90=1.0, samples=samples)
-
-
 @pytest.fixture
 def run(make_run: Any) -> Any:
-    return lambda samples=tuple(STEADY), **changes: make_run(latency_ms=latency(list(samples)), **changes)
+    return lambda samples=tuple(STEADY), **changes: make_run(samples, **changes)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +141,7 @@ def test_files_that_cannot_be_compared(bench: Any) -> None:
 def test_show_prints_a_run_again(bench: Any) -> None:
     done = bench("show", "base.json")
     assert done.code == 0
-    assert "Prefill Latency: 1 ms" in done.out
+    assert "Prefill Latency: 1.000 ms" in done.out
     assert bench("show", "base.json", "--format", "json").out.encode() == Path("base.json").read_bytes()
 
 
