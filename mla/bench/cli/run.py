@@ -43,8 +43,10 @@ Examples:
   python -m mla.bench new-backend acme ./acme
 
 \b
-Exit codes: 0 ok, 1 regression, 2 usage, 3 backend missing, unusable or hung,
-4 wrong result, 5 nothing ran, 130 interrupted, 143 ended by SIGTERM (the partial result is written).
+Exit codes: 0 ok, 1 regression (or, with --fail-slower, a case that was lost), 2 usage, 3 backend
+missing, unusable or hung, or its ops refused every case of mla, 4 wrong result, 5 nothing ran (no case of
+mla, if any was asked for), 6 a doubtful time, 130 interrupted, 143 ended by SIGTERM (the partial result
+is written).
 """
 
 
@@ -160,4 +162,5 @@ def _gate(options: RunOptions, baseline: results.Run, run: results.Run) -> Exit:
     """Compare with the baseline: below the table, or on stderr where stdout is for machines."""
     text, cases = compare_runs(baseline, run, f"this run against {options.baseline}", options.kind)
     (out if options.kind in ("table", "md") else note)(f"\n{text}")
-    return compare.verdict(cases, options.fail_slower)
+    selected = any((options.scenarios, options.axes, options.op, options.implementations))
+    return compare.verdict(cases, options.fail_slower, selected=selected)

@@ -17,7 +17,7 @@ from mla.bench.plan import estimate
 from mla.bench.plan.estimate import Estimator
 from mla.bench.plan.memory import MemoryPlan, available_memory
 from mla.bench.plan.request import Request, ScenarioPlan, empty_run
-from mla.bench.run.outcome import Outcome, failure_of
+from mla.bench.run.outcome import Outcome, failure_of, subjects
 from mla.bench.run.scenario_run import ScenarioRun
 from mla.bench.run.steering import OVER_BUDGET, Steering
 from mla.bench.run.watchdog import Watchdog
@@ -73,7 +73,8 @@ class _Scheduler:
                 if ended is not None:
                     return ended
         found = self._result()
-        nothing = not any(case.latency_ms or case.check.status == "wrong" for case in found.cases)
+        nothing = not any(case.latency_ms for case in subjects(found.cases))
+        nothing &= not any(case.check.status in ("wrong", "doubtful") for case in found.cases)
         return Outcome(found, failure=self._refusal if nothing else None)
 
     def _visit(self, scenario: ScenarioPlan) -> Outcome | None:

@@ -195,6 +195,7 @@ def _flat(case: Case) -> dict[str, object]:
         "outliers": latency.outliers if latency else None,
         "launch_bound": case.launch_bound,
         **flat_timings(case),
+        "reason": case.check.reason,
         "repro": case.repro,
     }
 
