@@ -182,6 +182,7 @@ class BackendFacts(msgspec.Struct, kw_only=True):
     device: str
     memory_bytes: Amount | None
     cache_bytes: Amount | None
+    build: str | None = None  # of the program and the backend, see `build_digest`
 
 
 class Plan(msgspec.Struct, kw_only=True):

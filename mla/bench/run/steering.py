@@ -77,10 +77,12 @@ def _kept(
     """Return the cases of an earlier run that need not be measured again."""
     if old is None or options.resume is None:
         return []
-    kept = resume.kept_cases(options.resume, old, run, request.points)
+    kept = resume.kept_cases(options.resume, old, run, request.scenarios)
     note(f"resuming   {len(kept)} cases of '{options.resume}' are kept")
-    if warning := resume.warning(old, run):
-        note(warning)
+    if remark := resume.warning(old, run):
+        note(f"warning: {remark}")
+    if kept:
+        resume.mark(old, run, remark)
     return kept
 
 
