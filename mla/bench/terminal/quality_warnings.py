@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mla.bench.results.schema import Case, Latency, Run
+from mla.bench.terminal.case_lines import new_lengths_warning
 from mla.bench.terminal.digits import number
 
 # p90 over p10 above which a case is called noisy; a growing cache alone gives about 1.1.
@@ -29,6 +30,8 @@ def _of_case(case: Case) -> Iterator[str]:
         )
     if case.latency_ms is not None:
         yield from _of_latency(where, case.latency_ms)
+    if costly := new_lengths_warning(case):
+        yield costly
     for mode, reason in _skipped(case).items():
         yield f"skipped: {mode} of {where}: {reason}"
 

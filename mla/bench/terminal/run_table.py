@@ -15,6 +15,7 @@ from mla.bench import results
 from mla.bench.results.schema import Case, Run
 from mla.bench.results.timings import cold, flat_timings
 from mla.bench.terminal import ceilings, stages
+from mla.bench.terminal.case_lines import case_lines
 from mla.bench.terminal.digits import between, known, number
 from mla.bench.terminal.timings import timing_lines
 from mla.command.table import markdown
@@ -49,7 +50,8 @@ def render(run: Run, kind: str) -> str:
         return _csv(run.cases)
     body = _markdown(run.cases) if kind == "md" else _table(run.cases)
     parts = stages.render(run.cases, kind, number, _limit)
-    blocks = (timing_lines(run), ceilings.run_lines(run.ceilings), comparisons(run), headlines(run))
+    about = [*timing_lines(run), *case_lines(run)]
+    blocks = (about, ceilings.run_lines(run.ceilings), comparisons(run), headlines(run))
     return f"{body}\n{parts}" + "\n".join("".join(f"{line}\n" for line in lines) for lines in blocks if lines)
 
 
@@ -194,6 +196,9 @@ def _flat(case: Case) -> dict[str, object]:
         "drift": latency.drift if latency else None,
         "outliers": latency.outliers if latency else None,
         "launch_bound": case.launch_bound,
+        "plan_ms": case.plan_ms,
+        "new_lengths_ms": case.new_lengths.ms if case.new_lengths else None,
+        "repeated_lengths_ms": case.new_lengths.repeated_ms if case.new_lengths else None,
         **flat_timings(case),
         "reason": case.check.reason,
         "repro": case.repro,
