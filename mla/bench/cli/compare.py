@@ -44,8 +44,8 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
     are named.
 
     Exit code 0; 1 with --fail-slower and a case that is slower beyond doubt, or one that the base has a
-    number for and that was not compared; 2 for a file that is not a result; 4 if a case of the new run is
-    wrong; 5 if nothing could be compared; 6 if a case of the new run is doubtful.
+    number for and that was not compared; 2 for a file that is not a result; 4 if a case turned wrong or a
+    new one is; 5 if nothing could be compared; 6 if a case turned doubtful or a new one is.
     """
     first = results.read(base)
     cases: list[Comparison] = []
@@ -84,10 +84,11 @@ def verdict(cases: Sequence[Comparison], limit: float | None, *, selected: bool 
 
 
 def _named(cases: Sequence[Comparison], status: str) -> list[str]:
+    """Return a line for every case that is now wrong, or doubtful, and was not known to be without a number."""
     return [
         f"{status} result: {case.scenario}, {case.implementation} has no number"
         for case in cases
-        if case.status == status
+        if case.status == status and (case.expected or not case.known)
     ]
 
 

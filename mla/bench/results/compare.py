@@ -37,6 +37,7 @@ class Comparison:
     passes: Interval | None = None  # the interval of the ratio of whole passes
     status: str = "ok"  # of the new run's check; "missing" without such a case
     expected: bool = True  # the base run has a number for this case
+    known: bool = True  # the base run has this case
 
     @property
     def judged(self) -> bool:
@@ -61,7 +62,8 @@ def compare(base: Run, new: Run, noise: float = NOISE) -> list[Comparison]:
         key = (*_key(case), case.dtype)
         other = known.get(key) or by_key.get(_key(case))
         if other is None:
-            comparisons.append(_refused(case, "the base run has no such case", expected=False))
+            refused = _refused(case, "the base run has no such case", expected=False)
+            comparisons.append(replace(refused, known=False))
             continue
         met.add((*_key(other), other.dtype))
         reasons = [*differ, *_case_differences(other, case)]

@@ -18,10 +18,11 @@ MANY, LONG = 0.01, 10.0
 
 def quality_warnings(run: Run) -> list[str]:
     """Return a sentence for everything that makes the numbers of a run doubtful or incomplete."""
-    return [warning for case in run.cases for warning in _of_case(case)]
+    return [warning for case in run.cases for warning in of_case(case)]
 
 
-def _of_case(case: Case) -> Iterator[str]:
+def of_case(case: Case) -> Iterator[str]:
+    """Yield the warnings about one case; each starts with its kind and a colon, such as "noisy: "."""
     where = f"{case.scenario}, {case.implementation}"
     if case.settled is False:
         yield (

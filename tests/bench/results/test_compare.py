@@ -140,6 +140,15 @@ def test_no_gate_is_green_for_a_case_that_lost_its_number(
     assert f"the base run has no number, check: {status} (because)" in back.out
 
 
+@pytest.mark.parametrize(("status", "code"), [("wrong", 4), ("doubtful", 6)])
+def test_a_new_case_without_a_number_is_red_and_one_that_never_had_one_is_not(
+    run: Any, bench: Any, status: str, code: int
+) -> None:
+    bad = two(run, withheld(run, status, **REFERENCE))
+    assert gate(bench, run(), bad, *LIMIT).code == code
+    assert gate(bench, bad, bad, *LIMIT).code == 0
+
+
 def test_a_case_that_vanished_is_listed_and_closes_the_gate(run: Any, bench: Any) -> None:
     base, new = two(run, run(**REFERENCE)), run()
     done = gate(bench, base, new)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from mla.bench import results
 from mla.bench.results.schema import Run
-from mla.bench.terminal.run_table import COLUMNS, FORMATS, headlines, render
+from mla.bench.terminal.run_table import COLUMNS, FORMATS, comparisons, headlines, render
 from mla.verify.verdict import Check
 
 MakeRun = Callable[..., Run]
@@ -70,7 +71,7 @@ def test_a_wrong_row_is_red_on_a_terminal_and_plain_elsewhere(
     assert "\x1b" not in render(run, "table")
     monkeypatch.setenv("FORCE_COLOR", "1")
     lines = render(run, "table").splitlines()
-    wrong, right = (line for line in lines if "prefill" in line and "prefill, " not in line)
+    wrong, right = (line for line in lines if re.search("prefill(?![,:])", line))
     assert "\x1b[31m" in wrong
     assert "\x1b[31m" not in right
 
@@ -118,3 +119,17 @@ def test_rates_count_the_necessary_work_and_unknown_prints_a_dash(make_run: Make
     assert cells["95% CI"] == "-"
     assert cells["% of limit"] == "-"
     assert cells["p10 .. p90"] == "1.2 .. 2.8"
+
+
+def test_a_ratio_without_an_interval_is_printed_with_reservation(make_run: MakeRun) -> None:
+    agreement = [results.Agreement(implementation="other", relative_difference=0.1, speed_ratio=2.0)]
+
+    def line(passes: int) -> str:
+        run = make_run([1.0] * passes, agreement=agreement, ops={"o_proj": "mine"})
+        run.cases += make_run([2.0] * passes, implementation="other").cases
+        (found,) = comparisons(run)
+        return found
+
+    assert line(2).startswith("prefill: mla is 2x as fast as other; ")
+    assert line(2).endswith("; too few passes for an interval of the ratio (6 are needed)")
+    assert "too few passes" not in line(6)
