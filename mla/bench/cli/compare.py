@@ -84,7 +84,7 @@ def verdict(cases: Sequence[Comparison], limit: float | None, *, selected: bool 
 
 
 def _named(cases: Sequence[Comparison], status: str) -> list[str]:
-    """Return a line for every case that is now wrong, or doubtful, and was not known to be without a number."""
+    """Return a line for every case that turned wrong, or doubtful, or that is new and so."""
     return [
         f"{status} result: {case.scenario}, {case.implementation} has no number"
         for case in cases

@@ -62,8 +62,8 @@ def compare(base: Run, new: Run, noise: float = NOISE) -> list[Comparison]:
         key = (*_key(case), case.dtype)
         other = known.get(key) or by_key.get(_key(case))
         if other is None:
-            refused = _refused(case, "the base run has no such case", expected=False)
-            comparisons.append(replace(refused, known=False))
+            new_case = _refused(case, "the base run has no such case", expected=False)
+            comparisons.append(replace(new_case, known=False))
             continue
         met.add((*_key(other), other.dtype))
         reasons = [*differ, *_case_differences(other, case)]
