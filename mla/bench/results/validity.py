@@ -32,10 +32,10 @@ def _first(faults: Faults) -> str | None:
 
 
 def _run(run: Run) -> Faults:
-    seen: set[tuple[str, str, str]] = set()
+    seen = set()
     for index, case in enumerate(run.cases):
         path = f"$.cases[{index}]"
-        key = (case.scenario, case.implementation, case.dtype)
+        key = (case.scenario, case.base, frozenset(case.point.items()), case.implementation, case.dtype)
         if key in seen:
             yield f"A second case of '{case.scenario}, {case.implementation}'", path
         seen.add(key)
