@@ -45,7 +45,7 @@ def document(make_run: MakeRun) -> Document:
         results.Agreement(implementation="mla-reference", relative_difference=1e-3, speed_ratio=2.0)
     ]
     case.point, case.device_state = {"kv": 4}, [{"when": "before", "clock": "1 MHz"}]
-    run.cases += make_run(implementation="mla-reference", samples=[4.0] * 7).cases
+    run.cases += make_run([4.0] * 7, implementation="mla-reference", point={"kv": 4}).cases
     run.ceilings = [results.Ceiling(work="read", value=1e11, source="measured", lowest=9e10)]
     run.plan = results.Plan(
         options=["--seed", "0"], scenarios=["prefill"], implementations=["mla"], digest="0"
