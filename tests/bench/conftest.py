@@ -8,12 +8,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ceiling_cases import ceiling_run, quick_ceilings
+from outcome import Outcome
 from scripted_clock import script_the_clock
 from tiny_run import write_tiny_run
 
@@ -21,22 +21,10 @@ import mla
 import mla_backends
 from mla.bench import results
 from mla.bench.cli.main import main
+from mla.bench.measure import summary
+from mla.bench.results import stats
 
 __all__ = ["ceiling_run", "quick_ceilings"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one call of the runner ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The last line on stderr, which says what went wrong."""
-        return self.err.splitlines()[-1] if self.err else ""
 
 
 Bench = Callable[..., Outcome]
@@ -122,6 +110,17 @@ def isolated(process: Bench, without_backends: Path) -> Bench:
     return functools.partial(process, path=[without_backends], flags=["-S"])
 
 
+def numbers(samples: Sequence[float], steps: int, tokens: int) -> dict[str, Any]:
+    """Return the fields of a case that follow from its samples."""
+    passes = [list(samples[first : first + steps]) for first in range(0, len(samples), steps)]
+    rates = [1e3 * tokens * len(one) / sum(one) for one in passes]
+    return {
+        "passes": len(passes),
+        "latency_ms": summary.latency(passes),
+        "tokens_per_s": results.Throughput(median=stats.median(rates), ci95=stats.median_interval(rates)),
+    }
+
+
 @pytest.fixture(scope="session")
 def make_run() -> Callable[..., results.Run]:
     """Return a maker of a run with one prefill case; keyword arguments replace fields of the case."""
@@ -134,12 +133,9 @@ def make_run() -> Callable[..., results.Run]:
             "query_lens": [3, 5],
             "history": [4, 0],
             "steps_per_pass": 1,
-            "passes": len(samples),
             "warmups": 1,
             "interleaved_with": [],
             "check": results.Check(status="ok", error_ratio=0.5, relative_error=1e-3),
-            "latency_ms": results.Latency(median=2.0, ci95=None, p10=1.2, p90=2.8, samples=list(samples)),
-            "tokens_per_s": results.Throughput(median=4000.0, ci95=(3000.0, 5000.0)),
             "plan_ms": 0.1,
             "switch_steps": [0],
             "cost": results.Cost(flops=10**9, bytes=10**6),
@@ -152,6 +148,7 @@ def make_run() -> Callable[..., results.Run]:
             "base": "prefill",
             "dtype": "bfloat16",
         }
+        fields |= numbers(samples, changes.get("steps_per_pass", 1), sum(fields["query_lens"])) | changes
         return results.Run(
             schema_version=results.SCHEMA_VERSION,
             argv=["bench"],
@@ -166,7 +163,7 @@ def make_run() -> Callable[..., results.Run]:
             attention="auto",
             page_size=64,
             seed=0,
-            cases=[results.Case(**{**fields, **changes})],
+            cases=[results.Case(**fields)],
         )
 
     return make_run

@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from outcome import Outcome
 
 import mla
 import mla_backends
@@ -73,15 +73,6 @@ class Mine(Backend):
     def ops(self):
         return {"doubles": Doubles(self.options.get("fault", ""))}
 """
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one call ended."""
-
-    code: int
-    out: str
-    err: str
 
 
 Conformance = Callable[..., Outcome]

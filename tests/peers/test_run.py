@@ -182,7 +182,7 @@ def case(name: str, ms: float, **changes: object) -> results.Case:
         "plan_ms": None,
         "switch_steps": [],
         "cost": results.Cost(flops=10**6, bytes=10**6),
-        "roofline": results.Roofline(floor_ms=1.0, fraction=0.5, bound="memory"),
+        "roofline": results.Roofline(floor_ms=ms / 2, fraction=0.5, bound="memory"),
         "memory": results.Memory(weight_bytes=0, cache_bytes=0, peak_bytes=None),
         "ops": {},
         "clock": "host",

@@ -38,11 +38,14 @@ from mla.command.options import FILE, Word, parsed_by, percent
 def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float | None, kind: str) -> int:
     """Say for every case whether it is FASTER, SLOWER, the SAME or UNDECIDED against the base run.
 
-    Verdicts come from the interval of the ratio of times, never from a single number. Cases whose workload,
-    config, dtype or clock differ are REFUSED; other differences are named.
+    Milliseconds and their intervals are those that the runs print. Verdicts come from the interval of the
+    ratio of times, never from a single number. Cases whose workload, config, dtype or clock differ, that have
+    no number in one of the runs, or that only one of them has are REFUSED, with the reason; other differences
+    are named.
 
-    Exit code 0; 1 with --fail-slower and a case that is slower beyond doubt; 2 for a file that is not a
-    result; 5 if nothing could be compared.
+    Exit code 0; 1 with --fail-slower and a case that is slower beyond doubt, or one that the base has a
+    number for and that was not compared; 2 for a file that is not a result; 4 if a case turned wrong or a
+    new one is; 5 if nothing could be compared; 6 if a case turned doubtful or a new one is.
     """
     first = results.read(base)
     cases: list[Comparison] = []
@@ -55,12 +58,50 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
     return verdict(cases, fail_slower)
 
 
-def verdict(cases: Sequence[Comparison], limit: float | None) -> Exit:
-    """Return the exit code: 1 if a case is slower by more than `limit` beyond doubt; stderr says which."""
-    if all(case.verdict == REFUSED for case in cases):
+def verdict(cases: Sequence[Comparison], limit: float | None, *, selected: bool = False) -> Exit:
+    """Return the exit code, and say on stderr why it is not 0.
+
+    With a `limit` this is a gate: what the base has a number for must not get out of it by being wrong,
+    doubtful, missing or something else. If the new run `selected` its cases, others may be missing.
+    """
+    wrong, doubtful = (_named(cases, status) for status in ("wrong", "doubtful"))
+    red = _red(cases, limit, selected) if limit is not None else []
+    for line in [*wrong, *red, *doubtful]:
+        note(line)
+    if wrong:
+        return Exit.WRONG
+    if not any(case.verdict != REFUSED for case in cases) and not doubtful:
         note("nothing could be compared")
         return Exit.NOTHING_RAN
-    regressions = slower(cases, limit) if limit is not None else []
-    for case in regressions:
-        note(f"regression: {case.scenario}, {case.implementation} takes {case.ratio:.3f} times as long")
-    return Exit.REGRESSION if regressions else Exit.OK
+    if red:
+        return Exit.REGRESSION
+    if doubtful:
+        return Exit.DOUBTFUL
+    if limit is not None and not any(case.judged for case in cases):
+        note("no case has an interval, so none can be slower beyond doubt: time at least 6 passes")
+        return Exit.NOTHING_RAN
+    return Exit.OK
+
+
+def _named(cases: Sequence[Comparison], status: str) -> list[str]:
+    """Return a line for every case that turned wrong, or doubtful, or that is new and so."""
+    return [
+        f"{status} result: {case.scenario}, {case.implementation} has no number"
+        for case in cases
+        if case.status == status and (case.expected or not case.known)
+    ]
+
+
+def _red(cases: Sequence[Comparison], limit: float, selected: bool) -> list[str]:
+    """Return why a gate is closed: what is slower, and what could not be compared."""
+    found = []
+    for case in slower(cases, limit):
+        times = f"takes {case.ratio:.3f} times as long"
+        if case.passes is not None and not (case.interval and case.interval[0] > 1 + limit):
+            times = f"takes at least {case.passes[0]:.3f} times as long in whole passes"
+        found.append(f"regression: {case.scenario}, {case.implementation} {times}")
+    for case in cases:
+        lost = case.verdict == REFUSED and case.expected and case.status not in ("wrong", "doubtful")
+        if lost and not (selected and case.status == "missing"):
+            found.append(f"not compared: {case.scenario}, {case.implementation}: {case.reason}")
+    return found

@@ -11,6 +11,7 @@ from mla.bench.cli import compare
 from mla.bench.cli.run_options import run_options
 from mla.bench.plan.options import RunOptions
 from mla.bench.plan.validate import check_gate
+from mla.bench.results.printable import printable
 from mla.bench.run.budget import Budget
 from mla.bench.terminal import run_table
 from mla.bench.terminal.comparison import compare_runs
@@ -43,9 +44,10 @@ Examples:
   python -m mla.bench new-backend acme ./acme
 
 \b
-Exit codes: 0 ok, 1 regression, 2 usage, 3 backend missing, unusable or hung,
-4 wrong result, 5 nothing ran, 6 a doubtful time, 130 interrupted, 143 ended by SIGTERM
-(both with the partial result written).
+Exit codes: 0 ok, 1 regression (or, with --fail-slower, a case that was lost), 2 usage, 3 backend
+missing, unusable or hung, or its ops refused every case of mla, 4 wrong result, 5 nothing ran (no case of
+mla, if any was asked for), 6 a doubtful time, 130 interrupted, 143 ended by SIGTERM (the partial result
+is written).
 """
 
 
@@ -152,6 +154,7 @@ def _report(options: RunOptions, request: Request, outcome: Outcome) -> None:
 
 def _show(options: RunOptions, run: results.Run) -> None:
     if run.cases:
+        run = printable(run)  # what a plugin says of itself and of its device goes to a terminal as well
         out(run_table.render(run, options.kind))
         for warning in quality_warnings(run):
             note(warning)
@@ -161,4 +164,5 @@ def _gate(options: RunOptions, baseline: results.Run, run: results.Run) -> Exit:
     """Compare with the baseline: below the table, or on stderr where stdout is for machines."""
     text, cases = compare_runs(baseline, run, f"this run against {options.baseline}", options.kind)
     (out if options.kind in ("table", "md") else note)(f"\n{text}")
-    return compare.verdict(cases, options.fail_slower)
+    selected = any((options.scenarios, options.axes, options.op, options.implementations))
+    return compare.verdict(cases, options.fail_slower, selected=selected)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from mla.bench.doubts import backend_clocks, beside
@@ -19,8 +19,8 @@ class Timed(Protocol):
     samples: Any
     steps: Any
     timer: Timer | None
-    passes: Sequence[PassTimes]
-    idles: Sequence[PassTimes]
+    passes: list[PassTimes]
+    idles: list[PassTimes]
 
 
 def doubts(one: Timed, backend: Backend, checker: Any, numbers: Iterator[int]) -> list[str]:

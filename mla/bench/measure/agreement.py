@@ -37,9 +37,7 @@ def _agreement(case: Case, other: Case, pairs: list[tuple[torch.Tensor, torch.Te
 
 
 def _speed_ratio(case: Case, other: Case) -> float | None:
-    """Return the ratio of the medians: of latencies in prefill, of throughputs in decode."""
+    """Return the ratio of the median latencies, which stand in the table beside it."""
     if case.latency_ms is None or other.latency_ms is None:
         return None
-    if case.mode == "prefill" or case.tokens_per_s is None or other.tokens_per_s is None:
-        return other.latency_ms.median / case.latency_ms.median
-    return case.tokens_per_s.median / other.tokens_per_s.median
+    return other.latency_ms.median / case.latency_ms.median

@@ -22,6 +22,6 @@ class Hooks:
     heartbeat: Callable[[], None] = lambda: None  # called between forwards
     # An implementation whose pass was wrong, while its inputs, cache and collected outputs are in place.
     failed: Callable[[Implementation, Check], None] = lambda one, check: None
-    # Asked after the warm-ups, with the milliseconds of a forward of each implementation, the first one first.
+    # Asked after the warm-ups, with the milliseconds of a forward of each implementation, first one first.
     shorten: Callable[[Mapping[str, float]], Shorter] = lambda ms: {}
     say: Callable[[str], None] = lambda text: None  # what a reader of the numbers should know

@@ -6,89 +6,87 @@ from the limit, and what else runs on the machine is not known.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
-import torch
-
 from mla.bench import results
-from mla.bench.limits.roofline import RooflineModel
-from mla.bench.measure.variants import Variant, forwards
+from mla.bench.measure.variants import HEADLINE, Steps, Variant, forwards, steps
+from mla.bench.plan.rates import Rates, measure_rates
 from mla.bench.plan.request import Request, ScenarioPlan
-from mla.bench.subjects.setting import Setting
 from mla.bench.workload.implementations import parse_one
 
 # Implementation -> share of the device's limit that it is assumed to reach.
 SHARES = {"mla": 0.5, "mla-reference": 0.2, "transformers": 0.05, "transformers-eager": 0.05}
-# Seconds of a forward that no limit explains: launches, and Python between them.
-OVERHEAD = 5e-4
 # Seconds per weight: drawing it, and laying it out.
 DRAWING, PACKING = 2e-8, 5e-9
 # Assumed where nothing is measured: right in proportion is enough for a progress bar.
-NOMINAL_FLOPS, NOMINAL_BANDWIDTH, NOMINAL_FLOAT64 = 1e12, 3e10, 3e10
+NOMINAL = Rates(flops=1e12, bandwidth=3e10, float64=3e10)
+# Bytes that are swept before a cold forward, at least.
+LEAST_SWEPT = 32 << 20
 
 
 class Estimator:
-    """Estimates scenarios of one run; with `measured` limits, or with nominal ones that cost no time."""
+    """Estimates scenarios of one run; with `measured` rates, or with nominal ones that cost no time."""
 
-    def __init__(self, variants: Sequence[Variant], measured: bool) -> None:
-        self._variants, self.measured = variants, measured
-        self._float64 = _float64_rate() if measured else NOMINAL_FLOAT64
+    def __init__(self, variants: Sequence[Variant], rates: Rates = NOMINAL, cache_bytes: int = 0) -> None:
+        self._variants, self._rates = variants, rates
+        self._sweep = 2 * max(cache_bytes, LEAST_SWEPT) / rates.bandwidth
+        self.measured = rates is not NOMINAL
 
     def seconds(self, scenario: ScenarioPlan, names: Sequence[str]) -> float:
         """Return the seconds of a scenario: its oracle, and every forward of these implementations."""
-        return self.preparation(scenario, names) + sum(
-            forwards(self._variants, scenario.point) * self.forward(scenario, name) for name in names
-        )
+        count = forwards(self._variants, scenario.point)
+        sweeps = sum((one.passes + 1) * len(one.timed) for one in self._extra(scenario, cold=True))
+        return self._total(scenario, names, count, sweeps)
+
+    def least(self, scenario: ScenarioPlan, names: Sequence[str]) -> float:
+        """Return the seconds after which a scenario may have numbers: of all timed passes, only one."""
+        point = scenario.point
+        later = (point.rounds - 1) * point.steps
+        later += sum(one.passes * len(one.run) for one in self._extra(scenario))
+        checked = sum(len(one.timed) for one in self._extra(scenario, cold=True))
+        return self._total(scenario, names, forwards(self._variants, point) - later, checked)
+
+    def _total(self, scenario: ScenarioPlan, names: Sequence[str], count: int, sweeps: int) -> float:
+        runs = sum(count * self.forward(scenario, name) + sweeps * self._sweep for name in names)
+        return self.preparation(scenario, names) + runs
+
+    def _extra(self, scenario: ScenarioPlan, cold: bool = False) -> list[Steps]:
+        """Return the steps of the variants beside the headline, or of those whose caches are swept."""
+        extra = [one for one in self._variants if one != HEADLINE and (one.cache == "cold" or not cold)]
+        return [steps(one, scenario.point) for one in extra]
 
     def preparation(self, scenario: ScenarioPlan, names: Sequence[str]) -> float:
         """Return the seconds for weights and the float64 oracle."""
         needs = scenario.needs
-        return needs.oracle_flops / self._float64 + needs.parameters * (DRAWING + PACKING * len(names))
+        weights = needs.parameters * (DRAWING + PACKING * len(names))
+        return needs.oracle_flops / self._rates.float64 + weights
 
     def forward(self, scenario: ScenarioPlan, name: str) -> float:
         """Return the seconds of one forward."""
-        floor = self.floor(scenario.setting, scenario.needs.forward)
-        return floor / SHARES.get(parse_one(name).base, min(SHARES.values())) + OVERHEAD
+        share = SHARES.get(parse_one(name).base, min(SHARES.values()))
+        return self.floor(scenario.needs.forward) / share + self._rates.overhead
 
-    def floor(self, setting: Setting, work: results.Cost) -> float:
+    def floor(self, work: results.Cost) -> float:
         """Return the seconds below which the device cannot do some work."""
-        flops, bandwidth = NOMINAL_FLOPS, NOMINAL_BANDWIDTH
-        if self.measured:
-            ceilings = RooflineModel(setting)
-            flops = ceilings.flops().value
-            # Sizes of a factor of two share a measurement, or a grid would measure for minutes.
-            bandwidth = ceilings.bandwidth(1 << work.bytes.bit_length()).value
-        return max(work.flops / flops, work.bytes / bandwidth)
+        return max(work.flops / self._rates.flops, work.bytes / self._rates.bandwidth)
 
 
 def nominal(request: Request) -> Estimator:
     """Return an estimator that measures nothing."""
-    return Estimator(request.variants.timed, measured=False)
+    return Estimator(request.variants.timed)
 
 
 def measured(request: Request) -> Estimator:
-    """Return an estimator with measured limits; nominal ones for a device that cannot be measured."""
-    estimator = Estimator(request.variants.timed, measured=True)
+    """Return an estimator with measured rates; nominal ones for a device that cannot be measured."""
+    setting = request.setting
     try:
-        estimator.floor(request.setting, results.Cost(flops=1, bytes=1))
+        cache_bytes = setting.backend.device_info().cache_bytes or 0
+        return Estimator(request.variants.timed, measure_rates(setting), cache_bytes)
     except Exception:  # noqa: BLE001  # whatever a plugin raises must not cost the run
         return nominal(request)
-    return estimator
 
 
 def nominal_seconds(request: Request) -> float:
     """Return the length of a progress bar, in nominal seconds."""
     estimator = nominal(request)
     return sum(estimator.seconds(scenario, request.implementations) for scenario in request.scenarios)
-
-
-def _float64_rate(side: int = 512) -> float:
-    """Return FLOP per second of the host's float64 products, the oracle's main work."""
-    x = torch.ones(side, side, dtype=torch.float64)
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        torch.mm(x, x)
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best

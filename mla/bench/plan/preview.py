@@ -190,6 +190,6 @@ def _total(request: Request, estimator: Estimator) -> None:
     shares = ", ".join(f"{base} {number(100 * SHARES[base])} %" for base in bases if base in SHARES)
     how = "measured just now" if estimator.measured else "nominal, since none could be measured"
     note(
-        f"{count} cases, about {spoken(seconds)}, float64 oracle and checks included (limits of the device "
+        f"{count} cases, about {spoken(seconds)}, float64 oracle and checks included (rates of the device "
         f"{how}; assumed efficiency: {shares})"
     )

@@ -7,7 +7,10 @@ from typing import Literal
 
 import msgspec
 
-from mla.bench.results.schema import BackendFacts, Ceiling
+from mla.bench.results.file import check_version, parsed
+from mla.bench.results.printable import printable
+from mla.bench.results.schema import BackendFacts, Ceiling, Positive
+from mla.bench.results.validity import fault_of_ceilings
 from mla.errors import ResultError
 
 SCHEMA_VERSION = 1
@@ -17,7 +20,7 @@ class CeilingRun(msgspec.Struct, kw_only=True):
     """One invocation of `ceilings`."""
 
     report: Literal["ceilings"]
-    schema_version: int
+    schema_version: Positive
     argv: list[str]
     created: str  # ISO 8601, UTC
     git_commit: str | None
@@ -48,22 +51,18 @@ def is_ceilings(path: Path) -> bool:
     """Return whether a file says it was written by `ceilings`; False for one that cannot be read."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=_Head).report == "ceilings"
-    except (OSError, msgspec.DecodeError):
+    except (OSError, ValueError, RecursionError):  # `read` says what is wrong
         return False
 
 
 def decode(data: bytes) -> CeilingRun:
     """Parse and validate a ceilings file. Raises `ResultError` with the JSON path of the fault."""
-    try:
-        version = msgspec.json.decode(data, type=_Head).schema_version
-        if version > SCHEMA_VERSION:
-            raise ResultError(
-                f"a ceilings file of schema version {version}, but this mla reads only up to "
-                f"{SCHEMA_VERSION}: use the mla that wrote it, or a newer one."
-            )
-        return msgspec.json.decode(data, type=CeilingRun)
-    except msgspec.DecodeError as error:
-        raise ResultError(f"not a ceilings file: {error}.") from error
+    kind = "ceilings file"
+    check_version(parsed(data, _Head, kind).schema_version, SCHEMA_VERSION, kind)
+    run = parsed(data, CeilingRun, kind)
+    if fault := fault_of_ceilings(measured=run.measured, declared=run.declared):
+        raise ResultError(f"not a {kind}: {fault}.")
+    return printable(run)
 
 
 def read(path: Path) -> CeilingRun:

@@ -1,16 +1,17 @@
 """Compare runs from their result files: how much faster or slower, and with which confidence.
 
-The unit of confidence is the pass, as in a run: the ratio's interval combines both medians' 95 % intervals,
-so its confidence is at least 90 %. Differences within the noise floor count as the same. Needs no torch.
+Figures and intervals are those of the runs' own tables. The unit of confidence is the pass, as in a run: the
+ratio's interval combines both medians' 95 % intervals, so its confidence is at least 90 %. Differences within
+the noise floor count as the same. A median does not see a few slow steps, so whole passes, whose totals make
+the throughput, are compared as well: slower there is SLOWER. Needs no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mla.bench.results import stats
 from mla.bench.results.schema import Case, Interval, Run
 
 # Ratios this near 1 were noise on every machine tried.
@@ -28,32 +29,53 @@ class Comparison:
     verdict: str
     ratio: float | None = None
     interval: Interval | None = None  # at least 90 % confidence
-    base_ms: float | None = None
+    base_ms: float | None = None  # medians, as the runs print them, and their intervals
     new_ms: float | None = None
+    base_ci: Interval | None = None
+    new_ci: Interval | None = None
     reason: str = ""
+    passes: Interval | None = None  # the interval of the ratio of whole passes
+    status: str = "ok"  # of the new run's check; "missing" without such a case
+    expected: bool = True  # the base run has a number for this case
+    known: bool = True  # the base run has this case
+
+    @property
+    def judged(self) -> bool:
+        """Whether there is an interval, from which alone a verdict follows."""
+        return self.interval is not None
 
     def slower_than(self, limit: float) -> bool:
-        """Return whether the whole interval is slower by more than `limit` (0.03: 3 %)."""
-        return self.interval is not None and self.interval[0] > 1 + limit
+        """Return whether a whole interval is slower by more than `limit` (0.03: 3 %)."""
+        return any(found is not None and found[0] > 1 + limit for found in (self.interval, self.passes))
 
 
 def compare(base: Run, new: Run, noise: float = NOISE) -> list[Comparison]:
-    """Compare each case of `new` with the case of `base` of the same scenario, point and implementation."""
+    """Compare each case of `new` with the case of `base` of the same scenario, point and implementation.
+
+    Cases that only the base has come last.
+    """
     known = {(*_key(case), case.dtype): case for case in base.cases}
-    dtypes = {_key(case): case.dtype for case in base.cases}
+    by_key = {_key(case): case for case in base.cases}
     differ = _run_differences(base, new)
-    comparisons = []
+    comparisons, met = [], set()
     for case in new.cases:
-        other = known.get((*_key(case), case.dtype))
+        key = (*_key(case), case.dtype)
+        other = known.get(key) or by_key.get(_key(case))
         if other is None:
-            only = dtypes.get(_key(case))
-            why = f"dtype differs: {only} and {case.dtype}" if only else "the base run has no such case"
-            comparisons.append(_refused(case, why))
-        else:
-            reasons = [*differ, *_case_differences(other, case)]
-            refused = _refused(case, "; ".join(reasons)) if reasons else None
-            comparisons.append(refused or _compare(other, case, noise))
-    return comparisons
+            new_case = _refused(case, "the base run has no such case", expected=False)
+            comparisons.append(replace(new_case, known=False))
+            continue
+        met.add((*_key(other), other.dtype))
+        reasons = [*differ, *_case_differences(other, case)]
+        refused = _refused(case, "; ".join(reasons), _has_number(other)) if reasons else None
+        comparisons.append(refused or _compare(other, case, noise))
+    missing = [case for key, case in known.items() if key not in met]
+    refusals = [_refused(case, "the new run has no such case", _has_number(case)) for case in missing]
+    return comparisons + [replace(one, status="missing") for one in refusals]
+
+
+def _has_number(case: Case) -> bool:
+    return case.latency_ms is not None
 
 
 def _key(case: Case) -> tuple[object, ...]:
@@ -87,29 +109,67 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def _case_differences(base: Case, new: Case) -> list[str]:
-    names = ["mode", "query_lens", "history", "steps_per_pass", "clock", "layers", "op"]
+    names = ["mode", "query_lens", "history", "steps_per_pass", "layers", "op"]
+    if _has_number(base) and _has_number(new):  # otherwise there was no clock
+        names.append("clock")
     if base.heads is not None and new.heads is not None:  # version 1 did not say
         names.append("heads")
-    reasons = [f"{name} differs" for name in names if getattr(base, name) != getattr(new, name)]
+    reasons = [f"dtype differs: {base.dtype} and {new.dtype}"] if base.dtype != new.dtype else []
+    reasons += [f"{name} differs" for name in names if getattr(base, name) != getattr(new, name)]
     for which, case in (("base", base), ("new", new)):
-        if case.latency_ms is None:
-            reasons.append(f"the {which} run has no number, check: {case.check.status}")
+        if not _has_number(case):
+            because = f" ({case.check.reason})" if case.check.reason else ""
+            reasons.append(f"the {which} run has no number, check: {case.check.status}{because}")
     return reasons
 
 
-def _refused(case: Case, reason: str) -> Comparison:
-    return Comparison(case.scenario, case.implementation, REFUSED, reason=reason)
+def _refused(case: Case, reason: str, expected: bool) -> Comparison:
+    where = case.scenario, case.implementation
+    return Comparison(*where, REFUSED, reason=reason, status=case.check.status, expected=expected)
 
 
 def _compare(base: Case, new: Case, noise: float) -> Comparison:
-    (old_ms, old_range), (new_ms, new_range) = _time(base), _time(new)
-    ratio = new_ms / old_ms
-    interval = None
-    if old_range is not None and new_range is not None:
-        interval = (new_range[0] / old_range[1], new_range[1] / old_range[0])
-    verdict = _verdict(interval, noise)
-    reason = "too few passes for an interval (6 are needed)" if interval is None else ""
-    return Comparison(new.scenario, new.implementation, verdict, ratio, interval, old_ms, new_ms, reason)
+    old, now = base.latency_ms, new.latency_ms
+    assert old is not None
+    assert now is not None
+    ratio = now.median / old.median
+    interval = _ratio_interval(now.ci95, old.ci95, ratio)
+    passes = _passes_interval(base, new)
+    verdict, reason = _verdict(interval, noise), ""
+    if interval is None:
+        reason = "too few passes for an interval (6 are needed)"
+    elif verdict != SLOWER and _verdict(passes, noise) == SLOWER and passes is not None:
+        verdict = SLOWER
+        reason = f"whole passes take {passes[0]:.3f} to {passes[1]:.3f} times as long: some steps are slow"
+    return Comparison(
+        scenario=new.scenario,
+        implementation=new.implementation,
+        verdict=verdict,
+        ratio=ratio,
+        interval=interval,
+        base_ms=old.median,
+        new_ms=now.median,
+        base_ci=old.ci95,
+        new_ci=now.ci95,
+        reason=reason,
+        passes=passes,
+        status=new.check.status,
+    )
+
+
+def _ratio_interval(upper: Interval | None, lower: Interval | None, ratio: float) -> Interval | None:
+    """Return the interval of a quotient of medians; it holds the ratio, whose medians are of all samples."""
+    if upper is None or lower is None or min(*upper, *lower) <= 0:
+        return None
+    return min(ratio, upper[0] / lower[1]), max(ratio, upper[1] / lower[0])
+
+
+def _passes_interval(base: Case, new: Case) -> Interval | None:
+    """Return the interval of the ratio of times of whole passes, from both throughputs."""
+    old, now = base.tokens_per_s, new.tokens_per_s
+    if old is None or now is None:
+        return None
+    return _ratio_interval(old.ci95, now.ci95, old.median / now.median)
 
 
 def _verdict(interval: Interval | None, noise: float) -> str:
@@ -121,14 +181,6 @@ def _verdict(interval: Interval | None, noise: float) -> str:
     if low > 1 + noise:
         return SLOWER
     return SAME if low >= 1 - noise and high <= 1 + noise else UNDECIDED
-
-
-def _time(case: Case) -> tuple[float, Interval | None]:
-    """Return the median milliseconds per forward and its interval, from totals of passes."""
-    assert case.latency_ms is not None
-    samples, steps = case.latency_ms.samples, case.steps_per_pass
-    passes = [sum(samples[i : i + steps]) / steps for i in range(0, len(samples), steps)]
-    return stats.median(passes), stats.median_interval(passes)
 
 
 def slower(comparisons: Sequence[Comparison], limit: float) -> list[Comparison]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mla.bench.results.build import build_digest
 from mla.bench.results.schema import BackendFacts
 
 if TYPE_CHECKING:
@@ -19,4 +20,5 @@ def backend_facts(backend: Backend, version: str | None) -> BackendFacts:
         device=info.name,
         memory_bytes=info.memory_bytes,
         cache_bytes=info.cache_bytes,
+        build=build_digest(backend),
     )

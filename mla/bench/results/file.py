@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 
+from mla.bench.results import validity
+from mla.bench.results.printable import escaped, printable
 from mla.bench.results.schema import SCHEMA_VERSION, Run
 from mla.command.files import write_bytes
 from mla.errors import ResultError
+
+T = TypeVar("T")
 
 
 def encode(run: msgspec.Struct) -> bytes:
@@ -17,21 +22,57 @@ def encode(run: msgspec.Struct) -> bytes:
 
 
 def decode(data: bytes) -> Run:
-    """Parse and validate a run. Raises `ResultError` with the JSON path of the fault."""
+    """Parse and validate a run. Raises `ResultError` with the JSON path of the fault.
+
+    What is not printable in its strings is escaped, so that no file can act on a terminal or break a table.
+    """
+    kind = "result file"
+    head = parsed(data, _Head, kind)
+    if other := head.other():
+        raise ResultError(f"not a {kind}: {other}")
+    check_version(head.schema_version, SCHEMA_VERSION, kind)
+    run = _upgrade(parsed(data, Run, kind))
+    if fault := validity.fault_of_run(run):
+        raise ResultError(f"not a {kind}: {fault}.")
+    return printable(run)
+
+
+def parsed(data: bytes, type_: type[T], kind: str) -> T:
+    """Return JSON as a structure. Raises `ResultError`, which names the `kind` of file and the fault."""
     try:
-        version = msgspec.json.decode(data, type=_Version).schema_version
-        if version > SCHEMA_VERSION:
-            raise ResultError(
-                f"a result file of schema version {version}, but this mla reads only up to {SCHEMA_VERSION}: "
-                "use the mla that wrote it, or a newer one."
-            )
-        return _upgrade(msgspec.json.decode(data, type=Run))
+        return msgspec.json.decode(data, type=type_)
     except msgspec.DecodeError as error:
-        raise ResultError(f"not a result file: {error}.") from error
+        raise ResultError(f"not a {kind}: {escaped(str(error))}.") from error
+    except (RecursionError, ValueError) as error:  # brackets without end; a number or a text like no other
+        raise ResultError(f"not a {kind}: JSON is malformed ({type(error).__name__}).") from error
 
 
-class _Version(msgspec.Struct):
-    schema_version: int
+def check_version(version: int, newest: int, kind: str) -> None:
+    """Raise `ResultError` for a file of a newer version than this program reads."""
+    if version > newest:
+        raise ResultError(
+            f"a {kind} of schema version {version}, but this mla reads only up to {newest}: use the mla that "
+            "wrote it, or a newer one."
+        )
+
+
+class _Head(msgspec.Struct):
+    """What tells a run from other files of this program."""
+
+    schema_version: int = 0
+    report: Any = None
+    checks: Any = None
+    planned: Any = None
+
+    def other(self) -> str:
+        """Return what another file holds and how to read it; "" for a run, or what nobody knows."""
+        if self.report == "ceilings":
+            return "it holds ceilings, which `python -m mla.bench show` prints."
+        if self.checks is not None and self.planned is not None:
+            return (
+                "it holds the report of `python -m mla.conformance`, which prints its card when it is made."
+            )
+        return ""
 
 
 def _upgrade(run: Run) -> Run:

@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from mla.verify.verdict import Check
 
 # 2 added points of a grid, several timings and stages of a case, ceilings; 3 the status "doubtful", the
-# spread of ceilings and lengths never seen before. Files of older versions still load.
+# spread of ceilings, and lengths never seen before. Files of older versions still load.
 SCHEMA_VERSION = 3
 
+# What a measurement can be at all; `validity` holds fields against each other. A femtosecond is shorter than
+# any forward, and 1e12 ms are 30 years.
+Number = Annotated[float, Meta(ge=0, le=1e18)]
+Ratio = Annotated[float, Meta(ge=1e-12, le=1e12)]
+Sample = Annotated[float, Meta(ge=0, le=1e12)]  # a coarse clock may not see one forward
+Milliseconds = Annotated[float, Meta(ge=1e-9, le=1e12)]
+Rate = Annotated[float, Meta(ge=1e-9, le=1e24)]  # tokens, bytes or FLOPs per second
+Amount = Annotated[int, Meta(ge=0, le=10**18)]  # bytes or FLOPs
+Length = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Interval = tuple[float, float]
 
 
 class Latency(msgspec.Struct, kw_only=True):
     """Milliseconds per forward. `samples` holds every timed forward, pass after pass."""
 
-    median: float
-    ci95: Interval | None  # of the median over passes; None with fewer than 6 passes
-    p10: float
-    p90: float
-    samples: list[float]
-    drift: float | None = None  # relative change over all passes: robust slope of their medians
-    outliers: int | None = None  # samples that are outliers (`stats.outliers`), counted and kept
+    median: Milliseconds
+    ci95: tuple[Sample, Sample] | None  # of the median over passes; None with fewer than 6 passes
+    p10: Sample
+    p90: Milliseconds
+    samples: Annotated[list[Sample], Meta(min_length=1)]
+    drift: Annotated[float, Meta(ge=-1e12, le=1e12)] | None = (
+        None  # relative change over all passes: robust slope of their medians
+    )
+    outliers: Length | None = None  # samples that are outliers (`stats.outliers`), counted and kept
 
 
 class Throughput(msgspec.Struct, kw_only=True):
     """New tokens per second: tokens of a pass over its total time, median over passes."""
 
-    median: float
-    ci95: Interval | None
+    median: Rate
+    ci95: tuple[Rate, Rate] | None
 
 
 class Cost(msgspec.Struct, kw_only=True):
     """Work of one forward from the actual lengths, averaged over the steps of a pass."""
 
-    flops: int
-    bytes: int
+    flops: Amount
+    bytes: Amount
 
 
 class Roofline(msgspec.Struct, kw_only=True):
@@ -47,8 +60,8 @@ class Roofline(msgspec.Struct, kw_only=True):
     A case faster than its floor has no `fraction`: `doubt` says that the limit or the time is in doubt.
     """
 
-    floor_ms: float | None = None
-    fraction: float | None = None
+    floor_ms: Sample | None = None
+    fraction: Number | None = None
     bound: Literal["memory", "compute"] | None = None
     peak_source: str | None = None
     doubt: str = ""
@@ -61,11 +74,11 @@ class Memory(msgspec.Struct, kw_only=True):
     including scratch memory kept between forwards; None if no forward was run.
     """
 
-    weight_bytes: int
-    cache_bytes: int
-    peak_bytes: int | None
-    transient_bytes: int | None = None
-    page_faults: float | None = None  # minor ones per timed forward, where they were counted
+    weight_bytes: Amount
+    cache_bytes: Amount
+    peak_bytes: Amount | None
+    transient_bytes: Amount | None = None
+    page_faults: Number | None = None  # minor ones per timed forward, where they were counted
 
 
 class Timing(msgspec.Struct, kw_only=True):
@@ -74,7 +87,7 @@ class Timing(msgspec.Struct, kw_only=True):
     mode: Literal["eager", "graph"]
     cache: Literal["warm", "cold"]  # cold: the last-level cache was flushed before every forward
     clock: str  # label of the clock, "host" or the device's own
-    passes: int
+    passes: Length
     check: Check
     latency_ms: Latency | None
     method: str = ""  # what was flushed, captured, excluded from the timed region or not timed at every step
@@ -86,18 +99,18 @@ class NewLengths(msgspec.Struct, kw_only=True):
     Milliseconds, medians. A schedule or a compiled kernel that is kept per tuple of lengths shows as a gap.
     """
 
-    forwards: int
-    ms: float  # a forward on new lengths, its planning included
-    repeated_ms: float  # the same on lengths that were seen before
-    plan_ms: float  # planning alone, new lengths
-    repeated_plan_ms: float
+    forwards: Positive
+    ms: Milliseconds  # a forward on new lengths, its planning included
+    repeated_ms: Milliseconds  # the same on lengths that were seen before
+    plan_ms: Sample  # planning alone, new lengths
+    repeated_plan_ms: Sample
 
 
 class Stage(msgspec.Struct, kw_only=True):
     """A part of one forward, timed alone between synchronizations: stages add up to more than a forward."""
 
     name: str
-    ms: float  # median over forwards
+    ms: Sample  # median over forwards
     cost: Cost | None = None
     roofline: Roofline | None = None
 
@@ -106,8 +119,8 @@ class Agreement(msgspec.Struct, kw_only=True):
     """Another implementation of the same scenario, weights and inputs, compared with this one."""
 
     implementation: str
-    relative_difference: float  # ||this - other|| / ||other|| over all outputs of a pass
-    speed_ratio: float | None  # how many times as fast this one is; None without both numbers
+    relative_difference: Number  # ||this - other|| / ||other|| over all outputs of a pass
+    speed_ratio: Ratio | None  # how many times as fast this one is; None without both numbers
 
 
 class Case(msgspec.Struct, kw_only=True):
@@ -116,17 +129,17 @@ class Case(msgspec.Struct, kw_only=True):
     scenario: str
     mode: Literal["prefill", "decode"]
     implementation: str
-    query_lens: list[int]
-    history: list[int]
-    steps_per_pass: int
-    passes: int
-    warmups: int  # forwards run before timing, not counting the checked ones
+    query_lens: Annotated[list[Length], Meta(min_length=1)]
+    history: Annotated[list[Length], Meta(min_length=1)]
+    steps_per_pass: Positive
+    passes: Length
+    warmups: Length  # forwards run before timing, not counting the checked ones
     interleaved_with: list[str]
     check: Check
     latency_ms: Latency | None
     tokens_per_s: Throughput | None
-    plan_ms: float | None  # prefill: planning the batch, outside the timed region
-    switch_steps: list[int]  # indices into samples of forwards that followed another implementation
+    plan_ms: Sample | None  # prefill: planning the batch, outside the timed region
+    switch_steps: list[Length]  # indices into samples of forwards that followed another implementation
     cost: Cost
     roofline: Roofline
     memory: Memory
@@ -136,10 +149,10 @@ class Case(msgspec.Struct, kw_only=True):
     interrupted: bool
     repro: str
     base: str = ""  # the workload's scenario that a grid expands; `scenario` also names the point
-    point: dict[str, int | str] = {}  # axis -> value, for a point of a grid
+    point: dict[str, Length | str] = {}  # axis -> value, for a point of a grid
     dtype: str = ""
-    heads: int | None = None
-    layers: int = 1  # latencies are per layer
+    heads: Positive | None = None
+    layers: Positive = 1  # latencies are per layer
     op: str | None = None  # one op of the contract alone, without the layer
     timings: list[Timing] = []
     launch_bound: bool | None = None  # the host takes longer to launch than the device to compute
@@ -153,11 +166,11 @@ class Ceiling(msgspec.Struct, kw_only=True):
     """The best the device reached on one kind of work; `lowest` is the lowest of repeated measurements."""
 
     work: Literal["read", "copy", "matmul"]
-    value: float  # bytes per second, or FLOP per second
+    value: Rate  # bytes per second, or FLOP per second
     source: str  # how it was measured, or where it is published
     dtype: str | None = None
-    footprint_bytes: int | None = None
-    lowest: float | None = None
+    footprint_bytes: Amount | None = None
+    lowest: Rate | None = None
     ours: bool = False  # our own op is the best known way: no judge from outside
 
 
@@ -167,8 +180,9 @@ class BackendFacts(msgspec.Struct, kw_only=True):
     name: str
     version: str | None
     device: str
-    memory_bytes: int | None
-    cache_bytes: int | None
+    memory_bytes: Amount | None
+    cache_bytes: Amount | None
+    build: str | None = None  # of the program and the backend, see `build_digest`
 
 
 class Plan(msgspec.Struct, kw_only=True):
@@ -183,7 +197,7 @@ class Plan(msgspec.Struct, kw_only=True):
 class Run(msgspec.Struct, kw_only=True):
     """One invocation of the runner."""
 
-    schema_version: int
+    schema_version: Positive
     argv: list[str]
     created: str  # ISO 8601, UTC
     git_commit: str | None  # "-dirty" appended when the work tree had changes; None outside one
@@ -192,7 +206,7 @@ class Run(msgspec.Struct, kw_only=True):
     config: dict[str, Any]
     dtype: str
     attention: str
-    page_size: int
+    page_size: Positive
     seed: int
     cases: list[Case]
     ceilings: list[Ceiling] = []

@@ -34,6 +34,23 @@ class Budget:
         self._estimated += estimate
         self._taken += taken
 
-    def over(self, reserve: float) -> bool:
-        """Return whether less than `reserve` estimated seconds are left."""
-        return self.left() < self.corrected(reserve)
+
+class Pace:
+    """Decides before every pass whether another one fits: by an estimate, then by how long passes took."""
+
+    def __init__(self, budget: Budget, estimate: float) -> None:
+        self._budget, self._estimate = budget, estimate
+        self._longest = 0.0
+        self._left_before: float | None = None
+
+    def restart(self) -> None:
+        """Forget when the last pass began: what follows it is something else."""
+        self._left_before = None
+
+    def over(self) -> bool:
+        """Return whether another pass would not fit; called before every one."""
+        left = self._budget.left()
+        if self._left_before is not None:
+            self._longest = max(self._longest, self._left_before - left)
+        self._left_before = left
+        return left < (self._longest or self._budget.corrected(self._estimate))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mla.bench import results
+from mla.bench.workload.implementations import parse_one
 from mla.command import error_origin
 from mla.command.console import note
 from mla.command.exit_codes import Exit, end_early
@@ -44,7 +46,27 @@ def verdict(outcome: Outcome) -> Exit:
         raise outcome.failure
     if outcome.interrupted:
         return end_early()
-    if any(case.check.status == "wrong" for case in outcome.run.cases):
+    found = {case.check.status for case in outcome.run.cases}
+    if "wrong" in found:
         note("wrong result: at least one implementation disagrees with the oracle and got no number")
+    if "doubtful" in found:
+        note("doubtful result: other evidence contradicts the time of at least one case, which got no number")
+    if "wrong" in found:
         return Exit.WRONG
-    return Exit.OK if any(case.latency_ms for case in outcome.run.cases) else Exit.NOTHING_RAN
+    if "doubtful" in found:
+        return Exit.DOUBTFUL
+    if any(case.latency_ms for case in subjects(outcome.run.cases)):
+        return Exit.OK
+    if any(case.latency_ms for case in outcome.run.cases):
+        names = dict.fromkeys(case.implementation for case in subjects(outcome.run.cases))
+        note(f"nothing to judge: {', '.join(names)} has no number, only what it is compared with has")
+    return Exit.NOTHING_RAN
+
+
+def subjects(cases: Sequence[results.Case]) -> list[results.Case]:
+    """Return the cases that a run is about: those of `mla`, or all if it was not asked for `mla`.
+
+    A run that measured nothing but yardsticks (`mla-reference`, `transformers`) did not do what it was for.
+    """
+    ours = [case for case in cases if parse_one(case.implementation).base == "mla"]
+    return ours or list(cases)

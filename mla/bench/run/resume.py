@@ -4,40 +4,63 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from mla.bench.results.printable import printable
 from mla.bench.results.schema import Case, Run
-from mla.bench.workload.grid import Point
 from mla.errors import ResultError
+from mla.text import dtype_name
+
+if TYPE_CHECKING:
+    from mla.bench.plan.request import ScenarioPlan
 
 # Facts of the environment that differ between jobs without meaning anything.
 VOLATILE = ("slurm_", "torchrun_")
+# Facts that a backend reports of itself; some are measured, such as a clock, so that they never repeat.
+REPORTED = "backend."
+# Where a completed file keeps what was different when its older cases were measured.
+MARK = "resumed"
 
 
-def kept_cases(path: Path, old: Run, now: Run, scenarios: Sequence[Point]) -> list[Case]:
+def kept_cases(path: Path, old: Run, now: Run, scenarios: Sequence[ScenarioPlan]) -> list[Case]:
     """Return the complete cases of a file. Raises `ResultError` if it holds another run than `now`."""
     if old.plan is None:
         raise ResultError(f"cannot resume '{path}': it does not say what was planned; start a new run.")
-    if reasons := list(_differences(old, now)):
+    plans = {scenario.name: scenario for scenario in scenarios}
+    reasons = list(_differences(old, printable(now)))
+    kept = []
+    for case in () if reasons else old.cases:
+        plan = plans.get(case.scenario)
+        if plan is None or case.implementation not in old.plan.implementations:
+            reasons.append(f"only it has a case '{case.scenario}, {case.implementation}'")
+        elif _complete(case, plan.point.rounds):
+            reasons += _case_differences(case, plan)
+            kept.append(case)
+    if reasons:
         raise ResultError(
             f"cannot resume '{path}', it holds another run: {'; '.join(reasons)}. Repeat its options, "
             "or write a new file."
         )
-    rounds = {scenario.name: scenario.rounds for scenario in scenarios}
-    return [case for case in old.cases if _complete(case, rounds[case.scenario])]
+    return kept
 
 
 def warning(old: Run, now: Run) -> str | None:
-    """Return what may make the new cases differ from the kept ones."""
+    """Return what may make the new cases differ from the kept ones, though it forbids nothing."""
     facts = {"commit": (old.git_commit, now.git_commit)}
     for key in sorted({*old.environment, *now.environment}):
-        if not key.startswith(VOLATILE):
+        if key.startswith(REPORTED):
             facts[key] = (old.environment.get(key), now.environment.get(key))
     changed = [
         f"{name} was {before} and is {after}" for name, (before, after) in facts.items() if before != after
     ]
-    return (
-        f"warning: kept cases were measured under other conditions: {'; '.join(changed)}" if changed else None
-    )
+    return f"kept cases were measured under other conditions: {'; '.join(changed)}" if changed else None
+
+
+def mark(old: Run, now: Run, remark: str | None) -> None:
+    """Keep a warning, and those of earlier times, in the file that is completed."""
+    remarks = [old.environment.get(MARK, ""), remark or ""]
+    if any(remarks):
+        now.environment[MARK] = "; ".join(filter(None, dict.fromkeys(remarks)))
 
 
 def _complete(case: Case, rounds: int) -> bool:
@@ -54,10 +77,9 @@ def _differences(old: Run, now: Run) -> Iterator[str]:
     for flag in {**before, **after}:
         if before.get(flag) != after.get(flag):
             yield f"{flag} was {before.get(flag, 'not given')} and is {after.get(flag, 'not given')}"
-    for name, first, second in (
-        ("device", old.backend.device, now.backend.device),
-        ("implementations", ",".join(old.plan.implementations), ",".join(now.plan.implementations)),
-    ):
+    before, after = _facts(old), _facts(now)
+    for name in {**before, **after}:
+        first, second = before.get(name, "not recorded"), after.get(name, "not recorded")
         if first != second:
             yield f"{name} was {first} and is {second}"
     changed = [key for key in {**old.config, **now.config} if old.config.get(key) != now.config.get(key)]
@@ -66,6 +88,55 @@ def _differences(old: Run, now: Run) -> Iterator[str]:
     yield from _scenario_differences(
         old.plan.scenarios, now.plan.scenarios, old.plan.digest != now.plan.digest
     )
+
+
+def _facts(run: Run) -> dict[str, str]:
+    """Return what must be equal for two parts of a file to be one run: what ran, on what, with what."""
+    assert run.plan is not None
+    facts = {
+        "backend": run.backend.name,
+        "the backend's version": run.backend.version,
+        "the build of mla and the backend": run.backend.build,
+        "device": run.backend.device,
+        "the device's memory": run.backend.memory_bytes,
+        "the device's cache": run.backend.cache_bytes,
+        "implementations": ",".join(run.plan.implementations),
+        "dtype": run.dtype,
+        "attention": run.attention,
+        "page size": run.page_size,
+        "seed": run.seed,
+    }
+    for key, value in run.environment.items():
+        if not key.startswith((*VOLATILE, REPORTED)) and key != MARK:
+            facts[key] = value
+    return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def _case_differences(case: Case, plan: ScenarioPlan) -> list[str]:
+    """Return what a kept case was not measured as."""
+    point, setting = plan.point, plan.setting
+    expected = {
+        "base": point.base,
+        "point": dict(point.point),
+        "mode": point.mode,
+        "query_lens": list(point.query_lens),
+        "history": list(point.history),
+        "steps_per_pass": point.steps,
+        "dtype": dtype_name(setting.dtype),
+        "heads": setting.config.num_attention_heads,
+        "layers": point.layers,
+    }
+    found = [name for name, value in expected.items() if getattr(case, name) != value]
+    where = f"of case '{case.scenario}, {case.implementation}'"
+    reasons = [f"{name} {where} was {getattr(case, name)} and is {expected[name]}" for name in found]
+    ops = plan.ops.get(case.implementation)
+    return reasons + ([] if ops is None else list(_op_differences(case.ops, ops, where)))
+
+
+def _op_differences(old: Mapping[str, str], now: Mapping[str, str], where: str) -> Iterator[str]:
+    for role in {**old, **now}:
+        if old.get(role) != now.get(role):
+            yield f"{role} {where} was {old.get(role, 'no op')} and is {now.get(role, 'no op')}"
 
 
 def _scenario_differences(old: Sequence[str], now: Sequence[str], lengths_differ: bool) -> Iterator[str]:

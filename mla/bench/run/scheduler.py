@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,8 @@ from mla.bench.plan import estimate
 from mla.bench.plan.estimate import Estimator
 from mla.bench.plan.memory import MemoryPlan, available_memory
 from mla.bench.plan.request import Request, ScenarioPlan, empty_run
-from mla.bench.run.outcome import Outcome, failure_of
+from mla.bench.run.budget import Pace
+from mla.bench.run.outcome import Outcome, failure_of, subjects
 from mla.bench.run.scenario_run import ScenarioRun
 from mla.bench.run.steering import OVER_BUDGET, Steering
 from mla.bench.run.watchdog import Watchdog
@@ -64,6 +64,7 @@ class _Scheduler:
         self._nominal = estimate.nominal(request)
         limited = steering.budget.seconds is not None
         self._estimator = estimate.measured(request) if limited else self._nominal
+        self._pace = Pace(steering.budget, 0.0)
         self._watchdog = Watchdog(steering.hang_after, self._hung)
         self._number = 0
         self._refusal: MLAError | BackendError | None = None  # why the first case that was not run was not
@@ -83,7 +84,8 @@ class _Scheduler:
             except KeyboardInterrupt:
                 return Outcome(self._result(), interrupted=True)
         found = self._result()
-        nothing = not any(case.latency_ms or case.check.status == "wrong" for case in found.cases)
+        nothing = not any(case.latency_ms for case in subjects(found.cases))
+        nothing &= not any(case.check.status in ("wrong", "doubtful") for case in found.cases)
         return Outcome(found, failure=self._refusal if nothing else None)
 
     def _visit(self, scenario: ScenarioPlan) -> Outcome | None:
@@ -152,14 +154,22 @@ class _Scheduler:
         if not memory.fits:
             self._skip(work, scenario, names, f"it needs {memory.shortage()}")
             return
-        # Estimating may measure: not once the time is over.
-        seconds = self._estimator.seconds(scenario, names) if budget.left() > 0 else math.inf
-        if not budget.fits(seconds):
-            self._keep(work.not_run(names, OVER_BUDGET))
+        left = budget.left()
+        seconds, least = self._estimator.seconds(scenario, names), self._estimator.least(scenario, names)
+        if not budget.fits(least):
+            self._keep(
+                work.not_run(names, _over_budget(budget.corrected(least), left, budget.seconds or 0.0))
+            )
             return
         start = time.monotonic()
         self._interleave(work, memory, scenario, names)
-        budget.learn(seconds, time.monotonic() - start)
+        if self._complete(scenario, names):
+            budget.learn(seconds, time.monotonic() - start)
+
+    def _complete(self, scenario: ScenarioPlan, names: Sequence[str]) -> bool:
+        """Return whether nothing of a scenario was cut, so that its estimate can be judged."""
+        cases = [self._cases[scenario.name, name] for name in names]
+        return all(case.passes >= scenario.point.rounds for case in cases)
 
     def _not_refused(self, work: ScenarioRun, scenario: ScenarioPlan, names: list[str]) -> list[str]:
         """Skip the implementations whose ops refuse the lengths; return the others."""
@@ -180,6 +190,7 @@ class _Scheduler:
         done: list[results.Case] = []
         work.prepare()
         for together in [names] if memory.side_by_side else [[name] for name in names]:
+            self._pace.restart()
             with self._watchdog.watching(scenario.name):
                 found = work.measure(together)
             self._keep(found)
@@ -190,14 +201,15 @@ class _Scheduler:
                 return
         work.compare(done)
         cut = [case for case in done if case.check.status == "ok" and not case.passes]
-        self._keep(work.not_run([case.implementation for case in cut], OVER_BUDGET))
+        late = f"{OVER_BUDGET}: after the checks, no timed pass fitted into what was left"
+        self._keep(work.not_run([case.implementation for case in cut], late))
 
     def _hooks(self, scenario: ScenarioPlan, names: Sequence[str]) -> Hooks:
         """Return the engine's hooks: it stops when another pass of the slowest one would not fit."""
-        passes = (scenario.point.steps * self._estimator.forward(scenario, name) for name in names)
-        reserve = max(passes, default=0.0)
         budget = self._steering.budget
-        over = None if budget.seconds is None else lambda: budget.over(reserve)
+        passes = (scenario.point.steps * self._estimator.forward(scenario, name) for name in names)
+        self._pace = Pace(budget, max(passes, default=0.0))
+        over = None if budget.seconds is None else self._pace.over
         return Hooks(over, self._watchdog.enter, self._watchdog.beat)
 
     def _others_may_run(self, error: Exception) -> bool:
@@ -250,6 +262,12 @@ class _ScenarioBar:
     def finish(self) -> None:
         """Advance by what was estimated but not done."""
         self._advance(self._place, self._left)
+
+
+def _over_budget(least: float, left: float, budget: float) -> str:
+    """Return why a case was not begun."""
+    rest = f"{spoken(max(left, 0.0))} of {spoken(budget)} were left"
+    return f"{OVER_BUDGET}: checks and one timed pass would take about {spoken(least)}, and {rest}"
 
 
 def _in_short(case: results.Case) -> str:

@@ -90,10 +90,12 @@ def _kept(
     """Return the cases of an earlier run that need not be measured again."""
     if old is None or options.resume is None:
         return []
-    kept = resume.kept_cases(options.resume, old, run, request.points)
+    kept = resume.kept_cases(options.resume, old, run, request.scenarios)
     note(f"resuming   {len(kept)} cases of '{options.resume}' are kept")
-    if warning := resume.warning(old, run):
-        note(warning)
+    if remark := resume.warning(old, run):
+        note(f"warning: {remark}")
+    if kept:
+        resume.mark(old, run, remark)
     return kept
 
 
@@ -108,11 +110,17 @@ def _save(options: RunOptions, run: results.Run) -> None:
 def skipped(options: RunOptions, request: Request, run: results.Run) -> str | None:
     """Return how many cases the budget cut, and how to resume; None if it cut none."""
     rounds = {point.name: point.rounds for point in request.points}
-    left_out = sum(case.check.reason == OVER_BUDGET for case in run.cases)
+    left_out = sum(case.check.reason.startswith(OVER_BUDGET) for case in run.cases)
     short = sum(0 < case.passes < rounds[case.scenario] and not case.interrupted for case in run.cases)
     if not left_out and not short:
         return None
     words = [*request.command, *request.selection, "--implementations", ",".join(request.implementations)]
     command = repro.command([*words, "--resume", str(options.target)])
     on = f"resume with: {command}" if options.target else "with -o, a later run could --resume it"
-    return f"--budget skipped {left_out} of {len(run.cases)} cases and cut short {short}; {on}"
+    cut = f"--budget skipped {left_out} of {len(run.cases)} cases and cut short {short}; {on}"
+    if any(case.latency_ms for case in run.cases):
+        return cut
+    why = next(case.check.reason for case in run.cases if case.check.reason.startswith(OVER_BUDGET))
+    less = "measure less with --runs, --passes, --scenario or --mode eager --cache warm"
+    less += " (the time counts from the start of the command)"
+    return f"--budget was too short for any number ({why.partition(': ')[2]}): give it more, or {less}. {cut}"

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from mla.bench.results import compare
 from mla.bench.results.compare import Comparison
+from mla.bench.results.printable import escaped
 from mla.bench.results.schema import Run
-from mla.bench.terminal.digits import number
+from mla.bench.terminal.digits import known
 from mla.command.table import aligned, markdown
 
-_HEADER = ("scenario", "implementation", "base ms", "new ms", "time ratio", "90% CI", "verdict")
+_HEADER = ("scenario", "implementation", "base median ms", "new median ms", "time ratio", "90% CI", "verdict")
 
 
 def compare_runs(
@@ -18,7 +19,7 @@ def compare_runs(
 ) -> tuple[str, list[Comparison]]:
     """Return what to print about a run compared with the base, and all its cases."""
     cases = compare.compare(base, run, noise)
-    lines = [title, *(f"warning: {warning}" for warning in compare.warnings(base, run)), ""]
+    lines = [escaped(title), *(f"warning: {warning}" for warning in compare.warnings(base, run)), ""]
     rows = map(_row, cases)
     table = markdown(_HEADER, rows) if kind == "md" else aligned(_HEADER, rows, words=_HEADER)
     return "\n".join(lines) + "\n" + table + _reasons(cases), cases
@@ -26,8 +27,9 @@ def compare_runs(
 
 def _row(case: Comparison) -> tuple[str, ...]:
     interval = f"{case.interval[0]:.3f} .. {case.interval[1]:.3f}" if case.interval else "-"
-    ratio = "-" if case.ratio is None else f"{case.ratio:.3f}"
-    times = (number(case.base_ms), number(case.new_ms))
+    about = "" if case.judged else "~"
+    ratio = "-" if case.ratio is None else f"{about}{case.ratio:.3f}"
+    times = (known(case.base_ms, case.base_ci), known(case.new_ms, case.new_ci))
     return (case.scenario, case.implementation, *times, ratio, interval, case.verdict)
 
 

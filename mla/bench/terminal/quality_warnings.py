@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mla.bench.results.schema import Case, Latency, Run
+from mla.bench.terminal.case_lines import new_lengths_warning
 from mla.bench.terminal.digits import number
 
 # p90 over p10 above which a case is called noisy; a growing cache alone gives about 1.1.
@@ -32,17 +33,16 @@ def of_case(case: Case) -> Iterator[str]:
         yield from _of_latency(where, case.latency_ms)
     if case.roofline.doubt:
         yield f"above 100 % of its limit: {where}: {case.roofline.doubt}"
+    if costly := new_lengths_warning(case):
+        yield costly
     for mode, reason in _skipped(case).items():
         yield f"skipped: {mode} of {where}: {reason}"
 
 
 def _of_latency(where: str, latency: Latency) -> Iterator[str]:
-    spread = latency.p90 / latency.p10
-    if spread > NOISY:
-        yield (
-            f"noisy: {where}: p90 is {number(spread)} times p10; see its samples, or run again on a quieter "
-            "machine"
-        )
+    if latency.p90 > NOISY * latency.p10:
+        spread = f"{number(latency.p90 / latency.p10)} times p10" if latency.p10 else "finite and p10 is 0"
+        yield f"noisy: {where}: p90 is {spread}; see its samples, or run again on a quieter machine"
     if latency.drift is not None and abs(latency.drift) > DRIFTS:
         change = "slower" if latency.drift > 0 else "faster"
         yield (

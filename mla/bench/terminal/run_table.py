@@ -15,6 +15,7 @@ from mla.bench import results
 from mla.bench.results.schema import Case, Run
 from mla.bench.results.timings import cold, flat_timings
 from mla.bench.terminal import ceilings, stages
+from mla.bench.terminal.case_lines import case_lines
 from mla.bench.terminal.digits import between, known, number
 from mla.bench.terminal.timings import timing_lines
 from mla.bench.terminal.verdict import same_ops, speed, verdicts
@@ -53,8 +54,9 @@ def render(run: Run, kind: str) -> str:
         return _csv(run.cases)
     body = _markdown(run.cases) if kind == "md" else _table(run.cases)
     parts = stages.render(run.cases, kind, number, _limit)
+    about = [*timing_lines(run), *case_lines(run)]
     said = list(map(str, verdicts(run)))
-    blocks = (timing_lines(run), ceilings.run_lines(run.ceilings), comparisons(run), said, headlines(run))
+    blocks = (about, ceilings.run_lines(run.ceilings), comparisons(run), said, headlines(run))
     return f"{body}\n{parts}" + "\n".join("".join(f"{line}\n" for line in lines) for lines in blocks if lines)
 
 
@@ -83,8 +85,15 @@ def _comparison(case: Case, other: Case, agreement: results.Agreement) -> str:
         f"{case.implementation} {_speed(case, other)} {other.implementation}; outputs differ by "
         f"{_exponent(agreement.relative_difference)}; cache {_mib(case.memory.cache_bytes)} against "
         f"{_mib(other.memory.cache_bytes)}; transient {_mib(case.memory.transient_bytes)} against "
-        f"{_mib(other.memory.transient_bytes)}"
+        f"{_mib(other.memory.transient_bytes)}{_reservation(case, other)}"
     )
+
+
+def _reservation(case: Case, other: Case) -> str:
+    """Return what to hold against a ratio of medians that have no interval."""
+    found = None if same_ops(case, other) else speed(case, other)
+    known_well = found is None or found.interval
+    return "" if known_well else "; too few passes for an interval of the ratio (6 are needed)"
 
 
 def _speed(case: Case, other: Case) -> str:
@@ -205,7 +214,11 @@ def _flat(case: Case) -> dict[str, object]:
         "drift": latency.drift if latency else None,
         "outliers": latency.outliers if latency else None,
         "launch_bound": case.launch_bound,
+        "plan_ms": case.plan_ms,
+        "new_lengths_ms": case.new_lengths.ms if case.new_lengths else None,
+        "repeated_lengths_ms": case.new_lengths.repeated_ms if case.new_lengths else None,
         **flat_timings(case),
+        "reason": case.check.reason,
         "repro": case.repro,
     }
 

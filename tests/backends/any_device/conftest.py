@@ -6,30 +6,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from outcome import Outcome
 from tiny_run import write_tiny_run
 from torch.utils import backend_registration
 
 HERE = Path(__file__).parent
 STACK = (HERE / "stack", HERE.parent / "emulation" / "device")
 collect_ignore = ["stack", "inside"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a process ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The last line on stderr, which says what went wrong."""
-        return self.err.splitlines()[-1] if self.err else ""
 
 
 Acme = Callable[..., Outcome]

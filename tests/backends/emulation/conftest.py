@@ -6,10 +6,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from outcome import Outcome
 from torch.utils import backend_registration
 
 HERE = Path(__file__).parent
@@ -21,20 +21,6 @@ DEVICES = {
     "metax": ("cuda_builds", {"EMULATED_BUILD": "metax"}),
     "iluvatar": ("cuda_builds", {"EMULATED_BUILD": "iluvatar"}),
 }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a process ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The last line on stderr, which says what went wrong."""
-        return self.err.splitlines()[-1] if self.err else ""
 
 
 Emulate = Callable[..., Outcome]

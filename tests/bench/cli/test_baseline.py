@@ -63,6 +63,18 @@ def test_a_gate_that_compares_nothing_is_no_pass(run: Bench) -> None:
     assert done.error == "nothing could be compared"
 
 
+def test_a_case_that_the_run_did_not_bring_closes_the_gate_unless_it_was_not_asked_for(run: Bench) -> None:
+    both = ("--implementations", "mla,mla-reference")
+    run("2", *both, "-o", "base.json")
+    done = run("2", *GATE)
+    assert done.code == 1
+    assert done.err.count("not compared: ") == 2
+    assert done.error == "not compared: decode, mla-reference: the new run has no such case"
+    assert run("2", *GATE, "--implementations", "mla").code == 0
+    assert run("2", *GATE, "--scenario", "decode").code == 0
+    assert run("2", "--baseline", "base.json").code == 0
+
+
 def test_points_of_a_grid_are_compared_one_by_one(run: Bench) -> None:
     grid = ("--scenario", "decode", "-a", "kv=1,2", "-a", "dtype=bf16,fp32")
     run("2", *grid, "-o", "base.json")

@@ -13,13 +13,9 @@ from mla.bench.results.compare import compare
 STEADY = [1.0, 1.001, 0.999, 1.002, 0.998, 1.0]
 
 
-def latency(samples: list[float]) -> results.Latency:
-    return results.Latency(median=1.0, ci95=None, p10=1.0, p90=1.0, samples=samples)
-
-
 @pytest.fixture
 def run(make_run: Any) -> Any:
-    return lambda samples=tuple(STEADY), **changes: make_run(latency_ms=latency(list(samples)), **changes)
+    return lambda samples=tuple(STEADY), **changes: make_run(samples, **changes)
 
 
 @pytest.mark.parametrize(
@@ -68,8 +64,9 @@ def test_steps_of_a_pass_are_one_observation(run: Any) -> None:
     ],
 )
 def test_another_workload_is_refused(run: Any, change: dict[str, Any], reason: str) -> None:
-    (found,) = compare(run(), run(**change))
+    found, *missing = compare(run(), run(**change))
     assert (found.verdict, found.reason) == ("REFUSED", reason)
+    assert [one.reason for one in missing] == ["the new run has no such case"] * ("no such case" in reason)
 
 
 def test_heads_differ_only_where_both_runs_name_them(run: Any) -> None:
@@ -94,10 +91,125 @@ def test_another_layer_is_refused(run: Any, field: str, value: Any) -> None:
     assert field in found.reason
 
 
-def test_a_case_without_a_number_is_refused(run: Any, make_run: Any) -> None:
-    wrong = make_run(latency_ms=None, check=results.Check(status="wrong"))
-    (found,) = compare(run(), wrong)
-    assert found.reason == "the new run has no number, check: wrong"
+def withheld(run: Any, status: str, reason: str = "", **changes: Any) -> Any:
+    """Return a run whose case has no number."""
+    check = results.Check(status=status, reason=reason)
+    return run(latency_ms=None, tokens_per_s=None, clock="none", passes=0, check=check, **changes)
+
+
+@pytest.mark.parametrize("status", ["wrong", "doubtful", "not run"])
+def test_a_case_without_a_number_is_refused_for_that_alone(run: Any, status: str) -> None:
+    """It has no clock either, which is no difference of its own."""
+    none = withheld(run, status, "because")
+    assert compare(run(), none)[0].reason == f"the new run has no number, check: {status} (because)"
+    assert compare(none, run())[0].reason == f"the base run has no number, check: {status} (because)"
+    assert {found.verdict for found in compare(run(), none) + compare(none, run())} == {"REFUSED"}
+
+
+def gate(bench: Any, base: results.Run, new: results.Run, *words: str) -> Any:
+    results.write(base, Path("base.json"))
+    results.write(new, Path("new.json"))
+    return bench("compare", "base.json", "new.json", *words)
+
+
+def two(run: Any, second: results.Run) -> results.Run:
+    """Return a run with the usual case and another implementation's."""
+    both = run()
+    both.cases += second.cases
+    return both
+
+
+LIMIT = ("--fail-slower", "3%")
+REFERENCE = {"implementation": "mla-reference"}
+
+
+@pytest.mark.parametrize(
+    ("status", "without", "with_limit"), [("wrong", 4, 4), ("doubtful", 6, 6), ("not run", 0, 1)]
+)
+def test_no_gate_is_green_for_a_case_that_lost_its_number(
+    run: Any, bench: Any, status: str, without: int, with_limit: int
+) -> None:
+    base, new = two(run, run(**REFERENCE)), two(run, withheld(run, status, "because", **REFERENCE))
+    assert gate(bench, base, new).code == without
+    done = gate(bench, base, new, *LIMIT)
+    assert done.code == with_limit
+    assert "prefill, mla-reference" in done.err
+    assert "clock" not in done.out
+    back = gate(bench, new, base, *LIMIT)
+    assert back.code == 0, "nothing was lost"
+    assert f"the base run has no number, check: {status} (because)" in back.out
+
+
+@pytest.mark.parametrize(("status", "code"), [("wrong", 4), ("doubtful", 6)])
+def test_a_new_case_without_a_number_is_red_and_one_that_never_had_one_is_not(
+    run: Any, bench: Any, status: str, code: int
+) -> None:
+    bad = two(run, withheld(run, status, **REFERENCE))
+    assert gate(bench, run(), bad, *LIMIT).code == code
+    assert gate(bench, bad, bad, *LIMIT).code == 0
+
+
+def test_a_case_that_vanished_is_listed_and_closes_the_gate(run: Any, bench: Any) -> None:
+    base, new = two(run, run(**REFERENCE)), run()
+    done = gate(bench, base, new)
+    assert (done.code, done.err) == (0, "")
+    assert "prefill, mla-reference: the new run has no such case\n" in done.out
+    gone = gate(bench, base, new, *LIMIT)
+    assert gone.code == 1
+    assert gone.err == "not compared: prefill, mla-reference: the new run has no such case\n"
+    assert gate(bench, new, base, *LIMIT).code == 0, "a new case is no regression"
+    none = two(run, withheld(run, "not run", **REFERENCE))
+    assert gate(bench, none, new, *LIMIT).code == 0, "it had no number"
+
+
+def test_a_case_that_became_another_closes_the_gate(run: Any, bench: Any) -> None:
+    """The gate cannot judge it: here its history grew, or it was timed by another clock."""
+    for change in ({"history": [4, 1]}, {"clock": "device"}, {"dtype": "float32"}):
+        base, new = two(run, run(**REFERENCE)), two(run, run(**REFERENCE, **change))
+        done = gate(bench, base, new, *LIMIT)
+        assert (done.code, gate(bench, base, new).code) == (1, 0)
+        assert done.err.startswith("not compared: prefill, mla-reference: ")
+
+
+def test_wrong_comes_before_a_regression_and_that_before_doubtful(run: Any, bench: Any) -> None:
+    slow = [2 * sample for sample in STEADY]
+    base = two(run, run(**REFERENCE))
+    for status, code in (("wrong", 4), ("doubtful", 1)):
+        new = run(slow)
+        new.cases += withheld(run, status, **REFERENCE).cases
+        done = gate(bench, base, new, *LIMIT)
+        assert done.code == code
+        assert "regression: prefill, mla takes 2.000 times as long" in done.err
+        assert f"{status} result: prefill, mla-reference has no number" in done.err
+
+
+def test_a_gate_without_an_interval_judges_nothing(run: Any, bench: Any) -> None:
+    done = gate(bench, run([1.0] * 5), run([9.0] * 5), *LIMIT)
+    assert done.code == 5
+    assert done.err == "no case has an interval, so none can be slower beyond doubt: time at least 6 passes\n"
+    assert " ~9.000 " in done.out, "a ratio without an interval is marked"
+
+
+def test_figures_are_those_of_the_runs_tables_and_make_the_ratio(run: Any, bench: Any) -> None:
+    """Most steps take 1 ms, one of every pass 11 ms: their mean is not what a table calls latency."""
+    base = run([1.0, 1.0, 1.0, 11.0] * 6, steps_per_pass=4, mode="decode")
+    new = run([2.0, 2.0, 2.0, 2.0] * 6, steps_per_pass=4, mode="decode")
+    done = gate(bench, base, new)
+    (row,) = [line.split() for line in done.out.splitlines() if line.startswith("prefill   mla")]
+    assert row[2:5] == ["1", "2", "2.000"]
+    for name, latency in (("base.json", "1"), ("new.json", "2")):
+        assert f"prefill    mla                       {latency} " in bench("show", name).out
+
+
+def test_slow_steps_that_a_median_does_not_see_are_slower(run: Any, bench: Any) -> None:
+    base = run([1.0, 1.0, 1.0, 1.0] * 6, steps_per_pass=4)
+    new = run([1.0, 1.0, 1.0, 11.0] * 6, steps_per_pass=4)
+    (found,) = compare(base, new)
+    assert (found.ratio, found.verdict) == (1.0, "SLOWER")
+    assert found.reason == "whole passes take 3.500 to 3.500 times as long: some steps are slow"
+    done = gate(bench, base, new, *LIMIT)
+    assert done.code == 1
+    assert "takes at least 3.500 times as long in whole passes" in done.err
 
 
 @pytest.fixture
@@ -145,7 +257,7 @@ def test_files_that_cannot_be_compared(bench: Any) -> None:
 def test_show_prints_a_run_again(bench: Any) -> None:
     done = bench("show", "base.json")
     assert done.code == 0
-    assert "Prefill Latency: 1 ms" in done.out
+    assert "Prefill Latency: 1.000 ms" in done.out
     assert bench("show", "base.json", "--format", "json").out.encode() == Path("base.json").read_bytes()
 
 

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from mla.bench.results.file import decode, encode, write
-from mla.bench.results.schema import Run
+from mla.bench.results.schema import SCHEMA_VERSION, Run
 from mla.command.files import check_writable
 from mla.errors import ResultError
 
@@ -66,7 +66,9 @@ def test_a_file_of_version_1_loads_with_what_it_did_not_say(make_run: MakeRun) -
 
 def test_a_file_of_a_newer_version_is_refused(make_run: MakeRun) -> None:
     document = {**msgspec.json.decode(encode(make_run())), "schema_version": 99, "cases": "anything"}
-    with pytest.raises(ResultError, match="schema version 99, but this mla reads only up to 2"):
+    with pytest.raises(
+        ResultError, match=f"schema version 99, but this mla reads only up to {SCHEMA_VERSION}"
+    ):
         decode(msgspec.json.encode(document))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from mla.bench import results
 from mla.bench.run import scheduler
-from mla.bench.run.budget import Budget
+from mla.bench.run.budget import Budget, Pace
 from mla.bench.run.steering import HANG_AFTER, OVER_BUDGET, Steering
 from mla.bench.workload.quantities import duration, spoken
 
@@ -64,8 +64,6 @@ def test_what_does_not_fit_into_what_is_left_does_not_start() -> None:
     assert not budget.fits(10.1)
     clock.now = 4
     assert not budget.fits(7)
-    assert not budget.over(6)
-    assert budget.over(6.1)
     clock.now = 10
     assert not budget.fits(0)
 
@@ -77,18 +75,36 @@ def test_estimates_are_corrected_by_what_earlier_scenarios_took() -> None:
     assert budget.corrected(2) == 6
     assert budget.fits(3)
     assert not budget.fits(4)
-    assert budget.over(4)
 
 
 def test_without_a_budget_everything_fits() -> None:
     assert Budget().fits(1e30)
-    assert not Budget().over(1e30)
+    assert not Pace(Budget(), 1e30).over()
+
+
+def test_passes_stop_by_the_estimate_until_one_has_been_timed() -> None:
+    clock = Clock()
+    assert Pace(Budget(10, clock), 10.1).over()
+    pace = Pace(Budget(10, clock), 5)
+    assert not pace.over()
+    clock.now = 7  # it was estimated to take less
+    assert pace.over()
+    pace = Pace(Budget(10, clock), 9)
+    assert not pace.over()
+    clock.now = 8  # and here it takes 1, so that 8 more fit into the 9 that are left
+    assert not pace.over()
+    clock.now = 15.9
+    pace.restart()
+    assert not pace.over()
+    clock.now = 16.1
+    assert pace.over()
 
 
 @pytest.fixture
 def run_inside(bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that runs a grid within a budget; each scenario is estimated at half a second."""
     monkeypatch.setattr("mla.bench.plan.estimate.Estimator.seconds", lambda self, scenario, names: 0.5)
+    monkeypatch.setattr("mla.bench.plan.estimate.Estimator.least", lambda self, scenario, names: 0.4)
     monkeypatch.setattr("mla.bench.plan.estimate.Estimator.forward", lambda self, scenario, name: 0.0)
     measure = scheduler.measure
 
@@ -109,14 +125,15 @@ def test_scenarios_that_do_not_fit_are_left_out_and_the_note_says_how_to_go_on(
 ) -> None:
     class Shrinking(Budget):
         def learn(self, estimate: float, taken: float) -> None:
-            self._end = 0.4  # less than another scenario is estimated to take
+            self._end = 0.3  # less than the least of another scenario
 
     done = run_inside(Shrinking(2, Clock()))
     assert done.code == 0
     cases = results.read(Path("run.json")).cases
+    reason = f"{OVER_BUDGET}: checks and one timed pass would take about 0.4 s, and 0.3 s of 2 s were left"
     assert sorted((case.check.status, case.check.reason) for case in cases) == [
-        ("not run", OVER_BUDGET),
-        ("not run", OVER_BUDGET),
+        ("not run", reason),
+        ("not run", reason),
         ("ok", ""),
     ]
     assert not any(case.interrupted for case in cases)
@@ -129,8 +146,11 @@ def test_scenarios_that_do_not_fit_are_left_out_and_the_note_says_how_to_go_on(
 
 
 def test_passes_stop_at_the_deadline_and_what_was_measured_is_kept_and_checked(run_inside: Any) -> None:
-    """The clock moves on by a second whenever it is read: three times to start, and before every pass."""
-    done = run_inside(Budget(4.5, Clock(step=1.0)), "-a", "batch=1")
+    """The clock moves on by a second whenever it is read: three times to start, and before every pass.
+
+    So a pass takes a second, and with half of one left there is no third.
+    """
+    done = run_inside(Budget(5.5, Clock(step=1.0)), "-a", "batch=1")
     assert done.code == 0
     measured = [case for case in results.read(Path("run.json")).cases if case.latency_ms]
     assert [case.passes for case in measured] == [2]
@@ -144,12 +164,27 @@ def test_a_scenario_without_a_timed_pass_counts_as_left_out(run_inside: Any) -> 
     done = run_inside(Budget(2.7, Clock(step=1.0)))
     assert done.code == 5
     cases = results.read(Path("run.json")).cases
-    assert {(case.check.status, case.check.reason) for case in cases} == {("not run", OVER_BUDGET)}
+    assert {case.check.status for case in cases} == {"not run"}
+    assert {case.check.reason.partition(": ")[2] for case in cases} == {
+        "after the checks, no timed pass fitted into what was left",
+        "checks and one timed pass would take about 0.4 s, and 0 s of 3 s were left",
+    }
+
+
+def test_a_scenario_that_fits_in_part_is_cut_short_and_not_left_out(
+    run_inside: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("mla.bench.plan.estimate.Estimator.seconds", lambda self, scenario, names: 1e6)
+    done = run_inside(Budget(5.5, Clock(step=1.0)))
+    assert done.code == 0
+    assert [case.passes for case in results.read(Path("run.json")).cases if case.latency_ms] == [2]
 
 
 def test_a_budget_that_is_over_at_once_runs_nothing(bench: Bench, small: list[str]) -> None:
     done = bench(*VIRTUAL, *small, *GRID, "--budget", "0.001", fakes=["virtual_clock"])
     assert done.code == 5
+    assert "--budget was too short for any number (checks and one timed pass would take about " in done.err
+    assert " s, and 0 s of 0.001 s were left): give it more, or measure less with --runs, " in done.err
     assert "--budget skipped 3 of 3 cases and cut short 0; with -o, a later run could" in done.err
     assert "is not a valid duration" in bench(*VIRTUAL, "--budget", "soon").err
 

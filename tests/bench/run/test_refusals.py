@@ -67,12 +67,24 @@ def test_the_others_are_timed_checked_and_compared(measure: Bench, place: str, a
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_the_reference_remains_where_the_ops_of_the_policy_refuse(measure: Bench, place: str) -> None:
-    done = measure("", f"first:{place}", *LONG)
-    assert done.code == 0, done.err
+@pytest.mark.parametrize("names", ["", "mla-reference,mla"])
+def test_the_reference_alone_is_no_success_where_the_ops_of_the_policy_refuse(
+    measure: Bench, place: str, names: str
+) -> None:
+    """What was to be judged has no number; the yardstick's is kept and printed."""
+    done = measure(names, f"first:{place}", *LONG)
+    assert done.code == 3
+    assert done.error.startswith("error: scenario 'decode kv=30', implementation 'mla': ")
     assert refused_cases() == [("decode kv=30", "mla")]
-    assert read().cases[0].check.reason.endswith("(`--ops reference`).")
-    assert read().cases[1].latency_ms is not None
+    cases = {case.implementation: case for case in read().cases}
+    assert cases["mla"].check.reason.endswith("(`--ops reference`).")
+    assert cases["mla-reference"].latency_ms is not None
+    assert "mla-reference" in done.out
+
+
+def test_a_number_in_another_scenario_is_one(measure: Bench) -> None:
+    assert measure("", "first:batch", *BOTH).code == 0
+    assert refused_cases() == [("decode kv=30", "mla")]
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -133,21 +134,39 @@ def test_nothing_is_measured_when_nothing_is_missing(bench: Bench, partial: list
 
 def test_what_was_cut_short_or_left_out_is_measured_again(bench: Bench, partial: list[str]) -> None:
     run = read("run.json")
-    run.cases[0].passes = 2
-    run.cases[1].check = results.Check(status="not run", reason="skipped by --budget")
+    short, left_out = run.cases
+    assert short.latency_ms is not None
+    assert short.tokens_per_s is not None
+    short.passes = 2
+    short.latency_ms.samples = short.latency_ms.samples[: 2 * short.steps_per_pass]
+    withhold(left_out, "not run", "skipped by --budget")
     results.write(run, Path("run.json"))
     done = bench(*partial, "--resume", "run.json")
     assert "resuming   0 cases" in done.err
     assert [case.passes for case in read("run.json").cases] == [6, 6, 6]
 
 
-def test_a_wrong_case_stays_wrong(bench: Bench, partial: list[str]) -> None:
+def withhold(case: results.Case, status: Any, reason: str) -> None:
+    """Take a case's number away."""
+    case.check = results.Check(status=status, reason=reason)
+    case.latency_ms = case.tokens_per_s = None
+    case.roofline = results.Roofline()
+    case.timings = []
+
+
+def test_a_wrong_case_stays_wrong_and_a_doubtful_one_is_measured_again(
+    bench: Bench, partial: list[str]
+) -> None:
     run = read("run.json")
-    run.cases[0].check = results.Check(status="wrong", reason="as it was")
-    run.cases[0].latency_ms = None
+    withhold(run.cases[0], "wrong", "as it was")
+    withhold(run.cases[1], "doubtful", "the clocks disagree")
     results.write(run, Path("run.json"))
-    assert bench(*partial, "--resume", "run.json").code == 4
-    assert read("run.json").cases[0].check.reason == "as it was"
+    done = bench(*partial, "--resume", "run.json")
+    assert done.code == 4
+    assert "resuming   1 cases" in done.err
+    first, *others = read("run.json").cases
+    assert (first.check.status, first.check.reason) == ("wrong", "as it was")
+    assert [case.check.status for case in others] == ["ok", "ok"]
 
 
 @pytest.mark.parametrize(
@@ -187,18 +206,101 @@ def test_another_grid_workload_or_config_is_refused(bench: Bench, partial: list[
     assert "config differs in hidden_size" in bench(*partial, "--resume", "run.json").error
 
 
-def test_another_commit_or_environment_is_a_warning(bench: Bench, partial: list[str]) -> None:
+FACTS = {
+    "backend.name": ("other", "backend was other and is virtual"),
+    "backend.version": ("0.0.9", "the backend's version was 0.0.9 and is "),
+    "backend.build": ("0123", "the build of mla and the backend was 0123 and is "),
+    "backend.device": ("H9000", "device was H9000 and is "),
+    "backend.memory_bytes": (1, "the device's memory was 1 and is "),
+    "backend.cache_bytes": (7, "the device's cache was 7 and is "),
+    "environment.torch": ("1.0", "torch was 1.0 and is "),
+    "environment.torch_threads": ("99", "torch_threads was 99 and is "),
+    "environment.processor": ("8086", "processor was 8086 and is "),
+    "environment.OMP_NUM_THREADS": ("77", "OMP_NUM_THREADS was 77 and is not recorded"),
+    "environment.mla": ("9", "mla was 9 and is "),
+    "dtype": ("float16", "dtype was float16 and is bfloat16"),
+    "attention": ("absorbed", "attention was absorbed and is auto"),
+    "page_size": (16, "page size was 16 and is 64"),
+    "seed": (3, "seed was 3 and is 0"),
+    "config": ({"hidden_size": 65}, "config differs in hidden_size"),
+    "plan.implementations": (["mla-reference"], "implementations was mla-reference and is mla"),
+    "plan.digest": ("0", "workload differs: "),
+    "plan.options": (
+        ["--backend", "fake-virtual-clock", "--threads", "3"],
+        "--threads was 3 and is not given",
+    ),
+    "cases.0.ops": (
+        {"latent_attention": "fast"},
+        "latent_attention of case 'decode kv=1, mla' was fast and is ",
+    ),
+    "cases.0.history": ([7, 7], "history of case 'decode kv=1, mla' was [7, 7] and is [1, 1]"),
+    "cases.0.query_lens": ([1, 1, 1], "is not a result file: Expected as many lengths"),
+    "cases.0.dtype": ("float32", "dtype of case 'decode kv=1, mla' was float32 and is bfloat16"),
+    "cases.0.heads": (1, "heads of case 'decode kv=1, mla' was 1 and is 4"),
+    "cases.0.layers": (2, "layers of case 'decode kv=1, mla' was 2 and is 1"),
+    "cases.0.mode": ("prefill", "mode of case 'decode kv=1, mla' was prefill and is decode"),
+    "cases.0.point": ({"kv": 5}, "point of case 'decode kv=1, mla' was {'kv': 5} and is {'kv': 1}"),
+    "cases.0.scenario": ("decode kv=9", "only it has a case 'decode kv=9, mla'"),
+    "cases.0.implementation": ("other", "only it has a case 'decode kv=1, other'"),
+}
+
+
+def test_a_file_of_another_run_is_never_completed(bench: Bench, partial: list[str]) -> None:
+    """Nobody but the file says so: the command is the same."""
+    before = Path("run.json").read_bytes()
+    for path, (value, reason) in FACTS.items():
+        document = json.loads(before)
+        *folders, last = path.split(".")
+        place = document
+        for name in folders:
+            place = place[int(name) if isinstance(place, list) else name]
+        place[last] = {**place[last], **value} if path == "config" else value
+        Path("run.json").write_text(json.dumps(document))
+        done = bench(*partial, "--resume", "run.json")
+        assert (done.code, done.out) == (2, ""), path
+        assert reason in done.error, path
+        assert done.error.startswith("error: "), path
+        assert json.loads(Path("run.json").read_bytes()) == document, path
+    document = json.loads(before)
+    del document["backend"]["build"]  # as versions before wrote
+    Path("run.json").write_text(json.dumps(document))
+    assert (
+        "the build of mla and the backend was not recorded and is "
+        in bench(*partial, "--resume", "run.json").error
+    )
+
+
+def test_another_commit_or_what_a_backend_reports_is_a_warning_and_stays_in_the_file(
+    bench: Bench, partial: list[str]
+) -> None:
     run = read("run.json")
     run.git_commit = "abc"
-    run.environment["torch"] = "1.0"
-    run.environment["slurm_job_id"] = "7"
+    run.environment |= {"backend.clock": "7 MHz", "slurm_job_id": "7", "torchrun_rank": "1"}
     results.write(run, Path("run.json"))
     done = bench(*partial, "--resume", "run.json")
     assert done.code == 0
     (line,) = [line for line in done.err.splitlines() if line.startswith("warning: ")]
-    assert "kept cases were measured under other conditions: commit was abc and is " in line
-    assert "torch was 1.0 and is " in line
+    assert "; backend.clock was 7 MHz and is None" in line
+    assert "commit was abc and is " in line
     assert "slurm" not in line
+    assert line == f"warning: {read('run.json').environment['resumed']}"
+    again = bench(*partial, "--resume", "run.json")
+    assert (again.code, "warning" in again.err) == (0, False)
+    assert line == f"warning: {read('run.json').environment['resumed']}"
+
+
+def test_another_state_of_the_backend_has_another_build(
+    bench: Bench, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plugin that is edited in place, with the same version and in no work tree."""
+    source = "from mla_backends.testing import HostBackend\nclass Mine(HostBackend):\n    pass\n"
+    (tmp_path / "edited_in_place.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["--backend", "edited_in_place:Mine", *small, "--scenario", "decode"]
+    assert bench(*words, "-o", "run.json").code == 0
+    assert bench(*words, "--resume", "run.json").code == 0
+    (tmp_path / "edited_in_place.py").write_text(source + "# another kernel\n")
+    assert "the build of mla and the backend was " in bench(*words, "--resume", "run.json").error
 
 
 def test_a_file_without_a_plan_or_without_a_run_is_refused(bench: Bench, partial: list[str]) -> None:

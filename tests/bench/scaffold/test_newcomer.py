@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from outcome import Outcome
 from tiny_run import write_tiny_run
 from torch.utils import backend_registration
 
@@ -28,15 +29,6 @@ HERE = Path(__file__).parent
 VENDOR = (HERE.parents[1] / "backends" / "emulation" / "device", HERE / "torch_acme")
 BENCH = ("-m", "mla.bench", "--backend", "acme", "--config", "tiny.json", "--workload", "tiny.toml")
 CONFORMANCE = ("-m", "mla.conformance", "--backend", "acme", "--quick")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a process ended."""
-
-    code: int
-    out: str
-    err: str
 
 
 @dataclass(frozen=True)

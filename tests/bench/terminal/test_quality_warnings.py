@@ -25,6 +25,8 @@ def test_a_quiet_machine_needs_no_remark(make_run: MakeRun) -> None:
 def test_a_noisy_machine_is_called_noisy(make_run: MakeRun) -> None:
     (remark,) = quality_warnings(make_run(latency_ms=latency(p10=1.0, p90=2.5)))
     assert remark.startswith("noisy: prefill, mla: p90 is 2.5 times p10; ")
+    (coarse,) = quality_warnings(make_run(latency_ms=latency(p10=0.0)))
+    assert coarse.startswith("noisy: prefill, mla: p90 is finite and p10 is 0; ")
 
 
 def test_a_drifting_machine_is_said_to_drift_and_which_way(make_run: MakeRun) -> None:

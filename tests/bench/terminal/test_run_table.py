@@ -12,7 +12,7 @@ import pytest
 
 from mla.bench import results
 from mla.bench.results.schema import Run
-from mla.bench.terminal.run_table import COLUMNS, FORMATS, headlines, render
+from mla.bench.terminal.run_table import COLUMNS, FORMATS, comparisons, headlines, render
 from mla.verify.verdict import Check
 
 MakeRun = Callable[..., Run]
@@ -128,3 +128,17 @@ def test_a_share_that_is_in_doubt_is_no_percentage(make_run: MakeRun, kind: str)
     assert ">100? com" in row
     near = results.Roofline(floor_ms=1.0, fraction=0.5, bound="memory", peak_source="x")
     assert " 50 mem " in render(make_run(roofline=near), kind)
+
+
+def test_a_ratio_without_an_interval_is_printed_with_reservation(make_run: MakeRun) -> None:
+    agreement = [results.Agreement(implementation="other", relative_difference=0.1, speed_ratio=2.0)]
+
+    def line(passes: int) -> str:
+        run = make_run([1.0] * passes, agreement=agreement, ops={"o_proj": "mine"})
+        run.cases += make_run([2.0] * passes, implementation="other").cases
+        (found,) = comparisons(run)
+        return found
+
+    assert line(2).startswith("prefill: mla is 2x as fast as other; ")
+    assert line(2).endswith("; too few passes for an interval of the ratio (6 are needed)")
+    assert "too few passes" not in line(6)

@@ -14,6 +14,7 @@ from typing import Any
 import emulated
 import pytest
 import torch
+from outcome import Outcome
 from tiny_run import DIMS, write_tiny_run
 
 import mla
@@ -68,20 +69,6 @@ VENDORS = {
     "metax": Vendor("cuda", "mx-smi", "torch.__version__", "MACA_VISIBLE_DEVICES"),
     "iluvatar": Vendor("cuda", "ixsmi", "torch.corex", "CUDA_VISIBLE_DEVICES", graphs="off"),
 }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one call of the runner ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The last line on stderr, which says what went wrong."""
-        return self.err.splitlines()[-1] if self.err else ""
 
 
 Bench = Callable[..., Outcome]

@@ -1,0 +1,83 @@
+"""What a device reaches, roughly, in a fraction of a second: for estimates of time and nothing else.
+
+The limits that results are compared with take seconds to measure, which a short budget does not have.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from mla.bench.subjects.setting import Setting
+
+# A probe grows until it takes this many seconds, so that launches do not dominate it.
+ENOUGH = 5e-3
+SIDES = (256, 512, 1024, 2048, 4096)
+FOOTPRINTS = (1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20)
+# Calls of torch in a forward, with what Python does between them, and the least they take.
+CALLS, OVERHEAD = 100, 5e-4
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of the device: FLOP per second, bytes per second and the seconds of an empty forward; of the host:
+    float64 FLOP per second, for the oracle.
+    """
+
+    flops: float
+    bandwidth: float
+    float64: float
+    overhead: float = OVERHEAD
+
+
+def measure_rates(setting: Setting) -> Rates:
+    """Return the rates of a device. Raises whatever its stack raises."""
+    device, wait = setting.device, setting.backend.synchronize
+    small = torch.ones(8, 8, device=device)
+    return Rates(
+        flops=max(_products(dtype, device, wait) for dtype in {setting.dtype, torch.float32}),
+        bandwidth=_reading(device, wait),
+        float64=_products(torch.float64, torch.device("cpu"), lambda: None, SIDES[:2]),
+        overhead=max(OVERHEAD, CALLS * _seconds(lambda: small.add_(1), wait)),
+    )
+
+
+def _products(
+    dtype: torch.dtype, device: torch.device, wait: Callable[[], None], sides: tuple[int, ...] = SIDES
+) -> float:
+    rate = 0.0
+    for side in sides:
+        x = torch.ones(side, side, dtype=dtype, device=device)
+        taken = _seconds(lambda x=x: torch.mm(x, x), wait)  # type: ignore[misc]
+        rate = max(rate, 2 * side**3 / taken)
+        if taken > ENOUGH:
+            break
+    return rate
+
+
+def _reading(device: torch.device, wait: Callable[[], None]) -> float:
+    """Return the rate of the largest footprint that was read: smaller ones may lie in a cache."""
+    rate = 0.0
+    for count in FOOTPRINTS:
+        x = torch.ones(count // 4, device=device)
+        taken = _seconds(x.sum, wait)
+        rate = count / taken
+        if taken > ENOUGH:
+            break
+    return rate
+
+
+def _seconds(call: Callable[[], object], wait: Callable[[], None]) -> float:
+    """Return the shorter of two calls after a first one, which may compile."""
+    best = float("inf")
+    for number in range(3):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        if number:
+            best = min(best, time.perf_counter() - start)
+    return max(best, 1e-9)

@@ -1,0 +1,47 @@
+"""Which program measured: a digest of the sources of `mla`, of `mla_backends` and of the backend.
+
+A version or a commit does not tell two states of a work tree apart, nor plugins that are edited in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import mla
+import mla_backends
+
+# What can change a number: sources, and libraries that were built from them.
+_SUFFIXES = {".py", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".mu", ".so", ".pyd"}
+
+
+def build_digest(backend: object) -> str | None:
+    """Return the digest for the backend's class; None if its source is in no file."""
+    module = type(backend).__module__
+    names = {mla.__name__, mla_backends.__name__, module.partition(".")[0]}
+    digest = hashlib.sha256()
+    try:
+        for name in sorted(names):
+            for path, shown in _files(name):
+                digest.update(f"{name}/{shown}\n".encode())
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+    except (OSError, KeyError, ValueError):
+        return None
+    return digest.hexdigest()[:16]
+
+
+def _files(name: str) -> Iterator[tuple[Path, str]]:
+    """Yield the files of a package, or the one of a module, with their names in it."""
+    module = sys.modules[name]
+    folders = [Path(folder) for folder in getattr(module, "__path__", ())]
+    if not folders:
+        file = getattr(module, "__file__", None)
+        if not file:
+            raise ValueError(f"{name} has no file")
+        yield Path(file), Path(file).name
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in _SUFFIXES and path.is_file():
+                yield path, path.relative_to(folder).as_posix()

@@ -1,0 +1,73 @@
+"""Lines below the table: planning, lengths never seen before, and what tok/s follows from."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mla.bench import results
+from mla.bench.terminal.case_lines import case_lines
+from mla.bench.terminal.quality_warnings import quality_warnings
+from mla.bench.terminal.run_table import render
+
+MakeRun = Callable[..., results.Run]
+STEADY = [1.8, 1.78, 1.82] * 4
+
+
+def new_lengths(ms: float, repeated: float = 1.8, forwards: int = 20) -> results.NewLengths:
+    return results.NewLengths(
+        forwards=forwards, ms=ms, repeated_ms=repeated, plan_ms=0.1, repeated_plan_ms=0.09
+    )
+
+
+def test_planning_stands_beside_the_latency_that_leaves_it_out(make_run: MakeRun) -> None:
+    assert case_lines(make_run()) == ["prefill, mla: planning 0.1 ms a batch, not in the latency of 2 ms"]
+    assert case_lines(make_run(plan_ms=None)) == []
+    none: dict[str, Any] = {"latency_ms": None, "tokens_per_s": None}
+    assert case_lines(make_run(**none)) == []
+
+
+@pytest.mark.parametrize("kind", ["table", "md"])
+def test_new_lengths_stand_beside_repeated_ones(make_run: MakeRun, kind: str) -> None:
+    run = make_run(STEADY, mode="decode", scenario="decode", plan_ms=None, new_lengths=new_lengths(1.85))
+    line = "decode, mla: lengths never seen before: 1.85 ms a forward (planning 0.1), repeated 1.8 (0.09)\n"
+    assert line in render(run, kind)
+    assert quality_warnings(run) == []
+    (row,) = csv.DictReader(io.StringIO(render(run, "csv")))
+    assert (row["new_lengths_ms"], row["repeated_lengths_ms"]) == ("1.85", "1.8")
+
+
+def test_a_schedule_that_is_kept_by_lengths_is_warned_about(make_run: MakeRun) -> None:
+    (warning,) = quality_warnings(make_run(STEADY, new_lengths=new_lengths(23.6)))
+    assert warning == (
+        "new lengths: prefill, mla: a forward on lengths never seen before takes 13.1 times as long as on "
+        "repeated ones, which a server does not have; the headline is of repeated ones"
+    )
+    assert len(quality_warnings(make_run(STEADY, new_lengths=new_lengths(2.2)))) == 1
+
+
+def test_a_small_gap_or_one_within_the_noise_is_none(make_run: MakeRun) -> None:
+    assert quality_warnings(make_run(STEADY, new_lengths=new_lengths(2.1))) == [], "1.17 times"
+    noisy = [1.2, 1.8, 2.4] * 4
+    kinds = [
+        {line.partition(":")[0] for line in quality_warnings(make_run(noisy, new_lengths=found))}
+        for found in (new_lengths(2.3), new_lengths(2.3, forwards=2000), new_lengths(9.0))
+    ]
+    assert ["new lengths" in found for found in kinds] == [False, True, True]
+
+
+def test_throughput_that_does_not_follow_from_the_median_is_explained(make_run: MakeRun) -> None:
+    """A step in four takes long: 8 tokens in 3.5 ms on average, where the table shows 1 ms."""
+    run = make_run(
+        [1.0, 1.0, 1.0, 11.0] * 6, steps_per_pass=4, mode="decode", scenario="decode", plan_ms=None
+    )
+    assert case_lines(run) == [
+        "decode, mla: a forward takes 3.5 ms on average, slow ones included, and 1 ms in the median: tok/s "
+        "follows from the average"
+    ]
+    assert render(run, "table").endswith("Decode Throughput: 2286 tok/s\n")
+    assert case_lines(make_run(STEADY, plan_ms=None)) == []
