@@ -27,6 +27,7 @@ from mla.command.console import note
 from mla.command.progress import Progress
 from mla.errors import MLAError, OutOfMemory
 from mla_backends import BackendError
+from mla_backends.boundary import plugin_code
 from mla_backends.errors import first_line
 
 Advance = Callable[[str, float], None]  # what is running, estimated seconds done since the last call
@@ -85,7 +86,8 @@ class _Scheduler:
         work = ScenarioRun(self._request, scenario, bar.forwards, self._hooks(scenario, names))
         try:
             if names:
-                self._measure(work, scenario, names)
+                with plugin_code():
+                    self._measure(work, scenario, names)
         except KeyboardInterrupt:
             self._keep(work.interrupted(self._missing(scenario)))
             return Outcome(self._result(), interrupted=True)

@@ -17,6 +17,7 @@ from mla.bench.results.timings import cold, flat_timings
 from mla.bench.terminal import ceilings, stages
 from mla.bench.terminal.digits import between, known, number
 from mla.bench.terminal.timings import timing_lines
+from mla.command.console import results_stream
 from mla.command.table import markdown
 from mla.text import size
 
@@ -125,7 +126,7 @@ def _cells(cases: Sequence[Case]) -> Iterable[list[str]]:
 
 
 def _table(cases: Sequence[Case]) -> str:
-    console = Console()
+    console = Console(file=results_stream())
     can_draw = console.encoding.startswith("utf")
     table = Table(box=box.SIMPLE_HEAD if can_draw else box.ASCII, pad_edge=False)
     for title in COLUMNS:
