@@ -13,7 +13,7 @@ _Place = tuple[FrameType, int]  # a frame and its current line
 
 
 def place(error: BaseException) -> str:
-    """Return "file.py:12 in function", and the layer's op or the backend's method that was running, if any."""
+    """Return "file.py:12 in function", and the op or the backend's method that was running, if any."""
     frames = list(traceback.walk_tb(original(error).__traceback__))
     for at, (frame, _) in enumerate(frames):
         op = _self(frame)

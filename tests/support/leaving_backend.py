@@ -1,17 +1,17 @@
-"""The CPU with one op, whose code raises `-O raises=...` at `-O at=...`: in a method of the backend or its op.
+"""The CPU with one op, whose code raises `-O raises=...` at `-O at=...`: a method of the backend or its op.
 
 It takes `-O threads` as the base class does: by ignoring it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from mla.reference import REFERENCE
-from mla_backends import Availability, Backend, FusedOp
+from mla_backends import Availability, Backend, BackendError, FusedOp
 from mla_backends.api import API_VERSION, DeviceInfo, HostTimer, MemoryInfo, Packed, Timer
 
 KIND = "linear"
@@ -21,11 +21,12 @@ class Odd(BaseException):
     """Neither an Exception nor one of Python's own."""
 
 
-RAISED = {
-    "SystemExit": SystemExit(0),
-    "GeneratorExit": GeneratorExit(),
-    "Odd": Odd("why"),
-    "OSError": OSError(2),
+RAISED: dict[str, Callable[[], BaseException]] = {
+    "SystemExit": lambda: SystemExit(0),
+    "GeneratorExit": GeneratorExit,
+    "Odd": lambda: Odd("why"),
+    "OSError": lambda: OSError(2),
+    "BackendError": lambda: BackendError("10 rows or more, please."),
 }
 
 
@@ -67,7 +68,7 @@ class Leaving(Backend):
     def leave(self, place: str) -> None:
         """Raise if this is the place."""
         if self.options.get("at") == place:
-            raise RAISED[self.options.get("raises", "SystemExit")]
+            raise RAISED[self.options.get("raises", "SystemExit")]()
 
     def probe(self) -> Availability:
         self.leave("probe")

@@ -14,6 +14,7 @@ from mla.bench.measure.hooks import Hooks
 from mla.bench.measure.samples import Measurement
 from mla.bench.plan.repro import case_command
 from mla.bench.plan.request import Request, ScenarioPlan
+from mla.bench.run.tampered import withhold
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.fixture import make_fixture
 from mla.bench.subjects.layer import MlaLayer
@@ -51,9 +52,11 @@ class ScenarioRun:
         inputs, checker = self.prepare()
         built = [self._build(name) for name in names]
         backend, seed, variants = self._setting.backend, self._setting.seed, self._request.variants
+        threads = torch.get_num_threads()
         measured = engine.measure(
             built, self._point, inputs, checker, backend, seed, variants, self._progress, self._hooks
         )
+        self._remark_on_threads(threads)
         for one in built:
             if measured[one.name].check.status == "ok":
                 self._outputs[one.name] = one.compared().to("cpu", copy=True)
@@ -65,7 +68,16 @@ class ScenarioRun:
         if self._request.stages:
             for one, case in zip(built, cases, strict=True):
                 self._add_stages(one, case, checker)
+        withhold(cases)
         return cases
+
+    def _remark_on_threads(self, before: int) -> None:
+        """Say that a plugin has changed torch's threads: implementations ran on different numbers of them."""
+        if (now := torch.get_num_threads()) != before:
+            note(
+                f"{self._point.name}: torch had {before} host threads before it and has {now} after it: code of "
+                f"backend '{self._setting.backend.name}' changes them, so not everything ran on as many"
+            )
 
     def refuse(self, name: str, reason: str) -> None:
         """Say which implementation is skipped because one of its ops refuses the batch."""

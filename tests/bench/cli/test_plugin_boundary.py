@@ -39,14 +39,14 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("raised", ["SystemExit: 0", "GeneratorExit", "Odd: why"])
-@pytest.mark.parametrize("place", PLACES)
+OTHERS = [(place, said) for place in ("setup", "ops", "call") for said in ("GeneratorExit", "Odd: why")]
+
+
+@pytest.mark.parametrize(("place", "raised"), [*((place, "SystemExit: 0") for place in PLACES), *OTHERS])
 def test_a_plugin_that_ends_the_process_is_named_and_is_no_success(
     bench: Bench, small: list[str], place: str, raised: str
 ) -> None:
     what = raised.partition(":")[0]
-    if what != "SystemExit" and place not in ("call", "ops", "setup"):
-        pytest.skip("the kinds are told apart nowhere else")
     options = ["-O", f"at={place}", "-O", f"raises={what}", "--passes", "1"]
     done = bench(*LEAVING, *small, *options)
     assert (done.code, done.out) == (3, "")
@@ -60,13 +60,6 @@ def test_the_backend_is_named_for_what_is_an_ordinary_error_too(bench: Bench, sm
     assert done.code == 3
     assert "OSError: 2 (leaving_backend.py:" in done.error
     assert "ops() of backend 'leaving'" in done.error
-
-
-def test_earlier_scenarios_survive_an_op_that_ends_the_process(bench: Bench, small: list[str]) -> None:
-    """As after any other error."""
-    done = bench(*LEAVING, *small, "-O", "at=call", "-o", "run.json", "--format", "json")
-    assert (done.code, done.out) == (3, "")
-    assert json.loads(Path("run.json").read_text())["cases"] == [] if Path("run.json").exists() else True
 
 
 @pytest.mark.parametrize("what", ["SystemExit", "GeneratorExit", "Odd"])
