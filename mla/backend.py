@@ -37,7 +37,7 @@ def load_backend(
 
 
 def _set_threads(threads: int) -> None:
-    """Set torch's host threads beforehand: so a backend that does nothing with the option has them as well."""
+    """Set torch's host threads beforehand: a backend that does nothing with the option has them as well."""
     import torch
 
     torch.set_num_threads(threads)

@@ -11,6 +11,7 @@ import click
 from mla.command import launcher, tampering
 from mla.command.console import note
 from mla.command.exit_codes import Exit
+from mla.command.last_words import while_loading
 from mla.command.options import Command, add_options
 from mla.errors import MLAError, UsageError
 from mla_backends import host, status
@@ -85,7 +86,8 @@ def open_backend(options: BackendOptions) -> OpenedBackend:
     name = only_usable() if options.backend is None else options.backend
     index = launcher.local_device(note) if options.device is None else options.device
     tampering.watch()
-    backend: Backend = mla.load_backend(name, index, options.threads, settings)
+    with while_loading(name):
+        backend: Backend = mla.load_backend(name, index, options.threads, settings)
     for remark in (*backend.remarks(), *_own_remarks(backend)):
         note(remark)
     return OpenedBackend(backend, name, locate(name).version, _repeatable_index(options, backend))

@@ -30,6 +30,16 @@ def in_op(error: BaseException) -> bool:
     return any(isinstance(_self(frame), FusedOp) for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
+def op_name(error: BaseException) -> str:
+    """Return "op 'name' of role" for an error that an op raised, as far as both are known; else ""."""
+    frames = list(traceback.walk_tb(original(error).__traceback__))
+    for at, (frame, _) in enumerate(frames):
+        op = _self(frame)
+        if isinstance(op, FusedOp):
+            return _name(frames[:at], op).removeprefix(", ")
+    return ""
+
+
 def _method(frames: list[_Place]) -> str:
     """Return ", ops() of backend 'name'" if a method of a backend was running; "" otherwise."""
     for frame, _ in frames:

@@ -75,8 +75,8 @@ class ScenarioRun:
         """Say that a plugin has changed torch's threads: implementations ran on different numbers of them."""
         if (now := torch.get_num_threads()) != before:
             note(
-                f"{self._point.name}: torch had {before} host threads before it and has {now} after it: code of "
-                f"backend '{self._setting.backend.name}' changes them, so not everything ran on as many"
+                f"{self._point.name}: torch had {before} host threads before it and has {now} after it: "
+                f"code of backend '{self._setting.backend.name}' changes them, so not all ran on as many"
             )
 
     def refuse(self, name: str, reason: str) -> None:
