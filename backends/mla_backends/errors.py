@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mla_backends.known import GENERAL, GENERAL_DEVICES, GENERAL_USE
@@ -225,3 +226,30 @@ def _closest(name: str, installed: Iterable[str], known: Mapping[str, KnownBacke
         words.update(dict.fromkeys((entry.name, *entry.also), entry.name))
     close = difflib.get_close_matches(name.lower(), words, n=1)
     return words[close[0]] if close else None
+
+
+@contextmanager
+def plugin_code() -> Iterator[None]:
+    """Turn what is meant to end a process into `Ended`, an Exception like any other.
+
+    A plugin, or a vendor's library below it, may call `sys.exit` or raise GeneratorExit. A process that ends
+    with code 0 but without a result looks like a success. KeyboardInterrupt is the user's, and passes.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise Ended(error) from error
+
+
+@contextmanager
+def refused(report: Callable[[Exception], BackendError]) -> Iterator[None]:
+    """Raise what `report` makes of anything that a plugin's code raises, except its own `BackendError`."""
+    try:
+        with plugin_code():
+            yield
+    except BackendError:
+        raise
+    except Exception as error:
+        raise report(error) from error

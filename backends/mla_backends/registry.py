@@ -20,7 +20,6 @@ import pluggy
 
 from mla_backends import hookspecs
 from mla_backends.api import API_VERSION, Availability, Backend
-from mla_backends.boundary import refused
 from mla_backends.discovery import Entry, entries, locate
 from mla_backends.errors import (
     BackendError,
@@ -30,6 +29,7 @@ from mla_backends.errors import (
     DeviceUnavailable,
     describe,
     probe_hint,
+    refused,
     setup_hint,
 )
 from mla_backends.known import KNOWN

@@ -15,8 +15,7 @@ from mla.command import console, signals
 from mla.command.error_origin import place
 from mla.errors import MLAError
 from mla_backends import BackendError, BackendOptionError
-from mla_backends.boundary import plugin_code
-from mla_backends.errors import describe, original
+from mla_backends.errors import describe, original, plugin_code
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

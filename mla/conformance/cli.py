@@ -18,7 +18,7 @@ from mla.command.exit_codes import interrupted as ended_early
 from mla.command.options import FILE, result_path
 from mla.command.progress import Progress
 from mla.errors import UsageError
-from mla_backends.boundary import plugin_code
+from mla_backends.errors import plugin_code
 
 if TYPE_CHECKING:
     import torch

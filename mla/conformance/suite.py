@@ -15,7 +15,7 @@ from mla.conformance.xfails import Xfails
 from mla.reference import REFERENCE
 from mla.text import dtype_name
 from mla_backends.api import FusedOp
-from mla_backends.boundary import plugin_code
+from mla_backends.errors import plugin_code
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from mla.errors import UnsupportedBatch
 from mla.layer.preflight import Say, preflight_reasons
 from mla.verify.tolerances import judge, judge_lse
 from mla_backends.api import OPS, Backend, FusedOp
-from mla_backends.boundary import plugin_code
-from mla_backends.errors import BackendError, describe, original
+from mla_backends.errors import BackendError, describe, original, plugin_code
 
 # Dtypes that a layer can have.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

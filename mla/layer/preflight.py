@@ -11,8 +11,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from mla_backends.api import FusedOp
-from mla_backends.boundary import plugin_code
-from mla_backends.errors import describe, one_line, out_of_memory
+from mla_backends.errors import describe, one_line, out_of_memory, plugin_code
 
 Say = Callable[[str], object]  # is told in one line what is about to take a while
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from mla_backends.boundary import plugin_code
-from mla_backends.errors import BackendOptionError, describe
+from mla_backends.errors import BackendOptionError, describe, plugin_code
 
 # Names under which people know a device -> torch's name of its module. A ROCm build calls it cuda.
 ALIASES = {"hip": "cuda", "rocm": "cuda"}

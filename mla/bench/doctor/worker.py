@@ -14,8 +14,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from mla.text import dtype_name
-from mla_backends.boundary import plugin_code
-from mla_backends.errors import BackendError, describe
+from mla_backends.errors import BackendError, describe, plugin_code
 from mla_backends.status import USABLE
 
 if TYPE_CHECKING:

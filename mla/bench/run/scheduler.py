@@ -27,8 +27,7 @@ from mla.command.console import note
 from mla.command.progress import Progress
 from mla.errors import MLAError, OutOfMemory
 from mla_backends import BackendError
-from mla_backends.boundary import plugin_code
-from mla_backends.errors import first_line
+from mla_backends.errors import first_line, plugin_code
 
 Advance = Callable[[str, float], None]  # what is running, estimated seconds done since the last call
 

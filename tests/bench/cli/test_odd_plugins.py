@@ -177,9 +177,7 @@ def test_an_event_that_fails_otherwise_names_the_backend(bench: Bench, plugin: P
         name, api_version, device_type = "odd", 1, "odd"
         module = SimpleNamespace(Event=broken)  # type: ignore[assignment]
 
-    with pytest.raises(
-        BackendError, match="'odd' cannot make a torch.odd.Event to time with: RuntimeError: driv"
-    ):
+    with pytest.raises(BackendError, match=r"'odd' cannot make a torch\.odd\.Event .*: driver too old"):
         Odd().device_timer()
 
 
