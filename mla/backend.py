@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 
 from mla_backends.api import Backend
+from mla_backends.errors import BackendError
 from mla_backends.registry import open_backend
 
 
@@ -18,12 +20,36 @@ def load_backend(
 
     `index` chooses among several devices: a number, or a function that takes the number of visible devices
     (None: the backend cannot count them) and returns one; None leaves it to the stack.
-    `threads` is how many host threads torch may use; the backend applies it. Raises a subclass of
-    `mla_backends.BackendError` whose text names the cause and the fix; there is no fallback.
+    `threads` is how many host threads torch may use; a backend that sets another number is refused. Raises a
+    subclass of `mla_backends.BackendError` whose text names the cause and the fix; there is no fallback.
     """
     if isinstance(index, Mapping):
         raise TypeError(f"load_backend('{name}', options={dict(index)}): options go by name.")
     chosen = dict(options or {})
-    if threads is not None:
-        chosen["threads"] = str(threads)
-    return open_backend(name, index, chosen)
+    if threads is None:
+        return open_backend(name, index, chosen)
+    chosen["threads"] = str(threads)
+    with contextlib.suppress(Exception):  # if torch does not import, what needs it says so, with the cure
+        _set_threads(threads)
+    backend = open_backend(name, index, chosen)
+    _check_threads(name, threads)
+    return backend
+
+
+def _set_threads(threads: int) -> None:
+    """Set torch's host threads beforehand: a backend that does nothing with the option has them as well."""
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _check_threads(name: str, threads: int) -> None:
+    """Raise `BackendError` if a backend has set another number than the one that was asked for."""
+    import torch
+
+    used = torch.get_num_threads()
+    if used != threads:
+        raise BackendError(
+            f"backend '{name}' ignores the option threads: {threads} were asked for, and after its setup() "
+            f"torch uses {used}; leave the option out to run on the backend's own number."
+        )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mla_backends.known import GENERAL, GENERAL_DEVICES, GENERAL_USE
@@ -16,7 +17,15 @@ from mla_backends.known import GENERAL, GENERAL_DEVICES, GENERAL_USE
 if TYPE_CHECKING:
     from mla_backends.known import KnownBackend
 
-LIST_HINT = "`python -m mla.bench list` shows the state of every backend"
+
+def probe_hint(name: str) -> str:
+    """Return how to see the traceback of a backend that fails before its device is set up."""
+    return f"`python -m mla_backends.probe {name}` shows the traceback"
+
+
+def setup_hint(name: str) -> str:
+    """Return how to see the traceback of a backend that fails while its device is set up, or later."""
+    return f"`python -X dev -m mla.bench --backend {name} --list-ops` shows the traceback"
 
 
 class BackendError(Exception):
@@ -52,10 +61,9 @@ class UnknownBackend(BackendError):
         close = _closest(name, installed, known)
         meant = f"`--backend {GENERAL} -O device={name}`" if name in GENERAL_DEVICES else f"'{close}'"
         guess = f" (did you mean {meant}?)" if close or name in GENERAL_DEVICES else ""
-        lists = (
-            f"installed: {', '.join(installed) or 'none'}; known: {', '.join(known)}; without a plugin, "
-            f"{GENERAL_USE}"
-        )
+        others = [one for one in known if one not in installed]
+        known_list = f"known: {', '.join(others)}; " if others else ""
+        lists = f"installed: {', '.join(installed) or 'none'}; {known_list}without a plugin, {GENERAL_USE}"
         super().__init__(
             f"unknown backend '{name}'{guess}; {lists}.",
             reason="no backend has this name",
@@ -97,8 +105,9 @@ class BackendImportError(BackendError):
 
     state = "import failed"
 
-    def __init__(self, name: str, reason: str, hint: str = LIST_HINT) -> None:
+    def __init__(self, name: str, reason: str, hint: str = "") -> None:
         """`reason` says which code failed and how, as one clause."""
+        hint = hint or probe_hint(name)
         super().__init__(
             f"backend '{name}' failed to load: {_clauses(reason, hint)}.", reason=reason, hint=hint
         )
@@ -145,8 +154,23 @@ class DeviceUnavailable(BackendError):
         self.evidence = dict(evidence or {})
 
 
+class Ended(Exception):
+    """Plugin code raised what is meant to end the process: SystemExit, GeneratorExit and the like."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+        super().__init__(describe(error))
+
+
+def original(error: BaseException) -> BaseException:
+    """Return what was raised: of `Ended`, what it stands for."""
+    return error.error if isinstance(error, Ended) else error
+
+
 def describe(error: BaseException) -> str:
     """Return the type of `error` and what it says, on one line."""
+    if isinstance(error, Ended):
+        return str(error)
     text = first_line(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -202,3 +226,30 @@ def _closest(name: str, installed: Iterable[str], known: Mapping[str, KnownBacke
         words.update(dict.fromkeys((entry.name, *entry.also), entry.name))
     close = difflib.get_close_matches(name.lower(), words, n=1)
     return words[close[0]] if close else None
+
+
+@contextmanager
+def plugin_code() -> Iterator[None]:
+    """Turn what is meant to end a process into `Ended`, an Exception like any other.
+
+    A plugin, or a vendor's library below it, may call `sys.exit` or raise GeneratorExit. A process that ends
+    with code 0 but without a result looks like a success. KeyboardInterrupt is the user's, and passes.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise Ended(error) from error
+
+
+@contextmanager
+def refused(report: Callable[[Exception], BackendError]) -> Iterator[None]:
+    """Raise what `report` makes of anything that a plugin's code raises, except its own `BackendError`."""
+    try:
+        with plugin_code():
+            yield
+    except BackendError:
+        raise
+    except Exception as error:
+        raise report(error) from error

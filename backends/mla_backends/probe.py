@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from mla_backends.errors import BackendError, BackendImportError, DeviceUnavailable
+from mla_backends.errors import BackendError, BackendImportError, DeviceUnavailable, original
 from mla_backends.registry import create, probe_backend
 from mla_backends.status import USABLE
 
@@ -40,7 +40,7 @@ def probe_by_name(name: str, options: Mapping[str, str] | None = None) -> dict[s
 def _problem(error: BackendError, state: str) -> dict[str, Any]:
     """Describe `error`; `state` is used for a plain `BackendError`, which a plugin may raise."""
     if error.__cause__ is not None:
-        traceback.print_exception(error.__cause__)
+        traceback.print_exception(original(error.__cause__))
     sys.stderr.write(f"error: {error}\n")
     return {
         "state": state if error.state == BackendError.state else error.state,

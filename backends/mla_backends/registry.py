@@ -6,13 +6,13 @@ skipped, and nothing falls back to another backend.
 
 from __future__ import annotations
 
-import functools
+import difflib
 import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,13 +22,15 @@ from mla_backends import hookspecs
 from mla_backends.api import API_VERSION, Availability, Backend
 from mla_backends.discovery import Entry, entries, locate
 from mla_backends.errors import (
-    LIST_HINT,
     BackendError,
     BackendImportError,
     BackendOptionError,
     BackendVersionError,
     DeviceUnavailable,
     describe,
+    probe_hint,
+    refused,
+    setup_hint,
 )
 from mla_backends.known import KNOWN
 from mla_backends.status import Status, status, statuses
@@ -53,29 +55,40 @@ def open_backend(
     probe_backend(name, backend)
     if callable(index):
         index = index(count_devices(name, backend))
-    try:
-        device = backend.setup(index)
-    except BackendError:
-        raise
-    except (Exception, SystemExit) as error:
+
+    def failed(error: Exception) -> BackendError:
         reason = f"setup({index}) raised {describe(error)}"
-        raise DeviceUnavailable(name, reason, _torch_hint(name, error) or LIST_HINT) from error
+        return DeviceUnavailable(name, reason, _torch_hint(name, error) or setup_hint(name))
+
+    with refused(failed):
+        device = backend.setup(index)
     if device is None:
         raise DeviceUnavailable(name, f"setup({index}) returned no device", REPORT)
+    _check_exists(name, index, count_devices(name, backend))
     backend.device = device
     return backend
+
+
+def _check_exists(name: str, index: int | None, count: int | None) -> None:
+    """Raise for a device that is not among those the backend sees: `setup` should have, and did not."""
+    if count is not None and count < 1:
+        raise DeviceUnavailable(
+            name, f"device_count() is {count!r}", "check that this process may see a device"
+        )
+    if count is not None and index is not None and not 0 <= index < count:
+        raise BackendError(f"backend '{name}' has {count} device(s), so there is no device {index}.")
 
 
 def probe_backend(name: str, backend: Backend) -> Availability:
     """Return what a successful probe found, or raise `DeviceUnavailable`."""
     broken = "which the contract forbids"
-    try:
-        found = backend.probe()
-    except BackendError:
-        raise
-    except (Exception, SystemExit) as error:
+
+    def failed(error: Exception) -> BackendError:
         reason = f"probe() raised {describe(error)}, {broken}"
-        raise DeviceUnavailable(name, reason, _torch_hint(name, error) or REPORT) from error
+        return DeviceUnavailable(name, reason, _torch_hint(name, error) or probe_hint(name))
+
+    with refused(failed):
+        found = backend.probe()
     if not isinstance(found, Availability):
         raise DeviceUnavailable(name, f"probe() returned a {type(found).__name__}, {broken}", REPORT)
     if not found.ok:
@@ -85,10 +98,15 @@ def probe_backend(name: str, backend: Backend) -> Availability:
 
 def count_devices(name: str, backend: Backend) -> int | None:
     """Return how many devices the backend sees, or None. Raises `DeviceUnavailable` when asking fails."""
-    try:
-        return backend.device_count()
-    except Exception as error:
-        raise DeviceUnavailable(name, f"device_count() raised {describe(error)}", LIST_HINT) from error
+
+    def failed(error: Exception) -> BackendError:
+        return DeviceUnavailable(name, f"device_count() raised {describe(error)}", setup_hint(name))
+
+    with refused(failed):
+        count = backend.device_count()
+    if count is None or (isinstance(count, int) and not isinstance(count, bool)):
+        return count
+    raise DeviceUnavailable(name, f"device_count() returned {count!r}, not a number or None", REPORT)
 
 
 def create(name: str, options: Mapping[str, str] | None = None) -> Backend:
@@ -99,20 +117,38 @@ def create(name: str, options: Mapping[str, str] | None = None) -> Backend:
     another callable that takes the options, or a `Backend`. Raises `BackendError`.
     """
     entry = locate(name)
-    with _blaming(entry, f"importing {entry.origin}"):
-        found = _import(entry.value)
-    with _blaming(entry, f"{HOOK}(options) of {entry.origin}"):
+    with refused(lambda error: _not_loaded(entry, f"importing {entry.origin}", error)):
+        module, attribute = _import(entry.value)
+    found = _attribute(entry, module, attribute)
+    with refused(lambda error: _not_loaded(entry, f"{HOOK}(options) of {entry.origin}", error)):
         backend = _validated(entry, _build(entry, found, dict(options or {})))
     with suppress(AttributeError):  # a subclass may use the name for a property of its own
         backend.entry = entry
     return backend
 
 
-def _import(value: str) -> Any:
-    """Import "package.module:attribute"; extras in brackets are obsolete and ignored."""
+def _import(value: str) -> tuple[Any, str]:
+    """Import the module of "package.module:attribute"; return it and the attribute's path, or "".
+
+    Extras in brackets are obsolete and ignored.
+    """
     module, _, attribute = value.partition("[")[0].strip().partition(":")
-    found = importlib.import_module(module.strip())
-    return functools.reduce(getattr, filter(None, attribute.strip().split(".")), found)
+    return importlib.import_module(module.strip()), attribute.strip()
+
+
+def _attribute(entry: Entry, module: Any, path: str) -> Any:
+    """Return what the entry point names inside its module. Raises `BackendImportError` if it is not there."""
+    found = module
+    for name in filter(None, path.split(".")):
+        try:
+            found = getattr(found, name)
+        except AttributeError as error:
+            known = [one for one in dir(found) if not one.startswith("_")]
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"the nearest is '{close[0]}'" if close else PATH_HINT
+            reason = f"{entry.origin} has no attribute '{path}'"
+            raise BackendImportError(entry.name, reason, hint) from error
+    return found
 
 
 def _build(entry: Entry, found: Any, options: dict[str, str]) -> Any:
@@ -172,7 +208,8 @@ def _validated(entry: Entry, backend: Any) -> Backend:
             "it must return a mla_backends.Backend",
         )
     if version is None:
-        raise BackendImportError(entry.name, f"the backend of {entry.origin} has no api_version")
+        hint = f"set `api_version` to {API_VERSION} in its class"
+        raise BackendImportError(entry.name, f"the backend of {entry.origin} has no api_version", hint)
     if not isinstance(getattr(backend, "name", None), str):
         raise BackendImportError(
             entry.name, f"the backend of {entry.origin} has no name", "set `name` to a string in its class"
@@ -180,22 +217,15 @@ def _validated(entry: Entry, backend: Any) -> Backend:
     return backend
 
 
-@contextmanager
-def _blaming(entry: Entry, action: str) -> Iterator[None]:
-    """Turn whatever the plugin's code raises into a `BackendError` that names the plugin."""
-    try:
-        yield
-    except BackendError:
-        raise
-    except (Exception, SystemExit) as error:
-        missing = _missing_from_contract(error)
-        if missing:
-            raise BackendVersionError(entry.name, entry.origin, API_VERSION, missing=missing) from error
-        if _missing_module(entry, error):
-            reason, hint = f"{entry.origin} cannot be imported: no such module", PATH_HINT
-            raise BackendImportError(entry.name, reason, hint) from error
-        hint = _torch_hint(entry.name, error) or LIST_HINT
-        raise BackendImportError(entry.name, f"{action} raised {describe(error)}", hint) from error
+def _not_loaded(entry: Entry, action: str, error: Exception) -> BackendError:
+    """Return the error that names the plugin, and the cause of what `action` raised."""
+    missing = _missing_from_contract(error)
+    if missing:
+        return BackendVersionError(entry.name, entry.origin, API_VERSION, missing=missing)
+    if _missing_module(entry, error):
+        return BackendImportError(entry.name, f"{entry.origin} cannot be imported: no such module", PATH_HINT)
+    hint = _torch_hint(entry.name, error)
+    return BackendImportError(entry.name, f"{action} raised {describe(error)}", hint)
 
 
 def _missing_module(entry: Entry, error: BaseException) -> bool:

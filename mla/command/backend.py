@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
 
-from mla.command import launcher
+from mla.command import launcher, tampering
 from mla.command.console import note
 from mla.command.exit_codes import Exit
+from mla.command.last_words import while_loading
 from mla.command.options import Command, add_options
 from mla.errors import MLAError, UsageError
-from mla_backends import status
+from mla_backends import host, status
 from mla_backends.discovery import locate
 from mla_backends.known import GENERAL
 
@@ -84,10 +85,33 @@ def open_backend(options: BackendOptions) -> OpenedBackend:
     settings = options.key_values()
     name = only_usable() if options.backend is None else options.backend
     index = launcher.local_device(note) if options.device is None else options.device
-    backend: Backend = mla.load_backend(name, index, options.threads, settings)
-    for remark in backend.remarks():
+    tampering.watch()
+    with while_loading(name):
+        backend: Backend = mla.load_backend(name, index, options.threads, settings)
+    for remark in (*backend.remarks(), *_own_remarks(backend)):
         note(remark)
     return OpenedBackend(backend, name, locate(name).version, _repeatable_index(options, backend))
+
+
+def _own_remarks(backend: Backend) -> Iterator[str]:
+    """Yield what is odd about a backend, or about how it runs here, without being wrong."""
+    import torch
+
+    threads, cpus = torch.get_num_threads(), host.cpu_limit()
+    if threads > cpus:
+        yield (
+            f"{threads} host threads share {cpus} {'CPU' if cpus == 1 else 'CPUs'}: they wait for each "
+            f"other, and times are long and uneven; --threads {cpus} gives each a CPU of its own"
+        )
+    entry = backend.entry
+    if entry is not None and entry.distribution is not None and entry.name != backend.name:
+        yield (
+            f"backend '{entry.name}' of {entry.origin} calls itself '{backend.name}', and so do its results: "
+            "its `name` and its entry point should agree"
+        )
+    if replaced := tampering.in_torch():
+        listed = ", ".join(replaced[:3]) + (f" and {len(replaced) - 3} more" if len(replaced) > 3 else "")
+        yield f"torch is not as it was built, and all that is measured goes through it: {listed}"
 
 
 def _repeatable_index(options: BackendOptions, backend: Backend) -> int | None:

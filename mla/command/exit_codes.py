@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import enum
+import functools
 import sys
+import traceback
 from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -12,7 +15,9 @@ from mla.command import console, signals
 from mla.command.error_origin import place
 from mla.errors import MLAError
 from mla_backends import BackendError, BackendOptionError
-from mla_backends.errors import first_line
+from mla_backends.errors import describe, original, plugin_code
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Exit(enum.IntEnum):
@@ -46,8 +51,28 @@ def guarded(command: Callable[[], int | None]) -> int:
     with signals.sigterm_interrupts():
         try:
             return _guarded(command)
+        except SystemExit:
+            return Exit.OK  # click's answer to a closed pipe (`--help | head`); bodies are `carried_out`
         finally:
             console.flush()
+
+
+def carried_out(command: Command) -> Command:
+    """Return a click command whose body always ends with an exit code, and prints its result alone on stdout.
+
+    Nothing that a plugin raises gets as far as click, which answers some errors itself.
+    """
+
+    @functools.wraps(command)
+    def carried(*arguments: Any, **values: Any) -> int:
+        def body() -> int | None:
+            with plugin_code():
+                return cast("int | None", command(*arguments, **values))
+
+        with console.results_apart():
+            return _guarded(body)
+
+    return cast("Command", carried)
 
 
 def _guarded(command: Callable[[], int | None]) -> int:
@@ -59,19 +84,33 @@ def _guarded(command: Callable[[], int | None]) -> int:
         error.show()
         return Exit.USAGE
     except (KeyboardInterrupt, click.Abort):
+        _forget_interrupt()
         return _say("interrupted by SIGTERM" if signals.terminated() else "interrupted", interrupted())
     except BackendOptionError as error:
         return _say(str(error), Exit.USAGE)
     except BackendError as error:
+        _show_traceback(error.__cause__)
         return _say(str(error), Exit.BACKEND)
     except MLAError as error:
         return _say(str(error), Exit(error.exit_code))
-    except SystemExit:
-        return Exit.OK  # click's answer to a closed pipe (`--help | head`)
-    except Exception as error:  # what a backend raises is not the user's to debug
-        if sys.flags.dev_mode:
-            raise
+    except Exception as error:  # noqa: BLE001  # what a backend raises is not the user's to debug
+        _show_traceback(error)
         return _say(_unexpected(error), Exit.BACKEND)
+
+
+def _show_traceback(error: BaseException | None) -> None:
+    """Print the traceback in Python's development mode."""
+    if error is not None and sys.flags.dev_mode:
+        traceback.print_exception(original(error))
+
+
+def _forget_interrupt() -> None:
+    """Let the exit code be the one that is returned.
+
+    Python remembers a KeyboardInterrupt that has left an `exec` of text, as during imports, and then ends the
+    process as Ctrl-C would, whatever its exit code. Running another text makes it forget.
+    """
+    exec("")
 
 
 def _unexpected(error: Exception) -> str:
@@ -81,9 +120,7 @@ def _unexpected(error: Exception) -> str:
             "torch is not installed: install the build of your device's vendor, or for a CPU run "
             "`pip install ./plugins/cpu` from a checkout of this project."
         )
-    text = first_line(error)
-    said = f"{type(error).__name__}: {text} ({place(error)})"
-    return f"{said}; `python -X dev -m mla.bench ...` shows the traceback."
+    return f"{describe(error)} ({place(error)}); `python -X dev -m mla.bench ...` shows the traceback."
 
 
 def _say(sentence: str, code: Exit) -> int:

@@ -13,12 +13,13 @@ import click
 from mla.command import environment, files
 from mla.command.backend import BackendOptions, backend_options, open_backend
 from mla.command.console import note, out
-from mla.command.exit_codes import Exit, guarded
+from mla.command.exit_codes import Exit, carried_out, guarded
 from mla.command.exit_codes import interrupted as ended_early
 from mla.command.options import FILE, result_path
 from mla.command.progress import Progress
 from mla.errors import UsageError
 from mla.text import DTYPES
+from mla_backends.errors import plugin_code
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +95,7 @@ Exit codes: 0 all passed, 1 an expected failure passed, 2 usage, 3 backend missi
     help="Name every check on stderr before it runs, in case one ends the process.",
 )
 @click.pass_obj
+@carried_out
 def cli(words: Sequence[str], /, **values: Any) -> int:
     """Check that a backend keeps the contract: its device, its ops, and a whole layer on it.
 
@@ -255,14 +257,16 @@ def make_report(
 
 def _device_name(subject: BackendUnderTest) -> str:
     try:
-        return str(subject.backend.device_info().name)
+        with plugin_code():
+            return str(subject.backend.device_info().name)
     except Exception:  # noqa: BLE001  # device.info reports it; the card must come out all the same
         return "unknown"
 
 
 def _environment(subject: BackendUnderTest) -> dict[str, str]:
     try:
-        return environment.environment(subject.backend)
+        with plugin_code():
+            return environment.environment(subject.backend)
     except Exception as error:  # noqa: BLE001  # device.environment reports it
         return {"environment": f"unknown: {type(error).__name__}"}
 

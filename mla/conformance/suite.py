@@ -15,6 +15,7 @@ from mla.conformance.xfails import Xfails
 from mla.reference import REFERENCE
 from mla.text import dtype_name
 from mla_backends.api import FusedOp
+from mla_backends.errors import plugin_code
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def claimed_dtypes(subject: BackendUnderTest) -> tuple[torch.dtype, ...]:
 
 def _claimed(subject: BackendUnderTest) -> list[torch.dtype]:
     try:
-        found = list(subject.backend.dtypes())
+        with plugin_code():
+            found = list(subject.backend.dtypes())
     except Exception:  # noqa: BLE001  # the check of dtypes reports it
         return []
     return [one for one in found if isinstance(one, torch.dtype) and one.is_floating_point]
@@ -107,7 +109,8 @@ def _of_check(
 
 def _offered(subject: BackendUnderTest) -> dict[str, FusedOp]:
     try:
-        offered = dict(subject.backend.ops())
+        with plugin_code():
+            offered = dict(subject.backend.ops())
     except Exception:  # noqa: BLE001  # the checks of ops report it
         return {}
     return {str(name): op for name, op in offered.items() if isinstance(op, FusedOp)}

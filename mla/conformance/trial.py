@@ -16,7 +16,7 @@ from mla.layer.preflight import Say, preflight_reasons
 from mla.verify.places import Places
 from mla.verify.tolerances import judge, judge_lse
 from mla_backends.api import OPS, Backend, FusedOp
-from mla_backends.errors import BackendError, describe
+from mla_backends.errors import BackendError, describe, original, plugin_code
 
 # Dtypes that a layer can have.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -95,7 +95,8 @@ class Trial:
         """Count the body as one case. What it raises is its outcome; the next case still runs."""
         where = f"{label}: " if label else ""
         try:
-            yield
+            with plugin_code():
+                yield
         except (Refused, UnsupportedBatch) as why:
             self.refused.append((label, str(why)))
         except CheckFailed as why:
@@ -105,7 +106,7 @@ class Trial:
                 self.refused.append((label, str(why)))
             else:
                 self.failed.append(f"{where}{raised(why)}")
-        except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever is raised is a finding
+        except Exception as error:  # noqa: BLE001  # whatever is raised is a finding, even SystemExit
             self.failed.append(f"{where}{raised(error)}")
         else:
             self.passed += 1
@@ -156,6 +157,6 @@ def expect(condition: bool, reason: str) -> None:
 
 def raised(error: BaseException) -> str:
     """Return what was raised and where, as one clause."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = traceback.extract_tb(original(error).__traceback__)
     place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
     return f"raised {describe(error)}{place}"

@@ -38,7 +38,8 @@ class Choice:
         self, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
     ) -> None:
         """Raise `UnsupportedBatch` with every reason why these lengths or pages cannot be served."""
-        reasons = self.op.unsupported_batch(self.spec, query_lens, kv_lens, page_size)
+        answer = self.op.unsupported_batch(self.spec, query_lens, kv_lens, page_size)
+        reasons = _sentences(self.name, "unsupported_batch()", answer)
         if reasons:
             cure = f"Leave `{self.override}` out."
             raise UnsupportedBatch(
@@ -106,7 +107,17 @@ def refusals(name: str, op: FusedOp, kind: str, spec: Any, say: Say | None = Non
     """Return why `op`, offered as `name`, does not serve `spec` here (empty if it does)."""
     if op.contract != OPS[kind]:
         return [f"it implements {op.contract} and this core calls {OPS[kind]}"]
-    return op.unsupported_reasons(spec) or preflight_reasons(name, op, spec, say)
+    reasons = _sentences(name, "unsupported_reasons()", op.unsupported_reasons(spec))
+    return reasons or preflight_reasons(name, op, spec, say)
+
+
+def _sentences(name: str, asked: str, answer: Any) -> list[str]:
+    """Return what an op answered. Raises `BackendError` unless it is a list of sentences."""
+    if isinstance(answer, (list, tuple)) and all(isinstance(one, str) for one in answer):
+        return list(answer)
+    raise BackendError(
+        f"the backend's op '{name}': {asked} returned {answer!r}, not a list of sentences ([] if it can)."
+    )
 
 
 class Ops:
@@ -174,17 +185,30 @@ class Ops:
 
 
 def _validate(offered: Mapping[str, FusedOp]) -> None:
-    """Raise `BackendError` for an op with an unknown contract, which would otherwise silently never run."""
+    """Raise `BackendError` for what is no op, or an op that would silently never run."""
+    if not isinstance(offered, Mapping):
+        raise BackendError(f"the backend's ops() returned a {type(offered).__name__}, not a mapping of ops.")
     for name, op in offered.items():
-        contract = getattr(op, "contract", None)
-        kind = str(contract).partition("/")[0]
-        if not isinstance(op, FusedOp) or kind not in OPS:
-            hint = did_you_mean(kind, list(OPS))
-            raise BackendError(f"the backend's op '{name}' has unknown contract {contract!r}.{hint}")
+        if not isinstance(name, str) or not name.strip():
+            raise BackendError(f"a backend's op needs a name, and one of {op!r} is {name!r}.")
         if name == "reference":
             raise BackendError(
                 "a backend's op may not be named 'reference': results could not tell the two apart."
             )
+        if problem := _problem(op):
+            raise BackendError(f"the backend's op '{name}' {problem}")
+
+
+def _problem(op: Any) -> str:
+    """Return why this is no op, or one that nothing ever calls; "" if it is one."""
+    if isinstance(op, type):
+        return f"is the class {op.__name__} itself: ops() must return an instance, {op.__name__}()."
+    if not isinstance(op, FusedOp):
+        return f"is a {type(op).__name__}, not a FusedOp."
+    contract = getattr(op, "contract", None)
+    if str(contract).partition("/")[0] in OPS:
+        return ""
+    return f"has unknown contract {contract!r}.{did_you_mean(str(contract), list(OPS.values()))}"
 
 
 def attention_spec(config: MLAConfig, dtype: torch.dtype, device: torch.device) -> AttentionSpec:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from mla_backends.api import FusedOp
-from mla_backends.errors import describe, one_line, out_of_memory
+from mla_backends.errors import describe, one_line, out_of_memory, plugin_code
 
 Say = Callable[[str], object]  # is told in one line what is about to take a while
 
@@ -47,6 +47,7 @@ def _answers(op: FusedOp) -> dict[Hashable, tuple[str, ...]]:
 
 def _ask(op: FusedOp, spec: Any) -> list[str]:
     try:
-        return [one_line(reason) for reason in op.preflight(spec)]
-    except (Exception, SystemExit) as error:  # noqa: BLE001  # compilers and loaders raise anything
+        with plugin_code():
+            return [one_line(reason) for reason in op.preflight(spec)]
+    except Exception as error:  # noqa: BLE001  # compilers and loaders raise anything
         return [f"its preflight raised {one_line(describe(error))}"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from mla_backends.errors import BackendOptionError, describe
+from mla_backends.errors import BackendOptionError, describe, plugin_code
 
 # Names under which people know a device -> torch's name of its module. A ROCm build calls it cuda.
 ALIASES = {"hip": "cuda", "rocm": "cuda"}
@@ -107,12 +107,13 @@ def _import(package: str, hint: str, otherwise: str = "") -> None:
     """Import `package`. Raises `Unusable`."""
     prefix = f"{otherwise}, and " if otherwise else ""
     try:
-        importlib.import_module(package)
+        with plugin_code():
+            importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name != package.partition(".")[0]:
             raise Unusable(f"{prefix}importing {package} raised {describe(error)}", hint) from error
         raise Unusable(f"{prefix}{package} is not installed", hint) from error
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         raise Unusable(f"{prefix}importing {package} raised {describe(error)}", hint) from error
 
 

@@ -164,13 +164,21 @@ class TorchBackend(Backend):
     # ------------------------------------------------------------------------------------ time and graphs
 
     def device_timer(self) -> Timer | None:
-        """Return a timer on the device's clock, in addition to `timer()`; None without timing events."""
+        """Return a timer on the device's clock, in addition to `timer()`; None without events that time.
+
+        Raises `BackendError` where making an event fails for another reason.
+        """
         if not hasattr(self.module, "Event"):
             return None
         try:
             return EventTimer(self.module, self.device_type, self.synchronize)
-        except TypeError:  # `torch.cpu.Event` takes no `enable_timing`
+        except (TypeError, NotImplementedError):  # such as torch.cpu.Event, which knows no enable_timing
             return None
+        except Exception as error:
+            raise BackendError(
+                f"backend '{self.name}' cannot make a torch.{self.device_type}.Event to time with: "
+                f"{describe(error)}."
+            ) from error
 
     def graphs_by_default(self) -> bool:
         """Return whether graphs are captured unless -O graph says otherwise."""

@@ -8,7 +8,7 @@ import click
 
 from mla.bench.cli import ceilings, compare, doctor, new_backend, replay, report, run, show
 from mla.bench.cli import list as list_command
-from mla.command.exit_codes import guarded
+from mla.command.exit_codes import carried_out, guarded
 from mla.errors import did_you_mean
 
 
@@ -56,6 +56,8 @@ for command in (
     replay.replay,
     ceilings.ceilings,
 ):
+    assert command.callback is not None
+    command.callback = carried_out(command.callback)
     cli.add_command(command)
 
 

@@ -14,7 +14,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from mla.text import dtype_name
-from mla_backends.errors import BackendError, describe
+from mla_backends.errors import BackendError, describe, plugin_code
 from mla_backends.status import USABLE
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ EXTENSIONS = "torch.backends"  # the group of entry points that torch loads by i
 def examine_torch() -> dict[str, Any]:
     """Import torch as a user does; return its build, or why it does not import."""
     try:
-        import torch
-    except (Exception, SystemExit) as error:  # noqa: BLE001  # vendor extensions run during this import
+        with plugin_code():
+            import torch
+    except Exception as error:  # noqa: BLE001  # vendor extensions run during this import
         missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
         return {"version": "", "build": {}, "problem": describe(error), "missing": missing}
     build = {
@@ -45,10 +46,11 @@ def examine_extension(name: str, value: str) -> dict[str, Any]:
     import torch  # noqa: F401  # an extension may rely on a complete torch
 
     try:
-        for point in metadata.entry_points(group=EXTENSIONS, name=name):
-            if point.value == value:
-                point.load()()
-    except (Exception, SystemExit) as error:  # noqa: BLE001  # the question is what it raises
+        with plugin_code():
+            for point in metadata.entry_points(group=EXTENSIONS, name=name):
+                if point.value == value:
+                    point.load()()
+    except Exception as error:  # noqa: BLE001  # the question is what it raises
         return {"problem": describe(error)}
     return {"problem": ""}
 
@@ -58,11 +60,12 @@ def examine_backend(name: str, *options: str) -> dict[str, Any]:
     try:
         import mla
 
-        opened = mla.load_backend(name, options=dict(word.partition("=")[::2] for word in options))
-        return {"state": USABLE, "reason": "", "hint": "", "facts": _facts(opened)}
+        with plugin_code():
+            opened = mla.load_backend(name, options=dict(word.partition("=")[::2] for word in options))
+            return {"state": USABLE, "reason": "", "hint": "", "facts": _facts(opened)}
     except BackendError as error:
         return {"state": error.state, "reason": error.reason, "hint": error.hint, "facts": {}}
-    except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a backend raises is reported
+    except Exception as error:  # noqa: BLE001  # whatever a backend raises is reported
         reason = f"the device starts, but querying the backend raised {describe(error)}"
         command = f"`python -X dev -m mla.bench --backend {name} --list-ops`"
         hint = f"report it to the backend's authors with the output of {command}"
@@ -77,6 +80,7 @@ def _facts(opened: Backend) -> dict[str, Any]:
     from mla.layer.ops import Ops
 
     assert opened.device is not None
+    _ask_as_a_run_does(opened)
     native, info, offered = opened.dtypes(), opened.device_info(), opened.ops()
     dtype = torch.bfloat16 if torch.bfloat16 in native else native[0]
     chosen = Ops(MLAConfig.preset(CONFIG), offered, dtype, opened.device, say=note)
@@ -90,6 +94,15 @@ def _facts(opened: Backend) -> dict[str, Any]:
         "ops": {role: _choice(chosen, role) for role in chosen.names()},
         "idle_ops": _idle(chosen, offered),
     }
+
+
+def _ask_as_a_run_does(opened: Backend) -> None:
+    """Ask what every run asks before its first forward: what raises there must not be called usable here."""
+    opened.remarks()
+    opened.timer()
+    opened.device_timer()
+    opened.memory()
+    opened.environment()
 
 
 def _choice(chosen: Ops, role: str) -> dict[str, Any]:

@@ -16,7 +16,8 @@ def reason(error: Exception, implementation: str) -> str:
     if isinstance(error, UnsupportedBatch):
         return str(error)
     if isinstance(error, BackendError) and error_origin.in_op(error):
-        return f"{str(error).rstrip('.')}. {_cure(implementation)}"
+        op = error_origin.op_name(error)
+        return f"{op}{': ' if op else ''}{str(error).rstrip('.')}. {_cure(implementation)}"
     return ""
 
 

@@ -12,7 +12,7 @@ from mla.command.console import note
 from mla.command.exit_codes import Exit, end_early
 from mla.errors import MLAError
 from mla_backends import BackendError
-from mla_backends.errors import first_line
+from mla_backends.errors import describe
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,7 @@ def failure_of(scenario: str, error: Exception) -> MLAError | BackendError:
     """Return what to print: our own sentence, or what was raised and where."""
     if isinstance(error, (MLAError, BackendError)):
         return error.with_traceback(None)  # whose frames would keep weights alive
-    return RunFailed(
-        f"scenario '{scenario}' failed: {type(error).__name__}: {first_line(error)} "
-        f"({error_origin.place(error)})."
-    )
+    return RunFailed(f"scenario '{scenario}' failed: {describe(error)} ({error_origin.place(error)}).")
 
 
 def verdict(outcome: Outcome) -> Exit:

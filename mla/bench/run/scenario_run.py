@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from mla.bench import results
 from mla.bench.failures.keeper import Case, Keeper
 from mla.bench.limits import placing
@@ -17,7 +19,7 @@ from mla.bench.measure.samples import Measurement
 from mla.bench.plan import yardstick
 from mla.bench.plan.repro import case_command
 from mla.bench.plan.request import Request, ScenarioPlan
-from mla.bench.run import judging
+from mla.bench.run import judging, tampered
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.fixture import make_fixture
 from mla.bench.subjects.layer import MlaLayer
@@ -67,9 +69,11 @@ class ScenarioRun:
         backend, seed, variants = self._setting.backend, self._setting.seed, self._request.variants
         shorten = partial(yardstick.shortened, self._point, variants.timed)
         hooks = replace(self._hooks, shorten=shorten, say=note)
+        threads = torch.get_num_threads()
         measured = engine.measure(
             built, self._point, inputs, checker, backend, seed, variants, self._progress, hooks
         )
+        self._remark_on_threads(threads)
         for one in built:
             if measured[one.name].check.status in ("ok", "doubtful"):
                 self._outputs[one.name] = measured[one.name].outputs
@@ -82,6 +86,7 @@ class ScenarioRun:
         if self._request.stages:
             for one, case in zip(built, cases, strict=True):
                 self._add_stages(one, case, checker)
+        tampered.withhold(cases)
         return cases
 
     def _failed(self, one: Implementation, check: Check) -> None:
@@ -90,6 +95,14 @@ class ScenarioRun:
         command = case_command(self._request.command, self._point, self._fixture.repeated_as(one.name))
         case = Case(self._point, *self._fixture.prepare(), command, self._hooks.heartbeat)
         self._keeper.keep(one, check, case)
+
+    def _remark_on_threads(self, before: int) -> None:
+        """Say that a plugin has changed torch's threads: implementations ran on different numbers of them."""
+        if (now := torch.get_num_threads()) != before:
+            note(
+                f"{self._point.name}: torch had {before} host threads before it and has {now} after it: "
+                f"code of backend '{self._setting.backend.name}' changes them, so not all ran on as many"
+            )
 
     def refuse(self, name: str, reason: str) -> None:
         """Say which implementation is skipped because one of its ops refuses the batch."""

@@ -29,7 +29,7 @@ from mla.command.console import note
 from mla.command.progress import Progress
 from mla.errors import MLAError, OutOfMemory
 from mla_backends import BackendError
-from mla_backends.errors import first_line
+from mla_backends.errors import first_line, plugin_code
 
 # Most of a run's time that its limits are measured for once more after the last case.
 LIMITS_SHARE = 0.05
@@ -100,7 +100,8 @@ class _Scheduler:
         self._limits.append(work.ceilings)
         try:
             if names:
-                self._measure(work, scenario, names)
+                with plugin_code():
+                    self._measure(work, scenario, names)
         except KeyboardInterrupt:
             self._keep(work.interrupted(self._missing(scenario)))
             return Outcome(self._result(), interrupted=True)

@@ -19,6 +19,7 @@ from mla.bench.terminal.case_lines import case_lines
 from mla.bench.terminal.digits import between, known, number
 from mla.bench.terminal.timings import timing_lines
 from mla.bench.terminal.verdict import same_ops, speed, verdicts
+from mla.command.console import results_stream
 from mla.command.table import markdown
 from mla.text import size
 
@@ -146,7 +147,7 @@ def _cells(cases: Sequence[Case]) -> Iterable[list[str]]:
 
 
 def _table(cases: Sequence[Case]) -> str:
-    console = Console()
+    console = Console(file=results_stream())
     can_draw = console.encoding.startswith("utf")
     table = Table(box=box.SIMPLE_HEAD if can_draw else box.ASCII, pad_edge=False)
     for title in COLUMNS:

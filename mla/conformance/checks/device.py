@@ -31,6 +31,9 @@ def identity(trial: Trial) -> None:
     """The backend has a name and was written for this version of the contract."""
     name, version = getattr(trial.backend, "name", None), getattr(trial.backend, "api_version", None)
     expect(isinstance(name, str) and bool(name), f"name is {name!r}")
+    entry = trial.backend.entry
+    if entry is not None and entry.distribution is not None:
+        expect(name == entry.name, f"name is {name!r}, but the entry point is called {entry.name!r}")
     expect(version == API_VERSION, f"api_version is {version!r}, but this contract is {API_VERSION}")
 
 

@@ -194,7 +194,31 @@ ABSENT = "backend 'local_code:it' has no usable device: "
         ("import sys; sys.exit(3)", FAILED + "importing module local_code raised SystemExit: 3;"),
         ("raise ValueError", FAILED + "importing module local_code raised ValueError;"),
         ("import no_such_sdk", FAILED + "importing module local_code raised ModuleNotFoundError: No module"),
-        ("", FAILED + "importing module local_code raised AttributeError: module 'local_code' has no attri"),
+        ("", FAILED + "module local_code has no attribute 'it'; check the spelling"),
+        ("class inner:\n    it = 1", FAILED + "module local_code has no attribute 'it'; "),
+        ("class it2(Local): pass", FAILED + "module local_code has no attribute 'it'; the nearest is 'it2'"),
+        ("raise GeneratorExit", FAILED + "importing module local_code raised GeneratorExit;"),
+        (
+            "class Odd(BaseException): pass\nraise Odd('x')",
+            FAILED + "importing module local_code raised Odd: x;",
+        ),
+        (
+            "class it(Local):\n    def probe(self): raise SystemExit(0)",
+            ABSENT + "probe() raised SystemExit: 0, which the contract forbids;",
+        ),
+        (
+            "class it(Local):\n    def setup(self, index=None): raise GeneratorExit",
+            ABSENT + "setup(None) raised GeneratorExit;",
+        ),
+        (
+            "class it(Local):\n    def device_count(self): raise SystemExit(0)",
+            ABSENT + "device_count() raised SystemExit: 0;",
+        ),
+        ("class it(Local):\n    def device_count(self): return 0", ABSENT + "device_count() is 0;"),
+        (
+            "class it(Local):\n    def device_count(self): return 'two'",
+            ABSENT + "device_count() returned 'two'",
+        ),
         ("it = 3", FAILED + "module local_code has no hook; mark its mla_backend(options) with"),
         (
             "@hookimpl\ndef it(options): raise KeyError(1)",
@@ -261,6 +285,41 @@ def test_every_fault_of_a_plugin_becomes_one_sentence(
     assert said.partition(": ")[2].startswith(sentence)
     assert "\n" not in said
     assert "Traceback" not in said
+
+
+def test_a_device_beyond_those_that_are_visible_is_refused(python: Python, tmp_path: Path) -> None:
+    """Although the backend's own setup() takes any number."""
+    counting = "class it(Local):\n    def device_count(self): return 2"
+    (tmp_path / "local_code.py").write_text(f"{BACKEND}\n{counting}\n")
+    code = """
+from mla_backends.registry import open_backend
+print(open_backend("local_code:it", 1).device)
+try:
+    open_backend("local_code:it", 5)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    assert python(code).splitlines() == [
+        "device 1",
+        "BackendError backend 'local_code:it' has 2 device(s), so there is no device 5.",
+    ]
+
+
+def test_what_fails_at_import_is_to_be_seen_with_its_traceback(
+    python: Python, tmp_path: Path, contract_alone: Path
+) -> None:
+    """The hint names a command that shows more than the sentence it stands in."""
+    (tmp_path / "local_code.py").write_text("def load(): raise OSError('libx.so is missing')\nload()\n")
+    said = refusal(python, "local_code:it")
+    assert said.endswith("`python -m mla_backends.probe local_code:it` shows the traceback.")
+    shown = subprocess.run(
+        [sys.executable, "-m", "mla_backends.probe", "local_code:it"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(contract_alone)},
+        capture_output=True,
+        text=True,
+    )
+    assert 'local_code.py", line 1, in load' in shown.stderr
 
 
 def test_the_error_a_backend_chose_itself_passes_through(python: Python, tmp_path: Path) -> None:

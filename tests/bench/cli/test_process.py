@@ -184,3 +184,16 @@ def test_an_unpackaged_backend_without_torch_says_so(process: Bench, no_torch: P
     assert done.code == 3
     assert "No module named 'torch'" in done.error
     assert "install the torch build it needs" in done.error
+
+
+def test_sigterm_while_modules_are_imported_is_told_from_ctrl_c(tmp_path: Path) -> None:
+    """Imports run text with `exec`, and an interrupt there makes Python end as after Ctrl-C."""
+    asleep = "import sys, time; print('asleep', file=sys.stderr, flush=True); time.sleep(60)"
+    (tmp_path / "sleepy.py").write_text(f"exec({asleep!r})\n")
+    words = ["-m", "mla.bench", "--backend", "sleepy:it", "--list-ops"]
+    child = subprocess.Popen([sys.executable, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    assert child.stderr.readline() == "asleep\n"
+    child.terminate()
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (143, "error: interrupted by SIGTERM\n")

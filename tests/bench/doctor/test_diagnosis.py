@@ -213,7 +213,7 @@ def test_ops_are_listed_with_every_reason_for_the_default_config(process: Bench,
             {"setup": "raise RuntimeError('driver too old')"},
             "no device",
             "setup(None) raised RuntimeError: driver too old",
-            "`python -m mla.bench list` shows the state of every backend",
+            "`python -X dev -m mla.bench --backend loose:Loose --list-ops` shows the traceback",
         ),
         (
             {"ops": "1 / 0"},

@@ -1,0 +1,216 @@
+"""Plugins with a mistake that is no crash: each is told what it is, by the command that runs into it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mla_backends import BackendError, TorchBackend, host
+
+Bench = Callable[..., Any]
+Plugin = Callable[..., tuple[str, str]]
+
+CODE = """
+import torch
+from mla_backends import Backend, FusedOp, TorchBackend
+from mla_backends.testing import HostBackend
+
+class Op(FusedOp):
+    contract = "linear/1"
+    reasons = []
+    def unsupported_reasons(self, spec): return self.reasons
+    def __call__(self, *args, **tensors): raise NotImplementedError
+
+class Plugin(HostBackend):
+    name = "odd"
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plugin:
+    """Return a function that writes a plugin with those lines and returns the options that choose it."""
+    numbers = itertools.count()
+
+    def plugin(lines: str) -> tuple[str, str]:
+        name = f"odd_{tmp_path.name.replace('-', '_')}_{next(numbers)}"
+        (tmp_path / f"{name}.py").write_text(f"{CODE}{lines}\n")
+        return ("--backend", f"{name}:Plugin")
+
+    monkeypatch.syspath_prepend(tmp_path)
+    return plugin
+
+
+@pytest.fixture
+def _threads() -> Any:
+    """Leave the number of threads as it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------------- ops
+
+
+@pytest.mark.parametrize(
+    ("offered", "sentence"),
+    [
+        ("{'x': Op}", "the backend's op 'x' is the class Op itself: ops() must return an instance, Op()."),
+        ("{'x': print}", "the backend's op 'x' is a builtin_function_or_method, not a FusedOp."),
+        ("{'': Op()}", "a backend's op needs a name, and one of <odd_"),
+        ("{3: Op()}", "a backend's op needs a name, and one of <odd_"),
+        ("[Op()]", "the backend's ops() returned a list, not a mapping of ops."),
+    ],
+)
+def test_what_is_no_op_is_told_from_a_misspelt_one(
+    bench: Bench, plugin: Plugin, offered: str, sentence: str
+) -> None:
+    done = bench(*plugin(f"    def ops(self): return {offered}"), "--list-ops")
+    assert (done.code, done.out) == (3, "")
+    assert done.error.startswith(f"error: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("contract", "meant"),
+    [("latent_atention/1", "latent_attention/1"), ("linaer/1", "linear/1"), ("rms_nrom", "rms_norm/1")],
+)
+def test_a_misspelt_contract_gets_the_whole_one(
+    bench: Bench, plugin: Plugin, contract: str, meant: str
+) -> None:
+    words = plugin(f"    def ops(self): return {{'x': Op()}}\nOp.contract = {contract!r}")
+    done = bench(*words, "--list-ops")
+    assert done.error == (
+        f"error: the backend's op 'x' has unknown contract '{contract}'. Did you mean '{meant}'?"
+    )
+
+
+@pytest.mark.parametrize("answer", ["no bf16", None, [None], True])
+def test_reasons_that_are_no_list_are_named(bench: Bench, plugin: Plugin, answer: Any) -> None:
+    words = plugin(f"    def ops(self): return {{'x': Op()}}\nOp.reasons = {answer!r}")
+    done = bench(*words, "--list-ops")
+    assert (done.code, done.out) == (3, "")
+    assert done.error == (
+        f"error: the backend's op 'x': unsupported_reasons() returned {answer!r}, not a list of sentences "
+        "([] if it can)."
+    )
+
+
+def test_a_refusal_that_comes_too_late_names_the_op(bench: Bench, small: list[str]) -> None:
+    late = ["-O", "at=call", "-O", "raises=BackendError"]
+    words = ["--backend", "leaving_backend:Leaving", "--dtype", "float32", "--scenario", "decode"]
+    done = bench(*words, *late, *small, "--implementations", "mla")
+    assert done.code == 3
+    assert "scenario 'decode', implementation 'mla': op 'leaving_op' of " in done.error
+    assert "10 rows or more, please. " in done.error
+
+
+# --------------------------------------------------------------------------------------------- threads
+
+
+@pytest.mark.usefixtures("_threads")
+def test_threads_reach_torch_where_the_backend_does_nothing_with_them(bench: Bench, plugin: Plugin) -> None:
+    for threads in (1, 2):
+        assert bench(*plugin(""), "--threads", str(threads), "--list-ops").code == 0
+        assert torch.get_num_threads() == threads
+
+
+@pytest.mark.usefixtures("_threads")
+def test_a_backend_that_sets_another_number_of_threads_is_refused(bench: Bench, plugin: Plugin) -> None:
+    words = plugin(
+        "    def setup(self, index=None):\n        torch.set_num_threads(1)\n        return super().setup()"
+    )
+    assert bench(*words, "--threads", "1", "--list-ops").code == 0
+    done = bench(*words, "--threads", "2", "--list-ops")
+    assert (done.code, done.out) == (3, "")
+    assert "ignores the option threads: 2 were asked for, and after its setup() torch uses 1; " in done.error
+
+
+@pytest.mark.usefixtures("_threads")
+def test_more_threads_than_cpus_are_remarked_on(bench: Bench, plugin: Plugin) -> None:
+    cpus = host.cpu_limit()
+    said = f"{cpus + 1} host threads share {cpus} CPU"
+    assert said in bench(*plugin(""), "--threads", str(cpus + 1), "--list-ops").err
+    assert "host threads share" not in bench(*plugin(""), "--threads", str(cpus), "--list-ops").err
+
+
+@pytest.mark.usefixtures("_threads")
+def test_an_op_that_changes_the_threads_is_remarked_on(
+    bench: Bench, plugin: Plugin, small: list[str]
+) -> None:
+    """So that mla and the reference beside it do not run on as many."""
+    words = plugin(
+        "    def ops(self): return {'x': Changing()}\n"
+        "from mla.reference import REFERENCE\n"
+        "class Changing(Op):\n"
+        "    def __call__(self, *args, **tensors):\n"
+        "        REFERENCE['linear'](*args, **tensors)\n"
+        "        torch.set_num_threads(1)"
+    )
+    options = ["--threads", "2", "--passes", "1", "--dtype", "float32", "--scenario", "decode"]
+    done = bench(*words, *small, *options)
+    assert done.code == 0
+    assert "decode: torch had 2 host threads before it and has 1 after it: code of backend 'odd'" in done.err
+
+
+# -------------------------------------------------------------------------------------- device, clock, name
+
+
+def test_a_device_whose_events_cannot_time_has_no_device_clock(bench: Bench, plugin: Plugin) -> None:
+    """torch.cpu.Event takes no arguments; doctor and run agree that this does no harm."""
+    words = plugin("class Plugin(TorchBackend):\n    name, api_version, device_type = 'odd', 1, 'cpu'")
+    assert bench(*words, "--list-ops").code == 0
+    done = bench(*words, "--list-ops", "--clock", "device")
+    assert (done.code, done.error.partition(" (")[0]) == (3, "error: backend 'odd' has no device timer")
+
+
+def test_an_event_that_fails_otherwise_names_the_backend(bench: Bench, plugin: Plugin) -> None:
+    def broken(enable_timing: bool) -> None:
+        raise RuntimeError("driver too old")
+
+    class Odd(TorchBackend):
+        name, api_version, device_type = "odd", 1, "odd"
+        module = SimpleNamespace(Event=broken)  # type: ignore[assignment]
+
+    with pytest.raises(BackendError, match=r"'odd' cannot make a torch\.odd\.Event .*: driver too old"):
+        Odd().device_timer()
+
+
+def test_doctor_calls_nothing_usable_that_a_run_cannot_use(process: Bench, plugin: Plugin) -> None:
+    timer = plugin("    def device_timer(self): raise TypeError('Event() takes no arguments')")
+    done = process("doctor", timer[1])
+    assert done.code == 3
+    assert "TypeError: Event() takes no arguments" in done.out
+    none = plugin("    def device_count(self): return 0")
+    done = process("doctor", none[1])
+    assert done.code == 3
+    assert f"{none[1]}: no device" in done.out
+    assert "device_count() is 0" in done.out
+
+
+def test_an_entry_point_of_another_name_is_remarked_on(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = tmp_path / "mla_backend_misname-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: mla-backend-misname\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text("[mla.backends]\nmisname = misname_module:Plugin\n")
+    (tmp_path / "misname_module.py").write_text(CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    done = bench("--backend", "misname", "--list-ops")
+    assert done.code == 0
+    assert (
+        "backend 'misname' of mla-backend-misname 1.0 calls itself 'odd', and so do its results: " in done.err
+    )
+
+
+def test_an_unknown_name_gets_one_list_of_each_kind(bench: Bench) -> None:
+    """A backend that is installed is not listed a second time as one that is known."""
+    said = bench("doctor", "zzz").error
+    assert said.count(" cpu") == 1
+    assert os.linesep not in said
