@@ -35,6 +35,60 @@ def oracle(
     return torch.cat(outputs)
 
 
+def oracle_of_last(
+    config: MLAConfig,
+    state: State,
+    hidden: torch.Tensor,  # [T, d], requests back to back
+    last: torch.Tensor,  # [n, B, d]: what may stand in place of each request's last token
+    query_lens: Sequence[int],
+    history: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    """Return the outputs [n, B, d] in float64 of the replaced last tokens; no other row sees them."""
+    wide = {name: weight.double() for name, weight in _host(state).items()}
+    requests = zip(hidden.cpu().double().split(list(query_lens)), last.unbind(1), history, strict=True)
+    found = [_last_rows(config, wide, new[:-1], own.cpu().double(), *past) for new, own, past in requests]
+    return torch.stack(found, dim=1)
+
+
+def _last_rows(
+    config: MLAConfig,
+    state: State,
+    before: torch.Tensor,  # [t - 1, d]
+    last: torch.Tensor,  # [n, d]
+    kv: torch.Tensor,
+    pe: torch.Tensor,
+) -> torch.Tensor:
+    """Return the outputs [n, d] of one request whose last token is one of several."""
+    c, n = config.kv_lora_rank, config.qk_nope_head_dim
+    start = kv.shape[0] + before.shape[0]
+    keys, keys_pe = _latents(config, state, before, torch.arange(kv.shape[0], start))
+    keys, keys_pe = torch.cat((kv.cpu().double(), keys)), torch.cat((pe.cpu().double(), keys_pe))
+    at = torch.full((last.shape[0],), start)
+    own, own_pe = _latents(config, state, last, at)
+    q = _queries(config, state, last) * _by_position(config, at)
+    q_pe = _rotate(config, q[..., n:], at)
+    kv_b = state["kv_b_proj.weight"].view(config.num_attention_heads, n + config.v_head_dim, c)
+    heads = []
+    for head, weight in enumerate(kv_b):
+        k_nope, value = (keys @ weight.T).split((n, config.v_head_dim), dim=1)
+        own_k, own_value = (own @ weight.T).split((n, config.v_head_dim), dim=1)
+        seen = q[:, head, :n] @ k_nope.T + q_pe[:, head] @ keys_pe.T
+        itself = (q[:, head, :n] * own_k).sum(1) + (q_pe[:, head] * own_pe).sum(1)
+        weights = (torch.cat((seen, itself[:, None]), dim=1) * config.softmax_scale).softmax(-1)
+        heads.append(weights[:, :-1] @ value + weights[:, -1:] * own_value)
+    return _project(state, "o_proj", torch.stack(heads, dim=1).flatten(1))
+
+
+def _latents(
+    config: MLAConfig, state: State, hidden: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what new tokens are cached as: kv [t, c] normed, pe [t, r] rotated."""
+    c = config.kv_lora_rank
+    latent = _project(state, "kv_a_proj_with_mqa", hidden)
+    kv = _norm(latent[:, :c], state["kv_a_layernorm.weight"], config.rms_norm_eps) * config.kv_latent_scale
+    return kv, _rotate(config, latent[:, None, c:], positions)[:, 0]
+
+
 def _host(state: State) -> dict[str, torch.Tensor]:
     return {name: weight.cpu() for name, weight in state.items()}
 
@@ -43,14 +97,11 @@ def _request(
     config: MLAConfig, state: State, hidden: torch.Tensor, kv: torch.Tensor, pe: torch.Tensor
 ) -> torch.Tensor:
     """Return one request's output [t, d]."""
-    c, n = config.kv_lora_rank, config.qk_nope_head_dim
+    n = config.qk_nope_head_dim
     positions = torch.arange(kv.shape[0], kv.shape[0] + hidden.shape[0])
     q = _queries(config, state, hidden) * _by_position(config, positions)  # [t, h, n + r]
     q_pe = _rotate(config, q[..., n:], positions)
-    latent = _project(state, "kv_a_proj_with_mqa", hidden)
-    new_kv = _norm(latent[:, :c], state["kv_a_layernorm.weight"], config.rms_norm_eps)
-    new_kv = new_kv * config.kv_latent_scale
-    new_pe = _rotate(config, latent[:, None, c:], positions)[:, 0]
+    new_kv, new_pe = _latents(config, state, hidden, positions)
     keys = torch.cat((kv.cpu().double(), new_kv))  # [s, c]
     keys_pe = torch.cat((pe.cpu().double(), new_pe))  # [s, r]
     heads = _attend(config, state, q[..., :n], q_pe, keys, keys_pe)

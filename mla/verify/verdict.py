@@ -8,9 +8,9 @@ import msgspec
 
 
 class Check(msgspec.Struct, kw_only=True):
-    """Outcome of comparing a case with the float64 oracle, in every pass, and its number with other evidence."""
+    """Outcome of comparing a case with the float64 oracle in every pass. "doubtful": right, but not its time."""
 
-    status: Literal["ok", "wrong", "doubtful", "not run"]  # doubtful: right outputs, but a time that cannot be
+    status: Literal["ok", "wrong", "doubtful", "not run"]
     error_ratio: float | None = None  # largest error over its bound; at most 1 when ok
     relative_error: float | None = None  # of the whole output
     reason: str = ""

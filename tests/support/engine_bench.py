@@ -1,62 +1,93 @@
-"""The engine's surroundings, scripted: outputs that are known, and a clock that counts instead of running."""
+"""The engine's surroundings, scripted: outputs that are known, and a clock that only steps advance."""
 
 from __future__ import annotations
 
 import gc
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from mla.bench.measure.engine import measure
+from mla.bench.doubts import backend_clocks, clock
+from mla.bench.measure import passes, warmup
+from mla.bench.measure.engine import CHECKED, measure
 from mla.bench.measure.hooks import Hooks
 from mla.bench.measure.samples import Measurement
 from mla.bench.measure.variants import Variants
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import Inputs, make_inputs
 from mla.bench.workload.scenario import Scenario
-from mla.verify.layer_check import Checker
+from mla.verify.layer_check import Checker, Forward
+from mla.verify.verdict import Check
 from mla_backends.testing import HostBackend
 
 if TYPE_CHECKING:
     from mla import MLAConfig
 
+__all__ = ["CHECKED", "DECODE", "PREFILL", "Bench", "MakeBench", "Parrot", "Wrong"]
+
 Log = list[tuple[str, str]]
 Wrong = Callable[[int], bool]
 
+SETTING: Any = SimpleNamespace(device=torch.device("cpu"))
 DECODE = Scenario(name="d", mode="decode", query_lens=(1, 1), history=(2, 3), runs=3, passes=4, warmups=0)
 PREFILL = Scenario(name="p", mode="prefill", query_lens=(2,), history=(0,), runs=6, passes=3, warmups=0)
 
 
 class Parrot(Implementation):
-    """Repeats the expected outputs, except in the passes that `wrong` picks (0 is the check)."""
+    """Repeats the expected outputs, except in the passes that `wrong` picks by how many ran before."""
 
-    def __init__(self, name: str, expected: torch.Tensor, log: Log, wrong: Wrong = lambda number: False):
+    def __init__(self, bench: Bench, name: str, wrong: Wrong = lambda number: False):
+        self.setting = SETTING
         self.name = name
-        self._expected, self._log, self._wrong = expected, log, wrong
-        self.number = 0  # restores so far
+        self._bench, self._wrong = bench, wrong
+        self.number = -1  # of the pass: 0 is the check
+        self.numbers: list[int] = []  # by which inputs were selected
         self.collecting: list[bool] = []
-        self.clean: list[bool] = []
+        self._found: dict[int, torch.Tensor] = {}
+        self._outputs: dict[int, torch.Tensor] = {}
+
+    def _note(self, what: str) -> None:
+        self._bench.log.append((self.name, what))
 
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
-        self._log.append((self.name, "load"))
-        self.outputs = torch.full(self._expected.shape, torch.nan)
+        self._note("load")
 
-    def restore(self) -> None:
-        self._log.append((self.name, "restore"))
+    def restore(self, number: int = 0) -> None:
+        self._note("restore")
         self.number += 1
+        self.numbers.append(number)
+        self._found = {}
 
     def before(self, index: int) -> None:
-        self._log.append((self.name, "before"))
+        self._note("before")
 
     def step(self, index: int) -> None:
-        self._log.append((self.name, "step"))
+        self._note("step")
         self.collecting.append(gc.isenabled())
-        self.clean.append(bool(self.outputs.isnan().all()))
-        slot = index % len(self._expected)
-        self.outputs[slot] = self._expected[slot] * (2.0 if self._wrong(self.number) else 1.0)
+        self._bench.time.step()
+        expected = self._bench.expected[index % len(self._bench.expected)]
+        self._found[index] = expected * (2.0 if self._wrong(self.number) else 1.0)
+
+    def after(self, index: int) -> None:
+        self._note("after")
+
+    def collect(self) -> None:
+        self._note("collect")
+        self._outputs = self._found
+
+    def check(self, checker: Checker) -> Check:
+        steps = len(self._bench.expected)
+        found = [
+            Forward(index % steps, rows, checker.expected[index % steps], f"step {index}")
+            for index, rows in self._outputs.items()
+        ]
+        return checker.check_forwards(found, False)
+
+    def compared(self) -> dict[int, torch.Tensor]:
+        return self._outputs
 
     def cache_bytes(self) -> int:
         return 0
@@ -65,64 +96,86 @@ class Parrot(Implementation):
         return 0
 
 
-class Clock:
-    """Returns 0, 1, 2, ... milliseconds; `at` maps a sample's number to what happens then."""
+class Time:
+    """A clock that steps advance: the first by 1 ms, the next by 2, and so on."""
+
+    def __init__(self, log: Log, at: dict[int, BaseException]) -> None:
+        self._log, self._at = log, at
+        self.now = 1_000_000
+        self.steps = 0
+        self.passes = 0  # timed ones so far
+
+    def step(self) -> None:
+        if self.steps in self._at:
+            raise self._at[self.steps]
+        self.steps += 1
+        self.now += self.steps * 1_000_000
+
+    def read(self) -> int:
+        self._log.append(("clock", "read"))
+        return self.now
+
+
+class DeviceClock:
+    """A device's clock that agrees with the host's."""
 
     clock = "virtual"
 
-    def __init__(self, log: Log, at: dict[int, BaseException] | None = None) -> None:
-        self._log, self._at = log, at or {}
-        self._numbers: Iterator[int] = itertools.count()
-        self.taken = 0
-
-    def note(self, what: str) -> None:
-        self._log.append(("clock", what))
+    def __init__(self, time: Time) -> None:
+        self._time, self._start = time, 0
 
     def start(self) -> None:
-        self._log.append(("clock", "start"))
+        self._start = self._time.now
 
     def stop(self) -> float:
-        number = next(self._numbers)
-        self.taken = number + 1
-        self._log.append(("clock", "stop"))
-        if number in self._at:
-            raise self._at[number]
-        return float(number)
+        return (self._time.now - self._start) / 1e6
 
 
 class Stage(HostBackend):
-    """A backend whose timers are all one clock, so that samples number the forwards in their order."""
+    """A backend that notes its calls."""
 
-    def __init__(self, clock: Clock) -> None:
-        super().__init__(cache_bytes=1)
-        self.clock = clock
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(cache_bytes=64 << 20)
+        self._bench = bench
 
     def synchronize(self) -> None:
-        self.clock.note("wait")
+        self._bench.log.append(("clock", "wait"))
 
-    def timer(self) -> Clock:
-        return self.clock
-
-    def device_timer(self) -> Clock:
-        return self.clock
+    def device_timer(self) -> DeviceClock:
+        return DeviceClock(self._bench.time)
 
     def sensors(self) -> dict[str, str]:
-        self.clock.note("sense")
-        return {"timed": str(self.clock.taken)}
+        self._bench.log.append(("clock", "sense"))
+        return {"timed": str(self._bench.time.passes)}
 
 
 class Bench:
     """Everything `measure` needs for one scenario."""
 
-    def __init__(self, config: MLAConfig, scenario: Scenario) -> None:
+    def __init__(self, config: MLAConfig, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
         self.scenario = scenario
         self.inputs = make_inputs(config, scenario, 0, torch.float32)
         self.expected = torch.randn(self.inputs.hidden.shape, generator=torch.Generator().manual_seed(0))
         self.log: Log = []
+        self.time = Time(self.log, {})
         self.checker = Checker(self.expected.double(), torch.float32, lambda: self.expected)
+        for module in (passes, warmup, backend_clocks, clock):
+            monkeypatch.setattr(module, "now_ns", lambda: self.time.read())
+        for module in (passes, clock):
+            monkeypatch.setattr(module, "cpu_ns", lambda: self.time.now, raising=False)
+        monkeypatch.setattr(clock, "_clock_ns", lambda which: self.time.now)
+        timed = passes.PassRunner.time
+
+        def noted(runner: passes.PassRunner, *arguments: Any) -> None:
+            self.log.append((runner.implementation.name, "pass"))
+            timed(runner, *arguments)
+            self.log.append((runner.implementation.name, "passed"))
+            self.time.passes += 1
+
+        monkeypatch.setattr(passes.PassRunner, "time", noted)
 
     def parrot(self, name: str, wrong: Wrong = lambda number: False) -> Parrot:
-        return Parrot(name, self.expected, self.log, wrong)
+        return Parrot(self, name, wrong)
 
     def measure(
         self,
@@ -132,34 +185,39 @@ class Bench:
         hooks: Hooks = Hooks(),  # noqa: B008
         **at: Any,
     ) -> dict[str, Measurement]:
-        clock = Clock(self.log, {int(key[1:]): error for key, error in at.items()})
-        stage = Stage(clock)
-        return measure(
-            parrots,
-            self.scenario,
-            self.inputs,
-            self.checker,
-            stage,
-            seed,
-            variants,
-            lambda what, done: None,
-            hooks,
-        )
+        """Measure; `_16=error` raises in the step that 16 others preceded."""
+        self.time = Time(self.log, {int(key[1:]): error for key, error in at.items()})
+        quiet = lambda what, done: None  # noqa: E731
+        arguments = (self.scenario, self.inputs, self.checker, Stage(self), seed, variants, quiet, hooks)
+        return measure(parrots, *arguments)
 
     def order(self) -> list[str]:
-        """Name whose pass each run of timed steps belongs to, in the order they ran."""
-        timed = [
-            name for (name, what), last in zip(self.log[1:], self.log, strict=False) if last[1] == "start"
-        ]
-        assert len(timed) % self.scenario.steps == 0
-        return timed[:: self.scenario.steps]
+        """Name whose pass was timed, in the order they ran."""
+        return [name for name, what in self.log if what == "passed"]
+
+    def timed(self) -> list[list[str]]:
+        """Return the words of every timed pass that was finished."""
+        words, found = [what for _, what in self.log], []
+        starts = [place for place, what in enumerate(words) if what == "pass"]
+        for start in starts:
+            if "passed" in words[start:]:
+                found.append(words[start + 1 : words.index("passed", start)])
+        return found
+
+
+MakeBench = Callable[[Scenario], Bench]
 
 
 @pytest.fixture
-def decode(tiny: Callable[..., MLAConfig]) -> Bench:
-    return Bench(tiny(), DECODE)
+def make_bench(tiny: Callable[..., MLAConfig], monkeypatch: pytest.MonkeyPatch) -> MakeBench:
+    return lambda scenario: Bench(tiny(), scenario, monkeypatch)
 
 
 @pytest.fixture
-def prefill(tiny: Callable[..., MLAConfig]) -> Bench:
-    return Bench(tiny(), PREFILL)
+def decode(make_bench: MakeBench) -> Bench:
+    return make_bench(DECODE)
+
+
+@pytest.fixture
+def prefill(make_bench: MakeBench) -> Bench:
+    return make_bench(PREFILL)

@@ -10,18 +10,29 @@ from mla.bench.results.schema import Agreement, Case
 from mla.verify.tolerances import relative_error
 
 
-def compare(cases: Sequence[Case], outputs: Mapping[str, torch.Tensor]) -> None:
-    """Fill the `agreement` of every case with the others; `outputs` are on the host, by implementation."""
+Outputs = Mapping[int, torch.Tensor]  # of the forwards of one pass, on the host
+
+
+def compare(cases: Sequence[Case], outputs: Mapping[str, Outputs]) -> None:
+    """Fill the `agreement` of every case with the others; `outputs` are of the same inputs."""
     compared = [case for case in cases if case.implementation in outputs]
     for case in compared:
-        case.agreement = [_agreement(case, other, outputs) for other in compared if other is not case]
+        pairs = ((other, _pairs(case, other, outputs)) for other in compared if other is not case)
+        case.agreement = [_agreement(case, other, common) for other, common in pairs if common]
 
 
-def _agreement(case: Case, other: Case, outputs: Mapping[str, torch.Tensor]) -> Agreement:
+def _pairs(
+    case: Case, other: Case, outputs: Mapping[str, Outputs]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the outputs of the forwards that both kept."""
     mine, theirs = outputs[case.implementation], outputs[other.implementation]
+    return [(mine[index], theirs[index]) for index in sorted(mine.keys() & theirs.keys())]
+
+
+def _agreement(case: Case, other: Case, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Agreement:
     return Agreement(
         implementation=other.implementation,
-        relative_difference=relative_error((mine, theirs)),
+        relative_difference=relative_error(*pairs),
         speed_ratio=_speed_ratio(case, other),
     )
 

@@ -3,8 +3,8 @@
 Per scenario, every implementation runs one whole pass, which is compared with the oracle; wrong ones are not
 timed. The same goes for every further variant (graph replay, cold cache, device clock) of correct ones. After
 the warm-up, passes of all variants are interleaved in a seeded random order, each starting from the restored
-history. The outputs of a variant's last pass are compared with the oracle again, right after it. An
-implementation with a wrong variant gets no numbers at all.
+history and with inputs of its own. The outputs of every pass are compared with the oracle, right after it. An
+implementation with a wrong variant gets no numbers at all, nor does one whose times other evidence contradicts.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import count
 from typing import Any
 
+from mla.bench.doubts import backend_clocks, beside
+from mla.bench.doubts.clock import SecondOpinion
 from mla.bench.measure import refusals
 from mla.bench.measure.device_state import read_sensors
 from mla.bench.measure.hooks import Hooks
@@ -29,6 +32,9 @@ from mla.bench.subjects.base import Implementation
 from mla.bench.workload.scenario import Scenario
 from mla.verify.verdict import Check
 from mla_backends.api import Backend
+
+# Numbers of the pass that is checked first, and of passes that are not timed: no timed pass has them.
+CHECKED, UNTIMED = 1 << 20, 1 << 21
 
 ProgressCallback = Callable[[str, int], None]  # what is running, forwards done since the last call
 
@@ -52,17 +58,19 @@ def measure(
     required and the first implementation has none.
     """
     engine = _Engine(scenario, checker, backend, progress, hooks)
-    try:
-        for one in implementations:
-            hooks.enter(one.name)
-            with engine.refusable(one):
-                one.load(scenario, inputs)
-                engine.run_and_check(one)
-        runners = engine.make_runners(implementations, Setup(backend, variants or Variants(), scenario))
-        engine.warm_up(runners)
-        engine.time(runners, random.Random(seed))
-    except KeyboardInterrupt:
-        engine.interrupt(implementations)
+    with _no_garbage_collection():  # the same for checks and timing: no op can tell them apart by it
+        try:
+            for one in implementations:
+                hooks.enter(one.name)
+                with engine.refusable(one):
+                    one.load(scenario, inputs)
+                    engine.run_and_check(one)
+            runners = engine.make_runners(implementations, Setup(backend, variants or Variants(), scenario))
+            engine.warm_up(runners)
+            engine.time(runners, random.Random(seed))
+            engine.examine(runners)
+        except KeyboardInterrupt:
+            engine.interrupt(implementations)
     return engine.measurements
 
 
@@ -75,6 +83,8 @@ class _Engine:
         self.measurements: dict[str, Measurement] = {}
         self._scenario, self._checker, self._backend = scenario, checker, backend
         self._progress, self._hooks = progress, hooks
+        self._second_opinion = SecondOpinion()
+        self._untimed = count(UNTIMED)  # numbers of passes that are not timed
 
     def _tick(self, doing: str, one: Implementation, count: int = 1) -> None:
         self._progress(f"{self._scenario.name}: {doing} {one.name}", count)
@@ -99,16 +109,22 @@ class _Engine:
     def run_and_check(self, one: Implementation) -> None:
         """Run a whole pass, untimed; the transient memory of the last forward, the longest, is counted."""
         transient = TransientBytes()
+        one.restore(CHECKED)
         for index in range(self._scenario.inputs):
             one.before(index)
             with transient if index == self._scenario.inputs - 1 else nullcontext():
                 one.step(index)
             one.after(index)
             self._tick("checking", one)
+        one.collect()
         check = one.check(self._checker)
         transient_bytes = transient.peak + one.scratch_bytes()
-        headline = Samples(HEADLINE, check)
-        self.measurements[one.name] = Measurement(headline, transient_bytes=transient_bytes)
+        found = Measurement(Samples(HEADLINE, check), transient_bytes=transient_bytes)
+        self.measurements[one.name] = found
+        if check.status == "ok":
+            found.outputs = one.compared()
+        else:
+            self._hooks.failed(one, check)
 
     def make_runners(self, implementations: Sequence[Implementation], setup: Setup) -> list[PassRunner]:
         """Return the runners of all correct implementations, each variant checked before it is timed."""
@@ -122,10 +138,16 @@ class _Engine:
             if runner.samples.variant != HEADLINE and self._correct(runner):
                 self._hooks.enter(runner.implementation.name)
                 with self.refusable(runner.implementation):
-                    runner.try_pass(self._hooks.heartbeat)
-                    self._tick("checking", runner.implementation, len(runner.steps.run))
-                    runner.samples.check = runner.implementation.check(self._checker)
+                    self._check_variant(runner)
         return [runner for runner in found if self._correct(runner)]
+
+    def _check_variant(self, runner: PassRunner) -> None:
+        one = runner.implementation
+        runner.run(next(self._untimed), self._hooks.heartbeat)
+        self._tick("checking", one, len(runner.steps.run))
+        runner.samples.check = one.check(self._checker)
+        if runner.samples.check.status != "ok":
+            self._hooks.failed(one, runner.samples.check)
 
     def warm_up(self, runners: Sequence[PassRunner]) -> None:
         """Warm up every mode, timed separately; the result reports the headline's warm-up."""
@@ -140,8 +162,8 @@ class _Engine:
     def _warm_up(self, runner: PassRunner) -> None:
         one = runner.implementation
         tick = partial(self._tick, "warming up", one)
-        timer, least = self._backend.timer(), self._scenario.warmups
-        done = warm_up(runner.forwards, self._scenario.steps, least, timer, tick)
+        steps, least = self._scenario.steps, self._scenario.warmups
+        done = warm_up(runner.forwards, steps, least, self._backend.synchronize, self._untimed, tick)
         if runner.samples.variant == HEADLINE:
             measurement = self.measurements[one.name]
             measurement.warmups, measurement.settled = done.forwards, done.settled
@@ -151,8 +173,7 @@ class _Engine:
     def time(self, runners: Sequence[PassRunner], order: random.Random) -> None:
         """Time all passes, between two readings of the device's sensors."""
         self._sense("before")
-        with _no_garbage_collection():
-            self._time_passes(runners, order)
+        self._time_passes(runners, order)
         self._sense("after")
 
     def _sense(self, when: str) -> None:
@@ -178,29 +199,71 @@ class _Engine:
     def _time_pass(self, runner: PassRunner, switched: bool) -> None:
         self._hooks.enter(runner.implementation.name)
         if switched:
-            runner.rewarm()
-        runner.samples.passes.append(runner.time_pass(self._hooks.heartbeat))
+            runner.rewarm(next(self._untimed))
+        runner.time(self._number(runner), self._hooks.heartbeat)
         runner.samples.after_switch.append(switched)
         self._tick("timing", runner.implementation, len(runner.steps.run))
-        if runner.complete or self._hooks.should_stop is not None:  # any pass may be the last
-            self._check_again(runner)
+        self._check_pass(runner)
 
-    def _check_again(self, runner: PassRunner) -> None:
-        """Check the outputs of the last pass; an implementation that is wrong now loses its numbers."""
+    def _number(self, runner: PassRunner) -> int:
+        """Return the number of a variant's next pass: inputs are the same for all implementations."""
+        variants = [one.variant for one in self.measurements[runner.implementation.name].samples]
+        place = variants.index(runner.samples.variant)
+        return 1 + place * self._scenario.rounds + len(runner.passes)
+
+    def _check_pass(self, runner: PassRunner) -> None:
+        """Check all outputs of a pass; an implementation that is wrong in one loses its numbers."""
         first, again = runner.samples.check, runner.implementation.check(self._checker)
-        runner.samples.checked_again = True
         if again.status != "ok":
-            again.reason = f"correct before timing, wrong after it: {again.reason}"
+            again.reason = f"right at first, wrong in pass {len(runner.passes)}: {again.reason}"
         if again.status != "ok" or (again.error_ratio or 0) >= (first.error_ratio or 0):
             runner.samples.check = again
         if again.status != "ok":
+            self._hooks.failed(runner.implementation, again)
             self.measurements[runner.implementation.name].discard()
+
+    # ---------------------------------------------------------------------------------------- after
+
+    def examine(self, runners: Sequence[PassRunner]) -> None:
+        """Hold the times against other evidence; an implementation that it contradicts loses its numbers."""
+        for runner in runners:
+            one = runner.implementation
+            if runner.passes and self._correct(runner):
+                self._hooks.enter(one.name)
+                found = self._doubts(runner)
+                if found:
+                    where = "" if runner.samples.variant == HEADLINE else f"{runner.samples.variant}: "
+                    self.measurements[one.name].doubts += [f"{where}{doubt}" for doubt in found]
+                self._hooks.heartbeat()
+        clock = self._second_opinion.doubt()
+        for found_of in self.measurements.values():
+            if found_of.passes and clock:
+                found_of.doubts.append(clock)
+            if found_of.doubts:
+                found_of.discard()
+
+    def _doubts(self, runner: PassRunner) -> list[str]:
+        """Return why the times of one variant cannot be right."""
+        forwards, steps = runner.forwards, len(runner.steps.run)
+
+        def restore() -> None:
+            forwards.restore(next(self._untimed))
+
+        on_host = runner.implementation.setting.device.type == "cpu"
+        found = [beside.doubt(runner.passes, runner.idles, on_host)]
+        if runner.timer is not None:
+            found.append(backend_clocks.device_doubt(runner.timer, forwards, steps, restore))
+        elif runner.samples.variant == HEADLINE:
+            found.append(backend_clocks.timer_doubt(self._backend, forwards, steps, restore))
+        return [doubt for doubt in found if doubt]
+
+    # ------------------------------------------------------------------------------------ interrupted
 
     def interrupt(self, implementations: Sequence[Implementation]) -> None:
         """Mark what an interrupt left undone, including implementations that had not started."""
         for one in implementations:
             not_run = Samples(HEADLINE, Check(status="not run", reason="interrupted"))
-            self.measurements.setdefault(one.name, Measurement(not_run)).interrupt()
+            self.measurements.setdefault(one.name, Measurement(not_run)).interrupted = True
 
 
 @contextmanager

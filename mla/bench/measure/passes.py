@@ -1,4 +1,4 @@
-"""Passes: forwards from a restored history, timed one by one."""
+"""Passes: forwards from a restored history, timed one by one, and the time that passes beside them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Callable
 from typing import Protocol
 
+from mla.bench.doubts.clock import cpu_ns, now_ns
+from mla.bench.measure.pass_times import PassTimes
 from mla.bench.measure.samples import Samples
 from mla.bench.measure.variants import Steps
 from mla.bench.subjects.base import Implementation
@@ -23,7 +25,7 @@ class ClockError(MLAError):
 class Forwards(Protocol):
     """The forwards of a pass: an implementation's own, or captured ones. Only `step` is timed."""
 
-    def restore(self) -> None: ...
+    def restore(self, number: int = 0) -> None: ...
 
     def before(self, index: int) -> None: ...
 
@@ -33,74 +35,104 @@ class Forwards(Protocol):
 
 
 class PassRunner:
-    """Runs and times the passes of one implementation in one variant."""
+    """Runs and times the passes of one implementation in one variant.
+
+    The host clock is the runner's own, around `synchronize`, forward, `synchronize`. A `timer` is the device's
+    clock, and is read inside that.
+    """
 
     def __init__(
         self,
         implementation: Implementation,
         forwards: Forwards,
-        timer: Timer,
+        synchronize: Callable[[], None],
+        timer: Timer | None,
         flush: Callable[[], None] | None,
         steps: Steps,
         samples: Samples,
     ) -> None:
         self.implementation, self.steps, self.samples = implementation, steps, samples
-        self.forwards = forwards
-        self._timer = timer
+        self.forwards, self.timer = forwards, timer
+        self._synchronize = synchronize
         self._flush = flush
+        self.passes: list[PassTimes] = []
+        self.idles: list[PassTimes] = []
 
     @property
     def complete(self) -> bool:
         """Whether all passes were timed."""
         return len(self.samples.passes) == self.steps.passes
 
-    def rewarm(self) -> None:
+    def rewarm(self, number: int) -> None:
         """Reload into the caches what another variant has evicted; pointless if they are flushed anyway."""
         if self._flush is None:
-            self.forwards.restore()
+            self.forwards.restore(number)
             self.forwards.before(0)
             self.forwards.step(0)
             self.forwards.after(0)
 
-    def try_pass(self, heartbeat: Callable[[], None]) -> None:
-        """Run a pass as it will be timed, but untimed; `heartbeat` is called after every forward."""
-        self._pass(_NoClock(), heartbeat)
+    def run(self, number: int, heartbeat: Callable[[], None]) -> PassTimes:
+        """Run a pass; `heartbeat` is called after every forward."""
+        return self._pass(number, self.forwards.step, self._flush, heartbeat)
 
-    def time_pass(self, heartbeat: Callable[[], None]) -> list[float]:
-        """Return the milliseconds of a pass's timed forwards. Raises `ClockError` for impossible readings."""
-        times = self._pass(self._timer, heartbeat)
+    def time(self, number: int, heartbeat: Callable[[], None]) -> None:
+        """Run a pass and record its samples, after all it does beside its forwards, without them.
+
+        Raises `ClockError` for impossible readings.
+        """
+        idle = self._pass(number, lambda index: None, None, heartbeat)
+        found = self.run(number, heartbeat)
+        times = found.samples
         if not (math.isfinite(sum(times)) and statistics.median(times) > 0):
-            clock = self._timer.clock
+            clock = self.samples.clock
             raise ClockError(f"the {clock} clock of this backend measured {times[0]} ms for a forward.")
-        return times
+        self.idles.append(idle)
+        self.passes.append(found)
+        self.samples.passes.append(times)
 
-    def _pass(self, timer: Timer, heartbeat: Callable[[], None]) -> list[float]:
-        forwards, timed, flush = self.forwards, self.steps.timed, self._flush
-        times = []
-        forwards.restore()
-        self.implementation.outputs.fill_(math.nan)  # so that the next check sees this pass alone
+    def _pass(
+        self,
+        number: int,
+        step: Callable[[int], None],
+        flush: Callable[[], None] | None,
+        heartbeat: Callable[[], None],
+    ) -> PassTimes:
+        forwards, timed, found = self.forwards, self.steps.timed, PassTimes(forwards=len(self.steps.run))
+        forwards.restore(number)
+        self._synchronize()
+        began, began_cpu, flushed = now_ns(), cpu_ns(), [0, 0]
         for index in self.steps.run:
             forwards.before(index)
-            if index in timed:
-                if flush is not None:
-                    flush()
-                timer.start()
-                forwards.step(index)
-                times.append(timer.stop())
-            else:
-                forwards.step(index)
+            self._synchronize()
+            if flush is not None and index in timed:
+                start = (now_ns(), cpu_ns())
+                flush()  # waits for the device itself: the backend has no turn between it and the clock
+                flushed[0] += now_ns() - start[0]
+                flushed[1] += cpu_ns() - start[1]
+            self._region(step, index, index in timed, found)
             forwards.after(index)
             heartbeat()
-        return times
+        self.implementation.collect()
+        found.wall_cpu = (cpu_ns() - began_cpu - flushed[1]) / 1e6
+        found.wall = (now_ns() - began - flushed[0]) / 1e6
+        return found
 
-
-class _NoClock:
-    """Stands in for a timer in untimed passes."""
-
-    clock = "none"
-
-    def start(self) -> None:
-        pass
-
-    def stop(self) -> float:
-        return 0.0
+    def _region(self, step: Callable[[int], None], index: int, timed: bool, found: PassTimes) -> None:
+        timer = self.timer if timed else None
+        sample = None
+        start_cpu = cpu_ns()
+        if timer is None:
+            start = now_ns()
+            step(index)
+            self._synchronize()
+        else:
+            timer.start()
+            start = now_ns()
+            step(index)
+            sample = timer.stop()
+        inside = (now_ns() - start) / 1e6
+        found.regions += inside
+        found.regions_cpu += (cpu_ns() - start_cpu) / 1e6
+        if timed:
+            found.inside.append(inside)
+            found.samples.append(inside if sample is None else sample)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+import torch
+
 from mla.bench.measure.variants import Variant
+from mla.bench.results.schema import NewLengths
 from mla.verify.verdict import Check
 
 
@@ -18,7 +22,6 @@ class Samples:
     method: str = ""
     passes: list[list[float]] = field(default_factory=list)  # milliseconds
     after_switch: list[bool] = field(default_factory=list)  # per pass: another variant ran before it
-    checked_again: bool = False  # the outputs of the last pass were
 
 
 @dataclass
@@ -33,6 +36,9 @@ class Measurement:
     warmups: int = 0
     settled: bool | None = None  # the warm-up ended because latencies had settled; None: no warm-up
     device_state: list[dict[str, str]] = field(default_factory=list)
+    outputs: dict[int, torch.Tensor] = field(default_factory=dict)  # of the first pass, by forward
+    doubts: list[str] = field(default_factory=list)  # why the times cannot be right
+    new_lengths: NewLengths | None = None
 
     @property
     def samples(self) -> list[Samples]:
@@ -46,7 +52,10 @@ class Measurement:
 
     @property
     def check(self) -> Check:
-        """The headline's check, or that of a wrong variant; the reason then names the variant."""
+        """The headline's check, or that of a wrong variant; the reason then names the variant.
+
+        Right outputs whose times are in doubt are "doubtful".
+        """
         for one in self.others:
             if one.check.status == "wrong":
                 return Check(
@@ -55,17 +64,13 @@ class Measurement:
                     relative_error=one.check.relative_error,
                     reason=f"{one.variant}: {one.check.reason}",
                 )
-        return self.headline.check
+        check = self.headline.check
+        if check.status == "ok" and self.doubts:
+            return msgspec.structs.replace(check, status="doubtful", reason="; ".join(self.doubts))
+        return check
 
     def discard(self) -> None:
-        """Drop all samples of an implementation that was wrong in one variant."""
+        """Drop all samples of an implementation that was wrong in one variant, or whose times are in doubt."""
         for one in self.samples:
             one.passes.clear()
             one.after_switch.clear()
-
-    def interrupt(self) -> None:
-        """Mark what an interrupt left undone."""
-        self.interrupted = True
-        for one in self.samples:
-            if one.check.status == "ok" and not one.checked_again:
-                one.check.reason = "interrupted: checked before timing only"

@@ -59,15 +59,17 @@ class Setup:
             return str(error)
 
     def _runner(self, one: Implementation, forwards: Forwards, samples: Samples) -> PassRunner:
-        plan = steps(samples.variant, self._scenario)
-        timer = self._timer(samples.variant)
-        flush = self._flush if samples.variant.cache == "cold" else None
+        variant, backend = samples.variant, self._backend
+        plan = steps(variant, self._scenario)
+        timer = self._device_timer() if variant.clock == "device" else None
+        flush = self._flush if variant.cache == "cold" else None
         parts = [getattr(forwards, "method", ""), flush.method() if flush else "", plan.method()]
-        samples.clock, samples.method = timer.clock, "; ".join(part for part in parts if part)
-        return PassRunner(one, forwards, timer, flush, plan, samples)
+        samples.clock = timer.clock if timer else "host"
+        samples.method = "; ".join(part for part in parts if part)
+        return PassRunner(one, forwards, backend.synchronize, timer, flush, plan, samples)
 
-    def _timer(self, variant: Variant) -> Timer:
-        timer = self._backend.device_timer() if variant.clock == "device" else self._backend.timer()
+    def _device_timer(self) -> Timer:
+        timer = self._backend.device_timer()
         if timer is None:
             raise VariantError(
                 f"backend '{self._backend.name}' no longer has a device timer: device_timer() returned None."

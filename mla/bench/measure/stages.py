@@ -17,12 +17,12 @@ import torch
 from mla.bench.limits.roofline import RooflineModel
 from mla.bench.results.schema import Case, Cost, Roofline, Stage
 from mla.bench.subjects.layer import MlaLayer
+from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.workload.scenario import Scenario
 from mla.cache.ragged_batch import RaggedBatch
 from mla.cost import Work
 from mla.cost.by_role import role_costs
-from mla.verify.layer_check import Checker
-from mla_backends.api import Timer
+from mla_backends.api import HostTimer, Timer
 
 # Minimum of timed forwards: whole passes, so that a growing cache counts as it does in the headline.
 FORWARDS = 20
@@ -106,7 +106,7 @@ class TimedSteps:
         """Put the cache back to the history and prepare the batch of a prefill, as the layer itself does."""
         self._one.rewind()
         if self._prefill:
-            self._batch = self._extend()
+            self._batch = self._one.batch = self._extend()
             self._plan(self._batch)
 
     def step(self, index: int) -> None:
@@ -116,7 +116,7 @@ class TimedSteps:
 
     def _forward(self, index: int, batch: RaggedBatch) -> None:
         one = self._one
-        hidden, pages, out = one.hidden[index], one.cache.pages[0], one.outputs[index]
+        hidden, pages, out = one.x, one.cache.pages[0], one.out
         one.layer.check(hidden, batch, pages, out)
         self._step.run(self._ops, hidden, batch, self._plan(batch), pages, out)
 
@@ -138,10 +138,12 @@ def time_forwards(
     try:
         while len(samples) < FORWARDS:
             steps.restore()
-            one.outputs.fill_(float("nan"))
             for index in range(scenario.inputs):
+                one.before(index)
                 steps.step(index)
+                one.after(index)
                 samples.append(watch.take())
+            one.collect()
             progress(f"{scenario.name}: stages of {one.name}", scenario.inputs)
     finally:
         gc.enable()
@@ -152,13 +154,13 @@ def add(
     case: Case,
     one: MlaLayer,
     scenario: Scenario,
-    checker: Checker,
+    checker: LayerChecker,
     ceilings: RooflineModel,
     progress: Callable[[str, int], None],
 ) -> None:
     """Fill `case.stages`. A case that is wrong in these passes loses its numbers."""
     try:
-        samples = time_forwards(one, scenario, one.setting.backend.timer(), progress)
+        samples = time_forwards(one, scenario, HostTimer(one.setting.backend.synchronize), progress)
     except KeyboardInterrupt:
         case.interrupted = True
         return

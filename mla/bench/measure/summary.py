@@ -20,7 +20,7 @@ def fill(case: results.Case, scenario: Scenario, measurement: Measurement, one: 
     case.check, case.interrupted = measurement.check, measurement.interrupted
     case.passes, case.clock = len(measurement.passes), measurement.headline.clock
     case.warmups, case.settled = measurement.warmups, measurement.settled
-    case.device_state = measurement.device_state
+    case.device_state, case.new_lengths = measurement.device_state, measurement.new_lengths
     case.timings = [_timing(samples, scenario.layers) for samples in measurement.others]
     if not measurement.passes:
         return

@@ -7,12 +7,12 @@ At least as many forwards run as were asked for. Then more, until the median of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from mla.bench.doubts.clock import now_ns
 from mla.bench.measure.passes import Forwards
 from mla.bench.results.stats import median
-from mla_backends.api import Timer
 
 WINDOW, WITHIN = 5, 0.05
 MOST, SECONDS = 100, 5.0
@@ -27,11 +27,16 @@ class WarmupResult:
 
 
 def warm_up(
-    forwards: Forwards, steps: int, least: int, timer: Timer, tick: Callable[[int], None]
+    forwards: Forwards,
+    steps: int,
+    least: int,
+    synchronize: Callable[[], None],
+    numbers: Iterator[int],
+    tick: Callable[[int], None],
 ) -> WarmupResult:
     """Run forwards until latencies settle; the history is restored every `steps` forwards, as in a pass.
 
-    `tick` is called after every forward, with 1 for the first `least` forwards and 0 afterwards.
+    Every pass takes the next of `numbers`. `tick` is called after every forward, with 1 for the first `least` forwards and 0 afterwards.
     """
     if not least:
         return WarmupResult()
@@ -39,11 +44,13 @@ def warm_up(
     while not _done(taken, least):
         index = len(taken) % steps
         if index == 0:
-            forwards.restore()
+            forwards.restore(next(numbers))
         forwards.before(index)
-        timer.start()
+        synchronize()
+        start = now_ns()
         forwards.step(index)
-        taken.append(timer.stop())
+        synchronize()
+        taken.append((now_ns() - start) / 1e6)
         forwards.after(index)
         tick(int(len(taken) <= least))
     return WarmupResult(len(taken), settled(taken))

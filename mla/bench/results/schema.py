@@ -8,8 +8,8 @@ import msgspec
 
 from mla.verify.verdict import Check
 
-# 2 added points of a grid, several timings and stages of a case, ceilings; 3 the status "doubtful", the spread
-# of ceilings and lengths never seen before. Files of older versions still load.
+# 2 added points of a grid, several timings and stages of a case, ceilings; 3 the status "doubtful", the
+# spread of ceilings and lengths never seen before. Files of older versions still load.
 SCHEMA_VERSION = 3
 
 Interval = tuple[float, float]
@@ -150,7 +150,7 @@ class Case(msgspec.Struct, kw_only=True):
 
 
 class Ceiling(msgspec.Struct, kw_only=True):
-    """The best the device reached on one kind of work; `lowest` is the lowest of its repeated measurements."""
+    """The best the device reached on one kind of work; `lowest` is the lowest of repeated measurements."""
 
     work: Literal["read", "copy", "matmul"]
     value: float  # bytes per second, or FLOP per second

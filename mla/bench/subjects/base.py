@@ -1,10 +1,10 @@
 """The interface of everything that is timed: implementations of one layer.
 
-All get the same host weights and inputs. A *pass* is `restore(number)`, then `before(i)`, `step(i)`, `after(i)`
-for every forward, then `collect()`; only `step` is timed. Every forward has inputs and an output buffer of its
-own: the number of the pass selects exact changes of the scenario's inputs whose outputs are known (a sign per
-request, say), the same for all implementations, and output buffers hold NaN before. So no result of another
-forward passes for this one's.
+All get the same host weights and inputs. A *pass* is `restore(number)`, then `before(i)`, `step(i)` and
+`after(i)` for every forward, then `collect()`; only `step` is timed. Every forward has inputs and an output
+buffer of its own: the number of the pass selects exact changes of the scenario's inputs whose outputs are known
+(a sign per request, say), the same for all implementations, and output buffers hold NaN before. So no result of
+another forward passes for this one's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
-from mla.verify.layer_check import Checker
 from mla.verify.verdict import Check
 
 
@@ -31,7 +30,6 @@ class Implementation(ABC):
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.outputs: torch.Tensor  # [inputs, T, d] on the device
 
     @abstractmethod
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
@@ -42,7 +40,7 @@ class Implementation(ABC):
         """Restore the cache to the history, and select the inputs of pass `number`. Never timed."""
 
     def before(self, index: int) -> None:  # noqa: B027  # most implementations need nothing here
-        """Prepare `step(index)`. Never timed."""
+        """Give `step(index)` inputs and an output buffer of its own. Never timed."""
 
     @abstractmethod
     def step(self, index: int) -> None:
@@ -51,17 +49,17 @@ class Implementation(ABC):
     def after(self, index: int) -> None:  # noqa: B027  # most implementations write in place
         """Keep the output of `step(index)`. Never timed."""
 
-    def collect(self) -> None:  # noqa: B027  # see the classes
+    @abstractmethod
+    def collect(self) -> None:
         """Copy the pass's outputs to the host, before anything else calls the backend. Never timed."""
 
+    @abstractmethod
     def check(self, checker: Any) -> Check:
-        """Check the outputs of the last pass, and whatever else a subclass covers."""
-        judge: Checker = checker
-        return judge.check(self.outputs, self.held_to_reference)
+        """Check all outputs of the last pass that were collected, and whatever else a subclass covers."""
 
-    def compared(self) -> torch.Tensor:
-        """Return the outputs to compare with those of other implementations."""
-        return self.outputs
+    @abstractmethod
+    def compared(self) -> dict[int, torch.Tensor]:
+        """Return the collected outputs, by forward, to compare with those of other implementations."""
 
     @abstractmethod
     def cache_bytes(self) -> int:
@@ -81,7 +79,3 @@ class Implementation(ABC):
     def ops(self) -> dict[str, str]:
         """Return role -> implementation name."""
         return {}
-
-    def _prepare_buffers(self, inputs: Inputs) -> None:
-        self._hidden = inputs.hidden.to(self.setting.device)
-        self.outputs = torch.full_like(self._hidden, torch.nan)

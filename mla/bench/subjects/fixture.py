@@ -26,13 +26,13 @@ from mla.bench.subjects.op.problem import OpProblem, op_problem
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, sharing_weights
 from mla.bench.subjects.shared_weights import shared_bytes
 from mla.bench.subjects.stack import MlaStack
+from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.subjects.transformers_layer import TransformersLayer
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import parse_one
 from mla.errors import UnsupportedBatch
 from mla.layer.ops import Ops
 from mla.layer.plan import check_lengths
-from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import State
 from mla.verify.op_check import OpChecker
 from mla.weights import random_state_dict
@@ -152,9 +152,9 @@ class LayerFixture(Fixture):
         self._state = self._weights()
         return make_inputs(self.setting.config, self.point, self.setting.seed, self.setting.dtype)
 
-    def _make_checker(self, inputs: Inputs) -> Checker:
+    def _make_checker(self, inputs: Inputs) -> LayerChecker:
         expected = expected_outputs(self.setting.config, self._state, self.point, inputs)
-        return Checker(expected, self.setting.dtype, self._reference_outputs)
+        return LayerChecker(expected.plain, self.setting.dtype, self._reference_outputs, turned=expected)
 
     def _weights(self) -> State:
         if self._given is None:
@@ -163,12 +163,16 @@ class LayerFixture(Fixture):
 
     def _reference_outputs(self) -> torch.Tensor:
         """Run the reference once: our own implementations are compared with its error."""
-        reference = IMPLEMENTATIONS["mla-reference"](replace(self.setting, layers=1), self._state)
+        reference = MlaLayer(replace(self.setting, layers=1), self._state, "mla-reference", "reference")
         reference.load(self.point, self.inputs())
+        outputs = []
         for index in range(self.point.inputs):
+            reference.before(index)
             reference.step(index)
+            outputs.append(reference.out.cpu())
+            reference.after(index)
             self._after_forward()
-        return reference.outputs
+        return torch.stack(outputs)
 
     def build(self, name: str) -> Implementation:
         named = parse_one(name)

@@ -37,13 +37,16 @@ class CapturedForwards(ABC):
 
     def __init__(self, layer: MlaLayer) -> None:
         self._layer = layer
+        self._out = torch.empty_like(layer.out)  # where graphs write
 
-    def restore(self) -> None:
-        """Restore the cache to the history. Never timed."""
-        self._layer.restore()
+    def restore(self, number: int = 0) -> None:
+        """Restore the cache to the history, and select the inputs of pass `number`. Never timed."""
+        self._layer.restore(number)
 
-    def before(self, index: int) -> None:  # noqa: B027  # a prefill's inputs never change
-        """Copy the inputs of a forward to where its graph reads them. Never timed."""
+    def before(self, index: int) -> None:
+        """Write the inputs of a forward to where its graph reads them, and poison its output. Never timed."""
+        self._layer.before(index)
+        self._out.fill_(math.nan)
 
     def bookkeep(self) -> None:  # noqa: B027  # a prefill needs none
         """Do what the host does for every forward."""
@@ -56,8 +59,10 @@ class CapturedForwards(ABC):
         self.bookkeep()
         self.replay()
 
-    def after(self, index: int) -> None:  # noqa: B027  # a prefill writes them in place
-        """Copy the outputs of a forward to the layer's `outputs`. Never timed."""
+    def after(self, index: int) -> None:
+        """Copy the output of a forward to a buffer of its own. Never timed."""
+        self._layer.out.copy_(self._out)
+        self._layer.after(index)
 
 
 class ReplayAlone:
@@ -86,13 +91,14 @@ class CapturedPrefill(CapturedForwards):
         layer.restore()
         self._batch = layer.batch
         self._plan = layer.layer.plan(self._batch)
-        self._replay = capture(layer.setting.backend, lambda: layer.step(0))
+        work = lambda: layer.forward(self._batch, layer.hidden[0], self._out)  # noqa: E731
+        self._replay = capture(layer.setting.backend, work)
 
     def replay(self) -> None:
         self._replay()
 
-    def restore(self) -> None:
-        super().restore()
+    def restore(self, number: int = 0) -> None:
+        super().restore(number)
         if not torch.equal(self._layer.batch.block_table_host, self._batch.block_table_host):
             raise RuntimeError("a restored cache handed out pages other than the captured ones.")
 
@@ -110,7 +116,6 @@ class CapturedDecode(CapturedForwards):
         super().__init__(layer)
         _check_scaling(layer, scenario)
         self._hidden = torch.empty_like(layer.hidden[0])
-        self._out = torch.empty_like(layer.outputs[0])
         self._graphs: dict[int, _Graph] = {}
         layer.layer.rotary.reserve(max(scenario.final_lens))  # growing would move what graphs read
         layer.restore()
@@ -139,8 +144,8 @@ class CapturedDecode(CapturedForwards):
         self._layer.forward(batch, self._hidden, self._out)
 
     def before(self, index: int) -> None:
-        self._hidden.copy_(self._layer.hidden[index])
-        self._out.fill_(math.nan)
+        super().before(index)
+        self._hidden.copy_(self._layer.x)
 
     def bookkeep(self) -> None:
         batch = self._layer.extend()
@@ -149,9 +154,6 @@ class CapturedDecode(CapturedForwards):
 
     def replay(self) -> None:
         self._current.replay()
-
-    def after(self, index: int) -> None:
-        self._layer.outputs[index].copy_(self._out)
 
 
 def captured(implementation: Implementation, scenario: Scenario) -> CapturedForwards:

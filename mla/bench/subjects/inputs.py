@@ -5,23 +5,49 @@ Zero or constant inputs flatter a device (power, caches, branch-free softmax), s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from mla.bench.subjects import turns
+from mla.bench.subjects.turns import Turn, Turns
 from mla.bench.workload.scenario import Scenario
 from mla.config import MLAConfig
-from mla.verify.layer_oracle import State, oracle
+from mla.verify.layer_oracle import State, oracle, oracle_of_last
 
 History = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Host tensors shared by all implementations."""
+    """Host tensors shared by all implementations, and how forwards take turns with them."""
 
-    hidden: torch.Tensor  # [inputs, T, d]
+    hidden: torch.Tensor  # [inputs, T, d]: the plain ones
     history: History  # per request: kv [s, c], normalized; pe [s, r], rotated
+    others: torch.Tensor  # to choose from: prefill [n, B, d], last tokens; decode [n, inputs, T, d]
+    turns: Turns
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The oracle's outputs in float64 for every turn."""
+
+    scenario: Scenario
+    plain: torch.Tensor  # [inputs, T, d]
+    others: torch.Tensor  # as in `Inputs`
+
+    def rows(self, step: int, turn: Turn) -> torch.Tensor:
+        """Return the outputs [T, d] of one forward; `step` is 0 in prefill."""
+        rows, lens = self.plain[step].clone(), torch.tensor(self.scenario.query_lens)
+        if self.scenario.mode == "prefill":
+            chosen = turn.choices.nonzero()[:, 0]
+            rows[lens.cumsum(0)[chosen] - 1] = self.others[turn.choices[chosen] - 1, chosen]
+        else:
+            of_row = turn.choices.repeat_interleave(lens)
+            chosen = of_row.nonzero()[:, 0]
+            rows[chosen] = self.others[of_row[chosen] - 1, step, chosen]
+        return rows.mul_(turn.row_signs(self.scenario.query_lens)[:, None])
 
 
 def generator(seed: int, name: str) -> torch.Generator:
@@ -36,17 +62,46 @@ def make_inputs(config: MLAConfig, scenario: Scenario, seed: int, dtype: torch.d
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=random).to(dtype)
 
-    hidden = torch.stack([normal(scenario.tokens, config.hidden_size) for _ in range(scenario.inputs)])
+    def hidden() -> torch.Tensor:
+        return torch.stack([normal(scenario.tokens, config.hidden_size) for _ in range(scenario.inputs)])
+
+    plain = hidden()
     widths = (config.kv_lora_rank, config.qk_rope_head_dim)
     history = [tuple(normal(length, width) for width in widths) for length in scenario.history]
-    return Inputs(hidden, history)  # type: ignore[arg-type]  # each tuple is a pair
+    signed, requests = not config.attention_bias, len(scenario.query_lens)
+    count = turns.choices(scenario, signed)
+    if scenario.mode == "prefill":
+        others = normal(count - 1, requests, config.hidden_size)
+    else:
+        others = torch.stack([hidden() for _ in range(count - 1)]) if count > 1 else plain[None][:0]
+    return Inputs(plain, history, others, Turns(requests, count, signed, seed))  # type: ignore[arg-type]  # pairs
 
 
-def expected_outputs(config: MLAConfig, state: State, scenario: Scenario, inputs: Inputs) -> torch.Tensor:
-    """Return the oracle's outputs [inputs, T, d]: all decode steps from one prefill per request."""
+def expected_outputs(config: MLAConfig, state: State, scenario: Scenario, inputs: Inputs) -> Expected:
+    """Return the oracle's outputs: all decode steps from one prefill per request, for every choice."""
+    lens, history, decode = scenario.query_lens, inputs.history, scenario.mode == "decode"
+    every = [inputs.hidden, *inputs.others] if decode else [inputs.hidden]
+    plain, *others = _expected(config, state, scenario, every, history)
+    if decode:
+        return Expected(scenario, plain, torch.stack(others) if others else plain[None][:0])
+    last = oracle_of_last(config, state, inputs.hidden[0], inputs.others, lens, history)
+    return Expected(scenario, plain, last)
+
+
+def _expected(
+    config: MLAConfig, state: State, scenario: Scenario, every: Sequence[torch.Tensor], history: History
+) -> list[torch.Tensor]:
+    """Return the outputs [inputs, T, d] of every choice of hidden states."""
     lengths = [length * scenario.inputs for length in scenario.query_lens]
-    per_request = zip(*(step.split(scenario.query_lens) for step in inputs.hidden), strict=True)
-    hidden = torch.cat([torch.cat(steps) for steps in per_request])
-    flat = oracle(config, state, hidden, lengths, inputs.history)
+    rows = []
+    for hidden in every:
+        per_request = zip(*(step.split(scenario.query_lens) for step in hidden), strict=True)
+        rows += [torch.cat(steps) for steps in per_request]
+    count = len(every)
+    flat = oracle(config, state, torch.cat(rows), lengths * count, history * count)
+    return [_by_step(scenario, one, lengths) for one in flat.chunk(count)]
+
+
+def _by_step(scenario: Scenario, flat: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     steps = zip(*(request.chunk(scenario.inputs) for request in flat.split(lengths)), strict=True)
     return torch.stack([torch.cat(requests) for requests in steps])

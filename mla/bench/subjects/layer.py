@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.subjects.setting import SPARE_PAGES, Setting
+from mla.bench.subjects.tokens import LayerImplementation
+from mla.bench.subjects.turned import HistorySigns
+from mla.bench.subjects.turns import Turn
 from mla.bench.workload.scenario import Scenario
 from mla.cache import LatentCache
 from mla.cache.ragged_batch import RaggedBatch
@@ -19,8 +21,10 @@ from mla.verify.layer_oracle import State
 from mla.verify.poison import Poison
 
 
-class MlaLayer(Implementation):
+class MlaLayer(LayerImplementation):
     """Our layer, with the backend's fused ops (`mla`) or without (`mla-reference`)."""
+
+    batch: RaggedBatch  # the prepared one of a prefill
 
     def __init__(self, setting: Setting, state: State, name: str = "mla", ops: str | None = None) -> None:
         super().__init__(setting)
@@ -44,14 +48,17 @@ class MlaLayer(Implementation):
         return layer
 
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
-        self._scenario = scenario
-        self._prepare_buffers(inputs)
+        self._make_buffers(scenario, inputs)
         self._cache = self._make_cache(scenario)
         self._sequences = self._cache.new_sequences(len(scenario.query_lens))
         self._load_history(inputs)
+        self._history = HistorySigns(self._cache, self._sequences)
         nan_safe = self.layer.ops["latent_attention"].op.nan_safe_tail
         self._poison = Poison(self._cache, self._sequences, scenario.final_lens, nan_safe)
         self.restore()
+
+    def _make_buffers(self, scenario: Scenario, inputs: Inputs) -> None:
+        self.prepare_buffers(scenario, inputs)
 
     def _load_history(self, inputs: Inputs) -> None:
         for sequence, (kv, pe) in zip(self._sequences, inputs.history, strict=True):
@@ -75,19 +82,24 @@ class MlaLayer(Implementation):
         """The scenario's cache, once it is loaded."""
         return self._cache
 
-    def restore(self) -> None:
-        self.rewind()
-        if self._scenario.mode == "prefill":
+    def restore(self, number: int = 0) -> None:
+        self.rewind(number)
+        if self.scenario.mode == "prefill":
             self._plan()
 
-    def rewind(self) -> None:
+    def rewind(self, number: int = 0) -> None:
         """Put the cache back to the history, without a batch for the next forward."""
         self._shrink()
+        self.take(self.begin(number))
         self._poison.apply()
+
+    def take(self, turn: Turn) -> None:
+        super().take(turn)
+        self._history.take(turn.signs)
 
     def _shrink(self) -> None:
         """Undo the pass, last pages first, so that the free list and thus every pass's pages are the same."""
-        scenario = self._scenario
+        scenario = self.scenario
         for step in reversed(range(scenario.inputs)):
             grown = zip(self._sequences, scenario.kv_lens(step), scenario.query_lens, strict=True)
             for sequence, length, new in reversed(list(grown)):
@@ -96,33 +108,27 @@ class MlaLayer(Implementation):
 
     def _plan(self) -> None:
         """Prepare the batch that every prefill forward runs; its time is reported separately."""
-        self._batch = self._cache.extend(self._sequences, self._scenario.query_lens)
+        self.batch = self._cache.extend(self._sequences, self.scenario.query_lens)
         start = time.perf_counter_ns()
-        self.layer.plan(self._batch)
+        self.layer.plan(self.batch)
         self.plan_ms = (time.perf_counter_ns() - start) / 1e6
 
+    def before(self, index: int) -> None:
+        super().before(index)
+        if self.scenario.mode == "prefill":
+            self.clear_new(self.batch)
+
+    def clear_new(self, batch: RaggedBatch) -> None:
+        """Overwrite the latents of a batch's new tokens, which another forward may have written."""
+        for layer in self._cache.pages:
+            layer.view(-1, layer.shape[-1]).index_fill_(0, batch.slots, torch.nan)
+
     def step(self, index: int) -> None:
-        if self._scenario.mode == "prefill":
-            self._forward(0, self._batch)
-            return
-        self._forward(index, self.extend())
-
-    def _forward(self, index: int, batch: RaggedBatch) -> None:
-        self.forward(batch, self._hidden[index], self.outputs[index])
-
-    @property
-    def hidden(self) -> torch.Tensor:
-        """The inputs of all forwards [inputs, T, d], on the device."""
-        return self._hidden
-
-    @property
-    def batch(self) -> RaggedBatch:
-        """The prepared batch of a prefill."""
-        return self._batch
+        self.forward(self.batch if self.scenario.mode == "prefill" else self.extend(), self._x, self._out)
 
     def extend(self) -> RaggedBatch:
         """Make room for the next decode step and return its batch."""
-        return self._cache.extend(self._sequences, self._scenario.query_lens)
+        return self._cache.extend(self._sequences, self.scenario.query_lens)
 
     def forward(self, batch: RaggedBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """Run the layer on any batch of the cache."""

@@ -8,6 +8,7 @@ weights or cache is wrong.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ import torch
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting
+from mla.bench.subjects.tokens import LayerChecker
+from mla.bench.workload.scenario import Scenario
 from mla.cache.ragged_batch import RaggedBatch
-from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import State
 from mla.verify.tolerances import BOUNDS, ROW_SLACK
 from mla.verify.verdict import Check
@@ -47,12 +49,8 @@ class MlaStack(MlaLayer):
         for index, layer in enumerate(self.layers[1:], 1):
             layer.load_state_dict(layer_state(state, index))
 
-    def _prepare_buffers(self, inputs: Inputs) -> None:
-        super()._prepare_buffers(inputs)
-        steps, count = inputs.hidden.shape[0], len(self.layers)
-        shape = (steps, count, *inputs.hidden.shape[1:])
-        self.outputs = torch.full(shape, torch.nan, dtype=self._hidden.dtype, device=self._hidden.device)
-        self._outs = [list(step) for step in self.outputs]  # views, made before anything is timed
+    def _make_buffers(self, scenario: Scenario, inputs: Inputs) -> None:
+        self.prepare_buffers(scenario, inputs, len(self.layers))
 
     def _load_history(self, inputs: Inputs) -> None:
         for index in range(len(self.layers)):
@@ -60,22 +58,24 @@ class MlaStack(MlaLayer):
                 self._cache.load(sequence, kv.roll(index, 1), pe, layer=index)
         self._pages = list(self._cache.pages)
 
-    def _forward(self, index: int, batch: RaggedBatch) -> None:
-        hidden = self._hidden[index]
-        for layer, pages, out in zip(self.layers, self._pages, self._outs[index], strict=True):
-            layer(hidden, batch, pages, out=out)
+    def before(self, index: int) -> None:
+        super().before(index)
+        self._outs = list(self._out)  # views, made before anything is timed
+
+    def step(self, index: int) -> None:
+        batch = self.batch if self.scenario.mode == "prefill" else self.extend()
+        self._run(batch, self._x, self._outs)
 
     def forward(self, batch: RaggedBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        for layer, pages, target in zip(self.layers, self._pages, out.unbind(), strict=True):
-            layer(hidden, batch, pages, out=target)
+        self._run(batch, hidden, list(out))
 
-    def check(self, checker: Any) -> Check:
+    def _run(self, batch: RaggedBatch, hidden: torch.Tensor, outs: list[torch.Tensor]) -> None:
+        for layer, pages, out in zip(self.layers, self._pages, outs, strict=True):
+            layer(hidden, batch, pages, out=out)
+
+    def check(self, checker: LayerChecker) -> Check:
         """Check every layer's outputs, and that its new latents are in its own part of the cache."""
-        judge: Checker = checker
-        found = [
-            judge.check(self.outputs[:, index].roll(-index, -1), self.held_to_reference)
-            for index in range(len(self.layers))
-        ]
+        found = [self._check_layer(checker, index) for index in range(len(self.layers))]
         for index, one in enumerate(found):
             if one.status == "ok" and not self._cached(index):
                 one.status, one.reason = "wrong", "its latents are not in its part of the cache"
@@ -83,6 +83,11 @@ class MlaStack(MlaLayer):
         if found[worst].reason:
             found[worst].reason = f"layer {worst}: {found[worst].reason}"
         return found[worst]
+
+    def _check_layer(self, checker: LayerChecker, index: int) -> Check:
+        forwards = self._forwards(checker, index)
+        rolled = [replace(one, found=one.found.roll(-index, -1)) for one in forwards]
+        return checker.check_forwards(rolled, self.held_to_reference)
 
     def _cached(self, index: int) -> bool:
         """Return whether a layer cached the same as layer 0, rolled and up to rounding."""
@@ -98,8 +103,8 @@ class MlaStack(MlaLayer):
         kv, pe = self._cache.read(sequence, layer=index)
         return kv.float().roll(-index, 1), pe.float()
 
-    def compared(self) -> torch.Tensor:
-        return self.outputs[:, 0]
+    def compared(self) -> dict[int, torch.Tensor]:
+        return {index: found[0] for index, found in super().compared().items()}
 
     def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:
         for layer in self.layers:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.subjects.setting import Setting
+from mla.bench.subjects.tokens import LayerImplementation
 from mla.bench.subjects.transformers_classes import TransformersModel, transformers_model
+from mla.bench.subjects.turns import Turn
 from mla.bench.workload.scenario import Scenario
 from mla.config import MLAConfig
 from mla.errors import MLAError
@@ -25,7 +26,7 @@ class TransformersMissing(MLAError):
     """`transformers` is not installed, too old, or refuses this torch."""
 
 
-class TransformersLayer(Implementation):
+class TransformersLayer(LayerImplementation):
     """The family's attention class with attention function "sdpa" or "eager"."""
 
     def __init__(self, setting: Setting, state: State, kind: str = "sdpa") -> None:
@@ -41,8 +42,7 @@ class TransformersLayer(Implementation):
         self._layer.requires_grad_(False)
 
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
-        self._scenario = scenario
-        self._prepare_buffers(inputs)
+        self.prepare_buffers(scenario, inputs)
         device, dtype = self.setting.device, self.setting.dtype
         self._history = [
             (
@@ -57,9 +57,9 @@ class TransformersLayer(Implementation):
     def _arguments(self, step: int) -> list[dict[str, Any]]:
         """Return one step's arguments per request, other than the hidden states and the cache."""
         arguments = []
-        for query_len, kv_len in zip(self._scenario.query_lens, self._scenario.kv_lens(step), strict=True):
+        for query_len, kv_len in zip(self.scenario.query_lens, self.scenario.kv_lens(step), strict=True):
             positions = torch.arange(kv_len - query_len, kv_len, device=self.setting.device)[None]
-            embedding = None if self._rotary is None else self._rotary(self._hidden[:1], positions)
+            embedding = None if self._rotary is None else self._rotary(self.hidden[:1], positions)
             mask = self._mask(query_len, kv_len)
             arguments.append({"attention_mask": mask, **self._model.arguments(embedding, positions)})
         return arguments
@@ -75,29 +75,30 @@ class TransformersLayer(Implementation):
         mask = torch.zeros(query_len, kv_len, dtype=self.setting.dtype, device=device)
         return mask.masked_fill_(~visible, least)[None, None]
 
-    def restore(self) -> None:
+    def restore(self, number: int = 0) -> None:
+        self.take(self.begin(number))
+
+    def take(self, turn: Turn) -> None:
+        """Write the inputs of a turn, and make caches that hold the history alone: they grow."""
+        super().take(turn)
         self._caches = []
-        for kv, pe in self._history:
+        for (kv, pe), sign in zip(self._history, turn.signs.tolist(), strict=True):
             cache = self._make_cache()
             if kv.shape[2]:
-                cache.update(kv, pe, 0)
+                cache.update(sign * kv, sign * pe, 0)
             self._caches.append(cache)
-
-    def before(self, index: int) -> None:
-        if self._scenario.mode == "prefill":
-            self.restore()  # its cache would grow with every forward
 
     @torch.no_grad()
     def step(self, index: int) -> None:
-        step = index if self._scenario.mode == "decode" else 0
-        rows = self._hidden[step].split(self._scenario.query_lens)
-        outputs = self.outputs[step].split(self._scenario.query_lens)
+        step = index if self.scenario.mode == "decode" else 0
+        rows = self._x.split(self.scenario.query_lens)
+        outputs = self._out.split(self.scenario.query_lens)
         requests = zip(rows, outputs, self._caches, self._steps[step], strict=True)
         for hidden, out, cache, arguments in requests:
             out.copy_(self._layer(hidden[None], cache=cache, **arguments)[0][0])
 
     def cache_bytes(self) -> int:
-        tokens = sum(self._scenario.final_lens)
+        tokens = sum(self.scenario.final_lens)
         return tokens * self.setting.config.latent_dim * self.setting.dtype.itemsize
 
     def weight_bytes(self) -> int:

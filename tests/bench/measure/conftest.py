@@ -1,5 +1,5 @@
 """Scenarios for the engine."""
 
-from engine_bench import decode, prefill
+from engine_bench import decode, make_bench, prefill
 
-__all__ = ["decode", "prefill"]
+__all__ = ["decode", "make_bench", "prefill"]

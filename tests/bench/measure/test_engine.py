@@ -1,41 +1,58 @@
-"""The engine: order, completeness and honesty of timed passes, on a clock that does not run."""
+"""The engine: order, completeness and honesty of timed passes, on a clock that only steps advance."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import pytest
-import torch
-from engine_bench import DECODE, Bench, Parrot
+from engine_bench import CHECKED, DECODE, Bench, MakeBench, Parrot
 
 from mla.bench.measure.hooks import Hooks
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.workload.scenario import Scenario
+from mla.verify.verdict import Check
 
-if TYPE_CHECKING:
-    from mla import MLAConfig
+# Steps before the first timed one: those of the check, and one to warm up again.
+BEFORE = DECODE.inputs + 1
 
 
 def test_every_sample_is_kept_in_the_order_it_was_taken(decode: Bench) -> None:
     result = decode.measure(decode.parrot("a"))["a"]
-    assert result.passes == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert result.passes == [[5, 6, 7], [8, 9, 10], [11, 12, 13], [14, 15, 16]]
     assert result.check.status == "ok"
     assert not result.interrupted
 
 
 def test_a_prefill_spreads_its_runs_over_its_passes(prefill: Bench) -> None:
-    assert prefill.measure(prefill.parrot("a"))["a"].passes == [[0, 1], [2, 3], [4, 5]]
+    assert prefill.measure(prefill.parrot("a"))["a"].passes == [[3, 4], [5, 6], [7, 8]]
 
 
-def test_only_the_step_lies_between_start_and_stop(decode: Bench) -> None:
+def test_only_the_step_and_its_wait_lie_between_two_readings(decode: Bench) -> None:
     decode.measure(decode.parrot("a"), decode.parrot("b"))
-    words = [what for _, what in decode.log]
-    starts = [place for place, what in enumerate(words) if what == "start"]
-    assert len(starts) == 2 * DECODE.passes * DECODE.runs
-    assert all(words[place - 1 : place + 3] == ["before", "start", "step", "stop"] for place in starts)
+    steps = 0
+    for words in decode.timed():
+        for place, what in enumerate(words):
+            if what == "step":
+                steps += 1
+                assert words[place - 2 : place + 4] == ["wait", "read", "step", "wait", "read", "after"]
+    assert steps == 2 * DECODE.passes * DECODE.runs
+
+
+def test_outputs_are_collected_before_anything_else_is_called(decode: Bench) -> None:
+    decode.measure(decode.parrot("a"))
+    for words in decode.timed():
+        assert words[-3:] == ["after", "collect", "read"]
+
+
+def test_an_idle_pass_does_all_but_the_forwards(decode: Bench) -> None:
+    decode.measure(decode.parrot("a"))
+    for words in decode.timed():
+        half = words.index("collect") + 2
+        idle, ran = words[:half], words[half:]
+        assert idle == [what for what in ran if what != "step"]
+        assert ran.count("step") == DECODE.runs
 
 
 def test_each_round_runs_every_implementation_once(decode: Bench) -> None:
@@ -45,9 +62,9 @@ def test_each_round_runs_every_implementation_once(decode: Bench) -> None:
     assert [sorted(one) for one in rounds] == [["a", "b", "c"]] * DECODE.passes
 
 
-def test_the_order_within_rounds_follows_the_seed(tiny: Callable[..., MLAConfig]) -> None:
+def test_the_order_within_rounds_follows_the_seed(make_bench: MakeBench) -> None:
     def order(seed: int) -> tuple[str, ...]:
-        bench = Bench(tiny(), DECODE)
+        bench = make_bench(DECODE)
         bench.measure(bench.parrot("a"), bench.parrot("b"), seed=seed)
         return tuple(bench.order())
 
@@ -67,14 +84,23 @@ def test_a_pass_after_another_implementation_is_flagged(decode: Bench) -> None:
     assert False in switched[1:], "choose a seed with two passes of one implementation in a row"
 
 
-def test_every_pass_starts_from_restored_history_and_empty_outputs(decode: Bench) -> None:
-    parrot = decode.parrot("a")
-    decode.measure(parrot)
-    words = [what for _, what in decode.log]
-    firsts = [place for place, what in enumerate(words) if what == "start"][:: DECODE.runs]
-    assert all(words[place - 2] == "restore" for place in firsts)
-    timed = parrot.clean[-DECODE.passes * DECODE.runs :]
-    assert timed == [True, False, False] * DECODE.passes
+def test_every_pass_starts_from_restored_history(decode: Bench) -> None:
+    decode.measure(decode.parrot("a"))
+    for words in decode.timed():
+        assert words[0] == "restore"
+        assert words.count("restore") == 2  # of the idle pass, and of the timed one
+
+
+def test_no_two_timed_passes_have_the_same_inputs_and_all_implementations_have_the_same(
+    decode: Bench,
+) -> None:
+    a, b = decode.parrot("a"), decode.parrot("b")
+    decode.measure(a, b)
+    timed = [sorted(number for number in one.numbers if number < CHECKED) for one in (a, b)]
+    assert timed[0] == timed[1] == sorted([1, 2, 3, 4] * 2)  # the idle pass before each has its inputs
+    assert a.numbers[0] == b.numbers[0] == CHECKED
+    others = [number for number in a.numbers if number > CHECKED]
+    assert len(set(others)) == len(others)
 
 
 def test_an_implementation_that_fails_its_check_is_never_timed(decode: Bench) -> None:
@@ -85,32 +111,54 @@ def test_an_implementation_that_fails_its_check_is_never_timed(decode: Bench) ->
     assert len(measured["good"].passes) == DECODE.passes
 
 
-def test_one_that_is_wrong_after_timing_loses_its_numbers(decode: Bench) -> None:
-    passes = DECODE.passes  # the check restores nothing, each pass does, and once more after another's
-    measured = decode.measure(decode.parrot("late", wrong=lambda number: number > passes), decode.parrot("b"))
+@pytest.mark.parametrize("chosen", range(DECODE.passes))
+def test_one_that_is_wrong_in_any_one_pass_loses_its_numbers(decode: Bench, chosen: int) -> None:
+    """Alone: after the check and a forward to warm up again, each timed pass is two restores."""
+    measured = decode.measure(decode.parrot("late", wrong=lambda number: number == 3 + 2 * chosen))
     assert measured["late"].check.status == "wrong"
-    assert measured["late"].check.reason.startswith("correct before timing, wrong after it: ")
+    assert measured["late"].check.reason.startswith(f"right at first, wrong in pass {chosen + 1}: 6 of 6 ")
     assert measured["late"].passes == []
+
+
+def test_one_that_is_wrong_does_not_cost_another_its_numbers(decode: Bench) -> None:
+    measured = decode.measure(decode.parrot("late", wrong=lambda number: number > 5), decode.parrot("b"))
+    assert measured["late"].check.status == "wrong"
     assert len(measured["b"].passes) == DECODE.passes
 
 
-def test_the_worse_of_both_checks_is_reported(decode: Bench) -> None:
+def test_a_failure_is_told_while_it_is_in_place_and_once(decode: Bench) -> None:
+    told: list[tuple[str, str]] = []
+
+    def failed(one: Any, check: Check) -> None:
+        told.append((one.name, check.reason))
+        assert decode.log[-2:] == [("clock", "read"), (one.name, "passed")]
+
+    decode.measure(
+        decode.parrot("late", wrong=lambda number: number > 2), decode.parrot("b"), hooks=Hooks(failed=failed)
+    )
+    assert [name for name, _ in told] == ["late"]
+    assert told[0][1].startswith("right at first, wrong in pass 1: ")
+
+
+def test_the_worst_of_all_checks_is_reported(decode: Bench) -> None:
     class Drifting(Parrot):
         def step(self, index: int) -> None:
             super().step(index)
-            self.outputs[index % 3] *= 1 + 2.5e-7 * (self.number > 0)
+            self._found[index] = self._found[index] * (1 + 2.5e-7 * (self.number == 5))
 
     exact = decode.measure(decode.parrot("a"))["a"].check
-    drifted = decode.measure(Drifting("a", decode.expected, decode.log))["a"].check
+    drifted = decode.measure(Drifting(decode, "a"))["a"].check
     assert exact.error_ratio is not None
     assert drifted.error_ratio is not None
     assert exact.error_ratio < drifted.error_ratio <= 1
 
 
 def test_an_interrupt_keeps_complete_passes_and_flags_all(decode: Bench) -> None:
-    measured = decode.measure(decode.parrot("a"), decode.parrot("b"), _16=KeyboardInterrupt())
+    measured = decode.measure(decode.parrot("a"), decode.parrot("b"), _26=KeyboardInterrupt())
     kept = [samples for name in ("a", "b") for samples in measured[name].passes]
-    assert sorted(kept) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11], [12, 13, 14]]
+    assert len(kept) >= 4
+    assert all(len(samples) == DECODE.runs for samples in kept)
+    assert len(kept) == len(decode.order())
     assert all(one.interrupted for one in measured.values())
     assert gc.isenabled()
 
@@ -120,7 +168,7 @@ def test_an_interrupt_while_loading_leaves_the_rest_not_run(decode: Bench) -> No
         def load(self, scenario: Scenario, inputs: Inputs) -> None:
             raise KeyboardInterrupt
 
-    measured = decode.measure(decode.parrot("a"), Unloadable("b", decode.expected, decode.log))
+    measured = decode.measure(decode.parrot("a"), Unloadable(decode, "b"))
     assert [measured[name].check.status for name in ("a", "b")] == ["ok", "not run"]
     assert all(one.interrupted and not one.passes for one in measured.values())
 
@@ -128,25 +176,24 @@ def test_an_interrupt_while_loading_leaves_the_rest_not_run(decode: Bench) -> No
 def test_an_interrupt_during_the_last_check_keeps_the_passes(
     decode: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = decode.checker.check
+    check = decode.checker.check_forwards
 
-    def interrupted(outputs: torch.Tensor, ours: bool) -> Any:
-        if ("clock", "stop") in decode.log:
+    def interrupted(*arguments: Any) -> Any:
+        if decode.order().count("a") == DECODE.passes:
             raise KeyboardInterrupt
-        return check(outputs, ours)
+        return check(*arguments)
 
-    monkeypatch.setattr(decode.checker, "check", interrupted)
+    monkeypatch.setattr(decode.checker, "check_forwards", interrupted)
     result = decode.measure(decode.parrot("a"))["a"]
     assert len(result.passes) == DECODE.passes
     assert result.interrupted
 
 
-def test_the_garbage_collector_rests_while_timing_only(decode: Bench) -> None:
+def test_the_garbage_collector_rests_in_every_forward_so_that_none_can_tell(decode: Bench) -> None:
     parrot = decode.parrot("a")
     decode.measure(parrot)
-    timed = DECODE.passes * DECODE.runs
-    assert not any(parrot.collecting[-timed:])
-    assert all(parrot.collecting[: DECODE.inputs])
+    assert len(parrot.collecting) == BEFORE + DECODE.passes * DECODE.runs
+    assert not any(parrot.collecting)
     assert gc.isenabled()
 
 
@@ -156,7 +203,7 @@ def test_the_garbage_collector_is_back_after_an_error(decode: Bench) -> None:
     assert gc.isenabled()
 
 
-def test_no_pass_starts_when_the_time_is_over_and_the_others_are_checked(decode: Bench) -> None:
+def test_no_pass_starts_when_the_time_is_over_and_all_that_ran_are_checked(decode: Bench) -> None:
     answers = iter([False, False, False, True])
     measured = decode.measure(
         decode.parrot("a"), decode.parrot("b"), hooks=Hooks(should_stop=lambda: next(answers))
@@ -170,9 +217,9 @@ def test_the_engine_tells_who_runs_and_that_it_is_alive_outside_of_timed_regions
     log = decode.log
     hooks = Hooks(enter=lambda name: log.append((name, "enter")), heartbeat=lambda: log.append(("", "beat")))
     decode.measure(decode.parrot("a"), decode.parrot("b"), hooks=hooks)
-    words = [what for _, what in log]
-    assert words.count("beat") == 2 * DECODE.passes * DECODE.runs
-    assert all(words[place - 1] == "stop" for place, what in enumerate(words) if what == "beat")
+    for words in decode.timed():
+        assert words.count("beat") == 2 * DECODE.runs  # of the idle pass, too
+        assert all(words[place - 1] == "after" for place, what in enumerate(words) if what == "beat")
     running = ""
     for name, what in log:
         running = name if what == "enter" else running
@@ -181,18 +228,16 @@ def test_the_engine_tells_who_runs_and_that_it_is_alive_outside_of_timed_regions
 
 def test_sensors_are_read_around_all_passes_and_never_between(decode: Bench) -> None:
     measured = decode.measure(decode.parrot("a"), decode.parrot("b"))
-    total = 2 * DECODE.passes * DECODE.runs
+    total = 2 * DECODE.passes
     state = [{"when": "before", "timed": "0"}, {"when": "after", "timed": str(total)}]
     assert [measured[name].device_state for name in "ab"] == [state, state]
-    words = [what for _, what in decode.log if what in ("sense", "start")]
-    assert words == ["sense", *["start"] * total, "sense"]
+    words = [what for _, what in decode.log if what in ("sense", "passed")]
+    assert words == ["sense", *["passed"] * total, "sense"]
 
 
-def test_warm_ups_have_a_clock_of_their_own_and_restore_where_a_pass_ends(
-    tiny: Callable[..., MLAConfig],
-) -> None:
-    bench = Bench(tiny(), msgspec.structs.replace(DECODE, warmups=7))
+def test_warm_ups_are_timed_apart_and_restore_where_a_pass_ends(make_bench: MakeBench) -> None:
+    bench = make_bench(msgspec.structs.replace(DECODE, warmups=7))
     result = bench.measure(bench.parrot("a"))["a"]
-    assert (result.warmups, result.settled) == (101, False)  # 0 + 1 + ... + 100 ms are more than 5 s
-    words = [what for _, what in bench.log if what in ("restore", "step")][DECODE.inputs :]
-    assert words[:135] == [*["restore", "step", "step", "step"] * 34][:135]
+    assert (result.warmups, result.settled) == (97, False)  # 4 + 5 + ... + 100 ms are more than 5 s
+    words = [what for _, what in bench.log if what in ("restore", "step")][1 + DECODE.inputs :]
+    assert words[:129] == [*["restore", "step", "step", "step"] * 33][:129]

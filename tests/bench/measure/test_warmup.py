@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain, repeat
+from itertools import chain, count, repeat
+from unittest.mock import patch
 
 import pytest
 
+from mla.bench.measure import warmup
 from mla.bench.measure.warmup import MOST, SECONDS, WINDOW, WarmupResult, settled, warm_up
 
 
 class Script:
-    """A timer and the forwards it times; `log` holds what was called."""
-
-    clock = "script"
+    """Forwards, and the clock that they advance; `log` holds what was called."""
 
     def __init__(self, samples: Sequence[float], then: float = 1.0) -> None:
         self._samples: Iterator[float] = chain(samples, repeat(then))
         self.log: list[str] = []
         self.ticks: list[int] = []
+        self.now = 0
+        self.numbers: list[int] = []
 
-    def restore(self) -> None:
+    def restore(self, number: int = 0) -> None:
+        self.numbers.append(number)
         self.log.append("restore")
 
     def before(self, index: int) -> None:
@@ -28,18 +31,14 @@ class Script:
 
     def step(self, index: int) -> None:
         self.log.append(f"step {index}")
+        self.now += round(1e6 * next(self._samples))
 
     def after(self, index: int) -> None:
         pass
 
-    def start(self) -> None:
-        pass
-
-    def stop(self) -> float:
-        return next(self._samples)
-
     def warm_up(self, least: int, steps: int = 1000) -> WarmupResult:
-        return warm_up(self, steps, least, self, self.ticks.append)
+        with patch.object(warmup, "now_ns", lambda: self.now):
+            return warm_up(self, steps, least, lambda: None, count(7), self.ticks.append)
 
 
 def test_settled_forwards_end_with_the_number_asked_for() -> None:
@@ -85,6 +84,7 @@ def test_a_decode_pass_that_is_over_is_restored() -> None:
     script.warm_up(10, steps=4)
     passes = ["restore", "step 0", "step 1", "step 2", "step 3"]
     assert script.log == [*passes, *passes, "restore", "step 0", "step 1"]
+    assert script.numbers == [7, 8, 9], "each pass has inputs of its own"
 
 
 @pytest.mark.parametrize(("now", "expected"), [(1.049, True), (1.051, False), (0.951, True), (0.949, False)])

@@ -38,7 +38,7 @@ class OpImplementation(Implementation):
         self.restore()
         self._keep_outputs()
 
-    def restore(self) -> None:
+    def restore(self, number: int = 0) -> None:
         """Plan the batch again and clear all results."""
         start = time.perf_counter_ns()
         if self._call.prepare():
@@ -52,6 +52,12 @@ class OpImplementation(Implementation):
         """Check everything the op wrote, including log-sum-exps and the cache."""
         self._keep_outputs()
         return checker.check(self._call.found(), self._call.damage())
+
+    def collect(self) -> None:
+        self._keep_outputs()
+
+    def compared(self) -> dict[int, torch.Tensor]:
+        return {0: self.outputs.cpu()}
 
     def _keep_outputs(self) -> None:
         """Join the results into one tensor [1, T, ..], to compare implementations."""

@@ -1,0 +1,120 @@
+"""What implementations of the whole layer share: turned inputs, output buffers and their check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.inputs import Expected, Inputs
+from mla.bench.subjects.shelf import Shelf, buffers
+from mla.bench.subjects.turned import TurnedHidden
+from mla.bench.subjects.turns import Turn, forward_number
+from mla.bench.workload.scenario import Scenario
+from mla.verify.layer_check import Checker, Forward
+from mla.verify.verdict import Check
+
+# Bound before any plugin loads, which may replace methods of torch.
+_copy = torch.Tensor.copy_
+_fill = torch.Tensor.fill_
+
+
+@dataclass
+class LayerChecker(Checker):
+    """Judges the layer's outputs for any turn."""
+
+    turned: Expected | None = None
+
+    def forward(self, step: int, turn: Turn, found: torch.Tensor, where: str) -> Forward:
+        """Return one forward's outputs [T, d] with what they should be."""
+        assert self.turned is not None
+        return Forward(step, found, self.turned.rows(step, turn), where)
+
+
+class LayerImplementation(Implementation):
+    """Takes turns with the scenario's inputs; a subclass runs `x` and writes `out`."""
+
+    scenario: Scenario
+
+    def prepare_buffers(self, scenario: Scenario, inputs: Inputs, *before: int) -> None:
+        """Make buffers for inputs, and for outputs [.., T, d] with the dimensions `before`."""
+        self.scenario, device = scenario, self.setting.device
+        self._hidden, self._turns = TurnedHidden(scenario, inputs, device), inputs.turns
+        shape = (*before, *inputs.hidden.shape[1:])
+        size = torch.Size(shape).numel() * inputs.hidden.element_size()
+        count = buffers(scenario.steps, size)
+        made = torch.empty((count, *shape), dtype=inputs.hidden.dtype, device=device)
+        self._shelf = Shelf(list(made.unbind()), scenario.steps, _poison)
+        self._collected: dict[int, tuple[Turn, torch.Tensor]] = {}
+        self._number, self._taken = 0, -1
+        self._kept_turns: dict[int, Turn] = {}
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The inputs [inputs, T, d] of the present turn, on the device, always at the same address."""
+        return self._hidden.rows
+
+    @property
+    def x(self) -> torch.Tensor:
+        """The inputs [T, d] of the forward that `before` prepared."""
+        return self._x
+
+    @property
+    def out(self) -> torch.Tensor:
+        """The buffer [.., T, d] for the output of the forward that `before` prepared."""
+        return self._out
+
+    def begin(self, number: int) -> Turn:
+        """Start pass `number` with poisoned buffers, and return the turn of its first forward."""
+        self._number = number
+        self._shelf.clear()
+        self._kept_turns = {}
+        return self._turn(0)
+
+    def _turn(self, index: int) -> Turn:
+        return self._turns.turn(forward_number(self.scenario, self._number, index))
+
+    def take(self, turn: Turn) -> None:
+        """Write the inputs of a turn. A subclass that keeps history gives it the turn's signs, too."""
+        self._hidden.take(turn)
+
+    def before(self, index: int) -> None:
+        turn = self._turn(index)
+        if self.scenario.mode == "prefill":
+            self.take(turn)
+        self._present = turn
+        self._x = self.hidden[self._step(index)]
+        self._out = self._shelf.next()
+
+    def _step(self, index: int) -> int:
+        return index if self.scenario.mode == "decode" else 0
+
+    def after(self, index: int) -> None:
+        self._kept_turns[index] = self._present
+        self._shelf.keep(index)
+
+    def collect(self) -> None:
+        self._collected = {}
+        for index, buffer in self._shelf.kept.items():
+            host = torch.empty(buffer.shape, dtype=buffer.dtype)
+            self._collected[index] = (self._kept_turns[index], _copy(host, buffer))
+
+    def check(self, checker: LayerChecker) -> Check:
+        return checker.check_forwards(self._forwards(checker), self.held_to_reference)
+
+    def _forwards(self, checker: LayerChecker, part: Any = ...) -> list[Forward]:
+        """Return what was collected, or a `part` of every output, as the checker wants it."""
+        word = "step" if self.scenario.mode == "decode" else "forward"
+        return [
+            checker.forward(self._step(index), turn, found[part], f"{word} {index}")
+            for index, (turn, found) in sorted(self._collected.items())
+        ]
+
+    def compared(self) -> dict[int, torch.Tensor]:
+        return {index: found for index, (_, found) in self._collected.items()}
+
+
+def _poison(buffer: torch.Tensor) -> None:
+    _fill(buffer, torch.nan)

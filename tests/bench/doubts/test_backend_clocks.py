@@ -1,0 +1,119 @@
+"""A backend's own clocks against the runner's, on a time that only forwards advance."""
+
+from __future__ import annotations
+
+import pytest
+
+from mla.bench.doubts import backend_clocks, clock
+from mla.bench.doubts.backend_clocks import device_doubt, timer_doubt
+from mla.bench.doubts.clock import SecondOpinion
+from mla_backends.api import HostTimer
+from mla_backends.testing import HostBackend
+
+
+class Forwards:
+    """Take `ms` each."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, ms: float = 1.0) -> None:
+        self.now, self._ns = 5_000, round(1e6 * ms)
+        monkeypatch.setattr(backend_clocks, "now_ns", lambda: self.now)
+
+    def before(self, index: int) -> None:
+        pass
+
+    def step(self, index: int) -> None:
+        self.now += self._ns
+
+    after = before
+
+
+class Clock:
+    """Reads the time of `forwards`, times `factor`, and waits `wait` ms after it has read."""
+
+    clock = "events"
+
+    def __init__(
+        self, forwards: Forwards, factor: float = 1.0, wait: float = 0.0, launch: float = 0.0
+    ) -> None:
+        self._forwards, self._factor, self._wait, self._launch = forwards, factor, wait, launch
+        self._start = 0.0
+
+    def start(self) -> None:
+        self._start = self._forwards.now
+
+    def stop(self) -> float:
+        taken = (self._forwards.now - self._start) / 1e6
+        self._forwards.now += round(1e6 * self._wait)
+        return self._factor * taken - self._launch
+
+
+@pytest.mark.parametrize("factor", [0.02, 0.1, 1 / 3, 0.6, 1.7, 10.0])
+def test_a_device_clock_that_runs_at_another_speed_is_doubted(
+    monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    forwards = Forwards(monkeypatch)
+    found = device_doubt(Clock(forwards, factor), forwards, 8, lambda: None)
+    assert found == f"two more forwards take {2 * factor:.3g} ms on the clock 'events' and 2 ms on the host's"
+
+
+@pytest.mark.parametrize(
+    ("factor", "wait", "launch"), [(1, 0, 0), (1, 5, 0), (1, 0, 0.9), (0.9, 1, 0.5), (1.1, 3, 0)]
+)
+def test_one_that_starts_later_or_stops_earlier_is_not(
+    monkeypatch: pytest.MonkeyPatch, factor: float, wait: float, launch: float
+) -> None:
+    """The device's readings leave out launches and waits, however long; what is added tells."""
+    forwards = Forwards(monkeypatch)
+    assert device_doubt(Clock(forwards, factor, wait, launch), forwards, 8, lambda: None) == ""
+
+
+def test_one_forward_a_pass_or_tiny_ones_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    forwards = Forwards(monkeypatch)
+    assert device_doubt(Clock(forwards, 0.1), forwards, 1, lambda: None) == ""
+    tiny = Forwards(monkeypatch, ms=0.001)
+    assert device_doubt(Clock(tiny, 0.1), tiny, 8, lambda: None) == ""
+
+
+class Liar(HostBackend):
+    """Offers a host timer of its own."""
+
+    def __init__(self, own: Clock) -> None:
+        super().__init__()
+        self._own = own
+
+    def timer(self) -> Clock:  # type: ignore[override]
+        return self._own
+
+
+@pytest.mark.parametrize(("factor", "wait"), [(0.1, 0.0), (0.5, 0.0), (1.0, 4.0), (3.0, 0.0)])
+def test_a_backends_own_timer_must_agree(monkeypatch: pytest.MonkeyPatch, factor: float, wait: float) -> None:
+    forwards = Forwards(monkeypatch)
+    found = timer_doubt(Liar(Clock(forwards, factor, wait)), forwards, 8, lambda: None)
+    assert found.startswith("the backend's own timer says ")
+    assert timer_doubt(Liar(Clock(forwards)), forwards, 8, lambda: None) == ""
+
+
+def test_the_contracts_own_timer_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HostTimer, "start", lambda self: pytest.fail("not asked for"))
+    forwards = Forwards(monkeypatch)
+    assert timer_doubt(HostBackend(), forwards, 8, lambda: None) == ""
+    assert forwards.now == 5_000
+
+
+@pytest.mark.parametrize("speed", [0.1, 0.9, 1.1, 10.0])
+def test_a_clock_that_differs_from_the_systems_is_doubted(
+    monkeypatch: pytest.MonkeyPatch, speed: float
+) -> None:
+    times = {"ours": 0, "system": 0}
+    monkeypatch.setattr(clock, "now_ns", lambda: times["ours"])
+    monkeypatch.setattr(clock, "_clock_ns", lambda which: times["system"])
+    opinion = SecondOpinion()
+    times |= {"ours": round(speed * 1e9), "system": 10**9}
+    assert opinion.doubt() == f"the process's clock advanced by {speed:.3g} s while the system's did by 1 s"
+    times |= {"ours": 10**9 + 10**6}
+    assert opinion.doubt() == ""
+
+
+def test_the_clock_is_bound_before_a_plugin_can_replace_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.perf_counter_ns", lambda: 0)
+    assert clock.now_ns() != 0

@@ -1,0 +1,54 @@
+"""Work beside the clock: which passes are doubted, on scripted times."""
+
+from __future__ import annotations
+
+import pytest
+
+from mla.bench.doubts.beside import doubt
+from mla.bench.measure.pass_times import PassTimes
+
+
+def times(regions: float, beside: float, cpu: float | None = None, forwards: int = 10) -> PassTimes:
+    """Return a pass with `beside` ms outside of its forwards, of which `cpu` ms took a processor."""
+    spent = beside if cpu is None else cpu
+    return PassTimes(
+        forwards=forwards,
+        regions=regions,
+        regions_cpu=regions,
+        wall=regions + beside,
+        wall_cpu=regions + spent,
+    )
+
+
+IDLE = [times(0.0, 2.0)] * 6
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("hidden", [6.0, 20.0, 1000.0])
+def test_work_that_no_forward_accounts_for_is_doubted(hidden: float, on_host: bool) -> None:
+    found = doubt([times(10.0, 2.0 + hidden)] * 6, IDLE, on_host)
+    assert found.startswith(f"its clock covers {100 * 10 / (10 + hidden - 0.1):.0f}% of the time")
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("beside", [0.0, 2.0, 4.0, 7.0])
+def test_what_an_idle_pass_takes_as_well_is_not(beside: float, on_host: bool) -> None:
+    assert doubt([times(10.0, beside)] * 6, IDLE, on_host) == ""
+
+
+def test_a_minority_of_disturbed_passes_is_not_evidence() -> None:
+    passes = [times(10.0, 500.0)] * 2 + [times(10.0, 2.0)] * 4
+    assert doubt(passes, IDLE, on_host=False) == ""
+
+
+def test_on_the_host_other_processes_take_time_but_not_ours() -> None:
+    """A busy machine: the wall clock runs on while this process waits for a processor."""
+    passes = [times(10.0, 40.0, cpu=2.0)] * 6
+    assert doubt(passes, IDLE, on_host=True) == ""
+    assert doubt(passes, IDLE, on_host=False) != ""
+
+
+def test_tiny_forwards_have_some_slack() -> None:
+    idle = [times(0.0, 0.1)] * 6
+    assert doubt([times(0.05, 0.1 + 0.09)] * 6, idle, on_host=False) == ""
+    assert doubt([times(0.05, 0.1 + 0.3)] * 6, idle, on_host=False) != ""
