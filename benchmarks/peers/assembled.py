@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from benchmarks.peers.choice import Unavailable, built, fastest
 from benchmarks.peers.problem import PeerProblem, rotate
-from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.subjects.setting import Setting
+from mla.bench.subjects.tokens import LayerImplementation
+from mla.bench.subjects.turns import Turn
 from mla.bench.workload.scenario import Scenario
 from mla.verify.layer_oracle import State
 
@@ -122,7 +123,7 @@ def absorbed(parts: Parts, attend: LatentAttention) -> Attention:
     return attention
 
 
-class Assembled(Implementation):
+class Assembled(LayerImplementation):
     """A peer: the fastest candidate of one toolbox for each part of a scenario."""
 
     def __init__(self, setting: Setting, state: State, name: str, tools: Toolbox) -> None:
@@ -132,7 +133,7 @@ class Assembled(Implementation):
     @torch.no_grad()
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
         config = self.setting.config
-        self._prepare_buffers(inputs)
+        self.prepare_buffers(scenario, inputs)
         try:
             self._problem = PeerProblem(config, scenario, self.setting.dtype, inputs.history)
             self._parts = Parts(self._problem, self._state, self._tools)
@@ -146,16 +147,21 @@ class Assembled(Implementation):
         )
         self.restore()
 
-    def restore(self) -> None:
+    def restore(self, number: int = 0) -> None:
+        self.take(self.begin(number))
         self._problem.reset()
+
+    def take(self, turn: Turn) -> None:
+        super().take(turn)
+        self._problem.sign_history(turn.signs.tolist())
 
     @torch.no_grad()
     def step(self, index: int) -> None:
         step = index if self._problem.scenario.mode == "decode" else 0
-        q, kv, pe = self._parts.first(self._hidden[step]).split(self._widths, dim=-1)
+        q, kv, pe = self._parts.first(self.x).split(self._widths, dim=-1)
         self._write(kv, pe, step)
         heads = self._attention(self._queries(q, step), step)
-        self.outputs[step] = self._parts.o(heads.flatten(1))
+        self.out.copy_(self._parts.o(heads.flatten(1)))
 
     def _write(self, kv: torch.Tensor, pe: torch.Tensor, step: int) -> None:
         """Normalize and rotate the new latents and write them to their slots."""

@@ -40,13 +40,15 @@ class MemoryRead(Implementation):
         self._data = torch.rand(self._bytes // 4)
         self._reader = fastest({name: partial(reader, self._data) for name, reader in READERS.items()})
         self._read = READERS[self._reader]
-        self.outputs = torch.ones_like(inputs.hidden)
 
-    def restore(self) -> None:
+    def restore(self, number: int = 0) -> None:
         """Keep the data: there is no cache."""
 
-    def before(self, index: int) -> None:
-        self.outputs[index if index < len(self.outputs) else 0] = 1.0  # finite, as the engine requires
+    def collect(self) -> None:
+        """Do nothing: there are no outputs."""
+
+    def compared(self) -> dict[int, torch.Tensor]:
+        return {}
 
     def step(self, index: int) -> None:
         self._read(self._data)

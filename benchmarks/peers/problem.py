@@ -44,6 +44,7 @@ class PeerProblem:
         self.rows = torch.full((sum(self.sizes), config.latent_dim), torch.nan, dtype=dtype)
         for start, (kv, pe) in zip(self.starts, history, strict=True):
             self.rows[start : start + kv.shape[0]] = torch.cat((kv, pe), dim=1)
+        self._signs = [1] * len(self.sizes)
         table = RotaryTable(config, torch.device("cpu"), max(self.sizes)).table
         cos, sin = table.chunk(2, dim=1)
         rotations = torch.complex(cos, sin)
@@ -63,6 +64,14 @@ class PeerProblem:
         """Fill every slot past the history with NaN, so that reading one too many is detected."""
         for start, size, past in zip(self.starts, self.sizes, self.scenario.history, strict=True):
             self.rows[start + past : start + size] = torch.nan
+
+    def sign_history(self, signs: Sequence[int]) -> None:
+        """Give each request's history a sign, 1 or -1, in place."""
+        pairs = zip(self.starts, self.scenario.history, self._signs, signs, strict=True)
+        for start, past, was, sign in pairs:
+            if was != sign:
+                self.rows[start : start + past].neg_()
+        self._signs = list(signs)
 
     def group_rows(self, group: LengthGroup) -> torch.Tensor:
         """Return the cache of a group as a view [count, size, c + r]."""

@@ -81,7 +81,9 @@ def run(request: Request) -> list[MemoryReading]:
     readings, mark = [read(0, 0)], minor_faults()
     for done in range(scenario.steps, STEPS + 1, scenario.steps):
         for index in range(scenario.steps):
+            ours.before(index)
             ours.step(index)
+            ours.after(index)
         ours.restore()
         if done % EVERY == 0:
             faults = minor_faults() - mark

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from ceiling_cases import ceiling_run, quick_ceilings
+from scripted_clock import script_the_clock
 from tiny_run import write_tiny_run
 
 import mla
@@ -62,6 +63,8 @@ def bench(
     def bench(*words: str, fakes: Sequence[str] = ()) -> Outcome:
         for fake in fakes:
             monkeypatch.syspath_prepend(install(fake))
+        if "virtual_clock" in fakes:
+            script_the_clock(monkeypatch)
         capsys.readouterr()
         code = main(list(words))
         return Outcome(code, *capsys.readouterr())

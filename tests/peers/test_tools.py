@@ -18,9 +18,9 @@ from benchmarks.peers.choice import Unavailable, fastest
 from benchmarks.peers.torch_tools import TORCH
 from mla.bench.subjects.inputs import expected_outputs, make_inputs
 from mla.bench.subjects.setting import Setting
+from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.workload.scenario import Scenario
 from mla.config import YarnScaling
-from mla.verify.layer_check import Checker
 from mla.weights import random_state_dict
 
 if TYPE_CHECKING:
@@ -44,20 +44,23 @@ def only(part: str, name: str) -> Toolbox:
     return Toolbox(**{**parts, part: {name: parts[part][name]}})
 
 
-def run(config: MLAConfig, scenario: Scenario, tools: Toolbox) -> tuple[Assembled, Checker]:
+def run(config: MLAConfig, scenario: Scenario, tools: Toolbox) -> tuple[Assembled, LayerChecker]:
     """Run a pass after another one, as the runner does, and return what judges it."""
     dtype = torch.bfloat16
     setting = Setting(config, mla.load_backend("cpu"), dtype, "auto", 64, seed=0)
     state, inputs = random_state_dict(config), make_inputs(config, scenario, 0, dtype)
     one = Assembled(setting, state, "hand", tools)
     one.load(scenario, inputs)
-    for _ in range(2):
-        one.restore()
-        one.outputs.fill_(torch.nan)
+    for number in (0, 3):
+        one.restore(number)
         for index in range(scenario.inputs):
             one.before(index)
             one.step(index)
-    return one, Checker(expected_outputs(config, state, scenario, inputs), dtype, lambda: one.outputs)
+            one.after(index)
+        one.collect()
+    expected = expected_outputs(config, state, scenario, inputs)
+    unused = lambda: pytest.fail("a peer is not held to the reference")  # noqa: E731
+    return one, LayerChecker(expected.plain, dtype, unused, turned=expected)
 
 
 def torch_refuses(name: str) -> bool:

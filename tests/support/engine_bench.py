@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mla.bench.doubts import backend_clocks, clock
-from mla.bench.measure import passes, warmup
+from mla.bench.measure import passes
 from mla.bench.measure.engine import CHECKED, measure
 from mla.bench.measure.hooks import Hooks
 from mla.bench.measure.samples import Measurement
@@ -159,7 +159,7 @@ class Bench:
         self.log: Log = []
         self.time = Time(self.log, {})
         self.checker = Checker(self.expected.double(), torch.float32, lambda: self.expected)
-        for module in (passes, warmup, backend_clocks, clock):
+        for module in (passes, backend_clocks, clock):
             monkeypatch.setattr(module, "now_ns", lambda: self.time.read())
         for module in (passes, clock):
             monkeypatch.setattr(module, "cpu_ns", lambda: self.time.now, raising=False)

@@ -68,7 +68,7 @@ def test_one_number_that_is_none_is_caught(expected: torch.Tensor, bad: float) -
     found[0, 4, 7] = bad
     result = checker(expected).check(found, held_to_reference=True)
     assert result.status == "wrong"
-    assert result.reason == "1 of 15 output rows hold NaN or infinity"
+    assert result.reason == "1 of 15 output rows hold NaN or infinity; the first is token 4 of step 0"
     assert result.error_ratio is None
 
 
@@ -76,7 +76,10 @@ def test_an_output_that_was_never_written_is_wrong(expected: torch.Tensor) -> No
     result = checker(expected).check(
         torch.full(SHAPE, torch.nan, dtype=torch.bfloat16), held_to_reference=False
     )
-    assert (result.status, result.reason) == ("wrong", "15 of 15 output rows hold NaN or infinity")
+    assert (result.status, result.reason) == (
+        "wrong",
+        "15 of 15 output rows hold NaN or infinity; the first is token 0 of step 0",
+    )
 
 
 def test_ours_is_held_to_twice_the_reference_and_others_to_the_table(expected: torch.Tensor) -> None:
@@ -110,7 +113,7 @@ def test_expected_decode_outputs_are_those_of_one_step_at_a_time(tiny: Callable[
     scenario = Scenario(name="d", mode="decode", query_lens=(2, 1), history=(4, 0), runs=3)
     inputs = make_inputs(config, scenario, 0, torch.float32)
     state = random_state_dict(config, 0, torch.float32)
-    found = expected_outputs(config, state, scenario, inputs)
+    found = expected_outputs(config, state, scenario, inputs).plain
     assert found.shape == (3, 3, config.hidden_size)
     for step in range(3):
         for request, rows in enumerate((slice(0, 2), slice(2, 3))):
@@ -125,7 +128,7 @@ def test_expected_prefill_outputs_are_the_oracles(tiny: Callable[..., MLAConfig]
     scenario = Scenario(name="p", mode="prefill", query_lens=(3, 2), history=(0, 4))
     inputs = make_inputs(config, scenario, 0, torch.float32)
     state = random_state_dict(config, 0, torch.float32)
-    found = expected_outputs(config, state, scenario, inputs)
+    found = expected_outputs(config, state, scenario, inputs).plain
     torch.testing.assert_close(found[0], oracle(config, state, inputs.hidden[0], (3, 2), inputs.history))
 
 

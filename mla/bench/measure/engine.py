@@ -163,7 +163,7 @@ class _Engine:
         one = runner.implementation
         tick = partial(self._tick, "warming up", one)
         steps, least = self._scenario.steps, self._scenario.warmups
-        done = warm_up(runner.forwards, steps, least, self._backend.synchronize, self._untimed, tick)
+        done = warm_up(runner.forwards, steps, least, runner.time_step, self._untimed, tick)
         if runner.samples.variant == HEADLINE:
             measurement = self.measurements[one.name]
             measurement.warmups, measurement.settled = done.forwards, done.settled

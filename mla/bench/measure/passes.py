@@ -71,16 +71,28 @@ class PassRunner:
             self.forwards.step(0)
             self.forwards.after(0)
 
+    def time_step(self, index: int) -> float:
+        """Run a step and return its milliseconds on the runner's clock."""
+        self._synchronize()
+        start = now_ns()
+        self.forwards.step(index)
+        self._synchronize()
+        return (now_ns() - start) / 1e6
+
     def run(self, number: int, heartbeat: Callable[[], None]) -> PassTimes:
         """Run a pass; `heartbeat` is called after every forward."""
         return self._pass(number, self.forwards.step, self._flush, heartbeat)
+
+    def idle(self, number: int, heartbeat: Callable[[], None]) -> PassTimes:
+        """Do all that a pass does beside its forwards, without them."""
+        return self._pass(number, lambda index: None, None, heartbeat)
 
     def time(self, number: int, heartbeat: Callable[[], None]) -> None:
         """Run a pass and record its samples, after all it does beside its forwards, without them.
 
         Raises `ClockError` for impossible readings.
         """
-        idle = self._pass(number, lambda index: None, None, heartbeat)
+        idle = self.idle(number, heartbeat)
         found = self.run(number, heartbeat)
         times = found.samples
         if not (math.isfinite(sum(times)) and statistics.median(times) > 0):

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mla.bench.doubts.clock import now_ns
 from mla.bench.measure.passes import Forwards
 from mla.bench.results.stats import median
 
@@ -30,13 +29,14 @@ def warm_up(
     forwards: Forwards,
     steps: int,
     least: int,
-    synchronize: Callable[[], None],
+    time_step: Callable[[int], float],
     numbers: Iterator[int],
     tick: Callable[[int], None],
 ) -> WarmupResult:
     """Run forwards until latencies settle; the history is restored every `steps` forwards, as in a pass.
 
-    Every pass takes the next of `numbers`. `tick` is called after every forward, with 1 for the first `least` forwards and 0 afterwards.
+    `time_step` runs a step and returns its milliseconds. Every pass takes the next of `numbers`. `tick` is called
+    after every forward, with 1 for the first `least` forwards and 0 afterwards.
     """
     if not least:
         return WarmupResult()
@@ -46,11 +46,7 @@ def warm_up(
         if index == 0:
             forwards.restore(next(numbers))
         forwards.before(index)
-        synchronize()
-        start = now_ns()
-        forwards.step(index)
-        synchronize()
-        taken.append((now_ns() - start) / 1e6)
+        taken.append(time_step(index))
         forwards.after(index)
         tick(int(len(taken) <= least))
     return WarmupResult(len(taken), settled(taken))

@@ -55,7 +55,7 @@ def test_tensors_that_a_library_packed_have_no_storage_to_count() -> None:
 def test_agreement_is_relative_and_mutual(case: Any) -> None:
     a, b = case(implementation="a"), case(implementation="b")
     base = torch.randn(2, 3, 4)
-    agreement.compare([a, b], {"a": base, "b": 1.25 * base})
+    agreement.compare([a, b], {"a": dict(enumerate(base)), "b": dict(enumerate(1.25 * base))})
     (of_a,), (of_b,) = a.agreement, b.agreement
     assert (of_a.implementation, of_b.implementation) == ("b", "a")
     assert of_a.relative_difference == pytest.approx(0.2)
@@ -65,7 +65,7 @@ def test_agreement_is_relative_and_mutual(case: Any) -> None:
 
 def test_a_wrong_case_is_compared_with_nobody(case: Any) -> None:
     a, b = case(implementation="a"), case(implementation="b")
-    agreement.compare([a, b], {"a": torch.ones(3)})
+    agreement.compare([a, b], {"a": {0: torch.ones(3)}})
     assert (a.agreement, b.agreement) == ([], [])
 
 

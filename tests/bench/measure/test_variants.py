@@ -62,7 +62,7 @@ def test_by_default_warm_and_cold_are_timed(virtual: Bench) -> None:
     done = virtual(script="2/3/2")
     assert done.code == 0
     assert "timed      eager; warm, cold; host clock" in done.err
-    assert medians() == {("eager", "cold", "virtual"): 3}
+    assert medians() == {("eager", "cold", "host"): 3}
     (cold,) = only_case().timings
     assert cold.passes == 6
     assert cold.method == (
@@ -83,11 +83,11 @@ def test_every_combination_is_timed_by_its_own_clock(virtual: Bench) -> None:
     assert headline().median == 8
     assert medians() == {
         ("eager", "warm", "virtual device"): 6,
-        ("eager", "cold", "virtual"): 9,
+        ("eager", "cold", "host"): 9,
         ("eager", "cold", "virtual device"): 7,
-        ("graph", "warm", "virtual"): 4,
+        ("graph", "warm", "host"): 4,
         ("graph", "warm", "virtual device"): 2,
-        ("graph", "cold", "virtual"): 5,
+        ("graph", "cold", "host"): 5,
         ("graph", "cold", "virtual device"): 3,
     }
     line = (
@@ -127,7 +127,7 @@ def test_a_replay_that_does_nothing_is_wrong(virtual: Bench, scenario: str, afte
     assert done.code == 4
     case = only_case()
     assert case.check.status == "wrong"
-    start = "graph, warm cache, host clock: correct before timing, wrong after it: "
+    start = "graph, warm cache, host clock: right at first, wrong in pass "
     assert case.check.reason.startswith(start)
     assert "hold NaN or infinity" in case.check.reason
     assert case.latency_ms is None

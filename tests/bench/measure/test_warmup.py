@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, count, repeat
-from unittest.mock import patch
 
 import pytest
 
-from mla.bench.measure import warmup
 from mla.bench.measure.warmup import MOST, SECONDS, WINDOW, WarmupResult, settled, warm_up
 
 
@@ -19,7 +17,6 @@ class Script:
         self._samples: Iterator[float] = chain(samples, repeat(then))
         self.log: list[str] = []
         self.ticks: list[int] = []
-        self.now = 0
         self.numbers: list[int] = []
 
     def restore(self, number: int = 0) -> None:
@@ -31,14 +28,16 @@ class Script:
 
     def step(self, index: int) -> None:
         self.log.append(f"step {index}")
-        self.now += round(1e6 * next(self._samples))
+
+    def time(self, index: int) -> float:
+        self.step(index)
+        return next(self._samples)
 
     def after(self, index: int) -> None:
         pass
 
     def warm_up(self, least: int, steps: int = 1000) -> WarmupResult:
-        with patch.object(warmup, "now_ns", lambda: self.now):
-            return warm_up(self, steps, least, lambda: None, count(7), self.ticks.append)
+        return warm_up(self, steps, least, self.time, count(7), self.ticks.append)
 
 
 def test_settled_forwards_end_with_the_number_asked_for() -> None:

@@ -1,5 +1,7 @@
 """The CPU with clocks that do not run: timers return scripted milliseconds.
 
+The runner's host clock is its own, so a test replaces it by `scripted` (`tests/support/scripted_clock.py`).
+
 Options:
 
 - `script`: milliseconds, separated by commas and repeated for ever. `2*50` is 50 times 2, and `1~2*50` goes
@@ -11,8 +13,8 @@ Options:
 - `graphs=on`: functions can be captured, and there is a latent attention that is safe to capture.
   `graphs=stale`: a replay does nothing after `after` replays. `graphs=refuse`: capturing a layer raises.
 - `sensors`: readings of a clock in MHz, separated by commas, one for each time the sensors are asked.
-- `interrupt`: send SIGINT to this process when the first timer has taken that many samples.
-- `announce`: say on stderr when the first timer starts.
+- `interrupt`: send SIGINT to this process when it has waited for the device that many times.
+- `announce`: say on stderr when it first waits for the device.
 """
 
 import itertools
@@ -36,22 +38,14 @@ def parse(script):
 
 
 class VirtualTimer:
-    def __init__(self, clock, script, interrupt=0, announce=False):
+    def __init__(self, clock, script):
         self.clock = clock
         self._samples = itertools.cycle(parse(script))
-        self._left = interrupt
-        self._announce = announce
 
     def start(self):
-        if self._announce:
-            sys.stderr.write("timing starts\n")
-            sys.stderr.flush()
-            self._announce = False
+        pass
 
     def stop(self):
-        self._left -= 1
-        if self._left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
         return next(self._samples)
 
 
@@ -64,6 +58,7 @@ class VirtualClock(Backend):
         self._made = {"script": 0, "device_script": 0}
         self._readings = iter(self.options.get("sensors", "").split(","))
         self._captures = 0
+        self._waits = 0
 
     @classmethod
     def known_options(cls):
@@ -80,7 +75,12 @@ class VirtualClock(Backend):
         return torch.device("cpu")
 
     def synchronize(self):
-        pass
+        self._waits += 1
+        if self._waits == 1 and "announce" in self.options:
+            sys.stderr.write("timing starts\n")
+            sys.stderr.flush()
+        if self._waits == int(self.options.get("interrupt", "0")):
+            os.kill(os.getpid(), signal.SIGINT)
 
     def device_info(self):
         return DeviceInfo(name="a virtual device", cache_bytes=1 << 20)
@@ -89,17 +89,15 @@ class VirtualClock(Backend):
         scripts = self.options.get(option, "1,2,3,4").split("/")
         number = self._made[option]
         self._made[option] += 1
-        return scripts[min(number, len(scripts) - 1)], number == 0
+        return scripts[min(number, len(scripts) - 1)]
 
-    def timer(self):
-        script, first = self._script("script")
-        interrupt = int(self.options.get("interrupt", "0")) if first else 0
-        return VirtualTimer("virtual", script, interrupt, first and "announce" in self.options)
+    def scripted(self):
+        return VirtualTimer("host", self._script("script"))
 
     def device_timer(self):
         if "device_script" not in self.options:
             return None
-        return VirtualTimer("virtual device", self._script("device_script")[0])
+        return VirtualTimer("virtual device", self._script("device_script"))
 
     def graph(self, fn):
         kind = self.options.get("graphs", "off")

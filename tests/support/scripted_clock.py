@@ -1,0 +1,60 @@
+"""The runner's clock replaced by the scripts of the fake backend `virtual_clock`, for exact statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from mla.bench.doubts import backend_clocks, beside
+from mla.bench.measure import engine, stages, warmup
+from mla.bench.measure.pass_times import PassTimes
+from mla.bench.measure.passes import PassRunner
+from mla.bench.measure.setup import Setup
+
+
+def script_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a backend that has `scripted()` time forwards, warm-ups and stages; any other is timed as ever.
+
+    Scripted times contradict all other evidence, which is not asked for then.
+    """
+    make_runner = Setup._runner
+    warm_up = warmup.warm_up
+
+    def runner(self: Setup, *arguments: Any) -> PassRunner:
+        made = make_runner(self, *arguments)
+        scripted = getattr(self._backend, "scripted", None)
+        if scripted is not None:
+            for module, name in ((beside, "doubt"), (backend_clocks, "device_doubt")):
+                monkeypatch.setattr(module, name, lambda *_: "")
+            made.timer = made.timer or scripted()
+            made.scripted = scripted  # type: ignore[attr-defined]
+        return made
+
+    def warmed(
+        forwards: Any,
+        steps: int,
+        least: int,
+        time_step: Callable[[int], float],
+        numbers: Iterator[int],
+        tick: Any,
+    ) -> Any:
+        scripted = getattr(time_step.__self__, "scripted", None)  # type: ignore[attr-defined]
+        timer = scripted() if scripted and least else None
+
+        def step(index: int) -> float:
+            forwards.step(index)
+            return float(timer.stop())
+
+        return warm_up(forwards, steps, least, step if timer else time_step, numbers, tick)
+
+    def stage_timer(synchronize: Any) -> Any:
+        backend = synchronize.__self__
+        return backend.scripted() if hasattr(backend, "scripted") else stages_timer(synchronize)
+
+    stages_timer = stages.HostTimer
+    monkeypatch.setattr(Setup, "_runner", runner)
+    monkeypatch.setattr(PassRunner, "idle", lambda *_: PassTimes())
+    monkeypatch.setattr(engine, "warm_up", warmed)
+    monkeypatch.setattr(stages, "HostTimer", stage_timer)
