@@ -120,7 +120,9 @@ def play(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
                 ]
             )
         out, err = capsys.readouterr()
-        assert kept.exists(), f"exit {code}\n{out}{err}"
-        return Duel(code, out, err, results.decode(kept.read_bytes()))
+        run = results.decode(kept.read_bytes()) if kept.exists() else None
+        assert run, f"exit {code}\n{out}{err}"
+        assert run.cases, f"exit {code}\n{out}{err}"
+        return Duel(code, out, err, run)
 
     return play

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,18 +17,18 @@ GRAPHS = ("--mode", "eager,graph", "--cache", "warm", "--clock", "host")
 @pytest.mark.parametrize(
     "opponent",
     [
-        lambda: EmptyReplays(2),
-        lambda: EmptyReplays(3, honest=12),
-        lambda: EmptyReplays(1000, honest=20),
-        lambda: FlakyReplays(5),
-        lambda: FlakyReplays(10),
+        partial(EmptyReplays, 2),
+        partial(EmptyReplays, 3, honest=12),
+        partial(EmptyReplays, 1000, honest=20),
+        partial(FlakyReplays, 5),
+        partial(FlakyReplays, 10),
     ],
     ids=["every 2nd", "every 3rd", "the first 20", "1 in 5 spoilt", "1 in 10 spoilt"],
 )
 def test_a_replay_that_does_nothing_or_not_the_same(
-    play: Play, opponent: Callable[[], Graphs], scenario: str
+    play: Play, opponent: Callable[..., Graphs], scenario: str
 ) -> None:
-    made = opponent()
+    made = opponent(recorded=scenario == "prefill")
     duel = play(made, scenario, ways=GRAPHS)
     assert made.gains
     assert duel.lost, str(duel)
@@ -35,7 +36,7 @@ def test_a_replay_that_does_nothing_or_not_the_same(
 
 @pytest.mark.parametrize("scenario", ["prefill", "decode"])
 def test_an_honest_replay_keeps_its_number(play: Play, scenario: str) -> None:
-    opponent = Graphs()
+    opponent = Graphs(recorded=scenario == "prefill")
     duel = play(opponent, scenario, ways=GRAPHS)
     assert opponent.replays
     assert duel.stands, str(duel)

@@ -23,7 +23,7 @@ HONEST: dict[str, Callable[[], Opponent]] = {
     "compiles at first use": lambda: Compiles(20.0, 1),
     "compiles at first uses": lambda: Compiles(5.0, 3),
     "rounds otherwise": Rounds,
-    "a queue that is waited for": lambda: Late("always"),
+    "a queue that is waited for": lambda: Late("always", finishes=True),
     "a slow wait": lambda: SlowWait(2.0),
     "a wait that polls": lambda: SlowWait(0.2),
     "forwards in one call": Sequences,

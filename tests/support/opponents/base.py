@@ -97,7 +97,7 @@ class Opponent(HostBackend):
         self.passes = 0  # begun
         self.steps = 0  # forwards finished in this pass
         self.forwards = 0  # finished
-        self.gains = 0  # calls that were not really made, but for the first pass, which is no one's number
+        self.gains = 0  # calls that were not really made, or not rightly
         self._keys = 0
         self._calls_ms = 0.0
         self.forward_ms: list[float] = []  # by our own stopwatch: what the calls of each forward took
@@ -145,7 +145,7 @@ class Opponent(HostBackend):
 
     def gain(self) -> None:
         """Count a call that was not made."""
-        self.gains += self.passes > 1
+        self.gains += 1
 
     def typical_ms(self) -> float:
         """Return what the calls of a forward really took: its latency cannot be less."""

@@ -18,10 +18,12 @@ class _State:
 
 
 class Graphs(Opponent):
-    """Offers graphs whose replay makes the calls again."""
+    """Offers graphs. A replay plans and calls anew; `recorded`: it makes the calls of the capture again."""
 
-    def __init__(self, **given: Any) -> None:
+    def __init__(self, recorded: bool = False, **given: Any) -> None:
         super().__init__(**given)
+        self._recorded = recorded
+        self._capture: list[Call] | None = None
         self.replaying, self.replays = False, 0
 
     def planned(self, state: Any, batch: Any) -> Any:
@@ -30,6 +32,8 @@ class Graphs(Opponent):
     def call(self, call: Call) -> None:
         if call.kind == "latent_attention":
             call.leading = (call.leading[0].inner,)
+        if self._capture is not None:
+            self._capture.append(call)
         self.compute(call)
 
     def compute(self, call: Call) -> None:
@@ -37,18 +41,24 @@ class Graphs(Opponent):
         call.make()
 
     def graph(self, fn: Callable[[], None]) -> Callable[[], None]:
+        self._capture = calls = []
+        fn()
+        self._capture = None
+
+        def again() -> None:
+            for call in calls:
+                self.compute(call)
+
         def replay() -> None:
             self.replaying, self.replays = True, self.replays + 1
-            try:
-                self.replay(fn)
-            finally:
-                self.replaying = False
+            self.replay(again if self._recorded else fn)
+            self.replaying = False
 
         return replay
 
-    def replay(self, fn: Callable[[], None]) -> None:
+    def replay(self, work: Callable[[], None]) -> None:
         """Do what was captured."""
-        fn()
+        work()
 
 
 class EmptyReplays(Graphs):
@@ -58,9 +68,9 @@ class EmptyReplays(Graphs):
         super().__init__(**given)
         self._every, self._honest = every, honest
 
-    def replay(self, fn: Callable[[], None]) -> None:
+    def replay(self, work: Callable[[], None]) -> None:
         if self.replays <= self._honest or self.replays % self._every == 0:
-            fn()
+            work()
         else:
             self.gains += 1
 

@@ -61,12 +61,15 @@ class Queue:
 
 
 class Late(Opponent):
-    """Queues every call; `waits` says when `synchronize` waits, `copies` which methods of Tensor do."""
+    """Queues every call; `waits` says when `synchronize` waits, `copies` which methods of Tensor do.
 
-    def __init__(self, waits: str, copies: Sequence[str] = (), slower_ms: float = 0.0, **given: Any) -> None:
+    `finishes`: the last call of a forward waits, too.
+    """
+
+    def __init__(self, waits: str, copies: Sequence[str] = (), finishes: bool = False, **given: Any) -> None:
         super().__init__(**given)
-        self.queue, self._waits, self._slower = Queue(self), WAITS[waits], slower_ms
-        self._copies = copies
+        self.queue, self._waits, self._copies = Queue(self), WAITS[waits], copies
+        self._finishes = finishes
 
     def arrives(self) -> None:
         self.patches.callback(self.queue.close)
@@ -75,12 +78,9 @@ class Late(Opponent):
             self.patches.enter_context(patch.object(torch.Tensor, name, _waiting(name, self.queue)))
 
     def call(self, call: Call) -> None:
-        self.queue.submit(functools.partial(self._work, call))
-
-    def _work(self, call: Call) -> None:
-        call.make()
-        if self._slower and call.is_last:
-            time.sleep(self._slower / 1e3)
+        self.queue.submit(call.make)
+        if self._finishes and call.is_last:
+            self.queue.drain()
 
     def synchronize(self) -> None:
         queue = self.queue
