@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from mla.bench.doubts.clock import cpu_ns, now_ns
+from mla.bench.measure.device_wait import DeviceWait
 from mla.bench.measure.pass_times import PassTimes
 from mla.bench.measure.samples import Samples
 from mla.bench.measure.variants import Steps
@@ -37,8 +38,9 @@ class Forwards(Protocol):
 class PassRunner:
     """Runs and times the passes of one implementation in one variant.
 
-    The host clock is the runner's own, around `synchronize`, forward, `synchronize`. A `timer` is the device's
-    clock, and is read inside that.
+    The host clock is the runner's own, around forward and `synchronize`. It starts when the device has finished
+    all else, and the backend has no turn between that, the inputs' arrival and the clock: what it could work on
+    is not there yet. A `timer` is the device's clock, and is read inside that.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class PassRunner:
     ) -> None:
         self.implementation, self.steps, self.samples = implementation, steps, samples
         self.forwards, self.timer = forwards, timer
-        self._synchronize = synchronize
+        self._synchronize, self._wait = synchronize, DeviceWait(implementation.setting.device)
         self._flush = flush
         self.passes: list[PassTimes] = []
         self.idles: list[PassTimes] = []
@@ -73,7 +75,7 @@ class PassRunner:
 
     def time_step(self, index: int) -> float:
         """Run a step and return its milliseconds on the runner's clock."""
-        self._synchronize()
+        self._wait()
         start = now_ns()
         self.forwards.step(index)
         self._synchronize()
@@ -87,12 +89,12 @@ class PassRunner:
         """Do all that a pass does beside its forwards, without them."""
         return self._pass(number, lambda index: None, None, heartbeat)
 
-    def time(self, number: int, heartbeat: Callable[[], None]) -> None:
+    def time(self, number: int, idle_number: int, heartbeat: Callable[[], None]) -> None:
         """Run a pass and record its samples, after all it does beside its forwards, without them.
 
-        Raises `ClockError` for impossible readings.
+        The idle pass has inputs of its own: nothing can be learned there for the timed one. Raises `ClockError` for impossible readings.
         """
-        idle = self.idle(number, heartbeat)
+        idle = self.idle(idle_number, heartbeat)
         found = self.run(number, heartbeat)
         times = found.samples
         if not (math.isfinite(sum(times)) and statistics.median(times) > 0):
@@ -115,7 +117,7 @@ class PassRunner:
         began, began_cpu, flushed = now_ns(), cpu_ns(), [0, 0]
         for index in self.steps.run:
             forwards.before(index)
-            self._synchronize()
+            self._wait()
             if flush is not None and index in timed:
                 start = (now_ns(), cpu_ns())
                 flush()  # waits for the device itself: the backend has no turn between it and the clock

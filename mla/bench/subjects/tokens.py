@@ -53,7 +53,7 @@ class LayerImplementation(Implementation):
 
     @property
     def hidden(self) -> torch.Tensor:
-        """The inputs [inputs, T, d] of the present turn, on the device, always at the same address."""
+        """Inputs [inputs, T, d] on the device, always at the same address; `before` writes those of its forward."""
         return self._hidden.rows
 
     @property
@@ -77,13 +77,14 @@ class LayerImplementation(Implementation):
         return self._turns.turn(forward_number(self.scenario, self._number, index))
 
     def take(self, turn: Turn) -> None:
-        """Write the inputs of a turn. A subclass that keeps history gives it the turn's signs, too."""
+        """Take the inputs of a turn. A subclass that keeps history gives it the turn's signs, too."""
         self._hidden.take(turn)
 
     def before(self, index: int) -> None:
         turn = self._turn(index)
         if self.scenario.mode == "prefill":
             self.take(turn)
+        self._hidden.show(self._step(index))
         self._present = turn
         self._x = self.hidden[self._step(index)]
         self._out = self._shelf.next()
