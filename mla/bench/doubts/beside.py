@@ -15,6 +15,8 @@ from mla.bench.measure.pass_times import PassTimes
 # The share of the forwards' own time that may pass beside them. Honest passes were at most 0.15 on a busy
 # machine with two CPUs; hiding a whole forward gives far more than 1.
 MOST = 0.5
+# How many times as long as a forward an empty region may seem to take, on a busy machine.
+MORE = 1.5
 # Milliseconds per forward that are nothing to speak of: caches are colder after a forward than after nothing.
 SLACK = 0.01
 
@@ -37,6 +39,18 @@ def doubt(passes: Sequence[PassTimes], idle: Sequence[PassTimes], on_host: bool)
     return (
         f"its clock covers {share:.0f}% of the time that its passes took: {wall:.3g} ms of work per pass ran "
         "outside the timed forwards, as if `synchronize` returned early"
+    )
+
+
+def empty_doubt(passes: Sequence[PassTimes], idle: Sequence[PassTimes]) -> str:
+    """Return why a region without a forward cannot take longer than one with it, or nothing if none did."""
+    empty = median(one.regions / one.forwards for one in idle)
+    full = median(one.regions / one.forwards for one in passes)
+    if empty <= MORE * full + SLACK:
+        return ""
+    return (
+        f"waiting for an idle device takes {empty:.3g} ms, longer than a forward with its wait ({full:.3g} ms): "
+        "`synchronize` is not the same for everybody"
     )
 
 

@@ -250,7 +250,11 @@ class _Engine:
             forwards.restore(next(self._untimed))
 
         on_host = runner.implementation.setting.device.type == "cpu"
-        found = [beside.doubt(runner.passes, runner.idles, on_host)]
+        found = [
+            beside.doubt(runner.passes, runner.idles, on_host),
+            beside.empty_doubt(runner.passes, runner.idles),
+            runner.implementation.doubt(self._checker, runner.samples.check),
+        ]
         if runner.timer is not None:
             found.append(backend_clocks.device_doubt(runner.timer, forwards, steps, restore))
         elif runner.samples.variant == HEADLINE:

@@ -57,6 +57,10 @@ class Implementation(ABC):
     def check(self, checker: Any) -> Check:
         """Check all outputs of the last pass that were collected, and whatever else a subclass covers."""
 
+    def doubt(self, checker: Any, check: Check) -> str:
+        """Return why outputs that are right cannot have been computed, or nothing."""
+        return ""
+
     @abstractmethod
     def compared(self) -> dict[int, torch.Tensor]:
         """Return the collected outputs, by forward, to compare with those of other implementations."""

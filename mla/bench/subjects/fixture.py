@@ -28,6 +28,7 @@ from mla.bench.subjects.shared_weights import shared_bytes
 from mla.bench.subjects.stack import MlaStack
 from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.subjects.transformers_layer import TransformersLayer
+from mla.bench.subjects.turns import choices
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import parse_one
 from mla.errors import UnsupportedBatch
@@ -200,12 +201,17 @@ class LayerFixture(Fixture):
         rows = [length * point.inputs for length in point.query_lens]
         return Needs(
             forward=results.Cost(flops=layers * typical.flops, bytes=layers * typical.bytes),
-            oracle_flops=cost.step_flops(config, rows, point.final_lens, cost.EXPANDED),
+            oracle_flops=self._oracle_runs() * cost.step_flops(config, rows, point.final_lens, cost.EXPANDED),
             parameters=cost.parameters(config),
             device_bytes=max(memory.device_bytes(one, point) for one in settings),
             host_bytes=memory.host_bytes(self.setting, point),
             reference_copies=1,
         )
+
+    def _oracle_runs(self) -> int:
+        """Return how often the oracle runs all rows; the last tokens of a prefill are few beside them."""
+        signed = not self.setting.config.attention_bias
+        return choices(self.point, signed) if self.point.mode == "decode" else 1
 
     def _check_lengths(self, ops: Ops) -> None:
         point, setting = self.point, self.setting

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mla import cost
+from mla.bench.subjects import shelf, turns
 from mla.bench.subjects.setting import SPARE_PAGES, Setting, make_ops
 from mla.bench.workload.grid import Point
 from mla.bench.workload.scenario import Scenario
@@ -17,13 +18,23 @@ def device_bytes(setting: Setting, scenario: Point) -> int:
     config, size = setting.config, setting.page_size
     slots = (sum(-(-length // size) for length in scenario.final_lens) + SPARE_PAGES) * size
     activations = scenario.tokens * 4 * config.num_attention_heads * config.latent_dim
-    hidden = 2 * scenario.inputs * scenario.tokens * config.hidden_size
+    inputs = _input_numbers(setting, scenario)
+    row = scenario.tokens * config.hidden_size
     weights = cost.parameters(config) + cost.kv_b_parameters(config)  # kv_b is packed for both its uses
     longest = 4 * max(scenario.final_lens) * config.latent_dim  # one request's keys, gathered and widened
-    per_layer = weights + slots * config.latent_dim + activations + hidden
+    outputs = shelf.buffers(scenario.steps, scenario.layers * row * setting.dtype.itemsize) * row
+    per_layer = weights + slots * config.latent_dim + activations + outputs
     scratch = WORKSPACE + (scenario.layers - 1) * _kept_bytes(setting, scenario)
     scratch += _grown_bytes(setting, scenario)
-    return (longest + scenario.layers * per_layer) * setting.dtype.itemsize + scratch
+    return (longest + inputs + scenario.layers * per_layer) * setting.dtype.itemsize + scratch
+
+
+def _input_numbers(setting: Setting, scenario: Point) -> int:
+    """Return the hidden states' numbers: those of the present turn, the plain ones and all others."""
+    count = turns.choices(scenario, signed=not setting.config.attention_bias) - 1
+    rows = scenario.inputs * scenario.tokens
+    others = len(scenario.query_lens) if scenario.mode == "prefill" else rows
+    return (2 * rows + count * others) * setting.config.hidden_size
 
 
 def _expanded_lens(setting: Setting, scenario: Scenario) -> list[int]:
@@ -66,6 +77,7 @@ def host_bytes(setting: Setting, scenario: Point) -> int:
     copies = 1 if scenario.layers == 1 else 2  # of the layer that is being rolled
     weights = cost.parameters(config) * (copies * setting.dtype.itemsize + 8)
     rows = scenario.inputs * scenario.tokens
+    rows += _input_numbers(setting, scenario) // config.hidden_size - 2 * rows
     oracle = 8 * rows * (3 * config.hidden_size + 4 * config.num_attention_heads * config.qk_head_dim)
     logits = (
         3

@@ -14,11 +14,15 @@ from mla.bench.subjects.turned import TurnedHidden
 from mla.bench.subjects.turns import Turn, forward_number
 from mla.bench.workload.scenario import Scenario
 from mla.verify.layer_check import Checker, Forward
+from mla.verify.tolerances import relative_error
 from mla.verify.verdict import Check
 
 # Bound before any plugin loads, which may replace methods of torch.
 _copy = torch.Tensor.copy_
 _fill = torch.Tensor.fill_
+
+# An error below this multiple of rounding once: layers were at 2.3 or more, since they round on the way.
+TOO_EXACT = 1.5
 
 
 @dataclass
@@ -26,6 +30,10 @@ class LayerChecker(Checker):
     """Judges the layer's outputs for any turn."""
 
     turned: Expected | None = None
+
+    def rounding(self) -> float:
+        """Return the relative error of the oracle's own outputs, rounded to the dtype."""
+        return relative_error((self.expected.to(self.dtype), self.expected))
 
     def forward(self, step: int, turn: Turn, found: torch.Tensor, where: str) -> Forward:
         """Return one forward's outputs [T, d] with what they should be."""
@@ -104,6 +112,15 @@ class LayerImplementation(Implementation):
 
     def check(self, checker: LayerChecker) -> Check:
         return checker.check_forwards(self._forwards(checker), self.held_to_reference)
+
+    def doubt(self, checker: LayerChecker, check: Check) -> str:
+        once, error = checker.rounding(), check.relative_error or 0.0
+        if not once or error > TOO_EXACT * once:
+            return ""
+        return (
+            f"its relative error of {error:.1e} is that of the oracle's own outputs, rounded: a layer rounds "
+            "several times"
+        )
 
     def _forwards(self, checker: LayerChecker, part: Any = ...) -> list[Forward]:
         """Return what was collected, or a `part` of every output, as the checker wants it."""
