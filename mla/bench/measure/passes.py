@@ -38,9 +38,9 @@ class Forwards(Protocol):
 class PassRunner:
     """Runs and times the passes of one implementation in one variant.
 
-    The host clock is the runner's own, around forward and `synchronize`. It starts when the device has finished
-    all else, and the backend has no turn between that, the inputs' arrival and the clock: what it could work on
-    is not there yet. A `timer` is the device's clock, and is read inside that.
+    The host clock is the runner's own, around forward and `synchronize`. It starts when the inputs are there
+    and the device has finished all else; the backend has no turn in between, so it cannot work on them earlier.
+    A `timer` is the device's clock, and is read inside that.
     """
 
     def __init__(
@@ -92,7 +92,8 @@ class PassRunner:
     def time(self, number: int, idle_number: int, heartbeat: Callable[[], None]) -> None:
         """Run a pass and record its samples, after all it does beside its forwards, without them.
 
-        The idle pass has inputs of its own: nothing can be learned there for the timed one. Raises `ClockError` for impossible readings.
+        The idle pass has inputs of its own: nothing can be learned there for the timed one. Raises
+        `ClockError` for impossible readings.
         """
         idle = self.idle(idle_number, heartbeat)
         found = self.run(number, heartbeat)

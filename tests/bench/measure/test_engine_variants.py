@@ -50,7 +50,7 @@ def test_every_variant_has_inputs_of_its_own(decode: Bench) -> None:
     a, b = decode.parrot("a"), decode.parrot("b")
     decode.measure(a, b, variants=EAGER)
     timed = [Counter(number for number in one.numbers if number < CHECKED) for one in (a, b)]
-    assert timed[0] == timed[1] == Counter({number: 1 for number in range(1, 4 * DECODE.passes + 1)})
+    assert timed[0] == timed[1] == Counter(range(1, 4 * DECODE.passes + 1))
 
 
 def test_nothing_of_the_backend_is_called_between_a_flush_and_the_clock(

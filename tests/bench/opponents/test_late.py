@@ -14,14 +14,15 @@ Play = Callable[..., Any]
 @pytest.mark.parametrize("copies", [(), ("cpu",), COPIES])
 @pytest.mark.parametrize("waits", ["at a start", "never", "when a pass begins"])
 def test_a_wait_that_does_not_wait_at_the_stop(play: Play, waits: str, copies: tuple[str, ...]) -> None:
-    """Outputs are unfinished when they are read, or the time shows up between the timed regions."""
+    """Outputs are not there when their clock has stopped, or the time shows up between the timed regions."""
     duel = play(Late(waits, copies))
     assert duel.lost, str(duel)
 
 
+@pytest.mark.parametrize("scenario", ["prefill", "decode"])
 @pytest.mark.parametrize("waits", ["every 2nd stop", "every 5th stop", "4 stops of 5"])
-def test_a_wait_that_waits_only_now_and_then(play: Play, waits: str) -> None:
-    duel = play(Late(waits, COPIES))
+def test_a_wait_that_waits_only_now_and_then(play: Play, waits: str, scenario: str) -> None:
+    duel = play(Late(waits, COPIES), scenario)
     assert duel.lost, str(duel)
 
 
