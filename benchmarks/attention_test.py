@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """The command line of the original MLA test, as a thin front end of `mla.bench`.
 
+\b
     python benchmarks/attention_test.py --cpu
     python benchmarks/attention_test.py --nvidia --model_path DeepSeek-R1-Layer-3
 

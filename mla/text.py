@@ -6,6 +6,9 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
+# Short name -> torch's name of each dtype that a layer can have.
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
 _BYTES = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}  # descending: `size` takes the first that fits
 _FORMATS = dict.fromkeys(_BYTES, ".3g")
 

@@ -17,6 +17,12 @@ from mla_backends.errors import BackendError, BackendImportError, DeviceUnavaila
 from mla_backends.registry import create, probe_backend
 from mla_backends.status import USABLE
 
+USAGE = """\
+usage: python -m mla_backends.probe NAME [KEY=VALUE ...]
+
+Prints what probing a backend finds, as JSON, and the traceback of what it raises.
+`python -m mla.bench doctor NAME` says the same in words, and how to fix it."""
+
 
 def probe_by_name(name: str, options: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Create the backend `name` with `options` and probe it; return state, reason, hint and evidence."""
@@ -51,9 +57,10 @@ def _strings(evidence: Any) -> dict[str, str]:
 def main(arguments: list[str]) -> None:
     """Print the answer and end the process at once."""
     options = dict(word.partition("=")[::2] for word in arguments[1:])
-    if not arguments or not all("=" in word for word in arguments[1:]):
-        sys.stderr.write("usage: python -m mla_backends.probe NAME [KEY=VALUE ...]\n")
-        sys.exit(2)
+    asked = arguments[:1] in (["-h"], ["--help"])
+    if asked or not arguments or not all("=" in word for word in arguments[1:]):
+        print(USAGE if asked else USAGE.partition("\n")[0], file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
     answer = probe_by_name(arguments[0], options)
     # On its own line, whatever the plugin printed before.
     sys.stdout.write(f"\n{json.dumps(answer)}\n")

@@ -28,6 +28,7 @@ class MemoryRead(Implementation):
     """Only reads memory: its latency is the cost of moving the bytes, its tok/s the bandwidth's limit."""
 
     name = "read"
+    computes = False
 
     def __init__(self, setting: Setting, state: State) -> None:
         super().__init__(setting)

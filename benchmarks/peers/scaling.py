@@ -27,7 +27,7 @@ from mla.bench.plan.resolve import resolve
 from mla.bench.run import scheduler
 from mla.bench.run.outcome import verdict
 from mla.bench.workload.grid import Point
-from mla.command import console
+from mla.command import console, files
 from mla.command.exit_codes import guarded
 from mla.config import presets
 from mla.errors import MLAError
@@ -76,14 +76,19 @@ def measure(config: str, threads: int, steps: int, passes: int, output: Path) ->
     return verdict(outcome)
 
 
-def plot(files: Sequence[Path], output: Path) -> None:
-    """Draw one panel per axis and one of the speed-up, a line per file. Raises `NothingToPlot`."""
+def new_figure() -> Any:
+    """Return an empty figure. Raises `NothingToPlot` without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise NothingToPlot(f"plotting needs matplotlib: pip install '.[report]' ({error}).") from error
-    runs = [results.read(file) for file in files]
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    return Figure(figsize=(12, 7), layout="constrained")
+
+
+def plot(sources: Sequence[Path], output: Path) -> None:
+    """Draw one panel per axis and one of the speed-up, a line per file. Raises `NothingToPlot`."""
+    runs = [results.read(source) for source in sources]
+    figure = new_figure()
     panels = dict(zip([*AXES, "speed-up"], figure.subplots(2, 2).flat, strict=True))
     for run in runs:
         for axis in AXES:
@@ -154,24 +159,31 @@ def _title(run: results.Run) -> str:
 @click.option(
     "--threads", type=click.IntRange(1), help="Only measure with this many threads, in this process."
 )
-@click.option("--plot", "files", type=click.Path(path_type=Path), nargs=2, help="Only draw these two files.")
+@click.option(
+    "--plot", "sources", type=click.Path(path_type=Path), nargs=2, help="Only draw these two files."
+)
 def scaling(
-    config: str, steps: int, passes: int, folder: Path, threads: int | None, files: tuple[Path, Path] | None
+    config: str, steps: int, passes: int, folder: Path, threads: int | None, sources: tuple[Path, Path] | None
 ) -> int:
-    """Carry out the command line."""
+    """Carry out the command line. Whatever keeps a file from being written shows before anything runs."""
     name = f"scaling-{Path(config).stem}"
     if threads:
-        return measure(config, threads, steps, passes, folder / f"{name}-threads{threads}.json")
-    if not files:
+        output = folder / f"{name}-threads{threads}.json"
+        files.check_writable(output)
+        return measure(config, threads, steps, passes, output)
+    output = (sources[1].parent if sources else folder) / f"{name}.svg"
+    files.check_writable(output)
+    new_figure()
+    if not sources:
         counts = sorted({1, host.cpu_limit()})
-        files = (folder / f"{name}-threads{counts[0]}.json", folder / f"{name}-threads{counts[-1]}.json")
         shared = ["--config", config, "--steps", str(steps), "--passes", str(passes), "--folder", str(folder)]
         for count in counts:
             words = [sys.executable, __file__, *shared, "--threads", str(count)]
             if code := subprocess.run(words, check=False).returncode:
                 return code
-    output = files[1].parent / f"{name}.svg"
-    plot(files, output)
+        first, last = (folder / f"{name}-threads{counts[place]}.json" for place in (0, -1))
+        sources = (first, last)
+    plot(sources, output)
     console.out(f"wrote {output}\n")
     return 0
 

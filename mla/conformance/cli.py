@@ -18,10 +18,12 @@ from mla.command.exit_codes import interrupted as ended_early
 from mla.command.options import FILE, result_path
 from mla.command.progress import Progress
 from mla.errors import UsageError
+from mla.text import DTYPES
 
 if TYPE_CHECKING:
     import torch
 
+    from mla.conformance.failures import Keeper
     from mla.conformance.report import CheckResult, ConformanceReport
     from mla.conformance.suite import Instance
     from mla.conformance.trial import BackendUnderTest
@@ -53,11 +55,15 @@ Exit codes: 0 all passed, 1 an expected failure passed, 2 usage, 3 backend missi
     "--dtype",
     "dtypes",
     multiple=True,
-    type=click.Choice(["bfloat16", "float16", "float32"]),
+    type=click.Choice([*DTYPES.values()]),
     help="Check only this dtype; may be repeated.  [those the backend claims]",
 )
 @click.option("--only", metavar="PATTERN", multiple=True, help="Run only these checks; may be repeated.")
-@click.option("--quick", is_flag=True, help="A smaller grid of shapes; every check still runs.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="A smaller grid of shapes; every check still runs. Half a minute on two CPUs, minutes on old ones.",
+)
 @click.option(
     "--xfails",
     "xfails_file",
@@ -72,6 +78,13 @@ Exit codes: 0 all passed, 1 an expected failure passed, 2 usage, 3 backend missi
     type=FILE,
     callback=result_path,
     help="Write the report as JSON. %t is the task's number under srun or torchrun, %j the job's.",
+)
+@click.option(
+    "--dump-failure",
+    metavar="DIR",
+    type=FILE,
+    callback=result_path,
+    help="Keep the first call of an op that is wrong in DIR, for `python -m mla.bench replay DIR`.",
 )
 @click.option("--list", "list_only", is_flag=True, help="Describe every check, and stop.")
 @click.option(
@@ -115,11 +128,13 @@ def run(
     quick: bool,
     xfails_file: Path | None,
     report_file: Path | None,
+    dump_failure: Path | None,
     list_only: bool,
     verbose: bool,
 ) -> int:
     """Open the backend, run the checks, print the card, write the report."""
     from mla.conformance import report as reports
+    from mla.conformance.failures import Keeper
     from mla.conformance.suite import instances
     from mla.conformance.xfails import Xfails
 
@@ -134,7 +149,8 @@ def run(
     planned = instances(subject, chosen, only)
     if not planned:
         raise UsageError(f"no check of this backend matches --only {' '.join(only)}.")
-    found, interrupted = carry_out_all(planned, subject, xfails, verbose)
+    keeper = Keeper.into(dump_failure, subject, backend_options, words) if dump_failure else None
+    found, interrupted = carry_out_all(planned, subject, xfails, verbose, keeper)
     report = make_report(words, subject, chosen, len(planned), found, interrupted, xfails)
     try:
         if report_file:
@@ -178,7 +194,11 @@ def _dtypes(subject: BackendUnderTest, names: Sequence[str]) -> tuple[torch.dtyp
 
 
 def carry_out_all(
-    planned: Sequence[Instance], subject: BackendUnderTest, xfails: Xfails, verbose: bool = False
+    planned: Sequence[Instance],
+    subject: BackendUnderTest,
+    xfails: Xfails,
+    verbose: bool = False,
+    keeper: Keeper | None = None,
 ) -> tuple[list[CheckResult], bool]:
     """Run checks with a progress bar; return the results so far and whether the user ended it."""
     from mla.conformance.suite import carry_out
@@ -191,6 +211,8 @@ def carry_out_all(
                     note(one.id)
                 progress.advance(one.id, 0)
                 found.append(carry_out(one, subject, xfails))
+                if keeper is not None:
+                    keeper.see(one, found[-1])
                 progress.advance(one.id, 1)
         except KeyboardInterrupt:
             return found, True

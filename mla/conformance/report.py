@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -151,7 +152,7 @@ def _header(report: ConformanceReport) -> str:
         "device": f"{backend.device_name} ({backend.device})",
         "dtypes": ", ".join(report.dtypes),
         "grid": "quick" if report.quick else "full",
-        "command": f"`{' '.join(report.argv)}`",
+        "command": f"`{shlex.join(report.argv)}`",
         "created": report.created,
         **({"commit": report.git_commit} if report.git_commit else {}),
         **report.environment,

@@ -13,6 +13,7 @@ import torch
 
 from mla.errors import UnsupportedBatch
 from mla.layer.preflight import Say, preflight_reasons
+from mla.verify.places import Places
 from mla.verify.tolerances import judge, judge_lse
 from mla_backends.api import OPS, Backend, FusedOp
 from mla_backends.errors import BackendError, describe
@@ -109,13 +110,23 @@ class Trial:
         else:
             self.passed += 1
 
-    def judge(self, found: torch.Tensor, truth: torch.Tensor, reference: torch.Tensor, what: str) -> None:
-        """Compare an output with the truth and the reference's error. Raises `CheckFailed`."""
-        self._record(*judge(found, truth, reference, self.dtype), what)
+    def judge(
+        self,
+        found: torch.Tensor,
+        truth: torch.Tensor,
+        reference: torch.Tensor,
+        what: str,
+        places: Places | None = None,
+    ) -> None:
+        """Compare an output with the truth and the reference's error. Raises `CheckFailed`.
 
-    def judge_lse(self, found: torch.Tensor, truth: torch.Tensor) -> None:
+        `places` names the rows in its text; without it a row is a token, the only thing that is known.
+        """
+        self._record(*judge(found, truth, reference, self.dtype, places), what)
+
+    def judge_lse(self, found: torch.Tensor, truth: torch.Tensor, places: Places | None = None) -> None:
         """Compare a log-sum-exp with the truth. Raises `CheckFailed`."""
-        self._record(*judge_lse(found, truth, self.dtype), "lse")
+        self._record(*judge_lse(found, truth, self.dtype, places), "lse")
 
     def _record(self, ratio: float, reason: str, what: str) -> None:
         self.worst = max(ratio, self.worst or 0.0)

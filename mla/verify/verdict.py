@@ -8,7 +8,7 @@ import msgspec
 
 
 class Check(msgspec.Struct, kw_only=True):
-    """Outcome of comparing a case with the float64 oracle in every pass. "doubtful": right, but not its time."""
+    """Outcome of comparing a case with the float64 oracle; one is doubtful that is right in a wrong time."""
 
     status: Literal["ok", "wrong", "doubtful", "not run"]
     error_ratio: float | None = None  # largest error over its bound; at most 1 when ok

@@ -207,6 +207,18 @@ def test_an_interrupt_keeps_what_was_found(conformance: Conformance) -> None:
     assert f"{len(report.checks)} checks (interrupted, 10 planned): " in done.out
 
 
+def test_the_command_on_the_card_works_when_it_is_pasted(conformance: Conformance, tmp_path: Path) -> None:
+    (tmp_path / "known to fail.txt").write_text("linear.bias: it $drops them\n")
+    words = ("--only", "linear.*", "--only", "*.bias", "--xfails", "known to fail.txt")
+    done = conformance(*words)
+    (line,) = (line for line in done.out.splitlines() if line.startswith("- command: "))
+    command = line.removeprefix("- command: `").removesuffix("`")
+    shell = subprocess.run(
+        ["sh", "-c", f"printf '%s\\n' {command}"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert shell.stdout.splitlines()[-len(words) :] == list(words)
+
+
 @pytest.mark.parametrize("fault", ["environment", "info"])
 def test_a_device_that_cannot_describe_itself_still_gets_a_card(conformance: Conformance, fault: str) -> None:
     done = conformance("--only", f"device.{fault}", fault=fault)

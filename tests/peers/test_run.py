@@ -19,7 +19,7 @@ from mla.bench.results.schema import Ceiling
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.workload.scenario import Scenario
-from mla.errors import UsageError
+from mla.errors import ResultError, UsageError
 
 RUN = Path(__file__).parents[2] / "benchmarks" / "peers" / "run.py"
 DIMS = {
@@ -278,3 +278,16 @@ def test_a_reading_counts_every_storage_once() -> None:
     after = steady.read(0, 0)
     assert after.tensor_bytes - before.tensor_bytes == 1 << 20
     assert after.tensors - before.tensors == 1 + len(views)
+
+
+@pytest.mark.parametrize("words", [[], ["--threads", "1"]], ids=["all", "child"])
+def test_a_folder_that_is_not_there_is_refused_before_anything_is_measured(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*arguments: object, **more: object) -> None:
+        raise AssertionError("it measures")
+
+    monkeypatch.setattr(scaling, "measure", run)
+    monkeypatch.setattr(scaling.subprocess, "run", run)
+    with pytest.raises(ResultError, match="there is no folder"):
+        scaling.scaling(["--folder", str(tmp_path / "nowhere"), *words], standalone_mode=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mla.bench import results
-from mla.bench.limits import microbench
+from mla.bench.limits import growth, microbench
 from mla.bench.results.ceilings_file import CeilingRun
 from mla.bench.results.schema import Ceiling
 from mla.bench.run import ceilings as ceilings_command
@@ -15,8 +15,8 @@ from mla.bench.run import ceilings as ceilings_command
 def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure little, and once."""
     monkeypatch.setattr(microbench, "SIDES", (16, 32))
-    monkeypatch.setattr(microbench, "SECONDS", 0.0)
-    monkeypatch.setattr(microbench, "REPEATS", 1)
+    monkeypatch.setattr(growth, "SECONDS", 0.0)
+    monkeypatch.setattr(growth, "REPEATS", 1)
     monkeypatch.setattr(ceilings_command, "LARGEST", 1 << 20)
     monkeypatch.setattr(ceilings_command, "TOKENS", (2, 3))
 

@@ -163,7 +163,7 @@ class Bench:
             monkeypatch.setattr(module, "now_ns", lambda: self.time.read())
         for module in (passes, clock):
             monkeypatch.setattr(module, "cpu_ns", lambda: self.time.now, raising=False)
-        monkeypatch.setattr(clock, "_clock_ns", lambda which: self.time.now)
+        monkeypatch.setattr(clock, "system_ns", lambda which: self.time.now)
         timed = passes.PassRunner.time
 
         def noted(runner: passes.PassRunner, *arguments: Any) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mla.bench.doubts import backend_clocks, beside
+from mla.bench.doubts.pass_times import PassTimes
 from mla.bench.measure import engine, stages, warmup
-from mla.bench.measure.pass_times import PassTimes
 from mla.bench.measure.passes import PassRunner
 from mla.bench.measure.setup import Setup
 

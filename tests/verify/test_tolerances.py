@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from mla.verify.places import Places
 from mla.verify.tolerances import UNITS, judge, judge_lse, same_bits
 
 BF16 = torch.bfloat16
@@ -48,7 +49,9 @@ def test_one_head_of_one_token_that_is_5_percent_off_is_found(truth: torch.Tenso
     found[3, 5] *= 1.05
     ratio, reason = judge(found, truth, truth, BF16)
     assert ratio > 10
-    assert "1 of 800 rows are wrong; row [3, 5] has relative error 5.0e-02" in reason
+    assert "1 of 800 rows are wrong; row 3, head 5 has relative error 5.0e-02" in reason
+    places = Places.new_tokens((1,) * 50, range(1, 51))
+    assert "wrong; request 3, position 3, head 5 (row 3) has" in judge(found, truth, truth, BF16, places)[1]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -57,6 +60,39 @@ def test_what_is_not_finite_is_wrong(truth: torch.Tensor, value: float) -> None:
     found[3, 5, 0] = value
     assert judge(found, truth, truth, BF16) == (math.inf, "1 of 800 rows hold NaN or infinity")
     assert judge(found[:3], truth, truth, BF16)[1] == "shape [3, 16, 64] instead of [50, 16, 64]"
+
+
+def test_an_output_that_is_all_nan_was_not_written(truth: torch.Tensor) -> None:
+    unwritten = "it was probably not written: all 800 rows are NaN, as before the call"
+    found = torch.full_like(truth, math.nan)
+    assert judge(found, truth, truth, BF16)[1] == unwritten
+    found[7:] = truth[7:]
+    places = Places.new_tokens((1,) * 50, range(1, 51))
+    assert judge(found, truth, truth, BF16, places)[1] == (
+        "112 of 800 rows hold NaN or infinity: request 0, position 0, head 0 (row 0); "
+        "every row of requests 0..6"
+    )
+
+
+def test_a_row_where_the_reference_is_lucky_may_err_as_the_reference_does(truth: torch.Tensor) -> None:
+    """Large logits: the reference errs by more than the floor, but not in every row."""
+    reference, found = off(truth, 1e-4), off(truth, 1e-4)
+    reference[7] = truth[7]
+    assert judge(found, truth, reference, torch.float32)[1] == ""
+    found[7] = off(truth, 2.1e-4)[7]
+    assert "row 7, head" in judge(found, truth, reference, torch.float32)[1]
+
+
+def test_no_right_op_is_refused_in_fp32() -> None:
+    """Products summed in another order, in many tiny problems: far from the bound in each."""
+    worst = 0.0
+    for seed in range(200):
+        random = torch.Generator().manual_seed(seed)
+        x, weight = (torch.randn(rows, 40, generator=random) for rows in (1 + seed % 24, 8 + seed % 5))
+        by_parts = sum(a @ b.T for a, b in zip(x.split(8, 1), weight.split(8, 1), strict=True))
+        assert isinstance(by_parts, torch.Tensor)
+        worst = max(worst, judge(by_parts, x.double() @ weight.double().T, x @ weight.T, torch.float32)[0])
+    assert worst < 0.2
 
 
 def test_a_row_of_zeros_must_be_zero(truth: torch.Tensor) -> None:
@@ -87,6 +123,16 @@ def test_an_empty_row_has_minus_infinity_and_nothing_else(value: float) -> None:
     ratio, reason = judge_lse(torch.tensor([[value]]), torch.tensor([[-torch.inf]]).double(), BF16)
     assert ratio == math.inf
     assert "where the natural logarithm is -inf" in reason
+
+
+def test_a_wrong_log_sum_exp_is_named() -> None:
+    found = torch.zeros(3, 4)
+    found[1:, 2] = 0.7
+    places = Places.new_tokens((1, 2), (9, 5))
+    assert judge_lse(found, torch.zeros(3, 4).double(), BF16, places)[1] == (
+        "0.7 where the natural logarithm is 0 at request 1, position 3, head 2 (row 1); "
+        "head 2 of every row of request 1"
+    )
 
 
 def test_a_log_sum_exp_is_fp32() -> None:

@@ -60,7 +60,8 @@ class BatchView(Protocol):
     """The lengths and tables of the requests an attention op is prepared for.
 
     Lengths exist twice: as host tuples, for decisions that must not wait for the device, and as device
-    tensors, for kernels. `block_table[i, j]` is the page that holds tokens `j * page_size ...` of request i.
+    tensors, for kernels. `kv_lens` includes the new tokens, `query_lens`. `block_table[i, j]` is the page
+    that holds tokens `j * page_size ...` of request i.
     """
 
     query_lens: tuple[int, ...]
@@ -106,7 +107,13 @@ class FusedOp(ABC):
       softmax_scale=float, out=[Tq, h, v], lse=[Tq, h] fp32)`` with ``state = op.prepare(spec, lengths)``
       from ``SegmentLengths``; when causal, the last query of a segment sees the last key
 
-    `cos_sin[t]` holds the r/2 cosines and then the r/2 sines of token t's position.
+    `cos_sin[t]` holds the r/2 cosines and then the r/2 sines of token t's position. Angle i turns one pair
+    (a, b) into (a cos - b sin, b cos + a sin), and both stay in their places: `x[2 i]` and `x[2 i + 1]` if
+    `interleaved`, `x[i]` and `x[i + r/2]` if not.
+
+    `kv_lens[b]` counts every token that request b attends to, its new ones included: they are in the cache
+    before attention is called. The rows `cu_q[b]` to `cu_q[b + 1]` of q and out are its new tokens; the last
+    of them sees all `kv_lens[b]` tokens, and each earlier one sees one token fewer than the next.
 
     Every refusal happens on the host before anything is launched: `unsupported_reasons` when the layer is
     built, `unsupported_batch` when a batch is planned.

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +16,7 @@ from mla_backends import host
 from mla_backends.api import Availability, Backend, DeviceInfo, MemoryInfo, Timer
 from mla_backends.errors import BackendError, BackendOptionError, DeviceUnavailable, describe
 from mla_backends.monitor import Monitor
+from mla_backends.torch_backend.asking import ask, overheard
 from mla_backends.torch_backend.graph import capture
 from mla_backends.torch_backend.report import known, report, sensor_facts, set_variables, versions
 from mla_backends.torch_backend.timing import EventTimer
@@ -73,7 +72,7 @@ class TorchBackend(Backend):
         call = f"torch.{self.device_type}.is_available()"
         evidence = {**evidence, **set_variables(self.visibility)}
         try:
-            with _overheard() as remarks:
+            with overheard() as remarks:
                 available = bool(module.is_available())
         except Exception as error:  # noqa: BLE001
             return Availability(False, f"{call} raised {describe(error)}", self.device_hint(), evidence)
@@ -165,10 +164,13 @@ class TorchBackend(Backend):
     # ------------------------------------------------------------------------------------ time and graphs
 
     def device_timer(self) -> Timer | None:
-        """Return a timer on the device's clock, in addition to `timer()`; None without events."""
+        """Return a timer on the device's clock, in addition to `timer()`; None without timing events."""
         if not hasattr(self.module, "Event"):
             return None
-        return EventTimer(self.module, self.device_type, self.synchronize)
+        try:
+            return EventTimer(self.module, self.device_type, self.synchronize)
+        except TypeError:  # `torch.cpu.Event` takes no `enable_timing`
+            return None
 
     def graphs_by_default(self) -> bool:
         """Return whether graphs are captured unless -O graph says otherwise."""
@@ -232,16 +234,16 @@ class TorchBackend(Backend):
         )
 
     def memory(self) -> MemoryInfo:
-        free, total = _call(self.module, "mem_get_info") or (None, None)
+        free, total = ask(self.module, "mem_get_info") or (None, None)
         return MemoryInfo(
             free=free,
             total=total,
-            allocated=_call(self.module, "memory_allocated"),
-            peak=_call(self.module, "max_memory_allocated"),
+            allocated=ask(self.module, "memory_allocated"),
+            peak=ask(self.module, "max_memory_allocated"),
         )
 
     def empty_cache(self) -> None:
-        _call(self.module, "empty_cache")
+        ask(self.module, "empty_cache")
 
     # ------------------------------------------------------------------------------------ environment
 
@@ -283,22 +285,3 @@ class TorchBackend(Backend):
             "host_threads": self._host_threads,
         }
         return {name: str(value) for name, value in facts.items() if value is not None}
-
-
-@contextmanager
-def _overheard() -> Iterator[list[str]]:
-    """Collect the texts of warnings instead of printing them."""
-    remarks: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield remarks
-    remarks += [str(one.message).partition("\n")[0].strip() for one in caught]
-
-
-def _call(module: ModuleType, name: str) -> Any:
-    """Call an optional function of the device module; None if it does not exist or does not know."""
-    function = getattr(module, name, None)
-    try:
-        return function() if function is not None else None
-    except (NotImplementedError, RuntimeError, TypeError):
-        return None

@@ -17,14 +17,13 @@ from mla.command.console import note, out
 from mla.command.exit_codes import Exit, end_early
 from mla.command.options import FILE, result_path
 from mla.errors import UsageError, did_you_mean
+from mla.text import DTYPES
 
 if TYPE_CHECKING:
     import torch
 
     from mla_backends.api import Backend
 
-# Short and long names of what --dtype takes.
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 DEFAULT_DTYPES = ("bf16", "fp32")
 
 
@@ -75,7 +74,9 @@ class CeilingOptions(BackendOptions):
     help="Format of what is printed on stdout.",
 )
 def ceilings(**values: Any) -> int:
-    """Measure peak bandwidth and FLOP rate of a device, in about ten seconds.
+    """Measure peak bandwidth and FLOP rate of a device.
+
+    Takes 10 to 30 seconds. On a slow CPU, what has not begun after a minute is left out and named.
 
     Reading and copying of footprints from 256 KiB to beyond the last-level cache, square products, and those
     of the default config's projections with 16 and 704 tokens; each in the way that was fastest, next to the

@@ -32,13 +32,18 @@ def _backends(as_json: bool) -> str:
     backends = status.statuses(chosen=[*status.names(), GENERAL])
     if as_json:
         return json.dumps([asdict(one) for one in backends], indent=1) + "\n"
-    width = max(len(one.name) for one in backends)
-    return "".join(_line(one, width) for one in backends)
+    widths = [max(len(text) for text in column) for column in zip(*map(_named, backends), strict=True)]
+    return "".join(_line(one, *widths) for one in backends)
 
 
-def _line(one: status.Status, width: int) -> str:
-    version = f" {one.distribution} {one.version}" if one.distribution else ""
+def _named(one: status.Status) -> tuple[str, str]:
+    return one.name, one.state
+
+
+def _line(one: status.Status, name: int, state: int) -> str:
+    version = f"{one.distribution} {one.version}" if one.distribution else ""
     why = "; ".join(part for part in (one.reason, one.hint) if part)
     if one.name == GENERAL and not why:
         why = f"without a plugin, {GENERAL_USE} (here {one.evidence['device']})"
-    return f"{one.name:{width}}  {one.state}{version}{': ' + why if why else ''}\n"
+    said = ": ".join(part for part in (version, why) if part)
+    return f"{one.name:{name}}  {one.state:{state}}  {said}".rstrip() + "\n"

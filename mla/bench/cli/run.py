@@ -44,7 +44,8 @@ Examples:
 
 \b
 Exit codes: 0 ok, 1 regression, 2 usage, 3 backend missing, unusable or hung,
-4 wrong result, 5 nothing ran, 130 interrupted, 143 ended by SIGTERM (the partial result is written).
+4 wrong result, 5 nothing ran, 6 a doubtful time, 130 interrupted, 143 ended by SIGTERM
+(both with the partial result written).
 """
 
 

@@ -12,6 +12,7 @@ from mla.bench.workload.scenario import MAX_COUNT, MAX_LAYERS, PRESETS, STANDARD
 from mla.command.backend import MEASURED_BACKEND_HELP, backend_options
 from mla.command.options import FILE, Command, add_options, parsed_by, percent, result_path
 from mla.config.presets import DEFAULT_CONFIG
+from mla.text import DTYPES
 
 # What is measured.
 WORKLOAD = (
@@ -35,8 +36,8 @@ WORKLOAD = (
     click.option(
         "--preset",
         type=click.Choice(PRESETS),
-        help="A shipped workload instead of --workload: smoke takes seconds; full adds sweeps over history, "
-        "batch and tokens per step.",
+        help="A shipped workload instead of --workload: smoke takes seconds, or minutes where torch has no "
+        "fast bf16; full adds sweeps over history, batch and tokens per step.",
     ),
     click.option(
         "--workload",
@@ -112,7 +113,7 @@ METHOD = (
     ),
     click.option(
         "--dtype",
-        type=click.Choice(["bfloat16", "float16", "float32"]),
+        type=click.Choice([*DTYPES.values()]),
         show_default=DEFAULT_DTYPE,
         help="Dtype of weights, cache and activations.",
     ),
@@ -210,6 +211,14 @@ OUTPUT = (
         callback=result_path,
         help="Afterwards record an untimed pass of every case with torch.profiler, and write them as one "
         "Chrome trace (FILE.json or FILE.json.gz) with a range for every op.",
+    ),
+    click.option(
+        "--dump-failure",
+        metavar="DIR",
+        type=FILE,
+        callback=result_path,
+        help="If a result is wrong, find the op and keep its call in DIR (operands, output, expected rows) "
+        "for `python -m mla.bench replay DIR`.",
     ),
     click.option(
         "--dry-run",

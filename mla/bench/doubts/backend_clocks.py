@@ -1,7 +1,7 @@
 """What a backend's own clocks say of forwards, against the runner's clock.
 
-The device's clock starts and stops elsewhere than the host's, so single readings differ by launches and waits.
-But what two more forwards in one region add must be the same on both: launches, gaps and all.
+The device's clock starts and stops elsewhere than the host's, so single readings differ by launches and
+waits. But what two more forwards in one region add must be the same on both: launches, gaps and all.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Work beside the clock: what a pass takes in all, against what its forwards are said to take.
 
-A `synchronize` that returns early, or an op that finishes its work later, moves work out of the timed regions.
-It still has to be done before the outputs are read. So the time of a pass that belongs to no forward is
-compared with that of an idle pass, which does everything but the forwards.
+A `synchronize` that returns early, or an op that finishes its work later, moves work out of the timed
+regions. It still has to be done before the outputs are read. So the time of a pass that belongs to no forward
+is compared with that of an idle pass, which does everything but the forwards.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from mla.bench.measure.pass_times import PassTimes
+from mla.bench.doubts.pass_times import PassTimes
 
 # The share of the forwards' own time that may pass beside them. Honest passes were at most 0.15 on a busy
 # machine with two CPUs; hiding a whole forward gives far more than 1.
@@ -49,8 +49,8 @@ def empty_doubt(passes: Sequence[PassTimes], idle: Sequence[PassTimes]) -> str:
     if empty <= MORE * full + SLACK:
         return ""
     return (
-        f"waiting for an idle device takes {empty:.3g} ms, longer than a forward with its wait ({full:.3g} ms): "
-        "`synchronize` is not the same for everybody"
+        f"waiting for an idle device takes {empty:.3g} ms, longer than a forward with its wait "
+        f"({full:.3g} ms): `synchronize` is not the same for everybody"
     )
 
 

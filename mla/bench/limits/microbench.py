@@ -1,64 +1,79 @@
 """Peak bandwidth and FLOP rate of a device, measured.
 
-A ceiling is the fastest of many repetitions over several ways to do the same work: torch's own operations and
-the layer's projections. Which way is fastest depends on device, threads and footprint. Reading is measured
-over as many bytes as a forward moves, because a footprint that fits a cache is read several times faster than
-one that does not.
+A ceiling is the fastest of several ways to do the same work: torch's own operations and the layer's
+projections. Which way is fastest depends on device, threads and footprint. Reading is measured over as many
+bytes as a forward moves, because a footprint that fits a cache is read several times faster than one that
+does not.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from mla.bench.doubts import clock
+from mla.bench.limits import growth
+from mla.bench.limits.ways import Way, own_ways, product_ways, random_rows, read_ways, wait
 from mla.bench.results.schema import Ceiling
-from mla.layer.ops import choose
+from mla.command.console import note
 from mla.text import dtype_name, size
-from mla_backends.api import Backend, LinearSpec
+from mla_backends.api import Backend
 
-# How long each way is repeated, and the fewest repetitions.
-SECONDS, REPEATS = 0.1, 5
-# Least seconds between two synchronizations: the cost of one is spread over several calls.
-REGION = 2e-4
-# Sides of the square matrices that are multiplied; larger ones are skipped once one takes LONG seconds.
-SIDES, LONG = (1024, 2048, 4096, 8192), 5e-3
+# Sides of the square matrices that are multiplied; larger ones are skipped once torch takes LONG seconds.
+# The small ones are for a busy machine, on which only short work is ever undisturbed.
+SIDES, LONG = (256, 512, 1024, 2048, 4096, 8192), 5e-3
 # Features of the weight that is streamed: a multiple of the register blocks of any kernel.
 FEATURES = 2048
-# Rows of random numbers, repeated to fill the factors of a product; constant data would draw less power.
-RANDOM_ROWS = 256
+# A way that takes so many times as long as the fastest is not repeated; is not tried again for the same
+# work; and, compared with torch's fastest, is not tried at all any more.
+SLOW, BEATEN, HOPELESS = 3.0, 1.5, 8.0
 
-Ways = Mapping[str, Callable[[], object]]
+
+class Wrong(Exception):
+    """A way whose result is wrong, whatever its time."""
 
 
 class Microbenchmark:
-    """Measures one device in one dtype. `ops` as in `MLA`: which projections are tried next to torch's."""
+    """Measures one device in one dtype. `ops` as in `MLA`: which projections are tried next to torch's.
+
+    Measuring something again tries only the ways that were nearly the fastest, unless `anew` is set.
+    """
 
     def __init__(self, backend: Backend, device: torch.device, dtype: torch.dtype, ops: str = "auto") -> None:
         self._backend, self._device, self._dtype = backend, device, dtype
         self._policy = "reference" if ops == "reference" else "auto"
+        self._near: dict[str, set[str]] = {}  # work -> ways that are nearly the fastest
+        self._hopeless: set[str] = set()  # ways that are not tried again
+        self._wrong: set[str] = set()  # and those that never are
+        self._sides: list[int] = []  # of squares that are nearly the fastest
+        self.anew = False
 
     def read(self, count: int) -> Ceiling:
         """Return bytes per second of reading about `count` bytes repeatedly."""
         rows = max(16, count // (FEATURES * self._dtype.itemsize) // 16 * 16)
         count = rows * FEATURES * self._dtype.itemsize
-        weight = torch.ones(rows, FEATURES, dtype=self._dtype, device=self._device)
-        seconds, way = self._best(self._read_ways(weight))
+        weight = random_rows(rows, FEATURES, self._dtype, self._device)
+        ways = [*read_ways(weight), *self._own(weight, 1)]
+        seconds, way = self._best(ways, f"reading {size(count, MiB='.3g')}")
         return Ceiling(
             work="read",
             value=count / seconds,
             source=_measured(way, size(count, MiB=".3g")),
             footprint_bytes=count,
+            ours=way.ours,
         )
 
     def copy(self, count: int) -> Ceiling:
         """Return bytes per second, reads plus writes, of copying half of `count` bytes to the other half."""
         source = torch.ones(count // 8, dtype=torch.float32, device=self._device)
         target = torch.empty_like(source)
-        ways = {"copy_": lambda: target.copy_(source), "neg": lambda: torch.neg(source, out=target)}
-        seconds, way = self._best(ways)
         moved = 2 * source.nbytes
+        ways = [
+            Way("copy_", lambda call: target.copy_(source)),
+            Way("neg", lambda call: torch.neg(source, out=target)),
+        ]
+        seconds, way = self._best(ways, f"copying {moved}")
         return Ceiling(
             work="copy",
             value=moved / seconds,
@@ -68,84 +83,110 @@ class Microbenchmark:
 
     def product(self, tokens: int, inputs: int, outputs: int) -> Ceiling:
         """Return FLOP per second of [tokens, inputs] x [inputs, outputs]; a multiply-add counts as 2."""
-        x, weight = self._random(tokens, inputs), self._random(outputs, inputs)
-        out = torch.empty(tokens, outputs, dtype=self._dtype, device=self._device)
-        ways = {"torch.mm": lambda: torch.mm(x, weight.t(), out=out), **self._projection(x, weight, out)}
-        seconds, way = self._best(ways)
-        dtype = dtype_name(self._dtype)
-        return Ceiling(
-            work="matmul",
-            value=2 * tokens * inputs * outputs / seconds,
-            source=_measured(way, f"{tokens} x {inputs} x {outputs} {dtype}"),
-            dtype=dtype,
-            footprint_bytes=x.nbytes + weight.nbytes + out.nbytes,
-        )
+        return self._product(tokens, inputs, outputs)[0]
 
-    def squares(self) -> Iterator[Ceiling]:
-        """Yield products of square matrices, from small to large, until one takes `LONG`."""
-        for side in SIDES:
-            ceiling = self.product(side, side, side)
+    def squares(self, sides: Sequence[int] = ()) -> Iterator[Ceiling]:
+        """Yield products of square matrices, from small to large, until one takes torch `LONG`."""
+        for side in sides or SIDES:
+            ceiling, by_torch = self._product(side, side, side)
             yield ceiling
-            if 2 * side**3 / ceiling.value > LONG:
+            if by_torch > LONG:
                 return
 
-    def _read_ways(self, weight: torch.Tensor) -> Ways:
-        x, out = weight[:1].clone(), weight.new_empty(1, weight.shape[0])
-        numbers = weight.view(torch.float32)  # sums of other dtypes are widened first, which is slow
-        return {
-            "sum": numbers.sum,
-            "sums of rows": lambda: numbers.sum(1),
-            "maximum": numbers.amax,
-            "dot": lambda: torch.dot(numbers.view(-1), numbers.view(-1)),
-            "torch.mm of one token": lambda: torch.mm(x, weight.t(), out=out),
-            **self._projection(x, weight, out),
-        }
+    def square(self) -> Ceiling:
+        """Return the fastest square; measuring it again leaves out those that are not nearly as fast."""
+        tried = SIDES if self.anew or not self._sides else self._sides
+        found = list(self.squares(tried))
+        best = max(found, key=lambda one: one.value)
+        timed = zip(tried, found, strict=False)
+        self._sides = [side for side, one in timed if one.value * BEATEN >= best.value]
+        return best
 
-    def _projection(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> Ways:
-        """Return the layer's fused projection, if there is one."""
-        spec = LinearSpec(weight.shape[1], weight.shape[0], 1, self._dtype, self._device)
-        choice = choose("linear", spec, self._backend.ops(), self._policy)
-        if choice.name == "reference":  # which is torch.mm
-            return {}
-        packed = choice.op.pack(weight)
-        return {choice.name: lambda: choice.op(packed, x=x, bias=None, out=out)}
+    def _product(self, tokens: int, inputs: int, outputs: int) -> tuple[Ceiling, float]:
+        """Return the ceiling and the seconds of torch's own fastest way."""
+        dtype = dtype_name(self._dtype)
+        x, weight = (random_rows(rows, inputs, self._dtype, self._device) for rows in (tokens, outputs))
+        ways = [*product_ways(x, weight), *self._own(weight, tokens)]
+        shape = f"{tokens} x {inputs} x {outputs} {dtype}"
+        timed = self._timed(ways, shape)
+        seconds, way = min(timed, key=lambda one: one[0])
+        by_torch = min((slow for slow, other in timed if not other.ours), default=seconds)
+        if tokens == inputs == outputs:
+            self._hopeless |= {other.name for slow, other in timed if slow > HOPELESS * by_torch}
+        ceiling = Ceiling(
+            work="matmul",
+            value=2 * tokens * inputs * outputs / seconds,
+            source=_measured(way, shape),
+            dtype=dtype,
+            footprint_bytes=self._dtype.itemsize * (tokens * inputs + inputs * outputs + tokens * outputs),
+            ours=way.ours,
+        )
+        return ceiling, by_torch
 
-    def _random(self, rows: int, columns: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        block = torch.randn(min(rows, RANDOM_ROWS), columns, generator=generator)
-        return block.to(self._device, self._dtype).repeat(-(-rows // RANDOM_ROWS), 1)[:rows].contiguous()
+    def _own(self, weight: torch.Tensor, tokens: int) -> list[Way]:
+        try:
+            return own_ways(self._backend, self._policy, weight, tokens)
+        except Exception:  # noqa: BLE001  # torch's ways remain
+            return []
 
-    def _best(self, ways: Ways) -> tuple[float, str]:
-        """Return the seconds and the name of the fastest way. Raises the first error if all ways fail."""
-        timed: list[tuple[float, str]] = []
+    def _best(self, ways: Sequence[Way], work: str) -> tuple[float, Way]:
+        """Return the seconds of the fastest way, and the way. Raises the first error if all ways fail."""
+        return min(self._timed(ways, work), key=lambda one: one[0])
+
+    def _timed(self, ways: Sequence[Way], work: str) -> list[tuple[float, Way]]:
+        """Return the seconds of every way worth timing. Raises the first error if all of them fail."""
+        timed: list[tuple[float, Way]] = []
         failed: list[Exception] = []
-        for name, work in ways.items():
+        for way in self._worth_trying(ways, work):
+            best = min((seconds for seconds, _ in timed), default=float("inf"))
             try:
-                timed.append((self._shortest(work), name))
+                timed.append((self._seconds(way, SLOW * best), way))
+            except Wrong:
+                self._wrong.add(way.name)
+                _say_wrong(way.name, work)
             except Exception as error:  # noqa: BLE001  # a device may lack an operation
                 failed.append(error)
         if not timed:
-            raise failed[0]
-        return min(timed)
+            raise failed[0] if failed else Wrong(f"no way of {work} gives the right result")
+        best = min(seconds for seconds, _ in timed)
+        self._near[work] = {way.name for seconds, way in timed if seconds <= BEATEN * best}
+        return timed
 
-    def _shortest(self, work: Callable[[], object]) -> float:
-        """Return the seconds per call in the fastest region between two synchronizations."""
-        self._region(work, 1)  # loads kernels and touches pages
-        calls = max(1, min(1000, int(REGION / max(self._region(work, 1), 1e-9))))
-        best, end, done = float("inf"), time.perf_counter() + SECONDS, 0
-        while done < REPEATS or time.perf_counter() < end:
-            best = min(best, self._region(work, calls) / calls)
-            done += 1
-        return best
+    def _worth_trying(self, ways: Sequence[Way], work: str) -> list[Way]:
+        """Return the ways that may be the fastest; what was slow under another load is tried `anew`."""
+        right = [way for way in ways if way.name not in self._wrong]
+        if self.anew:
+            self._hopeless.clear()
+            return right
+        left = [way for way in right if way.name not in self._hopeless]
+        return [way for way in left if way.name in self._near.get(work, {way.name})] or left or right
 
-    def _region(self, work: Callable[[], object], calls: int) -> float:
-        self._backend.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            work()
-        self._backend.synchronize()
-        return time.perf_counter() - start
+    def _seconds(self, way: Way, enough: float) -> float:
+        """Return the seconds per call of one way. Raises `Wrong`."""
+        with growth.no_garbage_collection():
+            return growth.per_call(lambda calls: self._region(way, calls), way.most_calls, enough)
+
+    def _region(self, way: Way, calls: int) -> float:
+        """Return the seconds of so many calls, until the last one's result is there. Raises `Wrong`."""
+        way.prepare(calls)
+        start = clock.now_ns()
+        for call in range(calls):
+            written = way.call(call)
+        wait(written)
+        seconds = (clock.now_ns() - start) / 1e9
+        if not way.right(calls):
+            raise Wrong
+        return seconds
 
 
-def _measured(way: str, what: str) -> str:
-    return f"measured: {way}, {what}"
+_SAID: set[str] = set()  # ways that were said to be wrong, once in a process
+
+
+def _say_wrong(way: str, work: str) -> None:
+    if way not in _SAID:
+        _SAID.add(way)
+        note(f"{way} is left out of the limits: its result is wrong for {work}")
+
+
+def _measured(way: Way, what: str) -> str:
+    return f"measured: {way.name}, {what}"

@@ -9,7 +9,6 @@ import torch
 from mla.bench.results.schema import Agreement, Case
 from mla.verify.tolerances import relative_error
 
-
 Outputs = Mapping[int, torch.Tensor]  # of the forwards of one pass, on the host
 
 

@@ -4,7 +4,7 @@ Per scenario, every implementation runs one whole pass, which is compared with t
 timed. The same goes for every further variant (graph replay, cold cache, device clock) of correct ones. After
 the warm-up, passes of all variants are interleaved in a seeded random order, each starting from the restored
 history and with inputs of its own. The outputs of every pass are compared with the oracle, right after it. An
-implementation with a wrong variant gets no numbers at all, nor does one whose times other evidence contradicts.
+implementation with a wrong variant gets no numbers at all, nor does one whose times are contradicted.
 """
 
 from __future__ import annotations

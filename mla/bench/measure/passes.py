@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from mla.bench.doubts.clock import cpu_ns, now_ns
-from mla.bench.measure.device_wait import DeviceWait
-from mla.bench.measure.pass_times import PassTimes
+from mla.bench.doubts.device_wait import DeviceWait
+from mla.bench.doubts.pass_times import PassTimes
 from mla.bench.measure.samples import Samples
 from mla.bench.measure.variants import Steps
 from mla.bench.subjects.base import Implementation
@@ -83,11 +83,11 @@ class PassRunner:
 
     def run(self, number: int, heartbeat: Callable[[], None]) -> PassTimes:
         """Run a pass; `heartbeat` is called after every forward."""
-        return self._pass(number, self.forwards.step, self._flush, heartbeat)
+        return self._pass(number, self.forwards.step, heartbeat)
 
     def idle(self, number: int, heartbeat: Callable[[], None]) -> PassTimes:
         """Do all that a pass does beside its forwards, without them."""
-        return self._pass(number, lambda index: None, None, heartbeat)
+        return self._pass(number, lambda index: None, heartbeat)
 
     def time(self, number: int, idle_number: int, heartbeat: Callable[[], None]) -> None:
         """Run a pass and record its samples, after all it does beside its forwards, without them.
@@ -105,32 +105,31 @@ class PassRunner:
         self.passes.append(found)
         self.samples.passes.append(times)
 
-    def _pass(
-        self,
-        number: int,
-        step: Callable[[int], None],
-        flush: Callable[[], None] | None,
-        heartbeat: Callable[[], None],
-    ) -> PassTimes:
-        forwards, timed, found = self.forwards, self.steps.timed, PassTimes(forwards=len(self.steps.run))
+    def _pass(self, number: int, step: Callable[[int], None], heartbeat: Callable[[], None]) -> PassTimes:
+        forwards, found = self.forwards, PassTimes(forwards=len(self.steps.run))
         forwards.restore(number)
         self._synchronize()
-        began, began_cpu, flushed = now_ns(), cpu_ns(), [0, 0]
+        began, began_cpu = now_ns(), cpu_ns()
         for index in self.steps.run:
+            timed = index in self.steps.timed
             forwards.before(index)
             self._wait()
-            if flush is not None and index in timed:
-                start = (now_ns(), cpu_ns())
-                flush()  # waits for the device itself: the backend has no turn between it and the clock
-                flushed[0] += now_ns() - start[0]
-                flushed[1] += cpu_ns() - start[1]
-            self._region(step, index, index in timed, found)
+            if timed and self._flush is not None:
+                self._flushed(self._flush, found)
+            self._region(step, index, timed, found)
             forwards.after(index)
             heartbeat()
         self.implementation.collect()
-        found.wall_cpu = (cpu_ns() - began_cpu - flushed[1]) / 1e6
-        found.wall = (now_ns() - began - flushed[0]) / 1e6
+        found.wall_cpu += (cpu_ns() - began_cpu) / 1e6
+        found.wall += (now_ns() - began) / 1e6
         return found
+
+    def _flushed(self, flush: Callable[[], None], found: PassTimes) -> None:
+        """Flush the cache and wait for it without the backend, which has no turn before the clock starts."""
+        start, start_cpu = now_ns(), cpu_ns()
+        flush()
+        found.wall -= (now_ns() - start) / 1e6
+        found.wall_cpu -= (cpu_ns() - start_cpu) / 1e6
 
     def _region(self, step: Callable[[int], None], index: int, timed: bool, found: PassTimes) -> None:
         timer = self.timer if timed else None

@@ -70,7 +70,7 @@ class Measurement:
         return check
 
     def discard(self) -> None:
-        """Drop all samples of an implementation that was wrong in one variant, or whose times are in doubt."""
+        """Drop all samples of an implementation that was wrong in one variant, or is in doubt."""
         for one in self.samples:
             one.passes.clear()
             one.after_switch.clear()

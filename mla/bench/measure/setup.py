@@ -5,7 +5,7 @@ from __future__ import annotations
 from mla.bench.measure.cold_cache import CacheFlush
 from mla.bench.measure.passes import Forwards, PassRunner
 from mla.bench.measure.samples import Measurement, Samples
-from mla.bench.measure.variants import HEADLINE, Variant, VariantError, Variants, steps
+from mla.bench.measure.variants import HEADLINE, VariantError, Variants, steps
 from mla.bench.subjects import graphs
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.graphs import CapturedForwards, NoGraph, ReplayAlone

@@ -80,9 +80,12 @@ class Ranged:
 
 
 def with_ranges(one: Implementation) -> Implementation:
-    """Return an implementation, before it is loaded, with each op of ours in a range "role (op)"."""
+    """Return an implementation, before it is loaded, with each op of ours in a range "role (op)".
+
+    Of several layers, the range says which: "layer 3: role (op)".
+    """
     names = one.ops()
-    one.replace_ops(lambda role, op: Ranged(f"{role} ({names[role]})", op))
+    one.replace_ops(lambda where, op: Ranged(f"{where} ({names[where.rpartition(': ')[2]]})", op))
     return one
 
 

@@ -35,8 +35,8 @@ def warm_up(
 ) -> WarmupResult:
     """Run forwards until latencies settle; the history is restored every `steps` forwards, as in a pass.
 
-    `time_step` runs a step and returns its milliseconds. Every pass takes the next of `numbers`. `tick` is called
-    after every forward, with 1 for the first `least` forwards and 0 afterwards.
+    `time_step` runs a step and returns its milliseconds. Every pass takes the next of `numbers`. `tick` is
+    called after every forward, with 1 for the first `least` forwards and 0 afterwards.
     """
     if not least:
         return WarmupResult()

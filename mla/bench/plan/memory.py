@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import NamedTuple
 
+from mla.bench.measure.cold_cache import sweep
 from mla.bench.subjects.fixture import Fixture, Needs
 from mla.errors import OutOfMemory
 from mla.text import size
@@ -39,6 +40,7 @@ class MemoryPlan:
     shared: bool  # the device is the host
     shared_weights: int = 0  # bytes that all implementations together need once between them
     shared_alone: int = 0  # the same for any single one and the reference
+    sweep: int = 0  # bytes that are read and written before a cold forward
 
     @property
     def side_by_side(self) -> bool:
@@ -54,7 +56,7 @@ class MemoryPlan:
     def device_bytes(self, count: int) -> int:
         """Return what `count` implementations need on the device."""
         saved = self.shared_weights if count == self.implementations else self.shared_alone
-        return (count + self.references) * self.per_implementation - saved
+        return (count + self.references) * self.per_implementation - saved + self.sweep
 
     @property
     def fits(self) -> bool:
@@ -94,9 +96,12 @@ def gib(count: int | None) -> str:
 
 
 def plan_memory(
-    fixture: Fixture, needs: Needs, names: Sequence[str], fused: bool, available: Available
+    fixture: Fixture, needs: Needs, names: Sequence[str], fused: bool, available: Available, cold: bool
 ) -> MemoryPlan:
-    """Return a scenario's needs next to the memory that is available; `fused`: some of `names` are."""
+    """Return a scenario's needs next to the memory that is available; `fused`: some of `names` are.
+
+    `cold`: forwards are also timed after the caches were flushed.
+    """
     return MemoryPlan(
         per_implementation=needs.device_bytes,
         host=needs.host_bytes,
@@ -107,4 +112,5 @@ def plan_memory(
         shared=fixture.setting.device.type == "cpu",
         shared_weights=fixture.shared_bytes(names, fused),
         shared_alone=min(fixture.shared_bytes([name], fused) for name in names),
+        sweep=sweep(fixture.setting.backend).bytes if cold else 0,
     )

@@ -54,6 +54,7 @@ class RunOptions(BackendOptions):
     cache: str | None = None
     clock: str | None = None
     profile: Path | None = None
+    dump_failure: Path | None = None
 
     @property
     def workload_name(self) -> str:

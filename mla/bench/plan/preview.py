@@ -107,10 +107,15 @@ def _scenarios(points: Sequence[Point]) -> list[str]:
 
 
 def _line(point: Point) -> str:
-    size = f"{len(point.query_lens)} requests, {point.tokens} new tokens per forward, "
-    lengths = f"history {min(point.history)} to {max(point.history)}, "
+    size = f"{_count(len(point.query_lens), 'request')}, {_count(point.tokens, 'new token')} per forward, "
+    shortest, longest = min(point.history), max(point.history)
+    lengths = f"history {shortest if shortest == longest else f'{shortest} to {longest}'}, "
     layers = f"{point.layers} layers, " if point.layers > 1 else ""
-    return f"{point.name}: {size}{lengths}{layers}{point.rounds} passes of {point.steps}"
+    return f"{point.name}: {size}{lengths}{layers}{_count(point.rounds, 'pass', 'es')} of {point.steps}"
+
+
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}{plural if number != 1 else ''}"
 
 
 def _plan(request: Request) -> None:

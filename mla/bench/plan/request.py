@@ -42,11 +42,12 @@ class ScenarioPlan:
 
 
 def plan_scenarios(
-    setting: Setting, points: Sequence[Point], names: Sequence[str] = ()
+    setting: Setting, points: Sequence[Point], names: Sequence[str] = (), cold: bool = False
 ) -> tuple[list[ScenarioPlan], list[str]]:
     """Return every scenario of a run with its needs, and the implementations to run.
 
-    Without names these are `mla` and, if a fused op makes it differ anywhere, `mla-reference`.
+    Without names these are `mla` and, if a fused op makes it differ anywhere, `mla-reference`. `cold`: caches
+    are flushed before some forwards.
     """
     fixtures = [make_fixture(scenario_setting(setting, point), point) for point in points]
     ours = [name for name in names or ["mla"] if is_ours(name)]
@@ -57,7 +58,7 @@ def plan_scenarios(
     plans = []
     for fixture, found, differs in zip(fixtures, ops, fused, strict=True):
         needs = fixture.needs(ours)
-        memory = plan_memory(fixture, needs, chosen, differs, available)
+        memory = plan_memory(fixture, needs, chosen, differs, available, cold)
         refused = {name: reason for name in ours if (reason := fixture.refusal(name))}
         plans.append(ScenarioPlan(fixture.point, fixture.setting, needs, memory, found, refused))
     return plans, chosen
@@ -80,7 +81,8 @@ class Request:
 
     def replanned(self, points: Sequence[Point], names: Sequence[str]) -> Request:
         """Return the same request with other scenarios and implementations."""
-        plans, chosen = plan_scenarios(self.setting, points, names)
+        cold = any(variant.cache == "cold" for variant in self.variants.timed)
+        plans, chosen = plan_scenarios(self.setting, points, names, cold)
         return replace(self, scenarios=plans, implementations=chosen)
 
     @property

@@ -58,6 +58,7 @@ def _points(options: RunOptions) -> list[Point]:
     validate.check_options(options, axes)
     points = scenarios.choose_points(options, axes)
     validate.check_points(options, points)
+    validate.check_stages(options, points)
     return points
 
 
@@ -69,8 +70,7 @@ def _request(
     setting, state = _layer(options, points, opened)
     points = _expanded(points, setting)
     validate.check_op_uses_shape(options, points)
-    plans, names = _plans(options, points, setting)
-    validate.check_stages(options, points, names)
+    plans, names = _plans(options, points, setting, cold="cold" in (wanted.caches or ("cold",)))
     validate.check_own_ops(options, points, _overrides(setting, names))
     return Request(
         setting=setting,
@@ -147,13 +147,13 @@ def _expanded(points: Sequence[Point], setting: Setting) -> list[Point]:
 
 
 def _plans(
-    options: RunOptions, points: Sequence[Point], setting: Setting
+    options: RunOptions, points: Sequence[Point], setting: Setting, *, cold: bool
 ) -> tuple[list[ScenarioPlan], list[str]]:
     """Return every scenario with its needs, and the implementations to run."""
     from mla.bench.plan.request import plan_scenarios
 
     listed = _listed_implementations(options, points)
-    plans, names = plan_scenarios(setting, points, listed)
+    plans, names = plan_scenarios(setting, points, listed, cold)
     if not listed and names == ["mla"]:
         note("mla-reference is skipped: no fused op was chosen, so it is identical to mla")
     return plans, names

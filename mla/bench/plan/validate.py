@@ -1,7 +1,7 @@
 """Validate the options. Every mistake shows here, before any work.
 
-`check_gate`, `check_options` and `check_points` need nothing but the command line and the workload; the
-others also the layer or the device.
+`check_gate`, `check_options`, `check_points` and `check_stages` need nothing but the command line and the
+workload; the others also the layer or the device, which may take minutes to start.
 """
 
 from __future__ import annotations
@@ -107,6 +107,19 @@ def check_points(options: RunOptions, points: Sequence[Point]) -> None:
         raise UsageError(f"scenario '{with_heads[0]}' sets heads, which a checkpoint's weights fix.")
 
 
+def check_stages(options: RunOptions, points: Sequence[Point]) -> None:
+    """Raise `UsageError` where `--stages` has nothing to time, or more than one layer."""
+    if not options.stages:
+        return
+    names = options.implementation_names
+    if names and not any(map(implementations.is_ours, names)):  # without names, `mla` is one of them
+        raise UsageError("--stages times the parts of mla and mla-reference: run one of them.")
+    if options.op is not None:
+        raise UsageError("--stages times the parts of a layer, and --op is one part alone.")
+    if any(point.layers > 1 for point in points):
+        raise UsageError("--stages times one layer: leave out --layers.")
+
+
 def check_dtype(backend: Backend, dtype: object) -> None:
     """Raise `UsageError` for a dtype that the device only emulates."""
     native = backend.dtypes()
@@ -159,15 +172,3 @@ def check_own_ops(
                 f"--op times {', '.join(roles)} alone, for which '{name}' has no op in its brackets: name "
                 f"{'one of them' if len(roles) > 1 else roles[0]} there, or leave '{name}' out."
             )
-
-
-def check_stages(options: RunOptions, points: Sequence[Point], names: Sequence[str]) -> None:
-    """Raise `UsageError` where `--stages` has nothing to time, or more than one layer."""
-    if not options.stages:
-        return
-    if not any(map(implementations.is_ours, names)):
-        raise UsageError("--stages times the parts of mla and mla-reference: run one of them.")
-    if options.op is not None:
-        raise UsageError("--stages times the parts of a layer, and --op is one part alone.")
-    if any(point.layers > 1 for point in points):
-        raise UsageError("--stages times one layer: leave out --layers.")

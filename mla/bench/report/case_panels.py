@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from mla.bench.report import charts, tables
-from mla.bench.report.panel import MOST_ROWS, Context, Panel, cut_note, file_title, is_short, row_names
-from mla.bench.report.roofline_chart import roofline as draw_roofline
+from mla.bench.report import tables
+from mla.bench.report.draw import charts
+from mla.bench.report.draw.roofline_chart import roofline as draw_roofline
+from mla.bench.report.panel import (
+    MOST_ROWS,
+    Context,
+    Panel,
+    case_name,
+    cut_note,
+    file_title,
+    is_short,
+    row_names,
+)
 from mla.bench.report.roofline_data import RooflineData, roofline
 from mla.bench.report.series import (
     AXES,
@@ -21,17 +31,27 @@ from mla.bench.report.series import (
     workload,
 )
 from mla.bench.report.style import DARK, Look, Palette, Swatch
+from mla.bench.terminal.digits import number
 from mla.bench.terminal.stages import wholes
+from mla.bench.terminal.verdict import is_yardstick, status
 
 BOTH = (LATENCY, THROUGHPUT)
-# Most lines in one chart.
-MOST_LINES = 8
+# Most lines in one chart, and most charts into which those of one axis are split.
+MOST_LINES, MOST_PARTS = 8, 6
 
 
 def against_grid(context: Context) -> list[Panel]:
     """Return latency and throughput along every axis of a grid."""
-    groups = [part for axis in AXES for group in curves(context.entries, axis) for part in _readable(group)]
-    return [_curves(context, f"grid-{place}", group) for place, group in enumerate(groups)]
+    panels: list[Panel] = []
+    for group in (one for axis in AXES for one in curves(context.entries, axis)):
+        parts = _readable(group)
+        drawn = _spread(parts)
+        panels += [_curves(context, f"grid-{len(panels) + place}", part) for place, part in enumerate(drawn)]
+        if len(drawn) < len(parts):
+            panels[-1].notes.append(
+                f"{len(drawn)} of {len(parts)} such charts are drawn; the results have all."
+            )
+    return panels
 
 
 def _readable(group: Curves) -> list[Curves]:
@@ -42,15 +62,23 @@ def _readable(group: Curves) -> list[Curves]:
     return [Curves(group.workload, group.axis, lines) for lines in parts]
 
 
+def _spread(parts: Sequence[Curves]) -> list[Curves]:
+    """Return at most `MOST_PARTS` parts from the first to the last, evenly spaced."""
+    if len(parts) <= MOST_PARTS:
+        return list(parts)
+    return [parts[place * (len(parts) - 1) // (MOST_PARTS - 1)] for place in range(MOST_PARTS)]
+
+
 def _curves(context: Context, slug: str, group: Curves) -> Panel:
     others = list(dict.fromkeys(line.others for line in group.lines))
-    look = Look(context.colours, Palette(others))
+    kinds = list(dict.fromkeys(line.shape for line in group.lines))
+    look = Look(context.colours, Palette(kinds))
     title = f"{context.titles[group.workload]}: against {AXES[group.axis]}"
     title += f", {others[0]}" if len(others) == 1 and others[0] else ""
     legend = context.legend(line.entry for line in group.lines)
-    if len(others) > 1:
+    if len(kinds) > 1:
         shapes = look.shapes
-        legend += [Swatch(name, DARK, shapes.marker(name), shapes.dash(name)) for name in others if name]
+        legend += [Swatch(name, DARK, shapes.marker(name), shapes.dash(name)) for name in kinds if name]
     return Panel(
         slug,
         title,
@@ -70,14 +98,33 @@ def _bars(context: Context, slug: str, which: Workload, cases: list[ReportEntry]
     drawn, title = cases[:MOST_ROWS], context.titles[which]
     look = Look(context.colours, Palette(()))
     drawing = charts.bars(slug, f"{title}: latency and throughput", row_names(drawn), drawn, BOTH, look)
-    notes = [_key(drawn), *cut_note(drawn, cases)]
+    absent = [entry for entry in context.entries if workload(entry) == which and not entry.case.point]
+    notes = [_key(drawn), *cut_note(drawn, cases), *_yardsticks(absent), *_no_number(absent)]
     return Panel(slug, title, [drawing], [], notes, [tables.bars(cases, BOTH)])
 
 
 def _key(cases: Sequence[ReportEntry]) -> str:
-    """Return which device each letter of a panel stands for."""
-    labels = dict.fromkeys((entry.file.key, entry.file.run.backend.device) for entry in cases)
-    return "; ".join(f"{key}: {device}" if key else device for key, device in labels)
+    """Return which file and device each letter of a panel stands for."""
+    files = dict.fromkeys((one.file.key, one.file.name, one.file.run.backend.device) for one in cases)
+    return "; ".join(f"{key}: {name} on {device}" if key else device for key, name, device in files)
+
+
+def _yardsticks(cases: Sequence[ReportEntry]) -> Iterator[str]:
+    """Yield what is measured for orientation, in words: a bar of it would flatten all others."""
+    for entry in cases:
+        rate = entry.case.tokens_per_s
+        if is_yardstick(entry.case) and entry.case.latency_ms:
+            numbers = (
+                f"{number(entry.case.latency_ms.median)} ms, {number(rate.median if rate else None)} tok/s"
+            )
+            why = entry.case.check.reason or "it computes nothing"
+            yield f"Yardstick, not drawn: {entry.name}, {numbers} ({why})."
+
+
+def _no_number(cases: Sequence[ReportEntry]) -> Iterator[str]:
+    names = [f"{one.name} ({status(one.case)})" for one in cases if one.case.latency_ms is None]
+    if names:
+        yield f"No number: {', '.join(names)}."
 
 
 def rooflines(context: Context) -> list[Panel]:
@@ -92,8 +139,14 @@ def _roofline(context: Context, slug: str, data: RooflineData) -> Panel:
     look = Look(context.colours, Palette(bases))
     title = file_title(data.file)
     legend = context.legend(members) + [Swatch(base, DARK, look.shapes.marker(base)) for base in bases]
-    drawing = draw_roofline(slug, f"roofline: {title}", data, look)
+    drawing, left_out = draw_roofline(slug, f"roofline: {title}", data, look)
     notes = [] if data.roofs else ["This file has no limits, so there is no roof to draw."]
+    notes += [f"There was no room for {left_out} of the labels; the tables have them."] * bool(left_out)
+    notes += [
+        f"In doubt: {case_name(one.case)}: {one.case.roofline.doubt}"
+        for one in members
+        if one.case.roofline.doubt
+    ]
     shown = [tables.roofline(data)] + [tables.roofs(data.roofs)] * bool(data.roofs)
     return Panel(slug, title, [drawing], legend, notes, shown, is_short(shown[0]))
 
@@ -114,3 +167,17 @@ def _stages(slug: str, title: str, cases: list[ReportEntry]) -> Panel:
     drawing = charts.stages(slug, f"{title}: stages of a forward", row_names(drawn), drawn, colours)
     legend = [*(Swatch(name, colours[name]) for name in names), Swatch("the whole forward", DARK, "|")]
     return Panel(slug, title, [drawing], legend, cut_note(drawn, cases), [tables.stages(cases)])
+
+
+def new_lengths(context: Context) -> list[Panel]:
+    """Return, for every file that has some, forwards on lengths that nothing had seen before."""
+    timed = grouped((one for one in context.entries if one.case.new_lengths), lambda one: one.file.key)
+    return [
+        Panel(
+            f"lengths-{place}",
+            file_title(members[0].file),
+            tables=[tables.new_lengths(members)],
+            alongside=True,
+        )
+        for place, members in enumerate(timed.values())
+    ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from mla.bench.report import series, summary
+from mla.bench.report import cross_file, series, summary
 from mla.bench.results.schema import Run
 from mla.command import files
 from mla.errors import MLAError, ResultError
@@ -67,6 +67,7 @@ def render(paths: Sequence[str], runs: Sequence[Run]) -> str:
         files=files,
         summaries=list(map(summary.summary, files)),
         several=len(files) > 1,
+        between_files=cross_file.verdicts(files),
         columns=tables.columns(),
         sections=sections.sections(Context(files)),
         version=metadata.version("mla"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from mla.bench.report.series import ReportEntry, ResultFile, entries, grouped, titles, workload
-from mla.bench.report.style import Palette, Swatch
+from mla.bench.report.series import ReportEntry, ResultFile, entries, titles, workload
+from mla.bench.report.style import Colours, Swatch
 from mla.bench.report.tables import Table
 from mla.bench.results.compare import Comparison
 from mla.bench.results.schema import Case
@@ -35,21 +35,16 @@ class Context:
         self.files = files
         self.entries = entries(files)
         self.titles = titles(map(workload, self.entries))
-        self.colours = Palette(entry.colour_key for entry in self.entries)
+        self.colours = Colours(entry.case.implementation for entry in self.entries)
 
     def legend(self, drawn: Iterable[ReportEntry]) -> list[Swatch]:
-        """Return a swatch per colour among the cases, naming the device when there are several files."""
-        members = [group[0] for group in grouped(drawn, lambda entry: entry.colour_key).values()]
-        several = len({entry.file.key for entry in members}) > 1
-        files = [f"{entry.file.label}: " * several for entry in members]
-        return [
-            Swatch(file + entry.case.implementation, self.colours[entry.colour_key])
-            for file, entry in zip(files, members, strict=True)
-        ]
+        """Return a swatch per implementation among the cases."""
+        names = dict.fromkeys(entry.case.implementation for entry in drawn)
+        return [Swatch(name, self.colours[name]) for name in names]
 
 
 def file_title(file: ResultFile) -> str:
-    """Return device and config of a file."""
+    """Return letter, device and config of a file."""
     return ", ".join(filter(None, (file.label, file.config)))
 
 

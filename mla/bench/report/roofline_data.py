@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from mla.bench.report.series import ReportEntry, ResultFile, entries, with_numbers
 from mla.bench.results.schema import Ceiling
+from mla.bench.terminal.verdict import is_yardstick
 from mla.text import size
 
 # Roofs within this share of each other are drawn as one; at most this many of a kind are drawn.
@@ -22,6 +24,8 @@ class Roof:
     value: float
     source: str
     detail: str = ""  # distinguishes roofs of one kind: a footprint or a dtype
+    lowest: float | None = None  # of repeated measurements
+    ours: bool = False  # our own op is the best known way
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,11 @@ def _measured(ceiling: Ceiling) -> Roof | None:
     if ceiling.value <= 0 or ceiling.work == "copy":  # a forward reads far more than it writes
         return None
     if ceiling.work == "matmul":
-        return Roof("compute", ceiling.value, ceiling.source, ceiling.dtype or "")
+        return Roof(
+            "compute", ceiling.value, ceiling.source, ceiling.dtype or "", ceiling.lowest, ceiling.ours
+        )
     footprint = size(ceiling.footprint_bytes or None, unknown="", GiB=".3g", MiB=".3g")
-    return Roof("memory", ceiling.value, ceiling.source, footprint)
+    return Roof("memory", ceiling.value, ceiling.source, footprint, ceiling.lowest, ceiling.ours)
 
 
 def _derived(entry: ReportEntry) -> Roof | None:
@@ -90,9 +96,10 @@ def _differ(roof: Roof, other: Roof) -> bool:
 
 def _dot(entry: ReportEntry) -> Dot | None:
     cost, latency = entry.case.cost, entry.case.latency_ms
-    if latency is None or cost.flops <= 0 or cost.bytes <= 0:
+    if latency is None or is_yardstick(entry.case) or cost.flops <= 0 or cost.bytes <= 0:
         return None
-    return Dot(entry, cost.flops / cost.bytes, 1e3 * cost.flops / latency.median)
+    rate = 1e3 * cost.flops / latency.median
+    return Dot(entry, cost.flops / cost.bytes, rate) if math.isfinite(rate) else None
 
 
 def ridge(roofs: Sequence[Roof]) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mla.bench.report.case_panels import against_grid, breakdown, rooflines, scenarios
+from mla.bench.report.case_panels import against_grid, breakdown, new_lengths, rooflines, scenarios
 from mla.bench.report.panel import Context, Panel
 from mla.bench.report.timing_panels import (
     MOST_STRIPS,
@@ -15,9 +15,7 @@ from mla.bench.report.timing_panels import (
 from mla.bench.results.compare import NOISE
 
 _GRID = "Medians along the axes of the grid, with 95 % intervals as whiskers. Both axes are logarithmic."
-_SCENARIOS = (
-    "Medians with 95 % intervals as whiskers. Cases without a number appear only in the results table."
-)
+_SCENARIOS = "Medians with 95 % intervals as whiskers. A bar that would flatten all others is broken off (»)."
 _ROOFLINE = (
     "Necessary FLOPs per second over necessary FLOPs per byte, both axes logarithmic. Lines are the limits; "
     "the label of a case is the share of its limit that it reaches. Cases under the slope are limited by "
@@ -31,6 +29,10 @@ _TIMINGS = (
     "The same cases timed in other ways, named by mode, cache state and clock, as multiples of the headline "
     "(the case's median above: eager, warm cache, its own clock). Times from different clocks show where "
     "time goes, not which is faster."
+)
+_LENGTHS = (
+    "Forwards on lengths that nothing had seen before, planning included, next to forwards whose lengths "
+    "repeat. A server sees new lengths all the time; a schedule kept per tuple of lengths shows as a gap."
 )
 _COMPARISON = (
     "Every file compared with the first, case by case: the ratio of times with an interval of at least 90 % "
@@ -60,6 +62,7 @@ def sections(context: Context) -> list[Section]:
         Section("roofline", "Roofline", _ROOFLINE, rooflines(context)),
         Section("stages", "Stages", _STAGES, breakdown(context)),
         Section("timings", "Further timings", _TIMINGS, further_timings(context)),
+        Section("lengths", "New lengths", _LENGTHS, new_lengths(context)),
         Section("comparison", "Comparison", _COMPARISON, against_base(context)),
         Section("samples", "Samples", _SAMPLES, distributions(context)),
     ]

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+from mla.bench.report.names import config_names, short_names
 from mla.bench.results import compare
 from mla.bench.results.compare import Comparison
 from mla.bench.results.schema import Case, Latency, Run, Throughput
+from mla.bench.terminal.verdict import is_yardstick
 
 # Axes of a grid that get curves, and what they count.
 AXES = {"kv": "history (tokens per request)", "batch": "batch (requests)"}
@@ -20,22 +22,26 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class ResultFile:
-    """One result file. `key` is the letter that stands for it in panels; empty for a single file."""
+    """One result file. `key` is the letter that stands for it in panels; empty for a single file.
+
+    `name` and `config` are as short as tells them from those of the other files; `config` is "" if the file
+    does not name it.
+    """
 
     key: str
-    path: str
+    name: str
     run: Run
-    repeat: int  # distinguishes files of one device and config, such as before and after
-
-    @property
-    def config(self) -> str:
-        """Name of the config; "" if the file does not name it."""
-        return str(self.run.config.get("name") or "")
+    config: str = ""
 
     @property
     def label(self) -> str:
         """Letter and device."""
         return f"{self.key} {self.run.backend.device}".strip()
+
+    @property
+    def title(self) -> str:
+        """Letter and name."""
+        return f"{self.key} {self.name}".strip()
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,6 @@ class ReportEntry:
     def name(self) -> str:
         """Short name in a panel of one workload, such as "A mla"."""
         return f"{self.file.key} {self.case.implementation}".strip()
-
-    @property
-    def colour_key(self) -> tuple[str, int, str]:
-        """What gets its own colour: files of one device share colours unless they repeat a config."""
-        return (self.file.run.backend.device, self.file.repeat, self.case.implementation)
 
 
 class Measure(NamedTuple):
@@ -92,13 +93,13 @@ THROUGHPUT = Quantity("throughput", "tok/s", _throughput)
 
 def result_files(paths: Sequence[str], runs: Sequence[Run]) -> list[ResultFile]:
     """Return the files with their letters: A, B, ... if there are several."""
-    seen: dict[tuple[str, str], int] = {}
-    files = []
-    for index, (path, run) in enumerate(zip(paths, runs, strict=True)):
-        same = (run.backend.device, str(run.config.get("name")))
-        seen[same] = seen.get(same, -1) + 1
-        files.append(ResultFile(_letters(index) if len(runs) > 1 else "", path, run, seen[same]))
-    return files
+    given = [str(run.config.get("name") or "") for run in runs]
+    names, configs = short_names(paths), config_names(filter(None, given))
+    keys = [_letters(index) if len(runs) > 1 else "" for index in range(len(runs))]
+    return [
+        ResultFile(key, names[path], run, configs.get(config, ""))
+        for key, path, run, config in zip(keys, paths, runs, given, strict=True)
+    ]
 
 
 def _letters(index: int) -> str:
@@ -113,6 +114,11 @@ def entries(files: Iterable[ResultFile]) -> list[ReportEntry]:
 def with_numbers(cases: Iterable[ReportEntry]) -> list[ReportEntry]:
     """Return the cases that can be drawn: one that is wrong or was not run has no number."""
     return [entry for entry in cases if _latency(entry.case) is not None]
+
+
+def without_yardsticks(cases: Iterable[ReportEntry]) -> list[ReportEntry]:
+    """Return the cases that can be drawn together: next to a yardstick all others would look alike."""
+    return [entry for entry in with_numbers(cases) if not is_yardstick(entry.case)]
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
@@ -158,6 +164,12 @@ class Line:
         """Any case of the line: all are of one file and implementation."""
         return self.points[0][1]
 
+    @property
+    def shape(self) -> str:
+        """What the line's marker and dashes stand for: its file and the grid's other values."""
+        file = self.entry.file
+        return ", ".join(filter(None, (file.title if file.key else "", self.others)))
+
 
 @dataclass(frozen=True)
 class Curves:
@@ -170,7 +182,7 @@ class Curves:
 
 def curves(cases: Sequence[ReportEntry], axis: str) -> list[Curves]:
     """Return the curves along `axis`, for workloads whose grid has at least two numeric values of it."""
-    on_axis = [entry for entry in with_numbers(cases) if position(entry.case, axis) is not None]
+    on_axis = [entry for entry in without_yardsticks(cases) if position(entry.case, axis) is not None]
     result = []
     for which, members in grouped(on_axis, workload).items():
         if len({position(entry.case, axis) for entry in members}) > 1:
@@ -190,7 +202,7 @@ def _lines(members: Sequence[ReportEntry], axis: str) -> list[Line]:
     def others(entry: ReportEntry) -> str:
         return ", ".join(f"{name} {value}" for name, value in entry.case.point.items() if name != axis)
 
-    groups = grouped(members, lambda entry: (entry.file.path, entry.file.key, entry.name, others(entry)))
+    groups = grouped(members, lambda entry: (entry.file.key, entry.case.implementation, others(entry)))
     lines = []
     for (*_, rest), same in groups.items():
         places = [(position(entry.case, axis) or 0.0, entry) for entry in same]
@@ -205,7 +217,7 @@ def bars(cases: Sequence[ReportEntry]) -> dict[Workload, list[ReportEntry]]:
     def shown(entry: ReportEntry) -> bool:
         return workload(entry) in drawn and any(position(entry.case, axis) is not None for axis in AXES)
 
-    return grouped((entry for entry in with_numbers(cases) if not shown(entry)), workload)
+    return grouped((entry for entry in without_yardsticks(cases) if not shown(entry)), workload)
 
 
 def comparisons(files: Sequence[ResultFile]) -> list[tuple[ResultFile, list[Comparison], list[str]]]:

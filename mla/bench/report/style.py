@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
@@ -17,6 +18,9 @@ COLOURS = (
     "#882255",
     "#999933",
 )
+
+# Implementations that have the same colour in every report, by their place in the palette.
+KNOWN = ("mla", "mla-reference", "transformers", "transformers-eager")
 
 # For lines and marks that belong to no series.
 GREY, DARK = "#777777", "#222222"
@@ -77,6 +81,28 @@ class Palette:
         return DASHES[self._places[key] % len(DASHES)]
 
 
+class Colours:
+    """Colours of implementations by their names: the same in all files, panels and, if free, all reports."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._places: dict[str, int] = {}
+        for name in sorted(set(names), key=lambda name: (name not in KNOWN, name)):
+            self._places[name] = self._place(name)
+
+    def _place(self, name: str) -> int:
+        """Return the name's own place, or the next that is free, while some are."""
+        if name in KNOWN:
+            return KNOWN.index(name)
+        others = len(COLOURS) - len(KNOWN)
+        first = zlib.crc32(name.encode("utf-8", "replace")) % others
+        wanted = [len(KNOWN) + (first + step) % others for step in range(others)] + list(range(len(KNOWN)))
+        taken = set(self._places.values())
+        return next((place for place in wanted if place not in taken), wanted[0])
+
+    def __getitem__(self, name: str) -> str:
+        return COLOURS[self._places[name]]
+
+
 def ink(colour: str) -> str:
     """Return black or white, whichever is more legible on `colour`."""
     red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
@@ -87,5 +113,5 @@ def ink(colour: str) -> str:
 class Look:
     """What colours and markers mean in one panel."""
 
-    colours: Palette
+    colours: Colours
     shapes: Palette

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 import msgspec
 
+from mla.bench.report import doubts
+from mla.bench.report.doubts import Badge
 from mla.bench.report.panel import case_name
 from mla.bench.report.series import ResultFile, grouped
-from mla.bench.report.tables import ResultRow, result_rows
+from mla.bench.report.tables import ResultRow, css_class, result_rows
 from mla.bench.results.schema import Case, Run
 from mla.bench.terminal import run_table
 from mla.bench.terminal.quality_warnings import quality_warnings
+from mla.bench.terminal.verdict import Verdict, verdicts
 from mla.text import size
 
 # Most headlines of one file; a grid has a headline per point.
@@ -30,36 +33,45 @@ class CaseMethod:
 
 @dataclass(frozen=True)
 class Summary:
-    """One file, ready for the template. `status` is "ok", "wrong" or "not run", the worst of its cases."""
+    """One file, ready for the template. `status` is that of the first badge, the worst of its cases."""
 
     file: ResultFile
     facts: list[tuple[str, str]]
-    headlines: list[str]
+    verdicts: list[Verdict]
+    badges: list[Badge]
+    named: list[Badge]  # what is wrong or in doubt, case by case
+    headlines: list[tuple[str, str]]  # CSS class and text
     more: str  # how many cases have no headline here
-    status: str
-    verdict: str
+    counted: str  # how many cases the warnings are about
     warnings: list[str]
+    limits: list[str]  # what is uncertain about the limits
     agreement: list[str]
     rows: list[ResultRow]
     environment: list[tuple[str, str]]
     config: list[tuple[str, str]]
     cases: list[CaseMethod]
 
+    @property
+    def status(self) -> str:
+        """The worst status of the file's cases, as a CSS class."""
+        return self.badges[0].status
+
 
 def summary(file: ResultFile) -> Summary:
     """Return what the page says about a file."""
     run = file.run
-    plain = [case for case in run.cases if not case.point]
-    headlines = run_table.headlines(msgspec.structs.replace(run, cases=plain or run.cases))
-    status, verdict = worst(run.cases)
+    leading = run_table.leading(msgspec.structs.replace(run, cases=_headlined(run)))
     return Summary(
         file,
         _facts(file),
-        headlines[:MOST_LINES],
-        _more(run, len(headlines)),
-        status,
-        verdict,
+        verdicts(run)[:MOST_LINES],
+        doubts.badges(run.cases),
+        doubts.named(run.cases),
+        [(css_class(case), run_table.headline(case)) for case in leading[:MOST_LINES]],
+        _more(run, len(leading)),
+        doubts.counted_remarks(run),
         quality_warnings(run),
+        list(dict.fromkeys(doubts.of_limits(run.ceilings))),
         run_table.comparisons(run),
         result_rows(run.cases),
         environment(file),
@@ -68,10 +80,16 @@ def summary(file: ResultFile) -> Summary:
     )
 
 
+def _headlined(run: Run) -> list[Case]:
+    """Return the cases outside of a grid; of a grid alone, all of its points if they are few."""
+    plain = [case for case in run.cases if not case.point]
+    return plain or (run.cases if len(run.cases) <= MOST_LINES else [])
+
+
 def _more(run: Run, headlines: int) -> str:
     points = sum(bool(case.point) for case in run.cases)
     if points:
-        return f"and {points} grid cases in the table"
+        return f"{'and ' * bool(headlines)}{points} grid cases in the table"
     return f"and {headlines - MOST_LINES} more in the table" if headlines > MOST_LINES else ""
 
 
@@ -96,17 +114,6 @@ def _pages(run: Run) -> str:
     return f"page size {run.page_size}"
 
 
-def worst(cases: Sequence[Case]) -> tuple[str, str]:
-    """Return the worst check status among cases, and a phrase that counts it."""
-    counts = {status: sum(case.check.status == status for case in cases) for status in ("wrong", "not run")}
-    for status, count in counts.items():
-        if count:
-            return status, f"{count} of {len(cases)} cases {status}"
-    return (
-        ("ok", f"all {len(cases)} cases agree with the oracle") if cases else ("not run", "no case was run")
-    )
-
-
 def environment(file: ResultFile) -> list[tuple[str, str]]:
     """Return everything a file records about where and how it was measured."""
     run = file.run
@@ -129,7 +136,8 @@ def environment(file: ResultFile) -> list[tuple[str, str]]:
 
 def config(file: ResultFile) -> list[tuple[str, str]]:
     """Return the dimensions of the layer that was run."""
-    return [(key, _value(value)) for key, value in file.run.config.items() if value is not None]
+    known = {**file.run.config, "name": file.config or None}  # the name may be a whole path
+    return [(key, _value(value)) for key, value in known.items() if value is not None]
 
 
 def _value(value: object) -> str:

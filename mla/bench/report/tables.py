@@ -13,6 +13,7 @@ from mla.bench.results.schema import Case, Interval, Latency, Timing
 from mla.bench.terminal.digits import number
 from mla.bench.terminal.run_table import COLUMNS
 from mla.bench.terminal.stages import total
+from mla.bench.terminal.verdict import is_yardstick, status
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class Table:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A case as the terminal shows it; `reason` says why it has no number."""
+    """A case as the terminal shows it. `status` is a CSS class; `reason` says what is wrong or in doubt."""
 
     cells: Sequence[str]
-    wrong: bool
+    status: str
     reason: str
 
 
@@ -44,8 +45,20 @@ def result_rows(cases: Iterable[Case]) -> list[ResultRow]:
     for case in cases:
         cells = [cell(case) for cell in COLUMNS.values()]
         bad = case.check.status != "ok"
-        rows.append(ResultRow(cells, case.check.status == "wrong", case.check.reason if bad else ""))
+        reasons = [case.check.reason] * bad + [f"limit or time in doubt: {case.roofline.doubt}"] * bool(
+            case.roofline.doubt
+        )
+        rows.append(ResultRow(cells, css_class(case), "; ".join(filter(None, reasons))))
     return rows
+
+
+def css_class(case: Case) -> str:
+    """Return what colours a case: its status, that it is in doubt, or "yardstick"."""
+    if is_yardstick(case):
+        return "yardstick"
+    if case.check.status == "ok" and case.roofline.doubt:
+        return "in-doubt"
+    return status(case).replace(" ", "-")
 
 
 def interval(bounds: Interval | None) -> str:
@@ -104,19 +117,36 @@ def roofline(data: RooflineData) -> Table:
         limit = case.roofline
         rate = [number(dot.intensity), number(dot.rate / 1e12), number(dot.rate / dot.intensity / 1e9)]
         share = "-" if limit.fraction is None else f"{100 * limit.fraction:.0f}"
+        share = "in doubt" if limit.doubt else share
         row = [case.scenario, case.implementation, limit.bound or "-", *rate, number(limit.floor_ms)]
         rows.append([*row, share])
     return Table(head, rows, 3)
 
 
 def roofs(limits: Sequence[Roof]) -> Table:
-    """Return the limits and their sources."""
+    """Return the limits, their sources and how far repeated measurements of them lie apart."""
     rows = []
     for roof in limits:
         factor, unit = (1e9, "GB/s") if roof.bound == "memory" else (1e12, "TFLOP/s")
         value = f"{number(roof.value / factor)} {unit}"
-        rows.append([roof.bound, roof.detail or "-", roof.source or "-", value])
-    return Table(["limit", "of", "source", "value"], rows, 3)
+        lowest = "-" if roof.lowest is None else f"{number(roof.lowest / factor)} {unit}"
+        source = f"{roof.source or '-'}{' (our own op: nothing outside judges it)' if roof.ours else ''}"
+        rows.append([roof.bound, roof.detail or "-", source, value, lowest])
+    return Table(["limit", "of", "source", "value", "lowest"], rows, 3)
+
+
+def new_lengths(entries: Sequence[ReportEntry]) -> Table:
+    """Return how forwards on new lengths compare with forwards whose lengths repeat."""
+    head = ["new ms", "repeated ms", "ratio", "new plan ms", "repeated plan ms", "forwards"]
+    rows = []
+    for entry in entries:
+        found = entry.case.new_lengths
+        if found is not None:
+            ratio = found.ms / found.repeated_ms if found.repeated_ms > 0 else None
+            times = (found.ms, found.repeated_ms, ratio, found.plan_ms, found.repeated_plan_ms)
+            rows.append([*_case_cells(entry), *map(number, times), str(found.forwards)])
+    titles = _case_titles(entries)
+    return Table([*titles, *head], rows, len(titles))
 
 
 def stages(entries: Sequence[ReportEntry]) -> Table:
@@ -141,12 +171,14 @@ def timings(entries: Sequence[ReportEntry]) -> Table:
     for entry in entries:
         case = entry.case
         names = [case.scenario, case.implementation]
-        rows.append([*names, f"headline, {case.clock}", *_latency(case.latency_ms), "1", case.check.status])
+        unit = "1" if case.latency_ms else "-"
+        rows.append([*names, f"headline, {case.clock}", *_latency(case.latency_ms), unit, case.check.status])
         for timing in case.timings:
             ratio = "-"
             if timing.latency_ms and case.latency_ms:
                 ratio = number(timing.latency_ms.median / case.latency_ms.median)
-            cells = (*_latency(timing.latency_ms), ratio, timing.check.status)
+            withheld = case.check.status in ("wrong", "doubtful")  # no way of timing it counts, then
+            cells = (*_latency(None if withheld else timing.latency_ms), ratio, timing.check.status)
             rows.append([*names, timing_name(timing), *cells])
     return Table(head, rows, 3)
 

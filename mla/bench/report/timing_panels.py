@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mla.bench.report import charts, tables
-from mla.bench.report.charts import Relative
+from mla.bench.report import tables
+from mla.bench.report.draw import charts
+from mla.bench.report.draw.charts import Relative
 from mla.bench.report.panel import MOST_ROWS, Context, Panel, case_name, cut_note, file_title, is_short
 from mla.bench.report.series import (
     Measure,
@@ -38,7 +39,7 @@ VERDICTS = {
 def further_timings(context: Context) -> list[Panel]:
     """Return, for every file with further timings, how they relate to the headline."""
     timed = [entry for entry in context.entries if entry.case.timings]
-    groups = grouped(timed, lambda entry: entry.file.path + entry.file.key)
+    groups = grouped(timed, lambda entry: entry.file.key)
     return [_timings(f"timings-{place}", members) for place, members in enumerate(groups.values())]
 
 

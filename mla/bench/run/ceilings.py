@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mla.bench import results
+from mla.bench.doubts import clock
 from mla.bench.results import ceilings_file
 from mla.bench.results.schema import Ceiling
 from mla.command import environment
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 SMALLEST, LARGEST, CACHES, MEMORY_SHARE = 256 << 10, 1 << 30, 4, 4
 # New tokens of a forward in the standard scenarios: a decode step and a prefill.
 TOKENS = (16, 704)
+# Seconds after which nothing more is begun.
+MOST_SECONDS = 60
 # Projections of the default config that every new token passes, or every rebuilt key.
 PROJECTIONS = ("qkv_a_proj", "kv_b_proj", "o_proj")
 
@@ -100,10 +103,14 @@ def _projections(dtype: torch.dtype, backend: Backend) -> list[tuple[int, int]]:
 
 
 def run_tasks(tasks: list[Task]) -> Findings:
-    """Carry out the tasks; one that fails is named and skipped."""
+    """Carry out the tasks; what fails is named and skipped, and so is what is left after `MOST_SECONDS`."""
     found = Findings()
+    end = clock.now_ns() + 1e9 * MOST_SECONDS
     with Progress(len(tasks)) as progress:
-        for what, measure in tasks:
+        for number, (what, measure) in enumerate(tasks):
+            if clock.now_ns() >= end:
+                note(f"skipped after {MOST_SECONDS} s: {', '.join(left for left, _ in tasks[number:])}")
+                break
             progress.advance(what, 0)
             try:
                 found.ceilings += measure()

@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-
 from mla.bench import results
+from mla.bench.failures.keeper import Case, Keeper
+from mla.bench.limits import placing
 from mla.bench.limits.roofline import RooflineModel
 from mla.bench.measure import agreement, engine, stages, summary
 from mla.bench.measure.hooks import Hooks
 from mla.bench.measure.samples import Measurement
 from mla.bench.plan.repro import case_command
 from mla.bench.plan.request import Request, ScenarioPlan
+from mla.bench.run import judging
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.fixture import make_fixture
 from mla.bench.subjects.layer import MlaLayer
 from mla.command.console import note
 from mla.errors import MLAError, UnsupportedBatch
 from mla.text import dtype_name
+from mla.verify.verdict import Check
 
 
 class ScenarioRun:
     """One scenario: its fixture, measured implementation by implementation."""
 
     def __init__(
-        self, request: Request, scenario: ScenarioPlan, progress: engine.ProgressCallback, hooks: Hooks
+        self,
+        request: Request,
+        scenario: ScenarioPlan,
+        progress: engine.ProgressCallback,
+        hooks: Hooks,
+        keeper: Keeper | None = None,
     ) -> None:
         self._request, self._point, self._setting = request, scenario.point, scenario.setting
-        self._progress, self._hooks = progress, hooks
+        self._progress = progress
+        self._hooks = replace(hooks, failed=self._failed) if keeper else hooks
+        self._keeper = keeper
         self._fixture = make_fixture(scenario.setting, scenario.point, request.state, hooks.heartbeat)
-        self._ceilings = RooflineModel(self._setting)
+        self.ceilings = RooflineModel(self._setting)
         self.refusal: MLAError | None = None  # the first of an op
         self._outputs: dict[str, agreement.Outputs] = {}  # of right implementations
 
@@ -43,6 +53,8 @@ class ScenarioRun:
     def prepare(self) -> tuple[Any, Any]:
         """Make operands, and compute the oracle: on the host, once, which may take minutes."""
         if not self.prepared:
+            self._progress(f"{self._point.name}: limits of the device", 0)
+            self.ceilings.known(self._whole(self._fixture.cost()).bytes)
             self._progress(f"{self._point.name}: float64 oracle", 0)
         return self._fixture.prepare()
 
@@ -60,12 +72,20 @@ class ScenarioRun:
         for one in built:
             if measured[one.name].refused:
                 self.refuse(one.name, measured[one.name].check.reason)
+        self.ceilings.again(judging.SECONDS)
         ran = [one.name for one in built if not measured[one.name].refused]
         cases = [self._case(one, measured[one.name], ran) for one in built]
         if self._request.stages:
             for one, case in zip(built, cases, strict=True):
                 self._add_stages(one, case, checker)
         return cases
+
+    def _failed(self, one: Implementation, check: Check) -> None:
+        """Keep the first failure of the run; the engine calls this once per wrong implementation."""
+        assert self._keeper is not None
+        command = case_command(self._request.command, self._point, self._fixture.repeated_as(one.name))
+        case = Case(self._point, *self._fixture.prepare(), command, self._hooks.heartbeat)
+        self._keeper.keep(one, check, case)
 
     def refuse(self, name: str, reason: str) -> None:
         """Say which implementation is skipped because one of its ops refuses the batch."""
@@ -76,11 +96,7 @@ class ScenarioRun:
     def _add_stages(self, one: Implementation, case: results.Case, checker: Any) -> None:
         """Time the parts of our own layer's forward, if it has numbers at all."""
         if isinstance(one, MlaLayer) and case.latency_ms and not case.interrupted:
-            stages.add(case, one, self._point, checker, self._ceilings, self._progress)
-
-    def ceilings(self) -> list[results.Ceiling]:
-        """Return the limits that the rooflines used."""
-        return self._ceilings.used()
+            stages.add(case, one, self._point, checker, self.ceilings, self._progress)
 
     def _build(self, name: str) -> Implementation:
         self._hooks.enter(name)
@@ -110,17 +126,20 @@ class ScenarioRun:
             peak_bytes=self._setting.backend.memory().peak,
             transient_bytes=measured.transient_bytes,
         )
-        if case.latency_ms is not None:
-            case.roofline = self._roofline(case.cost, case.latency_ms.median)
+        if one.computes:
+            judging.judge(case, self._whole(self._least_cost()), self.ceilings)
+        placing.place_case(case, self.ceilings.used())
         return case
 
-    def _roofline(self, work: results.Cost, latency_ms: float) -> results.Roofline:
-        """Return the roofline of one layer, where a forward moves the bytes of all."""
+    def _whole(self, work: results.Cost) -> results.Cost:
+        """Return the work of a forward, which moves the bytes of all layers."""
         layers = self._point.layers
-        whole = results.Cost(flops=layers * work.flops, bytes=layers * work.bytes)
-        found = self._ceilings.roofline(whole, layers * latency_ms)
-        found.floor_ms = None if found.floor_ms is None else found.floor_ms / layers
-        return found
+        return results.Cost(flops=layers * work.flops, bytes=layers * work.bytes)
+
+    def _least_cost(self) -> results.Cost:
+        """Return the work of one layer on the paths with the fewest FLOPs, which others may take."""
+        setting = replace(self._setting, attention="auto")
+        return make_fixture(setting, self._point, self._request.state).cost()
 
     def _empty(self, name: str, reason: str, interrupted: bool) -> results.Case:
         scenario = self._point

@@ -12,6 +12,8 @@ from dataclasses import replace
 import msgspec
 
 from mla.bench import results
+from mla.bench.limits import placing
+from mla.bench.limits.roofline import TIMES, RooflineModel
 from mla.bench.measure.hooks import Hooks
 from mla.bench.plan import estimate
 from mla.bench.plan.estimate import Estimator
@@ -28,6 +30,9 @@ from mla.command.progress import Progress
 from mla.errors import MLAError, OutOfMemory
 from mla_backends import BackendError
 from mla_backends.errors import first_line
+
+# Most of a run's time that its limits are measured for once more after the last case.
+LIMITS_SHARE = 0.05
 
 Advance = Callable[[str, float], None]  # what is running, estimated seconds done since the last call
 
@@ -53,7 +58,8 @@ class _Scheduler:
     def __init__(self, request: Request, empty: results.Run, advance: Advance, steering: Steering) -> None:
         self._request, self._empty, self._advance, self._steering = request, empty, advance, steering
         self._cases = {(case.scenario, case.implementation): case for case in steering.kept}
-        self._ceilings = list(steering.ceilings)
+        self._limits: list[RooflineModel] = []
+        self._start = time.monotonic()
         self._latest = self._result()
         self._nominal = estimate.nominal(request)
         limited = steering.budget.seconds is not None
@@ -72,6 +78,10 @@ class _Scheduler:
                 ended = self._visit(scenario)
                 if ended is not None:
                     return ended
+            try:
+                self._measure_limits_again()
+            except KeyboardInterrupt:
+                return Outcome(self._result(), interrupted=True)
         found = self._result()
         nothing = not any(case.latency_ms or case.check.status == "wrong" for case in found.cases)
         return Outcome(found, failure=self._refusal if nothing else None)
@@ -82,7 +92,10 @@ class _Scheduler:
         bar = _ScenarioBar(
             self._advance_to, self._place(), self._nominal, scenario, self._request.implementations
         )
-        work = ScenarioRun(self._request, scenario, bar.forwards, self._hooks(scenario, names))
+        work = ScenarioRun(
+            self._request, scenario, bar.forwards, self._hooks(scenario, names), self._steering.keeper
+        )
+        self._limits.append(work.ceilings)
         try:
             if names:
                 self._measure(work, scenario, names)
@@ -96,7 +109,6 @@ class _Scheduler:
             self._skip(work, scenario, self._missing(scenario), first_line(error) or type(error).__name__)
         self._refusal = self._refusal or work.refusal
         bar.finish()
-        self._ceilings += [one for one in work.ceilings() if one not in self._ceilings]
         found = [self._cases[scenario.name, name] for name in names]
         if any(case.check.status != "not run" for case in found):
             self._settle(scenario, found)
@@ -105,6 +117,14 @@ class _Scheduler:
             gc.collect()  # weights and oracle are gone before the next ones are made
             self._request.setting.backend.empty_cache()
         return Outcome(self._result(), interrupted=True) if any(one.interrupted for one in found) else None
+
+    def _measure_limits_again(self) -> None:
+        """Measure the limits once more after all cases, in a small share of the time they took."""
+        seconds = LIMITS_SHARE * (time.monotonic() - self._start)
+        for model in self._limits:
+            if self._steering.budget.left() > 0:
+                self._watchdog.beat()
+                model.again(seconds / len(self._limits), TIMES + 1)
 
     def _settle(self, scenario: ScenarioPlan, found: Sequence[results.Case]) -> None:
         """Write the result so far, and log the scenario."""
@@ -193,13 +213,14 @@ class _Scheduler:
         self._cases |= {(case.scenario, case.implementation): case for case in cases}
 
     def _result(self) -> results.Run:
-        """Return the run so far, its cases in the workload's order."""
+        """Return the run so far, its cases in the workload's order, all under the highest limits known."""
         keys = [(one.name, name) for one in self._request.scenarios for name in self._request.implementations]
-        return msgspec.structs.replace(
-            self._empty,
-            cases=[self._cases[key] for key in keys if key in self._cases],
-            ceilings=list(self._ceilings),
-        )
+        used = [one for model in self._limits for one in model.used()]
+        ceilings = placing.merged([*self._steering.ceilings, *used])
+        cases = [self._cases[key] for key in keys if key in self._cases]
+        for case in cases:
+            placing.place_case(case, ceilings)
+        return msgspec.structs.replace(self._empty, cases=cases, ceilings=ceilings)
 
     def _hung(self, scenario: str, implementation: str) -> None:
         limit = spoken(self._steering.hang_after)

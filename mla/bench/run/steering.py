@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mla.bench import results
+from mla.bench.failures.keeper import Keeper
 from mla.bench.plan import repro
 from mla.bench.plan.options import RunOptions
 from mla.bench.plan.request import Request
@@ -16,6 +17,7 @@ from mla.bench.run.budget import Budget
 from mla.command.console import Note, note
 from mla.command.exit_codes import Exit
 from mla.errors import ResultError
+from mla.failures import file
 
 Show = Callable[[results.Run], None]
 OVER_BUDGET = "skipped by --budget"
@@ -38,6 +40,7 @@ class Steering:
     log: Note = lambda text: None  # one line per finished scenario
     hang_after: float = HANG_AFTER
     hung: Callable[[results.Run, str], None] = _end_here  # must end the process
+    keeper: Keeper | None = None  # of the first failure
 
 
 def steering(
@@ -68,7 +71,17 @@ def steering(
         save=lambda run: _save(options, run),
         hang_after=options.hang_after,
         hung=hung,
+        keeper=_keeper(options, request),
     )
+
+
+def _keeper(options: RunOptions, request: Request) -> Keeper | None:
+    """Return what keeps the first failure, if that was asked for. Raises `ResultError`."""
+    if options.dump_failure is None:
+        return None
+    file.prepare(options.dump_failure)
+    name = options.backend or request.setting.backend.name
+    return Keeper(options.dump_failure, name, list(options.backend_options))
 
 
 def _kept(

@@ -2,9 +2,9 @@
 
 All get the same host weights and inputs. A *pass* is `restore(number)`, then `before(i)`, `step(i)` and
 `after(i)` for every forward, then `collect()`; only `step` is timed. Every forward has inputs and an output
-buffer of its own: the number of the pass selects exact changes of the scenario's inputs whose outputs are known
-(a sign per request, say), the same for all implementations, and output buffers hold NaN before. So no result of
-another forward passes for this one's.
+buffer of its own: the number of the pass selects exact changes of the scenario's inputs whose outputs are
+known (a sign per request, say), the same for all implementations, and output buffers hold NaN before. So no
+result of another forward passes for this one's.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class Implementation(ABC):
     name: str
     held_to_reference = False  # at most twice its error, as well as the absolute bounds
     plan_ms: float | None = None
+    computes = True  # the work that is counted: its time cannot be shorter than the device's limits allow
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -78,7 +79,10 @@ class Implementation(ABC):
         return 0
 
     def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:  # noqa: B027  # others have none
-        """Put `replace(role, op)` in place of every op of ours; called before `load`."""
+        """Put `replace(role, op)` in place of every op of ours; called before `load`.
+
+        Of several layers, "layer 3: " stands before the role.
+        """
 
     def ops(self) -> dict[str, str]:
         """Return role -> implementation name."""

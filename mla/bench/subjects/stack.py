@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,14 +108,19 @@ class MlaStack(MlaLayer):
         return {index: found[0] for index, found in super().compared().items()}
 
     def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:
-        for layer in self.layers:
-            layer.replace_ops(replace)
+        for index, layer in enumerate(self.layers):
+            layer.replace_ops(partial(_in_layer, replace, index))
 
     def weight_bytes(self) -> int:
         return sum(layer.weight_bytes() for layer in self.layers)
 
     def scratch_bytes(self) -> int:
         return sum(layer.scratch_bytes() for layer in self.layers)
+
+
+def _in_layer(replace: Callable[[str, Any], Any], index: int, role: str, op: Any) -> Any:
+    """Call `replace` with the layer in front of the role: "layer 3: o_proj"."""
+    return replace(f"layer {index}: {role}", op)
 
 
 def _badness(check: Check) -> tuple[bool, float]:

@@ -135,6 +135,10 @@ class LayerImplementation(Implementation):
             for index, (turn, found) in sorted(self._collected.items())
         ]
 
+    def forwards(self, checker: LayerChecker) -> dict[int, Forward]:
+        """Return what was collected, by forward, with what it should be."""
+        return dict(zip(sorted(self._collected), self._forwards(checker), strict=True))
+
     def compared(self) -> dict[int, torch.Tensor]:
         return {index: found for index, (_, found) in self._collected.items()}
 

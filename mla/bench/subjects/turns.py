@@ -2,8 +2,8 @@
 
 A layer without biases is odd in its tokens: hidden states and history times -1 give outputs times -1,
 exactly, because norms, products and rotations are odd and attention weights do not change. Beyond signs, each
-request has a few inputs to choose from. In prefill they differ in the last new token, which no other row sees,
-so that each costs the oracle one row. In decode they differ in all tokens of a pass.
+request has a few inputs to choose from. In prefill they differ in the last new token, which no other row
+sees, so that each costs the oracle one row. In decode they differ in all tokens of a pass.
 """
 
 from __future__ import annotations

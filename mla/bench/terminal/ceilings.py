@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from mla.bench import results
 from mla.bench.results.ceilings_file import CeilingRun
 from mla.bench.results.schema import Ceiling
@@ -56,17 +58,37 @@ def _work(ceiling: Ceiling) -> str:
 def _range(ceilings: Sequence[Ceiling]) -> str:
     """Return the value and source of a single ceiling, or the range of several."""
     if len(ceilings) == 1:
-        return f"{rate(ceilings[0])} ({ceilings[0].source})"
+        return f"{rate(ceilings[0])} ({ceilings[0].source}){_varied(ceilings)}{_ours(ceilings)}"
     least, most = (choose(ceilings, key=lambda ceiling: ceiling.value) for choose in (min, max))
     footprints = [ceiling.footprint_bytes or 0 for ceiling in ceilings]
     sizes = f"{size(min(footprints))} to {size(max(footprints))}"
-    return f"{rate(least)} to {rate(most)}, at {len(ceilings)} footprints from {sizes}"
+    at = f"{rate(least)} to {rate(most)}, at {len(ceilings)} footprints from {sizes}"
+    return at + _varied(ceilings) + _ours(ceilings)
+
+
+def _varied(ceilings: Sequence[Ceiling]) -> str:
+    """Return by how much the lowest measurement of the same lies below the highest."""
+    lower = [1 - one.lowest / one.value for one in ceilings if one.lowest is not None]
+    if not lower or (len(ceilings) == 1 and ceilings[0].lowest == ceilings[0].value):
+        return ""
+    if len(ceilings) == 1:
+        return f", at the lowest {rate(msgspec.structs.replace(ceilings[0], value=ceilings[0].lowest))}"
+    return f", repeated at most {100 * max(lower):.0f} % lower"
+
+
+def _ours(ceilings: Sequence[Ceiling]) -> str:
+    """Return a remark where no way but our own op is known to be as fast."""
+    if not any(one.ours for one in ceilings):
+        return ""
+    where = "" if all(one.ours for one in ceilings) else " at some of them"
+    return f"; no other way is faster{where}: the limit is our own kernel's"
 
 
 def _device(run: CeilingRun) -> str:
     threads = run.environment.get("torch_threads", "?")
+    threads += " thread" if threads == "1" else " threads"
     cache = size(run.backend.cache_bytes) if run.backend.cache_bytes else "unknown"
-    return f"{run.backend.name} on {run.backend.device}, {threads} threads, last-level cache {cache}"
+    return f"{run.backend.name} on {run.backend.device}, {threads}, last-level cache {cache}"
 
 
 def _row(run: CeilingRun, ceiling: Ceiling) -> tuple[str, ...]:
@@ -74,7 +96,7 @@ def _row(run: CeilingRun, ceiling: Ceiling) -> tuple[str, ...]:
     fraction = run.fraction(ceiling)
     of_declared = "-" if fraction is None else f"{100 * fraction:.0f}"
     amount = shape if ceiling.work == "matmul" else size(ceiling.footprint_bytes)
-    return (ceiling.work, amount, rate(ceiling), of_declared, way)
+    return (ceiling.work, amount, rate(ceiling), of_declared, f"{way} (our own)" if ceiling.ours else way)
 
 
 def _declared(declared: Sequence[Ceiling]) -> str:

@@ -17,10 +17,11 @@ MANY, LONG = 0.01, 10.0
 
 def quality_warnings(run: Run) -> list[str]:
     """Return a sentence for everything that makes the numbers of a run doubtful or incomplete."""
-    return [warning for case in run.cases for warning in _of_case(case)]
+    return [warning for case in run.cases for warning in of_case(case)]
 
 
-def _of_case(case: Case) -> Iterator[str]:
+def of_case(case: Case) -> Iterator[str]:
+    """Yield the warnings about one case; each starts with its kind and a colon, such as "noisy: "."""
     where = f"{case.scenario}, {case.implementation}"
     if case.settled is False:
         yield (
@@ -29,6 +30,8 @@ def _of_case(case: Case) -> Iterator[str]:
         )
     if case.latency_ms is not None:
         yield from _of_latency(where, case.latency_ms)
+    if case.roofline.doubt:
+        yield f"above 100 % of its limit: {where}: {case.roofline.doubt}"
     for mode, reason in _skipped(case).items():
         yield f"skipped: {mode} of {where}: {reason}"
 

@@ -17,10 +17,11 @@ from mla.bench.results.timings import cold, flat_timings
 from mla.bench.terminal import ceilings, stages
 from mla.bench.terminal.digits import between, known, number
 from mla.bench.terminal.timings import timing_lines
+from mla.bench.terminal.verdict import same_ops, speed, verdicts
 from mla.command.table import markdown
 from mla.text import size
 
-__all__ = ["COLUMNS", "FORMATS", "comparisons", "headlines", "render"]
+__all__ = ["COLUMNS", "FORMATS", "comparisons", "headline", "headlines", "leading", "render"]
 
 FORMATS = ("table", "md", "csv", "json")
 
@@ -31,7 +32,7 @@ COLUMNS: dict[str, Callable[[Case], str]] = {
     "latency ms": lambda case: _estimate(case.latency_ms),
     "95% CI": lambda case: _interval(case.latency_ms),
     "p10 .. p90": lambda case: _spread(case.latency_ms),
-    "cold ms": lambda case: _estimate(cold(case)),
+    "cold ms": lambda case: _estimate(cold(case)) if case.check.status in ("ok", "not run") else "-",
     "tok/s": lambda case: _estimate(case.tokens_per_s),
     "TFLOP/s": lambda case: _rate(case, case.cost.flops, 1e12),
     "GB/s": lambda case: _rate(case, case.cost.bytes, 1e9),
@@ -39,6 +40,9 @@ COLUMNS: dict[str, Callable[[Case], str]] = {
     "rel. error": lambda case: _exponent(case.check.relative_error),
     "check": lambda case: case.check.status,
 }
+
+# Colours of a row on a terminal, by the status of its check.
+_STYLES = {"wrong": "red", "doubtful": "magenta"}
 
 
 def render(run: Run, kind: str) -> str:
@@ -49,7 +53,8 @@ def render(run: Run, kind: str) -> str:
         return _csv(run.cases)
     body = _markdown(run.cases) if kind == "md" else _table(run.cases)
     parts = stages.render(run.cases, kind, number, _limit)
-    blocks = (timing_lines(run), ceilings.run_lines(run.ceilings), comparisons(run), headlines(run))
+    said = list(map(str, verdicts(run)))
+    blocks = (timing_lines(run), ceilings.run_lines(run.ceilings), comparisons(run), said, headlines(run))
     return f"{body}\n{parts}" + "\n".join("".join(f"{line}\n" for line in lines) for lines in blocks if lines)
 
 
@@ -75,18 +80,19 @@ def _first_run(cases: Sequence[Case]) -> Case:
 def _comparison(case: Case, other: Case, agreement: results.Agreement) -> str:
     """Return how a case compares with another: speed, outputs, cache and transient memory."""
     return (
-        f"{case.implementation} {_speed(case, other, agreement)} {other.implementation}; outputs differ by "
+        f"{case.implementation} {_speed(case, other)} {other.implementation}; outputs differ by "
         f"{_exponent(agreement.relative_difference)}; cache {_mib(case.memory.cache_bytes)} against "
         f"{_mib(other.memory.cache_bytes)}; transient {_mib(case.memory.transient_bytes)} against "
         f"{_mib(other.memory.transient_bytes)}"
     )
 
 
-def _speed(case: Case, other: Case, agreement: results.Agreement) -> str:
-    """Return how fast a case is; between cases that run the same ops a ratio would be noise."""
-    if case.ops and case.ops == other.ops:
+def _speed(case: Case, other: Case) -> str:
+    """Return how fast a case is by the table's latencies; with the same ops a ratio would be noise."""
+    if same_ops(case, other):
         return "runs the same ops as"
-    return f"is {number(agreement.speed_ratio)}x as fast as" if agreement.speed_ratio else "is against"
+    found = speed(case, other)
+    return f"is {found} as" if found else "is against"
 
 
 def _by_scenario(run: Run) -> dict[str, list[Case]]:
@@ -98,21 +104,27 @@ def _by_scenario(run: Run) -> dict[str, list[Case]]:
 
 def headlines(run: Run) -> list[str]:
     """Return one line per scenario for the first implementation that ran it."""
-    lines = []
-    for case in map(_first_run, _by_scenario(run).values()):
-        parts = [case.scenario] * (case.scenario != case.mode)
-        parts += [case.implementation] * (case.implementation != "mla")
-        parts += [_layers(case).strip()] * (case.layers > 1)
-        of = f" [{', '.join(parts)}]" if parts else ""
-        if case.latency_ms is None or case.tokens_per_s is None:
-            what = "Op" if case.op else case.mode.title()
-            lines.append(f"{what}{of}: no number, check: {case.check.status}")
-        elif case.op or case.mode == "prefill":
-            what = "Op" if case.op else "Prefill"
-            lines.append(f"{what} Latency{of}: {_estimate(case.latency_ms)} ms")
-        else:
-            lines.append(f"Decode Throughput{of}: {_estimate(case.tokens_per_s)} tok/s")
-    return lines
+    return list(map(headline, leading(run)))
+
+
+def leading(run: Run) -> list[Case]:
+    """Return the case of the first implementation that ran, for every scenario."""
+    return list(map(_first_run, _by_scenario(run).values()))
+
+
+def headline(case: Case) -> str:
+    """Return the latency of a prefill or of an op, or the throughput of a decode."""
+    parts = [case.scenario] * (case.scenario != case.mode)
+    parts += [case.implementation] * (case.implementation != "mla")
+    parts += [_layers(case).strip()] * (case.layers > 1)
+    of = f" [{', '.join(parts)}]" if parts else ""
+    if case.latency_ms is None or case.tokens_per_s is None:
+        what = "Op" if case.op else case.mode.title()
+        return f"{what}{of}: no number, check: {case.check.status}"
+    if case.op or case.mode == "prefill":
+        what = "Op" if case.op else "Prefill"
+        return f"{what} Latency{of}: {_estimate(case.latency_ms)} ms"
+    return f"Decode Throughput{of}: {_estimate(case.tokens_per_s)} tok/s"
 
 
 def _layers(case: Case) -> str:
@@ -132,8 +144,7 @@ def _table(cases: Sequence[Case]) -> str:
         side: JustifyMethod = "left" if title in ("scenario", "implementation") else "right"
         table.add_column(title, justify=side, no_wrap=True)
     for case, cells in zip(cases, _cells(cases), strict=True):
-        style = "red" if case.check.status == "wrong" else ""
-        table.add_row(*(Text(cell) for cell in cells), style=style)
+        table.add_row(*(Text(cell) for cell in cells), style=_STYLES.get(case.check.status, ""))
     wide = Console(
         file=io.StringIO(),
         width=max(console.width, 1000),  # a truncated number is worse than a wrapped line
@@ -205,7 +216,9 @@ def _rate(case: Case, amount: int, unit: float) -> str:
 
 
 def _limit(roofline: results.Roofline) -> str:
-    """Return the share of the limit and its kind, such as "71 mem"."""
+    """Return the share of the limit and its kind, such as "71 mem"; ">100?" where that is in doubt."""
+    if roofline.doubt:
+        return f">100? {(roofline.bound or '')[:3]}".strip()
     if roofline.fraction is None:
         return "-"
     return " ".join((f"{100 * roofline.fraction:.0f}", (roofline.bound or "")[:3])).strip()

@@ -13,6 +13,7 @@ import msgspec
 from mla.bench.workload.quantities import UNITS
 from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS, Scenario, check_lengths
 from mla.errors import UsageError, did_you_mean
+from mla.text import DTYPES
 
 if TYPE_CHECKING:
     from mla.config import MLAConfig
@@ -29,14 +30,7 @@ LIMITS = {
     "page_size": (1, MAX_COUNT),
 }
 AXES = ("batch", "kv", "q_len", "heads", "dtype", "page_size")
-DTYPES = {
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "fp32": "float32",
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "float32": "float32",
-}
+DTYPE_NAMES = {**DTYPES, **{name: name for name in DTYPES.values()}}
 
 Value = int | str
 Axes = dict[str, tuple[Value, ...]]
@@ -129,10 +123,10 @@ def _values(name: str, text: str) -> tuple[Value, ...]:
 
 
 def _dtype(item: str) -> str:
-    if item not in DTYPES:
-        hint = did_you_mean(item, list(DTYPES))
-        raise UsageError(f"axis dtype: unknown dtype '{item}'.{hint} Choose from: {', '.join(DTYPES)}.")
-    return DTYPES[item]
+    if item not in DTYPE_NAMES:
+        hint = did_you_mean(item, list(DTYPE_NAMES))
+        raise UsageError(f"axis dtype: unknown dtype '{item}'.{hint} Choose from: {', '.join(DTYPE_NAMES)}.")
+    return DTYPE_NAMES[item]
 
 
 def _numbers(name: str, item: str) -> list[int]:

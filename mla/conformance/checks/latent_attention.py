@@ -140,7 +140,7 @@ def empty_rows(trial: Trial) -> None:
             empty = [i for i, length in enumerate(problem.kv_lens) if length == 0]
             expect(bool((out[empty] == 0).all()), "`out` of a token without keys is not 0")
             if writes_lse(trial):
-                trial.judge_lse(lse, data(problem, trial.dtype).lse)
+                trial.judge_lse(lse, data(problem, trial.dtype).lse, call.places())
             rows = [i for i, length in enumerate(problem.kv_lens) if length]
             expect(bool(out[rows].isfinite().all()), "`out` next to a token without keys holds NaN")
 

@@ -18,7 +18,7 @@ def judge_without(trial: Trial, problem: AttentionProblem) -> None:
             raise Refused("it always writes the log-sum-exp (lse_optional is False)")
         out, _ = call.outputs()
         op(call.prepare(op), **call.inputs, softmax_scale=problem.scale, out=out, lse=None)
-        judge_out(trial, problem, out)
+        judge_out(trial, problem, out, call.places())
 
 
 @check("latent.without_lse", scope=OP, kind="latent_attention", catches=CATCHES)

@@ -156,8 +156,20 @@ def untouched(trial: Trial) -> None:
             host, cache, _ = written(trial, problem)
             others = torch.ones(problem.pages * problem.page_size, dtype=torch.bool)
             others[host.slots] = False
-            now, before = (whole.view(-1, problem.dims.latent)[others] for whole in (cache, host.before))
-            expect(same_bits(now, before), "a slot that should not be written has changed")
+            expect_untouched(cache, host.before, others)
+
+
+def expect_untouched(cache: torch.Tensor, before: torch.Tensor, others: torch.Tensor) -> None:
+    """Raise `CheckFailed` if a slot of `others` [slots] has changed; both caches are [pages, page, c + r]."""
+    now, then = (whole.flatten(0, 1).contiguous().view(torch.uint8) for whole in (cache, before))
+    changed = (now != then).any(1) & others
+    if bool(changed.any()):
+        page, slot = divmod(int(changed.int().argmax()), cache.shape[1])
+        count = int(changed.sum())
+        expect(
+            False,
+            f"{count} slots that should not be written have changed, the first is slot {slot} of page {page}",
+        )
 
 
 @write_check("inputs", "a norm that is taken in place")

@@ -12,6 +12,7 @@ from mla.conformance.problems.attention import AttentionProblem, Lengths, cumula
 from mla.conformance.problems.load import MatmulLoad, best, elapsed, usual
 from mla.conformance.trial import Refused, Trial, expect
 from mla.reference import REFERENCE
+from mla.verify.places import Places
 from mla.verify.tolerances import same_bits
 from mla_backends.api import FusedOp, SegmentLengths
 
@@ -113,6 +114,13 @@ class AttentionCall:
         whole[before:].copy_(cache)
         return whole
 
+    def places(self) -> Places:
+        """Return where the new tokens are, in their requests and in the cache."""
+        if isinstance(self.view, SegmentLengths):
+            return Places.new_tokens(self.view.query_lens, self.view.kv_lens)
+        lengths = (self.view.query_lens, self.view.kv_lens)
+        return Places.new_tokens(*lengths, self.view.block_table, self.view.page_size)
+
     def outputs(self) -> Outputs:
         """Return out and lse full of NaN, on the device."""
         width = data(self.problem, self.dtype).out.shape[2]
@@ -165,12 +173,15 @@ def check_out(trial: Trial, *problems: AttentionProblem, layout: Layout = PLAIN)
     for problem in problems:
         with trial.case(problem.label):
             op, call = serve(trial, problem, layout)
-            judge_out(trial, problem, call.run(op)[0])
+            judge_out(trial, problem, call.run(op)[0], call.places())
 
 
-def judge_out(trial: Trial, problem: AttentionProblem, out: torch.Tensor) -> None:
-    """Compare one output with the truth. Raises `CheckFailed`."""
-    trial.judge(out, data(problem, trial.dtype).out, reference(problem, trial.dtype)[0], "out")
+def judge_out(
+    trial: Trial, problem: AttentionProblem, out: torch.Tensor, places: Places | None = None
+) -> None:
+    """Compare one output with the truth, its rows named without pages by default. Raises `CheckFailed`."""
+    places = places or Places.new_tokens(problem.query_lens, problem.kv_lens)
+    trial.judge(out, data(problem, trial.dtype).out, reference(problem, trial.dtype)[0], "out", places)
 
 
 def check_lse(trial: Trial, *problems: AttentionProblem) -> None:
@@ -178,7 +189,7 @@ def check_lse(trial: Trial, *problems: AttentionProblem) -> None:
     for problem in problems:
         with trial.case(problem.label):
             op, call = serve(trial, problem)
-            trial.judge_lse(call.run(op)[1], data(problem, trial.dtype).lse)
+            trial.judge_lse(call.run(op)[1], data(problem, trial.dtype).lse, call.places())
 
 
 def check_inputs(trial: Trial, problem: AttentionProblem) -> None:
@@ -199,7 +210,7 @@ def check_reuse(trial: Trial, first: AttentionProblem, second: AttentionProblem)
         _, other = serve(trial, second)
         states = [call.prepare(op) for call in (layer, other)]
         for call, state in zip((layer, other, next_layer, other, layer), states * 3, strict=False):
-            judge_out(trial, call.problem, call.run(op, state)[0])
+            judge_out(trial, call.problem, call.run(op, state)[0], call.places())
 
 
 def check_prepare(trial: Trial, problem: AttentionProblem) -> None:

@@ -338,3 +338,10 @@ def test_the_probe_tells_by_its_exit_code_whether_a_backend_is_usable(
     assert shown.returncode == code
     assert shown.stderr.startswith(said)
     assert len(shown.stderr.splitlines()) == bool(said)
+
+
+def test_the_probe_has_a_help() -> None:
+    command = [sys.executable, "-m", "mla_backends.probe", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert shown.stdout.startswith("usage: python -m mla_backends.probe NAME [KEY=VALUE ...]\n\nPrints what ")
+    assert shown.stderr == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,16 +56,23 @@ def test_the_named_backend_alone_decides(isolated: Bench) -> None:
 def test_list_shows_every_state_on_one_line_each(isolated: Bench) -> None:
     done = isolated("list", fakes=["virtual_clock", "no_device", "crash", "duplicate_a", "duplicate_b"])
     assert (done.code, done.err) == (0, "")
-    states = dict(line.split(None, 1) for line in done.out.splitlines())
-    assert states["fake-virtual-clock"] == "usable mla-backend-fake-virtual-clock 1.0"
+    lines = done.out.splitlines()
+    columns = [re.split("  +", line, maxsplit=2) for line in lines]
+    assert len({line.index(said) for line, (_, _, said) in zip(lines, columns, strict=True)}) == 1
+    states = {name: (state, said) for name, state, said in columns}
+    assert states["fake-virtual-clock"] == ("usable", "mla-backend-fake-virtual-clock 1.0")
     assert states["fake-no-device"] == (
-        "no device mla-backend-fake-no-device 1.0: no card on the bus; plug one in"
+        "no device",
+        "mla-backend-fake-no-device 1.0: no card on the bus; plug one in",
     )
-    assert states["fake-crash"].startswith("no device mla-backend-fake-crash")
-    assert states["fake-twin"].startswith("duplicate: offered by 2 distributions")
-    assert all(states[name].startswith("not installed: ") for name in KNOWN)
-    assert states["torch"].startswith("no device mla-backends ")
-    assert "-O device=NAME" in states["torch"]
+    assert states["fake-crash"][0] == "no device"
+    assert states["fake-crash"][1].startswith("mla-backend-fake-crash 1.0: ")
+    assert states["fake-twin"][0] == "duplicate"
+    assert states["fake-twin"][1].startswith("offered by 2 distributions")
+    assert all(states[name][0] == "not installed" for name in KNOWN)
+    assert states["torch"][0] == "no device"
+    assert states["torch"][1].startswith("mla-backends ")
+    assert "-O device=NAME" in states["torch"][1]
 
 
 def test_list_json_holds_the_same_for_machines(isolated: Bench) -> None:

@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from launch_variables import SetVariables, launched
 
+import mla
 from mla.bench import results
 from mla.bench.limits.microbench import Microbenchmark
 from mla.bench.results import ceilings_file
 from mla.bench.results.ceilings_file import CeilingRun
 from mla.bench.results.schema import Ceiling
+from mla.bench.run import ceilings as ceilings_command
 
+__all__ = ["launched"]
 Bench = Callable[..., Any]
 CPU = ("ceilings", "--backend", "cpu")
 
@@ -82,8 +86,32 @@ def test_an_interrupt_keeps_what_was_measured(
 def test_nothing_measured_is_exit_code_5(
     bench: Bench, quick_ceilings: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Microbenchmark, "_best", lambda self, ways: 1 / 0)
+    monkeypatch.setattr(Microbenchmark, "_timed", lambda self, ways, work: 1 / 0)
     assert bench(*CPU).code == 5
+
+
+def test_what_is_not_begun_in_time_is_left_out_and_named(
+    bench: Bench, quick_ceilings: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ceilings_command, "MOST_SECONDS", 0)
+    done = bench(*CPU, "--dtype", "fp32")
+    assert done.code == 5
+    assert done.error.startswith("skipped after 0 s: read of 256 KiB, read of 1 MiB, copy of 256 KiB, ")
+    assert done.error.endswith(", float32 product 3 x 2048 x 2048")
+
+
+def test_a_task_measures_its_own_device_and_writes_its_own_file(
+    bench: Bench, quick_ceilings: None, launched: SetVariables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4")
+    backend = type(mla.load_backend("cpu"))
+    assert bench(*CPU, "-o", "c.json").error.startswith("error: 4 tasks would all write 'c.json': ")
+    assert bench(*CPU, "--dtype", "fp32", "-o", "c-%t.json").code == 0
+    assert Path("c-3.json").exists()
+    monkeypatch.setattr(backend, "device_count", lambda self: 2)
+    refused = bench(*CPU)
+    assert refused.code == 3
+    assert refused.err.startswith("device 1 of 2, from LOCAL_RANK\n")
 
 
 @pytest.mark.parametrize(

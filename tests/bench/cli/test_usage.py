@@ -24,7 +24,17 @@ def test_help_names_every_option_command_and_exit_code(bench: Bench) -> None:
     assert done.code == 0
     for option in cli.commands["run"].params:
         assert all(flag in done.out for flag in option.opts)
-    codes = ("0 ok", "1 regression", "2 usage", "3 backend missing", "4 wrong", "5 nothing", "130 ", "143 ")
+    codes = (
+        "0 ok",
+        "1 regression",
+        "2 usage",
+        "3 backend missing",
+        "4 wrong",
+        "5 nothing",
+        "6 a doubtful",
+        "130 ",
+        "143 ",
+    )
     for code in codes:
         assert code in done.out
     assert all(f"\n  {name} " in done.out for name in cli.commands)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mla.bench.doubts.beside import doubt
-from mla.bench.measure.pass_times import PassTimes
+from mla.bench.doubts.pass_times import PassTimes
 
 
 def times(regions: float, beside: float, cpu: float | None = None, forwards: int = 10) -> PassTimes:

@@ -1,32 +1,135 @@
-"""The microbenchmark: the fastest way counts, every way reads all of it, and products count their FLOPs."""
+"""The microbenchmark: every route counts, the fastest wins, and an op whose product is wrong never does."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 import mla
-from mla.bench.limits import microbench
+from mla.bench.limits import growth, microbench, ways
 from mla.bench.limits.microbench import Microbenchmark
+from mla.bench.limits.ways import Way
 from mla.bench.results.schema import Ceiling
+from mla.reference import REFERENCE
+from mla_backends.testing import HostBackend
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def benchmark(quick_ceilings: None) -> Microbenchmark:
-    return Microbenchmark(mla.load_backend("cpu"), torch.device("cpu"), torch.bfloat16)
+    return Microbenchmark(mla.load_backend("cpu"), CPU, torch.bfloat16)
+
+
+class Linear(type(REFERENCE["linear"])):  # type: ignore[misc]
+    """An op of a backend: right, and counted."""
+
+    calls = 0
+
+    def __call__(self, packed: Any, *, x: torch.Tensor, bias: Any, out: torch.Tensor) -> None:
+        self.calls += 1
+        self.work(packed, x, out)
+
+    def work(self, packed: Any, x: torch.Tensor, out: torch.Tensor) -> None:
+        super().__call__(packed, x=x, bias=None, out=out)
+
+
+class AtOnce(Linear):
+    def work(self, packed: Any, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Do nothing."""
+
+
+class Ones(Linear):
+    def work(self, packed: Any, x: torch.Tensor, out: torch.Tensor) -> None:
+        out.fill_(1.0)
+
+
+class Once(Linear):
+    """Keeps the first result of a shape."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Any, torch.Tensor] = {}
+
+    def key(self, x: torch.Tensor, out: torch.Tensor) -> Any:
+        return x.shape
+
+    def work(self, packed: Any, x: torch.Tensor, out: torch.Tensor) -> None:
+        key = self.key(x, out)
+        if key not in self.kept:
+            super().work(packed, x, out)
+            self.kept[key] = out.clone()
+        out.copy_(self.kept[key])
+
+
+class ByAddress(Once):
+    def key(self, x: torch.Tensor, out: torch.Tensor) -> Any:
+        return x.data_ptr(), out.data_ptr()
+
+
+class WhereEmpty(Linear):
+    """Does nothing where its last output still stands."""
+
+    last: torch.Tensor | None = None
+
+    def work(self, packed: Any, x: torch.Tensor, out: torch.Tensor) -> None:
+        if self.last is None or self.last.isnan().any():
+            super().work(packed, x, out)
+            self.last = out
+
+
+class Sometimes(Linear):
+    """Leaves out every third call."""
+
+    def work(self, packed: Any, x: torch.Tensor, out: torch.Tensor) -> None:
+        if self.calls % 3:
+            super().work(packed, x, out)
+
+
+class HalfTheRows(Linear):
+    def work(self, packed: Any, x: torch.Tensor, out: torch.Tensor) -> None:
+        half = -(-len(x) // 2)
+        super().work(packed, x[:half], out[:half])
+        out[half:] = 0.5
+
+
+class SlightlyOff(Linear):
+    def work(self, packed: Any, x: torch.Tensor, out: torch.Tensor) -> None:
+        super().work(packed, x, out)
+        out.mul_(1.1)
+
+
+def with_op(op: Any, dtype: torch.dtype = torch.float32) -> Microbenchmark:
+    return Microbenchmark(HostBackend(ops={"mine": op}), CPU, dtype)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[Way], float]) -> list[str]:
+    """Replace the clock of every way by `seconds`; return the names of the ways that are timed."""
+    timed: list[str] = []
+
+    def script(self: Microbenchmark, way: Way, enough: float) -> float:
+        timed.append(way.name)
+        return seconds(way)
+
+    monkeypatch.setattr(Microbenchmark, "_seconds", script)
+    return timed
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
+    found = [Way(name, lambda call: torch.ones(1)) for name in seconds]
+    monkeypatch.setattr(microbench, "read_ways", lambda weight: found)
+    monkeypatch.setattr(microbench, "own_ways", lambda *where: [])
+    counted(monkeypatch, lambda way: seconds[way.name])
 
 
 def test_the_fastest_way_is_the_ceiling_and_is_named(
     benchmark: Microbenchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seconds = {"slow": 4.0, "fast": 0.5, "middling": 2.0}
-    monkeypatch.setattr(Microbenchmark, "_shortest", lambda self, work: work())
-    ways = {name: (lambda value=value: value) for name, value in seconds.items()}
-    monkeypatch.setattr(Microbenchmark, "_read_ways", lambda self, weight: ways)
-    found = benchmark.read(3 << 20)
-    assert found == Ceiling(
+    scripted(monkeypatch, slow=4.0, fast=0.5, middling=2.0)
+    assert benchmark.read(3 << 20) == Ceiling(
         work="read", value=(3 << 20) / 0.5, source="measured: fast, 3 MiB", footprint_bytes=3 << 20
     )
 
@@ -34,51 +137,54 @@ def test_the_fastest_way_is_the_ceiling_and_is_named(
 def test_a_way_that_a_device_lacks_is_no_obstacle_and_all_of_them_are(
     benchmark: Microbenchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lacking() -> float:
+    def lacking(call: int) -> torch.Tensor:
         raise NotImplementedError("no such kernel")
 
-    monkeypatch.setattr(Microbenchmark, "_shortest", lambda self, work: work())
-    monkeypatch.setattr(Microbenchmark, "_read_ways", lambda self, weight: {"a": lacking, "b": lambda: 1.0})
+    monkeypatch.setattr(microbench, "own_ways", lambda *where: [])
+    some = [Way("a", lacking), Way("b", lambda call: torch.ones(1))]
+    monkeypatch.setattr(microbench, "read_ways", lambda weight: some)
     assert benchmark.read(1 << 20).source == "measured: b, 1 MiB"
-    monkeypatch.setattr(Microbenchmark, "_read_ways", lambda self, weight: {"a": lacking})
+    monkeypatch.setattr(microbench, "read_ways", lambda weight: some[:1])
     with pytest.raises(NotImplementedError):
         benchmark.read(1 << 20)
-
-
-def test_one_call_is_what_a_region_of_many_is_divided_into(
-    benchmark: Microbenchmark, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    regions: list[int] = []
-
-    def region(self: Microbenchmark, work: Callable[[], object], calls: int) -> float:
-        regions.append(calls)
-        return calls * microbench.REGION / 8
-
-    monkeypatch.setattr(Microbenchmark, "_region", region)
-    assert benchmark._shortest(lambda: None) == microbench.REGION / 8
-    assert regions == [1, 1, 8]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("place", [0, -1])
 def test_every_way_of_reading_reads_all_of_it(dtype: torch.dtype, place: int) -> None:
     """The largest number shows in the result of each way, wherever it is."""
-    benchmark = Microbenchmark(mla.load_backend("cpu"), torch.device("cpu"), dtype, "reference")
     weight = torch.ones(32, microbench.FEATURES, dtype=dtype)
-    ways = benchmark._read_ways(weight)
+    found = ways.read_ways(weight)
     weight.view(-1)[place] = 1e12
     if dtype == torch.bfloat16:  # read in pairs as float32, whose leading half is the second
         weight.view(-1)[place : place + 2 or None] = 1e12
-    assert len(ways) == 5
-    for name, work in ways.items():
-        assert work().max() > 1e11, name
+    assert len(found) == 5
+    for way in found:
+        assert way.call(0).max() > 1e11, way.name
 
 
-def test_a_product_counts_two_flops_per_multiply_add(
-    benchmark: Microbenchmark, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Microbenchmark, "_best", lambda self, ways: (0.5, "torch.mm"))
-    assert benchmark.product(2, 2048, 64) == Ceiling(
+def test_every_route_to_a_product_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    routes = {
+        torch.bfloat16: ["torch.mm", "torch.mm in float32", "mine"],
+        torch.float32: ["torch.mm", "mine"],
+    }
+    for dtype, names in routes.items():
+        timed = counted(monkeypatch, lambda way: 1.0)
+        with_op(Linear(), dtype).product(4, 64, 32)
+        assert timed == names
+
+
+def test_widened_operands_give_the_same_product() -> None:
+    x, weight = (ways.random_rows(rows, 48, torch.bfloat16, CPU) for rows in (8, 24))
+    plain, wide = (way.call(0) for way in ways.product_ways(x, weight))
+    assert wide.dtype == torch.float32
+    assert torch.allclose(wide, x.double().mm(weight.double().t()).float(), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(plain.float(), wide, rtol=2e-2, atol=2e-2)
+
+
+def test_a_product_counts_two_flops_per_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted(monkeypatch, lambda way: 0.5 if way.name == "torch.mm" else 0.7)
+    assert with_op(Linear(), torch.bfloat16).product(2, 2048, 64) == Ceiling(
         work="matmul",
         value=2 * 2 * 2048 * 64 / 0.5,
         source="measured: torch.mm, 2 x 2048 x 64 bfloat16",
@@ -87,11 +193,171 @@ def test_a_product_counts_two_flops_per_multiply_add(
     )
 
 
-def test_larger_squares_are_left_out_once_one_takes_long(
-    benchmark: Microbenchmark, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("mine", "ours"), [(0.5, True), (2.0, False)])
+def test_a_limit_that_only_our_own_op_reaches_says_so(
+    monkeypatch: pytest.MonkeyPatch, mine: float, ours: bool
 ) -> None:
-    monkeypatch.setattr(microbench, "SIDES", (2, 4, 8))
+    counted(monkeypatch, lambda way: mine if way.ours else 1.0)
+    assert with_op(Linear()).product(2, 64, 64).ours is ours
+    assert with_op(Linear()).read(1 << 18).ours is ours
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 2048, 16), (3, 64, 40), (32, 128, 128)])
+def test_an_op_that_is_right_counts(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    tokens, inputs, outputs = shape
+    weight = ways.random_rows(outputs, inputs, dtype, CPU)
+    (way,) = ways.own_ways(HostBackend(ops={"mine": Linear()}), "auto", weight, tokens)
+    benchmark = with_op(Linear(), dtype)
+    for calls in (1, 2, 7, 14):
+        assert benchmark._region(way, calls) > 0
+
+
+@pytest.mark.parametrize(
+    "op", [AtOnce, Ones, Once, ByAddress, WhereEmpty, Sometimes, HalfTheRows, SlightlyOff]
+)
+@pytest.mark.parametrize("tokens", [1, 32])
+def test_an_op_whose_product_is_wrong_never_counts(
+    op: type[Linear],
+    tokens: int,
+    quick_ceilings: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if op is HalfTheRows and tokens == 1:
+        op = Ones
+    monkeypatch.setattr(growth, "REPEATS", 12)
+    monkeypatch.setattr(growth, "MOST_SECONDS", 60.0)
+    monkeypatch.setattr(ways, "SPARE_ROWS", 1)  # operands come back to their addresses soon
+    monkeypatch.setattr(microbench, "_SAID", set())
+    one = op()
+    found = with_op(one).product(tokens, 256, 128) if tokens > 1 else with_op(one).read(1 << 19)
+    assert one.calls > 0, "it was not even tried"
+    assert not found.ours
+    assert "mine" not in found.source
+    assert capsys.readouterr().err.startswith("mine is left out of the limits: its result is wrong for ")
+
+
+def test_an_op_that_returns_at_once_does_not_make_the_squares_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong from 1024 rows on; and even one whose time counts would not."""
+    monkeypatch.setattr(microbench, "SIDES", (2, 4, 8, 16))
     times = {2: microbench.LONG / 2, 4: 2 * microbench.LONG, 8: 1.0}
     sides: Iterator[int] = iter(times)
-    monkeypatch.setattr(Microbenchmark, "_best", lambda self, ways: (times[next(sides)], "torch.mm"))
-    assert len(list(benchmark.squares())) == 2
+    side = [0]
+
+    def seconds(way: Way) -> float:
+        if way.name == "torch.mm":
+            side[0] = next(sides)
+        return 1e-9 if way.ours else times[side[0]]
+
+    counted(monkeypatch, seconds)
+    found = list(with_op(Linear()).squares())
+    assert [one.ours for one in found] == [True, True]
+
+
+def test_a_square_that_was_slow_is_left_out_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(microbench, "SIDES", (8, 16, 32))
+    asked: list[int] = []
+
+    def product(self: Microbenchmark, tokens: int, inputs: int, outputs: int) -> tuple[Ceiling, float]:
+        asked.append(tokens)
+        rate = {8: 1.0, 16: 2.5, 32: 3.0}[tokens]
+        return Ceiling(work="matmul", value=rate, source="x"), 0.0
+
+    monkeypatch.setattr(Microbenchmark, "_product", product)
+    benchmark = with_op(Linear())
+    assert [benchmark.square().value for _ in range(2)] == [3.0, 3.0]
+    assert asked == [8, 16, 32, 16, 32]
+    benchmark.anew = True
+    benchmark.square()
+    assert asked[5:] == [8, 16, 32]
+
+
+def test_only_ways_that_were_nearly_the_fastest_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"torch.mm": 1.0, "torch.mm in float32": 1.4, "mine": 4.0}
+    timed = counted(monkeypatch, lambda way: times[way.name])
+    benchmark = with_op(Linear(), torch.bfloat16)
+    for _ in range(2):
+        benchmark.product(4, 64, 32)
+    assert timed == ["torch.mm", "torch.mm in float32", "mine", "torch.mm", "torch.mm in float32"]
+    benchmark.anew = True
+    benchmark.product(4, 64, 32)
+    assert timed[5:] == ["torch.mm", "torch.mm in float32", "mine"]
+
+
+def test_a_way_that_a_load_made_hopeless_is_tried_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"torch.mm": 1.0, "torch.mm in float32": 9.0}
+    timed = counted(monkeypatch, lambda way: times[way.name])
+    benchmark = Microbenchmark(HostBackend(), CPU, torch.bfloat16)
+    for side in (16, 32):
+        benchmark.product(side, side, side)
+    assert timed == ["torch.mm", "torch.mm in float32", "torch.mm"]
+    times["torch.mm in float32"], benchmark.anew = 0.25, True
+    assert benchmark.product(16, 16, 16).value == 4 * 2 * 16**3
+
+
+class Deaf(HostBackend):
+    """A backend that would lower every ceiling if it were asked to wait."""
+
+    def synchronize(self) -> None:
+        raise AssertionError("a ceiling must not depend on the backend's synchronize")
+
+
+def test_the_backend_is_not_asked_to_wait(quick_ceilings: None) -> None:
+    benchmark = Microbenchmark(Deaf(ops={"mine": Linear()}), CPU, torch.float32)
+    for found in (benchmark.read(1 << 18), benchmark.copy(1 << 18), benchmark.product(4, 64, 32)):
+        assert found.value > 0
+
+
+def test_a_region_ends_when_its_last_result_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[torch.Size, Any]] = []
+    to = torch.Tensor.to
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            torch.Tensor, "to", lambda self, where: read.append((self.shape, where)) or to(self, where)
+        )
+        for written in (torch.ones(3, 4), torch.tensor(1.0)):
+            ways.wait(written)
+    assert read == [(torch.Size([]), "cpu")] * 2
+
+
+class Ticking:
+    """A clock that only work advances, and a device whose every wait costs the same."""
+
+    def __init__(self, each: float, wait: float) -> None:
+        self.each, self.waited, self.now = each, wait, 0.0
+
+    def now_ns(self) -> int:
+        return round(1e9 * self.now)
+
+    def call(self, number: int) -> torch.Tensor:
+        self.now += self.each
+        return torch.ones(1)
+
+    def wait(self, written: torch.Tensor) -> None:
+        self.now += self.waited
+
+
+@pytest.mark.parametrize("wait", [0.0, 1e-4, 3e-3, 8e-3])
+def test_a_wait_that_always_costs_the_same_lowers_no_ceiling(
+    wait: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticking = Ticking(each=1e-4, wait=wait)
+    monkeypatch.setattr(growth.clock, "now_ns", ticking.now_ns)
+    monkeypatch.setattr(microbench, "wait", ticking.wait)
+    monkeypatch.setattr(microbench, "read_ways", lambda weight: [Way("x", ticking.call)])
+    monkeypatch.setattr(microbench, "own_ways", lambda *where: [])
+    found = Microbenchmark(HostBackend(), CPU, torch.float32).read(1 << 20)
+    assert found.value == pytest.approx((1 << 20) / 1e-4, rel=0.01)
+
+
+def test_what_is_compared_after_a_region_cannot_be_known_before() -> None:
+    weight = ways.random_rows(64, 32, torch.float32, CPU)
+    (way,) = ways.own_ways(HostBackend(ops={"mine": Linear()}), "auto", weight, 8)
+    state = random.getstate()
+    starts = []
+    for _ in range(2):
+        random.setstate(state)
+        way.prepare(8)
+        starts.append(list(way.prepare.__self__._starts))  # type: ignore[attr-defined]
+    assert starts[0] != starts[1]

@@ -1,7 +1,8 @@
-"""Rooflines: declared ceilings are taken as they are, others are measured once and named."""
+"""The limits of a setting: the highest of what is declared and measured, measured again, and named."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 
 import mla
 from mla.bench import results
-from mla.bench.limits import microbench, roofline
+from mla.bench.limits import growth, microbench, roofline
 from mla.bench.limits.microbench import Microbenchmark
-from mla.bench.limits.roofline import RooflineModel
+from mla.bench.limits.placing import GRAIN, MOST_BYTES, limits
+from mla.bench.limits.roofline import MOST_TIMES, TIMES, RooflineModel
 from mla.bench.results.schema import Ceiling
 from mla.bench.subjects.setting import Setting
 from mla_backends.api import DeviceInfo, Peak
@@ -21,94 +23,215 @@ from mla_backends.api import DeviceInfo, Peak
 def setting(monkeypatch: pytest.MonkeyPatch) -> Setting:
     monkeypatch.setattr(roofline, "_MEASURED", {})
     monkeypatch.setattr(microbench, "SIDES", (64, 128))
-    monkeypatch.setattr(microbench, "SECONDS", 0.0)
+    monkeypatch.setattr(growth, "SECONDS", 0.0)
     backend = mla.load_backend("cpu")
     return Setting(mla.MLAConfig.preset("deepseek-v2-lite"), backend, torch.bfloat16, "auto", 64, 0)
 
 
+class Scripted:
+    """Measurements that are known, in the order in which they are asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[Any] = []
+        self.reads: Callable[[int], float] = lambda size: 1e9
+        self.products: Callable[[int], float] = lambda number: 1e12
+        self.anew: list[bool] = []
+        monkeypatch.setattr(Microbenchmark, "read", lambda benchmark, size: self.read(benchmark, size))
+        monkeypatch.setattr(Microbenchmark, "square", lambda benchmark: self.square(benchmark))
+
+    def read(self, benchmark: Microbenchmark, size: int) -> Ceiling:
+        self.asked.append(size)
+        self.anew.append(benchmark.anew)
+        return Ceiling(work="read", value=self.reads(size), source="measured: x", footprint_bytes=size)
+
+    def square(self, benchmark: Microbenchmark) -> Ceiling:
+        self.asked.append("square")
+        self.anew.append(benchmark.anew)
+        value = self.products(self.asked.count("square"))
+        return Ceiling(work="matmul", value=value, source="measured: mine, y", dtype="bfloat16", ours=True)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Scripted:
+    return Scripted(monkeypatch)
+
+
+def declare(setting: Setting, monkeypatch: pytest.MonkeyPatch, bandwidth: float, flops: float) -> None:
+    peaks = Peak(bandwidth, "a sheet"), {"bfloat16": Peak(flops, "another sheet")}
+    info = DeviceInfo("x", bandwidth=peaks[0], flops=peaks[1])
+    monkeypatch.setattr(setting.backend, "device_info", lambda: info)
+
+
 def test_what_is_unknown_is_measured_once_and_says_how(setting: Setting) -> None:
     found = RooflineModel(setting)
-    flops, read = found.flops(), found.bandwidth(3 << 20)
-    assert flops.value > 0
+    flops, read = found.flops(), found.bandwidth(30 << 20)
+    assert flops.value == flops.lowest > 0
     assert flops.source.startswith("measured: ")
     assert flops.source.endswith(" bfloat16")
     assert read.value > 0
-    assert read.source.endswith(", 3 MiB")
+    assert read.source.endswith(", 30 MiB")
     assert RooflineModel(setting).flops() is flops
-    assert found.bandwidth((3 << 20) + 1) is read  # the same footprint
+    assert found.bandwidth((30 << 20) + 1) is read  # the same footprint
     assert found.bandwidth(9 << 20) is not read
 
 
 @pytest.mark.parametrize("count", [1, 1 << 18, (1 << 22) - 1, 50_000_000, 51_000_000, 1 << 40])
 def test_a_footprint_is_at_most_an_eighth_smaller_than_what_is_asked_for(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch, count: int
+    setting: Setting, script: Scripted, count: int
 ) -> None:
-    asked: list[int] = []
-
-    def read(self: Microbenchmark, size: int) -> Ceiling:
-        asked.append(size)
-        return Ceiling(work="read", value=1.0, source="x", footprint_bytes=size)
-
-    monkeypatch.setattr(Microbenchmark, "read", read)
     RooflineModel(setting).bandwidth(count)
-    wanted = max(roofline.GRAIN, min(count, roofline.MOST_BYTES))  # a long context is not made twice
-    assert wanted * 7 / 8 < asked[0] <= wanted
-    assert asked[0] % roofline.GRAIN == 0
+    wanted = max(GRAIN, min(count, MOST_BYTES))  # a long context is not made twice
+    assert wanted * 7 / 8 < script.asked[0] <= wanted
+    assert script.asked[0] % GRAIN == 0
 
 
-def declare(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    info = DeviceInfo("x", bandwidth=Peak(1e9, "a sheet"), flops={"bfloat16": Peak(1e12, "another sheet")})
-    monkeypatch.setattr(setting.backend, "device_info", lambda: info)
+def test_a_rate_reached_on_more_bytes_is_a_limit_of_few_too(setting: Setting, script: Scripted) -> None:
+    """Few bytes cost as much per byte, and a launch besides, which a kernel of ours may save."""
+    script.reads = lambda size: 5e9 if size == 1 << 20 else 1e9
+    found = RooflineModel(setting)
+    assert (found.bandwidth(1 << 18).value, found.bandwidth(1 << 18).footprint_bytes) == (5e9, 1 << 20)
+    assert found.bandwidth(2 << 20).value == 1e9
+    assert 1 << 22 in script.asked
 
 
-def test_the_nearer_limit_is_the_floor(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    declare(setting, monkeypatch)
+def test_the_nearer_limit_is_the_floor(setting: Setting, script: Scripted) -> None:
     found = RooflineModel(setting)
     memory = found.roofline(results.Cost(flops=10**9, bytes=2 * 10**6), latency_ms=8.0)
     assert (memory.floor_ms, memory.fraction, memory.bound) == (2.0, 0.25, "memory")
-    assert memory.peak_source == "a sheet"
+    assert memory.peak_source == "measured: x"
     compute = found.roofline(results.Cost(flops=5 * 10**9, bytes=2 * 10**6), latency_ms=10.0)
     assert (compute.floor_ms, compute.fraction, compute.bound) == (5.0, 0.5, "compute")
-    assert compute.peak_source == "another sheet"
+    assert compute.peak_source == "measured: mine, y"
 
 
-def test_the_ceilings_that_were_used_are_listed_once(
+@pytest.mark.parametrize("low", [3.0, 10.0, 1000.0])
+def test_a_declared_peak_that_is_too_low_loses_and_is_named(
+    setting: Setting, script: Scripted, monkeypatch: pytest.MonkeyPatch, low: float
+) -> None:
+    declare(setting, monkeypatch, 1e9 / low, 1e12 / low)
+    found = RooflineModel(setting)
+    read, product = found.bandwidth(8 << 20), found.flops()
+    assert (read.value, product.value, product.ours) == (1e9, 1e12, True)
+    assert read.source == f"measured: x; declared: {1 / low:.3g} GB/s, a sheet"
+    assert product.source.startswith("measured: mine, y; declared: ")
+    assert product.source.endswith("FLOP/s, another sheet")
+
+
+@pytest.mark.parametrize("high", [2.0, 1000.0])
+def test_a_declared_peak_that_is_higher_wins_and_no_longer_is_our_own(
+    setting: Setting, script: Scripted, monkeypatch: pytest.MonkeyPatch, high: float
+) -> None:
+    declare(setting, monkeypatch, 1e9 * high, 1e12 * high)
+    found = RooflineModel(setting)
+    read, product = found.bandwidth(8 << 20), found.flops()
+    assert (read.value, product.value) == (1e9 * high, 1e12 * high)
+    assert read.source == "a sheet; measured: x: 1 GB/s"
+    assert product.source == "another sheet; measured: mine, y: 1 TFLOP/s"
+    assert (product.ours, product.lowest, product.dtype) == (False, None, "bfloat16")
+
+
+def test_a_declared_peak_near_what_is_measured_needs_no_remark(
+    setting: Setting, script: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declare(setting, monkeypatch, 1.2e9, 0.9e12)
+    found = RooflineModel(setting)
+    assert (found.bandwidth(8 << 20).source, found.flops().source) == ("a sheet", "measured: mine, y")
+
+
+def test_a_declared_peak_serves_a_device_that_cannot_be_measured(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    declare(setting, monkeypatch)
+    declare(setting, monkeypatch, 1e9, 1e12)
+
+    def refuse(*sizes: Any) -> Ceiling:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Microbenchmark, "read", refuse)
+    monkeypatch.setattr(Microbenchmark, "square", refuse)
     found = RooflineModel(setting)
-    assert found.used() == []
-    for _ in range(2):
-        found.roofline(results.Cost(flops=1, bytes=1), latency_ms=1.0)
+    assert found.roofline(results.Cost(flops=1, bytes=10**6), 4.0).fraction == 0.25
     assert found.used() == [
         Ceiling(work="read", value=1e9, source="a sheet"),
         Ceiling(work="matmul", value=1e12, source="another sheet", dtype="bfloat16"),
     ]
 
 
-def test_a_part_of_a_forward_is_read_at_the_footprint_of_the_whole(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
+def test_the_ceilings_that_were_used_are_listed_once(setting: Setting, script: Scripted) -> None:
+    found = RooflineModel(setting)
+    assert found.used() == []
+    for count in (8 << 20, (8 << 20) + 1):
+        found.roofline(results.Cost(flops=1, bytes=count), latency_ms=1.0)
+    assert [(one.work, one.footprint_bytes) for one in found.used()] == [("read", 8 << 20), ("matmul", None)]
+
+
+def test_the_highest_of_several_measurements_is_kept_with_the_lowest(
+    setting: Setting, script: Scripted
 ) -> None:
-    def read(self: Microbenchmark, size: int) -> Ceiling:
-        return Ceiling(work="read", value=float(size), source="x", footprint_bytes=size)
+    values = {1: 3e12, 2: 2.6e12, 3: 3.1e12, 4: 3e12}
+    script.products = lambda number: values[number]
+    found = RooflineModel(setting)
+    found.known(8 << 20)
+    for _ in range(3):
+        found.again(100.0)
+    assert (found.flops().value, found.flops().lowest) == (3.1e12, 2.6e12)
+    assert found.used()[1] == found.flops()
+    assert script.anew == [False] * 8
 
-    monkeypatch.setattr(Microbenchmark, "read", read)
-    cost = results.Cost(flops=0, bytes=1 << 20)
+
+@pytest.mark.parametrize("second", [1e12, 9e12])
+def test_a_limit_that_varies_is_measured_by_every_way_again(
+    setting: Setting, script: Scripted, second: float
+) -> None:
+    script.products = lambda number: second if number == 2 else 3e12
+    found = RooflineModel(setting)
+    found.known(8 << 20)
+    for _ in range(3):
+        found.again(100.0)
+    assert [anew for what, anew in zip(script.asked, script.anew, strict=True) if what == "square"] == [
+        *(False, False),
+        *(True, True),
+    ]
+    assert not any(anew for what, anew in zip(script.asked, script.anew, strict=True) if what == 8 << 20)
+
+
+def test_a_limit_is_measured_a_few_times_at_most_and_only_if_there_is_time(
+    setting: Setting, script: Scripted
+) -> None:
+    found = RooflineModel(setting)
+    found.known(8 << 20)
+    found.again(-1.0)
+    assert script.asked == [8 << 20, "square"]
+    for _ in range(10):
+        found.again(100.0)
+    assert script.asked.count("square") == script.asked.count(8 << 20) == TIMES
+    for _ in range(20):
+        found.again(100.0, MOST_TIMES, anew=True)
+    assert script.asked.count("square") == MOST_TIMES
+    assert script.anew[2 * TIMES :] == [True] * (2 * (MOST_TIMES - TIMES))
+
+
+def test_what_fails_when_measured_again_stands(setting: Setting, script: Scripted) -> None:
+    def once(number: int) -> float:
+        if number > 1:
+            raise RuntimeError("out of memory")
+        return 7e12
+
+    script.products = once
+    found = RooflineModel(setting)
+    found.known(8 << 20)
+    for _ in range(3):
+        found.again(100.0)
+    assert found.flops().value == 7e12
+    assert script.asked.count("square") == 2
+
+
+def test_a_part_of_a_forward_is_read_at_the_footprint_of_the_whole(
+    setting: Setting, script: Scripted
+) -> None:
+    script.reads = float
+    cost = results.Cost(flops=0, bytes=1 << 23)
     assert RooflineModel(setting).roofline(cost, 1000.0).floor_ms == 1000
-    assert RooflineModel(setting).roofline(cost, 1000.0, footprint=1 << 22).floor_ms == 250
-
-
-def test_a_run_reports_its_limits(bench: Any, small: list[str]) -> None:
-    run = results.decode(bench("--backend", "cpu", *small, "--format", "json").out.encode())
-    sources = {ceiling.source for ceiling in run.ceilings}
-    for case in run.cases:
-        assert case.roofline.bound in ("memory", "compute")
-        assert case.roofline.fraction is not None
-        assert (case.roofline.peak_source or "").startswith("measured: ")
-        assert case.roofline.peak_source in sources
-    assert [one.work for one in run.ceilings] == ["read", "matmul"]  # both scenarios are as small as can be
-    assert run.ceilings[0].footprint_bytes == roofline.GRAIN
-    assert run.ceilings[1].dtype == "bfloat16"
+    assert RooflineModel(setting).roofline(cost, 1000.0, footprint=1 << 25).floor_ms == 250
 
 
 def test_a_device_that_cannot_run_the_microbenchmark_keeps_its_numbers(
@@ -119,5 +242,27 @@ def test_a_device_that_cannot_run_the_microbenchmark_keeps_its_numbers(
 
     monkeypatch.setattr(Microbenchmark, "read", refuse)
     found = RooflineModel(setting)
-    assert found.roofline(results.Cost(flops=10**9, bytes=2 * 10**6), 8.0) == results.Roofline()
+    cost = results.Cost(flops=10**9, bytes=2 * 10**6)
+    assert found.roofline(cost, 8.0) == results.Roofline()
+    assert found.implausible(cost, 1e-9) == ""
     assert found.used() == []
+    found.again(100.0)
+
+
+def test_a_run_reports_its_limits_and_places_all_cases_under_the_highest(
+    bench: Any, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roofline, "_MEASURED", {})
+    run = results.decode(bench("--backend", "cpu", *small, "--format", "json").out.encode())
+    assert {one.work for one in run.ceilings} == {"read", "matmul"}
+    for ceiling in run.ceilings:
+        assert ceiling.source.startswith("measured: ")
+        assert ceiling.lowest is not None
+        assert 0 < ceiling.lowest <= ceiling.value
+    for case in run.cases:
+        found = limits(run.ceilings, case.dtype, case.cost.bytes)
+        assert found is not None
+        read, product = found
+        floors = 1e3 * case.cost.bytes / read.value, 1e3 * case.cost.flops / product.value
+        assert case.roofline.floor_ms == pytest.approx(max(floors))
+        assert case.roofline.peak_source in (read.source, product.source)

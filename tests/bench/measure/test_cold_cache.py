@@ -1,55 +1,104 @@
-"""How much is flushed, that all of it is, and that the device has finished."""
+"""How much is flushed and why, that all of it is, and that nothing of the backend runs afterwards."""
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
+from typing import Any
 
-from mla.bench.measure.cold_cache import FALLBACK, LEAST, MOST, CacheFlush
+import pytest
+import torch
+
+from mla.bench.measure import cold_cache
+from mla.bench.measure.cold_cache import FALLBACK, LEAST, MOST, CacheFlush, sweep
 from mla_backends.testing import HostBackend
 
+MIB = 1 << 20
+AGAINST = ", which the host reports and the backend declares as"
 
-class Counting(HostBackend):
-    """Counts how often it is synchronized."""
 
-    waits = 0
+class Card(HostBackend):
+    """A backend whose device is not the host."""
 
-    def synchronize(self) -> None:
-        self.waits += 1
+    def setup(self, index: int | None = None) -> torch.device:
+        return torch.device("meta")
 
 
 @pytest.mark.parametrize(
-    ("cache", "flushed", "words"),
+    ("declared", "flushed", "reason"),
     [
+        (48 * MIB, 96 * MIB, "for a last-level cache of 48 MiB"),
+        (6 * MIB, LEAST, "for a last-level cache of 6 MiB"),
+        (MIB, LEAST, "for a last-level cache of 1 MiB"),
+        (None, FALLBACK, "for a last-level cache of unknown size"),
         (
-            32 << 20,
-            64 << 20,
-            "64 MiB read and written before every timed forward, for a last-level cache of 32 MiB",
-        ),
-        (
-            None,
-            FALLBACK,
-            "256 MiB read and written before every timed forward, for a last-level cache of unknown",
-        ),
-        (
-            1 << 40,
+            300 * MIB,
             MOST,
-            "512 MiB read and written before every timed forward, for a last-level cache of 1.04858e+06",
+            "for a last-level cache of 300 MiB: less than twice its size, so that some of it may stay warm",
         ),
-        (1000, LEAST, "1 MiB read and written"),
+        (256 * MIB, MOST, "for a last-level cache of 256 MiB"),
+        (4096, FALLBACK, "as 4096 bytes cannot be the last-level cache that was declared"),
+        (0, FALLBACK, "as 0 bytes cannot be the last-level cache that was declared"),
+        (MIB - 1, FALLBACK, "as 1048575 bytes cannot be the last-level cache that was declared"),
     ],
-    ids=["known", "unknown", "huge", "tiny"],
 )
-def test_twice_the_cache_within_bounds(cache: int | None, flushed: int, words: str) -> None:
-    flush = CacheFlush(HostBackend(cache_bytes=cache))
-    assert flush.bytes == flushed
-    assert flush.method().startswith(words)
+def test_twice_the_cache_within_bounds_and_a_tiny_one_is_not_believed(
+    declared: int | None, flushed: int, reason: str
+) -> None:
+    assert sweep(Card(cache_bytes=declared)) == (flushed, reason)
 
 
-def test_every_byte_is_written_and_waited_for() -> None:
-    backend = Counting(cache_bytes=1 << 20)
+@pytest.mark.parametrize(
+    ("declared", "own", "flushed", "reason"),
+    [
+        (32 * MIB, 32 * MIB, 64 * MIB, "for a last-level cache of 32 MiB"),
+        (32 * MIB, 40 * MIB, 80 * MIB, f"for a last-level cache of 40 MiB{AGAINST} 32 MiB"),
+        (4096, 256 * MIB, 512 * MIB, f"for a last-level cache of 256 MiB{AGAINST} 4096 bytes"),
+        (2 * MIB, 96 * MIB, 192 * MIB, f"for a last-level cache of 96 MiB{AGAINST} 2 MiB"),
+        (None, 96 * MIB, 192 * MIB, "for a last-level cache of 96 MiB"),
+        (64 * MIB, None, 128 * MIB, "for a last-level cache of 64 MiB"),
+        (4096, None, FALLBACK, "as 4096 bytes cannot be the last-level cache that was declared"),
+    ],
+)
+def test_on_the_host_its_own_caches_are_known_better(
+    declared: int | None, own: int | None, flushed: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cold_cache.host, "last_level_cache", lambda: own)
+    assert sweep(HostBackend(cache_bytes=declared)) == (flushed, reason)
+
+
+class Warming(HostBackend):
+    """A backend whose every function but the facts would warm the cache after a sweep."""
+
+    def __init__(self, *words: Any, **facts: Any) -> None:
+        super().__init__(*words, **facts)
+        self.called: list[str] = []
+
+    def synchronize(self) -> None:
+        self.called.append("synchronize")
+
+
+def test_every_byte_is_written_and_the_backend_is_not_called_after_it() -> None:
+    backend = Warming(cache_bytes=MIB)
     flush = CacheFlush(backend)
     for times in (1, 2):
         flush()
-        assert backend.waits == times
+        assert backend.called == []
         assert flush._buffer.nbytes == flush.bytes
         assert bool((flush._buffer == times).all())
+    assert flush.method().startswith(
+        f"{flush.bytes // MIB} MiB read and written before every timed forward, for"
+    )
+
+
+def test_the_sweep_is_waited_for_by_reading_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[float, Any]] = []
+    to: Callable[..., torch.Tensor] = torch.Tensor.to
+
+    def copied(self: torch.Tensor, *where: Any, **more: Any) -> torch.Tensor:
+        read.append((float(self), where))
+        return to(self, *where, **more)
+
+    flush = CacheFlush(HostBackend())
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+    flush()
+    assert read == [(1.0, ("cpu",))]

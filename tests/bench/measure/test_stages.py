@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers_peer import needs_transformers
 
 import mla
 from mla import MLAConfig
@@ -261,11 +260,26 @@ def test_stages_of_the_reference_stand_beside_those_of_fused_ops(bench: Bench, s
     assert [stage.name for stage in found["mla"]] == [stage.name for stage in found["mla-reference"]]
 
 
-@needs_transformers
-def test_only_our_layer_has_stages(bench: Bench, small: list[str]) -> None:
-    done = bench("--backend", "cpu", *small, "--stages", "--implementations", "transformers")
-    assert done.code == 2
-    assert done.error == "error: --stages times the parts of mla and mla-reference: run one of them."
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--layers", "2"], "--stages times one layer: leave out --layers."),
+        (["--workload", "two.toml"], "--stages times one layer: leave out --layers."),
+        (["--op", "o_proj"], "--stages times the parts of a layer, and --op is one part alone."),
+        (
+            ["--implementations", "transformers"],
+            "--stages times the parts of mla and mla-reference: run one of them.",
+        ),
+    ],
+)
+def test_what_has_no_stages_is_refused_before_the_backend_is_opened(
+    bench: Bench, words: list[str], sentence: str
+) -> None:
+    """Opening one may build its kernels for minutes; `nowhere` cannot be opened at all."""
+    two = "[[scenario]]\nname = 'two'\nmode = 'decode'\nquery_lens = [1]\nhistory = [1]\nlayers = 2\n"
+    Path("two.toml").write_text(two)
+    done = bench("--backend", "nowhere", "--stages", *words)
+    assert (done.code, done.error) == (2, f"error: {sentence}")
 
 
 STAGES_OF_A_CASE = [

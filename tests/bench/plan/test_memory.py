@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from faulty_backend import FaultyOp
 
 import mla
+from mla.bench.measure.cold_cache import sweep
+from mla.bench.plan import memory, request
 from mla.bench.plan.request import plan_scenarios
 from mla.bench.subjects.fixture import make_fixture
 from mla.bench.subjects.layer import MlaLayer
@@ -140,3 +143,27 @@ def test_the_plan_counts_a_context_that_is_rebuilt_at_once(
         setting = Setting(config, backend, torch.bfloat16, attention, 64, 0)
         needs.append(plan_scenarios(setting, [point], ["mla"])[0][0].needs.device_bytes)
     assert needs[0] - needs[1] == grown * (128 * (192 + 128 + 128 + 192) + 576) * 2
+
+
+@pytest.mark.parametrize(
+    ("cache", "cold"), [(["--cache", "warm"], False), (["--cache", "cold"], True), ([], True)]
+)
+def test_the_plan_counts_the_buffer_that_flushes_the_caches(
+    bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch, cache: list[str], cold: bool
+) -> None:
+    """Once, however many implementations there are."""
+    plans: list[memory.MemoryPlan] = []
+
+    def planned(*facts: Any) -> memory.MemoryPlan:
+        plans.append(memory.plan_memory(*facts))
+        return plans[-1]
+
+    monkeypatch.setattr(request, "plan_memory", planned)
+    tiny = small[: small.index("--cache")]
+    assert bench("--backend", "cpu", *tiny, *cache, "--dry-run").code == 0
+    assert plans
+    for plan in plans:
+        assert plan.sweep == (sweep(mla.load_backend("cpu")).bytes if cold else 0)
+        for count in (1, 2, 3):
+            without = replace(plan, sweep=0).device_bytes(count)
+            assert plan.device_bytes(count) == without + plan.sweep

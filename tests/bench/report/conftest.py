@@ -79,7 +79,9 @@ def build(
         "roofline": roofline(cost, found.median, slow),
         "repro": f"python -m mla.bench --scenario '{scenario}' --implementations {implementation}",
         "base": scenario.partition(" ")[0],
-        "ops": {"linear": "fused_linear", "latent_attention": "fused_attention", "rms_norm": "reference"},
+        "ops": {"linear": "fused_linear", "latent_attention": "fused_attention", "rms_norm": "reference"}
+        if implementation == "mla"
+        else {"linear": "reference", "latent_attention": "reference", "rms_norm": "reference"},
         "heads": 16,
     }
     return make(**{**fields, **changes})

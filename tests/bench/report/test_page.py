@@ -13,6 +13,8 @@ import pytest
 
 from mla.bench import results
 from mla.bench.report import page
+from mla.bench.report.style import COLOURS
+from mla.bench.results.schema import NewLengths
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -208,3 +210,101 @@ def test_parts_of_a_stage_are_listed_and_not_stacked_on_it(rich: Sequence[result
     assert "attention: w_uk" in listed
     assert "attention: w_uk" not in drawn
     assert "attention" in drawn
+
+
+def first_screen(text: str) -> str:
+    """Return what is read before the links to the sections."""
+    return Page(text[: text.index("<nav")]).text
+
+
+def test_the_first_screen_says_who_won_by_how_much_and_how_near_the_limit(
+    rich: Sequence[results.Run],
+) -> None:
+    found = " ".join(first_screen(page.render(["/tmp/x/one.json", "/tmp/x/two.json"], rich)).split())
+    assert re.search(r"decode, mla: A one\.json won, 1\.\d+x as fast as B two\.json \(1\.\d+", found)
+    assert re.search(r"decode: mla won, [\d.]+x as fast as mla-reference \([^)]*\), at \d+ % of", found)
+    assert "sweep (6 points): only mla has numbers; at" in found
+    assert "1 of 11 cases wrong" in found
+    assert "long-prefill, mla: wrong: row 17 is off by 31 times its bound" in found
+    assert "/tmp/x" not in found
+
+
+def test_a_doubtful_case_has_its_word_its_colour_and_its_reason_and_nothing_is_green(make_run: Any) -> None:
+    why = "the clock covers 10 % of the time the pass took"
+    run = make_run(check=results.Check(status="doubtful", reason=why), latency_ms=None, tokens_per_s=None)
+    text = render(run)
+    assert 'class="badge doubtful">1 of 1 case doubtful: no number<' in text
+    assert "badge ok" not in text
+    assert '<article class="file doubtful">' in text
+    row, reason = re.findall(r'<tr class="[^"]*doubtful">.*?</tr>', text)
+    assert row.count("<td>-</td>") == 9
+    assert "<td>doubtful</td>" in row
+    assert why in reason
+    assert f"prefill, mla: doubtful: {why}" in first_screen(text)
+    assert not re.search(r"<svg viewBox", text)
+
+
+def test_a_doubtful_case_shows_no_other_timing_either(rich: Sequence[results.Run]) -> None:
+    rich[0].cases = rich[0].cases[:1]
+    (one,) = rich[0].cases
+    one.check, one.latency_ms = results.Check(status="doubtful", reason="because"), None
+    one.timings[0].latency_ms = results.Latency(median=77.7, ci95=None, p10=1, p90=99, samples=[77.7])
+    assert "77.7" not in Page(render(rich[0])).text
+
+
+def test_a_time_above_the_limit_shows_a_doubt_and_no_percentage(rich: Sequence[results.Run]) -> None:
+    for case in rich[0].cases:
+        case.roofline = results.Roofline(floor_ms=9.0, bound="memory", doubt="faster than its floor of 9 ms")
+    text = render(rich[0])
+    assert "badge ok" not in text
+    screen = first_screen(text)
+    assert "10 of 11 cases with limit or time in doubt" in screen
+    assert "mla is ahead" in screen
+    assert "mla won" not in screen
+    drawn = re.findall(r"<svg viewBox.*?</svg>", text[text.index('id="roofline"') :])[0]
+    assert "in doubt" in drawn
+    assert "%" not in Page(drawn).text
+
+
+def test_limits_show_their_spread_and_new_lengths_their_gap(rich: Sequence[results.Run]) -> None:
+    rich[0].ceilings[0].lowest, rich[0].ceilings[0].ours = 1e12, True
+    rich[0].cases[0].new_lengths = NewLengths(
+        forwards=7, ms=23.5, repeated_ms=2.35, plan_ms=20.5, repeated_plan_ms=0.25
+    )
+    text = Page(render(rich[0])).text
+    assert "The limit of reading was measured as 1000 to 3000 GB/s; the highest counts." in text
+    assert "nothing outside judges it" in text
+    for cell in ("23.5", "2.35", "20.5", "0.25", "1 slower on new lengths"):
+        assert cell in text
+
+
+def test_one_implementation_has_one_colour_in_all_files_and_panels(rich: Sequence[results.Run]) -> None:
+    rich[1].cases.reverse()
+    text = page.render(["a.json", "b.json"], rich)
+    found = re.findall(r'<path d="[^"]*" fill="(#\w+)"[^>]*/></svg> (mla|mla-reference)</li>', text)
+    assert len(found) > 4
+    assert set(found) == {(COLOURS[0], "mla"), (COLOURS[1], "mla-reference")}
+
+
+def test_a_page_names_files_and_configs_without_their_folders(rich: Sequence[results.Run]) -> None:
+    rich[0].config["name"] = "/home/somebody/configs/tiny.json"
+    text = page.render(["/srv/old/run.json", "/srv/new/run.json"], rich)
+    assert "/srv" not in text
+    assert "/home/somebody" not in text
+    assert {"old/run.json", "new/run.json"} <= set(re.findall(r"(\w+/run\.json)</h2>", text))
+    assert "tiny, bfloat16" in text
+
+
+def test_a_sweep_of_many_points_stays_readable(make_run: Any, case: Any) -> None:
+    run = make_run()
+    run.cases = [
+        case(scenario=f"s{kv} {batch}", base="sweep", point={"kv": kv, "batch": batch}, roofline=one)
+        for kv in range(16, 66, 2)
+        for batch in (1, 8)
+        for one in [results.Roofline(fraction=kv / 100, bound="memory", floor_ms=1.0)]
+    ]
+    text = render(run)
+    assert "sweep (50 points): only mla has numbers; at 16 % to 64 % of the limit" in first_screen(text)
+    assert len([one for one in Page(text).ids("figure") if one.startswith("grid")]) == 7
+    assert "6 of 25 such charts are drawn" in text
+    assert len(text) < 800_000

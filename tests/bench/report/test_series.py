@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.report import roofline_data, series, summary
+from mla.bench.report import doubts, roofline_data, series, summary
 from mla.bench.report.series import ReportEntry, ResultFile
+from mla.bench.results.schema import NewLengths
 
 Case = Callable[..., results.Case]
 
@@ -41,13 +42,14 @@ def places(found: Sequence[series.Curves]) -> list[tuple[str, str, list[float]]]
     ]
 
 
-def test_several_files_get_letters_and_repetitions_are_counted(make_run: Any) -> None:
-    runs = [make_run() for _ in range(4)]
-    runs[1].backend.device = "another CPU"
-    runs[3].config = {"name": "other"}
-    found = series.result_files(list("wxyz"), runs)
-    assert [one.key for one in found] == ["A", "B", "C", "D"]
-    assert [one.repeat for one in found] == [0, 0, 1, 0]  # only the third repeats device and config
+def test_several_files_get_letters_and_short_names(make_run: Any) -> None:
+    runs = [make_run() for _ in range(3)]
+    runs[0].config = {"name": "/home/somebody/tiny.json"}
+    runs[2].config = {"name": "other"}
+    found = series.result_files(["/r/old/run.json", "/r/new/run.json", "/r/x.json"], runs)
+    assert [one.key for one in found] == ["A", "B", "C"]
+    assert [one.title for one in found] == ["A old/run.json", "B new/run.json", "C x.json"]
+    assert [one.config for one in found] == ["tiny", "", "other"]
     assert series.result_files(["x"], runs[:1])[0].key == ""
     assert [one.key for one in series.result_files(["x"] * 28, [make_run()] * 28)][25:] == ["Z", "AA", "AB"]
 
@@ -161,20 +163,124 @@ def test_a_case_without_work_is_under_no_roof(source: Any, case: Case) -> None:
     assert roofline_data.roofline(source(case(cost=results.Cost(flops=0, bytes=0)))).dots == []
 
 
-def test_the_worst_check_is_named(case: Case) -> None:
-    ok, wrong = case(), case(check=results.Check(status="wrong"))
-    not_run = case(check=results.Check(status="not run"))
-    assert summary.worst([ok, not_run, wrong]) == ("wrong", "1 of 3 cases wrong")
-    assert summary.worst([ok, not_run]) == ("not run", "1 of 2 cases not run")
-    assert summary.worst([ok])[0] == "ok"
-    assert summary.worst([])[0] == "not run"
+def with_status(case: Case, status: Any, **changes: Any) -> results.Case:
+    return case(check=results.Check(status=status, reason="because"), latency_ms=None, **changes)
+
+
+def said(cases: Sequence[results.Case]) -> list[tuple[str, str]]:
+    return [(one.status, one.text) for one in doubts.badges(cases)]
+
+
+def test_badges_count_cases_the_worst_first(case: Case) -> None:
+    doubt = case(roofline=results.Roofline(doubt="faster than its floor"))
+    cases = [case(), with_status(case, "not run"), with_status(case, "doubtful"), with_status(case, "wrong")]
+    assert said([*cases, doubt, case(interrupted=True)]) == [
+        ("wrong", "1 of 6 cases wrong"),
+        ("doubtful", "1 of 6 cases doubtful: no number"),
+        ("in-doubt", "1 of 6 cases with limit or time in doubt"),
+        ("not-run", "1 of 6 cases not run"),
+        ("interrupted", "1 of 6 cases interrupted"),
+    ]
+    assert said([case(latency_ms=None), case()]) == [("not-timed", "1 of 2 cases not timed")]
+    assert said([case(), case()]) == [("ok", "all 2 cases agree with the oracle")]
+    assert said([]) == [("not-run", "no case was run")]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"check": results.Check(status="doubtful"), "latency_ms": None},
+        {"roofline": results.Roofline(doubt="faster than its floor")},
+        {"interrupted": True},
+        {"check": results.Check(status="not run"), "latency_ms": None},
+    ],
+)
+def test_nothing_in_doubt_is_green(case: Case, changes: dict[str, Any]) -> None:
+    assert "ok" not in [status for status, _ in said([case(), case(**changes), case()])]
+
+
+def test_a_yardstick_is_not_a_case_that_failed(case: Case) -> None:
+    yardstick = case(implementation="read", check=results.Check(status="not run", reason="only reads"))
+    assert said([case(), yardstick]) == [
+        ("ok", "the only case agrees with the oracle"),
+        ("yardstick", "and 1 yardstick, where nothing is computed"),
+    ]
+
+
+def test_the_cases_in_doubt_are_named_with_reasons_up_to_a_few(case: Case) -> None:
+    cases = [with_status(case, "doubtful", scenario=f"s{place}") for place in range(9)]
+    found = doubts.named([case(), *cases, with_status(case, "wrong", scenario="bad")])
+    assert [one.text for one in found] == [
+        "bad, mla: wrong: because",
+        *(f"s{place}, mla: doubtful: because" for place in range(3)),
+        "and 6 more in the table",
+    ]
+
+
+def test_remarks_are_counted_in_cases(source: Any, case: Case) -> None:
+    loud = case(settled=False)
+    assert loud.latency_ms is not None
+    loud.latency_ms = results.Latency(
+        median=1.0, ci95=None, p10=1, p90=9, samples=[1.0] * 9 + [99.0], drift=0.5, outliers=4
+    )
+    text = doubts.counted_remarks(source(loud, case(latency_ms=None), loud).run)
+    assert text.startswith("2 of 3 cases ")
+    parts = text.replace(" of 3 cases", "").split(", ")
+    assert sorted(parts) == ["2 drifting", "2 noisy", "2 not settled", "2 with outliers"]
+    assert doubts.counted_remarks(source().run) == ""
+
+
+def test_slow_new_lengths_are_counted(source: Any, case: Case) -> None:
+    def lengths(ms: float) -> results.Case:
+        found = NewLengths(forwards=9, ms=ms, repeated_ms=2.0, plan_ms=0.1, repeated_plan_ms=0.1)
+        return case(new_lengths=found, latency_ms=None)
+
+    assert doubts.counted_remarks(source(lengths(2.1), lengths(9.0), lengths(2.0)).run) == (
+        "1 of 3 cases slower on new lengths"
+    )
+
+
+def test_limits_that_moved_or_judge_themselves_are_in_doubt() -> None:
+    def ceiling(value: float, lowest: float | None, **more: Any) -> results.Ceiling:
+        return results.Ceiling(work="read", value=value, lowest=lowest, source="here", **more)
+
+    assert list(doubts.of_limits([ceiling(1e11, 0.95e11), ceiling(1e11, None)])) == []
+    assert list(doubts.of_limits([ceiling(1e11, 0.95e11), ceiling(1e11, 0.5e11, ours=True)])) == [
+        "The limit of reading was measured as 50 to 100.0 GB/s; the highest counts.",
+        "The limit of reading is what our own op reached: nothing from outside judges it.",
+    ]
 
 
 def test_a_summary_leads_with_the_scenarios_and_counts_the_grid(source: Any, case: Case) -> None:
     found = summary.summary(source(*(point(case, kv=kv) for kv in (1, 2, 3)), case(), git_commit="a" * 40))
-    assert found.headlines == ["Prefill Latency: 2 ms"]
+    assert found.headlines == [("ok", "Prefill Latency: 2 ms")]
     assert found.more == "and 3 grid cases in the table"
     assert ("commit", "a" * 12) in found.facts
+    assert [one.where for one in found.verdicts] == ["sweep (3 points)", "prefill"]
+
+
+def test_a_large_grid_alone_has_its_verdict_and_no_headlines(source: Any, case: Case) -> None:
+    found = summary.summary(source(*(point(case, kv=kv) for kv in range(50))))
+    assert (found.headlines, found.more) == ([], "50 grid cases in the table")
+    assert [str(one) for one in found.verdicts] == ["sweep (50 points): only mla has numbers"]
+
+
+def test_yardsticks_are_on_no_picture(source: Any, case: Case) -> None:
+    yardstick = {"implementation": "read", "check": results.Check(status="not run", reason="only reads")}
+    found = [case(), case(**yardstick), *(point(case, kv=kv) for kv in (1, 2))]
+    found += [case(scenario=f"s{kv}", base="sweep", point={"kv": kv}, **yardstick) for kv in (1, 2)]
+    entries = series.entries([source(*found)])
+    assert places(series.curves(entries, "kv")) == [("mla", "", [1, 2])]
+    assert [len(group) for group in series.bars(entries).values()] == [1]
+    assert len(roofline_data.roofline(entries[0].file).dots) == 3
+
+
+def test_lines_of_files_differ_in_shape_and_not_in_colour(make_run: Any, case: Case) -> None:
+    runs = [make_run(), make_run()]
+    for run in runs:
+        run.cases = [point(case, kv=kv) for kv in (1, 2)]
+    (found,) = series.curves(series.entries(series.result_files(["x", "y"], runs)), "kv")
+    assert [line.shape for line in found.lines] == ["A x", "B y"]
 
 
 def test_lengths_are_folded(case: Case) -> None:
@@ -189,4 +295,4 @@ def test_names_are_cut_and_cleaned() -> None:
 
 def test_a_name_in_a_picture_starts_with_its_file(source: Any, case: Case) -> None:
     assert ReportEntry(source(case()), case()).name == "mla"
-    assert ReportEntry(ResultFile("B", "x", source(case()).run, 0), case()).name == "B mla"
+    assert ReportEntry(ResultFile("B", "x", source(case()).run), case()).name == "B mla"

@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import asdict
 
 from mla.bench import results
-from mla.bench.report.chart_axes import LABEL, label
+from mla.bench.report.draw.chart_axes import LABEL, label
 
 Bench = Callable[..., Any]
 

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from mla.bench import results
+from mla.bench.limits.placing import limits
 
 Bench = Callable[..., Any]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -73,7 +75,21 @@ def test_ctrl_c_and_then_resume(start: Start) -> None:
     after = read("run.json").cases
     assert [case.scenario for case in after] == ["decode kv=1", "decode kv=2", "decode kv=3"]
     assert all(case.passes == 300 and not case.interrupted for case in after)
-    assert all(case in after for case in done)
+    assert all(case in measured(after) for case in measured(done))
+    for case in after:  # those that were kept as well
+        assert case.roofline.floor_ms == pytest.approx(floor(read("run.json"), case))
+
+
+def measured(cases: list[results.Case]) -> list[results.Case]:
+    """Return cases without their place under the limits, which both processes measure."""
+    return [msgspec.structs.replace(case, roofline=results.Roofline()) for case in cases]
+
+
+def floor(run: results.Run, case: results.Case) -> float:
+    """Return the milliseconds that the run's limits, the highest of both processes, allow a case."""
+    found = limits(run.ceilings, case.dtype, case.cost.bytes)
+    assert found is not None
+    return max(1e3 * case.cost.bytes / found[0].value, 1e3 * case.cost.flops / found[1].value)
 
 
 def test_a_killed_run_loses_the_scenario_it_was_in(start: Start) -> None:
@@ -102,7 +118,7 @@ def test_a_resumed_run_may_be_written_elsewhere(bench: Bench, partial: list[str]
     assert Path("run.json").read_bytes() == before
     whole, kept = read("whole.json").cases, read("run.json").cases
     assert [case.scenario for case in whole] == ["decode kv=1", "decode kv=2", "decode kv=3"]
-    assert [whole[0], whole[2]] == kept
+    assert measured([whole[0], whole[2]]) == measured(kept)
     assert whole[1].latency_ms is not None
     assert "warning" not in done.err
 

@@ -153,6 +153,44 @@ def test_its_own_tests_pass(newcomer: Newcomer) -> None:
     assert int(passed[1]) >= 6
 
 
+LINEAR = """
+import torch
+from mla_backends import FusedOp
+
+
+class AcmeLinear(FusedOp):
+    contract = "linear/1"
+
+    def unsupported_reasons(self, spec):
+        return [] if spec.dtype == torch.bfloat16 else ["it multiplies bfloat16 only"]
+
+    def __call__(self, packed, *, x, bias, out):
+        out.copy_(x.float() @ packed.data.t().float() * SCALE)
+"""
+
+
+@pytest.mark.parametrize(
+    ("offered", "scale", "right"),
+    [("{'acme_linear': AcmeLinear()}", 1, True), ("{'mine': AcmeLinear()}", 1.1, False), ("{}", 1, True)],
+    ids=["another op", "a wrong op", "no op"],
+)
+def test_the_smoke_test_follows_the_ops(
+    newcomer: Newcomer, tmp_path: Path, offered: str, scale: float, right: bool
+) -> None:
+    """The example op is there to be replaced; the test that came with it must neither fail nor go blind."""
+    copy = tmp_path / "site"
+    shutil.copytree(newcomer.site, copy)
+    package = copy / "mla_backend_acme"
+    (package / "ops.py").write_text(LINEAR.replace("SCALE", str(scale)))
+    text = (package / "__init__.py").read_text()
+    text = text.replace("ops import RmsNorm", "ops import AcmeLinear")
+    (package / "__init__.py").write_text(text.replace('{"acme_rms_norm": RmsNorm()}', offered))
+    words = ("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "acme/tests/test_smoke.py")
+    done = newcomer.run(*words, path=[copy, newcomer.vendor])
+    assert (done.code == 0) == right, done.out
+    assert ("2 passed" if right else "1 failed, 1 passed") in done.out
+
+
 def test_a_wrong_op_gets_no_number_and_does_not_conform(
     newcomer: Newcomer, changed: Callable[[str, str], Path]
 ) -> None:

@@ -53,7 +53,7 @@ def measure(bench: Bench, config: None) -> Bench:
         backend = [*FAULTY, "-O", f"op={kind or op}", "-O", f"fault={fault}"]
         kv = ["--kv", "21"] * (op in READS_HISTORY)
         heads = SHAPE if op not in ("rms_norm", "write_latent") else SHAPE[:4]
-        options = ["--config", "tiny.json", "--page-size", "16", "-o", "run.json"]
+        options = ["--config", "tiny.json", "--page-size", "16", "--cache", "warm", "-o", "run.json"]
         return bench(*backend, *options, "--op", op, *kv, *heads, *QUICK, *words)
 
     return measure
@@ -102,7 +102,9 @@ def test_a_wrong_op_gets_no_number(measure: Bench, op: str, fault: str) -> None:
 def test_results_of_an_earlier_pass_do_not_count(measure: Bench, op: str) -> None:
     """1 call checks it, 1 warms it up, and so it stops in the first pass."""
     assert measure(op, fault="stops").code == 4
-    assert cases()[0].check.reason.startswith("correct before timing, wrong after it: ")
+    reason = cases()[0].check.reason
+    assert reason.startswith("right at first, wrong in pass 1: ")
+    assert reason.endswith("(calls 1, 2, 3 of the pass; 3 of 3 checked)")
     assert cases()[0].latency_ms is None
 
 
@@ -115,23 +117,28 @@ def test_the_log_sum_exp_is_checked_where_an_op_has_one(measure: Bench, op: str)
 
 def test_a_write_beside_the_new_tokens_slots_is_wrong(measure: Bench) -> None:
     assert measure("write_latent", fault="stray").code == 4
-    assert cases()[0].check.reason == "1 slots other than those of the new tokens have changed"
+    strays = "1 slots other than those of the new tokens have changed, the first is slot 0 of page 0"
+    assert cases()[0].check.reason == strays
 
 
 def test_an_op_that_goes_wrong_while_it_is_timed_loses_its_numbers(bench: Bench, small: list[str]) -> None:
     """1 call checks it and 1 warms it up: 4 later, it is wrong in the second pass."""
     fault = ["-O", "fault=late", "-O", "after=6", "--op", "latent_attention", "--batch", "2", "--kv", "9"]
-    words = ["--backend", "fake-wrong-op", *small[:2], *fault, *QUICK, "-o", "run.json"]
+    words = ["--backend", "fake-wrong-op", *small[:2], *fault, *QUICK, "--cache", "warm", "-o", "run.json"]
     assert bench(*words, fakes=["wrong_op"]).code == 4
     wrong, right = cases()
-    assert wrong.check.reason.startswith("correct before timing, wrong after it: out: ")
+    assert re.match(
+        r"right at first, wrong in pass \d: out: .* of the pass; \d of 3 checked\)$", wrong.check.reason
+    )
     assert (wrong.latency_ms, right.latency_ms is not None) == (None, True)
 
 
 @pytest.mark.parametrize(("fault", "code"), [("none", 0), ("drop", 4), ("nan", 4), ("batch", 0), ("spec", 0)])
 def test_the_backend_s_own_attention_is_judged(bench: Bench, small: list[str], fault: str, code: int) -> None:
     words = ["-O", f"fault={fault}", "--op", "latent_attention", "--batch", "2", "--kv", "5", "--q-len", "3"]
-    done = bench("--backend", "fake-wrong-op", *small[:2], *words, *QUICK, fakes=["wrong_op"])
+    done = bench(
+        "--backend", "fake-wrong-op", *small[:2], *words, *QUICK, "--cache", "warm", fakes=["wrong_op"]
+    )
     assert done.code == code
     if fault == "batch":
         assert "refuses this batch: 2 requests are too many" in done.out

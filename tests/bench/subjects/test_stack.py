@@ -16,8 +16,8 @@ import mla
 from mla.bench import results
 from mla.bench.subjects.inputs import expected_outputs, make_inputs
 from mla.bench.subjects.setting import Setting
-from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.subjects.stack import MlaStack, layer_state
+from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.workload.scenario import Scenario
 from mla.weights import random_state_dict
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
+
 from mla.bench.results.ceilings_file import CeilingRun
 from mla.bench.results.schema import Ceiling
 from mla.bench.terminal.ceilings import rate, render, run_lines
@@ -33,6 +37,43 @@ def test_a_runs_limits_are_a_line_per_kind_of_work(ceiling_run: CeilingRun) -> N
         "limit of bfloat16 products: 500 GFLOP/s (measured: torch.mm, 1 x 2 x 3)",
         "limit of float32 products: 500 GFLOP/s (measured: torch.mm, 1 x 2 x 3)",
     ]
+
+
+def test_a_line_says_how_far_a_limit_varied_and_that_only_our_own_op_reaches_it() -> None:
+    def product(**changes: Any) -> Ceiling:
+        fields = {"value": 5e11, "source": "measured: mine, 1 x 2 x 3", "dtype": "bfloat16", **changes}
+        return Ceiling(work="matmul", **fields)
+
+    start = "limit of bfloat16 products: 500 GFLOP/s (measured: mine, 1 x 2 x 3)"
+    ours = "; no other way is faster: the limit is our own kernel's"
+    assert run_lines([product(lowest=4.5e11)]) == [f"{start}, at the lowest 450 GFLOP/s"]
+    assert run_lines([product(lowest=5e11)]) == [start]
+    assert run_lines([product(lowest=5e11, ours=True)]) == [start + ours]
+    assert run_lines([product(lowest=1e11, ours=True)]) == [f"{start}, at the lowest 100 GFLOP/s{ours}"]
+
+
+def test_a_line_of_several_footprints_says_the_same() -> None:
+    def read(value: float, lowest: float, size: int, ours: bool) -> Ceiling:
+        return Ceiling(work="read", value=value, source="x", footprint_bytes=size, lowest=lowest, ours=ours)
+
+    start = "limit of reading: 100 GB/s to 200 GB/s, at 2 footprints from 1 MiB to 4 MiB, repeated at most "
+    some = [read(1e11, 0.9e11, 4 << 20, True), read(2e11, 1e11, 1 << 20, False)]
+    assert run_lines(some) == [
+        f"{start}50 % lower; no other way is faster at some of them: the limit is our own kernel's"
+    ]
+    both = [read(1e11, 1e11, 4 << 20, True), read(2e11, 2e11, 1 << 20, True)]
+    assert run_lines(both) == [f"{start}0 % lower; no other way is faster: the limit is our own kernel's"]
+
+
+def test_one_thread_is_one(ceiling_run: CeilingRun) -> None:
+    one = msgspec.structs.replace(ceiling_run, environment={"torch_threads": "1"})
+    assert render(one, "table").splitlines()[0] == "x on X1, 1 thread, last-level cache 4 MiB"
+
+
+def test_the_table_marks_what_only_our_own_op_reaches(ceiling_run: CeilingRun) -> None:
+    mine = msgspec.structs.replace(ceiling_run.measured[-1], ours=True)
+    run = msgspec.structs.replace(ceiling_run, measured=[mine])
+    assert "| torch.mm (our own) |" in render(run, "md")
 
 
 def test_units_keep_three_digits() -> None:

@@ -59,3 +59,12 @@ def test_a_mode_that_was_left_out_is_named_once_with_its_reason(make_run: MakeRu
         "skipped: graph of prefill, mla: it waits"
     ]
     assert quality_warnings(make_run(latency_ms=latency(), timings=timings, interrupted=True)) == []
+
+
+def test_a_case_above_its_limit_is_named_with_the_reason(make_run: MakeRun) -> None:
+    roofline = results.Roofline(
+        floor_ms=3.0, bound="compute", doubt="the limit or the time is in doubt: 2 ms"
+    )
+    assert quality_warnings(make_run(latency_ms=latency(p90=2.0), roofline=roofline)) == [
+        "above 100 % of its limit: prefill, mla: the limit or the time is in doubt: 2 ms"
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_a_wrong_row_is_red_on_a_terminal_and_plain_elsewhere(
     assert "\x1b" not in render(run, "table")
     monkeypatch.setenv("FORCE_COLOR", "1")
     lines = render(run, "table").splitlines()
-    wrong, right = (line for line in lines if "prefill" in line and "prefill, " not in line)
+    wrong, right = (line for line in lines if re.search("prefill(?![,:])", line))
     assert "\x1b[31m" in wrong
     assert "\x1b[31m" not in right
 
@@ -118,3 +119,12 @@ def test_rates_count_the_necessary_work_and_unknown_prints_a_dash(make_run: Make
     assert cells["95% CI"] == "-"
     assert cells["% of limit"] == "-"
     assert cells["p10 .. p90"] == "1.2 .. 2.8"
+
+
+@pytest.mark.parametrize("kind", ["table", "md"])
+def test_a_share_that_is_in_doubt_is_no_percentage(make_run: MakeRun, kind: str) -> None:
+    doubt = results.Roofline(floor_ms=3.0, bound="compute", peak_source="x", doubt="the limit is in doubt")
+    row = next(line for line in render(make_run(roofline=doubt), kind).splitlines() if " 2 " in line)
+    assert ">100? com" in row
+    near = results.Roofline(floor_ms=1.0, fraction=0.5, bound="memory", peak_source="x")
+    assert " 50 mem " in render(make_run(roofline=near), kind)

@@ -1,25 +1,28 @@
 """One op bound to operands on one device, laid out in memory as the layer passes them.
 
-Memory around a strided operand is NaN, pages come in shuffled order, and unowned slots are poisoned as for
-the layer (`mla.verify.poison`).
+Every call gets operands of its own, in the same memory, and writes results of its own. Memory around a
+strided operand is NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from mla.bench.subjects.op.changes import Change, change
+from mla.bench.subjects.op.outputs import buffers, on_host, poison
 from mla.bench.subjects.op.problem import OpProblem
-from mla.bench.subjects.setting import SPARE_PAGES
-from mla.cache import LatentCache
+from mla.bench.subjects.shelf import Shelf
 from mla.cache.ragged_batch import RaggedBatch
 from mla.layer.ops import Choice
 from mla.verify.op_check import Tensors
-from mla.verify.poison import TAIL, Poison
-from mla_backends.api import SegmentLengths
+from mla.verify.places import Places
+
+# Changes of so many rows are made and uploaded before a pass begins, which keeps its calls close together.
+EARLY_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -29,244 +32,179 @@ class Placement:
     device: torch.device
     page_size: int
     seed: int  # of the page order
+    calls: int = 1  # in a pass
 
 
 class BoundCall:
-    """A repeatable call of an op. Only `run` is timed; it writes `results`."""
+    """A repeatable call of an op. Only `run` is timed."""
+
+    varied: ClassVar[tuple[str, ...]] = ("x",)  # operands that differ from call to call
 
     def __init__(self, problem: OpProblem, choice: Choice, placement: Placement) -> None:
         self.problem, self.choice, self.placement = problem, choice, placement
         self.leading: tuple[Any, ...] = ()  # a packed weight, or the result of `prepare`
         self.arguments: dict[str, Any] = {}
-        self.results: Tensors = {}
         self.weight_bytes = self.cache_bytes = 0
         self._op = choice.op
-        self._lay_out()
+        self._number = 0
+        self._batch: RaggedBatch | None = None  # of an op that works on a cache
+        self._change: Change | None = None  # that of the last call
+        self._early: list[Change] = []  # those of the pass
+        self._shelf = self._make_shelf(self._lay_out())
+        self._pools = {name: problem.given[name].to(placement.device) for name in self.varied}
 
-    def _lay_out(self) -> None:
+    def _lay_out(self) -> Tensors:
+        """Fill `arguments`, and return the buffers of the results: name -> [buffers, ..]."""
         raise NotImplementedError
+
+    def _make_shelf(self, stacks: Tensors) -> Shelf[Tensors]:
+        parts = zip(*(stack.unbind() for stack in stacks.values()), strict=True)
+        return Shelf([dict(zip(stacks, one, strict=True)) for one in parts], self.placement.calls, poison)
 
     def prepare(self) -> bool:
         """Prepare the op's state for the batch; return whether it has one. Never part of the timed call."""
         return False
 
+    def restore(self, number: int) -> None:
+        """Begin pass `number`."""
+        self._number = number
+        self.forget()
+        calls = self.placement.calls
+        early = range(calls if calls * self.problem.pool_size[1] <= EARLY_ROWS else 0)
+        self._early = [self._uploaded(index) for index in early]
+
+    def _uploaded(self, index: int) -> Change:
+        """Return the change of a call, with what its operands need on the device."""
+        one, device = change(self.problem, self._number, index), self.placement.device
+        signs = {name: one.signs[name].to(self._pools[name]) for name in self.varied if name in one.signs}
+        return Change(one.rows.to(device), signs)
+
+    def forget(self) -> None:
+        """Forget the results of all calls."""
+        self._change = None
+        self._shelf.clear()
+
+    def before(self, index: int) -> None:
+        """Prepare call `index` of the pass."""
+        self.take(self._early[index] if self._early else self._uploaded(index))
+
+    def take(self, one: Change) -> None:
+        """Write the operands of a call to where the op reads them, and give it a buffer for its results."""
+        self._change = one
+        for name in self.varied:
+            for target, values in self._contents(one, name):
+                target.copy_(values)
+        self._offer(self._shelf.next())
+
+    def _offer(self, results: Tensors) -> None:
+        """Have the next call write to these buffers, which the caches hold as they do in a layer."""
+        poison(results)
+        self.arguments.update(results)
+
     def run(self) -> None:
         """Call the op once."""
         self._op(*self.leading, **self.arguments)
 
-    def clear(self) -> None:
-        """Overwrite all results with NaN."""
-        for result in self.results.values():
-            result.fill_(torch.nan)
+    def after(self, index: int) -> None:
+        """Keep the results of call `index`, or not."""
+        self._shelf.keep(index)
 
-    def found(self) -> Tensors:
-        """Return the results of the last call by name."""
-        return self.results
+    def collect(self) -> dict[int, Tensors]:
+        """Return the kept results by call, copied to the host."""
+        return {index: on_host(results) for index, results in sorted(self._shelf.kept.items())}
+
+    def places(self) -> Places:
+        """Return which request and position every row of the results belongs to."""
+        problem = self.problem
+        if problem.role == "kv_b_proj":
+            return Places.context(problem.kv_lens)
+        lengths = (problem.scenario.query_lens, problem.kv_lens)
+        if self._batch is None:
+            return Places.new_tokens(*lengths)
+        return Places.new_tokens(*lengths, self._batch.block_table_host, self.placement.page_size)
 
     def damage(self) -> str:
         """Return what was written outside the results, as a clause; "" if nothing."""
-        return ""
+        if self._change is None:
+            return ""
+        changed = [name for name in self.varied if not self._intact(self._change, name)]
+        return f"the op wrote to {' and '.join(changed)}, which it only reads" if changed else ""
 
-    def _give(self, name: str, before: int = 0, after: int = 0) -> torch.Tensor:
-        """Copy an operand to the device, as columns of a row with `before` and `after` more around them."""
-        return _columns(self.problem.given[name], self.placement.device, before, after)
+    def _intact(self, one: Change, name: str) -> bool:
+        return all(torch.equal(target, values) for target, values in self._contents(one, name))
+
+    def _contents(self, one: Change, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the parts of an operand, and what a call gets in them."""
+        operand, pool, signs = self.arguments[name], self._pools[name], one.signs.get(name)
+        for block, columns in enumerate(self.problem.columns):
+            target = operand[..., columns]
+            values = pool[..., columns].index_select(0, one.rows[block].to(pool.device)).view(target.shape)
+            yield target, values if signs is None else values * signs[block].to(pool)
+
+    def _put(self, name: str, before: int = 0) -> torch.Tensor:
+        """Copy an operand to the device, as the columns of a row that has `before` more."""
+        given = self.problem.given[name]
+        target = self._blank(given.shape, before)
+        return target.copy_(given)
 
     def _blank(self, shape: Sequence[int], before: int = 0, after: int = 0) -> torch.Tensor:
-        nothing = torch.full(tuple(shape), torch.nan, dtype=self.problem.spec.dtype)
-        return _columns(nothing, self.placement.device, before, after)
+        """Return NaN on the device, as the columns of rows with `before` and `after` more around them."""
+        spec, width = self.problem.spec, shape[-1]
+        whole = (*shape[:-1], before + width + after)
+        wide = torch.full(whole, torch.nan, dtype=spec.dtype, device=self.placement.device)
+        return wide[..., before : before + width] if before or after else wide
 
+    def _results(self, name: str = "out", before: int = 0, after: int = 0) -> torch.Tensor:
+        """Return the buffers of one result, [buffers, ..]."""
+        return self._blank((self._buffers, *self.problem.shapes[name]), before, after)
 
-def _columns(tensor: torch.Tensor, device: torch.device, before: int, after: int) -> torch.Tensor:
-    if not before and not after:
-        return tensor.to(device, copy=True)
-    width = tensor.shape[-1]
-    wide = torch.full((*tensor.shape[:-1], before + width + after), torch.nan, dtype=tensor.dtype)
-    part = wide.to(device)[..., before : before + width]
-    part.copy_(tensor)
-    return part
+    @property
+    def _buffers(self) -> int:
+        return buffers(self.problem, self.placement.calls)
 
 
 class LinearCall(BoundCall):
     """`linear` and `batched_linear`."""
 
-    def _lay_out(self) -> None:
-        packed = self._op.pack(self._give("weight"))
+    def _lay_out(self) -> Tensors:
+        problem, packed = self.problem, self._op.pack(self._put("weight"))
         self.leading, self.weight_bytes = (packed,), packed.nbytes
-        r = self.problem.config.qk_rope_head_dim
-        after_x, after_out = {"kv_b_proj": (r, 0), "w_uk": (r, r)}.get(self.problem.role, (0, 0))
-        out = self._blank(self.problem.truth["out"].shape, after=after_out)
-        self.arguments = {"x": self._give("x", after=after_x), "out": out}
-        if self.problem.kind == "linear":  # a weight per head has no bias
-            self.arguments["bias"] = self._give("bias") if "bias" in self.problem.given else None
-        self.results = {"out": out}
+        r = problem.config.qk_rope_head_dim
+        after_x, after_out = {"kv_b_proj": (r, 0), "w_uk": (r, r)}.get(problem.role, (0, 0))
+        shape = (problem.rows, *problem.given["x"].shape[1:])
+        self.arguments = {"x": self._blank(shape, after=after_x)}
+        if problem.kind == "linear":  # a weight per head has no bias
+            self.arguments["bias"] = self._put("bias") if "bias" in problem.given else None
+        return {"out": self._results(after=after_out)}
 
 
 class NormCall(BoundCall):
     """`rms_norm` of the query latent, which shares its rows with the new tokens' latents."""
 
-    def _lay_out(self) -> None:
-        config, out = self.problem.config, self._blank(self.problem.truth["out"].shape)
-        x, weight = self._give("x", after=config.latent_dim), self._give("weight")
-        self.arguments = {"x": x, "weight": weight, "eps": config.rms_norm_eps, "out": out}
-        self.weight_bytes, self.results = weight.nbytes, {"out": out}
+    def _lay_out(self) -> Tensors:
+        config, weight = self.problem.config, self._put("weight")
+        x = self._blank((self.problem.rows, weight.shape[0]), after=config.latent_dim)
+        self.arguments = {"x": x, "weight": weight, "eps": config.rms_norm_eps}
+        self.weight_bytes = weight.nbytes
+        return {"out": self._results()}
 
 
 class RotateCall(BoundCall):
     """`rotate_query` from the last channels of the queries to those of the latent queries."""
 
-    def _lay_out(self) -> None:
-        config = self.problem.config
-        out = self._blank(self.problem.truth["out"].shape, before=config.kv_lora_rank)
+    varied = ("x", "cos_sin")
+
+    def _lay_out(self) -> Tensors:
+        config, problem = self.problem.config, self.problem
         self.arguments = {
-            "x": self._give("x", before=config.qk_nope_head_dim),
-            "cos_sin": self._give("cos_sin"),
+            "x": self._blank(problem.shapes["out"], before=config.qk_nope_head_dim),
+            "cos_sin": angles(problem, self.placement.device),
             "interleaved": config.rope_interleave,
-            "out": out,
         }
-        self.results = {"out": out}
+        return {"out": self._results(before=config.kv_lora_rank)}
 
 
-class CacheCall(BoundCall):
-    """An op that works on a paged cache."""
-
-    def _make_cache(self) -> tuple[LatentCache, list[int]]:
-        """Return a cache of the problem's size, and its sequences, which are still empty."""
-        problem, size = self.problem, self.placement.page_size
-        pages = sum(-(-length // size) for length in problem.kv_lens) + SPARE_PAGES
-        cache = LatentCache(
-            problem.config,
-            max_tokens=pages * size,
-            page_size=size,
-            device=self.placement.device,
-            dtype=problem.spec.dtype,
-            shuffle=self.placement.seed,
-        )
-        self.cache_bytes = cache.pages.nbytes
-        return cache, cache.new_sequences(len(problem.kv_lens))
-
-
-class LatentCall(CacheCall):
-    """`latent_attention` over latents in shuffled pages."""
-
-    def _lay_out(self) -> None:
-        cache, batch = self._fill()
-        self._batch = batch
-        out = self._blank(self.problem.truth["out"].shape)
-        lse = torch.full(out.shape[:2], torch.nan, dtype=torch.float32, device=out.device)
-        self.arguments = {
-            "q": self._give("q"),
-            "cache": cache.pages[0],
-            "block_table": batch.block_table,
-            "kv_lens": batch.kv_lens_device,
-            "cu_q": batch.cu_q,
-            "softmax_scale": self.choice.spec.softmax_scale,
-            "out": out,
-            "lse": lse,
-        }
-        self.results = {"out": out, "lse": lse}
-
-    def _fill(self) -> tuple[LatentCache, RaggedBatch]:
-        """Load the history, poison every other slot, then write the new tokens' latents."""
-        problem, (cache, sequences) = self.problem, self._make_cache()
-        scenario, c = problem.scenario, problem.config.kv_lora_rank
-        requests = problem.given["keys"].split(problem.kv_lens)
-        for sequence, keys, length in zip(sequences, requests, scenario.history, strict=True):
-            cache.load(sequence, keys[:length, :c], keys[:length, c:])
-        Poison(cache, sequences, problem.kv_lens, self._op.nan_safe_tail).apply()
-        batch = cache.extend(sequences, scenario.query_lens)
-        new = [keys[past:] for keys, past in zip(requests, scenario.history, strict=True)]
-        rows = torch.cat(new).to(self.placement.device)
-        cache.pages[0].view(-1, problem.config.latent_dim).index_copy_(0, batch.slots, rows)
-        return cache, batch
-
-    def prepare(self) -> bool:
-        self.leading = (self._op.prepare(self.choice.spec, self._batch),)
-        return True
-
-    def found(self) -> Tensors:
-        return _attention_results(self)
-
-
-class ExpandedCall(BoundCall):
-    """`expanded_attention` over rebuilt keys and values, which are columns of one product."""
-
-    def _lay_out(self) -> None:
-        problem = self.problem
-        out = self._blank(problem.truth["out"].shape)
-        lse = torch.full(out.shape[:2], torch.nan, dtype=torch.float32, device=out.device)
-        self.arguments = {
-            "q": self._give("q"),
-            "k": self._give("k"),
-            "v": self._give("v", before=problem.config.qk_nope_head_dim),
-            "softmax_scale": self.choice.spec.softmax_scale,
-            "out": out,
-            "lse": lse,
-        }
-        self.results = {"out": out, "lse": lse}
-
-    def prepare(self) -> bool:
-        lengths = SegmentLengths(self.problem.scenario.query_lens, self.problem.kv_lens, True)
-        self.leading = (self._op.prepare(self.choice.spec, lengths),)
-        return True
-
-    def found(self) -> Tensors:
-        return _attention_results(self)
-
-
-def _attention_results(call: BoundCall) -> Tensors:
-    """Return `out`, and `lse` of an op that has one."""
-    names = ("out", "lse") if call.choice.op.writes_lse else ("out",)
-    return {name: call.results[name] for name in names}
-
-
-class WriteCall(CacheCall):
-    """`write_latent` to the slots of new tokens; every other slot holds a marker that must stay."""
-
-    def _lay_out(self) -> None:
-        problem, (cache, sequences) = self.problem, self._make_cache()
-        if any(problem.scenario.history):
-            cache.extend(sequences, problem.scenario.history)
-        self._slots = cache.extend(sequences, problem.scenario.query_lens).slots
-        cache.pages.fill_(TAIL)
-        self._flat = cache.pages[0].view(-1, problem.config.latent_dim)
-        self.arguments = {
-            "kv_a": self._give("kv_a", before=_first_width(problem)),
-            "weight": self._give("weight"),
-            "eps": problem.config.rms_norm_eps,
-            "cos_sin": self._give("cos_sin"),
-            "interleaved": problem.config.rope_interleave,
-            "slots": self._slots,
-            "cache": cache.pages[0],
-        }
-
-    def clear(self) -> None:
-        self._flat[self._slots] = torch.nan
-
-    def found(self) -> Tensors:
-        rows = self._flat.index_select(0, self._slots)
-        c = self.problem.config.kv_lora_rank
-        return {"latent": rows[:, :c], "key": rows[:, c:]}
-
-    def damage(self) -> str:
-        others = torch.ones(self._flat.shape[0], dtype=torch.bool, device=self._flat.device)
-        others[self._slots] = False
-        kept = (self._flat == torch.tensor(TAIL, dtype=self._flat.dtype)).all(1)
-        changed = int((others & ~kept).sum())
-        return f"{changed} slots other than those of the new tokens have changed" if changed else ""
-
-
-def _first_width(problem: OpProblem) -> int:
-    """Return the columns of the first projection that come before the latent."""
-    config = problem.config
-    return config.q_lora_rank or config.num_attention_heads * config.qk_head_dim
-
-
-CALLS: dict[str, type[BoundCall]] = {
-    "linear": LinearCall,
-    "batched_linear": LinearCall,
-    "rms_norm": NormCall,
-    "rotate_query": RotateCall,
-    "write_latent": WriteCall,
-    "latent_attention": LatentCall,
-    "expanded_attention": ExpandedCall,
-}
+def angles(problem: OpProblem, device: torch.device) -> torch.Tensor:
+    """Return memory [T, r] fp32 for the cosines and sines of a call."""
+    shape = (problem.rows, problem.config.qk_rope_head_dim)
+    return torch.full(shape, torch.nan, dtype=torch.float32, device=device)

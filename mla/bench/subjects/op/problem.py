@@ -1,36 +1,45 @@
-"""Problems of one op: seeded operands on the host, at a layer's scales, and the expected results."""
+"""Problems of one op: the shapes, seeded operands on the host and the expected results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mla import cost
 from mla.bench.subjects.inputs import generator
+from mla.bench.subjects.op import drawing
 from mla.bench.workload.grid import Point
 from mla.config import MLAConfig
 from mla.layer.ops import layer_roles
-from mla.layer.rope import RotaryTable
 from mla.verify.op_check import Tensors
-from mla.verify.op_oracle import attend, product, true_norm, true_rotation
 
 if TYPE_CHECKING:
     from mla.bench.subjects.setting import Setting
 
-Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Shapes = dict[str, tuple[int, ...]]
 
-# The most bytes of float64 logits in one step of the attention oracle.
-LOGITS_BYTES = 256 << 20
+# The fewest rows of a pool, so that even a call of one row gets another one than most others.
+POOL_ROWS = 64
+# Blocks of columns of a projection's input that each call fills from rows of their own, and the most bytes of
+# float64 products that this may take; beyond them, whole rows change places.
+BLOCKS, PARTS_BYTES = 4, 256 << 20
+# Queries that have alternatives, and the number of different calls that these must allow.
+HOMES, VARIETY, MOST_CHOICES = 20, 2**20, 128
 
 
 @dataclass
 class OpProblem:
     """One op at one shape. `given`: operands by their names in the contract; `truth`: results in float64.
 
-    The keys of attention are in `given` as rows, one request after another; the call lays them out.
+    No two calls get the same operands (`mla.bench.subjects.op.changes`). What changes from call to call is
+    therefore a *pool* of more rows than one call takes, each with a row of `truth`. The queries of attention
+    are rows [T * h] and then alternatives of some of them. The keys are rows, one request after another; the
+    call lays them out. `parts` [blocks, P, .., o] are the products of a projection by block of columns.
     """
 
     role: str
@@ -41,6 +50,7 @@ class OpProblem:
     seed: int
     given: Tensors = field(default_factory=dict)
     truth: Tensors = field(default_factory=dict)
+    parts: torch.Tensor | None = None
 
     @property
     def kv_lens(self) -> tuple[int, ...]:
@@ -51,6 +61,53 @@ class OpProblem:
     def rows(self) -> int:
         """Number of rows the op processes: the whole context for kv_b, new tokens for all others."""
         return sum(self.kv_lens) if self.role == "kv_b_proj" else self.scenario.tokens
+
+    @property
+    def pool_rows(self) -> int:
+        """Number of rows in the pool of an op that treats every row alone."""
+        return max(self.rows, POOL_ROWS)
+
+    @property
+    def columns(self) -> list[slice]:
+        """The blocks of columns that are filled from rows of their own; one block for most ops."""
+        if not self.kind.endswith("linear") or BLOCKS * self._product_bytes > PARTS_BYTES:
+            return [slice(None)]
+        ends = [self.spec.in_features * part // BLOCKS for part in range(BLOCKS + 1)]
+        return [slice(*pair) for pair in pairwise(ends)]
+
+    @property
+    def _product_bytes(self) -> int:
+        return 8 * self.pool_rows * self.spec.groups * self.spec.out_features
+
+    @property
+    def homes(self) -> list[int]:
+        """The queries, as rows t * h + head, that have alternatives: evenly spread."""
+        queries = self.rows * self.spec.num_heads
+        count = min(queries, HOMES)
+        return [number * queries // count for number in range(count)]
+
+    @property
+    def choices(self) -> int:
+        """Number of alternatives of such a query, itself included."""
+        return min(ceil(VARIETY ** (1 / len(self.homes))), MOST_CHOICES)
+
+    @property
+    def pool_size(self) -> tuple[int, int]:
+        """Number of rows in the pool, and of those that one call takes."""
+        if not self.kind.endswith("attention"):
+            return self.pool_rows, self.rows
+        queries = self.rows * self.spec.num_heads
+        return queries + len(self.homes) * (self.choices - 1), queries
+
+    @property
+    def pool_width(self) -> int:
+        """Number of columns of a row of the pool."""
+        return _WIDTHS[self.kind](self)
+
+    @property
+    def shapes(self) -> Shapes:
+        """The shapes of one call's results."""
+        return _SHAPES[self.kind](self)
 
     @property
     def work(self) -> cost.Work:
@@ -64,7 +121,7 @@ class OpProblem:
         def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
             return (torch.randn(shape, generator=random) * scale).to(self.spec.dtype)
 
-        _DRAWERS[self.kind](self, normal)
+        drawing.DRAWERS[self.kind](self, normal)
 
 
 def op_problem(setting: Setting, scenario: Point) -> OpProblem:
@@ -74,113 +131,32 @@ def op_problem(setting: Setting, scenario: Point) -> OpProblem:
     return OpProblem(scenario.op, kind, spec, setting.config, scenario, setting.seed)
 
 
-Normal = Callable[..., torch.Tensor]  # shape, scale -> N(0, scale^2) in the run's dtype
-
-
-def _linear(problem: OpProblem, normal: Normal) -> None:
-    spec = problem.spec
-    x, weight = normal(problem.rows, spec.in_features), _weight(problem, normal, spec.out_features)
-    problem.given = {"x": x, "weight": weight}
-    if problem.config.attention_bias and problem.role in ("qkv_a_proj", "o_proj"):
-        problem.given["bias"] = normal(spec.out_features)
-    problem.truth = {"out": product(x, weight, problem.given.get("bias"))}
-
-
-def _batched_linear(problem: OpProblem, normal: Normal) -> None:
-    spec = problem.spec
-    x = normal(problem.rows, spec.groups, spec.in_features)
-    weight = _weight(problem, normal, spec.groups, spec.out_features)
-    problem.given, problem.truth = {"x": x, "weight": weight}, {"out": product(x, weight)}
-
-
-def _weight(problem: OpProblem, normal: Normal, *rows: int) -> torch.Tensor:
-    features = problem.spec.in_features
-    return normal(*rows, features, scale=features**-0.5)
-
-
-def _rms_norm(problem: OpProblem, normal: Normal) -> None:
-    x, weight = normal(problem.rows, problem.spec.features), _norm_weight(normal, problem.spec.features)
-    problem.given = {"x": x, "weight": weight}
-    problem.truth = {"out": true_norm(x, weight, problem.config.rms_norm_eps)}
-
-
-def _norm_weight(normal: Normal, features: int) -> torch.Tensor:
-    weight = normal(features, scale=0.1)
-    return 1 + weight
-
-
-def _rotate_query(problem: OpProblem, normal: Normal) -> None:
-    spec = problem.spec
-    x, cos_sin = normal(problem.rows, spec.num_heads, spec.qk_rope_head_dim), _angles(problem)
-    problem.given = {"x": x, "cos_sin": cos_sin}
-    problem.truth = {"out": true_rotation(x, cos_sin, problem.config.rope_interleave)}
-
-
-def _write_latent(problem: OpProblem, normal: Normal) -> None:
-    config, c = problem.config, problem.spec.kv_lora_rank
-    kv_a, weight, cos_sin = normal(problem.rows, config.latent_dim), _norm_weight(normal, c), _angles(problem)
-    problem.given = {"kv_a": kv_a, "weight": weight, "cos_sin": cos_sin}
-    problem.truth = {
-        "latent": true_norm(kv_a[:, :c], weight, config.rms_norm_eps),
-        "key": true_rotation(kv_a[:, c:], cos_sin, config.rope_interleave),
-    }
-
-
-def _angles(problem: OpProblem) -> torch.Tensor:
-    """Return [T, r] fp32: cosines and sines of the new tokens' positions."""
-    scenario = problem.scenario
-    pairs = zip(scenario.history, problem.kv_lens, strict=True)
-    table = RotaryTable(problem.config, torch.device("cpu"))
-    table.reserve(max(problem.kv_lens))
-    return table.gather(torch.cat([torch.arange(*pair) for pair in pairs]))
-
-
-def _latent_attention(problem: OpProblem, normal: Normal) -> None:
-    spec, c = problem.spec, problem.spec.kv_lora_rank
-    q = normal(problem.rows, spec.num_heads, c + spec.qk_rope_head_dim)
-    q[..., :c] *= (spec.qk_nope_head_dim / c) ** 0.5  # the scale after W_UK
-    keys = normal(sum(problem.kv_lens), c + spec.qk_rope_head_dim)
-    problem.given = {"q": q, "keys": keys}
-    problem.truth = _attend(problem, q, keys[:, None], keys[:, None, :c])
-
-
-def _expanded_attention(problem: OpProblem, normal: Normal) -> None:
-    spec, keys = problem.spec, sum(problem.kv_lens)
-    width = spec.qk_nope_head_dim + spec.qk_rope_head_dim
-    q, k = normal(problem.rows, spec.num_heads, width), normal(keys, spec.num_heads, width)
-    v = normal(keys, spec.num_heads, spec.v_head_dim)
-    problem.given = {"q": q, "k": k, "v": v}
-    problem.truth = _attend(problem, q, k, v)
-
-
-def _attend(problem: OpProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Tensors:
-    """Attend request by request, a few heads at a time, to keep the logits small."""
-    scale, tokens, keys = problem.spec.softmax_scale, problem.scenario.query_lens, problem.kv_lens
-    found = []
-    for request in zip(q.split(tokens), k.split(keys), v.split(keys), strict=True):
-        parts = [attend(*heads, scale, True) for heads in _by_heads(*request)]
-        found.append([torch.cat(part, dim=1) for part in zip(*parts, strict=True)])
-    out, lse = (torch.cat(part) for part in zip(*found, strict=True))
-    return {"out": out, "lse": lse}
-
-
-def _by_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[Triple]:
-    """Yield heads of q with their keys and values, which all heads may share."""
-    count = max(1, LOGITS_BYTES // (8 * q.shape[0] * k.shape[0]))
-    for start in range(0, q.shape[1], count):
-        heads = slice(start, start + count)
-        k_part, v_part = (x if x.shape[1] == 1 else x[:, heads] for x in (k, v))
-        yield q[:, heads], k_part, v_part
-
-
-_DRAWERS: dict[str, Callable[[OpProblem, Normal], None]] = {
-    "linear": _linear,
-    "batched_linear": _batched_linear,
-    "rms_norm": _rms_norm,
-    "rotate_query": _rotate_query,
-    "write_latent": _write_latent,
-    "latent_attention": _latent_attention,
-    "expanded_attention": _expanded_attention,
+_WIDTHS: dict[str, Callable[[OpProblem], int]] = {
+    "linear": lambda one: one.spec.in_features,
+    "batched_linear": lambda one: one.spec.groups * one.spec.in_features,
+    "rms_norm": lambda one: one.spec.features,
+    "rotate_query": lambda one: one.spec.num_heads * one.spec.qk_rope_head_dim,
+    "write_latent": lambda one: one.config.latent_dim,
+    "latent_attention": lambda one: one.config.latent_dim,
+    "expanded_attention": lambda one: one.config.qk_head_dim,
+}
+_SHAPES: dict[str, Callable[[OpProblem], Shapes]] = {
+    "linear": lambda one: {"out": (one.rows, one.spec.out_features)},
+    "batched_linear": lambda one: {"out": (one.rows, one.spec.groups, one.spec.out_features)},
+    "rms_norm": lambda one: {"out": (one.rows, one.spec.features)},
+    "rotate_query": lambda one: {"out": (one.rows, one.spec.num_heads, one.spec.qk_rope_head_dim)},
+    "write_latent": lambda one: {
+        "latent": (one.rows, one.spec.kv_lora_rank),
+        "key": (one.rows, one.spec.qk_rope_head_dim),
+    },
+    "latent_attention": lambda one: {
+        "out": (one.rows, one.spec.num_heads, one.spec.kv_lora_rank),
+        "lse": (one.rows, one.spec.num_heads),
+    },
+    "expanded_attention": lambda one: {
+        "out": (one.rows, one.spec.num_heads, one.spec.v_head_dim),
+        "lse": (one.rows, one.spec.num_heads),
+    },
 }
 _COSTS: dict[str, Callable[[OpProblem], cost.Work]] = {
     "linear": lambda one: cost.linear_cost(one.spec, one.rows),

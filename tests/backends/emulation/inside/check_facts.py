@@ -55,6 +55,30 @@ def test_the_device_clock_counts_the_device_only(backend: Any) -> None:
     assert backend.timer().clock == "host"
 
 
+def test_the_device_is_busy_when_the_first_event_is_recorded(
+    backend: Any, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an idle device it would take place before the host has launched anything."""
+    seen: list[str] = []
+    sleep, record = module._sleep, module.Event.record
+    monkeypatch.setattr(module, "_sleep", lambda cycles: (seen.append("busy"), sleep(cycles)))
+    monkeypatch.setattr(module.Event, "record", lambda event: (seen.append("event"), record(event)))
+    timer = backend.device_timer()
+    seen.clear()
+    timer.start()
+    assert seen == ["busy", "event"]
+    assert 0 <= timer.stop() < 1e4
+
+
+def test_a_stack_without_such_a_kernel_has_a_device_clock_all_the_same(
+    backend: Any, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(module, "_sleep")
+    timer = backend.device_timer()
+    timer.start()
+    assert 0 <= timer.stop() < 1e4
+
+
 def test_dtypes_of_this_card(backend: Any, bench: Any) -> None:
     assert backend.dtypes() == FLOATS
 

@@ -96,6 +96,15 @@ def _is_bf16_supported(including_emulation: bool = True) -> bool:
     return including_emulation or STATE.card.claims_bfloat16
 
 
+def _sleep(cycles: int) -> None:
+    """Keep the device busy, and the host as well unless the device is behind: it calls no operator."""
+    if STATE.recording is not None:
+        raise RuntimeError("a wait on the host's clock cannot be captured")
+    end = time.perf_counter() + cycles / 2e9
+    while STATE.behind is None and time.perf_counter() < end:
+        pass
+
+
 class _DeviceGuard:
     """Context manager that makes another card current."""
 
@@ -136,6 +145,7 @@ def make_module() -> ModuleType:
         "current_stream": lambda device=None: Stream(),
         "default_stream": lambda device=None: Stream(),
         "stream": lambda stream: stream,
+        "_sleep": _sleep,
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
         "get_amp_supported_dtype": lambda: [torch.float16, torch.bfloat16],

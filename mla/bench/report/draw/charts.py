@@ -14,10 +14,10 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
-from mla.bench.report import chart_axes
+from mla.bench.report.draw import chart_axes
+from mla.bench.report.draw.svg import inline, styled
 from mla.bench.report.series import AXES, Curves, Measure, Quantity, ReportEntry, thin
 from mla.bench.report.style import DARK, GREY, Look, Palette, ink
-from mla.bench.report.svg import inline, styled
 from mla.bench.results.compare import NOISE
 from mla.bench.results.schema import Case
 from mla.bench.terminal.digits import number
@@ -48,9 +48,9 @@ def curve(slug: str, title: str, group: Curves, quantity: Quantity, look: Look) 
             [x for x, _ in drawn],
             [measure.value for _, measure in drawn],
             yerr=chart_axes.whiskers([measure for _, measure in drawn]),
-            color=look.colours[line.entry.colour_key],
-            marker=look.shapes.marker(line.others),
-            linestyle=(0, look.shapes.dash(line.others)) if look.shapes.dash(line.others) else "-",
+            color=look.colours[line.entry.case.implementation],
+            marker=look.shapes.marker(line.shape),
+            linestyle=(0, look.shapes.dash(line.shape)) if look.shapes.dash(line.shape) else "-",
             markersize=5,
             linewidth=1.4,
             capsize=2.5,
@@ -73,7 +73,7 @@ def bars(
 ) -> str:
     """Draw quantities of cases as bars with whiskers, one subplot per quantity."""
     figure = Figure(figsize=(WIDTH, 0.75 + chart_axes.height(names, 0.27)), layout="constrained")
-    colours = [look.colours[entry.colour_key] for entry in entries]
+    colours = [look.colours[entry.case.implementation] for entry in entries]
     subplots = figure.subplots(1, len(quantities), sharey=True, squeeze=False)[0]
     for subplot, quantity in zip(subplots, quantities, strict=True):
         measures = [quantity.of(entry.case) or Measure(0.0, None, None) for entry in entries]
@@ -159,7 +159,7 @@ def samples(slug: str, title: str, entries: Sequence[ReportEntry], most: int, lo
     lengths = {len(entry.case.latency_ms.samples) for entry in entries if entry.case.latency_ms}
     subplots = figure.subplots(len(entries), 1, squeeze=False, sharex=len(lengths) == 1)[:, 0]
     for subplot, entry in zip(subplots, entries, strict=True):
-        _strip(subplot, entry, most, look.colours[entry.colour_key])
+        _strip(subplot, entry, most, look.colours[entry.case.implementation])
         subplot.set_title(_strip_title(entry.case), loc="left", fontsize=8, pad=3)
     subplot.set_xlabel("forward")
     return inline(figure, slug, title)

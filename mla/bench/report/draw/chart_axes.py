@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
 from mla.bench.report.series import Measure, printable
+from mla.bench.report.style import DARK
 from mla.bench.terminal.digits import number
 
 # Most characters in a line of a name in a chart; tables show it whole.
@@ -21,6 +23,8 @@ LINES = 3
 MOST_TICKS = 9
 # With more rows than this, their names are set smaller.
 MANY_ROWS = 16
+# A bar this many times as long as the next shorter one is broken off: the others could not be told apart.
+FLATTENS = 8.0
 
 Side = Literal["x", "y"]
 
@@ -103,14 +107,41 @@ def whiskers(measures: Sequence[Measure]) -> list[list[float]]:
     return [down, up]
 
 
+def scale_end(ends: Sequence[float]) -> float:
+    """Return where a scale of bars ends: before a few that are so long that most others would vanish."""
+    ordered = sorted(end for end in ends if end > 0)
+    for place, (shorter, longer) in enumerate(pairwise(ordered), start=1):
+        if longer > FLATTENS * shorter and place >= max(2, len(ordered) / 2):
+            return shorter
+    return ordered[-1] if ordered else 1.0
+
+
 def end_labels(axes: Axes, measures: Sequence[Measure]) -> None:
-    """Write each value to the right of its bar and whisker."""
+    """Write each value to the right of its bar and whisker; a bar beyond the scale ends at a broken edge."""
     ends = [one.value if one.high is None else max(one.high, one.value) for one in measures]
-    axes.set_xlim(0, 1.36 * max(ends))
+    whole = 1.12 * scale_end(ends)
+    axes.set_xlim(0, 1.36 / 1.12 * whole)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
     axes.grid(True, axis="x")
     for row, (end, one) in enumerate(zip(ends, measures, strict=True)):
+        broken = end > whole
+        text = f"» {number(one.value)}" if broken else number(one.value)
+        if broken:
+            _broken_edge(axes, whole, row)
         axes.annotate(
-            number(one.value), (end, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+            text,
+            (min(end, whole), row),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
         )
+
+
+def _broken_edge(axes: Axes, place: float, row: int) -> None:
+    """Cover what lies beyond the scale, so that the bar visibly goes on."""
+    axes.barh(row, axes.get_xlim()[1] - place, left=place, height=0.9, color="white", zorder=3)
+    axes.plot(
+        [place] * 2, [row - 0.45, row + 0.45], color=DARK, linestyle=(0, (2, 1.5)), linewidth=1, zorder=4
+    )

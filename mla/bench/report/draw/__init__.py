@@ -1,0 +1,1 @@
+"""Drawing: from selected data to inline SVG. Imports matplotlib."""

@@ -1,0 +1,87 @@
+"""`--dump-failure` of the suite: the first check that failed, again, with every call of an op judged."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+
+from mla.command import environment
+from mla.command.console import note
+from mla.conformance.report import CheckResult
+from mla.conformance.suite import Instance
+from mla.conformance.trial import BackendUnderTest
+from mla.failures import file
+from mla.failures.watch import Watched, Watcher
+from mla_backends.api import Backend, FusedOp
+from mla_backends.errors import describe
+
+
+@dataclasses.dataclass
+class Keeper:
+    """Writes the first failure of a suite into a folder."""
+
+    folder: Path
+    subject: BackendUnderTest
+    options: Sequence[str]  # KEY=VALUE, of the backend
+    words: Sequence[str]  # of the command line
+    kept: bool = dataclasses.field(default=False, init=False)
+
+    @classmethod
+    def into(
+        cls, folder: Path, subject: BackendUnderTest, options: Sequence[str], words: Sequence[str]
+    ) -> Keeper:
+        """Make the folder before a long run. Raises `ResultError`."""
+        file.prepare(folder)
+        return cls(folder, subject, options, words)
+
+    def see(self, instance: Instance, result: CheckResult) -> None:
+        """Keep the call that a failed check found wrong, unless one was kept before. Raises nothing."""
+        if self.kept or result.status != "fail":
+            return
+        try:
+            self._see(instance, result)
+        except Exception as error:  # noqa: BLE001  # whatever a backend raises when it is called again
+            note(f"--dump-failure kept nothing of {instance.id}: {describe(error)}")
+
+    def _see(self, instance: Instance, result: CheckResult) -> None:
+        watcher = Watcher(self.subject.backend.synchronize)
+        op = instance.op and Watched(instance.check.kind, instance.of, instance.op, watcher)
+        backend = with_watched_ops(self.subject.backend, watcher)
+        dataclasses.replace(instance, op=op).run(dataclasses.replace(self.subject, backend=backend))
+        if watcher.wrong is None:
+            why = watcher.reason or "no call of an op in it was wrong when it ran again"
+            note(f"--dump-failure kept nothing of {instance.id}: {why}")
+            return
+        self.kept = True
+        file.write_call(self.folder, watcher.wrong, self._origin(instance, result))
+        note(
+            f"{instance.id}: the first wrong call is kept in '{self.folder / file.NAME}'; replay it with: "
+            f"{file.replay_command(self.folder)}"
+        )
+
+    def _origin(self, instance: Instance, result: CheckResult) -> file.Origin:
+        return file.Origin(
+            backend=self.subject.name,
+            options=list(self.options),
+            device=str(self.subject.backend.device),
+            command=" ".join(["python -m mla.conformance", *self.words, "--only", f"'{instance.id}'"]),
+            where=instance.id,
+            reason=result.reason,
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            git_commit=environment.git_commit(),
+            environment=environment.environment(self.subject.backend),
+        )
+
+
+def with_watched_ops(backend: Backend, watcher: Watcher) -> Backend:
+    """Return the backend with ops that are watched, called one by one."""
+    watched: dict[str, FusedOp] = {
+        name: Watched(op.contract.partition("/")[0], name, op, watcher) for name, op in backend.ops().items()
+    }
+    twin = copy.copy(backend)
+    twin.ops = lambda: watched  # type: ignore[method-assign]  # of this twin alone
+    twin.sequence = lambda calls, moving: None  # type: ignore[method-assign]
+    return twin

@@ -1,0 +1,226 @@
+"""One call of an op, recorded before it was made: everything that is needed to make it again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+
+from mla.errors import MLAError
+from mla.failures.memory import Pages, Tensors, View, storage, views
+from mla.text import dtype_name, size
+from mla_backends.api import AttentionSpec, FusedOp, LinearSpec, NormSpec, SegmentLengths
+
+# A call that reads more is not kept.
+LIMIT = 2 << 30
+CONTEXT = "kv_b_proj"  # the role whose rows are all cached tokens
+Lengths = tuple[Sequence[int], Sequence[int]]  # per request: new tokens, and keys
+SPECS = {spec.__name__: spec for spec in (LinearSpec, NormSpec, AttentionSpec)}
+
+
+class TooLarge(MLAError):
+    """A call that reads more than is kept."""
+
+
+class CallFacts(msgspec.Struct, kw_only=True):
+    """What is not a tensor."""
+
+    kind: str  # of op
+    role: str  # in the layer; that of an op alone is its kind
+    op: str  # the name that the backend gave it
+    spec_type: str
+    spec: dict[str, Any]
+    scalars: dict[str, float | bool]
+    absent: list[str]  # arguments that were None
+    views: dict[str, View]
+    pages: Pages | None = None
+    query_lens: list[int] = []
+    kv_lens: list[int] = []
+    causal: bool = True
+    writes_lse: bool = True
+
+
+@dataclass(frozen=True)
+class RecordedCall:
+    """A call on the host. `memory` holds the operands before it; outputs were NaN where that was possible."""
+
+    facts: CallFacts
+    memory: Tensors
+    weight: torch.Tensor | None = None  # as `pack` was given it
+    kept_pages: torch.Tensor | None = None  # [k] int64
+    pages: torch.Tensor | None = None  # [k, page, c + r]: their contents
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the layer."""
+        found: torch.dtype = getattr(torch, self.facts.spec["dtype"])
+        return found
+
+    def spec(self, device: torch.device) -> Any:
+        """Return the spec on a device."""
+        values = {**self.facts.spec, "dtype": self.dtype, "device": device}
+        return SPECS[self.facts.spec_type](**values)
+
+    def operand(self, name: str) -> torch.Tensor:
+        """Return one operand, on the host."""
+        view = self.facts.views[name]
+        return view.of(self.memory[view.memory])
+
+    def pieces(self, device: torch.device) -> Tensors:
+        """Return fresh copies of the operands' memory on a device."""
+        return {name: piece.to(device, copy=True) for name, piece in self.memory.items()}
+
+    def cache(self, device: torch.device) -> torch.Tensor | None:
+        """Return a fresh copy of the cache, if the op gets one."""
+        if self.facts.pages is None or self.pages is None or self.kept_pages is None:
+            return None
+        cache = self.facts.pages.empty(self.pages.dtype, device)
+        cache[self.kept_pages.to(device)] = self.pages.to(device)
+        return cache
+
+    def arguments(self, pieces: Mapping[str, torch.Tensor], cache: torch.Tensor | None) -> dict[str, Any]:
+        """Return the arguments of the call, in this memory."""
+        tensors = {name: view.of(pieces[view.memory]) for name, view in self.facts.views.items()}
+        given = {} if cache is None else {"cache": cache}
+        return {**tensors, **given, **self.facts.scalars, **dict.fromkeys(self.facts.absent)}
+
+    def leading(self, op: FusedOp, spec: Any, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return what precedes the arguments: the packed weight, or a state that `op` prepares."""
+        if self.weight is not None:
+            return (op.pack(self.weight.to(spec.device, copy=True)),)
+        lengths = (tuple(self.facts.query_lens), tuple(self.facts.kv_lens))
+        if self.facts.kind == "expanded_attention":
+            return (op.prepare(spec, SegmentLengths(*lengths, self.facts.causal)),)
+        if self.facts.kind == "latent_attention":
+            tables = (arguments["block_table"], arguments["kv_lens"], arguments["cu_q"])
+            return (op.prepare(spec, Batch(*lengths, arguments["cache"].shape[1], *tables)),)
+        return ()
+
+
+@dataclass
+class Batch:
+    """The contract's `BatchView`."""
+
+    query_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    page_size: int
+    block_table: torch.Tensor
+    kv_lens_device: torch.Tensor
+    cu_q: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a call's tensors do not say."""
+
+    kind: str
+    role: str
+    op: str
+    spec: Any
+    weight: torch.Tensor | None = None
+    lengths: SegmentLengths | None = None  # of expanded attention
+    writes_lse: bool = True
+
+
+def record(known: Known, tensors: Mapping[str, Any], of_step: Lengths | None = None) -> RecordedCall:
+    """Copy a call to the host before it is made. Raises `TooLarge`.
+
+    `of_step`: new tokens and keys per request, to name the rows of ops that are not told.
+    """
+    found, pieces = views(without_cache(tensors))
+    cache = tensors.get("cache")
+    kept = None if cache is None else _read_pages(tensors)
+    _require_room(known, pieces, cache, kept)
+    lengths = _lengths(known, tensors, of_step)
+    facts = CallFacts(
+        kind=known.kind,
+        role=known.role,
+        op=known.op,
+        spec_type=type(known.spec).__name__,
+        spec=_plain(known.spec),
+        scalars={name: one for name, one in tensors.items() if isinstance(one, (bool, int, float))},
+        absent=[name for name, one in tensors.items() if one is None],
+        views=found,
+        pages=None if cache is None or kept is None else _describe_pages(cache, kept),
+        query_lens=lengths[0],
+        kv_lens=lengths[1],
+        causal=known.lengths.causal if known.lengths else True,
+        writes_lse=known.writes_lse,
+    )
+    return RecordedCall(
+        facts,
+        {name: piece.to("cpu", copy=True) for name, piece in pieces.items()},
+        None if known.weight is None else known.weight.detach().to("cpu", copy=True),
+        kept,
+        None if cache is None or kept is None else cache[kept.to(cache.device)].cpu(),
+    )
+
+
+def without_cache(tensors: Mapping[str, Any]) -> Tensors:
+    """Return the tensors of a call that are copied whole, with what is between their rows."""
+    return {name: one for name, one in tensors.items() if torch.is_tensor(one) and name != "cache"}
+
+
+def _plain(spec: Any) -> dict[str, Any]:
+    values = {one.name: getattr(spec, one.name) for one in dataclasses.fields(spec)}
+    return {**values, "dtype": dtype_name(spec.dtype), "device": ""}
+
+
+def _require_room(
+    known: Known, pieces: Tensors, cache: torch.Tensor | None, kept: torch.Tensor | None
+) -> None:
+    needed = sum(piece.nbytes for piece in pieces.values())
+    needed += 0 if known.weight is None else known.weight.nbytes
+    needed += 0 if cache is None or kept is None else len(kept) * cache[0].nbytes
+    if needed > LIMIT:
+        raise TooLarge(
+            f"a call of {known.role} reads {size(needed)}, more than the {size(LIMIT)} that are kept: "
+            "choose a smaller shape."
+        )
+
+
+def _lengths(
+    known: Known, tensors: Mapping[str, Any], of_step: Lengths | None
+) -> tuple[list[int], list[int]]:
+    if known.lengths is not None:
+        return list(known.lengths.query_lens), list(known.lengths.kv_lens)
+    if "cu_q" in tensors:
+        return tensors["cu_q"].cpu().diff().tolist(), tensors["kv_lens"].cpu().tolist()
+    rows = next(tensors[name].shape[0] for name in ("x", "kv_a") if name in tensors)
+    whole = of_step[known.role == CONTEXT] if of_step else ()
+    return ([], []) if of_step is None or sum(whole) != rows else (list(of_step[0]), list(of_step[1]))
+
+
+def _read_pages(tensors: Mapping[str, Any]) -> torch.Tensor:
+    """Return the pages [k] that a call reads or writes, in order."""
+    page_size = tensors["cache"].shape[1]
+    if "slots" in tensors:
+        return (tensors["slots"].cpu() // page_size).unique()
+    table, lengths = tensors["block_table"].cpu(), tensors["kv_lens"].cpu()
+    owned = torch.arange(table.shape[1])[None] < -(-lengths // page_size)[:, None]
+    return table[owned].long().unique()
+
+
+def _describe_pages(cache: torch.Tensor, kept: torch.Tensor) -> Pages:
+    """Describe a cache; what is in its other pages is that of the first of them."""
+    others = torch.ones(cache.shape[0], dtype=torch.bool)
+    others[kept] = False
+    first = int(others.int().argmax()) if bool(others.any()) else None
+    value = torch.nan if first is None else cache[first].flatten()[0].item()
+    return Pages(list(cache.shape), list(cache.stride()), None if value != value else float(value))
+
+
+def poison_outputs(tensors: Mapping[str, Any]) -> None:
+    """Fill `out` and `lse` with NaN, unless they share memory with what the op reads."""
+    read = {storage(one) for name, one in tensors.items() if torch.is_tensor(one) and name not in OUTPUTS}
+    for name in OUTPUTS:
+        out = tensors.get(name)
+        if out is not None and storage(out) not in read:
+            out.fill_(torch.nan)
+
+
+OUTPUTS: Sequence[str] = ("out", "lse")

@@ -1,0 +1,59 @@
+"""Make a kept call again, on a backend, as often as asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mla.errors import MLAError, UnknownOp, did_you_mean
+from mla.failures.call import RecordedCall
+from mla.failures.file import Failure
+from mla.failures.verdict import judged, make
+from mla.reference import REFERENCE
+from mla_backends.api import OPS, Backend, FusedOp
+
+
+class CannotReplay(MLAError):
+    """An op that does not serve the kept call."""
+
+    exit_code = 3
+
+
+def replay(failure: Failure, backend: Backend, name: str | None = None, runs: int = 1) -> list[str]:
+    """Make the call `runs` times with the op `name` (default: the one that failed).
+
+    Returns why each was wrong, "" for one that was right. Raises `CannotReplay` and `UnknownOp`.
+    """
+    call, expected = failure.call(), failure.expected()
+    op = op_of(call, backend.ops(), call.facts.op if name is None else name)
+    assert backend.device is not None
+    _require_served(call, op, backend)
+    found = []
+    for _ in range(runs):
+        one = make(call, op, backend.device, backend.synchronize)
+        found.append(judged(call, one, expected))
+    return found
+
+
+def op_of(call: RecordedCall, offered: Mapping[str, FusedOp], name: str) -> FusedOp:
+    """Return an op by name. Raises `UnknownOp` if the backend has none of that kind and name."""
+    kind = call.facts.kind
+    known = {one: op for one, op in offered.items() if op.contract == OPS[kind]}
+    if name == "reference":
+        return REFERENCE[kind]
+    if name not in known:
+        names = ["reference", *known]
+        raise UnknownOp(
+            f"this backend offers no {kind} named '{name}'.{did_you_mean(name, names)} "
+            f"--op takes: {', '.join(names)}."
+        )
+    return known[name]
+
+
+def _require_served(call: RecordedCall, op: FusedOp, backend: Backend) -> None:
+    spec = call.spec(backend.device)  # type: ignore[arg-type]  # it is set up
+    reasons = list(op.unsupported_reasons(spec)) or list(op.preflight(spec))
+    if not reasons and call.facts.kind.endswith("_attention"):
+        size = call.facts.pages.shape[1] if call.facts.pages else None
+        reasons = list(op.unsupported_batch(spec, call.facts.query_lens, call.facts.kv_lens, size))
+    if reasons:
+        raise CannotReplay(f"the op refuses this call: {'; '.join(reasons)}.")

@@ -1,0 +1,156 @@
+"""Ops that are watched: each call is recorded, made, and judged, until the first one that is wrong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mla.failures.call import Known, Lengths, RecordedCall, TooLarge, poison_outputs, record, without_cache
+from mla.failures.memory import views
+from mla.failures.verdict import Expected, Made, copied, expected, judged, made
+from mla_backends.api import FusedOp, LinearSpec, NormSpec, Packed, SegmentLengths
+
+# Seconds after which calls are made without being judged: the oracle may take a while.
+PATIENCE = 120.0
+
+
+@dataclass(frozen=True)
+class JudgedCall:
+    """A call, what it did, and why that was wrong."""
+
+    call: RecordedCall
+    made: Made
+    expected: Expected
+    reason: str  # "": it was right
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared state, and the lengths it was prepared for."""
+
+    state: Any
+    batch: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.state, name)
+
+
+class Watcher:
+    """Judges the calls of the ops that it has given out."""
+
+    def __init__(
+        self,
+        synchronize: Callable[[], None],
+        beat: Callable[[], None] = lambda: None,
+        patience: float = PATIENCE,
+    ) -> None:
+        """`beat` is called after every call that was judged."""
+        self._synchronize, self._beat, self._deadline = synchronize, beat, time.monotonic() + patience
+        self.wrong: JudgedCall | None = None
+        self.last: JudgedCall | None = None  # that was right
+        self.lengths: Lengths | None = None  # new tokens and keys per request, of the calls that follow
+        self.judged = 0  # calls that were
+        self.reason = ""  # why a call was not
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to find."""
+        return self.wrong is not None or time.monotonic() > self._deadline
+
+    def call(
+        self, known: Known | None, op: FusedOp, leading: Sequence[Any], tensors: Mapping[str, Any]
+    ) -> None:
+        """Make a call, and judge it if that is possible."""
+        recorded = None if known is None or self.done else self._record(known, tensors)
+        cache = tensors.get("cache")
+        before = copied(cache) if recorded else None
+        op(*leading, **tensors)
+        if recorded is None:
+            return
+        self._synchronize()
+        pieces = views(without_cache(tensors))[1]
+        found, right = made(recorded, pieces, cache, before), expected(recorded)
+        self.judged += 1
+        self._beat()
+        one = JudgedCall(recorded, found, right, judged(recorded, found, right))
+        if one.reason:
+            self.wrong = one
+        else:
+            self.last = one
+
+    def _record(self, known: Known, tensors: Mapping[str, Any]) -> RecordedCall | None:
+        poison_outputs(tensors)
+        try:
+            return record(known, tensors, self.lengths)
+        except TooLarge as error:
+            self.reason = self.reason or str(error)
+            return None
+
+
+class Watched(FusedOp):
+    """Stands in for an op of the backend; all else is the op's own."""
+
+    def __init__(
+        self, role: str, name: str, op: FusedOp, watcher: Watcher, spec: Any = None, reads_lse: bool = True
+    ) -> None:
+        """`reads_lse`: whether anybody does, so that it matters."""
+        self._role, self._name, self._op, self._watcher = role, name, op, watcher
+        self._reads_lse = reads_lse
+        self._spec = spec  # of attention; the last that was asked about
+        self.contract, self.compiles = op.contract, op.compiles
+        self.nan_safe_tail = op.nan_safe_tail
+        self.writes_lse, self.lse_optional = op.writes_lse, op.lse_optional
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_op":  # not yet there, in a copy
+            raise AttributeError(name)
+        return getattr(self._op, name)
+
+    def unsupported_reasons(self, spec: Any) -> list[str]:
+        self._spec = spec
+        return self._op.unsupported_reasons(spec)
+
+    def preflight(self, spec: Any) -> list[str]:
+        return self._op.preflight(spec)
+
+    def unsupported_batch(
+        self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
+    ) -> list[str]:
+        return self._op.unsupported_batch(spec, query_lens, kv_lens, page_size)
+
+    def pack(self, weight: torch.Tensor) -> Packed:
+        return self._op.pack(weight)
+
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        return self._op.unpack(packed)
+
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        self._spec = spec
+        return Prepared(self._op.prepare(spec, batch), batch)
+
+    def __call__(self, *leading: Any, **tensors: Any) -> None:
+        own = tuple(one.state if isinstance(one, Prepared) else one for one in leading)
+        self._watcher.call(self._known(leading, tensors), self._op, own, tensors)
+
+    def _known(self, leading: Sequence[Any], tensors: Mapping[str, Any]) -> Known | None:
+        """Return what the tensors do not say; None if it is not known either."""
+        kind, weight, lengths, spec = self.contract.partition("/")[0], None, None, self._spec
+        if kind in ("linear", "batched_linear"):
+            weight = self._op.unpack(leading[0])
+            groups = weight.shape[0] if weight.dim() == 3 else 1
+            spec = LinearSpec(weight.shape[-1], weight.shape[-2], groups, weight.dtype, weight.device)
+        elif kind == "rms_norm":
+            x = tensors["x"]
+            spec = NormSpec(x.shape[-1], x.dtype, x.device)
+        elif kind == "expanded_attention":
+            batch = getattr(leading[0], "batch", None) if isinstance(leading[0], Prepared) else leading[0]
+            if not isinstance(batch, SegmentLengths):
+                return None
+            lengths = batch
+        if spec is None:
+            return None
+        return Known(kind, self._role, self._name, spec, weight, lengths, self.writes_lse and self._reads_lse)

@@ -1,0 +1,95 @@
+"""One op alone, run pass by pass as the runner does, with whatever op a test puts in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from mla.bench.subjects.fixture import OpFixture
+from mla.bench.subjects.op.implementation import OpImplementation
+from mla.bench.subjects.setting import Setting
+from mla.bench.workload.op_scenario import OpScenario
+from mla.config import MLAConfig
+from mla.reference import REFERENCE
+from mla.verify.verdict import Check
+from mla_backends import FusedOp
+from mla_backends.api import Packed
+from mla_backends.testing import HostBackend
+
+# An op of every kind, and the roles that differ in how their operands lie in memory.
+ROLES = {
+    "qkv_a_proj": "linear",
+    "kv_b_proj": "linear",
+    "w_uk": "batched_linear",
+    "q_a_layernorm": "rms_norm",
+    "rotate_query": "rotate_query",
+    "write_latent": "write_latent",
+    "latent_attention": "latent_attention",
+    "expanded_attention": "expanded_attention",
+}
+
+
+class WrappedOp(FusedOp):
+    """The reference, around which a subclass does something."""
+
+    nan_safe_tail = True
+
+    def __init__(self, kind: str) -> None:
+        self.right = REFERENCE[kind]
+        self.contract = self.right.contract
+
+    def pack(self, weight: torch.Tensor) -> Packed:
+        return self.right.pack(weight)
+
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        return self.right.unpack(packed)
+
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        return self.right.prepare(spec, batch)
+
+    def __call__(self, *leading: Any, **tensors: Any) -> None:
+        self.right(*leading, **tensors)
+
+
+class OpBench:
+    """One problem, its judge and implementations of it."""
+
+    def __init__(
+        self,
+        config: MLAConfig,
+        role: str,
+        dtype: torch.dtype = torch.float32,
+        requests: Sequence[tuple[int, int]] = ((3, 2),) * 3,  # cached and new tokens
+        runs: int = 12,
+    ) -> None:
+        history, query_lens = zip(*requests, strict=True)
+        self.scenario = OpScenario(
+            name=role, base=role, role=role, query_lens=query_lens, history=history, runs=runs
+        )
+        self.setting = Setting(config, HostBackend(), dtype, "auto", 4, 0)
+        self.fixture = OpFixture(self.setting, self.scenario)
+        self.problem, self.checker = self.fixture.prepare()
+
+    def implementation(self, op: FusedOp | None = None) -> OpImplementation:
+        """Return one that is loaded; without `op` it runs the reference."""
+        one = self.fixture.build("mla-reference")
+        assert isinstance(one, OpImplementation)
+        if op is not None:
+            one.replace_ops(lambda role, old: op)
+        one.load(self.scenario, self.problem)
+        return one
+
+    def run(
+        self, one: OpImplementation, number: int, each: Callable[[int], None] = lambda index: None
+    ) -> Check:
+        """Run and judge pass `number`; `each` is called after every call."""
+        one.restore(number)
+        for index in range(self.scenario.steps):
+            one.before(index)
+            one.step(index)
+            each(index)
+            one.after(index)
+        one.collect()
+        return one.check(self.checker)
