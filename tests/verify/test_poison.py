@@ -105,7 +105,8 @@ def test_a_read_outside_of_what_is_owned_shows_in_the_output(setting: Setting) -
     batch = layer._cache.extend(layer._sequences, DECODE.query_lens)
     stranger = set(range(layer._cache.num_pages)) - set(batch.block_table.flatten().tolist())
     batch.block_table[2, 0] = stranger.pop()
-    out = layer.layer(layer.hidden[0], batch, layer._cache.pages[0])
+    layer.before(0)
+    out = layer.layer(layer.x, batch, layer._cache.pages[0])
     assert out[2].isnan().all()
     assert out[:2].isfinite().all()
 

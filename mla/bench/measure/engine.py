@@ -215,7 +215,7 @@ class _Engine:
         self._hooks.enter(runner.implementation.name)
         if switched:
             runner.rewarm(next(self._untimed))
-        runner.time(self._number(runner), self._hooks.heartbeat)
+        runner.time(self._number(runner), next(self._untimed), self._hooks.heartbeat)
         runner.samples.after_switch.append(switched)
         self._tick("timing", runner.implementation, len(runner.steps.run))
         self._check_pass(runner)

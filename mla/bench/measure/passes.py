@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from mla.bench.doubts.clock import cpu_ns, now_ns
+from mla.bench.doubts.device_wait import DeviceWait
 from mla.bench.doubts.pass_times import PassTimes
 from mla.bench.measure.samples import Samples
 from mla.bench.measure.variants import Steps
@@ -37,8 +38,9 @@ class Forwards(Protocol):
 class PassRunner:
     """Runs and times the passes of one implementation in one variant.
 
-    The host clock is the runner's own, around `synchronize`, forward, `synchronize`. A `timer` is the
-    device's clock, and is read inside that.
+    The host clock is the runner's own, around forward and `synchronize`. It starts when the inputs are there
+    and the device has finished all else; the backend has no turn in between, so it cannot work on them earlier.
+    A `timer` is the device's clock, and is read inside that.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class PassRunner:
     ) -> None:
         self.implementation, self.steps, self.samples = implementation, steps, samples
         self.forwards, self.timer = forwards, timer
-        self._synchronize = synchronize
+        self._synchronize, self._wait = synchronize, DeviceWait(implementation.setting.device)
         self._flush = flush
         self.passes: list[PassTimes] = []
         self.idles: list[PassTimes] = []
@@ -73,7 +75,7 @@ class PassRunner:
 
     def time_step(self, index: int) -> float:
         """Run a step and return its milliseconds on the runner's clock."""
-        self._synchronize()
+        self._wait()
         start = now_ns()
         self.forwards.step(index)
         self._synchronize()
@@ -87,12 +89,13 @@ class PassRunner:
         """Do all that a pass does beside its forwards, without them."""
         return self._pass(number, lambda index: None, heartbeat)
 
-    def time(self, number: int, heartbeat: Callable[[], None]) -> None:
+    def time(self, number: int, idle_number: int, heartbeat: Callable[[], None]) -> None:
         """Run a pass and record its samples, after all it does beside its forwards, without them.
 
-        Raises `ClockError` for impossible readings.
+        The idle pass has inputs of its own: nothing can be learned there for the timed one. Raises
+        `ClockError` for impossible readings.
         """
-        idle = self.idle(number, heartbeat)
+        idle = self.idle(idle_number, heartbeat)
         found = self.run(number, heartbeat)
         times = found.samples
         if not (math.isfinite(sum(times)) and statistics.median(times) > 0):
@@ -110,7 +113,7 @@ class PassRunner:
         for index in self.steps.run:
             timed = index in self.steps.timed
             forwards.before(index)
-            self._synchronize()
+            self._wait()
             if timed and self._flush is not None:
                 self._flushed(self._flush, found)
             self._region(step, index, timed, found)

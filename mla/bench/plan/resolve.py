@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -37,7 +38,18 @@ def resolve(options: RunOptions) -> Request:
     wanted = variants.parse(options.mode, options.cache, options.clock)
     for file in filter(None, (options.target, options.profile)):
         files.check_writable(file)
+    _keep_functions()
     return _request(options, points, wanted, open_backend(options))
+
+
+def _keep_functions() -> None:
+    """Load the modules that keep clocks and methods of torch for themselves, before a plugin can replace them.
+
+    Without a usable torch they cannot be loaded, and opening the backend says so.
+    """
+    with contextlib.suppress(Exception):
+        import mla.bench.limits.roofline
+        import mla.bench.measure.engine  # noqa: F401
 
 
 def _points(options: RunOptions) -> list[Point]:

@@ -89,6 +89,7 @@ class CapturedPrefill(CapturedForwards):
     def __init__(self, layer: MlaLayer) -> None:
         super().__init__(layer)
         layer.restore()
+        layer.before(0)
         self._batch = layer.batch
         self._plan = layer.layer.plan(self._batch)
         work = lambda: layer.forward(self._batch, layer.hidden[0], self._out)  # noqa: E731
@@ -136,7 +137,8 @@ class CapturedDecode(CapturedForwards):
                 f"its block table takes more than {MOST_GRAPHS} widths in a pass, and each needs a graph: "
                 "use a larger --page-size or fewer steps"
             )
-        self._hidden.copy_(self._layer.hidden[step])
+        self._layer.before(step)
+        self._hidden.copy_(self._layer.x)
         self._graphs[width] = _Graph(batch, capture(self._layer.setting.backend, lambda: self._work(batch)))
 
     def _work(self, batch: RaggedBatch) -> None:

@@ -58,10 +58,11 @@ class LayerImplementation(Implementation):
         self._collected: dict[int, tuple[Turn, torch.Tensor]] = {}
         self._number, self._taken = 0, -1
         self._kept_turns: dict[int, Turn] = {}
+        self._held: dict[int, torch.Tensor] = {}  # outputs as they were when their clock had stopped
 
     @property
     def hidden(self) -> torch.Tensor:
-        """The inputs [inputs, T, d] of the present turn, on the device, always at the same address."""
+        """Inputs [inputs, T, d] on the device, always at the same address. `before` writes its forward's."""
         return self._hidden.rows
 
     @property
@@ -78,20 +79,21 @@ class LayerImplementation(Implementation):
         """Start pass `number` with poisoned buffers, and return the turn of its first forward."""
         self._number = number
         self._shelf.clear()
-        self._kept_turns = {}
+        self._kept_turns, self._held = {}, {}
         return self._turn(0)
 
     def _turn(self, index: int) -> Turn:
         return self._turns.turn(forward_number(self.scenario, self._number, index))
 
     def take(self, turn: Turn) -> None:
-        """Write the inputs of a turn. A subclass that keeps history gives it the turn's signs, too."""
+        """Take the inputs of a turn. A subclass that keeps history gives it the turn's signs, too."""
         self._hidden.take(turn)
 
     def before(self, index: int) -> None:
         turn = self._turn(index)
         if self.scenario.mode == "prefill":
             self.take(turn)
+        self._hidden.show(self._step(index))
         self._present = turn
         self._x = self.hidden[self._step(index)]
         self._out = self._shelf.next()
@@ -101,13 +103,17 @@ class LayerImplementation(Implementation):
 
     def after(self, index: int) -> None:
         self._kept_turns[index] = self._present
+        if self.setting.device.type == "cpu":  # where reading waits for nobody: what is there now counts
+            self._held[index] = _on_host(self._out)
         self._shelf.keep(index)
+        self._held = {kept: self._held[kept] for kept in self._shelf.kept if kept in self._held}
 
     def collect(self) -> None:
         self._collected = {}
         for index, buffer in self._shelf.kept.items():
-            host = torch.empty(buffer.shape, dtype=buffer.dtype)
-            self._collected[index] = (self._kept_turns[index], _copy(host, buffer))
+            found = self._held.get(index)
+            found = _on_host(buffer) if found is None else found
+            self._collected[index] = (self._kept_turns[index], found)
 
     def check(self, checker: LayerChecker) -> Check:
         return checker.check_forwards(self._forwards(checker), self.held_to_reference)
@@ -135,6 +141,10 @@ class LayerImplementation(Implementation):
 
     def compared(self) -> dict[int, torch.Tensor]:
         return {index: found for index, (_, found) in self._collected.items()}
+
+
+def _on_host(buffer: torch.Tensor) -> torch.Tensor:
+    return _copy(torch.empty(buffer.shape, dtype=buffer.dtype), buffer)
 
 
 def _poison(buffer: torch.Tensor) -> None:

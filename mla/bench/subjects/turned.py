@@ -1,4 +1,4 @@
-"""A scenario's inputs on a device, rewritten in place for each turn, off the clock."""
+"""A scenario's inputs on a device, rewritten in place for each forward, off the clock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ CHUNK = 1 << 16
 
 
 class TurnedHidden:
-    """`rows` [inputs, T, d]: hidden states at a fixed address, which a captured graph may read."""
+    """`rows` [inputs, T, d]: hidden states at a fixed address, which a captured graph may read.
+
+    Those of a step are there once it is shown, right before its forward: no work can be done on them earlier.
+    """
 
     def __init__(self, scenario: Scenario, inputs: Inputs, device: torch.device) -> None:
         self.rows = inputs.hidden.to(device, copy=True)
@@ -24,29 +27,38 @@ class TurnedHidden:
         self._others = inputs.others.to(device)
         self._lens = torch.tensor(scenario.query_lens)
         self._last = (self._lens.cumsum(0) - 1).to(device)
-        self._take = self._take_last if scenario.mode == "prefill" else self._take_all
+        self._prefill = scenario.mode == "prefill"
 
     def take(self, turn: Turn) -> None:
-        """Write the hidden states of a turn."""
-        self.rows.copy_(self._plain)
-        if bool(turn.choices.any()):
-            self._take(turn.choices)
+        """Hide the hidden states of the last turn; those of this one are there once they are shown."""
         signs = turn.signs.repeat_interleave(self._lens)
-        self.rows.mul_(signs.to(self.rows.device, self.rows.dtype)[:, None])
+        self._choices, self._signs = turn.choices, signs.to(self.rows.device, self.rows.dtype)[:, None]
+        self.rows.fill_(torch.nan)
 
-    def _take_last(self, choices: torch.Tensor) -> None:
+    def show(self, step: int) -> None:
+        """Write the hidden states of one step of the turn."""
+        rows = self.rows[step]
+        rows.copy_(self._plain[step])
+        if self._prefill:
+            self._choose_last(rows)
+        else:
+            self._choose_all(rows, step)
+        rows.mul_(self._signs)
+
+    def _choose_last(self, rows: torch.Tensor) -> None:
         """Replace the last row of every request that chooses another one."""
-        chosen = choices.nonzero()[:, 0]
-        rows = self._others[(choices[chosen] - 1).to(self.rows.device), chosen.to(self.rows.device)]
-        self.rows[0].index_copy_(0, self._last[chosen.to(self.rows.device)], rows)
+        chosen = self._choices.nonzero()[:, 0]
+        if len(chosen):
+            choices, chosen = (self._choices[chosen] - 1).to(rows.device), chosen.to(rows.device)
+            rows.index_copy_(0, self._last[chosen], self._others[choices, chosen])
 
-    def _take_all(self, choices: torch.Tensor) -> None:
+    def _choose_all(self, rows: torch.Tensor, step: int) -> None:
         """Replace all rows of every request that chooses others."""
-        of_row = choices.repeat_interleave(self._lens)
+        of_row = self._choices.repeat_interleave(self._lens)
         for choice in of_row.unique().tolist():
             if choice:
-                rows = (of_row == choice).nonzero()[:, 0].to(self.rows.device)
-                self.rows.index_copy_(1, rows, self._others[choice - 1].index_select(1, rows))
+                chosen = (of_row == choice).nonzero()[:, 0].to(rows.device)
+                rows.index_copy_(0, chosen, self._others[choice - 1, step].index_select(0, chosen))
 
 
 class HistorySigns:

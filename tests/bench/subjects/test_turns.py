@@ -93,6 +93,8 @@ def test_the_expected_outputs_of_a_turn_are_the_oracles(
     for number in range(6):
         turn = inputs.turns.turn(number)
         hidden.take(turn)
+        for step in range(scenario.inputs):
+            hidden.show(step)
         for request, (kv, pe) in enumerate(inputs.history):
             first = sum(scenario.query_lens[:request])
             rows = slice(first, first + scenario.query_lens[request])
@@ -115,13 +117,25 @@ def test_hidden_states_of_a_turn_differ_as_its_number_says_and_keep_their_addres
     for number in range(1, 40):
         turn = inputs.turns.turn(number)
         hidden.take(turn)
+        assert bool(hidden.rows.isnan().all()), "nothing can be computed before its inputs are shown"
+        hidden.show(0)
         assert hidden.rows.data_ptr() == address
         seen.add(hidden.rows.view(torch.int16).numpy(force=True).tobytes())
         signs = turn.row_signs(PREFILL.query_lens)
         assert torch.equal(hidden.rows[0, 0] * signs[0], inputs.hidden[0, 0]), "only last tokens are replaced"
     assert len(seen) == 39
     hidden.take(inputs.turns.turn(0))
+    hidden.show(0)
     assert torch.equal(hidden.rows, inputs.hidden)
+
+
+def test_a_decode_step_is_there_when_it_is_shown_and_no_sooner(tiny: Callable[..., MLAConfig]) -> None:
+    hidden = TurnedHidden(DECODE, make_inputs(tiny(), DECODE, 0, torch.float32), CPU)
+    hidden.take(Turns(2, 1, True, 0).turn(1))
+    for step in range(DECODE.inputs):
+        hidden.show(step)
+        shown = [bool(rows.isfinite().all()) for rows in hidden.rows]
+        assert shown == [other <= step for other in range(DECODE.inputs)]
 
 
 @pytest.mark.parametrize("chunk", [3, 1 << 16])

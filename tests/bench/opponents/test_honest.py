@@ -1,0 +1,66 @@
+"""No false alarms: honest backends that look like opponents keep their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from opponents.base import Opponent
+from opponents.clocks import LyingTimer
+from opponents.honest import Compiles, Noisy, Rounds, Sequences, Threads
+from opponents.late import Late
+from opponents.limits import SlowWait
+
+Play = Callable[..., Any]
+
+HONEST: dict[str, Callable[[], Opponent]] = {
+    "plain": Opponent,
+    "noisy": lambda: Noisy(0.3),
+    "now and then much slower": lambda: Noisy(0.1, rare=8.0),
+    "two threads": lambda: Threads(2),
+    "five threads": lambda: Threads(5),
+    "compiles at first use": lambda: Compiles(20.0, 1),
+    "compiles at first uses": lambda: Compiles(5.0, 3),
+    "rounds otherwise": Rounds,
+    "a queue that is waited for": lambda: Late("always", finishes=True),
+    "a slow wait": lambda: SlowWait(2.0),
+    "a wait that polls": lambda: SlowWait(0.2),
+    "forwards in one call": Sequences,
+}
+
+
+@pytest.mark.parametrize("scenario", ["prefill", "decode"])
+@pytest.mark.parametrize("kind", [*HONEST])
+def test_an_honest_backend_keeps_its_number(play: Play, kind: str, scenario: str) -> None:
+    duel = play(HONEST[kind](), scenario, implementations="mla,mla-reference")
+    assert duel.stands, str(duel)
+    assert duel.case("mla-reference").check.status == "ok", str(duel)
+
+
+@pytest.mark.parametrize("scenario", ["prefill", "decode"])
+@pytest.mark.parametrize("seed", ["1", "2", "3"])
+def test_an_honest_backend_keeps_its_number_whatever_the_inputs(play: Play, seed: str, scenario: str) -> None:
+    duel = play(Opponent(), scenario, "--seed", seed)
+    assert duel.stands, str(duel)
+
+
+@pytest.mark.parametrize("attention", ["auto", "expanded"])
+def test_an_honest_backend_keeps_its_number_on_either_path(play: Play, attention: str) -> None:
+    duel = play(Opponent(), "prefill", "--attention", attention)
+    assert duel.stands, str(duel)
+
+
+@pytest.mark.parametrize("scenario", ["prefill", "decode"])
+def test_an_honest_device_clock_is_believed(play: Play, scenario: str) -> None:
+    opponent = LyingTimer(device="tells the truth")
+    duel = play(opponent, scenario, ways=("--mode", "eager", "--cache", "warm,cold"))
+    assert duel.stands, str(duel)
+    assert {one.clock for one in duel.case().timings if one.latency_ms is not None} == {"host", "device"}
+
+
+@pytest.mark.parametrize("op", ["latent_attention", "o_proj", "rotate_query", "write_latent", "w_uv"])
+def test_an_honest_op_keeps_its_number(play: Play, op: str) -> None:
+    kind = {"o_proj": "linear", "w_uv": "batched_linear"}.get(op, op)
+    duel = play(Opponent(kinds=(kind,)), f"op {op}", "--batch", "8", "--runs", "10", "--passes", "6")
+    assert duel.stands, str(duel)

@@ -1,0 +1,38 @@
+"""Work that is finished after its clock has stopped is found, wherever it is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from opponents.late import COPIES, HastyClock, Late
+
+Play = Callable[..., Any]
+
+
+@pytest.mark.parametrize("copies", [(), ("cpu",), COPIES])
+@pytest.mark.parametrize("waits", ["at a start", "never", "when a pass begins"])
+def test_a_wait_that_does_not_wait_at_the_stop(play: Play, waits: str, copies: tuple[str, ...]) -> None:
+    """Outputs are not there when their clock has stopped, or the time shows up between the timed regions."""
+    duel = play(Late(waits, copies))
+    assert duel.lost, str(duel)
+
+
+@pytest.mark.parametrize("scenario", ["prefill", "decode"])
+@pytest.mark.parametrize("waits", ["every 2nd stop", "every 5th stop", "4 stops of 5"])
+def test_a_wait_that_waits_only_now_and_then(play: Play, waits: str, scenario: str) -> None:
+    duel = play(Late(waits, COPIES), scenario)
+    assert duel.lost, str(duel)
+
+
+def test_a_timer_that_reads_before_it_waits_is_not_used(play: Play) -> None:
+    """The runner's own clock waits for the device: the number is what the calls took, or there is none."""
+    opponent = HastyClock("host")
+    duel = play(opponent)
+    assert duel.lost or duel.case().latency_ms.median > 0.6 * opponent.typical_ms(), str(duel)
+
+
+def test_a_device_timer_that_reads_before_it_waits(play: Play) -> None:
+    duel = play(HastyClock("device"), ways=("--mode", "eager", "--cache", "warm"))
+    assert duel.lost, str(duel)

@@ -1,0 +1,54 @@
+"""Every forward of every pass counts: nobody can know which of them is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from opponents.lazy import INSTEAD, WHEN, Lazy, LazySequence
+
+Play = Callable[..., Any]
+# What these look at is the same in every forward: they compute all of them, or lose.
+TELLTALES = ("collector on", "collector off", "same stack", "same lines")
+
+
+@pytest.mark.parametrize("when", [when for when in WHEN if when not in TELLTALES])
+def test_work_that_is_left_out_now_and_then(play: Play, when: str) -> None:
+    opponent = Lazy(when)
+    duel = play(opponent)
+    assert opponent.gains, "it really left something out"
+    assert duel.lost, str(duel)
+
+
+@pytest.mark.parametrize("scenario", ["prefill", "decode"])
+@pytest.mark.parametrize("when", TELLTALES)
+def test_nothing_tells_a_forward_that_is_looked_at_from_another(play: Play, when: str, scenario: str) -> None:
+    opponent = Lazy(when)
+    duel = play(opponent, scenario)
+    assert duel.lost or not opponent.gains, str(duel)
+
+
+@pytest.mark.parametrize("when", ["pass 1 of 6", "pass 4 of 6", "every 3rd step", "40 forwards"])
+def test_work_that_is_left_out_of_a_prefill(play: Play, when: str) -> None:
+    opponent = Lazy(when)
+    duel = play(opponent, "prefill")
+    assert opponent.gains
+    assert duel.lost, str(duel)
+
+
+@pytest.mark.parametrize("instead", [instead for instead in INSTEAD if instead != "nothing"])
+@pytest.mark.parametrize("when", ["pass 5 of 6", "5 of 6 passes"])
+def test_work_that_is_done_less_precisely(play: Play, instead: str, when: str) -> None:
+    opponent = Lazy(when, instead)
+    duel = play(opponent)
+    assert opponent.gains
+    assert duel.lost, str(duel)
+
+
+@pytest.mark.parametrize("every", [2, 7])
+def test_a_repeated_forward_in_one_call_that_does_nothing(play: Play, every: int) -> None:
+    opponent = LazySequence(every)
+    duel = play(opponent, "prefill")
+    assert opponent.gains
+    assert duel.lost, str(duel)

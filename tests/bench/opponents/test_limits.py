@@ -1,0 +1,78 @@
+"""Limits that depend on the backend make no percentage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from opponents.base import Opponent
+from opponents.limits import SlowWait, TooFast, WarmingWait
+
+from mla_backends.api import Peak
+
+Play = Callable[..., Any]
+URL = "https://opponent.example/sheet"
+COLD = ("--mode", "eager", "--cache", "warm,cold", "--clock", "host")
+# A sweep of less is not called cold.
+SWEPT_MIB = 32
+
+
+@pytest.mark.parametrize("factor", [3, 30])
+@pytest.mark.parametrize("what", [("bandwidth",), ("flops",), ("bandwidth", "flops")], ids="+".join)
+@pytest.mark.parametrize("scenario", ["prefill", "decode"])
+def test_a_declared_peak_that_is_too_low(
+    play: Play, what: tuple[str, ...], factor: float, scenario: str
+) -> None:
+    """What can be measured is not below the peak, so the peak is in doubt or the measured limit counts."""
+    honest = {one.work: one.value for one in play(Opponent(), scenario).run.ceilings}
+    peaks: dict[str, Any] = {}
+    if "bandwidth" in what:
+        peaks["bandwidth"] = Peak(honest["read"] / factor, URL)
+    if "flops" in what:
+        peaks["flops"] = {"float32": Peak(honest["matmul"] / factor, URL)}
+    duel = play(Opponent(**peaks), scenario)
+    case = duel.case()
+    false = case.roofline.peak_source == URL and case.roofline.fraction is not None
+    assert not false, str(duel)
+    assert (case.roofline.fraction or 0) <= 1, str(duel)
+
+
+@pytest.mark.parametrize("scenario", ["prefill", "decode"])
+@pytest.mark.parametrize(("ms", "collecting_only"), [(3.0, True), (1.0, True), (1.0, False)])
+def test_a_wait_that_is_slow_while_limits_are_measured(
+    play: Play, ms: float, collecting_only: bool, scenario: str
+) -> None:
+    """The ops are honest: what is wrong is the limit, if it is at all."""
+    honest = {one.work: one.value for one in play(Opponent(), scenario).run.ceilings}
+    duel = play(SlowWait(ms, collecting_only), scenario)
+    assert (duel.case().roofline.fraction or 0) <= 1, str(duel)
+    found = {one.work: one.value for one in duel.run.ceilings}
+    lower = [work for work in honest if found[work] < honest[work] / 3]
+    assert duel.number_or_percentage_lost or not lower, str(duel)
+
+
+@pytest.mark.parametrize("cache_bytes", [4096, 64 << 10, 1 << 20, 4 << 20])
+def test_a_sweep_of_a_tiny_declared_cache_is_not_called_cold(play: Play, cache_bytes: int) -> None:
+    duel = play(Opponent(cache_bytes=cache_bytes), ways=COLD)
+    for cold in [one for one in duel.case().timings if one.latency_ms is not None]:
+        swept = re.search(r"([\d.]+) (\w)iB", cold.method)
+        assert swept, cold.method
+        assert float(swept[1]) * {"K": 1 / 1024, "M": 1, "G": 1024}[swept[2]] >= SWEPT_MIB, cold.method
+
+
+def test_a_wait_that_reads_the_weights_again(play: Play) -> None:
+    duel = play(WarmingWait(cache_bytes=16 << 20), ways=COLD)
+    cold = [one for one in duel.case().timings if one.cache == "cold"]
+    kept = [one for one in cold if one.latency_ms is not None and one.check.status == "ok"]
+    assert duel.number_or_percentage_lost or not kept, str(duel)
+
+
+@pytest.mark.parametrize(("rows", "share"), [(1024, 0.0), (1024, 0.5), (2048, 0.0)])
+def test_a_product_that_is_too_fast_is_no_limit(play: Play, rows: int, share: float) -> None:
+    """It returns at once, or computes half of its rows: wrong products do not count, however fast."""
+    honest = max(one.value for one in play(Opponent()).run.ceilings if one.work == "matmul")
+    duel = play(TooFast(rows, share))
+    assert max(one.value for one in duel.run.ceilings if one.work == "matmul") < 1.8 * honest, str(duel)
+    assert (duel.case().roofline.fraction or 0) <= 1

@@ -1,0 +1,24 @@
+"""The expected outputs in the runner's memory are of no use as they are found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from opponents.thief import Thief
+
+Play = Callable[..., Any]
+
+
+@pytest.mark.parametrize("scenario", ["prefill", "decode"])
+@pytest.mark.parametrize("computes", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_an_output_copied_from_the_oracle(
+    play: Play, dtype: torch.dtype, computes: bool, scenario: str
+) -> None:
+    """It loses, or its error, smaller than arithmetic of its dtype can make it, is remarked upon."""
+    opponent = Thief(dtype, computes)
+    duel = play(opponent, scenario)
+    assert duel.lost or not opponent.gains or "oracle" in duel.err, str(duel)

@@ -1,0 +1,152 @@
+"""An honest backend whose parts a cheat overrides: every op is the reference's, and calls are counted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from statistics import median
+from typing import Any
+
+import torch
+
+from mla.reference import REFERENCE
+from mla_backends import FusedOp
+from mla_backends.api import OPS, Packed
+from mla_backends.testing import HostBackend
+
+# The layer that opponents run: no two of its operands have the same width.
+CONFIG = {
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 48,
+}
+HIDDEN = CONFIG["hidden_size"]
+# No call of the scenarios has more rows.
+ROWS = 900
+# Taken before anything can be patched.
+_now = time.perf_counter_ns
+
+
+class Call:
+    """One call of an op, not yet made."""
+
+    def __init__(self, op: ReferenceOp, leading: tuple[Any, ...], tensors: Mapping[str, Any]) -> None:
+        self.op, self.kind, self.leading, self.tensors = op, op.kind, leading, tensors
+
+    def make(self) -> None:
+        """Compute it."""
+        self.op.right(*self.leading, **self.tensors)
+
+    @property
+    def out(self) -> torch.Tensor | None:
+        """What it writes, unless that is the cache."""
+        return self.tensors.get("out")
+
+    @property
+    def operand(self) -> torch.Tensor:
+        """What it reads: x of most ops, q of attention, kv_a of what writes latents."""
+        (found,) = (self.tensors[name] for name in ("x", "q", "kv_a") if name in self.tensors)
+        return found
+
+    @property
+    def is_extra(self) -> bool:
+        """Whether it has more rows than any of the layer has: a limit is being measured."""
+        return self.operand.shape[0] > ROWS
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it is a forward's last call: o_proj alone writes hidden states."""
+        return self.kind == "linear" and self.tensors["out"].shape[-1] == HIDDEN
+
+
+class ReferenceOp(FusedOp):
+    """An op of the reference, called through the backend that offers it."""
+
+    nan_safe_tail = True
+
+    def __init__(self, kind: str, backend: Opponent) -> None:
+        self.kind, self.right, self._backend = kind, REFERENCE[kind], backend
+        self.contract = OPS[kind]
+
+    def pack(self, weight: torch.Tensor) -> Packed:
+        return self.right.pack(weight)
+
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        return self.right.unpack(packed)
+
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        state = self.right.prepare(spec, batch)
+        return self._backend.planned(state, batch) if self.kind == "latent_attention" else state
+
+    def __call__(self, *leading: Any, **tensors: Any) -> None:
+        self._backend.called(Call(self, leading, tensors))
+
+
+class Opponent(HostBackend):
+    """The base of all: honest, single-threaded. `kinds`: the ops it offers."""
+
+    name = "opponent"
+
+    def __init__(self, kinds: tuple[str, ...] = tuple(OPS), **facts: Any) -> None:
+        super().__init__(ops={f"own_{kind}": ReferenceOp(kind, self) for kind in kinds}, **facts)
+        self.patches = ExitStack()  # closed when the run is over
+        self.passes = 0  # begun
+        self.steps = 0  # forwards finished in this pass
+        self.forwards = 0  # finished
+        self.gains = 0  # calls that were not really made, or not rightly
+        self._keys = 0
+        self._calls_ms = 0.0
+        self.forward_ms: list[float] = []  # by our own stopwatch: what the calls of each forward took
+
+    def setup(self, index: int | None = None) -> torch.device:
+        if hasattr(self, "patches"):  # not while it is being made
+            self.arrives()
+        return super().setup(index)
+
+    def arrives(self) -> None:
+        """The run begins; for cheats that patch."""
+
+    def planned(self, state: Any, batch: Any) -> Any:
+        """Note a new pass (the cache is no longer than before) and return the state of latent attention."""
+        keys = sum(batch.kv_lens)
+        if keys <= self._keys or not self.passes:
+            self.passes, self.steps = self.passes + 1, 0
+            self.begins()
+        self._keys = keys
+        return state
+
+    def begins(self) -> None:
+        """A pass begins; for cheats that care."""
+
+    def called(self, call: Call) -> None:
+        """Make a call, or what passes for it, and count forwards."""
+        start = _now()
+        if call.is_extra:
+            self.extra(call)
+            return
+        self.call(call)
+        self._calls_ms += (_now() - start) / 1e6
+        if call.is_last or len(self.ops()) == 1:
+            self.forward_ms.append(self._calls_ms)
+            self._calls_ms = 0.0
+            self.steps, self.forwards = self.steps + 1, self.forwards + 1
+
+    def call(self, call: Call) -> None:
+        """Compute; cheats override this."""
+        call.make()
+
+    def extra(self, call: Call) -> None:
+        """Compute what no forward asks for."""
+        call.make()
+
+    def gain(self) -> None:
+        """Count a call that was not made."""
+        self.gains += 1
+
+    def typical_ms(self) -> float:
+        """Return what the calls of a forward really took: its latency cannot be less."""
+        return median(self.forward_ms)

@@ -1,0 +1,164 @@
+"""Work that is done only where it seems to count: in some passes, in some forwards, when nobody looks."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from mla_backends.api import OpCall
+from opponents.base import Call, Opponent
+
+Works = Callable[["Lazy"], bool]
+
+
+def _in_pass(number: int) -> Works:
+    return lambda lazy: lazy.passes % 6 == number
+
+
+# Whether a forward is really computed, once the first pass is over.
+WHEN: dict[str, Works] = {
+    **{f"pass {number} of 6": _in_pass(number) for number in range(6)},
+    "5 of 6 passes": lambda lazy: lazy.passes % 6 != 3,
+    "every 2nd forward": lambda lazy: lazy.forwards % 2 == 0,
+    "every 3rd step": lambda lazy: lazy.steps % 3 == 0,
+    "all steps but one": lambda lazy: lazy.steps != 5,
+    "all forwards but every 40th": lambda lazy: lazy.forwards % 40 != 39,
+    "first step of a pass": lambda lazy: lazy.steps == 0,
+    "all steps but the first": lambda lazy: lazy.steps != 0,
+    "40 forwards": lambda lazy: lazy.forwards < 40,
+    "collector on": lambda lazy: gc.isenabled(),
+    "collector off": lambda lazy: not gc.isenabled(),
+    "same stack": lambda lazy: lazy.stack(names=True) == lazy.first_stack(names=True),
+    "same lines": lambda lazy: lazy.stack(names=False) == lazy.first_stack(names=False),
+    "not while the runner times": lambda lazy: not lazy.being_timed,
+}
+
+
+def _skips(call: Call) -> None:
+    """Leave everything as it is."""
+
+
+def _forgets(call: Call) -> None:
+    """Leave attention out."""
+    if call.kind != "latent_attention":
+        call.make()
+
+
+def _off(call: Call) -> None:
+    """Attend, not quite."""
+    call.make()
+    if call.kind == "latent_attention":
+        call.tensors["out"].mul_(0.99)
+
+
+def _rounds(dtype: torch.dtype) -> Callable[[Call], None]:
+    """Attend on queries rounded to a narrower type."""
+
+    def rounded(call: Call) -> None:
+        tensors = dict(call.tensors)
+        if call.kind == "latent_attention":
+            tensors["q"] = tensors["q"].to(dtype).to(tensors["q"].dtype)
+        call.op.right(*call.leading, **tensors)
+
+    return rounded
+
+
+# What is done instead.
+INSTEAD: dict[str, Callable[[Call], None]] = {
+    "nothing": _skips,
+    "no attention": _forgets,
+    "attention 1 % off": _off,
+    "attention in bfloat16": _rounds(torch.bfloat16),
+    "attention in float16": _rounds(torch.float16),
+}
+
+
+class Lazy(Opponent):
+    """Computes `when` it thinks that it must, and does `instead` otherwise; the first pass is honest."""
+
+    def __init__(self, when: str, instead: str = "nothing", **given: Any) -> None:
+        super().__init__(**given)
+        self._works, self._instead = WHEN[when], INSTEAD[instead]
+        self._wraps = when == "not while the runner times"
+        self.being_timed = 0
+        self._first: dict[bool, tuple[Any, ...]] = {}
+        self._new, self._real = True, True  # the next call begins a forward; this one is computed
+
+    def arrives(self) -> None:
+        if self._wraps:
+            self._wrap_runner()
+
+    def call(self, call: Call) -> None:
+        if self._new:
+            works = self._works(self)
+            self._real = works or self.passes <= 1
+        self._new = call.is_last
+        if self._real or call.kind == "write_latent":
+            call.make()
+        else:
+            self.gain()
+            self._instead(call)
+
+    def stack(self, names: bool) -> tuple[Any, ...]:
+        """Return the names of the functions of the program that are running, or their lines."""
+        return tuple(_frames(names))
+
+    def first_stack(self, names: bool) -> tuple[Any, ...]:
+        """Return what `stack` returned when it was first asked for, in the first forward."""
+        return self._first.setdefault(names, self.stack(names))
+
+    def _wrap_runner(self) -> None:
+        """Wrap every method of the runner's rooms that has to do with time, to know when it is running."""
+        for module in [one for name, one in sys.modules.items() if name.startswith("mla.bench.measure.")]:
+            for kind in [one for one in vars(module).values() if isinstance(one, type)]:
+                for name, method in list(vars(kind).items()):
+                    if "time" in name and callable(method) and kind.__module__ == module.__name__:
+                        self.patches.enter_context(patch.object(kind, name, self._timing(method)))
+
+    def _timing(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.being_timed += 1
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.being_timed -= 1
+
+        return timed
+
+
+def _frames(names: bool) -> Iterator[Any]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if "/mla/bench/" in frame.f_code.co_filename:
+            yield frame.f_code.co_name if names else (frame.f_code, frame.f_lineno)
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+class LazySequence(Opponent):
+    """Makes a repeated forward in one call, which computes only every `every`th time."""
+
+    def __init__(self, every: int, **given: Any) -> None:
+        super().__init__(**given)
+        self._every, self._times = every, 0
+
+    def sequence(self, calls: Any, moving: Any) -> Callable[..., None]:
+        def run(*moved: torch.Tensor) -> None:
+            self._times += 1
+            if self._times % self._every:
+                self.gain()
+                return
+            replaced = dict(zip(map(id, moving), moved, strict=True))
+            for one in calls:
+                _make(one, replaced)
+
+        return run
+
+
+def _make(one: OpCall, replaced: dict[int, torch.Tensor]) -> None:
+    tensors = {name: replaced.get(id(value), value) for name, value in one.tensors.items()}
+    one.op(*one.arguments, **tensors)

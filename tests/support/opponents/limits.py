@@ -1,0 +1,67 @@
+"""Limits made to look near: peaks that are declared too low, calls and waits that spoil their measurement."""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import Any
+
+import torch
+
+from mla_backends.api import Packed
+from opponents.base import Call, Opponent
+
+
+class SlowWait(Opponent):
+    """`synchronize` sleeps: always, or only while garbage is collected, that is, not in a timed region."""
+
+    def __init__(self, ms: float, collecting_only: bool = False, **given: Any) -> None:
+        super().__init__(**given)
+        self._ms, self._collecting_only = ms, collecting_only
+
+    def synchronize(self) -> None:
+        if gc.isenabled() or not self._collecting_only:
+            time.sleep(self._ms / 1e3)
+
+
+class WarmingWait(Opponent):
+    """`synchronize` reads the weights, so that a flushed cache holds them again when the clock starts."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self._weights: list[torch.Tensor] = []
+        for op in self.ops().values():
+            op.pack = self._keeping(op.pack)  # type: ignore[method-assign]
+
+    def _keeping(self, pack: Any) -> Any:
+        def keeping(weight: torch.Tensor) -> Packed:
+            packed = pack(weight)
+            self._weights.append(weight)
+            return packed
+
+        return keeping
+
+    def synchronize(self) -> None:
+        for weight in self._weights[-8:]:
+            weight.sum()
+
+
+class TooFast(Opponent):
+    """Products of so many `rows` or more, which only the search for a limit asks for, are left out.
+
+    `share`: of their rows that are computed all the same.
+    """
+
+    def __init__(self, rows: int, share: float = 0.0, **given: Any) -> None:
+        super().__init__(**given)
+        self._rows, self._share = rows, share
+
+    def extra(self, call: Call) -> None:
+        if call.kind != "linear" or call.operand.shape[0] < self._rows:
+            call.make()
+            return
+        self.gains += 1
+        some = round(self._share * call.operand.shape[0])
+        if some:
+            tensors = {**call.tensors, "x": call.operand[:some], "out": call.tensors["out"][:some]}
+            call.op.right(*call.leading, **tensors)

@@ -1,0 +1,77 @@
+"""Results that are remembered instead of computed: by what is in the operands, or by where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from opponents.base import Call, Opponent
+
+Key = Callable[["Remembers", Call], Hashable]
+
+
+def _bytes(rows: torch.Tensor) -> bytes:
+    return rows.contiguous().numpy().tobytes()
+
+
+def _ends(count: int) -> Key:
+    """A few numbers: the first of the first row and the last of the last."""
+
+    def key(backend: Remembers, call: Call) -> Hashable:
+        rows = call.operand.flatten(1)
+        return (*rows[0, :count].tolist(), *rows[-1, -count:].tolist())
+
+    return key
+
+
+KEYS: dict[str, Key] = {
+    "six numbers": _ends(3),
+    "two numbers": _ends(1),
+    "forty numbers": _ends(20),
+    "the whole operand": lambda backend, call: _bytes(call.operand),
+    "the first row": lambda backend, call: _bytes(call.operand[0]),
+    "every other row": lambda backend, call: _bytes(call.operand[::2]),
+    "all but the last row": lambda backend, call: _bytes(call.operand[:-1]),
+    "amounts without signs": lambda backend, call: _bytes(call.operand.abs()),
+    "the sum": lambda backend, call: float(call.operand.double().sum()),
+    "addresses of x and out": lambda backend, call: (call.operand.data_ptr(), call.tensors["out"].data_ptr()),
+    "the address of x": lambda backend, call: call.operand.data_ptr(),
+    "the address of out": lambda backend, call: call.tensors["out"].data_ptr(),
+    "the number of the step": lambda backend, call: (backend.steps, backend.calls),
+    "nothing": lambda backend, call: None,
+}
+
+
+class Remembers(Opponent):
+    """Serves a call from an earlier one with the same key; `within_a_pass`: forgets when a pass begins."""
+
+    def __init__(self, key: str, within_a_pass: bool = False, **given: Any) -> None:
+        super().__init__(**given)
+        self._key, self._within = KEYS[key], within_a_pass
+        self._known: dict[Hashable, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self.calls = 0  # made since the last forward ended
+
+    def begins(self) -> None:
+        if self._within:
+            self._known.clear()
+
+    def call(self, call: Call) -> None:
+        if call.kind == "write_latent":
+            call.make()
+            return
+        weight = id(call.leading[0]) if call.kind.endswith("linear") else 0
+        lengths = tuple(call.tensors["kv_lens"].tolist()) if "kv_lens" in call.tensors else ()
+        key = (call.kind, weight, lengths, call.operand.shape, self._key(self, call))
+        out, lse = call.tensors["out"], call.tensors.get("lse")
+        if key in self._known:
+            found, sums = self._known[key]
+            out.copy_(found)
+            if lse is not None and sums is not None:
+                lse.copy_(sums)
+            self.gain()
+        else:
+            call.make()
+            self._known[key] = (out.clone(), None if lse is None else lse.clone())
+        self.calls = 0 if call.is_last else self.calls + 1
