@@ -101,7 +101,7 @@ def test_a_bad_command_line_is_refused(bench: Bench, words: list[str], message: 
             "backend 'nowhere:x' failed to load: module nowhere cannot be imported: no such module; "
             "check the spelling, run from the folder it is in, or put that folder on PYTHONPATH.",
         ),
-        (["--backend", "os:nothing"], 3, "backend 'os:nothing' failed to load: importing module os "),
+        (["--backend", "os:nothing"], 3, "backend 'os:nothing' failed to load: module os has no attribute"),
         (["--backend", "os:path"], 3, "backend 'os:path' failed to load: module os has no hook; "),
         ([*CPU, "--device", "5"], 3, "backend 'cpu' has one device, so there is no device 5."),
         ([*CPU, "-O", "x=1"], 2, "backend 'cpu' has no option 'x'; it knows: threads"),

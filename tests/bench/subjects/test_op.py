@@ -17,7 +17,7 @@ from mla_backends.api import OPS
 
 Bench = Callable[..., Any]
 
-QUICK = ("--runs", "3", "--passes", "2", "--warmups", "1")
+QUICK = ("--runs", "3", "--passes", "5", "--warmups", "1")
 SHAPE = ("--batch", "3", "--q-len", "2", "--heads", "4")
 FAULTY = ("--backend", "faulty_backend:FaultyBackend")
 READS_HISTORY = ("write_latent", "latent_attention", "expanded_attention")
@@ -76,8 +76,8 @@ def test_every_op_is_right_alone_and_timed_beside_the_reference(measure: Bench, 
         assert case.ops == {case.op: fused}
         assert (case.check.status, case.check.error_ratio is not None) == ("ok", True)
         assert case.latency_ms is not None
-        assert len(case.latency_ms.samples) == 3 * 2
-        assert (case.passes, case.steps_per_pass) == (2, 3)
+        assert len(case.latency_ms.samples) == 3 * 5
+        assert (case.passes, case.steps_per_pass) == (5, 3)
         assert min(case.cost.flops, case.cost.bytes) > 0
         assert (case.plan_ms is not None) == op.endswith("attention")
         assert case.query_lens == [2, 2, 2]
