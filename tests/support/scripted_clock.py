@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mla.bench.doubts import backend_clocks, beside
+from mla.bench.doubts import evidence, new_lengths
 from mla.bench.doubts.pass_times import PassTimes
 from mla.bench.measure import engine, stages, warmup
 from mla.bench.measure.passes import PassRunner
@@ -26,8 +26,6 @@ def script_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         made = make_runner(self, *arguments)
         scripted = getattr(self._backend, "scripted", None)
         if scripted is not None:
-            for module, name in ((beside, "doubt"), (backend_clocks, "device_doubt")):
-                monkeypatch.setattr(module, name, lambda *_: "")
             made.timer = made.timer or scripted()
             made.scripted = scripted  # type: ignore[attr-defined]
         return made
@@ -53,7 +51,17 @@ def script_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         backend = synchronize.__self__
         return backend.scripted() if hasattr(backend, "scripted") else stages_timer(synchronize)
 
+    def doubts(one: Any, *others: Any) -> list[str]:
+        return [] if hasattr(one, "scripted") else look_for_doubts(one, *others)
+
+    def time_new_lengths(one: Any, *others: Any, **options: Any) -> Any:
+        scripted = hasattr(one.setting.backend, "scripted")
+        return None if scripted else measure_new_lengths(one, *others, **options)
+
     stages_timer = stages.HostTimer
+    look_for_doubts, measure_new_lengths = evidence.doubts, new_lengths.measure
+    monkeypatch.setattr(evidence, "doubts", doubts)
+    monkeypatch.setattr(new_lengths, "measure", time_new_lengths)
     monkeypatch.setattr(Setup, "_runner", runner)
     monkeypatch.setattr(PassRunner, "idle", lambda *_: PassTimes())
     monkeypatch.setattr(engine, "warm_up", warmed)

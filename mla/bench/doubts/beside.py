@@ -2,7 +2,8 @@
 
 A `synchronize` that returns early, or an op that finishes its work later, moves work out of the timed
 regions. It still has to be done before the outputs are read. So the time of a pass that belongs to no forward
-is compared with that of an idle pass, which does everything but the forwards.
+is compared with that of an idle pass, which does everything but the forwards. Both are disturbed by whatever
+else runs on a machine: quiet passes must be slower than disturbed idle ones.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from mla.bench.doubts.pass_times import PassTimes
+from mla.bench.results.stats import percentile
 
 # The share of the forwards' own time that may pass beside them. Honest passes were at most 0.15 on a busy
 # machine with two CPUs; hiding a whole forward gives far more than 1.
@@ -26,20 +28,24 @@ def doubt(passes: Sequence[PassTimes], idle: Sequence[PassTimes], on_host: bool)
 
     On the host (`on_host`) the process's CPU time must say the same, which other processes do not disturb.
     """
-    wall = median(_excess(one.beside, other.beside, one) for one, other in zip(passes, idle, strict=True))
     regions = median(one.regions for one in passes)
-    if wall <= MOST * regions:
+    slack = SLACK * passes[0].forwards
+    hidden = _excess([one.beside for one in passes], [one.beside for one in idle]) - slack
+    if hidden <= MOST * regions:
         return ""
-    cpu = median(
-        _excess(one.beside_cpu, other.beside_cpu, one) for one, other in zip(passes, idle, strict=True)
-    )
-    if on_host and cpu <= MOST * median(one.regions_cpu for one in passes):
+    busy = _excess([one.beside_cpu for one in passes], [one.beside_cpu for one in idle]) - slack
+    if on_host and busy <= MOST * median(one.regions_cpu for one in passes):
         return ""
-    share = 100 * regions / (regions + wall)
+    share = 100 * regions / (regions + hidden)
     return (
-        f"its clock covers {share:.0f}% of the time that its passes took: {wall:.3g} ms of work per pass ran "
-        "outside the timed forwards, as if `synchronize` returned early"
+        f"its clock covers {share:.0f}% of the time that its passes took: {hidden:.3g} ms of work per pass "
+        "ran outside the timed forwards, as if `synchronize` returned early"
     )
+
+
+def _excess(beside: Sequence[float], idle: Sequence[float]) -> float:
+    """Return by how much a quiet pass exceeds a disturbed idle one: their lower and upper quartiles."""
+    return percentile(beside, 25) - percentile(idle, 75)
 
 
 def empty_doubt(passes: Sequence[PassTimes], idle: Sequence[PassTimes]) -> str:
@@ -52,7 +58,3 @@ def empty_doubt(passes: Sequence[PassTimes], idle: Sequence[PassTimes]) -> str:
         f"waiting for an idle device takes {empty:.3g} ms, longer than a forward with its wait "
         f"({full:.3g} ms): `synchronize` is not the same for everybody"
     )
-
-
-def _excess(beside: float, idle: float, one: PassTimes) -> float:
-    return beside - idle - SLACK * one.forwards

@@ -39,8 +39,8 @@ class PassRunner:
     """Runs and times the passes of one implementation in one variant.
 
     The host clock is the runner's own, around forward and `synchronize`. It starts when the inputs are there
-    and the device has finished all else; the backend has no turn in between, so it cannot work on them earlier.
-    A `timer` is the device's clock, and is read inside that.
+    and the device has finished all else; the backend has no turn in between, so it cannot work ahead. A
+    `timer` is the device's clock, and is read inside that.
     """
 
     def __init__(

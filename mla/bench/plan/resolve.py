@@ -43,7 +43,7 @@ def resolve(options: RunOptions) -> Request:
 
 
 def _keep_functions() -> None:
-    """Load the modules that keep clocks and methods of torch for themselves, before a plugin can replace them.
+    """Load the modules that keep clocks and methods of torch for themselves, before a plugin replaces them.
 
     Without a usable torch they cannot be loaded, and opening the backend says so.
     """

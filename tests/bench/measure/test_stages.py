@@ -333,4 +333,7 @@ def test_show_prints_stages_and_limits_without_torch(
     done = process("show", "run.json", path=[tmp_path])
     assert done.code == 0
     assert "stages of prefill, mla " in done.out
-    assert "\nlimit of reading: 50 GB/s (measured: sum, 3 MiB)\n\nPrefill Latency: 2 ms\n" in done.out
+    assert (
+        "\nlimit of reading: 50 GB/s (measured: sum, 3 MiB)\n\nprefill: only mla has a number: 2 ms, no limit known\n\nPrefill Latency: 2 ms\n"
+        in done.out
+    )
