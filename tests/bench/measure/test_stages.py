@@ -334,6 +334,6 @@ def test_show_prints_stages_and_limits_without_torch(
     assert done.code == 0
     assert "stages of prefill, mla " in done.out
     assert (
-        "\nlimit of reading: 50 GB/s (measured: sum, 3 MiB)\n\nprefill: only mla has a number: 2 ms, no limit known\n\nPrefill Latency: 2 ms\n"
+        "\nlimit of reading: 50 GB/s (measured: sum, 3 MiB)\n\nprefill: only mla has a number: 2 ms"
         in done.out
     )
