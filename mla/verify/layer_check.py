@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mla.verify.places import Places, pattern_of
 from mla.verify.tolerances import BOUNDS, ROW_SLACK, TINY, relative_error, row_errors
 from mla.verify.verdict import Check
 
@@ -25,6 +26,17 @@ class Forward:
     found: torch.Tensor
     expected: torch.Tensor  # float64, on the host
     where: str
+    places: Callable[[], Places] | None = None  # of its rows, asked for when some are wrong
+
+    def name(self, row: int) -> str:
+        """Return what a row is and which forward it belongs to."""
+        named = f"token {row}" if self.places is None else self.places().name(row)
+        return f"{named} of {self.where}"
+
+    def common(self, bad: torch.Tensor) -> str:
+        """Return what bad rows [T] have in common, as a clause to append; "" where nothing is clear."""
+        found = "" if self.places is None else pattern_of(bad, self.places())
+        return f"; {found}" if found else ""
 
 
 @dataclass
@@ -86,8 +98,9 @@ class _Tally:
         self.count += gap.numel()
         broken = ~gap.isfinite()
         if bool(broken.any()):
-            token = int(broken.nonzero()[0, 0])
-            self.place = self.place if self.broken else f"the first is token {token} of {forward.where}"
+            if not self.broken:
+                first = forward.name(int(broken.nonzero()[0, 0]))
+                self.place = f"the first is {first}{forward.common(broken)}"
             self.broken += int(broken.sum())
             return
         self._squares.append((gap.norm().item(), size.norm().item()))
@@ -99,7 +112,8 @@ class _Tally:
             self.worst = worst
             token = int(ratios.argmax())
             if worst > 1 and not self.broken:
-                self.place = f"token {token} of {forward.where} with relative error {errors[token]:.1e}"
+                named = f"{forward.name(token)} with relative error {errors[token]:.1e}"
+                self.place = f"{named}{forward.common(ratios > 1)}"
 
     def verdict(self) -> Check:
         if self.broken:

@@ -10,8 +10,9 @@ import torch
 
 from mla.bench.subjects.inputs import expected_outputs, make_inputs
 from mla.bench.workload.scenario import Scenario
-from mla.verify.layer_check import Checker
+from mla.verify.layer_check import Checker, Forward
 from mla.verify.layer_oracle import oracle
+from mla.verify.places import Places
 from mla.verify.tolerances import BOUNDS
 from mla.weights import random_state_dict
 
@@ -141,3 +142,19 @@ def test_inputs_follow_the_seed_and_are_random_in_every_channel(tiny: Callable[.
     assert bool((first.hidden.float().std(dim=(0, 1)) > 0).all())
     assert [tuple(kv.shape) for kv, _ in first.history] == [(9, 32), (0, 32)]
     assert len({step.numpy(force=True).tobytes() for step in first.hidden.float()}) == 4
+
+
+def test_wrong_rows_are_named_by_what_they_are_and_have_in_common(expected: torch.Tensor) -> None:
+    places = Places.new_tokens((2, 3), (6, 3), torch.tensor([[7, 5], [2, 0]]), page_size=4)
+    found = expected[1].clone()
+    found[2:] *= 1.05
+    found[3] *= 2
+    forward = Forward(1, found, expected[1], "step 1", lambda: places)
+    reason = checker(expected).check_forwards([forward], held_to_reference=False).reason
+    assert reason.startswith(
+        "3 of 5 output rows are too far from the oracle; worst is request 1, position 1 (row 3; "
+    )
+    assert " page 2, slot 1) of step 1 with relative error 1.1e+00; every row of request 1" in reason
+    found[1] = torch.nan
+    reason = checker(expected).check_forwards([forward], held_to_reference=False).reason
+    assert "; the first is request 0, position 5 (row 1; page 5, slot 1) of step 1" in reason

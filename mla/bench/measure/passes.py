@@ -98,9 +98,10 @@ class PassRunner:
         idle = self.idle(idle_number, heartbeat)
         found = self.run(number, heartbeat)
         times = found.samples
-        if not (math.isfinite(sum(times)) and statistics.median(times) > 0):
-            clock = self.samples.clock
-            raise ClockError(f"the {clock} clock of this backend measured {times[0]} ms for a forward.")
+        impossible = [one for one in times if not 0 <= one < math.inf]
+        if impossible or not statistics.median(times):
+            clock, reading = self.samples.clock, [*impossible, 0.0][0]
+            raise ClockError(f"the {clock} clock of this backend measured {reading} ms for a forward.")
         self.idles.append(idle)
         self.passes.append(found)
         self.samples.passes.append(times)

@@ -131,7 +131,8 @@ def _no_graphs(backend: Backend) -> str:
             return ""
     except Exception as error:  # noqa: BLE001  # a stack raises anything when it cannot capture
         return f"backend '{backend.name}' cannot capture graphs: {describe(error)}"
-    return f"backend '{backend.name}' offers no graphs, or only with -O graph=on"
+    option = ", or only with -O graph=on" if "graph" in backend.known_options() else ""
+    return f"backend '{backend.name}' offers no graphs{option}"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -118,7 +119,7 @@ def environment(file: ResultFile) -> list[tuple[str, str]]:
     """Return everything a file records about where and how it was measured."""
     run = file.run
     rows = [
-        ("command", " ".join(run.argv)),
+        ("command", " ".join([*run.argv[:1], shlex.join(run.argv[1:])])),
         ("created", run.created),
         ("commit", run.git_commit or "unknown"),
         ("schema version", str(run.schema_version)),

@@ -17,7 +17,7 @@ from mla.command.backend import OpenedBackend
 from mla.command.console import note
 from mla.command.progress import Progress
 from mla.text import dtype_name, size
-from mla_backends.errors import first_line
+from mla_backends.errors import first_line, plugin_code
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +113,8 @@ def run_tasks(tasks: list[Task]) -> Findings:
                 break
             progress.advance(what, 0)
             try:
-                found.ceilings += measure()
+                with plugin_code():
+                    found.ceilings += measure()
             except KeyboardInterrupt:
                 found.interrupted = True
                 break

@@ -18,6 +18,7 @@ from mla.cache.ragged_batch import RaggedBatch
 from mla.command.clock import now_ns
 from mla.layer.attention import MLA
 from mla.verify.layer_oracle import State
+from mla.verify.places import Places
 from mla.verify.poison import Poison
 
 
@@ -133,6 +134,12 @@ class MlaLayer(LayerImplementation):
     def forward(self, batch: RaggedBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """Run the layer on any batch of the cache."""
         self.layer(hidden, batch, self._cache.pages[0], out=out)
+
+    def places(self, step: int) -> Places:
+        size = self._cache.page_size
+        pages = [self._cache.slots(sequence)[::size].cpu() // size for sequence in self._sequences]
+        table = torch.nn.utils.rnn.pad_sequence(pages, batch_first=True)
+        return Places.new_tokens(self.scenario.query_lens, self.scenario.kv_lens(step), table, size)
 
     def cache_bytes(self) -> int:
         return self._cache.pages.nbytes

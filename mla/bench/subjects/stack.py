@@ -87,7 +87,7 @@ class MlaStack(MlaLayer):
 
     def _check_layer(self, checker: LayerChecker, index: int) -> Check:
         forwards = self._forwards(checker, index)
-        rolled = [replace(one, found=one.found.roll(-index, -1)) for one in forwards]
+        rolled = (replace(one, found=one.found.roll(-index, -1)) for one in forwards)
         return checker.check_forwards(rolled, self.held_to_reference)
 
     def _cached(self, index: int) -> bool:

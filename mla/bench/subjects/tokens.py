@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from mla.bench.subjects.turned import TurnedHidden
 from mla.bench.subjects.turns import Turn, forward_number
 from mla.bench.workload.scenario import Scenario
 from mla.verify.layer_check import Checker, Forward
+from mla.verify.places import Places
 from mla.verify.tolerances import relative_error
 from mla.verify.verdict import Check
 
@@ -35,10 +38,10 @@ class LayerChecker(Checker):
         """Return the relative error of the oracle's own outputs, rounded to the dtype."""
         return relative_error((self.expected.to(self.dtype), self.expected))
 
-    def forward(self, step: int, turn: Turn, found: torch.Tensor, where: str) -> Forward:
-        """Return one forward's outputs [T, d] with what they should be."""
+    def expected_rows(self, step: int, turn: Turn) -> torch.Tensor:
+        """Return what the outputs [T, d] of one forward should be."""
         assert self.turned is not None
-        return Forward(step, found, self.turned.rows(step, turn), where)
+        return self.turned.rows(step, turn)
 
 
 class LayerImplementation(Implementation):
@@ -127,13 +130,17 @@ class LayerImplementation(Implementation):
             "several times"
         )
 
-    def _forwards(self, checker: LayerChecker, part: Any = ...) -> list[Forward]:
-        """Return what was collected, or a `part` of every output, as the checker wants it."""
+    def _forwards(self, checker: LayerChecker, part: Any = ...) -> Iterator[Forward]:
+        """Yield what was collected, or a `part` of every output, as the checker wants it."""
         word = "step" if self.scenario.mode == "decode" else "forward"
-        return [
-            checker.forward(self._step(index), turn, found[part], f"{word} {index}")
-            for index, (turn, found) in sorted(self._collected.items())
-        ]
+        for index, (turn, found) in sorted(self._collected.items()):
+            step = self._step(index)
+            expected, places = checker.expected_rows(step, turn), partial(self.places, step)
+            yield Forward(step, found[part], expected, f"{word} {index}", places)
+
+    def places(self, step: int) -> Places:
+        """Return what the rows of a forward are."""
+        return Places.new_tokens(self.scenario.query_lens, self.scenario.kv_lens(step))
 
     def forwards(self, checker: LayerChecker) -> dict[int, Forward]:
         """Return what was collected, by forward, with what it should be."""
