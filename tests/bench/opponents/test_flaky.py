@@ -11,17 +11,17 @@ from opponents.flaky import Flaky
 Play = Callable[..., Any]
 
 
-@pytest.mark.parametrize("scenario", ["prefill", "decode"])
 @pytest.mark.parametrize(
-    "bug",
+    ("bug", "scenario"),
     [
-        {"every": 5},
-        {"every": 10, "row": 3},
-        {"every": 5, "by_chance": True},
-        {"every": 10, "row": 0, "factor": 1.5},
-        {"every": 30, "row": 7, "factor": -1.0},
-        {"every": 25, "factor": 0.0, "after": 40},
-        {"every": 10, "row": 2, "factor": float("inf")},
+        ({"every": 5}, "prefill"),
+        ({"every": 10, "row": 3}, "prefill"),
+        ({"every": 10, "row": 3}, "decode"),
+        ({"every": 5, "by_chance": True}, "prefill"),
+        ({"every": 10, "row": 0, "factor": 1.5}, "decode"),
+        ({"every": 30, "row": 7, "factor": -1.0}, "prefill"),
+        ({"every": 25, "factor": 0.0, "after": 40}, "decode"),
+        ({"every": 10, "row": 2, "factor": float("inf")}, "prefill"),
     ],
     ids=str,
 )

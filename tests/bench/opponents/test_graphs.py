@@ -13,17 +13,17 @@ Play = Callable[..., Any]
 GRAPHS = ("--mode", "eager,graph", "--cache", "warm", "--clock", "host")
 
 
-@pytest.mark.parametrize("scenario", ["prefill", "decode"])
 @pytest.mark.parametrize(
-    "opponent",
+    ("opponent", "scenario"),
     [
-        partial(EmptyReplays, 2),
-        partial(EmptyReplays, 3, honest=12),
-        partial(EmptyReplays, 1000, honest=20),
-        partial(FlakyReplays, 5),
-        partial(FlakyReplays, 10),
+        (partial(EmptyReplays, 2), "prefill"),
+        (partial(EmptyReplays, 2), "decode"),
+        (partial(EmptyReplays, 3, honest=12), "prefill"),
+        (partial(EmptyReplays, 1000, honest=20), "decode"),
+        (partial(FlakyReplays, 5), "decode"),
+        (partial(FlakyReplays, 10), "prefill"),
     ],
-    ids=["every 2nd", "every 3rd", "the first 20", "1 in 5 spoilt", "1 in 10 spoilt"],
+    ids=["2, prefill", "2, decode", "3", "the first 20", "1 in 5 spoilt", "1 in 10 spoilt"],
 )
 def test_a_replay_that_does_nothing_or_not_the_same(
     play: Play, opponent: Callable[..., Graphs], scenario: str

@@ -39,7 +39,7 @@ def test_an_honest_backend_keeps_its_number(play: Play, kind: str, scenario: str
 
 
 @pytest.mark.parametrize("scenario", ["prefill", "decode"])
-@pytest.mark.parametrize("seed", ["1", "2", "3"])
+@pytest.mark.parametrize("seed", ["1", "2"])
 def test_an_honest_backend_keeps_its_number_whatever_the_inputs(play: Play, seed: str, scenario: str) -> None:
     duel = play(Opponent(), scenario, "--seed", seed)
     assert duel.stands, str(duel)
@@ -59,8 +59,8 @@ def test_an_honest_device_clock_is_believed(play: Play, scenario: str) -> None:
     assert {one.clock for one in duel.case().timings if one.latency_ms is not None} == {"host", "device"}
 
 
-@pytest.mark.parametrize("op", ["latent_attention", "o_proj", "rotate_query", "write_latent", "w_uv"])
+@pytest.mark.parametrize("op", ["latent_attention", "o_proj", "write_latent"])
 def test_an_honest_op_keeps_its_number(play: Play, op: str) -> None:
-    kind = {"o_proj": "linear", "w_uv": "batched_linear"}.get(op, op)
+    kind = {"o_proj": "linear"}.get(op, op)
     duel = play(Opponent(kinds=(kind,)), f"op {op}", "--batch", "8", "--runs", "10", "--passes", "6")
     assert duel.stands, str(duel)

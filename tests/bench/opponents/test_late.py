@@ -11,18 +11,41 @@ from opponents.late import COPIES, HastyClock, Late
 Play = Callable[..., Any]
 
 
-@pytest.mark.parametrize("copies", [(), ("cpu",), COPIES])
-@pytest.mark.parametrize("waits", ["at a start", "never", "when a pass begins"])
+@pytest.mark.parametrize(
+    ("waits", "copies"),
+    [
+        ("at a start", ()),
+        ("at a start", ("cpu",)),
+        ("at a start", COPIES),
+        ("never", ()),
+        ("never", COPIES),
+        ("when a pass begins", COPIES),
+    ],
+)
 def test_a_wait_that_does_not_wait_at_the_stop(play: Play, waits: str, copies: tuple[str, ...]) -> None:
     """Outputs are not there when their clock has stopped, or the time shows up between the timed regions."""
     duel = play(Late(waits, copies))
     assert duel.lost, str(duel)
 
 
-@pytest.mark.parametrize("scenario", ["prefill", "decode"])
-@pytest.mark.parametrize("waits", ["every 2nd stop", "every 5th stop", "4 stops of 5"])
+@pytest.mark.parametrize(
+    ("waits", "scenario"),
+    [
+        ("every 2nd stop", "decode"),
+        ("every 5th stop", "prefill"),
+        ("4 stops of 5", "decode"),
+        ("4 stops of 5", "prefill"),
+    ],
+)
 def test_a_wait_that_waits_only_now_and_then(play: Play, waits: str, scenario: str) -> None:
     duel = play(Late(waits, COPIES), scenario)
+    assert duel.lost, str(duel)
+
+
+@pytest.mark.parametrize("waits", ["every 2nd stop", "never"])
+def test_an_op_alone_that_is_late(play: Play, waits: str) -> None:
+    opponent = Late(waits, COPIES, kinds=("latent_attention",))
+    duel = play(opponent, "op latent_attention", "--batch", "8", "--kv", "100", "--runs", "8")
     assert duel.lost, str(duel)
 
 

@@ -15,23 +15,46 @@ from mla_backends.api import Peak
 Play = Callable[..., Any]
 URL = "https://opponent.example/sheet"
 COLD = ("--mode", "eager", "--cache", "warm,cold", "--clock", "host")
+Honest = Callable[[str], dict[str, float]]
 # A sweep of less is not called cold.
 SWEPT_MIB = 32
 
+_limits: dict[str, dict[str, float]] = {}
 
-@pytest.mark.parametrize("factor", [3, 30])
-@pytest.mark.parametrize("what", [("bandwidth",), ("flops",), ("bandwidth", "flops")], ids="+".join)
-@pytest.mark.parametrize("scenario", ["prefill", "decode"])
+
+@pytest.fixture
+def honest(play: Play) -> Honest:
+    """Return a function that measures the limits of an honest run, once per scenario: work -> the highest."""
+
+    def honest(scenario: str) -> dict[str, float]:
+        if scenario not in _limits:
+            found = sorted(play(Opponent(), scenario).run.ceilings, key=lambda one: one.value)
+            _limits[scenario] = {one.work: one.value for one in found}
+        return _limits[scenario]
+
+    return honest
+
+
+@pytest.mark.parametrize(
+    ("what", "factor", "scenario"),
+    [
+        (("bandwidth",), 30, "decode"),
+        (("flops",), 3, "prefill"),
+        (("flops",), 30, "decode"),
+        (("bandwidth", "flops"), 3, "prefill"),
+        (("bandwidth", "flops"), 30, "decode"),
+    ],
+)
 def test_a_declared_peak_that_is_too_low(
-    play: Play, what: tuple[str, ...], factor: float, scenario: str
+    play: Play, honest: Honest, what: tuple[str, ...], factor: float, scenario: str
 ) -> None:
     """What can be measured is not below the peak, so the peak is in doubt or the measured limit counts."""
-    honest = {one.work: one.value for one in play(Opponent(), scenario).run.ceilings}
+    limits = honest(scenario)
     peaks: dict[str, Any] = {}
     if "bandwidth" in what:
-        peaks["bandwidth"] = Peak(honest["read"] / factor, URL)
+        peaks["bandwidth"] = Peak(limits["read"] / factor, URL)
     if "flops" in what:
-        peaks["flops"] = {"float32": Peak(honest["matmul"] / factor, URL)}
+        peaks["flops"] = {"float32": Peak(limits["matmul"] / factor, URL)}
     duel = play(Opponent(**peaks), scenario)
     case = duel.case()
     false = case.roofline.peak_source == URL and case.roofline.fraction is not None
@@ -39,21 +62,23 @@ def test_a_declared_peak_that_is_too_low(
     assert (case.roofline.fraction or 0) <= 1, str(duel)
 
 
-@pytest.mark.parametrize("scenario", ["prefill", "decode"])
-@pytest.mark.parametrize(("ms", "collecting_only"), [(3.0, True), (1.0, True), (1.0, False)])
+@pytest.mark.parametrize(
+    ("ms", "collecting_only", "scenario"),
+    [(3.0, True, "prefill"), (3.0, True, "decode"), (1.0, True, "decode"), (1.0, False, "prefill")],
+)
 def test_a_wait_that_is_slow_while_limits_are_measured(
-    play: Play, ms: float, collecting_only: bool, scenario: str
+    play: Play, honest: Honest, ms: float, collecting_only: bool, scenario: str
 ) -> None:
     """The ops are honest: what is wrong is the limit, if it is at all."""
-    honest = {one.work: one.value for one in play(Opponent(), scenario).run.ceilings}
+    limits = honest(scenario)
     duel = play(SlowWait(ms, collecting_only), scenario)
     assert (duel.case().roofline.fraction or 0) <= 1, str(duel)
     found = {one.work: one.value for one in duel.run.ceilings}
-    lower = [work for work in honest if found[work] < honest[work] / 3]
+    lower = [work for work in limits if found[work] < limits[work] / 3]
     assert duel.number_or_percentage_lost or not lower, str(duel)
 
 
-@pytest.mark.parametrize("cache_bytes", [4096, 64 << 10, 1 << 20, 4 << 20])
+@pytest.mark.parametrize("cache_bytes", [4096, 64 << 10, 1 << 20])
 def test_a_sweep_of_a_tiny_declared_cache_is_not_called_cold(play: Play, cache_bytes: int) -> None:
     duel = play(Opponent(cache_bytes=cache_bytes), ways=COLD)
     for cold in [one for one in duel.case().timings if one.latency_ms is not None]:
@@ -62,17 +87,16 @@ def test_a_sweep_of_a_tiny_declared_cache_is_not_called_cold(play: Play, cache_b
         assert float(swept[1]) * {"K": 1 / 1024, "M": 1, "G": 1024}[swept[2]] >= SWEPT_MIB, cold.method
 
 
-def test_a_wait_that_reads_the_weights_again(play: Play) -> None:
-    duel = play(WarmingWait(cache_bytes=16 << 20), ways=COLD)
-    cold = [one for one in duel.case().timings if one.cache == "cold"]
-    kept = [one for one in cold if one.latency_ms is not None and one.check.status == "ok"]
-    assert duel.number_or_percentage_lost or not kept, str(duel)
+def test_a_wait_that_reads_the_weights_again_has_no_turn_between_the_sweep_and_the_clock(play: Play) -> None:
+    opponent = WarmingWait(cache_bytes=16 << 20)
+    duel = play(opponent, ways=COLD)
+    assert duel.lost or opponent.turns < 0.3 * opponent.forwards, "only forwards that make no number"
 
 
 @pytest.mark.parametrize(("rows", "share"), [(1024, 0.0), (1024, 0.5), (2048, 0.0)])
-def test_a_product_that_is_too_fast_is_no_limit(play: Play, rows: int, share: float) -> None:
+def test_a_product_that_is_too_fast_is_no_limit(play: Play, honest: Honest, rows: int, share: float) -> None:
     """It returns at once, or computes half of its rows: wrong products do not count, however fast."""
-    honest = max(one.value for one in play(Opponent()).run.ceilings if one.work == "matmul")
+    limit = honest("decode")["matmul"]
     duel = play(TooFast(rows, share))
-    assert max(one.value for one in duel.run.ceilings if one.work == "matmul") < 1.8 * honest, str(duel)
+    assert max(one.value for one in duel.run.ceilings if one.work == "matmul") < 1.8 * limit, str(duel)
     assert (duel.case().roofline.fraction or 0) <= 1

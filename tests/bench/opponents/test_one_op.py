@@ -11,8 +11,22 @@ from opponents.once import ComputedOnce
 Play = Callable[..., Any]
 
 
-@pytest.mark.parametrize("op", ["latent_attention", "o_proj", "expanded_attention", "w_uk", "rotate_query"])
-@pytest.mark.parametrize("skips", ["filled", "after 1", "after 2", "every 2", "every 5"])
+@pytest.mark.parametrize(
+    ("op", "skips"),
+    [
+        ("latent_attention", "filled"),
+        ("latent_attention", "after 1"),
+        ("latent_attention", "after 2"),
+        ("latent_attention", "every 5"),
+        ("o_proj", "filled"),
+        ("o_proj", "every 2"),
+        ("expanded_attention", "after 1"),
+        ("expanded_attention", "every 5"),
+        ("w_uk", "filled"),
+        ("rotate_query", "after 2"),
+        ("rotate_query", "every 2"),
+    ],
+)
 def test_a_call_that_is_not_computed(play: Play, op: str, skips: str) -> None:
     kind = {"o_proj": "linear", "w_uk": "batched_linear"}.get(op, op)
     opponent = ComputedOnce(kind, skips)

@@ -12,9 +12,15 @@ from opponents.thief import Thief
 Play = Callable[..., Any]
 
 
-@pytest.mark.parametrize("scenario", ["prefill", "decode"])
-@pytest.mark.parametrize("computes", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "computes", "scenario"),
+    [
+        (torch.float64, False, "prefill"),
+        (torch.float64, True, "decode"),
+        (torch.float64, True, "prefill"),
+        (torch.float32, True, "decode"),
+    ],
+)
 def test_an_output_copied_from_the_oracle(
     play: Play, dtype: torch.dtype, computes: bool, scenario: str
 ) -> None:

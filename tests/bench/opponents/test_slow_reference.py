@@ -6,15 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from opponents.slow_reference import PatchedReference
+from opponents.slow_reference import PatchedReference, SlowsOthers
 
 Play = Callable[..., Any]
 
 
-@pytest.mark.parametrize("ms", [2.0, 0.5])
-@pytest.mark.parametrize("how", ["table", "class"])
+@pytest.mark.parametrize(("how", "ms"), [("table", 2.0), ("class", 0.5)])
 def test_a_reference_that_a_plugin_replaced(play: Play, how: str, ms: float) -> None:
     duel = play(PatchedReference(how, ms), implementations="mla,mla-reference")
     reference = duel.case("mla-reference")
     named = "mla.reference" in duel.out + duel.err + reference.check.reason
     assert named or reference.latency_ms is None, str(duel)
+
+
+@pytest.mark.parametrize("ms", [5.0, 20.0])
+def test_a_wait_that_is_slow_for_others_alone(play: Play, ms: float) -> None:
+    """An idle device is waited for as long as the reference's forwards take: nobody's wait is believed."""
+    duel = play(SlowsOthers(ms), implementations="mla,mla-reference")
+    assert duel.lost, str(duel)
+    assert "synchronize" in duel.case().check.reason

@@ -97,8 +97,9 @@ class Opponent(HostBackend):
         self.passes = 0  # begun
         self.steps = 0  # forwards finished in this pass
         self.forwards = 0  # finished
+        self.eased = 0  # forwards of which some calls were not made
         self.gains = 0  # calls that were not really made, or not rightly
-        self._keys = 0
+        self._keys = self._gains_before = 0
         self._calls_ms = 0.0
         self.forward_ms: list[float] = []  # by our own stopwatch: what the calls of each forward took
 
@@ -132,6 +133,8 @@ class Opponent(HostBackend):
         self._calls_ms += (_now() - start) / 1e6
         if call.is_last or len(self.ops()) == 1:
             self.forward_ms.append(self._calls_ms)
+            self.eased += self.gains > self._gains_before
+            self._gains_before = self.gains
             self._calls_ms = 0.0
             self.steps, self.forwards = self.steps + 1, self.forwards + 1
 
@@ -146,6 +149,11 @@ class Opponent(HostBackend):
     def gain(self) -> None:
         """Count a call that was not made."""
         self.gains += 1
+
+    @property
+    def hardly_eased(self) -> bool:
+        """Whether no pass that was timed can have been easier: a few forwards that make no number repeat."""
+        return self.eased < 0.3 * self.forwards
 
     def typical_ms(self) -> float:
         """Return what the calls of a forward really took: its latency cannot be less."""

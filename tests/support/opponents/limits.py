@@ -30,6 +30,8 @@ class WarmingWait(Opponent):
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
         self._weights: list[torch.Tensor] = []
+        self._running, self._waited = False, 0
+        self.turns = 0  # forwards right before which it was called, the first of a pass aside
         for op in self.ops().values():
             op.pack = self._keeping(op.pack)  # type: ignore[method-assign]
 
@@ -41,7 +43,14 @@ class WarmingWait(Opponent):
 
         return keeping
 
+    def call(self, call: Call) -> None:
+        if not self._running:
+            self.turns += self.steps > 0 and self._waited > 1  # once is the end of the forward before
+        self._running, self._waited = not call.is_last, 0
+        call.make()
+
     def synchronize(self) -> None:
+        self._waited += 1
         for weight in self._weights[-8:]:
             weight.sum()
 
