@@ -1,0 +1,37 @@
+"""What no check here can see is written down, with what a reader can do about it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def section() -> str:
+    """Return the section of the method's page, on one line."""
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    (found,) = re.findall(r"^## Known limits\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    return " ".join(str(found).split())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "A backend is trusted code in the same process",
+        "finds the expected outputs in memory",
+        "patches C code",
+        "per request or per row",
+        "slows down only others",
+        "new lengths",
+        "read the plugin",
+        "python -m mla.conformance",
+        "stopwatch",
+        "in a run of its own",
+    ],
+)
+def test_the_methods_page_says(section: str, said: str) -> None:
+    assert said in section
