@@ -16,14 +16,14 @@ import functools, time
 from mla.bench.measure import passes
 from mla_backends.testing import HostBackend
 
-counter, inner = time.perf_counter_ns, passes.PassRunner.time_pass
+counter, inner = time.perf_counter_ns, passes.PassRunner.run
 time.perf_counter_ns = lambda: counter() // 10
 
 @functools.wraps(inner)
-def time_pass(self, *arguments):
+def run(self, *arguments):
     return inner(self, *arguments)
 
-passes.PassRunner.time_pass = time_pass
+passes.PassRunner.run = run
 
 class Foe(HostBackend):
     name = "foe"
@@ -54,11 +54,11 @@ def test_what_a_plugin_patches_at_import_costs_every_number(process: Bench, smal
     assert done.code not in (0, 1, 3, 4)
     assert {case.check.status for case in cases()} == {"doubtful"}
     for case in cases():
-        assert "PassRunner.time_pass by module foe" in case.check.reason
+        assert "PassRunner.run by module foe" in case.check.reason
         assert "time.perf_counter_ns by module foe" in case.check.reason
         assert (case.latency_ms, case.tokens_per_s, case.roofline) == (None, None, results.Roofline())
         assert all(timing.latency_ms is None for timing in case.timings)
-    assert "PassRunner.time_pass by module foe" in done.out
+    assert "PassRunner.run by module foe" in done.out
 
 
 def test_a_reference_that_a_plugin_replaces_is_named(process: Bench, small: list[str]) -> None:

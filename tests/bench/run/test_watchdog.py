@@ -55,14 +55,14 @@ def test_neither_beats_nor_silence_of_the_host_are(hung: Any) -> None:
 
 
 def hanging_after(calls: int) -> list[str]:
-    """Return the options of a backend whose op hangs after this many calls."""
-    words = f"--backend fake-wrong-op -O fault=hang -O after={calls} --implementations mla --warmups 0"
+    """Return the options of a backend whose op hangs after this many calls of decode."""
+    fault = f"-O fault=hang -O after={calls} -O tokens=2"
+    words = f"--backend fake-wrong-op {fault} --implementations mla --warmups 0"
     return words.split()
 
 
 def test_a_hanging_op_ends_the_run_and_keeps_what_was_finished(process: Bench, small: list[str]) -> None:
-    """The 9th call is the first of decode: prefill takes its check, six runs and one before them."""
-    done = process(*hanging_after(8), *small, "--hang-after", "4s", "-o", "run.json", fakes=["wrong_op"])
+    done = process(*hanging_after(0), *small, "--hang-after", "4s", "-o", "run.json", fakes=["wrong_op"])
     assert done.code == 3
     assert done.error == (
         "error: scenario 'decode', implementation 'mla': no forward finished in 4 s, so the device is "

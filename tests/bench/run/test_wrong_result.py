@@ -55,7 +55,7 @@ def test_a_wrong_op_gets_a_reason_and_no_number(
     assert done.error.startswith("wrong result: at least one implementation disagrees with the oracle")
     assert reason in done.out
     assert done.out.splitlines()[-1] == f"{scenario.title()}: no number, check: wrong"
-    assert not any(unit in done.out for unit in (" ms\n", " tok/s\n"))
+    assert " tok/s\n" not in done.out
     wrong, right = cases()["mla"], cases()["mla-reference"]
     assert wrong.check.status == "wrong"
     assert reason in wrong.check.reason
@@ -65,12 +65,12 @@ def test_a_wrong_op_gets_a_reason_and_no_number(
 
 
 def test_an_op_that_goes_wrong_while_it_is_timed_loses_its_numbers(measure: Bench) -> None:
-    """4 calls check it and 10 warm it up: 10 later, it is wrong in the middle of timing."""
+    """4 calls check it and 10 or more warm it up: later, it is wrong in the middle of timing."""
     done = measure("late", "-O", "after=24")
     assert done.code == 4
     wrong, right = cases()["mla"], cases()["mla-reference"]
     assert wrong.check.status == "wrong"
-    assert wrong.check.reason.startswith("correct before timing, wrong after it: ")
+    assert wrong.check.reason.startswith("right at first, wrong in pass ")
     assert (wrong.latency_ms, wrong.tokens_per_s) == (None, None)
     assert right.latency_ms is not None
     assert wrong.check.reason in done.out

@@ -25,9 +25,10 @@ class LoopAttention(FusedOp):
     contract = "latent_attention/1"
     nan_safe_tail = True
 
-    def __init__(self, fault, after):
+    def __init__(self, fault, after, tokens):
         self._fault = fault
         self._after = after
+        self._tokens = tokens  # counted are calls of so many, if not of any number
 
     def unsupported_reasons(self, spec):
         return [f"it has no kernel for {spec.num_heads} heads"] if self._fault == "spec" else []
@@ -39,7 +40,7 @@ class LoopAttention(FusedOp):
         return batch.query_lens, batch.kv_lens
 
     def __call__(self, state, *, q, cache, block_table, kv_lens, cu_q, softmax_scale, out, lse):
-        self._after -= 1
+        self._after -= self._tokens in (0, len(q))
         if self._fault == "raise" and self._after < 0:
             raise RuntimeError("the device ran out of memory\nin 3 lines\nof text")
         if self._fault == "hang" and self._after < 0:
@@ -66,7 +67,7 @@ class WrongOp(Backend):
 
     @classmethod
     def known_options(cls):
-        return ("threads", "fault", "after")
+        return ("threads", "fault", "after", "tokens")
 
     def probe(self):
         return Availability(ok=True)
@@ -86,7 +87,8 @@ class WrongOp(Backend):
         pass
 
     def ops(self):
-        return {"loop": LoopAttention(self.options.get("fault", "drop"), int(self.options.get("after", "0")))}
+        numbers = (int(self.options.get(name, "0")) for name in ("after", "tokens"))
+        return {"loop": LoopAttention(self.options.get("fault", "drop"), *numbers)}
 
 
 @hookimpl
