@@ -32,5 +32,5 @@ def test_a_call_that_is_not_computed(play: Play, op: str, skips: str) -> None:
     opponent = ComputedOnce(kind, skips)
     kv = ("--kv", "60") if op.endswith("attention") else ()
     duel = play(opponent, f"op {op}", "--batch", "8", "--runs", "10", "--passes", "6", *kv)
-    assert duel.lost or not opponent.gains, str(duel)
+    assert duel.lost or opponent.hardly_eased, str(duel)
     assert opponent.gains or skips in ("filled", "after 1", "after 2")
