@@ -14,7 +14,7 @@ MOST_FILES = 16
 # The floors of the house, the lowest first: a room imports only from floors below its own.
 FLOORS = (
     {"config"},
-    {"cache", "checkpoint", "cost", "bench.workload", "bench.doubts"},
+    {"cache", "checkpoint", "cost", "bench.workload"},
     {"reference"},
     {"layer"},
     {"command", "verify"},

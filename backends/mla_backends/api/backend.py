@@ -93,7 +93,7 @@ class Backend(ABC):
         return (torch.bfloat16, torch.float32)
 
     def timer(self) -> Timer:
-        """Return a timer for the headline numbers: host clock, synchronization included."""
+        """Return a timer on the host's clock, synchronization included; no number is from it, see README."""
         return HostTimer(self.synchronize)
 
     def device_timer(self) -> Timer | None:

@@ -72,7 +72,7 @@ def run(**values: Any) -> int:
 
     By default the two standard scenarios run with the deepseek-v2-lite config: a prefill of 4 requests with
     704 new tokens, and 100 decode steps of 16 requests. Outputs are checked against a float64 oracle before
-    and after timing. stdout carries the result, stderr everything else.
+    timing and in every pass. stdout carries the result, stderr everything else.
     """
     options = RunOptions(**values)
     budget = Budget(options.budget)
