@@ -24,7 +24,7 @@ Play = Callable[..., Any]
 def test_an_output_copied_from_the_oracle(
     play: Play, dtype: torch.dtype, computes: bool, scenario: str
 ) -> None:
-    """It loses, or its error, smaller than arithmetic of its dtype can make it, is remarked upon."""
+    """It is that of other inputs, or its error is smaller than arithmetic of its dtype can make it."""
     opponent = Thief(dtype, computes)
     duel = play(opponent, scenario)
-    assert duel.lost or not opponent.gains or "oracle" in duel.err, str(duel)
+    assert duel.lost or opponent.hardly_eased, str(duel)
