@@ -32,14 +32,23 @@ def weight_shapes(config: MLAConfig) -> dict[str, tuple[int, ...]]:
 def random_state_dict(
     config: MLAConfig, seed: int = 0, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, torch.Tensor]:
-    """Return host weights N(0, 1 / fan_in) and norms 1 + N(0, 0.01); smaller weights would hide bugs."""
+    """Return host weights N(0, 1 / fan_in), norms 1 + N(0, 0.01) and biases N(0, 0.01).
+
+    Smaller weights would hide bugs, and larger biases what attention adds to them.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return {name: _random(shape, generator, dtype) for name, shape in weight_shapes(config).items()}
+    shapes = weight_shapes(config)
+    return {
+        name: _random(shape, generator, dtype, middle=float(not name.endswith(".bias")))
+        for name, shape in shapes.items()
+    }
 
 
-def _random(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+def _random(
+    shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, middle: float
+) -> torch.Tensor:
     if len(shape) == 1:
-        return (1 + 0.1 * torch.randn(shape, generator=generator)).to(dtype)
+        return (middle + 0.1 * torch.randn(shape, generator=generator)).to(dtype)
     weight = torch.empty(shape, dtype=dtype)
     for rows in weight.split(4096):  # an fp32 copy of a large weight would double peak memory
         rows.copy_(torch.randn(rows.shape, generator=generator) * shape[1] ** -0.5)

@@ -61,8 +61,11 @@ class Parrot(Implementation):
         self.numbers.append(number)
         self._found = {}
 
-    def before(self, index: int) -> None:
-        self._note("before")
+    def ready(self, index: int) -> None:
+        self._note("ready")
+
+    def show(self, index: int) -> None:
+        self._note("show")
 
     def step(self, index: int) -> None:
         self._note("step")

@@ -11,32 +11,42 @@ from statistics import median
 from typing import Any
 
 from mla.bench.doubts.clock import now_ns
+from mla.bench.doubts.pass_times import PassTimes
+from mla.bench.results.stats import percentile
 from mla_backends.api import Backend, Timer
 
 # How far the growth of a region may be off on one of two clocks, as a ratio.
 WITHIN = 1.5
 # Growth below this many milliseconds says nothing: it is within the cost of reading clocks.
 LEAST = 0.02
-# Forwards of a short and of a long region, and pairs of them.
-SHORT, LONG, PAIRS = 1, 3, 7
+# Forwards of a long region, and pairs of short and long ones; turns of two ways to wait.
+LONG, PAIRS, TURNS = 3, 7, 3
+# Milliseconds of a forward that a device's clock may leave out: the host launches it, and waits.
+LAUNCH = 0.1
+# Milliseconds after which fewer repetitions will do.
+SLOW = 500.0
 
 
-def device_doubt(timer: Timer, forwards: Any, steps: int, restore: Callable[[], None]) -> str:
-    """Return why the device's clock cannot be right, or nothing. `forwards` as in `Forwards`."""
+def device_doubt(timer: Timer, forwards: Any, long: Sequence[int], restore: Callable[[], None]) -> str:
+    """Return why the device's clock cannot be right, or nothing.
+
+    `forwards` as in `Forwards`; `long` are the indices of several, of which the first is a short region.
+    """
     device, host = [], []
-    for _ in range(PAIRS):
+    for pair in range(PAIRS):
         restore()
-        short = _region(timer, forwards, range(min(SHORT, steps)))
+        short_times = _region(timer, forwards, long[:1])
         restore()
-        long = _region(timer, forwards, range(min(LONG, steps)))
-        device.append(long[0] - short[0])
-        host.append(long[1] - short[1])
+        times = _region(timer, forwards, long)
+        device.append(times[0] - short_times[0])
+        host.append(times[1] - short_times[1])
+        if pair == 2 and times[1] > SLOW:  # as good as exact
+            break
     mine, theirs = median(host), median(device)
-    if mine < LEAST or (theirs > 0 and 1 / WITHIN <= theirs / mine <= WITHIN):
+    if len(long) < 2 or mine < LEAST or (theirs > 0 and 1 / WITHIN <= theirs / mine <= WITHIN):
         return ""
-    return (
-        f"two more forwards take {theirs:.3g} ms on the clock '{timer.clock}' and {mine:.3g} ms on the host's"
-    )
+    more = f"{len(long) - 1} more forward{'s' * (len(long) > 2)} in a region"
+    return f"{more} count {theirs:.3g} ms on the clock '{timer.clock}' and {mine:.3g} ms on the host's"
 
 
 def _region(timer: Timer, forwards: Any, indices: Sequence[int]) -> tuple[float, float]:
@@ -46,9 +56,53 @@ def _region(timer: Timer, forwards: Any, indices: Sequence[int]) -> tuple[float,
     for index in indices:
         forwards.before(index)
         forwards.step(index)
-        forwards.after(index)
     taken = timer.stop()
     return taken, (now_ns() - start) / 1e6
+
+
+def region_doubt(passes: Sequence[PassTimes], idle: Sequence[PassTimes]) -> str:
+    """Return why the device's clock leaves out too much of its own regions, or nothing.
+
+    What a region takes on the host beyond an empty one is work, or the launch of it.
+    """
+    busy = percentile([sum(one.inside) for one in passes], 25)
+    empty = percentile([sum(one.inside) for one in idle], 75)
+    device = median(sum(one.samples) for one in passes)
+    if busy - empty <= WITHIN * device + LAUNCH * len(passes[0].samples):
+        return ""
+    return (
+        f"its clock says {device:.3g} ms for the forwards of a pass, and the host was busy with them for "
+        f"{busy - empty:.3g} ms between starting it and stopping it"
+    )
+
+
+def wait_doubt(
+    forwards: Any,
+    indices: Sequence[int],
+    restore: Callable[[], None],
+    synchronize: Callable[[], None],
+    wait: Callable[[], None],
+) -> str:
+    """Return why `synchronize` makes forwards seem slower than they are, or nothing.
+
+    The same forwards are waited for by it, and by copying a number to the host, in turns.
+    """
+    taken: list[list[float]] = [[], []]
+    for turn in range(2 * TURNS):
+        restore()
+        for index in indices:
+            forwards.before(index)
+            wait()
+            start = now_ns()
+            forwards.step(index)
+            (synchronize, wait)[turn % 2]()
+            taken[turn % 2].append((now_ns() - start) / 1e6)
+        if turn % 2 and sum(taken[0]) > SLOW:
+            break
+    theirs, copies = (min(times) for times in taken)
+    if theirs <= WITHIN * copies + LAUNCH:
+        return ""
+    return f"a forward takes {theirs:.3g} ms until `synchronize` returns, but is done after {copies:.3g} ms"
 
 
 def timer_doubt(backend: Backend, forwards: Any, steps: int, restore: Callable[[], None]) -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import torch
+
 from mla.bench.doubts import backend_clocks, beside
+from mla.bench.doubts.device_wait import DeviceWait
 from mla.bench.doubts.pass_times import PassTimes
 from mla.bench.subjects.base import Implementation
 from mla_backends.api import Backend, Timer
+
+# Pairs of an idle and a timed pass that are compared at least, before the time beside forwards is doubted.
+FEWEST = 6
 
 
 class Timed(Protocol):
@@ -22,22 +28,59 @@ class Timed(Protocol):
     passes: list[PassTimes]
     idles: list[PassTimes]
 
+    @property
+    def headline(self) -> bool: ...
 
-def doubts(one: Timed, backend: Backend, checker: Any, numbers: Iterator[int]) -> list[str]:
-    """Return why times cannot be right, a clause each. Some forwards are run; their passes take `numbers`."""
-    forwards, steps = one.forwards, len(one.steps.run)
+    def pair(self, number: int, untimed: Iterator[int], heartbeat: Callable[[], None]) -> PassTimes: ...
+
+
+def doubts(
+    one: Timed, backend: Backend, checker: Any, numbers: Iterator[int], beat: Callable[[], None]
+) -> list[str]:
+    """Return why times cannot be right, a clause each. Forwards are run, whose passes take `numbers`."""
+    if len(one.passes) < FEWEST and beside.doubt(one.passes, one.idles, on_host=False):
+        for _ in range(FEWEST - len(one.passes)):  # one disturbance must not decide
+            one.pair(next(numbers), numbers, beat)
+    found = at_hand(one, checker)
+    forwards, indices = one.forwards, _several(one)
 
     def restore() -> None:
+        beat()
         forwards.restore(next(numbers))
 
+    if one.timer is not None:
+        found.append(backend_clocks.device_doubt(one.timer, forwards, indices, restore))
+    elif one.headline:
+        wait = DeviceWait(one.implementation.setting.device)
+        found.append(backend_clocks.timer_doubt(backend, forwards, len(one.steps.run), restore))
+        found.append(backend_clocks.wait_doubt(forwards, indices, restore, backend.synchronize, wait))
+    return [doubt for doubt in found if doubt]
+
+
+def at_hand(one: Timed, checker: Any) -> list[str]:
+    """Return what speaks against times without running anything."""
     on_host = one.implementation.setting.device.type == "cpu"
     found = [
         beside.doubt(one.passes, one.idles, on_host),
         beside.empty_doubt(one.passes, one.idles),
         one.implementation.doubt(checker, one.samples.check),
+        _watched(),
     ]
     if one.timer is not None:
-        found.append(backend_clocks.device_doubt(one.timer, forwards, steps, restore))
-    else:
-        found.append(backend_clocks.timer_doubt(backend, forwards, steps, restore))
+        found.append(backend_clocks.region_doubt(one.passes, one.idles))
     return [doubt for doubt in found if doubt]
+
+
+def _several(one: Timed) -> Sequence[int]:
+    """Return the indices of a few forwards; those of a prefill, or of one op, may be the same one."""
+    scenario = getattr(one.implementation, "scenario", None)
+    if scenario is not None and scenario.mode == "decode":
+        return one.steps.run[: backend_clocks.LONG]
+    return [0] * backend_clocks.LONG
+
+
+def _watched() -> str:
+    """Return that the runner's own calls of torch are intercepted, or nothing."""
+    depth = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)()
+    depth += getattr(torch._C, "_len_torch_function_stack", lambda: 0)()
+    return "a mode of torch is active that sees the runner's own calls" if depth else ""

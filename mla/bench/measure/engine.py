@@ -86,6 +86,7 @@ class _Engine:
         self._scenario, self._checker, self._backend = scenario, checker, backend
         self._progress, self._hooks = progress, hooks
         self._second_opinion = SecondOpinion()
+        self._runners: Sequence[PassRunner] = ()  # once they are timed
         self._untimed = count(UNTIMED)  # numbers of passes that are not timed
 
     def _tick(self, doing: str, one: Implementation, count: int = 1) -> None:
@@ -187,6 +188,7 @@ class _Engine:
 
     def time(self, runners: Sequence[PassRunner], order: random.Random) -> None:
         """Time all passes, between two readings of the device's sensors."""
+        self._runners = runners
         self._sense("before")
         self._time_passes(runners, order)
         self._sense("after")
@@ -213,9 +215,7 @@ class _Engine:
 
     def _time_pass(self, runner: PassRunner, switched: bool) -> None:
         self._hooks.enter(runner.implementation.name)
-        if switched:
-            runner.rewarm(next(self._untimed))
-        runner.time(self._number(runner), next(self._untimed), self._hooks.heartbeat)
+        runner.time(self._number(runner), self._untimed, self._hooks.heartbeat)
         runner.samples.after_switch.append(switched)
         self._tick("timing", runner.implementation, len(runner.steps.run))
         self._check_pass(runner)
@@ -246,16 +246,20 @@ class _Engine:
             if runner.passes and self._correct(runner):
                 self._hooks.enter(one.name)
                 measurement = self.measurements[one.name]
-                found = evidence.doubts(runner, self._backend, self._checker, self._untimed)
+                beat = self._hooks.heartbeat
+                found = evidence.doubts(runner, self._backend, self._checker, self._untimed, beat)
                 where = "" if runner.samples.variant == HEADLINE else f"{runner.samples.variant}: "
                 measurement.doubts += [f"{where}{doubt}" for doubt in found]
                 if runner.samples.variant == HEADLINE and isinstance(one, MlaLayer):
-                    beat = self._hooks.heartbeat
                     measurement.new_lengths = new_lengths.measure(one, self._scenario, heartbeat=beat)
                 self._hooks.heartbeat()
+        self._withhold()
+
+    def _withhold(self) -> None:
+        """Take the numbers of what is in doubt."""
+        clock = self._second_opinion.doubt()
         for measurement in self.measurements.values():
-            if measurement.passes and (clock := self._second_opinion.doubt()):
-                measurement.doubts.append(clock)
+            measurement.doubts += [clock] * bool(clock and measurement.passes)
             if measurement.doubts:
                 measurement.discard()
 
@@ -266,6 +270,11 @@ class _Engine:
         for one in implementations:
             not_run = Samples(HEADLINE, Check(status="not run", reason="interrupted"))
             self.measurements.setdefault(one.name, Measurement(not_run)).interrupted = True
+        for runner in self._runners:
+            if runner.passes and self._correct(runner):
+                doubts = evidence.at_hand(runner, self._checker)
+                self.measurements[runner.implementation.name].doubts += doubts
+        self._withhold()
 
 
 @contextmanager

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from mla.bench.doubts.clock import cpu_ns, now_ns
 from mla.bench.doubts.device_wait import DeviceWait
 from mla.bench.doubts.pass_times import PassTimes
 from mla.bench.measure.samples import Samples
-from mla.bench.measure.variants import Steps
+from mla.bench.measure.variants import HEADLINE, Steps
 from mla.bench.subjects.base import Implementation
 from mla.errors import MLAError
 from mla_backends.api import Timer
@@ -29,6 +29,10 @@ class Forwards(Protocol):
     def restore(self, number: int = 0) -> None: ...
 
     def before(self, index: int) -> None: ...
+
+    def ready(self, index: int) -> None: ...
+
+    def show(self, index: int) -> None: ...
 
     def step(self, index: int) -> None: ...
 
@@ -61,12 +65,17 @@ class PassRunner:
         self.idles: list[PassTimes] = []
 
     @property
+    def headline(self) -> bool:
+        """Whether this variant gives the case its number."""
+        return self.samples.variant == HEADLINE
+
+    @property
     def complete(self) -> bool:
         """Whether all passes were timed."""
         return len(self.samples.passes) == self.steps.passes
 
     def rewarm(self, number: int) -> None:
-        """Reload into the caches what another variant has evicted; pointless if they are flushed anyway."""
+        """Reload into the caches what checks or another variant have evicted, unless they are flushed."""
         if self._flush is None:
             self.forwards.restore(number)
             self.forwards.before(0)
@@ -89,22 +98,25 @@ class PassRunner:
         """Do all that a pass does beside its forwards, without them."""
         return self._pass(number, lambda index: None, heartbeat)
 
-    def time(self, number: int, idle_number: int, heartbeat: Callable[[], None]) -> None:
-        """Run a pass and record its samples, after all it does beside its forwards, without them.
-
-        The idle pass has inputs of its own: nothing can be learned there for the timed one. Raises
-        `ClockError` for impossible readings.
-        """
-        idle = self.idle(idle_number, heartbeat)
-        found = self.run(number, heartbeat)
-        times = found.samples
+    def time(self, number: int, untimed: Iterator[int], heartbeat: Callable[[], None]) -> None:
+        """Run a pass and record its samples. Raises `ClockError` for impossible readings."""
+        times = self.pair(number, untimed, heartbeat).samples
         impossible = [one for one in times if not 0 <= one < math.inf]
         if impossible or not statistics.median(times):
             clock, reading = self.samples.clock, [*impossible, 0.0][0]
             raise ClockError(f"the {clock} clock of this backend measured {reading} ms for a forward.")
-        self.idles.append(idle)
-        self.passes.append(found)
         self.samples.passes.append(times)
+
+    def pair(self, number: int, untimed: Iterator[int], heartbeat: Callable[[], None]) -> PassTimes:
+        """Run a pass after all that it does beside its forwards, without them.
+
+        The idle pass has inputs of its own: nothing can be learned there for the timed one. In between, a
+        forward reloads into the caches what has been evicted.
+        """
+        self.idles.append(self.idle(next(untimed), heartbeat))
+        self.rewarm(next(untimed))
+        self.passes.append(self.run(number, heartbeat))
+        return self.passes[-1]
 
     def _pass(self, number: int, step: Callable[[int], None], heartbeat: Callable[[], None]) -> PassTimes:
         forwards, found = self.forwards, PassTimes(forwards=len(self.steps.run))
@@ -113,10 +125,11 @@ class PassRunner:
         began, began_cpu = now_ns(), cpu_ns()
         for index in self.steps.run:
             timed = index in self.steps.timed
-            forwards.before(index)
-            self._wait()
+            forwards.ready(index)
             if timed and self._flush is not None:
                 self._flushed(self._flush, found)
+            forwards.show(index)
+            self._wait()
             self._region(step, index, timed, found)
             forwards.after(index)
             heartbeat()
@@ -127,6 +140,7 @@ class PassRunner:
 
     def _flushed(self, flush: Callable[[], None], found: PassTimes) -> None:
         """Flush the cache and wait for it without the backend, which has no turn before the clock starts."""
+        self._wait()
         start, start_cpu = now_ns(), cpu_ns()
         flush()
         found.wall -= (now_ns() - start) / 1e6
@@ -141,8 +155,8 @@ class PassRunner:
             step(index)
             self._synchronize()
         else:
-            timer.start()
             start = now_ns()
+            timer.start()
             step(index)
             sample = timer.stop()
         inside = (now_ns() - start) / 1e6

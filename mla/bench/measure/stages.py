@@ -22,11 +22,14 @@ from mla.bench.workload.scenario import Scenario
 from mla.cache.ragged_batch import RaggedBatch
 from mla.cost import Work
 from mla.cost.by_role import role_costs
+from mla.verify.verdict import Check
 from mla_backends.api import HostTimer, Timer
 
 # Minimum of timed forwards: whole passes, so that a growing cache counts as it does in the headline.
 FORWARDS = 20
 BETWEEN = "between ops"
+# Numbers of the passes, which select their inputs.
+PASSES = 1 << 22
 
 # Stage -> its parts: roles of `mla.layer.ops`, `gather` (context latents, and keys made of them),
 # `extend` and `plan`, and the layer's own host code and copies between them.
@@ -102,9 +105,9 @@ class TimedSteps:
         self._ops = layer.ops.replaced(watch.wrap)
         self._extend, self._plan = watch.wrap("extend", one.extend), watch.wrap("plan", layer.plan)
 
-    def restore(self) -> None:
+    def restore(self, number: int = 0) -> None:
         """Put the cache back to the history and prepare the batch of a prefill, as the layer itself does."""
-        self._one.rewind()
+        self._one.rewind(number)
         if self._prefill:
             self._batch = self._one.batch = self._extend()
             self._plan(self._batch)
@@ -127,27 +130,33 @@ def total_forwards(scenario: Scenario) -> int:
 
 
 def time_forwards(
-    one: MlaLayer, scenario: Scenario, timer: Timer, progress: Callable[[str, int], None]
-) -> list[Sample]:
-    """Run the passes and return a sample per forward; the last pass leaves its outputs."""
+    one: MlaLayer,
+    scenario: Scenario,
+    timer: Timer,
+    progress: Callable[[str, int], None],
+    check: Callable[[], Check],
+) -> tuple[list[Sample], Check]:
+    """Run the passes; return a sample per forward, and the check of the last pass or the first wrong one."""
     watch = Stopwatch(timer)
     steps = TimedSteps(one, scenario, watch)
     samples: list[Sample] = []
+    found = Check(status="ok")
     gc.collect()
     gc.disable()
     try:
-        while len(samples) < FORWARDS:
-            steps.restore()
+        while len(samples) < FORWARDS and found.status == "ok":
+            steps.restore(PASSES + len(samples))  # inputs that no other pass had
             for index in range(scenario.inputs):
                 one.before(index)
                 steps.step(index)
                 one.after(index)
                 samples.append(watch.take())
             one.collect()
+            found = check()
             progress(f"{scenario.name}: stages of {one.name}", scenario.inputs)
     finally:
         gc.enable()
-    return samples
+    return samples, found
 
 
 def add(
@@ -160,11 +169,11 @@ def add(
 ) -> None:
     """Fill `case.stages`. A case that is wrong in these passes loses its numbers."""
     try:
-        samples = time_forwards(one, scenario, HostTimer(one.setting.backend.synchronize), progress)
+        timer = HostTimer(one.setting.backend.synchronize)
+        samples, check = time_forwards(one, scenario, timer, progress, lambda: one.check(checker))
     except KeyboardInterrupt:
         case.interrupted = True
         return
-    check = one.check(checker)
     if check.status == "ok":
         case.stages = summary(samples, costs(one, scenario), ceilings, case.cost.bytes)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from mla.bench.limits.roofline import MOST_TIMES, RooflineModel
 from mla.bench.results.schema import Case, Cost, Roofline
@@ -15,8 +16,11 @@ SECONDS = 0.5
 PAUSES, AGAIN = (0.3, 1.0, 2.0), 5.0
 
 
-def judge(case: Case, least: Cost, ceilings: RooflineModel) -> None:
-    """Withhold the number of a case that is far above its limit; `least` is the work of a whole forward."""
+def judge(case: Case, least: Cost, ceilings: RooflineModel, beat: Callable[[], None] = lambda: None) -> None:
+    """Withhold the number of a case that is far above its limit; `least` is the work of a whole forward.
+
+    `beat` is called between measurements, which may take seconds.
+    """
     if case.latency_ms is None:
         return
     milliseconds = case.layers * case.latency_ms.median
@@ -25,7 +29,9 @@ def judge(case: Case, least: Cost, ceilings: RooflineModel) -> None:
     for pause in PAUSES:
         if not ceilings.implausible(least, milliseconds):
             return
+        beat()
         time.sleep(pause)
+        beat()
         ceilings.again(AGAIN, MOST_TIMES, anew=True)
     if reason := ceilings.implausible(least, milliseconds):
         withhold(case, reason)

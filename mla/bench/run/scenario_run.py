@@ -144,7 +144,7 @@ class ScenarioRun:
             transient_bytes=measured.transient_bytes,
         )
         if one.computes:
-            judging.judge(case, self._whole(self._least_cost()), self.ceilings)
+            judging.judge(case, self._whole(self._least_cost()), self.ceilings, self._hooks.heartbeat)
         placing.place_case(case, self.ceilings.used())
         return case
 

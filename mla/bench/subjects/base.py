@@ -40,8 +40,16 @@ class Implementation(ABC):
     def restore(self, number: int = 0) -> None:
         """Restore the cache to the history, and select the inputs of pass `number`. Never timed."""
 
-    def before(self, index: int) -> None:  # noqa: B027  # most implementations need nothing here
+    def before(self, index: int) -> None:
         """Give `step(index)` inputs and an output buffer of its own. Never timed."""
+        self.ready(index)
+        self.show(index)
+
+    def ready(self, index: int) -> None:  # noqa: B027  # most implementations need nothing here
+        """Do all of `before` but writing the inputs."""
+
+    def show(self, index: int) -> None:  # noqa: B027  # most implementations need nothing here
+        """Write the inputs, as late as can be: nothing can work on them earlier."""
 
     @abstractmethod
     def step(self, index: int) -> None:

@@ -45,8 +45,17 @@ class CapturedForwards(ABC):
 
     def before(self, index: int) -> None:
         """Write the inputs of a forward to where its graph reads them, and poison its output. Never timed."""
-        self._layer.before(index)
+        self.ready(index)
+        self.show(index)
+
+    def ready(self, index: int) -> None:
+        """Do all of `before` but writing the inputs."""
+        self._layer.ready(index)
         self._out.fill_(math.nan)
+
+    def show(self, index: int) -> None:
+        """Write the inputs of a forward to where its graph reads them."""
+        self._layer.show(index)
 
     def bookkeep(self) -> None:  # noqa: B027  # a prefill needs none
         """Do what the host does for every forward."""
@@ -74,8 +83,15 @@ class ReplayAlone:
         self.restore, self.after = captured.restore, captured.after
 
     def before(self, index: int) -> None:
-        self._captured.before(index)
+        self.ready(index)
+        self.show(index)
+
+    def ready(self, index: int) -> None:
+        self._captured.ready(index)
         self._captured.bookkeep()
+
+    def show(self, index: int) -> None:
+        self._captured.show(index)
 
     def step(self, index: int) -> None:
         self._captured.replay()
@@ -145,8 +161,8 @@ class CapturedDecode(CapturedForwards):
         batch.update_(batch)  # drops the plan, so that planning is captured too
         self._layer.forward(batch, self._hidden, self._out)
 
-    def before(self, index: int) -> None:
-        super().before(index)
+    def show(self, index: int) -> None:
+        super().show(index)
         self._hidden.copy_(self._layer.x)
 
     def bookkeep(self) -> None:

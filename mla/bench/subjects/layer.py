@@ -114,8 +114,8 @@ class MlaLayer(LayerImplementation):
         self.layer.plan(self.batch)
         self.plan_ms = (now_ns() - start) / 1e6
 
-    def before(self, index: int) -> None:
-        super().before(index)
+    def ready(self, index: int) -> None:
+        super().ready(index)
         if self.scenario.mode == "prefill":
             self.clear_new(self.batch)
 

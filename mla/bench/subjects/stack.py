@@ -59,8 +59,8 @@ class MlaStack(MlaLayer):
                 self._cache.load(sequence, kv.roll(index, 1), pe, layer=index)
         self._pages = list(self._cache.pages)
 
-    def before(self, index: int) -> None:
-        super().before(index)
+    def ready(self, index: int) -> None:
+        super().ready(index)
         self._outs = list(self._out)  # views, made before anything is timed
 
     def step(self, index: int) -> None:

@@ -92,14 +92,16 @@ class LayerImplementation(Implementation):
         """Take the inputs of a turn. A subclass that keeps history gives it the turn's signs, too."""
         self._hidden.take(turn)
 
-    def before(self, index: int) -> None:
+    def ready(self, index: int) -> None:
         turn = self._turn(index)
         if self.scenario.mode == "prefill":
             self.take(turn)
-        self._hidden.show(self._step(index))
         self._present = turn
         self._x = self.hidden[self._step(index)]
         self._out = self._shelf.next()
+
+    def show(self, index: int) -> None:
+        self._hidden.show(self._step(index))
 
     def _step(self, index: int) -> int:
         return index if self.scenario.mode == "decode" else 0

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 
 from mla.bench.doubts import backend_clocks, clock
-from mla.bench.doubts.backend_clocks import device_doubt, timer_doubt
+from mla.bench.doubts.backend_clocks import device_doubt, region_doubt, timer_doubt, wait_doubt
 from mla.bench.doubts.clock import SecondOpinion
+from mla.bench.doubts.pass_times import PassTimes
 from mla_backends.api import HostTimer
 from mla_backends.testing import HostBackend
+
+THREE = [0, 1, 2]
 
 
 class Forwards:
@@ -52,8 +55,10 @@ def test_a_device_clock_that_runs_at_another_speed_is_doubted(
     monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
     forwards = Forwards(monkeypatch)
-    found = device_doubt(Clock(forwards, factor), forwards, 8, lambda: None)
-    assert found == f"two more forwards take {2 * factor:.3g} ms on the clock 'events' and 2 ms on the host's"
+    found = device_doubt(Clock(forwards, factor), forwards, THREE, lambda: None)
+    assert found == (
+        f"2 more forwards in a region count {2 * factor:.3g} ms on the clock 'events' and 2 ms on the host's"
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,14 +69,14 @@ def test_one_that_starts_later_or_stops_earlier_is_not(
 ) -> None:
     """The device's readings leave out launches and waits, however long; what is added tells."""
     forwards = Forwards(monkeypatch)
-    assert device_doubt(Clock(forwards, factor, wait, launch), forwards, 8, lambda: None) == ""
+    assert device_doubt(Clock(forwards, factor, wait, launch), forwards, THREE, lambda: None) == ""
 
 
 def test_one_forward_a_pass_or_tiny_ones_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     forwards = Forwards(monkeypatch)
-    assert device_doubt(Clock(forwards, 0.1), forwards, 1, lambda: None) == ""
+    assert device_doubt(Clock(forwards, 0.1), forwards, [0], lambda: None) == ""
     tiny = Forwards(monkeypatch, ms=0.001)
-    assert device_doubt(Clock(tiny, 0.1), tiny, 8, lambda: None) == ""
+    assert device_doubt(Clock(tiny, 0.1), tiny, THREE, lambda: None) == ""
 
 
 class Liar(HostBackend):
@@ -117,3 +122,32 @@ def test_a_clock_that_differs_from_the_systems_is_doubted(
 def test_the_clock_is_bound_before_a_plugin_can_replace_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.perf_counter_ns", lambda: 0)
     assert clock.now_ns() != 0
+
+
+def passes(inside: float, device: float, count: int = 6) -> list[PassTimes]:
+    """Return passes of one forward, in a region of `inside` ms on the host and `device` ms on the device."""
+    return [PassTimes(samples=[device], inside=[inside], forwards=1) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("inside", "device"), [(6.3, 0.1), (1.3, 0.4), (0.9, 0.2)])
+def test_work_between_starting_and_stopping_a_device_clock_is_its_own(inside: float, device: float) -> None:
+    assert "the host was busy with them for" in region_doubt(passes(inside, device), passes(0.3, 0.0))
+
+
+@pytest.mark.parametrize(("inside", "device"), [(1.3, 1.0), (1.8, 1.0), (0.4, 0.02), (0.3, 1.0)])
+def test_launches_and_waits_around_a_device_clock_are_not(inside: float, device: float) -> None:
+    assert region_doubt(passes(inside, device), passes(0.3, 0.0)) == ""
+
+
+@pytest.mark.parametrize(("sleep", "doubted"), [(0.0, False), (0.3, False), (1.0, True), (5.0, True)])
+def test_a_wait_that_goes_on_after_a_forward_is_done(
+    monkeypatch: pytest.MonkeyPatch, sleep: float, doubted: bool
+) -> None:
+    forwards = Forwards(monkeypatch)
+
+    def synchronize() -> None:
+        forwards.now += round(1e6 * sleep)
+
+    found = wait_doubt(forwards, THREE, lambda: None, synchronize, lambda: None)
+    said = f"a forward takes {1 + sleep:.3g} ms until `synchronize` returns, but is done after 1 ms"
+    assert found == (said if doubted else "")

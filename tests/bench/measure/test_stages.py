@@ -185,7 +185,9 @@ def test_headline_passes_run_the_ops_themselves(
     monkeypatch.setattr(MlaLayer, "step", counting(MlaLayer.step, headline))
     monkeypatch.setattr(stages.TimedSteps, "step", counting(stages.TimedSteps.step, timed))
     (case,) = cases(bench, small, "--stages", "--scenario", "decode")
-    forwards = 4 + case.warmups + 1 + case.passes * case.steps_per_pass  # one that warms up before the passes
+    forwards = (
+        4 + case.warmups + case.passes * (1 + case.steps_per_pass)
+    )  # one that warms up before each pass
     assert headline == [0] * forwards
     assert timed == [1 + len(STEP)] * stages.FORWARDS
 

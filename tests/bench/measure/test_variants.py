@@ -175,7 +175,7 @@ def test_a_comparator_without_graphs_is_no_error(virtual: Bench) -> None:
         (
             ["--mode", "graph"],
             3,
-            "error: backend 'virtual' offers no graphs, or only with -O graph=on (required by",
+            "error: backend 'virtual' offers no graphs (required by",
         ),
         (
             ["--clock", "host,device"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from time import perf_counter_ns
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from mla.bench.subjects.op.problem import OpProblem
 from mla.bench.subjects.op.verdicts import summary
 from mla.bench.subjects.setting import Setting, make_ops
 from mla.bench.workload.scenario import Scenario
+from mla.command.clock import now_ns
 from mla.layer.ops import Choice
 from mla.reference import REFERENCE
 from mla.verify.op_check import OpChecker, Tensors
@@ -52,14 +52,14 @@ class OpImplementation(Implementation):
 
     def restore(self, number: int = 0) -> None:
         """Plan the batch again, and begin pass `number`."""
-        start = perf_counter_ns()
+        start = now_ns()
         if self._call.prepare():
-            self.plan_ms = (perf_counter_ns() - start) / 1e6
+            self.plan_ms = (now_ns() - start) / 1e6
         self._call.restore(number)
         self._number = number
         self._kept: dict[int, Tensors] = {}  # index of a call -> its results on the host
 
-    def before(self, index: int) -> None:
+    def ready(self, index: int) -> None:
         self._call.before(index)
 
     def step(self, index: int) -> None:
