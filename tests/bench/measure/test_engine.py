@@ -37,7 +37,7 @@ def test_only_the_step_and_its_wait_lie_between_two_readings(decode: Bench) -> N
         for place, what in enumerate(timed):  # after the idle pass, and a forward to warm up again
             if what == "step":
                 steps += 1
-                assert words[place - 2 : place + 4] == ["before", "read", "step", "wait", "read", "after"]
+                assert timed[place - 2 : place + 4] == ["show", "read", "step", "wait", "read", "after"]
     assert steps == 2 * DECODE.passes * DECODE.runs
 
 
