@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from mla import cost
 from mla.bench.subjects import shelf, turns
+from mla.bench.subjects.inputs import oracle_runs
 from mla.bench.subjects.setting import SPARE_PAGES, Setting, make_ops
 from mla.bench.workload.grid import Point
 from mla.bench.workload.scenario import Scenario
 from mla.layer.expansion import WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
+from mla.verify.oracle_cost import oracle_bytes
 
 # The reference's logits, gathered keys, and masks of two decode steps, and what the layer rebuilds, at most.
 WORKSPACE = 1 << 30
@@ -72,20 +74,9 @@ def _merges(setting: Setting) -> bool:
 
 
 def host_bytes(setting: Setting, scenario: Point) -> int:
-    """Return what the host holds: weights, inputs, and the oracle in float64."""
+    """Return what the host holds for all implementations: weights, inputs, and the oracle in float64."""
     config = setting.config
     copies = 1 if scenario.layers == 1 else 2  # of the layer that is being rolled
     weights = cost.parameters(config) * (copies * setting.dtype.itemsize + 8)
-    rows = scenario.inputs * scenario.tokens
-    rows += _input_numbers(setting, scenario) // config.hidden_size - 2 * rows
-    oracle = 8 * rows * (3 * config.hidden_size + 4 * config.num_attention_heads * config.qk_head_dim)
-    logits = (
-        3
-        * 8
-        * max(
-            new * scenario.inputs * final
-            for new, final in zip(scenario.query_lens, scenario.final_lens, strict=True)
-        )
-    )
-    history = sum(scenario.history) * config.latent_dim * (8 + setting.dtype.itemsize)
-    return weights + oracle + logits + history
+    history = sum(scenario.history) * config.latent_dim * setting.dtype.itemsize
+    return weights + history + oracle_bytes(config, oracle_runs(config, scenario), setting.dtype.itemsize)
