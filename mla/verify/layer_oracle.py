@@ -136,7 +136,7 @@ def _attend(
     nope, v = config.qk_nope_head_dim, config.v_head_dim
     kv_b = state["kv_b_proj.weight"].unflatten(0, (config.num_attention_heads, nope + v))
     t = q.shape[1]
-    at_once = max(1, LOGITS_BYTES // (8 * t * (past[0].shape[0] + t)))
+    at_once = max(1, LOGITS_BYTES // max(1, 8 * t * (past[0].shape[0] + t)))
     heads = []
     for head, weight in enumerate(kv_b):
         seen = _expanded(weight, past, nope)

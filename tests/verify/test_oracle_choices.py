@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mla import MLAConfig
 
 CHANGES = [{}, {"q_lora_rank": None}, {"attention_bias": True}, {"num_attention_heads": 3}]
-LENS, PAST = (3, 1, 2), (5, 0, 9)
+LENS, PAST = (3, 1, 2, 0), (5, 0, 9, 4)
 
 
 def drawn(*shape: int) -> torch.Tensor:
