@@ -16,7 +16,7 @@ from mla.verify import layer_check
 from mla.verify.layer_check import Checker, Forward
 from mla.verify.layer_oracle import oracle
 from mla.verify.places import Places
-from mla.verify.tolerances import BOUNDS
+from mla.verify.tolerances import BOUNDS, relative_error, row_errors
 from mla.weights import random_state_dict
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def test_errors_of_the_reference_and_of_rounding_are_computed_once(
     expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every pass is checked, and they are float64 over all inputs."""
-    rows, whole = Mock(wraps=layer_check.row_errors), Mock(wraps=tokens.relative_error)
+    rows, whole = Mock(wraps=row_errors), Mock(wraps=relative_error)
     monkeypatch.setattr(layer_check, "row_errors", rows)
     monkeypatch.setattr(tokens, "relative_error", whole)
     judge = tokens.LayerChecker(expected, torch.bfloat16, lambda: expected.bfloat16())

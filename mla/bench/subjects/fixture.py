@@ -59,7 +59,8 @@ class Needs:
     oracle_flops: int  # in float64, on the host
     parameters: int  # weights drawn once and packed by every implementation; 0 for one op
     device_bytes: int  # per implementation
-    host_bytes: int
+    host_bytes: int  # for all implementations together
+    output_bytes: int  # per implementation: the kept outputs of a pass, on the device and again on the host
     reference_copies: int  # that live on the device for a while to judge fused ops
 
 
@@ -204,6 +205,7 @@ class LayerFixture(Fixture):
             parameters=cost.parameters(config),
             device_bytes=max(memory.device_bytes(one, point) for one in settings),
             host_bytes=memory.host_bytes(self.setting, point),
+            output_bytes=memory.output_bytes(self.setting, point),
             reference_copies=1,
         )
 
@@ -248,6 +250,7 @@ class OpFixture(Fixture):
             parameters=0,
             device_bytes=on_device,
             host_bytes=op_memory.host_bytes(self.setting, self._problem, on_device),
+            output_bytes=op_memory.output_bytes(self._problem),
             reference_copies=0,
         )
 
