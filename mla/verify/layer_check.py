@@ -46,7 +46,7 @@ class Checker:
     expected: torch.Tensor  # [inputs, T, d] float64
     dtype: torch.dtype
     reference_outputs: Callable[[], torch.Tensor]
-    _reference: torch.Tensor | None = None
+    _kept: dict[bool, tuple[float, torch.Tensor]] = field(default_factory=dict)  # bounds, by held or not
 
     def check(self, outputs: torch.Tensor, held_to_reference: bool) -> Check:
         """Judge the outputs of all steps: "ok", or "wrong" with a reason that says where."""
@@ -63,7 +63,13 @@ class Checker:
         return tally.verdict()
 
     def _bounds(self, held_to_reference: bool) -> tuple[float, torch.Tensor]:
-        """Return the bounds for the whole output and for every row [inputs, T].
+        """Return the bounds for the whole output and for every row [inputs, T], made once."""
+        if held_to_reference not in self._kept:
+            self._kept[held_to_reference] = self._make_bounds(held_to_reference)
+        return self._kept[held_to_reference]
+
+    def _make_bounds(self, held_to_reference: bool) -> tuple[float, torch.Tensor]:
+        """Return what `_bounds` does.
 
         A row may always have twice the reference's error of the whole, and some: the reference is lucky in
         some rows, and a right op need not be in the same ones.
@@ -72,10 +78,9 @@ class Checker:
         rows = torch.full(self.expected.shape[:2], ROW_SLACK * bound, dtype=torch.float64)
         if not held_to_reference:
             return bound, rows
-        if self._reference is None:
-            self._reference = self.reference_outputs().cpu().double()
-        total = max(relative_error((self._reference, self.expected)), unit)
-        own_rows = 2 * row_errors(self._reference, self.expected).clamp_min(ROW_SLACK * total)
+        reference = self.reference_outputs()
+        total = max(relative_error((reference, self.expected)), unit)
+        own_rows = 2 * row_errors(reference, self.expected).clamp_min(ROW_SLACK * total)
         return min(bound, 2 * total), torch.minimum(rows, own_rows)
 
 

@@ -17,6 +17,11 @@ from mla.config import MLAConfig
 from mla.layer.rope import inverse_frequencies
 
 State = Mapping[str, torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+# Logits of so many bytes are made at once, or of one choice.
+LOGITS_BYTES = 256 << 20
 
 
 def oracle(
@@ -24,15 +29,23 @@ def oracle(
     state: State,
     hidden: torch.Tensor,  # [T, d], requests back to back
     query_lens: Sequence[int],
-    history: Sequence[tuple[torch.Tensor, torch.Tensor]],  # per request kv [s, c] normed, pe [s, r] rotated
+    history: Sequence[Pair],  # per request kv [s, c] normed, pe [s, r] rotated
 ) -> torch.Tensor:
     """Return the layer's output [T, d] in float64; weights and inputs are taken as they are stored."""
+    return oracle_of_choices(config, state, hidden[None], query_lens, history)[0]
+
+
+def oracle_of_choices(
+    config: MLAConfig,
+    state: State,
+    hidden: torch.Tensor,  # [n, T, d]: choices of new tokens, requests back to back
+    query_lens: Sequence[int],
+    history: Sequence[Pair],
+) -> torch.Tensor:
+    """Return the outputs [n, T, d] in float64 of every choice; the history is expanded once for all."""
     wide = {name: weight.double() for name, weight in _host(state).items()}
-    outputs = [
-        _request(config, wide, new, *past)
-        for new, past in zip(hidden.cpu().double().split(list(query_lens)), history, strict=True)
-    ]
-    return torch.cat(outputs)
+    requests = zip(hidden.cpu().split(list(query_lens), dim=1), history, strict=True)
+    return torch.cat([_request(config, wide, new.double(), *past) for new, past in requests], dim=1)
 
 
 def oracle_of_last(
@@ -41,7 +54,7 @@ def oracle_of_last(
     hidden: torch.Tensor,  # [T, d], requests back to back
     last: torch.Tensor,  # [n, B, d]: what may stand in place of each request's last token
     query_lens: Sequence[int],
-    history: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    history: Sequence[Pair],
 ) -> torch.Tensor:
     """Return the outputs [n, B, d] in float64 of the replaced last tokens; no other row sees them."""
     wide = {name: weight.double() for name, weight in _host(state).items()}
@@ -59,24 +72,10 @@ def _last_rows(
     pe: torch.Tensor,
 ) -> torch.Tensor:
     """Return the outputs [n, d] of one request whose last token is one of several."""
-    c, n = config.kv_lora_rank, config.qk_nope_head_dim
-    start = kv.shape[0] + before.shape[0]
-    keys, keys_pe = _latents(config, state, before, torch.arange(kv.shape[0], start))
-    keys, keys_pe = torch.cat((kv.cpu().double(), keys)), torch.cat((pe.cpu().double(), keys_pe))
-    at = torch.full((last.shape[0],), start)
-    own, own_pe = _latents(config, state, last, at)
-    q = _queries(config, state, last) * _by_position(config, at)
-    q_pe = _rotate(config, q[..., n:], at)
-    kv_b = state["kv_b_proj.weight"].view(config.num_attention_heads, n + config.v_head_dim, c)
-    heads = []
-    for head, weight in enumerate(kv_b):
-        k_nope, value = (keys @ weight.T).split((n, config.v_head_dim), dim=1)
-        own_k, own_value = (own @ weight.T).split((n, config.v_head_dim), dim=1)
-        seen = q[:, head, :n] @ k_nope.T + q_pe[:, head] @ keys_pe.T
-        itself = (q[:, head, :n] * own_k).sum(1) + (q_pe[:, head] * own_pe).sum(1)
-        weights = (torch.cat((seen, itself[:, None]), dim=1) * config.softmax_scale).softmax(-1)
-        heads.append(weights[:, :-1] @ value + weights[:, -1:] * own_value)
-    return _project(state, "o_proj", torch.stack(heads, dim=1).flatten(1))
+    positions = torch.arange(kv.shape[0], kv.shape[0] + before.shape[0])
+    new_kv, new_pe = _latents(config, state, before, positions)
+    past = torch.cat((kv.cpu().double(), new_kv)), torch.cat((pe.cpu().double(), new_pe))
+    return _request(config, state, last[:, None], *past)[:, 0]
 
 
 def _latents(
@@ -96,16 +95,16 @@ def _host(state: State) -> dict[str, torch.Tensor]:
 def _request(
     config: MLAConfig, state: State, hidden: torch.Tensor, kv: torch.Tensor, pe: torch.Tensor
 ) -> torch.Tensor:
-    """Return one request's output [t, d]."""
-    n = config.qk_nope_head_dim
-    positions = torch.arange(kv.shape[0], kv.shape[0] + hidden.shape[0])
-    q = _queries(config, state, hidden) * _by_position(config, positions)  # [t, h, n + r]
-    q_pe = _rotate(config, q[..., n:], positions)
-    new_kv, new_pe = _latents(config, state, hidden, positions)
-    keys = torch.cat((kv.cpu().double(), new_kv))  # [s, c]
-    keys_pe = torch.cat((pe.cpu().double(), new_pe))  # [s, r]
-    heads = _attend(config, state, q[..., :n], q_pe, keys, keys_pe)
-    return _project(state, "o_proj", heads.flatten(1))
+    """Return one request's outputs [n, t, d] for choices of new tokens [n, t, d]."""
+    choices, t = hidden.shape[:2]
+    nope, rows = config.qk_nope_head_dim, hidden.flatten(0, 1)
+    positions = torch.arange(kv.shape[0], kv.shape[0] + t).repeat(choices)
+    q = _queries(config, state, rows) * _by_position(config, positions)  # [n t, h, nope + r]
+    q = torch.cat((q[..., :nope], _rotate(config, q[..., nope:], positions)), dim=-1)
+    new_kv, new_pe = (part.unflatten(0, (choices, t)) for part in _latents(config, state, rows, positions))
+    past = kv.cpu().double(), pe.cpu().double()
+    heads = _attend(config, state, q.unflatten(0, (choices, t)), past, (new_kv, new_pe))
+    return _project(state, "o_proj", heads.flatten(2))
 
 
 def _queries(config: MLAConfig, state: State, hidden: torch.Tensor) -> torch.Tensor:
@@ -129,22 +128,47 @@ def _by_position(config: MLAConfig, positions: torch.Tensor) -> torch.Tensor | f
 def _attend(
     config: MLAConfig,
     state: State,
-    q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
-    keys: torch.Tensor,
-    keys_pe: torch.Tensor,
+    q: torch.Tensor,  # [n, t, h, nope + r]
+    past: Pair,  # kv [p, c], pe [p, r]: seen by all choices
+    new: Pair,  # kv [n, t, c], pe [n, t, r]
 ) -> torch.Tensor:
-    """Return softmax attention [t, h, v] over expanded keys and values, head by head to bound memory."""
-    n = config.qk_nope_head_dim
-    kv_b = state["kv_b_proj.weight"].unflatten(0, (config.num_attention_heads, n + config.v_head_dim))
-    t, s = q_nope.shape[0], keys.shape[0]
-    future = torch.arange(s)[None, :] > torch.arange(s - t, s)[:, None]
+    """Return attention [n, t, h, v] over expanded keys and values; heads and choices in turn bound memory."""
+    nope, v = config.qk_nope_head_dim, config.v_head_dim
+    kv_b = state["kv_b_proj.weight"].unflatten(0, (config.num_attention_heads, nope + v))
+    t = q.shape[1]
+    at_once = max(1, LOGITS_BYTES // max(1, 8 * t * (past[0].shape[0] + t)))
     heads = []
     for head, weight in enumerate(kv_b):
-        k_nope, value = (keys @ weight.T).split((n, config.v_head_dim), dim=1)
-        logits = (q_nope[:, head] @ k_nope.T + q_pe[:, head] @ keys_pe.T) * config.softmax_scale
-        heads.append(logits.masked_fill(future, -torch.inf).softmax(-1) @ value)
-    return torch.stack(heads, dim=1)
+        seen = _expanded(weight, past, nope)
+        own = (x.split(at_once) for x in (q[:, :, head], *_expanded(weight, new, nope)))
+        chunks = zip(*own, strict=True)
+        heads.append(torch.cat([_softmax_attention(config.softmax_scale, *seen, *chunk) for chunk in chunks]))
+    return torch.stack(heads, dim=2)
+
+
+def _expanded(weight: torch.Tensor, latents: Pair, nope: int) -> Pair:
+    """Return one head's keys [.., nope + r] and values [.., v] of latents."""
+    kv, pe = latents
+    keys, values = (kv @ weight.T).split((nope, weight.shape[0] - nope), dim=-1)
+    return torch.cat((keys, pe), dim=-1), values
+
+
+def _softmax_attention(
+    scale: float,
+    past_keys: torch.Tensor,  # [p, nope + r]
+    past_values: torch.Tensor,  # [p, v]
+    q: torch.Tensor,  # [n, t, nope + r]
+    keys: torch.Tensor,
+    values: torch.Tensor,  # [n, t, v]
+) -> torch.Tensor:
+    """Return one head's attention [n, t, v] over what all choices see, and each over its own tokens."""
+    (n, t), past = q.shape[:2], past_keys.shape[0]
+    future = torch.ones(t, t, dtype=torch.bool).triu(1)
+    own = (q @ keys.mT).masked_fill_(future, -torch.inf)
+    logits = torch.cat((q.flatten(0, 1) @ past_keys.T, own.flatten(0, 1)), dim=1)
+    weights = logits.mul_(scale).softmax(-1)
+    from_past = (weights[:, :past] @ past_values).unflatten(0, (n, t))
+    return from_past + weights[:, past:].unflatten(0, (n, t)) @ values
 
 
 def _project(state: State, name: str, x: torch.Tensor) -> torch.Tensor:

@@ -153,9 +153,14 @@ def row_errors(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 def relative_error(*pairs: tuple[torch.Tensor, torch.Tensor]) -> float:
     """Return |found - truth| / |truth| over all (found, truth) pairs together, in float64."""
-    wide = [(found.cpu().double().flatten(), truth.double().flatten()) for found, truth in pairs]
-    error = math.hypot(*((found - truth).norm().item() for found, truth in wide))
-    return error / max(math.hypot(*(truth.norm().item() for _, truth in wide)), TINY)
+    norms = [_norms(found.cpu().double().flatten(), truth.double().flatten()) for found, truth in pairs]
+    error = math.hypot(*(gap for gap, _ in norms))
+    return error / max(math.hypot(*(size for _, size in norms)), TINY)
+
+
+def _norms(found: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
+    """Return |found - truth| and |truth|."""
+    return (found - truth).norm().item(), truth.norm().item()
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

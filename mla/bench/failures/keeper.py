@@ -119,15 +119,24 @@ def layer_tensors(one: Implementation, checker: Any) -> Tensors:
     """Return what a layer got in its first wrong forward, what it wrote, and what it had to write."""
     if not isinstance(one, LayerImplementation):
         return {}
-    forwards = one.forwards(checker)
-    wrong = (index for index, forward in forwards.items() if is_wrong(forward, one, checker))
-    index = next(wrong, min(forwards, default=None))
-    if index is None:
+    chosen = first_wrong(one, checker)
+    if chosen is None:
         return {}
-    found = {"output": forwards[index].found.cpu(), "expected": forwards[index].expected}
+    index, forward = chosen
+    found = {"output": forward.found.cpu(), "expected": forward.expected}
     one.restore(present_pass(one))
     one.before(index)
     return {"hidden": one.x.to("cpu", copy=True), **found}
+
+
+def first_wrong(one: LayerImplementation, checker: Any) -> tuple[int, Forward] | None:
+    """Return the first wrong forward that was collected, or the first of all if none is wrong alone."""
+    first = None
+    for index, forward in one.forwards(checker):  # one by one: what is expected of all takes much memory
+        first = first or (index, forward)
+        if is_wrong(forward, one, checker):
+            return index, forward
+    return first
 
 
 def is_wrong(forward: Forward, one: LayerImplementation, checker: Checker) -> bool:

@@ -32,7 +32,8 @@ class MemoryPlan:
     """Bytes a scenario needs, and whether its implementations fit side by side."""
 
     per_implementation: int  # on the device
-    host: int  # weights, inputs, and the oracle in float64
+    host: int  # weights, inputs, and the oracle in float64, once for all implementations
+    outputs: int  # of a pass of one implementation, on the host
     implementations: int
     references: int  # copies of the layer that live for a while next to the implementations
     device_available: int | None
@@ -48,7 +49,7 @@ class MemoryPlan:
         return self._fits(self.implementations)
 
     def _fits(self, count: int) -> bool:
-        device, on_host = self.device_bytes(count), self.host
+        device, on_host = self.device_bytes(count), self.host_bytes(count)
         if self.shared:
             return _within(device + on_host, self.host_available)
         return _within(device, self.device_available) and _within(on_host, self.host_available)
@@ -57,6 +58,14 @@ class MemoryPlan:
         """Return what `count` implementations need on the device."""
         saved = self.shared_weights if count == self.implementations else self.shared_alone
         return (count + self.references) * self.per_implementation - saved + self.sweep
+
+    def host_bytes(self, count: int) -> int:
+        """Return what the host needs while `count` implementations are measured.
+
+        The outputs of the checked pass stay until all implementations are compared; those of the last pass
+        are there as well.
+        """
+        return self.host + (self.implementations + count) * self.outputs
 
     @property
     def fits(self) -> bool:
@@ -77,11 +86,11 @@ class MemoryPlan:
 
     def shortage(self) -> str:
         """Return what one implementation needs and what there is, as a clause."""
-        device = self.device_bytes(1)
-        need = f"{gib(device)} on the device and {gib(self.host)} on the host"
+        device, on_host = self.device_bytes(1), self.host_bytes(1)
+        need = f"{gib(device)} on the device and {gib(on_host)} on the host"
         available = f"{gib(self.device_available)} and {gib(self.host_available)}"
         if self.shared:
-            need, available = f"{gib(device + self.host)}, which are {need}", gib(self.host_available)
+            need, available = f"{gib(device + on_host)}, which are {need}", gib(self.host_available)
         return f"about {need}; available are {available}"
 
 
@@ -105,6 +114,7 @@ def plan_memory(
     return MemoryPlan(
         per_implementation=needs.device_bytes,
         host=needs.host_bytes,
+        outputs=needs.output_bytes,
         implementations=len(names),
         references=needs.reference_copies if fused else 0,
         device_available=available.device,

@@ -126,9 +126,11 @@ def _plan(request: Request) -> None:
         f"plan       {', '.join(request.implementations)}, {order}; at least {request.total_forwards()} "
         "forwards, checked against a float64 oracle"
     )
-    device = max(one.device_bytes(one.implementations if one.side_by_side else 1) for one in plans)
+    counts = [one.implementations if one.side_by_side else 1 for one in plans]
+    device = max(one.device_bytes(count) for one, count in zip(plans, counts, strict=True))
+    on_host = max(one.host_bytes(count) for one, count in zip(plans, counts, strict=True))
     note(
-        f"memory     {gib(device)} on the device, {gib(max(one.host for one in plans))} on the host; "
+        f"memory     {gib(device)} on the device, {gib(on_host)} on the host; "
         f"available {gib(plans[0].device_available)} and {gib(plans[0].host_available)}"
     )
 
@@ -167,7 +169,7 @@ def _rows(
             name,
             count,
             gib(memory.device_bytes(1)),
-            gib(memory.host),
+            gib(memory.host_bytes(1)),
             _about(scenario, name, estimator),
         )
         for place, name in enumerate(request.implementations)

@@ -17,7 +17,7 @@ from mla import cost
 from mla.bench import results
 from mla.bench.subjects import memory
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.inputs import Inputs, expected_outputs, make_inputs
+from mla.bench.subjects.inputs import Inputs, expected_outputs, make_inputs, oracle_runs
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.op import memory as op_memory
 from mla.bench.subjects.op.implementation import OpImplementation, reference_results
@@ -28,7 +28,6 @@ from mla.bench.subjects.shared_weights import shared_bytes
 from mla.bench.subjects.stack import MlaStack
 from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.subjects.transformers_layer import TransformersLayer
-from mla.bench.subjects.turns import choices
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import parse_one
 from mla.errors import UnsupportedBatch
@@ -36,6 +35,7 @@ from mla.layer.ops import Ops
 from mla.layer.plan import check_lengths
 from mla.verify.layer_oracle import State
 from mla.verify.op_check import OpChecker
+from mla.verify.oracle_cost import oracle_flops
 from mla.weights import random_state_dict
 
 # Name -> how to build it. `benchmarks/peers` adds comparators while it runs.
@@ -59,7 +59,8 @@ class Needs:
     oracle_flops: int  # in float64, on the host
     parameters: int  # weights drawn once and packed by every implementation; 0 for one op
     device_bytes: int  # per implementation
-    host_bytes: int
+    host_bytes: int  # for all implementations together
+    output_bytes: int  # per implementation: the kept outputs of a pass, on the device and again on the host
     reference_copies: int  # that live on the device for a while to judge fused ops
 
 
@@ -198,20 +199,15 @@ class LayerFixture(Fixture):
         point, config, layers = self.point, self.setting.config, self.point.layers
         settings = [implementation_setting(self.setting, parse_one(name)) for name in ours or ["mla"]]
         typical = self._mean_cost([point.inputs // 2])
-        rows = [length * point.inputs for length in point.query_lens]
         return Needs(
             forward=results.Cost(flops=layers * typical.flops, bytes=layers * typical.bytes),
-            oracle_flops=self._oracle_runs() * cost.step_flops(config, rows, point.final_lens, cost.EXPANDED),
+            oracle_flops=oracle_flops(config, oracle_runs(config, point)),
             parameters=cost.parameters(config),
             device_bytes=max(memory.device_bytes(one, point) for one in settings),
             host_bytes=memory.host_bytes(self.setting, point),
+            output_bytes=memory.output_bytes(self.setting, point),
             reference_copies=1,
         )
-
-    def _oracle_runs(self) -> int:
-        """Return how often the oracle runs all rows; the last tokens of a prefill are few beside them."""
-        signed = not self.setting.config.attention_bias
-        return choices(self.point, signed) if self.point.mode == "decode" else 1
 
     def _check_lengths(self, ops: Ops) -> None:
         point, setting = self.point, self.setting
@@ -254,6 +250,7 @@ class OpFixture(Fixture):
             parameters=0,
             device_bytes=on_device,
             host_bytes=op_memory.host_bytes(self.setting, self._problem, on_device),
+            output_bytes=op_memory.output_bytes(self._problem),
             reference_copies=0,
         )
 

@@ -5,7 +5,6 @@ Zero or constant inputs flatter a device (power, caches, branch-free softmax), s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,8 @@ from mla.bench.subjects import turns
 from mla.bench.subjects.turns import Turn, Turns
 from mla.bench.workload.scenario import Scenario
 from mla.config import MLAConfig
-from mla.verify.layer_oracle import State, oracle, oracle_of_last
+from mla.verify.layer_oracle import State, oracle, oracle_of_choices, oracle_of_last
+from mla.verify.oracle_cost import Run
 
 History = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -79,29 +79,30 @@ def make_inputs(config: MLAConfig, scenario: Scenario, seed: int, dtype: torch.d
 
 def expected_outputs(config: MLAConfig, state: State, scenario: Scenario, inputs: Inputs) -> Expected:
     """Return the oracle's outputs: all decode steps from one prefill per request, for every choice."""
-    lens, history, decode = scenario.query_lens, inputs.history, scenario.mode == "decode"
-    every = [inputs.hidden, *inputs.others] if decode else [inputs.hidden]
-    plain, *others = _expected(config, state, scenario, every, history)
-    if decode:
-        return Expected(scenario, plain, torch.stack(others) if others else plain[None][:0])
+    lens, history = scenario.query_lens, inputs.history
+    if scenario.mode == "decode":
+        found = _of_steps(config, state, scenario, inputs)
+        return Expected(scenario, found[0], found[1:])
+    every = oracle(config, state, inputs.hidden[0], lens, history)
     last = oracle_of_last(config, state, inputs.hidden[0], inputs.others, lens, history)
-    return Expected(scenario, plain, last)
+    return Expected(scenario, every[None], last)
 
 
-def _expected(
-    config: MLAConfig, state: State, scenario: Scenario, every: Sequence[torch.Tensor], history: History
-) -> list[torch.Tensor]:
-    """Return the outputs [inputs, T, d] of every choice of hidden states."""
-    lengths = [length * scenario.inputs for length in scenario.query_lens]
-    rows = []
-    for hidden in every:
-        per_request = zip(*(step.split(scenario.query_lens) for step in hidden), strict=True)
-        rows += [torch.cat(steps) for steps in per_request]
-    count = len(every)
-    flat = oracle(config, state, torch.cat(rows), lengths * count, history * count)
-    return [_by_step(scenario, one, lengths) for one in flat.chunk(count)]
+def oracle_runs(config: MLAConfig, scenario: Scenario) -> list[Run]:
+    """Return what the oracle computes for `expected_outputs`, request by request."""
+    count = turns.choices(scenario, signed=not config.attention_bias)
+    requests = list(zip(scenario.query_lens, scenario.history, strict=True))
+    if scenario.mode == "decode":
+        return [Run(count, new * scenario.inputs, past) for new, past in requests]
+    last = [Run(count - 1, 1, past + new - 1, uncached=new - 1) for new, past in requests]
+    return [*(Run(1, *one) for one in requests), *last]
 
 
-def _by_step(scenario: Scenario, flat: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    steps = zip(*(request.chunk(scenario.inputs) for request in flat.split(lengths)), strict=True)
-    return torch.stack([torch.cat(requests) for requests in steps])
+def _of_steps(config: MLAConfig, state: State, scenario: Scenario, inputs: Inputs) -> torch.Tensor:
+    """Return the outputs [n, inputs, T, d] of every choice of hidden states."""
+    lens, steps = scenario.query_lens, scenario.inputs
+    every = torch.cat((inputs.hidden[None], inputs.others))
+    rows = torch.cat([request.flatten(1, 2) for request in every.split(lens, dim=2)], dim=1)
+    lengths = [length * steps for length in lens]
+    found = oracle_of_choices(config, state, rows, lengths, inputs.history).split(lengths, dim=1)
+    return torch.cat([request.unflatten(1, (steps, -1)) for request in found], dim=2)

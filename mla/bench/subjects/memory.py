@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from mla import cost
 from mla.bench.subjects import shelf, turns
+from mla.bench.subjects.inputs import oracle_runs
 from mla.bench.subjects.setting import SPARE_PAGES, Setting, make_ops
 from mla.bench.workload.grid import Point
 from mla.bench.workload.scenario import Scenario
 from mla.layer.expansion import WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
+from mla.verify.oracle_cost import oracle_bytes
 
 # The reference's logits, gathered keys, and masks of two decode steps, and what the layer rebuilds, at most.
 WORKSPACE = 1 << 30
@@ -19,14 +21,18 @@ def device_bytes(setting: Setting, scenario: Point) -> int:
     slots = (sum(-(-length // size) for length in scenario.final_lens) + SPARE_PAGES) * size
     activations = scenario.tokens * 4 * config.num_attention_heads * config.latent_dim
     inputs = _input_numbers(setting, scenario)
-    row = scenario.tokens * config.hidden_size
     weights = cost.parameters(config) + cost.kv_b_parameters(config)  # kv_b is packed for both its uses
     longest = 4 * max(scenario.final_lens) * config.latent_dim  # one request's keys, gathered and widened
-    outputs = shelf.buffers(scenario.steps, scenario.layers * row * setting.dtype.itemsize) * row
-    per_layer = weights + slots * config.latent_dim + activations + outputs
+    per_layer = weights + slots * config.latent_dim + activations
     scratch = WORKSPACE + (scenario.layers - 1) * _kept_bytes(setting, scenario)
-    scratch += _grown_bytes(setting, scenario)
+    scratch += _grown_bytes(setting, scenario) + output_bytes(setting, scenario)
     return (longest + inputs + scenario.layers * per_layer) * setting.dtype.itemsize + scratch
+
+
+def output_bytes(setting: Setting, scenario: Point) -> int:
+    """Return what the outputs of a pass take, of all layers and in all their buffers."""
+    size = scenario.layers * scenario.tokens * setting.config.hidden_size * setting.dtype.itemsize
+    return shelf.buffers(scenario.steps, size) * size
 
 
 def _input_numbers(setting: Setting, scenario: Point) -> int:
@@ -72,20 +78,13 @@ def _merges(setting: Setting) -> bool:
 
 
 def host_bytes(setting: Setting, scenario: Point) -> int:
-    """Return what the host holds: weights, inputs, and the oracle in float64."""
-    config = setting.config
+    """Return what the host holds for all implementations together; outputs of a pass are not among it.
+
+    These are weights, inputs, the oracle in float64, and one forward's rows with those that are expected.
+    """
+    config, itemsize = setting.config, setting.dtype.itemsize
     copies = 1 if scenario.layers == 1 else 2  # of the layer that is being rolled
-    weights = cost.parameters(config) * (copies * setting.dtype.itemsize + 8)
-    rows = scenario.inputs * scenario.tokens
-    rows += _input_numbers(setting, scenario) // config.hidden_size - 2 * rows
-    oracle = 8 * rows * (3 * config.hidden_size + 4 * config.num_attention_heads * config.qk_head_dim)
-    logits = (
-        3
-        * 8
-        * max(
-            new * scenario.inputs * final
-            for new, final in zip(scenario.query_lens, scenario.final_lens, strict=True)
-        )
-    )
-    history = sum(scenario.history) * config.latent_dim * (8 + setting.dtype.itemsize)
-    return weights + oracle + logits + history
+    weights = cost.parameters(config) * (copies * itemsize + 8)
+    history = sum(scenario.history) * config.latent_dim * itemsize
+    judged = scenario.tokens * config.hidden_size * (itemsize + 4 * 8)
+    return weights + history + judged + oracle_bytes(config, oracle_runs(config, scenario), itemsize)

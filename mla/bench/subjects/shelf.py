@@ -13,8 +13,8 @@ SHELF_BYTES = 256 << 20
 
 
 def buffers(wanted: int, size: int) -> int:
-    """Return the number of output buffers of `size` bytes for `wanted` forwards; at least two."""
-    return min(wanted, max(2, SHELF_BYTES // max(1, size)))
+    """Return the number of output buffers of `size` bytes for `wanted` forwards; at least three."""
+    return min(wanted, max(3, SHELF_BYTES // max(1, size)))
 
 
 class Shelf(Generic[T]):

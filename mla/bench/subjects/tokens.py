@@ -33,10 +33,13 @@ class LayerChecker(Checker):
     """Judges the layer's outputs for any turn."""
 
     turned: Expected | None = None
+    _rounding: float | None = None
 
     def rounding(self) -> float:
         """Return the relative error of the oracle's own outputs, rounded to the dtype."""
-        return relative_error((self.expected.to(self.dtype), self.expected))
+        if self._rounding is None:
+            self._rounding = relative_error((self.expected.to(self.dtype), self.expected))
+        return self._rounding
 
     def expected_rows(self, step: int, turn: Turn) -> torch.Tensor:
         """Return what the outputs [T, d] of one forward should be."""
@@ -82,7 +85,7 @@ class LayerImplementation(Implementation):
         """Start pass `number` with poisoned buffers, and return the turn of its first forward."""
         self._number = number
         self._shelf.clear()
-        self._kept_turns, self._held = {}, {}
+        self._kept_turns, self._held, self._collected = {}, {}, {}
         return self._turn(0)
 
     def _turn(self, index: int) -> Turn:
@@ -144,9 +147,9 @@ class LayerImplementation(Implementation):
         """Return what the rows of a forward are."""
         return Places.new_tokens(self.scenario.query_lens, self.scenario.kv_lens(step))
 
-    def forwards(self, checker: LayerChecker) -> dict[int, Forward]:
-        """Return what was collected, by forward, with what it should be."""
-        return dict(zip(sorted(self._collected), self._forwards(checker), strict=True))
+    def forwards(self, checker: LayerChecker) -> Iterator[tuple[int, Forward]]:
+        """Yield what was collected, by forward, with what it should be."""
+        return zip(sorted(self._collected), self._forwards(checker), strict=True)
 
     def compared(self) -> dict[int, torch.Tensor]:
         return {index: found for index, (_, found) in self._collected.items()}

@@ -17,6 +17,7 @@ import mla
 from mla.bench.measure.cold_cache import sweep
 from mla.bench.plan import memory, request
 from mla.bench.plan.request import plan_scenarios
+from mla.bench.subjects import shelf
 from mla.bench.subjects.fixture import make_fixture
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting
@@ -167,3 +168,53 @@ def test_the_plan_counts_the_buffer_that_flushes_the_caches(
         for count in (1, 2, 3):
             without = replace(plan, sweep=0).device_bytes(count)
             assert plan.device_bytes(count) == without + plan.sweep
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("limit", [shelf.SHELF_BYTES, 0])
+def test_the_plan_counts_the_outputs_that_implementations_keep_on_the_host(
+    monkeypatch: pytest.MonkeyPatch, limit: int, layers: int
+) -> None:
+    """Those of the checked pass, of all implementations, and those of the last pass, of the ones loaded."""
+    monkeypatch.setattr(shelf, "SHELF_BYTES", limit)
+    config = mla.MLAConfig(hidden_size=64, num_attention_heads=2, kv_lora_rank=32)
+    setting = Setting(config, HostBackend(), torch.float32, "auto", 16, 0)
+    point = Point(name="d", base="d", mode="decode", query_lens=(2,), history=(3,), runs=5, layers=layers)
+    (plan,), _ = plan_scenarios(setting, [point], ["mla", "mla-reference"])
+    fixture = make_fixture(plan.setting, plan.point)
+    inputs, _ = fixture.prepare()
+    kept = []
+    for name in ("mla", "mla-reference"):
+        one = fixture.build(name)
+        one.load(plan.point, inputs)
+        for number in (1, 2):
+            one.restore(number)
+            assert not one.compared(), "those of the pass before are not kept beside those of this one"
+            for index in range(5):
+                one.before(index)
+                one.step(index)
+                one.after(index)
+            one.collect()
+            kept.append(
+                {
+                    x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                    for x in one.compared().values()
+                }
+            )
+    bytes_kept = [sum(one.values()) for one in kept]
+    spare = plan.memory.outputs - bytes_kept[0]
+    assert len(set(bytes_kept)) == 1
+    assert spare == (0 if limit else layers * 2 * 64 * 4)  # one buffer is written while the others are kept
+    for count in (1, 2):
+        assert plan.memory.host_bytes(count) == plan.needs.host_bytes + (2 + count) * plan.memory.outputs
+
+
+def test_a_run_whose_outputs_do_not_fit_on_the_host_is_told_so() -> None:
+    config = mla.MLAConfig(hidden_size=64, num_attention_heads=2, kv_lora_rank=32)
+    setting = Setting(config, HostBackend(), torch.float32, "auto", 16, 0)
+    point = Point(name="d", base="d", mode="decode", query_lens=(2,), history=(3,), runs=5)
+    (plan,), _ = plan_scenarios(setting, [point], ["mla", "mla-reference"])
+    alone, together = (plan.memory.host_bytes(count) + plan.memory.device_bytes(count) for count in (1, 2))
+    for free, fits in ((alone - 1, (False, False)), (alone, (True, False)), (together, (True, True))):
+        now = plan.memory.with_available(memory.Available(free, free))
+        assert (now.fits, now.side_by_side) == fits

@@ -53,8 +53,15 @@ def test_every_forward_is_as_likely_to_be_kept() -> None:
     assert all(400 < count < 600 for count in counted.values())  # 500 each, within 5 standard deviations
 
 
-def test_the_number_of_buffers_is_bounded_by_memory_and_at_least_two() -> None:
+def test_the_number_of_buffers_is_bounded_by_memory_and_at_least_three() -> None:
     assert buffers(100, 1000) == 100
     assert buffers(100, SHELF_BYTES // 7) == 7
-    assert buffers(100, SHELF_BYTES) == buffers(100, 5 * SHELF_BYTES) == 2
-    assert buffers(1, 10 * SHELF_BYTES) == 1
+    assert buffers(100, SHELF_BYTES) == buffers(100, 5 * SHELF_BYTES) == 3
+    assert [buffers(wanted, 10 * SHELF_BYTES) for wanted in (1, 2, 3)] == [1, 2, 3]
+
+
+def test_two_forwards_of_a_pass_are_judged_where_memory_is_short() -> None:
+    """The sizes that the method's page names."""
+    for size, judged in ((64 << 20, 3), ((64 << 20) + 1, 2), (1 << 40, 2)):
+        shelf = Shelf([Buffer() for _ in range(buffers(50, size))], 50, poison)
+        assert len(run(shelf, 50)) == judged

@@ -22,14 +22,13 @@ def device_bytes(setting: Setting, problem: OpProblem) -> int:
 
 
 def host_bytes(setting: Setting, problem: OpProblem, on_device: int) -> int:
-    """Return what the host holds.
+    """Return what the host holds for all implementations together; results of a pass are not among it.
 
-    These are operands and results, those again in float64, the reference's, and the results of a pass with
-    what one call must write.
+    These are operands and results, those again in float64, the reference's, and what one call must write.
     """
     operands = problem.work.bytes + _pool_bytes(problem)
     wide = operands * 8 // setting.dtype.itemsize
-    judged = output_bytes(problem) + 4 * 8 * numbers(problem)
+    judged = 4 * 8 * numbers(problem)
     return operands + wide + on_device + judged + 3 * LOGITS_BYTES
 
 

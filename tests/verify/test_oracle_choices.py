@@ -1,0 +1,99 @@
+"""Several choices of new tokens over one history: the same numbers as apart, and a history expanded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mla.bench.subjects.inputs import expected_outputs, make_inputs, oracle_runs
+from mla.bench.workload.scenario import Scenario
+from mla.verify import layer_oracle
+from mla.verify.layer_oracle import oracle, oracle_of_choices
+from mla.verify.oracle_cost import Run, oracle_flops
+from mla.weights import random_state_dict
+
+if TYPE_CHECKING:
+    from mla import MLAConfig
+
+CHANGES = [{}, {"q_lora_rank": None}, {"attention_bias": True}, {"num_attention_heads": 3}]
+LENS, PAST = (3, 1, 2, 0), (5, 0, 9, 4)
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+def history(config: MLAConfig, lengths: tuple[int, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(drawn(one, config.kv_lora_rank), drawn(one, config.qk_rope_head_dim)) for one in lengths]
+
+
+@pytest.mark.parametrize("bytes_at_once", [0, 2 * 8 * 3 * 8, 1 << 28])
+@pytest.mark.parametrize("changes", CHANGES)
+def test_choices_give_what_each_gives_alone(
+    tiny: Callable[..., MLAConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    bytes_at_once: int,
+) -> None:
+    monkeypatch.setattr(layer_oracle, "LOGITS_BYTES", bytes_at_once)
+    config = tiny(**changes)
+    state, past = random_state_dict(config, 0, torch.float32), history(config, PAST)
+    hidden = drawn(5, sum(LENS), config.hidden_size)
+    found = oracle_of_choices(config, state, hidden, LENS, past)
+    apart = torch.stack([oracle(config, state, one, LENS, past) for one in hidden])
+    torch.testing.assert_close(found, apart, rtol=1e-12, atol=1e-12)
+
+
+def test_logits_of_all_choices_are_not_made_at_once(
+    tiny: Callable[..., MLAConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, at_once = tiny(), []
+    attention = layer_oracle._softmax_attention
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        at_once.append(len(arguments[-1]))
+        return attention(*arguments)
+
+    monkeypatch.setattr(layer_oracle, "_softmax_attention", watched)
+    monkeypatch.setattr(layer_oracle, "LOGITS_BYTES", 3 * 8 * 2 * (7 + 2))  # three choices of 2 tokens over 9
+    hidden = drawn(8, 2, config.hidden_size)
+    oracle_of_choices(config, random_state_dict(config, 0, torch.float32), hidden, [2], history(config, (7,)))
+    assert at_once == [3, 3, 2] * config.num_attention_heads
+
+
+SCENARIOS = [
+    Scenario(name="one", mode="decode", query_lens=(1,), history=(400,), runs=3),
+    Scenario(name="two", mode="decode", query_lens=(2, 1), history=(30, 0), runs=3),
+    Scenario(name="prefill", mode="prefill", query_lens=(9, 1), history=(0, 40)),
+    Scenario(name="first", mode="prefill", query_lens=(1,), history=(0,)),
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=[one.name for one in SCENARIOS])
+def test_the_plan_counts_the_oracles_work(
+    tiny: Callable[..., MLAConfig], scenario: Scenario, changes: dict[str, Any]
+) -> None:
+    config = tiny(**changes)
+    state = random_state_dict(config, 0, torch.float32)
+    inputs = make_inputs(config, scenario, 0, torch.float32)
+    with FlopCounterMode(display=False) as counted:
+        expected_outputs(config, state, scenario, inputs)
+    assert counted.get_total_flops() == oracle_flops(config, oracle_runs(config, scenario))
+
+
+def test_a_long_history_is_expanded_once_for_all_choices(tiny: Callable[..., MLAConfig]) -> None:
+    """One request's history is most of the work, and 16 choices must not take 16 times as much."""
+    config = tiny(num_attention_heads=8, kv_lora_rank=512, qk_nope_head_dim=32, v_head_dim=32)
+    state, past = random_state_dict(config, 0, torch.float32), history(config, (2000,))
+    counts = []
+    for choices in (1, 16):
+        with FlopCounterMode(display=False) as counted:
+            oracle_of_choices(config, state, drawn(choices, 2, config.hidden_size), [2], past)
+        counts.append(counted.get_total_flops())
+    assert counts[1] < 1.2 * counts[0]
+    assert counts == [oracle_flops(config, [Run(choices, 2, 2000)]) for choices in (1, 16)]
