@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from mla.bench.doubts import backend_clocks, beside
+from mla.bench.doubts import backend_clocks, beside, fresh_inputs
 from mla.bench.doubts.pass_times import PassTimes
+from mla.bench.measure.variants import HEADLINE
 from mla.bench.subjects.base import Implementation
 from mla_backends.api import Backend, Timer
 
@@ -22,9 +23,22 @@ class Timed(Protocol):
     passes: list[PassTimes]
     idles: list[PassTimes]
 
+    def time_step(self, index: int) -> float:
+        """Run a step and return its milliseconds on the runner's clock."""
+        ...
 
-def doubts(one: Timed, backend: Backend, checker: Any, numbers: Iterator[int]) -> list[str]:
-    """Return why times cannot be right, a clause each. Some forwards are run; their passes take `numbers`."""
+
+def doubts(
+    one: Timed,
+    backend: Backend,
+    checker: Any,
+    numbers: Iterator[int],
+    beat: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """Return why times cannot be right, a clause each; `beat` is called between forwards.
+
+    Some forwards are run; their passes take `numbers`.
+    """
     forwards, steps = one.forwards, len(one.steps.run)
 
     def restore() -> None:
@@ -40,4 +54,6 @@ def doubts(one: Timed, backend: Backend, checker: Any, numbers: Iterator[int]) -
         found.append(backend_clocks.device_doubt(one.timer, forwards, steps, restore))
     else:
         found.append(backend_clocks.timer_doubt(backend, forwards, steps, restore))
+    if one.samples.variant == HEADLINE:
+        found.append(fresh_inputs.doubt(one, checker, beat))
     return [doubt for doubt in found if doubt]

@@ -246,11 +246,11 @@ class _Engine:
             if runner.passes and self._correct(runner):
                 self._hooks.enter(one.name)
                 measurement = self.measurements[one.name]
-                found = evidence.doubts(runner, self._backend, self._checker, self._untimed)
+                beat = self._hooks.heartbeat
+                found = evidence.doubts(runner, self._backend, self._checker, self._untimed, beat)
                 where = "" if runner.samples.variant == HEADLINE else f"{runner.samples.variant}: "
                 measurement.doubts += [f"{where}{doubt}" for doubt in found]
                 if runner.samples.variant == HEADLINE and isinstance(one, MlaLayer):
-                    beat = self._hooks.heartbeat
                     measurement.new_lengths = new_lengths.measure(one, self._scenario, heartbeat=beat)
                 self._hooks.heartbeat()
         for measurement in self.measurements.values():

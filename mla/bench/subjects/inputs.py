@@ -81,27 +81,38 @@ def expected_outputs(config: MLAConfig, state: State, scenario: Scenario, inputs
     """Return the oracle's outputs: all decode steps from one prefill per request, for every choice."""
     lens, history, decode = scenario.query_lens, inputs.history, scenario.mode == "decode"
     every = [inputs.hidden, *inputs.others] if decode else [inputs.hidden]
-    plain, *others = _expected(config, state, scenario, every, history)
+    plain, *others = _expected(config, state, lens, every, history)
     if decode:
         return Expected(scenario, plain, torch.stack(others) if others else plain[None][:0])
     last = oracle_of_last(config, state, inputs.hidden[0], inputs.others, lens, history)
     return Expected(scenario, plain, last)
 
 
+def expected_of(
+    config: MLAConfig, state: State, scenario: Scenario, history: History, hidden: torch.Tensor
+) -> torch.Tensor:
+    """Return the oracle's outputs [n, T, d] of `hidden` [n, T, d]: consecutive steps, from the history on."""
+    return _expected(config, state, scenario.query_lens, [hidden], history)[0]
+
+
 def _expected(
-    config: MLAConfig, state: State, scenario: Scenario, every: Sequence[torch.Tensor], history: History
+    config: MLAConfig,
+    state: State,
+    query_lens: tuple[int, ...],
+    every: Sequence[torch.Tensor],
+    history: History,
 ) -> list[torch.Tensor]:
-    """Return the outputs [inputs, T, d] of every choice of hidden states."""
-    lengths = [length * scenario.inputs for length in scenario.query_lens]
+    """Return the outputs [n, T, d] of every choice of hidden states [n, T, d]."""
+    inputs, count = every[0].shape[0], len(every)
+    lengths = [length * inputs for length in query_lens]
     rows = []
     for hidden in every:
-        per_request = zip(*(step.split(scenario.query_lens) for step in hidden), strict=True)
+        per_request = zip(*(step.split(query_lens) for step in hidden), strict=True)
         rows += [torch.cat(steps) for steps in per_request]
-    count = len(every)
     flat = oracle(config, state, torch.cat(rows), lengths * count, history * count)
-    return [_by_step(scenario, one, lengths) for one in flat.chunk(count)]
+    return [_by_step(one, lengths, inputs) for one in flat.chunk(count)]
 
 
-def _by_step(scenario: Scenario, flat: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    steps = zip(*(request.chunk(scenario.inputs) for request in flat.split(lengths)), strict=True)
+def _by_step(flat: torch.Tensor, lengths: list[int], inputs: int) -> torch.Tensor:
+    steps = zip(*(request.chunk(inputs) for request in flat.split(lengths)), strict=True)
     return torch.stack([torch.cat(requests) for requests in steps])
