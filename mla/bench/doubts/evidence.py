@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 from mla.bench.doubts import backend_clocks, beside, fresh_inputs
 from mla.bench.doubts.pass_times import PassTimes
-from mla.bench.measure.variants import HEADLINE
 from mla.bench.subjects.base import Implementation
 from mla_backends.api import Backend, Timer
 
@@ -54,6 +53,7 @@ def doubts(
         found.append(backend_clocks.device_doubt(one.timer, forwards, steps, restore))
     else:
         found.append(backend_clocks.timer_doubt(backend, forwards, steps, restore))
-    if one.samples.variant == HEADLINE:
+    variant = one.samples.variant
+    if (variant.mode, variant.cache, variant.clock) == ("eager", "warm", "host"):
         found.append(fresh_inputs.doubt(one, checker, beat))
     return [doubt for doubt in found if doubt]

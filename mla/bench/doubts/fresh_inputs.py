@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Any, Protocol
 
 import torch
@@ -84,14 +84,18 @@ def doubt(one: Timed, checker: Any, beat: Callable[[], None] = lambda: None) -> 
 
 
 def _known(one: Timed, count: int) -> _Times:
-    """Return what the first `count` forwards of the passes took."""
+    """Return what the first `count` forwards of the passes took.
+
+    The median is the latency, and throughput follows from the average: neither may be too low.
+    """
     walls = [
         ms
         for samples in one.samples.passes
         for index, ms in zip(one.steps.timed, samples, strict=True)
         if index < count
     ]
-    return _Times(median(walls), median(times.regions_cpu / times.forwards for times in one.passes))
+    cpus = [times.regions_cpu / times.forwards for times in one.passes]
+    return _Times(*(min(median(times), fmean(times)) for times in (walls, cpus)))
 
 
 def _draw(layer: LayerImplementation, count: int) -> list[torch.Tensor]:
