@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mla.bench.doubts import backend_clocks, beside
+from mla.bench.doubts import backend_clocks, beside, fresh_inputs
 from mla.bench.doubts.device_wait import DeviceWait
 from mla.bench.doubts.pass_times import PassTimes
 from mla.bench.subjects.base import Implementation
@@ -30,6 +30,8 @@ class Timed(Protocol):
 
     @property
     def headline(self) -> bool: ...
+
+    def time_step(self, index: int) -> float: ...
 
     def pair(self, number: int, untimed: Iterator[int], heartbeat: Callable[[], None]) -> PassTimes: ...
 
@@ -54,6 +56,7 @@ def doubts(
         wait = DeviceWait(one.implementation.setting.device)
         found.append(backend_clocks.timer_doubt(backend, forwards, len(one.steps.run), restore))
         found.append(backend_clocks.wait_doubt(forwards, indices, restore, backend.synchronize, wait))
+        found.append(fresh_inputs.doubt(one, checker, beat))
     return [doubt for doubt in found if doubt]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from mla import cost
 from mla.bench import results
 from mla.bench.subjects import memory
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.inputs import Inputs, expected_outputs, make_inputs, oracle_runs
+from mla.bench.subjects.inputs import Inputs, expected_of, expected_outputs, make_inputs, oracle_runs
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.op import memory as op_memory
 from mla.bench.subjects.op.implementation import OpImplementation, reference_results
@@ -155,8 +156,15 @@ class LayerFixture(Fixture):
         return make_inputs(self.setting.config, self.point, self.setting.seed, self.setting.dtype)
 
     def _make_checker(self, inputs: Inputs) -> LayerChecker:
-        expected = expected_outputs(self.setting.config, self._state, self.point, inputs)
-        return LayerChecker(expected.plain, self.setting.dtype, self._reference_outputs, turned=expected)
+        what = (self.setting.config, self._state, self.point)
+        expected = expected_outputs(*what, inputs)
+        return LayerChecker(
+            expected.plain,
+            self.setting.dtype,
+            self._reference_outputs,
+            turned=expected,
+            oracle=partial(expected_of, *what, inputs.history),
+        )
 
     def _weights(self) -> State:
         if self._given is None:

@@ -81,11 +81,12 @@ def expected_outputs(config: MLAConfig, state: State, scenario: Scenario, inputs
     """Return the oracle's outputs: all decode steps from one prefill per request, for every choice."""
     lens, history = scenario.query_lens, inputs.history
     if scenario.mode == "decode":
-        found = _of_steps(config, state, scenario, inputs)
+        every = torch.cat((inputs.hidden[None], inputs.others))
+        found = _of_steps(config, state, lens, every, history)
         return Expected(scenario, found[0], found[1:])
-    every = oracle(config, state, inputs.hidden[0], lens, history)
+    plain = oracle(config, state, inputs.hidden[0], lens, history)
     last = oracle_of_last(config, state, inputs.hidden[0], inputs.others, lens, history)
-    return Expected(scenario, every[None], last)
+    return Expected(scenario, plain[None], last)
 
 
 def oracle_runs(config: MLAConfig, scenario: Scenario) -> list[Run]:
@@ -98,11 +99,19 @@ def oracle_runs(config: MLAConfig, scenario: Scenario) -> list[Run]:
     return [*(Run(1, *one) for one in requests), *last]
 
 
-def _of_steps(config: MLAConfig, state: State, scenario: Scenario, inputs: Inputs) -> torch.Tensor:
-    """Return the outputs [n, inputs, T, d] of every choice of hidden states."""
-    lens, steps = scenario.query_lens, scenario.inputs
-    every = torch.cat((inputs.hidden[None], inputs.others))
+def expected_of(
+    config: MLAConfig, state: State, scenario: Scenario, history: History, hidden: torch.Tensor
+) -> torch.Tensor:
+    """Return the oracle's outputs [n, T, d] of `hidden` [n, T, d]: consecutive steps, from the history on."""
+    return _of_steps(config, state, scenario.query_lens, hidden[None], history)[0]
+
+
+def _of_steps(
+    config: MLAConfig, state: State, lens: tuple[int, ...], every: torch.Tensor, history: History
+) -> torch.Tensor:
+    """Return the outputs [n, inputs, T, d] of every choice of hidden states [n, inputs, T, d]."""
+    steps = every.shape[1]
     rows = torch.cat([request.flatten(1, 2) for request in every.split(lens, dim=2)], dim=1)
     lengths = [length * steps for length in lens]
-    found = oracle_of_choices(config, state, rows, lengths, inputs.history).split(lengths, dim=1)
+    found = oracle_of_choices(config, state, rows, lengths, history).split(lengths, dim=1)
     return torch.cat([request.unflatten(1, (steps, -1)) for request in found], dim=2)

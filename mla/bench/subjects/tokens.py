@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,10 +31,15 @@ TOO_EXACT = 1.5
 
 @dataclass
 class LayerChecker(Checker):
-    """Judges the layer's outputs for any turn."""
+    """Judges the layer's outputs for any turn.
+
+    `oracle` returns the outputs [n, T, d] in float64 of any hidden states [n, T, d] with plain signs: those
+    of consecutive steps, from the scenario's history on.
+    """
 
     turned: Expected | None = None
     _rounding: float | None = None
+    oracle: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def rounding(self) -> float:
         """Return the relative error of the oracle's own outputs, rounded to the dtype."""
@@ -46,11 +52,18 @@ class LayerChecker(Checker):
         assert self.turned is not None
         return self.turned.rows(step, turn)
 
+    def of(self, hidden: torch.Tensor) -> LayerChecker:
+        """Return a checker of plain turns whose inputs were `hidden` [n, T, d], within the same bounds."""
+        assert self.turned is not None
+        assert self.oracle is not None
+        return replace(self, turned=replace(self.turned, plain=self.oracle(hidden)))
+
 
 class LayerImplementation(Implementation):
     """Takes turns with the scenario's inputs; a subclass runs `x` and writes `out`."""
 
     scenario: Scenario
+    _instead: Sequence[torch.Tensor] | None = None
 
     def prepare_buffers(self, scenario: Scenario, inputs: Inputs, *before: int) -> None:
         """Make buffers for inputs, and for outputs [.., T, d] with the dimensions `before`."""
@@ -91,6 +104,19 @@ class LayerImplementation(Implementation):
     def _turn(self, index: int) -> Turn:
         return self._turns.turn(forward_number(self.scenario, self._number, index))
 
+    @contextmanager
+    def fed(self, hidden: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Give forward i of a plain pass (number 0) hidden[i] [T, d] in the `with` block."""
+        self._instead = hidden
+        try:
+            yield
+        finally:
+            self._instead = None
+
+    def keep_collected(self, indices: Collection[int]) -> None:
+        """Leave only some of the collected forwards to be checked."""
+        self._collected = {index: self._collected[index] for index in indices}
+
     def take(self, turn: Turn) -> None:
         """Take the inputs of a turn. A subclass that keeps history gives it the turn's signs, too."""
         self._hidden.take(turn)
@@ -104,7 +130,7 @@ class LayerImplementation(Implementation):
         self._out = self._shelf.next()
 
     def show(self, index: int) -> None:
-        self._hidden.show(self._step(index))
+        self._hidden.show(self._step(index), None if self._instead is None else self._instead[index])
 
     def _step(self, index: int) -> int:
         return index if self.scenario.mode == "decode" else 0

@@ -35,9 +35,12 @@ class TurnedHidden:
         self._choices, self._signs = turn.choices, signs.to(self.rows.device, self.rows.dtype)[:, None]
         self.rows.fill_(torch.nan)
 
-    def show(self, step: int) -> None:
-        """Write the hidden states of one step of the turn."""
+    def show(self, step: int, instead: torch.Tensor | None = None) -> None:
+        """Write the hidden states of one step of the turn, or others [T, d] in their place."""
         rows = self.rows[step]
+        if instead is not None:
+            rows.copy_(instead)
+            return
         rows.copy_(self._plain[step])
         if self._prefill:
             self._choose_last(rows)

@@ -1,0 +1,131 @@
+"""Forwards on inputs that nothing has seen, for which nothing can have been remembered.
+
+The inputs of timed passes come again: a request has a sign and a few choices, and checks, warm-ups and other
+variants have shown most of them before. These here are drawn from the system's entropy, all rows new. They
+must be as fast as the timed ones, and right.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any, Protocol
+
+import torch
+
+from mla.bench.doubts.clock import cpu_ns
+from mla.bench.doubts.pass_times import PassTimes
+from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.tokens import LayerImplementation
+
+# How many times as long as in the passes a forward may take, and how many milliseconds more say nothing.
+WITHIN, LEAST = 1.5, 0.05
+# Forwards of a round: of one prefill each, and steps of a decode.
+PREFILLS, STEPS = 3, 8
+# A busy machine disturbs a round or two: one that is fast enough and right is believed.
+ROUNDS = 3
+
+# Bound before any plugin loads.
+_randn, _random = torch.randn, random.SystemRandom()
+
+
+class Timed(Protocol):
+    """A variant whose passes were timed (`mla.bench.measure.passes.PassRunner`)."""
+
+    implementation: Implementation
+    forwards: Any
+    samples: Any
+    steps: Any
+    passes: list[PassTimes]
+
+    def time_step(self, index: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Milliseconds of a typical forward, and of the process's CPUs in it."""
+
+    wall: float
+    cpu: float
+
+    def slower(self, known: _Times, on_host: bool) -> bool:
+        """Return whether these times are far longer; on the host, CPU time must say the same."""
+        if self.wall <= WITHIN * known.wall or self.wall - known.wall <= LEAST:
+            return False
+        return not on_host or self.cpu > WITHIN * known.cpu
+
+
+def doubt(one: Timed, checker: Any, beat: Callable[[], None] = lambda: None) -> str:
+    """Return how forwards on new inputs contradict the passes of a layer, or nothing.
+
+    One prefill is judged, which costs as much as the scenario's oracle: the fastest, whose time counts. All
+    steps of a decode are.
+    """
+    layer = one.implementation
+    if not isinstance(layer, LayerImplementation):
+        return ""
+    decode, on_host = layer.scenario.mode == "decode", layer.setting.device.type == "cpu"
+    count = min(len(one.steps.run), STEPS if decode else PREFILLS)
+    known = _known(one, count if decode else len(one.steps.run))
+    for _ in range(ROUNDS):
+        hidden = _draw(layer, count)
+        walls, cpus = _run(one, layer, hidden, beat)
+        judged = sorted(walls) if decode else [min(walls, key=walls.__getitem__)]
+        fresh = _Times(*(median(times[index] for index in judged) for times in (walls, cpus)))
+        if not fresh.slower(known, on_host):
+            layer.keep_collected(judged)
+            return _wrong(layer, checker, torch.stack(hidden if decode else [hidden[judged[0]]]))
+    return (
+        f"forwards on inputs that nothing had seen take {fresh.wall:.3g} ms, on those of the passes "
+        f"{known.wall:.3g} ms, as if results were remembered"
+    )
+
+
+def _known(one: Timed, count: int) -> _Times:
+    """Return what the first `count` forwards of the passes took.
+
+    The median is the latency, and throughput follows from the average: neither may be too low.
+    """
+    walls = [
+        ms
+        for samples in one.samples.passes
+        for index, ms in zip(one.steps.timed, samples, strict=True)
+        if index < count
+    ]
+    cpus = [times.regions_cpu / times.forwards for times in one.passes]
+    return _Times(*(min(median(times), fmean(times)) for times in (walls, cpus)))
+
+
+def _draw(layer: LayerImplementation, count: int) -> list[torch.Tensor]:
+    """Return hidden states [T, d] for some forwards on the host, N(0, 1) as the scenario's are."""
+    shape, dtype = layer.hidden.shape[1:], layer.hidden.dtype
+    generator = torch.Generator().manual_seed(_random.getrandbits(63))
+    return [_randn(shape, generator=generator).to(dtype) for _ in range(count)]
+
+
+def _run(
+    one: Timed, layer: LayerImplementation, hidden: Sequence[torch.Tensor], beat: Callable[[], None]
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Run a pass and collect it. Return wall and CPU milliseconds of the forwards that were collected."""
+    walls, cpus = {}, {}
+    with layer.fed(hidden):
+        one.forwards.restore(0)
+        for index in range(len(hidden)):
+            one.forwards.before(index)
+            start = cpu_ns()
+            walls[index] = one.time_step(index)
+            cpus[index] = (cpu_ns() - start) / 1e6
+            one.forwards.after(index)
+            beat()
+        layer.collect()
+    kept = layer.compared()
+    return {index: walls[index] for index in kept}, {index: cpus[index] for index in kept}
+
+
+def _wrong(layer: LayerImplementation, checker: Any, hidden: torch.Tensor) -> str:
+    check = layer.check(checker.of(hidden))
+    if check.status == "ok":
+        return ""
+    return f"outputs on inputs that nothing had seen are wrong: {check.reason}"
