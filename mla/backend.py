@@ -50,6 +50,6 @@ def _check_threads(name: str, threads: int) -> None:
     used = torch.get_num_threads()
     if used != threads:
         raise BackendError(
-            f"backend '{name}' ignores the option threads: {threads} were asked for, and after its setup() "
-            f"torch uses {used}; leave the option out to run on the backend's own number."
+            f"backend '{name}' ignores the option threads: {threads} {'was' if threads == 1 else 'were'} asked "
+            f"for, and after its setup() torch uses {used}; leave the option out to run on the backend's own number."
         )

@@ -90,7 +90,7 @@ def test_a_misspelt_contract_gets_the_whole_one(
     )
 
 
-@pytest.mark.parametrize("answer", ["no bf16", None, [None], True])
+@pytest.mark.parametrize("answer", ["no bf16", None, [None], True, [""], [" "]])
 def test_reasons_that_are_no_list_are_named(bench: Bench, plugin: Plugin, answer: Any) -> None:
     words = plugin(f"    def ops(self): return {{'x': Op()}}\nOp.reasons = {answer!r}")
     done = bench(*words, "--list-ops")
@@ -129,6 +129,10 @@ def test_a_backend_that_sets_another_number_of_threads_is_refused(bench: Bench, 
     done = bench(*words, "--threads", "2", "--list-ops")
     assert (done.code, done.out) == (3, "")
     assert "ignores the option threads: 2 were asked for, and after its setup() torch uses 1; " in done.error
+    words = plugin(
+        "    def setup(self, index=None):\n        torch.set_num_threads(2)\n        return super().setup()"
+    )
+    assert ": 1 was asked for, and" in bench(*words, "--threads", "1", "--list-ops").error
 
 
 @pytest.mark.usefixtures("_threads")
