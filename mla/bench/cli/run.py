@@ -18,6 +18,7 @@ from mla.bench.terminal import run_table
 from mla.bench.terminal.comparison import compare_runs
 from mla.bench.terminal.quality_warnings import quality_warnings
 from mla.bench.workload.implementations import parse_one
+from mla.command import last_words
 from mla.command.console import note, out
 from mla.command.exit_codes import Exit, graver
 
@@ -130,7 +131,8 @@ def _run(
         return Exit.OK
     empty = empty_run(request)
     course = steering(options, request, empty, budget, old, lambda run: _show(options, run))
-    outcome = scheduler.measure(request, empty, course)
+    with last_words.while_running(request.setting.backend.name):
+        outcome = scheduler.measure(request, empty, course)
     _report(options, request, outcome)
     compared = _compare(options, baseline, outcome.run)
     code = verdict(outcome)
