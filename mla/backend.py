@@ -27,12 +27,20 @@ def load_backend(
         raise TypeError(f"load_backend('{name}', options={dict(index)}): options go by name.")
     chosen = dict(options or {})
     if threads is None:
-        return open_backend(name, index, chosen)
+        return _checked(name, open_backend(name, index, chosen))
     chosen["threads"] = str(threads)
     with contextlib.suppress(Exception):  # if torch does not import, what needs it says so, with the cure
         _set_threads(threads)
     backend = open_backend(name, index, chosen)
     _check_threads(name, threads)
+    return _checked(name, backend)
+
+
+def _checked(name: str, backend: Backend) -> Backend:
+    """Return a backend whose answers can be. Raises `BackendError`; torch is needed here at the latest."""
+    from mla.opened import check_opened
+
+    check_opened(name, backend)
     return backend
 
 
@@ -49,7 +57,8 @@ def _check_threads(name: str, threads: int) -> None:
 
     used = torch.get_num_threads()
     if used != threads:
+        asked = f"{threads} {'was' if threads == 1 else 'were'} asked for"
         raise BackendError(
-            f"backend '{name}' ignores the option threads: {threads} were asked for, and after its setup() "
-            f"torch uses {used}; leave the option out to run on the backend's own number."
+            f"backend '{name}' ignores the option threads: {asked}, and after its setup() torch uses {used}; "
+            "leave the option out to run on the backend's own number."
         )

@@ -51,10 +51,17 @@ def _method(frames: list[_Place]) -> str:
 
 def _name(callers: list[_Place], op: FusedOp) -> str:
     """Return ", op 'name' of role": the step that called the op knows both."""
-    from mla.layer.ops import Ops
+    from mla.layer.ops import Choice, Ops
 
     for frame, _ in reversed(callers):
-        ops = frame.f_locals.get("ops", getattr(_self(frame), "ops", None))
+        own = _self(frame)
+        known = (
+            frame.f_locals.get("ops"),
+            *(getattr(own, name, None) for name in ("ops", "_ops", "_choice")),
+        )
+        ops = next((one for one in known if isinstance(one, (Ops, Choice))), None)
+        if isinstance(ops, Choice) and ops.op is op:
+            return f", op '{ops.name}'"
         if isinstance(ops, Ops):
             roles = [role for role in ops.names() if ops[role].op is op]
             named = frame.f_locals.get("role")  # one op may serve several weights

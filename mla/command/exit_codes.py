@@ -34,6 +34,15 @@ class Exit(enum.IntEnum):
     TERMINATED = 143
 
 
+# What is wrong with a run comes before how it compares with another, the gravest first.
+_GRAVEST = (Exit.WRONG, Exit.DOUBTFUL, Exit.REGRESSION, Exit.NOTHING_RAN, Exit.OK)
+
+
+def graver(one: Exit, other: Exit) -> Exit:
+    """Return the code of a run that has two: wrong before doubtful, and that before a regression."""
+    return min(one, other, key=_GRAVEST.index)
+
+
 def interrupted() -> Exit:
     """Return the code of a run that ended early: by SIGTERM, else by Ctrl-C."""
     return Exit.TERMINATED if signals.terminated() else Exit.INTERRUPTED

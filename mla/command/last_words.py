@@ -1,4 +1,4 @@
-"""A sentence for a process that dies while a plugin is loaded: an abort leaves nobody here to say why."""
+"""A sentence for a process that dies in a plugin's code: an abort leaves nobody here to say why."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 PATIENCE = 60.0  # seconds after which loading a backend is said to take long
+NEVER = 1e6  # seconds: longer than a run
 
 # Reads from a pipe that ends with this process. One byte means that all went well.
 _LISTENER = """
@@ -21,12 +22,40 @@ if not sys.stdin.buffer.read(1):
 """
 
 
+# Listeners that have not been told that all went well.
+_LISTENING: list[subprocess.Popen[bytes]] = []
+
+
 @contextlib.contextmanager
 def while_loading(name: str, patience: float = PATIENCE) -> Iterator[None]:
     """Have another process say on stderr that backend `name` takes long, or has ended this process."""
     why = f"`python -m mla.bench doctor {name}` finds out where\n"
     late = f"backend '{name}' has not been loaded and set up within {patience:g} s; {why}"
     dead = f"error: the process ended while backend '{name}' was loaded and set up; {why}"
+    with _listening(patience, late, dead):
+        yield
+
+
+@contextlib.contextmanager
+def while_running(name: str) -> Iterator[None]:
+    """Have another process say on stderr that this one has ended while backend `name` ran."""
+    dead = (
+        f"error: the process ended while backend '{name}' ran: aborted by a library below it, or killed, as "
+        "for memory; `python -X faulthandler -m mla.bench ...` shows where\n"
+    )
+    with _listening(NEVER, "", dead):
+        yield
+
+
+def dismiss() -> None:
+    """Let this process end on purpose, without a word: before `os._exit`."""
+    while _LISTENING:
+        with contextlib.suppress(OSError):
+            _LISTENING.pop().communicate(b".")
+
+
+@contextlib.contextmanager
+def _listening(patience: float, late: str, dead: str) -> Iterator[None]:
     command = [sys.executable, "-I", "-S", "-c", _LISTENER, str(patience), late, dead]
     try:
         listener = subprocess.Popen(
@@ -35,8 +64,11 @@ def while_loading(name: str, patience: float = PATIENCE) -> Iterator[None]:
     except OSError:  # no room for another process: it would only have talked
         yield
         return
+    _LISTENING.append(listener)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            listener.communicate(b".")
+        if listener in _LISTENING:
+            _LISTENING.remove(listener)
+            with contextlib.suppress(OSError):
+                listener.communicate(b".")

@@ -8,6 +8,7 @@ from mla.errors import MLAError, UnknownOp, did_you_mean
 from mla.failures.call import RecordedCall
 from mla.failures.file import Failure
 from mla.failures.verdict import judged, make
+from mla.layer.ops import refusals, sentences
 from mla.reference import REFERENCE
 from mla_backends.api import OPS, Backend, FusedOp
 
@@ -26,7 +27,7 @@ def replay(failure: Failure, backend: Backend, name: str | None = None, runs: in
     call, expected = failure.call(), failure.expected()
     op = op_of(call, backend.ops(), call.facts.op if name is None else name)
     assert backend.device is not None
-    _require_served(call, op, backend)
+    _require_served(call, name or call.facts.op, op, backend)
     found = []
     for _ in range(runs):
         one = make(call, op, backend.device, backend.synchronize)
@@ -49,11 +50,12 @@ def op_of(call: RecordedCall, offered: Mapping[str, FusedOp], name: str) -> Fuse
     return known[name]
 
 
-def _require_served(call: RecordedCall, op: FusedOp, backend: Backend) -> None:
+def _require_served(call: RecordedCall, name: str, op: FusedOp, backend: Backend) -> None:
     spec = call.spec(backend.device)  # type: ignore[arg-type]  # it is set up
-    reasons = list(op.unsupported_reasons(spec)) or list(op.preflight(spec))
+    reasons = refusals(name, op, call.facts.kind, spec)
     if not reasons and call.facts.kind.endswith("_attention"):
         size = call.facts.pages.shape[1] if call.facts.pages else None
-        reasons = list(op.unsupported_batch(spec, call.facts.query_lens, call.facts.kv_lens, size))
+        answer = op.unsupported_batch(spec, call.facts.query_lens, call.facts.kv_lens, size)
+        reasons = sentences(name, "unsupported_batch()", answer)
     if reasons:
         raise CannotReplay(f"the op refuses this call: {'; '.join(reasons)}.")

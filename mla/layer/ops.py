@@ -39,7 +39,7 @@ class Choice:
     ) -> None:
         """Raise `UnsupportedBatch` with every reason why these lengths or pages cannot be served."""
         answer = self.op.unsupported_batch(self.spec, query_lens, kv_lens, page_size)
-        reasons = _sentences(self.name, "unsupported_batch()", answer)
+        reasons = sentences(self.name, "unsupported_batch()", answer)
         if reasons:
             cure = f"Leave `{self.override}` out."
             raise UnsupportedBatch(
@@ -107,13 +107,13 @@ def refusals(name: str, op: FusedOp, kind: str, spec: Any, say: Say | None = Non
     """Return why `op`, offered as `name`, does not serve `spec` here (empty if it does)."""
     if op.contract != OPS[kind]:
         return [f"it implements {op.contract} and this core calls {OPS[kind]}"]
-    reasons = _sentences(name, "unsupported_reasons()", op.unsupported_reasons(spec))
+    reasons = sentences(name, "unsupported_reasons()", op.unsupported_reasons(spec))
     return reasons or preflight_reasons(name, op, spec, say)
 
 
-def _sentences(name: str, asked: str, answer: Any) -> list[str]:
+def sentences(name: str, asked: str, answer: Any) -> list[str]:
     """Return what an op answered. Raises `BackendError` unless it is a list of sentences."""
-    if isinstance(answer, (list, tuple)) and all(isinstance(one, str) for one in answer):
+    if isinstance(answer, (list, tuple)) and all(isinstance(one, str) and one.strip() for one in answer):
         return list(answer)
     raise BackendError(
         f"the backend's op '{name}': {asked} returned {answer!r}, not a list of sentences ([] if it can)."

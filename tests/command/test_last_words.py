@@ -40,3 +40,38 @@ def test_a_backend_that_loads_or_raises_leaves_no_word(capfd: pytest.CaptureFixt
     with pytest.raises(ValueError, match="why"), while_loading("wrong"):
         raise ValueError("why")
     assert capfd.readouterr().err == ""
+
+
+ABORTING = """
+import os
+from mla_backends import FusedOp
+from mla_backends.testing import HostBackend
+
+class Op(FusedOp):
+    contract = "linear/1"
+    def __call__(self, *args, **tensors): os.abort()
+
+class Aborting(HostBackend):
+    name = "aborting"
+    def __init__(self, options=None):
+        super().__init__(options, ops={"op": Op()})
+"""
+
+
+def test_a_backend_that_ends_the_process_in_a_forward_is_named(tmp_path: Path) -> None:
+    (tmp_path / "aborting.py").write_text(ABORTING)
+    options = ["--op", "o_proj", "--implementations", "mla", "--dtype", "float32", "--batch", "1"]
+    words = ["-m", "mla.bench", "--backend", "aborting:Aborting", *options]
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (-signal.SIGABRT, "")
+    assert "error: the process ended while backend 'aborting' ran: " in done.stderr
+    assert "was loaded" not in done.stderr
+
+
+def test_a_process_that_ends_on_purpose_leaves_no_word(tmp_path: Path) -> None:
+    code = (
+        "import os\nfrom mla.command.last_words import dismiss, while_running\n"
+        "with while_running('x'):\n    dismiss()\n    os._exit(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (3, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,11 +18,13 @@ from mla.bench.terminal import run_table
 from mla.bench.terminal.comparison import compare_runs
 from mla.bench.terminal.quality_warnings import quality_warnings
 from mla.bench.workload.implementations import parse_one
+from mla.command import last_words
 from mla.command.console import note, out
-from mla.command.exit_codes import Exit
+from mla.command.exit_codes import Exit, graver
 
 if TYPE_CHECKING:
     from mla.bench.plan.request import Request
+    from mla.bench.results.compare import Comparison
     from mla.bench.run.outcome import Outcome
 
 EPILOG = """\b
@@ -44,10 +47,16 @@ Examples:
   python -m mla.bench new-backend acme ./acme
 
 \b
-Exit codes: 0 ok, 1 regression (or, with --fail-slower, a case that was lost), 2 usage, 3 backend
-missing, unusable or hung, or its ops refused every case of mla, 4 wrong result, 5 nothing ran (no case of
-mla, if any was asked for), 6 a doubtful time, 130 interrupted, 143 ended by SIGTERM (the partial result
-is written).
+Exit codes:
+  0 ok
+  1 regression (or, with --fail-slower, a case that was lost)
+  2 usage
+  3 backend missing, unusable or hung, the device does not exist, an op raised, or the ops refused every
+    case of mla
+  4 wrong result
+  5 nothing ran (no case of mla, if any was asked for)
+  6 a doubtful time
+  130 interrupted, 143 ended by SIGTERM (the partial result is written)
 """
 
 
@@ -122,11 +131,13 @@ def _run(
         return Exit.OK
     empty = empty_run(request)
     course = steering(options, request, empty, budget, old, lambda run: _show(options, run))
-    outcome = scheduler.measure(request, empty, course)
+    with last_words.while_running(request.setting.backend.name):
+        outcome = scheduler.measure(request, empty, course)
     _report(options, request, outcome)
+    compared = _compare(options, baseline, outcome.run)
     code = verdict(outcome)
-    if not code and baseline is not None:
-        code = _gate(options, baseline, outcome.run)
+    if not outcome.interrupted and compared is not None:
+        code = graver(code, _gate(options, compared))
     return code if outcome.interrupted else _profile(options, request, outcome, budget, code)
 
 
@@ -160,9 +171,15 @@ def _show(options: RunOptions, run: results.Run) -> None:
             note(warning)
 
 
-def _gate(options: RunOptions, baseline: results.Run, run: results.Run) -> Exit:
+def _compare(options: RunOptions, baseline: results.Run | None, run: results.Run) -> list[Comparison] | None:
     """Compare with the baseline: below the table, or on stderr where stdout is for machines."""
+    if baseline is None or not run.cases:
+        return None
     text, cases = compare_runs(baseline, run, f"this run against {options.baseline}", options.kind)
     (out if options.kind in ("table", "md") else note)(f"\n{text}")
+    return cases
+
+
+def _gate(options: RunOptions, cases: Sequence[Comparison]) -> Exit:
     selected = any((options.scenarios, options.axes, options.op, options.implementations))
     return compare.verdict(cases, options.fail_slower, selected=selected)

@@ -14,11 +14,12 @@ import torch
 
 from mla.bench.doubts import clock
 from mla.bench.limits import growth
-from mla.bench.limits.ways import Way, own_ways, product_ways, random_rows, read_ways, wait
+from mla.bench.limits.ways import OwnFailed, Way, own_ways, product_ways, random_rows, read_ways, wait
 from mla.bench.results.schema import Ceiling
 from mla.command.console import note
 from mla.text import dtype_name, size
 from mla_backends.api import Backend
+from mla_backends.errors import describe, plugin_code
 
 # Sides of the square matrices that are multiplied; larger ones are skipped once torch takes LONG seconds.
 # The small ones are for a busy machine, on which only short work is ever undisturbed.
@@ -54,8 +55,9 @@ class Microbenchmark:
         rows = max(16, count // (FEATURES * self._dtype.itemsize) // 16 * 16)
         count = rows * FEATURES * self._dtype.itemsize
         weight = random_rows(rows, FEATURES, self._dtype, self._device)
-        ways = [*read_ways(weight), *self._own(weight, 1)]
-        seconds, way = self._best(ways, f"reading {size(count, MiB='.3g')}")
+        work = f"reading {size(count, MiB='.3g')}"
+        ways = [*read_ways(weight), *self._own(weight, 1, work)]
+        seconds, way = self._best(ways, work)
         return Ceiling(
             work="read",
             value=count / seconds,
@@ -106,9 +108,9 @@ class Microbenchmark:
         """Return the ceiling and the seconds of torch's own fastest way."""
         dtype = dtype_name(self._dtype)
         x, weight = (random_rows(rows, inputs, self._dtype, self._device) for rows in (tokens, outputs))
-        ways = [*product_ways(x, weight), *self._own(weight, tokens)]
         shape = f"{tokens} x {inputs} x {outputs} {dtype}"
-        timed = self._timed(ways, shape)
+        ways = [*product_ways(x, weight), *self._own(weight, tokens, f"multiplying {shape}")]
+        timed = self._timed(ways, f"multiplying {shape}")
         seconds, way = min(timed, key=lambda one: one[0])
         by_torch = min((slow for slow, other in timed if not other.ours), default=seconds)
         if tokens == inputs == outputs:
@@ -123,11 +125,16 @@ class Microbenchmark:
         )
         return ceiling, by_torch
 
-    def _own(self, weight: torch.Tensor, tokens: int) -> list[Way]:
+    def _own(self, weight: torch.Tensor, tokens: int, work: str) -> list[Way]:
+        """Return our own way, if there is one; one that fails is named, and torch's ways remain."""
         try:
-            return own_ways(self._backend, self._policy, weight, tokens)
-        except Exception:  # noqa: BLE001  # torch's ways remain
-            return []
+            with plugin_code():
+                return own_ways(self._backend, self._policy, weight, tokens)
+        except OwnFailed as failed:
+            _say_failed(failed.name, work, failed.reason)
+        except Exception as error:  # noqa: BLE001  # a plugin may raise anything
+            _say_failed(f"linear of backend '{self._backend.name}'", work, describe(error))
+        return []
 
     def _best(self, ways: Sequence[Way], work: str) -> tuple[float, Way]:
         """Return the seconds of the fastest way, and the way. Raises the first error if all ways fail."""
@@ -140,12 +147,15 @@ class Microbenchmark:
         for way in self._worth_trying(ways, work):
             best = min((seconds for seconds, _ in timed), default=float("inf"))
             try:
-                timed.append((self._seconds(way, SLOW * best), way))
+                with plugin_code():
+                    timed.append((self._seconds(way, SLOW * best), way))
             except Wrong:
                 self._wrong.add(way.name)
                 _say_wrong(way.name, work)
             except Exception as error:  # noqa: BLE001  # a device may lack an operation
                 failed.append(error)
+                if way.ours:
+                    _say_failed(way.name, work, describe(error))
         if not timed:
             raise failed[0] if failed else Wrong(f"no way of {work} gives the right result")
         best = min(seconds for seconds, _ in timed)
@@ -179,13 +189,19 @@ class Microbenchmark:
         return seconds
 
 
-_SAID: set[str] = set()  # ways that were said to be wrong, once in a process
+_SAID: set[str] = set()  # ways that were said to be wrong or to fail, once in a process
 
 
 def _say_wrong(way: str, work: str) -> None:
     if way not in _SAID:
         _SAID.add(way)
         note(f"{way} is left out of the limits: its result is wrong for {work}")
+
+
+def _say_failed(way: str, work: str, reason: str) -> None:
+    if way not in _SAID:
+        _SAID.add(way)
+        note(f"{way} failed as a way of {work}, and is left out of the limits: {reason}")
 
 
 def _measured(way: Way, what: str) -> str:

@@ -12,6 +12,7 @@ from mla.bench.limits.growth import MOST_CALLS
 from mla.layer.ops import Choice, choose
 from mla.verify.tolerances import BOUNDS, ROW_SLACK
 from mla_backends.api import Backend, LinearSpec
+from mla_backends.errors import describe, plugin_code
 
 # Rows of random numbers, repeated to fill the factors of a product; constant data would draw less power.
 RANDOM_ROWS = 256
@@ -76,12 +77,27 @@ def product_ways(x: torch.Tensor, weight: torch.Tensor) -> list[Way]:
 
 
 def own_ways(backend: Backend, policy: str, weight: torch.Tensor, tokens: int) -> list[Way]:
-    """Return the layer's fused projection of so many tokens, if there is one; `policy` as in `choose`."""
+    """Return the layer's fused projection of so many tokens, if there is one; `policy` as in `choose`.
+
+    Raises `OwnFailed` if its weight cannot be packed.
+    """
     spec = LinearSpec(weight.shape[1], weight.shape[0], 1, weight.dtype, weight.device)
     choice = choose("linear", spec, backend.ops(), policy)
     if choice.name == "reference":  # which is torch.mm
         return []
-    return [OwnProduct(choice, weight, tokens).way()]
+    try:
+        with plugin_code():
+            return [OwnProduct(choice, weight, tokens).way()]
+    except Exception as error:
+        raise OwnFailed(choice.name, describe(error)) from error
+
+
+class OwnFailed(Exception):
+    """The backend's op `name` could not even be set up."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(reason)
+        self.name, self.reason = name, reason
 
 
 class OwnProduct:

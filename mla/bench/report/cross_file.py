@@ -32,6 +32,10 @@ def _pair(base: ResultFile, new: ResultFile, cases: Sequence[Comparison]) -> Ite
         why = "; ".join(dict.fromkeys(case.reason or case.verdict for case in cases)) or "no case in common"
         yield Verdict(f"{_name(new)} against {_name(base)}", "open", f"cannot be compared: {why}")
         return
+    absent = [case for case in cases if case.status == "missing"]
+    cases = [case for case in cases if case.status != "missing"]
+    if absent:
+        yield _lacks(base, new, absent)
     points = {case.scenario for run in (base.run, new.run) for case in run.cases if case.point}
     plain = grouped((case for case in cases if case.scenario not in points), lambda case: case.scenario)
     said = list(plain.values()) if len(plain) <= MOST_LINES else []
@@ -41,6 +45,17 @@ def _pair(base: ResultFile, new: ResultFile, cases: Sequence[Comparison]) -> Ite
     if rest:
         where = f"{len(rest)} {'grid ' * bool(said)}cases, {_name(new)} against {_name(base)}"
         yield Verdict(where, *_counted(rest))
+
+
+def _lacks(base: ResultFile, new: ResultFile, absent: Sequence[Comparison]) -> Verdict:
+    """Return what only the base has, which is nobody's loss: the other file may be about something else."""
+    has = {case.scenario for case in new.run.cases}
+    named = dict.fromkeys(
+        f"{case.scenario}, {case.implementation}" if case.scenario in has else case.scenario
+        for case in absent
+    )
+    text = "; ".join(named) if len(named) <= MOST_LINES else f"{len(absent)} cases of {_name(base)}"
+    return Verdict(_name(new), "absent", f"lacks {text}")
 
 
 def _name(file: ResultFile) -> str:

@@ -16,8 +16,7 @@ from mla.bench.terminal.verdict import is_yardstick
 
 # Most cases without a number that are named on the first screen.
 MOST_NAMED = 4
-# Repeated measurements of a ceiling that lie further apart than this are mentioned; so are new lengths that
-# take longer than repeated ones by more.
+# Repeated measurements of a ceiling that lie further apart than this are mentioned.
 SPREAD = 0.10
 
 # Kinds of cases that are not simply right, the worst first, as said of a count.
@@ -32,7 +31,12 @@ _WORDS = {
 # Kinds whose cases are named one by one.
 _NAMED = {"wrong": "wrong", "doubtful": "doubtful", "in-doubt": "limit or time in doubt"}
 # Kinds of remarks, as said of a count of cases.
-_KINDS = {"drifts": "drifting", "outliers": "with outliers", "skipped": "with ways of timing skipped"}
+_KINDS = {
+    "drifts": "drifting",
+    "outliers": "with outliers",
+    "skipped": "with ways of timing skipped",
+    "new lengths": "slower on new lengths",
+}
 
 
 @dataclass(frozen=True)
@@ -86,15 +90,9 @@ def counted_remarks(run: Run) -> str:
     """Return how many cases each kind of remark is about, such as "3 of 14 cases noisy, 1 drifting"."""
     kinds = [{remark.partition(":")[0] for remark in of_case(case)} for case in run.cases]
     counts = Counter(kind for of_one in kinds for kind in sorted(of_one))
-    counts["slower on new lengths"] = sum(map(_slower_on_new_lengths, run.cases))
     said = [(count, _KINDS.get(kind, kind)) for kind, count in counts.items() if count]
     of = [f" of {_cases(len(run.cases))}", *[""] * len(said)]
     return ", ".join(f"{count}{of[place]} {kind}" for place, (count, kind) in enumerate(said))
-
-
-def _slower_on_new_lengths(case: Case) -> bool:
-    found = case.new_lengths
-    return found is not None and found.ms > (1 + SPREAD) * found.repeated_ms
 
 
 def of_limits(ceilings: Sequence[Ceiling]) -> Iterator[str]:

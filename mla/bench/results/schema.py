@@ -207,7 +207,7 @@ class Run(msgspec.Struct, kw_only=True):
     dtype: str
     attention: str
     page_size: Positive
-    seed: int
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1)]
     cases: list[Case]
     ceilings: list[Ceiling] = []
     plan: Plan | None = None

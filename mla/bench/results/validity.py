@@ -6,7 +6,8 @@ Ranges of single fields are in the schema. Needs no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from mla.bench.results import stats
 from mla.bench.results.schema import Case, Ceiling, Interval, Latency, Roofline, Run, Timing
@@ -15,6 +16,10 @@ Faults = Iterator[tuple[str, str]]  # what is wrong, and the JSON path of where
 
 # Statistics are recomputed from samples in another order of operations.
 CLOSE = 1e-6
+# More than any device has: bytes per second, FLOP per second.
+MOST = {"read": 1e18, "copy": 1e18, "matmul": 1e22}
+# Bounds of the numbers of a config, as those of a config.json.
+LEAST, LARGEST = 1e-30, 1e30
 
 
 def fault_of_run(run: Run) -> str | None:
@@ -41,8 +46,24 @@ def _run(run: Run) -> Faults:
         seen.add(key)
         yield from _case(case, path)
     yield from _ceilings(run.ceilings, "$.ceilings")
+    yield from _config(run.config, "$.config")
     if run.plan is not None and len(run.plan.options) % 2:
         yield "Expected options and values in turns", "$.plan.options"
+
+
+def _config(config: Mapping[str, Any], path: str) -> Faults:
+    """Yield numbers that no layer can have: its own are positive, those of its scalings finite."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            for inner, number in value.items():
+                if _is_number(number) and not abs(number) < LARGEST:
+                    yield f"Expected a number below {LARGEST:g}, got {number:.6g}", f"{path}.{name}.{inner}"
+        elif _is_number(value) and not LEAST < value < LARGEST:
+            yield f"Expected a positive number below {LARGEST:g}, got {value:.6g}", f"{path}.{name}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _case(case: Case, path: str) -> Faults:
@@ -75,6 +96,11 @@ def _check(case: Case, path: str) -> Faults:
     for name, value in (("error_ratio", check.error_ratio), ("relative_error", check.relative_error)):
         if value is not None and not 0 <= value < math.inf:
             yield f"Expected an error from 0, got {value}", f"{path}.check.{name}"
+    if check.status == "ok" and (check.relative_error or 0) > 1:
+        yield (
+            f"Expected at most 1 for a check that is ok, got {check.relative_error:.6g}",
+            f"{path}.check.relative_error",
+        )
     if check.status == "ok" and (check.error_ratio or 0) > 1:
         yield (
             f"Expected at most 1 for a check that is ok, got {check.error_ratio}",
@@ -172,5 +198,8 @@ def _roofline(roofline: Roofline, latency: Latency | None, path: str) -> Faults:
 
 def _ceilings(ceilings: Sequence[Ceiling], path: str) -> Faults:
     for index, ceiling in enumerate(ceilings):
+        most = MOST[ceiling.work]
+        if ceiling.value > most:
+            yield f"Expected at most {most:g} per second, got {ceiling.value:.6g}", f"{path}[{index}].value"
         if ceiling.lowest is not None and ceiling.lowest > ceiling.value * (1 + CLOSE):
             yield "Expected the lowest measurement to be below the ceiling", f"{path}[{index}].lowest"

@@ -32,6 +32,8 @@ class RunFailed(MLAError):
 
 def failure_of(scenario: str, error: Exception) -> MLAError | BackendError:
     """Return what to print: our own sentence, or what was raised and where."""
+    if isinstance(error, BackendError) and (op := error_origin.op_name(error)):
+        return RunFailed(f"scenario '{scenario}' failed: {op}: {str(error).rstrip('.')}.")
     if isinstance(error, (MLAError, BackendError)):
         return error.with_traceback(None)  # whose frames would keep weights alive
     return RunFailed(f"scenario '{scenario}' failed: {describe(error)} ({error_origin.place(error)}).")

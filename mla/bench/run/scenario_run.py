@@ -7,8 +7,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from mla.bench import results
 from mla.bench.failures.keeper import Case, Keeper
 from mla.bench.limits import placing
@@ -20,6 +18,7 @@ from mla.bench.plan import yardstick
 from mla.bench.plan.repro import case_command
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.run import judging, tampered
+from mla.bench.run.threads import Threads
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.fixture import make_fixture
 from mla.bench.subjects.layer import MlaLayer
@@ -42,7 +41,8 @@ class ScenarioRun:
     ) -> None:
         self._request, self._point, self._setting = request, scenario.point, scenario.setting
         self._progress = progress
-        self._hooks = replace(hooks, failed=self._failed) if keeper else hooks
+        self._threads = Threads(self._setting.threads, self._point.name, self._setting.backend.name)
+        self._hooks = self._with_threads(replace(hooks, failed=self._failed) if keeper else hooks)
         self._keeper = keeper
         self._fixture = make_fixture(scenario.setting, scenario.point, request.state, hooks.heartbeat)
         self.ceilings = RooflineModel(self._setting)
@@ -64,16 +64,16 @@ class ScenarioRun:
 
     def measure(self, names: Sequence[str]) -> list[results.Case]:
         """Measure implementations, interleaved."""
-        inputs, checker = self.prepare()
+        inputs, checker = self.prepare()  # which calls ops as well: of what is a limit
+        self._threads.restore()
         built = [self._build(name) for name in names]
         backend, seed, variants = self._setting.backend, self._setting.seed, self._request.variants
         shorten = partial(yardstick.shortened, self._point, variants.timed)
         hooks = replace(self._hooks, shorten=shorten, say=note)
-        threads = torch.get_num_threads()
         measured = engine.measure(
             built, self._point, inputs, checker, backend, seed, variants, self._progress, hooks
         )
-        self._remark_on_threads(threads)
+        self._threads.restore()
         for one in built:
             if measured[one.name].check.status in ("ok", "doubtful"):
                 self._outputs[one.name] = measured[one.name].outputs
@@ -96,13 +96,18 @@ class ScenarioRun:
         case = Case(self._point, *self._fixture.prepare(), command, self._hooks.heartbeat)
         self._keeper.keep(one, check, case)
 
-    def _remark_on_threads(self, before: int) -> None:
-        """Say that a plugin has changed torch's threads: implementations ran on different numbers of them."""
-        if (now := torch.get_num_threads()) != before:
-            note(
-                f"{self._point.name}: torch had {before} host threads before it and has {now} after it: "
-                f"code of backend '{self._setting.backend.name}' changes them, so not all ran on as many"
-            )
+    def _with_threads(self, hooks: Hooks) -> Hooks:
+        """Return hooks that also look after torch's threads: every pass begins on as many."""
+
+        def enter(name: str) -> None:
+            self._threads.restore()
+            hooks.enter(name)
+
+        def heartbeat() -> None:
+            self._threads.look()
+            hooks.heartbeat()
+
+        return replace(hooks, enter=enter, heartbeat=heartbeat)
 
     def refuse(self, name: str, reason: str) -> None:
         """Say which implementation is skipped because one of its ops refuses the batch."""

@@ -14,6 +14,7 @@ from mla.bench.plan.options import RunOptions
 from mla.bench.plan.request import Request
 from mla.bench.run import resume
 from mla.bench.run.budget import Budget
+from mla.command import last_words
 from mla.command.console import Note, note
 from mla.command.exit_codes import Exit
 from mla.errors import ResultError
@@ -26,6 +27,7 @@ HANG_AFTER = 600.0
 
 
 def _end_here(run: results.Run, sentence: str) -> None:
+    last_words.dismiss()
     os._exit(Exit.BACKEND)
 
 
@@ -62,6 +64,7 @@ def steering(
             _save(options, run)
             show(run)
             note(f"error: {sentence}")
+            last_words.dismiss()
         os._exit(Exit.BACKEND)  # a call into a driver cannot be interrupted
 
     return Steering(

@@ -37,6 +37,8 @@ class Setting:
     ops: str = "auto"  # policy of `mla.layer.ops.choose`, for the implementation `mla`
     layers: int = 1
     overrides: tuple[tuple[str, str], ...] = ()  # role -> op, before the policy
+    # Torch's host threads once the backend was set up, before an op ran: a plugin's code may change them.
+    threads: int = field(default_factory=torch.get_num_threads, compare=False)
     weights: ScenarioWeights | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -11,7 +11,7 @@ from mla.bench.results.schema import Case, Interval, Roofline, Run
 from mla.bench.terminal.digits import between, known
 
 # "doubt": the one ahead is faster than its limit.
-Outcome = Literal["won", "doubt", "open", "alone", "none"]
+Outcome = Literal["won", "doubt", "open", "alone", "none", "absent"]
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def near(limit: Roofline) -> str:
 _COUNTED: dict[Outcome, str] = {
     "doubt": "limit or time in doubt at",
     "open": "no decision at",
-    "alone": "nothing to compare with at",
+    "alone": "only one has a number at",
     "none": "no number at",
 }
 
@@ -212,7 +212,7 @@ def _of_sweep(where: str, contests: Sequence[Contest]) -> Verdict:
     text = "; ".join([", ".join(parts), *_ranges(contests), *_missing(contests)])
     order: tuple[Outcome, ...] = ("doubt", "won", "open", "alone", "none")
     overall = next(outcome for outcome in order if outcomes[outcome])
-    return Verdict(f"{where} ({len(contests)} points)", overall, text)
+    return Verdict(f"{where} ({len(contests)} point{'s' * (len(contests) > 1)})", overall, text)
 
 
 def _ranges(contests: Sequence[Contest]) -> Iterator[str]:

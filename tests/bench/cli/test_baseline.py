@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mla.bench import results
+from mla.bench.run import scheduler
 
 Bench = Callable[..., Any]
 
@@ -89,3 +90,23 @@ def test_mistakes_show_before_any_work(run: Bench) -> None:
     gone = run("2", "--baseline", "gone.json")
     assert (gone.code, gone.out) == (2, "")
     assert gone.err.startswith("error: cannot read 'gone.json'")
+
+
+@pytest.mark.parametrize(("status", "code"), [("wrong", 4), ("doubtful", 6)])
+def test_a_run_that_is_wrong_or_doubtful_is_compared_as_well(
+    run: Bench, monkeypatch: pytest.MonkeyPatch, status: Any, code: int
+) -> None:
+    """What is wrong with it comes before a regression of its other cases, which is still said."""
+    measure = scheduler.measure
+
+    def spoiled(*arguments: Any) -> Any:
+        outcome = measure(*arguments)
+        case = outcome.run.cases[0]
+        case.check, case.latency_ms, case.tokens_per_s = results.Check(status=status), None, None
+        return outcome
+
+    monkeypatch.setattr(scheduler, "measure", spoiled)
+    done = run("3", *GATE)
+    assert done.code == code
+    assert done.out.partition("this run against base.json\n")[2].count("SLOWER") == 1
+    assert "regression: decode, mla takes 1.500 times as long" in done.err

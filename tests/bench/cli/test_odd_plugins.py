@@ -90,7 +90,7 @@ def test_a_misspelt_contract_gets_the_whole_one(
     )
 
 
-@pytest.mark.parametrize("answer", ["no bf16", None, [None], True])
+@pytest.mark.parametrize("answer", ["no bf16", None, [None], True, [""], [" "]])
 def test_reasons_that_are_no_list_are_named(bench: Bench, plugin: Plugin, answer: Any) -> None:
     words = plugin(f"    def ops(self): return {{'x': Op()}}\nOp.reasons = {answer!r}")
     done = bench(*words, "--list-ops")
@@ -129,6 +129,10 @@ def test_a_backend_that_sets_another_number_of_threads_is_refused(bench: Bench, 
     done = bench(*words, "--threads", "2", "--list-ops")
     assert (done.code, done.out) == (3, "")
     assert "ignores the option threads: 2 were asked for, and after its setup() torch uses 1; " in done.error
+    words = plugin(
+        "    def setup(self, index=None):\n        torch.set_num_threads(2)\n        return super().setup()"
+    )
+    assert ": 1 was asked for, and" in bench(*words, "--threads", "1", "--list-ops").error
 
 
 @pytest.mark.usefixtures("_threads")
@@ -214,3 +218,54 @@ def test_an_unknown_name_gets_one_list_of_each_kind(bench: Bench) -> None:
     said = bench("doctor", "zzz").error
     assert said.count(" cpu") == 1
     assert os.linesep not in said
+
+
+DEVICE = "    def device_info(self): return {}\nfrom mla_backends.api import DeviceInfo, MemoryInfo, Peak"
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (DEVICE.format("DeviceInfo('d', cache_bytes=-5)"), "device_info() returned cache_bytes -5, not a "),
+        (DEVICE.format("DeviceInfo('d', memory_bytes=0)"), "device_info() returned memory_bytes 0, not a "),
+        (DEVICE.format("DeviceInfo('d', memory_bytes=1.5)"), "device_info() returned memory_bytes 1.5, not "),
+        (DEVICE.format("DeviceInfo('d', bandwidth=Peak(0, 'x'))"), "device_info() returned bandwidth 0 per "),
+        (
+            DEVICE.format("DeviceInfo('d', flops={'x': 3})"),
+            "device_info() returned flops of 'x' 3, not a Peak",
+        ),
+        (
+            DEVICE.format("DeviceInfo('\\x1b[31mred')"),
+            r"device_info() returned the name '\x1b[31mred', not a ",
+        ),
+        (DEVICE.format("None"), "device_info() returned None, not a DeviceInfo"),
+        ("    def setup(self, index=None): return 'cpu'", "setup() returned 'cpu', not a torch.device"),
+        ("    def memory(self): return None", "memory() returned None, not a MemoryInfo"),
+        (
+            "    def dtypes(self): return ('float32',)",
+            "dtypes() returned ('float32',), not a tuple of torch ",
+        ),
+    ],
+)
+def test_what_no_result_could_hold_is_refused_when_the_backend_is_opened(
+    bench: Bench, plugin: Plugin, lines: str, sentence: str
+) -> None:
+    words = plugin(lines)
+    done = bench(*words, "--list-ops")
+    assert (done.code, done.out) == (3, "")
+    assert done.error.startswith(f"error: backend '{words[1]}' cannot be used: {sentence}")
+    assert done.err.isascii()
+    assert "\x1b" not in done.err
+
+
+@pytest.mark.parametrize(
+    "lines", [DEVICE.format("None"), "    def device_count(self): return '2'"], ids=["info", "count"]
+)
+def test_doctor_says_what_a_run_says(bench: Bench, process: Bench, plugin: Plugin, lines: str) -> None:
+    words = plugin(lines)
+    done = process("doctor", words[1])
+    assert done.code == 3
+    fixes = [line.split(None, 1)[1] for line in done.out.splitlines() if line.startswith("  fix ")]
+    assert fixes == ["report it to the backend's authors"]
+    reason = next(line.split(None, 1)[1] for line in done.out.splitlines() if line.startswith("  reason "))
+    assert reason in bench(*words, "--list-ops").error

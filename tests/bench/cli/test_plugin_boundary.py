@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from leaving_backend import Leaving
 
 import mla.conformance.cli
+from mla.bench.limits import microbench
 
 Bench = Callable[..., Any]
 
@@ -60,6 +63,35 @@ def test_the_backend_is_named_for_what_is_an_ordinary_error_too(bench: Bench, sm
     assert done.code == 3
     assert "OSError: 2 (leaving_backend.py:" in done.error
     assert "ops() of backend 'leaving'" in done.error
+
+
+@pytest.mark.parametrize("what", ["BackendError", "SystemExit", "OSError"])
+@pytest.mark.parametrize("alone", [(), ("--op", "kv_b_proj")], ids=["layer", "op"])
+def test_what_packing_raises_is_named_by_the_op(
+    bench: Bench, small: list[str], what: str, alone: tuple[str, ...]
+) -> None:
+    where = [*small[:2], *alone] if alone else [*small, "--scenario", "decode"]
+    options = ["-O", "at=pack", "-O", f"raises={what}", "--implementations", "mla"]
+    done = bench(*LEAVING, *where, *options)
+    assert done.code == 3
+    assert "op 'leaving_op'" in done.error
+    assert ("10 rows or more" if what == "BackendError" else what) in done.error
+
+
+@pytest.mark.parametrize("place", ["pack", "call"])
+@pytest.mark.parametrize("what", ["SystemExit", "OSError"])
+def test_an_op_that_fails_as_a_limit_is_named_and_costs_no_limit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str, what: str
+) -> None:
+    monkeypatch.setattr(microbench, "_SAID", set())
+    backend = Leaving({"at": place, "raises": what})
+    measured = microbench.Microbenchmark(backend, torch.device("cpu"), torch.float32)
+    for _ in range(2):
+        assert "torch.mm" in measured.product(8, 64, 32).source
+    said = capsys.readouterr().err
+    work = "multiplying 8 x 64 x 32 float32"
+    assert said.startswith(f"leaving_op failed as a way of {work}, and is left out of the limits: {what}")
+    assert said.count("failed as a way") == 1
 
 
 @pytest.mark.parametrize("what", ["SystemExit", "GeneratorExit", "Odd"])

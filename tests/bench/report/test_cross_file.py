@@ -99,3 +99,20 @@ def test_a_slower_verdict_is_never_a_win_of_the_new_file(
     monkeypatch.setattr(cross_file, "comparisons", lambda files: [(files[1], [found], [])])
     (verdict,) = cross_file.verdicts(series.result_files(["x", "y"], [make_run(), make_run()]))
     assert verdict.text == f"A x won: {why}"
+
+
+def test_what_a_file_lacks_is_one_line_and_no_loss(make_run: Any, case: Any) -> None:
+    runs = [make_run(), make_run(), make_run()]
+    for name in ("pre", "post"):
+        runs[0].cases += [case(scenario=name, base=name, implementation=one) for one in ("mla", "b")]
+    runs[0].cases.append(case(implementation="b"))
+    runs[1].cases += [case(scenario="post", base="post", implementation=one) for one in ("mla", "b")]
+    found = cross_file.verdicts(series.result_files(["x", "y", "z"], runs))
+    lacks = [str(one) for one in found if one.outcome == "absent"]
+    assert lacks == ["B y: lacks pre; prefill, b", "C z: lacks pre; post; prefill, b"]
+    assert not [one for one in found if one.outcome == "none"]
+    assert [one.where for one in found if one.outcome == "open"] == [
+        "prefill, mla",
+        "post, mla",
+        "prefill, mla",
+    ]

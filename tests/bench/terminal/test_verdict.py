@@ -134,7 +134,7 @@ def test_a_sweep_is_one_verdict_that_counts_its_points(said: Any, case: Make) ->
         cases += [timed(case, "a", 1.0, high, **point), timed(case, "b", 2.0, 2.2, **point)]
     cases[0] = failed(case, "a", "wrong", scenario="sweep 0", base="sweep", point={"kv": 0})
     assert said(*cases) == [
-        "sweep (50 points): a won 41, no decision at 8, nothing to compare with at 1; winners 2x as fast as "
+        "sweep (50 points): a won 41, no decision at 8, only one has a number at 1; winners 2x as fast as "
         "the next; at 50 % of the limit; cases without a number: 1 wrong"
     ]
 

@@ -93,7 +93,7 @@ class OpImplementation(Implementation):
         return self._call.cache_bytes
 
     def weight_bytes(self) -> int:
-        return self._call.weight_bytes
+        return self._call.weight_bytes if hasattr(self, "_call") else 0  # the op may have refused to pack
 
     def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:
         self._choice = dataclasses.replace(self._choice, op=replace(self._problem.role, self._choice.op))
