@@ -25,7 +25,7 @@ from mla.verify.verdict import Check
 _copy = torch.Tensor.copy_
 _fill = torch.Tensor.fill_
 
-# An error below this multiple of rounding once: layers were at 2.3 or more, since they round on the way.
+# An error below this multiple of rounding once: layers were at 2.0 or more, since they round on the way.
 TOO_EXACT = 1.5
 
 
