@@ -58,23 +58,21 @@ def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_place(monkeypatch: pytest.MonkeyPatch, foe: Any) -> None:
-    monkeypatch.setattr(passes.PassRunner.time_pass, "__code__", foe.plain.__code__)
+    monkeypatch.setattr(passes.PassRunner.time, "__code__", foe.plain.__code__)
 
 
 REPLACED: dict[str, tuple[Callable[[pytest.MonkeyPatch, Any], None], str]] = {
     "a method, under its own name": (
-        lambda patch, foe: patch.setattr(
-            passes.PassRunner, "time_pass", foe.wrap(passes.PassRunner.time_pass)
-        ),
-        "mla.bench.measure.passes.PassRunner.time_pass by module foe",
+        lambda patch, foe: patch.setattr(passes.PassRunner, "time", foe.wrap(passes.PassRunner.time)),
+        "mla.bench.measure.passes.PassRunner.time by module foe",
     ),
     "the code of a method": (
         in_place,
-        "mla.bench.measure.passes.PassRunner.time_pass by module mla.bench.measure.passes",
+        "mla.bench.measure.passes.PassRunner.time by module mla.bench.measure.passes",
     ),
     "a method by another one of ours": (
-        lambda patch, foe: patch.setattr(passes.PassRunner, "time_pass", passes.PassRunner.try_pass),
-        "mla.bench.measure.passes.PassRunner.time_pass by module mla.bench.measure.passes",
+        lambda patch, foe: patch.setattr(passes.PassRunner, "time", passes.PassRunner.run),
+        "mla.bench.measure.passes.PassRunner.time by module mla.bench.measure.passes",
     ),
     "a method that was inherited": (
         lambda patch, foe: patch.setattr(samples.Samples, "__getattribute__", foe.plain, raising=False),
@@ -141,7 +139,7 @@ def test_a_subclass_and_what_it_overrides_are_a_plugins_good_right(foe: Any) -> 
     """So are attributes of its own objects."""
     timer = HostTimer(lambda: None)
     timer.stop = foe.plain  # type: ignore[method-assign]
-    foe.Sub.time_pass = foe.plain
+    foe.Sub.time = foe.plain
     assert tampering.found() == []
 
 
@@ -153,8 +151,8 @@ def test_a_module_that_is_loaded_later_is_held_to_its_own_code(
     for place in [place for place in tampering._notes.places if place.startswith("mla.bench.measure.passes")]:
         del tampering._notes.places[place]
     assert tampering.found() == []
-    monkeypatch.setattr(passes.PassRunner, "time_pass", foe.wrap(passes.PassRunner.time_pass))
-    assert tampering.found() == ["mla.bench.measure.passes.PassRunner.time_pass by module foe"]
+    monkeypatch.setattr(passes.PassRunner, "time", foe.wrap(passes.PassRunner.time))
+    assert tampering.found() == ["mla.bench.measure.passes.PassRunner.time by module foe"]
 
 
 def test_nothing_of_our_own_is_a_false_alarm_however_late_it_is_loaded() -> None:
