@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-import torch
-
 from mla.bench.doubts import backend_clocks, beside, fresh_inputs
 from mla.bench.doubts.device_wait import DeviceWait
 from mla.bench.doubts.pass_times import PassTimes
@@ -67,7 +65,6 @@ def at_hand(one: Timed, checker: Any) -> list[str]:
         beside.doubt(one.passes, one.idles, on_host),
         beside.empty_doubt(one.passes, one.idles),
         one.implementation.doubt(checker, one.samples.check),
-        _watched(),
     ]
     if one.timer is not None:
         found.append(backend_clocks.region_doubt(one.passes, one.idles))
@@ -80,10 +77,3 @@ def _several(one: Timed) -> Sequence[int]:
     if scenario is not None and scenario.mode == "decode":
         return one.steps.run[: backend_clocks.LONG]
     return [0] * backend_clocks.LONG
-
-
-def _watched() -> str:
-    """Return that the runner's own calls of torch are intercepted, or nothing."""
-    depth = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)()
-    depth += getattr(torch._C, "_len_torch_function_stack", lambda: 0)()
-    return "a mode of torch is active that sees the runner's own calls" if depth else ""
