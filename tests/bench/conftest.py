@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ceiling_cases import ceiling_run, quick_ceilings
+from ceiling_cases import ceiling_run, measure_limits_quickly, quick_ceilings
 from outcome import Outcome
 from scripted_clock import script_the_clock
 from tiny_run import write_tiny_run
@@ -53,6 +53,8 @@ def bench(
             monkeypatch.syspath_prepend(install(fake))
         if "virtual_clock" in fakes:
             script_the_clock(monkeypatch)
+        if "ceilings" not in words:
+            measure_limits_quickly(monkeypatch)
         capsys.readouterr()
         code = main(list(words))
         return Outcome(code, *capsys.readouterr())

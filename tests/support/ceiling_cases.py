@@ -9,6 +9,15 @@ from mla.bench.limits import growth, microbench
 from mla.bench.results.ceilings_file import CeilingRun
 from mla.bench.results.schema import Ceiling
 from mla.bench.run import ceilings as ceilings_command
+from mla.bench.run import judging
+
+
+def measure_limits_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take little time for limits, which may come out low: for runs whose limits are not looked at."""
+    monkeypatch.setattr(microbench, "SIDES", (256, 512))
+    monkeypatch.setattr(growth, "SECONDS", 0.0)
+    monkeypatch.setattr(growth, "REPEATS", 2)
+    monkeypatch.setattr(judging, "SECONDS", 0.0)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from mla.command.console import note
 from mla.command.progress import Reading
 from mla.config.presets import DEFAULT_CONFIG
 from mla.errors import UsageError, did_you_mean
+from mla_backends.errors import describe
 
 if TYPE_CHECKING:
     import torch
@@ -45,11 +45,16 @@ def resolve(options: RunOptions) -> Request:
 def _keep_functions() -> None:
     """Load the modules that keep clocks and methods of torch for themselves, before a plugin replaces them.
 
-    Without a usable torch they cannot be loaded, and opening the backend says so.
+    Without a usable torch they cannot be loaded, and opening the backend says so. What torch says when it is
+    imported again after a failure is another thing, so the first reason is said here.
     """
-    with contextlib.suppress(Exception):
+    try:
         import mla.bench.limits.roofline
         import mla.bench.measure.engine  # noqa: F401
+    except ModuleNotFoundError:  # no torch at all
+        pass
+    except Exception as error:  # noqa: BLE001  # whatever a vendor's extension raises
+        note(f"torch cannot be imported: {describe(error)}")
 
 
 def _points(options: RunOptions) -> list[Point]:

@@ -103,7 +103,7 @@ def test_a_torch_musa_that_breaks_torch_itself_names_the_switch(run: Any) -> Non
     """torch imports vendors' packages by itself, and one that fails takes torch down with it."""
     done = run("moore", EMULATED_FAULT="import")
     assert done.code == 3
-    assert "Failed to load the backend extension: torch_musa" in done.error
+    assert "Failed to load the backend extension: torch_musa" in done.err
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in done.error
 
 

@@ -133,7 +133,7 @@ def test_an_op_that_goes_wrong_while_it_is_timed_loses_its_numbers(bench: Bench,
     assert (wrong.latency_ms, right.latency_ms is not None) == (None, True)
 
 
-@pytest.mark.parametrize(("fault", "code"), [("none", 0), ("drop", 4), ("nan", 4), ("batch", 0), ("spec", 0)])
+@pytest.mark.parametrize(("fault", "code"), [("none", 0), ("drop", 4), ("nan", 4), ("batch", 3), ("spec", 0)])
 def test_the_backend_s_own_attention_is_judged(bench: Bench, small: list[str], fault: str, code: int) -> None:
     words = ["-O", f"fault={fault}", "--op", "latent_attention", "--batch", "2", "--kv", "5", "--q-len", "3"]
     done = bench(

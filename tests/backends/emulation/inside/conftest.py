@@ -14,6 +14,7 @@ from typing import Any
 import emulated
 import pytest
 import torch
+from ceiling_cases import measure_limits_quickly
 from outcome import Outcome
 from tiny_run import DIMS, write_tiny_run
 
@@ -122,9 +123,12 @@ def backend(name: str) -> Backend:
 
 
 @pytest.fixture
-def bench(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Bench:
+def bench(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Bench:
     """Return a function that runs the command line with a tiny config and workload."""
     options = write_tiny_run(tmp_path)
+    measure_limits_quickly(monkeypatch)
 
     def bench(*words: str) -> Outcome:
         capsys.readouterr()
