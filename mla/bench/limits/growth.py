@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from mla.bench.doubts import clock
 
 # How long regions are repeated, the fewest repetitions, and the time after which even those are cut short.
-SECONDS, REPEATS, MOST_SECONDS = 0.05, 5, 0.5
+SECONDS, REPEATS, MOST_SECONDS = 0.02, 3, 0.2
 # Seconds by which 2N calls must take longer than N, unless the longer region takes LONGEST already.
 GROWTH, LONGEST = 2e-4, 5e-2
 # The longer region takes at least so many times as long: a constant cost is then no more than the work.
@@ -34,7 +34,7 @@ def per_call(region: Region, most_calls: int = MOST_CALLS, enough: float = float
     end, done = clock.now_ns() + 1e9 * SECONDS, 1
     last = clock.now_ns() + 1e9 * MOST_SECONDS
     while (done < REPEATS or clock.now_ns() < end) and clock.now_ns() < last:
-        if done >= 3 and long / (2 * calls) > enough:
+        if done >= 2 and long / (2 * calls) > enough:
             break
         short, long, done = min(short, region(calls)), min(long, region(2 * calls)), done + 1
     return grown(short, long, calls)
