@@ -12,7 +12,7 @@ from op_bench import WrappedOp
 
 from mla import MLAConfig
 from mla.bench.doubts import new_lengths
-from mla.bench.doubts.new_lengths import Lengths, measure
+from mla.bench.doubts.new_lengths import TUPLES, Lengths, measure
 from mla.bench.results.schema import NewLengths
 from mla.bench.subjects.fixture import LayerFixture
 from mla.bench.subjects.layer import MlaLayer
@@ -137,7 +137,7 @@ def test_an_honest_layer_takes_as_long_on_new_lengths(
     tiny: Callable[..., MLAConfig], time: Time, name: str
 ) -> None:
     found = measured(Loaded(tiny(), SCENARIOS[name], *attention(time)), time)
-    assert found.forwards == 8
+    assert found.forwards == TUPLES
     assert found.ms == found.repeated_ms >= 1
     assert found.plan_ms == found.repeated_plan_ms == 0
 
@@ -209,13 +209,13 @@ def test_lengths_are_new_and_no_longer_than_planned(
         new = [lengths for lengths in first.planned if lengths not in before]
         assert new == [lengths for lengths in dict.fromkeys(new) for _ in range(3)]
         found += dict.fromkeys(new)
-    assert len(found) == len(set(found)) == 16
+    assert len(found) == len(set(found)) == 2 * TUPLES
     for lengths in found:
         for now, planned in zip(lengths, (scenario.query_lens, scenario.kv_lens(0)), strict=True):
             assert all(x <= y for x, y in zip(now, planned, strict=True))
         assert min(lengths.query_lens) > 0
     for request in range(len(scenario.query_lens)):
-        assert len({lengths.kv_lens[request] for lengths in found[:8]}) == 8
+        assert len({lengths.kv_lens[request] for lengths in found[:TUPLES]}) == TUPLES
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_lengths_that_an_op_refuses_are_left_out(
     loaded = Loaded(tiny(), scenario, op, attention="absorbed")
     found = measure(loaded.one, scenario, time)
     assert found is not None
-    assert 0 < found.forwards <= 8
+    assert 0 < found.forwards <= TUPLES
     assert all(kv_len % 2 == 0 for lengths in op.planned for kv_len in lengths.kv_lens)
     assert loaded.run(1).status == "ok"
 
