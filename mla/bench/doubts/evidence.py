@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from statistics import median
 from typing import Any, Protocol
 
 from mla.bench.doubts import backend_clocks, beside, fresh_inputs
@@ -53,7 +54,8 @@ def doubts(
     elif one.headline:
         wait = DeviceWait(one.implementation.setting.device)
         found.append(backend_clocks.timer_doubt(backend, forwards, len(one.steps.run), restore))
-        found.append(backend_clocks.wait_doubt(forwards, indices, restore, backend.synchronize, wait))
+        empty = median(idle.regions / idle.forwards for idle in one.idles)
+        found.append(backend_clocks.wait_doubt(forwards, indices, restore, backend.synchronize, wait, empty))
         found.append(fresh_inputs.doubt(one, checker, beat))
     return [doubt for doubt in found if doubt]
 

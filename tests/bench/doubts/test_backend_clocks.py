@@ -148,6 +148,7 @@ def test_a_wait_that_goes_on_after_a_forward_is_done(
     def synchronize() -> None:
         forwards.now += round(1e6 * sleep)
 
-    found = wait_doubt(forwards, THREE, lambda: None, synchronize, lambda: None)
+    found = wait_doubt(forwards, THREE, lambda: None, synchronize, lambda: None, empty=0.0)
+    assert wait_doubt(forwards, THREE, lambda: None, synchronize, lambda: None, empty=sleep) == ""
     said = f"a forward takes {1 + sleep:.3g} ms until `synchronize` returns, but is done after 1 ms"
     assert found == (said if doubted else "")
