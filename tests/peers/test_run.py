@@ -7,6 +7,7 @@ import mmap
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,8 +105,17 @@ class Toucher(Implementation):
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
         """Nothing to load."""
 
-    def restore(self) -> None:
+    def restore(self, number: int = 0) -> None:
         """Nothing to restore."""
+
+    def collect(self) -> None:
+        """Nothing to collect."""
+
+    def check(self, checker: Any) -> Any:
+        """Nothing to check."""
+
+    def compared(self) -> dict[int, Any]:
+        return {}
 
     def step(self, index: int) -> None:
         if self._size:
