@@ -131,3 +131,17 @@ def test_the_tail_is_nan_only_for_ops_that_bear_it(
     owned = {int(slot) // PAGE for sequence in sequences for slot in cache.slots(sequence)}
     strangers = [page for page in range(cache.num_pages) if page not in owned]
     assert cache.pages[0, strangers].isnan().all()
+
+
+@pytest.mark.parametrize("scenario", [DECODE, PREFILL], ids=["decode", "prefill"])
+def test_an_output_buffer_holds_nothing_before_its_forward(setting: Setting, scenario: Scenario) -> None:
+    """In the second pass, too, whose buffers the first one has filled."""
+    layer, _ = load(setting, scenario)
+    for number in (1, 2):
+        layer.restore(number)
+        for index in range(scenario.inputs):
+            layer.before(index)
+            assert layer.out.isnan().all()
+            layer.step(index)
+            assert layer.out.isfinite().all()
+            layer.after(index)
