@@ -23,17 +23,24 @@ MORE = 1.5
 SLACK = 0.01
 
 
-def doubt(passes: Sequence[PassTimes], idle: Sequence[PassTimes], on_host: bool) -> str:
+def doubt(
+    passes: Sequence[PassTimes], idle: Sequence[PassTimes], on_host: bool, quiet: float, disturbed: float
+) -> str:
     """Return why the times of passes cannot be right, or nothing; `idle` ran next to each of them.
 
-    On the host (`on_host`) the process's CPU time must say the same, which other processes do not disturb.
+    Compared are the percentile `quiet` of passes and the percentile `disturbed` of idle ones. On the host
+    (`on_host`) the process's CPU time must say the same, which other processes disturb less.
     """
+
+    def excess(beside: Sequence[float], nothing: Sequence[float]) -> float:
+        gap = percentile(beside, quiet) - percentile(nothing, disturbed)
+        return gap - SLACK * passes[0].forwards
+
     regions = median(one.regions for one in passes)
-    slack = SLACK * passes[0].forwards
-    hidden = _excess([one.beside for one in passes], [one.beside for one in idle]) - slack
+    hidden = excess([one.beside for one in passes], [one.beside for one in idle])
     if hidden <= MOST * regions:
         return ""
-    busy = _excess([one.beside_cpu for one in passes], [one.beside_cpu for one in idle]) - slack
+    busy = excess([one.beside_cpu for one in passes], [one.beside_cpu for one in idle])
     if on_host and busy <= MOST * median(one.regions_cpu for one in passes):
         return ""
     share = 100 * regions / (regions + hidden)
@@ -43,9 +50,21 @@ def doubt(passes: Sequence[PassTimes], idle: Sequence[PassTimes], on_host: bool)
     )
 
 
-def _excess(beside: Sequence[float], idle: Sequence[float]) -> float:
-    """Return by how much a quiet pass exceeds a disturbed idle one: their lower and upper quartiles."""
-    return percentile(beside, 25) - percentile(idle, 75)
+def suspicion(passes: Sequence[PassTimes], idle: Sequence[PassTimes], on_host: bool) -> str:
+    """Return what a busy machine may explain as well: more passes will tell."""
+    return doubt(passes, idle, on_host, quiet=25, disturbed=75)
+
+
+def lasting(more: Sequence[PassTimes], idle: Sequence[PassTimes], timed: float, on_host: bool) -> str:
+    """Return why the doubt stands after more passes, or nothing.
+
+    A quiet one among them suffices to take it away, unless its forwards are slower than those of the timed
+    passes, which took `timed` milliseconds in all: what was hidden there, and is not any more, was work.
+    """
+    fair = percentile([one.regions for one in more], 10)
+    if fair > MORE * timed + SLACK * more[0].forwards:
+        return f"repeated passes take {fair:.3g} ms where the timed ones took {timed:.3g} ms"
+    return doubt(more, idle, on_host, quiet=10, disturbed=50)
 
 
 def empty_doubt(passes: Sequence[PassTimes], idle: Sequence[PassTimes]) -> str:

@@ -7,13 +7,15 @@ from statistics import median
 from typing import Any, Protocol
 
 from mla.bench.doubts import backend_clocks, beside, fresh_inputs
+from mla.bench.doubts.clock import now_ns
 from mla.bench.doubts.device_wait import DeviceWait
 from mla.bench.doubts.pass_times import PassTimes
 from mla.bench.subjects.base import Implementation
 from mla_backends.api import Backend, Timer
 
-# Pairs of an idle and a timed pass that are compared at least, before the time beside forwards is doubted.
-FEWEST = 6
+# Further pairs of an idle pass and another one, at least and at most, before the time beside forwards is
+# doubted; and the nanoseconds after which no more than the fewest are run.
+FEWEST, MORE, PATIENCE = 4, 60, 4_000_000_000
 
 
 class Timed(Protocol):
@@ -39,10 +41,7 @@ def doubts(
     one: Timed, backend: Backend, checker: Any, numbers: Iterator[int], beat: Callable[[], None]
 ) -> list[str]:
     """Return why times cannot be right, a clause each. Forwards are run, whose passes take `numbers`."""
-    if len(one.passes) < FEWEST and beside.doubt(one.passes, one.idles, on_host=False):
-        for _ in range(FEWEST - len(one.passes)):  # one disturbance must not decide
-            one.pair(next(numbers), numbers, beat)
-    found = at_hand(one, checker)
+    found = [_beside(one, numbers, beat), *at_hand(one, checker, strictly=False)]
     forwards, indices = one.forwards, _several(one)
 
     def restore() -> None:
@@ -60,11 +59,33 @@ def doubts(
     return [doubt for doubt in found if doubt]
 
 
-def at_hand(one: Timed, checker: Any) -> list[str]:
-    """Return what speaks against times without running anything."""
-    on_host = one.implementation.setting.device.type == "cpu"
+def _beside(one: Timed, numbers: Iterator[int], beat: Callable[[], None]) -> str:
+    """Return why work may have run beside the clock; more passes run where a busy machine could be why."""
+    on_host = _on_host(one)
+    if not beside.suspicion(one.passes, one.idles, on_host):
+        return ""
+    count, timed = len(one.passes), median(times.regions for times in one.passes)
+    end, found = now_ns() + PATIENCE, ""
+    for number in range(MORE):
+        one.pair(next(numbers), numbers, beat)
+        if number + 1 >= FEWEST:
+            found = beside.lasting(one.passes[count:], one.idles, timed, on_host)
+            if not found or now_ns() > end:
+                break
+    return found
+
+
+def _on_host(one: Timed) -> bool:
+    return one.implementation.setting.device.type == "cpu"
+
+
+def at_hand(one: Timed, checker: Any, strictly: bool = True) -> list[str]:
+    """Return what speaks against times without running anything.
+
+    With `strictly`, work beside the clock counts as well, where no disturbance can be why.
+    """
     found = [
-        beside.doubt(one.passes, one.idles, on_host),
+        beside.doubt(one.passes, one.idles, _on_host(one), quiet=0, disturbed=100) if strictly else "",
         beside.empty_doubt(one.passes, one.idles),
         one.implementation.doubt(checker, one.samples.check),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mla.bench.doubts.beside import doubt
+from mla.bench.doubts.beside import lasting, suspicion
 from mla.bench.doubts.pass_times import PassTimes
 
 
@@ -26,29 +26,52 @@ IDLE = [times(0.0, 2.0)] * 6
 @pytest.mark.parametrize("on_host", [True, False])
 @pytest.mark.parametrize("hidden", [6.0, 20.0, 1000.0])
 def test_work_that_no_forward_accounts_for_is_doubted(hidden: float, on_host: bool) -> None:
-    found = doubt([times(10.0, 2.0 + hidden)] * 6, IDLE, on_host)
+    found = suspicion([times(10.0, 2.0 + hidden)] * 6, IDLE, on_host)
     assert found.startswith(f"its clock covers {100 * 10 / (10 + hidden - 0.1):.0f}% of the time")
 
 
 @pytest.mark.parametrize("on_host", [True, False])
 @pytest.mark.parametrize("beside", [0.0, 2.0, 4.0, 7.0])
 def test_what_an_idle_pass_takes_as_well_is_not(beside: float, on_host: bool) -> None:
-    assert doubt([times(10.0, beside)] * 6, IDLE, on_host) == ""
+    assert suspicion([times(10.0, beside)] * 6, IDLE, on_host) == ""
 
 
 def test_a_minority_of_disturbed_passes_is_not_evidence() -> None:
     passes = [times(10.0, 500.0)] * 2 + [times(10.0, 2.0)] * 4
-    assert doubt(passes, IDLE, on_host=False) == ""
+    assert suspicion(passes, IDLE, on_host=False) == ""
 
 
 def test_on_the_host_other_processes_take_time_but_not_ours() -> None:
     """A busy machine: the wall clock runs on while this process waits for a processor."""
     passes = [times(10.0, 40.0, cpu=2.0)] * 6
-    assert doubt(passes, IDLE, on_host=True) == ""
-    assert doubt(passes, IDLE, on_host=False) != ""
+    assert suspicion(passes, IDLE, on_host=True) == ""
+    assert suspicion(passes, IDLE, on_host=False) != ""
 
 
 def test_tiny_forwards_have_some_slack() -> None:
     idle = [times(0.0, 0.1)] * 6
-    assert doubt([times(0.05, 0.1 + 0.09)] * 6, idle, on_host=False) == ""
-    assert doubt([times(0.05, 0.1 + 0.3)] * 6, idle, on_host=False) != ""
+    assert suspicion([times(0.05, 0.1 + 0.09)] * 6, idle, on_host=False) == ""
+    assert suspicion([times(0.05, 0.1 + 0.3)] * 6, idle, on_host=False) != ""
+
+
+def disturbed(count: int, quiet: int, beside: float, disturbance: float = 50.0) -> list[PassTimes]:
+    """Return passes of which only some are quiet."""
+    return [times(10.0, beside + (0.0 if index < quiet else disturbance)) for index in range(count)]
+
+
+@pytest.mark.parametrize("quiet", [3, 4, 10])
+def test_a_few_quiet_passes_take_the_doubt_away(quiet: int) -> None:
+    idle = disturbed(20, 8, 2.0)
+    assert suspicion(disturbed(20, quiet, 2.0), IDLE, on_host=False) != "" or quiet > 5
+    assert lasting(disturbed(20, quiet, 2.0), idle, timed=10.0, on_host=False) == ""
+
+
+@pytest.mark.parametrize("hidden", [60.0, 200.0])
+def test_work_beside_the_clock_lasts(hidden: float) -> None:
+    idle = disturbed(20, 8, 2.0)
+    assert "its clock covers" in lasting(disturbed(20, 20, 2.0 + hidden), idle, timed=10.0, on_host=False)
+
+
+def test_work_that_returns_into_the_clock_when_passes_repeat_was_hidden() -> None:
+    found = lasting([times(80.0, 2.0)] * 6, IDLE, timed=10.0, on_host=False)
+    assert found == "repeated passes take 80 ms where the timed ones took 10 ms"
