@@ -8,6 +8,7 @@ must be as fast as the timed ones, and right.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -17,6 +18,7 @@ import torch
 
 from mla.bench.doubts.clock import cpu_ns, now_ns
 from mla.bench.doubts.pass_times import PassTimes
+from mla.bench.results.stats import percentile
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.tokens import LayerImplementation
 
@@ -24,12 +26,17 @@ from mla.bench.subjects.tokens import LayerImplementation
 WITHIN, LEAST = 1.5, 0.05
 # Forwards of a round: of one prefill each, and steps of a decode.
 PREFILLS, STEPS = 3, 8
+# The percentile of a round's forwards that counts: work that is new is new in all of them.
+QUIET = 25
 # A busy machine disturbs most rounds: one that is fast enough and right is believed. Rounds, least and most,
 # and the nanoseconds after which no more than the fewest are run.
-FEWEST, ROUNDS, PATIENCE = 3, 60, 4_000_000_000
+FEWEST, ROUNDS, PATIENCE = 3, 60, 6_000_000_000
+# Seconds of rest before each round after the fewest, more every time, up to a limit: where others want the
+# CPUs, a process that has rested is let in.
+REST, LONGEST_REST = 0.01, 0.2
 
 # Bound before any plugin loads.
-_randn, _random = torch.randn, random.SystemRandom()
+_randn, _random, _sleep = torch.randn, random.SystemRandom(), time.sleep
 
 
 class Timed(Protocol):
@@ -74,10 +81,11 @@ def doubt(one: Timed, checker: Any, beat: Callable[[], None] = lambda: None) -> 
     for number in range(ROUNDS):
         if number >= FEWEST and now_ns() > end:
             break
+        _sleep(min(LONGEST_REST, REST * max(0, number - FEWEST + 1)))
         hidden = _draw(layer, count)
         walls, cpus = _run(one, layer, hidden, beat)
         judged = sorted(walls) if decode else [min(walls, key=walls.__getitem__)]
-        fresh = _Times(*(median(times[index] for index in judged) for times in (walls, cpus)))
+        fresh = _Times(*(percentile([times[index] for index in judged], QUIET) for times in (walls, cpus)))
         if not fresh.slower(known, on_host):
             layer.keep_collected(judged)
             return _wrong(layer, checker, torch.stack(hidden if decode else [hidden[judged[0]]]))

@@ -12,7 +12,7 @@ import torch
 
 import mla
 from mla.bench.doubts import fresh_inputs
-from mla.bench.doubts.fresh_inputs import ROUNDS, doubt
+from mla.bench.doubts.fresh_inputs import FEWEST, LONGEST_REST, ROUNDS, doubt
 from mla.bench.doubts.pass_times import PassTimes
 from mla.bench.measure.variants import Steps
 from mla.bench.subjects.inputs import expected_of, expected_outputs, make_inputs
@@ -47,6 +47,7 @@ class Timed:
         self.passes = [PassTimes(forwards=scenario.steps, regions_cpu=float(scenario.steps))] * 3
         self.round, self.now, self.busy = -1, 0.0, True
         self.seen: list[torch.Tensor] = []
+        self.rests: list[float] = []
         self._ms, self._mutate = ms, mutate
 
     def time_step(self, index: int) -> float:
@@ -76,6 +77,7 @@ def make(tiny: Callable[..., MLAConfig], monkeypatch: pytest.MonkeyPatch) -> Any
         checker = LayerChecker(expected.plain, dtype, lambda: expected.plain, turned=expected, oracle=oracle)
         timed = Timed(one, scenario, *script)
         monkeypatch.setattr(fresh_inputs, "cpu_ns", lambda: timed.now)
+        monkeypatch.setattr(fresh_inputs, "_sleep", timed.rests.append)
         return timed, checker
 
     return make
@@ -100,6 +102,9 @@ def test_slow_in_all_rounds_is_doubted(make: Any, scenario: Scenario) -> None:
         "were remembered"
     )
     assert timed.round == ROUNDS - 1
+    assert timed.rests == sorted(timed.rests), "it rests longer every time"
+    assert timed.rests[:FEWEST] == [0] * FEWEST
+    assert timed.rests[-1] == LONGEST_REST
 
 
 @pytest.mark.parametrize("scenario", [PREFILL, DECODE], ids=lambda one: one.name)
@@ -108,7 +113,7 @@ def test_one_quiet_round_is_enough(make: Any, scenario: Scenario) -> None:
     assert doubt(timed, checker) == ""
 
 
-def test_the_fastest_prefill_and_the_median_step_count(make: Any) -> None:
+def test_the_fastest_prefill_and_the_quieter_steps_count(make: Any) -> None:
     for scenario in (PREFILL, DECODE):
         timed, checker = make(scenario, lambda number, index: 1.0 if index == 1 else 9.0)
         assert bool(doubt(timed, checker)) == (scenario is DECODE)
