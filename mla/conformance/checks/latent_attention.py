@@ -26,9 +26,11 @@ BOUNDARIES: Lengths = (1, 63, 64, 65, 127, 128, 129)
 MIXED = ((5, 1, 9, 2), (5, 70, 64, 129))
 
 
-def latent_check(name: str, catches: str) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
+def latent_check(
+    name: str, catches: str, fails: str = "formula"
+) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
     """Register a check that runs once per op and dtype."""
-    return check(f"latent.{name}", catches=catches, scope=OP, kind="latent_attention")
+    return check(f"latent.{name}", catches=catches, scope=OP, kind="latent_attention", fails=fails)
 
 
 def writes_lse(trial: Trial) -> bool:

@@ -32,9 +32,11 @@ from mla.verify.tolerances import relative_error, same_bits
 MIXED = ((20, 1, 0, 3), (0, 70, 5, 64))
 
 
-def layer_check(name: str, catches: str) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
+def layer_check(
+    name: str, catches: str, fails: str = "formula"
+) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
     """Register a check that runs once per dtype and policy of ops."""
-    return check(f"layer.{name}", catches=catches, scope=LAYER)
+    return check(f"layer.{name}", catches=catches, scope=LAYER, fails=fails)
 
 
 @layer_check("prefill", "a mask that leaks future tokens, which a long history hides")

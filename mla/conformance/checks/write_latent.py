@@ -19,9 +19,11 @@ from mla_backends.api import FusedOp
 KIND = "write_latent"
 
 
-def write_check(name: str, catches: str) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
+def write_check(
+    name: str, catches: str, fails: str = "formula"
+) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
     """Register a check that runs once per op and dtype."""
-    return check(f"{KIND}.{name}", catches=catches, scope=OP, kind=KIND)
+    return check(f"{KIND}.{name}", catches=catches, scope=OP, kind=KIND, fails=fails)
 
 
 @dataclass(frozen=True)
