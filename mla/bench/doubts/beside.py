@@ -58,9 +58,13 @@ def suspicion(passes: Sequence[PassTimes], idle: Sequence[PassTimes], on_host: b
 def lasting(more: Sequence[PassTimes], idle: Sequence[PassTimes], timed: float, on_host: bool) -> str:
     """Return why the doubt stands after more passes, or nothing.
 
-    A quiet one among them suffices to take it away, unless its forwards are slower than those of the timed
-    passes, which took `timed` milliseconds in all: what was hidden there, and is not any more, was work.
+    Passes that others disturbed say nothing. A quiet one among the rest suffices to take the doubt away,
+    unless its forwards are slower than those of the timed passes, which took `timed` milliseconds in all:
+    what was hidden there, and is not any more, was work.
     """
+    more = [one for one in more if not one.disturbed]
+    if not more:
+        return ""
     fair = percentile([one.regions for one in more], 10)
     if fair > MORE * timed + SLACK * more[0].forwards:
         return f"repeated passes take {fair:.3g} ms where the timed ones took {timed:.3g} ms"

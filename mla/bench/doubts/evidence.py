@@ -69,8 +69,10 @@ def _beside(one: Timed, numbers: Iterator[int], beat: Callable[[], None]) -> str
     for number in range(MORE):
         one.pair(next(numbers), numbers, beat)
         if number + 1 >= FEWEST:
-            found = beside.lasting(one.passes[count:], one.idles, timed, on_host)
-            if not found or now_ns() > end:
+            more = one.passes[count:]
+            found = beside.lasting(more, one.idles, timed, on_host)
+            settled = not found and not all(times.disturbed for times in more)
+            if settled or now_ns() > end:
                 break
     return found
 

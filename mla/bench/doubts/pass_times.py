@@ -16,6 +16,7 @@ class PassTimes:
     regions_cpu: float = 0.0
     wall: float = 0.0  # from the restored history until all outputs are on the host, without cache flushes
     wall_cpu: float = 0.0
+    disturbed: bool = False  # others had the CPUs for long (`mla.bench.doubts.clock.Disturbance`)
 
     @property
     def beside(self) -> float:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from mla.bench.doubts.clock import cpu_ns, now_ns
+from mla.bench.doubts.clock import Disturbance, cpu_ns, now_ns
 from mla.bench.doubts.device_wait import DeviceWait
 from mla.bench.doubts.pass_times import PassTimes
 from mla.bench.measure.samples import Samples
@@ -122,6 +122,7 @@ class PassRunner:
         forwards, found = self.forwards, PassTimes(forwards=len(self.steps.run))
         forwards.restore(number)
         self._synchronize()
+        disturbance = Disturbance()
         began, began_cpu = now_ns(), cpu_ns()
         for index in self.steps.run:
             timed = index in self.steps.timed
@@ -136,6 +137,7 @@ class PassRunner:
         self.implementation.collect()
         found.wall_cpu += (cpu_ns() - began_cpu) / 1e6
         found.wall += (now_ns() - began) / 1e6
+        found.disturbed = disturbance.spoils(found.wall)
         return found
 
     def _flushed(self, flush: Callable[[], None], found: PassTimes) -> None:

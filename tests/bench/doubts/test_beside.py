@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mla.bench.doubts.beside import lasting, suspicion
@@ -75,3 +77,11 @@ def test_work_beside_the_clock_lasts(hidden: float) -> None:
 def test_work_that_returns_into_the_clock_when_passes_repeat_was_hidden() -> None:
     found = lasting([times(80.0, 2.0)] * 6, IDLE, timed=10.0, on_host=False)
     assert found == "repeated passes take 80 ms where the timed ones took 10 ms"
+
+
+def test_passes_that_others_disturbed_say_nothing() -> None:
+    """They may be slower for no fault of their own, in their forwards and beside them."""
+    slow = [replace(times(80.0, 500.0), disturbed=True)] * 6
+    assert lasting(slow, IDLE, timed=10.0, on_host=False) == ""
+    assert lasting([*slow, times(10.0, 2.0)], IDLE, timed=10.0, on_host=False) == ""
+    assert lasting([*slow, times(80.0, 2.0)], IDLE, timed=10.0, on_host=False) != ""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mla
-from mla.bench.doubts import fresh_inputs
+from mla.bench.doubts import clock, fresh_inputs
 from mla.bench.doubts.fresh_inputs import FEWEST, LONGEST_REST, ROUNDS, doubt
 from mla.bench.doubts.pass_times import PassTimes
 from mla.bench.measure.variants import Steps
@@ -48,6 +48,8 @@ class Timed:
         self.round, self.now, self.busy = -1, 0.0, True
         self.seen: list[torch.Tensor] = []
         self.rests: list[float] = []
+        self.delayed: int | None = 0  # nanoseconds that others had the CPUs
+        self.share: Ms = lambda number, index: 0.0  # of a forward, that they had them
         self._ms, self._mutate = ms, mutate
 
     def time_step(self, index: int) -> float:
@@ -57,6 +59,8 @@ class Timed:
         self._mutate(self.implementation.out, index)
         taken = self._ms(self.round, index)
         self.now += 1e6 * (taken if self.busy else 1.0)
+        if self.delayed is not None:
+            self.delayed += int(1e6 * taken * self.share(self.round, index))
         return taken
 
 
@@ -78,6 +82,7 @@ def make(tiny: Callable[..., MLAConfig], monkeypatch: pytest.MonkeyPatch) -> Any
         timed = Timed(one, scenario, *script)
         monkeypatch.setattr(fresh_inputs, "cpu_ns", lambda: timed.now)
         monkeypatch.setattr(fresh_inputs, "_sleep", timed.rests.append)
+        monkeypatch.setattr(clock, "delayed_ns", lambda: timed.delayed)
         return timed, checker
 
     return make
@@ -123,6 +128,24 @@ def test_on_the_host_cpu_time_must_say_the_same(make: Any) -> None:
     timed, checker = make(DECODE, lambda number, index: 9.0)
     timed.busy = False
     assert doubt(timed, checker) == ""
+
+
+@pytest.mark.parametrize("scenario", [PREFILL, DECODE], ids=lambda one: one.name)
+def test_what_others_keep_from_running_is_no_evidence(make: Any, scenario: Scenario) -> None:
+    """It is judged all the same, and a few forwards that were let run are."""
+    timed, checker = make(scenario, lambda number, index: 9.0)
+    timed.share = lambda number, index: 0.3
+    assert doubt(timed, checker) == ""
+    timed.round, timed.share = -1, lambda number, index: 0.3 * (number not in (2, 4, 30))
+    assert "as if results were remembered" in doubt(timed, checker)
+    timed.round, timed.delayed = -1, None  # nobody counts
+    assert "as if results were remembered" in doubt(timed, checker)
+
+
+def test_outputs_are_judged_where_nothing_can_be_said_of_times(make: Any) -> None:
+    timed, checker = make(DECODE, lambda number, index: 9.0, lambda out, index: out.mul_(1.01))
+    timed.share = lambda number, index: 0.3
+    assert doubt(timed, checker).startswith("outputs on inputs that nothing had seen are wrong: ")
 
 
 def test_a_little_more_of_very_little_says_nothing(make: Any) -> None:
