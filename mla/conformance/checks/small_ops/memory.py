@@ -16,8 +16,6 @@ def _shapes(example: SmallProblem) -> Iterator[SmallProblem]:
         yield vary(example, tokens=tokens)
     if isinstance(example, MatMul):
         yield from (vary(example, tokens=t, inputs=i, outputs=o) for t, i, o in ((130, 96, 70), (5, 33, 17)))
-    if example.kind == "linear":
-        yield vary(example, biased=True)
     if isinstance(example, Norm):
         yield from (vary(example, features=width) for width in (1536, 33))
     if isinstance(example, LatentWrite):
