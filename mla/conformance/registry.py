@@ -35,7 +35,7 @@ _MODULES = (
     "small_ops.linear",
     "small_ops.pointwise",
     "small_ops.write_latent",
-    "small_ops.slots",
+    "small_ops.places",
     "small_ops.rows",
     "small_ops.tiles",
     "small_ops.memory",

@@ -63,6 +63,7 @@ INDEX = [
     *write("slots", wrong.lost_slots, 3000, 40000, 65537),
     *write("slots", wrong.narrow_pages, 8, 10, 15),
     *write("far_slots", wrong.narrow_slots, 9, 12),
+    *each(WITH_OUT, "far_rows", wrong.narrow_places, ("x", 20), ("x", 21), ("out", 21)),
 ]
 ORDER = [*write("order", wrong.sorted_slots), *write("order", wrong.run_of_slots, True, False)]
 STATE = [

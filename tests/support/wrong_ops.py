@@ -197,6 +197,19 @@ def narrow_pages(bits: int) -> FusedOp:
     return mutant("write_latent", body)
 
 
+def narrow_places(kind: str, name: str, bits: int) -> FusedOp:
+    """The places of rows are computed in so many bits."""
+
+    def wrapped(x: Tensor) -> Tensor:
+        starts = [x.storage_offset() + row * x.stride(0) % (1 << bits) for row in range(len(x))]
+        return torch.stack([x.as_strided(x.shape[1:], x.stride()[1:], start) for start in starts] or [x[:0]])
+
+    def body(right: Any, *state: Any, **given: Any) -> None:
+        right(*state, **{**given, name: wrapped(given[name])})
+
+    return mutant(kind, body)
+
+
 def sorted_slots() -> FusedOp:
     """Slots are taken to rise."""
     return changing("write_latent", "slots", lambda slots: slots.sort().values)

@@ -1,4 +1,4 @@
-"""`write_latent`: where in a cache rows go, and in which order."""
+"""Small ops: where rows lie, far apart in memory or all over a cache, and in which order."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import torch
 
 from mla.conformance.checks.latent_places import reach
+from mla.conformance.checks.small_ops.kinds import EXAMPLES, small_check, vary
 from mla.conformance.checks.small_ops.write_latent import write_check
 from mla.conformance.problems.attention import DEEPSEEK
-from mla.conformance.problems.small_call import WriteCall, check_small
-from mla.conformance.problems.small_ops import LatentWrite
+from mla.conformance.problems.small_call import SmallCall, WriteCall, check_small
+from mla.conformance.problems.small_ops import LatentWrite, SmallProblem
 from mla.conformance.trial import Trial, expect
 
 ORDERS = ("rising", "falling", "a run", "a shuffled run", "shuffled")
@@ -39,6 +40,29 @@ def far_slots(trial: Trial) -> None:
     try:
         end = numbers // DEEPSEEK.latent
         check_sparse(trial, [*_beside_powers(end), *range(end - 2, end + 3)], 64)
+    finally:
+        trial.backend.empty_cache()
+
+
+@small_check(
+    "far_rows",
+    catches="places of rows that are computed in 32 bits",
+    fails="index",
+    kinds=[kind for kind in EXAMPLES if kind != "write_latent"],
+)
+def far_rows(trial: Trial, example: SmallProblem) -> None:
+    """Rows of a tensor that is larger than 32 bits count are read and written where they are."""
+    numbers = reach(trial)
+    trial.note = f"{numbers * trial.dtype.itemsize / 1e9:.2g} GB from the first to the last"
+    try:
+        with trial.case(example.label):
+            call = SmallCall(trial, vary(example, tokens=5))
+            x, out = call.inputs["x"].part, call.blank().part
+            wide = torch.empty(5, numbers // 4, dtype=trial.dtype, device=trial.device)
+            far_x, far_out = wide[:, : x[0].numel()], wide[:, -out[0].numel() :]
+            far_x, far_out = far_x.unflatten(1, x.shape[1:]), far_out.unflatten(1, out.shape[1:])
+            call.call(x=far_x.copy_(x), out=far_out.copy_(out))
+            call.judge_rows(far_out.cpu())
     finally:
         trial.backend.empty_cache()
 
