@@ -199,6 +199,8 @@ class MLA(nn.Module):
         if out is None:
             out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         self.check(hidden, batch, pages, out)
+        if hidden.stride(-1) != 1:  # the contract promises ops rows of adjacent elements
+            hidden = hidden.contiguous()
         plan = self.plan(batch)
         at_once = self._at_once(hidden, batch, plan, pages, out)
         if at_once is not None:
@@ -237,6 +239,8 @@ class MLA(nn.Module):
         rows = (batch.num_tokens, self.config.hidden_size)
         _require("hidden", hidden, rows, self.dtype)
         _require("out", out, rows, self.dtype)
+        if out.stride(-1) != 1:
+            raise ValueError(f"out has strides {list(out.stride())}: elements of a row must be adjacent.")
         _require("pages", pages, (pages.shape[0], batch.page_size, self.config.latent_dim), self.dtype)
         if not batch.fits(pages.shape[0]):
             raise ValueError(

@@ -258,7 +258,7 @@ class HalfByHalf(FusedOp):
         self, *, kv_a: Any, weight: Any, eps: float, cos_sin: Any, interleaved: bool, slots: Any, cache: Any
     ) -> None:
         rows, width = cache.view(-1, cache.shape[-1]), weight.shape[0]
-        norm, key = kv_a[:, :width].contiguous(), kv_a[:, width:].contiguous()
+        norm, key = kv_a[:, :width].clone(), kv_a[:, width:].clone()
         FusedNorm()(x=norm.clone(), weight=weight, eps=eps, out=norm)
         ComplexRotation()(x=key[:, None], cos_sin=cos_sin, interleaved=interleaved, out=key[:, None])
         rows[:, :width].index_copy_(0, slots, norm)

@@ -100,7 +100,8 @@ def read(name: str = "out.json") -> ConformanceReport:
     return decode(Path(name).read_bytes())
 
 
-LINEAR = ("--only", "linear", "--dtype", "float32")
+PARTS = ("product", "bias", "pack", "strided", "inputs")
+LINEAR = (*(word for part in PARTS for word in ("--only", f"linear.{part}")), "--dtype", "float32")
 
 
 def test_a_right_backend_gets_a_card_and_exit_code_0(conformance: Conformance) -> None:

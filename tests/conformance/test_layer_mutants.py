@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import wrong_ops
 
 from mla.conformance.registry import all_checks
 from mla.conformance.report import CheckResult
@@ -173,12 +175,78 @@ class FrozenLengths(Latent):  # type: ignore[misc, valid-type]
         super().__call__(state.inner, **tensors)
 
 
+class Ties(Latent):  # type: ignore[misc, valid-type]
+    """Sorts requests by their lengths and puts equal ones back in another order."""
+
+    reverse = True  # the order of all equal ones; else each takes the place of the one before
+
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        rows = list(range(sum(batch.query_lens)))
+        requests = torch.tensor(rows).split(list(batch.query_lens))
+        equal: dict[tuple[int, int], list[int]] = {}
+        for request, lengths in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
+            equal.setdefault(lengths, []).append(request)
+        for members in equal.values():
+            moved = members[::-1] if self.reverse else members[-1:] + members[:-1]
+            for place, request in zip(members, moved, strict=True):
+                for row, of in zip(requests[place].tolist(), requests[request].tolist(), strict=True):
+                    rows[row] = of
+        return super().prepare(spec, batch), rows
+
+    def __call__(self, state: Any, **tensors: Any) -> None:
+        super().__call__(state[0], **tensors)
+        tensors["out"].copy_(tensors["out"][state[1]])
+
+
+class ShiftedTies(Ties):
+    reverse = False
+
+
+class FewRequests(Latent):  # type: ignore[misc, valid-type]
+    """Attends so many requests of a batch."""
+
+    most = 128
+
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        return super().prepare(spec, batch), sum(batch.query_lens[: self.most])
+
+    def __call__(self, state: Any, **tensors: Any) -> None:
+        super().__call__(state[0], **tensors)
+        tensors["out"][state[1] :] = 0
+
+
+class FewerRequests(FewRequests):
+    most = 8
+
+
+class FirstSlotIfEmpty(Write):  # type: ignore[misc, valid-type]
+    """Launches at least one block, which writes a row."""
+
+    def __call__(self, **tensors: Any) -> None:
+        super().__call__(**tensors)
+        if not len(tensors["kv_a"]):
+            tensors["cache"][0, 0] = 0
+
+
+class ScratchOfNothing(Linear):  # type: ignore[misc, valid-type]
+    """Makes scratch memory for as many rows as its first call of a weight had, or the last empty one."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, int] = {}
+
+    def __call__(self, packed: Packed, *, x: Any, bias: Any, out: Any) -> None:
+        super().__call__(packed, x=x, bias=bias, out=out)
+        out[self._rows.get(id(packed), len(x)) :] = 0
+        if not len(x):
+            self._rows[id(packed)] = 0
+
+
 def changed(batch: Any, **changes: Any) -> SimpleNamespace:
     names = ("query_lens", "kv_lens", "page_size", "block_table", "kv_lens_device", "cu_q")
     return SimpleNamespace(**{**{name: getattr(batch, name) for name in names}, **changes})
 
 
-MUTANTS: Mapping[str, list[type]] = {
+MUTANTS: Mapping[str, list[Callable[[], Any]]] = {
     "layer.prefill": [FutureLeak, Unrotated],
     "layer.history": [EarlyKeys],
     "layer.mixed": [RowsMoved],
@@ -190,6 +258,24 @@ MUTANTS: Mapping[str, list[type]] = {
     "layer.untouched": [TwoSlots],
     "layer.again": [Accumulating],
     "layer.shared_plan": [FirstCache],
+    "layer.two_layers": [
+        partial(wrong_ops.packs_once, "linear", "shape"),
+        partial(wrong_ops.packs_once, "batched_linear", "shape"),
+        partial(wrong_ops.first_weight, "linear", "shape"),
+    ],
+    "layer.requests": [
+        FewRequests,
+        FewerRequests,
+        partial(wrong_ops.lost_from, "write_latent", 128),
+        partial(wrong_ops.lost_from, "rotate_query", 100),
+    ],
+    "layer.rows": [
+        partial(wrong_ops.lost_from, "linear", 512),
+        partial(wrong_ops.lost_from, "write_latent", 300),
+        partial(wrong_ops.lost_from, "rotate_query", 513),
+    ],
+    "layer.equal": [Ties, ShiftedTies],
+    "layer.no_tokens": [FirstSlotIfEmpty, ScratchOfNothing],
     "layer.weights": [Lossy],
     "layer.update": [PlanOfTheObject],
     "layer.graph": [OnTheHost],
@@ -199,13 +285,16 @@ MUTANTS: Mapping[str, list[type]] = {
 ALONE = (
     "layer.chunks",
     "layer.graph_lengths",
-    "layer.shared_plan",
-    "layer.untouched",
+    "layer.no_tokens",
     "layer.update",
     "layer.variant",
     "layer.weights",
 )
-CASES = [(name, mutant) for name, mutants in MUTANTS.items() for mutant in mutants]
+CASES = [
+    pytest.param(name, mutant, id=f"{name}-{getattr(mutant, '__name__', number)}")
+    for name, mutants in MUTANTS.items()
+    for number, mutant in enumerate(mutants)
+]
 
 
 def failed(results: list[CheckResult]) -> set[str]:
@@ -218,8 +307,8 @@ def test_every_check_of_the_layer_has_a_mutant() -> None:
     assert set(MUTANTS) == {one.id for one in all_checks() if one.id.startswith("layer.")}
 
 
-@pytest.mark.parametrize(("check", "mutant"), CASES, ids=lambda value: getattr(value, "__name__", value))
-def test_the_check_fails_a_wrong_layer(judge: Run, sound: Any, check: str, mutant: type) -> None:
+@pytest.mark.parametrize(("check", "mutant"), CASES)
+def test_the_check_fails_a_wrong_layer(judge: Run, sound: Any, check: str, mutant: Callable[[], Any]) -> None:
     assert failed(judge(sound(ops={"mine": mutant()}), check)) == {check}
 
 

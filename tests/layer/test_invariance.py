@@ -179,6 +179,13 @@ def test_an_out_of_another_shape_is_refused(make_case: Any) -> None:
         case.run(out=torch.empty(9, case.config.hidden_size))
 
 
+def test_an_out_whose_rows_are_scattered_is_refused(make_case: Any) -> None:
+    """The contract promises ops that elements of a row are adjacent."""
+    case = make_case([5, 2], [0, 60])
+    with pytest.raises(ValueError, match=r"out has strides \[1, 7\]: elements of a row must be adjacent"):
+        case.run(out=torch.empty(case.config.hidden_size, 7).t())
+
+
 def test_a_strided_input_gives_the_same_result(make_case: Any, assert_rows_close: Any) -> None:
     case = make_case([5, 2], [0, 60])
     expected = case.run()

@@ -80,7 +80,12 @@ class BatchView(Protocol):
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight in the layout that one op uses. `nbytes` is the memory it keeps alive."""
+    """A weight in the layout that one op uses, and all that the op may remember of it.
+
+    `nbytes` is the memory it keeps alive. A layer packs each weight once and calls the op with the result as
+    often as it likes. Weights of other layers have the same shapes, and another weight may later lie where a
+    dropped one was, so neither finds a packed weight again.
+    """
 
     data: Any
     nbytes: int
@@ -89,7 +94,7 @@ class Packed:
 class FusedOp(ABC):
     """One implementation of one op. Subclasses set `contract` and implement `__call__`.
 
-    Calls, by contract (tensors may be strided unless an op says otherwise; `out` tensors are written):
+    Calls, by contract, with T rows, which may be 0; an op writes its outputs, and nothing else:
 
     - ``linear/1``: ``op(packed, x=[T, i], bias=[o] or None, out=[T, o])``
     - ``batched_linear/1``: ``op(packed, x=[T, h, i], out=[T, h, o])``
@@ -98,7 +103,7 @@ class FusedOp(ABC):
       out may be x
     - ``write_latent/1``: ``op(kv_a=[T, c + r], weight=[c], eps=float, cos_sin=[T, r] fp32,
       interleaved=bool, slots=[T] int64, cache=[pages, page, c + r])``: RMSNorm the first c, rotate the
-      last r, scatter both to the slots
+      last r, and write both to row `slots[t]` of the flattened cache, ``cache.view(-1, c + r)``
     - ``latent_attention/1``: ``op(state, q=[T, h, c + r], cache=[pages, page, c + r],
       block_table=[B, n] int32, kv_lens=[B] int32, cu_q=[B + 1] int32, softmax_scale=float,
       out=[T, h, c], lse=[T, h] fp32)``: causal and ragged, k is the whole row and v its first c;
@@ -110,6 +115,16 @@ class FusedOp(ABC):
     `cos_sin[t]` holds the r/2 cosines and then the r/2 sines of token t's position. Angle i turns one pair
     (a, b) into (a cos - b sin, b cos + a sin), and both stay in their places: `x[2 i]` and `x[2 i + 1]` if
     `interleaved`, `x[i]` and `x[i + r/2]` if not.
+
+    Operands of all ops but attention: x, kv_a, cos_sin and out may be slices of wider contiguous tensors, so
+    every stride but the last may be larger than the shape says; elements of the last dimension are adjacent.
+    bias, weight, slots and the cache are contiguous. No two of them overlap, except where out may be x. What
+    lies between, before and behind their rows belongs to others and may be NaN: it is not written, and no
+    result depends on it. Slots are distinct, and come in any order.
+
+    Sums, norms and rotations are in fp32 and rounded once, to the dtype of the output. Rows do not depend on
+    each other. An op may keep packed weights and scratch memory, but nothing that a later result depends on:
+    the caller changes operands in place, passes others at the same address, and keeps outputs.
 
     `kv_lens[b]` counts every token that request b attends to, its new ones included: they are in the cache
     before attention is called. The rows `cu_q[b]` to `cu_q[b + 1]` of q and out are its new tokens; the last
@@ -148,7 +163,11 @@ class FusedOp(ABC):
         return []
 
     def pack(self, weight: torch.Tensor) -> Packed:
-        """Lay out `weight` ([o, i], or [h, o, i] for batched_linear) once, at load."""
+        """Lay out `weight` ([o, i], or [h, o, i] for batched_linear; of any strides) once, at load.
+
+        Neither this nor a call writes to it, and it stays as it is for as long as the result lives, which may
+        therefore be the weight itself.
+        """
         return Packed(weight, weight.numel() * weight.element_size())
 
     def unpack(self, packed: Packed) -> torch.Tensor:

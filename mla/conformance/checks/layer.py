@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 import torch
 
 from mla.config import MLAConfig
-from mla.conformance.checks.write_latent import expect_untouched
 from mla.conformance.problems.layer import (
     LORA,
     MODES,
@@ -21,6 +20,7 @@ from mla.conformance.problems.layer import (
     prepare_layer,
     weights,
 )
+from mla.conformance.problems.small_call import expect_untouched
 from mla.conformance.registry import LAYER, check
 from mla.conformance.trial import Trial, expect
 from mla.layer.expansion import rebuilt_bytes
@@ -157,6 +157,21 @@ def shared_plan(trial: Trial) -> None:
             other.extend()  # so that its tables are the same
             for one in (ready, ready, other, ready):  # the second one may be recorded by the backend
                 judge(trial, one.problem, layer(one.hidden[0], batch, one.cache.pages[0])[None].cpu())
+
+
+@layer_check(
+    "two_layers", "weights or scratch memory that another layer of the same shape takes over", "state"
+)
+def two_layers(trial: Trial) -> None:
+    """Two layers run a batch by turns, each on its part of the cache, and leave each other's output alone."""
+    problems = [LayerProblem(*MIXED, seed=seed, model=seed) for seed in (0, 1)]
+    for mode in MODES:
+        with trial.case(f"{mode}, {problems[0].label}"):
+            pair = [prepare_layer(trial, problem, mode) for problem in problems]
+            batch, _ = (one.extend() for one in pair)  # whose tables are the same
+            outputs = [(one, one.forward(0, batch)) for one in (*pair, *pair[::-1])]
+            for one, out in outputs:
+                judge(trial, one.problem, out[None].cpu())
 
 
 @layer_check("weights", "a packed layout that loses bits, so that a checkpoint cannot be saved again")

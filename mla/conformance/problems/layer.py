@@ -43,6 +43,7 @@ class LayerProblem:
     config: MLAConfig = PLAIN
     steps: int = 1
     seed: int = 0
+    model: int = 0  # seed of the weights
 
     @property
     def label(self) -> str:
@@ -62,16 +63,16 @@ class LayerData:
 
 
 @functools.lru_cache(maxsize=8)
-def weights(config: MLAConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def weights(config: MLAConfig, dtype: torch.dtype, model: int = 0) -> dict[str, torch.Tensor]:
     """Return host weights N(0, 1 / fan_in)."""
-    return random_state_dict(config, 0, dtype)
+    return random_state_dict(config, model, dtype)
 
 
 @functools.lru_cache(maxsize=64)
 def data(problem: LayerProblem, dtype: torch.dtype) -> LayerData:
     """Draw N(0, 1) inputs; all steps' truth comes from one prefill of all their tokens."""
     generator = torch.Generator().manual_seed(problem.seed + 7)
-    config, state = problem.config, weights(problem.config, dtype)
+    config, state = problem.config, weights(problem.config, dtype, problem.model)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
@@ -110,12 +111,12 @@ class PreparedLayer:
         return torch.stack(outputs)
 
 
-def make_layer(trial: Trial, config: MLAConfig, attention: str, **arguments: Any) -> MLA:
+def make_layer(trial: Trial, config: MLAConfig, attention: str, *, model: int = 0, **arguments: Any) -> MLA:
     """Build a layer with the backend's ops and random weights."""
     layer = MLA(
         config, backend=trial.backend, dtype=trial.dtype, attention=attention, ops=trial.policy, **arguments
     )
-    layer.load_state_dict(weights(config, trial.dtype))
+    layer.load_state_dict(weights(config, trial.dtype, model))
     return layer
 
 
@@ -131,7 +132,7 @@ def prepare_layer(
 ) -> PreparedLayer:
     """Set up a problem: history in shuffled pages, poison in every other slot."""
     made = data(problem, trial.dtype)
-    layer = layer or make_layer(trial, problem.config, attention, **arguments)
+    layer = layer or make_layer(trial, problem.config, attention, model=problem.model, **arguments)
     cache, ids = _filled(problem, made.history, trial.dtype, trial.device, page_size, shuffle)
     final = _final_lengths(problem)
     Poison(cache, ids, final, layer.ops["latent_attention"].op.nan_safe_tail).apply()

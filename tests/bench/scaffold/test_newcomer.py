@@ -145,42 +145,108 @@ def test_its_own_tests_pass(newcomer: Newcomer) -> None:
     assert int(passed[1]) >= 6
 
 
-LINEAR = """
-import torch
-from mla_backends import FusedOp
-
-
-class AcmeLinear(FusedOp):
+# Ops of other kinds, of other names and for other dtypes than the example's, and no op.
+OTHERS = {
+    "linear": """
+class Product(FusedOp):
     contract = "linear/1"
 
     def unsupported_reasons(self, spec):
         return [] if spec.dtype == torch.bfloat16 else ["it multiplies bfloat16 only"]
 
     def __call__(self, packed, *, x, bias, out):
-        out.copy_(x.float() @ packed.data.t().float() * SCALE)
-"""
+        product = x.float() @ packed.data.float().t() * RIGHT
+        out.copy_(product if bias is None else product + bias)
+""",
+    "rotate_query": """
+class Turn(FusedOp):
+    contract = "rotate_query/1"
+
+    def unsupported_reasons(self, spec):
+        return [] if spec.dtype == torch.float32 else ["it turns float32 only"]
+
+    def __call__(self, *, x, cos_sin, interleaved, out):
+        cos, sin = (part[:, None] * RIGHT for part in cos_sin.chunk(2, dim=-1))
+        half, pairs = x.shape[-1] // 2, x.clone()
+        first = slice(0, None, 2) if interleaved else slice(half)
+        second = slice(1, None, 2) if interleaved else slice(half, None)
+        out[..., first] = pairs[..., first] * cos - pairs[..., second] * sin
+        out[..., second] = pairs[..., second] * cos + pairs[..., first] * sin
+""",
+    "latent_attention": """
+class Latent(FusedOp):
+    contract = "latent_attention/1"
+
+    def unsupported_reasons(self, spec):
+        return [] if spec.num_heads == 16 else [f"it serves 16 heads, not {spec.num_heads}"]
+
+    def prepare(self, spec, batch):
+        return batch.query_lens, batch.kv_lens, batch.page_size
+
+    def __call__(self, state, *, q, cache, block_table, kv_lens, cu_q, softmax_scale, out, lse):
+        first = 0
+        for request, (new, length) in enumerate(zip(*state[:2])):
+            pages = block_table[request, : -(-length // state[2])].long()
+            keys = cache[pages].flatten(0, 1)[:length].float()
+            for token in range(new):
+                seen = keys[: length - new + token + 1]
+                logits = q[first + token].float() @ seen.t() * softmax_scale
+                sums = torch.logsumexp(logits, -1, keepdim=True)
+                weights = (logits - sums).exp()
+                empty = not len(seen)
+                out[first + token] = 0 if empty else weights @ seen[:, : out.shape[2]] * RIGHT
+                lse[first + token] = float("-inf") if empty else sums[:, 0]
+            first += new
+""",
+}
 
 
-@pytest.mark.parametrize(
-    ("offered", "scale", "right"),
-    [("{'acme_linear': AcmeLinear()}", 1, True), ("{'mine': AcmeLinear()}", 1.1, False), ("{}", 1, True)],
-    ids=["another op", "a wrong op", "no op"],
-)
-def test_the_smoke_test_follows_the_ops(
-    newcomer: Newcomer, tmp_path: Path, offered: str, scale: float, right: bool
+@pytest.fixture
+def replaced(newcomer: Newcomer, tmp_path: Path) -> Callable[[str, float], tuple[int, str]]:
+    """Return a function that puts another op in the place of the example's, and runs the generated tests."""
+
+    def replaced(kind: str, right: float) -> tuple[int, str]:
+        copy = tmp_path / "site"
+        shutil.copytree(newcomer.site, copy)
+        package = copy / "mla_backend_acme"
+        text = (package / "__init__.py").read_text()
+        if kind:
+            op = OTHERS[kind].replace("RIGHT", str(right))
+            (package / "ops.py").write_text(f"import torch\n\nfrom mla_backends import FusedOp\n\n{op}")
+            (name,) = re.findall(r"class (\w+)", op)
+            text = text.replace("RmsNorm", name).replace('"acme_rms_norm"', '"other"')
+        else:
+            (package / "ops.py").unlink()
+            text = re.sub(r"    def ops\(self\).*?\n\n\n", "\n\n", text, flags=re.DOTALL)
+            assert "ops" not in text
+        (package / "__init__.py").write_text(text)
+        chosen = f"smoke or ops. or {kind or 'rms_norm'}.strided or layer.mixed"
+        words = ("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-W", "error", "-k", chosen, "acme")
+        done = newcomer.run(*words, path=[copy, newcomer.vendor])
+        return done.code, done.out + done.err
+
+    return replaced
+
+
+@pytest.mark.parametrize("kind", [*OTHERS, ""])
+def test_the_generated_tests_pass_with_other_ops_and_without_any(
+    replaced: Callable[[str, float], tuple[int, str]], kind: str
 ) -> None:
-    """The example op is there to be replaced; the test that came with it must neither fail nor go blind."""
-    copy = tmp_path / "site"
-    shutil.copytree(newcomer.site, copy)
-    package = copy / "mla_backend_acme"
-    (package / "ops.py").write_text(LINEAR.replace("SCALE", str(scale)))
-    text = (package / "__init__.py").read_text()
-    text = text.replace("ops import RmsNorm", "ops import AcmeLinear")
-    (package / "__init__.py").write_text(text.replace('{"acme_rms_norm": RmsNorm()}', offered))
-    words = ("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "acme/tests/test_smoke.py")
-    done = newcomer.run(*words, path=[copy, newcomer.vendor])
-    assert (done.code == 0) == right, done.out
-    assert ("2 passed" if right else "1 failed, 1 passed") in done.out
+    """The example op is there to be replaced."""
+    code, said = replaced(kind, 1)
+    assert code == 0, said
+    passed = re.search(r"(\d+) passed", said)
+    assert passed, said
+    assert int(passed[1]) >= 5
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_the_smoke_test_is_not_blind_to_other_ops(
+    replaced: Callable[[str, float], tuple[int, str]], kind: str
+) -> None:
+    code, said = replaced(kind, 1.2)
+    assert code == 1
+    assert re.search(r"FAILED .*test_smoke.py::test_a_layer_agrees_with_the_reference", said), said
 
 
 def test_a_wrong_op_gets_no_number_and_does_not_conform(

@@ -1,0 +1,1 @@
+"""Checks of projections, norm, rotation and cache write: what they compute, and where kernels fail."""

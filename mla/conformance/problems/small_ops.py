@@ -1,0 +1,276 @@
+"""Problems for projections, norm, rotation and cache write: operands from a seed, and the truth in float64.
+
+Every op but the cache's order of slots works row by row, so the host draws rows once, and a call with more of
+them repeats those.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+
+from mla.conformance.problems.attention import DEEPSEEK, Dims, attention_spec
+from mla.conformance.problems.tensors import angles, draw
+from mla.reference import REFERENCE
+from mla.verify.op_oracle import product, true_norm, true_rotation
+from mla_backends.api import AttentionSpec, LinearSpec, NormSpec
+
+Parts = tuple[tuple[str, slice], ...]  # names, and columns of the output
+
+
+@dataclass(frozen=True)
+class Host:
+    """The host's side of a call. Operands have the contract's names."""
+
+    rows: Mapping[str, torch.Tensor]  # one row per token
+    truth: torch.Tensor  # [T, ...] float64
+    shared: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by all tokens
+    weight: torch.Tensor | None = None  # to be packed
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallProblem:
+    """What problems of every kind have."""
+
+    kind: ClassVar[str] = ""
+    tokens: int
+    seed: int = 0
+    model: int = 0  # seed of a weight that is packed
+    gain: float = 1.0  # of the output
+    spread: int = 0  # rows are times 2^-spread, 1 and 2^spread by turns
+    drawn: int = 0  # rows drawn, which others repeat; 0: all
+
+    @property
+    def label(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def parts(self) -> Parts:
+        """What is judged by itself."""
+        return (("out", slice(None)),)
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Operands that are no tensors."""
+        return {}
+
+    @property
+    def base(self) -> SmallProblem:
+        """The problem whose rows this one has."""
+        return replace(self, tokens=self.drawn or self.tokens, drawn=0)
+
+    def spec(self, dtype: torch.dtype, device: torch.device) -> Any:
+        raise NotImplementedError
+
+    def draw(self, dtype: torch.dtype) -> Host:
+        """Draw the operands of all rows."""
+        raise NotImplementedError
+
+    def _rows(self, *shape: int) -> torch.Tensor:
+        """Return N(0, 1) [T, *shape], spread."""
+        turn = torch.arange(self.tokens).remainder(3).sub(1).mul(self.spread)
+        scale = torch.ldexp(torch.ones(self.tokens), turn).view(-1, *(1,) * len(shape))
+        return draw(self.tokens, *shape, seed=self.seed) * scale
+
+
+@dataclass(frozen=True)
+class MatMul(SmallProblem):
+    """x [T, i] or [T, h, i] ~ N(0, 1) times a weight [o, i] or [h, o, i] ~ N(0, 1 / i)."""
+
+    tokens: int
+    inputs: int
+    outputs: int
+    groups: int = 0  # heads of batched_linear; 0 is linear
+    biased: bool = False
+    cancels: bool = False  # the first half of every sum nearly cancels the second
+    outlier: bool = False  # the first input is 200 times as large as others, and its weights are as small
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return "batched_linear" if self.groups else "linear"
+
+    @property
+    def label(self) -> str:
+        heads = f"{self.groups} heads, " * bool(self.groups)
+        return f"{self.tokens} tokens, {heads}{self.inputs} to {self.outputs}{', bias' * self.biased}"
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return {} if self.groups or self.biased else {"bias": None}
+
+    def spec(self, dtype: torch.dtype, device: torch.device) -> LinearSpec:
+        return LinearSpec(self.inputs, self.outputs, max(1, self.groups), dtype, device)
+
+    def draw(self, dtype: torch.dtype) -> Host:
+        heads = (self.groups,) * bool(self.groups)
+        x = self._rows(*heads, self.inputs) * self.gain
+        seed = 2 * self.model + 1
+        weight = draw(*heads, self.outputs, self.inputs, seed=seed) * self.inputs**-0.5
+        if self.cancels:
+            half = self.inputs // 2
+            x[..., half : 2 * half] = x[..., :half]
+            weight[..., half : 2 * half] = weight[..., half : 2 * half] / 8 - weight[..., :half]
+        if self.outlier:
+            x[..., 0] *= 200
+            weight[..., 0] /= 200
+        x, weight = x.to(dtype), weight.to(dtype)
+        shared = {"bias": draw(self.outputs, dtype=dtype, seed=self.seed + 2)} if self.biased else {}
+        return Host({"x": x}, product(x, weight, shared.get("bias")), shared, weight)
+
+
+@dataclass(frozen=True)
+class Norm(SmallProblem):
+    """Rows of any width; `size` is theirs."""
+
+    kind = "rms_norm"
+    tokens: int = 7
+    features: int = 512
+    size: float = 1.0
+    eps: float = 1e-6
+
+    @property
+    def label(self) -> str:
+        return f"{self.tokens} tokens, {self.features} features, size {self.size:g}, eps {self.eps:g}"
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return {"eps": self.eps}
+
+    def spec(self, dtype: torch.dtype, device: torch.device) -> NormSpec:
+        return NormSpec(self.features, dtype, device)
+
+    def draw(self, dtype: torch.dtype) -> Host:
+        x = (self._rows(self.features) * self.size).to(dtype)
+        weight = (draw(self.features, seed=self.seed + 1) * self.gain).to(dtype)
+        return Host({"x": x}, true_norm(x, weight, self.eps), {"weight": weight})
+
+
+@dataclass(frozen=True)
+class Rotation(SmallProblem):
+    """Heads of 64 channels."""
+
+    kind = "rotate_query"
+    tokens: int = 7
+    heads: int = 16
+    interleaved: bool = True
+
+    @property
+    def label(self) -> str:
+        order = "interleaved" if self.interleaved else "halves"
+        return f"{self.tokens} tokens, {self.heads} heads, {order}"
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return {"interleaved": self.interleaved}
+
+    def spec(self, dtype: torch.dtype, device: torch.device) -> AttentionSpec:
+        return attention_spec(self.heads, DEEPSEEK, DEEPSEEK.scale, dtype, device)
+
+    def draw(self, dtype: torch.dtype) -> Host:
+        width = DEEPSEEK.qk_rope_head_dim
+        x = (self._rows(self.heads, width) * self.gain).to(dtype)
+        cos_sin = angles(self.tokens, width, self.seed)
+        return Host({"x": x, "cos_sin": cos_sin}, true_rotation(x, cos_sin, self.interleaved))
+
+
+@dataclass(frozen=True)
+class LatentWrite(SmallProblem):
+    """New tokens of one step and where they go."""
+
+    kind = "write_latent"
+    tokens: int = 9
+    page_size: int = 64
+    dims: Dims = DEEPSEEK
+    interleaved: bool = True
+    eps: float = 1e-6
+    size: float = 1.0  # of the input
+    order: str = "shuffled"  # or one of those in `slots`
+
+    @property
+    def label(self) -> str:
+        order = f"{'interleaved' if self.interleaved else 'halves'}, slots {self.order}"
+        return f"{self.tokens} tokens, page {self.page_size}, {order}, size {self.size:g}, eps {self.eps:g}"
+
+    @property
+    def parts(self) -> Parts:
+        width = self.dims.kv_lora_rank
+        return ("latent", slice(width)), ("rotated key", slice(width, None))
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return {"eps": self.eps, "interleaved": self.interleaved}
+
+    @property
+    def pages(self) -> int:
+        """Pages of the cache; there are always slots that are not written."""
+        return -(-(self.tokens + min(2 * self.tokens, 1000)) // self.page_size) + 1
+
+    @property
+    def spare(self) -> int:
+        """The last slot, which is never written."""
+        return self.pages * self.page_size - 1
+
+    def slots(self) -> torch.Tensor:
+        """Return [T] int64, with unwritten slots between them."""
+        generator = torch.Generator().manual_seed(self.tokens + self.seed)
+        slots = torch.randperm(self.spare, generator=generator)[: self.tokens]
+        if self.order == "rising":
+            return slots.sort().values
+        if self.order == "falling":
+            return slots.sort(descending=True).values
+        if self.order == "a run":
+            return torch.arange(self.tokens) + self.page_size // 2
+        if self.order == "a shuffled run":  # its ends are where those of a run are
+            slots = torch.randperm(self.tokens, generator=generator)
+            ends = slots == 0, slots == self.tokens - 1
+            slots[ends[0]], slots[0] = slots[0].clone(), 0
+            slots[slots.eq(self.tokens - 1).int().argmax()], slots[-1] = slots[-1].clone(), self.tokens - 1
+            return slots + self.page_size // 2
+        return slots
+
+    def spec(self, dtype: torch.dtype, device: torch.device) -> AttentionSpec:
+        return attention_spec(16, self.dims, self.dims.scale, dtype, device)
+
+    def draw(self, dtype: torch.dtype) -> Host:
+        c = self.dims.kv_lora_rank
+        kv_a = self._rows(self.dims.latent) * self.size
+        kv_a[:, c:] *= self.gain
+        kv_a = kv_a.to(dtype)
+        weight = (draw(c, seed=self.seed + 1) * self.gain).to(dtype)
+        cos_sin = angles(self.tokens, self.dims.qk_rope_head_dim, self.seed)
+        norm, key = (
+            true_norm(kv_a[:, :c], weight, self.eps),
+            true_rotation(kv_a[:, c:], cos_sin, self.interleaved),
+        )
+        return Host({"kv_a": kv_a, "cos_sin": cos_sin}, torch.cat((norm, key), 1), {"weight": weight})
+
+
+@functools.lru_cache(maxsize=48)
+def _drawn(problem: SmallProblem, dtype: torch.dtype) -> Host:
+    return problem.draw(dtype)
+
+
+def host(problem: SmallProblem, dtype: torch.dtype) -> Host:
+    """Return the host's side of the rows that were drawn for a problem."""
+    return _drawn(problem.base, dtype)
+
+
+@functools.lru_cache(maxsize=48)
+def _of_reference(problem: SmallProblem, dtype: torch.dtype) -> torch.Tensor:
+    op, one = REFERENCE[problem.kind], _drawn(problem, dtype)
+    packed = () if one.weight is None else (op.pack(one.weight),)
+    out = torch.empty(one.truth.shape, dtype=dtype)
+    where = {"out": out}
+    if problem.kind == "write_latent":
+        where = {"cache": out[:, None], "slots": torch.arange(len(out))}
+    op(*packed, **one.rows, **one.shared, **problem.options, **where)
+    return out
+
+
+def reference(problem: SmallProblem, dtype: torch.dtype) -> torch.Tensor:
+    """Return what the reference gives on the host for the rows that were drawn."""
+    return _of_reference(problem.base, dtype)

@@ -1,0 +1,168 @@
+"""Small ops that fail as kernels do, by kind of failure, each bug with several numbers: all must be found."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import wrong_ops as wrong
+from wrong_ops import SMALL_OPS
+
+from mla.conformance.registry import all_checks
+from mla.conformance.report import CheckResult
+from mla_backends.api import FusedOp
+
+Run = Callable[..., list[CheckResult]]
+Make = Callable[[], FusedOp]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+PRODUCTS, HEADED = ("linear", "batched_linear"), ("batched_linear", "rotate_query")
+WITH_OUT = SMALL_OPS[:-1]
+
+
+def each(kinds: tuple[str, ...], check: str, mutant: Any, *numbers: Any) -> Iterator[tuple[str, Make, str]]:
+    """Yield check, a function that makes the mutant, and a name, for every kind and number."""
+    for kind in kinds:
+        for number in numbers:
+            words = number if isinstance(number, tuple) else (number,)
+            name = f"{kind}-{mutant.__name__}-{'-'.join(map(str, words))}"
+            yield f"{kind}.{check}", lambda k=kind, w=words: mutant(k, *w), name
+
+
+def write(check: str, mutant: Any, *numbers: Any) -> Iterator[tuple[str, Make, str]]:
+    """Yield the same for mutants of write_latent."""
+    for number in numbers or ((),):
+        words = number if isinstance(number, tuple) else (number,)
+        name = f"{mutant.__name__}-{'-'.join(map(str, words))}"
+        yield f"write_latent.{check}", lambda w=words: mutant(*w), name
+
+
+def norm(check: str, mutant: Any, *numbers: int) -> Iterator[tuple[str, Make, str]]:
+    for number in numbers:
+        yield f"rms_norm.{check}", lambda n=number: mutant(n), f"{mutant.__name__}-{number}"
+
+
+GRID = [
+    *each(SMALL_OPS, "rows", wrong.lost_from, 1, 300, 800, 1024, 4100),
+    *each(SMALL_OPS, "rows", wrong.lost_at, 17, 256, 1024),
+    *each(SMALL_OPS, "rows", wrong.lost_rest, (16, 9), (32, 1), (64, 0)),
+    *each(HEADED, "rows_and_heads", wrong.lost_blocks, 65535, 1 << 14),
+]
+TILES = [
+    *each(HEADED, "heads", wrong.lost_heads, (16, 9), (8, 6), (32, 31), (128, 0)),
+    *each(HEADED, "heads", wrong.lost_heads_from, 8, 32, 64, 100),
+    *each(PRODUCTS, "widths", wrong.lost_outputs, (16, 15), (64, 1), (256, 0)),
+    *each(PRODUCTS, "widths", wrong.lost_inputs, 16, 32, 64, 128),
+    *norm("widths", wrong.padded_mean, 16, 64, 512),
+    *write("widths", wrong.lost_channels, 512, 576),
+]
+INDEX = [
+    *write("slots", wrong.narrow_slots, 8, 11, 13, 14, 15, 16),
+    *write("slots", wrong.lost_slots, 3000, 40000, 65537),
+    *write("slots", wrong.narrow_pages, 8, 10, 15),
+    *write("far_slots", wrong.narrow_slots, 9, 12),
+    *each(WITH_OUT, "far_rows", wrong.narrow_places, ("x", 20), ("x", 21), ("out", 21)),
+]
+ORDER = [*write("order", wrong.sorted_slots), *write("order", wrong.run_of_slots, True, False)]
+STATE = [
+    *each(SMALL_OPS, "earlier_outputs", wrong.late_writer, 1, 2, 5),
+    *each(PRODUCTS, "earlier_outputs", wrong.packs_once, "shape"),
+    *each(PRODUCTS, "earlier_outputs", wrong.first_weight, "shape"),
+    *each(PRODUCTS, "packed_again", wrong.packs_once, "address", "shape"),
+    *each(SMALL_OPS, "new_contents", wrong.remembers_result, ()),
+    *each(WITH_OUT, "new_contents", wrong.skips_finite, ()),
+    *each(WITH_OUT, "new_contents", wrong.remembers, "x"),
+    *each(("write_latent",), "new_contents", wrong.remembers, "kv_a", "weight", "cos_sin"),
+    *each(("rotate_query",), "new_contents", wrong.remembers, "cos_sin"),
+    *each(("rms_norm",), "new_contents", wrong.remembers, "weight"),
+    *each(("linear",), "new_contents", wrong.remembers, "bias"),
+    *each(SMALL_OPS, "call_before", wrong.adds_previous, 2e-3, 1e-3, 1e-4),
+]
+MEMORY = [
+    *each(WITH_OUT, "inputs", wrong.rounds_rows_up, 4, 16, 64, 256),
+    *each(WITH_OUT, "inputs", wrong.writes_before, 1, 16),
+    *write("inputs", wrong.rounds_slots_up, 8, 32),
+    *each(HEADED, "strided", wrong.packed_leading, "x"),
+    *(
+        (
+            f"{kind}.strided",
+            lambda k=kind, n=name: wrong.changing(k, n, wrong.as_contiguous),
+            f"{kind}-{name}",
+        )
+        for kind, names in (
+            ("linear", ("x", "out")),
+            ("batched_linear", ("x", "out")),
+            ("rms_norm", ("x", "out")),
+            ("rotate_query", ("x", "cos_sin", "out")),
+            ("write_latent", ("kv_a", "cos_sin")),
+        )
+        for name in names
+    ),
+]
+EMPTY = [*each(SMALL_OPS, "empty", wrong.writes_if_empty, 1, 16)]
+NUMBERS = [
+    *each(PRODUCTS, "long_sums", wrong.narrow_sums, (64, BF16), (256, BF16), (32, FP16)),
+    *each(PRODUCTS, "long_sums", wrong.split_sums, 2, 4, 8),
+    *norm("long_sums", wrong.narrow_squares, 32, 64),
+    *each(("linear", "batched_linear", "rotate_query"), "sizes", wrong.eight_bits, "call"),
+    *each(SMALL_OPS, "sizes", wrong.flushes_small, 2**-8, 2**-10),
+    *each(PRODUCTS, "outlier", wrong.eight_bits, "row", "call"),
+]
+KINDS = {
+    "grid": GRID,
+    "tiles": TILES,
+    "index": INDEX,
+    "order": ORDER,
+    "state": STATE,
+    "memory": MEMORY,
+    "emptiness": EMPTY,
+    "numbers": NUMBERS,
+}
+CASES = [
+    pytest.param(kind, check, make, id=f"{check}-{name}")
+    for kind, mutants in KINDS.items()
+    for check, make, name in mutants
+]
+
+
+def failures(results: list[CheckResult]) -> dict[str, str]:
+    return {one.check: one.reason for one in results if one.of == "mine" and one.status == "fail"}
+
+
+@pytest.mark.parametrize(("kind", "check", "make"), CASES)
+def test_a_bug_is_found_by_the_check_of_its_kind(
+    judge: Run, sound: Any, kind: str, check: str, make: Make
+) -> None:
+    dtype = BF16 if kind == "numbers" else FP32
+    found = failures(judge(sound(ops={"mine": make()}), f"{check}[mine-*]", dtypes=(dtype,)))
+    assert set(found) == {check}
+    assert "raised" not in found[check]
+    assert {one.fails for one in all_checks() if one.id == check} == {kind}
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("share", [2e-3, 1e-3])
+@pytest.mark.parametrize("kind", SMALL_OPS)
+def test_a_trace_of_the_call_before_shows_in_narrow_dtypes(
+    judge: Run, sound: Any, kind: str, share: float, dtype: torch.dtype
+) -> None:
+    backend = sound(ops={"mine": wrong.adds_previous(kind, share)})
+    assert set(failures(judge(backend, f"{kind}.call_before[mine-*]", dtypes=(dtype,)))) == {
+        f"{kind}.call_before"
+    }
+
+
+@pytest.mark.parametrize("kind", SMALL_OPS)
+def test_an_empty_launch_that_raises_fails_and_names_what_it_raised(
+    judge: Run, sound: Any, kind: str
+) -> None:
+    found = failures(judge(sound(ops={"mine": wrong.fails_empty(kind)}), f"{kind}.empty[mine-*]"))
+    assert "raised RuntimeError: invalid configuration argument" in found[f"{kind}.empty"]
+
+
+def test_every_check_has_two_mutants() -> None:
+    counts = Counter(str(case.values[1]) for case in CASES)
+    assert set(counts) == {one.id for one in all_checks() if one.kind in SMALL_OPS} - wrong.FORMULAS
+    assert min(counts.values()) > 1
