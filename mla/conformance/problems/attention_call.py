@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mla.conformance.problems.attention import MANY, PAGE, AttentionProblem, Lengths, cumulative, data
-from mla.conformance.problems.guards import Guarded, guarded
+from mla.conformance.problems.guards import Guarded, guarded, scattered
 from mla.conformance.problems.pages import PLAIN, Layout, spread
 from mla.conformance.trial import Trial, expect
 from mla.reference import REFERENCE
@@ -60,6 +60,8 @@ class AttentionCall:
 
     def _put(self, name: str, tensor: torch.Tensor, fill: float = torch.nan) -> torch.Tensor:
         """Copy to the device, into larger memory full of `fill`; if strided, rows are parts of wider ones."""
+        if self.layout.apart and tensor.dim() == 3:
+            return scattered(tensor, self.device, self.layout.apart)
         strided = self.layout.strided and tensor.dim() > 1
         self.guards[name] = guarded(tensor, self.device, fill, strided)
         return self.guards[name].part

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from mla.conformance.trial import Refused
+
 ROWS = 16  # before the first row, and behind the last
 # What a strided operand has before and behind it in each dimension after the first, by their number.
 MARGINS: dict[int, Sequence[tuple[int, int]]] = {0: (), 1: ((4, 4),), 2: ((0, 1), (16, 16))}
@@ -45,3 +47,19 @@ def guarded(tensor: torch.Tensor, device: torch.device, fill: float, strided: bo
     part = whole[place]
     part.copy_(tensor)
     return Guarded(part, whole, place, fill)
+
+
+def scattered(tensor: torch.Tensor, device: torch.device, apart: int) -> torch.Tensor:
+    """Copy the rows of [n, h, d] to the device, so many numbers apart. What is between them is never touched.
+
+    Raises `Refused` if that takes more memory than there is.
+    """
+    size = tensor.shape[0] * apart
+    try:
+        whole = torch.empty(size, dtype=tensor.dtype, device=device)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, where torch has it
+        raise Refused(f"{size} numbers could not be allocated") from error
+    part = whole.as_strided(tensor.shape, (apart, tensor.shape[2], 1))
+    for row, values in zip(part, tensor, strict=True):  # an index could be too narrow, too
+        row.copy_(values)
+    return part

@@ -22,6 +22,7 @@ class Layout:
     strided: bool = False  # inputs and outputs are slices of wider tensors
     pages_before: int = 0  # that lie in front of all others, nobody owns and nobody writes
     pages: int = 0  # of a large cache that is hardly ever touched; 0: those that are owned, and a few more
+    apart: int = 0  # numbers from one row of an input or output to the next; 0: they are adjacent
     shuffle: int = 0  # which of the orders that pages may have
 
     @property
@@ -99,7 +100,9 @@ def _order(needed: int, layout: Layout) -> tuple[list[int], int]:
     if layout.pages:
         last = edges(layout.pages)[:needed]
         return [last[i] for i in shuffled], layout.pages
-    return (shuffled + 1 + layout.pages_before).tolist(), needed + 2 + layout.pages_before
+    return (
+        shuffled + layout.pages_before
+    ).tolist(), needed + layout.pages_before  # the first and the last, too
 
 
 def edges(pages: int) -> list[int]:

@@ -12,6 +12,7 @@ from mla.reference import REFERENCE
 Makers = Mapping[str, list[Callable[[], Any]]]  # id of a check -> ops that it must fail
 Latent, Expanded = (type(REFERENCE[kind]) for kind in ("latent_attention", "expanded_attention"))
 PAGE = 64
+FAR = 1 << 22  # numbers: as far as `smaller_cases.py` lets the suite go
 
 
 def starts(batch: Any) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from wrong_attention.base import PAGE, Latent, Makers, after, altered, given, wrong
+from wrong_attention.base import FAR, PAGE, Latent, Makers, after, altered, given, wrong
 from wrong_attention.both import (
     as_contiguous,
     base_two,
@@ -25,8 +25,6 @@ from wrong_attention.both import (
     waits,
     without_lse,
 )
-
-FAR = 1 << 22  # numbers: where the pages lie that `smaller_cases.py` lets the suite ask for
 
 
 def neighbours_table(spec: Any, batch: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from wrong_attention.base import Expanded, Latent, Makers, after, altered, starts, wrong
+from wrong_attention.base import FAR, Expanded, Latent, Makers, after, altered, starts, wrong
 
 Spoil = Callable[..., None]
 
@@ -66,6 +66,18 @@ def slots_modulo(slots: int) -> Callable[..., Any]:
     return prepare
 
 
+def null_page(page: int) -> Spoil:
+    """A page that stands for none: whoever owns it gets 0."""
+
+    def spoil(batch: Any, *, out: Any, **tensors: Any) -> None:
+        for request, (first, new) in enumerate(zip(starts(batch), batch.query_lens, strict=False)):
+            owned = batch.block_table[request, : -(-batch.kv_lens[request] // batch.page_size)]
+            if bool((owned == page).any()):
+                out[first : first + new] = 0
+
+    return spoil
+
+
 def entries_modulo(entries: int) -> Callable[..., Any]:
     """The place of an entry in the flattened block table wraps."""
 
@@ -83,6 +95,18 @@ def rows_modulo(limit: int) -> Callable[..., None]:
     def call(right: Any, batch: Any, *, k: Any, v: Any, **tensors: Any) -> None:
         place = torch.arange(len(k)) % limit
         right(k=k[place], v=v[place], **tensors)
+
+    return call
+
+
+def places_modulo(name: str, numbers: int) -> Callable[..., None]:
+    """The place of a row in memory wraps."""
+
+    def call(right: Any, batch: Any, **tensors: Any) -> None:
+        rows = tensors[name]
+        step = rows.stride(0)
+        wrapped = [rows[(row * step % numbers) // step] for row in range(len(rows))]
+        right(**{**tensors, name: torch.stack(wrapped)})
 
     return call
 
@@ -185,10 +209,12 @@ MUTANTS: Makers = {
         *(lambda n=n: wrong(Latent, prepare=pages_modulo(n)) for n in (256, 300, 1 << 12, 1 << 15, 1 << 16)),
         *(lambda n=n: wrong(Latent, prepare=slots_modulo(1 << n)) for n in (8, 11, 12, 13, 14, 15, 16)),
     ],
+    "latent.page_boundaries": [lambda: after(Latent, null_page(0))],
     "latent.positions": [
         lambda n=n: wrong(Latent, prepare=entries_modulo(n)) for n in (1 << 15, 1 << 16, 50_000)
     ],
     "expanded.positions": [lambda n=n: wrong(Expanded, rows_modulo(n)) for n in (1 << 15, 1 << 16)],
+    "expanded.far_rows": [lambda n=n: wrong(Expanded, places_modulo(n, FAR)) for n in ("q", "k", "v")],
     "latent.heads": [
         *(lambda r=r: after(Latent, heads_cut(*r)) for r in ((8, 6, 7), (16, 9), (32, 20), (64, 33))),
         *(lambda n=n: after(Latent, heads_cut(16, n)) for n in range(1, 16)),

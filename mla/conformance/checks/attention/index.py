@@ -5,6 +5,8 @@ Requests are short and their pages lie in a large cache, of which nothing else i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mla.conformance.checks.attention.common import (
     MIXED,
     decode,
@@ -22,8 +24,8 @@ KIND = "index"
 # Numbers from the start of a cache to its pages: beyond what 32 bits count, unsigned and signed. Beyond the
 # last, signed bytes have run out, in a dtype of two.
 PLACES = (1 << 32, 1 << 31, 1 << 30)
-# Tokens per page, and pages of a cache that has more than 2^16 slots; of pages of one token as many as slots.
-CACHES = ((64, 1100), (16, 4400), (1, 70_000))
+# Tokens per page, and pages of a cache that has more than 2^16 or 2^17 slots, or 2^16 pages.
+CACHES = ((64, 2100), (16, 4400), (1, 70_000))
 MORE_CACHES = (*CACHES, (64, 4400), (32, 4400), (128, 1100))
 
 
@@ -32,7 +34,7 @@ MORE_CACHES = (*CACHES, (64, 4400), (32, 4400), (128, 1100))
 )
 def far_pages(trial: Trial) -> None:
     """Pages whose place in memory is beyond 32 bits are read where they are."""
-    numbers = reach(trial)
+    numbers = reach(trial, PLACES)
     trial.note = f"{numbers * trial.dtype.itemsize / 1e9:.2g} GB from the start"
     try:
         for problem in (decode(33, 130, 7), latent(*MIXED)):
@@ -42,12 +44,26 @@ def far_pages(trial: Trial) -> None:
         trial.backend.empty_cache()
 
 
-def reach(trial: Trial) -> int:
-    """Return the farthest place that there is memory for. Raises `Refused` if there is none."""
+@expanded_check("far_rows", "places of rows that are computed in 32 bits, and lie elsewhere in memory", KIND)
+def far_rows(trial: Trial) -> None:
+    """Rows of queries, keys, values and outputs may lie apart, the last of them beyond 32 bits."""
+    lengths = (4, 30, 1), (4, 31, 5)
+    numbers = reach(trial, PLACES[1:] or PLACES, tensors=5)  # of q, k, v and out, k and v are longer
+    apart = numbers // 33 // 1024 * 1024  # so that the last of 35 rows is beyond, and all are aligned
+    trial.note = f"{numbers * trial.dtype.itemsize / 1e9:.2g} GB from first to last"
+    try:
+        for causal in (True, False):
+            check_out(trial, expanded(*lengths, heads=2, causal=causal), layout=Layout(apart=apart))
+    finally:
+        trial.backend.empty_cache()
+
+
+def reach(trial: Trial, places: Sequence[int], tensors: int = 1) -> int:
+    """Return the farthest place that so many tensors have memory for. Raises `Refused` if there is none."""
     least = 0
-    for numbers in PLACES:
-        least = numbers * trial.dtype.itemsize
-        # Little of a cache on the host is ever touched, unless an op makes a copy of it in float32.
+    for numbers in places:
+        least = numbers * trial.dtype.itemsize * tensors
+        # Little of a tensor on the host is ever touched, unless an op makes a copy of a cache in float32.
         needed, free = (
             (least + 4 * numbers, host.memory_available())
             if trial.device.type == "cpu"
@@ -57,7 +73,7 @@ def reach(trial: Trial) -> int:
             raise Refused("how much memory is free is not known")
         if needed <= free:
             return numbers
-    raise Refused(f"there is no room for a cache of {least / 1e9:.2g} GB")
+    raise Refused(f"there is no room for {least / 1e9:.2g} GB")
 
 
 @latent_check("slots", "numbers of pages or slots that are kept in 8, 12, 15 or 16 bits", KIND)
