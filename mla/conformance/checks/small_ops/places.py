@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
-from mla.conformance.checks.latent_places import reach
 from mla.conformance.checks.small_ops.kinds import EXAMPLES, small_check, vary
 from mla.conformance.checks.small_ops.write_latent import write_check
 from mla.conformance.problems.attention import DEEPSEEK
+from mla.conformance.problems.reach import reach
 from mla.conformance.problems.small_call import SmallCall, WriteCall, check_small
 from mla.conformance.problems.small_ops import LatentWrite, SmallProblem
 from mla.conformance.trial import Trial, expect

@@ -1,0 +1,31 @@
+"""How far apart rows and pages can be laid in the memory that is there."""
+
+from __future__ import annotations
+
+from mla.conformance.trial import Refused, Trial
+from mla_backends import host
+
+# Numbers from the first to the last: beyond what 32 bits count, unsigned and signed. Beyond the last, signed
+# bytes have run out, in a dtype of two.
+PLACES = (1 << 32, 1 << 31, 1 << 30)
+
+
+def reach(trial: Trial, tensors: int = 1) -> int:
+    """Return the farthest place that so many tensors have memory for. Raises `Refused` if there is none.
+
+    Several tensors are laid within what signed numbers of 32 bits no longer count: farther takes too much.
+    """
+    least = 0
+    for numbers in PLACES if tensors == 1 else PLACES[1:] or PLACES:
+        least = numbers * trial.dtype.itemsize * tensors
+        # Little of a tensor on the host is ever touched, unless an op makes a copy of a cache in float32.
+        needed, free = (
+            (least + 4 * numbers, host.memory_available())
+            if trial.device.type == "cpu"
+            else (least + least // 4, trial.backend.memory().free)
+        )
+        if free is None:
+            raise Refused("how much memory is free is not known")
+        if needed <= free:
+            return numbers
+    raise Refused(f"there is no room for {least / 1e9:.2g} GB")
