@@ -31,6 +31,8 @@ import pytest
 
 from mla.conformance.registry import all_checks
 from mla.conformance.report import CheckResult
+from mla.conformance.report.card import failed_cases
+from mla.conformance.speed import dtypes_of, slow_dtypes
 from mla.conformance.suite import carry_out, claimed_dtypes, instances
 from mla.conformance.trial import BackendUnderTest
 from mla.conformance.xfails import Xfails, require_known
@@ -60,7 +62,8 @@ class BackendConformance:
     @pytest.mark.parametrize("check_id", _CHECKS)
     def test_conformance(self, check_id: str, backend: Backend, expected_failures: Xfails) -> None:
         """The check passes for every op and dtype of the backend, or is refused with a reason."""
-        subject = BackendUnderTest(backend, backend.name, self.quick)
+        slow = dtypes_of(slow_dtypes(backend, claimed_dtypes(BackendUnderTest(backend, backend.name))))
+        subject = BackendUnderTest(backend, backend.name, self.quick, slow=slow)
         chosen = instances(subject, claimed_dtypes(subject), [check_id])
         found = [carry_out(one, subject, expected_failures) for one in chosen]
         conclude(_CHECKS[check_id].description, found)
@@ -72,13 +75,18 @@ def conclude(description: str, found: list[CheckResult]) -> None:
     for one in found:
         by_status.setdefault(one.status, []).append(one)
     if "fail" in by_status:
-        pytest.fail(f"{description}\n{_lines(by_status['fail'])}", pytrace=False)
+        pytest.fail("\n".join([description, *map(_failed, by_status["fail"])]), pytrace=False)
     if "xpass" in by_status:
         pytest.fail(f"expected to fail, but passed:\n{_lines(by_status['xpass'])}", pytrace=False)
     if "xfail" in by_status:
         pytest.xfail(_lines(by_status["xfail"]))
     if "pass" not in by_status:
         pytest.skip(_lines(by_status.get("refused", [])))
+
+
+def _failed(one: CheckResult) -> str:
+    """Return a failed check with its wrong cases, each by the id that `--only` of the command line takes."""
+    return "\n  ".join([f"{one.id}: {one.cases.failed} wrong", *failed_cases(one)])
 
 
 def _lines(results: list[Any]) -> str:

@@ -18,8 +18,8 @@ from mla.text import dtype_name
 from mla_backends.api import FusedOp
 from mla_backends.errors import plugin_code
 
-# How many cases of a check run in a dtype that the device is slow in.
-HANDFUL = 3
+# How many cases of a check run in a dtype that the device is slow in, on the quick grid and on the full one.
+HANDFUL = {True: 2, False: 3}
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class Instance:
         """Return it with a handful of its cases, if nobody chose any and the device is slow in its dtype."""
         if self.chosen is not None or self.dtype not in subject.slow or self.check.scope == DTYPE:
             return self
-        return replace(self, chosen=handful(len(self.labels(subject))))
+        return replace(self, chosen=handful(len(self.labels(subject)), HANDFUL[subject.quick]))
 
 
-def handful(count: int) -> Numbers:
-    """Return the numbers of a few of `count` cases, the first and the last among them; None: all."""
-    if count <= HANDFUL:
+def handful(count: int, few: int) -> Numbers:
+    """Return the numbers of `few` of `count` cases, the first and the last among them; None: all."""
+    if count <= few:
         return None
-    return frozenset(1 + round(step * (count - 1) / (HANDFUL - 1)) for step in range(HANDFUL))
+    return frozenset(1 + round(step * (count - 1) / (few - 1)) for step in range(few))
 
 
 def claimed_dtypes(subject: BackendUnderTest) -> tuple[torch.dtype, ...]:

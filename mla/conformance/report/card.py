@@ -85,11 +85,7 @@ def _failures(report: ConformanceReport) -> Iterator[str]:
     for one in report.checks:
         if one.status != "fail":
             continue
-        few = one.failures[:MOST_CASES]
-        lines = [f"`{case.id}`: {_flat(case_text(case))}" for case in few]
-        if len(one.failures) > len(few):
-            lines.append(f"and {len(one.failures) - len(few)} more")
-        lines.append(f"the first alone: `{alone(report, few[0].id)}`")
+        lines = [*failed_cases(one), f"the first alone: `{alone(report, one.failures[0].id)}`"]
         yield f"`{one.id}`: {_of_cases(one)}\n" + "\n".join(f"  - {line}" for line in lines)
 
 
@@ -98,8 +94,14 @@ def _of_cases(one: CheckResult) -> str:
     return f"{one.cases.failed} of {ran} cases" if ran > 1 else "its one case"
 
 
-def case_text(case: Failure) -> str:
-    """Return the label of a case and what is wrong, as one text."""
+def failed_cases(one: CheckResult) -> list[str]:
+    """Return a line for each of the first wrong cases of a check, and one that counts the others."""
+    lines = [f"`{case.id}`: {_flat(_text(case))}" for case in one.failures[:MOST_CASES]]
+    more = len(one.failures) - len(lines)
+    return [*lines, f"and {more} more"] if more else lines
+
+
+def _text(case: Failure) -> str:
     return ": ".join(filter(None, (case.case, case.reason)))
 
 

@@ -62,17 +62,21 @@ def _thinned(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:
         whole = ran + sum(cases.left_out for cases in members)
         if ran < whole:
             yield (
-                f"Most sizes in {one.dtype}: it takes {one.factor:.2g} times as long as {one.than} here, "
+                f"Most sizes in {one.dtype}: it takes {_times(one.factor)} as long as {one.than} here, "
                 f"so that {ran} of {whole} cases ran (--every-case runs them all)."
             )
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.2g} times" if factor < 10 else f"{factor:.0f} times"
 
 
 def _reached(checks: Sequence[CheckResult]) -> Iterator[str]:
     """Say how far checks of index widths got, as memory allowed."""
     members = [one for one in checks if one.kind == "index" and one.note]
-    notes = dict.fromkeys(f"{one.check} got to {one.note}" for one in members)
-    if notes:
-        yield f"Indices beyond what was reached: {', '.join(notes)}."
+    for check in dict.fromkeys(one.check for one in members):
+        notes = dict.fromkeys(one.note for one in members if one.check == check)
+        yield f"Indices beyond what {check} reached: {', '.join(notes)}."
 
 
 def _refused(checks: Sequence[CheckResult]) -> Iterator[str]:
