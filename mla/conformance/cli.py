@@ -21,6 +21,7 @@ from mla.text import DTYPES
 if TYPE_CHECKING:
     import torch
 
+    from mla.conformance.outcome import Asked
     from mla.conformance.report import ConformanceReport, Slow
     from mla.conformance.suite import Instance
     from mla.conformance.trial import BackendUnderTest
@@ -101,7 +102,7 @@ Exit codes: 0 all passed, 1 an expected failure passed, 2 usage, 3 backend missi
     "-v",
     "--verbose",
     is_flag=True,
-    help="Name every check on stderr before it runs, in case one ends the process.",
+    help="Name every check on stderr before it runs, in case one ends the process; at the end, the slowest.",
 )
 @click.pass_obj
 @carried_out
@@ -132,8 +133,9 @@ def run(
     verbose: bool,
 ) -> int:
     """Open the backend, run the checks, print the card, write the report."""
-    from mla.conformance import listing, outcome
+    from mla.conformance import listing
     from mla.conformance.failures import Keeper
+    from mla.conformance.outcome import make_report
     from mla.conformance.schedule import Run, steps
     from mla.conformance.xfails import Xfails
 
@@ -147,16 +149,27 @@ def run(
         files.check_writable(report_file)
     options = BackendOptions(backend, device, backend_options, threads)
     subject, slow = _slow(open_subject(options, quick), every_case or list_only)
-    chosen = _dtypes(subject, dtypes)
-    planned = _planned(subject, chosen, only)
+    planned, asked = _plan(subject, words, _alone(options, quick), dtypes, only)
     if list_only:
         return listing.cases(planned, subject)
-    asked = outcome.Asked(
-        words, _alone(options, quick), only, _names(_claimed(subject)), _names(chosen), slow, len(planned)
-    )
     keeper = Keeper.into(dump_failure, subject, backend_options, asked.alone) if dump_failure else None
     found, interrupted = Run(subject, xfails, verbose, keeper).carry_out(steps(planned, subject))
-    return _conclude(outcome.make_report(asked, subject, found, interrupted, xfails), report_file)
+    return _conclude(make_report(asked, slow, subject, found, interrupted, xfails), report_file)
+
+
+def _plan(
+    subject: BackendUnderTest,
+    words: Sequence[str],
+    alone: list[str],
+    dtypes: Sequence[str],
+    only: Sequence[str],
+) -> tuple[tuple[Instance, ...], Asked]:
+    """Return what runs, and what was asked for. Raises `UsageError`."""
+    from mla.conformance.outcome import Asked
+
+    chosen = _dtypes(subject, dtypes)
+    planned = _planned(subject, chosen, only)
+    return planned, Asked(words, alone, only, _names(_claimed(subject)), _names(chosen), len(planned))
 
 
 def _conclude(report: ConformanceReport, report_file: Path | None) -> Exit:

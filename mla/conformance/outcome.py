@@ -27,15 +27,19 @@ class Asked:
     only: Sequence[str]
     claimed: Sequence[str]  # dtypes
     dtypes: Sequence[str]  # that are checked
-    slow: Sequence[Slow]
     planned: int  # checks
 
 
 def make_report(
-    asked: Asked, subject: BackendUnderTest, found: list[CheckResult], interrupted: bool, xfails: Xfails
+    asked: Asked,
+    slow: Sequence[Slow],
+    subject: BackendUnderTest,
+    found: list[CheckResult],
+    interrupted: bool,
+    xfails: Xfails,
 ) -> ConformanceReport:
     """Put the results together with what they depend on."""
-    extent = Extent(subject.quick, asked.only, asked.claimed, asked.dtypes, asked.slow, asked.planned)
+    extent = Extent(subject.quick, asked.only, asked.claimed, asked.dtypes, slow, asked.planned)
     return ConformanceReport(
         schema_version=SCHEMA_VERSION,
         argv=[*PROGRAM, *asked.words],
@@ -47,7 +51,7 @@ def make_report(
         backend=_checked(subject),
         environment=_environment(subject),
         dtypes=list(asked.dtypes),
-        slow=list(asked.slow),
+        slow=list(slow),
         planned=asked.planned,
         checks=found,
         unused_xfails=xfails.unused(),

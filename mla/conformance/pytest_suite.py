@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mla.conformance.registry import all_checks
 from mla.conformance.report import CheckResult
@@ -62,11 +63,22 @@ class BackendConformance:
     @pytest.mark.parametrize("check_id", _CHECKS)
     def test_conformance(self, check_id: str, backend: Backend, expected_failures: Xfails) -> None:
         """The check passes for every op and dtype of the backend, or is refused with a reason."""
-        slow = dtypes_of(slow_dtypes(backend, claimed_dtypes(BackendUnderTest(backend, backend.name))))
-        subject = BackendUnderTest(backend, backend.name, self.quick, slow=slow)
+        subject = BackendUnderTest(backend, backend.name, self.quick, slow=_slow(backend))
         chosen = instances(subject, claimed_dtypes(subject), [check_id])
         found = [carry_out(one, subject, expected_failures) for one in chosen]
         conclude(_CHECKS[check_id].description, found)
+
+
+_known: dict[tuple[type, str], frozenset[torch.dtype]] = {}
+
+
+def _slow(backend: Backend) -> frozenset[torch.dtype]:
+    """Return the dtypes that a backend is slow in, measured once: the fixture may make one per test."""
+    key = (type(backend), str(backend.device))
+    if key not in _known:
+        claimed = claimed_dtypes(BackendUnderTest(backend, backend.name))
+        _known[key] = dtypes_of(slow_dtypes(backend, claimed))
+    return _known[key]
 
 
 def conclude(description: str, found: list[CheckResult]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mla.command.console import note
@@ -15,6 +15,7 @@ from mla.conformance.trial import BackendUnderTest
 from mla.conformance.xfails import Xfails
 
 SAY_FROM = 5.0  # seconds; who waits less need not be told
+SLOWEST = 10  # checks that --verbose names at the end
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Run:
                     self._one(index, planned[index], progress)
             except KeyboardInterrupt:
                 interrupted = True
+        if self.verbose:
+            note(slowest(self.found.values()))
         return [self.found[index] for index in sorted(self.found)], interrupted
 
     def _one(self, index: int, step: Step, progress: Progress) -> None:
@@ -114,6 +117,12 @@ def expected(planned: Sequence[Step], found: dict[int, CheckResult], then: Seque
     for index, result in found.items():
         per_case[planned[index].group] = result.seconds / planned[index].cases
     return sum(per_case.get(planned[index].group, 0.0) * planned[index].cases for index in then)
+
+
+def slowest(found: Iterable[CheckResult]) -> str:
+    """Return the checks that took longest, and their seconds."""
+    longest = sorted(found, key=lambda one: one.seconds, reverse=True)[:SLOWEST]
+    return f"slowest: {', '.join(f'{one.id} {one.seconds:.1f} s' for one in longest)}"
 
 
 def duration(seconds: float) -> str:

@@ -21,11 +21,18 @@ def case_id(instance_id: str, number: int) -> str:
     return f"{instance_id}{MARK}{number}" if number else instance_id
 
 
+def without_case(pattern: str) -> str:
+    """Return a pattern without the number of a case; the name of an op may hold the mark, too."""
+    at = pattern.find(MARK, pattern.rfind("]") + 1)
+    return pattern if at < 0 else pattern[:at]
+
+
 def split(pattern: str) -> tuple[str, int | None]:
     """Return what names a check, and the number of the case if there is one. Raises `UsageError`."""
-    check, mark, number = pattern.partition(MARK)
-    if not mark:
+    check = without_case(pattern)
+    if check == pattern:
         return pattern, None
+    number = pattern[len(check) + 1 :]
     if not (number.isascii() and number.isdigit() and int(number)):
         raise UsageError(
             f"'{pattern}': a case is named by its number, as in 'latent.heads[my_op-bfloat16]#3'."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +19,6 @@ ATTEMPTS = 5
 PATIENCE = 0.5  # seconds after which a dtype has been tried often enough
 
 
-@functools.lru_cache(maxsize=8)
 def slow_dtypes(backend: Backend, dtypes: tuple[torch.dtype, ...]) -> tuple[Slow, ...]:
     """Return the dtypes that the backend's device is slow in, of those given."""
     if len(dtypes) < 2 or backend.device is None:

@@ -170,6 +170,7 @@ def test_the_widest_dtype_is_never_slow_nor_one_that_fails(imitated: None, sound
     backend.device = torch.device("cpu")
     assert slow_dtypes(backend, ALL) == ()
     assert slow_dtypes(backend, (torch.bfloat16,)) == ()
+    assert slow_dtypes(backend, (torch.float16, torch.bfloat16)) == ()
     backend.device = torch.device("meta")  # nothing can be read back from it
     assert slow_dtypes(backend, (torch.float16, torch.float32)) == ()
 
@@ -195,7 +196,8 @@ def test_the_expected_time_is_said_once_and_early(monkeypatch: pytest.MonkeyPatc
     said = re.compile(r"14 checks, \d+ cases: about \d+ s in all, \d+ s from now")
     (at,) = [i for i, line in enumerate(lines) if said.fullmatch(line)]
     assert lines[:at] == ["linear.product[reference-float32]", "rms_norm.formula[reference-float32]"]
-    assert len(lines) == 1 + 14
+    assert len(lines) == 1 + 14 + 1
+    assert lines[-1].startswith("slowest: ")
 
 
 def test_the_rest_is_expected_to_take_what_its_kind_took(sound: Any) -> None:

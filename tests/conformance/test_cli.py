@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -307,7 +308,9 @@ def test_the_list_describes_every_check(conformance: Conformance) -> None:
 
 def test_verbose_names_a_check_before_it_runs(conformance: Conformance) -> None:
     done = conformance("--only", "device.identity", "-v")
-    assert done.err == "device.identity\n"
+    first, last = done.err.splitlines()
+    assert first == "device.identity"
+    assert re.fullmatch(r"slowest: device\.identity \d\.\d s", last)
 
 
 def test_a_report_of_another_schema_is_refused(conformance: Conformance) -> None:

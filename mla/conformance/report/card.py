@@ -85,7 +85,7 @@ def _failures(report: ConformanceReport) -> Iterator[str]:
     for one in report.checks:
         if one.status != "fail":
             continue
-        lines = [*failed_cases(one), f"the first alone: `{alone(report, one.failures[0].id)}`"]
+        lines = [*failed_cases(one), _alone(report, one.failures[0])]
         yield f"`{one.id}`: {_of_cases(one)}\n" + "\n".join(f"  - {line}" for line in lines)
 
 
@@ -105,9 +105,10 @@ def _text(case: Failure) -> str:
     return ": ".join(filter(None, (case.case, case.reason)))
 
 
-def alone(report: ConformanceReport, case: str) -> str:
-    """Return the command that runs one case and nothing else."""
-    return shlex.join([*report.alone, "--only", case])
+def _alone(report: ConformanceReport, case: Failure) -> str:
+    """Return how to run one case and nothing else."""
+    command = shlex.join([*report.alone, "--only", case.id])
+    return f"the first alone: `{command}` (with `--dump-failure DIR`, its tensors are kept)"
 
 
 def seconds_by_group(checks: Iterable[CheckResult]) -> str:
