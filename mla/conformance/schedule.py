@@ -29,7 +29,7 @@ class Step:
     def group(self) -> tuple[object, ...]:
         """What checks have in common that take about the same time per case."""
         check = self.instance.check
-        return (check.scope, check.kind, self.instance.dtype)
+        return (check.scope, check.kind, self.instance.of, self.instance.dtype)
 
 
 def steps(planned: Sequence[Instance], subject: BackendUnderTest) -> tuple[Step, ...]:
@@ -48,16 +48,14 @@ def _step(instance: Instance, subject: BackendUnderTest) -> Step:
 def order(planned: Sequence[Step]) -> tuple[list[int], list[int]]:
     """Return the indices of what runs first, from which the time of the others is estimated, and of those.
 
-    The device comes first, and then one check of every kind of op and dtype: of the reference, which refuses
-    nothing and computes what checks of other ops only look up.
+    The device comes first, and then of every op in every dtype the check that has most cases.
     """
-    samples: dict[tuple[object, ...], int] = {}
-    for index, one in enumerate(planned):
-        if one.instance.check.scope == LAYER or one.instance.of == "reference":
-            samples.setdefault(one.group, index)
     device = [i for i, one in enumerate(planned) if one.instance.check.scope not in (OP, LAYER)]
-    first = [*device, *samples.values()]
-    return first, [i for i in range(len(planned)) if i not in set(first)]
+    samples: dict[tuple[object, ...], int] = {}
+    for index in sorted(set(range(len(planned))) - set(device), key=lambda i: -planned[i].cases):
+        samples.setdefault(planned[index].group, index)
+    first = [*device, *sorted(samples.values())]
+    return first, sorted(set(range(len(planned))) - set(first))
 
 
 @dataclass

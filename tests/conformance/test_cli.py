@@ -331,3 +331,25 @@ def test_it_runs_as_a_module_and_survives_a_closed_pipe(tmp_path: Path) -> None:
     )
     assert done.stdout == "device.identity (contract)\n"
     assert done.stderr == "0\n"
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_host_threads_sleep_while_they_wait(tmp_path: Path, given: dict[str, str], found: str) -> None:
+    """Beside other work the suite takes ten times as long otherwise. OpenMP asks when torch is loaded."""
+    (tmp_path / "loads.py").write_text(
+        "import builtins, os\n"
+        "real = builtins.__import__\n"
+        "def load(name, *rest, **more):\n"
+        "    if name == 'torch' and not hasattr(builtins, 'said'):\n"
+        "        builtins.said = os.environ.get('OMP_WAIT_POLICY')\n"
+        "        print('when torch is loaded:', builtins.said)\n"
+        "    return real(name, *rest, **more)\n"
+        "builtins.__import__ = load\n"
+        "import runpy\n"
+        "runpy.run_module('mla.conformance', run_name='__main__', alter_sys=True)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | given
+    command = [sys.executable, "loads.py", "--list", "--only", "linear.bias"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"when torch is loaded: {found}\n" in done.stdout + done.stderr
