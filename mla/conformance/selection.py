@@ -33,7 +33,7 @@ def split(pattern: str) -> tuple[str, int | None]:
     if check == pattern:
         return pattern, None
     number = pattern[len(check) + 1 :]
-    if not (number.isascii() and number.isdigit() and int(number)):
+    if not (check and number.isascii() and number.isdigit() and int(number)):
         raise UsageError(
             f"'{pattern}': a case is named by its number, as in 'latent.heads[my_op-bfloat16]#3'."
         )

@@ -240,6 +240,7 @@ def test_a_device_that_cannot_describe_itself_still_gets_a_card(conformance: Con
             "matches --only linear.bias[double-float32]. Did you mean 'linear.bias[doubles-float32]'?",
         ),
         (["--only", "linear.bias#first"], 2, "'linear.bias#first': a case is named by its number, as in "),
+        (["--only", "#3"], 2, "'#3': a case is named by its number, as in "),
         (["--only", "linear.bias#0"], 2, "'linear.bias#0': a case is named by its number, as in "),
         (["--only", "linear.bais#1"], 2, "unknown check 'linear.bais'. Did you mean 'linear.bias'?"),
         (

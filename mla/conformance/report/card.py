@@ -33,7 +33,9 @@ def card(report: ConformanceReport) -> str:
         f"# mla conformance: {report.backend.name}\n",
         _header(report),
         _table(report.checks),
-        _list("Failed", list(_failures(report))),
+        _list(
+            "Failed", list(_failures(report)), "A command with `--dump-failure DIR` keeps the case's tensors."
+        ),
         *(_section(title, status, report.checks) for status, title in _SECTIONS.items()),
         _list("Refused", list(_refusals(report.checks))),
         _list("Expected failures that matched no check", report.unused_xfails),
@@ -107,8 +109,7 @@ def _text(case: Failure) -> str:
 
 def _alone(report: ConformanceReport, case: Failure) -> str:
     """Return how to run one case and nothing else."""
-    command = shlex.join([*report.alone, "--only", case.id])
-    return f"the first alone: `{command}` (with `--dump-failure DIR`, its tensors are kept)"
+    return f"the first alone: `{shlex.join([*report.alone, '--only', case.id])}`"
 
 
 def seconds_by_group(checks: Iterable[CheckResult]) -> str:
@@ -211,8 +212,11 @@ def _count(key: tuple[str, str, str], checks: Sequence[CheckResult]) -> int:
     return max(2, sum(_group(one) == key for one in checks))
 
 
-def _list(title: str, lines: Sequence[str]) -> str:
-    return f"## {title}\n\n" + "".join(f"- {line}\n" for line in lines) if lines else ""
+def _list(title: str, lines: Sequence[str], first: str = "") -> str:
+    if not lines:
+        return ""
+    above = f"{first}\n\n" * bool(first)
+    return f"## {title}\n\n{above}" + "".join(f"- {line}\n" for line in lines)
 
 
 def _flat(text: str) -> str:

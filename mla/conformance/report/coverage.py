@@ -99,4 +99,4 @@ def _dtypes(extent: Extent) -> Iterator[str]:
     unchecked = [dtype for dtype in extent.claimed if dtype not in extent.checked]
     if unchecked:
         yield f"{' and '.join(unchecked)}: claimed, and not asked for."
-    yield f"Other dtypes than {', '.join(extent.checked)}: the backend claims no others."
+    yield f"Other dtypes than {', '.join(extent.claimed)}: the backend claims no others."
