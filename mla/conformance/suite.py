@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mla.conformance.checks.contract import specs
 from mla.conformance.registry import DEVICE, DTYPE, LAYER, OP, ConformanceCheck, all_checks
 from mla.conformance.report import Cases, CheckResult, Failure, Refusal, Status
 from mla.conformance.selection import Numbers, case_id, chosen_cases
@@ -66,10 +67,25 @@ class Instance:
         return tuple(replace(self, chosen=frozenset()).run(subject).labels)
 
     def spared(self, subject: BackendUnderTest) -> Instance:
-        """Return it with a handful of its cases, if nobody chose any and the device is slow in its dtype."""
+        """Return it with a handful of its cases, if nobody chose any and the device is slow in its dtype.
+
+        An op that serves no other dtype keeps them all: nothing else would tell what it does in them.
+        """
         if self.chosen is not None or self.dtype not in subject.slow or self.check.scope == DTYPE:
             return self
+        if self.op is not None and not serves_another(self.op, subject):
+            return self
         return replace(self, chosen=handful(len(self.labels(subject)), HANDFUL[subject.quick]))
+
+
+def serves_another(op: FusedOp, subject: BackendUnderTest) -> bool:
+    """Return whether an op serves a dtype that the device is not slow in."""
+    try:
+        with plugin_code():
+            fast = (spec for spec in specs(op, subject) if spec.dtype not in subject.slow)
+            return any(not op.unsupported_reasons(spec) for spec in fast)
+    except Exception:  # noqa: BLE001  # the check of reasons reports it
+        return True
 
 
 def handful(count: int, few: int) -> Numbers:

@@ -133,6 +133,19 @@ def test_a_slow_dtype_gets_a_handful_and_keeps_its_numbers(sound: Any) -> None:
     assert op.rows == [7]
 
 
+class OnlyBfloat16(Counting):
+    def unsupported_reasons(self, spec: Any) -> list[str]:
+        return [] if spec.dtype == torch.bfloat16 else ["it computes in bfloat16"]
+
+
+def test_an_op_that_serves_nothing_else_keeps_its_cases_in_a_slow_dtype(sound: Any) -> None:
+    op = OnlyBfloat16()
+    subject = BackendUnderTest(sound(ops={"mine": op}), "sound", quick=True, slow=frozenset({torch.bfloat16}))
+    (one,) = instances(subject, (torch.bfloat16,), ["linear.product[mine-*]"])
+    assert carry_out(one, subject, Xfails()).cases.left_out == 0
+    assert op.rows == [1, 7, 130, 5]
+
+
 class Imitated(TorchDispatchMode):
     """A device that takes long for products in one dtype."""
 
@@ -195,7 +208,8 @@ def test_the_expected_time_is_said_once_and_early(monkeypatch: pytest.MonkeyPatc
     lines = capsys.readouterr().err.splitlines()
     said = re.compile(r"14 checks, \d+ cases: about \d+ s in all, \d+ s from now")
     (at,) = [i for i, line in enumerate(lines) if said.fullmatch(line)]
-    assert lines[:at] == ["linear.product[reference-float32]", "rms_norm.formula[reference-float32]"]
+    sampled = ("linear.product[faulty-", "linear.product[reference-", "rms_norm.formula[reference-")
+    assert lines[:at] == [f"{one}float32]" for one in sampled]
     assert len(lines) == 1 + 14 + 1
     assert lines[-1].startswith("slowest: ")
 
