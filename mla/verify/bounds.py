@@ -78,7 +78,8 @@ def op_bounds(
     sizes, floor = truth.norm(dim=-1), torch.tensor(ALLOWED[dtype].op, dtype=torch.float64)
     if lse is not None:
         floor = floor.maximum(LOGIT * lse.double().abs().nan_to_num(posinf=0.0))
-    typical = max(mean_over(own, sizes), mean_over(floor.expand(sizes.shape), sizes))
+    means = mean_over(own, sizes), mean_over(floor.expand(sizes.shape), sizes)
+    typical = max(*means, ALLOWED[dtype].op)  # which is left where all rows are zero
     return Bounds(TWICE * typical, _rows(own, sizes, truth.shape[-1], floor.clamp_min(typical)))
 
 

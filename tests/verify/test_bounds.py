@@ -145,3 +145,13 @@ def test_no_row_of_a_layer_may_exceed_the_table(dtype: torch.dtype, error: float
     assert bounds.rows.max() <= cap
     assert bounds.unknown <= cap
     assert bounds.many <= ALLOWED[dtype].whole
+
+
+@pytest.mark.parametrize("dtype", ALLOWED)
+def test_rows_that_must_be_zero_are_judged(dtype: torch.dtype) -> None:
+    """A batch in which nobody sees a key: nothing else is left to compare with."""
+    zeros = torch.zeros(3, 2, 8)
+    assert judge(zeros.to(dtype), zeros.double(), zeros.to(dtype), dtype) == (0.0, "")
+    found = zeros.to(dtype)
+    found[1, 0, 3] = 1e-3
+    assert judge(found, zeros.double(), zeros.to(dtype), dtype)[0] > 1
