@@ -45,7 +45,7 @@ class FaultyOp(FusedOp):
         flat = "slots" in tensors
         out = tensors["cache"].view(-1, tensors["cache"].shape[-1]) if flat else tensors["out"]
         rows: Any = tensors["slots"] if flat else slice(None)
-        last = rows[-1] if flat else -1
+        last = rows[-1:] if flat else slice(-1, None)  # none of no rows
         before = out[last].clone()
         self._right(*leading, **tensors)
         if self._fault == "scale":

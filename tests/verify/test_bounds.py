@@ -152,6 +152,6 @@ def test_rows_that_must_be_zero_are_judged(dtype: torch.dtype) -> None:
     """A batch in which nobody sees a key: nothing else is left to compare with."""
     zeros = torch.zeros(3, 2, 8)
     assert judge(zeros.to(dtype), zeros.double(), zeros.to(dtype), dtype) == (0.0, "")
-    found = zeros.to(dtype)
+    found = zeros.to(dtype, copy=True)
     found[1, 0, 3] = 1e-3
     assert judge(found, zeros.double(), zeros.to(dtype), dtype)[0] > 1
