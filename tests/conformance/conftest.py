@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from smaller_cases import make_smaller
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mla.conformance.checks import latent_places
+from mla.conformance.checks.attention import index
 from mla.conformance.report import CheckResult
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
@@ -150,7 +151,7 @@ class LoopLatent(FusedOp):
         return [f"it serves up to 64 heads, not {spec.num_heads}"] if spec.num_heads > 64 else []
 
     def unsupported_batch(self, spec: Any, query_lens: Any, kv_lens: Any, page_size: Any = None) -> list[str]:
-        return ["it serves contexts up to 2000 tokens"] if max(kv_lens) > 2000 else []
+        return ["it serves contexts up to 2000 tokens"] if max(kv_lens, default=0) > 2000 else []
 
     def prepare(self, spec: Any, batch: Any) -> Any:
         from mla_backends import BackendError
@@ -294,7 +295,13 @@ def right_ops() -> dict[str, FusedOp]:
 @pytest.fixture(autouse=True)
 def nearer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the memory of caches beyond 32 bits, which some ops copy."""
-    monkeypatch.setattr(latent_places, "PLACES", (1 << 22,))
+    monkeypatch.setattr(index, "PLACES", (1 << 22,))
+
+
+@pytest.fixture
+def smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the time of large cases, for slow ops."""
+    make_smaller(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -130,6 +130,14 @@ class FusedOp(ABC):
     before attention is called. The rows `cu_q[b]` to `cu_q[b + 1]` of q and out are its new tokens; the last
     of them sees all `kv_lens[b]` tokens, and each earlier one sees one token fewer than the next.
 
+    Operands of attention: q, k, v, out, lse and block_table may be strided, but elements of their last
+    dimension are adjacent; the cache, kv_lens and cu_q are contiguous. Entries of block_table past the pages
+    of a request name some page of the cache, which may hold NaN. There is at least one request or segment; T,
+    Tq and Tk may be 0.
+
+    A call keeps nothing that it was given: the caller may overwrite inputs and outputs after it, and pass
+    others, of another layer, with the same state. Only what `prepare` gets lives as long as the state.
+
     Every refusal happens on the host before anything is launched: `unsupported_reasons` when the layer is
     built, `unsupported_batch` when a batch is planned.
     """

@@ -158,7 +158,8 @@ class PagedLatentOp(FusedOp):
         out: torch.Tensor,
         captured: bool,
     ) -> Launch:
-        group, table = part.group, part.group.block_table
+        group = part.group
+        table = group.block_table.contiguous()  # not every kernel is known to read its strides
         return Launch(
             q=self._queries(group, heads, q, captured),
             cache=cache,

@@ -64,6 +64,8 @@ def _cut(request: int, first: int, count: int, keys: int, most: int | None) -> I
 def groups(batch: BatchView, most: int | None) -> tuple[Group, ...]:
     """Group a batch's rows by their number of queries. Waits for nothing on the device."""
     rows = sorted(cut(batch, most), key=lambda row: row.queries)  # stable: contiguous tokens stay so
+    if not rows:
+        return ()  # no new tokens
     members = [list(found) for _, found in groupby(rows, key=lambda row: row.queries)]
     if len(members) == 1 and [row.request for row in rows] == list(range(len(batch.query_lens))):
         return (_whole(rows, batch),)

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
+from mla.conformance.checks.attention.common import decode
 from mla.conformance.checks.graph import NO_GRAPH
-from mla.conformance.checks.latent_attention import decode
 from mla.conformance.problems.attention import AttentionProblem
-from mla.conformance.problems.attention_call import AttentionCall, judge_out, serve
+from mla.conformance.problems.attention_call import judge_out, serve
 from mla.conformance.problems.layer import LayerProblem, judge, prepare_layer
 from mla.conformance.registry import LAYER, OP, check
 from mla.conformance.trial import Refused, Trial
@@ -49,8 +49,7 @@ def captured(trial: Trial, first: AttentionProblem, second: AttentionProblem, fo
 
     replay = capture(trial, work)
     for problem in (second, first, second):
-        for name, tensor in AttentionCall(problem, trial.dtype, trial.device).inputs.items():
-            call.inputs[name].copy_(tensor)
+        call.refill(problem)
         out.fill_(torch.nan)
         replay()
         trial.backend.synchronize()

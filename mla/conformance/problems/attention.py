@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,13 @@ from mla.verify.op_oracle import attend
 from mla_backends.api import AttentionSpec
 
 Lengths = tuple[int, ...]
+
+PAGE = 64  # tokens
+MANY = 1 << 20  # numbers: of problems up to this size many are kept, of larger ones few
+MOST_WORDS = 12  # of a label, for lengths
+EVEN = 0.1  # magnitude of queries that give all keys about the same weight
+AIMED = 3.0  # logit of the key that an aimed query is for, above the logarithm of the number of keys
+TILE = 64  # keys: aimed queries look at the first key of the last tile
 
 
 @dataclass(frozen=True)
@@ -69,18 +76,21 @@ class AttentionProblem:
     """One attention call. `absorbed` is `latent_attention`, otherwise it is `expanded_attention`.
 
     `magnitude` scales the queries, and with them the logits, whose standard deviation is about 1.7 at 1.
+    `aimed` queries see to it that no key can be lost unseen: see `_aimed`.
     """
 
     absorbed: bool
     query_lens: Lengths
     kv_lens: Lengths
     heads: int = 16
-    page_size: int = 64  # absorbed only
+    page_size: int = PAGE  # absorbed only
     causal: bool = True  # absorbed attention always is
     dims: Dims = DEEPSEEK
     scale_factor: float = 1.0
     magnitude: float = 1.0
+    aimed: bool = False
     seed: int = 0
+    query_seed: int | None = None  # of the queries, where keys change and they do not
 
     @property
     def scale(self) -> float:
@@ -93,16 +103,30 @@ class AttentionProblem:
         words += [f"page {self.page_size}"] * self.absorbed
         words += ["no mask"] * (not self.causal)
         words += [f"latent {self.dims.kv_lora_rank}"] * (self.dims != DEEPSEEK)
+        words += [f"seed {self.seed}"] * (self.seed != 0)
         return " ".join(words)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the inputs hold, about."""
+        rows = sum(self.query_lens) * self.heads + sum(self.kv_lens) * (1 if self.absorbed else self.heads)
+        return rows * (self.dims.latent if self.absorbed else self.dims.key)
+
+    def in_pages_of(self, size: int) -> AttentionProblem:
+        """Return the problem in other pages, whose truth is the same."""
+        return self if self.page_size == size else replace(self, page_size=size)
 
     def spec(self, dtype: torch.dtype, device: torch.device) -> AttentionSpec:
         return attention_spec(self.heads, self.dims, self.scale, dtype, device)
 
 
 def _runs(lengths: Lengths) -> str:
-    """Return lengths with repeats shortened: 1x6,5."""
-    groups = ((length, len(list(run))) for length, run in itertools.groupby(lengths))
-    return ",".join(f"{length}x{count}" if count > 1 else str(length) for length, count in groups)
+    """Return lengths with repeats shortened, 1x6,5, and of many the first few."""
+    groups = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
+    words = [f"{length}x{count}" if count > 1 else str(length) for length, count in groups]
+    if len(words) > MOST_WORDS:
+        words = [*words[:3], f"...{len(lengths)} in all, sum {sum(lengths)}"]
+    return ",".join(words)
 
 
 @dataclass(frozen=True)
@@ -116,28 +140,67 @@ class AttentionData:
     lse: torch.Tensor  # [T, h] float64
 
 
-@functools.lru_cache(maxsize=96)
 def data(problem: AttentionProblem, dtype: torch.dtype) -> AttentionData:
     """Draw N(0, 1) inputs in `dtype` and attend them in float64."""
-    generator = torch.Generator().manual_seed(problem.seed)
+    made = _data_of_many if problem.numbers <= MANY else _data_of_few
+    return made(problem.in_pages_of(PAGE), dtype)
+
+
+def _data(problem: AttentionProblem, dtype: torch.dtype) -> AttentionData:
     dims, heads = problem.dims, problem.heads
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    tokens = sum(problem.query_lens)
+    draw = _drawing(problem.seed, dtype)
     if problem.absorbed:
-        q = draw(tokens, heads, dims.latent)
         keys = tuple(draw(length, 1, dims.latent) for length in problem.kv_lens)
         values = tuple(rows[..., : dims.kv_lora_rank] for rows in keys)
     else:
-        q = draw(tokens, heads, dims.key)
         keys = tuple(draw(length, heads, dims.key) for length in problem.kv_lens)
         values = tuple(draw(length, heads, dims.v_head_dim) for length in problem.kv_lens)
-    q = q * problem.magnitude
+    q = _queries(problem, keys, dtype)
     parts = zip(q.split(list(problem.query_lens)), keys, values, strict=True)
     out, lse = zip(*(attend(*part, problem.scale, problem.causal) for part in parts), strict=True)
     return AttentionData(q, keys, values, torch.cat(out), torch.cat(lse))
+
+
+_data_of_many = functools.lru_cache(maxsize=512)(_data)
+_data_of_few = functools.lru_cache(maxsize=6)(_data)
+
+
+def _drawing(seed: int, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """Return a function that draws N(0, 1) numbers of a shape, in `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator).to(dtype)
+
+
+def _queries(problem: AttentionProblem, keys: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Draw the queries [T, h, dk]."""
+    seed = problem.seed if problem.query_seed is None else problem.query_seed
+    draw = _drawing(-1 - seed, dtype)  # others than those of the keys
+    width = problem.dims.latent if problem.absorbed else problem.dims.key
+    q = draw(sum(problem.query_lens), problem.heads, width) * problem.magnitude
+    if not problem.aimed:
+        return q
+    parts = zip(q.split(list(problem.query_lens)), keys, strict=True)
+    return torch.cat([_aimed(part, rows, problem, index) for index, (part, rows) in enumerate(parts)])
+
+
+def _aimed(q: torch.Tensor, keys: torch.Tensor, problem: AttentionProblem, request: int) -> torch.Tensor:
+    """Aim three of four queries of a request at one key each: the last, a tile's first, and any.
+
+    The key has nearly all the weight, so that the output is another one without it. The rest see all keys
+    alike: they miss what is lost in bulk.
+    """
+    (tokens, heads, _), length = q.shape, keys.shape[0]
+    if not tokens or not length:
+        return q
+    token, head = torch.arange(tokens)[:, None], torch.arange(heads)[None]
+    last = (length - tokens + token).clamp_min(0) if problem.causal else torch.full((tokens, 1), length - 1)
+    kind = (token * heads + head + request) % 4
+    anywhere = (token * 7919 + head * 104729 + request * 1299709) % (last + 1)
+    place = torch.where(kind == 0, last, torch.where(kind == 1, last // TILE * TILE, anywhere))
+    chosen = keys[place, head if keys.shape[1] > 1 else 0].double()
+    logit = AIMED + (last + 1).double().log()
+    at = chosen * (logit / problem.scale / chosen.square().sum(-1).clamp_min(1))[..., None]
+    return torch.where((kind == 3)[..., None], q * (EVEN / problem.magnitude), at.to(q.dtype))
 
 
 def cumulative(lengths: Sequence[int]) -> list[int]:

@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from mla.conformance.problems.attention import AttentionProblem, Lengths, cumulative, data
-from mla.conformance.problems.load import MatmulLoad, best, elapsed, usual
-from mla.conformance.trial import Refused, Trial, expect
+from mla.conformance.problems.attention import MANY, PAGE, AttentionProblem, Lengths, cumulative, data
+from mla.conformance.problems.guards import Guarded, guarded, scattered
+from mla.conformance.problems.pages import PLAIN, Layout, spread
+from mla.conformance.trial import Trial, expect
 from mla.reference import REFERENCE
 from mla.verify.places import Places
-from mla.verify.tolerances import same_bits
 from mla_backends.api import FusedOp, SegmentLengths
 
 Outputs = tuple[torch.Tensor, torch.Tensor]  # out [T, h, dv] and lse [T, h]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What surrounds the numbers that count."""
-
-    unowned: float = 0.0  # in pages that no request owns
-    tail: float = 0.0  # in slots past a request's end
-    strided: bool = False  # inputs and outputs are slices of wider tensors
-    pages_before: int = 0  # that lie in front of all others, nobody owns and nobody writes
-
-
-PLAIN = Layout()
+AROUND = 77.0  # what outputs lie in; neither 0 nor NaN, which is what is written by mistake
 
 
 @dataclass
 class View:
-    """The contract's `BatchView`. Columns of the block table past a request's pages name an unowned page."""
+    """The contract's `BatchView`."""
 
     query_lens: Lengths
     kv_lens: Lengths
@@ -52,9 +40,10 @@ class AttentionCall:
     ) -> None:
         self.problem, self.dtype, self.device, self.layout = problem, dtype, device, layout
         self.spec = problem.spec(dtype, device)
+        self.guards: dict[str, Guarded] = {}
         self.view: View | SegmentLengths
         host = data(problem, dtype)
-        self.inputs = {"q": self._place(host.q)}
+        self.inputs = {"q": self._put("q", host.q)}
         if problem.absorbed:
             self.view = self._page(host.keys)
             self.inputs |= {
@@ -64,55 +53,45 @@ class AttentionCall:
             }
         else:
             self.view = SegmentLengths(problem.query_lens, problem.kv_lens, problem.causal)
-            self.inputs |= {"k": self._place(torch.cat(host.keys)), "v": self._place(torch.cat(host.values))}
+            self.inputs |= {
+                "k": self._put("k", torch.cat(host.keys)),
+                "v": self._put("v", torch.cat(host.values)),
+            }
 
-    def _place(self, tensor: torch.Tensor, fill: float = torch.nan) -> torch.Tensor:
-        """Copy [t, h, d] to the device; if strided, into a wider tensor full of NaN."""
-        if not self.layout.strided:
-            return tensor.to(self.device, copy=True)
-        tokens, heads, width = tensor.shape
-        wide = torch.full((tokens, heads + 1, width + 32), fill, dtype=tensor.dtype, device=self.device)
-        part = wide[:, :heads, 16 : 16 + width]
-        part.copy_(tensor)
-        return part
+    def _put(self, name: str, tensor: torch.Tensor, fill: float = torch.nan) -> torch.Tensor:
+        """Copy to the device, into larger memory full of `fill`; if strided, rows are parts of wider ones."""
+        if self.layout.apart and tensor.dim() == 3:
+            return scattered(tensor, self.device, self.layout.apart)
+        strided = self.layout.strided and tensor.dim() > 1
+        self.guards[name] = guarded(tensor, self.device, fill, strided)
+        return self.guards[name].part
 
     def _page(self, latents: tuple[torch.Tensor, ...]) -> View:
-        """Spread the latents over shuffled pages; some before, between and after them stay unowned."""
-        problem, size = self.problem, self.problem.page_size
-        counts = [-(-length // size) for length in problem.kv_lens]
-        generator = torch.Generator().manual_seed(len(counts))  # layers of one batch share their tables
-        order = torch.randperm(sum(counts) + 1, generator=generator) + 1
-        unowned, order = order[:1].int(), order[1:]
-        table = unowned.repeat(len(counts), max(1, *counts) + 1)
-        shape = (sum(counts) + 3, size, problem.dims.latent)
-        cache = torch.full(shape, self.layout.unowned, dtype=self.dtype)
-        for row, pages, rows in zip(table, order.split(counts), latents, strict=True):
-            row[: len(pages)] = pages.int()
-            cache[pages] = self.layout.tail
-            position = torch.arange(len(rows))
-            cache[pages[position // size], position % size] = rows[:, 0]
-        self.inputs["cache"] = self._placed(cache)
-        table += self.layout.pages_before
+        """Put latents and tables on the device."""
+        problem, layout = self.problem, self.layout
+        paged = spread(problem, latents, self.dtype, layout)
+        if layout.sparse:
+            self.inputs["cache"] = paged.sparse(self.device)
+        else:
+            self.guards["cache"] = paged.compact(self.device)
+            self.inputs["cache"] = self.guards["cache"].part
+        lens, cu_q = (
+            torch.tensor(numbers, dtype=torch.int32)
+            for numbers in (problem.kv_lens, cumulative(problem.query_lens))
+        )
         return View(
             problem.query_lens,
             problem.kv_lens,
-            size,
-            table.to(self.device),
-            torch.tensor(problem.kv_lens, dtype=torch.int32).to(self.device),
-            torch.tensor(cumulative(problem.query_lens), dtype=torch.int32).to(self.device),
+            problem.page_size,
+            self._put("block_table", paged.block_table, paged.unowned),
+            self._put("kv_lens", lens, 1),
+            self._put("cu_q", cu_q, 1),
         )
 
-    def _placed(self, cache: torch.Tensor) -> torch.Tensor:
-        """Copy the cache to the device, behind the layout's pages. Raises `Refused` if they take too much."""
-        before = self.layout.pages_before
-        if not before:
-            return cache.to(self.device)
-        try:
-            whole = torch.empty((before + len(cache), *cache.shape[1:]), dtype=self.dtype, device=self.device)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one, where torch has it
-            raise Refused(f"a cache with {before} pages more could not be allocated") from error
-        whole[before:].copy_(cache)
-        return whole
+    def refill(self, problem: AttentionProblem) -> None:
+        """Overwrite the inputs, in place, with those of a problem of the same shapes."""
+        for name, tensor in AttentionCall(problem, self.dtype, self.device).inputs.items():
+            self.inputs[name].copy_(tensor)
 
     def places(self) -> Places:
         """Return where the new tokens are, in their requests and in the cache."""
@@ -125,40 +104,47 @@ class AttentionCall:
         """Return out and lse full of NaN, on the device."""
         width = data(self.problem, self.dtype).out.shape[2]
         shape = (*self.inputs["q"].shape[:2], width)
-        out = self._place(torch.full(shape, torch.nan, dtype=self.dtype))
-        return out, torch.full(shape[:2], torch.nan, dtype=torch.float32, device=self.device)
+        return (
+            self._put("out", torch.full(shape, torch.nan, dtype=self.dtype), AROUND),
+            self._put("lse", torch.full(shape[:2], torch.nan, dtype=torch.float32), AROUND),
+        )
 
     def prepare(self, op: FusedOp) -> Any:
         """Return the op's state for this batch."""
         return op.prepare(self.spec, self.view)
 
+    def attend(self, op: FusedOp, state: Any, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        """Call the op. Raises `CheckFailed` if it wrote next to an output."""
+        op(state, **self.inputs, softmax_scale=self.problem.scale, out=out, lse=lse)
+        self.check_around("out", "lse")
+
+    def check_around(self, *names: str) -> None:
+        """Raise `CheckFailed` if memory next to any of these operands was written."""
+        for name in names:
+            guard = self.guards.get(name)
+            expect(guard is None or guard.intact(), f"memory next to `{name}` was written")
+
     def run(self, op: FusedOp, state: Any = None) -> Outputs:
         """Run the op once and return what it wrote, on the host."""
         state = self.prepare(op) if state is None else state
         out, lse = self.outputs()
-        guard = surroundings(out) if self.layout.strided else None
-        op(state, **self.inputs, softmax_scale=self.problem.scale, out=out, lse=lse)
-        if guard is not None:
-            expect(bool(surroundings(out).isnan().all()), "memory next to `out` was written")
+        self.attend(op, state, out, lse)
         return out.cpu(), lse.cpu()
 
 
-def surroundings(part: torch.Tensor) -> torch.Tensor:
-    """Return the memory around a strided `AttentionCall._place`, on the host; the part itself reads NaN."""
-    tokens, heads, width = part.shape
-    wide = part.as_strided(
-        (tokens, heads + 1, width + 32), (*part.stride()[:2], 1), part.storage_offset() - 16
-    )
-    copy = wide.detach().cpu().clone()
-    copy[:, :heads, 16 : 16 + width] = torch.nan
-    return copy
-
-
-@functools.lru_cache(maxsize=96)
 def reference(problem: AttentionProblem, dtype: torch.dtype) -> Outputs:
     """Return what the reference gives on the host."""
+    made = _reference_of_many if problem.numbers <= MANY else _reference_of_few
+    return made(problem.in_pages_of(PAGE), dtype)
+
+
+def _reference(problem: AttentionProblem, dtype: torch.dtype) -> Outputs:
     call = AttentionCall(problem, dtype, torch.device("cpu"))
     return call.run(REFERENCE["latent_attention" if problem.absorbed else "expanded_attention"])
+
+
+_reference_of_many = functools.lru_cache(maxsize=512)(_reference)
+_reference_of_few = functools.lru_cache(maxsize=6)(_reference)
 
 
 def serve(trial: Trial, problem: AttentionProblem, layout: Layout = PLAIN) -> tuple[FusedOp, AttentionCall]:
@@ -171,7 +157,7 @@ def serve(trial: Trial, problem: AttentionProblem, layout: Layout = PLAIN) -> tu
 def check_out(trial: Trial, *problems: AttentionProblem, layout: Layout = PLAIN) -> None:
     """Compare the op's `out` with the truth, one case per problem."""
     for problem in problems:
-        with trial.case(problem.label):
+        with trial.case(problem.label + layout.label):
             op, call = serve(trial, problem, layout)
             judge_out(trial, problem, call.run(op)[0], call.places())
 
@@ -182,51 +168,3 @@ def judge_out(
     """Compare one output with the truth, its rows named without pages by default. Raises `CheckFailed`."""
     places = places or Places.new_tokens(problem.query_lens, problem.kv_lens)
     trial.judge(out, data(problem, trial.dtype).out, reference(problem, trial.dtype)[0], "out", places)
-
-
-def check_lse(trial: Trial, *problems: AttentionProblem) -> None:
-    """Compare the op's `lse` with the truth, one case per problem."""
-    for problem in problems:
-        with trial.case(problem.label):
-            op, call = serve(trial, problem)
-            trial.judge_lse(call.run(op)[1], data(problem, trial.dtype).lse, call.places())
-
-
-def check_inputs(trial: Trial, problem: AttentionProblem) -> None:
-    """Check that the op leaves every input unchanged."""
-    with trial.case(problem.label):
-        op, call = serve(trial, problem)
-        before = {name: tensor.cpu().clone() for name, tensor in call.inputs.items()}
-        call.run(op)
-        changed = [name for name, tensor in call.inputs.items() if not same_bits(tensor, before[name])]
-        expect(not changed, f"the op wrote to its input {', '.join(changed)}")
-
-
-def check_reuse(trial: Trial, first: AttentionProblem, second: AttentionProblem) -> None:
-    """Run one state for two layers with different numbers, with another batch's calls in between."""
-    with trial.case(f"{first.label}, and {second.label} in between"):
-        op, layer = serve(trial, first)
-        _, next_layer = serve(trial, replace(first, seed=first.seed + 1))
-        _, other = serve(trial, second)
-        states = [call.prepare(op) for call in (layer, other)]
-        for call, state in zip((layer, other, next_layer, other, layer), states * 3, strict=False):
-            judge_out(trial, call.problem, call.run(op, state)[0], call.places())
-
-
-def check_prepare(trial: Trial, problem: AttentionProblem) -> None:
-    """Check that preparing a batch does not wait for pending work on the device."""
-    with trial.case(problem.label):
-        op, call = serve(trial, problem)
-        call.prepare(op)  # one-time setup does not count
-        work = MatmulLoad(trial.subject)
-        pending = work.milliseconds(8)
-
-        def busy() -> float:
-            work.read()
-            work.submit(8)
-            return elapsed(lambda: call.prepare(op))
-
-        behind = usual(busy)
-        work.read()
-        waited = behind - best(lambda: elapsed(lambda: call.prepare(op)))
-        expect(waited < 0.5 * pending, f"prepare() waited {waited:.3g} of {pending:.3g} ms of pending work")

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla.conformance.checks import latent_places
+from mla.conformance.checks.attention import index
 from mla.conformance.report import CheckResult
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
@@ -339,7 +339,7 @@ def test_the_suite_finds_out_an_adapter_without_these_limits(
         return carry_out(one, subject, Xfails({}))
 
     with installed(release):
-        for module, name in ((latent_places, "PLACES"), (ragged(), "FAR"), (batches, "FAR")):
+        for module, name in ((index, "PLACES"), (ragged(), "FAR"), (batches, "FAR")):
             monkeypatch.setattr(module, name, (1 << 22,) if name == "PLACES" else 1 << 22)
         right, wrong = judged(FlashInferMla()), judged(Unfenced())
     assert right.cases.failed == 0

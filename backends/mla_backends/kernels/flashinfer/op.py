@@ -86,6 +86,8 @@ class FlashInferMla(FusedOp):
         page_size: int | None = None,
     ) -> list[str]:
         found = self.limits.page_reasons(page_size)
+        if not sum(query_lens):
+            found.append("a batch must have new tokens")
         if any(keys < count != 1 for count, keys in zip(query_lens, kv_lens, strict=True)):
             found.append("a request must not have more new tokens than keys")
         found += batches.work_reasons(spec.num_heads, query_lens, spec.device)

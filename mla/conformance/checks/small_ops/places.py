@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from mla.conformance.checks.latent_places import reach
+from mla.conformance.checks.attention import index
 from mla.conformance.checks.small_ops.kinds import EXAMPLES, small_check, vary
 from mla.conformance.checks.small_ops.write_latent import write_check
 from mla.conformance.problems.attention import DEEPSEEK
@@ -35,7 +35,7 @@ def slots(trial: Trial) -> None:
 @write_check("far_slots", "places of rows that are computed in 32 bits", "index")
 def far_slots(trial: Trial) -> None:
     """Rows whose place in memory is beyond 32 bits are written where they belong."""
-    numbers = reach(trial)
+    numbers = index.reach(trial, index.PLACES)
     trial.note = f"{numbers * trial.dtype.itemsize / 1e9:.2g} GB from the start"
     try:
         end = numbers // DEEPSEEK.latent
@@ -52,7 +52,7 @@ def far_slots(trial: Trial) -> None:
 )
 def far_rows(trial: Trial, example: SmallProblem) -> None:
     """Rows of a tensor that is larger than 32 bits count are read and written where they are."""
-    numbers = reach(trial)
+    numbers = index.reach(trial, index.PLACES)
     trial.note = f"{numbers * trial.dtype.itemsize / 1e9:.2g} GB from the first to the last"
     try:
         with trial.case(example.label):

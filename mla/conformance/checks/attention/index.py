@@ -1,0 +1,99 @@
+"""Attention where numbers are large: pages, slots, positions and places that a narrow index cuts off.
+
+Requests are short and their pages lie in a large cache, of which nothing else is ever touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mla.conformance.checks.attention.common import (
+    MIXED,
+    decode,
+    expanded,
+    expanded_check,
+    latent,
+    latent_check,
+)
+from mla.conformance.problems.attention_call import check_out
+from mla.conformance.problems.pages import Layout
+from mla.conformance.trial import Refused, Trial
+from mla_backends import host
+
+KIND = "index"
+# Numbers from the start of a cache to its pages: beyond what 32 bits count, unsigned and signed. Beyond the
+# last, signed bytes have run out, in a dtype of two.
+PLACES = (1 << 32, 1 << 31, 1 << 30)
+# Tokens per page, and pages of a cache that has more than 2^16 or 2^17 slots, or 2^16 pages.
+CACHES = ((64, 2100), (16, 4400), (1, 70_000))
+MORE_CACHES = (*CACHES, (64, 4400), (32, 4400), (128, 1100))
+
+
+@latent_check(
+    "far_pages", "places of pages that are computed in 32 bits, and lie elsewhere in a large cache", KIND
+)
+def far_pages(trial: Trial) -> None:
+    """Pages whose place in memory is beyond 32 bits are read where they are."""
+    numbers = reach(trial, PLACES)
+    trial.note = f"{numbers * trial.dtype.itemsize / 1e9:.2g} GB from the start"
+    try:
+        for problem in (decode(33, 130, 7), latent(*MIXED)):
+            pages = -(-numbers // (problem.page_size * problem.dims.latent))
+            check_out(trial, problem, layout=Layout(pages_before=pages))
+    finally:
+        trial.backend.empty_cache()
+
+
+@expanded_check("far_rows", "places of rows that are computed in 32 bits, and lie elsewhere in memory", KIND)
+def far_rows(trial: Trial) -> None:
+    """Rows of queries, keys, values and outputs may lie apart, the last of them beyond 32 bits."""
+    lengths = (4, 30, 1), (4, 31, 5)
+    numbers = reach(trial, PLACES[1:] or PLACES, tensors=5)  # of q, k, v and out, k and v are longer
+    apart = numbers // 33 // 1024 * 1024  # so that the last of 35 rows is beyond, and all are aligned
+    trial.note = f"{numbers * trial.dtype.itemsize / 1e9:.2g} GB from first to last"
+    try:
+        for causal in (True, False):
+            check_out(trial, expanded(*lengths, heads=2, causal=causal), layout=Layout(apart=apart))
+    finally:
+        trial.backend.empty_cache()
+
+
+def reach(trial: Trial, places: Sequence[int], tensors: int = 1) -> int:
+    """Return the farthest place that so many tensors have memory for. Raises `Refused` if there is none."""
+    least = 0
+    for numbers in places:
+        least = numbers * trial.dtype.itemsize * tensors
+        # Little of a tensor on the host is ever touched, unless an op makes a copy of a cache in float32.
+        needed, free = (
+            (least + 4 * numbers, host.memory_available())
+            if trial.device.type == "cpu"
+            else (least + least // 4, trial.backend.memory().free)
+        )
+        if free is None:
+            raise Refused("how much memory is free is not known")
+        if needed <= free:
+            return numbers
+    raise Refused(f"there is no room for {least / 1e9:.2g} GB")
+
+
+@latent_check("slots", "numbers of pages or slots that are kept in 8, 12, 15 or 16 bits", KIND)
+def slots(trial: Trial) -> None:
+    """Pages next to powers of two, and slots beyond 2^16, are read where they are."""
+    for size, pages in CACHES if trial.quick else MORE_CACHES:
+        few = min(size, 8)
+        lengths = ((1, few + 1, 1, 3), (few + 2, few + 1, 2, few + 3))
+        check_out(trial, latent(*lengths, heads=4, page_size=size), layout=Layout(pages=pages))
+
+
+@latent_check("positions", "positions, or entries of the block table, that are kept in 15 or 16 bits", KIND)
+def positions(trial: Trial) -> None:
+    """Keys beyond column 2^15 of a block table are read, and rows that begin beyond its entry 2^16."""
+    check_out(trial, latent((1,) * 99, (700, *range(1, 99)), heads=1, page_size=1))
+    if not trial.quick:
+        check_out(trial, decode(33_000, 7, heads=4, page_size=1, aimed=True))
+
+
+@expanded_check("positions", "places of keys that are kept in 15 or 16 bits", KIND)
+def expanded_positions(trial: Trial) -> None:
+    """Segments begin and end beyond key 2^16 and query 2^15."""
+    check_out(trial, expanded((2, 3, 40), (33_000, 33_000, 50), heads=1, aimed=True))
