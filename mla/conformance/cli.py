@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,25 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mla.command import environment, files
+from mla.command import files
 from mla.command.backend import BackendOptions, backend_options, open_backend
 from mla.command.console import note, out
 from mla.command.exit_codes import Exit, carried_out, guarded
-from mla.command.exit_codes import interrupted as ended_early
 from mla.command.options import FILE, result_path
-from mla.command.progress import Progress
 from mla.errors import UsageError
 from mla.text import DTYPES
-from mla_backends.errors import plugin_code
 
 if TYPE_CHECKING:
     import torch
 
-    from mla.conformance.failures import Keeper
-    from mla.conformance.report import CheckResult, ConformanceReport
+    from mla.conformance.outcome import Asked
+    from mla.conformance.report import ConformanceReport, Slow
     from mla.conformance.suite import Instance
     from mla.conformance.trial import BackendUnderTest
-    from mla.conformance.xfails import Xfails
     from mla_backends.api import Backend
 
 PROGRAM = "python -m mla.conformance"
@@ -37,11 +33,13 @@ EPILOG = """\b
 Examples:
   python -m mla.conformance --backend cpu
   python -m mla.conformance --backend my_module:MyBackend --only latent --dtype bfloat16
+  python -m mla.conformance --backend cpu --only 'latent.heads[my_op-bfloat16]#3' --dump-failure failed
   python -m mla.conformance --backend cpu --xfails known.txt --report out.json
 
 \b
 A check is named by its id, by its group, or with wildcards: latent.heads, latent, '*.strided',
-'latent.heads[my_op-bfloat16]'. The file of --xfails holds one line per expected failure, 'check: reason'.
+'latent.heads[my_op-bfloat16]'; #3 behind that is its third case, numbered as by --list and on the card. The
+file of --xfails holds one line per expected failure, 'check: reason'.
 
 \b
 Exit codes: 0 all passed, 1 an expected failure passed, 2 usage, 3 backend missing or unusable,
@@ -59,11 +57,18 @@ Exit codes: 0 all passed, 1 an expected failure passed, 2 usage, 3 backend missi
     type=click.Choice([*DTYPES.values()]),
     help="Check only this dtype; may be repeated.  [those the backend claims]",
 )
-@click.option("--only", metavar="PATTERN", multiple=True, help="Run only these checks; may be repeated.")
+@click.option(
+    "--only", metavar="PATTERN", multiple=True, help="Run only these checks or cases; may be repeated."
+)
 @click.option(
     "--quick",
     is_flag=True,
-    help="A smaller grid of shapes; every check still runs. Half a minute on two CPUs, minutes on old ones.",
+    help="A smaller grid of shapes; every check still runs. Less than a minute on two CPUs.",
+)
+@click.option(
+    "--every-case",
+    is_flag=True,
+    help="Run every case of dtypes that are slow on the device, too.  [a handful of each check]",
 )
 @click.option(
     "--xfails",
@@ -87,12 +92,17 @@ Exit codes: 0 all passed, 1 an expected failure passed, 2 usage, 3 backend missi
     callback=result_path,
     help="Keep the first call of an op that is wrong in DIR, for `python -m mla.bench replay DIR`.",
 )
-@click.option("--list", "list_only", is_flag=True, help="Describe every check, and stop.")
+@click.option(
+    "--list",
+    "list_only",
+    is_flag=True,
+    help="Describe every check, and stop; with --backend, list the cases of each op and dtype.",
+)
 @click.option(
     "-v",
     "--verbose",
     is_flag=True,
-    help="Name every check on stderr before it runs, in case one ends the process.",
+    help="Name every check on stderr before it runs, in case one ends the process; at the end, the slowest.",
 )
 @click.pass_obj
 @carried_out
@@ -102,20 +112,7 @@ def cli(words: Sequence[str], /, **values: Any) -> int:
     Every result is compared with float64 on the host. stdout carries a report card in Markdown, fit to be
     pasted into an issue; stderr everything else.
     """
-    if values["list_only"]:
-        return list_checks(values["only"])
     return run(words, **values)
-
-
-def list_checks(only: Sequence[str]) -> int:
-    """Print id, description and bug of every check."""
-    from mla.conformance.registry import all_checks, matches
-
-    _require_known(only)
-    for one in all_checks():
-        if not only or any(matches(pattern.partition("[")[0], one.id) for pattern in only):
-            out(f"{one.id}\n  {one.description}\n  Catches {one.catches}.\n")
-    return Exit.OK
 
 
 def run(
@@ -128,6 +125,7 @@ def run(
     dtypes: Sequence[str],
     only: Sequence[str],
     quick: bool,
+    every_case: bool,
     xfails_file: Path | None,
     report_file: Path | None,
     dump_failure: Path | None,
@@ -135,31 +133,66 @@ def run(
     verbose: bool,
 ) -> int:
     """Open the backend, run the checks, print the card, write the report."""
-    from mla.conformance import report as reports
+    from mla.conformance import listing
     from mla.conformance.failures import Keeper
-    from mla.conformance.suite import instances
+    from mla.conformance.outcome import make_report
+    from mla.conformance.schedule import Run, steps
     from mla.conformance.xfails import Xfails
 
-    if backend is None:
+    if backend is None and not list_only:
         raise UsageError("--backend is missing; `python -m mla.bench list` shows what there is.")
     xfails = Xfails.read(xfails_file) if xfails_file else Xfails()
     _require_known(only)
+    if backend is None:
+        return listing.checks(only)
     if report_file:
         files.check_writable(report_file)
-    subject = open_subject(BackendOptions(backend, device, backend_options, threads), quick)
+    options = BackendOptions(backend, device, backend_options, threads)
+    subject, slow = _slow(open_subject(options, quick), every_case or list_only)
+    planned, asked = _plan(subject, words, _alone(options, quick), dtypes, only)
+    if list_only:
+        return listing.cases(planned, subject)
+    keeper = Keeper.into(dump_failure, subject, backend_options, asked.alone) if dump_failure else None
+    found, interrupted = Run(subject, xfails, verbose, keeper).carry_out(steps(planned, subject))
+    return _conclude(make_report(asked, slow, subject, found, interrupted, xfails), report_file)
+
+
+def _plan(
+    subject: BackendUnderTest,
+    words: Sequence[str],
+    alone: list[str],
+    dtypes: Sequence[str],
+    only: Sequence[str],
+) -> tuple[tuple[Instance, ...], Asked]:
+    """Return what runs, and what was asked for. Raises `UsageError`."""
+    from mla.conformance.outcome import Asked
+
     chosen = _dtypes(subject, dtypes)
-    planned = instances(subject, chosen, only)
-    if not planned:
-        raise UsageError(f"no check of this backend matches --only {' '.join(only)}.")
-    keeper = Keeper.into(dump_failure, subject, backend_options, words) if dump_failure else None
-    found, interrupted = carry_out_all(planned, subject, xfails, verbose, keeper)
-    report = make_report(words, subject, chosen, len(planned), found, interrupted, xfails)
+    planned = _planned(subject, chosen, only)
+    return planned, Asked(words, alone, only, _names(_claimed(subject)), _names(chosen), len(planned))
+
+
+def _conclude(report: ConformanceReport, report_file: Path | None) -> Exit:
+    from mla.conformance import report as reports
+    from mla.conformance.outcome import verdict
+
     try:
         if report_file:
             reports.write(report, report_file)
     finally:  # the card must survive a disk that has filled up
         out(reports.card(report))
     return verdict(report)
+
+
+def _alone(options: BackendOptions, quick: bool) -> list[str]:
+    """Return the command that runs one case, without its `--only`."""
+    from mla.conformance.outcome import PROGRAM
+
+    words = [*PROGRAM, "--backend", str(options.backend)]
+    words += [word for one in options.backend_options for word in ("-O", one)]
+    for flag, value in (("--device", options.device), ("--threads", options.threads)):
+        words += [] if value is None else [flag, str(value)]
+    return [*words, *(["--quick"] * quick)]
 
 
 def open_subject(options: BackendOptions, quick: bool) -> BackendUnderTest:
@@ -176,111 +209,55 @@ def open_subject(options: BackendOptions, quick: bool) -> BackendUnderTest:
 
 
 def _require_known(patterns: Sequence[str]) -> None:
+    from mla.conformance.selection import split
     from mla.conformance.xfails import require_known
 
     for pattern in patterns:
-        require_known(pattern, "--only")
+        require_known(split(pattern)[0], "--only")
+
+
+def _slow(subject: BackendUnderTest, spare_none: bool) -> tuple[BackendUnderTest, tuple[Slow, ...]]:
+    """Find the dtypes that the device is slow in, of which a handful of cases will run."""
+    from mla.conformance.speed import dtypes_of, slow_dtypes
+
+    slow = () if spare_none else slow_dtypes(subject.backend, _claimed(subject))
+    return dataclasses.replace(subject, slow=dtypes_of(slow)), slow
+
+
+def _claimed(subject: BackendUnderTest) -> tuple[torch.dtype, ...]:
+    from mla.conformance.suite import claimed_dtypes
+
+    return claimed_dtypes(subject)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> list[str]:
+    from mla.text import dtype_name
+
+    return [dtype_name(dtype) for dtype in dtypes]
 
 
 def _dtypes(subject: BackendUnderTest, names: Sequence[str]) -> tuple[torch.dtype, ...]:
     """Return the dtypes to check: the user's, which the backend must claim, or all it claims."""
-    from mla.conformance.suite import claimed_dtypes
-    from mla.text import dtype_name
-
-    claimed = claimed_dtypes(subject)
-    listed = [dtype_name(dtype) for dtype in claimed]
+    claimed = _claimed(subject)
+    listed = _names(claimed)
     for name in names:
         if name not in listed:
             raise UsageError(f"the backend does not claim {name}; it claims: {', '.join(listed)}.")
     return tuple(dtype for dtype, name in zip(claimed, listed, strict=True) if not names or name in names)
 
 
-def carry_out_all(
-    planned: Sequence[Instance],
-    subject: BackendUnderTest,
-    xfails: Xfails,
-    verbose: bool = False,
-    keeper: Keeper | None = None,
-) -> tuple[list[CheckResult], bool]:
-    """Run checks with a progress bar; return the results so far and whether the user ended it."""
-    from mla.conformance.suite import carry_out
+def _planned(
+    subject: BackendUnderTest, dtypes: Sequence[torch.dtype], only: Sequence[str]
+) -> tuple[Instance, ...]:
+    """Return what runs. Raises `UsageError` where a check or a case is not there."""
+    from mla.conformance.selection import nothing_matches, require_cases
+    from mla.conformance.suite import instances
 
-    found: list[CheckResult] = []
-    with Progress(len(planned)) as progress:
-        try:
-            for one in planned:
-                if verbose:
-                    note(one.id)
-                progress.advance(one.id, 0)
-                found.append(carry_out(one, subject, xfails))
-                if keeper is not None:
-                    keeper.see(one, found[-1])
-                progress.advance(one.id, 1)
-        except KeyboardInterrupt:
-            return found, True
-    return found, False
-
-
-def make_report(
-    words: Sequence[str],
-    subject: BackendUnderTest,
-    dtypes: Sequence[torch.dtype],
-    planned: int,
-    found: list[CheckResult],
-    interrupted: bool,
-    xfails: Xfails,
-) -> ConformanceReport:
-    """Put the results together with what they depend on."""
-    from mla.conformance.report import SCHEMA_VERSION, CheckedBackend, ConformanceReport
-    from mla.text import dtype_name
-
-    return ConformanceReport(
-        schema_version=SCHEMA_VERSION,
-        argv=["python", "-m", "mla.conformance", *words],
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        git_commit=environment.git_commit(),
-        interrupted=interrupted,
-        quick=subject.quick,
-        backend=CheckedBackend(
-            name=subject.name,
-            version=subject.version,
-            device=str(subject.backend.device),
-            device_name=_device_name(subject),
-        ),
-        environment=_environment(subject),
-        dtypes=[dtype_name(dtype) for dtype in dtypes],
-        planned=planned,
-        checks=found,
-        unused_xfails=xfails.unused(),
-    )
-
-
-def _device_name(subject: BackendUnderTest) -> str:
-    try:
-        with plugin_code():
-            return str(subject.backend.device_info().name)
-    except Exception:  # noqa: BLE001  # device.info reports it; the card must come out all the same
-        return "unknown"
-
-
-def _environment(subject: BackendUnderTest) -> dict[str, str]:
-    try:
-        with plugin_code():
-            return environment.environment(subject.backend)
-    except Exception as error:  # noqa: BLE001  # device.environment reports it
-        return {"environment": f"unknown: {type(error).__name__}"}
-
-
-def verdict(report: ConformanceReport) -> Exit:
-    """Return the exit code."""
-    counts = report.counts()
-    if report.interrupted:
-        return ended_early()
-    if counts["fail"]:
-        return Exit.WRONG
-    if counts["xpass"]:
-        return Exit.REGRESSION
-    return Exit.OK if counts["pass"] + counts["xfail"] else Exit.NOTHING_RAN
+    planned = instances(subject, dtypes, only)
+    if not planned:
+        raise nothing_matches(only, [one.id for one in instances(subject, dtypes)])
+    require_cases(planned, subject)
+    return planned
 
 
 def main(arguments: list[str] | None = None) -> int:

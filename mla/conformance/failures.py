@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from mla.command import environment
 from mla.command.console import note
-from mla.conformance.report import CheckResult
+from mla.conformance.report import CheckResult, Failure
+from mla.conformance.selection import split
 from mla.conformance.suite import Instance
 from mla.conformance.trial import BackendUnderTest
 from mla.failures import file
@@ -26,50 +28,54 @@ class Keeper:
     folder: Path
     subject: BackendUnderTest
     options: Sequence[str]  # KEY=VALUE, of the backend
-    words: Sequence[str]  # of the command line
+    alone: Sequence[str]  # the command that runs one case, without its `--only`
     kept: bool = dataclasses.field(default=False, init=False)
 
     @classmethod
     def into(
-        cls, folder: Path, subject: BackendUnderTest, options: Sequence[str], words: Sequence[str]
+        cls, folder: Path, subject: BackendUnderTest, options: Sequence[str], alone: Sequence[str]
     ) -> Keeper:
         """Make the folder before a long run. Raises `ResultError`."""
         file.prepare(folder)
-        return cls(folder, subject, options, words)
+        return cls(folder, subject, options, alone)
 
     def see(self, instance: Instance, result: CheckResult) -> None:
-        """Keep the call that a failed check found wrong, unless one was kept before. Raises nothing."""
+        """Keep the call that a check's first wrong case found, unless one was kept before. Raises nothing."""
         if self.kept or result.status != "fail":
             return
+        case = result.failures[0]
         try:
-            self._see(instance, result)
+            self._see(instance, case)
         except Exception as error:  # noqa: BLE001  # whatever a backend raises when it is called again
-            note(f"--dump-failure kept nothing of {instance.id}: {describe(error)}")
+            note(f"--dump-failure kept nothing of {case.id}: {describe(error)}")
 
-    def _see(self, instance: Instance, result: CheckResult) -> None:
+    def _see(self, instance: Instance, case: Failure) -> None:
         watcher = Watcher(self.subject.backend.synchronize)
         op = instance.op and Watched(instance.check.kind, instance.of, instance.op, watcher)
         backend = with_watched_ops(self.subject.backend, watcher)
-        dataclasses.replace(instance, op=op).run(dataclasses.replace(self.subject, backend=backend))
+        number = split(case.id)[1]
+        chosen = None if number is None else frozenset({number})
+        again = dataclasses.replace(instance, op=op, chosen=chosen)
+        again.run(dataclasses.replace(self.subject, backend=backend))
         if watcher.wrong is None:
             why = watcher.reason or "no call of an op in it was wrong when it ran again"
-            note(f"--dump-failure kept nothing of {instance.id}: {why}")
+            note(f"--dump-failure kept nothing of {case.id}: {why}")
             return
         self.kept = True
-        file.write_call(self.folder, watcher.wrong, self._origin(instance, result))
+        file.write_call(self.folder, watcher.wrong, self._origin(case))
         note(
-            f"{instance.id}: the first wrong call is kept in '{self.folder / file.NAME}'; replay it with: "
+            f"{case.id}: the first wrong call is kept in '{self.folder / file.NAME}'; replay it with: "
             f"{file.replay_command(self.folder)}"
         )
 
-    def _origin(self, instance: Instance, result: CheckResult) -> file.Origin:
+    def _origin(self, case: Failure) -> file.Origin:
         return file.Origin(
             backend=self.subject.name,
             options=list(self.options),
             device=str(self.subject.backend.device),
-            command=" ".join(["python -m mla.conformance", *self.words, "--only", f"'{instance.id}'"]),
-            where=instance.id,
-            reason=result.reason,
+            command=shlex.join([*self.alone, "--only", case.id]),
+            where=case.id,
+            reason=case.reason,
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             git_commit=environment.git_commit(),
             environment=environment.environment(self.subject.backend),

@@ -28,9 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mla.conformance.registry import all_checks
 from mla.conformance.report import CheckResult
+from mla.conformance.report.card import failed_cases
+from mla.conformance.speed import dtypes_of, slow_dtypes
 from mla.conformance.suite import carry_out, claimed_dtypes, instances
 from mla.conformance.trial import BackendUnderTest
 from mla.conformance.xfails import Xfails, require_known
@@ -60,10 +63,22 @@ class BackendConformance:
     @pytest.mark.parametrize("check_id", _CHECKS)
     def test_conformance(self, check_id: str, backend: Backend, expected_failures: Xfails) -> None:
         """The check passes for every op and dtype of the backend, or is refused with a reason."""
-        subject = BackendUnderTest(backend, backend.name, self.quick)
+        subject = BackendUnderTest(backend, backend.name, self.quick, slow=_slow(backend))
         chosen = instances(subject, claimed_dtypes(subject), [check_id])
         found = [carry_out(one, subject, expected_failures) for one in chosen]
         conclude(_CHECKS[check_id].description, found)
+
+
+_known: dict[tuple[type, str], frozenset[torch.dtype]] = {}
+
+
+def _slow(backend: Backend) -> frozenset[torch.dtype]:
+    """Return the dtypes that a backend is slow in, measured once: the fixture may make one per test."""
+    key = (type(backend), str(backend.device))
+    if key not in _known:
+        claimed = claimed_dtypes(BackendUnderTest(backend, backend.name))
+        _known[key] = dtypes_of(slow_dtypes(backend, claimed))
+    return _known[key]
 
 
 def conclude(description: str, found: list[CheckResult]) -> None:
@@ -72,13 +87,18 @@ def conclude(description: str, found: list[CheckResult]) -> None:
     for one in found:
         by_status.setdefault(one.status, []).append(one)
     if "fail" in by_status:
-        pytest.fail(f"{description}\n{_lines(by_status['fail'])}", pytrace=False)
+        pytest.fail("\n".join([description, *map(_failed, by_status["fail"])]), pytrace=False)
     if "xpass" in by_status:
         pytest.fail(f"expected to fail, but passed:\n{_lines(by_status['xpass'])}", pytrace=False)
     if "xfail" in by_status:
         pytest.xfail(_lines(by_status["xfail"]))
     if "pass" not in by_status:
         pytest.skip(_lines(by_status.get("refused", [])))
+
+
+def _failed(one: CheckResult) -> str:
+    """Return a failed check with its wrong cases, each by the id that `--only` of the command line takes."""
+    return "\n  ".join([f"{one.id}: {one.cases.failed} wrong", *failed_cases(one)])
 
 
 def _lines(results: list[Any]) -> str:

@@ -8,24 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mla.conformance.kinds import DEFAULT, KINDS, kind_of
+
+__all__ = ["DEVICE", "DTYPE", "KINDS", "LAYER", "OP", "ConformanceCheck", "all_checks", "check", "matches"]
+
 if TYPE_CHECKING:
     from mla.conformance.trial import Trial
 
 # What a check runs once for: the device, every dtype, every op in every dtype, every layer.
 DEVICE, DTYPE, OP, LAYER = "device", "dtype", "op", "layer"
-
-# Why kernels fail: what a check's cases were chosen by.
-KINDS = {
-    "formula": "the formula or the contract itself: a scale, a mask, an order of channels, a promise",
-    "grid": "limits of a launch grid: many requests, rows, segments or heads",
-    "index": "widths of an index: slots, pages, bytes and elements beyond what 8 to 32 bits count",
-    "tiles": "borders of tiles, pages and splits: of rows, heads and keys",
-    "order": "who comes first: equal requests, permuted batches",
-    "state": "what is kept between calls: a plan, an output, an input, another layer",
-    "memory": "what lies around operands: strides, guard rows, neighbours",
-    "emptiness": "nothing at all: no tokens, no keys, no requests",
-    "numbers": "precision: narrow sums, large and small values",
-}
 
 _MODULES = (
     "device",
@@ -73,17 +64,19 @@ _CHECKS: dict[str, ConformanceCheck] = {}
 
 
 def check(
-    name: str, *, catches: str, scope: str = DEVICE, kind: str = "", fails: str = "formula"
+    name: str, *, catches: str, scope: str = DEVICE, kind: str = "", fails: str = DEFAULT
 ) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
-    """Register a function as check `name`; the first line of its docstring describes it."""
-    if fails not in KINDS:
-        raise ValueError(f"check '{name}' fails by '{fails}', which is not one of {', '.join(KINDS)}.")
+    """Register a function as check `name`; the first line of its docstring describes it.
+
+    What takes time belongs inside its cases (`Trial.case`), so that each can run alone.
+    """
+    why = kind_of(name, fails)
 
     def register(function: Callable[[Trial], None]) -> Callable[[Trial], None]:
         if name in _CHECKS:
             raise ValueError(f"check '{name}' is registered twice.")
         description = (function.__doc__ or "").strip().partition("\n")[0]
-        _CHECKS[name] = ConformanceCheck(name, scope, kind, description, catches, fails, function)
+        _CHECKS[name] = ConformanceCheck(name, scope, kind, description, catches, why, function)
         return function
 
     return register

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -30,6 +30,26 @@ class Refused(Exception):
     """The backend declared beforehand that it does not serve a case, as the contract allows."""
 
 
+class _NotChosen(Exception):
+    """Ends a case that does not run."""
+
+
+Outcome = Literal["passed", "refused", "failed"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case that ran."""
+
+    number: int  # from 1, in the order of the check; 0 is the check as a whole
+    label: str
+    outcome: Outcome
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.label, self.reason)))
+
+
 @dataclass(frozen=True)
 class BackendUnderTest:
     """The backend under test."""
@@ -40,6 +60,7 @@ class BackendUnderTest:
     version: str | None = None
     reopen: Callable[[Mapping[str, str]], Backend] | None = None  # creates the backend with other options
     say: Say | None = None  # is told in one line what an op compiles, before it does
+    slow: frozenset[torch.dtype] = frozenset()  # dtypes of which a handful of cases run
 
     @property
     def device(self) -> torch.device:
@@ -56,6 +77,10 @@ class BackendUnderTest:
         return type(self.backend)(options)
 
 
+# What a case that is not chosen cannot have: without it nothing is drawn, computed or called.
+_NEEDED = frozenset({"subject", "dtype", "op", "backend", "device", "require"})
+
+
 @dataclass
 class Trial:
     """What a check needs, and what it found. Its cases are counted one by one."""
@@ -67,11 +92,18 @@ class Trial:
     kind: str = ""
     policy: str = "auto"  # of the layer's ops
     may_refuse: bool = False  # a `BackendError` is an op's refusal, not a failure
-    passed: int = 0
-    refused: list[tuple[str, str]] = field(default_factory=list)  # case and reason
-    failed: list[str] = field(default_factory=list)
+    chosen: frozenset[int] | None = None  # numbers of the cases that run; None: all
+    beat: Callable[[], None] = lambda: None  # called after every case that ran
+    labels: list[str] = field(default_factory=list)  # of all cases, chosen or not
+    cases: list[Case] = field(default_factory=list)  # that ran
     worst: float | None = None  # largest error over its bound
     note: str = ""  # a figure worth reading
+    _left_out: bool = field(default=False, init=False)  # inside a case that is not chosen
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _NEEDED and object.__getattribute__(self, "_left_out"):
+            raise _NotChosen
+        return object.__getattribute__(self, name)
 
     @property
     def backend(self) -> Backend:
@@ -83,33 +115,49 @@ class Trial:
 
     @property
     def quick(self) -> bool:
-        return self.subject.quick
+        return object.__getattribute__(self, "subject").quick
 
-    @property
-    def count(self) -> int:
-        """Cases so far."""
-        return self.passed + len(self.refused) + len(self.failed)
+    def count(self, outcome: Outcome) -> int:
+        """Return how many cases ended so."""
+        return sum(one.outcome == outcome for one in self.cases)
 
     @contextmanager
     def case(self, label: str = "") -> Iterator[None]:
-        """Count the body as one case. What it raises is its outcome; the next case still runs."""
-        where = f"{label}: " if label else ""
+        """Count the body as one case. What it raises is its outcome; the next case still runs.
+
+        A case that is not chosen ends where it first asks the trial for its dtype, device or op.
+        """
+        self.labels.append(label)
+        number = len(self.labels)
+        if self.chosen is not None and number not in self.chosen:
+            with self._leaving_out():
+                yield
+            return
+        outcome: Outcome = "passed"
+        reason = ""
         try:
             with plugin_code():
                 yield
         except (Refused, UnsupportedBatch) as why:
-            self.refused.append((label, str(why)))
+            outcome, reason = "refused", str(why)
         except CheckFailed as why:
-            self.failed.append(f"{where}{why}")
+            outcome, reason = "failed", str(why)
         except BackendError as why:  # ops raise it on the host, before anything is launched
-            if self.may_refuse:
-                self.refused.append((label, str(why)))
-            else:
-                self.failed.append(f"{where}{raised(why)}")
+            outcome, reason = ("refused", str(why)) if self.may_refuse else ("failed", raised(why))
         except Exception as error:  # noqa: BLE001  # whatever is raised is a finding, even SystemExit
-            self.failed.append(f"{where}{raised(error)}")
-        else:
-            self.passed += 1
+            outcome, reason = "failed", raised(error)
+        self.cases.append(Case(number, label, outcome, reason))
+        self.beat()
+
+    @contextmanager
+    def _leaving_out(self) -> Iterator[None]:
+        self._left_out = True
+        try:
+            yield
+        except Exception:  # noqa: BLE001  # `_NotChosen`, or what the body made of it
+            pass
+        finally:
+            self._left_out = False
 
     def judge(
         self,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mla.conformance.registry import all_checks, matches
+from mla.conformance.selection import without_case
 from mla.errors import MLAError, did_you_mean
 
 
@@ -59,6 +60,9 @@ def _entry(line: str, where: str) -> tuple[str, str]:
     pattern, colon, reason = (part.strip() for part in line.partition(":"))
     if not colon or not pattern or not reason:
         raise XfailError(f"{where}: expected 'check: reason', got '{line.strip()}'.")
+    check = without_case(pattern)
+    if check != pattern:
+        raise XfailError(f"{where}: expected failures are checks, not single cases: list '{check}'.")
     require_known(pattern, where)
     return pattern, reason
 

@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from mla.errors import MLAError
-from mla.failures.memory import Pages, Tensors, View, storage, views
+from mla.failures.memory import OUTPUTS, Pages, Tensors, View, storage, views
 from mla.text import dtype_name, size
 from mla_backends.api import AttentionSpec, FusedOp, LinearSpec, NormSpec, SegmentLengths
 
@@ -221,6 +221,3 @@ def poison_outputs(tensors: Mapping[str, Any]) -> None:
         out = tensors.get(name)
         if out is not None and storage(out) not in read:
             out.fill_(torch.nan)
-
-
-OUTPUTS: Sequence[str] = ("out", "lse")

@@ -10,6 +10,10 @@ import msgspec
 import torch
 
 Tensors = dict[str, torch.Tensor]
+# What an op writes, besides the cache.
+OUTPUTS = ("out", "lse")
+# So many numbers before and behind an output are copied with it, if its memory has them: an op may hit them.
+BESIDE = 1 << 16
 
 
 class View(msgspec.Struct, frozen=True):
@@ -41,19 +45,28 @@ class Pages(msgspec.Struct, frozen=True):
 def views(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, View], dict[str, torch.Tensor]]:
     """Return where tensors lie, and the pieces of memory [n] that hold them, not yet copied.
 
-    A piece is named after its first tensor, and holds all that lies between the tensors of one storage.
+    A piece is named after its first tensor, and holds all that lies between the tensors of one storage;
+    beside outputs it holds more.
     """
     found: dict[str, View] = {}
     pieces: dict[str, torch.Tensor] = {}
     for members in _by_storage(tensors):
-        first = min(tensor.storage_offset() for tensor in members.values())
-        stop = max(tensor.storage_offset() + extent(tensor) for tensor in members.values())
+        first = min(int(tensor.storage_offset()) for tensor in members.values())
+        stop = max(int(tensor.storage_offset()) + extent(tensor) for tensor in members.values())
+        if not members.keys().isdisjoint(OUTPUTS):
+            first, stop = _widened(next(iter(members.values())), first, stop)
         name = next(iter(members))
         pieces[name] = members[name].as_strided((stop - first,), (1,), first)
         for member, tensor in members.items():
             offset = int(tensor.storage_offset() - first)
             found[member] = View(name, offset, list(tensor.shape), list(tensor.stride()))
     return found, pieces
+
+
+def _widened(tensor: torch.Tensor, first: int, stop: int) -> tuple[int, int]:
+    """Return a range of a tensor's storage with as much, or `BESIDE`, on either side where there is any."""
+    beside = max(BESIDE, stop - first)
+    return max(0, first - beside), min(tensor.untyped_storage().nbytes() // tensor.itemsize, stop + beside)
 
 
 def _by_storage(tensors: Mapping[str, torch.Tensor]) -> Iterator[Tensors]:

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from mla.errors import MLAError, UnknownOp, did_you_mean
 from mla.failures.call import RecordedCall
 from mla.failures.file import Failure
-from mla.failures.verdict import judged, make
+from mla.failures.verdict import judged, make, raised
 from mla.layer.ops import refusals, sentences
 from mla.reference import REFERENCE
 from mla_backends.api import OPS, Backend, FusedOp
+from mla_backends.errors import BackendError
 
 
 class CannotReplay(MLAError):
@@ -30,8 +31,14 @@ def replay(failure: Failure, backend: Backend, name: str | None = None, runs: in
     _require_served(call, name or call.facts.op, op, backend)
     found = []
     for _ in range(runs):
-        one = make(call, op, backend.device, backend.synchronize)
-        found.append(judged(call, one, expected))
+        try:
+            one = make(call, op, backend.device, backend.synchronize)
+        except BackendError:  # a refusal
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever an op raises
+            found.append(raised(error))
+        else:
+            found.append(judged(call, one, expected))
     return found
 
 

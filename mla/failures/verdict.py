@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from mla.failures.call import CONTEXT, LIMIT, OUTPUTS, RecordedCall
-from mla.failures.memory import Tensors, covered, same_numbers
+from mla.failures.call import CONTEXT, LIMIT, RecordedCall
+from mla.failures.memory import OUTPUTS, Tensors, View, covered, same_numbers
 from mla.reference import REFERENCE
 from mla.verify.op_oracle import attend, product, true_norm, true_rotation
 from mla.verify.places import Places
 from mla.verify.tolerances import judge, judge_lse
 from mla_backends.api import FusedOp
+from mla_backends.errors import describe
 
 # The most bytes of float64 logits in one step of the oracle.
 LOGITS_BYTES = 256 << 20
@@ -79,7 +80,7 @@ def results(call: RecordedCall, arguments: Mapping[str, Any]) -> Tensors:
 
 def damage(call: RecordedCall, after: Mapping[str, torch.Tensor]) -> list[str]:
     """Return what has changed although the op only reads it, as clauses."""
-    clauses = []
+    clauses: list[str] = []
     for name, piece in after.items():
         changed = ~same_numbers(piece, call.memory[name])
         members = {one: view for one, view in call.facts.views.items() if view.memory == name}
@@ -89,8 +90,18 @@ def damage(call: RecordedCall, after: Mapping[str, torch.Tensor]) -> list[str]:
                 clauses.append(f"the op wrote to {one}, which it only reads")
             changed &= ~inside
         if bool(changed.any()):
-            clauses.append(f"memory between the rows of {' or '.join(members)} was written")
+            clauses.append(f"memory {_beside(changed, members)} {' or '.join(members)} was written")
     return clauses
+
+
+def _beside(changed: torch.Tensor, members: Mapping[str, View]) -> str:
+    """Return where changed numbers [n] of a piece of memory lie, seen from the tensors in it."""
+    owned = torch.zeros_like(changed)
+    for view in members.values():
+        owned |= covered(view, len(changed))
+    places = owned.nonzero()
+    inside = len(places) and bool(changed[int(places[0]) : int(places[-1])].any())
+    return "between the rows of" if inside else "before or behind"
 
 
 def _written(members: Mapping[str, Any], inside: torch.Tensor) -> bool:
@@ -135,6 +146,11 @@ def judged(call: RecordedCall, found: Made, right: Expected) -> str:
             reason = judge(result, right.truth[name], right.reference[name], call.dtype, where)[1]
         reasons += [f"{name}: {reason}"] * bool(reason)
     return "; ".join(reasons)
+
+
+def raised(error: Exception) -> str:
+    """Return why a call was wrong that ended in an exception."""
+    return f"it raised {describe(error)}"
 
 
 def places(call: RecordedCall) -> Places | None:

@@ -11,8 +11,9 @@ import torch
 
 from mla.failures.call import Known, Lengths, RecordedCall, TooLarge, poison_outputs, record, without_cache
 from mla.failures.memory import views
-from mla.failures.verdict import Expected, Made, copied, expected, judged, made
+from mla.failures.verdict import Expected, Made, copied, expected, judged, made, raised
 from mla_backends.api import FusedOp, LinearSpec, NormSpec, Packed, SegmentLengths
+from mla_backends.errors import BackendError
 
 # Seconds after which calls are made without being judged: the oracle may take a while.
 PATIENCE = 120.0
@@ -64,11 +65,17 @@ class Watcher:
     def call(
         self, known: Known | None, op: FusedOp, leading: Sequence[Any], tensors: Mapping[str, Any]
     ) -> None:
-        """Make a call, and judge it if that is possible."""
+        """Make a call, and judge it if that is possible. What the op raises is a finding, and is raised."""
         recorded = None if known is None or self.done else self._record(known, tensors)
         cache = tensors.get("cache")
         before = copied(cache) if recorded else None
-        op(*leading, **tensors)
+        try:
+            op(*leading, **tensors)
+        except BackendError:  # a refusal
+            raise
+        except Exception as error:
+            self._raised(recorded, error)
+            raise
         if recorded is None:
             return
         self._synchronize()
@@ -81,6 +88,11 @@ class Watcher:
             self.wrong = one
         else:
             self.last = one
+
+    def _raised(self, recorded: RecordedCall | None, error: Exception) -> None:
+        """Keep a call that ended in an exception; what it wrote may be out of reach by now."""
+        if recorded is not None:
+            self.wrong = JudgedCall(recorded, Made({}), expected(recorded), raised(error))
 
     def _record(self, known: Known, tensors: Mapping[str, Any]) -> RecordedCall | None:
         poison_outputs(tensors)

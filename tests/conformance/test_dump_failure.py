@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
+import faulty_backend
 import pytest
+import torch
 
 from mla.bench.cli.main import main as bench
 from mla.conformance.cli import main
 from mla.failures import file
+from mla.failures.watch import Watched, Watcher
 
 FAULTY = ["--backend", "faulty_backend:FaultyBackend", "--dtype", "float32", "--quick"]
 
@@ -46,6 +50,79 @@ def test_the_first_failure_is_kept(
     assert bench(["replay", "kept", "--op", "reference"]) == 0
 
 
+def test_the_case_that_failed_is_kept_and_not_one_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The command that is kept with it runs that case alone."""
+    monkeypatch.chdir(tmp_path)
+    called = faulty_backend.FaultyOp.__call__
+    rows: list[int] = []
+
+    def many_rows(self: Any, *leading: Any, x: torch.Tensor, out: torch.Tensor, **rest: Any) -> None:
+        rows.append(len(x))
+        called(self, *leading, x=x, out=out, **rest)
+        if len(x) > 100:
+            out[100:] *= 1.05
+
+    monkeypatch.setattr(faulty_backend.FaultyOp, "__call__", many_rows)
+    options = ["-O", "op=linear", "--only", "linear.product", "--dump-failure", "kept"]
+    assert main([*FAULTY, *options]) == 4
+    assert rows == [1, 7, 130, 5, 130]  # every case, and the wrong one again
+    origin = file.read(Path("kept")).document.origin
+    assert origin.where == "linear.product[faulty-float32]#3"
+    words = shlex.split(origin.command)
+    assert words[:3] == ["python", "-m", "mla.conformance"]
+    rows.clear()
+    capsys.readouterr()
+    assert main(words[3:]) == 4
+    assert rows == [130]
+    assert "1 checks: 0 passed, 1 failed" in capsys.readouterr().out
+
+
+def test_a_call_that_raises_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def illegal(self: Any, *leading: Any, **tensors: Any) -> None:
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(faulty_backend.FaultyOp, "__call__", illegal)
+    options = ["-O", "op=rms_norm", "--only", "rms_norm.eps", "--dump-failure", "kept"]
+    assert main([*FAULTY, *options]) == 4
+    kept = file.read(Path("kept")).document
+    assert kept.reason == "it raised RuntimeError: illegal memory access"
+    assert kept.origin.where == "rms_norm.eps[faulty-float32]#1"
+    capsys.readouterr()
+    assert bench(["replay", "kept"]) == 4
+    assert "wrong: it raised RuntimeError: illegal memory access" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert bench(["replay", "kept"]) == 0
+
+
+@pytest.mark.parametrize("row", [-1, 9])
+def test_what_is_written_before_or_behind_an_output_is_kept(
+    row: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Memory beside an output belongs to somebody else; a suite may put a row of its own there."""
+    monkeypatch.chdir(tmp_path)
+    called = faulty_backend.FaultyOp.__call__
+
+    def guarded(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.full((shape[0] + 2, *shape[1:]), torch.nan, dtype=dtype, device=device)[1:-1]
+
+    def beside(self: Any, *, x: torch.Tensor, out: torch.Tensor, **rest: Any) -> None:
+        called(self, x=x, out=out, **rest)
+        out.as_strided(out.shape[1:], out.stride()[1:], out.storage_offset() + row * out.stride(0)).zero_()
+
+    monkeypatch.setattr(faulty_backend.FaultyOp, "__call__", beside)
+    watcher = Watcher(lambda: None)
+    op = Watched("rms_norm", "faulty", faulty_backend.FaultyOp("rms_norm", "none"), watcher)
+    out = guarded(9, 33, dtype=torch.float32, device=torch.device("cpu"))
+    op(x=torch.randn(9, 33), weight=torch.randn(33), eps=1e-6, out=out)
+    assert watcher.wrong is not None
+    assert watcher.wrong.reason == "memory before or behind out was written"
+
+
 def test_a_failure_without_a_wrong_call_keeps_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -55,7 +132,7 @@ def test_a_failure_without_a_wrong_call_keeps_nothing(
     options = ["-O", "op=linear", "--only", "linear.pack", "--dump-failure", "kept"]
     assert main([*FAULTY, *options]) == 4
     assert (
-        "--dump-failure kept nothing of linear.pack[faulty-float32]: no call of an op"
+        "--dump-failure kept nothing of linear.pack[faulty-float32]#1: no call of an op"
         in capsys.readouterr().err
     )
     assert list(Path("kept").iterdir()) == []

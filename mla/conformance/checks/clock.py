@@ -6,6 +6,7 @@ verdict: a clock that does not wait is off by far more.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 
@@ -15,6 +16,7 @@ from mla.conformance.trial import Trial, expect
 
 SLACK = 1.05  # two clocks may drift apart by this factor
 RESOLUTION_MS = 0.1
+ROUNDS = 3  # a host whose CPUs others want spoils one, but not all
 
 
 @check(
@@ -76,8 +78,11 @@ def _timed(trial: Trial, work: MatmulLoad, units: int, pending: int = 0) -> floa
 def timer_scales(trial: Trial) -> None:
     """Eight times the work takes at least twice as long."""
     work = MatmulLoad(trial.subject)
-    one = best(lambda: _timed(trial, work, 1))
-    eight = best(lambda: _timed(trial, work, 8))
+    one = eight = 0.0
+    for _ in range(ROUNDS):
+        one, eight = (best(functools.partial(_timed, trial, work, units)) for units in (1, 8))
+        if eight >= 2 * one > 0:
+            break
     trial.note = f"{eight / one if one else 0:.1f}x the time for 8x the work"
     expect(one > 0, f"work of {work.milliseconds():.3g} ms took {one:.3g} ms")
     expect(eight >= 2 * one, f"{one:.3g} ms for one unit of work and {eight:.3g} ms for eight")
@@ -87,7 +92,11 @@ def timer_scales(trial: Trial) -> None:
 def timer_start(trial: Trial) -> None:
     """Work submitted before the timer starts does not count."""
     work = MatmulLoad(trial.subject)
-    alone = best(lambda: _timed(trial, work, 1))
-    after = usual(lambda: _timed(trial, work, 1, pending=16))
-    bound = 6 * alone + RESOLUTION_MS
+    alone = after = bound = 0.0
+    for _ in range(ROUNDS):
+        alone = best(lambda: _timed(trial, work, 1))
+        after = usual(lambda: _timed(trial, work, 1, pending=16))
+        bound = 6 * alone + RESOLUTION_MS
+        if after <= bound:
+            break
     expect(after <= bound, f"{alone:.3g} ms for work alone, {after:.3g} ms behind other work")

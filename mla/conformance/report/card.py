@@ -1,116 +1,27 @@
-"""The report: one schema, validated on write and on read, and the card that is printed from it."""
+"""The card: the report in Markdown that is readable as plain text."""
 
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
-import msgspec
-
-from mla.command.files import write_bytes
 from mla.command.table import markdown
-from mla.errors import MLAError
+from mla.conformance.report.schema import (
+    Cases,
+    CheckResult,
+    ConformanceReport,
+    Coverage,
+    Failure,
+    Status,
+)
 
-SCHEMA_VERSION = 1
-
-Status = Literal["pass", "fail", "refused", "xfail", "xpass"]
-
-
-class ConformanceReportError(MLAError):
-    """A report that cannot be read."""
-
-
-class Cases(msgspec.Struct, kw_only=True):
-    """Number of cases of a check by outcome."""
-
-    passed: int
-    refused: int
-    failed: int
-
-
-class Refusal(msgspec.Struct, kw_only=True):
-    """A case that was not served, and the op's reasons."""
-
-    case: str
-    reason: str
-
-
-class CheckResult(msgspec.Struct, kw_only=True):
-    """One check of one subject.
-
-    refused: the backend declared beforehand that it serves none of the cases. xfail: it failed, as the list
-    of expected failures says. xpass: the list says it fails, but it passed.
-    """
-
-    id: str  # check, and the subject in brackets
-    check: str
-    of: str  # op, or the policy of a layer's ops; "" for the device
-    dtype: str  # "" where it does not matter
-    status: Status
-    reason: str
-    cases: Cases
-    refusals: list[Refusal]
-    error_ratio: float | None  # largest error over its bound; at most 1 when right
-    note: str
-    seconds: float
-
-
-class CheckedBackend(msgspec.Struct, kw_only=True):
-    """What was checked."""
-
-    name: str
-    version: str | None
-    device: str  # torch's name for it
-    device_name: str
-
-
-class ConformanceReport(msgspec.Struct, kw_only=True):
-    """One run of the suite."""
-
-    schema_version: int
-    argv: list[str]
-    created: str  # ISO 8601, UTC
-    git_commit: str | None
-    interrupted: bool
-    quick: bool
-    backend: CheckedBackend
-    environment: dict[str, str]
-    dtypes: list[str]
-    planned: int  # checks, of which `checks` holds those that ran
-    checks: list[CheckResult]
-    unused_xfails: list[str]  # patterns of the list that matched nothing that ran
-
-    def counts(self) -> Counter[Status]:
-        """Return status -> number of checks."""
-        return Counter(one.status for one in self.checks)
-
-
-def decode(data: bytes) -> ConformanceReport:
-    """Parse and validate a report. Raises `ConformanceReportError` with the JSON path of the fault."""
-    try:
-        report = msgspec.json.decode(data, type=ConformanceReport)
-    except msgspec.DecodeError as error:
-        raise ConformanceReportError(f"not a conformance report of this version: {error}.") from error
-    if report.schema_version != SCHEMA_VERSION:
-        raise ConformanceReportError(
-            f"the report has schema version {report.schema_version}, not {SCHEMA_VERSION}."
-        )
-    return report
-
-
-def write(report: ConformanceReport, path: Path) -> None:
-    """Write a report whole or not at all. Raises `mla.errors.ResultError`."""
-    write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n", path)
-
-
-# ------------------------------------------------------------------------------------------------ card
+# How many wrong cases of a check are listed.
+MOST_CASES = 5
 
 _TITLES = ("check", "of", "result", "cases", "error/bound", "note")
+_KIND_TITLES = ("kind", "checks", "cases", "what it is")
 _SECTIONS: dict[Status, str] = {
-    "fail": "Failed",
     "xpass": "Passed unexpectedly (remove them from the list)",
     "xfail": "Failed as expected",
 }
@@ -122,9 +33,16 @@ def card(report: ConformanceReport) -> str:
         f"# mla conformance: {report.backend.name}\n",
         _header(report),
         _table(report.checks),
+        _list(
+            "Failed", list(_failures(report)), "A command with `--dump-failure DIR` keeps the case's tensors."
+        ),
         *(_section(title, status, report.checks) for status, title in _SECTIONS.items()),
         _list("Refused", list(_refusals(report.checks))),
         _list("Expected failures that matched no check", report.unused_xfails),
+        "## Covered, by why kernels fail\n",
+        markdown(_KIND_TITLES, map(_kind, report.coverage), padded=True),
+        _list("What this run cannot have seen", list(map(_flat, report.blind))),
+        f"Seconds: {seconds_by_group(report.checks)}\n",
         summary(report) + "\n",
     ]
     return "\n".join(part for part in parts if part)
@@ -160,6 +78,50 @@ def _header(report: ConformanceReport) -> str:
     return "".join(f"- {key}: {_flat(value)}\n" for key, value in facts.items())
 
 
+def _kind(one: Coverage) -> tuple[str, ...]:
+    return one.kind, str(one.checks), _counted([one.cases]), one.what
+
+
+def _failures(report: ConformanceReport) -> Iterator[str]:
+    """Yield every failed check with its wrong cases, and how to run the first of them alone."""
+    for one in report.checks:
+        if one.status != "fail":
+            continue
+        lines = [*failed_cases(one), _alone(report, one.failures[0])]
+        yield f"`{one.id}`: {_of_cases(one)}\n" + "\n".join(f"  - {line}" for line in lines)
+
+
+def _of_cases(one: CheckResult) -> str:
+    ran = one.cases.passed + one.cases.refused + one.cases.failed
+    return f"{one.cases.failed} of {ran} cases" if ran > 1 else "its one case"
+
+
+def failed_cases(one: CheckResult) -> list[str]:
+    """Return a line for each of the first wrong cases of a check, and one that counts the others."""
+    lines = [f"`{case.id}`: {_flat(_text(case))}" for case in one.failures[:MOST_CASES]]
+    more = len(one.failures) - len(lines)
+    return [*lines, f"and {more} more"] if more else lines
+
+
+def _text(case: Failure) -> str:
+    return ": ".join(filter(None, (case.case, case.reason)))
+
+
+def _alone(report: ConformanceReport, case: Failure) -> str:
+    """Return how to run one case and nothing else."""
+    return f"the first alone: `{shlex.join([*report.alone, '--only', case.id])}`"
+
+
+def seconds_by_group(checks: Iterable[CheckResult]) -> str:
+    """Return what every group of checks took, the longest first."""
+    taken: dict[str, float] = {}
+    for one in checks:
+        group = one.check.partition(".")[0]
+        taken[group] = taken.get(group, 0.0) + one.seconds
+    longest = sorted(taken, key=taken.__getitem__, reverse=True)
+    return ", ".join(f"{group} {taken[group]:.1f}" for group in longest)
+
+
 def _table(checks: Sequence[CheckResult]) -> str:
     return markdown(_TITLES, _rows(checks), padded=True)
 
@@ -190,12 +152,15 @@ def _result(members: Sequence[CheckResult]) -> str:
 
 
 def _cases(members: Sequence[CheckResult]) -> str:
-    passed, refused, failed = (
-        sum(getattr(one.cases, kind) for one in members) for kind in ("passed", "refused", "failed")
-    )
-    total = passed + refused + failed
-    extra = [f"{count} {word}" for count, word in ((failed, "wrong"), (refused, "refused")) if count]
-    return f"{total}, {', '.join(extra)}" if extra else str(total)
+    return _counted([one.cases for one in members])
+
+
+def _counted(members: Sequence[Cases]) -> str:
+    """Return how many cases there are, and of them "3 wrong, 2 refused, 4 left out"."""
+    words = {"passed": "", "failed": "wrong", "refused": "refused", "left_out": "left out"}
+    counts = {word: sum(getattr(one, name) for one in members) for name, word in words.items()}
+    extra = [f"{count} {word}" for word, count in counts.items() if word and count]
+    return ", ".join([str(sum(counts.values())), *extra])
 
 
 def _ratio(members: Sequence[CheckResult]) -> str:
@@ -247,8 +212,11 @@ def _count(key: tuple[str, str, str], checks: Sequence[CheckResult]) -> int:
     return max(2, sum(_group(one) == key for one in checks))
 
 
-def _list(title: str, lines: Sequence[str]) -> str:
-    return f"## {title}\n\n" + "".join(f"- {line}\n" for line in lines) if lines else ""
+def _list(title: str, lines: Sequence[str], first: str = "") -> str:
+    if not lines:
+        return ""
+    above = f"{first}\n\n" * bool(first)
+    return f"## {title}\n\n{above}" + "".join(f"- {line}\n" for line in lines)
 
 
 def _flat(text: str) -> str:

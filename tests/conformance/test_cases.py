@@ -1,0 +1,228 @@
+"""Single cases: counted without running, run alone by id, and a handful of them where a dtype is slow."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mla.conformance import schedule
+from mla.conformance.cli import main
+from mla.conformance.registry import LAYER, OP
+from mla.conformance.report import CheckResult
+from mla.conformance.speed import slow_dtypes
+from mla.conformance.suite import Instance, carry_out, handful, instances
+from mla.conformance.trial import BackendUnderTest
+from mla.conformance.xfails import Xfails
+from mla.reference import REFERENCE
+from mla_backends.api import Packed
+
+Run = Callable[..., list[CheckResult]]
+
+
+class Counting(type(REFERENCE["linear"])):  # type: ignore[misc]
+    """Remembers how many rows each call had."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def __call__(self, packed: Packed, *, x: torch.Tensor, **rest: Any) -> None:
+        self.rows.append(len(x))
+        super().__call__(packed, x=x, **rest)
+
+
+def of_ops(subject: BackendUnderTest, *only: str) -> list[Instance]:
+    found = instances(subject, (torch.float32,), only)
+    return [one for one in found if one.check.scope in (OP, LAYER)]
+
+
+def test_cases_are_counted_without_a_call_of_an_op_or_the_oracle(
+    sound: Any, right_ops: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the time can be estimated, and cases be listed; nor are inputs drawn for what does not run."""
+
+    def touched(*_: Any, **__: Any) -> Any:
+        raise AssertionError("something was computed")
+
+    for owner in {type(op) for op in (*right_ops.values(), *REFERENCE.values())}:
+        monkeypatch.setattr(owner, "__call__", touched)
+        monkeypatch.setattr(owner, "prepare", touched)
+        monkeypatch.setattr(owner, "pack", touched)
+    monkeypatch.setattr(torch, "randn", touched)
+    for quick in (True, False):
+        subject = BackendUnderTest(sound(ops=right_ops), "sound", quick)
+        for one in of_ops(subject):
+            refused = replace(one, chosen=frozenset()).run(subject).cases
+            assert all(case.number == 0 and case.outcome == "refused" for case in refused), (one.id, refused)
+            assert one.labels(subject) or refused, one.id
+
+
+def test_the_cases_that_are_counted_are_those_that_run(sound: Any) -> None:
+    subject = BackendUnderTest(sound(), "sound", quick=True)
+    for one in of_ops(subject, "linear", "latent.heads", "layer.pages", "rms_norm"):
+        ran = one.run(subject).cases
+        assert [case.label for case in ran] == list(one.labels(subject)), one.id
+        assert [case.number for case in ran] == list(range(1, len(ran) + 1)), one.id
+
+
+@pytest.mark.parametrize(
+    ("only", "rows"),
+    [
+        (("linear.product[mine-float32]#3",), [130]),
+        (("linear.product[mine-*]#1", "linear.product[mine-float32]#4"), [1, 5]),
+        (("linear.product[mine-*]#1", "linear.product[mine-float32]"), [1, 7, 130, 5]),
+        (("linear.inputs#2",), [130, 130]),
+    ],
+)
+def test_a_case_runs_alone(judge: Run, sound: Any, only: tuple[str, ...], rows: list[int]) -> None:
+    op = Counting()
+    results = [one for one in judge(sound(ops={"mine": op}), *only) if one.of == "mine"]
+    assert op.rows == rows
+    (one,) = results
+    assert one.status == "pass"
+    assert one.cases.passed == len(set(rows))
+
+
+def test_a_case_outside_those_chosen_cannot_fail_a_check(judge: Run, sound: Any) -> None:
+    class FailsAlone(Counting):
+        def __call__(self, packed: Packed, *, x: torch.Tensor, out: torch.Tensor, **rest: Any) -> None:
+            super().__call__(packed, x=x, out=out, **rest)
+            out *= 2 if len(x) == 7 else 1
+
+    backend = sound(ops={"mine": FailsAlone()})
+    wanted = "linear.product[mine-float32]"
+    assert [one.status for one in judge(backend, wanted)] == ["fail"]
+    alone = [judge(backend, f"{wanted}#{number}")[0].status for number in (1, 2, 3, 4)]
+    assert alone == ["pass", "fail", "pass", "pass"]
+
+
+@pytest.mark.parametrize(
+    ("count", "few", "numbers"),
+    [
+        (1, 2, None),
+        (2, 2, None),
+        (3, 2, {1, 3}),
+        (15, 2, {1, 15}),
+        (3, 3, None),
+        (4, 3, {1, 3, 4}),
+        (15, 3, {1, 8, 15}),
+    ],
+)
+def test_a_handful_has_the_first_and_the_last(count: int, few: int, numbers: set[int] | None) -> None:
+    assert handful(count, few) == numbers
+
+
+def test_a_slow_dtype_gets_a_handful_and_keeps_its_numbers(sound: Any) -> None:
+    op = Counting()
+    subject = BackendUnderTest(sound(ops={"mine": op}), "sound", quick=True, slow=frozenset({torch.bfloat16}))
+    dtypes = (torch.bfloat16, torch.float32)
+    found = {one.dtype: one for one in instances(subject, dtypes, ["linear.product[mine-*]"])}
+    thin, whole = (carry_out(found[dtype], subject, Xfails()) for dtype in dtypes)
+    assert op.rows == [1, 5, 1, 7, 130, 5]
+    assert (thin.cases.passed, thin.cases.left_out) == (2, 2)
+    assert (whole.cases.passed, whole.cases.left_out) == (4, 0)
+    (asked,) = instances(subject, dtypes, ["linear.product[mine-bfloat16]#2"])
+    op.rows.clear()
+    carry_out(asked, subject, Xfails())
+    assert op.rows == [7]
+
+
+class OnlyBfloat16(Counting):
+    def unsupported_reasons(self, spec: Any) -> list[str]:
+        return [] if spec.dtype == torch.bfloat16 else ["it computes in bfloat16"]
+
+
+def test_an_op_that_serves_nothing_else_keeps_its_cases_in_a_slow_dtype(sound: Any) -> None:
+    op = OnlyBfloat16()
+    subject = BackendUnderTest(sound(ops={"mine": op}), "sound", quick=True, slow=frozenset({torch.bfloat16}))
+    (one,) = instances(subject, (torch.bfloat16,), ["linear.product[mine-*]"])
+    assert carry_out(one, subject, Xfails()).cases.left_out == 0
+    assert op.rows == [1, 7, 130, 5]
+
+
+class Imitated(TorchDispatchMode):
+    """A device that takes long for products in one dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default and args[0].dtype == self.dtype:
+            time.sleep(0.2)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def imitated(request: pytest.FixtureRequest) -> Iterator[None]:
+    with Imitated(request.param):
+        yield
+
+
+ALL = (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("imitated", [torch.bfloat16], indirect=True)
+def test_a_dtype_that_takes_longer_than_a_wider_one_is_slow(imitated: None, sound: Any) -> None:
+    backend = sound()
+    backend.device = torch.device("cpu")
+    (slow,) = slow_dtypes(backend, ALL)
+    assert (slow.dtype, slow.than) == ("bfloat16", "float32")
+    assert slow.factor > 3
+
+
+@pytest.mark.parametrize("imitated", [torch.float32], indirect=True)
+def test_the_widest_dtype_is_never_slow_nor_one_that_fails(imitated: None, sound: Any) -> None:
+    backend = sound()
+    backend.device = torch.device("cpu")
+    assert slow_dtypes(backend, ALL) == ()
+    assert slow_dtypes(backend, (torch.bfloat16,)) == ()
+    assert slow_dtypes(backend, (torch.float16, torch.bfloat16)) == ()
+    backend.device = torch.device("meta")  # nothing can be read back from it
+    assert slow_dtypes(backend, (torch.float16, torch.float32)) == ()
+
+
+@pytest.mark.parametrize("imitated", [torch.bfloat16], indirect=True)
+@pytest.mark.parametrize("words", [(), ("--every-case",)])
+def test_the_card_says_of_which_dtype_a_handful_ran(
+    imitated: None, words: tuple[str, ...], capsys: Any
+) -> None:
+    """And `--every-case` runs all of it."""
+    chosen = ("--only", "rms_norm.formula", "--quick", *words)
+    assert main(["--backend", "faulty_backend:FaultyBackend", "-O", "op=rms_norm", *chosen]) == 0
+    said = r"- Most sizes in bfloat16: .* as long as float32 here, so that 4 of 8 cases ran"
+    found = re.search(said, capsys.readouterr().out)
+    assert bool(found) is not bool(words)
+
+
+def test_the_expected_time_is_said_once_and_early(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(schedule, "SAY_FROM", 0.0)
+    chosen = ("--only", "linear", "--only", "rms_norm", "--dtype", "float32", "--quick", "-v")
+    assert main(["--backend", "faulty_backend:FaultyBackend", "-O", "op=linear", *chosen]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    said = re.compile(r"14 checks, \d+ cases: about \d+ s in all, \d+ s from now")
+    (at,) = [i for i, line in enumerate(lines) if said.fullmatch(line)]
+    sampled = ("linear.product[faulty-", "linear.product[reference-", "rms_norm.formula[reference-")
+    assert lines[:at] == [f"{one}float32]" for one in sampled]
+    assert len(lines) == 1 + 14 + 1
+    assert lines[-1].startswith("slowest: ")
+
+
+def test_the_rest_is_expected_to_take_what_its_kind_took(sound: Any) -> None:
+    subject = BackendUnderTest(sound(), "sound", quick=True)
+    chosen = instances(subject, (torch.float32,), ("linear.bias", "linear.product", "rms_norm.eps"))
+    planned = schedule.steps(chosen, subject)
+    at = {one.instance.check.id: index for index, one in enumerate(planned)}
+    cases = {name: planned[index].cases for name, index in at.items()}
+    assert cases == {"linear.bias": 3, "linear.product": 4, "rms_norm.eps": 2}
+    done = carry_out(planned[at["linear.product"]].instance, subject, Xfails())
+    done.seconds = 1.0
+    found = {at["linear.product"]: done}
+    assert schedule.expected(planned, found, [at["linear.bias"], at["rms_norm.eps"]]) == 0.75
+    assert [schedule.duration(seconds) for seconds in (0.2, 99.0, 280.0)] == ["1 s", "99 s", "5 min"]

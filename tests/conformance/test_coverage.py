@@ -1,0 +1,196 @@
+"""What a run covered, by why kernels fail, and what it says it cannot have seen."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mla.conformance import kinds
+from mla.conformance.cli import main
+from mla.conformance.registry import all_checks, check, matches
+from mla.conformance.report import Cases, CheckResult, Failure, Slow, decode
+from mla.conformance.report.card import MOST_CASES, failed_cases
+from mla.conformance.report.coverage import Extent, blind, coverage
+from mla.reference import REFERENCE
+
+FAULTY = ("--backend", "faulty_backend:FaultyBackend", "--quick", "--dtype", "float32")
+
+
+def result(name: str, status: Any = "pass", of: str = "mine", dtype: str = "float32", **changes: Any) -> Any:
+    counts = {"passed": 0, "refused": 0, "failed": 0, "left_out": 0, **changes.pop("cases", {"passed": 2})}
+    facts = {"reason": "", "failures": [], "refusals": [], "error_ratio": None, "note": "", "seconds": 1.0}
+    return CheckResult(
+        id=f"{name}[{of}-{dtype}]",
+        check=name,
+        kind=kinds.kind_of(name),
+        of=of,
+        dtype=dtype,
+        status=status,
+        cases=Cases(**counts),
+        **{**facts, **changes},
+    )
+
+
+def extent(**changes: Any) -> Extent:
+    facts: dict[str, Any] = {
+        "quick": False,
+        "only": (),
+        "claimed": ("bfloat16", "float32"),
+        "checked": ("bfloat16", "float32"),
+        "slow": (),
+        "planned": 1,
+    }
+    return Extent(**{**facts, **changes})
+
+
+def test_every_check_says_why_kernels_fail_it() -> None:
+    assert {one.fails for one in all_checks()} <= set(kinds.KINDS)
+    for kind, ids in kinds._OF_CHECKS.items():
+        for pattern in ids:
+            assert any(matches(pattern, one.id) for one in all_checks()), f"{kind}: {pattern} names no check"
+
+
+def test_what_a_check_names_itself_counts_more_than_the_list() -> None:
+    assert kinds.kind_of("linear.strided") == "memory"
+    assert kinds.kind_of("linear.strided", "grid") == "grid"
+    assert kinds.kind_of("linear.bias") == kinds.DEFAULT
+    with pytest.raises(ValueError, match=r"'linear\.new' fails by 'luck', which is not one of contract, "):
+        check("linear.new", catches="nothing", fails="luck")
+
+
+def test_cases_are_counted_by_kind() -> None:
+    found = [
+        result("linear.strided", cases={"passed": 3, "failed": 1, "left_out": 2}),
+        result("latent.poison", cases={"refused": 4}),
+        result("latent.far_pages"),
+    ]
+    by_kind = {one.kind: one for one in coverage(found)}
+    assert list(by_kind) == list(kinds.KINDS)
+    memory = by_kind["memory"]
+    assert (memory.checks, memory.what) == (2, kinds.KINDS["memory"])
+    assert memory.cases == Cases(passed=3, refused=4, failed=1, left_out=2)
+    assert (by_kind["index"].checks, by_kind["order"].checks) == (1, 0)
+
+
+QUICK = "Many sizes: the quick grid has a few of each kind, the full one (without --quick) all."
+ALWAYS = len(blind(extent(), [result("linear.bias")]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"quick": True}, QUICK),
+        ({"only": ("linear", "*.bias")}, "What other checks ask: only linear, *.bias ran."),
+        ({"planned": 9}, "What 8 of 9 checks ask: the run ended before them."),
+        ({"checked": ("float32",)}, "bfloat16: claimed, and not asked for."),
+    ],
+)
+def test_a_run_that_was_cut_says_so(changes: dict[str, Any], sentence: str) -> None:
+    said = blind(extent(**changes), [result("linear.bias")])
+    assert sentence in said
+    assert len(said) == ALWAYS + 1
+
+
+def test_a_dtype_that_was_spared_says_so() -> None:
+    slow = Slow(dtype="bfloat16", than="float32", factor=31.4)
+    thin = result("linear.bias", dtype="bfloat16", cases={"passed": 2, "left_out": 13})
+    said = blind(extent(slow=(slow,)), [thin])[0]
+    assert said.startswith(
+        "Most sizes in bfloat16: it takes 31 times as long as float32 here, so that 2 of 15 "
+    )
+    assert len(blind(extent(slow=(slow,)), [result("linear.bias", dtype="bfloat16")])) == ALWAYS
+
+
+def test_what_an_op_refused_as_a_whole_is_unseen() -> None:
+    of = {"a": "mine", "b": "other"}
+    found = [
+        result("latent.page_sizes", "refused", of["a"]),
+        result("latent.heads", "refused", of["a"]),
+        result("latent.decode", "pass", of["a"]),
+        *(result("linear.bias", "refused", one, "bfloat16") for one in of.values()),
+        result("linear.bias", "pass", of["b"], "float32"),
+        result("linear.strided", "refused", of["b"], "float32"),
+        result("linear.inputs", "pass", of["b"], "float32"),
+    ]
+    said = blind(extent(planned=len(found)), found)
+    assert "What fails by tiles in float32 of mine: all of it was refused." in said
+    assert "Anything in bfloat16 of mine, other: all of it was refused." in said
+    assert len(said) == ALWAYS + 2
+
+
+def test_how_far_an_index_got_is_said() -> None:
+    found = [
+        result("latent.far_pages", note="4.3 GB from the start"),
+        result("linear.bias", note="unrelated"),
+    ]
+    assert "Indices beyond what latent.far_pages reached: 4.3 GB from the start." in blind(extent(), found)
+
+
+def test_the_card_and_the_report_say_what_was_covered(tmp_path: Path, capsys: Any) -> None:
+    words = ("-O", "op=rms_norm", "--only", "rms_norm", "--report", str(tmp_path / "out.json"))
+    assert main([*FAULTY, *words]) == 0
+    card, report = capsys.readouterr().out, decode((tmp_path / "out.json").read_bytes())
+    by_kind = {one.kind: one for one in report.coverage}
+    assert (by_kind["memory"].checks, by_kind["numbers"].checks, by_kind["grid"].checks) == (2, 2, 0)
+    assert sum(one.checks for one in report.coverage) == len(report.checks) == 8
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines() if line[:1] == "|"]
+    assert ["memory", "2", "2", kinds.KINDS["memory"]] in rows
+    assert all(f"- {sentence}\n" in card for sentence in report.blind)
+    assert report.blind[0] == "What other checks ask: only rms_norm ran."
+    assert "bfloat16 and float16: claimed, and not asked for." in report.blind
+    assert {one["kind"] for one in json.loads((tmp_path / "out.json").read_text())["checks"]} <= set(
+        kinds.KINDS
+    )
+
+
+def test_a_card_lists_a_few_wrong_cases_and_counts_the_others() -> None:
+    ids = [f"linear.bias[mine]#{number}" for number in range(1, 10)]
+    failures = [Failure(id=one, case="1 rows", reason="wrong | here") for one in ids]
+    lines = failed_cases(result("linear.bias", "fail", failures=failures, cases={"failed": 9}))
+    assert lines[0] == "`linear.bias[mine]#1`: 1 rows: wrong \\| here"
+    assert lines[MOST_CASES:] == ["and 4 more"]
+    assert len(failed_cases(result("linear.bias", "fail", failures=failures[:MOST_CASES]))) == MOST_CASES
+
+
+def test_the_command_on_the_card_runs_the_first_wrong_case_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    rows: list[int] = []
+
+    class Large(type(REFERENCE["rms_norm"])):  # type: ignore[misc]
+        def __call__(self, *, x: torch.Tensor, out: torch.Tensor, **rest: Any) -> None:
+            super().__call__(x=x, out=out, **rest)
+            rows.append(len(x))
+            if len(x) == 70:
+                out *= 1.1
+
+    monkeypatch.setattr("faulty_backend.FaultyBackend.ops", lambda self: {"large": Large()})
+    found = ("-O", "op=rms_norm", "--threads", "1", "--only", "rms_norm.*", "--xfails", "/dev/null")
+    assert main([*FAULTY, *found]) == 4
+    (line,) = (one for one in capsys.readouterr().out.splitlines() if "  - the first alone: `" in one)
+    words = shlex.split(line.split("`")[1])
+    assert words[-2:] == ["--only", "rms_norm.formula[large-float32]#2"]
+    rows.clear()
+    assert main(words[3:]) == 4
+    assert rows == [70]
+    assert "1 checks: 0 passed, 1 failed" in capsys.readouterr().out
+
+
+def test_the_list_with_a_backend_has_every_case(capsys: Any) -> None:
+    chosen = ("-O", "op=rms_norm", "--only", "rms_norm.formula", "--only", "device.probe")
+    assert main([*FAULTY, "--list", *chosen]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "device.probe (contract)"
+    assert lines[1] == "rms_norm.formula[faulty-float32] (formula)"
+    assert lines[2] == "  rms_norm.formula[faulty-float32]#1  1 tokens, 1536 features, size 1, eps 1e-06"
+    assert lines[-1] == "3 checks, 9 cases"
+    assert main([*FAULTY, "--list", "-O", "op=rms_norm", "--only", "rms_norm.formula[faulty-float32]#4"]) == 0
+    assert [one[:37] for one in capsys.readouterr().out.splitlines()[1:]] == [
+        "  rms_norm.formula[faulty-float32]#4 ",
+        "1 checks, 1 cases",
+    ]
