@@ -143,7 +143,8 @@ def judged(call: RecordedCall, found: Made, right: Expected) -> str:
         if name == "lse":
             reason = judge_lse(result, right.truth[name], call.dtype, where)[1]
         else:
-            reason = judge(result, right.truth[name], right.reference[name], call.dtype, where)[1]
+            true, reference, lse = right.truth[name], right.reference[name], right.truth.get("lse")
+            reason = judge(result, true, reference, call.dtype, where, lse)[1]
         reasons += [f"{name}: {reason}"] * bool(reason)
     return "; ".join(reasons)
 

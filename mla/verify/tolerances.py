@@ -1,51 +1,13 @@
-"""When an output is right: how far it may be from the truth.
-
-Truth is float64 on the host. The reference, run on the host in the op's dtype, shows how large an error is
-unavoidable: an op may have twice that, or twice the dtype's rounding error, whichever is larger. Every row
-counts, because an aggregate hides one wrong head; but a row in which the reference happens to be lucky may
-err as much as the reference does over all rows.
-"""
+"""When an output is right: row by row and as a whole, within the bounds of `mla.verify.bounds`."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 
+from mla.verify.bounds import ALLOWED, TINY, op_bounds
 from mla.verify.places import Places, describe, name_row, pattern_of
-
-
-class Allowed(NamedTuple):
-    """Relative errors in one dtype."""
-
-    layer: float  # of a layer's whole output, whatever the reference's
-    layer_floor: float  # of a layer's output that the reference computes exactly; doubled, as all that follow
-    op_floor: float  # of an op's result that the reference computes exactly
-    lse: float  # of a log-sum-exp, not doubled
-
-
-# The one table. The floors of bfloat16 and float16 are the error of rounding a row once, set by the mantissa.
-#
-# float32 has two floors, because it is the dtype whose rounding is not what separates right from wrong:
-# - An op alone may be a softmax. Its exponents are logits, and an error in one of them, |logit| 2^-24, is a
-#   relative error of the weight: 1e-6 at a logit of 16, and exponentials in hardware add 2^-22. A reference
-#   that happens to be exact must not forbid that, so the floor is half of what the contract allows, 1e-5.
-# - A layer's output is a sum over all heads and keys. The reference errs there by 5e-7 to 9e-7 where it was
-#   measured, so the floor, 2e-7, seldom matters; 5e-6 would allow a fused op ten times the reference's error.
-#   The contract's 1e-5 bounds the whole in any case.
-#
-# A log-sum-exp is fp32 whatever the dtype, and its error is a relative error of the merged output.
-ALLOWED = {
-    torch.bfloat16: Allowed(layer=2e-2, layer_floor=1.7e-3, op_floor=1.7e-3, lse=1e-3),
-    torch.float16: Allowed(layer=4e-3, layer_floor=2.1e-4, op_floor=2.1e-4, lse=1e-3),
-    torch.float32: Allowed(layer=1e-5, layer_floor=2e-7, op_floor=5e-6, lse=2e-5),
-}
-# What layers are held to (the bound on the whole output, and its floor), and ops.
-BOUNDS = {dtype: (one.layer, one.layer_floor) for dtype, one in ALLOWED.items()}
-UNITS = {dtype: one.op_floor for dtype, one in ALLOWED.items()}
-ROW_SLACK = 1.5  # one row may be this much worse than the whole
-TINY = torch.finfo(torch.float64).tiny  # stands in for the norm of zeros
 
 
 def judge(
@@ -54,15 +16,17 @@ def judge(
     reference: torch.Tensor,
     dtype: torch.dtype,
     places: Places | None = None,
+    lse: torch.Tensor | None = None,
 ) -> tuple[float, str]:
     """Return the largest error over its bound, and the reason if that is more than 1.
 
     Errors are relative and per row of the last dimension, and of the whole. `reference` is the host
-    reference's output; `places` names the rows, which are the first dimension.
+    reference's output; `places` names the rows, which are the first dimension; `lse` is attention's true
+    log-sum-exp of every row, which tells how large its logits are.
     """
     if found.shape != truth.shape:
         return math.inf, f"shape {list(found.shape)} instead of {list(truth.shape)}"
-    return judge_beside(row_errors(reference, truth), found, truth, dtype, places)
+    return judge_beside(row_errors(reference, truth), found, truth, dtype, places, lse)
 
 
 def judge_beside(
@@ -71,21 +35,21 @@ def judge_beside(
     truth: torch.Tensor,
     dtype: torch.dtype,
     places: Places | None = None,
+    lse: torch.Tensor | None = None,
 ) -> tuple[float, str]:
     """Do what `judge` does, given the relative error of the reference in every row."""
     if found.shape != truth.shape:
         return math.inf, f"shape {list(found.shape)} instead of {list(truth.shape)}"
-    found = found.detach().cpu().double()
+    found, truth = found.detach().cpu().double(), truth.double()
     broken = (~found.isfinite()).any(-1)
     if broken.any():
         return math.inf, not_finite(found, broken, places)
     if not found.numel():
         return 0.0, ""
-    errors, sizes = row_errors(found, truth), truth.double().norm(dim=-1)
-    total = relative_error((found, truth))
-    of_reference = ((reference_errors * sizes).norm() / sizes.norm().clamp_min(TINY)).item()
-    allowed = 2 * max(of_reference, ALLOWED[dtype].op_floor)
-    ratios = errors / (2 * reference_errors).clamp_min(allowed)
+    errors, sizes = row_errors(found, truth), truth.norm(dim=-1)
+    bounds = op_bounds(reference_errors, truth, dtype, lse)
+    total, allowed = relative_error((found, truth)), bounds.of_whole(bounds.rows, sizes)
+    ratios = errors / bounds.rows
     worst = max(ratios.max().item(), total / allowed)
     return worst, "" if worst <= 1 else _reason(errors, ratios, total, allowed, places)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mla.verify.places import Places
-from mla.verify.tolerances import UNITS, judge, judge_lse, same_bits
+from mla.verify.tolerances import judge, judge_lse, same_bits
 
 BF16 = torch.bfloat16
 
@@ -25,18 +25,6 @@ def truth() -> torch.Tensor:
     return torch.randn(50, 16, 64, generator=torch.Generator().manual_seed(0)).double()
 
 
-@pytest.mark.parametrize("dtype", UNITS)
-def test_an_exact_reference_leaves_twice_the_rounding_error(truth: torch.Tensor, dtype: torch.dtype) -> None:
-    for error, right in ((1.9, True), (2.1, False)):
-        ratio, reason = judge(off(truth, error * UNITS[dtype], 7), truth, truth, dtype)
-        assert (reason == "") is right
-        assert ratio == pytest.approx(error / 2)
-
-
-def test_fp32_is_held_to_the_contracts_bound() -> None:
-    assert 2 * UNITS[torch.float32] == 1e-5
-
-
 def test_the_reference_may_be_as_wrong_again(truth: torch.Tensor) -> None:
     reference = off(truth, 1e-2, 7)
     assert judge(off(truth, 1.9e-2, 7), truth, reference, BF16)[1] == ""
@@ -48,7 +36,7 @@ def test_one_head_of_one_token_that_is_5_percent_off_is_found(truth: torch.Tenso
     found = truth.clone()
     found[3, 5] *= 1.05
     ratio, reason = judge(found, truth, truth, BF16)
-    assert ratio > 10
+    assert ratio > 9
     assert "1 of 800 rows are wrong; row 3, head 5 has relative error 5.0e-02" in reason
     places = Places.new_tokens((1,) * 50, range(1, 51))
     assert "wrong; request 3, position 3, head 5 (row 3) has" in judge(found, truth, truth, BF16, places)[1]
@@ -74,12 +62,14 @@ def test_an_output_that_is_all_nan_was_not_written(truth: torch.Tensor) -> None:
     )
 
 
-def test_a_row_where_the_reference_is_lucky_may_err_as_the_reference_does(truth: torch.Tensor) -> None:
+def test_a_row_where_the_reference_is_lucky_may_err_as_rows_do(truth: torch.Tensor) -> None:
     """Large logits: the reference errs by more than the floor, but not in every row."""
     reference, found = off(truth, 1e-4), off(truth, 1e-4)
     reference[7] = truth[7]
     assert judge(found, truth, reference, torch.float32)[1] == ""
-    found[7] = off(truth, 2.1e-4)[7]
+    found[7] = off(truth, 2.9e-4)[7]
+    assert judge(found, truth, reference, torch.float32)[1] == ""
+    found[7] = off(truth, 3.3e-4)[7]
     assert "row 7, head" in judge(found, truth, reference, torch.float32)[1]
 
 

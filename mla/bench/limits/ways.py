@@ -10,7 +10,7 @@ import torch
 
 from mla.bench.limits.growth import MOST_CALLS
 from mla.layer.ops import Choice, choose
-from mla.verify.tolerances import BOUNDS, ROW_SLACK
+from mla.verify.bounds import BOUNDS, ROW_SLACK
 from mla_backends.api import Backend, LinearSpec
 from mla_backends.errors import describe, plugin_code
 
@@ -139,7 +139,7 @@ class OwnProduct:
         outputs, most_rows, most_columns = CHECKED
         columns = self._sample(self._weight.shape[0], most_columns)
         weight = self._weight[columns].cpu().double()
-        bound = ROW_SLACK * BOUNDS[self._weight.dtype][0]
+        bound = ROW_SLACK * BOUNDS[self._weight.dtype]
         for call in self._sample(calls, outputs).tolist():
             rows = self._sample(self._tokens, most_rows)
             truth = self._pool[self._starts[call] + rows].cpu().double() @ weight.t()

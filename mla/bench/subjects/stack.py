@@ -20,8 +20,8 @@ from mla.bench.subjects.setting import Setting
 from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.workload.scenario import Scenario
 from mla.cache.ragged_batch import RaggedBatch
+from mla.verify.bounds import BOUNDS, ROW_SLACK
 from mla.verify.layer_oracle import State
-from mla.verify.tolerances import BOUNDS, ROW_SLACK
 from mla.verify.verdict import Check
 
 
@@ -92,7 +92,7 @@ class MlaStack(MlaLayer):
 
     def _cached(self, index: int) -> bool:
         """Return whether a layer cached the same as layer 0, rolled and up to rounding."""
-        bound = ROW_SLACK * BOUNDS[self.setting.dtype][0]
+        bound = ROW_SLACK * BOUNDS[self.setting.dtype]
         for sequence in self._sequences:
             first, own = (torch.cat(self._unrolled(sequence, layer), dim=1) for layer in (0, index))
             errors = (own - first).norm(dim=1) / first.norm(dim=1)

@@ -14,7 +14,8 @@ import torch
 from mla.conformance.registry import DTYPE, check
 from mla.conformance.trial import CheckFailed, Trial, expect, raised
 from mla.text import dtype_name
-from mla.verify.tolerances import UNITS, relative_error
+from mla.verify.bounds import UNITS
+from mla.verify.tolerances import relative_error
 from mla_backends.api import API_VERSION, Availability, DeviceInfo, MemoryInfo, Peak
 from mla_backends.errors import BackendError
 

@@ -181,8 +181,7 @@ def reference(problem: LayerProblem, dtype: torch.dtype) -> torch.Tensor:
 def judge(trial: Trial, problem: LayerProblem, found: torch.Tensor) -> None:
     """Compare outputs [steps, T, d] with the oracle, by the runner's rules. Raises `CheckFailed`."""
     checker = Checker(data(problem, trial.dtype).truth, trial.dtype, lambda: reference(problem, trial.dtype))
-    held = trial.dtype != torch.float32  # there the absolute bound is the contract
-    verdict = checker.check(found, held_to_reference=held)
+    verdict = checker.check(found, held_to_reference=True)
     trial.worst = max(verdict.error_ratio or 0.0, trial.worst or 0.0)
     if verdict.status != "ok":
         raise CheckFailed(verdict.reason)

@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""Hold right and wrong arithmetic to the bounds, over many seeds.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.rounding.seeds --seeds 200
+
+Prints, by form and dtype, the largest error over its bound of what is right, which must stay below 1, and the
+smallest of what is wrong, which must not. About ten minutes on one core with bfloat16 instructions; exit code
+1 if one is on the wrong side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+import torch
+
+from benchmarks.rounding.cases import (
+    ATTENTION,
+    LAYERS,
+    LONG,
+    AttentionProblem,
+    LayerProblem,
+    product_ratio,
+)
+from benchmarks.rounding.forms import EXACT, ONE_BY_ONE, RIGHT
+from benchmarks.rounding.wrong import BF16, F16, F32, WRONG
+
+DTYPES = {"bf16": BF16, "fp16": F16, "fp32": F32}
+NEW = "as the reference, new inputs"
+FEW = 7  # rows
+Found = dict[tuple[str, str], list[float]]  # form, dtype -> ratios, one per seed and case
+
+
+def right(seeds: range) -> tuple[Found, Found, Found]:
+    """Return the ratios of right layers and ops, and errors over that of rounding once of the exact layer."""
+    layers: Found = defaultdict(list)
+    single: Found = defaultdict(list)
+    once: Found = defaultdict(list)
+    for name, dtype in DTYPES.items():
+        forms = [form for form in RIGHT if dtype == F32 or form is not ONE_BY_ONE]
+        for seed in seeds:
+            for case in LAYERS:
+                problem = LayerProblem(case, dtype, seed)
+                for form in forms[: case.forms]:
+                    layers[form.name, name].append(problem.ratio(form))
+                layers[NEW, name].append(problem.new_ratio())
+                if len(problem.truth[0]) < FEW:  # many rows are never near
+                    once[case.name, name].append(problem.roundings(EXACT))
+            for one in (AttentionProblem(case, dtype, seed) for case in ATTENTION):
+                for form in forms:
+                    single[form.name, name].append(one.ratio(form))
+            for form in forms:
+                single[form.name, name].append(product_ratio(form, dtype, seed))
+    return layers, single, once
+
+
+def wrong(seeds: range) -> tuple[Found, Found]:
+    """Return the ratios of wrong layers of four heads, and of wrong ops."""
+    layers: Found = defaultdict(list)
+    single: Found = defaultdict(list)
+    for seed in seeds:
+        for name, dtype in DTYPES.items():
+            forms = [form for form, dtypes in WRONG if dtype in dtypes]
+            layer, op = LayerProblem(LAYERS[1], dtype, seed), AttentionProblem(LONG, dtype, seed)
+            for form in forms:
+                layers[form.name, name].append(layer.ratio(form))
+                single[form.name, name].append(op.ratio(form))
+    return layers, single
+
+
+def table(title: str, found: Found, pick: Callable[[Iterable[float]], float]) -> str:
+    """Return a Markdown table of one figure per form and dtype."""
+    lines = [f"| {title} | {' | '.join(DTYPES)} |", "| --- |" + " --- |" * len(DTYPES)]
+    for form in dict.fromkeys(form for form, _ in found):
+        cells = [f"{pick(found[form, name]):.2f}" if found.get((form, name)) else "" for name in DTYPES]
+        lines.append(f"| {form} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Print all tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=200, help="how many seeds  [200]")
+    parser.add_argument("--first", type=int, default=0, help="the first of them  [0]")
+    args = parser.parse_args()
+    seeds = range(args.first, args.first + args.seeds)
+    torch.set_num_threads(1)
+    layers, single, once = right(seeds)
+    wrong_layers, wrong_ops = wrong(seeds)
+    for title, found, pick in (
+        ("right layers, largest error over bound", layers, max),
+        ("right ops, largest error over bound", single, max),
+        ("exact layers, smallest error over that of rounding once", once, min),
+        ("wrong layers, smallest error over bound", wrong_layers, min),
+        ("wrong ops, smallest error over bound", wrong_ops, min),
+    ):
+        print(f"{table(title, found, pick)}\n")  # noqa: T201
+    alarms = max(max(map(max, found.values())) for found in (layers, single))
+    both = [max(min(wrong_layers[one]), min(wrong_ops[one])) for one in wrong_layers]
+    return int(alarms > 1 or min(both) <= 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

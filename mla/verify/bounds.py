@@ -1,0 +1,118 @@
+"""How far from the truth an output may be: one table of rounding errors, and one rule.
+
+Truth is float64. The reference, run in the op's dtype, shows which error the numbers at hand make
+unavoidable, but as one sample of it: another order of sums errs elsewhere. benchmarks/README.md derives what
+follows, and `benchmarks/rounding` shows what it leaves to right ops.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+class Allowed(NamedTuple):
+    """Relative errors in one dtype."""
+
+    op: float  # of an op's result, as a root mean square, that any right op may have
+    layer: float  # the same of a layer's output
+    whole: float  # of a layer's whole output at most, whatever the reference's
+    lse: float  # of a log-sum-exp at most
+
+
+# The one table. u is the unit roundoff: 2^-8 in bfloat16, 2^-11 in float16, 2^-24 in float32.
+#
+# - bfloat16, float16: sums are fp32, so what counts is rounding rows to the dtype, 0.43 u each. An op rounds
+#   its result. A layer rounds three rows one after another at least (what attention gives, what W_UV gives or
+#   the values, what o_proj gives): 0.43 u sqrt(3).
+# - float32: sums themselves are rounded. In the worst order, one accumulator for all of n terms, they err by
+#   0.43 u sqrt(n / 2): 5e-6 for the 2^16 terms of a long context. One of a layer's sums may be that long.
+#
+# A log-sum-exp is fp32 whatever the dtype, and its error is a relative error of the merged output.
+ALLOWED = {
+    torch.bfloat16: Allowed(op=1.7e-3, layer=2.9e-3, whole=2e-2, lse=1e-3),
+    torch.float16: Allowed(op=2.1e-4, layer=3.6e-4, whole=4e-3, lse=1e-3),
+    torch.float32: Allowed(op=5e-6, layer=5e-6, whole=1e-5, lse=2e-5),
+}
+BOUNDS = {dtype: one.whole for dtype, one in ALLOWED.items()}  # of whole outputs of layers
+UNITS = {dtype: one.op for dtype, one in ALLOWED.items()}
+
+TWICE = 2.0  # an output may err by twice the typical error
+ROW_SLACK = 1.5  # ... with this in a row in addition to what the reference errs there,
+UNKNOWN_SLACK = 4.0  # ... or this where nobody knows: one logit may decide a row, so it errs like one number
+CAP_SLACK = 2.0  # one row of a layer may exceed the largest error of the whole by this
+NARROW = 3.0  # numbers of a row that may cancel
+# A logit of size s has a rounding error of several 2^-24 s in fp32, and its weight that relative error.
+LOGIT = 5 * 2.0**-24
+TINY = torch.finfo(torch.float64).tiny  # stands in for the norm of zeros
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Largest relative errors of outputs that are right."""
+
+    many: float  # of the whole of many rows
+    rows: torch.Tensor  # of each row
+    unknown: float = 0.0  # of a row that the reference was not run on
+
+    def of_whole(self, allowed: torch.Tensor, sizes: torch.Tensor) -> float:
+        """Return the bound on the whole of some rows, from what each may err by and their norms.
+
+        A mean of N squares strays from its expectation by 1/sqrt(N) of what one of them does: a single row
+        may be as wrong as a row, many rows no more than `many`.
+        """
+        spread = mean_over(allowed, sizes) ** 2 - self.many**2
+        return math.sqrt(self.many**2 + max(spread, 0.0) / math.sqrt(max(sizes.numel(), 1)))
+
+
+def op_bounds(
+    own: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype, lse: torch.Tensor | None = None
+) -> Bounds:
+    """Return the bounds on an op's result [.., w], given the reference's relative error in every row.
+
+    `lse` is the true log-sum-exp of every row, if it has one: the size of the largest logit.
+    """
+    sizes, floor = truth.norm(dim=-1), torch.tensor(ALLOWED[dtype].op, dtype=torch.float64)
+    if lse is not None:
+        floor = floor.maximum(LOGIT * lse.double().abs().nan_to_num(posinf=0.0))
+    typical = max(mean_over(own, sizes), mean_over(floor.expand(sizes.shape), sizes))
+    return Bounds(TWICE * typical, _rows(own, sizes, truth.shape[-1], floor.clamp_min(typical)))
+
+
+def layer_bounds(own: torch.Tensor | None, truth: torch.Tensor, dtype: torch.dtype) -> Bounds:
+    """Return the bounds on a layer's output [.., d], given the reference's relative error in every row.
+
+    None means that the output is held to the table alone.
+    """
+    one, sizes = ALLOWED[dtype], truth.norm(dim=-1)
+    cap = CAP_SLACK * one.whole
+    if own is None:
+        return Bounds(one.whole, torch.full_like(sizes, cap), cap)
+    typical = torch.tensor(max(mean_over(own, sizes), one.layer), dtype=torch.float64)
+    rows = _rows(own, sizes, truth.shape[-1], typical).clamp_max(cap)
+    unknown = min(TWICE * UNKNOWN_SLACK * typical.item(), cap)
+    return Bounds(min(TWICE * typical.item(), one.whole), rows, unknown)
+
+
+def table_decides(dtype: torch.dtype) -> bool:
+    """Return whether a layer needs no reference: any right one has what the table allows at most."""
+    return TWICE * ALLOWED[dtype].layer >= ALLOWED[dtype].whole
+
+
+def mean_over(errors: torch.Tensor, sizes: torch.Tensor) -> float:
+    """Return the relative error of the whole, given those of its rows and their norms."""
+    return ((errors * sizes).norm() / sizes.norm().clamp_min(TINY)).item()
+
+
+def _rows(own: torch.Tensor, sizes: torch.Tensor, width: int, typical: torch.Tensor) -> torch.Tensor:
+    """Return what each row may err by.
+
+    What the reference errs in a row, and what other roundings add to it, are independent: squares add. A
+    narrow row may be small because its numbers cancel, which takes no errors away.
+    """
+    usual = sizes.square().mean() / sizes.square().clamp_min(TINY)
+    cancelled = torch.where(sizes > 0, 1 + NARROW / width * usual, 1.0)
+    return TWICE * (own.square() + (ROW_SLACK * typical).square() * cancelled).sqrt()

@@ -1,0 +1,147 @@
+"""The rule: what one row may err by, what many may, and what the reference has to do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mla.verify.bounds import ALLOWED, UNITS, layer_bounds, op_bounds, table_decides
+from mla.verify.layer_check import Checker, Forward
+from mla.verify.tolerances import judge
+
+BF16, F32 = torch.bfloat16, torch.float32
+# u, the largest relative error of rounding a number once.
+ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+Even = Callable[[int, int], torch.Tensor]
+
+
+@pytest.fixture
+def even() -> Even:
+    """Return a function that makes rows of norm 1."""
+
+    def make(rows: int, width: int = 4096) -> torch.Tensor:
+        x = torch.randn(rows, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        return x / x.norm(dim=-1, keepdim=True)
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [8, 512])
+def test_the_table_is_what_rounding_costs(dtype: torch.dtype, width: int, even: Even) -> None:
+    truth = even(4000, width)
+    once = (truth.to(dtype).double() - truth).norm() / truth.norm()
+    assert once.item() == pytest.approx(ALLOWED[dtype].op, rel=0.1)
+    assert ALLOWED[dtype].layer == pytest.approx(3**0.5 * ALLOWED[dtype].op, rel=0.02)
+
+
+def test_the_table_is_what_the_worst_order_of_a_long_sum_costs() -> None:
+    """One accumulator for 2^12 and 2^14 terms, of which 2^16 is the extrapolation."""
+    errors = []
+    for terms in (2**12, 2**14):
+        x = torch.randn(terms, 400, generator=torch.Generator().manual_seed(0))
+        total = torch.zeros(400)
+        for row in x:
+            total += row
+        truth = x.double().sum(0)
+        errors.append(((total - truth).norm() / truth.norm()).item())
+    assert errors[1] / errors[0] == pytest.approx(2, rel=0.2)
+    assert ALLOWED[F32].op == pytest.approx(2 * errors[1], rel=0.3)
+
+
+@pytest.mark.parametrize("dtype", UNITS)
+def test_any_number_rounded_once_is_right(dtype: torch.dtype) -> None:
+    """Rows of one number, in all places between two powers of two."""
+    truth = torch.linspace(1, 2, 5001, dtype=torch.float64)[:, None]
+    ratio, reason = judge(truth.to(dtype), truth, truth, dtype)
+    assert (ratio < 1, reason) == (True, "")
+    assert op_bounds(torch.zeros(1), truth[:1], dtype).rows.item() > ROUNDOFF[dtype]
+
+
+@pytest.mark.parametrize("dtype", UNITS)
+def test_a_row_may_err_more_than_many_do(dtype: torch.dtype, even: Even) -> None:
+    truth = even(10_000, 64)
+    for error, right in ((2.9, True), (3.2, False)):
+        found = truth.clone()
+        found[7] *= 1 + error * UNITS[dtype]
+        assert (judge(found, truth, truth, dtype)[1] == "") is right
+    for error, right in ((1.9, True), (2.1, False)):
+        assert (judge(truth * (1 + error * UNITS[dtype]), truth, truth, dtype)[1] == "") is right
+
+
+def test_few_rows_may_err_more_than_many(even: Even) -> None:
+    exact = [op_bounds(torch.zeros(n), even(n), BF16) for n in (1, 4, 100, 10_000)]
+    sizes = [torch.ones(len(one.rows), dtype=torch.float64) for one in exact]
+    wholes = [one.of_whole(one.rows, size) for one, size in zip(exact, sizes, strict=True)]
+    assert wholes[0] == pytest.approx(exact[0].rows.item())
+    assert wholes == sorted(wholes, reverse=True)
+    assert wholes[-1] == pytest.approx(2 * UNITS[BF16], rel=0.01)
+
+
+def test_what_the_reference_errs_in_a_row_is_added_to_what_others_may(even: Even) -> None:
+    own = torch.tensor([0.0, 1e-2, 0.0], dtype=torch.float64).repeat(100)
+    rows = op_bounds(own, even(300), BF16).rows
+    typical = 1e-2 / 3**0.5
+    assert rows[0].item() == pytest.approx(3 * typical, rel=1e-3)
+    assert rows[1].item() == pytest.approx(2 * (1e-4 + (1.5 * typical) ** 2) ** 0.5, rel=1e-3)
+
+
+def test_a_narrow_row_that_cancels_may_err_more_and_a_wide_one_hardly() -> None:
+    def bound(width: int) -> float:
+        truth = torch.ones(50, width, dtype=torch.float64)
+        truth[3] /= 4
+        rows = op_bounds(torch.zeros(50), truth, BF16).rows
+        return (rows[3] / rows[0]).item()
+
+    assert bound(8) > 2
+    assert bound(512) < 1.1
+    assert bound(8) < 4, "no more than the absolute error of the others"
+
+
+def test_large_logits_cost_precision_in_float32(even: Even) -> None:
+    truth, lse = even(40), torch.full((40,), 400.0)
+    found = truth.clone()
+    found[3] *= 1 + 1e-4
+    assert judge(found, truth, truth, F32)[1]
+    assert judge(found, truth, truth, F32, lse=lse)[1] == ""
+    assert judge(found, truth, truth, F32, lse=lse / 40)[1]
+    assert judge(found, truth, truth, F32, lse=-lse)[1] == "", "of either sign"
+    lse[7] = -torch.inf
+    assert judge(truth, truth, truth, F32, lse=lse) == (0.0, "")
+
+
+def test_a_layer_in_float32_needs_no_reference(even: Even) -> None:
+    truth = even(40)[None]
+
+    def never() -> torch.Tensor:
+        raise AssertionError
+
+    checker = Checker(truth, F32, never)
+    for error, status in ((0.9e-5, "ok"), (1.5e-5, "wrong")):
+        assert checker.check(truth * (1 + error), held_to_reference=True).status == status
+    assert [dtype for dtype in ALLOWED if table_decides(dtype)] == [F32]
+
+
+def test_a_row_of_new_inputs_may_err_more_than_one_the_reference_was_run_on(even: Even) -> None:
+    truth = even(400)
+    found = truth.clone()
+    found[7] *= 1 + 6 * ALLOWED[BF16].layer
+    checker = Checker(truth[None], BF16, lambda: truth[None])
+    new = torch.zeros(400, dtype=torch.bool)
+    assert "token 7" in checker.check_forwards([Forward(0, found, truth, "", new=new)], True).reason
+    new[7] = True
+    assert checker.check_forwards([Forward(0, found, truth, "", new=new)], True).status == "ok"
+    found[7] = truth[7] * (1 + 9 * ALLOWED[BF16].layer)
+    assert checker.check_forwards([Forward(0, found, truth, "", new=new)], True).status == "wrong"
+
+
+@pytest.mark.parametrize("dtype", ALLOWED)
+@pytest.mark.parametrize("error", [0.0, 1.0])
+def test_no_row_of_a_layer_may_exceed_the_table(dtype: torch.dtype, error: float, even: Even) -> None:
+    bounds = layer_bounds(torch.full((9,), error, dtype=torch.float64), even(9), dtype)
+    cap = 2 * ALLOWED[dtype].whole
+    assert bounds.rows.max() <= cap
+    assert bounds.unknown <= cap
+    assert bounds.many <= ALLOWED[dtype].whole
