@@ -44,8 +44,11 @@ class FaultyOp(FusedOp):
             return
         flat = "slots" in tensors
         out = tensors["cache"].view(-1, tensors["cache"].shape[-1]) if flat else tensors["out"]
+        if not len(tensors["slots"] if flat else out):  # there is nothing to spoil
+            self._right(*leading, **tensors)
+            return
         rows: Any = tensors["slots"] if flat else slice(None)
-        last = rows[-1:] if flat else slice(-1, None)  # none of no rows
+        last = rows[-1] if flat else -1
         before = out[last].clone()
         self._right(*leading, **tensors)
         if self._fault == "scale":

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from mla.conformance.problems.small_ops import LatentWrite, SmallProblem, host, reference
+from mla.conformance.problems.small_ops import SIZES, LatentWrite, SmallProblem, host, reference
 from mla.conformance.problems.tensors import Placed, bits, blank, draw, place
 from mla.conformance.trial import Trial, expect
 from mla_backends.api import Packed
@@ -66,12 +66,15 @@ class SmallCall:
         """Compare rows [T, ...] on the host with the truth. Raises `CheckFailed`."""
         truth, expected = self.host.truth, reference(self.problem, self.trial.dtype)
         expect(len(found) == self.problem.tokens, f"{len(found)} rows instead of {self.problem.tokens}")
+        sizes = SIZES if self.problem.spread else 1
         for start in range(0, self.problem.tokens, len(truth) or 1):
             rows = found[start : start + len(truth)]
             where = f" from row {start}" * bool(start)
-            for name, part in self.problem.parts:
-                parts = (rows[..., part], truth[: len(rows), ..., part], expected[: len(rows), ..., part])
-                self.trial.judge(*parts, name + where)
+            for first in range(min(sizes, len(rows))):  # rows of one size are judged together
+                alike = slice(first, len(rows), sizes)
+                for name, part in self.problem.parts:
+                    parts = (rows[alike, ..., part], truth[alike, ..., part], expected[alike, ..., part])
+                    self.trial.judge(*parts, name + where)
 
     def found(self, out: Placed) -> torch.Tensor:
         """Return the rows that the op wrote, on the host."""

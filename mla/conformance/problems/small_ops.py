@@ -19,6 +19,7 @@ from mla.reference import REFERENCE
 from mla.verify.op_oracle import product, true_norm, true_rotation
 from mla_backends.api import AttentionSpec, LinearSpec, NormSpec
 
+SIZES = 3  # of rows, where they are spread
 Parts = tuple[tuple[str, slice], ...]  # names, and columns of the output
 
 
@@ -72,7 +73,7 @@ class SmallProblem:
 
     def _rows(self, *shape: int) -> torch.Tensor:
         """Return N(0, 1) [T, *shape], spread."""
-        turn = torch.arange(self.tokens).remainder(3).sub(1).mul(self.spread)
+        turn = torch.arange(self.tokens).remainder(SIZES).sub(1).mul(self.spread)
         scale = torch.ldexp(torch.ones(self.tokens), turn).view(-1, *(1,) * len(shape))
         return draw(self.tokens, *shape, seed=self.seed) * scale
 
