@@ -50,7 +50,7 @@ def judge_beside(
     bounds = op_bounds(reference_errors, truth, dtype, lse)
     total, allowed = relative_error((found, truth)), bounds.of_whole(bounds.rows, sizes)
     ratios = errors / bounds.rows
-    worst = max(ratios.max().item(), total / allowed)
+    worst = max(ratios.max().item(), total / max(allowed, TINY))  # zeros are allowed no error
     return worst, "" if worst <= 1 else _reason(errors, ratios, total, allowed, places)
 
 
