@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mla.conformance.checks.contract import specs
 from mla.conformance.registry import DEVICE, DTYPE, LAYER, OP, ConformanceCheck, all_checks
 from mla.conformance.report import Cases, CheckResult, Failure, Refusal, Status
 from mla.conformance.selection import Numbers, case_id, chosen_cases
@@ -80,6 +79,8 @@ class Instance:
 
 def serves_another(op: FusedOp, subject: BackendUnderTest) -> bool:
     """Return whether an op serves a dtype that the device is not slow in."""
+    from mla.conformance.checks.contract import specs  # here, as checks run in the order of their import
+
     try:
         with plugin_code():
             fast = (spec for spec in specs(op, subject) if spec.dtype not in subject.slow)
