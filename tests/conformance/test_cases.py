@@ -203,12 +203,14 @@ def test_the_card_says_of_which_dtype_a_handful_ran(
 
 def test_the_expected_time_is_said_once_and_early(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(schedule, "SAY_FROM", 0.0)
-    chosen = ("--only", "linear", "--only", "rms_norm", "--dtype", "float32", "--quick", "-v")
+    checks = [f"linear.{name}" for name in ("product", "bias", "pack", "strided", "inputs")]
+    checks += [f"rms_norm.{name}" for name in ("formula", "eps", "large", "strided")]
+    chosen = (*(word for one in checks for word in ("--only", one)), "--dtype", "float32", "--quick", "-v")
     assert main(["--backend", "faulty_backend:FaultyBackend", "-O", "op=linear", *chosen]) == 0
     lines = capsys.readouterr().err.splitlines()
     said = re.compile(r"14 checks, \d+ cases: about \d+ s in all, \d+ s from now")
     (at,) = [i for i, line in enumerate(lines) if said.fullmatch(line)]
-    sampled = ("linear.product[faulty-", "linear.product[reference-", "rms_norm.formula[reference-")
+    sampled = ("linear.strided[faulty-", "linear.strided[reference-", "rms_norm.strided[reference-")
     assert lines[:at] == [f"{one}float32]" for one in sampled]
     assert len(lines) == 1 + 14 + 1
     assert lines[-1].startswith("slowest: ")

@@ -136,10 +136,10 @@ def test_the_card_and_the_report_say_what_was_covered(tmp_path: Path, capsys: An
     assert main([*FAULTY, *words]) == 0
     card, report = capsys.readouterr().out, decode((tmp_path / "out.json").read_bytes())
     by_kind = {one.kind: one for one in report.coverage}
-    assert (by_kind["memory"].checks, by_kind["numbers"].checks, by_kind["grid"].checks) == (2, 2, 0)
-    assert sum(one.checks for one in report.coverage) == len(report.checks) == 8
+    assert (by_kind["memory"].checks, by_kind["numbers"].checks, by_kind["index"].checks) == (4, 6, 2)
+    assert sum(one.checks for one in report.coverage) == len(report.checks) == 28
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines() if line[:1] == "|"]
-    assert ["memory", "2", "2", kinds.KINDS["memory"]] in rows
+    assert ["memory", "4", str(by_kind["memory"].cases.passed), kinds.KINDS["memory"]] in rows
     assert all(f"- {sentence}\n" in card for sentence in report.blind)
     assert report.blind[0] == "What other checks ask: only rms_norm ran."
     assert "bfloat16 and float16: claimed, and not asked for." in report.blind

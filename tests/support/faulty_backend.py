@@ -44,6 +44,9 @@ class FaultyOp(FusedOp):
             return
         flat = "slots" in tensors
         out = tensors["cache"].view(-1, tensors["cache"].shape[-1]) if flat else tensors["out"]
+        if not len(tensors["slots"] if flat else out):  # there is nothing to spoil
+            self._right(*leading, **tensors)
+            return
         rows: Any = tensors["slots"] if flat else slice(None)
         last = rows[-1] if flat else -1
         before = out[last].clone()
