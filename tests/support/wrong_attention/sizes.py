@@ -154,6 +154,17 @@ def new_tokens_at(least: int, *tokens: int) -> Spoil:
     return spoil
 
 
+def last_token_of(tile: int, rest: int) -> Spoil:
+    """The last new token is lost where they leave such a rest in a tile."""
+
+    def spoil(batch: Any, *, out: Any, **tensors: Any) -> None:
+        for first, new in zip(starts(batch), batch.query_lens, strict=False):
+            if new % tile == rest:
+                out[first + new - 1] = 0
+
+    return spoil
+
+
 def long_requests(limit: int) -> Spoil:
     """Requests of more keys give 0."""
 
@@ -229,17 +240,19 @@ MUTANTS: Makers = {
         *(lambda n=n: after(Latent, new_tokens_from(n)) for n in (200, 128, 256)),
         lambda: after(Latent, new_tokens_at(160, 127, 128)),
         lambda: after(Latent, new_tokens_at(65, 63, 64)),
+        lambda: after(Latent, last_token_of(32, 23)),
     ],
     "expanded.new_tokens": [
         *(lambda n=n: after(Expanded, new_tokens_from(n)) for n in (150, 256)),
         lambda: after(Expanded, new_tokens_at(129, 127, 128)),
+        lambda: after(Expanded, last_token_of(16, 5)),
     ],
     "latent.keys": [
         *(lambda n=n: after(Latent, long_requests(n)) for n in (600, 1024, 2048)),
         *(lambda n=n: wrong(Latent, prepare=keys_from(n)) for n in (512, 1000, 2048)),
         *(
             lambda t=t: wrong(Latent, prepare=last_key_of(*t))
-            for t in ((32, 1), (64, 63), (128, 1), (512, 0))
+            for t in ((32, 1), (64, 63), (128, 77), (512, 0))
         ),
     ],
     "latent.long": [

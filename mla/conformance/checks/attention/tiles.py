@@ -28,11 +28,14 @@ ROWS = (16, 32, 64, 128, 256)
 HEADS = (12, 20, 40, 48, 96)
 # A key that starts a tile of keys, whatever size of tile up to 128 a kernel has.
 FIRST_KEY = 128
-# Head counts with every remainder of 16 and 32, in one tile and in several.
+# Head counts with every remainder of 32, or all; more rows per request for those up to `SMALL_HEADS`.
 FEW_HEADS = (*range(1, 34), 40, 48, 57, 63, 96, 127, 128)
-ALL_HEADS = (*range(1, 49), 56, 57, 63, 64, 65, 72, 80, 95, 96, 97, 112, 120, 127, 128)
+ALL_HEADS, SMALL_HEADS = tuple(range(1, 129)), 48
 # Keys next to borders, and odd multiples of them, of one request each.
 KEYS = (*around(*BORDERS, 512, 1024, 2048), 96, 160, 192, 320, 448, 576, 704, 1600)
+# Keys that leave every rest in a tile of up to 128, behind a whole one.
+RESTS = tuple(range(129, 257))
+FEW_TOKENS = tuple(range(1, 34))  # new tokens that leave every rest in a tile of up to 32
 # New tokens next to borders.
 TOKENS = (*around(*BORDERS), 200, 300)
 LONG, LONGEST = 33_000, 66_000  # keys: positions beyond 2^15 and 2^16
@@ -55,13 +58,13 @@ def page_sizes(trial: Trial) -> None:
 def heads(trial: Trial) -> None:
     """Any number of heads from 1 to 128 is served, or refused with a reason."""
     for count in FEW_HEADS if trial.quick else ALL_HEADS:
-        check_out(trial, *_rows_of(True, count, trial.quick))
+        check_out(trial, *_rows_of(True, count, trial.quick or count > SMALL_HEADS))
 
 
-def _rows_of(absorbed: bool, heads: int, quick: bool) -> Iterator[AttentionProblem]:
-    """Yield batches of 1, 2, 3 and more new tokens per request, each number alone as well unless quick."""
+def _rows_of(absorbed: bool, heads: int, few: bool) -> Iterator[AttentionProblem]:
+    """Yield batches of 1, 2, 3 and more new tokens per request, each number alone as well unless few do."""
     lengths: list[tuple[Lengths, Lengths]] = [((1, 1), (9, 3)), ((2, 1, 3, 4, 9), (2, 66, 3, 7, 9))]
-    if not quick:
+    if not few:
         lengths += [((2, 2), (3, 66)), ((3, 3), (70, 3)), ((4, 4), (4, 9)), ((7,), (20,))]
     for queries, keys in lengths:
         yield AttentionProblem(absorbed, queries, keys, heads=heads)
@@ -88,7 +91,7 @@ def cut(rows: int, heads: int) -> Iterator[AttentionProblem]:
 )
 def keys(trial: Trial) -> None:
     """Lengths next to the borders of tiles and splits are attended in full, alone and together."""
-    check_out(trial, decode(*KEYS, heads=4, aimed=True))
+    check_out(trial, decode(*KEYS, heads=4, aimed=True), decode(*RESTS, heads=4, aimed=True))
     alone = (257, 513, 1025, 2047) if trial.quick else KEYS
     check_out(trial, *(decode(length, heads=4, aimed=True) for length in alone))
     check_out(trial, latent((2, 3, 1, 5), (513, 130, 1025, 260), heads=3, aimed=True))
@@ -100,6 +103,7 @@ def new_tokens(trial: Trial) -> None:
     for tokens in (17, 64, 129, 257) if trial.quick else TOKENS:
         lengths = ((tokens, 1, tokens), (tokens, 5, tokens + 67))
         check_out(trial, latent(*lengths, heads=2, aimed=True))
+    check_out(trial, latent(FEW_TOKENS, tuple(tokens + 3 for tokens in FEW_TOKENS), heads=3, aimed=True))
 
 
 @latent_check("long", "partial results of a split context that are merged wrongly", KIND)
@@ -117,7 +121,7 @@ def long(trial: Trial) -> None:
 def expanded_heads(trial: Trial) -> None:
     """Any number of heads from 1 to 128 is served, or refused with a reason."""
     for count in FEW_HEADS if trial.quick else ALL_HEADS:
-        check_out(trial, *_rows_of(False, count, trial.quick))
+        check_out(trial, *_rows_of(False, count, trial.quick or count > SMALL_HEADS))
 
 
 @expanded_check("new_tokens", "a tile of queries whose mask or last row is wrong", KIND)
@@ -127,6 +131,7 @@ def expanded_new_tokens(trial: Trial) -> None:
         queries, keys = (tokens, 1, tokens), (tokens, 5, tokens + 67)
         check_out(trial, expanded(queries, keys, heads=2, aimed=True))
         check_out(trial, expanded(queries, keys[::-1], heads=2, aimed=True, causal=False))
+    check_out(trial, expanded(FEW_TOKENS, tuple(tokens + 3 for tokens in FEW_TOKENS), heads=3, aimed=True))
 
 
 @expanded_check("keys", "a last tile of keys that is dropped, or a context of which one tile is read", KIND)
@@ -134,6 +139,7 @@ def expanded_keys(trial: Trial) -> None:
     """Segments of one tile of keys and of many are attended in full, alone and together."""
     lengths = tuple(1 + i % 3 for i in range(len(KEYS)))
     check_out(trial, expanded(lengths, KEYS, heads=2, aimed=True))
+    check_out(trial, expanded((2,) * len(RESTS), RESTS, heads=2, aimed=True))
     for queries, keys in (((1,), (1025,)), ((130,), (700,))):
         for causal in (True, False):
             check_out(trial, expanded(queries, keys, heads=3, aimed=True, causal=causal))
