@@ -45,6 +45,8 @@ ROW_SLACK = 1.5  # ... with this in a row in addition to what the reference errs
 UNKNOWN_SLACK = 4.0  # ... or this where nobody knows: one logit may decide a row, so it errs like one number
 CAP_SLACK = 2.0  # one row of a layer may exceed the largest error of the whole by this
 NARROW = 3.0  # numbers of a row that may cancel
+# The probability that a row of random numbers is smaller by chance than the rule allows for.
+CHANCE = 1e-7
 # A logit of size s has a rounding error of several 2^-24 s in fp32, and its weight that relative error.
 LOGIT = 5 * 2.0**-24
 TINY = torch.finfo(torch.float64).tiny  # stands in for the norm of zeros
@@ -112,8 +114,18 @@ def _rows(own: torch.Tensor, sizes: torch.Tensor, width: int, typical: torch.Ten
     """Return what each row may err by.
 
     What the reference errs in a row, and what other roundings add to it, are independent: squares add. A
-    narrow row may be small because its numbers cancel, which takes no errors away.
+    narrow row may be small because its numbers cancel, which takes no errors away. A wide one is small for
+    other reasons, such as a mean over more keys, and its errors are small with it.
     """
-    usual = sizes.square().mean() / sizes.square().clamp_min(TINY)
+    usual = (sizes.square().mean() / sizes.square().clamp_min(TINY)).clamp_max(shrinkage(width))
     cancelled = torch.where(sizes > 0, 1 + NARROW / width * usual, 1.0)
     return TWICE * (own.square() + (ROW_SLACK * typical).square() * cancelled).sqrt()
+
+
+def shrinkage(width: int) -> float:
+    """Return how many times smaller than usual, in squares, a row of random numbers hardly ever is.
+
+    The sum of `width` squares of N(0, 1) is below x width with probability at most (x e)^(width / 2) /
+    sqrt(pi width): the lower tail of the chi-square distribution, with Stirling's formula.
+    """
+    return float(math.e * (1 / (CHANCE * math.sqrt(math.pi * width))) ** (2 / width))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mla.verify.bounds import ALLOWED, UNITS, layer_bounds, op_bounds, table_decides
+from mla.verify.bounds import ALLOWED, UNITS, layer_bounds, op_bounds, shrinkage, table_decides
 from mla.verify.layer_check import Checker, Forward
 from mla.verify.tolerances import judge
 
@@ -155,3 +155,14 @@ def test_rows_that_must_be_zero_are_judged(dtype: torch.dtype) -> None:
     found = zeros.to(dtype, copy=True)
     found[1, 0, 3] = 1e-3
     assert judge(found, zeros.double(), zeros.to(dtype), dtype)[0] > 1
+
+
+def test_a_wide_row_is_not_small_by_chance(even: Even) -> None:
+    """Among rows 1000 times as large, a wide one may err no more than alone; one number may cancel."""
+    for width, most in ((512, 1.02), (128, 1.1), (1, 1e4)):
+        truth = torch.cat((1e3 * even(50, width), even(1, width)))
+        own = torch.zeros(51, dtype=torch.float64)
+        alone = op_bounds(own[:1], truth[-1:], BF16).rows[-1]
+        assert 1 <= op_bounds(own, truth, BF16).rows[-1] / alone < most
+    drawn = torch.randn(100_000, 4, generator=torch.Generator().manual_seed(0)).square().mean(1)
+    assert drawn.min() > 1 / shrinkage(4)
