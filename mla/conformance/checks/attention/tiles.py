@@ -63,7 +63,10 @@ def heads(trial: Trial) -> None:
 
 def _rows_of(absorbed: bool, heads: int, few: bool) -> Iterator[AttentionProblem]:
     """Yield batches of 1, 2, 3 and more new tokens per request, each number alone as well unless few do."""
-    lengths: list[tuple[Lengths, Lengths]] = [((1, 1), (9, 3)), ((2, 1, 3, 4, 9), (2, 66, 3, 7, 9))]
+    lengths: list[tuple[Lengths, Lengths]] = [
+        ((1, 1), (9, 3)),
+        ((2, 1, *range(3, 10)), (2, 66, 3, 7, 5, 16, 7, 9, 9)),
+    ]
     if not few:
         lengths += [((2, 2), (3, 66)), ((3, 3), (70, 3)), ((4, 4), (4, 9)), ((7,), (20,))]
     for queries, keys in lengths:
@@ -100,7 +103,7 @@ def keys(trial: Trial) -> None:
 @latent_check("new_tokens", "a tile of new tokens whose mask or last row is wrong", KIND)
 def new_tokens(trial: Trial) -> None:
     """Numbers of new tokens next to the borders of tiles are attended, without history and after one."""
-    for tokens in (17, 64, 129, 257) if trial.quick else TOKENS:
+    for tokens in (17, 64, 129, 257, 300) if trial.quick else TOKENS:
         lengths = ((tokens, 1, tokens), (tokens, 5, tokens + 67))
         check_out(trial, latent(*lengths, heads=2, aimed=True))
     check_out(trial, latent(FEW_TOKENS, tuple(tokens + 3 for tokens in FEW_TOKENS), heads=3, aimed=True))
@@ -127,7 +130,7 @@ def expanded_heads(trial: Trial) -> None:
 @expanded_check("new_tokens", "a tile of queries whose mask or last row is wrong", KIND)
 def expanded_new_tokens(trial: Trial) -> None:
     """Numbers of queries next to the borders of tiles are attended, without history and after one."""
-    for tokens in (17, 64, 129, 257) if trial.quick else TOKENS:
+    for tokens in (17, 64, 129, 257, 300) if trial.quick else TOKENS:
         queries, keys = (tokens, 1, tokens), (tokens, 5, tokens + 67)
         check_out(trial, expanded(queries, keys, heads=2, aimed=True))
         check_out(trial, expanded(queries, keys[::-1], heads=2, aimed=True, causal=False))
