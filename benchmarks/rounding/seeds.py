@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.rounding.cases import (
     ATTENTION,
+    DECODE,
     LAYERS,
     LONG,
     AttentionProblem,
@@ -64,7 +65,7 @@ def wrong(seeds: range) -> tuple[Found, Found]:
     for seed in seeds:
         for name, dtype in DTYPES.items():
             forms = [form for form, dtypes in WRONG if dtype in dtypes]
-            layer, op = LayerProblem(LAYERS[1], dtype, seed), AttentionProblem(LONG, dtype, seed)
+            layer, op = LayerProblem(DECODE, dtype, seed), AttentionProblem(LONG, dtype, seed)
             for form in forms:
                 layers[form.name, name].append(layer.ratio(form))
                 single[form.name, name].append(op.ratio(form))

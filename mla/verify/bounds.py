@@ -41,14 +41,16 @@ BOUNDS = {dtype: one.whole for dtype, one in ALLOWED.items()}  # of whole output
 UNITS = {dtype: one.op for dtype, one in ALLOWED.items()}
 
 TWICE = 2.0  # an output may err by twice the typical error
-ROW_SLACK = 1.5  # ... with this in a row in addition to what the reference errs there,
-UNKNOWN_SLACK = 4.0  # ... or this where nobody knows: one logit may decide a row, so it errs like one number
+ROW_SLACK = 1.5  # ... with this in a row of an op, beside what the reference errs there,
+# ... or this in a row of a layer: a rounding of a query that falls the other way moves a logit, and one logit
+# may decide a row, which then errs like one number and not like a mean.
+LAYER_SLACK = 2.5
 CAP_SLACK = 2.0  # one row of a layer may exceed the largest error of the whole by this
-NARROW = 3.0  # numbers of a row that may cancel
+NARROW = 6.0  # numbers of a row that may cancel
 # The probability that a row of random numbers is smaller by chance than the rule allows for.
 CHANCE = 1e-7
 # A logit of size s has a rounding error of several 2^-24 s in fp32, and its weight that relative error.
-LOGIT = 5 * 2.0**-24
+LOGIT = 8 * 2.0**-24
 TINY = torch.finfo(torch.float64).tiny  # stands in for the norm of zeros
 
 
@@ -58,16 +60,14 @@ class Bounds:
 
     many: float  # of the whole of many rows
     rows: torch.Tensor  # of each row
-    unknown: float = 0.0  # of a row that the reference was not run on
 
     def of_whole(self, allowed: torch.Tensor, sizes: torch.Tensor) -> float:
         """Return the bound on the whole of some rows, from what each may err by and their norms.
 
-        A mean of N squares strays from its expectation by 1/sqrt(N) of what one of them does: a single row
-        may be as wrong as a row, many rows no more than `many`.
+        Beside `many`, any one of them may be as wrong as a row may.
         """
-        spread = mean_over(allowed, sizes) ** 2 - self.many**2
-        return math.sqrt(self.many**2 + max(spread, 0.0) / math.sqrt(max(sizes.numel(), 1)))
+        worst = (allowed * sizes).max().item() if sizes.numel() else 0.0
+        return math.hypot(self.many, worst / max(sizes.norm().item(), TINY))
 
 
 def op_bounds(
@@ -82,7 +82,7 @@ def op_bounds(
         floor = floor.maximum(LOGIT * lse.double().abs().nan_to_num(posinf=0.0))
     means = mean_over(own, sizes), mean_over(floor.expand(sizes.shape), sizes)
     typical = max(*means, ALLOWED[dtype].op)  # which is left where all rows are zero
-    return Bounds(TWICE * typical, _rows(own, sizes, truth.shape[-1], floor.clamp_min(typical)))
+    return Bounds(TWICE * typical, _rows(own, sizes, truth.shape[-1], ROW_SLACK * floor.clamp_min(typical)))
 
 
 def layer_bounds(own: torch.Tensor | None, truth: torch.Tensor, dtype: torch.dtype) -> Bounds:
@@ -93,11 +93,11 @@ def layer_bounds(own: torch.Tensor | None, truth: torch.Tensor, dtype: torch.dty
     one, sizes = ALLOWED[dtype], truth.norm(dim=-1)
     cap = CAP_SLACK * one.whole
     if own is None:
-        return Bounds(one.whole, torch.full_like(sizes, cap), cap)
-    typical = torch.tensor(max(mean_over(own, sizes), one.layer), dtype=torch.float64)
-    rows = _rows(own, sizes, truth.shape[-1], typical).clamp_max(cap)
-    unknown = min(TWICE * UNKNOWN_SLACK * typical.item(), cap)
-    return Bounds(min(TWICE * typical.item(), one.whole), rows, unknown)
+        return Bounds(one.whole, torch.full_like(sizes, cap))
+    typical = max(mean_over(own, sizes), one.layer)
+    others = torch.tensor(LAYER_SLACK * typical, dtype=torch.float64)
+    rows = _rows(own, sizes, truth.shape[-1], others).clamp_max(cap)
+    return Bounds(min(TWICE * typical, one.whole), rows)
 
 
 def table_decides(dtype: torch.dtype) -> bool:
@@ -110,16 +110,16 @@ def mean_over(errors: torch.Tensor, sizes: torch.Tensor) -> float:
     return ((errors * sizes).norm() / sizes.norm().clamp_min(TINY)).item()
 
 
-def _rows(own: torch.Tensor, sizes: torch.Tensor, width: int, typical: torch.Tensor) -> torch.Tensor:
-    """Return what each row may err by.
+def _rows(own: torch.Tensor, sizes: torch.Tensor, width: int, others: torch.Tensor) -> torch.Tensor:
+    """Return what each row may err by, given what the reference does in it and `others` may add to that.
 
-    What the reference errs in a row, and what other roundings add to it, are independent: squares add. A
-    narrow row may be small because its numbers cancel, which takes no errors away. A wide one is small for
-    other reasons, such as a mean over more keys, and its errors are small with it.
+    Both are independent: squares add. A narrow row may be small because its numbers cancel, which takes no
+    errors away. A wide one is small for other reasons, such as a mean over more keys, and its errors are
+    small with it.
     """
     usual = (sizes.square().mean() / sizes.square().clamp_min(TINY)).clamp_max(shrinkage(width))
     cancelled = torch.where(sizes > 0, 1 + NARROW / width * usual, 1.0)
-    return TWICE * (own.square() + (ROW_SLACK * typical).square() * cancelled).sqrt()
+    return TWICE * (own.square() + others.square() * cancelled).sqrt()
 
 
 def shrinkage(width: int) -> float:

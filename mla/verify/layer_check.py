@@ -27,7 +27,6 @@ class Forward:
     expected: torch.Tensor  # float64, on the host
     where: str
     places: Callable[[], Places] | None = None  # of its rows, asked for when some are wrong
-    new: torch.Tensor | None = None  # [T] bool: rows whose inputs the reference was not run on
 
     def name(self, row: int) -> str:
         """Return what a row is and which forward it belongs to."""
@@ -95,8 +94,6 @@ class _Tally:
             self.broken += int(broken.sum())
             return
         errors, allowed = gap / size.clamp_min(TINY), self.bounds.rows[forward.step]
-        if forward.new is not None:
-            allowed = torch.where(forward.new, self.bounds.unknown, allowed)
         self._rows.append(torch.stack((errors, allowed, size)))
         ratios = errors / allowed
         self.bad += int((ratios > 1).sum())

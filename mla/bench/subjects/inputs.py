@@ -49,15 +49,6 @@ class Expected:
             rows[chosen] = self.others[of_row[chosen] - 1, step, chosen]
         return rows.mul_(turn.row_signs(self.scenario.query_lens)[:, None])
 
-    def new_rows(self, turn: Turn) -> torch.Tensor:
-        """Return which rows [T] of a forward are others than the plain ones, up to their sign."""
-        lens = torch.tensor(self.scenario.query_lens)
-        if self.scenario.mode == "decode":
-            return turn.choices.repeat_interleave(lens) > 0
-        new = torch.zeros(self.scenario.tokens, dtype=torch.bool)
-        new[lens.cumsum(0) - 1] = turn.choices > 0
-        return new
-
 
 def generator(seed: int, name: str) -> torch.Generator:
     """Return the generator of a scenario's random numbers."""

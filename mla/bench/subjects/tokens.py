@@ -41,7 +41,6 @@ class LayerChecker(Checker):
     turned: Expected | None = None
     _rounding: float | None = None
     oracle: Callable[[torch.Tensor], torch.Tensor] | None = None
-    fresh: bool = False  # all rows are other ones than the reference was run on
 
     def rounding(self) -> float:
         """Return the relative error of the oracle's own outputs, rounded to the dtype."""
@@ -54,17 +53,11 @@ class LayerChecker(Checker):
         assert self.turned is not None
         return self.turned.rows(step, turn)
 
-    def new_rows(self, turn: Turn) -> torch.Tensor:
-        """Return which rows [T] of one forward the reference was not run on."""
-        assert self.turned is not None
-        new = self.turned.new_rows(turn)
-        return torch.ones_like(new) if self.fresh else new
-
     def of(self, hidden: torch.Tensor) -> LayerChecker:
-        """Return a checker of plain turns whose inputs were `hidden` [n, T, d], with bounds for new rows."""
+        """Return a checker of plain turns whose inputs were `hidden` [n, T, d], within the same bounds."""
         assert self.turned is not None
         assert self.oracle is not None
-        return replace(self, turned=replace(self.turned, plain=self.oracle(hidden)), fresh=True)
+        return replace(self, turned=replace(self.turned, plain=self.oracle(hidden)))
 
 
 class LayerImplementation(Implementation):
@@ -175,8 +168,7 @@ class LayerImplementation(Implementation):
         for index, (turn, found) in sorted(self._collected.items()):
             step = self._step(index)
             expected, places = checker.expected_rows(step, turn), partial(self.places, step)
-            new = checker.new_rows(turn)
-            yield Forward(step, found[part], expected, f"{word} {index}", places, new)
+            yield Forward(step, found[part], expected, f"{word} {index}", places)
 
     def places(self, step: int) -> Places:
         """Return what the rows of a forward are."""

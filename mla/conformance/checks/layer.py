@@ -25,6 +25,7 @@ from mla.conformance.registry import LAYER, check
 from mla.conformance.trial import Trial, expect
 from mla.layer.expansion import rebuilt_bytes
 from mla.layer.rope import RotaryTable
+from mla.verify.bounds import ALLOWED, TWICE
 from mla.verify.op_oracle import true_norm, true_rotation
 from mla.verify.tolerances import relative_error, same_bits
 
@@ -94,7 +95,7 @@ def cached(trial: Trial) -> None:
     with trial.case(problem.label):
         made, ready = data(problem, trial.dtype), prepare_layer(trial, problem)
         ready.run()
-        bound = 1e-5 if trial.dtype == torch.float32 else 6e-3
+        bound = TWICE * ALLOWED[trial.dtype].layer
         parts = zip(ready.ids, made.hidden[0].split(list(problem.query_lens)), problem.history, strict=True)
         for sequence, hidden, old in parts:
             kv, pe = ready.cache.read(sequence)

@@ -153,5 +153,6 @@ def expanded_long(trial: Trial) -> None:
     """A context of thousands of tokens next to short ones is attended in full."""
     check_out(trial, expanded((1, 2, 3), (2500, 9, 70), heads=4))
     check_out(trial, expanded((1, 5), (LONG, 7), heads=2, aimed=True))
+    check_out(trial, expanded((1,), (8200,), heads=2, magnitude=EVEN))  # whose sums are long
     if not trial.quick:
         check_out(trial, expanded((300, 2), (9000, 70), heads=2, aimed=True))
