@@ -69,7 +69,7 @@ def narrow_sums(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor, d
     return total / weights.sum(-1, keepdim=True), lse
 
 
-# With the dtypes in which they are wrong.
+# With the dtypes in which they are wrong. (Logits in float16 err about as much as float16 probabilities.)
 WRONG: tuple[tuple[Form, tuple[torch.dtype, ...]], ...] = (
     (in_order("TF32 products", lambda x, weight: tf32(x) @ tf32(weight).mT), (F32,)),
     (replace(REFERENCE, name="queries in float16", attend=given(lambda q: narrow(q, F16))), (F32,)),
@@ -77,6 +77,6 @@ WRONG: tuple[tuple[Form, tuple[torch.dtype, ...]], ...] = (
     (replace(REFERENCE, name="2e-3 of another row", attend=spoilt(leftover)), (F32,)),
     (replace(REFERENCE, name="attention 1 % off", attend=spoilt(lambda out: 1.01 * out)), (F32, F16)),
     (replace(REFERENCE, name="one head of four 5 % off", attend=spoilt(last_head)), (F32, F16, BF16)),
-    (replace(REFERENCE, name="logits in the dtype", attend=narrow_scores), (F16, BF16)),
+    (replace(REFERENCE, name="logits in bfloat16", attend=narrow_scores), (BF16,)),
     (replace(REFERENCE, name="sums in the dtype, 2500 keys", attend=narrow_sums), (F16, BF16)),
 )
