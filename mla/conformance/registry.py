@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mla.conformance.kinds import DEFAULT, KINDS, kind_of
+from mla.conformance.kinds import KINDS
 
 __all__ = ["DEVICE", "DTYPE", "KINDS", "LAYER", "OP", "ConformanceCheck", "all_checks", "check", "matches"]
 
@@ -64,13 +64,16 @@ _CHECKS: dict[str, ConformanceCheck] = {}
 
 
 def check(
-    name: str, *, catches: str, scope: str = DEVICE, kind: str = "", fails: str = DEFAULT
+    name: str, *, catches: str, scope: str = DEVICE, kind: str = "", fails: str = ""
 ) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
     """Register a function as check `name`; the first line of its docstring describes it.
 
+    `fails` is why kernels fail it, a key of `KINDS`; by default the contract (of a device) or the formula.
     What takes time belongs inside its cases (`Trial.case`), so that each can run alone.
     """
-    why = kind_of(name, fails)
+    why = fails or ("contract" if scope in (DEVICE, DTYPE) else "formula")
+    if why not in KINDS:
+        raise ValueError(f"check '{name}' fails by '{why}', which is not one of {', '.join(KINDS)}.")
 
     def register(function: Callable[[Trial], None]) -> Callable[[Trial], None]:
         if name in _CHECKS:

@@ -18,6 +18,7 @@ from mla.failures.verdict import Expected, Made
 from mla.failures.watch import JudgedCall
 
 NAME = "failure.safetensors"
+BEFORE = "failure-before.safetensors"
 KEY = "failure"
 VERSION = 1
 
@@ -84,9 +85,16 @@ def replay_command(folder: Path) -> str:
 
 
 def prepare(folder: Path) -> None:
-    """Make the folder of a failure, before a long run. Raises `ResultError`."""
+    """Make the folder of a failure, before a long run. Raises `ResultError`.
+
+    One that is there from an earlier run becomes `BEFORE`: what is replayed is of the last run.
+    """
     try:
+        if folder.exists() and not folder.is_dir():
+            raise ResultError(f"cannot write to '{folder}': it is a file, not a folder.")
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / NAME).exists():
+            (folder / NAME).replace(folder / BEFORE)
     except OSError as error:
         raise ResultError(f"cannot write to '{folder}': {error.strerror}.") from error
     files.check_writable(folder / NAME)

@@ -12,7 +12,7 @@ import torch
 
 from mla.conformance import kinds
 from mla.conformance.cli import main
-from mla.conformance.registry import all_checks, check, matches
+from mla.conformance.registry import all_checks, check
 from mla.conformance.report import Cases, CheckResult, Failure, Slow, decode
 from mla.conformance.report.card import MOST_CASES, failed_cases
 from mla.conformance.report.coverage import Extent, blind, coverage
@@ -27,7 +27,7 @@ def result(name: str, status: Any = "pass", of: str = "mine", dtype: str = "floa
     return CheckResult(
         id=f"{name}[{of}-{dtype}]",
         check=name,
-        kind=kinds.kind_of(name),
+        kind={one.id: one.fails for one in all_checks()}[name],
         of=of,
         dtype=dtype,
         status=status,
@@ -50,15 +50,13 @@ def extent(**changes: Any) -> Extent:
 
 def test_every_check_says_why_kernels_fail_it() -> None:
     assert {one.fails for one in all_checks()} <= set(kinds.KINDS)
-    for kind, ids in kinds._OF_CHECKS.items():
-        for pattern in ids:
-            assert any(matches(pattern, one.id) for one in all_checks()), f"{kind}: {pattern} names no check"
+    by_id = {one.id: one.fails for one in all_checks()}
+    assert by_id["device.timer"] == by_id["linear.pack"] == "contract"
+    assert by_id["linear.strided"] == by_id["layer.untouched"] == "memory"
+    assert by_id["linear.bias"] == "formula"
 
 
-def test_what_a_check_names_itself_counts_more_than_the_list() -> None:
-    assert kinds.kind_of("linear.strided") == "memory"
-    assert kinds.kind_of("linear.strided", "grid") == "grid"
-    assert kinds.kind_of("linear.bias") == kinds.DEFAULT
+def test_a_kind_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'linear\.new' fails by 'luck', which is not one of contract, "):
         check("linear.new", catches="nothing", fails="luck")
 
@@ -127,8 +125,10 @@ def test_how_far_an_index_got_is_said() -> None:
     found = [
         result("latent.far_pages", note="4.3 GB from the start"),
         result("linear.bias", note="unrelated"),
+        result("expanded.far_rows", "refused", note="8.6 GB from first to last", cases={"refused": 1}),
     ]
     assert "Indices beyond what latent.far_pages reached: 4.3 GB from the start." in blind(extent(), found)
+    assert not any("8.6 GB" in sentence for sentence in blind(extent(), found)), "it was refused"
 
 
 def test_the_card_and_the_report_say_what_was_covered(tmp_path: Path, capsys: Any) -> None:
@@ -178,7 +178,7 @@ def test_the_command_on_the_card_runs_the_first_wrong_case_alone(
     rows.clear()
     assert main(words[3:]) == 4
     assert rows == [70]
-    assert "1 checks: 0 passed, 1 failed" in capsys.readouterr().out
+    assert "1 check: 0 passed, 1 failed" in capsys.readouterr().out
 
 
 def test_the_list_with_a_backend_has_every_case(capsys: Any) -> None:

@@ -76,7 +76,7 @@ def test_the_case_that_failed_is_kept_and_not_one_before_it(
     capsys.readouterr()
     assert main(words[3:]) == 4
     assert rows == [130]
-    assert "1 checks: 0 passed, 1 failed" in capsys.readouterr().out
+    assert "1 check: 0 passed, 1 failed" in capsys.readouterr().out
 
 
 def test_a_call_that_raises_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

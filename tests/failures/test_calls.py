@@ -247,3 +247,13 @@ def test_reasons_that_are_no_list_are_named_by_a_replay(
     backend = HostBackend(ops={"mine": Looking("latent_attention")})
     with pytest.raises(BackendError, match=rf"op 'mine': {method}\(\) returned .*, not a list of sentences"):
         replay(kept_attention, backend, "mine")
+
+
+def test_a_failure_of_an_earlier_run_makes_room_for_the_next(tmp_path: Path) -> None:
+    """What is replayed is of the last run, which may have found nothing."""
+    (tmp_path / file.NAME).write_bytes(b"earlier")
+    file.prepare(tmp_path)
+    assert (tmp_path / file.BEFORE).read_bytes() == b"earlier"
+    assert not (tmp_path / file.NAME).exists()
+    file.prepare(tmp_path)
+    assert (tmp_path / file.BEFORE).read_bytes() == b"earlier"

@@ -43,10 +43,11 @@ def device_doubt(timer: Timer, forwards: Any, long: Sequence[int], restore: Call
         device.append(times[0] - short_times[0])
         host.append(times[1] - short_times[1])
         theirs, mine = median(device), median(host)
-        agree = mine < LEAST or 1 / WITHIN <= theirs / mine <= WITHIN
+        told = max(theirs, mine) >= LEAST
+        agree = told and mine > 0 and 1 / WITHIN <= theirs / mine <= WITHIN
         if pair >= 2 and (agree or times[1] > SLOW):  # three pairs do, unless they contradict each other
             break
-    if agree:
+    if agree or not told:
         return ""
     more = f"{len(long) - 1} more forward{'s' * (len(long) > 2)} in a region"
     return f"{more} count {theirs:.3g} ms on the clock '{timer.clock}' and {mine:.3g} ms on the host's"
@@ -130,6 +131,6 @@ def timer_doubt(backend: Backend, forwards: Any, steps: int, restore: Callable[[
         taken.append((reading, (now_ns() - start) / 1e6))
         forwards.after(index)
     theirs, mine = (median(values) for values in zip(*taken, strict=True))
-    if mine < LEAST or 1 / WITHIN <= theirs / mine <= WITHIN:
+    if max(theirs, mine) < LEAST or (mine > 0 and 1 / WITHIN <= theirs / mine <= WITHIN):
         return ""
     return f"the backend's own timer says {theirs:.3g} ms where the runner's clock measured {mine:.3g} ms"

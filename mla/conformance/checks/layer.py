@@ -58,13 +58,13 @@ def mixed(trial: Trial) -> None:
     check_layer(trial, LayerProblem(*MIXED))
 
 
-@layer_check("decode", "a token that is cached at the wrong place, which only later steps see")
+@layer_check("decode", "a token that is cached at the wrong place, which only later steps see", "state")
 def decode(trial: Trial) -> None:
     """Twenty decode steps give what one prefill of the same tokens gives."""
     check_layer(trial, LayerProblem((1, 1, 1), (50, 0, 120), steps=20), modes=("auto", "absorbed"))
 
 
-@layer_check("pages", "pages that are assumed to be contiguous")
+@layer_check("pages", "pages that are assumed to be contiguous", "tiles")
 def pages(trial: Trial) -> None:
     """The order and the size of pages do not matter; sizes may be refused with a reason."""
     problem = LayerProblem((2, 1), (140, 70))
@@ -74,7 +74,9 @@ def pages(trial: Trial) -> None:
             judge(trial, problem, ready.run())
 
 
-@layer_check("chunks", "a log-sum-exp that is wrong, which shows only when parts of a context are merged")
+@layer_check(
+    "chunks", "a log-sum-exp that is wrong, which shows only when parts of a context are merged", "tiles"
+)
 def chunks(trial: Trial) -> None:
     """A workspace too small for the context makes the expanded path merge several rounds."""
     problem = LayerProblem((30, 6), (100, 0))
@@ -119,7 +121,7 @@ def true_latents(
     return norm, true_rotation(key, cos_sin, config.rope_interleave)
 
 
-@layer_check("untouched", "latents written to a page that belongs to another request")
+@layer_check("untouched", "latents written to a page that belongs to another request", "memory")
 def untouched(trial: Trial) -> None:
     """A step changes the slots of its new tokens and no other bit of the cache."""
     problem = LayerProblem(*MIXED)
@@ -134,7 +136,7 @@ def untouched(trial: Trial) -> None:
             expect_untouched(ready.cache.pages[0].cpu(), before, others)
 
 
-@layer_check("again", "an op that accumulates into its output or the cache")
+@layer_check("again", "an op that accumulates into its output or the cache", "state")
 def again(trial: Trial) -> None:
     """Running a batch again gives the same result."""
     problem = LayerProblem(*MIXED)
@@ -146,7 +148,9 @@ def again(trial: Trial) -> None:
                 judge(trial, problem, ready.forward(0, batch)[None].cpu())
 
 
-@layer_check("shared_plan", "a plan or a sequence that one forward uses up, or that remembers its cache")
+@layer_check(
+    "shared_plan", "a plan or a sequence that one forward uses up, or that remembers its cache", "state"
+)
 def shared_plan(trial: Trial) -> None:
     """A layer runs one batch repeatedly, alternating between two caches."""
     first, second = (LayerProblem(*MIXED, seed=seed) for seed in (0, 1))
@@ -175,7 +179,9 @@ def two_layers(trial: Trial) -> None:
                 judge(trial, one.problem, out[None].cpu())
 
 
-@layer_check("weights", "a packed layout that loses bits, so that a checkpoint cannot be saved again")
+@layer_check(
+    "weights", "a packed layout that loses bits, so that a checkpoint cannot be saved again", "contract"
+)
 def state_dict(trial: Trial) -> None:
     """The layer returns the weights it was given, bit for bit."""
     for config in (PLAIN, VARIANT):

@@ -21,7 +21,10 @@ STEPPING = LayerProblem((1, 1, 1, 1), (50, 10, 100, 65), steps=8)
 
 
 @check(
-    "layer.update", scope=LAYER, catches="a plan that is remembered for the batch object, not for its lengths"
+    "layer.update",
+    scope=LAYER,
+    catches="a plan that is remembered for the batch object, not for its lengths",
+    fails="state",
 )
 def update(trial: Trial) -> None:
     """A batch updated in place to the next step's lengths runs like that step's own batch."""
@@ -71,6 +74,7 @@ def capture(trial: Trial, work: Callable[[], None]) -> Callable[[], None]:
     scope=OP,
     kind="latent_attention",
     catches="a call that waits, allocates or reads its inputs on the host while captured",
+    fails="state",
 )
 def latent_graph(trial: Trial) -> None:
     """A captured call gives the right output for other queries and other cache contents."""
@@ -84,6 +88,7 @@ def latent_graph(trial: Trial) -> None:
     scope=OP,
     kind="latent_attention",
     catches="a schedule or a longest length that is frozen at capture",
+    fails="state",
 )
 def latent_graph_lengths(trial: Trial) -> None:
     """A captured call follows lengths and block tables that change in place, if its state declares it."""
@@ -96,6 +101,7 @@ def latent_graph_lengths(trial: Trial) -> None:
     "layer.graph",
     scope=LAYER,
     catches="an op that waits, allocates or reads its inputs on the host while captured",
+    fails="state",
 )
 def graph(trial: Trial) -> None:
     """A captured forward gives the right output for new inputs and other cache contents."""
@@ -118,7 +124,12 @@ def graph(trial: Trial) -> None:
             judge(trial, one.problem, out[None].cpu())
 
 
-@check("layer.graph_lengths", scope=LAYER, catches="a plan whose lengths or angles are frozen at capture")
+@check(
+    "layer.graph_lengths",
+    scope=LAYER,
+    catches="a plan whose lengths or angles are frozen at capture",
+    fails="state",
+)
 def graph_lengths(trial: Trial) -> None:
     """A captured plan and forward follow the batch as update_() advances it in place."""
     with trial.case(STEPPING.label):

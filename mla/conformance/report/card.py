@@ -60,7 +60,8 @@ def summary(report: ConformanceReport) -> str:
     }
     listed = ", ".join(f"{counts[cast('Status', status)]} {word}" for status, word in words.items())
     cut = f" (interrupted, {report.planned} planned)" if report.interrupted else ""
-    return f"{len(report.checks)} checks{cut}: {listed}; {seconds:.1f} s"
+    checks = "1 check" if len(report.checks) == 1 else f"{len(report.checks)} checks"
+    return f"{checks}{cut}: {listed}; {seconds:.1f} s"
 
 
 def _header(report: ConformanceReport) -> str:

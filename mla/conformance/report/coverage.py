@@ -73,7 +73,7 @@ def _times(factor: float) -> str:
 
 def _reached(checks: Sequence[CheckResult]) -> Iterator[str]:
     """Say how far checks of index widths got, as memory allowed."""
-    members = [one for one in checks if one.kind == "index" and one.note]
+    members = [one for one in checks if one.kind == "index" and one.note and one.cases.passed]
     for check in dict.fromkeys(one.check for one in members):
         notes = dict.fromkeys(one.note for one in members if one.check == check)
         yield f"Indices beyond what {check} reached: {', '.join(notes)}."

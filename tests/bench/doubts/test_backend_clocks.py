@@ -72,6 +72,22 @@ def test_one_that_starts_later_or_stops_earlier_is_not(
     assert device_doubt(Clock(forwards, factor, wait, launch), forwards, THREE, lambda: None) == ""
 
 
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+def test_what_disturbs_the_first_pairs_is_no_agreement(
+    monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    """A short region that others delayed seems to be longer than a long one, on both clocks."""
+    forwards = Forwards(monkeypatch)
+    delays = iter([9_000_000, 0] * 4)  # of short and of long regions, before they start
+
+    def delayed(index: int) -> None:
+        forwards.now += next(delays, 0) if index == 0 else 0
+
+    forwards.before = delayed  # type: ignore[method-assign]
+    found = device_doubt(Clock(forwards, factor), forwards, THREE, lambda: None)
+    assert found.endswith(" and 2 ms on the host's")
+
+
 def test_one_forward_a_pass_or_tiny_ones_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     forwards = Forwards(monkeypatch)
     assert device_doubt(Clock(forwards, 0.1), forwards, [0], lambda: None) == ""

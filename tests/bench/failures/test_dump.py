@@ -137,4 +137,4 @@ def test_one_op_is_kept_and_replayed(bench: Bench, small: list[str], tmp_path: P
 def test_a_folder_that_cannot_be_made_is_told_before_the_run(measure: Bench) -> None:
     Path("kept").write_text("")
     done = measure("linear", "none")
-    assert (done.code, done.error) == (2, "error: cannot write to 'kept': File exists.")
+    assert (done.code, done.error) == (2, "error: cannot write to 'kept': it is a file, not a folder.")

@@ -50,7 +50,7 @@ def scale(trial: Trial) -> None:
     check_out(trial, *(latent(*MIXED, scale_factor=factor) for factor in (0.4, 1.9)))
 
 
-@latent_check("other_widths", "a kernel compiled for 512 + 64 that runs on other widths anyway", KIND)
+@latent_check("other_widths", "a kernel compiled for 512 + 64 that runs on other widths anyway", "contract")
 def other_widths(trial: Trial) -> None:
     """Widths other than 512 + 64 are served, or refused with a reason."""
     check_out(trial, latent(*MIXED, dims=SMALL, heads=3, page_size=16))
@@ -87,7 +87,9 @@ def expanded_scale(trial: Trial) -> None:
     check_out(trial, *(expanded(*SEGMENTS, scale_factor=factor) for factor in (0.4, 1.9)))
 
 
-@expanded_check("other_widths", "a kernel compiled for 192 and 128 that runs on other widths anyway", KIND)
+@expanded_check(
+    "other_widths", "a kernel compiled for 192 and 128 that runs on other widths anyway", "contract"
+)
 def expanded_other_widths(trial: Trial) -> None:
     """Widths other than 192 and 128 are served, or refused with a reason."""
     check_out(trial, expanded(*SEGMENTS, dims=SMALL, heads=3))

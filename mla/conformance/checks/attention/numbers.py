@@ -84,14 +84,14 @@ def check_large(trial: Trial, ordinary: AttentionProblem) -> None:
             expect(gap <= 1e-3, f"lse has relative error {gap:.1e}, allowed 1e-3")
 
 
-@latent_check("without_lse", SKIPS, "formula")
+@latent_check("without_lse", SKIPS, "contract")
 def without_lse(trial: Trial) -> None:
     """An op that declares lse_optional gives the same output when it gets no lse to write."""
     for lengths in (((5, 1, 9, 2), (5, 70, 64, 129)), ((1, 1, 1), (33, 0, 100))):
         check_without(trial, latent(*lengths))
 
 
-@expanded_check("without_lse", SKIPS, "formula")
+@expanded_check("without_lse", SKIPS, "contract")
 def expanded_without_lse(trial: Trial) -> None:
     """An op that declares lse_optional gives the same output when it gets no lse to write."""
     for lengths in (((5, 1, 20), (5, 33, 70)), ((3, 3), (3, 3))):

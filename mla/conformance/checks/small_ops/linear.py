@@ -18,6 +18,7 @@ from mla_backends.api import Packed
     scope=OP,
     kind="linear",
     catches="a weight that is transposed, or a last tile that is missing",
+    fails="tiles",
 )
 def linear_product(trial: Trial) -> None:
     """The product is correct for one token and for many."""
@@ -30,6 +31,7 @@ def linear_product(trial: Trial) -> None:
     scope=OP,
     kind="batched_linear",
     catches="a head that gets its neighbour's weight",
+    fails="tiles",
 )
 def batched_product(trial: Trial) -> None:
     """The product is correct for one token and for many."""
@@ -46,7 +48,7 @@ def products(groups: int) -> list[MatMul]:
     "pack",
     kinds=PRODUCTS,
     catches="a layout that loses bits, so that a checkpoint cannot be saved again",
-    fails="formula",
+    fails="contract",
 )
 def pack(trial: Trial, example: SmallProblem) -> None:
     """unpack(pack(weight)) is the weight, bit for bit, whatever its strides."""

@@ -44,7 +44,7 @@ def large(trial: Trial) -> None:
     check_small(trial, LatentWrite(size=500.0))
 
 
-@write_check("page_sizes", "a slot that is split into page and offset with a fixed page size")
+@write_check("page_sizes", "a slot that is split into page and offset with a fixed page size", "tiles")
 def page_sizes(trial: Trial) -> None:
     """Slots are rows of the flattened cache, whatever the page size."""
     sizes = (1, 16, 128) if trial.quick else (1, 2, 4, 8, 16, 32, 128, 256)

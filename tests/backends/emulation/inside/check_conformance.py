@@ -29,8 +29,18 @@ def test_the_device_conforms(name: str) -> None:
     assert ("device.graph" in passed) == (name != "iluvatar")
 
 
+# What devices differ in: where tensors lie, how they are copied and indexed, streams and graphs. The rest is
+# arithmetic, which the emulated device leaves to the host.
+WHERE_DEVICES_DIFFER = (
+    *("layer.decode", "layer.untouched", "layer.two_layers", "layer.no_tokens", "layer.graph*"),
+    *("latent.decode", "latent.poison", "latent.tables", "latent.kept", "latent.refilled", "latent.graph*"),
+    *("expanded.prefill", "expanded.kept", "*.strided", "*.inputs", "*.empty", "*.new_contents"),
+    "write_latent.slots",
+)
+
+
 @pytest.mark.only("moore")  # once will do: all of these run the same code on the same emulation
 def test_the_reference_and_the_layer_conform(name: str) -> None:
-    passed = run_suite(name)
-    assert len(passed) > 50
+    passed = run_suite(name, *WHERE_DEVICES_DIFFER)
+    assert len(passed) > 25
     assert {"layer.decode", "layer.graph", "latent.poison", "expanded.prefill"} <= passed
