@@ -48,12 +48,20 @@ GRID = [
     *each(SMALL_OPS, "rows", wrong.lost_from, 1, 300, 800, 1024, 4100),
     *each(SMALL_OPS, "rows", wrong.lost_at, 17, 256, 1024),
     *each(SMALL_OPS, "rows", wrong.lost_rest, (16, 9), (32, 1), (64, 0)),
+    *each(("linear",), "rows", wrong.biased_wrong, (30, 0), (160, 0), (4097, 0)),
+    *each(("rotate_query", "write_latent"), "rows", wrong.halves_lost_from, 8, 16, 1024),
     *each(HEADED, "rows_and_heads", wrong.lost_blocks, 65535, 1 << 14),
+    *each(("linear",), "wide", wrong.lost_outputs_from, 2048, 4096, 32768),
+    *each(("linear",), "wide", wrong.biased_wrong, (0, 1024), (2, 24576)),
 ]
 TILES = [
     *each(HEADED, "heads", wrong.lost_heads, (16, 9), (8, 6), (32, 31), (128, 0)),
     *each(HEADED, "heads", wrong.lost_heads_from, 8, 32, 64, 100),
+    *each(("rotate_query",), "heads", wrong.halves_lost_heads, 16, 64, 127),
     *each(PRODUCTS, "widths", wrong.lost_outputs, (16, 15), (64, 1), (256, 0)),
+    *each(("linear",), "widths", wrong.biased_wrong, (0, 128), (0, 31)),
+    *each(("rotate_query",), "widths", wrong.lost_channels_from, 64, 32, 2),
+    *each(("rotate_query",), "widths", wrong.lost_outputs, (32, 30), (64, 32)),
     *each(PRODUCTS, "widths", wrong.lost_inputs, 16, 32, 64, 128),
     *norm("widths", wrong.padded_mean, 16, 64, 512),
     *write("widths", wrong.lost_channels, 512, 576),
@@ -64,8 +72,13 @@ INDEX = [
     *write("slots", wrong.narrow_pages, 8, 10, 15),
     *write("far_slots", wrong.narrow_slots, 9, 12),
     *each(WITH_OUT, "far_rows", wrong.narrow_places, ("x", 20), ("x", 21), ("out", 21)),
+    *each(("write_latent",), "far_rows", wrong.narrow_places, ("kv_a", 20), ("kv_a", 21)),
 ]
-ORDER = [*write("order", wrong.sorted_slots), *write("order", wrong.run_of_slots, True, False)]
+ORDER = [
+    *write("order", wrong.sorted_slots),
+    *write("order", wrong.run_of_slots, True, False),
+    *each(("write_latent",), "order", wrong.halves_lost_from, 1, 100),
+]
 STATE = [
     *each(SMALL_OPS, "earlier_outputs", wrong.late_writer, 1, 2, 5),
     *each(PRODUCTS, "earlier_outputs", wrong.packs_once, "shape"),
@@ -85,6 +98,9 @@ MEMORY = [
     *each(WITH_OUT, "inputs", wrong.writes_before, 1, 16),
     *write("inputs", wrong.rounds_slots_up, 8, 32),
     *each(HEADED, "strided", wrong.packed_leading, "x"),
+    *each(PRODUCTS, "strided", wrong.served_in_whole_tiles, 64, 128),
+    *each(("linear",), "strided", wrong.biased_wrong, (40, 0), (3, 64)),
+    *each(("rotate_query", "write_latent"), "strided", wrong.halves_lost_from, 7, 64),
     *(
         (
             f"{kind}.strided",

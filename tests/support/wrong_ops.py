@@ -117,7 +117,37 @@ def lost_blocks(kind: str, most: int) -> FusedOp:
     return spoiling(kind, lambda out: out.view(-1, out.shape[2])[most:].zero_() if out.is_contiguous() else 0)
 
 
+def lost_outputs_from(kind: str, column: int) -> FusedOp:
+    """Outputs from this one on are zeros: the grid was made for fewer."""
+    return spoiling(kind, lambda out: out[..., column:].zero_())
+
+
+def biased_wrong(kind: str, row: int, column: int) -> FusedOp:
+    """A bias is not added from this row and column on."""
+
+    def spoil(given: dict[str, Any]) -> None:
+        if given["bias"] is not None:
+            given["out"][row:, column:] -= given["bias"][column:]
+
+    return after(kind, spoil)
+
+
+def halves_lost_from(kind: str, row: int) -> FusedOp:
+    """Rotated in halves, rows from this one on are zeros."""
+    return after(kind, lambda given: None if given["interleaved"] else overwrite(given, 0, row))
+
+
 # ------------------------------------------------------------------------------------------------ tiles
+
+
+def halves_lost_heads(kind: str, head: int) -> FusedOp:
+    """Rotated in halves, heads from this one on are zeros."""
+    return after(kind, lambda given: None if given["interleaved"] else given["out"][:, head:].zero_())
+
+
+def lost_channels_from(kind: str, most: int) -> FusedOp:
+    """Channels from this one on are zeros, if there are other channels than 64."""
+    return spoiling(kind, lambda out: out[..., most:].zero_() if out.shape[-1] != 64 else None)
 
 
 def lost_heads(kind: str, tile: int, rest: int) -> FusedOp:
@@ -355,6 +385,19 @@ def rounds_slots_up(tile: int) -> FusedOp:
         given["cache"].flatten(0, 1)[more] = 0
 
     return mutant("write_latent", body)
+
+
+def served_in_whole_tiles(kind: str, tile: int) -> FusedOp:
+    """Refuses widths that the tile does not divide, and writes to outputs as if they were contiguous."""
+    op = spoiling(kind, lambda out: None if out.is_contiguous() else out.zero_())
+    right = type(op).unsupported_reasons
+
+    def refuses(self: Any, spec: Any) -> list[str]:
+        rest = spec.in_features % tile or spec.out_features % tile
+        return [f"it serves multiples of {tile}"] if rest else right(self, spec)
+
+    type(op).unsupported_reasons = refuses
+    return op
 
 
 def packed_leading(kind: str, name: str) -> FusedOp:
