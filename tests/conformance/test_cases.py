@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from wrong_ops.base import SMALL_OPS
 
 from mla.conformance import schedule
 from mla.conformance.cli import main
+from mla.conformance.problems.attention import SMALL
+from mla.conformance.problems.small_ops import LatentWrite, MatMul, Norm, Rotation, SmallProblem
 from mla.conformance.registry import LAYER, OP
 from mla.conformance.report import CheckResult
 from mla.conformance.speed import slow_dtypes
@@ -63,6 +66,29 @@ def test_cases_are_counted_without_a_call_of_an_op_or_the_oracle(
             assert one.labels(subject) or refused, one.id
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_label_of_a_case_is_its_own(sound: Any, quick: bool) -> None:
+    """For small ops and layers, whose cases differ in more than lengths."""
+    subject = BackendUnderTest(sound(), "sound", quick)
+    for one in of_ops(subject, *SMALL_OPS, "layer"):
+        labels = one.labels(subject)
+        assert len(set(labels)) == len(labels), (one.id, labels)
+
+
+@pytest.mark.parametrize(
+    ("problem", "label"),
+    [
+        (MatMul(7, 128, 96, spread=12), "7 tokens, 128 to 96, spread 12"),
+        (MatMul(7, 128, 96, 2, cancels=True, seed=1), "7 tokens, 2 heads, 128 to 96, seed 1, cancels"),
+        (Norm(features=33, size=1e-3, eps=1e-5), "7 tokens, 33 features, size 0.001, eps 1e-05"),
+        (Rotation(heads=2, width=62, interleaved=False), "7 tokens, 2 heads, not interleaved, width 62"),
+        (LatentWrite(dims=SMALL, order="rising"), "9 tokens, page 64, widths 32 and 8, order rising"),
+    ],
+)
+def test_a_label_tells_what_is_special(problem: SmallProblem, label: str) -> None:
+    assert problem.label == label
+
+
 def test_the_cases_that_are_counted_are_those_that_run(sound: Any) -> None:
     subject = BackendUnderTest(sound(), "sound", quick=True)
     for one in of_ops(subject, "linear", "latent.heads", "layer.pages", "rms_norm"):
@@ -77,7 +103,7 @@ def test_the_cases_that_are_counted_are_those_that_run(sound: Any) -> None:
         (("linear.product[mine-float32]#3",), [130]),
         (("linear.product[mine-*]#1", "linear.product[mine-float32]#4"), [1, 5]),
         (("linear.product[mine-*]#1", "linear.product[mine-float32]"), [1, 7, 130, 5]),
-        (("linear.inputs#2",), [7]),
+        (("linear.inputs#3",), [7]),
     ],
 )
 def test_a_case_runs_alone(judge: Run, sound: Any, only: tuple[str, ...], rows: list[int]) -> None:

@@ -187,7 +187,7 @@ def test_the_list_with_a_backend_has_every_case(capsys: Any) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "device.probe (contract)"
     assert lines[1] == "rms_norm.formula[faulty-float32] (formula)"
-    assert lines[2] == "  rms_norm.formula[faulty-float32]#1  1 tokens, 1536 features, size 1, eps 1e-06"
+    assert lines[2] == "  rms_norm.formula[faulty-float32]#1  1 tokens, 1536 features"
     assert lines[-1] == "3 checks, 9 cases"
     assert main([*FAULTY, "--list", "-O", "op=rms_norm", "--only", "rms_norm.formula[faulty-float32]#4"]) == 0
     assert [one[:37] for one in capsys.readouterr().out.splitlines()[1:]] == [

@@ -105,7 +105,7 @@ def test_an_author_sees_which_check_failed_and_why(tmp_path: Path) -> None:
     assert outcome("TestMine::test_conformance[linear.bias]") == "FAILED"
     assert "linear.bias[nobias-float32]: 3 wrong" in done.stdout
     for number, tokens in enumerate((1, 7, 130), 1):
-        case = f"`linear.bias[nobias-float32]#{number}`: {tokens} tokens, 96 to 70, bias: out: "
+        case = f"`linear.bias[nobias-float32]#{number}`: {tokens} tokens, 128 to 256, biased: out: "
         assert case in done.stdout
     assert outcome("TestMine::test_conformance[linear.pack]") == "PASSED"
     assert "the backend offers no graphs" in done.stdout

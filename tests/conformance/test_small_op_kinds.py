@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import wrong_ops as wrong
-from wrong_ops import SMALL_OPS
+from wrong_ops import extents, habits, numerics, places
+from wrong_ops.base import FORMULAS, SMALL_OPS, as_contiguous, changing
 
 from mla.conformance.registry import all_checks
 from mla.conformance.report import CheckResult
@@ -45,50 +45,66 @@ def norm(check: str, mutant: Any, *numbers: int) -> Iterator[tuple[str, Make, st
 
 
 GRID = [
-    *each(SMALL_OPS, "rows", wrong.lost_from, 1, 300, 800, 1024, 4100),
-    *each(SMALL_OPS, "rows", wrong.lost_at, 17, 256, 1024),
-    *each(SMALL_OPS, "rows", wrong.lost_rest, (16, 9), (32, 1), (64, 0)),
-    *each(HEADED, "rows_and_heads", wrong.lost_blocks, 65535, 1 << 14),
+    *each(SMALL_OPS, "rows", extents.lost_from, 1, 300, 800, 1024, 4100),
+    *each(SMALL_OPS, "rows", extents.lost_at, 17, 256, 1024),
+    *each(SMALL_OPS, "rows", extents.lost_rest, (16, 9), (32, 1), (64, 0)),
+    *each(("linear",), "rows", extents.biased_wrong, (30, 0), (160, 0), (4097, 0)),
+    *each(("rotate_query", "write_latent"), "rows", extents.halves_lost_from, 8, 16, 1024),
+    *each(HEADED, "rows_and_heads", extents.lost_blocks, 65535, 1 << 14),
+    *each(("linear",), "wide", extents.lost_outputs_from, 2048, 4096, 32768),
+    *each(("linear",), "wide", extents.biased_wrong, (0, 1024), (2, 24576)),
 ]
 TILES = [
-    *each(HEADED, "heads", wrong.lost_heads, (16, 9), (8, 6), (32, 31), (128, 0)),
-    *each(HEADED, "heads", wrong.lost_heads_from, 8, 32, 64, 100),
-    *each(PRODUCTS, "widths", wrong.lost_outputs, (16, 15), (64, 1), (256, 0)),
-    *each(PRODUCTS, "widths", wrong.lost_inputs, 16, 32, 64, 128),
-    *norm("widths", wrong.padded_mean, 16, 64, 512),
-    *write("widths", wrong.lost_channels, 512, 576),
+    *each(HEADED, "heads", extents.lost_heads, (16, 9), (8, 6), (32, 31), (128, 0)),
+    *each(HEADED, "heads", extents.lost_heads_from, 8, 32, 64, 100),
+    *each(("rotate_query",), "heads", extents.halves_lost_heads, 16, 64, 127),
+    *each(PRODUCTS, "widths", extents.lost_outputs, (16, 15), (64, 1), (256, 0)),
+    *each(("linear",), "widths", extents.biased_wrong, (0, 128), (0, 31)),
+    *each(("rotate_query",), "widths", extents.lost_channels_from, 64, 32, 2),
+    *each(("rotate_query",), "widths", extents.lost_outputs, (32, 30), (64, 32)),
+    *each(PRODUCTS, "widths", extents.lost_inputs, 16, 32, 64, 128),
+    *norm("widths", extents.padded_mean, 16, 64, 512),
+    *write("widths", extents.lost_channels, 512, 576),
 ]
 INDEX = [
-    *write("slots", wrong.narrow_slots, 8, 11, 13, 14, 15, 16),
-    *write("slots", wrong.lost_slots, 3000, 40000, 65537),
-    *write("slots", wrong.narrow_pages, 8, 10, 15),
-    *write("far_slots", wrong.narrow_slots, 9, 12),
-    *each(WITH_OUT, "far_rows", wrong.narrow_places, ("x", 20), ("x", 21), ("out", 21)),
+    *write("slots", places.narrow_slots, 8, 11, 13, 14, 15, 16),
+    *write("slots", places.lost_slots, 3000, 40000, 65537),
+    *write("slots", places.narrow_pages, 8, 10, 15),
+    *write("far_slots", places.narrow_slots, 9, 12),
+    *each(WITH_OUT, "far_rows", places.narrow_places, ("x", 20), ("x", 21), ("out", 21)),
+    *each(("write_latent",), "far_rows", places.narrow_places, ("kv_a", 20), ("kv_a", 21)),
 ]
-ORDER = [*write("order", wrong.sorted_slots), *write("order", wrong.run_of_slots, True, False)]
+ORDER = [
+    *write("order", places.sorted_slots),
+    *write("order", places.run_of_slots, True, False),
+    *each(("write_latent",), "order", extents.halves_lost_from, 1, 100),
+]
 STATE = [
-    *each(SMALL_OPS, "earlier_outputs", wrong.late_writer, 1, 2, 5),
-    *each(PRODUCTS, "earlier_outputs", wrong.packs_once, "shape"),
-    *each(PRODUCTS, "earlier_outputs", wrong.first_weight, "shape"),
-    *each(PRODUCTS, "packed_again", wrong.packs_once, "address", "shape"),
-    *each(SMALL_OPS, "new_contents", wrong.remembers_result, ()),
-    *each(WITH_OUT, "new_contents", wrong.skips_finite, ()),
-    *each(WITH_OUT, "new_contents", wrong.remembers, "x"),
-    *each(("write_latent",), "new_contents", wrong.remembers, "kv_a", "weight", "cos_sin"),
-    *each(("rotate_query",), "new_contents", wrong.remembers, "cos_sin"),
-    *each(("rms_norm",), "new_contents", wrong.remembers, "weight"),
-    *each(("linear",), "new_contents", wrong.remembers, "bias"),
-    *each(SMALL_OPS, "call_before", wrong.adds_previous, 2e-3, 1e-3, 1e-4),
+    *each(SMALL_OPS, "earlier_outputs", habits.late_writer, 1, 2, 5),
+    *each(PRODUCTS, "earlier_outputs", habits.packs_once, "shape"),
+    *each(PRODUCTS, "earlier_outputs", habits.first_weight, "shape"),
+    *each(PRODUCTS, "packed_again", habits.packs_once, "address", "shape"),
+    *each(SMALL_OPS, "new_contents", habits.remembers_result, ()),
+    *each(WITH_OUT, "new_contents", habits.skips_finite, ()),
+    *each(WITH_OUT, "new_contents", habits.remembers, "x"),
+    *each(("write_latent",), "new_contents", habits.remembers, "kv_a", "weight", "cos_sin"),
+    *each(("rotate_query",), "new_contents", habits.remembers, "cos_sin"),
+    *each(("rms_norm",), "new_contents", habits.remembers, "weight"),
+    *each(("linear",), "new_contents", habits.remembers, "bias"),
+    *each(SMALL_OPS, "call_before", habits.adds_previous, 2e-3, 1e-3, 1e-4),
 ]
 MEMORY = [
-    *each(WITH_OUT, "inputs", wrong.rounds_rows_up, 4, 16, 64, 256),
-    *each(WITH_OUT, "inputs", wrong.writes_before, 1, 16),
-    *write("inputs", wrong.rounds_slots_up, 8, 32),
-    *each(HEADED, "strided", wrong.packed_leading, "x"),
+    *each(WITH_OUT, "inputs", places.rounds_rows_up, 4, 16, 64, 256),
+    *each(WITH_OUT, "inputs", places.writes_before, 1, 16),
+    *write("inputs", places.rounds_slots_up, 8, 32),
+    *each(HEADED, "strided", places.packed_leading, "x"),
+    *each(PRODUCTS, "strided", places.served_in_whole_tiles, 64, 128),
+    *each(("linear",), "strided", extents.biased_wrong, (40, 0), (3, 64)),
+    *each(("rotate_query", "write_latent"), "strided", extents.halves_lost_from, 7, 64),
     *(
         (
             f"{kind}.strided",
-            lambda k=kind, n=name: wrong.changing(k, n, wrong.as_contiguous),
+            lambda k=kind, n=name: changing(k, n, as_contiguous),
             f"{kind}-{name}",
         )
         for kind, names in (
@@ -101,14 +117,14 @@ MEMORY = [
         for name in names
     ),
 ]
-EMPTY = [*each(SMALL_OPS, "empty", wrong.writes_if_empty, 1, 16)]
+EMPTY = [*each(SMALL_OPS, "empty", places.writes_if_empty, 1, 16)]
 NUMBERS = [
-    *each(PRODUCTS, "long_sums", wrong.narrow_sums, (64, BF16), (256, BF16), (32, FP16)),
-    *each(PRODUCTS, "long_sums", wrong.split_sums, 2, 4, 8),
-    *norm("long_sums", wrong.narrow_squares, 32, 64),
-    *each(("linear", "batched_linear", "rotate_query"), "sizes", wrong.eight_bits, "call"),
-    *each(SMALL_OPS, "sizes", wrong.flushes_small, 2**-8, 2**-10),
-    *each(PRODUCTS, "outlier", wrong.eight_bits, "row", "call"),
+    *each(PRODUCTS, "long_sums", numerics.narrow_sums, (64, BF16), (256, BF16), (32, FP16)),
+    *each(PRODUCTS, "long_sums", numerics.split_sums, 2, 4, 8),
+    *norm("long_sums", numerics.narrow_squares, 32, 64),
+    *each(("linear", "batched_linear", "rotate_query"), "sizes", numerics.eight_bits, "call"),
+    *each(SMALL_OPS, "sizes", numerics.flushes_small, 2**-8, 2**-10),
+    *each(PRODUCTS, "outlier", numerics.eight_bits, "row", "call"),
 ]
 KINDS = {
     "grid": GRID,
@@ -148,7 +164,7 @@ def test_a_bug_is_found_by_the_check_of_its_kind(
 def test_a_trace_of_the_call_before_shows_in_narrow_dtypes(
     judge: Run, sound: Any, kind: str, share: float, dtype: torch.dtype
 ) -> None:
-    backend = sound(ops={"mine": wrong.adds_previous(kind, share)})
+    backend = sound(ops={"mine": habits.adds_previous(kind, share)})
     assert set(failures(judge(backend, f"{kind}.call_before[mine-*]", dtypes=(dtype,)))) == {
         f"{kind}.call_before"
     }
@@ -158,11 +174,11 @@ def test_a_trace_of_the_call_before_shows_in_narrow_dtypes(
 def test_an_empty_launch_that_raises_fails_and_names_what_it_raised(
     judge: Run, sound: Any, kind: str
 ) -> None:
-    found = failures(judge(sound(ops={"mine": wrong.fails_empty(kind)}), f"{kind}.empty[mine-*]"))
+    found = failures(judge(sound(ops={"mine": places.fails_empty(kind)}), f"{kind}.empty[mine-*]"))
     assert "raised RuntimeError: invalid configuration argument" in found[f"{kind}.empty"]
 
 
 def test_every_check_has_two_mutants() -> None:
     counts = Counter(str(case.values[1]) for case in CASES)
-    assert set(counts) == {one.id for one in all_checks() if one.kind in SMALL_OPS} - wrong.FORMULAS
+    assert set(counts) == {one.id for one in all_checks() if one.kind in SMALL_OPS} - FORMULAS
     assert min(counts.values()) > 1

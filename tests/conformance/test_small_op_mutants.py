@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from wrong_ops import FORMULAS, SMALL_OPS, changing, mutant, spoiling
+from wrong_ops.base import FORMULAS, SMALL_OPS, changing, mutant, spoiling
 
 from mla.conformance.report import CheckResult
 from mla.reference import REFERENCE

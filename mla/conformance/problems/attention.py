@@ -103,6 +103,9 @@ class AttentionProblem:
         words += [f"page {self.page_size}"] * self.absorbed
         words += ["no mask"] * (not self.causal)
         words += [f"latent {self.dims.kv_lora_rank}"] * (self.dims != DEEPSEEK)
+        words += [f"scale {self.scale_factor:g}"] * (self.scale_factor != 1)
+        words += [f"magnitude {self.magnitude:g}"] * (self.magnitude != 1)
+        words += ["aimed"] * self.aimed
         words += [f"seed {self.seed}"] * (self.seed != 0)
         return " ".join(words)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from mla.conformance.trial import Refused
+from mla.conformance.problems.reach import allocate
 
 ROWS = 16  # before the first row, and behind the last
 # What a strided operand has before and behind it in each dimension after the first, by their number.
@@ -54,11 +54,7 @@ def scattered(tensor: torch.Tensor, device: torch.device, apart: int) -> torch.T
 
     Raises `Refused` if that takes more memory than there is.
     """
-    size = tensor.shape[0] * apart
-    try:
-        whole = torch.empty(size, dtype=tensor.dtype, device=device)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one, where torch has it
-        raise Refused(f"{size} numbers could not be allocated") from error
+    whole = allocate((tensor.shape[0] * apart,), tensor.dtype, device)
     part = whole.as_strided(tensor.shape, (apart, tensor.shape[2], 1))
     for row, values in zip(part, tensor, strict=True):  # an index could be too narrow, too
         row.copy_(values)

@@ -10,7 +10,7 @@ import torch
 
 from mla.conformance.problems.attention import AttentionProblem
 from mla.conformance.problems.guards import Guarded
-from mla.conformance.trial import Refused
+from mla.conformance.problems.reach import allocate
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,7 @@ class Paged(NamedTuple):
 
     def sparse(self, device: torch.device) -> torch.Tensor:
         """Return the cache on the device, nothing else of it written. Raises `Refused` if it is too large."""
-        try:
-            cache = torch.empty((self.total, *self.pages.shape[1:]), dtype=self.pages.dtype, device=device)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one, where torch has it
-            raise Refused(f"a cache with {self.total} pages could not be allocated") from error
+        cache = allocate((self.total, *self.pages.shape[1:]), self.pages.dtype, device)
         for place, page in zip(self.order, self.pages, strict=True):  # an index could be too narrow, too
             cache[place].copy_(page)
         return cache

@@ -1,9 +1,16 @@
-"""How far apart rows and pages can be laid in the memory that is there."""
+"""How far apart rows and pages can be laid in the memory that is there, and memory for them."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
 from mla.conformance.trial import Refused, Trial
 from mla_backends import host
+from mla_backends.errors import describe, out_of_memory
 
 # Numbers from the first to the last: beyond what 32 bits count, unsigned and signed. Beyond the last, signed
 # bytes have run out, in a dtype of two.
@@ -29,3 +36,23 @@ def reach(trial: Trial, tensors: int = 1) -> int:
         if needed <= free:
             return numbers
     raise Refused(f"there is no room for {least / 1e9:.2g} GB")
+
+
+@contextmanager
+def memory_may_end() -> Iterator[None]:
+    """Raise `Refused` for an error that says that memory was short, as copies may cause."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one, where torch has it
+        if out_of_memory(describe(error)):
+            raise Refused("there is not as much memory as it takes") from error
+        raise
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return memory that nobody has written to. Raises `Refused` if there is not as much."""
+    try:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    except (RuntimeError, MemoryError) as error:
+        gigabytes = math.prod(shape) * dtype.itemsize / 1e9
+        raise Refused(f"{gigabytes:.2g} GB could not be allocated") from error

@@ -158,7 +158,7 @@ def small_call(trial: Trial, problem: SmallProblem, strided: bool = False) -> Sm
 def check_small(trial: Trial, *problems: SmallProblem, strided: bool = False) -> None:
     """Call the op for each problem, one case each: right, and nothing else is written."""
     for problem in problems:
-        with trial.case(problem.label):
+        with trial.case(problem.label + ", strided" * strided):
             check_once(small_call(trial, problem, strided))
 
 

@@ -7,8 +7,8 @@ them repeats those.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +38,8 @@ class SmallProblem:
     """What problems of every kind have."""
 
     kind: ClassVar[str] = ""
+    # Fields that a label has no special words for.
+    always: ClassVar[tuple[str, ...]] = ("tokens", "drawn")
     tokens: int
     seed: int = 0
     model: int = 0  # seed of a weight that is packed
@@ -47,7 +49,20 @@ class SmallProblem:
 
     @property
     def label(self) -> str:
+        """The size of the problem and what is special about it, for reports."""
+        return ", ".join((f"{self.tokens} tokens", self.size_words, *self._special()))
+
+    @property
+    def size_words(self) -> str:
+        """How large it is apart from tokens."""
         raise NotImplementedError
+
+    def _special(self) -> Iterator[str]:
+        """Yield words for what is not as usual."""
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name not in self.always and value != one.default:
+                yield _words(one.name, value)
 
     @property
     def parts(self) -> Parts:
@@ -78,10 +93,20 @@ class SmallProblem:
         return draw(self.tokens, *shape, seed=self.seed) * scale
 
 
+def _words(name: str, value: Any) -> str:
+    """Return words for a field of a problem."""
+    if isinstance(value, bool):
+        return name if value else f"not {name}"
+    if isinstance(value, Dims):
+        return f"widths {value.kv_lora_rank} and {value.qk_rope_head_dim}"
+    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+
+
 @dataclass(frozen=True)
 class MatMul(SmallProblem):
     """x [T, i] or [T, h, i] ~ N(0, 1) times a weight [o, i] or [h, o, i] ~ N(0, 1 / i)."""
 
+    always = (*SmallProblem.always, "inputs", "outputs", "groups")
     tokens: int
     inputs: int
     outputs: int
@@ -95,9 +120,8 @@ class MatMul(SmallProblem):
         return "batched_linear" if self.groups else "linear"
 
     @property
-    def label(self) -> str:
-        heads = f"{self.groups} heads, " * bool(self.groups)
-        return f"{self.tokens} tokens, {heads}{self.inputs} to {self.outputs}{', bias' * self.biased}"
+    def size_words(self) -> str:
+        return f"{self.groups} heads, " * bool(self.groups) + f"{self.inputs} to {self.outputs}"
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -128,14 +152,15 @@ class Norm(SmallProblem):
     """Rows of any width; `size` is theirs."""
 
     kind = "rms_norm"
+    always = (*SmallProblem.always, "features")
     tokens: int = 7
     features: int = 512
     size: float = 1.0
     eps: float = 1e-6
 
     @property
-    def label(self) -> str:
-        return f"{self.tokens} tokens, {self.features} features, size {self.size:g}, eps {self.eps:g}"
+    def size_words(self) -> str:
+        return f"{self.features} features"
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -152,29 +177,30 @@ class Norm(SmallProblem):
 
 @dataclass(frozen=True)
 class Rotation(SmallProblem):
-    """Heads of 64 channels."""
+    """Heads of `width` channels."""
 
     kind = "rotate_query"
+    always = (*SmallProblem.always, "heads")
     tokens: int = 7
     heads: int = 16
     interleaved: bool = True
+    width: int = DEEPSEEK.qk_rope_head_dim
 
     @property
-    def label(self) -> str:
-        order = "interleaved" if self.interleaved else "halves"
-        return f"{self.tokens} tokens, {self.heads} heads, {order}"
+    def size_words(self) -> str:
+        return f"{self.heads} heads"
 
     @property
     def options(self) -> Mapping[str, Any]:
         return {"interleaved": self.interleaved}
 
     def spec(self, dtype: torch.dtype, device: torch.device) -> AttentionSpec:
-        return attention_spec(self.heads, DEEPSEEK, DEEPSEEK.scale, dtype, device)
+        dims = replace(DEEPSEEK, qk_rope_head_dim=self.width)
+        return attention_spec(self.heads, dims, dims.scale, dtype, device)
 
     def draw(self, dtype: torch.dtype) -> Host:
-        width = DEEPSEEK.qk_rope_head_dim
-        x = (self._rows(self.heads, width) * self.gain).to(dtype)
-        cos_sin = angles(self.tokens, width, self.seed)
+        x = (self._rows(self.heads, self.width) * self.gain).to(dtype)
+        cos_sin = angles(self.tokens, self.width, self.seed)
         return Host({"x": x, "cos_sin": cos_sin}, true_rotation(x, cos_sin, self.interleaved))
 
 
@@ -183,6 +209,7 @@ class LatentWrite(SmallProblem):
     """New tokens of one step and where they go."""
 
     kind = "write_latent"
+    always = (*SmallProblem.always, "page_size")
     tokens: int = 9
     page_size: int = 64
     dims: Dims = DEEPSEEK
@@ -192,9 +219,8 @@ class LatentWrite(SmallProblem):
     order: str = "shuffled"  # or one of those in `slots`
 
     @property
-    def label(self) -> str:
-        order = f"{'interleaved' if self.interleaved else 'halves'}, slots {self.order}"
-        return f"{self.tokens} tokens, page {self.page_size}, {order}, size {self.size:g}, eps {self.eps:g}"
+    def size_words(self) -> str:
+        return f"page {self.page_size}"
 
     @property
     def parts(self) -> Parts:

@@ -12,6 +12,8 @@ from mla.conformance.report.schema import Cases, CheckResult, Coverage, Slow
 _ALWAYS = (
     "Sizes between those tried: cases are neighbours of the borders that kernels usually have.",
     "Races that need luck: a case runs once or a few times, on one stream of one process.",
+    "One more rounding to a narrow dtype in a small op, of angles, of a norm before its weight, of a product "
+    "before its bias: it costs about as much as rounding the output, which is allowed.",
     "Speed: nothing is timed but whether the device waits and its clock tells the truth.",
     "Several devices, and what `probe()` does to a device: it is set up before the first check.",
 )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from mla.conformance.checks.small_ops.kinds import PRODUCTS, small_check
+from mla.conformance.checks.small_ops.kinds import PRODUCTS, both_ways, small_check
 from mla.conformance.problems.small_call import check_small
 from mla.conformance.problems.small_ops import MatMul, SmallProblem, host
 from mla.conformance.registry import OP, check
 from mla.conformance.trial import Trial, expect
 from mla.verify.tolerances import same_bits
 from mla_backends.api import Packed
+
+# What 128 heads of 192 channels have, and more than 2^15; both are multiples of 128.
+WIDE = (24_576, 33_024)
 
 
 @check(
@@ -22,8 +25,8 @@ from mla_backends.api import Packed
 )
 def linear_product(trial: Trial) -> None:
     """The product is correct for one token and for many."""
-    more = (MatMul(64, 512, 2048), MatMul(300, 128, 512))
-    check_small(trial, *products(0), *more[: 0 if trial.quick else 2])
+    more = (MatMul(64, 512, 2048), MatMul(300, 128, 512), MatMul(5, 96, 70))
+    check_small(trial, *products(0), *(() if trial.quick else more))
 
 
 @check(
@@ -35,13 +38,13 @@ def linear_product(trial: Trial) -> None:
 )
 def batched_product(trial: Trial) -> None:
     """The product is correct for one token and for many."""
-    more = (MatMul(64, 512, 128, 16), MatMul(300, 128, 512, 16))
-    check_small(trial, *products(16), *more[: 0 if trial.quick else 2])
+    more = (MatMul(64, 512, 128, 16), MatMul(300, 128, 512, 16), MatMul(5, 96, 70, 16))
+    check_small(trial, *products(16), *(() if trial.quick else more))
 
 
 def products(groups: int) -> list[MatMul]:
     """Return products of one token, some and many, and of odd widths."""
-    return [*(MatMul(tokens, 96, 70, groups) for tokens in (1, 7, 130)), MatMul(5, 33, 17, groups)]
+    return [*(MatMul(tokens, 128, 256, groups) for tokens in (1, 7, 130)), MatMul(5, 33, 17, groups)]
 
 
 @small_check(
@@ -73,4 +76,17 @@ def layouts(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 @check("linear.bias", scope=OP, kind="linear", catches="a bias that is ignored")
 def bias(trial: Trial) -> None:
     """A bias is added to every row."""
-    check_small(trial, *(MatMul(tokens, 96, 70, biased=True) for tokens in (1, 7, 130)))
+    check_small(trial, *(MatMul(tokens, 128, 256, biased=True) for tokens in (1, 7, 130)))
+
+
+@check(
+    "linear.wide",
+    scope=OP,
+    kind="linear",
+    catches="more tiles of outputs than a grid was made for, or columns that are counted in 15 bits",
+    fails="grid",
+)
+def wide(trial: Trial) -> None:
+    """Every one of tens of thousands of outputs is right."""
+    widths = WIDE[-1:] if trial.quick else WIDE
+    check_small(trial, *both_ways(*(MatMul(3, 128, outputs) for outputs in widths)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mla.conformance.checks.small_ops.kinds import small_check, vary
+from mla.conformance.checks.small_ops.kinds import both_ways, small_check, vary
 from mla.conformance.problems.small_call import check_small
 from mla.conformance.problems.small_ops import LatentWrite, MatMul, Norm, SmallProblem
 from mla.conformance.trial import Trial
@@ -12,8 +12,7 @@ from mla.conformance.trial import Trial
 
 def _shapes(example: SmallProblem) -> Iterator[SmallProblem]:
     """Yield problems of one token, of few and of many, of even and of odd widths."""
-    for tokens in (1, 7, 130):
-        yield vary(example, tokens=tokens)
+    yield from both_ways(*(vary(example, tokens=tokens) for tokens in (1, 7, 130)))
     if isinstance(example, MatMul):
         yield from (vary(example, tokens=t, inputs=i, outputs=o) for t, i, o in ((130, 96, 70), (5, 33, 17)))
     if isinstance(example, Norm):

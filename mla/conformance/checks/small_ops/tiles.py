@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from mla.conformance.checks.small_ops.kinds import PRODUCTS, small_check, vary
+from mla.conformance.checks.small_ops.kinds import PRODUCTS, both_ways, by_turns, small_check, vary
 from mla.conformance.problems.attention import DEEPSEEK
 from mla.conformance.problems.small_call import check_small
 from mla.conformance.problems.small_ops import LatentWrite, MatMul, Norm, Rotation, SmallProblem
@@ -14,17 +14,9 @@ from mla.conformance.trial import Trial
 # Beside the tiles of 16 to 256 that kernels cut widths into, and what they serve without a remainder.
 BESIDE = (16, 32, 64, 128, 256)
 WIDTHS = (1, 2, 8, *(width + step for width in BESIDE for step in (-1, 0, 1)))
-EVEN = (
-    48,
-    80,
-    96,
-    112,
-    160,
-    192,
-    224,
-    320,
-    384,
-)  # rests of wide tiles, for kernels that want multiples of 16
+EVEN = (48, 80, 96, 112, 160, 192, 224, 320, 384, 512)  # for kernels that want multiples of 16
+LATENTS = ((512, 32), (512, 96), (512, 128), (256, 64), (528, 64), (127, 62), (65, 2), (1, 66))
+ROTARY = (2, 32, 62, 96, 128)
 # Every rest of a tile of up to 32 heads, and what layers have.
 HEADS = (*range(1, 34), 40, 48, 63, 64, 65, 96, 127, 128)
 
@@ -38,9 +30,9 @@ HEADS = (*range(1, 34), 40, 48, 63, 64, 65, 96, 127, 128)
 def product_widths(trial: Trial, example: SmallProblem) -> None:
     """Inputs and outputs may have widths that no tile divides, or refuse them with a reason."""
     for tokens in (3,) if trial.quick else (1, 3, 17, 64):
-        for width in (*WIDTHS, *EVEN):
-            shapes = vary(example, tokens=tokens, inputs=width), vary(example, tokens=tokens, outputs=width)
-            check_small(trial, *shapes)
+        some = vary(example, tokens=tokens)
+        of = (vary(some, **{side: width}) for width in (*WIDTHS, *EVEN) for side in ("inputs", "outputs"))
+        check_small(trial, *by_turns(*dict.fromkeys(of)))
 
 
 @small_check(
@@ -49,8 +41,9 @@ def product_widths(trial: Trial, example: SmallProblem) -> None:
 def norm_widths(trial: Trial, example: SmallProblem) -> None:
     """Rows may have a width that no tile divides, or it is refused with a reason."""
     wide = (511, 512, 513, 768, 1023, 1024, 1025, 1536, 2047, 2048, 2049, 4096, 7168)
+    widths = sorted({*WIDTHS, *EVEN, *wide})
     for tokens in (3,) if trial.quick else (1, 3, 17):
-        check_small(trial, *(Norm(tokens=tokens, features=width) for width in (*WIDTHS, *EVEN, *wide)))
+        check_small(trial, *(Norm(tokens=tokens, features=width) for width in widths))
 
 
 @small_check(
@@ -61,19 +54,21 @@ def norm_widths(trial: Trial, example: SmallProblem) -> None:
 )
 def latent_widths(trial: Trial, example: SmallProblem) -> None:
     """Latents and keys may have other widths than 512 and 64, or they are refused with a reason."""
-    for latent, rotary in (
-        (512, 32),
-        (512, 96),
-        (512, 128),
-        (256, 64),
-        (528, 64),
-        (127, 62),
-        (65, 2),
-        (1, 66),
-    ):
+    for latent, rotary in LATENTS:
         dims = replace(DEEPSEEK, kv_lora_rank=latent, qk_rope_head_dim=rotary)
-        for interleaved in (True, False):
-            check_small(trial, LatentWrite(dims=dims, interleaved=interleaved))
+        check_small(trial, *both_ways(LatentWrite(dims=dims)))
+
+
+@small_check(
+    "widths",
+    catches="heads that are taken to have 64 channels, or a last tile of channels that is missing",
+    fails="tiles",
+    kinds=("rotate_query",),
+)
+def rotary_widths(trial: Trial, example: SmallProblem) -> None:
+    """Heads may have other widths than 64, or they are refused with a reason."""
+    for tokens in (3,) if trial.quick else (1, 3, 17, 130):
+        check_small(trial, *both_ways(*(vary(example, tokens=tokens, width=width) for width in ROTARY)))
 
 
 @small_check(
@@ -85,13 +80,14 @@ def latent_widths(trial: Trial, example: SmallProblem) -> None:
 def heads(trial: Trial, example: SmallProblem) -> None:
     """Any number of heads from 1 to 128 is served, or refused with a reason."""
     for tokens in (1, 3) if trial.quick else (1, 2, 3, 5, 17, 64):
-        check_small(trial, *_of_heads(vary(example, tokens=tokens)))
+        check_small(trial, *by_turns(*_of_heads(vary(example, tokens=tokens), trial.quick)))
 
 
-def _of_heads(problem: SmallProblem) -> Iterator[SmallProblem]:
+def _of_heads(problem: SmallProblem, quick: bool) -> Iterator[SmallProblem]:
     """Yield the problem with other numbers of heads."""
+    width = 64 if quick else 128
     for count in HEADS:
         if isinstance(problem, MatMul):
-            yield replace(problem, inputs=64, outputs=48, groups=count)
+            yield replace(problem, inputs=width, outputs=width, groups=count)
         elif isinstance(problem, Rotation):
             yield replace(problem, heads=count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mla.conformance.checks.small_ops.kinds import by_turns
 from mla.conformance.problems.attention import SMALL
 from mla.conformance.problems.small_call import check_small, small_call
 from mla.conformance.problems.small_ops import LatentWrite
@@ -48,7 +49,7 @@ def large(trial: Trial) -> None:
 def page_sizes(trial: Trial) -> None:
     """Slots are rows of the flattened cache, whatever the page size."""
     sizes = (1, 16, 128) if trial.quick else (1, 2, 4, 8, 16, 32, 128, 256)
-    check_small(trial, *(LatentWrite(page_size=size) for size in sizes))
+    check_small(trial, *by_turns(*(LatentWrite(page_size=size) for size in sizes)))
 
 
 @write_check("untouched", "a write past the row, to a neighbour's slot or to another layer", "memory")
