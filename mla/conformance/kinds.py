@@ -13,7 +13,7 @@ KINDS = {
     "order": "who comes first: equal requests, permuted batches",
     "state": "what is kept between calls: a plan, an output, an input, another layer",
     "memory": "what lies around operands: strides, guard rows, neighbours",
-    "emptiness": "nothing at all: no tokens, no keys, no requests",
+    "emptiness": "nothing at all: no tokens, no keys",
     "numbers": "precision: narrow sums, large and small values",
 }
 DEFAULT = "formula"
