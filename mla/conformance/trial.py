@@ -166,12 +166,14 @@ class Trial:
         reference: torch.Tensor,
         what: str,
         places: Places | None = None,
+        lse: torch.Tensor | None = None,
     ) -> None:
         """Compare an output with the truth and the reference's error. Raises `CheckFailed`.
 
-        `places` names the rows in its text; without it a row is a token, the only thing that is known.
+        `places` names the rows in its text; without it a row is a token, the only thing that is known. `lse`
+        is attention's true log-sum-exp of every row.
         """
-        self._record(*judge(found, truth, reference, self.dtype, places), what)
+        self._record(*judge(found, truth, reference, self.dtype, places, lse), what)
 
     def judge_lse(self, found: torch.Tensor, truth: torch.Tensor, places: Places | None = None) -> None:
         """Compare a log-sum-exp with the truth. Raises `CheckFailed`."""

@@ -23,16 +23,14 @@ FEW: Mapping[str, set[str]] = {
     "latent.far_pages": {"latent.keys", "latent.long", "latent.lse"},  # whose caches reach `FAR`, too
     "latent.graph_lengths": set(),
     "latent.heads": set(),
-    "latent.inputs": {"latent.reuse", "latent.again", "latent.kept", "latent.tables"},  # which call again
+    "latent.inputs": {"latent.reuse", "latent.again", "latent.alive", "latent.kept", "latent.tables"},
     "latent.large": set(),
-    "latent.long": {"latent.lse"},  # which has a long request, too
-    "latent.lse": {"latent.empty_rows", "latent.large", "latent.strided"},  # which look at it, too
+    "latent.long": {"latent.lse", "latent.keys"},  # which have long requests, too
     "latent.page_sizes": {"latent.other_widths", "latent.slots"},  # of other pages
-    "latent.poison": {"latent.tail", "latent.empty_rows"},  # which are poisoned, too
+    "latent.poison": {"latent.tail", "latent.empty_rows", "latent.shared_pages"},  # which are poisoned, too
     "latent.reuse": {"latent.graph", "latent.kept", "latent.refilled"},  # which change the cache's content
-    "latent.strided": set(),
+    "latent.strided": {"latent.far_rows"},
     "expanded.large": set(),
-    "expanded.lse": {"expanded.empty_segments", "expanded.large", "expanded.strided"},
     "expanded.reuse": {"expanded.kept", "expanded.refilled"},
     "expanded.strided": {"expanded.far_rows"},  # whose operands are strided, too
 }

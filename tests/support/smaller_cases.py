@@ -11,6 +11,7 @@ SMALLER = (
     (reach, "PLACES", (1 << 22,)),  # some ops copy what they are given
     (index, "CACHES", ((64, 70), (16, 70), (1, 300))),
     (grid, "REQUESTS", (40, 40)),
+    (grid, "REQUESTS_OF", ((16, 40),)),
     (grid, "ROWS", ((4, 33, 4),)),
     (tiles, "FEW_HEADS", (1, 3, 20, 128)),
     (tiles, "LONG", 3000),

@@ -132,8 +132,10 @@ class FusedOp(ABC):
 
     Operands of attention: q, k, v, out, lse and block_table may be strided, but elements of their last
     dimension are adjacent; the cache, kv_lens and cu_q are contiguous. Entries of block_table past the pages
-    of a request name some page of the cache, which may hold NaN. There is at least one request or segment; T,
-    Tq and Tk may be 0.
+    of a request name some page of the cache, which may hold NaN. Requests with a common prefix may share
+    its pages: attention only reads them. q, k, v, the cache and out are in the layer's dtype, lse is in fp32.
+    out and lse overlap no other operand, q included. There is at least one request or segment; T, Tq and Tk
+    may be 0.
 
     A call keeps nothing that it was given: the caller may overwrite inputs and outputs after it, and pass
     others, of another layer, with the same state. Only what `prepare` gets lives as long as the state.

@@ -10,7 +10,7 @@ import torch
 from mla.conformance.checks.attention.common import decode
 from mla.conformance.checks.graph import NO_GRAPH
 from mla.conformance.problems.attention import AttentionProblem
-from mla.conformance.problems.attention_call import judge_out, serve
+from mla.conformance.problems.attention_call import fitted, judge_out, serve
 from mla.conformance.problems.layer import LayerProblem, judge, prepare_layer
 from mla.conformance.registry import LAYER, OP, check
 from mla.conformance.trial import Refused, Trial
@@ -78,7 +78,7 @@ def capture(trial: Trial, work: Callable[[], None]) -> Callable[[], None]:
 )
 def latent_graph(trial: Trial) -> None:
     """A captured call gives the right output for other queries and other cache contents."""
-    first = decode(50, 10, 100)
+    first = fitted(trial, decode(50, 10, 100))
     with trial.case(first.label):
         captured(trial, first, replace(first, seed=1), follows=False)
 
@@ -92,7 +92,8 @@ def latent_graph(trial: Trial) -> None:
 )
 def latent_graph_lengths(trial: Trial) -> None:
     """A captured call follows lengths and block tables that change in place, if its state declares it."""
-    first, second = decode(50, 10, 100, 3), decode(100, 65, 1, 0, seed=1)
+    first = fitted(trial, decode(50, 10, 100, 3))
+    second = fitted(trial, decode(100, 65, 1, 0, seed=1))
     with trial.case(f"{first.label}, then {second.label}"):
         captured(trial, first, second, follows=True)
 

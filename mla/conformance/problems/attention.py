@@ -90,6 +90,7 @@ class AttentionProblem:
     magnitude: float = 1.0
     aimed: bool = False
     seed: int = 0
+    common: int = 0  # first keys of every request that are the same, and whose full pages all share
     query_seed: int | None = None  # of the queries, where keys change and they do not
 
     @property
@@ -106,6 +107,7 @@ class AttentionProblem:
         words += [f"scale {self.scale_factor:g}"] * (self.scale_factor != 1)
         words += [f"magnitude {self.magnitude:g}"] * (self.magnitude != 1)
         words += ["aimed"] * self.aimed
+        words += [f"{self.common} in common"] * (self.common != 0)
         words += [f"seed {self.seed}"] * (self.seed != 0)
         return " ".join(words)
 
@@ -114,6 +116,11 @@ class AttentionProblem:
         """How many numbers the inputs hold, about."""
         rows = sum(self.query_lens) * self.heads + sum(self.kv_lens) * (1 if self.absorbed else self.heads)
         return rows * (self.dims.latent if self.absorbed else self.dims.key)
+
+    @property
+    def logits(self) -> int:
+        """How many pairs of a query and a key there are, masked ones included."""
+        return self.heads * sum(new * keys for new, keys in zip(self.query_lens, self.kv_lens, strict=True))
 
     def in_pages_of(self, size: int) -> AttentionProblem:
         """Return the problem in other pages, whose truth is the same."""
@@ -154,6 +161,7 @@ def _data(problem: AttentionProblem, dtype: torch.dtype) -> AttentionData:
     draw = _drawing(problem.seed, dtype)
     if problem.absorbed:
         keys = tuple(draw(length, 1, dims.latent) for length in problem.kv_lens)
+        keys = tuple(torch.cat((keys[0][: problem.common], own[problem.common :])) for own in keys)
         values = tuple(rows[..., : dims.kv_lora_rank] for rows in keys)
     else:
         keys = tuple(draw(length, heads, dims.key) for length in problem.kv_lens)

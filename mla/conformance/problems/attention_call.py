@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from mla.verify.places import Places
 from mla_backends.api import FusedOp, SegmentLengths
 
 Outputs = tuple[torch.Tensor, torch.Tensor]  # out [T, h, dv] and lse [T, h]
+MORE_HEADS = (4, 16, 64, 128)  # what an op is given that refuses fewer, and how large problems may get by it
+MOST_NUMBERS, MOST_LOGITS = 1 << 25, 1 << 22
 AROUND = 77.0  # what outputs lie in; neither 0 nor NaN, which is what is written by mistake
 
 
@@ -154,12 +157,54 @@ def serve(trial: Trial, problem: AttentionProblem, layout: Layout = PLAIN) -> tu
     return op, AttentionCall(problem, trial.dtype, trial.device, layout)
 
 
-def check_out(trial: Trial, *problems: AttentionProblem, layout: Layout = PLAIN) -> None:
-    """Compare the op's `out` with the truth, one case per problem."""
-    for problem in problems:
+def fitted(trial: Trial, problem: AttentionProblem) -> AttentionProblem:
+    """Return the problem with the fewest more heads that the op takes, if it refuses as few as these.
+
+    For checks that are not about heads. The problem stays as it is, to be refused, if it grew too large.
+    """
+    tried = [problem] + [replace(problem, heads=count) for count in MORE_HEADS if count > problem.heads]
+    small = (one for one in tried if one.numbers <= MOST_NUMBERS and one.logits <= MOST_LOGITS)
+    with contextlib.suppress(Exception):  # the case itself reports what an op raises
+        if _refuses(trial, problem):
+            return next((one for one in small if not _refuses(trial, one)), problem)
+    return problem
+
+
+def _refuses(trial: Trial, problem: AttentionProblem) -> bool:
+    op = trial.op
+    return op is not None and bool(op.unsupported_reasons(problem.spec(trial.dtype, trial.device)))
+
+
+def check_out(
+    trial: Trial, *problems: AttentionProblem, layout: Layout = PLAIN, heads_count: bool = False
+) -> None:
+    """Compare the op's outputs with the truth, one case per problem.
+
+    An op that refuses so few heads gets more of them, unless `heads_count`.
+    """
+    for asked in problems:
+        problem = asked if heads_count else fitted(trial, asked)
         with trial.case(problem.label + layout.label):
             op, call = serve(trial, problem, layout)
-            judge_out(trial, problem, call.run(op)[0], call.places())
+            judge_both(trial, call, call.run(op))
+
+
+def writes_lse(trial: Trial) -> bool:
+    """Return whether the op supplies the log-sum-exp; the layer needs it only to merge parts of a context."""
+    return bool(getattr(trial.op, "writes_lse", True))
+
+
+def judge_both(
+    trial: Trial, call: AttentionCall, found: Outputs, problem: AttentionProblem | None = None
+) -> None:
+    """Compare `out`, and `lse` if the op supplies it, with the truth: of the call's problem by default.
+
+    Raises `CheckFailed`.
+    """
+    problem = problem or call.problem
+    judge_out(trial, problem, found[0], call.places())
+    if writes_lse(trial):
+        trial.judge_lse(found[1], data(problem, trial.dtype).lse, call.places())
 
 
 def judge_out(
@@ -167,4 +212,5 @@ def judge_out(
 ) -> None:
     """Compare one output with the truth, its rows named without pages by default. Raises `CheckFailed`."""
     places = places or Places.new_tokens(problem.query_lens, problem.kv_lens)
-    trial.judge(out, data(problem, trial.dtype).out, reference(problem, trial.dtype)[0], "out", places)
+    truth = data(problem, trial.dtype)
+    trial.judge(out, truth.out, reference(problem, trial.dtype)[0], "out", places, truth.lse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -87,7 +88,16 @@ def spread(
         row[: len(places)] = places
         slots[first : first + len(rows)] = rows[:, 0]
         first += len(places) * size
+    if shared := problem.common // size:
+        _share(table, shared, counts, pages, layout.unowned)
     return Paged(pages, order, total, table)
+
+
+def _share(table: torch.Tensor, shared: int, counts: list[int], pages: torch.Tensor, unowned: float) -> None:
+    """Let all requests name the first one's pages in their first columns; nobody owns theirs any more."""
+    table[1:, :shared] = table[0, :shared]
+    for first in list(itertools.accumulate(counts))[:-1]:
+        pages[1 + first : 1 + first + shared] = unowned
 
 
 def _order(needed: int, layout: Layout) -> tuple[list[int], int]:

@@ -26,8 +26,9 @@ def reach(trial: Trial, tensors: int = 1) -> int:
     for numbers in PLACES if tensors == 1 else PLACES[1:] or PLACES:
         least = numbers * trial.dtype.itemsize * tensors
         # Little of a tensor on the host is ever touched, unless an op makes a copy of a cache in float32.
+        copied = 4 * numbers if tensors == 1 else 0
         needed, free = (
-            (least + 4 * numbers, host.memory_available())
+            (least + copied, host.memory_available())
             if trial.device.type == "cpu"
             else (least + least // 4, trial.backend.memory().free)
         )

@@ -56,14 +56,14 @@ def wrong(
     return Wrong()
 
 
-def after(base: type, spoil: Callable[..., object], **facts: Any) -> Any:
+def after(base: type, spoil: Callable[..., object], prepare: Any = None, **facts: Any) -> Any:
     """Return an op that is right until `spoil(batch, **tensors)` has changed its outputs."""
 
     def call(right: Any, batch: Any, **tensors: Any) -> None:
         right(**tensors)
         spoil(batch, **tensors)
 
-    return wrong(base, call, **facts)
+    return wrong(base, call, prepare, **facts)
 
 
 def given(base: type, change: Callable[..., dict[str, Any]]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -148,6 +149,33 @@ def runs_out(calls: int) -> Call:
     return spoil
 
 
+def ring_of_states(base: type, room: int) -> Any:
+    """Only the latest states are kept; one that was prepared earlier gives 0."""
+    kept: deque[Any] = deque(maxlen=room)
+
+    def prepare(spec: Any, batch: Any) -> Any:
+        kept.append(batch)
+        return batch
+
+    def spoil(batch: Any, *, out: Any, **tensors: Any) -> None:
+        if not any(batch is one for one in kept):
+            out.zero_()
+
+    return after(base, spoil, prepare=prepare)
+
+
+def ring_of_outputs(calls: int) -> Call:
+    """An output is written again so many calls later."""
+    kept: list[Any] = []
+
+    def spoil(batch: Any, *, out: Any, **tensors: Any) -> None:
+        kept.append(out)
+        if len(kept) > calls:
+            kept.pop(0).fill_(7)
+
+    return spoil
+
+
 # --------------------------------------------------------------------------------------------- emptiness
 
 
@@ -217,11 +245,15 @@ MUTANTS: Makers = {
         lambda: wrong(Latent, writes_again("lse")),
         lambda: wrong(Latent, reads_first("q")),
         lambda: wrong(Latent, reads_first("cache")),
+        *(lambda n=n: after(Latent, ring_of_outputs(n)) for n in (4, 16)),
     ],
     "expanded.kept": [
         lambda: wrong(Expanded, writes_again("out")),
         lambda: wrong(Expanded, reads_first("v")),
+        lambda: after(Expanded, ring_of_outputs(8)),
     ],
+    "latent.alive": [lambda n=n: ring_of_states(Latent, n) for n in (3, 8, 16)],
+    "expanded.alive": [lambda n=n: ring_of_states(Expanded, n) for n in (4, 12)],
     "latent.again": [lambda n=n: after(Latent, runs_out(n)) for n in (20, 128, 255)],
     "expanded.again": [lambda n=n: after(Expanded, runs_out(n)) for n in (32, 256)],
     "latent.tables": [

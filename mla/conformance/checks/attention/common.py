@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mla.conformance.problems.attention import AttentionProblem, Lengths
+from mla.conformance.problems.attention_call import writes_lse
 from mla.conformance.registry import OP, check
 from mla.conformance.trial import Refused, Trial
 
@@ -43,11 +44,6 @@ def decode(*kv_lens: int, **changes: Any) -> AttentionProblem:
 def expanded(query_lens: Lengths, kv_lens: Lengths, **changes: Any) -> AttentionProblem:
     """Return an expanded problem."""
     return AttentionProblem(False, query_lens, kv_lens, **changes)
-
-
-def writes_lse(trial: Trial) -> bool:
-    """Return whether the op supplies the log-sum-exp; the layer needs it only to merge parts of a context."""
-    return bool(getattr(trial.op, "writes_lse", True))
 
 
 def require_lse(trial: Trial) -> None:

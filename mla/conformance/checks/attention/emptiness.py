@@ -1,4 +1,4 @@
-"""Attention of nothing at all: requests without new tokens or without keys, and batches of none."""
+"""Attention of nothing: requests without new tokens or without keys, and batches of no others."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from mla.conformance.checks.attention.common import (
     expanded_check,
     latent,
     latent_check,
-    writes_lse,
 )
 from mla.conformance.problems.attention import AttentionProblem, data
-from mla.conformance.problems.attention_call import check_out, judge_out, serve
+from mla.conformance.problems.attention_call import check_out, fitted, judge_both, serve, writes_lse
 from mla.conformance.problems.pages import PLAIN, Layout
 from mla.conformance.trial import Trial, expect
 
@@ -64,6 +63,7 @@ def expanded_no_tokens(trial: Trial) -> None:
 
 def check_empty(trial: Trial, problem: AttentionProblem, layout: Layout = PLAIN) -> None:
     """Check what tokens without keys get, and that the others are right."""
+    problem = fitted(trial, problem)
     with trial.case(problem.label):
         op, call = serve(trial, problem, layout)
         out, sums = call.run(op)
@@ -73,14 +73,13 @@ def check_empty(trial: Trial, problem: AttentionProblem, layout: Layout = PLAIN)
         written = bool((sums[blind] == -torch.inf).all())
         expect(written or not writes_lse(trial), "`lse` of a token without keys is not -inf")
         expect(bool(out[~blind].isfinite().all()), "`out` next to a token without keys holds NaN")
-        judge_out(trial, problem, out, call.places())
-        if writes_lse(trial):
-            trial.judge_lse(sums, truth.lse, call.places())
+        judge_both(trial, call, (out, sums))
 
 
 def check_nothing(trial: Trial, *problems: AttentionProblem) -> None:
     """Check that a call without rows returns, and writes nothing."""
-    for problem in problems:
+    for asked in problems:
+        problem = fitted(trial, asked)
         with trial.case(problem.label):
             op, call = serve(trial, problem)
             out, _ = call.run(op)

@@ -20,6 +20,8 @@ KIND = "grid"
 # Requests of one new token, and of several. Beyond 256, 512 and 1024: threads of a block, of which each may
 # plan a request. Beyond 4096: more than a planner may have memory for.
 REQUESTS, MOST_REQUESTS = (520, 300), (4200, 1100)
+# The same of one new token with as many heads as models have.
+REQUESTS_OF = ((16, 300), (128, 140))
 # Requests, new tokens of each and heads: more than 1024 tokens and 4096 rows (a head of a token each), ...
 ROWS = ((40, 33, 4),)
 # ... the same in one request, more than 4096 tokens, and more than 2^16 rows.
@@ -42,6 +44,8 @@ def requests(trial: Trial) -> None:
     """Hundreds of short requests are attended, each by its own row of the tables."""
     single, several = REQUESTS if trial.quick else MOST_REQUESTS
     check_out(trial, decode(*ragged(single, 9), heads=2), latent(*of_several(several, 5), heads=2))
+    for heads, count in REQUESTS_OF[: 1 if trial.quick else None]:
+        check_out(trial, latent(*of_several(count, 5), heads=heads))
 
 
 @latent_check("rows", "rows beyond the last of a grid, or a number of them that is too narrow", KIND)
@@ -56,6 +60,8 @@ def segments(trial: Trial) -> None:
     for count in REQUESTS if trial.quick else MOST_REQUESTS:
         lengths = of_several(count, 5)
         check_out(trial, expanded(*lengths, heads=2), expanded(*lengths, heads=2, causal=False))
+    for heads, count in REQUESTS_OF[: 1 if trial.quick else None]:
+        check_out(trial, expanded(*of_several(count, 5), heads=heads))
 
 
 @expanded_check("rows", "rows beyond the last of a grid, or a number of them that is too narrow", KIND)

@@ -5,6 +5,8 @@ Requests are short and their pages lie in a large cache, of which nothing else i
 
 from __future__ import annotations
 
+import torch
+
 from mla.conformance.checks.attention.common import (
     MIXED,
     decode,
@@ -53,13 +55,34 @@ def far_rows(trial: Trial) -> None:
         trial.backend.empty_cache()
 
 
+@latent_check("far_rows", "places of rows that are computed in 32 bits, and lie elsewhere in memory", KIND)
+def latent_far_rows(trial: Trial) -> None:
+    """Rows of queries and outputs may lie apart, the last of them beyond 32 bits."""
+    numbers = reach(trial, tensors=2)
+    apart = numbers // 33 // 1024 * 1024  # so that the last of 35 rows is beyond, and all are aligned
+    trial.note = f"{numbers * trial.dtype.itemsize / 1e9:.2g} GB from first to last"
+    try:
+        check_out(trial, latent((4, 30, 1), (4, 31, 5), heads=2), layout=Layout(apart=apart))
+    finally:
+        trial.backend.empty_cache()
+
+
+@latent_check("shared_pages", "a page that belongs to one request alone, or is looked up by its owner", KIND)
+def shared_pages(trial: Trial) -> None:
+    """Requests with a common beginning may share the pages that hold it."""
+    for lengths in (((1, 1), (150, 70)), ((2, 1, 9), (66, 200, 140))):
+        check_out(trial, latent(*lengths, heads=4, common=64), layout=Layout(unowned=torch.nan))
+
+
 @latent_check("slots", "numbers of pages or slots that are kept in 8, 12, 15 or 16 bits", KIND)
 def slots(trial: Trial) -> None:
     """Pages next to powers of two, and slots beyond 2^16, are read where they are."""
     for size, pages in CACHES if trial.quick else MORE_CACHES:
         few = min(size, 8)
         lengths = ((1, few + 1, 1, 3), (few + 2, few + 1, 2, few + 3))
-        check_out(trial, latent(*lengths, heads=4, page_size=size), layout=Layout(pages=pages))
+        for heads in (4, 16) if trial.quick else (4, 16, 128):
+            problem = latent(*lengths, heads=heads, page_size=size)
+            check_out(trial, problem, layout=Layout(pages=pages))
 
 
 @latent_check("positions", "positions, or entries of the block table, that are kept in 15 or 16 bits", KIND)

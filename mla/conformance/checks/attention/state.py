@@ -22,6 +22,8 @@ from mla.conformance.problems.attention import AttentionProblem
 from mla.conformance.problems.attention_call import (
     AttentionCall,
     check_out,
+    fitted,
+    judge_both,
     judge_out,
     serve,
 )
@@ -32,6 +34,7 @@ from mla.verify.tolerances import same_bits
 
 KIND = "state"
 CALLS = 300  # of one state: beyond what a counter of 8 bits holds
+ALIVE = 20  # states at a time, and calls after one whose outputs are kept
 
 
 def state_checks(
@@ -66,6 +69,11 @@ def state_checks(
         """The same call gives the same result hundreds of times."""
         check_again(trial, replace(other, heads=2))
 
+    @register("alive", "states in a ring of a few, or scratch memory that later states take over", KIND)
+    def alive(trial: Trial) -> None:
+        """Many states live at a time, and are called in any order."""
+        check_alive(trial, replace(problem, query_lens=(1, 2), kv_lens=(5, 9), heads=2))
+
 
 state_checks(latent_check, latent(*MIXED), latent((1, 12, 1), (65, 40, 9)))
 state_checks(expanded_check, expanded(*SEGMENTS), expanded((1, 12, 1), (65, 40, 9)))
@@ -73,17 +81,19 @@ state_checks(expanded_check, expanded(*SEGMENTS), expanded((1, 12, 1), (65, 40, 
 
 def check_reuse(trial: Trial, first: AttentionProblem, second: AttentionProblem) -> None:
     """Run one state for two layers with different numbers, with another batch's calls in between."""
+    first, second = fitted(trial, first), fitted(trial, second)
     with trial.case(f"{first.label}, and {second.label} in between"):
         op, layer = serve(trial, first)
         _, next_layer = serve(trial, replace(first, seed=first.seed + 1))
         _, other = serve(trial, second)
         states = [call.prepare(op) for call in (layer, other)]
         for call, state in zip((layer, other, next_layer, other, layer), states * 3, strict=False):
-            judge_out(trial, call.problem, call.run(op, state)[0], call.places())
+            judge_both(trial, call, call.run(op, state))
 
 
 def check_prepare(trial: Trial, problem: AttentionProblem) -> None:
     """Check that preparing a batch does not wait for pending work on the device."""
+    problem = fitted(trial, problem)
     with trial.case(problem.label):
         op, call = serve(trial, problem)
         call.prepare(op)  # one-time setup does not count
@@ -103,6 +113,7 @@ def check_prepare(trial: Trial, problem: AttentionProblem) -> None:
 
 def check_refilled(trial: Trial, problem: AttentionProblem) -> None:
     """Change the keys under one state, then the queries as well, and then back; all in the same memory."""
+    problem = fitted(trial, problem)
     keys, both = replace(problem, seed=1, query_seed=problem.seed), replace(problem, seed=1)
     queries = replace(problem, query_seed=1)
     with trial.case(problem.label):
@@ -112,12 +123,14 @@ def check_refilled(trial: Trial, problem: AttentionProblem) -> None:
         for now in (problem, keys, both, queries, problem):
             call.refill(now)
             out.fill_(torch.nan)
+            lse.fill_(torch.nan)
             call.attend(op, state, out, lse)
-            judge_out(trial, now, out, call.places())
+            judge_both(trial, call, (out, lse), now)
 
 
 def check_kept(trial: Trial, first: AttentionProblem, second: AttentionProblem) -> None:
     """Keep the outputs of a call while its inputs become NaN and others follow, of its state and another."""
+    first, second = fitted(trial, first), fitted(trial, second)
     with trial.case(f"{first.label}, then {second.label}"):
         op, call = serve(trial, first)
         _, layer = serve(trial, replace(first, seed=first.seed + 1))
@@ -129,7 +142,8 @@ def check_kept(trial: Trial, first: AttentionProblem, second: AttentionProblem) 
         for name in ("q", "cache", "k", "v"):
             if name in call.inputs:
                 call.inputs[name].fill_(torch.nan)
-        for later, of in ((other, None), (layer, state), (layer, None)):
+        first_later = ((other, None), (layer, state), (layer, None))
+        for later, of in (*first_later, *((layer, state),) * ALIVE):
             judge_out(trial, later.problem, later.run(op, of)[0], later.places())
         for name, then, now in zip(("out", "lse"), before, found, strict=True):
             expect(same_bits(then, now), f"`{name}` of an earlier call was written again")
@@ -137,6 +151,7 @@ def check_kept(trial: Trial, first: AttentionProblem, second: AttentionProblem) 
 
 def check_again(trial: Trial, problem: AttentionProblem) -> None:
     """Make one call again and again; what differs from the first result is compared with the truth."""
+    problem = fitted(trial, problem)
     with trial.case(f"{problem.label}, {CALLS} times"):
         op, call = serve(trial, problem)
         state = call.prepare(op)
@@ -150,6 +165,19 @@ def check_again(trial: Trial, problem: AttentionProblem) -> None:
                 judge_out(trial, problem, out, call.places())
 
 
+def check_alive(trial: Trial, problem: AttentionProblem) -> None:
+    """Prepare many batches of lengths of their own, then call all, the last first and the first first."""
+    problem = fitted(trial, problem)
+    first, second = problem.kv_lens
+    problems = [replace(problem, kv_lens=(first + i, second + 2 * i)) for i in range(ALIVE)]
+    with trial.case(f"{ALIVE} states, the first {problem.label}"):
+        served = [serve(trial, one) for one in problems]
+        pairs = [(call, call.prepare(op)) for op, call in served]
+        found = [(call, call.run(served[0][0], state)) for call, state in (*pairs[::-1], *pairs)]
+        for call, outputs in found:
+            judge_both(trial, call, outputs)
+
+
 @latent_check("stepping", "lengths that are remembered from the first time a batch was prepared", KIND)
 def stepping(trial: Trial) -> None:
     """The same requests, one token longer each step, are attended in full every step."""
@@ -159,7 +187,7 @@ def stepping(trial: Trial) -> None:
 @latent_check("tables", "a block table or lengths that are kept for every batch of the same shape", KIND)
 def tables(trial: Trial) -> None:
     """States of equal shapes, alive at the same time, keep their own tables and lengths apart."""
-    first, swapped = (decode(*lengths, heads=4) for lengths in ((33, 7, 100), (100, 33, 7)))
+    first, swapped = (fitted(trial, decode(*lengths, heads=4)) for lengths in ((33, 7, 100), (100, 33, 7)))
     with trial.case(f"{first.label}, {swapped.label}"):
         op, one = serve(trial, first)
         calls = [one]
@@ -172,7 +200,7 @@ def tables(trial: Trial) -> None:
 def lengths(trial: Trial) -> None:
     """States of equal shapes, alive at the same time, keep their own lengths apart."""
     batches = (((5, 1, 3), (9, 40, 3)), ((3, 5, 1), (3, 9, 40)), ((3, 5, 1), (40, 9, 3)))
-    problems = [expanded(*both, heads=4) for both in batches]
+    problems = [fitted(trial, expanded(*both, heads=4)) for both in batches]
     problems += [replace(problems[0], causal=False)]
     with trial.case(", ".join(problem.label for problem in problems)):
         served = [serve(trial, problem) for problem in problems]
@@ -183,4 +211,4 @@ def _alternate(trial: Trial, op: Any, calls: list[AttentionCall]) -> None:
     """Prepare all, then call all in turn, twice."""
     states = [call.prepare(op) for call in calls]
     for call, state in [*zip(calls, states, strict=True)] * 2:
-        judge_out(trial, call.problem, call.run(op, state)[0], call.places())
+        judge_both(trial, call, call.run(op, state))

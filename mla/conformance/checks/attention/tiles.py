@@ -6,6 +6,7 @@ Where a key could be lost unseen, queries are aimed (`problems/attention.py`) or
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from mla.conformance.checks.attention.common import (
     BORDERS,
@@ -33,9 +34,14 @@ FEW_HEADS = (*range(1, 34), 40, 48, 57, 63, 96, 127, 128)
 ALL_HEADS, SMALL_HEADS = tuple(range(1, 129)), 48
 # Keys next to borders, and odd multiples of them, of one request each.
 KEYS = (*around(*BORDERS, 512, 1024, 2048), 96, 160, 192, 320, 448, 576, 704, 1600)
+# Heads that models have, fewest first, and what each is tried with beside the numbers that few heads are.
+MODELS = (16, 128)
+USUAL_HEADS = (16, 20, 24, 32, 40, 48, 64, 96, 128)
 # Keys that leave every rest in a tile of up to 128, behind a whole one.
 RESTS = tuple(range(129, 257))
 FEW_TOKENS = tuple(range(1, 34))  # new tokens that leave every rest in a tile of up to 32
+# New tokens and heads, of one request next to a short one.
+MANY_HEADS = ((257, 16), (200, 16), (129, 64), (150, 128))
 # New tokens next to borders.
 TOKENS = (*around(*BORDERS), 200, 300)
 LONG, LONGEST = 33_000, 66_000  # keys: positions beyond 2^15 and 2^16
@@ -57,8 +63,18 @@ def page_sizes(trial: Trial) -> None:
 @latent_check("heads", "a head count that is padded, cut or grouped without saying so", KIND)
 def heads(trial: Trial) -> None:
     """Any number of heads from 1 to 128 is served, or refused with a reason."""
+    check_heads(trial, True)
+
+
+def check_heads(trial: Trial, absorbed: bool) -> None:
+    """Compare outputs of every number of heads with the truth; of usual ones with more new tokens as well."""
     for count in FEW_HEADS if trial.quick else ALL_HEADS:
-        check_out(trial, *_rows_of(True, count, trial.quick or count > SMALL_HEADS))
+        problems = [*_rows_of(absorbed, count, trial.quick or count > SMALL_HEADS)]
+        if not absorbed:
+            problems.append(replace(problems[1], causal=False))
+        if count in USUAL_HEADS:
+            problems.append(AttentionProblem(absorbed, (10, 17, 33), (12, 17, 40), heads=count))
+        check_out(trial, *problems, heads_count=True)
 
 
 def _rows_of(absorbed: bool, heads: int, few: bool) -> Iterator[AttentionProblem]:
@@ -79,7 +95,8 @@ def _rows_of(absorbed: bool, heads: int, few: bool) -> Iterator[AttentionProblem
 def cut_tokens(trial: Trial) -> None:
     """A token whose heads are in two tiles of rows sees its own key, which is the first in a tile of keys."""
     rows, heads = ((64, 128), (20, 48)) if trial.quick else (ROWS, HEADS)
-    check_out(trial, *(problem for tile in rows for count in heads for problem in cut(tile, count)))
+    problems = (problem for tile in rows for count in heads for problem in cut(tile, count))
+    check_out(trial, *problems, heads_count=True)
 
 
 def cut(rows: int, heads: int) -> Iterator[AttentionProblem]:
@@ -97,7 +114,10 @@ def keys(trial: Trial) -> None:
     check_out(trial, decode(*KEYS, heads=4, aimed=True), decode(*RESTS, heads=4, aimed=True))
     alone = (257, 513, 1025, 2047) if trial.quick else KEYS
     check_out(trial, *(decode(length, heads=4, aimed=True) for length in alone))
-    check_out(trial, latent((2, 3, 1, 5), (513, 130, 1025, 260), heads=3, aimed=True))
+    for count in MODELS[: 1 if trial.quick else None]:
+        check_out(trial, decode(2500, *KEYS, heads=count, aimed=True))
+    for count in (3, 16):
+        check_out(trial, latent((2, 3, 1, 5), (513, 130, 1025, 260), heads=count, aimed=True))
 
 
 @latent_check("new_tokens", "a tile of new tokens whose mask or last row is wrong", KIND)
@@ -106,6 +126,8 @@ def new_tokens(trial: Trial) -> None:
     for tokens in (17, 64, 129, 257, 300) if trial.quick else TOKENS:
         lengths = ((tokens, 1, tokens), (tokens, 5, tokens + 67))
         check_out(trial, latent(*lengths, heads=2, aimed=True))
+    for tokens, heads in MANY_HEADS[: 1 if trial.quick else None]:
+        check_out(trial, latent((tokens, 17), (tokens + 67, 30), heads=heads, aimed=True))
     check_out(trial, latent(FEW_TOKENS, tuple(tokens + 3 for tokens in FEW_TOKENS), heads=3, aimed=True))
 
 
@@ -123,8 +145,7 @@ def long(trial: Trial) -> None:
 @expanded_check("heads", "a head count that is padded, cut or grouped without saying so", KIND)
 def expanded_heads(trial: Trial) -> None:
     """Any number of heads from 1 to 128 is served, or refused with a reason."""
-    for count in FEW_HEADS if trial.quick else ALL_HEADS:
-        check_out(trial, *_rows_of(False, count, trial.quick or count > SMALL_HEADS))
+    check_heads(trial, False)
 
 
 @expanded_check("new_tokens", "a tile of queries whose mask or last row is wrong", KIND)
@@ -134,18 +155,25 @@ def expanded_new_tokens(trial: Trial) -> None:
         queries, keys = (tokens, 1, tokens), (tokens, 5, tokens + 67)
         check_out(trial, expanded(queries, keys, heads=2, aimed=True))
         check_out(trial, expanded(queries, keys[::-1], heads=2, aimed=True, causal=False))
-    check_out(trial, expanded(FEW_TOKENS, tuple(tokens + 3 for tokens in FEW_TOKENS), heads=3, aimed=True))
+    for tokens, heads in MANY_HEADS[: 1 if trial.quick else None]:
+        check_out(trial, expanded((tokens, 17), (tokens + 67, 30), heads=heads, aimed=True))
+    few = expanded(FEW_TOKENS, tuple(tokens + 3 for tokens in FEW_TOKENS), heads=3, aimed=True)
+    check_out(trial, replace(few, causal=False), few)
 
 
 @expanded_check("keys", "a last tile of keys that is dropped, or a context of which one tile is read", KIND)
 def expanded_keys(trial: Trial) -> None:
     """Segments of one tile of keys and of many are attended in full, alone and together."""
     lengths = tuple(1 + i % 3 for i in range(len(KEYS)))
-    check_out(trial, expanded(lengths, KEYS, heads=2, aimed=True))
+    for causal in (True, False):
+        check_out(trial, expanded(lengths, KEYS, heads=2, aimed=True, causal=causal))
     check_out(trial, expanded((2,) * len(RESTS), RESTS, heads=2, aimed=True))
     for queries, keys in (((1,), (1025,)), ((130,), (700,))):
         for causal in (True, False):
             check_out(trial, expanded(queries, keys, heads=3, aimed=True, causal=causal))
+    for heads, more in zip(MODELS[: 1 if trial.quick else None], (2500, 1025), strict=False):
+        for causal in (True, False):
+            check_out(trial, expanded((1, 3), (more, 321), heads=heads, aimed=True, causal=causal))
 
 
 @expanded_check("long", "partial results of a long context that are merged wrongly, or a narrow sum", KIND)
@@ -153,6 +181,7 @@ def expanded_long(trial: Trial) -> None:
     """A context of thousands of tokens next to short ones is attended in full."""
     check_out(trial, expanded((1, 2, 3), (2500, 9, 70), heads=4))
     check_out(trial, expanded((1, 5), (LONG, 7), heads=2, aimed=True))
+    check_out(trial, expanded((1, 5), (LONG, 7), heads=2, aimed=True, causal=False))
     check_out(trial, expanded((1,), (8200,), heads=2, magnitude=EVEN))  # whose sums are long
     if not trial.quick:
         check_out(trial, expanded((300, 2), (9000, 70), heads=2, aimed=True))
