@@ -10,7 +10,7 @@ import functools
 import statistics
 import time
 
-from mla.conformance.problems.load import ATTEMPTS, MatmulLoad, best, elapsed, usual
+from mla.conformance.problems.load import ATTEMPTS, MatmulLoad, best, elapsed, load_of, usual
 from mla.conformance.registry import check
 from mla.conformance.trial import Trial, expect
 
@@ -24,7 +24,7 @@ ROUNDS = 3  # a host whose CPUs others want spoils one, but not all
 )
 def synchronize(trial: Trial) -> None:
     """No work is left to wait for after synchronize()."""
-    work = MatmulLoad(trial.subject)
+    work = load_of(trial.subject)
 
     def left() -> float:
         """Return the share of the time that passes only after synchronize()."""
@@ -43,7 +43,7 @@ def synchronize(trial: Trial) -> None:
 @check("device.timer", catches="a timer that does not wait, or reports another unit than milliseconds")
 def timer(trial: Trial) -> None:
     """The timer covers all submitted work, in milliseconds, and never more than the time that passed."""
-    work, clock = MatmulLoad(trial.subject), trial.backend.timer()
+    work, clock = load_of(trial.subject), trial.backend.timer()
     expect(isinstance(getattr(clock, "clock", None), str), "the timer does not name its clock")
     shares = []
     for _ in range(ATTEMPTS):
@@ -77,7 +77,7 @@ def _timed(trial: Trial, work: MatmulLoad, units: int, pending: int = 0) -> floa
 @check("device.timer_scales", catches="a timer that is blind to the work, or measures launches only")
 def timer_scales(trial: Trial) -> None:
     """Eight times the work takes at least twice as long."""
-    work = MatmulLoad(trial.subject)
+    work = load_of(trial.subject)
     one = eight = 0.0
     for _ in range(ROUNDS):
         one, eight = (best(functools.partial(_timed, trial, work, units)) for units in (1, 8))
@@ -91,7 +91,7 @@ def timer_scales(trial: Trial) -> None:
 @check("device.timer_start", catches="a timer that counts work submitted before it was started")
 def timer_start(trial: Trial) -> None:
     """Work submitted before the timer starts does not count."""
-    work = MatmulLoad(trial.subject)
+    work = load_of(trial.subject)
     alone = after = bound = 0.0
     for _ in range(ROUNDS):
         alone = best(lambda: _timed(trial, work, 1))

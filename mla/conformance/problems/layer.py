@@ -102,8 +102,9 @@ class PreparedLayer:
         return self.cache.extend(self.ids, self.problem.query_lens)
 
     def forward(self, step: int, batch: RaggedBatch) -> torch.Tensor:
-        """Run one step."""
-        return self.layer(self.hidden[step], batch, self.cache.pages[0])
+        """Run one step. What it does not write is NaN."""
+        hidden = self.hidden[step]
+        return self.layer(hidden, batch, self.cache.pages[0], out=torch.full_like(hidden, torch.nan))
 
     def run(self) -> torch.Tensor:
         """Run every step and return the outputs [steps, T, d] on the host."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -68,3 +69,9 @@ def best(measure: Callable[[], float], attempts: int = ATTEMPTS) -> float:
 def usual(measure: Callable[[], float], attempts: int = ATTEMPTS) -> float:
     """Return the median of several measurements."""
     return statistics.median(measure() for _ in range(attempts))
+
+
+@functools.lru_cache(maxsize=1)
+def load_of(subject: BackendUnderTest) -> MatmulLoad:
+    """Return the load of a backend, whose size takes half a second to find."""
+    return MatmulLoad(subject)

@@ -27,12 +27,13 @@ from mla.conformance.problems.attention_call import (
     judge_out,
     serve,
 )
-from mla.conformance.problems.load import MatmulLoad, best, elapsed, usual
+from mla.conformance.problems.load import best, elapsed, load_of, usual
 from mla.conformance.problems.pages import Layout
 from mla.conformance.trial import Trial, expect
 from mla.verify.tolerances import same_bits
 
 KIND = "state"
+UNITS = 4  # of pending work that a plan might wait for
 CALLS = 300  # of one state: beyond what a counter of 8 bits holds
 ALIVE = 20  # states at a time, and calls after one whose outputs are kept
 
@@ -97,12 +98,12 @@ def check_prepare(trial: Trial, problem: AttentionProblem) -> None:
     with trial.case(problem.label):
         op, call = serve(trial, problem)
         call.prepare(op)  # one-time setup does not count
-        work = MatmulLoad(trial.subject)
-        pending = work.milliseconds(8)
+        work = load_of(trial.subject)
+        pending = work.milliseconds(UNITS)
 
         def busy() -> float:
             work.read()
-            work.submit(8)
+            work.submit(UNITS)
             return elapsed(lambda: call.prepare(op))
 
         behind = usual(busy)

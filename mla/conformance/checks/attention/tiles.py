@@ -71,7 +71,7 @@ def check_heads(trial: Trial, absorbed: bool) -> None:
     for count in FEW_HEADS if trial.quick else ALL_HEADS:
         problems = [*_rows_of(absorbed, count, trial.quick or count > SMALL_HEADS)]
         if not absorbed:
-            problems.append(replace(problems[1], causal=False))
+            problems.append(AttentionProblem(False, (2, 1, 5), (9, 3, 7), heads=count, causal=False))
         if count in USUAL_HEADS:
             problems.append(AttentionProblem(absorbed, (10, 17, 33), (12, 17, 40), heads=count))
         check_out(trial, *problems, heads_count=True)
