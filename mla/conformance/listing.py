@@ -11,16 +11,24 @@ from mla.conformance.registry import LAYER, OP, all_checks, matches
 from mla.conformance.selection import case_id, split
 from mla.conformance.suite import Instance
 from mla.conformance.trial import BackendUnderTest
+from mla.errors import UsageError
 
 
 def checks(only: Sequence[str]) -> Exit:
-    """Print id, kind, description and bug of every check, and how many there are of each kind."""
+    """Print id, kind, description and bug of every check, and how many there are of each kind.
+
+    Raises `UsageError` for a single case: only a backend's ops have cases.
+    """
+    for pattern in only:
+        if split(pattern)[1] is not None:
+            raise UsageError(f"'{pattern}' is a case; --list shows cases with --backend alone.")
     named = [split(pattern)[0].partition("[")[0] for pattern in only]
     listed = [one for one in all_checks() if not named or any(matches(word, one.id) for word in named)]
     for one in listed:
         out(f"{one.id} ({one.fails})\n  {one.description}\n  Catches {one.catches}.\n")
     counts = [(kind, sum(one.fails == kind for one in listed)) for kind in KINDS]
-    out(f"{len(listed)} checks: {', '.join(f'{count} {kind}' for kind, count in counts if count)}\n")
+    of_kinds = ", ".join(f"{count} {kind}" for kind, count in counts if count)
+    out(f"{len(listed)} check{'s' * (len(listed) != 1)}: {of_kinds}\n")
     return Exit.OK
 
 

@@ -254,3 +254,10 @@ def test_the_rest_is_expected_to_take_what_its_kind_took(sound: Any) -> None:
     found = {at["linear.product"]: done}
     assert schedule.expected(planned, found, [at["linear.bias"], at["rms_norm.eps"]]) == 0.75
     assert [schedule.duration(seconds) for seconds in (0.2, 99.0, 280.0)] == ["1 s", "99 s", "5 min"]
+
+
+def test_cases_are_listed_with_a_backend_alone(capsys: Any) -> None:
+    assert main(["--list", "--only", "latent.heads#3"]) == 2
+    assert "'latent.heads#3' is a case; --list shows cases with --backend alone." in capsys.readouterr().err
+    assert main(["--list", "--only", "latent.heads"]) == 0
+    assert "1 check: 1 tiles" in capsys.readouterr().out

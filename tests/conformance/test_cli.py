@@ -303,7 +303,7 @@ def test_the_list_describes_every_check(conformance: Conformance) -> None:
         assert f"{one.id} ({one.fails})\n  {one.description}\n  Catches {one.catches}.\n" in done.out
     part = conformance("--list", "--only", "latent.heads", backend=False)
     assert part.out.splitlines()[0] == "latent.heads (tiles)"
-    assert part.out.splitlines()[3:] == ["1 checks: 1 tiles"]
+    assert part.out.splitlines()[3:] == ["1 check: 1 tiles"]
 
 
 def test_verbose_names_a_check_before_it_runs(conformance: Conformance) -> None:
