@@ -82,10 +82,20 @@ def describe(level: str) -> str:
 
 
 def measured(level: str) -> dict[str, str]:
-    """Return what was measured to choose between these kernels' products and torch's, by name."""
-    if level != "auto" or not tuning.torch_has_tiles():
+    """Return what was measured to choose between ways to compute a product, by name.
+
+    `native_fp32_gain`: widened values against bf16 pairs, where the processor multiplies these.
+    `native_product_gain`: these kernels' products against torch's, where that may use AMX.
+    """
+    if level == "off":
         return {}
     try:
-        return {"native_product_gain": f"{tuning.product_gain(load(level)):.2f}"}
+        kernels = load(level)
     except BuildError:
         return {}
+    found: dict[str, str] = {}
+    if kernels.dot_bf16 and not kernels.tiles:
+        found["native_fp32_gain"] = f"{tuning.fp32_gain(kernels):.2f}"
+    if level == "auto" and tuning.torch_has_tiles():
+        found["native_product_gain"] = f"{tuning.product_gain(kernels, fp32=False):.2f}"
+    return found

@@ -85,19 +85,31 @@ def whole_pages(elements: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _Product(NativeOp):
-    """Weights in panels of 16 outputs and pairs of inputs."""
+    """Weights in panels of 16 outputs: of pairs of inputs in bf16, of single ones in fp32."""
+
+    def unsupported_reasons(self, spec: LinearSpec) -> list[str]:
+        import torch
+
+        if spec.dtype not in (torch.bfloat16, torch.float32):
+            return [f"it computes in bfloat16 and float32, but this layer is {spec.dtype}"]
+        return self.misfits(spec)
 
     def misfits(self, spec: LinearSpec) -> list[str]:
-        if not self._insist and tuning.torch_has_tiles() and (gain := tuning.product_gain(self.kernels)) < 1:
-            return [f"its products were measured at {gain:.2f}x the speed of torch's, which may use AMX"]
-        return multiple("in_features", spec.in_features, 2)
+        import torch
+
+        fp32 = spec.dtype == torch.float32
+        if not self._insist and (fp32 or tuning.torch_has_tiles()):
+            gain = tuning.product_gain(self.kernels, fp32)
+            if gain < 1:
+                return [f"its products were measured at {gain:.2f}x the speed of torch's"]
+        return [] if fp32 else multiple("in_features", spec.in_features, 2)
 
     def pack(self, weight: torch.Tensor) -> Packed:
         groups, (outputs, inputs) = (weight.shape[0] if weight.dim() == 3 else 1), weight.shape[-2:]
         panels = -(-outputs // 16)
         packed = whole_pages(groups * panels * 16 * inputs, weight.dtype)
         group = weight.stride(0) if weight.dim() == 3 else 0
-        self.functions.mla_pack(
+        self._function("mla_pack", packed)(
             weight.data_ptr(), group, weight.stride(-2), weight.stride(-1), groups, outputs, inputs,
             packed.data_ptr(), threads(),
         )  # fmt: skip
@@ -107,13 +119,20 @@ class _Product(NativeOp):
         data, shape = packed.data
         weight = data.new_empty(shape)
         groups = shape[0] if len(shape) == 3 else 1
-        self.functions.mla_unpack(data.data_ptr(), groups, *shape[-2:], weight.data_ptr(), threads())
+        self._function("mla_unpack", data)(data.data_ptr(), groups, *shape[-2:], weight.data_ptr(), threads())
         return weight
 
-    def _wide(self, tokens: int) -> bool:
-        if self.kernels.tiles:
-            return False
-        return not self.kernels.dot_bf16 or (tokens >= WIDE_TOKENS and tuning.fp32_gain(self.kernels) > 1)
+    def _function(self, name: str, packed: torch.Tensor) -> Any:
+        """Return the function for the dtype of the packed weight."""
+        return getattr(self.functions, name if packed.itemsize == 2 else f"{name}_fp32")
+
+    def _ways(self, packed: torch.Tensor, tokens: int) -> tuple[bool, ...]:
+        """Return the argument that says whether bf16 pairs are widened, where the function takes one."""
+        if packed.itemsize == 4:
+            return ()
+        kernels = self.kernels
+        pairs = kernels.dot_bf16 and not kernels.tiles
+        return (pairs and tokens >= WIDE_TOKENS and tuning.fp32_gain(kernels) > 1,)
 
 
 class NativeLinear(_Product):
@@ -126,10 +145,10 @@ class NativeLinear(_Product):
     ) -> None:
         data, (outputs, inputs) = packed.data
         x, target, bias = rows(x), rows(out), None if bias is None else rows(bias)
-        self.functions.mla_linear(
+        self._function("mla_linear", data)(
             x.data_ptr(), x.stride(0), data.data_ptr(), None if bias is None else bias.data_ptr(),
             target.data_ptr(), target.stride(0), x.shape[0], inputs, outputs,
-            self._wide(x.shape[0]), threads(),
+            *self._ways(data, x.shape[0]), threads(),
         )  # fmt: skip
         if target is not out:
             out.copy_(target)
@@ -143,9 +162,9 @@ class NativeBatchedLinear(_Product):
     def __call__(self, packed: Packed, *, x: torch.Tensor, out: torch.Tensor) -> None:
         data, (heads, outputs, inputs) = packed.data
         x, target = rows(x), rows(out)
-        self.functions.mla_batched_linear(
+        self._function("mla_batched_linear", data)(
             x.data_ptr(), *x.stride()[:2], data.data_ptr(), target.data_ptr(), *target.stride()[:2],
-            x.shape[0], heads, inputs, outputs, self._wide(x.shape[0]), threads(),
+            x.shape[0], heads, inputs, outputs, *self._ways(data, x.shape[0]), threads(),
         )  # fmt: skip
         if target is not out:
             out.copy_(target)

@@ -13,24 +13,29 @@ from mla_backend_cpu.library import Library
 class _SpeedTrial:
     """A product of ones, computed in several ways."""
 
-    def __init__(self, kernels: Library, tokens: int, inputs: int, outputs: int) -> None:
+    def __init__(self, kernels: Library, tokens: int, inputs: int, outputs: int, fp32: bool = False) -> None:
+        """`fp32`: the tensors are float32, not bfloat16."""
         import torch
 
-        ones = functools.partial(torch.ones, dtype=torch.bfloat16)
+        self._fp32 = fp32
+        ones = functools.partial(torch.ones, dtype=torch.float32 if fp32 else torch.bfloat16)
         self._call = kernels.functions
         self._shape = (tokens, inputs, outputs)
         self._x, self._weight, self._out = ones(tokens, inputs), ones(outputs, inputs), ones(tokens, outputs)
         self._packed = ones(-(-outputs // 16) * 16 * inputs)
-        self._call.mla_pack(
-            self._weight.data_ptr(), 0, inputs, 1, 1, outputs, inputs, self._packed.data_ptr(), 1
-        )
+        pack = self._call.mla_pack_fp32 if self._fp32 else self._call.mla_pack
+        pack(self._weight.data_ptr(), 0, inputs, 1, 1, outputs, inputs, self._packed.data_ptr(), 1)
 
     def native(self, wide: bool, threads: int) -> None:
         tokens, inputs, outputs = self._shape
-        self._call.mla_linear(
+        arguments = (
             self._x.data_ptr(), inputs, self._packed.data_ptr(), None, self._out.data_ptr(), outputs,
-            tokens, inputs, outputs, wide, threads,
+            tokens, inputs, outputs,
         )  # fmt: skip
+        if self._fp32:
+            self._call.mla_linear_fp32(*arguments, threads)
+        else:
+            self._call.mla_linear(*arguments, wide, threads)
 
     def torch(self) -> None:
         import torch
@@ -47,16 +52,18 @@ def fp32_gain(kernels: Library) -> float:
 
 
 @functools.cache
-def product_gain(kernels: Library) -> float:
-    """Measure how much faster the kernels' products are than torch's, averaged over few and many tokens."""
+def product_gain(kernels: Library, fp32: bool) -> float:
+    """Measure how much faster the kernels' products are than torch's, averaged over few and many tokens.
+
+    `fp32`: of float32 tensors, else of bfloat16 ones.
+    """
     import torch
 
     threads = torch.get_num_threads()
-    wide = not kernels.tiles and not kernels.dot_bf16
     gains = []
     for tokens in (16, 512):
-        trial = _SpeedTrial(kernels, tokens, 2048, 2048)
-        theirs, ours = fastest(trial.torch, functools.partial(trial.native, wide, threads))
+        trial = _SpeedTrial(kernels, tokens, 2048, 2048, fp32)
+        theirs, ours = fastest(trial.torch, functools.partial(trial.native, False, threads))
         gains.append(theirs / ours)
     return math.sqrt(math.prod(gains))
 

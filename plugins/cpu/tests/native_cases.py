@@ -60,7 +60,11 @@ def angles(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
 
 def assert_rounded(found: torch.Tensor, truth: torch.Tensor, terms: torch.Tensor, count: int) -> None:
     """Assert that fp32 arithmetic on `count` terms, of sizes that add up to `terms`, was rounded once."""
-    allowed = HALF * truth.abs() + 1.01 * (count + 4) * FINE * terms + 1e-37
+    allowed = (
+        {BF16: HALF, torch.float32: FINE}[found.dtype] * truth.abs()
+        + 1.01 * (count + 4) * FINE * terms
+        + 1e-37
+    )
     excess = ((found.double() - truth).abs() / allowed).nan_to_num(nan=torch.inf)
     assert excess.max() <= 1, f"{int((excess > 1).sum())} of {excess.numel()} values are wrong"
 

@@ -52,20 +52,33 @@ static bool close(double found, double truth, double size) { return std::fabs(fo
 
 static const int64_t TOKENS[] = {0, 1, 2, 5, 6, 7, 13, 29, 43};
 
+// The functions for a type of elements; those of fp32 have no way to choose.
+static void pack_for(const bf16* w, int64_t g, int64_t r, int64_t c, int64_t gs, int64_t o, int64_t i, bf16* to, int n) { mla_pack(w, g, r, c, gs, o, i, to, n); }
+static void pack_for(const float* w, int64_t g, int64_t r, int64_t c, int64_t gs, int64_t o, int64_t i, float* to, int n) { mla_pack_fp32(w, g, r, c, gs, o, i, to, n); }
+static void unpack_for(const bf16* p, int64_t gs, int64_t o, int64_t i, bf16* to, int n) { mla_unpack(p, gs, o, i, to, n); }
+static void unpack_for(const float* p, int64_t gs, int64_t o, int64_t i, float* to, int n) { mla_unpack_fp32(p, gs, o, i, to, n); }
+static void linear_for(const bf16* x, int64_t xr, const bf16* p, const bf16* b, bf16* out, int64_t r, int64_t t, int64_t i, int64_t o, int wide, int n) { mla_linear(x, xr, p, b, out, r, t, i, o, wide, n); }
+static void linear_for(const float* x, int64_t xr, const float* p, const float* b, float* out, int64_t r, int64_t t, int64_t i, int64_t o, int, int n) { mla_linear_fp32(x, xr, p, b, out, r, t, i, o, n); }
+static void batched_for(const bf16* x, int64_t xt, int64_t xh, const bf16* p, bf16* out, int64_t ot, int64_t oh, int64_t t, int64_t h, int64_t i, int64_t o, int wide, int n) { mla_batched_linear(x, xt, xh, p, out, ot, oh, t, h, i, o, wide, n); }
+static void batched_for(const float* x, int64_t xt, int64_t xh, const float* p, float* out, int64_t ot, int64_t oh, int64_t t, int64_t h, int64_t i, int64_t o, int, int n) { mla_batched_linear_fp32(x, xt, xh, p, out, ot, oh, t, h, i, o, n); }
+
+template <class T>
 static void test_linear(int64_t tokens, int64_t inputs, int64_t outputs, bool biased, int wide, int threads) {
     const int64_t x_row = inputs + 2, out_row = outputs + 3;
-    Exact<bf16> x(tokens ? (tokens - 1) * x_row + inputs : 0), weight(outputs * inputs), bias(outputs);
-    Exact<bf16> packed(packed_size(outputs, inputs)), again(outputs * inputs);
-    Exact<bf16> out(tokens ? (tokens - 1) * out_row + outputs : 0);
+    Exact<T> x(tokens ? (tokens - 1) * x_row + inputs : 0), weight(outputs * inputs), bias(outputs);
+    Exact<T> packed(packed_size(outputs, inputs)), again(outputs * inputs);
+    Exact<T> out(tokens ? (tokens - 1) * out_row + outputs : 0);
     fill(x), fill(weight), fill(bias);
-    mla_pack(weight.data, 0, inputs, 1, 1, outputs, inputs, packed.data, threads);
-    mla_unpack(packed.data, 1, outputs, inputs, again.data, threads);
-    require(!std::memcmp(weight.data, again.data, weight.count * sizeof(bf16)), "unpack", outputs, inputs, 0);
-    mla_linear(x.data, x_row, packed.data, biased ? bias.data : nullptr, out.data, out_row, tokens, inputs, outputs, wide, threads);
+    pack_for(weight.data, 0, inputs, 1, 1, outputs, inputs, packed.data, threads);
+    unpack_for(packed.data, 1, outputs, inputs, again.data, threads);
+    require(!std::memcmp(weight.data, again.data, weight.count * sizeof(T)), "unpack", outputs, inputs, 0);
+    T untouched;
+    std::memset((void*)&untouched, 0xff, sizeof(T));
+    linear_for(x.data, x_row, packed.data, biased ? bias.data : nullptr, out.data, out_row, tokens, inputs, outputs, wide, threads);
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t o = 0; o < out_row && t * out_row + o < (int64_t)out.count; o++) {
             if (o >= outputs) {
-                require(out[t * out_row + o] == 0xffff, "beside linear", t, o, 0);
+                require(!std::memcmp(&out[t * out_row + o], &untouched, sizeof(T)), "beside linear", t, o, 0);
                 continue;
             }
             double sum = biased ? widen(bias[o]) : 0, size = std::fabs(sum);
@@ -78,14 +91,15 @@ static void test_linear(int64_t tokens, int64_t inputs, int64_t outputs, bool bi
     cases++;
 }
 
+template <class T>
 static void test_batched(int64_t tokens, int64_t heads, int64_t inputs, int64_t outputs, int wide, int threads) {
     // x is a slice of wider heads; out lies head by head.
     const int64_t x_head = inputs + 4, x_token = heads * x_head;
-    Exact<bf16> x(tokens ? (tokens - 1) * x_token + (heads - 1) * x_head + inputs : 0), weight(heads * outputs * inputs);
-    Exact<bf16> packed(heads * packed_size(outputs, inputs)), out(heads * tokens * outputs);
+    Exact<T> x(tokens ? (tokens - 1) * x_token + (heads - 1) * x_head + inputs : 0), weight(heads * outputs * inputs);
+    Exact<T> packed(heads * packed_size(outputs, inputs)), out(heads * tokens * outputs);
     fill(x), fill(weight);
-    mla_pack(weight.data, outputs * inputs, 1, outputs, heads, outputs, inputs, packed.data, threads);  // transposed
-    mla_batched_linear(x.data, x_token, x_head, packed.data, out.data, outputs, tokens * outputs, tokens, heads, inputs, outputs, wide, threads);
+    pack_for(weight.data, outputs * inputs, 1, outputs, heads, outputs, inputs, packed.data, threads);  // transposed
+    batched_for(x.data, x_token, x_head, packed.data, out.data, outputs, tokens * outputs, tokens, heads, inputs, outputs, wide, threads);
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t h = 0; h < heads; h++)
             for (int64_t o = 0; o < outputs; o++) {
@@ -267,17 +281,22 @@ static bool tiles_allowed() {
 int main() {
     if (!tiles_allowed()) return std::puts("Linux refuses AMX tiles"), 2;
     for (int64_t tokens : TOKENS) {
-        for (int64_t outputs : {1, 16, 33, 70, 130})
-            for (int wide : {0, 1}) test_linear(tokens, 6, outputs, outputs % 2, wide, 2);
-        for (int wide : {0, 1}) test_batched(tokens, 3, 10, 37, wide, 2);
+        for (int64_t outputs : {1, 16, 33, 70, 130}) {
+            for (int wide : {0, 1}) test_linear<bf16>(tokens, 6, outputs, outputs % 2, wide, 2);
+            test_linear<float>(tokens, 7, outputs, outputs % 2, 0, 2);
+        }
+        for (int wide : {0, 1}) test_batched<bf16>(tokens, 3, 10, 37, wide, 2);
+        test_batched<float>(tokens, 3, 9, 37, 0, 2);
         test_pointwise(tokens, 16, 32, tokens % 2, 2);
     }
     for (int wide : {0, 1}) {
-        test_linear(31, 2050, 17, true, wide, 1);
-        test_linear(9, 4100, 200, true, wide, 2);
-        test_linear(200, 8, 40, false, wide, 3);
-        test_batched(180, 2, 1030, 17, wide, 2);
+        test_linear<bf16>(31, 2050, 17, true, wide, 1);
+        test_linear<bf16>(9, 4100, 200, true, wide, 2);
+        test_linear<bf16>(200, 8, 40, false, wide, 3);
+        test_batched<bf16>(180, 2, 1030, 17, wide, 2);
     }
+    test_linear<float>(31, 2051, 17, true, 0, 2);
+    test_linear<float>(230, 300, 40, false, 0, 3);
     test_pointwise(700, 80, 64, true, 2);  // enough that several threads take part
     for (int threads : {1, 2, 3}) {
         for (int64_t page : {1, 16, 24, 64})

@@ -208,7 +208,7 @@ def test_where_torch_has_amx_a_measurement_decides_on_products(
 
     flags = instruction_sets.processor_flags() | {"amx_bf16"}
     monkeypatch.setattr(instruction_sets, "processor_flags", lambda: flags)
-    monkeypatch.setattr(tuning, "product_gain", lambda kernels: gain)
+    monkeypatch.setattr(tuning, "product_gain", lambda kernels, fp32: gain)
     config, backend = mla.MLAConfig(hidden_size=64, num_attention_heads=2), mla.load_backend("cpu")
     ops = mla.MLA(config, backend=backend).ops
     assert (ops["o_proj"].name == "native_linear") == (gain > 1)
@@ -223,11 +223,34 @@ def test_where_torch_has_amx_a_measurement_decides_on_products(
     assert "native_product_gain" not in named.environment()
 
 
-def test_the_gain_over_torch_is_measured() -> None:
+@pytest.mark.parametrize("gain", [0.5, 2.0])
+def test_a_float32_layer_gets_packed_products_where_they_beat_torch(
+    monkeypatch: pytest.MonkeyPatch, gain: float
+) -> None:
+    from mla.verify.layer_oracle import oracle
+    from mla_backend_cpu import tuning
+
+    monkeypatch.setattr(tuning, "product_gain", lambda kernels, fp32: gain if fp32 else 1 / gain)
+    config = mla.MLAConfig(hidden_size=64, num_attention_heads=2)
+    layer = mla.MLA(config, backend=mla.load_backend("cpu"), dtype=torch.float32)
+    assert (layer.ops["o_proj"].name == "native_linear") == (gain > 1)
+    assert (layer.ops["w_uk"].name == "native_batched_linear") == (gain > 1)
+    state = random_state_dict(config, dtype=torch.float32)
+    layer.load_state_dict(state)
+    cache = mla.LatentCache(config, max_tokens=128, device="cpu", dtype=torch.float32)
+    batch = cache.extend(cache.new_sequences(2), [9, 1])
+    hidden = torch.randn(10, 64)
+    empty = (torch.empty(0, 512), torch.empty(0, 64))
+    truth = oracle(config, state, hidden, [9, 1], [empty, empty])
+    assert relative(layer(hidden, batch, cache.pages[0]).flatten(), truth.flatten()) <= 1e-5
+
+
+@pytest.mark.parametrize("fp32", [False, True])
+def test_the_gain_over_torch_is_measured(fp32: bool) -> None:
     from mla_backend_cpu.library import load
     from mla_backend_cpu.tuning import product_gain
 
-    assert product_gain(load("portable")) > 0
+    assert product_gain(load("portable"), fp32=fp32) > 0
 
 
 def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

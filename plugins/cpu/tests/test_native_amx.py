@@ -27,7 +27,7 @@ def test_amx_is_refused_with_the_systems_reason_and_the_next_level_serves(
     if not claimed - {"amx_tile", "amx_bf16"} <= flags:
         pytest.skip("this processor lacks AVX-512-BF16, which amx needs beside the tiles")
     monkeypatch.setattr(instruction_sets, "processor_flags", lambda: claimed)
-    monkeypatch.setattr(tuning, "product_gain", lambda kernels: 2.0)
+    monkeypatch.setattr(tuning, "product_gain", lambda kernels, fp32: 2.0)
     library._load.cache_clear()
     try:
         backend = mla.load_backend("cpu")

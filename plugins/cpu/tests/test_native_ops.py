@@ -5,6 +5,7 @@ Bounds are per element and hold for any right kernel: one rounding to bf16, and 
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable
@@ -21,15 +22,18 @@ from mla_backend_cpu.library import Library
 from mla_backend_cpu.native_ops import NativeBatchedLinear, NativeLinear
 from mla_backends.api import LinearSpec
 
+FP32 = torch.float32
+dtypes = st.sampled_from([BF16, FP32])
 layouts = st.sampled_from(LAYOUTS)
 seeds = st.integers(0, 99)
 
 
-@pytest.fixture(params=[0.5, 2.0], ids=["pairs", "wide"])
-def gain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
-    """Decide instead of the measurement whether values are widened, so that both paths are tested."""
-    monkeypatch.setattr(tuning, "fp32_gain", lambda kernels: request.param)
-    return request.param
+@pytest.fixture(params=[(BF16, 0.5), (BF16, 2.0), (FP32, 1.0)], ids=["pairs", "wide", "fp32"])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Decide instead of the measurement whether bf16 values are widened, so that both ways are tested."""
+    dtype, gain = request.param
+    monkeypatch.setattr(tuning, "fp32_gain", lambda kernels: gain)
+    return dtype
 
 
 # ---------------------------------------------------------------------------------------------- projections
@@ -44,12 +48,16 @@ def check_linear(
     x_layout: str = "plain",
     out_layout: str = "plain",
     seed: int = 0,
+    dtype: torch.dtype = BF16,
 ) -> None:
     op = NativeLinear(kernels)
-    assert op.unsupported_reasons(LinearSpec(inputs, outputs, 1, BF16, CPU)) == []
-    x, weight = draw(tokens, inputs, seed=seed), draw(outputs, inputs, seed=seed + 1)
-    bias = 3 * draw(outputs, seed=seed + 2) if biased else None
-    out = Canvas((tokens, outputs), out_layout)
+    assert op.unsupported_reasons(LinearSpec(inputs, outputs, 1, dtype, CPU)) == []
+    x, weight = (
+        draw(tokens, inputs, seed=seed, dtype=dtype),
+        draw(outputs, inputs, seed=seed + 1, dtype=dtype),
+    )
+    bias = 3 * draw(outputs, seed=seed + 2, dtype=dtype) if biased else None
+    out = Canvas((tokens, outputs), out_layout, dtype)
     op(op.pack(weight), x=laid_out(x, x_layout), bias=bias, out=out.view)
     wide, offset = weight.double().T, bias.double() if biased else torch.zeros(outputs).double()
     terms = x.double().abs() @ wide.abs() + offset.abs()
@@ -65,6 +73,7 @@ def check_linear(
     layouts,
     layouts,
     seeds,
+    dtypes,
 )
 def test_linear_is_right_for_any_shape(
     kernels: Library,
@@ -75,8 +84,10 @@ def test_linear_is_right_for_any_shape(
     x_layout: str,
     out_layout: str,
     seed: int,
+    dtype: torch.dtype,
 ) -> None:
-    check_linear(kernels, tokens, 2 * half, outputs, biased, x_layout, out_layout, seed)
+    inputs = 2 * half - (dtype == FP32)
+    check_linear(kernels, tokens, inputs, outputs, biased, x_layout, out_layout, seed, dtype)
 
 
 @pytest.mark.parametrize(
@@ -92,19 +103,28 @@ def test_linear_is_right_for_any_shape(
     ],
 )
 def test_linear_walks_over_blocks_of_rows_and_panels(
-    kernels: Library, gain: float, tokens: int, inputs: int, outputs: int
+    kernels: Library, dtype: torch.dtype, tokens: int, inputs: int, outputs: int
 ) -> None:
-    check_linear(kernels, tokens, inputs, outputs, biased=True)
+    check_linear(kernels, tokens, inputs, outputs, biased=True, dtype=dtype)
 
 
-def test_every_number_of_tokens_is_cut_into_register_blocks_rightly(kernels: Library, gain: float) -> None:
+def test_every_number_of_tokens_is_cut_into_register_blocks_rightly(
+    kernels: Library, dtype: torch.dtype
+) -> None:
     for tokens in (*range(1, 34), 43, 57):
-        check_linear(kernels, tokens, 6, 97, seed=tokens)
+        check_linear(kernels, tokens, 6, 97, seed=tokens, dtype=dtype)
 
 
 @settings(max_examples=20, deadline=None)
 @given(
-    st.integers(1, 120), st.integers(1, 9), st.integers(1, 40), st.integers(1, 140), layouts, layouts, seeds
+    st.integers(1, 120),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.integers(1, 140),
+    layouts,
+    layouts,
+    seeds,
+    dtypes,
 )
 def test_batched_linear_is_right_for_any_shape(
     kernels: Library,
@@ -115,14 +135,18 @@ def test_batched_linear_is_right_for_any_shape(
     x_layout: str,
     out_layout: str,
     seed: int,
+    dtype: torch.dtype,
 ) -> None:
-    check_batched(kernels, tokens, heads, 2 * half, outputs, x_layout, out_layout, seed)
+    inputs = 2 * half - (dtype == FP32)
+    check_batched(kernels, tokens, heads, inputs, outputs, x_layout, out_layout, seed, dtype)
 
 
 @pytest.mark.parametrize(("tokens", "heads"), [(1, 128), (5, 16), (130, 3)])
-def test_batched_linear_serves_real_widths(kernels: Library, gain: float, tokens: int, heads: int) -> None:
-    check_batched(kernels, tokens, heads, 128, 512)
-    check_batched(kernels, tokens, heads, 512, 128)
+def test_batched_linear_serves_real_widths(
+    kernels: Library, dtype: torch.dtype, tokens: int, heads: int
+) -> None:
+    check_batched(kernels, tokens, heads, 128, 512, dtype=dtype)
+    check_batched(kernels, tokens, heads, 512, 128, dtype=dtype)
 
 
 def check_batched(
@@ -134,11 +158,13 @@ def check_batched(
     x_layout: str = "plain",
     out_layout: str = "plain",
     seed: int = 0,
+    dtype: torch.dtype = BF16,
 ) -> None:
     op = NativeBatchedLinear(kernels)
-    assert op.unsupported_reasons(LinearSpec(inputs, outputs, heads, BF16, CPU)) == []
-    x, weight = draw(tokens, heads, inputs, seed=seed), draw(heads, outputs, inputs, seed=seed + 1)
-    out = Canvas((tokens, heads, outputs), out_layout)
+    assert op.unsupported_reasons(LinearSpec(inputs, outputs, heads, dtype, CPU)) == []
+    x = draw(tokens, heads, inputs, seed=seed, dtype=dtype)
+    weight = draw(heads, outputs, inputs, seed=seed + 1, dtype=dtype)
+    out = Canvas((tokens, heads, outputs), out_layout, dtype)
     op(op.pack(weight), x=laid_out(x, x_layout), out=out.view)
     truth = torch.einsum("thi,hoi->tho", x.double(), weight.double())
     terms = torch.einsum("thi,hoi->tho", x.double().abs(), weight.double().abs())
@@ -146,11 +172,12 @@ def check_batched(
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
-def test_no_tokens_are_no_work(kernels: Library, tokens: int) -> None:
+def test_no_tokens_are_no_work(kernels: Library, dtype: torch.dtype, tokens: int) -> None:
     linear, batched = NativeLinear(kernels), NativeBatchedLinear(kernels)
-    packed = linear.pack(draw(20, 8)), batched.pack(draw(3, 20, 8))
-    linear(packed[0], x=draw(tokens, 8), bias=None, out=torch.empty(tokens, 20, dtype=BF16))
-    batched(packed[1], x=draw(tokens, 3, 8), out=torch.empty(tokens, 3, 20, dtype=BF16))
+    one = functools.partial(draw, dtype=dtype)
+    packed = linear.pack(one(20, 8)), batched.pack(one(3, 20, 8))
+    linear(packed[0], x=one(tokens, 8), bias=None, out=torch.empty(tokens, 20, dtype=dtype))
+    batched(packed[1], x=one(tokens, 3, 8), out=torch.empty(tokens, 3, 20, dtype=dtype))
 
 
 @settings(max_examples=25, deadline=None)
@@ -162,6 +189,7 @@ def test_no_tokens_are_no_work(kernels: Library, tokens: int) -> None:
     st.integers(1, 3),
     layouts,
     seeds,
+    dtypes,
 )
 def test_unpacking_gives_the_weight_bit_for_bit(
     kernels: Library,
@@ -172,13 +200,14 @@ def test_unpacking_gives_the_weight_bit_for_bit(
     count: int,
     layout: str,
     seed: int,
+    dtype: torch.dtype,
 ) -> None:
     op: Any = NativeBatchedLinear(kernels) if groups else NativeLinear(kernels)
     shape = (2 * half, outputs) if transposed else (outputs, 2 * half)
-    weight = laid_out(any_bits(*([groups] if groups else []), *shape, seed=seed), layout)
+    weight = laid_out(any_bits(*([groups] if groups else []), *shape, seed=seed), layout).to(dtype)
     weight = weight.transpose(-1, -2) if transposed else weight
     packed = op.pack(weight)
-    assert packed.nbytes >= weight.numel() * 2
+    assert packed.nbytes >= weight.nbytes
     assert torch.equal(bits(op.unpack(packed)), bits(weight))
 
 
@@ -198,9 +227,9 @@ def test_a_large_weight_begins_where_a_huge_page_may(kernels: Library) -> None:
     assert packed.nbytes == 2 << 20
 
 
-def test_a_nan_or_infinity_in_one_token_stays_there(kernels: Library, gain: float) -> None:
-    op, x = NativeLinear(kernels), draw(40, 32)
-    packed, clean = op.pack(draw(50, 32, seed=1)), torch.empty(40, 50, dtype=BF16)
+def test_a_nan_or_infinity_in_one_token_stays_there(kernels: Library, dtype: torch.dtype) -> None:
+    op, x = NativeLinear(kernels), draw(40, 32, dtype=dtype)
+    packed, clean = op.pack(draw(50, 32, seed=1, dtype=dtype)), torch.empty(40, 50, dtype=dtype)
     op(packed, x=x, bias=None, out=clean)
     x[17, 31], x[18, 30] = torch.nan, torch.inf
     out = torch.empty_like(clean)
@@ -211,12 +240,14 @@ def test_a_nan_or_infinity_in_one_token_stays_there(kernels: Library, gain: floa
     assert torch.equal(out[19:], clean[19:])
 
 
-def test_what_an_earlier_call_left_in_scratch_memory_reaches_no_result(kernels: Library, gain: float) -> None:
+def test_what_an_earlier_call_left_in_scratch_memory_reaches_no_result(
+    kernels: Library, dtype: torch.dtype
+) -> None:
     """Sizes that fill no register are filled up, and a NaN that lay there would spread by NaN x 0."""
-    op, nothing = NativeLinear(kernels), torch.full((40, 96), torch.nan, dtype=BF16)
-    op(op.pack(draw(50, 96)), x=nothing, bias=None, out=torch.empty(40, 50, dtype=BF16))
+    op, nothing = NativeLinear(kernels), torch.full((40, 96), torch.nan, dtype=dtype)
+    op(op.pack(draw(50, 96, dtype=dtype)), x=nothing, bias=None, out=torch.empty(40, 50, dtype=dtype))
     for tokens, inputs in ((5, 6), (37, 34)):
-        check_linear(kernels, tokens, inputs, 20)
+        check_linear(kernels, tokens, inputs, 20, dtype=dtype)
 
 
 # ---------------------------------------------------------------------------------------------- threads

@@ -1,13 +1,9 @@
 // The C interface that Python calls with raw addresses. Shapes have been checked there; functions that follow
 // indices return a sentence if one is invalid, else null.
 #include "checks.h"
-#include "huge_pages.h"
+#include "gemm_dispatch.h"
+#include "packing.h"
 #include "recorded.h"
-#if MLA_TILES
-#include "tile_gemm.h"
-#else
-#include "gemm.h"
-#endif
 
 using namespace mla;
 
@@ -16,39 +12,42 @@ extern "C" {
 
 void mla_pack(const bf16* weight, int64_t group, int64_t row, int64_t column, int64_t groups, int64_t outputs,
               int64_t inputs, bf16* packed, int threads) {
-    const int64_t panels = panels_of(outputs);
-    const size_t bytes = groups * packed_size(outputs, inputs) * sizeof(bf16);
-    want_huge_pages(packed, bytes);
-#pragma omp parallel for num_threads(threads)
-    for (int64_t task = 0; task < groups * panels; task++) {
-        int64_t g = task / panels, first = task % panels * LANES;
-        pack_panel(weight + g * group + first * row, row, column, std::min<int64_t>(LANES, outputs - first),
-                   inputs, packed + task * LANES * inputs);
-    }
-    make_huge_pages(packed, bytes);
+    pack(weight, group, row, column, groups, outputs, inputs, packed, threads);
+}
+void mla_pack_fp32(const float* weight, int64_t group, int64_t row, int64_t column, int64_t groups,
+                   int64_t outputs, int64_t inputs, float* packed, int threads) {
+    pack(weight, group, row, column, groups, outputs, inputs, packed, threads);
 }
 
 void mla_unpack(const bf16* packed, int64_t groups, int64_t outputs, int64_t inputs, bf16* weight,
                 int threads) {
-    const int64_t panels = panels_of(outputs);
-#pragma omp parallel for num_threads(threads)
-    for (int64_t task = 0; task < groups * panels; task++) {
-        int64_t g = task / panels, first = task % panels * LANES;
-        unpack_panel(packed + task * LANES * inputs, std::min<int64_t>(LANES, outputs - first), inputs,
-                     weight + (g * outputs + first) * inputs);
-    }
+    unpack(packed, groups, outputs, inputs, weight, threads);
+}
+void mla_unpack_fp32(const float* packed, int64_t groups, int64_t outputs, int64_t inputs, float* weight,
+                     int threads) {
+    unpack(packed, groups, outputs, inputs, weight, threads);
 }
 
 void mla_linear(const bf16* x, int64_t x_row, const bf16* packed, const bf16* bias, bf16* out,
                 int64_t out_row, int64_t tokens, int64_t inputs, int64_t outputs, int wide, int threads) {
-    linear(x, x_row, packed, inputs, {out, out_row, bias, outputs}, tokens, wide, threads);
+    linear(wide, x, x_row, packed, inputs, Output<bf16>{out, out_row, bias, outputs}, tokens, threads);
+}
+void mla_linear_fp32(const float* x, int64_t x_row, const float* packed, const float* bias, float* out,
+                     int64_t out_row, int64_t tokens, int64_t inputs, int64_t outputs, int threads) {
+    fp32::linear(x, x_row, packed, inputs, Output<float>{out, out_row, bias, outputs}, tokens, threads);
 }
 
 void mla_batched_linear(const bf16* x, int64_t x_token, int64_t x_head, const bf16* packed, bf16* out,
                         int64_t out_token, int64_t out_head, int64_t tokens, int64_t heads, int64_t inputs,
                         int64_t outputs, int wide, int threads) {
-    batched_linear(x, x_token, x_head, packed, inputs, out, out_token, out_head, outputs, tokens, heads, wide,
-                   threads);
+    batched_linear(wide, x, Grouped{x_token, x_head}, packed, inputs, out, Grouped{out_token, out_head},
+                   outputs, tokens, heads, threads);
+}
+void mla_batched_linear_fp32(const float* x, int64_t x_token, int64_t x_head, const float* packed, float* out,
+                             int64_t out_token, int64_t out_head, int64_t tokens, int64_t heads,
+                             int64_t inputs, int64_t outputs, int threads) {
+    fp32::batched_linear(x, {x_token, x_head}, packed, inputs, out, {out_token, out_head}, outputs, tokens,
+                         heads, threads);
 }
 
 const char* mla_latent_attention(const bf16* q, int64_t q_token, int64_t q_head, int64_t tokens,
@@ -124,6 +123,8 @@ const void* mla_recorded(const char* name) {
     static const std::pair<const char*, Recorded> functions[] = {
         {"mla_linear", Recording<mla_linear>::run},
         {"mla_batched_linear", Recording<mla_batched_linear>::run},
+        {"mla_linear_fp32", Recording<mla_linear_fp32>::run},
+        {"mla_batched_linear_fp32", Recording<mla_batched_linear_fp32>::run},
         {"mla_latent_attention", Recording<mla_latent_attention>::run},
         {"mla_rms_norm", Recording<mla_rms_norm>::run},
         {"mla_rotate", Recording<mla_rotate>::run},

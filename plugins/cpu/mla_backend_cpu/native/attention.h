@@ -1,5 +1,6 @@
 // Softmax attention of some query rows over some key rows, block by block with a running maximum: the part
-// that does not depend on how products are computed; attention_vectors.h and attention_tiles.h add that.
+// that does not depend on how products are computed; attention_fp32.h, attention_pairs.h and attention_tiles.h
+// add that.
 //
 // Sixteen query rows are the lanes of a vector, so that a key row is used as it lies in memory, and the
 // softmax is vertical. Rows may be (query, head) pairs that share one latent key, or queries of one head:
@@ -14,6 +15,9 @@
 
 namespace mla {
 
+// Whether weights and values are multiplied as pairs of keys in bf16. Columns of sums are in zipped order then.
+constexpr bool PAIRED = MLA_TILES || MLA_DOT_BF16;
+
 // One query row: where it is read and written, and how many keys it sees.
 struct Row {
     const bf16* q;
@@ -23,8 +27,7 @@ struct Row {
 };
 
 struct Panel {
-    vu* q;          // [depth] pairs of sixteen rows
-    float* sum;     // [16, dv], columns in zipped order
+    float* sum;     // [16, dv]
     vf top, total;  // running maximum and sum of weights
     vi visible;     // keys each lane sees
     int64_t least, most;
@@ -35,17 +38,27 @@ static inline int64_t sum_at(int64_t row, int64_t c, int64_t width) {
     return MLA_TILES ? c * LANES + row * LANES : row * width + c;
 }
 
+// Where weights of two keys go that follow each other, for the lanes from `lane` on.
+static inline void put_weights(uint32_t* weights, int64_t j, int lane, pf first, pf second) {
+    store(weights + j / 2 * LANES + lane, pair_up(narrow(first), narrow(second)));
+}
+static inline void put_weights(float* weights, int64_t j, int lane, pf first, pf second) {
+    store(weights + j * LANES + lane, first);
+    store(weights + (j + 1) * LANES + lane, second);
+}
+
 // Some lanes of a panel: what `soften` does for PART rows from `lane` on.
+template <class T>
 static inline void soften_part(Panel& panel, int lane, float* score, int64_t first, int64_t count,
-                               float scale, uint32_t* weights, float* fades) {
+                               float scale, T* weights, float* fades) {
     typedef Vectors<WIDTH>::I pi;
     const bool masked = panel.least < first + count;
     const pf nothing = pf{} - INFINITY, old = load<pf>((float*)&panel.top + lane);
     const pi left = load<pi>((int32_t*)&panel.visible + lane) - (int32_t)first;
     pf top = nothing;
     for (int64_t j = 0; j < count; j++) {
-        pf s = load<pf>(score + j * LANES);
-        if (masked) store(score + j * LANES, s = left > (int32_t)j ? s : nothing);
+        pf s = load<pf>(score + j * LANES + lane);
+        if (masked) store(score + j * LANES + lane, s = left > (int32_t)j ? s : nothing);
         top = maximum(s, top);
     }
     top = maximum(top * scale, old);
@@ -53,44 +66,41 @@ static inline void soften_part(Panel& panel, int lane, float* score, int64_t fir
     const pf fade = exponential(old - base);
     pf total = {}, pair[2];
     for (int64_t j = 0; j < count + (count & 1); j++) {
-        pf s = j < count ? load<pf>(score + j * LANES) : nothing;
+        pf s = j < count ? load<pf>(score + j * LANES + lane) : nothing;
         pf weight = exponential(s * scale - base);
         pair[j & 1] = s == nothing ? pf{} : weight;
         total += pair[j & 1];
-        if (j & 1) store(weights + j / 2 * LANES, pair_up(narrow(pair[0]), narrow(pair[1])));
+        if (j & 1) put_weights(weights, j - 1, lane, pair[0], pair[1]);
     }
     store((float*)&panel.top + lane, top);
     store((float*)&panel.total + lane, load<pf>((float*)&panel.total + lane) * fade + total);
     store(fades + lane, fade);
 }
 
-// Turn a panel's scores [count][16] of keys first .. first + count - 1 into weights, as pairs of keys [count
-// / 2][16]; returns the factor for the sums of earlier blocks.
-static inline vf soften(Panel& panel, float* score, int64_t first, int64_t count, float scale, vu* weights) {
+// Turn a panel's scores [count][16] of keys first .. first + count - 1 into weights: pairs of keys [count / 2][16]
+// in bf16, or fp32 [count][16], which may be the scores' memory; a key is added to an odd count, of weight 0.
+// Returns the factor for the sums of earlier blocks.
+template <class T>
+static inline vf soften(Panel& panel, float* score, int64_t first, int64_t count, float scale, T* weights) {
     float fades[LANES];
     for (int lane = 0; lane < LANES; lane += PART)
-        soften_part(panel, lane, score + lane, first, count, scale, (uint32_t*)weights + lane, fades);
+        soften_part(panel, lane, score, first, count, scale, weights, fades);
     return load<vf>(fades);
 }
 
 // The state of one task: up to `panels` x 16 query rows, and what the keys seen so far gave.
 class Attention {
  public:
-    // Queries are filled up with zeros to a multiple of `unit` pairs.
-    Attention(const Row* rows, int64_t count, int64_t key_width, int64_t value_width, float scale,
-              int64_t unit)
+    Attention(const Row* rows, int64_t count, int64_t value_width, float scale)
         : rows_(rows),
           count_(count),
-          pairs_(key_width / 2),
-          depth_((pairs_ + unit - 1) / unit * unit),
           width_(value_width),
           scale_(scale),
           panels_((count + LANES - 1) / LANES) {
         panel_ = scratch<10>().take<Panel>(panels_);
-        vu* q = scratch<11>().take<vu>(panels_ * depth_);
         float* sum = scratch<12>().take<float>(panels_ * LANES * width_);
         std::memset(sum, 0, panels_ * LANES * width_ * sizeof(float));
-        for (int64_t p = 0; p < panels_; p++) open(p, q + p * depth_, sum + p * LANES * width_);
+        for (int64_t p = 0; p < panels_; p++) open(p, sum + p * LANES * width_);
     }
 
     int64_t most() const {
@@ -105,8 +115,8 @@ class Attention {
             const Panel& panel = panel_[i / LANES];
             const float total = panel.total[i % LANES], factor = total == 0 ? 0 : 1 / total;
             for (int64_t c = 0; c < width_; c += 2 * LANES)
-                store_unzipped(rows_[i].out + c, load<vf>(panel.sum + sum_at(i % LANES, c, width_)) * factor,
-                               load<vf>(panel.sum + sum_at(i % LANES, c + LANES, width_)) * factor);
+                round_to(rows_[i].out + c, load<vf>(panel.sum + sum_at(i % LANES, c, width_)) * factor,
+                         load<vf>(panel.sum + sum_at(i % LANES, c + LANES, width_)) * factor);
             if (rows_[i].lse) *rows_[i].lse = total == 0 ? -INFINITY : std::log(total) + panel.top[i % LANES];
         }
     }
@@ -118,20 +128,17 @@ class Attention {
 
  protected:
     const Row* rows_;
-    const int64_t count_, pairs_, depth_, width_;
+    const int64_t count_, width_;
     const float scale_;
     const int64_t panels_;
     Panel* panel_;
-    alignas(64) const bf16 zeros_[2 * LANES] = {};
 
  private:
-    void open(int64_t p, vu* q, float* sum) {
+    void open(int64_t p, float* sum) {
         Panel& panel = panel_[p];
-        panel.q = q, panel.sum = sum;
+        panel.sum = sum;
         panel.top = splat(-INFINITY), panel.total = splat(0);
         panel.least = INT64_MAX, panel.most = 0;
-        std::memset((void*)(q + pairs_), 0, (depth_ - pairs_) * sizeof(vu));
-        const bf16* query[LANES];
         for (int64_t i = 0; i < LANES; i++) {
             const int64_t row = p * LANES + i;
             const bool used = row < count_;
@@ -139,21 +146,12 @@ class Attention {
             panel.visible[i] = (int32_t)visible;
             panel.most = std::max(panel.most, visible);
             if (used) panel.least = std::min(panel.least, visible);
-            query[i] = used ? rows_[row].q : nullptr;
         }
-        for (int64_t k = 0; k < pairs_; k += LANES) take_queries(query, k, (uint32_t*)(q + k));
     }
-
-    // Pairs k .. k + 15 of sixteen rows, sixteen rows next to each other; zeros for a row that is not used.
-    void take_queries(const bf16* const* query, int64_t k, uint32_t* to) const {
-        const int64_t count = std::min<int64_t>(LANES, pairs_ - k);
-        vu rows[LANES], columns[LANES];
-        for (int64_t i = 0; i < LANES; i++) {
-            rows[i] = vu{};
-            if (query[i]) std::memcpy(&rows[i], query[i] + 2 * k, count * sizeof(uint32_t));
-        }
-        transpose(rows, (uint32_t*)columns);
-        std::memcpy(to, columns, count * sizeof(vu));
+    static void round_to(bf16* to, vf first, vf second) {
+        if (PAIRED) return store_unzipped(to, first, second);
+        store(to, narrow(first));
+        store(to + LANES, narrow(second));
     }
 };
 

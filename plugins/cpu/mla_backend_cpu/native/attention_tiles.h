@@ -5,6 +5,7 @@
 #include "accumulators.h"
 #include "attention.h"
 #include "gathered.h"
+#include "queries.h"
 
 namespace mla {
 
@@ -15,10 +16,14 @@ constexpr int64_t STEPS = KEYS / TILE_DEPTH;  // when weights and values are sum
 // The work of one task: keys arrive block after block.
 class Attending : public Attention {
  public:
+    static constexpr bool COPIES = false;
+
     // Adjacent keys lie `pitch` elements apart.
     Attending(const Row* rows, int64_t count, int64_t key_width, int64_t value_width, float scale,
               int64_t pitch)
-        : Attention(rows, count, key_width, value_width, scale, TILE_DEPTH / 2),
+        : Attention(rows, count, value_width, scale),
+          depth_((key_width + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH / 2),
+          q_(paired_queries(rows, count, key_width / 2, depth_)),
           keys_(key_width, pitch),
           whole_(key_width / TILE_DEPTH),
           rest_(key_width % TILE_DEPTH),
@@ -76,7 +81,7 @@ class Attending : public Attention {
     void score_block(int64_t p, int64_t tile) {
         const bf16 *a[M], *rest[M], *b[N];
         for (int m = 0; m < M; m++) a[m] = keys_[tile + m], rest[m] = rests_ + (tile + m) * TILE_BF16;
-        for (int n = 0; n < N; n++) b[n] = (const bf16*)panel_[p + n].q;
+        for (int n = 0; n < N; n++) b[n] = (const bf16*)(q_ + (p + n) * depth_);
         Block<M, N>::zero();
         for (int64_t k = 0; k < whole_; k++)
             Block<M, N>::multiply(a, k * TILE_DEPTH, keys_.pitch() * sizeof(bf16), b, k * TILE_BF16);
@@ -91,7 +96,7 @@ class Attending : public Attention {
         const int64_t pairs = (seen + 1) / 2;
         if (seen) {
             const bool empty = same(panel.top, -INFINITY);
-            const vf fade = soften(panel, score_ + half * KEYS * LANES, first, seen, scale_, weights_);
+            const vf fade = soften(panel, score_ + half * KEYS * LANES, first, seen, scale_, (uint32_t*)weights_);
             if (!empty && !same(fade, 1)) scale(panel.sum, fade);
         }
         std::memset((void*)(weights_ + pairs), 0, (steps * LANES - pairs) * sizeof(vu));
@@ -156,6 +161,8 @@ class Attending : public Attention {
             }
     }
 
+    const int64_t depth_;
+    const vu* const q_;  // [panels][depth] pairs
     Gathered<KEYS> keys_;
     const int64_t whole_, rest_;
     float* score_;
@@ -163,6 +170,7 @@ class Attending : public Attention {
     uint32_t* spread_;  // weights in tiles, [panels][STEPS][row][pair]
     bf16 *zipped_, *rests_;
     int64_t* steps_;  // of 32 keys that a pair of panels sees, at its first one
+    alignas(64) const bf16 zeros_[2 * LANES] = {};
 };
 
 }  // namespace mla

@@ -49,7 +49,7 @@ static void plan_expanded(const Expanded& a, std::vector<ExpandedTask>& tasks) {
     });
 }
 
-static void expanded_task(const Expanded& a, const ExpandedTask& t) {
+static Row* expanded_rows(const Expanded& a, const ExpandedTask& t) {
     Row* rows = scratch<20>().take<Row>(t.queries);
     for (int64_t i = 0; i < t.queries; i++) {
         const int64_t token = t.query + i;
@@ -57,20 +57,32 @@ static void expanded_task(const Expanded& a, const ExpandedTask& t) {
                    a.out + token * a.out_token + t.head * a.out_head,
                    a.lse + token * a.lse_token + t.head * a.lse_head, a.causal ? t.seen + i : t.seen};
     }
+    return rows;
+}
+
+// Copy rows next to each other, `pitch` elements apart, and point to the copies.
+static void gather_rows(const bf16** rows, int64_t count, int64_t width, bf16* to, int64_t pitch) {
+    for (int64_t j = 0; j < count; j++, to += pitch) {
+        std::memcpy(to, rows[j], width * sizeof(bf16));
+        rows[j] = to;
+    }
+}
+
+static void expanded_task(const Expanded& a, const ExpandedTask& t) {
     const int64_t pitch = a.key_width + a.value_width + 2 * LANES;  // never a power of two
-    Attending attention(rows, t.queries, a.key_width, a.value_width, a.scale, pitch);
-    bf16* copy = scratch<22>().take<bf16>(KEYS * pitch);
+    Attending attention(expanded_rows(a, t), t.queries, a.key_width, a.value_width, a.scale, pitch);
+    bf16* copy = Attending::COPIES ? nullptr : scratch<22>().take<bf16>(KEYS * pitch);
     const bf16 *keys[KEYS], *values[KEYS];
-    for (int64_t j = 0; j < KEYS; j++) keys[j] = copy + j * pitch, values[j] = keys[j] + a.key_width;
     const int64_t end = attention.most();
     for (int64_t first = 0; first < end; first += KEYS) {
-        const int64_t count = std::min(KEYS, end - first);
+        const int64_t count = std::min(KEYS, end - first), token = t.key + first;
         for (int64_t j = 0; j < count; j++) {
-            const int64_t token = t.key + first + j;
-            std::memcpy(copy + j * pitch, a.k.data + token * a.k.token + t.head * a.k.head,
-                        a.key_width * sizeof(bf16));
-            std::memcpy(copy + j * pitch + a.key_width, a.v.data + token * a.v.token + t.head * a.v.head,
-                        a.value_width * sizeof(bf16));
+            keys[j] = a.k.data + (token + j) * a.k.token + t.head * a.k.head;
+            values[j] = a.v.data + (token + j) * a.v.token + t.head * a.v.head;
+        }
+        if (!Attending::COPIES) {
+            gather_rows(keys, count, a.key_width, copy, pitch);
+            gather_rows(values, count, a.value_width, copy + a.key_width, pitch);
         }
         attention.attend(keys, values, first, count);
     }

@@ -35,7 +35,7 @@ struct LatentTask {
 };
 
 constexpr int64_t LATENT_ROWS = 64;
-constexpr int64_t LEAST_PART = 512;  // keys: splitting shorter ones costs more than it gives
+constexpr int64_t LEAST_PART = 160;  // keys: splitting shorter ones costs more than it gives
 
 static void plan_latent(const Latent& a, int threads, std::vector<LatentTask>& tasks, int64_t& saved) {
     tasks.clear();
@@ -48,7 +48,8 @@ static void plan_latent(const Latent& a, int threads, std::vector<LatentTask>& t
         for (int64_t row = 0; row < rows; row += LATENT_ROWS) {
             const int64_t count = std::min(LATENT_ROWS, rows - row);
             int64_t size = std::max(LEAST_PART, work / (4 * threads * count) + 1);
-            const int64_t parts = std::max<int64_t>(1, threads == 1 ? 1 : (keys + size - 1) / size);
+            int64_t parts = std::max<int64_t>(1, threads == 1 ? 1 : (keys + size - 1) / size);
+            if (parts > threads) parts -= parts % threads;  // as much for each
             size = (keys + parts - 1) / parts;
             for (int64_t part = 0; part < parts; part++) {
                 tasks.push_back(

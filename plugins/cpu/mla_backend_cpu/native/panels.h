@@ -1,5 +1,5 @@
-// Weights in panels of 16 outputs, panel[k / 2][16] pairs, so that one vector holds two inputs' weights of 16
-// outputs, and sixteen vectors an AMX tile; and where products are written.
+// Weights in panels of 16 outputs, and where products are written. In bf16 a panel is [k / 2][16] pairs, so that
+// one vector holds two inputs' weights of 16 outputs, and sixteen vectors an AMX tile; in fp32 it is [k][16].
 #pragma once
 #include <algorithm>
 
@@ -14,22 +14,33 @@ static inline int64_t packed_size(int64_t outputs, int64_t inputs) {
     return panels_of(outputs) * LANES * inputs;
 }
 
-static inline void pack_panel(const bf16* rows, int64_t row, int64_t column, int64_t count, int64_t inputs,
-                              bf16* panel) {
-    for (int64_t k = 0; k < inputs; k++)
-        for (int64_t i = 0; i < LANES; i++)
-            panel[(k / 2) * 2 * LANES + 2 * i + (k & 1)] = i < count ? rows[i * row + k * column] : 0;
+// Where a panel holds the weight of output i and input k.
+static inline int64_t place(const bf16*, int64_t i, int64_t k) {
+    return k / 2 * 2 * LANES + 2 * i + (k & 1);
 }
-static inline void unpack_panel(const bf16* panel, int64_t count, int64_t inputs, bf16* rows) {
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t k = 0; k < inputs; k++)
-            rows[i * inputs + k] = panel[(k / 2) * 2 * LANES + 2 * i + (k & 1)];
+static inline int64_t place(const float*, int64_t i, int64_t k) {
+    return k * LANES + i;
 }
 
+template <class T>
+static inline void pack_panel(const T* rows, int64_t row, int64_t column, int64_t count, int64_t inputs,
+                              T* panel) {
+    for (int64_t k = 0; k < inputs; k++)
+        for (int64_t i = 0; i < LANES; i++)
+            panel[place(panel, i, k)] = i < count ? rows[i * row + k * column] : 0;
+}
+template <class T>
+static inline void unpack_panel(const T* panel, int64_t count, int64_t inputs, T* rows) {
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t k = 0; k < inputs; k++) rows[i * inputs + k] = panel[place(panel, i, k)];
+}
+
+// Where y goes, rounded to its elements' type.
+template <class T>
 struct Output {
-    bf16* data;
-    int64_t row;       // elements from one token to the next
-    const bf16* bias;  // or null
+    T* data;
+    int64_t row;    // elements from one token to the next
+    const T* bias;  // or null
     int64_t outputs;
 
     Output from(int64_t token, int64_t column) const {
@@ -37,28 +48,28 @@ struct Output {
     }
 };
 
-static inline void store_panel(vf sum, const Output& out, int64_t token, int64_t column) {
+static inline float widen(float x) {
+    return x;
+}
+static inline vf rounded(vf x, const float*) {
+    return x;
+}
+static inline vh rounded(vf x, const bf16*) {
+    return narrow(x);
+}
+
+template <class T>
+static inline void store_panel(vf sum, const Output<T>& out, int64_t token, int64_t column) {
     int64_t count = std::min<int64_t>(LANES, out.outputs - column);
-    bf16 *to = out.data + token * out.row + column, rounded[LANES];
+    T *to = out.data + token * out.row + column, part[LANES];
     if (out.bias) {
         vf bias = {};
         for (int64_t i = 0; i < count; i++) bias[i] = widen(out.bias[column + i]);
         sum += bias;
     }
-    if (count == LANES) return store(to, narrow(sum));
-    store(rounded, narrow(sum));
-    std::memcpy(to, rounded, count * sizeof(bf16));
-}
-
-// The same for NR neighbouring panels.
-template <int NR>
-static inline void store_panels(const Sum16 (&sum)[NR], const Output& out, int64_t token, int64_t column) {
-    if (out.bias || column + NR * LANES > out.outputs) {
-        for (int j = 0; j < NR; j++) store_panel(whole(sum[j]), out, token, column + j * LANES);
-        return;
-    }
-    bf16* to = out.data + token * out.row + column;
-    for (int j = 0; j < NR; j++) store(to + j * LANES, narrow(whole(sum[j])));
+    if (count == LANES) return store(to, rounded(sum, to));
+    store(part, rounded(sum, to));
+    std::memcpy(to, part, count * sizeof(T));
 }
 
 struct Grouped {  // [tokens, heads, width] by strides

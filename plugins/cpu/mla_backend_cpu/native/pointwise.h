@@ -4,10 +4,9 @@
 #include <cmath>
 
 #include "simd.h"
+#include "work_queue.h"
 
 namespace mla {
-
-constexpr int64_t PARALLEL_WORK = 1 << 16;  // elements from which waking the other threads pays
 
 // x / sqrt(mean(x^2) + eps) * weight
 static inline void norm_row(const bf16* x, const bf16* weight, float eps, int64_t width, bf16* out) {

@@ -10,6 +10,7 @@
 #include "tiles.h"
 
 namespace mla {
+namespace tiled {
 
 constexpr int64_t STRETCH = 8;         // tiles of inputs; twice as many were slower
 constexpr int64_t FEW_TILES = 2;       // rows of tiles up to which one pass reads all weights
@@ -23,7 +24,7 @@ struct Product {
     Grouped x_step;
     const bf16* packed;
     int64_t inputs;
-    Output out;
+    Output<bf16> out;
     int64_t out_group, tokens, groups;
     const bf16* a;  // x in tiles, [groups, row tiles, depth][16][32]
 
@@ -64,7 +65,7 @@ template <int M, int N>
 static void write_block(const Product& p, int64_t group, int64_t row, int64_t panel) {
     alignas(64) float sums[M * N * TILE_FLOATS];
     Block<M, N>::store(sums, N * TILE_FLOATS, TILE_FLOATS);
-    Output out = p.out;
+    Output<bf16> out = p.out;
     out.data += group * p.out_group;
     for (int m = 0; m < M; m++) {
         const int64_t token = (row + m) * LANES, count = std::min<int64_t>(LANES, p.tokens - token);
@@ -174,8 +175,8 @@ static void multiply(Product p, int threads) {
     }
 }
 
-static void linear(const bf16* x, int64_t x_row, const bf16* packed, int64_t inputs, const Output& out,
-                   int64_t tokens, bool, int threads) {
+static void linear(const bf16* x, int64_t x_row, const bf16* packed, int64_t inputs, const Output<bf16>& out,
+                   int64_t tokens, int threads) {
     for (int64_t first = 0; first < tokens; first += MOST_TOKENS)
         multiply({x + first * x_row,
                   {x_row, 0},
@@ -190,21 +191,21 @@ static void linear(const bf16* x, int64_t x_row, const bf16* packed, int64_t inp
 }
 
 // One weight per head: x [T, h, i], out [T, h, o].
-static void batched_linear(const bf16* x, int64_t x_token, int64_t x_head, const bf16* packed, int64_t inputs,
-                           bf16* out, int64_t out_token, int64_t out_head, int64_t outputs, int64_t tokens,
-                           int64_t heads, bool, int threads) {
-    const Output to = {out, out_token, nullptr, outputs};
+static void batched_linear(const bf16* x, Grouped x_step, const bf16* packed, int64_t inputs, bf16* out,
+                           Grouped out_step, int64_t outputs, int64_t tokens, int64_t heads, int threads) {
+    const Output<bf16> to = {out, out_step.token, nullptr, outputs};
     for (int64_t first = 0; first < tokens; first += MOST_TOKENS)
-        multiply({x + first * x_token,
-                  {x_token, x_head},
+        multiply({x + first * x_step.token,
+                  x_step,
                   packed,
                   inputs,
                   to.from(first, 0),
-                  out_head,
+                  out_step.head,
                   std::min(MOST_TOKENS, tokens - first),
                   heads,
                   nullptr},
                  threads);
 }
 
+}  // namespace tiled
 }  // namespace mla

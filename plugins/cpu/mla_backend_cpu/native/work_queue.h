@@ -6,6 +6,8 @@
 
 namespace mla {
 
+constexpr int64_t PARALLEL_WORK = 1 << 16;  // elements from which waking the other threads pays
+
 class WorkQueue {
  public:
     WorkQueue(int64_t count, int threads) : count_(count), threads_(threads) {}

@@ -4,16 +4,13 @@
 #include "accumulators.h"
 #include "attention.h"
 #include "gathered.h"
+#include "queries.h"
 
 namespace mla {
 
 constexpr int64_t KEYS = 128;  // of one block: its rows stay in the second-level cache while panels pass by
 
-#if defined(__AVX512F__)
-constexpr int KEYS_ONE = 16, KEYS_TWO = 8, WEIGH_ROWS = 8;
-#else
-constexpr int KEYS_ONE = 8, KEYS_TWO = 4, WEIGH_ROWS = 4;  // more than the registers, but faster than fewer
-#endif
+constexpr int KEYS_ONE = 16, KEYS_TWO = 8, WEIGH_ROWS = 8;  // of a tile of sums
 
 // If these were inlined into the loops of a task, not all sums would stay in registers.
 #define OWN_REGISTERS [[gnu::noinline]]
@@ -71,10 +68,14 @@ OWN_REGISTERS static void weigh(const bf16* const* values, const bf16* zeros, in
 // The work of one task: keys arrive block after block.
 class Attending : public Attention {
  public:
+    static constexpr bool COPIES = false;
+
     // Adjacent keys lie `pitch` elements apart.
     Attending(const Row* rows, int64_t count, int64_t key_width, int64_t value_width, float scale,
               int64_t pitch)
-        : Attention(rows, count, key_width, value_width, scale, 1),
+        : Attention(rows, count, value_width, scale),
+          pairs_(key_width / 2),
+          q_(paired_queries(rows, count, pairs_, pairs_)),
           keys_(key_width, pitch),
           score_(scratch<13>().take<float>(2 * KEYS * LANES)),
           weights_(scratch<14>().take<vu>(KEYS / 2)) {}
@@ -105,22 +106,25 @@ class Attending : public Attention {
     void score(int64_t p, int64_t i, const bf16* const* next) {
         const bf16* key = keys_[i / LANES];
         for (int j = 0; j < LANES; j += KN)
-            scores<KN, NP>(key + j * keys_.pitch(), keys_.pitch(), panel_[p].q, pairs_,
+            scores<KN, NP>(key + j * keys_.pitch(), keys_.pitch(), q_ + p * pairs_, pairs_,
                            score_ + (i + j) * LANES, next && !j ? next + i : nullptr);
     }
     void update(Panel& panel, float* score, const bf16* const* values, int64_t first, int64_t count) {
         if (panel.most <= first) return;
         count = std::min(count, panel.most - first);
-        const vf fade = soften(panel, score, first, count, scale_, weights_);
+        const vf fade = soften(panel, score, first, count, scale_, (uint32_t*)weights_);
         for (int64_t c = 0; c < width_; c += 2 * LANES)
             for (int row = 0; row < LANES; row += WEIGH_ROWS)
                 weigh<WEIGH_ROWS>(values, zeros_, count, weights_, row, panel.sum + sum_at(row, c, width_),
                                   width_, fade, c);
     }
 
+    const int64_t pairs_;
+    const vu* const q_;  // [panels][pairs]
     Gathered<KEYS> keys_;
     float* score_;
     vu* weights_;
+    alignas(64) const bf16 zeros_[2 * LANES] = {};
 };
 
 }  // namespace mla

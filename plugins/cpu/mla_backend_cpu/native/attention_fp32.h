@@ -1,0 +1,118 @@
+// Attention in fp32, for processors without products of bf16. The keys of a block are widened once, for all query
+// rows of the task, and as values as well where keys hold them. Scores are keys times queries, whose sixteen rows
+// are a strip; values are weights times values, some columns at a time.
+#pragma once
+#include "attention.h"
+#include "fp32_tile.h"
+#include "queries.h"
+
+namespace mla {
+
+constexpr int64_t KEYS = 72;            // of one block: widened, they stay in the second-level cache
+constexpr int64_t QUERY_COLUMNS = 192;  // that the first-level cache holds, sixteen rows of them
+
+#if defined(__AVX512F__)
+constexpr int WEIGH_ROWS = 8, WEIGH_STRIPS = 2;  // value_width is a multiple of two strips
+#else
+constexpr int WEIGH_ROWS = TILE_ROWS, WEIGH_STRIPS = 1;
+#endif
+
+// The work of one task: keys arrive block after block.
+class Attending : public Attention {
+ public:
+    static constexpr bool COPIES = true;  // so that rows may lie anywhere
+
+    Attending(const Row* rows, int64_t count, int64_t key_width, int64_t value_width, float scale, int64_t)
+        : Attention(rows, count, value_width, scale),
+          key_width_(key_width),
+          q_(wide_queries(rows, count, key_width)),
+          score_(scratch<13>().take<float>(KEYS * LANES)) {}
+
+    // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to; where these are the same
+    // pointers, a value is the beginning of its key. The keys [KEYS] that come next, if any, are fetched to the
+    // second-level cache meanwhile: the processor cannot predict them.
+    void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
+                const bf16* const* next = nullptr) {
+        const Wide key = widened(keys, count, key_width_, scratch<16>());
+        const Wide value = values == keys ? key : widened(values, count, width_, scratch<18>());
+        for (int64_t p = 0; p < panels_; p++) {
+            Panel& panel = panel_[p];
+            const int64_t seen = std::min(count, panel.most - first);
+            if (seen <= 0) continue;
+            score(q_ + p * key_width_ * LANES, key, seen, next);
+            next = nullptr;
+            fade(panel, soften(panel, score_, first, seen, scale_, score_));
+            weigh(panel, value, seen, std::min<int64_t>(LANES, count_ - p * LANES));
+        }
+    }
+
+ private:
+    struct Wide {
+        const float* rows;
+        int64_t pitch;
+    };
+    // Rows at a distance that is an odd number of lines, so that they share out the cache sets.
+    static Wide widened(const bf16* const* rows, int64_t count, int64_t width, Buffer& buffer) {
+        const int64_t pitch = (width / LANES | 1) * LANES + (width % LANES ? 2 * LANES : 0);
+        float* to = buffer.take<float>(KEYS * pitch);
+        for (int64_t j = 0; j < count; j++)
+            for (int64_t k = 0; k < width; k++) to[j * pitch + k] = widen(rows[j][k]);
+        return {to, pitch};
+    }
+
+    // Scores [count][16] of a panel's queries q [key_width][16].
+    void score(const float* q, const Wide& key, int64_t count, const bf16* const* next) {
+        const int64_t blocks = (count + TILE_ROWS - 1) / TILE_ROWS;
+        for (int64_t k = 0; k < key_width_; k += QUERY_COLUMNS) {
+            const int64_t depth = std::min(QUERY_COLUMNS, key_width_ - k);
+            for (int64_t block = 0, j = 0, rows; block < blocks; block++, j += rows) {
+                rows = (count - j + blocks - block - 1) / (blocks - block);
+                if (next) fetch(next + j, block + 1 < blocks ? rows : KEYS - j, k, depth);
+                const RowMajor a = {key.rows + j * key.pitch + k, key.pitch};
+                scores_of(rows)(a, {q + k * LANES, LANES, 0}, {score_ + j * LANES, LANES, k == 0}, depth, {});
+            }
+        }
+    }
+    static void fetch(const bf16* const* rows, int64_t count, int64_t column, int64_t columns) {
+        for (int64_t j = 0; j < count; j++)
+            for (int64_t k = 0; k < columns; k += 2 * LANES) __builtin_prefetch(rows[j] + column + k, 0, 2);
+    }
+
+    void fade(Panel& panel, const vf& factors) const {
+        for (int i = 0; i < LANES; i++)
+            if (factors[i] != 1)
+                for (int64_t c = 0; c < width_; c++) panel.sum[i * width_ + c] *= factors[i];
+    }
+
+    // panel.sum += weights . values, `rows` of them in use.
+    void weigh(Panel& panel, const Wide& value, int64_t count, int64_t rows) const {
+        const int64_t blocks = (rows + WEIGH_ROWS - 1) / WEIGH_ROWS;
+        for (int64_t c = 0; c < width_; c += WEIGH_STRIPS * LANES)
+            for (int64_t block = 0, i = 0, some; block < blocks; block++, i += some) {
+                some = (rows - i + blocks - block - 1) / (blocks - block);
+                const Sums sums = {panel.sum + i * width_ + c, width_, false};
+                values_of(some)(Interleaved<LANES>{score_ + i}, {value.rows + c, value.pitch, LANES}, sums, count,
+                                {});
+            }
+    }
+
+    template <class A>
+    using AddTile = void (*)(const A&, const Strips&, const Sums&, int64_t, Ahead);
+    template <class A, int NP, int... MR>
+    static AddTile<A> pick(int64_t rows, std::integer_sequence<int, MR...>) {
+        static const AddTile<A> table[] = {add_tile<MR + 1, NP, false, A>...};
+        return table[rows - 1];
+    }
+    static AddTile<RowMajor> scores_of(int64_t rows) {
+        return pick<RowMajor, 1>(rows, std::make_integer_sequence<int, TILE_ROWS>());
+    }
+    static AddTile<Interleaved<LANES>> values_of(int64_t rows) {
+        return pick<Interleaved<LANES>, WEIGH_STRIPS>(rows, std::make_integer_sequence<int, WEIGH_ROWS>());
+    }
+
+    const int64_t key_width_;
+    const float* const q_;  // [panels][key_width][16]
+    float* const score_;    // and then weights, [KEYS][16]
+};
+
+}  // namespace mla

@@ -1,0 +1,266 @@
+// y = x W^T in fp32, for processors without products of bf16, and for fp32 layers. W lies in panels: bf16 ones
+// (panels.h) are widened some inputs at a time, so that many rows of x use what was widened from the first-level
+// cache; fp32 ones, panel[k][16], are used as they lie. x is copied first, widened, to rows whose distance is no
+// power of two: rows of 8 KiB would all fall on the same cache sets.
+#pragma once
+#include "fp32_tile.h"
+#include "memory.h"
+#include "panels.h"
+#include "work_queue.h"
+
+namespace mla {
+namespace fp32 {
+
+constexpr int64_t CHUNK = 256;              // inputs of a panel that the first-level cache holds
+constexpr int64_t X_FLOATS = 48 << 10;      // of a task's rows that the second-level cache holds
+constexpr int64_t TASK_ROWS = 16 * TILE_ROWS;
+constexpr int64_t STREAM_AHEAD = 2048;      // bytes
+constexpr int64_t COPIED = 2048;            // rows of x copied at a time: the copy must not grow with a prompt
+constexpr int FEW_ROWS = TILE_STRIPS * PARTS == 1 ? 6 : 5;
+
+static inline int64_t padded(int64_t inputs) {
+    return inputs + LANES;
+}
+
+// Rows of x by neighbouring panels.
+template <class T>
+struct Job {
+    const float* x;
+    int64_t x_row, tokens;
+    const T* packed;
+    int64_t panels, inputs;
+    Output<T> out;
+
+    const T* weights(int64_t panel, int64_t k) const { return packed + (panel * inputs + k) * LANES; }
+};
+
+// W's bytes for one more k.
+template <class T>
+constexpr int64_t STEP = LANES * sizeof(T);
+
+template <int MR, int NP, bool FETCHES>
+static void add_panels(const float* x, int64_t x_row, const bf16* b, int64_t strip, const Sums& sums,
+                       int64_t depth, Ahead ahead) {
+    add_pairs_tile<MR, NP, FETCHES>(RowMajor{x, x_row}, b, strip, sums, depth, ahead);
+}
+template <int MR, int NP, bool FETCHES>
+static void add_panels(const float* x, int64_t x_row, const float* b, int64_t strip, const Sums& sums,
+                       int64_t depth, Ahead ahead) {
+    add_tile<MR, NP, FETCHES>(RowMajor{x, x_row}, {b, LANES, strip}, sums, depth, ahead);
+}
+
+template <class T>
+using AddPanels = void (*)(const float*, int64_t, const T*, int64_t, const Sums&, int64_t, Ahead);
+template <class T, int NP, bool FETCHES, int... MR>
+static AddPanels<T> pick(int64_t rows, std::integer_sequence<int, MR...>) {
+    static const AddPanels<T> table[] = {add_panels<MR + 1, NP, FETCHES>...};
+    return table[rows - 1];
+}
+// What multiplies `rows` of up to MOST rows.
+template <class T, int NP, bool FETCHES, int MOST>
+static AddPanels<T> pick(int64_t rows) {
+    return pick<T, NP, FETCHES>(rows, std::make_integer_sequence<int, MOST>());
+}
+
+template <class T>
+static void write(const Job<T>& job, const Sums& sums, int64_t token, int64_t rows, int64_t panel,
+                  int64_t count) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t n = 0; n < count; n++)
+            store_panel(load<vf>(sums.base + i * sums.row + n * LANES), job.out, token + i,
+                        (panel + n) * LANES);
+}
+
+// Up to MOST rows by panels from `panel` on, NP at a time; returns the first one left. The weights are a plain
+// stream, but the processor runs too little ahead of it, except for a single row.
+template <class T, int NP, int MOST>
+static int64_t stream(const Job<T>& job, int64_t panel) {
+    float sum[MOST * NP * LANES];
+    const auto add = pick<T, NP, (MOST > 1), MOST>(job.tokens);
+    for (; panel + NP <= job.panels; panel += NP) {
+        const T* weights = job.weights(panel, 0);
+        const Sums sums = {sum, NP * LANES, true};
+        const Ahead ahead = {(const char*)weights + STREAM_AHEAD, STEP<T>, job.inputs * STEP<T>};
+        add(job.x, job.x_row, weights, job.inputs * LANES, sums, job.inputs, ahead);
+        write(job, sums, 0, job.tokens, panel, NP);
+    }
+    return panel;
+}
+
+// Up to FEW_ROWS: a tile of fewer rows takes more panels, so that it has sums enough to be busy with.
+template <class T>
+static void few_rows(const Job<T>& job) {
+    int64_t panel = 0;
+    if (job.tokens == 1) panel = stream<T, 4, 1>(job, panel);
+    if (job.tokens <= 3) panel = stream<T, 2, 3>(job, panel);
+    stream<T, 1, FEW_ROWS>(job, panel);
+}
+
+// A chunk of a panel in fp32: as it lies, or in `to`.
+static inline const float* widened(const float* weights, int64_t, float*) {
+    return weights;
+}
+static inline const float* widened(const bf16* weights, int64_t depth, float* to) {
+    for (int64_t k = 0; k < depth; k += 2)
+        for (int p = 0; p < PARTS; p++) {
+            const pu pairs = load<pu>(weights + k * LANES + 2 * p * PART);
+            store(to + k * LANES + p * PART, low_part(pairs));
+            store(to + (k + 1) * LANES + p * PART, high_part(pairs));
+        }
+    return to;
+}
+
+// The inputs that stay in the second-level cache for all rows of a job, and its sums, [tokens, outputs].
+struct Stretch {
+    int64_t begin, end;
+    float* sum;
+    int64_t row;
+};
+
+// What a block of rows fetches of the chunk that comes next, if any: the first one does it, or the first two where
+// one would ask for more than a line with every k.
+template <class T>
+static Ahead share(const T* next, int64_t block, int64_t blocks, int64_t strip) {
+    const int64_t fetching = std::min<int64_t>(sizeof(T) / sizeof(bf16), blocks);
+    if (!next || block >= fetching) return {nullptr, 0, 0};
+    return {(const char*)next + block * CHUNK * STEP<T> / fetching, STEP<T> / fetching, strip};
+}
+
+// All rows by NP panels' weights k .. k + depth - 1.
+template <class T, int NP>
+static void multiply(const Job<T>& job, int64_t panel, const Stretch& part, int64_t k, int64_t depth,
+                     const T* next) {
+    float* buffer = scratch<2>().take<float>(NP * CHUNK * LANES);
+    const float* b[NP];
+    for (int n = 0; n < NP; n++) b[n] = widened(job.weights(panel + n, k), depth, buffer + n * CHUNK * LANES);
+    const Strips strips = {b[0], LANES, b[NP - 1] - b[0]};
+    const int64_t blocks = (job.tokens + TILE_ROWS - 1) / TILE_ROWS;
+    for (int64_t block = 0, i = 0, rows; block < blocks; block++, i += rows) {
+        rows = (job.tokens - i + blocks - block - 1) / (blocks - block);
+        const Ahead ahead = share(next, block, blocks, job.inputs * STEP<T>);
+        const auto add =
+            ahead.at ? pick<float, NP, true, TILE_ROWS>(rows) : pick<float, NP, false, TILE_ROWS>(rows);
+        const Sums sums = {part.sum + i * part.row + panel * LANES, part.row, k == 0};
+        add(job.x + i * job.x_row + k, job.x_row, strips.base, strips.strip, sums, depth, ahead);
+        if (k + depth == job.inputs) write(job, sums, i, rows, panel, NP);
+    }
+}
+
+// Panels from `panel` on, NP at a time; returns the first one left. `after` is asked for the weights that come
+// after the last ones of a stretch, or null.
+template <class T, int NP, class After>
+static int64_t sweep(const Job<T>& job, const Stretch& part, int64_t panel, const After& after) {
+    for (; panel + NP <= job.panels; panel += NP)
+        for (int64_t k = part.begin; k < part.end; k += CHUNK) {
+            const T* next = k + CHUNK < part.end      ? job.weights(panel, k + CHUNK)
+                            : panel + NP < job.panels ? job.weights(panel + NP, part.begin)
+                                                      : after();
+            multiply<T, NP>(job, panel, part, k, std::min(CHUNK, part.end - k), next);
+        }
+    return panel;
+}
+
+// `next` is asked at most once, with the last weights of the job, for those of the thread's next one, or null.
+template <class T, class Next>
+static void run(const Job<T>& job, const Next& next) {
+    if (job.tokens <= FEW_ROWS) return few_rows(job);
+    const int64_t row = job.panels * LANES;
+    float* sum = scratch<1>().take<float>(job.tokens * row);
+    const int64_t depth = std::max(CHUNK, X_FLOATS / job.tokens / CHUNK * CHUNK);
+    for (int64_t begin = 0; begin < job.inputs; begin += depth) {
+        const Stretch part = {begin, std::min(begin + depth, job.inputs), sum, row};
+        const auto after = [&] { return part.end < job.inputs ? job.weights(0, part.end) : next(); };
+        const int64_t panel = sweep<T, TILE_STRIPS>(job, part, 0, after);
+        sweep<T, 1>(job, part, panel, after);
+    }
+}
+
+template <class T, class JobOf>
+static void run_all(int64_t count, const JobOf& job_of, int threads) {
+    WorkQueue queue(count, threads);
+#pragma omp parallel num_threads(threads)
+    for (int64_t task = queue.take(); task >= 0;) {
+        int64_t following = -1;
+        run<T>(job_of(task), [&]() -> const T* {
+            following = queue.take_early();
+            return following < 0 ? nullptr : job_of(following).packed;
+        });
+        task = following < 0 ? queue.take() : following;
+    }
+}
+
+static inline void widen_row(const bf16* x, int64_t count, float* to) {
+    for (int64_t k = 0; k < count; k++) to[k] = widen(x[k]);
+}
+static inline void widen_row(const float* x, int64_t count, float* to) {
+    std::memcpy(to, x, count * sizeof(float));
+}
+
+// Rows of a task: even parts, so that none is left with a few.
+static inline int64_t task_rows(int64_t tokens) {
+    const int64_t parts = std::max<int64_t>(1, (tokens + TASK_ROWS - 1) / TASK_ROWS);
+    const int64_t rows = std::max<int64_t>(1, (tokens + parts - 1) / parts);
+    return parts == 1 ? rows : (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+}
+
+template <class T>
+static void product(const float* x, int64_t x_row, const T* packed, int64_t inputs, const Output<T>& out,
+                    int64_t tokens, int threads) {
+    const int64_t panels = panels_of(out.outputs), rows = task_rows(tokens);
+    const int64_t row_blocks = (tokens + rows - 1) / rows;
+    // Pieces are small enough that one disturbed core does not delay the others.
+    const int64_t wanted = panels * row_blocks / (16 * (int64_t)threads);
+    const int64_t group = std::min<int64_t>(16, std::max<int64_t>(4, (wanted + 3) / 4 * 4));
+    const int64_t groups = (panels + group - 1) / group;
+    const auto job_of = [&](int64_t task) -> Job<T> {
+        const int64_t token = task % row_blocks * rows, first = task / row_blocks * group;
+        return {x + token * x_row,
+                x_row,
+                std::min(rows, tokens - token),
+                packed + first * LANES * inputs,
+                std::min(group, panels - first),
+                inputs,
+                out.from(token, first * LANES)};
+    };
+    run_all<T>(row_blocks * groups, job_of, threads);
+}
+
+template <class T>
+static void linear(const T* x, int64_t x_row, const T* packed, int64_t inputs, const Output<T>& out,
+                   int64_t tokens, int threads) {
+    const int64_t row = padded(inputs);
+    float* copy = scratch<0>().take<float>(std::min(COPIED, tokens) * row);
+    for (int64_t first = 0; first < tokens; first += COPIED) {
+        const int64_t count = std::min(COPIED, tokens - first);
+        const T* from = x + first * x_row;
+#pragma omp parallel for num_threads(threads) if (count * inputs > PARALLEL_WORK)
+        for (int64_t t = 0; t < count; t++) widen_row(from + t * x_row, inputs, copy + t * row);
+        product(copy, row, packed, inputs, out.from(first, 0), count, threads);
+    }
+}
+
+// One weight per head: x [T, h, i], out [T, h, o].
+template <class T>
+static void batched_linear(const T* x, Grouped x_step, const T* packed, int64_t inputs, T* out,
+                           Grouped out_step, int64_t outputs, int64_t tokens, int64_t heads, int threads) {
+    const int64_t row = padded(inputs), rows = task_rows(tokens), blocks = (tokens + rows - 1) / rows;
+    float* copy = scratch<0>().take<float>(tokens * heads * row);
+#pragma omp parallel for num_threads(threads) if (tokens * heads * inputs > PARALLEL_WORK)
+    for (int64_t i = 0; i < tokens * heads; i++)  // head by head
+        widen_row(x + i % tokens * x_step.token + i / tokens * x_step.head, inputs, copy + i * row);
+    const int64_t size = packed_size(outputs, inputs);
+    const auto job_of = [&](int64_t task) -> Job<T> {
+        const int64_t head = task / blocks, token = task % blocks * rows;
+        return {copy + (head * tokens + token) * row,
+                row,
+                std::min(rows, tokens - token),
+                packed + head * size,
+                panels_of(outputs),
+                inputs,
+                Output<T>{out + head * out_step.head, out_step.token, nullptr, outputs}.from(token, 0)};
+    };
+    run_all<T>(heads * blocks, job_of, threads);
+}
+
+}  // namespace fp32
+}  // namespace mla

@@ -1,0 +1,113 @@
+// Products in fp32, one register tile at a time: C += A B, with some rows of A, whose numbers are broadcast one
+// by one, and strips of sixteen columns of B, which are vectors. Operands are fp32 already, in memory that the
+// first caches hold.
+#pragma once
+#include <utility>
+
+#include "accumulators.h"
+
+namespace mla {
+
+// Rows of a tile: beside the sums, the registers hold a strip or two of B, and a number of A.
+constexpr int TILE_STRIPS = WIDTH == 64 ? 2 : 1;
+constexpr int TILE_ROWS = (REGISTERS - 4) / (TILE_STRIPS * PARTS) / 3 * 3;
+
+// Where the numbers of A lie: row by row, or those of one k next to each other.
+struct RowMajor {
+    const float* base;
+    int64_t row;
+
+    float at(int i, int64_t k) const { return base[i * row + k]; }
+};
+template <int STEP>
+struct Interleaved {
+    const float* base;
+
+    float at(int i, int64_t k) const { return base[k * STEP + i]; }
+};
+
+// Rows of sixteen columns of B; strips lie `strip` apart.
+struct Strips {
+    const float* base;
+    int64_t row, strip;
+};
+// Rows of sums, strips next to each other. Fresh ones start at zero.
+struct Sums {
+    float* base;
+    int64_t row;
+    bool fresh;
+};
+
+// Add to v[0] and on, for MR rows and NP strips: the vectors `column` times each row's number.
+template <int MR, int NP>
+struct Tile {
+    static constexpr int VECTORS = NP * PARTS;
+    pf sum[MR][VECTORS];
+
+    void open(const Sums& c) {
+#pragma GCC unroll 32
+        for (int i = 0; i < MR; i++)
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; v++)
+                sum[i][v] = c.fresh ? pf{} : load<pf>(c.base + i * c.row + v * PART);
+    }
+    template <class A>
+    void add(const A& a, int64_t k, const pf (&column)[VECTORS]) {
+#pragma GCC unroll 32
+        for (int i = 0; i < MR; i++)
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; v++) sum[i][v] = multiply_add(column[v], a.at(i, k), sum[i][v]);
+    }
+    void close(const Sums& c) const {
+#pragma GCC unroll 32
+        for (int i = 0; i < MR; i++)
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; v++) store(c.base + i * c.row + v * PART, sum[i][v]);
+    }
+};
+
+// Memory that is needed next, fetched to the second-level cache, `step` bytes of each strip with every k.
+struct Ahead {
+    const char* at;  // or null: nothing is fetched
+    int64_t step, strip;
+};
+
+template <int MR, int NP, bool FETCHES, class A>
+static void add_tile(const A& a, const Strips& b, const Sums& c, int64_t depth, Ahead ahead) {
+    Tile<MR, NP> tile;
+    tile.open(c);
+    const float* at = b.base;
+    for (int64_t k = 0; k < depth; k++, at += b.row, ahead.at += ahead.step) {
+#pragma GCC unroll 4
+        for (int n = 0; n < (FETCHES ? NP : 0); n++) __builtin_prefetch(ahead.at + n * ahead.strip, 0, 2);
+        pf column[tile.VECTORS];
+#pragma GCC unroll 16
+        for (int v = 0; v < tile.VECTORS; v++)
+            column[v] = load<pf>(at + v / PARTS * b.strip + v % PARTS * PART);
+        tile.add(a, k, column);
+    }
+    tile.close(c);
+}
+
+// The same with B in bf16 pairs of two k, as panels hold them; they are widened in registers.
+template <int MR, int NP, bool FETCHES, class A>
+static void add_pairs_tile(const A& a, const bf16* b, int64_t strip, const Sums& c, int64_t depth,
+                           Ahead ahead) {
+    Tile<MR, NP> tile;
+    tile.open(c);
+    for (int64_t k = 0; k < depth; k += 2, b += 2 * LANES, ahead.at += 2 * ahead.step) {
+#pragma GCC unroll 4
+        for (int n = 0; n < (FETCHES ? NP : 0); n++) __builtin_prefetch(ahead.at + n * ahead.strip, 0, 2);
+        pf low[tile.VECTORS], high[tile.VECTORS];
+#pragma GCC unroll 16
+        for (int v = 0; v < tile.VECTORS; v++) {
+            const pu pairs = load<pu>(b + v / PARTS * strip + v % PARTS * 2 * PART);
+            low[v] = low_part(pairs), high[v] = high_part(pairs);
+        }
+        tile.add(a, k, low);
+        tile.add(a, k + 1, high);
+    }
+    tile.close(c);
+}
+
+}  // namespace mla
