@@ -1,6 +1,6 @@
 // Softmax attention of some query rows over some key rows, block by block with a running maximum: the part
-// that does not depend on how products are computed; attention_fp32.h, attention_pairs.h and attention_tiles.h
-// add that.
+// that does not depend on how products are computed; attention_fp32.h, attention_pairs.h and
+// attention_tiles.h add that.
 //
 // Sixteen query rows are the lanes of a vector, so that a key row is used as it lies in memory, and the
 // softmax is vertical. Rows may be (query, head) pairs that share one latent key, or queries of one head:
@@ -15,7 +15,8 @@
 
 namespace mla {
 
-// Whether weights and values are multiplied as pairs of keys in bf16. Columns of sums are in zipped order then.
+// Whether weights and values are multiplied as pairs of keys in bf16. Columns of sums are in zipped order
+// then.
 constexpr bool PAIRED = MLA_TILES || MLA_DOT_BF16;
 
 // One query row: where it is read and written, and how many keys it sees.
@@ -77,9 +78,9 @@ static inline void soften_part(Panel& panel, int lane, float* score, int64_t fir
     store(fades + lane, fade);
 }
 
-// Turn a panel's scores [count][16] of keys first .. first + count - 1 into weights: pairs of keys [count / 2][16]
-// in bf16, or fp32 [count][16], which may be the scores' memory; a key is added to an odd count, of weight 0.
-// Returns the factor for the sums of earlier blocks.
+// Turn a panel's scores [count][16] of keys first .. first + count - 1 into weights: pairs of keys [count /
+// 2][16] in bf16, or fp32 [count][16], which may be the scores' memory; a key is added to an odd count, of
+// weight 0. Returns the factor for the sums of earlier blocks.
 template <class T>
 static inline vf soften(Panel& panel, float* score, int64_t first, int64_t count, float scale, T* weights) {
     float fades[LANES];

@@ -1,6 +1,6 @@
-// Attention in fp32, for processors without products of bf16. The keys of a block are widened once, for all query
-// rows of the task, and as values as well where keys hold them. Scores are keys times queries, whose sixteen rows
-// are a strip; values are weights times values, some columns at a time.
+// Attention in fp32, for processors without products of bf16. The keys of a block are widened once, for all
+// query rows of the task, and as values as well where keys hold them. Scores are keys times queries, whose
+// sixteen rows are a strip; values are weights times values, some columns at a time.
 #pragma once
 #include "attention.h"
 #include "fp32_tile.h"
@@ -28,9 +28,9 @@ class Attending : public Attention {
           q_(wide_queries(rows, count, key_width)),
           score_(scratch<13>().take<float>(KEYS * LANES)) {}
 
-    // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to; where these are the same
-    // pointers, a value is the beginning of its key. The keys [KEYS] that come next, if any, are fetched to the
-    // second-level cache meanwhile: the processor cannot predict them.
+    // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to; where these are the
+    // same pointers, a value is the beginning of its key. The keys [KEYS] that come next, if any, are fetched
+    // to the second-level cache meanwhile: the processor cannot predict them.
     void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
                 const bf16* const* next = nullptr) {
         const Wide key = widened(keys, count, key_width_, scratch<16>());
@@ -91,8 +91,8 @@ class Attending : public Attention {
             for (int64_t block = 0, i = 0, some; block < blocks; block++, i += some) {
                 some = (rows - i + blocks - block - 1) / (blocks - block);
                 const Sums sums = {panel.sum + i * width_ + c, width_, false};
-                values_of(some)(Interleaved<LANES>{score_ + i}, {value.rows + c, value.pitch, LANES}, sums, count,
-                                {});
+                values_of(some)(Interleaved<LANES>{score_ + i}, {value.rows + c, value.pitch, LANES}, sums,
+                                count, {});
             }
     }
 

@@ -96,7 +96,8 @@ class Attending : public Attention {
         const int64_t pairs = (seen + 1) / 2;
         if (seen) {
             const bool empty = same(panel.top, -INFINITY);
-            const vf fade = soften(panel, score_ + half * KEYS * LANES, first, seen, scale_, (uint32_t*)weights_);
+            const vf fade =
+                soften(panel, score_ + half * KEYS * LANES, first, seen, scale_, (uint32_t*)weights_);
             if (!empty && !same(fade, 1)) scale(panel.sum, fade);
         }
         std::memset((void*)(weights_ + pairs), 0, (steps * LANES - pairs) * sizeof(vu));

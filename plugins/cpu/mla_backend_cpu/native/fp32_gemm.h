@@ -1,7 +1,7 @@
-// y = x W^T in fp32, for processors without products of bf16, and for fp32 layers. W lies in panels: bf16 ones
-// (panels.h) are widened some inputs at a time, so that many rows of x use what was widened from the first-level
-// cache; fp32 ones, panel[k][16], are used as they lie. x is copied first, widened, to rows whose distance is no
-// power of two: rows of 8 KiB would all fall on the same cache sets.
+// y = x W^T in fp32, for processors without products of bf16, and for fp32 layers. W lies in panels: bf16
+// ones (panels.h) are widened some inputs at a time, so that many rows of x use what was widened from the
+// first-level cache; fp32 ones, panel[k][16], are used as they lie. x is copied first, widened, to rows whose
+// distance is no power of two: rows of 8 KiB would all fall on the same cache sets.
 #pragma once
 #include "fp32_tile.h"
 #include "memory.h"
@@ -11,12 +11,12 @@
 namespace mla {
 namespace fp32 {
 
-constexpr int64_t CHUNK = 256;              // inputs of a panel that the first-level cache holds
-constexpr int64_t X_FLOATS = 48 << 10;      // of a task's rows that the second-level cache holds
+constexpr int64_t CHUNK = 256;          // inputs of a panel that the first-level cache holds
+constexpr int64_t X_FLOATS = 48 << 10;  // of a task's rows that the second-level cache holds
 constexpr int64_t TASK_ROWS = 16 * TILE_ROWS;
-constexpr int64_t STREAM_AHEAD = 2048;      // bytes
-constexpr int64_t COPIED = 2048;            // rows of x copied at a time: the copy must not grow with a prompt
-constexpr int FEW_ROWS = TILE_STRIPS * PARTS == 1 ? 6 : 5;
+constexpr int64_t STREAM_AHEAD = 2048;  // bytes
+constexpr int64_t COPIED = 2048;        // rows of x copied at a time: the copy must not grow with a prompt
+constexpr int FEW_ROWS = WIDTH == 64 ? 6 : 4;  // more are faster from a cache
 
 static inline int64_t padded(int64_t inputs) {
     return inputs + LANES;
@@ -71,8 +71,8 @@ static void write(const Job<T>& job, const Sums& sums, int64_t token, int64_t ro
                         (panel + n) * LANES);
 }
 
-// Up to MOST rows by panels from `panel` on, NP at a time; returns the first one left. The weights are a plain
-// stream, but the processor runs too little ahead of it, except for a single row.
+// Up to MOST rows by panels from `panel` on, NP at a time; returns the first one left. The weights are a
+// plain stream, but the processor runs too little ahead of it, except for a single row.
 template <class T, int NP, int MOST>
 static int64_t stream(const Job<T>& job, int64_t panel) {
     float sum[MOST * NP * LANES];
@@ -91,8 +91,9 @@ static int64_t stream(const Job<T>& job, int64_t panel) {
 template <class T>
 static void few_rows(const Job<T>& job) {
     int64_t panel = 0;
-    if (job.tokens == 1) panel = stream<T, 4, 1>(job, panel);
-    if (job.tokens <= 3) panel = stream<T, 2, 3>(job, panel);
+    if (job.tokens == 1) panel = stream<T, 4 * TILE_STRIPS, 1>(job, panel);
+    if (job.tokens <= 3) panel = stream<T, 2 * TILE_STRIPS, 3>(job, panel);
+    panel = stream<T, TILE_STRIPS, FEW_ROWS>(job, panel);
     stream<T, 1, FEW_ROWS>(job, panel);
 }
 
@@ -117,8 +118,8 @@ struct Stretch {
     int64_t row;
 };
 
-// What a block of rows fetches of the chunk that comes next, if any: the first one does it, or the first two where
-// one would ask for more than a line with every k.
+// What a block of rows fetches of the chunk that comes next, if any: the first one does it, or the first two
+// where one would ask for more than a line with every k.
 template <class T>
 static Ahead share(const T* next, int64_t block, int64_t blocks, int64_t strip) {
     const int64_t fetching = std::min<int64_t>(sizeof(T) / sizeof(bf16), blocks);
@@ -146,8 +147,8 @@ static void multiply(const Job<T>& job, int64_t panel, const Stretch& part, int6
     }
 }
 
-// Panels from `panel` on, NP at a time; returns the first one left. `after` is asked for the weights that come
-// after the last ones of a stretch, or null.
+// Panels from `panel` on, NP at a time; returns the first one left. `after` is asked for the weights that
+// come after the last ones of a stretch, or null.
 template <class T, int NP, class After>
 static int64_t sweep(const Job<T>& job, const Stretch& part, int64_t panel, const After& after) {
     for (; panel + NP <= job.panels; panel += NP)
@@ -160,7 +161,8 @@ static int64_t sweep(const Job<T>& job, const Stretch& part, int64_t panel, cons
     return panel;
 }
 
-// `next` is asked at most once, with the last weights of the job, for those of the thread's next one, or null.
+// `next` is asked at most once, with the last weights of the job, for those of the thread's next one, or
+// null.
 template <class T, class Next>
 static void run(const Job<T>& job, const Next& next) {
     if (job.tokens <= FEW_ROWS) return few_rows(job);

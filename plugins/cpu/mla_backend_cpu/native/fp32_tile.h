@@ -1,6 +1,6 @@
-// Products in fp32, one register tile at a time: C += A B, with some rows of A, whose numbers are broadcast one
-// by one, and strips of sixteen columns of B, which are vectors. Operands are fp32 already, in memory that the
-// first caches hold.
+// Products in fp32, one register tile at a time: C += A B, with some rows of A, whose numbers are broadcast
+// one by one, and strips of sixteen columns of B, which are vectors. Operands are fp32 already, in memory
+// that the first caches hold.
 #pragma once
 #include <utility>
 
@@ -38,7 +38,7 @@ struct Sums {
     bool fresh;
 };
 
-// Add to v[0] and on, for MR rows and NP strips: the vectors `column` times each row's number.
+// The sums of MR rows and NP strips.
 template <int MR, int NP>
 struct Tile {
     static constexpr int VECTORS = NP * PARTS;
@@ -51,12 +51,14 @@ struct Tile {
             for (int v = 0; v < VECTORS; v++)
                 sum[i][v] = c.fresh ? pf{} : load<pf>(c.base + i * c.row + v * PART);
     }
-    template <class A>
-    void add(const A& a, int64_t k, const pf (&column)[VECTORS]) {
+    // `column`: COUNT vectors of B from `first` on.
+    template <class A, int COUNT>
+    void add(const A& a, int64_t k, const pf (&column)[COUNT], int first = 0) {
 #pragma GCC unroll 32
         for (int i = 0; i < MR; i++)
 #pragma GCC unroll 16
-            for (int v = 0; v < VECTORS; v++) sum[i][v] = multiply_add(column[v], a.at(i, k), sum[i][v]);
+            for (int v = 0; v < COUNT; v++)
+                sum[i][first + v] = multiply_add(column[v], a.at(i, k), sum[i][first + v]);
     }
     void close(const Sums& c) const {
 #pragma GCC unroll 32
@@ -78,7 +80,7 @@ static void add_tile(const A& a, const Strips& b, const Sums& c, int64_t depth, 
     tile.open(c);
     const float* at = b.base;
     for (int64_t k = 0; k < depth; k++, at += b.row, ahead.at += ahead.step) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int n = 0; n < (FETCHES ? NP : 0); n++) __builtin_prefetch(ahead.at + n * ahead.strip, 0, 2);
         pf column[tile.VECTORS];
 #pragma GCC unroll 16
@@ -94,18 +96,24 @@ template <int MR, int NP, bool FETCHES, class A>
 static void add_pairs_tile(const A& a, const bf16* b, int64_t strip, const Sums& c, int64_t depth,
                            Ahead ahead) {
     Tile<MR, NP> tile;
+    // All vectors of two k at once if the registers hold them beside the sums, else one vector after another.
+    constexpr int TOGETHER = (MR + 2) * tile.VECTORS + 2 <= REGISTERS ? tile.VECTORS : 1;
     tile.open(c);
     for (int64_t k = 0; k < depth; k += 2, b += 2 * LANES, ahead.at += 2 * ahead.step) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int n = 0; n < (FETCHES ? NP : 0); n++) __builtin_prefetch(ahead.at + n * ahead.strip, 0, 2);
-        pf low[tile.VECTORS], high[tile.VECTORS];
 #pragma GCC unroll 16
-        for (int v = 0; v < tile.VECTORS; v++) {
-            const pu pairs = load<pu>(b + v / PARTS * strip + v % PARTS * 2 * PART);
-            low[v] = low_part(pairs), high[v] = high_part(pairs);
+        for (int first = 0; first < tile.VECTORS; first += TOGETHER) {
+            pf low[TOGETHER], high[TOGETHER];
+#pragma GCC unroll 16
+            for (int i = 0; i < TOGETHER; i++) {
+                const int v = first + i;
+                const pu pairs = load<pu>(b + v / PARTS * strip + v % PARTS * 2 * PART);
+                low[i] = low_part(pairs), high[i] = high_part(pairs);
+            }
+            tile.add(a, k, low, first);
+            tile.add(a, k + 1, high, first);
         }
-        tile.add(a, k, low);
-        tile.add(a, k + 1, high);
     }
     tile.close(c);
 }

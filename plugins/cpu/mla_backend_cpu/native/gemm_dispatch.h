@@ -1,5 +1,5 @@
-// The product of bf16 values that is fastest with the instruction set at hand. `wide` asks for fp32 where pairs of
-// bf16 can be multiplied as they are.
+// The product of bf16 values that is fastest with the instruction set at hand. `wide` asks for fp32 where
+// pairs of bf16 can be multiplied as they are.
 #pragma once
 #include "fp32_gemm.h"
 #include "tiles.h"

@@ -1,4 +1,5 @@
-// y = x W^T with W in panels, one vector of bf16 pairs at a time: AVX-512-BF16 multiplies such a vector as it is.
+// y = x W^T with W in panels, one vector of bf16 pairs at a time: AVX-512-BF16 multiplies such a vector as it
+// is.
 #pragma once
 #include <utility>
 
@@ -76,8 +77,8 @@ static Tile pick(int rows, std::integer_sequence<int, MR...>) {
     return table[rows - 1];
 }
 
-// Register blocks: rows of x by panels. A load of x serves all panels, and one of W all rows: with six rows by
-// four panels ten loads are enough for 24 products, which two panels need sixteen for.
+// Register blocks: rows of x by panels. A load of x serves all panels, and one of W all rows: with six rows
+// by four panels ten loads are enough for 24 products, which two panels need sixteen for.
 constexpr int FEW_ROWS = 6, ROWS = 14;
 constexpr int64_t DEPTH = 2048;  // inputs of a stretch, unless the tokens are few
 

@@ -1,5 +1,6 @@
-// Weights in panels of 16 outputs, and where products are written. In bf16 a panel is [k / 2][16] pairs, so that
-// one vector holds two inputs' weights of 16 outputs, and sixteen vectors an AMX tile; in fp32 it is [k][16].
+// Weights in panels of 16 outputs, and where products are written. In bf16 a panel is [k / 2][16] pairs, so
+// that one vector holds two inputs' weights of 16 outputs, and sixteen vectors an AMX tile; in fp32 it is
+// [k][16].
 #pragma once
 #include <algorithm>
 

@@ -6,8 +6,8 @@
 
 namespace mla {
 
-// Pairs k .. k + 15 of sixteen rows from `first` on, sixteen rows next to each other; zeros for a row that there
-// is not.
+// Pairs k .. k + 15 of sixteen rows from `first` on, sixteen rows next to each other; zeros for a row that
+// there is not.
 static inline void turn_pairs(const Row* rows, int64_t first, int64_t count, int64_t k, int64_t pairs,
                               uint32_t* to) {
     const int64_t width = std::min<int64_t>(LANES, pairs - k);

@@ -195,15 +195,8 @@ static void batched_linear(const bf16* x, Grouped x_step, const bf16* packed, in
                            Grouped out_step, int64_t outputs, int64_t tokens, int64_t heads, int threads) {
     const Output<bf16> to = {out, out_step.token, nullptr, outputs};
     for (int64_t first = 0; first < tokens; first += MOST_TOKENS)
-        multiply({x + first * x_step.token,
-                  x_step,
-                  packed,
-                  inputs,
-                  to.from(first, 0),
-                  out_step.head,
-                  std::min(MOST_TOKENS, tokens - first),
-                  heads,
-                  nullptr},
+        multiply({x + first * x_step.token, x_step, packed, inputs, to.from(first, 0), out_step.head,
+                  std::min(MOST_TOKENS, tokens - first), heads, nullptr},
                  threads);
 }
 
