@@ -22,7 +22,7 @@ Region = Callable[[int], float]  # number of calls -> seconds
 
 
 class _Shortest:
-    """The shortest time of a region; while others kept this process from running, only if there is no other."""
+    """The shortest time of a region; one that waited for a CPU counts only if there is no other."""
 
     def __init__(self, region: Region, calls: int) -> None:
         self._region, self._calls = region, calls
@@ -51,9 +51,9 @@ class _Shortest:
 def per_call(region: Region, most_calls: int = MOST_CALLS, enough: float = float("inf")) -> float:
     """Return the seconds of one call. More than `enough` need not be exact.
 
-    Regions are repeated; the shortest of N and of 2N calls count, because noise only adds. The growth is that
-    of undisturbed regions: a disturbed one of N calls would make it too small, and so a limit too high. Without
-    any, a region's plain seconds per call count.
+    Regions are repeated; the shortest of N and of 2N calls count, because noise only adds. The growth is
+    that of undisturbed regions: a disturbed one of N calls would make it too small, and so a limit too high.
+    Without any, a region's plain seconds per call count.
     """
     once = region(1)  # loads kernels and touches pages
     if once > LONG_CALL:
@@ -84,7 +84,7 @@ def _size(region: Region, most_calls: int) -> tuple[int, _Shortest, _Shortest]:
 
 
 def plain(short: float, long: float, calls: int) -> float:
-    """Return the seconds per call of one region; they also count what is constant, so the truth is no larger."""
+    """Return the seconds per call of a region, which include what is constant: the truth is no larger."""
     return min(short, long / 2) / calls
 
 
