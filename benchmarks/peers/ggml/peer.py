@@ -6,6 +6,7 @@ what it cannot do with `abort`. Operands go through the pipes as fp32 before any
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -65,14 +66,23 @@ class Peer:
         except OSError as error:
             self._errors.close()
             raise PeerError(f"'{program}' does not start ({error.strerror}): build it again here.") from error
-        self.facts = dict(word.split("=", 1) for word in self.ask("describe"))
+        try:
+            self.facts = dict(word.split("=", 1) for word in self.ask("describe"))
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Peer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
         self._process.kill()
-        self._process.communicate()
+        with contextlib.suppress(BrokenPipeError):  # it had ended before it read everything
+            self._process.communicate()
         self._errors.close()
 
     def types(self, kind: str) -> list[str]:

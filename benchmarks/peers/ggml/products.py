@@ -112,10 +112,11 @@ def _way(name: str, party: str, dtype: torch.dtype, call: Callable[[], Any], out
 def peer_ways(data: ProductData, peer: Peer, close: Callable[..., object]) -> Iterator[Way]:
     """Yield the peer's ways, one for each type of weight; `close` takes what frees each of them."""
     for type_ in peer.types("weights"):
-        work = peer.product(data.weight, data.x, type_)
-        close(work.close)
-        name = {"f32": "float32"}.get(type_, type_)
-        yield Way(f"peer {type_}", "peer", name, work.time, work.result)
+        if type_ == "f32" or not data.case.limit:
+            work = peer.product(data.weight, data.x, type_)
+            close(work.close)
+            dtype = {"f32": "float32"}.get(type_, type_)
+            yield Way(f"peer {type_}", "peer", dtype, work.time, work.result)
 
 
 def all_ways(data: ProductData, peer: Peer, notes: list[str], close: Callable[..., object]) -> list[Way]:
@@ -123,5 +124,4 @@ def all_ways(data: ProductData, peer: Peer, notes: list[str], close: Callable[..
     ways: list[Way] = []
     for dtype in (torch.float32,) if data.case.limit else (torch.bfloat16, torch.float32):
         ways += [*own_ways(data, dtype, notes), *torch_ways(data, dtype)]
-    ways += peer_ways(data, peer, close)
-    return [way for way in ways if way.dtype == "float32" or not data.case.limit]
+    return [*ways, *peer_ways(data, peer, close)]

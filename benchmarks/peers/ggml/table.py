@@ -21,8 +21,9 @@ def render(run: Comparison) -> str:
             parts.append(f"{title}:\n{_aligned(rows)}")
     if best := run.best_fp32():
         parts.append(f"best fp32 product of any shape: {best[0]:.0f} GFLOP/s ({best[1]})")
-    remarks = [f"{case.name}: {remark}" for case in run.cases for remark in _remarks(case)]
-    return "\n\n".join([*parts, *(["\n".join(remarks)] if remarks else [])]) + "\n"
+    if remarks := _remarks(run):
+        parts.append("\n".join(remarks))
+    return "\n\n".join(parts) + "\n"
 
 
 _LAST = {"attention": "ours is", "product": "% of best fp32"}
@@ -42,15 +43,12 @@ def _rows(case: Case, run: Comparison) -> list[list[str]]:
     """Return a row per way: ours, then the rest from fast to slow."""
     ours = next(iter(case.of("ours")), None)
     best = run.best_fp32()
-    timings = sorted(case.timings, key=lambda one: (one.party != "ours", one.ms))
-    rows = []
-    for timing in timings:
+    rows: list[list[str]] = []
+    for timing in sorted(case.timings, key=lambda one: (one.party != "ours", one.ms)):
         rate = case.rate(timing)
-        last = (
-            _times(timing, ours) if case.op == "attention" else f"{100 * rate / best[0]:.0f}" if best else "-"
-        )
+        last = _times(timing, ours) if case.op == "attention" else _share(rate, best)
         error = f"{timing.error:.1e}{' WRONG' if timing.wrong else ''}"
-        rows.append([case.name, timing.name, _ms(timing), number(rate), last, error])
+        rows.append(["" if rows else case.name, timing.name, _ms(timing), number(rate), last, error])
     return rows
 
 
@@ -71,9 +69,19 @@ def _range(interval: Interval | None) -> str:
     return f" ({interval[0]:.2f} .. {interval[1]:.2f})" if interval else ""
 
 
-def _remarks(case: Case) -> list[str]:
-    slow = [f"{name} {number(ms)} ms" for name, ms in case.passed_over.items()]
-    return [*case.notes, *([f"too slow to be timed in every round: {', '.join(slow)}"] if slow else [])]
+def _remarks(run: Comparison) -> list[str]:
+    """Return what was not timed, and why; a reason that many cases share is said once."""
+    cases: dict[str, list[str]] = {}
+    for case in run.cases:
+        for note in case.notes:
+            cases.setdefault(note, []).append(case.name)
+        slow = [f"{name} {number(ms)} ms" for name, ms in case.passed_over.items()]
+        if slow:
+            cases[f"too slow to be timed in every round, one trial: {', '.join(slow)}"] = [case.name]
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {remark}"
+        for remark, names in cases.items()
+    ]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -90,11 +98,12 @@ def markdown(run: Comparison) -> str:
     if attention:
         head = ["case", "ours, ms", "plain PyTorch, ms", "peer, ms", "ours is"]
         parts.append(_pipes([head, *attention]))
-    if best := run.best_fp32():
-        products = [_product_row(case, best[0]) for case in run.cases if case.op == "product"]
-        head = ["case", "ours", "torch", "peer"]
-        parts.append(f"GFLOP/s, and the share of the best fp32 product: {best[0]:.0f} ({best[1]})")
-        parts.append(_pipes([head, *products]))
+    best = run.best_fp32()
+    products = [_product_row(case, best) for case in run.cases if case.op == "product"]
+    if products:
+        limit = f", and the share of the best fp32 product: {best[0]:.0f} ({best[1]})" if best else ""
+        parts.append(f"GFLOP/s{limit}")
+        parts.append(_pipes([["case", "ours", "torch", "peer"], *products]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -105,13 +114,18 @@ def _attention_row(case: Case) -> list[str]:
     return [case.name, *cells, _times(peer, ours) if peer else "-"]
 
 
-def _product_row(case: Case, best: float) -> list[str]:
+def _product_row(case: Case, best: tuple[float, str] | None) -> list[str]:
     cells = []
     for party in ("ours", "torch", "peer"):
         fastest = next(iter(case.of(party)), None)
         rate = case.rate(fastest) if fastest else 0.0
-        cells.append(f"{number(rate)} ({100 * rate / best:.0f} %), {fastest.name}" if fastest else "-")
+        share = f" ({_share(rate, best)} %)" if best else ""
+        cells.append(f"{number(rate)}{share}, {fastest.name}" if fastest else "-")
     return [case.name, *cells]
+
+
+def _share(rate: float, best: tuple[float, str] | None) -> str:
+    return f"{100 * rate / best[0]:.0f}" if best else "-"
 
 
 def _pipes(rows: Sequence[Sequence[str]]) -> str:

@@ -23,8 +23,9 @@ from mla.errors import UsageError
 VISIT_MS, WARM_MS = 30.0, 6.0  # of timed and of untimed calls
 MOST_CALLS = 50
 PAUSE = 0.03  # seconds; GNU's runtime spins for 5 to 15 ms
-# What is timed beyond the trial: up to these multiples of the fastest way of the same party, and of any.
-SLOW_PEER, SLOW_TORCH = 1.5, 4.0
+# What is not timed beyond the trial: a peer's way that takes so many times as long as its fastest one, and a
+# product of torch's that does so compared with all, if its call takes so many ms.
+SLOW_PEER, SLOW_TORCH, LONG_MS = 1.5, 4.0, 50.0
 PARTIES = ("ours", "reference", "torch", "peer")
 
 
@@ -79,7 +80,9 @@ def try_out(ways: Sequence[Way]) -> list[Way]:
 def _limit(way: Way, ways: Sequence[Way]) -> float:
     if way.party == "peer":
         return SLOW_PEER * min(one.trial_ms for one in ways if one.party == "peer")
-    return SLOW_TORCH * min(one.trial_ms for one in ways) if way.party == "torch" else float("inf")
+    if way.party == "torch":
+        return max(SLOW_TORCH * min(one.trial_ms for one in ways), LONG_MS)
+    return float("inf")
 
 
 def take_turns(ways: Sequence[Way], rounds: int, seed: int) -> None:
