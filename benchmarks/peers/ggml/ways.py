@@ -22,6 +22,7 @@ from mla.errors import UsageError
 
 VISIT_MS, WARM_MS = 30.0, 6.0  # of timed and of untimed calls
 MOST_CALLS = 50
+TRIALS, SLOW_TRIAL_MS = 2, 500.0
 PAUSE = 0.03  # seconds; GNU's runtime spins for 5 to 15 ms
 # What is not timed beyond the trial: a peer's way that takes so many times as long as its fastest one, and a
 # product of torch's that does so compared with all, if its call takes so many ms.
@@ -71,10 +72,19 @@ def require_passive_waiting() -> None:
 def try_out(ways: Sequence[Way]) -> list[Way]:
     """Time every way briefly, and return those that are too slow to be worth timing further."""
     for way in ways:
-        time.sleep(PAUSE)
-        way.trial_ms = max(min(way.time(2, 3)), 1e-6)
+        way.trial_ms = _trial(way)
         way.calls = min(max(int(VISIT_MS / way.trial_ms), 1), MOST_CALLS)
     return [way for way in ways if way.trial_ms > _limit(way, ways)]
+
+
+def _trial(way: Way) -> float:
+    """Return the ms of the fastest of a few calls; of one that is slow, those of the first alone."""
+    time.sleep(PAUSE)
+    best = way.time(0, 1)[0]
+    for _ in range(0 if best > SLOW_TRIAL_MS else TRIALS):  # apart, as other work may disturb one of them
+        time.sleep(PAUSE)
+        best = min(best, *way.time(1, 3))
+    return max(best, 1e-6)
 
 
 def _limit(way: Way, ways: Sequence[Way]) -> float:
