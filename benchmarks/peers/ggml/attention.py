@@ -1,0 +1,144 @@
+"""`latent_attention` of one decode step: ours over paged latents, and the peer's flash attention.
+
+The peer gets what favours it: the keys of a request lie in one piece, padded to the blocks that its kernel
+takes and no further, and mask, graph and work memory are made before. Several requests are tried in both
+ways: a call for each of them in one graph, and one call over all keys with a mask, as llama.cpp does where
+all requests share one cache. Both are tried with every type of cache that the peer computes with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.peers.ggml.peer import Peer
+from benchmarks.peers.ggml.ways import Way, in_process
+from benchmarks.peers.scenarios import scenario
+from mla import cost
+from mla.bench.subjects.inputs import generator
+from mla.bench.subjects.setting import Setting, make_ops
+from mla.cache import LatentCache
+from mla.cache.ragged_batch import RaggedBatch
+from mla.layer.ops import Choice, attention_spec
+from mla.reference import REFERENCE
+from mla.text import dtype_name
+from mla.verify.op_oracle import attend
+
+ROLE = "latent_attention"
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Requests that decode one token each. `lengths`: keys of each, the new one included."""
+
+    name: str
+    heads: int
+    lengths: tuple[int, ...]
+
+
+def attention_cases() -> list[AttentionCase]:
+    """Return one request of three lengths at few and many heads, and two batches of 16 requests."""
+    single = [
+        AttentionCase(f"1x{length}-h{heads}", heads, (length,))
+        for heads in (16, 128)
+        for length in (400, 4096, 16384)
+    ]
+    decode = scenario("decode")
+    middle = decode.kv_lens(decode.steps // 2)
+    return [
+        *single,
+        AttentionCase("decode-h16", 16, tuple(middle)),
+        AttentionCase("16x4096-h16", 16, (4096,) * 16),
+    ]
+
+
+class AttentionData:
+    """The operands of a case, in the layer's dtype: q [requests, h, c + r], keys [sum of lengths, c + r]."""
+
+    def __init__(self, case: AttentionCase, setting: Setting) -> None:
+        self.case, self.setting = case, setting
+        random, width = generator(setting.seed, case.name), setting.config.latent_dim
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=random).to(setting.dtype)
+
+        self.q = normal(len(case.lengths), case.heads, width)
+        self.keys = normal(sum(case.lengths), width)
+
+        self.spec = attention_spec(setting.config, setting.dtype, setting.device)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of one call."""
+        return cost.latent_attention_cost(self.spec, [1] * len(self.case.lengths), self.case.lengths).flops
+
+    def truth(self) -> torch.Tensor:
+        """Return the result [requests, h, c] in float64."""
+        scale, values = self.spec.softmax_scale, self.keys[:, : self.setting.config.kv_lora_rank]
+        parts = zip(self.q, self.keys.split(self.case.lengths), values.split(self.case.lengths), strict=True)
+        return torch.cat([attend(q[None], k[:, None], v[:, None], scale, True)[0] for q, k, v in parts])
+
+    def paged(self) -> tuple[LatentCache, RaggedBatch]:
+        """Return a cache that holds the keys in shuffled pages, and the batch of the new tokens."""
+        config, size, c = self.setting.config, self.setting.page_size, self.setting.config.kv_lora_rank
+        pages = sum(-(-length // size) for length in self.case.lengths)
+        cache = LatentCache(
+            config,
+            max_tokens=pages * size,
+            page_size=size,
+            dtype=self.setting.dtype,
+            shuffle=self.setting.seed,
+        )
+        sequences = cache.new_sequences(len(self.case.lengths))
+        requests = self.keys.split(self.case.lengths)
+        for sequence, rows in zip(sequences, requests, strict=True):
+            cache.load(sequence, rows[:-1, :c], rows[:-1, c:])
+        batch = cache.extend(sequences, [1] * len(requests))
+        newest = torch.stack([rows[-1] for rows in requests])
+        cache.pages[0].view(-1, config.latent_dim).index_copy_(0, batch.slots, newest)
+        return cache, batch
+
+
+def own_ways(data: AttentionData) -> Iterator[Way]:
+    """Yield the op that a layer of this setting uses, and the reference if that is another one."""
+    chosen = make_ops(data.setting, ROLE)[ROLE]
+    cache, batch = data.paged()
+    yield _way(chosen, "ours", data, cache, batch)
+    if chosen.name != "reference":
+        plain = Choice("reference", REFERENCE[ROLE], data.spec)
+        yield _way(plain, "reference", data, cache, batch)
+
+
+def _way(choice: Choice, party: str, data: AttentionData, cache: LatentCache, batch: RaggedBatch) -> Way:
+    heads, c = data.q.shape[:2], data.setting.config.kv_lora_rank
+    out = torch.full((*heads, c), torch.nan, dtype=data.setting.dtype)
+    lse = torch.full(heads, torch.nan)
+    state = choice.op.prepare(choice.spec, batch)
+
+    def call() -> None:
+        choice.op(
+            state, q=data.q, cache=cache.pages[0], block_table=batch.block_table,
+            kv_lens=batch.kv_lens_device, cu_q=batch.cu_q, softmax_scale=choice.spec.softmax_scale,
+            out=out, lse=lse,
+        )  # fmt: skip
+
+    def result() -> torch.Tensor:
+        out.fill_(torch.nan)
+        call()
+        return out
+
+    return Way(choice.name, party, dtype_name(data.setting.dtype), in_process(call), result)
+
+
+def peer_ways(data: AttentionData, peer: Peer, close: Callable[..., object]) -> Iterator[Way]:
+    """Yield the peer's ways; `close` takes what frees each of them."""
+    layouts = ("separate", "unified") if len(data.case.lengths) > 1 else ("separate",)
+    for type_ in peer.types("caches"):
+        for layout in layouts:
+            sizes = (data.case.lengths, data.spec.softmax_scale, data.spec.kv_lora_rank)
+            work = peer.attention(data.q, data.keys, *sizes, type_, layout)
+            close(work.close)
+            name = f"peer {type_}{' unified' if layout == 'unified' else ''}"
+            yield Way(name, "peer", type_, work.time, work.result)

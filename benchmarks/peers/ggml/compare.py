@@ -1,0 +1,114 @@
+#!/usr/bin/env python3
+"""Compare ops of the CPU plugin alone with those of ik_llama.cpp, or of llama.cpp.
+
+\b
+    python benchmarks/peers/ggml/build.py ~/ik_llama.cpp --into ~/ggml-native
+    python benchmarks/peers/ggml/compare.py --peer ~/ggml-native -o ops.json
+    python benchmarks/peers/ggml/compare.py --peer ~/ggml-native --only attention
+    python benchmarks/peers/ggml/compare.py --markdown ops.json
+
+Decode attention over latents, and the products of the default config's projections; beside them the plain
+PyTorch reference and torch's own products. All ways of a case take turns, and every result is compared with
+float64. Exit codes as in `python -m mla.bench`: 4 means that a result was wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[3]))
+
+import click
+import torch
+
+from benchmarks.peers.ggml import record, table
+from benchmarks.peers.ggml.build import facts_of
+from benchmarks.peers.ggml.comparer import Comparer, choose
+from benchmarks.peers.ggml.peer import Peer
+from benchmarks.peers.ggml.ways import require_passive_waiting
+from benchmarks.peers.run import defaults, split
+from mla.bench import results
+from mla.bench.plan.request import Request, empty_run
+from mla.bench.plan.resolve import resolve
+from mla.command import console
+from mla.command.exit_codes import Exit, guarded
+from mla.errors import UsageError
+
+# What decides which instructions torch and its libraries use, or how threads wait.
+VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MLA_CPU_NATIVE",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+)
+
+
+def measure(
+    request: Request, folder: Path, patterns: tuple[str, ...] | None, rounds: int
+) -> record.Comparison:
+    """Measure the chosen cases. Raises `PeerError` or `UsageError`."""
+    setting = request.setting
+    heads, shapes = choose(setting, patterns)
+    threads = torch.get_num_threads()
+    with Peer(folder, threads) as peer, torch.inference_mode():
+        comparer = Comparer(setting, peer, rounds)
+        cases = [*map(comparer.attention, heads), *comparer.products(shapes)]
+        run = empty_run(request)
+        return record.Comparison(
+            argv=["python benchmarks/peers/ggml/compare.py", *sys.argv[1:]],
+            created=run.created,
+            git_commit=run.git_commit,
+            backend=run.backend,
+            environment=run.environment | {key: os.environ[key] for key in VARIABLES if key in os.environ},
+            peer={**facts_of(folder), **peer.facts},
+            threads=threads,
+            seed=setting.seed,
+            cases=cases,
+        )
+
+
+@click.command(help=__doc__)
+@click.option("--peer", "folder", type=click.Path(path_type=Path), help="Folder that build.py made.")
+@click.option("--only", callback=split, help="Cases: attention, product, names or patterns.  [all]")
+@click.option("--runs", type=click.IntRange(1), default=15, show_default=True, help="Visits of every way.")
+@click.option("--threads", type=click.IntRange(1, 4096), help="Threads of everyone.  [the backend decides]")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of operands and order.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the result as JSON.")
+@click.option(
+    "--markdown", type=click.Path(path_type=Path), help="Only print this result's tables for a page."
+)
+def compare(
+    folder: Path | None,
+    only: tuple[str, ...] | None,
+    runs: int,
+    threads: int | None,
+    seed: int,
+    output: Path | None,
+    markdown: Path | None,
+) -> int:
+    """Carry out the command line."""
+    if markdown:
+        console.out(table.markdown(record.read(markdown)))
+        return Exit.OK
+    if folder is None:
+        raise UsageError(
+            "--peer FOLDER is missing: it is the folder that benchmarks/peers/ggml/build.py made."
+        )
+    require_passive_waiting()
+    # The widening product is measured whether or not the backend would choose it here.
+    shared = {"threads": threads, "seed": seed, "output": output, "implementations": "mla"}
+    request = resolve(defaults(**shared, backend_options=("fp32=on",)))
+    found = measure(request, folder, only, runs)
+    if output:
+        results.write(found, output)
+    console.out(table.render(found))
+    wrong = any(timing.wrong for case in found.cases for timing in case.timings)
+    return Exit.WRONG if wrong else Exit.OK
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: compare(standalone_mode=False)))

@@ -1,0 +1,106 @@
+"""One way of computing a case, whoever offers it, and how ways take turns.
+
+A visit is a few untimed calls and then timed ones, back to back; its median is one sample. Ways are visited
+once per round, in a seeded random order, so that the samples of a round belong together. Between visits
+nothing runs for a moment: an OpenMP runtime's threads wait for work by spinning, and would take the cores
+from the process that is next.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mla.command.clock import now_ns
+from mla.errors import UsageError
+
+VISIT_MS, WARM_MS = 30.0, 6.0  # of timed and of untimed calls
+MOST_CALLS = 50
+TRIALS, SLOW_TRIAL_MS = 2, 500.0
+PAUSE = 0.03  # seconds; GNU's runtime spins for 5 to 15 ms
+# What is not timed beyond the trial: a peer's way that takes so many times as long as its fastest one, and a
+# product of torch's that does so compared with all, if its call takes so many ms.
+SLOW_PEER, SLOW_TORCH, LONG_MS = 1.5, 4.0, 50.0
+PARTIES = ("ours", "reference", "torch", "peer")
+
+
+@dataclass
+class Way:
+    """One way of computing a case. `time(untimed, timed)` returns ms; `result` is that of one more call."""
+
+    name: str
+    party: str  # one of `PARTIES`
+    dtype: str  # of the operands
+    time: Callable[[int, int], list[float]]
+    result: Callable[[], torch.Tensor]
+    trial_ms: float = 0.0
+    calls: int = 0  # timed, of a visit
+    visits: list[float] = field(default_factory=list)  # median ms, by round
+
+
+def in_process(call: Callable[[], object]) -> Callable[[int, int], list[float]]:
+    """Return a way's `time` for a function of this process."""
+
+    def timed_calls(untimed: int, timed: int) -> list[float]:
+        for _ in range(untimed):
+            call()
+        times = []
+        for _ in range(timed):
+            start = now_ns()
+            call()
+            times.append((now_ns() - start) / 1e6)
+        return times
+
+    return timed_calls
+
+
+def require_passive_waiting() -> None:
+    """Raise `UsageError` if threads without work would keep their cores from the other process."""
+    if os.environ.get("OMP_WAIT_POLICY", "").lower() == "active":
+        raise UsageError(
+            "OMP_WAIT_POLICY=active makes idle threads take the cores of the peer's process, and the other "
+            "way round: unset it."
+        )
+
+
+def try_out(ways: Sequence[Way]) -> list[Way]:
+    """Time every way briefly, and return those that are too slow to be worth timing further."""
+    for way in ways:
+        way.trial_ms = _trial(way)
+        way.calls = min(max(int(VISIT_MS / way.trial_ms), 1), MOST_CALLS)
+    return [way for way in ways if way.trial_ms > _limit(way, ways)]
+
+
+def _trial(way: Way) -> float:
+    """Return the ms of the fastest of a few calls; of one that is slow, those of the first alone."""
+    time.sleep(PAUSE)
+    best = way.time(0, 1)[0]
+    for _ in range(0 if best > SLOW_TRIAL_MS else TRIALS):  # apart, as other work may disturb one of them
+        time.sleep(PAUSE)
+        best = min(best, *way.time(1, 3))
+    return max(best, 1e-6)
+
+
+def _limit(way: Way, ways: Sequence[Way]) -> float:
+    if way.party == "peer":
+        return SLOW_PEER * min(one.trial_ms for one in ways if one.party == "peer")
+    if way.party == "torch":
+        return max(SLOW_TORCH * min(one.trial_ms for one in ways), LONG_MS)
+    return float("inf")
+
+
+def take_turns(ways: Sequence[Way], rounds: int, seed: int) -> None:
+    """Visit every way once per round, each round in another order."""
+    order, generator = list(ways), random.Random(seed)
+    for _ in range(rounds):
+        generator.shuffle(order)
+        for way in order:
+            time.sleep(PAUSE)
+            untimed = min(max(int(WARM_MS / way.trial_ms), 1), MOST_CALLS)
+            way.visits.append(statistics.median(way.time(untimed, way.calls)))

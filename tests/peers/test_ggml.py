@@ -1,0 +1,186 @@
+"""The comparison with ggml's ops: its driver on naive ops, the command, refusals. No test needs the peer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.peers.ggml import build, record
+from benchmarks.peers.ggml.peer import DRIVER, Peer, PeerError
+from benchmarks.peers.ggml.ways import require_passive_waiting
+from mla.errors import UsageError
+from mla.verify.op_oracle import attend, product
+
+HERE = Path(__file__).parent
+FOLDER = HERE.parents[1] / "benchmarks" / "peers" / "ggml"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder as `build.py` makes it, whose driver computes with naive loops."""
+    made = tmp_path_factory.mktemp("ggml")
+    sources = [str(FOLDER / "driver" / "main.cpp"), str(HERE / "fake_ops.cpp")]
+    words = ["g++", "-std=c++20", "-O1", f"-I{FOLDER / 'driver'}", *sources, "-o", str(made / DRIVER)]
+    subprocess.run(words, check=True)
+    return made
+
+
+def command(script: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run one of the two commands in a process of its own."""
+    return subprocess.run(
+        [sys.executable, str(FOLDER / script), *words],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def compare(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the comparison once, on one thread."""
+    return command("compare.py", "--peer", str(folder), "--threads", "1", "--runs", "1", *words, **variables)
+
+
+@pytest.mark.parametrize("layout", ["separate", "unified"])
+def test_operands_and_results_pass_through_the_driver(folder: Path, layout: str) -> None:
+    lengths, heads = (3, 1, 5), 2
+    q, keys = torch.randn(len(lengths), heads, 8), torch.randn(sum(lengths), 8)
+    with Peer(folder, 1) as peer:
+        work = peer.attention(q, keys, lengths, 0.3, 6, "f16", layout)
+        assert len(work.time(1, 4)) == 4
+        found = work.result()
+    parts = keys.split(lengths)
+    truth = [
+        attend(one[None], k[:, None], k[:, None, :6], 0.3, True)[0] for one, k in zip(q, parts, strict=True)
+    ]
+    torch.testing.assert_close(found.double(), torch.cat(truth), rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_passes_through_the_driver(folder: Path) -> None:
+    weight, x = torch.randn(5, 7), torch.randn(3, 7)
+    with Peer(folder, 1) as peer:
+        found = peer.product(weight, x, "f16").result()
+    torch.testing.assert_close(found.double(), product(x, weight), rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_driver_refuses_leaves_it_usable(folder: Path) -> None:
+    weight, x = torch.ones(5, 7), torch.ones(3, 7)
+    with Peer(folder, 1) as peer:
+        with pytest.raises(PeerError, match=r"refuses `product 1 1 q9 3 7 5`: no type 'q9'\."):
+            peer.product(weight, x, "q9")
+        work = peer.product(weight, x, "f16")
+        work.close()
+        with pytest.raises(PeerError, match="there is no work 2"):
+            work.result()
+        assert peer.product(weight, x, "f16").result().tolist() == [[7.0] * 5] * 3
+
+
+def test_a_peer_that_ends_is_said_with_its_last_words(folder: Path) -> None:
+    with (
+        Peer(folder, 1) as peer,
+        pytest.raises(PeerError, match=r"ended during `product .* \(exit code -6\); it said: this cannot be"),
+    ):
+        peer.product(torch.ones(1, 1), torch.ones(1, 1), "abort")
+
+
+def test_all_ways_are_timed_and_right(folder: Path, tmp_path: Path) -> None:
+    done = compare(folder, "--only", "1x400-h16,16x512x4096", "-o", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stderr
+    run = record.read(tmp_path / "out.json")
+    assert [(case.name, case.op) for case in run.cases] == [
+        ("1x400-h16", "attention"),
+        ("16x512x4096", "product"),
+    ]
+    for case in run.cases:
+        assert {"ours", "peer"} <= {timing.party for timing in case.timings}
+        assert all(0 < timing.error < record.WRONG for timing in case.timings)
+        assert all(line in done.stdout for line in (case.name, "peer f16"))
+    assert run.threads == 1
+    assert run.peer["peer"] == "fake"
+    again = command("compare.py", "--markdown", str(tmp_path / "out.json"))
+    assert again.returncode == 0
+    assert "| 1x400-h16 |" in again.stdout
+    assert "| 16x512x4096 |" in again.stdout
+
+
+def test_a_kernel_that_leaves_keys_out_is_wrong(folder: Path) -> None:
+    done = compare(folder, "--only", "1x400-h16", FAKE_LEAVES_OUT="16")
+    assert done.returncode == 4, done.stderr
+    peer = next(line for line in done.stdout.splitlines() if "peer f16" in line)
+    assert peer.endswith("WRONG")
+    assert "x " not in peer  # no ratio with what did not compute the op
+
+
+def test_a_case_that_is_not_there_is_refused(folder: Path) -> None:
+    done = compare(folder, "--only", "2x2")
+    assert done.returncode == 2
+    assert "error: --only names no case: use attention, product, 1x400-h16, " in done.stderr
+
+
+def test_threads_that_never_sleep_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "Active")
+    with pytest.raises(UsageError, match=r"OMP_WAIT_POLICY=active makes idle threads .*: unset it"):
+        require_passive_waiting()
+
+
+def test_a_folder_without_a_driver_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PeerError, match="holds no ggml_peer: build the peer with `python benchmarks/peers/"):
+        Peer(tmp_path, 1)
+    (tmp_path / DRIVER).write_text("not a program")
+    with pytest.raises(PeerError, match=r"does not start .*: build it again here"):
+        Peer(tmp_path, 1)
+    (tmp_path / DRIVER).chmod(0o755)
+    shutil.copy("/bin/true", tmp_path / DRIVER)  # a program that says nothing
+    with pytest.raises(PeerError, match="ended during `describe` \\(exit code 0\\)"):
+        Peer(tmp_path, 1)
+
+
+def source(folder: Path) -> Path:
+    """Make what a checkout is known by."""
+    (folder / "ggml" / "include").mkdir(parents=True)
+    for name in ("CMakeLists.txt", "include/ggml.h"):
+        (folder / "ggml" / name).touch()
+    return folder
+
+
+def test_a_folder_without_the_source_is_refused(tmp_path: Path) -> None:
+    done = command("build.py", str(tmp_path), "--into", str(tmp_path / "into"))
+    assert done.returncode == 2
+    assert "holds no ggml/CMakeLists.txt and ggml/include/ggml.h: give a checkout" in done.stderr
+    found = source(tmp_path) / "ggml"
+    assert build.ggml_folder(tmp_path) == build.ggml_folder(found) == found.resolve()
+    assert build.commit_of(found) == "unknown"
+
+
+def test_a_missing_cmake_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PeerError, match="cmake is not installed: `pip install cmake`"):
+        build.configure(tmp_path, tmp_path, "avx2", None)
+
+
+def test_a_failed_step_says_its_first_error(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", "print('a.cpp:1:2: error: no member x\\nmake: *** Error 1'); exit(2)"]
+    with pytest.raises(PeerError, match=r"building failed: a\.cpp:1:2: error: no member x; all of it is in"):
+        build.run("building", words, tmp_path / "build.log")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "CMake Error at CMakeLists.txt:5 (project):\n  No C++ compiler found.\n\n",
+            "No C++ compiler found.",
+        ),
+        ("-- ok\nc++: error: unrecognized option '-std=gnu++20'", "a compiler for C++20 is needed"),
+        ("one\nlast line\n", "last line"),
+        ("", "it printed nothing"),
+    ],
+)
+def test_the_first_error_of_a_log(text: str, sentence: str) -> None:
+    assert sentence in build.first_error(text)

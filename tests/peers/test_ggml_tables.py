@@ -1,0 +1,168 @@
+"""The tables of the comparison with ggml's ops from made-up samples, and how ways take turns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.peers.ggml import record, table, ways
+from benchmarks.peers.ggml.comparer import judged
+from benchmarks.peers.ggml.ways import Way, take_turns, try_out
+from mla.bench import results
+from mla.errors import ResultError
+
+
+def timing(
+    name: str, party: str, *visits: float, dtype: str = "bfloat16", error: float = 0.002
+) -> record.Timing:
+    """Return a way with these samples."""
+    return record.Timing(
+        name=name, party=party, dtype=dtype, ms=sorted(visits)[len(visits) // 2],
+        ci95=(min(visits), max(visits)), visits_ms=list(visits), calls=1, error=error,
+    )  # fmt: skip
+
+
+def run_of(*cases: record.Case) -> record.Comparison:
+    """Return a result with these cases."""
+    return record.Comparison(
+        argv=[],
+        created="2000-01-01T00:00:00+00:00",
+        git_commit=None,
+        backend=results.BackendFacts(
+            name="cpu", version=None, device="a CPU", memory_bytes=None, cache_bytes=None
+        ),
+        environment={"torch": "2"},
+        peer={"peer": "fake", "commit": "0123456789abcdef"},
+        threads=2,
+        seed=0,
+        cases=list(cases),
+    )
+
+
+ATTENTION = record.Case(
+    name="1x4",
+    op="attention",
+    flops=10**9,
+    timings=[
+        timing("peer f16", "peer", 3.0, 4.4, 4.5),
+        timing("reference", "reference", 8.0, 8.0, 8.0),
+        timing("peer bf16", "peer", 1.0, 1.0, 1.0, error=0.3),
+        timing("mine", "ours", 2.0, 2.0, 3.0),
+    ],
+    passed_over={"peer unified": 50.0},
+)
+PRODUCTS = [
+    record.Case(
+        name=name,
+        op="product",
+        flops=10**9,
+        timings=[
+            timing("mine", "ours", *[5.0] * 3),
+            timing("torch.mm float32", "torch", *[4.0] * 3, dtype="float32"),
+            timing("torch.mm wrong", "torch", *[1.0] * 3, dtype="float32", error=1.0),
+            timing("peer f32", "peer", *[peer] * 3, dtype="float32"),
+        ],
+        notes=["other, float32: it cannot"],
+    )
+    for name, peer in (("1x2x3", 8.0), ("4x5x6", 2.5))
+]
+
+
+def rows(text: str) -> list[list[str]]:
+    """Return the cells of a terminal table's lines."""
+    return [[cell.strip() for cell in line.split("  ") if cell] for line in text.splitlines()]
+
+
+def test_ratios_are_medians_over_rounds() -> None:
+    found = rows(table.render(run_of(ATTENTION)))
+    cells = {row[-5]: row[-2] for row in found if len(row) >= 5}
+    assert cells["mine"] == "-"
+    assert cells["peer f16"] == "1.50x"  # of 1.5, 2.2 and 1.5; the medians' ratio is 2.2
+    assert cells["reference"] == "4.00x"
+    assert cells["peer bf16"] == "-"  # it is wrong
+
+
+def test_ours_comes_first_and_then_the_fastest() -> None:
+    text = table.render(run_of(ATTENTION))
+    order = [text.index(name) for name in ("mine", "peer bf16", "peer f16", "reference")]
+    assert order == sorted(order)
+    assert "3.0e-01 WRONG" in text
+    assert "1x4: too slow to be timed in every round, one trial: peer unified 50 ms" in text
+
+
+def test_shares_are_of_the_best_right_product_of_any_shape() -> None:
+    run = run_of(*PRODUCTS)
+    assert run.best_fp32() == (400.0, "peer f32, 4x5x6")
+    text = table.render(run)
+    assert [row[-2] for row in rows(text) if "mine" in row] == ["50", "50"]
+    assert "1x2x3 and 1 more: other, float32: it cannot" in text
+
+
+def test_the_page_names_the_fastest_right_way_of_each_party() -> None:
+    lines = table.markdown(run_of(ATTENTION, *PRODUCTS)).splitlines()
+    assert "| 1x4 | 2.0 (2.0 .. 3.0) | 8 (8 .. 8) | 4.4 (3.0 .. 4.5), f16 | 1.50x |" in lines
+    assert "| 1x2x3 | 200.0 (50 %), mine | 250.0 (62 %), torch.mm float32 | 125.0 (31 %), peer f32 |" in lines
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
+    run = run_of(ATTENTION, *PRODUCTS)
+    results.write(run, tmp_path / "out.json")
+    assert record.read(tmp_path / "out.json") == run
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ResultError, match=r"other\.json' was not written by compare\.py"):
+        record.read(tmp_path / "other.json")
+
+
+def way(name: str, party: str, ms: float, said: list[str] | None = None) -> Way:
+    """Return a way that takes so many ms, says so, and returns ones."""
+
+    def timed(untimed: int, calls: int) -> list[float]:
+        if said is not None:
+            said.append(name)
+        return [ms] * calls
+
+    return Way(name, party, "float32", timed, lambda: torch.ones(2))
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process spins here."""
+    monkeypatch.setattr(ways, "PAUSE", 0)
+
+
+def test_only_slow_peers_and_slow_products_of_torch_are_passed_over() -> None:
+    tried = [
+        way("ours", "ours", 9.0),
+        way("reference", "reference", 90.0),
+        way("fast peer", "peer", 2.0),
+        way("peer", "peer", 2.9),
+        way("slow peer", "peer", 3.1),
+        way("torch", "torch", 49.0),
+        way("slow torch", "torch", 51.0),
+    ]
+    assert [one.name for one in try_out(tried)] == ["slow peer", "slow torch"]
+    assert [one.calls for one in tried] == [3, 1, 15, 10, 9, 1, 1]
+    assert try_out([way("ours", "ours", 20.0), way("torch", "torch", 79.0)]) == []
+
+
+def test_every_way_is_visited_once_per_round_in_changing_order() -> None:
+    said: list[str] = []
+    tried = [way(name, "ours", 1.0, said) for name in "abcd"]
+    try_out(tried)
+    said.clear()
+    take_turns(tried, 6, seed=1)
+    orders = [tuple(said[start : start + 4]) for start in range(0, 24, 4)]
+    assert all(sorted(order) == list("abcd") for order in orders)
+    assert len(set(orders)) > 1
+    assert all(one.visits == [1.0] * 6 for one in tried)
+
+
+def test_a_result_without_numbers_is_wrong() -> None:
+    one = way("ours", "ours", 1.0)
+    one.visits, one.result = [1.0], lambda: torch.tensor([1.0, torch.nan])
+    case = judged("1x4", "attention", 1, [one, way("peer", "peer", 1.0)], torch.ones(2).double(), [])
+    assert case.timings[0].wrong
+    assert case.of("ours") == []
+    assert list(case.passed_over) == ["peer"]
