@@ -18,6 +18,7 @@ from mla.bench.plan import estimate
 from mla.bench.plan.estimate import Estimator
 from mla.bench.plan.memory import MemoryPlan, available_memory
 from mla.bench.plan.request import Request, ScenarioPlan, empty_run
+from mla.bench.results.passes import due
 from mla.bench.run.budget import Pace
 from mla.bench.run.outcome import Outcome, failure_of, subjects
 from mla.bench.run.scenario_run import ScenarioRun
@@ -170,7 +171,7 @@ class _Scheduler:
     def _complete(self, scenario: ScenarioPlan, names: Sequence[str]) -> bool:
         """Return whether nothing of a scenario was cut, so that its estimate can be judged."""
         cases = [self._cases[scenario.name, name] for name in names]
-        return all(case.passes >= scenario.point.rounds for case in cases)
+        return all(case.passes >= due(case, scenario.point.rounds) for case in cases)
 
     def _not_refused(self, work: ScenarioRun, scenario: ScenarioPlan, names: list[str]) -> list[str]:
         """Skip the implementations whose ops refuse the lengths; return the others."""

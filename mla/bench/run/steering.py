@@ -12,6 +12,7 @@ from mla.bench.failures.keeper import Keeper
 from mla.bench.plan import repro
 from mla.bench.plan.options import RunOptions
 from mla.bench.plan.request import Request
+from mla.bench.results.passes import due
 from mla.bench.run import resume
 from mla.bench.run.budget import Budget
 from mla.command import last_words
@@ -114,7 +115,9 @@ def skipped(options: RunOptions, request: Request, run: results.Run) -> str | No
     """Return how many cases the budget cut, and how to resume; None if it cut none."""
     rounds = {point.name: point.rounds for point in request.points}
     left_out = sum(case.check.reason.startswith(OVER_BUDGET) for case in run.cases)
-    short = sum(0 < case.passes < rounds[case.scenario] and not case.interrupted for case in run.cases)
+    short = sum(
+        0 < case.passes < due(case, rounds[case.scenario]) and not case.interrupted for case in run.cases
+    )
     if not left_out and not short:
         return None
     words = [*request.command, *request.selection, "--implementations", ",".join(request.implementations)]
