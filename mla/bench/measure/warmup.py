@@ -25,7 +25,7 @@ class WarmupResult:
 
     forwards: int = 0
     settled: bool | None = None
-    ms: float | None = field(default=None, compare=False)  # median of the last window
+    ms: float | None = field(default=None, compare=False)  # of the fastest forward: others only slow it down
 
 
 def warm_up(
@@ -53,7 +53,7 @@ def warm_up(
         forwards.after(index)
         tick(int(len(taken) <= least))
     known = settled(taken) if len(taken) > FEWEST else None
-    return WarmupResult(len(taken), known, median(taken[-_window(taken) :]))
+    return WarmupResult(len(taken), known, min(taken))
 
 
 def _done(taken: Sequence[float], least: int) -> bool:
@@ -65,10 +65,6 @@ def _done(taken: Sequence[float], least: int) -> bool:
 
 def settled(taken: Sequence[float]) -> bool:
     """Return whether the last window of milliseconds is as fast as the one before, within `WITHIN`."""
-    window = _window(taken)
+    window = max(1, min(WINDOW, len(taken) // 2))
     before, now = median(taken[-2 * window : -window]), median(taken[-window:])
     return abs(now - before) <= WITHIN * before
-
-
-def _window(taken: Sequence[float]) -> int:
-    return max(1, min(WINDOW, len(taken) // 2))

@@ -31,7 +31,7 @@ def shortened(
 ) -> dict[str, tuple[Steps, str]]:
     """Return implementation -> what it runs, in the headline's way alone, and the clause that says so.
 
-    `ms`: implementation -> milliseconds of one forward (a median of its warm-up), the first one first; an
+    `ms`: implementation -> milliseconds of one forward (the fastest of its warm-up), the first one first; an
     implementation that is not in it keeps what is planned. So does one whose timed passes take no more than
     `SECONDS`, or `SHARE` of those of the first implementation.
     """

@@ -190,7 +190,15 @@ def test_a_median_that_only_synchronize_explains_is_doubted(monkeypatch: pytest.
     assert wait_doubt(forwards, THREE, lambda: None, synchronize, lambda: None, 0.0, 6.0)
 
 
-@pytest.mark.parametrize(("sleep", "doubted", "ran"), [(0, False, 1), (900, True, 5)])
+@pytest.mark.parametrize("ms", [200.0, 1000.0])
+def test_passes_that_others_disturbed_are_no_doubt_however_long_forwards_are(
+    monkeypatch: pytest.MonkeyPatch, ms: float
+) -> None:
+    forwards = Forwards(monkeypatch, ms)
+    assert wait_doubt(forwards, THREE, lambda: None, lambda: None, lambda: None, 0.0, 3.3 * ms) == ""
+
+
+@pytest.mark.parametrize(("sleep", "doubted", "ran"), [(0, False, 1), (900, True, 7)])
 def test_long_forwards_run_once_a_turn_and_as_often_before_a_doubt(
     monkeypatch: pytest.MonkeyPatch, sleep: int, doubted: bool, ran: int
 ) -> None:
