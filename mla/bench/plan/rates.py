@@ -5,6 +5,7 @@ The limits that results are compared with take seconds to measure, which a short
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,14 +32,17 @@ class Rates:
     bandwidth: float
     float64: float
     overhead: float = OVERHEAD
+    by_torch: float = math.inf  # FLOP per second of its products in the run's own dtype
 
 
 def measure_rates(setting: Setting) -> Rates:
     """Return the rates of a device. Raises whatever its stack raises."""
     device, wait = setting.device, setting.backend.synchronize
     small = torch.ones(8, 8, device=device)
+    own = _products(setting.dtype, device, wait)
     return Rates(
-        flops=max(_products(dtype, device, wait) for dtype in {setting.dtype, torch.float32}),
+        flops=max(own, _products(torch.float32, device, wait)),
+        by_torch=own,
         bandwidth=_reading(device, wait),
         float64=_products(torch.float64, torch.device("cpu"), lambda: None, SIDES[:2]),
         overhead=max(OVERHEAD, CALLS * _seconds(lambda: small.add_(1), wait)),

@@ -39,8 +39,10 @@ def shortened(
     planned = sum(one.passes * len(one.run) for one in (steps(one, scenario) for one in variants))
     for own in list(ms)[1:]:
         first = next(iter(ms))
+        if not ms[own] or ms[own] < MUCH * ms[first]:
+            continue
         allowed = max(1e3 * SECONDS, SHARE * planned * ms[first]) / ms[own]
-        if ms[own] >= MUCH * ms[first] and planned > allowed:
+        if planned > allowed:
             fewer = _fitting(scenario, allowed * LEFT / SECONDS)
             reason = _reason(first, ms[own] / ms[first], steps(HEADLINE, scenario), fewer, len(variants) > 1)
             found[own] = fewer, reason
