@@ -16,9 +16,9 @@ from mla.bench.subjects.base import Implementation
 from mla.errors import MLAError
 from mla_backends.api import Timer
 
-# Milliseconds of a forward beside which what it finds in a cache does not count: the largest cache that is
-# flushed is read again in a few hundredths of that.
-LONG = 500.0
+# Milliseconds of a forward beside which what it finds in a cache does not count: even a large cache is read
+# again in a hundredth of that.
+LONG = 250.0
 
 
 class ClockError(MLAError):

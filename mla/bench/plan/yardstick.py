@@ -17,9 +17,11 @@ from dataclasses import replace
 from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Steps, Variant, steps
 from mla.bench.workload.scenario import Scenario
 
-# Seconds of timed passes beyond which a yardstick is cut, and those that it is cut to; or so large a share of
-# what the first implementation takes, and half of that.
-SECONDS, LEFT, SHARE = 6.0, 3.0, 0.25
+# Seconds beyond which a yardstick is cut, or a share of what the first implementation takes; and the part of
+# them that its timed passes may take then.
+SECONDS, SHARE, LEFT = 5.0, 0.25, 0.6
+# Forwards beside the timed ones: checks, warm-ups, evidence.
+BESIDE = 60
 # A yardstick that takes fewer times as long as the first implementation keeps all of its forwards.
 MUCH = 2.0
 # Passes that are left at least, enough for an interval, and steps of a decode pass, of which the cache grows.
@@ -32,18 +34,18 @@ def shortened(
     """Return implementation -> what it runs, in the headline's way alone, and the clause that says so.
 
     `ms`: implementation -> milliseconds of one forward (the fastest of its warm-up), the first one first; an
-    implementation that is not in it keeps what is planned. So does one whose timed passes take no more than
-    `SECONDS`, or `SHARE` of those of the first implementation.
+    implementation that is not in it keeps what is planned. So does one whose forwards take no more than
+    `SECONDS` in all, or `SHARE` of those of the first implementation.
     """
     found: dict[str, tuple[Steps, str]] = {}
-    planned = sum(one.passes * len(one.run) for one in (steps(one, scenario) for one in variants))
+    planned = BESIDE + sum(one.passes * len(one.run) for one in (steps(one, scenario) for one in variants))
     for own in list(ms)[1:]:
         first = next(iter(ms))
         if not ms[own] or ms[own] < MUCH * ms[first]:
             continue
         allowed = max(1e3 * SECONDS, SHARE * planned * ms[first]) / ms[own]
         if planned > allowed:
-            fewer = _fitting(scenario, allowed * LEFT / SECONDS)
+            fewer = _fitting(scenario, LEFT * allowed)
             reason = _reason(first, ms[own] / ms[first], steps(HEADLINE, scenario), fewer, len(variants) > 1)
             found[own] = fewer, reason
     return found

@@ -105,9 +105,7 @@ class _Scheduler:
         bar = _ScenarioBar(
             self._advance_to, self._place(), self._nominal, scenario, self._request.implementations
         )
-        work = ScenarioRun(
-            self._request, scenario, bar.forwards, self._hooks(scenario, names), self._steering.keeper
-        )
+        work = ScenarioRun(self._request, scenario, bar.forwards, self._hooks(), self._steering.keeper)
         self._limits.append(work.ceilings)
         try:
             if names:
@@ -169,6 +167,7 @@ class _Scheduler:
         names = self._affordable(work, scenario, names)
         if not names:
             return
+        self._pace = Pace(budget, self._estimator.one_pass(scenario, names, self._first))
         seconds, start = self._estimator.seconds(scenario, names, self._first), time.monotonic()
         self._interleave(work, memory, scenario, names)
         if self._complete(scenario, names):
@@ -229,11 +228,10 @@ class _Scheduler:
         late = f"{OVER_BUDGET}: after the checks, no timed pass fitted into what was left"
         self._keep(work.not_run([case.implementation for case in cut], late))
 
-    def _hooks(self, scenario: ScenarioPlan, names: Sequence[str]) -> Hooks:
+    def _hooks(self) -> Hooks:
         """Return the engine's hooks: it stops when another pass of the slowest one would not fit."""
         budget = self._steering.budget
-        self._pace = Pace(budget, self._estimator.one_pass(scenario, names, self._first))
-        over = None if budget.seconds is None else self._pace.over
+        over = None if budget.seconds is None else lambda: self._pace.over()
         return Hooks(over, self._watchdog.enter, self._watchdog.beat)
 
     def _others_may_run(self, error: Exception) -> bool:

@@ -243,10 +243,10 @@ def test_sensors_are_read_around_all_passes_and_never_between(decode: Bench) -> 
 def test_warm_ups_are_timed_apart_and_restore_where_a_pass_ends(make_bench: MakeBench) -> None:
     bench = make_bench(msgspec.structs.replace(DECODE, warmups=7))
     result = bench.measure(bench.parrot("a"))["a"]
-    assert (result.warmups, result.settled) == (77, False)  # 1 + 2 + ... + 77 ms are more than 3 s
+    assert (result.warmups, result.settled) == (63, False)  # 1 + 2 + ... + 63 ms are more than 2 s
     words = [what for _, what in bench.log if what in ("restore", "step")]
     whole = ["restore", "step", "step", "step"]
-    assert words[: 26 * 4 + 3] == [*whole * 25, "restore", "step", "step", *whole]  # which is checked
+    assert words[: 22 * 4] == whole * 22  # the last of them is checked
 
 
 # ------------------------------------------------------------------------------------- slow yardsticks

@@ -83,10 +83,10 @@ def test_long_forwards_have_fewer_and_shorter_windows() -> None:
     """Ten of them would take ten seconds; what the first one loads does not count."""
     few = Script([2500.0] + [1000.0] * 20).warm_up(10)
     assert (few, few.ms) == (WarmupResult(FEWEST, None), 1000.0)
-    assert Script([1900.0] + [1000.0] * 20).warm_up(10) == WarmupResult(3, True)
-    assert Script([1000.0, 1000.0, 1100.0]).warm_up(10) == WarmupResult(3, False)
-    assert Script([400.0] * 20).warm_up(10) == WarmupResult(8, True)
-    assert Script([400.0] * 4 + [300.0] * 9).warm_up(10) == WarmupResult(9, False)
+    assert Script([1200.0] + [500.0] * 20).warm_up(10) == WarmupResult(3, True)
+    assert Script([700.0, 700.0, 800.0]).warm_up(10) == WarmupResult(3, False)
+    assert Script([250.0] * 20).warm_up(10) == WarmupResult(8, True)
+    assert Script([300.0] * 4 + [200.0] * 9).warm_up(10) == WarmupResult(8, False)
 
 
 def test_a_decode_pass_that_is_over_is_restored() -> None:

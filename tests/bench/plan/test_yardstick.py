@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from mla.bench.measure.variants import HEADLINE, Steps, Variant, steps
-from mla.bench.plan.yardstick import FEWEST, LEAST_STEPS, LEFT, SECONDS, SHARE, shortened
+from mla.bench.plan.yardstick import BESIDE, FEWEST, LEAST_STEPS, LEFT, SECONDS, SHARE, shortened
 from mla.bench.results import stats
 from mla.bench.workload.scenario import Scenario, load_workload
 
@@ -48,7 +48,7 @@ def test_other_timings_go_first_then_passes_then_steps() -> None:
     def of(ms: float) -> Steps:
         return shortened(LONG, VARIANTS * 4, {"mla": 0.1, "other": ms})["other"][0]
 
-    whole = 1e3 * LEFT / (40 * 7)
+    whole = 1e3 * LEFT * SECONDS / (40 * 7)
     plan, reason = shortened(LONG, VARIANTS * 4, {"mla": 0.1, "other": 0.99 * whole})["other"]
     assert plan == steps(HEADLINE, LONG)
     assert reason.endswith("so none of its other timings are made")
@@ -61,7 +61,7 @@ def test_other_timings_go_first_then_passes_then_steps() -> None:
 def test_no_more_time_than_allowed_or_as_few_forwards_as_an_interval_needs(
     scenario: Scenario, first: float, own: float
 ) -> None:
-    whole = sum(one.passes * len(one.run) for one in (steps(v, scenario) for v in VARIANTS))
+    whole = BESIDE + sum(one.passes * len(one.run) for one in (steps(v, scenario) for v in VARIANTS))
     allowed = max(SECONDS, SHARE * whole * first / 1e3)
     found = shortened(scenario, VARIANTS, {"mla": first, "other": own})
     assert ("other" in found) == (own >= 2 * first and whole * own / 1e3 > allowed)
@@ -72,10 +72,8 @@ def test_no_more_time_than_allowed_or_as_few_forwards_as_an_interval_needs(
         assert min(FEWEST, before.passes) <= plan.passes <= before.passes
         assert stats.median_interval(range(plan.passes)) or before.passes < FEWEST
         least = LEAST_STEPS if scenario.mode == "decode" else 1
-        assert seconds(plan, own) <= allowed * LEFT / SECONDS or (plan.passes, len(plan.run)) == (
-            FEWEST,
-            least,
-        )
+        fewest = plan.passes, len(plan.run)
+        assert seconds(plan, own) <= LEFT * allowed or fewest == (FEWEST, least)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
