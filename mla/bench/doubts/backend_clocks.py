@@ -21,6 +21,8 @@ WITHIN = 1.5
 LEAST = 0.02
 # Forwards of a long region, and pairs of short and long ones; turns of two ways to wait.
 LONG, PAIRS, TURNS = 3, 15, 20
+# Times as many forwards on a busy machine, each way, before a wait is doubted.
+QUIETER = 3
 # Milliseconds of a forward that a device's clock may leave out: the host launches it, and waits.
 LAUNCH = 0.1
 # Milliseconds after which fewer repetitions will do, and of a forward that is waited for once a turn.
@@ -111,7 +113,7 @@ def wait_doubt(
         if theirs - empty <= WITHIN * copies + LAUNCH:
             return ""
         run = min(len(taken[0]) - (known is not None), len(taken[1]))
-        if sum(taken[1]) > SLOW and run >= many:  # long forwards are hardly disturbed
+        if sum(taken[1]) > SLOW and run >= QUIETER * many:
             break
     return f"a forward takes {theirs:.3g} ms until `synchronize` returns, but is done after {copies:.3g} ms"
 

@@ -198,7 +198,7 @@ def test_passes_that_others_disturbed_are_no_doubt_however_long_forwards_are(
     assert wait_doubt(forwards, THREE, lambda: None, lambda: None, lambda: None, 0.0, 3.3 * ms) == ""
 
 
-@pytest.mark.parametrize(("sleep", "doubted", "ran"), [(0, False, 1), (900, True, 7)])
+@pytest.mark.parametrize(("sleep", "doubted", "ran"), [(0, False, 1), (900, True, 19)])
 def test_long_forwards_run_once_a_turn_and_as_often_before_a_doubt(
     monkeypatch: pytest.MonkeyPatch, sleep: int, doubted: bool, ran: int
 ) -> None:
