@@ -148,7 +148,7 @@ def test_what_was_cut_short_or_left_out_is_measured_again(bench: Bench, partial:
 
 
 def test_a_slow_yardstick_is_complete_with_the_passes_it_was_given(bench: Bench, partial: list[str]) -> None:
-    """Two of four steps and three of six passes: less than the workload asks for, and no less than was due."""
+    """Two of four steps and three of six passes: less than is planned, and no less than was due."""
     for due, kept in ((3, 2), (4, 1)):
         run = read("run.json")
         case = run.cases[0]
