@@ -52,7 +52,8 @@ def warm_up(
         taken.append(time_step(index))
         forwards.after(index)
         tick(int(len(taken) <= least))
-    known = settled(taken) if len(taken) > FEWEST else None
+    too_few = len(taken) <= FEWEST and taken[-1] <= taken[0]  # the first one may have made what all use
+    known = None if too_few and not settled(taken) else settled(taken)
     return WarmupResult(len(taken), known, min(taken))
 
 
@@ -66,5 +67,7 @@ def _done(taken: Sequence[float], least: int) -> bool:
 def settled(taken: Sequence[float]) -> bool:
     """Return whether the last window of milliseconds is as fast as the one before, within `WITHIN`."""
     window = max(1, min(WINDOW, len(taken) // 2))
+    if len(taken) < 2:
+        return False
     before, now = median(taken[-2 * window : -window]), median(taken[-window:])
     return abs(now - before) <= WITHIN * before

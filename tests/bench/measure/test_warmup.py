@@ -81,6 +81,7 @@ def test_a_hang_ends_the_warm_up_as_soon_as_a_few_were_run() -> None:
 
 def test_long_forwards_have_fewer_and_shorter_windows() -> None:
     """Ten of them would take ten seconds; what the first one loads does not count."""
+    assert Script([1500.0, 2000.0]).warm_up(10) == WarmupResult(FEWEST, False)
     few = Script([2500.0] + [1000.0] * 20).warm_up(10)
     assert (few, few.ms) == (WarmupResult(FEWEST, None), 1000.0)
     assert Script([1200.0] + [500.0] * 20).warm_up(10) == WarmupResult(3, True)
