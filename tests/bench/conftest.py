@@ -21,8 +21,8 @@ import mla
 import mla_backends
 from mla.bench import results
 from mla.bench.cli.main import main
-from mla.bench.measure import summary
 from mla.bench.results import stats
+from mla.bench.results.passes import latency
 
 __all__ = ["ceiling_run", "quick_ceilings"]
 
@@ -118,7 +118,7 @@ def numbers(samples: Sequence[float], steps: int, tokens: int) -> dict[str, Any]
     rates = [1e3 * tokens * len(one) / sum(one) for one in passes]
     return {
         "passes": len(passes),
-        "latency_ms": summary.latency(passes),
+        "latency_ms": latency(passes),
         "tokens_per_s": results.Throughput(median=stats.median(rates), ci95=stats.median_interval(rates)),
     }
 

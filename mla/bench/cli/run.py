@@ -159,7 +159,7 @@ def _report(options: RunOptions, request: Request, outcome: Outcome) -> None:
             results.write(outcome.run, options.target)
     finally:  # the numbers must survive a disk that has filled up
         _show(options, outcome.run)
-    if missing := skipped(options, request, outcome.run):
+    if missing := skipped(options, request, outcome.run, outcome.needed):
         note(missing)
 
 

@@ -54,7 +54,8 @@ def doubts(
         wait = DeviceWait(one.implementation.setting.device)
         found.append(backend_clocks.timer_doubt(backend, forwards, len(one.steps.run), restore))
         empty = median(idle.regions / idle.forwards for idle in one.idles)
-        found.append(backend_clocks.wait_doubt(forwards, indices, restore, backend.synchronize, wait, empty))
+        wait_doubt, known = backend_clocks.wait_doubt, _known(one, indices)
+        found.append(wait_doubt(forwards, indices, restore, backend.synchronize, wait, empty, known))
         found.append(fresh_inputs.doubt(one, checker, beat))
     return [doubt for doubt in found if doubt]
 
@@ -102,3 +103,10 @@ def _several(one: Timed) -> Sequence[int]:
     if scenario is not None and scenario.mode == "decode":
         return one.steps.run[: backend_clocks.LONG]
     return [0] * backend_clocks.LONG
+
+
+def _known(one: Timed, indices: Sequence[int]) -> float:
+    """Return the median milliseconds of these forwards in the passes."""
+    scenario = getattr(one.implementation, "scenario", None)
+    count = len(indices) if scenario is not None and scenario.mode == "decode" else None
+    return median(ms for samples in one.samples.passes for ms in samples[:count])

@@ -25,7 +25,7 @@ from mla.layer.plan import check_lengths
 from mla_backends import BackendError
 
 # New tuples of lengths; how often each is run again; and the seconds after which no further one is begun.
-TUPLES, AGAIN, SECONDS = 6, 2, 4.0
+TUPLES, AGAIN, SECONDS = 6, 2, 2.0
 # A length shrinks by at most a part, so that the work stays much the same, or by so many tokens.
 PART, TOKENS = 8, 16
 # Draws after which there are no new tuples to be had.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from mla.bench.results import passes
 from mla.bench.results.schema import Agreement, Case
 from mla.verify.tolerances import relative_error
 
@@ -37,7 +38,8 @@ def _agreement(case: Case, other: Case, pairs: list[tuple[torch.Tensor, torch.Te
 
 
 def _speed_ratio(case: Case, other: Case) -> float | None:
-    """Return the ratio of the median latencies, which stand in the table beside it."""
+    """Return the ratio of the median latencies of the same steps."""
+    case, other = passes.same_steps(case, other)
     if case.latency_ms is None or other.latency_ms is None:
         return None
     return other.latency_ms.median / case.latency_ms.median

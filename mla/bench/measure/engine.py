@@ -1,10 +1,11 @@
 """Time implementations against each other, fairly, and check what was timed.
 
-Per scenario, every implementation runs one whole pass, which is compared with the oracle; wrong ones are not
-timed. The same goes for every further variant (graph replay, cold cache, device clock) of correct ones. After
-the warm-up, passes of all variants are interleaved in a seeded random order, each starting from the restored
-history and with inputs of its own. The outputs of every pass are compared with the oracle, right after it. An
-implementation with a wrong variant gets no numbers at all, nor does one whose times are contradicted.
+Per scenario, every implementation warms up and then runs one whole pass, which is compared with the oracle;
+wrong ones are not timed. The same goes for every further variant (graph replay, cold cache, device clock) of
+correct ones. Then passes of all variants are interleaved in a seeded random order, each starting from the
+restored history and with inputs of its own. The outputs of every pass are compared with the oracle, right
+after it. An implementation with a wrong variant gets no numbers at all, nor does one whose times are
+contradicted.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def measure(
     implementation its numbers, and no other. Raises `VariantError` if graphs are
     required and the first implementation has none.
     """
-    engine = _Engine(scenario, checker, backend, progress, hooks)
+    setup = Setup(backend, variants or Variants(), scenario)
+    engine = _Engine(scenario, checker, setup, backend, progress, hooks)
     with _no_garbage_collection():  # the same for checks and timing: no op can tell them apart by it
         try:
             for one in implementations:
@@ -66,9 +68,8 @@ def measure(
                 with engine.refusable(one):
                     one.load(scenario, inputs)
                     engine.run_and_check(one)
-            runners = engine.make_runners(implementations, Setup(backend, variants or Variants(), scenario))
+            runners = engine.make_runners(implementations)
             engine.warm_up(runners)
-            engine.shorten(runners)
             engine.time(runners, random.Random(seed))
             engine.examine(runners)
         except KeyboardInterrupt:
@@ -80,10 +81,17 @@ class _Engine:
     """The measurement of one scenario."""
 
     def __init__(
-        self, scenario: Scenario, checker: Any, backend: Backend, progress: ProgressCallback, hooks: Hooks
+        self,
+        scenario: Scenario,
+        checker: Any,
+        setup: Setup,
+        backend: Backend,
+        progress: ProgressCallback,
+        hooks: Hooks,
     ) -> None:
         self.measurements: dict[str, Measurement] = {}
-        self._scenario, self._checker, self._backend = scenario, checker, backend
+        self._headlines: dict[str, PassRunner] = {}
+        self._scenario, self._checker, self._setup, self._backend = scenario, checker, setup, backend
         self._progress, self._hooks = progress, hooks
         self._second_opinion = SecondOpinion()
         self._runners: Sequence[PassRunner] = ()  # once they are timed
@@ -110,33 +118,52 @@ class _Engine:
     # ------------------------------------------------------------------------------------------ before
 
     def run_and_check(self, one: Implementation) -> None:
-        """Run a whole pass, untimed; the transient memory of the last forward, the longest, is counted."""
-        transient = TransientBytes()
+        """Warm up and run a whole pass, untimed; the transient memory of the last forward is counted."""
+        found = self.measurements[one.name] = Measurement(Samples(HEADLINE, Check(status="not run")))
+        runner = self._headlines[one.name] = self._setup.headline(one, found)
+        self._warm_up(runner)
+        self._shorten(runner)
+        found.transient_bytes = self._whole_pass(runner)
+        found.headline.check = one.check(self._checker)
+        if found.check.status == "ok":
+            found.outputs = one.compared()
+        else:
+            self._hooks.failed(one, found.check)
+
+    def _whole_pass(self, runner: PassRunner) -> int:
+        """Run a pass, and of a prefill one forward; return the transient bytes of the last, the longest."""
+        one, transient = runner.implementation, TransientBytes()
+        indices = runner.steps.run[: self._scenario.inputs]
         one.restore(CHECKED)
-        for index in range(self._scenario.inputs):
+        for index in indices:
             one.before(index)
-            with transient if index == self._scenario.inputs - 1 else nullcontext():
+            with transient if index == indices[-1] else nullcontext():
                 one.step(index)
             one.after(index)
             self._tick("checking", one)
         one.collect()
-        check = one.check(self._checker)
-        transient_bytes = transient.peak + one.scratch_bytes()
-        found = Measurement(Samples(HEADLINE, check), transient_bytes=transient_bytes)
-        self.measurements[one.name] = found
-        if check.status == "ok":
-            found.outputs = one.compared()
-        else:
-            self._hooks.failed(one, check)
+        return transient.peak + one.scratch_bytes()
 
-    def make_runners(self, implementations: Sequence[Implementation], setup: Setup) -> list[PassRunner]:
+    def _shorten(self, runner: PassRunner) -> None:
+        """Let a yardstick that is much slower than the first implementation run less."""
+        name = runner.implementation.name
+        ms = {name: one.warm_ms for name, one in self.measurements.items() if one.warm_ms}
+        if name in (less := self._hooks.shorten(ms)):
+            runner.steps, reason = less[name]
+            self.measurements[name].due = runner.steps.passes
+            self._hooks.say(f"{self._scenario.name}, {name}: {reason}")
+
+    def make_runners(self, implementations: Sequence[Implementation]) -> list[PassRunner]:
         """Return the runners of all correct implementations, each variant checked before it is timed."""
         found = []
         for position, one in enumerate(implementations):
             self._hooks.enter(one.name)
-            if self.measurements[one.name].check.status == "ok":
-                with self.refusable(one):
-                    found += setup.runners(one, self.measurements[one.name], first=position == 0)
+            measurement = self.measurements[one.name]
+            if measurement.check.status == "ok":
+                found.append(self._headlines[one.name])
+                if measurement.due is None:
+                    with self.refusable(one):
+                        found += self._setup.others(one, measurement, first=position == 0)
         for runner in found:
             if runner.samples.variant != HEADLINE and self._correct(runner):
                 self._hooks.enter(runner.implementation.name)
@@ -153,10 +180,10 @@ class _Engine:
             self._hooks.failed(one, runner.samples.check)
 
     def warm_up(self, runners: Sequence[PassRunner]) -> None:
-        """Warm up every mode, timed separately; the result reports the headline's warm-up."""
+        """Warm up every further mode as well, timed separately."""
         for runner in runners:
             variant, one = runner.samples.variant, runner.implementation
-            if variant.cache == "cold" or variant.clock == "device":
+            if variant == HEADLINE or variant.cache == "cold" or variant.clock == "device":
                 continue  # the checked pass is warm-up enough: caches are flushed, or warm already
             self._hooks.enter(one.name)
             with self.refusable(one):
@@ -167,22 +194,10 @@ class _Engine:
         tick = partial(self._tick, "warming up", one)
         steps, least = self._scenario.steps, self._scenario.warmups
         done = warm_up(runner.forwards, steps, least, runner.time_step, self._untimed, tick)
+        runner.ms = done.ms or 0.0
         if runner.samples.variant == HEADLINE:
-            measurement = self.measurements[one.name]
-            measurement.warmups, measurement.settled, measurement.warm_ms = (
-                done.forwards,
-                done.settled,
-                done.ms,
-            )
-
-    def shorten(self, runners: Sequence[PassRunner]) -> None:
-        """Let a yardstick that is much slower than the first implementation run fewer forwards."""
-        ms = {name: one.warm_ms for name, one in self.measurements.items() if one.warm_ms}
-        for name, (plan, reason) in self._hooks.shorten(ms).items():
-            for runner in runners:
-                if runner.implementation.name == name:
-                    runner.steps = plan[runner.samples.variant]
-            self._hooks.say(f"{self._scenario.name}, {name}: {reason}")
+            found = self.measurements[one.name]
+            found.warmups, found.settled, found.warm_ms = done.forwards, done.settled, done.ms
 
     # ------------------------------------------------------------------------------------------ timing
 
@@ -250,7 +265,7 @@ class _Engine:
                 found = evidence.doubts(runner, self._backend, self._checker, self._untimed, beat)
                 where = "" if runner.samples.variant == HEADLINE else f"{runner.samples.variant}: "
                 measurement.doubts += [f"{where}{doubt}" for doubt in found]
-                if runner.samples.variant == HEADLINE and isinstance(one, MlaLayer):
+                if runner.headline and isinstance(one, MlaLayer) and measurement.due is None:
                     measurement.new_lengths = new_lengths.measure(one, self._scenario, heartbeat=beat)
                 self._hooks.heartbeat()
         self._withhold()
@@ -269,7 +284,10 @@ class _Engine:
         """Mark what an interrupt left undone, including implementations that had not started."""
         for one in implementations:
             not_run = Samples(HEADLINE, Check(status="not run", reason="interrupted"))
-            self.measurements.setdefault(one.name, Measurement(not_run)).interrupted = True
+            found = self.measurements.setdefault(one.name, Measurement(not_run))
+            found.interrupted = True
+            if found.check.status == "not run" and not found.refused:
+                found.headline = not_run  # while it warmed up
         for runner in self._runners:
             if runner.passes and self._correct(runner):
                 doubts = evidence.at_hand(runner, self._checker)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from mla.bench.measure.variants import Steps, Variant
+from mla.bench.measure.variants import Steps
 from mla.bench.subjects.base import Implementation
 from mla.verify.verdict import Check
 
-# Implementation -> what it runs instead of what is planned, and the clause that says why.
-Shorter = Mapping[str, tuple[Mapping[Variant, Steps], str]]
+# Implementation -> what it runs of the headline, and of nothing else, and the clause that says why.
+Shorter = Mapping[str, tuple[Steps, str]]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,6 @@ class Hooks:
     heartbeat: Callable[[], None] = lambda: None  # called between forwards
     # An implementation whose pass was wrong, while its inputs, cache and collected outputs are in place.
     failed: Callable[[Implementation, Check], None] = lambda one, check: None
-    # Asked after the warm-ups, with the milliseconds of a forward of each implementation, first one first.
+    # Asked after every warm-up, with the milliseconds of a forward of each implementation, first one first.
     shorten: Callable[[Mapping[str, float]], Shorter] = lambda ms: {}
     say: Callable[[str], None] = lambda text: None  # what a reader of the numbers should know

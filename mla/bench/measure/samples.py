@@ -33,8 +33,9 @@ class Measurement:
     interrupted: bool = False
     refused: bool = False  # by an op: the check says why
     transient_bytes: int | None = None
+    due: int | None = None  # passes of a slow yardstick, which is timed in no other way than the headline's
     warmups: int = 0
-    warm_ms: float | None = None  # of a forward, at the end of the warm-up
+    warm_ms: float | None = None  # of the fastest forward of the warm-up
     settled: bool | None = None  # the warm-up ended because latencies had settled; None: no warm-up
     device_state: list[dict[str, str]] = field(default_factory=list)
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)  # of the first pass, by forward

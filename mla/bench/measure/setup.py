@@ -22,14 +22,18 @@ class Setup:
         cold = any(variant.cache == "cold" for variant in variants.timed)
         self._flush = CacheFlush(backend) if cold else None
 
-    def runners(self, one: Implementation, measurement: Measurement, first: bool) -> list[PassRunner]:
-        """Return a runner per variant of an implementation that has run a whole pass.
+    def headline(self, one: Implementation, measurement: Measurement) -> PassRunner:
+        """Return the runner of an implementation's headline."""
+        return self._runner(one, one, measurement.headline)
+
+    def others(self, one: Implementation, measurement: Measurement, first: bool) -> list[PassRunner]:
+        """Return a runner per further variant of an implementation that has run a whole pass.
 
         All variants are noted in `measurement`, unavailable ones with the reason. Raises `VariantError` if
         graphs are required and `one`, the first implementation, has none.
         """
         captured = self._captured(one, first)
-        found = [self._runner(one, one, measurement.headline)]
+        found = []
         for variant in self._variants.timed:
             if variant == HEADLINE:
                 continue

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mla.bench import results
 from mla.bench.measure.samples import Measurement, Samples
-from mla.bench.results import stats
+from mla.bench.results.passes import latency, throughput
 from mla.bench.results.timings import by_kind
 from mla.bench.subjects.base import Implementation
 from mla.bench.workload.scenario import Scenario
@@ -22,32 +22,18 @@ def fill(case: results.Case, scenario: Scenario, measurement: Measurement, one: 
     case.warmups, case.settled = measurement.warmups, measurement.settled
     case.device_state, case.new_lengths = measurement.device_state, measurement.new_lengths
     case.timings = [_timing(samples, scenario.layers) for samples in measurement.others]
+    case.planned = results.Planned(
+        passes=scenario.rounds, steps=scenario.steps, due=measurement.due or scenario.rounds
+    )
     if not measurement.passes:
         return
     passes = _per_layer(measurement.passes, scenario.layers)
-    rates = [1e3 * scenario.tokens * len(samples) / sum(samples) for samples in passes]
-    case.latency_ms = latency(passes)
-    case.tokens_per_s = results.Throughput(median=stats.median(rates), ci95=stats.median_interval(rates))
+    case.latency_ms, case.tokens_per_s = latency(passes), throughput(passes, scenario.tokens)
     case.plan_ms = None if one.plan_ms is None else one.plan_ms / scenario.layers
     switched = enumerate(measurement.headline.after_switch)
-    case.steps_per_pass = len(passes[0])  # a slow yardstick has fewer
+    case.steps_per_pass = len(passes[0])
     case.switch_steps = [index * case.steps_per_pass for index, flag in switched if flag]
     case.launch_bound = launch_bound(case)
-
-
-def latency(passes: Sequence[Sequence[float]]) -> results.Latency:
-    """Return the statistics of at least one pass."""
-    samples = [sample for one in passes for sample in one]
-    medians = [stats.median(one) for one in passes]
-    return results.Latency(
-        median=stats.median(samples),
-        ci95=stats.median_interval(medians),
-        p10=stats.percentile(samples, 10),
-        p90=stats.percentile(samples, 90),
-        samples=samples,
-        drift=stats.drift(medians),
-        outliers=stats.outliers(passes),
-    )
 
 
 def _per_layer(passes: Sequence[Sequence[float]], layers: int) -> list[list[float]]:

@@ -1,8 +1,8 @@
 """Warm up until latencies settle, by a bounded rule.
 
 At least as many forwards run as were asked for. Then more, until the median of the last `WINDOW` is within
-`WITHIN` of the median of the `WINDOW` before; but at most `MOST` more, and none once forwards have taken
-`SECONDS`. With 0 asked for, there is no warm-up.
+`WITHIN` of the median of the `WINDOW` before; but at most `MOST` more. Once forwards have taken `SECONDS`, no
+more are run than `FEWEST`, and windows are as long as those allow. With 0 asked for, there is no warm-up.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from mla.bench.measure.passes import Forwards
 from mla.bench.results.stats import median
 
 WINDOW, WITHIN = 5, 0.05
-MOST, SECONDS = 100, 5.0
+MOST, SECONDS = 100, 2.0
+# Forwards, if as many were asked for, however long they take: the first one may make what all others use.
+FEWEST = 2
 
 
 @dataclass(frozen=True)
 class WarmupResult:
-    """How a warm-up went. `settled` is None when none was asked for."""
+    """How a warm-up went. `settled` is None when none was asked for, or too few were run to tell."""
 
     forwards: int = 0
     settled: bool | None = None
-    ms: float | None = field(default=None, compare=False)  # median of the last forwards
+    ms: float | None = field(default=None, compare=False)  # of the fastest forward: others only slow it down
 
 
 def warm_up(
@@ -50,19 +52,22 @@ def warm_up(
         taken.append(time_step(index))
         forwards.after(index)
         tick(int(len(taken) <= least))
-    return WarmupResult(len(taken), settled(taken), median(taken[-WINDOW:]))
+    too_few = len(taken) <= FEWEST and taken[-1] <= taken[0]  # the first one may have made what all use
+    known = None if too_few and not settled(taken) else settled(taken)
+    return WarmupResult(len(taken), known, min(taken))
 
 
 def _done(taken: Sequence[float], least: int) -> bool:
     count = len(taken)
-    if count < least:
-        return False
-    return settled(taken) or count >= least + MOST or sum(taken) >= 1e3 * SECONDS
+    if sum(taken) >= 1e3 * SECONDS and count >= min(least, FEWEST):
+        return True
+    return count >= least and (count >= least + MOST or (count >= 2 * WINDOW and settled(taken)))
 
 
 def settled(taken: Sequence[float]) -> bool:
     """Return whether the last window of milliseconds is as fast as the one before, within `WITHIN`."""
-    if len(taken) < 2 * WINDOW:
+    window = max(1, min(WINDOW, len(taken) // 2))
+    if len(taken) < 2:
         return False
-    before, now = median(taken[-2 * WINDOW : -WINDOW]), median(taken[-WINDOW:])
+    before, now = median(taken[-2 * window : -window]), median(taken[-window:])
     return abs(now - before) <= WITHIN * before

@@ -6,10 +6,13 @@ from the limit, and what else runs on the machine is not known.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from mla.bench import results
+from mla.bench.measure import warmup
 from mla.bench.measure.variants import HEADLINE, Steps, Variant, forwards, steps
+from mla.bench.plan import yardstick
 from mla.bench.plan.rates import Rates, measure_rates
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.workload.implementations import parse_one
@@ -32,23 +35,54 @@ class Estimator:
         self._sweep = 2 * max(cache_bytes, LEAST_SWEPT) / rates.bandwidth
         self.measured = rates is not NOMINAL
 
-    def seconds(self, scenario: ScenarioPlan, names: Sequence[str]) -> float:
-        """Return the seconds of a scenario: its oracle, and every forward of these implementations."""
-        count = forwards(self._variants, scenario.point)
-        sweeps = sum((one.passes + 1) * len(one.timed) for one in self._extra(scenario, cold=True))
-        return self._total(scenario, names, count, sweeps)
+    def seconds(self, scenario: ScenarioPlan, names: Sequence[str], first: str | None = None) -> float:
+        """Return the seconds of a scenario: its oracle, and every forward of these implementations.
 
-    def least(self, scenario: ScenarioPlan, names: Sequence[str]) -> float:
+        `first` is the implementation that yardsticks are held to; by default the first one of `names`.
+        """
+        return self._total(scenario, names, first, least=False)
+
+    def least(self, scenario: ScenarioPlan, names: Sequence[str], first: str | None = None) -> float:
         """Return the seconds after which a scenario may have numbers: of all timed passes, only one."""
-        point = scenario.point
-        later = (point.rounds - 1) * point.steps
-        later += sum(one.passes * len(one.run) for one in self._extra(scenario))
-        checked = sum(len(one.timed) for one in self._extra(scenario, cold=True))
-        return self._total(scenario, names, forwards(self._variants, point) - later, checked)
+        return self._total(scenario, names, first, least=True)
 
-    def _total(self, scenario: ScenarioPlan, names: Sequence[str], count: int, sweeps: int) -> float:
-        runs = sum(count * self.forward(scenario, name) + sweeps * self._sweep for name in names)
-        return self.preparation(scenario, names) + runs
+    def one_pass(self, scenario: ScenarioPlan, names: Sequence[str], first: str) -> float:
+        """Return the seconds of the longest of the headline's passes."""
+        cut, steps = self._shortened(scenario, names, first), scenario.point.steps
+        counts = {name: len(cut[name].run) if name in cut else steps for name in names}
+        return max((count * self.forward(scenario, name) for name, count in counts.items()), default=0.0)
+
+    def _total(self, scenario: ScenarioPlan, names: Sequence[str], first: str | None, least: bool) -> float:
+        cut = self._shortened(scenario, names, first or next(iter(names), ""))
+        runs = (
+            self._cut(scenario, name, cut[name], least) if name in cut else self._whole(scenario, name, least)
+            for name in names
+        )
+        return self.preparation(scenario, names) + sum(runs)
+
+    def _shortened(self, scenario: ScenarioPlan, names: Sequence[str], first: str) -> dict[str, Steps]:
+        """Return what slow yardsticks run instead of all that is planned."""
+        ms = {name: 1e3 * self.forward(scenario, name) for name in dict.fromkeys((first, *names))}
+        found = yardstick.shortened(scenario.point, self._variants, ms)
+        return {name: plan for name, (plan, _) in found.items()}
+
+    def _cut(self, scenario: ScenarioPlan, name: str, plan: Steps, least: bool) -> float:
+        """Return the seconds of a slow yardstick's forwards."""
+        point, each = scenario.point, self.forward(scenario, name)
+        warmed = min(point.warmups, max(warmup.FEWEST, math.ceil(warmup.SECONDS / each)))
+        checked, passes = min(point.inputs, len(plan.run)), 1 if least else plan.passes
+        return each * (checked + warmed + passes * len(plan.run))
+
+    def _whole(self, scenario: ScenarioPlan, name: str, least: bool) -> float:
+        """Return the seconds of all forwards of an implementation, or all but those of later passes."""
+        point, cold = scenario.point, self._extra(scenario, cold=True)
+        count = forwards(self._variants, point)
+        sweeps = sum((one.passes + 1) * len(one.timed) for one in cold)
+        if least:
+            count -= (point.rounds - 1) * point.steps
+            count -= sum(one.passes * len(one.run) for one in self._extra(scenario))
+            sweeps = sum(len(one.timed) for one in cold)
+        return count * self.forward(scenario, name) + sweeps * self._sweep
 
     def _extra(self, scenario: ScenarioPlan, cold: bool = False) -> list[Steps]:
         """Return the steps of the variants beside the headline, or of those whose caches are swept."""
@@ -63,8 +97,11 @@ class Estimator:
 
     def forward(self, scenario: ScenarioPlan, name: str) -> float:
         """Return the seconds of one forward."""
-        share = SHARES.get(parse_one(name).base, min(SHARES.values()))
-        return self.floor(scenario.needs.forward) / share + self._rates.overhead
+        base, work = parse_one(name).base, scenario.needs.forward
+        seconds = self.floor(work) / SHARES.get(base, min(SHARES.values()))
+        if base != "mla":  # which multiplies with torch, in the run's dtype
+            seconds = max(seconds, work.flops / self._rates.by_torch)
+        return seconds + self._rates.overhead
 
     def floor(self, work: results.Cost) -> float:
         """Return the seconds below which the device cannot do some work."""

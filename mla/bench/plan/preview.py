@@ -170,16 +170,18 @@ def _rows(
             count,
             gib(memory.device_bytes(1)),
             gib(memory.host_bytes(1)),
-            _about(scenario, name, estimator),
+            _about(scenario, name, estimator, request.implementations[0]),
         )
         for place, name in enumerate(request.implementations)
     ]
 
 
-def _about(scenario: ScenarioPlan, name: str, estimator: Estimator) -> str:
+def _about(scenario: ScenarioPlan, name: str, estimator: Estimator, first: str) -> str:
     if not scenario.memory.fits:
         return "does not fit, skipped"
-    return "refused, skipped" if name in scenario.refused else spoken(estimator.seconds(scenario, [name]))
+    if name in scenario.refused:
+        return "refused, skipped"
+    return spoken(estimator.seconds(scenario, [name], first))
 
 
 def _total(request: Request, estimator: Estimator) -> None:

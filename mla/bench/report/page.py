@@ -51,7 +51,7 @@ def render(paths: Sequence[str], runs: Sequence[Run]) -> str:
     """Return the HTML page about these runs; the first is the base of comparisons."""
     import jinja2
 
-    from mla.bench.report import sections, tables
+    from mla.bench.report import sections
     from mla.bench.report.panel import Context
 
     files = series.result_files(paths, runs)
@@ -68,7 +68,6 @@ def render(paths: Sequence[str], runs: Sequence[Run]) -> str:
         summaries=list(map(summary.summary, files)),
         several=len(files) > 1,
         between_files=cross_file.verdicts(files),
-        columns=tables.columns(),
         sections=sections.sections(Context(files)),
         version=metadata.version("mla"),
     )

@@ -244,13 +244,6 @@ def thin(samples: Sequence[float], most: int) -> list[tuple[int, float]]:
     return [(index, samples[index]) for index in sorted(kept)]
 
 
-def passes(case: Case) -> list[list[float]]:
-    """Return the samples of each pass."""
-    samples: list[float] = case.latency_ms.samples if case.latency_ms else []
-    steps = max(1, case.steps_per_pass)
-    return [samples[start : start + steps] for start in range(0, len(samples), steps)]
-
-
 def printable(text: Any, most: int = 0) -> str:
     """Return text on one line without control characters, cut to `most` characters if given."""
     line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]+", " ", str(text)).strip()

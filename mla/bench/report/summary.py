@@ -13,6 +13,7 @@ from mla.bench.report.doubts import Badge
 from mla.bench.report.panel import case_name
 from mla.bench.report.series import ResultFile, grouped
 from mla.bench.report.tables import ResultRow, css_class, result_rows
+from mla.bench.results.passes import as_planned
 from mla.bench.results.schema import Case, Run
 from mla.bench.terminal import run_table
 from mla.bench.terminal.quality_warnings import quality_warnings
@@ -47,6 +48,7 @@ class Summary:
     warnings: list[str]
     limits: list[str]  # what is uncertain about the limits
     agreement: list[str]
+    columns: list[str]
     rows: list[ResultRow]
     environment: list[tuple[str, str]]
     config: list[tuple[str, str]]
@@ -74,6 +76,7 @@ def summary(file: ResultFile) -> Summary:
         quality_warnings(run),
         list(dict.fromkeys(doubts.of_limits(run.ceilings))),
         run_table.comparisons(run),
+        list(run_table.columns(run.cases)),
         result_rows(run.cases),
         environment(file),
         config(file),
@@ -154,10 +157,12 @@ def _bytes(count: int | None) -> str:
 def method(case: Case) -> list[tuple[str, str]]:
     """Return how a case was measured."""
     lengths = f"new tokens {_runs(case.query_lens)}; history {_runs(case.history)}"
-    passes = f"{case.passes} passes of {case.steps_per_pass} after {case.warmups} warm-ups"
+    passes = f"{case.passes} passes of {case.steps_per_pass}"
+    if case.planned and not as_planned(case):
+        passes += f" (planned were {case.planned.passes} of {case.planned.steps})"
     rows = [
         ("requests", f"{len(case.query_lens)}; {lengths}"),
-        ("timed", f"{passes}, {case.clock} clock"),
+        ("timed", f"{passes} after {case.warmups} warm-ups, {case.clock} clock"),
         ("interleaved with", ", ".join(case.interleaved_with) or "nothing: it ran alone"),
     ]
     rows += [("ops", _ops(case))] * bool(case.ops)

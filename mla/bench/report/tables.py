@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mla.bench.report.roofline_data import Roof, RooflineData
-from mla.bench.report.series import Curves, Measure, Quantity, ReportEntry, passes, position
-from mla.bench.results import stats
+from mla.bench.report.series import Curves, Measure, Quantity, ReportEntry, position
+from mla.bench.results import passes, stats
 from mla.bench.results.compare import Comparison
 from mla.bench.results.schema import Case, Interval, Latency, Timing
+from mla.bench.terminal import run_table
 from mla.bench.terminal.digits import number
-from mla.bench.terminal.run_table import COLUMNS
 from mla.bench.terminal.stages import total
 from mla.bench.terminal.verdict import is_yardstick, status
 
@@ -39,11 +39,11 @@ class ResultRow:
     reason: str
 
 
-def result_rows(cases: Iterable[Case]) -> list[ResultRow]:
+def result_rows(cases: Sequence[Case]) -> list[ResultRow]:
     """Return the rows of the results table, with the columns of the terminal's."""
-    rows = []
+    rows, columns = [], run_table.columns(cases)
     for case in cases:
-        cells = [cell(case) for cell in COLUMNS.values()]
+        cells = [cell(case) for cell in columns.values()]
         bad = case.check.status != "ok"
         reasons = [case.check.reason] * bad + [f"limit or time in doubt: {case.roofline.doubt}"] * bool(
             case.roofline.doubt
@@ -211,12 +211,7 @@ def pass_table(entries: Sequence[ReportEntry]) -> Table:
     head = [*_case_titles(entries), "pass", "forwards", "min ms", "median ms", "p90 ms", "max ms"]
     rows = []
     for entry in entries:
-        for place, samples in enumerate(passes(entry.case), start=1):
+        for place, samples in enumerate(passes.of(entry.case), start=1):
             summary = (min(samples), stats.median(samples), stats.percentile(samples, 90), max(samples))
             rows.append([*_case_cells(entry), str(place), str(len(samples)), *map(number, summary)])
     return Table(head, rows, len(_case_titles(entries)))
-
-
-def columns() -> list[str]:
-    """Return the titles of the results table."""
-    return list(COLUMNS)

@@ -1,9 +1,10 @@
 """Compare runs from their result files: how much faster or slower, and with which confidence.
 
-Figures and intervals are those of the runs' own tables. The unit of confidence is the pass, as in a run: the
-ratio's interval combines both medians' 95 % intervals, so its confidence is at least 90 %. Differences within
-the noise floor count as the same. A median does not see a few slow steps, so whole passes, whose totals make
-the throughput, are compared as well: slower there is SLOWER. Needs no torch.
+Figures and intervals are those of the runs' own tables, or, where a slow yardstick ran fewer decode steps in
+one of them, of the first steps of each pass that both have. The unit of confidence is the pass, as in a run:
+the ratio's interval combines both medians' 95 % intervals, so its confidence is at least 90 %. Differences
+within the noise floor count as the same. A median does not see a few slow steps, so whole passes, whose
+totals make the throughput, are compared as well: slower there is SLOWER. Needs no torch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mla.bench.results.passes import planned_steps, same_steps
 from mla.bench.results.schema import Case, Interval, Run
 
 # Ratios this near 1 were noise on every machine tried.
@@ -110,14 +112,14 @@ def _same(old: Any, new: Any) -> bool:
 
 def _case_differences(base: Case, new: Case) -> list[str]:
     names = ["mode", "query_lens", "history", "layers", "op"]
-    if new.mode == "decode":  # forwards of a prefill are alike, and a slow yardstick runs fewer
-        names.append("steps_per_pass")
     if _has_number(base) and _has_number(new):  # otherwise there was no clock
         names.append("clock")
     if base.heads is not None and new.heads is not None:  # version 1 did not say
         names.append("heads")
     reasons = [f"dtype differs: {base.dtype} and {new.dtype}"] if base.dtype != new.dtype else []
     reasons += [f"{name} differs" for name in names if getattr(base, name) != getattr(new, name)]
+    if new.mode == "decode" and planned_steps(base) != planned_steps(new):  # forwards of a prefill are alike
+        reasons.append("steps_per_pass differs")
     for which, case in (("base", base), ("new", new)):
         if not _has_number(case):
             because = f" ({case.check.reason})" if case.check.reason else ""
@@ -131,6 +133,8 @@ def _refused(case: Case, reason: str, expected: bool) -> Comparison:
 
 
 def _compare(base: Case, new: Case, noise: float) -> Comparison:
+    steps = {base.steps_per_pass, new.steps_per_pass}
+    base, new = same_steps(base, new)
     old, now = base.latency_ms, new.latency_ms
     assert old is not None
     assert now is not None
@@ -143,6 +147,9 @@ def _compare(base: Case, new: Case, noise: float) -> Comparison:
     elif verdict != SLOWER and _verdict(passes, noise) == SLOWER and passes is not None:
         verdict = SLOWER
         reason = f"whole passes take {passes[0]:.3f} to {passes[1]:.3f} times as long: some steps are slow"
+    if new.mode == "decode" and len(steps) > 1:
+        shared = f"compared are the first {min(steps)} steps of each pass, which both runs have"
+        reason = "; ".join(filter(None, (reason, shared)))
     return Comparison(
         scenario=new.scenario,
         implementation=new.implementation,

@@ -106,6 +106,14 @@ class NewLengths(msgspec.Struct, kw_only=True):
     repeated_plan_ms: Sample
 
 
+class Planned(msgspec.Struct, kw_only=True):
+    """What the workload asks of a case. `due` are the passes it was given: a slow yardstick gets fewer."""
+
+    passes: Positive
+    steps: Positive  # of a pass
+    due: Positive
+
+
 class Stage(msgspec.Struct, kw_only=True):
     """A part of one forward, timed alone between synchronizations: stages add up to more than a forward."""
 
@@ -160,6 +168,7 @@ class Case(msgspec.Struct, kw_only=True):
     device_state: list[dict[str, str]] = []  # sensors before and after the timed passes, if any
     settled: bool | None = None  # the warm-up ended because latencies had settled; None: no warm-up
     new_lengths: NewLengths | None = None
+    planned: Planned | None = None  # `passes` and `steps_per_pass` are what was run
 
 
 class Ceiling(msgspec.Struct, kw_only=True):

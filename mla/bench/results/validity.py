@@ -75,6 +75,7 @@ def _case(case: Case, path: str) -> Faults:
         yield "Expected at least one new token", f"{path}.query_lens"
     yield from _check(case, path)
     yield from _numbers(case, path)
+    yield from _planned(case, path)
     yield from _roofline(case.roofline, case.latency_ms, f"{path}.roofline")
     for index, timing in enumerate(case.timings):
         yield from _timing(timing, f"{path}.timings[{index}]")
@@ -125,6 +126,19 @@ def _numbers(case: Case, path: str) -> Faults:
     yield from _throughput(case, path)
     if any(step >= len(samples) for step in case.switch_steps):
         yield f"Expected indices below {len(samples)}", f"{path}.switch_steps"
+
+
+def _planned(case: Case, path: str) -> Faults:
+    """Yield that a case was given, or ran, more than the workload asks for."""
+    planned = case.planned
+    if planned is None:
+        return
+    if planned.due > planned.passes:
+        yield f"Expected at most {planned.passes}, as are planned, got {planned.due}", f"{path}.planned.due"
+    if case.passes > planned.due:
+        yield f"Expected at most {planned.due} passes, got {case.passes}", f"{path}.passes"
+    if case.steps_per_pass > planned.steps:
+        yield f"Expected at most {planned.steps} steps, got {case.steps_per_pass}", f"{path}.steps_per_pass"
 
 
 def _latency(latency: Latency, path: str) -> Faults:

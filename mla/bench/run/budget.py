@@ -12,13 +12,17 @@ class Budget:
 
     def __init__(self, seconds: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds = seconds
+        self.before: float | None = None  # seconds until `left` was first asked for
         self._clock = clock
         self._end = math.inf if seconds is None else clock() + seconds
         self._estimated = self._taken = 0.0
 
     def left(self) -> float:
         """Return the seconds that are left; negative once the time is over."""
-        return self._end - self._clock()
+        left = self._end - self._clock()
+        if self.before is None and self.seconds is not None:
+            self.before = self.seconds - left
+        return left
 
     def corrected(self, estimate: float) -> float:
         """Return an estimate, scaled by how far earlier ones were off."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mla.bench.results.passes import due, planned_steps
 from mla.bench.results.printable import printable
 from mla.bench.results.schema import Case, Run
 from mla.errors import ResultError
@@ -65,7 +66,7 @@ def mark(old: Run, now: Run, remark: str | None) -> None:
 
 def _complete(case: Case, rounds: int) -> bool:
     """Return whether a case is complete; what a budget cut short is measured again."""
-    measured = case.check.status == "ok" and case.passes >= rounds
+    measured = case.check.status == "ok" and case.passes >= due(case, rounds)
     return not case.interrupted and (measured or case.check.status == "wrong")
 
 
@@ -126,9 +127,10 @@ def _case_differences(case: Case, plan: ScenarioPlan) -> list[str]:
         "heads": setting.config.num_attention_heads,
         "layers": point.layers,
     }
-    found = [name for name, value in expected.items() if getattr(case, name) != value]
+    was = {name: getattr(case, name) for name in expected} | {"steps_per_pass": planned_steps(case)}
+    found = [name for name, value in expected.items() if was[name] != value]
     where = f"of case '{case.scenario}, {case.implementation}'"
-    reasons = [f"{name} {where} was {getattr(case, name)} and is {expected[name]}" for name in found]
+    reasons = [f"{name} {where} was {was[name]} and is {expected[name]}" for name in found]
     ops = plan.ops.get(case.implementation)
     return reasons + ([] if ops is None else list(_op_differences(case.ops, ops, where)))
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from mla.bench import results
@@ -12,7 +11,7 @@ from mla.bench.failures.keeper import Case, Keeper
 from mla.bench.limits import placing
 from mla.bench.limits.roofline import RooflineModel
 from mla.bench.measure import agreement, engine, stages, summary
-from mla.bench.measure.hooks import Hooks
+from mla.bench.measure.hooks import Hooks, Shorter
 from mla.bench.measure.samples import Measurement
 from mla.bench.plan import yardstick
 from mla.bench.plan.repro import case_command
@@ -48,6 +47,7 @@ class ScenarioRun:
         self.ceilings = RooflineModel(self._setting)
         self.refusal: MLAError | None = None  # the first of an op
         self._outputs: dict[str, agreement.Outputs] = {}  # of right implementations
+        self._ms: dict[str, float] = {}  # of a forward of each, warm
 
     @property
     def prepared(self) -> bool:
@@ -68,8 +68,7 @@ class ScenarioRun:
         self._threads.restore()
         built = [self._build(name) for name in names]
         backend, seed, variants = self._setting.backend, self._setting.seed, self._request.variants
-        shorten = partial(yardstick.shortened, self._point, variants.timed)
-        hooks = replace(self._hooks, shorten=shorten, say=note)
+        hooks = replace(self._hooks, shorten=self._shorten, say=note)
         measured = engine.measure(
             built, self._point, inputs, checker, backend, seed, variants, self._progress, hooks
         )
@@ -88,6 +87,11 @@ class ScenarioRun:
                 self._add_stages(one, case, checker)
         tampered.withhold(cases)
         return cases
+
+    def _shorten(self, ms: Mapping[str, float]) -> Shorter:
+        """Return what slow yardsticks run less; the first implementation may have run before, alone."""
+        self._ms |= ms
+        return yardstick.shortened(self._point, self._request.variants.timed, self._ms)
 
     def _failed(self, one: Implementation, check: Check) -> None:
         """Keep the first failure of the run; the engine calls this once per wrong implementation."""
@@ -140,6 +144,7 @@ class ScenarioRun:
         loaded = measured.check.status != "not run"
         case = self._empty(one.name, "", interrupted=False)
         summary.fill(case, self._point, measured, one)
+        case.cost = self._fixture.cost(case.steps_per_pass)
         case.interleaved_with = [name for name in names if name != one.name] if one.name in names else []
         case.ops = one.ops()
         case.memory = results.Memory(
@@ -149,7 +154,8 @@ class ScenarioRun:
             transient_bytes=measured.transient_bytes,
         )
         if one.computes:
-            judging.judge(case, self._whole(self._least_cost()), self.ceilings, self._hooks.heartbeat)
+            least = self._whole(self._least_cost(case.steps_per_pass))
+            judging.judge(case, least, self.ceilings, self._hooks.heartbeat)
         placing.place_case(case, self.ceilings.used())
         return case
 
@@ -158,10 +164,10 @@ class ScenarioRun:
         layers = self._point.layers
         return results.Cost(flops=layers * work.flops, bytes=layers * work.bytes)
 
-    def _least_cost(self) -> results.Cost:
+    def _least_cost(self, steps: int) -> results.Cost:
         """Return the work of one layer on the paths with the fewest FLOPs, which others may take."""
         setting = replace(self._setting, attention="auto")
-        return make_fixture(setting, self._point, self._request.state).cost()
+        return make_fixture(setting, self._point, self._request.state).cost(steps)
 
     def _empty(self, name: str, reason: str, interrupted: bool) -> results.Case:
         scenario = self._point

@@ -18,6 +18,7 @@ from mla.bench.plan import estimate
 from mla.bench.plan.estimate import Estimator
 from mla.bench.plan.memory import MemoryPlan, available_memory
 from mla.bench.plan.request import Request, ScenarioPlan, empty_run
+from mla.bench.results.passes import due
 from mla.bench.run.budget import Pace
 from mla.bench.run.outcome import Outcome, failure_of, subjects
 from mla.bench.run.scenario_run import ScenarioRun
@@ -51,7 +52,8 @@ def measure(request: Request, empty: results.Run | None = None, steering: Steeri
 
 def execute(request: Request, empty: results.Run, advance: Advance, steering: Steering) -> Outcome:
     """Run every scenario in a seeded order, its implementations interleaved where memory allows it."""
-    return _Scheduler(request, empty, advance, steering).run()
+    scheduler = _Scheduler(request, empty, advance, steering)
+    return replace(scheduler.run(), needed=scheduler.needed())
 
 
 class _Scheduler:
@@ -88,15 +90,22 @@ class _Scheduler:
         nothing &= not any(case.check.status in ("wrong", "doubtful") for case in found.cases)
         return Outcome(found, failure=self._refusal if nothing else None)
 
+    def needed(self) -> float | None:
+        """Return the seconds that the whole run takes, by all that is known; None without a budget."""
+        budget, request = self._steering.budget, self._request
+        if budget.seconds is None:
+            return None
+        fitting = [scenario for scenario in request.scenarios if scenario.memory.fits]
+        seconds = sum(self._estimator.seconds(one, request.implementations) for one in fitting)
+        return (budget.before or 0.0) + budget.corrected(seconds)
+
     def _visit(self, scenario: ScenarioPlan) -> Outcome | None:
         """Measure what is missing of a scenario; return an outcome if the run ends here."""
         names = self._missing(scenario)
         bar = _ScenarioBar(
             self._advance_to, self._place(), self._nominal, scenario, self._request.implementations
         )
-        work = ScenarioRun(
-            self._request, scenario, bar.forwards, self._hooks(scenario, names), self._steering.keeper
-        )
+        work = ScenarioRun(self._request, scenario, bar.forwards, self._hooks(), self._steering.keeper)
         self._limits.append(work.ceilings)
         try:
             if names:
@@ -155,22 +164,36 @@ class _Scheduler:
         if not memory.fits:
             self._skip(work, scenario, names, f"it needs {memory.shortage()}")
             return
-        left = budget.left()
-        seconds, least = self._estimator.seconds(scenario, names), self._estimator.least(scenario, names)
-        if not budget.fits(least):
-            self._keep(
-                work.not_run(names, _over_budget(budget.corrected(least), left, budget.seconds or 0.0))
-            )
+        names = self._affordable(work, scenario, names)
+        if not names:
             return
-        start = time.monotonic()
+        self._pace = Pace(budget, self._estimator.one_pass(scenario, names, self._first))
+        seconds, start = self._estimator.seconds(scenario, names, self._first), time.monotonic()
         self._interleave(work, memory, scenario, names)
         if self._complete(scenario, names):
             budget.learn(seconds, time.monotonic() - start)
 
+    @property
+    def _first(self) -> str:
+        """The implementation that the others are compared with."""
+        return self._request.implementations[0]
+
+    def _affordable(self, work: ScenarioRun, scenario: ScenarioPlan, names: list[str]) -> list[str]:
+        """Return the implementations that fit into the budget, maybe the first alone; skip the others."""
+        budget = self._steering.budget
+        left = budget.left()
+        for some in (names, names[:1]):
+            least = self._estimator.least(scenario, some, self._first)
+            reason = _over_budget(budget.corrected(least), left, budget.seconds or 0.0)
+            if budget.fits(least):
+                return some
+            self._keep(work.not_run(names[1:] if some is names else names, reason))
+        return []
+
     def _complete(self, scenario: ScenarioPlan, names: Sequence[str]) -> bool:
         """Return whether nothing of a scenario was cut, so that its estimate can be judged."""
         cases = [self._cases[scenario.name, name] for name in names]
-        return all(case.passes >= scenario.point.rounds for case in cases)
+        return all(case.passes >= due(case, scenario.point.rounds) for case in cases)
 
     def _not_refused(self, work: ScenarioRun, scenario: ScenarioPlan, names: list[str]) -> list[str]:
         """Skip the implementations whose ops refuse the lengths; return the others."""
@@ -205,12 +228,10 @@ class _Scheduler:
         late = f"{OVER_BUDGET}: after the checks, no timed pass fitted into what was left"
         self._keep(work.not_run([case.implementation for case in cut], late))
 
-    def _hooks(self, scenario: ScenarioPlan, names: Sequence[str]) -> Hooks:
+    def _hooks(self) -> Hooks:
         """Return the engine's hooks: it stops when another pass of the slowest one would not fit."""
         budget = self._steering.budget
-        passes = (scenario.point.steps * self._estimator.forward(scenario, name) for name in names)
-        self._pace = Pace(budget, max(passes, default=0.0))
-        over = None if budget.seconds is None else self._pace.over
+        over = None if budget.seconds is None else lambda: self._pace.over()
         return Hooks(over, self._watchdog.enter, self._watchdog.beat)
 
     def _others_may_run(self, error: Exception) -> bool:

@@ -12,8 +12,10 @@ from mla.bench.failures.keeper import Keeper
 from mla.bench.plan import repro
 from mla.bench.plan.options import RunOptions
 from mla.bench.plan.request import Request
+from mla.bench.results.passes import due
 from mla.bench.run import resume
 from mla.bench.run.budget import Budget
+from mla.bench.workload.quantities import spoken
 from mla.command import last_words
 from mla.command.console import Note, note
 from mla.command.exit_codes import Exit
@@ -110,20 +112,29 @@ def _save(options: RunOptions, run: results.Run) -> None:
         note(f"{error} The run continues and will try again.")
 
 
-def skipped(options: RunOptions, request: Request, run: results.Run) -> str | None:
-    """Return how many cases the budget cut, and how to resume; None if it cut none."""
+def skipped(
+    options: RunOptions, request: Request, run: results.Run, needed: float | None = None
+) -> str | None:
+    """Return how many cases the budget cut, what it should have been, and how to resume; None if it cut none.
+
+    `needed` are the seconds of the whole run.
+    """
     rounds = {point.name: point.rounds for point in request.points}
     left_out = sum(case.check.reason.startswith(OVER_BUDGET) for case in run.cases)
-    short = sum(0 < case.passes < rounds[case.scenario] and not case.interrupted for case in run.cases)
+    short = sum(
+        0 < case.passes < due(case, rounds[case.scenario]) and not case.interrupted for case in run.cases
+    )
     if not left_out and not short:
         return None
     words = [*request.command, *request.selection, "--implementations", ",".join(request.implementations)]
     command = repro.command([*words, "--resume", str(options.target)])
     on = f"resume with: {command}" if options.target else "with -o, a later run could --resume it"
     cut = f"--budget skipped {left_out} of {len(run.cases)} cases and cut short {short}; {on}"
+    whole = "" if needed is None else f"the whole run would take about {spoken(needed)}"
     if any(case.latency_ms for case in run.cases):
-        return cut
+        return f"{cut} ({whole})" if whole and not options.target else cut
     why = next(case.check.reason for case in run.cases if case.check.reason.startswith(OVER_BUDGET))
+    more = f"{whole}, so give it as much" if whole else "give it more"
     less = "measure less with --runs, --passes, --scenario or --mode eager --cache warm"
     less += " (the time counts from the start of the command)"
-    return f"--budget was too short for any number ({why.partition(': ')[2]}): give it more, or {less}. {cut}"
+    return f"--budget was too short for any number ({why.partition(': ')[2]}): {more}, or {less}. {cut}"

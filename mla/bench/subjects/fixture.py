@@ -106,8 +106,8 @@ class Fixture(ABC):
         """Return an implementation by name; `inputs` or `prepare` has been called."""
 
     @abstractmethod
-    def cost(self) -> results.Cost:
-        """Return the work of one forward: its mean over a pass, per layer."""
+    def cost(self, steps: int | None = None) -> results.Cost:
+        """Return the work of one forward: its mean over a pass, or so many first `steps` of it, per layer."""
 
     @abstractmethod
     def needs(self, ours: Sequence[str]) -> Needs:
@@ -149,7 +149,7 @@ class LayerFixture(Fixture):
         super().__init__(sharing_weights(setting), point)
         self._given, self._after_forward = state, after_forward
         self._state: State = {}
-        self._cost: results.Cost | None = None
+        self._costs: dict[int, results.Cost] = {}  # by the number of steps
 
     def _make_inputs(self) -> Inputs:
         self._state = self._weights()
@@ -190,10 +190,11 @@ class LayerFixture(Fixture):
         one.name = name
         return one
 
-    def cost(self) -> results.Cost:
-        if self._cost is None:
-            self._cost = self._mean_cost(range(self.point.inputs))
-        return self._cost
+    def cost(self, steps: int | None = None) -> results.Cost:
+        count = min(self.point.inputs, steps or self.point.inputs)
+        if count not in self._costs:
+            self._costs[count] = self._mean_cost(range(count))
+        return self._costs[count]
 
     def _mean_cost(self, steps: Sequence[int]) -> results.Cost:
         """Return the mean work of the forwards at these steps, counted for our layer's paths."""
@@ -247,7 +248,7 @@ class OpFixture(Fixture):
         setting = implementation_setting(self.setting, parse_one(name))
         return OpImplementation(setting, self._problem, name)
 
-    def cost(self) -> results.Cost:
+    def cost(self, steps: int | None = None) -> results.Cost:
         return results.Cost(**self._problem.work._asdict())
 
     def needs(self, ours: Sequence[str]) -> Needs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from mla.bench.results.passes import as_planned
 from mla.bench.results.schema import Case, NewLengths, Run
 from mla.bench.terminal.digits import known, number
 
@@ -15,12 +16,23 @@ COSTLY = 1.2
 
 
 def case_lines(run: Run) -> list[str]:
-    """Return lines about planning, new lengths, and how throughput and latency of a case relate."""
+    """Return lines about passes, planning, new lengths, and how throughput and latency of a case relate."""
     return [
         f"{case.scenario}, {case.implementation}: {text}"
         for case in run.cases
-        for text in (*_planning(case), *_new_lengths(case), *_mean(case))
+        for text in (*_passes(case), *_planning(case), *_new_lengths(case), *_mean(case))
     ]
+
+
+def _passes(case: Case) -> Iterator[str]:
+    """Say what was timed where the workload asks for more; of a decode pass, it was the first steps."""
+    planned = case.planned
+    if as_planned(case) or planned is None:
+        return
+    steps, fewer = case.steps_per_pass, case.steps_per_pass < planned.steps
+    of = f"{'the first ' * (fewer and case.mode == 'decode')}{steps}"
+    shared = "; ratios to it are of the same steps" if fewer and case.mode == "decode" else ""
+    yield f"timed in {case.passes} passes of {of} instead of {planned.passes} of {planned.steps}{shared}"
 
 
 def _planning(case: Case) -> Iterator[str]:

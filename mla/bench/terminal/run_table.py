@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mla.bench import results
+from mla.bench.results.passes import as_planned
 from mla.bench.results.schema import Case, Run
 from mla.bench.results.timings import cold, flat_timings
 from mla.bench.terminal import ceilings, stages
@@ -23,7 +24,7 @@ from mla.command.console import results_stream
 from mla.command.table import markdown
 from mla.text import size
 
-__all__ = ["COLUMNS", "FORMATS", "comparisons", "headline", "headlines", "leading", "render"]
+__all__ = ["COLUMNS", "FORMATS", "columns", "comparisons", "headline", "headlines", "leading", "render"]
 
 FORMATS = ("table", "md", "csv", "json")
 
@@ -42,6 +43,8 @@ COLUMNS: dict[str, Callable[[Case], str]] = {
     "rel. error": lambda case: _exponent(case.check.relative_error),
     "check": lambda case: case.check.status,
 }
+# A further column where a case ran fewer passes, or shorter ones, than the workload asks for.
+PASSES = {"passes": lambda case: f"{case.passes} x {case.steps_per_pass}" if case.passes else "-"}
 
 # Colours of a row on a terminal, by the status of its check.
 _STYLES = {"wrong": "red", "doubtful": "magenta"}
@@ -59,6 +62,11 @@ def render(run: Run, kind: str) -> str:
     said = list(map(str, verdicts(run)))
     blocks = (about, ceilings.run_lines(run.ceilings), comparisons(run), said, headlines(run))
     return f"{body}\n{parts}" + "\n".join("".join(f"{line}\n" for line in lines) for lines in blocks if lines)
+
+
+def columns(cases: Sequence[Case]) -> dict[str, Callable[[Case], str]]:
+    """Return the columns of a table of these cases."""
+    return COLUMNS if all(map(as_planned, cases)) else COLUMNS | PASSES
 
 
 def comparisons(run: Run) -> list[str]:
@@ -143,14 +151,15 @@ def _layers(case: Case) -> str:
 
 
 def _cells(cases: Sequence[Case]) -> Iterable[list[str]]:
-    return ([cell(case) for cell in COLUMNS.values()] for case in cases)
+    cells = columns(cases).values()
+    return ([cell(case) for cell in cells] for case in cases)
 
 
 def _table(cases: Sequence[Case]) -> str:
     console = Console(file=results_stream())
     can_draw = console.encoding.startswith("utf")
     table = Table(box=box.SIMPLE_HEAD if can_draw else box.ASCII, pad_edge=False)
-    for title in COLUMNS:
+    for title in columns(cases):
         side: JustifyMethod = "left" if title in ("scenario", "implementation") else "right"
         table.add_column(title, justify=side, no_wrap=True)
     for case, cells in zip(cases, _cells(cases), strict=True):
@@ -173,7 +182,7 @@ def _reasons(cases: Sequence[Case]) -> str:
 
 
 def _markdown(cases: Sequence[Case]) -> str:
-    return markdown(list(COLUMNS), _cells(cases)) + _reasons(cases)
+    return markdown(list(columns(cases)), _cells(cases)) + _reasons(cases)
 
 
 def _csv(cases: Sequence[Case]) -> str:
@@ -209,6 +218,8 @@ def _flat(case: Case) -> dict[str, object]:
         "layers": case.layers,
         "passes": case.passes,
         "steps_per_pass": case.steps_per_pass,
+        "planned_passes": case.planned.passes if case.planned else None,
+        "planned_steps": case.planned.steps if case.planned else None,
         "cache_bytes": case.memory.cache_bytes,
         "transient_bytes": case.memory.transient_bytes,
         "clock": case.clock,

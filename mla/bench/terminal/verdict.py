@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mla.bench.results import passes
 from mla.bench.results.schema import Case, Interval, Roofline, Run
 from mla.bench.terminal.digits import between, known
 
@@ -73,7 +74,8 @@ def is_yardstick(case: Case) -> bool:
 
 
 def speed(case: Case, other: Case) -> Speed | None:
-    """Return how many times as fast `case` is, from the latencies of the table; None without both."""
+    """Return how many times as fast `case` is, by the latencies of the same steps; None without both."""
+    case, other = passes.same_steps(case, other)
     mine, theirs = case.latency_ms, other.latency_ms
     if mine is None or theirs is None or min(mine.median, theirs.median) <= 0:
         return None

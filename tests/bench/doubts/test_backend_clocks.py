@@ -168,3 +168,46 @@ def test_a_wait_that_goes_on_after_a_forward_is_done(
     assert wait_doubt(forwards, THREE, lambda: None, synchronize, lambda: None, empty=sleep) == ""
     said = f"a forward takes {1 + sleep:.3g} ms until `synchronize` returns, but is done after 1 ms"
     assert found == (said if doubted else "")
+
+
+@pytest.mark.parametrize(("known", "ran"), [(1.5, 3), (1.7, 9)])
+def test_what_the_passes_took_is_the_first_turn(
+    monkeypatch: pytest.MonkeyPatch, known: float, ran: int
+) -> None:
+    """A median that others have disturbed says nothing yet: then both ways take turns."""
+    forwards, steps = Forwards(monkeypatch), list[int]()
+    monkeypatch.setattr(forwards, "before", steps.append)
+    assert wait_doubt(forwards, THREE, lambda: None, lambda: None, lambda: None, 0.0, known) == ""
+    assert len(steps) == ran
+
+
+def test_a_median_that_only_synchronize_explains_is_doubted(monkeypatch: pytest.MonkeyPatch) -> None:
+    forwards = Forwards(monkeypatch)
+
+    def synchronize() -> None:
+        forwards.now += 5_000_000
+
+    assert wait_doubt(forwards, THREE, lambda: None, synchronize, lambda: None, 0.0, 6.0)
+
+
+@pytest.mark.parametrize("ms", [200.0, 1000.0])
+def test_passes_that_others_disturbed_are_no_doubt_however_long_forwards_are(
+    monkeypatch: pytest.MonkeyPatch, ms: float
+) -> None:
+    forwards = Forwards(monkeypatch, ms)
+    assert wait_doubt(forwards, THREE, lambda: None, lambda: None, lambda: None, 0.0, 3.3 * ms) == ""
+
+
+@pytest.mark.parametrize(("sleep", "doubted", "ran"), [(0, False, 1), (900, True, 19)])
+def test_long_forwards_run_once_a_turn_and_as_often_before_a_doubt(
+    monkeypatch: pytest.MonkeyPatch, sleep: int, doubted: bool, ran: int
+) -> None:
+    forwards, steps = Forwards(monkeypatch, ms=1000.0), list[int]()
+    monkeypatch.setattr(forwards, "before", steps.append)
+
+    def synchronize() -> None:
+        forwards.now += sleep * 1_000_000
+
+    found = wait_doubt(forwards, THREE, lambda: None, synchronize, lambda: None, 0.0, 1000.0 + sleep)
+    assert bool(found) == doubted
+    assert len(steps) == ran

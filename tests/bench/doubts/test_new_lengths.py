@@ -266,11 +266,11 @@ def test_a_slow_layer_runs_fewer(tiny: Callable[..., MLAConfig], time: Time) -> 
 
     def beat() -> None:
         next(beats)
-        time.spend(1000)
+        time.spend(600)
 
     found = measure(loaded.one, DECODE, time, beat)
     assert found is not None
-    assert found.forwards == 2  # the second ends after 6 of 4 seconds
+    assert found.forwards == 2  # the second ends after 3.6 of 2 seconds
     assert next(beats) == 6
 
 

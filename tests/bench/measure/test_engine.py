@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 from engine_bench import CHECKED, DECODE, Bench, MakeBench, Parrot
 
+from mla.bench.measure import passes
 from mla.bench.measure.hooks import Hooks
+from mla.bench.measure.variants import HEADLINE, Steps, Variant, Variants
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.workload.scenario import Scenario
 from mla.verify.verdict import Check
@@ -240,6 +243,59 @@ def test_sensors_are_read_around_all_passes_and_never_between(decode: Bench) -> 
 def test_warm_ups_are_timed_apart_and_restore_where_a_pass_ends(make_bench: MakeBench) -> None:
     bench = make_bench(msgspec.structs.replace(DECODE, warmups=7))
     result = bench.measure(bench.parrot("a"))["a"]
-    assert (result.warmups, result.settled) == (97, False)  # 4 + 5 + ... + 100 ms are more than 5 s
-    words = [what for _, what in bench.log if what in ("restore", "step")][1 + DECODE.inputs :]
-    assert words[:129] == [*["restore", "step", "step", "step"] * 33][:129]
+    assert (result.warmups, result.settled) == (63, False)  # 1 + 2 + ... + 63 ms are more than 2 s
+    words = [what for _, what in bench.log if what in ("restore", "step")]
+    whole = ["restore", "step", "step", "step"]
+    assert words[: 22 * 4] == whole * 22  # the last of them is checked
+
+
+# ------------------------------------------------------------------------------------- slow yardsticks
+
+
+@pytest.fixture
+def cut(make_bench: MakeBench) -> Any:
+    """Measure two implementations, of which "slow" runs two passes of the first two of three steps."""
+    bench = make_bench(msgspec.structs.replace(DECODE, warmups=1))
+    asked: list[dict[str, float]] = []
+    said: list[str] = []
+
+    def shorten(ms: Any) -> Any:
+        asked.append(dict(ms))
+        return {"slow": (Steps(range(2), range(2), 2), "it is slow")} if "slow" in ms else {}
+
+    variants = Variants((HEADLINE, Variant(cache="cold")))
+    slow = bench.parrot("slow")
+    hooks = Hooks(shorten=shorten, say=said.append)
+    found = bench.measure(bench.parrot("fast"), slow, variants=variants, hooks=hooks)
+    return SimpleNamespace(bench=bench, found=found, asked=asked, said=said, slow=slow)
+
+
+def test_a_slow_yardstick_is_asked_for_as_soon_as_it_is_warm(cut: Any) -> None:
+    assert [[*one] for one in cut.asked] == [["fast"], ["fast", "slow"]]
+    assert cut.said == ["d, slow: it is slow"]
+
+
+def test_it_runs_the_headline_alone_in_passes_as_short_as_they_were_cut_to(cut: Any) -> None:
+    fast, slow = cut.found["fast"], cut.found["slow"]
+    assert [len(one) for one in slow.passes] == [2, 2]
+    assert [len(one) for one in fast.passes] == [3] * 4
+    assert (slow.others, slow.due) == ([], 2)
+    assert ([len(one.passes) for one in fast.others], fast.due) == ([4], None)
+
+
+def test_its_check_is_as_short_and_all_of_its_outputs_are_checked(cut: Any) -> None:
+    words = [what for who, what in cut.bench.log if who == "slow" and what in ("restore", "step", "collect")]
+    assert words[: words.index("collect")][-3:] == ["restore", "step", "step"]
+    assert sorted(cut.found["slow"].outputs) == [0, 1]
+
+
+def test_long_forwards_do_without_one_that_reloads_the_caches(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fastest forward of the warm-up takes a millisecond."""
+    monkeypatch.setattr(passes, "LONG", 1.0)
+    bench = make_bench(msgspec.structs.replace(DECODE, warmups=1))
+    bench.measure(bench.parrot("a"))
+    for words in bench.timed():
+        assert words.count("restore") == 2  # of the idle pass, and of the timed one
+        assert words.count("step") == DECODE.runs

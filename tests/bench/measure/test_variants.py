@@ -60,7 +60,7 @@ def remarks(done: Any) -> list[str]:
 
 
 def test_by_default_warm_and_cold_are_timed(virtual: Bench) -> None:
-    done = virtual(script="2/3/2")
+    done = virtual(script="2/2/3")
     assert done.code == 0
     assert "timed      eager; warm, cold; host clock" in done.err
     assert medians() == {("eager", "cold", "host"): 3}
@@ -77,7 +77,7 @@ def test_the_headline_alone_can_be_asked_for(virtual: Bench) -> None:
 
 
 def test_every_combination_is_timed_by_its_own_clock(virtual: Bench) -> None:
-    done = virtual(script="8/9/4/5/8", device_script="1/6/7/2/3", graphs="on")
+    done = virtual(script="8/8/9/4/5/8", device_script="1/6/7/2/3", graphs="on")
     assert done.code == 0
     assert headline().median == 8
     assert medians() == {
@@ -213,7 +213,7 @@ def test_what_cannot_be_timed_is_a_sentence(
 def test_launch_bound_compares_eager_with_the_replay(
     virtual: Bench, eager: str, graph: str, device: str, expected: bool
 ) -> None:
-    virtual(*GRAPHS, script=f"{eager}/{graph}/1", device_script=f"1/1/{device}")
+    virtual(*GRAPHS, script=f"{eager}/1/{graph}/1", device_script=f"1/1/{device}")
     assert only_case().launch_bound is expected
 
 
@@ -326,7 +326,7 @@ def test_a_sensor_that_breaks_costs_nothing(virtual: Bench) -> None:
 
 
 def test_csv_has_a_column_for_every_way(virtual: Bench) -> None:
-    done = virtual("--format", "csv", script="8/9/4/5/8", device_script="1/6/7/2/3", graphs="on")
+    done = virtual("--format", "csv", script="8/8/9/4/5/8", device_script="1/6/7/2/3", graphs="on")
     (row,) = csv.DictReader(io.StringIO(done.out))
     names = ("cold", "device", "device_cold", "graph", "graph_cold", "graph_device", "graph_device_cold")
     assert [float(row[f"{name}_ms"]) for name in names] == [9, 6, 7, 4, 5, 2, 3]

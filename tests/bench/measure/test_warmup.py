@@ -7,7 +7,7 @@ from itertools import chain, count, repeat
 
 import pytest
 
-from mla.bench.measure.warmup import MOST, SECONDS, WINDOW, WarmupResult, settled, warm_up
+from mla.bench.measure.warmup import FEWEST, MOST, SECONDS, WINDOW, WarmupResult, settled, warm_up
 
 
 class Script:
@@ -71,11 +71,23 @@ def test_what_never_settles_ends_at_the_limit() -> None:
     assert Script(changing * 20 + alternating).warm_up(3).forwards <= 3 + MOST
 
 
-def test_a_hang_ends_the_warm_up_as_soon_as_enough_were_run() -> None:
+def test_a_hang_ends_the_warm_up_as_soon_as_a_few_were_run() -> None:
     hang = 1e3 * SECONDS
     growing = [1.2**i for i in range(8)]
-    assert Script([hang, *growing]).warm_up(4) == WarmupResult(4, False)
+    assert Script([hang, *growing]).warm_up(4) == WarmupResult(FEWEST, None)
+    assert Script([hang, *growing]).warm_up(1) == WarmupResult(1, None)
     assert Script([*growing, hang, 1e5]).warm_up(4) == WarmupResult(9, False)
+
+
+def test_long_forwards_have_fewer_and_shorter_windows() -> None:
+    """Ten of them would take ten seconds; what the first one loads does not count."""
+    assert Script([1500.0, 2000.0]).warm_up(10) == WarmupResult(FEWEST, False)
+    few = Script([2500.0] + [1000.0] * 20).warm_up(10)
+    assert (few, few.ms) == (WarmupResult(FEWEST, None), 1000.0)
+    assert Script([1200.0] + [500.0] * 20).warm_up(10) == WarmupResult(3, True)
+    assert Script([700.0, 700.0, 800.0]).warm_up(10) == WarmupResult(3, False)
+    assert Script([250.0] * 20).warm_up(10) == WarmupResult(8, True)
+    assert Script([300.0] * 4 + [200.0] * 9).warm_up(10) == WarmupResult(8, False)
 
 
 def test_a_decode_pass_that_is_over_is_restored() -> None:

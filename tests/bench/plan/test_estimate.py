@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,23 @@ def test_a_device_that_cannot_be_measured_has_nominal_rates(
     request = request_of("--scenario", "decode")
     monkeypatch.setattr(request.setting.backend, "synchronize", None)
     assert not estimate.measured(request).measured
+
+
+def test_a_slow_yardstick_is_estimated_as_it_runs(request_of: Any) -> None:
+    """Forwards of ours take 1 s, and those of the reference what torch reaches, at least."""
+    request = request_of("--scenario", "decode", "--implementations", "mla,mla-reference")
+    (scenario,) = request.scenarios
+    flops, both = scenario.needs.forward.flops, ["mla", "mla-reference"]
+    rated = Rates(flops=2.0 * flops, bandwidth=1e30, float64=1e30, overhead=0.0)
+    slow = dataclasses.replace(rated, by_torch=flops / 5)
+    checked, warmed, steps = 2, 1, 2
+    for rates_of, each in ((rated, 2.5), (slow, 5.0)):
+        found = estimate.Estimator(request.variants.timed, rates_of)
+        assert found.forward(scenario, "mla") == pytest.approx(1.0)
+        assert found.forward(scenario, "mla-reference") == pytest.approx(each)
+        for seconds, passes in ((found.seconds, 6), (found.least, 1)):
+            alone = seconds(scenario, both[1:], "mla") - found.preparation(scenario, both[1:])
+            assert alone == pytest.approx(each * (checked + warmed + passes * steps))
+            together = seconds(scenario, both) - seconds(scenario, ["mla"])
+            assert together == pytest.approx(alone, rel=1e-3)
+        assert found.one_pass(scenario, both, "mla") == pytest.approx(max(4.0, each * steps))

@@ -187,6 +187,15 @@ def test_a_run_with_little_in_it_is_a_page(make_run: Any, cases: int) -> None:
     assert found.ids("section") == (LITTLE if cases else ["results", "method"])
 
 
+def test_passes_have_a_column_where_one_case_ran_fewer(make_run: Any) -> None:
+    counts = results.Planned(passes=10, steps=100, due=6)
+    less = render(make_run([1.8] * 12, steps_per_pass=2, planned=counts))
+    assert '<th scope="col">passes</th>' in less
+    assert "<td>6 x 2</td>" in less
+    assert "6 passes of 2 (planned were 10 of 100) after 1 warm-ups" in less
+    assert '<th scope="col">passes</th>' not in render(make_run())
+
+
 def test_long_runs_are_thinned_and_say_so(make_run: Any) -> None:
     samples = [1.0 + 1e-4 * (i % 997) for i in range(6 * 1200)]
     run = make_run(samples, steps_per_pass=1200, passes=6)

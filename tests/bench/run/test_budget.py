@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -104,8 +105,8 @@ def test_passes_stop_by_the_estimate_until_one_has_been_timed() -> None:
 @pytest.fixture
 def run_inside(bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that runs a grid within a budget; each scenario is estimated at half a second."""
-    monkeypatch.setattr("mla.bench.plan.estimate.Estimator.seconds", lambda self, scenario, names: 0.5)
-    monkeypatch.setattr("mla.bench.plan.estimate.Estimator.least", lambda self, scenario, names: 0.4)
+    monkeypatch.setattr("mla.bench.plan.estimate.Estimator.seconds", lambda *_: 0.5)
+    monkeypatch.setattr("mla.bench.plan.estimate.Estimator.least", lambda *_: 0.4)
     monkeypatch.setattr("mla.bench.plan.estimate.Estimator.forward", lambda self, scenario, name: 0.0)
     measure = scheduler.measure
 
@@ -179,7 +180,7 @@ def test_a_scenario_without_a_timed_pass_counts_as_left_out(run_inside: Any) -> 
 def test_a_scenario_that_fits_in_part_is_cut_short_and_not_left_out(
     run_inside: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("mla.bench.plan.estimate.Estimator.seconds", lambda self, scenario, names: 1e6)
+    monkeypatch.setattr("mla.bench.plan.estimate.Estimator.seconds", lambda *_: 1e6)
     done = run_inside(Budget(5.5, Clock(step=1.0)))
     assert done.code == 0
     assert [case.passes for case in results.read(Path("run.json")).cases if case.latency_ms] == [2]
@@ -189,9 +190,49 @@ def test_a_budget_that_is_over_at_once_runs_nothing(bench: Bench, small: list[st
     done = bench(*VIRTUAL, *small, *GRID, "--budget", "0.001", fakes=["virtual_clock"])
     assert done.code == 5
     assert "--budget was too short for any number (checks and one timed pass would take about " in done.err
-    assert " s, and 0 s of 0.001 s were left): give it more, or measure less with --runs, " in done.err
+    assert re.search(
+        r" s, and 0 s of 0\.001 s were left\): the whole run would take about [\d.]+ s, so give it as much, "
+        r"or measure less with --runs, ",
+        done.err,
+    )
     assert "--budget skipped 3 of 3 cases and cut short 0; with -o, a later run could" in done.err
     assert "is not a valid duration" in bench(*VIRTUAL, "--budget", "soon").err
+
+
+def test_where_yardsticks_do_not_fit_the_first_implementation_runs_alone(
+    run_inside: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each implementation takes 3 s to have a number; with 5 s left there is room for one."""
+
+    class Stubborn(Budget):
+        def learn(self, estimate: float, taken: float) -> None:
+            pass
+
+    monkeypatch.setattr(
+        "mla.bench.plan.estimate.Estimator.least", lambda self, scenario, names, first: 3.0 * len(names)
+    )
+    done = run_inside(Stubborn(5, Clock()), "-a", "batch=1", "--implementations", "mla,mla-reference")
+    assert done.code == 0
+    cases = results.read(Path("run.json")).cases
+    reason = f"{OVER_BUDGET}: checks and one timed pass would take about 6 s, and 5 s of 5 s were left"
+    for case in cases:
+        if case.implementation == "mla":
+            assert case.latency_ms is not None
+        else:
+            assert (case.check.status, case.check.reason) == ("not run", reason)
+    assert len(cases) == 6
+
+
+def test_a_run_that_was_cut_says_what_all_of_it_takes(run_inside: Any) -> None:
+    """4 s have passed when scenarios begin, three of half a second each."""
+    clock = Clock()
+    budget = Budget(4.2, clock)
+    clock.now = 4.0
+    done = run_inside(budget)
+    assert done.code == 5
+    assert "and 0.2 s of 4 s were left): the whole run would take about 6 s, so give it as much, or " in (
+        done.error
+    )
 
 
 def test_by_default_nothing_ends_a_run_early() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from mla.bench import results
 from mla.bench.limits.placing import limits
+from mla.bench.results import passes
 
 Bench = Callable[..., Any]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -144,6 +145,22 @@ def test_what_was_cut_short_or_left_out_is_measured_again(bench: Bench, partial:
     done = bench(*partial, "--resume", "run.json")
     assert "resuming   0 cases" in done.err
     assert [case.passes for case in read("run.json").cases] == [6, 6, 6]
+
+
+def test_a_slow_yardstick_is_complete_with_the_passes_it_was_given(bench: Bench, partial: list[str]) -> None:
+    """Two of four steps and three of six passes: less than is planned, and no less than was due."""
+    for due, kept in ((3, 2), (4, 1)):
+        run = read("run.json")
+        case = run.cases[0]
+        assert case.latency_ms is not None
+        assert case.tokens_per_s is not None
+        case.passes, case.steps_per_pass = 3, 2
+        cut = passes.of(case)[:3]
+        case.latency_ms, case.roofline = passes.latency(cut), results.Roofline()
+        case.tokens_per_s, case.switch_steps = passes.throughput(cut, sum(case.query_lens)), []
+        case.planned = results.Planned(passes=6, steps=4, due=due)
+        results.write(run, Path("run.json"))
+        assert f"resuming   {kept} cases" in bench(*partial, "--resume", "run.json", "-o", "other.json").err
 
 
 def withhold(case: results.Case, status: Any, reason: str) -> None:

@@ -71,3 +71,46 @@ def test_throughput_that_does_not_follow_from_the_median_is_explained(make_run: 
     ]
     assert render(run, "table").endswith("Decode Throughput: 2286 tok/s\n")
     assert case_lines(make_run(STEADY, plan_ms=None)) == []
+
+
+def shortened(mode: str, steps: int) -> dict[str, Any]:
+    counts = results.Planned(passes=10, steps=100, due=6)
+    return {"mode": mode, "scenario": mode, "plan_ms": None, "steps_per_pass": steps, "planned": counts}
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("prefill", "timed in 6 passes of 2 instead of 10 of 100"),
+        (
+            "decode",
+            "timed in 6 passes of the first 2 instead of 10 of 100; ratios to it are of the same steps",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["table", "md"])
+def test_fewer_or_shorter_passes_have_a_column_and_a_line(
+    make_run: MakeRun, kind: str, mode: str, said: str
+) -> None:
+    run = make_run(STEADY, **shortened(mode, 2))
+    text = render(run, kind)
+    assert f"{mode}, mla: {said}\n" in text
+    header, _, row = text.splitlines()[:3]
+    assert header.replace("|", " ").split()[-1] == "passes"
+    assert row.replace("|", " ").split()[-3:] == ["6", "x", "2"]
+    (flat,) = csv.DictReader(io.StringIO(render(run, "csv")))
+    counts = ("passes", "steps_per_pass", "planned_passes", "planned_steps")
+    assert [flat[name] for name in counts] == ["6", "2", "10", "100"]
+
+
+def test_a_budget_that_cut_passes_shows_as_well(make_run: MakeRun) -> None:
+    run = make_run(STEADY[:6], **shortened("decode", 2))
+    run.cases[0].planned = results.Planned(passes=6, steps=2, due=6)
+    assert case_lines(run) == ["decode, mla: timed in 3 passes of 2 instead of 6 of 2"]
+
+
+def test_what_ran_as_planned_or_has_no_number_needs_no_column(make_run: MakeRun) -> None:
+    planned = results.Planned(passes=6, steps=2, due=6)
+    run = make_run(STEADY, steps_per_pass=2, planned=planned)
+    for found in (run, make_run(planned=planned, latency_ms=None, tokens_per_s=None), make_run()):
+        assert "passes" not in render(found, "table").splitlines()[0]

@@ -1,0 +1,97 @@
+"""Passes of a case: how many there are, and the steps that two cases share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from mla.bench.results import Case, Planned, Run, passes
+from mla.bench.results.compare import REFUSED, SAME, SLOWER, compare
+from mla.bench.results.validity import fault_of_run
+from mla.bench.terminal.verdict import speed
+
+MakeRun = Callable[..., Run]
+
+# A decode whose cache grows: 6 passes of 4 steps, and the first 2 of them.
+GROWING, FIRST = [1.0, 2.0, 5.0, 6.0] * 6, [10.0, 20.0] * 6
+
+
+@pytest.fixture
+def decode(make_run: MakeRun) -> Callable[..., Run]:
+    def decode(samples: list[float], steps: int, planned: int = 4, **changes: Any) -> Run:
+        counts = Planned(passes=6, steps=planned, due=6)
+        return make_run(samples, mode="decode", steps_per_pass=steps, planned=counts, **changes)
+
+    return decode
+
+
+def test_a_ratio_to_a_yardstick_is_of_the_steps_that_it_ran(decode: Callable[..., Run]) -> None:
+    (ours,), (slow,) = decode(GROWING, 4).cases, decode(FIRST, 2, implementation="mla-reference").cases
+    for pair, value in (((ours, slow), 10.0), ((slow, ours), 0.1)):
+        found = speed(*pair)
+        assert found is not None
+        assert found.value == pytest.approx(value), "by their own medians it would be 15 / 3.5"
+        assert found.interval == pytest.approx((value, value))
+
+
+def test_the_same_steps_have_statistics_of_their_own(decode: Callable[..., Run]) -> None:
+    (ours,), (slow,) = decode(GROWING, 4).cases, decode(FIRST, 2).cases
+    cut, same = passes.same_steps(ours, slow)
+    assert same is slow
+    assert passes.of(cut) == [[1.0, 2.0]] * 6
+    assert cut.latency_ms is not None
+    assert cut.tokens_per_s is not None
+    assert (cut.latency_ms.median, cut.latency_ms.ci95) == (1.5, (1.5, 1.5))
+    assert cut.tokens_per_s.median == pytest.approx(1e3 * sum(ours.query_lens) * 2 / 3.0)
+    assert len(ours.latency_ms.samples) == 24 if ours.latency_ms else False
+
+
+def test_forwards_of_a_prefill_are_alike(make_run: MakeRun) -> None:
+    (many,) = make_run([3.0, 1.0] * 6, steps_per_pass=2).cases
+    (few,) = make_run([4.0] * 6).cases
+    assert passes.same_steps(many, few) == (many, few)
+
+
+def test_runs_are_compared_by_the_steps_that_both_have(decode: Callable[..., Run]) -> None:
+    (found,) = compare(decode(GROWING, 4), decode([1.0, 2.0] * 6, 2))
+    assert (found.verdict, found.ratio, found.base_ms, found.new_ms) == (SAME, 1.0, 1.5, 1.5)
+    assert found.reason == "compared are the first 2 steps of each pass, which both runs have"
+    (found,) = compare(decode([1.0, 2.0, 9.0] * 6, 3), decode([2.0, 4.0] * 6, 2))
+    assert (found.verdict, found.ratio) == (SLOWER, 2.0)
+
+
+def test_passes_that_were_planned_longer_are_another_workload(decode: Callable[..., Run]) -> None:
+    (found,) = compare(decode(FIRST, 2, planned=4), decode(FIRST, 2, planned=3))
+    assert (found.verdict, found.reason) == (REFUSED, "steps_per_pass differs")
+
+
+def test_files_that_do_not_say_what_was_planned_ran_it(decode: Callable[..., Run]) -> None:
+    old = decode(FIRST, 2)
+    old.cases[0].planned = None
+    assert compare(old, decode(FIRST, 2, planned=2))[0].verdict == SAME
+    assert compare(old, decode(FIRST, 2, planned=4))[0].reason == "steps_per_pass differs"
+    assert passes.due(old.cases[0], 9) == 9
+    assert passes.as_planned(old.cases[0])
+
+
+@pytest.mark.parametrize(
+    ("planned", "path"),
+    [((6, 1, 6), "steps_per_pass"), ((5, 2, 5), "passes"), ((6, 2, 7), "planned.due"), ((7, 3, 6), "")],
+)
+def test_a_case_that_ran_more_than_was_planned_is_refused(
+    decode: Callable[..., Run], planned: tuple[int, int, int], path: str
+) -> None:
+    run = decode(FIRST, 2)
+    run.cases[0].planned = Planned(**dict(zip(("passes", "steps", "due"), planned, strict=True)))
+    fault = fault_of_run(run)
+    assert fault is None if not path else fault and fault.endswith(f"at `$.cases[0].{path}`")
+
+
+def test_it_is_said_where_less_was_run(decode: Callable[..., Run]) -> None:
+    case: Case = decode(FIRST, 2).cases[0]
+    assert not passes.as_planned(case)
+    assert passes.as_planned(decode(GROWING, 4).cases[0])
+    assert passes.as_planned(msgspec.structs.replace(case, latency_ms=None, tokens_per_s=None))
