@@ -41,7 +41,7 @@ constexpr int64_t STEP = LANES * sizeof(T);
 template <int MR, int NP, bool FETCHES>
 static void add_panels(const float* x, int64_t x_row, const bf16* b, int64_t strip, const Sums& sums,
                        int64_t depth, Ahead ahead) {
-    add_pairs_tile<MR, NP, FETCHES>(RowMajor{x, x_row}, b, strip, sums, depth, ahead);
+    add_pairs_tile<MR, NP, FETCHES, false>(RowMajor{x, x_row}, b, strip, sums, depth, ahead, nullptr, 0);
 }
 template <int MR, int NP, bool FETCHES>
 static void add_panels(const float* x, int64_t x_row, const float* b, int64_t strip, const Sums& sums,
@@ -97,20 +97,6 @@ static void few_rows(const Job<T>& job) {
     stream<T, 1, FEW_ROWS>(job, panel);
 }
 
-// A chunk of a panel in fp32: as it lies, or in `to`.
-static inline const float* widened(const float* weights, int64_t, float*) {
-    return weights;
-}
-static inline const float* widened(const bf16* weights, int64_t depth, float* to) {
-    for (int64_t k = 0; k < depth; k += 2)
-        for (int p = 0; p < PARTS; p++) {
-            const pu pairs = load<pu>(weights + k * LANES + 2 * p * PART);
-            store(to + k * LANES + p * PART, low_part(pairs));
-            store(to + (k + 1) * LANES + p * PART, high_part(pairs));
-        }
-    return to;
-}
-
 // The inputs that stay in the second-level cache for all rows of a job, and its sums, [tokens, outputs].
 struct Stretch {
     int64_t begin, end;
@@ -118,33 +104,55 @@ struct Stretch {
     int64_t row;
 };
 
-// What a block of rows fetches of the chunk that comes next, if any: the first one does it, or the first two
-// where one would ask for more than a line with every k.
+// Some inputs of neighbouring panels, which all rows are multiplied by before the next ones.
 template <class T>
-static Ahead share(const T* next, int64_t block, int64_t blocks, int64_t strip) {
-    const int64_t fetching = std::min<int64_t>(sizeof(T) / sizeof(bf16), blocks);
-    if (!next || block >= fetching) return {nullptr, 0, 0};
-    return {(const char*)next + block * CHUNK * STEP<T> / fetching, STEP<T> / fetching, strip};
-}
+struct Chunk {
+    int64_t panel, k, depth;
+    const T* next;  // what follows, or null; the processor does not predict it
 
-// All rows by NP panels' weights k .. k + depth - 1.
+    Sums sums(const Stretch& part, int64_t token) const {
+        return {part.sum + token * part.row + panel * LANES, part.row, k == 0};
+    }
+    // What a block of rows fetches of the next chunk: the first one does it all, or the first two where one
+    // would ask for more than a line with every k.
+    Ahead share(int64_t block, int64_t blocks, int64_t strip) const {
+        const int64_t fetching = std::min<int64_t>(sizeof(T) / sizeof(bf16), blocks);
+        if (!next || block >= fetching) return {nullptr, 0, 0};
+        return {(const char*)next + block * CHUNK * STEP<T> / fetching, STEP<T> / fetching, strip};
+    }
+};
+
+// Rows from `first` on by NP strips. The last chunk's sums are results.
 template <class T, int NP>
-static void multiply(const Job<T>& job, int64_t panel, const Stretch& part, int64_t k, int64_t depth,
-                     const T* next) {
-    float* buffer = scratch<2>().take<float>(NP * CHUNK * LANES);
-    const float* b[NP];
-    for (int n = 0; n < NP; n++) b[n] = widened(job.weights(panel + n, k), depth, buffer + n * CHUNK * LANES);
-    const Strips strips = {b[0], LANES, b[NP - 1] - b[0]};
-    const int64_t blocks = (job.tokens + TILE_ROWS - 1) / TILE_ROWS;
-    for (int64_t block = 0, i = 0, rows; block < blocks; block++, i += rows) {
+static void multiply_rows(const Job<T>& job, const Stretch& part, const Chunk<T>& chunk, const Strips& strips,
+                          int64_t first) {
+    const int64_t blocks = (job.tokens - first + TILE_ROWS - 1) / TILE_ROWS;
+    for (int64_t block = 0, i = first, rows; block < blocks; block++, i += rows) {
         rows = (job.tokens - i + blocks - block - 1) / (blocks - block);
-        const Ahead ahead = share(next, block, blocks, job.inputs * STEP<T>);
+        const Ahead ahead = chunk.share(block, blocks, job.inputs * STEP<T>);
         const auto add =
             ahead.at ? pick<float, NP, true, TILE_ROWS>(rows) : pick<float, NP, false, TILE_ROWS>(rows);
-        const Sums sums = {part.sum + i * part.row + panel * LANES, part.row, k == 0};
-        add(job.x + i * job.x_row + k, job.x_row, strips.base, strips.strip, sums, depth, ahead);
-        if (k + depth == job.inputs) write(job, sums, i, rows, panel, NP);
+        add(job.x + i * job.x_row + chunk.k, job.x_row, strips.base, strips.strip, chunk.sums(part, i),
+            chunk.depth, ahead);
     }
+    if (chunk.k + chunk.depth == job.inputs) write(job, chunk.sums(part, 0), 0, job.tokens, chunk.panel, NP);
+}
+
+// All rows by a chunk of NP panels.
+template <int NP>
+static void multiply(const Job<float>& job, const Stretch& part, const Chunk<float>& chunk) {
+    const Strips strips = {job.weights(chunk.panel, chunk.k), LANES, job.inputs * LANES};
+    multiply_rows<float, NP>(job, part, chunk, strips, 0);
+}
+// The first rows widen the weights for all others.
+template <int NP>
+static void multiply(const Job<bf16>& job, const Stretch& part, const Chunk<bf16>& chunk) {
+    const Strips strips = {scratch<2>().take<float>(NP * CHUNK * LANES), LANES, CHUNK * LANES};
+    const RowMajor x = {job.x + chunk.k, job.x_row};
+    add_pairs_tile<FEW_ROWS, NP, false, true>(x, job.weights(chunk.panel, chunk.k), job.inputs * LANES,
+                                              chunk.sums(part, 0), chunk.depth, {},
+                                              const_cast<float*>(strips.base), strips.strip);
+    multiply_rows<bf16, NP>(job, part, chunk, strips, FEW_ROWS);
 }
 
 // Panels from `panel` on, NP at a time; returns the first one left. `after` is asked for the weights that
@@ -156,7 +164,7 @@ static int64_t sweep(const Job<T>& job, const Stretch& part, int64_t panel, cons
             const T* next = k + CHUNK < part.end      ? job.weights(panel, k + CHUNK)
                             : panel + NP < job.panels ? job.weights(panel + NP, part.begin)
                                                       : after();
-            multiply<T, NP>(job, panel, part, k, std::min(CHUNK, part.end - k), next);
+            multiply<NP>(job, part, {panel, k, std::min(CHUNK, part.end - k), next});
         }
     return panel;
 }

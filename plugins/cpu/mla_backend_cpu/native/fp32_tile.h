@@ -91,10 +91,11 @@ static void add_tile(const A& a, const Strips& b, const Sums& c, int64_t depth, 
     tile.close(c);
 }
 
-// The same with B in bf16 pairs of two k, as panels hold them; they are widened in registers.
-template <int MR, int NP, bool FETCHES, class A>
+// The same with B in bf16 pairs of two k, as panels hold them, which are widened in registers. Where it KEEPS
+// these, they are stored as strips `kept` for other rows.
+template <int MR, int NP, bool FETCHES, bool KEEPS, class A>
 static void add_pairs_tile(const A& a, const bf16* b, int64_t strip, const Sums& c, int64_t depth,
-                           Ahead ahead) {
+                           Ahead ahead, float* kept, int64_t kept_strip) {
     Tile<MR, NP> tile;
     // All vectors of two k at once if the registers hold them beside the sums, else one vector after another.
     constexpr int TOGETHER = (MR + 2) * tile.VECTORS + 2 <= REGISTERS ? tile.VECTORS : 1;
@@ -110,6 +111,10 @@ static void add_pairs_tile(const A& a, const bf16* b, int64_t strip, const Sums&
                 const int v = first + i;
                 const pu pairs = load<pu>(b + v / PARTS * strip + v % PARTS * 2 * PART);
                 low[i] = low_part(pairs), high[i] = high_part(pairs);
+                if (!KEEPS) continue;
+                float* const to = kept + v / PARTS * kept_strip + k * LANES + v % PARTS * PART;
+                store(to, low[i]);
+                store(to + LANES, high[i]);
             }
             tile.add(a, k, low, first);
             tile.add(a, k + 1, high, first);
