@@ -161,7 +161,7 @@ static void latent_attention(const Latent& a, int threads) {
         for (const LatentTask* task = left.take(); task;) task = latent_task(a, *task, saved, left);
         if (size) {
 #pragma omp barrier
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
             for (int64_t i = 0; i < count; i++)
                 if (all[i].parts > 1 && all[i].part == 0) merge_latent(a, all[i], saved);
         }

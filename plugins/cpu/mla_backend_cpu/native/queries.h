@@ -13,11 +13,13 @@ static inline void turn_pairs(const Row* rows, int64_t first, int64_t count, int
     const int64_t width = std::min<int64_t>(LANES, pairs - k);
     vu lines[LANES], columns[LANES];
     for (int64_t i = 0; i < LANES; i++) {
-        lines[i] = vu{};
-        if (first + i < count) std::memcpy(&lines[i], rows[first + i].q + 2 * k, width * sizeof(uint32_t));
+        const bool used = first + i < count;
+        lines[i] = used && width == LANES ? load<vu>(rows[first + i].q + 2 * k) : vu{};
+        if (used && width < LANES)
+            std::memcpy(&lines[i], rows[first + i].q + 2 * k, width * sizeof(uint32_t));
     }
-    transpose(lines, (uint32_t*)columns);
-    std::memcpy(to, columns, width * sizeof(vu));
+    transpose(lines, width == LANES ? to : (uint32_t*)columns);
+    if (width < LANES) std::memcpy(to, columns, width * sizeof(vu));
 }
 
 // All rows in panels of [depth] vectors of pairs, filled up with zeros.
