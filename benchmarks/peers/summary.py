@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mla.bench.results.passes import same_steps
 from mla.bench.results.schema import Case, Ceiling
 from mla.bench.terminal.digits import number
 
@@ -56,7 +57,11 @@ def _share(floor_ms: float | None, case: Case) -> str:
 
 
 def speed_ratio(case: Case, other: Case) -> float | None:
-    """Return how many times as fast a case is as another, by throughput in decode, by latency in prefill."""
+    """Return how many times as fast a case is as another, by throughput in decode, by latency in prefill.
+
+    Of decode passes, the steps count that both ran: a slow peer runs fewer.
+    """
+    case, other = same_steps(case, other)
     if case.latency_ms is None or other.latency_ms is None:
         return None
     if case.mode == "decode" and case.tokens_per_s and other.tokens_per_s:

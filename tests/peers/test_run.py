@@ -217,6 +217,13 @@ def test_the_summary_says_how_ours_stands() -> None:
     assert ours == ["mla", "2", "-", "50", "25", "50", "-", "ok"]
 
 
+def test_a_slow_peer_is_compared_by_the_steps_that_both_ran() -> None:
+    """Steps grow longer with the cache: a peer that ran the first ones alone must not look faster for it."""
+    grown = results.Latency(median=2.5, ci95=None, p10=2.0, p90=3.0, samples=[2.0, 3.0])
+    ours = case("mla", 2.5, latency_ms=grown, steps_per_pass=2)
+    assert summary.speed_ratio(ours, case("transformers", 40.0)) == pytest.approx(20)
+
+
 def run_of(threads: int, factor: float) -> results.Run:
     """Return a result with one point per value of every axis."""
     cases = [

@@ -20,6 +20,7 @@ from typing import Any
 
 from mla.bench.doubts import evidence, new_lengths
 from mla.bench.doubts.clock import SecondOpinion
+from mla.bench.limits.growth import no_garbage_collection
 from mla.bench.measure import refusals
 from mla.bench.measure.device_state import read_sensors
 from mla.bench.measure.hooks import Hooks
@@ -61,7 +62,8 @@ def measure(
     """
     setup = Setup(backend, variants or Variants(), scenario)
     engine = _Engine(scenario, checker, setup, backend, progress, hooks)
-    with _no_garbage_collection():  # the same for checks and timing: no op can tell them apart by it
+    gc.collect()
+    with no_garbage_collection():  # the same for checks and timing: no op can tell them apart by it
         try:
             for one in implementations:
                 hooks.enter(one.name)
@@ -293,14 +295,3 @@ class _Engine:
                 doubts = evidence.at_hand(runner, self._checker)
                 self.measurements[runner.implementation.name].doubts += doubts
         self._withhold()
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Disable Python's garbage collector inside the `with` block."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
