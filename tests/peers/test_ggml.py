@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.peers.ggml import build, record
+from benchmarks.peers.ggml import build, peer, record
 from benchmarks.peers.ggml.peer import DRIVER, Peer, PeerError
 from benchmarks.peers.ggml.ways import require_passive_waiting
 from mla.errors import UsageError
@@ -51,8 +51,8 @@ def compare(folder: Path, *words: str, **variables: str) -> subprocess.Completed
 def test_operands_and_results_pass_through_the_driver(folder: Path, layout: str) -> None:
     lengths, heads = (3, 1, 5), 2
     q, keys = torch.randn(len(lengths), heads, 8), torch.randn(sum(lengths), 8)
-    with Peer(folder, 1) as peer:
-        work = peer.attention(q, keys, lengths, 0.3, 6, "f16", layout)
+    with Peer(folder, 1) as running:
+        work = running.attention(q, keys, lengths, 0.3, 6, "f16", layout)
         assert len(work.time(1, 4)) == 4
         found = work.result()
     parts = keys.split(lengths)
@@ -64,29 +64,38 @@ def test_operands_and_results_pass_through_the_driver(folder: Path, layout: str)
 
 def test_a_product_passes_through_the_driver(folder: Path) -> None:
     weight, x = torch.randn(5, 7), torch.randn(3, 7)
-    with Peer(folder, 1) as peer:
-        found = peer.product(weight, x, "f16").result()
+    with Peer(folder, 1) as running:
+        found = running.product(weight, x, "f16").result()
     torch.testing.assert_close(found.double(), product(x, weight), rtol=1e-5, atol=1e-5)
 
 
 def test_what_the_driver_refuses_leaves_it_usable(folder: Path) -> None:
     weight, x = torch.ones(5, 7), torch.ones(3, 7)
-    with Peer(folder, 1) as peer:
+    with Peer(folder, 1) as running:
         with pytest.raises(PeerError, match=r"refuses `product 1 1 q9 3 7 5`: no type 'q9'\."):
-            peer.product(weight, x, "q9")
-        work = peer.product(weight, x, "f16")
+            running.product(weight, x, "q9")
+        work = running.product(weight, x, "f16")
         work.close()
         with pytest.raises(PeerError, match="there is no work 2"):
             work.result()
-        assert peer.product(weight, x, "f16").result().tolist() == [[7.0] * 5] * 3
+        assert running.product(weight, x, "f16").result().tolist() == [[7.0] * 5] * 3
 
 
 def test_a_peer_that_ends_is_said_with_its_last_words(folder: Path) -> None:
     with (
-        Peer(folder, 1) as peer,
+        Peer(folder, 1) as running,
         pytest.raises(PeerError, match=r"ended during `product .* \(exit code -6\); it said: this cannot be"),
     ):
-        peer.product(torch.ones(1, 1), torch.ones(1, 1), "abort")
+        running.product(torch.ones(1, 1), torch.ones(1, 1), "abort")
+
+
+def test_a_peer_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer, "PATIENCE", 0.5)
+    silent = tmp_path / DRIVER
+    silent.write_text("#!/bin/sh\nexec sleep 60\n")
+    silent.chmod(0o755)
+    with pytest.raises(PeerError, match=r"did not answer `describe` within 0\.5 s, and was ended\."):
+        Peer(tmp_path, 1)
 
 
 def test_all_ways_are_timed_and_right(folder: Path, tmp_path: Path) -> None:
@@ -112,9 +121,9 @@ def test_all_ways_are_timed_and_right(folder: Path, tmp_path: Path) -> None:
 def test_a_kernel_that_leaves_keys_out_is_wrong(folder: Path) -> None:
     done = compare(folder, "--only", "1x400-h16", FAKE_LEAVES_OUT="16")
     assert done.returncode == 4, done.stderr
-    peer = next(line for line in done.stdout.splitlines() if "peer f16" in line)
-    assert peer.endswith("WRONG")
-    assert "x " not in peer  # no ratio with what did not compute the op
+    row = next(line for line in done.stdout.splitlines() if "peer f16" in line)
+    assert row.endswith("WRONG")
+    assert "x " not in row  # no ratio with what did not compute the op
 
 
 def test_a_case_that_is_not_there_is_refused(folder: Path) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from mla.errors import MLAError
 
 DRIVER = "ggml_peer"
 FACTS = "peer.json"  # written by `build.py`, beside the driver
+PATIENCE = 600.0  # seconds for one answer; then the process is ended
 
 
 class PeerError(MLAError):
@@ -57,7 +59,7 @@ class Peer:
                 f"'{folder}' holds no {DRIVER}: build the peer with `python benchmarks/peers/ggml/build.py "
                 f"SOURCE --into {folder}`."
             )
-        self._threads, self._made = threads, 0
+        self._threads, self._made, self._late = threads, 0, False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the peer
         try:
             self._process = subprocess.Popen(
@@ -113,13 +115,12 @@ class Peer:
         """Send a command and return the words of the answer. Raises `PeerError`."""
         assert self._process.stdin
         assert self._process.stdout
-        try:
+        answer = ""
+        with self._patience(), contextlib.suppress(BrokenPipeError):
             for part in (command.encode() + b"\n", *operands):
                 self._process.stdin.write(part)
             self._process.stdin.flush()
             answer = self._process.stdout.readline().decode(errors="replace")
-        except BrokenPipeError:
-            answer = ""
         state, _, rest = answer.strip().partition(" ")
         if state == "ok":
             return rest.split()
@@ -128,13 +129,30 @@ class Peer:
     def read(self, count: int) -> bytes:
         """Return so many bytes that follow an answer. Raises `PeerError`."""
         assert self._process.stdout
-        data = self._process.stdout.read(count)
+        with self._patience():
+            data = self._process.stdout.read(count)
         if len(data) < count:
             raise PeerError(self._end("result"))
         return data
 
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        """End the process if it has not answered in time: a pipe would wait for ever."""
+        timer = threading.Timer(PATIENCE, self._lose_patience)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _lose_patience(self) -> None:
+        self._late = True
+        self._process.kill()
+
     def _end(self, command: str) -> str:
         """Return why the process is no longer there."""
+        if self._late:
+            return f"the peer did not answer `{command[:80]}` within {PATIENCE:g} s, and was ended."
         try:
             code: int | str = self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
