@@ -86,6 +86,7 @@ def measured(level: str) -> dict[str, str]:
 
     `native_fp32_gain`: widened values against bf16 pairs, where the processor multiplies these.
     `native_product_gain`: these kernels' products against torch's, where that may use AMX.
+    `native_product_gain_fp32`: the same for float32 layers, once one was made.
     """
     if level == "off":
         return {}
@@ -98,4 +99,6 @@ def measured(level: str) -> dict[str, str]:
         found["native_fp32_gain"] = f"{tuning.fp32_gain(kernels):.2f}"
     if level == "auto" and tuning.torch_has_tiles():
         found["native_product_gain"] = f"{tuning.product_gain(kernels, fp32=False):.2f}"
+    if level == "auto" and True in tuning.PRODUCT_GAINS:
+        found["native_product_gain_fp32"] = f"{tuning.PRODUCT_GAINS[True]:.2f}"
     return found

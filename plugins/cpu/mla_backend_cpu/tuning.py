@@ -51,6 +51,10 @@ def fp32_gain(kernels: Library) -> float:
     return pairs / wide
 
 
+# What `product_gain` has measured in this process: fp32 or not -> the gain.
+PRODUCT_GAINS: dict[bool, float] = {}
+
+
 @functools.cache
 def product_gain(kernels: Library, fp32: bool) -> float:
     """Measure how much faster the kernels' products are than torch's, averaged over few and many tokens.
@@ -65,7 +69,8 @@ def product_gain(kernels: Library, fp32: bool) -> float:
         trial = _SpeedTrial(kernels, tokens, 2048, 2048, fp32)
         theirs, ours = fastest(trial.torch, functools.partial(trial.native, False, threads))
         gains.append(theirs / ours)
-    return math.sqrt(math.prod(gains))
+    PRODUCT_GAINS[fp32] = math.sqrt(math.prod(gains))
+    return PRODUCT_GAINS[fp32]
 
 
 def torch_has_tiles() -> bool:

@@ -247,10 +247,24 @@ def test_a_float32_layer_gets_packed_products_where_they_beat_torch(
 
 @pytest.mark.parametrize("fp32", [False, True])
 def test_the_gain_over_torch_is_measured(fp32: bool) -> None:
+    from mla_backend_cpu import tuning
     from mla_backend_cpu.library import load
-    from mla_backend_cpu.tuning import product_gain
 
-    assert product_gain(load("portable"), fp32=fp32) > 0
+    assert tuning.product_gain(load("portable"), fp32) > 0
+    assert tuning.PRODUCT_GAINS[fp32] > 0
+
+
+@pytest.mark.usefixtures("no_level_named")
+def test_the_result_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mla_backend_cpu import tuning
+    from mla_backend_cpu.library import load
+
+    kernels = load("auto")
+    monkeypatch.setattr(tuning, "fp32_gain", lambda kernels: 0.5)
+    monkeypatch.setattr(tuning, "PRODUCT_GAINS", {True: 1.25})
+    found = mla.load_backend("cpu").environment()
+    assert found["native_product_gain_fp32"] == "1.25"
+    assert ("native_fp32_gain" in found) == (kernels.dot_bf16 and not kernels.tiles)
 
 
 def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

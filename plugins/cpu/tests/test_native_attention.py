@@ -18,7 +18,7 @@ from mla_backend_cpu.native_attention import NativeExpandedAttention, NativeLate
 
 pairs = st.tuples(st.integers(0, 9), st.integers(0, 150))  # new tokens, history
 #: Around the kernels' groups of keys (16), their blocks (128, with tiles 256), and pages of 64.
-EDGES = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 144, 145, 255, 256, 257)
+EDGES = (1, 2, 15, 16, 17, 63, 64, 65, 71, 72, 73, 127, 143, 128, 129, 144, 145, 255, 256, 257)
 
 Threads = Callable[[int], Any]
 

@@ -149,6 +149,10 @@ def test_batched_linear_serves_real_widths(
     check_batched(kernels, tokens, heads, 512, 128, dtype=dtype)
 
 
+def test_heads_of_many_tokens_are_copied_in_parts(kernels: Library, dtype: torch.dtype) -> None:
+    check_batched(kernels, 200, 128, 2, 3, dtype=dtype)
+
+
 def check_batched(
     kernels: Library,
     tokens: int,

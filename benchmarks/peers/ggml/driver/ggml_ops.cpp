@@ -9,6 +9,10 @@
 #define LLAMA_CPP 0
 #endif
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -112,6 +116,9 @@ class Graph : public Work {
     const size_t whole = (std::max(bytes, size_t{1}) + alignment - 1) / alignment * alignment;
     memory_.emplace_back(std::aligned_alloc(alignment, whole));
     if (!memory_.back()) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+    if (bytes >= HUGE_PAGE) madvise(memory_.back().get(), whole, MADV_HUGEPAGE);  // as ours does
+#endif
     std::memset(memory_.back().get(), 0, whole);
     return memory_.back().get();
   }

@@ -123,8 +123,6 @@ const void* mla_recorded(const char* name) {
     static const std::pair<const char*, Recorded> functions[] = {
         {"mla_linear", Recording<mla_linear>::run},
         {"mla_batched_linear", Recording<mla_batched_linear>::run},
-        {"mla_linear_fp32", Recording<mla_linear_fp32>::run},
-        {"mla_batched_linear_fp32", Recording<mla_batched_linear_fp32>::run},
         {"mla_latent_attention", Recording<mla_latent_attention>::run},
         {"mla_rms_norm", Recording<mla_rms_norm>::run},
         {"mla_rotate", Recording<mla_rotate>::run},

@@ -14,9 +14,13 @@ namespace fp32 {
 constexpr int64_t CHUNK = 256;          // inputs of a panel that the first-level cache holds
 constexpr int64_t X_FLOATS = 48 << 10;  // of a task's rows that the second-level cache holds
 constexpr int64_t TASK_ROWS = 16 * TILE_ROWS;
-constexpr int64_t STREAM_AHEAD = 2048;  // bytes
-constexpr int64_t COPIED = 2048;        // rows of x copied at a time: the copy must not grow with a prompt
-constexpr int FEW_ROWS = WIDTH == 64 ? 6 : 4;  // more are faster from a cache
+constexpr int64_t STREAM_AHEAD = 2048;            // bytes
+constexpr int STREAM_ROWS = WIDTH == 64 ? 3 : 1;  // that need nothing fetched ahead
+constexpr int64_t COPIED = 2048;         // rows of x copied at a time: the copy must not grow with a prompt
+constexpr int64_t COPIED_HEADS = 16384;  // the same of single heads, which are shorter
+// Rows up to which weights are multiplied as they come from memory, and rows that widen them for all others.
+constexpr int FEW_ROWS = WIDTH == 64 ? TILE_ROWS : WIDTH == 32 ? 5 : 3;
+constexpr int WIDENING_ROWS = WIDTH == 64 ? 6 : FEW_ROWS;
 
 static inline int64_t padded(int64_t inputs) {
     return inputs + LANES;
@@ -76,7 +80,7 @@ static void write(const Job<T>& job, const Sums& sums, int64_t token, int64_t ro
 template <class T, int NP, int MOST>
 static int64_t stream(const Job<T>& job, int64_t panel) {
     float sum[MOST * NP * LANES];
-    const auto add = pick<T, NP, (MOST > 1), MOST>(job.tokens);
+    const auto add = pick<T, NP, (MOST > STREAM_ROWS), MOST>(job.tokens);
     for (; panel + NP <= job.panels; panel += NP) {
         const T* weights = job.weights(panel, 0);
         const Sums sums = {sum, NP * LANES, true};
@@ -149,10 +153,10 @@ template <int NP>
 static void multiply(const Job<bf16>& job, const Stretch& part, const Chunk<bf16>& chunk) {
     const Strips strips = {scratch<2>().take<float>(NP * CHUNK * LANES), LANES, CHUNK * LANES};
     const RowMajor x = {job.x + chunk.k, job.x_row};
-    add_pairs_tile<FEW_ROWS, NP, false, true>(x, job.weights(chunk.panel, chunk.k), job.inputs * LANES,
-                                              chunk.sums(part, 0), chunk.depth, {},
-                                              const_cast<float*>(strips.base), strips.strip);
-    multiply_rows<bf16, NP>(job, part, chunk, strips, FEW_ROWS);
+    add_pairs_tile<WIDENING_ROWS, NP, false, true>(x, job.weights(chunk.panel, chunk.k), job.inputs * LANES,
+                                                   chunk.sums(part, 0), chunk.depth, {},
+                                                   const_cast<float*>(strips.base), strips.strip);
+    multiply_rows<bf16, NP>(job, part, chunk, strips, WIDENING_ROWS);
 }
 
 // Panels from `panel` on, NP at a time; returns the first one left. `after` is asked for the weights that
@@ -208,8 +212,7 @@ static inline void widen_row(const float* x, int64_t count, float* to) {
 
 // Rows of a task: even parts, so that none is left with a few.
 static inline int64_t task_rows(int64_t tokens) {
-    const int64_t parts = std::max<int64_t>(1, (tokens + TASK_ROWS - 1) / TASK_ROWS);
-    const int64_t rows = std::max<int64_t>(1, (tokens + parts - 1) / parts);
+    const int64_t parts = (tokens + TASK_ROWS - 1) / TASK_ROWS, rows = (tokens + parts - 1) / parts;
     return parts == 1 ? rows : (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
 }
 
@@ -249,15 +252,11 @@ static void linear(const T* x, int64_t x_row, const T* packed, int64_t inputs, c
     }
 }
 
-// One weight per head: x [T, h, i], out [T, h, o].
+// One weight per head: x [T, h, i], out [T, h, o], of tokens whose copies are [h, T, padded].
 template <class T>
-static void batched_linear(const T* x, Grouped x_step, const T* packed, int64_t inputs, T* out,
-                           Grouped out_step, int64_t outputs, int64_t tokens, int64_t heads, int threads) {
+static void grouped_product(const float* copy, const T* packed, int64_t inputs, T* out, Grouped out_step,
+                            int64_t outputs, int64_t tokens, int64_t heads, int threads) {
     const int64_t row = padded(inputs), rows = task_rows(tokens), blocks = (tokens + rows - 1) / rows;
-    float* copy = scratch<0>().take<float>(tokens * heads * row);
-#pragma omp parallel for num_threads(threads) if (tokens * heads * inputs > PARALLEL_WORK)
-    for (int64_t i = 0; i < tokens * heads; i++)  // head by head
-        widen_row(x + i % tokens * x_step.token + i / tokens * x_step.head, inputs, copy + i * row);
     const int64_t size = packed_size(outputs, inputs);
     const auto job_of = [&](int64_t task) -> Job<T> {
         const int64_t head = task / blocks, token = task % blocks * rows;
@@ -270,6 +269,22 @@ static void batched_linear(const T* x, Grouped x_step, const T* packed, int64_t 
                 Output<T>{out + head * out_step.head, out_step.token, nullptr, outputs}.from(token, 0)};
     };
     run_all<T>(heads * blocks, job_of, threads);
+}
+
+template <class T>
+static void batched_linear(const T* x, Grouped x_step, const T* packed, int64_t inputs, T* out,
+                           Grouped out_step, int64_t outputs, int64_t tokens, int64_t heads, int threads) {
+    const int64_t row = padded(inputs), most = std::max(TASK_ROWS, COPIED_HEADS / heads);
+    float* copy = scratch<0>().take<float>(std::min(most, tokens) * heads * row);
+    for (int64_t first = 0; first < tokens; first += most) {
+        const int64_t count = std::min(most, tokens - first);
+        const T* from = x + first * x_step.token;
+#pragma omp parallel for num_threads(threads) if (count * heads * inputs > PARALLEL_WORK)
+        for (int64_t i = 0; i < count * heads; i++)
+            widen_row(from + i % count * x_step.token + i / count * x_step.head, inputs, copy + i * row);
+        grouped_product(copy, packed, inputs, out + first * out_step.token, out_step, outputs, count, heads,
+                        threads);
+    }
 }
 
 }  // namespace fp32

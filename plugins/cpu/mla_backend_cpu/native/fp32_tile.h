@@ -60,6 +60,19 @@ struct Tile {
             for (int v = 0; v < COUNT; v++)
                 sum[i][first + v] = multiply_add(column[v], a.at(i, k), sum[i][first + v]);
     }
+    // Of two k, row by row.
+    template <class A, int COUNT>
+    void add(const A& a, int64_t k, const pf (&low)[COUNT], const pf (&high)[COUNT], int first) {
+#pragma GCC unroll 32
+        for (int i = 0; i < MR; i++) {
+#pragma GCC unroll 16
+            for (int v = 0; v < COUNT; v++)
+                sum[i][first + v] = multiply_add(low[v], a.at(i, k), sum[i][first + v]);
+#pragma GCC unroll 16
+            for (int v = 0; v < COUNT; v++)
+                sum[i][first + v] = multiply_add(high[v], a.at(i, k + 1), sum[i][first + v]);
+        }
+    }
     void close(const Sums& c) const {
 #pragma GCC unroll 32
         for (int i = 0; i < MR; i++)
@@ -116,8 +129,7 @@ static void add_pairs_tile(const A& a, const bf16* b, int64_t strip, const Sums&
                 store(to, low[i]);
                 store(to + LANES, high[i]);
             }
-            tile.add(a, k, low, first);
-            tile.add(a, k + 1, high, first);
+            tile.add(a, k, low, high, first);
         }
     }
     tile.close(c);

@@ -35,19 +35,25 @@ struct LatentTask {
 };
 
 constexpr int64_t LATENT_ROWS = 64;
-constexpr int64_t LEAST_PART = 160;  // keys: splitting shorter ones costs more than it gives
+// Keys of a part at least: splitting shorter ones costs more than it gives, unless threads would have no
+// work.
+constexpr int64_t LEAST_PART = 512, LEAST_ALONE = MLA_TILES ? 512 : 160;
 
 static void plan_latent(const Latent& a, int threads, std::vector<LatentTask>& tasks, int64_t& saved) {
     tasks.clear();
     saved = 0;
-    int64_t work = 0;
-    for (int64_t b = 0; b < a.requests; b++)
-        work += (a.cu_q[b + 1] - a.cu_q[b]) * a.heads * (int64_t)a.kv_lens[b];
+    int64_t work = 0, whole = 0;
+    for (int64_t b = 0; b < a.requests; b++) {
+        const int64_t rows = (a.cu_q[b + 1] - a.cu_q[b]) * a.heads;
+        work += rows * a.kv_lens[b];
+        whole += (rows + LATENT_ROWS - 1) / LATENT_ROWS;
+    }
+    const int64_t least = whole < threads ? LEAST_ALONE : LEAST_PART;
     for (int64_t b = 0; b < a.requests; b++) {
         const int64_t rows = (a.cu_q[b + 1] - a.cu_q[b]) * a.heads, keys = a.kv_lens[b];
         for (int64_t row = 0; row < rows; row += LATENT_ROWS) {
             const int64_t count = std::min(LATENT_ROWS, rows - row);
-            int64_t size = std::max(LEAST_PART, work / (4 * threads * count) + 1);
+            int64_t size = std::max(least, work / (4 * threads * count) + 1);
             int64_t parts = std::max<int64_t>(1, threads == 1 ? 1 : (keys + size - 1) / size);
             if (parts > threads) parts -= parts % threads;  // as much for each
             size = (keys + parts - 1) / parts;
