@@ -195,7 +195,8 @@ class _Engine:
         one = runner.implementation
         tick = partial(self._tick, "warming up", one)
         steps, least = self._scenario.steps, self._scenario.warmups
-        done = warm_up(runner.forwards, steps, least, runner.time_step, self._untimed, tick)
+        must = min(least, self._hooks.warmups)
+        done = warm_up(runner.forwards, steps, least, runner.time_step, self._untimed, tick, must)
         runner.ms = done.ms or 0.0
         if runner.samples.variant == HEADLINE:
             found = self.measurements[one.name]

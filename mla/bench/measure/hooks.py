@@ -24,4 +24,5 @@ class Hooks:
     failed: Callable[[Implementation, Check], None] = lambda one, check: None
     # Asked after every warm-up, with the milliseconds of a forward of each implementation, first one first.
     shorten: Callable[[Mapping[str, float]], Shorter] = lambda ms: {}
+    warmups: int = 0  # that the user asked for: they run however long they take
     say: Callable[[str], None] = lambda text: None  # what a reader of the numbers should know

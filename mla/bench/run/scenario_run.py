@@ -68,7 +68,8 @@ class ScenarioRun:
         self._threads.restore()
         built = [self._build(name) for name in names]
         backend, seed, variants = self._setting.backend, self._setting.seed, self._request.variants
-        hooks = replace(self._hooks, shorten=self._shorten, say=note)
+        warmups = self._request.warmups or 0
+        hooks = replace(self._hooks, shorten=self._shorten, say=note, warmups=warmups)
         measured = engine.measure(
             built, self._point, inputs, checker, backend, seed, variants, self._progress, hooks
         )
