@@ -41,7 +41,7 @@ def warm_up(
     """Run forwards until latencies settle; the history is restored every `steps` forwards, as in a pass.
 
     `time_step` runs a step and returns its milliseconds. Every pass takes the next of `numbers`. `tick` is
-    called after every forward, with 1 for the first `least` forwards and 0 afterwards. `must` forwards are run
+    called after every forward, with 1 for the first `least` forwards and 0 afterwards. `must` forwards run
     however long they take.
     """
     if not least:

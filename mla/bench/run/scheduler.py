@@ -105,7 +105,8 @@ class _Scheduler:
         bar = _ScenarioBar(
             self._advance_to, self._place(), self._nominal, scenario, self._request.implementations
         )
-        work = ScenarioRun(self._request, scenario, bar.forwards, self._hooks(), self._steering.keeper)
+        done = [case for case in self._cases.values() if case.scenario == scenario.name]
+        work = ScenarioRun(self._request, scenario, bar.forwards, self._hooks(), self._steering.keeper, done)
         self._limits.append(work.ceilings)
         try:
             if names:
