@@ -92,7 +92,7 @@ class Request:
         return [scenario.point for scenario in self.scenarios]
 
     def total_forwards(self) -> int:
-        """Return the minimum number of forwards, checks and warm-ups included."""
+        """Return roughly the number of forwards, checks and warm-ups included; slow yardsticks run fewer."""
         timed, points = self.variants.timed, self.points
         count = len(self.implementations) * sum(forwards(timed, point) for point in points)
         if not self.stages:

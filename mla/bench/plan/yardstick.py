@@ -25,8 +25,8 @@ SECONDS, SHARE, LEFT = 5.0, 0.25, 0.6
 BESIDE = 60
 # A yardstick that takes fewer times as long as the first implementation keeps all of its forwards.
 MUCH = 2.0
-# Passes that are left at least, enough for an interval, and steps of a decode pass: its cache grows, and ratios
-# leave out the first one.
+# Passes that are left at least, enough for an interval, and steps of a decode pass: its cache grows, and
+# ratios leave out the first one.
 FEWEST, LEAST_STEPS = EXTRA_PASSES, ENOUGH
 
 
