@@ -23,8 +23,8 @@ SHARES = {"mla": 0.5, "mla-reference": 0.2, "transformers": 0.05, "transformers-
 DRAWING, PACKING = 2e-8, 5e-9
 # Assumed where nothing is measured: right in proportion is enough for a progress bar.
 NOMINAL = Rates(flops=1e12, bandwidth=3e10, float64=3e10)
-# Seconds for the limits of a scenario, and the most for an implementation's warm-ups, evidence and forwards on
-# new lengths, which end by the clock; and those of their forwards that run whatever they take.
+# Seconds for the limits of a scenario, and the most for an implementation's warm-ups, evidence and forwards
+# on new lengths, which end by the clock; and those of their forwards that run whatever they take.
 LIMITS, BOUNDED, FIXED = 4.0, 8.0, 8
 # Bytes that are swept before a cold forward, at least.
 LEAST_SWEPT = 32 << 20

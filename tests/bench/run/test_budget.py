@@ -194,8 +194,8 @@ def test_a_budget_that_is_over_at_once_runs_nothing(bench: Bench, small: list[st
     assert done.code == 5
     assert "--budget was too short for any number (checks and one timed pass would take about " in done.err
     assert re.search(
-        r" s, and 0 s of 0\.001 s were left\): the whole run would take at least about [\d.]+ s, so give it as much, "
-        r"or measure less with --runs, ",
+        r" s, and 0 s of 0\.001 s were left\): the whole run would take at least about [\d.]+ s, so give it "
+        r"as much, or measure less with --runs, ",
         done.err,
     )
     assert "--budget skipped 3 of 3 cases and cut short 0; with -o, a later run could" in done.err
