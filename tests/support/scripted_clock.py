@@ -37,6 +37,7 @@ def script_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         time_step: Callable[[int], float],
         numbers: Iterator[int],
         tick: Any,
+        must: int,
     ) -> Any:
         scripted = getattr(time_step.__self__, "scripted", None)  # type: ignore[attr-defined]
         timer = scripted() if scripted and least else None
@@ -45,7 +46,7 @@ def script_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
             forwards.step(index)
             return float(timer.stop())
 
-        return warm_up(forwards, steps, least, step if timer else time_step, numbers, tick)
+        return warm_up(forwards, steps, least, step if timer else time_step, numbers, tick, must)
 
     def stage_timer(synchronize: Any) -> Any:
         backend = synchronize.__self__

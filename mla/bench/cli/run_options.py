@@ -93,7 +93,8 @@ METHOD = (
     click.option(
         "--warmups",
         type=click.IntRange(0, MAX_COUNT),
-        help="Untimed forwards first, and more until latencies settle; 0: none.  [workload: 10]",
+        help="Untimed forwards first, and more until latencies settle; 0: none. Those of a workload end "
+        "after 2 s; a count given here is run whatever it takes.  [workload: 10]",
     ),
     click.option(
         "--mode",

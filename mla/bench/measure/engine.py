@@ -149,7 +149,8 @@ class _Engine:
     def _shorten(self, runner: PassRunner) -> None:
         """Let a yardstick that is much slower than the first implementation run less."""
         name = runner.implementation.name
-        ms = {name: one.warm_ms for name, one in self.measurements.items() if one.warm_ms}
+        right = {n: one for n, one in self.measurements.items() if one.check.status in ("ok", "not run")}
+        ms = {n: one.warm_ms for n, one in right.items() if one.warm_ms}  # its own check follows
         if name in (less := self._hooks.shorten(ms)):
             runner.steps, reason = less[name]
             self.measurements[name].due = runner.steps.passes
@@ -195,7 +196,8 @@ class _Engine:
         one = runner.implementation
         tick = partial(self._tick, "warming up", one)
         steps, least = self._scenario.steps, self._scenario.warmups
-        done = warm_up(runner.forwards, steps, least, runner.time_step, self._untimed, tick)
+        must = min(least, self._hooks.warmups)
+        done = warm_up(runner.forwards, steps, least, runner.time_step, self._untimed, tick, must)
         runner.ms = done.ms or 0.0
         if runner.samples.variant == HEADLINE:
             found = self.measurements[one.name]

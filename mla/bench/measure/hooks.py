@@ -22,6 +22,8 @@ class Hooks:
     heartbeat: Callable[[], None] = lambda: None  # called between forwards
     # An implementation whose pass was wrong, while its inputs, cache and collected outputs are in place.
     failed: Callable[[Implementation, Check], None] = lambda one, check: None
-    # Asked after every warm-up, with the milliseconds of a forward of each implementation, first one first.
+    # Asked after every warm-up, with the milliseconds of a forward of each implementation that is
+    # not wrong, in their order.
     shorten: Callable[[Mapping[str, float]], Shorter] = lambda ms: {}
+    warmups: int = 0  # that the user asked for: they run however long they take
     say: Callable[[str], None] = lambda text: None  # what a reader of the numbers should know

@@ -67,7 +67,7 @@ class PassRunner:
         self._flush = flush
         self.passes: list[PassTimes] = []
         self.idles: list[PassTimes] = []
-        self.ms = 0.0  # of the fastest forward of the warm-up
+        self.ms = 0.0  # of the fastest forward of the warm-up after its first
 
     @property
     def headline(self) -> bool:

@@ -35,8 +35,8 @@ class Measurement:
     transient_bytes: int | None = None
     due: int | None = None  # passes of a slow yardstick, which is timed in no other way than the headline's
     warmups: int = 0
-    warm_ms: float | None = None  # of the fastest forward of the warm-up
-    settled: bool | None = None  # the warm-up ended because latencies had settled; None: no warm-up
+    warm_ms: float | None = None  # of the fastest forward of the warm-up after its first
+    settled: bool | None = None  # whether the warm-up saw latencies settle; None: there was none, or too few
     device_state: list[dict[str, str]] = field(default_factory=list)
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)  # of the first pass, by forward
     doubts: list[str] = field(default_factory=list)  # why the times cannot be right

@@ -166,7 +166,7 @@ def steps(variant: Variant, scenario: Scenario) -> Steps:
 
 
 def forwards(variants: Sequence[Variant], scenario: Scenario) -> int:
-    """Return the minimum number of forwards of one implementation, checks and warm-ups included."""
+    """Return roughly the forwards of one implementation, checks and warm-ups included."""
     extra = [steps(variant, scenario) for variant in variants if variant != HEADLINE]
     warmed = sum(variant.cache == "warm" and variant.clock == "host" for variant in variants)
     headline = scenario.inputs + warmed * scenario.warmups + scenario.rounds * scenario.steps

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from mla.bench import results
-from mla.bench.measure import warmup
+from mla.bench.measure import passes, warmup
 from mla.bench.measure.variants import HEADLINE, Steps, Variant, forwards, steps
 from mla.bench.plan import yardstick
 from mla.bench.plan.rates import Rates, measure_rates
@@ -23,6 +23,9 @@ SHARES = {"mla": 0.5, "mla-reference": 0.2, "transformers": 0.05, "transformers-
 DRAWING, PACKING = 2e-8, 5e-9
 # Assumed where nothing is measured: right in proportion is enough for a progress bar.
 NOMINAL = Rates(flops=1e12, bandwidth=3e10, float64=3e10)
+# Seconds for the limits of a scenario, and the most for an implementation's warm-ups, evidence and forwards
+# on new lengths, which end by the clock; and those of their forwards that run whatever they take.
+LIMITS, BOUNDED, FIXED = 4.0, 8.0, 8
 # Bytes that are swept before a cold forward, at least.
 LEAST_SWEPT = 32 << 20
 
@@ -52,6 +55,14 @@ class Estimator:
         counts = {name: len(cut[name].run) if name in cut else steps for name in names}
         return max((count * self.forward(scenario, name) for name, count in counts.items()), default=0.0)
 
+    def beside(self, scenario: ScenarioPlan, names: Sequence[str]) -> float:
+        """Return the seconds of all that `seconds` leaves out: limits, evidence, forwards after a switch."""
+        each = {name: self.forward(scenario, name) for name in names}
+        evidence = sum(min(yardstick.BESIDE * one, BOUNDED + FIXED * one) for one in each.values())
+        switches = sum(steps(one, scenario.point).passes for one in self._variants)
+        reloaded = sum(switches * one for one in each.values() if one < passes.LONG / 1e3)
+        return LIMITS + evidence + reloaded
+
     def _total(self, scenario: ScenarioPlan, names: Sequence[str], first: str | None, least: bool) -> float:
         cut = self._shortened(scenario, names, first or next(iter(names), ""))
         runs = (
@@ -69,9 +80,9 @@ class Estimator:
     def _cut(self, scenario: ScenarioPlan, name: str, plan: Steps, least: bool) -> float:
         """Return the seconds of a slow yardstick's forwards."""
         point, each = scenario.point, self.forward(scenario, name)
-        warmed = min(point.warmups, max(warmup.FEWEST, math.ceil(warmup.SECONDS / each)))
-        checked, passes = min(point.inputs, len(plan.run)), 1 if least else plan.passes
-        return each * (checked + warmed + passes * len(plan.run))
+        warmed = min(point.warmups, max(warmup.FEWEST, 1 + math.ceil(warmup.SECONDS / each)))
+        checked, timed = min(point.inputs, len(plan.run)), 1 if least else plan.passes
+        return each * (checked + warmed + timed * len(plan.run))
 
     def _whole(self, scenario: ScenarioPlan, name: str, least: bool) -> float:
         """Return the seconds of all forwards of an implementation, or all but those of later passes."""

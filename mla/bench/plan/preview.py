@@ -20,7 +20,7 @@ from mla.command.table import aligned
 
 # More scenarios than this are counted, not listed.
 LISTED = 8
-_HEADER = ("case", "scenario", "implementation", "forwards", "device", "host", "about")
+_HEADER = ("case", "scenario", "implementation", "about forwards", "device", "host", "about")
 
 
 def describe(request: Request) -> None:
@@ -123,7 +123,7 @@ def _plan(request: Request) -> None:
     together = all(one.side_by_side for one in plans if one.fits)
     order = "interleaved" if together else "one at a time where memory is short"
     note(
-        f"plan       {', '.join(request.implementations)}, {order}; at least {request.total_forwards()} "
+        f"plan       {', '.join(request.implementations)}, {order}; about {request.total_forwards()} "
         "forwards, checked against a float64 oracle"
     )
     counts = [one.implementations if one.side_by_side else 1 for one in plans]

@@ -77,6 +77,7 @@ class Request:
     state: State | None = field(default=None, repr=False)  # weights of a checkpoint; None: random ones
     stages: bool = False  # time the parts of a forward, after everything else
     variants: Variants = Variants()  # noqa: RUF009  # frozen
+    warmups: int | None = None  # the user's own count, which is run however long it takes
     profile: Path | None = None  # the trace to write after everything else
 
     def replanned(self, points: Sequence[Point], names: Sequence[str]) -> Request:
@@ -91,7 +92,7 @@ class Request:
         return [scenario.point for scenario in self.scenarios]
 
     def total_forwards(self) -> int:
-        """Return the minimum number of forwards, checks and warm-ups included."""
+        """Return roughly the number of forwards, checks and warm-ups included; slow yardsticks run fewer."""
         timed, points = self.variants.timed, self.points
         count = len(self.implementations) * sum(forwards(timed, point) for point in points)
         if not self.stages:

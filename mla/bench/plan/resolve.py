@@ -86,6 +86,7 @@ def _request(
         backend_version=opened.version,
         state=state,
         stages=options.stages,
+        warmups=options.warmups,
         profile=options.profile,
         variants=variants.available(wanted, opened.backend),
     )

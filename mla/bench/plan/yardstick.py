@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Steps, Variant, steps
+from mla.bench.results.passes import ENOUGH
 from mla.bench.workload.scenario import Scenario
 
 # Seconds beyond which a yardstick is cut, or a share of what the first implementation takes; and the part of
@@ -24,8 +25,9 @@ SECONDS, SHARE, LEFT = 5.0, 0.25, 0.6
 BESIDE = 60
 # A yardstick that takes fewer times as long as the first implementation keeps all of its forwards.
 MUCH = 2.0
-# Passes that are left at least, enough for an interval, and steps of a decode pass, of which the cache grows.
-FEWEST, LEAST_STEPS = EXTRA_PASSES, 2
+# Passes that are left at least, enough for an interval, and steps of a decode pass: its cache grows, and
+# ratios leave out the first one.
+FEWEST, LEAST_STEPS = EXTRA_PASSES, ENOUGH
 
 
 def shortened(
@@ -35,7 +37,7 @@ def shortened(
 
     `ms`: implementation -> milliseconds of one forward (the fastest of its warm-up), the first one first; an
     implementation that is not in it keeps what is planned. So does one whose forwards take no more than
-    `SECONDS` in all, or `SHARE` of those of the first implementation.
+    `SECONDS` in all, or `SHARE` of those of the first implementation, or which cannot run less.
     """
     found: dict[str, tuple[Steps, str]] = {}
     planned = BESIDE + sum(one.passes * len(one.run) for one in (steps(one, scenario) for one in variants))
@@ -44,10 +46,10 @@ def shortened(
         if not ms[own] or ms[own] < MUCH * ms[first]:
             continue
         allowed = max(1e3 * SECONDS, SHARE * planned * ms[first]) / ms[own]
-        if planned > allowed:
-            fewer = _fitting(scenario, LEFT * allowed)
-            reason = _reason(first, ms[own] / ms[first], steps(HEADLINE, scenario), fewer, len(variants) > 1)
-            found[own] = fewer, reason
+        whole, others = steps(HEADLINE, scenario), len(variants) > 1
+        fewer = _fitting(scenario, LEFT * allowed)
+        if planned > allowed and (others or fewer != whole):
+            found[own] = fewer, _reason(first, ms[own] / ms[first], whole, fewer, others)
     return found
 
 
@@ -61,10 +63,11 @@ def _fitting(scenario: Scenario, allowed: float) -> Steps:
     return replace(planned, run=some, timed=some, passes=passes)
 
 
-def _reason(first: str, ratio: float, planned: Steps, fewer: Steps, alone: bool) -> str:
+def _reason(first: str, ratio: float, planned: Steps, fewer: Steps, others: bool) -> str:
     """Return, say, "it takes 4 times as long as mla, so it runs 6 passes of 2 instead of 10 of 10"."""
-    said = f"it takes {ratio:.2g} times as long as {first}, so "
+    times = f"{ratio:.2g}" if ratio < 10 else f"{ratio:.0f}"
+    said = f"it takes {times} times as long as {first}, so "
     if fewer == planned:
         return f"{said}none of its other timings are made"
     counts = f"{fewer.passes} passes of {len(fewer.run)} instead of {planned.passes} of {len(planned.run)}"
-    return f"{said}it runs {counts}{', and no other timings' * alone}"
+    return f"{said}it runs {counts}{', and no other timings' * others}"

@@ -78,14 +78,14 @@ def _sentence(base: ResultFile, new: ResultFile, case: Comparison) -> tuple[Outc
         return "none" if _lost(base, new, case) else "open", text
     slow = case.verdict == SLOWER or (case.verdict != FASTER and case.ratio > 1)
     winner, other = (_name(base), _name(new)) if slow else (_name(new), _name(base))
-    speed = _speed(case, slow)
+    speed, note = _speed(case, slow), f"; {case.note}" if case.note else ""
     if case.verdict in (FASTER, SLOWER):
         how = f": {case.reason}" if case.reason else f", {speed} as {other}{speed.bounds}"
-        return "won", f"{winner} won{how}"
+        return "won", f"{winner} won{how}{note}"
     if case.verdict == SAME:
-        return "open", f"{winner} and {other} are the same within {100 * NOISE:g} %"
+        return "open", f"{winner} and {other} are the same within {100 * NOISE:g} %{note}"
     why = f", {case.reason}" if case.reason else ""
-    return "open", f"no decision between {winner} and {other}: {speed}{speed.bounds}{why}"
+    return "open", f"no decision between {winner} and {other}: {speed}{speed.bounds}{why}{note}"
 
 
 def _lost(base: ResultFile, new: ResultFile, case: Comparison) -> bool:

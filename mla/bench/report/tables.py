@@ -200,8 +200,8 @@ def comparison(cases: Sequence[Comparison]) -> Table:
         bounds = f"{case.interval[0]:.3f} .. {case.interval[1]:.3f}" if case.interval else "-"
         ratio = "-" if case.ratio is None else f"{case.ratio:.3f}"
         times = (number(case.base_ms), number(case.new_ms))
-        rows.append([case.scenario, case.implementation, case.verdict, *times, ratio, bounds, case.reason])
-    if any(case.reason for case in cases):
+        rows.append([case.scenario, case.implementation, case.verdict, *times, ratio, bounds, case.remarks])
+    if any(case.remarks for case in cases):
         return Table(head, rows, 3, True)
     return Table(head[:-1], [row[:-1] for row in rows], 3)
 

@@ -1,7 +1,8 @@
 """Compare runs from their result files: how much faster or slower, and with which confidence.
 
 Figures and intervals are those of the runs' own tables, or, where a slow yardstick ran fewer decode steps in
-one of them, of the first steps of each pass that both have. The unit of confidence is the pass, as in a run:
+one of them, of the steps of each pass that both have, without the first if that leaves two.
+The unit of confidence is the pass, as in a run:
 the ratio's interval combines both medians' 95 % intervals, so its confidence is at least 90 %. Differences
 within the noise floor count as the same. A median does not see a few slow steps, so whole passes, whose
 totals make the throughput, are compared as well: slower there is SLOWER. Needs no torch.
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mla.bench.results.passes import planned_steps, same_steps
+from mla.bench.results.passes import planned_steps, same_steps, shared_steps
 from mla.bench.results.schema import Case, Interval, Run
 
 # Ratios this near 1 were noise on every machine tried.
@@ -36,10 +37,16 @@ class Comparison:
     base_ci: Interval | None = None
     new_ci: Interval | None = None
     reason: str = ""
+    note: str = ""  # which steps are compared, where a run has fewer
     passes: Interval | None = None  # the interval of the ratio of whole passes
     status: str = "ok"  # of the new run's check; "missing" without such a case
     expected: bool = True  # the base run has a number for this case
     known: bool = True  # the base run has this case
+
+    @property
+    def remarks(self) -> str:
+        """Reason and note."""
+        return "; ".join(filter(None, (self.reason, self.note)))
 
     @property
     def judged(self) -> bool:
@@ -133,7 +140,7 @@ def _refused(case: Case, reason: str, expected: bool) -> Comparison:
 
 
 def _compare(base: Case, new: Case, noise: float) -> Comparison:
-    steps = {base.steps_per_pass, new.steps_per_pass}
+    note = _note(base, new)
     base, new = same_steps(base, new)
     old, now = base.latency_ms, new.latency_ms
     assert old is not None
@@ -147,9 +154,6 @@ def _compare(base: Case, new: Case, noise: float) -> Comparison:
     elif verdict != SLOWER and _verdict(passes, noise) == SLOWER and passes is not None:
         verdict = SLOWER
         reason = f"whole passes take {passes[0]:.3f} to {passes[1]:.3f} times as long: some steps are slow"
-    if new.mode == "decode" and len(steps) > 1:
-        shared = f"compared are the first {min(steps)} steps of each pass, which both runs have"
-        reason = "; ".join(filter(None, (reason, shared)))
     return Comparison(
         scenario=new.scenario,
         implementation=new.implementation,
@@ -161,9 +165,20 @@ def _compare(base: Case, new: Case, noise: float) -> Comparison:
         base_ci=old.ci95,
         new_ci=now.ci95,
         reason=reason,
+        note=note,
         passes=passes,
         status=new.check.status,
     )
+
+
+def _note(base: Case, new: Case) -> str:
+    """Return which steps of two cases are compared, unless all are."""
+    found = same_steps(base, new)
+    if found[0] is base and found[1] is new:
+        return ""
+    steps = shared_steps(base, new)
+    which = f"steps {steps.start + 1} to {steps.stop}" if steps.stop > 1 else "the first steps"
+    return f"compared are {which} of each pass, which both runs have"
 
 
 def _ratio_interval(upper: Interval | None, lower: Interval | None, ratio: float) -> Interval | None:

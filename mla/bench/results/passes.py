@@ -9,6 +9,9 @@ import msgspec
 from mla.bench.results import stats
 from mla.bench.results.schema import Case, Latency, Throughput
 
+# Steps that two cases share from which the first one is left out of their ratio.
+ENOUGH = 3
+
 
 def latency(passes: Sequence[Sequence[float]]) -> Latency:
     """Return the statistics of the milliseconds of at least one pass."""
@@ -56,20 +59,35 @@ def as_planned(case: Case) -> bool:
 
 
 def same_steps(case: Case, other: Case) -> tuple[Case, Case]:
-    """Return two cases of one scenario with the numbers of the steps that both have.
+    """Return two cases of one scenario, of which one ran fewer steps, with the numbers of `shared_steps`.
 
     The cache grows in a decode pass, so its first steps, all that a slow yardstick runs, are the fastest.
     """
-    steps = min(case.steps_per_pass, other.steps_per_pass)
     both = case.mode == other.mode == "decode" and case.latency_ms and other.latency_ms
-    return (_first(case, steps), _first(other, steps)) if both else (case, other)
+    if not both or case.steps_per_pass == other.steps_per_pass:
+        return case, other
+    steps = shared_steps(case, other)
+    mine, theirs = _only(case, steps), _only(other, steps)
+    return (mine, theirs) if mine is not None and theirs is not None else (case, other)
 
 
-def _first(case: Case, steps: int) -> Case:
-    if case.steps_per_pass == steps:
+def shared_steps(case: Case, other: Case) -> range:
+    """Return the steps that two cases are compared by: those of both, without the first if that leaves two.
+
+    The first step follows another implementation, whose weights are in the caches: in short passes that would
+    weigh more against the faster one.
+    """
+    steps = min(case.steps_per_pass, other.steps_per_pass)
+    return range(int(steps >= ENOUGH), steps)
+
+
+def _only(case: Case, steps: range) -> Case | None:
+    """Return a case with the numbers of some steps; None where a coarse clock saw none of them."""
+    if len(steps) == case.steps_per_pass:
         return case
-    passes = [samples[:steps] for samples in of(case)]
+    passes = [samples[steps.start : steps.stop] for samples in of(case)]
     if not all(map(sum, passes)) or not stats.median([one for samples in passes for one in samples]):
-        return case  # a coarse clock that saw none of them
+        return None
     rates = throughput(passes, sum(case.query_lens))
-    return msgspec.structs.replace(case, latency_ms=latency(passes), tokens_per_s=rates, steps_per_pass=steps)
+    count = len(steps)
+    return msgspec.structs.replace(case, latency_ms=latency(passes), tokens_per_s=rates, steps_per_pass=count)

@@ -166,7 +166,7 @@ class Case(msgspec.Struct, kw_only=True):
     launch_bound: bool | None = None  # the host takes longer to launch than the device to compute
     stages: list[Stage] = []
     device_state: list[dict[str, str]] = []  # sensors before and after the timed passes, if any
-    settled: bool | None = None  # the warm-up ended because latencies had settled; None: no warm-up
+    settled: bool | None = None  # whether the warm-up saw latencies settle; None: there was none, or too few
     new_lengths: NewLengths | None = None
     planned: Planned | None = None  # `passes` and `steps_per_pass` are what was run
 

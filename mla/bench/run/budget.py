@@ -24,6 +24,11 @@ class Budget:
             self.before = self.seconds - left
         return left
 
+    @property
+    def learned(self) -> bool:
+        """Whether estimates are corrected by what earlier work took."""
+        return self._estimated > 0
+
     def corrected(self, estimate: float) -> float:
         """Return an estimate, scaled by how far earlier ones were off."""
         return estimate * self._taken / self._estimated if self._estimated else estimate

@@ -37,7 +37,9 @@ class ScenarioRun:
         progress: engine.ProgressCallback,
         hooks: Hooks,
         keeper: Keeper | None = None,
+        done: Sequence[results.Case] = (),
     ) -> None:
+        """`done`: cases of this scenario that an earlier run measured."""
         self._request, self._point, self._setting = request, scenario.point, scenario.setting
         self._progress = progress
         self._threads = Threads(self._setting.threads, self._point.name, self._setting.backend.name)
@@ -47,7 +49,8 @@ class ScenarioRun:
         self.ceilings = RooflineModel(self._setting)
         self.refusal: MLAError | None = None  # the first of an op
         self._outputs: dict[str, agreement.Outputs] = {}  # of right implementations
-        self._ms: dict[str, float] = {}  # of a forward of each, warm
+        # Of a forward of each right implementation that has run.
+        self._ms = {one.implementation: one.latency_ms.median * one.layers for one in done if one.latency_ms}
 
     @property
     def prepared(self) -> bool:
@@ -68,7 +71,8 @@ class ScenarioRun:
         self._threads.restore()
         built = [self._build(name) for name in names]
         backend, seed, variants = self._setting.backend, self._setting.seed, self._request.variants
-        hooks = replace(self._hooks, shorten=self._shorten, say=note)
+        warmups = self._request.warmups or 0
+        hooks = replace(self._hooks, shorten=self._shorten, say=note, warmups=warmups)
         measured = engine.measure(
             built, self._point, inputs, checker, backend, seed, variants, self._progress, hooks
         )
@@ -76,6 +80,8 @@ class ScenarioRun:
         for one in built:
             if measured[one.name].check.status in ("ok", "doubtful"):
                 self._outputs[one.name] = measured[one.name].outputs
+            if measured[one.name].check.status == "ok":
+                self._ms[one.name] = measured[one.name].warm_ms or 0.0
         for one in built:
             if measured[one.name].refused:
                 self.refuse(one.name, measured[one.name].check.reason)
@@ -89,9 +95,14 @@ class ScenarioRun:
         return cases
 
     def _shorten(self, ms: Mapping[str, float]) -> Shorter:
-        """Return what slow yardsticks run less; the first implementation may have run before, alone."""
-        self._ms |= ms
-        return yardstick.shortened(self._point, self._request.variants.timed, self._ms)
+        """Return what slow yardsticks run less than planned; the first implementation may have run before.
+
+        Where its time is not known, or it was wrong, nothing is cut.
+        """
+        known, first = {**self._ms, **ms}, self._request.implementations[0]
+        if not known.get(first):
+            return {}
+        return yardstick.shortened(self._point, self._request.variants.timed, {first: known[first], **known})
 
     def _failed(self, one: Implementation, check: Check) -> None:
         """Keep the first failure of the run; the engine calls this once per wrong implementation."""

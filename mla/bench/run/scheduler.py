@@ -25,7 +25,7 @@ from mla.bench.run.scenario_run import ScenarioRun
 from mla.bench.run.steering import OVER_BUDGET, Steering
 from mla.bench.run.watchdog import Watchdog
 from mla.bench.terminal.digits import number
-from mla.bench.workload.quantities import spoken
+from mla.bench.workload.quantities import rounded_up, spoken
 from mla.command.console import note
 from mla.command.progress import Progress
 from mla.errors import MLAError, OutOfMemory
@@ -34,6 +34,8 @@ from mla_backends.errors import first_line, plugin_code
 
 # Most of a run's time that its limits are measured for once more after the last case.
 LIMITS_SHARE = 0.05
+# How much longer than estimated a run may take: a budget that is too short again costs another run.
+MARGIN = 1.5
 
 Advance = Callable[[str, float], None]  # what is running, estimated seconds done since the last call
 
@@ -91,13 +93,16 @@ class _Scheduler:
         return Outcome(found, failure=self._refusal if nothing else None)
 
     def needed(self) -> float | None:
-        """Return the seconds that the whole run takes, by all that is known; None without a budget."""
+        """Return the seconds in which the whole run should end, rounded up; None without a budget."""
         budget, request = self._steering.budget, self._request
         if budget.seconds is None:
             return None
         fitting = [scenario for scenario in request.scenarios if scenario.memory.fits]
-        seconds = sum(self._estimator.seconds(one, request.implementations) for one in fitting)
-        return (budget.before or 0.0) + budget.corrected(seconds)
+        names, estimator = request.implementations, self._estimator
+        seconds = budget.corrected(sum(estimator.seconds(one, names) for one in fitting))
+        if not budget.learned:  # what was learned has all of it
+            seconds += sum(estimator.beside(one, names) for one in fitting)
+        return rounded_up((budget.before or 0.0) + MARGIN * seconds)
 
     def _visit(self, scenario: ScenarioPlan) -> Outcome | None:
         """Measure what is missing of a scenario; return an outcome if the run ends here."""
@@ -105,7 +110,8 @@ class _Scheduler:
         bar = _ScenarioBar(
             self._advance_to, self._place(), self._nominal, scenario, self._request.implementations
         )
-        work = ScenarioRun(self._request, scenario, bar.forwards, self._hooks(), self._steering.keeper)
+        done = [case for case in self._cases.values() if case.scenario == scenario.name]
+        work = ScenarioRun(self._request, scenario, bar.forwards, self._hooks(), self._steering.keeper, done)
         self._limits.append(work.ceilings)
         try:
             if names:

@@ -117,7 +117,7 @@ def skipped(
 ) -> str | None:
     """Return how many cases the budget cut, what it should have been, and how to resume; None if it cut none.
 
-    `needed` are the seconds of the whole run.
+    `needed` are the seconds that the whole run should be given.
     """
     rounds = {point.name: point.rounds for point in request.points}
     left_out = sum(case.check.reason.startswith(OVER_BUDGET) for case in run.cases)
@@ -129,12 +129,12 @@ def skipped(
     words = [*request.command, *request.selection, "--implementations", ",".join(request.implementations)]
     command = repro.command([*words, "--resume", str(options.target)])
     on = f"resume with: {command}" if options.target else "with -o, a later run could --resume it"
-    cut = f"--budget skipped {left_out} of {len(run.cases)} cases and cut short {short}; {on}"
-    whole = "" if needed is None else f"the whole run would take about {spoken(needed)}"
+    cut = f"--budget skipped {left_out} of {len(run.cases)} cases and cut short {short}"
+    whole = "" if needed is None else f"the whole run would take at least about {spoken(needed)}"
     if any(case.latency_ms for case in run.cases):
-        return f"{cut} ({whole})" if whole and not options.target else cut
+        return "; ".join(filter(None, (cut, whole, on)))
     why = next(case.check.reason for case in run.cases if case.check.reason.startswith(OVER_BUDGET))
     more = f"{whole}, so give it as much" if whole else "give it more"
     less = "measure less with --runs, --passes, --scenario or --mode eager --cache warm"
     less += " (the time counts from the start of the command)"
-    return f"--budget was too short for any number ({why.partition(': ')[2]}): {more}, or {less}. {cut}"
+    return f"--budget was too short for any number ({why.partition(': ')[2]}): {more}, or {less}. {cut}; {on}"

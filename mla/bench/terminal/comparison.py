@@ -34,5 +34,5 @@ def _row(case: Comparison) -> tuple[str, ...]:
 
 
 def _reasons(cases: Sequence[Comparison]) -> str:
-    lines = [f"{case.scenario}, {case.implementation}: {case.reason}\n" for case in cases if case.reason]
+    lines = [f"{case.scenario}, {case.implementation}: {case.remarks}\n" for case in cases if case.remarks]
     return "\n" + "".join(lines) if lines else ""

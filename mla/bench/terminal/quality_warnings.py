@@ -24,7 +24,7 @@ def quality_warnings(run: Run) -> list[str]:
 def of_case(case: Case) -> Iterator[str]:
     """Yield the warnings about one case; each starts with its kind and a colon, such as "noisy: "."""
     where = f"{case.scenario}, {case.implementation}"
-    if case.settled is False:
+    if case.settled is False and case.check.status != "wrong":
         yield (
             f"not settled: {where}: latencies still changed after {case.warmups} warm-up forwards; "
             "raise --warmups, or run again on a quieter machine"

@@ -31,6 +31,12 @@ def duration(text: str) -> float:
     return seconds
 
 
+def rounded_up(seconds: float) -> float:
+    """Return the next duration that `spoken` does not round: whole 5 s, minutes, or tenths of an hour."""
+    unit = next(unit for unit, end in ((5, 115), (60, 7140), (360, math.inf)) if seconds <= end)
+    return unit * math.ceil(seconds / unit)
+
+
 def spoken(seconds: float) -> str:
     """Return a duration in the unit a reader would choose."""
     if seconds < 120:

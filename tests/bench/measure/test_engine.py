@@ -275,6 +275,14 @@ def test_a_slow_yardstick_is_asked_for_as_soon_as_it_is_warm(cut: Any) -> None:
     assert cut.said == ["d, slow: it is slow"]
 
 
+def test_none_is_held_to_what_was_wrong(make_bench: MakeBench) -> None:
+    bench = make_bench(msgspec.structs.replace(DECODE, warmups=1))
+    asked: list[list[str]] = []
+    hooks = Hooks(shorten=lambda ms: asked.append([*ms]) or {})  # type: ignore[func-returns-value]
+    bench.measure(bench.parrot("bad", lambda number: True), bench.parrot("other"), hooks=hooks)
+    assert asked == [["bad"], ["other"]]
+
+
 def test_it_runs_the_headline_alone_in_passes_as_short_as_they_were_cut_to(cut: Any) -> None:
     fast, slow = cut.found["fast"], cut.found["slow"]
     assert [len(one) for one in slow.passes] == [2, 2]

@@ -36,8 +36,8 @@ class Script:
     def after(self, index: int) -> None:
         pass
 
-    def warm_up(self, least: int, steps: int = 1000) -> WarmupResult:
-        return warm_up(self, steps, least, self.time, count(7), self.ticks.append)
+    def warm_up(self, least: int, steps: int = 1000, must: int = 0) -> WarmupResult:
+        return warm_up(self, steps, least, self.time, count(7), self.ticks.append, must)
 
 
 def test_settled_forwards_end_with_the_number_asked_for() -> None:
@@ -74,20 +74,33 @@ def test_what_never_settles_ends_at_the_limit() -> None:
 def test_a_hang_ends_the_warm_up_as_soon_as_a_few_were_run() -> None:
     hang = 1e3 * SECONDS
     growing = [1.2**i for i in range(8)]
-    assert Script([hang, *growing]).warm_up(4) == WarmupResult(FEWEST, None)
-    assert Script([hang, *growing]).warm_up(1) == WarmupResult(1, None)
+    assert Script([1.0, hang, *growing]).warm_up(4) == WarmupResult(FEWEST, False)
+    assert Script([hang, hang, *growing]).warm_up(1) == WarmupResult(FEWEST, True)
     assert Script([*growing, hang, 1e5]).warm_up(4) == WarmupResult(9, False)
+
+
+def test_a_first_forward_that_compiles_ends_no_warm_up_and_is_no_measure() -> None:
+    for least, ran in ((10, 10), (2, 2 * WINDOW), (1, 2 * WINDOW)):
+        found = Script([8000.0]).warm_up(least)
+        assert (found, found.ms) == (WarmupResult(ran, True), 1.0)
+
+
+def test_a_count_that_was_asked_for_is_run_whatever_it_takes() -> None:
+    slow = [3000.0 - 200 * i for i in range(12)]
+    assert Script(slow).warm_up(10).forwards == FEWEST
+    assert Script(slow).warm_up(10, must=10) == WarmupResult(10, False)
+    assert Script([3000.0] * 12).warm_up(10, must=10) == WarmupResult(10, True)
 
 
 def test_long_forwards_have_fewer_and_shorter_windows() -> None:
     """Ten of them would take ten seconds; what the first one loads does not count."""
     assert Script([1500.0, 2000.0]).warm_up(10) == WarmupResult(FEWEST, False)
-    few = Script([2500.0] + [1000.0] * 20).warm_up(10)
-    assert (few, few.ms) == (WarmupResult(FEWEST, None), 1000.0)
-    assert Script([1200.0] + [500.0] * 20).warm_up(10) == WarmupResult(3, True)
-    assert Script([700.0, 700.0, 800.0]).warm_up(10) == WarmupResult(3, False)
-    assert Script([250.0] * 20).warm_up(10) == WarmupResult(8, True)
-    assert Script([300.0] * 4 + [200.0] * 9).warm_up(10) == WarmupResult(8, False)
+    few = Script([2500.0] + [2000.0] * 20).warm_up(10)
+    assert (few, few.ms) == (WarmupResult(FEWEST, None), 2000.0)
+    assert Script([1200.0] + [1000.0] * 20).warm_up(10) == WarmupResult(3, True)
+    assert Script([700.0, 950.0, 1050.0]).warm_up(10) == WarmupResult(3, False)
+    assert Script([280.0] * 20).warm_up(10) == WarmupResult(9, True)
+    assert Script([380.0] * 4 + [200.0] * 9).warm_up(10) == WarmupResult(9, False)
 
 
 def test_a_decode_pass_that_is_over_is_restored() -> None:

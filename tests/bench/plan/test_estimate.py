@@ -47,6 +47,16 @@ def test_the_least_is_one_pass_of_the_headline_and_all_checks(request_of: Any) -
     assert few.least(scenario, ["mla"]) - rest == pytest.approx(checked + warmups + steps)
 
 
+def test_what_is_needed_beside_the_passes_is_bounded_where_it_ends_by_the_clock(request_of: Any) -> None:
+    request = request_of("--scenario", "decode", "--implementations", "mla")
+    (scenario,) = request.scenarios
+    passes = 6
+    for each, evidence in ((0.01, 60 * 0.01 + passes * 0.01), (10.0, 8.0 + 8 * 10.0)):
+        rated = Rates(flops=1e30, bandwidth=1e30, float64=1e30, overhead=each)
+        found = estimate.Estimator(request.variants.timed, rated).beside(scenario, ["mla"])
+        assert found == pytest.approx(estimate.LIMITS + evidence)
+
+
 def test_sweeping_a_cold_cache_takes_time(request_of: Any, tmp_path: Path) -> None:
     request = request_of("--scenario", "decode", "--implementations", "mla", "--cache", "cold")
     (scenario,) = request.scenarios
@@ -104,7 +114,7 @@ def test_a_slow_yardstick_is_estimated_as_it_runs(request_of: Any) -> None:
     flops, both = scenario.needs.forward.flops, ["mla", "mla-reference"]
     rated = Rates(flops=2.0 * flops, bandwidth=1e30, float64=1e30, overhead=0.0)
     slow = dataclasses.replace(rated, by_torch=flops / 5)
-    checked, warmed, steps = 2, 1, 2
+    checked, warmed, steps = 3, 1, 3
     for rates_of, each in ((rated, 2.5), (slow, 5.0)):
         found = estimate.Estimator(request.variants.timed, rates_of)
         assert found.forward(scenario, "mla") == pytest.approx(1.0)

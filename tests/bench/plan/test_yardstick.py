@@ -39,9 +39,17 @@ def test_the_readme_run_on_a_cpu_without_bf16() -> None:
     assert reason.endswith("so it runs 6 passes of 6 instead of 6 of 100")
 
 
-def test_a_step_that_takes_a_second_leaves_two_of_them_in_a_pass() -> None:
+def test_a_step_that_takes_a_second_leaves_three_of_them_in_a_pass() -> None:
     plan, _ = shortened(DECODE, VARIANTS, {"mla": 7.8, "transformers": 930.0})["transformers"]
     assert (plan.passes, plan.run) == (6, range(LEAST_STEPS))
+
+
+def test_what_cannot_run_less_is_not_cut_and_large_ratios_are_plain() -> None:
+    least = Scenario(name="own", mode="decode", query_lens=(1,), history=(64,), runs=3, passes=6)
+    ms = {"mla": 5.0, "other": 1000.0}
+    assert shortened(least, (HEADLINE,), ms) == {}
+    reason = shortened(least, (HEADLINE, COLD), ms)["other"][1]
+    assert reason == "it takes 200 times as long as mla, so none of its other timings are made"
 
 
 def test_other_timings_go_first_then_passes_then_steps() -> None:

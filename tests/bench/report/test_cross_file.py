@@ -116,3 +116,12 @@ def test_what_a_file_lacks_is_one_line_and_no_loss(make_run: Any, case: Any) -> 
         "post, mla",
         "prefill, mla",
     ]
+
+
+def test_a_note_on_the_steps_leaves_the_ratio_in_its_sentence(make_run: Any) -> None:
+    files = series.result_files(["/x/old.json", "/x/new.json"], [make_run(), make_run()])
+    note = "compared are steps 2 to 3 of each pass"
+    case = Comparison("decode", "mla", SLOWER, ratio=2.0, interval=(1.9, 2.1), note=note)
+    outcome, text = cross_file._sentence(*files, case)
+    assert outcome == "won"
+    assert text == f"A old.json won, 2.0x as fast as B new.json (1.9 .. 2.1); {note}"

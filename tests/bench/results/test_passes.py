@@ -49,6 +49,33 @@ def test_the_same_steps_have_statistics_of_their_own(decode: Callable[..., Run])
     assert len(ours.latency_ms.samples) == 24 if ours.latency_ms else False
 
 
+def test_the_first_of_three_steps_is_in_no_ratio(decode: Callable[..., Run]) -> None:
+    """It follows another implementation: by all three, 10 over 1.15 would be 8.7 times."""
+    (ours,), (slow,) = decode([1.5, 1.0, 1.0, 9.0] * 6, 4).cases, decode([30.0, 10.0, 10.0] * 6, 3).cases
+    cut, other = passes.same_steps(ours, slow)
+    assert (passes.of(cut), passes.of(other)) == ([[1.0, 1.0]] * 6, [[10.0, 10.0]] * 6)
+    found = speed(ours, slow)
+    assert found is not None
+    assert (found.value, found.interval) == (10.0, (10.0, 10.0))
+    (compared,) = compare(decode([1.5, 1.0, 1.0, 9.0] * 6, 4), decode([30.0, 10.0, 10.0] * 6, 3))
+    assert (compared.verdict, compared.ratio) == (SLOWER, 10.0)
+    assert compared.remarks == "compared are steps 2 to 3 of each pass, which both runs have"
+
+
+def test_equal_passes_are_compared_whole(decode: Callable[..., Run]) -> None:
+    (one,), (two,) = decode(GROWING, 4).cases, decode(GROWING, 4).cases
+    assert passes.same_steps(one, two) == (one, two)
+
+
+def test_what_a_coarse_clock_did_not_see_is_compared_whole_and_no_note_says_otherwise(
+    decode: Callable[..., Run],
+) -> None:
+    coarse, few = decode([0.0, 0.0, 0.0, 6.0] * 6, 4), decode([1.0, 2.0, 2.0] * 6, 3)
+    coarse.cases[0].latency_ms.median = 3.0  # type: ignore[union-attr]
+    assert passes.same_steps(coarse.cases[0], few.cases[0]) == (coarse.cases[0], few.cases[0])
+    assert compare(coarse, few)[0].note == ""
+
+
 def test_forwards_of_a_prefill_are_alike(make_run: MakeRun) -> None:
     (many,) = make_run([3.0, 1.0] * 6, steps_per_pass=2).cases
     (few,) = make_run([4.0] * 6).cases
@@ -58,7 +85,7 @@ def test_forwards_of_a_prefill_are_alike(make_run: MakeRun) -> None:
 def test_runs_are_compared_by_the_steps_that_both_have(decode: Callable[..., Run]) -> None:
     (found,) = compare(decode(GROWING, 4), decode([1.0, 2.0] * 6, 2))
     assert (found.verdict, found.ratio, found.base_ms, found.new_ms) == (SAME, 1.0, 1.5, 1.5)
-    assert found.reason == "compared are the first 2 steps of each pass, which both runs have"
+    assert (found.reason, found.note) == ("", "compared are steps 1 to 2 of each pass, which both runs have")
     (found,) = compare(decode([1.0, 2.0, 9.0] * 6, 3), decode([2.0, 4.0] * 6, 2))
     assert (found.verdict, found.ratio) == (SLOWER, 2.0)
 

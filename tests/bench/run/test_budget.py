@@ -16,7 +16,7 @@ from mla.bench import results
 from mla.bench.run import scheduler
 from mla.bench.run.budget import Budget, Pace
 from mla.bench.run.steering import HANG_AFTER, OVER_BUDGET, Steering
-from mla.bench.workload.quantities import duration, spoken
+from mla.bench.workload.quantities import duration, rounded_up, spoken
 
 Bench = Callable[..., Any]
 
@@ -139,7 +139,10 @@ def test_scenarios_that_do_not_fit_are_left_out_and_the_note_says_how_to_go_on(
         ("ok", ""),
     ]
     assert not any(case.interrupted for case in cases)
-    assert "--budget skipped 2 of 3 cases and cut short 0; resume with: python -m mla.bench " in done.error
+    assert (
+        "--budget skipped 2 of 3 cases and cut short 0; the whole run would take at least about "
+        in done.error
+    )
     words = shlex.split(done.error.partition("python -m mla.bench ")[2])
     assert bench(*words).code == 0
     after = results.read(Path("run.json")).cases
@@ -191,8 +194,8 @@ def test_a_budget_that_is_over_at_once_runs_nothing(bench: Bench, small: list[st
     assert done.code == 5
     assert "--budget was too short for any number (checks and one timed pass would take about " in done.err
     assert re.search(
-        r" s, and 0 s of 0\.001 s were left\): the whole run would take about [\d.]+ s, so give it as much, "
-        r"or measure less with --runs, ",
+        r" s, and 0 s of 0\.001 s were left\): the whole run would take at least about [\d.]+ s, so give it "
+        r"as much, or measure less with --runs, ",
         done.err,
     )
     assert "--budget skipped 3 of 3 cases and cut short 0; with -o, a later run could" in done.err
@@ -224,15 +227,25 @@ def test_where_yardsticks_do_not_fit_the_first_implementation_runs_alone(
 
 
 def test_a_run_that_was_cut_says_what_all_of_it_takes(run_inside: Any) -> None:
-    """4 s have passed when scenarios begin, three of half a second each."""
+    """4 s have passed when scenarios begin, three of half a second each, and with limits of 4 s."""
     clock = Clock()
     budget = Budget(4.2, clock)
     clock.now = 4.0
     done = run_inside(budget)
     assert done.code == 5
-    assert "and 0.2 s of 4 s were left): the whole run would take about 6 s, so give it as much, or " in (
-        done.error
+    assert (
+        "and 0.2 s of 4 s were left): the whole run would take at least about 25 s, so give it as much, or "
+        in done.error
     )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.1, "5 s"), (5, "5 s"), (111, "115 s"), (116, "2 min"), (150, "3 min")]
+)
+def test_what_is_needed_is_rounded_up_and_spoken_in_full(seconds: float, said: str) -> None:
+    assert spoken(rounded_up(seconds)) == said
+    assert spoken(rounded_up(7150)) == "2.0 h"
+    assert spoken(rounded_up(7201)) == "2.1 h"
 
 
 def test_by_default_nothing_ends_a_run_early() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -161,6 +162,34 @@ def test_a_slow_yardstick_is_complete_with_the_passes_it_was_given(bench: Bench,
         case.planned = results.Planned(passes=6, steps=4, due=due)
         results.write(run, Path("run.json"))
         assert f"resuming   {kept} cases" in bench(*partial, "--resume", "run.json", "-o", "other.json").err
+
+
+def test_a_yardstick_is_held_to_the_first_implementation_even_if_that_was_kept(
+    bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is cut where the first one has no time."""
+    asked: list[dict[str, float]] = []
+    monkeypatch.setattr(
+        "mla.bench.run.scenario_run.yardstick",
+        SimpleNamespace(shortened=lambda point, variants, ms: asked.append(dict(ms)) or {}),
+    )
+    words = (*VIRTUAL, *small, "--scenario", "decode", "--layers", "2")
+    words = (*words, "--implementations", "mla,mla-reference")
+    assert bench(*words, "-o", "run.json", fakes=["virtual_clock"]).code == 0
+    run = read("run.json")
+    kept = run.cases[0]
+    assert kept.latency_ms is not None
+    results.write(msgspec.structs.replace(run, cases=[kept]), Path("run.json"))
+    asked.clear()
+    bench(*words, "--resume", "run.json", "-o", "other.json")
+    (ms,) = asked
+    assert list(ms) == ["mla", "mla-reference"]
+    assert ms["mla"] == 2 * kept.latency_ms.median
+    withhold(kept, "wrong", "it is")
+    results.write(msgspec.structs.replace(run, cases=[kept]), Path("run.json"))
+    asked.clear()
+    bench(*words, "--resume", "run.json", "-o", "other.json")
+    assert asked == []
 
 
 def withhold(case: results.Case, status: Any, reason: str) -> None:

@@ -45,6 +45,8 @@ def test_many_outliers_and_a_single_giant_are_mentioned(make_run: MakeRun) -> No
 
 
 def test_a_warm_up_that_did_not_settle_is_mentioned(make_run: MakeRun) -> None:
+    wrong = results.Check(status="wrong", reason="it is")
+    assert quality_warnings(make_run(latency_ms=None, tokens_per_s=None, settled=False, check=wrong)) == []
     (remark,) = quality_warnings(make_run(latency_ms=latency(), settled=False, warmups=110))
     assert remark.startswith(
         "not settled: prefill, mla: latencies still changed after 110 warm-up forwards; "
