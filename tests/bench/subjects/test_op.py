@@ -100,8 +100,8 @@ def test_a_wrong_op_gets_no_number(measure: Bench, op: str, fault: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_results_of_an_earlier_pass_do_not_count(measure: Bench, op: str) -> None:
-    """1 call checks it, 1 warms it up, and so it stops in the first pass."""
-    assert measure(op, fault="stops").code == 4
+    """1 call checks it, and so it stops in the first pass."""
+    assert measure(op, "--warmups", "0", fault="stops").code == 4
     reason = cases()[0].check.reason
     assert reason.startswith("right at first, wrong in pass 1: ")
     assert reason.endswith("(calls 1, 2, 3 of the pass; 3 of 3 checked)")
@@ -122,10 +122,10 @@ def test_a_write_beside_the_new_tokens_slots_is_wrong(measure: Bench) -> None:
 
 
 def test_an_op_that_goes_wrong_while_it_is_timed_loses_its_numbers(bench: Bench, small: list[str]) -> None:
-    """1 call checks it and 1 warms it up: 4 later, it is wrong in the second pass."""
+    """1 call checks it, without a warm-up: 6 later, it is wrong in the second pass."""
     fault = ["-O", "fault=late", "-O", "after=6", "--op", "latent_attention", "--batch", "2", "--kv", "9"]
     words = ["--backend", "fake-wrong-op", *small[:2], *fault, *QUICK, "--cache", "warm", "-o", "run.json"]
-    assert bench(*words, fakes=["wrong_op"]).code == 4
+    assert bench(*words, "--warmups", "0", fakes=["wrong_op"]).code == 4
     wrong, right = cases()
     assert re.match(
         r"right at first, wrong in pass \d: out: .* of the pass; \d of 3 checked\)$", wrong.check.reason
