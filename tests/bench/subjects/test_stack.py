@@ -82,8 +82,9 @@ def test_a_workload_may_say_how_many(bench: Bench, small: list[str]) -> None:
 
 
 def test_a_wrong_op_is_named_with_its_layer(bench: Bench, small: list[str]) -> None:
-    """Each layer has an op of its own, which is called 4 times and wrong the fourth time."""
-    words = ["-O", "fault=late", "-O", "after=3", "--layers", "3", "--scenario", "decode", "-o", "run.json"]
+    """Each layer has an op of its own, which the check calls 4 times and is wrong the fourth time."""
+    late = ["-O", "fault=late", "-O", "after=3", "--warmups", "0"]
+    words = [*late, "--layers", "3", "--scenario", "decode", "-o", "run.json"]
     done = bench("--backend", "fake-wrong-op", *small, *words, fakes=["wrong_op"])
     assert done.code == 4
     wrong = read()[0]
