@@ -5,6 +5,7 @@ The limits that results are compared with take seconds to measure, which a short
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mla.bench.doubts import clock
 from mla.bench.subjects.setting import Setting
 
 # A probe grows until it takes this many seconds, so that launches do not dominate it.
@@ -20,8 +22,9 @@ SIDES = (256, 512, 1024, 2048, 4096)
 FOOTPRINTS = (1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20)
 # Calls of torch in a forward, with what Python does between them, and the least they take.
 CALLS, OVERHEAD = 100, 5e-4
-# Seconds after which a call is not tried again, and how often it is tried.
-TRIED, MOST_CALLS = 0.03, 8
+# Seconds after which a call is not tried again, and how often it is tried; and the seconds after which that
+# holds although every try waited for a CPU that others had.
+TRIED, MOST_CALLS, DISTURBED = 0.03, 8, 0.3
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,17 @@ def _seconds(call: Callable[[], object], wait: Callable[[], None]) -> float:
 
     There are at least two, and more where time is left: others may have kept the CPUs busy.
     """
-    best, end = float("inf"), time.perf_counter() + TRIED
-    for number in range(MOST_CALLS):
-        if number > 2 and time.perf_counter() > end:
+    best, quiet, begin = float("inf"), False, time.perf_counter()
+    for number in itertools.count():
+        passed = time.perf_counter() - begin
+        enough = number >= MOST_CALLS or (number > 2 and passed > TRIED)
+        if enough and (quiet or passed > DISTURBED):
             break
         wait()
-        start = time.perf_counter()
+        disturbance, start = clock.Disturbance(), time.perf_counter()
         call()
         wait()
+        taken = time.perf_counter() - start
         if number:
-            best = min(best, time.perf_counter() - start)
+            best, quiet = min(best, taken), quiet or not disturbance.spoils(1e3 * taken)
     return max(best, 1e-9)
