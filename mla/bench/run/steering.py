@@ -130,7 +130,7 @@ def skipped(
     command = repro.command([*words, "--resume", str(options.target)])
     on = f"resume with: {command}" if options.target else "with -o, a later run could --resume it"
     cut = f"--budget skipped {left_out} of {len(run.cases)} cases and cut short {short}"
-    whole = "" if needed is None else f"the whole run would take at least about {spoken(needed)}"
+    whole = "" if needed is None else f"the whole run fits into about {spoken(needed)}"
     if any(case.latency_ms for case in run.cases):
         return "; ".join(filter(None, (cut, whole, on)))
     why = next(case.check.reason for case in run.cases if case.check.reason.startswith(OVER_BUDGET))

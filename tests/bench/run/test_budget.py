@@ -139,10 +139,7 @@ def test_scenarios_that_do_not_fit_are_left_out_and_the_note_says_how_to_go_on(
         ("ok", ""),
     ]
     assert not any(case.interrupted for case in cases)
-    assert (
-        "--budget skipped 2 of 3 cases and cut short 0; the whole run would take at least about "
-        in done.error
-    )
+    assert "--budget skipped 2 of 3 cases and cut short 0; the whole run fits into about " in done.error
     words = shlex.split(done.error.partition("python -m mla.bench ")[2])
     assert bench(*words).code == 0
     after = results.read(Path("run.json")).cases
@@ -194,7 +191,7 @@ def test_a_budget_that_is_over_at_once_runs_nothing(bench: Bench, small: list[st
     assert done.code == 5
     assert "--budget was too short for any number (checks and one timed pass would take about " in done.err
     assert re.search(
-        r" s, and 0 s of 0\.001 s were left\): the whole run would take at least about [\d.]+ s, so give it "
+        r" s, and 0 s of 0\.001 s were left\): the whole run fits into about [\d.]+ s, so give it "
         r"as much, or measure less with --runs, ",
         done.err,
     )
@@ -234,7 +231,7 @@ def test_a_run_that_was_cut_says_what_all_of_it_takes(run_inside: Any) -> None:
     done = run_inside(budget)
     assert done.code == 5
     assert (
-        "and 0.2 s of 4 s were left): the whole run would take at least about 25 s, so give it as much, or "
+        "and 0.2 s of 4 s were left): the whole run fits into about 25 s, so give it as much, or "
         in done.error
     )
 
