@@ -63,24 +63,13 @@ static inline pf high_part(pu pairs) {
     return (pf)(pairs & 0xffff0000u);
 }
 
+#if MLA_DOT_BF16
 // sums += b.low * a.low + b.high * a.high, lane by lane; a is one pair for all lanes.
 static inline void add_products(Sum16& sums, const Pair16& b, uint32_t a) {
-#if MLA_DOT_BF16
     sums.part[0] =
         (pf)_mm512_dpbf16_ps((__m512)sums.part[0], (__m512bh)b.part[0], (__m512bh)_mm512_set1_epi32((int)a));
-#else
-    const pu both = a + pu{};  // widened as a vector: moving scalars into vectors costs more
-    for (int p = 0; p < PARTS; p++) {
-        sums.part[p] += low_part(b.part[p]) * low_part(both);
-        sums.part[p] += high_part(b.part[p]) * high_part(both);
-    }
+}
 #endif
-}
-// The same with an `a` that was widened beforehand.
-static inline void add_products(Sum16& sums, const Pair16& b, float low, float high) {
-    for (int p = 0; p < PARTS; p++) sums.part[p] += low_part(b.part[p]) * low;
-    for (int p = 0; p < PARTS; p++) sums.part[p] += high_part(b.part[p]) * high;
-}
 
 // 32 columns of two rows as pairs. Where the target shuffles only within 128-bit groups, the columns come in
 // another order, which `store_unzipped` undoes.

@@ -191,16 +191,12 @@ static void run(const Job<T>& job, const Next& next) {
 
 template <class T, class JobOf>
 static void run_all(int64_t count, const JobOf& job_of, int threads) {
-    WorkQueue queue(count, threads);
-#pragma omp parallel num_threads(threads)
-    for (int64_t task = queue.take(); task >= 0;) {
-        int64_t following = -1;
+    run_pieces(count, threads, [&](int64_t task, const auto& take) {
         run<T>(job_of(task), [&]() -> const T* {
-            following = queue.take_early();
+            const int64_t following = take();
             return following < 0 ? nullptr : job_of(following).packed;
         });
-        task = following < 0 ? queue.take() : following;
-    }
+    });
 }
 
 static inline void widen_row(const bf16* x, int64_t count, float* to) {

@@ -137,16 +137,12 @@ static void run(const Job& job, const Next& next) {
 // Do all jobs; job_of(i) makes one.
 template <class JobOf>
 static void run_all(int64_t count, const JobOf& job_of, int threads) {
-    WorkQueue queue(count, threads);
-#pragma omp parallel num_threads(threads)
-    for (int64_t task = queue.take(); task >= 0;) {
-        int64_t following = -1;
-        run(job_of(task), [&] {
-            following = queue.take_early();
+    run_pieces(count, threads, [&](int64_t task, const auto& take) {
+        run(job_of(task), [&]() -> const bf16* {
+            const int64_t following = take();
             return following < 0 ? nullptr : job_of(following).packed;
         });
-        task = following < 0 ? queue.take() : following;
-    }
+    });
 }
 
 // Rows of a task: its stretch of x and its partial sums stay in a core's second-level cache.

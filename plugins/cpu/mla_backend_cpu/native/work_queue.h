@@ -25,4 +25,17 @@ class WorkQueue {
     std::atomic<int64_t> taken_{0};
 };
 
+// Run all pieces on so many threads: run(piece, next), where `next` may be asked once, with the end of a
+// piece, for the thread's next one, or -1.
+template <class Run>
+static void run_pieces(int64_t count, int threads, const Run& run) {
+    WorkQueue queue(count, threads);
+#pragma omp parallel num_threads(threads)
+    for (int64_t piece = queue.take(); piece >= 0;) {
+        int64_t following = -1;
+        run(piece, [&] { return following = queue.take_early(); });
+        piece = following < 0 ? queue.take() : following;
+    }
+}
+
 }  // namespace mla
