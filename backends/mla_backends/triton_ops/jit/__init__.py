@@ -1,0 +1,1 @@
+"""Device code. Importing a module of this folder imports Triton."""

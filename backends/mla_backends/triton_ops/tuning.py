@@ -1,0 +1,111 @@
+"""`Tuning`: tiles and splits of the Triton kernels, as data that a plugin chooses or a campaign has written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mla_backends.errors import BackendError
+
+FORMAT = 1  # of the file
+LEAST = 16  # rows or keys of a tile: the least that `tl.dot` takes
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One configuration of an attention kernel. Raises ValueError for sizes that Triton cannot compile."""
+
+    rows: int  # of queries in a program
+    keys: int  # of a step
+    warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", LEAST), ("keys", LEAST), ("warps", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two of at least {least}, got {value!r}.")
+        if type(self.stages) is not int or self.stages < 1:
+            raise ValueError(f"stages must be a positive number, got {self.stages!r}.")
+
+    def smaller(self) -> Iterator[Tile]:
+        """Yield tiles that need less and less of a multiprocessor, down to the smallest."""
+        tile = self
+        while True:
+            if tile.stages > 1:
+                tile = replace(tile, stages=tile.stages - 1)
+            elif tile.keys > LEAST:
+                tile = replace(tile, keys=tile.keys // 2)
+            elif tile.rows > LEAST:
+                tile = replace(tile, rows=tile.rows // 2)
+            else:
+                return
+            yield tile
+
+    def __str__(self) -> str:
+        return f"{self.rows} rows x {self.keys} keys, {self.warps} warps, {self.stages} stages"
+
+
+Tiles = Mapping[int, Tile]  # the least number of query rows it is for -> tile; one of them is for 1
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a plugin chooses for a card.
+
+    `latent` is by the query rows of a request (new tokens times heads), `expanded` by the queries of a
+    segment. A decode step is split so that about `programs` programs run on each multiprocessor.
+    """
+
+    latent: Tiles
+    expanded: Tiles
+    programs: int = 1
+    source: str = "defaults of the plugin"  # for the environment in results
+
+    def __post_init__(self) -> None:
+        for name in ("latent", "expanded"):
+            tiles = getattr(self, name)
+            if 1 not in tiles or any(type(least) is not int or least < 1 for least in tiles):
+                raise ValueError(f"{name} needs a tile for 1 row on, and whole numbers of rows.")
+            object.__setattr__(self, name, MappingProxyType(dict(tiles)))
+        if type(self.programs) is not int or self.programs < 1:
+            raise ValueError(f"programs must be a positive number, got {self.programs!r}.")
+
+
+def tile_for(tiles: Tiles, rows: int) -> Tile:
+    """Return the tile for this many query rows."""
+    return tiles[max((least for least in tiles if least <= rows), default=1)]
+
+
+def read_tuning(path: str | Path) -> Tuning:
+    """Return what a campaign has written for a card. Raises `BackendError` naming what is wrong with it."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise ValueError(f"it is no tuning of format {FORMAT}")
+        tiles = {name: _tiles(found[name]) for name in ("latent", "expanded")}
+        return Tuning(**tiles, programs=found["programs"], source=str(found.get("card") or path))
+    except OSError as error:
+        raise BackendError(f"the tuning file {path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error).rstrip(".")
+        raise BackendError(f"the tuning file {path} cannot be used: {what}.") from error
+
+
+def write_tuning(path: str | Path, tuning: Tuning, facts: Mapping[str, str]) -> None:
+    """Write a tuning for `read_tuning`; `facts` say where it was measured: card, torch, triton, date."""
+    tiles = {name: _rows(getattr(tuning, name)) for name in ("latent", "expanded")}
+    document = {"format": FORMAT, **facts, "programs": tuning.programs, **tiles}
+    Path(path).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _tiles(rows: Any) -> dict[int, Tile]:
+    return {row["from"]: Tile(**{key: value for key, value in row.items() if key != "from"}) for row in rows}
+
+
+def _rows(tiles: Tiles) -> list[dict[str, int]]:
+    return [{"from": least, **asdict(tile)} for least, tile in sorted(tiles.items())]
