@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MOST_LATENT, MOST_ROPE = 512, 128
 # Of the merge: channels of a program and parts of a step, 16 KiB of registers in fp32.
 MERGED_COLUMNS, MERGED_PARTS = 128, 32
+# Programs of the merge, about. With more rows each takes several: most have nothing to merge in such a batch.
+MERGE_PROGRAMS = 4096
 PAGE_SIZE = 64  # of the tiny problem
 
 
@@ -154,7 +156,10 @@ class LatentAttention(KernelOp):
     def _merge(self, state: LatentState, shared: dict[str, Any]) -> None:
         from mla_backends.triton_ops.jit.latent import merge_latent
 
-        rows, columns = state.longest * shared["HEADS"], min(MERGED_COLUMNS, wide(shared["LATENT"]))
-        sizes = {"rows": rows, "COLUMNS": columns, "PARTS": min(MERGED_PARTS, wide(state.splits.max_splits))}
-        grid = (state.requests * rows, -(-shared["LATENT"] // columns))
+        end, columns = state.longest * shared["HEADS"], min(MERGED_COLUMNS, wide(shared["LATENT"]))
+        rows = max(1, state.requests * end // MERGE_PROGRAMS)
+        blocks = -(-end // rows)
+        parts = min(MERGED_PARTS, wide(state.splits.max_splits))
+        sizes = {"blocks": blocks, "rows": rows, "COLUMNS": columns, "PARTS": parts}
+        grid = (state.requests * blocks, -(-shared["LATENT"] // columns))
         self.start(merge_latent, grid, {**shared, **sizes}, 4)
