@@ -77,7 +77,7 @@ class LatentAttention(KernelOp):
         tile = tile_for(self.tuning.latent, longest * heads)
         rows = [count * heads for count in batch.query_lens]
         capacity = batch.block_table.shape[1] * batch.page_size
-        splits = split(rows, batch.kv_lens, capacity, tile, self._programs)
+        splits = split(rows, batch.kv_lens, capacity, 4 * spec.kv_lora_rank, tile, self._programs)
         parts = (None, None)
         if splits.max_splits > 1:
             parts = self._parts(spec, sum(batch.query_lens), splits.max_splits, batch.block_table)
@@ -92,7 +92,8 @@ class LatentAttention(KernelOp):
         if capturing(spec.device):
             return tuple(like.new_empty(size, dtype=torch.float32) for size in sizes.values())
         floats = like.new_empty(0, dtype=torch.float32)
-        return tuple(self._scratch.take(name, (size,), floats) for name, size in sizes.items())
+        # Powers of two, so that lengths that grow step by step do not make it grow as often.
+        return tuple(self._scratch.take(name, (wide(size),), floats) for name, size in sizes.items())
 
     def __call__(
         self, state: LatentState, *,
