@@ -15,6 +15,8 @@ from mla_backends.triton_ops.jit.elements import decoded
 from mla_backends.triton_ops.jit.softmax import close, fold
 
 LN2 = tl.constexpr(0.6931471805599453)
+# What changes from step to step: specialised on its value or alignment, a kernel would be compiled anew.
+CHANGING = ["block_table", "kv_lens", "cu_q", "lse", "table_row", "blocks", "keys_per_split", "max_splits"]
 
 
 @triton.jit
@@ -23,7 +25,7 @@ def parts_of(keys, keys_per_split, max_splits):
     return tl.minimum(tl.maximum((keys + keys_per_split - 1) // keys_per_split, 1), max_splits)
 
 
-@triton.jit(do_not_specialize=["blocks", "keys_per_split", "max_splits"])
+@triton.jit(do_not_specialize=CHANGING)
 def attend_latent(
     q,  # [T, h, c + r]
     cache,  # [pages, PAGE, c + r], contiguous
@@ -145,7 +147,7 @@ def attend_latent(
         tl.store(lse + at * lse_token + head * lse_head, sums * LN2, mask=owned)
 
 
-@triton.jit(do_not_specialize=["blocks", "rows", "keys_per_split", "max_splits"])
+@triton.jit(do_not_specialize=[*CHANGING, "rows"])
 def merge_latent(
     kv_lens,  # [B] int32
     cu_q,  # [B + 1] int32
