@@ -92,6 +92,7 @@ def _facts(opened: Backend) -> dict[str, Any]:
         "config": CONFIG,
         "dtype": dtype_name(dtype),
         "ops": {role: _choice(chosen, role) for role in chosen.names()},
+        "op_remarks": chosen.remarks(),
         "idle_ops": _idle(chosen, offered),
     }
 

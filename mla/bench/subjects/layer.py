@@ -155,3 +155,6 @@ class MlaLayer(LayerImplementation):
 
     def ops(self) -> dict[str, str]:
         return self.layer.ops.names()
+
+    def remarks(self) -> dict[str, list[str]]:
+        return self.layer.ops.remarks()

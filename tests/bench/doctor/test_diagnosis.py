@@ -51,6 +51,11 @@ class Rotate(FusedOp):
     def unsupported_reasons(self, spec):
         return [f"it rotates float16 only, not {spec.dtype}"]
     def __call__(self, **tensors): ...
+
+class Write(FusedOp):
+    contract = "write_latent/1"
+    remarks = ["one token at a time"]
+    def __call__(self, **tensors): ...
 """
 
 
@@ -188,7 +193,7 @@ def test_a_known_name_that_is_not_installed_gets_its_pip_line(isolated: Bench) -
 
 
 def test_ops_are_listed_with_every_reason_for_the_default_config(process: Bench, loose: Any) -> None:
-    loose(ops="{'norm': Norm(), 'turn': Rotate()}")
+    loose(ops="{'norm': Norm(), 'turn': Rotate(), 'put': Write()}")
     done = process("doctor", "loose:Loose")
     assert done.code == 0
     (lines,) = (lines for title, lines in blocks(done.out).items() if title == "loose:Loose: usable")
@@ -197,6 +202,7 @@ def test_ops_are_listed_with_every_reason_for_the_default_config(process: Bench,
     assert "rotate_query: reference" in lines[at:]
     reason = lines[lines.index("rotate_query: reference") + 1]
     assert reason == "fused op 'turn' not used because it rotates float16 only, not torch.float32"
+    assert lines[-2] == "put: one token at a time"
     assert lines[-1] == "norm: offered for rms_norm/1, which this config does not call"
 
 
