@@ -1,4 +1,4 @@
-"""`Launcher`: starts Triton kernels, and takes a smaller tile where the device lacks the resources for one."""
+"""`Launcher`: starts Triton kernels, with a smaller tile where the device lacks the resources for one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Tuning`: tiles and splits of the Triton kernels, as data that a plugin chooses or a campaign has written."""
+"""`Tuning`: tiles and splits of the Triton kernels, as data that a plugin chooses or a campaign writes."""
 
 from __future__ import annotations
 

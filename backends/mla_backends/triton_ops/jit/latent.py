@@ -1,0 +1,208 @@
+"""Absorbed attention over latent pages: flash decoding, split over the keys, and the merge of the parts.
+
+A program attends ROWS query rows (a row is one head of one token) of one request to one part of its keys. The
+tile of latents is loaded once: transposed it is the keys, as it lies the values. Sums of exponentials are in
+powers of two, natural only in `lse`.
+
+How many parts a request has is derived from its length, on the device and in both kernels alike, so that a
+captured launch follows lengths that change. A request of one part writes its output at once.
+"""
+
+import triton
+import triton.language as tl
+
+from mla_backends.triton_ops.jit.elements import decoded
+from mla_backends.triton_ops.jit.softmax import close, fold
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def parts_of(keys, keys_per_split, max_splits):
+    """Return into how many parts a request of this many keys is split."""
+    return tl.minimum(tl.maximum((keys + keys_per_split - 1) // keys_per_split, 1), max_splits)
+
+
+@triton.jit(do_not_specialize=["blocks", "keys_per_split", "max_splits"])
+def attend_latent(
+    q,  # [T, h, c + r]
+    cache,  # [pages, PAGE, c + r], contiguous
+    block_table,  # [B, n] int32
+    kv_lens,  # [B] int32
+    cu_q,  # [B + 1] int32
+    out,  # [T, h, c]
+    lse,  # [T, h] fp32
+    part_out,  # [T, h, max_splits, c] fp32
+    part_lse,  # [T, h, max_splits] fp32, in powers of two
+    scale,  # of the softmax, times log2(e)
+    q_token,  # strides, in elements
+    q_head,
+    table_row,
+    out_token,
+    out_head,
+    lse_token,
+    lse_head,
+    blocks,  # of ROWS rows, of the request with the most new tokens
+    keys_per_split,
+    max_splits,
+    HEADS: tl.constexpr,
+    LATENT: tl.constexpr,  # c
+    ROPE: tl.constexpr,  # r
+    WIDE_LATENT: tl.constexpr,  # the next power of two
+    WIDE_ROPE: tl.constexpr,  # the next power of two of at least 16, or 0
+    PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr,  # some request has several new tokens
+    SPLIT: tl.constexpr,  # max_splits > 1
+    HAS_LSE: tl.constexpr,
+    FORMAT: tl.constexpr,  # of a cached element
+):
+    """Attend. Grid: (B * blocks, max_splits)."""
+    request = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    split = tl.program_id(1)
+    first = tl.load(cu_q + request)
+    queries = tl.load(cu_q + request + 1) - first
+    keys = tl.load(kv_lens + request)
+    parts = parts_of(keys, keys_per_split, max_splits)
+    if (block * ROWS >= queries * HEADS) | (split >= parts):
+        return
+
+    row = block * ROWS + tl.arange(0, ROWS)
+    token = row // HEADS
+    head = row % HEADS
+    owned = token < queries
+    newest = tl.minimum((block * ROWS + ROWS - 1) // HEADS, queries - 1)  # token of the last row
+    length = ((keys + parts - 1) // parts + KEYS - 1) // KEYS * KEYS
+    low = split * length
+    high = tl.minimum(low + length, keys - queries + newest + 1)
+    visible = keys - queries + token  # the last key that a row sees
+
+    channel = tl.arange(0, WIDE_LATENT)
+    has_channel = channel < LATENT
+    q_row = q + (first + token).to(tl.int64) * q_token + head * q_head
+    q_latent = tl.load(
+        q_row[:, None] + channel[None, :], mask=owned[:, None] & has_channel[None, :], other=0.0
+    )
+    if ROPE > 0:
+        turn = tl.arange(0, WIDE_ROPE)
+        has_turn = turn < ROPE
+        q_rope = tl.load(
+            q_row[:, None] + LATENT + turn[None, :], mask=owned[:, None] & has_turn[None, :], other=0.0
+        )
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.full([ROWS], 0.0, tl.float32)
+    value = tl.full([ROWS, WIDE_LATENT], 0.0, tl.float32)
+    table = block_table + request.to(tl.int64) * table_row
+
+    # The number of the next page is fetched a step ahead, so that only latents are left to be pipelined.
+    if PAGE % KEYS == 0:  # a step stays within a page
+        page = tl.load(table + low // PAGE, mask=low < high, other=0)
+    else:
+        place = low + tl.arange(0, KEYS)
+        page = tl.load(table + place // PAGE, mask=place < high, other=0)
+    for start in range(low, high, KEYS):
+        place = start + tl.arange(0, KEYS)
+        there = place < high
+        following = start + KEYS
+        if PAGE % KEYS == 0:
+            slot = page.to(tl.int64) * PAGE + start % PAGE
+            key = cache + slot * (LATENT + ROPE) + tl.arange(0, KEYS) * (LATENT + ROPE)
+            page = tl.load(table + following // PAGE, mask=following < high, other=0)
+        else:
+            key = cache + (page.to(tl.int64) * PAGE + place % PAGE) * (LATENT + ROPE)
+            page = tl.load(table + (place + KEYS) // PAGE, mask=place + KEYS < high, other=0)
+        raw = tl.load(key[:, None] + channel[None, :], mask=there[:, None] & has_channel[None, :], other=0.0)
+        latent = decoded(raw, q_latent.dtype, FORMAT)
+        score = tl.dot(q_latent, tl.trans(latent))
+        if ROPE > 0:
+            raw = tl.load(
+                key[:, None] + LATENT + turn[None, :], mask=there[:, None] & has_turn[None, :], other=0.0
+            )
+            score = tl.dot(q_rope, tl.trans(decoded(raw, q_latent.dtype, FORMAT)), score)
+        if CAUSAL:
+            seen = (place[None, :] <= visible[:, None]) & there[None, :]
+        else:
+            seen = there[None, :]
+        score = tl.where(seen, score * scale, float("-inf"))
+        weight, shrink, top, total = fold(score, top, total)
+        value = tl.dot(weight.to(latent.dtype), latent, value * shrink[:, None])
+
+    whole, sums = close(top, total)
+    value = value / whole[:, None]
+    target = owned[:, None] & has_channel[None, :]
+    at = (first + token).to(tl.int64)
+    if SPLIT:
+        if parts > 1:
+            place_of_part = (at * HEADS + head) * max_splits + split
+            tl.store(part_lse + place_of_part, sums, mask=owned)
+            tl.store(part_out + place_of_part[:, None] * LATENT + channel[None, :], value, mask=target)
+            return
+    out_row = out + at * out_token + head * out_head
+    tl.store(out_row[:, None] + channel[None, :], value.to(out.dtype.element_ty), mask=target)
+    if HAS_LSE:
+        tl.store(lse + at * lse_token + head * lse_head, sums * LN2, mask=owned)
+
+
+@triton.jit(do_not_specialize=["rows", "keys_per_split", "max_splits"])
+def merge_latent(
+    kv_lens,  # [B] int32
+    cu_q,  # [B + 1] int32
+    out,  # [T, h, c]
+    lse,  # [T, h] fp32
+    part_out,  # [T, h, max_splits, c] fp32
+    part_lse,  # [T, h, max_splits] fp32, in powers of two
+    out_token,  # strides, in elements
+    out_head,
+    lse_token,
+    lse_head,
+    rows,  # query rows of the request with the most new tokens
+    keys_per_split,
+    max_splits,
+    HEADS: tl.constexpr,
+    LATENT: tl.constexpr,  # c
+    COLUMNS: tl.constexpr,  # channels of a program
+    PARTS: tl.constexpr,  # parts of a step
+    HAS_LSE: tl.constexpr,
+):
+    """Merge the parts of one row and some channels. Grid: (B * rows, ceil(c / COLUMNS))."""
+    request = tl.program_id(0) // rows
+    row = tl.program_id(0) % rows
+    first = tl.load(cu_q + request)
+    queries = tl.load(cu_q + request + 1) - first
+    parts = parts_of(tl.load(kv_lens + request), keys_per_split, max_splits)
+    token = row // HEADS
+    head = row % HEADS
+    if (token >= queries) | (parts == 1):
+        return
+
+    at = (first + token).to(tl.int64)
+    base = (at * HEADS + head) * max_splits
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    has_channel = channel < LATENT
+    top = float("-inf")
+    total = 0.0
+    value = tl.full([COLUMNS], 0.0, tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        sums = tl.load(part_lse + base + part, mask=part < parts, other=float("-inf"))
+        higher = tl.maximum(top, tl.max(sums, 0))
+        origin = tl.where(higher == float("-inf"), 0.0, higher)
+        weight = tl.math.exp2(sums - origin)
+        shrink = tl.math.exp2(top - origin)
+        several = tl.load(
+            part_out + (base + part)[:, None] * LATENT + channel[None, :],
+            mask=(part < parts)[:, None] & has_channel[None, :],
+            other=0.0,
+        )
+        value = value * shrink + tl.sum(weight[:, None] * several, 0)
+        total = total * shrink + tl.sum(weight, 0)
+        top = higher
+
+    whole, sums = close(top, total)
+    target = out + at * out_token + head * out_head + channel
+    tl.store(target, (value / whole).to(out.dtype.element_ty), mask=has_channel)
+    if HAS_LSE:
+        if tl.program_id(1) == 0:
+            tl.store(lse + at * lse_token + head * lse_head, sums * LN2)

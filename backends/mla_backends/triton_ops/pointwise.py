@@ -1,0 +1,134 @@
+"""`rms_norm`, `rotate_query` and `write_latent`: one launch each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mla_backends.api import OPS, AttentionSpec, NormSpec
+from mla_backends.triton_ops import attempts
+from mla_backends.triton_ops.kernel_op import KernelOp, wide
+
+if TYPE_CHECKING:
+    import torch
+
+# The most elements that one program holds: a row of a norm must fit.
+MOST_WIDTH = 16384
+# Elements of one program of a rotation.
+BLOCK_ELEMENTS = 1024
+
+
+class RmsNorm(KernelOp):
+    """x / rms(x) * weight, a program per row."""
+
+    contract = OPS["rms_norm"]
+
+    def shape_reasons(self, spec: NormSpec) -> list[str]:
+        return _width_reasons(spec.features)
+
+    def attempt(self, spec: NormSpec) -> str:
+        return attempts.try_rms_norm(self, spec)
+
+    def __call__(self, *, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+        from mla_backends.triton_ops.jit.pointwise import rms_norm
+
+        if x.shape[0] == 0:
+            return
+        width = x.shape[1]
+        arguments = {
+            "x": x,
+            "weight": weight,
+            "out": out,
+            "eps": eps,
+            "x_row": x.stride(0),
+            "out_row": out.stride(0),
+            "WIDTH": width,
+            "WIDE": wide(width),
+        }
+        self.start(rms_norm, (x.shape[0],), arguments, _warps(width))
+
+
+class RotateQuery(KernelOp):
+    """Rotate every head by its token's angles, a program per token and block of heads."""
+
+    contract = OPS["rotate_query"]
+
+    def attempt(self, spec: AttentionSpec) -> str:
+        return attempts.try_rotate_query(self, spec)
+
+    def __call__(
+        self, *, x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool, out: torch.Tensor
+    ) -> None:
+        from mla_backends.triton_ops.jit.pointwise import rotate_query
+
+        tokens, heads, width = x.shape
+        if tokens == 0 or width == 0:
+            return
+        pairs = wide(width // 2)
+        block = min(wide(heads), max(1, BLOCK_ELEMENTS // pairs))
+        arguments = {
+            "x": x,
+            "cos_sin": cos_sin,
+            "out": out,
+            "x_token": x.stride(0),
+            "x_head": x.stride(1),
+            "cos_sin_row": cos_sin.stride(0),
+            "out_token": out.stride(0),
+            "out_head": out.stride(1),
+            "HEADS": heads,
+            "BLOCK": block,
+            "PAIRS": width // 2,
+            "WIDE_PAIRS": pairs,
+            "INTERLEAVED": bool(interleaved),
+        }
+        self.start(rotate_query, (tokens, -(-heads // block)), arguments, 4)
+
+
+class WriteLatent(KernelOp):
+    """Norm the latent, rotate the shared key, scatter both to the cache: a program per token."""
+
+    contract = OPS["write_latent"]
+
+    def shape_reasons(self, spec: AttentionSpec) -> list[str]:
+        return _width_reasons(spec.kv_lora_rank)
+
+    def attempt(self, spec: AttentionSpec) -> str:
+        return attempts.try_write_latent(self, spec)
+
+    def __call__(
+        self, *,
+        kv_a: torch.Tensor, weight: torch.Tensor, eps: float,  # [T, c + r], [c]
+        cos_sin: torch.Tensor, interleaved: bool,  # [T, r] fp32
+        slots: torch.Tensor, cache: torch.Tensor,  # [T] int64, [pages, page, c + r]
+    ) -> None:  # fmt: skip
+        from mla_backends.triton_ops.jit.pointwise import write_latent
+
+        if kv_a.shape[0] == 0:
+            return
+        width, pairs = weight.shape[0], (kv_a.shape[1] - weight.shape[0]) // 2
+        arguments = {
+            "kv_a": kv_a,
+            "weight": weight,
+            "cos_sin": cos_sin,
+            "slots": slots,
+            "cache": cache,
+            "eps": eps,
+            "kv_a_row": kv_a.stride(0),
+            "cos_sin_row": cos_sin.stride(0),
+            "LATENT": width,
+            "WIDE_LATENT": wide(width),
+            "PAIRS": pairs,
+            "WIDE_PAIRS": wide(pairs),
+            "INTERLEAVED": bool(interleaved),
+        }
+        self.start(write_latent, (kv_a.shape[0],), arguments, _warps(width))
+
+
+def _warps(width: int) -> int:
+    """Return how many warps share a row of this many elements."""
+    return min(8, max(1, wide(width) // 256))
+
+
+def _width_reasons(width: int) -> list[str]:
+    if width <= MOST_WIDTH:
+        return []
+    return [f"a program holds a row of at most {MOST_WIDTH} elements, not {width}"]
