@@ -44,14 +44,21 @@ VARIABLES = (
 )
 
 
+def absent() -> list[str]:
+    """Return that Triton is not installed, and how to get it (empty if it is)."""
+    found = find_spec("triton")
+    if found is None or found.origin is None:  # a folder of that name, of anything
+        return [f"triton is not installed: {_source()}"]
+    return []
+
+
 def missing() -> list[str]:
     """Return what Triton lacks, one clause with its cure for each (empty if it has all).
 
     A launcher that is in the cache already needs no compiler: that kernels do not run is for a trial to say.
     """
-    found = find_spec("triton")
-    if found is None or found.origin is None:  # a folder of that name, of anything
-        return [f"triton is not installed: {_source()}"]
+    if found := absent():
+        return found
     if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y"):
         return []  # nothing is compiled
     return [lack for lack in (_compiler(), _headers(), _cache()) if lack]

@@ -179,3 +179,5 @@ def _fact_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from (("", f"{name}: {remark}") for remark in remarks)
     for name, contract in facts["idle_ops"].items():
         yield "", f"{name}: offered for {contract}, which this config does not call"
+    if facts["triton"]:
+        yield from (("triton", one) for one in facts["triton"]["missing"] or ["lacks nothing here"])
