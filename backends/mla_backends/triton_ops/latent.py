@@ -49,6 +49,7 @@ class LatentAttention(KernelOp):
     dtypes = ("bfloat16", "float16")
     nan_safe_tail = True
     lse_optional = True
+    tiled = "latent attention"
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class LatentAttention(KernelOp):
                 attend_latent, grid, {**arguments, **sizes}, warps=tile.warps, stages=tile.stages
             )
 
-        self.launcher.start_tiled("latent attention", state.tile, start)
+        self.launcher.start_tiled(self.tiled, state.tile, start)
 
     def _merge(self, state: LatentState, shared: dict[str, Any]) -> None:
         from mla_backends.triton_ops.jit.latent import merge_latent
