@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MOST_LATENT, MOST_ROPE = 512, 128
 # Of the merge: channels of a program and parts of a step, 16 KiB of registers in fp32.
 MERGED_COLUMNS, MERGED_PARTS = 128, 32
+# Programs of the merge, about. With more rows each takes several: most have nothing to merge in such a batch.
+MERGE_PROGRAMS = 4096
 PAGE_SIZE = 64  # of the tiny problem
 
 
@@ -75,7 +77,7 @@ class LatentAttention(KernelOp):
         tile = tile_for(self.tuning.latent, longest * heads)
         rows = [count * heads for count in batch.query_lens]
         capacity = batch.block_table.shape[1] * batch.page_size
-        splits = split(rows, batch.kv_lens, capacity, tile, self._programs)
+        splits = split(rows, batch.kv_lens, capacity, 4 * spec.kv_lora_rank, tile, self._programs)
         parts = (None, None)
         if splits.max_splits > 1:
             parts = self._parts(spec, sum(batch.query_lens), splits.max_splits, batch.block_table)
@@ -90,7 +92,8 @@ class LatentAttention(KernelOp):
         if capturing(spec.device):
             return tuple(like.new_empty(size, dtype=torch.float32) for size in sizes.values())
         floats = like.new_empty(0, dtype=torch.float32)
-        return tuple(self._scratch.take(name, (size,), floats) for name, size in sizes.items())
+        # Powers of two, so that lengths that grow step by step do not make it grow as often.
+        return tuple(self._scratch.take(name, (wide(size),), floats) for name, size in sizes.items())
 
     def __call__(
         self, state: LatentState, *,
@@ -154,7 +157,10 @@ class LatentAttention(KernelOp):
     def _merge(self, state: LatentState, shared: dict[str, Any]) -> None:
         from mla_backends.triton_ops.jit.latent import merge_latent
 
-        rows, columns = state.longest * shared["HEADS"], min(MERGED_COLUMNS, wide(shared["LATENT"]))
-        sizes = {"rows": rows, "COLUMNS": columns, "PARTS": min(MERGED_PARTS, wide(state.splits.max_splits))}
-        grid = (state.requests * rows, -(-shared["LATENT"] // columns))
+        end, columns = state.longest * shared["HEADS"], min(MERGED_COLUMNS, wide(shared["LATENT"]))
+        rows = max(1, state.requests * end // MERGE_PROGRAMS)
+        blocks = -(-end // rows)
+        parts = min(MERGED_PARTS, wide(state.splits.max_splits))
+        sizes = {"blocks": blocks, "rows": rows, "COLUMNS": columns, "PARTS": parts}
+        grid = (state.requests * blocks, -(-shared["LATENT"] // columns))
         self.start(merge_latent, grid, {**shared, **sizes}, 4)

@@ -11,6 +11,8 @@ from mla_backends.triton_ops.tuning import Tile
 LEAST_KEYS = 128
 # Parts of one request; what a graph may be replayed with has no other bound.
 MOST_SPLITS = 128
+# Bytes of the parts of a batch. A few long requests among many short ones could take much more.
+PARTS_BYTES = 256 << 20
 # Lengths count as equal while the longest is at most this many times the mean.
 EQUAL = 1.25
 
@@ -24,11 +26,17 @@ class Splits:
 
 
 def split(
-    query_rows: Sequence[int], kv_lens: Sequence[int], capacity: int, tile: Tile, programs: int
+    query_rows: Sequence[int],
+    kv_lens: Sequence[int],
+    capacity: int,
+    row_bytes: int,
+    tile: Tile,
+    programs: int,
 ) -> Splits:
     """Return the splits for requests with so many query rows (new tokens times heads) and keys.
 
-    `capacity`: the most keys that a request may grow to; `programs`: how many the device runs at a time.
+    `capacity`: the most keys that a request may grow to; `row_bytes`: of one part of a query row; `programs`:
+    how many the device runs at a time.
     """
     blocks = [-(-rows // tile.rows) for rows in query_rows]
     longest, total = max(kv_lens), sum(b * n for b, n in zip(blocks, kv_lens, strict=True))
@@ -37,4 +45,5 @@ def split(
     else:
         keys = -(-total // programs)
     keys = max(LEAST_KEYS, -(-keys // tile.keys) * tile.keys)
-    return Splits(keys, max(1, min(MOST_SPLITS, -(-capacity // keys))))
+    most = min(MOST_SPLITS, PARTS_BYTES // (max(1, sum(query_rows)) * row_bytes))
+    return Splits(keys, max(1, min(most, -(-capacity // keys))))

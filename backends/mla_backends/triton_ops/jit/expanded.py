@@ -8,7 +8,8 @@ from mla_backends.triton_ops.jit.softmax import close, fold
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["blocks"])
+# What changes from batch to batch: specialised on its value or alignment, a kernel would be compiled anew.
+@triton.jit(do_not_specialize=["cu_q", "cu_k", "lse", "blocks"])
 def attend_expanded(
     q,  # [Tq, h, d], d = WIDTH
     k,  # [Tk, h, d]

@@ -15,6 +15,8 @@ from mla_backends.triton_ops.jit.elements import decoded
 from mla_backends.triton_ops.jit.softmax import close, fold
 
 LN2 = tl.constexpr(0.6931471805599453)
+# What changes from step to step: specialised on its value or alignment, a kernel would be compiled anew.
+CHANGING = ["block_table", "kv_lens", "cu_q", "lse", "table_row", "blocks", "keys_per_split", "max_splits"]
 
 
 @triton.jit
@@ -23,7 +25,7 @@ def parts_of(keys, keys_per_split, max_splits):
     return tl.minimum(tl.maximum((keys + keys_per_split - 1) // keys_per_split, 1), max_splits)
 
 
-@triton.jit(do_not_specialize=["blocks", "keys_per_split", "max_splits"])
+@triton.jit(do_not_specialize=CHANGING)
 def attend_latent(
     q,  # [T, h, c + r]
     cache,  # [pages, PAGE, c + r], contiguous
@@ -145,7 +147,7 @@ def attend_latent(
         tl.store(lse + at * lse_token + head * lse_head, sums * LN2, mask=owned)
 
 
-@triton.jit(do_not_specialize=["rows", "keys_per_split", "max_splits"])
+@triton.jit(do_not_specialize=[*CHANGING, "rows"])
 def merge_latent(
     kv_lens,  # [B] int32
     cu_q,  # [B + 1] int32
@@ -157,7 +159,8 @@ def merge_latent(
     out_head,
     lse_token,
     lse_head,
-    rows,  # query rows of the request with the most new tokens
+    blocks,  # of `rows` rows, of the request with the most new tokens
+    rows,  # of a program, one after another
     keys_per_split,
     max_splits,
     HEADS: tl.constexpr,
@@ -166,43 +169,52 @@ def merge_latent(
     PARTS: tl.constexpr,  # parts of a step
     HAS_LSE: tl.constexpr,
 ):
-    """Merge the parts of one row and some channels. Grid: (B * rows, ceil(c / COLUMNS))."""
-    request = tl.program_id(0) // rows
-    row = tl.program_id(0) % rows
+    """Merge the parts of some rows and channels of a request. Grid: (B * blocks, ceil(c / COLUMNS))."""
+    request = tl.program_id(0) // blocks
     first = tl.load(cu_q + request)
-    queries = tl.load(cu_q + request + 1) - first
+    end = (tl.load(cu_q + request + 1) - first) * HEADS
     parts = parts_of(tl.load(kv_lens + request), keys_per_split, max_splits)
-    token = row // HEADS
-    head = row % HEADS
-    if (token >= queries) | (parts == 1):
+    start = tl.program_id(0) % blocks * rows
+    if (start >= end) | (parts == 1):
         return
-
-    at = (first + token).to(tl.int64)
-    base = (at * HEADS + head) * max_splits
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    has_channel = channel < LATENT
-    top = float("-inf")
-    total = 0.0
+    for row in range(start, tl.minimum(start + rows, end)):
+        at = (first + row // HEADS).to(tl.int64)
+        head = row % HEADS
+        place = (at * HEADS + head) * max_splits
+        value, sums = merged(part_out, part_lse, place, parts, channel, LATENT, COLUMNS, PARTS)
+        target = out + at * out_token + head * out_head + channel
+        tl.store(target, value.to(out.dtype.element_ty), mask=channel < LATENT)
+        if HAS_LSE:
+            if tl.program_id(1) == 0:
+                tl.store(lse + at * lse_token + head * lse_head, sums * LN2)
+
+
+@triton.jit
+def merged(
+    part_out,
+    part_lse,
+    place,  # of the row's first part
+    parts,
+    channel,  # [COLUMNS]
+    LATENT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Return the value [COLUMNS] of one row, all parts taken together, and the log2 of its sums."""
+    top = tl.full([1], float("-inf"), tl.float32)
+    total = tl.full([1], 0.0, tl.float32)
     value = tl.full([COLUMNS], 0.0, tl.float32)
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
-        sums = tl.load(part_lse + base + part, mask=part < parts, other=float("-inf"))
-        higher = tl.maximum(top, tl.max(sums, 0))
-        origin = tl.where(higher == float("-inf"), 0.0, higher)
-        weight = tl.math.exp2(sums - origin)
-        shrink = tl.math.exp2(top - origin)
+        there = part < parts
+        score = tl.load(part_lse + place + part, mask=there, other=float("-inf"))
+        weight, shrink, top, total = fold(score[None, :], top, total)
         several = tl.load(
-            part_out + (base + part)[:, None] * LATENT + channel[None, :],
-            mask=(part < parts)[:, None] & has_channel[None, :],
+            part_out + (place + part)[:, None] * LATENT + channel[None, :],
+            mask=there[:, None] & (channel < LATENT)[None, :],
             other=0.0,
         )
-        value = value * shrink + tl.sum(weight[:, None] * several, 0)
-        total = total * shrink + tl.sum(weight, 0)
-        top = higher
-
+        value = value * shrink + tl.sum(tl.trans(weight) * several, 0)
     whole, sums = close(top, total)
-    target = out + at * out_token + head * out_head + channel
-    tl.store(target, (value / whole).to(out.dtype.element_ty), mask=has_channel)
-    if HAS_LSE:
-        if tl.program_id(1) == 0:
-            tl.store(lse + at * lse_token + head * lse_head, sums * LN2)
+    return value / whole, tl.sum(sums, 0)
