@@ -9,6 +9,7 @@ import re
 
 from benchmarks.gpu.sizes import FULL, HERE, SMOKE, Sizes
 from benchmarks.gpu.steps import MOST_SECONDS, Machine, Section, Step
+from benchmarks.gpu.tuning.classes import classes
 
 OPTIONAL = frozenset({"refused"})  # a library that is not installed is no failure
 ANYTHING = frozenset({"refused", "crashed", "timed out"})  # it looks for the place where a library breaks
@@ -41,6 +42,9 @@ LIBRARY_QUESTIONS = {
 BREAKING = frozenset({"flashinfer-items"})
 FEWEST_SECONDS, KERNEL_SECONDS = 20, 90  # for one kernel
 PROFILE_SECONDS, CHOICE_SECONDS = 120, 120  # for a profile, and for one op inside the layer
+DECODE_SECONDS, PROMPT_SECONDS, OURS_SECONDS = 120, 60, 60  # all kernels on the shapes of one head count
+SWEEP_SECONDS, PICK_SECONDS = 115, 20  # for the tiles of one class of calls
+OURS = {"latent_attention": "triton_latent", "expanded_attention": "triton_expanded"}
 
 
 def sections(machine: Machine, smoke: bool = False) -> tuple[Section, ...]:
@@ -53,7 +57,9 @@ def sections(machine: Machine, smoke: bool = False) -> tuple[Section, ...]:
         conformance(machine, smoke),
         grid(machine, sizes),
         kernels(machine, sizes),
+        rivals(machine, sizes),
         choices(machine, sizes),
+        tune(machine, smoke),
         long_prefill(machine, sizes),
         questions("questions", "The device", machine, DEVICE_QUESTIONS),
         questions("libraries", "Libraries of kernels", machine, LIBRARY_QUESTIONS, frozenset({"nvidia"})),
@@ -119,8 +125,7 @@ def conformance(machine: Machine, smoke: bool) -> Section:
 
 def grid(machine: Machine, sizes: Sizes) -> Section:
     """Absorbed attention alone, by heads, batch and history; what does not fit into memory is skipped."""
-    axes = ("-a", f"batch={sizes.batches}", "-a", f"kv={sizes.histories}")
-    words = ("--op", "latent_attention", "--implementations", "mla", *axes, *sizes.large)
+    words = ("--op", "latent_attention", "--implementations", "mla", *sizes.decodes, *sizes.large)
     counts = (*sizes.counts, *sizes.grid_counts)
     return Section(
         "grid",
@@ -154,6 +159,62 @@ def kernels(machine: Machine, sizes: Sizes) -> Section:
         for op, name in offered
     )  # fmt: skip
     return Section("kernels", "Kernels against each other", runs + _asked(machine, ATTENTION_QUESTIONS))
+
+
+def rivals(machine: Machine, sizes: Sizes) -> Section:
+    """Every attention that runs here in turns on the same shapes, and the layer with the project's own."""
+    counts = (*sizes.counts, *sizes.rival_counts)
+    shapes = {
+        "latent_attention": (sizes.heads, DECODE_SECONDS, sizes.decodes),
+        "expanded_attention": (sizes.prompt_heads, PROMPT_SECONDS, sizes.prompts),
+    }
+    program = str(HERE / "rivals.py")
+    steps = tuple(
+        Step(
+            f"{op.partition('_')[0]}-heads-{heads}",
+            (
+                program, "--backend", machine.backend, "--op", op, "--heads", str(heads), *sizes.large,
+                *axes, *counts,
+            ),
+            limit, "run", tolerates=OPTIONAL,
+        )
+        for op, (each, limit, axes) in shapes.items()
+        for heads in each
+    )  # fmt: skip
+    return Section("rivals", "All kernels of attention in turns", steps + _own_layers(machine, sizes))
+
+
+def _own_layers(machine: Machine, sizes: Sizes) -> tuple[Step, ...]:
+    """The standard scenarios with the project's own kernels, whichever the backend would choose."""
+    if not all(name in machine.ops.get(op, ()) for op, name in OURS.items()):
+        return ()
+    own = f"mla[{','.join(f'{op}={name}' for op, name in OURS.items())}]"
+    words = ("--implementations", own, "--cache", "warm", *sizes.counts)
+    return (
+        _run("own-deepseek-v2-lite", machine, OURS_SECONDS, *sizes.default, *words, tolerates=OPTIONAL),
+        _run(
+            "own-deepseek-r1", machine, OURS_SECONDS,
+            *sizes.large, "--scenario", "decode", *words, tolerates=OPTIONAL,
+        ),
+    )  # fmt: skip
+
+
+def tune(machine: Machine, smoke: bool) -> Section:
+    """Tiles and splits of the project's own kernels, and the file that a plugin reads."""
+    program, tiny = str(HERE / "tune.py"), ("--smoke",) * smoke
+    sweeps = tuple(
+        Step(
+            name,
+            (program, "sweep", name, "--backend", machine.backend, *tiny, "--out", "{out}"),
+            SWEEP_SECONDS, "sweep", tolerates=OPTIONAL,
+        )
+        for name in classes(smoke)
+    )  # fmt: skip
+    pick = Step(
+        "choose", (program, "choose", *tiny, "--out", "{out}"), PICK_SECONDS, "file",
+        tolerates=OPTIONAL, file=f"tuning-{machine.stem}.json", always=True,
+    )  # fmt: skip
+    return Section("tune", "Tiles and splits of the project's own kernels", (*sweeps, pick))
 
 
 def choices(machine: Machine, sizes: Sizes) -> Section:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import figures, tables
 from benchmarks.gpu.record import Ledger, Record
+from benchmarks.gpu.report import figures, tables
 from benchmarks.gpu.steps import Section, Step
 from mla.bench import results
 
@@ -93,10 +93,11 @@ def test_the_report_holds_steps_figures_answers_and_machine(folder: Path) -> Non
     plain, text = report.plain(), report.markdown()
     assert [line.split()[0] for line in plain.splitlines()[1:5]] == list(names)
     assert "2224.27 tok/s" in plain
+    assert "decode of deepseek-v2-lite: attention was native_latent_attention" in plain
     titles = [line for line in text.splitlines() if line.startswith("#")]
     assert titles == [
         "# Card, backend x (--smoke: tiny sizes, which say nothing about the card)",
-        "## Steps", "## Standard scenarios", "## Decode attention", "## Answers", "## Machine",
+        "## Steps", "## Targets", "## Standard scenarios", "## Decode attention", "## Answers", "## Machine",
     ]  # fmt: skip
     assert "| Why? | Because \\| of it | us 3 |" in text
     assert "| driver | 1.2 |" in text
