@@ -10,6 +10,7 @@ left out, each with its reason on stderr.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,9 +20,8 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from mla.bench.cli.run import run as bench
 from mla.bench.plan.options import RunOptions
-from mla.bench.workload.quantities import TIME_UNITS
 from mla.command import console
-from mla.command.exit_codes import guarded
+from mla.command.exit_codes import Exit, guarded
 from mla.errors import UnsupportedOps, UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 OPS = ("latent_attention", "expanded_attention")
+ASK = "ask"  # first word of the child's command line
 
 
 def options_of(words: list[str]) -> RunOptions:
@@ -71,30 +72,45 @@ def serving(backend: Backend, kind: str, config: MLAConfig) -> tuple[list[str], 
     return names, reasons
 
 
-def bench_words(words: list[str], began: float) -> list[str]:
-    """Return the words of the run that times all of them. Raises `UnsupportedOps` if no op serves."""
+def implementations(words: list[str]) -> str:
+    """Return what is to take turns, as --implementations has it. Raises `UnsupportedOps` if no op serves."""
     from mla import load_backend
 
     options = options_of(words)
     kind = str(options.op)
     backend = load_backend(str(options.backend), options=options.key_values())
     names, reasons = serving(backend, kind, config_of(options))
-    for reason in reasons:
-        console.note(reason)
     if not names:
         raise UnsupportedOps(f"no kernel of {kind} runs here: {'; '.join(reasons) or 'none is offered'}.")
-    added = ["--implementations", ",".join(f"mla[{kind}={name}]" for name in names)]
-    if options.budget is not None:  # what has gone by is not the run's any more; the last word counts
-        left = max(TIME_UNITS["s"], options.budget - (time.monotonic() - began))
-        added += ["--budget", f"{left:.0f}s"]
+    for reason in reasons:
+        console.note(reason)
+    return ",".join(f"mla[{kind}={name}]" for name in names)
+
+
+def bench_words(words: list[str], named: str, gone: float) -> list[str]:
+    """Return the words of the run, whose budget is shorter by the seconds that are gone."""
+    added = ["--implementations", named]
+    budget = options_of(words).budget
+    if budget is not None:  # of a word that is given twice, the last counts
+        added += ["--budget", f"{max(1.0, budget - gone):.0f}s"]
     return ["-m", "mla.bench", *words, *added]
 
 
 def main(words: list[str]) -> int:
-    """Become the run."""
-    found = bench_words(words, time.monotonic())
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *found])
+    """Become the run. A child asks the kernels, so that nothing of them is left on the device."""
+    if words[:1] == [ASK]:
+        console.out(f"{implementations(words[1:])}\n")
+        return Exit.OK
+    began = time.monotonic()
+    options_of(words)
+    asked = subprocess.run(
+        [sys.executable, __file__, ASK, *words], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if asked.returncode:
+        return asked.returncode
+    named = asked.stdout.splitlines()[-1]
+    command = [sys.executable, *bench_words(words, named, time.monotonic() - began)]
+    return os.execv(sys.executable, command)
 
 
 if __name__ == "__main__":

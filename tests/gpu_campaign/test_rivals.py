@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,9 @@ import torch
 
 import mla
 from benchmarks.gpu import rivals
+from benchmarks.gpu.report import in_turns
+from benchmarks.gpu.sizes import HERE
+from mla.bench import results
 from mla.errors import UnsupportedOps, UsageError
 from mla_backends import FusedOp
 
@@ -51,11 +56,7 @@ def test_kernels_that_run_here_take_turns_and_the_others_say_why_not(
         "first": first, "old": Kernel("it needs another card"), "broken": Kernel(fails="no compiler"),
         "second": second, "other": Kernel(contract="expanded_attention/1"),
     }  # fmt: skip
-    found = rivals.bench_words(WORDS, time.monotonic())
-    assert found == [
-        "-m", "mla.bench", *WORDS, "--implementations",
-        "mla[latent_attention=first],mla[latent_attention=second]",
-    ]  # fmt: skip
+    assert rivals.implementations(WORDS) == "mla[latent_attention=first],mla[latent_attention=second]"
     assert capsys.readouterr().err.splitlines() == [
         "old is left out: it needs another card",
         "broken is left out: no compiler",
@@ -63,20 +64,38 @@ def test_kernels_that_run_here_take_turns_and_the_others_say_why_not(
     assert first.heads == [16]
 
 
-def test_the_time_that_has_gone_by_is_taken_off_the_budget(ops: dict[str, FusedOp]) -> None:
-    ops["first"] = Kernel()
-    words = rivals.bench_words([*WORDS, "--budget", "90s"], time.monotonic() - 30)
-    assert words[-2:] == ["--budget", "60s"]
-    words = rivals.bench_words([*WORDS, "--budget", "10s"], time.monotonic() - 30)
-    assert words[-2:] == ["--budget", "1s"]
+@pytest.mark.parametrize(("given", "left"), [("90s", "60s"), ("1m", "30s"), ("10s", "1s")])
+def test_the_time_that_has_gone_by_is_taken_off_the_budget(given: str, left: str) -> None:
+    assert rivals.bench_words(WORDS, "a,b", 30.0) == ["-m", "mla.bench", *WORDS, "--implementations", "a,b"]
+    words = rivals.bench_words([*WORDS, "--budget", given], "a,b", 30.0)
+    assert words[-4:] == ["--implementations", "a,b", "--budget", left]
 
 
 def test_without_a_kernel_there_is_no_run(ops: dict[str, FusedOp]) -> None:
     with pytest.raises(UnsupportedOps, match="no kernel of latent_attention runs here: none is offered"):
-        rivals.bench_words(WORDS, time.monotonic())
+        rivals.implementations(WORDS)
     ops["old"] = Kernel("it needs another card")
     with pytest.raises(UnsupportedOps, match="old is left out: it needs another card"):
-        rivals.bench_words(WORDS, time.monotonic())
+        rivals.implementations(WORDS)
+
+
+def test_the_command_itself_runs_them_and_writes_the_result(tmp_path: Path) -> None:
+    words = ("--backend", "cpu", "--op", "latent_attention", "--config", str(HERE / "smoke.json"))
+    shape = ("--batch", "1", "--kv", "8", "--runs", "1", "--passes", "1", "--warmups", "0", "--cache", "warm")
+    program, target = HERE / "rivals.py", tmp_path / "x.json"
+    done = subprocess.run(
+        [sys.executable, str(program), *words, *shape, "-o", str(target)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (case,) = results.read(target).cases
+    assert case.implementation == "mla[latent_attention=native_latent_attention]"
+    row = dict(zip(in_turns.HEADER, in_turns.rows({"x": results.read(target)}, {})[0], strict=True))
+    assert (row["kernel"], row["timed"], row["check"]) == (
+        "native_latent_attention",
+        "eager, host clock",
+        "ok",
+    )
 
 
 @pytest.mark.parametrize(
