@@ -131,6 +131,21 @@ def test_a_tile_that_does_not_fit_is_wrong_or_breaks_is_left_out_with_the_reason
     assert tune.say_best(found) == 4
 
 
+def test_every_shape_is_checked_before_any_is_timed(tmp_path: Path) -> None:
+    class LateFault(Device):
+        def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
+            out[0] *= 2 if len(out) == 2 else 1
+
+    device = LateFault()
+    one = TileClass("latent-16", "latent", 1, (Shape(3, 9, 2), Shape(2, 20, 2)), (A,), (1,))
+    sweeping, found = tuner(device, one, tmp_path / "x.json")
+    sweeping.run(always, 60)
+    assert {one.fault for one in found.trials} == {
+        "wrong by 1 of a row's norm with 2 requests x 20 keys, 2 heads"
+    }
+    assert device.now == 2 * 3 * device.cost(A, 1), "two trials of three shapes, once each"
+
+
 def test_rows_that_are_not_written_are_wrong(tmp_path: Path) -> None:
     class Forgetful(Device):
         def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:

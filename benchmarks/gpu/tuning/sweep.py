@@ -57,7 +57,8 @@ class Tuner:
     def run(self, left: Callable[[], float], seconds: float) -> int:
         """Try what has not been tried. Return how many trials did not fit into the time."""
         first = self._class.programs[0]
-        self._try(None, first)
+        if self._sweep.find(None, first) is None:
+            self._try(None, first)
         skipped = self._all([(tile, first) for tile in self._class.tiles], left, (1 - FOR_TILES) * seconds)
         best = [one.tile for one in self._sweep.ranked(first)[:BEST] if one.tile]
         return skipped + self._all(finalists(best, self._class.programs), left, 0.0)
@@ -72,8 +73,6 @@ class Tuner:
 
     def _try(self, tile: Tile | None, programs: int) -> None:
         """Try a tile, having noted that it is tried: a compiler may end the process."""
-        if self._sweep.find(tile, programs) is not None:
-            return
         trial = Trial(tile=tile, programs=programs, fault=trials.BROKE_OFF)
         self._keep(trial)
         trial = self._found(tile, programs)
