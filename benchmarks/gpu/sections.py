@@ -6,6 +6,7 @@ Limits are in seconds; those of a section add up to at most ten minutes.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from benchmarks.gpu.sizes import FULL, HERE, SMOKE, Sizes
 from benchmarks.gpu.steps import MOST_SECONDS, Machine, Section, Step
@@ -57,9 +58,9 @@ def sections(machine: Machine, smoke: bool = False) -> tuple[Section, ...]:
         conformance(machine, smoke),
         grid(machine, sizes),
         kernels(machine, sizes),
+        tune(machine, smoke),
         rivals(machine, sizes),
         choices(machine, sizes),
-        tune(machine, smoke),
         long_prefill(machine, sizes),
         questions("questions", "The device", machine, DEVICE_QUESTIONS),
         questions("libraries", "Libraries of kernels", machine, LIBRARY_QUESTIONS, frozenset({"nvidia"})),
@@ -161,6 +162,24 @@ def kernels(machine: Machine, sizes: Sizes) -> Section:
     return Section("kernels", "Kernels against each other", runs + _asked(machine, ATTENTION_QUESTIONS))
 
 
+def tune(machine: Machine, smoke: bool) -> Section:
+    """Tiles and splits of the project's own kernels, and the file that a plugin reads."""
+    program, tiny = str(HERE / "tune.py"), ("--smoke",) * smoke
+    sweeps = tuple(
+        Step(
+            name,
+            (program, "sweep", name, "--backend", machine.backend, *tiny, "--out", "{out}"),
+            SWEEP_SECONDS, "sweep", tolerates=OPTIONAL,
+        )
+        for name in classes(smoke)
+    )  # fmt: skip
+    pick = Step(
+        "choose", (program, "choose", *tiny, "--out", "{out}"), PICK_SECONDS, "file",
+        tolerates=OPTIONAL, file=machine.tuning, always=True,
+    )  # fmt: skip
+    return Section("tune", "Tiles and splits of the project's own kernels", (*sweeps, pick))
+
+
 def rivals(machine: Machine, sizes: Sizes) -> Section:
     """Every attention that runs here in turns on the same shapes, and the layer with the project's own."""
     counts = (*sizes.counts, *sizes.rival_counts)
@@ -176,12 +195,17 @@ def rivals(machine: Machine, sizes: Sizes) -> Section:
                 program, "--backend", machine.backend, "--op", op, "--heads", str(heads), *sizes.large,
                 *axes, *counts,
             ),
-            limit, "run", tolerates=OPTIONAL,
+            limit, "run", tolerates=OPTIONAL, tuning=_tuning(machine),
         )
         for op, (each, limit, axes) in shapes.items()
         for heads in each
     )  # fmt: skip
     return Section("rivals", "All kernels of attention in turns", steps + _own_layers(machine, sizes))
+
+
+def _tuning(machine: Machine) -> str:
+    """Return where the tuning is, seen from another section; "" for a backend that reads none."""
+    return f"../tune/{machine.tuning}" if "tuning" in machine.options else ""
 
 
 def _own_layers(machine: Machine, sizes: Sizes) -> tuple[Step, ...]:
@@ -190,31 +214,20 @@ def _own_layers(machine: Machine, sizes: Sizes) -> tuple[Step, ...]:
         return ()
     own = f"mla[{','.join(f'{op}={name}' for op, name in OURS.items())}]"
     words = ("--implementations", own, "--cache", "warm", *sizes.counts)
-    return (
+    steps = (
         _run("own-deepseek-v2-lite", machine, OURS_SECONDS, *sizes.default, *words, tolerates=OPTIONAL),
         _run(
-            "own-deepseek-r1", machine, OURS_SECONDS,
-            *sizes.large, "--scenario", "decode", *words, tolerates=OPTIONAL,
+            "own-deepseek-r1",
+            machine,
+            OURS_SECONDS,
+            *sizes.large,
+            "--scenario",
+            "decode",
+            *words,
+            tolerates=OPTIONAL,
         ),
-    )  # fmt: skip
-
-
-def tune(machine: Machine, smoke: bool) -> Section:
-    """Tiles and splits of the project's own kernels, and the file that a plugin reads."""
-    program, tiny = str(HERE / "tune.py"), ("--smoke",) * smoke
-    sweeps = tuple(
-        Step(
-            name,
-            (program, "sweep", name, "--backend", machine.backend, *tiny, "--out", "{out}"),
-            SWEEP_SECONDS, "sweep", tolerates=OPTIONAL,
-        )
-        for name in classes(smoke)
-    )  # fmt: skip
-    pick = Step(
-        "choose", (program, "choose", *tiny, "--out", "{out}"), PICK_SECONDS, "file",
-        tolerates=OPTIONAL, file=f"tuning-{machine.stem}.json", always=True,
-    )  # fmt: skip
-    return Section("tune", "Tiles and splits of the project's own kernels", (*sweeps, pick))
+    )
+    return tuple(replace(step, tuning=_tuning(machine)) for step in steps)  # fmt: skip
 
 
 def choices(machine: Machine, sizes: Sizes) -> Section:

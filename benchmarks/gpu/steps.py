@@ -28,6 +28,7 @@ class Step:
     says: str = ""  # text: pattern of the lines that the table quotes; "": the last
     tolerates: frozenset[str] = frozenset()  # verdicts besides "ok" that are an answer, not a failure
     file: str = ""  # name of the result; "": after the card and the step
+    tuning: str = ""  # file of another section, seen from this one's folder: used if it is there
     always: bool = False  # it runs again although it has: what it reads may have grown
 
     @property
@@ -42,6 +43,8 @@ class Step:
     def command(self, result: Path, seconds: int, resume: bool) -> list[str]:
         """Return the words after `python`, for a run of at most `seconds`."""
         words = [word.replace("{out}", str(result)) for word in self.words]
+        if self.tuning and (tuning := result.parent / self.tuning).exists():
+            words += ["-O", f"tuning={tuning.resolve()}"]
         if self.resumes:
             words += ["--budget", f"{max(1, round(seconds * (1 - MARGIN)))}s"]
         if self.kind == "run":
@@ -81,6 +84,12 @@ class Machine:
     reason: str = ""  # why the backend is not usable
     ops: Mapping[str, Sequence[str]] = field(default_factory=dict)  # op -> names that the backend offers
     facts: Mapping[str, str] = field(default_factory=dict)
+    options: Sequence[str] = ()  # that the backend takes after -O
+
+    @property
+    def tuning(self) -> str:
+        """The name of the card's tuning file."""
+        return f"tuning-{self.stem}.json"
 
     @property
     def stem(self) -> str:

@@ -67,6 +67,23 @@ def test_all_kernels_take_turns_and_the_layer_is_also_timed_with_our_own() -> No
     assert len(without.steps) == 5
 
 
+def test_kernels_take_turns_with_the_tuning_that_was_found_before(tmp_path: Path) -> None:
+    reads = replace(CARD, options=("graph", "tuning"))
+    names = [one.name for one in sections(reads)]
+    assert names.index("tune") < names.index("rivals")
+    step = next(one for one in sections(reads) if one.name == "rivals").steps[0]
+    for name in ("tune", "rivals"):
+        (tmp_path / name).mkdir()
+    result = step.result(tmp_path / "rivals", CARD.stem)
+    assert "-O" not in step.command(result, 60, resume=False)
+    target = tmp_path / "tune" / "tuning-nvidia-h100-80gb-hbm3.json"
+    target.write_text("{}")
+    words = step.command(result, 60, resume=False)
+    assert words[words.index("-O") + 1] == f"tuning={target}"
+    deaf = next(one for one in sections(CARD) if one.name == "rivals").steps[0]
+    assert "-O" not in deaf.command(result, 60, resume=False)
+
+
 def test_a_sweep_per_class_of_calls_comes_before_the_tuning_that_is_named_after_the_card() -> None:
     (found,) = [one for one in sections(CARD) if one.name == "tune"]
     *sweeps, choose = found.steps

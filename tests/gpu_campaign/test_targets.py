@@ -123,6 +123,11 @@ def test_the_layer_with_another_kernel_says_nothing_unless_ours_was_run_besides(
     assert verdicts(standard={"a": other})[0][2] == "decode of deepseek-v2-lite: attention was flash_mla"
     own = layer(V2, "decode", {"latent_attention": "triton_latent"}, times)
     assert verdicts(standard={"a": other}, rivals={"own-deepseek-v2-lite": own})[0][0] == "met"
+    slow = layer(
+        V2, "decode", {"latent_attention": "triton_latent"}, {("graph", False): 0.5, EAGER_HOST: 0.1}
+    )
+    both = verdicts(standard={"a": slow}, rivals={"own-deepseek-v2-lite": own})
+    assert both[0][0] == "met", "the run with the tuning comes first"
 
 
 def test_shares_are_judged_by_the_lowest_of_the_large_shapes() -> None:

@@ -93,7 +93,7 @@ class Layer:
         return Found(f"{own[0].scenario}, {own[0].implementation}: {_without_time(own[0])}")
 
     def _cases(self, evidence: Evidence) -> Iterator[Case]:
-        for run in (*evidence.standard.values(), *evidence.rivals.values()):
+        for run in (*evidence.rivals.values(), *evidence.standard.values()):
             if Path(str(run.config.get("name", ""))).name == self.config:
                 yield from (case for case in run.cases if case.op is None and case.mode == self.mode)
 
