@@ -6,13 +6,11 @@ Limits are in seconds; those of a section add up to at most ten minutes.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
+from benchmarks.gpu.own_kernels import rivals, tune
 from benchmarks.gpu.sizes import FULL, HERE, SMOKE, Sizes
-from benchmarks.gpu.steps import MOST_SECONDS, Machine, Section, Step
-from benchmarks.gpu.tuning.classes import classes
+from benchmarks.gpu.steps import MOST_SECONDS, OPTIONAL, Machine, Section, Step, bench_step
 
-OPTIONAL = frozenset({"refused"})  # a library that is not installed is no failure
 ANYTHING = frozenset({"refused", "crashed", "timed out"})  # it looks for the place where a library breaks
 
 ATTENTION = "^(latent|expanded)_attention"
@@ -43,9 +41,6 @@ LIBRARY_QUESTIONS = {
 BREAKING = frozenset({"flashinfer-items"})
 FEWEST_SECONDS, KERNEL_SECONDS = 20, 90  # for one kernel
 PROFILE_SECONDS, CHOICE_SECONDS = 120, 120  # for a profile, and for one op inside the layer
-DECODE_SECONDS, PROMPT_SECONDS, OURS_SECONDS = 120, 60, 60  # all kernels on the shapes of one head count
-SWEEP_SECONDS, PICK_SECONDS = 115, 20  # for the tiles of one class of calls
-OURS = {"latent_attention": "triton_latent", "expanded_attention": "triton_expanded"}
 
 
 def sections(machine: Machine, smoke: bool = False) -> tuple[Section, ...]:
@@ -107,8 +102,8 @@ def standard(machine: Machine, sizes: Sizes) -> Section:
         "standard",
         "Standard scenarios",
         (
-            _run("deepseek-v2-lite", machine, 240, *sizes.default, *sizes.counts),
-            _run("deepseek-r1", machine, 360, *sizes.large, *sizes.counts),
+            bench_step("deepseek-v2-lite", machine, 240, *sizes.default, *sizes.counts),
+            bench_step("deepseek-r1", machine, 360, *sizes.large, *sizes.counts),
         ),
     )
 
@@ -132,7 +127,7 @@ def grid(machine: Machine, sizes: Sizes) -> Section:
         "grid",
         "Decode attention by heads, batch and history",
         tuple(
-            _run(f"heads-{heads}", machine, 200, *words, "-a", f"heads={heads}", *counts)
+            bench_step(f"heads-{heads}", machine, 200, *words, "-a", f"heads={heads}", *counts)
             for heads in sizes.heads
         ),
     )
@@ -151,7 +146,7 @@ def kernels(machine: Machine, sizes: Sizes) -> Section:
     }
     counts = (*sizes.counts, *sizes.grid_counts)
     runs = tuple(
-        _run(
+        bench_step(
             f"{op.split('_')[0]}-{name.replace('_', '-')}", machine, limit,
             "--op", op, "--ops", name, "--batch", "8", *sizes.large,
             *(word for axis in axes[op] for word in ("-a", axis)), *counts,
@@ -160,74 +155,6 @@ def kernels(machine: Machine, sizes: Sizes) -> Section:
         for op, name in offered
     )  # fmt: skip
     return Section("kernels", "Kernels against each other", runs + _asked(machine, ATTENTION_QUESTIONS))
-
-
-def tune(machine: Machine, smoke: bool) -> Section:
-    """Tiles and splits of the project's own kernels, and the file that a plugin reads."""
-    program, tiny = str(HERE / "tune.py"), ("--smoke",) * smoke
-    sweeps = tuple(
-        Step(
-            name,
-            (program, "sweep", name, "--backend", machine.backend, *tiny, "--out", "{out}"),
-            SWEEP_SECONDS, "sweep", tolerates=OPTIONAL,
-        )
-        for name in classes(smoke)
-    )  # fmt: skip
-    pick = Step(
-        "choose", (program, "choose", *tiny, "--out", "{out}"), PICK_SECONDS, "file",
-        tolerates=OPTIONAL, file=machine.tuning, always=True,
-    )  # fmt: skip
-    return Section("tune", "Tiles and splits of the project's own kernels", (*sweeps, pick))
-
-
-def rivals(machine: Machine, sizes: Sizes) -> Section:
-    """Every attention that runs here in turns on the same shapes, and the layer with the project's own."""
-    counts = (*sizes.counts, *sizes.rival_counts)
-    shapes = {
-        "latent_attention": (sizes.heads, DECODE_SECONDS, sizes.decodes),
-        "expanded_attention": (sizes.prompt_heads, PROMPT_SECONDS, sizes.prompts),
-    }
-    program = str(HERE / "rivals.py")
-    steps = tuple(
-        Step(
-            f"{op.partition('_')[0]}-heads-{heads}",
-            (
-                program, "--backend", machine.backend, "--op", op, "--heads", str(heads), *sizes.large,
-                *axes, *counts,
-            ),
-            limit, "run", tolerates=OPTIONAL, tuning=_tuning(machine),
-        )
-        for op, (each, limit, axes) in shapes.items()
-        for heads in each
-    )  # fmt: skip
-    return Section("rivals", "All kernels of attention in turns", steps + _own_layers(machine, sizes))
-
-
-def _tuning(machine: Machine) -> str:
-    """Return where the tuning is, seen from another section; "" for a backend that reads none."""
-    return f"../tune/{machine.tuning}" if "tuning" in machine.options else ""
-
-
-def _own_layers(machine: Machine, sizes: Sizes) -> tuple[Step, ...]:
-    """The standard scenarios with the project's own kernels, whichever the backend would choose."""
-    if not all(name in machine.ops.get(op, ()) for op, name in OURS.items()):
-        return ()
-    own = f"mla[{','.join(f'{op}={name}' for op, name in OURS.items())}]"
-    words = ("--implementations", own, "--cache", "warm", *sizes.counts)
-    steps = (
-        _run("own-deepseek-v2-lite", machine, OURS_SECONDS, *sizes.default, *words, tolerates=OPTIONAL),
-        _run(
-            "own-deepseek-r1",
-            machine,
-            OURS_SECONDS,
-            *sizes.large,
-            "--scenario",
-            "decode",
-            *words,
-            tolerates=OPTIONAL,
-        ),
-    )
-    return tuple(replace(step, tuning=_tuning(machine)) for step in steps)  # fmt: skip
 
 
 def choices(machine: Machine, sizes: Sizes) -> Section:
@@ -242,9 +169,9 @@ def choices(machine: Machine, sizes: Sizes) -> Section:
         "choices",
         "Attention ops inside the layer, and a profile",
         (
-            _run("profile", machine, PROFILE_SECONDS, *trace, *every),
+            bench_step("profile", machine, PROFILE_SECONDS, *trace, *every),
             *(
-                _run(
+                bench_step(
                     name.replace("_", "-"), machine, limit,
                     "--scenario", "decode", "--clock", "host", "--implementations",
                     f"mla,mla[latent_attention={name}],mla[latent_attention=reference]", *every,
@@ -264,7 +191,7 @@ def long_prefill(machine: Machine, sizes: Sizes) -> Section:
     return Section(
         "long-prefill",
         "Long prompts",
-        (_run("deepseek-r1", machine, 300, *sizes.large, *words, *headline, *counts),),
+        (bench_step("deepseek-r1", machine, 300, *sizes.large, *words, *headline, *counts),),
     )
 
 
@@ -276,7 +203,7 @@ def layers(machine: Machine, sizes: Sizes) -> Section:
     return Section(
         "layers",
         "Decode step of the layer by batch and history",
-        (_run("decode", machine, MOST_SECONDS, *words, *counts),),
+        (bench_step("decode", machine, MOST_SECONDS, *words, *counts),),
     )
 
 
@@ -285,13 +212,6 @@ def questions(
 ) -> Section:
     """Open questions, each a process of its own."""
     return Section(name, title, _asked(machine, asked), backends)
-
-
-def _run(
-    name: str, machine: Machine, limit: int, *words: str, tolerates: frozenset[str] = frozenset()
-) -> Step:
-    every = ("-m", "mla.bench", "--backend", machine.backend, *words)
-    return Step(name, every, limit, "run", tolerates=tolerates)
 
 
 def _asked(machine: Machine, asked: dict[str, int]) -> tuple[Step, ...]:

@@ -14,6 +14,7 @@ from typing import Literal
 Kind = Literal["run", "sweep", "conformance", "file", "question", "text"]
 
 MOST_SECONDS = 600  # of a section, all its steps together
+OPTIONAL = frozenset({"refused"})  # tolerated where a library may be missing: that is no failure
 MARGIN = 0.1  # of a step's limit, for a run with a budget to start, check and write its file
 
 
@@ -97,6 +98,14 @@ class Machine:
         return slug(
             self.card if self.card.lower().startswith(self.backend) else f"{self.backend}-{self.card}"
         )
+
+
+def bench_step(
+    name: str, machine: Machine, limit: int, *words: str, tolerates: frozenset[str] = frozenset()
+) -> Step:
+    """Return a run of the benchmark."""
+    every = ("-m", "mla.bench", "--backend", machine.backend, *words)
+    return Step(name, every, limit, "run", tolerates=tolerates)
 
 
 def slug(text: str) -> str:
