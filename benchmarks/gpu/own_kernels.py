@@ -1,4 +1,4 @@
-"""The sections about the project's own kernels, as data: their best tiles, and whether other kernels are faster."""
+"""Sections about the project's own kernels, as data: their best tiles, and whether others are faster."""
 
 from __future__ import annotations
 
