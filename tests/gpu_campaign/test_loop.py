@@ -54,7 +54,7 @@ def walk(folder: Path, *steps: Step, machine: Machine = CARD, **more: Any) -> Le
         (python("step", "print('a: 1\\nb: 2')", says="^a"), "ok", "a: 1", False),
         (ends("step", 4), "wrong", "it says why.", True),
         (ends("step", 4, tolerates=frozenset({"refused"})), "wrong", "it says why.", True),
-        (ends("step", 6), "doubtful", "error: it says why.", True),
+        (ends("step", 6), "doubtful", "it says why.", True),
         (ends("step", 2), "refused", "it says why.", True),
         (ends("step", 3), "refused", "it says why.", True),
         (ends("step", 5), "refused", "it says why.", True),
