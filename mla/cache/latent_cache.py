@@ -63,8 +63,8 @@ class LatentCache:
         self._free_rows: list[int] = []
         self._next_id = 0
         self._last_entries: tuple[list[int], list[_Sequence]] | None = None  # the last step's, by id
-        self._last_table: tuple[list[_Sequence], torch.Tensor] | None = None
-        self._memory: BatchMemory | None = None  # of the last step
+        self._last_tables: dict[int, torch.Tensor] = {}  # of those sequences, by the least width asked for
+        self._memory: dict[bool, BatchMemory] = {}  # of the last step without and with a least width
 
     @property
     def kv_cache(self) -> torch.Tensor:
@@ -104,9 +104,13 @@ class LatentCache:
         self._next_id += 1
         return self._next_id - 1
 
-    def extend(self, sequences: Sequence[int], query_lens: Sequence[int]) -> RaggedBatch:
+    def extend(
+        self, sequences: Sequence[int], query_lens: Sequence[int], *, table_tokens: int = 0
+    ) -> RaggedBatch:
         """Make room for `query_lens[i]` new tokens of each sequence and return the step's batch.
 
+        The block table is as wide as the longest sequence needs, or as `table_tokens` tokens would if that is
+        more: steps of sequences that grow up to there have one shape and one memory, as a graph needs.
         Raises `CacheFull` when pages run out and ValueError for bad arguments; both change nothing.
         """
         entries = self._entries(sequences, query_lens)
@@ -119,23 +123,31 @@ class LatentCache:
         if query_lens.count(1) == len(query_lens):  # decode: a few integers, not worth tensor arithmetic
             size = self.page_size
             slots = [entry.pages[-1] * size + (entry.length - 1) % size for entry in entries]
-        table = self._table(entries)
-        memory = self._batch_memory(sum(query_lens), table)
+        least = -(-table_tokens // self.page_size)
+        table = self._table(entries, least)
+        memory = self._batch_memory(sum(query_lens), table, reserved=least > 0)
         return RaggedBatch(query_lens, kv_lens, table, self.page_size, self.pages.device, self, slots, memory)
 
-    def _batch_memory(self, tokens: int, table: torch.Tensor) -> BatchMemory:
-        """Return where the step's tables go: the last step's memory while the shape is the same."""
-        if self._memory is None or not self._memory.fits(tokens, table):
-            self._memory = BatchMemory(tokens, table, self.pages.device)
-        return self._memory
+    def _batch_memory(self, tokens: int, table: torch.Tensor, reserved: bool) -> BatchMemory:
+        """Return where the step's tables go: the last step's memory while the shape is the same.
 
-    def _table(self, entries: list[_Sequence]) -> torch.Tensor:
-        """Return the block table [B, n] of these sequences; the previous one while no page has changed."""
-        if self._last_table is None or self._last_table[0] is not entries:
-            width = max(1, *[len(entry.pages) for entry in entries])
-            table = self._tables[:, :width].index_select(0, host_ints(entry.row for entry in entries))
-            self._last_table = (entries, table)
-        return self._last_table[1]
+        Steps of a reserved width have memory of their own, which other steps leave alone.
+        """
+        memory = self._memory.get(reserved)
+        if memory is None or not memory.fits(tokens, table):
+            memory = self._memory[reserved] = BatchMemory(tokens, table, self.pages.device)
+        return memory
+
+    def _table(self, entries: list[_Sequence], least: int) -> torch.Tensor:
+        """Return the block table [B, n >= least] of these; the last one while no page has changed."""
+        if (last := self._last_tables.get(least)) is not None:
+            return last
+        width = max(1, least, *[len(entry.pages) for entry in entries])
+        if width > self._tables.shape[1]:
+            self._grow_tables(self._tables.shape[0], width)
+        table = self._tables[:, :width].index_select(0, host_ints(entry.row for entry in entries))
+        self._last_tables[least] = table
+        return table
 
     def _entries(self, sequences: Sequence[int], query_lens: Sequence[int]) -> list[_Sequence]:
         """Return the entries of a step's sequences: the same list as long as they are the same sequences."""
@@ -148,6 +160,7 @@ class LatentCache:
             if len(set(ids)) != len(ids):
                 raise ValueError("a sequence may appear only once in a step.")
             self._last_entries = (ids, [self._get(sequence) for sequence in ids])
+            self._last_tables.clear()
         return self._last_entries[1]
 
     def _reserve(self, entries: Sequence[_Sequence], kv_lens: Sequence[int]) -> None:
@@ -169,7 +182,7 @@ class LatentCache:
         start = len(entry.pages)
         if start + count > self._tables.shape[1]:
             self._grow_tables(self._tables.shape[0], width=2 * (start + count))
-        self._last_table = None
+        self._last_tables.clear()
         entry.pages += [self._free.pop() for _ in range(count)]
         self._tables[entry.row, start : start + count] = host_ints(entry.pages[start:], torch.int32)
 
@@ -190,7 +203,7 @@ class LatentCache:
         entry.length = length
         self.generation += 1
         if dropped:
-            self._last_table = None
+            self._last_tables.clear()
             self.pages[:, torch.tensor(dropped, device=self.pages.device)] = 0
             self._free += reversed(dropped)  # so that extending again takes the same pages
 
@@ -200,7 +213,8 @@ class LatentCache:
             raise ValueError("a sequence may be released only once.")
         for sequence in sequences:
             self._get(sequence)
-        self._last_entries = self._last_table = None
+        self._last_entries = None
+        self._last_tables.clear()
         for sequence in sequences:
             self.truncate(sequence, 0)
             self._free_rows.append(self._sequences.pop(sequence).row)

@@ -76,7 +76,9 @@ class BatchMemory:
         self._held = table
 
     def take(self, other: BatchMemory) -> None:
-        """Copy the tables of another batch of the same shape."""
+        """Copy the tables of another batch of the same shape, unless it is that batch's memory already."""
+        if other is self:
+            return
         self.buffer.copy_(other.buffer)
         self._held = other._held
 

@@ -113,7 +113,7 @@ class Watched(FusedOp):
         self._role, self._name, self._op, self._watcher = role, name, op, watcher
         self._reads_lse = reads_lse
         self._spec = spec  # of attention; the last that was asked about
-        self.contract, self.compiles = op.contract, op.compiles
+        self.contract, self.compiles, self.remarks = op.contract, op.compiles, op.remarks
         self.nan_safe_tail = op.nan_safe_tail
         self.writes_lse, self.lse_optional = op.writes_lse, op.lse_optional
 

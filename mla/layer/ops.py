@@ -18,6 +18,7 @@ from mla.layer.preflight import Say, preflight_reasons
 from mla.reference import REFERENCE
 from mla_backends import BackendError
 from mla_backends.api import OPS, AttentionSpec, FusedOp, LinearSpec, NormSpec
+from mla_backends.errors import one_line
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,12 @@ def refusals(name: str, op: FusedOp, kind: str, spec: Any, say: Say | None = Non
     return reasons or preflight_reasons(name, op, spec, say)
 
 
-def sentences(name: str, asked: str, answer: Any) -> list[str]:
-    """Return what an op answered. Raises `BackendError` unless it is a list of sentences."""
+def sentences(name: str, asked: str, answer: Any, none: str = "if it can") -> list[str]:
+    """Return what an op answered. Raises `BackendError` unless it is a list of sentences ([] `none`)."""
     if isinstance(answer, (list, tuple)) and all(isinstance(one, str) and one.strip() for one in answer):
         return list(answer)
     raise BackendError(
-        f"the backend's op '{name}': {asked} returned {answer!r}, not a list of sentences ([] if it can)."
+        f"the backend's op '{name}': {asked} returned {answer!r}, not a list of sentences ([] {none})."
     )
 
 
@@ -173,11 +174,24 @@ class Ops:
         return {role: choice.name for role, choice in self._choices.items()}
 
     def explain(self) -> list[str]:
-        """Return one line per role: what runs, and each reason why a fused op does not."""
-        lines = []
+        """Return one line per role: what runs, what it says of that, and why a fused op does not."""
+        lines, remarks = [], self.remarks()
         for role, choice in self._choices.items():
-            lines += [f"{role}: {choice.name}", *(f"  {reason}" for reason in choice.reasons)]
+            below = [*remarks.pop(choice.name, ()), *choice.reasons]
+            lines += [f"{role}: {choice.name}", *(f"  {one}" for one in below)]
         return lines
+
+    def remarks(self) -> dict[str, list[str]]:
+        """Return implementation name -> what it says of how it runs here, of those that say anything.
+
+        Raises `BackendError` for what is no list of sentences.
+        """
+        found = {}
+        for choice in self._choices.values():
+            answer = getattr(choice.op, "remarks", ())  # of what replaces an op, which may be no `FusedOp`
+            said = sentences(choice.name, "remarks", answer, "for none")
+            found[choice.name] = [one_line(one) for one in said]
+        return {name: said for name, said in found.items() if said}
 
     def all_reference(self) -> bool:
         """Return whether no fused op was chosen."""

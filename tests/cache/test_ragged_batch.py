@@ -17,7 +17,7 @@ from mla.errors import StaleBatch
 def make_batch(
     tiny: Any, new: list[int], old: list[int], page_size: int = 16
 ) -> tuple[LatentCache, Any, Any]:
-    size = sum(new) + sum(old) + page_size * len(new)
+    size = sum(new) + sum(old) + 5 * page_size * len(new)
     cache = LatentCache(tiny(), max_tokens=size, page_size=page_size, shuffle=1, dtype=torch.float32)
     ids = cache.new_sequences(len(new))
     cache.extend(ids, old)
@@ -59,10 +59,11 @@ def test_every_new_token_knows_its_position_and_slot(
 def test_steps_that_share_memory_keep_their_tables_apart(tiny: Any, data: st.DataObject) -> None:
     cache = LatentCache(tiny(), max_tokens=4000, page_size=4, shuffle=2, dtype=torch.float32)
     ids = cache.new_sequences(3)
-    kept = cache.extend(ids, [1, 1, 1])
+    widths = st.sampled_from([0, 0, 5, 24, 24])
+    kept = cache.extend(ids, [1, 1, 1], table_tokens=data.draw(widths))
     for _ in range(12):
         new = data.draw(st.sampled_from([[1, 1, 1], [1, 1, 1], [2, 0, 1], [1, 5, 2]]))
-        batch = cache.extend(ids, new)
+        batch = cache.extend(ids, new, table_tokens=data.draw(widths))
         check_tables(cache, ids, batch, new)
         action = data.draw(st.sampled_from(["go on", "update", "truncate", "replace", "reorder"]))
         if action == "update" and new == [1, 1, 1] and batch.block_table.shape == kept.block_table.shape:
@@ -113,6 +114,23 @@ def test_update_takes_new_lengths_and_keeps_every_address(tiny: Any) -> None:
     for name in names:
         assert torch.equal(getattr(batch, name), getattr(fresh, name)), name
     assert batch.memo("key", object) is not memo, "what was prepared for the old lengths is forgotten"
+
+
+def test_steps_of_a_reserved_width_stay_where_a_graph_reads_them(tiny: Any) -> None:
+    """They keep shape and addresses over page borders and between steps of other widths, so it is no copy."""
+    cache, ids, narrow = make_batch(tiny, [1, 1], [5, 14])
+    kept = cache.extend(ids, [1, 1], table_tokens=50)
+    assert narrow.block_table.shape == (2, 1)
+    assert kept.block_table.shape == (2, 4)
+    start = kept.memory.buffer.data_ptr()
+    for _ in range(20):
+        cache.extend(ids, [0, 0])
+        fresh = cache.extend(ids, [1, 1], table_tokens=50)
+        check_tables(cache, ids, kept.update_(fresh), [1, 1])
+        assert fresh.memory.buffer.data_ptr() == start
+    assert narrow.memory.buffer.data_ptr() != start
+    assert kept.block_table.max() < cache.num_pages, "the rest of a row names pages too"
+    assert cache.extend(ids, [1, 30], table_tokens=50).block_table.shape == (2, 5)
 
 
 def test_a_step_after_an_update_in_another_order_has_its_own_table(tiny: Any) -> None:

@@ -57,6 +57,11 @@ def answering(query: str, answer: Any) -> Any:
     return {"mine": mutant()}
 
 
+def saying(remarks: Any) -> Any:
+    """Return an op that says this of itself."""
+    return {"mine": type("Odd", (Latent,), {"remarks": remarks})()}
+
+
 def replaces(name: str, value: Any) -> Callable[[type], Any]:
     """Return a maker of a backend with a method that returns `value`, or raises it."""
 
@@ -166,6 +171,8 @@ MUTANTS: Mapping[str, list[Callable[[type], Any]]] = {
     "ops.preflight": [
         replaces("ops", answering("preflight", None)),
         replaces("ops", answering("preflight", "no nvcc")),
+        replaces("ops", saying("a smaller tile")),
+        replaces("ops", saying(None)),
     ],
     "ops.batch_reasons": [replaces("ops", answering("unsupported_batch", False))],
 }

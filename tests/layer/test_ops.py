@@ -43,6 +43,29 @@ def test_an_op_that_refuses_the_layer_is_passed_over_with_its_reason(tiny: Any) 
     assert "fused op 'picky' not used because it needs an even head count" in explained
 
 
+def test_what_the_chosen_ops_say_of_themselves_is_explained(tiny: Any) -> None:
+    op, idle = LatentOp(), LatentOp()
+    op.remarks, idle.remarks = ["it runs with a smaller tile\nthan planned"], ["never chosen"]
+    ops = Ops(tiny(), {"mine": op, "idle": idle}, torch.float32, torch.device("cpu"))
+    lines = ops.explain()
+    assert lines[lines.index("latent_attention: mine") + 1] == "  it runs with a smaller tile than planned"
+    assert ops.remarks() == {"mine": ["it runs with a smaller tile than planned"]}
+    op.remarks = []
+    assert ops.remarks() == {}
+
+
+@pytest.mark.parametrize("remarks", [None, "one", [""], [1]])
+def test_remarks_that_are_no_list_are_named(tiny: Any, remarks: Any) -> None:
+    op = LatentOp()
+    op.remarks = remarks
+    ops = Ops(tiny(), {"mine": op}, torch.float32, torch.device("cpu"))
+    with pytest.raises(BackendError) as error:
+        ops.remarks()
+    assert str(error.value) == (
+        f"the backend's op 'mine': remarks returned {remarks!r}, not a list of sentences ([] for none)."
+    )
+
+
 def test_the_first_op_that_serves_the_layer_is_taken(tiny: Any) -> None:
     offered = {"old": Outdated(), "picky": Picky(), "plain": LatentOp(), "linear": LinearOp()}
     ops = Ops(tiny(num_attention_heads=4), offered, torch.float32, torch.device("cpu"))

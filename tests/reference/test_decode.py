@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mla.bench.workload.scenario import STANDARD, load_workload
 from mla.reference import REFERENCE, decode
 from mla.reference.decode import DecodeState
 
@@ -130,6 +131,21 @@ def test_padding_has_a_limit(lengths: list[int], padded: bool, latent_problem: A
     wide = replace(problem.spec, device=DEVICE, kv_lora_rank=512, qk_rope_head_dim=64)
     state = Latent().prepare(wide, problem.view)
     assert isinstance(state, DecodeState) == padded
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+def test_one_graph_serves_the_standard_decode(heads: int, latent_problem: Any) -> None:
+    """In a block table as wide as the last step needs, every step takes the same launches."""
+    (scenario,) = (one for one in load_workload(STANDARD) if one.mode == "decode")
+    states, widest = set(), -(-max(scenario.final_lens) // 64)
+    for step in (0, 15, scenario.inputs - 1):
+        problem = latent_problem(scenario.query_lens, scenario.kv_lens(step), page_size=64)
+        shape = {"num_heads": heads, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+        problem.view.block_table = torch.zeros(len(scenario.query_lens), widest, dtype=torch.int32)
+        state = decode.fixed_shapes(replace(problem.spec, device=DEVICE, **shape), problem.view)
+        assert state is not None, f"step {step} is grouped"
+        states.add((str(state.parts), state.keys, state.queries))
+    assert len(states) == 1
 
 
 def test_a_request_whose_logits_exceed_the_cap_is_grouped(

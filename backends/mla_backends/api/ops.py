@@ -149,6 +149,9 @@ class FusedOp(ABC):
     writes_lse = True  # attention fills lse; where the kernel has none, it is NaN
     lse_optional = False  # attention may be called with lse=None where nobody reads it
     compiles = ""  # what `preflight` compiles or loads, for the line that is printed while it does
+    # What a user should know of how it runs here, one sentence each, such as a smaller tile than planned.
+    # Read after `preflight`, and again once it has run.
+    remarks: Sequence[str] = ()
 
     def unsupported_reasons(self, spec: Any) -> list[str]:
         """Return why this op cannot serve `spec` (empty if it can)."""

@@ -37,6 +37,7 @@ class ExpandedAttention(KernelOp):
     contract = OPS["expanded_attention"]
     dtypes = ("bfloat16", "float16")
     lse_optional = True
+    tiled = "expanded attention"
 
     def __init__(self, launcher: Launcher, tuning: Tuning, device_reason: DeviceReason | None = None) -> None:
         super().__init__(launcher, device_reason)
@@ -81,7 +82,7 @@ class ExpandedAttention(KernelOp):
             )
 
         tile = tile_for(self.tuning.expanded, state.longest)
-        self.launcher.start_tiled("expanded attention", tile, start)
+        self.launcher.start_tiled(self.tiled, tile, start)
 
 
 def _arguments(

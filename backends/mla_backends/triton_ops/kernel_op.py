@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mla_backends.api import FusedOp
 from mla_backends.kernels.trial import failures
 from mla_backends.triton_ops.launcher import Launcher
-from mla_backends.triton_ops.requirements import missing
+from mla_backends.triton_ops.requirements import absent, missing
 
 if TYPE_CHECKING:
     import torch
@@ -22,30 +22,32 @@ class KernelOp(FusedOp):
 
     compiles = "Triton kernels, unless they are in Triton's cache"
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
+    tiled = ""  # what the launcher calls the kernel that has a tile
 
     def __init__(self, launcher: Launcher, device_reason: DeviceReason | None = None) -> None:
         self.launcher = launcher
         self._device_reason = device_reason
 
     @property
-    def remarks(self) -> list[str]:
-        """Say which tiles did not fit the device."""
-        return self.launcher.remarks
+    def remarks(self) -> list[str]:  # type: ignore[override]
+        """Say which of its tiles did not fit the device."""
+        return [one for one in self.launcher.remarks if self.tiled and one.startswith(self.tiled)]
 
     def unsupported_reasons(self, spec: Any) -> list[str]:
-        """Return what Triton lacks here, and what the kernel is not made for."""
+        """Return that there is no Triton, and what the kernel is not made for."""
         why = self._device_reason(spec.device) if self._device_reason is not None else ""
         name = str(spec.dtype).removeprefix("torch.")
         computes = [] if name in self.dtypes else [f"it computes in {' or '.join(self.dtypes)}, not {name}"]
-        return ([why] if why else []) + computes + self.shape_reasons(spec) + missing()
+        return ([why] if why else []) + computes + self.shape_reasons(spec) + absent()
 
     def shape_reasons(self, spec: Any) -> list[str]:
         """Return why the kernel is not made for these sizes (empty if it is)."""
         return []
 
     def preflight(self, spec: Any) -> list[str]:
-        """Compile the kernel and run it on a tiny problem."""
-        return failures(lambda: self.attempt(spec), "the Triton kernel", CURE)
+        """Compile the kernel and run it on a tiny problem; where that fails, say what Triton lacks too."""
+        found = failures(lambda: self.attempt(spec), "the Triton kernel", CURE)
+        return [*missing(), *found] if found else []
 
     def attempt(self, spec: Any) -> str:
         """Run a tiny problem; return what is wrong, "" if nothing."""

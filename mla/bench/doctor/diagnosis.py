@@ -175,5 +175,9 @@ def _fact_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for role, choice in facts["ops"].items():
         yield "", f"{role}: {choice['implementation']}"
         yield from (("", f"  {reason}") for reason in choice["reasons"])
+    for name, remarks in facts["op_remarks"].items():
+        yield from (("", f"{name}: {remark}") for remark in remarks)
     for name, contract in facts["idle_ops"].items():
         yield "", f"{name}: offered for {contract}, which this config does not call"
+    if facts["triton"]:
+        yield from (("triton", one) for one in facts["triton"]["missing"] or ["lacks nothing here"])

@@ -92,6 +92,8 @@ def _facts(opened: Backend) -> dict[str, Any]:
         "config": CONFIG,
         "dtype": dtype_name(dtype),
         "ops": {role: _choice(chosen, role) for role in chosen.names()},
+        "op_remarks": chosen.remarks(),
+        "triton": _triton(offered),
         "idle_ops": _idle(chosen, offered),
     }
 
@@ -107,6 +109,16 @@ def _ask_as_a_run_does(opened: Backend) -> None:
 
 def _choice(chosen: Ops, role: str) -> dict[str, Any]:
     return {"implementation": chosen[role].name, "reasons": list(chosen[role].reasons)}
+
+
+def _triton(offered: Mapping[str, FusedOp]) -> dict[str, Any] | None:
+    """Return what Triton lacks here, for a backend that offers ops of ours in it; None for others."""
+    from mla_backends.triton_ops.kernel_op import KernelOp
+    from mla_backends.triton_ops.requirements import missing
+
+    if not any(isinstance(op, KernelOp) for op in offered.values()):
+        return None
+    return {"missing": missing()}
 
 
 def _idle(chosen: Ops, offered: Mapping[str, FusedOp]) -> dict[str, str]:

@@ -166,6 +166,7 @@ def method(case: Case) -> list[tuple[str, str]]:
         ("interleaved with", ", ".join(case.interleaved_with) or "nothing: it ran alone"),
     ]
     rows += [("ops", _ops(case))] * bool(case.ops)
+    rows += [(name, "; ".join(remarks)) for name, remarks in case.op_remarks.items()]
     states = [", ".join(f"{key} {value}" for key, value in state.items()) for state in case.device_state]
     return rows + [("device state", "; then ".join(states))] * bool(states)
 

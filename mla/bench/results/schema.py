@@ -169,6 +169,7 @@ class Case(msgspec.Struct, kw_only=True):
     settled: bool | None = None  # whether the warm-up saw latencies settle; None: there was none, or too few
     new_lengths: NewLengths | None = None
     planned: Planned | None = None  # `passes` and `steps_per_pass` are what was run
+    op_remarks: dict[str, list[str]] = {}  # op -> what it said of how it ran, such as a smaller tile
 
 
 class Ceiling(msgspec.Struct, kw_only=True):

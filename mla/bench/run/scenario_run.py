@@ -21,6 +21,7 @@ from mla.bench.run.threads import Threads
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.fixture import make_fixture
 from mla.bench.subjects.layer import MlaLayer
+from mla.bench.subjects.setting import say_remarks
 from mla.command.console import note
 from mla.errors import MLAError, UnsupportedBatch
 from mla.text import dtype_name
@@ -157,7 +158,8 @@ class ScenarioRun:
         summary.fill(case, self._point, measured, one)
         case.cost = self._fixture.cost(case.steps_per_pass)
         case.interleaved_with = [name for name in names if name != one.name] if one.name in names else []
-        case.ops = one.ops()
+        case.ops, case.op_remarks = one.ops(), one.remarks()
+        say_remarks(case.op_remarks)  # those that came while it ran
         case.memory = results.Memory(
             weight_bytes=one.weight_bytes(),
             cache_bytes=one.cache_bytes() if loaded else 0,

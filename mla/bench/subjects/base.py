@@ -95,3 +95,7 @@ class Implementation(ABC):
     def ops(self) -> dict[str, str]:
         """Return role -> implementation name."""
         return {}
+
+    def remarks(self) -> dict[str, list[str]]:
+        """Return implementation name -> what that op says of how it runs here, so far."""
+        return {}

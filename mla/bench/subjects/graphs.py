@@ -1,8 +1,8 @@
 """Capture our layer's forwards into device graphs and replay them.
 
-prefill: one graph of the forward on the prepared batch. decode: one graph per width of the block table, which
-`RaggedBatch.update_` cannot change. Each graph has its own batch at fixed addresses; planning is captured
-along with the forward. A replayed step is `extend`, `update_` of that batch, and the replay.
+prefill: one graph of the forward on the prepared batch. decode: one graph for all steps of a pass. Its batch
+has fixed addresses and a block table as wide as the pass needs at most; planning is captured along with the
+forward. A replayed step is `extend`, `update_` of that batch, and the replay.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -21,9 +20,6 @@ from mla.cache.ragged_batch import RaggedBatch
 from mla_backends import BackendError
 from mla_backends.api import Backend
 from mla_backends.errors import describe
-
-# The most graphs of one decode pass; each keeps its own memory.
-MOST_GRAPHS = 16
 
 
 class NoGraph(Exception):
@@ -120,58 +116,42 @@ class CapturedPrefill(CapturedForwards):
             raise RuntimeError("a restored cache handed out pages other than the captured ones.")
 
 
-@dataclass(frozen=True)
-class _Graph:
-    batch: RaggedBatch  # at the addresses the graph reads
-    replay: Callable[[], None]
-
-
 class CapturedDecode(CapturedForwards):
     """Decode steps. Raises `NoGraph` if a replay would not follow the growing lengths."""
+
+    method = "replay of one captured graph, its block table as wide as the pass needs"
 
     def __init__(self, layer: MlaLayer, scenario: Scenario) -> None:
         super().__init__(layer)
         _check_scaling(layer, scenario)
+        self._most_tokens = max(scenario.final_lens)
         self._hidden = torch.empty_like(layer.hidden[0])
-        self._graphs: dict[int, _Graph] = {}
-        layer.layer.rotary.reserve(max(scenario.final_lens))  # growing would move what graphs read
+        layer.layer.rotary.reserve(self._most_tokens)  # growing would move what the graph reads
         layer.restore()
-        for step in range(scenario.inputs):
-            self._add(layer.extend(), step)
+        for _ in range(scenario.inputs):
+            self._batch = self._extend()
+            _check_plan(layer, self._batch)
+        layer.before(scenario.inputs - 1)
+        self._hidden.copy_(layer.x)
+        self._replay = capture(layer.setting.backend, self._work)  # of the last step, which is the longest
         layer.restore()
-        count = len(self._graphs)
-        self.method = f"replay of {count} captured graph{'s' * (count > 1)}, one per width of the block table"
 
-    def _add(self, batch: RaggedBatch, step: int) -> None:
-        """Capture a forward for this batch's width, if it is a new one; the graph keeps the batch."""
-        _check_plan(self._layer, batch)
-        width = batch.block_table.shape[1]
-        if width in self._graphs:
-            return
-        if len(self._graphs) == MOST_GRAPHS:
-            raise NoGraph(
-                f"its block table takes more than {MOST_GRAPHS} widths in a pass, and each needs a graph: "
-                "use a larger --page-size or fewer steps"
-            )
-        self._layer.before(step)
-        self._hidden.copy_(self._layer.x)
-        self._graphs[width] = _Graph(batch, capture(self._layer.setting.backend, lambda: self._work(batch)))
+    def _extend(self) -> RaggedBatch:
+        return self._layer.extend(self._most_tokens)
 
-    def _work(self, batch: RaggedBatch) -> None:
-        batch.update_(batch)  # drops the plan, so that planning is captured too
-        self._layer.forward(batch, self._hidden, self._out)
+    def _work(self) -> None:
+        self._batch.update_(self._batch)  # drops the plan, so that planning is captured too
+        self._layer.forward(self._batch, self._hidden, self._out)
 
     def show(self, index: int) -> None:
         super().show(index)
         self._hidden.copy_(self._layer.x)
 
     def bookkeep(self) -> None:
-        batch = self._layer.extend()
-        self._current = self._graphs[batch.block_table.shape[1]]
-        self._current.batch.update_(batch)
+        self._batch.update_(self._extend())
 
     def replay(self) -> None:
-        self._current.replay()
+        self._replay()
 
 
 def captured(implementation: Implementation, scenario: Scenario) -> CapturedForwards:

@@ -127,9 +127,9 @@ class MlaLayer(LayerImplementation):
     def step(self, index: int) -> None:
         self.forward(self.batch if self.scenario.mode == "prefill" else self.extend(), self._x, self._out)
 
-    def extend(self) -> RaggedBatch:
-        """Make room for the next decode step and return its batch."""
-        return self._cache.extend(self._sequences, self.scenario.query_lens)
+    def extend(self, table_tokens: int = 0) -> RaggedBatch:
+        """Make room for the next decode step and return its batch (`LatentCache.extend`)."""
+        return self._cache.extend(self._sequences, self.scenario.query_lens, table_tokens=table_tokens)
 
     def forward(self, batch: RaggedBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """Run the layer on any batch of the cache."""
@@ -155,3 +155,6 @@ class MlaLayer(LayerImplementation):
 
     def ops(self) -> dict[str, str]:
         return self.layer.ops.names()
+
+    def remarks(self) -> dict[str, list[str]]:
+        return self.layer.ops.remarks()

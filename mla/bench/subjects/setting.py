@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from weakref import WeakValueDictionary
 
@@ -22,6 +23,8 @@ ScenarioWeights = defaultdict[int, SharedWeights]
 
 # Pages beyond what a scenario needs; they stay NaN, so that reading a wrong page shows.
 SPARE_PAGES = 16
+
+_SAID: set[str] = set()  # remarks of ops
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,18 @@ def implementation_setting(setting: Setting, named: Named) -> Setting:
 def make_ops(setting: Setting, role: str | None = None) -> Ops:
     """Return the ops that a layer of this setting chooses, or that of one role alone.
 
-    What they compile is said on stderr before.
+    What they compile is said on stderr before, and what they say of themselves afterwards.
     """
     offered, overrides = setting.backend.ops(), dict(setting.overrides)
-    return Ops(setting.config, offered, setting.dtype, setting.device, setting.ops, overrides, note, role)
+    ops = Ops(setting.config, offered, setting.dtype, setting.device, setting.ops, overrides, note, role)
+    say_remarks(ops.remarks())
+    return ops
+
+
+def say_remarks(remarks: Mapping[str, Sequence[str]]) -> None:
+    """Say on stderr what ops say of how they run here, by their names; once in a process."""
+    for name, sentences in remarks.items():
+        for line in (f"{name}: {one}" for one in sentences):
+            if line not in _SAID:
+                _SAID.add(line)
+                note(line)

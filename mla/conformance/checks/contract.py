@@ -54,15 +54,16 @@ def batch_reasons(trial: Trial) -> None:
                     _expect_reasons("unsupported_batch()", asked)
 
 
-@check("ops.preflight", catches="a preflight that raises, or answers yes or no")
+@check("ops.preflight", catches="a preflight that raises, or answers yes or no; remarks that are no list")
 def preflight(trial: Trial) -> None:
-    """Asked for a layer that it supports, an op says with a list of sentences whether it runs here."""
+    """Asked for a layer that it supports, an op says with lists of sentences whether and how it runs here."""
     for name, op in _some(trial.backend.ops()).items():
         with trial.case(name):
             served = (spec for spec in specs(op, trial.subject) if not op.unsupported_reasons(spec))
             for spec in itertools.islice(served, 1):  # it may compile
                 preflight_reasons(name, op, spec, trial.subject.say)  # says so, and keeps the answer
                 _expect_reasons("preflight()", [op.preflight(spec)] * 2)
+                _expect_reasons("remarks", [op.remarks] * 2)
 
 
 def _some(offered: Mapping[str, FusedOp]) -> Mapping[str, FusedOp]:

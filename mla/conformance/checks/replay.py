@@ -16,8 +16,8 @@ from mla.conformance.registry import LAYER, OP, check
 from mla.conformance.trial import Refused, Trial
 
 NOT_SAFE = "the op's state does not declare that a captured call follows its batch (graph_safe)"
-# Lengths that stay within their pages for eight steps, so that the block table keeps its width.
-STEPPING = LayerProblem((1, 1, 1, 1), (50, 10, 100, 65), steps=8)
+# Two requests cross the end of a page within eight steps, and one of them is the longest.
+STEPPING = LayerProblem((1, 1, 1, 1), (60, 10, 125, 65), steps=8)
 
 
 @check(
@@ -31,10 +31,10 @@ def update(trial: Trial) -> None:
     for mode in ("absorbed", "auto"):
         with trial.case(f"{mode}, {STEPPING.label}"):
             ready = prepare_layer(trial, STEPPING, mode)
-            batch = ready.extend()
+            batch = ready.extend_in_shape()
             outputs = [ready.forward(0, batch).cpu()]
             for step in range(1, STEPPING.steps):
-                batch.update_(ready.extend())
+                batch.update_(ready.extend_in_shape())
                 outputs.append(ready.forward(step, batch).cpu())
             judge(trial, STEPPING, torch.stack(outputs))
 
@@ -135,7 +135,7 @@ def graph_lengths(trial: Trial) -> None:
     """A captured plan and forward follow the batch as update_() advances it in place."""
     with trial.case(STEPPING.label):
         ready = prepare_layer(trial, STEPPING, "absorbed")
-        batch, pages = ready.extend(), ready.cache.pages[0]
+        batch, pages = ready.extend_in_shape(), ready.cache.pages[0]
         plan = ready.layer.plan(batch)
         if plan.absorbed is None or not getattr(plan.absorbed.state, "graph_safe", False):
             raise Refused(NOT_SAFE)
@@ -150,7 +150,7 @@ def graph_lengths(trial: Trial) -> None:
         outputs = []
         for step in range(STEPPING.steps):
             if step:
-                batch.update_(ready.extend())
+                batch.update_(ready.extend_in_shape())
             hidden.copy_(ready.hidden[step])
             replay()
             trial.backend.synchronize()

@@ -101,6 +101,11 @@ class PreparedLayer:
         """Return the next step's batch."""
         return self.cache.extend(self.ids, self.problem.query_lens)
 
+    def extend_in_shape(self) -> RaggedBatch:
+        """Return the next step's batch, with a block table as wide as the last step needs."""
+        most = max(_final_lengths(self.problem))
+        return self.cache.extend(self.ids, self.problem.query_lens, table_tokens=most)
+
     def forward(self, step: int, batch: RaggedBatch) -> torch.Tensor:
         """Run one step. What it does not write is NaN."""
         hidden = self.hidden[step]

@@ -7,17 +7,22 @@ neither; ops for this device must not add them.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla_backend_iluvatar.kernels import kernels
 from mla_backend_iluvatar.native import refusal
+from mla_backend_iluvatar.tiles import DEFAULTS
 from mla_backends import FusedOp, hookimpl
 from mla_backends.cuda import CudaBackend
 from mla_backends.errors import DeviceUnavailable
 from mla_backends.known import KNOWN
 from mla_backends.torch_backend.float32 import TF32_VARIABLES
+from mla_backends.triton_ops import Tuning
+from mla_backends.triton_ops.backend import TritonBackend
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +32,7 @@ __all__ = ["Iluvatar", "mla_backend"]
 GRAPH_VARIABLE = "VLLM_ENFORCE_CUDA_GRAPH"  # the vendor's own deployments set it to allow graphs
 
 
-class Iluvatar(CudaBackend):
+class Iluvatar(TritonBackend, CudaBackend):
     """Iluvatar GPUs."""
 
     name = "iluvatar"
@@ -37,10 +42,10 @@ class Iluvatar(CudaBackend):
     visibility = ("CUDA_VISIBLE_DEVICES",)
     variables = ("COREX_ROOT", GRAPH_VARIABLE, "PYTORCH_CUDA_ALLOC_CONF", *TF32_VARIABLES)
     packages = ("ixformer", "flash-mla", "flash-attn", "triton")
+    tunings = Path(__file__).parent / "tuning"
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
-        self._ops = kernels()  # imports no kernel; kept because ops hold scratch memory
         self._refusals: dict[torch.dtype, str] = {}  # dtype -> why it is not native, "" if it is
 
     def graphs_by_default(self) -> bool:
@@ -63,8 +68,16 @@ class Iluvatar(CudaBackend):
         """Return the dtypes whose products were right at setup."""
         return tuple(dtype for dtype, why in self._refusals.items() if not why)
 
+    @functools.cached_property
+    def _ops(self) -> Mapping[str, FusedOp]:
+        """Created once the device is known; they import no kernel, and are kept for their scratch memory."""
+        return {**kernels(), **self.triton_ops()}
+
     def ops(self) -> Mapping[str, FusedOp]:
         return self._ops
+
+    def default_tuning(self) -> Tuning:
+        return DEFAULTS
 
     def vendor_facts(self) -> Mapping[str, str]:
         refused = {str(dtype): why for dtype, why in self._refusals.items() if why}

@@ -5,17 +5,22 @@ The capability it reports collides with NVIDIA's numbers (a C500 may say 8, 9 or
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla_backend_metax.kernels import kernels
+from mla_backend_metax.tiles import DEFAULTS
 from mla_backends import FusedOp, hookimpl
 from mla_backends.cuda import CudaBackend
 from mla_backends.known import KNOWN
 from mla_backends.monitor import Monitor
 from mla_backends.nvml import Address, Dialect, NvmlSampler
 from mla_backends.torch_backend.float32 import TF32_VARIABLES
+from mla_backends.triton_ops import Tuning
+from mla_backends.triton_ops.backend import TritonBackend
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Metax", "mla_backend"]
 
 
-class Metax(CudaBackend):
+class Metax(TritonBackend, CudaBackend):
     """MetaX GPUs."""
 
     name = "metax"
@@ -33,10 +38,7 @@ class Metax(CudaBackend):
     visibility = ("MACA_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")  # the first wins where both are set
     variables = ("MACA_PATH", "MACA_HOME", "MACA_ROOT", "PYTORCH_CUDA_ALLOC_CONF", *TF32_VARIABLES)
     packages = ("flash-mla", "flash-attn", "mcoplib", "triton")
-
-    def __init__(self, options: Mapping[str, str] | None = None) -> None:
-        super().__init__(options)
-        self._ops = kernels()  # imports no kernel; kept because ops hold scratch memory
+    tunings = Path(__file__).parent / "tuning"
 
     def prepare_device(self) -> None:
         """Keep scaled_dot_product_attention off cuDNN, which this stack does not have."""
@@ -52,8 +54,16 @@ class Metax(CudaBackend):
 
         return (torch.bfloat16, torch.float16, torch.float32)
 
+    @functools.cached_property
+    def _ops(self) -> Mapping[str, FusedOp]:
+        """Created once the device is known; they import no kernel, and are kept for their scratch memory."""
+        return {**kernels(), **self.triton_ops()}
+
     def ops(self) -> Mapping[str, FusedOp]:
         return self._ops
+
+    def default_tuning(self) -> Tuning:
+        return DEFAULTS
 
     def make_monitor(self) -> Monitor:
         """Use `pymxsml`, a wheel of the SDK (/opt/maca/share/mxsml); its unit of power is not documented."""

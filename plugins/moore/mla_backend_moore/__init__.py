@@ -9,16 +9,20 @@ import functools
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla_backend_moore.kernels import kernels
 from mla_backend_moore.sensors import BANDWIDTH, LIBRARY, MtmlSampler
-from mla_backends import FusedOp, TorchBackend, hookimpl
+from mla_backend_moore.tiles import DEFAULTS
+from mla_backends import FusedOp, hookimpl
 from mla_backends.api import DeviceInfo, Peak
 from mla_backends.known import KNOWN
 from mla_backends.monitor import Monitor
 from mla_backends.nvml import Address
 from mla_backends.torch_backend.float32 import float32_facts, forbid_tf32
+from mla_backends.triton_ops import Tuning
+from mla_backends.triton_ops.backend import TritonBackend
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +33,7 @@ __all__ = ["Moore", "mla_backend"]
 FIRST_WITH_BFLOAT16 = (2, 2)
 
 
-class Moore(TorchBackend):
+class Moore(TritonBackend):
     """Moore Threads GPUs."""
 
     name = "moore"
@@ -41,6 +45,7 @@ class Moore(TorchBackend):
     visibility = ("MUSA_VISIBLE_DEVICES",)
     variables = ("MUSA_HOME", "TORCH_DEVICE_BACKEND_AUTOLOAD", "PYTORCH_MUSA_ALLOC_CONF")
     packages = ("torch-musa", "torchada", "mate", "flash-mla", "triton")
+    tunings = Path(__file__).parent / "tuning"
     graph_class = "MUSAGraph"
 
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -56,7 +61,10 @@ class Moore(TorchBackend):
     @functools.cached_property
     def _ops(self) -> Mapping[str, FusedOp]:
         """Created once the device is known; they import no kernel, and are kept for their scratch memory."""
-        return kernels(self.capability, self.multiprocessors())
+        return {**kernels(self.capability, self.multiprocessors()), **self.triton_ops()}
+
+    def default_tuning(self) -> Tuning:
+        return DEFAULTS
 
     def ops(self) -> Mapping[str, FusedOp]:
         return self._ops
@@ -84,7 +92,8 @@ class Moore(TorchBackend):
         import torch
 
         version = getattr(torch.version, "musa", None)
-        return {**({"torch.version.musa": str(version)} if version else {}), **float32_facts()}
+        own = {"torch.version.musa": str(version)} if version else {}
+        return {**super().vendor_facts(), **own, **float32_facts()}
 
 
 @hookimpl

@@ -7,12 +7,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from mla_backend_nvidia.driver import driver_version, outdated
-from mla_backend_nvidia.kernels import kernels
+from mla_backend_nvidia.kernels import kernels, since_ampere
 from mla_backend_nvidia.peaks import peaks
+from mla_backend_nvidia.tiles import tuning_for
 from mla_backends import Availability, FusedOp, hookimpl
 from mla_backends.api import DeviceInfo
 from mla_backends.cuda import CudaBackend
@@ -21,6 +23,8 @@ from mla_backends.known import KNOWN
 from mla_backends.monitor import Monitor
 from mla_backends.nvml import Address, Dialect, NvmlSampler
 from mla_backends.torch_backend.float32 import TF32_VARIABLES
+from mla_backends.triton_ops import Tuning
+from mla_backends.triton_ops.backend import TritonBackend
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +54,7 @@ PACKAGES = (
 )
 
 
-class Nvidia(CudaBackend):
+class Nvidia(TritonBackend, CudaBackend):
     """NVIDIA GPUs. Here, and only here, a capability is the number of an NVIDIA architecture."""
 
     name = "nvidia"
@@ -66,6 +70,7 @@ class Nvidia(CudaBackend):
         *TF32_VARIABLES,
     )
     packages = PACKAGES
+    tunings = Path(__file__).parent / "tuning"
 
     def probe_module(self, module: ModuleType, evidence: Mapping[str, str]) -> Availability:
         with _asking_nvml():
@@ -113,8 +118,17 @@ class Nvidia(CudaBackend):
 
     @functools.cached_property
     def _ops(self) -> Mapping[str, FusedOp]:
-        """Created once the device is known; they import no kernel, and are kept for their scratch memory."""
-        return kernels(self.architecture, self.multiprocessors())
+        """Created once the device is known; they import no kernel, and are kept for their scratch memory.
+
+        The Triton kernels come last: others were measured on cards.
+        """
+        return {**kernels(self.architecture, self.multiprocessors()), **self.triton_ops()}
+
+    def default_tuning(self) -> Tuning:
+        return tuning_for(self.shared_memory())
+
+    def triton_reason(self, device: torch.device) -> str:
+        return since_ampere(self.architecture)(device)
 
     def ops(self) -> Mapping[str, FusedOp]:
         return self._ops

@@ -39,6 +39,7 @@ TILE = 64
 # Its planner takes 20 bytes of shared memory per row, of which Hopper has 227 KiB; beyond, the process ends.
 FLASH_MLA_ROWS = 11_000
 
+AMPERE = (8, 0)
 HOPPER = ((9, 0),)
 BLACKWELL = ((10, 0), (10, 3), (10, 7))  # of data centres, with tensor memory; not sm_120
 
@@ -60,7 +61,7 @@ _FLASH_ATTN = (
 def kernels(architecture: Architecture, multiprocessors: int | None) -> Mapping[str, FusedOp]:
     """Return the ops, best first. `multiprocessors` None means unknown."""
     hopper, blackwell = _only(architecture, *HOPPER), _only(architecture, *BLACKWELL)
-    ampere, here = _from(architecture, (8, 0)), architecture()
+    ampere, here = since_ampere(architecture), architecture()
     flash_mla = LatentLimits(
         max_query_rows=(multiprocessors or 1) * TILE, max_rows=FLASH_MLA_ROWS, device_reason=hopper
     )
@@ -128,11 +129,13 @@ def _only(architecture: Architecture, *wanted: tuple[int, int]) -> Reason:
     return reason
 
 
-def _from(architecture: Architecture, least: tuple[int, int]) -> Reason:
+def since_ampere(architecture: Architecture) -> Reason:
+    """Return what says why a card older than Ampere cannot run a kernel."""
+
     def reason(device: torch.device) -> str:
         found = architecture()
-        why = f"it needs {_name(least)} or newer, but this is {_name(found)}"
-        return "" if found >= least else why
+        why = f"it needs {_name(AMPERE)} or newer, but this is {_name(found)}"
+        return "" if found >= AMPERE else why
 
     return reason
 

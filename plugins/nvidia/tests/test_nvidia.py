@@ -17,6 +17,7 @@ from mla_backend_nvidia import Nvidia
 from mla_backend_nvidia.driver import driver_version, outdated
 from mla_backend_nvidia.kernels import kernels
 from mla_backend_nvidia.peaks import SHEETS, peaks
+from mla_backend_nvidia.tiles import tuning_for
 from mla_backends.api import AttentionSpec, Availability, SegmentLengths
 from mla_backends.cuda import CudaBackend
 from mla_backends.errors import DeviceUnavailable
@@ -236,6 +237,55 @@ def test_flash_mla_is_named_for_the_torch_at_hand(
     monkeypatch.setattr(torch.version, "cuda", cuda)
     reason = missing((9, 0), "latent")["flash_mla"]
     assert re.fullmatch(rf"flash_mla is not installed \({hint}\)", reason), reason
+
+
+# --------------------------------------------------------------------------------------- our own kernels
+
+H100, A100, L40S = 232_448, 166_912, 101_376  # bytes of shared memory that a block may use
+
+
+@pytest.mark.parametrize(
+    ("reported", "least"),
+    [
+        (H100, "200 KiB of"),
+        (A100, "160 KiB of"),
+        (L40S, "96 KiB of"),
+        (49_152, "little"),
+        (None, "little or"),
+    ],
+)
+def test_tiles_are_for_the_shared_memory_that_the_card_reports(reported: int | None, least: str) -> None:
+    assert tuning_for(reported).source.startswith(f"defaults for {least}")
+
+
+@pytest.mark.parametrize("reported", [H100, A100, L40S, 49_152])
+def test_what_a_tile_holds_fits_the_card(reported: int) -> None:
+    """A lower bound: queries once, keys per stage (bfloat16)."""
+    found = tuning_for(reported)
+    for width, values, tiles in ((576, 0, found.latent), (192, 128, found.expanded)):
+        for tile in tiles.values():
+            held = 2 * (tile.rows * width + tile.stages * tile.keys * (width + values))
+            assert held <= reported, str(tile)
+
+
+def test_our_own_kernels_come_after_the_vendors() -> None:
+    backend = Nvidia()
+    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, shared_memory_per_block_optin=H100)
+    backend.__dict__["module"] = SimpleNamespace(get_device_properties=lambda device: properties)
+    names = list(backend.ops())
+    first = next(place for place, name in enumerate(names) if name.startswith("triton_"))
+    assert names[:first] == list(kernels(lambda: (9, 0), 132))
+    assert all(name.startswith("triton_") for name in names[first:])
+    assert backend.tuning == tuning_for(H100)
+    assert backend.ops() is backend.ops(), "they hold scratch memory"
+
+
+@pytest.mark.parametrize("architecture", CARDS)
+def test_our_own_kernels_need_ampere(architecture: tuple[int, int]) -> None:
+    backend = Nvidia()
+    properties = SimpleNamespace(name="NVIDIA", major=architecture[0], minor=architecture[1])
+    backend.__dict__["module"] = SimpleNamespace(get_device_properties=lambda device: properties)
+    assert bool(backend.triton_reason(torch.device("cpu"))) == (architecture < (8, 0))
 
 
 # --------------------------------------------------------------------------------------------- driver

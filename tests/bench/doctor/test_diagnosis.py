@@ -51,6 +51,11 @@ class Rotate(FusedOp):
     def unsupported_reasons(self, spec):
         return [f"it rotates float16 only, not {spec.dtype}"]
     def __call__(self, **tensors): ...
+
+class Write(FusedOp):
+    contract = "write_latent/1"
+    remarks = ["one token at a time"]
+    def __call__(self, **tensors): ...
 """
 
 
@@ -188,7 +193,7 @@ def test_a_known_name_that_is_not_installed_gets_its_pip_line(isolated: Bench) -
 
 
 def test_ops_are_listed_with_every_reason_for_the_default_config(process: Bench, loose: Any) -> None:
-    loose(ops="{'norm': Norm(), 'turn': Rotate()}")
+    loose(ops="{'norm': Norm(), 'turn': Rotate(), 'put': Write()}")
     done = process("doctor", "loose:Loose")
     assert done.code == 0
     (lines,) = (lines for title, lines in blocks(done.out).items() if title == "loose:Loose: usable")
@@ -197,7 +202,28 @@ def test_ops_are_listed_with_every_reason_for_the_default_config(process: Bench,
     assert "rotate_query: reference" in lines[at:]
     reason = lines[lines.index("rotate_query: reference") + 1]
     assert reason == "fused op 'turn' not used because it rotates float16 only, not torch.float32"
+    assert lines[-2] == "put: one token at a time"
     assert lines[-1] == "norm: offered for rms_norm/1, which this config does not call"
+
+
+@pytest.mark.parametrize("below", ["", "file"])
+def test_what_triton_lacks_is_a_line_with_its_cure(
+    process: Bench, loose: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: str
+) -> None:
+    """Where our own kernels are offered; the trial of an op says what comes of it."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / below / "cache"))
+    tiles = "{1: Tile(16, 16, 4, 1)}"
+    loose(ops=f"triton_ops(Tuning({tiles}, {tiles}), None)")
+    with open("loose.py", "a") as file:
+        file.write("from mla_backends.triton_ops import Tile, Tuning, triton_ops\n")
+    done = process("doctor", "loose:Loose")
+    assert done.code == 0
+    (lines,) = (lines for title, lines in blocks(done.out).items() if title == "loose:Loose: usable")
+    lack = f"Triton cannot write its cache to {tmp_path}/file/cache: set TRITON_CACHE_DIR to a folder that"
+    assert any(line.startswith(f"triton {lack if below else 'lacks nothing here'}") for line in lines)
+    why = "fused op 'triton_write_latent' not used because "
+    assert any(line.startswith(why + (lack if below else "the Triton kernel raises")) for line in lines)
 
 
 @pytest.mark.parametrize(

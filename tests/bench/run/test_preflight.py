@@ -92,6 +92,23 @@ def test_a_kernel_that_cannot_be_prepared_gives_way_with_its_reason(
     assert {case["ops"]["latent_attention"] for case in cases} == {"spare"}
 
 
+def test_what_an_op_says_of_itself_is_listed_said_once_and_kept(
+    bench: Bench, prep: Any, small: list[str]
+) -> None:
+    """A tile may turn out too large before anything is timed, or later."""
+    later = "type(self).prepare = lambda op, *given: op.remarks.append('late') or super(type(op), op)"
+    name = prep("self.remarks = ['small tile']; " + later + ".prepare(*given); return []")
+    done = bench("--backend", name, *small, *FEW, "-a", "heads=2,4", "-o", "run.json")
+    lines = done.err.splitlines()
+    assert lines.count("mine: small tile") == lines.count("mine: late") == 1
+    assert lines.index("mine: small tile") < next(i for i, line in enumerate(lines) if "scenario " in line)
+    for case in json.loads(Path("run.json").read_text())["cases"]:
+        assert set(case["op_remarks"]["mine"]) == {"small tile", "late"}
+    done = bench("--backend", name, *small, "--list-ops")
+    at = done.out.splitlines().index("latent_attention: mine")
+    assert done.out.splitlines()[at + 1] == "  small tile"
+
+
 def test_one_op_alone_is_prepared_too(bench: Bench, prep: Any, small: list[str]) -> None:
     name = prep("raise OSError('no space left\\nin the cache')")
     words = ("--op", "latent_attention", "--batch", "2", "--kv", "70", "--passes", "1", *small[:2])

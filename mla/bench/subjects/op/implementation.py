@@ -40,7 +40,8 @@ class OpImplementation(Implementation):
         super().__init__(setting)
         self.name = name
         self._problem = problem
-        self._choice = make_ops(setting, problem.role)[problem.role]
+        self._ops = make_ops(setting, problem.role)
+        self._choice = self._ops[problem.role]
 
     def load(self, scenario: Scenario, inputs: Any) -> None:
         """Lay the operands out on the device. Raises `UnsupportedBatch` if the op refuses the shape."""
@@ -100,6 +101,9 @@ class OpImplementation(Implementation):
 
     def ops(self) -> dict[str, str]:
         return {self._problem.role: self._choice.name}
+
+    def remarks(self) -> dict[str, list[str]]:
+        return self._ops.remarks()
 
 
 def check_lengths(kind: str, choice: Choice, scenario: Scenario, page_size: int) -> None:

@@ -48,16 +48,16 @@ DECODE = {
 # The same, captured with its planning for two layers: nothing is planned per layer.
 CAPTURED: dict[str, dict[str, Step]] = {
     "nvidia": {
-        "reference": Step(9, 35),
-        "nvidia_a": Step(3, 32),
-        "nvidia_b": Step(3, 32),
-        "nvidia_c": Step(3, 32),
-        "nvidia_sgl": Step(3, 32),
-        "tokenspeed": Step(8, 32),
+        "reference": Step(8, 35),
+        "nvidia_a": Step(2, 32),
+        "nvidia_b": Step(2, 32),
+        "nvidia_c": Step(2, 32),
+        "nvidia_sgl": Step(2, 32),
+        "tokenspeed": Step(7, 32),
     },
-    "metax": {"reference": Step(9, 35)},
-    "moore": {"reference": Step(9, 35)},
-    "iluvatar": {"ixformer": Step(3, 32)},
+    "metax": {"reference": Step(8, 35)},
+    "moore": {"reference": Step(8, 35)},
+    "iluvatar": {"ixformer": Step(2, 32)},
 }
 PREFILL = {
     "nvidia": {

@@ -30,7 +30,11 @@ CARDS = {
             "NVIDIA H100 80GB HBM3",
             (9, 0),
             79,
-            extra=(("L2_cache_size", 50 << 20), ("uuid", "12345678-9abc-def0-1234-56789abcdef0")),
+            extra=(
+                ("L2_cache_size", 50 << 20),
+                ("shared_memory_per_block_optin", 227 << 10),
+                ("uuid", "12345678-9abc-def0-1234-56789abcdef0"),
+            ),
         ),
         Card("Tesla T4", (7, 5), 15, claims_bfloat16=False, extra=(("L2_cache_size", 4 << 20),)),
     )

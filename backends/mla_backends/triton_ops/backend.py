@@ -1,0 +1,82 @@
+"""`TritonBackend`: a device whose plugin offers the Triton ops, with the tuning for the card at hand."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mla_backends.api import FusedOp
+from mla_backends.errors import BackendError, BackendOptionError
+from mla_backends.torch_backend import TorchBackend
+from mla_backends.torch_backend.report import known, set_variables
+from mla_backends.triton_ops import triton_ops
+from mla_backends.triton_ops.requirements import VARIABLES
+from mla_backends.triton_ops.tuning import Tuning, read_tuning
+
+if TYPE_CHECKING:
+    import torch
+
+OPTION = "tuning"
+
+
+class TritonBackend(TorchBackend):
+    """Base beside `TorchBackend` or one of its kinds, named before it.
+
+    The tuning is that of the file in `-O tuning=FILE`; else the one measured on a card of this name, from the
+    folder `tunings`; else `default_tuning()`.
+    """
+
+    tunings: Path | None = None  # a folder of files that campaigns have written, named by `card_file`
+
+    def __init__(self, options: Mapping[str, str] | None = None) -> None:
+        super().__init__(options)
+        self._given = _read(self.name, self.options[OPTION]) if OPTION in self.options else None
+
+    @classmethod
+    def known_options(cls) -> tuple[str, ...]:
+        return (*super().known_options(), OPTION)
+
+    def default_tuning(self) -> Tuning:
+        """Return a tuning for a card that none was measured on, from what the device reports of itself."""
+        raise NotImplementedError
+
+    def triton_reason(self, device: torch.device) -> str:
+        """Return why the device cannot run the kernels; "" if it can, or may."""
+        return ""
+
+    @functools.cached_property
+    def tuning(self) -> Tuning:
+        """The tuning of the device, which is known after setup."""
+        if self._given is not None:
+            return self._given
+        file = self.tunings / card_file(self.device_info().name) if self.tunings is not None else None
+        return read_tuning(file) if file is not None and file.is_file() else self.default_tuning()
+
+    def shared_memory(self) -> int | None:
+        """Return the bytes of shared memory that a block may use; None if the stack does not report them."""
+        properties = self.properties()
+        most = known(properties, "shared_memory_per_block_optin")
+        whole = known(properties, "shared_memory_per_multiprocessor")
+        return most or (whole - 1024 if whole else None)  # CUDA keeps 1 KiB of each block
+
+    def triton_ops(self) -> Mapping[str, FusedOp]:
+        """Return the Triton ops for this device; keep them, because they hold scratch memory."""
+        return triton_ops(self.tuning, self.multiprocessors(), device_reason=self.triton_reason)
+
+    def vendor_facts(self) -> Mapping[str, str]:
+        return {**super().vendor_facts(), "tuning": self.tuning.source, **set_variables(VARIABLES)}
+
+
+def card_file(name: str) -> str:
+    """Return the name of the file for a card: "nvidia-h100-80gb-hbm3.json" for "NVIDIA H100 80GB HBM3"."""
+    return f"{re.sub(r'[^a-z0-9.]+', '-', name.lower()).strip('-') or 'unknown'}.json"
+
+
+def _read(backend: str, file: str) -> Tuning:
+    try:
+        return read_tuning(file)
+    except BackendError as error:
+        raise BackendOptionError(f"backend '{backend}' cannot take -O {OPTION}: {error}") from error
