@@ -9,8 +9,6 @@ from mutating import Mutant
 _latent, _expanded = partial(Mutant, room="latent"), partial(Mutant, room="expanded")
 _pointwise, _softmax = partial(Mutant, room="pointwise"), partial(Mutant, room="softmax")
 
-MASK = "there[:, None] & has_channel[None, :]"
-
 LATENT = (
     _latent(
         "the mask of the last tile is dropped",
@@ -18,14 +16,14 @@ LATENT = (
         new="seen = place[None, :] >= 0\n",
     ),
     _latent(
-        "the last page is one too far",
-        old="page.to(tl.int64) * PAGE + place % PAGE",
-        new="page.to(tl.int64) * PAGE + (place + 1) % PAGE",
+        "keys are one slot too far",
+        old="pages * PAGE + place % PAGE",
+        new="pages * PAGE + (place + 1) % PAGE",
     ),
     _latent(
         "pages are looked up one key late",
-        old="(place + KEYS) // PAGE, mask",
-        new="(place + KEYS + 1) // PAGE, mask",
+        old="table + place // PAGE, mask=there",
+        new="table + (place + 1) // PAGE, mask=there",
     ),
     _latent(
         "the next page of a whole step is the same",
@@ -34,8 +32,8 @@ LATENT = (
     ),
     _latent(
         "the table is read behind the last page",
-        old="mask=place + KEYS < high, other=0)",
-        new="other=0, mask=place >= 0)",
+        old="place // PAGE, mask=there, other=0)",
+        new="place // PAGE, mask=place >= 0, other=0)",
     ),
     _latent(
         "the table is read behind the last page of a whole step",
@@ -44,8 +42,33 @@ LATENT = (
     ),
     _latent(
         "latents are read behind the last key",
-        old=f"key[:, None] + channel[None, :], mask={MASK}",
+        old="key[:, None] + channel[None, :], mask=there[:, None] & has_channel[None, :]",
         new="key[:, None] + channel[None, :], mask=has_channel[None, :]",
+    ),
+    _latent(
+        "upper halves of latents are read behind the last key",
+        old="key[:, None] + upper[None, :], mask=there[:, None] & has_upper[None, :]",
+        new="key[:, None] + upper[None, :], mask=has_upper[None, :]",
+    ),
+    _latent(
+        "the product of the upper half is lost",
+        old="score = tl.dot(q_upper, tl.trans(latent_upper), score)",
+        new="pass",
+    ),
+    _latent(
+        "upper halves of earlier steps do not shrink",
+        old="latent_upper, value_upper * shrink[:, None])",
+        new="latent_upper, value_upper)",
+    ),
+    _latent(
+        "the upper half of a part is not stored",
+        old="tl.store(part_row[:, None] + upper[None, :], value_upper, mask=target_upper)",
+        new="pass",
+    ),
+    _latent(
+        "columns behind the upper half are stored",
+        old="target_upper = owned[:, None] & has_upper[None, :]",
+        new="target_upper = owned[:, None] & (upper >= 0)[None, :]",
     ),
     _latent(
         "rows of the next request are stored",
@@ -58,7 +81,9 @@ LATENT = (
         new="target = owned[:, None] & (channel >= 0)[None, :]",
     ),
     _latent(
-        "values of earlier steps do not shrink", old="latent, value * shrink[:, None])", new="latent, value)"
+        "values of earlier steps do not shrink",
+        old="weight.to(latent.dtype), latent, value * shrink[:, None])",
+        new="weight.to(latent.dtype), latent, value)",
     ),
     _latent(
         "the product of the rope part is lost",
@@ -138,8 +163,8 @@ LATENT = (
     ),
     _latent(
         "places in the cache are int32",
-        old="key = cache + (page.to(tl.int64) * PAGE",
-        new="key = cache + (page * PAGE",
+        old="mask=there, other=0).to(tl.int64)",
+        new="mask=there, other=0)",
     ),
     _latent(
         "places in the cache are int32 where a step is within a page",

@@ -43,6 +43,7 @@ class LatentProblem:
     rope: int = 64
     dtype: torch.dtype = torch.bfloat16
     tile: Tile = SMALL
+    halves: bool = True  # latents as two products
     splits: Splits | None = None  # None: as the op chooses
     planned: Lengths | None = None  # the lengths when the state was prepared, if others
     with_lse: bool = True
@@ -66,7 +67,8 @@ class LatentProblem:
     @property
     def op(self) -> LatentAttention:
         """Return an op that has not been called."""
-        return LatentAttention(Launcher(), Tuning(latent={1: self.tile}, expanded={1: self.tile}), 8)
+        tuning = Tuning(latent={1: self.tile}, expanded={1: self.tile}, halves=self.halves)
+        return LatentAttention(Launcher(), tuning, 8)
 
     def wrong(self) -> list[str]:
         """Run the op. Return what is wrong with its outputs."""

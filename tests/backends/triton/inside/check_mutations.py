@@ -20,7 +20,7 @@ LATENT = (
     LatentProblem((1, 1, 1), (1, 33, 70), heads=20, page=3, splits=Splits(32, 3), **NARROW),
     LatentProblem((1, 1), (49, 64), heads=2, page=32, splits=Splits(20, 4), magnitude=100.0, **NARROW),
     LatentProblem((2, 3, 0, 2), (1, 40, 0, 30), heads=12, page=1, **NARROW),
-    LatentProblem((2, 1), (600, 3), heads=1, page=16, splits=Splits(16, 40), **NARROW),
+    LatentProblem((2, 1), (600, 3), heads=1, page=16, splits=Splits(16, 40), halves=False, **NARROW),
     LatentProblem((1,), (20,), heads=1, page=1, far=True),
     LatentProblem((1,), (70,), heads=1, page=64, far=True),
 )
