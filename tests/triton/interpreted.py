@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TUNING = Tuning(
     latent={1: Tile(16, 64, 4, 1), 17: Tile(128, 64, 4, 1)},
-    expanded={1: Tile(16, 64, 4, 1), 17: Tile(128, 64, 4, 1)},
+    expanded={1: Tile(16, 64, 4, 1), 17: Tile(64, 128, 4, 1)},
 )
 MULTIPROCESSORS = 2  # that requests are split for
 # Programs that run one after another need not be many.

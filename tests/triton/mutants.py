@@ -171,6 +171,11 @@ LATENT = (
         old="slot = page.to(tl.int64)",
         new="slot = page",
     ),
+    _latent(
+        "places of queries are int32",
+        old="q_row = q + (first + token).to(tl.int64)",
+        new="q_row = q + (first + token)",
+    ),
 )
 SOFTMAX = (
     _softmax(
@@ -248,6 +253,16 @@ EXPANDED = (
         "a log-sum-exp is stored for all heads at one",
         old="lse + at * lse_token + head * lse_head",
         new="lse + at * lse_token",
+    ),
+    _expanded(
+        "places of queries are int32",
+        old="at = (first_q + token).to(tl.int64)",
+        new="at = first_q + token",
+    ),
+    _expanded(
+        "places of keys are int32",
+        old="row = (first_k + place).to(tl.int64)",
+        new="row = first_k + place",
     ),
 )
 SMALL = (

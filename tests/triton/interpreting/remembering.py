@@ -19,6 +19,8 @@ class Language:
     def __call__(self, function: Any) -> Any:
         if not self._done:
             self._patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+            # Before 3.7 this was int(array), which numpy 2.4 refuses.
+            tl.tensor.__index__ = lambda tensor: int(tensor.handle.data.item())
             self._done = True
         return SimpleNamespace(restore=lambda: None)
 

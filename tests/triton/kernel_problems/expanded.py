@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from float64_attention import attend_segments
 
-from kernel_problems.memory import differences, draw, lse_differences, output, poisoned
+from kernel_problems.memory import apart, differences, draw, lse_differences, output, poisoned
 from mla_backends.api import AttentionSpec, SegmentLengths
 from mla_backends.triton_ops.expanded import ExpandedAttention
 from mla_backends.triton_ops.launcher import Launcher
@@ -31,6 +31,7 @@ class ExpandedProblem:
     dtype: torch.dtype = torch.bfloat16
     tile: Tile = SMALL
     with_lse: bool = True
+    step: int = 0  # numbers between rows of operands, if many
 
     @property
     def spec(self) -> AttentionSpec:
@@ -50,6 +51,9 @@ class ExpandedProblem:
         """Return an op that has not been called."""
         return ExpandedAttention(Launcher(), Tuning(latent={1: self.tile}, expanded={1: self.tile}))
 
+    def _placed(self, rows: torch.Tensor) -> torch.Tensor:
+        return apart(rows, self.step) if self.step else poisoned(rows)
+
     def wrong(self) -> list[str]:
         """Run the op. Return what is wrong with its outputs."""
         tokens, total, width = sum(self.query_lens), sum(self.kv_lens), self.nope + self.rope
@@ -62,9 +66,7 @@ class ExpandedProblem:
         state = op.prepare(self.spec, SegmentLengths(self.query_lens, self.kv_lens, self.causal))
         op(
             state,
-            q=poisoned(q),
-            k=poisoned(k),
-            v=poisoned(v),
+            **{name: self._placed(rows) for name, rows in (("q", q), ("k", k), ("v", v))},
             softmax_scale=scale,
             out=out.part,
             lse=lse.part if self.with_lse else None,

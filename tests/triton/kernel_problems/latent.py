@@ -10,6 +10,7 @@ from float64_attention import attend_segments
 from kernel_problems.memory import (
     NO_PAGE,
     Amid,
+    apart,
     differences,
     draw,
     lse_differences,
@@ -48,6 +49,7 @@ class LatentProblem:
     planned: Lengths | None = None  # the lengths when the state was prepared, if others
     with_lse: bool = True
     far: bool = False  # pages lie at the end of a cache of 12.5 GB
+    step: int = 0  # numbers between queries, if many
     magnitude: float = 1.0  # of the queries
 
     @property
@@ -84,7 +86,7 @@ class _Call:
         p, self.width = problem, problem.latent + problem.rope
         tokens = sum(p.query_lens)
         q = draw(tokens, p.heads, self.width, dtype=p.dtype, seed=1) * p.magnitude
-        self.q = poisoned(q)
+        self.q = apart(q, p.step) if p.step else poisoned(q)
         keys = [draw(n, self.width, dtype=p.dtype, seed=2 + i) for i, n in enumerate(p.kv_lens)]
         self.table, self.cache = self._paged(keys)
         starts = torch.tensor([0, *p.query_lens]).cumsum(0)

@@ -48,6 +48,12 @@ def poisoned(tensor: torch.Tensor) -> torch.Tensor:
     return amid(tensor, torch.nan).part
 
 
+def apart(tensor: torch.Tensor, step: int) -> torch.Tensor:
+    """Return a copy whose rows lie `step` numbers apart: addresses beyond 32 bits, and hardly any memory."""
+    whole = torch.empty((tensor.shape[0] - 1) * step + tensor[0].numel(), dtype=tensor.dtype)
+    return whole.as_strided(tensor.shape, (step, *tensor.stride()[1:])).copy_(tensor)
+
+
 def output(*shape: int, dtype: torch.dtype) -> Amid:
     """Return an output full of NaN, amid numbers that must stay."""
     return amid(torch.full(shape, torch.nan, dtype=dtype), AROUND)

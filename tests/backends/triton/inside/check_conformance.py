@@ -31,7 +31,7 @@ SMALLER = (
 # What starts most of all, and is the same as other checks but for a number of programs.
 LEFT_OUT = {"rotate_query.rows_and_heads", "latent.positions", "expanded.positions"}
 GRAPHS = {"latent.graph", "latent.graph_lengths"}  # this device has none; an emulated one has
-LAYERS = ("layer.prefill", "layer.decode", "layer.mixed", "layer.chunks", "layer.two_layers")
+LAYERS = ("layer.prefill", "layer.decode", "layer.mixed")
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from mutating import Mutant
 
 from mla_backends.triton_ops.splits import Splits
 
+FAR = 1_100_000_000  # the third row is beyond 32 bits
 NARROW = {"latent": 48, "rope": 8}
 LATENT = (
     LatentProblem((1, 1, 1), (1, 33, 70), heads=20, page=3, splits=Splits(32, 3), **NARROW),
@@ -23,11 +24,13 @@ LATENT = (
     LatentProblem((2, 1), (600, 3), heads=1, page=16, splits=Splits(16, 40), halves=False, **NARROW),
     LatentProblem((1,), (20,), heads=1, page=1, far=True),
     LatentProblem((1,), (70,), heads=1, page=64, far=True),
+    LatentProblem((3,), (5,), heads=1, step=FAR, **NARROW),
 )
 EXPANDED = (
     ExpandedProblem((5, 1, 20), (5, 70, 33), heads=2, nope=16, rope=8, values=12),
     ExpandedProblem((2, 3), (40, 1), heads=2, nope=16, rope=8, values=12, causal=False),
     ExpandedProblem((3, 2), (1, 20), heads=2, nope=16, rope=8, values=12),
+    ExpandedProblem((3,), (4,), heads=1, nope=16, rope=8, values=12, step=FAR),
 )
 SMALL = (
     NormProblem(3, 100),
