@@ -139,6 +139,7 @@ class LatentAttention(KernelOp):
             "ROPE": rope,
             "WIDE_ROPE": wide(rope, LEAST),
             "PAGE": cache.shape[1],
+            "CAUSAL": state.longest > q.shape[1],
             "FORMAT": "plain",
         }
         self._attend(state, arguments)
@@ -166,7 +167,13 @@ class LatentAttention(KernelOp):
             )
 
         q = arguments["q"]
-        compiled = (q.device, q.dtype, state.ragged, page, *map(arguments.get, ("LATENT", "ROPE", "HAS_LSE")))
+        compiled = (
+            q.device,
+            q.dtype,
+            state.ragged,
+            page,
+            *map(arguments.get, ("LATENT", "ROPE", "HAS_LSE", "CAUSAL")),
+        )
         self.launcher.start_tiled(self.tiled, state.tile, compiled, start)
 
     def _merge(self, state: LatentState, shared: dict[str, Any]) -> None:

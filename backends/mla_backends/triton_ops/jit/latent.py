@@ -61,6 +61,7 @@ def attend_latent(
     PAGE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr,  # some request has several new tokens
     HAS_LSE: tl.constexpr,
     FORMAT: tl.constexpr,  # of a cached element
 ):
@@ -84,10 +85,6 @@ def attend_latent(
     low = split * length
     high = tl.minimum(low + length, keys - queries + newest + 1)
     visible = keys - queries + token  # the last key that a row sees
-    place_of_part = (at * HEADS + head) * max_splits + split
-    if (parts > 1) & (low >= high):  # nothing of this part is seen: its value is never read
-        tl.store(part_lse + place_of_part, tl.full([ROWS], float("-inf"), tl.float32), mask=owned)
-        return
 
     channel = tl.arange(0, PIECE)
     has_channel = channel < LATENT
@@ -138,7 +135,10 @@ def attend_latent(
                 key[:, None] + LATENT + turn[None, :], mask=there[:, None] & has_turn[None, :], other=0.0
             )
             score = tl.dot(q_rope, tl.trans(decoded(raw, q_latent.dtype, FORMAT)), score)
-        seen = (place[None, :] <= visible[:, None]) & there[None, :]
+        if CAUSAL:
+            seen = (place[None, :] <= visible[:, None]) & there[None, :]
+        else:
+            seen = there[None, :]
         score = tl.where(seen, score * scale, float("-inf"))
         weight, shrink, top, total = fold(score, top, total)
         value = tl.dot(weight.to(latent.dtype), latent, value * shrink[:, None])
@@ -152,6 +152,7 @@ def attend_latent(
         value_upper = value_upper / whole[:, None]
         target_upper = owned[:, None] & has_upper[None, :]
     if parts > 1:
+        place_of_part = (at * HEADS + head) * max_splits + split
         part_row = part_out + place_of_part * LATENT
         tl.store(part_lse + place_of_part, sums, mask=owned)
         tl.store(part_row[:, None] + channel[None, :], value, mask=target)
@@ -229,7 +230,7 @@ def merged(
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
         score = tl.load(part_lse + place + part, mask=part < parts, other=float("-inf"))
-        some = score > float("-inf")  # the value of a part that saw no key was never written
+        some = score > float("-inf")  # the value of a part that saw no key is not needed
         weight, shrink, top, total = fold(score[None, :], top, total)
         several = tl.load(
             part_out + (place + part)[:, None] * LATENT + channel[None, :],
