@@ -14,7 +14,6 @@ BY_SHARED_MEMORY = {
     200 * KIB: Tuning(
         latent={1: Tile(16, 64, 4, 2), 33: Tile(64, 32, 8, 2)},
         expanded={1: Tile(64, 64, 4, 2), 65: Tile(128, 64, 8, 2)},
-        programs=2,
         source="defaults for 200 KiB of shared memory",
     ),
     160 * KIB: Tuning(
