@@ -26,7 +26,7 @@ TUNING = Tuning(
 )
 MULTIPROCESSORS = 2  # that requests are split for
 # Programs that run one after another need not be many.
-latent.MERGE_PROGRAMS, latent.MERGED_COLUMNS = 8, 512
+latent.MERGE_PROGRAMS = 8
 
 
 class Interpreted(HostBackend):

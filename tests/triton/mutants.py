@@ -8,6 +8,7 @@ from mutating import Mutant
 
 _latent, _expanded = partial(Mutant, room="latent"), partial(Mutant, room="expanded")
 _pointwise, _softmax = partial(Mutant, room="pointwise"), partial(Mutant, room="softmax")
+_places = partial(Mutant, room="places")
 
 LATENT = (
     _latent(
@@ -133,7 +134,11 @@ LATENT = (
         old="tl.load(kv_lens + request), keys_per_split, max_splits)\n    start",
         new="tl.load(kv_lens + request), keys_per_split + 1, max_splits)\n    start",
     ),
-    _latent("the merge leaves out the last part", old="there = part < parts", new="there = part < parts - 1"),
+    _latent(
+        "the merge leaves out the last part",
+        old="mask=part < parts, other",
+        new="mask=part < parts - 1, other",
+    ),
     _latent(
         "the merge does not shrink what it has",
         old="value = value * shrink + tl.sum",
@@ -173,8 +178,8 @@ LATENT = (
     ),
     _latent(
         "places of queries are int32",
-        old="q_row = q + (first + token).to(tl.int64)",
-        new="q_row = q + (first + token)",
+        old="at = (first + token).to(tl.int64)",
+        new="at = first + token",
     ),
 )
 SOFTMAX = (
@@ -203,6 +208,19 @@ SOFTMAX = (
         "rows that see nothing divide by zero", old="whole = tl.where(some, total, 1.0)", new="whole = total"
     ),
 )
+PLACES = (
+    _places("the search ends a request early", old="high - low > 1", new="high - low > 2"),
+    _places("a request begins one program late", old="if begins <= program:", new="if begins < program:"),
+    _places(
+        "requests begin where the rows before them end",
+        old="rows).to(tl.int32) + middle",
+        new="rows).to(tl.int32)",
+    ),
+    _places("blocks of a request are numbered from the first of all", old="program - begins", new="program"),
+    _places(
+        "requests and blocks are mixed up", old="program // blocks, program", new="program % blocks, program"
+    ),
+)
 EXPANDED = (
     _expanded(
         "a query sees one key too many",
@@ -210,44 +228,60 @@ EXPANDED = (
         new="visible = keys - queries + token + 1",
     ),
     _expanded(
-        "queries start at the first key", old="visible = keys - queries + token", new="visible = token"
+        "queries start at the first key",
+        old="visible = keys - queries + token",
+        new="visible = token",
     ),
     _expanded(
-        "the mask of the last tile is dropped",
-        old="(place[None, :] <= visible[:, None]) & there[None, :]",
-        new="(place[None, :] >= 0) & (visible[:, None] >= -keys)",
+        "the mask is dropped",
+        old="seen = (place[None, :] <= visible[:, None]) & there[None, :]",
+        new="seen = (place[None, :] >= 0) & (visible[:, None] >= -start)",
     ),
     _expanded(
-        "the rest of the channels is lost", old="score = tl.dot(q_back, tl.trans(k_back), score)", new="pass"
+        "the first queries of a block see what its last sees",
+        old="queries + block * ROWS + 1)",
+        new="queries + block * ROWS + ROWS)",
     ),
     _expanded(
-        "channels behind the last are read", old="has_back = back < WIDTH", new="has_back = back < WIDTH + 3"
+        "the last tile of keys is taken for a whole one",
+        old="all_see = keys // KEYS * KEYS",
+        new="all_see = (keys + KEYS - 1) // KEYS * KEYS",
     ),
     _expanded(
-        "keys of the first segment",
-        old="row = (first_k + place).to(tl.int64)",
-        new="row = place.to(tl.int64)",
+        "the rest of the channels is lost",
+        old="score = tl.dot(q_back, tl.trans(k_back), score)",
+        new="pass",
     ),
+    _expanded(
+        "channels behind the last are read",
+        old="has_back = (back < WIDTH)[None, :]",
+        new="has_back = (back < WIDTH + 3)[None, :]",
+    ),
+    _expanded("keys of the first segment", old="k_row = k + first_k * k_token", new="k_row = k"),
+    _expanded("values of the first segment", old="v_row = v + first_k * v_token", new="v_row = v"),
     _expanded(
         "all heads see the values of the first",
-        old="v_row = v + row * v_token + head * v_head",
-        new="v_row = v + row * v_token",
+        old="v_token + head * v_head",
+        new="v_token",
     ),
     _expanded(
         "values are read behind the last key",
-        old="mask=there[:, None] & has_column[None, :]",
-        new="mask=has_column[None, :]",
+        old="has_column = has_column & there[:, None]",
+        new="has_column = has_column & (place >= 0)[:, None]",
     ),
-    _expanded("the scale is lost", old="score * scale", new="score"),
+    _expanded(
+        "keys are read behind the last",
+        old="has_front = has_front & there[:, None]",
+        new="has_front = has_front & (place >= 0)[:, None]",
+    ),
+    _expanded("the scale is lost", old="score = score * scale", new="pass"),
     _expanded(
         "rows of the next segment are stored",
-        old="mask=owned[:, None] & has_column[None, :]",
-        new="mask=(token >= 0)[:, None] & has_column[None, :]",
+        old="mask=owned[:, None] & (column < VALUES)[None, :],",
+        new="mask=(token >= 0)[:, None] & (column < VALUES)[None, :],",
     ),
     _expanded(
-        "blocks of a segment are counted wrongly",
-        old="segment = tl.program_id(0) // blocks",
-        new="segment = tl.program_id(0) // (blocks + 1)",
+        "the last block of a segment is left out", old="// ROWS - 1 - block", new="// ROWS - 2 - block"
     ),
     _expanded(
         "a log-sum-exp is stored for all heads at one",
@@ -261,8 +295,13 @@ EXPANDED = (
     ),
     _expanded(
         "places of keys are int32",
-        old="row = (first_k + place).to(tl.int64)",
-        new="row = first_k + place",
+        old="key = k_row + place.to(tl.int64) * k_token",
+        new="key = k_row + place * k_token",
+    ),
+    _expanded(
+        "places of values are int32",
+        old="its_values = v_row + place.to(tl.int64) * v_token",
+        new="its_values = v_row + place * v_token",
     ),
 )
 SMALL = (

@@ -14,8 +14,8 @@ INSIDE = HERE / "inside"
 DEVICE = HERE.parent / "emulation" / "device"
 # Files, and how many tests they have at least.
 PROCESSES = {
-    "kernels": (("interpreter", "latent", "expanded", "small_ops"), 150),
-    "mutations": (("mutations",), 55),
+    "kernels": (("interpreter", "latent", "expanded", "small_ops"), 180),
+    "mutations": (("mutations",), 75),
     "conformance": (("conformance",), 2),
 }
 # The `-c` of a process that has imported triton as it is.

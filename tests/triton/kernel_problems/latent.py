@@ -27,9 +27,9 @@ from mla_backends.triton_ops.tuning import Tile, Tuning
 Lengths = tuple[int, ...]
 SMALL = Tile(16, 16, 1, 1)
 SPARE = 2  # pages that nobody owns, beside those before and behind the cache
-# A cache beyond 2^31 elements, of which nothing but the pages of a problem is ever touched: 12.5 GB of
-# addresses, and no memory.
-FAR_NUMBERS = 6_250_000_000
+# A cache beyond 2^31 numbers and 2^32 bytes. Only the pages of a problem are ever touched: it is addresses, and
+# hardly any memory.
+FAR_NUMBERS = 2_300_000_000
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class LatentProblem:
     splits: Splits | None = None  # None: as the op chooses
     planned: Lengths | None = None  # the lengths when the state was prepared, if others
     with_lse: bool = True
-    far: bool = False  # pages lie at the end of a cache of 12.5 GB
+    far: bool = False  # pages lie at the end of a cache beyond 32 bits
     step: int = 0  # numbers between queries, if many
     magnitude: float = 1.0  # of the queries
 
@@ -69,7 +69,8 @@ class LatentProblem:
     @property
     def op(self) -> LatentAttention:
         """Return an op that has not been called."""
-        tuning = Tuning(latent={1: self.tile}, expanded={1: self.tile}, halves=self.halves)
+        tile = replace(self.tile, halves=self.halves)
+        tuning = Tuning(latent={1: tile}, expanded={1: tile})
         return LatentAttention(Launcher(), tuning, 8)
 
     def wrong(self) -> list[str]:
@@ -128,10 +129,8 @@ class _Call:
         lens.copy_(torch.tensor(planned))
         state = op.prepare(p.spec, TinyBatch(p.query_lens, planned, p.page, self.table, lens, self.cu_q))
         splits = p.splits or state.splits
-        parts = sum(p.query_lens) * p.heads * splits.max_splits
-        memory = (torch.full((parts * width,), torch.nan) for width in (p.latent, 1))
-        part_out, part_lse = memory if splits.max_splits > 1 else (None, None)
-        return replace(state, splits=splits, part_out=part_out, part_lse=part_lse)
+        parts = sum(p.query_lens) * p.heads * splits.max_splits if splits.max_splits > 1 else 0
+        return replace(state, splits=splits, parts=torch.full((parts * (p.latent + 1),), torch.nan))
 
     def run(self, op: LatentAttention) -> list[str]:
         p, lens = self.problem, torch.empty(len(self.problem.kv_lens), dtype=torch.int32)
