@@ -27,8 +27,7 @@ from mla_backends.triton_ops.tuning import Tile, Tuning
 Lengths = tuple[int, ...]
 SMALL = Tile(16, 16, 1, 1)
 SPARE = 2  # pages that nobody owns, beside those before and behind the cache
-# A cache beyond 2^31 numbers and 2^32 bytes. Only the pages of a problem are ever touched: it is addresses, and
-# hardly any memory.
+# A cache beyond 2^31 numbers and 2^32 bytes. Nothing but the pages of a problem is ever touched.
 FAR_NUMBERS = 2_300_000_000
 
 
