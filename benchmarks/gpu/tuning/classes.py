@@ -85,7 +85,7 @@ _CHANGES: tuple[Change, ...] = ({"programs": 1}, {"programs": 3}, {"programs": 4
 FULL = (
     TileClass(
         "latent-16", "latent", 1, _decode(16),
-        _tiles((16,), (16, 32, 64, 128), _LATENT, _PROGRAMS), _CHANGES,
+        _tiles((16,), (16, 32, 64), _LATENT, _PROGRAMS), _CHANGES,
     ),
     TileClass(
         "latent-64", "latent", 33, _decode(64),
