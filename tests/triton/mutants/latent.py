@@ -1,4 +1,4 @@
-"""Mistakes that kernels are made with: each must turn a check red."""
+"""Mistakes in the kernels of `latent_attention`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from functools import partial
 
 from mutating import Mutant
 
-_latent, _expanded = partial(Mutant, room="latent"), partial(Mutant, room="expanded")
-_pointwise, _softmax = partial(Mutant, room="pointwise"), partial(Mutant, room="softmax")
-_places = partial(Mutant, room="places")
+_latent = partial(Mutant, room="latent")
 
 LATENT = (
     _latent(
@@ -181,160 +179,4 @@ LATENT = (
         old="at = (first + token).to(tl.int64)",
         new="at = first + token",
     ),
-)
-SOFTMAX = (
-    _softmax(
-        "exponentials are natural",
-        old="weight = tl.math.exp2(score - base[:, None])",
-        new="weight = tl.exp(score - base[:, None])",
-    ),
-    _softmax(
-        "the maximum is lost",
-        old="weight = tl.math.exp2(score - base[:, None])",
-        new="weight = tl.math.exp2(score)",
-    ),
-    _softmax(
-        "the maximum of earlier steps is lost",
-        old="higher = tl.maximum(top, tl.max(score, 1))",
-        new="higher = tl.max(score, 1)",
-    ),
-    _softmax("sums of earlier steps do not shrink", old="total * shrink + tl.sum", new="total + tl.sum"),
-    _softmax(
-        "infinity minus infinity",
-        old='base = tl.where(higher == float("-inf"), 0.0, higher)',
-        new="base = higher",
-    ),
-    _softmax(
-        "rows that see nothing divide by zero", old="whole = tl.where(some, total, 1.0)", new="whole = total"
-    ),
-)
-PLACES = (
-    _places("the search ends a request early", old="high - low > 1", new="high - low > 2"),
-    _places("a request begins one program late", old="if begins <= program:", new="if begins < program:"),
-    _places(
-        "requests begin where the rows before them end",
-        old="rows).to(tl.int32) + middle",
-        new="rows).to(tl.int32)",
-    ),
-    _places("blocks of a request are numbered from the first of all", old="program - begins", new="program"),
-    _places(
-        "requests and blocks are mixed up", old="program // blocks, program", new="program % blocks, program"
-    ),
-)
-EXPANDED = (
-    _expanded(
-        "a query sees one key too many",
-        old="visible = keys - queries + token",
-        new="visible = keys - queries + token + 1",
-    ),
-    _expanded(
-        "queries start at the first key",
-        old="visible = keys - queries + token",
-        new="visible = token",
-    ),
-    _expanded(
-        "the mask is dropped",
-        old="seen = (place[None, :] <= visible[:, None]) & there[None, :]",
-        new="seen = (place[None, :] >= 0) & (visible[:, None] >= -start)",
-    ),
-    _expanded(
-        "the first queries of a block see what its last sees",
-        old="queries + block * ROWS + 1)",
-        new="queries + block * ROWS + ROWS)",
-    ),
-    _expanded(
-        "the last tile of keys is taken for a whole one",
-        old="all_see = keys // KEYS * KEYS",
-        new="all_see = (keys + KEYS - 1) // KEYS * KEYS",
-    ),
-    _expanded(
-        "the rest of the channels is lost",
-        old="score = tl.dot(q_back, tl.trans(k_back), score)",
-        new="pass",
-    ),
-    _expanded(
-        "channels behind the last are read",
-        old="has_back = (back < WIDTH)[None, :]",
-        new="has_back = (back < WIDTH + 3)[None, :]",
-    ),
-    _expanded("keys of the first segment", old="k_row = k + first_k * k_token", new="k_row = k"),
-    _expanded("values of the first segment", old="v_row = v + first_k * v_token", new="v_row = v"),
-    _expanded(
-        "all heads see the values of the first",
-        old="v_token + head * v_head",
-        new="v_token",
-    ),
-    _expanded(
-        "values are read behind the last key",
-        old="has_column = has_column & there[:, None]",
-        new="has_column = has_column & (place >= 0)[:, None]",
-    ),
-    _expanded(
-        "keys are read behind the last",
-        old="has_front = has_front & there[:, None]",
-        new="has_front = has_front & (place >= 0)[:, None]",
-    ),
-    _expanded("the scale is lost", old="score = score * scale", new="pass"),
-    _expanded(
-        "rows of the next segment are stored",
-        old="mask=owned[:, None] & (column < VALUES)[None, :],",
-        new="mask=(token >= 0)[:, None] & (column < VALUES)[None, :],",
-    ),
-    _expanded(
-        "the last block of a segment is left out", old="// ROWS - 1 - block", new="// ROWS - 2 - block"
-    ),
-    _expanded(
-        "a log-sum-exp is stored for all heads at one",
-        old="lse + at * lse_token + head * lse_head",
-        new="lse + at * lse_token",
-    ),
-    _expanded(
-        "places of queries are int32",
-        old="at = (first_q + token).to(tl.int64)",
-        new="at = first_q + token",
-    ),
-    _expanded(
-        "places of keys are int32",
-        old="key = k_row + place.to(tl.int64) * k_token",
-        new="key = k_row + place * k_token",
-    ),
-    _expanded(
-        "places of values are int32",
-        old="its_values = v_row + place.to(tl.int64) * v_token",
-        new="its_values = v_row + place * v_token",
-    ),
-)
-SMALL = (
-    _pointwise(
-        "eps is lost",
-        old="factor = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / WIDTH + eps)",
-        new="factor = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / WIDTH)",
-    ),
-    _pointwise(
-        "the mean is over the padded row",
-        old="tl.sum(wide * wide, 0) / WIDTH",
-        new="tl.sum(wide * wide, 0) / WIDE",
-    ),
-    _pointwise(
-        "rows are taken for contiguous", old="x + row * x_row + column", new="x + row * WIDTH + column"
-    ),
-    _pointwise(
-        "pairs turn the other way", old="(a * cos - b * sin).to(out", new="(a * cos + b * sin).to(out"
-    ),
-    _pointwise(
-        "heads behind the last are rotated",
-        old="there = (head < HEADS)[:, None] & has_pair[None, :]",
-        new="there = (head >= 0)[:, None] & has_pair[None, :]",
-    ),
-    _pointwise(
-        "slots are taken for tokens",
-        old="tl.load(slots + token) * (LATENT + 2 * PAIRS)",
-        new="token * (LATENT + 2 * PAIRS)",
-    ),
-    _pointwise(
-        "a latent is written over its whole padded width",
-        old="(wide * factor * by).to(cache.dtype.element_ty), mask=there)",
-        new="(wide * factor * by).to(cache.dtype.element_ty))",
-    ),
-    _pointwise("the shared key is not turned", old="(a * cos - b * sin).to(cache", new="a.to(cache"),
 )

@@ -1,0 +1,8 @@
+"""Mistakes that kernels are made with: each must turn a check red."""
+
+from mutants.expanded import EXPANDED
+from mutants.latent import LATENT
+from mutants.shared import PLACES, SOFTMAX
+from mutants.small import SMALL
+
+__all__ = ["EXPANDED", "LATENT", "PLACES", "SMALL", "SOFTMAX"]

@@ -1,0 +1,44 @@
+"""Mistakes in the kernels of the small ops."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from mutating import Mutant
+
+_pointwise = partial(Mutant, room="pointwise")
+
+SMALL = (
+    _pointwise(
+        "eps is lost",
+        old="factor = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / WIDTH + eps)",
+        new="factor = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / WIDTH)",
+    ),
+    _pointwise(
+        "the mean is over the padded row",
+        old="tl.sum(wide * wide, 0) / WIDTH",
+        new="tl.sum(wide * wide, 0) / WIDE",
+    ),
+    _pointwise(
+        "rows are taken for contiguous", old="x + row * x_row + column", new="x + row * WIDTH + column"
+    ),
+    _pointwise(
+        "pairs turn the other way", old="(a * cos - b * sin).to(out", new="(a * cos + b * sin).to(out"
+    ),
+    _pointwise(
+        "heads behind the last are rotated",
+        old="there = (head < HEADS)[:, None] & has_pair[None, :]",
+        new="there = (head >= 0)[:, None] & has_pair[None, :]",
+    ),
+    _pointwise(
+        "slots are taken for tokens",
+        old="tl.load(slots + token) * (LATENT + 2 * PAIRS)",
+        new="token * (LATENT + 2 * PAIRS)",
+    ),
+    _pointwise(
+        "a latent is written over its whole padded width",
+        old="(wide * factor * by).to(cache.dtype.element_ty), mask=there)",
+        new="(wide * factor * by).to(cache.dtype.element_ty))",
+    ),
+    _pointwise("the shared key is not turned", old="(a * cos - b * sin).to(cache", new="a.to(cache"),
+)
