@@ -14,8 +14,8 @@ same folder keeps what is there and resumes what was cut short. stdout carries t
 written to table.md of the folder; stderr everything else.
 
 \b
-Exit codes: 0 nothing is wrong, 2 usage, 3 a step was refused, crashed or timed out, 4 a wrong result,
-130 interrupted, 143 ended by SIGTERM (what was done is kept).
+Exit codes: 0 nothing is wrong, 2 usage, 3 a step was refused, doubtful, crashed or timed out, 4 a wrong
+result, 130 interrupted, 143 ended by SIGTERM (what was done is kept).
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 import click
 import msgspec
 
-from benchmarks.gpu import dry_run, tables
+from benchmarks.gpu import dry_run
 from benchmarks.gpu.loop import Campaign
 from benchmarks.gpu.record import Ledger, opened
+from benchmarks.gpu.report import tables
 from benchmarks.gpu.sections import sections
 from benchmarks.gpu.steps import Machine, Section, slug
 from mla.bench.workload.quantities import duration

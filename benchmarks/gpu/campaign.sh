@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Settle on one card what only a card can tell. In a checkout, with mla and the card's plugin installed:
 #
-#   benchmarks/gpu/campaign.sh                    everything, an hour and a half at most
+#   benchmarks/gpu/campaign.sh                    everything, two hours at most
 #   benchmarks/gpu/campaign.sh --budget 30m       what fits into half an hour, the most valuable first
 #   benchmarks/gpu/campaign.sh --dry-run          every command with its limit
 #   benchmarks/gpu/campaign.sh --help

@@ -10,14 +10,22 @@ from pathlib import Path
 
 import click
 
+from benchmarks.gpu.ask import ask
 from benchmarks.gpu.child import GRACE
 from benchmarks.gpu.steps import Machine, Section, Step
+from benchmarks.gpu.tune import tune
 from mla.bench.cli import main as bench
 from mla.command import console
 from mla.conformance import cli as conformance
 
-# Module after `-m` -> the click command that parses its words.
-PARSERS: dict[str, click.Command] = {"mla.bench": bench.cli, "mla.conformance": conformance.cli}
+# Module after `-m`, or file of a program -> the click command that parses its words.
+PARSERS: dict[str, click.Command] = {
+    "mla.bench": bench.cli,
+    "mla.conformance": conformance.cli,
+    "rivals.py": bench.cli,
+    "tune.py": tune,
+    "ask.py": ask,
+}
 
 
 def shell_line(words: Sequence[str], seconds: int) -> str:
@@ -45,20 +53,23 @@ def dry_run(machine: Machine, wanted: Sequence[Section], folder: Path) -> int:
 
 def _fault(step: Step, words: Sequence[str], machine: Machine) -> str:
     """Return what is wrong with a command; "" if nothing is found."""
-    if words[0] == "-m":
-        return _unparsed(words[1], words[2:]) or _refused(step, words, machine)
-    return "" if Path(words[0]).is_file() else f"there is no file {words[0]}"
+    module = words[0] == "-m"
+    if not module and not Path(words[0]).is_file():
+        return f"there is no file {words[0]}"
+    name, rest = (words[1], words[2:]) if module else (Path(words[0]).name, words[1:])
+    return _unparsed(name, rest) or _refused(step, words, machine)
 
 
-def _unparsed(module: str, words: Sequence[str]) -> str:
+def _unparsed(program: str, words: Sequence[str]) -> str:
     """Return the click error of a command line; "" if it parses."""
-    command = PARSERS[module]
+    command = PARSERS[program]
     rest = _without_files(words)  # the folder of results does not exist yet
     if isinstance(command, click.Group):
         named = bool(rest) and rest[0] in command.commands
-        command, rest = command.commands[rest[0] if named else "run"], rest[named:]
+        default = "run"  # of the runner, and no command of another program
+        command, rest = command.commands[rest[0] if named else default], rest[named:]
     try:
-        command.make_context(module, rest)
+        command.make_context(program, rest)
     except click.ClickException as error:
         return error.format_message()
     return ""

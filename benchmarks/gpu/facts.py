@@ -32,7 +32,8 @@ def machine(name: str) -> Machine:
 
     try:
         backend = load_backend(name)
-        return Machine(name, backend.device_info().name, True, "", offered(backend), facts(backend))
+        card, options = backend.device_info().name, tuple(backend.known_options())
+        return Machine(name, card, True, "", offered(backend), facts(backend), options)
     except BackendError as error:
         return Machine(name, reason=one_line(str(error)), facts=installed())
     except Exception as error:  # noqa: BLE001  # a broken stack raises anything, and must not end the campaign

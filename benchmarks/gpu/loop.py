@@ -48,7 +48,7 @@ class Campaign:
 
     def _step(self, section: Section, step: Step, where: str) -> Record:
         old = self._ledger.find(section.name, step.name)
-        if old is not None and old.final:
+        if old is not None and old.final and not step.always:
             return old
         reason = self._why_not(section)
         if reason:

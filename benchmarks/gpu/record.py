@@ -16,8 +16,9 @@ FILE = "campaign.json"
 class Record(msgspec.Struct, kw_only=True):
     """How a step ended.
 
-    verdict: ok; wrong (a number disagrees with the oracle); refused (one sentence says why it cannot run
-    here); crashed (it broke off); timed out; interrupted; skipped (it was not started).
+    verdict: ok; wrong (a number disagrees with the oracle); doubtful (other evidence contradicts a time,
+    which is withheld); refused (one sentence says why it cannot run here); crashed (it broke off); timed
+    out; interrupted; skipped (it was not started).
     """
 
     section: str

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 
+from benchmarks.gpu.own_kernels import rivals, tune
 from benchmarks.gpu.sizes import FULL, HERE, SMOKE, Sizes
-from benchmarks.gpu.steps import MOST_SECONDS, Machine, Section, Step
+from benchmarks.gpu.steps import MOST_SECONDS, OPTIONAL, Machine, Section, Step, bench_step
 
-OPTIONAL = frozenset({"refused"})  # a library that is not installed is no failure
 ANYTHING = frozenset({"refused", "crashed", "timed out"})  # it looks for the place where a library breaks
 
 ATTENTION = "^(latent|expanded)_attention"
@@ -53,6 +53,8 @@ def sections(machine: Machine, smoke: bool = False) -> tuple[Section, ...]:
         conformance(machine, smoke),
         grid(machine, sizes),
         kernels(machine, sizes),
+        tune(machine, smoke),
+        rivals(machine, sizes),
         choices(machine, sizes),
         long_prefill(machine, sizes),
         questions("questions", "The device", machine, DEVICE_QUESTIONS),
@@ -100,8 +102,8 @@ def standard(machine: Machine, sizes: Sizes) -> Section:
         "standard",
         "Standard scenarios",
         (
-            _run("deepseek-v2-lite", machine, 240, *sizes.default, *sizes.counts),
-            _run("deepseek-r1", machine, 360, *sizes.large, *sizes.counts),
+            bench_step("deepseek-v2-lite", machine, 240, *sizes.default, *sizes.counts),
+            bench_step("deepseek-r1", machine, 360, *sizes.large, *sizes.counts),
         ),
     )
 
@@ -119,14 +121,13 @@ def conformance(machine: Machine, smoke: bool) -> Section:
 
 def grid(machine: Machine, sizes: Sizes) -> Section:
     """Absorbed attention alone, by heads, batch and history; what does not fit into memory is skipped."""
-    axes = ("-a", f"batch={sizes.batches}", "-a", f"kv={sizes.histories}")
-    words = ("--op", "latent_attention", "--implementations", "mla", *axes, *sizes.large)
+    words = ("--op", "latent_attention", "--implementations", "mla", *sizes.decodes, *sizes.large)
     counts = (*sizes.counts, *sizes.grid_counts)
     return Section(
         "grid",
         "Decode attention by heads, batch and history",
         tuple(
-            _run(f"heads-{heads}", machine, 200, *words, "-a", f"heads={heads}", *counts)
+            bench_step(f"heads-{heads}", machine, 200, *words, "-a", f"heads={heads}", *counts)
             for heads in sizes.heads
         ),
     )
@@ -145,7 +146,7 @@ def kernels(machine: Machine, sizes: Sizes) -> Section:
     }
     counts = (*sizes.counts, *sizes.grid_counts)
     runs = tuple(
-        _run(
+        bench_step(
             f"{op.split('_')[0]}-{name.replace('_', '-')}", machine, limit,
             "--op", op, "--ops", name, "--batch", "8", *sizes.large,
             *(word for axis in axes[op] for word in ("-a", axis)), *counts,
@@ -168,9 +169,9 @@ def choices(machine: Machine, sizes: Sizes) -> Section:
         "choices",
         "Attention ops inside the layer, and a profile",
         (
-            _run("profile", machine, PROFILE_SECONDS, *trace, *every),
+            bench_step("profile", machine, PROFILE_SECONDS, *trace, *every),
             *(
-                _run(
+                bench_step(
                     name.replace("_", "-"), machine, limit,
                     "--scenario", "decode", "--clock", "host", "--implementations",
                     f"mla,mla[latent_attention={name}],mla[latent_attention=reference]", *every,
@@ -190,7 +191,7 @@ def long_prefill(machine: Machine, sizes: Sizes) -> Section:
     return Section(
         "long-prefill",
         "Long prompts",
-        (_run("deepseek-r1", machine, 300, *sizes.large, *words, *headline, *counts),),
+        (bench_step("deepseek-r1", machine, 300, *sizes.large, *words, *headline, *counts),),
     )
 
 
@@ -202,7 +203,7 @@ def layers(machine: Machine, sizes: Sizes) -> Section:
     return Section(
         "layers",
         "Decode step of the layer by batch and history",
-        (_run("decode", machine, MOST_SECONDS, *words, *counts),),
+        (bench_step("decode", machine, MOST_SECONDS, *words, *counts),),
     )
 
 
@@ -211,13 +212,6 @@ def questions(
 ) -> Section:
     """Open questions, each a process of its own."""
     return Section(name, title, _asked(machine, asked), backends)
-
-
-def _run(
-    name: str, machine: Machine, limit: int, *words: str, tolerates: frozenset[str] = frozenset()
-) -> Step:
-    every = ("-m", "mla.bench", "--backend", machine.backend, *words)
-    return Step(name, every, limit, "run", tolerates=tolerates)
 
 
 def _asked(machine: Machine, asked: dict[str, int]) -> tuple[Step, ...]:

@@ -21,8 +21,16 @@ class Sizes:
     layer_histories: str
     kernel_heads: str
     kernel_histories: str
+    prompts: tuple[str, ...]  # axes of expanded attention
+    prompt_heads: tuple[int, ...]
     counts: tuple[str, ...] = ()  # options of every run
     grid_counts: tuple[str, ...] = ()  # ... and of runs with many points
+    rival_counts: tuple[str, ...] = ()  # ... and of runs with many points and several kernels
+
+    @property
+    def decodes(self) -> tuple[str, ...]:
+        """Axes of absorbed attention."""
+        return ("-a", f"batch={self.batches}", "-a", f"kv={self.histories}")
 
 
 FULL = Sizes(
@@ -35,7 +43,10 @@ FULL = Sizes(
     layer_histories="1k..64k*4",
     kernel_heads="16,128",
     kernel_histories="1k,16k",
+    prompts=("-a", "batch=1,8", "-a", "q_len=512,4k", "-a", "kv=0,4k"),
+    prompt_heads=(16, 128),
     grid_counts=("--runs", "20", "--passes", "6", "--clock", "host"),
+    rival_counts=("--runs", "10", "--passes", "6", "--cache", "warm"),
 )
 
 _TINY = ("--config", str(HERE / "smoke.json"))
@@ -49,6 +60,9 @@ SMOKE = Sizes(
     layer_histories="64",
     kernel_heads="4",
     kernel_histories="64",
+    prompts=("-a", "batch=2", "-a", "q_len=8", "-a", "kv=0"),
+    prompt_heads=(4,),
     counts=("--runs", "2", "--passes", "2", "--warmups", "1"),
     grid_counts=("--clock", "host"),
+    rival_counts=("--cache", "warm"),
 )

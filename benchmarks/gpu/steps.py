@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-# run: `python -m mla.bench` with a result file that can be resumed; conformance: with a report; file: writes
-# `{out}`; question: prints one line of JSON; text: what it prints is the result.
-Kind = Literal["run", "conformance", "file", "question", "text"]
+# run: `python -m mla.bench` with a result file that can be resumed; sweep: another program that is given a
+# budget and goes on with its own file `{out}`; conformance: with a report; file: writes `{out}`; question:
+# prints one line of JSON; text: what it prints is the result.
+Kind = Literal["run", "sweep", "conformance", "file", "question", "text"]
 
 MOST_SECONDS = 600  # of a section, all its steps together
+OPTIONAL = frozenset({"refused"})  # tolerated where a library may be missing: that is no failure
 MARGIN = 0.1  # of a step's limit, for a run with a budget to start, check and write its file
 
 
@@ -26,17 +28,28 @@ class Step:
     kind: Kind = "text"
     says: str = ""  # text: pattern of the lines that the table quotes; "": the last
     tolerates: frozenset[str] = frozenset()  # verdicts besides "ok" that are an answer, not a failure
+    file: str = ""  # name of the result; "": after the card and the step
+    tuning: str = ""  # file of another section, seen from this one's folder: used if it is there
+    always: bool = False  # it runs again although it has: what it reads may have grown
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it is told its time, and goes on later with what did not fit."""
+        return self.kind in ("run", "sweep")
 
     def result(self, folder: Path, stem: str) -> Path:
         """Return where the step leaves its result."""
-        return folder / f"{stem}-{self.name}.{'txt' if self.kind == 'text' else 'json'}"
+        return folder / (self.file or f"{stem}-{self.name}.{'txt' if self.kind == 'text' else 'json'}")
 
     def command(self, result: Path, seconds: int, resume: bool) -> list[str]:
         """Return the words after `python`, for a run of at most `seconds`."""
         words = [word.replace("{out}", str(result)) for word in self.words]
+        if self.tuning and (tuning := result.parent / self.tuning).exists():
+            words += ["-O", f"tuning={tuning.resolve()}"]
+        if self.resumes:
+            words += ["--budget", f"{max(1, round(seconds * (1 - MARGIN)))}s"]
         if self.kind == "run":
-            budget = max(1, round(seconds * (1 - MARGIN)))
-            words += ["--budget", f"{budget}s", *(["--resume"] if resume else ["-o"]), str(result)]
+            words += [*(["--resume"] if resume else ["-o"]), str(result)]
         elif self.kind == "conformance":
             words += ["--report", str(result)]
         return words
@@ -72,6 +85,12 @@ class Machine:
     reason: str = ""  # why the backend is not usable
     ops: Mapping[str, Sequence[str]] = field(default_factory=dict)  # op -> names that the backend offers
     facts: Mapping[str, str] = field(default_factory=dict)
+    options: Sequence[str] = ()  # that the backend takes after -O
+
+    @property
+    def tuning(self) -> str:
+        """The name of the card's tuning file."""
+        return f"tuning-{self.stem}.json"
 
     @property
     def stem(self) -> str:
@@ -79,6 +98,14 @@ class Machine:
         return slug(
             self.card if self.card.lower().startswith(self.backend) else f"{self.backend}-{self.card}"
         )
+
+
+def bench_step(
+    name: str, machine: Machine, limit: int, *words: str, tolerates: frozenset[str] = frozenset()
+) -> Step:
+    """Return a run of the benchmark."""
+    every = ("-m", "mla.bench", "--backend", machine.backend, *words)
+    return Step(name, every, limit, "run", tolerates=tolerates)
 
 
 def slug(text: str) -> str:

@@ -18,6 +18,7 @@ from mla.errors import MLAError
 
 REFUSED = (Exit.USAGE, Exit.BACKEND, Exit.NOTHING_RAN)
 LONGEST = 300  # characters of a reason
+STATUSES = ("ok", "wrong", "doubtful", "not run")  # of a case's check
 CUT = "--budget skipped"  # how the runner says on stderr that its budget left something out
 
 
@@ -33,12 +34,14 @@ def judge(step: Step, ended: Ended, result: Path, wrote: bool) -> tuple[str, str
     """Return the verdict and its reason; `wrote` says that the step left its result file just now."""
     code = ended.code
     if code == TIMED_OUT:
-        kept = f"; kept: {summary(step, ended, result)}" if step.kind == "run" and wrote else ""
+        kept = f"; kept: {summary(step, ended, result)}" if step.resumes and wrote else ""
         return "timed out", f"it was ended at its limit{kept}"
     if code == Exit.OK:
         return "ok", short(summary(step, ended, result))
     if code == Exit.WRONG:
         return "wrong", short(f"{summary(step, ended, result)} {ended.last_error}".strip())
+    if code == Exit.DOUBTFUL:
+        return "doubtful", short(summary(step, ended, result) or ended.last_error)
     began = step.kind == "run" and wrote  # the runner has refused nothing: an op raised
     if code in REFUSED and not (code == Exit.BACKEND and began):
         told = ended.last_error or summary(step, ended, result)  # doctor's answer is all on stdout
@@ -63,8 +66,8 @@ def short(text: str) -> str:
 
 
 def is_cut(step: Step, ended: Ended) -> bool:
-    """Return whether a run's own budget left something out that a later one can resume."""
-    return step.kind == "run" and CUT in ended.err.read_text(errors="replace")
+    """Return whether a step's own budget left something out that a later one can resume."""
+    return step.resumes and CUT in ended.err.read_text(errors="replace")
 
 
 def summary(step: Step, ended: Ended, result: Path) -> str:
@@ -85,7 +88,7 @@ def summary(step: Step, ended: Ended, result: Path) -> str:
 
 def run_summary(cases: Sequence[results.Case]) -> str:
     """Return how many cases have which outcome, and the first reason why one has no number."""
-    counts = [(word, sum(case.check.status == word for case in cases)) for word in ("ok", "wrong", "not run")]
+    counts = [(word, sum(case.check.status == word for case in cases)) for word in STATUSES]
     said = ", ".join(f"{count} {word}" for word, count in counts if count) or "no case"
     reasons = [f"{case.scenario}: {case.check.reason}" for case in cases if case.check.status != "ok"]
     return f"{said} ({reasons[0]})" if reasons and reasons[0][-2:] != ": " else said

@@ -20,7 +20,8 @@ from typing import Any
 
 OURS = ("mla", "mla_backends")
 # Packages that our modules import from, also after a plugin has been loaded.
-KNOWN = {"torch", "numpy", "safetensors", "transformers", "rich", "click", "msgspec", "pluggy", "matplotlib"}
+KNOWN = {"torch", "triton", "numpy", "safetensors", "transformers"}
+KNOWN |= {"rich", "click", "msgspec", "pluggy", "matplotlib"}
 # Functions outside of our packages that every number goes through.
 _OUTSIDE: tuple[tuple[ModuleType, tuple[str, ...]], ...] = (
     (time, tuple(name for name in dir(time) if name.endswith(("_ns", "counter", "monotonic", "time")))),

@@ -54,6 +54,7 @@ def walk(folder: Path, *steps: Step, machine: Machine = CARD, **more: Any) -> Le
         (python("step", "print('a: 1\\nb: 2')", says="^a"), "ok", "a: 1", False),
         (ends("step", 4), "wrong", "it says why.", True),
         (ends("step", 4, tolerates=frozenset({"refused"})), "wrong", "it says why.", True),
+        (ends("step", 6), "doubtful", "it says why.", True),
         (ends("step", 2), "refused", "it says why.", True),
         (ends("step", 3), "refused", "it says why.", True),
         (ends("step", 5), "refused", "it says why.", True),
@@ -163,6 +164,22 @@ def test_a_run_that_its_budget_cut_is_resumed(tmp_path: Path) -> None:
     assert [line.split()[1:] for line in lines] == [
         ["--budget", "90s", "-o", result], ["--budget", "90s", "--resume", result],
     ]  # fmt: skip
+
+
+def test_a_sweep_is_told_its_time_and_goes_on_with_its_own_file(tmp_path: Path) -> None:
+    code = (
+        "import sys; file = open(sys.argv[1], 'a+'); file.write('x'); file.seek(0); found = file.read(); "
+        "print(found, *sys.argv[2:]); print('--budget skipped 3' * (found == 'x'), file=sys.stderr)"
+    )
+    step = Step("sweep", ("-c", code, "{out}"), 100, "sweep")
+    then = Step("then", ("-c", "print('read')"), 10, "file", file="tuning.json", always=True)
+    first, _ = walk(tmp_path, step, then).records
+    assert (first.verdict, first.final) == ("ok", False)
+    assert first.reason == "x --budget 90s; the rest did not fit into 100 s"
+    second, after = walk(tmp_path, step, then).records
+    assert (second.final, second.reason) == (True, "xx --budget 90s")
+    third, after = walk(tmp_path, step, then).records
+    assert (third.kept, after.kept, after.reason) == (True, False, "read")
 
 
 def test_an_op_that_raises_is_no_missing_library(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from benchmarks.gpu import ask, dry_run
 from benchmarks.gpu.questions import flashinfer
 from benchmarks.gpu.questions.asking import QUESTIONS
 from benchmarks.gpu.sections import sections
+from benchmarks.gpu.sizes import HERE
 from benchmarks.gpu.steps import MOST_SECONDS, Machine, Section, Step
+from benchmarks.gpu.tuning.classes import FULL
 
 OPS = {
     "latent_attention": ["flash_mla", "flashinfer", "tokenspeed_decode"],
@@ -52,6 +54,46 @@ def test_every_absorbed_attention_is_compared_inside_the_layer() -> None:
     ]
 
 
+def test_all_kernels_take_turns_and_the_layer_is_also_timed_with_our_own() -> None:
+    ours = {op: [*names, f"triton_{op.split('_')[0]}"] for op, names in OPS.items() if op != "linear"}
+    (found,) = [one for one in sections(replace(CARD, ops=ours)) if one.name == "rivals"]
+    heads = [step.name for step in found.steps if "rivals.py" in step.words[0]]
+    assert heads == [
+        "latent-heads-16", "latent-heads-64", "latent-heads-128", "expanded-heads-16", "expanded-heads-128",
+    ]  # fmt: skip
+    own = "mla[latent_attention=triton_latent,expanded_attention=triton_expanded]"
+    assert [own in step.words for step in found.steps] == [False] * 5 + [True] * 2
+    (without,) = [one for one in sections(CARD) if one.name == "rivals"]
+    assert len(without.steps) == 5
+
+
+def test_kernels_take_turns_with_the_tuning_that_was_found_before(tmp_path: Path) -> None:
+    reads = replace(CARD, options=("graph", "tuning"))
+    names = [one.name for one in sections(reads)]
+    assert names.index("tune") < names.index("rivals")
+    step = next(one for one in sections(reads) if one.name == "rivals").steps[0]
+    for name in ("tune", "rivals"):
+        (tmp_path / name).mkdir()
+    result = step.result(tmp_path / "rivals", CARD.stem)
+    assert "-O" not in step.command(result, 60, resume=False)
+    target = tmp_path / "tune" / "tuning-nvidia-h100-80gb-hbm3.json"
+    target.write_text("{}")
+    words = step.command(result, 60, resume=False)
+    assert words[words.index("-O") + 1] == f"tuning={target}"
+    deaf = next(one for one in sections(CARD) if one.name == "rivals").steps[0]
+    assert "-O" not in deaf.command(result, 60, resume=False)
+
+
+def test_a_sweep_per_class_of_calls_comes_before_the_tuning_that_is_named_after_the_card() -> None:
+    (found,) = [one for one in sections(CARD) if one.name == "tune"]
+    *sweeps, choose = found.steps
+    assert [step.words[2] for step in sweeps] == [one.name for one in FULL]
+    out = choose.result(Path("tune"), CARD.stem)
+    assert out == Path("tune/tuning-nvidia-h100-80gb-hbm3.json")
+    assert choose.command(out, 9, resume=False)[1:] == ["choose", "--out", str(out)]
+    assert sweeps[0].command(Path("x"), 100, resume=True)[-4:] == ["--out", "x", "--budget", "90s"]
+
+
 @pytest.mark.parametrize("smoke", [False, True])
 def test_every_command_parses(smoke: bool, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = sections(CARD, smoke)
@@ -68,6 +110,8 @@ def test_every_command_parses(smoke: bool, capsys: pytest.CaptureFixture[str]) -
         (("-m", "mla.bench", "ceilings", "--dry-run"), "No such option"),
         (("-m", "mla.bench", "doctr"), "doctr"),
         (("-m", "mla.conformance", "--quick", "--dtype", "int4"), "int4"),
+        ((str(HERE / "rivals.py"), "--op", "latent_attention", "--head", "16"), "--head"),
+        ((str(HERE / "tune.py"), "sweep", "latent-17", "--out", "x"), "latent-17"),
         (("/no/such/file.py",), "there is no file"),
     ],
 )

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import figures, tables
 from benchmarks.gpu.record import Ledger, Record
+from benchmarks.gpu.report import figures, in_turns, tables
 from benchmarks.gpu.steps import Section, Step
 from mla.bench import results
 
@@ -61,10 +61,11 @@ def test_shares_are_of_the_measured_ceilings() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return the folder of a campaign that ran a step of each kind."""
-    for name in ("standard", "grid", "facts", "questions"):
+    for name in ("standard", "grid", "rivals", "facts", "questions"):
         (tmp_path / name).mkdir()
     shutil.copyfile(STORED, tmp_path / "standard" / "x-v2.json")
     shutil.copyfile(STORED, tmp_path / "grid" / "x-heads.json")
+    shutil.copyfile(STORED, tmp_path / "rivals" / "x-latent.json")
     answer = {"question": "Why?", "answer": "Because | of it", "evidence": {"us": 3}}
     (tmp_path / "questions" / "x-why.json").write_text(json.dumps(answer))
     made = results.read(STORED)
@@ -77,6 +78,8 @@ def folder(tmp_path: Path) -> Path:
             {"work": "copy", "value": 1e11, "source": "beyond it", "footprint_bytes": 4000},
             {"work": "matmul", "value": 9e15, "source": "other", "dtype": "float32"},
             {"work": "matmul", "value": 1e12, "source": "ours", "dtype": "bfloat16", "footprint_bytes": 10},
+            {"work": "matmul", "value": 5e11, "source": "measured: torch.mm, 8192 x 8192 x 8192 bfloat16",
+             "dtype": "bfloat16", "footprint_bytes": 9},
         ],
     }  # fmt: skip
     (tmp_path / "facts" / "x-ceilings.json").write_text(json.dumps(ceilings))
@@ -84,21 +87,27 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_report_holds_steps_figures_answers_and_machine(folder: Path) -> None:
-    names = {"facts": "ceilings", "standard": "v2", "grid": "heads", "questions": "why"}
+    names = {
+        "facts": "ceilings", "standard": "v2", "grid": "heads", "rivals": "latent", "questions": "why",
+    }  # fmt: skip
     sections = [Section(name, name, (Step(step, (), 1),)) for name, step in names.items()]
     ledger = Ledger(backend="x", card="Card", smoke=True, facts={"driver": "1.2"}, ops={})
     for name, step in reversed(names.items()):
         ledger.put(Record(section=name, step=step, verdict="ok", reason=f"{step} is fine"))
     report = tables.Report(ledger, folder, sections)
     plain, text = report.plain(), report.markdown()
-    assert [line.split()[0] for line in plain.splitlines()[1:5]] == list(names)
+    assert [line.split()[0] for line in plain.splitlines()[1:6]] == list(names)
     assert "2224.27 tok/s" in plain
+    assert "decode of deepseek-v2-lite: attention was native_latent_attention" in plain
     titles = [line for line in text.splitlines() if line.startswith("#")]
     assert titles == [
         "# Card, backend x (--smoke: tiny sizes, which say nothing about the card)",
-        "## Steps", "## Standard scenarios", "## Decode attention", "## Answers", "## Machine",
+        "## Steps", "## Targets", "## Standard scenarios", "## Kernels in turns", "## Decode attention",
+        "## Answers", "## Machine",
     ]  # fmt: skip
     assert "| Why? | Because \\| of it | us 3 |" in text
     assert "| driver | 1.2 |" in text
     grid = figures.attention_rows({"heads": results.read(STORED)}, {"copy": 1e11, "matmul": 1e12})
     assert all(" | ".join(row[:6]) in text for row in grid)
+    limits = {in_turns.COPY: 1e11, in_turns.PRODUCT: 5e11}
+    assert all(" | ".join(row) in text for row in in_turns.rows({"latent": results.read(STORED)}, limits))

@@ -121,6 +121,9 @@ class LatentAttention(KernelOp):
             "LATENT": out.shape[2],
             "HAS_LSE": lse is not None,
         }
+        whole = wide(out.shape[2], LEAST)
+        halves = self.tuning.halves and whole > LEAST
+        piece = whole // 2 if halves else whole
         arguments = {
             **shared,
             "q": q,
@@ -131,7 +134,8 @@ class LatentAttention(KernelOp):
             "q_head": q.stride(1),
             "table_row": block_table.stride(0),
             "ROPE": q.shape[2] - out.shape[2],
-            "WIDE_LATENT": wide(out.shape[2], LEAST),
+            "PIECE": piece,
+            "HALVES": halves,
             "WIDE_ROPE": wide(q.shape[2] - out.shape[2], LEAST),
             "PAGE": cache.shape[1],
             "CAUSAL": state.longest > 1,
@@ -149,6 +153,8 @@ class LatentAttention(KernelOp):
             blocks = -(-state.longest * heads // tile.rows)
             grid = (state.requests * blocks, state.splits.max_splits)
             sizes = {"blocks": blocks, "ROWS": tile.rows, "KEYS": tile.keys}
+            if arguments["PAGE"] % tile.keys:  # keys of several pages in a step take more registers
+                sizes["KEYS"] = max(LEAST, tile.keys // 2)
             self.launcher.start(
                 attend_latent, grid, {**arguments, **sizes}, warps=tile.warps, stages=tile.stages
             )

@@ -40,7 +40,9 @@ def split(
     """
     blocks = [-(-rows // tile.rows) for rows in query_rows]
     longest, total = max(kv_lens), sum(b * n for b, n in zip(blocks, kv_lens, strict=True))
-    if longest * sum(blocks) <= EQUAL * total:  # whole parts each: one more program would begin a second wave
+    if total == 0:
+        keys = LEAST_KEYS
+    elif longest * sum(blocks) <= EQUAL * total:  # equal: one program more begins a second wave
         keys = -(-longest // max(1, programs // sum(blocks)))
     else:
         keys = -(-total // programs)

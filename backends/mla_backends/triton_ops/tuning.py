@@ -58,12 +58,14 @@ class Tuning:
     """What a plugin chooses for a card.
 
     `latent` is by the query rows of a request (new tokens times heads), `expanded` by the queries of a
-    segment. A decode step is split so that about `programs` programs run on each multiprocessor.
+    segment. A decode step is split so that about `programs` programs run on each multiprocessor. With
+    `halves` latents are multiplied and summed in two halves: fewer registers, but more tensor memory.
     """
 
     latent: Tiles
     expanded: Tiles
     programs: int = 1
+    halves: bool = True
     source: str = "defaults of the plugin"  # for the environment in results
 
     def __post_init__(self) -> None:
@@ -74,6 +76,8 @@ class Tuning:
             object.__setattr__(self, name, MappingProxyType(dict(tiles)))
         if type(self.programs) is not int or self.programs < 1:
             raise ValueError(f"programs must be a positive number, got {self.programs!r}.")
+        if type(self.halves) is not bool:
+            raise ValueError(f"halves must be true or false, got {self.halves!r}.")
 
 
 def tile_for(tiles: Tiles, rows: int) -> Tile:
@@ -88,7 +92,8 @@ def read_tuning(path: str | Path) -> Tuning:
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise ValueError(f"it is no tuning of format {FORMAT}")
         tiles = {name: _tiles(found[name]) for name in ("latent", "expanded")}
-        return Tuning(**tiles, programs=found["programs"], source=str(found.get("card") or path))
+        source = str(found.get("card") or path)
+        return Tuning(**tiles, programs=found["programs"], halves=found["halves"], source=source)
     except OSError as error:
         raise BackendError(f"the tuning file {path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -99,7 +104,8 @@ def read_tuning(path: str | Path) -> Tuning:
 def write_tuning(path: str | Path, tuning: Tuning, facts: Mapping[str, str]) -> None:
     """Write a tuning for `read_tuning`; `facts` say where it was measured: card, torch, triton, date."""
     tiles = {name: _rows(getattr(tuning, name)) for name in ("latent", "expanded")}
-    document = {"format": FORMAT, **facts, "programs": tuning.programs, **tiles}
+    numbers = {"programs": tuning.programs, "halves": tuning.halves}
+    document = {"format": FORMAT, **facts, **numbers, **tiles}
     Path(path).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

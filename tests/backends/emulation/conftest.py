@@ -13,7 +13,13 @@ from outcome import Outcome
 from torch.utils import backend_registration
 
 HERE = Path(__file__).parent
-collect_ignore = ["inside", "device", "torch_musa", "cuda_builds"]  # for the emulated processes only
+collect_ignore = [
+    "inside",
+    "interpreted",
+    "device",
+    "torch_musa",
+    "cuda_builds",
+]  # for the emulated processes only
 # backend -> (distribution that brings its device, environment)
 DEVICES = {
     "moore": ("torch_musa", {}),

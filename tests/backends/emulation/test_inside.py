@@ -8,14 +8,25 @@ from typing import Any
 
 import pytest
 
-INSIDE = Path(__file__).parent / "inside"
+HERE = Path(__file__).parent
+
+
+def checked(emulate: Any, backend: str, folder: Path) -> int:
+    """Run the checks of a folder in a process with the emulated device; return how many passed."""
+    configuration = ("-c", str(folder / "pytest.ini"), f"--confcutdir={folder}", "-p", "no:cacheprovider")
+    done = emulate(backend, "-m", "pytest", *configuration, str(folder), EMULATED_BACKEND=backend)
+    assert done.code == 0, done.out + done.err
+    found = re.search(r"(\d+) passed", done.out)
+    assert found, done.out
+    return int(found[1])
 
 
 @pytest.mark.parametrize("backend", ["moore", "nvidia", "metax", "iluvatar"])
 def test_the_whole_life_of(backend: str, emulate: Any) -> None:
-    configuration = ("-c", str(INSIDE / "pytest.ini"), f"--confcutdir={INSIDE}", "-p", "no:cacheprovider")
-    done = emulate(backend, "-m", "pytest", *configuration, str(INSIDE), EMULATED_BACKEND=backend)
-    assert done.code == 0, done.out + done.err
-    found = re.search(r"(\d+) passed", done.out)
-    assert found, done.out
-    assert int(found[1]) >= 30
+    assert checked(emulate, backend, HERE / "inside") >= 30
+
+
+@pytest.mark.parametrize("backend", ["moore", "nvidia"])
+def test_our_triton_kernels_on(backend: str, emulate: Any) -> None:
+    """In a process of its own: once Triton interprets kernels, it does so in all of them."""
+    assert checked(emulate, backend, HERE / "interpreted") >= 6

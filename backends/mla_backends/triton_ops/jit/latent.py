@@ -1,7 +1,8 @@
 """Absorbed attention over latent pages: flash decoding, split over the keys, and the merge of the parts.
 
 A program attends ROWS query rows (a row is one head of one token) of one request to one part of its keys. The
-tile of latents is loaded once: transposed it is the keys, as it lies the values. Sums of exponentials are in
+tile of latents is loaded once: transposed it is the keys, as it lies the values. Where a compiler keeps the
+whole of it in too many registers, it is multiplied and summed in two halves. Sums of exponentials are in
 powers of two, natural only in `lse`.
 
 How many parts a request has is derived from its length, on the device and in both kernels alike, so that a
@@ -50,7 +51,8 @@ def attend_latent(
     HEADS: tl.constexpr,
     LATENT: tl.constexpr,  # c
     ROPE: tl.constexpr,  # r
-    WIDE_LATENT: tl.constexpr,  # the next power of two
+    PIECE: tl.constexpr,  # channels of a product: the power of two that holds c, or half of it
+    HALVES: tl.constexpr,  # the latter: products and sums in two halves
     WIDE_ROPE: tl.constexpr,  # the next power of two of at least 16, or 0
     PAGE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -81,12 +83,19 @@ def attend_latent(
     high = tl.minimum(low + length, keys - queries + newest + 1)
     visible = keys - queries + token  # the last key that a row sees
 
-    channel = tl.arange(0, WIDE_LATENT)
+    channel = tl.arange(0, PIECE)
     has_channel = channel < LATENT
+    upper = PIECE + channel
+    has_upper = upper < LATENT
     q_row = q + (first + token).to(tl.int64) * q_token + head * q_head
     q_latent = tl.load(
         q_row[:, None] + channel[None, :], mask=owned[:, None] & has_channel[None, :], other=0.0
     )
+    if HALVES:
+        q_upper = tl.load(
+            q_row[:, None] + upper[None, :], mask=owned[:, None] & has_upper[None, :], other=0.0
+        )
+        value_upper = tl.full([ROWS, PIECE], 0.0, tl.float32)
     if ROPE > 0:
         turn = tl.arange(0, WIDE_ROPE)
         has_turn = turn < ROPE
@@ -95,29 +104,29 @@ def attend_latent(
         )
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.full([ROWS], 0.0, tl.float32)
-    value = tl.full([ROWS, WIDE_LATENT], 0.0, tl.float32)
+    value = tl.full([ROWS, PIECE], 0.0, tl.float32)
     table = block_table + request.to(tl.int64) * table_row
 
-    # The number of the next page is fetched a step ahead, so that only latents are left to be pipelined.
-    if PAGE % KEYS == 0:  # a step stays within a page
+    if PAGE % KEYS == 0:  # a step stays within a page, whose number is fetched a step ahead
         page = tl.load(table + low // PAGE, mask=low < high, other=0)
-    else:
-        place = low + tl.arange(0, KEYS)
-        page = tl.load(table + place // PAGE, mask=place < high, other=0)
     for start in range(low, high, KEYS):
         place = start + tl.arange(0, KEYS)
         there = place < high
-        following = start + KEYS
         if PAGE % KEYS == 0:
             slot = page.to(tl.int64) * PAGE + start % PAGE
             key = cache + slot * (LATENT + ROPE) + tl.arange(0, KEYS) * (LATENT + ROPE)
+            following = start + KEYS
             page = tl.load(table + following // PAGE, mask=following < high, other=0)
         else:
-            key = cache + (page.to(tl.int64) * PAGE + place % PAGE) * (LATENT + ROPE)
-            page = tl.load(table + (place + KEYS) // PAGE, mask=place + KEYS < high, other=0)
+            pages = tl.load(table + place // PAGE, mask=there, other=0).to(tl.int64)
+            key = cache + (pages * PAGE + place % PAGE) * (LATENT + ROPE)
         raw = tl.load(key[:, None] + channel[None, :], mask=there[:, None] & has_channel[None, :], other=0.0)
         latent = decoded(raw, q_latent.dtype, FORMAT)
         score = tl.dot(q_latent, tl.trans(latent))
+        if HALVES:
+            raw = tl.load(key[:, None] + upper[None, :], mask=there[:, None] & has_upper[None, :], other=0.0)
+            latent_upper = decoded(raw, q_latent.dtype, FORMAT)
+            score = tl.dot(q_upper, tl.trans(latent_upper), score)
         if ROPE > 0:
             raw = tl.load(
                 key[:, None] + LATENT + turn[None, :], mask=there[:, None] & has_turn[None, :], other=0.0
@@ -130,19 +139,29 @@ def attend_latent(
         score = tl.where(seen, score * scale, float("-inf"))
         weight, shrink, top, total = fold(score, top, total)
         value = tl.dot(weight.to(latent.dtype), latent, value * shrink[:, None])
+        if HALVES:
+            value_upper = tl.dot(weight.to(latent.dtype), latent_upper, value_upper * shrink[:, None])
 
     whole, sums = close(top, total)
     value = value / whole[:, None]
     target = owned[:, None] & has_channel[None, :]
+    if HALVES:
+        value_upper = value_upper / whole[:, None]
+        target_upper = owned[:, None] & has_upper[None, :]
     at = (first + token).to(tl.int64)
     if SPLIT:
         if parts > 1:
             place_of_part = (at * HEADS + head) * max_splits + split
+            part_row = part_out + place_of_part * LATENT
             tl.store(part_lse + place_of_part, sums, mask=owned)
-            tl.store(part_out + place_of_part[:, None] * LATENT + channel[None, :], value, mask=target)
+            tl.store(part_row[:, None] + channel[None, :], value, mask=target)
+            if HALVES:
+                tl.store(part_row[:, None] + upper[None, :], value_upper, mask=target_upper)
             return
     out_row = out + at * out_token + head * out_head
     tl.store(out_row[:, None] + channel[None, :], value.to(out.dtype.element_ty), mask=target)
+    if HALVES:
+        tl.store(out_row[:, None] + upper[None, :], value_upper.to(out.dtype.element_ty), mask=target_upper)
     if HAS_LSE:
         tl.store(lse + at * lse_token + head * lse_head, sums * LN2, mask=owned)
 

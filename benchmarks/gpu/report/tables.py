@@ -6,9 +6,13 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.gpu.figures import FOOTNOTE, attention_rows, standard_rows
 from benchmarks.gpu.record import Ledger, Record
+from benchmarks.gpu.report import in_turns, targets
+from benchmarks.gpu.report.figures import FOOTNOTE, attention_rows, standard_rows
 from benchmarks.gpu.steps import Section
+from benchmarks.gpu.tuning import choice
+from benchmarks.gpu.tuning.classes import classes
+from benchmarks.gpu.tuning.trials import sweeps_in
 from mla.bench import results
 from mla.bench.results import ceilings_file
 from mla.bench.workload.quantities import spoken
@@ -21,6 +25,7 @@ STEPS = ("section", "step", "result", "code", "s", "what it says")
 STANDARD = ("config", "scenario", "mode", "cache", "figure", "original", "ratio", "check")
 ATTENTION = ("step", "case", "op", "ms", "of copy bandwidth", "of matmul peak", "check")
 ANSWERS = ("question", "answer", "evidence")
+SQUARE = "8192 x 8192 x 8192 bfloat16"  # in the source of a ceiling
 WORDS = {"section", "step", "result", "what it says"}
 
 
@@ -45,6 +50,10 @@ class Report:
         rows = standard_rows(self._runs("standard"))
         if rows:
             parts.append(aligned(STANDARD, rows, {"config", "scenario", "mode", "cache", "check"}) + FOOTNOTE)
+        if self._ran("standard", "rivals"):
+            parts.append(
+                aligned(targets.HEADER, self._targets(), targets.HEADER) + targets.note(self._ledger.card)
+            )
         return "\n".join(parts)
 
     def markdown(self) -> str:
@@ -60,7 +69,11 @@ class Report:
     def _tables(self) -> Iterator[tuple[str, Sequence[str], Rows, str]]:
         ceilings = self._ceilings()
         yield "Steps", STEPS, self._steps(), ""
+        yield "Targets", targets.HEADER, self._targets(), targets.note(self._ledger.card)
         yield "Standard scenarios", STANDARD, standard_rows(self._runs("standard")), FOOTNOTE
+        in_turn = {step: run for step, run in self._runs("rivals").items() if not step.startswith("own-")}
+        yield "Kernels in turns", in_turns.HEADER, in_turns.rows(in_turn, ceilings), in_turns.NOTE
+        yield "Tiles", choice.HEADER, self._tiles(), self._tuning()
         for name, title in (("grid", "Decode attention"), ("kernels", "Kernels"), ("layers", "Decode step")):
             yield title, ATTENTION, attention_rows(self._runs(name), ceilings), ""
         yield "Answers", ANSWERS, self._answers(), ""
@@ -108,7 +121,24 @@ class Report:
             cached = one.work != "matmul" and inside
             if one.dtype in (None, "bfloat16") and not cached:
                 best[one.work] = max(best.get(one.work, 0.0), one.value)
+                if SQUARE in one.source:
+                    best[in_turns.PRODUCT] = one.value
         return best
+
+    def _ran(self, *sections: str) -> bool:
+        return any(one.section in sections and one.verdict != "skipped" for one in self._ledger.records)
+
+    def _targets(self) -> Rows:
+        evidence = targets.Evidence(self._runs("standard"), self._runs("rivals"), self._ceilings())
+        return targets.rows(evidence, self._ledger.card) if self._ran("standard", "rivals") else []
+
+    def _tiles(self) -> Rows:
+        return choice.table(list(classes(self._ledger.smoke).values()), sweeps_in(self._folder / "tune"))
+
+    def _tuning(self) -> str:
+        """Return how to use the tuning that was written; "" if there is none."""
+        path = next((self._folder / "tune").glob("tuning-*.json"), None)
+        return f"{choice.usage(path)}\n" if path else ""
 
     def _answers(self) -> Rows:
         rows = []

@@ -1,0 +1,217 @@
+"""What the project's own kernels are to reach on an H100, and whether a campaign has seen them do so."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.gpu.report import in_turns
+from benchmarks.gpu.report.in_turns import Way, latencies, spoken
+from mla.bench.results.schema import Case, Run
+
+CARD = "H100"
+OWN, OWN_LATENT = (
+    "triton_",
+    "triton_latent",
+)  # what names of the project's own kernels begin with; one of them
+LARGE_BYTES = 1_000_000_000  # an attention call that moves less is no measure of bandwidth
+HEADER = ("target", "result", "number", "of what")
+NOTE = (
+    "Shares of ceilings hold for shapes that move 1 GB or more, and what is\njudged is the lowest number.\n"
+)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Result files of a campaign, by step, and the card's ceilings."""
+
+    standard: Mapping[str, Run] = field(default_factory=dict)
+    rivals: Mapping[str, Run] = field(default_factory=dict)
+    ceilings: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A number and what it is of; without one, `of` says why."""
+
+    of: str
+    number: str = ""
+    met: bool | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be reached, and how a campaign's results show it."""
+
+    text: str
+    look: Callable[[Evidence], Found]
+
+
+def rows(evidence: Evidence, card: str) -> list[list[str]]:
+    """Return a row per target under `HEADER`. On another card than an H100 the result says so."""
+    elsewhere = "" if CARD in card else f" (no {CARD})"
+    return [_row(one.text, one.look(evidence), elsewhere) for one in TARGETS]
+
+
+def _row(text: str, found: Found, elsewhere: str) -> list[str]:
+    if found.met is None:
+        return [text, "not run", "-", found.of]
+    return [text, ("met" if found.met else "not met") + elsewhere, found.number, found.of]
+
+
+def note(card: str) -> str:
+    """Return the line below the table."""
+    other = "" if CARD in card else f"; this is {card}, and says nothing about one"
+    return f"Targets are for an {CARD} and the project's own kernels{other}. {NOTE}"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The layer of a config in a standard scenario; `judge` gets the mean milliseconds of a forward."""
+
+    config: str
+    mode: str  # prefill or decode
+    ways: tuple[Way, ...]  # of timing, the first that is there
+    judge: Callable[[Case, float], tuple[str, bool]]
+
+    def __call__(self, evidence: Evidence) -> Found:
+        """Look for a forward with the project's own attention."""
+        op = "latent_attention" if self.mode == "decode" else "expanded_attention"
+        cases = list(self._cases(evidence))
+        own = [case for case in cases if case.ops.get(op, "").startswith(OWN)]
+        if not own:
+            ran = ", ".join(dict.fromkeys(case.ops.get(op, "no other path") for case in cases))
+            return Found(f"{self.mode} of {self.config}: " + (f"attention was {ran}" if ran else "no result"))
+        timed = ((case, way, latencies(case).get(way)) for case in own for way in self.ways)
+        for case, way, latency in timed:
+            if latency is not None:
+                number, met = self.judge(case, statistics.fmean(latency.samples))
+                return Found(f"{case.scenario}, {case.implementation}: {spoken(way)}", number, met)
+        return Found(f"{own[0].scenario}, {own[0].implementation}: {_without_time(own[0])}")
+
+    def _cases(self, evidence: Evidence) -> Iterator[Case]:
+        for run in (*evidence.rivals.values(), *evidence.standard.values()):
+            if Path(str(run.config.get("name", ""))).name == self.config:
+                yield from (case for case in run.cases if case.op is None and case.mode == self.mode)
+
+
+def _without_time(case: Case) -> str:
+    return "not timed like that" if case.check.status == "ok" else f"{case.check.status} {case.check.reason}"
+
+
+def tokens_per_second(least: float) -> Callable[[Case, float], tuple[str, bool]]:
+    """Return a judge of new tokens per second."""
+
+    def judge(case: Case, ms: float) -> tuple[str, bool]:
+        rate = sum(case.query_lens) / ms * 1e3
+        return f"{rate:.4g} tok/s", rate >= least
+
+    return judge
+
+
+def milliseconds(most: float) -> Callable[[Case, float], tuple[str, bool]]:
+    """Return a judge of milliseconds per forward."""
+    return lambda case, ms: (f"{ms:.3g} ms", ms <= most)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Decode attention of one head count: the least share of a ceiling over large shapes."""
+
+    heads: int
+    ceiling: str
+    work: Callable[[Case], int]
+    least: float
+
+    def __call__(self, evidence: Evidence) -> Found:
+        """Look at every shape that moves `LARGE_BYTES`."""
+        ceiling = evidence.ceilings.get(self.ceiling)
+        if not ceiling:
+            return Found(f"no ceiling was measured: {self.ceiling}")
+        cases = [case for case in own_decodes(evidence) if case.heads == self.heads]
+        large = [case for case in cases if case.cost.bytes >= LARGE_BYTES]
+        if not large:
+            return Found(f"no shape with {self.heads} heads that moves {LARGE_BYTES / 1e9:.0f} GB")
+        rates = [(self.work(case) / ms * 1e3 / ceiling, case) for case in large if (ms := _ms(case))]
+        if len(rates) < len(large):
+            return _incomplete(large)
+        return _judged(rates, self.least, "{:.0%}")
+
+
+def against_flashinfer(least: float) -> Callable[[Evidence], Found]:
+    """Return a look at the ratio to FlashInfer on every shape that both have served."""
+
+    def look(evidence: Evidence) -> Found:
+        found = [
+            (in_turns.ratio(own, other), own)
+            for together in in_turns.by_shape(_decodes(evidence))
+            for own in in_turns.named(together, OWN_LATENT)
+            for other in in_turns.named(together, in_turns.FLASHINFER)
+        ]
+        both = [(ratio, case) for ratio, case in found if ratio is not None]
+        return _judged(both, least, "{:.2f}x") if both else Found("no shape that FlashInfer served as well")
+
+    return look
+
+
+def _decodes(evidence: Evidence) -> dict[str, Run]:
+    return {step: run for step, run in evidence.rivals.items() if step.startswith("latent-")}
+
+
+def own_decodes(evidence: Evidence) -> list[Case]:
+    """Return absorbed attention alone, by the project's own kernel."""
+    return [
+        case
+        for together in in_turns.by_shape(_decodes(evidence))
+        for case in in_turns.named(together, OWN_LATENT)
+    ]
+
+
+def _ms(case: Case) -> float:
+    found = in_turns.best_way(case)
+    return found[1] if found else 0.0
+
+
+def _incomplete(cases: Sequence[Case]) -> Found:
+    missing = [case for case in cases if not _ms(case)]
+    wrong = any(case.check.status == "wrong" for case in missing)
+    said = f"{missing[0].scenario}: {_without_time(missing[0])}"
+    return Found(said, "wrong", False) if wrong else Found(said)
+
+
+def _judged(found: Sequence[tuple[float, Case]], least: float, form: str) -> Found:
+    """Judge by the least of several numbers; all must reach the target."""
+    worst, case = min(found, key=lambda one: one[0])
+    mean = math.exp(statistics.fmean(math.log(one) for one, _ in found))
+    of = f"{case.scenario}, the lowest of {len(found)}; geometric mean {form.format(mean)}"
+    return Found(of, form.format(worst), worst >= least)
+
+
+HOST: tuple[Way, ...] = (("graph", False), ("eager", False))
+DEVICE: tuple[Way, ...] = (("graph", True), ("eager", True))
+TARGETS = (
+    Target(
+        "deepseek-v2-lite, decode: at least 100,000 tok/s in a graph, host clock",
+        Layer("deepseek-v2-lite", "decode", HOST[:1], tokens_per_second(100_000)),
+    ),
+    Target(
+        "deepseek-v2-lite, prefill: at most 0.3 ms, host clock",
+        Layer("deepseek-v2-lite", "prefill", HOST, milliseconds(0.3)),
+    ),
+    Target(
+        "deepseek-r1, decode: at most 0.2 ms for a step of 16, device clock",
+        Layer("deepseek-r1", "decode", DEVICE, milliseconds(0.2)),
+    ),
+    Target(
+        "decode attention, 16 heads: at least 80 % of copy bandwidth",
+        Share(16, in_turns.COPY, lambda case: case.cost.bytes, 0.80),
+    ),
+    Target(
+        "decode attention, 128 heads: at least 55 % of the 8192^3 product",
+        Share(128, in_turns.PRODUCT, lambda case: case.cost.flops, 0.55),
+    ),
+    Target("decode attention: at least 0.85 times as fast as FlashInfer", against_flashinfer(0.85)),
+)

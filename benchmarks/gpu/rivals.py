@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""Time every kernel of a backend that serves one attention op, in turns: `python -m mla.bench` with all.
+
+    python benchmarks/gpu/rivals.py --backend nvidia --op latent_attention --heads 16 -a batch=1,8 -a kv=4k
+
+It takes the options of that command, adds --implementations, and becomes it. Kernels that do not run here are
+left out, each with its reason on stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from mla.bench.cli.run import run as bench
+from mla.bench.plan.options import RunOptions
+from mla.command import console
+from mla.command.exit_codes import Exit, guarded
+from mla.errors import UnsupportedOps, UsageError
+
+if TYPE_CHECKING:
+    from mla.config import MLAConfig
+    from mla_backends.api import Backend
+
+
+OPS = ("latent_attention", "expanded_attention")
+ASK = "ask"  # first word of the child's command line
+
+
+def options_of(words: list[str]) -> RunOptions:
+    """Return the options of the run. Raises `click.ClickException` and `UsageError`."""
+    options = RunOptions(**bench.make_context("rivals.py", list(words)).params)
+    if options.backend is None or options.op not in OPS:
+        raise UsageError(f"rivals.py needs --backend NAME, and --op {' or '.join(OPS)}.")
+    if options.implementations:
+        raise UsageError("rivals.py names the --implementations itself: leave them out.")
+    return options
+
+
+def config_of(options: RunOptions) -> MLAConfig:
+    """Return the layer whose attention is measured."""
+    from mla.config import MLAConfig
+    from mla.config.presets import DEFAULT_CONFIG
+
+    name = options.config or DEFAULT_CONFIG
+    config = MLAConfig.from_pretrained(name) if Path(name).exists() else MLAConfig.preset(name)
+    return config.with_heads(options.heads) if options.heads else config
+
+
+def serving(backend: Backend, kind: str, config: MLAConfig) -> tuple[list[str], list[str]]:
+    """Return the ops that serve attention of a layer in bfloat16, and why each other one does not."""
+    import torch
+
+    from mla.layer.ops import attention_spec, refusals
+
+    assert backend.device is not None
+    spec = attention_spec(config, torch.bfloat16, backend.device)
+    names, reasons = [], []
+    for name, op in backend.ops().items():
+        if op.contract.partition("/")[0] != kind:
+            continue
+        if why := refusals(name, op, kind, spec, console.note):
+            reasons.append(f"{name} is left out: {'; '.join(why)}")
+        else:
+            names.append(name)
+    return names, reasons
+
+
+def implementations(words: list[str]) -> str:
+    """Return what is to take turns, as --implementations has it. Raises `UnsupportedOps` if no op serves."""
+    from mla import load_backend
+
+    options = options_of(words)
+    kind = str(options.op)
+    backend = load_backend(str(options.backend), options=options.key_values())
+    names, reasons = serving(backend, kind, config_of(options))
+    if not names:
+        raise UnsupportedOps(f"no kernel of {kind} runs here: {'; '.join(reasons) or 'none is offered'}.")
+    for reason in reasons:
+        console.note(reason)
+    return ",".join(f"mla[{kind}={name}]" for name in names)
+
+
+def bench_words(words: list[str], named: str, gone: float) -> list[str]:
+    """Return the words of the run, whose budget is shorter by the seconds that are gone."""
+    added = ["--implementations", named]
+    budget = options_of(words).budget
+    if budget is not None:  # of a word that is given twice, the last counts
+        added += ["--budget", f"{max(1.0, budget - gone):.0f}s"]
+    return ["-m", "mla.bench", *words, *added]
+
+
+def main(words: list[str]) -> int:
+    """Become the run. A child asks the kernels, so that nothing of them is left on the device."""
+    if words[:1] == [ASK]:
+        console.out(f"{implementations(words[1:])}\n")
+        return Exit.OK
+    began = time.monotonic()
+    options_of(words)
+    asked = subprocess.run(
+        [sys.executable, __file__, ASK, *words], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if asked.returncode:
+        return asked.returncode
+    named = asked.stdout.splitlines()[-1]
+    command = [sys.executable, *bench_words(words, named, time.monotonic() - began)]
+    return os.execv(sys.executable, command)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: main(sys.argv[1:])))

@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""Find the tiles and splits with which the project's own kernels are fastest on a card.
+
+\b
+    python benchmarks/gpu/tune.py sweep latent-16 --backend nvidia --out latent-16.json --budget 2m
+    python benchmarks/gpu/tune.py choose --out tuning.json
+
+`sweep` goes on with its file where it was cut short; `choose` reads what lies beside FILE.
+
+Exit codes: 0 done, 2 usage, 3 it cannot run here, 4 a tile gave a wrong result.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+import click
+
+from benchmarks.gpu.tuning import choice, trials
+from benchmarks.gpu.tuning.classes import TileClass, classes
+from mla.bench.workload.quantities import duration
+from mla.command import console, environment
+from mla.command.exit_codes import Exit, guarded
+from mla.command.options import parsed_by
+from mla.command.table import aligned
+from mla.errors import UnsupportedOps
+from mla_backends.triton_ops.tuning import write_tuning
+
+if TYPE_CHECKING:
+    from mla_backends.api import Backend
+
+NAMES = tuple(classes(smoke=False))
+
+
+def facts(backend: Backend) -> dict[str, str]:
+    """Return card, versions and date; a sweep with other versions begins anew."""
+    there = environment.environment(backend)
+    found = {
+        "card": backend.device_info().name,
+        "torch": there["torch"],
+        "triton": environment.distribution_version("triton"),
+        "driver": there.get("backend.driver"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def check_served(backend: Backend, tuned: TileClass) -> None:
+    """Raise `UnsupportedOps` where the op of a class does not run."""
+    from benchmarks.gpu.tuning.problems import of_shape
+    from mla.layer.ops import refusals
+
+    op = backend.ops().get(tuned.op)
+    if op is None:
+        raise UnsupportedOps(f"backend '{backend.name}' offers no {tuned.op}: there is nothing to tune.")
+    spec = of_shape(tuned.kind, tuned.shapes[0], backend.device).inputs.spec
+    if why := refusals(tuned.op, op, f"{tuned.kind}_attention", spec, console.note):
+        raise UnsupportedOps(f"{tuned.op} does not run here: {'; '.join(why)}.")
+
+
+OUTPUT = click.option(
+    "--out", "output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="File to write."
+)
+SMOKE = click.option("--smoke", is_flag=True, help="Tiny shapes and few tiles: try the sweep itself.")
+
+
+@click.group(help=__doc__)
+def tune() -> None:
+    """Find tiles and splits."""
+
+
+@tune.command()
+@click.argument("name", type=click.Choice(NAMES))
+@click.option("--backend", default="nvidia", show_default=True, help="Backend whose card is tuned.")
+@click.option(
+    "--budget", metavar="TIME", default="10m", show_default=True, callback=parsed_by(duration),
+    help="Stay within this time.",
+)  # fmt: skip
+@SMOKE
+@OUTPUT
+def sweep(name: str, backend: str, smoke: bool, output: Path, budget: float) -> int:
+    """Time the tiles of one class of calls."""
+    from benchmarks.gpu.tuning import problems
+    from benchmarks.gpu.tuning.sweep import Tuner, ops_of
+    from benchmarks.gpu.tuning.timing import Effort
+    from mla import load_backend
+
+    began, opened = time.monotonic(), load_backend(backend)
+    tuned = classes(smoke)[name]
+    check_served(opened, tuned)
+    effort = Effort(1, 1, 0.0, 1) if smoke else Effort()
+    ragged = problems.RAGGED_SMOKE if smoke else problems.RAGGED
+    found = trials.opened(output, name, facts(opened))
+    tuner = Tuner(opened, tuned, ops_of(opened), output, found, effort, ragged)
+    skipped = tuner.run(lambda: budget - (time.monotonic() - began), budget)
+    if skipped:
+        console.note(f"--budget skipped {skipped} tiles: run it again to go on")
+    return say_best(found)
+
+
+def say_best(found: trials.Sweep) -> int:
+    """Print the best tile; return the exit code."""
+    wrong = [one for one in found.trials if one.wrong]
+    for one in wrong:
+        console.note(f"{one.tile or 'the tile of the backend'}, {one.programs} programs: {one.fault}")
+    ranked, faults = found.ranked(), sum(bool(one.fault) for one in found.trials)
+    best = "; ".join(f"{one.tile}, {one.programs} programs: {one.mean_us:.1f} us" for one in ranked[:1])
+    console.out(f"{best or 'no tile'}, of {len(found.trials)} tried and {faults} left out\n")
+    if wrong:
+        return Exit.WRONG
+    return Exit.OK if ranked else Exit.BACKEND
+
+
+@tune.command()
+@SMOKE
+@OUTPUT
+def choose(smoke: bool, output: Path) -> int:
+    """Write the tuning that the sweeps in the folder of FILE speak for."""
+    every = list(classes(smoke).values())
+    found = trials.sweeps_in(output.parent)
+    best = choice.chosen(every, found)
+    write_tuning(output, choice.tuning_of(every, best), found[every[0].name].facts)
+    console.out(aligned(choice.HEADER, choice.table(every, found), {"calls", "tile"}))
+    console.out(f"{choice.usage(output)}\n")
+    return Exit.OK
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: tune(standalone_mode=False)))

@@ -1,0 +1,94 @@
+"""What a sweep has found so far, in a file that it goes on with: a trial per tile and number of programs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from mla.command.files import write_bytes
+from mla.errors import ResultError
+from mla_backends.triton_ops.tuning import Tile
+
+BROKE_OFF = "the process ended while it was tried"
+
+
+class Trial(msgspec.Struct, kw_only=True):
+    """A tile in use. `us` holds a time per shape; without them `fault` says why there are none."""
+
+    tile: Tile | None  # None: what the backend itself chooses
+    programs: int
+    us: dict[str, float] = {}
+    fault: str = ""
+    wrong: bool = False  # the result is not the reference's
+
+    @property
+    def mean_us(self) -> float:
+        """The geometric mean over shapes; infinite without times."""
+        if self.fault or not self.us:
+            return math.inf
+        return math.exp(sum(map(math.log, self.us.values())) / len(self.us))
+
+
+class Sweep(msgspec.Struct, kw_only=True):
+    """The file. Times of another stack are no times of this one: `facts` tell them apart."""
+
+    report: Literal["tiles"] = "tiles"
+    schema_version: int = 1
+    tuned: str  # name of the class
+    facts: dict[str, str]
+    trials: list[Trial] = []
+
+    @property
+    def stack(self) -> dict[str, str]:
+        """The facts that times depend on."""
+        return {name: value for name, value in self.facts.items() if name != "date"}
+
+    def find(self, tile: Tile | None, programs: int) -> Trial | None:
+        """Return the trial of a tile."""
+        return next((one for one in self.trials if (one.tile, one.programs) == (tile, programs)), None)
+
+    def put(self, trial: Trial) -> None:
+        """Add a trial, in place of an older one of the same tile."""
+        old = self.find(trial.tile, trial.programs)
+        self.trials = [one for one in self.trials if one is not old] + [trial]
+
+    def ranked(self, programs: int | None = None) -> list[Trial]:
+        """Return trials that have a time, the fastest first; of all numbers of programs or one."""
+        found = [one for one in self.trials if one.tile and math.isfinite(one.mean_us)]
+        return sorted((one for one in found if programs in (None, one.programs)), key=lambda one: one.mean_us)
+
+
+def opened(path: Path, tuned: str, facts: Mapping[str, str]) -> Sweep:
+    """Return the file's sweep if it is one of this stack, else a new one. Raises `ResultError`."""
+    new = Sweep(tuned=tuned, facts=dict(facts))
+    if not path.exists():
+        return new
+    old = read(path)
+    return old if (old.tuned, old.stack) == (tuned, new.stack) else new
+
+
+def read(path: Path) -> Sweep:
+    """Read a file. Raises `ResultError`."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Sweep)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ResultError(f"'{path}' holds no sweep over tiles: {error}.") from error
+
+
+def save(sweep: Sweep, path: Path) -> None:
+    """Write the file whole or not at all. Raises `ResultError`."""
+    write_bytes(msgspec.json.format(msgspec.json.encode(sweep), indent=1) + b"\n", path)
+
+
+def sweeps_in(folder: Path) -> dict[str, Sweep]:
+    """Return class -> its sweep, of those that a folder holds."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(ResultError):  # another file, such as the tuning
+            found.append(read(path))
+    return {one.tuned: one for one in found}

@@ -1,0 +1,275 @@
+"""The sweep over tiles, with ops whose times are known, and the tuning that it writes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu import tune
+from benchmarks.gpu.tuning import choice, trials
+from benchmarks.gpu.tuning.classes import FULL, SMOKE, Shape, TileClass, classes
+from benchmarks.gpu.tuning.sweep import BEST, Tuner
+from benchmarks.gpu.tuning.timing import Effort
+from benchmarks.gpu.tuning.trials import Sweep, Trial
+from mla.errors import UnsupportedOps
+from mla.reference import REFERENCE
+from mla_backends import FusedOp
+from mla_backends.kernels.vendor import KernelRefused
+from mla_backends.triton_ops.launcher import Launcher
+from mla_backends.triton_ops.tuning import Tile, Tuning, read_tuning
+
+CPU = torch.device("cpu")
+QUICK = Effort(calls=2, rounds=3, least_ms=0.0)
+RAGGED = ((1, 2), (5, 9))
+A, B, C, D = (Tile(16, keys, 4, stages) for keys in (16, 32) for stages in (1, 2))
+
+
+class Device:
+    """A backend whose clock moves by what its ops say that they cost, in milliseconds."""
+
+    name = "acme"
+    device = CPU
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def ops(self) -> dict[str, FusedOp]:
+        return self.make(Tuning({1: A}, {1: A}), Launcher())
+
+    def make(self, tuning: Tuning, launcher: Launcher) -> dict[str, FusedOp]:
+        return {
+            f"triton_{kind}": Op(self, kind, tiles[1], tuning.programs, launcher)
+            for kind, tiles in (("latent", tuning.latent), ("expanded", tuning.expanded))
+        }
+
+    def cost(self, tile: Tile, programs: int) -> float:
+        return tile.keys * tile.stages / programs
+
+    def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
+        """Do what a test wants of a tile."""
+
+    def timer(self) -> Any:
+        began = []
+        return SimpleNamespace(start=lambda: began.append(self.now), stop=lambda: self.now - began[-1])
+
+    def device_timer(self) -> Any:
+        return None
+
+    def graph(self, call: Callable[[], None]) -> Any:
+        raise RuntimeError("no graphs")
+
+
+class Op(FusedOp):
+    """The reference's numbers, at a price."""
+
+    def __init__(self, device: Device, kind: str, tile: Tile, programs: int, launcher: Launcher) -> None:
+        self._device, self._real = device, REFERENCE[f"{kind}_attention"]
+        self._tile, self._programs, self._launcher = tile, programs, launcher
+        self.contract = self._real.contract
+
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        return self._real.prepare(spec, batch)
+
+    def __call__(self, state: Any, **tensors: Any) -> None:
+        self._real(state, **tensors)
+        self._device.now += self._device.cost(self._tile, self._programs)
+        self._device.act(self._tile, self._launcher, tensors["out"])
+
+
+def tuned(*tiles: Tile, kind: Any = "latent", programs: tuple[int, ...] = (1, 2)) -> TileClass:
+    return TileClass("latent-16", kind, 1, (Shape(2, 9, 2), Shape(1, 20, 2, 2)), tiles, programs)
+
+
+def tuner(device: Device, one: TileClass, path: Path) -> tuple[Tuner, Sweep]:
+    found = trials.opened(path, one.name, {"card": "X", "date": "today"})
+    return Tuner(device, one, device.make, path, found, QUICK, RAGGED), found  # type: ignore[arg-type]
+
+
+def always() -> float:
+    return 1e9
+
+
+@pytest.mark.parametrize("kind", ["latent", "expanded"])
+def test_tiles_are_ranked_by_their_times_on_all_shapes(kind: str, tmp_path: Path) -> None:
+    sweeping, found = tuner(Device(), tuned(D, A, B, C, kind=kind), tmp_path / "x.json")
+    assert sweeping.run(always, 60) == 0
+    assert [(one.tile, one.programs) for one in found.ranked()][:3] == [(A, 2), (A, 1), (B, 2)]
+    assert found.ranked()[1].us == pytest.approx(
+        {"2 requests x 9 keys, 2 heads": 16e3, "1 requests x 2 queries x 20 keys, 2 heads": 16e3}
+    )
+    assert len([one for one in found.trials if one.programs == 2]) == BEST
+    assert trials.read(tmp_path / "x.json") == found
+
+
+def test_a_tile_that_does_not_fit_is_wrong_or_breaks_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    class Troubled(Device):
+        def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
+            if tile == A:
+                launcher.remarks.append("attend runs with another tile, as 16 rows do not fit this device")
+            if tile == B:
+                out[-1] *= 1.05
+            if tile == C:
+                raise KernelRefused("attend does not fit this device in any tile.")
+
+    device = Troubled()
+    device.ops = lambda: device.make(Tuning({1: D}, {1: D}), Launcher())  # type: ignore[method-assign]
+    sweeping, found = tuner(device, tuned(A, B, C, D, programs=(1,)), tmp_path / "x.json")
+    sweeping.run(always, 60)
+    assert [one.tile for one in found.ranked()] == [D]
+    faults = {one.tile: (one.fault, one.wrong) for one in found.trials}
+    assert faults[A] == ("attend runs with another tile, as 16 rows do not fit this device", False)
+    assert faults[B][0].startswith("wrong by 0.05 of a row's norm with ragged lengths")
+    assert faults[B][1]
+    assert faults[C] == ("attend does not fit this device in any tile.", False)
+    assert tune.say_best(found) == 4
+
+
+def test_every_shape_is_checked_before_any_is_timed(tmp_path: Path) -> None:
+    class LateFault(Device):
+        def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
+            out[0] *= 2 if len(out) == 2 else 1
+
+    device = LateFault()
+    one = TileClass("latent-16", "latent", 1, (Shape(3, 9, 2), Shape(2, 20, 2)), (A,), (1,))
+    sweeping, found = tuner(device, one, tmp_path / "x.json")
+    sweeping.run(always, 60)
+    assert {one.fault for one in found.trials} == {
+        "wrong by 1 of a row's norm with 2 requests x 20 keys, 2 heads"
+    }
+    assert device.now == 2 * 3 * device.cost(A, 1), "two trials of three shapes, once each"
+
+
+def test_rows_that_are_not_written_are_wrong(tmp_path: Path) -> None:
+    class Forgetful(Device):
+        def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
+            out[0, 0] = torch.nan
+
+    sweeping, found = tuner(Forgetful(), tuned(A, programs=(1,)), tmp_path / "x.json")
+    sweeping.run(always, 60)
+    assert all(one.wrong and one.fault.startswith("wrong by inf") for one in found.trials)
+
+
+def test_a_sweep_that_was_cut_goes_on_and_tries_nothing_twice(tmp_path: Path) -> None:
+    tiles, path = tuned(A, B, C, D), tmp_path / "x.json"
+    left = itertools.chain([60.0, 50.0, 10.0], itertools.repeat(0.0))
+    sweeping, found = tuner(Device(), tiles, path)
+    assert sweeping.run(lambda: next(left), 60) == 2 + 2, "two tiles, and the other two with two programs"
+    assert {one.tile for one in found.trials} == {None, A, B}
+    path.write_bytes(path.read_bytes().replace(b'"fault": ""', b'"fault": "kept"', 1))
+    sweeping, found = tuner(Device(), tiles, path)
+    assert sweeping.run(always, 60) == 0
+    assert [one.fault for one in found.trials].count("kept") == 1
+    assert {one.tile for one in found.trials} == {None, A, B, C, D}
+
+
+def test_a_tile_that_ended_the_process_is_not_tried_again(tmp_path: Path) -> None:
+    class Deadly(Device):
+        def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
+            if tile == B:
+                raise KeyboardInterrupt  # as good as abort(): nothing catches it
+
+    path = tmp_path / "x.json"
+    with pytest.raises(KeyboardInterrupt):
+        tuner(Deadly(), tuned(A, B, C), path)[0].run(always, 60)
+    sweeping, found = tuner(Deadly(), tuned(A, B, C), path)
+    assert sweeping.run(always, 60) == 0
+    assert {one.tile for one in found.trials if one.fault} == {B}
+    assert [one.fault for one in found.trials if one.tile == B] == [trials.BROKE_OFF]
+
+
+def test_times_of_another_stack_are_not_kept(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    old = Sweep(tuned="latent-16", facts={"card": "X", "date": "before"})
+    old.put(Trial(tile=A, programs=1, us={"a": 1.0}))
+    trials.save(old, path)
+    assert trials.opened(path, "latent-16", {"card": "X", "date": "today"}).trials
+    assert not trials.opened(path, "latent-16", {"card": "X", "triton": "3.9"}).trials
+
+
+def sweep(name: str, *times: tuple[Tile | None, int, float], **facts: str) -> Sweep:
+    found = Sweep(tuned=name, facts={"card": "Card 1", "torch": "2.14", **facts})
+    for tile, programs, us in times:
+        found.put(Trial(tile=tile, programs=programs, us={"a": us, "b": us}))
+    return found
+
+
+SWEEPS = {
+    "latent-16": sweep("latent-16", (None, 1, 30.0), (A, 1, 10.0), (B, 1, 11.0), (B, 2, 9.0)),
+    "latent-64": sweep("latent-64", (A, 1, 20.0), (C, 1, 30.0), (C, 2, 25.0)),
+    "latent-128": sweep("latent-128", (D, 1, 40.0)),
+    "expanded-64": sweep("expanded-64", (D, 1, 50.0), (A, 1, 60.0)),
+    "expanded-128": sweep("expanded-128", (B, 1, 70.0)),
+}
+SMALL = [one for one in SMOKE if not one.name.endswith("-128")]
+
+
+def test_one_number_of_programs_is_chosen_for_all_classes() -> None:
+    """Alone, latent-16 would take two: 9 is less than 10. Together one is better: 10 x 20 < 9 x 25."""
+    best = choice.chosen(SMALL, SWEEPS)
+    assert {name: (one.tile, one.programs) for name, one in best.items()} == {
+        "latent-16": (A, 1), "latent-64": (A, 1), "expanded-64": (D, 1),
+    }  # fmt: skip
+    quicker = {**SWEEPS, "latent-64": sweep("latent-64", (A, 1, 20.0), (C, 2, 21.0))}
+    found = choice.tuning_of(SMALL, choice.chosen(SMALL, quicker))
+    assert (dict(found.latent), dict(found.expanded), found.programs) == ({1: B, 33: C}, {1: D}, 2)
+
+
+def test_a_class_without_a_time_or_of_other_versions_gives_no_tuning() -> None:
+    short = {name: one for name, one in SWEEPS.items() if name != "expanded-64"}
+    with pytest.raises(choice.NothingMeasured, match="no tile was timed for expanded-64: "):
+        choice.chosen(SMALL, short)
+    with pytest.raises(choice.NothingMeasured, match="different cards or versions"):
+        choice.chosen(SMALL, {**SWEEPS, "expanded-64": sweep("expanded-64", (D, 1, 50.0), triton="3.9")})
+    assert [row[:2] for row in choice.table(SMALL, short)] == [
+        ["latent-16, from 1 rows", str(B)],
+        ["latent-64, from 33 rows", str(A)],
+    ]
+
+
+def test_the_file_is_what_a_plugin_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, one in SWEEPS.items():
+        trials.save(one, tmp_path / f"card-{name}.json")
+    target = tmp_path / "tuning-card.json"
+    words = ["choose", "--smoke", "--out", str(target)]
+    assert tune.tune(words, standalone_mode=False) == 0
+    read = read_tuning(target)
+    assert (dict(read.latent), dict(read.expanded)) == ({1: A, 33: A, 65: D}, {1: D, 65: B})
+    assert (read.programs, read.source) == (1, "Card 1")
+    assert json.loads(target.read_bytes())["torch"] == "2.14"
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"use it with: -O tuning={target}"
+    assert said[1].split()[-5:] == ["1", "10.0", "30.0", "3", "0"]
+    assert tune.tune(words, standalone_mode=False) == 0, "the tuning itself is no sweep"
+
+
+def test_a_backend_without_these_ops_is_refused() -> None:
+    device: Any = SimpleNamespace(name="cpu", ops=dict, device=CPU)
+    with pytest.raises(UnsupportedOps, match="offers no triton_latent: there is nothing to tune"):
+        tune.check_served(device, classes(smoke=True)["latent-16"])
+
+
+@pytest.mark.parametrize("kind", ["latent", "expanded"])
+@pytest.mark.parametrize("every", [FULL, SMOKE], ids=["full", "smoke"])
+def test_every_row_count_has_a_class_and_every_class_is_measured_with_rows_of_its_own(
+    every: tuple[TileClass, ...], kind: str
+) -> None:
+    those = [one for one in every if one.kind == kind]
+    ends = [one.least for one in those[1:]] + [10**9]
+    assert those[0].least == 1
+    for one, end in zip(those, ends, strict=True):
+        rows = [shape.queries * (shape.heads if kind == "latent" else 1) for shape in one.shapes]
+        assert all(one.least <= count < end for count in rows)
+        assert len(set(one.tiles)) == len(one.tiles) > 0
+
+
+def test_devices_with_little_shared_memory_and_registers_find_a_tile() -> None:
+    latent = {tile for one in FULL if one.kind == "latent" for tile in one.tiles}
+    assert Tile(16, 16, 4, 1) in latent
+    assert not {tile for tile in latent if tile.rows == 64 and tile.warps == 4}
