@@ -35,7 +35,7 @@ class Case:
     """What has to be known for a compilation. An old compiler takes its process along, hence the JSON."""
 
     kernel: str  # module:name
-    # Name -> {"value": number, string or None} or, of a tensor, {"pointer": type of elements, "aligned": bool}.
+    # Name -> {"value": number, string or None}; of a tensor {"pointer": type of elements, "aligned": bool}.
     arguments: dict[str, dict[str, Any]]
     warps: int
     stages: int

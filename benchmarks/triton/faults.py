@@ -8,6 +8,9 @@ from benchmarks.triton.cases import Case, Target
 
 KIB = 1024
 TENSOR_MEMORY = 512  # columns
+# Bytes that a kernel without tiles may spill: ptxas puts two registers aside, outside of loops, where that
+# lets one more program run. It has registers left.
+PUT_ASIDE = 8
 # Of a multiprocessor: KiB of shared memory (each block takes 1 more than it asks for).
 PROCESSOR_KIB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
 REGISTERS, UNIT = 65536, 256  # a warp gets a multiple of the unit
@@ -18,7 +21,7 @@ def faults(case: Case, found: dict[str, Any], shared_kib: int) -> list[str]:
     if "error" in found:
         return [f"does not compile: {found['error']}"]
     wrong = []
-    if found["spilled"]:
+    if found["spilled"] > (0 if "ROWS" in case.arguments else PUT_ASIDE):
         wrong.append(f"spills {found['spilled']} bytes per thread")
     if found["shared"] > shared_kib * KIB:
         wrong.append(f"needs {found['shared'] / KIB:.0f} of {shared_kib} KiB of shared memory")

@@ -31,7 +31,7 @@ class Shipped:
 
 
 def _nvidia(cards: str, arch: int, shared: int) -> Shipped:
-    return Shipped(cards, tuning_for(shared * KIB), _cuda(arch), shared)
+    return Shipped(cards, tuning_for(shared * KIB, cards), _cuda(arch), shared)
 
 
 def _cuda(arch: int) -> Target:
@@ -47,11 +47,12 @@ METAX_AS_CDNA3 = Shipped("MetaX", METAX, Target("hip", "gfx942", 64), SMALL)
 
 # With the Triton that torch pins: without a fault.
 CURRENT = (A100, L40, H100, B200, RTX50, METAX_AS_CDNA3)
-# With Triton 3.1, whose language the vendors' compilers speak: without a fault, as far as sm_80 can tell.
+# With Triton 3.1, whose language the vendors' compilers speak: without a fault, as far as these can tell.
 PORTABLE = (
     Shipped("MetaX", METAX, _cuda(80), SMALL),
+    METAX_AS_CDNA3,
     Shipped("Iluvatar", ILUVATAR, _cuda(80), SMALL),
     Shipped("Moore Threads", MOORE, _cuda(80), SMALL),
 )
-# With Triton 3.1, for what it knows of them.
-OLD = (A100, L40, H100, METAX_AS_CDNA3)
+# With Triton 3.1 as well, for what it knows of them.
+OLD = (A100, L40, H100)

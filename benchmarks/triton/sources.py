@@ -56,15 +56,20 @@ def specialised(parameters: list[Any], arguments: dict[str, dict[str, Any]]) -> 
     """Sort the arguments of a launch by what `triton.jit` declares of the parameters."""
     known = Specialised()
     for parameter in parameters:
-        name, argument = parameter.name, arguments[parameter.name]
-        value, pointer = argument.get("value"), argument.get("pointer")
-        free = parameter.do_not_specialize
-        number = type(value) is int
-        if parameter.is_constexpr or not (pointer or value is not None) or (number and value == 1 and not free):
-            known.constants[name] = value
-            continue
-        known.signature[name] = f"*{pointer}" if pointer else type_of(value)
-        if not free and (argument["aligned"] if pointer else number and value % 16 == 0):
+        name, free = parameter.name, parameter.do_not_specialize
+        argument = arguments[name]
+        if "pointer" in argument:
+            known.signature[name] = f"*{argument['pointer']}"
+            divisible = argument["aligned"]
+        else:
+            value = argument["value"]
+            number = type(value) is int and not free
+            if parameter.is_constexpr or value is None or (number and value == 1):
+                known.constants[name] = value
+                continue
+            known.signature[name] = type_of(value)
+            divisible = number and value % 16 == 0
+        if divisible and not free:
             known.divisible.append(name)
     return known
 

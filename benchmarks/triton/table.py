@@ -27,8 +27,8 @@ from benchmarks.triton.shipped import CURRENT, OLD, PORTABLE, Shipped
 TABLE = Path(__file__).with_name("table.md")
 HEADER = """# What the kernels need of a GPU
 
-Written by `python -m benchmarks.triton.table`; [README.md](README.md) says how. Compiled ahead of time and not
-run: no such GPU was there. Kernels and tiles: `{fingerprint}`.
+Written by `python -m benchmarks.triton.table`; [README.md](README.md) says how. Compiled ahead of time and
+not run: no such GPU was there. Kernels and tiles: `{fingerprint}`.
 """
 COLUMNS = """
 | launch | tile | registers | spilled | shared KiB | programs | instructions |
@@ -84,7 +84,9 @@ def lines(part: Part, rows: Sequence[Row]) -> Iterator[str]:
     yield f"\n## Triton {part.triton}{'' if part.strict else ', cards that have a newer one'}"
     for shipped in part.shipped:
         of_it = [row for row in rows if row.shipped is shipped]
-        yield f"\n{shipped.cards}, compiled for {of_it[0].case.target} ({shipped.shared} KiB of shared memory):"
+        halves = "two halves" if shipped.tuning.halves else "one piece"
+        limit = f"a block may use {shipped.shared} KiB"
+        yield f"\n{shipped.cards}, compiled for {shipped.target}; {limit}; latents in {halves}:"
         yield COLUMNS
         yield from map(str, of_it)
 
