@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.gpu import tune
 from benchmarks.gpu.tuning import choice, trials
-from benchmarks.gpu.tuning.classes import FULL, SMOKE, Shape, TileClass, classes
+from benchmarks.gpu.tuning.classes import FULL, SMOKE, Common, Shape, TileClass, classes
 from benchmarks.gpu.tuning.sweep import BEST, Tuner
 from benchmarks.gpu.tuning.timing import Effort
 from benchmarks.gpu.tuning.trials import Sweep, Trial
@@ -45,12 +45,12 @@ class Device:
 
     def make(self, tuning: Tuning, launcher: Launcher) -> dict[str, FusedOp]:
         return {
-            f"triton_{kind}": Op(self, kind, tiles[1], tuning.programs, launcher)
+            f"triton_{kind}": Op(self, kind, tiles[1], tuning, launcher)
             for kind, tiles in (("latent", tuning.latent), ("expanded", tuning.expanded))
         }
 
-    def cost(self, tile: Tile, programs: int) -> float:
-        return tile.keys * tile.stages / programs
+    def cost(self, tile: Tile, common: Common) -> float:
+        return tile.keys * tile.stages / common.programs * (1 if common.halves else 1.25)
 
     def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
         """Do what a test wants of a tile."""
@@ -69,9 +69,10 @@ class Device:
 class Op(FusedOp):
     """The reference's numbers, at a price."""
 
-    def __init__(self, device: Device, kind: str, tile: Tile, programs: int, launcher: Launcher) -> None:
+    def __init__(self, device: Device, kind: str, tile: Tile, tuning: Tuning, launcher: Launcher) -> None:
         self._device, self._real = device, REFERENCE[f"{kind}_attention"]
-        self._tile, self._programs, self._launcher = tile, programs, launcher
+        self._tile, self._launcher = tile, launcher
+        self._common = Common(tuning.programs, tuning.halves)
         self.contract = self._real.contract
 
     def prepare(self, spec: Any, batch: Any) -> Any:
@@ -79,12 +80,15 @@ class Op(FusedOp):
 
     def __call__(self, state: Any, **tensors: Any) -> None:
         self._real(state, **tensors)
-        self._device.now += self._device.cost(self._tile, self._programs)
+        self._device.now += self._device.cost(self._tile, self._common)
         self._device.act(self._tile, self._launcher, tensors["out"])
 
 
-def tuned(*tiles: Tile, kind: Any = "latent", programs: tuple[int, ...] = (1, 2)) -> TileClass:
-    return TileClass("latent-16", kind, 1, (Shape(2, 9, 2), Shape(1, 20, 2, 2)), tiles, programs)
+ONE, TWO, WHOLE = Common(1), Common(2), Common(1, halves=False)
+
+
+def tuned(*tiles: Tile, kind: Any = "latent", commons: tuple[Common, ...] = (ONE, TWO, WHOLE)) -> TileClass:
+    return TileClass("latent-16", kind, 1, (Shape(2, 9, 2), Shape(1, 20, 2, 2)), tiles, commons)
 
 
 def tuner(device: Device, one: TileClass, path: Path) -> tuple[Tuner, Sweep]:
@@ -100,11 +104,13 @@ def always() -> float:
 def test_tiles_are_ranked_by_their_times_on_all_shapes(kind: str, tmp_path: Path) -> None:
     sweeping, found = tuner(Device(), tuned(D, A, B, C, kind=kind), tmp_path / "x.json")
     assert sweeping.run(always, 60) == 0
-    assert [(one.tile, one.programs) for one in found.ranked()][:3] == [(A, 2), (A, 1), (B, 2)]
+    assert [(one.tile, one.common) for one in found.ranked()][:5] == [
+        (A, TWO), (A, ONE), (B, TWO), (C, TWO), (A, WHOLE),
+    ]  # fmt: skip
     assert found.ranked()[1].us == pytest.approx(
         {"2 requests x 9 keys, 2 heads": 16e3, "1 requests x 2 queries x 20 keys, 2 heads": 16e3}
     )
-    assert len([one for one in found.trials if one.programs == 2]) == BEST
+    assert len([one for one in found.trials if one.common == TWO]) == BEST
     assert trials.read(tmp_path / "x.json") == found
 
 
@@ -120,7 +126,7 @@ def test_a_tile_that_does_not_fit_is_wrong_or_breaks_is_left_out_with_the_reason
 
     device = Troubled()
     device.ops = lambda: device.make(Tuning({1: D}, {1: D}), Launcher())  # type: ignore[method-assign]
-    sweeping, found = tuner(device, tuned(A, B, C, D, programs=(1,)), tmp_path / "x.json")
+    sweeping, found = tuner(device, tuned(A, B, C, D, commons=(ONE,)), tmp_path / "x.json")
     sweeping.run(always, 60)
     assert [one.tile for one in found.ranked()] == [D]
     faults = {one.tile: (one.fault, one.wrong) for one in found.trials}
@@ -137,13 +143,13 @@ def test_every_shape_is_checked_before_any_is_timed(tmp_path: Path) -> None:
             out[0] *= 2 if len(out) == 2 else 1
 
     device = LateFault()
-    one = TileClass("latent-16", "latent", 1, (Shape(3, 9, 2), Shape(2, 20, 2)), (A,), (1,))
+    one = TileClass("latent-16", "latent", 1, (Shape(3, 9, 2), Shape(2, 20, 2)), (A,), (ONE,))
     sweeping, found = tuner(device, one, tmp_path / "x.json")
     sweeping.run(always, 60)
     assert {one.fault for one in found.trials} == {
         "wrong by 1 of a row's norm with 2 requests x 20 keys, 2 heads"
     }
-    assert device.now == 2 * 3 * device.cost(A, 1), "two trials of three shapes, once each"
+    assert device.now == 2 * 3 * device.cost(A, ONE), "two trials of three shapes, once each"
 
 
 def test_rows_that_are_not_written_are_wrong(tmp_path: Path) -> None:
@@ -151,7 +157,7 @@ def test_rows_that_are_not_written_are_wrong(tmp_path: Path) -> None:
         def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
             out[0, 0] = torch.nan
 
-    sweeping, found = tuner(Forgetful(), tuned(A, programs=(1,)), tmp_path / "x.json")
+    sweeping, found = tuner(Forgetful(), tuned(A, commons=(ONE,)), tmp_path / "x.json")
     sweeping.run(always, 60)
     assert all(one.wrong and one.fault.startswith("wrong by inf") for one in found.trials)
 
@@ -160,7 +166,7 @@ def test_a_sweep_that_was_cut_goes_on_and_tries_nothing_twice(tmp_path: Path) ->
     tiles, path = tuned(A, B, C, D), tmp_path / "x.json"
     left = itertools.chain([60.0, 50.0, 10.0], itertools.repeat(0.0))
     sweeping, found = tuner(Device(), tiles, path)
-    assert sweeping.run(lambda: next(left), 60) == 2 + 2, "two tiles, and the other two with two programs"
+    assert sweeping.run(lambda: next(left), 60) == 2 + 2 * 2, "two tiles, and the other two in two ways"
     assert {one.tile for one in found.trials} == {None, A, B}
     path.write_bytes(path.read_bytes().replace(b'"fault": ""', b'"fault": "kept"', 1))
     sweeping, found = tuner(Device(), tiles, path)
@@ -187,38 +193,45 @@ def test_a_tile_that_ended_the_process_is_not_tried_again(tmp_path: Path) -> Non
 def test_times_of_another_stack_are_not_kept(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     old = Sweep(tuned="latent-16", facts={"card": "X", "date": "before"})
-    old.put(Trial(tile=A, programs=1, us={"a": 1.0}))
+    old.put(Trial(tile=A, common=ONE, us={"a": 1.0}))
     trials.save(old, path)
     assert trials.opened(path, "latent-16", {"card": "X", "date": "today"}).trials
     assert not trials.opened(path, "latent-16", {"card": "X", "triton": "3.9"}).trials
 
 
-def sweep(name: str, *times: tuple[Tile | None, int, float], **facts: str) -> Sweep:
+def sweep(name: str, *times: tuple[Tile | None, Common, float], **facts: str) -> Sweep:
     found = Sweep(tuned=name, facts={"card": "Card 1", "torch": "2.14", **facts})
-    for tile, programs, us in times:
-        found.put(Trial(tile=tile, programs=programs, us={"a": us, "b": us}))
+    for tile, common, us in times:
+        found.put(Trial(tile=tile, common=common, us={"a": us, "b": us}))
     return found
 
 
 SWEEPS = {
-    "latent-16": sweep("latent-16", (None, 1, 30.0), (A, 1, 10.0), (B, 1, 11.0), (B, 2, 9.0)),
-    "latent-64": sweep("latent-64", (A, 1, 20.0), (C, 1, 30.0), (C, 2, 25.0)),
-    "latent-128": sweep("latent-128", (D, 1, 40.0)),
-    "expanded-64": sweep("expanded-64", (D, 1, 50.0), (A, 1, 60.0)),
-    "expanded-128": sweep("expanded-128", (B, 1, 70.0)),
+    "latent-16": sweep("latent-16", (None, ONE, 30.0), (A, ONE, 10.0), (B, ONE, 11.0), (B, TWO, 9.0)),
+    "latent-64": sweep("latent-64", (A, ONE, 20.0), (C, ONE, 30.0), (C, TWO, 25.0)),
+    "latent-128": sweep("latent-128", (D, ONE, 40.0)),
+    "expanded-64": sweep("expanded-64", (D, ONE, 50.0), (A, ONE, 60.0)),
+    "expanded-128": sweep("expanded-128", (B, ONE, 70.0)),
 }
 SMALL = [one for one in SMOKE if not one.name.endswith("-128")]
 
 
-def test_one_number_of_programs_is_chosen_for_all_classes() -> None:
+def test_all_classes_get_the_same_of_what_they_have_in_common() -> None:
     """Alone, latent-16 would take two: 9 is less than 10. Together one is better: 10 x 20 < 9 x 25."""
     best = choice.chosen(SMALL, SWEEPS)
-    assert {name: (one.tile, one.programs) for name, one in best.items()} == {
-        "latent-16": (A, 1), "latent-64": (A, 1), "expanded-64": (D, 1),
+    assert {name: (one.tile, one.common) for name, one in best.items()} == {
+        "latent-16": (A, ONE), "latent-64": (A, ONE), "expanded-64": (D, ONE),
     }  # fmt: skip
-    quicker = {**SWEEPS, "latent-64": sweep("latent-64", (A, 1, 20.0), (C, 2, 21.0))}
+    quicker = {**SWEEPS, "latent-64": sweep("latent-64", (A, ONE, 20.0), (C, TWO, 21.0))}
     found = choice.tuning_of(SMALL, choice.chosen(SMALL, quicker))
     assert (dict(found.latent), dict(found.expanded), found.programs) == ({1: B, 33: C}, {1: D}, 2)
+    whole = {
+        **SWEEPS,
+        "latent-16": sweep("latent-16", (A, WHOLE, 8.0)),
+        "latent-64": sweep("latent-64", (A, WHOLE, 9.0)),
+    }
+    found = choice.tuning_of(SMALL, choice.chosen(SMALL, whole))
+    assert (found.programs, found.halves) == (1, False)
 
 
 def test_a_class_without_a_time_or_of_other_versions_gives_no_tuning() -> None:
@@ -226,7 +239,7 @@ def test_a_class_without_a_time_or_of_other_versions_gives_no_tuning() -> None:
     with pytest.raises(choice.NothingMeasured, match="no tile was timed for expanded-64: "):
         choice.chosen(SMALL, short)
     with pytest.raises(choice.NothingMeasured, match="different cards or versions"):
-        choice.chosen(SMALL, {**SWEEPS, "expanded-64": sweep("expanded-64", (D, 1, 50.0), triton="3.9")})
+        choice.chosen(SMALL, {**SWEEPS, "expanded-64": sweep("expanded-64", (D, ONE, 50.0), triton="3.9")})
     assert [row[:2] for row in choice.table(SMALL, short)] == [
         ["latent-16, from 1 rows", str(B)],
         ["latent-64, from 33 rows", str(A)],
@@ -245,7 +258,7 @@ def test_the_file_is_what_a_plugin_reads(tmp_path: Path, capsys: pytest.CaptureF
     assert json.loads(target.read_bytes())["torch"] == "2.14"
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == f"use it with: -O tuning={target}"
-    assert said[1].split()[-5:] == ["1", "10.0", "30.0", "3", "0"]
+    assert said[1].split()[-6:] == ["in", "halves", "10.0", "30.0", "3", "0"]
     assert tune.tune(words, standalone_mode=False) == 0, "the tuning itself is no sweep"
 
 

@@ -7,8 +7,9 @@ Whether an op is exact is for the conformance suite to say.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from mla_backends.api import AttentionSpec, FusedOp, SegmentLengths
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 TOLERANCE = 0.03  # of a row's norm; bfloat16 rounds by 0.004
-ROWS = ((1, 1), (3, 70))  # new tokens and keys: a decode step of two requests
-SEGMENTS = ((2, 3), (2, 70))  # a new request and one with a history
+Lengths = tuple[tuple[int, ...], tuple[int, ...]]  # new tokens and keys, of each request or segment
+ROWS: Lengths = ((1, 1), (3, 70))  # new tokens and keys: a decode step of two requests
+SEGMENTS: Lengths = ((2, 3), (2, 70))  # a new request and one with a history
 OTHERWISE = "update the package, or use another op (`--ops reference` takes none of its kind)"
 # What runtimes say of a kernel that broke off, or that has no code for the device.
 _OF_THE_DEVICE = re.compile(
@@ -84,15 +86,17 @@ def _with_cause(error: BaseException) -> str:
     return one_line(describe(error) + behind)
 
 
-def try_latent(op: FusedOp, spec: AttentionSpec, page_size: int) -> str:
+def try_latent(
+    op: FusedOp, spec: AttentionSpec, page_size: int, lengths: Lengths = ROWS, with_lse: bool = True
+) -> str:
     """Run a `latent_attention` op on two requests; return what is wrong, "" if nothing."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    table, cache, rows = _pages(spec, page_size, generator)
-    batch = _batch(spec, page_size, table)
-    q = torch.randn(len(rows), spec.num_heads, cache.shape[2], generator=generator).to(spec.dtype)
-    out, lse = _targets(spec, len(rows), spec.kv_lora_rank)
+    table, cache, rows = _pages(spec, page_size, lengths[1], generator)
+    batch = _batch(spec, page_size, lengths, table)
+    q = torch.randn(sum(lengths[0]), spec.num_heads, cache.shape[2], generator=generator).to(spec.dtype)
+    out, lse = _targets(spec, len(q), spec.kv_lora_rank)
     op(
         op.prepare(spec, batch),
         q=q.to(spec.device),
@@ -102,18 +106,18 @@ def try_latent(op: FusedOp, spec: AttentionSpec, page_size: int) -> str:
         cu_q=batch.cu_q,
         softmax_scale=spec.softmax_scale,
         out=out,
-        lse=lse,
+        lse=lse if with_lse else None,
     )
     keys = [row[:, None].expand(-1, spec.num_heads, -1) for row in rows]
     truth = [
         _attend(query, k, k[..., : spec.kv_lora_rank], spec)
-        for query, k in zip(q.split(1), keys, strict=True)
+        for query, k in zip(q.split(list(lengths[0])), keys, strict=True)
     ]
-    return _judge(op, out, lse, truth)
+    return _judge(out, lse if with_lse and op.writes_lse else None, truth)
 
 
 def _pages(
-    spec: AttentionSpec, page_size: int, generator: torch.Generator
+    spec: AttentionSpec, page_size: int, kv_lens: Sequence[int], generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Return table and cache on the host, and each request's own latents.
 
@@ -121,37 +125,44 @@ def _pages(
     """
     import torch
 
-    counts = [-(-keys // page_size) for keys in ROWS[1]]
+    counts = [-(-keys // page_size) for keys in kv_lens]
     width = spec.kv_lora_rank + spec.qk_rope_head_dim
     cache = torch.randn(1 + sum(counts), page_size, width, generator=generator).to(spec.dtype)
     cache[0] = torch.nan
     table = torch.zeros(len(counts), max(counts) + 1, dtype=torch.int32)
     rows = []
-    for row, pages, keys in zip(table, torch.arange(1, len(cache)).split(counts), ROWS[1], strict=True):
+    for row, pages, keys in zip(table, torch.arange(1, len(cache)).split(counts), kv_lens, strict=True):
         row[: len(pages)] = pages
         rows.append(cache[pages].flatten(0, 1)[:keys])
     return table, cache, rows
 
 
-def _batch(spec: AttentionSpec, page_size: int, table: torch.Tensor) -> TinyBatch:
+def _batch(spec: AttentionSpec, page_size: int, lengths: Lengths, table: torch.Tensor) -> TinyBatch:
     import torch
 
-    query_lens, kv_lens = ROWS
-    lens, cu_q = torch.tensor(kv_lens, dtype=torch.int32), torch.arange(3, dtype=torch.int32)
+    query_lens, kv_lens = lengths
+    lens = torch.tensor(kv_lens, dtype=torch.int32)
+    cu_q = torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32)
     there = (tensor.to(spec.device) for tensor in (table, lens, cu_q))
     return TinyBatch(query_lens, kv_lens, page_size, *there)
 
 
-def try_expanded(op: FusedOp, spec: AttentionSpec) -> str:
+def try_expanded(
+    op: FusedOp,
+    spec: AttentionSpec,
+    lengths: Lengths = SEGMENTS,
+    causal: bool = True,
+    with_lse: bool = True,
+) -> str:
     """Run an `expanded_attention` op on two segments; return what is wrong, "" if nothing."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    width, (query_lens, kv_lens) = spec.qk_nope_head_dim + spec.qk_rope_head_dim, SEGMENTS
+    width, (query_lens, kv_lens) = spec.qk_nope_head_dim + spec.qk_rope_head_dim, lengths
     shapes = ((sum(query_lens), width), (sum(kv_lens), width), (sum(kv_lens), spec.v_head_dim))
     q, k, v = (torch.randn(t, spec.num_heads, d, generator=generator).to(spec.dtype) for t, d in shapes)
     out, lse = _targets(spec, len(q), spec.v_head_dim)
-    state = op.prepare(spec, SegmentLengths(query_lens, kv_lens, causal=True))
+    state = op.prepare(spec, SegmentLengths(query_lens, kv_lens, causal))
     op(
         state,
         q=q.to(spec.device),
@@ -159,10 +170,11 @@ def try_expanded(op: FusedOp, spec: AttentionSpec) -> str:
         v=torch.cat((k, v), dim=2).to(spec.device)[..., width:],  # as the layer has it: a slice
         softmax_scale=spec.softmax_scale,
         out=out,
-        lse=lse,
+        lse=lse if with_lse else None,
     )
     pieces = zip(q.split(list(query_lens)), k.split(list(kv_lens)), v.split(list(kv_lens)), strict=True)
-    return _judge(op, out, lse, [_attend(*piece, spec) for piece in pieces])
+    truth = [_attend(*piece, spec, causal) for piece in pieces]
+    return _judge(out, lse if with_lse and op.writes_lse else None, truth)
 
 
 def _targets(spec: AttentionSpec, tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,27 +186,29 @@ def _targets(spec: AttentionSpec, tokens: int, width: int) -> tuple[torch.Tensor
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, causal: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend causally on the host: q [s, h, d], k [n, h, d], v [n, h, e] give out [s, h, e], lse [s, h]."""
+    """Attend on the host: q [s, h, d], k [n, h, d], v [n, h, e] give out [s, h, e], lse [s, h]."""
     import torch
 
     logits = torch.einsum("shd,nhd->hsn", q.float(), k.float()) * spec.softmax_scale
-    hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
-    logits = logits.masked_fill(hidden, -torch.inf)
-    return torch.einsum("hsn,nhe->she", logits.softmax(-1), v.float()), logits.logsumexp(-1).t()
+    if causal:
+        hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
+        logits = logits.masked_fill(hidden, -torch.inf)
+    weights = logits.softmax(-1).nan_to_num(0.0)  # of a query that sees no key
+    return torch.einsum("hsn,nhe->she", weights, v.float()), logits.logsumexp(-1).t()
 
 
 def _judge(
-    op: FusedOp, out: torch.Tensor, lse: torch.Tensor, truth: list[tuple[torch.Tensor, torch.Tensor]]
+    out: torch.Tensor, lse: torch.Tensor | None, truth: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> str:
     """Return how the results differ from the truth; "" if they do not."""
     import torch
 
     right, sums = (torch.cat(parts) for parts in zip(*truth, strict=True))
-    error = (out.float().cpu() - right).norm(dim=-1) / right.norm(dim=-1)
+    error = (out.float().cpu() - right).norm(dim=-1) / right.norm(dim=-1).clamp_min(1e-9)
     if not bool((error <= TOLERANCE).all()):  # NaN is not either
         return "gives wrong results"
-    if op.writes_lse and not torch.allclose(lse.cpu(), sums, atol=TOLERANCE, rtol=0):
+    if lse is not None and not torch.allclose(lse.cpu(), sums, atol=TOLERANCE, rtol=0):
         return "gives a wrong log-sum-exp"
     return ""

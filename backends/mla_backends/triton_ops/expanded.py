@@ -27,7 +27,9 @@ class ExpandedState:
     cu_q: torch.Tensor  # [segments + 1] int32
     cu_k: torch.Tensor  # [segments + 1] int32
     segments: int
-    longest: int  # queries of the segment with the most
+    queries: int  # of all segments
+    longest: int  # of the segment with the most
+    ragged: bool  # segments have different numbers of queries
     causal: bool
 
 
@@ -50,14 +52,21 @@ class ExpandedAttention(KernelOp):
         return [f"it holds keys and values of at most {MOST_WIDTH}, not {widths[0]} and {widths[1]}"]
 
     def attempt(self, spec: AttentionSpec) -> str:
-        return try_expanded(self, spec)
+        """Try every tile, and once without the log-sum-exp and without a mask."""
+        wrong = ""
+        for least in self.tuning.expanded:
+            wrong = wrong or try_expanded(self, spec, ((least, 3), (least + 70, 70)))
+        return wrong or try_expanded(self, spec, ((2, 2), (2, 70)), causal=False, with_lse=False)
 
     def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> ExpandedState:
         import torch
 
         starts = [list(accumulate(lengths, initial=0)) for lengths in (batch.query_lens, batch.kv_lens)]
         cu_q, cu_k = upload(torch.tensor(starts, dtype=torch.int32), spec.device).unbind()
-        return ExpandedState(cu_q, cu_k, len(batch.query_lens), max(batch.query_lens), batch.causal)
+        longest = max(batch.query_lens)
+        ragged = min(batch.query_lens) < longest
+        queries = sum(batch.query_lens)
+        return ExpandedState(cu_q, cu_k, len(batch.query_lens), queries, longest, ragged, batch.causal)
 
     def __call__(
         self, state: ExpandedState, *,
@@ -72,17 +81,21 @@ class ExpandedAttention(KernelOp):
 
         def start(tile: Tile) -> None:
             blocks = -(-state.longest // tile.rows)
+            programs = state.segments * blocks
+            if state.ragged:
+                programs = state.queries // tile.rows + state.segments
             sizes = {"blocks": blocks, "ROWS": tile.rows, "KEYS": tile.keys}
             self.launcher.start(
                 attend_expanded,
-                (state.segments * blocks, q.shape[1]),
+                (programs, q.shape[1]),
                 {**arguments, **sizes},
                 warps=tile.warps,
                 stages=tile.stages,
             )
 
         tile = tile_for(self.tuning.expanded, state.longest)
-        self.launcher.start_tiled(self.tiled, tile, start)
+        compiled = (q.device, q.dtype, state.ragged, state.causal, q.shape[2], v.shape[2], lse is None)
+        self.launcher.start_tiled(self.tiled, tile, compiled, start)
 
 
 def _arguments(
@@ -107,6 +120,8 @@ def _arguments(
         **found,
         "lse_token": 0 if lse is None else lse.stride(0),
         "lse_head": 0 if lse is None else lse.stride(1),
+        "segments": state.segments,
+        "RAGGED": state.ragged,
         "WIDTH": width,
         "VALUES": values,
         "FRONT": front,

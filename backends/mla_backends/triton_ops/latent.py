@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mla_backends.api import OPS, AttentionSpec, BatchView
-from mla_backends.kernels.scratch import Scratch
 from mla_backends.kernels.trial import try_latent
-from mla_backends.torch_backend.graph import capturing
 from mla_backends.triton_ops.kernel_op import DeviceReason, KernelOp, wide
 from mla_backends.triton_ops.launcher import Launcher
+from mla_backends.triton_ops.memory import PartsMemory
 from mla_backends.triton_ops.splits import Splits, split
 from mla_backends.triton_ops.tuning import LEAST, Tile, Tuning, tile_for
 
@@ -19,30 +18,38 @@ if TYPE_CHECKING:
     import torch
 
 MOST_LATENT, MOST_ROPE = 512, 128
-# Of the merge: channels of a program and parts of a step, 16 KiB of registers in fp32.
-MERGED_COLUMNS, MERGED_PARTS = 128, 32
+UNKNOWN_MULTIPROCESSORS = 128  # requests are split as for a large device
+MERGED_PARTS = 8  # of a step of the merge
 # Programs of the merge, about. With more rows each takes several: most have nothing to merge in such a batch.
 MERGE_PROGRAMS = 4096
-PAGE_SIZE = 64  # of the tiny problem
+# The tiny problems: keys of their two requests, of which the longer is split, and sizes of pages.
+TRIED_KEYS = (300, 3)
+PAGE, ODD_PAGE = 64, 1
 
 
 @dataclass(frozen=True)
 class LatentState:
     """A planned batch. Lengths are read on the device, so a captured call follows them."""
 
-    longest: int  # new tokens of the request with the most
     requests: int
+    rows: int  # new tokens times heads, of all requests
+    longest: int  # of the request with the most
+    ragged: bool  # requests have different numbers of new tokens
     splits: Splits
     tile: Tile
-    part_out: torch.Tensor | None  # fp32, for [T, h, max_splits, c]; None where nothing is split
-    part_lse: torch.Tensor | None  # fp32, for [T, h, max_splits]
+    parts: torch.Tensor  # fp32: [T, h, max_splits, c], then [T, h, max_splits]
     graph_safe = True
+
+    def blocks(self, rows: int) -> tuple[int, int]:
+        """Return how many blocks of so many rows a request has where all have equally many, and all have."""
+        blocks = -(-self.longest // rows)
+        return blocks, self.rows // rows + self.requests if self.ragged else self.requests * blocks
 
 
 class LatentAttention(KernelOp):
     """Absorbed attention over pages of any size, with any number of heads and of new tokens per request.
 
-    `multiprocessors` None means unknown: requests are then split as for a large device.
+    `multiprocessors` None means unknown.
     """
 
     contract = OPS["latent_attention"]
@@ -60,8 +67,8 @@ class LatentAttention(KernelOp):
     ) -> None:
         super().__init__(launcher, device_reason)
         self.tuning = tuning
-        self._programs = (multiprocessors or 128) * tuning.programs
-        self._scratch = Scratch()
+        self._multiprocessors = multiprocessors or UNKNOWN_MULTIPROCESSORS
+        self._memory = PartsMemory()
 
     def shape_reasons(self, spec: AttentionSpec) -> list[str]:
         latent, rope = spec.kv_lora_rank, spec.qk_rope_head_dim
@@ -70,7 +77,12 @@ class LatentAttention(KernelOp):
         return [f"it holds latents of at most {MOST_LATENT} + {MOST_ROPE}, not {latent} + {rope}"]
 
     def attempt(self, spec: AttentionSpec) -> str:
-        return try_latent(self, spec, PAGE_SIZE)
+        """Try every tile as the layer calls it, and once ragged, with odd pages and the log-sum-exp."""
+        wrong = ""
+        for least in self.tuning.latent:
+            queries = -(-least // spec.num_heads)
+            wrong = wrong or try_latent(self, spec, PAGE, ((queries,) * 2, TRIED_KEYS), with_lse=False)
+        return wrong or try_latent(self, spec, ODD_PAGE, ((1, 2), TRIED_KEYS))
 
     def prepare(self, spec: AttentionSpec, batch: BatchView) -> LatentState:
         """Choose tile and splits from the lengths on the host, and take memory for the parts."""
@@ -78,23 +90,12 @@ class LatentAttention(KernelOp):
         tile = tile_for(self.tuning.latent, longest * heads)
         rows = [count * heads for count in batch.query_lens]
         capacity = batch.block_table.shape[1] * batch.page_size
-        splits = split(rows, batch.kv_lens, capacity, 4 * spec.kv_lora_rank, tile, self._programs)
-        parts = (None, None)
-        if splits.max_splits > 1:
-            parts = self._parts(spec, sum(batch.query_lens), splits.max_splits, batch.block_table)
-        return LatentState(longest, len(batch.query_lens), splits, tile, *parts)
-
-    def _parts(self, spec: AttentionSpec, tokens: int, parts: int, like: torch.Tensor) -> Any:
-        """Return memory for the parts: what a graph captures has its own, all other batches share some."""
-        import torch
-
-        rows = tokens * spec.num_heads * parts
-        sizes = {"part_out": rows * spec.kv_lora_rank, "part_lse": rows}
-        if capturing(spec.device):
-            return tuple(like.new_empty(size, dtype=torch.float32) for size in sizes.values())
-        floats = like.new_empty(0, dtype=torch.float32)
-        # Powers of two, so that lengths that grow step by step do not make it grow as often.
-        return tuple(self._scratch.take(name, (wide(size),), floats) for name, size in sizes.items())
+        sizes = (capacity, 4 * spec.kv_lora_rank, tile, self._multiprocessors)
+        splits = split(rows, batch.kv_lens, *sizes)
+        parts = sum(rows) * splits.max_splits if splits.max_splits > 1 else 0
+        memory = self._memory.take(parts * (spec.kv_lora_rank + 1), batch.block_table)
+        ragged = min(batch.query_lens) < longest
+        return LatentState(len(rows), sum(rows), longest * heads, ragged, splits, tile, memory)
 
     def __call__(
         self, state: LatentState, *,
@@ -104,26 +105,28 @@ class LatentAttention(KernelOp):
     ) -> None:  # fmt: skip
         if q.shape[0] == 0:
             return
+        latent, splits = out.shape[2], state.splits
+        of_parts = state.rows * splits.max_splits * latent if splits.max_splits > 1 else 0
         shared = {
             "kv_lens": kv_lens,
             "cu_q": cu_q,
             "out": out,
-            "lse": out if lse is None else lse,
-            "part_out": out if state.part_out is None else state.part_out,
-            "part_lse": out if state.part_lse is None else state.part_lse,
+            "lse": state.parts if lse is None else lse,
+            "part_out": state.parts,
+            "part_lse": state.parts[of_parts:],
             "out_token": out.stride(0),
             "out_head": out.stride(1),
             "lse_token": 0 if lse is None else lse.stride(0),
             "lse_head": 0 if lse is None else lse.stride(1),
-            "keys_per_split": state.splits.keys_per_split,
-            "max_splits": state.splits.max_splits,
+            "requests": state.requests,
+            "keys_per_split": splits.keys_per_split,
+            "max_splits": splits.max_splits,
+            "RAGGED": state.ragged,
             "HEADS": q.shape[1],
-            "LATENT": out.shape[2],
+            "LATENT": latent,
             "HAS_LSE": lse is not None,
         }
-        whole = wide(out.shape[2], LEAST)
-        halves = self.tuning.halves and whole > LEAST
-        piece = whole // 2 if halves else whole
+        rope = q.shape[2] - latent
         arguments = {
             **shared,
             "q": q,
@@ -133,41 +136,50 @@ class LatentAttention(KernelOp):
             "q_token": q.stride(0),
             "q_head": q.stride(1),
             "table_row": block_table.stride(0),
-            "ROPE": q.shape[2] - out.shape[2],
-            "PIECE": piece,
-            "HALVES": halves,
-            "WIDE_ROPE": wide(q.shape[2] - out.shape[2], LEAST),
+            "ROPE": rope,
+            "WIDE_ROPE": wide(rope, LEAST),
             "PAGE": cache.shape[1],
-            "CAUSAL": state.longest > 1,
-            "SPLIT": state.splits.max_splits > 1,
+            "CAUSAL": state.longest > q.shape[1],
             "FORMAT": "plain",
         }
-        self._attend(state, arguments, q.shape[1])
-        if state.splits.max_splits > 1:
+        self._attend(state, arguments)
+        if splits.max_splits > 1:
             self._merge(state, shared)
 
-    def _attend(self, state: LatentState, arguments: dict[str, Any], heads: int) -> None:
+    def _attend(self, state: LatentState, arguments: dict[str, Any]) -> None:
         from mla_backends.triton_ops.jit.latent import attend_latent
 
+        page, whole = arguments["PAGE"], wide(arguments["LATENT"], LEAST)
+
         def start(tile: Tile) -> None:
-            blocks = -(-state.longest * heads // tile.rows)
-            grid = (state.requests * blocks, state.splits.max_splits)
-            sizes = {"blocks": blocks, "ROWS": tile.rows, "KEYS": tile.keys}
-            if arguments["PAGE"] % tile.keys:  # keys of several pages in a step take more registers
-                sizes["KEYS"] = max(LEAST, tile.keys // 2)
+            blocks, programs = state.blocks(tile.rows)
+            halves = tile.halves and whole > LEAST
+            # Keys of several pages in a step take more registers.
+            keys = tile.keys if page % tile.keys == 0 else max(LEAST, tile.keys // 2)
+            sizes = {"blocks": blocks, "ROWS": tile.rows, "KEYS": keys}
+            pieces = {"PIECE": whole // 2 if halves else whole, "HALVES": halves}
             self.launcher.start(
-                attend_latent, grid, {**arguments, **sizes}, warps=tile.warps, stages=tile.stages
+                attend_latent,
+                (programs, state.splits.max_splits),
+                {**arguments, **sizes, **pieces},
+                warps=tile.warps,
+                stages=tile.stages,
             )
 
-        self.launcher.start_tiled(self.tiled, state.tile, start)
+        q = arguments["q"]
+        compiled = (
+            q.device,
+            q.dtype,
+            state.ragged,
+            page,
+            *map(arguments.get, ("LATENT", "ROPE", "HAS_LSE", "CAUSAL")),
+        )
+        self.launcher.start_tiled(self.tiled, state.tile, compiled, start)
 
     def _merge(self, state: LatentState, shared: dict[str, Any]) -> None:
         from mla_backends.triton_ops.jit.latent import merge_latent
 
-        end, columns = state.longest * shared["HEADS"], min(MERGED_COLUMNS, wide(shared["LATENT"]))
-        rows = max(1, state.requests * end // MERGE_PROGRAMS)
-        blocks = -(-end // rows)
-        parts = min(MERGED_PARTS, wide(state.splits.max_splits))
-        sizes = {"blocks": blocks, "rows": rows, "COLUMNS": columns, "PARTS": parts}
-        grid = (state.requests * blocks, -(-shared["LATENT"] // columns))
-        self.start(merge_latent, grid, {**shared, **sizes}, 4)
+        rows = max(1, state.rows // MERGE_PROGRAMS)
+        blocks, programs = state.blocks(rows)
+        sizes = {"blocks": blocks, "rows": rows, "WIDE_LATENT": wide(shared["LATENT"]), "PARTS": MERGED_PARTS}
+        self.start(merge_latent, (programs,), {**shared, **sizes}, 4)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from mla_backends.errors import describe, one_line
 from mla_backends.kernels.vendor import KernelRefused
 from mla_backends.triton_ops.tuning import Tile
 
+if TYPE_CHECKING:
+    import torch
+
 Grid = tuple[int, ...]
+
+# What Triton and vendors' forks raise, by name, for a kernel that needs too much, and what else they say.
+RESOURCES = ("OutOfResources", "PTXASError")
+SAID = re.compile(
+    r"too many resources|out of resources?|shared memory|\bLDS\b|ptxas|register allocation", re.IGNORECASE
+)
 
 
 class Launcher:
@@ -18,26 +29,26 @@ class Launcher:
     def __init__(self) -> None:
         self.launches = 0
         self.remarks: list[str] = []
-        self._fitting: dict[tuple[str, Tile], Tile] = {}  # kernel and tile -> the smaller one that runs
+        self._fitting: dict[Hashable, Tile] = {}  # kernel, tile and variant -> the tile that runs
 
     def start(
         self, kernel: Any, grid: Grid, arguments: Mapping[str, Any], *, warps: int = 4, stages: int = 1
     ) -> None:
         """Start `kernel` (made by `triton.jit`) on `grid`; `arguments` by name, constants included."""
+        written = arguments.get("out", arguments.get("cache"))
+        with on_device(written.device):  # Triton starts kernels on the current device
+            kernel[grid](**arguments, num_warps=warps, num_stages=stages)
         self.launches += 1
-        kernel[grid](**arguments, num_warps=warps, num_stages=stages)
 
-    def start_tiled(self, name: str, tile: Tile, start: Callable[[Tile], None]) -> None:
+    def start_tiled(self, name: str, tile: Tile, variant: Hashable, start: Callable[[Tile], None]) -> None:
         """Call `start` with `tile`, or with a smaller one where the device lacks the resources for it.
 
-        What did not fit is not tried again. Raises `KernelRefused` if no tile fits.
+        `variant` is what else the kernel is compiled for: what fits one need not fit another. What did not
+        fit is not tried again. Raises `KernelRefused` if no tile fits.
         """
-        chosen = self._fitting.get((name, tile))
-        if chosen is not None:
-            start(chosen)
-            return
-        why = ""
-        for candidate in (tile, *tile.smaller()):
+        key = (name, tile, variant)
+        begin, why = self._fitting.get(key, tile), ""
+        for candidate in (begin, *begin.smaller()):
             try:
                 start(candidate)
             except Exception as error:
@@ -45,16 +56,31 @@ class Launcher:
                     raise
                 why = why or one_line(describe(error))
             else:
-                self._keep(name, tile, candidate, why)
+                self._fitting[key] = candidate
+                if why:
+                    self._remark(f"{name} runs with {candidate}, as {begin} does not fit this device ({why})")
                 return
         raise KernelRefused(f"{name} does not fit this device in any tile ({why}).")
 
-    def _keep(self, name: str, tile: Tile, fitting: Tile, why: str) -> None:
-        self._fitting[name, tile] = fitting
-        if why:
-            self.remarks.append(f"{name} runs with {fitting}, as {tile} does not fit this device ({why})")
+    def _remark(self, sentence: str) -> None:
+        if sentence not in self.remarks:
+            self.remarks.append(sentence)
 
 
 def lacks_resources(error: Exception) -> bool:
-    """Return whether Triton raised this before launching, because a kernel needs too much of the device."""
-    return type(error).__name__ == "OutOfResources"
+    """Return whether a kernel was not started because it needs too much of the device."""
+    if type(error).__name__ in RESOURCES:
+        return True
+    return type(error) is RuntimeError and SAID.search(str(error)) is not None
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make `device` the current one of its kind, for a while, unless it is."""
+    import torch
+
+    module = getattr(torch, device.type, None)
+    current = getattr(module, "current_device", None)
+    if device.index is None or device.type == "cpu" or current is None or current() == device.index:
+        return nullcontext()
+    guard: AbstractContextManager[Any] = module.device(device.index)  # type: ignore[union-attr]
+    return guard

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mla_backends.triton_ops.tuning import Tile
 
 # A part of fewer keys costs more to merge than it saves.
 LEAST_KEYS = 128
-# Parts of one request; what a graph may be replayed with has no other bound.
+# Parts of one request.
 MOST_SPLITS = 128
-# Bytes of the parts of a batch. A few long requests among many short ones could take much more.
+# Bytes of the parts of a batch, whatever its lengths; with very many rows nothing is split.
 PARTS_BYTES = 256 << 20
-# Lengths count as equal while the longest is at most this many times the mean.
-EQUAL = 1.25
+# What a program costs besides its keys, and a merge besides its programs, in keys: estimates.
+PROGRAM_KEYS, MERGE_KEYS = 96, 64
+# Waves of programs that are considered; more do not balance any better.
+WAVES = 4
 
 
 @dataclass(frozen=True)
@@ -25,27 +27,64 @@ class Splits:
     max_splits: int  # of any request that fits the block table
 
 
+@dataclass(frozen=True)
+class _Load:
+    """Blocks of rows and keys of the requests that have some."""
+
+    blocks: list[int]
+    keys: list[int]
+    longest: int
+    total: int  # block by block
+
+    def programs(self, part: int) -> int:
+        """Return how many programs there are with parts of at most this many keys."""
+        if min(self.keys) == self.longest:
+            return sum(self.blocks) * -(-self.longest // part)
+        return sum(blocks * -(-keys // part) for blocks, keys in zip(self.blocks, self.keys, strict=True))
+
+    def cost(self, part: int, at_once: int) -> float:
+        """Return an estimate of the time with such parts, in keys: of whole waves, or of a full device."""
+        programs = self.programs(part)
+        waves = -(-programs // at_once) * (part + PROGRAM_KEYS)
+        packed = (self.total + programs * PROGRAM_KEYS) / at_once + part + PROGRAM_KEYS
+        return min(waves, packed) + (MERGE_KEYS if part < self.longest else 0)
+
+
 def split(
     query_rows: Sequence[int],
     kv_lens: Sequence[int],
     capacity: int,
     row_bytes: int,
     tile: Tile,
-    programs: int,
+    multiprocessors: int,
 ) -> Splits:
     """Return the splits for requests with so many query rows (new tokens times heads) and keys.
 
-    `capacity`: the most keys that a request may grow to; `row_bytes`: of one part of a query row; `programs`:
-    how many the device runs at a time.
+    `capacity`: the most keys that a request may grow to; `row_bytes`: of one part of a query row.
     """
-    blocks = [-(-rows // tile.rows) for rows in query_rows]
-    longest, total = max(kv_lens), sum(b * n for b, n in zip(blocks, kv_lens, strict=True))
-    if total == 0:
-        keys = LEAST_KEYS
-    elif longest * sum(blocks) <= EQUAL * total:  # equal: one program more begins a second wave
-        keys = -(-longest // max(1, programs // sum(blocks)))
-    else:
-        keys = -(-total // programs)
-    keys = max(LEAST_KEYS, -(-keys // tile.keys) * tile.keys)
-    most = min(MOST_SPLITS, PARTS_BYTES // (max(1, sum(query_rows)) * row_bytes))
-    return Splits(keys, max(1, min(most, -(-capacity // keys))))
+    requests = zip(query_rows, kv_lens, strict=True)
+    some = [(-(-rows // tile.rows), keys) for rows, keys in requests if rows and keys]
+    if not some:
+        return Splits(max(LEAST_KEYS, capacity), 1)
+    blocks, keys = (list(column) for column in zip(*some, strict=True))
+    load = _Load(blocks, keys, max(keys), sum(b * n for b, n in some))
+    at_once = multiprocessors * tile.programs
+    part = min(_candidates(load, at_once), key=lambda one: load.cost(one, at_once))
+    # A little longer, so that a captured step has as many parts when its lengths have grown a little.
+    reach = min(capacity, part + part // 16 + (LEAST_KEYS if part == load.longest else 0))
+    chosen = -(-reach // tile.keys) * tile.keys
+    useful = max(-(-load.longest // chosen), -(-WAVES * at_once // sum(blocks)))
+    most = min(MOST_SPLITS, PARTS_BYTES // (sum(query_rows) * row_bytes), useful)
+    return Splits(chosen, max(1, min(most, -(-capacity // chosen))))
+
+
+def _candidates(load: _Load, at_once: int) -> Iterator[int]:
+    """Yield lengths of parts: none is split, or the programs make up so many waves."""
+    yield load.longest
+    blocks = sum(load.blocks)
+    for waves in range(1, WAVES + 1):
+        programs = waves * at_once
+        lengths = [-(-load.longest // max(1, programs // blocks))]
+        if min(load.keys) < load.longest:
+            lengths.append(-(-load.total // max(1, programs - blocks // 2)))
+        yield from (min(load.longest, max(LEAST_KEYS, length)) for length in lengths)

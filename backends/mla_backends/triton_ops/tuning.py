@@ -17,37 +17,53 @@ LEAST = 16  # rows or keys of a tile: the least that `tl.dot` takes
 
 @dataclass(frozen=True)
 class Tile:
-    """One configuration of an attention kernel. Raises ValueError for sizes that Triton cannot compile."""
+    """One configuration of an attention kernel. Raises ValueError for sizes that Triton cannot compile.
+
+    With `halves` latents are multiplied and summed in two halves: fewer registers, but more tensor memory.
+    `programs`: how many of them a multiprocessor runs at a time; keys are split so that it has as many.
+    """
 
     rows: int  # of queries in a program
     keys: int  # of a step
     warps: int
     stages: int
+    halves: bool = True
+    programs: int = 1
 
     def __post_init__(self) -> None:
         for name, least in (("rows", LEAST), ("keys", LEAST), ("warps", 1)):
             value = getattr(self, name)
             if type(value) is not int or value < least or value & (value - 1):
                 raise ValueError(f"{name} must be a power of two of at least {least}, got {value!r}.")
-        if type(self.stages) is not int or self.stages < 1:
-            raise ValueError(f"stages must be a positive number, got {self.stages!r}.")
+        for name in ("stages", "programs"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive number, got {value!r}.")
+        if type(self.halves) is not bool:
+            raise ValueError(f"halves must be true or false, got {self.halves!r}.")
 
     def smaller(self) -> Iterator[Tile]:
-        """Yield tiles that need less and less of a multiprocessor, down to the smallest."""
+        """Yield tiles that need less and less of a multiprocessor, down to the smallest.
+
+        Keys go first, then stages: one stage may need more shared memory than two of the same tile.
+        """
         tile = self
         while True:
-            if tile.stages > 1:
-                tile = replace(tile, stages=tile.stages - 1)
-            elif tile.keys > LEAST:
+            if tile.keys > LEAST:
                 tile = replace(tile, keys=tile.keys // 2)
+            elif tile.stages > 1:
+                tile = replace(tile, stages=tile.stages - 1)
             elif tile.rows > LEAST:
-                tile = replace(tile, rows=tile.rows // 2)
+                tile = replace(tile, rows=tile.rows // 2, keys=self.keys, stages=self.stages)
+            elif tile.warps > 1:
+                tile = replace(tile, warps=tile.warps // 2)
             else:
                 return
             yield tile
 
     def __str__(self) -> str:
-        return f"{self.rows} rows x {self.keys} keys, {self.warps} warps, {self.stages} stages"
+        halves = ", halves" if self.halves else ""
+        return f"{self.rows} rows x {self.keys} keys, {self.warps} warps, {self.stages} stages{halves}"
 
 
 Tiles = Mapping[int, Tile]  # the least number of query rows it is for -> tile; one of them is for 1
@@ -58,14 +74,11 @@ class Tuning:
     """What a plugin chooses for a card.
 
     `latent` is by the query rows of a request (new tokens times heads), `expanded` by the queries of a
-    segment. A decode step is split so that about `programs` programs run on each multiprocessor. With
-    `halves` latents are multiplied and summed in two halves: fewer registers, but more tensor memory.
+    segment.
     """
 
     latent: Tiles
     expanded: Tiles
-    programs: int = 1
-    halves: bool = True
     source: str = "defaults of the plugin"  # for the environment in results
 
     def __post_init__(self) -> None:
@@ -74,10 +87,6 @@ class Tuning:
             if 1 not in tiles or any(type(least) is not int or least < 1 for least in tiles):
                 raise ValueError(f"{name} needs a tile for 1 row on, and whole numbers of rows.")
             object.__setattr__(self, name, MappingProxyType(dict(tiles)))
-        if type(self.programs) is not int or self.programs < 1:
-            raise ValueError(f"programs must be a positive number, got {self.programs!r}.")
-        if type(self.halves) is not bool:
-            raise ValueError(f"halves must be true or false, got {self.halves!r}.")
 
 
 def tile_for(tiles: Tiles, rows: int) -> Tile:
@@ -93,7 +102,7 @@ def read_tuning(path: str | Path) -> Tuning:
             raise ValueError(f"it is no tuning of format {FORMAT}")
         tiles = {name: _tiles(found[name]) for name in ("latent", "expanded")}
         source = str(found.get("card") or path)
-        return Tuning(**tiles, programs=found["programs"], halves=found["halves"], source=source)
+        return Tuning(**tiles, source=source)
     except OSError as error:
         raise BackendError(f"the tuning file {path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -104,8 +113,7 @@ def read_tuning(path: str | Path) -> Tuning:
 def write_tuning(path: str | Path, tuning: Tuning, facts: Mapping[str, str]) -> None:
     """Write a tuning for `read_tuning`; `facts` say where it was measured: card, torch, triton, date."""
     tiles = {name: _rows(getattr(tuning, name)) for name in ("latent", "expanded")}
-    numbers = {"programs": tuning.programs, "halves": tuning.halves}
-    document = {"format": FORMAT, **facts, **numbers, **tiles}
+    document = {"format": FORMAT, **facts, **tiles}
     Path(path).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
@@ -113,5 +121,5 @@ def _tiles(rows: Any) -> dict[int, Tile]:
     return {row["from"]: Tile(**{key: value for key, value in row.items() if key != "from"}) for row in rows}
 
 
-def _rows(tiles: Tiles) -> list[dict[str, int]]:
+def _rows(tiles: Tiles) -> list[dict[str, Any]]:
     return [{"from": least, **asdict(tile)} for least, tile in sorted(tiles.items())]

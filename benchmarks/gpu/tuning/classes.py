@@ -28,10 +28,21 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Common:
+    """What all classes of latent attention have in common: fields of `Tuning` that are no tiles."""
+
+    programs: int = 1
+    halves: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.programs} programs, latents {'in halves' if self.halves else 'whole'}"
+
+
+@dataclass(frozen=True)
 class TileClass:
     """Calls that share a tile: those of at least `least` query rows in a request, below the next class.
 
-    `programs` are the numbers of programs per multiprocessor; the first is that of the sweep over tiles.
+    Of `commons`, the first is that of the sweep over tiles.
     """
 
     name: str
@@ -39,7 +50,7 @@ class TileClass:
     least: int
     shapes: tuple[Shape, ...]
     tiles: tuple[Tile, ...]
-    programs: tuple[int, ...] = (1,)
+    commons: tuple[Common, ...] = (Common(),)
 
     @property
     def op(self) -> str:
@@ -69,15 +80,16 @@ def _decode(heads: int, *more: Shape) -> tuple[Shape, ...]:
     return (*(Shape(batch, keys, heads) for batch, keys in by_batch), *more)
 
 
-PROGRAMS = (1, 2, 3, 4)
+# With two programs, small tiles are not at a disadvantage, of which several fit a multiprocessor.
+COMMONS = (Common(2), Common(1), Common(3), Common(4), Common(2, halves=False))
 # 512 channels of 16 rows in fp32 are half of a warp's registers; the output of expanded attention has 128.
 _LATENT, _EXPANDED = 8, 32
 FULL = (
-    TileClass("latent-16", "latent", 1, _decode(16), _tiles((16,), (16, 32, 64, 128), _LATENT), PROGRAMS),
-    TileClass("latent-64", "latent", 33, _decode(64), _tiles((16, 32, 64), (16, 32, 64), _LATENT), PROGRAMS),
+    TileClass("latent-16", "latent", 1, _decode(16), _tiles((16,), (16, 32, 64, 128), _LATENT), COMMONS),
+    TileClass("latent-64", "latent", 33, _decode(64), _tiles((16, 32, 64), (16, 32, 64), _LATENT), COMMONS),
     TileClass(
         "latent-128", "latent", 65, _decode(128, Shape(32, 4096, 128, 2)),
-        _tiles((16, 32, 64), (16, 32, 64), _LATENT), PROGRAMS,
+        _tiles((16, 32, 64), (16, 32, 64), _LATENT), COMMONS,
     ),
     TileClass(
         "expanded-64", "expanded", 1,
@@ -95,10 +107,11 @@ FULL = (
 )  # fmt: skip
 
 _TINY = (Tile(16, 32, 4, 1), Tile(16, 16, 4, 1))
+_TINY_COMMONS = (Common(), Common(2), Common(halves=False))
 SMOKE = (
-    TileClass("latent-16", "latent", 1, (Shape(2, 70, 4),), _TINY, (1, 2)),
-    TileClass("latent-64", "latent", 33, (Shape(1, 40, 34),), _TINY, (1, 2)),
-    TileClass("latent-128", "latent", 65, (Shape(1, 40, 66),), _TINY[:1], (1,)),
+    TileClass("latent-16", "latent", 1, (Shape(2, 70, 4),), _TINY, _TINY_COMMONS),
+    TileClass("latent-64", "latent", 33, (Shape(1, 40, 34),), _TINY, _TINY_COMMONS),
+    TileClass("latent-128", "latent", 65, (Shape(1, 40, 66),), _TINY[:1]),
     TileClass("expanded-64", "expanded", 1, (Shape(2, 40, 2, 20),), _TINY),
     TileClass("expanded-128", "expanded", 65, (Shape(1, 66, 2, 66),), _TINY[:1]),
 )
@@ -109,6 +122,6 @@ def classes(smoke: bool) -> dict[str, TileClass]:
     return {one.name: one for one in (SMOKE if smoke else FULL)}
 
 
-def finalists(best: Sequence[Tile], programs: Sequence[int]) -> Iterator[tuple[Tile, int]]:
-    """Yield the best tiles with every further number of programs."""
-    yield from ((tile, count) for tile in best for count in programs[1:])
+def finalists(best: Sequence[Tile], commons: Sequence[Common]) -> Iterator[tuple[Tile, Common]]:
+    """Yield the best tiles with everything else that they may have in common."""
+    yield from product(best, commons[1:])

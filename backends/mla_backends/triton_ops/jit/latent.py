@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 
 from mla_backends.triton_ops.jit.elements import decoded
+from mla_backends.triton_ops.jit.places import place_of
 from mla_backends.triton_ops.jit.softmax import close, fold
 
 LN2 = tl.constexpr(0.6931471805599453)
 # What changes from step to step: specialised on its value or alignment, a kernel would be compiled anew.
-CHANGING = ["block_table", "kv_lens", "cu_q", "lse", "table_row", "blocks", "keys_per_split", "max_splits"]
+TABLES = ["block_table", "kv_lens", "cu_q", "lse", "part_lse", "table_row"]
+CHANGING = [*TABLES, "requests", "blocks", "rows", "keys_per_split", "max_splits"]
 
 
 @triton.jit
@@ -45,9 +47,11 @@ def attend_latent(
     out_head,
     lse_token,
     lse_head,
-    blocks,  # of ROWS rows, of the request with the most new tokens
+    requests,  # B
+    blocks,  # of ROWS rows of a request, where all have equally many new tokens
     keys_per_split,
     max_splits,
+    RAGGED: tl.constexpr,  # requests have different numbers of new tokens
     HEADS: tl.constexpr,
     LATENT: tl.constexpr,  # c
     ROPE: tl.constexpr,  # r
@@ -58,13 +62,11 @@ def attend_latent(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     CAUSAL: tl.constexpr,  # some request has several new tokens
-    SPLIT: tl.constexpr,  # max_splits > 1
     HAS_LSE: tl.constexpr,
     FORMAT: tl.constexpr,  # of a cached element
 ):
-    """Attend. Grid: (B * blocks, max_splits)."""
-    request = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
+    """Attend. Grid: (blocks of all requests, max_splits)."""
+    request, block = place_of(tl.program_id(0), cu_q, requests, blocks, HEADS, ROWS, RAGGED)
     split = tl.program_id(1)
     first = tl.load(cu_q + request)
     queries = tl.load(cu_q + request + 1) - first
@@ -75,8 +77,9 @@ def attend_latent(
 
     row = block * ROWS + tl.arange(0, ROWS)
     token = row // HEADS
-    head = row % HEADS
+    head = (row % HEADS).to(tl.int64)
     owned = token < queries
+    at = (first + token).to(tl.int64)
     newest = tl.minimum((block * ROWS + ROWS - 1) // HEADS, queries - 1)  # token of the last row
     length = ((keys + parts - 1) // parts + KEYS - 1) // KEYS * KEYS
     low = split * length
@@ -87,7 +90,7 @@ def attend_latent(
     has_channel = channel < LATENT
     upper = PIECE + channel
     has_upper = upper < LATENT
-    q_row = q + (first + token).to(tl.int64) * q_token + head * q_head
+    q_row = q + at * q_token + head * q_head
     q_latent = tl.load(
         q_row[:, None] + channel[None, :], mask=owned[:, None] & has_channel[None, :], other=0.0
     )
@@ -148,16 +151,14 @@ def attend_latent(
     if HALVES:
         value_upper = value_upper / whole[:, None]
         target_upper = owned[:, None] & has_upper[None, :]
-    at = (first + token).to(tl.int64)
-    if SPLIT:
-        if parts > 1:
-            place_of_part = (at * HEADS + head) * max_splits + split
-            part_row = part_out + place_of_part * LATENT
-            tl.store(part_lse + place_of_part, sums, mask=owned)
-            tl.store(part_row[:, None] + channel[None, :], value, mask=target)
-            if HALVES:
-                tl.store(part_row[:, None] + upper[None, :], value_upper, mask=target_upper)
-            return
+    if parts > 1:
+        place_of_part = (at * HEADS + head) * max_splits + split
+        part_row = part_out + place_of_part * LATENT
+        tl.store(part_lse + place_of_part, sums, mask=owned)
+        tl.store(part_row[:, None] + channel[None, :], value, mask=target)
+        if HALVES:
+            tl.store(part_row[:, None] + upper[None, :], value_upper, mask=target_upper)
+        return
     out_row = out + at * out_token + head * out_head
     tl.store(out_row[:, None] + channel[None, :], value.to(out.dtype.element_ty), mask=target)
     if HALVES:
@@ -166,7 +167,7 @@ def attend_latent(
         tl.store(lse + at * lse_token + head * lse_head, sums * LN2, mask=owned)
 
 
-@triton.jit(do_not_specialize=[*CHANGING, "rows"])
+@triton.jit(do_not_specialize=CHANGING)
 def merge_latent(
     kv_lens,  # [B] int32
     cu_q,  # [B + 1] int32
@@ -178,35 +179,37 @@ def merge_latent(
     out_head,
     lse_token,
     lse_head,
-    blocks,  # of `rows` rows, of the request with the most new tokens
+    requests,  # B
+    blocks,  # of `rows` rows of a request, where all have equally many new tokens
     rows,  # of a program, one after another
     keys_per_split,
     max_splits,
+    RAGGED: tl.constexpr,  # requests have different numbers of new tokens
     HEADS: tl.constexpr,
     LATENT: tl.constexpr,  # c
-    COLUMNS: tl.constexpr,  # channels of a program
+    WIDE_LATENT: tl.constexpr,  # the next power of two
     PARTS: tl.constexpr,  # parts of a step
     HAS_LSE: tl.constexpr,
 ):
-    """Merge the parts of some rows and channels of a request. Grid: (B * blocks, ceil(c / COLUMNS))."""
-    request = tl.program_id(0) // blocks
+    """Merge the parts of some rows of a request. Grid: (blocks of all requests,)."""
+    request, block = place_of(tl.program_id(0), cu_q, requests, blocks, HEADS, rows, RAGGED)
     first = tl.load(cu_q + request)
     end = (tl.load(cu_q + request + 1) - first) * HEADS
     parts = parts_of(tl.load(kv_lens + request), keys_per_split, max_splits)
-    start = tl.program_id(0) % blocks * rows
+    start = block * rows
     if (start >= end) | (parts == 1):
         return
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    for row in range(start, tl.minimum(start + rows, end)):
+    channel = tl.arange(0, WIDE_LATENT)
+    for number in range(tl.minimum(rows, end - start)):
+        row = start + number
         at = (first + row // HEADS).to(tl.int64)
-        head = row % HEADS
+        head = (row % HEADS).to(tl.int64)
         place = (at * HEADS + head) * max_splits
-        value, sums = merged(part_out, part_lse, place, parts, channel, LATENT, COLUMNS, PARTS)
+        value, sums = merged(part_out, part_lse, place, parts, channel, LATENT, WIDE_LATENT, PARTS)
         target = out + at * out_token + head * out_head + channel
         tl.store(target, value.to(out.dtype.element_ty), mask=channel < LATENT)
         if HAS_LSE:
-            if tl.program_id(1) == 0:
-                tl.store(lse + at * lse_token + head * lse_head, sums * LN2)
+            tl.store(lse + at * lse_token + head * lse_head, sums * LN2)
 
 
 @triton.jit
@@ -215,23 +218,23 @@ def merged(
     part_lse,
     place,  # of the row's first part
     parts,
-    channel,  # [COLUMNS]
+    channel,  # [WIDE_LATENT]
     LATENT: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    WIDE_LATENT: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Return the value [COLUMNS] of one row, all parts taken together, and the log2 of its sums."""
+    """Return the value [WIDE_LATENT] of one row, all parts taken together, and the log2 of its sums."""
     top = tl.full([1], float("-inf"), tl.float32)
     total = tl.full([1], 0.0, tl.float32)
-    value = tl.full([COLUMNS], 0.0, tl.float32)
+    value = tl.full([WIDE_LATENT], 0.0, tl.float32)
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
-        there = part < parts
-        score = tl.load(part_lse + place + part, mask=there, other=float("-inf"))
+        score = tl.load(part_lse + place + part, mask=part < parts, other=float("-inf"))
+        some = score > float("-inf")  # the value of a part that saw no key is not needed
         weight, shrink, top, total = fold(score[None, :], top, total)
         several = tl.load(
             part_out + (place + part)[:, None] * LATENT + channel[None, :],
-            mask=there[:, None] & (channel < LATENT)[None, :],
+            mask=some[:, None] & (channel < LATENT)[None, :],
             other=0.0,
         )
         value = value * shrink + tl.sum(tl.trans(weight) * several, 0)

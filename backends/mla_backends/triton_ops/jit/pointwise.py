@@ -43,7 +43,7 @@ def rotate_query(
 ):
     """Rotate some heads of one token. Grid: (T, ceil(h / BLOCK))."""
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    head = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     pair = tl.arange(0, WIDE_PAIRS)
     has_pair = pair < PAIRS
     there = (head < HEADS)[:, None] & has_pair[None, :]

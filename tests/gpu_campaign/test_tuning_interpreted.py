@@ -1,0 +1,34 @@
+"""The sweep itself with the project's own kernels, interpreted: every tile is compared with the reference."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.gpu.sizes import HERE
+from benchmarks.gpu.tuning import trials
+from benchmarks.gpu.tuning.classes import classes
+
+KERNELS = Path(__file__).parents[1] / "triton"
+
+
+def test_tiles_of_interpreted_kernels_are_right_and_get_a_time(tmp_path: Path) -> None:
+    target = tmp_path / "latent-16.json"
+    done = subprocess.run(
+        [
+            sys.executable, str(HERE / "tune.py"), "sweep", "latent-16",
+            "--backend", "interpreted:mla_backend", "--smoke", "--out", str(target),
+        ],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(KERNELS)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found, tuned = trials.read(target), classes(smoke=True)["latent-16"]
+    assert [one.fault for one in found.trials] == [""] * len(found.trials)
+    assert {(one.tile, one.common) for one in found.ranked()} == {
+        (tile, common) for tile in tuned.tiles for common in tuned.commons
+    }
+    assert found.facts["card"] == "interpreted"
+    assert "of 7 tried and 0 left out" in done.stdout
