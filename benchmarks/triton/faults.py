@@ -55,6 +55,12 @@ def programs(target: Target, warps: int, found: dict[str, Any]) -> int | None:
 
 
 def tile_of(case: Case) -> str:
-    """Return "16 x 32, 4, 2": rows, keys, warps and stages; of other kernels the warps."""
-    rows, keys = (case.arguments.get(name, {}).get("value") for name in ("ROWS", "KEYS"))
-    return f"{rows} x {keys}, {case.warps}, {case.stages}" if rows else str(case.warps)
+    """Return "16 x 32, 4, 2, halves": rows, keys, warps, stages, and how latents are multiplied.
+
+    Of kernels without tiles, the warps.
+    """
+    known = {name: argument.get("value") for name, argument in case.arguments.items()}
+    if "ROWS" not in known:
+        return str(case.warps)
+    halves = ", halves" if known.get("HALVES") else ""
+    return f"{known['ROWS']} x {known['KEYS']}, {case.warps}, {case.stages}{halves}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +34,7 @@ class Decode:
 
     heads: int
     queries: int = 1
+    ragged: bool = False  # the last request has one new token less
     keys: tuple[int, ...] = (700, 90, 300)  # of the requests
     page: int = 64
     latent: int = KV_LATENT
@@ -41,7 +43,8 @@ class Decode:
     with_lse: bool = False
 
     def __call__(self, ops: Ops) -> Callable[[], None]:
-        op, batch, tokens = ops["triton_latent"], self.batch(), self.queries * len(self.keys)
+        op, batch = ops["triton_latent"], self.batch()
+        tokens = sum(batch.query_lens)
         empty = partial(torch.empty, dtype=self.dtype)
         return partial(
             op,
@@ -62,13 +65,15 @@ class Decode:
     def batch(self) -> Any:
         """Return what `BatchView` asks for, with room for one more page."""
         requests, pages = len(self.keys), -(-max(self.keys) // self.page)
+        queries = [self.queries] * requests
+        queries[-1] -= self.ragged
         return SimpleNamespace(
-            query_lens=(self.queries,) * requests,
+            query_lens=tuple(queries),
             kv_lens=self.keys,
             page_size=self.page,
             block_table=torch.zeros(requests, pages + 1, dtype=torch.int32),
             kv_lens_device=torch.tensor(self.keys, dtype=torch.int32),
-            cu_q=torch.arange(requests + 1, dtype=torch.int32) * self.queries,
+            cu_q=torch.tensor([0, *accumulate(queries)], dtype=torch.int32),
         )
 
 
@@ -136,11 +141,13 @@ PROBLEMS: dict[str, Problem] = {
     "latent: 16 heads, page 1, lse": Decode(16, page=1, with_lse=True),
     "latent: 16 heads, fp16, no rope": Decode(16, rope=0, dtype=torch.float16),
     "latent: 16 heads, 2 new tokens": Decode(16, queries=2),
+    "latent: 16 heads, 2 or 1 new": Decode(16, queries=2, ragged=True),
     "latent: 16 heads of 256, one part": Decode(16, keys=(60, 40), latent=256),
     "latent: 128 heads": Decode(128),
     "latent: 128 heads, page 1, lse": Decode(128, page=1, with_lse=True),
     "latent: 128 heads, fp16, no rope": Decode(128, rope=0, dtype=torch.float16),
     "latent: 128 heads, 2 new tokens": Decode(128, queries=2),
+    "latent: 128 heads, 2 or 1 new": Decode(128, queries=2, ragged=True),
     "expanded: causal": Prefill(),
     "expanded: all keys, lse": Prefill(causal=False, with_lse=True),
     "expanded: causal, fp16, no rope": Prefill(rope=0, dtype=torch.float16),

@@ -84,9 +84,7 @@ def lines(part: Part, rows: Sequence[Row]) -> Iterator[str]:
     yield f"\n## Triton {part.triton}{'' if part.strict else ', cards that have a newer one'}"
     for shipped in part.shipped:
         of_it = [row for row in rows if row.shipped is shipped]
-        halves = "two halves" if shipped.tuning.halves else "one piece"
-        limit = f"a block may use {shipped.shared} KiB"
-        yield f"\n{shipped.cards}, compiled for {shipped.target}; {limit}; latents in {halves}:"
+        yield f"\n{shipped.cards}, compiled for {shipped.target}; a block may use {shipped.shared} KiB:"
         yield COLUMNS
         yield from map(str, of_it)
 

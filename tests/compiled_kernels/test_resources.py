@@ -32,14 +32,14 @@ SHIPPED = [
 ]
 
 
-def _with(shipped: Shipped, tile: Tile, halves: bool) -> Shipped:
-    return replace(shipped, tuning=replace(shipped.tuning, latent={1: tile}, halves=halves))
+def _with(shipped: Shipped, tile: Tile) -> Shipped:
+    return replace(shipped, tuning=replace(shipped.tuning, latent={1: tile}))
 
 
 MANY = "latent: 128 heads"
 WRONG = [
-    (_with(L40, Tile(64, 64, 8, 2), True), [r"spills \d+ bytes", r"needs \d{3} of 99 KiB of shared memory$"]),
-    (_with(B200, Tile(64, 32, 8, 2), True), ["needs 576 of 512 columns", "is nothing but a trap$"]),
+    (_with(L40, Tile(64, 64, 8, 2)), [r"spills \d+ bytes", r"needs \d{3} of 99 KiB of shared memory$"]),
+    (_with(B200, Tile(64, 32, 8, 2)), ["needs 576 of 512 columns", "is nothing but a trap$"]),
 ]
 
 

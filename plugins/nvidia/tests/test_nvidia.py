@@ -260,11 +260,11 @@ def test_tiles_are_for_the_shared_memory_that_the_card_reports(reported: int | N
 
 @pytest.mark.parametrize("reported", [H100, A100, L40S, 49_152])
 def test_what_a_tile_holds_fits_the_card(reported: int) -> None:
-    """A lower bound: queries once, keys per stage (bfloat16)."""
+    """A lower bound: queries once, and keys of all stages but the one that is multiplied (bfloat16)."""
     found = tuning_for(reported)
     for width, values, tiles in ((576, 0, found.latent), (192, 128, found.expanded)):
         for tile in tiles.values():
-            held = 2 * (tile.rows * width + tile.stages * tile.keys * (width + values))
+            held = 2 * (tile.rows * width + max(1, tile.stages - 1) * tile.keys * (width + values))
             assert held <= reported, str(tile)
 
 
