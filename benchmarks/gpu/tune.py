@@ -107,9 +107,9 @@ def say_best(found: trials.Sweep) -> int:
     """Print the best tile; return the exit code."""
     wrong = [one for one in found.trials if one.wrong]
     for one in wrong:
-        console.note(f"{one.tile or 'the tile of the backend'}, {one.common}: {one.fault}")
+        console.note(f"{one.tile or 'the tile of the backend'}: {one.fault}")
     ranked, faults = found.ranked(), sum(bool(one.fault) for one in found.trials)
-    best = "; ".join(f"{one.tile}, {one.common}: {one.mean_us:.1f} us" for one in ranked[:1])
+    best = "; ".join(f"{one.tile}: {one.mean_us:.1f} us" for one in ranked[:1])
     console.out(f"{best or 'no tile'}, of {len(found.trials)} tried and {faults} left out\n")
     if wrong:
         return Exit.WRONG
@@ -125,7 +125,7 @@ def choose(smoke: bool, output: Path) -> int:
     found = trials.sweeps_in(output.parent)
     best = choice.chosen(every, found)
     write_tuning(output, choice.tuning_of(every, best), found[every[0].name].facts)
-    console.out(aligned(choice.HEADER, choice.table(every, found), {"calls", "tile", "with"}))
+    console.out(aligned(choice.HEADER, choice.table(every, found), {"calls", "tile"}))
     console.out(f"{choice.usage(output)}\n")
     return Exit.OK
 

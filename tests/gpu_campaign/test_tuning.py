@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from benchmarks.gpu import tune
 from benchmarks.gpu.tuning import choice, trials
-from benchmarks.gpu.tuning.classes import FULL, SMOKE, Common, Shape, TileClass, classes
+from benchmarks.gpu.tuning.classes import FULL, SMOKE, Change, Shape, TileClass, classes
 from benchmarks.gpu.tuning.sweep import BEST, Tuner
 from benchmarks.gpu.tuning.timing import Effort
 from benchmarks.gpu.tuning.trials import Sweep, Trial
@@ -45,12 +46,12 @@ class Device:
 
     def make(self, tuning: Tuning, launcher: Launcher) -> dict[str, FusedOp]:
         return {
-            f"triton_{kind}": Op(self, kind, tiles[1], tuning, launcher)
+            f"triton_{kind}": Op(self, kind, tiles[1], launcher)
             for kind, tiles in (("latent", tuning.latent), ("expanded", tuning.expanded))
         }
 
-    def cost(self, tile: Tile, common: Common) -> float:
-        return tile.keys * tile.stages / common.programs * (1 if common.halves else 1.25)
+    def cost(self, tile: Tile) -> float:
+        return tile.keys * tile.stages / tile.programs * (1 if tile.halves else 1.25)
 
     def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
         """Do what a test wants of a tile."""
@@ -69,10 +70,9 @@ class Device:
 class Op(FusedOp):
     """The reference's numbers, at a price."""
 
-    def __init__(self, device: Device, kind: str, tile: Tile, tuning: Tuning, launcher: Launcher) -> None:
+    def __init__(self, device: Device, kind: str, tile: Tile, launcher: Launcher) -> None:
         self._device, self._real = device, REFERENCE[f"{kind}_attention"]
         self._tile, self._launcher = tile, launcher
-        self._common = Common(tuning.programs, tuning.halves)
         self.contract = self._real.contract
 
     def prepare(self, spec: Any, batch: Any) -> Any:
@@ -80,15 +80,15 @@ class Op(FusedOp):
 
     def __call__(self, state: Any, **tensors: Any) -> None:
         self._real(state, **tensors)
-        self._device.now += self._device.cost(self._tile, self._common)
+        self._device.now += self._device.cost(self._tile)
         self._device.act(self._tile, self._launcher, tensors["out"])
 
 
-ONE, TWO, WHOLE = Common(1), Common(2), Common(1, halves=False)
+TWO, WHOLE = {"programs": 2}, {"halves": False}
 
 
-def tuned(*tiles: Tile, kind: Any = "latent", commons: tuple[Common, ...] = (ONE, TWO, WHOLE)) -> TileClass:
-    return TileClass("latent-16", kind, 1, (Shape(2, 9, 2), Shape(1, 20, 2, 2)), tiles, commons)
+def tuned(*tiles: Tile, kind: Any = "latent", changes: tuple[Change, ...] = (TWO, WHOLE)) -> TileClass:
+    return TileClass("latent-16", kind, 1, (Shape(2, 9, 2), Shape(1, 20, 2, 2)), tiles, changes)
 
 
 def tuner(device: Device, one: TileClass, path: Path) -> tuple[Tuner, Sweep]:
@@ -104,13 +104,14 @@ def always() -> float:
 def test_tiles_are_ranked_by_their_times_on_all_shapes(kind: str, tmp_path: Path) -> None:
     sweeping, found = tuner(Device(), tuned(D, A, B, C, kind=kind), tmp_path / "x.json")
     assert sweeping.run(always, 60) == 0
-    assert [(one.tile, one.common) for one in found.ranked()][:5] == [
-        (A, TWO), (A, ONE), (B, TWO), (C, TWO), (A, WHOLE),
+    twice = [replace(tile, **TWO) for tile in (A, B, C, D)]
+    assert [one.tile for one in found.ranked()][:5] == [
+        twice[0], A, twice[1], twice[2], replace(A, **WHOLE)
     ]  # fmt: skip
     assert found.ranked()[1].us == pytest.approx(
         {"2 requests x 9 keys, 2 heads": 16e3, "1 requests x 2 queries x 20 keys, 2 heads": 16e3}
     )
-    assert len([one for one in found.trials if one.common == TWO]) == BEST
+    assert len([one for one in found.trials if one.tile in twice]) == BEST
     assert trials.read(tmp_path / "x.json") == found
 
 
@@ -126,7 +127,7 @@ def test_a_tile_that_does_not_fit_is_wrong_or_breaks_is_left_out_with_the_reason
 
     device = Troubled()
     device.ops = lambda: device.make(Tuning({1: D}, {1: D}), Launcher())  # type: ignore[method-assign]
-    sweeping, found = tuner(device, tuned(A, B, C, D, commons=(ONE,)), tmp_path / "x.json")
+    sweeping, found = tuner(device, tuned(A, B, C, D, changes=()), tmp_path / "x.json")
     sweeping.run(always, 60)
     assert [one.tile for one in found.ranked()] == [D]
     faults = {one.tile: (one.fault, one.wrong) for one in found.trials}
@@ -143,13 +144,13 @@ def test_every_shape_is_checked_before_any_is_timed(tmp_path: Path) -> None:
             out[0] *= 2 if len(out) == 2 else 1
 
     device = LateFault()
-    one = TileClass("latent-16", "latent", 1, (Shape(3, 9, 2), Shape(2, 20, 2)), (A,), (ONE,))
+    one = TileClass("latent-16", "latent", 1, (Shape(3, 9, 2), Shape(2, 20, 2)), (A,))
     sweeping, found = tuner(device, one, tmp_path / "x.json")
     sweeping.run(always, 60)
     assert {one.fault for one in found.trials} == {
         "wrong by 1 of a row's norm with 2 requests x 20 keys, 2 heads"
     }
-    assert device.now == 2 * 3 * device.cost(A, ONE), "two trials of three shapes, once each"
+    assert device.now == 2 * 3 * device.cost(A), "two trials of three shapes, once each"
 
 
 def test_rows_that_are_not_written_are_wrong(tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_rows_that_are_not_written_are_wrong(tmp_path: Path) -> None:
         def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
             out[0, 0] = torch.nan
 
-    sweeping, found = tuner(Forgetful(), tuned(A, commons=(ONE,)), tmp_path / "x.json")
+    sweeping, found = tuner(Forgetful(), tuned(A, changes=()), tmp_path / "x.json")
     sweeping.run(always, 60)
     assert all(one.wrong and one.fault.startswith("wrong by inf") for one in found.trials)
 
@@ -167,12 +168,17 @@ def test_a_sweep_that_was_cut_goes_on_and_tries_nothing_twice(tmp_path: Path) ->
     left = itertools.chain([60.0, 50.0, 10.0], itertools.repeat(0.0))
     sweeping, found = tuner(Device(), tiles, path)
     assert sweeping.run(lambda: next(left), 60) == 2 + 2 * 2, "two tiles, and the other two in two ways"
-    assert {one.tile for one in found.trials} == {None, A, B}
+    assert {one.tile for one in found.trials} == {None, A, B}, "no time was left for changes"
     path.write_bytes(path.read_bytes().replace(b'"fault": ""', b'"fault": "kept"', 1))
-    sweeping, found = tuner(Device(), tiles, path)
+    device = Device()
+    sweeping, found = tuner(device, tiles, path)
     assert sweeping.run(always, 60) == 0
     assert [one.fault for one in found.trials].count("kept") == 1
-    assert {one.tile for one in found.trials} == {None, A, B, C, D}
+    changed = {replace(tile, **change) for tile in (A, B, C) for change in (TWO, WHOLE)}
+    assert {one.tile for one in found.trials} == {None, A, B, C, D, *changed}
+    tried, clock = len(found.trials), device.now
+    assert tuner(device, tiles, path)[0].run(always, 60) == 0
+    assert (len(trials.read(path).trials), device.now) == (tried, clock), "changed tiles are none of the best"
 
 
 def test_a_tile_that_ended_the_process_is_not_tried_again(tmp_path: Path) -> None:
@@ -193,45 +199,45 @@ def test_a_tile_that_ended_the_process_is_not_tried_again(tmp_path: Path) -> Non
 def test_times_of_another_stack_are_not_kept(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     old = Sweep(tuned="latent-16", facts={"card": "X", "date": "before"})
-    old.put(Trial(tile=A, common=ONE, us={"a": 1.0}))
+    old.put(Trial(tile=A, us={"a": 1.0}))
     trials.save(old, path)
     assert trials.opened(path, "latent-16", {"card": "X", "date": "today"}).trials
     assert not trials.opened(path, "latent-16", {"card": "X", "triton": "3.9"}).trials
 
 
-def sweep(name: str, *times: tuple[Tile | None, Common, float], **facts: str) -> Sweep:
+def sweep(name: str, *times: tuple[Tile | None, float], **facts: str) -> Sweep:
     found = Sweep(tuned=name, facts={"card": "Card 1", "torch": "2.14", **facts})
-    for tile, common, us in times:
-        found.put(Trial(tile=tile, common=common, us={"a": us, "b": us}))
+    for tile, us in times:
+        found.put(Trial(tile=tile, us={"a": us, "b": us}))
     return found
 
 
+B2 = replace(B, **TWO)
 SWEEPS = {
-    "latent-16": sweep("latent-16", (None, ONE, 30.0), (A, ONE, 10.0), (B, ONE, 11.0), (B, TWO, 9.0)),
-    "latent-64": sweep("latent-64", (A, ONE, 20.0), (C, ONE, 30.0), (C, TWO, 25.0)),
-    "latent-128": sweep("latent-128", (D, ONE, 40.0)),
-    "expanded-64": sweep("expanded-64", (D, ONE, 50.0), (A, ONE, 60.0)),
-    "expanded-128": sweep("expanded-128", (B, ONE, 70.0)),
+    "latent-16": sweep("latent-16", (None, 30.0), (A, 10.0), (B, 11.0), (B2, 9.0)),
+    "latent-64": sweep("latent-64", (C, 30.0), (A, 20.0), (replace(A, **WHOLE), 25.0)),
+    "latent-128": sweep("latent-128", (replace(D, **WHOLE), 40.0)),
+    "expanded-64": sweep("expanded-64", (D, 50.0), (A, 60.0)),
+    "expanded-128": sweep("expanded-128", (B, 70.0)),
 }
 SMALL = [one for one in SMOKE if not one.name.endswith("-128")]
 
 
-def test_all_classes_get_the_same_of_what_they_have_in_common() -> None:
-    """Alone, latent-16 would take two: 9 is less than 10. Together one is better: 10 x 20 < 9 x 25."""
+def test_small_and_large_calls_alike_get_their_own_fastest_tile() -> None:
     best = choice.chosen(SMALL, SWEEPS)
-    assert {name: (one.tile, one.common) for name, one in best.items()} == {
-        "latent-16": (A, ONE), "latent-64": (A, ONE), "expanded-64": (D, ONE),
+    assert {name: one.tile for name, one in best.items()} == {
+        "latent-16": B2, "latent-64": A, "expanded-64": D,
     }  # fmt: skip
-    quicker = {**SWEEPS, "latent-64": sweep("latent-64", (A, ONE, 20.0), (C, TWO, 21.0))}
-    found = choice.tuning_of(SMALL, choice.chosen(SMALL, quicker))
-    assert (dict(found.latent), dict(found.expanded), found.programs) == ({1: B, 33: C}, {1: D}, 2)
-    whole = {
-        **SWEEPS,
-        "latent-16": sweep("latent-16", (A, WHOLE, 8.0)),
-        "latent-64": sweep("latent-64", (A, WHOLE, 9.0)),
-    }
-    found = choice.tuning_of(SMALL, choice.chosen(SMALL, whole))
-    assert (found.programs, found.halves) == (1, False)
+    found = choice.tuning_of(SMALL, best)
+    assert (dict(found.latent), dict(found.expanded)) == ({1: B2, 33: A}, {1: D})
+
+
+def test_decode_is_also_tried_with_other_programs_and_whole_latents_and_prompts_are_not() -> None:
+    for one in FULL:
+        changed = {(tile.programs, tile.halves) for tile in one.finalists(one.tiles[:2])}
+        latent = one.kind == "latent"
+        assert changed == ({(1, True), (3, True), (4, True), (2, False)} if latent else set())
+        assert {tile.programs for tile in one.tiles} == {2 if latent else 1}
 
 
 def test_a_class_without_a_time_or_of_other_versions_gives_no_tuning() -> None:
@@ -239,9 +245,9 @@ def test_a_class_without_a_time_or_of_other_versions_gives_no_tuning() -> None:
     with pytest.raises(choice.NothingMeasured, match="no tile was timed for expanded-64: "):
         choice.chosen(SMALL, short)
     with pytest.raises(choice.NothingMeasured, match="different cards or versions"):
-        choice.chosen(SMALL, {**SWEEPS, "expanded-64": sweep("expanded-64", (D, ONE, 50.0), triton="3.9")})
+        choice.chosen(SMALL, {**SWEEPS, "expanded-64": sweep("expanded-64", (D, 50.0), triton="3.9")})
     assert [row[:2] for row in choice.table(SMALL, short)] == [
-        ["latent-16, from 1 rows", str(B)],
+        ["latent-16, from 1 rows", str(B2)],
         ["latent-64, from 33 rows", str(A)],
     ]
 
@@ -253,12 +259,12 @@ def test_the_file_is_what_a_plugin_reads(tmp_path: Path, capsys: pytest.CaptureF
     words = ["choose", "--smoke", "--out", str(target)]
     assert tune.tune(words, standalone_mode=False) == 0
     read = read_tuning(target)
-    assert (dict(read.latent), dict(read.expanded)) == ({1: A, 33: A, 65: D}, {1: D, 65: B})
-    assert (read.programs, read.source) == (1, "Card 1")
+    assert dict(read.latent) == {1: B2, 33: A, 65: replace(D, **WHOLE)}, "every class has its own programs"
+    assert (dict(read.expanded), read.source) == ({1: D, 65: B}, "Card 1")
     assert json.loads(target.read_bytes())["torch"] == "2.14"
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == f"use it with: -O tuning={target}"
-    assert said[1].split()[-6:] == ["in", "halves", "10.0", "30.0", "3", "0"]
+    assert said[1].split()[-6:] == ["2", "programs", "9.0", "30.0", "3", "0"]
     assert tune.tune(words, standalone_mode=False) == 0, "the tuning itself is no sweep"
 
 
@@ -284,5 +290,5 @@ def test_every_row_count_has_a_class_and_every_class_is_measured_with_rows_of_it
 
 def test_devices_with_little_shared_memory_and_registers_find_a_tile() -> None:
     latent = {tile for one in FULL if one.kind == "latent" for tile in one.tiles}
-    assert Tile(16, 16, 4, 1) in latent
+    assert Tile(16, 16, 4, 1, programs=2) in latent
     assert not {tile for tile in latent if tile.rows == 64 and tile.warps == 4}

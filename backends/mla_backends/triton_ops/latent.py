@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 MOST_LATENT, MOST_ROPE = 512, 128
 UNKNOWN_MULTIPROCESSORS = 128  # requests are split as for a large device
-MERGED_PARTS = 8  # of a step of the merge
+# Of the merge: parts that a step reads at once, as it waits for each, and warps that hold them.
+MERGED_PARTS, MERGE_WARPS = 32, 8
 # Programs of the merge, about. With more rows each takes several: most have nothing to merge in such a batch.
 MERGE_PROGRAMS = 4096
 # The tiny problems: keys of their two requests, of which the longer is split, and sizes of pages.
@@ -182,4 +183,4 @@ class LatentAttention(KernelOp):
         rows = max(1, state.rows // MERGE_PROGRAMS)
         blocks, programs = state.blocks(rows)
         sizes = {"blocks": blocks, "rows": rows, "WIDE_LATENT": wide(shared["LATENT"]), "PARTS": MERGED_PARTS}
-        self.start(merge_latent, (programs,), {**shared, **sizes}, 4)
+        self.start(merge_latent, (programs,), {**shared, **sizes}, MERGE_WARPS)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from mla_backends.triton_ops.tuning import Tile
 
 # A part of fewer keys costs more to merge than it saves.
-LEAST_KEYS = 128
+LEAST_KEYS = 64
 # Parts of one request.
-MOST_SPLITS = 128
+MOST_SPLITS = 256
 # Bytes of the parts of a batch, whatever its lengths; with very many rows nothing is split.
 PARTS_BYTES = 256 << 20
 # What a program costs besides its keys, and a merge besides its programs, in keys: estimates.

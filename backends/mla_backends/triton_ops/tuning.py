@@ -62,8 +62,9 @@ class Tile:
             yield tile
 
     def __str__(self) -> str:
+        sizes = f"{self.rows} rows x {self.keys} keys, {self.warps} warps, {self.stages} stages"
         halves = ", halves" if self.halves else ""
-        return f"{self.rows} rows x {self.keys} keys, {self.warps} warps, {self.stages} stages{halves}"
+        return sizes + halves + (f", {self.programs} programs" if self.programs > 1 else "")
 
 
 Tiles = Mapping[int, Tile]  # the least number of query rows it is for -> tile; one of them is for 1

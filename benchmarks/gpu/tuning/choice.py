@@ -1,4 +1,4 @@
-"""From sweeps to a tuning: the fastest tile of every class, and what all have in common."""
+"""From sweeps to a tuning: the fastest tile of every class."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.gpu.tuning.classes import Common, TileClass
+from benchmarks.gpu.tuning.classes import TileClass
 from benchmarks.gpu.tuning.trials import Sweep, Trial
 from mla.command.exit_codes import Exit
 from mla.errors import MLAError
 from mla_backends.triton_ops.tuning import Tile, Tuning
 
-HEADER = ("calls", "tile", "with", "us", "us as it was", "tried", "left out")
+HEADER = ("calls", "tile", "us", "us as it was", "tried", "left out")
 Sweeps = Mapping[str, Sweep]
 
 
@@ -23,10 +23,7 @@ class NothingMeasured(MLAError):
 
 
 def chosen(classes: Sequence[TileClass], sweeps: Sweeps) -> dict[str, Trial]:
-    """Return the best trial of every class, by the geometric mean over its shapes. Raises `NothingMeasured`.
-
-    Classes that were tried with several `commons` all get the one with the least product of their times.
-    """
+    """Return each class's best trial, by the geometric mean over its shapes. Raises `NothingMeasured`."""
     missing = [one.name for one in classes if one.name not in sweeps or not sweeps[one.name].ranked()]
     if missing:
         raise NothingMeasured(
@@ -34,20 +31,7 @@ def chosen(classes: Sequence[TileClass], sweeps: Sweeps) -> dict[str, Trial]:
         )
     if len({tuple(sorted(sweeps[one.name].stack.items())) for one in classes}) > 1:
         raise NothingMeasured("the sweeps are of different cards or versions: repeat them (--again tune).")
-    split = [one.name for one in classes if len(one.commons) > 1]
-    common = _common([sweeps[name] for name in split])
-    return {one.name: sweeps[one.name].ranked(common if one.name in split else None)[0] for one in classes}
-
-
-def _common(sweeps: Sequence[Sweep]) -> Common:
-    """Return that with which the best tiles of all sweeps are fastest together."""
-    tried = dict.fromkeys(trial.common for sweep in sweeps for trial in sweep.ranked())
-
-    def cost(common: Common) -> float:
-        best = [sweep.ranked(common)[:1] for sweep in sweeps]
-        return sum(math.log(one[0].mean_us) if one else math.inf for one in best)
-
-    return min(tried, key=cost, default=Common())
+    return {one.name: sweeps[one.name].ranked()[0] for one in classes}
 
 
 def tuning_of(classes: Sequence[TileClass], best: Mapping[str, Trial]) -> Tuning:
@@ -57,27 +41,20 @@ def tuning_of(classes: Sequence[TileClass], best: Mapping[str, Trial]) -> Tuning
         tile = best[one.name].tile
         assert tile is not None
         tiles[one.kind][one.least] = tile
-    split = [best[one.name].common for one in classes if len(one.commons) > 1]
-    common = split[0] if split else Common()
-    return Tuning(tiles["latent"], tiles["expanded"], common.programs, common.halves)
+    return Tuning(tiles["latent"], tiles["expanded"])
 
 
 def table(classes: Sequence[TileClass], sweeps: Sweeps) -> list[list[str]]:
     """Return a row under `HEADER` per class that was swept; times are geometric means over its shapes."""
-    try:
-        best: Mapping[str, Trial] = chosen(classes, sweeps)
-    except NothingMeasured:
-        best = {name: one.ranked()[0] for name, one in sweeps.items() if one.ranked()}
-    return [_row(one, sweeps[one.name], best.get(one.name)) for one in classes if one.name in sweeps]
+    return [_row(one, sweeps[one.name]) for one in classes if one.name in sweeps]
 
 
-def _row(one: TileClass, sweep: Sweep, best: Trial | None) -> list[str]:
-    now = next((trial for trial in sweep.trials if trial.tile is None), None)
+def _row(one: TileClass, sweep: Sweep) -> list[str]:
+    best = next(iter(sweep.ranked()), None)
     tried = [trial for trial in sweep.trials if trial.tile]
     return [
-        f"{one.name}, from {one.least} rows",
-        *([str(best.tile), str(best.common)] if best else ["-", "-"]),
-        _us(best), _us(now), str(len(tried)), str(sum(bool(trial.fault) for trial in tried)),
+        f"{one.name}, from {one.least} rows", str(best.tile) if best else "-", _us(best),
+        _us(sweep.find(None)), str(len(tried)), str(sum(bool(trial.fault) for trial in tried)),
     ]  # fmt: skip
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from mla_backends.triton_ops.tuning import LEAST, Tile
 
 Kind = Literal["latent", "expanded"]  # field of `Tuning`
+Change = Mapping[str, Any]  # fields of `Tile` and their values
 
 
 @dataclass(frozen=True)
@@ -28,21 +29,10 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Common:
-    """What all classes of latent attention have in common: fields of `Tuning` that are no tiles."""
-
-    programs: int = 1
-    halves: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.programs} programs, latents {'in halves' if self.halves else 'whole'}"
-
-
-@dataclass(frozen=True)
 class TileClass:
     """Calls that share a tile: those of at least `least` query rows in a request, below the next class.
 
-    Of `commons`, the first is that of the sweep over tiles.
+    The best tiles are tried again with each of `changes`.
     """
 
     name: str
@@ -50,20 +40,27 @@ class TileClass:
     least: int
     shapes: tuple[Shape, ...]
     tiles: tuple[Tile, ...]
-    commons: tuple[Common, ...] = (Common(),)
+    changes: tuple[Change, ...] = ()
 
     @property
     def op(self) -> str:
         """The op that is called."""
         return f"triton_{self.kind}"
 
+    def finalists(self, best: Sequence[Tile]) -> Iterator[Tile]:
+        """Yield the best tiles with every change."""
+        for tile, change in product(best, self.changes):
+            yield replace(tile, **change)
 
-def _tiles(rows: Sequence[int], keys: Sequence[int], most_per_warp: int) -> tuple[Tile, ...]:
-    """Return tiles of at most so many rows per warp.
+
+def _tiles(
+    rows: Sequence[int], keys: Sequence[int], most_per_warp: int, programs: int = 1
+) -> tuple[Tile, ...]:
+    """Return tiles of at most so many rows per warp, `programs` of each at a time.
 
     They come in an order that a sweep may be cut in anywhere: shuffled, always in the same way.
     """
-    every = [Tile(*one) for one in product(rows, keys, (4, 8), (1, 2, 3))]
+    every = [Tile(*one, programs=programs) for one in product(rows, keys, (4, 8), (1, 2, 3))]
     found = [tile for tile in every if tile.rows <= most_per_warp * tile.warps and _plausible(tile)]
     random.Random(0).shuffle(found)
     return tuple(found)
@@ -80,16 +77,23 @@ def _decode(heads: int, *more: Shape) -> tuple[Shape, ...]:
     return (*(Shape(batch, keys, heads) for batch, keys in by_batch), *more)
 
 
-# With two programs, small tiles are not at a disadvantage, of which several fit a multiprocessor.
-COMMONS = (Common(2), Common(1), Common(3), Common(4), Common(2, halves=False))
 # 512 channels of 16 rows in fp32 are half of a warp's registers; the output of expanded attention has 128.
 _LATENT, _EXPANDED = 8, 32
+# With two programs, small tiles are not at a disadvantage, of which several fit a multiprocessor.
+_PROGRAMS = 2
+_CHANGES: tuple[Change, ...] = ({"programs": 1}, {"programs": 3}, {"programs": 4}, {"halves": False})
 FULL = (
-    TileClass("latent-16", "latent", 1, _decode(16), _tiles((16,), (16, 32, 64, 128), _LATENT), COMMONS),
-    TileClass("latent-64", "latent", 33, _decode(64), _tiles((16, 32, 64), (16, 32, 64), _LATENT), COMMONS),
+    TileClass(
+        "latent-16", "latent", 1, _decode(16),
+        _tiles((16,), (16, 32, 64), _LATENT, _PROGRAMS), _CHANGES,
+    ),
+    TileClass(
+        "latent-64", "latent", 33, _decode(64),
+        _tiles((16, 32, 64), (16, 32, 64), _LATENT, _PROGRAMS), _CHANGES,
+    ),
     TileClass(
         "latent-128", "latent", 65, _decode(128, Shape(32, 4096, 128, 2)),
-        _tiles((16, 32, 64), (16, 32, 64), _LATENT), COMMONS,
+        _tiles((16, 32, 64), (16, 32, 64), _LATENT, _PROGRAMS), _CHANGES,
     ),
     TileClass(
         "expanded-64", "expanded", 1,
@@ -107,10 +111,10 @@ FULL = (
 )  # fmt: skip
 
 _TINY = (Tile(16, 32, 4, 1), Tile(16, 16, 4, 1))
-_TINY_COMMONS = (Common(), Common(2), Common(halves=False))
+_TINY_CHANGES: tuple[Change, ...] = ({"programs": 2}, {"halves": False})
 SMOKE = (
-    TileClass("latent-16", "latent", 1, (Shape(2, 70, 4),), _TINY, _TINY_COMMONS),
-    TileClass("latent-64", "latent", 33, (Shape(1, 40, 34),), _TINY, _TINY_COMMONS),
+    TileClass("latent-16", "latent", 1, (Shape(2, 70, 4),), _TINY, _TINY_CHANGES),
+    TileClass("latent-64", "latent", 33, (Shape(1, 40, 34),), _TINY, _TINY_CHANGES),
     TileClass("latent-128", "latent", 65, (Shape(1, 40, 66),), _TINY[:1]),
     TileClass("expanded-64", "expanded", 1, (Shape(2, 40, 2, 20),), _TINY),
     TileClass("expanded-128", "expanded", 65, (Shape(1, 66, 2, 66),), _TINY[:1]),
@@ -120,8 +124,3 @@ SMOKE = (
 def classes(smoke: bool) -> dict[str, TileClass]:
     """Return the classes by name."""
     return {one.name: one for one in (SMOKE if smoke else FULL)}
-
-
-def finalists(best: Sequence[Tile], commons: Sequence[Common]) -> Iterator[tuple[Tile, Common]]:
-    """Yield the best tiles with everything else that they may have in common."""
-    yield from product(best, commons[1:])

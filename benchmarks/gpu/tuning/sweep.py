@@ -1,4 +1,4 @@
-"""Try tiles one by one, each checked before it is timed, and then the best with other splits and forms."""
+"""Try tiles one by one, each checked before it is timed, and then the best with changes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from benchmarks.gpu.tuning import problems, trials
-from benchmarks.gpu.tuning.classes import Common, TileClass, finalists
+from benchmarks.gpu.tuning.classes import TileClass
 from benchmarks.gpu.tuning.timing import Effort, microseconds
 from benchmarks.gpu.tuning.trials import Sweep, Trial
 from mla.command import console
@@ -17,7 +17,7 @@ from mla_backends.kernels.vendor import KernelRefused
 from mla_backends.triton_ops.launcher import Launcher
 from mla_backends.triton_ops.tuning import Tile, Tuning
 
-BEST = 3  # tiles that are tried with all else that classes may have in common
+BEST = 3  # tiles that are tried again with changes
 FOR_TILES = 0.7  # of the time; a sweep that is cut short still compares the rest
 LONGEST = 200  # characters of a fault
 
@@ -56,39 +56,37 @@ class Tuner:
 
     def run(self, left: Callable[[], float], seconds: float) -> int:
         """Try what has not been tried. Return how many trials did not fit into the time."""
-        first = self._class.commons[0]
-        if self._sweep.find(None, first) is None:
-            self._try(None, first)
-        skipped = self._all([(tile, first) for tile in self._class.tiles], left, (1 - FOR_TILES) * seconds)
-        best = [one.tile for one in self._sweep.ranked(first)[:BEST] if one.tile]
-        return skipped + self._all(finalists(best, self._class.commons), left, 0.0)
+        tiles = self._class.tiles
+        if self._sweep.find(None) is None:
+            self._try(None)
+        skipped = self._all(tiles, left, (1 - FOR_TILES) * seconds)
+        best = [one.tile for one in self._sweep.ranked() if one.tile in tiles][:BEST]
+        return skipped + self._all(self._class.finalists(best), left, 0.0)
 
-    def _all(self, wanted: Iterable[tuple[Tile, Common]], left: Callable[[], float], reserved: float) -> int:
-        new = [one for one in wanted if self._sweep.find(*one) is None]
-        for number, (tile, common) in enumerate(new):
+    def _all(self, wanted: Iterable[Tile], left: Callable[[], float], reserved: float) -> int:
+        new = [tile for tile in wanted if self._sweep.find(tile) is None]
+        for number, tile in enumerate(new):
             if left() <= reserved:
                 return len(new) - number
-            self._try(tile, common)
+            self._try(tile)
         return 0
 
-    def _try(self, tile: Tile | None, common: Common) -> None:
+    def _try(self, tile: Tile | None) -> None:
         """Try a tile, having noted that it is tried: a compiler may end the process."""
-        trial = Trial(tile=tile, common=common, fault=trials.BROKE_OFF)
-        self._keep(trial)
-        trial = self._found(tile, common)
+        self._keep(Trial(tile=tile, fault=trials.BROKE_OFF))
+        trial = self._found(tile)
         self._keep(trial)
         said = trial.fault or f"{trial.mean_us:.1f} us"
-        console.note(f"{f'{tile}, {common}' if tile else 'as the backend has it'}: {said}")
+        console.note(f"{tile or 'as the backend has it'}: {said}")
 
     def _keep(self, trial: Trial) -> None:
         self._sweep.put(trial)
         trials.save(self._sweep, self._path)
 
-    def _found(self, tile: Tile | None, common: Common) -> Trial:
-        launcher = Launcher()
-        trial = Trial(tile=tile, common=common)
+    def _found(self, tile: Tile | None) -> Trial:
+        launcher, trial = Launcher(), Trial(tile=tile)
         try:
-            op = self._op(tile, common, launcher)
+            op = self._op(tile, launcher)
             trial.fault, trial.wrong = self._checked(op, launcher)
             if not trial.fault:
                 trial.us = {name: self._timed(op, one) for name, one in self._problems.items()}
@@ -98,11 +96,10 @@ class Tuner:
             trial.fault = f"it raises {one_line(describe(error))[:LONGEST]}"
         return trial
 
-    def _op(self, tile: Tile | None, common: Common, launcher: Launcher) -> FusedOp:
+    def _op(self, tile: Tile | None, launcher: Launcher) -> FusedOp:
         if tile is None:
             return self._backend.ops()[self._class.op]
-        tuning = Tuning({1: tile}, {1: tile}, common.programs, common.halves)
-        return self._make_ops(tuning, launcher)[self._class.op]
+        return self._make_ops(Tuning({1: tile}, {1: tile}), launcher)[self._class.op]
 
     def _checked(self, op: FusedOp, launcher: Launcher) -> tuple[str, bool]:
         """Run an op on every problem. Return what is wrong, "" if nothing, and whether its numbers are."""

@@ -1,4 +1,4 @@
-"""What a sweep has found so far, in a file that it goes on with: a trial per tile, and what goes with it."""
+"""What a sweep has found so far, in a file that it goes on with: a trial per tile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Literal
 
 import msgspec
 
-from benchmarks.gpu.tuning.classes import Common
 from mla.command.files import write_bytes
 from mla.errors import ResultError
 from mla_backends.triton_ops.tuning import Tile
@@ -22,7 +21,6 @@ class Trial(msgspec.Struct, kw_only=True):
     """A tile in use. `us` holds a time per shape; without them `fault` says why there are none."""
 
     tile: Tile | None  # None: what the backend itself chooses
-    common: Common
     us: dict[str, float] = {}
     fault: str = ""
     wrong: bool = False  # the result is not the reference's
@@ -49,19 +47,18 @@ class Sweep(msgspec.Struct, kw_only=True):
         """The facts that times depend on."""
         return {name: value for name, value in self.facts.items() if name != "date"}
 
-    def find(self, tile: Tile | None, common: Common) -> Trial | None:
+    def find(self, tile: Tile | None) -> Trial | None:
         """Return the trial of a tile."""
-        return next((one for one in self.trials if (one.tile, one.common) == (tile, common)), None)
+        return next((one for one in self.trials if one.tile == tile), None)
 
     def put(self, trial: Trial) -> None:
         """Add a trial, in place of an older one of the same tile."""
-        old = self.find(trial.tile, trial.common)
-        self.trials = [one for one in self.trials if one is not old] + [trial]
+        self.trials = [one for one in self.trials if one.tile != trial.tile] + [trial]
 
-    def ranked(self, common: Common | None = None) -> list[Trial]:
-        """Return trials that have a time, the fastest first; all, or those with one `common`."""
+    def ranked(self) -> list[Trial]:
+        """Return the trials of tiles that have a time, the fastest first."""
         found = [one for one in self.trials if one.tile and math.isfinite(one.mean_us)]
-        return sorted((one for one in found if common in (None, one.common)), key=lambda one: one.mean_us)
+        return sorted(found, key=lambda one: one.mean_us)
 
 
 def opened(path: Path, tuned: str, facts: Mapping[str, str]) -> Sweep:

@@ -15,7 +15,7 @@ from mla_backends.triton_ops import Tile, Tuning, write_tuning
 from mla_backends.triton_ops.backend import TritonBackend, card_file
 
 TILES = {1: Tile(16, 16, 4, 1)}
-SMALL, LARGE = Tuning(TILES, TILES), Tuning({1: Tile(64, 64, 8, 2)}, TILES, programs=2)
+SMALL, LARGE = Tuning(TILES, TILES), Tuning({1: Tile(64, 64, 8, 2, programs=2)}, TILES)
 CARD = "ACME X100 80GB (SXM)"
 
 
@@ -54,7 +54,7 @@ def test_a_measured_card_is_found_by_its_name(measured: Path) -> None:
     assert card_file(CARD) == "acme-x100-80gb-sxm.json"
     write_tuning(measured / card_file(CARD), LARGE, {"card": CARD, "date": "2026-11-26"})
     backend = Acme()
-    assert (backend.tuning.latent, backend.tuning.programs) == (LARGE.latent, 2)
+    assert backend.tuning.latent == LARGE.latent
     assert backend.vendor_facts()["tuning"] == CARD
 
 
@@ -71,7 +71,11 @@ def test_a_file_of_the_user_comes_before_all(measured: Path, tmp_path: Path) -> 
     [
         (None, "cannot be read: No such file or directory."),
         ("[]", "cannot be used: it is no tuning of format 1."),
-        ('{"format": 1, "latent": [], "expanded": []}', "cannot be used: 'programs' is missing."),
+        ('{"format": 1, "latent": []}', "cannot be used: 'expanded' is missing."),
+        (
+            '{"format": 1, "latent": [], "expanded": []}',
+            "cannot be used: latent needs a tile for 1 row on, and whole numbers of rows.",
+        ),
     ],
 )
 def test_a_file_that_is_no_tuning_is_the_users_mistake(

@@ -1,0 +1,149 @@
+"""The launcher: which tile runs where the device lacks resources, and what it says of it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from mla_backends.kernels import KernelRefused
+from mla_backends.triton_ops.launcher import Launcher, lacks_resources, on_device
+from mla_backends.triton_ops.tuning import Tile
+
+WANTED = Tile(64, 64, 8, 3)
+
+
+class OutOfResources(Exception):
+    """Named like Triton's."""
+
+
+class Device:
+    """Starts tiles whose rows times keys times stages it has room for."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.tried: list[Tile] = []
+
+    def __call__(self, tile: Tile) -> None:
+        self.tried.append(tile)
+        if tile.rows * tile.keys * tile.stages > self.room:
+            raise OutOfResources("out of resource: shared memory, Required: 9, Hardware limit: 8.")
+
+
+def test_a_tile_that_fits_is_tried_alone() -> None:
+    launcher, device = Launcher(), Device(10**9)
+    for _ in range(2):
+        launcher.start_tiled("attention", WANTED, "any", device)
+    assert device.tried == [WANTED] * 2
+    assert launcher.remarks == []
+
+
+def test_a_smaller_tile_is_found_once_and_said() -> None:
+    launcher, device = Launcher(), Device(64 * 16 * 3)
+    launcher.start_tiled("attention", WANTED, "any", device)
+    assert device.tried == [WANTED, Tile(64, 32, 8, 3), Tile(64, 16, 8, 3)]
+    launcher.start_tiled("attention", WANTED, "any", device)
+    assert device.tried[3:] == [Tile(64, 16, 8, 3)]
+    (said,) = launcher.remarks
+    assert said.startswith("attention runs with 64 rows x 16 keys")
+    assert "as 64 rows x 64 keys, 8 warps, 3 stages, halves does not fit this device" in said
+    assert "shared memory" in said
+
+
+def test_what_fits_one_variant_need_not_fit_another() -> None:
+    launcher, small, large = Launcher(), Device(64 * 16 * 3), Device(10**9)
+    launcher.start_tiled("attention", WANTED, "wide", small)
+    launcher.start_tiled("attention", WANTED, "narrow", large)
+    assert large.tried == [WANTED]
+    large.room = 64 * 32 * 3  # as a later call of the same variant may need more
+    launcher.start_tiled("attention", WANTED, "narrow", large)
+    assert large.tried[1:] == [WANTED, Tile(64, 32, 8, 3)]
+
+
+def test_a_device_without_room_for_any_tile_is_refused_with_the_first_reason() -> None:
+    device = Device(0)
+    with pytest.raises(KernelRefused, match=r"does not fit this device in any tile .*Required: 9"):
+        Launcher().start_tiled("attention", WANTED, "any", device)
+    assert device.tried[-1].warps == 1
+    assert len(set(device.tried)) == len(device.tried)
+
+
+def test_other_errors_are_no_lack_of_resources() -> None:
+    def broken(tile: Tile) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        Launcher().start_tiled("attention", WANTED, "any", broken)
+
+
+@pytest.mark.parametrize(
+    ("error", "lacks"),
+    [
+        (OutOfResources("out of resource: threads"), True),
+        (type("PTXASError", (Exception,), {})("Internal error"), True),
+        (RuntimeError("Triton Error [CUDA]: too many resources requested for launch"), True),
+        (RuntimeError("local memory (LDS) of 81920 exceeds 65536"), True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), False),
+        (ValueError("shared memory"), False),
+    ],
+)
+def test_what_is_a_lack_of_resources(error: Exception, lacks: bool) -> None:
+    assert lacks_resources(error) is lacks
+
+
+def test_tiles_shrink_by_keys_first_and_never_grow_back_but_in_a_smaller_one() -> None:
+    """One stage may need more shared memory than two of the same tile, so stages go after keys."""
+    chain = [WANTED, *WANTED.smaller()]
+    assert chain[1:3] == [Tile(64, 32, 8, 3), Tile(64, 16, 8, 3)]
+    assert chain[-1] == Tile(16, 16, 1, 1)
+    for before, after in pairwise(chain):
+        assert after.rows <= before.rows
+        assert after.warps <= before.warps
+        assert (after.rows, after.warps) != (before.rows, before.warps) or after.keys <= before.keys
+
+
+class Kernel:
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+        self.calls: list[Any] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(**arguments: Any) -> None:
+            self.calls.append((grid, arguments))
+            if self.fails:
+                raise OutOfResources
+
+        return launch
+
+
+def test_only_what_was_started_is_counted() -> None:
+    launcher, out = Launcher(), torch.zeros(1)
+    kernel = Kernel()
+    launcher.start(kernel, (3, 2), {"out": out, "ROWS": 16}, warps=8, stages=2)
+    assert kernel.calls == [((3, 2), {"out": out, "ROWS": 16, "num_warps": 8, "num_stages": 2})]
+    with pytest.raises(OutOfResources):
+        launcher.start(Kernel(fails=True), (1,), {"cache": out})
+    assert launcher.launches == 1
+
+
+def test_the_device_of_the_output_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton starts kernels on the current device, wherever the tensors are."""
+    entered: list[int] = []
+
+    class Guard:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def __enter__(self) -> None:
+            entered.append(self.index)
+
+        def __exit__(self, *error: object) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    for index in (0, 1):
+        with on_device(torch.device("cuda", index)):
+            pass
+    assert entered == [1]
