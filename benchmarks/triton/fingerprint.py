@@ -1,4 +1,4 @@
-"""What the table depends on, as a number that is in it: kernels, and what is launched with which tiles."""
+"""What the table depends on, as a number that is in it: the kernels, and what they are compiled for."""
 
 from __future__ import annotations
 
@@ -8,21 +8,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mla_backends.triton_ops as ops
+from benchmarks.triton.cases import Case
 from benchmarks.triton.shipped import CURRENT, PORTABLE
+from benchmarks.triton.sources import kernel_of, specialised
 
 KERNELS = Path(ops.__file__).parent / "jit"
 SILENT = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING)
 
 
 def fingerprint() -> str:
-    """Return it; comments and the shape of lines do not change it."""
+    """Return it. Comments, the shape of lines and run-time numbers do not change it."""
     found = hashlib.sha256()
     for path in sorted(KERNELS.glob("*.py")):
         found.update("\n".join((path.name, *code(path))).encode())
     for shipped in (*CURRENT, *PORTABLE):
         for name, case in shipped.cases().items():
-            found.update(f"{name} {case.to_json()}".encode())
+            found.update(f"{name} {_compiled_for(case)}".encode())
     return found.hexdigest()[:16]
+
+
+def _compiled_for(case: Case) -> str:
+    known = specialised(kernel_of(case.kernel).params, case.arguments)
+    return f"{case.kernel} {known} {case.warps} {case.stages} {case.target}"
 
 
 def code(path: Path) -> Iterator[str]:

@@ -27,8 +27,7 @@ class Specialised:
 
 def source_of(case: dict[str, Any]) -> Any:
     """Return the `ASTSource` of a case that has been read from JSON."""
-    module, _, name = case["kernel"].partition(":")
-    kernel = getattr(import_module(module), name)
+    kernel = kernel_of(case["kernel"])
     known = specialised(kernel.params, case["arguments"])
     places = {name: place for place, name in enumerate(kernel.arg_names)}
     if VERSION >= (3, 3):
@@ -50,6 +49,12 @@ def source_of(case: dict[str, Any]) -> Any:
         constants={places[name]: value for name, value in known.constants.items()},
         attrs=AttrsDescriptor(divisible_by_16=set(divisible), equal_to_1=set()),
     )
+
+
+def kernel_of(name: str) -> Any:
+    """Return what `triton.jit` has made of the kernel `module:name`."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def specialised(parameters: list[Any], arguments: dict[str, dict[str, Any]]) -> Specialised:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.triton import fingerprint as module
+from benchmarks.triton import problems
 from benchmarks.triton.fingerprint import KERNELS, code, fingerprint
 from benchmarks.triton.shipped import CURRENT, H100
 from benchmarks.triton.table import TABLE
@@ -36,6 +37,14 @@ def test_another_tile_is_another_number(monkeypatch: pytest.MonkeyPatch) -> None
     before = fingerprint()
     other = replace(H100, tuning=replace(H100.tuning, latent={1: Tile(16, 32, 4, 2)}))
     monkeypatch.setattr(module, "CURRENT", (*CURRENT[:-1], other))
+    assert fingerprint() != before
+
+
+def test_numbers_of_a_batch_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint()
+    monkeypatch.setitem(problems.PROBLEMS, "latent: 128 heads", problems.Decode(128, keys=(1700, 90, 80, 77)))
+    assert fingerprint() == before
+    monkeypatch.setitem(problems.PROBLEMS, "latent: 128 heads", problems.Decode(64))
     assert fingerprint() != before
 
 
