@@ -18,7 +18,7 @@ from mla_backends.triton_ops import Tile
 # Each kernel, path and class of cards; every combination is in table.md.
 SHIPPED = [
     (A100, "latent: 16 heads"),
-    (A100, "latent: 128 heads, page 1, lse"),
+    (A100, "latent: 128 heads, 2 or 1 new"),
     (H100, "latent: 16 heads of 256, one part"),
     (H100, "latent: 128 heads, 2 new tokens"),
     (H100, "expanded: causal"),
@@ -26,7 +26,7 @@ SHIPPED = [
     (H100, "write_latent"),
     (B200, "latent: 128 heads"),
     (B200, "expanded: 32 queries"),
-    (RTX50, "latent: 128 heads, fp16, no rope"),
+    (RTX50, "latent: 128 heads, page 1, lse"),
     (METAX_AS_CDNA3, "latent: 16 heads"),
     (METAX_AS_CDNA3, "expanded: all keys, lse"),
 ]
