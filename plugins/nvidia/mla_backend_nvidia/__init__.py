@@ -125,7 +125,7 @@ class Nvidia(TritonBackend, CudaBackend):
         return {**kernels(self.architecture, self.multiprocessors()), **self.triton_ops()}
 
     def default_tuning(self) -> Tuning:
-        return tuning_for(self.shared_memory())
+        return tuning_for(self.shared_memory(), str(self.properties().name))
 
     def triton_reason(self, device: torch.device) -> str:
         return since_ampere(self.architecture)(device)

@@ -258,13 +258,21 @@ def test_tiles_are_for_the_shared_memory_that_the_card_reports(reported: int | N
     assert tuning_for(reported).source.startswith(f"defaults for {least}")
 
 
+@pytest.mark.parametrize("name", ["NVIDIA B200", "NVIDIA GB200", "NVIDIA B300 SXM6 AC"])
+def test_tensor_memory_has_tiles_of_its_own(name: str) -> None:
+    """It does not show in the shared memory."""
+    assert tuning_for(H100, name).source == "defaults for tensor memory"
+    for other in ("NVIDIA H200", "NVIDIA RTX PRO 6000 Blackwell", "NVIDIA GB10", "NVIDIA B2000"):
+        assert tuning_for(H100, other) == tuning_for(H100)
+
+
 @pytest.mark.parametrize("reported", [H100, A100, L40S, 49_152])
 def test_what_a_tile_holds_fits_the_card(reported: int) -> None:
-    """A lower bound: queries once, keys per stage (bfloat16)."""
+    """A lower bound: queries once, and keys of all stages but the one that is multiplied (bfloat16)."""
     found = tuning_for(reported)
     for width, values, tiles in ((576, 0, found.latent), (192, 128, found.expanded)):
         for tile in tiles.values():
-            held = 2 * (tile.rows * width + tile.stages * tile.keys * (width + values))
+            held = 2 * (tile.rows * width + max(1, tile.stages - 1) * tile.keys * (width + values))
             assert held <= reported, str(tile)
 
 

@@ -1,0 +1,59 @@
+"""`Case`: one launch and the GPU that its kernel is compiled for, as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.triton.recording import Launch
+
+TYPES = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "int32": "i32",
+    "int64": "i64",
+}
+ALIGNED = 16  # bytes: what Triton specialises pointers for
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU as Triton's compilers name it, such as ("cuda", 90, 32) or ("hip", "gfx942", 64)."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+
+    def __str__(self) -> str:
+        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What has to be known for a compilation. An old compiler takes its process along, hence the JSON."""
+
+    kernel: str  # module:name
+    # Name -> {"value": number, string or None}; of a tensor {"pointer": type of elements, "aligned": bool}.
+    arguments: dict[str, dict[str, Any]]
+    warps: int
+    stages: int
+    target: Target
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def case_of(launch: Launch, target: Target) -> Case:
+    """Return the case of a launch. Raises KeyError for tensors of dtypes that no kernel takes."""
+    kernel = f"{launch.kernel.fn.__module__}:{launch.kernel.fn.__name__}"
+    arguments = {name: _argument(value) for name, value in launch.arguments.items()}
+    return Case(kernel, arguments, launch.warps, launch.stages, target)
+
+
+def _argument(value: Any) -> dict[str, Any]:
+    if not hasattr(value, "data_ptr"):
+        return {"value": value}
+    dtype = str(value.dtype).removeprefix("torch.")
+    return {"pointer": TYPES[dtype], "aligned": value.data_ptr() % ALIGNED == 0}

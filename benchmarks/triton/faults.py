@@ -1,0 +1,66 @@
+"""What a shipped configuration must not do, and its resources as a row of a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.triton.cases import Case, Target
+
+KIB = 1024
+TENSOR_MEMORY = 512  # columns
+# Bytes that a kernel without tiles may spill: ptxas puts two registers aside, outside of loops, where that
+# lets one more program run. It has registers left.
+PUT_ASIDE = 8
+# Of a multiprocessor: KiB of shared memory (each block takes 1 more than it asks for).
+PROCESSOR_KIB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
+REGISTERS, UNIT = 65536, 256  # a warp gets a multiple of the unit
+
+
+def faults(case: Case, found: dict[str, Any], shared_kib: int) -> list[str]:
+    """Return what is wrong with a compiled case, on a card whose blocks may use so much shared memory."""
+    if "error" in found:
+        return [f"does not compile: {found['error']}"]
+    wrong = []
+    if found["spilled"] > (0 if "ROWS" in case.arguments else PUT_ASIDE):
+        wrong.append(f"spills {found['spilled']} bytes per thread")
+    if found["shared"] > shared_kib * KIB:
+        wrong.append(f"needs {found['shared'] / KIB:.0f} of {shared_kib} KiB of shared memory")
+    if found["tensor memory"] > TENSOR_MEMORY:
+        wrong.append(f"needs {found['tensor memory']} of {TENSOR_MEMORY} columns of tensor memory")
+    if found["trap"]:
+        wrong.append("is nothing but a trap")
+    needed = product_of(case)
+    if needed and not found["instructions"].get(needed):
+        wrong.append(f"has no {needed} instruction")
+    return wrong
+
+
+def product_of(case: Case) -> str:
+    """Return the kind of matrix instruction that a kernel with tiles is worth shipping with; "" without."""
+    if "ROWS" not in case.arguments:
+        return ""
+    if case.target.backend == "hip":
+        return "mfma"
+    wide = {90: "wgmma", 100: "tcgen05"}.get(int(case.target.arch))
+    return wide if wide and case.arguments["ROWS"]["value"] >= 64 else "mma"
+
+
+def programs(target: Target, warps: int, found: dict[str, Any]) -> int | None:
+    """Return how many programs fit on a multiprocessor; None where that is not known."""
+    if str(target) not in PROCESSOR_KIB:
+        return None
+    per_warp = -(-found["registers"] * target.warp_size // UNIT) * UNIT
+    by_memory = PROCESSOR_KIB[str(target)] * KIB // (found["shared"] + KIB)
+    return min(REGISTERS // (per_warp * warps), by_memory)
+
+
+def tile_of(case: Case) -> str:
+    """Return "16 x 32, 4, 2, halves": rows, keys, warps, stages, and how latents are multiplied.
+
+    Of kernels without tiles, the warps.
+    """
+    known = {name: argument.get("value") for name, argument in case.arguments.items()}
+    if "ROWS" not in known:
+        return str(case.warps)
+    halves = ", halves" if known.get("HALVES") else ""
+    return f"{known['ROWS']} x {known['KEYS']}, {case.warps}, {case.stages}{halves}"

@@ -1,0 +1,58 @@
+"""The tiles that plugins ship, and the GPUs that stand for the cards they are for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.triton.cases import Case, Target, case_of
+from benchmarks.triton.problems import launches
+from mla_backend_iluvatar.tiles import DEFAULTS as ILUVATAR
+from mla_backend_metax.tiles import DEFAULTS as METAX
+from mla_backend_moore.tiles import DEFAULTS as MOORE
+from mla_backend_nvidia.tiles import tuning_for
+from mla_backends.triton_ops import Tuning
+
+KIB = 1024
+SMALL = 64  # KiB: what a block may use on cards that do not say
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """The tiles of some cards, compiled for one of them, or for a GPU that stands for them."""
+
+    cards: str
+    tuning: Tuning
+    target: Target
+    shared: int  # KiB that a block may use
+
+    def cases(self) -> dict[str, Case]:
+        """Return by name what all problems launch."""
+        return {name: case_of(launch, self.target) for name, launch in launches(self.tuning).items()}
+
+
+def _nvidia(cards: str, arch: int, shared: int) -> Shipped:
+    return Shipped(cards, tuning_for(shared * KIB, cards), _cuda(arch), shared)
+
+
+def _cuda(arch: int) -> Target:
+    return Target("cuda", arch, 32)
+
+
+A100 = _nvidia("A100", 80, 163)
+L40 = _nvidia("L4, L40, RTX 40", 89, 99)
+H100 = _nvidia("H100, H200", 90, 227)
+B200 = _nvidia("B200", 100, 227)
+RTX50 = _nvidia("RTX 50, RTX PRO 6000", 120, 99)
+METAX_AS_CDNA3 = Shipped("MetaX", METAX, Target("hip", "gfx942", 64), SMALL)
+
+# With the Triton that torch pins: without a fault.
+CURRENT = (A100, L40, H100, B200, RTX50, METAX_AS_CDNA3)
+# With Triton 3.1, whose language the vendors' compilers speak: without a fault, as far as these can tell.
+PORTABLE = (
+    Shipped("MetaX", METAX, _cuda(80), SMALL),
+    METAX_AS_CDNA3,
+    Shipped("Iluvatar", ILUVATAR, _cuda(80), SMALL),
+    Shipped("Moore Threads", MOORE, _cuda(80), SMALL),
+)
+# With Triton 3.1 as well, for what it knows of them.
+OLD = (A100, L40, H100)

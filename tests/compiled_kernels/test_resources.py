@@ -1,0 +1,93 @@
+"""Tiles that plugins ship, compiled for GPUs that are not here; and tiles that must not pass."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.triton.cases import Case
+from benchmarks.triton.compiling import compile_cases
+from benchmarks.triton.faults import faults
+from benchmarks.triton.shipped import A100, B200, H100, L40, METAX_AS_CDNA3, RTX50, Shipped
+from mla_backends.triton_ops import Tile
+
+# Each kernel, path and class of cards; every combination is in table.md.
+SHIPPED = [
+    (A100, "latent: 16 heads"),
+    (A100, "latent: 128 heads, 2 or 1 new"),
+    (H100, "latent: 16 heads of 256, one part"),
+    (H100, "latent: 128 heads, 2 new tokens"),
+    (H100, "expanded: causal"),
+    (H100, "merge"),
+    (H100, "write_latent"),
+    (B200, "latent: 128 heads"),
+    (B200, "expanded: 32 queries"),
+    (RTX50, "latent: 128 heads, page 1, lse"),
+    (METAX_AS_CDNA3, "latent: 16 heads"),
+    (METAX_AS_CDNA3, "expanded: all keys, lse"),
+]
+
+
+def _with(shipped: Shipped, tile: Tile) -> Shipped:
+    return replace(shipped, tuning=replace(shipped.tuning, latent={1: tile}))
+
+
+MANY = "latent: 128 heads"
+WRONG = [
+    (_with(L40, Tile(64, 64, 8, 2)), [r"spills \d+ bytes", r"needs \d{3} of 99 KiB of shared memory$"]),
+    (_with(B200, Tile(64, 32, 8, 2)), ["needs 576 of 512 columns", "is nothing but a trap$"]),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[tuple[Case, dict[str, Any]]]:
+    """Both lists, at once: one process that has imported Triton serves them all."""
+    cases = [shipped.cases()[name] for shipped, name in SHIPPED]
+    cases += [shipped.cases()[MANY] for shipped, _ in WRONG]
+    return list(zip(cases, compile_cases(cases), strict=True))
+
+
+def test_what_is_shipped_has_no_fault(compiled: list[tuple[Case, dict[str, Any]]]) -> None:
+    found = {
+        (shipped.cards, name): faults(*one, shipped.shared)
+        for (shipped, name), one in zip(SHIPPED, compiled[: len(SHIPPED)], strict=True)
+    }
+    assert not {where: what for where, what in found.items() if what}
+    assert len(found) == len(SHIPPED)
+
+
+def test_tiles_that_do_not_fit_are_refused(compiled: list[tuple[Case, dict[str, Any]]]) -> None:
+    for (shipped, expected), one in zip(WRONG, compiled[len(SHIPPED) :], strict=True):
+        found = faults(*one, shipped.shared)
+        for what in expected:
+            assert any(re.match(what, fault) for fault in found), (what, found)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"error": "SIGABRT: no"}, "does not compile: SIGABRT: no"),
+        ({"tensor memory": 576}, "needs 576 of 512 columns of tensor memory"),
+        ({"instructions": {"mma": 8}}, "has no wgmma instruction"),
+    ],
+)
+def test_every_fault_has_a_sentence(change: dict[str, Any], fault: str) -> None:
+    fine = {"spilled": 0, "shared": 0, "tensor memory": 0, "trap": False, "instructions": {"wgmma": 8}}
+    case = H100.cases()[MANY]
+    assert faults(case, fine, H100.shared) == []
+    assert faults(case, {**fine, **change}, H100.shared) == [fault]
+
+
+def test_a_compiler_that_aborts_takes_only_its_case_along(tmp_path: Path) -> None:
+    (tmp_path / "aborting.py").write_text("import os\n\nos.abort()\n")
+    (tmp_path / "raising.py").write_text("raise RuntimeError('no such layout')\n")
+    case = H100.cases()["rms_norm"]
+    cases = [replace(case, kernel="aborting:kernel"), case, replace(case, kernel="raising:kernel")]
+    aborted, fine, raised = compile_cases(cases, tmp_path)
+    assert aborted["error"].startswith("SIGABRT")
+    assert fine["registers"] > 0
+    assert raised["error"] == "RuntimeError: no such layout"

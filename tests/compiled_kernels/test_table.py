@@ -1,0 +1,57 @@
+"""The committed table belongs to the kernels and tiles that are here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.triton import fingerprint as module
+from benchmarks.triton import problems
+from benchmarks.triton.fingerprint import KERNELS, code, fingerprint
+from benchmarks.triton.shipped import CURRENT, H100
+from benchmarks.triton.table import TABLE
+from mla_backends.triton_ops import Tile
+
+
+def test_the_table_is_of_these_kernels_and_tiles() -> None:
+    stale = "table.md is of other kernels or tiles: run `python -m benchmarks.triton.table`"
+    assert f"`{fingerprint()}`" in TABLE.read_text(encoding="utf-8"), stale
+
+
+def test_another_kernel_is_another_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in KERNELS.glob("*.py"):
+        (tmp_path / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    before = fingerprint()
+    monkeypatch.setattr(module, "KERNELS", tmp_path)
+    assert fingerprint() == before
+    kernel = tmp_path / "latent.py"
+    kernel.write_text(kernel.read_text(encoding="utf-8").replace("exp2", "exp"), encoding="utf-8")
+    softmax = tmp_path / "softmax.py"
+    softmax.write_text(softmax.read_text(encoding="utf-8").replace("exp2", "exp"), encoding="utf-8")
+    assert fingerprint() != before
+
+
+def test_another_tile_is_another_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint()
+    other = replace(H100, tuning=replace(H100.tuning, latent={1: Tile(16, 32, 4, 2)}))
+    monkeypatch.setattr(module, "CURRENT", (*CURRENT[:-1], other))
+    assert fingerprint() != before
+
+
+def test_numbers_of_a_batch_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint()
+    monkeypatch.setitem(problems.PROBLEMS, "latent: 128 heads", problems.Decode(128, keys=(1700, 90, 80, 77)))
+    assert fingerprint() == before
+    monkeypatch.setitem(problems.PROBLEMS, "latent: 128 heads", problems.Decode(64))
+    assert fingerprint() != before
+
+
+def test_comments_and_lines_change_no_number(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.py", tmp_path / "second.py"
+    first.write_text("def f(x, y):\n    return x + y\n")
+    second.write_text("# why\ndef f(x, y):  # of what\n\n    return x + y\n")
+    assert list(code(first)) == list(code(second))
+    second.write_text("def f(x, y):\n    return x - y\n")
+    assert list(code(first)) != list(code(second))
