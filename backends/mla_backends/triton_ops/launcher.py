@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from mla_backends.errors import describe, one_line
@@ -48,7 +49,7 @@ class Launcher:
         """
         key = (name, tile, variant)
         begin, why = self._fitting.get(key, tile), ""
-        for candidate in (begin, *begin.smaller()):
+        for candidate in chain((begin,), begin.smaller()):  # which is seldom asked for a second
             try:
                 start(candidate)
             except Exception as error:

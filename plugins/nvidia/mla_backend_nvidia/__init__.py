@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from mla_backend_nvidia.driver import driver_version, outdated
-from mla_backend_nvidia.kernels import kernels, since_ampere
+from mla_backend_nvidia.kernels import kernels, old_triton, since_ampere
 from mla_backend_nvidia.peaks import peaks
 from mla_backend_nvidia.tiles import tuning_for
 from mla_backends import Availability, FusedOp, hookimpl
@@ -128,7 +128,7 @@ class Nvidia(TritonBackend, CudaBackend):
         return tuning_for(self.shared_memory(), str(self.properties().name))
 
     def triton_reason(self, device: torch.device) -> str:
-        return since_ampere(self.architecture)(device)
+        return since_ampere(self.architecture)(device) or old_triton(self.architecture)
 
     def ops(self) -> Mapping[str, FusedOp]:
         return self._ops

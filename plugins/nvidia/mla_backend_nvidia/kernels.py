@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 from mla_backends import FusedOp
@@ -39,6 +40,8 @@ TILE = 64
 # Its planner takes 20 bytes of shared memory per row, of which Hopper has 227 KiB; beyond, the process ends.
 FLASH_MLA_ROWS = 11_000
 
+# Architecture -> the oldest Triton that compiles our kernels for it and newer ones.
+OLDEST_TRITON = {(10, 0): (3, 3), (9, 0): (3, 2)}
 AMPERE = (8, 0)
 HOPPER = ((9, 0),)
 BLACKWELL = ((10, 0), (10, 3), (10, 7))  # of data centres, with tensor memory; not sm_120
@@ -127,6 +130,26 @@ def _only(architecture: Architecture, *wanted: tuple[int, int]) -> Reason:
         return "" if found in wanted else f"it runs on {names} only, but this is {_name(found)}"
 
     return reason
+
+
+def old_triton(architecture: Architecture) -> str:
+    """Return why the installed Triton must not compile our kernels for this card; "" if it may.
+
+    An older compiler does not raise, it ends the process: compiled ahead of time with 3.1 to 3.9.
+    """
+    try:
+        installed = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return ""
+    needed = next((least for since, least in OLDEST_TRITON.items() if architecture() >= since), (0, 0))
+    found = tuple(int(part) for part in installed.split(".")[:2] if part.isdecimal())
+    if found >= needed:
+        return ""
+    name = _name(architecture())
+    return (
+        f"Triton {installed} ends the process when it compiles for {name}: use a torch whose Triton is "
+        f"{needed[0]}.{needed[1]} or newer"
+    )
 
 
 def since_ampere(architecture: Architecture) -> Reason:

@@ -15,7 +15,7 @@ import torch
 
 from mla_backend_nvidia import Nvidia
 from mla_backend_nvidia.driver import driver_version, outdated
-from mla_backend_nvidia.kernels import kernels
+from mla_backend_nvidia.kernels import kernels, old_triton
 from mla_backend_nvidia.peaks import SHEETS, peaks
 from mla_backend_nvidia.tiles import tuning_for
 from mla_backends.api import AttentionSpec, Availability, SegmentLengths
@@ -398,3 +398,28 @@ def test_a_uuid_finds_the_card_whatever_hides_the_others(monkeypatch: pytest.Mon
     )
     assert backend.make_monitor().facts() == {"driver": "570.1"}
     assert asked == ["GPU-4711-0815"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "architecture", "needed"),
+    [
+        ("3.1.0", (9, 0), "3.2"),
+        ("3.2.0", (9, 0), ""),
+        ("3.2.0", (10, 0), "3.3"),
+        ("3.2.0+git9641", (12, 0), "3.3"),
+        ("3.10.1", (10, 3), ""),
+        ("3.1.0", (8, 9), ""),
+        (None, (9, 0), ""),
+    ],
+)
+def test_a_triton_that_would_end_the_process_is_not_tried(
+    installed: str | None, architecture: tuple[int, int], needed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if installed is None:
+            raise metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(metadata, "version", version)
+    reason = old_triton(lambda: architecture)
+    assert reason.endswith(f"whose Triton is {needed} or newer") if needed else reason == ""

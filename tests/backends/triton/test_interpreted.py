@@ -15,7 +15,7 @@ DEVICE = HERE.parent / "emulation" / "device"
 # Files, and how many tests they have at least.
 PROCESSES = {
     "kernels": (("interpreter", "latent", "expanded", "small_ops"), 180),
-    "mutations": (("mutations",), 75),
+    "mutations": (("mutations", "preflight"), 88),
     "conformance": (("conformance",), 2),
 }
 # The `-c` of a process that has imported triton as it is.
