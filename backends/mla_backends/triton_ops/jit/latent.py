@@ -135,7 +135,7 @@ def attend_latent(
                 key[:, None] + LATENT + turn[None, :], mask=there[:, None] & has_turn[None, :], other=0.0
             )
             score = tl.dot(q_rope, tl.trans(decoded(raw, q_latent.dtype, FORMAT)), score)
-        if CAUSAL:
+        if CAUSAL and HEADS % ROWS != 0:  # else all rows are of one token, which sees what is before `high`
             seen = (place[None, :] <= visible[:, None]) & there[None, :]
         else:
             seen = there[None, :]
