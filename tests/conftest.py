@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from triton_here import lacking
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,12 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"the packages under test must all come from {INSTALLED} or all from {CHECKOUT}, got {places}."
         )
+
+
+def pytest_report_header() -> list[str]:
+    """Say what is left out for want of a Triton."""
+    why = lacking()
+    return [why] if why else []
 
 
 def _origin(name: str) -> Path | None:

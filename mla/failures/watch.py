@@ -113,7 +113,7 @@ class Watched(FusedOp):
         self._role, self._name, self._op, self._watcher = role, name, op, watcher
         self._reads_lse = reads_lse
         self._spec = spec  # of attention; the last that was asked about
-        self.contract, self.compiles, self.remarks = op.contract, op.compiles, op.remarks
+        self.contract, self.compiles = op.contract, op.compiles
         self.nan_safe_tail = op.nan_safe_tail
         self.writes_lse, self.lse_optional = op.writes_lse, op.lse_optional
 
@@ -121,6 +121,10 @@ class Watched(FusedOp):
         if name == "_op":  # not yet there, in a copy
             raise AttributeError(name)
         return getattr(self._op, name)
+
+    @property
+    def remarks(self) -> Sequence[str]:  # type: ignore[override]  # which may grow while it runs
+        return self._op.remarks
 
     def unsupported_reasons(self, spec: Any) -> list[str]:
         self._spec = spec

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from triton_here import needs_triton
+
 from benchmarks.gpu.sizes import HERE
 from benchmarks.gpu.tuning import trials
 from benchmarks.gpu.tuning.classes import classes
@@ -14,6 +16,7 @@ from benchmarks.gpu.tuning.classes import classes
 KERNELS = Path(__file__).parents[1] / "triton"
 
 
+@needs_triton
 def test_tiles_of_interpreted_kernels_are_right_and_get_a_time(tmp_path: Path) -> None:
     target = tmp_path / "latent-16.json"
     done = subprocess.run(

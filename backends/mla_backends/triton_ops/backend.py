@@ -19,14 +19,15 @@ from mla_backends.triton_ops.tuning import Tuning, read_tuning
 if TYPE_CHECKING:
     import torch
 
-OPTION = "tuning"
+OPTION, SWITCH = "tuning", "triton"
 
 
 class TritonBackend(TorchBackend):
     """Base beside `TorchBackend` or one of its kinds, named before it.
 
     The tuning is that of the file in `-O tuning=FILE`; else the one measured on a card of this name, from the
-    folder `tunings`; else `default_tuning()`.
+    folder `tunings`; else `default_tuning()`. `-O triton=off` offers none of the ops, so that nothing is
+    compiled.
     """
 
     tunings: Path | None = None  # a folder of files that campaigns have written, named by `card_file`
@@ -34,10 +35,14 @@ class TritonBackend(TorchBackend):
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
         self._given = _read(self.name, self.options[OPTION]) if OPTION in self.options else None
+        chosen = self.options.get(SWITCH, "on")
+        if chosen not in ("on", "off"):
+            raise BackendOptionError(f"backend '{self.name}' takes -O {SWITCH}=on or off, got '{chosen}'.")
+        self._offers = chosen == "on"
 
     @classmethod
     def known_options(cls) -> tuple[str, ...]:
-        return (*super().known_options(), OPTION)
+        return (*super().known_options(), OPTION, SWITCH)
 
     def default_tuning(self) -> Tuning:
         """Return a tuning for a card that none was measured on, from what the device reports of itself."""
@@ -64,6 +69,8 @@ class TritonBackend(TorchBackend):
 
     def triton_ops(self) -> Mapping[str, FusedOp]:
         """Return the Triton ops for this device; keep them, because they hold scratch memory."""
+        if not self._offers:
+            return {}
         return triton_ops(self.tuning, self.multiprocessors(), device_reason=self.triton_reason)
 
     def vendor_facts(self) -> Mapping[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mla_backends.api import OPS, AttentionSpec, SegmentLengths
 from mla_backends.kernels.trial import try_expanded
@@ -33,6 +33,22 @@ class ExpandedState:
     causal: bool
 
 
+class Variant(NamedTuple):
+    """What else than its tile a launch is compiled for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    width: int
+    values: int
+    ragged: bool
+    causal: bool
+    with_lse: bool
+
+    def __str__(self) -> str:
+        words = ["ragged"] * self.ragged + ["causal"] * self.causal + ["with lse"] * self.with_lse
+        return ", ".join((f"keys of {self.width}, values of {self.values}", *words))
+
+
 class ExpandedAttention(KernelOp):
     """Ordinary multi-head attention; keys may be wider than values."""
 
@@ -52,11 +68,13 @@ class ExpandedAttention(KernelOp):
         return [f"it holds keys and values of at most {MOST_WIDTH}, not {widths[0]} and {widths[1]}"]
 
     def attempt(self, spec: AttentionSpec) -> str:
-        """Try every tile, and once without the log-sum-exp and without a mask."""
+        """Try every tile as the layer calls it, for one prompt and for several; then what rounds need."""
         wrong = ""
         for least in self.tuning.expanded:
-            wrong = wrong or try_expanded(self, spec, ((least, 3), (least + 70, 70)))
-        return wrong or try_expanded(self, spec, ((2, 2), (2, 70)), causal=False, with_lse=False)
+            for lengths in (((least, 3), (least + 70, 70)), ((least, least), (least + 70, least))):
+                wrong = wrong or try_expanded(self, spec, lengths, with_lse=False)
+        wrong = wrong or try_expanded(self, spec)
+        return wrong or try_expanded(self, spec, ((2, 2), (2, 70)), causal=False)
 
     def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> ExpandedState:
         import torch
@@ -94,8 +112,9 @@ class ExpandedAttention(KernelOp):
             )
 
         tile = tile_for(self.tuning.expanded, state.longest)
-        compiled = (q.device, q.dtype, state.ragged, state.causal, q.shape[2], v.shape[2], lse is None)
-        self.launcher.start_tiled(self.tiled, tile, compiled, start)
+        flags = (state.ragged, state.causal, lse is not None)
+        variant = Variant(q.device, q.dtype, q.shape[2], v.shape[2], *flags)
+        self.launcher.start_tiled(self.tiled, tile, variant, start)
 
 
 def _arguments(

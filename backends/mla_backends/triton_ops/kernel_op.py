@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 DeviceReason = Callable[["torch.device"], str]  # why a device cannot run the kernels; "" if it can
-CURE = "update Triton, or use other ops (`--ops reference` takes none of its kind)"
+CURE = "use the Triton that this torch asks for, or other ops (`-O triton=off` offers none of these)"
 
 
 class KernelOp(FusedOp):
@@ -45,9 +45,9 @@ class KernelOp(FusedOp):
         return []
 
     def preflight(self, spec: Any) -> list[str]:
-        """Compile the kernel and run it on a tiny problem; where that fails, say what Triton lacks too."""
+        """Run tiny problems, which compiles the kernels; where that fails, say first what Triton lacks."""
         found = failures(lambda: self.attempt(spec), "the Triton kernel", CURE)
-        return [*missing(), *found] if found else []
+        return (missing() or found) if found else []
 
     def attempt(self, spec: Any) -> str:
         """Run a tiny problem; return what is wrong, "" if nothing."""

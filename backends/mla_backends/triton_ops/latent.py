@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mla_backends.api import OPS, AttentionSpec, BatchView
 from mla_backends.kernels.trial import try_latent
@@ -45,6 +45,23 @@ class LatentState:
         """Return how many blocks of so many rows a request has where all have equally many, and all have."""
         blocks = -(-self.longest // rows)
         return blocks, self.rows // rows + self.requests if self.ragged else self.requests * blocks
+
+
+class Variant(NamedTuple):
+    """What else than its tile a launch is compiled for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    latent: int
+    rope: int
+    page: int
+    ragged: bool
+    causal: bool
+    with_lse: bool
+
+    def __str__(self) -> str:
+        words = ["ragged"] * self.ragged + ["several new tokens"] * self.causal + ["with lse"] * self.with_lse
+        return ", ".join((f"latents of {self.latent} + {self.rope}, pages of {self.page}", *words))
 
 
 class LatentAttention(KernelOp):
@@ -167,15 +184,9 @@ class LatentAttention(KernelOp):
                 stages=tile.stages,
             )
 
-        q = arguments["q"]
-        compiled = (
-            q.device,
-            q.dtype,
-            state.ragged,
-            page,
-            *map(arguments.get, ("LATENT", "ROPE", "HAS_LSE", "CAUSAL")),
-        )
-        self.launcher.start_tiled(self.tiled, state.tile, compiled, start)
+        q, sizes = arguments["q"], (arguments["LATENT"], arguments["ROPE"], page)
+        flags = (state.ragged, arguments["CAUSAL"], arguments["HAS_LSE"])
+        self.launcher.start_tiled(self.tiled, state.tile, Variant(q.device, q.dtype, *sizes, *flags), start)
 
     def _merge(self, state: LatentState, shared: dict[str, Any]) -> None:
         from mla_backends.triton_ops.jit.latent import merge_latent

@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 Grid = tuple[int, ...]
 
-# What Triton and vendors' forks raise, by name, for a kernel that needs too much, and what else they say.
-RESOURCES = ("OutOfResources", "PTXASError")
+# What Triton and vendors' forks raise, by name, for a kernel that needs too much; and what assemblers and
+# drivers say of one.
+OUT_OF_RESOURCES = "OutOfResources"
 SAID = re.compile(
-    r"too many resources|out of resources?|shared memory|\bLDS\b|ptxas|register allocation", re.IGNORECASE
+    r"too many resources|out of resources?|too much shared|exceed\w* .*(shared|local) memory|\(LDS\)"
+    r"|register allocation failed",
+    re.IGNORECASE,
 )
 
 
@@ -44,8 +47,8 @@ class Launcher:
     def start_tiled(self, name: str, tile: Tile, variant: Hashable, start: Callable[[Tile], None]) -> None:
         """Call `start` with `tile`, or with a smaller one where the device lacks the resources for it.
 
-        `variant` is what else the kernel is compiled for: what fits one need not fit another. What did not
-        fit is not tried again. Raises `KernelRefused` if no tile fits.
+        `variant` is what else the kernel is compiled for, and says so as text: what fits one need not fit
+        another. What did not fit is not tried again. Raises `KernelRefused` if no tile fits.
         """
         key = (name, tile, variant)
         begin, why = self._fitting.get(key, tile), ""
@@ -59,7 +62,8 @@ class Launcher:
             else:
                 self._fitting[key] = candidate
                 if why:
-                    self._remark(f"{name} runs with {candidate}, as {begin} does not fit this device ({why})")
+                    what = f"{name} ({variant})"
+                    self._remark(f"{what} runs with {candidate}, as {begin} does not fit this device ({why})")
                 return
         raise KernelRefused(f"{name} does not fit this device in any tile ({why}).")
 
@@ -70,9 +74,10 @@ class Launcher:
 
 def lacks_resources(error: Exception) -> bool:
     """Return whether a kernel was not started because it needs too much of the device."""
-    if type(error).__name__ in RESOURCES:
+    name = type(error).__name__
+    if name == OUT_OF_RESOURCES:
         return True
-    return type(error) is RuntimeError and SAID.search(str(error)) is not None
+    return name in ("RuntimeError", "PTXASError") and SAID.search(str(error)) is not None
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import mul
 
 from mla_backends.triton_ops.tuning import Tile
 
@@ -17,6 +18,8 @@ PARTS_BYTES = 256 << 20
 PROGRAM_KEYS, MERGE_KEYS = 96, 64
 # Waves of programs that are considered; more do not balance any better.
 WAVES = 4
+# Ragged requests whose programs are counted; of more they are estimated, because planning is part of a step.
+COUNTED = 16
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,16 @@ class _Load:
     blocks: list[int]
     keys: list[int]
     longest: int
-    total: int  # block by block
+    equal: bool  # all have as many keys
+    all_blocks: int
+    total: int  # keys, block by block
 
     def programs(self, part: int) -> int:
         """Return how many programs there are with parts of at most this many keys."""
-        if min(self.keys) == self.longest:
-            return sum(self.blocks) * -(-self.longest // part)
+        if self.equal:
+            return self.all_blocks * -(-self.longest // part)
+        if len(self.keys) > COUNTED:  # half a part more for each, as lengths are of all kinds
+            return self.total // part + (self.all_blocks + 1) // 2
         return sum(blocks * -(-keys // part) for blocks, keys in zip(self.blocks, self.keys, strict=True))
 
     def cost(self, part: int, at_once: int) -> float:
@@ -67,13 +74,14 @@ def split(
     if not some:
         return Splits(max(LEAST_KEYS, capacity), 1)
     blocks, keys = (list(column) for column in zip(*some, strict=True))
-    load = _Load(blocks, keys, max(keys), sum(b * n for b, n in some))
+    longest, total = max(keys), sum(map(mul, blocks, keys))
+    load = _Load(blocks, keys, longest, min(keys) == longest, sum(blocks), total)
     at_once = multiprocessors * tile.programs
     part = min(_candidates(load, at_once), key=lambda one: load.cost(one, at_once))
     # A little longer, so that a captured step has as many parts when its lengths have grown a little.
     reach = min(capacity, part + part // 16 + (LEAST_KEYS if part == load.longest else 0))
     chosen = -(-reach // tile.keys) * tile.keys
-    useful = max(-(-load.longest // chosen), -(-WAVES * at_once // sum(blocks)))
+    useful = max(-(-longest // chosen), -(-WAVES * at_once // load.all_blocks))
     most = min(MOST_SPLITS, PARTS_BYTES // (sum(query_rows) * row_bytes), useful)
     return Splits(chosen, max(1, min(most, -(-capacity // chosen))))
 
@@ -81,10 +89,10 @@ def split(
 def _candidates(load: _Load, at_once: int) -> Iterator[int]:
     """Yield lengths of parts: none is split, or the programs make up so many waves."""
     yield load.longest
-    blocks = sum(load.blocks)
+    blocks = load.all_blocks
     for waves in range(1, WAVES + 1):
         programs = waves * at_once
         lengths = [-(-load.longest // max(1, programs // blocks))]
-        if min(load.keys) < load.longest:
+        if not load.equal:
             lengths.append(-(-load.total // max(1, programs - blocks // 2)))
         yield from (min(load.longest, max(LEAST_KEYS, length)) for length in lengths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 from mla_backends.errors import BackendError
 
 FORMAT = 1  # of the file
+CURE = (
+    "The campaign's section `tune` writes one (benchmarks/gpu); without one, the plugin's defaults are used."
+)
 LEAST = 16  # rows or keys of a tile: the least that `tl.dot` takes
 
 
@@ -98,17 +102,20 @@ def tile_for(tiles: Tiles, rows: int) -> Tile:
 def read_tuning(path: str | Path) -> Tuning:
     """Return what a campaign has written for a card. Raises `BackendError` naming what is wrong with it."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        found = json.loads(text)
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise ValueError(f"it is no tuning of format {FORMAT}")
         tiles = {name: _tiles(found[name]) for name in ("latent", "expanded")}
-        source = str(found.get("card") or path)
+        where = ", ".join(str(found[key]) for key in ("card", "date") if found.get(key))
+        source = f"{Path(path).name}: {where or 'of an unknown card'} (crc32 {zlib.crc32(text.encode()):08x})"
         return Tuning(**tiles, source=source)
     except OSError as error:
-        raise BackendError(f"the tuning file {path} cannot be read: {error.strerror or error}.") from error
+        why = error.strerror or error
+        raise BackendError(f"the tuning file {path} cannot be read: {why}. {CURE}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error).rstrip(".")
-        raise BackendError(f"the tuning file {path} cannot be used: {what}.") from error
+        raise BackendError(f"the tuning file {path} cannot be used: {what}. {CURE}") from error
 
 
 def write_tuning(path: str | Path, tuning: Tuning, facts: Mapping[str, str]) -> None:

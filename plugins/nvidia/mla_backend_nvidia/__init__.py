@@ -120,7 +120,7 @@ class Nvidia(TritonBackend, CudaBackend):
     def _ops(self) -> Mapping[str, FusedOp]:
         """Created once the device is known; they import no kernel, and are kept for their scratch memory.
 
-        The Triton kernels come last: others were measured on cards.
+        The Triton kernels come last, as long as no card has shown that one is faster than another kernel.
         """
         return {**kernels(self.architecture, self.multiprocessors()), **self.triton_ops()}
 

@@ -28,6 +28,7 @@ from mla_backends.kernels.flashinfer import LIMITS as FLASHINFER_LIMITS
 from mla_backends.kernels.flashinfer import compiled_kernels
 from mla_backends.kernels.tokenspeed import LIMITS as TOKENSPEED_LIMITS
 from mla_backends.kernels.torch_varlen import LIMITS as TORCH_LIMITS
+from mla_backends.triton_ops.requirements import PACKAGES
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,7 @@ TILE = 64
 FLASH_MLA_ROWS = 11_000
 
 # Architecture -> the oldest Triton that compiles our kernels for it and newer ones.
-OLDEST_TRITON = {(10, 0): (3, 3), (9, 0): (3, 2)}
+OLDEST_TRITON = {(10, 0): (3, 3), (9, 0): (3, 2), (0, 0): (3, 1)}
 AMPERE = (8, 0)
 HOPPER = ((9, 0),)
 BLACKWELL = ((10, 0), (10, 3), (10, 7))  # of data centres, with tensor memory; not sm_120
@@ -137,19 +138,26 @@ def old_triton(architecture: Architecture) -> str:
 
     An older compiler does not raise, it ends the process: compiled ahead of time with 3.1 to 3.9.
     """
-    try:
-        installed = metadata.version("triton")
-    except metadata.PackageNotFoundError:
+    installed = next(filter(None, map(_version, PACKAGES)), "")
+    if not installed:
         return ""
-    needed = next((least for since, least in OLDEST_TRITON.items() if architecture() >= since), (0, 0))
+    needed = next(least for since, least in OLDEST_TRITON.items() if architecture() >= since)
     found = tuple(int(part) for part in installed.split(".")[:2] if part.isdecimal())
     if found >= needed:
         return ""
     name = _name(architecture())
     return (
-        f"Triton {installed} ends the process when it compiles for {name}: use a torch whose Triton is "
-        f"{needed[0]}.{needed[1]} or newer"
+        f"Triton {installed} is too old for {name} and may end the process: "
+        f"use a torch whose Triton is {needed[0]}.{needed[1]} or newer"
     )
+
+
+def _version(package: str) -> str:
+    """Return the installed version of a package; "" if there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def since_ampere(architecture: Architecture) -> Reason:

@@ -403,6 +403,7 @@ def test_a_uuid_finds_the_card_whatever_hides_the_others(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("installed", "architecture", "needed"),
     [
+        ("3.0.0", (8, 0), "3.1"),
         ("3.1.0", (9, 0), "3.2"),
         ("3.2.0", (9, 0), ""),
         ("3.2.0", (10, 0), "3.3"),
@@ -412,11 +413,16 @@ def test_a_uuid_finds_the_card_whatever_hides_the_others(monkeypatch: pytest.Mon
         (None, (9, 0), ""),
     ],
 )
+@pytest.mark.parametrize("package", ["triton", "pytorch-triton"])
 def test_a_triton_that_would_end_the_process_is_not_tried(
-    installed: str | None, architecture: tuple[int, int], needed: str, monkeypatch: pytest.MonkeyPatch
+    package: str,
+    installed: str | None,
+    architecture: tuple[int, int],
+    needed: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def version(name: str) -> str:
-        if installed is None:
+        if installed is None or name != package:
             raise metadata.PackageNotFoundError(name)
         return installed
 

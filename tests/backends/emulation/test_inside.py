@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from triton_here import needs_triton
 
 HERE = Path(__file__).parent
 
@@ -26,6 +27,7 @@ def test_the_whole_life_of(backend: str, emulate: Any) -> None:
     assert checked(emulate, backend, HERE / "inside") >= 30
 
 
+@needs_triton
 @pytest.mark.parametrize("backend", ["moore", "nvidia"])
 def test_our_triton_kernels_on(backend: str, emulate: Any) -> None:
     """In a process of its own: once Triton interprets kernels, it does so in all of them."""

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from outcome import Outcome
+from triton_here import lacking
 
 TESTS = Path(__file__).parents[2]
 collect_ignore = ["inside"]  # for those processes only
+collect_ignore_glob = ["test_*.py"] if lacking() else []
 
 Interpret = Callable[..., Outcome]
 

@@ -13,6 +13,7 @@ from mla_backends.api import DeviceInfo, NormSpec
 from mla_backends.errors import BackendOptionError
 from mla_backends.triton_ops import Tile, Tuning, write_tuning
 from mla_backends.triton_ops.backend import TritonBackend, card_file
+from mla_backends.triton_ops.tuning import CURE
 
 TILES = {1: Tile(16, 16, 4, 1)}
 SMALL, LARGE = Tuning(TILES, TILES), Tuning({1: Tile(64, 64, 8, 2, programs=2)}, TILES)
@@ -55,7 +56,7 @@ def test_a_measured_card_is_found_by_its_name(measured: Path) -> None:
     write_tuning(measured / card_file(CARD), LARGE, {"card": CARD, "date": "2026-11-26"})
     backend = Acme()
     assert backend.tuning.latent == LARGE.latent
-    assert backend.vendor_facts()["tuning"] == CARD
+    assert backend.vendor_facts()["tuning"].startswith(f"{card_file(CARD)}: {CARD}, 2026-11-26 (crc32 ")
 
 
 def test_a_file_of_the_user_comes_before_all(measured: Path, tmp_path: Path) -> None:
@@ -63,7 +64,23 @@ def test_a_file_of_the_user_comes_before_all(measured: Path, tmp_path: Path) -> 
     write_tuning(tmp_path / "mine.json", LARGE, {})
     backend = Acme({"tuning": str(tmp_path / "mine.json")})
     assert backend.tuning.latent == LARGE.latent
-    assert backend.vendor_facts()["tuning"] == str(tmp_path / "mine.json")
+    assert backend.vendor_facts()["tuning"].startswith("mine.json: of an unknown card (crc32 ")
+
+
+def test_two_files_of_one_card_are_told_apart(tmp_path: Path) -> None:
+    said = []
+    for tuning in (SMALL, LARGE):
+        write_tuning(tmp_path / "mine.json", tuning, {"card": CARD})
+        said.append(Acme({"tuning": str(tmp_path / "mine.json")}).vendor_facts()["tuning"])
+    assert said[0] != said[1]
+
+
+def test_the_kernels_can_be_switched_off() -> None:
+    """So that no compiler runs, and the vendor's attention still does."""
+    assert Acme({"triton": "off"}).triton_ops() == {}
+    assert Acme({"triton": "on"}).triton_ops()
+    with pytest.raises(BackendOptionError, match="takes -O triton=on or off, got 'no'"):
+        Acme({"triton": "no"})
 
 
 @pytest.mark.parametrize(
@@ -86,7 +103,7 @@ def test_a_file_that_is_no_tuning_is_the_users_mistake(
     with pytest.raises(BackendOptionError) as error:
         Acme({"tuning": str(tmp_path / "mine.json")})
     start = f"backend 'acme' cannot take -O tuning: the tuning file {tmp_path}/mine.json "
-    assert str(error.value) == start + sentence
+    assert str(error.value) == f"{start}{sentence} {CURE}"
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_a_smaller_tile_is_found_once_and_said() -> None:
     launcher.start_tiled("attention", WANTED, "any", device)
     assert device.tried[3:] == [Tile(64, 16, 8, 3)]
     (said,) = launcher.remarks
-    assert said.startswith("attention runs with 64 rows x 16 keys")
+    assert said.startswith("attention (any) runs with 64 rows x 16 keys")
     assert "as 64 rows x 64 keys, 8 warps, 3 stages, halves does not fit this device" in said
     assert "shared memory" in said
 
@@ -82,7 +82,9 @@ def test_other_errors_are_no_lack_of_resources() -> None:
     ("error", "lacks"),
     [
         (OutOfResources("out of resource: threads"), True),
-        (type("PTXASError", (Exception,), {})("Internal error"), True),
+        (type("PTXASError", (Exception,), {})("entry function uses too much shared data"), True),
+        (type("PTXASError", (Exception,), {})("Value 'sm_130' is not defined for option 'gpu-name'"), False),
+        (RuntimeError("Cannot find ptxas"), False),
         (RuntimeError("Triton Error [CUDA]: too many resources requested for launch"), True),
         (RuntimeError("local memory (LDS) of 81920 exceeds 65536"), True),
         (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), False),

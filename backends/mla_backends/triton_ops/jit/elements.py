@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-# Formats of a cached element. Another one is another branch of `decoded`, and no second kernel.
-PLAIN = "plain"  # it is the number
-
 
 @triton.jit
 def decoded(raw, dtype: tl.constexpr, FORMAT: tl.constexpr):
-    """Return cached elements `raw` as numbers of `dtype`, which the products take."""
+    """Return cached elements `raw` as numbers of `dtype`, which the products take.
+
+    Formats: "plain", where an element is the number. Another format is another branch, and no second kernel.
+    """
     tl.static_assert(FORMAT == "plain", "the cache holds elements of an unknown format")
     return raw.to(dtype)
