@@ -36,7 +36,7 @@ from benchmarks.gpu.loop import Campaign
 from benchmarks.gpu.record import Ledger, opened
 from benchmarks.gpu.report import tables
 from benchmarks.gpu.sections import sections
-from benchmarks.gpu.steps import Machine, Section, slug
+from benchmarks.gpu.steps import Machine, Section
 from mla.bench.workload.quantities import duration
 from mla.command import console
 from mla.command.exit_codes import Exit, guarded, interrupted
@@ -46,6 +46,7 @@ from mla.errors import UsageError, did_you_mean
 from mla_backends.discovery import locate
 from mla_backends.errors import BackendError, UnknownBackend, one_line
 from mla_backends.known import GENERAL
+from mla_backends.triton_ops.tuning import card_slug
 
 HERE = Path(__file__).resolve().parent
 FACTS_SECONDS = 120
@@ -159,7 +160,7 @@ def campaign(
     machine = ask_machine(backend)
     every = sections(machine, smoke)
     wanted = chosen(every, only)
-    folder = out or Path(f"campaign-{slug(machine.card)}-{time.strftime('%Y-%m-%d')}")
+    folder = out or Path(f"campaign-{card_slug(machine.card)}-{time.strftime('%Y-%m-%d')}")
     if dry:
         if not machine.usable:
             console.note(f"not usable here, so options are parsed only: {machine.reason}")

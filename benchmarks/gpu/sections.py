@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 
-from benchmarks.gpu.own_kernels import rivals, tune
+from benchmarks.gpu import contract
+from benchmarks.gpu.own_kernels import large_rivals, own_layers, rivals, tune
 from benchmarks.gpu.sizes import FULL, HERE, SMOKE, Sizes
 from benchmarks.gpu.steps import MOST_SECONDS, OPTIONAL, Machine, Section, Step, bench_step
 
@@ -50,16 +51,19 @@ def sections(machine: Machine, smoke: bool = False) -> tuple[Section, ...]:
         preparation(machine, sizes),
         facts(machine),
         standard(machine, sizes),
-        conformance(machine, smoke),
+        contract.quick(machine, smoke),
         grid(machine, sizes),
         kernels(machine, sizes),
         tune(machine, smoke),
+        *large_rivals(machine, sizes),
+        own_layers(machine, sizes),
         rivals(machine, sizes),
         choices(machine, sizes),
         long_prefill(machine, sizes),
         questions("questions", "The device", machine, DEVICE_QUESTIONS),
         questions("libraries", "Libraries of kernels", machine, LIBRARY_QUESTIONS, frozenset({"nvidia"})),
         layers(machine, sizes),
+        *contract.others(machine, smoke),
     )
 
 
@@ -105,17 +109,6 @@ def standard(machine: Machine, sizes: Sizes) -> Section:
             bench_step("deepseek-v2-lite", machine, 240, *sizes.default, *sizes.counts),
             bench_step("deepseek-r1", machine, 360, *sizes.large, *sizes.counts),
         ),
-    )
-
-
-def conformance(machine: Machine, smoke: bool) -> Section:
-    """The contract, op by op: first a small grid of shapes, then all."""
-    words = ("-m", "mla.conformance", "--backend", machine.backend)
-    quick = Step("quick", (*words, "--quick", *(("--only", "device") * smoke)), 180, "conformance")
-    return Section(
-        "conformance",
-        "Conformance",
-        (quick,) if smoke else (quick, Step("full", words, 420, "conformance")),
     )
 
 

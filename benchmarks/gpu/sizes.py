@@ -21,6 +21,10 @@ class Sizes:
     layer_histories: str
     kernel_heads: str
     kernel_histories: str
+    rival_batches: str
+    rival_histories: str
+    large_heads: tuple[int, ...]  # for shapes that targets are judged on: (batch, history)
+    large_shapes: tuple[tuple[str, str], ...]
     prompts: tuple[str, ...]  # axes of expanded attention
     prompt_heads: tuple[int, ...]
     counts: tuple[str, ...] = ()  # options of every run
@@ -30,7 +34,12 @@ class Sizes:
     @property
     def decodes(self) -> tuple[str, ...]:
         """Axes of absorbed attention."""
-        return ("-a", f"batch={self.batches}", "-a", f"kv={self.histories}")
+        return shapes(self.batches, self.histories)
+
+
+def shapes(batches: str, histories: str) -> tuple[str, ...]:
+    """Return axes of absorbed attention."""
+    return ("-a", f"batch={batches}", "-a", f"kv={histories}")
 
 
 FULL = Sizes(
@@ -43,6 +52,10 @@ FULL = Sizes(
     layer_histories="1k..64k*4",
     kernel_heads="16,128",
     kernel_histories="1k,16k",
+    rival_batches="1,8",
+    rival_histories="1k,16k,64k",
+    large_heads=(16, 128),
+    large_shapes=(("32", "64k"), ("128", "16k"), ("128", "64k")),  # of the grid, those that move 1 GB or more
     prompts=("-a", "batch=1,8", "-a", "q_len=512,4k", "-a", "kv=0,4k"),
     prompt_heads=(16, 128),
     grid_counts=("--runs", "20", "--passes", "6", "--clock", "host"),
@@ -60,6 +73,10 @@ SMOKE = Sizes(
     layer_histories="64",
     kernel_heads="4",
     kernel_histories="64",
+    rival_batches="1,2",
+    rival_histories="64",
+    large_heads=(4,),
+    large_shapes=(("3", "64"),),
     prompts=("-a", "batch=2", "-a", "q_len=8", "-a", "kv=0"),
     prompt_heads=(4,),
     counts=("--runs", "2", "--passes", "2", "--warmups", "1"),

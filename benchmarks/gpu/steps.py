@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from mla_backends.triton_ops.tuning import card_file, card_slug
 
 # run: `python -m mla.bench` with a result file that can be resumed; sweep: another program that is given a
 # budget and goes on with its own file `{out}`; conformance: with a report; file: writes `{out}`; question:
@@ -89,13 +90,13 @@ class Machine:
 
     @property
     def tuning(self) -> str:
-        """The name of the card's tuning file."""
-        return f"tuning-{self.stem}.json"
+        """The name of the card's tuning file: the one by which a plugin finds it."""
+        return card_file(self.card)
 
     @property
     def stem(self) -> str:
         """The card's name as the beginning of file names, such as nvidia-h100-80gb-hbm3."""
-        return slug(
+        return card_slug(
             self.card if self.card.lower().startswith(self.backend) else f"{self.backend}-{self.card}"
         )
 
@@ -106,8 +107,3 @@ def bench_step(
     """Return a run of the benchmark."""
     every = ("-m", "mla.bench", "--backend", machine.backend, *words)
     return Step(name, every, limit, "run", tolerates=tolerates)
-
-
-def slug(text: str) -> str:
-    """Return text as part of a file name."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-") or "unknown"

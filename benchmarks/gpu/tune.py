@@ -3,7 +3,7 @@
 
 \b
     python benchmarks/gpu/tune.py sweep latent-16 --backend nvidia --out latent-16.json --budget 2m
-    python benchmarks/gpu/tune.py choose --out tuning.json
+    python benchmarks/gpu/tune.py choose --backend nvidia --out nvidia-h100-80gb-hbm3.json
 
 `sweep` goes on with its file where it was cut short; `choose` reads what lies beside FILE.
 
@@ -66,6 +66,7 @@ def check_served(backend: Backend, tuned: TileClass) -> None:
 OUTPUT = click.option(
     "--out", "output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="File to write."
 )
+BACKEND = click.option("--backend", default="nvidia", show_default=True, help="Backend whose card is tuned.")
 SMOKE = click.option("--smoke", is_flag=True, help="Tiny shapes and few tiles: try the sweep itself.")
 
 
@@ -76,7 +77,7 @@ def tune() -> None:
 
 @tune.command()
 @click.argument("name", type=click.Choice(NAMES))
-@click.option("--backend", default="nvidia", show_default=True, help="Backend whose card is tuned.")
+@BACKEND
 @click.option(
     "--budget", metavar="TIME", default="10m", show_default=True, callback=parsed_by(duration),
     help="Stay within this time.",
@@ -108,25 +109,26 @@ def say_best(found: trials.Sweep) -> int:
     wrong = [one for one in found.trials if one.wrong]
     for one in wrong:
         console.note(f"{one.tile or 'the tile of the backend'}: {one.fault}")
-    ranked, faults = found.ranked(), sum(bool(one.fault) for one in found.trials)
-    best = "; ".join(f"{one.tile}: {one.mean_us:.1f} us" for one in ranked[:1])
-    console.out(f"{best or 'no tile'}, of {len(found.trials)} tried and {faults} left out\n")
+    best, faults = found.best(), sum(bool(one.fault) for one in found.trials)
+    said = f"{best.tile}: {best.mean_us:.1f} us" if best else "no tile"
+    console.out(f"{said}, of {len(found.trials)} tried and {faults} left out\n")
     if wrong:
         return Exit.WRONG
-    return Exit.OK if ranked else Exit.BACKEND
+    return Exit.OK if best else Exit.BACKEND
 
 
 @tune.command()
+@BACKEND
 @SMOKE
 @OUTPUT
-def choose(smoke: bool, output: Path) -> int:
+def choose(backend: str, smoke: bool, output: Path) -> int:
     """Write the tuning that the sweeps in the folder of FILE speak for."""
     every = list(classes(smoke).values())
     found = trials.sweeps_in(output.parent)
-    best = choice.chosen(every, found)
-    write_tuning(output, choice.tuning_of(every, best), found[every[0].name].facts)
+    best, measured = choice.chosen(every, found), found[every[0].name].facts
+    write_tuning(output, choice.tuning_of(every, best), measured)
     console.out(aligned(choice.HEADER, choice.table(every, found), {"calls", "tile"}))
-    console.out(f"{choice.usage(output)}\n")
+    console.out(f"{choice.usage(output, backend, measured['card'])}\n")
     return Exit.OK
 
 

@@ -10,10 +10,15 @@ import pytest
 from benchmarks.gpu import ask, dry_run
 from benchmarks.gpu.questions import flashinfer
 from benchmarks.gpu.questions.asking import QUESTIONS
+from benchmarks.gpu.questions.latent import LATENT, ROTARY
+from benchmarks.gpu.report.targets import LARGE_BYTES, TARGETS, Share
 from benchmarks.gpu.sections import sections
 from benchmarks.gpu.sizes import HERE
 from benchmarks.gpu.steps import MOST_SECONDS, Machine, Section, Step
 from benchmarks.gpu.tuning.classes import FULL
+from mla.bench.workload import grid
+from mla.conformance.registry import all_checks, matches
+from mla_backends.triton_ops.tuning import card_file
 
 OPS = {
     "latent_attention": ["flash_mla", "flashinfer", "tokenspeed_decode"],
@@ -54,17 +59,84 @@ def test_every_absorbed_attention_is_compared_inside_the_layer() -> None:
     ]
 
 
-def test_all_kernels_take_turns_and_the_layer_is_also_timed_with_our_own() -> None:
-    ours = {op: [*names, f"triton_{op.split('_')[0]}"] for op, names in OPS.items() if op != "linear"}
-    (found,) = [one for one in sections(replace(CARD, ops=ours)) if one.name == "rivals"]
-    heads = [step.name for step in found.steps if "rivals.py" in step.words[0]]
-    assert heads == [
+def section(name: str, machine: Machine = CARD, smoke: bool = False) -> Section:
+    return next(one for one in sections(machine, smoke) if one.name == name)
+
+
+def test_all_kernels_take_turns_the_shapes_that_are_judged_first() -> None:
+    names = [one.name for one in sections(CARD) if one.name.startswith("rivals")]
+    assert names == ["rivals-16", "rivals-128", "rivals"]
+    steps = [step for name in names for step in section(name).steps]
+    assert all("rivals.py" in step.words[0] for step in steps)
+    assert len({step.name for step in steps}) == len(steps), "the table has one place for each"
+    assert [step.name for step in section("rivals").steps] == [
         "latent-heads-16", "latent-heads-64", "latent-heads-128", "expanded-heads-16", "expanded-heads-128",
     ]  # fmt: skip
-    own = "mla[latent_attention=triton_latent,expanded_attention=triton_expanded]"
-    assert [own in step.words for step in found.steps] == [False] * 5 + [True] * 2
-    (without,) = [one for one in sections(CARD) if one.name == "rivals"]
-    assert len(without.steps) == 5
+
+
+@pytest.mark.parametrize("target", [one.look for one in TARGETS if isinstance(one.look, Share)])
+def test_shares_are_judged_on_shapes_that_have_a_step_and_time_of_their_own(target: Share) -> None:
+    def keys(step: Step) -> list[int]:
+        axes = grid.parse([word for word in step.words if word.startswith(("batch=", "kv="))])
+        return [int(batch) * int(kv) for batch in axes["batch"] for kv in axes["kv"]]
+
+    key_bytes, every = 2 * (LATENT + ROTARY), {}
+    for step in section(f"rivals-{target.heads}").steps:
+        assert step.words[step.words.index("--heads") + 1] == str(target.heads)
+        (every[step.name],) = keys(step)
+        assert step.limit >= 150
+    assert all(count * key_bytes >= LARGE_BYTES for count in every.values())
+    assert len(every) == 3
+    small = section("rivals").steps[0]
+    assert max(keys(small)) * key_bytes < LARGE_BYTES, "nothing large among the small ones"
+
+
+def test_the_layer_is_also_timed_with_our_own_kernels_and_has_as_long_as_in_the_standard_scenarios() -> None:
+    own = section("own-layers")
+    assert {step.words[step.words.index("--implementations") + 1] for step in own.steps} == {
+        "mla[latent_attention=triton_latent,expanded_attention=triton_expanded]"
+    }
+    limits = {step.name: step.limit for step in section("standard").steps}
+    assert {step.name: step.limit for step in own.steps} == {f"own-{name}": s for name, s in limits.items()}
+
+
+def selected(name: str) -> list[str]:
+    """Return the names of checks that a section of the conformance suite runs."""
+    patterns = [
+        word
+        for step in section(name).steps
+        for flag, word in zip(step.words, step.words[1:], strict=False)
+        if flag == "--only"
+    ]
+    return [one.id for one in all_checks() for pattern in patterns if matches(pattern, one.id)]
+
+
+@pytest.mark.parametrize("name", ["conformance", "conformance-full", "conformance-float16"])
+def test_the_parts_of_the_conformance_suite_are_the_whole_suite(name: str) -> None:
+    assert sorted(selected(name)) == sorted(one.id for one in all_checks())
+
+
+def test_conformance_goes_by_dtype_and_leaves_room_for_compilers() -> None:
+    """Specializations of our kernels by step, counted with a launcher that starts nothing."""
+    counted = {
+        "conformance": {"latent": 133, "pointwise": 113, "rest": 65},
+        "conformance-heads": {"heads": 362},
+        "conformance-full": {"latent": 453 - 362, "pointwise": 113, "rest": 70},
+    }
+    for name, kernels in counted.items():
+        limits = {step.name: step.limit for step in section(name).steps}
+        assert limits.keys() == kernels.keys()
+        assert all(limits[step] >= 1.2 * count for step, count in kernels.items())
+    dtypes = {
+        one.name: {step.words[step.words.index("--dtype") + 1] for step in one.steps}
+        for one in sections(CARD) if one.name.startswith("conformance")
+    }  # fmt: skip
+    assert dtypes == {
+        "conformance": {"bfloat16"}, "conformance-heads": {"bfloat16"}, "conformance-full": {"bfloat16"},
+        "conformance-float16": {"float16"}, "conformance-float32": {"float32"},
+    }  # fmt: skip
+    order = [one.name for one in sections(CARD)]
+    assert order.index("conformance-heads") < order.index("conformance-full"), "its limit counts on the other"
 
 
 def test_kernels_take_turns_with_the_tuning_that_was_found_before(tmp_path: Path) -> None:
@@ -76,7 +148,7 @@ def test_kernels_take_turns_with_the_tuning_that_was_found_before(tmp_path: Path
         (tmp_path / name).mkdir()
     result = step.result(tmp_path / "rivals", CARD.stem)
     assert "-O" not in step.command(result, 60, resume=False)
-    target = tmp_path / "tune" / "tuning-nvidia-h100-80gb-hbm3.json"
+    target = tmp_path / "tune" / card_file(CARD.card)
     target.write_text("{}")
     words = step.command(result, 60, resume=False)
     assert words[words.index("-O") + 1] == f"tuning={target}"
@@ -89,8 +161,8 @@ def test_a_sweep_per_class_of_calls_comes_before_the_tuning_that_is_named_after_
     *sweeps, choose = found.steps
     assert [step.words[2] for step in sweeps] == [one.name for one in FULL]
     out = choose.result(Path("tune"), CARD.stem)
-    assert out == Path("tune/tuning-nvidia-h100-80gb-hbm3.json")
-    assert choose.command(out, 9, resume=False)[1:] == ["choose", "--out", str(out)]
+    assert out == Path("tune/nvidia-h100-80gb-hbm3.json")
+    assert choose.command(out, 9, resume=False)[1:] == ["choose", "--backend", "nvidia", "--out", str(out)]
     assert sweeps[0].command(Path("x"), 100, resume=True)[-4:] == ["--out", "x", "--budget", "90s"]
 
 

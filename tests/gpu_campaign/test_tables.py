@@ -61,11 +61,11 @@ def test_shares_are_of_the_measured_ceilings() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return the folder of a campaign that ran a step of each kind."""
-    for name in ("standard", "grid", "rivals", "facts", "questions"):
+    for name in ("standard", "grid", "rivals-16", "facts", "questions"):
         (tmp_path / name).mkdir()
     shutil.copyfile(STORED, tmp_path / "standard" / "x-v2.json")
     shutil.copyfile(STORED, tmp_path / "grid" / "x-heads.json")
-    shutil.copyfile(STORED, tmp_path / "rivals" / "x-latent.json")
+    shutil.copyfile(STORED, tmp_path / "rivals-16" / "x-latent.json")
     answer = {"question": "Why?", "answer": "Because | of it", "evidence": {"us": 3}}
     (tmp_path / "questions" / "x-why.json").write_text(json.dumps(answer))
     made = results.read(STORED)
@@ -88,7 +88,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_report_holds_steps_figures_answers_and_machine(folder: Path) -> None:
     names = {
-        "facts": "ceilings", "standard": "v2", "grid": "heads", "rivals": "latent", "questions": "why",
+        "facts": "ceilings", "standard": "v2", "grid": "heads", "rivals-16": "latent", "questions": "why",
     }  # fmt: skip
     sections = [Section(name, name, (Step(step, (), 1),)) for name, step in names.items()]
     ledger = Ledger(backend="x", card="Card", smoke=True, facts={"driver": "1.2"}, ops={})

@@ -29,6 +29,7 @@ from mla_backends.triton_ops.tuning import Tile, Tuning, read_tuning
 CPU = torch.device("cpu")
 QUICK = Effort(calls=2, rounds=3, least_ms=0.0)
 RAGGED = ((1, 2), (5, 9))
+RAGGED_ROWS = 3  # which no shape has
 A, B, C, D = (Tile(16, keys, 4, stages) for keys in (16, 32) for stages in (1, 2))
 
 
@@ -40,6 +41,7 @@ class Device:
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.called: list[tuple[Tile, int, bool]] = []  # with so many rows, and with lse or not
 
     def ops(self) -> dict[str, FusedOp]:
         return self.make(Tuning({1: A}, {1: A}), Launcher())
@@ -55,6 +57,9 @@ class Device:
 
     def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
         """Do what a test wants of a tile."""
+
+    def sum_up(self, tile: Tile, lse: torch.Tensor) -> None:
+        """Do what a test wants of the log-sum-exp."""
 
     def timer(self) -> Any:
         began = []
@@ -73,7 +78,7 @@ class Op(FusedOp):
     def __init__(self, device: Device, kind: str, tile: Tile, launcher: Launcher) -> None:
         self._device, self._real = device, REFERENCE[f"{kind}_attention"]
         self._tile, self._launcher = tile, launcher
-        self.contract = self._real.contract
+        self.contract, self.lse_optional = self._real.contract, True
 
     def prepare(self, spec: Any, batch: Any) -> Any:
         return self._real.prepare(spec, batch)
@@ -81,7 +86,10 @@ class Op(FusedOp):
     def __call__(self, state: Any, **tensors: Any) -> None:
         self._real(state, **tensors)
         self._device.now += self._device.cost(self._tile)
+        self._device.called.append((self._tile, len(tensors["out"]), tensors["lse"] is not None))
         self._device.act(self._tile, self._launcher, tensors["out"])
+        if tensors["lse"] is not None:
+            self._device.sum_up(self._tile, tensors["lse"])
 
 
 TWO, WHOLE = {"programs": 2}, {"halves": False}
@@ -132,7 +140,7 @@ def test_a_tile_that_does_not_fit_is_wrong_or_breaks_is_left_out_with_the_reason
     assert [one.tile for one in found.ranked()] == [D]
     faults = {one.tile: (one.fault, one.wrong) for one in found.trials}
     assert faults[A] == ("attend runs with another tile, as 16 rows do not fit this device", False)
-    assert faults[B][0].startswith("wrong by 0.05 of a row's norm with ragged lengths")
+    assert faults[B][0].startswith("wrong by 0.05 of a row's norm with 2 requests x 9 keys")
     assert faults[B][1]
     assert faults[C] == ("attend does not fit this device in any tile.", False)
     assert tune.say_best(found) == 4
@@ -150,7 +158,52 @@ def test_every_shape_is_checked_before_any_is_timed(tmp_path: Path) -> None:
     assert {one.fault for one in found.trials} == {
         "wrong by 1 of a row's norm with 2 requests x 20 keys, 2 heads"
     }
-    assert device.now == 2 * 3 * device.cost(A), "two trials of three shapes, once each"
+    assert device.now == 2 * 2 * device.cost(A), "two trials of two shapes, once each"
+
+
+def test_only_the_fastest_is_checked_with_ragged_lengths_and_lse_and_all_is_timed_without(
+    tmp_path: Path,
+) -> None:
+    device, path = Device(), tmp_path / "x.json"
+    sweeping, found = tuner(device, tuned(A, B, C), path)
+    sweeping.run(always, 60)
+    best = found.best()
+    assert best is not None
+    assert best.tile == replace(A, **TWO) == found.ranked()[0].tile
+    assert [one.tile for one in found.trials if one.confirmed] == [best.tile]
+    with_lse = [(tile, rows) for tile, rows, lse in device.called if lse]
+    assert with_lse == [(best.tile, RAGGED_ROWS)]
+    assert [rows for _, rows, _ in device.called].count(RAGGED_ROWS) == 1
+    again = Device()
+    tuner(again, tuned(A, B, C), path)[0].run(always, 60)
+    assert not again.called, "it is confirmed already"
+
+
+@pytest.mark.parametrize("of", ["rows", "lse"])
+def test_the_next_tile_is_taken_if_the_fastest_is_wrong_where_lengths_differ(of: str, tmp_path: Path) -> None:
+    class Uneven(Device):
+        def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
+            if of == "rows" and tile in (A, B) and len(out) == RAGGED_ROWS:
+                out[-1] *= 1.05
+
+        def sum_up(self, tile: Tile, lse: torch.Tensor) -> None:
+            if of == "lse" and tile in (A, B):
+                lse[0, 0] += 0.1
+
+    sweeping, found = tuner(Uneven(), tuned(A, B, C, D, changes=()), tmp_path / "x.json")
+    sweeping.run(always, 60)
+    assert found.best() == found.find(C)
+    assert {one.tile for one in found.trials if one.wrong} == {A, B}
+    assert all("with ragged lengths" in one.fault for one in found.trials if one.wrong)
+    assert tune.say_best(found) == 4
+
+
+def test_a_sweep_without_a_confirmed_tile_gives_no_tuning() -> None:
+    unsure = Sweep(tuned="latent-16", facts={})
+    unsure.put(Trial(tile=A, us={"a": 1.0}))
+    with pytest.raises(choice.NothingMeasured, match="timed and confirmed for latent-16"):
+        choice.chosen(SMALL, {**SWEEPS, "latent-16": unsure})
+    assert tune.say_best(unsure) == 3
 
 
 def test_rows_that_are_not_written_are_wrong(tmp_path: Path) -> None:
@@ -208,7 +261,7 @@ def test_times_of_another_stack_are_not_kept(tmp_path: Path) -> None:
 def sweep(name: str, *times: tuple[Tile | None, float], **facts: str) -> Sweep:
     found = Sweep(tuned=name, facts={"card": "Card 1", "torch": "2.14", **facts})
     for tile, us in times:
-        found.put(Trial(tile=tile, us={"a": us, "b": us}))
+        found.put(Trial(tile=tile, us={"a": us, "b": us}, confirmed=True))
     return found
 
 
@@ -242,7 +295,7 @@ def test_decode_is_also_tried_with_other_programs_and_whole_latents_and_prompts_
 
 def test_a_class_without_a_time_or_of_other_versions_gives_no_tuning() -> None:
     short = {name: one for name, one in SWEEPS.items() if name != "expanded-64"}
-    with pytest.raises(choice.NothingMeasured, match="no tile was timed for expanded-64: "):
+    with pytest.raises(choice.NothingMeasured, match="no tile was timed and confirmed for expanded-64: "):
         choice.chosen(SMALL, short)
     with pytest.raises(choice.NothingMeasured, match="different cards or versions"):
         choice.chosen(SMALL, {**SWEEPS, "expanded-64": sweep("expanded-64", (D, 50.0), triton="3.9")})
@@ -255,17 +308,21 @@ def test_a_class_without_a_time_or_of_other_versions_gives_no_tuning() -> None:
 def test_the_file_is_what_a_plugin_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, one in SWEEPS.items():
         trials.save(one, tmp_path / f"card-{name}.json")
-    target = tmp_path / "tuning-card.json"
-    words = ["choose", "--smoke", "--out", str(target)]
+    target = tmp_path / "card-1.json"
+    words = ["choose", "--backend", "acme", "--smoke", "--out", str(target)]
     assert tune.tune(words, standalone_mode=False) == 0
     read = read_tuning(target)
     assert dict(read.latent) == {1: B2, 33: A, 65: replace(D, **WHOLE)}, "every class has its own programs"
     assert (dict(read.expanded), read.source) == ({1: D, 65: B}, "Card 1")
     assert json.loads(target.read_bytes())["torch"] == "2.14"
     said = capsys.readouterr().out.splitlines()
-    assert said[-1] == f"use it with: -O tuning={target}"
+    assert said[-2:] == [
+        f"use it with: -O tuning={target}",
+        "ship it as: plugins/acme/mla_backend_acme/tuning/card-1.json",
+    ]
     assert said[1].split()[-6:] == ["2", "programs", "9.0", "30.0", "3", "0"]
     assert tune.tune(words, standalone_mode=False) == 0, "the tuning itself is no sweep"
+    assert choice.usage(target, "some.module:Backend", "Card 1") == said[-2], "a module has no such folder"
 
 
 def test_a_backend_without_these_ops_is_refused() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from mla_backends.torch_backend import TorchBackend
 from mla_backends.torch_backend.report import known, set_variables
 from mla_backends.triton_ops import triton_ops
 from mla_backends.triton_ops.requirements import VARIABLES
-from mla_backends.triton_ops.tuning import Tuning, read_tuning
+from mla_backends.triton_ops.tuning import Tuning, card_file, read_tuning
 
 if TYPE_CHECKING:
     import torch
@@ -75,11 +74,6 @@ class TritonBackend(TorchBackend):
 
     def vendor_facts(self) -> Mapping[str, str]:
         return {**super().vendor_facts(), "tuning": self.tuning.source, **set_variables(VARIABLES)}
-
-
-def card_file(name: str) -> str:
-    """Return the name of the file for a card: "nvidia-h100-80gb-hbm3.json" for "NVIDIA H100 80GB HBM3"."""
-    return f"{re.sub(r'[^a-z0-9.]+', '-', name.lower()).strip('-') or 'unknown'}.json"
 
 
 def _read(backend: str, file: str) -> Tuning:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -97,6 +98,16 @@ class Tuning:
 def tile_for(tiles: Tiles, rows: int) -> Tile:
     """Return the tile for this many query rows."""
     return tiles[max((least for least in tiles if least <= rows), default=1)]
+
+
+def card_slug(name: str) -> str:
+    """Return a card's name as part of a file name: "nvidia-h100-80gb-hbm3" for "NVIDIA H100 80GB HBM3"."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") or "unknown"
+
+
+def card_file(name: str) -> str:
+    """Return the name of the file that holds the tuning measured on a card of this name."""
+    return f"{card_slug(name)}.json"
 
 
 def read_tuning(path: str | Path) -> Tuning:

@@ -11,8 +11,9 @@ HEADER = (
     "x best other", "x flashinfer", "check",
 )  # fmt: skip
 NOTE = """\
-timed: how, the device's clock and a graph where there are any. x: how many times as fast as the fastest other
-kernel, and as FlashInfer, on the same shape and timed in the same way.
+timed: how. Kernels are called one by one and in no graph, so below about 100 us a time may be that of the
+host, which launches them. x: how many times as fast as the fastest other kernel, and as FlashInfer, on the
+same shape and timed in the same way.
 """
 FLASHINFER = "flashinfer"
 # How a call was timed, the way that shows the kernel alone first: mode, and whether on the device's clock.
@@ -48,12 +49,17 @@ def kernel(case: Case) -> str:
     return next(iter(case.ops.values()), "")
 
 
-def ratio(case: Case, other: Case) -> float | None:
-    """Return how many times as fast as another a case is, both timed in the same way."""
+def ratio(case: Case, other: Case, ways: Sequence[Way] = WAYS, least_ms: float = 0.0) -> float | None:
+    """Return how many times as fast as another a case is, both timed in the same way.
+
+    None without such a time, or if one of the two is shorter than `least_ms`.
+    """
     mine, theirs = latencies(case), latencies(other)
-    return next(
-        (theirs[way].median / mine[way].median for way in WAYS if way in mine and way in theirs), None
-    )
+    for way in ways:
+        if way in mine and way in theirs:
+            times = mine[way].median, theirs[way].median
+            return times[1] / times[0] if min(times) >= least_ms else None
+    return None
 
 
 def named(cases: Sequence[Case], name: str) -> list[Case]:

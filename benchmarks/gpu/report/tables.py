@@ -18,6 +18,7 @@ from mla.bench.results import ceilings_file
 from mla.bench.workload.quantities import spoken
 from mla.command.table import aligned, markdown
 from mla.errors import MLAError
+from mla_backends.triton_ops.tuning import card_file
 
 Rows = list[list[str]]
 
@@ -26,6 +27,7 @@ STANDARD = ("config", "scenario", "mode", "cache", "figure", "original", "ratio"
 ATTENTION = ("step", "case", "op", "ms", "of copy bandwidth", "of matmul peak", "check")
 ANSWERS = ("question", "answer", "evidence")
 SQUARE = "8192 x 8192 x 8192 bfloat16"  # in the source of a ceiling
+LAYERS, RIVALS = ("own-layers", "standard"), "rivals"  # sections, and how names of others begin
 WORDS = {"section", "step", "result", "what it says"}
 
 
@@ -50,7 +52,7 @@ class Report:
         rows = standard_rows(self._runs("standard"))
         if rows:
             parts.append(aligned(STANDARD, rows, {"config", "scenario", "mode", "cache", "check"}) + FOOTNOTE)
-        if self._ran("standard", "rivals"):
+        if self._ran():
             parts.append(
                 aligned(targets.HEADER, self._targets(), targets.HEADER) + targets.note(self._ledger.card)
             )
@@ -71,8 +73,7 @@ class Report:
         yield "Steps", STEPS, self._steps(), ""
         yield "Targets", targets.HEADER, self._targets(), targets.note(self._ledger.card)
         yield "Standard scenarios", STANDARD, standard_rows(self._runs("standard")), FOOTNOTE
-        in_turn = {step: run for step, run in self._runs("rivals").items() if not step.startswith("own-")}
-        yield "Kernels in turns", in_turns.HEADER, in_turns.rows(in_turn, ceilings), in_turns.NOTE
+        yield "Kernels in turns", in_turns.HEADER, in_turns.rows(self._rivals(), ceilings), in_turns.NOTE
         yield "Tiles", choice.HEADER, self._tiles(), self._tuning()
         for name, title in (("grid", "Decode attention"), ("kernels", "Kernels"), ("layers", "Decode step")):
             yield title, ATTENTION, attention_rows(self._runs(name), ceilings), ""
@@ -108,6 +109,11 @@ class Report:
                 continue  # a question's answer, or a file that the steps table has spoken about
         return found
 
+    def _rivals(self) -> dict[str, results.Run]:
+        """Return step -> result, of all sections in which kernels took turns."""
+        names = dict.fromkeys(one.section for one in self._records() if one.section.startswith(RIVALS))
+        return {step: run for name in names for step, run in self._runs(name).items()}
+
     def _ceilings(self) -> dict[str, float]:
         """Return kind of work -> the best the device reached: beyond its cache, and in bfloat16."""
         path = next((self._folder / "facts").glob("*-ceilings.json"), None)
@@ -125,20 +131,24 @@ class Report:
                     best[in_turns.PRODUCT] = one.value
         return best
 
-    def _ran(self, *sections: str) -> bool:
-        return any(one.section in sections and one.verdict != "skipped" for one in self._ledger.records)
+    def _ran(self) -> bool:
+        """Return whether anything was run that targets are judged by."""
+        ran = [one.section for one in self._ledger.records if one.verdict != "skipped"]
+        return any(name in LAYERS or name.startswith(RIVALS) for name in ran)
 
     def _targets(self) -> Rows:
-        evidence = targets.Evidence(self._runs("standard"), self._runs("rivals"), self._ceilings())
-        return targets.rows(evidence, self._ledger.card) if self._ran("standard", "rivals") else []
+        own_first = {step: run for name in LAYERS for step, run in self._runs(name).items()}
+        evidence = targets.Evidence(own_first, self._rivals(), self._ceilings())
+        return targets.rows(evidence, self._ledger.card) if self._ran() else []
 
     def _tiles(self) -> Rows:
         return choice.table(list(classes(self._ledger.smoke).values()), sweeps_in(self._folder / "tune"))
 
     def _tuning(self) -> str:
         """Return how to use the tuning that was written; "" if there is none."""
-        path = next((self._folder / "tune").glob("tuning-*.json"), None)
-        return f"{choice.usage(path)}\n" if path else ""
+        backend, card = self._ledger.backend, self._ledger.card
+        path = self._folder / "tune" / card_file(card)
+        return f"{choice.usage(path, backend, card)}\n" if path.exists() else ""
 
     def _answers(self) -> Rows:
         rows = []

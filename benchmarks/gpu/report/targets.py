@@ -18,17 +18,27 @@ OWN, OWN_LATENT = (
     "triton_latent",
 )  # what names of the project's own kernels begin with; one of them
 LARGE_BYTES = 1_000_000_000  # an attention call that moves less is no measure of bandwidth
+# Below it, a call outside a graph may last as long as the host takes to launch it.
+LONG_MS = 0.1
+LONG = f"{1e3 * LONG_MS:.0f} us"
 HEADER = ("target", "result", "number", "of what")
-NOTE = (
-    "Shares of ceilings hold for shapes that move 1 GB or more, and what is\njudged is the lowest number.\n"
-)
+NOTE = f"""\
+Shares of ceilings are judged on shapes that
+move 1 GB or more, and the ratio to FlashInfer on those that take both {LONG} or more on the device's clock:
+below that, a time may be the host's. What counts is the lowest number.
+"""
+HOST: tuple[Way, ...] = (("graph", False), ("eager", False))
+DEVICE: tuple[Way, ...] = (("graph", True), ("eager", True))
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Result files of a campaign, by step, and the card's ceilings."""
+    """Result files of a campaign, by step, and the card's ceilings.
 
-    standard: Mapping[str, Run] = field(default_factory=dict)
+    Of `layers` the first that has what is asked for counts.
+    """
+
+    layers: Mapping[str, Run] = field(default_factory=dict)
     rivals: Mapping[str, Run] = field(default_factory=dict)
     ceilings: Mapping[str, float] = field(default_factory=dict)
 
@@ -93,7 +103,7 @@ class Layer:
         return Found(f"{own[0].scenario}, {own[0].implementation}: {_without_time(own[0])}")
 
     def _cases(self, evidence: Evidence) -> Iterator[Case]:
-        for run in (*evidence.rivals.values(), *evidence.standard.values()):
+        for run in evidence.layers.values():
             if Path(str(run.config.get("name", ""))).name == self.config:
                 yield from (case for case in run.cases if case.op is None and case.mode == self.mode)
 
@@ -142,17 +152,21 @@ class Share:
 
 
 def against_flashinfer(least: float) -> Callable[[Evidence], Found]:
-    """Return a look at the ratio to FlashInfer on every shape that both have served."""
+    """Return a look at the ratio to FlashInfer on every shape that took both long on the device's clock."""
 
     def look(evidence: Evidence) -> Found:
         found = [
-            (in_turns.ratio(own, other), own)
+            (in_turns.ratio(own, other, DEVICE, LONG_MS), own)
             for together in in_turns.by_shape(_decodes(evidence))
             for own in in_turns.named(together, OWN_LATENT)
             for other in in_turns.named(together, in_turns.FLASHINFER)
         ]
         both = [(ratio, case) for ratio, case in found if ratio is not None]
-        return _judged(both, least, "{:.2f}x") if both else Found("no shape that FlashInfer served as well")
+        return (
+            _judged(both, least, "{:.2f}x")
+            if both
+            else Found(f"no shape that took it and FlashInfer {LONG} or more on the device's clock")
+        )
 
     return look
 
@@ -190,8 +204,6 @@ def _judged(found: Sequence[tuple[float, Case]], least: float, form: str) -> Fou
     return Found(of, form.format(worst), worst >= least)
 
 
-HOST: tuple[Way, ...] = (("graph", False), ("eager", False))
-DEVICE: tuple[Way, ...] = (("graph", True), ("eager", True))
 TARGETS = (
     Target(
         "deepseek-v2-lite, decode: at least 100,000 tok/s in a graph, host clock",
@@ -213,5 +225,8 @@ TARGETS = (
         "decode attention, 128 heads: at least 55 % of the 8192^3 product",
         Share(128, in_turns.PRODUCT, lambda case: case.cost.flops, 0.55),
     ),
-    Target("decode attention: at least 0.85 times as fast as FlashInfer", against_flashinfer(0.85)),
+    Target(
+        f"decode attention of {LONG} or more: at least 0.85 times as fast as FlashInfer, device clock",
+        against_flashinfer(0.85),
+    ),
 )

@@ -10,7 +10,7 @@ from benchmarks.gpu.tuning.classes import TileClass
 from benchmarks.gpu.tuning.trials import Sweep, Trial
 from mla.command.exit_codes import Exit
 from mla.errors import MLAError
-from mla_backends.triton_ops.tuning import Tile, Tuning
+from mla_backends.triton_ops.tuning import Tile, Tuning, card_file
 
 HEADER = ("calls", "tile", "us", "us as it was", "tried", "left out")
 Sweeps = Mapping[str, Sweep]
@@ -24,14 +24,16 @@ class NothingMeasured(MLAError):
 
 def chosen(classes: Sequence[TileClass], sweeps: Sweeps) -> dict[str, Trial]:
     """Return each class's best trial, by the geometric mean over its shapes. Raises `NothingMeasured`."""
-    missing = [one.name for one in classes if one.name not in sweeps or not sweeps[one.name].ranked()]
+    missing = [one.name for one in classes if one.name not in sweeps or sweeps[one.name].best() is None]
     if missing:
         raise NothingMeasured(
-            f"no tile was timed for {', '.join(missing)}: run the section again, in the same folder."
+            f"no tile was timed and confirmed for {', '.join(missing)}: "
+            "run the section again, in the same folder."
         )
     if len({tuple(sorted(sweeps[one.name].stack.items())) for one in classes}) > 1:
         raise NothingMeasured("the sweeps are of different cards or versions: repeat them (--again tune).")
-    return {one.name: sweeps[one.name].ranked()[0] for one in classes}
+    best = {one.name: sweeps[one.name].best() for one in classes}
+    return {name: trial for name, trial in best.items() if trial is not None}
 
 
 def tuning_of(classes: Sequence[TileClass], best: Mapping[str, Trial]) -> Tuning:
@@ -50,7 +52,7 @@ def table(classes: Sequence[TileClass], sweeps: Sweeps) -> list[list[str]]:
 
 
 def _row(one: TileClass, sweep: Sweep) -> list[str]:
-    best = next(iter(sweep.ranked()), None)
+    best = sweep.best()
     tried = [trial for trial in sweep.trials if trial.tile]
     return [
         f"{one.name}, from {one.least} rows", str(best.tile) if best else "-", _us(best),
@@ -62,6 +64,9 @@ def _us(trial: Trial | None) -> str:
     return f"{trial.mean_us:.1f}" if trial and math.isfinite(trial.mean_us) else "-"
 
 
-def usage(path: Path) -> str:
-    """Return how a user runs with the tuning."""
-    return f"use it with: -O tuning={path.resolve()}"
+def usage(path: Path, backend: str, card: str) -> str:
+    """Return how a user runs with the tuning, and where a plugin of the project looks for it."""
+    used = f"use it with: -O tuning={path.resolve()}"
+    if ":" in backend:  # package.module:attribute
+        return used
+    return f"{used}\nship it as: plugins/{backend}/mla_backend_{backend}/tuning/{card_file(card)}"

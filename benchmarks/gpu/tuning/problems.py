@@ -79,27 +79,37 @@ class Problem:
         self._reference = REFERENCE[f"{kind}_attention"]
 
     @cached_property
-    def _truth(self) -> torch.Tensor:
-        found = self.bound(self._reference)
+    def _truth(self) -> Bound:
+        found = self.bound(self._reference, with_lse=True)
         found.call()
-        return found.out.float()
+        return found
 
-    def bound(self, op: FusedOp) -> Bound:
-        """Return an op with this problem's operands and outputs of its own, which hold NaN."""
+    def bound(self, op: FusedOp, *, with_lse: bool = False) -> Bound:
+        """Return an op with this problem's operands and outputs of its own, which hold NaN.
+
+        Without `with_lse` it is called as the layer calls it, with lse only if it cannot do without.
+        """
         import torch
 
         inputs = self.inputs
         shape, device = (sum(inputs.query_lens), inputs.heads), inputs.device
         out = torch.full((*shape, self._width), torch.nan, dtype=torch.bfloat16, device=device)
-        lse = torch.full(shape, torch.nan, device=device)
+        needed = with_lse or not op.lse_optional
+        lse = torch.full(shape, torch.nan, device=device) if needed else None
         state, arguments = inputs.state(op), inputs.arguments()
-        return Bound(lambda: op(state, **arguments, out=out, lse=lse), out)
+        return Bound(lambda: op(state, **arguments, out=out, lse=lse), out, lse if with_lse else None)
 
-    def error(self, out: torch.Tensor) -> float:
-        """Return the largest relative difference of a row from the reference's; NaN is infinite."""
-        truth = self._truth
-        found = float(((out.float() - truth).norm(dim=-1) / truth.norm(dim=-1).clamp_min(1e-30)).max())
-        return math.inf if math.isnan(found) else found
+    def error(self, found: Bound) -> float:
+        """Return the largest relative difference of a row from the reference's; NaN is infinite.
+
+        The log-sum-exp, if it was asked for, counts with its largest difference.
+        """
+        truth = self._truth.out.float()
+        rows = (found.out.float() - truth).norm(dim=-1) / truth.norm(dim=-1).clamp_min(1e-30)
+        errors = [float(rows.max())]
+        if found.lse is not None and self._truth.lse is not None:
+            errors.append(float((found.lse - self._truth.lse).abs().max()))
+        return math.inf if any(map(math.isnan, errors)) else max(errors)
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,7 @@ class Bound:
 
     call: Callable[[], None]
     out: torch.Tensor
+    lse: torch.Tensor | None  # if it is to be compared
 
 
 Lengths = tuple[tuple[int, ...], tuple[int, ...]]  # new tokens and keys of every request

@@ -24,6 +24,7 @@ class Trial(msgspec.Struct, kw_only=True):
     us: dict[str, float] = {}
     fault: str = ""
     wrong: bool = False  # the result is not the reference's
+    confirmed: bool = False  # also right with ragged lengths and the log-sum-exp
 
     @property
     def mean_us(self) -> float:
@@ -59,6 +60,10 @@ class Sweep(msgspec.Struct, kw_only=True):
         """Return the trials of tiles that have a time, the fastest first."""
         found = [one for one in self.trials if one.tile and math.isfinite(one.mean_us)]
         return sorted(found, key=lambda one: one.mean_us)
+
+    def best(self) -> Trial | None:
+        """Return the fastest trial that was confirmed."""
+        return next((one for one in self.ranked() if one.confirmed), None)
 
 
 def opened(path: Path, tuned: str, facts: Mapping[str, str]) -> Sweep:

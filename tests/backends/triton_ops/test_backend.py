@@ -12,8 +12,8 @@ import torch
 from mla_backends.api import DeviceInfo, NormSpec
 from mla_backends.errors import BackendOptionError
 from mla_backends.triton_ops import Tile, Tuning, write_tuning
-from mla_backends.triton_ops.backend import TritonBackend, card_file
-from mla_backends.triton_ops.tuning import CURE
+from mla_backends.triton_ops.backend import TritonBackend
+from mla_backends.triton_ops.tuning import CURE, card_file
 
 TILES = {1: Tile(16, 16, 4, 1)}
 SMALL, LARGE = Tuning(TILES, TILES), Tuning({1: Tile(64, 64, 8, 2, programs=2)}, TILES)
