@@ -313,7 +313,8 @@ def test_the_file_is_what_a_plugin_reads(tmp_path: Path, capsys: pytest.CaptureF
     assert tune.tune(words, standalone_mode=False) == 0
     read = read_tuning(target)
     assert dict(read.latent) == {1: B2, 33: A, 65: replace(D, **WHOLE)}, "every class has its own programs"
-    assert (dict(read.expanded), read.source) == ({1: D, 65: B}, "Card 1")
+    assert dict(read.expanded) == {1: D, 65: B}
+    assert read.source.startswith("card-1.json: Card 1 (crc32 ")
     assert json.loads(target.read_bytes())["torch"] == "2.14"
     said = capsys.readouterr().out.splitlines()
     assert said[-2:] == [
