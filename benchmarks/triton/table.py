@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Compile what the plugins ship, for GPUs that need not be there, and write table.md.
 
-    python -m benchmarks.triton.table --old FOLDER [--jobs N]
+    python -m benchmarks.triton.table FOLDER [--jobs N]
 
-FOLDER holds Triton 3.1.0 (`pip install --no-deps --target FOLDER triton==3.1.0`). Nothing is written, and the
-exit code is 1, if something that is shipped has a fault. About six minutes on one core.
+FOLDER/VERSION holds each version of Triton (`pip install --no-deps --target FOLDER/3.1.0 triton==3.1.0`).
+Nothing is written, and the exit code is 1, if something that is shipped has a fault. About ten minutes on
+one core.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.triton.cases import Case
 from benchmarks.triton.compiling import compile_cases
-from benchmarks.triton.faults import faults, programs, tile_of
+from benchmarks.triton.faults import faults, known_spill, programs, tile_of
 from benchmarks.triton.fingerprint import fingerprint
 from benchmarks.triton.shipped import CURRENT, OLD, PORTABLE, Shipped
 
@@ -37,12 +37,20 @@ COLUMNS = """
 
 @dataclass(frozen=True)
 class Part:
-    """Everything that one version of Triton compiles."""
+    """What one version of Triton compiles."""
 
     triton: str
-    folder: Path | None
+    why: str  # this version
     shipped: tuple[Shipped, ...]
-    strict: bool  # a fault is an error
+    strict: bool = True  # a fault is an error
+
+
+PARTS = (
+    Part("3.9.0", "which torch 2.15 pins", CURRENT),
+    Part("3.8.0", "which torch 2.14 pins", CURRENT),
+    Part("3.1.0", "whose language the vendors' compilers speak", PORTABLE),
+    Part("3.1.0", "cards that have a newer one", OLD, strict=False),
+)
 
 
 @dataclass(frozen=True)
@@ -61,10 +69,11 @@ class Row:
         if "error" in self.found:
             return f"{start} {self.faults[0]} | | | | |"
         fit = programs(self.case.target, self.case.warps, self.found)
+        spilled, known = self.found["spilled"], known_spill(self.case, self.found)
         counts = ", ".join(f"{n} {name}" for name, n in self.found["instructions"].items())
         cells = (
             str(self.found["registers"]),
-            str(self.found["spilled"]),
+            f"{spilled} (known)" if spilled and known else str(spilled),
             f"{self.found['shared'] / 1024:.1f}",
             "" if fit is None else str(fit),
             counts,
@@ -72,16 +81,18 @@ class Row:
         return f"{start} {' | '.join(cells)} |"
 
 
-def compiled(part: Part, jobs: int) -> list[Row]:
-    """Compile a part; rows come in the order of what is shipped."""
+def compiled(part: Part, folder: Path, jobs: int) -> list[Row]:
+    """Compile a part with the Triton in a folder; rows come in the order of what is shipped."""
     wanted = [(one, name, case) for one in part.shipped for name, case in one.cases().items()]
-    answers = compile_cases([case for _, _, case in wanted], part.folder, jobs)
+    answers = compile_cases([case for _, _, case in wanted], folder, jobs)
     return [Row(*what, found) for what, found in zip(wanted, answers, strict=True)]
 
 
 def lines(part: Part, rows: Sequence[Row]) -> Iterator[str]:
     """Yield a part of the table as Markdown."""
-    yield f"\n## Triton {part.triton}{'' if part.strict else ', cards that have a newer one'}"
+    yield f"\n## Triton {part.triton}, {part.why}"
+    if known := sorted({text for row in rows if (text := _known(row))}):
+        yield f"\nKnown, and no fault with this version: {'; '.join(known)}."
     for shipped in part.shipped:
         of_it = [row for row in rows if row.shipped is shipped]
         yield f"\n{shipped.cards}, compiled for {shipped.target}; a block may use {shipped.shared} KiB:"
@@ -89,19 +100,35 @@ def lines(part: Part, rows: Sequence[Row]) -> Iterator[str]:
         yield from map(str, of_it)
 
 
+def _known(row: Row) -> str:
+    """Return what is said of a known spill; "" of any other row."""
+    most = known_spill(row.case, row.found) if row.found.get("spilled") else 0
+    where = f"`{row.case.kernel.partition(':')[2]}` for {row.case.target} in tiles of {tile_of(row.case)}"
+    return f"{where} spills up to {most} bytes a thread" if most else ""
+
+
+def installed(folder: Path) -> dict[str, Path]:
+    """Return the folder of each version of Triton. Raises FileNotFoundError if one is not there."""
+    found = {part.triton: folder / part.triton for part in PARTS}
+    for version, where in found.items():
+        if not (where / f"triton-{version}.dist-info").is_dir():
+            cure = f"pip install --no-deps --target {where} triton=={version}"
+            raise FileNotFoundError(f"{where} has no Triton {version}: run `{cure}`.")
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.triton.table")
-    parser.add_argument("--old", type=Path, required=True, metavar="FOLDER", help="where Triton 3.1.0 is")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the versions of Triton are")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
     options = parser.parse_args()
-    parts = (
-        Part(version("triton"), None, CURRENT, strict=True),
-        Part("3.1.0", options.old, PORTABLE, strict=True),
-        Part("3.1.0", options.old, OLD, strict=False),
-    )
+    try:
+        versions = installed(options.folder)
+    except FileNotFoundError as error:
+        parser.error(str(error))
     text, wrong = [HEADER.format(fingerprint=fingerprint())], []
-    for part in parts:
-        rows = compiled(part, options.jobs)
+    for part in PARTS:
+        rows = compiled(part, versions[part.triton], options.jobs)
         text.extend(lines(part, rows))
         wrong += [(part.triton, row, why) for row in rows if part.strict for why in row.faults]
     for triton, row, why in wrong:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 from benchmarks.triton.cases import Case
 from benchmarks.triton.compiling import compile_cases
-from benchmarks.triton.faults import faults
+from benchmarks.triton.faults import faults, product_of
 from benchmarks.triton.shipped import A100, B200, H100, L40, METAX_AS_CDNA3, RTX50, Shipped
 from mla_backends.triton_ops import Tile
 
@@ -21,6 +22,7 @@ SHIPPED = [
     (A100, "latent: 128 heads, 2 or 1 new"),
     (H100, "latent: 16 heads of 256, one part"),
     (H100, "latent: 128 heads, 2 new tokens"),
+    (H100, "latent: 128 heads, page 1, lse"),
     (H100, "expanded: causal"),
     (H100, "merge"),
     (H100, "write_latent"),
@@ -37,9 +39,17 @@ def _with(shipped: Shipped, tile: Tile) -> Shipped:
 
 
 MANY = "latent: 128 heads"
+FINE = {
+    "triton": "3.8.0",
+    "spilled": 0,
+    "shared": 0,
+    "tensor memory": 0,
+    "trap": False,
+    "instructions": {"wgmma": 8},
+}
 WRONG = [
     (_with(L40, Tile(64, 64, 8, 2)), [r"spills \d+ bytes", r"needs \d{3} of 99 KiB of shared memory$"]),
-    (_with(B200, Tile(64, 32, 8, 2)), ["needs 576 of 512 columns", "is nothing but a trap$"]),
+    (_with(B200, Tile(64, 32, 8, 2)), [r"needs 5\d\d of 512 columns", "is nothing but a trap$"]),
 ]
 
 
@@ -49,6 +59,12 @@ def compiled() -> list[tuple[Case, dict[str, Any]]]:
     cases = [shipped.cases()[name] for shipped, name in SHIPPED]
     cases += [shipped.cases()[MANY] for shipped, _ in WRONG]
     return list(zip(cases, compile_cases(cases), strict=True))
+
+
+def test_the_compiler_is_of_the_triton_that_is_imported_here(
+    compiled: list[tuple[Case, dict[str, Any]]],
+) -> None:
+    assert {found["triton"] for _, found in compiled} == {triton.__version__}
 
 
 def test_what_is_shipped_has_no_fault(compiled: list[tuple[Case, dict[str, Any]]]) -> None:
@@ -76,10 +92,35 @@ def test_tiles_that_do_not_fit_are_refused(compiled: list[tuple[Case, dict[str, 
     ],
 )
 def test_every_fault_has_a_sentence(change: dict[str, Any], fault: str) -> None:
-    fine = {"spilled": 0, "shared": 0, "tensor memory": 0, "trap": False, "instructions": {"wgmma": 8}}
     case = H100.cases()[MANY]
-    assert faults(case, fine, H100.shared) == []
-    assert faults(case, {**fine, **change}, H100.shared) == [fault]
+    assert faults(case, FINE, H100.shared) == []
+    assert faults(case, {**FINE, **change}, H100.shared) == [fault]
+
+
+@pytest.mark.parametrize(
+    ("shipped", "name", "triton", "spilled", "faulty"),
+    [
+        (H100, MANY, "3.9.0", 264, False),
+        (H100, MANY, "3.9.1", 264, False),
+        (H100, MANY, "3.9.0", 265, True),
+        (H100, MANY, "3.8.0", 1, True),
+        (H100, MANY, "3.7.1", 1, True),
+        (H100, MANY, "3.10.0", 1, True),
+        (H100, "latent: 16 heads", "3.9.0", 1, True),
+        (H100, "expanded: causal", "3.9.0", 1, True),
+        (B200, MANY, "3.9.0", 1, True),
+        (_with(H100, Tile(64, 64, 8, 3)), MANY, "3.9.0", 1, True),
+        (H100, "merge", "3.9.0", 8, False),
+        (H100, "merge", "3.9.0", 9, True),
+    ],
+)
+def test_only_known_spills_are_no_fault(
+    shipped: Shipped, name: str, triton: str, spilled: int, faulty: bool
+) -> None:
+    case = shipped.cases()[name]
+    found = {**FINE, "triton": triton, "spilled": spilled, "instructions": {product_of(case): 8}}
+    sentence = f"spills {spilled} bytes per thread"
+    assert faults(case, found, shipped.shared) == ([sentence] if faulty else [])
 
 
 def test_a_compiler_that_aborts_takes_only_its_case_along(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +10,36 @@ import pytest
 
 from benchmarks.triton import fingerprint as module
 from benchmarks.triton import problems
+from benchmarks.triton.faults import KNOWN_SPILLS
 from benchmarks.triton.fingerprint import KERNELS, code, fingerprint
 from benchmarks.triton.shipped import CURRENT, H100
-from benchmarks.triton.table import TABLE
+from benchmarks.triton.table import PARTS, TABLE, installed
 from mla_backends.triton_ops import Tile
 
 
 def test_the_table_is_of_these_kernels_and_tiles() -> None:
-    stale = "table.md is of other kernels or tiles: run `python -m benchmarks.triton.table`"
+    stale = "table.md is of other kernels or tiles: see benchmarks/triton/README.md"
     assert f"`{fingerprint()}`" in TABLE.read_text(encoding="utf-8"), stale
+
+
+def test_known_spills_are_as_the_table_shows_them() -> None:
+    """Whatever is allowed beyond that would hide new ones."""
+    shown = re.findall(r"\| ([^|]+) \| \d+ \| (\d+) \(known\)", TABLE.read_text(encoding="utf-8"))
+    versions = {part.triton.rpartition(".")[0] for part in PARTS}
+    most = {tile: max(int(bytes_) for other, bytes_ in shown if other == tile) for tile, _ in shown}
+    assert most == {
+        tile: allowed for (triton, _, _, tile), allowed in KNOWN_SPILLS.items() if triton in versions
+    }
+
+
+def test_a_missing_version_is_named_with_its_cure(tmp_path: Path) -> None:
+    for version in ("3.8.0", "3.9.0"):
+        (tmp_path / version / f"triton-{version}.dist-info").mkdir(parents=True)
+    cure = f"has no Triton 3.1.0: run `pip install --no-deps --target {tmp_path / '3.1.0'} triton==3.1.0`"
+    with pytest.raises(FileNotFoundError, match=re.escape(cure)):
+        installed(tmp_path)
+    (tmp_path / "3.1.0" / "triton-3.1.0.dist-info").mkdir(parents=True)
+    assert installed(tmp_path)["3.1.0"] == tmp_path / "3.1.0"
 
 
 def test_another_kernel_is_another_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

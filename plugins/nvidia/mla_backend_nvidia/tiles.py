@@ -1,6 +1,6 @@
 """Tiles of the Triton kernels on cards that none was measured on.
 
-Not run on hardware. They fit, and no compiler spills them: benchmarks/triton/table.md.
+Not run on hardware. They fit, and Triton 3.8 spills none of them: benchmarks/triton/table.md.
 """
 
 from __future__ import annotations
