@@ -73,7 +73,8 @@ class TritonBackend(TorchBackend):
         return triton_ops(self.tuning, self.multiprocessors(), device_reason=self.triton_reason)
 
     def vendor_facts(self) -> Mapping[str, str]:
-        return {**super().vendor_facts(), "tuning": self.tuning.source, **set_variables(VARIABLES)}
+        tuning = {} if self.device is None else {"tuning": self.tuning.source}  # it is chosen by the device
+        return {**super().vendor_facts(), **tuning, **set_variables(VARIABLES)}
 
 
 def _read(backend: str, file: str) -> Tuning:

@@ -24,6 +24,7 @@ class Acme(TritonBackend):
     """The CPU, called a card."""
 
     name, device_type, api_version = "acme", "cpu", 1
+    device = torch.device("cpu")  # as if set up
     found: Any = None
 
     def device_info(self) -> DeviceInfo:
@@ -41,6 +42,12 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder of tunings that were measured; empty so far."""
     monkeypatch.setattr(Acme, "tunings", tmp_path)
     return tmp_path
+
+
+def test_the_tuning_is_not_known_before_the_device_is() -> None:
+    backend = Acme()
+    backend.device = None
+    assert "tuning" not in backend.vendor_facts()
 
 
 def test_a_card_that_was_not_measured_gets_the_default(measured: Path) -> None:
