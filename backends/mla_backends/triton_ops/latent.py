@@ -123,27 +123,8 @@ class LatentAttention(KernelOp):
     ) -> None:  # fmt: skip
         if q.shape[0] == 0:
             return
-        latent, splits = out.shape[2], state.splits
-        of_parts = state.rows * splits.max_splits * latent if splits.max_splits > 1 else 0
-        shared = {
-            "kv_lens": kv_lens,
-            "cu_q": cu_q,
-            "out": out,
-            "lse": state.parts if lse is None else lse,
-            "part_out": state.parts,
-            "part_lse": state.parts[of_parts:],
-            "out_token": out.stride(0),
-            "out_head": out.stride(1),
-            "lse_token": 0 if lse is None else lse.stride(0),
-            "lse_head": 0 if lse is None else lse.stride(1),
-            "requests": state.requests,
-            "keys_per_split": splits.keys_per_split,
-            "max_splits": splits.max_splits,
-            "RAGGED": state.ragged,
-            "HEADS": q.shape[1],
-            "LATENT": latent,
-            "HAS_LSE": lse is not None,
-        }
+        latent = out.shape[2]
+        shared = _shared(state, q.shape[1], kv_lens, cu_q, out, lse)
         rope = q.shape[2] - latent
         arguments = {
             **shared,
@@ -161,7 +142,7 @@ class LatentAttention(KernelOp):
             "FORMAT": "plain",
         }
         self._attend(state, arguments)
-        if splits.max_splits > 1:
+        if state.splits.max_splits > 1:
             self._merge(state, shared)
 
     def _attend(self, state: LatentState, arguments: dict[str, Any]) -> None:
@@ -195,3 +176,35 @@ class LatentAttention(KernelOp):
         blocks, programs = state.blocks(rows)
         sizes = {"blocks": blocks, "rows": rows, "WIDE_LATENT": wide(shared["LATENT"]), "PARTS": MERGED_PARTS}
         self.start(merge_latent, (programs,), {**shared, **sizes}, MERGE_WARPS)
+
+
+def _shared(
+    state: LatentState,
+    heads: int,
+    kv_lens: torch.Tensor,
+    cu_q: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> dict[str, Any]:
+    """Return the arguments that both kernels take."""
+    latent, splits = out.shape[2], state.splits
+    of_parts = state.rows * splits.max_splits * latent if splits.max_splits > 1 else 0
+    return {
+        "kv_lens": kv_lens,
+        "cu_q": cu_q,
+        "out": out,
+        "lse": state.parts if lse is None else lse,
+        "part_out": state.parts,
+        "part_lse": state.parts[of_parts:],
+        "out_token": out.stride(0),
+        "out_head": out.stride(1),
+        "lse_token": 0 if lse is None else lse.stride(0),
+        "lse_head": 0 if lse is None else lse.stride(1),
+        "requests": state.requests,
+        "keys_per_split": splits.keys_per_split,
+        "max_splits": splits.max_splits,
+        "RAGGED": state.ragged,
+        "HEADS": heads,
+        "LATENT": latent,
+        "HAS_LSE": lse is not None,
+    }
