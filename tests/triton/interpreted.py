@@ -1,7 +1,7 @@
 """The CPU as a backend whose ops are the Triton kernels, interpreted.
 
 `TRITON_INTERPRET=1 PYTHONPATH=tests/triton python -m mla.conformance --backend interpreted:mla_backend`
-holds them to the contract; with `--quick`, a dtype takes about five minutes on one core.
+holds them to the contract; with `--quick`, a dtype takes four minutes on one core.
 
 An interpreter's time goes by programs and operations, not by numbers: few large tiles are quick.
 """
