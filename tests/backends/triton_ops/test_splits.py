@@ -73,6 +73,14 @@ def test_a_wide_table_does_not_multiply_programs() -> None:
     assert splits.max_splits * 128 <= 8 * 264
 
 
+@pytest.mark.parametrize(("heads", "short"), [(128, 255), (16, 2047), (128, 60)])
+def test_a_long_request_among_very_many_rows_takes_a_bounded_memory(heads: int, short: int) -> None:
+    """Every row has room for as many parts as the longest request: unbounded, this would take gigabytes."""
+    splits = chosen(heads, [100] * short + [128 * 1024])
+    taken = (short + 1) * heads * ROW * splits.max_splits
+    assert PARTS_BYTES / 2 < taken <= PARTS_BYTES
+
+
 lengths = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 200_000)), min_size=1, max_size=40)
 
 
