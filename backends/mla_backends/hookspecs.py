@@ -21,6 +21,6 @@ def mla_backend(options: Mapping[str, str]) -> Backend | None:
     Called once, after the user chose the plugin by the name of its entry point in the group
     `mla.backends`; no other plugin is imported. Must not touch the device: `Backend.probe` comes next.
 
-    :param options: the user's options, all strings; pass them to `Backend.__init__`, which rejects
-        those the backend does not know.
+    `options` are the user's, all strings; pass them to `Backend.__init__`, which rejects those the backend
+    does not know.
     """

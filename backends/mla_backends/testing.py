@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class HostBackend(Backend):
     """The CPU of this process, set up and ready, offering whatever ops a test passes in.
 
-    Use it to test an op inside a layer on a machine without the device, or subclass it to plant a fault::
+    Use it to test an op inside a layer on a machine without the device, or subclass it to plant a fault:
 
         import torch
         from mla import MLA, MLAConfig

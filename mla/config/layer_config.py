@@ -49,13 +49,13 @@ class MLAConfig:
     invalid values.
     """
 
-    hidden_size: int
-    num_attention_heads: int
-    q_lora_rank: int | None = None
-    kv_lora_rank: int = 512
-    qk_nope_head_dim: int = 128
-    qk_rope_head_dim: int = 64
-    v_head_dim: int = 128
+    hidden_size: int  # d
+    num_attention_heads: int  # h
+    q_lora_rank: int | None = None  # width of the query latent
+    kv_lora_rank: int = 512  # c, width of the cached latent; all heads share it
+    qk_nope_head_dim: int = 128  # n, channels of a query or key that are not rotated
+    qk_rope_head_dim: int = 64  # r, channels that are; all heads share those of the key
+    v_head_dim: int = 128  # v
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False  # on q_a, kv_a and o; never on q, q_b and kv_b
     rope_theta: float | None = 10000.0  # None: nothing is rotated

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Backend(ABC):
     """One kind of device. `TorchBackend` implements the optional part for devices with a torch module.
 
-    Example::
+    Example:
 
         from mla_backends import Availability, TorchBackend, hookimpl
 

@@ -1,0 +1,64 @@
+"""Griffe extension: comments behind attributes and parameters are shown, as they hold shapes and units here."""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from typing import Any
+
+import griffe
+
+Comments = dict[int, tuple[int, str]]  # line -> column and text
+
+
+class CommentsAreDocstrings(griffe.Extension):
+    """Document what has no docstring by `# ...` on its line, or on the lines right above it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._files: dict[str, Comments] = {}
+
+    def on_attribute_instance(self, *, node: Any, attr: griffe.Attribute, agent: Any, **_: Any) -> None:
+        """Document an attribute of a class or module."""
+        if attr.docstring is not None or not isinstance(node, (ast.Assign, ast.AnnAssign)):
+            return
+        comments = self._comments(agent)
+        if text := _behind(comments, node) or _above(comments, node):
+            attr.docstring = griffe.Docstring(text, parent=attr)
+
+    def on_function_instance(self, *, node: Any, func: griffe.Function, agent: Any, **_: Any) -> None:
+        """Add the comments of parameters to what a docstring says."""
+        comments = self._comments(agent)
+        arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+        lines = [f"* `{one.arg}`: {text}" for one in arguments if (text := _behind(comments, one))]
+        if lines:
+            said = func.docstring.value if func.docstring else ""
+            func.docstring = griffe.Docstring("\n".join((said, "", *lines)), parent=func)
+
+    def _comments(self, agent: Any) -> Comments:
+        path = str(agent.filepath)
+        if path not in self._files:
+            tokens = tokenize.generate_tokens(io.StringIO(agent.code).readline)
+            self._files[path] = {
+                token.start[0]: (token.start[1], token.string.lstrip("#: "))
+                for token in tokens
+                if token.type == tokenize.COMMENT and not token.string.startswith(("# noqa", "# type:"))
+            }
+        return self._files[path]
+
+
+def _behind(comments: Comments, node: Any) -> str:
+    """Return the comments on a node's own lines, which need not hold anything else."""
+    found = (comments.get(line, (0, "")) for line in range(node.lineno, node.end_lineno + 1))
+    return " ".join(text for column, text in found if column > node.col_offset)
+
+
+def _above(comments: Comments, node: Any) -> str:
+    """Return the block of comments that ends on the line before a node."""
+    texts: list[str] = []
+    line = node.lineno - 1
+    while comments.get(line, (-1, ""))[0] == node.col_offset:
+        texts.insert(0, comments[line][1])
+        line -= 1
+    return " ".join(texts)

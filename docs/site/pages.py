@@ -1,0 +1,88 @@
+"""MkDocs hook: the site is the repository's own markdown, each page under its own path."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # MkDocs loads this file by its path, without a package
+
+from links import SourceLinks
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = (
+    "*.md",
+    "docs/**/*.md",
+    "backends/README.md",
+    "benchmarks/**/*.md",
+    "packaging/*.md",
+    "plugins/*/README.md",
+)
+ASSETS = ("docs/**/*.{}", "benchmarks/**/*.{}")
+KINDS = ("svg", "png", "webp", "jpg", "html")
+
+source_links = SourceLinks(ROOT)
+
+
+def found(*patterns: str) -> list[str]:
+    """Return the files of the repository that match, as paths from its root."""
+    paths = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    own = Path(__file__).parent
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths if own not in path.parents)
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Put pages in the place of the navigation's patterns, and let links to source files be links."""
+    named = set(_leaves(config.nav))
+    config.nav = _expanded(config.nav, [page for page in found(*PAGES) if page not in named])
+    config.markdown_extensions.append(source_links)  # type: ignore[arg-type]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Add the repository's pages and pictures."""
+    from mkdocs.structure.files import File
+
+    for path in found(*PAGES, *(one.format(kind) for one in ASSETS for kind in KINDS)):
+        files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
+    source_links.files = {file.src_uri for file in files}
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> None:
+    """Say which page is rendered next to what resolves links; the first page needs no list of itself."""
+    source_links.page = page.file.src_uri
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]
+
+
+def _leaves(nav: Any) -> Iterator[str]:
+    """Yield every path that a navigation names."""
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for item in nav.values() if isinstance(nav, dict) else nav:
+            yield from _leaves(item)
+
+
+def _expanded(nav: Any, rest: list[str]) -> Any:
+    """Return the navigation with patterns replaced; each takes what it matches out of `rest`."""
+    if isinstance(nav, dict):
+        return {title: _expanded(item, rest) for title, item in nav.items()}
+    if not isinstance(nav, list):
+        return nav
+    items = []
+    for item in nav:
+        if isinstance(item, str) and "*" in item:
+            taken = [page for page in rest if fnmatch(page, item)]
+            rest[:] = [page for page in rest if page not in taken]
+            items += taken
+        else:
+            items.append(_expanded(item, rest))
+    return items
