@@ -1,4 +1,4 @@
-"""Griffe extension: comments behind attributes and parameters are shown, as they hold shapes and units here."""
+"""Griffe extension: comments behind attributes and parameters are shown: here they hold shapes and units."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import griffe
 
+_PLAIN = (ast.Assign, ast.AnnAssign)
 Comments = dict[int, tuple[int, str]]  # line -> column and text
 
 
@@ -20,8 +21,8 @@ class CommentsAreDocstrings(griffe.Extension):
         self._files: dict[str, Comments] = {}
 
     def on_attribute_instance(self, *, node: Any, attr: griffe.Attribute, agent: Any, **_: Any) -> None:
-        """Document an attribute of a class or module."""
-        if attr.docstring is not None or not isinstance(node, (ast.Assign, ast.AnnAssign)):
+        """Document an attribute of a class or module, or a property on one line."""
+        if attr.docstring is not None or not (isinstance(node, _PLAIN) or node.lineno == node.end_lineno):
             return
         comments = self._comments(agent)
         if text := _behind(comments, node) or _above(comments, node):

@@ -14,11 +14,11 @@ from markdown.extensions import Extension
 from markdown.treeprocessors import Treeprocessor
 
 
-def repository_url(environment: Mapping[str, str] = os.environ) -> str:
-    """Return where the commit being built can be read, as GitHub Actions says; "" elsewhere."""
+def repository(environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
+    """Return the repository's address and the commit being built, as GitHub Actions says; else ("", "")."""
     names = ("GITHUB_SERVER_URL", "GITHUB_REPOSITORY", "GITHUB_SHA")
-    server, repository, commit = (environment.get(name, "") for name in names)
-    return f"{server}/{repository}/blob/{commit}" if server and repository and commit else ""
+    server, name, commit = (environment.get(one, "") for one in names)
+    return (f"{server}/{name}", commit) if server and name and commit else ("", "")
 
 
 class SourceLinks(Extension):
@@ -43,11 +43,14 @@ class SourceLinks(Extension):
         if target in self.files or not (self.root / target).exists() or target.startswith(".."):
             return
         if posixpath.join(target, "README.md") in self.files:
-            link.set("href", posixpath.join(parts.path, "README.md"))
-        elif url := repository_url():
-            link.set("href", f"{url}/{target}" + (f"#{parts.fragment}" if parts.fragment else ""))
+            link.set("href", parts._replace(path=posixpath.join(parts.path, "README.md")).geturl())
+            return
+        url, commit = repository()
+        if url:
+            kind = "tree" if (self.root / target).is_dir() else "blob"
+            link.set("href", parts._replace(path=f"{url}/{kind}/{commit}/{target}").geturl())
         else:
-            link.tag = "span" if any(one.tag == "code" for one in link.iter()) else "code"
+            link.tag = "span" if link.find(".//code") is not None else "code"
             link.attrib = {"title": target}
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # MkDocs loads this file by its path, without a package
 
-from links import SourceLinks
+from links import SourceLinks, repository
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -40,10 +40,13 @@ def found(*patterns: str) -> list[str]:
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Put pages in the place of the navigation's patterns, and let links to source files be links."""
+    """Put pages in the place of the navigation's patterns, and say where the source is, if that is known."""
     named = set(_leaves(config.nav))
     config.nav = _expanded(config.nav, [page for page in found(*PAGES) if page not in named])
-    config.markdown_extensions.append(source_links)  # type: ignore[arg-type]
+    config.markdown_extensions.append(source_links)
+    url, commit = repository()
+    if url:  # not `repo_url`: the theme would ask the forge about it from every reader's browser
+        config.copyright += f' · <a href="{url}/tree/{commit}">source, {commit[:8]}</a>'
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:

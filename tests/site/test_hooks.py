@@ -1,0 +1,100 @@
+"""What the site's hooks make of links, and that the check of the built site finds what it is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import built_site
+import markdown
+import pytest
+
+FORGE = {
+    "GITHUB_SERVER_URL": "https://forge.example",
+    "GITHUB_REPOSITORY": "someone/some",
+    "GITHUB_SHA": "0123456789ab",
+}
+
+
+@pytest.fixture
+def links(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return the hook of links, on a machine of no forge."""
+    import links
+
+    for name in FORGE:
+        monkeypatch.delenv(name, raising=False)
+    return links
+
+
+def html(links: ModuleType, tmp_path: Path, text: str) -> str:
+    """Render a page docs/page.md of a repository with a source file, a folder and a folder with a page."""
+    for path in ("docs/page.md", "code/one.py", "pages/README.md"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    extension = links.SourceLinks(tmp_path)
+    extension.page, extension.files = "docs/page.md", {"docs/page.md", "pages/README.md"}
+    return markdown.markdown(text, extensions=[extension])
+
+
+def test_links_to_source_are_text_where_no_forge_is_known(links: ModuleType, tmp_path: Path) -> None:
+    text = html(links, tmp_path, "[one](../code/one.py) and [`two`](../code/)")
+    assert "<a" not in text
+    assert '<code title="code/one.py">one</code>' in text
+    assert '<span title="code"><code>two</code></span>' in text
+
+
+def test_links_to_source_lead_to_the_commit_on_the_forge(
+    links: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in FORGE.items():
+        monkeypatch.setenv(name, value)
+    text = html(links, tmp_path, "[one](../code/one.py#L3) and [two](../code/)")
+    assert 'href="https://forge.example/someone/some/blob/0123456789ab/code/one.py#L3"' in text
+    assert 'href="https://forge.example/someone/some/tree/0123456789ab/code"' in text
+
+
+@pytest.mark.parametrize(
+    ("link", "href"),
+    [
+        ("../pages/", "../pages/README.md"),  # a folder is its page
+        ("../pages#there", "../pages/README.md#there"),
+        ("../pages/README.md", "../pages/README.md"),
+        ("#here", "#here"),
+        ("https://a.example/code/one.py", "https://a.example/code/one.py"),
+        ("../code/two.py", "../code/two.py"),  # not there: MkDocs refuses it
+        ("../../code/one.py", "../../code/one.py"),  # outside
+    ],
+)
+def test_other_links_are_left_to_mkdocs(links: ModuleType, tmp_path: Path, link: str, href: str) -> None:
+    assert f'href="{href}"' in html(links, tmp_path, f"[one]({link})")
+
+
+FAULTS = {
+    '<a href="nowhere.html">': "nowhere.html is not there",
+    '<a href="folder/">': "folder/ is not there",  # no page in it
+    '<a href="#nowhere">': "#nowhere has no such anchor",
+    '<a href="other.html#nowhere">': "other.html#nowhere has no such anchor",
+    '<a href="../outside.html">': "../outside.html is not there",
+    '<a href="/other.html">': "/other.html is absolute",
+    '<img src="other.html">': "a picture has no text",
+    '<img src="https://a.example/b.png" alt="b">': "fetches https://a.example/b.png",
+    '<img srcset="other.html 1x, //a.example/b.png 2x" alt="b">': "fetches //a.example/b.png",
+    '<script src="https://a.example/b.js"></script>': "fetches https://a.example/b.js",
+    '<link rel="preconnect" href="https://a.example">': "fetches https://a.example",
+    '<style>@import "https://a.example/b.css";</style>': "fetches https://a.example/b.css",
+    '<p style="background: url(https://a.example/b.png)">': "fetches https://a.example/b.png",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_check_finds(tmp_path: Path, fault: str) -> None:
+    site = tmp_path / "site"
+    (site / "folder").mkdir(parents=True)
+    (tmp_path / "outside.html").touch()
+    (site / "other.html").write_text('<h1 id="there">', encoding="utf-8")
+    right = (
+        '<a href="other.html#there"><a href="https://a.example"><a href="mailto:a@a.example"><p id="here">'
+    )
+    (site / "page.html").write_text(f'{right}<a href="#here">{fault}', encoding="utf-8")
+    found = list(built_site.faults(site, built_site.read_site(site)))
+    assert found == [f"page.html: {FAULTS[fault]}"]

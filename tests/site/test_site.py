@@ -1,0 +1,105 @@
+"""The built site has every page of the repository and every public name, and no link that leads nowhere."""
+
+from __future__ import annotations
+
+import importlib
+import posixpath
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import built_site
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HIDDEN = re.compile(r"(^|/)(\.[^/]+|node_modules|build|dist|site|tests)/")
+Pages = dict[str, built_site.Page]
+MODULES = ("mla", "mla_backends", "mla_backends.api", "mla.bench.results")
+
+
+def markdown() -> list[str]:
+    """Return the repository's pages, as paths from its root."""
+    paths = (path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.md"))
+    return sorted(path for path in paths if not HIDDEN.search(path))
+
+
+def address(path: str) -> str:
+    """Return where a page of the repository is in the site."""
+    return re.sub(r"(^|/)README\.md$", r"\1index.md", path).removesuffix(".md") + ".html"
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> Pages:
+    """Return every page of the built site by its path."""
+    return built_site.read_site(site)
+
+
+def test_every_link_leads_somewhere_and_nothing_comes_from_elsewhere(site: Path, pages: Pages) -> None:
+    assert sum(len(page.links) for page in pages.values()) > 1000
+    assert list(built_site.faults(site, pages)) == []
+
+
+def test_the_navigation_has_every_page_of_the_repository(pages: Pages) -> None:
+    written = {address(path) for path in markdown()}
+    assert len(written) > 20
+    assert written - set(pages) == set()
+    home = {posixpath.normpath(link) for link in pages["index.html"].links}
+    assert written - home == set()
+
+
+def test_anchors_are_those_that_the_forge_gives(pages: Pages) -> None:
+    """A link to a heading then works in the checkout as it does in the site."""
+    for path in markdown():
+        text = re.sub(r"^```.*?^```", "", (ROOT / path).read_text(encoding="utf-8"), flags=re.M | re.S)
+        written = [line.lstrip("# ") for line in text.splitlines() if re.match("#{1,6} ", line)]
+        anchors = set(pages[address(path)].anchors)
+        assert {forge_anchor(heading) for heading in written} <= anchors, path
+
+
+def forge_anchor(heading: str) -> str:
+    """Return the anchor of a heading: its text without markup or punctuation, in lower case, with hyphens."""
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)|[`*]", r"\1", heading).strip()
+    return re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_is_in_the_reference(pages: Pages, module: str) -> None:
+    anchors = {one for path, page in pages.items() if path.startswith("docs/api/") for one in page.anchors}
+    names = importlib.import_module(module).__all__
+    assert len(names) >= 5
+    for name in names:
+        homes = (module, *(one for one in MODULES if one.startswith(module.partition(".")[0])))
+        assert any(f"{home}.{name}" in anchors for home in homes), name
+
+
+def test_shapes_in_comments_reach_the_reference(site: Path) -> None:
+    text = (site / "docs/api/backends.html").read_text(encoding="utf-8")
+    assert "[B, max_pages] int32" in text
+    core = (site / "docs/api/core.html").read_text(encoding="utf-8")
+    assert re.search(r"<li>\s*(<p>)?<code>hidden</code>: \[T, d\]", core)
+
+
+LINKS = {
+    "README.md": ("[a](docs/nowhere.md)", "'docs/nowhere.md'"),
+    "docs/devices.md": ("[a](results.md#nowhere)", "'#nowhere'"),
+    "backends/README.md": ("[a](/docs/README.md)", "'/docs/README.md'"),
+    "CHANGELOG.md": ("[a](mla/nowhere.py)", "'mla/nowhere.py'"),
+}
+
+
+def test_a_dead_link_fails_the_build(
+    build: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    root = tmp_path / "checkout"
+    shutil.copytree(ROOT / "docs", root / "docs")
+    for path in markdown():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        text = "" if path.startswith("docs/api/") else (ROOT / path).read_text(encoding="utf-8")
+        added, _ = LINKS.get(path, ("", ""))
+        (root / path).write_text(f"{text}\n{added}\n", encoding="utf-8")
+    done = build(root, tmp_path / "site")
+    assert done.returncode != 0
+    for _, said in LINKS.values():
+        assert said in done.stderr, done.stderr
