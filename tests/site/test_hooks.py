@@ -82,6 +82,7 @@ FAULTS = {
     '<script src="https://a.example/b.js"></script>': "fetches https://a.example/b.js",
     '<link rel="preconnect" href="https://a.example">': "fetches https://a.example",
     '<style>@import "https://a.example/b.css";</style>': "fetches https://a.example/b.css",
+    '<style>@import url("https://a.example/b.css");</style>': "fetches https://a.example/b.css",
     '<p style="background: url(https://a.example/b.png)">': "fetches https://a.example/b.png",
 }
 
@@ -98,3 +99,8 @@ def test_the_check_finds(tmp_path: Path, fault: str) -> None:
     (site / "page.html").write_text(f'{right}<a href="#here">{fault}', encoding="utf-8")
     found = list(built_site.faults(site, built_site.read_site(site)))
     assert found == [f"page.html: {FAULTS[fault]}"]
+
+
+def test_the_check_reads_style_sheets(tmp_path: Path) -> None:
+    (tmp_path / "a.css").write_text("@import url('https://a.example/b.css'); p { background: url(data:x) }")
+    assert list(built_site.faults(tmp_path, {})) == ["a.css: fetches https://a.example/b.css"]

@@ -14,7 +14,7 @@ import built_site
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HIDDEN = re.compile(r"(^|/)(\.[^/]+|node_modules|build|dist|site|tests)/")
+HIDDEN = re.compile(r"(^|/)(\.[^/]+|node_modules|v?env|build|dist|site|tests)/")
 Pages = dict[str, built_site.Page]
 MODULES = ("mla", "mla_backends", "mla_backends.api", "mla.bench.results")
 

@@ -25,7 +25,7 @@ _FETCHED = {
     "use": ("href",),
     "video": ("src", "poster"),
 }
-_IN_STYLE = re.compile(r"""(?:url\(|@import)\s*["']?(?!data:|#)([^"')\s;]+)""")
+_IN_STYLE = re.compile(r"""(?:@import\s+(?:url\(\s*)?|url\(\s*)["']?(?!data:|#)([^"')\s;]+)""")
 
 
 @dataclass
