@@ -16,16 +16,18 @@ class HostBackend(Backend):
 
     Use it to test an op inside a layer on a machine without the device, or subclass it to plant a fault:
 
-        import torch
-        from mla import MLA, MLAConfig
-        from mla_backends.testing import HostBackend
-        from my_backend import MyLinear
+    ```python
+    import torch
+    from mla import MLA, MLAConfig
+    from mla_backends.testing import HostBackend
+    from my_backend import MyLinear
 
-        def test_a_layer_uses_my_linear():
-            backend = HostBackend(ops={"my_linear": MyLinear()})
-            config = MLAConfig(hidden_size=64, num_attention_heads=2, kv_lora_rank=32)
-            layer = MLA(config, backend=backend, dtype=torch.float32)
-            assert layer.ops.names()["o_proj"] == "my_linear", layer.ops.explain()
+    def test_a_layer_uses_my_linear():
+        backend = HostBackend(ops={"my_linear": MyLinear()})
+        config = MLAConfig(hidden_size=64, num_attention_heads=2, kv_lora_rank=32)
+        layer = MLA(config, backend=backend, dtype=torch.float32)
+        assert layer.ops.names()["o_proj"] == "my_linear", layer.ops.explain()
+    ```
 
     It is a complete backend: `python -m mla.conformance --backend mla_backends.testing:HostBackend` passes.
     """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,7 @@ def found(*patterns: str) -> list[str]:
 
 def on_config(config: MkDocsConfig) -> None:
     """Put pages in the place of the navigation's patterns, and say where the source is, if that is known."""
-    named = set(_leaves(config.nav))
-    config.nav = _expanded(config.nav, [page for page in found(*PAGES) if page not in named])
+    config.nav = expanded(config.nav, found(*PAGES))
     config.markdown_extensions.append(source_links)
     url, commit = repository()
     if url:  # not `repo_url`: the theme would ask the forge about it from every reader's browser
@@ -65,8 +65,19 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> None:
         page.meta["hide"] = ["navigation"]
 
 
+def expanded(nav: Any, pages: Iterable[str]) -> Any:
+    """Replace the patterns of a navigation: a page that it does not name goes to the longest that matches."""
+    entries = list(_leaves(nav))
+    taken: dict[str, list[str]] = {entry: [] for entry in entries if "*" in entry}
+    for page in pages:
+        matches = [pattern for pattern in taken if fnmatch(page, pattern)]
+        if page not in entries and matches:
+            taken[max(matches, key=len)].append(page)
+    return _replaced(nav, taken)
+
+
 def _leaves(nav: Any) -> Iterator[str]:
-    """Yield every path that a navigation names."""
+    """Yield every path and pattern of a navigation."""
     if isinstance(nav, str):
         yield nav
     else:
@@ -74,18 +85,12 @@ def _leaves(nav: Any) -> Iterator[str]:
             yield from _leaves(item)
 
 
-def _expanded(nav: Any, rest: list[str]) -> Any:
-    """Return the navigation with patterns replaced; each takes what it matches out of `rest`."""
+def _replaced(nav: Any, taken: dict[str, list[str]]) -> Any:
     if isinstance(nav, dict):
-        return {title: _expanded(item, rest) for title, item in nav.items()}
-    if not isinstance(nav, list):
-        return nav
-    items = []
-    for item in nav:
-        if isinstance(item, str) and "*" in item:
-            taken = [page for page in rest if fnmatch(page, item)]
-            rest[:] = [page for page in rest if page not in taken]
-            items += taken
-        else:
-            items.append(_expanded(item, rest))
-    return items
+        return {title: _replaced(item, taken) for title, item in nav.items()}
+    if isinstance(nav, list):
+        items = (
+            taken.get(item, [item]) if isinstance(item, str) else [_replaced(item, taken)] for item in nav
+        )
+        return list(chain.from_iterable(items))
+    return nav

@@ -28,7 +28,7 @@ class LatentCache:
     """`pages` [layers, pages, page_size, c + r], zero where nothing was written.
 
     `shuffle` (a seed) hands pages out in random order: contiguous pages flatter a benchmark.
-    Raises ValueError for invalid sizes.
+    Raises ValueError for invalid sizes, and methods do for a sequence that the cache does not have.
     """
 
     def __init__(
@@ -193,7 +193,10 @@ class LatentCache:
         self._tables = grown
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Forget all tokens of a sequence past `length`; freed pages are zeroed."""
+        """Forget all tokens of a sequence past `length`; freed pages are zeroed.
+
+        Raises ValueError when the sequence is shorter.
+        """
         entry = self._get(sequence)
         if not 0 <= length <= entry.length:
             raise ValueError(f"cannot truncate a sequence of {entry.length} tokens to {length}.")

@@ -186,10 +186,10 @@ class MLA(nn.Module):
     @torch.no_grad()
     def forward(
         self,
-        hidden: torch.Tensor,  # [T, d]
+        hidden: torch.Tensor,  # [T, d], like all tensors here in the layer's dtype
         batch: RaggedBatch,
         pages: torch.Tensor,  # [pages, page, c + r]: this layer's part of LatentCache.pages
-        out: torch.Tensor | None = None,  # [T, d]
+        out: torch.Tensor | None = None,  # [T, d], made where None
     ) -> torch.Tensor:
         """Attend the batch's new tokens, write their latents to the cache and return [T, d].
 

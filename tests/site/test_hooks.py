@@ -69,6 +69,24 @@ def test_other_links_are_left_to_mkdocs(links: ModuleType, tmp_path: Path, link:
     assert f'href="{href}"' in html(links, tmp_path, f"[one]({link})")
 
 
+def test_a_new_page_goes_to_the_longest_pattern() -> None:
+    from pages import expanded
+
+    nav = [
+        {"Start": "README.md"},
+        {"Guides": ["docs/one.md", "docs/*.md"]},
+        {"API": ["docs/api/*.md"]},
+        "*.md",
+    ]
+    pages = ["NEWS.md", "README.md", "docs/api/core.md", "docs/one.md", "docs/two.md", "docs/three.md"]
+    assert expanded(nav, pages) == [
+        {"Start": "README.md"},
+        {"Guides": ["docs/one.md", "docs/two.md", "docs/three.md"]},
+        {"API": ["docs/api/core.md"]},
+        "NEWS.md",
+    ]
+
+
 FAULTS = {
     '<a href="nowhere.html">': "nowhere.html is not there",
     '<a href="folder/">': "folder/ is not there",  # no page in it

@@ -94,6 +94,7 @@ def test_a_dead_link_fails_the_build(
 ) -> None:
     root = tmp_path / "checkout"
     shutil.copytree(ROOT / "docs", root / "docs")
+    (root / "mla").mkdir()  # the reference is left out: it would take most of the time
     for path in markdown():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         text = "" if path.startswith("docs/api/") else (ROOT / path).read_text(encoding="utf-8")

@@ -22,17 +22,19 @@ class Backend(ABC):
 
     Example:
 
-        from mla_backends import Availability, TorchBackend, hookimpl
+    ```python
+    from mla_backends import Availability, TorchBackend, hookimpl
 
-        class Acme(TorchBackend):
-            name = "acme"
-            api_version = 1               # the contract it was written for
-            device_type = "acme"          # torch.acme exists after this import
-            requires = ("torch_acme",)
+    class Acme(TorchBackend):
+        name = "acme"
+        api_version = 1               # the contract it was written for
+        device_type = "acme"          # torch.acme exists after this import
+        requires = ("torch_acme",)
 
-        @hookimpl
-        def mla_backend(options):
-            return Acme(options)
+    @hookimpl
+    def mla_backend(options):
+        return Acme(options)
+    ```
     """
 
     name: str
