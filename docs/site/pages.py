@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).parent))  # MkDocs loads this file by its path, without a package
 
 from links import SourceLinks, repository
+from names import NameLinks, shown
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -43,7 +44,9 @@ def found(*patterns: str) -> list[str]:
 def on_config(config: MkDocsConfig) -> None:
     """Put pages in the place of the navigation's patterns, and say where the source is, if that is known."""
     config.nav = expanded(config.nav, found(*PAGES))
-    config.markdown_extensions.append(source_links)
+    reference = ROOT / "docs" / "api"
+    names = NameLinks(shown(reference / "core.md", reference / "backends.md"))
+    config.markdown_extensions += [source_links, names]
     url, commit = repository()
     if url:  # not `repo_url`: the theme would ask the forge about it from every reader's browser
         config.copyright += f' · <a href="{url}/tree/{commit}">source, {commit[:8]}</a>'

@@ -13,6 +13,8 @@ from pathlib import Path
 import built_site
 import pytest
 
+from mla import errors
+
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN = re.compile(r"(^|/)(\.[^/]+|node_modules|v?env|build|dist|site|tests)/")
 Pages = dict[str, built_site.Page]
@@ -72,6 +74,18 @@ def test_every_public_name_is_in_the_reference(pages: Pages, module: str) -> Non
     for name in names:
         homes = (module, *(one for one in MODULES if one.startswith(module.partition(".")[0])))
         assert any(f"{home}.{name}" in anchors for home in homes), name
+
+
+def test_every_error_is_in_the_reference(pages: Pages) -> None:
+    shown = {anchor for anchor in pages["docs/api/core.html"].anchors if anchor.startswith("mla.errors.")}
+    raised = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, Exception)]
+    assert len(raised) > 5
+    assert {f"mla.errors.{one.__name__}" for one in raised} <= shown
+
+
+def test_names_in_the_text_lead_to_the_reference(pages: Pages) -> None:
+    assert "../docs/api/backends.html#mla_backends.FusedOp" in pages["backends/index.html"].links
+    assert "#mla.errors.CacheFull" in pages["docs/api/core.html"].links  # in a docstring
 
 
 def test_shapes_in_comments_reach_the_reference(site: Path) -> None:
