@@ -32,16 +32,6 @@ FLAGS = (
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
 Seen = dict[str, Any]
-# A page for each kind of content that may be too wide: commands, tables, signatures, long words.
-PAGES = (
-    "index.html",
-    "docs/benchmark.html",
-    "docs/api/core.html",
-    "docs/api/results.html",
-    "benchmarks/results/index.html",
-    "benchmarks/triton/table.html",
-    "CONTRIBUTING.html",
-)
 # Opens the pages in frames of a phone's width, then searches in one, and posts what it saw.
 PROBE = """<!doctype html><meta charset="utf-8"><body><script>
 const seen = {pages: {}, fetched: [], found: []};
@@ -73,7 +63,7 @@ function measure(view) {
     seen.pages[page] = measure(view);
     seen.fetched.push(...view.performance.getEntriesByType("resource").map((one) => one.name));
   }));
-  const view = await open(PAGES[0]);
+  const view = await open("index.html");
   view.document.querySelector("#__search").click();
   const query = view.document.querySelector("input[name=query]");
   query.focus();
@@ -113,7 +103,8 @@ def host(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]
     """Serve a copy of the site, with the probe beside its pages."""
     folder = tmp_path_factory.mktemp("served") / "site"
     shutil.copytree(site, folder)
-    (folder / "probe.html").write_text(PROBE.replace("PAGES", json.dumps(PAGES)), encoding="utf-8")
+    pages = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.html"))]
+    (folder / "probe.html").write_text(PROBE.replace("PAGES", json.dumps(pages)), encoding="utf-8")
     with Host(folder) as host:
         thread = threading.Thread(target=host.serve_forever)
         thread.start()
@@ -141,9 +132,9 @@ def seen(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 def test_nothing_scrolls_sideways_on_a_phone(seen: Seen) -> None:
     pages = seen["pages"]
-    assert set(pages) == set(PAGES)
+    assert len(pages) > 20
     for page, found in pages.items():
-        assert found["text"] > 500, page
+        assert found["text"] > 200, page
         assert found["tables"] == found["wrapped"], page
         assert (found["scroll"], found["wide"]) == (found["width"], []), page
     assert sum(found["tables"] for found in pages.values()) > 10
