@@ -96,7 +96,7 @@ def test_the_cpu_runs(fresh: Fresh, dist: Path, tmp_path: Path) -> None:
     assert "Decode Throughput: " in done.stdout
     listed = fresh.bench("list").stdout
     assert "cpu       usable" in listed
-    assert "pip install 'mla[metax]'" in listed
+    assert "run `pip install 'mla[metax]'` (in a checkout" in listed
 
 
 def test_an_nvidia_plugin_without_its_device(fresh: Fresh, dist: Path) -> None:

@@ -28,7 +28,7 @@ def require() -> None:
         except ImportError as error:
             raise PageError(
                 f"a report needs {name}, which cannot be imported ({error}): "
-                "`pip install '.[report]'` in a checkout of this project."
+                "`pip install 'mla[report]'`."
             ) from error
 
 
