@@ -20,7 +20,7 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 SITE = pytest.mark.skipif(not (ROOT / "docs" / "site").is_dir(), reason="no documentation site in this tree")
 # A path of the tree, as a command or `uses:` names it.
 TREE = re.compile(
-    r"(?<![\w/.-])(?:\./)?((?:\.ci|\.github|packaging|tests|backends|plugins|docs)(?:/[\w.-]+)*)"
+    r"(?<![\w/.-])(?:\./|\$PWD/)?((?:\.ci|\.github|packaging|tests|backends|plugins|docs)(?:/[\w.-]+)*)"
 )
 
 each = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
@@ -48,7 +48,7 @@ def listed(text: str, key: str) -> list[str]:
 def test_the_scan_sees_what_a_workflow_calls() -> None:
     text = (
         "      - run: .ci/run $TESTS\n      - uses: ./.github/workflows/x.yml # why\n"
-        "        run: >-\n          pipx run it --config-file packaging/y.toml\n          z/tests/w\n"
+        '        run: >-\n          pipx run it --config-file "$PWD/packaging/y.toml"\n          z/tests/w\n'
         "      a: [one, two]\n      b:\n        - three-3\n        - four\n"
     )
     assert [TREE.findall(one) for one in commands(text)] == [
