@@ -16,23 +16,22 @@ from pathlib import Path
 
 from distributions import ROOT, distributions, readmes
 
-# [text](target) and ![text](target), but for targets with a scheme or inside the page.
-_LINK = re.compile(r"(?P<mark>!?)\[(?P<text>[^\]]*)\]\((?!\w+:|#)(?P<target>[^)\s]+)\)")
+# [text](target), src="target" and the like, but for targets with a scheme or inside the page.
+_LINK = re.compile(
+    r"""(?P<before>\]\(|\b(?:src|srcset|href)=")(?!\w+:|\#)(?P<target>[^)"\s#]+)(?P<after>[^)"\s]*[)"])"""
+)
+_PICTURES = {".svg", ".png", ".jpg", ".jpeg", ".gif", ".webp"}  # a forge shows a page about them elsewhere
 
 
 def absolute(text: str, folder: Path, base: str, tag: str) -> str:
     """Return a page in `folder` with its links made absolute. Raises ValueError for a dead one."""
 
     def replace(match: re.Match[str]) -> str:
-        path, _, anchor = match["target"].partition("#")
-        found = (folder / path).resolve()
+        found = (folder / match["target"]).resolve()
         if not found.exists():
             raise ValueError(f"{folder / 'README.md'} links to {match['target']}, which is not there.")
-        kind = "raw" if match["mark"] else "tree" if found.is_dir() else "blob"
-        place = found.relative_to(ROOT).as_posix()
-        return (
-            f"{match['mark']}[{match['text']}]({base}/{kind}/{tag}/{place}{'#' + anchor if anchor else ''})"
-        )
+        kind = "tree" if found.is_dir() else "raw" if found.suffix in _PICTURES else "blob"
+        return f"{match['before']}{base}/{kind}/{tag}/{found.relative_to(ROOT).as_posix()}{match['after']}"
 
     return _LINK.sub(replace, text)
 

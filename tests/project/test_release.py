@@ -133,9 +133,24 @@ def test_links_of_the_pages_on_an_index_lead_to_the_forge(packaging_script: Scri
         assert f'[project.urls]\nSource = "{FORGE}"\n' in project
 
 
+def test_pictures_are_shown_from_the_forge(packaging_script: Script, tree: Path) -> None:
+    (tree / "docs" / "one.svg").write_text("<svg/>")
+    page = tree / "backends" / "README.md"
+    page.write_text(
+        '[![a](../docs/one.svg)](../docs/README.md#b)\n<source srcset="../docs/one.svg">\n'
+        '<img alt="a" src="../docs/one.svg"><a href="../docs">c</a> [d](#e) [f](https://g.example/h)\n'
+    )
+    assert packaging_script("absolute_links.py", FORGE, "v1", root=tree).returncode == 0
+    picture = f"{FORGE}/raw/v1/docs/one.svg"
+    assert page.read_text() == (
+        f'[![a]({picture})]({FORGE}/blob/v1/docs/README.md#b)\n<source srcset="{picture}">\n'
+        f'<img alt="a" src="{picture}"><a href="{FORGE}/tree/v1/docs">c</a> [d](#e) [f](https://g.example/h)\n'
+    )
+
+
 def test_a_dead_link_ends_a_release(packaging_script: Script, tree: Path) -> None:
     page = tree / "backends" / "README.md"
     page.write_text("[a](../nowhere.md#b)")
     done = packaging_script("absolute_links.py", FORGE, "v7.8.9", root=tree)
     assert done.returncode == 1
-    assert done.stderr == f"error: {page} links to ../nowhere.md#b, which is not there.\n"
+    assert done.stderr == f"error: {page} links to ../nowhere.md, which is not there.\n"
