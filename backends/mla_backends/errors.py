@@ -77,8 +77,7 @@ class BackendNotInstalled(BackendError):
     state = "not installed"
 
     def __init__(self, known: KnownBackend) -> None:
-        install = f"run `pip install {known.folder}` in a checkout of this project"
-        hint = f"{install}, with torch from {known.torch_source}"
+        hint = f"run {known.install}, with torch from {known.torch_source}"
         super().__init__(
             f"backend '{known.name}' is not installed: {hint}.",
             reason=f"no installed distribution offers it ({known.device})",
@@ -122,7 +121,7 @@ class BackendVersionError(BackendError):
         self, name: str, origin: str, speaks: int, built_for: object = None, missing: str = ""
     ) -> None:
         """Compare `speaks` with `built_for`; if that is unknown, name what the backend found `missing`."""
-        core = "mla-backends (`pip install ./backends` in a newer checkout of this project)"
+        core = "mla-backends (`pip install -U mla-backends`; in a newer checkout `pip install ./backends`)"
         if missing:
             contracts = f"another contract, but this mla-backends has contract {speaks}"
             reason = f"{origin} is built for {contracts} ({missing})"

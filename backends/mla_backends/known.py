@@ -29,8 +29,13 @@ class KnownBackend:
 
     @property
     def folder(self) -> str:
-        """Where its source is in a checkout; none of these distributions is on a package index."""
+        """Where its source is in a checkout."""
         return f"./plugins/{self.name}"
+
+    @property
+    def install(self) -> str:
+        """How to install it: by its extra of the core, or from its folder in a checkout."""
+        return f"`pip install 'mla[{self.name}]'` (in a checkout `pip install {self.folder}`)"
 
 
 KNOWN: Mapping[str, KnownBackend] = MappingProxyType(

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("plugins/*/mla_backend_*"))
 TYPED = tuple(map(int, version("torch").split(".")[:2])) >= (2, 6)
-CHECKED = ("mla", "backends/mla_backends", *PLUGINS, "benchmarks")
+CHECKED = ("mla", "backends/mla_backends", *PLUGINS, "benchmarks", "packaging")
 
 
 @pytest.mark.parametrize(

@@ -101,4 +101,4 @@ def how_to_use(backend: str) -> str:
     use = f"`--backend {backend}`"
     if any(entry.name == backend for entry in entries()):
         return use
-    return f"`pip install {KNOWN[backend].folder}` in a checkout, and {use}"
+    return f"{KNOWN[backend].install}, and {use}"

@@ -28,7 +28,7 @@ def report(runs: tuple[Path, ...], target: Path) -> int:
     """Write tables, plots, environment and method of result files into one page that opens offline.
 
     The page has no script and loads nothing. An earlier page is overwritten, any other file is not.
-    Needs matplotlib and jinja2: pip install '.[report]' in a checkout.
+    Needs matplotlib and jinja2: pip install 'mla[report]'.
 
     Exit code 0; 2 for a file that is not a result, a page that cannot be written, or missing libraries.
     """

@@ -27,8 +27,7 @@ def require() -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise PageError(
-                f"a report needs {name}, which cannot be imported ({error}): "
-                "`pip install '.[report]'` in a checkout of this project."
+                f"a report needs {name}, which cannot be imported ({error}): `pip install 'mla[report]'`."
             ) from error
 
 

@@ -134,5 +134,6 @@ def _model(config: MLAConfig, kind: str) -> TransformersModel:
 
 def _missing(error: ImportError) -> TransformersMissing:
     return TransformersMissing(
-        f"implementation 'transformers' needs transformers >= 5.20: pip install '.[transformers]' ({error})."
+        "implementation 'transformers' needs transformers >= 5.20: "
+        f"pip install 'mla[transformers]' ({error})."
     )

@@ -1,0 +1,109 @@
+"""`pip install 'mla[NAME]'` in a fresh environment, from a folder of our own wheels, then the one command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from tiny_run import write_tiny_run
+
+from mla_backends.known import KNOWN
+
+VENDORS = [name for name in KNOWN if "PyPI" not in KNOWN[name].torch_source]
+OURS = ("mla", "_editable_impl_mla", "__editable__")
+TORCH = ("torch", "triton", "functorch", "transformers")
+
+
+def elsewhere(folder: Path, *unwanted: str) -> Path:
+    """Link what is installed here, but for some, into a folder that stands for an index of third parties."""
+    folder.mkdir()
+    for place in map(Path, sys.path):
+        if place.name not in ("site-packages", "dist-packages"):
+            continue
+        for entry in place.iterdir():
+            link = folder / entry.name
+            if not entry.name.startswith(unwanted) and entry.suffix != ".pth" and not link.is_symlink():
+                link.symlink_to(entry)
+    return folder
+
+
+class Fresh:
+    """An environment with third parties in it, and nothing of ours."""
+
+    def __init__(self, folder: Path) -> None:
+        venv.create(folder / "env", symlinks=True)
+        self._python = folder / "env" / "bin" / "python"
+        (self.site,) = (folder / "env" / "lib").glob("python*/site-packages")
+        self._folder = folder
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))}
+        self._environment = {**kept, "PIP_CONFIG_FILE": os.devnull, "MLA_CACHE_DIR": str(folder / "cache")}
+
+    def add(self, name: str, *unwanted: str) -> None:
+        packages = elsewhere(self._folder / name, *unwanted)
+        (self.site / f"{name}.pth").write_text(f"{packages}\n")
+
+    def run(self, *command: object) -> subprocess.CompletedProcess[str]:
+        words = list(map(str, command))
+        return subprocess.run(
+            words, cwd=self._folder, env=self._environment, capture_output=True, text=True, check=False
+        )
+
+    def pip_install(self, *words: object) -> None:
+        pip = (sys.executable, "-m", "pip", "--python", self._python, "--disable-pip-version-check")
+        done = self.run(*pip, "install", *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def bench(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return self.run(self._python, "-m", "mla.bench", *words)
+
+    def installed(self) -> set[str]:
+        return {one.name for one in importlib.metadata.distributions(path=[str(self.site)])}
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Fresh:
+    return Fresh(tmp_path)
+
+
+def ours(backend: str) -> set[str]:
+    return {"mla", "mla-backends", KNOWN[backend].distribution}
+
+
+@pytest.mark.parametrize("backend", VENDORS)
+def test_a_vendors_machine(fresh: Fresh, dist: Path, backend: str) -> None:
+    """pip sees no torch here, and must not ask for one: it would get it from an index that has another."""
+    fresh.add("light", *OURS, *TORCH)
+    fresh.pip_install("--no-index", "--find-links", dist, f"mla[{backend}]")
+    assert fresh.installed() == ours(backend)
+    without = fresh.bench("--backend", backend)
+    assert (without.returncode, without.stdout) == (3, "")
+    assert f"backend '{backend}'" in without.stderr
+    assert "torch" in without.stderr
+    assert len(without.stderr.splitlines()) == 1
+
+
+def test_the_cpu_runs(fresh: Fresh, dist: Path, tmp_path: Path) -> None:
+    fresh.add("everything", *OURS)
+    fresh.pip_install("--no-index", "--find-links", dist, "mla[cpu]")
+    assert fresh.installed() == ours("cpu")
+    done = fresh.bench("--backend", "cpu", *write_tiny_run(tmp_path), "--cache", "warm", "--mode", "eager")
+    assert done.returncode in (0, 6), done.stderr  # 6: a doubtful time, on a busy machine
+    assert "Decode Throughput: " in done.stdout
+    listed = fresh.bench("list").stdout
+    assert "cpu       usable" in listed
+    assert "run `pip install 'mla[metax]'` (in a checkout" in listed
+
+
+def test_an_nvidia_plugin_without_its_device(fresh: Fresh, dist: Path) -> None:
+    """It has been asked for by name, so there is one sentence, and no other device is used instead."""
+    fresh.add("everything", *OURS)
+    fresh.pip_install("--no-index", "--find-links", dist, "mla[nvidia]")
+    assert fresh.installed() == ours("nvidia")
+    done = fresh.bench("--backend", "nvidia")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "backend 'nvidia' has no usable device: " in done.stderr

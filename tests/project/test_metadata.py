@@ -1,0 +1,90 @@
+"""What the seven pyproject.toml say: one version, one licence, one set of Pythons, and who requires whom."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+import mla
+from mla_backends.known import KNOWN
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = (ROOT, ROOT / "backends", *(path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))))
+PROJECTS = {folder: tomllib.loads((folder / "pyproject.toml").read_text("utf-8")) for folder in FOLDERS}
+OURS = {project["project"]["name"] for project in PROJECTS.values()}
+PYTHON = "Programming Language :: Python :: 3."
+
+each = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: PROJECTS[folder]["project"]["name"])
+
+
+def pythons(folder: Path) -> set[str]:
+    found = PROJECTS[folder]["project"]["classifiers"]
+    return {one.removeprefix(PYTHON) for one in found if one.startswith(PYTHON)}
+
+
+def required(project: dict[str, Any]) -> list[Requirement]:
+    extras = project["project"].get("optional-dependencies", {}).values()
+    texts = [*project["project"]["dependencies"], *(text for extra in extras for text in extra)]
+    return [Requirement(text) for text in texts]
+
+
+@each
+def test_the_version_has_one_home(folder: Path) -> None:
+    project = PROJECTS[folder]
+    assert project["project"]["dynamic"] == ["version"]
+    assert "version" not in project["project"]
+    assert (folder / project["tool"]["hatch"]["version"]["path"]).resolve() == ROOT / "mla" / "__init__.py"
+
+
+@each
+def test_a_distribution_takes_the_others_of_the_same_minor_version(folder: Path) -> None:
+    here = Version(mla.__version__)
+    bounds = f">={here.major}.{here.minor},<{here.major}.{here.minor + 1}"
+    for wanted in required(PROJECTS[folder]):
+        if wanted.name in OURS:
+            assert wanted.specifier == SpecifierSet(bounds), wanted
+
+
+@each
+def test_every_distribution_says_the_same_of_itself(folder: Path) -> None:
+    own, core = PROJECTS[folder]["project"], PROJECTS[ROOT]["project"]
+    for key in ("license", "license-files", "requires-python"):
+        assert own[key] == core[key], key
+    assert (folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    shared = {one for one in core["classifiers"] if not one.startswith("Operating System")}
+    assert shared <= set(own["classifiers"])
+    assert "Typing :: Typed" in shared
+
+
+@each
+def test_the_named_pythons_are_those_that_pip_accepts(folder: Path) -> None:
+    oldest = min(int(minor) for minor in pythons(folder))
+    assert PROJECTS[folder]["project"]["requires-python"] == f">=3.{oldest}"
+
+
+def test_every_plugin_is_a_distribution_and_an_extra_of_the_core() -> None:
+    extras = PROJECTS[ROOT]["project"]["optional-dependencies"]
+    for folder in FOLDERS[2:]:
+        project = PROJECTS[folder]["project"]
+        (name,) = project["entry-points"]["mla.backends"]
+        assert [Requirement(text).name for text in extras[name]] == [project["name"]]
+        assert (folder.name, project["name"]) == (name, KNOWN[name].distribution)
+    assert {folder.name for folder in FOLDERS[2:]} == KNOWN.keys()
+    assert {path.parent for path in ROOT.glob("plugins/*/mla_backend_*")} == set(FOLDERS[2:])
+
+
+def test_the_changelog_has_the_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert re.search(rf"^## \[{re.escape(mla.__version__)}\] - ", text, re.MULTILINE)

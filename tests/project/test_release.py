@@ -1,0 +1,156 @@
+"""The scripts of a release: names on an index, a tag and its changes, links that work on another site."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FORGE = "https://forge.example/owner/mla"
+UNNEEDED = (
+    ".git",
+    "__pycache__",
+    ".*_cache",
+    ".hypothesis",
+    "build",
+    "dist",
+    "site",
+    "tests",
+    "*.json",
+    ".venv",
+)
+
+Script = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@contextmanager
+def index(*projects: str, status: int = 404) -> Iterator[str]:
+    """Serve an index of these projects, which answers `status` for all others."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200 if self.path.strip("/") in projects else status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Return a copy of the repository for scripts that change it."""
+    target = tmp_path / "tree"
+    shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(*UNNEEDED))
+    for folder in (ROOT / "tests").rglob("*/"):  # the READMEs link to some
+        if folder.is_dir() and folder.name != "__pycache__":
+            (target / folder.relative_to(ROOT)).mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def test_free_names_are_free(packaging_script: Script) -> None:
+    with index("torch", "mlb") as address:
+        done = packaging_script("names.py", "--index", address)
+    assert done.returncode == 0
+    assert done.stdout.startswith("free: mla, mla-backends, mla-backend-cpu, ")
+
+
+@pytest.mark.parametrize(
+    ("project", "sentence"),
+    [
+        ("mla-backend-metax", "'mla-backend-metax' is taken."),
+        ("mia", "'mla' will be refused: it is too similar to 'mia', which exists."),
+        (
+            "m1a-backends",
+            "'mla-backends' will be refused: it is too similar to 'm1a-backends', which exists.",
+        ),
+        ("mlabackendm0ore", None),  # two changes at once: not asked for
+        (
+            "mla-backend-mo0re",
+            "'mla-backend-moore' will be refused: it is too similar to 'mla-backend-mo0re'",
+        ),
+        ("mlabackendcpu", "'mla-backend-cpu' will be refused: it is too similar to 'mlabackendcpu'"),
+    ],
+)
+def test_a_name_that_cannot_be_had_is_found(
+    packaging_script: Script, project: str, sentence: str | None
+) -> None:
+    with index(project) as address:
+        done = packaging_script("names.py", "--index", address)
+    assert done.returncode == (0 if sentence is None else 1)
+    assert sentence is None or done.stdout.startswith(sentence)
+
+
+@pytest.mark.parametrize("status", [500, 403])
+def test_an_index_that_does_not_say_is_not_taken_for_free_names(
+    packaging_script: Script, status: int
+) -> None:
+    with index(status=status) as address:
+        done = packaging_script("names.py", "--index", address)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{address} did not say which names exist: HTTP Error {status}" in done.stderr
+
+
+def test_a_tag_must_be_the_version_and_its_changes_dated(packaging_script: Script, tree: Path) -> None:
+    home, changes = tree / "mla" / "__init__.py", tree / "CHANGELOG.md"
+    home.write_text('__version__ = "7.8.9"\n')
+    changes.write_text("## [7.8.9] - unreleased\n")
+    wrong = packaging_script("check_release.py", "v7.8.8", root=tree)
+    assert wrong.returncode == 1
+    assert wrong.stderr == (
+        "error: the tag is v7.8.8, but mla/__init__.py has version 7.8.9: the tag must be v7.8.9.\n"
+        "error: CHANGELOG.md has no line '## [7.8.9] - YYYY-MM-DD': date the release's section.\n"
+    )
+    changes.write_text("## [7.8.9] - 2031-02-03\n")
+    assert packaging_script("check_release.py", "v7.8.9", root=tree).returncode == 0
+
+
+def test_links_of_the_pages_on_an_index_lead_to_the_forge(packaging_script: Script, tree: Path) -> None:
+    done = packaging_script("absolute_links.py", FORGE, "v7.8.9", root=tree)
+    assert done.returncode == 0, done.stderr
+    pages = [tree / "README.md", tree / "backends" / "README.md", *tree.glob("plugins/*/README.md")]
+    assert len(pages) == 7
+    for page in pages:
+        targets = re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8"))
+        relative = [one for one in targets if not one.startswith(("https://", "#"))]
+        assert targets, page
+        assert relative == [], page
+        for kind, place in re.findall(rf"\]\({FORGE}/(\w+)/v7\.8\.9/([^)#]+)", page.read_text("utf-8")):
+            assert (ROOT / place).is_dir() == (kind == "tree"), place
+        project = (page.parent / "pyproject.toml").read_text("utf-8")
+        assert f'[project.urls]\nSource = "{FORGE}"\n' in project
+
+
+def test_pictures_are_shown_from_the_forge(packaging_script: Script, tree: Path) -> None:
+    (tree / "docs" / "one.svg").write_text("<svg/>")
+    page = tree / "backends" / "README.md"
+    page.write_text(
+        '[![a](../docs/one.svg)](../docs/README.md#b)\n<source srcset="../docs/one.svg">\n'
+        '<img alt="a" src="../docs/one.svg"><a href="../docs">c</a> [d](#e) [f](https://g.example/h)\n'
+    )
+    assert packaging_script("absolute_links.py", FORGE, "v1", root=tree).returncode == 0
+    picture = f"{FORGE}/raw/v1/docs/one.svg"
+    assert page.read_text() == (
+        f'[![a]({picture})]({FORGE}/blob/v1/docs/README.md#b)\n<source srcset="{picture}">\n'
+        f'<img alt="a" src="{picture}"><a href="{FORGE}/tree/v1/docs">c</a> [d](#e) [f](https://g.example/h)\n'
+    )
+
+
+def test_a_dead_link_ends_a_release(packaging_script: Script, tree: Path) -> None:
+    page = tree / "backends" / "README.md"
+    page.write_text("[a](../nowhere.md#b)")
+    done = packaging_script("absolute_links.py", FORGE, "v7.8.9", root=tree)
+    assert done.returncode == 1
+    assert done.stderr == f"error: {page} links to ../nowhere.md, which is not there.\n"

@@ -1,0 +1,102 @@
+"""The workflows for the public are never run here, so what they call and claim is compared with the tree."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from mla_backends.known import KNOWN
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+SITE = pytest.mark.skipif(not (ROOT / "docs" / "site").is_dir(), reason="no documentation site in this tree")
+# A path of the tree, as a command or `uses:` names it.
+TREE = re.compile(
+    r"(?<![\w/.-])(?:\./|\$PWD/)?((?:\.ci|\.github|packaging|tests|backends|plugins|docs)(?:/[\w.-]+)*)"
+)
+
+each = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+each_with_site = pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.name, marks=SITE if path.name == "docs.yml" else ()) for path in WORKFLOWS],
+)
+
+
+def commands(text: str) -> list[str]:
+    """Return what is run or used: the values of `run:`, `uses:` and `tests:`, folded lines included."""
+    folded = re.sub(
+        r"(run|tests): >-\n((?: {10,}.*\n)+)", lambda m: f"{m[1]}: {' '.join(m[2].split())}\n", text
+    )
+    return re.findall(r"^[ -]*(?:run|uses|tests): (.+)$", folded, re.MULTILINE)
+
+
+def listed(text: str, key: str) -> list[str]:
+    """Return the values of a YAML list of plain words, on one line or several."""
+    found = re.search(rf"^ +{key}:(?: \[(.+)\]|((?:\n +- [\w.-]+)+))", text, re.MULTILINE)
+    assert found, key
+    return re.findall(r"[\w.-]*\w", found[1] or found[2])
+
+
+def test_the_scan_sees_what_a_workflow_calls() -> None:
+    text = (
+        "      - run: .ci/run $TESTS\n      - uses: ./.github/workflows/x.yml # why\n"
+        '        run: >-\n          pipx run it --config-file "$PWD/packaging/y.toml"\n          z/tests/w\n'
+        "      a: [one, two]\n      b:\n        - three-3\n        - four\n"
+    )
+    assert [TREE.findall(one) for one in commands(text)] == [
+        [".ci/run"], [".github/workflows/x.yml"], ["packaging/y.toml"],
+    ]  # fmt: skip
+    assert (listed(text, "a"), listed(text, "b")) == (["one", "two"], ["three-3", "four"])
+
+
+@each_with_site
+def test_everything_that_a_workflow_names_is_there(path: Path) -> None:
+    named = [name for command in commands(path.read_text("utf-8")) for name in TREE.findall(command)]
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@each
+def test_an_action_is_a_commit_that_nobody_can_move(path: Path) -> None:
+    for used in commands(path.read_text("utf-8")):
+        if "@" in used:
+            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", used), used
+
+
+@each
+def test_nothing_is_permitted_but_by_a_job(path: Path) -> None:
+    text = path.read_text("utf-8")
+    assert "\npermissions: {}\n" in text
+    writes = set(re.findall(r"([\w-]+): write", text))
+    assert writes == {"release.yml": {"id-token"}, "docs.yml": {"pages", "id-token"}}.get(path.name, set())
+    assert "secrets." not in text
+
+
+def test_the_tests_run_on_every_python_and_torch_that_we_claim() -> None:
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8")
+    core, cpu = (
+        tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))["project"]
+        for folder in (ROOT, ROOT / "plugins" / "cpu")
+    )
+    claimed = [re.search(r"Python :: (3\.\d+)$", one) for one in core["classifiers"]]
+    assert listed(text, "python") == [found[1] for found in claimed if found]
+    (oldest,) = (one.removeprefix("torch>=") for one in cpu["dependencies"] if one.startswith("torch"))
+    assert f"requirement: torch=={oldest}.*\n" in text
+    assert {"ubuntu-24.04", "ubuntu-24.04-arm"} == set(listed(text, "machine"))
+
+
+def test_a_release_publishes_all_seven_and_what_is_required_first() -> None:
+    text = (ROOT / ".github" / "workflows" / "release.yml").read_text("utf-8")
+    order = listed(text, "distribution")
+    assert (order[0], order[-1]) == ("mla-backends", "mla")
+    assert set(order[1:-1]) == {entry.distribution for entry in KNOWN.values()}
+    assert len(order) == 7
+    assert "max-parallel: 1 " in text
