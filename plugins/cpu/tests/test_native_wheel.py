@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from native_builds import PACKAGE, PORTABLE
+from native_builds import PACKAGE, PORTABLE, built
 
 from mla_backend_cpu import instruction_sets, library, prebuilt
 from mla_backend_cpu.compilation import artifact, compiler
@@ -226,7 +226,7 @@ def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def came(portable: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Return kernels that came with an installation, beside an empty cache and a compiler that copies them."""
+    """Return kernels that came with a package, beside a compiler that copies them and an empty cache."""
     folder = tmp_path / "prebuilt" / artifact.name(PORTABLE)
     shutil.copytree(portable, folder)
     copying = tmp_path / "copying"
@@ -275,11 +275,16 @@ def misbuild(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("nothing_loaded")
-def test_kernels_that_came_are_used_before_the_compiler_is_asked(
-    came: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("cached", [True, False])
+def test_kernels_that_came_are_used_before_all_others(
+    came: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], cached: bool
 ) -> None:
+    if cached:
+        built()
+    else:
+        monkeypatch.setenv("MLA_CACHE_DIR", "/proc/none")
     monkeypatch.setenv("CXX", "g++-none")
-    monkeypatch.setenv("MLA_CACHE_DIR", "/proc/none")
+    capfd.readouterr()
     found = library.load("portable")
     assert found.origin == f"came with this installation, {(came / 'compiler').read_text()}"
     assert capfd.readouterr().err == ""
