@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from mla_backend_cpu.catalog import describe, measured, native_ops
+from mla_backend_cpu.catalog import describe, measured, native_ops, origin, remarks
+from mla_backend_cpu.compilation.levels import LEVELS
 from mla_backend_cpu.fp32_linear import Fp32BatchedLinear, Fp32Linear, fp32_gain
-from mla_backend_cpu.instruction_sets import EMULATED, LEVELS
+from mla_backend_cpu.instruction_sets import EMULATED
 from mla_backend_cpu.recorded import sequence
 from mla_backends import Availability, Backend, BackendError, BackendOptionError, FusedOp, hookimpl, host
 from mla_backends.api import DeviceInfo, MemoryInfo, OpCall
@@ -92,6 +93,9 @@ class Cpu(Backend):
     def memory(self) -> MemoryInfo:
         return MemoryInfo(free=host.memory_available(), total=host.memory_total(), peak=host.peak_resident())
 
+    def remarks(self) -> Sequence[str]:
+        return remarks(self._native)
+
     def ops(self) -> Mapping[str, FusedOp]:
         return self._ops
 
@@ -106,6 +110,7 @@ class Cpu(Backend):
             "threads_from": self._threads_from,
             "cpu_limit": str(host.cpu_limit()),
             "kernels": describe(self._native),
+            **origin(self._native),
             "fp32_gain": f"{fp32_gain():.2f}",
             **measured(self._native),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mla_backend_cpu import tuning
-from mla_backend_cpu.instruction_sets import BuildError
+from mla_backend_cpu.compilation.levels import BuildError
 from mla_backend_cpu.library import Library, load
 from mla_backend_cpu.native_attention import NativeExpandedAttention, NativeLatentAttention
 from mla_backend_cpu.native_ops import (
@@ -79,6 +79,28 @@ def describe(level: str) -> str:
         return f"none: {error}"
     reasons = [f"; not {name}: {reason}" for name, reason in kernels.passed_over.items()]
     return kernels.level + "".join(reasons)
+
+
+def origin(level: str) -> dict[str, str]:
+    """Return who built the kernels in use, if there are any."""
+    try:
+        return {} if level == "off" else {"kernels_from": load(level).origin}
+    except BuildError:
+        return {}
+
+
+def remarks(level: str) -> list[str]:
+    """Return a sentence if kernels are missing, or better ones, that nobody has disabled."""
+    if level == "off":
+        return []
+    try:
+        kernels = load(level)
+    except BuildError as error:
+        return [f"no CPU kernels: the reference ops run, which is several times slower, since {error}"]
+    return [
+        f"CPU kernels for {kernels.level} instead of {better}: {reason}"
+        for better, reason in kernels.passed_over.items()
+    ]
 
 
 def measured(level: str) -> dict[str, str]:

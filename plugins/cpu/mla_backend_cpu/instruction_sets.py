@@ -1,4 +1,4 @@
-"""Instruction sets that the kernels can be compiled for, and which of them this processor has."""
+"""Which of the instruction sets that the kernels are compiled for this processor has."""
 
 from __future__ import annotations
 
@@ -8,43 +8,10 @@ import os
 import platform
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from mla_backend_cpu.compilation.levels import LEVELS, BuildError, Level
 
-class BuildError(Exception):
-    """The kernels could not be built or may not run here; the message is one clause saying why."""
-
-
-@dataclass(frozen=True)
-class Level:
-    """One instruction set that the kernels can be compiled for."""
-
-    name: str
-    flags: tuple[str, ...]
-    needs: frozenset[str]  # processor flags, as Linux names them
-
-
-_V3 = frozenset({"avx2", "fma", "f16c", "bmi2"})
-_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-_BF16 = _V4 | {"avx512_bf16"}
-_AMX = _BF16 | {"amx_tile", "amx_bf16"}
-
-
-def _level(name: str, needs: frozenset[str]) -> Level:
-    """Name every instruction set to the compiler: -march=x86-64-v4 needs GCC 11, these do not."""
-    spelt = {"avx512_bf16": "avx512bf16", "amx_tile": "amx-tile", "amx_bf16": "amx-bf16"}
-    return Level(name, tuple(sorted(f"-m{spelt.get(flag, flag)}" for flag in needs)), needs)
-
-
-# Best first; the last one runs anywhere.
-LEVELS = (
-    _level("amx", _AMX),
-    _level("avx512_bf16", _BF16),
-    _level("avx512", _V4),
-    _level("avx2", _V3),
-    _level("portable", frozenset()),
-)
 # The kernels of level amx with its instructions emulated in C++; for tests, and never chosen automatically.
 EMULATED = "amx_emulated"
 

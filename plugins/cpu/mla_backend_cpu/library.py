@@ -8,8 +8,10 @@ import platform
 import sys
 from collections.abc import Mapping
 
-from mla_backend_cpu import build, instruction_sets
-from mla_backend_cpu.instruction_sets import BuildError
+from mla_backend_cpu import cache, instruction_sets, prebuilt
+from mla_backend_cpu.compilation.artifact import Artifact
+from mla_backend_cpu.compilation.compiler import FlagError
+from mla_backend_cpu.compilation.levels import BuildError, Level
 
 # Argument types by letter: p address, s text, i int64, f float, n int.
 _TYPES = {
@@ -55,11 +57,16 @@ class Library:
     """The kernels of one level; `functions.mla_linear(...)` and so on."""
 
     def __init__(
-        self, level: str, functions: ctypes.CDLL, passed_over: Mapping[str, str] | None = None
+        self,
+        level: str,
+        functions: ctypes.CDLL,
+        origin: str = "",
+        passed_over: Mapping[str, str] | None = None,
     ) -> None:
-        """`passed_over`: better levels by name, and why they are not used."""
+        """`origin`: who built it. `passed_over`: better levels by name, and why they are not used."""
         self.level = level
         self.functions = functions
+        self.origin = origin
         self.passed_over = dict(passed_over or {})
         for name, signature in SIGNATURES.items():
             function = getattr(functions, name)
@@ -75,7 +82,7 @@ class Library:
 
 
 def load(wanted: str) -> Library:
-    """Build (once per machine) and load the kernels of the best level, or of the one named.
+    """Load the kernels of the best level, or of the one named; build them if they are not here yet.
 
     Raises `BuildError`; what failed is not tried again in this process.
     """
@@ -109,15 +116,46 @@ def _load(wanted: str) -> Library | str:
 
 
 def _first(wanted: str) -> Library:
-    """Return the kernels of the first candidate that may run and that the compiler knows."""
+    """Return the kernels of the first candidate that may run and can be had.
+
+    One that could not be built keeps no worse level from being used, but nothing more is built then.
+    """
     passed_over: dict[str, str] = {}
-    reason: str | None = None
+    failure: BuildError | None = None
     for level in instruction_sets.candidates(wanted):
         reason = instruction_sets.missing(level)
         if reason is None:
             try:
-                return Library(level.name, ctypes.CDLL(str(build.library(level))), passed_over)
-            except build.FlagError as error:
-                reason = str(error)
+                return _loaded(level, passed_over, build=failure is None)
+            except BuildError as error:
+                reason = str(failure or error)
+                if not isinstance(error, FlagError):
+                    failure = failure or error
         passed_over[level.name] = reason
-    raise BuildError(reason or "there is no level for this processor")
+    raise failure or BuildError(reason or "there is no level for this processor")
+
+
+def _loaded(level: Level, passed_over: Mapping[str, str], build: bool) -> Library:
+    """Load what came with this installation, else what was built here, else (`build`) build it now."""
+    found = prebuilt.find(level)
+    if isinstance(found, Artifact):
+        try:
+            return Library(
+                level.name, _open(found), f"came with this installation, {found.compiler}", passed_over
+            )
+        except OSError as error:  # pip keeps wheels that it has built, perhaps on a newer system
+            found = f"those that came with this installation cannot be loaded ({error})"
+    kept = cache.find(level)
+    if kept is None:
+        if not build:
+            raise BuildError("nothing is built after a build that failed")
+        kept = cache.make(level, since=found)
+    return Library(level.name, _open(kept), f"built here, {kept.compiler}", passed_over)
+
+
+def _open(found: Artifact) -> ctypes.CDLL:
+    """Load exactly what was checked: a file may be replaced between two uses of its name.
+
+    The descriptor stays open, because the loader would take another one of its number for the same library.
+    """
+    return ctypes.CDLL(f"/proc/self/fd/{found.descriptor}")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
+import native_builds
 import native_cases
 import pytest
 import torch
 
+from mla_backend_cpu import library
 from mla_backend_cpu.instruction_sets import EMULATED
 from mla_backend_cpu.library import Library, load
 
@@ -39,3 +44,49 @@ def threads() -> Callable[[int], AbstractContextManager[None]]:
             torch.set_num_threads(before)
 
     return use
+
+
+Script = Callable[[str], Path]
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
+    """Return a function that puts a script before the real compiler, which then optimises nothing, for speed.
+
+    It also makes an empty cache. The script runs for a compilation only, not when asked for the version.
+    """
+    real = shutil.which("g++")
+    assert real, "these tests need g++"
+    path = tmp_path / "compiler"
+    monkeypatch.setenv("CXX", str(path))
+    monkeypatch.setenv("MLA_CACHE_DIR", str(tmp_path / "cache"))
+
+    def write(script: str = "") -> Path:
+        path.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*)\n:\n{script}\nesac\nexec {real} "$@" -O0\n')
+        path.chmod(0o755)
+        return path
+
+    write()
+    return write
+
+
+@pytest.fixture(scope="session")
+def pure(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a folder for PYTHONPATH where the package has no kernels."""
+    return str(native_builds.copy_package(tmp_path_factory.mktemp("pure")))
+
+
+@pytest.fixture
+def nothing_loaded() -> Iterator[None]:
+    """Forget what this process has loaded, before and after."""
+    library._load.cache_clear()
+    yield
+    library._load.cache_clear()
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """Return a folder that other users can read; what pytest makes is for this one only."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)

@@ -14,6 +14,7 @@ from float64_attention import attend_segments
 from mla.reference import REFERENCE
 from mla.verify.tolerances import judge
 from mla_backend_cpu import instruction_sets
+from mla_backend_cpu.compilation.levels import LEVELS, BuildError
 from mla_backends.api import AttentionSpec, SegmentLengths
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
@@ -28,10 +29,10 @@ Lengths = Sequence[int]
 def levels_here() -> list[str]:
     """Return the levels whose instructions this processor has; the last, portable, is always among them."""
     found = []
-    for level in instruction_sets.LEVELS:
+    for level in LEVELS:
         try:
             found.append(instruction_sets.choose_level(level.name).name)
-        except instruction_sets.BuildError:
+        except BuildError:
             continue
     return found
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 import mla
-from mla_backend_cpu import build, instruction_sets, library, tuning
+from mla_backend_cpu import instruction_sets, tuning
+from mla_backend_cpu.compilation import compiler
+from mla_backend_cpu.compilation.levels import LEVELS
 from mla_backends import BackendError
 
 
-@pytest.mark.usefixtures("no_level_named")
+@pytest.mark.usefixtures("no_level_named", "nothing_loaded")
 def test_amx_is_refused_with_the_systems_reason_and_the_next_level_serves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -23,20 +25,16 @@ def test_amx_is_refused_with_the_systems_reason_and_the_next_level_serves(
     flags = instruction_sets.processor_flags()
     if "amx_tile" in flags or instruction_sets.tiles_refused() is None:
         pytest.skip("this machine has AMX")
-    claimed = flags | next(level for level in instruction_sets.LEVELS if level.name == "amx").needs
+    claimed = flags | next(level for level in LEVELS if level.name == "amx").needs
     if not claimed - {"amx_tile", "amx_bf16"} <= flags:
         pytest.skip("this processor lacks AVX-512-BF16, which amx needs beside the tiles")
     monkeypatch.setattr(instruction_sets, "processor_flags", lambda: claimed)
     monkeypatch.setattr(tuning, "product_gain", lambda kernels, fp32: 2.0)
-    library._load.cache_clear()
-    try:
-        backend = mla.load_backend("cpu")
-        lines = mla.MLA(mla.MLAConfig(hidden_size=64, num_attention_heads=2), backend=backend).ops.explain()
-        kernels = backend.environment()["kernels"]
-        with pytest.raises(BackendError, match=r"no kernels for native=amx: Linux refuses this process"):
-            mla.load_backend("cpu", options={"native": "amx"})
-    finally:
-        library._load.cache_clear()
+    backend = mla.load_backend("cpu")
+    lines = mla.MLA(mla.MLAConfig(hidden_size=64, num_attention_heads=2), backend=backend).ops.explain()
+    kernels = backend.environment()["kernels"]
+    with pytest.raises(BackendError, match=r"no kernels for native=amx: Linux refuses this process"):
+        mla.load_backend("cpu", options={"native": "amx"})
     refused = "Linux refuses this process AMX tiles ("
     assert any(f"fused op 'amx_native_linear' not used because {refused}" in line for line in lines)
     assert "latent_attention: native_latent_attention" in lines
@@ -45,12 +43,12 @@ def test_amx_is_refused_with_the_systems_reason_and_the_next_level_serves(
 
 def test_the_level_for_amx_holds_its_instructions(tmp_path: Path) -> None:
     """Compiled, not run: this needs no AMX."""
-    level = next(level for level in instruction_sets.LEVELS if level.name == "amx")
+    level = next(level for level in LEVELS if level.name == "amx")
     built = tmp_path / "kernels.o"
     if platform.machine() != "x86_64" or not shutil.which("objdump"):
         pytest.skip("needs an x86-64 compiler and objdump")
-    source = str(build.SOURCES / "api.cpp")
-    subprocess.run(["g++", *build.FLAGS, *level.flags, "-c", source, "-o", str(built)], check=True)
+    source = str(compiler.SOURCES / "api.cpp")
+    subprocess.run(["g++", *compiler.FLAGS, *level.flags, "-c", source, "-o", str(built)], check=True)
     listing = subprocess.run(["objdump", "-d", str(built)], capture_output=True, text=True, check=True).stdout
     for instruction in ("tdpbf16ps", "tileloadd", "tilestored", "tilezero"):
         assert instruction in listing
@@ -82,7 +80,7 @@ def misuser(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"switch (std::atoi(arguments[1])) {{ {cases} }}\nreturn 0;\n}}\n"
     )
     subprocess.run(
-        ["g++", "-std=c++17", "-Wno-psabi", "-DMLA_EMULATE_TILES", f"-I{build.SOURCES}",
+        ["g++", "-std=c++17", "-Wno-psabi", "-DMLA_EMULATE_TILES", f"-I{compiler.SOURCES}",
          str(folder / "misuse.cpp"), "-o", str(folder / "misuse")],
         check=True,
     )  # fmt: skip

@@ -72,7 +72,7 @@ print(json.dumps([sorted(names), gain, sorted(runtimes), "/kernels.so" in maps])
     assert loaded
 
 
-def test_ten_thousand_decode_steps_take_no_more_memory() -> None:
+def test_thousands_of_decode_steps_take_no_more_memory() -> None:
     code = """
 def decode(count):
     for i in range(count):
@@ -81,10 +81,10 @@ def decode(count):
         step()
     return status("VmRSS")
 step(300)
-before, after = decode(1000), decode(10_000)
+before, after = decode(500), decode(2500)
 print(json.dumps([before, after]))"""
     before, after = run(code)
-    assert after - before <= 512  # KiB, of some 300,000: 50 bytes a step
+    assert after - before <= 128  # KiB, of some 300,000: 50 bytes a step
 
 
 @pytest.mark.parametrize("count", ["1", "2"])
@@ -112,7 +112,9 @@ def test_the_environment_sets_the_number_where_the_user_names_none() -> None:
 
 @pytest.mark.parametrize("level", [instruction_sets.EMULATED, levels_here()[0]])
 def test_the_conformance_checks_pass(level: str) -> None:
+    """The checks of the reference ops are left out: they are not of this plugin."""
     options = ("--backend", "cpu", "-O", f"native={level}", "--quick", "--dtype", "bfloat16")
+    options += ("--only", "device", "--only", "*native_*", "--only", "layer")
     done = subprocess.run(
         [sys.executable, "-m", "mla.conformance", *options],
         capture_output=True,

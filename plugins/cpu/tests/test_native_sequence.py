@@ -86,7 +86,7 @@ ACTIONS = st.one_of(FORWARDS, st.tuples(st.sampled_from(["reload", "threads"]), 
 
 
 @pytest.mark.parametrize("q_lora_rank", [None, 48])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(course=st.lists(ACTIONS, min_size=1, max_size=8))
 def test_whatever_comes_before_a_step_it_is_that_of_the_ops(
     kernels: Library, threads: Threads, q_lora_rank: int | None, course: list[tuple[Any, ...]]

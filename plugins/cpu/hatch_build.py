@@ -1,0 +1,60 @@
+"""Puts the compiled kernels into the wheel, which is a platform wheel then; see "Kernels" in README.md."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+VARIABLE = "MLA_CPU_KERNELS"
+CHOICES = ("auto", "require", "off")
+
+
+class KernelsHook(BuildHookInterface):
+    """Compiles all levels, if a compiler is here; an editable installation compiles at first use."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        wanted = os.environ.get(VARIABLE) or "auto"
+        if wanted not in CHOICES:
+            self.app.abort(f"{VARIABLE} is auto, require or off, not '{wanted}'.")
+        if version == "editable" or wanted == "off":
+            return
+        sys.path.insert(0, str(Path(self.root, "mla_backend_cpu")))  # not the package, which needs torch
+        from compilation.levels import BuildError
+
+        try:
+            self._add_kernels(build_data, wanted == "require")
+        except (BuildError, OSError) as error:
+            self._without(wanted == "require", f"no kernels in this wheel, since {error}")
+
+    def _add_kernels(self, build_data: dict[str, Any], all_of_them: bool) -> None:
+        """Compile, and tell hatchling what belongs into the wheel. Raises `BuildError`."""
+        from compilation import compiler
+        from compilation.all_levels import make_all
+        from compilation.levels import BuildError
+
+        if platform.system() != "Linux" or sys.byteorder != "little":
+            raise BuildError(f"they need little-endian Linux, and this is {platform.platform()}")
+        command = compiler.find()
+        target = compiler.machine(command)
+        self.app.display_info(f"compiling the CPU kernels for {target} with {command[0]} ...")
+        self._folder = tempfile.TemporaryDirectory()
+        for level, reason in make_all(command, target, Path(self._folder.name)).items():
+            self._without(all_of_them, f"no kernels for {level} in this wheel, since {reason}")
+        build_data["force_include"][self._folder.name] = "mla_backend_cpu/kernels"
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-linux_{target}"  # reached through ctypes: any Python 3
+
+    def _without(self, fatal: bool, message: str) -> None:
+        if fatal:
+            self.app.abort(f"{message} ({VARIABLE}=require).")
+        self.app.display_warning(message)
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        if hasattr(self, "_folder"):
+            self._folder.cleanup()

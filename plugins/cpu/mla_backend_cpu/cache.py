@@ -1,0 +1,129 @@
+"""Kernels that were compiled here, in the user's cache folder.
+
+A build happens in a private folder that is renamed into place: processes may start at once, and one that is
+killed leaves nothing broken. Nothing is loaded that another user could have written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from mla_backend_cpu.compilation import artifact, compiler
+from mla_backend_cpu.compilation.artifact import Artifact
+from mla_backend_cpu.compilation.levels import BuildError, Level
+from mla_backend_cpu.trust import distrust
+
+_ANOTHER = "set MLA_CACHE_DIR to a folder that only you can write"
+
+
+def find(level: Level) -> Artifact | None:
+    """Return the kernels that the present compiler has made, or the newest of any if there is no compiler.
+
+    Raises `BuildError` if the compiler does not say its version.
+    """
+    name = artifact.name(level)
+    try:
+        which = _version(compiler.find())
+    except compiler.NoCompiler:
+        which = "*"
+    try:
+        made = sorted(folder().glob(f"{name}-{which}"), key=_age)
+    except BuildError:
+        return None
+    return next(filter(None, map(_opened, made)), None)
+
+
+def make(level: Level, since: str) -> Artifact:
+    """Compile the kernels of a level and keep them; say so on stderr, and why. Raises `BuildError`."""
+    command = compiler.find()
+    kept = folder() / f"{artifact.name(level)}-{_version(command)}"
+    if reason := distrust(kept.parent):
+        raise BuildError(f"built kernels are not kept where others can change them: {reason} ({_ANOTHER})")
+    try:
+        _make_folders(kept.parent)
+        _note(f"building the CPU kernels for {level.name}, once, with {command[0]}, since {since} ...")
+        found = _build(command, level, kept)
+    except OSError as error:
+        raise BuildError(
+            f"built kernels cannot be stored: {error} (set MLA_CACHE_DIR to another folder)"
+        ) from error
+    if found is None:
+        raise BuildError(f"built kernels cannot be stored: '{kept}' cannot be replaced ({_ANOTHER})")
+    return found
+
+
+def folder() -> Path:
+    """Return the folder of the built kernels, which may not exist, as a real path. Raises `BuildError`."""
+    chosen, base = os.environ.get("MLA_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME", "")
+    if chosen:
+        if not os.path.isabs(chosen):
+            raise BuildError(f"MLA_CACHE_DIR is an absolute path, not '{chosen}'")
+        return Path(os.path.realpath(chosen), "cpu")
+    if not os.path.isabs(base):  # the specification of XDG_CACHE_HOME says that others are ignored
+        base = os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(base):  # "~" stays what it is for a user without HOME and entry in /etc/passwd
+        raise BuildError(f"this user has no home folder to keep built kernels in ({_ANOTHER})")
+    return Path(os.path.realpath(base), "mla", "cpu")
+
+
+def _opened(kept: Path) -> Artifact | None:
+    """Return kernels, unless they are damaged or others could have written them."""
+    return None if distrust(kept / artifact.LIBRARY) else artifact.opened(kept)
+
+
+def _version(command: tuple[str, ...]) -> str:
+    return hashlib.sha256(compiler.version(command).encode()).hexdigest()[:8]
+
+
+def _age(made: Path) -> float:
+    with contextlib.suppress(OSError):
+        return -made.stat().st_mtime
+    return 0.0
+
+
+def _build(command: tuple[str, ...], level: Level, kept: Path) -> Artifact | None:
+    _sweep(kept.parent)
+    private = Path(tempfile.mkdtemp(prefix=".building-", dir=kept.parent))
+    try:
+        artifact.make(command, level, private)
+        private.chmod(0o755)  # an image may be built by root and run by another user
+        with contextlib.suppress(OSError):  # there are some: of another process, or damaged
+            private.rename(kept)
+        found = _opened(kept)
+        if found is None:
+            shutil.rmtree(kept, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                private.rename(kept)
+            found = _opened(kept)
+        return found
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+
+
+def _note(text: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may be closed
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+def _make_folders(folder: Path) -> None:
+    """Make a folder and those above it so that only this user can write them, whatever the umask."""
+    if not folder.is_dir():
+        _make_folders(folder.parent)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o755)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed builds have left."""
+    for private in folder.glob(".building-*"):
+        with contextlib.suppress(OSError):  # its owner has just finished
+            if time.time() - private.stat().st_mtime > 3 * compiler.TIMEOUT:
+                shutil.rmtree(private, ignore_errors=True)

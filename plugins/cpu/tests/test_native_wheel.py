@@ -1,0 +1,314 @@
+"""Kernels inside a wheel: what is built when, and that they are used before anything else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from native_builds import PACKAGE, PORTABLE, built
+
+from mla_backend_cpu import instruction_sets, library, prebuilt
+from mla_backend_cpu.compilation import artifact, compiler
+from mla_backend_cpu.compilation.levels import LEVELS, levels_of
+
+PROJECT = Path(__file__).resolve().parents[1]
+MACHINE = os.uname().machine
+Script = Callable[[str], Path]
+#: Prints what a run uses. What it imports is imported before the user changes, who may not read this Python.
+RUN = """if True:
+    import json, os
+    import torch, mla
+    from mla.weights import random_state_dict
+
+    def run(**options):
+        backend = mla.load_backend("cpu", options=options)
+        config = mla.MLAConfig(hidden_size=64, num_attention_heads=2)
+        layer = mla.MLA(config, backend=backend)
+        layer.load_state_dict(random_state_dict(config))
+        cache = mla.LatentCache(config, max_tokens=256, device=backend.device)
+        batch = cache.extend(cache.new_sequences(1), [3])
+        assert layer(torch.ones(3, 64).bfloat16(), batch, cache.pages[0]).isfinite().all()
+        return {**backend.environment(), "remarks": list(backend.remarks())}
+
+    run(native="off")
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(12345)
+        os.setuid(12345)
+    print(json.dumps(run()))"""
+
+
+def build(folder: Path, target: str = "wheel", **variables: str) -> subprocess.CompletedProcess[str]:
+    """Build a wheel as a frontend does, with the hatchling of this environment."""
+    return subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(folder)],
+        cwd=PROJECT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def kernels_in(folder: Path) -> tuple[str, set[str]]:
+    """Return the tag of the one wheel in a folder, and the names of the kernels in it."""
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        files = [Path(name) for name in archive.namelist()]
+    kernels = {file.parent.name for file in files if file.name == artifact.LIBRARY}
+    return wheel.stem.partition("-py3-")[2], kernels
+
+
+@pytest.mark.usefixtures("no_level_named", "compiler")
+def test_a_wheel_brings_every_level_and_needs_neither_compiler_nor_home(public: Path, tmp_path: Path) -> None:
+    done = build(tmp_path, MLA_CPU_KERNELS="require")
+    assert done.returncode == 0, done.stderr
+    names = {artifact.name(level) for level in levels_of(MACHINE)}
+    assert kernels_in(tmp_path) == (f"none-linux_{MACHINE}", names)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, public / "packages", "zip")
+    bare = {"PATH": "", "HOME": "/nonexistent", "PYTHONPATH": str(public / "packages")}
+    unset = ("CXX", "MLA_CACHE_DIR", "XDG_CACHE_HOME")
+    run = subprocess.run(
+        [sys.executable, "-c", RUN],
+        cwd=public,
+        env={**{key: value for key, value in os.environ.items() if key not in unset}, **bare},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    facts: dict[str, Any] = json.loads(run.stdout)
+    assert facts["kernels"] == instruction_sets.choose_level().name
+    assert facts["kernels_from"].startswith("came with this installation, ")
+    assert facts["remarks"] == []
+    assert os.listdir(public) == ["packages"]
+
+
+# ------------------------------------------------------------------------------------------ the build
+
+
+@pytest.fixture
+def pretended(tmp_path: Path) -> Callable[..., str]:
+    """Return a function that makes a compiler of nothing, for a target; it does not know some flags."""
+
+    def make(target: str, unknown: str = "none") -> str:
+        path = tmp_path / "pretended"
+        path.write_text(
+            f'#!/bin/sh\ncase "$*" in --version) echo pretended 1;; -dumpmachine) echo {target}-linux-gnu;;\n'
+            f"*{unknown}*) echo \"error: unrecognized command-line option '{unknown}'\" >&2; exit 1;;\n"
+            '*) for last; do :; done; echo "$*" > "$last";; esac\n'
+        )
+        path.chmod(0o755)
+        return str(path)
+
+    return make
+
+
+def test_a_cross_compiler_makes_the_wheel_of_its_target(
+    pretended: Callable[..., str], tmp_path: Path
+) -> None:
+    for target, levels in (("aarch64", LEVELS[-1:]), ("x86_64", LEVELS)):
+        folder = tmp_path / target
+        done = build(folder, CXX=pretended(target), MLA_CPU_KERNELS="require")
+        assert done.returncode == 0, done.stderr
+        expected = {artifact.name(level, target) for level in levels}
+        assert kernels_in(folder) == (f"none-linux_{target}", expected)
+
+
+def test_levels_that_a_compiler_does_not_know_are_left_out_and_named(
+    pretended: Callable[..., str], tmp_path: Path
+) -> None:
+    old = pretended("x86_64", unknown="-mamx")
+    done = build(tmp_path / "wheels", CXX=old)
+    assert done.returncode == 0, done.stderr
+    assert kernels_in(tmp_path / "wheels")[1] == {artifact.name(level, "x86_64") for level in LEVELS[1:]}
+    said = f"no kernels for amx in this wheel, since the compiler '{old}' failed: error: unrecognized command"
+    assert (done.stdout + done.stderr).count(said) == 1
+    done = build(tmp_path / "none", CXX=old, MLA_CPU_KERNELS="require")
+    assert done.returncode == 1
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("none/*.whl"))
+
+
+@pytest.mark.parametrize(
+    ("target", "variables", "said"),
+    [
+        (
+            "wheel",
+            {"CXX": "g++-none"},
+            "no kernels in this wheel, since no C++ compiler 'g++-none' was",
+        ),
+        ("wheel", {"CXX": "false"}, "no kernels in this wheel, since the compiler 'false' failed"),
+        ("wheel", {"CXX": "g++-none", "MLA_CPU_KERNELS": "off"}, ""),
+        ("wheel:editable", {"CXX": "g++-none", "MLA_CPU_KERNELS": "require"}, ""),
+    ],
+    ids=["no compiler", "it fails", "off", "editable"],
+)
+def test_a_wheel_without_kernels_is_for_any_machine(
+    tmp_path: Path, target: str, variables: dict[str, str], said: str
+) -> None:
+    done = build(tmp_path, target, **variables)
+    assert done.returncode == 0, done.stderr
+    assert kernels_in(tmp_path) == ("none-any", set())
+    assert said in done.stdout + done.stderr
+    assert ("no kernels" in done.stdout + done.stderr) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        (
+            {"CXX": "g++-none", "MLA_CPU_KERNELS": "require"},
+            "no kernels in this wheel, since no C++ compiler 'g++-none' was found (install g++, or set CXX) "
+            "(MLA_CPU_KERNELS=require).",
+        ),
+        ({"MLA_CPU_KERNELS": "yes"}, "MLA_CPU_KERNELS is auto, require or off, not 'yes'."),
+    ],
+    ids=["required", "misspelt"],
+)
+def test_a_build_that_must_not_go_on_says_why_in_one_sentence(
+    tmp_path: Path, variables: dict[str, str], said: str
+) -> None:
+    done = build(tmp_path, **variables)
+    assert done.returncode == 1
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_compiling_modules_need_the_standard_library_only() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import compilation.all_levels"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, str(PACKAGE)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("compiler")
+def test_the_same_sources_make_the_same_bytes_in_any_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = []
+    for name in ("one", "another"):
+        shutil.copytree(compiler.SOURCES, tmp_path / name / "native")
+        monkeypatch.setattr(compiler, "SOURCES", tmp_path / name / "native")
+        (tmp_path / name / "made").mkdir()
+        artifact.make(compiler.find(), PORTABLE, tmp_path / name / "made")
+        made.append({file.name: file.read_bytes() for file in (tmp_path / name / "made").iterdir()})
+    assert made[0] == made[1]
+
+
+# ------------------------------------------------------------------------------------------ the installation
+
+
+@pytest.fixture(scope="session")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return kernels of level portable, compiled in a hurry."""
+    folder = tmp_path_factory.mktemp("portable")
+    hurried = folder / "compiler.sh"
+    hurried.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
+    hurried.chmod(0o755)
+    (folder / "made").mkdir()
+    artifact.make((str(hurried),), PORTABLE, folder / "made")
+    return folder / "made"
+
+
+@pytest.fixture
+def came(portable: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Return kernels that came with a package, beside a compiler that copies them and an empty cache."""
+    folder = tmp_path / "prebuilt" / artifact.name(PORTABLE)
+    shutil.copytree(portable, folder)
+    copying = tmp_path / "copying"
+    copying.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo copying && exit\n'
+        f'for last; do :; done\ncp {portable}/{artifact.LIBRARY} "$last"\n'
+    )
+    copying.chmod(0o755)
+    monkeypatch.setenv("CXX", str(copying))
+    monkeypatch.setenv("MLA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(prebuilt, "FOLDER", folder.parent)
+    return folder
+
+
+def truncate(folder: Path) -> None:
+    kernels = folder / artifact.LIBRARY
+    kernels.write_bytes(kernels.read_bytes()[:5000])
+
+
+def change(folder: Path) -> None:
+    kernels = folder / artifact.LIBRARY
+    kernels.write_bytes(kernels.read_bytes()[:-1] + b"x")
+
+
+def lose(folder: Path) -> None:
+    (folder / artifact.LIBRARY).unlink()
+
+
+def outdate(folder: Path) -> None:
+    folder.rename(folder.with_name("portable-0123456789abcdef"))
+
+
+def replace(folder: Path) -> None:
+    folder.rename(folder.with_name("avx2-0123456789abcdef"))
+
+
+def remove(folder: Path) -> None:
+    shutil.rmtree(folder.parent)
+
+
+def misbuild(folder: Path) -> None:
+    """As built for another system: whole, but not to be loaded here."""
+    foreign = b"of another system"
+    (folder / artifact.LIBRARY).write_bytes(foreign)
+    (folder / "sha256").write_text(hashlib.sha256(foreign).hexdigest())
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+@pytest.mark.parametrize("cached", [True, False])
+def test_kernels_that_came_are_used_before_all_others(
+    came: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], cached: bool
+) -> None:
+    if cached:
+        built()
+    else:
+        monkeypatch.setenv("MLA_CACHE_DIR", "/proc/none")
+    monkeypatch.setenv("CXX", "g++-none")
+    capfd.readouterr()
+    found = library.load("portable")
+    assert found.origin == f"came with this installation, {(came / 'compiler').read_text()}"
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (truncate, "those that came with this installation are damaged: "),
+        (change, "those that came with this installation are damaged: "),
+        (lose, "those that came with this installation are damaged: "),
+        (misbuild, "those that came with this installation cannot be loaded ("),
+        (outdate, "those that came with this installation were built from other sources"),
+        (replace, "this installation came with kernels, but not with these"),
+        (remove, "no kernels came with this installation"),
+    ],
+)
+def test_kernels_that_cannot_serve_are_built_here_and_the_reason_is_said(
+    came: Path, capfd: pytest.CaptureFixture[str], spoil: Callable[[Path], None], why: str
+) -> None:
+    spoil(came)
+    assert library.load("portable").origin.startswith("built here, ")
+    said = capfd.readouterr().err
+    assert said.startswith("building the CPU kernels for portable, once, with ")
+    assert f", since {why}" in said
+    assert said.count("\n") == 1
