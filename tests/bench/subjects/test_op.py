@@ -205,7 +205,7 @@ def test_a_prompt_without_history_is_a_shape_like_any(measure: Bench) -> None:
         (["--heads", "4"], "error: --heads shapes one op: it needs --op; a workload has its own lengths"),
         (
             ["--op", "linear", "--scenario", "decode"],
-            "error: --op takes the lengths of batch specs, and scenario 'decode' has none: give the op's own ",
+            "error: --op takes the lengths of batch specs, and scenario 'decode' has none: give the op's",
         ),
         (["--op", "linear", "--workload", "x.toml"], "error: cannot read workload 'x.toml': No such file"),
         (["--op", "linear", "--model-path", "x"], "error: --model-path is about the whole layer: leave it "),
