@@ -1,7 +1,7 @@
 """Results as InfiniMetrics keeps them: one JSON document per case, which its importer and dashboard read.
 
-Written from github.com/InfiniTensor/InfiniMetrics at 9facb015: `docs/output_format.md`, and what only its code
-says, `db/utils.py` (what counts as a result), `infinimetrics/executor.py` (environment) and
+Written from github.com/InfiniTensor/InfiniMetrics at 9facb015: `docs/output_format.md`, and what only its
+code says, `db/utils.py` (what counts as a result), `infinimetrics/executor.py` (environment) and
 `dashboard/utils/visualizations/operator.py` (metrics, which it finds by words in their names).
 """
 
@@ -19,11 +19,10 @@ from mla.bench.export import withheld
 from mla.bench.results.schema import Case, Run
 from mla.bench.results.timings import by_kind
 from mla.errors import ResultError
-from mla_backends.errors import out_of_memory
 
 CATEGORY = "operator"
-# Result codes: what was tested is at fault, does not fit together, or has too little room; the test is.
-WRONG, INCOMPATIBLE, NO_ROOM, DOUBTFUL = 2, 3, 4, 5
+# Result codes: what was tested is at fault (there INTERNAL), or there is no number otherwise (GENERIC).
+CODES = {"ok": 0, "wrong": 2, "doubtful": 5, "not run": 5}
 
 Document = dict[str, Any]
 
@@ -40,7 +39,7 @@ def file_name(document: Mapping[str, Any]) -> str:
 
 def _document(run: Run, case: Case) -> Document:
     created = _time(run.created)
-    code = _result_code(case)
+    code = CODES[case.check.status]
     found: Document = {
         # The digest comes first, since the dashboard tells runs of one time apart by twelve letters.
         "run_id": f"{_digest(run, case)}_{created:%Y%m%d_%H%M%S}",
@@ -72,12 +71,6 @@ def _digest(run: Run, case: Case) -> str:
 def _word(text: str) -> str:
     """Return a name as one part of a test case, whose parts are divided by dots."""
     return re.sub(r"[^A-Za-z0-9-]+", "_", text).strip("_") or "unnamed"
-
-
-def _result_code(case: Case) -> int:
-    if case.check.status == "not run":
-        return NO_ROOM if out_of_memory(case.check.reason) else INCOMPATIBLE
-    return {"ok": 0, "wrong": WRONG, "doubtful": DOUBTFUL}[case.check.status]
 
 
 def _environment(run: Run) -> Document:

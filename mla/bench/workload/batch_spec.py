@@ -85,7 +85,7 @@ def batch_scenarios(words: Iterable[str]) -> list[BatchScenario]:
 
 def split(words: Iterable[str]) -> Sequence[str]:
     """Return the specs in comma-separated lists. Raises `UsageError` if there is none."""
-    specs = [spec for word in words for spec in re.split(r"[,\s]+", word.strip())]
+    specs = [spec for word in words for spec in re.split(r"\s*,\s*|\s+", word.strip())]
     if not all(specs):
         raise UsageError(f"--batch-spec takes specs of the form {FORM}, comma-separated; one is empty.")
     return specs

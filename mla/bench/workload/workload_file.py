@@ -93,8 +93,9 @@ def _one_each(source: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             raise UsageError(f"workload '{source}': {error}.") from error
         lengths = {"mode": "prefill", "query_lens": list(query_lens), "history": list(history)}
-        name = f"{table['name']} {spec}" if "name" in table else spec
-        yield {**table, **lengths, "batch_spec": spec, "name": name}
+        name = table.get("name", "")
+        named = f"{name} {spec}".lstrip() if isinstance(name, str) else name  # which is refused later
+        yield {**table, **lengths, "batch_spec": spec, "name": named}
 
 
 def _read(source: str) -> str:
