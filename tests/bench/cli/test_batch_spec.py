@@ -102,6 +102,8 @@ def test_the_repro_line_and_resume_find_the_case_again(
     assert bench(*shlex.split(case.repro)[3:], "-o", "again.json").code == 0
     (again,) = read("again.json").cases
     assert same_work(case, again)
+    if SPEC in words:
+        assert (case.query_lens, case.history) == LENGTHS, "those of a role that reads no history as well"
     resumed = bench(*arguments, "--resume", "run.json")
     assert resumed.code == 0
     assert "resuming   1 cases of 'run.json' are kept" in resumed.err

@@ -206,3 +206,9 @@ def test_the_rules_find_what_is_broken(make_run: MakeRun) -> None:
     assert faults({**document, "testcase": "operator.mla"})
     assert faults({**document, "result_code": 1})
     assert faults({**document, "metrics": [{"name": "operator.latency", "value": math.nan}]})
+
+
+def test_a_share_of_a_limit_in_doubt_is_not_told(make_run: MakeRun) -> None:
+    (document,) = documents(make_run(roofline=results.Roofline(floor_ms=3.0, fraction=1.5, doubt="above")))
+    assert not [one for one in document["metrics"] if one["name"] == "operator.share_of_limit"]
+    assert shown(document)["latency"] == 2.0

@@ -100,7 +100,11 @@ def test_one_wrong_timing_keeps_its_reason_and_loses_its_number(make_run: MakeRu
 
 
 def test_a_share_of_a_limit_in_doubt_is_not_told(make_run: MakeRun) -> None:
-    (row,) = table(make_run(roofline=results.Roofline(floor_ms=3.0, bound="memory", doubt="above the limit")))
+    (row,) = table(
+        make_run(
+            roofline=results.Roofline(floor_ms=3.0, fraction=1.5, bound="memory", doubt="above the limit")
+        )
+    )
     assert (row["limit_percent"], row["limit_doubt"]) == ("", "above the limit")
     (row,) = table(make_run(roofline=results.Roofline(floor_ms=1.0, bound="memory", fraction=0.5)))
     assert (row["limit_percent"], row["limit"]) == ("50.0", "memory")
@@ -177,3 +181,18 @@ def test_a_mistake_gets_its_sentence(
 def test_a_row_asks_the_case_that_it_belongs_to(make_run: MakeRun) -> None:
     run = make_run()
     assert Row(Path("a"), run, run.cases[0], None).check is run.cases[0].check
+
+
+def test_neither_export_nor_the_list_of_workloads_needs_torch(process: Bench, make_run: MakeRun) -> None:
+    """Results are looked at where no device is."""
+    results.write(make_run(), Path("a.json"))
+    (folder := Path("no_torch")).mkdir()
+    (folder / "torch.py").write_text("raise ImportError('no torch here')")
+    for words in (
+        ("export", "a.json"),
+        ("export", "a.json", "--format", "infinimetrics"),
+        ("list", "--workloads"),
+    ):
+        done = process(*words, path=[folder.absolute()])
+        assert done.code == 0, done.err
+        assert done.out
