@@ -36,9 +36,10 @@ WORKLOAD = (
     ),
     click.option(
         "--preset",
+        metavar="NAME",
         type=click.Choice(PRESETS),
-        help="A shipped workload instead of --workload, as `list --workloads` describes it: smoke takes "
-        "seconds, or minutes where torch has no fast bf16; full adds sweeps; the others are published ones.",
+        help="A shipped workload instead of --workload: smoke takes seconds, or minutes where torch has no "
+        f"fast bf16; full adds sweeps; published ones are {', '.join(PRESETS[3:])} (`list --workloads`).",
     ),
     click.option(
         "--workload",

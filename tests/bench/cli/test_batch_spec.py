@@ -14,7 +14,8 @@ from mla.bench import results
 
 Bench = Callable[..., Any]
 
-CPU = ("--backend", "cpu", "--threads", "1", "--config", "tiny.json", "--page-size", "16", "--cache", "warm")
+CPU = ("--backend", "cpu", "--threads", "1", "--page-size", "16", "--cache", "warm")
+TINY = ("--config", "tiny.json")
 COUNTS = ("--runs", "6", "--passes", "6", "--warmups", "1")
 SPEC = "2q3s20_q5_3q1s9"
 LENGTHS = ([3, 3, 5, 1, 1, 1], [17, 17, 0, 8, 8, 8])
@@ -55,7 +56,9 @@ def same_work(case: results.Case, other: results.Case) -> bool:
 
 def test_a_spec_is_one_forward_at_exactly_its_lengths(bench: Bench, small: list[str]) -> None:
     """No cache grows from forward to forward: vLLM's tool repeats one batch as well."""
-    done = bench(*CPU, *COUNTS, "--batch-spec", f"{SPEC},q7", "--implementations", "mla", "-o", "run.json")
+    done = bench(
+        *CPU, *TINY, *COUNTS, "--batch-spec", f"{SPEC},q7", "--implementations", "mla", "-o", "run.json"
+    )
     assert done.code == 0, done.err
     first, second = sorted(read("run.json").cases, key=lambda case: len(case.scenario), reverse=True)
     assert (first.scenario, first.batch_spec, first.mode) == (SPEC, SPEC, "prefill")
@@ -68,7 +71,7 @@ def test_a_spec_is_one_forward_at_exactly_its_lengths(bench: Bench, small: list[
 
 def test_a_spec_runs_below_one_op_with_heads_of_its_own(bench: Bench, small: list[str]) -> None:
     words = (*COUNTS, "--op", "latent_attention", "--batch-specs", SPEC, "--heads", "3", "-o", "run.json")
-    done = bench(*CPU, *words)
+    done = bench(*CPU, *TINY, *words)
     assert done.code == 0, done.err
     cases = read("run.json").cases
     assert {case.scenario for case in cases} == {f"latent_attention {SPEC} heads=3"}
@@ -93,10 +96,8 @@ def test_the_repro_line_and_resume_find_the_case_again(
     bench: Bench, small: list[str], words: tuple[str, ...]
 ) -> None:
     Path("ops.toml").write_text(OPS_FILE)
-    counts = () if "--workload" in words else ("--runs", "2", "--passes", "2", "--warmups", "0")
-    arguments = (*CPU[:4], *CPU[6:], *counts, *words, "--implementations", "mla")
-    if "--workload" not in words:
-        arguments = (*arguments, "--config", "tiny.json")
+    own = () if "--workload" in words else (*TINY, "--runs", "2", "--passes", "2", "--warmups", "0")
+    arguments = (*CPU, *own, *words, "--implementations", "mla")
     assert bench(*arguments, "-o", "run.json").code == 0
     (case,) = read("run.json").cases
     assert bench(*shlex.split(case.repro)[3:], "-o", "again.json").code == 0
