@@ -7,13 +7,15 @@
 
 Both standard scenarios run through the same engine, with the same checks, and are printed in the original's
 format: figures are means, over all passes where the original had one. Without --model_path the config is
-deepseek-v2-lite, the original's own. Errors and exit codes are those of `python -m mla.bench`.
+deepseek-v2-lite, the original's own. The flag of a device without a plugin says how to measure it today.
+Errors and exit codes are those of `python -m mla.bench`.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -25,8 +27,20 @@ from mla.bench.run.outcome import verdict
 from mla.bench.run.scheduler import measure
 from mla.command import console
 from mla.command.exit_codes import guarded
+from mla_backends.known import KNOWN, WITHOUT_PLUGIN
 
-BACKENDS = ("cpu", "nvidia", "moore", "metax", "iluvatar")
+# Flag -> whose it is: all platforms of InfiniCore's tests.
+DEVICES = {
+    **{name: backend.device for name, backend in KNOWN.items()},
+    **{name: f"{one.device} (no plugin yet: says how to run today)" for name, one in WITHOUT_PLUGIN.items()},
+}
+# Flags that other versions of the original have.
+REFUSED = {
+    "--skip_correctness": "outputs are always checked, outside of what is timed; leave it out",
+    "--skip_performance": "this test measures; `python -m mla.conformance --backend NAME` checks alone",
+    "--use_small_config": "the config is the original's; `python -m mla.bench --backend NAME --preset smoke` "
+    "is a short run",
+}
 TITLES = {"mla": "Custom", "transformers": "Transformers"}
 WIDTH = 78
 
@@ -79,23 +93,51 @@ def describe(case: Case) -> str:
     return f"{line}\n{'-' * WIDTH}\n" if case.mode == "prefill" else line
 
 
+def device_flags(command: click.decorators.FC) -> click.decorators.FC:
+    """Add the flag of every platform, those without a plugin included."""
+    for name, device in reversed(DEVICES.items()):
+        command = click.option(f"--{name}", is_flag=True, help=f"Run on {device}.")(command)
+    return command
+
+
+def refuse(ctx: click.Context, parameter: click.Parameter, given: bool) -> None:
+    """Say why a flag of other versions of the original cannot be honoured."""
+    if given:
+        raise click.UsageError(f"{parameter.opts[0]}: {REFUSED[parameter.opts[0]]}.")
+
+
+def refused_flags(command: click.decorators.FC) -> click.decorators.FC:
+    """Add the flags that get a sentence instead of a run."""
+    for flag in REFUSED:
+        command = click.option(flag, is_flag=True, hidden=True, expose_value=False, callback=refuse)(command)
+    return command
+
+
+def one_device(flags: Mapping[str, bool]) -> str:
+    """Return the platform that was chosen. Raises `click.UsageError` unless there is one."""
+    chosen = [name for name, given in flags.items() if given]
+    if len(chosen) > 1:
+        both = " and ".join(f"--{name}" for name in chosen)
+        raise click.UsageError(f"{both} are several devices: run once for each of them.")
+    if not chosen:
+        raise click.UsageError(f"choose a device: {', '.join(f'--{name}' for name in DEVICES)}.")
+    return chosen[0]
+
+
 @click.command(help=__doc__)
-@click.option("--cpu", "backend", flag_value="cpu", help="Run on the CPU.")
-@click.option("--nvidia", "backend", flag_value="nvidia", help="Run on an NVIDIA GPU.")
-@click.option("--moore", "backend", flag_value="moore", help="Run on a Moore Threads GPU.")
-@click.option("--metax", "backend", flag_value="metax", help="Run on a MetaX GPU.")
-@click.option("--iluvatar", "backend", flag_value="iluvatar", help="Run on an Iluvatar GPU.")
+@device_flags
+@refused_flags
 @click.option(
     "--model_path", type=click.Path(path_type=Path), help="Compare with transformers on its weights."
 )
 @click.option("--runs", type=click.IntRange(min=1), help="Timed forwards, and decode steps.  [100]")
-def attention_test(backend: str | None, model_path: Path | None, runs: int | None) -> int:
+def attention_test(model_path: Path | None, runs: int | None, **flags: bool) -> int:
     """Run both standard scenarios on one device."""
-    if backend is None:
-        raise click.UsageError(f"choose a device: {', '.join(f'--{name}' for name in BACKENDS)}.")
     names = "mla,transformers" if model_path else "mla"
     headline = {"mode": "eager", "cache": "warm", "clock": "host"}  # the only way the original timed
-    chosen = defaults(backend=backend, model_path=model_path, implementations=names, runs=runs, **headline)
+    chosen = defaults(
+        backend=one_device(flags), model_path=model_path, implementations=names, runs=runs, **headline
+    )
     outcome = measure(resolve(chosen))
     console.out(report(outcome.run) + "\n")
     return verdict(outcome)

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from importlib import metadata
 
-from mla_backends.errors import BackendNotInstalled, DuplicateBackend, UnknownBackend
-from mla_backends.known import GENERAL, KNOWN
+from mla_backends.errors import BackendNotInstalled, DuplicateBackend, NoPlugin, UnknownBackend
+from mla_backends.known import GENERAL, KNOWN, WITHOUT_PLUGIN
 
 GROUP = "mla.backends"
 DISTRIBUTION = "mla-backends"
@@ -47,7 +47,7 @@ def entries() -> list[Entry]:
 def locate(name: str) -> Entry:
     """Return the one entry called `name`, or the code that `package.module:attribute` points at.
 
-    Raises `UnknownBackend`, `BackendNotInstalled` or `DuplicateBackend`.
+    Raises `UnknownBackend`, `BackendNotInstalled`, `NoPlugin` or `DuplicateBackend`.
     """
     if ":" in name:
         return Entry(name, None, None, name)
@@ -59,6 +59,8 @@ def locate(name: str) -> Entry:
         return chosen[0]
     if name in KNOWN:
         raise BackendNotInstalled(KNOWN[name])
+    if name in WITHOUT_PLUGIN:
+        raise NoPlugin(WITHOUT_PLUGIN[name])
     raise UnknownBackend(name, sorted({entry.name for entry in offers}), KNOWN)
 
 

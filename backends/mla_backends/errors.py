@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mla_backends.known import GENERAL, GENERAL_DEVICES, GENERAL_USE
+from mla_backends.known import GENERAL, GENERAL_DEVICES, GENERAL_USE, WITHOUT_PLUGIN
 
 if TYPE_CHECKING:
-    from mla_backends.known import KnownBackend
+    from mla_backends.known import KnownBackend, KnownDevice
 
 
 def probe_hint(name: str) -> str:
@@ -83,6 +83,21 @@ class BackendNotInstalled(BackendError):
             reason=f"no installed distribution offers it ({known.device})",
             hint=hint,
         )
+
+
+class NoPlugin(BackendError):
+    """This project knows the device, and has no plugin for it."""
+
+    state = "no plugin"
+
+    def __init__(self, known: KnownDevice) -> None:
+        start = f", and `{known.plugin_command}` starts a plugin" if known.plugin_command else ""
+        hint = (
+            f"with {known.torch} installed, `{known.command}` measures them on the reference ops, which "
+            f"nobody has tried yet{start}"
+        )
+        reason = f"there is no plugin for {known.device}"
+        super().__init__(f"backend '{known.name}': {reason}; {hint}.", reason=reason, hint=hint)
 
 
 class DuplicateBackend(BackendError):
@@ -220,7 +235,7 @@ def _clauses(*parts: str) -> str:
 
 def _closest(name: str, installed: Iterable[str], known: Mapping[str, KnownBackend]) -> str | None:
     """Find the backend meant by a misspelt name, or by the name of its platform ("cuda")."""
-    words = {word.lower(): word for word in (GENERAL, *installed)}
+    words = {word.lower(): word for word in (GENERAL, *WITHOUT_PLUGIN, *installed)}
     for entry in known.values():
         words.update(dict.fromkeys((entry.name, *entry.also), entry.name))
     close = difflib.get_close_matches(name.lower(), words, n=1)

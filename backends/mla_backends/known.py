@@ -74,3 +74,42 @@ KNOWN: Mapping[str, KnownBackend] = MappingProxyType(
         )
     }
 )
+
+
+@dataclass(frozen=True)
+class KnownDevice:
+    """What to tell a user who asks for a device that this project has no plugin for."""
+
+    name: str  # as the flags of InfiniCore's tests call it
+    device: str  # plural, fits "there is no plugin for ..."
+    torch_device: str  # what torch calls it
+    torch: str  # the build of torch, or the package beside it, that brings the device
+    package: str = ""  # what must be imported first, if torch does not do so itself
+
+    @property
+    def command(self) -> str:
+        """The command that measures the device today."""
+        imported = f" -O import={self.package}" if self.package else ""
+        return f"python -m mla.bench --backend {GENERAL} -O device={self.torch_device}{imported}"
+
+    @property
+    def plugin_command(self) -> str:
+        """The command that starts a plugin; "" where torch says cuda, which the template is not for."""
+        own = self.torch_device
+        return "" if own == "cuda" else f"python -m mla.bench new-backend {own} ./{own}"
+
+
+# Flags, torch devices and packages as in InfiniCore at 2cec6ce6 (test/infinicore/framework).
+WITHOUT_PLUGIN: Mapping[str, KnownDevice] = MappingProxyType(
+    {
+        device.name: device
+        for device in (
+            KnownDevice("cambricon", "Cambricon MLUs", "mlu", "torch_mlu"),
+            KnownDevice("ascend", "Huawei Ascend NPUs", "npu", "torch_npu"),
+            KnownDevice("kunlun", "Kunlun XPUs", "cuda", "torch_xmlir", "torch_xmlir"),
+            KnownDevice("hygon", "Hygon DCUs", "cuda", "Hygon's torch for DTK"),
+            KnownDevice("qy", "QY GPUs", "cuda", "their vendor's torch"),
+            KnownDevice("ali", "Alibaba PPUs", "cuda", "the torch of their SDK"),
+        )
+    }
+)

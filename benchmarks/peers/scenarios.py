@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import msgspec
 
 from mla.bench.workload.grid import Point, points_of
-from mla.bench.workload.scenario import Scenario, load_workload
+from mla.bench.workload.scenario import Scenario
+from mla.bench.workload.workload_file import load_workload
 from mla.errors import UsageError
 
 REQUESTS = 16

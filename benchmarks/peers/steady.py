@@ -14,7 +14,7 @@ from mla.bench import results
 from mla.bench.plan.request import Request
 from mla.bench.subjects.inputs import make_inputs
 from mla.bench.subjects.layer import MlaLayer
-from mla.bench.workload.scenario import load_workload
+from mla.bench.workload.workload_file import load_workload
 from mla.command import console
 from mla.command.exit_codes import Exit
 from mla.weights import random_state_dict

@@ -22,7 +22,7 @@ FLOORS = (
     {"conformance", "bench.results", "bench.doctor", "bench.scaffold"},
     {"bench.terminal", "bench.subjects"},
     {"bench.doubts"},
-    {"bench.limits", "bench.report"},
+    {"bench.limits", "bench.report", "bench.export"},
     {"bench.measure"},
     {"bench.plan"},
     {"bench.failures"},

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla.bench.workload.scenario import STANDARD, load_workload
+from mla.bench.workload.workload_file import STANDARD, load_workload
 from mla.reference import REFERENCE, decode
 from mla.reference.decode import DecodeState
 

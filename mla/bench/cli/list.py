@@ -1,4 +1,4 @@
-"""`list`: the backends there are, or the presets."""
+"""`list`: the backends there are, or the presets, or the shipped workloads."""
 
 from __future__ import annotations
 
@@ -9,21 +9,32 @@ import click
 
 from mla.command.console import out
 from mla.command.exit_codes import Exit
+from mla.errors import UsageError
 from mla_backends import status
 from mla_backends.known import GENERAL, GENERAL_USE
 
 
-@click.command("list", short_help="Show backends and their state, or the presets.")
+@click.command("list", short_help="Show backends and their state, the presets, or the workloads.")
 @click.option("--configs", is_flag=True, help="Show the presets of --config and where they were read.")
+@click.option("--workloads", is_flag=True, help="Show the shipped workloads and where they were published.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def list_backends(configs: bool, as_json: bool) -> int:
+def list_backends(configs: bool, workloads: bool, as_json: bool) -> int:
     """Show every installed and known backend and whether it is usable. Each is probed in its own process."""
-    out(_configs(as_json) if configs else _backends(as_json))
+    if configs and workloads:
+        raise UsageError("--configs and --workloads are two lists: ask for one of them.")
+    shown = _workloads if workloads else _configs if configs else _backends
+    out(shown(as_json))
     return Exit.OK
 
 
 def _configs(as_json: bool) -> str:
     from mla.bench.terminal.configs import as_objects, as_table
+
+    return json.dumps(as_objects(), indent=1) + "\n" if as_json else as_table()
+
+
+def _workloads(as_json: bool) -> str:
+    from mla.bench.terminal.workloads import as_objects, as_table
 
     return json.dumps(as_objects(), indent=1) + "\n" if as_json else as_table()
 

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from mla.bench.cli import ceilings, compare, doctor, new_backend, replay, report, run, show
+from mla.bench.cli import ceilings, compare, doctor, export, new_backend, replay, report, run, show
 from mla.bench.cli import list as list_command
 from mla.command.exit_codes import carried_out, guarded
 from mla.errors import did_you_mean
@@ -53,6 +53,7 @@ for command in (
     compare.compare,
     show.show,
     report.report,
+    export.export,
     replay.replay,
     ceilings.ceilings,
 ):

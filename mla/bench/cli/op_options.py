@@ -1,4 +1,4 @@
-"""Options that replace the workload: one op of the layer alone, and its shape."""
+"""Options of one op of the layer alone, and its shape."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ OP = (
     click.option(
         "--op",
         metavar="NAME",
-        help="Time one op of the contract without the layer, instead of a workload: its name, or its role "
-        "(see --list-ops).",
+        help="Time one op of the contract without the layer, on lengths below or of batch specs: its name, "
+        "or its role (see --list-ops).",
     ),
     click.option(
         "--batch",
@@ -38,6 +38,6 @@ OP = (
         "--heads",
         type=click.IntRange(1, MAX_COUNT),
         metavar="N",
-        help="--op: heads, instead of the config's.",
+        help="--op, --batch-spec: heads, instead of the config's.",
     ),
 )

@@ -36,11 +36,13 @@ Examples:
   python -m mla.bench --backend cpu --scenario decode -a kv=1k..16k*4 -a batch=1,16 -o sweep.json
   python -m mla.bench --backend cpu --preset full --budget 10m -o full.json
   python -m mla.bench --backend cpu --op latent_attention --batch 64 --kv 4k
+  python -m mla.bench --backend cpu --batch-spec 4q8s2049_16q1s3072 --heads 8
   python -m mla.bench --backend cpu --scenario decode --profile trace.json.gz
   python -m mla.bench --backend torch -O device=xpu
   python -m mla.bench --backend my_module:MyBackend --workload mine.toml --dry-run
   python -m mla.bench compare before.json after.json --fail-slower 3%
   python -m mla.bench report before.json after.json --html report.html
+  python -m mla.bench export run.json --format csv -o run.csv
   python -m mla.bench ceilings --backend cpu
   python -m mla.bench list
   python -m mla.bench doctor cpu
@@ -181,5 +183,7 @@ def _compare(options: RunOptions, baseline: results.Run | None, run: results.Run
 
 
 def _gate(options: RunOptions, cases: Sequence[Comparison]) -> Exit:
-    selected = any((options.scenarios, options.axes, options.op, options.implementations))
+    selected = any(
+        (options.scenarios, options.batch_specs, options.axes, options.op, options.implementations)
+    )
     return compare.verdict(cases, options.fail_slower, selected=selected)

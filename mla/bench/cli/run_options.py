@@ -8,7 +8,8 @@ from mla.bench.cli.op_options import OP
 from mla.bench.plan.options import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE
 from mla.bench.terminal.run_table import FORMATS
 from mla.bench.workload.quantities import duration
-from mla.bench.workload.scenario import MAX_COUNT, MAX_LAYERS, PRESETS, STANDARD
+from mla.bench.workload.scenario import MAX_COUNT, MAX_LAYERS
+from mla.bench.workload.workload_file import PRESETS, STANDARD
 from mla.command.backend import MEASURED_BACKEND_HELP, backend_options
 from mla.command.options import FILE, Command, add_options, parsed_by, percent, result_path
 from mla.config.presets import DEFAULT_CONFIG
@@ -35,16 +36,17 @@ WORKLOAD = (
     ),
     click.option(
         "--preset",
+        metavar="NAME",
         type=click.Choice(PRESETS),
         help="A shipped workload instead of --workload: smoke takes seconds, or minutes where torch has no "
-        "fast bf16; full adds sweeps over history, batch and tokens per step.",
+        f"fast bf16; full adds sweeps; published ones are {', '.join(PRESETS[3:])} (`list --workloads`).",
     ),
     click.option(
         "--workload",
         metavar="NAME|FILE",
         show_default=STANDARD,
         help="Scenarios to run: a TOML file of [[scenario]] tables with name, mode, query_lens, "
-        "history, runs, passes, warmups, heads, layers, axes.",
+        "history (or batch_spec), runs, passes, warmups, heads, layers, axes.",
     ),
     click.option(
         "--scenario",
@@ -52,6 +54,16 @@ WORKLOAD = (
         metavar="NAME",
         multiple=True,
         help="Run only this scenario of the workload; may be repeated.",
+    ),
+    click.option(
+        "--batch-spec",
+        "--batch-specs",
+        "batch_specs",
+        metavar="SPEC,...",
+        multiple=True,
+        help="Time one forward over a batch, instead of a workload: vLLM's [COUNT]qLEN[k][sLEN[k]], joined "
+        "with _, such as 4q8s2049_16q1s3072. q: new tokens of a request; s: all of its tokens, the new ones "
+        "included; may be repeated.",
     ),
 )
 

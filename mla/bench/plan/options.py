@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mla.bench.workload.implementations import parse
-from mla.bench.workload.scenario import STANDARD
+from mla.bench.workload.workload_file import STANDARD
 from mla.command.backend import BackendOptions
 from mla.errors import UsageError
 
@@ -55,11 +55,22 @@ class RunOptions(BackendOptions):
     clock: str | None = None
     profile: Path | None = None
     dump_failure: Path | None = None
+    batch_specs: tuple[str, ...] = ()
 
     @property
     def workload_name(self) -> str:
         """The workload to load: a preset is a shipped one."""
         return self.preset or self.workload or STANDARD
+
+    @property
+    def workload_flag(self) -> str | None:
+        """The flag that chose the workload; None: the standard one, which nobody asked for."""
+        flags = {
+            "--preset": self.preset is not None,
+            "--workload": self.workload not in (None, STANDARD),
+            "--scenario": bool(self.scenarios),
+        }
+        return next((flag for flag, given in flags.items() if given), None)
 
     @property
     def target(self) -> Path | None:

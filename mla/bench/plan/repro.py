@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from mla.bench.plan.options import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE, RunOptions
 from mla.bench.workload.grid import Point
-from mla.bench.workload.scenario import STANDARD
+from mla.bench.workload.workload_file import STANDARD
 from mla.command.backend import OpenedBackend
 from mla.config.presets import DEFAULT_CONFIG
 
@@ -49,6 +49,7 @@ def common_options(options: RunOptions, opened: OpenedBackend) -> list[str]:
 def selection(options: RunOptions) -> list[str]:
     """Return the options that choose scenarios and points."""
     words = [word for name in options.scenarios for word in ("--scenario", name)]
+    words += [word for specs in options.batch_specs for word in ("--batch-spec", specs)]
     for flag, value in (("--op", options.op), *options.op_shape.items()):
         words += [] if value is None else [flag, str(value)]
     return words + [word for axis in options.axes for word in ("-a", axis)]

@@ -34,7 +34,7 @@ def resolve(options: RunOptions) -> Request:
     """Judge the options, open the backend and return what will run; mistakes show before any work."""
     if mixed := environment.mixed_installation():
         note(mixed)
-    points = _points(options)
+    options, points = _points(options)
     wanted = variants.parse(options.mode, options.cache, options.clock)
     for file in filter(None, (options.target, options.profile)):
         files.check_writable(file)
@@ -57,14 +57,20 @@ def _keep_functions() -> None:
         note(f"torch cannot be imported: {describe(error)}")
 
 
-def _points(options: RunOptions) -> list[Point]:
-    """Return the scenarios of the command line. Raises `UsageError`."""
+def _points(options: RunOptions) -> tuple[RunOptions, list[Point]]:
+    """Return the scenarios of the command line, and the options with a workload's own defaults.
+
+    Raises `UsageError`.
+    """
     axes = grid.parse(options.axes)
+    validate.check_lengths(options)
+    workload = scenarios.chosen_workload(options)
+    options = scenarios.with_defaults(options, workload)
     validate.check_options(options, axes)
-    points = scenarios.choose_points(options, axes)
+    points = scenarios.choose_points(options, axes, workload)
     validate.check_points(options, points)
     validate.check_stages(options, points)
-    return points
+    return options, points
 
 
 def _request(

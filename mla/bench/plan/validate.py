@@ -1,7 +1,7 @@
 """Validate the options. Every mistake shows here, before any work.
 
-`check_gate`, `check_options`, `check_points` and `check_stages` need nothing but the command line and the
-workload; the others also the layer or the device, which may take minutes to start.
+`check_gate`, `check_lengths`, `check_options`, `check_points` and `check_stages` need nothing but the command
+line and the workload; the others also the layer or the device, which may take minutes to start.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from mla.bench.plan.options import RunOptions
 from mla.bench.workload import implementations
 from mla.bench.workload.grid import Axes, Point
 from mla.bench.workload.op_scenario import READS_HISTORY
-from mla.bench.workload.scenario import STANDARD
 from mla.errors import UsageError
 from mla.text import dtype_name
 
@@ -28,10 +27,24 @@ def check_gate(options: RunOptions) -> None:
         raise UsageError("--fail-slower needs a run to compare with: add --baseline FILE.")
 
 
-def check_options(options: RunOptions, axes: Axes) -> None:
-    """Raise `UsageError` for options that contradict each other or lack one that they need."""
+def check_lengths(options: RunOptions) -> None:
+    """Raise `UsageError` for two sources of lengths."""
     if options.preset and options.workload:
         raise UsageError("--preset and --workload are mutually exclusive: a preset is a shipped workload.")
+    if options.batch_specs and options.workload_flag:
+        raise UsageError(
+            f"--batch-spec and {options.workload_flag} are mutually exclusive: a batch spec is the scenario."
+        )
+    lengths = [flag for flag, value in options.op_shape.items() if value is not None and flag != "--heads"]
+    source = "--batch-spec" if options.batch_specs else options.workload_flag
+    if lengths and source:
+        raise UsageError(
+            f"{lengths[0]} and {source} are mutually exclusive: both give the lengths of the requests."
+        )
+
+
+def check_options(options: RunOptions, axes: Axes) -> None:
+    """Raise `UsageError` for options that contradict each other or lack one that they need."""
     options.implementation_names  # noqa: B018  # raises for a name that cannot be read
     _check_op_shape(options, axes)
     _check_op_alone(options)
@@ -45,8 +58,10 @@ def _check_op_shape(options: RunOptions, axes: Axes) -> None:
     for flag in given:
         if flag[2:].replace("-", "_") in axes:
             raise UsageError(f"{flag} and an axis of that name are mutually exclusive: keep one.")
-    if options.op is None and given:
-        raise UsageError(f"{given[0]} shapes one op: it needs --op; a workload has its own lengths.")
+    if options.op is None and given and not options.batch_specs:
+        raise UsageError(
+            f"{given[0]} shapes one op: it needs --op; a workload has its own lengths, and axes (-a)."
+        )
 
 
 def _check_op_alone(options: RunOptions) -> None:
@@ -54,9 +69,6 @@ def _check_op_alone(options: RunOptions) -> None:
     if options.op is None:
         return
     layer = {
-        "--workload": options.workload not in (None, STANDARD),
-        "--preset": options.preset is not None,
-        "--scenario": options.scenarios,
         "--model-path": options.model_path,
         "--attention": options.attention != "auto",
         "--layers": options.layers is not None,
@@ -65,7 +77,7 @@ def _check_op_alone(options: RunOptions) -> None:
     if given:
         raise UsageError(
             f"{given[0]} is about the whole layer: leave it out with --op, whose shape is --batch, --kv, "
-            "--q-len, --heads and --config."
+            "--q-len, --batch-spec, --heads and --config."
         )
 
 

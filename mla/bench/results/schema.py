@@ -162,6 +162,7 @@ class Case(msgspec.Struct, kw_only=True):
     heads: Positive | None = None
     layers: Positive = 1  # latencies are per layer
     op: str | None = None  # one op of the contract alone, without the layer
+    batch_spec: str | None = None  # what the lengths were given as, such as 4q8s2049_16q1s3072
     timings: list[Timing] = []
     launch_bound: bool | None = None  # the host takes longer to launch than the device to compute
     stages: list[Stage] = []

@@ -212,4 +212,5 @@ class ScenarioRun:
             heads=self._setting.config.num_attention_heads,
             layers=scenario.layers,
             op=self._fixture.op,
+            batch_spec=scenario.batch_spec,
         )

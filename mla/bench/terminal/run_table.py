@@ -136,11 +136,12 @@ def headline(case: Case) -> str:
     parts += [case.implementation] * (case.implementation != "mla")
     parts += [_layers(case).strip()] * (case.layers > 1)
     of = f" [{', '.join(parts)}]" if parts else ""
+    kind = "Batch" if case.batch_spec else case.mode.title()
     if case.latency_ms is None or case.tokens_per_s is None:
-        what = "Op" if case.op else case.mode.title()
+        what = "Op" if case.op else kind
         return f"{what}{of}: no number, check: {case.check.status}"
     if case.op or case.mode == "prefill":
-        what = "Op" if case.op else "Prefill"
+        what = "Op" if case.op else kind
         return f"{what} Latency{of}: {_estimate(case.latency_ms)} ms"
     return f"Decode Throughput{of}: {_estimate(case.tokens_per_s)} tok/s"
 

@@ -30,6 +30,7 @@ LIMITS = {
     "page_size": (1, MAX_COUNT),
 }
 AXES = ("batch", "kv", "q_len", "heads", "dtype", "page_size")
+LENGTHS = ("batch", "kv", "q_len")  # axes that a batch spec has no room for
 DTYPE_NAMES = {**DTYPES, **{name: name for name in DTYPES.values()}}
 
 Value = int | str
@@ -166,6 +167,7 @@ def _checked(name: str, value: int) -> int:
 
 def _point(scenario: Scenario, values: Mapping[str, Any]) -> Point:
     """Return the scenario at one point: requests repeated or truncated to `batch`, with the given lengths."""
+    _check_spec(scenario, values)
     lengths = itertools.cycle(zip(scenario.query_lens, scenario.history, strict=True))
     requests = list(itertools.islice(lengths, values.get("batch", len(scenario.query_lens))))
     changes = {
@@ -184,3 +186,13 @@ def _point(scenario: Scenario, values: Mapping[str, Any]) -> Point:
         point = Point(base=scenario.name, **{**msgspec.structs.asdict(scenario), **changes})
     check_lengths(f"scenario '{point.name}'", point)
     return point
+
+
+def _check_spec(scenario: Scenario, values: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for an axis of lengths over a batch spec."""
+    axis = next((name for name in LENGTHS if name in values), None)
+    if scenario.batch_spec and axis:
+        raise UsageError(
+            f"axis {axis}: the lengths of '{scenario.name}' are those of a batch spec; list a spec for each "
+            f"value of {axis}, or use the axes heads, dtype and page_size."
+        )

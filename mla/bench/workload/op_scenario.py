@@ -1,4 +1,4 @@
-"""One op of the contract as a scenario: equal requests, and the op's role in the layer. Needs no torch."""
+"""One op of the contract as a scenario: the lengths of its requests, and its role. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from mla.bench.workload.grid import Point, Value
-from mla.bench.workload.scenario import Positive
+from mla.bench.workload.scenario import Positive, Scenario
 from mla.errors import UsageError, did_you_mean
 from mla_backends.api import OPS
 
@@ -20,6 +20,8 @@ READS_HISTORY = frozenset({"kv_b_proj", "write_latent", "latent_attention", "exp
 DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY = 16, 1024, 1
 # Axes that are not part of an op's shape and have no option of their own here.
 _ELSEWHERE = ("dtype", "page_size")
+# What an op takes over from the batch spec that it runs on.
+_SHARED = ("query_lens", "history", "runs", "passes", "warmups", "axes", "batch_spec")
 # Ops and roles that only layers with a query LoRA have.
 QUERY_LORA = frozenset({"rms_norm", "q_a_layernorm", "q_b_proj"})
 
@@ -30,6 +32,7 @@ class OpScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
     role: str  # before `expand`, also the name of an op, which means all of its roles
     mode: Literal["prefill", "decode"] = "prefill"
     passes: Positive = 10
+    words: tuple[str, ...] = ()  # what chooses the lengths of a batch spec on the command line
 
     @property
     def op(self) -> str:
@@ -53,10 +56,13 @@ class OpScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def selection(self) -> list[str]:
         """The command-line arguments that select this scenario."""
-        words = ["--op", self.role, "--batch", str(len(self.query_lens)), "--q-len", str(self.query_lens[0])]
-        words += ["--kv", str(self.history[0])] * (self.role in READS_HISTORY)
+        words = ["--op", self.role, *(self.words or self._equal_lengths())]
         words += ["--heads", str(self.heads)] if self.heads else []
         return words + [word for name in _ELSEWHERE if name in self.point for word in self._axis(name)]
+
+    def _equal_lengths(self) -> list[str]:
+        words = ["--batch", str(len(self.query_lens)), "--q-len", str(self.query_lens[0])]
+        return words + ["--kv", str(self.history[0])] * (self.role in READS_HISTORY)
 
     def _axis(self, name: str) -> list[str]:
         return ["-a", f"{name}={self.point[name]}"]
@@ -74,6 +80,25 @@ def op_scenario(
         query_lens=(DEFAULT_QUERY if q_len is None else q_len,) * requests,
         history=(DEFAULT_HISTORY if kv is None else kv,) * requests,
         heads=heads,
+    )
+
+
+def op_of_batch(op: str, batch: Scenario, heads: int | None) -> OpScenario:
+    """Return one op on the lengths of a batch spec. Raises `UsageError` for a scenario that is none."""
+    if batch.batch_spec is None:
+        raise UsageError(
+            f"--op takes the lengths of batch specs, and scenario '{batch.name}' has none: give the op's own "
+            "with --batch, --kv and --q-len, or with --batch-spec."
+        )
+    shared = {name: getattr(batch, name) for name in _SHARED}
+    listed = isinstance(batch, Point)
+    return OpScenario(
+        name=f"{op} {batch.name}",
+        base=batch.name,
+        role=op,
+        words=("--batch-spec" if listed else "--scenario", batch.name),
+        heads=heads or batch.heads,
+        **shared,
     )
 
 
@@ -111,26 +136,31 @@ def roles_of(op: str, config: MLAConfig, kinds: Mapping[str, str], takes: str, w
 
 def _of_role(scenario: OpScenario, role: str, config: MLAConfig) -> OpScenario:
     """Return the scenario for one role, without the values that do not affect it."""
-    history = scenario.history if role in READS_HISTORY else (DEFAULT_HISTORY,) * len(scenario.history)
+    history = scenario.history
+    if role not in READS_HISTORY and not scenario.batch_spec:
+        history = (DEFAULT_HISTORY,) * len(history)
     point = _shape(scenario, role, config)
     shown = {name: value for name, value in point.items() if (name, value) != ("q_len", DEFAULT_QUERY)}
+    base = f"{role} {scenario.base}" if scenario.batch_spec else role
     return msgspec.structs.replace(
         scenario,
         role=role,
-        base=role,
+        base=base,
         history=history,
         heads=scenario.heads if _has_heads(role, config) else None,
         point=point,
-        name=" ".join([role, *(f"{name}={value}" for name, value in shown.items())]),
+        name=" ".join([base, *(f"{name}={value}" for name, value in shown.items())]),
     )
 
 
 def _shape(scenario: OpScenario, role: str, config: MLAConfig) -> dict[str, Value]:
-    """Return axis -> value for everything a role depends on."""
-    shape: dict[str, Value] = {"batch": len(scenario.query_lens)}
-    if role in READS_HISTORY:
-        shape["kv"] = scenario.history[0]
-    shape["q_len"] = scenario.query_lens[0]
+    """Return axis -> value for everything a role depends on, except the lengths of a batch spec."""
+    shape: dict[str, Value] = {}
+    if not scenario.batch_spec:
+        shape["batch"] = len(scenario.query_lens)
+        if role in READS_HISTORY:
+            shape["kv"] = scenario.history[0]
+        shape["q_len"] = scenario.query_lens[0]
     if _has_heads(role, config):
         shape["heads"] = scenario.heads or config.num_attention_heads
     return shape | {name: scenario.point[name] for name in _ELSEWHERE if name in scenario.point}

@@ -1,25 +1,13 @@
-"""Workloads: scenarios read from TOML and fully validated before anything runs."""
+"""A scenario: what is measured, and what lengths it can have."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
-from mla.errors import UsageError, did_you_mean
+from mla.errors import UsageError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-STANDARD = "standard"
-# The shipped workloads.
-PRESETS = ("smoke", STANDARD, "full")
 # Longer lists are typos.
 MAX_REQUESTS = 65536
 # Larger lengths and counts are typos; kernels keep them in int32.
@@ -49,6 +37,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     heads: Positive | None = None  # overrides the config's: one tensor-parallel rank
     axes: dict[str, int | str | list[int | str]] = {}  # its own grid, see `mla.bench.workload.grid`
     layers: Layers = 1  # each with its own weights, run one after another: cold, as in a model
+    batch_spec: str | None = None  # what the lengths were read from, see `mla.bench.workload.batch_spec`
 
     @property
     def steps(self) -> int:
@@ -81,85 +70,6 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.kv_lens(self.inputs - 1)
 
 
-class _File(msgspec.Struct, forbid_unknown_fields=True):
-    scenario: list[dict[str, Any]]
-
-
-def load_workload(source: str) -> list[Scenario]:
-    """Read a shipped workload by name, or any by path. Raises `UsageError`."""
-    text = _read(source)
-    try:
-        document = msgspec.convert(tomllib.loads(text), _File)
-    except msgspec.ValidationError as error:
-        raise UsageError(f"workload '{source}': {error}; it needs [[scenario]] tables.") from error
-    except (ValueError, RecursionError) as error:  # absurd numbers and nesting do not raise TOMLDecodeError
-        raise UsageError(f"workload '{source}' is not valid TOML: {error}.") from error
-    scenarios = [_scenario(source, table) for table in document.scenario]
-    names = [scenario.name for scenario in scenarios]
-    if not names or len(set(names)) != len(names):
-        raise UsageError(f"workload '{source}' needs at least one scenario, each with a unique name.")
-    return scenarios
-
-
-def _read(source: str) -> str:
-    shipped = resources.files("mla.bench.workload") / f"{source}.toml"
-    try:
-        return shipped.read_text() if shipped.is_file() else Path(source).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"cannot read workload '{source}': {reason}.") from error
-
-
-def _scenario(source: str, table: dict[str, Any]) -> Scenario:
-    name = table.get("name", "?")
-    _check_keys(f"workload '{source}', scenario '{name}'", table)
-    try:
-        lists: dict[str, Any] = {
-            key: parse_lengths(table[key]) for key in ("query_lens", "history") if key in table
-        }
-        scenario = msgspec.convert({**table, **lists}, Scenario)
-    except (msgspec.ValidationError, ValueError) as error:
-        raise UsageError(f"workload '{source}', scenario '{name}': {error}.") from error
-    check_lengths(f"workload '{source}', scenario '{scenario.name}'", scenario)
-    if not scenario.name.strip() or not scenario.name.isprintable():
-        raise UsageError(f"workload '{source}': {scenario.name!r} is not a valid name: use one line of text.")
-    return scenario
-
-
-def _check_keys(where: str, table: Mapping[str, Any]) -> None:
-    """Raise `UsageError` for unknown and for missing keys."""
-    fields = msgspec.structs.fields(Scenario)
-    known = [field.encode_name for field in fields]
-    for key in table:
-        if key not in known:
-            hint = did_you_mean(key, known)
-            raise UsageError(f"{where}: unknown key '{key}'.{hint} Choose from: {', '.join(known)}.")
-    missing = [field.encode_name for field in fields if field.required and field.encode_name not in table]
-    if missing:
-        raise UsageError(f"{where}: it has no {' and no '.join(missing)}.")
-
-
-def parse_lengths(items: Any) -> tuple[int, ...]:
-    """Expand [64, "50*4"] to 64, 50, 50, 50, 50. Raises ValueError."""
-    lengths: list[int] = []
-    for item in items if isinstance(items, list) else [items]:
-        length, count = _item(item)
-        if count < 1 or len(lengths) + count > MAX_REQUESTS:
-            raise ValueError(f"{item!r} must repeat between 1 and {MAX_REQUESTS} times")
-        lengths += [length] * count
-    return tuple(lengths)
-
-
-def _item(item: Any) -> tuple[int, int]:
-    if isinstance(item, int) and not isinstance(item, bool):
-        return item, 1
-    length, star, count = item.partition("*") if isinstance(item, str) else ("", "", "")
-    try:
-        return int(length), int(count) if star else 1
-    except ValueError:
-        raise ValueError(f'{item!r} is neither a length nor "length*count"') from None
-
-
 def check_lengths(where: str, scenario: Scenario) -> None:
     """Raise `UsageError` for impossible request lengths."""
     if len(scenario.query_lens) != len(scenario.history):
@@ -174,13 +84,3 @@ def check_lengths(where: str, scenario: Scenario) -> None:
         raise UsageError(f"{where}: history must not be negative, got {min(scenario.history)}.")
     if max(scenario.final_lens) > MAX_COUNT:
         raise UsageError(f"{where}: no request may grow beyond {MAX_COUNT} tokens.")
-
-
-def select(scenarios: Sequence[Scenario], names: Sequence[str]) -> list[Scenario]:
-    """Return the named scenarios, or all if none are named. Raises `UsageError`."""
-    known = {scenario.name: scenario for scenario in scenarios}
-    for name in names:
-        if name not in known:
-            hint = did_you_mean(name, list(known))
-            raise UsageError(f"unknown scenario '{name}'.{hint} This workload has: {', '.join(known)}.")
-    return [known[name] for name in dict.fromkeys(names)] if names else list(scenarios)

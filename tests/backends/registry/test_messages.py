@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mla_backends import errors
-from mla_backends.known import KNOWN
+from mla_backends.any_device import AnyDevice
+from mla_backends.known import KNOWN, WITHOUT_PLUGIN
 from mla_backends.status import USABLE
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -32,6 +33,7 @@ print("evidence:", found.evidence)
 CASES = {
     "unknown": ("fake-goud", ["good"]),
     "not_installed": ("metax", ["good"]),
+    "no_plugin": ("ascend", ["good"]),
     "duplicate": ("fake-twin", ["duplicate_a", "duplicate_b"]),
     "import_failed": ("fake-broken-import", ["broken_import"]),
     "import_failed_misspelt_hook": ("fake-wrong-hook", ["wrong_hook"]),
@@ -55,6 +57,7 @@ def test_every_state_has_a_golden_message() -> None:
     classes: list[type[errors.BackendError]] = [
         errors.UnknownBackend,
         errors.BackendNotInstalled,
+        errors.NoPlugin,
         errors.DuplicateBackend,
         errors.BackendImportError,
         errors.BackendVersionError,
@@ -68,7 +71,7 @@ def test_every_state_has_a_golden_message() -> None:
         if line.startswith("state: ")
     }
     assert golden == states
-    assert len(states) == 7
+    assert len(states) == 8
 
 
 def test_plugins_cannot_break_the_one_line_rule() -> None:
@@ -82,11 +85,44 @@ def test_a_newer_backend_asks_for_a_newer_contract_package() -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"), [("CPU", "cpu"), ("nvidai", "nvidia"), ("cuda", "nvidia"), ("Fake-Goud", "fake-good")]
+    ("typed", "meant"),
+    [
+        ("CPU", "cpu"),
+        ("nvidai", "nvidia"),
+        ("cuda", "nvidia"),
+        ("Fake-Goud", "fake-good"),
+        ("Hygon", "hygon"),
+        ("camricon", "cambricon"),
+    ],
 )
 def test_did_you_mean_knows_case_slips_and_platform_names(typed: str, meant: str) -> None:
     error = errors.UnknownBackend(typed, ["fake-good"], KNOWN)
     assert f"(did you mean '{meant}'?)" in str(error)
+
+
+def test_every_platform_of_infinicore_is_known_with_a_plugin_or_without() -> None:
+    """The flags of test/infinicore/framework/config.py at 2cec6ce6, and the torch devices next to it."""
+    flags = "cpu nvidia cambricon ascend iluvatar metax moore kunlun hygon qy ali"
+    assert set(flags.split()) == {*KNOWN, *WITHOUT_PLUGIN}
+    assert not {*KNOWN} & {*WITHOUT_PLUGIN}
+    devices = {name: one.torch_device for name, one in WITHOUT_PLUGIN.items()}
+    own = {"cambricon": "mlu", "ascend": "npu"}
+    assert devices == {name: own.get(name, "cuda") for name in WITHOUT_PLUGIN}
+
+
+@pytest.mark.parametrize("name", WITHOUT_PLUGIN)
+def test_a_device_without_a_plugin_gets_commands_that_exist(name: str) -> None:
+    known = WITHOUT_PLUGIN[name]
+    program, _, words = known.command.partition(" --backend ")
+    assert program == "python -m mla.bench"
+    name, *options = words.split()
+    assert name == "torch"
+    assert set(options[::2]) == {"-O"}
+    assert {option.partition("=")[0] for option in options[1::2]} <= set(AnyDevice.known_options())
+    message = str(errors.NoPlugin(known))
+    assert known.command in message
+    assert message.count(". ") == 0
+    assert ("new-backend" in message) == (known.torch_device != "cuda")
 
 
 @pytest.mark.parametrize("typed", ["xpu", "npu", "mps", "hip"])

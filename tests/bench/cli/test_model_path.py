@@ -196,7 +196,15 @@ def test_the_original_command_line_prints_the_original_format(
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
-        ((), 2, "Error: choose a device: --cpu, --nvidia, --moore, --metax, --iluvatar."),
+        ((), 2, "Error: choose a device: --cpu, --nvidia, --moore, --metax, --iluvatar, --cambricon, "),
+        (("--cpu", "--hygon"), 2, "Error: --cpu and --hygon are several devices: run once for each of them."),
+        (
+            ("--hygon",),
+            3,
+            "error: backend 'hygon': there is no plugin for Hygon DCUs; with Hygon's torch for ",
+        ),
+        (("--cpu", "--skip_correctness"), 2, "Error: --skip_correctness: outputs are always checked, "),
+        (("--use_small_config",), 2, "Error: --use_small_config: the config is the original's; "),
         (
             ("--cpu", "--model_path", "nowhere"),
             2,

@@ -9,7 +9,8 @@ import pytest
 from mla.bench.measure.variants import HEADLINE, Steps, Variant, steps
 from mla.bench.plan.yardstick import BESIDE, FEWEST, LEAST_STEPS, LEFT, SECONDS, SHARE, shortened
 from mla.bench.results import stats
-from mla.bench.workload.scenario import Scenario, load_workload
+from mla.bench.workload.scenario import Scenario
+from mla.bench.workload.workload_file import load_workload
 
 COLD = Variant(cache="cold")
 VARIANTS = (HEADLINE, COLD, Variant(mode="graph"))

@@ -12,7 +12,7 @@ import pytest
 
 from mla.bench import results
 from mla.bench.workload.grid import parse, points_of
-from mla.bench.workload.scenario import PRESETS, load_workload
+from mla.bench.workload.workload_file import PRESETS, load_workload
 
 Bench = Callable[..., Any]
 VIRTUAL = ("--backend", "fake-virtual-clock")

@@ -201,10 +201,13 @@ def test_a_prompt_without_history_is_a_shape_like_any(measure: Bench) -> None:
             ["--op", "write_latent", "--heads", "2"],
             "error: --heads has no effect on write_latent: omit it.",
         ),
-        (["--batch", "4"], "error: --batch shapes one op: it needs --op; a workload has its own lengths."),
-        (["--heads", "4"], "error: --heads shapes one op: it needs --op; a workload has its own lengths."),
-        (["--op", "linear", "--scenario", "decode"], "error: --scenario is about the whole layer: leave it "),
-        (["--op", "linear", "--workload", "x.toml"], "error: --workload is about the whole layer: leave it "),
+        (["--batch", "4"], "error: --batch shapes one op: it needs --op; a workload has its own lengths"),
+        (["--heads", "4"], "error: --heads shapes one op: it needs --op; a workload has its own lengths"),
+        (
+            ["--op", "linear", "--scenario", "decode"],
+            "error: --op takes the lengths of batch specs, and scenario 'decode' has none: give the op's",
+        ),
+        (["--op", "linear", "--workload", "x.toml"], "error: cannot read workload 'x.toml': No such file"),
         (["--op", "linear", "--model-path", "x"], "error: --model-path is about the whole layer: leave it "),
         (
             ["--op", "linear", "--attention", "absorbed"],

@@ -8,14 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla.bench.workload.scenario import (
-    MAX_COUNT,
-    MAX_REQUESTS,
-    Scenario,
-    load_workload,
-    parse_lengths,
-    select,
-)
+from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS, Scenario
+from mla.bench.workload.workload_file import load_workload, parse_lengths, select
 from mla.errors import UsageError
 
 LENGTHS = st.integers(0, 10**6)

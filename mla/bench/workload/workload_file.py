@@ -1,0 +1,167 @@
+"""Workload files: scenarios read from TOML and fully validated before anything runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mla.bench.workload.batch_spec import parse_batch_spec
+from mla.bench.workload.scenario import MAX_REQUESTS, Scenario, check_lengths
+from mla.errors import UsageError, did_you_mean
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+STANDARD = "standard"
+# The shipped workloads.
+PRESETS = (
+    "smoke",
+    STANDARD,
+    "full",
+    "production-mix",
+    "production-mix-mistral-small-4",
+    "production-mix-kimi-k3",
+    "decode-tp-sweep",
+    "speculative-decode",
+)
+# What a batch spec says, so that its table cannot say it again.
+_FIXED_BY_SPEC = ("mode", "query_lens", "history")
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    scenario: list[dict[str, Any]]
+    about: str = ""
+    source: str = ""
+    config: str | None = None
+    op: str | None = None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a workload file says."""
+
+    name: str  # as it was asked for
+    scenarios: list[Scenario]
+    about: str  # one line
+    source: str  # where its lengths were published
+    config: str | None  # the default of --config
+    op: str | None  # the default of --op
+
+
+def load_workload(source: str) -> list[Scenario]:
+    """Return the scenarios of a shipped workload by name, or of any by path. Raises `UsageError`."""
+    return read_workload(source).scenarios
+
+
+def read_workload(source: str) -> Workload:
+    """Read a shipped workload by name, or any by path. Raises `UsageError`."""
+    text = _read(source)
+    try:
+        document = msgspec.convert(tomllib.loads(text), _File)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"workload '{source}': {error}; it needs [[scenario]] tables.") from error
+    except (ValueError, RecursionError) as error:  # absurd numbers and nesting do not raise TOMLDecodeError
+        raise UsageError(f"workload '{source}' is not valid TOML: {error}.") from error
+    tables = [one for table in document.scenario for one in _one_each(source, table)]
+    scenarios = [_scenario(source, table) for table in tables]
+    names = [scenario.name for scenario in scenarios]
+    if not names or len(set(names)) != len(names):
+        raise UsageError(f"workload '{source}' needs at least one scenario, each with a unique name.")
+    return Workload(source, scenarios, document.about, document.source, document.config, document.op)
+
+
+def _one_each(source: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a table for each batch spec that `table` lists, named after it; other tables as they are."""
+    if "batch_spec" not in table:
+        yield table
+        return
+    specs = table["batch_spec"] if isinstance(table["batch_spec"], list) else [table["batch_spec"]]
+    said = next((key for key in _FIXED_BY_SPEC if key in table), None)
+    if said:
+        raise UsageError(f"workload '{source}': a batch_spec says what '{said}' would: leave '{said}' out.")
+    for spec in specs:
+        try:
+            query_lens, history = parse_batch_spec(str(spec))
+        except ValueError as error:
+            raise UsageError(f"workload '{source}': {error}.") from error
+        lengths = {"mode": "prefill", "query_lens": list(query_lens), "history": list(history)}
+        name = table.get("name", "")
+        named = f"{name} {spec}".lstrip() if isinstance(name, str) else name  # which is refused later
+        yield {**table, **lengths, "batch_spec": spec, "name": named}
+
+
+def _read(source: str) -> str:
+    shipped = resources.files("mla.bench.workload") / f"{source}.toml"
+    try:
+        return shipped.read_text() if shipped.is_file() else Path(source).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot read workload '{source}': {reason}.") from error
+
+
+def _scenario(source: str, table: dict[str, Any]) -> Scenario:
+    name = table.get("name", "?")
+    _check_keys(f"workload '{source}', scenario '{name}'", table)
+    try:
+        lists: dict[str, Any] = {
+            key: parse_lengths(table[key]) for key in ("query_lens", "history") if key in table
+        }
+        scenario = msgspec.convert({**table, **lists}, Scenario)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise UsageError(f"workload '{source}', scenario '{name}': {error}.") from error
+    check_lengths(f"workload '{source}', scenario '{scenario.name}'", scenario)
+    if not scenario.name.strip() or not scenario.name.isprintable():
+        raise UsageError(f"workload '{source}': {scenario.name!r} is not a valid name: use one line of text.")
+    return scenario
+
+
+def _check_keys(where: str, table: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for unknown and for missing keys."""
+    fields = msgspec.structs.fields(Scenario)
+    known = [field.encode_name for field in fields]
+    for key in table:
+        if key not in known:
+            hint = did_you_mean(key, known)
+            raise UsageError(f"{where}: unknown key '{key}'.{hint} Choose from: {', '.join(known)}.")
+    missing = [field.encode_name for field in fields if field.required and field.encode_name not in table]
+    if missing:
+        raise UsageError(f"{where}: it has no {' and no '.join(missing)}.")
+
+
+def parse_lengths(items: Any) -> tuple[int, ...]:
+    """Expand [64, "50*4"] to 64, 50, 50, 50, 50. Raises ValueError."""
+    lengths: list[int] = []
+    for item in items if isinstance(items, list) else [items]:
+        length, count = _item(item)
+        if count < 1 or len(lengths) + count > MAX_REQUESTS:
+            raise ValueError(f"{item!r} must repeat between 1 and {MAX_REQUESTS} times")
+        lengths += [length] * count
+    return tuple(lengths)
+
+
+def _item(item: Any) -> tuple[int, int]:
+    if isinstance(item, int) and not isinstance(item, bool):
+        return item, 1
+    length, star, count = item.partition("*") if isinstance(item, str) else ("", "", "")
+    try:
+        return int(length), int(count) if star else 1
+    except ValueError:
+        raise ValueError(f'{item!r} is neither a length nor "length*count"') from None
+
+
+def select(scenarios: Sequence[Scenario], names: Sequence[str]) -> list[Scenario]:
+    """Return the named scenarios, or all if none are named. Raises `UsageError`."""
+    known = {scenario.name: scenario for scenario in scenarios}
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, list(known))
+            raise UsageError(f"unknown scenario '{name}'.{hint} This workload has: {', '.join(known)}.")
+    return [known[name] for name in dict.fromkeys(names)] if names else list(scenarios)

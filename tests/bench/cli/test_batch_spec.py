@@ -1,0 +1,183 @@
+"""`--batch-spec` and workloads of batch specs: the run, what repeats it, and what cannot go together."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla.bench import results
+
+Bench = Callable[..., Any]
+
+CPU = ("--backend", "cpu", "--threads", "1", "--page-size", "16", "--cache", "warm")
+TINY = ("--config", "tiny.json")
+COUNTS = ("--runs", "6", "--passes", "6", "--warmups", "1")
+SPEC = "2q3s20_q5_3q1s9"
+LENGTHS = ([3, 3, 5, 1, 1, 1], [17, 17, 0, 8, 8, 8])
+OPS_FILE = """
+config = "tiny.json"
+op = "latent_attention"
+
+[[scenario]]
+name = "odd"
+batch_spec = ["2q1s9", "q3s7"]
+heads = 3
+runs = 2
+passes = 2
+warmups = 0
+"""
+
+
+def read(path: str) -> results.Run:
+    return results.decode(Path(path).read_bytes())
+
+
+def same_work(case: results.Case, other: results.Case) -> bool:
+    names = (
+        "scenario",
+        "base",
+        "point",
+        "mode",
+        "query_lens",
+        "history",
+        "heads",
+        "op",
+        "batch_spec",
+        "cost",
+        "repro",
+    )
+    return all(getattr(case, name) == getattr(other, name) for name in names)
+
+
+def test_a_spec_is_one_forward_at_exactly_its_lengths(bench: Bench, small: list[str]) -> None:
+    """No cache grows from forward to forward: vLLM's tool repeats one batch as well."""
+    done = bench(
+        *CPU, *TINY, *COUNTS, "--batch-spec", f"{SPEC},q7", "--implementations", "mla", "-o", "run.json"
+    )
+    assert done.code == 0, done.err
+    first, second = sorted(read("run.json").cases, key=lambda case: len(case.scenario), reverse=True)
+    assert (first.scenario, first.batch_spec, first.mode) == (SPEC, SPEC, "prefill")
+    assert (first.query_lens, first.history) == LENGTHS
+    assert first.check.status == second.check.status == "ok"
+    assert first.passes * first.steps_per_pass == 6
+    assert f"\nBatch Latency [{SPEC}]: " in done.out
+    assert "scenario   " + f"{SPEC}: 6 requests, 14 new tokens per forward, history 0 to 17" in done.err
+
+
+def test_a_spec_runs_below_one_op_with_heads_of_its_own(bench: Bench, small: list[str]) -> None:
+    words = (*COUNTS, "--op", "latent_attention", "--batch-specs", SPEC, "--heads", "3", "-o", "run.json")
+    done = bench(*CPU, *TINY, *words)
+    assert done.code == 0, done.err
+    cases = read("run.json").cases
+    assert {case.scenario for case in cases} == {f"latent_attention {SPEC} heads=3"}
+    assert {(case.op, case.batch_spec, case.heads, case.check.status) for case in cases} == {
+        ("latent_attention", SPEC, 3, "ok")
+    }
+    assert all((case.query_lens, case.history) == LENGTHS for case in cases)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--batch-spec", SPEC, "--heads", "2"),
+        ("--batch-spec", SPEC, "-a", "heads=4", "-a", "dtype=fp32"),
+        ("--batch-spec", SPEC, "--op", "w_uk", "--heads", "2"),
+        ("--batch-spec", SPEC, "--layers", "2"),
+        ("--workload", "ops.toml", "--scenario", "odd 2q1s9"),
+    ],
+    ids=["heads", "axes", "op", "layers", "workload"],
+)
+def test_the_repro_line_and_resume_find_the_case_again(
+    bench: Bench, small: list[str], words: tuple[str, ...]
+) -> None:
+    Path("ops.toml").write_text(OPS_FILE)
+    own = () if "--workload" in words else (*TINY, "--runs", "2", "--passes", "2", "--warmups", "0")
+    arguments = (*CPU, *own, *words, "--implementations", "mla")
+    assert bench(*arguments, "-o", "run.json").code == 0
+    (case,) = read("run.json").cases
+    assert bench(*shlex.split(case.repro)[3:], "-o", "again.json").code == 0
+    (again,) = read("again.json").cases
+    assert same_work(case, again)
+    if SPEC in words:
+        assert (case.query_lens, case.history) == LENGTHS, "those of a role that reads no history as well"
+    resumed = bench(*arguments, "--resume", "run.json")
+    assert resumed.code == 0
+    assert "resuming   1 cases of 'run.json' are kept" in resumed.err
+    assert bench("compare", "run.json", "again.json").out.count("REFUSED") == 0
+
+
+def test_a_workload_brings_its_config_and_op_and_options_come_first(bench: Bench, small: list[str]) -> None:
+    Path("ops.toml").write_text(OPS_FILE)
+    done = bench("--backend", "cpu", "--workload", "ops.toml", "--dry-run")
+    assert done.code == 0, done.err
+    assert "config     tiny.json, " in done.err
+    assert "latent_attention odd q3s7 heads=3" in done.err
+    other = json.loads(Path("tiny.json").read_text()) | {"kv_lora_rank": 16}
+    Path("other.json").write_text(json.dumps(other))
+    done = bench(
+        "--backend", "cpu", "--workload", "ops.toml", "--config", "other.json", "--op", "w_uv", "--dry-run"
+    )
+    assert "config     other.json, " in done.err
+    assert "w_uv odd q3s7 heads=3" in done.err
+
+
+@pytest.mark.parametrize("name", ["production-mix", "production-mix-kimi-k3"])
+def test_a_published_workload_says_what_it_would_take(bench: Bench, name: str) -> None:
+    done = bench("--backend", "cpu", "--preset", name, "--dry-run")
+    assert done.code == 0, done.err
+    spec = "9q1s3071_4q8s2049_q257s8191_2q513"
+    assert sum(spec in line for line in done.err.splitlines()) >= 2, "a case of each implementation"
+    assert "cases, about " in done.err
+
+
+def test_heads_that_a_config_does_not_have_are_named(bench: Bench) -> None:
+    done = bench("--backend", "cpu", "--preset", "decode-tp-sweep", "--config", "deepseek-v2-lite")
+    assert done.code == 2
+    assert done.error.startswith("error: axis heads: 128 are more than the 16 heads of deepseek-v2-lite")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["q1s"],
+            "error: batch spec 'q1s': segment 1, 'q1s' (character 1), is not [COUNT]qLEN[k][sLEN[k]], such",
+        ),
+        (["q1", "--workload", "mine.toml"], "error: --batch-spec and --workload are mutually exclusive: "),
+        (["q1", "--preset", "smoke"], "error: --batch-spec and --preset are mutually exclusive: "),
+        (["q1", "--scenario", "decode"], "error: --batch-spec and --scenario are mutually exclusive: "),
+        (
+            ["q1", "--op", "linear", "--batch", "2"],
+            "error: --batch and --batch-spec are mutually exclusive: ",
+        ),
+        (["q1", "--kv", "2"], "error: --kv and --batch-spec are mutually exclusive: both give the lengths"),
+        (
+            ["q1", "-a", "kv=1,2"],
+            "error: axis kv: the lengths of 'q1' are those of a batch spec; list a spec",
+        ),
+        (
+            ["q1", "-a", "heads=2", "--heads", "4"],
+            "error: --heads and an axis of that name are mutually excl",
+        ),
+        (["q1", "--heads", "3"], "error: axis heads: 3 do not divide the 16 heads of deepseek-v2-lite"),
+        (["q1,q1"], "error: --batch-spec lists 'q1' twice: it is measured once."),
+    ],
+)
+def test_what_contradicts_a_spec_is_refused(bench: Bench, words: list[str], message: str) -> None:
+    done = bench("--backend", "cpu", "--batch-spec", *words)
+    assert (done.code, done.out) == (2, "")
+    assert done.error.startswith(message)
+
+
+def test_the_lists_of_presets_and_workloads_are_two(bench: Bench) -> None:
+    shown = bench("list", "--workloads")
+    assert shown.code == 0
+    assert "production-mix-kimi-k3" in shown.out
+    found = json.loads(bench("list", "--workloads", "--json").out)
+    assert {"name", "scenarios", "config", "op", "about", "source"} == set(found[0])
+    assert bench("list", "--workloads", "--configs").code == 2

@@ -1,0 +1,99 @@
+"""The shipped workloads: all are listed, described and as published."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from mla.bench.terminal.workloads import as_objects, as_table
+from mla.bench.workload.grid import points_of
+from mla.bench.workload.op_scenario import op_of_batch
+from mla.bench.workload.workload_file import PRESETS, load_workload, read_workload
+from mla.config import MLAConfig
+from mla.errors import UsageError
+
+PUBLISHED = [name for name in PRESETS if name not in ("smoke", "standard", "full")]
+TABLE = "[[scenario]]\nbatch_spec = {}\n"
+
+
+def test_every_file_is_a_preset() -> None:
+    files = resources.files("mla.bench.workload").iterdir()
+    assert sorted(Path(str(file)).stem for file in files if str(file).endswith(".toml")) == sorted(PRESETS)
+
+
+def test_the_list_names_each_with_a_line_and_a_source() -> None:
+    found = {one["name"]: one for one in as_objects()}
+    assert list(found) == list(PRESETS)
+    assert all(one["about"] and "\n" not in one["about"] for one in found.values())
+    for name in PUBLISHED:
+        assert re.match(r"https://github\.com/[\w-]+/[\w-]+/blob/[0-9a-f]{40}/", found[name]["source"]), name
+    lines = as_table().splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(PRESETS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_workload_fits_its_own_config(name: str) -> None:
+    """Heads of a grid are a tensor-parallel rank's; a kernel alone may have any number."""
+    workload = read_workload(name)
+    assert workload.config
+    config = MLAConfig.preset(workload.config)
+    for point in points_of(workload.scenarios, {}):
+        assert point.batch_spec
+        assert point.base.endswith(point.batch_spec)
+        heads = point.heads or config.num_attention_heads
+        assert workload.op or config.num_attention_heads % heads == 0
+        assert workload.op or point.heads is None or "heads" in point.point, "or nobody checks it"
+
+
+def test_the_production_mix_is_one_list_at_three_geometries() -> None:
+    mixes = [name for name in PRESETS if name.startswith("production-mix")]
+    lists = {name: {one.batch_spec for one in load_workload(name)} for name in mixes}
+    assert len(lists) == 3
+    assert len(lists["production-mix"]) == 26
+    assert all(specs == lists["production-mix"] for specs in lists.values())
+    heads = {name: {point.heads for point in points_of(load_workload(name), {})} for name in mixes}
+    assert heads == {
+        "production-mix": {16},
+        "production-mix-mistral-small-4": {16},
+        "production-mix-kimi-k3": {96, 12},
+    }
+
+
+def test_a_list_of_specs_makes_a_scenario_of_each(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('config = "kimi-k2"\n' + TABLE.format('["q4s8", "2q1"]') + 'name = "mine"\nruns = 7\n')
+    workload = read_workload(str(path))
+    assert workload.config == "kimi-k2"
+    found = [(one.name, one.query_lens, one.history, one.runs) for one in workload.scenarios]
+    assert found == [("mine q4s8", (4,), (4,), 7), ("mine 2q1", (1, 1), (0, 0), 7)]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (TABLE.format('"q1s"'), "batch spec 'q1s': segment 1, 'q1s' (character 1), is not "),
+        (TABLE.format("7"), "batch spec '7': segment 1, '7' (character 1), is not "),
+        (TABLE.format("[]"), "needs at least one scenario"),
+        (TABLE.format('["q1", "q1"]'), "each with a unique name"),
+        (TABLE.format('"q1"') + 'mode = "decode"', "a batch_spec says what 'mode' would: leave 'mode' out."),
+        (TABLE.format('"q1"') + "history = [1]", "a batch_spec says what 'history' would"),
+        (TABLE.format('"q1"') + "name = 3", "Expected `str`, got `int`"),
+        ("config = 3\n" + TABLE.format('"q1"'), "Expected `str | null`, got `int`"),
+        ("scenarios = []\n" + TABLE.format('"q1"'), "unknown field `scenarios`"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as refused:
+        read_workload(str(path))
+    assert sentence in str(refused.value)
+    assert str(refused.value).startswith(f"workload '{path}'")
+
+
+def test_an_op_takes_the_lengths_of_specs_alone() -> None:
+    with pytest.raises(UsageError, match="scenario 'prefill' has none"):
+        op_of_batch("linear", load_workload("standard")[0], None)
