@@ -172,8 +172,8 @@ def _roofline(context: Context, slug: str, data: RooflineData) -> Panel:
     members = [dot.entry for dot in data.dots]
     bases = list(dict.fromkeys(entry.case.base for entry in members))
     look = Look(context.colours, Palette(bases))
-    title = f"distance to the limits{', ' * bool(data.file.key)}{data.file.title if data.file.key else ''}"
-    caption = Caption(slug, f"Roofline: {title}", findings.of_roofline(data))
+    where = f", {data.file.title}" if data.file.key else ""
+    caption = Caption(slug, f"Roofline: distance to the limits{where}", findings.of_roofline(data))
     svg, left_out, named = draw_roofline(caption, data, look)
     legend = context.legend(members) + [Swatch(base, DARK, look.shapes.marker(base)) for base in bases]
     legend *= not named
@@ -187,6 +187,7 @@ def _roofline(context: Context, slug: str, data: RooflineData) -> Panel:
     shown = [tables.roofline(data)] + [tables.roofs(data.roofs)] * bool(data.roofs)
     pictures = [Picture(file_name(f"roofline {data.file.key}"), caption, svg)]
     subject = context.subject(members)
+    title = f"Distance to the limits{where}"
     return Panel(slug, title, subject, pictures, legend, notes, shown, is_short(shown[0]))
 
 
