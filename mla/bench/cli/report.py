@@ -1,20 +1,22 @@
-"""`report`: result files as one HTML page. Needs neither torch nor a backend, but the extra `report`."""
+"""`report`: result files as one HTML page or as pictures. Needs the extra `report`, but no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from mla.bench import results
 from mla.bench.report import page
+from mla.bench.results.schema import Run
 from mla.command import console
 from mla.command.exit_codes import Exit
 from mla.command.options import FILE, Word
 from mla.text import size
 
 
-@click.command(short_help="Make an HTML page of result files; torch is not needed.")
+@click.command(short_help="Make an HTML page or pictures of result files; torch is not needed.")
 @click.argument(
     "runs",
     cls=Word,
@@ -23,21 +25,52 @@ from mla.text import size
     required=True,
     help="Result files (-o); the others are compared with the first.",
 )
-@click.option("--html", "target", metavar="FILE", type=FILE, required=True, help="The page to write.")
-def report(runs: tuple[Path, ...], target: Path) -> int:
+@click.option("--html", "target", metavar="FILE", type=FILE, help="The page to write.")
+@click.option(
+    "--pictures",
+    "folder",
+    metavar="FOLDER",
+    type=FILE,
+    help="Write every chart as an SVG file of its own, for light and for dark surroundings.",
+)
+def report(runs: tuple[Path, ...], target: Path | None, folder: Path | None) -> int:
     """Write tables, plots, environment and method of result files into one page that opens offline.
 
-    The page has no script and loads nothing. An earlier page is overwritten, any other file is not.
+    The page has no script and loads nothing. An earlier page is overwritten, any other file is not; the same
+    holds for pictures, which are for slides and documents.
     Needs matplotlib and jinja2: pip install 'mla[report]'.
+
+    \b
+      python -m mla.bench report run.json --html report.html
+      python -m mla.bench report before.json after.json --pictures pictures
 
     Exit code 0; 2 for a file that is not a result, a page that cannot be written, or missing libraries.
     """
-    page.check_target(target, runs)
+    if target is None and folder is None:
+        raise click.UsageError("Missing option '--html' (a page) or '--pictures' (a folder of charts).")
+    if target is not None:
+        page.check_target(target, runs)
     page.require()
     read = [results.read(path) for path in runs]
-    text = page.render([str(path) for path in runs], read)
-    page.write(text, target)
-    count = sum(len(run.cases) for run in read)
-    files = f"{len(read)} file{'s' * (len(read) > 1)}"
-    console.note(f"wrote {target}: {count} cases of {files}, {size(len(text.encode()), KiB='.0f')}")
+    names = [str(path) for path in runs]
+    if folder is not None:
+        _pictures(names, read, folder)
+    if target is not None:
+        text = page.render(names, read)
+        page.write(text, target)
+        console.note(f"wrote {target}: {_cases(read)}, {size(len(text.encode()), KiB='.0f')}")
     return Exit.OK
+
+
+def _cases(runs: Sequence[Run]) -> str:
+    count = sum(len(run.cases) for run in runs)
+    return f"{count} cases of {len(runs)} file{'s' * (len(runs) > 1)}"
+
+
+def _pictures(names: Sequence[str], runs: Sequence[Run], folder: Path) -> None:
+    from mla.bench.report import pictures  # needs matplotlib
+
+    pictures.check_folder(folder)
+    made = pictures.render(names, runs)
+    pictures.write(made, folder)
+    console.note(f"wrote {len(made)} pictures into {folder}: {_cases(runs)}")

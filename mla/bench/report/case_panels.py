@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mla.bench.report import tables
-from mla.bench.report.draw import charts
+from mla.bench.report import findings, tables
+from mla.bench.report.draw import bar_charts, line_charts
 from mla.bench.report.draw.roofline_chart import roofline as draw_roofline
+from mla.bench.report.draw.svg import Caption
+from mla.bench.report.names import slug as file_name
 from mla.bench.report.panel import (
-    MOST_ROWS,
+    ALL_ROWS,
     Context,
     Panel,
+    Picture,
     case_name,
+    chunks,
     cut_note,
-    file_title,
     is_short,
+    numbered,
     row_names,
 )
 from mla.bench.report.roofline_data import RooflineData, roofline
@@ -23,11 +27,13 @@ from mla.bench.report.series import (
     LATENCY,
     THROUGHPUT,
     Curves,
+    Quantity,
     ReportEntry,
     Workload,
     bars,
     curves,
     grouped,
+    with_numbers,
     workload,
 )
 from mla.bench.report.style import DARK, Look, Palette, Swatch
@@ -73,19 +79,31 @@ def _curves(context: Context, slug: str, group: Curves) -> Panel:
     others = list(dict.fromkeys(line.others for line in group.lines))
     kinds = list(dict.fromkeys(line.shape for line in group.lines))
     look = Look(context.colours, Palette(kinds))
-    title = f"{context.titles[group.workload]}: against {AXES[group.axis]}"
+    base, axis = context.titles[group.workload], "history" if group.axis == "kv" else group.axis
+    title = f"by {axis}" if base == axis else f"{base}, by {axis}"
     title += f", {others[0]}" if len(others) == 1 and others[0] else ""
-    legend = context.legend(line.entry for line in group.lines)
-    if len(kinds) > 1:
-        shapes = look.shapes
-        legend += [Swatch(name, DARK, shapes.marker(name), shapes.dash(name)) for name in kinds if name]
-    return Panel(
-        slug,
-        title,
-        [charts.curve(f"{slug}-{q.name}", f"{title}: {q.name}", group, q, look) for q in BOTH],
-        legend,
-        tables=[tables.curve(group, BOTH)],
-    )
+    pictures, complete = [], True
+    for quantity in BOTH:
+        name, found = f"{quantity.name.title()}: {title}", findings.of_curves(group, quantity)
+        caption = Caption(f"{slug}-{quantity.name}", name, found)
+        svg, named = line_charts.curve(caption, group, quantity, look)
+        pictures.append(Picture(file_name(f"{title} {quantity.name}"), caption, svg))
+        complete = complete and named
+    members = [line.entry for line in group.lines]
+    legend = [] if complete else _line_legend(context, members, kinds, look)
+    notes = list(_no_number([entry for line in group.lines for _, entry in line.absent]))
+    tabled = [tables.curve(group, BOTH)]
+    return Panel(slug, title, context.subject(members), pictures, legend, notes, tabled)
+
+
+def _line_legend(
+    context: Context, members: Sequence[ReportEntry], kinds: Sequence[str], look: Look
+) -> list[Swatch]:
+    """Return what colours with dashes, and what markers stand for."""
+    names = dict.fromkeys(entry.case.implementation for entry in members)
+    legend = [Swatch(name, context.colours[name], dash=look.dashes.dash(name)) for name in names]
+    told = [name for name in kinds if name and len(kinds) > 1]
+    return legend + [Swatch(name, DARK, look.shapes.marker(name)) for name in told]
 
 
 def scenarios(context: Context) -> list[Panel]:
@@ -95,18 +113,35 @@ def scenarios(context: Context) -> list[Panel]:
 
 
 def _bars(context: Context, slug: str, which: Workload, cases: list[ReportEntry]) -> Panel:
-    drawn, title = cases[:MOST_ROWS], context.titles[which]
-    look = Look(context.colours, Palette(()))
-    drawing = charts.bars(slug, f"{title}: latency and throughput", row_names(drawn), drawn, BOTH, look)
-    absent = [entry for entry in context.entries if workload(entry) == which and not entry.case.point]
-    notes = [_key(drawn), *cut_note(drawn, cases), *_yardsticks(absent), *_no_number(absent)]
-    return Panel(slug, title, [drawing], [], notes, [tables.bars(cases, BOTH)])
+    drawn, title = cases[:ALL_ROWS], context.titles[which]
+    parts = [(quantity, part) for part in chunks(drawn) for quantity in BOTH if with_numbers(part)]
+    pictures = [
+        _bar_picture(context, f"{slug}-{place}", title, quantity, part)
+        for place, (quantity, part) in enumerate(parts)
+    ]
+    legend = [Swatch("the limit: no run can be faster", DARK, "|")]
+    legend *= any(bar_charts.has_own_limits(part, quantity) for quantity, part in parts)
+    absent = [one for one in context.entries if workload(one) == which and not one.case.point]
+    notes = [*_key(drawn), *cut_note(drawn, cases), *_yardsticks(absent), *_no_number(absent)]
+    subject = context.subject(drawn)
+    return Panel(slug, title, subject, pictures, legend, notes, [tables.bars(cases, BOTH)])
 
 
-def _key(cases: Sequence[ReportEntry]) -> str:
-    """Return which file and device each letter of a panel stands for."""
-    files = dict.fromkeys((one.file.key, one.file.name, one.file.run.backend.device) for one in cases)
-    return "; ".join(f"{key}: {name} on {device}" if key else device for key, name, device in files)
+def _bar_picture(
+    context: Context, slug: str, title: str, quantity: Quantity, entries: Sequence[ReportEntry]
+) -> Picture:
+    names = row_names(entries)
+    name = f"{quantity.name.title()}: {title}"
+    caption = Caption(slug, name, findings.of_bars(entries, names, quantity))
+    svg = bar_charts.bars(caption, names, entries, quantity, context.colours)
+    return Picture(file_name(f"{title} {quantity.name}"), caption, svg)
+
+
+def _key(cases: Sequence[ReportEntry]) -> Iterator[str]:
+    """Yield which file each letter of a panel stands for."""
+    files = dict.fromkeys((one.file.key, one.file.name) for one in cases if one.file.key)
+    if files:
+        yield "; ".join(f"{key}: {name}" for key, name in files) + "."
 
 
 def _yardsticks(cases: Sequence[ReportEntry]) -> Iterator[str]:
@@ -137,9 +172,11 @@ def _roofline(context: Context, slug: str, data: RooflineData) -> Panel:
     members = [dot.entry for dot in data.dots]
     bases = list(dict.fromkeys(entry.case.base for entry in members))
     look = Look(context.colours, Palette(bases))
-    title = file_title(data.file)
+    where = f", {data.file.title}" if data.file.key else ""
+    caption = Caption(slug, f"Roofline: distance to the limits{where}", findings.of_roofline(data))
+    svg, left_out, named = draw_roofline(caption, data, look)
     legend = context.legend(members) + [Swatch(base, DARK, look.shapes.marker(base)) for base in bases]
-    drawing, left_out = draw_roofline(slug, f"roofline: {title}", data, look)
+    legend *= not named
     notes = [] if data.roofs else ["This file has no limits, so there is no roof to draw."]
     notes += [f"There was no room for {left_out} of the labels; the tables have them."] * bool(left_out)
     notes += [
@@ -148,25 +185,36 @@ def _roofline(context: Context, slug: str, data: RooflineData) -> Panel:
         if one.case.roofline.doubt
     ]
     shown = [tables.roofline(data)] + [tables.roofs(data.roofs)] * bool(data.roofs)
-    return Panel(slug, title, [drawing], legend, notes, shown, is_short(shown[0]))
+    pictures = [Picture(file_name(f"roofline {data.file.key}"), caption, svg)]
+    subject = context.subject(members)
+    title = f"Distance to the limits{where}"
+    return Panel(slug, title, subject, pictures, legend, notes, shown, is_short(shown[0]))
 
 
 def breakdown(context: Context) -> list[Panel]:
     """Return the stages of every workload that has some."""
     groups = grouped((entry for entry in context.entries if entry.case.stages), workload)
     return [
-        _stages(f"stages-{place}", context.titles[which], cases)
+        _stages(context, f"stages-{place}", context.titles[which], cases)
         for place, (which, cases) in enumerate(groups.items())
     ]
 
 
-def _stages(slug: str, title: str, cases: list[ReportEntry]) -> Panel:
-    drawn = cases[:MOST_ROWS]
+def _stages(context: Context, slug: str, title: str, cases: list[ReportEntry]) -> Panel:
+    drawn = cases[:ALL_ROWS]
     names = list(dict.fromkeys(stage.name for entry in drawn for stage in wholes(entry.case.stages)))
     colours = Palette(names)
-    drawing = charts.stages(slug, f"{title}: stages of a forward", row_names(drawn), drawn, colours)
+    pictures = []
+    for place, part in enumerate(chunks(drawn)):
+        rows = row_names(part)
+        caption = Caption(
+            numbered(f"{slug}-chart", place), f"Stages of a forward: {title}", findings.of_stages(part, rows)
+        )
+        svg = bar_charts.stages(caption, rows, part, colours)
+        pictures.append(Picture(file_name(f"{title} stages"), caption, svg))
     legend = [*(Swatch(name, colours[name]) for name in names), Swatch("the whole forward", DARK, "|")]
-    return Panel(slug, title, [drawing], legend, cut_note(drawn, cases), [tables.stages(cases)])
+    notes = [*_key(drawn), *cut_note(drawn, cases)]
+    return Panel(slug, title, context.subject(drawn), pictures, legend, notes, [tables.stages(cases)])
 
 
 def new_lengths(context: Context) -> list[Panel]:
@@ -175,7 +223,8 @@ def new_lengths(context: Context) -> list[Panel]:
     return [
         Panel(
             f"lengths-{place}",
-            file_title(members[0].file),
+            f"Lengths never seen before{': ' * bool(members[0].file.key)}{members[0].file.key}",
+            context.subject(members),
             tables=[tables.new_lengths(members)],
             alongside=True,
         )

@@ -46,3 +46,8 @@ def config_names(names: Iterable[str]) -> dict[str, str]:
     bare = {name: text.removesuffix(".json") for name, text in short.items()}
     taken = list(bare.values())
     return {name: text if taken.count(text) == 1 else short[name] for name, text in bare.items()}
+
+
+def slug(text: str) -> str:
+    """Return text as the name of a file: lower-case letters, digits and hyphens, not too long."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].rstrip("-") or "picture"

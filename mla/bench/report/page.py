@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from mla.bench.report import cross_file, series, summary
+from mla.bench.report.draw import theme
 from mla.bench.results.schema import Run
 from mla.command import files
 from mla.errors import MLAError, ResultError
@@ -68,6 +69,8 @@ def render(paths: Sequence[str], runs: Sequence[Run]) -> str:
         several=len(files) > 1,
         between_files=cross_file.verdicts(files),
         sections=sections.sections(Context(files)),
+        light=theme.css("light"),
+        dark=theme.css("dark"),
         version=metadata.version("mla"),
     )
 

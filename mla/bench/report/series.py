@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from mla.bench.report.names import config_names, short_names
@@ -71,6 +71,8 @@ class Quantity(NamedTuple):
     name: str
     unit: str
     of: Callable[[Case], Measure | None]
+    limit: Callable[[Case], float | None]
+    higher_is_better: bool
 
 
 def _latency(case: Case) -> Measure | None:
@@ -87,8 +89,12 @@ def _measure(estimate: Latency | Throughput | None) -> Measure | None:
     return Measure(estimate.median, *(estimate.ci95 or (None, None)))
 
 
-LATENCY = Quantity("latency", "ms", _latency)
-THROUGHPUT = Quantity("throughput", "tok/s", _throughput)
+def _floor(case: Case) -> float | None:
+    return case.roofline.floor_ms or None
+
+
+LATENCY = Quantity("latency", "ms", _latency, _floor, False)
+THROUGHPUT = Quantity("throughput", "tok/s", _throughput, lambda _: None, True)
 
 
 def result_files(paths: Sequence[str], runs: Sequence[Run]) -> list[ResultFile]:
@@ -114,11 +120,6 @@ def entries(files: Iterable[ResultFile]) -> list[ReportEntry]:
 def with_numbers(cases: Iterable[ReportEntry]) -> list[ReportEntry]:
     """Return the cases that can be drawn: one that is wrong or was not run has no number."""
     return [entry for entry in cases if _latency(entry.case) is not None]
-
-
-def without_yardsticks(cases: Iterable[ReportEntry]) -> list[ReportEntry]:
-    """Return the cases that can be drawn together: next to a yardstick all others would look alike."""
-    return [entry for entry in with_numbers(cases) if not is_yardstick(entry.case)]
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
@@ -158,6 +159,7 @@ class Line:
 
     others: str
     points: list[tuple[float, ReportEntry]]
+    absent: list[tuple[float, ReportEntry]] = field(default_factory=list)  # those without a number
 
     @property
     def entry(self) -> ReportEntry:
@@ -179,13 +181,23 @@ class Curves:
     axis: str
     lines: list[Line]
 
+    def label(self, line: Line) -> str:
+        """Return what tells a line from the others; "" if it is the only one."""
+        names = list(zip(*map(_names, self.lines), strict=True))
+        told = [name for name, every in zip(_names(line), names, strict=True) if len(set(every)) > 1]
+        return ", ".join(filter(None, told))
+
+
+def _names(line: Line) -> tuple[str, str, str]:
+    return line.entry.file.key, line.entry.case.implementation, line.others
+
 
 def curves(cases: Sequence[ReportEntry], axis: str) -> list[Curves]:
     """Return the curves along `axis`, for workloads whose grid has at least two numeric values of it."""
-    on_axis = [entry for entry in without_yardsticks(cases) if position(entry.case, axis) is not None]
+    on_axis = [one for one in cases if not is_yardstick(one.case) and position(one.case, axis) is not None]
     result = []
     for which, members in grouped(on_axis, workload).items():
-        if len({position(entry.case, axis) for entry in members}) > 1:
+        if len({position(entry.case, axis) for entry in with_numbers(members)}) > 1:
             result.append(Curves(which, axis, _lines(members, axis)))
     return result
 
@@ -205,19 +217,21 @@ def _lines(members: Sequence[ReportEntry], axis: str) -> list[Line]:
     groups = grouped(members, lambda entry: (entry.file.key, entry.case.implementation, others(entry)))
     lines = []
     for (*_, rest), same in groups.items():
-        places = [(position(entry.case, axis) or 0.0, entry) for entry in same]
-        lines.append(Line(rest, sorted(places, key=lambda pair: pair[0])))
-    return lines
+        places = sorted(((position(one.case, axis) or 0.0, one) for one in same), key=lambda pair: pair[0])
+        points = [(x, one) for x, one in places if _latency(one.case)]
+        lines.append(Line(rest, points, [(x, one) for x, one in places if not _latency(one.case)]))
+    return [line for line in lines if line.points]
 
 
 def bars(cases: Sequence[ReportEntry]) -> dict[Workload, list[ReportEntry]]:
-    """Return the cases that are on no curve, by workload."""
+    """Return the cases that are on no curve, by workload; workloads without any number are left out."""
     drawn = {group.workload for axis in AXES for group in curves(cases, axis)}
 
     def shown(entry: ReportEntry) -> bool:
         return workload(entry) in drawn and any(position(entry.case, axis) is not None for axis in AXES)
 
-    return grouped((entry for entry in without_yardsticks(cases) if not shown(entry)), workload)
+    groups = grouped((one for one in cases if not is_yardstick(one.case) and not shown(one)), workload)
+    return {which: members for which, members in groups.items() if with_numbers(members)}
 
 
 def comparisons(files: Sequence[ResultFile]) -> list[tuple[ResultFile, list[Comparison], list[str]]]:

@@ -1,29 +1,23 @@
-"""Colours, markers and dashes: one meaning each across all panels, distinguishable without colour."""
+"""Colours (by name), markers and dashes: one meaning each in all panels, distinguishable without colour."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
-# Okabe and Ito's palette without its yellow, which is too pale on white, and two of Tol's.
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#E69F00",
-    "#222222",
-    "#882255",
-    "#999933",
-)
+from mla.bench.report.draw.theme import SERIES, var
+
+COLOURS = tuple(SERIES)
 
 # Implementations that have the same colour in every report, by their place in the palette.
 KNOWN = ("mla", "mla-reference", "transformers", "transformers-eager")
 
 # For lines and marks that belong to no series.
-GREY, DARK = "#777777", "#222222"
+GREY, DARK = "axis", "ink"
+
+# What stands in a chart for a case without a number, by the status of its check, and its colour.
+MISSING = {"wrong": ("✗", "wrong"), "doubtful": ("?", "doubt"), "not run": ("\N{EN DASH}", "absent")}
 
 # matplotlib's markers, each with the path of its swatch in a 16 x 16 box.
 MARKERS = {
@@ -56,6 +50,11 @@ class Swatch:
     def path(self) -> str:
         """Outline of the marker, in a 16 x 16 box."""
         return MARKERS.get(self.marker, "")
+
+    @property
+    def paint(self) -> str:
+        """The colour in CSS."""
+        return var(self.colour)
 
     @property
     def dashes(self) -> str:
@@ -102,11 +101,8 @@ class Colours:
     def __getitem__(self, name: str) -> str:
         return COLOURS[self._places[name]]
 
-
-def ink(colour: str) -> str:
-    """Return black or white, whichever is more legible on `colour`."""
-    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
-    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 130 else "#ffffff"
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
 
 
 @dataclass(frozen=True)
@@ -115,3 +111,8 @@ class Look:
 
     colours: Colours
     shapes: Palette
+
+    @property
+    def dashes(self) -> Palette:
+        """The dashes of implementations, which tell lines apart where there is no colour."""
+        return Palette(self.colours)

@@ -25,6 +25,17 @@ MOST_LINES = 6
 
 
 @dataclass(frozen=True)
+class Headline:
+    """The number of a case: what it is, its value, and the share of the limit that it reaches."""
+
+    status: str  # CSS class
+    what: str
+    value: str
+    share: float | None = None  # in percent
+    limit: str = ""  # which limit
+
+
+@dataclass(frozen=True)
 class CaseMethod:
     """How one case was measured, and the command that repeats it."""
 
@@ -42,7 +53,7 @@ class Summary:
     verdicts: list[Verdict]
     badges: list[Badge]
     named: list[Badge]  # what is wrong or in doubt, case by case
-    headlines: list[tuple[str, str]]  # CSS class and text
+    headlines: list[Headline]
     more: str  # how many cases have no headline here
     counted: str  # how many cases the warnings are about
     warnings: list[str]
@@ -70,7 +81,7 @@ def summary(file: ResultFile) -> Summary:
         verdicts(run)[:MOST_LINES],
         doubts.badges(run.cases),
         doubts.named(run.cases),
-        [(css_class(case), run_table.headline(case)) for case in leading[:MOST_LINES]],
+        list(map(_headline, leading[:MOST_LINES])),
         _more(run, len(leading)),
         doubts.counted_remarks(run),
         quality_warnings(run),
@@ -82,6 +93,17 @@ def summary(file: ResultFile) -> Summary:
         config(file),
         [CaseMethod(case_name(case), case.repro, method(case)) for case in run.cases],
     )
+
+
+def _headline(case: Case) -> Headline:
+    text, limit = run_table.headline(case), case.roofline
+    if case.latency_ms is None:
+        what, _, value = text.rpartition(": no number, check: ")
+        return Headline(css_class(case), what, f"no number: {value}")
+    what, _, value = text.rpartition(": ")
+    if limit.fraction is None or limit.doubt:
+        return Headline(css_class(case), what, value)
+    return Headline(css_class(case), what, value, 100 * limit.fraction, f"{limit.bound} limit")
 
 
 def _headlined(run: Run) -> list[Case]:

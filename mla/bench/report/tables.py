@@ -24,6 +24,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     names: int = 1
     reasons: bool = False
+    caption: str = "data"
 
     def is_words(self, column: int) -> bool:
         """Return whether a column holds words."""
@@ -105,7 +106,7 @@ def _quantities(entries: Sequence[ReportEntry], quantities: Sequence[Quantity], 
         for quantity in quantities:
             row += _measure(quantity.of(entry.case))
         rows.append(row)
-    return Table(head, rows, names)
+    return Table(head, rows, names, caption="values")
 
 
 def roofline(data: RooflineData) -> Table:
@@ -120,7 +121,7 @@ def roofline(data: RooflineData) -> Table:
         share = "in doubt" if limit.doubt else share
         row = [case.scenario, case.implementation, limit.bound or "-", *rate, number(limit.floor_ms)]
         rows.append([*row, share])
-    return Table(head, rows, 3)
+    return Table(head, rows, 3, caption="cases")
 
 
 def roofs(limits: Sequence[Roof]) -> Table:
@@ -132,7 +133,7 @@ def roofs(limits: Sequence[Roof]) -> Table:
         lowest = "-" if roof.lowest is None else f"{number(roof.lowest / factor)} {unit}"
         source = f"{roof.source or '-'}{' (our own op: nothing outside judges it)' if roof.ours else ''}"
         rows.append([roof.bound, roof.detail or "-", source, value, lowest])
-    return Table(["limit", "of", "source", "value", "lowest"], rows, 3)
+    return Table(["limit", "of", "source", "value", "lowest"], rows, 3, caption="limits")
 
 
 def new_lengths(entries: Sequence[ReportEntry]) -> Table:
@@ -146,7 +147,7 @@ def new_lengths(entries: Sequence[ReportEntry]) -> Table:
             times = (found.ms, found.repeated_ms, ratio, found.plan_ms, found.repeated_plan_ms)
             rows.append([*_case_cells(entry), *map(number, times), str(found.forwards)])
     titles = _case_titles(entries)
-    return Table([*titles, *head], rows, len(titles))
+    return Table([*titles, *head], rows, len(titles), caption="times")
 
 
 def stages(entries: Sequence[ReportEntry]) -> Table:
@@ -161,7 +162,7 @@ def stages(entries: Sequence[ReportEntry]) -> Table:
             share = f"{100 * stage.ms / whole:.0f}" if whole else "-"
             bound = (limit.bound if limit else None) or "-"
             rows.append([*_case_cells(entry), stage.name, number(stage.ms), share, near, bound])
-    return Table(head, rows, len(_case_titles(entries)) + 1)
+    return Table(head, rows, len(_case_titles(entries)) + 1, caption="stages")
 
 
 def timings(entries: Sequence[ReportEntry]) -> Table:
@@ -180,7 +181,7 @@ def timings(entries: Sequence[ReportEntry]) -> Table:
             withheld = case.check.status in ("wrong", "doubtful")  # no way of timing it counts, then
             cells = (*_latency(None if withheld else timing.latency_ms), ratio, timing.check.status)
             rows.append([*names, timing_name(timing), *cells])
-    return Table(head, rows, 3)
+    return Table(head, rows, 3, caption="timings")
 
 
 def _latency(latency: Latency | None) -> tuple[str, str]:
@@ -202,8 +203,8 @@ def comparison(cases: Sequence[Comparison]) -> Table:
         times = (number(case.base_ms), number(case.new_ms))
         rows.append([case.scenario, case.implementation, case.verdict, *times, ratio, bounds, case.remarks])
     if any(case.remarks for case in cases):
-        return Table(head, rows, 3, True)
-    return Table(head[:-1], [row[:-1] for row in rows], 3)
+        return Table(head, rows, 3, True, "cases")
+    return Table(head[:-1], [row[:-1] for row in rows], 3, caption="cases")
 
 
 def pass_table(entries: Sequence[ReportEntry]) -> Table:
@@ -214,4 +215,4 @@ def pass_table(entries: Sequence[ReportEntry]) -> Table:
         for place, samples in enumerate(passes.of(entry.case), start=1):
             summary = (min(samples), stats.median(samples), stats.percentile(samples, 90), max(samples))
             rows.append([*_case_cells(entry), str(place), str(len(samples)), *map(number, summary)])
-    return Table(head, rows, len(_case_titles(entries)))
+    return Table(head, rows, len(_case_titles(entries)), caption="passes")

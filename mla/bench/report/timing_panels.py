@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mla.bench.report import tables
-from mla.bench.report.draw import charts
-from mla.bench.report.draw.charts import Relative
-from mla.bench.report.panel import MOST_ROWS, Context, Panel, case_name, cut_note, file_title, is_short
+from mla.bench.report import findings, tables
+from mla.bench.report.draw import line_charts
+from mla.bench.report.draw.line_charts import Relative
+from mla.bench.report.draw.svg import Caption
+from mla.bench.report.names import slug as file_name
+from mla.bench.report.panel import (
+    ALL_ROWS,
+    Context,
+    Panel,
+    Picture,
+    case_name,
+    chunks,
+    cut_note,
+    file_title,
+    is_short,
+    numbered,
+)
 from mla.bench.report.series import (
     Measure,
     ReportEntry,
@@ -29,8 +42,8 @@ MOST_STRIPS = 24
 ALL_POINTS, FEWEST_POINTS, MOST_POINTS = 20_000, 100, 1200
 # Colour and marker of each verdict.
 VERDICTS = {
-    compare.FASTER: ("#0072B2", "<"),
-    compare.SLOWER: ("#D55E00", ">"),
+    compare.FASTER: ("s1", "<"),
+    compare.SLOWER: ("s2", ">"),
     compare.SAME: (DARK, "s"),
     compare.UNDECIDED: (GREY, "o"),
 }
@@ -40,23 +53,38 @@ def further_timings(context: Context) -> list[Panel]:
     """Return, for every file with further timings, how they relate to the headline."""
     timed = [entry for entry in context.entries if entry.case.timings]
     groups = grouped(timed, lambda entry: entry.file.key)
-    return [_timings(f"timings-{place}", members) for place, members in enumerate(groups.values())]
+    return [_timings(context, f"timings-{place}", members) for place, members in enumerate(groups.values())]
 
 
-def _timings(slug: str, entries: list[ReportEntry]) -> Panel:
-    title = file_title(entries[0].file)
+def _timings(context: Context, slug: str, entries: list[ReportEntry]) -> Panel:
+    file = entries[0].file
+    title = f"Other ways of timing{': ' * bool(file.key)}{file.title if file.key else ''}"
     looks = Palette(timing_name(timing) for entry in entries for timing in entry.case.timings)
     rows = [entry for entry in entries if _timed(entry)]
-    drawn = rows[:MOST_ROWS]
-    dots = [[_dot(timing, entry, looks) for timing in _timed(entry)] for entry in drawn]
+    drawn = rows[:ALL_ROWS]
+    pictures = []
+    for place, part in enumerate(chunks(drawn)):
+        names = [case_name(entry.case) for entry in part]
+        dots = [[_dot(timing, entry, looks) for timing in _timed(entry)] for entry in part]
+        told = [[(timing_name(one), _multiple(one, entry)) for one in _timed(entry)] for entry in part]
+        caption = Caption(
+            numbered(f"{slug}-chart", place),
+            f"{title}, as multiples of the headline",
+            findings.of_multiples(names, told),
+        )
+        svg = line_charts.relative(caption, names, dots, "time, as a multiple of the headline")
+        pictures.append(Picture(file_name(f"timings {file.key}"), caption, svg))
     kinds = dict.fromkeys(timing_name(timing) for entry in drawn for timing in _timed(entry))
     legend = [Swatch(kind, looks[kind], looks.marker(kind)) for kind in kinds]
-    label = "time, as a multiple of the headline"
-    names = [case_name(entry.case) for entry in drawn]
-    drawings = [charts.relative(slug, f"{title}: {label}", names, dots, label)] if drawn else []
     notes = [*cut_note(drawn, rows), *_timing_notes(entries)]
     table = tables.timings(entries)
-    return Panel(slug, title, drawings, legend, notes, [table], is_short(table))
+    return Panel(slug, title, context.subject(entries), pictures, legend, notes, [table], is_short(table))
+
+
+def _multiple(timing: Timing, entry: ReportEntry) -> float:
+    assert timing.latency_ms is not None
+    assert entry.case.latency_ms is not None
+    return timing.latency_ms.median / entry.case.latency_ms.median
 
 
 def _timed(entry: ReportEntry) -> list[Timing]:
@@ -98,17 +126,20 @@ def against_base(context: Context) -> list[Panel]:
 
 def _comparison(slug: str, title: str, cases: Sequence[compare.Comparison], warnings: Sequence[str]) -> Panel:
     rows = [case for case in cases if case.ratio is not None]
-    drawn = rows[:MOST_ROWS]
-    dots = [[Relative(_ratio(case), *VERDICTS[case.verdict])] for case in drawn]
-    label = "time ratio: left of 1 is faster than the base"
-    names = [case_name(case) for case in drawn]
-    drawings = [charts.relative(slug, title, names, dots, label)] if drawn else []
-    verdicts = {case.verdict for case in drawn}
-    legend = [Swatch(name, *look) for name, look in VERDICTS.items() if name in verdicts]
+    drawn = rows[:ALL_ROWS]
+    pictures = []
+    for place, part in enumerate(chunks(drawn)):
+        dots = [[Relative(_ratio(case), *VERDICTS[case.verdict])] for case in part]
+        caption = Caption(
+            numbered(f"{slug}-chart", place), f"Time ratio: {title}", findings.of_comparison(part)
+        )
+        names = [f"{case_name(case)}: {case.verdict}" for case in part]
+        svg = line_charts.relative(caption, names, dots, "time ratio: left of 1 is faster than the base")
+        pictures.append(Picture(file_name(slug), caption, svg))
     notes = [f"Warning: {warning}." for warning in warnings] + cut_note(drawn, rows)
     notes += ["Nothing can be compared: the table says why."] * (not rows)
     table = tables.comparison(cases)
-    return Panel(slug, title, drawings, legend, notes, [table], is_short(table))
+    return Panel(slug, title, "", pictures, [], notes, [table], is_short(table))
 
 
 def _ratio(case: compare.Comparison) -> Measure:
@@ -134,10 +165,18 @@ def _widest(file: ResultFile) -> Iterator[ReportEntry]:
 
 def _samples(context: Context, slug: str, members: list[ReportEntry], most: int) -> Panel:
     file, scenario = members[0].file, members[0].case.scenario
-    title = f"{file_title(file)}: {scenario}"
+    title = f"{scenario}{': ' * bool(file.key)}{file.title if file.key else ''}"
     look = Look(context.colours, Palette(()))
-    drawing = charts.samples(slug, f"samples of {title}", members, most, look)
+    pictures = []
+    for place, part in enumerate(chunks(members)):
+        caption = Caption(
+            numbered(f"{slug}-chart", place),
+            f"Every sample: {title}",
+            findings.of_samples(part),
+        )
+        svg = line_charts.samples(caption, part, most, look)
+        pictures.append(Picture(file_name(f"{scenario} samples {file.key}"), caption, svg))
     longest = max(len(entry.case.latency_ms.samples) for entry in members if entry.case.latency_ms)
     thinned = f"Of up to {longest} samples, at most {most} are drawn: the extremes of equal intervals."
     notes = [thinned] * (longest > most)
-    return Panel(slug, title, [drawing], [], notes, [tables.pass_table(members)])
+    return Panel(slug, title, context.subject(members), pictures, [], notes, [tables.pass_table(members)])

@@ -1,115 +1,102 @@
-"""The report in a real browser, offline: everything is in the rendered page, and it is drawn."""
+"""The report in a real browser, offline: everything is there, can be seen, read aloud, and printed."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
+import chromium
 import pytest
 from PIL import Image
 
 from mla.bench import results
-from mla.bench.report import page
-from mla.bench.report.style import COLOURS, DARK
+from mla.bench.report import page, pictures
+from mla.bench.report.draw import theme
 
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--enable-logging=stderr",
-    "--v=0",
-]
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
-Browser = Callable[..., "subprocess.CompletedProcess[str]"]
+MODES = ("light", "dark")
+# CSS pixels of A4 without the margins of the style sheet.
+A4_WIDTH, A4_HEIGHT = 703, 1016
+Show = Callable[[str], chromium.Chromium]
 
 
-@pytest.fixture
-def browser(tmp_path: Path) -> Browser:
-    """Return a function that opens a file in headless Chromium; it may be missing, but not in CI."""
-    program = os.environ.get("CHROME") or next(filter(None, map(shutil.which, NAMES)), None)
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Chromium]:
+    """Start Chromium once; it may be missing, but not in CI."""
+    program = chromium.program()
     if program is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium on PATH, and CHROME names none")
-
-    def browser(path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-        profile = f"--user-data-dir={tmp_path / 'profile'}"
-        done = subprocess.run(
-            [str(program), *FLAGS, profile, *flags, path.as_uri()],
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done
-
-    return browser
+    started = chromium.Chromium(str(program), tmp_path_factory.mktemp("profile"))
+    yield started
+    started.close()
 
 
 @pytest.fixture
-def report(rich_page: str, tmp_path: Path) -> Path:
-    """Write the report of the rich runs."""
-    path = tmp_path / "report.html"
-    path.write_text(rich_page, encoding="utf-8")
-    return path
+def show(browser: chromium.Chromium, tmp_path: Path) -> Show:
+    """Return a function that opens text as a page, 1280 pixels wide and light at first."""
+
+    def show(text: str) -> chromium.Chromium:
+        path = tmp_path / ("page.svg" if text.startswith(pictures.START) else "page.html")
+        path.write_text(text, encoding="utf-8")
+        browser.media("light")
+        browser.width(1280)
+        browser.open(path)
+        return browser
+
+    return show
 
 
-def complaints(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """Return what the page's console said."""
-    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+def test_everything_is_in_the_rendered_page(show: Show, rich_page: str) -> None:
+    seen = show(rich_page)
+    for selector, mark in {
+        "section[id]": '<section id="',
+        "figure": "<figure ",
+        "svg[role]": 'role="img"',
+        "path": "<path ",
+        "svg text": "<text ",
+        "td": "<td",
+    }.items():
+        count = seen.run(f"document.querySelectorAll('{selector}').length")
+        assert count == rich_page.count(mark) > 0, mark
+    assert not seen.console
 
 
-def painted(picture: Path) -> int:
-    """Return how many pixels have a colour of the palette; near-black, which text has too, does not count."""
-    wanted = {tuple(bytes.fromhex(one[1:])) for one in COLOURS if one != DARK}
+def test_the_console_is_heard_and_the_policy_holds(show: Show, rich_page: str) -> None:
+    seen = show(rich_page.replace("</main>", "<script>document.title = 'ran'</script></main>"))
+    assert "Content Security Policy" in " ".join(seen.console)
+    assert seen.run("document.title") != "ran"
+
+
+def painted(picture: Path, mode: str) -> int:
+    """Return how many pixels have a colour of a series; the one that text has too does not count."""
+    kept = [tone for name, tone in theme.SERIES.items() if name != "s7"]
+    wanted = {tuple(bytes.fromhex(getattr(tone, mode)[1:])) for tone in kept}
     with Image.open(picture) as image:
         found = image.convert("RGB").getcolors(1 << 24) or []
     return sum(count for count, colour in found if colour in wanted)
 
 
-def test_everything_is_in_the_rendered_page(browser: Browser, report: Path) -> None:
-    done = browser(report, "--dump-dom")
-    written = report.read_text(encoding="utf-8")
-    for mark in ('<section id="', "<figure ", '<svg viewBox="', "<path ", "<text ", "<td"):
-        assert done.stdout.count(mark) == written.count(mark) > 0, mark
-    assert done.stdout.rstrip().endswith("</html>")
-    assert not complaints(done)
-
-
-def test_the_console_is_heard_and_the_policy_holds(browser: Browser, report: Path) -> None:
-    text = report.read_text(encoding="utf-8")
-    script = "<script>document.title = 'ran'</script></main>"
-    report.write_text(text.replace("</main>", script), encoding="utf-8")
-    done = browser(report, "--dump-dom")
-    assert "Content Security Policy" in " ".join(complaints(done))
-    assert "<title>ran</title>" not in done.stdout
-
-
-@pytest.mark.parametrize("width", [1280, 500])
-def test_the_pictures_are_drawn(browser: Browser, report: Path, tmp_path: Path, width: int) -> None:
+@pytest.mark.parametrize(("mode", "width"), [("light", 1280), ("dark", 390)])
+def test_the_pictures_are_drawn_in_the_colours_of_the_surroundings(
+    show: Show, rich_page: str, tmp_path: Path, mode: str, width: int
+) -> None:
+    seen = show(rich_page)
+    seen.media(mode)
+    seen.width(width)
     drawn, bare = tmp_path / "drawn.png", tmp_path / "bare.png"
-    done = browser(report, f"--screenshot={drawn}", f"--window-size={width},6000")
-    assert not complaints(done)
-    text = report.read_text(encoding="utf-8")
-    report.write_text(text.replace("</style>", ".drawings { visibility: hidden }</style>"), encoding="utf-8")
-    browser(report, f"--screenshot={bare}", f"--window-size={width},6000")
-    assert painted(drawn) > 3 * painted(bare) > 0  # legends have these colours too
+    seen.screenshot(drawn)
+    seen.run("document.querySelectorAll('.drawings').forEach(one => one.style.visibility = 'hidden')")
+    seen.screenshot(bare)
+    assert painted(drawn, mode) > 3 * painted(bare, mode) > 0  # legends have these colours too
+    other = MODES[mode == "light"]
+    assert painted(drawn, other) < 0.01 * painted(drawn, mode)
 
 
-# Put into a page without its policy: tells the page around it what does not fit and which labels meet.
-PROBE = """
-<script>
-addEventListener("load", () => {
+# Opens everything and returns what does not fit, which labels meet, and letters smaller than 11 pixels.
+UNFIT = """(() => {
   document.querySelectorAll("details").forEach((one) => { one.open = true; });
   const said = [];
   const root = document.documentElement;
@@ -118,19 +105,23 @@ addEventListener("load", () => {
     if (one.closest(".scroll, svg") || one.getBoundingClientRect().right <= innerWidth + 1) continue;
     said.push(one.tagName + " " + one.className + " sticks out");
   }
-  for (const chart of document.querySelectorAll("#roofline svg[role]")) {
-    const boxes = [...chart.querySelectorAll("text")].map((one) => one.getBoundingClientRect());
-    for (const [place, a] of boxes.entries()) for (const b of boxes.slice(place + 1))
-      if (Math.max(a.left, b.left) < Math.min(a.right, b.right)
-          && Math.max(a.top, b.top) < Math.min(a.bottom, b.bottom)) said.push("labels meet");
+  for (const chart of document.querySelectorAll("svg[role]")) {
+    const texts = [...chart.querySelectorAll("text")].filter((one) => one.textContent.trim());
+    const boxes = texts.map((one) => one.getBoundingClientRect());
+    for (const [place, a] of boxes.entries()) for (const [further, b] of boxes.slice(place + 1).entries())
+      if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+          && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3)
+        said.push([texts[place].textContent, texts[place + 1 + further].textContent].join(" meets "));
+    const scale = chart.getBoundingClientRect().width / chart.viewBox.baseVal.width;
+    for (const one of texts) {
+      const size = scale * parseFloat(getComputedStyle(one).fontSize);
+      if (size < 11) said.push(one.textContent + " has " + size + " pixels");
+    }
   }
-  parent.postMessage(said.join("; ") || "fits " + innerWidth, "*");
-});
-</script></body>"""
-AROUND = """<!doctype html>
-<script>addEventListener("message", (e) => {{ document.title = e.data; }});</script>
-<iframe src="{name}" style="border: 0; width: {width}px; height: 844px"></iframe>"""
-
+  for (const one of document.querySelectorAll(".scroll"))
+    if (one.scrollWidth > one.clientWidth && one.tabIndex !== 0) said.push("cannot be scrolled by keyboard");
+  return said;
+})()"""
 LONG = "x" * 200
 
 
@@ -146,18 +137,153 @@ def lengthen(run: results.Run) -> None:
         ceiling.source = ceiling.dtype = LONG
 
 
-@pytest.mark.parametrize(("long", "width"), [(False, 390), (True, 390), (True, 1280)])
-def test_nothing_scrolls_sideways_and_labels_do_not_meet(
-    browser: Browser, rich: Sequence[results.Run], tmp_path: Path, long: bool, width: int
+# What does not fit on paper: wider than the page, or a chart that is torn or taller than the page.
+UNPRINTABLE = """((width, height) => {
+  const said = [];
+  for (const one of document.querySelectorAll("table, pre, svg[role], .file"))
+    if (one.getBoundingClientRect().right > width + 1) said.push(one.outerHTML.slice(0, 80) + " is clipped");
+  for (const one of document.querySelectorAll(".whole")) {
+    if (getComputedStyle(one).breakInside !== "avoid") said.push("a chart may be torn");
+    if (one.getBoundingClientRect().height > height) said.push(one.textContent.slice(0, 80) + " is too tall");
+  }
+  return said;
+})"""
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_it_fits_phones_screens_and_paper_and_labels_can_be_read(
+    show: Show, rich: Sequence[results.Run], rich_page: str, long: bool
 ) -> None:
-    for run in rich if long else ():
-        lengthen(run)
-    text = page.render([f"/tmp/{LONG}.json", "two.json"], rich)
-    text = re.sub(r"<meta http-equiv[^>]*>", "", text).replace("</body>", PROBE)
-    (tmp_path / "inner.html").write_text(text, encoding="utf-8")
-    around = tmp_path / "around.html"
-    around.write_text(AROUND.format(name="inner.html", width=width), encoding="utf-8")
-    done = browser(around, "--dump-dom", "--virtual-time-budget=20000", "--window-size=1400,900")
-    found = re.search("<title>(.*?)</title>", done.stdout)
-    assert found is not None
-    assert found[1] == f"fits {width}"
+    if long:
+        for run in rich:
+            lengthen(run)
+        rich_page = page.render([f"runs/{LONG}.json", "two.json"], rich)
+    seen = show(rich_page)
+    for width in (390, 1280):
+        seen.width(width)
+        assert seen.run(UNFIT) == [], width
+    seen.width(A4_WIDTH, A4_HEIGHT)
+    seen.media("dark", "print")
+    assert seen.run(f"{UNPRINTABLE}({A4_WIDTH}, {A4_HEIGHT})") == []
+
+
+def test_paper_is_light_and_has_the_warnings(show: Show, rich_page: str) -> None:
+    seen = show(rich_page)
+    seen.media("dark", "print")
+    assert colour(seen.run("getComputedStyle(document.body).backgroundColor")) == "#ffffff"
+    line = "document.querySelector('.warnings li')"
+    assert colour(seen.run(f"getComputedStyle({line}).color")) == theme.THEME["absent"].light
+    assert seen.run(f"{line}.checkVisibility({{contentVisibilityAuto: true}})")
+
+
+# Every pair of colours in the page, with the least contrast that it needs.
+PAIRS = """(() => {
+  const seen = new Map();
+  const add = (what, one, other, least) => seen.set([one, other, least].join(), [what, one, other, least]);
+  const paper = getComputedStyle(document.body).backgroundColor;
+  const behind = (one) => {
+    for (; one; one = one.parentElement) {
+      const colour = getComputedStyle(one).backgroundColor;
+      if (!colour.startsWith("rgba(0, 0, 0, 0")) return colour;
+    }
+  };
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const one = walker.currentNode.parentElement;
+    if (walker.currentNode.textContent.trim() && !one.closest("svg"))
+      add(walker.currentNode.textContent, getComputedStyle(one).color, behind(one), 4.5);
+  }
+  for (const one of document.querySelectorAll("svg[role] text")) {
+    const on = /--on-(s[0-9])/.exec(one.getAttribute("style"));
+    const probe = document.body.appendChild(document.createElement("i"));
+    probe.style.color = on ? `var(--${on[1]})` : paper;
+    add(one.textContent, getComputedStyle(one).fill, getComputedStyle(probe).color, 4.5);
+    probe.remove();
+  }
+  for (const one of document.querySelectorAll("svg path, svg use")) {
+    const style = getComputedStyle(one);
+    const named = one.getAttribute("style") || "";
+    for (const kind of ["fill", "stroke"]) {
+      const name = new RegExp(`${kind}: var\\\\(--([a-z0-9]+)\\\\)`).exec(named);
+      if (name && !["paper", "grid", "rule", "band"].includes(name[1])) add(name[1], style[kind], paper, 3);
+    }
+  }
+  return [...seen.values()];
+})()"""
+
+
+def colour(text: str) -> str:
+    """Return a computed colour as "#rrggbb"."""
+    return "#" + "".join(f"{int(part):02x}" for part in re.findall(r"\d+", text)[:3])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_everything_stands_out_from_what_is_behind_it(show: Show, rich_page: str, mode: str) -> None:
+    seen = show(rich_page)
+    seen.media(mode)
+    pairs = seen.run(PAIRS)
+    assert len(pairs) > 15
+    for what, one, other, least in pairs:
+        assert theme.contrast(colour(one), colour(other)) >= least, (what, one, other)
+
+
+def nodes(seen: chromium.Chromium) -> list[dict[str, str]]:
+    """Return what assistive technology is told: role and name of every node."""
+    found = []
+    for node in seen("Accessibility.getFullAXTree")["nodes"]:
+        if not node.get("ignored"):
+            found.append({key: node.get(key, {}).get("value", "") for key in ("role", "name")})
+    return found
+
+
+def test_every_picture_says_what_can_be_seen_in_it(show: Show, rich_page: str) -> None:
+    seen = show(rich_page)
+    names = [node["name"] for node in nodes(seen) if node["role"] in ("image", "img", "graphics-document")]
+    assert len(names) == rich_page.count('role="img"') > 20
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+    for name in names:
+        assert re.search(r"\d", name), name
+        assert len(name.split()) > 8, name
+    said = " ".join(names)
+    assert "Latency: decode A mla has the lowest latency, by a factor of 1.3 to B mla." in said
+    assert re.search(r"prefill, mla: \d+ % of the (compute|memory) limit", said)
+
+
+def test_a_page_can_be_heard_in_order(show: Show, rich_page: str) -> None:
+    seen = show(rich_page)
+    found = nodes(seen)
+    roles = Counter(node["role"] for node in found)
+    assert (roles["banner"], roles["main"], roles["contentinfo"]) == (1, 1, 1)
+    levels = seen.run("[...document.querySelectorAll('h1, h2, h3, h4')].map((one) => +one.tagName[1])")
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(later <= earlier + 1 for earlier, later in pairwise(levels))
+    tables = [node["name"] for node in found if node["role"] == "table"]
+    assert all(tables)
+    assert [name for name, count in Counter(tables).items() if count > 1] == []
+    assert roles["rowheader"] > 20 < roles["columnheader"]
+
+
+# Texts of a picture that leave it, or whose boxes meet above the chart.
+OUTSIDE = """(() => {
+  const root = document.rootElement.getBoundingClientRect();
+  const box = (one) => one.getBoundingClientRect();
+  const texts = [...document.querySelectorAll("text")];
+  const said = texts.filter((one) => box(one).right > root.right || box(one).bottom > root.bottom);
+  const above = [...document.querySelectorAll(":root > text")];
+  for (const [place, a] of above.entries()) for (const b of above.slice(place + 1))
+    if (Math.min(box(a).right, box(b).right) > Math.max(box(a).left, box(b).left)
+        && Math.min(box(a).bottom, box(b).bottom) - Math.max(box(a).top, box(b).top) > 3) said.push(a, b);
+  return said.map((one) => one.textContent);
+})()"""
+
+
+def test_a_picture_of_its_own_fits_its_frame(show: Show, rich: Sequence[results.Run]) -> None:
+    for run in rich:
+        run.backend.device = "A card with quite a long name, 80 GB"
+        for case in run.cases:
+            case.implementation += "[latent_attention=flashinfer,linear=reference]"
+    made = pictures.render(["one.json", "two.json"], rich)
+    for name in ("roofline-a-light.svg", "decode-latency-dark.svg", "decode-stages-light.svg"):
+        seen = show(made[name])
+        assert seen.run(OUTSIDE) == [], name

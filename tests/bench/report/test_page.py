@@ -13,21 +13,27 @@ import pytest
 
 from mla.bench import results
 from mla.bench.report import page
+from mla.bench.report.draw import theme
 from mla.bench.report.style import COLOURS
 from mla.bench.results.schema import NewLengths
+from mla.bench.terminal.digits import number
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-LITTLE = ["results", "scenarios", "roofline", "samples", "method"]
-SECTIONS = [*LITTLE[:1], "grid", *LITTLE[1:3], "stages", "timings", "comparison", *LITTLE[3:]]
+LITTLE = ["summary", "results", "scenarios", "roofline", "samples", "method"]
+SECTIONS = [*LITTLE[:2], "grid", *LITTLE[2:4], "stages", "timings", "comparison", *LITTLE[4:]]
 # Elements a report is made of. None of them runs or loads anything.
 OF_PAGE = (
-    "a article b body code dd details div dl dt figcaption figure footer h1 h2 h3 h4 head header html li "
-    "main meta nav p pre section span style summary table tbody td th thead title tr ul"
+    "a article b body caption code dd details div dl dt figcaption figure footer h1 h2 h3 h4 head header "
+    "html li main meta nav p pre section span style summary table tbody td th thead title tr ul"
 )
-OF_PICTURES = "clippath defs g path rect svg text tspan use"
+OF_PICTURES = "clippath defs desc g path pattern rect svg text title tspan use"
 ELEMENTS = {*OF_PAGE.split(), *OF_PICTURES.split()}
 LOADING = ("src", "srcset", "xlink:href")
+
+
+# Cases whose number is taken away, or put in doubt.
+BESIDE = {("decode", "mla"), ("decode", "mla-reference")}
 
 
 class Page(HTMLParser):
@@ -70,9 +76,8 @@ def test_a_rich_report_has_every_section_and_picture(rich_page: str) -> None:
         assert len([one for one in figures if one.startswith(kind)]) == count, kind
     for figure in rich_page.split("<figure ")[1:]:
         body = figure.partition("</figure>")[0]
-        assert body.count("<svg viewBox=") == (2 if body.startswith('id="grid') else 1)
-        assert "<summary>data</summary>" in body
-        assert "<td" in body.partition("<summary>data</summary>")[2]
+        assert body.count("<svg viewBox=") == (2 if body.startswith(('id="grid', 'id="bars')) else 1)
+        assert "<td" in body.partition("<summary>data<")[2]
     assert len(rich_page) < 1.5e6
 
 
@@ -81,7 +86,8 @@ def test_pictures_are_named_and_ids_unique(rich_page: str) -> None:
     identities = found.ids()
     assert len(identities) == len(set(identities))
     drawings = [given for tag, given in found.elements if tag == "svg" and given.get("role") == "img"]
-    assert {given["aria-labelledby"] for given in drawings} <= set(found.ids("title"))
+    names = {identity for given in drawings for identity in str(given["aria-labelledby"]).split()}
+    assert names == {*found.ids("title"), *found.ids("desc")}
     assert all((given.get("href") or "#")[1:] in {"", *identities} for _, given in found.elements)
 
 
@@ -94,6 +100,37 @@ def test_a_wrong_case_is_red_and_has_its_reason_but_no_number(rich_page: str) ->
     assert not any("long-prefill" in one for one in re.findall(r"<svg viewBox.*?</svg>", rich_page))
 
 
+def test_a_case_without_a_number_stands_beside_those_that_have_one(rich: Sequence[results.Run]) -> None:
+    wrong, doubt = [one for one in rich[0].cases if (one.scenario, one.implementation) in BESIDE]
+    wrong.latency_ms = wrong.tokens_per_s = None
+    wrong.check = results.Check(status="wrong", reason="off")
+    doubt.roofline = results.Roofline(bound="memory", floor_ms=9.0, doubt="faster than its floor")
+    text = render(rich[0])
+    bars = re.findall(
+        r"<svg viewBox.*?</svg>", text[text.index('id="scenarios"') : text.index('id="roofline"')]
+    )
+    assert [Page(one).text.count("✗ wrong: no number") for one in bars] == [0, 0, 1, 1]
+    assert "mla has no number: wrong" in Page(bars[2]).text
+    assert Page(bars[2]).text.count(" ?") == 1
+    assert "<pattern" in bars[2]
+
+
+def test_limits_are_lines_with_their_names(rich: Sequence[results.Run]) -> None:
+    drawn = re.findall(r"<svg viewBox.*?</svg>", render(rich[0]))
+    floors = {one.scenario: one.roofline.floor_ms for one in rich[0].cases}
+    for scenario in ("prefill", "decode"):
+        (bars,) = [one for one in drawn if f">Latency: {scenario}<" in one]
+        assert f"limit {number(floors[scenario])} ms" in Page(bars).text
+    both = page.render(["a.json", "b.json"], rich)  # whose limits differ
+    assert "the limit: no run can be faster" in Page(both).text
+
+
+def test_charts_name_no_colour_of_their_own(rich_page: str) -> None:
+    for drawn in re.findall(r"<svg .*?</svg>", rich_page, re.DOTALL):
+        assert not re.search(r"#[0-9a-f]{3,8}\b|rgb|black|white", drawn.replace('href="#', ""))
+        assert set(re.findall(r"var\(--([\w-]+)\)", drawn)) <= set(theme.THEME)
+
+
 def test_it_names_devices_ways_of_timing_verdicts_and_commands(rich_page: str) -> None:
     text = Page(rich_page).text
     for expected in (
@@ -104,7 +141,7 @@ def test_it_names_devices_ways_of_timing_verdicts_and_commands(rich_page: str) -
         "Launch bound",
         "SLOWER",
         "Warning: device differs: Card One 80GB and Card Two.",
-        "9000 GB/s 32 MiB",
+        "limit 9000 GB/s (32 MiB)",
         "drift +0.4 %",
         "python -m mla.bench --scenario 'decode' --implementations mla-reference",
         "sm clock 1755 MHz",
@@ -184,7 +221,7 @@ def test_a_run_with_little_in_it_is_a_page(make_run: Any, cases: int) -> None:
     run = make_run((5.0,))
     run.cases = run.cases[:cases]
     found = Page(render(run))
-    assert found.ids("section") == (LITTLE if cases else ["results", "method"])
+    assert found.ids("section") == (LITTLE if cases else ["summary", "results", "method"])
 
 
 def test_passes_have_a_column_where_one_case_ran_fewer(make_run: Any) -> None:
@@ -229,13 +266,13 @@ def first_screen(text: str) -> str:
 def test_the_first_screen_says_who_won_by_how_much_and_how_near_the_limit(
     rich: Sequence[results.Run],
 ) -> None:
-    found = " ".join(first_screen(page.render(["/tmp/x/one.json", "/tmp/x/two.json"], rich)).split())
+    found = " ".join(first_screen(page.render(["/srv/x/one.json", "/srv/x/two.json"], rich)).split())
     assert re.search(r"decode, mla: A one\.json won, 1\.\d+x as fast as B two\.json \(1\.\d+", found)
     assert re.search(r"decode: mla won, [\d.]+x as fast as mla-reference \([^)]*\), at \d+ % of", found)
     assert "sweep (6 points): only mla has numbers; at" in found
     assert "1 of 11 cases wrong" in found
     assert "long-prefill, mla: wrong: row 17 is off by 31 times its bound" in found
-    assert "/tmp/x" not in found
+    assert "/srv/x" not in found
 
 
 def test_a_doubtful_case_has_its_word_its_colour_and_its_reason_and_nothing_is_green(make_run: Any) -> None:
@@ -293,8 +330,8 @@ def test_limits_show_their_spread_and_new_lengths_their_gap(rich: Sequence[resul
 def test_one_implementation_has_one_colour_in_all_files_and_panels(rich: Sequence[results.Run]) -> None:
     rich[1].cases.reverse()
     text = page.render(["a.json", "b.json"], rich)
-    found = re.findall(r'<path d="[^"]*" fill="(#\w+)"[^>]*/></svg> (mla|mla-reference)</li>', text)
-    assert len(found) > 4
+    found = re.findall(r"var\(--(s\d)\)[^>]*/></svg> (mla|mla-reference)</li>", text)
+    assert len(found) > 3
     assert set(found) == {(COLOURS[0], "mla"), (COLOURS[1], "mla-reference")}
 
 

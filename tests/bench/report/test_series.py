@@ -257,7 +257,7 @@ def test_limits_that_moved_or_judge_themselves_are_in_doubt() -> None:
 
 def test_a_summary_leads_with_the_scenarios_and_counts_the_grid(source: Any, case: Case) -> None:
     found = summary.summary(source(*(point(case, kv=kv) for kv in (1, 2, 3)), case(), git_commit="a" * 40))
-    assert found.headlines == [("ok", "Prefill Latency: 2 ms")]
+    assert found.headlines == [summary.Headline("ok", "Prefill Latency", "2 ms")]
     assert found.more == "and 3 grid cases in the table"
     assert ("commit", "a" * 12) in found.facts
     assert [one.where for one in found.verdicts] == ["sweep (3 points)", "prefill"]

@@ -1,42 +1,25 @@
-"""Chart axes: plain numbers on logarithmic scales, rows of names, whiskers."""
+"""Chart axes: plain numbers on logarithmic scales, bars that end in their values, whiskers."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
-from mla.bench.report.series import Measure, printable
-from mla.bench.report.style import DARK
+from mla.bench.report.draw.theme import paint
+from mla.bench.report.series import Measure
 from mla.bench.terminal.digits import number
 
-# Most characters in a line of a name in a chart; tables show it whole.
-LABEL = 42
-# Most lines of such a name.
-LINES = 3
 # Most ticks on the axis of a grid: more would overlap.
-MOST_TICKS = 9
-# With more rows than this, their names are set smaller.
-MANY_ROWS = 16
+MOST_TICKS = 7
 # A bar this many times as long as the next shorter one is broken off: the others could not be told apart.
 FLATTENS = 8.0
 
 Side = Literal["x", "y"]
-
-
-def label(name: str) -> str:
-    """Return a name for a chart: one with a list of ops is wrapped behind a comma, then cut to `LINES`."""
-    lines = [""]
-    for part in re.split(r"(?<=,)", printable(name)):
-        if lines[-1] and len(lines[-1] + part) > LABEL and len(lines) < LINES:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(printable(line, LABEL) for line in lines)
 
 
 def log(axes: Axes, side: Side) -> None:
@@ -53,8 +36,8 @@ def _locator(low: float, high: float) -> Locator:
     """Return round ticks below a decade, 1-2-5 ticks for a few decades, powers of ten for many."""
     decades = math.log10(high / low)
     if decades < 0.8:
-        return MaxNLocator(6, steps=[1, 2, 5, 10])
-    return LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=20)
+        return MaxNLocator(5, steps=[1, 2, 5, 10])
+    return LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=9)
 
 
 def plain(value: float) -> str:
@@ -86,20 +69,6 @@ def count(value: float) -> str:
     return f"{value:g}"
 
 
-def height(names: Sequence[str], pitch: float) -> float:
-    """Return the inches that all rows take: `pitch` each, or more for names of several lines."""
-    lines = max(label(name).count("\n") + 1 for name in names)
-    return len(names) * (pitch if lines == 1 else max(pitch, 0.16 * lines))
-
-
-def rows(axes: Axes, names: Sequence[str]) -> None:
-    """Label the rows of a chart from the top."""
-    axes.set_yticks(range(len(names)), [label(name) for name in names])
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0, labelsize=8 if len(names) > MANY_ROWS else 9)
-    axes.spines["left"].set_visible(False)
-
-
 def whiskers(measures: Sequence[Measure]) -> list[list[float]]:
     """Return the distances to the lower and upper ends of the intervals; 0 without an interval."""
     down = [0.0 if one.low is None else max(0.0, one.value - one.low) for one in measures]
@@ -116,32 +85,40 @@ def scale_end(ends: Sequence[float]) -> float:
     return ordered[-1] if ordered else 1.0
 
 
-def end_labels(axes: Axes, measures: Sequence[Measure]) -> None:
-    """Write each value to the right of its bar and whisker; a bar beyond the scale ends at a broken edge."""
-    ends = [one.value if one.high is None else max(one.high, one.value) for one in measures]
-    whole = 1.12 * scale_end(ends)
-    axes.set_xlim(0, 1.36 / 1.12 * whole)
-    axes.xaxis.set_major_locator(MaxNLocator(4))
+# The part of the axis beyond the longest bar, for its value.
+_BEYOND = 1.3
+
+
+def bar_scale(axes: Axes, measures: Sequence[Measure], limits: Sequence[float], *, break_off: bool) -> float:
+    """Choose the scale of bars, with room for their values, limits on it; return where bars must end."""
+    ends = [_end(one) for one in measures]
+    whole = max([scale_end(ends) if break_off else max(ends), *limits])
+    axes.set_xlim(0, _BEYOND * whole)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
-    axes.grid(True, axis="x")
-    for row, (end, one) in enumerate(zip(ends, measures, strict=True)):
-        broken = end > whole
-        text = f"» {number(one.value)}" if broken else number(one.value)
-        if broken:
-            _broken_edge(axes, whole, row)
-        axes.annotate(
-            text,
-            (min(end, whole), row),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
+    return 1.05 * whole
 
 
-def _broken_edge(axes: Axes, place: float, row: int) -> None:
-    """Cover what lies beyond the scale, so that the bar visibly goes on."""
-    axes.barh(row, axes.get_xlim()[1] - place, left=place, height=0.9, color="white", zorder=3)
-    axes.plot(
-        [place] * 2, [row - 0.45, row + 0.45], color=DARK, linestyle=(0, (2, 1.5)), linewidth=1, zorder=4
+def _end(measure: Measure) -> float:
+    return measure.value if measure.high is None else max(measure.high, measure.value)
+
+
+def is_broken(measure: Measure, whole: float) -> bool:
+    """Return whether a bar goes on beyond the scale."""
+    return _end(measure) > whole
+
+
+def end_label(axes: Axes, row: float, height: float, measure: Measure, whole: float, mark: str = "") -> None:
+    """Write a value to the right of its bar and whisker; a bar beyond the scale ends at a broken edge."""
+    broken, reach = is_broken(measure, whole), 0.65 * height
+    end = min(_end(measure), whole)
+    if broken:
+        style: dict[str, Any] = {"color": paint("ink"), "linestyle": (0, (2, 1.5)), "linewidth": 1}
+        axes.plot([end] * 2, [row - reach, row + reach], **style)
+    axes.annotate(
+        f"{'» ' if broken else ''}{number(measure.value)}{mark}",
+        (end, row),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
     )

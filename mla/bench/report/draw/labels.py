@@ -43,7 +43,7 @@ def around(point: Point, reach: float) -> Box:
     return Box(x - reach, y - reach, x + reach, y + reach)
 
 
-def beside(point: Point, size: Point, gap: float = 7.0, rings: int = 12) -> Iterator[Box]:
+def beside(point: Point, size: Point, *, gap: float = 7.0, rings: int = 12) -> Iterator[Box]:
     """Yield places for a label of a size near a point: right, left, below and above, then farther away."""
     (x, y), (width, height) = point, size
     for ring, step in itertools.product(range(rings), (-1, 1)):

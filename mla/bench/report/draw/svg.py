@@ -7,8 +7,12 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
+
+from mla.bench.report.draw.theme import paint, variables
+from mla.bench.report.series import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,21 +27,35 @@ _STYLE: dict[Any, Any] = {
     "axes.labelsize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": "#777777",
+    "text.color": paint("ink"),
+    "axes.prop_cycle": f"cycler(color=[{paint('ink')!r}])",
+    "axes.labelcolor": paint("ink"),
+    "axes.edgecolor": paint("axis"),
     "axes.axisbelow": True,
-    "grid.color": "#dddddd",
+    "grid.color": paint("grid"),
     "grid.linewidth": 0.6,
-    "xtick.color": "#777777",
-    "ytick.color": "#777777",
-    "xtick.labelcolor": "#222222",
-    "ytick.labelcolor": "#222222",
+    "xtick.color": paint("axis"),
+    "ytick.color": paint("axis"),
+    "xtick.labelcolor": paint("ink"),
+    "ytick.labelcolor": paint("ink"),
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
+# Inches. A chart is as wide as a phone, where its text has about 11 pixels; screens show some side by side.
+WIDTH = 4.0
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 _NUMBER = re.compile(r"(-?\d+\.\d{2})\d+")
 _POINT = re.compile(r"M (\S+ \S+) L \1(?= |$)")
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What a picture is called: what it shows, and what can be seen in it."""
+
+    slug: str
+    title: str
+    finding: str
 
 
 @contextmanager
@@ -52,8 +70,11 @@ def styled() -> Iterator[None]:
         yield
 
 
-def inline(figure: Figure, slug: str, title: str) -> str:
-    """Return the figure as an `<svg>` element whose ids start with `slug` and whose title is `title`."""
+def inline(figure: Figure, caption: Caption) -> str:
+    """Return the figure as an `<svg>` element that says in words what it shows.
+
+    Its ids start with the slug, and its colours are variables of the page around it.
+    """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
     root = ElementTree.fromstring(buffer.getvalue())
@@ -62,12 +83,14 @@ def inline(figure: Figure, slug: str, title: str) -> str:
         element.tag = _local(element.tag)
         element.attrib = {_local(name): value for name, value in element.attrib.items()}
         _tidy(element)
-    _rename(root, slug)
-    box = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-labelledby": f"{slug}-title"}
-    root.attrib = box
-    heading = ElementTree.Element("title", {"id": f"{slug}-title"})
-    heading.text = title
-    root.insert(0, heading)
+    _rename(root, caption.slug)
+    words = {"title": caption.title, "desc": caption.finding}
+    named = " ".join(f"{caption.slug}-{tag}" for tag in words)
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-labelledby": named}
+    for place, (tag, text) in enumerate(words.items()):
+        element = ElementTree.Element(tag, {"id": f"{caption.slug}-{tag}"})
+        element.text = printable(text)
+        root.insert(place, element)
     return ElementTree.tostring(root, encoding="unicode", short_empty_elements=True)
 
 
@@ -91,7 +114,11 @@ def _tidy(element: ElementTree.Element) -> None:
     if element.attrib.get("transform", "").startswith("rotate(-0 "):
         del element.attrib["transform"]
     if "style" in element.attrib:
-        element.attrib["style"] = re.sub(r"font-family: [^;]*(; |$)", "", element.attrib["style"])
+        style = re.sub(r"font-family: [^;]*(; |$)", "", element.attrib["style"])
+        element.attrib["style"] = variables(style)
+    for name in ("fill", "stroke"):
+        if name in element.attrib:
+            element.attrib["style"] = variables(f"{name}: {element.attrib.pop(name)}")
     if element.tag not in ("text", "tspan"):
         element.text = None
     element.tail = None

@@ -1,0 +1,120 @@
+"""What can be seen in a picture, in words: its accessible description and alternative text. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from mla.bench.report.roofline_data import RooflineData
+from mla.bench.report.series import Curves, Quantity, ReportEntry, with_numbers
+from mla.bench.results.compare import Comparison
+from mla.bench.results.schema import Case
+from mla.bench.terminal.digits import number
+from mla.bench.terminal.stages import wholes
+from mla.bench.terminal.verdict import status
+
+# Most things that are told one by one.
+MOST = 6
+
+
+def sentence(parts: Iterable[str], what: str) -> str:
+    """Return the parts as a sentence; if they are many, the first and how many more there are."""
+    told = list(parts)
+    rest = len(told) - MOST
+    more = [f"and {rest} more {what}"] * (rest > 0)
+    return "; ".join([*told[:MOST], *more]) + "." if told else f"No {what}."
+
+
+def of_bars(entries: Sequence[ReportEntry], names: Sequence[str], quantity: Quantity) -> str:
+    """Return the best of the bars, by how much, and every value."""
+    named = zip(entries, names, strict=True)
+    known = [(found.value, name) for one, name in named if (found := quantity.of(one.case))]
+    ranked = sorted(known, reverse=quantity.higher_is_better)
+    lead = ""
+    if len(ranked) > 1 and ranked[0][0] > 0:
+        (best, name), (next_best, other) = ranked[:2]
+        ratio = max(best, next_best) / min(best, next_best)
+        how = "highest" if quantity.higher_is_better else "lowest"
+        lead = f"{name} has the {how} {quantity.name}, by a factor of {number(ratio)} to {other}. "
+    told = [f"{name} {number(value)} {quantity.unit}" for value, name in ranked]
+    limits = dict.fromkeys(number(limit) for one in entries if (limit := quantity.limit(one.case)))
+    told += [f"the limit is {limit} {quantity.unit}" for limit in list(limits)[:1] if len(limits) == 1]
+    told += [f"{name} has no number: {status(one.case)}" for one, name in _without(entries, names)]
+    return lead + sentence(told, "bars")
+
+
+def _without(entries: Sequence[ReportEntry], names: Sequence[str]) -> list[tuple[ReportEntry, str]]:
+    return [(one, name) for one, name in zip(entries, names, strict=True) if not with_numbers([one])]
+
+
+def of_curves(group: Curves, quantity: Quantity) -> str:
+    """Return where every line begins and ends."""
+    return sentence((_of_line(group, place, quantity) for place in range(len(group.lines))), "lines")
+
+
+def _of_line(group: Curves, place: int, quantity: Quantity) -> str:
+    line = group.lines[place]
+    found = [(x, m.value) for x, entry in line.points if (m := quantity.of(entry.case))]
+    name = group.label(line) or line.entry.case.implementation
+    lost = f", no number at {len(line.absent)} places" * bool(line.absent)
+    if not found:
+        return f"{name} has no {quantity.name}{lost}"
+    (first, low), (last, high) = found[0], found[-1]
+    return f"{name}: {number(low)} {quantity.unit} at {first:g} to {number(high)} at {last:g}{lost}"
+
+
+def of_roofline(data: RooflineData) -> str:
+    """Return how near every case comes to its limit, the nearest first."""
+    ranked = sorted(data.dots, key=lambda dot: -(dot.entry.case.roofline.fraction or 0))
+    return sentence((_of_dot(dot.entry.case) for dot in ranked), "cases")
+
+
+def _of_dot(case: Case) -> str:
+    limit, name = case.roofline, f"{case.scenario}, {case.implementation}"
+    if limit.doubt:
+        return f"{name}: in doubt"
+    if limit.fraction is None:
+        return f"{name}: no limit is known"
+    return f"{name}: {100 * limit.fraction:.0f} % of the {limit.bound} limit"
+
+
+def of_stages(entries: Sequence[ReportEntry], names: Sequence[str]) -> str:
+    """Return the longest stages of every case."""
+    return sentence(map(_of_stage, names, [entry.case for entry in entries]), "cases")
+
+
+def _of_stage(name: str, case: Case) -> str:
+    longest = sorted(wholes(case.stages), key=lambda stage: -stage.ms)[:3]
+    told = ", ".join(f"{stage.name} {number(stage.ms)} ms" for stage in longest)
+    whole = f" of {number(case.latency_ms.median)} ms" if case.latency_ms else ""
+    return f"{name}: longest are {told}{whole}"
+
+
+def of_multiples(names: Sequence[str], multiples: Sequence[Sequence[tuple[str, float]]]) -> str:
+    """Return every multiple by its row and its kind."""
+    told = [
+        f"{', '.join(filter(None, (name, kind)))}: {value:.3g} times"
+        for name, row in zip(names, multiples, strict=True)
+        for kind, value in row
+    ]
+    return sentence(told, "times")
+
+
+def of_comparison(cases: Sequence[Comparison]) -> str:
+    """Return the verdict and the ratio of every case."""
+    told = [
+        f"{one.scenario}, {one.implementation}: {one.verdict}, {one.ratio:.3g} times the time"
+        for one in cases
+        if one.ratio is not None
+    ]
+    return sentence(told, "cases")
+
+
+def of_samples(entries: Sequence[ReportEntry]) -> str:
+    """Return how the samples of every case are spread."""
+    told = [
+        f"{one.case.implementation}: median {number(latency.median)} ms, "
+        f"80 % lie from {number(latency.p10)} to {number(latency.p90)}"
+        for one in entries
+        if (latency := one.case.latency_ms)
+    ]
+    return sentence(told, "cases")

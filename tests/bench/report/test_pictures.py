@@ -1,0 +1,92 @@
+"""Pictures as files of their own, and those of the gallery, which are made from committed results."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+from xml.etree import ElementTree
+
+import pytest
+
+from mla.bench import results
+from mla.bench.report import pictures
+from mla.bench.report.draw import theme
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.append(str(ROOT))  # benchmarks/ is no part of the installed packages
+SVG = "{http://www.w3.org/2000/svg}"
+USES = re.compile(r"pictures/([\w.-]+\.svg)")
+
+
+def words(svg: str) -> str:
+    """Return title and description of a picture."""
+    root = ElementTree.fromstring(svg)
+    return ". ".join(str(root.findtext(f"{SVG}{tag}")) for tag in ("title", "desc"))
+
+
+def test_a_picture_carries_its_title_its_legend_and_its_colours(rich: Sequence[results.Run]) -> None:
+    made = pictures.render(["one.json", "two.json"], rich)
+    assert {"decode-latency-light.svg", "roofline-a-dark.svg", "decode-samples-b-light.svg"} <= set(made)
+    assert len(made) % 2 == 0
+    for name, svg in made.items():
+        mode = name.removesuffix(".svg").rpartition("-")[2]
+        assert mode in get_args(theme.Mode)
+        assert set(re.findall(r"(?<!url\()(?<!href=\")#[0-9a-f]{6}\b", svg)) <= {
+            getattr(tone, mode) for tone in theme.THEME.values()
+        }
+        assert "var(" not in svg
+        assert len(words(svg).split()) > 8
+    shown = "".join(ElementTree.fromstring(made["decode-stages-dark.svg"]).itertext())
+    for text in ("Stages of a forward: decode", "Card One 80GB, deepseek-v2-lite", "the whole forward"):
+        assert text in shown
+
+
+def test_the_command_writes_pictures_and_overwrites_only_pictures(bench: Any, files: list[str]) -> None:
+    done = bench("report", *files, "--pictures", "slides", "--html", "out.html")
+    assert (done.code, done.out) == (0, "")
+    assert re.search(r"wrote \d+ pictures into slides: 22 cases of 2 files", done.err)
+    assert Path("out.html").exists()
+    made = {path.name for path in Path("slides").iterdir()}
+    assert len(made) > 20
+    assert all(re.fullmatch(r"[a-z0-9-]+-(light|dark)\.svg", name) for name in made)
+    mine = Path("slides") / "decode-latency-dark.svg"
+    mine.write_text("<svg>mine</svg>")
+    Path("slides/roofline-a-light.svg").unlink()
+    done = bench("report", *files, "--pictures", "slides")
+    assert done.code == 2
+    assert done.err.startswith(f"error: cannot write '{mine}': it exists and is not a picture of a report")
+    assert mine.read_text() == "<svg>mine</svg>"
+    assert not Path("slides/roofline-a-light.svg").exists()
+
+
+@pytest.mark.usefixtures("files")
+def test_a_folder_that_cannot_be_is_one_sentence(bench: Any) -> None:
+    done = bench("report", "one.json", "--pictures", "two.json")
+    message = "cannot write pictures into 'two.json': it is a file; name a folder."
+    assert (done.code, done.err) == (2, f"error: {message}\n")
+    done = bench("report", "one.json", "--pictures", "gone/pictures")
+    assert (done.code, done.err) == (2, "error: cannot write 'gone/pictures': there is no folder 'gone'.\n")
+
+
+def test_the_gallery_shows_what_the_committed_results_say() -> None:
+    from benchmarks.pictures import FOLDER, TAKEN, render
+
+    made = render()
+    committed = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir()}
+    assert set(committed) == set(made), "run `python -m benchmarks.pictures`"
+    gallery = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    assert set(USES.findall(gallery)) == set(made)
+    told = " ".join(gallery.split())
+    for name, svg in committed.items():
+        assert words(svg) == words(made[name]), "run `python -m benchmarks.pictures`"
+        assert len(svg) < 150_000
+        assert f'alt="{words(svg)}"' in told
+    for name, _ in TAKEN.values():
+        assert f"report benchmarks/results/{name}.json" in gallery
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (dark, light) = USES.findall(readme)
+    assert {light, dark} <= set(committed)
+    assert f'alt="{words(committed[light])}"' in " ".join(readme.split())
