@@ -17,17 +17,12 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-SITE = pytest.mark.skipif(not (ROOT / "docs" / "site").is_dir(), reason="no documentation site in this tree")
 # A path of the tree, as a command or `uses:` names it.
 TREE = re.compile(
     r"(?<![\w/.-])(?:\./|\$PWD/)?((?:\.ci|\.github|packaging|tests|backends|plugins|docs)(?:/[\w.-]+)*)"
 )
 
 each = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-each_with_site = pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, id=path.name, marks=SITE if path.name == "docs.yml" else ()) for path in WORKFLOWS],
-)
 
 
 def commands(text: str) -> list[str]:
@@ -57,7 +52,7 @@ def test_the_scan_sees_what_a_workflow_calls() -> None:
     assert (listed(text, "a"), listed(text, "b")) == (["one", "two"], ["three-3", "four"])
 
 
-@each_with_site
+@each
 def test_everything_that_a_workflow_names_is_there(path: Path) -> None:
     named = [name for command in commands(path.read_text("utf-8")) for name in TREE.findall(command)]
     assert named
