@@ -10,12 +10,15 @@ from mla.bench.report import pictures
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, FOLDER = ROOT / "benchmarks" / "results", ROOT / "docs" / "pictures"
 ZEN4, ZEN5 = "cpu-epyc-zen4-avx512-bf16-2vcpu", "cpu-epyc-zen5-avx512-bf16-2vcpu"
-# What the pictures of a result file are called here, the file, and those that are taken.
+# What the pictures of a result file are called here, the file, and those taken from sections of its report.
 TAKEN = {
-    "zen5-lite": (f"{ZEN5}-deepseek-v2-lite", ("decode-latency", "prefill-latency", "decode-samples")),
-    "zen5-r1": (f"{ZEN5}-deepseek-r1", ("roofline",)),
-    "zen4-lite": (f"{ZEN4}-deepseek-v2-lite", ("decode-stages",)),
-    "zen4-scaling": (f"scaling-{ZEN4}-deepseek-v2-lite-threads2", ("by-batch-latency",)),
+    "zen5-lite": (
+        f"{ZEN5}-deepseek-v2-lite",
+        {"scenarios": ["decode-latency", "prefill-latency"], "samples": ["decode-samples"]},
+    ),
+    "zen5-r1": (f"{ZEN5}-deepseek-r1", {"roofline": ["roofline"]}),
+    "zen4-lite": (f"{ZEN4}-deepseek-v2-lite", {"stages": ["decode-stages"]}),
+    "zen4-scaling": (f"scaling-{ZEN4}-deepseek-v2-lite-threads2", {"grid": ["by-batch-latency"]}),
 }
 
 
@@ -24,9 +27,9 @@ def render() -> dict[str, str]:
     made: dict[str, str] = {}
     for short, (name, taken) in TAKEN.items():
         path = RESULTS / f"{name}.json"
-        every = pictures.render([path.name], [results.read(path)])
-        for mode in ("light", "dark"):
-            made |= {f"{short}-{one}-{mode}.svg": every[f"{one}-{mode}.svg"] for one in taken}
+        every = pictures.render([path.name], [results.read(path)], only=taken)
+        names = [f"{one}-{mode}.svg" for part in taken.values() for one in part for mode in ("light", "dark")]
+        made |= {f"{short}-{one}": every[one] for one in names}
     return made
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 from xml.etree import ElementTree
@@ -28,10 +28,13 @@ LETTER = 0.62
 _VARIABLE = re.compile(r"var\(--([\w-]+)\)")
 
 
-def render(paths: Sequence[str], runs: Sequence[Run]) -> dict[str, str]:
-    """Return the SVGs of all pictures by their names, such as "decode-latency-light.svg"."""
+def render(paths: Sequence[str], runs: Sequence[Run], only: Collection[str] = ()) -> dict[str, str]:
+    """Return the SVGs of all pictures by their names, such as "decode-latency-light.svg".
+
+    If slugs of sections are given, `only` their pictures are drawn.
+    """
     made: dict[str, str] = {}
-    for panel, picture in _pictures(paths, runs):
+    for panel, picture in _pictures(paths, runs, only):
         name, count = picture.name, 1
         while f"{name}-light.svg" in made:
             count += 1
@@ -41,9 +44,11 @@ def render(paths: Sequence[str], runs: Sequence[Run]) -> dict[str, str]:
     return made
 
 
-def _pictures(paths: Sequence[str], runs: Sequence[Run]) -> Iterator[tuple[Panel, Picture]]:
+def _pictures(
+    paths: Sequence[str], runs: Sequence[Run], only: Collection[str]
+) -> Iterator[tuple[Panel, Picture]]:
     context = Context(series.result_files(paths, runs))
-    for section in sections(context):
+    for section in sections(context, only):
         for panel in section.panels:
             yield from ((panel, picture) for picture in panel.drawings)
 

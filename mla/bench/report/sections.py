@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from mla.bench.report.case_panels import against_grid, breakdown, new_lengths, rooflines, scenarios
@@ -54,16 +55,24 @@ class Section:
     panels: list[Panel]
 
 
-def sections(context: Context) -> list[Section]:
-    """Return the sections that have panels, in the order of the report."""
-    every = [
-        Section("grid", "Against history and batch", _GRID, against_grid(context)),
-        Section("scenarios", "Scenarios", _SCENARIOS, scenarios(context)),
-        Section("roofline", "Roofline", _ROOFLINE, rooflines(context)),
-        Section("stages", "Stages", _STAGES, breakdown(context)),
-        Section("timings", "Further timings", _TIMINGS, further_timings(context)),
-        Section("lengths", "New lengths", _LENGTHS, new_lengths(context)),
-        Section("comparison", "Comparison", _COMPARISON, against_base(context)),
-        Section("samples", "Samples", _SAMPLES, distributions(context)),
+# Every section of the report in its order, and what draws its panels.
+_EVERY: tuple[tuple[str, str, str, Callable[[Context], list[Panel]]], ...] = (
+    ("grid", "Against history and batch", _GRID, against_grid),
+    ("scenarios", "Scenarios", _SCENARIOS, scenarios),
+    ("roofline", "Roofline", _ROOFLINE, rooflines),
+    ("stages", "Stages", _STAGES, breakdown),
+    ("timings", "Further timings", _TIMINGS, further_timings),
+    ("lengths", "New lengths", _LENGTHS, new_lengths),
+    ("comparison", "Comparison", _COMPARISON, against_base),
+    ("samples", "Samples", _SAMPLES, distributions),
+)
+
+
+def sections(context: Context, only: Collection[str] = ()) -> list[Section]:
+    """Return the sections that have panels, in the order of the report; if given, `only` those slugs."""
+    drawn = [
+        Section(slug, title, intro, draw(context))
+        for slug, title, intro, draw in _EVERY
+        if not only or slug in only
     ]
-    return [section for section in every if section.panels]
+    return [section for section in drawn if section.panels]

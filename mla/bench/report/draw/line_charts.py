@@ -195,7 +195,8 @@ def _strip_title(case: Case) -> str:
     assert latency is not None
     parts = [f"median {number(latency.median)} ms"]
     parts += [] if latency.drift is None else [f"drift {100 * latency.drift:+.1f} %"]
-    parts += [f"{latency.outliers} outliers"] * bool(latency.outliers)
+    if latency.outliers:
+        parts.append(f"{latency.outliers} outlier{'s' if latency.outliers > 1 else ''}")
     return f"{wrapped(case.implementation)}\n{'  ·  '.join(parts)}"
 
 
