@@ -9,6 +9,7 @@ from mla.config import MLAConfig
 from mla.errors import UsageError, did_you_mean
 
 AXES = ("dp", "tp", "dcp")
+MOST = 4096  # larger sizes are typos
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Layout:
 
     def __post_init__(self) -> None:
         for axis in AXES:
-            if getattr(self, axis) < 1:
-                raise UsageError(f"{axis} must be positive, got {getattr(self, axis)}.")
+            if not 1 <= getattr(self, axis) <= MOST:
+                raise UsageError(f"{axis} must be between 1 and {MOST}, got {getattr(self, axis)}.")
 
     @classmethod
     def parse(cls, text: str) -> Layout:

@@ -8,7 +8,8 @@ import pytest
 
 from mla import MLAConfig
 from mla.errors import UsageError
-from mla.parallel import Groups, Layout, Place
+from mla.parallel.groups import Groups
+from mla.parallel.layout import Layout, Place
 
 
 def test_ranks_of_a_context_are_neighbours() -> None:
@@ -28,7 +29,8 @@ def test_ranks_of_a_context_are_neighbours() -> None:
         ("tp2", "a layout is written as in 'tp=2,dcp=2', got 'tp2'"),
         ("", "a layout is written as"),
         ("tp=-1", "a layout is written as"),
-        ("tp=0", "tp must be positive, got 0"),
+        ("tp=0", "tp must be between 1 and 4096, got 0"),
+        ("dp=5000", "dp must be between 1 and 4096, got 5000"),
         ("pp=2", "unknown axis 'pp'. .*Axes: dp, tp, dcp"),
         ("tp=2,tp=4", "tp is given twice"),
     ],
