@@ -30,6 +30,11 @@ class ShardedCache:
         self._memory: ShardedMemory | None = None  # of the last step
 
     @property
+    def config(self) -> MLAConfig:
+        """The layer's config."""
+        return self._local.config
+
+    @property
     def pages(self) -> torch.Tensor:
         """This share's latents [layers, pages, page_size, c + r]."""
         return self._local.pages
@@ -53,6 +58,11 @@ class ShardedCache:
         """Return the tokens cached for a sequence, on all ranks."""
         self._local.length(sequence)  # raises ValueError for an unknown one
         return self._lengths[sequence]
+
+    def slots(self, sequence: int) -> torch.Tensor:
+        """Return the rows of a flattened layer that hold this rank's tokens of a sequence, in their order."""
+        own = int(self.share.count(torch.tensor([self.length(sequence)])))
+        return self._local.slots(sequence)[:own]
 
     def new_sequences(self, count: int) -> list[int]:
         """Return the ids of `count` empty sequences, the same on every rank."""

@@ -24,6 +24,7 @@ FLOORS = (
     {"bench.doubts"},
     {"bench.limits", "bench.report"},
     {"bench.measure"},
+    {"bench.ranks"},
     {"bench.plan"},
     {"bench.failures"},
     {"bench.run"},
