@@ -19,7 +19,8 @@ def follow(request: Request, crew: Crew) -> int:
         if name == "end":
             (code,) = arguments
             return int(code)
-        getattr(follower, name)(*arguments)
+        with crew.blamed():
+            getattr(follower, name)(*arguments)
 
 
 class _Follower:

@@ -47,6 +47,7 @@ def join(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Crew:
     _meet(opened, library, options.hang_after)
     crew = Crew(layout, library, options.hang_after)
     _agree(crew.share(_facts(options, opened)))
+    crew.watch()
     return crew
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -40,6 +40,7 @@ class Talk(Protocol):
     library: str
 
     def tell(self, *command: Any) -> None: ...
+    def blamed(self) -> AbstractContextManager[None]: ...
     def gather(self, mine: Any) -> list[Any]: ...
     def wait(self) -> None: ...
 
@@ -87,7 +88,11 @@ class LeadLayer(Implementation):
             self._crew.wait()
 
     def step(self, index: int) -> None:
-        self._part.step(index)
+        try:
+            self._part.step(index)
+        except RuntimeError:  # nothing is entered before a forward that is timed
+            with self._crew.blamed():
+                raise
 
     def after(self, index: int) -> None:
         self._crew.tell("after", index)
