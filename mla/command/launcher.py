@@ -34,14 +34,20 @@ class LaunchError(MLAError):
     """An output or a variable that does not fit how this process was launched."""
 
 
-def result_path(path: Path) -> Path:
+def result_path(path: Path, shared: bool = False) -> Path:
     """Return the file this task writes: `%t`, `%j` and the others replaced, padded as in `%3t`.
 
-    Raises `LaunchError` when a letter stands for nothing here, and when several tasks would write one file.
+    Raises `LaunchError` when a letter stands for nothing here, and when several tasks would write one file,
+    unless it is `shared`: one of them writes it.
     """
     text = str(path)
     count = _number(TASKS)
-    if count is not None and count > 1 and "t" not in {letter for _, letter in _PATTERN.findall(text)}:
+    if (
+        not shared
+        and count is not None
+        and count > 1
+        and "t" not in {letter for _, letter in _PATTERN.findall(text)}
+    ):
         raise LaunchError(
             f"{count} tasks would all write '{text}': put the task's number into the name, as in run-%t.json."
         )
@@ -59,6 +65,16 @@ def _value(text: str, letter: str) -> str:
             "a percent sign is written %%."
         )
     return found[1]
+
+
+def rank() -> int | None:
+    """Return this task's number among all of the launch; None without a launcher. Raises `LaunchError`."""
+    return _number(LETTERS["t"])
+
+
+def count() -> int | None:
+    """Return the number of tasks of the launch; None without a launcher. Raises `LaunchError`."""
+    return _number(TASKS)
 
 
 def local_number() -> int | None:

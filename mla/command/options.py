@@ -63,5 +63,9 @@ def percent(text: str) -> float:
 
 
 def result_path(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    """Give every task of a launcher a result file of its own. Raises `LaunchError`."""
-    return None if value is None else launcher.result_path(value)
+    """Give every task of a launcher a result file of its own; ranks of one run share theirs.
+
+    Raises `LaunchError`.
+    """
+    shared = ctx.params.get("parallel") is not None
+    return None if value is None else launcher.result_path(value, shared)

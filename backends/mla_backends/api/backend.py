@@ -88,6 +88,13 @@ class Backend(ABC):
         """Describe the device; unknown facts are None."""
         return DeviceInfo(name=self.name)
 
+    def collectives(self) -> str | None:
+        """Return the name under which torch.distributed knows this device's library, such as "nccl".
+
+        None where none is known: the device cannot take part in a run over several ranks.
+        """
+        return None
+
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Return the floating dtypes the device computes natively (not emulated)."""
         import torch

@@ -57,6 +57,14 @@ class TorchBackend(Backend):
         module: ModuleType = getattr(importlib.import_module("torch"), self.device_type)
         return module
 
+    def collectives(self) -> str | None:
+        """Return what torch registers for the device type; None where that is nothing, or it cannot say."""
+        from torch import distributed
+
+        names = getattr(getattr(distributed, "Backend", None), "default_device_backend_map", {})
+        found = names.get(self.device_type)
+        return None if found is None else str(found)
+
     # ------------------------------------------------------------------------------------------ probe
 
     def probe(self) -> Availability:

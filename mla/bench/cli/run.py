@@ -93,9 +93,32 @@ def run(**values: Any) -> int:
     from mla.bench.plan.resolve import resolve
 
     request = resolve(options)
+    if options.parallel:
+        return _run_on_ranks(options, request, budget, old, baseline)
     if options.list_ops:
         return _list_ops(request)
     return _run(options, request, budget, old, baseline)
+
+
+def _run_on_ranks(
+    options: RunOptions,
+    request: Request,
+    budget: Budget,
+    old: results.Run | None,
+    baseline: results.Run | None,
+) -> int:
+    """Run on rank 0, which has the others do their part; the others end as it does."""
+    from mla.bench.ranks.crew import Crew
+    from mla.bench.ranks.follower import follow
+
+    crew = request.setting.ranks
+    assert isinstance(crew, Crew)
+    with crew:
+        if crew.rank:
+            return follow(request, crew)
+        if options.list_ops:
+            return crew.end(_list_ops(request))
+        return crew.end(_run(options, request, budget, old, baseline))
 
 
 def _list_ops(request: Request) -> Exit:

@@ -13,6 +13,7 @@ from mla.bench.workload.workload_file import PRESETS, STANDARD
 from mla.command.backend import MEASURED_BACKEND_HELP, backend_options
 from mla.command.options import FILE, Command, add_options, parsed_by, percent, result_path
 from mla.config.presets import DEFAULT_CONFIG
+from mla.parallel.layout import Layout
 from mla.text import DTYPES
 
 # What is measured.
@@ -107,6 +108,14 @@ METHOD = (
         type=click.IntRange(0, MAX_COUNT),
         help="Untimed forwards first, and more until latencies settle; 0: none. Those of a workload end "
         "after 2 s; a count given here is run whatever it takes.  [workload: 10]",
+    ),
+    click.option(
+        "--parallel",
+        metavar="LAYOUT",
+        is_eager=True,  # -o asks whether it was given
+        callback=parsed_by(Layout.parse),
+        help="Spread the layer over the processes of torchrun or srun: tp=2 (heads), dcp=2 (tokens of the "
+        "context), dp=2 (requests), or a combination such as tp=2,dcp=2. One result, of the slowest rank.",
     ),
     click.option(
         "--mode",

@@ -97,11 +97,13 @@ def _excess(floor: float, latency_ms: float, limit: Ceiling) -> str:
 
 def place_case(case: Case, ceilings: Sequence[Ceiling]) -> None:
     """Put a case that has a number, and its stages, under these ceilings; it keeps its place without any."""
-    whole = Cost(flops=case.layers * case.cost.flops, bytes=case.layers * case.cost.bytes)
+    world = len(case.spread.ranks) if case.spread else 1
+    one = Cost(flops=case.cost.flops // world, bytes=case.cost.bytes // world)  # of a layer, on one device
+    whole = Cost(flops=case.layers * one.flops, bytes=case.layers * one.bytes)
     found = limits(ceilings, case.dtype, whole.bytes)
     if found is None or case.latency_ms is None:
         return
-    case.roofline = place(case.cost, case.latency_ms.median, *found)  # work and time of one layer
+    case.roofline = place(one, case.latency_ms.median, *found)
     for stage in case.stages:
         if stage.cost is not None and stage.ms:
             stage.roofline = place(stage.cost, stage.ms, *found)

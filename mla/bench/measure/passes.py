@@ -101,7 +101,8 @@ class PassRunner:
 
     def idle(self, number: int, heartbeat: Callable[[], None]) -> PassTimes:
         """Do all that a pass does beside its forwards, without them."""
-        return self._pass(number, lambda index: None, heartbeat)
+        with self.implementation.idle():
+            return self._pass(number, lambda index: None, heartbeat)
 
     def time(self, number: int, untimed: Iterator[int], heartbeat: Callable[[], None]) -> None:
         """Run a pass and record its samples. Raises `ClockError` for impossible readings."""
@@ -111,6 +112,7 @@ class PassRunner:
             clock, reading = self.samples.clock, [*impossible, 0.0][0]
             raise ClockError(f"the {clock} clock of this backend measured {reading} ms for a forward.")
         self.samples.passes.append(times)
+        self.implementation.recorded()
 
     def pair(self, number: int, untimed: Iterator[int], heartbeat: Callable[[], None]) -> PassTimes:
         """Run a pass after all that it does beside its forwards, without them.
@@ -143,6 +145,7 @@ class PassRunner:
         found.wall_cpu += (cpu_ns() - began_cpu) / 1e6
         found.wall += (now_ns() - began) / 1e6
         found.disturbed = disturbance.spoils(found.wall)
+        found.samples = self.implementation.slowest(found.samples)
         return found
 
     def _flushed(self, flush: Callable[[], None], found: PassTimes) -> None:

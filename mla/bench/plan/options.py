@@ -9,6 +9,7 @@ from mla.bench.workload.implementations import parse
 from mla.bench.workload.workload_file import STANDARD
 from mla.command.backend import BackendOptions
 from mla.errors import UsageError
+from mla.parallel.layout import Layout
 
 DEFAULT_DTYPE = "bfloat16"
 DEFAULT_PAGE_SIZE = 64
@@ -56,6 +57,7 @@ class RunOptions(BackendOptions):
     profile: Path | None = None
     dump_failure: Path | None = None
     batch_specs: tuple[str, ...] = ()
+    parallel: Layout | None = None
 
     @property
     def workload_name(self) -> str:

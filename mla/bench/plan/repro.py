@@ -10,6 +10,7 @@ from mla.bench.workload.grid import Point
 from mla.bench.workload.workload_file import STANDARD
 from mla.command.backend import OpenedBackend
 from mla.config.presets import DEFAULT_CONFIG
+from mla.parallel.layout import Layout
 
 PROGRAM = ("python", "-m", "mla.bench")
 
@@ -28,6 +29,7 @@ def common_options(options: RunOptions, opened: OpenedBackend) -> list[str]:
         ("--passes", options.passes, None),
         ("--warmups", options.warmups, None),
         ("--layers", options.layers, None),
+        ("--parallel", options.parallel, None),
         ("--dtype", options.dtype, DEFAULT_DTYPE),
         ("--attention", options.attention, "auto"),
         ("--page-size", options.page_size, DEFAULT_PAGE_SIZE),
@@ -61,5 +63,9 @@ def case_command(common: Sequence[str], point: Point, implementation: str) -> st
 
 
 def command(words: Iterable[str]) -> str:
-    """Return a command of the runner as one line for a shell."""
+    """Return a command of the runner as one line for a shell; over several ranks, torchrun starts it."""
+    words = list(words)
+    if "--parallel" in words:
+        world = Layout.parse(words[words.index("--parallel") + 1]).world
+        return shlex.join(["torchrun", "--nproc-per-node", str(world), *PROGRAM[1:], *words])
     return shlex.join([*PROGRAM, *words])

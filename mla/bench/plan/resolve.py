@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from mla.bench.plan.request import Request, ScenarioPlan
-    from mla.bench.subjects.setting import Setting
+    from mla.bench.subjects.setting import Ranks, Setting
     from mla.config import MLAConfig
     from mla.verify.layer_oracle import State
 
@@ -35,7 +34,8 @@ def resolve(options: RunOptions) -> Request:
     if mixed := environment.mixed_installation():
         note(mixed)
     options, points = _points(options)
-    wanted = variants.parse(options.mode, options.cache, options.clock)
+    one = ("eager", "warm", "host") if options.parallel else (options.mode, options.cache, options.clock)
+    wanted = variants.parse(*one)
     for file in filter(None, (options.target, options.profile)):
         files.check_writable(file)
     _keep_functions()
@@ -116,14 +116,33 @@ def _layer(
     state = _weights(options, config, stored) if options.model_path else None
     page_size = scenarios.run_page_size(options, points)
     attention, seed, ops = options.attention, options.seed, options.ops
-    return Setting(config, opened.backend, dtype, attention, page_size, seed, ops), state
+    ranks = _ranks(options, opened, config, points)
+    return Setting(config, opened.backend, dtype, attention, page_size, seed, ops, ranks=ranks), state
+
+
+def _ranks(
+    options: RunOptions, opened: OpenedBackend, config: MLAConfig, points: Sequence[Point]
+) -> Ranks | None:
+    """Return the other ranks of the run; None for one device. Raises `UsageError` and `RanksError`."""
+    layout = options.parallel
+    if layout is None:
+        return None
+    for point in points:
+        layout.check(config.with_heads(point.heads) if point.heads else config)
+        if layout.dp > len(point.query_lens):
+            raise UsageError(
+                f"layout '{layout}' splits the requests of '{point.name}' {layout.dp} ways, and there are "
+                f"{len(point.query_lens)}."
+            )
+    from mla.bench.ranks.launch import join
+
+    return join(options, opened, layout)
 
 
 def _config(options: RunOptions) -> MLAConfig:
     """Return the layer to measure: a checkpoint's, a config file's, or a preset."""
     from mla.checkpoint import refuse_other_formats
     from mla.config import MLAConfig
-    from mla.config.presets import PRESETS
 
     if options.model_path:
         if not options.model_path.is_dir():
@@ -135,8 +154,7 @@ def _config(options: RunOptions) -> MLAConfig:
         refuse_other_formats(options.model_path)
         return MLAConfig.from_pretrained(options.model_path)
     name = DEFAULT_CONFIG if options.config is None else options.config
-    path = "/" in name or name.endswith(".json") or os.path.isdir(name)
-    return MLAConfig.from_pretrained(name) if path and name not in PRESETS else MLAConfig.preset(name)
+    return MLAConfig.named(name)
 
 
 def _weights(options: RunOptions, config: MLAConfig, dtype: torch.dtype) -> State:

@@ -51,6 +51,29 @@ def check_options(options: RunOptions, axes: Axes) -> None:
     _check_checkpoint(options)
     _check_profile(options)
     _check_page_size(options.page_size)
+    _check_parallel(options)
+
+
+def _check_parallel(options: RunOptions) -> None:
+    """Raise `UsageError` for what is not measured over several ranks."""
+    if options.parallel is None:
+        return
+    alone = {
+        "--op": options.op is not None,
+        "--layers": options.layers not in (None, 1),
+        "--stages": options.stages,
+        "--profile": options.profile is not None,
+        "--dump-failure": options.dump_failure is not None,
+        "--mode": options.mode not in (None, "eager"),
+        "--cache": options.cache not in (None, "warm"),
+        "--clock": options.clock not in (None, "host"),
+    }
+    given = [flag for flag, value in alone.items() if value]
+    if given:
+        raise UsageError(f"{given[0]} is for one device: leave it out with --parallel, or run without.")
+    others = [name for name in options.implementation_names if not implementations.is_ours(name)]
+    if others and options.implementations:
+        raise UsageError(f"{others[0]} runs on one device: --parallel times mla and mla-reference.")
 
 
 def _check_op_shape(options: RunOptions, axes: Axes) -> None:

@@ -123,6 +123,28 @@ class Stage(msgspec.Struct, kw_only=True):
     roofline: Roofline | None = None
 
 
+class RankFacts(msgspec.Struct, kw_only=True):
+    """One rank's part of a case. Times are milliseconds."""
+
+    rank: Length
+    samples: Annotated[list[Sample], Meta(min_length=1)]  # of its own clock, from the common start
+    collective_ms: Sample  # of a forward, waiting for other ranks included
+    collective_bytes: Amount  # that it sent in a forward
+    cache_bytes: Amount
+    weight_bytes: Amount
+
+
+class Spread(msgspec.Struct, kw_only=True):
+    """How a case was spread over ranks: its samples are those of the slowest rank, forward by forward.
+
+    Collectives were clocked in a pass of their own, with a wait for the device around each.
+    """
+
+    layout: str  # as in "tp=2,dcp=2"
+    library: str  # that torch.distributed used
+    ranks: Annotated[list[RankFacts], Meta(min_length=1)]
+
+
 class Agreement(msgspec.Struct, kw_only=True):
     """Another implementation of the same scenario, weights and inputs, compared with this one."""
 
@@ -171,6 +193,7 @@ class Case(msgspec.Struct, kw_only=True):
     new_lengths: NewLengths | None = None
     planned: Planned | None = None  # `passes` and `steps_per_pass` are what was run
     op_remarks: dict[str, list[str]] = {}  # op -> what it said of how it ran, such as a smaller tile
+    spread: Spread | None = None  # over several ranks; None: one device
 
 
 class Ceiling(msgspec.Struct, kw_only=True):

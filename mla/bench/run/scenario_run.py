@@ -156,6 +156,7 @@ class ScenarioRun:
         loaded = measured.check.status != "not run"
         case = self._empty(one.name, "", interrupted=False)
         summary.fill(case, self._point, measured, one)
+        case.spread = one.spread() if case.latency_ms else None
         case.cost = self._fixture.cost(case.steps_per_pass)
         case.interleaved_with = [name for name in names if name != one.name] if one.name in names else []
         case.ops, case.op_remarks = one.ops(), one.remarks()
@@ -173,9 +174,9 @@ class ScenarioRun:
         return case
 
     def _whole(self, work: results.Cost) -> results.Cost:
-        """Return the work of a forward, which moves the bytes of all layers."""
-        layers = self._point.layers
-        return results.Cost(flops=layers * work.flops, bytes=layers * work.bytes)
+        """Return a device's work in a forward, which moves the bytes of all layers."""
+        layers, world = self._point.layers, self._setting.world
+        return results.Cost(flops=layers * work.flops // world, bytes=layers * work.bytes // world)
 
     def _least_cost(self, steps: int) -> results.Cost:
         """Return the work of one layer on the paths with the fewest FLOPs, which others may take."""

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
+from mla.bench.results.schema import Spread
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
@@ -57,6 +59,24 @@ class Implementation(ABC):
 
     def after(self, index: int) -> None:  # noqa: B027  # most implementations write in place
         """Keep the output of `step(index)`. Never timed."""
+
+    def idle(self) -> AbstractContextManager[None]:
+        """Return a context for a pass whose forwards are prepared, but not run."""
+        return nullcontext()
+
+    def slowest(self, samples: list[float]) -> list[float]:
+        """Return the milliseconds of a pass's timed forwards on the slowest of all ranks.
+
+        `samples` are those that this process measured. Called once after every pass, never timed.
+        """
+        return samples
+
+    def recorded(self) -> None:  # noqa: B027  # there is nothing to keep of one device
+        """Keep what `slowest` was last told of other ranks: the pass is one of the result's."""
+
+    def spread(self) -> Spread | None:
+        """Return how the work was spread over ranks, after all passes; None for one device."""
+        return None
 
     @abstractmethod
     def collect(self) -> None:

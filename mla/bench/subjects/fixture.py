@@ -41,15 +41,18 @@ from mla.weights import random_state_dict
 
 # Name -> how to build it. `benchmarks/peers` adds comparators while it runs.
 IMPLEMENTATIONS: dict[str, Callable[[Setting, State], Implementation]] = {
-    "mla": lambda setting, state: _layers(setting)(setting, state),
-    "mla-reference": lambda setting, state: _layers(setting)(setting, state, "mla-reference", "reference"),
+    "mla": lambda setting, state: _ours(setting, state, "mla", None),
+    "mla-reference": lambda setting, state: _ours(setting, state, "mla-reference", "reference"),
     "transformers": TransformersLayer,
     "transformers-eager": lambda setting, state: TransformersLayer(setting, state, "eager"),
 }
 
 
-def _layers(setting: Setting) -> type[MlaLayer]:
-    return MlaStack if setting.layers > 1 else MlaLayer
+def _ours(setting: Setting, state: State, name: str, ops: str | None) -> Implementation:
+    if setting.ranks is not None:
+        spread: Implementation = setting.ranks.layer(setting, state, name, ops)
+        return spread
+    return (MlaStack if setting.layers > 1 else MlaLayer)(setting, state, name, ops)
 
 
 @dataclass(frozen=True)

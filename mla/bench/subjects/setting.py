@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -27,6 +28,17 @@ SPARE_PAGES = 16
 _SAID: set[str] = set()  # remarks of ops
 
 
+class Ranks(Protocol):
+    """The other ranks of a run, of which every one has a part of the layer (`mla.bench.ranks`)."""
+
+    @property
+    def world(self) -> int: ...
+
+    def layer(
+        self, setting: Setting, state: Mapping[str, torch.Tensor], name: str, ops: str | None
+    ) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Setting:
     """What all implementations of a run share."""
@@ -43,6 +55,12 @@ class Setting:
     # Torch's host threads once the backend was set up, before an op ran: a plugin's code may change them.
     threads: int = field(default_factory=torch.get_num_threads, compare=False)
     weights: ScenarioWeights | None = field(default=None, compare=False, repr=False)
+    ranks: Ranks | None = field(default=None, compare=False, repr=False)  # None: one device
+
+    @property
+    def world(self) -> int:
+        """Number of devices that the layer is spread over."""
+        return 1 if self.ranks is None else self.ranks.world
 
     @property
     def device(self) -> torch.device:

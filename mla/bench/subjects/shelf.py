@@ -26,9 +26,13 @@ class Shelf(Generic[T]):
     def __init__(self, items: Sequence[T], wanted: int, poison: Callable[[T], None]) -> None:
         self._items, self._poison = list(items), poison
         self._room = len(items) if len(items) >= wanted else len(items) - 1
-        self._random = random.SystemRandom()
+        self._random: random.Random = random.SystemRandom()
         self.kept: dict[int, T] = {}  # index of the forward -> its buffer
         self.clear()
+
+    def draw_from(self, numbers: random.Random) -> None:
+        """Draw what is kept from these numbers, which several shelves may share."""
+        self._random = numbers
 
     def clear(self) -> None:
         """Poison all buffers, for a new pass."""

@@ -15,7 +15,7 @@ from mla.bench import results
 from mla.bench.results.passes import as_planned
 from mla.bench.results.schema import Case, Run
 from mla.bench.results.timings import cold, flat_timings
-from mla.bench.terminal import ceilings, stages
+from mla.bench.terminal import ceilings, ranks, stages
 from mla.bench.terminal.case_lines import case_lines
 from mla.bench.terminal.digits import between, known, number
 from mla.bench.terminal.timings import timing_lines
@@ -57,7 +57,7 @@ def render(run: Run, kind: str) -> str:
     if kind == "csv":
         return _csv(run.cases)
     body = _markdown(run.cases) if kind == "md" else _table(run.cases)
-    parts = stages.render(run.cases, kind, number, _limit)
+    parts = ranks.render(run.cases, kind, number) + stages.render(run.cases, kind, number, _limit)
     about = [*timing_lines(run), *case_lines(run)]
     said = list(map(str, verdicts(run)))
     blocks = (about, ceilings.run_lines(run.ceilings), comparisons(run), said, headlines(run))

@@ -75,6 +75,9 @@ class Cpu(Backend):
             return int(self.options["threads"]), "the option threads"
         return host.thread_limit(default)
 
+    def collectives(self) -> str:
+        return "gloo"
+
     def synchronize(self) -> None:
         """Return at once: torch's CPU ops are done when they return."""
 

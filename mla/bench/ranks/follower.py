@@ -1,0 +1,87 @@
+"""What every rank but 0 does: carry out commands until the run ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mla.bench.plan.request import Request, ScenarioPlan
+from mla.bench.ranks.crew import Crew
+from mla.bench.ranks.part import RankLayer
+from mla.bench.subjects.fixture import Fixture, make_fixture
+from mla.command.clock import now_ns
+
+
+def follow(request: Request, crew: Crew) -> int:
+    """Carry out what rank 0 tells until it says "end", and return the exit code that it names."""
+    follower = _Follower(request, crew)
+    while True:
+        name, *arguments = crew.hear()
+        if name == "end":
+            (code,) = arguments
+            return int(code)
+        with crew.blamed():
+            getattr(follower, name)(*arguments)
+
+
+class _Follower:
+    """This rank's part of the layer that is measured; a method per command."""
+
+    def __init__(self, request: Request, crew: Crew) -> None:
+        self._request, self._crew = request, crew
+        self._fixture: Fixture | None = None
+        self._layers: dict[str, RankLayer] = {}  # of the present scenario, by implementation
+        self._layer: Any = None  # the one that runs
+        self._times: list[float] = []  # of this pass
+
+    def load(self, scenario: str, implementation: str, seed: int) -> None:
+        """Build an implementation's part, with the scenario's weights, history and inputs."""
+        plan = next(one for one in self._request.scenarios if one.name == scenario)
+        if self._fixture is None or self._fixture.point.name != scenario:
+            self._drop(plan)
+        assert self._fixture is not None
+        inputs = self._fixture.inputs()
+        part: Any = self._fixture.build(implementation)
+        part.load_alike(plan.point, inputs, seed)
+        self._layers[implementation] = part
+
+    def _drop(self, plan: ScenarioPlan) -> None:
+        self._layers, self._layer = {}, None
+        self._fixture = make_fixture(plan.setting, plan.point, self._request.state)
+        self._request.setting.backend.empty_cache()
+
+    def restore(self, implementation: str, number: int) -> None:
+        """Begin a pass."""
+        self._layer, self._times = self._layers[implementation], []
+        self._layer.restore(number)
+
+    def forward(self, index: int) -> None:
+        """Prepare a forward, meet the others, and time it."""
+        layer, synchronize = self._layer, self._request.setting.backend.synchronize
+        layer.before(index)
+        synchronize()
+        self._crew.wait()
+        start = now_ns()
+        layer.step(index)
+        synchronize()
+        self._times.append((now_ns() - start) / 1e6)
+
+    def idle(self, index: int) -> None:
+        """Prepare a forward that is not run."""
+        self._layer.before(index)
+
+    def after(self, index: int) -> None:
+        """Keep the output of a forward."""
+        self._layer.after(index)
+
+    def times(self) -> None:
+        """Send the milliseconds of this pass's forwards."""
+        self._crew.gather(self._times)
+
+    def collect(self) -> None:
+        """Send the outputs of this pass."""
+        self._layer.collect()
+        self._crew.gather(self._layer.compared())
+
+    def clock(self, implementation: str, number: int) -> None:
+        """Clock the collectives of a pass, and send what the result says of this rank."""
+        self._crew.gather(self._layers[implementation].facts(number))

@@ -1,0 +1,195 @@
+"""`LeadLayer`: a layer over several ranks as one implementation, on rank 0."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import msgspec
+import torch
+
+from mla.bench.ranks.part import RankLayer
+from mla.bench.results.schema import Spread
+from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.inputs import Inputs
+from mla.bench.subjects.setting import Setting
+from mla.bench.subjects.tokens import LayerChecker
+from mla.bench.subjects.turns import forward_number
+from mla.bench.workload.scenario import Scenario
+from mla.parallel.layout import Layout
+from mla.verify.layer_check import Forward
+from mla.verify.places import Places
+from mla.verify.verdict import Check
+
+# The number of the pass in which collectives are clocked: no other pass has it.
+CLOCKED = 1 << 22
+
+# Bound before any plugin loads.
+_random = random.SystemRandom()
+
+Outputs = dict[int, torch.Tensor]  # by forward, of one rank
+
+
+class Talk(Protocol):
+    """How rank 0 reaches the others (`mla.bench.ranks.crew.Crew`)."""
+
+    layout: Layout
+    library: str
+
+    def tell(self, *command: Any) -> None: ...
+    def blamed(self) -> AbstractContextManager[None]: ...
+    def gather(self, mine: Any) -> list[Any]: ...
+    def wait(self) -> None: ...
+
+
+class LeadLayer(Implementation):
+    """Has every rank do its part of each forward, from a common start, and checks the outputs of all.
+
+    A sample is that of the slowest rank. Others start their clock when all have met, and rank 0 when its
+    runner does, right after that.
+    """
+
+    def __init__(self, setting: Setting, part: RankLayer, crew: Talk) -> None:
+        super().__init__(setting)
+        self.name = part.name
+        self._part, self._crew = part, crew
+        self.held_to_reference = part.held_to_reference
+        self._idle = False
+        self._number = 0
+        self._outputs: list[Outputs] = []  # of the last pass, by rank
+        self._last: list[list[float]] = []  # milliseconds of the last pass, by rank
+        self._kept: list[list[float]] = []  # of the result's passes, by rank
+
+    # ------------------------------------------------------------------------------------------ passes
+
+    def load(self, scenario: Scenario, inputs: Inputs) -> None:
+        self.scenario, self._turns = scenario, inputs.turns
+        self._kept = [[] for _ in range(self._crew.layout.world)]
+        seed = _random.getrandbits(63)
+        self._crew.tell("load", scenario.name, self.name, seed)
+        self._part.load_alike(scenario, inputs, seed)
+
+    def restore(self, number: int = 0) -> None:
+        self._number = number
+        self._crew.tell("restore", self.name, number)
+        self._part.restore(number)
+        self.plan_ms = self._part.plan_ms
+
+    def ready(self, index: int) -> None:
+        self._part.ready(index)
+
+    def show(self, index: int) -> None:
+        self._crew.tell("idle" if self._idle else "forward", index)
+        self._part.show(index)
+        if not self._idle:
+            self._crew.wait()
+
+    def step(self, index: int) -> None:
+        try:
+            self._part.step(index)
+        except RuntimeError:  # nothing is entered before a forward that is timed
+            with self._crew.blamed():
+                raise
+
+    def after(self, index: int) -> None:
+        self._crew.tell("after", index)
+        self._part.after(index)
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        self._idle = True
+        try:
+            yield
+        finally:
+            self._idle = False
+
+    def slowest(self, samples: list[float]) -> list[float]:
+        if self._idle:
+            return samples
+        self._crew.tell("times")
+        self._last = self._crew.gather(samples)
+        return [max(times) for times in zip(*self._last, strict=True)]
+
+    def recorded(self) -> None:
+        for kept, last in zip(self._kept, self._last, strict=True):
+            kept += last
+
+    def collect(self) -> None:
+        self._crew.tell("collect")
+        self._part.collect()
+        self._outputs = self._crew.gather(self._part.compared())
+
+    # ------------------------------------------------------------------------------------------ checks
+
+    def check(self, checker: LayerChecker) -> Check:
+        """Check what every rank has: each has the outputs of all heads, of its requests."""
+        found = [
+            checker.check_forwards(self._forwards(checker, copy), self.held_to_reference)
+            for copy in range(self._crew.layout.head_parts)
+        ]
+        worst = max(range(len(found)), key=lambda copy: _badness(found[copy]))
+        if found[worst].reason and len(found) > 1:
+            found[worst].reason = f"on rank {self._ranks(worst)[0]}: {found[worst].reason}"
+        return found[worst]
+
+    def _ranks(self, copy: int) -> list[int]:
+        """Return the ranks that together have one copy of all outputs."""
+        return list(range(copy, self._crew.layout.world, self._crew.layout.head_parts))
+
+    def _whole(self, copy: int) -> Outputs:
+        """Return the outputs [T, d] of all requests, as one copy of them."""
+        parts = [self._outputs[rank] for rank in self._ranks(copy)]
+        common = sorted(set.intersection(*map(set, parts)))
+        return {index: torch.cat([part[index] for part in parts]) for index in common}
+
+    def _forwards(self, checker: LayerChecker, copy: int) -> Iterator[Forward]:
+        scenario = self.scenario
+        word = "step" if scenario.mode == "decode" else "forward"
+        for index, found in self._whole(copy).items():
+            step = index if scenario.mode == "decode" else 0
+            turn = self._turns.turn(forward_number(scenario, self._number, index))
+            expected = checker.expected_rows(step, turn)
+            yield Forward(step, found, expected, f"{word} {index}", partial(self._places, step))
+
+    def _places(self, step: int) -> Places:
+        return Places.new_tokens(self.scenario.query_lens, self.scenario.kv_lens(step))
+
+    def compared(self) -> Outputs:
+        return self._whole(0)
+
+    # ------------------------------------------------------------------------------------------- facts
+
+    def spread(self) -> Spread:
+        """Run a pass in which collectives are clocked, and return every rank's part."""
+        self._crew.tell("clock", self.name, CLOCKED)
+        found = self._crew.gather(self._part.facts(CLOCKED))
+        ranks = [
+            msgspec.structs.replace(one, samples=samples)
+            for one, samples in zip(found, self._kept, strict=True)
+        ]
+        return Spread(layout=str(self._crew.layout), library=self._crew.library, ranks=ranks)
+
+    def cache_bytes(self) -> int:
+        return self._part.cache_bytes()
+
+    def weight_bytes(self) -> int:
+        return self._part.weight_bytes()
+
+    def scratch_bytes(self) -> int:
+        return self._part.scratch_bytes()
+
+    def ops(self) -> dict[str, str]:
+        return self._part.ops()
+
+    def remarks(self) -> dict[str, list[str]]:
+        return self._part.remarks()
+
+    def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:
+        self._part.replace_ops(replace)
+
+
+def _badness(check: Check) -> tuple[bool, float]:
+    return check.status != "ok", check.error_ratio if check.error_ratio is not None else float("inf")

@@ -1,0 +1,150 @@
+"""`RankLayer`: one rank's part of our layer, as an implementation that can be driven forward by forward."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from mla.bench.results.schema import RankFacts
+from mla.bench.subjects.inputs import Inputs
+from mla.bench.subjects.layer import MlaLayer
+from mla.bench.subjects.setting import SPARE_PAGES, Setting
+from mla.bench.subjects.turns import Turn, Turns
+from mla.bench.workload.scenario import Scenario
+from mla.cache import LatentCache
+from mla.command.clock import now_ns
+from mla.layer.attention import MLA
+from mla.parallel.cache import ShardedCache
+from mla.parallel.groups import Groups, Traffic
+from mla.parallel.layer import ParallelMLA
+from mla.parallel.share import Share
+from mla.verify.layer_oracle import State
+from mla.verify.places import Places
+
+
+@dataclass(frozen=True)
+class Requests:
+    """The requests of one part of `dp`: a block of the scenario's."""
+
+    first: int
+    stop: int
+
+    @classmethod
+    def of(cls, scenario: Scenario, part: int, parts: int) -> Requests:
+        """Return block `part` of `parts`, as even as can be."""
+        count = len(scenario.query_lens)
+        return cls(part * count // parts, (part + 1) * count // parts)
+
+    def rows(self, scenario: Scenario) -> slice:
+        """Return where the block's new tokens are among those of the scenario."""
+        lens = scenario.query_lens
+        return slice(sum(lens[: self.first]), sum(lens[: self.stop]))
+
+    def scenario(self, whole: Scenario) -> Scenario:
+        """Return the scenario of the block alone."""
+        part = slice(self.first, self.stop)
+        return msgspec.structs.replace(
+            whole, query_lens=whole.query_lens[part], history=whole.history[part], axes={}
+        )
+
+    def inputs(self, whole: Scenario, inputs: Inputs) -> Inputs:
+        """Return the block's part of a scenario's inputs."""
+        part, rows = slice(self.first, self.stop), self.rows(whole)
+        others = inputs.others[:, part] if whole.mode == "prefill" else inputs.others[:, :, rows]
+        turns: Any = PartTurns(inputs.turns, part)
+        return replace(
+            inputs, hidden=inputs.hidden[:, rows], history=inputs.history[part], others=others, turns=turns
+        )
+
+
+@dataclass(frozen=True)
+class PartTurns:
+    """The turns of some requests among those of a scenario."""
+
+    whole: Turns
+    part: slice
+
+    def turn(self, number: int) -> Turn:
+        """Return a turn by its number."""
+        turn = self.whole.turn(number)
+        return Turn(turn.signs[self.part], turn.choices[self.part])
+
+
+class RankLayer(MlaLayer):
+    """What one rank does of a layer; `load` takes the whole scenario and its inputs."""
+
+    def __init__(self, setting: Setting, state: State, name: str, ops: str | None, groups: Groups) -> None:
+        self._groups = groups
+        super().__init__(setting, state, name, ops)
+
+    def _make_layer(self, ops: str | None, index: int) -> MLA:
+        setting = self.setting
+        return ParallelMLA(
+            setting.config,
+            self._groups,
+            backend=setting.backend,
+            dtype=setting.dtype,
+            attention=setting.attention,
+            ops=ops or setting.ops,
+            overrides=dict(setting.overrides),
+        )
+
+    def load(self, scenario: Scenario, inputs: Inputs) -> None:
+        requests = Requests.of(scenario, self._groups.place.dp, self._groups.layout.dp)
+        super().load(requests.scenario(scenario), requests.inputs(scenario, inputs))
+
+    def load_alike(self, scenario: Scenario, inputs: Inputs, seed: int) -> None:
+        """Load, and keep the outputs of the same forwards as every rank that is given this seed."""
+        self.load(scenario, inputs)
+        self._shelf.draw_from(random.Random(seed))
+
+    def _make_cache(self, scenario: Scenario) -> LatentCache:
+        layout = self._groups.layout
+        if layout.dcp == 1:
+            return super()._make_cache(scenario)
+        size, share = self.setting.page_size, Share(self._groups.place.dcp, layout.dcp)
+        pages = sum(-(-share.first(length) // size) for length in scenario.final_lens) + SPARE_PAGES
+        cache: Any = ShardedCache(
+            self.setting.config,
+            share,
+            max_tokens=pages * size * layout.dcp,
+            page_size=size,
+            device=self.setting.device,
+            dtype=self.setting.dtype,
+            shuffle=self.setting.seed,
+        )
+        return cache  # has what this class uses of one
+
+    def extend(self, table_tokens: int = 0) -> Any:
+        return self._cache.extend(self._sequences, self.scenario.query_lens)
+
+    def places(self, step: int) -> Places:
+        return Places.new_tokens(self.scenario.query_lens, self.scenario.kv_lens(step))
+
+    def facts(self, number: int) -> RankFacts:
+        """Run a pass in which collectives are clocked, and return what a result says of this rank.
+
+        All ranks must do it together. The samples are left to the caller.
+        """
+        self.restore(number)
+        traffic = Traffic()
+        for index in range(self.scenario.steps):
+            self.before(index)
+            with self._groups.clocked(self._now_ns, traffic):
+                self.step(index)
+            self.after(index)
+        return RankFacts(
+            rank=self._groups.rank,
+            samples=[0.0],
+            collective_ms=traffic.ns / self.scenario.steps / 1e6,
+            collective_bytes=traffic.sent // self.scenario.steps,
+            cache_bytes=self.cache_bytes(),
+            weight_bytes=self.weight_bytes(),
+        )
+
+    def _now_ns(self) -> int:
+        self.setting.backend.synchronize()
+        return now_ns()
