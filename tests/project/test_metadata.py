@@ -53,7 +53,7 @@ def test_a_distribution_takes_the_others_of_the_same_minor_version(folder: Path)
     here = Version(mla.__version__)
     bounds = f">={here.major}.{here.minor},<{here.major}.{here.minor + 1}"
     for wanted in required(PROJECTS[folder]):
-        if wanted.name in OURS:
+        if wanted.name in OURS and wanted.name != PROJECTS[folder]["project"]["name"]:  # an extra of its own
             assert wanted.specifier == SpecifierSet(bounds), wanted
 
 
