@@ -35,7 +35,7 @@ class Attending : public Attention {
           steps_(scratch<19>().take<int64_t>(panels_ + 1)) {}
 
     // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to. The next keys are not
-    // prefetched: whether that helps tiles has not been measured.
+    // prefetched: products by tiles were slower with prefetching, and so was a prototype of this.
     void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
                 const bf16* const* = nullptr) {
         keys_.take(keys, count);
