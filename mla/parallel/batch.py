@@ -8,10 +8,10 @@ of several tokens it does not hold, and every new token is a request of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 
@@ -42,18 +42,19 @@ class ShardedMemory:
     A step of as many tokens may own fewer of them, or ask for fewer requests: it takes the first ones.
     """
 
-    def __init__(self, tokens: int, width: int, device: torch.device) -> None:
-        sizes = (2 * tokens,) * 4 + (tokens, tokens, tokens + 1, tokens * width)
+    def __init__(self, tokens: int, rows: int, width: int, device: torch.device) -> None:
+        """`rows`: the most requests that attention is asked for; `width`: pages of each."""
+        sizes = (2 * tokens,) * 4 + (tokens, rows, rows + 1, rows * width)
         with torch.inference_mode(False):
             self.buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
         *wide, self.positions, self.kv_lens, self.cu_q, table = self.buffer.split(sizes)
         self.own, self.slots, self.order, self.back = (part.view(torch.int64) for part in wide)
-        self.block_table = table.view(tokens, width)
+        self.block_table = table.view(rows, width)
         self._kept: dict[Hashable, Any] = {}
 
-    def fits(self, tokens: int, width: int) -> bool:
-        """Return whether a step of so many tokens and pages per request fits here."""
-        return self.block_table.shape == (tokens, width)
+    def fits(self, tokens: int, rows: int, width: int) -> bool:
+        """Return whether a step of so many tokens, rows of attention and pages of each fits here."""
+        return self.positions.shape[0] == tokens and self.block_table.shape == (rows, width)
 
     def keep(self, key: Hashable, build: Callable[[], Value]) -> Value:
         """Return memory for data derived from a batch, made once per key; every batch overwrites it."""
@@ -74,6 +75,17 @@ class ShardedMemory:
         upload_into(host, self.buffer)
 
 
+def most_rows(share: Share, query_lens: Sequence[int]) -> int:
+    """Return the most rows of attention that a step is cut into.
+
+    Of every request, each of `world` classes of tokens is a row, and its first token one more where it sees
+    no key here. Runs of several tokens are cut token by token.
+    """
+    if share.interleave > 1:
+        return sum(query_lens)
+    return sum(min(new, 2 * share.world) for new in query_lens)
+
+
 @dataclass
 class Rows:
     """The requests that attention is asked for on this rank: a `mla_backends.api.BatchView`."""
@@ -86,13 +98,38 @@ class Rows:
     cu_q: torch.Tensor  # [R + 1] int32
 
 
+@dataclass
+class Part:
+    """Some new tokens of a step, and what they attend on this rank.
+
+    Queries go to `rows` in the order `order` [t] int64, and `back` [t] is the way back; both are None where
+    queries stay in order.
+    """
+
+    tokens: slice
+    rows: Rows
+    order: torch.Tensor | None
+    back: torch.Tensor | None
+
+
+class _Cut(NamedTuple):
+    """A part on the host."""
+
+    order: torch.Tensor  # [t]
+    rows: torch.Tensor  # [R]: the request of each
+    cu_q: torch.Tensor  # [R + 1]
+    kv_lens: torch.Tensor  # [R]
+
+    def ordered(self) -> bool:
+        """Return whether queries stay in order."""
+        return bool((self.order[1:] > self.order[:-1]).all())
+
+
 class ShardedBatch:
     """One step of B requests with T new tokens in all, on one rank.
 
     `query_lens` and `kv_lens` are those of whole requests, `positions` [T] int32 those of all new tokens.
     `own` [t] int64 are this rank's among them, `slots` [t] int64 the rows of its cache they are written to.
-    `rows` is what it attends, with queries in the order `order` [T] int64, and `back` [T] the way back; both
-    are None where queries stay in order.
     """
 
     def __init__(
@@ -108,30 +145,56 @@ class ShardedBatch:
         self.page_size, self.memory = source.page_size, memory
         self._source, self._generation = source, source.generation
         self._memo: dict[Hashable, Any] = {}
-        share = source.share
-        request, positions = _new_tokens(self.query_lens, self.kv_lens)
+        self._table = block_table
+        self._request, self._positions = _new_tokens(self.query_lens, self.kv_lens)
+        share, positions = source.share, self._positions
+        self._seen = share.count(positions + 1)
         own = share.owned(positions).nonzero().view(-1)
         index = share.count(positions[own])
-        page = block_table[request[own], index // self.page_size].long()
-        order = _order(share, request, positions, self.query_lens)
-        rows, cu_q, lengths = _cut(request[order], share.count(positions + 1)[order])
+        page = block_table[self._request[own], index // self.page_size].long()
         slots = page * self.page_size + index % self.page_size
-        wide = (own, slots, order, order.argsort())
-        memory.fill((*wide, positions.int(), lengths.int(), cu_q.int(), block_table[rows]))
+        cut = self._cut(slice(0, self.num_tokens))
+        wide, whole = (own, slots, cut.order, cut.order.argsort()), (cut.kv_lens.int(), cut.cu_q.int())
+        memory.fill((*wide, positions.int(), *whole, block_table[cut.rows]))
         self.own, self.slots = memory.own[: len(own)], memory.slots[: len(own)]
         self.positions = memory.positions
-        same = bool((order[1:] > order[:-1]).all())
-        self.order: torch.Tensor | None = None if same else memory.order
-        self.back: torch.Tensor | None = None if same else memory.back
-        count = len(rows)
-        self.rows = Rows(
-            tuple(cu_q.diff().tolist()),
-            tuple(lengths.tolist()),
+        self._whole = self._part(slice(0, self.num_tokens), cut, memory)
+
+    def parts(self, most: int) -> tuple[Part, ...]:
+        """Return the step's tokens in parts of at most `most`, which is positive; none without new tokens."""
+        if self.num_tokens <= most:
+            return (self._whole,) if self.num_tokens else ()
+        return self.memo(("parts", most), lambda: tuple(self._split(most)))
+
+    def _split(self, most: int) -> Iterator[Part]:
+        device = self.positions.device
+        for first in range(0, self.num_tokens, most):
+            tokens = slice(first, min(first + most, self.num_tokens))
+            cut = self._cut(tokens)
+            count, width = tokens.stop - first, self._table.shape[1]
+            memory = ShardedMemory(count, len(cut.rows), width, device)
+            nothing = torch.empty(0, dtype=torch.int64)
+            wide, lengths = (nothing, nothing, cut.order, cut.order.argsort()), (cut.kv_lens, cut.cu_q)
+            memory.fill((*wide, nothing, *(one.int() for one in lengths), self._table[cut.rows]))
+            yield self._part(tokens, cut, memory)
+
+    def _cut(self, tokens: slice) -> _Cut:
+        request, positions = self._request[tokens], self._positions[tokens]
+        order = _order(self._source.share, request, positions, self.query_lens)
+        return _Cut(order, *_cut(request[order], self._seen[tokens][order]))
+
+    def _part(self, tokens: slice, cut: _Cut, memory: ShardedMemory) -> Part:
+        """Return a part that `memory` holds."""
+        count, same = len(cut.rows), cut.ordered()
+        rows = Rows(
+            tuple(cut.cu_q.diff().tolist()),
+            tuple(cut.kv_lens.tolist()),
             self.page_size,
             memory.block_table[:count],
             memory.kv_lens[:count],
             memory.cu_q[: count + 1],
         )
+        return Part(tokens, rows, None if same else memory.order, None if same else memory.back)
 
     def memo(self, key: Hashable, build: Callable[[], Value]) -> Value:
         """Return what `build` made for `key`, building it at most once per batch."""

@@ -13,7 +13,7 @@ import torch
 
 from mla.cache import LatentCache
 from mla.config import MLAConfig
-from mla.parallel.batch import ShardedBatch, ShardedMemory
+from mla.parallel.batch import ShardedBatch, ShardedMemory, most_rows
 from mla.parallel.share import Share
 
 
@@ -84,9 +84,9 @@ class ShardedCache:
             ]
         table = self._local.grow(sequences, grown)
         self._lengths.update(zip(sequences, kv_lens, strict=True))
-        tokens = sum(query_lens)
-        if self._memory is None or not self._memory.fits(tokens, table.shape[1]):
-            self._memory = ShardedMemory(tokens, table.shape[1], self.pages.device)
+        size = (sum(query_lens), most_rows(self.share, query_lens), table.shape[1])
+        if self._memory is None or not self._memory.fits(*size):
+            self._memory = ShardedMemory(*size, self.pages.device)
         return ShardedBatch(self, query_lens, kv_lens, table, self._memory)
 
     def truncate(self, sequence: int, length: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from mla.layer.packed_weights import PackedWeights
 from mla.layer.plan import StepPlan
 from mla.layer.views import Absorbed, StepViews
 from mla.layer.workspace import Workspace
-from mla.parallel.batch import ShardedBatch
+from mla.parallel.batch import Part, ShardedBatch
 from mla.parallel.groups import Groups
 
 
@@ -27,55 +28,62 @@ class ContextPath:
     views: StepViews
     groups: Groups
 
-    def run(
-        self, ops: Ops, views: Absorbed, batch: ShardedBatch, plan: StepPlan, pages: torch.Tensor
-    ) -> None:
+    def tokens_at_once(self, workspace: int) -> int:
+        """Return how many tokens' queries and results of all ranks fit into so many bytes, at least one."""
+        heads, c = self.groups.layout.dcp * self.config.num_attention_heads, self.config.kv_lora_rank
+        copies = 3 * self.config.latent_dim + 4 * c  # of queries, and of results
+        per_token = heads * (copies * self.scratch.itemsize + 2 * c * 4)
+        return max(1, workspace // per_token)
+
+    def run(self, ops: Ops, views: Absorbed, plan: StepPlan, pages: torch.Tensor) -> None:
         """Attend with `views.q_nope` and `views.q_pe`, not yet rotated, and write `views.heads`."""
         packed, rope = self.weights.packed, self.config.rope_interleave
         ops["w_uk"].op(packed["w_uk"], x=views.q_nope, out=views.latent_nope)
         ops["rotate_query"].op(x=views.q_pe, cos_sin=plan.cos_sin, interleaved=rope, out=views.latent_pe)
-        q = self._gather(views.latent_q, batch)
-        out, lse = self._attend(ops, q, batch, plan, pages)
-        merge(self._exchange("out", out, batch), self._exchange("lse", lse, batch), views.latent_out)
+        assert plan.absorbed is not None
+        for part, state in plan.absorbed.state:
+            q = self._gather(views.latent_q[part.tokens], part)
+            out, lse = self._attend(ops, q, part, state, pages)
+            found = self._exchange("out", out, part), self._exchange("lse", lse, part)
+            merge(*found, views.latent_out[part.tokens])
         ops["w_uv"].op(packed["w_uv"], x=views.latent_out, out=views.heads)
 
-    def _gather(self, q: torch.Tensor, batch: ShardedBatch) -> torch.Tensor:
-        """Return the queries [T, world h, c + r] of all ranks, in the order of the batch's rows."""
+    def _gather(self, q: torch.Tensor, part: Part) -> torch.Tensor:
+        """Return the queries [t, world h, c + r] of all ranks, in the order of the part's rows."""
         world, (tokens, heads, width) = self.groups.layout.dcp, q.shape
         parts = self.scratch.take("gathered_parts", world, *q.shape)
         self.groups.gather_context(q, parts)
         together = self.scratch.take("gathered_q", tokens, world * heads, width)
         torch.stack(parts.unbind(0), dim=1, out=together.view(tokens, world, heads, width))
-        if batch.order is None:
+        if part.order is None:
             return together
         ordered = self.scratch.take("ordered_q", *together.shape)
-        return torch.index_select(together, 0, batch.order, out=ordered)
+        return torch.index_select(together, 0, part.order, out=ordered)
 
     def _attend(
-        self, ops: Ops, q: torch.Tensor, batch: ShardedBatch, plan: StepPlan, pages: torch.Tensor
+        self, ops: Ops, q: torch.Tensor, part: Part, state: Any, pages: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return out [T, world h, c] and lse [T, world h] of this rank's tokens."""
-        assert plan.absorbed is not None
-        out = self.scratch.take("part_out", *q.shape[:2], self.config.kv_lora_rank)
-        lse = self.scratch.take("part_lse", *q.shape[:2], dtype=torch.float32)
+        """Return out [t, world h, c] and lse [t, world h] of this rank's tokens."""
+        out = self.scratch.take("context_out", *q.shape[:2], self.config.kv_lora_rank)
+        lse = self.scratch.take("context_lse", *q.shape[:2], dtype=torch.float32)
         ops["latent_attention"].op(
-            plan.absorbed.state,
+            state,
             q=q,
             cache=pages,
-            block_table=batch.rows.block_table,
-            kv_lens=batch.rows.kv_lens_device,
-            cu_q=batch.rows.cu_q,
+            block_table=part.rows.block_table,
+            kv_lens=part.rows.kv_lens_device,
+            cu_q=part.rows.cu_q,
             softmax_scale=self.config.softmax_scale,
             out=out,
             lse=lse,
         )
         return out, lse
 
-    def _exchange(self, name: str, x: torch.Tensor, batch: ShardedBatch) -> torch.Tensor:
-        """Return [world, T, h, ...]: of x [T, world h, ...], this rank's heads as every rank has them."""
-        if batch.back is not None:
+    def _exchange(self, name: str, x: torch.Tensor, part: Part) -> torch.Tensor:
+        """Return [world, t, h, ...]: of x [t, world h, ...], this rank's heads as every rank has them."""
+        if part.back is not None:
             back = self.scratch.take(f"back_{name}", *x.shape, dtype=x.dtype)
-            x = torch.index_select(x, 0, batch.back, out=back)
+            x = torch.index_select(x, 0, part.back, out=back)
         world = self.groups.layout.dcp
         shape = (world, x.shape[0], x.shape[1] // world, *x.shape[2:])
         sent = self.scratch.take(f"sent_{name}", *shape, dtype=x.dtype)
@@ -117,8 +125,9 @@ class ContextStep(Step):
         projected = self._project(ops, hidden)
         self._scale_queries(projected.q, batch)  # type: ignore[arg-type]
         self._write_own(ops, projected.kv_a, batch, plan, pages)
-        views = self.views.absorbed(projected, slice(0, hidden.shape[0]))
-        self.context.run(ops, views, batch, plan, pages)
+        if plan.absorbed is not None:
+            views = self.views.absorbed(projected, slice(0, hidden.shape[0]))
+            self.context.run(ops, views, plan, pages)
         self._linear(ops, "o_proj", projected.heads_flat, out, bias="o_proj.bias")
 
     def _write_own(

@@ -18,6 +18,11 @@ from mla.parallel.layout import Layout
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+# Outputs of so many ranks are added up in the layer's dtype, as engines do; of more, in float32: each hop
+# rounds, and 16 of them cost as much accuracy as the whole layer.
+MOST_HOPS = 8
+
+
 @dataclass
 class Traffic:
     """What collectives took while they were clocked: nanoseconds, and bytes that this rank sent."""
@@ -62,8 +67,13 @@ class Groups:
     def add_heads(self, out: torch.Tensor) -> None:
         """Add up `out` over the ranks that together have all heads, in place."""
         size = self.layout.head_parts
-        if size > 1:  # a ring sends every element but its own part twice
-            self._run(2 * out.nbytes * (size - 1) // size, dist.all_reduce, out, group=self._heads)
+        if size == 1:
+            return
+        total = out if size <= MOST_HOPS else out.float()
+        # A ring sends every element but its own part twice.
+        self._run(2 * total.nbytes * (size - 1) // size, dist.all_reduce, total, group=self._heads)
+        if total is not out:
+            out.copy_(total)
 
     def gather_context(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Write the contiguous x [t, ...] of every rank of the context group to out [dcp, t, ...]."""

@@ -10,8 +10,9 @@ import torch
 
 from mla.cache.ragged_batch import RaggedBatch
 from mla.config import MLAConfig
-from mla.errors import UnsupportedOps
+from mla.errors import UnsupportedOps, WeightError
 from mla.layer.attention import MLA
+from mla.layer.packed_weights import SharedWeights
 from mla.layer.plan import AbsorbedGroup, StepPlan
 from mla.parallel.batch import ShardedBatch
 from mla.parallel.context import ContextPath, ContextStep
@@ -32,6 +33,10 @@ class ParallelMLA(MLA):
 
     def __init__(self, config: MLAConfig, groups: Groups, **arguments: Any) -> None:
         groups.layout.check(config)
+        if groups.layout.dcp > 1 and arguments.get("attention") == "expanded":
+            raise UnsupportedOps(
+                "a context that is spread over ranks is attended absorbed: leave `expanded` out."
+            )
         own = config.with_heads(config.num_attention_heads // groups.layout.head_parts)
         self._groups = groups  # before the layer is made, which asks for them
         super().__init__(own, **arguments)
@@ -39,8 +44,8 @@ class ParallelMLA(MLA):
         if groups.layout.dcp > 1:
             self._require_lse()
             plain = {field.name: getattr(self.step, field.name) for field in dataclasses.fields(self.step)}
-            context = ContextPath(own, self._weights, self._scratch, self.step.views, groups)
-            self.step = ContextStep(**plain, context=context)
+            self._context = ContextPath(own, self._weights, self._scratch, self.step.views, groups)
+            self.step = ContextStep(**plain, context=self._context)
 
     def _attended_by(self) -> int:
         return self._groups.layout.dcp
@@ -67,11 +72,27 @@ class ParallelMLA(MLA):
         memory = batch.memory.keep(self._plan_key, lambda: self.rotary.empty(batch.num_tokens))
         self.rotary.reserve(max(batch.kv_lens))
         cos_sin = self.rotary.gather(batch.positions, memory)
-        choice, rows = self.ops["latent_attention"], batch.rows
-        choice.check_batch(rows.query_lens, rows.kv_lens, rows.page_size)
-        state = choice.op.prepare(choice.spec, rows)
+        choice, parts = (
+            self.ops["latent_attention"],
+            batch.parts(self._context.tokens_at_once(self.workspace_bytes)),
+        )
+        for part in parts:
+            choice.check_batch(part.rows.query_lens, part.rows.kv_lens, part.rows.page_size)
+        if not parts:
+            return StepPlan(cos_sin, None, None)
+        states = tuple((part, choice.op.prepare(choice.spec, part.rows)) for part in parts)
         everything = slice(0, batch.num_tokens)
-        return StepPlan(cos_sin, AbsorbedGroup(everything, cos_sin, rows, state), None)
+        return StepPlan(cos_sin, AbsorbedGroup(everything, cos_sin, parts[0].rows, states), None)
+
+    def state_dict(self, **arguments: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Raise `WeightError`: this rank has a part of the weights, which no name stands for."""
+        raise WeightError(
+            "a layer over several ranks has a part of the weights: its state dict is that of all."
+        )
+
+    def share_weights(self, shared: SharedWeights) -> None:
+        """Raise `WeightError`: another layer's part may be another one."""
+        raise WeightError("layers over several ranks share no weights: each packs its own part.")
 
     @torch.no_grad()
     def forward(
@@ -87,6 +108,7 @@ class ParallelMLA(MLA):
                 f"layout '{self._groups.layout}' takes batches of a "
                 f"{'ShardedCache' if self._groups.layout.dcp > 1 else 'LatentCache'}."
             )
-        out = super().forward(hidden, batch, pages, out)  # type: ignore[arg-type]
-        self._groups.add_heads(out)
-        return out
+        own = out if out is None or out.is_contiguous() else torch.empty_like(out).contiguous()
+        own = super().forward(hidden, batch, pages, own)  # type: ignore[arg-type]
+        self._groups.add_heads(own)  # which adds up memory, not rows
+        return own if out is None else own if own is out else out.copy_(own)

@@ -58,6 +58,9 @@ class HeadShard(LazyState):
     def _slice(self, size: int) -> slice:
         return slice(self._part * size, (self._part + 1) * size)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes  # without reading the weight
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
 
