@@ -18,6 +18,10 @@ from mla.parallel.layout import Layout
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+class CollectiveError(RuntimeError):
+    """A collective failed: another rank is gone, or late, or in another one."""
+
+
 @dataclass
 class Traffic:
     """What collectives took while they were clocked: nanoseconds, and bytes that this rank sent."""
@@ -79,12 +83,15 @@ class Groups:
         self._run(parts.nbytes * (size - 1) // size, dist.all_to_all_single, out, parts, group=self._context)
 
     def _run(self, sent: int, collective: Callable[..., Any], *tensors: torch.Tensor, group: Any) -> None:
-        if self._clocked is None:
+        try:
+            if self._clocked is None:
+                collective(*tensors, group=group)
+                return
+            traffic, now_ns = self._clocked
+            start = now_ns()
             collective(*tensors, group=group)
-            return
-        traffic, now_ns = self._clocked
-        start = now_ns()
-        collective(*tensors, group=group)
+        except RuntimeError as error:
+            raise CollectiveError(str(error)) from error
         traffic.ns += now_ns() - start
         traffic.sent += sent
 

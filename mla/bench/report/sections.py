@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mla.bench.report import rank_panels
 from mla.bench.report.case_panels import against_grid, breakdown, new_lengths, rooflines, scenarios
 from mla.bench.report.panel import Context, Panel
 from mla.bench.report.timing_panels import (
@@ -60,6 +61,7 @@ def sections(context: Context) -> list[Section]:
         Section("grid", "Against history and batch", _GRID, against_grid(context)),
         Section("scenarios", "Scenarios", _SCENARIOS, scenarios(context)),
         Section("roofline", "Roofline", _ROOFLINE, rooflines(context)),
+        Section("ranks", "Ranks", rank_panels.INTRO, rank_panels.ranks(context)),
         Section("stages", "Stages", _STAGES, breakdown(context)),
         Section("timings", "Further timings", _TIMINGS, further_timings(context)),
         Section("lengths", "New lengths", _LENGTHS, new_lengths(context)),
