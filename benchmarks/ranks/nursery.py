@@ -69,11 +69,15 @@ class Ranks:
 
     def out(self, rank: int = 0) -> str:
         """Return what a rank has printed on stdout."""
-        return (self.folder / f"out{rank}.txt").read_text()
+        return self._said(f"out{rank}.txt")
 
     def err(self, rank: int = 0) -> str:
         """Return what a rank has printed on stderr."""
-        return (self.folder / f"err{rank}.txt").read_text()
+        return self._said(f"err{rank}.txt")
+
+    def _said(self, name: str) -> str:
+        path = self.folder / name
+        return path.read_text() if path.exists() else ""
 
     def end(self) -> None:
         """Kill what still runs, stopped or not."""

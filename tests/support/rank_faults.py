@@ -1,13 +1,14 @@
 """The CPU with an op that fails on rank `-O rank=...` as `-O fault=...` says, after `-O call=...` calls.
 
-scale: what it writes is 5 % too large. raises: it raises. hangs: the process stops. With `-O library=none` it
-names no library for collectives.
+scale: what it writes is 5 % too large. raises: it raises. hangs: the process stops. waits: for ever.
+With `-O library=none` it names no library for collectives.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,9 @@ class Faulty(FusedOp):
             self._fault = None  # once it goes on, it does
             os.kill(os.getpid(), signal.SIGSTOP)
             return
-        if self._fault == "scale":
+        if self._fault == "waits":
+            time.sleep(3600)
+        elif self._fault == "scale":
             tensors["out"] *= 1.05
         elif self._fault == "raises":
             raise RuntimeError("the card fell off the bus")

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 # How long a rank may wait for a command: rank 0 computes the oracle, and reads files. That it is gone shows
 # at once, in a closed connection.
 PATIENCE = timedelta(days=7)
+HANGS = "it is assumed to hang; raise --hang-after to wait longer"
 
 
 class Crew:
@@ -53,6 +54,7 @@ class Crew:
         with blamed_on(pulse):
             self.groups = Groups(layout, timeout)
             self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        pulse.place = lambda: (self.groups.entered, self.groups.left)
 
     @property
     def rank(self) -> int:
@@ -102,6 +104,10 @@ class Crew:
             for name, roles in one.ops.items():
                 self._demoted[_key(one.setting, name)] = demoted(roles, common[one.name][name])
         return replace(request, scenarios=[replace(one, ops=common[one.name]) for one in request.scenarios])
+
+    def behind(self) -> str:
+        """Name the ranks that keep the others waiting; "" if none does."""
+        return self._pulse.behind()
 
     def when_lost(self, die: Callable[[RankLost], None]) -> None:
         """Have `die` end this process if another rank is lost while this one does something else."""
@@ -183,9 +189,11 @@ def blamed_on(pulse: Pulse, own: bool = False) -> Iterator[None]:
         yield
     except RuntimeError as error:
         lost = pulse.lost(0 if own and not isinstance(error, CollectiveError) else SILENT + 2 * BEAT)
-        if lost is None:
-            raise
-        raise lost from error
+        if lost is not None:
+            raise lost from error
+        if isinstance(error, CollectiveError) and (late := pulse.behind()):
+            raise RankLost(f"{late} did not come to a collective in which others wait: {HANGS}", 3) from error
+        raise
 
 
 _INTERRUPTED: dict[int, str] = {Exit.INTERRUPTED: "interrupted", Exit.TERMINATED: "by SIGTERM"}

@@ -51,6 +51,7 @@ class Store(Protocol):
 
 
 Die = Callable[[RankLost], None]
+Place = Callable[[], tuple[int, int]]  # collectives that this rank has entered, and left
 
 
 def this_process() -> Member:
@@ -85,6 +86,7 @@ class Pulse:
         self._rank, self._members, self._store, self.die = rank, members, store, die
         self._seen = {other: (b"", time.monotonic()) for other in range(len(members)) if other != rank}
         self._lost: RankLost | None = None
+        self.place: Place = lambda: (0, 0)
         self._news, self._closed = threading.Condition(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._thread.start()
@@ -100,12 +102,23 @@ class Pulse:
             self._news.wait_for(lambda: self._lost is not None, timeout=seconds)
         return self._lost
 
+    def behind(self) -> str:
+        """Name the ranks that have not come to the collective in which others wait; "" if there are none."""
+        places = {self._rank: self.place()}
+        with contextlib.suppress(Exception):  # the store is gone
+            for other in self._seen:
+                _, entered, left = self._store.get(f"beat/{other}").split()
+                places[other] = int(entered), int(left)
+        last = max(entered for entered, _ in places.values())
+        late = [rank for rank, (entered, left) in sorted(places.items()) if entered < last or entered == left]
+        return ", ".join(map(self._name, late)) if len(late) < len(places) else ""
+
     def _run(self) -> None:
         beat = 0
         while not self._closed.wait(BEAT):
             beat += 1
             try:
-                self._store.set(f"beat/{self._rank}", str(beat))
+                self._store.set(f"beat/{self._rank}", "{} {} {}".format(beat, *self.place()))
                 found = self._first_lost()
             except Exception:  # noqa: BLE001  # the store is gone, and with it whoever held it
                 found = RankLost(self._why_gone(0) or f"{self._name(0)} does not answer any more", 3)

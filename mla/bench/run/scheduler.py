@@ -271,10 +271,11 @@ class _Scheduler:
         return msgspec.structs.replace(self._empty, cases=cases, ceilings=ceilings)
 
     def _hung(self, scenario: str, implementation: str) -> None:
-        limit = spoken(self._steering.hang_after)
+        limit, ranks = spoken(self._steering.hang_after), self._request.setting.ranks
+        who = (ranks.behind() if ranks else "") or "the device"
         sentence = (
             f"scenario '{scenario}', implementation '{implementation}': no forward finished in {limit}, so "
-            "the device is assumed to hang; raise --hang-after to wait longer."
+            f"{who} is assumed to hang; raise --hang-after to wait longer."
         )
         self._steering.hung(self._latest, sentence)
 

@@ -61,6 +61,14 @@ def test_a_stopped_rank_is_missed_and_ends_when_it_wakes_up(start: Start) -> Non
     assert ranks.wait(BOUND) == [3, 3]
 
 
+def test_a_rank_that_hangs_in_an_op_is_named(start: Start) -> None:
+    words = ("-O", "fault=waits", "-O", "rank=1", "-O", "call=9", "--hang-after", "10s")
+    ranks = start(*LONG, *words, backend=FAULTY)
+    assert ranks.wait(BOUND) == [3, 3]
+    assert f"rank 1 (process {ranks.pids[1]} on " in errors(ranks)[0]
+    assert "--hang-after" in errors(ranks)[0]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_one_rank_raises_ends_all(start: Start, rank: int) -> None:
     words = ("-O", "fault=raises", "-O", f"rank={rank}", "-O", "call=3")
