@@ -17,6 +17,7 @@ class MLAError(Exception):
     """Base of every error the core raises on purpose."""
 
     exit_code = 2
+    common = False  # every rank of a run meets it, so that rank 0 says it for all
 
 
 class ConfigError(MLAError):

@@ -9,10 +9,47 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 _results: TextIO | None = None  # stdout while `results_apart` keeps it for results; None: sys.stdout
+_rank = 0  # of a run over several ranks: rank 0 speaks for all
+_complaint = ""  # why the command ends
+_unsaid = False  # that it was left to rank 0
 
 
 def note(text: str) -> None:
-    """Print a remark where it cannot disturb the result."""
+    """Print a remark where it cannot disturb the result; on rank 0 alone, as the others have the same."""
+    if not _rank:
+        _print(text)
+
+
+def become(rank: int) -> None:
+    """Speak as this rank of a run, or, as rank 0, for all."""
+    global _rank, _complaint, _unsaid
+    _rank, _complaint, _unsaid = rank, "", False
+
+
+def complain(sentence: str, common: bool, show: Callable[[], None] | None = None) -> None:
+    """Say why the command ends, by `show` if given; rank 0 alone says what is `common` to all ranks."""
+    global _complaint, _unsaid
+    _complaint, _unsaid = sentence, bool(_rank and common)
+    if _unsaid:
+        return
+    if show is not None:
+        show()
+    else:
+        _print(f"rank {_rank}: error: {sentence}" if _rank else f"error: {sentence}")
+
+
+def insist() -> None:
+    """Print what `complain` left to rank 0, which cannot have heard of it."""
+    if _unsaid:
+        complain(_complaint, common=False)
+
+
+def complaint() -> str:
+    """Return why the command ends, as far as it was told; "" if it was not."""
+    return _complaint
+
+
+def _print(text: str) -> None:
     try:
         print(text, file=sys.stderr, flush=True)  # noqa: T201
     except BrokenPipeError:  # `2>&1 | head` must not end the run

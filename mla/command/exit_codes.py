@@ -90,8 +90,7 @@ def _guarded(command: Callable[[], int | None]) -> int:
     except click.exceptions.Exit as done:
         return done.exit_code
     except click.ClickException as error:
-        error.show()
-        return Exit.USAGE
+        return _refuse(error)
     except (KeyboardInterrupt, click.Abort):
         _forget_interrupt()
         return _say("interrupted by SIGTERM" if signals.terminated() else "interrupted", interrupted())
@@ -101,7 +100,7 @@ def _guarded(command: Callable[[], int | None]) -> int:
         _show_traceback(error.__cause__)
         return _say(str(error), Exit.BACKEND)
     except MLAError as error:
-        return _say(str(error), Exit(error.exit_code))
+        return _say(str(error), Exit(error.exit_code), error.common)
     except Exception as error:  # noqa: BLE001  # what a backend raises is not the user's to debug
         _show_traceback(error)
         return _say(_unexpected(error), Exit.BACKEND)
@@ -132,6 +131,16 @@ def _unexpected(error: Exception) -> str:
     return f"{describe(error)} ({place(error)}); `python -X dev -m mla.bench ...` shows the traceback."
 
 
-def _say(sentence: str, code: Exit) -> int:
-    console.note(f"error: {sentence}")
+# What every rank of a run is given alike.
+_COMMON = (Exit.USAGE, Exit.INTERRUPTED, Exit.TERMINATED)
+
+
+def _say(sentence: str, code: Exit, common: bool = False) -> int:
+    console.complain(sentence, common or code in _COMMON)
     return code
+
+
+def _refuse(error: click.ClickException) -> int:
+    """Let click say what is wrong with the words, which ranks of a run share."""
+    console.complain(error.format_message(), common=True, show=error.show)
+    return Exit.USAGE

@@ -23,6 +23,10 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 MOST_HOPS = 8
 
 
+class CollectiveError(RuntimeError):
+    """A collective failed: another rank is gone, or late, or in another one."""
+
+
 @dataclass
 class Traffic:
     """What collectives took while they were clocked: nanoseconds, and bytes that this rank sent."""
@@ -51,6 +55,7 @@ class Groups:
         self._heads = _own(layout.head_groups(), self.rank, timeout)
         self._context = _own(layout.context_groups(), self.rank, timeout)
         self._clocked: tuple[Traffic, Callable[[], int]] | None = None
+        self.entered = self.left = 0  # collectives, for whoever asks where this rank is
 
     @contextmanager
     def clocked(self, now_ns: Callable[[], int], traffic: Traffic) -> Iterator[None]:
@@ -89,14 +94,19 @@ class Groups:
         self._run(parts.nbytes * (size - 1) // size, dist.all_to_all_single, out, parts, group=self._context)
 
     def _run(self, sent: int, collective: Callable[..., Any], *tensors: torch.Tensor, group: Any) -> None:
-        if self._clocked is None:
-            collective(*tensors, group=group)
-            return
-        traffic, now_ns = self._clocked
-        start = now_ns()
-        collective(*tensors, group=group)
-        traffic.ns += now_ns() - start
-        traffic.sent += sent
+        self.entered += 1
+        try:
+            if self._clocked is None:
+                collective(*tensors, group=group)
+            else:
+                traffic, now_ns = self._clocked
+                start = now_ns()
+                collective(*tensors, group=group)
+                traffic.ns += now_ns() - start
+                traffic.sent += sent
+        except RuntimeError as error:
+            raise CollectiveError(str(error)) from error
+        self.left += 1
 
 
 def _own(groups: list[list[int]], rank: int, timeout: float | None) -> dist.ProcessGroup | None:

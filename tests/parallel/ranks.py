@@ -19,7 +19,11 @@ import torch.distributed as dist
 
 from mla import LatentCache, MLAConfig
 from mla.config import QueryScaling, YarnScaling
-from mla.parallel import Groups, Layout, ParallelMLA, ShardedCache, Share
+from mla.parallel.cache import ShardedCache
+from mla.parallel.groups import Groups
+from mla.parallel.layer import ParallelMLA
+from mla.parallel.layout import Layout
+from mla.parallel.share import Share
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
 
@@ -147,11 +151,6 @@ def compare(
         errors = (found.double() - truth).norm(dim=-1) / truth.norm(dim=-1)
         worst = max([worst, *errors.tolist()])
     return worst
-
-
-def _rows(out: torch.Tensor, step: Sequence[torch.Tensor], request: int) -> torch.Tensor:
-    """Return one request's rows of a step's output."""
-    return out.split([len(tokens) for tokens in step])[request]
 
 
 def main(folder: Path, rank: int, world: int) -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mla import LatentCache, MLAConfig
 from mla.errors import CacheFull, StaleBatch
-from mla.parallel import ShardedCache, Share
+from mla.parallel.cache import ShardedCache
+from mla.parallel.share import Share
 
 CONFIG = MLAConfig(
     hidden_size=8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import click
 
@@ -19,6 +20,7 @@ from mla.bench.cli import (
     show,
 )
 from mla.bench.cli import list as list_command
+from mla.command import console, launcher
 from mla.command.exit_codes import carried_out, guarded
 from mla.errors import did_you_mean
 
@@ -77,4 +79,31 @@ for command in (
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
-    return guarded(lambda: cli.main(words, prog_name="python -m mla.bench", standalone_mode=False))
+
+    def command() -> int | None:
+        if _on_ranks(words):
+            console.become(launcher.rank() or 0)
+        return cli.main(words, prog_name="python -m mla.bench", standalone_mode=False)
+
+    console.become(0)
+    code = guarded(command)
+    if code and _on_ranks(words):
+        _tell_ranks(code)
+    return code
+
+
+def _on_ranks(words: Sequence[str]) -> bool:
+    return any(word.partition("=")[0] == "--parallel" for word in words)
+
+
+def _tell_ranks(code: int) -> None:
+    """Let other ranks know why this one ended before it met them."""
+    sentence = console.complaint()
+    try:
+        from mla.bench.ranks.launch import leave_word
+
+        heard = leave_word(sentence, code)
+    except Exception:  # noqa: BLE001  # without a usable torch there is no way to tell them
+        heard = False
+    if not heard:
+        console.insist()

@@ -92,12 +92,20 @@ def run(**values: Any) -> int:
     old = results.read(options.resume) if options.resume else None
     from mla.bench.plan.resolve import resolve
 
-    request = resolve(options)
     if options.parallel:
+        request = resolve(options, _join)
         return _run_on_ranks(options, request, budget, old, baseline)
+    request = resolve(options)
     if options.list_ops:
         return _list_ops(request)
     return _run(options, request, budget, old, baseline)
+
+
+def _join(*arguments: Any) -> Any:
+    """Meet the other ranks; torch is imported only then."""
+    from mla.bench.ranks.launch import join
+
+    return join(*arguments)
 
 
 def _run_on_ranks(
@@ -113,7 +121,8 @@ def _run_on_ranks(
 
     crew = request.setting.ranks
     assert isinstance(crew, Crew)
-    with crew:
+    with crew, crew.told():
+        request = crew.agreed(request)
         if crew.rank:
             return follow(request, crew)
         if options.list_ops:

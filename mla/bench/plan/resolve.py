@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from mla.bench.measure import variants
 from mla.bench.plan import repro, scenarios, validate
@@ -18,6 +19,7 @@ from mla.command.console import note
 from mla.command.progress import Reading
 from mla.config.presets import DEFAULT_CONFIG
 from mla.errors import UsageError, did_you_mean
+from mla.parallel.layout import Layout
 from mla_backends.errors import describe
 
 if TYPE_CHECKING:
@@ -29,8 +31,15 @@ if TYPE_CHECKING:
     from mla.verify.layer_oracle import State
 
 
-def resolve(options: RunOptions) -> Request:
-    """Judge the options, open the backend and return what will run; mistakes show before any work."""
+# Meets the other ranks, once the backend is open (`mla.bench.ranks.launch.join`).
+Join = Callable[[RunOptions, OpenedBackend, Layout], Any]
+
+
+def resolve(options: RunOptions, join: Join | None = None) -> Request:
+    """Judge the options, open the backend and return what will run; mistakes show before any work.
+
+    `join` is needed for `--parallel`.
+    """
     if mixed := environment.mixed_installation():
         note(mixed)
     options, points = _points(options)
@@ -39,7 +48,7 @@ def resolve(options: RunOptions) -> Request:
     for file in filter(None, (options.target, options.profile)):
         files.check_writable(file)
     _keep_functions()
-    return _request(options, points, wanted, open_backend(options))
+    return _request(options, points, wanted, open_backend(options), join)
 
 
 def _keep_functions() -> None:
@@ -74,11 +83,27 @@ def _points(options: RunOptions) -> tuple[RunOptions, list[Point]]:
 
 
 def _request(
-    options: RunOptions, points: Sequence[Point], wanted: variants.Wanted, opened: OpenedBackend
+    options: RunOptions,
+    points: Sequence[Point],
+    wanted: variants.Wanted,
+    opened: OpenedBackend,
+    join: Join | None,
+) -> Request:
+    setting, state = _layer(options, points, opened, join)
+    with setting.ranks.told() if setting.ranks else contextlib.nullcontext():
+        return _planned(options, points, wanted, opened, setting, state)
+
+
+def _planned(
+    options: RunOptions,
+    points: Sequence[Point],
+    wanted: variants.Wanted,
+    opened: OpenedBackend,
+    setting: Setting,
+    state: State | None,
 ) -> Request:
     from mla.bench.plan.request import Request
 
-    setting, state = _layer(options, points, opened)
     points = _expanded(points, setting)
     validate.check_op_uses_shape(options, points)
     plans, names = _plans(options, points, setting, cold="cold" in (wanted.caches or ("cold",)))
@@ -99,7 +124,7 @@ def _request(
 
 
 def _layer(
-    options: RunOptions, points: Sequence[Point], opened: OpenedBackend
+    options: RunOptions, points: Sequence[Point], opened: OpenedBackend, join: Join | None
 ) -> tuple[Setting, State | None]:
     """Return the run's setting and, of a checkpoint, the weights."""
     import torch
@@ -116,12 +141,16 @@ def _layer(
     state = _weights(options, config, stored) if options.model_path else None
     page_size = scenarios.run_page_size(options, points)
     attention, seed, ops = options.attention, options.seed, options.ops
-    ranks = _ranks(options, opened, config, points)
+    ranks = _ranks(options, opened, config, points, join)
     return Setting(config, opened.backend, dtype, attention, page_size, seed, ops, ranks=ranks), state
 
 
 def _ranks(
-    options: RunOptions, opened: OpenedBackend, config: MLAConfig, points: Sequence[Point]
+    options: RunOptions,
+    opened: OpenedBackend,
+    config: MLAConfig,
+    points: Sequence[Point],
+    join: Join | None,
 ) -> Ranks | None:
     """Return the other ranks of the run; None for one device. Raises `UsageError` and `RanksError`."""
     layout = options.parallel
@@ -131,12 +160,12 @@ def _ranks(
         layout.check(config.with_heads(point.heads) if point.heads else config)
         if layout.dp > len(point.query_lens):
             raise UsageError(
-                f"layout '{layout}' splits the requests of '{point.name}' {layout.dp} ways, and there are "
-                f"{len(point.query_lens)}."
+                f"layout '{layout}' splits the requests of '{point.name}' {layout.dp} ways, and there "
+                f"{'is one' if len(point.query_lens) == 1 else f'are {len(point.query_lens)}'}."
             )
-    from mla.bench.ranks.launch import join
-
-    return join(options, opened, layout)
+    assert join is not None
+    ranks: Ranks = join(options, opened, layout)
+    return ranks
 
 
 def _config(options: RunOptions) -> MLAConfig:

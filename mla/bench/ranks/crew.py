@@ -5,42 +5,56 @@ Commands go from rank 0 to all others through gloo, on the host: the device's li
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from mla.bench.ranks import pulse
+from mla.bench.ranks.common_ops import common_ops, demoted, remark
+from mla.bench.ranks.errors import RankLost
 from mla.bench.ranks.lead import LeadLayer
+from mla.bench.ranks.meeting import Meeting
 from mla.bench.ranks.part import RankLayer
-from mla.bench.ranks.pulse import Pulse, RankLost
+from mla.bench.ranks.pulse import BEAT, SILENT, Pulse
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.setting import Setting
-from mla.command.exit_codes import Exit
+from mla.command.console import note
+from mla.command.exit_codes import Exit, interrupted
 from mla.errors import MLAError
-from mla.parallel.groups import Groups
+from mla.parallel.groups import CollectiveError, Groups
 from mla.parallel.layout import Layout
 from mla_backends import BackendError
 from mla_backends.errors import describe
 
+if TYPE_CHECKING:
+    from mla.bench.plan.request import Request
+
 # How long a rank may wait for a command: rank 0 computes the oracle, and reads files. That it is gone shows
 # at once, in a closed connection.
 PATIENCE = timedelta(days=7)
+HANGS = "it is assumed to hang; raise --hang-after to wait longer"
 
 
 class Crew:
     """This process's place among the ranks of `layout`. Every rank must make one, at the same time."""
 
-    def __init__(self, layout: Layout, library: str, timeout: float) -> None:
-        """`library`: of the device's collectives. `timeout`: seconds that a forward may wait for a rank."""
+    def __init__(self, layout: Layout, library: str, timeout: float, meeting: Meeting, pulse: Pulse) -> None:
+        """`library`: of the device's collectives. `timeout`: seconds that a forward may wait for a rank.
+
+        `torch.distributed` must be initialized.
+        """
         self.layout, self.library = layout, library
-        self.groups = Groups(layout, timeout)
-        self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self._pulse: Pulse | None = None
+        self._meeting, self._pulse = meeting, pulse
+        self._demoted: dict[Any, dict[str, str]] = {}  # roles that run as reference, by layer
+        with blamed_on(pulse):
+            self.groups = Groups(layout, timeout)
+            self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        pulse.place = lambda: (self.groups.entered, self.groups.left)
 
     @property
     def rank(self) -> int:
@@ -52,38 +66,61 @@ class Crew:
         """Number of ranks."""
         return self.layout.world
 
-    def watch(self) -> None:
-        """Watch the other ranks from now on."""
-        served, meeting = pulse.open_store(self.world) if self.rank == 0 else (None, None)
-        members = self.share(pulse.this_process())
-        address = self.share(meeting)[0]
-        self._pulse = Pulse(self.rank, members, address, pulse.die, served)
-
     def __enter__(self) -> Crew:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._pulse is not None
-        if error is not None and not isinstance(error, RankLost):
-            self._pulse.end(*_why(error))
+        if error is None:
+            dist.destroy_process_group()  # which may wait for ranks that are not there, after an error
         self._pulse.close()
-        dist.destroy_process_group()
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Tell the other ranks why this one fails in the block, if it does."""
+        try:
+            yield
+        except RankLost:
+            raise
+        except BaseException as error:
+            self._leave(*_why(error))
+            raise
+
+    def _leave(self, reason: str, code: int) -> None:
+        self._meeting.leave(reason, code)
+
+    def agreed(self, request: Request) -> Request:
+        """Return what all ranks run: rank 0's implementations, with ops that all have. All must call it.
+
+        Raises `RanksError` on all ranks where there is none.
+        """
+        own = {one.name: one.ops for one in request.scenarios}
+        chosen = self.share(own)
+        common = common_ops(chosen)
+        if said := remark(chosen, common):
+            note(said)
+        for one in request.scenarios:
+            for name, roles in one.ops.items():
+                self._demoted[_key(one.setting, name)] = demoted(roles, common[one.name][name])
+        return replace(request, scenarios=[replace(one, ops=common[one.name]) for one in request.scenarios])
+
+    def behind(self) -> str:
+        """Name the ranks that keep the others waiting; "" if none does."""
+        return self._pulse.behind()
+
+    def when_lost(self, die: Callable[[RankLost], None]) -> None:
+        """Have `die` end this process if another rank is lost while this one does something else."""
+        self._pulse.die = die
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
         """Name the rank that is lost, if one is, for what a library raises in the block.
 
-        Raises `RankLost`.
+        Raises `RankLost`. What is no error of a collective is probably this rank's own.
         """
-        try:
+        with blamed_on(self._pulse, own=True):
             yield
-        except RuntimeError as error:
-            lost = self._pulse.lost(error) if self._pulse else None
-            if lost is None:
-                raise
-            raise lost from error
 
     def end(self, code: int) -> int:
         """Have all other ranks end with this exit code, and return it; rank 0 only.
@@ -91,21 +128,20 @@ class Crew:
         A run that was interrupted may have left them in a forward: they are told otherwise.
         """
         if code in (Exit.INTERRUPTED, Exit.TERMINATED):
-            assert self._pulse is not None
-            self._pulse.end("interrupted", code)
+            self._leave(_INTERRUPTED[code], code)
         else:
             self.tell("end", int(code))
         return code
 
     def tell(self, *command: Any) -> None:
         """Send a command to all other ranks; rank 0 only."""
-        with self.blamed():
+        with blamed_on(self._pulse):
             dist.broadcast_object_list([command], src=0, group=self._control, device=torch.device("cpu"))
 
     def hear(self) -> tuple[Any, ...]:
         """Return the next command; on any rank but 0."""
         box: list[Any] = [None]
-        with self.blamed():
+        with blamed_on(self._pulse):
             dist.broadcast_object_list(box, src=0, group=self._control, device=torch.device("cpu"))
         command: tuple[Any, ...] = box[0]
         return command
@@ -113,33 +149,60 @@ class Crew:
     def gather(self, mine: Any) -> list[Any]:
         """Return what every rank gave, by rank, on rank 0; elsewhere nothing. All ranks must call it."""
         found: list[Any] | None = [None] * self.world if self.rank == 0 else None
-        with self.blamed():
+        with blamed_on(self._pulse):
             dist.gather_object(mine, found, dst=0, group=self._control)
         return found or []
 
     def share(self, mine: Any) -> list[Any]:
         """Return what every rank gave, by rank, on all of them."""
         found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, mine, group=self._control)
+        with blamed_on(self._pulse):
+            dist.all_gather_object(found, mine, group=self._control)
         return found
 
     def wait(self) -> None:
         """Return once every rank is here."""
-        with self.blamed():
+        with blamed_on(self._pulse):
             dist.barrier(group=self._control)
 
     def layer(
         self, setting: Setting, state: Mapping[str, torch.Tensor], name: str, ops: str | None
     ) -> Implementation:
         """Return this rank's part of a layer; on rank 0, the whole, which has all ranks do theirs."""
+        overrides = {**dict(setting.overrides), **self._demoted.get(_key(setting, name), {})}
+        setting = replace(setting, overrides=tuple(overrides.items()))
         part = RankLayer(setting, state, name, ops, self.groups)
         return LeadLayer(setting, part, self) if self.rank == 0 else part
+
+
+def _key(setting: Setting, name: str) -> tuple[Any, ...]:
+    return name, setting.dtype, setting.config.num_attention_heads
+
+
+@contextmanager
+def blamed_on(pulse: Pulse, own: bool = False) -> Iterator[None]:
+    """Name the rank that is lost, if one is, for what a library raises in the block. Raises `RankLost`.
+
+    `own`: this rank computes as well, so only a `CollectiveError` is worth waiting for who is to blame.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = pulse.lost(0 if own and not isinstance(error, CollectiveError) else SILENT + 2 * BEAT)
+        if lost is not None:
+            raise lost from error
+        if isinstance(error, CollectiveError) and (late := pulse.behind()):
+            raise RankLost(f"{late} did not come to a collective in which others wait: {HANGS}", 3) from error
+        raise
+
+
+_INTERRUPTED: dict[int, str] = {Exit.INTERRUPTED: "interrupted", Exit.TERMINATED: "by SIGTERM"}
 
 
 def _why(error: BaseException) -> tuple[str, int]:
     """Return what to tell the other ranks of an error of this one, and the exit code for all."""
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", Exit.INTERRUPTED
+        return _INTERRUPTED[interrupted()], interrupted()
     if isinstance(error, MLAError):
         return str(error).rstrip("."), int(error.exit_code)
     if isinstance(error, BackendError):

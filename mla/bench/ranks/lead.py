@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import msgspec
 import torch
 
-from mla.bench.ranks.part import RankLayer
+from mla.bench.ranks.part import RankLayer, Requests
 from mla.bench.results.schema import Spread
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import Inputs
@@ -131,9 +131,22 @@ class LeadLayer(Implementation):
             for copy in range(self._crew.layout.head_parts)
         ]
         worst = max(range(len(found)), key=lambda copy: _badness(found[copy]))
-        if found[worst].reason and len(found) > 1:
-            found[worst].reason = f"on rank {self._ranks(worst)[0]}: {found[worst].reason}"
+        if found[worst].reason:
+            found[worst].reason = f"on rank {self._worst_rank(checker, worst)}: {found[worst].reason}"
         return found[worst]
+
+    def _worst_rank(self, checker: LayerChecker, copy: int) -> int:
+        """Return which of the ranks that have one copy of all outputs is farthest from the oracle."""
+        ranks, far = self._ranks(copy), [0.0] * self._crew.layout.dp
+        rows = [
+            Requests.of(self.scenario, part, len(ranks)).rows(self.scenario) for part in range(len(ranks))
+        ]
+        for forward in self._forwards(checker, copy):
+            error = (forward.found.cpu().double() - forward.expected).nan_to_num(
+                torch.inf, torch.inf, torch.inf
+            )
+            far = [max(old, float(error[part].norm())) for old, part in zip(far, rows, strict=True)]
+        return ranks[far.index(max(far))]
 
     def _ranks(self, copy: int) -> list[int]:
         """Return the ranks that together have one copy of all outputs."""

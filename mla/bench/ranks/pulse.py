@@ -1,4 +1,4 @@
-"""`Pulse`: which ranks are alive, and why one is not. Over a store of its own, apart from any collective.
+"""`Pulse`: which ranks are alive, and why one is not: over the store in which they met, not a collective.
 
 A process that is killed says nothing, and what a library raises then names no rank. So every rank writes a
 beat that the others watch, and one that fails leaves its reason. A rank that waits in a library which does
@@ -14,27 +14,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import msgspec
-import torch.distributed as dist
 
-from mla.errors import MLAError
+from mla.bench.ranks.errors import RankLost
+from mla.command import console, last_words
 
 # Seconds between beats; without one for SILENT a rank is gone. A process that is not there on this host is
 # gone at once. Then this rank has GRACE to notice by itself, and to write what it has.
 BEAT, SILENT, GRACE = 0.5, 20.0, 10.0
-
-
-_TCPStore: Any = vars(dist)["TCPStore"]  # whose stubs do not export it
-
-
-class RankLost(MLAError):
-    """Another rank is gone, or has failed."""
-
-    exit_code = 3
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -42,6 +32,7 @@ class Member(msgspec.Struct, frozen=True):
 
     host: str
     pid: int
+    processes: str  # of which kernel and namespace `pid` is; "" where that is not known
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -51,108 +42,126 @@ class Ended(msgspec.Struct, frozen=True):
     code: int
 
 
+class Store(Protocol):
+    """What `torch.distributed.Store` has; its operations raise RuntimeError when the holder is gone."""
+
+    def set(self, key: str, value: Any) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def check(self, keys: list[str]) -> bool: ...
+
+
+Die = Callable[[RankLost], None]
+Place = Callable[[], tuple[int, int]]  # collectives that this rank has entered, and left
+
+
 def this_process() -> Member:
     """Return where this process runs."""
-    return Member(socket.gethostname(), os.getpid())
+    kernel = ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        kernel = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return Member(socket.gethostname(), os.getpid(), kernel)
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """The address of the store that rank 0 holds."""
-
-    host: str
-    port: int
+def ended(store: Store, rank: int) -> Ended | None:
+    """Return the word that a rank has left; None if it has not."""
+    key = f"ended/{rank}"
+    return msgspec.json.decode(store.get(key), type=Ended) if store.check([key]) else None
 
 
-def open_store(world: int) -> tuple[Any, Meeting]:
-    """Open the store on rank 0, at any free port."""
-    store = _TCPStore("0.0.0.0", 0, world, is_master=True, wait_for_workers=False)
-    return store, Meeting(os.environ.get("MASTER_ADDR", "127.0.0.1"), store.port)
+def leave(store: Store, rank: int, word: Ended) -> None:
+    """Tell the others why a rank ends; nothing if that is not possible any more."""
+    with contextlib.suppress(Exception):  # the store went with rank 0
+        store.set(f"ended/{rank}", msgspec.json.encode(word))
 
 
 class Pulse:
     """Beats for this rank, and watches the others, until it is closed.
 
-    `die` ends the process with a sentence.
+    `die` must end the process: GRACE after another rank was lost, if it has not closed by then.
     """
 
-    def __init__(
-        self,
-        rank: int,
-        members: Sequence[Member],
-        meeting: Meeting,
-        die: Callable[[str, int], None],
-        served: Any = None,
-    ) -> None:
-        """`served`: the store itself, which must live as long as the run, on rank 0."""
-        self._rank, self._members, self._meeting, self._die = rank, members, meeting, die
-        self._served, self._store = served, self._connect()
+    def __init__(self, rank: int, members: Sequence[Member], store: Store, die: Die) -> None:
+        """`store`: a connection of its own."""
+        self._rank, self._members, self._store, self.die = rank, members, store, die
         self._seen = {other: (b"", time.monotonic()) for other in range(len(members)) if other != rank}
-        self._lost: tuple[str, int] | None = None
+        self._lost: RankLost | None = None
+        self.place: Place = lambda: (0, 0)
         self._news, self._closed = threading.Condition(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._thread.start()
 
-    def _connect(self) -> Any:
-        limit = timedelta(seconds=SILENT)
-        return _TCPStore(self._meeting.host, self._meeting.port, timeout=limit, wait_for_workers=False)
-
-    def end(self, reason: str, code: int) -> None:
-        """Tell the others why this rank ends; nothing if that is not possible any more."""
-        with contextlib.suppress(Exception):  # the store went with rank 0
-            self._connect().set(f"ended/{self._rank}", msgspec.json.encode(Ended(reason, code)))
-
     def close(self) -> None:
         """Stop beating and watching."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(2 * BEAT)  # it may wait for a store that does not answer
 
-    def lost(self, error: BaseException) -> RankLost | None:
-        """Return which rank is to blame for an error in a collective, once that is known; None if none is."""
+    def lost(self, seconds: float) -> RankLost | None:
+        """Return which rank is lost, if that is known within so many seconds."""
         with self._news:
-            self._news.wait_for(lambda: self._lost is not None, timeout=SILENT + 2 * BEAT)
-        if self._lost is None:
-            return None
-        reason, code = self._lost
-        found = RankLost(reason)
-        found.exit_code = code
-        return found
+            self._news.wait_for(lambda: self._lost is not None, timeout=seconds)
+        return self._lost
+
+    def behind(self) -> str:
+        """Name the ranks that have not come to the collective in which others wait; "" if there are none."""
+        places = {self._rank: self.place()}
+        with contextlib.suppress(Exception):  # the store is gone
+            for other in self._seen:
+                _, entered, left = self._store.get(f"beat/{other}").split()
+                places[other] = int(entered), int(left)
+        last = max(entered for entered, _ in places.values())
+        late = [rank for rank, (entered, left) in sorted(places.items()) if entered < last or entered == left]
+        return ", ".join(map(self._name, late)) if len(late) < len(places) else ""
 
     def _run(self) -> None:
         beat = 0
         while not self._closed.wait(BEAT):
             beat += 1
             try:
-                self._store.set(f"beat/{self._rank}", str(beat))
-                found = next(filter(None, map(self._look, self._seen)), None)
-            except Exception:  # noqa: BLE001  # the store is gone, and with it rank 0
-                found = (self._name(0) + " is gone, and with it the run", 3)
+                self._store.set(f"beat/{self._rank}", "{} {} {}".format(beat, *self.place()))
+                found = self._first_lost()
+            except Exception:  # noqa: BLE001  # the store is gone, and with it whoever held it
+                found = RankLost(self._why_gone(0) or f"{self._name(0)} does not answer any more", 3)
             if found is not None:
                 self._tell(found)
                 return
 
-    def _tell(self, found: tuple[str, int]) -> None:
+    def _tell(self, found: RankLost) -> None:
+        with contextlib.suppress(Exception):
+            self._store.set(f"heard/{self._rank}", b"1")
         with self._news:
             self._lost = found
             self._news.notify_all()
         if not self._closed.wait(GRACE):
-            self._die(*found)
+            self.die(found)
 
-    def _look(self, other: int) -> tuple[str, int] | None:
-        """Return why another rank is lost, and the exit code that follows; None while it is not."""
-        key = f"ended/{other}"
-        if self._store.check([key]):
-            ended = msgspec.json.decode(self._store.get(key), type=Ended)
-            return f"{self._name(other)} ended: {ended.reason}", ended.code
+    def _first_lost(self) -> RankLost | None:
+        """Return the rank that is lost, one that has said why before one that is just gone."""
+        for other in self._seen:
+            if word := ended(self._store, other):
+                return RankLost(f"{self._name(other)} ended: {word.reason}", word.code, by=other)
+        found = ((other, self._why_gone(other) or self._why_silent(other)) for other in self._seen)
+        other, why = next(((other, why) for other, why in found if why), (0, None))
+        if why is None:
+            return None
+        if word := ended(self._store, other):  # which it has left since
+            return RankLost(f"{self._name(other)} ended: {word.reason}", word.code, by=other)
+        return RankLost(why, 3)
+
+    def _why_gone(self, other: int) -> str | None:
+        member, own = self._members[other], self._members[self._rank]
+        if own.processes and member.processes == own.processes and not _exists(member.pid):
+            return f"{self._name(other)} is gone: it was killed, perhaps for want of memory"
+        return None
+
+    def _why_silent(self, other: int) -> str | None:
         key, now = f"beat/{other}", time.monotonic()
         beat = self._store.get(key) if self._store.check([key]) else b""
         if beat != self._seen[other][0]:
             self._seen[other] = (beat, now)
-        member = self._members[other]
-        if member.host == self._members[self._rank].host and not _exists(member.pid):
-            return f"{self._name(other)} is gone: it was killed, perhaps for want of memory", 3
         if now - self._seen[other][1] > SILENT:
-            return f"{self._name(other)} has not been heard of for {SILENT:.0f} s: it or its node is gone", 3
+            found = f"{self._name(other)} has not been heard of for {SILENT:.0f} s"
+            return f"{found}: it, or its node, is gone or stopped"
         return None
 
     def _name(self, rank: int) -> str:
@@ -166,13 +175,15 @@ def _exists(pid: int) -> bool:
         with open(f"/proc/{pid}/stat") as stream:
             return stream.read().rpartition(")")[2].split()[0] not in ("Z", "X")
     except FileNotFoundError:
-        return not os.path.isdir("/proc/self")  # where there is no /proc, it counts as running
+        return False
     except OSError:
         return True
 
 
-def die(sentence: str, code: int) -> None:
+def die(lost: RankLost) -> None:
     """End this process, whatever it waits for."""
-    sys.stderr.write(f"error: {sentence}.\n")
-    sys.stderr.flush()
-    os._exit(code)
+    with contextlib.suppress(Exception):
+        console.complain(str(lost), lost.common)
+        sys.stderr.flush()
+        last_words.dismiss()
+    os._exit(lost.exit_code)

@@ -97,7 +97,14 @@ def warnings(base: Run, new: Run) -> list[str]:
     pairs = [("device", base.backend.device, new.backend.device), ("seed", base.seed, new.seed)]
     for key in sorted({*base.environment, *new.environment} & {"torch", "torch_threads", "python"}):
         pairs.append((key, base.environment.get(key), new.environment.get(key)))
+    pairs.append(("layout over ranks", _layouts(base), _layouts(new)))
     return [f"{name} differs: {old} and {now}" for name, old, now in pairs if old != now]
+
+
+def _layouts(run: Run) -> str:
+    """Return how a run's cases were spread over ranks: their ratio to one device is the strong scaling."""
+    found = {case.spread.layout if case.spread else "one device" for case in run.cases if _has_number(case)}
+    return ", ".join(sorted(found))
 
 
 def _run_differences(base: Run, new: Run) -> list[str]:

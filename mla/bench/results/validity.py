@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mla.bench.results import stats
-from mla.bench.results.schema import Case, Ceiling, Interval, Latency, Roofline, Run, Timing
+from mla.bench.results.schema import Case, Ceiling, Interval, Latency, Roofline, Run, Spread, Timing
+from mla.errors import UsageError
+from mla.parallel.layout import Layout
 
 Faults = Iterator[tuple[str, str]]  # what is wrong, and the JSON path of where
 
@@ -77,6 +79,8 @@ def _case(case: Case, path: str) -> Faults:
     yield from _numbers(case, path)
     yield from _planned(case, path)
     yield from _roofline(case.roofline, case.latency_ms, f"{path}.roofline")
+    if case.spread is not None:
+        yield from _spread(case.spread, case.latency_ms, f"{path}.spread")
     for index, timing in enumerate(case.timings):
         yield from _timing(timing, f"{path}.timings[{index}]")
 
@@ -208,6 +212,30 @@ def _roofline(roofline: Roofline, latency: Latency | None, path: str) -> Faults:
             f"Expected {value:.6g}, the floor over the latency, got {roofline.fraction:.6g}",
             f"{path}.fraction",
         )
+
+
+def _spread(spread: Spread, latency: Latency | None, path: str) -> Faults:
+    """Yield that ranks are not those of the layout, or that the case is not the slowest of them."""
+    try:
+        world = Layout.parse(spread.layout).world
+    except UsageError as error:
+        yield str(error).rstrip("."), f"{path}.layout"
+        return
+    if [one.rank for one in spread.ranks] != list(range(world)):
+        yield f"Expected ranks 0 to {world - 1}, as many as layout '{spread.layout}' has", f"{path}.ranks"
+        return
+    if latency is None:
+        yield "Expected ranks only with a latency", path
+        return
+    for one in spread.ranks:
+        if len(one.samples) != len(latency.samples):
+            said = f"{len(latency.samples)} samples, as the case has, got {len(one.samples)}"
+            yield f"Expected {said}", f"{path}.ranks[{one.rank}].samples"
+            return
+    slowest = map(max, zip(*(one.samples for one in spread.ranks), strict=True))
+    pairs = zip(latency.samples, slowest, strict=True)
+    if any(not math.isclose(sample, most, rel_tol=CLOSE) for sample, most in pairs):
+        yield "Expected samples of the case that are the slowest rank's, forward by forward", f"{path}.ranks"
 
 
 def _ceilings(ceilings: Sequence[Ceiling], path: str) -> Faults:

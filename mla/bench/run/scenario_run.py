@@ -156,7 +156,8 @@ class ScenarioRun:
         loaded = measured.check.status != "not run"
         case = self._empty(one.name, "", interrupted=False)
         summary.fill(case, self._point, measured, one)
-        case.spread = one.spread() if case.latency_ms else None
+        whole = case.latency_ms and not case.interrupted  # after that, ranks may be anywhere in a forward
+        case.spread = one.spread() if whole else None
         case.cost = self._fixture.cost(case.steps_per_pass)
         case.interleaved_with = [name for name in names if name != one.name] if one.name in names else []
         case.ops, case.op_remarks = one.ops(), one.remarks()

@@ -27,6 +27,7 @@ from mla.bench.run.watchdog import Watchdog
 from mla.bench.terminal.digits import number
 from mla.bench.workload.quantities import rounded_up, spoken
 from mla.command.console import note
+from mla.command.exit_codes import Exit
 from mla.command.progress import Progress
 from mla.errors import MLAError, OutOfMemory
 from mla_backends import BackendError
@@ -75,6 +76,8 @@ class _Scheduler:
 
     def run(self) -> Outcome:
         """Visit every scenario once."""
+        if self._request.setting.ranks is not None:
+            self._request.setting.ranks.when_lost(self._lost)
         order = list(self._request.scenarios)
         random.Random(self._request.setting.seed).shuffle(order)
         with self._watchdog:
@@ -241,7 +244,12 @@ class _Scheduler:
         return Hooks(over, self._watchdog.enter, self._watchdog.beat)
 
     def _others_may_run(self, error: Exception) -> bool:
-        """Return whether other scenarios may go well: this one was too large."""
+        """Return whether other scenarios may go well: this one was too large.
+
+        On several ranks the others wait in the forward that this one has left.
+        """
+        if self._request.setting.ranks is not None:
+            return False
         too_large = isinstance(error, (OutOfMemory, MemoryError))
         return len(self._request.scenarios) > 1 and (too_large or type(error).__name__ == "OutOfMemoryError")
 
@@ -263,12 +271,17 @@ class _Scheduler:
         return msgspec.structs.replace(self._empty, cases=cases, ceilings=ceilings)
 
     def _hung(self, scenario: str, implementation: str) -> None:
-        limit = spoken(self._steering.hang_after)
+        limit, ranks = spoken(self._steering.hang_after), self._request.setting.ranks
+        who = (ranks.behind() if ranks else "") or "the device"
         sentence = (
             f"scenario '{scenario}', implementation '{implementation}': no forward finished in {limit}, so "
-            "the device is assumed to hang; raise --hang-after to wait longer."
+            f"{who} is assumed to hang; raise --hang-after to wait longer."
         )
         self._steering.hung(self._latest, sentence)
+
+    def _lost(self, error: MLAError) -> None:
+        """End the run, whatever this rank waits for: another one is gone."""
+        self._steering.hung(self._latest, str(error), Exit(error.exit_code))
 
 
 class _ScenarioBar:

@@ -28,9 +28,9 @@ OVER_BUDGET = "skipped by --budget"
 HANG_AFTER = 600.0
 
 
-def _end_here(run: results.Run, sentence: str) -> None:
+def _end_here(run: results.Run, sentence: str, code: Exit = Exit.BACKEND) -> None:
     last_words.dismiss()
-    os._exit(Exit.BACKEND)
+    os._exit(code)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Steering:
     save: Callable[[results.Run], None] = lambda run: None  # after every scenario
     log: Note = lambda text: None  # one line per finished scenario
     hang_after: float = HANG_AFTER
-    hung: Callable[[results.Run, str], None] = _end_here  # must end the process
+    hung: Callable[..., None] = _end_here  # as `_end_here`: must end the process
     keeper: Keeper | None = None  # of the first failure
 
 
@@ -61,13 +61,13 @@ def steering(
     """
     kept = _kept(options, request, empty, old)
 
-    def hung(run: results.Run, sentence: str) -> None:
+    def hung(run: results.Run, sentence: str, code: Exit = Exit.BACKEND) -> None:
         with contextlib.suppress(Exception):  # nothing may keep the process from ending
             _save(options, run)
             show(run)
             note(f"error: {sentence}")
             last_words.dismiss()
-        os._exit(Exit.BACKEND)  # a call into a driver cannot be interrupted
+        os._exit(code)  # a call into a driver cannot be interrupted
 
     return Steering(
         budget,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -33,6 +34,9 @@ class Ranks(Protocol):
 
     @property
     def world(self) -> int: ...
+    def told(self) -> AbstractContextManager[None]: ...
+    def behind(self) -> str: ...
+    def when_lost(self, die: Callable[[Any], None]) -> None: ...
 
     def layer(
         self, setting: Setting, state: Mapping[str, torch.Tensor], name: str, ops: str | None

@@ -1,0 +1,150 @@
+"""`Meeting`: the store in which ranks find each other, and leave word of why they end.
+
+It is at MASTER_ADDR:MASTER_PORT, held by rank 0 or, under torchrun, by the launcher. No library's collectives
+are needed for it, so it can name a rank that never came.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+import torch.distributed as dist
+
+from mla.bench.ranks.errors import RankLost, RanksError
+from mla.bench.ranks.pulse import Ended, Member, ended, leave, this_process
+from mla_backends.errors import describe
+
+# Seconds that ranks wait for each other at the start, that one which ends before waits for others to hear it,
+# and between looks.
+MEETING, WORD, LOOK = 120.0, 5.0, 0.05
+
+_TCPStore: Any = vars(dist)["TCPStore"]  # whose stubs do not export them
+_PrefixStore: Any = vars(dist)["PrefixStore"]
+
+
+class Arrival(msgspec.Struct, frozen=True):
+    """A rank that has come, and what it was asked for."""
+
+    member: Member
+    facts: dict[str, str]
+
+
+class Meeting:
+    """One rank's access to the store."""
+
+    def __init__(self, rank: int, world: int, address: tuple[str, int], seconds: float = MEETING) -> None:
+        """Open the store, or wait so long for the rank that holds it. Raises `RanksError`."""
+        self.rank, self.world, self._address = rank, world, address
+        holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        try:
+            self._server = self._open(holds, seconds)  # lives as long as the run
+            self.store = self.client()
+        except Exception as error:
+            raise RanksError(self._unreachable(holds, seconds, error)) from error
+
+    def _open(self, holds: bool, seconds: float) -> Any:
+        limit = timedelta(seconds=seconds)
+        return _TCPStore(
+            *self._address,
+            self.world,
+            is_master=holds,
+            timeout=limit,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+
+    def client(self, seconds: float = MEETING) -> Any:
+        """Return a connection of its own: one that waits keeps others out."""
+        attempt = os.environ.get(
+            "TORCHELASTIC_RESTART_COUNT", "0"
+        )  # of torchrun: nothing is left of the last
+        return _PrefixStore(f"mla/{attempt}", self._open(False, seconds))
+
+    def _unreachable(self, holds: bool, seconds: float, error: Exception) -> str:
+        host, port = self._address
+        if holds:
+            return (
+                f"rank 0 cannot listen at port {port} ({describe(error)}): another run may use it; "
+                "set MASTER_PORT to a free one, the same for all ranks."
+            )
+        return (
+            f"rank {self.rank} has not found rank 0 at {host}:{port} within {seconds:.0f} s: it "
+            "has not started, or MASTER_ADDR and MASTER_PORT are not those of its node."
+        )
+
+    def arrive(self, facts: Mapping[str, str]) -> list[Arrival]:
+        """Tell the others that this rank is here, and return all ranks once they are.
+
+        Raises `RanksError` where one does not come, and `RankLost` where one has left word that it will not.
+        """
+        mine = Arrival(this_process(), dict(facts))
+        limit = time.monotonic() + MEETING
+        self.claim()
+        try:
+            self.store.set(f"member/{self.rank}", msgspec.json.encode(mine))
+            while missing := self._missing():
+                if time.monotonic() > limit:
+                    raise RanksError(_late(missing), common=True)
+                time.sleep(LOOK)
+            keys = [f"member/{rank}" for rank in range(self.world)]
+            return [msgspec.json.decode(found, type=Arrival) for found in self.store.multi_get(keys)]
+        except RuntimeError as error:
+            raise RankLost("rank 0 was gone before all ranks had met", 3) from error
+
+    def claim(self) -> None:
+        """Raise `RanksError` if another process is this rank: it is that of another run, to be left alone."""
+        if self.store.add(f"claimed/{self.rank}", 1) > 1:
+            host, port = self._address
+            raise RanksError(
+                f"another run has a rank {self.rank} at {host}:{port}: set MASTER_PORT to a free port, the "
+                "same for all ranks."
+            )
+
+    def _missing(self) -> list[int]:
+        """Return who has not come yet. Raises `RankLost` when one never will."""
+        for rank in range(self.world):
+            if rank != self.rank and (word := ended(self.store, rank)):
+                self.store.set(f"heard/{self.rank}", b"1")
+                raise RankLost(f"rank {rank} ended: {word.reason}", word.code, by=rank)
+        return [rank for rank in range(self.world) if not self.store.check([f"member/{rank}"])]
+
+    def leave(self, reason: str, code: int) -> None:
+        """Tell the others why this rank ends. Rank 0, which may hold the store, waits a moment for them."""
+        leave(self.store, self.rank, Ended(reason, code))
+        with contextlib.suppress(Exception):
+            limit = time.monotonic() + WORD
+            while self.rank == 0 and time.monotonic() < limit and self._unheard():
+                time.sleep(LOOK)
+
+    def _unheard(self) -> bool:
+        others = range(1, self.world)
+        told = (self.store.check([f"{word}/{rank}"]) for rank in others for word in ("heard", "ended"))
+        return not all(map(any, zip(told, told, strict=True)))
+
+
+def _late(missing: Sequence[int]) -> str:
+    """Return the sentence about ranks that did not come."""
+    who = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+    ranks, have = ("rank", "has") if len(missing) == 1 else ("ranks", "have")
+    return (
+        f"{ranks} {who} {have} not come within {MEETING:.0f} s: ended before that, or still loading; "
+        "their own output says more."
+    )
+
+
+def agree(facts: Sequence[Mapping[str, str]]) -> None:
+    """Raise `RanksError`, on all ranks, where one was asked for something else than rank 0."""
+    for rank, found in enumerate(facts):
+        for name, value in found.items():
+            if value != facts[0].get(name):
+                raise RanksError(
+                    f"rank {rank} has {name} {value}, and rank 0 has {facts[0].get(name)}: all ranks must be "
+                    "started with the same options and versions.",
+                    common=True,
+                )

@@ -1,0 +1,61 @@
+"""Ranks that cannot be one run say so, once, in one sentence."""
+
+from __future__ import annotations
+
+import pytest
+from ranks_of_a_run import BOUND, Start
+
+from mla.bench import results
+
+FAULTY = "rank_faults:FaultyRank"
+
+
+@pytest.mark.parametrize(
+    ("own", "code", "sentence"),
+    [
+        (["--seed", "1"], 3, "rank 1 has --seed 1, and rank 0 has 0"),
+        (["--page-size", "32"], 3, "rank 1 has --page-size 32, and rank 0 has None"),
+        (["--runs", "none"], 2, "rank 1 ended: Invalid value for '--runs'"),
+        (["-O", "nonsense=1"], 2, "rank 1 ended: "),
+    ],
+)
+def test_a_rank_with_another_configuration_is_named(
+    start: Start, own: list[str], code: int, sentence: str
+) -> None:
+    ranks = start("--parallel", "tp=2", own={1: own})
+    assert ranks.wait(BOUND) == [code, code], (ranks.err(0), ranks.err(1))
+    assert ranks.err(0).splitlines()[-1].startswith(f"error: {sentence}")
+    assert ranks.err(1) == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        (("--parallel", "tp=4"), 2, "--parallel tp=4 needs 4 processes, and 2 were started"),
+        (("--parallel", "tp=2", "--stages"), 2, "--stages is for one device"),
+        (("--parallel", "dp=2", "-a", "batch=1"), 2, "there is one"),
+    ],
+)
+def test_what_all_ranks_have_wrong_is_said_once(
+    start: Start, words: tuple[str, ...], code: int, sentence: str
+) -> None:
+    ranks = start(*words)
+    assert ranks.wait(BOUND) == [code, code]
+    assert sentence in ranks.err(0).splitlines()[-1]
+    assert ranks.err(1) == ""
+
+
+def test_a_backend_without_collectives_is_refused(start: Start) -> None:
+    ranks = start("--parallel", "tp=2", "-O", "library=none", backend=FAULTY)
+    assert ranks.wait(BOUND) == [3, 3]
+    assert "names no library for collectives" in ranks.err(0)
+    assert ranks.err(1) == ""
+
+
+def test_a_wrong_rank_is_named(start: Start) -> None:
+    words = ("-O", "fault=scale", "-O", "rank=1")
+    ranks = start("--parallel", "dp=2", "--scenario", "decode", "-o", "run.json", *words, backend=FAULTY)
+    assert ranks.wait(BOUND) == [4, 4]
+    case = results.read(ranks.folder / "run.json").cases[0]
+    assert case.check.reason.startswith("on rank 1: ")
+    assert "Decode Throughput" not in ranks.out()

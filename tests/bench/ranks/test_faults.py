@@ -1,0 +1,119 @@
+"""Whatever happens to a rank, all others end, say which one it was, and keep what was finished."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import Any
+
+import pytest
+from ranks_of_a_run import BOUND, Start
+
+from mla.bench import results
+
+FAULTY = "rank_faults:FaultyRank"
+# Long enough to be in it when something happens.
+LONG = ("--parallel", "tp=2", "-o", "run.json", "--passes", "1000000", "--warmups", "0")
+
+
+def when_said(ranks: Any, words: str, rank: int = 0) -> None:
+    """Wait until a rank has said this on stderr."""
+    limit = time.monotonic() + BOUND
+    while words not in ranks.err(rank):
+        assert time.monotonic() < limit, ranks.err(rank)
+        assert ranks.code(rank) is None, ranks.err(rank)
+        time.sleep(0.02)
+
+
+def errors(ranks: Any) -> list[str]:
+    """Return the complaints of each rank."""
+    return ["".join(line for line in ranks.err(rank).splitlines() if "error: " in line) for rank in (0, 1)]
+
+
+def test_when_rank_0_is_killed_the_others_say_so(start: Start) -> None:
+    ranks = start(*LONG, "--scenario", "prefill")
+    when_said(ranks, "plan ")
+    ranks.send(0, signal.SIGKILL)
+    assert ranks.wait(BOUND) == [-9, 3]
+    assert errors(ranks)[1].startswith(f"rank 1: error: rank 0 (process {ranks.pids[0]} on ")
+    assert "it was killed" in errors(ranks)[1]
+
+
+def test_cases_finished_before_are_kept_and_shown(start: Start) -> None:
+    ranks = start("--parallel", "tp=2", "-o", "run.json", "--scenario", "prefill", "-a", "batch=1..40+1")
+    when_said(ranks, "2 of 40")
+    ranks.send(1, signal.SIGKILL)
+    assert ranks.wait(BOUND) == [3, -9]
+    assert errors(ranks)[0].startswith(f"error: rank 1 (process {ranks.pids[1]} on ")
+    assert "it was killed" in errors(ranks)[0]
+    kept = results.read(ranks.folder / "run.json").cases
+    assert len([case for case in kept if case.latency_ms]) >= 2
+    assert all(case.scenario in ranks.out() for case in kept)
+
+
+def test_a_stopped_rank_is_missed_and_ends_when_it_wakes_up(start: Start) -> None:
+    words = ("-O", "fault=hangs", "-O", "rank=1", "-O", "call=3")
+    ranks = start(*LONG, *words, backend=FAULTY)
+    assert ranks.wait(BOUND, [0]) == [3, None]
+    assert "rank 1 (process " in errors(ranks)[0]
+    assert "has not been heard of for 20 s" in errors(ranks)[0]
+    ranks.send(1, signal.SIGCONT)
+    assert ranks.wait(BOUND) == [3, 3]
+
+
+def test_a_rank_that_hangs_in_an_op_is_named(start: Start) -> None:
+    words = ("-O", "fault=waits", "-O", "rank=1", "-O", "call=9", "--hang-after", "10s")
+    ranks = start(*LONG, *words, backend=FAULTY)
+    assert ranks.wait(BOUND) == [3, 3]
+    assert f"rank 1 (process {ranks.pids[1]} on " in errors(ranks)[0]
+    assert "--hang-after" in errors(ranks)[0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_rank_raises_ends_all(start: Start, rank: int) -> None:
+    words = ("-O", "fault=raises", "-O", f"rank={rank}", "-O", "call=3")
+    ranks = start("--parallel", "tp=2", *words, backend=FAULTY)
+    assert ranks.wait(BOUND) == [3, 3]
+    first, second = errors(ranks)
+    assert "the card fell off the bus" in first
+    if rank == 0:
+        assert second == ""  # rank 0 has said it
+    else:
+        assert first.startswith("error: rank 1 (process ")
+        assert second.startswith("rank 1: error: ")
+        assert "the card fell off the bus" in second
+
+
+@pytest.mark.parametrize(
+    ("number", "to", "code", "word"),
+    [
+        (signal.SIGTERM, [1], 143, "SIGTERM"),
+        (signal.SIGTERM, [0], 143, "SIGTERM"),
+        (signal.SIGINT, [0, 1], 130, "interrupted"),
+    ],
+)
+def test_an_interrupted_rank_ends_all(
+    start: Start, number: signal.Signals, to: list[int], code: int, word: str
+) -> None:
+    ranks = start(*LONG, "--scenario", "decode")
+    when_said(ranks, "memory ")
+    time.sleep(1)
+    for rank in to:
+        ranks.send(rank, number)
+    assert ranks.wait(BOUND) == [code, code], (ranks.err(0), ranks.err(1))
+    assert word in ranks.err(0).splitlines()[-1]
+    assert ranks.err(1) == ""
+
+
+def test_a_run_at_the_port_of_another_leaves_it_alone(start: Start) -> None:
+    first = start("--parallel", "tp=2", MASTER_PORT="20077")
+    when_said(first, "plan ")
+    second_folder = first.folder / "second"
+    second_folder.mkdir()
+    second = first.nursery.start(
+        ["--backend", "cpu", "--parallel", "tp=2"], second_folder, MASTER_PORT="20077"
+    )
+    assert second.wait(BOUND) == [3, 3]
+    assert "set MASTER_PORT" in errors(second)[0]
+    assert "set MASTER_PORT" in errors(second)[1]
+    assert first.wait(BOUND) == [0, 0]

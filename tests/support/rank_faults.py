@@ -1,0 +1,75 @@
+"""The CPU with an op that fails on rank `-O rank=...` as `-O fault=...` says, after `-O call=...` calls.
+
+scale: what it writes is 5 % too large. raises: it raises. hangs: the process stops. waits: for ever.
+With `-O library=none` it names no library for collectives.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mla.reference import REFERENCE
+from mla_backends import FusedOp
+from mla_backends.api import Packed
+from mla_backends.testing import HostBackend
+
+KIND = "linear"
+
+
+class Faulty(FusedOp):
+    """The reference op, and then its fault."""
+
+    contract = REFERENCE[KIND].contract
+
+    def __init__(self, options: Mapping[str, str]) -> None:
+        self._fault = options.get("fault") if os.environ["RANK"] == options.get("rank", "1") else None
+        self._left = int(options.get("call", "0"))
+
+    def pack(self, weight: torch.Tensor) -> Packed:
+        return REFERENCE[KIND].pack(weight)
+
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        return REFERENCE[KIND].unpack(packed)
+
+    def __call__(self, *leading: Any, **tensors: Any) -> None:
+        REFERENCE[KIND](*leading, **tensors)
+        self._left -= 1
+        if self._fault is None or self._left >= 0:
+            return
+        if self._fault == "hangs":
+            self._fault = None  # once it goes on, it does
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return
+        if self._fault == "waits":
+            time.sleep(3600)
+        elif self._fault == "scale":
+            tensors["out"] *= 1.05
+        elif self._fault == "raises":
+            raise RuntimeError("the card fell off the bus")
+
+
+class FaultyRank(HostBackend):
+    name = "faulty-rank"
+
+    @classmethod
+    def known_options(cls) -> tuple[str, ...]:
+        return ("threads", "fault", "rank", "call", "library")
+
+    def setup(self, index: int | None = None) -> torch.device:
+        torch.set_num_threads(1)
+        return super().setup(index)
+
+    def collectives(self) -> str | None:
+        return None if self.options.get("library") == "none" else "gloo"
+
+    def dtypes(self) -> Sequence[torch.dtype]:
+        return (torch.bfloat16, torch.float32)
+
+    def ops(self) -> Mapping[str, FusedOp]:
+        return {"faulty_linear": Faulty(self.options)}
