@@ -37,6 +37,7 @@ Examples:
   python -m mla.bench --backend cpu --preset full --budget 10m -o full.json
   python -m mla.bench --backend cpu --op latent_attention --batch 64 --kv 4k
   python -m mla.bench --backend cpu --scenario decode --profile trace.json.gz
+  python -m mla.bench --backend cpu --config deepseek-r1 --parallel tp=8,dcp=4 --simulate
   python -m mla.bench --backend torch -O device=xpu
   python -m mla.bench --backend my_module:MyBackend --workload mine.toml --dry-run
   python -m mla.bench compare before.json after.json --fail-slower 3%
@@ -91,7 +92,7 @@ def run(**values: Any) -> int:
     from mla.bench.plan.resolve import resolve
 
     request = resolve(options)
-    if options.parallel:
+    if options.parallel and not options.simulate:
         return _run_on_ranks(options, request, budget, old, baseline)
     if options.list_ops:
         return _list_ops(request)

@@ -57,6 +57,9 @@ class RunOptions(BackendOptions):
     profile: Path | None = None
     dump_failure: Path | None = None
     parallel: Layout | None = None
+    simulate: bool = False
+    link: str | None = None
+    link_source: str = ""  # where its numbers are from (`mla.bench.plan.link`)
 
     @property
     def workload_name(self) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mla.bench.measure import variants
 from mla.bench.plan import repro, scenarios, validate
+from mla.bench.plan.link import with_link
 from mla.bench.plan.options import RunOptions
 from mla.bench.workload import grid
 from mla.bench.workload.grid import Point
@@ -18,6 +19,7 @@ from mla.command.console import note
 from mla.command.progress import Reading
 from mla.config.presets import DEFAULT_CONFIG
 from mla.errors import UsageError, did_you_mean
+from mla.parallel.link import Link
 from mla_backends.errors import describe
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from mla.bench.plan.request import Request, ScenarioPlan
     from mla.bench.subjects.setting import Ranks, Setting
     from mla.config import MLAConfig
+    from mla.parallel.layout import Layout
     from mla.verify.layer_oracle import State
 
 
@@ -34,6 +37,7 @@ def resolve(options: RunOptions) -> Request:
     if mixed := environment.mixed_installation():
         note(mixed)
     points = _points(options)
+    options = with_link(options)
     one = ("eager", "warm", "host") if options.parallel else (options.mode, options.cache, options.clock)
     wanted = variants.parse(*one)
     for file in filter(None, (options.target, options.profile)):
@@ -128,9 +132,18 @@ def _ranks(
                 f"layout '{layout}' splits the requests of '{point.name}' {layout.dp} ways, and there are "
                 f"{len(point.query_lens)}."
             )
+    if options.simulate:
+        return _simulation(layout, options)
     from mla.bench.ranks.launch import join
 
     return join(options, opened, layout)
+
+
+def _simulation(layout: Layout, options: RunOptions) -> Ranks:
+    from mla.bench.ranks.simulation import Simulation
+
+    assert options.link is not None
+    return Simulation(layout, Link.parse(options.link), options.link_source)
 
 
 def _config(options: RunOptions) -> MLAConfig:

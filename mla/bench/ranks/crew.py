@@ -5,7 +5,7 @@ Commands go from rank 0 to all others through gloo, on the host: the device's li
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mla.bench.ranks import pulse
+from mla.bench.ranks import link_fit, pulse
 from mla.bench.ranks.lead import LeadLayer
 from mla.bench.ranks.part import RankLayer
 from mla.bench.ranks.pulse import Pulse, RankLost
@@ -24,6 +24,7 @@ from mla.command.exit_codes import Exit
 from mla.errors import MLAError
 from mla.parallel.groups import Groups
 from mla.parallel.layout import Layout
+from mla.parallel.link import Line
 from mla_backends import BackendError
 from mla_backends.errors import describe
 
@@ -41,6 +42,7 @@ class Crew:
         self.groups = Groups(layout, timeout)
         self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._pulse: Pulse | None = None
+        self._link: dict[str, Line] | None = None  # once measured
 
     @property
     def rank(self) -> int:
@@ -51,6 +53,11 @@ class Crew:
     def world(self) -> int:
         """Number of ranks."""
         return self.layout.world
+
+    @property
+    def here(self) -> int:
+        """Number of ranks on this process's device."""
+        return 1
 
     def watch(self) -> None:
         """Watch the other ranks from now on."""
@@ -127,6 +134,13 @@ class Crew:
         """Return once every rank is here."""
         with self.blamed():
             dist.barrier(group=self._control)
+
+    def measure_link(self, device: torch.device, synchronize: Callable[[], None]) -> dict[str, Line]:
+        """Return what collectives cost, by kind, measured once per run. All ranks must call it together."""
+        if self._link is None:
+            with self.blamed():
+                self._link = link_fit.measured(self.groups, device, synchronize)
+        return self._link
 
     def layer(
         self, setting: Setting, state: Mapping[str, torch.Tensor], name: str, ops: str | None

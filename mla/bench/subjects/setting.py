@@ -33,6 +33,8 @@ class Ranks(Protocol):
 
     @property
     def world(self) -> int: ...
+    @property
+    def here(self) -> int: ...
 
     def layer(
         self, setting: Setting, state: Mapping[str, torch.Tensor], name: str, ops: str | None
@@ -61,6 +63,11 @@ class Setting:
     def world(self) -> int:
         """Number of devices that the layer is spread over."""
         return 1 if self.ranks is None else self.ranks.world
+
+    @property
+    def here(self) -> int:
+        """Number of ranks that run on this device: all that are simulated, else one."""
+        return 1 if self.ranks is None else self.ranks.here
 
     @property
     def device(self) -> torch.device:
