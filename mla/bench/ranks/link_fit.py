@@ -35,7 +35,7 @@ def measured(groups: Groups, device: torch.device, synchronize: Callable[[], Non
 def _tried(groups: Groups, device: torch.device, nbytes: int) -> Iterator[tuple[Call, Callable[[], Any]]]:
     """Yield every kind of collective on tensors of about so many bytes."""
     ranks, group = groups.layout.head_parts, groups.heads
-    x = torch.zeros(ranks, nbytes // ranks, dtype=torch.uint8, device=device).view(torch.bfloat16)
+    x = torch.zeros(ranks, nbytes // ranks // 2, dtype=torch.bfloat16, device=device)
     out, part = torch.zeros_like(x), torch.zeros_like(x[0])
     yield Call.all_reduce(x.nbytes, ranks), lambda: dist.all_reduce(x, group=group)
     yield Call.all_gather(part.nbytes, ranks), lambda: all_gather(out.view(-1), part, group=group)
