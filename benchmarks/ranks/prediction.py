@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"{layout} ended with exit code {error.returncode}; see above.\n")
             return error.returncode
         rows += [pair.row() for pair in pairs(layout, *files)]
-    print(markdown((*_HEADER, *_COLLECTIVES), rows))
+    sys.stdout.write(markdown((*_HEADER, *_COLLECTIVES), rows))
     return 0
 
 
