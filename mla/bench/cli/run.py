@@ -12,6 +12,7 @@ from mla.bench.cli import compare
 from mla.bench.cli.run_options import run_options
 from mla.bench.plan.options import RunOptions
 from mla.bench.plan.validate import check_gate
+from mla.bench.results.predicted import labelled
 from mla.bench.results.printable import printable
 from mla.bench.run.budget import Budget
 from mla.bench.terminal import run_table
@@ -191,7 +192,7 @@ def _show(options: RunOptions, run: results.Run) -> None:
     if run.cases:
         run = printable(run)  # what a plugin says of itself and of its device goes to a terminal as well
         out(run_table.render(run, options.kind))
-        for warning in quality_warnings(run):
+        for warning in quality_warnings(labelled(run)):
             note(warning)
 
 

@@ -35,7 +35,7 @@ def _case(case: Case, spread: Spread, kind: str, number: Number) -> str:
     else:
         table = aligned((title, *_HEADER), rows, words=(title,))
     if spread.predicted:
-        return f"{table}\n{_predicted(spread, number)}\n\n"
+        return f"{table}\n{prediction(spread, number)}\n\n"
     return (
         f"{table}\n{spread.layout} over {spread.library}; imbalance {imbalance(spread):.0%}. The latency is "
         "that of the slowest rank, forward by forward; collectives\nwere clocked in a pass of their own, and "
@@ -48,13 +48,13 @@ def _shown(spread: Spread) -> Sequence[RankFacts]:
     return [one for one in spread.ranks if not spread.predicted or one.rank in spread.timed_ranks]
 
 
-def _predicted(spread: Spread, number: Number) -> str:
+def prediction(spread: Spread, number: Number) -> str:
     """Return how a prediction came about: what was run, and what was added."""
     count, timed = len(spread.ranks), len(spread.timed_ranks)
     alike = f"; {count - timed} more are like one of these" if timed < count else ""
     return (
         f"{spread.layout}, predicted: {count} ranks ran one after the other on one device, and their outputs "
-        f"were merged; {timed} {'was' if timed == 1 else 'were'} timed\nalone{alike}. Slowest share "
+        f"were merged; {timed} {'was' if timed == 1 else 'were'}\ntimed alone{alike}. Slowest share "
         f"{number(spread.compute_ms)} ms, to which collectives are added; imbalance "
         f"{imbalance(spread):.0%}.\nLink {_link(spread)}."
     )

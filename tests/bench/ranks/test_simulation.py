@@ -81,7 +81,10 @@ def test_collectives_are_added_and_every_place_says_so(
         assert "--simulate --link alpha=1e+06us,beta=1GB/s" in case.repro
         assert "torchrun" not in case.repro
     for kind in ("table", "md"):
-        printed = bench(*tiny, "--parallel", "tp=2", "--simulate", "--link", SLOW, "--format", kind).out
+        done = bench(*tiny, "--parallel", "tp=2", "--simulate", "--link", SLOW, "--format", kind)
+        assert "simulated  2 ranks of tp=2 on this device" in done.err
+        assert "decode: mla-reference (predicted) 2" in done.err  # more than two seconds
+        printed = done.out
         named = [line for line in printed.splitlines() if "mla-reference" in line]
         assert len(named) > 6
         assert all("mla-reference (predicted)" in line for line in named)
@@ -91,6 +94,7 @@ def test_collectives_are_added_and_every_place_says_so(
     assert bench("report", "run.json", "--html", "run.html").code == 0
     page = Path("run.html").read_text()
     assert "mla-reference (predicted)" in page
+    assert "alpha=1e+06us,beta=1GB/s (given)" in page
 
 
 def test_predictions_and_measurements_are_not_compared(
