@@ -15,7 +15,7 @@ from mla.errors import UsageError
 from mla.parallel.layout import Layout
 
 # Newer releases of torch deprecate the name that older ones have.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 # Outputs of so many ranks are added up in the layer's dtype, as engines do; of more, in float32: each hop
@@ -57,6 +57,11 @@ class Groups:
         self._clocked: tuple[Traffic, Callable[[], int]] | None = None
         self.entered = self.left = 0  # collectives, for whoever asks where this rank is
 
+    @property
+    def heads(self) -> dist.ProcessGroup | None:
+        """The ranks that together have all heads."""
+        return self._heads
+
     @contextmanager
     def clocked(self, now_ns: Callable[[], int], traffic: Traffic) -> Iterator[None]:
         """Add what collectives in the `with` block take to `traffic`.
@@ -83,7 +88,7 @@ class Groups:
     def gather_context(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Write the contiguous x [t, ...] of every rank of the context group to out [dcp, t, ...]."""
         sent = x.nbytes * (self.layout.dcp - 1)
-        self._run(sent, _all_gather, out.flatten(0, 1), x, group=self._context)
+        self._run(sent, all_gather, out.flatten(0, 1), x, group=self._context)
 
     def exchange_context(self, parts: torch.Tensor, out: torch.Tensor) -> None:
         """Send parts[i] to rank i of the context group, and write what rank i sent to out[i].

@@ -12,6 +12,7 @@ from mla.bench.cli import compare
 from mla.bench.cli.run_options import run_options
 from mla.bench.plan.options import RunOptions
 from mla.bench.plan.validate import check_gate
+from mla.bench.results.predicted import labelled
 from mla.bench.results.printable import printable
 from mla.bench.run.budget import Budget
 from mla.bench.terminal import run_table
@@ -38,6 +39,7 @@ Examples:
   python -m mla.bench --backend cpu --op latent_attention --batch 64 --kv 4k
   python -m mla.bench --backend cpu --batch-spec 4q8s2049_16q1s3072 --heads 8
   python -m mla.bench --backend cpu --scenario decode --profile trace.json.gz
+  python -m mla.bench --backend cpu --config deepseek-r1 --parallel tp=8,dcp=4 --simulate
   python -m mla.bench --backend torch -O device=xpu
   python -m mla.bench --backend my_module:MyBackend --workload mine.toml --dry-run
   python -m mla.bench compare before.json after.json --fail-slower 3%
@@ -92,7 +94,7 @@ def run(**values: Any) -> int:
     old = results.read(options.resume) if options.resume else None
     from mla.bench.plan.resolve import resolve
 
-    if options.parallel:
+    if options.parallel and not options.simulate:
         request = resolve(options, _join)
         return _run_on_ranks(options, request, budget, old, baseline)
     request = resolve(options)
@@ -201,7 +203,7 @@ def _show(options: RunOptions, run: results.Run) -> None:
     if run.cases:
         run = printable(run)  # what a plugin says of itself and of its device goes to a terminal as well
         out(run_table.render(run, options.kind))
-        for warning in quality_warnings(run):
+        for warning in quality_warnings(labelled(run)):
             note(warning)
 
 

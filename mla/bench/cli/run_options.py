@@ -118,6 +118,19 @@ METHOD = (
         "context), dp=2 (requests), or a combination such as tp=2,dcp=2. One result, of the slowest rank.",
     ),
     click.option(
+        "--simulate",
+        is_flag=True,
+        help="Predict --parallel on one device, without other processes: all ranks are run here and merged, "
+        "each that differs is timed alone, and collectives are added from --link.",
+    ),
+    click.option(
+        "--link",
+        metavar="MODEL|FILE",
+        help="The link that --simulate assumes: alpha=5us,beta=300GB/s (latency of a message, bandwidth of a "
+        "rank), the result file of a run over real ranks, which measures both, or ideal: collectives take "
+        "no time.  [default: ideal]",
+    ),
+    click.option(
         "--mode",
         metavar="A,B",
         help="How forwards are launched: eager, graph (replayed). Default: both, if the backend has graphs.",

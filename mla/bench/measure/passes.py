@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 from mla.bench.doubts.clock import Disturbance, cpu_ns, now_ns
@@ -135,7 +136,9 @@ class PassRunner:
             timed = index in self.steps.timed
             forwards.ready(index)
             if timed and self._flush is not None:
-                self._flushed(self._flush, found)
+                self._apart(self._flush, found)
+            if self.implementation.rehearses:
+                self._apart(partial(self.implementation.rehearse, index), found)
             forwards.show(index)
             self._wait()
             self._region(step, index, timed, found)
@@ -148,11 +151,14 @@ class PassRunner:
         found.samples = self.implementation.slowest(found.samples)
         return found
 
-    def _flushed(self, flush: Callable[[], None], found: PassTimes) -> None:
-        """Flush the cache and wait for it without the backend, which has no turn before the clock starts."""
+    def _apart(self, work: Callable[[], None], found: PassTimes) -> None:
+        """Do what is no part of the pass, such as flushing the cache, and wait for it.
+
+        Without the backend, which has no turn before the clock starts.
+        """
         self._wait()
         start, start_cpu = now_ns(), cpu_ns()
-        flush()
+        work()
         found.wall -= (now_ns() - start) / 1e6
         found.wall_cpu -= (cpu_ns() - start_cpu) / 1e6
 

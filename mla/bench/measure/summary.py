@@ -27,7 +27,7 @@ def fill(case: results.Case, scenario: Scenario, measurement: Measurement, one: 
     )
     if not measurement.passes:
         return
-    passes = _per_layer(measurement.passes, scenario.layers)
+    passes = _per_layer(one.reported(measurement.passes), scenario.layers)
     case.latency_ms, case.tokens_per_s = latency(passes), throughput(passes, scenario.tokens)
     case.plan_ms = None if one.plan_ms is None else one.plan_ms / scenario.layers
     switched = enumerate(measurement.headline.after_switch)

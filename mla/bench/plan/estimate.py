@@ -23,6 +23,9 @@ SHARES = {"mla": 0.5, "mla-reference": 0.2, "transformers": 0.05, "transformers-
 DRAWING, PACKING = 2e-8, 5e-9
 # Assumed where nothing is measured: right in proportion is enough for a progress bar.
 NOMINAL = Rates(flops=1e12, bandwidth=3e10, float64=3e10)
+# Times as long as one device's a forward takes of which all ranks are simulated: they begin anew for every
+# collective, and those that are timed run twice more.
+SIMULATED = 5
 # Seconds for the limits of a scenario, and the most for an implementation's warm-ups, evidence and forwards
 # on new lengths, which end by the clock; and those of their forwards that run whatever they take.
 LIMITS, BOUNDED, FIXED = 4.0, 8.0, 8
@@ -112,7 +115,10 @@ class Estimator:
         seconds = self.floor(work) / SHARES.get(base, min(SHARES.values()))
         if base != "mla":  # which multiplies with torch, in the run's dtype
             seconds = max(seconds, work.flops / self._rates.by_torch)
-        return seconds + self._rates.overhead
+        ranks = scenario.setting.here
+        if ranks == 1:
+            return seconds + self._rates.overhead
+        return SIMULATED * (seconds + ranks * self._rates.overhead)
 
     def floor(self, work: results.Cost) -> float:
         """Return the seconds below which the device cannot do some work."""

@@ -58,6 +58,9 @@ class RunOptions(BackendOptions):
     dump_failure: Path | None = None
     batch_specs: tuple[str, ...] = ()
     parallel: Layout | None = None
+    simulate: bool = False
+    link: str | None = None
+    link_source: str = ""  # where its numbers are from (`mla.bench.plan.link`)
 
     @property
     def workload_name(self) -> str:

@@ -9,7 +9,8 @@ from mla.bench.plan import estimate
 from mla.bench.plan.estimate import SHARES, Estimator
 from mla.bench.plan.memory import gib
 from mla.bench.plan.request import Request, ScenarioPlan
-from mla.bench.subjects.setting import implementation_setting, make_ops
+from mla.bench.ranks.simulation import Simulation
+from mla.bench.subjects.setting import Setting, implementation_setting, make_ops
 from mla.bench.terminal.digits import number
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import Named, is_ours, parse_one
@@ -35,6 +36,8 @@ def describe(request: Request) -> None:
     )
     for line in _ops(request):
         note(line)
+    for line in _simulated(setting):
+        note(line)
     for line in _scenarios(request.points):
         note(f"scenario   {line}")
     if len(request.variants.timed) > 1:
@@ -44,6 +47,16 @@ def describe(request: Request) -> None:
         note(line)
     if request.profile:
         note(f"profile    {request.profile}: one more pass of every case, once all are timed")
+
+
+def _simulated(setting: Setting) -> Iterator[str]:
+    """Yield what stands for ranks that are not there."""
+    ranks = setting.ranks
+    if isinstance(ranks, Simulation):
+        yield (
+            f"simulated  {_count(ranks.world, 'rank')} of {ranks.layout} on this device, one by one; "
+            f"link {ranks.link} ({ranks.source}): times are predicted"
+        )
 
 
 def _ops(request: Request) -> Iterator[str]:

@@ -30,6 +30,7 @@ def common_options(options: RunOptions, opened: OpenedBackend) -> list[str]:
         ("--warmups", options.warmups, None),
         ("--layers", options.layers, None),
         ("--parallel", options.parallel, None),
+        ("--link", options.link if options.simulate else None, None),
         ("--dtype", options.dtype, DEFAULT_DTYPE),
         ("--attention", options.attention, "auto"),
         ("--page-size", options.page_size, DEFAULT_PAGE_SIZE),
@@ -63,9 +64,14 @@ def case_command(common: Sequence[str], point: Point, implementation: str) -> st
 
 
 def command(words: Iterable[str]) -> str:
-    """Return a command of the runner as one line for a shell; over several ranks, torchrun starts it."""
+    """Return a command of the runner as one line for a shell; over several ranks, torchrun starts it.
+
+    With a link, ranks are simulated.
+    """
     words = list(words)
-    if "--parallel" in words:
+    if "--link" in words:
+        words.insert(words.index("--link"), "--simulate")
+    elif "--parallel" in words:
         world = Layout.parse(words[words.index("--parallel") + 1]).world
         return shlex.join(["torchrun", "--nproc-per-node", str(world), *PROGRAM[1:], *words])
     return shlex.join([*PROGRAM, *words])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mla.bench.measure import variants
 from mla.bench.plan import repro, scenarios, validate
+from mla.bench.plan.link import with_link
 from mla.bench.plan.options import RunOptions
 from mla.bench.workload import grid
 from mla.bench.workload.grid import Point
@@ -20,6 +21,7 @@ from mla.command.progress import Reading
 from mla.config.presets import DEFAULT_CONFIG
 from mla.errors import UsageError, did_you_mean
 from mla.parallel.layout import Layout
+from mla.parallel.link import Link
 from mla_backends.errors import describe
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from mla.bench.plan.request import Request, ScenarioPlan
     from mla.bench.subjects.setting import Ranks, Setting
     from mla.config import MLAConfig
+    from mla.parallel.layout import Layout
     from mla.verify.layer_oracle import State
 
 
@@ -43,6 +46,7 @@ def resolve(options: RunOptions, join: Join | None = None) -> Request:
     if mixed := environment.mixed_installation():
         note(mixed)
     options, points = _points(options)
+    options = with_link(options)
     one = ("eager", "warm", "host") if options.parallel else (options.mode, options.cache, options.clock)
     wanted = variants.parse(*one)
     for file in filter(None, (options.target, options.profile)):
@@ -163,9 +167,18 @@ def _ranks(
                 f"layout '{layout}' splits the requests of '{point.name}' {layout.dp} ways, and there "
                 f"{'is one' if len(point.query_lens) == 1 else f'are {len(point.query_lens)}'}."
             )
+    if options.simulate:
+        return _simulation(layout, options)
     assert join is not None
     ranks: Ranks = join(options, opened, layout)
     return ranks
+
+
+def _simulation(layout: Layout, options: RunOptions) -> Ranks:
+    from mla.bench.ranks.simulation import Simulation
+
+    assert options.link is not None
+    return Simulation(layout, Link.parse(options.link), options.link_source)
 
 
 def _config(options: RunOptions) -> MLAConfig:

@@ -13,8 +13,12 @@ from mla.bench.plan.options import RunOptions
 from mla.bench.workload import implementations
 from mla.bench.workload.grid import Axes, Point
 from mla.bench.workload.op_scenario import READS_HISTORY
+from mla.command import launcher
 from mla.errors import UsageError
 from mla.text import dtype_name
+
+# Ranks that --simulate runs one after the other: more take hours.
+MOST_SIMULATED = 256
 
 if TYPE_CHECKING:
     from mla.config import MLAConfig
@@ -52,6 +56,7 @@ def check_options(options: RunOptions, axes: Axes) -> None:
     _check_profile(options)
     _check_page_size(options.page_size)
     _check_parallel(options)
+    _check_simulation(options)
 
 
 def _check_parallel(options: RunOptions) -> None:
@@ -74,6 +79,27 @@ def _check_parallel(options: RunOptions) -> None:
     others = [name for name in options.implementation_names if not implementations.is_ours(name)]
     if others and options.implementations:
         raise UsageError(f"{others[0]} runs on one device: --parallel times mla and mla-reference.")
+
+
+def _check_simulation(options: RunOptions) -> None:
+    """Raise `UsageError` for a simulation of nothing, and for one that several processes would repeat."""
+    if not options.simulate:
+        if options.link is not None:
+            raise UsageError("--link is what a simulation assumes of the ranks' link: add --simulate.")
+        return
+    if options.parallel is None:
+        raise UsageError("--simulate runs the ranks of a layout on one device: add --parallel, as in tp=8.")
+    count = launcher.count() or 1
+    if count > 1:
+        raise UsageError(
+            f"--simulate runs all ranks in one process, and {count} were started: start one, or leave it out "
+            "to measure the real ranks."
+        )
+    if options.parallel.world > MOST_SIMULATED:
+        raise UsageError(
+            f"--simulate runs every rank here, {MOST_SIMULATED} at most, and layout '{options.parallel}' has "
+            f"{options.parallel.world}."
+        )
 
 
 def _check_op_shape(options: RunOptions, axes: Axes) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from mla.bench.ranks import link_fit
 from mla.bench.ranks.common_ops import common_ops, demoted, remark
 from mla.bench.ranks.errors import RankLost
 from mla.bench.ranks.lead import LeadLayer
@@ -28,6 +29,7 @@ from mla.command.exit_codes import Exit, interrupted
 from mla.errors import MLAError
 from mla.parallel.groups import CollectiveError, Groups
 from mla.parallel.layout import Layout
+from mla.parallel.link import Line
 from mla_backends import BackendError
 from mla_backends.errors import describe
 
@@ -55,6 +57,7 @@ class Crew:
             self.groups = Groups(layout, timeout)
             self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
         pulse.place = lambda: (self.groups.entered, self.groups.left)
+        self._link: dict[str, Line] | None = None  # once measured
 
     @property
     def rank(self) -> int:
@@ -65,6 +68,11 @@ class Crew:
     def world(self) -> int:
         """Number of ranks."""
         return self.layout.world
+
+    @property
+    def here(self) -> int:
+        """Number of ranks on this process's device."""
+        return 1
 
     def __enter__(self) -> Crew:
         return self
@@ -164,6 +172,13 @@ class Crew:
         """Return once every rank is here."""
         with blamed_on(self._pulse):
             dist.barrier(group=self._control)
+
+    def measure_link(self, device: torch.device, synchronize: Callable[[], None]) -> dict[str, Line]:
+        """Return what collectives cost, by kind, measured once per run. All ranks must call it together."""
+        if self._link is None:
+            with blamed_on(self._pulse):
+                self._link = link_fit.measured(self.groups, device, synchronize)
+        return self._link
 
     def layer(
         self, setting: Setting, state: Mapping[str, torch.Tensor], name: str, ops: str | None

@@ -83,5 +83,7 @@ class _Follower:
         self._crew.gather(self._layer.compared())
 
     def clock(self, implementation: str, number: int) -> None:
-        """Clock the collectives of a pass, and send what the result says of this rank."""
+        """Clock the collectives of a pass and the link, and send what the result says of this rank."""
         self._crew.gather(self._layers[implementation].facts(number))
+        backend = self._request.setting.backend
+        self._crew.measure_link(self._request.setting.device, backend.synchronize)

@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from mla.bench.ranks.part import RankLayer, Requests
-from mla.bench.results.schema import Spread
+from mla.bench.results.schema import LinkLine, Spread
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.subjects.setting import Setting
@@ -20,6 +20,7 @@ from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.subjects.turns import forward_number
 from mla.bench.workload.scenario import Scenario
 from mla.parallel.layout import Layout
+from mla.parallel.link import Line
 from mla.verify.layer_check import Forward
 from mla.verify.places import Places
 from mla.verify.verdict import Check
@@ -43,6 +44,7 @@ class Talk(Protocol):
     def blamed(self) -> AbstractContextManager[None]: ...
     def gather(self, mine: Any) -> list[Any]: ...
     def wait(self) -> None: ...
+    def measure_link(self, device: torch.device, synchronize: Callable[[], None]) -> dict[str, Line]: ...
 
 
 class LeadLayer(Implementation):
@@ -128,7 +130,7 @@ class LeadLayer(Implementation):
         """Check what every rank has: each has the outputs of all heads, of its requests."""
         found = [
             checker.check_forwards(self._forwards(checker, copy), self.held_to_reference)
-            for copy in range(self._crew.layout.head_parts)
+            for copy in range(self._copies())
         ]
         worst = max(range(len(found)), key=lambda copy: _badness(found[copy]))
         if found[worst].reason:
@@ -147,6 +149,10 @@ class LeadLayer(Implementation):
             )
             far = [max(old, float(error[part].norm())) for old, part in zip(far, rows, strict=True)]
         return ranks[far.index(max(far))]
+
+    def _copies(self) -> int:
+        """Return how often each output is there: every rank has those of all heads."""
+        return self._crew.layout.head_parts
 
     def _ranks(self, copy: int) -> list[int]:
         """Return the ranks that together have one copy of all outputs."""
@@ -183,7 +189,11 @@ class LeadLayer(Implementation):
             msgspec.structs.replace(one, samples=samples)
             for one, samples in zip(found, self._kept, strict=True)
         ]
-        return Spread(layout=str(self._crew.layout), library=self._crew.library, ranks=ranks)
+        layout, library = str(self._crew.layout), self._crew.library
+        lines = self._crew.measure_link(self.setting.device, self.setting.backend.synchronize)
+        link = [LinkLine.of(kind, line) for kind, line in lines.items()]
+        source = f"measured among the ranks of {layout} over {library}" if link else ""
+        return Spread(layout=layout, library=library, ranks=ranks, link=link, link_source=source)
 
     def cache_bytes(self) -> int:
         return self._part.cache_bytes()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mla.bench.report import cross_file, series, summary
 from mla.bench.report.draw import theme
+from mla.bench.results.predicted import labelled
 from mla.bench.results.schema import Run
 from mla.command import files
 from mla.errors import MLAError, ResultError
@@ -54,7 +55,7 @@ def render(paths: Sequence[str], runs: Sequence[Run]) -> str:
     from mla.bench.report import sections
     from mla.bench.report.panel import Context
 
-    files = series.result_files(paths, runs)
+    files = series.result_files(paths, list(map(labelled, runs)))
     loader = jinja2.PackageLoader("mla.bench.report", ".")
     environment = jinja2.Environment(
         loader=loader,

@@ -15,7 +15,8 @@ from mla.bench.report.series import ResultFile, grouped
 from mla.bench.report.tables import ResultRow, css_class, result_rows
 from mla.bench.results.passes import as_planned
 from mla.bench.results.schema import Case, Run
-from mla.bench.terminal import run_table
+from mla.bench.terminal import ranks, run_table
+from mla.bench.terminal.digits import number
 from mla.bench.terminal.quality_warnings import quality_warnings
 from mla.bench.terminal.verdict import Verdict, verdicts
 from mla.text import size
@@ -187,6 +188,8 @@ def method(case: Case) -> list[tuple[str, str]]:
         ("timed", f"{passes} after {case.warmups} warm-ups, {case.clock} clock"),
         ("interleaved with", ", ".join(case.interleaved_with) or "nothing: it ran alone"),
     ]
+    if case.spread is not None and case.spread.predicted:
+        rows.append(("predicted", ranks.prediction(case.spread, number).replace("\n", " ")))
     rows += [("ops", _ops(case))] * bool(case.ops)
     rows += [(name, "; ".join(remarks)) for name, remarks in case.op_remarks.items()]
     states = [", ".join(f"{key} {value}" for key, value in state.items()) for state in case.device_state]

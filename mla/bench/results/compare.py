@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mla.bench.results.passes import planned_steps, same_steps, shared_steps
+from mla.bench.results.predicted import is_predicted, label, unlabelled
 from mla.bench.results.schema import Case, Interval, Run
 
 # Ratios this near 1 were noise on every machine tried.
@@ -89,7 +90,7 @@ def _has_number(case: Case) -> bool:
 
 def _key(case: Case) -> tuple[object, ...]:
     """Return what identifies a case across runs, except its dtype; scenario names follow from it."""
-    return case.base, frozenset(case.point.items()), case.op, case.implementation
+    return case.base, frozenset(case.point.items()), case.op, unlabelled(case.implementation)
 
 
 def warnings(base: Run, new: Run) -> list[str]:
@@ -131,6 +132,7 @@ def _case_differences(base: Case, new: Case) -> list[str]:
     if base.heads is not None and new.heads is not None:  # version 1 did not say
         names.append("heads")
     reasons = [f"dtype differs: {base.dtype} and {new.dtype}"] if base.dtype != new.dtype else []
+    reasons += _prediction_differences(base, new)
     reasons += [f"{name} differs" for name in names if getattr(base, name) != getattr(new, name)]
     if new.mode == "decode" and planned_steps(base) != planned_steps(new):  # forwards of a prefill are alike
         reasons.append("steps_per_pass differs")
@@ -141,8 +143,18 @@ def _case_differences(base: Case, new: Case) -> list[str]:
     return reasons
 
 
+def _prediction_differences(base: Case, new: Case) -> list[str]:
+    """Return why a prediction is not compared with a measurement, nor with one on another link."""
+    predicted = [is_predicted(case) for case in (base, new)]
+    if predicted[0] != predicted[1]:
+        return [f"the {'base' if predicted[0] else 'new'} run is predicted, and the other measured"]
+    if base.spread and new.spread and predicted[0] and base.spread.link != new.spread.link:
+        return ["both are predicted, on links that differ"]
+    return []
+
+
 def _refused(case: Case, reason: str, expected: bool) -> Comparison:
-    where = case.scenario, case.implementation
+    where = case.scenario, label(case)
     return Comparison(*where, REFUSED, reason=reason, status=case.check.status, expected=expected)
 
 
@@ -163,7 +175,7 @@ def _compare(base: Case, new: Case, noise: float) -> Comparison:
         reason = f"whole passes take {passes[0]:.3f} to {passes[1]:.3f} times as long: some steps are slow"
     return Comparison(
         scenario=new.scenario,
-        implementation=new.implementation,
+        implementation=label(new),
         verdict=verdict,
         ratio=ratio,
         interval=interval,
@@ -179,7 +191,11 @@ def _compare(base: Case, new: Case, noise: float) -> Comparison:
 
 
 def _note(base: Case, new: Case) -> str:
-    """Return which steps of two cases are compared, unless all are."""
+    """Return which steps of two cases are compared, unless all are, and that both are predicted."""
+    return "; ".join(filter(None, ("both are predicted" * is_predicted(new), _steps(base, new))))
+
+
+def _steps(base: Case, new: Case) -> str:
     found = same_steps(base, new)
     if found[0] is base and found[1] is new:
         return ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
+from mla.parallel.link import Line
 from mla.verify.verdict import Check
 
 # 2 added points of a grid, several timings and stages of a case, ceilings; 3 the status "doubtful", the
@@ -134,15 +136,40 @@ class RankFacts(msgspec.Struct, kw_only=True):
     weight_bytes: Amount
 
 
+class LinkLine(msgspec.Struct, kw_only=True):
+    """What one kind of collective costs: see `mla.parallel.link`."""
+
+    collective: Literal["all-reduce", "all-gather", "all-to-all"]
+    alpha_s: Annotated[float, Meta(ge=0, le=1e6)]  # seconds of a message without bytes
+    beta: Rate | None  # bytes per second; None: bytes cost nothing
+
+    @classmethod
+    def of(cls, kind: Any, line: Line) -> LinkLine:
+        """Return a line of a model as it is written."""
+        return cls(collective=kind, alpha_s=line.alpha, beta=None if math.isinf(line.beta) else line.beta)
+
+    def line(self) -> Line:
+        """Return the line of the model."""
+        return Line(self.alpha_s, math.inf if self.beta is None else self.beta)
+
+
 class Spread(msgspec.Struct, kw_only=True):
     """How a case was spread over ranks: its samples are those of the slowest rank, forward by forward.
 
     Collectives were clocked in a pass of their own, with a wait for the device around each.
+
+    Where it is `predicted`, ranks ran one after the other on one device: samples are those of the slowest
+    share alone, and collectives, which a model of the link adds. Ranks that are alike have the same samples.
     """
 
     layout: str  # as in "tp=2,dcp=2"
     library: str  # that torch.distributed used
     ranks: Annotated[list[RankFacts], Meta(min_length=1)]
+    predicted: bool = False
+    timed_ranks: list[Length] = []  # of a prediction: those that were timed, each for all that are alike
+    link: list[LinkLine] = []  # measured among the ranks; or what the prediction used: none for an ideal link
+    link_source: str = ""  # where the link's numbers are from
+    compute_ms: Sample | None = None  # of a prediction: the slowest share, median, without collectives
 
 
 class Agreement(msgspec.Struct, kw_only=True):

@@ -78,6 +78,8 @@ def _case(case: Case, path: str) -> Faults:
     yield from _check(case, path)
     yield from _numbers(case, path)
     yield from _planned(case, path)
+    if case.spread is not None:
+        yield from _prediction(case.spread, f"{path}.spread")
     yield from _roofline(case.roofline, case.latency_ms, f"{path}.roofline")
     if case.spread is not None:
         yield from _spread(case.spread, case.latency_ms, f"{path}.spread")
@@ -143,6 +145,15 @@ def _planned(case: Case, path: str) -> Faults:
         yield f"Expected at most {planned.due} passes, got {case.passes}", f"{path}.passes"
     if case.steps_per_pass > planned.steps:
         yield f"Expected at most {planned.steps} steps, got {case.steps_per_pass}", f"{path}.steps_per_pass"
+
+
+def _prediction(spread: Spread, path: str) -> Faults:
+    """Yield that a prediction does not say which ranks were timed, or that a measurement does."""
+    ranks = {one.rank for one in spread.ranks}
+    if spread.predicted and not (spread.timed_ranks and ranks.issuperset(spread.timed_ranks)):
+        yield f"Expected some of the ranks 0 to {len(ranks) - 1}", f"{path}.timed_ranks"
+    if not spread.predicted and (spread.timed_ranks or spread.compute_ms is not None):
+        yield "Expected `timed_ranks` and `compute_ms` of a prediction alone", path
 
 
 def _latency(latency: Latency, path: str) -> Faults:

@@ -19,6 +19,7 @@ from mla.bench.plan.estimate import Estimator
 from mla.bench.plan.memory import MemoryPlan, available_memory
 from mla.bench.plan.request import Request, ScenarioPlan, empty_run
 from mla.bench.results.passes import due
+from mla.bench.results.predicted import label
 from mla.bench.run.budget import Pace
 from mla.bench.run.outcome import Outcome, failure_of, subjects
 from mla.bench.run.scenario_run import ScenarioRun
@@ -314,4 +315,4 @@ def _over_budget(least: float, left: float, budget: float) -> str:
 def _in_short(case: results.Case) -> str:
     if case.latency_ms is None:
         return f"{case.implementation} {case.check.status}"
-    return f"{case.implementation} {number(case.latency_ms.median)} ms"
+    return f"{label(case)} {number(case.latency_ms.median)} ms"

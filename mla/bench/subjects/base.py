@@ -10,7 +10,7 @@ result of another forward passes for this one's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,6 +29,7 @@ class Implementation(ABC):
     name: str
     held_to_reference = False  # at most twice its error, as well as the absolute bounds
     plan_ms: float | None = None
+    rehearses = False  # `rehearse` does something
     computes = True  # the work that is counted: its time cannot be shorter than the device's limits allow
 
     def __init__(self, setting: Setting) -> None:
@@ -70,6 +71,13 @@ class Implementation(ABC):
         `samples` are those that this process measured. Called once after every pass, never timed.
         """
         return samples
+
+    def rehearse(self, index: int) -> None:  # noqa: B027  # only a simulation needs it
+        """Run what has to be there before `show(index)`, for a while that counts nowhere."""
+
+    def reported(self, passes: Sequence[Sequence[float]]) -> Sequence[Sequence[float]]:
+        """Return the milliseconds to report for those of the result's passes, as this process timed them."""
+        return passes
 
     def recorded(self) -> None:  # noqa: B027  # there is nothing to keep of one device
         """Keep what `slowest` was last told of other ranks: the pass is one of the result's."""

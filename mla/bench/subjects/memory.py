@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from mla import cost
 from mla.bench.subjects import shelf, turns
 from mla.bench.subjects.inputs import oracle_runs
 from mla.bench.subjects.setting import SPARE_PAGES, Setting, make_ops
 from mla.bench.workload.grid import Point
 from mla.bench.workload.scenario import Scenario
+from mla.config import MLAConfig
+from mla.cost.step import head_parameters
 from mla.layer.expansion import WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
 from mla.verify.oracle_cost import oracle_bytes
 
@@ -16,23 +20,52 @@ WORKSPACE = 1 << 30
 
 
 def device_bytes(setting: Setting, scenario: Point) -> int:
-    """Return what one implementation holds on the device."""
+    """Return what one implementation holds on the device, of all ranks that are simulated there."""
     config, size = setting.config, setting.page_size
-    slots = (sum(-(-length // size) for length in scenario.final_lens) + SPARE_PAGES) * size
-    activations = scenario.tokens * 4 * config.num_attention_heads * config.latent_dim
+    copies = copies_of(setting)
+    pages = sum(-(-length // size) + copies.shards for length in scenario.final_lens)
+    slots = (copies.cache * pages + setting.here * SPARE_PAGES) * size
+    activations = copies.queries * scenario.tokens * 4 * config.num_attention_heads * config.latent_dim
     inputs = _input_numbers(setting, scenario)
-    weights = cost.parameters(config) + cost.kv_b_parameters(config)  # kv_b is packed for both its uses
+    weights = _weights(config, setting.here, copies.heads)
     longest = 4 * max(scenario.final_lens) * config.latent_dim  # one request's keys, gathered and widened
     per_layer = weights + slots * config.latent_dim + activations
     scratch = WORKSPACE + (scenario.layers - 1) * _kept_bytes(setting, scenario)
     scratch += _grown_bytes(setting, scenario) + output_bytes(setting, scenario)
+    scratch += 2 * copies.parts * scenario.tokens * config.hidden_size * setting.dtype.itemsize
     return (longest + inputs + scenario.layers * per_layer) * setting.dtype.itemsize + scratch
+
+
+@dataclass(frozen=True)
+class Copies:
+    """How often the ranks that are simulated on one device hold what one device holds once."""
+
+    heads: int = 1  # the weights of heads
+    cache: int = 1  # the latents of a request
+    shards: int = 0  # further pages of a request, since each rank has a last one
+    queries: int = 1  # those of all heads, and outputs that are kept
+    parts: int = 0  # of the output, before they are added up
+
+
+def copies_of(setting: Setting) -> Copies:
+    """Return what is there more than once."""
+    layout = getattr(setting.ranks, "layout", None) if setting.here > 1 else None
+    if layout is None:
+        return Copies()
+    return Copies(layout.dp, layout.tp, layout.dcp - 1, layout.dcp, layout.head_parts)
+
+
+def _weights(config: MLAConfig, ranks: int, head_copies: int) -> int:
+    """Return the number of packed weights of all ranks here; kv_b is packed for both its uses."""
+    heads = head_parameters(config)
+    shared = cost.parameters(config) - heads
+    return ranks * shared + head_copies * (heads + cost.kv_b_parameters(config))
 
 
 def output_bytes(setting: Setting, scenario: Point) -> int:
     """Return what the outputs of a pass take, of all layers and in all their buffers."""
     size = scenario.layers * scenario.tokens * setting.config.hidden_size * setting.dtype.itemsize
-    return shelf.buffers(scenario.steps, size) * size
+    return copies_of(setting).queries * shelf.buffers(scenario.steps, size) * size
 
 
 def _input_numbers(setting: Setting, scenario: Point) -> int:

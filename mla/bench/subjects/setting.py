@@ -37,6 +37,8 @@ class Ranks(Protocol):
     def told(self) -> AbstractContextManager[None]: ...
     def behind(self) -> str: ...
     def when_lost(self, die: Callable[[Any], None]) -> None: ...
+    @property
+    def here(self) -> int: ...
 
     def layer(
         self, setting: Setting, state: Mapping[str, torch.Tensor], name: str, ops: str | None
@@ -65,6 +67,11 @@ class Setting:
     def world(self) -> int:
         """Number of devices that the layer is spread over."""
         return 1 if self.ranks is None else self.ranks.world
+
+    @property
+    def here(self) -> int:
+        """Number of ranks that run on this device: all that are simulated, else one."""
+        return 1 if self.ranks is None else self.ranks.here
 
     @property
     def device(self) -> torch.device:

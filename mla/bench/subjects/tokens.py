@@ -74,7 +74,7 @@ class LayerImplementation(Implementation):
         size = torch.Size(shape).numel() * inputs.hidden.element_size()
         count = buffers(scenario.steps, size)
         made = torch.empty((count, *shape), dtype=inputs.hidden.dtype, device=device)
-        self._shelf = Shelf(list(made.unbind()), scenario.steps, _poison)
+        self._shelf = Shelf(list(made.unbind()), scenario.steps, poison)
         self._collected: dict[int, tuple[Turn, torch.Tensor]] = {}
         self._number, self._taken = 0, -1
         self._kept_turns: dict[int, Turn] = {}
@@ -186,5 +186,6 @@ def _on_host(buffer: torch.Tensor) -> torch.Tensor:
     return _copy(torch.empty(buffer.shape, dtype=buffer.dtype), buffer)
 
 
-def _poison(buffer: torch.Tensor) -> None:
+def poison(buffer: torch.Tensor) -> None:
+    """Fill an output buffer with NaN."""
     _fill(buffer, torch.nan)

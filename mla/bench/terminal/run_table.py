@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mla.bench import results
 from mla.bench.results.passes import as_planned
+from mla.bench.results.predicted import is_predicted, labelled
 from mla.bench.results.schema import Case, Run
 from mla.bench.results.timings import cold, flat_timings
 from mla.bench.terminal import ceilings, ranks, stages
@@ -56,6 +57,7 @@ def render(run: Run, kind: str) -> str:
         return results.encode(run).decode()
     if kind == "csv":
         return _csv(run.cases)
+    run = labelled(run)
     body = _markdown(run.cases) if kind == "md" else _table(run.cases)
     parts = ranks.render(run.cases, kind, number) + stages.render(run.cases, kind, number, _limit)
     about = [*timing_lines(run), *case_lines(run)]
@@ -224,6 +226,7 @@ def _flat(case: Case) -> dict[str, object]:
         "cache_bytes": case.memory.cache_bytes,
         "transient_bytes": case.memory.transient_bytes,
         "clock": case.clock,
+        "predicted": is_predicted(case),
         "drift": latency.drift if latency else None,
         "outliers": latency.outliers if latency else None,
         "launch_bound": case.launch_bound,

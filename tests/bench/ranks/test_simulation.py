@@ -1,0 +1,225 @@
+"""--simulate: what is run, what is predicted, and that nobody takes the one for the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import write_tiny_run
+
+from mla.bench import results
+from mla.bench.results.schema import LinkLine, RankFacts, Spread
+from mla.bench.results.validity import fault_of_run
+from mla.parallel.layer import ParallelMLA
+from mla.parallel.simulated import SimulatedGroups
+
+Bench = Callable[..., Any]
+# Two messages of an all-reduce between two ranks: two seconds that no forward here takes.
+SLOW, SECONDS = "alpha=1s,beta=1GB/s", 2.0
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> list[str]:
+    """Return the options of a run in a blink: two requests of different length, and reference ops alone."""
+    options = write_tiny_run(tmp_path, passes=1, prefill_runs=1, decode_runs=2, history=(5, 9))
+    return ["--backend", "cpu", *options, "--implementations", "mla-reference"]
+
+
+@pytest.fixture
+def simulate(bench: Bench, tiny: list[str]) -> Callable[..., results.Run]:
+    """Return a function that simulates a layout and returns the result."""
+
+    def simulate(layout: str, *words: str) -> results.Run:
+        done = bench(*tiny, "--parallel", layout, "--simulate", *words, "-o", "run.json")
+        assert done.code == 0, done.err
+        return results.read(Path("run.json"))
+
+    return simulate
+
+
+@pytest.mark.parametrize(
+    ("layout", "timed"),
+    [("tp=2,dcp=2", [0, 1]), ("dcp=4", [0, 1, 2, 3]), ("dp=2,tp=2", [0, 2])],
+)
+def test_every_share_that_differs_is_timed(
+    simulate: Callable[..., results.Run], layout: str, timed: list[int]
+) -> None:
+    for case in simulate(layout).cases:
+        assert case.check.status == "ok"
+        spread = case.spread
+        assert spread is not None
+        assert spread.predicted
+        assert [one.rank for one in spread.ranks] == list(range(4))
+        assert spread.timed_ranks == timed
+        assert case.latency_ms is not None
+        slowest = [max(times) for times in zip(*(one.samples for one in spread.ranks), strict=True)]
+        assert case.latency_ms.samples == slowest
+        assert spread.compute_ms == pytest.approx(case.latency_ms.median)  # an ideal link adds nothing
+
+
+def test_a_part_of_dp_with_the_same_lengths_is_not_timed_again(
+    simulate: Callable[..., results.Run], tmp_path: Path
+) -> None:
+    write_tiny_run(tmp_path, passes=1, prefill_runs=1, decode_runs=2, history=(9, 9))
+    run = simulate("dp=2", "--scenario", "decode")
+    assert [case.spread.timed_ranks for case in run.cases if case.spread] == [[0]]
+
+
+def test_collectives_are_added_and_every_place_says_so(
+    bench: Bench, tiny: list[str], simulate: Callable[..., results.Run], tmp_path: Path
+) -> None:
+    run = simulate("tp=2", "--link", SLOW)
+    for case in run.cases:
+        assert case.latency_ms is not None
+        assert case.spread is not None
+        assert case.spread.compute_ms is not None
+        assert min(case.latency_ms.samples) > 1e3 * SECONDS
+        added = case.latency_ms.median - case.spread.compute_ms
+        assert added == pytest.approx(case.spread.ranks[0].collective_ms) == pytest.approx(2e3, rel=1e-3)
+        assert "--simulate --link alpha=1e+06us,beta=1GB/s" in case.repro
+        assert "torchrun" not in case.repro
+    for kind in ("table", "md"):
+        done = bench(*tiny, "--parallel", "tp=2", "--simulate", "--link", SLOW, "--format", kind)
+        assert "simulated  2 ranks of tp=2 on this device" in done.err
+        assert "decode: mla-reference (predicted) 2" in done.err  # more than two seconds
+        printed = done.out
+        named = [line for line in printed.splitlines() if "mla-reference" in line]
+        assert len(named) > 6
+        assert all("mla-reference (predicted)" in line for line in named)
+    table = bench(*tiny, "--parallel", "tp=2", "--simulate", "--format", "csv").out
+    assert ",predicted," in table.splitlines()[0]
+    assert ",True," in table.splitlines()[1]
+    assert bench("report", "run.json", "--html", "run.html").code == 0
+    page = Path("run.html").read_text()
+    assert "mla-reference (predicted)" in page
+    assert "alpha=1e+06us,beta=1GB/s (given)" in page
+
+
+def test_predictions_and_measurements_are_not_compared(
+    bench: Bench, tiny: list[str], simulate: Callable[..., results.Run]
+) -> None:
+    assert bench(*tiny, "-o", "measured.json").code == 0
+    simulate("tp=2", "--link", SLOW)
+    refused = bench("compare", "measured.json", "run.json")
+    assert refused.code == 5
+    assert "REFUSED" in refused.out
+    assert "the new run is predicted, and the other measured" in refused.out
+    same = bench("compare", "run.json", "run.json")
+    assert same.code == 0
+    assert "mla-reference (predicted): too few passes" in same.out
+    assert "both are predicted" in same.out
+    Path("slow.json").write_bytes(Path("run.json").read_bytes())
+    simulate("tp=2", "--link", "ideal")
+    assert "both are predicted, on links that differ" in bench("compare", "slow.json", "run.json").out
+
+
+def test_a_prediction_is_resumed_on_its_own_link_alone(
+    bench: Bench, tiny: list[str], simulate: Callable[..., results.Run]
+) -> None:
+    simulate("tp=2", "--link", SLOW)
+    other = bench(*tiny, "--parallel", "tp=2", "--simulate", "--resume", "run.json")
+    assert other.code == 2
+    assert "--link was alpha=1e+06us,beta=1GB/s and is ideal" in other.error
+    assert bench(*tiny, "--parallel", "tp=2", "--simulate", "--link", SLOW, "--resume", "run.json").code == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_share_that_computes_nothing_while_it_is_timed_is_wrong(
+    bench: Bench, tiny: list[str], monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """The outputs that are checked are those of the forward that was timed, of every rank that was."""
+    forward = ParallelMLA.forward
+
+    def lazy(layer: ParallelMLA, *arguments: Any, out: torch.Tensor) -> torch.Tensor:
+        groups = layer._groups
+        assert isinstance(groups, SimulatedGroups)
+        return forward(layer, *arguments, out) if groups._meeting or groups.rank != rank else out
+
+    monkeypatch.setattr(ParallelMLA, "forward", lazy)
+    done = bench(*tiny, "--parallel", "dcp=2", "--simulate")
+    assert done.code == 4
+    assert f"on rank {rank}" in done.out
+
+
+def test_the_link_of_a_run_over_real_ranks_is_used(
+    bench: Bench, tiny: list[str], simulate: Callable[..., results.Run], make_run: Callable[..., results.Run]
+) -> None:
+    line = LinkLine(collective="all-reduce", alpha_s=0.25, beta=None)
+    facts = RankFacts(
+        rank=0, samples=[1.0], collective_ms=0.5, collective_bytes=1, cache_bytes=1, weight_bytes=1
+    )
+    spread = Spread(layout="tp=2", library="gloo", ranks=[facts], link=[line], link_source="measured there")
+    results.write(make_run(spread=spread), Path("real.json"))
+    found = simulate("tp=4", "--link", "real.json").cases[0].spread
+    assert found is not None
+    assert found.link == [line]
+    assert found.link_source == "measured there, real.json"
+    assert found.ranks[3].collective_ms == pytest.approx(6 * 250)
+    predicted = bench(*tiny, "--parallel", "tp=2", "--simulate", "--link", "run.json")
+    assert predicted.code == 2
+    assert "'run.json' holds no measured link" in predicted.error  # but what another one was
+    lacks = bench(*tiny, "--parallel", "dcp=2", "--simulate", "--link", "real.json")
+    assert lacks.code == 2
+    assert "--link 'real.json' has no all-gather, which layout 'dcp=2' needs" in lacks.error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timed_ranks": []}, "Expected some of the ranks 0 to 0 - at `$.cases[0].spread.timed_ranks`"),
+        ({"timed_ranks": [1]}, "Expected some of the ranks 0 to 0"),
+        ({"predicted": False}, "Expected `timed_ranks` and `compute_ms` of a prediction alone"),
+    ],
+)
+def test_a_result_is_a_prediction_or_a_measurement(
+    make_run: Callable[..., results.Run], changes: dict[str, Any], message: str
+) -> None:
+    facts = RankFacts(
+        rank=0, samples=[1.0], collective_ms=0.5, collective_bytes=1, cache_bytes=1, weight_bytes=1
+    )
+    fields: dict[str, Any] = {"predicted": True, "timed_ranks": [0], "compute_ms": 1.0, **changes}
+    run = make_run(spread=Spread(layout="tp=1", library="gloo", ranks=[facts], **fields))
+    assert message in str(fault_of_run(run))
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "message"),
+    [
+        (("--simulate",), {}, "--simulate runs the ranks of a layout on one device: add --parallel"),
+        (("--parallel", "tp=2", "--link", "ideal"), {}, "add --simulate"),
+        (("--parallel", "tp=2", "--simulate", "--link", "measured"), {}, "'measured' is none of them"),
+        (("--parallel", "tp=2", "--simulate", "--link", "alpha=5"), {}, "a link is written as in"),
+        (("--parallel", "dcp=64,tp=8", "--simulate"), {}, "256 at most"),
+        (("--parallel", "tp=3", "--simulate"), {}, "splits heads over 3 ranks"),
+        (("--parallel", "tp=2", "--simulate"), {"WORLD_SIZE": "2", "RANK": "0"}, "2 were started: start one"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    bench: Bench,
+    tiny: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    variables: dict[str, str],
+    message: str,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    done = bench(*tiny, *words)
+    assert done.code == 2
+    assert message in done.error
+    assert done.out == ""
+
+
+def test_what_does_not_fit_is_said_before_anything_runs(
+    bench: Bench, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latents of two million tokens are here once with dcp=4, and four times with tp=4."""
+    monkeypatch.setattr("mla_backends.host.memory_available", lambda: int(3.3 * 2**30))
+    long = ("--scenario", "decode", "-a", "kv=1m", "--dry-run", "--simulate", "--parallel")
+    assert bench(*tiny, *long, "dcp=4").code == 0
+    refused = bench(*tiny, *long, "tp=4")
+    assert refused.code == 2
+    assert "this run needs about" in refused.error

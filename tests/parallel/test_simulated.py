@@ -1,0 +1,130 @@
+"""All ranks of a layout in one process equal one device, and a rank that runs again repeats its part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from mla import LatentCache, MLAConfig
+from mla.parallel.cache import ShardedCache
+from mla.parallel.layer import ParallelMLA
+from mla.parallel.layout import Layout
+from mla.parallel.share import Share
+from mla.parallel.simulated import SimulatedGroups, SimulatedWorld
+from mla.verify.layer_oracle import oracle
+from mla.weights import random_state_dict
+
+CONFIG = MLAConfig(
+    hidden_size=48,
+    num_attention_heads=8,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=12,
+    q_lora_rank=24,
+    attention_bias=True,
+)
+HISTORY, NEW = (33, 1, 0, 7), (1, 2, 9, 0)  # with ranks that hold none of a request's tokens
+
+
+class Simulated:
+    """A layer on one batch, whose ranks are all here."""
+
+    def __init__(self, layout: str) -> None:
+        self.world = SimulatedWorld(Layout.parse(layout))
+        self.state = random_state_dict(CONFIG, 0, torch.float32)
+        draw = torch.Generator().manual_seed(1)
+        self.history = [
+            (
+                torch.randn(count, CONFIG.kv_lora_rank, generator=draw),
+                torch.randn(count, CONFIG.qk_rope_head_dim, generator=draw),
+            )
+            for count in HISTORY
+        ]
+        self.hidden = torch.randn(sum(NEW), CONFIG.hidden_size, generator=draw)
+        made = [self._rank(groups) for groups in self.world.groups]
+        self.outs = [torch.full_like(self.hidden, torch.nan) for _ in made]
+        self.forwards: list[Callable[[], None]] = [
+            lambda rank=rank: made[rank](self.outs[rank]) for rank in range(len(made))
+        ]
+
+    def _rank(self, groups: SimulatedGroups) -> Callable[[torch.Tensor], object]:
+        layout = self.world.layout
+        layer = ParallelMLA(CONFIG, groups, dtype=torch.float32)
+        layer.load_state_dict(self.state)
+        if layout.dcp > 1:
+            share = Share(groups.place.dcp, layout.dcp)
+            cache = ShardedCache(CONFIG, share, max_tokens=2048, page_size=8, dtype=torch.float32, shuffle=3)
+        else:
+            cache = LatentCache(CONFIG, max_tokens=2048, page_size=8, dtype=torch.float32, shuffle=3)
+        cache.pages.fill_(torch.nan)
+        ids = cache.new_sequences(len(HISTORY))
+        for sequence, tokens in zip(ids, self.history, strict=True):
+            cache.load(sequence, *tokens)
+        batch = cache.extend(ids, NEW)
+        return lambda out: layer(self.hidden, batch, cache.pages[0], out)
+
+    def run(self) -> None:
+        """Run all ranks."""
+        for ranks in self.world.layout.head_groups():
+            self.world.run(ranks, lambda rank: self.forwards[rank]())
+
+    def errors(self) -> Iterator[float]:
+        """Yield the relative error of every rank's output."""
+        expected = torch.cat(
+            [
+                oracle(CONFIG, self.state, rows, [len(rows)], [tokens])
+                for rows, tokens in zip(self.hidden.split(NEW), self.history, strict=True)
+                if len(rows)
+            ]
+        )
+        for out in self.outs:
+            yield float((out.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("layout", ["tp=1", "tp=8", "dcp=4", "tp=2,dcp=4", "tp=4,dcp=2", "dp=2,tp=2"])
+def test_all_ranks_equal_one_device(layout: str) -> None:
+    simulated = Simulated(layout)
+    simulated.run()
+    for rank, out in enumerate(simulated.outs):
+        simulated.world.complete(rank, out)
+    assert max(simulated.errors()) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["tp=4", "tp=2,dcp=2"])
+def test_a_rank_alone_computes_its_part_anew(layout: str) -> None:
+    """Its output was overwritten, and so was what others gave it: neither stands in for computing."""
+    simulated = Simulated(layout)
+    simulated.run()
+    for rank, out in enumerate(simulated.outs):
+        parts = [one.part.clone() for one in simulated.world.groups]
+        for again in range(2):
+            out.fill_(torch.nan)
+            simulated.world.groups[rank].receive_again()
+            simulated.forwards[rank]()
+            assert torch.equal(out, parts[rank]), f"rank {rank}, time {again}"
+        simulated.world.complete(rank, out)
+    assert max(simulated.errors()) < 1e-5
+
+
+def test_collectives_are_those_of_the_layout() -> None:
+    simulated = Simulated("tp=2,dcp=2")
+    simulated.run()
+    tokens, heads, latent = sum(NEW), CONFIG.num_attention_heads // 4, CONFIG.latent_dim
+    rank = [(call.kind, call.ranks, call.sent) for call in simulated.world.groups[3].calls]
+    assert rank == [
+        ("all-gather", 2, tokens * heads * latent * 4),  # its queries, to the other rank
+        ("all-to-all", 2, tokens * heads * CONFIG.kv_lora_rank * 4),  # the other's heads
+        ("all-to-all", 2, tokens * heads * 4),  # their log-sum-exp
+        ("all-reduce", 4, 2 * simulated.hidden.nbytes * 3 // 4),
+    ]
+
+
+def test_ranks_that_wait_for_nobody_end() -> None:
+    """A rank that leaves out a collective must not make the others wait for ever."""
+    simulated = Simulated("dcp=2")
+    simulated.forwards[1] = lambda: None
+    with pytest.raises(RuntimeError, match="rank 0 waits for what no other rank gives"):
+        simulated.run()
