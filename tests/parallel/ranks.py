@@ -48,6 +48,7 @@ CONFIGS = {
     "bias": dataclasses.replace(
         PLAIN, q_lora_rank=24, attention_bias=True, query_scaling=QueryScaling(0.1, 16)
     ),
+    "odd": dataclasses.replace(PLAIN, kv_lora_rank=7, qk_nope_head_dim=5, v_head_dim=3, rope_theta=None),
 }
 # History of each request, and the new tokens of each step; the last two have ranks without any token.
 BATCHES: dict[str, tuple[Sequence[int], Sequence[Sequence[int]]]] = {
@@ -56,6 +57,7 @@ BATCHES: dict[str, tuple[Sequence[int], Sequence[Sequence[int]]]] = {
     "decode": ((33, 47, 65), [(1, 1, 1)] * 5),
     "several tokens": ((33, 47, 5), [(2, 3, 4), (3, 2, 1)]),
     "idle request": ((33, 7), [(1, 0), (0, 2)]),
+    "idle step": ((33, 7), [(1, 1), (0, 0), (2, 1)]),
     "one token": ((0,), [(1,)]),
     "two tokens": ((1, 0), [(1, 1), (1, 1)]),
 }
@@ -70,10 +72,12 @@ class Case(NamedTuple):
     config: str = "plain"
     dtype: torch.dtype = torch.float32
     interleave: int = 1
+    workspace: int = 1 << 20  # bytes: with a small one, a step is attended in several parts
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
-        return f"{self.layout}: {self.batch}, {self.config}, {kind}, interleave {self.interleave}"
+        rest = f"interleave {self.interleave}, workspace {self.workspace}"
+        return f"{self.layout}: {self.batch}, {self.config}, {kind}, {rest}"
 
 
 def cases(world: int) -> Iterator[Case]:
@@ -81,12 +85,13 @@ def cases(world: int) -> Iterator[Case]:
     for layout in LAYOUTS[world]:
         for batch in BATCHES:
             yield Case(layout, batch)
-        for config in ("lora", "bias"):
+        for config in ("lora", "bias", "odd"):
             yield Case(layout, "mixed", config)
         yield Case(layout, "mixed", "lora", torch.bfloat16)
         if "dcp" in layout:
             for batch in ("mixed", "decode", "two tokens"):
                 yield Case(layout, batch, interleave=4)
+                yield Case(layout, batch, workspace=1 << 15)
 
 
 def worst_error(case: Case, groups: Groups) -> float:
@@ -97,7 +102,7 @@ def worst_error(case: Case, groups: Groups) -> float:
     if not past:
         return 0.0
     state = random_state_dict(config, 0, case.dtype)
-    layer = ParallelMLA(config, groups, dtype=case.dtype)
+    layer = ParallelMLA(config, groups, dtype=case.dtype, workspace_bytes=case.workspace)
     layer.load_state_dict(state)
     generator = torch.Generator().manual_seed(1 + groups.place.dp)
 

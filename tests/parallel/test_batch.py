@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mla import LatentCache, MLAConfig
 from mla.errors import CacheFull, StaleBatch
+from mla.parallel.batch import Part
 from mla.parallel.cache import ShardedCache
 from mla.parallel.share import Share
 
@@ -42,10 +43,10 @@ def test_a_share_is_what_counting_gives(layout: tuple[int, int], length: int) ->
     assert Share(0, world, interleave).first(length) == max(counts)
 
 
-@given(WORLDS, STEPS)
+@given(WORLDS, STEPS, st.integers(1, 40))
 @settings(max_examples=60, deadline=None)
 def test_every_token_is_written_once_and_sees_all_before_it(
-    layout: tuple[int, int], steps: list[list[int]]
+    layout: tuple[int, int], steps: list[list[int]], most: int
 ) -> None:
     """Follow what each slot of each rank holds; every query must see this rank's tokens up to its own."""
     world, interleave = layout
@@ -70,17 +71,17 @@ def test_every_token_is_written_once_and_sees_all_before_it(
                 }
             )
             assert batch.positions.tolist() == [position for _, position in new]
-            seen = attended(batch, slots)
+            seen = [one for part in batch.parts(most) for one in attended(part, slots)]
             for token, (request, position) in enumerate(new):
                 mine = [i for i in range(position + 1) if owner(i, world, interleave) == cache.share.rank]
                 assert seen[token] == [(request, i) for i in mine]
         assert sorted(written) == list(range(len(new)))
 
 
-def attended(batch: object, slots: dict[int, tuple[int, int]]) -> list[list[tuple[int, int]]]:
+def attended(part: Part, slots: dict[int, tuple[int, int]]) -> list[list[tuple[int, int]]]:
     """Return, for every new token in its place, the tokens that attention shows to it by its contract."""
-    rows = batch.rows  # type: ignore[attr-defined]
-    size, found = rows.page_size, []
+    rows, found = part.rows, list[list[tuple[int, int]]]()
+    size = rows.page_size
     for row, (count, keys) in enumerate(zip(rows.query_lens, rows.kv_lens, strict=True)):
         assert count == rows.cu_q[row + 1] - rows.cu_q[row]
         assert keys == rows.kv_lens_device[row]
@@ -88,22 +89,27 @@ def attended(batch: object, slots: dict[int, tuple[int, int]]) -> list[list[tupl
         held = [slots[table[i // size] * size + i % size] for i in range(keys)]
         assert count == 1 or keys >= count, "the contract has no query without keys among others"
         found += [held[: keys - (count - 1 - j)] for j in range(count)]
-    order = range(len(found)) if batch.order is None else batch.order.tolist()  # type: ignore[attr-defined]
+    order = range(len(found)) if part.order is None else part.order.tolist()
     back: list[list[tuple[int, int]]] = [[]] * len(found)
     for seen, token in zip(found, order, strict=True):
         back[token] = seen
+    if part.back is not None:
+        assert [found[place] for place in part.back.tolist()] == back
     return back
 
 
 def test_queries_share_rows_where_they_can() -> None:
     """A row per token reads the keys once per token: of 64 new tokens on two ranks, two rows are enough."""
     cache = ShardedCache(CONFIG, Share(0, 2), max_tokens=256)
-    batch = cache.extend(cache.new_sequences(1), [64])
-    assert batch.rows.query_lens == (32, 32)
+    (part,) = cache.extend(cache.new_sequences(1), [64]).parts(64)
+    assert part.rows.query_lens == (32, 32)
     later = ShardedCache(CONFIG, Share(1, 2), max_tokens=256)
     batch = later.extend(later.new_sequences(1), [64])
-    assert batch.rows.query_lens == (1, 31, 32)  # the first token of all sees none of this rank's
-    assert batch.rows.kv_lens == (0, 31, 32)
+    (part,) = batch.parts(64)
+    assert part.rows.query_lens == (1, 31, 32)  # the first token of all sees none of this rank's
+    assert part.rows.kv_lens == (0, 31, 32)
+    assert [one.tokens for one in batch.parts(48)] == [slice(0, 48), slice(48, 64)]
+    assert batch.memory.block_table.shape[0] <= 4, "a table of one row for each token is too large"
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])

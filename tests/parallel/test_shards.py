@@ -79,6 +79,7 @@ def test_nothing_but_the_part_is_read(tmp_path: Path, monkeypatch: pytest.Monkey
     shard = HeadShard(read_layer(made.folder, made.config, made.layer), made.config, 1, heads)
     for name in ("kv_b_proj.weight", "o_proj.weight"):
         read = 0
+        assert name in shard
         part = shard[name]
         assert read == part.numel() == made.state[name].numel() // heads
 
