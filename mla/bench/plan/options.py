@@ -99,7 +99,8 @@ class RunOptions(BackendOptions):
         Raises `UsageError`.
         """
         if self.implementations is None:
-            return ["mla", "transformers"] if self.model_path and self.layers in (None, 1) else []
+            alone = self.layers in (None, 1) and self.parallel is None
+            return ["mla", "transformers"] if self.model_path and alone else []
         names = list(map(str, parse(self.implementations)))
         if not names:
             raise UsageError("--implementations names nothing: leave it out, or list what to time.")

@@ -144,7 +144,8 @@ def _layer(
     stored = dtype if len(dtypes) == 1 else torch.float32  # each scenario rounds to its own
     state = _weights(options, config, stored) if options.model_path else None
     page_size = scenarios.run_page_size(options, points)
-    attention, seed, ops = options.attention, options.seed, options.ops
+    spread = options.parallel is not None and options.parallel.dcp > 1  # a part of a context is absorbed
+    attention, seed, ops = "absorbed" if spread else options.attention, options.seed, options.ops
     ranks = _ranks(options, opened, config, points, join)
     return Setting(config, opened.backend, dtype, attention, page_size, seed, ops, ranks=ranks), state
 

@@ -76,8 +76,10 @@ def _check_parallel(options: RunOptions) -> None:
     given = [flag for flag, value in alone.items() if value]
     if given:
         raise UsageError(f"{given[0]} is for one device: leave it out with --parallel, or run without.")
+    if options.parallel.dcp > 1 and options.attention == "expanded":
+        raise UsageError("--attention expanded is for whole contexts: dcp attends its part of one absorbed.")
     others = [name for name in options.implementation_names if not implementations.is_ours(name)]
-    if others and options.implementations:
+    if others:
         raise UsageError(f"{others[0]} runs on one device: --parallel times mla and mla-reference.")
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
+import torch
+
+from mla.bench.limits.growth import no_garbage_collection
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.ranks.crew import Crew
 from mla.bench.ranks.part import RankLayer
@@ -14,13 +18,14 @@ from mla.command.clock import now_ns
 def follow(request: Request, crew: Crew) -> int:
     """Carry out what rank 0 tells until it says "end", and return the exit code that it names."""
     follower = _Follower(request, crew)
-    while True:
-        name, *arguments = crew.hear()
-        if name == "end":
-            (code,) = arguments
-            return int(code)
-        with crew.blamed():
-            getattr(follower, name)(*arguments)
+    with no_garbage_collection():  # as on rank 0: the slowest rank gives the number
+        while True:
+            name, *arguments = crew.hear()
+            if name == "end":
+                (code,) = arguments
+                return int(code)
+            with crew.blamed():
+                getattr(follower, name)(*arguments)
 
 
 class _Follower:
@@ -46,11 +51,13 @@ class _Follower:
 
     def _drop(self, plan: ScenarioPlan) -> None:
         self._layers, self._layer = {}, None
+        gc.collect()
         self._fixture = make_fixture(plan.setting, plan.point, self._request.state)
         self._request.setting.backend.empty_cache()
 
     def restore(self, implementation: str, number: int) -> None:
         """Begin a pass."""
+        torch.set_num_threads(self._request.setting.threads)  # an op may have changed it
         self._layer, self._times = self._layers[implementation], []
         self._layer.restore(number)
 
@@ -66,8 +73,9 @@ class _Follower:
         self._times.append((now_ns() - start) / 1e6)
 
     def idle(self, index: int) -> None:
-        """Prepare a forward that is not run."""
+        """Prepare a forward that is not run, and meet the others."""
         self._layer.before(index)
+        self._crew.wait()
 
     def after(self, index: int) -> None:
         """Keep the output of a forward."""
@@ -84,6 +92,6 @@ class _Follower:
 
     def clock(self, implementation: str, number: int) -> None:
         """Clock the collectives of a pass and the link, and send what the result says of this rank."""
-        self._crew.gather(self._layers[implementation].facts(number))
+        self._crew.gather(self._layers[implementation].facts(number, self._crew.wait))
         backend = self._request.setting.backend
         self._crew.measure_link(self._request.setting.device, backend.synchronize)

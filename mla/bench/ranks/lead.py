@@ -86,8 +86,7 @@ class LeadLayer(Implementation):
     def show(self, index: int) -> None:
         self._crew.tell("idle" if self._idle else "forward", index)
         self._part.show(index)
-        if not self._idle:
-            self._crew.wait()
+        self._crew.wait()
 
     def step(self, index: int) -> None:
         try:
@@ -137,6 +136,9 @@ class LeadLayer(Implementation):
             found[worst].reason = f"on rank {self._worst_rank(checker, worst)}: {found[worst].reason}"
         return found[worst]
 
+    def doubt(self, checker: LayerChecker, check: Check) -> str:
+        return self._part.doubt(checker, check)
+
     def _worst_rank(self, checker: LayerChecker, copy: int) -> int:
         """Return which of the ranks that have one copy of all outputs is farthest from the oracle."""
         ranks, far = self._ranks(copy), [0.0] * self._crew.layout.dp
@@ -162,6 +164,8 @@ class LeadLayer(Implementation):
         """Return the outputs [T, d] of all requests, as one copy of them."""
         parts = [self._outputs[rank] for rank in self._ranks(copy)]
         common = sorted(set.intersection(*map(set, parts)))
+        if any(parts) and not common:
+            raise RuntimeError("ranks kept the outputs of different forwards, so that none can be checked.")
         return {index: torch.cat([part[index] for part in parts]) for index in common}
 
     def _forwards(self, checker: LayerChecker, copy: int) -> Iterator[Forward]:
@@ -184,7 +188,7 @@ class LeadLayer(Implementation):
     def spread(self) -> Spread:
         """Run a pass in which collectives are clocked, and return every rank's part."""
         self._crew.tell("clock", self.name, CLOCKED)
-        found = self._crew.gather(self._part.facts(CLOCKED))
+        found = self._crew.gather(self._part.facts(CLOCKED, self._crew.wait))
         ranks = [
             msgspec.structs.replace(one, samples=samples)
             for one, samples in zip(found, self._kept, strict=True)

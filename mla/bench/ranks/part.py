@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
 from mla.bench.results.schema import RankFacts
+from mla.bench.subjects import shelf
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import SPARE_PAGES, Setting
@@ -93,6 +95,7 @@ class RankLayer(MlaLayer):
         )
 
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
+        self.buffers = shelf.buffers(scenario.steps, inputs.hidden[0].nbytes)  # on every rank as many
         requests = Requests.of(scenario, self._groups.place.dp, self._groups.layout.dp)
         super().load(requests.scenario(scenario), requests.inputs(scenario, inputs))
 
@@ -124,15 +127,17 @@ class RankLayer(MlaLayer):
     def places(self, step: int) -> Places:
         return Places.new_tokens(self.scenario.query_lens, self.scenario.kv_lens(step))
 
-    def facts(self, number: int) -> RankFacts:
+    def facts(self, number: int, meet: Callable[[], None]) -> RankFacts:
         """Run a pass in which collectives are clocked, and return what a result says of this rank.
 
-        All ranks must do it together. The samples are left to the caller.
+        All ranks must do it together, and `meet` before every forward. The samples are left to the caller.
         """
         self.restore(number)
         traffic = Traffic()
         for index in range(self.scenario.steps):
             self.before(index)
+            self._now_ns()
+            meet()
             with self._groups.clocked(self._now_ns, traffic):
                 self.step(index)
             self.after(index)

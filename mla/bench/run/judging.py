@@ -42,6 +42,7 @@ def withhold(case: Case, reason: str) -> None:
     case.check = doubtful(case.check, reason)
     case.latency_ms = case.tokens_per_s = case.plan_ms = case.launch_bound = case.new_lengths = None
     case.roofline, case.stages, case.switch_steps, case.passes = Roofline(), [], [], 0
+    case.spread = None
     for timing in case.timings:
         if timing.latency_ms is not None:
             timing.check, timing.latency_ms, timing.passes = doubtful(timing.check, reason), None, 0

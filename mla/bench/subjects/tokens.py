@@ -64,6 +64,7 @@ class LayerImplementation(Implementation):
     """Takes turns with the scenario's inputs; a subclass runs `x` and writes `out`."""
 
     scenario: Scenario
+    buffers: int | None = None  # of outputs; None: as many as fit
     _instead: Sequence[torch.Tensor] | None = None
 
     def prepare_buffers(self, scenario: Scenario, inputs: Inputs, *before: int) -> None:
@@ -72,7 +73,7 @@ class LayerImplementation(Implementation):
         self._hidden, self._turns = TurnedHidden(scenario, inputs, device), inputs.turns
         shape = (*before, *inputs.hidden.shape[1:])
         size = torch.Size(shape).numel() * inputs.hidden.element_size()
-        count = buffers(scenario.steps, size)
+        count = self.buffers or buffers(scenario.steps, size)
         made = torch.empty((count, *shape), dtype=inputs.hidden.dtype, device=device)
         self._shelf = Shelf(list(made.unbind()), scenario.steps, poison)
         self._collected: dict[int, tuple[Turn, torch.Tensor]] = {}
