@@ -92,7 +92,11 @@ class Nursery:
     def __init__(self, path: Sequence[Path] = ()) -> None:
         """`path`: more folders to import from."""
         folders = [*map(str, path), *filter(None, [os.environ.get("PYTHONPATH", "")])]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(folders)}
+        quiet = {
+            "OMP_NUM_THREADS": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+        }  # as the runner does
+        environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(folders)}
         command = [sys.executable, str(Path(__file__).resolve())]
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

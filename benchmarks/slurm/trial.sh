@@ -47,6 +47,9 @@ found = json.load(open(sys.argv[1]))["environment"].get(sys.argv[2])
 sys.exit(found != sys.argv[3] and f"        {sys.argv[2]} is {found}")
 END
 }
+two_ranks() { # FILE: every case has the samples of both ranks
+    python -c "import json, sys; sys.exit(any(len(one['spread']['ranks']) != 2 for one in json.load(open(sys.argv[1]))['cases']))" "$1"
+}
 interrupted() { # FILE: complete JSON, and cut short
     python -c "import json, sys; sys.exit(not json.load(open(sys.argv[1]))['cases'][-1]['interrupted'])" "$1"
 }
@@ -76,6 +79,11 @@ echo "        decided by $(python -c "import json; print(json.load(open('run-1.j
 check "stdout of task 1 in a file of its own" grep -q "Decode Throughput" log-1.txt
 check "two tasks and one file are refused" code 2 srun -n 2 $bench -o run.json
 check "... in a sentence" grep -q "2 tasks would all write 'run.json'" err.txt
+check "srun -n 2 --parallel tp=2, one result" code 0 \
+    srun -n 2 --cpus-per-task=1 $bench --parallel tp=2 -o ranks.json
+check "... of two ranks" two_ranks ranks.json
+check "... told by rank 0 alone" test "$(grep -c '^rank 1: ' err.txt)" = 0
+check "four ranks asked of two tasks are refused" code 2 srun -n 2 $bench --parallel tp=4
 check "--cpus-per-task=2" code 0 srun -n 1 --cpus-per-task=2 $bench -o two.json
 check "... gives two threads" fact two.json backend.threads 2
 check "an unusable backend is exit code 3 of srun" code 3 srun -n 1 python -m mla.bench --backend metax

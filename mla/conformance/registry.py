@@ -40,6 +40,7 @@ _MODULES = (
     "attention.state",
     "attention.memory",
     "attention.emptiness",
+    "attention.shares",
     "attention.numbers",
     "layer",
     "layer_batches",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -82,6 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def command() -> int | None:
         if _on_ranks(words):
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a page of frames for a closed connection
             console.become(launcher.rank() or 0)
         return cli.main(words, prog_name="python -m mla.bench", standalone_mode=False)
 

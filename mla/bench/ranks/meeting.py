@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -43,6 +44,8 @@ class Meeting:
         self.rank, self.world, self._address = rank, world, address
         holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
+            if not holds:
+                _reach(address, seconds)
             self._server = self._open(holds, seconds)  # lives as long as the run
             self.store = self.client()
         except Exception as error:
@@ -74,8 +77,8 @@ class Meeting:
                 "set MASTER_PORT to a free one, the same for all ranks."
             )
         return (
-            f"rank {self.rank} has not found rank 0 at {host}:{port} within {seconds:.0f} s: it "
-            "has not started, or MASTER_ADDR and MASTER_PORT are not those of its node."
+            f"rank 0 was not found at {host}:{port} within {seconds:.0f} s: it has not started, or has "
+            "ended, or MASTER_ADDR and MASTER_PORT are not those of its node."
         )
 
     def arrive(self, facts: Mapping[str, str]) -> list[Arrival]:
@@ -126,6 +129,23 @@ class Meeting:
         others = range(1, self.world)
         told = (self.store.check([f"{word}/{rank}"]) for rank in others for word in ("heard", "ended"))
         return not all(map(any, zip(told, told, strict=True)))
+
+
+def _reach(address: tuple[str, int], seconds: float) -> None:
+    """Return once somebody listens there. Raises OSError after so many seconds.
+
+    torch, which would wait as well, writes a page of warnings, and may take longer.
+    """
+    limit = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection(address, timeout=max(0.1, limit - time.monotonic())).close()
+        except OSError:
+            if time.monotonic() > limit:
+                raise
+            time.sleep(LOOK)
+        else:
+            return
 
 
 def _late(missing: Sequence[int]) -> str:

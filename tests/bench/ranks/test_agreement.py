@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 from ranks_of_a_run import BOUND, Start
 
+from benchmarks.ranks.nursery import free_port
 from mla.bench import results
+from mla.bench.ranks import meeting
+from mla.bench.ranks.errors import RanksError
+from mla.bench.ranks.meeting import Meeting
 
 FAULTY = "rank_faults:FaultyRank"
 
@@ -43,6 +47,17 @@ def test_what_all_ranks_have_wrong_is_said_once(
     assert ranks.wait(BOUND) == [code, code]
     assert sentence in ranks.err(0).splitlines()[-1]
     assert ranks.err(1) == ""
+
+
+def test_a_rank_that_finds_nobody_says_so() -> None:
+    with pytest.raises(RanksError, match=r"^rank 0 was not found at 127\.0\.0\.1:\d+ within 0 s: "):
+        Meeting(1, 2, ("127.0.0.1", free_port()), seconds=0.1)
+
+
+def test_ranks_that_never_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "MEETING", 0.1)
+    with pytest.raises(RanksError, match=r"^ranks 1, 2 have not come within 0 s: "):
+        Meeting(0, 3, ("127.0.0.1", free_port())).arrive({})
 
 
 def test_a_backend_without_collectives_is_refused(start: Start) -> None:

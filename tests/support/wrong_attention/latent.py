@@ -89,6 +89,19 @@ def zero_becomes_one(batch: Any, *, out: Any, lse: Any, **tensors: Any) -> None:
             out[sum(batch.query_lens[:request]) :] = out[sum(batch.query_lens[:request]) :].roll(1, 0)
 
 
+def lse_of_few_keys(most: int, by: float) -> Callable[..., None]:
+    """Move the log-sum-exp of requests with so few keys, but some."""
+
+    def spoil(batch: Any, *, lse: Any, **tensors: Any) -> None:
+        first = 0
+        for count, length in zip(batch.query_lens, batch.kv_lens, strict=True):
+            if 0 < length <= most:
+                lse[first : first + count] += by
+            first += count
+
+    return spoil
+
+
 def first_lengths() -> Callable[..., Any]:
     """Return a plan that is remembered for the shape of the batch."""
     plans: dict[Any, Any] = {}
@@ -154,6 +167,11 @@ MUTANTS: Makers = {
     "latent.empty_rows": [lambda: after(Latent, plus_infinity), lambda: after(Latent, empty_unwritten)],
     "latent.heads": [lambda: after(Latent, many_heads)],
     "latent.lse": [lambda: after(Latent, base_two)],
+    "latent.shares": [
+        lambda: after(Latent, base_two),
+        lambda: after(Latent, plus_infinity),
+        *(lambda r=r: after(Latent, lse_of_few_keys(*r)) for r in ((1, 1.0), (64, -0.2))),
+    ],
     "latent.scale": [lambda: given(Latent, usual_scale(192)), lambda: given(Latent, usual_scale(576))],
     "latent.large": [lambda: after(Latent, no_maximum)],
     "latent.long": [lambda: wrong(Latent, prepare=last_window)],
