@@ -188,7 +188,9 @@ class LeadLayer(Implementation):
     def spread(self) -> Spread:
         """Run a pass in which collectives are clocked, and return every rank's part."""
         self._crew.tell("clock", self.name, CLOCKED)
-        found = self._crew.gather(self._part.facts(CLOCKED, self._crew.wait))
+        with self._crew.blamed():
+            own = self._part.facts(CLOCKED, self._crew.wait)
+        found = self._crew.gather(own)
         ranks = [
             msgspec.structs.replace(one, samples=samples)
             for one, samples in zip(found, self._kept, strict=True)

@@ -148,10 +148,11 @@ def test_the_link_of_a_run_over_real_ranks_is_used(
     bench: Bench, tiny: list[str], simulate: Callable[..., results.Run], make_run: Callable[..., results.Run]
 ) -> None:
     line = LinkLine(collective="all-reduce", alpha_s=0.25, beta=None)
-    facts = RankFacts(
-        rank=0, samples=[1.0], collective_ms=0.5, collective_bytes=1, cache_bytes=1, weight_bytes=1
-    )
-    spread = Spread(layout="tp=2", library="gloo", ranks=[facts], link=[line], link_source="measured there")
+    ranks = [
+        RankFacts(rank=rank, samples=[1.0], collective_ms=0.5, collective_bytes=1, cache_bytes=1, weight_bytes=1)
+        for rank in range(2)
+    ]
+    spread = Spread(layout="tp=2", library="gloo", ranks=ranks, link=[line], link_source="measured there")
     results.write(make_run(spread=spread), Path("real.json"))
     found = simulate("tp=4", "--link", "real.json").cases[0].spread
     assert found is not None
