@@ -7,6 +7,6 @@ read. The `StoredLayer` it returns reads weights one at a time, in blocks of row
 from mla.checkpoint.errors import CheckpointError
 from mla.checkpoint.folder import refuse_other_formats
 from mla.checkpoint.read import read_layer
-from mla.checkpoint.stored import StoredLayer
+from mla.checkpoint.stored import LazyState, Part, StoredLayer
 
-__all__ = ["CheckpointError", "StoredLayer", "read_layer", "refuse_other_formats"]
+__all__ = ["CheckpointError", "LazyState", "Part", "StoredLayer", "read_layer", "refuse_other_formats"]

@@ -29,14 +29,16 @@ class StoredTensor:
     def __str__(self) -> str:
         return f"tensor {self.key!r} in '{self.file}'"
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Return rows [start, stop) of dimension 0 as a view of the file, mapped while it lives.
+    def rows(self, start: int, stop: int, columns: slice = slice(None)) -> torch.Tensor:
+        """Return rows [start, stop) of dimension 0, or some columns of them, as a view of the file.
 
-        The file is mapped again for every block: the pages read through a mapping count as this process's
-        memory until it ends, so one mapping of a whole tensor would double what loading needs.
+        The file is mapped while the view lives, and again for every block: the pages read through a mapping
+        count as this process's memory until it ends, so one mapping of a whole tensor would double what
+        loading needs.
         """
         with opened(self.file) as tensors:
-            part: torch.Tensor = tensors.get_slice(self.key)[start:stop]
+            stored = tensors.get_slice(self.key)
+            part: torch.Tensor = stored[start:stop] if columns == slice(None) else stored[start:stop, columns]
         return part
 
 

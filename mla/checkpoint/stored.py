@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +20,16 @@ BLOCK = 1 << 20
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 FP8 = "F8_E4M3"
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4, FP8: 1}
+
+
+class Part(NamedTuple):
+    """Some rows and columns of a weight; of a vector, rows."""
+
+    rows: slice = slice(None)
+    columns: slice = slice(None)
+
+
+WHOLE = Part()
 
 
 @dataclass(frozen=True)
@@ -39,18 +51,22 @@ class StoredWeight:
         stored = (self.tensor, self.scale) if self.scale else (self.tensor,)
         return sum(math.prod(one.shape) * _BYTES[one.dtype] for one in stored)
 
-    def read_into(self, out: torch.Tensor, advance: Callable[[int], None]) -> None:
-        """Write the numbers, rounded once to `out`'s dtype; `advance` gets the bytes of every block."""
-        rows, scale = self.tensor.shape[0], self._read_scale()
+    def read_into(self, out: torch.Tensor, advance: Callable[[int], None], part: Part = WHOLE) -> None:
+        """Write the numbers, rounded once to `out`'s dtype; `advance` gets the bytes of every block.
+
+        Of a `part`, nothing else is read from the file, and `out` has its shape.
+        """
+        scale = self._read_scale()
         advance(0 if self.scale is None else math.prod(self.scale.shape) * _BYTES[self.scale.dtype])
-        step = max(1, BLOCK // math.prod(self.tensor.shape[1:]))
-        for start in range(0, rows, step):
-            stop = min(rows, start + step)
-            numbers = self._numbers(start, stop, scale)
+        first, end, _ = part.rows.indices(self.tensor.shape[0])
+        step = max(1, BLOCK // max(1, math.prod(out.shape[1:])))
+        for start in range(first, end, step):
+            stop = min(end, start + step)
+            numbers = self._numbers(start, stop, part.columns, scale)
             rounded = numbers.to(out.dtype)
             if not _finite(rounded):
                 raise CheckpointError(self._not_finite(numbers, start, stop, out.dtype))
-            out[start:stop].copy_(rounded)
+            out[start - first : stop - first].copy_(rounded)
             advance(numbers.numel() * _BYTES[self.tensor.dtype])
 
     def _read_scale(self) -> torch.Tensor | None:
@@ -61,14 +77,16 @@ class StoredWeight:
             raise CheckpointError(f"{self.scale} holds NaN, infinity or a negative scale.")
         return scale
 
-    def _numbers(self, start: int, stop: int, scale: torch.Tensor | None) -> torch.Tensor:
+    def _numbers(self, start: int, stop: int, columns: slice, scale: torch.Tensor | None) -> torch.Tensor:
         """Return rows as stored, or FP8 times its scale in fp32."""
-        rows = self.tensor.rows(start, stop)
+        rows = self.tensor.rows(start, stop, columns)
         if scale is None:
             return rows
         wide = rows.half().float()  # exact, and several times faster than .float() alone
         height, width = self.block
         by_row = scale[torch.arange(start, stop) // height]  # [rows, blocks in a row]
+        if columns != slice(None):
+            return wide.mul_(by_row[:, torch.arange(self.tensor.shape[1])[columns] // width])
         whole = wide.shape[1] // width
         wide[:, : whole * width].unflatten(1, (whole, width)).mul_(by_row[:, :whole, None])
         wide[:, whole * width :].mul_(by_row[:, whole:])  # the last block is cut off by the edge
@@ -87,7 +105,28 @@ def _finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(least) and math.isfinite(greatest)
 
 
-class StoredLayer(Mapping[str, torch.Tensor]):
+class LazyState(Mapping[str, torch.Tensor]):
+    """A state dict whose weights are made when they are asked for."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a weight's shape without reading it."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that `state[name]` has."""
+
+    @abstractmethod
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Write a weight into `out`, of its shape, on any device and in any dtype, rounded once."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        out = torch.empty(self.shape(name), dtype=self.dtype(name))
+        self.read_into(name, out)
+        return out
+
+
+class StoredLayer(LazyState):
     """One layer's weights by Hugging Face name, on disk: shapes and dtypes are checked, values unread.
 
     `layer[name]` reads one weight to the host, in `dtype` if given, else as stored (FP8 as BF16);
@@ -110,22 +149,20 @@ class StoredLayer(Mapping[str, torch.Tensor]):
         """Return a weight's shape without reading it."""
         return self._weights[name].tensor.shape
 
-    def read_into(self, name: str, out: torch.Tensor) -> None:
-        """Write a weight into `out`, block by block."""
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of `layer[name]`."""
+        return self._dtype or self._weights[name].dtype
+
+    def read_into(self, name: str, out: torch.Tensor, part: Part = WHOLE) -> None:
+        """Write a weight, or a part of it, into `out`, block by block."""
         counted = name in self._unread
-        self._weights[name].read_into(out, self._advance if counted else lambda done: None)
+        self._weights[name].read_into(out, self._advance if counted else lambda done: None, part)
         self._unread.discard(name)
 
     def _advance(self, done: int) -> None:
         self._done += done
         if self._progress is not None:
             self._progress(self._done, self.nbytes)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        weight = self._weights[name]
-        out = torch.empty(weight.tensor.shape, dtype=self._dtype or weight.dtype)
-        self.read_into(name, out)
-        return out
 
     def __contains__(self, name: object) -> bool:
         return name in self._weights

@@ -119,6 +119,12 @@ class MLAConfig:
         return cls.from_dict({**PRESETS[name].values, "name": name})
 
     @classmethod
+    def named(cls, name: str) -> MLAConfig:
+        """Return a preset, or what a path to a config.json, or to its folder, holds. Raises `ConfigError`."""
+        path = "/" in name or name.endswith(".json") or Path(name).is_dir()
+        return cls.from_pretrained(name) if path and name not in PRESETS else cls.preset(name)
+
+    @classmethod
     def from_pretrained(cls, source: str | Path | Mapping[str, Any]) -> MLAConfig:
         """Read a config.json: its directory, the file itself, or the parsed dict. Raises `ConfigError`."""
         if isinstance(source, Mapping):

@@ -63,6 +63,14 @@ def kv_b_parameters(config: MLAConfig) -> int:
     return config.kv_lora_rank * config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
 
 
+def head_parameters(config: MLAConfig) -> int:
+    """Return the number of weights that belong to single heads: of q (or q_b), kv_b and o."""
+    h, inputs = config.num_attention_heads, config.q_lora_rank or config.hidden_size
+    return h * (config.qk_head_dim * inputs + config.v_head_dim * config.hidden_size) + kv_b_parameters(
+        config
+    )
+
+
 def parameters(config: MLAConfig) -> int:
     """Return the number of weights in the layer, without norms and biases, which are negligible."""
     return projection_parameters(config) + kv_b_parameters(config)

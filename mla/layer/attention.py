@@ -20,7 +20,7 @@ from mla.checkpoint import read_layer, refuse_other_formats
 from mla.config import MLAConfig
 from mla.errors import WeightError
 from mla.layer.expansion import WORKSPACE_BYTES, Growth
-from mla.layer.forward import make_step
+from mla.layer.forward import Step, make_step
 from mla.layer.ops import Ops
 from mla.layer.packed_weights import PackedWeights, SharedWeights
 from mla.layer.plan import StepPlan, make_plan
@@ -70,16 +70,21 @@ class MLA(nn.Module):
         self.attention = attention
         self.workspace_bytes = workspace_bytes
         self.device = backend.device if backend is not None and backend.device else torch.device("cpu")
-        self.ops = Ops(config, backend.ops() if backend else {}, dtype, self.device, ops, overrides)
+        offered = backend.ops() if backend else {}
+        self.ops = Ops(config, offered, dtype, self.device, ops, overrides, attended_by=self._attended_by())
         self.rotary = RotaryTable(config, self.device)
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
         self._scratch = Workspace(dtype, self.device, keeps=workspace_bytes)
         self._growth = Growth(backend)
         views = StepViews(config, self.ops, self._scratch)
-        self.step = make_step(config, self.ops, self._weights, views, self._scratch)
+        self.step: Step = make_step(config, self.ops, self._weights, views, self._scratch)
         # A subclass may do more between ops than can be recorded.
         self._repeated = Repeated(backend if type(self) is MLA else None)
         self._plan_key = self._make_plan_key()
+
+    def _attended_by(self) -> int:
+        """Return of how many layers like this one the heads attend the latents together."""
+        return 1
 
     @classmethod
     def from_pretrained(

@@ -127,6 +127,7 @@ class Ops:
     `overrides` (role -> name of an op, or "reference") come before `policy`. Raises `UnknownOp` for a name
     that the backend or the layer lacks, and `UnsupportedOps` for a required op that cannot serve.
     With `role`, that role alone is chosen, and no op of another is asked, prepared or required.
+    `attended_by` ranks bring their heads' queries together to attend the latents.
     """
 
     def __init__(
@@ -139,11 +140,12 @@ class Ops:
         overrides: Mapping[str, str] = MappingProxyType({}),
         say: Say | None = None,
         role: str | None = None,
+        attended_by: int = 1,
     ) -> None:
         _validate(offered)
         _check_names(offered, policy)
         self.attention = attention_spec(config, dtype, device)
-        roles = layer_roles(config, dtype, device)
+        roles = layer_roles(config, dtype, device, attended_by)
         check_overrides(overrides, {role: kind for role, (kind, _) in roles.items()}, offered)
         self._choices: dict[str, Choice] = {}
         for one in roles if role is None else (role,):
@@ -239,8 +241,13 @@ def attention_spec(config: MLAConfig, dtype: torch.dtype, device: torch.device) 
     )
 
 
-def layer_roles(config: MLAConfig, dtype: torch.dtype, device: torch.device) -> dict[str, tuple[str, Any]]:
-    """Return role -> (op kind, spec). The first projections of queries and latents are one weight."""
+def layer_roles(
+    config: MLAConfig, dtype: torch.dtype, device: torch.device, attended_by: int = 1
+) -> dict[str, tuple[str, Any]]:
+    """Return role -> (op kind, spec). The first projections of queries and latents are one weight.
+
+    The latents are attended by the heads of `attended_by` layers like this one.
+    """
     h, n, c, v = (
         config.num_attention_heads,
         config.qk_nope_head_dim,
@@ -262,7 +269,10 @@ def layer_roles(config: MLAConfig, dtype: torch.dtype, device: torch.device) -> 
         "o_proj": ("linear", weight(h * v, config.hidden_size)),
         "rotate_query": ("rotate_query", attention),
         "write_latent": ("write_latent", attention),
-        "latent_attention": ("latent_attention", attention),
+        "latent_attention": (
+            "latent_attention",
+            dataclasses.replace(attention, num_heads=attended_by * h),
+        ),
         "expanded_attention": ("expanded_attention", attention),
     }
     if config.q_lora_rank:

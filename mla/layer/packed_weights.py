@@ -7,7 +7,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from mla.checkpoint import StoredLayer
+from mla.checkpoint import LazyState
 from mla.config import MLAConfig
 from mla.errors import WeightError
 from mla.layer.ops import Ops
@@ -39,7 +39,7 @@ class PackedWeights:
     def load(self, state: State, strict: bool = True) -> None:
         """Pack plain weights one at a time. On an error the previous weights stay."""
         shapes = weight_shapes(self._config)
-        _check(state, shapes, strict)
+        check_weights(state, shapes, strict)
         vectors = {name: self._take(state, name) for name, shape in shapes.items() if len(shape) == 1}
         if self._config.attention_bias:
             vectors["qkv_a_proj.bias"] = self._fused_bias(vectors)
@@ -96,7 +96,7 @@ class PackedWeights:
         rows = [shapes[name][0] for name in names]
         out = torch.empty(sum(rows), *shapes[names[0]][1:], dtype=self._dtype, device=self._device)
         for name, part in zip(names, out.split(rows), strict=True):
-            if isinstance(state, StoredLayer):
+            if isinstance(state, LazyState):
                 state.read_into(name, part)
             else:
                 part.copy_(state[name].detach())
@@ -139,11 +139,12 @@ def _whole(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def _check(state: State, shapes: Mapping[str, tuple[int, ...]], strict: bool) -> None:
+def check_weights(state: State, shapes: Mapping[str, tuple[int, ...]], strict: bool) -> None:
+    """Raise `WeightError` naming a weight that is missing, misshapen or, if `strict`, unknown."""
     for name, shape in shapes.items():
         if name not in state:
             raise WeightError(f"weight '{name}' is missing.")
-        found = state.shape(name) if isinstance(state, StoredLayer) else tuple(state[name].shape)
+        found = state.shape(name) if isinstance(state, LazyState) else tuple(state[name].shape)
         if found != shape:
             raise WeightError(f"weight '{name}' has shape {list(found)}, expected {list(shape)}.")
     unknown = sorted(set(state) - set(shapes)) if strict else []

@@ -15,7 +15,7 @@ from mla.config import MLAConfig
 from mla.layer.expansion import Growth, rebuilt_bytes
 from mla.layer.ops import Choice, Ops
 from mla.layer.workspace import Tokens
-from mla_backends.api import SegmentLengths
+from mla_backends.api import BatchView, SegmentLengths
 from mla_backends.upload import upload
 
 
@@ -42,7 +42,7 @@ class AbsorbedGroup:
 
     tokens: Tokens
     cos_sin: torch.Tensor  # [t, r] fp32
-    batch: RaggedBatch
+    batch: BatchView
     state: Any
 
 

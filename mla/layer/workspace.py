@@ -24,6 +24,11 @@ class Workspace:
         self._held: dict[str, torch.Tensor] = {}
         self._views: dict[Hashable, Any] = {}
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the layer's dtype."""
+        return self._dtype.itemsize
+
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return uninitialised memory of this shape; what the name held before is lost."""
         size = math.prod(shape)

@@ -6,7 +6,18 @@ import sys
 
 import click
 
-from mla.bench.cli import ceilings, compare, doctor, export, new_backend, replay, report, run, show
+from mla.bench.cli import (
+    capacity,
+    ceilings,
+    compare,
+    doctor,
+    export,
+    new_backend,
+    replay,
+    report,
+    run,
+    show,
+)
 from mla.bench.cli import list as list_command
 from mla.command.exit_codes import carried_out, guarded
 from mla.errors import did_you_mean
@@ -56,6 +67,7 @@ for command in (
     export.export,
     replay.replay,
     ceilings.ceilings,
+    capacity.capacity_command,
 ):
     assert command.callback is not None
     command.callback = carried_out(command.callback)

@@ -19,6 +19,27 @@ def size(text: str) -> int:
     return value
 
 
+_BYTES = {
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+}
+
+
+def memory(text: str) -> int:
+    """Return the bytes of "80GiB" or "64 GB". Raises ValueError for anything else, and for 0."""
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?) ?([kmgt]i?b)", text.strip().lower())
+    value = int(float(found[1]) * _BYTES[found[2]]) if found else 0
+    if value < 1:
+        raise ValueError(f"'{text}' is not a valid amount of memory, such as 80GiB or 64GB")
+    return value
+
+
 TIME_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 

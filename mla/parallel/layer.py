@@ -1,0 +1,114 @@
+"""`ParallelMLA`: one rank's part of an MLA layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mla.cache.ragged_batch import RaggedBatch
+from mla.config import MLAConfig
+from mla.errors import UnsupportedOps, WeightError
+from mla.layer.attention import MLA
+from mla.layer.packed_weights import SharedWeights
+from mla.layer.plan import AbsorbedGroup, StepPlan
+from mla.parallel.batch import ShardedBatch
+from mla.parallel.context import ContextPath, ContextStep
+from mla.parallel.groups import Groups
+from mla.parallel.shards import HeadShard
+
+
+class ParallelMLA(MLA):
+    """The heads, and with `dcp` the tokens, that one rank of `groups` has of the layer `config`.
+
+    All ranks load the same state dict, of which each keeps its part, and are called with the same `hidden`;
+    each returns the whole output. Batches come from a `LatentCache` of all tokens, or with `dcp` from a
+    `ShardedCache`. With `dcp` every request is attended absorbed, which for long prompts costs more FLOPs.
+    Other arguments are `MLA`'s. Raises `UsageError` where the heads cannot be split.
+    """
+
+    _groups: Groups
+
+    def __init__(self, config: MLAConfig, groups: Groups, **arguments: Any) -> None:
+        groups.layout.check(config)
+        if groups.layout.dcp > 1 and arguments.get("attention") == "expanded":
+            raise UnsupportedOps(
+                "a context that is spread over ranks is attended absorbed: leave `expanded` out."
+            )
+        own = config.with_heads(config.num_attention_heads // groups.layout.head_parts)
+        self._groups = groups  # before the layer is made, which asks for them
+        super().__init__(own, **arguments)
+        self._whole = config
+        if groups.layout.dcp > 1:
+            self._require_lse()
+            plain = {field.name: getattr(self.step, field.name) for field in dataclasses.fields(self.step)}
+            self._context = ContextPath(own, self._weights, self._scratch, self.step.views, groups)
+            self.step = ContextStep(**plain, context=self._context)
+
+    def _attended_by(self) -> int:
+        return self._groups.layout.dcp
+
+    def _require_lse(self) -> None:
+        choice = self.ops["latent_attention"]
+        if not choice.op.writes_lse:
+            raise UnsupportedOps(
+                f"op '{choice.name}' writes no log-sum-exp, without which attention over a part of the "
+                "tokens cannot be merged: use a layout without dcp, or another op (`--ops reference`)."
+            )
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False
+    ) -> None:
+        """Pack this rank's part of the whole layer's weights; as `MLA.load_state_dict`."""
+        layout, rank = self._groups.layout, self._groups.rank
+        part = HeadShard(state_dict, self._whole, layout.head_part(rank), layout.head_parts, strict)
+        super().load_state_dict(part, strict)
+
+    def _make_plan(self, batch: RaggedBatch | ShardedBatch) -> StepPlan:
+        if isinstance(batch, RaggedBatch):
+            return super()._make_plan(batch)
+        memory = batch.memory.keep(self._plan_key, lambda: self.rotary.empty(batch.num_tokens))
+        self.rotary.reserve(max(batch.kv_lens))
+        cos_sin = self.rotary.gather(batch.positions, memory)
+        choice, parts = (
+            self.ops["latent_attention"],
+            batch.parts(self._context.tokens_at_once(self.workspace_bytes)),
+        )
+        for part in parts:
+            choice.check_batch(part.rows.query_lens, part.rows.kv_lens, part.rows.page_size)
+        if not parts:
+            return StepPlan(cos_sin, None, None)
+        states = tuple((part, choice.op.prepare(choice.spec, part.rows)) for part in parts)
+        everything = slice(0, batch.num_tokens)
+        return StepPlan(cos_sin, AbsorbedGroup(everything, cos_sin, parts[0].rows, states), None)
+
+    def state_dict(self, **arguments: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Raise `WeightError`: this rank has a part of the weights, which no name stands for."""
+        raise WeightError(
+            "a layer over several ranks has a part of the weights: its state dict is that of all."
+        )
+
+    def share_weights(self, shared: SharedWeights) -> None:
+        """Raise `WeightError`: another layer's part may be another one."""
+        raise WeightError("layers over several ranks share no weights: each packs its own part.")
+
+    @torch.no_grad()
+    def forward(
+        self,
+        hidden: torch.Tensor,  # [T, d], the same on every rank
+        batch: RaggedBatch | ShardedBatch,
+        pages: torch.Tensor,  # [pages, page, c + r]: this layer's part of this rank's cache
+        out: torch.Tensor | None = None,  # [T, d]
+    ) -> torch.Tensor:
+        """Attend the batch's new tokens and return the output [T, d] of all heads, as `MLA.forward` does."""
+        if isinstance(batch, ShardedBatch) != (self._groups.layout.dcp > 1):
+            raise ValueError(
+                f"layout '{self._groups.layout}' takes batches of a "
+                f"{'ShardedCache' if self._groups.layout.dcp > 1 else 'LatentCache'}."
+            )
+        own = out if out is None or out.is_contiguous() else torch.empty_like(out).contiguous()
+        own = super().forward(hidden, batch, pages, own)  # type: ignore[arg-type]
+        self._groups.add_heads(own)  # which adds up memory, not rows
+        return own if out is None else own if own is out else out.copy_(own)

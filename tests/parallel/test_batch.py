@@ -1,0 +1,178 @@
+"""What a step on one share writes and attends, against counting the tokens one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla import LatentCache, MLAConfig
+from mla.errors import CacheFull, StaleBatch
+from mla.parallel.batch import Part
+from mla.parallel.cache import ShardedCache
+from mla.parallel.share import Share
+
+CONFIG = MLAConfig(
+    hidden_size=8,
+    num_attention_heads=2,
+    kv_lora_rank=6,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=2,
+    v_head_dim=4,
+)
+WORLDS = st.tuples(st.integers(1, 5), st.integers(1, 5))
+STEPS = st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=1, max_size=5)
+
+
+def owner(position: int, world: int, interleave: int) -> int:
+    return position // interleave % world
+
+
+@given(WORLDS, st.integers(0, 60))
+def test_a_share_is_what_counting_gives(layout: tuple[int, int], length: int) -> None:
+    world, interleave = layout
+    counts = [sum(owner(i, world, interleave) == rank for i in range(length)) for rank in range(world)]
+    for rank in range(world):
+        share = Share(rank, world, interleave)
+        assert share.count(torch.tensor([length])).item() == counts[rank]
+        own = share.owned(torch.arange(length)).tolist()
+        assert own == [owner(i, world, interleave) == rank for i in range(length)]
+    assert Share(0, world, interleave).first(length) == max(counts)
+
+
+@given(WORLDS, STEPS, st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_every_token_is_written_once_and_sees_all_before_it(
+    layout: tuple[int, int], steps: list[list[int]], most: int
+) -> None:
+    """Follow what each slot of each rank holds; every query must see this rank's tokens up to its own."""
+    world, interleave = layout
+    caches = [
+        ShardedCache(CONFIG, Share(rank, world, interleave), max_tokens=600 * world, page_size=4, shuffle=1)
+        for rank in range(world)
+    ]
+    held: list[dict[int, tuple[int, int]]] = [{} for _ in caches]  # slot -> request, position
+    *_, ids = [cache.new_sequences(3) for cache in caches]
+    lengths = [0, 0, 0]
+    for step in steps:
+        new = [(r, lengths[r] + j) for r in range(3) for j in range(step[r])]
+        lengths = [length + count for length, count in zip(lengths, step, strict=True)]
+        written: list[int] = []
+        for cache, slots in zip(caches, held, strict=True):
+            batch = cache.extend(ids, step)
+            written += batch.own.tolist()
+            slots.update(
+                {
+                    slot: new[token]
+                    for token, slot in zip(batch.own.tolist(), batch.slots.tolist(), strict=True)
+                }
+            )
+            assert batch.positions.tolist() == [position for _, position in new]
+            seen = [one for part in batch.parts(most) for one in attended(part, slots)]
+            for token, (request, position) in enumerate(new):
+                mine = [i for i in range(position + 1) if owner(i, world, interleave) == cache.share.rank]
+                assert seen[token] == [(request, i) for i in mine]
+        assert sorted(written) == list(range(len(new)))
+
+
+def attended(part: Part, slots: dict[int, tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Return, for every new token in its place, the tokens that attention shows to it by its contract."""
+    rows, found = part.rows, list[list[tuple[int, int]]]()
+    size = rows.page_size
+    for row, (count, keys) in enumerate(zip(rows.query_lens, rows.kv_lens, strict=True)):
+        assert count == rows.cu_q[row + 1] - rows.cu_q[row]
+        assert keys == rows.kv_lens_device[row]
+        table = rows.block_table[row].tolist()
+        held = [slots[table[i // size] * size + i % size] for i in range(keys)]
+        assert count == 1 or keys >= count, "the contract has no query without keys among others"
+        found += [held[: keys - (count - 1 - j)] for j in range(count)]
+    order = range(len(found)) if part.order is None else part.order.tolist()
+    back: list[list[tuple[int, int]]] = [[]] * len(found)
+    for seen, token in zip(found, order, strict=True):
+        back[token] = seen
+    if part.back is not None:
+        assert [found[place] for place in part.back.tolist()] == back
+    return back
+
+
+def test_queries_share_rows_where_they_can() -> None:
+    """A row per token reads the keys once per token: of 64 new tokens on two ranks, two rows are enough."""
+    cache = ShardedCache(CONFIG, Share(0, 2), max_tokens=256)
+    (part,) = cache.extend(cache.new_sequences(1), [64]).parts(64)
+    assert part.rows.query_lens == (32, 32)
+    later = ShardedCache(CONFIG, Share(1, 2), max_tokens=256)
+    batch = later.extend(later.new_sequences(1), [64])
+    (part,) = batch.parts(64)
+    assert part.rows.query_lens == (1, 31, 32)  # the first token of all sees none of this rank's
+    assert part.rows.kv_lens == (0, 31, 32)
+    assert [one.tokens for one in batch.parts(48)] == [slice(0, 48), slice(48, 64)]
+    assert batch.memory.block_table.shape[0] <= 4, "a table of one row for each token is too large"
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_all_ranks_are_full_at_the_same_time(rank: int) -> None:
+    cache = ShardedCache(CONFIG, Share(rank, 3), max_tokens=3 * 8, page_size=4)
+    ids = cache.new_sequences(1)
+    cache.extend(ids, [24])
+    before = cache.generation
+    with pytest.raises(CacheFull):
+        cache.extend(ids, [1])
+    assert (cache.length(ids[0]), cache.generation) == (24, before)
+    cache.truncate(ids[0], 4)
+    cache.extend(ids, [20])
+    cache.release(ids)
+    with pytest.raises(ValueError, match="no sequence"):
+        cache.length(ids[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda cache, ids: cache.extend(ids, [1]), "got 2 sequences and 1 query_lens"),
+        (lambda cache, ids: cache.extend(ids, [1, -1]), "must not be negative, got -1"),
+        (lambda cache, ids: cache.extend([ids[0], ids[0]], [1, 1]), "only once"),
+        (lambda cache, ids: cache.extend([9], [1]), "no sequence 9"),
+        (lambda cache, ids: cache.truncate(ids[0], 9), "cannot truncate a sequence of 3 tokens to 9"),
+        (lambda cache, ids: cache.load(ids[0], torch.ones(2, 6), torch.ones(2, 2)), "for a sequence of 3"),
+        (lambda cache, ids: Share(2, 2), "no share has rank 2 of 2"),
+    ],
+)
+def test_a_wrong_call_changes_nothing(
+    call: Callable[[ShardedCache, list[int]], object], message: str
+) -> None:
+    cache = ShardedCache(CONFIG, Share(1, 2), max_tokens=64, page_size=4)
+    ids = cache.new_sequences(2)
+    cache.extend(ids, [3, 3])
+    with pytest.raises(ValueError, match=message):
+        call(cache, ids)
+    assert [cache.length(one) for one in ids] == [3, 3]
+
+
+def test_a_batch_is_void_once_the_cache_has_changed() -> None:
+    cache = ShardedCache(CONFIG, Share(0, 2), max_tokens=64)
+    ids = cache.new_sequences(1)
+    batch = cache.extend(ids, [2])
+    batch.check_current()
+    cache.extend(ids, [2])
+    with pytest.raises(StaleBatch):
+        batch.check_current()
+
+
+def test_a_history_is_spread_over_the_ranks() -> None:
+    kv, pe = torch.randn(11, 6), torch.randn(11, 2)
+    found = torch.zeros(11, 8)
+    for rank in range(3):
+        cache = ShardedCache(CONFIG, Share(rank, 3), max_tokens=64, page_size=4, dtype=torch.float32)
+        (one,) = cache.new_sequences(1)
+        cache.load(one, kv, pe)
+        cache.load(one, kv, pe)  # of another layer, say
+        assert cache.length(one) == 11
+        own = range(rank, 11, 3)
+        local = cache.pages[0].view(-1, 8)[cache._local.slots(one)][: len(own)]
+        found[list(own)] = local
+    assert torch.equal(found, torch.cat((kv, pe), dim=1))
+    whole = LatentCache(CONFIG, max_tokens=64, page_size=4)
+    assert whole.num_pages == 3 * cache.num_pages - 2  # 22 of 64 tokens a rank, in pages of 4

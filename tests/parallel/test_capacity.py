@@ -1,0 +1,39 @@
+"""What a layout's memory holds, against adding up the weights and tokens of every rank."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from mla import MLAConfig
+from mla.parallel.capacity import capacity, layouts
+from mla.parallel.layout import Layout
+from mla.weights import weight_shapes
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize("name", ["deepseek-v2-lite", "deepseek-r1", "kimi-k2"])
+@pytest.mark.parametrize("text", ["tp=1", "tp=8", "dcp=8", "dp=8", "dp=2,tp=2,dcp=2"])
+def test_tokens_are_what_is_left_after_the_weights(name: str, text: str) -> None:
+    config, layout = MLAConfig.preset(name), Layout.parse(text)
+    found = capacity(config, layout, 80 * GIB, layers=27)
+    own = weight_shapes(config.with_heads(config.num_attention_heads // layout.head_parts))
+    weights = 27 * 2 * sum(math.prod(shape) for shape in own.values() if len(shape) == 2)
+    assert found.weight_bytes == weights
+    held = (80 * GIB - weights) // (27 * 2 * 576)  # on one device
+    assert found.tokens == held * layout.world // layout.tp
+    assert found.copies == layout.tp
+
+
+def test_all_layouts_of_a_size_are_found_and_no_others() -> None:
+    found = list(layouts(MLAConfig.preset("deepseek-v2-lite"), 12))
+    assert len(found) == len(set(found))
+    assert set(found) == {
+        Layout(tp, dp, dcp)
+        for tp in range(1, 13)
+        for dp in range(1, 13)
+        for dcp in range(1, 13)
+        if tp * dp * dcp == 12 and 16 % (tp * dcp) == 0
+    }
