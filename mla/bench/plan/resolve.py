@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -125,7 +124,6 @@ def _config(options: RunOptions) -> MLAConfig:
     """Return the layer to measure: a checkpoint's, a config file's, or a preset."""
     from mla.checkpoint import refuse_other_formats
     from mla.config import MLAConfig
-    from mla.config.presets import PRESETS
 
     if options.model_path:
         if not options.model_path.is_dir():
@@ -137,8 +135,7 @@ def _config(options: RunOptions) -> MLAConfig:
         refuse_other_formats(options.model_path)
         return MLAConfig.from_pretrained(options.model_path)
     name = DEFAULT_CONFIG if options.config is None else options.config
-    path = "/" in name or name.endswith(".json") or os.path.isdir(name)
-    return MLAConfig.from_pretrained(name) if path and name not in PRESETS else MLAConfig.preset(name)
+    return MLAConfig.named(name)
 
 
 def _weights(options: RunOptions, config: MLAConfig, dtype: torch.dtype) -> State:
