@@ -51,14 +51,14 @@ def gap(one: Box, other: Box) -> float:
 
 
 def clear(
-    candidates: Iterable[Box], own: Sequence[Box], others: Sequence[Box], slack: float = 0.0
+    candidates: Iterable[Box], own: Sequence[Box], others: Sequence[Box], by: float = 0.0
 ) -> Iterator[Box]:
     """Yield the places of a label whose middle line is nearer to what is its own than to others."""
     for box in candidates:
         middle = (box.bottom + box.top) / 2
         line = Box(box.left, middle, box.right, middle)
         near, far = (min((gap(line, one) for one in boxes), default=math.inf) for boxes in (own, others))
-        if near < far + slack:
+        if near + by < far:
             yield box
 
 

@@ -82,7 +82,7 @@ def _nameless(axes: Axes, labels: Sequence[str], ends: Sequence[Sequence[Point]]
     for place, (label, points) in enumerate(zip(labels, ends, strict=True)):
         if points and label:
             others = [box for line in lines[:place] + lines[place + 1 :] for box in line]
-            if room.put(partial(_near, points, lines[place], others), label) is None:
+            if room.put((label, partial(_near, points, lines[place], others))) is None:
                 missing.append(label)
     return missing
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -21,8 +22,10 @@ from mla.bench.terminal.digits import number
 
 # With more cases than this, none is named beside its mark; with more than that, none is labelled.
 MOST_NAMED, MOST_LABELS = 8, 12
-# How many lines a label may lie away from its mark, with and without a name.
-NEAR, FAR = 3, 12
+# How many lines a label may lie away from its mark, with and without a name; across a line if only so many.
+NEAR, FAR, NEXT = 3, 12, 2
+# Marks that are nearer to each other, in points, are one to the eye.
+SAME = 3.0
 # Most characters of a label, and of what a limit is of.
 LETTERS, DETAIL = 34, 18
 # How far the name of a slope may be from it, in points, if another line is beside it.
@@ -63,7 +66,7 @@ def draw(data: RooflineData, look: Look, *, named: bool = False) -> tuple[Figure
 
 
 def _mark(axes: Axes, dot: Dot, look: Look) -> None:
-    """Draw a case: filled, with an edge that keeps marks apart that overlap; hollow if it is in doubt."""
+    """Draw a case: filled, and hollow if it is in doubt."""
     colour = paint(look.colours[dot.entry.case.implementation])
     doubt = bool(dot.entry.case.roofline.doubt)
     axes.plot(
@@ -71,10 +74,10 @@ def _mark(axes: Axes, dot: Dot, look: Look) -> None:
         dot.rate / TERA,
         linestyle="none",
         marker=look.shapes.marker(dot.entry.case.base),
-        markersize=7 if doubt else 8,
-        markerfacecolor=paint("paper") if doubt else colour,
-        markeredgecolor=colour if doubt else paint("paper"),
-        markeredgewidth=1.8 if doubt else 0.8,
+        markersize=7,
+        markerfacecolor=paint("paper") if doubt else (colour, 0.5),  # marks below stay visible
+        markeredgecolor=colour,
+        markeredgewidth=1.8 if doubt else 1.0,
     )
 
 
@@ -100,7 +103,7 @@ def _write_labels(axes: Axes, data: RooflineData, look: Look, named: bool) -> in
         for dot, point in sorted(zip(data.dots, points, strict=True), key=lambda pair: -pair[0].rate):
             case = dot.entry.case
             name = printable(f"{case.scenario}, {case.implementation}", LETTERS) if named else ""
-            others = [around(other, 0) for other in points if other != point]
+            others = [around(other, 0) for other in points if math.dist(other, point) > SAME]
             _label_dot(room, dot, point, others, look.colours[case.implementation], name)
     return room.left_out
 
@@ -119,7 +122,7 @@ def _label_roof(
             yield from below((ends[0][0] + AWAY[0], ends[0][1]), size)
 
     label = _roof_label(roof)
-    box = room.put(places, label, label.removeprefix("limit "))
+    box = room.put((label, places), (label.removeprefix("limit "), places))
     if box and min(gap(box, one) for one in own) > AWAY[0] / 2:
         (left, bottom), (right, top) = ends
         height = min(max((box.bottom + box.top) / 2, bottom), top)
@@ -158,9 +161,9 @@ def _label_dot(room: Room, dot: Dot, point: Point, others: Sequence[Box], colour
     limit = dot.entry.case.roofline
     share = "in doubt" if limit.doubt else "" if limit.fraction is None else f"{100 * limit.fraction:.0f} %"
     text = " ".join(filter(None, (name, share)))
-    rings = NEAR if name else FAR
 
-    def places(size: Point) -> Iterator[Box]:
-        return clear(beside(point, size, rings=rings), [around(point, 0)], others, slack=1)
+    def places(size: Point, rings: int = NEAR if name else FAR) -> Iterator[Box]:
+        return clear(beside(point, size, rings=rings), [around(point, 0)], others, by=0.5)
 
-    room.tie(room.put(places, text) if text else None, point, colour)
+    if text:
+        room.tie(room.put((text, partial(places, rings=NEXT)), (text, places)), point, colour)

@@ -15,6 +15,8 @@ from matplotlib.transforms import IdentityTransform
 from mla.bench.report.draw.labels import Box, Point, around, place
 from mla.bench.report.draw.theme import paint
 
+# Where a label of a size may go, the best first.
+Places = Callable[[Point], Iterable[Box]]
 SIZE = 9.0  # of a label's font, in points
 
 
@@ -39,13 +41,13 @@ class Room:
     lines: list[Box] = field(default_factory=list)
     left_out: int = 0
 
-    def put(self, places: Callable[[Point], Iterable[Box]], *texts: str) -> Box | None:
-        """Write the first text for which one of `places` (by its size) is free; None if there is no room."""
-        box = next(filter(None, (self._put(text, places) for text in texts)), None)
+    def put(self, *tries: tuple[str, Places]) -> Box | None:
+        """Write the first text for which one of its places is free; return None if there is no room."""
+        box = next(filter(None, (self._put(text, places) for text, places in tries)), None)
         self.left_out += box is None
         return box
 
-    def _put(self, text: str, places: Callable[[Point], Iterable[Box]]) -> Box | None:
+    def _put(self, text: str, places: Places) -> Box | None:
         drawn = self.axes.text(0, 0, text, fontsize=SIZE, va="bottom", transform=IdentityTransform())
         frame = self.axes.bbox
         inside = Box(frame.x0 + 1, frame.y0 + 1, frame.x1, frame.y1)
