@@ -120,6 +120,7 @@ UNFIT = """(() => {
   }
   for (const one of document.querySelectorAll(".scroll"))
     if (one.scrollWidth > one.clientWidth && one.tabIndex !== 0) said.push("cannot be scrolled by keyboard");
+    else if (one.tabIndex === 0 && one.firstElementChild.offsetWidth < 240) said.push("a stop for nothing");
   return said;
 })()"""
 LONG = "x" * 200
