@@ -25,7 +25,7 @@ MOST_NAMED, MOST_LABELS = 8, 12
 # How many lines a label may lie away from its mark, with and without a name; across a line if only so many.
 NEAR, FAR, NEXT = 3, 12, 2
 # Marks that are nearer to each other, in points, are one to the eye.
-SAME = 3.0
+SAME = 1.0
 # Most characters of a label, and of what a limit is of.
 LETTERS, DETAIL = 34, 18
 # How far the name of a slope may be from it, in points, if another line is beside it.
