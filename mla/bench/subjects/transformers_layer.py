@@ -134,6 +134,6 @@ def _model(config: MLAConfig, kind: str) -> TransformersModel:
 
 def _missing(error: ImportError) -> TransformersMissing:
     return TransformersMissing(
-        "implementation 'transformers' needs transformers >= 5.20: `pip install '.[transformers]'` in a "
-        f"checkout (from the first release on `pip install 'mla[transformers]'`); {error}."
+        "implementation 'transformers' needs transformers >= 5.20: "
+        f"`pip install 'transformers>=5.20'` ({error})."
     )
