@@ -16,8 +16,10 @@ TAKEN = {
         f"{ZEN5}-deepseek-v2-lite",
         {"scenarios": ["decode-latency", "prefill-latency"], "samples": ["decode-samples"]},
     ),
-    "zen5-r1": (f"{ZEN5}-deepseek-r1", {"roofline": ["roofline"]}),
-    "zen4-lite": (f"{ZEN4}-deepseek-v2-lite", {"stages": ["decode-stages"]}),
+    "zen4-lite": (
+        f"{ZEN4}-deepseek-v2-lite",
+        {"roofline": ["roofline"], "stages": ["decode-stages"]},
+    ),
     "zen4-scaling": (f"scaling-{ZEN4}-deepseek-v2-lite-threads2", {"grid": ["by-batch-latency"]}),
 }
 

@@ -3,7 +3,8 @@
     python packaging/absolute_links.py https://forge.example/owner/mla v0.1.0
 
 The release runs this on its own checkout before it builds, where it knows its address and its tag. It also
-enters the address into every pyproject.toml, as the page of the source and of the changes.
+enters the address into every pyproject.toml, as the page of the source and of the changes. It runs once:
+afterwards no link is relative, and a second tag would be lost.
 """
 
 from __future__ import annotations
@@ -16,38 +17,58 @@ from pathlib import Path
 
 from distributions import ROOT, distributions, readmes
 
-# [text](target), src="target" and the like, but for targets with a scheme or inside the page.
+# Code, which holds no links: fenced blocks, and spans between equally many backquotes.
+_CODE = re.compile(
+    r"(^ {0,3}(`{3,}|~{3,}).*?(?:^ {0,3}\2[`~]*\s*$|\Z)|(?<!`)(`+)(?!`).+?(?<!`)\3(?!`))", re.M | re.S
+)
+# The start of [text](target "title"), [name]: target and src='target', and the target up to its fragment,
+# but for targets with a scheme or inside the page.
 _LINK = re.compile(
-    r"""(?P<before>\]\(|\b(?:src|srcset|href)=")(?!\w+:|\#)(?P<target>[^)"\s#]+)(?P<after>[^)"\s]*[)"])"""
+    r"""(?P<before>\]\(\s*<?|^\ {0,3}\[[^]\n]+\]:\s+<?|\b(?:src|srcset|href)=["'])"""
+    r"""(?!\w+:|//|\#)(?P<target>[^)>"'\s#]+)""",
+    re.M | re.X,
 )
 _PICTURES = {".svg", ".png", ".jpg", ".jpeg", ".gif", ".webp"}  # a forge shows a page about them elsewhere
 
 
 def absolute(text: str, folder: Path, base: str, tag: str) -> str:
     """Return a page in `folder` with its links made absolute. Raises ValueError for a dead one."""
+    page = folder / "README.md"
 
     def replace(match: re.Match[str]) -> str:
         found = (folder / match["target"]).resolve()
+        if not found.is_relative_to(ROOT):
+            raise ValueError(f"{page} links to {match['target']}, which is outside of the repository.")
         if not found.exists():
-            raise ValueError(f"{folder / 'README.md'} links to {match['target']}, which is not there.")
+            raise ValueError(f"{page} links to {match['target']}, which is not there.")
         kind = "tree" if found.is_dir() else "raw" if found.suffix in _PICTURES else "blob"
-        return f"{match['before']}{base}/{kind}/{tag}/{found.relative_to(ROOT).as_posix()}{match['after']}"
+        return f"{match['before']}{base}/{kind}/{tag}/{found.relative_to(ROOT).as_posix()}"
 
-    return _LINK.sub(replace, text)
+    parts, end = [], 0
+    for code in _CODE.finditer(text):
+        parts += [_LINK.sub(replace, text[end : code.start()]), code[0]]
+        end = code.end()
+    return "".join(parts) + _LINK.sub(replace, text[end:])
 
 
 def rewrite(base: str, tag: str) -> None:
-    """Rewrite all READMEs, and add the project's addresses to all pyproject.toml."""
-    for page in readmes():
-        page.write_text(absolute(page.read_text(encoding="utf-8"), page.parent, base, tag), encoding="utf-8")
+    """Rewrite all READMEs, and add the project's addresses to all pyproject.toml, or raise ValueError."""
     urls = f'\n[project.urls]\nSource = "{base}"\nChangelog = "{base}/blob/{tag}/CHANGELOG.md"\n'
+    new: dict[Path, str] = {}
     for one in distributions():
         project = one.folder / "pyproject.toml"
-        project.write_text(project.read_text(encoding="utf-8") + urls, encoding="utf-8")
+        text = project.read_text(encoding="utf-8")
+        if "[project.urls]" in text:
+            raise ValueError(f"{project} has [project.urls]: this runs once, on a fresh checkout.")
+        new[project] = text + urls
+    for page in readmes():
+        new[page] = absolute(page.read_text(encoding="utf-8"), page.parent, base, tag)
+    for path, text in new.items():
+        path.write_text(text, encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite the tree that this file is in; exit code 1 for a link that leads nowhere."""
+    """Rewrite the tree that this file is in; exit code 1 for a dead link, and for a second run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

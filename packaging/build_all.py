@@ -9,6 +9,7 @@ release call this same script. Every wheel is built from its sdist, so what an s
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
@@ -26,11 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Build as the command line says, and return the exit code: 1 for a failure, 2 for wrong usage."""
     options = _parser().parse_args(arguments)
     target: Path = options.dist.resolve()
-    if target.exists() and any(target.iterdir()):
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        filled = any(target.iterdir())
+    except OSError as error:
+        print(f"error: {options.dist} cannot be made a folder: {error.strerror}.", file=sys.stderr)
+        return 2
+    if filled:
         sentence = f"{options.dist} is not empty, and old files could be released: name a new folder."
         print(f"error: {sentence}", file=sys.stderr)
         return 2
-    target.mkdir(parents=True, exist_ok=True)
     try:
         _build_all(target, options)
         check(target)
@@ -47,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "dist", type=Path, metavar="DIST", help="folder for the files; made if it is not there"
     )
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="how many to build at a time [2]")
+    parser.add_argument("--jobs", type=_jobs, default=2, metavar="N", help="how many to build at a time [2]")
     parser.add_argument(
         "--no-isolation",
         action="store_true",
@@ -62,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
         help="make no wheel of this one (a release takes those with kernels from cibuildwheel)",
     )
     return parser
+
+
+def _jobs(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]?", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 1 to 99")
+    return int(text)
 
 
 def _build_all(target: Path, options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 
 from distributions import distributions
 
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         found = taken(options.index)
-    except OSError as error:
+    except (OSError, ValueError, HTTPException) as error:  # the last two of what is no address
         print(f"error: {options.index} did not say which names exist: {error}.", file=sys.stderr)
         return 2
     print("\n".join(found) or f"free: {', '.join(one.name for one in distributions())}")

@@ -47,11 +47,12 @@ def wheels(dist: Path) -> list[Path]:
 
 def run(dist: Path, folder: Path, torch_index: str) -> None:
     """Install into an environment in `folder`, and run. Raises `SmokeFailed`."""
+    ours = wheels(dist)
     venv.create(folder / "env", with_pip=True)
     python = folder / "env" / "bin" / "python"
     pip = (str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     _call((*pip, "--index-url", torch_index, "torch"))
-    _call((*pip, *map(str, wheels(dist))))
+    _call((*pip, *map(str, ours)))
 
     bare = {"PATH": str(python.parent), "HOME": "/nonexistent"}
     kernels = _call((str(python), "-c", KERNELS), folder, bare).strip()

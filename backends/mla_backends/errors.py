@@ -58,9 +58,10 @@ class UnknownBackend(BackendError):
     state = "unknown"
 
     def __init__(self, name: str, installed: Sequence[str], known: Mapping[str, KnownBackend]) -> None:
-        close = _closest(name, installed, known)
-        meant = f"`--backend {GENERAL} -O device={name}`" if name in GENERAL_DEVICES else f"'{close}'"
-        guess = f" (did you mean {meant}?)" if close or name in GENERAL_DEVICES else ""
+        close = _closest(name.lower(), installed, known)
+        general = name.lower() in GENERAL_DEVICES
+        meant = f"`--backend {GENERAL} -O device={name.lower()}`" if general else f"'{close}'"
+        guess = f" (did you mean {meant}?)" if close or general else ""
         others = [one for one in known if one not in installed]
         known_list = f"known: {', '.join(others)}; " if others else ""
         lists = f"installed: {', '.join(installed) or 'none'}; {known_list}without a plugin, {GENERAL_USE}"
@@ -136,7 +137,10 @@ class BackendVersionError(BackendError):
         self, name: str, origin: str, speaks: int, built_for: object = None, missing: str = ""
     ) -> None:
         """Compare `speaks` with `built_for`; if that is unknown, name what the backend found `missing`."""
-        core = "mla-backends (`pip install -U mla-backends`; in a newer checkout `pip install ./backends`)"
+        core = (
+            "mla-backends (`pip install ./backends` in a newer checkout; from the first release on "
+            "`pip install -U mla-backends`)"
+        )
         if missing:
             contracts = f"another contract, but this mla-backends has contract {speaks}"
             reason = f"{origin} is built for {contracts} ({missing})"
@@ -234,12 +238,17 @@ def _clauses(*parts: str) -> str:
 
 
 def _closest(name: str, installed: Iterable[str], known: Mapping[str, KnownBackend]) -> str | None:
-    """Find the backend meant by a misspelt name, or by the name of its platform ("cuda")."""
-    words = {word.lower(): word for word in (GENERAL, *WITHOUT_PLUGIN, *installed)}
-    for entry in known.values():
+    """Find the backend meant by a misspelt name, or by the name of its platform ("cuda"), in lower case.
+
+    Of three letters two always agree ("gpu", "cpu"), so such words must have the same ones.
+    """
+    words = {word.lower(): word for word in (GENERAL, *installed)}
+    entries: list[KnownDevice | KnownBackend] = [*WITHOUT_PLUGIN.values(), *known.values()]
+    for entry in entries:
         words.update(dict.fromkeys((entry.name, *entry.also), entry.name))
-    close = difflib.get_close_matches(name.lower(), words, n=1)
-    return words[close[0]] if close else None
+    close = difflib.get_close_matches(name, words, n=len(words))
+    fitting = (word for word in close if max(len(word), len(name)) > 3 or sorted(word) == sorted(name))
+    return words.get(next(fitting, ""))
 
 
 @contextmanager

@@ -34,8 +34,11 @@ class KnownBackend:
 
     @property
     def install(self) -> str:
-        """How to install it: by its extra of the core, or from its folder in a checkout."""
-        return f"`pip install 'mla[{self.name}]'` (in a checkout `pip install {self.folder}`)"
+        """How to install it: from its folder in a checkout or, once there is a release, by its extra."""
+        return (
+            f"`pip install {self.folder}` in a checkout (from the first release on `pip install "
+            f"'mla[{self.name}]'`)"
+        )
 
 
 KNOWN: Mapping[str, KnownBackend] = MappingProxyType(
@@ -85,6 +88,7 @@ class KnownDevice:
     torch_device: str  # what torch calls it
     torch: str  # the build of torch, or the package beside it, that brings the device
     package: str = ""  # what must be imported first, if torch does not do so itself
+    also: tuple[str, ...] = ()  # other words users try for it
 
     @property
     def command(self) -> str:
@@ -105,11 +109,11 @@ WITHOUT_PLUGIN: Mapping[str, KnownDevice] = MappingProxyType(
         device.name: device
         for device in (
             KnownDevice("cambricon", "Cambricon MLUs", "mlu", "torch_mlu"),
-            KnownDevice("ascend", "Huawei Ascend NPUs", "npu", "torch_npu"),
+            KnownDevice("ascend", "Huawei Ascend NPUs", "npu", "torch_npu", also=("huawei",)),
             KnownDevice("kunlun", "Kunlun XPUs", "cuda", "torch_xmlir", "torch_xmlir"),
-            KnownDevice("hygon", "Hygon DCUs", "cuda", "Hygon's torch for DTK"),
+            KnownDevice("hygon", "Hygon DCUs", "cuda", "Hygon's torch for DTK", also=("dcu", "dtk")),
             KnownDevice("qy", "QY GPUs", "cuda", "their vendor's torch"),
-            KnownDevice("ali", "Alibaba PPUs", "cuda", "the torch of their SDK"),
+            KnownDevice("ali", "Alibaba PPUs", "cuda", "the torch of their SDK", also=("ppu", "alibaba")),
         )
     }
 )

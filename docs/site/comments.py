@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import tokenize
 from typing import Any
 
 import griffe
 
+_EXPONENT = re.compile(r"\de[-+]?\d")
 _PLAIN = (ast.Assign, ast.AnnAssign)
 Comments = dict[int, tuple[int, str]]  # line -> column and text
 
@@ -21,7 +23,10 @@ class CommentsAreDocstrings(griffe.Extension):
         self._files: dict[str, Comments] = {}
 
     def on_attribute_instance(self, *, node: Any, attr: griffe.Attribute, agent: Any, **_: Any) -> None:
-        """Document an attribute of a class or module, or a property on one line."""
+        """Document an attribute of a class or module, or a property on one line; show numbers as written."""
+        written = ast.get_source_segment(agent.code, node.value) if getattr(node, "value", None) else None
+        if written and "\n" not in written and _EXPONENT.search(written):
+            attr.value = written  # otherwise 1e12 is 1000000000000.0
         if attr.docstring is not None or not (isinstance(node, _PLAIN) or node.lineno == node.end_lineno):
             return
         comments = self._comments(agent)

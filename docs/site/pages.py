@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # MkDocs loads this file by its 
 
 from links import SourceLinks, repository
 from names import NameLinks, shown
+from pictures import for_both_themes
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -61,11 +62,12 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     source_links.files = {file.src_uri for file in files}
 
 
-def on_page_markdown(markdown: str, page: Page, **_: Any) -> None:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Say which page is rendered next to what resolves links; the first page needs no list of itself."""
     source_links.page = page.file.src_uri
     if page.is_homepage:
         page.meta["hide"] = ["navigation"]
+    return for_both_themes(markdown)
 
 
 def expanded(nav: Any, pages: Iterable[str]) -> Any:

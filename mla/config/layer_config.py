@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -121,7 +122,7 @@ class MLAConfig:
     @classmethod
     def named(cls, name: str) -> MLAConfig:
         """Return a preset, or what a path to a config.json, or to its folder, holds. Raises `ConfigError`."""
-        path = "/" in name or name.endswith(".json") or Path(name).is_dir()
+        path = "/" in name or name.endswith(".json") or os.path.isdir(name)  # Path("") would be one
         return cls.from_pretrained(name) if path and name not in PRESETS else cls.preset(name)
 
     @classmethod

@@ -21,7 +21,7 @@ class KernelsHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         wanted = os.environ.get(VARIABLE) or "auto"
         if wanted not in CHOICES:
-            self.app.abort(f"{VARIABLE} is auto, require or off, not '{wanted}'.")
+            self.app.abort(f"{VARIABLE} must be auto, require or off, but is '{wanted}'.")
         if version == "editable" or wanted == "off":
             return
         folder = str(Path(self.root, "mla_backend_cpu"))

@@ -15,7 +15,7 @@ import pytest
 
 import mla
 import mla_backends
-from mla_backends.known import KNOWN, WITHOUT_PLUGIN
+from mla_backends.known import KNOWN, WITHOUT_PLUGIN, KnownBackend, KnownDevice
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("layer", "config", "cache", "reference", "checkpoint", "cost", "verify", "support")
@@ -76,7 +76,8 @@ def test_the_core_never_imports_a_plugin() -> None:
 
 
 def test_the_core_and_its_tests_never_name_a_vendor() -> None:
-    names = {word for entry in KNOWN.values() for word in (entry.name, *entry.also)} | set(WITHOUT_PLUGIN)
+    entries: list[KnownBackend | KnownDevice] = [*KNOWN.values(), *WITHOUT_PLUGIN.values()]
+    names = {word for entry in entries for word in (entry.name, *entry.also)}
     names -= {"cpu", "cuda", "ascend"}  # the last is an English word as well
     assert len(names) >= 12
     vendor = re.compile(rf"(?<![a-z])({'|'.join(sorted(names))})(?![a-z])", re.IGNORECASE)

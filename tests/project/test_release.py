@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FORGE = "https://forge.example/owner/mla"
+DIRECT = {"no_proxy": "127.0.0.1"}  # a proxy of this machine cannot know that index
 UNNEEDED = (
     ".git",
     "__pycache__",
@@ -49,6 +50,13 @@ def index(*projects: str, status: int = 404) -> Iterator[str]:
         server.shutdown()
 
 
+def snapshot(tree: Path) -> dict[Path, str]:
+    """Return what scripts of a release may change."""
+    return {
+        path: path.read_text("utf-8") for name in ("README.md", "pyproject.toml") for path in tree.rglob(name)
+    }
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """Return a copy of the repository for scripts that change it."""
@@ -62,7 +70,7 @@ def tree(tmp_path: Path) -> Path:
 
 def test_free_names_are_free(packaging_script: Script) -> None:
     with index("torch", "mlb") as address:
-        done = packaging_script("names.py", "--index", address)
+        done = packaging_script("names.py", "--index", address, **DIRECT)
     assert done.returncode == 0
     assert done.stdout.startswith("free: mla, mla-backends, mla-backend-cpu, ")
 
@@ -88,7 +96,7 @@ def test_a_name_that_cannot_be_had_is_found(
     packaging_script: Script, project: str, sentence: str | None
 ) -> None:
     with index(project) as address:
-        done = packaging_script("names.py", "--index", address)
+        done = packaging_script("names.py", "--index", address, **DIRECT)
     assert done.returncode == (0 if sentence is None else 1)
     assert sentence is None or done.stdout.startswith(sentence)
 
@@ -98,7 +106,7 @@ def test_an_index_that_does_not_say_is_not_taken_for_free_names(
     packaging_script: Script, status: int
 ) -> None:
     with index(status=status) as address:
-        done = packaging_script("names.py", "--index", address)
+        done = packaging_script("names.py", "--index", address, **DIRECT)
     assert (done.returncode, done.stdout) == (2, "")
     assert f"{address} did not say which names exist: HTTP Error {status}" in done.stderr
 
@@ -123,7 +131,7 @@ def test_links_of_the_pages_on_an_index_lead_to_the_forge(packaging_script: Scri
     pages = [tree / "README.md", tree / "backends" / "README.md", *tree.glob("plugins/*/README.md")]
     assert len(pages) == 7
     for page in pages:
-        targets = re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8"))
+        targets = re.findall(r"\]\(([^)]+)\)", re.sub(r"`[^`]+`", "", page.read_text("utf-8")))
         relative = [one for one in targets if not one.startswith(("https://", "#"))]
         assert targets, page
         assert relative == [], page
@@ -133,24 +141,81 @@ def test_links_of_the_pages_on_an_index_lead_to_the_forge(packaging_script: Scri
         assert f'[project.urls]\nSource = "{FORGE}"\n' in project
 
 
-def test_pictures_are_shown_from_the_forge(packaging_script: Script, tree: Path) -> None:
+LINKS = """
+[![a](../docs/one.svg)](../docs/README.md#b)
+<source srcset="../docs/one.svg"> <img alt='a' src='../docs/one.svg'><a href="../docs">c</a>
+[d](#e) [f](https://g.example/h) [i](mailto:j@k.example) [l](<../docs/README.md> "a (title)") [m](../docs 'n')
+[o] `[p](nowhere.md)` ``[q](`nowhere.md`)``
+
+[o]: ../docs/README.md#b "r"
+
+~~~~
+[s](nowhere.md)
+~~~
+[t]: nowhere.md
+~~~~
+[u](../docs)
+```python
+table[name](argument)
+```
+[v](../docs)
+"""
+
+
+def test_links_of_every_form_are_found_and_code_is_none(packaging_script: Script, tree: Path) -> None:
     (tree / "docs" / "one.svg").write_text("<svg/>")
     page = tree / "backends" / "README.md"
-    page.write_text(
-        '[![a](../docs/one.svg)](../docs/README.md#b)\n<source srcset="../docs/one.svg">\n'
-        '<img alt="a" src="../docs/one.svg"><a href="../docs">c</a> [d](#e) [f](https://g.example/h)\n'
-    )
-    assert packaging_script("absolute_links.py", FORGE, "v1", root=tree).returncode == 0
-    picture = f"{FORGE}/raw/v1/docs/one.svg"
-    assert page.read_text() == (
-        f'[![a]({picture})]({FORGE}/blob/v1/docs/README.md#b)\n<source srcset="{picture}">\n'
-        f'<img alt="a" src="{picture}"><a href="{FORGE}/tree/v1/docs">c</a> [d](#e) [f](https://g.example/h)\n'
-    )
+    page.write_text(LINKS)
+    done = packaging_script("absolute_links.py", FORGE, "v1", root=tree)
+    assert done.returncode == 0, done.stderr
+    expected = LINKS.replace("../docs/one.svg", f"{FORGE}/raw/v1/docs/one.svg")
+    expected = expected.replace("../docs/README.md", f"{FORGE}/blob/v1/docs/README.md")
+    expected = re.sub(r"\.\./docs(?=[\s\")])", f"{FORGE}/tree/v1/docs", expected)
+    assert page.read_text() == expected
+    before = snapshot(tree)
+    again = packaging_script("absolute_links.py", FORGE, "v2", root=tree)
+    assert again.returncode == 1
+    assert "pyproject.toml has [project.urls]: this runs once" in again.stderr
+    assert snapshot(tree) == before
 
 
-def test_a_dead_link_ends_a_release(packaging_script: Script, tree: Path) -> None:
+@pytest.mark.parametrize(
+    ("link", "sentence"),
+    [
+        ("[a](../nowhere.md#b)", "links to ../nowhere.md, which is not there."),
+        ("[a](../../..)", "links to ../../.., which is outside of the repository."),
+        ("[a][b]\n\n[b]: nowhere.md", "links to nowhere.md, which is not there."),
+    ],
+)
+def test_a_dead_link_ends_a_release_and_changes_nothing(
+    packaging_script: Script, tree: Path, link: str, sentence: str
+) -> None:
     page = tree / "backends" / "README.md"
-    page.write_text("[a](../nowhere.md#b)")
+    page.write_text(link)
+    before = snapshot(tree)
     done = packaging_script("absolute_links.py", FORGE, "v7.8.9", root=tree)
     assert done.returncode == 1
-    assert done.stderr == f"error: {page} links to ../nowhere.md, which is not there.\n"
+    assert done.stderr == f"error: {page} {sentence}\n"
+    assert snapshot(tree) == before
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "code", "sentence"),
+    [
+        ("names.py", ["--index", "notaurl"], 2, "error: notaurl did not say which names exist: "),
+        ("names.py", ["--index", "http://a b"], 2, "error: http://a b did not say which names exist: "),
+        ("build_all.py", ["FILE"], 2, "FILE cannot be made a folder: File exists."),
+        ("build_all.py", ["FILE/dist"], 2, "FILE/dist cannot be made a folder: Not a directory."),
+        ("build_all.py", ["dist", "--jobs", "0"], 2, "argument --jobs: '0' is not a number from 1 to 99"),
+        ("smoke.py", ["nowhere"], 1, "nowhere must have one wheel of mla "),
+    ],
+)
+def test_a_mistake_is_a_sentence(
+    packaging_script: Script, tmp_path: Path, script: str, words: list[str], code: int, sentence: str
+) -> None:
+    (tmp_path / "FILE").touch()
+    paths = [str(tmp_path / word) if word.startswith(("FILE", "dist", "nowhere")) else word for word in words]
+    done = packaging_script(script, *paths)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert sentence in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import chromium
 import pytest
 
 from mla_backends.known import KNOWN
@@ -86,6 +87,30 @@ def test_the_tests_run_on_every_python_and_torch_that_we_claim() -> None:
     (oldest,) = (one.removeprefix("torch>=") for one in cpu["dependencies"] if one.startswith("torch"))
     assert f"requirement: torch=={oldest}.*\n" in text
     assert {"ubuntu-24.04", "ubuntu-24.04-arm"} == set(listed(text, "machine"))
+
+
+def test_root_of_a_container_has_a_home_of_its_own() -> None:
+    """The runner's belongs to uid 1001, so that the CPU plugin would refuse its cache there."""
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8")
+    job = text[text.index("\n  tests:\n") : text.index("\n  workflows:\n")]
+    assert "\n    container: " in job
+    assert re.search(r"\n    env:\n(?:      .*\n)*?      HOME: /root\n", job)
+
+
+def test_whatever_makes_a_wheel_starts_the_workflow_of_wheels() -> None:
+    text = (ROOT / ".github" / "workflows" / "wheels.yml").read_text("utf-8")
+    found = re.search(r"^ +paths: \[(.+)\]$", text, re.MULTILINE)
+    assert found
+    paths = {one.strip(' "') for one in found[1].split(",")}
+    assert {"mla/**", "backends/**", "plugins/**", "packaging/**", "**/pyproject.toml"} <= paths
+
+
+def test_the_gate_looks_for_the_browsers_that_the_tests_know() -> None:
+    text = (ROOT / ".ci" / "run").read_text("utf-8")
+    found = re.search(r"^for name in (.+); do$", text, re.MULTILINE)
+    assert found
+    assert tuple(found[1].split()) == chromium.NAMES
+    assert "browser=${CHROME:-}\n" in text
 
 
 def test_a_release_publishes_all_seven_and_what_is_required_first() -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
-import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -14,26 +11,13 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import chromium
 import pytest
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--remote-debugging-port=0",  # stays open until it is closed
-    "--window-size=1400,900",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-)
+NOTHING_ELSE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 Seen = dict[str, Any]
-# Opens the pages in frames of a phone's width, then searches in one, and posts what it saw.
-PROBE = """<!doctype html><meta charset="utf-8"><body><script>
+# Opens the pages in frames of a phone's width, then searches in one, and returns what it saw.
+PROBE = """(async (PAGES) => {
 const seen = {pages: {}, fetched: [], found: []};
 const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
 async function open(page) {
@@ -57,7 +41,6 @@ function measure(view) {
           wrapped: view.document.querySelectorAll("article .md-typeset__scrollwrap table").length,
           wide: wide.map((one) => one.tagName + "." + one.className + " " + one.textContent.slice(0, 40))};
 }
-(async () => {
   await Promise.all(PAGES.map(async (page) => {
     const view = await open(page);
     seen.pages[page] = measure(view);
@@ -73,61 +56,57 @@ function measure(view) {
     await sleep(100);
     seen.found = [...view.document.querySelectorAll(".md-search-result__link")].map((one) => one.href);
   }
-  await fetch("/seen", {method: "POST", body: JSON.stringify(seen)});
-})();
-</script></body>"""
-
-
-class Host(ThreadingHTTPServer):
-    """A folder on this host, and what a page of it posts."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
-        self.address = f"http://127.0.0.1:{self.server_address[1]}/"
-        self.posted: queue.Queue[bytes] = queue.Queue()
+  return seen;
+})"""
+# Turns to the dark theme by the site's own switch, and returns the pictures that can be seen then.
+DARK = """(async () => {
+  const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
+  const body = document.body;
+  for (let tries = 0; tries < 50 && body.dataset.mdColorScheme !== "slate"; tries++) {
+    const labels = [...document.querySelectorAll("form[data-md-component=palette] label")];
+    labels.find((one) => !one.hidden)?.click();
+    await sleep(100);
+  }
+  return [...document.querySelectorAll("article img")].filter((one) => one.checkVisibility())
+    .map((one) => new URL(one.src).pathname.split("/").pop());
+})()"""
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    def do_POST(self) -> None:
-        assert isinstance(self.server, Host)
-        self.server.posted.put(self.rfile.read(int(self.headers["Content-Length"])))
-        self.send_response(204)
-        self.end_headers()
-
     def log_message(self, *_: object) -> None:
         pass
 
 
 @pytest.fixture(scope="module")
-def host(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    """Serve a copy of the site, with the probe beside its pages."""
-    folder = tmp_path_factory.mktemp("served") / "site"
-    shutil.copytree(site, folder)
-    pages = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.html"))]
-    (folder / "probe.html").write_text(PROBE.replace("PAGES", json.dumps(pages)), encoding="utf-8")
-    with Host(folder) as host:
-        thread = threading.Thread(target=host.serve_forever)
+def host(site: Path) -> Iterator[str]:
+    """Serve the site on this host and return its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(site))) as server:
+        thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield host
-        host.shutdown()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
         thread.join()
 
 
 @pytest.fixture(scope="module")
-def seen(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """Return what the probe saw; a browser may be missing, but not in CI."""
-    program = os.environ.get("CHROME") or next(filter(None, map(shutil.which, NAMES)), None)
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Chromium]:
+    """Start Chromium once, which reaches this host alone; it may be missing, but not in CI."""
+    program = chromium.program()
     if program is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium on PATH, and CHROME names none")
-    folder = tmp_path_factory.mktemp("browser")
-    command = [str(program), *FLAGS, f"--user-data-dir={folder / 'profile'}", f"{host.address}probe.html"]
-    with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as browser:
-        try:
-            return dict(json.loads(host.posted.get(timeout=120)))
-        except queue.Empty:
-            pytest.fail((folder / "log").read_text(errors="replace")[-3000:])
-        finally:
-            browser.terminate()
+    started = chromium.Chromium(str(program), tmp_path_factory.mktemp("profile"), NOTHING_ELSE)
+    started.media("light")
+    started.width(1400)
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def seen(browser: chromium.Chromium, host: str, site: Path) -> Seen:
+    """Return what the probe saw of all pages."""
+    browser.open(f"{host}404.html")
+    pages = [path.relative_to(site).as_posix() for path in sorted(site.rglob("*.html"))]
+    return dict(browser.run(f"{PROBE}({json.dumps(pages)})"))
 
 
 def test_nothing_scrolls_sideways_on_a_phone(seen: Seen) -> None:
@@ -140,11 +119,18 @@ def test_nothing_scrolls_sideways_on_a_phone(seen: Seen) -> None:
     assert sum(found["tables"] for found in pages.values()) > 10
 
 
-def test_nothing_is_loaded_from_elsewhere(seen: Seen, host: Host) -> None:
+def test_nothing_is_loaded_from_elsewhere(seen: Seen, host: str) -> None:
     fetched = seen["fetched"]
     assert len(fetched) > 5
-    assert [url for url in fetched if not url.startswith(host.address)] == []
+    assert [url for url in fetched if not url.startswith(host)] == []
 
 
 def test_the_search_finds_a_name_of_the_reference(seen: Seen) -> None:
     assert any("docs/api/core.html" in url for url in seen["found"]), seen["found"]
+
+
+def test_pictures_follow_the_theme_that_a_reader_has_chosen(browser: chromium.Chromium, host: str) -> None:
+    browser.open(f"{host}docs/gallery.html")
+    shown = browser.run(DARK)
+    assert len(shown) > 5
+    assert all(name.endswith("-dark.svg") for name in shown)

@@ -7,6 +7,7 @@ import posixpath
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,11 @@ import built_site
 import pytest
 
 from mla import errors
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN = re.compile(r"(^|/)(\.[^/]+|node_modules|v?env|build|dist|site|tests)/")
@@ -93,6 +99,18 @@ def test_shapes_in_comments_reach_the_reference(site: Path) -> None:
     assert "[B, max_pages] int32" in text
     core = (site / "docs/api/core.html").read_text(encoding="utf-8")
     assert re.search(r"<li>\s*(<p>)?<code>hidden</code>: \[T, d\]", core)
+
+
+def test_signatures_have_a_parameter_a_line_and_bounds_are_as_written(site: Path) -> None:
+    def text(page: str, name: str) -> str:
+        html = (site / "docs/api" / page).read_text(encoding="utf-8")
+        return re.sub(r"<[^>]+>", "", html[html.index(f'id="{name}"') :])[:3000]
+
+    signature = text("core.html", "mla.MLAConfig").partition("MLAConfig(")[2].partition(")")[0]
+    assert len(signature.splitlines()) > 10
+    assert "Meta(ge=1e-9, le=1e12)" in text("results.html", "mla.bench.results.schema.Milliseconds")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert any(one.startswith("ruff") for one in extras["optional-dependencies"]["docs"])  # formats them
 
 
 LINKS = {

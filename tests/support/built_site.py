@@ -27,6 +27,9 @@ _FETCHED = {
 }
 _IN_STYLE = re.compile(r"""(?:@import\s+(?:url\(\s*)?|url\(\s*)["']?(?!data:|#)([^"')\s;]+)""")
 
+# Ends of the addresses of pictures that the theme shows on light or on dark paper only.
+_CONDITIONS = ["only-light", "only-dark"]
+
 
 @dataclass
 class Page:
@@ -117,5 +120,5 @@ def _dead(folder: Path, pages: dict[str, Page], name: str, url: str) -> str:
         target = posixpath.normpath(posixpath.join(target, "index.html"))
     if target.startswith("..") or not (folder / target).is_file():
         return "is not there"
-    known = pages[target].anchors if target in pages else []
+    known = pages[target].anchors if target in pages else _CONDITIONS
     return "has no such anchor" if anchor and anchor not in known else ""

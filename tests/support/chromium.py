@@ -41,10 +41,10 @@ class ChromiumError(Exception):
 class Chromium:
     """A running browser with one page. Close it, or the process stays."""
 
-    def __init__(self, path: str, profile: Path) -> None:
+    def __init__(self, path: str, profile: Path, *flags: str) -> None:
         commands, self._commands = os.pipe()
         self._answers, answers = os.pipe()
-        command = [path, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
+        command = [path, *FLAGS, *flags, f"--user-data-dir={profile}", "about:blank"]
         self._process = subprocess.Popen(
             command,
             close_fds=False,  # it would close what was moved; Python's own files are not inherited anyway
@@ -73,10 +73,10 @@ class Chromium:
             raise ChromiumError(f"{method}: {answer['error']}")
         return dict(answer["result"])
 
-    def open(self, path: Path) -> None:
-        """Load a file, wait until it has loaded, and forget what earlier pages said."""
+    def open(self, page: Path | str) -> None:
+        """Load a file or an address, wait until it has loaded, and forget what earlier pages said."""
         self.console.clear()
-        self("Page.navigate", url=path.resolve().as_uri())
+        self("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         self._until(lambda one: one.get("method") == "Page.loadEventFired")
 
     def width(self, pixels: int, height: int = 900) -> None:

@@ -49,14 +49,15 @@ def export(runs: tuple[Path, ...], kind: str, target: Path | None) -> int:
 
     Exit code 0; 2 for a file that is not a result, or that cannot be written; 5 if there is no case.
     """
+    _check_inputs(runs)
     read = [(path, results.read(path)) for path in runs]
     if target is not None:
         _check_target(target, runs)
-    wrote = (_csv if kind == "csv" else _infinimetrics)(read, target)
     states = Counter(case.check.status for _, run in read for case in run.cases)
     if not states:
         note("nothing to export: no case in " + ", ".join(map(str, runs)))
         return Exit.NOTHING_RAN
+    wrote = (_csv if kind == "csv" else _infinimetrics)(read, target)
     missing = ", ".join(f"{count} {state}" for state, count in states.items() if state != "ok")
     without = f"; without a number: {missing}" if missing else ""
     note(f"exported {wrote} of {_count(states.total(), 'case')} in {_count(len(read), 'file')}{without}")
@@ -65,6 +66,14 @@ def export(runs: tuple[Path, ...], kind: str, target: Path | None) -> int:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _check_inputs(inputs: Sequence[Path]) -> None:
+    """Raise `UsageError` for a file that is given twice: its cases would be two measurements each."""
+    seen = Counter(path.resolve() for path in inputs)
+    twice = next((path for path in inputs if seen[path.resolve()] > 1), None)
+    if twice is not None:
+        raise UsageError(f"'{twice}' is given twice: name every result file once.")
 
 
 def _check_target(target: Path, inputs: Sequence[Path]) -> None:
@@ -107,6 +116,8 @@ def _infinimetrics(read: Files, target: Path | None) -> str:
 
 
 def _make_folder(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ResultError(f"cannot make the folder '{path}': there is no folder '{path.parent}'.")
     try:
         path.mkdir(exist_ok=True)
     except OSError as error:

@@ -75,11 +75,13 @@ def _points(options: RunOptions) -> tuple[RunOptions, list[Point]]:
 
     Raises `UsageError`.
     """
-    axes = grid.parse(options.axes)
+    grid.parse(options.axes)  # what the user wrote is judged before any file
     validate.check_lengths(options)
     workload = scenarios.chosen_workload(options)
+    by_file = workload.op if workload is not None and options.op is None else None
     options = scenarios.with_defaults(options, workload)
-    validate.check_options(options, axes)
+    axes = grid.parse(options.axes)
+    validate.check_options(options, axes, by_file)
     points = scenarios.choose_points(options, axes, workload)
     validate.check_points(options, points)
     validate.check_stages(options, points)
@@ -268,7 +270,9 @@ def _listed_implementations(options: RunOptions, points: Sequence[Point]) -> lis
     else:
         missing = None
     if options.op is not None:
-        raise UsageError(f"{other} runs the whole layer: --op times mla and mla-reference.")
+        raise UsageError(
+            f"{other} runs the whole layer: {options.op} alone is timed of mla and mla-reference."
+        )
     if any(point.layers > 1 for point in points):
         raise UsageError(f"{other} runs one layer at a time: leave it out, or --layers.")
     if missing:

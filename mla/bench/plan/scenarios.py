@@ -26,13 +26,25 @@ def chosen_workload(options: RunOptions) -> Workload | None:
 
 
 def with_defaults(options: RunOptions, workload: Workload | None) -> RunOptions:
-    """Return the options with the config and the op of a workload that names them, unless the user did."""
+    """Return the options with the config and the op of a workload that names them, unless the user did.
+
+    An option that a chosen scenario has an axis for replaces it, as an axis of the command line does, and
+    becomes one. Raises `UsageError`.
+    """
     if workload is None:
         return options
     config = options.config
     if config is None and options.model_path is None:
         config = workload.config
-    return replace(options, config=config, op=workload.op if options.op is None else options.op)
+    op = workload.op if options.op is None else options.op
+    own = {axis for scenario in select(workload.scenarios, options.scenarios) for axis in scenario.axes}
+    own -= {axis.partition("=")[0] for axis in options.axes}
+    options = replace(options, config=config, op=op)
+    if options.dtype is not None and "dtype" in own:
+        options = replace(options, dtype=None, axes=(*options.axes, f"dtype={options.dtype}"))
+    if options.page_size is not None and "page_size" in own:
+        options = replace(options, page_size=None, axes=(*options.axes, f"page_size={options.page_size}"))
+    return options
 
 
 def choose_points(options: RunOptions, axes: Axes, workload: Workload | None) -> list[Point]:

@@ -47,11 +47,14 @@ def check_lengths(options: RunOptions) -> None:
         )
 
 
-def check_options(options: RunOptions, axes: Axes) -> None:
-    """Raise `UsageError` for options that contradict each other or lack one that they need."""
+def check_options(options: RunOptions, axes: Axes, op_of_file: str | None = None) -> None:
+    """Raise `UsageError` for options that contradict each other or lack one that they need.
+
+    `op_of_file`: the op to time, if the workload names it and the user does not.
+    """
     options.implementation_names  # noqa: B018  # raises for a name that cannot be read
     _check_op_shape(options, axes)
-    _check_op_alone(options)
+    _check_op_alone(options, op_of_file)
     _check_checkpoint(options)
     _check_profile(options)
     _check_page_size(options.page_size)
@@ -115,8 +118,8 @@ def _check_op_shape(options: RunOptions, axes: Axes) -> None:
         )
 
 
-def _check_op_alone(options: RunOptions) -> None:
-    """Raise `UsageError` for options about the whole layer together with `--op`."""
+def _check_op_alone(options: RunOptions, op_of_file: str | None) -> None:
+    """Raise `UsageError` for options about the whole layer where one op is timed."""
     if options.op is None:
         return
     layer = {
@@ -125,11 +128,17 @@ def _check_op_alone(options: RunOptions) -> None:
         "--layers": options.layers is not None,
     }
     given = [flag for flag, value in layer.items() if value]
-    if given:
+    if not given:
+        return
+    about = f"{given[0]} is about the whole layer"
+    if op_of_file:
         raise UsageError(
-            f"{given[0]} is about the whole layer: leave it out with --op, whose shape is --batch, --kv, "
-            "--q-len, --batch-spec, --heads and --config."
+            f"{about}, and workload '{options.workload_name}' times one op, {op_of_file}: leave it out; "
+            "--heads and --config apply."
         )
+    shape = "the workload's batches, " if options.workload_flag else "--batch, --kv, --q-len, --batch-spec, "
+    shape = "--batch-spec, " if options.batch_specs else shape
+    raise UsageError(f"{about}: leave it out with --op, whose shape is {shape}--heads and --config.")
 
 
 def _check_checkpoint(options: RunOptions) -> None:
@@ -178,7 +187,7 @@ def check_stages(options: RunOptions, points: Sequence[Point]) -> None:
     if names and not any(map(implementations.is_ours, names)):  # without names, `mla` is one of them
         raise UsageError("--stages times the parts of mla and mla-reference: run one of them.")
     if options.op is not None:
-        raise UsageError("--stages times the parts of a layer, and --op is one part alone.")
+        raise UsageError(f"--stages times the parts of a layer, and {options.op} is one part alone.")
     if any(point.layers > 1 for point in points):
         raise UsageError("--stages times one layer: leave out --layers.")
 
@@ -197,11 +206,14 @@ def check_heads(config: MLAConfig, points: Sequence[Point]) -> None:
     """Raise `UsageError` for a number of heads that no tensor-parallel rank of the model has."""
     whole = config.num_attention_heads
     for point in points:
-        heads = point.point.get("heads")
+        axis = point.point.get("heads")
+        # One op alone may have any number of them.
+        heads = point.heads if axis is None and point.op is None else axis
         if isinstance(heads, int) and (heads > whole or whole % heads):
+            where = f"scenario '{point.name}', heads" if axis is None else "axis heads"
             problem = "are more than" if heads > whole else "do not divide"
             raise UsageError(
-                f"axis heads: {heads} {problem} the {whole} heads of {config.name}; a tensor-parallel rank "
+                f"{where}: {heads} {problem} the {whole} heads of {config.name}; a tensor-parallel rank "
                 "has an equal share of them."
             )
 

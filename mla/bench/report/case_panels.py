@@ -91,7 +91,7 @@ def _curves(context: Context, slug: str, group: Curves) -> Panel:
         complete = complete and named
     members = [line.entry for line in group.lines]
     legend = [] if complete else _line_legend(context, members, kinds, look)
-    notes = list(_no_number([entry for line in group.lines for _, entry in line.absent]))
+    notes = [*_key(members), *_no_number([entry for line in group.lines for _, entry in line.absent])]
     tabled = [tables.curve(group, BOTH)]
     return Panel(slug, title, context.subject(members), pictures, legend, notes, tabled)
 
@@ -119,7 +119,7 @@ def _bars(context: Context, slug: str, which: Workload, cases: list[ReportEntry]
         _bar_picture(context, f"{slug}-{place}", title, quantity, part)
         for place, (quantity, part) in enumerate(parts)
     ]
-    legend = [Swatch("the limit: no run can be faster", DARK, "|")]
+    legend = [Swatch("the limit of the device", DARK, "|")]
     legend *= any(bar_charts.has_own_limits(part, quantity) for quantity, part in parts)
     absent = [one for one in context.entries if workload(one) == which and not one.case.point]
     notes = [*_key(drawn), *cut_note(drawn, cases), *_yardsticks(absent), *_no_number(absent)]

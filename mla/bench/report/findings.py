@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from mla.bench.report.roofline_data import RooflineData
-from mla.bench.report.series import Curves, Quantity, ReportEntry, with_numbers
+from mla.bench.report.series import Curves, Quantity, ReportEntry, grouped, shared_limit, with_numbers
 from mla.bench.results.compare import Comparison
 from mla.bench.results.schema import Case
-from mla.bench.terminal.digits import number
+from mla.bench.terminal import verdict
+from mla.bench.terminal.digits import known, number
 from mla.bench.terminal.stages import wholes
 from mla.bench.terminal.verdict import status
 
-# Most things that are told one by one.
-MOST = 6
+# Most things that are told one by one, and most verdicts.
+MOST, MOST_VERDICTS = 6, 3
 
 
 def sentence(parts: Iterable[str], what: str) -> str:
@@ -25,25 +26,32 @@ def sentence(parts: Iterable[str], what: str) -> str:
 
 
 def of_bars(entries: Sequence[ReportEntry], names: Sequence[str], quantity: Quantity) -> str:
-    """Return the best of the bars, by how much, and every value."""
-    named = zip(entries, names, strict=True)
-    known = [(found.value, name) for one, name in named if (found := quantity.of(one.case))]
-    ranked = sorted(known, reverse=quantity.higher_is_better)
-    lead = ""
-    if len(ranked) > 1 and ranked[0][0] > 0:
-        (best, name), (next_best, other) = ranked[:2]
-        ratio = max(best, next_best) / min(best, next_best)
-        how = "highest" if quantity.higher_is_better else "lowest"
-        lead = f"{name} has the {how} {quantity.name}, by a factor of {number(ratio)} to {other}. "
-    told = [f"{name} {number(value)} {quantity.unit}" for value, name in ranked]
-    limits = dict.fromkeys(number(limit) for one in entries if (limit := quantity.limit(one.case)))
-    told += [f"the limit is {limit} {quantity.unit}" for limit in list(limits)[:1] if len(limits) == 1]
-    told += [f"{name} has no number: {status(one.case)}" for one, name in _without(entries, names)]
-    return lead + sentence(told, "bars")
+    """Return the verdicts of the report, the limit if it is one, what has no number, and every bar."""
+    named = list(zip(entries, names, strict=True))
+    shared = shared_limit(entries, quantity)
+    lead = [f"{text}." for text in _verdicts(entries)]
+    lead += [f"The limit is {number(shared)} {quantity.unit}."] * bool(shared)
+    lead += [f"{name} has no number: {status(one.case)}." for one, name in named if not with_numbers([one])]
+    bars = [
+        (found, name, quantity.limit(one.case)) for one, name in named if (found := quantity.of(one.case))
+    ]
+    bars.sort(key=lambda bar: bar[0].value, reverse=quantity.higher_is_better)
+    told = [
+        f"{name} {found} {quantity.unit}" + f" (limit {number(limit)})" * (bool(limit) and not shared)
+        for found, name, limit in bars
+    ]
+    return " ".join([*lead, sentence(told, "bars")])
 
 
-def _without(entries: Sequence[ReportEntry], names: Sequence[str]) -> list[tuple[ReportEntry, str]]:
-    return [(one, name) for one, name in zip(entries, names, strict=True) if not with_numbers([one])]
+def _verdicts(entries: Sequence[ReportEntry]) -> Iterator[str]:
+    """Yield what the report says of each scenario of each file, if they are few: no other is the winner."""
+    groups = grouped(entries, lambda one: (one.file.key, one.case.scenario))
+    several = len({scenario for _, scenario in groups}) > 1
+    if len(groups) <= MOST_VERDICTS:
+        for (key, scenario), members in groups.items():
+            cases = [case for case in members[0].file.run.cases if case.scenario == scenario]
+            where = ", ".join(filter(None, (key, scenario if several else "")))
+            yield f"{where}: ".removeprefix(": ") + verdict.of_scenario(scenario, cases).text
 
 
 def of_curves(group: Curves, quantity: Quantity) -> str:
@@ -53,13 +61,13 @@ def of_curves(group: Curves, quantity: Quantity) -> str:
 
 def _of_line(group: Curves, place: int, quantity: Quantity) -> str:
     line = group.lines[place]
-    found = [(x, m.value) for x, entry in line.points if (m := quantity.of(entry.case))]
-    name = group.label(line) or line.entry.case.implementation
+    found = [(x, m) for x, entry in line.points if (m := quantity.of(entry.case))]
+    name = group.label(line)
     lost = f", no number at {len(line.absent)} places" * bool(line.absent)
     if not found:
         return f"{name} has no {quantity.name}{lost}"
     (first, low), (last, high) = found[0], found[-1]
-    return f"{name}: {number(low)} {quantity.unit} at {first:g} to {number(high)} at {last:g}{lost}"
+    return f"{name}: {low} {quantity.unit} at {first:g} to {high} at {last:g}{lost}"
 
 
 def of_roofline(data: RooflineData) -> str:
@@ -85,7 +93,8 @@ def of_stages(entries: Sequence[ReportEntry], names: Sequence[str]) -> str:
 def _of_stage(name: str, case: Case) -> str:
     longest = sorted(wholes(case.stages), key=lambda stage: -stage.ms)[:3]
     told = ", ".join(f"{stage.name} {number(stage.ms)} ms" for stage in longest)
-    whole = f" of {number(case.latency_ms.median)} ms" if case.latency_ms else ""
+    latency = case.latency_ms
+    whole = f" of {known(latency.median, latency.ci95)} ms" if latency else ""
     return f"{name}: longest are {told}{whole}"
 
 
@@ -112,7 +121,7 @@ def of_comparison(cases: Sequence[Comparison]) -> str:
 def of_samples(entries: Sequence[ReportEntry]) -> str:
     """Return how the samples of every case are spread."""
     told = [
-        f"{one.case.implementation}: median {number(latency.median)} ms, "
+        f"{one.case.implementation}: median {known(latency.median, latency.ci95)} ms, "
         f"80 % lie from {number(latency.p10)} to {number(latency.p90)}"
         for one in entries
         if (latency := one.case.latency_ms)

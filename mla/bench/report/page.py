@@ -29,7 +29,8 @@ def require() -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise PageError(
-                f"a report needs {name}, which cannot be imported ({error}): `pip install 'mla[report]'`."
+                f"a report needs {name}, which cannot be imported ({error}): `pip install {name}`, or in a "
+                "checkout `pip install '.[report]' ./backends`."
             ) from error
 
 

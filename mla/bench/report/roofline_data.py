@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mla.bench.report.series import ReportEntry, ResultFile, entries, with_numbers
@@ -12,15 +12,17 @@ from mla.bench.results.schema import Ceiling
 from mla.bench.terminal.verdict import is_yardstick
 from mla.text import size
 
-# Roofs within this share of each other are drawn as one; at most this many of a kind are drawn.
-NEAR, MOST = 0.10, 4
+Kind = Literal["memory", "compute"]
+# Roofs within this share of each other are drawn as one; at most so many of a kind are drawn.
+NEAR = 0.10
+MOST: dict[Kind, int] = {"memory": 2, "compute": 4}
 
 
 @dataclass(frozen=True)
 class Roof:
     """A limit in bytes per second (memory) or FLOP per second (compute)."""
 
-    bound: Literal["memory", "compute"]
+    bound: Kind
     value: float
     source: str
     detail: str = ""  # distinguishes roofs of one kind: a footprint or a dtype
@@ -39,10 +41,11 @@ class Dot:
 
 @dataclass(frozen=True)
 class RooflineData:
-    """What the roofline chart of one file shows."""
+    """What the roofline of one file shows: all its roofs in the table, and those that are drawn."""
 
     file: ResultFile
     roofs: list[Roof]
+    drawn: list[Roof]
     dots: list[Dot]
 
 
@@ -51,13 +54,15 @@ def roofline(file: ResultFile) -> RooflineData:
     cases = with_numbers(entries([file]))
     measured = [roof for ceiling in file.run.ceilings if (roof := _measured(ceiling)) is not None]
     derived = [roof for entry in cases if (roof := _derived(entry)) is not None]
-    roofs = []
-    for bound in ("memory", "compute"):
-        of_kind = [roof for roof in measured if roof.bound == bound] or [
+    roofs: list[Roof] = []
+    drawn: list[Roof] = []
+    for bound in MOST:
+        of_kind = [roof for roof in measured if roof.bound == bound] or _unique(
             roof for roof in derived if roof.bound == bound
-        ]
-        roofs += _distinct(of_kind)
-    return RooflineData(file, roofs, [dot for entry in cases if (dot := _dot(entry)) is not None])
+        )
+        roofs += sorted(of_kind, key=lambda roof: -roof.value)
+        drawn += _distinct(of_kind, MOST[bound])
+    return RooflineData(file, roofs, drawn, [dot for entry in cases if (dot := _dot(entry)) is not None])
 
 
 def _measured(ceiling: Ceiling) -> Roof | None:
@@ -81,17 +86,29 @@ def _derived(entry: ReportEntry) -> Roof | None:
     return Roof(limit.bound, 1e3 * work / limit.floor_ms, limit.peak_source or "", detail) if work else None
 
 
-def _distinct(roofs: Iterable[Roof]) -> list[Roof]:
-    """Return the highest of each cluster of near-equal roofs, at most `MOST` of them."""
-    kept: list[Roof] = []
+def _unique(roofs: Iterable[Roof]) -> list[Roof]:
+    """Return each roof once, although many cases imply it, each with an error of rounding."""
+    return list({(f"{roof.value:.6g}", roof.source, roof.detail): roof for roof in roofs}.values())
+
+
+def _distinct(roofs: Iterable[Roof], most: int) -> list[Roof]:
+    """Return the highest of each cluster of near-equal roofs, at most so many of them.
+
+    One that stands for several dtypes has the names of all. Footprints that are near are one size of memory.
+    """
+    clusters: list[list[Roof]] = []
     for roof in sorted(roofs, key=lambda roof: -roof.value):
-        if all(_differ(roof, other) for other in kept):
-            kept.append(roof)
-    return kept if len(kept) <= MOST else [*kept[: MOST - 1], kept[-1]]
+        if clusters and roof.value >= clusters[-1][0].value * (1 - NEAR):
+            clusters[-1].append(roof)
+        else:
+            clusters.append([roof])
+    kept = clusters if len(clusters) <= most else [*clusters[: most - 1], clusters[-1]]
+    return [_joined(cluster) if cluster[0].bound == "compute" else cluster[0] for cluster in kept]
 
 
-def _differ(roof: Roof, other: Roof) -> bool:
-    return roof.value < other.value * (1 - NEAR)
+def _joined(cluster: Sequence[Roof]) -> Roof:
+    names = dict.fromkeys(roof.detail for roof in cluster if roof.detail)
+    return replace(cluster[0], detail=", ".join(names))
 
 
 def _dot(entry: ReportEntry) -> Dot | None:
@@ -104,9 +121,6 @@ def _dot(entry: ReportEntry) -> Dot | None:
 
 def ridge(roofs: Sequence[Roof]) -> float | None:
     """Return the intensity at which the highest roofs of both kinds meet; None without both."""
-    highest = {kind: max((r.value for r in roofs if r.bound == kind), default=None) for kind in _KINDS}
+    highest = {kind: max((r.value for r in roofs if r.bound == kind), default=None) for kind in MOST}
     memory, compute = highest["memory"], highest["compute"]
     return compute / memory if memory and compute else None
-
-
-_KINDS = ("memory", "compute")

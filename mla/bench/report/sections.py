@@ -17,7 +17,10 @@ from mla.bench.report.timing_panels import (
 from mla.bench.results.compare import NOISE
 
 _GRID = "Medians along the axes of the grid, with 95 % intervals as whiskers. Both axes are logarithmic."
-_SCENARIOS = "Medians with 95 % intervals as whiskers. A bar that would flatten all others is broken off (»)."
+_SCENARIOS = (
+    "Medians with 95 % intervals as whiskers. A bar that would flatten all others is broken off (»); a "
+    "whisker that would ends in an arrow."
+)
 _ROOFLINE = (
     "Necessary FLOPs per second over necessary FLOPs per byte, both axes logarithmic. Lines are the limits; "
     "the label of a case is the share of its limit that it reaches. Cases under the slope are limited by "

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 from mla.bench.report.names import config_names, short_names
 from mla.bench.results import compare
 from mla.bench.results.compare import Comparison
-from mla.bench.results.schema import Case, Latency, Run, Throughput
+from mla.bench.results.schema import Case, Interval, Latency, Run, Throughput
+from mla.bench.terminal.digits import known
 from mla.bench.terminal.verdict import is_yardstick
 
 # Axes of a grid that get curves, and what they count.
@@ -64,6 +65,15 @@ class Measure(NamedTuple):
     low: float | None
     high: float | None
 
+    @property
+    def interval(self) -> Interval | None:
+        """Both ends of the interval; None without one."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    def __str__(self) -> str:
+        """Return the value with the digits that its interval supports, as everywhere else."""
+        return known(self.value, self.interval)
+
 
 class Quantity(NamedTuple):
     """What a bar, or the y axis of a curve, shows."""
@@ -95,6 +105,17 @@ def _floor(case: Case) -> float | None:
 
 LATENCY = Quantity("latency", "ms", _latency, _floor, False)
 THROUGHPUT = Quantity("throughput", "tok/s", _throughput, lambda _: None, True)
+# Limits that differ by less are one line.
+SAME_LIMIT = 0.01
+
+
+def shared_limit(cases: Iterable[ReportEntry], quantity: Quantity) -> float | None:
+    """Return the limit that every case with a number has; None if one has another, or none that is known."""
+    limits = [quantity.limit(entry.case) for entry in cases if quantity.of(entry.case)]
+    known_limits = [one for one in limits if one]
+    if not limits or len(known_limits) < len(limits):
+        return None
+    return limits[0] if max(known_limits) <= (1 + SAME_LIMIT) * min(known_limits) else None
 
 
 def result_files(paths: Sequence[str], runs: Sequence[Run]) -> list[ResultFile]:
@@ -182,10 +203,10 @@ class Curves:
     lines: list[Line]
 
     def label(self, line: Line) -> str:
-        """Return what tells a line from the others; "" if it is the only one."""
+        """Return what tells a line from the others; the implementation if it is the only one."""
         names = list(zip(*map(_names, self.lines), strict=True))
         told = [name for name, every in zip(_names(line), names, strict=True) if len(set(every)) > 1]
-        return ", ".join(filter(None, told))
+        return ", ".join(filter(None, told)) or line.entry.name
 
 
 def _names(line: Line) -> tuple[str, str, str]:

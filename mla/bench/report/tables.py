@@ -11,9 +11,13 @@ from mla.bench.results import passes, stats
 from mla.bench.results.compare import Comparison
 from mla.bench.results.schema import Case, Interval, Latency, Timing
 from mla.bench.terminal import run_table
-from mla.bench.terminal.digits import number
+from mla.bench.terminal.digits import between, number
 from mla.bench.terminal.stages import total
 from mla.bench.terminal.verdict import is_yardstick, status
+
+# Letters that fit beside each other on a phone, that the gap beside a column takes, and that a name has in
+# one line at most.
+PHONE, NARROW, LONGEST = 46, 2, 60
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,12 @@ class Table:
     names: int = 1
     reasons: bool = False
     caption: str = "data"
+
+    @property
+    def wide(self) -> bool:
+        """Return whether the table may be wider than a phone: it scrolls there, and keys must reach it."""
+        columns = zip(self.head, *self.rows, strict=True)
+        return sum(NARROW + max(min(len(cell), LONGEST) for cell in column) for column in columns) > PHONE
 
     def is_words(self, column: int) -> bool:
         """Return whether a column holds words."""
@@ -71,8 +81,7 @@ def _measure(measure: Measure | None) -> tuple[str, str]:
     """Return the cells of a median and its interval."""
     if measure is None:
         return "-", "-"
-    bounds = None if measure.low is None or measure.high is None else (measure.low, measure.high)
-    return number(measure.value), interval(bounds)
+    return str(measure), between(measure.interval, measure.value, measure.interval)
 
 
 def _case_cells(entry: ReportEntry) -> list[str]:

@@ -63,16 +63,16 @@ def _timings(context: Context, slug: str, entries: list[ReportEntry]) -> Panel:
     rows = [entry for entry in entries if _timed(entry)]
     drawn = rows[:ALL_ROWS]
     pictures = []
-    for place, part in enumerate(chunks(drawn)):
+    every = [[_dot(timing, entry, looks) for timing in _timed(entry)] for entry in drawn]
+    for place, (part, dots) in enumerate(zip(chunks(drawn), chunks(every), strict=True)):
         names = [case_name(entry.case) for entry in part]
-        dots = [[_dot(timing, entry, looks) for timing in _timed(entry)] for entry in part]
         told = [[(timing_name(one), _multiple(one, entry)) for one in _timed(entry)] for entry in part]
         caption = Caption(
             numbered(f"{slug}-chart", place),
             f"{title}, as multiples of the headline",
             findings.of_multiples(names, told),
         )
-        svg = line_charts.relative(caption, names, dots, "time, as a multiple of the headline")
+        svg = line_charts.relative(caption, names, dots, "time, as a multiple of the headline", every)
         pictures.append(Picture(file_name(f"timings {file.key}"), caption, svg))
     kinds = dict.fromkeys(timing_name(timing) for entry in drawn for timing in _timed(entry))
     legend = [Swatch(kind, looks[kind], looks.marker(kind)) for kind in kinds]
@@ -128,13 +128,15 @@ def _comparison(slug: str, title: str, cases: Sequence[compare.Comparison], warn
     rows = [case for case in cases if case.ratio is not None]
     drawn = rows[:ALL_ROWS]
     pictures = []
-    for place, part in enumerate(chunks(drawn)):
-        dots = [[Relative(_ratio(case), *VERDICTS[case.verdict])] for case in part]
+    every = [[Relative(_ratio(case), *VERDICTS[case.verdict])] for case in drawn]
+    for place, (part, dots) in enumerate(zip(chunks(drawn), chunks(every), strict=True)):
         caption = Caption(
             numbered(f"{slug}-chart", place), f"Time ratio: {title}", findings.of_comparison(part)
         )
         names = [f"{case_name(case)}: {case.verdict}" for case in part]
-        svg = line_charts.relative(caption, names, dots, "time ratio: left of 1 is faster than the base")
+        svg = line_charts.relative(
+            caption, names, dots, "time ratio: left of 1 is faster than the base", every
+        )
         pictures.append(Picture(file_name(slug), caption, svg))
     notes = [f"Warning: {warning}." for warning in warnings] + cut_note(drawn, rows)
     notes += ["Nothing can be compared: the table says why."] * (not rows)

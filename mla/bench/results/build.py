@@ -13,7 +13,8 @@ from pathlib import Path
 import mla
 import mla_backends
 
-# What can change a number: sources, and libraries that were built from them.
+# What can change a number: sources, and libraries that were built from them. Not those in a folder `kernels`:
+# a plugin may find them elsewhere, and says in its environment which it uses.
 _SUFFIXES = {".py", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".mu", ".so", ".pyd"}
 
 
@@ -33,7 +34,7 @@ def build_digest(backend: object) -> str | None:
 
 
 def _files(name: str) -> Iterator[tuple[Path, str]]:
-    """Yield the files of a package, or the one of a module, with their names in it."""
+    """Yield the files of a package that count, or the one of a module, with their names in it."""
     module = sys.modules[name]
     folders = [Path(folder) for folder in getattr(module, "__path__", ())]
     if not folders:
@@ -43,5 +44,7 @@ def _files(name: str) -> Iterator[tuple[Path, str]]:
         yield Path(file), Path(file).name
     for folder in folders:
         for path in sorted(folder.rglob("*")):
-            if path.suffix in _SUFFIXES and path.is_file():
-                yield path, path.relative_to(folder).as_posix()
+            shown = path.relative_to(folder)
+            built = path.suffix == ".so" and "kernels" in shown.parts
+            if path.suffix in _SUFFIXES and not built and path.is_file():
+                yield path, shown.as_posix()

@@ -135,5 +135,5 @@ def _model(config: MLAConfig, kind: str) -> TransformersModel:
 def _missing(error: ImportError) -> TransformersMissing:
     return TransformersMissing(
         "implementation 'transformers' needs transformers >= 5.20: "
-        f"pip install 'mla[transformers]' ({error})."
+        f"`pip install 'transformers>=5.20'` ({error})."
     )

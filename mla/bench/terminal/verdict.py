@@ -119,12 +119,16 @@ def verdicts(run: Run) -> list[Verdict]:
         groups.setdefault(place, {}).setdefault(case.scenario, []).append(case)
     found = []
     for (where, is_sweep), scenarios in groups.items():
-        contests = [contest(cases) for cases in scenarios.values()]
-        found.append(_of_sweep(where, contests) if is_sweep else _of_scenario(where, contests[0]))
+        if is_sweep:
+            found.append(_of_sweep(where, [contest(cases) for cases in scenarios.values()]))
+        else:
+            found.append(of_scenario(where, scenarios[where]))
     return found
 
 
-def _of_scenario(where: str, one: Contest) -> Verdict:
+def of_scenario(where: str, cases: Iterable[Case]) -> Verdict:
+    """Return who won among all cases of one scenario."""
+    one = contest(cases)
     if one.outcome == "none":
         text = f"nobody won{_without(one) or ': nothing was compared'}"
     else:

@@ -51,7 +51,7 @@ def _segment(text: str, where: str) -> tuple[int, int, int]:
     """Return count, new tokens and all tokens of a segment. Raises ValueError."""
     found = _SEGMENT.fullmatch(text)
     if found is None:
-        hint = " (the suffix k is lower-case)" if _SEGMENT.fullmatch(text.lower()) else ""
+        hint = " (q, s and k are lower-case)" if _SEGMENT.fullmatch(text.lower()) else ""
         raise ValueError(f"{where} is not {FORM}{hint}")
     count = int(found[1] or 1)
     new = _size(found[2], found[3])

@@ -21,7 +21,7 @@ DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY = 16, 1024, 1
 # Axes that are not part of an op's shape and have no option of their own here.
 _ELSEWHERE = ("dtype", "page_size")
 # What an op takes over from the batch spec that it runs on.
-_SHARED = ("query_lens", "history", "runs", "passes", "warmups", "axes", "batch_spec")
+_SHARED = ("query_lens", "history", "runs", "passes", "warmups", "batch_spec")
 # Ops and roles that only layers with a query LoRA have.
 QUERY_LORA = frozenset({"rms_norm", "q_a_layernorm", "q_b_proj"})
 
@@ -84,11 +84,18 @@ def op_scenario(
 
 
 def op_of_batch(op: str, batch: Scenario, heads: int | None) -> OpScenario:
-    """Return one op on the lengths of a batch spec. Raises `UsageError` for a scenario that is none."""
+    """Return one op on the lengths of a batch spec, with `heads` instead of the scenario's if they are given.
+
+    Raises `UsageError` for a scenario that is no batch spec, or that has several layers.
+    """
     if batch.batch_spec is None:
         raise UsageError(
             f"--op takes the lengths of batch specs, and scenario '{batch.name}' has none: give the op's own "
             "with --batch, --kv and --q-len, or with --batch-spec."
+        )
+    if batch.layers > 1:
+        raise UsageError(
+            f"scenario '{batch.name}' has layers = {batch.layers}, and {op} is timed alone: leave one out."
         )
     shared = {name: getattr(batch, name) for name in _SHARED}
     listed = isinstance(batch, Point)
@@ -98,6 +105,7 @@ def op_of_batch(op: str, batch: Scenario, heads: int | None) -> OpScenario:
         role=op,
         words=("--batch-spec" if listed else "--scenario", batch.name),
         heads=heads or batch.heads,
+        axes={name: values for name, values in batch.axes.items() if heads is None or name != "heads"},
         **shared,
     )
 

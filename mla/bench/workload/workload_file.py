@@ -52,7 +52,7 @@ class Workload:
     scenarios: list[Scenario]
     about: str  # one line
     source: str  # where its lengths were published
-    config: str | None  # the default of --config
+    config: str | None  # the default of --config; a path in it is relative to the file's folder
     op: str | None  # the default of --op
 
 
@@ -75,7 +75,14 @@ def read_workload(source: str) -> Workload:
     names = [scenario.name for scenario in scenarios]
     if not names or len(set(names)) != len(names):
         raise UsageError(f"workload '{source}' needs at least one scenario, each with a unique name.")
-    return Workload(source, scenarios, document.about, document.source, document.config, document.op)
+    config = _beside(source, document.config) if document.config else None
+    return Workload(source, scenarios, document.about, document.source, config, document.op)
+
+
+def _beside(source: str, config: str) -> str:
+    """Return the config that a file names; a path in it starts at the file's own folder."""
+    found = Path(source).parent / config
+    return str(found) if "/" in config or config.endswith(".json") or found.is_dir() else config
 
 
 def _one_each(source: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -84,12 +91,17 @@ def _one_each(source: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield table
         return
     specs = table["batch_spec"] if isinstance(table["batch_spec"], list) else [table["batch_spec"]]
+    if not specs or not all(isinstance(spec, str) for spec in specs):
+        raise UsageError(
+            f"workload '{source}': batch_spec takes a text such as \"16q1s4k\", or a list of them, "
+            f"got {table['batch_spec']!r}."
+        )
     said = next((key for key in _FIXED_BY_SPEC if key in table), None)
     if said:
         raise UsageError(f"workload '{source}': a batch_spec says what '{said}' would: leave '{said}' out.")
     for spec in specs:
         try:
-            query_lens, history = parse_batch_spec(str(spec))
+            query_lens, history = parse_batch_spec(spec)
         except ValueError as error:
             raise UsageError(f"workload '{source}': {error}.") from error
         lengths = {"mode": "prefill", "query_lens": list(query_lens), "history": list(history)}
@@ -129,8 +141,10 @@ def _check_keys(where: str, table: Mapping[str, Any]) -> None:
     known = [field.encode_name for field in fields]
     for key in table:
         if key not in known:
-            hint = did_you_mean(key, known)
-            raise UsageError(f"{where}: unknown key '{key}'.{hint} Choose from: {', '.join(known)}.")
+            fixed = _FIXED_BY_SPEC if "batch_spec" in table else ()
+            free = [one for one in known if one not in fixed]
+            hint = did_you_mean(key, free)
+            raise UsageError(f"{where}: unknown key '{key}'.{hint} Choose from: {', '.join(free)}.")
     missing = [field.encode_name for field in fields if field.required and field.encode_name not in table]
     if missing:
         raise UsageError(f"{where}: it has no {' and no '.join(missing)}.")

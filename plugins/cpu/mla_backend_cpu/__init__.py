@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from mla_backend_cpu.catalog import describe, measured, native_ops, origin, remarks
+from mla_backend_cpu.catalog import describe, measured, native_ops, origin, tell, told
 from mla_backend_cpu.compilation.levels import LEVELS
 from mla_backend_cpu.fp32_linear import Fp32BatchedLinear, Fp32Linear, fp32_gain
 from mla_backend_cpu.instruction_sets import EMULATED
@@ -97,9 +97,11 @@ class Cpu(Backend):
         return MemoryInfo(free=host.memory_available(), total=host.memory_total(), peak=host.peak_resident())
 
     def remarks(self) -> Sequence[str]:
-        return remarks(self._native)
+        return told(self._native)
 
     def ops(self) -> Mapping[str, FusedOp]:
+        if self._ops:  # a runner has asked for the remarks before; a program that makes a layer may not
+            tell(self._native)
         return self._ops
 
     def sequence(self, calls: Sequence[OpCall], moving: Sequence[torch.Tensor]) -> Callable[..., None] | None:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,7 +17,8 @@ from pathlib import Path
 from mla_backend_cpu.compilation import artifact, compiler
 from mla_backend_cpu.compilation.artifact import Artifact
 from mla_backend_cpu.compilation.levels import BuildError, Level
-from mla_backend_cpu.trust import distrust
+from mla_backend_cpu.console import note
+from mla_backend_cpu.trust import distrust, distrust_open
 
 _ANOTHER = "set MLA_CACHE_DIR to a folder that only you can write"
 
@@ -34,29 +34,62 @@ def find(level: Level) -> Artifact | None:
     except compiler.NoCompiler:
         which = "*"
     try:
-        made = sorted(folder().glob(f"{name}-{which}"), key=_age)
-    except BuildError:
+        kept = folder()
+        if distrust(kept):
+            return None
+        made = sorted(kept.glob(f"{name}-{which}"), key=_age)
+    except (BuildError, OSError):  # `make` says why
         return None
     return next(filter(None, map(_opened, made)), None)
 
 
 def make(level: Level, since: str) -> Artifact:
     """Compile the kernels of a level and keep them; say so on stderr, and why. Raises `BuildError`."""
-    command = compiler.find()
-    kept = folder() / f"{artifact.name(level)}-{_version(command)}"
-    if reason := distrust(kept.parent):
-        raise BuildError(f"built kernels are not kept where others can change them: {reason} ({_ANOTHER})")
+    command = _compiler()
+    kept = prepare() / f"{artifact.name(level)}-{_version(command)}"
+    compiler.check(command, level)
+    note(f"building the CPU kernels for {level.name}, once, with {command[0]}, since {since} ...")
     try:
-        _make_folders(kept.parent)
-        _note(f"building the CPU kernels for {level.name}, once, with {command[0]}, since {since} ...")
         found = _build(command, level, kept)
     except OSError as error:
-        raise BuildError(
-            f"built kernels cannot be stored: {error} (set MLA_CACHE_DIR to another folder)"
-        ) from error
+        raise _not_stored(error) from error
     if found is None:
         raise BuildError(f"built kernels cannot be stored: '{kept}' cannot be replaced ({_ANOTHER})")
     return found
+
+
+def prepare() -> Path:
+    """Make the folder of the built kernels and return it. Raises `BuildError` if it cannot be used."""
+    kept = folder()
+    _examine(kept, partly=True)
+    try:
+        _make_folders(kept)
+    except OSError as error:
+        raise _not_stored(error) from error
+    _examine(kept)  # others may have made part of it in the meantime
+    return kept
+
+
+def _examine(kept: Path, partly: bool = False) -> None:
+    """Raise `BuildError` if others can write the folder of the built kernels, or what exists of it."""
+    if reason := distrust(kept, partly):
+        raise BuildError(f"the cache of built kernels is not used: {reason} ({_ANOTHER})")
+
+
+def _compiler() -> tuple[str, ...]:
+    """Return the command of the compiler. Raises `NoCompiler`, which says if the cache is no use either."""
+    try:
+        return compiler.find()
+    except compiler.NoCompiler as missing:
+        try:
+            _examine(folder(), partly=True)
+        except BuildError as error:
+            raise compiler.NoCompiler(f"{missing}, and {error}") from error
+        raise
+
+
+def _not_stored(error: OSError) -> BuildError:
+    return BuildError(f"built kernels cannot be stored: {error} (set MLA_CACHE_DIR to another folder)")
 
 
 def folder() -> Path:
@@ -64,22 +97,30 @@ def folder() -> Path:
     chosen, base = os.environ.get("MLA_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME", "")
     if chosen:
         if not os.path.isabs(chosen):
-            raise BuildError(f"MLA_CACHE_DIR is an absolute path, not '{chosen}'")
-        return Path(os.path.realpath(chosen), "cpu")
+            raise BuildError(f"MLA_CACHE_DIR must be an absolute path, but is '{chosen}'")
+        return Path(os.path.realpath(os.path.join(chosen, "cpu")))
     if not os.path.isabs(base):  # the specification of XDG_CACHE_HOME says that others are ignored
         base = os.path.join(os.path.expanduser("~"), ".cache")
     if not os.path.isabs(base):  # "~" stays what it is for a user without HOME and entry in /etc/passwd
         raise BuildError(f"this user has no home folder to keep built kernels in ({_ANOTHER})")
-    return Path(os.path.realpath(base), "mla", "cpu")
+    return Path(os.path.realpath(os.path.join(base, "mla", "cpu")))
 
 
 def _opened(kept: Path) -> Artifact | None:
     """Return kernels, unless they are damaged or others could have written them."""
-    return None if distrust(kept / artifact.LIBRARY) else artifact.opened(kept)
+    if distrust(kept / artifact.LIBRARY):
+        return None
+    found = artifact.opened(kept)
+    if found and distrust_open(found.descriptor):
+        os.close(found.descriptor)
+        return None
+    return found
 
 
 def _version(command: tuple[str, ...]) -> str:
-    return hashlib.sha256(compiler.version(command).encode()).hexdigest()[:8]
+    """Return a digest of the compiler and the arguments that CXX adds, such as -O0."""
+    words = (compiler.version(command), *command[1:])
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:8]
 
 
 def _age(made: Path) -> float:
@@ -105,12 +146,6 @@ def _build(command: tuple[str, ...], level: Level, kept: Path) -> Artifact | Non
         return found
     finally:
         shutil.rmtree(private, ignore_errors=True)
-
-
-def _note(text: str) -> None:
-    with contextlib.suppress(OSError):  # stderr may be closed
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
 
 
 def _make_folders(folder: Path) -> None:

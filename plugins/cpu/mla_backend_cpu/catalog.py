@@ -7,6 +7,7 @@ from typing import Any
 
 from mla_backend_cpu import tuning
 from mla_backend_cpu.compilation.levels import BuildError
+from mla_backend_cpu.console import note
 from mla_backend_cpu.library import Library, load
 from mla_backend_cpu.native_attention import NativeExpandedAttention, NativeLatentAttention
 from mla_backend_cpu.native_ops import (
@@ -89,8 +90,25 @@ def origin(level: str) -> dict[str, str]:
         return {}
 
 
-def remarks(level: str) -> list[str]:
-    """Return a sentence if kernels are missing, or better ones, that nobody has disabled."""
+_TOLD: set[str] = set()  # what this process has told its user
+
+
+def told(level: str) -> list[str]:
+    """Return a sentence if kernels are missing, or better ones, to somebody who prints it."""
+    sentences = _remarks(level)
+    _TOLD.update(sentences)
+    return sentences
+
+
+def tell(level: str) -> None:
+    """Print the same, once per process, unless somebody has printed it."""
+    for sentence in _remarks(level):
+        if sentence not in _TOLD:
+            _TOLD.add(sentence)
+            note(sentence)
+
+
+def _remarks(level: str) -> list[str]:
     if level == "off":
         return []
     try:

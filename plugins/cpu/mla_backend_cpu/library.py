@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -110,9 +111,6 @@ def _load(wanted: str) -> Library | str:
         return _first(wanted)
     except BuildError as error:
         return str(error)
-    except (OSError, AttributeError) as error:
-        hint = "; build them with g++, since torch has loaded GNU's OpenMP" if "__kmpc" in str(error) else ""
-        return f"the built kernels cannot be loaded: {error}{hint}"
 
 
 def _first(wanted: str) -> Library:
@@ -140,17 +138,33 @@ def _loaded(level: Level, passed_over: Mapping[str, str], build: bool) -> Librar
     found = prebuilt.find(level)
     if isinstance(found, Artifact):
         try:
-            return Library(
-                level.name, _open(found), f"came with this installation, {found.compiler}", passed_over
-            )
-        except OSError as error:  # pip keeps wheels that it has built, perhaps on a newer system
+            return _library(level, found, "came with this installation", passed_over)
+        except OSError as error:  # pip keeps wheels it has built, perhaps on a newer system
             found = f"those that came with this installation cannot be loaded ({error})"
     kept = cache.find(level)
     if kept is None:
         if not build:
             raise BuildError("nothing is built after a build that failed")
         kept = cache.make(level, since=found)
-    return Library(level.name, _open(kept), f"built here, {kept.compiler}", passed_over)
+    try:
+        return _library(level, kept, "built here", passed_over)
+    except OSError as error:
+        raise BuildError(f"the built kernels cannot be loaded: {error}{_cure(str(error))}") from error
+
+
+def _library(level: Level, found: Artifact, by: str, passed_over: Mapping[str, str]) -> Library:
+    """Load kernels. Raises OSError, which names their file, if they cannot be loaded or lack a function."""
+    try:
+        return Library(level.name, _open(found), f"{by}, {found.compiler}", passed_over)
+    except OSError as error:
+        os.close(found.descriptor)
+        raise OSError(_renamed(found, error)) from error
+    except AttributeError as error:  # it is loaded, and stays
+        raise OSError(_renamed(found, error)) from error
+
+
+def _renamed(found: Artifact, error: Exception) -> str:
+    return str(error).replace(_descriptor(found), f"'{found.path}'")
 
 
 def _open(found: Artifact) -> ctypes.CDLL:
@@ -158,4 +172,17 @@ def _open(found: Artifact) -> ctypes.CDLL:
 
     The descriptor stays open, because the loader would take another one of its number for the same library.
     """
-    return ctypes.CDLL(f"/proc/self/fd/{found.descriptor}")
+    return ctypes.CDLL(_descriptor(found))
+
+
+def _descriptor(found: Artifact) -> str:
+    return f"/proc/self/fd/{found.descriptor}"
+
+
+def _cure(message: str) -> str:
+    """Return what the user can do about a library of the cache that the loader refuses."""
+    if "__kmpc" in message:
+        return "; build them with g++, since torch has loaded GNU's OpenMP"
+    if "failed to map segment" in message:
+        return " (set MLA_CACHE_DIR to a folder on a file system without noexec)"
+    return ""

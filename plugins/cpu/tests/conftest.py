@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,9 +14,19 @@ import native_cases
 import pytest
 import torch
 
-from mla_backend_cpu import library
+from mla_backend_cpu import cache, library
+from mla_backend_cpu.compilation.levels import BuildError
 from mla_backend_cpu.instruction_sets import EMULATED
 from mla_backend_cpu.library import Library, load
+
+
+def pytest_configure() -> None:
+    """Keep kernels in a folder of this user that lasts, if HOME is of no use: compiling takes a while."""
+    try:
+        cache.prepare()
+    except BuildError:
+        fallback = Path(tempfile.gettempdir(), f"mla-tests-{os.geteuid()}")
+        os.environ["MLA_CACHE_DIR"] = str(fallback)
 
 
 @pytest.fixture(scope="session", params=[*native_cases.levels_here(), EMULATED])

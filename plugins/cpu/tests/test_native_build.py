@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -13,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from native_builds import BUILD, built, finish, small_sources, start
+from native_builds import BUILD, PORTABLE, built, finish, small_sources, start
 
 from mla_backend_cpu import instruction_sets
+from mla_backend_cpu.compilation import artifact
 from mla_backend_cpu.compilation import compiler as compiling
+from mla_backend_cpu.compilation.compiler import FlagError
 from mla_backend_cpu.compilation.levels import BuildError, Level
 from mla_backend_cpu.library import Library
 
@@ -150,7 +153,7 @@ def test_kernels_that_were_built_need_no_compiler(
         ({"CXX": "g++-none"}, r"no C\+\+ compiler 'g\+\+-none' was found"),
         ({"CXX": "g++ '"}, "CXX is not a valid command: No closing quotation"),
         ({"CXX": "false"}, "the compiler 'false' failed: "),
-        ({"MLA_CACHE_DIR": __file__}, "built kernels cannot be stored: .*MLA_CACHE_DIR to another folder"),
+        ({"MLA_CACHE_DIR": "a file"}, "built kernels cannot be stored: .*MLA_CACHE_DIR to another folder"),
         ({"MLA_CACHE_DIR": "/proc/none"}, "built kernels cannot be stored: .*'/proc/none'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
@@ -159,11 +162,62 @@ def test_what_prevents_a_build_is_said_in_one_clause(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], reason: str
 ) -> None:
     monkeypatch.delenv("CXX", raising=False)
-    for name, value in {"MLA_CACHE_DIR": str(tmp_path), **variables}.items():
-        monkeypatch.setenv(name, value)
+    (tmp_path / "a file").touch()
+    for name, value in {"MLA_CACHE_DIR": "", **variables}.items():
+        path = name == "MLA_CACHE_DIR"
+        monkeypatch.setenv(name, str(tmp_path / value) if path else value)
     with pytest.raises(BuildError, match=reason) as caught:
         built()
     assert "\n" not in str(caught.value)
+
+
+def test_instructions_that_a_compiler_does_not_know_are_not_announced(
+    compiler: Script, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Such a level is tried by every process."""
+    unknown = Level("unknown", ("-mnone",), frozenset())
+    with pytest.raises(FlagError, match="unrecognized command-line option '-mnone'"):
+        built(unknown)
+    assert capfd.readouterr().err == ""
+    assert left(tmp_path) == []
+
+
+def test_arguments_in_cxx_make_kernels_of_their_own(
+    compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What "g++ -O0" has built is not used later, when CXX is "g++" again."""
+    monkeypatch.setattr(compiling, "SOURCES", small_sources(tmp_path / "sources"))
+    monkeypatch.setenv("CXX", f"{tmp_path}/compiler -DONE")
+    first = built()
+    monkeypatch.setenv("CXX", f"{tmp_path}/compiler")
+    assert built() != first
+
+
+def test_arguments_in_cxx_do_not_change_what_a_level_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A wheel that was built with -march=native must run elsewhere."""
+    if platform.machine() != "x86_64":
+        pytest.skip("asks the compiler for macros of x86-64")
+    source = small_sources(tmp_path / "sources") / "api.cpp"
+    lines = "#if defined(__AVX__) || defined(__SSE4_2__)\n#error more than the portable level\n#endif\n"
+    source.write_text(lines + source.read_text())
+    monkeypatch.setattr(compiling, "SOURCES", source.parent)
+    (tmp_path / "made").mkdir()
+    artifact.make(("g++", "-march=native"), PORTABLE, tmp_path / "made")
+    assert loads(tmp_path / "made" / artifact.LIBRARY)
+
+
+@pytest.mark.parametrize("target", ["riscv64-linux-gnu", "x86_64-w64-mingw32", "arm64-apple-darwin", ""])
+def test_a_compiler_for_an_unknown_target_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str
+) -> None:
+    monkeypatch.setattr(compiling.sysconfig, "get_platform", lambda: "linux-x86_64")
+    path = tmp_path / "foreign"
+    path.write_text(f"#!/bin/sh\necho {target}\n")
+    path.chmod(0o755)
+    with pytest.raises(BuildError, match=f"compiles for '{target}', not for Linux on x86_64, aarch64$"):
+        compiling.machine((str(path),))
 
 
 def test_a_compiler_that_fails_is_quoted(compiler: Script, tmp_path: Path) -> None:

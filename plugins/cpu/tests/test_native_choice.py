@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -9,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from native_builds import built
+from native_builds import PORTABLE, built
 from native_cases import BF16, CPU, levels_here
 
 import mla
 from mla_backend_cpu import instruction_sets, library, prebuilt, tuning
+from mla_backend_cpu.compilation import artifact
+from mla_backend_cpu.compilation import compiler as compiling
 from mla_backend_cpu.compilation.levels import LEVELS, BuildError
 from mla_backends import BackendError
 from mla_backends.api import LinearSpec
@@ -58,6 +61,7 @@ def test_without_kernels_a_layer_computes_and_the_result_names_the_reason(tmp_pa
         cache = mla.LatentCache(config, max_tokens=256, device=backend.device)
         batch = cache.extend(cache.new_sequences(1), [3])
         print(layer(torch.ones(3, 64).bfloat16(), batch, cache.pages[0]).isfinite().all().item())
+        mla.MLA(config, backend=mla.load_backend("cpu"))  # what was said is not said again
         print(backend.environment()["kernels"])"""
     broken = tmp_path / "compiler"
     broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "counted" >> "$0.log"\nexit 1\n')
@@ -71,7 +75,10 @@ def test_without_kernels_a_layer_computes_and_the_result_names_the_reason(tmp_pa
     done = subprocess.run(
         [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True
     )
-    assert done.stdout == f"True\nnone: the compiler '{broken}' failed: no message\n"
+    why = f"the compiler '{broken}' failed: no message"
+    assert done.stdout == f"True\nnone: {why}\n"
+    slower = f"no CPU kernels: the reference ops run, which is several times slower, since {why}"
+    assert [line for line in done.stderr.splitlines() if "building" not in line] == [slower]
     assert (tmp_path / "compiler.log").read_text() == "counted\n"  # tried once, not for every question
 
 
@@ -155,3 +162,34 @@ def test_a_worse_level_that_is_there_serves_if_a_better_one_cannot_be_built(
     assert backend.remarks() == [f"CPU kernels for portable instead of avx2: {why}"]
     with pytest.raises(BackendError, match="no kernels for native=avx2: no C"):
         mla.load_backend("cpu", options={"native": "avx2"})
+
+
+class Refusing:
+    """A loader that refuses the files of some folder, as that of a mount with noexec."""
+
+    def __init__(self, folder: Path, message: str) -> None:
+        self.folder, self.message, self._real = folder, message, ctypes.CDLL
+
+    def __call__(self, name: str, *arguments: object, **options: object) -> ctypes.CDLL:
+        if name and Path(os.path.realpath(name)).is_relative_to(self.folder):
+            raise OSError(f"{name}: {self.message}")
+        return self._real(name, *arguments, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("avx2", "nothing_loaded", "no_level_named")
+def test_a_level_that_cannot_be_loaded_leaves_the_next_one(
+    compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A cache on a mount with noexec, beside kernels of another level that came with the installation."""
+    came = tmp_path / "prebuilt" / artifact.name(PORTABLE)
+    came.mkdir(parents=True)
+    artifact.make(compiling.find(), PORTABLE, came)
+    refusing = Refusing(tmp_path / "cache", "failed to map segment from shared object")
+    monkeypatch.setattr(library.ctypes, "CDLL", refusing)
+    found = library.load("auto")
+    assert found.level == "portable"
+    (kept,) = (tmp_path / "cache" / "cpu").iterdir()
+    assert found.passed_over["avx2"] == (
+        f"the built kernels cannot be loaded: '{kept}/kernels.so': failed to map segment from shared object "
+        "(set MLA_CACHE_DIR to a folder on a file system without noexec)"
+    )

@@ -84,7 +84,7 @@ step(300)
 before, after = decode(500), decode(2500)
 print(json.dumps([before, after]))"""
     before, after = run(code)
-    assert after - before <= 128  # KiB, of some 300,000: 50 bytes a step
+    assert after - before <= 256  # KiB, of some 300,000: 105 bytes a step
 
 
 @pytest.mark.parametrize("count", ["1", "2"])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,11 @@ RUN = """if True:
 
 def build(folder: Path, target: str = "wheel", **variables: str) -> subprocess.CompletedProcess[str]:
     """Build a wheel as a frontend does, with the hatchling of this environment."""
+    unset = ("MLA_CPU_KERNELS", "CPATH", "CPLUS_INCLUDE_PATH")
     return subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(folder)],
         cwd=PROJECT,
-        env={**os.environ, **variables},
+        env={**{key: value for key, value in os.environ.items() if key not in unset}, **variables},
         capture_output=True,
         text=True,
         check=False,
@@ -76,11 +78,14 @@ def test_a_wheel_brings_every_level_and_needs_neither_compiler_nor_home(public: 
     assert kernels_in(tmp_path) == (f"none-linux_{MACHINE}", names)
     (wheel,) = tmp_path.glob("*.whl")
     shutil.unpack_archive(wheel, public / "packages", "zip")
+    there = public / "writable"
+    there.mkdir()
+    there.chmod(0o777)
     bare = {"PATH": "", "HOME": "/nonexistent", "PYTHONPATH": str(public / "packages")}
     unset = ("CXX", "MLA_CACHE_DIR", "XDG_CACHE_HOME")
     run = subprocess.run(
         [sys.executable, "-c", RUN],
-        cwd=public,
+        cwd=there,
         env={**{key: value for key, value in os.environ.items() if key not in unset}, **bare},
         capture_output=True,
         text=True,
@@ -91,7 +96,17 @@ def test_a_wheel_brings_every_level_and_needs_neither_compiler_nor_home(public: 
     assert facts["kernels"] == instruction_sets.choose_level().name
     assert facts["kernels_from"].startswith("came with this installation, ")
     assert facts["remarks"] == []
-    assert os.listdir(public) == ["packages"]
+    assert os.listdir(there) == []
+
+
+@pytest.mark.usefixtures("no_level_named", "compiler", "nothing_loaded")
+def test_this_installation_has_kernels_unless_it_is_editable() -> None:
+    """It was made where the tests' compiler is."""
+    about = json.loads(distribution("mla-backend-cpu").read_text("direct_url.json") or "{}")
+    if about.get("dir_info", {}).get("editable", False):
+        assert not prebuilt.FOLDER.exists()
+    else:
+        assert library.load("auto").origin.startswith("came with this installation, ")
 
 
 # ------------------------------------------------------------------------------------------ the build
@@ -99,14 +114,14 @@ def test_a_wheel_brings_every_level_and_needs_neither_compiler_nor_home(public: 
 
 @pytest.fixture
 def pretended(tmp_path: Path) -> Callable[..., str]:
-    """Return a function that makes a compiler of nothing, for a target; it does not know some flags."""
+    """Return a function that makes a compiler of nothing, for a target; it fails with some flags."""
 
-    def make(target: str, unknown: str = "none") -> str:
+    def make(target: str, fails: str = "none", why: str = "", writes: str = "$*") -> str:
         path = tmp_path / "pretended"
         path.write_text(
             f'#!/bin/sh\ncase "$*" in --version) echo pretended 1;; -dumpmachine) echo {target}-linux-gnu;;\n'
-            f"*{unknown}*) echo \"error: unrecognized command-line option '{unknown}'\" >&2; exit 1;;\n"
-            '*) for last; do :; done; echo "$*" > "$last";; esac\n'
+            f'*"{fails}"*) echo "{why}" >&2; exit 1;;\n'
+            f'*) for last; do :; done; echo "{writes}" > "$last";; esac\n'
         )
         path.chmod(0o755)
         return str(path)
@@ -125,20 +140,48 @@ def test_a_cross_compiler_makes_the_wheel_of_its_target(
         assert kernels_in(folder) == (f"none-linux_{target}", expected)
 
 
-def test_levels_that_a_compiler_does_not_know_are_left_out_and_named(
-    pretended: Callable[..., str], tmp_path: Path
+@pytest.mark.parametrize(
+    "why", ["error: unrecognized command-line option '-mamx-bf16'", "fatal error: Killed signal (cc1plus)"]
+)
+def test_levels_that_do_not_compile_are_left_out_and_named(
+    pretended: Callable[..., str], tmp_path: Path, why: str
 ) -> None:
-    old = pretended("x86_64", unknown="-mamx")
+    old = pretended("x86_64", fails="-mamx", why=why)
     done = build(tmp_path / "wheels", CXX=old)
     assert done.returncode == 0, done.stderr
     assert kernels_in(tmp_path / "wheels")[1] == {artifact.name(level, "x86_64") for level in LEVELS[1:]}
-    said = f"no kernels for amx in this wheel, since the compiler '{old}' failed: error: unrecognized command"
+    said = f"no kernels for amx in this wheel, since the compiler '{old}' failed: {why}"
     assert (done.stdout + done.stderr).count(said) == 1
     done = build(tmp_path / "none", CXX=old, MLA_CPU_KERNELS="require")
     assert done.returncode == 1
     assert said in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("none/*.whl"))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (
+            {"writes": "__kmpc_fork_call"},
+            "LLVM's OpenMP, but torch loads GNU's (set CXX to g++)",
+        ),
+        ({"fails": " -c ", "why": "fatal error: Killed"}, "failed: fatal error: Killed"),
+    ],
+    ids=["another OpenMP", "no level compiles"],
+)
+def test_a_wheel_with_no_kernel_that_would_load_is_a_pure_one(
+    pretended: Callable[..., str], tmp_path: Path, options: dict[str, str], why: str
+) -> None:
+    compiler = pretended("x86_64", **options)
+    done = build(tmp_path / "wheels", CXX=compiler)
+    assert done.returncode == 0, done.stderr
+    assert kernels_in(tmp_path / "wheels") == ("none-any", set())
+    said = done.stdout + done.stderr
+    assert said.count("no kernels") == 1
+    assert "no kernels in this wheel, since " in said
+    assert why in said
+    assert build(tmp_path / "none", CXX=compiler, MLA_CPU_KERNELS="require").returncode == 1
 
 
 @pytest.mark.parametrize(
@@ -173,7 +216,7 @@ def test_a_wheel_without_kernels_is_for_any_machine(
             "no kernels in this wheel, since no C++ compiler 'g++-none' was found (install g++, or set CXX) "
             "(MLA_CPU_KERNELS=require).",
         ),
-        ({"MLA_CPU_KERNELS": "yes"}, "MLA_CPU_KERNELS is auto, require or off, not 'yes'."),
+        ({"MLA_CPU_KERNELS": "yes"}, "MLA_CPU_KERNELS must be auto, require or off, but is 'yes'."),
     ],
     ids=["required", "misspelt"],
 )

@@ -93,6 +93,10 @@ def test_a_newer_backend_asks_for_a_newer_contract_package() -> None:
         ("Fake-Goud", "fake-good"),
         ("Hygon", "hygon"),
         ("camricon", "cambricon"),
+        ("DCU", "hygon"),
+        ("ppu", "ali"),
+        ("cup", "cpu"),
+        ("Huawei", "ascend"),
     ],
 )
 def test_did_you_mean_knows_case_slips_and_platform_names(typed: str, meant: str) -> None:
@@ -125,11 +129,16 @@ def test_a_device_without_a_plugin_gets_commands_that_exist(name: str) -> None:
     assert ("new-backend" in message) == (known.torch_device != "cuda")
 
 
-@pytest.mark.parametrize("typed", ["xpu", "npu", "mps", "hip"])
+@pytest.mark.parametrize("typed", ["gcu", "gpu", "TPU", "npx"])
+def test_three_letters_are_too_few_for_a_guess(typed: str) -> None:
+    assert "did you mean" not in str(errors.UnknownBackend(typed, ["cpu"], KNOWN))
+
+
+@pytest.mark.parametrize("typed", ["xpu", "NPU", "Mlu", "npu", "mps", "hip"])
 def test_a_device_that_has_no_plugin_gets_the_words_that_run_it(typed: str) -> None:
     error = errors.UnknownBackend(typed, ["cpu"], KNOWN)
-    assert f"(did you mean `--backend torch -O device={typed}`?)" in str(error)
-    assert error.hint == f"did you mean `--backend torch -O device={typed}`?"
+    assert f"(did you mean `--backend torch -O device={typed.lower()}`?)" in str(error)
+    assert error.hint == f"did you mean `--backend torch -O device={typed.lower()}`?"
 
 
 def test_did_you_mean_stays_silent_when_nothing_is_close() -> None:

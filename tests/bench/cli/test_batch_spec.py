@@ -11,6 +11,11 @@ from typing import Any
 import pytest
 
 from mla.bench import results
+from mla.bench.cli.run import run
+from mla.bench.plan.options import RunOptions
+from mla.bench.plan.repro import case_command
+from mla.bench.plan.request import Request
+from mla.bench.plan.resolve import resolve
 
 Bench = Callable[..., Any]
 
@@ -31,6 +36,29 @@ runs = 2
 passes = 2
 warmups = 0
 """
+
+
+AXES_FILE = """
+config = "tiny.json"
+
+[[scenario]]
+batch_spec = ["2q1s9", "q3s7"]
+axes.heads = [4, 2]
+axes.page_size = [16, 32]
+axes.dtype = "fp32"
+"""
+
+
+@pytest.fixture
+def files(small: list[str]) -> None:
+    Path("ops.toml").write_text(OPS_FILE)
+    Path("axes.toml").write_text(AXES_FILE)
+
+
+def planned(*words: str) -> Request:
+    """Return what a command line would run, without running it."""
+    with run.make_context("run", ["--backend", "cpu", "--implementations", "mla", *words]) as context:
+        return resolve(RunOptions(**context.params))
 
 
 def read(path: str) -> results.Run:
@@ -84,18 +112,64 @@ def test_a_spec_runs_below_one_op_with_heads_of_its_own(bench: Bench, small: lis
 @pytest.mark.parametrize(
     "words",
     [
+        (*TINY, "--batch-spec", SPEC, "--heads", "2"),
+        (*TINY, "--batch-spec", f"{SPEC},q1", "-a", "heads=4", "-a", "dtype=fp32,bf16"),
+        (*TINY, "--batch-spec", SPEC, "--op", "w_uk", "--heads", "2"),
+        (*TINY, "--batch-spec", SPEC, "--op", "linear"),
+        (*TINY, "--batch-spec", SPEC, "--layers", "2"),
+        ("--workload", "ops.toml"),
+        ("--workload", "axes.toml"),
+        ("--workload", "axes.toml", "--page-size", "64", "--dtype", "bfloat16"),
+        ("--workload", "axes.toml", "-a", "page_size=128", "--dtype", "bfloat16"),
+        ("--workload", "axes.toml", "--op", "latent_attention", "--heads", "3", "--page-size", "64"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.usefixtures("files")
+def test_the_repro_line_of_a_case_plans_it_again(words: tuple[str, ...]) -> None:
+    request = planned(*words, "--runs", "7")
+    for plan in request.scenarios:
+        (again,) = planned(*shlex.split(case_command(request.command, plan.point, "mla"))[3:]).scenarios
+        assert again.point == plan.point
+        names = ("dtype", "page_size", "config", "ops", "attention", "seed")
+        assert all(getattr(again.setting, name) == getattr(plan.setting, name) for name in names)
+        if SPEC in words:
+            lengths = list(plan.point.query_lens), list(plan.point.history)
+            assert lengths == LENGTHS, "also of a role without a history"
+
+
+@pytest.mark.parametrize(
+    ("words", "heads", "sizes", "dtypes"),
+    [
+        ((), {4, 2}, {16, 32}, {"float32"}),
+        (("--page-size", "64"), {4, 2}, {64}, {"float32"}),
+        (("-a", "page_size=128", "--dtype", "bfloat16"), {4, 2}, {128}, {"bfloat16"}),
+        (("-a", "heads=1"), {1}, {16, 32}, {"float32"}),
+        (("--op", "latent_attention", "--heads", "3"), {3}, {16, 32}, {"float32"}),
+        (("--op", "latent_attention", "-a", "heads=1", "--page-size", "64"), {1}, {64}, {"float32"}),
+    ],
+)
+@pytest.mark.usefixtures("files")
+def test_an_option_replaces_an_axis_of_the_file(
+    words: tuple[str, ...], heads: set[int], sizes: set[int], dtypes: set[str]
+) -> None:
+    points = planned("--workload", "axes.toml", *words).points
+    assert len(points) == 2 * len(heads) * len(sizes) * len(dtypes)
+    assert {point.heads for point in points} == heads
+    assert {point.page_size for point in points} == sizes
+    assert {point.dtype for point in points} == dtypes
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
         ("--batch-spec", SPEC, "--heads", "2"),
-        ("--batch-spec", SPEC, "-a", "heads=4", "-a", "dtype=fp32"),
-        ("--batch-spec", SPEC, "--op", "w_uk", "--heads", "2"),
-        ("--batch-spec", SPEC, "--layers", "2"),
         ("--workload", "ops.toml", "--scenario", "odd 2q1s9"),
     ],
-    ids=["heads", "axes", "op", "layers", "workload"],
+    ids=["heads", "workload"],
 )
-def test_the_repro_line_and_resume_find_the_case_again(
-    bench: Bench, small: list[str], words: tuple[str, ...]
-) -> None:
-    Path("ops.toml").write_text(OPS_FILE)
+@pytest.mark.usefixtures("files")
+def test_the_repro_line_and_resume_find_the_case_again(bench: Bench, words: tuple[str, ...]) -> None:
     own = () if "--workload" in words else (*TINY, "--runs", "2", "--passes", "2", "--warmups", "0")
     arguments = (*CPU, *own, *words, "--implementations", "mla")
     assert bench(*arguments, "-o", "run.json").code == 0
@@ -103,27 +177,77 @@ def test_the_repro_line_and_resume_find_the_case_again(
     assert bench(*shlex.split(case.repro)[3:], "-o", "again.json").code == 0
     (again,) = read("again.json").cases
     assert same_work(case, again)
-    if SPEC in words:
-        assert (case.query_lens, case.history) == LENGTHS, "those of a role that reads no history as well"
     resumed = bench(*arguments, "--resume", "run.json")
     assert resumed.code == 0
     assert "resuming   1 cases of 'run.json' are kept" in resumed.err
     assert bench("compare", "run.json", "again.json").out.count("REFUSED") == 0
 
 
-def test_a_workload_brings_its_config_and_op_and_options_come_first(bench: Bench, small: list[str]) -> None:
-    Path("ops.toml").write_text(OPS_FILE)
-    done = bench("--backend", "cpu", "--workload", "ops.toml", "--dry-run")
-    assert done.code == 0, done.err
-    assert "config     tiny.json, " in done.err
-    assert "latent_attention odd q3s7 heads=3" in done.err
+@pytest.mark.usefixtures("files")
+def test_a_workload_brings_its_config_and_op_and_options_come_first() -> None:
+    request = planned("--workload", "ops.toml")
+    assert request.setting.config.name == "tiny.json"
+    assert [point.name for point in request.points] == [
+        "latent_attention odd 2q1s9 heads=3", "latent_attention odd q3s7 heads=3",
+    ]  # fmt: skip
     other = json.loads(Path("tiny.json").read_text()) | {"kv_lora_rank": 16}
     Path("other.json").write_text(json.dumps(other))
-    done = bench(
-        "--backend", "cpu", "--workload", "ops.toml", "--config", "other.json", "--op", "w_uv", "--dry-run"
-    )
-    assert "config     other.json, " in done.err
-    assert "w_uv odd q3s7 heads=3" in done.err
+    request = planned("--workload", "ops.toml", "--config", "other.json", "--op", "w_uv")
+    assert (request.setting.config.name, request.setting.config.kv_lora_rank) == ("other.json", 16)
+    assert request.points[1].name == "w_uv odd q3s7 heads=3"
+
+
+@pytest.mark.parametrize(
+    ("line", "words", "sentence"),
+    [
+        ("heads = 99", (), "scenario 'q1', heads: 99 are more than the 4 heads of tiny.json"),
+        ("heads = 3", (), "scenario 'q1', heads: 3 do not divide the 4 heads of tiny.json"),
+        ("axes.heads = 3", (), "axis heads: 3 do not divide the 4 heads of tiny.json"),
+        ("layers = 2", ("--op", "linear"), "scenario 'q1' has layers = 2, and linear is timed alone"),
+        (
+            "axes.page_size = 16",
+            ("-a", "page_size=16", "--page-size", "32"),
+            "--page-size and an axis page_size",
+        ),
+    ],
+)
+def test_what_a_file_cannot_mean_is_named(
+    bench: Bench, small: list[str], line: str, words: tuple[str, ...], sentence: str
+) -> None:
+    Path("odd.toml").write_text(f'config = "tiny.json"\n[[scenario]]\nbatch_spec = "q1"\n{line}\n')
+    done = bench("--backend", "cpu", "--workload", "odd.toml", *words, "--dry-run")
+    assert (done.code, done.out) == (2, "")
+    assert done.error.startswith(f"error: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ("--workload", "ops.toml", "--layers", "2"),
+            "--layers is about the whole layer, and workload 'ops.toml' times one op, latent_atten",
+        ),
+        (
+            ("--workload", "axes.toml", "--op", "linear", "--layers", "2"),
+            "--layers is about the whole layer: leave it out with --op, whose shape is the workload's ",
+        ),
+        (
+            ("--batch-spec", "q1", "--op", "linear", "--layers", "2"),
+            "--layers is about the whole layer: leave it out with --op, whose shape is --batch-spec, --h",
+        ),
+        (
+            ("--workload", "ops.toml", "--stages"),
+            "--stages times the parts of a layer, and latent_attention is one part alone.",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("files")
+def test_an_option_of_the_layer_beside_one_op_names_where_the_op_is_from(
+    bench: Bench, words: tuple[str, ...], sentence: str
+) -> None:
+    done = bench("--backend", "cpu", *words)
+    assert (done.code, done.out) == (2, "")
+    assert done.error.startswith(f"error: {sentence}")
 
 
 @pytest.mark.parametrize("name", ["production-mix", "production-mix-kimi-k3"])

@@ -162,7 +162,18 @@ def test_a_result_file_is_never_overwritten(bench: Bench, make_run: MakeRun) -> 
         (["none.json", "--format", "csv"], 2, "error: cannot read 'none.json': No such file or directory."),
         (["text.json", "--format", "csv"], 2, "error: 'text.json' is not a result file: "),
         (["a.json", "--format", "csv", "-o", "no/x.csv"], 2, "error: cannot write 'no/x.csv': there is no"),
-        (["empty.json", "--format", "csv"], 5, "nothing to export: no case in empty.json"),
+        (["empty.json", "--format", "csv", "-o", "out"], 5, "nothing to export: no case in empty.json"),
+        (
+            ["empty.json", "--format", "infinimetrics", "-o", "out"],
+            5,
+            "nothing to export: no case in empty.json",
+        ),
+        (
+            ["a.json", "--format", "infinimetrics", "-o", "no/x"],
+            2,
+            "error: cannot make the folder 'no/x': there is no folder 'no'.",
+        ),
+        (["a.json", "./a.json"], 2, "error: 'a.json' is given twice: name every result file once."),
     ],
 )
 def test_a_mistake_gets_its_sentence(
@@ -176,6 +187,8 @@ def test_a_mistake_gets_its_sentence(
     done = bench("export", *words)
     assert done.code == code
     assert done.error.startswith(message)
+    assert done.out == ""
+    assert not Path("out").exists()
 
 
 def test_a_row_asks_the_case_that_it_belongs_to(make_run: MakeRun) -> None:

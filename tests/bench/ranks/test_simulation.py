@@ -149,7 +149,9 @@ def test_the_link_of_a_run_over_real_ranks_is_used(
 ) -> None:
     line = LinkLine(collective="all-reduce", alpha_s=0.25, beta=None)
     ranks = [
-        RankFacts(rank=rank, samples=[1.0], collective_ms=0.5, collective_bytes=1, cache_bytes=1, weight_bytes=1)
+        RankFacts(
+            rank=rank, samples=[1.0], collective_ms=0.5, collective_bytes=1, cache_bytes=1, weight_bytes=1
+        )
         for rank in range(2)
     ]
     spread = Spread(layout="tp=2", library="gloo", ranks=ranks, link=[line], link_source="measured there")

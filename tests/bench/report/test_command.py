@@ -76,7 +76,7 @@ def test_missing_libraries_are_one_sentence(process: Any, tmp_path: Path, librar
     assert done.code == 2
     assert done.err == (
         f"error: a report needs {library}, which cannot be imported (no {library}): "
-        "`pip install 'mla[report]'`.\n"
+        f"`pip install {library}`, or in a checkout `pip install '.[report]' ./backends`.\n"
     )
     assert not (tmp_path / "out.html").exists()
     for words in (("show", "one.json"), ("compare", "one.json", "two.json"), ("report", "--help")):

@@ -133,10 +133,18 @@ def test_ceilings_are_the_roofs(source: Any, case: Case) -> None:
         ceiling("read", 0.99e9),  # too near the first to be a line of its own
         ceiling("copy", 9e9),
         ceiling("matmul", 1e12, dtype="bfloat16"),
+        ceiling("matmul", 0.97e12, dtype="float32"),  # as near, but another limit: its name stays
     ]
     found = roofline_data.roofline(source(case(roofline=floor(7.0, "memory")), ceilings=limits))
-    kept = [(one.bound, one.value, one.detail) for one in found.roofs]
-    assert kept == [("memory", 5e9, "32 MiB"), ("memory", 1e9, "1.5 GiB"), ("compute", 1e12, "bfloat16")]
+    kept = [(one.bound, one.value, one.detail) for one in found.drawn]
+    assert kept == [
+        ("memory", 5e9, "32 MiB"),
+        ("memory", 1e9, "1.5 GiB"),
+        ("compute", 1e12, "bfloat16, float32"),
+    ]
+    assert sorted(one.value for one in found.roofs) == sorted(
+        one.value for one in limits if one.work != "copy"
+    )
     assert roofline_data.ridge(found.roofs) == pytest.approx(200)
 
 

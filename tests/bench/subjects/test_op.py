@@ -215,7 +215,7 @@ def test_a_prompt_without_history_is_a_shape_like_any(measure: Bench) -> None:
         ),
         (
             ["--op", "linear", "--implementations", "transformers"],
-            "error: transformers runs the whole layer: --op times mla and mla-reference.",
+            "error: transformers runs the whole layer: linear alone is timed of mla and mla-reference.",
         ),
         (
             ["--op", "linear", "--kv", "4q"],

@@ -86,7 +86,7 @@ def test_another_reading_of_the_grammar_agrees(spec: str) -> None:
         ("", "segment 1, '' (character 1), is not [COUNT]qLEN[k][sLEN[k]], such as 16q1s4k"),
         ("q1s1k_", "segment 2, '' (character 7), is not "),
         ("2q2k_32x1s1k", "segment 2, '32x1s1k' (character 6), is not "),
-        ("8Q1S1K", "is not [COUNT]qLEN[k][sLEN[k]], such as 16q1s4k (the suffix k is lower-case)"),
+        ("8Q1S1K", "is not [COUNT]qLEN[k][sLEN[k]], such as 16q1s4k (q, s and k are lower-case)"),
         ("q1m", "is not "),
         ("q٣", "is not "),  # a digit to Python, and to no other reader
         ("q1 s2", "is not "),

@@ -11,6 +11,7 @@ import pytest
 from mla.bench.terminal.workloads import as_objects, as_table
 from mla.bench.workload.grid import points_of
 from mla.bench.workload.op_scenario import op_of_batch
+from mla.bench.workload.scenario import Scenario
 from mla.bench.workload.workload_file import PRESETS, load_workload, read_workload
 from mla.config import MLAConfig
 from mla.errors import UsageError
@@ -75,8 +76,13 @@ def test_a_list_of_specs_makes_a_scenario_of_each(tmp_path: Path) -> None:
     ("text", "sentence"),
     [
         (TABLE.format('"q1s"'), "batch spec 'q1s': segment 1, 'q1s' (character 1), is not "),
-        (TABLE.format("7"), "batch spec '7': segment 1, '7' (character 1), is not "),
-        (TABLE.format("[]"), "needs at least one scenario"),
+        (TABLE.format("7"), 'batch_spec takes a text such as "16q1s4k", or a list of them, got 7.'),
+        (TABLE.format('["q1", 7]'), "or a list of them, got ['q1', 7]."),
+        (TABLE.format("[]"), "or a list of them, got []."),
+        (
+            TABLE.format('"q1"') + "querylens = 1",
+            "'querylens'. Choose from: name, runs, passes, warmups, heads,",
+        ),
         (TABLE.format('["q1", "q1"]'), "each with a unique name"),
         (TABLE.format('"q1"') + 'mode = "decode"', "a batch_spec says what 'mode' would: leave 'mode' out."),
         (TABLE.format('"q1"') + "history = [1]", "a batch_spec says what 'history' would"),
@@ -94,6 +100,30 @@ def test_a_mistake_in_a_file_is_one_sentence(tmp_path: Path, text: str, sentence
     assert str(refused.value).startswith(f"workload '{path}'")
 
 
-def test_an_op_takes_the_lengths_of_specs_alone() -> None:
+def test_a_path_of_a_config_starts_at_the_folder_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "inner" / "model").mkdir(parents=True)
+    path = tmp_path / "inner" / "mine.toml"
+    for config, found in {
+        "one.json": "inner/one.json",
+        "../one.json": "inner/../one.json",
+        "model": "inner/model",
+        "/elsewhere/one.json": "/elsewhere/one.json",
+        "kimi-k2": "kimi-k2",
+    }.items():
+        path.write_text(f'config = "{config}"\n' + TABLE.format('"q1"'))
+        monkeypatch.chdir(tmp_path)
+        assert read_workload("inner/mine.toml").config == found
+        monkeypatch.chdir(path.parent)
+        assert read_workload("mine.toml").config == found.removeprefix("inner/")
+
+
+def test_an_op_takes_the_lengths_of_specs_of_one_layer() -> None:
     with pytest.raises(UsageError, match="scenario 'prefill' has none"):
         op_of_batch("linear", load_workload("standard")[0], None)
+    deep = Scenario(name="q1", mode="prefill", query_lens=(1,), history=(0,), batch_spec="q1", layers=2)
+    with pytest.raises(
+        UsageError, match="scenario 'q1' has layers = 2, and linear is timed alone: leave one"
+    ):
+        op_of_batch("linear", deep, None)

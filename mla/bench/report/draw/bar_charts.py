@@ -13,7 +13,7 @@ from mla.bench.report.draw import chart_axes
 from mla.bench.report.draw.rows import LINE, Rows
 from mla.bench.report.draw.svg import WIDTH, Caption, inline, styled
 from mla.bench.report.draw.theme import paint
-from mla.bench.report.series import Measure, Quantity, ReportEntry
+from mla.bench.report.series import Measure, Quantity, ReportEntry, shared_limit
 from mla.bench.report.style import MISSING, Colours, Palette
 from mla.bench.results.schema import Case
 from mla.bench.terminal.digits import number
@@ -22,8 +22,6 @@ from mla.bench.terminal.verdict import status
 
 # A stage needs this many points a letter to be named, of about 270 that the longest bar has.
 LETTER, ACROSS = 5.3, 270
-# Limits that differ by less are one line.
-SAME_LIMIT = 0.01
 
 
 @styled()
@@ -36,7 +34,7 @@ def bars(
 ) -> str:
     """Draw a quantity of cases as bars with whiskers, under their limit; one without a number says why."""
     limits = [quantity.limit(entry.case) for entry in entries]
-    shared = _shared(limits)
+    shared = shared_limit(entries, quantity)
     rows = Rows(names, head=LINE + 0.04 if shared else 0.0)
     figure = Figure(figsize=(WIDTH, 0.55 + rows.height), layout="constrained")
     axes = figure.add_subplot()
@@ -48,8 +46,7 @@ def bars(
         if measure is None:
             _absent(axes, middle, entry.case)
             continue
-        broken = chart_axes.is_broken(measure, whole)
-        drawn = Measure(whole, None, None) if broken else measure
+        drawn = chart_axes.within(measure, whole)
         _bar(axes, middle, rows.bar, drawn, colours[entry.case.implementation], entry.case)
         mark = " ?" if entry.case.roofline.doubt else ""
         chart_axes.end_label(axes, middle, rows.bar, measure, whole, mark)
@@ -61,17 +58,9 @@ def bars(
     return inline(figure, caption)
 
 
-def _shared(limits: Sequence[float | None]) -> float | None:
-    """Return the limit if all rows that have one have the same."""
-    known = [one for one in limits if one]
-    same = known and max(known) <= (1 + SAME_LIMIT) * min(known)
-    return known[0] if same else None
-
-
 def has_own_limits(entries: Sequence[ReportEntry], quantity: Quantity) -> bool:
     """Return whether rows have limits of their own, drawn as marks that a legend explains."""
-    limits = [quantity.limit(entry.case) for entry in entries]
-    return any(limits) and _shared(limits) is None
+    return any(quantity.limit(entry.case) for entry in entries) and not shared_limit(entries, quantity)
 
 
 def _bar(axes: Axes, middle: float, height: float, measure: Measure, colour: str, case: Case) -> None:

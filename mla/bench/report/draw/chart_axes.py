@@ -87,12 +87,15 @@ def scale_end(ends: Sequence[float]) -> float:
 
 # The part of the axis beyond the longest bar, for its value.
 _BEYOND = 1.3
+# A whisker that ends beyond this many times the longest bar is broken off: it would flatten the bars.
+_LONG = 1.6
 
 
 def bar_scale(axes: Axes, measures: Sequence[Measure], limits: Sequence[float], *, break_off: bool) -> float:
     """Choose the scale of bars, with room for their values, limits on it; return where bars must end."""
-    ends = [_end(one) for one in measures]
-    whole = max([scale_end(ends) if break_off else max(ends), *limits])
+    values = [one.value for one in measures]
+    longest = max([scale_end(values) if break_off else max(values), *limits])
+    whole = max([longest, *(end for end in map(_end, measures) if end <= _LONG * longest)])
     axes.set_xlim(0, _BEYOND * whole)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
@@ -105,18 +108,31 @@ def _end(measure: Measure) -> float:
 
 def is_broken(measure: Measure, whole: float) -> bool:
     """Return whether a bar goes on beyond the scale."""
-    return _end(measure) > whole
+    return measure.value > whole
+
+
+def within(measure: Measure, whole: float) -> Measure:
+    """Return what is drawn of a measure: a bar beyond the scale has no whisker, a long whisker ends there."""
+    if is_broken(measure, whole):
+        return Measure(whole, None, None)
+    return measure._replace(high=None if measure.high is None else min(measure.high, whole))
 
 
 def end_label(axes: Axes, row: float, height: float, measure: Measure, whole: float, mark: str = "") -> None:
-    """Write a value to the right of its bar and whisker; a bar beyond the scale ends at a broken edge."""
+    """Write a value to the right of its bar and whisker.
+
+    A bar beyond the scale ends at a broken edge, a whisker in an arrow, and the label says how far it goes.
+    """
     broken, reach = is_broken(measure, whole), 0.65 * height
-    end = min(_end(measure), whole)
+    end, far = min(_end(measure), whole), ""
     if broken:
         style: dict[str, Any] = {"color": paint("ink"), "linestyle": (0, (2, 1.5)), "linewidth": 1}
         axes.plot([end] * 2, [row - reach, row + reach], **style)
+    elif _end(measure) > whole:
+        axes.plot(end, row, color=paint("ink"), marker=">", markersize=4)
+        far = f" (to {number(measure.high)})"
     axes.annotate(
-        f"{'» ' if broken else ''}{number(measure.value)}{mark}",
+        f"{'» ' if broken else ''}{measure}{mark}{far}",
         (end, row),
         xytext=(4, 0),
         textcoords="offset points",

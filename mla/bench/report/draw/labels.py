@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,24 @@ def around(point: Point, reach: float) -> Box:
     return Box(x - reach, y - reach, x + reach, y + reach)
 
 
+def gap(one: Box, other: Box) -> float:
+    """Return the distance between two boxes; 0 if they touch."""
+    across = max(one.left - other.right, other.left - one.right, 0.0)
+    return math.hypot(across, max(one.bottom - other.top, other.bottom - one.top, 0.0))
+
+
+def clear(
+    candidates: Iterable[Box], own: Sequence[Box], others: Sequence[Box], by: float = 0.0
+) -> Iterator[Box]:
+    """Yield the places of a label whose middle line is nearer to what is its own than to others."""
+    for box in candidates:
+        middle = (box.bottom + box.top) / 2
+        line = Box(box.left, middle, box.right, middle)
+        near, far = (min((gap(line, one) for one in boxes), default=math.inf) for boxes in (own, others))
+        if near + by < far:
+            yield box
+
+
 def beside(point: Point, size: Point, *, gap: float = 7.0, rings: int = 12) -> Iterator[Box]:
     """Yield places for a label of a size near a point: right, left, below and above, then farther away."""
     (x, y), (width, height) = point, size
@@ -54,13 +73,24 @@ def beside(point: Point, size: Point, *, gap: float = 7.0, rings: int = 12) -> I
                     yield Box(left, middle, left + width, middle + height)
 
 
-def along(start: Point, end: Point, size: Point, *, above: bool, steps: int = 24) -> Iterator[Box]:
-    """Yield places for a label that touches a line: on its upper or its lower right side, from its end on."""
+def along(
+    start: Point, end: Point, size: Point, *, above: bool, apart: float = 5.0, steps: int = 24
+) -> Iterator[Box]:
+    """Yield places for a label at a line: on it, or `apart` to its lower right, from the line's end on."""
     width, height = size
     for step in range(steps + 1):
         share = 1 - step / steps
         x, y = (a + share * (b - a) for a, b in zip(start, end, strict=True))
-        yield Box(x - width, y + 2, x, y + 2 + height) if above else Box(x + 5, y - height, x + 5 + width, y)
+        yield Box(x - width, y + 2, x, y + 2 + height) if above else _right(x + apart, y, size)
+
+
+def _right(left: float, top: float, size: Point) -> Box:
+    return Box(left, top - size[1], left + size[0], top)
+
+
+def below(point: Point, size: Point, most: int = 9) -> Iterator[Box]:
+    """Yield places for a label under a point, one line after another."""
+    return (_right(point[0], point[1] - line * (size[1] + 2), size) for line in range(most))
 
 
 def place(candidates: Iterable[Box], inside: Box, taken: Sequence[Box]) -> Box | None:

@@ -15,7 +15,7 @@ from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
 from mla.bench.report.draw import chart_axes
-from mla.bench.report.draw.labels import Box, Point, around, beside, stretch
+from mla.bench.report.draw.labels import Box, Point, around, beside, clear, stretch
 from mla.bench.report.draw.room import Room, fix, pixel
 from mla.bench.report.draw.rows import Rows, wrapped
 from mla.bench.report.draw.svg import WIDTH, Caption, inline, styled
@@ -24,7 +24,7 @@ from mla.bench.report.series import AXES, Curves, Line, Measure, Quantity, Repor
 from mla.bench.report.style import GREY, MISSING, Look
 from mla.bench.results.compare import NOISE
 from mla.bench.results.schema import Case
-from mla.bench.terminal.digits import number
+from mla.bench.terminal.digits import known
 
 # Most lines with their names beside them, and most characters of such a name.
 MOST_NAMED, LETTERS = 4, 26
@@ -62,32 +62,41 @@ def _curve(group: Curves, quantity: Quantity, look: Look, names: Sequence[str]) 
     axes = figure.add_subplot()
     drawn = [_line(axes, line, quantity, look) for line in group.lines]
     limits = _limits(axes, group, quantity)
+    labels = [*names, *[""] * (len(drawn) - len(names)), *limits.values()]
     chart_axes.places(axes, {x for line in group.lines for x, _ in line.points + line.absent})
     chart_axes.log(axes, "y")
     _withheld(axes, group)
     axes.set_xlabel(AXES[group.axis])
     axes.set_ylabel(f"{quantity.name}, {quantity.unit}")
     fix(figure)
-    ends = [[pixel(axes, *point) for point in points] for points in [*drawn, *limits]]
-    room = Room(axes, [around(point, 4) for points in ends for point in points], list(_covered(ends)))
-    for name, points in zip(names, ends, strict=False):
-        if points and name:
-            room.put(name, partial(_near, points))
-    left_out = room.left_out
-    for points in ends[len(drawn) :]:
-        room.put("limit", partial(_near, points))
-    return figure, left_out
+    ends = [[pixel(axes, *point) for point in points] for points in [*drawn, *map(list, limits)]]
+    missing = _nameless(axes, labels, ends)
+    return figure, sum(name in missing for name in names)
 
 
-def _near(points: Sequence[Point], size: Point) -> Iterator[Box]:
+def _nameless(axes: Axes, labels: Sequence[str], ends: Sequence[Sequence[Point]]) -> list[str]:
+    """Write the names of lines, each nearer to its own than to any other; return those without room."""
+    lines = [list(_covered(points)) for points in ends]
+    room = Room(axes, [around(point, 4) for points in ends for point in points], [*chain(*lines)])
+    missing = []
+    for place, (label, points) in enumerate(zip(labels, ends, strict=True)):
+        if points and label:
+            others = [box for line in lines[:place] + lines[place + 1 :] for box in line]
+            if room.put((label, partial(_near, points, lines[place], others))) is None:
+                missing.append(label)
+    return missing
+
+
+def _near(points: Sequence[Point], own: Sequence[Box], others: Sequence[Box], size: Point) -> Iterator[Box]:
     """Yield places for the name of a line: near its last point, then near the ones before."""
-    return chain.from_iterable(beside(point, size, rings=2) for point in reversed(points))
+    places = chain.from_iterable(beside(point, size, rings=2) for point in reversed(points))
+    return clear(places, own, others)
 
 
-def _covered(lines: Sequence[Sequence[Point]]) -> Iterator[Box]:
-    for points in lines:
-        for start, end in pairwise(points):
-            yield from stretch(start, end)
+def _covered(points: Sequence[Point]) -> Iterator[Box]:
+    yield from (around(point, 1) for point in points)
+    for start, end in pairwise(points):
+        yield from stretch(start, end)
 
 
 def _line(axes: Axes, line: Line, quantity: Quantity, look: Look) -> list[Point]:
@@ -112,18 +121,22 @@ def _line(axes: Axes, line: Line, quantity: Quantity, look: Look) -> list[Point]
     return [(x, measure.value) for x, _, measure in found]
 
 
-def _limits(axes: Axes, group: Curves, quantity: Quantity) -> list[list[Point]]:
-    """Draw the limits of the lines if they are few; return their points."""
-    found: list[list[Point]] = []
+def _limits(axes: Axes, group: Curves, quantity: Quantity) -> dict[tuple[Point, ...], str]:
+    """Draw the limits of the lines if they are few; return their points and names, with letters of files."""
+    found: dict[tuple[Point, ...], list[str]] = {}
     for line in group.lines:
-        points = [(x, limit) for x, entry in line.points if (limit := quantity.limit(entry.case))]
-        if len(points) > 1 and points not in found:
-            found.append(points)
+        points = tuple((x, limit) for x, entry in line.points if (limit := quantity.limit(entry.case)))
+        if len(points) > 1:
+            found.setdefault(points, []).append(line.entry.file.key)
     if len(found) > MOST_LIMITS:
-        return []
+        return {}
     for points in found:
         axes.plot(*zip(*points, strict=True), color=paint("ink"), linewidth=1, linestyle=(0, (1, 2)))
-    return found
+    several = len({key for keys in found.values() for key in keys}) > 1
+    return {
+        points: f"{', '.join(dict.fromkeys(keys))} limit" if several else "limit"
+        for points, keys in found.items()
+    }
 
 
 def _withheld(axes: Axes, group: Curves) -> None:
@@ -136,8 +149,17 @@ def _withheld(axes: Axes, group: Curves) -> None:
 
 
 @styled()
-def relative(caption: Caption, names: Sequence[str], dots: Sequence[Sequence[Relative]], label: str) -> str:
-    """Draw, row by row, times as multiples of a reference, with their intervals."""
+def relative(
+    caption: Caption,
+    names: Sequence[str],
+    dots: Sequence[Sequence[Relative]],
+    label: str,
+    every: Sequence[Sequence[Relative]],
+) -> str:
+    """Draw, row by row, times as multiples of a reference, with their intervals.
+
+    `every` is what is drawn in all parts of the panel: all have one scale.
+    """
     most = max(map(len, dots))
     rows = Rows(names, bar=0.14 * max(1, most) + 0.04)
     figure = Figure(figsize=(WIDTH, 0.6 + rows.height), layout="constrained")
@@ -148,10 +170,18 @@ def relative(caption: Caption, names: Sequence[str], dots: Sequence[Sequence[Rel
     for middle, members in zip(rows.middles, dots, strict=True):
         for place, dot in enumerate(members):
             _dot(axes, middle + 0.14 * (place - (len(members) - 1) / 2), dot)
-    axes.margins(x=0.16)
+    axes.set_xlim(*_reach(every))
     chart_axes.log(axes, "x")
     axes.set_xlabel(label)
     return inline(figure, caption)
+
+
+def _reach(dots: Sequence[Sequence[Relative]]) -> tuple[float, float]:
+    """Return the range of a logarithmic scale that holds all intervals, with room for values, and 1."""
+    ends = [end for row in dots for one in row for end in one.measure if end]
+    low, high = min(1 - NOISE, *ends), max(1 + NOISE, *ends)
+    room = (high / low) ** 0.22
+    return low / room**0.5, high * room
 
 
 def _dot(axes: Axes, row: float, dot: Relative) -> None:
@@ -193,7 +223,7 @@ def samples(caption: Caption, entries: Sequence[ReportEntry], most: int, look: L
 def _strip_title(case: Case) -> str:
     latency = case.latency_ms
     assert latency is not None
-    parts = [f"median {number(latency.median)} ms"]
+    parts = [f"median {known(latency.median, latency.ci95)} ms"]
     parts += [] if latency.drift is None else [f"drift {100 * latency.drift:+.1f} %"]
     if latency.outliers:
         parts.append(f"{latency.outliers} outlier{'s' if latency.outliers > 1 else ''}")

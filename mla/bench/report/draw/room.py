@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,6 +15,8 @@ from matplotlib.transforms import IdentityTransform
 from mla.bench.report.draw.labels import Box, Point, around, place
 from mla.bench.report.draw.theme import paint
 
+# Where a label of a size may go, the best first.
+Places = Callable[[Point], Iterable[Box]]
 SIZE = 9.0  # of a label's font, in points
 
 
@@ -38,8 +41,13 @@ class Room:
     lines: list[Box] = field(default_factory=list)
     left_out: int = 0
 
-    def put(self, text: str, places: Callable[[Point], Iterable[Box]]) -> Box | None:
-        """Write a label at the first of `places` (by its size) that is free; None if there is no room."""
+    def put(self, *tries: tuple[str, Places]) -> Box | None:
+        """Write the first text for which one of its places is free; return None if there is no room."""
+        box = next(filter(None, (self._put(text, places) for text, places in tries)), None)
+        self.left_out += box is None
+        return box
+
+    def _put(self, text: str, places: Places) -> Box | None:
         drawn = self.axes.text(0, 0, text, fontsize=SIZE, va="bottom", transform=IdentityTransform())
         frame = self.axes.bbox
         inside = Box(frame.x0 + 1, frame.y0 + 1, frame.x1, frame.y1)
@@ -47,7 +55,6 @@ class Room:
         box = place(boxes, inside, self.taken + self.lines) or place(boxes, inside, self.taken)
         if box is None:
             drawn.remove()
-            self.left_out += 1
             return None
         drawn.set_position((box.left + 1, box.bottom + 1))
         drawn.set_bbox({"facecolor": paint("paper"), "edgecolor": "none", "pad": 0.5, "alpha": 0.8})
@@ -61,6 +68,12 @@ class Room:
         end = (min(max(point[0], box.left), box.right), min(max(point[1], box.bottom), box.top))
         xs, ys = zip(point, end, strict=True)
         self.axes.plot(xs, ys, color=paint(colour), linewidth=0.8, transform=IdentityTransform(), zorder=1)
+
+    def lead(self, box: Box, point: Point) -> None:
+        """Draw a line from a dot on a line to the middle of its label, which is elsewhere."""
+        xs, ys = (point[0], box.left), (point[1], (box.bottom + box.top) / 2)
+        style: dict[str, Any] = {"color": paint("ink"), "linewidth": 0.8, "marker": "o", "markersize": 3}
+        self.axes.plot(xs, ys, **style, markevery=[0], transform=IdentityTransform(), zorder=3)
 
 
 def _size(text: Text) -> Point:

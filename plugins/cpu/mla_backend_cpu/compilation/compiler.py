@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
 import shlex
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 from .levels import BuildError, Level
@@ -19,6 +19,8 @@ FLAGS = (
     "-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
     "-fvisibility=hidden", "-Wno-psabi",
 )  # fmt: skip
+# What every processor of a kind has: arguments of CXX such as -march=native must not make a level need more.
+_BASE = {"x86_64": ("-march=x86-64",), "aarch64": ("-march=armv8-a",)}
 # Stripped, so that the result depends on nothing else, such as the names of folders. Linked without an OpenMP
 # runtime: torch's own is already loaded.
 LINK_FLAGS = ("-shared", "-s")
@@ -55,14 +57,31 @@ def version(command: tuple[str, ...]) -> str:
 
 def machine(command: tuple[str, ...]) -> str:
     """Return the machine it compiles for, as `platform.machine()` names it there."""
-    target = _run([*command, "-dumpmachine"]).partition("-")[0]
-    return target if target in ("x86_64", "aarch64") else platform.machine()
+    target = _run([*command, "-dumpmachine"]).strip()
+    name, _, system = target.partition("-")
+    here = sysconfig.get_platform().rpartition("-")[2]
+    name = {"powerpc64le": "ppc64le"}.get(name, name)
+    if "linux" not in system or name not in (*_BASE, here):
+        known = ", ".join(dict.fromkeys((*_BASE, here)))
+        raise BuildError(f"the compiler '{command[0]}' compiles for '{target}', not for Linux on {known}")
+    return name
 
 
-def compile_level(command: tuple[str, ...], level: Level, library: Path) -> None:
-    """Compile and link the kernels of one level into a shared library. Raises `BuildError`."""
+def flags(level: Level, machine: str) -> tuple[str, ...]:
+    """Return the arguments that a level is compiled with for a machine."""
+    return (*FLAGS, *_BASE.get(machine, ()), *level.flags)
+
+
+def check(command: tuple[str, ...], level: Level) -> None:
+    """Raise `FlagError` at once if the compiler does not know the instructions of a level."""
+    if level.flags:
+        _run([*command, *level.flags, "-fsyntax-only", "-x", "c++", os.devnull])
+
+
+def compile_level(command: tuple[str, ...], level: Level, machine: str, library: Path) -> None:
+    """Compile and link the kernels of one level for a machine into a shared library. Raises `BuildError`."""
     built = library.with_suffix(".o")
-    _run([*command, *FLAGS, *level.flags, "-c", str(SOURCES / "api.cpp"), "-o", str(built)])
+    _run([*command, *flags(level, machine), "-c", str(SOURCES / "api.cpp"), "-o", str(built)])
     _run([*command, *LINK_FLAGS, str(built), "-o", str(library)])
     built.unlink()
 
