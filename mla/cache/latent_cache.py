@@ -113,27 +113,29 @@ class LatentCache:
         more: steps of sequences that grow up to there have one shape and one memory, as a graph needs.
         Raises `CacheFull` when pages run out and ValueError for bad arguments; both change nothing.
         """
-        table = self.grow(sequences, query_lens, table_tokens=table_tokens)
-        entries = self._entries(sequences, query_lens)
+        entries, kv_lens = self._grow(sequences, query_lens)
+        table = self._table(entries, -(-table_tokens // self.page_size))
         slots = None
         if query_lens.count(1) == len(query_lens):  # decode: a few integers, not worth tensor arithmetic
             size = self.page_size
             slots = [entry.pages[-1] * size + (entry.length - 1) % size for entry in entries]
         memory = self._batch_memory(sum(query_lens), table, reserved=table_tokens > 0)
-        kv_lens = [entry.length for entry in entries]
         return RaggedBatch(query_lens, kv_lens, table, self.page_size, self.pages.device, self, slots, memory)
 
-    def grow(
-        self, sequences: Sequence[int], query_lens: Sequence[int], *, table_tokens: int = 0
-    ) -> torch.Tensor:
+    def grow(self, sequences: Sequence[int], query_lens: Sequence[int]) -> torch.Tensor:
         """Make room as `extend` does, and return the host's block table [B, n] int32 alone."""
+        entries, _ = self._grow(sequences, query_lens)
+        return self._table(entries, 0)
+
+    def _grow(self, sequences: Sequence[int], query_lens: Sequence[int]) -> tuple[list[_Sequence], list[int]]:
+        """Give sequences the pages and the lengths [B] that they have after a step; return both."""
         entries = self._entries(sequences, query_lens)
         kv_lens = [entry.length + query for entry, query in zip(entries, query_lens, strict=True)]
         self._reserve(entries, kv_lens)
         for entry, kv_len in zip(entries, kv_lens, strict=True):
             entry.length = kv_len
         self.generation += 1
-        return self._table(entries, -(-table_tokens // self.page_size))
+        return entries, kv_lens
 
     def _batch_memory(self, tokens: int, table: torch.Tensor, reserved: bool) -> BatchMemory:
         """Return where the step's tables go: the last step's memory while the shape is the same.

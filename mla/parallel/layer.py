@@ -72,10 +72,8 @@ class ParallelMLA(MLA):
         memory = batch.memory.keep(self._plan_key, lambda: self.rotary.empty(batch.num_tokens))
         self.rotary.reserve(max(batch.kv_lens))
         cos_sin = self.rotary.gather(batch.positions, memory)
-        choice, parts = (
-            self.ops["latent_attention"],
-            batch.parts(self._context.tokens_at_once(self.workspace_bytes)),
-        )
+        choice = self.ops["latent_attention"]
+        parts = batch.parts(self._context.tokens_at_once(self.workspace_bytes))
         for part in parts:
             choice.check_batch(part.rows.query_lens, part.rows.kv_lens, part.rows.page_size)
         if not parts:

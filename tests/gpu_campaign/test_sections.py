@@ -202,7 +202,7 @@ def test_the_runner_itself_is_asked_where_there_is_a_device(capsys: pytest.Captu
     words = ("-m", "mla.bench", "--backend", "cpu", "--op", "latent_attention", "--scenario", "decode")
     host = Machine("cpu", "host", True)
     assert dry_run.dry_run(host, [Section("one", "One", (Step("bad", words, 10, "run"),))], Path("out")) == 1
-    assert "--scenario" in capsys.readouterr().out.partition("# wrong: ")[2]
+    assert "scenario 'decode' has none" in capsys.readouterr().out.partition("# wrong: ")[2]
 
 
 def test_every_kernel_of_the_backend_has_a_run_and_every_question_a_probe() -> None:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from mla import LatentCache, MLAConfig
 from mla.config import QueryScaling, YarnScaling
+from mla.parallel import groups as groups_module
 from mla.parallel.cache import ShardedCache
 from mla.parallel.groups import Groups
 from mla.parallel.layer import ParallelMLA
@@ -73,10 +74,11 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float32
     interleave: int = 1
     workspace: int = 1 << 20  # bytes: with a small one, a step is attended in several parts
+    hops: int = groups_module.MOST_HOPS  # of more, outputs are added up in float32
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
-        rest = f"interleave {self.interleave}, workspace {self.workspace}"
+        rest = f"interleave {self.interleave}, workspace {self.workspace}, hops {self.hops}"
         return f"{self.layout}: {self.batch}, {self.config}, {kind}, {rest}"
 
 
@@ -88,6 +90,7 @@ def cases(world: int) -> Iterator[Case]:
         for config in ("lora", "bias", "odd"):
             yield Case(layout, "mixed", config)
         yield Case(layout, "mixed", "lora", torch.bfloat16)
+        yield Case(layout, "mixed", "lora", torch.bfloat16, hops=1)
         if "dcp" in layout:
             for batch in ("mixed", "decode", "two tokens"):
                 yield Case(layout, batch, interleave=4)
@@ -101,6 +104,7 @@ def worst_error(case: Case, groups: Groups) -> float:
     past, steps = past[part], [step[part] for step in steps]
     if not past:
         return 0.0
+    groups_module.MOST_HOPS = case.hops
     state = random_state_dict(config, 0, case.dtype)
     layer = ParallelMLA(config, groups, dtype=case.dtype, workspace_bytes=case.workspace)
     layer.load_state_dict(state)

@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import asdict
 
 from mla.bench import results
-from mla.bench.report.draw.chart_axes import LABEL, label
+from mla.bench.report.draw.rows import LETTERS, wrapped
 
 Bench = Callable[..., Any]
 
@@ -248,5 +248,5 @@ def test_a_report_keeps_the_names_apart(measure: Bench, bench: Bench) -> None:
     assert bench("report", "run.json", "--html", "page.html").code == 0
     page = Path("page.html").read_text()
     assert all(page.count(name) >= 2 for name in pair), "in tables and legends"
-    assert len({label(name) for name in pair}) == 2
-    assert all(len(line) <= LABEL for name in pair for line in label(name).splitlines())
+    assert len({wrapped(name) for name in pair}) == 2
+    assert all(len(line) <= LETTERS for name in pair for line in wrapped(name).splitlines())
