@@ -78,9 +78,12 @@ class MLA(nn.Module):
         self._growth = Growth(backend)
         views = StepViews(config, self.ops, self._scratch)
         self.step: Step = make_step(config, self.ops, self._weights, views, self._scratch)
-        # A subclass may do more between ops than can be recorded.
-        self._repeated = Repeated(backend if type(self) is MLA else None)
+        self._repeated = Repeated(backend if self._calls_ops_alone() else None)
         self._plan_key = self._make_plan_key()
+
+    def _calls_ops_alone(self) -> bool:
+        """Return whether a step is nothing but calls of ops, which can be recorded."""
+        return type(self) is MLA  # a subclass may do more
 
     def _attended_by(self) -> int:
         """Return of how many layers like this one the heads attend the latents together."""

@@ -45,7 +45,7 @@ class ContextPath:
             q = self._gather(views.latent_q[part.tokens], part)
             out, lse = self._attend(ops, q, part, state, pages)
             found = self._exchange("out", out, part), self._exchange("lse", lse, part)
-            merge(*found, views.latent_out[part.tokens])
+            merge(*found, views.latent_out[part.tokens], self.scratch)
         ops["w_uv"].op(packed["w_uv"], x=views.latent_out, out=views.heads)
 
     def _gather(self, q: torch.Tensor, part: Part) -> torch.Tensor:
@@ -93,17 +93,29 @@ class ContextPath:
         return received
 
 
-def merge(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor) -> None:
+def merge(
+    parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, scratch: Workspace | None = None
+) -> None:
     """Merge attention over disjoint keys: parts [n, ..., c] with natural lse [n, ...] fp32, to out [..., c].
 
     Each part weighs exp(lse) of the whole. One without keys has lse -inf and weighs nothing, whatever it
-    holds; where no part has keys, out is 0. Sums are in fp32 and rounded once.
+    holds; where no part has keys, out is 0. Sums are in fp32 and rounded once. Nothing is allocated that
+    `scratch` holds.
     """
-    top = lse.amax(dim=0)
-    weights = (lse - top.masked_fill(top == -torch.inf, 0)).exp_()  # no infinity is taken from another
-    weights /= weights.sum(dim=0).clamp_min_(torch.finfo(torch.float32).tiny)
-    weighed = parts.float().mul_(weights[..., None])
-    out.copy_(weighed.masked_fill_((weights == 0)[..., None], 0).sum(dim=0))
+    scratch = scratch or Workspace(out.dtype, out.device)
+    float32 = torch.float32
+    weights = scratch.take("merge_weights", *lse.shape, dtype=float32)
+    reduced = scratch.take("merge_reduced", *lse.shape[1:], dtype=float32)
+    torch.amax(lse, dim=0, out=reduced).clamp_min_(torch.finfo(float32).min)  # inf - inf would be nan
+    torch.sub(lse, reduced, out=weights).exp_()
+    torch.sum(weights, dim=0, out=reduced).clamp_min_(torch.finfo(float32).tiny)
+    weights.div_(reduced)
+    without_keys = scratch.take("merge_without_keys", *lse.shape, dtype=torch.bool)
+    torch.eq(weights, 0, out=without_keys)
+    weighed = scratch.take("merge_weighed", *parts.shape, dtype=float32)
+    weighed.copy_(parts).mul_(weights[..., None]).masked_fill_(without_keys[..., None], 0)
+    merged = scratch.take("merge_sum", *out.shape, dtype=float32)
+    out.copy_(torch.sum(weighed, dim=0, out=merged))
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,6 +47,9 @@ class ParallelMLA(MLA):
             self._context = ContextPath(own, self._weights, self._scratch, self.step.views, groups)
             self.step = ContextStep(**plain, context=self._context)
 
+    def _calls_ops_alone(self) -> bool:
+        return type(self) is ParallelMLA and self._groups.layout.dcp == 1  # heads are added up afterwards
+
     def _attended_by(self) -> int:
         return self._groups.layout.dcp
 

@@ -17,6 +17,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+from sequencing import Sequencing
+
 from mla import LatentCache, MLAConfig
 from mla.config import QueryScaling, YarnScaling
 from mla.parallel import groups as groups_module
@@ -75,11 +78,12 @@ class Case(NamedTuple):
     interleave: int = 1
     workspace: int = 1 << 20  # bytes: with a small one, a step is attended in several parts
     hops: int = groups_module.MOST_HOPS  # of more, outputs are added up in float32
+    at_once: bool = False  # the backend makes a forward that comes again in one call
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
         rest = f"interleave {self.interleave}, workspace {self.workspace}, hops {self.hops}"
-        return f"{self.layout}: {self.batch}, {self.config}, {kind}, {rest}"
+        return f"{self.layout}: {self.batch}, {self.config}, {kind}, {rest}" + ", at once" * self.at_once
 
 
 def cases(world: int) -> Iterator[Case]:
@@ -91,6 +95,7 @@ def cases(world: int) -> Iterator[Case]:
             yield Case(layout, "mixed", config)
         yield Case(layout, "mixed", "lora", torch.bfloat16)
         yield Case(layout, "mixed", "lora", torch.bfloat16, hops=1)
+        yield Case(layout, "decode", "lora", at_once=True)
         if "dcp" in layout:
             for batch in ("mixed", "decode", "two tokens"):
                 yield Case(layout, batch, interleave=4)
@@ -106,7 +111,8 @@ def worst_error(case: Case, groups: Groups) -> float:
         return 0.0
     groups_module.MOST_HOPS = case.hops
     state = random_state_dict(config, 0, case.dtype)
-    layer = ParallelMLA(config, groups, dtype=case.dtype, workspace_bytes=case.workspace)
+    backend = Sequencing() if case.at_once else None
+    layer = ParallelMLA(config, groups, dtype=case.dtype, workspace_bytes=case.workspace, backend=backend)
     layer.load_state_dict(state)
     generator = torch.Generator().manual_seed(1 + groups.place.dp)
 
@@ -122,6 +128,8 @@ def worst_error(case: Case, groups: Groups) -> float:
     outputs = [
         layer(torch.cat(new), cache.extend(ids, list(map(len, new))), cache.pages[0]) for new in hidden
     ]
+    if backend is not None:  # collectives cannot be recorded
+        assert (backend.ran > 0) == (groups.layout.dcp == 1)
     return compare(config, state, history, hidden, outputs)
 
 

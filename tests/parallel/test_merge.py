@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mla.layer.workspace import Workspace
 from mla.parallel.context import merge
 
 
@@ -36,3 +40,39 @@ def test_no_keys_at_all_give_zero() -> None:
     out = torch.full((1, 2), torch.nan)
     merge(torch.full((2, 1, 2), torch.nan), torch.full((2, 1), -torch.inf), out)
     assert out.tolist() == [[0.0, 0.0]]
+
+
+class MadeMemory(TorchDispatchMode):
+    """Notes the ops that return memory of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {
+            one.untyped_storage().data_ptr() for one in (*args, *(kwargs or {}).values()) if is_tensor(one)
+        }
+        found = func(*args, **(kwargs or {}))
+        if is_tensor(found) and found.untyped_storage().data_ptr() not in given:
+            self.ops.append(str(func))
+        return found
+
+
+def is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def test_a_merge_that_comes_again_makes_no_memory() -> None:
+    scratch = Workspace(torch.bfloat16, torch.device("cpu"))
+    parts, lse, out = (
+        torch.randn(3, 4, 2, 8).bfloat16(),
+        torch.randn(3, 4, 2),
+        torch.empty(4, 2, 8).bfloat16(),
+    )
+    with MadeMemory() as first:
+        merge(parts, lse, out, scratch)
+    with MadeMemory() as second:
+        merge(parts, lse, out, scratch)
+    assert first.ops
+    assert second.ops == []
