@@ -8,8 +8,10 @@ of several tokens it does not hold, and every new token is a request of its own.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
@@ -50,6 +52,8 @@ class ShardedMemory:
         *wide, self.positions, self.kv_lens, self.cu_q, table = self.buffer.split(sizes)
         self.own, self.slots, self.order, self.back = (part.view(torch.int64) for part in wide)
         self.block_table = table.view(rows, width)
+        self._numbers = self.buffer[: self.buffer.shape[0] - rows * width]
+        self._held: torch.Tensor | None = None  # the host's block table that `block_table` is a copy of
         self._kept: dict[Hashable, Any] = {}
 
     def fits(self, tokens: int, rows: int, width: int) -> bool:
@@ -63,16 +67,14 @@ class ShardedMemory:
                 self._kept[key] = build()
         return cast("Value", self._kept[key])
 
-    def fill(self, parts: Sequence[torch.Tensor]) -> None:
-        """Copy the parts of a batch, each to the beginning of its place, in one copy."""
-        host = torch.zeros(self.buffer.shape[0], dtype=torch.int32)
-        places = (self.own, self.slots, self.order, self.back, self.positions, self.kv_lens, self.cu_q)
-        start = 0
-        for part, place in zip(parts, (*places, self.block_table), strict=True):
-            numbers = part.contiguous().view(-1).view(torch.int32)
-            host[start : start + numbers.numel()] = numbers
-            start += place.numel() * place.element_size() // 4
-        upload_into(host, self.buffer)
+    def fill(self, numbers: torch.Tensor, table: torch.Tensor) -> None:
+        """Copy a batch's numbers, and its block table unless it is already here, in one copy."""
+        if table is self._held:
+            upload_into(numbers, self._numbers)
+            return
+        rest = self.buffer.shape[0] - numbers.shape[0] - table.numel()
+        upload_into(torch.cat((numbers, table.reshape(-1), numbers.new_zeros(rest))), self.buffer)
+        self._held = table
 
 
 def most_rows(share: Share, query_lens: Sequence[int]) -> int:
@@ -113,16 +115,36 @@ class Part:
 
 
 class _Cut(NamedTuple):
-    """A part on the host."""
+    """New tokens as rows of attention, on the host."""
 
-    order: torch.Tensor  # [t]
-    rows: torch.Tensor  # [R]: the request of each
-    cu_q: torch.Tensor  # [R + 1]
-    kv_lens: torch.Tensor  # [R]
+    order: torch.Tensor | None  # [t] int64; None where queries stay in order
+    rows: torch.Tensor | None  # [R] int64: the request of each; None where it is the one of its number
+    query_lens: tuple[int, ...]  # [R]
+    kv_lens: tuple[int, ...]  # [R]
 
-    def ordered(self) -> bool:
-        """Return whether queries stay in order."""
-        return bool((self.order[1:] > self.order[:-1]).all())
+
+class _Step(NamedTuple):
+    """A step on the host."""
+
+    own: list[int]  # this rank's among the new tokens
+    slots: list[int]  # of these
+    positions: list[int]  # [T]
+    cut: _Cut
+
+
+def _packed(tokens: int, rows: int, step: _Step) -> torch.Tensor:
+    """Return what a `ShardedMemory` of so many tokens and rows holds before its block table, int32 [n]."""
+    order, none = step.cut.order, list[int]()
+    ways = (none, none) if order is None else (order.tolist(), order.argsort().tolist())
+    numbers = array("i")
+    for wide in (step.own, step.slots, *ways):
+        numbers.frombytes(array("q", wide).tobytes())
+        numbers.frombytes(bytes(8 * (tokens - len(wide))))
+    cu_q = (0, *accumulate(step.cut.query_lens))
+    for short, size in ((step.positions, tokens), (step.cut.kv_lens, rows), (cu_q, rows + 1)):
+        numbers.extend(short)
+        numbers.frombytes(bytes(4 * (size - len(short))))
+    return torch.frombuffer(numbers, dtype=torch.int32)
 
 
 class ShardedBatch:
@@ -146,19 +168,46 @@ class ShardedBatch:
         self._source, self._generation = source, source.generation
         self._memo: dict[Hashable, Any] = {}
         self._table = block_table
-        self._request, self._positions = _new_tokens(self.query_lens, self.kv_lens)
-        share, positions = source.share, self._positions
-        self._seen = share.count(positions + 1)
-        own = share.owned(positions).nonzero().view(-1)
-        index = share.count(positions[own])
-        page = block_table[self._request[own], index // self.page_size].long()
+        one_each = self.query_lens.count(1) == len(self.query_lens)
+        self._describe(self._decode() if one_each else self._step())
+
+    @cached_property
+    def _tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The request [T], the position [T], and the keys that are here [T], of every new token."""
+        request, positions = _new_tokens(self.query_lens, self.kv_lens)
+        return request, positions, self._source.share.count(positions + 1)
+
+    def _step(self) -> _Step:
+        """Work out a step of any number of new tokens."""
+        request, positions, seen = self._tokens
+        own = self._source.share.owned(positions).nonzero().view(-1)
+        index = seen[own] - 1
+        page = self._table[request[own], index // self.page_size].long()
         slots = page * self.page_size + index % self.page_size
         cut = self._cut(slice(0, self.num_tokens))
-        wide, whole = (own, slots, cut.order, cut.order.argsort()), (cut.kv_lens.int(), cut.cu_q.int())
-        memory.fill((*wide, positions.int(), *whole, block_table[cut.rows]))
-        self.own, self.slots = memory.own[: len(own)], memory.slots[: len(own)]
-        self.positions = memory.positions
-        self._whole = self._part(slice(0, self.num_tokens), cut, memory)
+        return _Step(own.tolist(), slots.tolist(), positions.tolist(), cut)
+
+    def _decode(self) -> _Step:
+        """Work out a step of one new token each: a few integers, not worth tensor arithmetic."""
+        share, size, width = self._source.share, self.page_size, self._table.shape[1]
+        seen = [share.held(length) for length in self.kv_lens]
+        own = [request for request, length in enumerate(self.kv_lens) if share.owns(length - 1)]
+        places = host_ints(request * width + (seen[request] - 1) // size for request in own)
+        pages = self._table.view(-1).index_select(0, places).tolist()
+        slots = [page * size + (seen[request] - 1) % size for page, request in zip(pages, own, strict=True)]
+        positions = [length - 1 for length in self.kv_lens]
+        return _Step(own, slots, positions, _Cut(None, None, self.query_lens, tuple(seen)))
+
+    def _describe(self, step: _Step) -> None:
+        """Upload a step and name its parts."""
+        memory, own = self.memory, len(step.own)
+        memory.fill(_packed(self.num_tokens, len(memory.kv_lens), step), self._rows_of(step.cut))
+        self.own, self.slots, self.positions = memory.own[:own], memory.slots[:own], memory.positions
+        self._whole = self._part(slice(0, self.num_tokens), step.cut, memory)
+
+    def _rows_of(self, cut: _Cut) -> torch.Tensor:
+        """Return the block table [R, width] of rows."""
+        return self._table if cut.rows is None else self._table[cut.rows]
 
     def parts(self, most: int) -> tuple[Part, ...]:
         """Return the step's tokens in parts of at most `most`, which is positive; none without new tokens."""
@@ -171,29 +220,25 @@ class ShardedBatch:
         for first in range(0, self.num_tokens, most):
             tokens = slice(first, min(first + most, self.num_tokens))
             cut = self._cut(tokens)
-            count, width = tokens.stop - first, self._table.shape[1]
-            memory = ShardedMemory(count, len(cut.rows), width, device)
-            nothing = torch.empty(0, dtype=torch.int64)
-            wide, lengths = (nothing, nothing, cut.order, cut.order.argsort()), (cut.kv_lens, cut.cu_q)
-            memory.fill((*wide, nothing, *(one.int() for one in lengths), self._table[cut.rows]))
+            table, count = self._rows_of(cut), tokens.stop - first
+            memory = ShardedMemory(count, len(table), table.shape[1], device)
+            memory.fill(_packed(count, len(table), _Step([], [], [], cut)), table)
             yield self._part(tokens, cut, memory)
 
     def _cut(self, tokens: slice) -> _Cut:
-        request, positions = self._request[tokens], self._positions[tokens]
+        request, positions, seen = (one[tokens] for one in self._tokens)
         order = _order(self._source.share, request, positions, self.query_lens)
-        return _Cut(order, *_cut(request[order], self._seen[tokens][order]))
+        if order is None:
+            return _Cut(None, *_cut(request, seen))
+        return _Cut(order, *_cut(request[order], seen[order]))
 
     def _part(self, tokens: slice, cut: _Cut, memory: ShardedMemory) -> Part:
         """Return a part that `memory` holds."""
-        count, same = len(cut.rows), cut.ordered()
-        rows = Rows(
-            tuple(cut.cu_q.diff().tolist()),
-            tuple(cut.kv_lens.tolist()),
-            self.page_size,
-            memory.block_table[:count],
-            memory.kv_lens[:count],
-            memory.cu_q[: count + 1],
-        )
+        count, same = len(cut.kv_lens), cut.order is None
+        device = memory.block_table, memory.kv_lens, memory.cu_q
+        if count < memory.kv_lens.shape[0]:
+            device = memory.block_table[:count], memory.kv_lens[:count], memory.cu_q[: count + 1]
+        rows = Rows(cut.query_lens, cut.kv_lens, self.page_size, *device)
         return Part(tokens, rows, None if same else memory.order, None if same else memory.back)
 
     def memo(self, key: Hashable, build: Callable[[], Value]) -> Value:
@@ -224,21 +269,25 @@ def _new_tokens(query_lens: Sequence[int], kv_lens: Sequence[int]) -> tuple[torc
 
 def _order(
     share: Share, request: torch.Tensor, positions: torch.Tensor, query_lens: Sequence[int]
-) -> torch.Tensor:
-    """Return new tokens [T] so that those of a request of which each sees one key more are adjacent."""
+) -> torch.Tensor | None:
+    """Return new tokens [T] so that those of a request of which each sees one key more are adjacent.
+
+    None where they stay in order.
+    """
     if share.interleave > 1 or max(query_lens, default=0) <= 1:
-        return torch.arange(len(positions))
-    return (request * share.world + positions.remainder(share.world)).argsort(stable=True)
+        return None
+    order = (request * share.world + positions.remainder(share.world)).argsort(stable=True)
+    return None if bool((order[1:] > order[:-1]).all()) else order
 
 
-def _cut(request: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _cut(request: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:
     """Cut tokens, which see `seen` [T] keys, into rows of attention.
 
-    Returns the request [R], cu_q [R + 1] and the number of keys [R] of each. Tokens without keys stand alone:
-    the tokens of a request that has any all see some.
+    Returns the request [R], the queries [R] and the keys [R] of each. Tokens without keys stand alone: the
+    tokens of a request that has any all see some.
     """
     joined = (request[1:] == request[:-1]) & (seen[1:] == seen[:-1] + 1) & (seen[:-1] > 0)
     starts = torch.cat((torch.zeros(1, dtype=torch.int64), (~joined).nonzero().view(-1) + 1))
     starts = starts[: len(request)]  # of no tokens there are no rows
     cu_q = torch.cat((starts, torch.tensor([len(request)])))
-    return request[starts], cu_q, seen[cu_q[1:] - 1]
+    return request[starts], tuple(cu_q.diff().tolist()), tuple(seen[cu_q[1:] - 1].tolist())

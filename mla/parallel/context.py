@@ -15,12 +15,13 @@ from mla.layer.plan import StepPlan
 from mla.layer.views import Absorbed, StepViews
 from mla.layer.workspace import Workspace
 from mla.parallel.batch import Part, ShardedBatch
+from mla.parallel.exchange import Exchange
 from mla.parallel.groups import Groups
 
 
 @dataclass(frozen=True, eq=False)
 class ContextPath:
-    """Absorbed attention over a context that is spread over ranks; see `merge`."""
+    """Absorbed attention over a context that is spread over ranks; see `exchange.merge`."""
 
     config: MLAConfig  # with this rank's heads
     weights: PackedWeights
@@ -32,8 +33,8 @@ class ContextPath:
         """Return how many tokens' queries and results of all ranks fit into so many bytes, at least one."""
         heads, c = self.groups.layout.dcp * self.config.num_attention_heads, self.config.kv_lora_rank
         copies = 3 * self.config.latent_dim + 4 * c  # of queries, and of results
-        per_token = heads * (copies * self.scratch.itemsize + 2 * c * 4)
-        return max(1, workspace // per_token)
+        merging = self.config.num_attention_heads * 2 * c * 4
+        return max(1, workspace // (heads * copies * self.scratch.itemsize + merging))
 
     def run(self, ops: Ops, views: Absorbed, plan: StepPlan, pages: torch.Tensor) -> None:
         """Attend with `views.q_nope` and `views.q_pe`, not yet rotated, and write `views.heads`."""
@@ -42,30 +43,26 @@ class ContextPath:
         ops["rotate_query"].op(x=views.q_pe, cos_sin=plan.cos_sin, interleaved=rope, out=views.latent_pe)
         assert plan.absorbed is not None
         for part, state in plan.absorbed.state:
-            q = self._gather(views.latent_q[part.tokens], part)
-            out, lse = self._attend(ops, q, part, state, pages)
-            found = self._exchange("out", out, part), self._exchange("lse", lse, part)
-            merge(*found, views.latent_out[part.tokens], self.scratch)
+            held = self._held(part)
+            q = held.gather(self.groups, views.latent_q[part.tokens], part.order)
+            self._attend(ops, q, held, part, state, pages)
+            held.merge(self.groups, part.back, views.latent_out[part.tokens])
         ops["w_uv"].op(packed["w_uv"], x=views.latent_out, out=views.heads)
 
-    def _gather(self, q: torch.Tensor, part: Part) -> torch.Tensor:
-        """Return the queries [t, world h, c + r] of all ranks, in the order of the part's rows."""
-        world, (tokens, heads, width) = self.groups.layout.dcp, q.shape
-        parts = self.scratch.take("gathered_parts", world, *q.shape)
-        self.groups.gather_context(q, parts)
-        together = self.scratch.take("gathered_q", tokens, world * heads, width)
-        torch.stack(parts.unbind(0), dim=1, out=together.view(tokens, world, heads, width))
-        if part.order is None:
-            return together
-        ordered = self.scratch.take("ordered_q", *together.shape)
-        return torch.index_select(together, 0, part.order, out=ordered)
+    def _held(self, part: Part) -> Exchange:
+        """Return memory for the exchanges of a part."""
+        count, ordered = part.tokens.stop - part.tokens.start, part.order is not None
+        own, world = self.config, self.groups.layout.dcp
+        shape = (count, own.num_attention_heads, own.latent_dim)
+        return self.scratch.views(
+            ("exchange", count, ordered),
+            lambda: Exchange.of(self.scratch, world, shape, own.kv_lora_rank, ordered),
+        )
 
     def _attend(
-        self, ops: Ops, q: torch.Tensor, part: Part, state: Any, pages: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return out [t, world h, c] and lse [t, world h] of this rank's tokens."""
-        out = self.scratch.take("context_out", *q.shape[:2], self.config.kv_lora_rank)
-        lse = self.scratch.take("context_lse", *q.shape[:2], dtype=torch.float32)
+        self, ops: Ops, q: torch.Tensor, held: Exchange, part: Part, state: Any, pages: torch.Tensor
+    ) -> None:
+        """Attend this rank's tokens with q [t, world h, c + r], and write `held.out` and `held.lse`."""
         ops["latent_attention"].op(
             state,
             q=q,
@@ -74,48 +71,9 @@ class ContextPath:
             kv_lens=part.rows.kv_lens_device,
             cu_q=part.rows.cu_q,
             softmax_scale=self.config.softmax_scale,
-            out=out,
-            lse=lse,
+            out=held.out,
+            lse=held.lse,
         )
-        return out, lse
-
-    def _exchange(self, name: str, x: torch.Tensor, part: Part) -> torch.Tensor:
-        """Return [world, t, h, ...]: of x [t, world h, ...], this rank's heads as every rank has them."""
-        if part.back is not None:
-            back = self.scratch.take(f"back_{name}", *x.shape, dtype=x.dtype)
-            x = torch.index_select(x, 0, part.back, out=back)
-        world = self.groups.layout.dcp
-        shape = (world, x.shape[0], x.shape[1] // world, *x.shape[2:])
-        sent = self.scratch.take(f"sent_{name}", *shape, dtype=x.dtype)
-        sent.copy_(x.unflatten(1, (world, -1)).transpose(0, 1))
-        received = self.scratch.take(f"received_{name}", *shape, dtype=x.dtype)
-        self.groups.exchange_context(sent, received)
-        return received
-
-
-def merge(
-    parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, scratch: Workspace | None = None
-) -> None:
-    """Merge attention over disjoint keys: parts [n, ..., c] with natural lse [n, ...] fp32, to out [..., c].
-
-    Each part weighs exp(lse) of the whole. One without keys has lse -inf and weighs nothing, whatever it
-    holds; where no part has keys, out is 0. Sums are in fp32 and rounded once. Nothing is allocated that
-    `scratch` holds.
-    """
-    scratch = scratch or Workspace(out.dtype, out.device)
-    float32 = torch.float32
-    weights = scratch.take("merge_weights", *lse.shape, dtype=float32)
-    reduced = scratch.take("merge_reduced", *lse.shape[1:], dtype=float32)
-    torch.amax(lse, dim=0, out=reduced).clamp_min_(torch.finfo(float32).min)  # inf - inf would be nan
-    torch.sub(lse, reduced, out=weights).exp_()
-    torch.sum(weights, dim=0, out=reduced).clamp_min_(torch.finfo(float32).tiny)
-    weights.div_(reduced)
-    without_keys = scratch.take("merge_without_keys", *lse.shape, dtype=torch.bool)
-    torch.eq(weights, 0, out=without_keys)
-    weighed = scratch.take("merge_weighed", *parts.shape, dtype=float32)
-    weighed.copy_(parts).mul_(weights[..., None]).masked_fill_(without_keys[..., None], 0)
-    merged = scratch.take("merge_sum", *out.shape, dtype=float32)
-    out.copy_(torch.sum(weighed, dim=0, out=merged))
 
 
 @dataclass(frozen=True, eq=False)

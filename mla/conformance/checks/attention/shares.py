@@ -11,7 +11,7 @@ from mla.conformance.checks.attention.common import decode, latent, latent_check
 from mla.conformance.problems.attention import AttentionProblem, data
 from mla.conformance.problems.attention_call import AttentionCall, fitted, judge_out, serve
 from mla.conformance.trial import Trial
-from mla.parallel.context import merge
+from mla.parallel.exchange import merge
 from mla.parallel.share import Share
 
 KIND = "numbers"
