@@ -18,6 +18,7 @@ from mla.command.console import note
 from mla.config import MLAConfig
 from mla.layer.ops import Ops, layer_roles
 from mla.layer.packed_weights import SharedWeights
+from mla.parallel.layout import Layout
 from mla_backends.api import Backend
 
 # Of layer 0, 1, ...: one state dict for each, shared by the implementations of one scenario.
@@ -31,6 +32,8 @@ _SAID: set[str] = set()  # remarks of ops
 
 class Ranks(Protocol):
     """The other ranks of a run, of which every one has a part of the layer (`mla.bench.ranks`)."""
+
+    layout: Layout
 
     @property
     def world(self) -> int: ...

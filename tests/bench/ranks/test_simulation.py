@@ -155,7 +155,7 @@ def test_the_link_of_a_run_over_real_ranks_is_used(
         for rank in range(2)
     ]
     spread = Spread(layout="tp=2", library="gloo", ranks=ranks, link=[line], link_source="measured there")
-    results.write(make_run(spread=spread), Path("real.json"))
+    results.write(make_run([1.0], spread=spread), Path("real.json"))
     found = simulate("tp=4", "--link", "real.json").cases[0].spread
     assert found is not None
     assert found.link == [line]
