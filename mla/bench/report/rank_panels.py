@@ -5,18 +5,17 @@ from __future__ import annotations
 from mla.bench.report.panel import Context, Panel, file_title
 from mla.bench.report.series import ReportEntry, grouped
 from mla.bench.report.tables import Table
-from mla.bench.results.stats import median
+from mla.bench.results.shares import repeated
 from mla.bench.terminal.digits import number
-from mla.bench.terminal.ranks import imbalance
-from mla.text import size
+from mla.bench.terminal.ranks import COLUMNS, percent, rows
 
 INTRO = (
     "Layers spread over several ranks. A case's latency is that of its slowest rank, forward by forward, "
     "from a common start. Collectives were clocked in a pass of their own, and include waiting for others; "
-    "imbalance is how much longer the busiest rank works than all do on average, collectives left out."
+    "imbalance is how much longer a rank works than the median one, collectives left out. Repeated is the "
+    "share of what all ranks do that one device would not, of FLOPs or of bytes, whichever limits the case."
 )
-_HEAD = ("scenario", "implementation", "layout", "rank", "ms", "collectives ms")
-_MORE = ("sent in a forward", "cache", "weights", "imbalance")
+_HEAD = ("scenario", "implementation", "layout", *COLUMNS, "repeated")
 
 
 def ranks(context: Context) -> list[Panel]:
@@ -30,13 +29,12 @@ def ranks(context: Context) -> list[Panel]:
 
 
 def _table(entries: list[ReportEntry]) -> Table:
-    rows = []
+    found = []
     for entry in entries:
-        spread = entry.case.spread
+        case, spread = entry.case, entry.case.spread
         assert spread is not None
-        where = (entry.case.scenario, entry.case.implementation, f"{spread.layout} over {spread.library}")
-        for one in spread.ranks:
-            times = (number(median(one.samples)), number(one.collective_ms))
-            sizes = map(size, (one.collective_bytes, one.cache_bytes, one.weight_bytes))
-            rows.append([*where, str(one.rank), *times, *sizes, f"{imbalance(spread):.0%}"])
-    return Table((*_HEAD, *_MORE), rows, 3)
+        where = (case.scenario, case.implementation, f"{spread.layout} over {spread.library}")
+        again = repeated(case)
+        share = percent(again.of(case.roofline.bound) if again else None)
+        found += [[*where, *row, share] for row in rows(spread, number)]
+    return Table(_HEAD, found, 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from mla.bench.report import rank_panels
+from mla.bench.report import rank_panels, scaling_panels
 from mla.bench.report.case_panels import against_grid, breakdown, new_lengths, rooflines, scenarios
 from mla.bench.report.panel import Context, Panel
 from mla.bench.report.timing_panels import (
@@ -65,6 +65,7 @@ _EVERY: tuple[tuple[str, str, str, Callable[[Context], list[Panel]]], ...] = (
     ("scenarios", "Scenarios", _SCENARIOS, scenarios),
     ("roofline", "Roofline", _ROOFLINE, rooflines),
     ("ranks", "Ranks", rank_panels.INTRO, rank_panels.ranks),
+    ("scaling", "Strong scaling", scaling_panels.INTRO, scaling_panels.scaling),
     ("stages", "Stages", _STAGES, breakdown),
     ("timings", "Further timings", _TIMINGS, further_timings),
     ("lengths", "New lengths", _LENGTHS, new_lengths),

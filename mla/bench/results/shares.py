@@ -44,11 +44,16 @@ def repeated(case: Case) -> Repeated | None:
     )
 
 
-def imbalance(spread: Spread) -> float:
-    """Return how much longer the busiest rank works than the median one, collectives left out."""
+def imbalances(spread: Spread) -> list[float]:
+    """Return by rank how much longer it works than the median one, collectives left out; 0.1: by 10 %."""
     busy = [max(0.0, median(one.samples) - one.collective_ms) for one in spread.ranks]
     middle = median(busy)
-    return max(busy) / middle - 1 if middle else 0.0
+    return [one / middle - 1 if middle else 0.0 for one in busy]
+
+
+def imbalance(spread: Spread) -> float:
+    """Return how much longer the busiest rank works than the median one, collectives left out."""
+    return max(imbalances(spread))
 
 
 def _costs(spread: Spread) -> list[Cost]:

@@ -39,6 +39,7 @@ class Relative:
     measure: Measure
     colour: str
     marker: str
+    named: bool = True  # its value stands beside it
 
 
 @styled()
@@ -196,6 +197,8 @@ def _dot(axes: Axes, row: float, dot: Relative) -> None:
         capsize=2.5,
         linestyle="none",
     )
+    if not dot.named:
+        return
     axes.annotate(
         f"{dot.measure.value:.3g}x",
         (dot.measure.high or dot.measure.value, row),
