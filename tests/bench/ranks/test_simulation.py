@@ -11,8 +11,10 @@ import torch
 from tiny_run import write_tiny_run
 
 from mla.bench import results
-from mla.bench.results.schema import LinkLine, RankFacts, Spread
+from mla.bench.results.schema import Cost, LinkLine, RankFacts, Spread
 from mla.bench.results.validity import fault_of_run
+from mla.config import MLAConfig
+from mla.cost import step_bytes, step_flops
 from mla.parallel.layer import ParallelMLA
 from mla.parallel.simulated import SimulatedGroups
 
@@ -68,6 +70,22 @@ def test_a_part_of_dp_with_the_same_lengths_is_not_timed_again(
     assert [case.spread.timed_ranks for case in run.cases if case.spread] == [[0]]
 
 
+def test_every_rank_says_what_it_has_to_do(simulate: Callable[..., results.Run]) -> None:
+    """Two parts of the requests, of which one has the longer one, and half of the heads on each rank."""
+    run = simulate("dp=2,tp=2", "--scenario", "decode")
+    half = MLAConfig.named("tiny.json").with_heads(2)
+    (case,) = run.cases
+    assert case.spread is not None
+    expected = [
+        Cost(
+            flops=sum(step_flops(half, (1,), (past + step,)) for step in (1, 2)) // 2,
+            bytes=sum(step_bytes(half, (1,), (past + step,), 2) for step in (1, 2)) // 2,
+        )
+        for past in (5, 5, 9, 9)
+    ]
+    assert [one.cost for one in case.spread.ranks] == expected
+
+
 def test_collectives_are_added_and_every_place_says_so(
     bench: Bench, tiny: list[str], simulate: Callable[..., results.Run], tmp_path: Path
 ) -> None:
@@ -95,6 +113,10 @@ def test_collectives_are_added_and_every_place_says_so(
     assert bench("report", "run.json", "--html", "run.html").code == 0
     page = Path("run.html").read_text()
     assert "mla-reference (predicted)" in page
+    assert bench("report", "run.json", "--pictures", "pictures").code == 0
+    titled = [path for path in Path("pictures").glob("*latency*") if "mla-reference" in path.read_text()]
+    assert titled
+    assert all("mla-reference (predicted)" in path.read_text() for path in titled)
     assert "alpha=1e+06us,beta=1GB/s (given)" in page
 
 
