@@ -5,6 +5,7 @@ Commands go from rank 0 to all others through gloo, on the host: the device's li
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -58,6 +59,7 @@ class Crew:
             self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
         pulse.place = lambda: (self.groups.entered, self.groups.left)
         self._link: dict[str, Line] | None = None  # once measured
+        self._beside = self.share(socket.gethostname()).count(socket.gethostname()) - 1
 
     @property
     def rank(self) -> int:
@@ -73,6 +75,11 @@ class Crew:
     def here(self) -> int:
         """Number of ranks on this process's device."""
         return 1
+
+    @property
+    def beside(self) -> int:
+        """Number of further ranks on this process's host."""
+        return self._beside
 
     def __enter__(self) -> Crew:
         return self

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import msgspec
 import torch
 
-from mla.bench.ranks.part import RankLayer, Requests
+from mla.bench.ranks.part import RankLayer
 from mla.bench.results.schema import LinkLine, Spread
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.inputs import Inputs
+from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.setting import Setting
 from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.subjects.turns import forward_number

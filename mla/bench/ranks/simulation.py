@@ -14,11 +14,11 @@ from typing import Any, cast
 import torch
 
 from mla.bench.ranks.lead import LeadLayer
-from mla.bench.ranks.part import RankLayer, Requests
+from mla.bench.ranks.part import RankLayer
 from mla.bench.results.schema import LinkLine, RankFacts, Spread
 from mla.bench.results.stats import median
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.inputs import Inputs
+from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.setting import Setting
 from mla.bench.subjects.shelf import Shelf
 from mla.bench.subjects.tokens import poison
@@ -50,6 +50,11 @@ class Simulation:
     def here(self) -> int:
         """Number of ranks on this device."""
         return self.world
+
+    @property
+    def beside(self) -> int:
+        """Number of further ranks on this host."""
+        return 0
 
     def told(self) -> AbstractContextManager[None]:
         """Nobody has to be told how the run ends."""
