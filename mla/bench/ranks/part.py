@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from mla.bench.results.schema import RankFacts
 from mla.bench.subjects import shelf
 from mla.bench.subjects.inputs import Inputs, Requests
@@ -45,7 +47,14 @@ class RankLayer(MlaLayer):
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
         self.buffers = shelf.buffers(scenario.steps, inputs.hidden[0].nbytes)  # on every rank as many
         requests = Requests.of(scenario, self._groups.place.dp, self._groups.layout.dp)
+        self._rows, self._shape = requests.rows(scenario), inputs.hidden.shape[1:]
         super().load(requests.scenario(scenario), requests.inputs(scenario, inputs))
+
+    def _whole_shape(self) -> torch.Size:
+        return self._shape
+
+    def _own_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden[self._rows]
 
     def load_alike(self, scenario: Scenario, inputs: Inputs, seed: int) -> None:
         """Load, and keep the outputs of the same forwards as every rank that is given this seed."""

@@ -7,8 +7,8 @@ alone, with what the others gave it already in its memory, and collectives are a
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -252,6 +252,12 @@ class SimulatedLayer(LeadLayer):
 
     def _copies(self) -> int:
         return self._world.layout.dcp
+
+    @contextmanager
+    def fed(self, seed: int, count: int) -> Iterator[list[torch.Tensor]]:
+        with ExitStack() as stack:
+            drawn = [stack.enter_context(part.fed(seed, count)) for part in self._parts if part.first is part]
+            yield drawn[0]
 
     # ------------------------------------------------------------------------------------------- facts
 
