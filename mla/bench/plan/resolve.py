@@ -14,7 +14,7 @@ from mla.bench.workload import grid
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import is_ours, parse_one
 from mla.bench.workload.op_scenario import expand_ops
-from mla.command import environment, files
+from mla.command import environment, files, launcher
 from mla.command.backend import OpenedBackend, open_backend
 from mla.command.console import note
 from mla.command.progress import Reading
@@ -112,7 +112,7 @@ def _planned(
 
     points = _expanded(points, setting)
     validate.check_op_uses_shape(options, points)
-    plans, names = _plans(options, points, setting, cold="cold" in (wanted.caches or ("cold",)))
+    plans, names = _plans(options, points, setting, state, cold="cold" in (wanted.caches or ("cold",)))
     validate.check_own_ops(options, points, _overrides(setting, names))
     return Request(
         setting=setting,
@@ -203,10 +203,15 @@ def _config(options: RunOptions) -> MLAConfig:
 
 
 def _weights(options: RunOptions, config: MLAConfig, dtype: torch.dtype) -> State:
-    """Read the checkpoint's layer to the host, once for all implementations and for the oracle."""
+    """Read the checkpoint's layer to the host, once for all implementations and for the oracle.
+
+    Ranks without an oracle leave it on disk, where each reads its own part.
+    """
     from mla.checkpoint import read_layer
 
     assert options.model_path is not None
+    if options.parallel and not options.simulate and launcher.rank():
+        return read_layer(options.model_path, config, options.layer, dtype=dtype)
     with Reading(f"reading {options.model_path}") as reading:
         return dict(
             read_layer(options.model_path, config, options.layer, dtype=dtype, progress=reading.advance)
@@ -222,13 +227,13 @@ def _expanded(points: Sequence[Point], setting: Setting) -> list[Point]:
 
 
 def _plans(
-    options: RunOptions, points: Sequence[Point], setting: Setting, *, cold: bool
+    options: RunOptions, points: Sequence[Point], setting: Setting, state: State | None, *, cold: bool
 ) -> tuple[list[ScenarioPlan], list[str]]:
     """Return every scenario with its needs, and the implementations to run."""
     from mla.bench.plan.request import plan_scenarios
 
     listed = _listed_implementations(options, points)
-    plans, names = plan_scenarios(setting, points, listed, cold)
+    plans, names = plan_scenarios(setting, points, listed, cold, state)
     if not listed and names == ["mla"]:
         note("mla-reference is skipped: no fused op was chosen, so it is identical to mla")
     return plans, names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,12 @@ class _Follower:
         plan = next(one for one in self._request.scenarios if one.name == scenario)
         if self._fixture is None or self._fixture.point.name != scenario:
             self._drop(plan)
+        if not self._crew.concerted(implementation, partial(self._load, plan, implementation, seed)):
+            self._layers.pop(implementation, None)
+            gc.collect()
+            self._request.setting.backend.empty_cache()
+
+    def _load(self, plan: ScenarioPlan, implementation: str, seed: int) -> None:
         assert self._fixture is not None
         inputs = self._fixture.inputs()
         part: Any = self._fixture.build(implementation)
@@ -59,7 +66,7 @@ class _Follower:
         """Begin a pass."""
         torch.set_num_threads(self._request.setting.threads)  # an op may have changed it
         self._layer, self._times = self._layers[implementation], []
-        self._layer.restore(number)
+        self._crew.concerted(implementation, partial(self._layer.restore, number))
 
     def forward(self, index: int) -> None:
         """Prepare a forward, meet the others, and time it."""
@@ -68,9 +75,18 @@ class _Follower:
         synchronize()
         self._crew.wait()
         start = now_ns()
-        layer.step(index)
-        synchronize()
+        try:
+            layer.step(index)
+            synchronize()
+        except Exception as error:
+            if self._crew.alike(error, layer.name) is None:
+                raise
+            return
         self._times.append((now_ns() - start) / 1e6)
+
+    def feed(self, implementation: str, seed: int | None, count: int) -> None:
+        """Give the forwards of a plain pass so many new inputs; without a seed, the scenario's again."""
+        self._layers[implementation].feed(seed, count)
 
     def idle(self, index: int) -> None:
         """Prepare a forward that is not run, and meet the others."""

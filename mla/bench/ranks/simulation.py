@@ -7,18 +7,18 @@ alone, with what the others gave it already in its memory, and collectives are a
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 
 from mla.bench.ranks.lead import LeadLayer
-from mla.bench.ranks.part import RankLayer, Requests
+from mla.bench.ranks.part import RankLayer
 from mla.bench.results.schema import LinkLine, RankFacts, Spread
 from mla.bench.results.stats import median
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.inputs import Inputs
+from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.setting import Setting
 from mla.bench.subjects.shelf import Shelf
 from mla.bench.subjects.tokens import poison
@@ -50,6 +50,11 @@ class Simulation:
     def here(self) -> int:
         """Number of ranks on this device."""
         return self.world
+
+    @property
+    def beside(self) -> int:
+        """Number of further ranks on this host."""
+        return 0
 
     def told(self) -> AbstractContextManager[None]:
         """Nobody has to be told how the run ends."""
@@ -247,6 +252,12 @@ class SimulatedLayer(LeadLayer):
 
     def _copies(self) -> int:
         return self._world.layout.dcp
+
+    @contextmanager
+    def fed(self, seed: int, count: int) -> Iterator[list[torch.Tensor]]:
+        with ExitStack() as stack:
+            drawn = [stack.enter_context(part.fed(seed, count)) for part in self._parts if part.first is part]
+            yield drawn[0]
 
     # ------------------------------------------------------------------------------------------- facts
 

@@ -36,12 +36,16 @@ class Ranks(Protocol):
     layout: Layout
 
     @property
+    def layout(self) -> Layout: ...
+    @property
     def world(self) -> int: ...
     def told(self) -> AbstractContextManager[None]: ...
     def behind(self) -> str: ...
     def when_lost(self, die: Callable[[Any], None]) -> None: ...
     @property
     def here(self) -> int: ...
+    @property
+    def beside(self) -> int: ...
 
     def layer(
         self, setting: Setting, state: Mapping[str, torch.Tensor], name: str, ops: str | None
@@ -75,6 +79,11 @@ class Setting:
     def here(self) -> int:
         """Number of ranks that run on this device: all that are simulated, else one."""
         return 1 if self.ranks is None else self.ranks.here
+
+    @property
+    def beside(self) -> int:
+        """Number of further ranks that share this process's host."""
+        return 0 if self.ranks is None else self.ranks.beside
 
     @property
     def device(self) -> torch.device:
