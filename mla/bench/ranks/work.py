@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mla.bench.ranks.part import Requests
 from mla.bench.results.schema import Cost
+from mla.bench.subjects.inputs import Requests
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
 from mla.parallel.layout import Layout, Place

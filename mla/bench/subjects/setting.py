@@ -33,8 +33,6 @@ _SAID: set[str] = set()  # remarks of ops
 class Ranks(Protocol):
     """The other ranks of a run, of which every one has a part of the layer (`mla.bench.ranks`)."""
 
-    layout: Layout
-
     @property
     def layout(self) -> Layout: ...
     @property
