@@ -21,7 +21,6 @@ from mla.command.progress import Reading
 from mla.config.presets import DEFAULT_CONFIG
 from mla.errors import UsageError, did_you_mean
 from mla.parallel.layout import Layout
-from mla.parallel.link import Link
 from mla_backends.errors import describe
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from mla.verify.layer_oracle import State
 
 
-# Meets the other ranks, once the backend is open (`mla.bench.ranks.launch.join`).
+# Meets the other ranks, or makes simulated ones, once the backend is open (`mla.bench.ranks`).
 Join = Callable[[RunOptions, OpenedBackend, Layout], Any]
 
 
@@ -170,18 +169,9 @@ def _ranks(
                 f"layout '{layout}' splits the requests of '{point.name}' {layout.dp} ways, and there "
                 f"{'is one' if len(point.query_lens) == 1 else f'are {len(point.query_lens)}'}."
             )
-    if options.simulate:
-        return _simulation(layout, options)
     assert join is not None
     ranks: Ranks = join(options, opened, layout)
     return ranks
-
-
-def _simulation(layout: Layout, options: RunOptions) -> Ranks:
-    from mla.bench.ranks.simulation import Simulation
-
-    assert options.link is not None
-    return Simulation(layout, Link.parse(options.link), options.link_source)
 
 
 def _config(options: RunOptions) -> MLAConfig:

@@ -51,6 +51,8 @@ HANGS = "it is assumed to hang; raise --hang-after to wait longer"
 class Crew:
     """This process's place among the ranks of `layout`. Every rank must make one, at the same time."""
 
+    assumed = ""  # no rank is simulated
+
     def __init__(self, layout: Layout, library: str, timeout: float, meeting: Meeting, pulse: Pulse) -> None:
         """`library`: of the device's collectives. `timeout`: seconds that a forward may wait for a rank.
 

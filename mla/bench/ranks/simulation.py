@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 
+from mla.bench.plan.options import RunOptions
 from mla.bench.ranks.lead import LeadLayer
 from mla.bench.ranks.part import RankLayer
 from mla.bench.results.schema import LinkLine, RankFacts, Spread
@@ -40,6 +41,17 @@ class Simulation:
     def __init__(self, layout: Layout, link: Link, source: str) -> None:
         """`source` says where the numbers of the link are from."""
         self.layout, self.link, self.source = layout, link, source
+
+    @classmethod
+    def of(cls, options: RunOptions, layout: Layout) -> Simulation:
+        """Return the simulation that a run was asked for."""
+        assert options.link is not None
+        return cls(layout, Link.parse(options.link), options.link_source)
+
+    @property
+    def assumed(self) -> str:
+        """What stands for the ranks that are not there."""
+        return f"link {self.link} ({self.source})"
 
     @property
     def world(self) -> int:

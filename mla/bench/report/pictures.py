@@ -12,9 +12,9 @@ from xml.etree.ElementTree import Element, SubElement
 
 from mla.bench.report import series
 from mla.bench.report.draw import theme
+from mla.bench.report.draw.style import Swatch
 from mla.bench.report.panel import Context, Panel, Picture
 from mla.bench.report.sections import sections
-from mla.bench.report.style import Swatch
 from mla.bench.results.predicted import labelled
 from mla.bench.results.schema import Run
 from mla.command import files

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from mla.bench.report import rank_panels, scaling_panels
+from mla.bench.report import rank_panels
 from mla.bench.report.case_panels import against_grid, breakdown, new_lengths, rooflines, scenarios
 from mla.bench.report.panel import Context, Panel
 from mla.bench.report.timing_panels import (
@@ -64,8 +64,8 @@ _EVERY: tuple[tuple[str, str, str, Callable[[Context], list[Panel]]], ...] = (
     ("grid", "Against history and batch", _GRID, against_grid),
     ("scenarios", "Scenarios", _SCENARIOS, scenarios),
     ("roofline", "Roofline", _ROOFLINE, rooflines),
-    ("ranks", "Ranks", rank_panels.INTRO, rank_panels.ranks),
-    ("scaling", "Strong scaling", scaling_panels.INTRO, scaling_panels.scaling),
+    ("ranks", "Ranks", rank_panels.RANKS, rank_panels.ranks),
+    ("scaling", "Strong scaling", rank_panels.SCALING, rank_panels.scaling),
     ("stages", "Stages", _STAGES, breakdown),
     ("timings", "Further timings", _TIMINGS, further_timings),
     ("lengths", "New lengths", _LENGTHS, new_lengths),

@@ -18,10 +18,10 @@ from mla.bench.report.draw import chart_axes
 from mla.bench.report.draw.labels import Box, Point, around, beside, clear, stretch
 from mla.bench.report.draw.room import Room, fix, pixel
 from mla.bench.report.draw.rows import Rows, wrapped
+from mla.bench.report.draw.style import GREY, MISSING, Look
 from mla.bench.report.draw.svg import WIDTH, Caption, inline, styled
 from mla.bench.report.draw.theme import paint
 from mla.bench.report.series import AXES, Curves, Line, Measure, Quantity, ReportEntry, printable, thin
-from mla.bench.report.style import GREY, MISSING, Look
 from mla.bench.results.compare import NOISE
 from mla.bench.results.schema import Case
 from mla.bench.terminal.digits import known
