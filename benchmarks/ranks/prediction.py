@@ -3,8 +3,8 @@
     python -m benchmarks.ranks.prediction FOLDER
 
 Each layout runs on real ranks first, which measures their link, and is then simulated on that link. A table
-goes to stdout, results stay in FOLDER. By default that is one eighth of the heads of DeepSeek-R1, with 2 and
-with 4 ranks; options after `--` are those of `python -m mla.bench` instead.
+goes to stdout, results stay in FOLDER. By default that is a layer like DeepSeek-R1's with a quarter of its
+heads, on 2 and on 4 ranks; options after `--` are those of `python -m mla.bench` instead.
 
 Real ranks of one host share its memory and caches, and a simulated one has them alone. Where there are more
 ranks than CPUs they also take turns, which "in turns" accounts for: a share then takes as many times as long
@@ -14,6 +14,7 @@ as there are ranks for each CPU.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -28,10 +29,18 @@ from mla.command.table import markdown
 from mla.parallel.layout import Layout
 
 LAYOUTS = ("tp=2", "dcp=2", "tp=2,dcp=2")
-WORDS = (
-    *("--backend", "cpu", "--config", "deepseek-r1", "-a", "heads=16", "--implementations", "mla"),
-    *("--runs", "6", "--passes", "6", "--budget", "40s"),  # so that six runs end within 5 minutes
-)
+# A layer with DeepSeek-R1's heads and latents, but fewer of them, that six runs can measure in a few minutes.
+CONFIG = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 2048,
+    "num_attention_heads": 32,
+    "q_lora_rank": 512,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+OPTIONS = ("--backend", "cpu", "--implementations", "mla", "--runs", "6", "--passes", "6")
 _HEADER = ("layout", "ranks on CPUs", "scenario", "implementation", "real ms", "95% CI")
 _PREDICTED = ("predicted ms", "error", "in turns ms", "error", "collectives real ms", "predicted ms")
 
@@ -109,6 +118,12 @@ def pairs(layout: Layout, real: Path, predicted: Path) -> Iterator[Pair]:
         yield Pair(str(layout), cpus, case, found[case.scenario, case.implementation])
 
 
+def _default_words(folder: Path) -> list[str]:
+    config = folder / "like-r1.json"
+    config.write_text(json.dumps(CONFIG))
+    return [*OPTIONS, "--config", str(config)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all layouts and print the table."""
     parser = argparse.ArgumentParser(
@@ -119,10 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", metavar="OPTION", help="options of mla.bench, after --")
     given = parser.parse_args(arguments)
     given.folder.mkdir(parents=True, exist_ok=True)
+    words = given.words or _default_words(given.folder)
     found: list[Pair] = []
     for layout in map(Layout.parse, given.layout or LAYOUTS):
         try:
-            files = run(layout, given.folder, given.words or WORDS)
+            files = run(layout, given.folder, words)
         except subprocess.CalledProcessError as error:
             sys.stderr.write(f"{layout} ended with exit code {error.returncode}; see above.\n")
             return error.returncode
