@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from ranks_of_a_run import BOUND, Start
 from tiny_run import write_tiny_run
 
 from mla.bench import results
+from mla.bench.doubts.new_lengths import TUPLES
 
 # Few requests have few turns, and so many forwards come back to all of them.
 PROMPT = """
@@ -61,3 +63,47 @@ def test_a_rank_that_is_wrong_in_later_passes_alone_is_found(start: Start, layou
     assert case.check.reason.startswith("right at first, wrong in pass ")
     assert where in case.check.reason
     assert case.latency_ms is None
+
+
+LENGTHS = """
+[[scenario]]
+name = "lengths"
+mode = "prefill"
+query_lens = [2, 3]
+history = [32, 45]
+runs = 2
+passes = 2
+warmups = 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [("tp=2", ()), ("dp=2", ()), ("dp=2", ("-O", "picky=yes")), ("tp=2", ("-O", "picky=yes"))],
+)
+def test_every_rank_runs_its_part_of_new_lengths(
+    start: Start, tmp_path: Path, layout: str, words: tuple[str, ...]
+) -> None:
+    """Of `dp`, rank 1 alone has the request whose lengths may be refused."""
+    (tmp_path / "tiny.toml").write_text(LENGTHS)
+    common = ("--parallel", layout, "--attention", "absorbed", "-o", "run.json")
+    ranks = start(*common, *words, backend="rank_refusals:Noting")
+    assert ranks.wait(BOUND) == [0, 0], ranks.err()
+    (case,) = results.read(tmp_path / "run.json").cases
+    tried = [(tmp_path / f"lengths{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+    new = [{tuple(map(tuple, json.loads(line))) for line in one} for one in tried]
+    found = case.new_lengths
+    assert found is not None
+    assert 0 < found.forwards <= TUPLES
+    planned = ((2, 3), (34, 48))
+    parts = [planned] * 2 if layout == "tp=2" else [((2,), (34,)), ((3,), (48,))]
+    assert all(part in one for part, one in zip(parts, new, strict=True))
+    assert min(len(one) for one in new) > found.forwards  # these and the scenario's own
+    assert layout == "dp=2" or new[0] == new[1]
+
+
+def test_where_new_lengths_cannot_be_tried_the_run_says_so(start: Start) -> None:
+    ranks = start("--parallel", "dcp=2", "--scenario", "decode", "-o", "run.json")
+    assert ranks.wait(BOUND) == [0, 0], ranks.err()
+    assert results.read(ranks.folder / "run.json").cases[0].new_lengths is None
+    assert "decode, mla: lengths never seen before were not tried with dcp=2" in ranks.out()
