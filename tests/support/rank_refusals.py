@@ -4,6 +4,9 @@
 memory is short. `-O at=...`: in `pack`, for the first `-O times=...` calls; in `prepare`, or when it is
 called, for batches of more than one new token per request.
 
+`Noting`: honest; each rank writes into lengths0.txt, ... the lengths of every batch that it plans. With
+`-O picky=yes`, it refuses one in four numbers of keys of a last request that has three new tokens.
+
 `Remembering`: a cheat; after `-O idle=...` forwards it answers inputs that it does not know from others.
 
 `Reading`: honest; each rank writes into read0.txt, read1.txt, ... how many numbers of files it has read.
@@ -12,6 +15,7 @@ called, for batches of more than one new token per request.
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -107,6 +111,32 @@ class Refusing(_OnRanks):
         return {"attention": FailingAttention(self.fail), "linear": FailingLinear(self.fail)}
 
 
+class NotingAttention(FailingAttention):
+    """Attention of the reference that notes what it plans."""
+
+    def __init__(self, picky: bool) -> None:
+        super().__init__(lambda at: None)
+        self._picky = picky
+
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        if self._picky and batch.query_lens[-1] == 3 and batch.kv_lens[-1] % 4 == 1:
+            raise BackendError("no tile has that many keys.")
+        with Path(f"lengths{os.environ['RANK']}.txt").open("a") as stream:
+            stream.write(f"{json.dumps([list(batch.query_lens), list(batch.kv_lens)])}\n")
+        return super().prepare(spec, batch)
+
+
+class Noting(_OnRanks):
+    name = "noting"
+
+    @classmethod
+    def known_options(cls) -> tuple[str, ...]:
+        return ("threads", "picky")
+
+    def ops(self) -> Mapping[str, FusedOp]:
+        return {"attention": NotingAttention("picky" in self.options)}
+
+
 class Remembering(RemembersForwards, _OnRanks):
     name = "remembering"
 
@@ -122,7 +152,7 @@ class Reading(_OnRanks):
     name = "reading"
 
     def setup(self, index: int | None = None) -> torch.device:
-        if "RANK" in os.environ:
+        if not hasattr(StoredTensor.rows, "__wrapped__"):
             _count(Path(f"read{os.environ['RANK']}.txt"))
         return super().setup(index)
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import torch
@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from mla.bench.ranks import link_fit
 from mla.bench.ranks.common_ops import common_ops, demoted, remark
-from mla.bench.ranks.errors import RankLost
+from mla.bench.ranks.errors import RankLost, RanksError
 from mla.bench.ranks.failure import Failure, error_of, failure
 from mla.bench.ranks.lead import LeadLayer
 from mla.bench.ranks.meeting import LOOK, Meeting
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(days=7)
 # Seconds that a rank whose op has refused a forward waits for the others to refuse it, too.
 ALIKE = 5.0
+T = TypeVar("T")
 HANGS = "it is assumed to hang; raise --hang-after to wait longer"
 
 
@@ -224,6 +225,29 @@ class Crew:
                 time.sleep(LOOK)
             found = [msgspec.json.decode(store.get(key), type=Failure) for key in keys]
         return error_of(found) if len({one.entered for one in found}) == 1 else None
+
+    def attempt(self, implementation: str, work: Callable[[], T]) -> list[T]:
+        """Do this rank's part of forwards that all run; on rank 0, return what each rank's part gave.
+
+        Raises `UnsupportedBatch` or `OutOfMemory`, on every rank that failed and on rank 0, where that leaves
+        no rank waiting; else `RanksError`.
+        """
+        mine: T | Failure
+        try:
+            mine = work()
+        except Exception as error:
+            own = failure(error, implementation)
+            if own is None:
+                raise
+            if self.layout.head_parts > 1:  # the others need this rank's part
+                alike = self.alike(error, implementation)
+                raise alike or RanksError(f"rank {self.rank}: {own.sentence}", common=True) from error
+            mine = own
+        found = self.gather(mine)
+        failed = error_of([one if isinstance(one, Failure) else None for one in found])
+        if failed is not None:
+            raise failed
+        return [one for one in found if not isinstance(one, Failure)]
 
     def measure_link(self, device: torch.device, synchronize: Callable[[], None]) -> dict[str, Line]:
         """Return what collectives cost, by kind, measured once per run. All ranks must call it together."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from functools import partial
 from typing import Any
 
 import torch
 
+from mla.bench.doubts.new_lengths import Lengths
 from mla.bench.limits.growth import no_garbage_collection
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.ranks.crew import Crew
+from mla.bench.ranks.lengths_bench import RankBench
 from mla.bench.ranks.part import RankLayer
 from mla.bench.subjects.fixture import Fixture, make_fixture
 from mla.command.clock import now_ns
+from mla.errors import OutOfMemory, UnsupportedBatch
 
 
 def follow(request: Request, crew: Crew) -> int:
@@ -81,8 +85,18 @@ class _Follower:
         except Exception as error:
             if self._crew.alike(error, layer.name) is None:
                 raise
-            return
+            return  # rank 0 knows
         self._times.append((now_ns() - start) / 1e6)
+
+    def bench(self, implementation: str) -> None:
+        """Prepare forwards on new lengths."""
+        self._layer = self._layers[implementation]
+        self._bench = RankBench(self._layer, self._crew.wait)
+
+    def run_lengths(self, lengths: Lengths, count: int) -> None:
+        """Run so many forwards on these lengths of all requests, and send what they took."""
+        with contextlib.suppress(UnsupportedBatch, OutOfMemory):  # rank 0 knows
+            self._crew.attempt(self._layer.name, partial(self._bench.run, lengths, count))
 
     def feed(self, implementation: str, seed: int | None, count: int) -> None:
         """Give the forwards of a plain pass so many new inputs; without a seed, the scenario's again."""

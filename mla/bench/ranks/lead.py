@@ -6,13 +6,15 @@ import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import torch
 
+from mla.bench.doubts.new_lengths import Lengths
 from mla.bench.ranks.errors import RanksError
 from mla.bench.ranks.failure import failure
+from mla.bench.ranks.lengths_bench import LeadBench, RankBench, Sample
 from mla.bench.ranks.part import RankLayer
 from mla.bench.results.schema import LinkLine, Spread
 from mla.bench.subjects.base import TakesInputs
@@ -34,6 +36,7 @@ CLOCKED = 1 << 22
 # Bound before any plugin loads.
 _random = random.SystemRandom()
 
+T = TypeVar("T")
 Outputs = dict[int, torch.Tensor]  # by forward, of one rank
 
 
@@ -49,6 +52,7 @@ class Talk(Protocol):
     def wait(self) -> None: ...
     def concerted(self, implementation: str, work: Callable[[], None]) -> bool: ...
     def alike(self, error: Exception, implementation: str) -> MLAError | None: ...
+    def attempt(self, implementation: str, work: Callable[[], T]) -> list[T]: ...
     def measure_link(self, device: torch.device, synchronize: Callable[[], None]) -> dict[str, Line]: ...
 
 
@@ -142,6 +146,20 @@ class LeadLayer(TakesInputs):
 
     def keep_collected(self, indices: Collection[int]) -> None:
         self._outputs = [{index: one[index] for index in indices if index in one} for one in self._outputs]
+
+    def lengths_bench(self) -> LeadBench | None:
+        if self._crew.layout.dcp > 1:  # whose batches are laid out for the lengths of a pass
+            return None
+        self._crew.tell("bench", self.name)
+        return LeadBench(self, RankBench(self._part, self._crew.wait))
+
+    def run_lengths(
+        self, bench: RankBench, lengths: Lengths, count: int, beat: Callable[[], None]
+    ) -> list[list[Sample]]:
+        """Have all ranks run forwards on new lengths, and return what their parts took, by rank."""
+        self._crew.tell("run_lengths", lengths, count)
+        with self._crew.blamed():
+            return self._crew.attempt(self.name, partial(bench.run, lengths, count, beat))
 
     @contextmanager
     def _awaited(self) -> Iterator[None]:

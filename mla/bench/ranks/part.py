@@ -46,9 +46,9 @@ class RankLayer(MlaLayer):
 
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
         self.buffers = shelf.buffers(scenario.steps, inputs.hidden[0].nbytes)  # on every rank as many
-        requests = Requests.of(scenario, self._groups.place.dp, self._groups.layout.dp)
-        self._rows, self._shape = requests.rows(scenario), inputs.hidden.shape[1:]
-        super().load(requests.scenario(scenario), requests.inputs(scenario, inputs))
+        self.requests = Requests.of(scenario, self._groups.place.dp, self._groups.layout.dp)
+        self._rows, self._shape = self.requests.rows(scenario), inputs.hidden.shape[1:]
+        super().load(self.requests.scenario(scenario), self.requests.inputs(scenario, inputs))
 
     def _whole_shape(self) -> torch.Size:
         return self._shape

@@ -271,6 +271,9 @@ class SimulatedLayer(LeadLayer):
             drawn = [stack.enter_context(part.fed(seed, count)) for part in self._parts if part.first is part]
             yield drawn[0]
 
+    def lengths_bench(self) -> None:
+        """Nothing runs on new lengths: all ranks would have to rehearse every one."""
+
     # ------------------------------------------------------------------------------------------- facts
 
     def reported(self, passes: Sequence[Sequence[float]]) -> list[list[float]]:

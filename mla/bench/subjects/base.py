@@ -98,6 +98,10 @@ class Implementation(ABC):
         """Return why outputs that are right cannot have been computed, or nothing."""
         return ""
 
+    def lengths_bench(self) -> Any:
+        """Return what runs forwards on new lengths (`mla.bench.doubts.new_lengths.Bench`); None: nothing."""
+        return None
+
     @abstractmethod
     def compared(self) -> dict[int, torch.Tensor]:
         """Return the collected outputs, by forward, to compare with those of other implementations."""

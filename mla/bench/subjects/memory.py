@@ -13,6 +13,7 @@ from mla.bench.workload.scenario import Scenario
 from mla.config import MLAConfig
 from mla.cost.step import head_parameters
 from mla.layer.expansion import WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
+from mla.layer.rope import RotaryTable
 from mla.parallel.layout import Layout
 from mla.verify.oracle_cost import oracle_bytes
 
@@ -81,6 +82,7 @@ def _held(setting: Setting, scenario: Point, copies: Copies, of: Point | None = 
     scratch = WORKSPACE + copies.kept + (scenario.layers - 1) * _kept_bytes(setting, scenario)
     scratch += _grown_bytes(setting, scenario)
     scratch += copies.outputs * _kept_outputs(setting, scenario, of or scenario)
+    scratch += copies.ranks * scenario.layers * RotaryTable.bytes_for(config, max(scenario.final_lens))
     scratch += 2 * copies.parts * scenario.tokens * config.hidden_size * itemsize
     return (longest + inputs + scenario.layers * per_layer) * itemsize + scratch
 
