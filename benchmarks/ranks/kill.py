@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     world = _world(asked.parallel)
     faults = [signal.Signals[name] for name in asked.signals.split(",")]
     generator, trials = random.Random(asked.seed), []
-    with tempfile.TemporaryDirectory() as name, Nursery() as nursery:
+    with tempfile.TemporaryDirectory() as name, Nursery(whole_end=True) as nursery:
         folder = Path(name)
         write_inputs(folder)
         words = (*WORDS, "--parallel", asked.parallel, "-o", "run.json")
