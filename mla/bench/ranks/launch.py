@@ -43,30 +43,37 @@ def join(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Crew:
         )
     rank, world = launcher.rank() or 0, launcher.count() or 1
     meeting = Meeting(rank, world, address())
+    meeting.claim()
+    _MEETING.append(meeting)
     arrivals = meeting.arrive(_facts(options, opened))
-    _ARRIVED.append(rank)
-    agree([arrival.facts for arrival in arrivals])
+    try:
+        agree([arrival.facts for arrival in arrivals])
+    except RanksError:  # all ranks find the same
+        meeting.linger()
+        raise
     pulse = Pulse(rank, [arrival.member for arrival in arrivals], meeting.client(), die)
     with blamed_on(pulse):
         _initialize(meeting, opened, library, options.hang_after)
     return Crew(layout, library, options.hang_after, meeting, pulse)
 
 
-_ARRIVED: list[int] = []  # this rank, once the others know of it
+_MEETING: list[Meeting] = []  # of this process, once it is its rank
 
 
 def leave_word(sentence: str, code: int) -> bool:
-    """Tell other ranks why this one does not come, before `join` is through; return whether they may hear it.
+    """Tell other ranks why this one ends, unless they know; return whether they may hear it.
 
     Rank 0 has the store, so it waits a moment for those that have none either.
     """
     rank, world = launcher.rank() or 0, launcher.count() or 1
-    if world == 1 or _ARRIVED:
-        return bool(_ARRIVED)
+    if world == 1:
+        return False
     try:
-        meeting = Meeting(rank, world, address(), WORD)
-        meeting.claim()
-        meeting.leave(sentence.rstrip("."), code)
+        if not _MEETING:
+            meeting = Meeting(rank, world, address(), WORD)
+            meeting.claim()
+            _MEETING.append(meeting)
+        _MEETING[0].leave(sentence.rstrip("."), code)
     except MLAError:
         return False
     return True
