@@ -132,21 +132,29 @@ class Nursery:
         """Start a run's ranks in `folder`, or in others of `folders`; `own` has more words for some.
 
         Each calls `program` ("module:function") with its words. `constants` are attributes of modules, by
-        their full names. Variables of the environment that are None are not set; MASTER_PORT is a free one.
+        their full names. Variables of the environment that are None are not set, and "{rank}" in others is
+        the rank; MASTER_PORT is a free one.
         """
         if self._process.poll() is not None:
             self._close()
             self._first = next(self._serials)
             self._begin()
-        variables = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        variables: dict[str, str | None] = {
+            "WORLD_SIZE": str(world),
+            "RANK": "{rank}",
+            "LOCAL_RANK": "{rank}",
+        }
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
         serials = []
         for rank in range(world):
             serials.append(next(self._serials))
-            variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            own_variables = {
+                name: text and text.replace("{rank}", str(rank)) for name, text in variables.items()
+            }
             self.ask(
                 serial=serials[-1],
                 words=[*words, *(own or {}).get(rank, ())],
-                environment={**variables, **environment},
+                environment=own_variables,
                 folder=str((folders or {}).get(rank, folder)),
                 name=str(rank),
                 program=program,

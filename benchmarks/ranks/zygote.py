@@ -89,7 +89,7 @@ class Zygote:
             lines = self._lines(0.02 if self._alive else None)
             if lines is None:
                 self._end_all()
-                return 0
+                os._exit(0)
             for line in lines:
                 asked = json.loads(line)
                 if "signal" in asked:
