@@ -10,7 +10,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -22,8 +22,8 @@ from mla.bench.ranks.pulse import Ended, Member, first_word, leave, this_process
 from mla_backends.errors import describe
 
 # Seconds that ranks wait for each other at the start, that one which ends before waits for others to hear it,
-# and between looks.
-MEETING, WORD, LOOK = 120.0, 5.0, 0.05
+# between looks, and for a connection.
+MEETING, WORD, LOOK, TRY = 120.0, 5.0, 0.05, 10.0
 
 _TCPStore: Any = vars(dist)["TCPStore"]  # whose stubs do not export them
 _PrefixStore: Any = vars(dist)["PrefixStore"]
@@ -39,14 +39,25 @@ class Arrival(msgspec.Struct, frozen=True):
 class Meeting:
     """One rank's access to the store."""
 
-    def __init__(self, rank: int, world: int, address: tuple[str, int], seconds: float = MEETING) -> None:
-        """Open the store, or wait so long for the rank that holds it. Raises `RanksError`."""
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        address: tuple[str, int],
+        seconds: float = MEETING,
+        answered: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Open the store, or wait so long for the rank that holds it. Raises `RanksError`.
+
+        `answered` is called whenever the store has answered, until all ranks have arrived.
+        """
+        self._answered = answered
         self.rank, self.world, self._address = rank, world, address
         self._known = False  # to the others, why this rank ends; or to this one, why they do
         holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
             if not holds:
-                _reach(address, seconds)
+                _reach(address, seconds, answered)
             self._server = self._open(holds, seconds)  # lives as long as the run
             self.store = self.client()
         except Exception as error:
@@ -92,6 +103,7 @@ class Meeting:
         try:
             self.store.set(f"member/{self.rank}", msgspec.json.encode(mine))
             while missing := self._missing():
+                self._answered()
                 if time.monotonic() > limit:
                     here = self._arrivals([rank for rank in range(self.world) if rank not in missing])
                     hosts = dict.fromkeys(arrival.member.host for arrival in here)
@@ -145,15 +157,16 @@ class Meeting:
         return any(self.store.check([f"{word}/{rank}"]) for word in ("heard", "ended"))
 
 
-def _reach(address: tuple[str, int], seconds: float) -> None:
+def _reach(address: tuple[str, int], seconds: float, tried: Callable[[], None]) -> None:
     """Return once somebody listens there. Raises OSError after so many seconds.
 
     torch, which would wait as well, writes a page of warnings, and may take longer.
     """
     limit = time.monotonic() + seconds
     while True:
+        tried()
         try:
-            socket.create_connection(address, timeout=max(0.1, limit - time.monotonic())).close()
+            socket.create_connection(address, timeout=min(TRY, max(0.1, limit - time.monotonic()))).close()
         except OSError:
             if time.monotonic() > limit:
                 raise

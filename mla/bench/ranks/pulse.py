@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import msgspec
 
 from mla.bench.ranks.errors import RankLost, gone, listed, silent
+from mla.bench.ranks.store_watch import StoreWatch
 from mla.command import console, last_words
 
 # Seconds between beats; without one for SILENT a rank is gone. A process that is not there on this host is
@@ -101,12 +102,14 @@ class Pulse:
         self._lost: RankLost | None = None
         self.place: Place = lambda: (0, 0)
         self._news, self._closed = threading.Condition(), threading.Event()
+        self._watch = StoreWatch(SILENT, self._unanswered)
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Stop beating and watching."""
-        self._closed.set()
+        with self._watch:
+            self._closed.set()
         self._thread.join(2 * BEAT)  # it may wait for a store that does not answer
 
     def lost(self, seconds: float) -> RankLost | None:
@@ -135,15 +138,19 @@ class Pulse:
                 found = first_word(self._store, self._seen, self._name) or self._without_word()
             except RuntimeError:  # the store is gone, and with it whoever held it
                 found = self._without_store()
+            self._watch.answered()
             if found is not None:
+                with contextlib.suppress(Exception), self._watch:
+                    self._store.set(f"heard/{self._rank}", b"1")
                 self._tell(found)
                 return
 
+    def _unanswered(self) -> None:
+        self._tell(RankLost(silent([self._holder()], SILENT), 3, ranks=[0]))
+
     def _tell(self, found: RankLost) -> None:
-        with contextlib.suppress(Exception):
-            self._store.set(f"heard/{self._rank}", b"1")
         with self._news:
-            self._lost = found
+            self._lost = self._lost or found
             self._news.notify_all()
         if not self._closed.wait(GRACE):
             self.die(found)
@@ -168,8 +175,10 @@ class Pulse:
         self._closed.wait(MORE)
         if lost := self._gone():
             return RankLost(gone(self._names(lost)), 3, ranks=lost)
-        holder = self._name(0) if self._rank else "the store of torchrun, which has ended,"
-        return RankLost(f"{holder} does not answer any more", 3, ranks=[0])
+        return RankLost(f"{self._holder()} does not answer any more", 3, ranks=[0])
+
+    def _holder(self) -> str:
+        return self._name(0) if self._rank else "torchrun, which has the store,"
 
     def _gone(self) -> list[int]:
         """Return the ranks that were on this host, and whose process is not there."""

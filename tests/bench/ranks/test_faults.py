@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import time
 from typing import Any
 
@@ -64,16 +65,32 @@ def test_all_that_are_killed_at_once_are_named_by_all_that_live(start: Start) ->
         assert ") are gone: they were killed" in said
 
 
-def test_a_stopped_rank_is_missed_and_ends_when_it_wakes_up(start: Start) -> None:
-    words = ("-O", "fault=hangs", "-O", "rank=1", "-O", "call=3")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_missed_and_ends_when_it_wakes_up(start: Start, rank: int) -> None:
+    """Rank 0 holds the store, which then does not answer."""
+    words = ("-O", "fault=hangs", "-O", f"rank={rank}", "-O", "call=3")
     ranks = start(*LONG, *words, backend=FAULTY, constants=IMPATIENT)
-    assert ranks.wait(BOUND, [0]) == [3, None]
-    assert "error: rank 1 (process " in errors(ranks)[0]
-    assert (
-        f"has not been heard of for {SILENT:.0f} s: it, or its node, is gone or stopped" in errors(ranks)[0]
-    )
-    ranks.send(1, signal.SIGCONT)
+    other = 1 - rank
+    assert ranks.wait(BOUND, [other])[other] == 3
+    assert ranks.code(rank) is None
+    assert f"error: rank {rank} (process " in errors(ranks)[other]
+    silent = f"has not been heard of for {SILENT:.0f} s: it, or its node, is gone or stopped"
+    assert silent in errors(ranks)[other]
+    ranks.send(rank, signal.SIGCONT)
     assert ranks.wait(BOUND) == [3, 3]
+
+
+def test_a_rank_0_that_is_stopped_before_all_have_met_is_missed(start: Start) -> None:
+    """They wait for two that never come."""
+    port = free_port()
+    ranks = start("--parallel", "tp=4", constants=IMPATIENT, WORLD_SIZE="4", MASTER_PORT=str(port))
+    with socket.socket() as found:
+        while found.connect_ex(("127.0.0.1", port)):
+            assert ranks.code(0) is None, ranks.err(0)
+            time.sleep(0.02)
+    ranks.send(0, signal.SIGSTOP)
+    assert ranks.wait(BOUND, [1])[1] == 3
+    assert "rank 1: error: rank 0 (at 127.0.0.1:" in errors(ranks)[1]
 
 
 def test_a_rank_that_hangs_in_an_op_is_named(start: Start) -> None:
