@@ -148,8 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path(name)
         write_inputs(folder)
         words = (*WORDS, "--parallel", asked.parallel, "-o", "run.json")
+        ranks = nursery.start(words, folder, world)
         start = time.monotonic()
-        codes = nursery.start(words, folder, world).wait(300)
+        codes = ranks.wait(300)
         whole = time.monotonic() - start
         note(f"undisturbed: codes {codes}, {whole:.1f} s")
         for number in range(asked.count):
