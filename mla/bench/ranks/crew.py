@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from mla.bench.ranks import link_fit
 from mla.bench.ranks.common_ops import common_ops, demoted, remark
+from mla.bench.ranks.contents import Contents, agree
 from mla.bench.ranks.errors import RankLost, RanksError
 from mla.bench.ranks.failure import Failure, error_of, failure
 from mla.bench.ranks.lead import LeadLayer
@@ -105,22 +106,27 @@ class Crew:
         """Tell the other ranks why this one fails in the block, if it does."""
         try:
             yield
-        except RankLost:
+        except RankLost as error:
+            if error.ranks is None:
+                self.leave(*_why(error))
+            self._meeting.linger(error.ranks or ())
             raise
         except BaseException as error:
-            self._leave(*_why(error))
+            self.leave(*_why(error))
             raise
 
-    def _leave(self, reason: str, code: int) -> None:
+    def leave(self, reason: str, code: int) -> None:
+        """Tell the other ranks why this one ends."""
         self._meeting.leave(reason, code)
 
-    def agreed(self, request: Request) -> Request:
+    def agreed(self, request: Request, contents: Contents) -> Request:
         """Return what all ranks run: rank 0's implementations, with ops that all have. All must call it.
 
-        Raises `RanksError` on all ranks where there is none.
+        Raises `RanksError` on all ranks where there is none, and where `contents` differ.
         """
         own = {one.name: one.ops for one in request.scenarios}
-        chosen = self.share(own)
+        chosen, found = zip(*self.share((own, contents)), strict=True)
+        agree(found)
         common = common_ops(chosen)
         if said := remark(chosen, common):
             note(said)
@@ -152,7 +158,7 @@ class Crew:
         A run that was interrupted may have left them in a forward: they are told otherwise.
         """
         if code in (Exit.INTERRUPTED, Exit.TERMINATED):
-            self._leave(_INTERRUPTED[code], code)
+            self.leave(_INTERRUPTED[code], code)
         else:
             self.tell("end", int(code))
         return code

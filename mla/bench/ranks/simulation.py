@@ -72,6 +72,9 @@ class Simulation:
         """Nobody has to be told how the run ends."""
         return nullcontext()
 
+    def leave(self, reason: str, code: int) -> None:
+        """Nobody else is there to be told."""
+
     def behind(self) -> str:
         """No rank lags behind."""
         return ""

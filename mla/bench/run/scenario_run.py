@@ -18,9 +18,9 @@ from mla.bench.measure.samples import Measurement
 from mla.bench.plan import yardstick
 from mla.bench.plan.repro import case_command
 from mla.bench.plan.request import Request, ScenarioPlan
-from mla.bench.ranks.work import rank_costs
 from mla.bench.results.shares import busiest
 from mla.bench.run import judging, tampered
+from mla.bench.run.rank_costs import rank_costs
 from mla.bench.run.threads import Threads
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.fixture import make_fixture

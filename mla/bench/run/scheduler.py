@@ -273,6 +273,8 @@ class _Scheduler:
             f"scenario '{scenario}', implementation '{implementation}': no forward finished in {limit}, so "
             f"{who} is assumed to hang; raise --hang-after to wait longer."
         )
+        if ranks is not None:
+            ranks.leave(sentence.rstrip("."), Exit.BACKEND)
         self._steering.hung(self._latest, sentence)
 
     def _lost(self, error: MLAError) -> None:
