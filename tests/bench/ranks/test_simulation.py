@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_said_before_anything_runs(
     bench: Bench, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The latents of two million tokens are here once with dcp=4, and four times with tp=4."""
-    monkeypatch.setattr("mla_backends.host.memory_available", lambda: int(3.3 * 2**30))
+    monkeypatch.setattr("mla_backends.host.memory_available", lambda: int(3.6 * 2**30))
     long = ("--scenario", "decode", "-a", "kv=1m", "--dry-run", "--simulate", "--parallel")
     assert bench(*tiny, *long, "dcp=4").code == 0
     refused = bench(*tiny, *long, "tp=4")
