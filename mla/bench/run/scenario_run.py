@@ -96,7 +96,7 @@ class ScenarioRun:
         if self._request.stages:
             for one, case in zip(built, cases, strict=True):
                 self._add_stages(one, case, checker)
-        tampered.withhold(cases)
+        tampered.withhold(cases, [name for one in built for name in one.replaced_elsewhere()])
         return cases
 
     def _shorten(self, ms: Mapping[str, float]) -> Shorter:

@@ -18,24 +18,19 @@ PROMPT = """
 [[scenario]]
 name = "prompt"
 mode = "prefill"
-query_lens = {query_lens}
-history = {history}
+query_lens = [24, 20]
+history = [50, 30]
 runs = 450
 passes = 15
 warmups = 2
 """
 
 
-@pytest.mark.parametrize(
-    ("layout", "query_lens", "history"), [("tp=2", [24], [50]), ("dp=2", [24, 20], [50, 30])]
-)
-def test_who_answers_new_inputs_from_memory_has_no_number(
-    start: Start, tmp_path: Path, layout: str, query_lens: list[int], history: list[int]
-) -> None:
+def test_who_answers_new_inputs_from_memory_has_no_number(start: Start, tmp_path: Path) -> None:
     """All inputs of the passes are known by then, and answered rightly."""
     write_tiny_run(tmp_path, **CONFIG)
-    (tmp_path / "tiny.toml").write_text(PROMPT.format(query_lens=query_lens, history=history))
-    words = ("--parallel", layout, "--attention", "absorbed", "-o", "run.json", "-O", "idle=300")
+    (tmp_path / "tiny.toml").write_text(PROMPT)
+    words = ("--parallel", "dp=2", "--attention", "absorbed", "-o", "run.json", "-O", "idle=300")
     ranks = start(*words, backend="rank_refusals:Remembering")
     codes = ranks.wait(2 * BOUND)
     (case,) = results.read(ranks.folder / "run.json").cases
@@ -77,17 +72,12 @@ warmups = 1
 """
 
 
-@pytest.mark.parametrize(
-    ("layout", "words"),
-    [("tp=2", ()), ("dp=2", ()), ("dp=2", ("-O", "picky=yes")), ("tp=2", ("-O", "picky=yes"))],
-)
-def test_every_rank_runs_its_part_of_new_lengths(
-    start: Start, tmp_path: Path, layout: str, words: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize("layout", ["tp=2", "dp=2"])
+def test_every_rank_runs_its_part_of_new_lengths(start: Start, tmp_path: Path, layout: str) -> None:
     """Of `dp`, rank 1 alone has the request whose lengths may be refused."""
     (tmp_path / "tiny.toml").write_text(LENGTHS)
-    common = ("--parallel", layout, "--attention", "absorbed", "-o", "run.json")
-    ranks = start(*common, *words, backend="rank_refusals:Noting")
+    words = ("--parallel", layout, "--attention", "absorbed", "-o", "run.json", "-O", "picky=yes")
+    ranks = start(*words, backend="rank_refusals:Noting")
     assert ranks.wait(BOUND) == [0, 0], ranks.err()
     (case,) = results.read(tmp_path / "run.json").cases
     tried = [(tmp_path / f"lengths{rank}.txt").read_text().splitlines() for rank in (0, 1)]

@@ -53,13 +53,15 @@ def test_a_rank_without_an_oracle_reads_its_rows_alone(nursery: Any, tmp_path: P
     codes = ranks.wait(BOUND)
     ranks.end()
     assert codes[0] == codes[1], ranks.err()
-    assert results.read(tmp_path / "run.json").cases[0].check.error_ratio, ranks.err()
-    read = [sum(map(int, (tmp_path / f"read{rank}.txt").read_text().split())) for rank in (0, 1)]
+    read = sum(map(int, (tmp_path / "read.txt").read_text().split()))
     whole = numbers(weight_shapes(made.config))
     half = numbers(weight_shapes(made.config.with_heads(made.config.num_attention_heads // 2)))
-    scales = read[0] - whole
-    assert half <= read[1] <= half + scales
-    assert half < 0.8 * whole
+    assert half <= read <= 1.05 * half < 0.8 * whole  # and scales of blocks
+    (case,) = results.read(tmp_path / "run.json").cases
+    assert case.check.error_ratio is not None, "the outputs were judged"
+    assert case.check.status == "doubtful"
+    assert "has replaced what measures it: mla.checkpoint.files.StoredTensor.rows" in case.check.reason
+    assert case.check.reason.endswith(" on rank 1")
 
 
 @dataclass(frozen=True)
