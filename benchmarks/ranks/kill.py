@@ -87,10 +87,11 @@ def trial(ranks: Ranks, fault: signal.Signals, rank: int, after: float) -> Trial
     start = time.monotonic()
     others = [other for other in range(len(ranks.pids)) if other != rank]
     codes = ranks.wait(BOUND, others if fault == signal.SIGSTOP else None)
+    late = [f"rank {other} did not end within {BOUND:.0f} s" for other in others if codes[other] is None]
     ended = time.monotonic() - start
     ranks.send(rank, signal.SIGCONT)  # a rank that wakes up must end as well
     codes = ranks.wait(BOUND)
-    wrong = [] if over else list(_wrong(ranks, fault, rank, codes, finished))
+    wrong = [] if over else [*late, *_wrong(ranks, fault, rank, codes, finished)]
     ranks.end()
     return Trial(fault, rank, after, ended, codes, over, wrong)
 
@@ -99,12 +100,12 @@ def _wrong(
     ranks: Ranks, fault: signal.Signals, rank: int, codes: Sequence[int | None], finished: Sequence[str]
 ) -> Iterator[str]:
     """Yield what a run did not do that it should."""
+    lived = [code for other, code in enumerate(codes) if other != rank]
     for other, code in enumerate(codes):
-        allowed = FAULTS[fault] + ((-fault,) if other == rank and fault == signal.SIGKILL else ())
-        if code not in allowed:
+        killed = other == rank and (fault == signal.SIGKILL or not any(lived))  # while Python ended
+        if code not in FAULTS[fault] + (-fault,) * killed:
             yield f"rank {other} ended with {code}"
     said = "".join(ranks.err(other) for other in range(len(codes)))
-    lived = [code for other, code in enumerate(codes) if other != rank]
     if any(lived) and not re.search(rf"\b(error: rank {rank}\b|interrupted)", said):
         yield f"nobody names rank {rank}: {said[-200:]!r}"
     if "Traceback" in said:
@@ -143,12 +144,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     world = _world(asked.parallel)
     faults = [signal.Signals[name] for name in asked.signals.split(",")]
     generator, trials = random.Random(asked.seed), []
-    with tempfile.TemporaryDirectory() as name, Nursery() as nursery:
+    with tempfile.TemporaryDirectory() as name, Nursery(whole_end=True) as nursery:
         folder = Path(name)
         write_inputs(folder)
         words = (*WORDS, "--parallel", asked.parallel, "-o", "run.json")
+        ranks = nursery.start(words, folder, world)
         start = time.monotonic()
-        codes = nursery.start(words, folder, world).wait(300)
+        codes = ranks.wait(300)
         whole = time.monotonic() - start
         note(f"undisturbed: codes {codes}, {whole:.1f} s")
         for number in range(asked.count):

@@ -1,17 +1,20 @@
 """How far `--simulate` is from real ranks: the same layouts with gloo on this machine, and predicted.
 
-    python -m benchmarks.ranks.prediction FOLDER -- --backend cpu --config deepseek-v2-lite --runs 20
+    python -m benchmarks.ranks.prediction FOLDER
 
-Each layout runs on real ranks first, which measures their link, and is then simulated on that link. Options
-after `--` are those of `python -m mla.bench`. Results stay in FOLDER, and a table goes to stdout.
+Each layout runs on real ranks first, which measures their link, and is then simulated on that link. A table
+goes to stdout, results stay in FOLDER. By default that is a layer like DeepSeek-R1's with a quarter of its
+heads, on 2 and on 4 ranks; options after `--` are those of `python -m mla.bench` instead.
 
-Real ranks of one host share its memory and caches, and a simulated one has them alone: on a machine with as
-many memory channels as ranks, or on devices of their own, the error is that of the model.
+Real ranks of one host share its memory and caches, and a simulated one has them alone. Where there are more
+ranks than CPUs they also take turns, which "in turns" accounts for: a share then takes as many times as long
+as there are ranks for each CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -21,35 +24,68 @@ from typing import NamedTuple
 
 from mla.bench import results
 from mla.bench.results.stats import median
-from mla.bench.terminal.digits import number
+from mla.bench.terminal.digits import between, known, number
 from mla.command.table import markdown
 from mla.parallel.layout import Layout
 
 LAYOUTS = ("tp=2", "dcp=2", "tp=2,dcp=2")
-_HEADER = ("layout", "scenario", "implementation", "real ms", "95% CI", "predicted ms", "error")
-_COLLECTIVES = ("collectives real ms", "predicted ms")
+# A layer with DeepSeek-R1's heads and latents, but fewer of them, that six runs can measure in a few minutes.
+CONFIG = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 2048,
+    "num_attention_heads": 32,
+    "q_lora_rank": 512,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+OPTIONS = ("--backend", "cpu", "--implementations", "mla", "--runs", "6", "--passes", "6")
+_HEADER = ("layout", "ranks on CPUs", "scenario", "implementation", "real ms", "95% CI")
+_PREDICTED = ("predicted ms", "error", "in turns ms", "error", "collectives real ms", "predicted ms")
 
 
 class Pair(NamedTuple):
     """One case on real ranks, and predicted."""
 
     layout: str
+    cpus: int  # of the host
     real: results.Case
     predicted: results.Case
 
     def row(self) -> tuple[str, ...]:
         """Return the pair as cells. What collectives take on real ranks holds the wait for the slowest."""
         real, predicted = self.real.latency_ms, self.predicted.latency_ms
+        ranks = f"{Layout.parse(self.layout).world} on {self.cpus}"
+        names = (self.layout, ranks, self.real.scenario, self.real.implementation)
         if real is None or predicted is None:
             checks = f"real: {self.real.check.status}, predicted: {self.predicted.check.status}"
-            return (self.layout, self.real.scenario, self.real.implementation, checks, *["-"] * 5)
-        interval = "-" if real.ci95 is None else f"{number(real.ci95[0])} .. {number(real.ci95[1])}"
+            return (*names, checks, *["-"] * (1 + len(_PREDICTED)))
         return (
-            *(self.layout, self.real.scenario, self.real.implementation),
-            *(number(real.median), interval, number(predicted.median)),
-            f"{predicted.median / real.median - 1:+.0%}",
+            *names,
+            *(known(real.median, real.ci95), between(real.ci95, real.median, real.ci95)),
+            *_against(predicted.median, real.median),
+            *_against(self._in_turns(predicted.median), real.median),
             *(number(_collectives(case)) for case in (self.real, self.predicted)),
         )
+
+    def _in_turns(self, predicted_ms: float) -> float | None:
+        """Return the prediction where ranks take turns on the CPUs; None where each has its own."""
+        spread = self.predicted.spread
+        turns = Layout.parse(self.layout).world / self.cpus
+        if spread is None or spread.compute_ms is None or turns <= 1:
+            return None
+        return predicted_ms + (turns - 1) * spread.compute_ms
+
+    def remark(self) -> str:
+        """Return which ops the simulation did not run as real ranks did; "" if it ran all."""
+        others = [role for role, op in self.real.ops.items() if self.predicted.ops.get(role) != op]
+        where = f"{self.layout}, {self.real.scenario}, {self.real.implementation}"
+        return f"{where}: other ops were simulated for {', '.join(others)}\n" if others else ""
+
+
+def _against(predicted: float | None, real: float) -> tuple[str, str]:
+    return number(predicted), "-" if predicted is None else f"{100 * (predicted / real - 1):+.0f} %"
 
 
 def _collectives(case: results.Case) -> float | None:
@@ -76,8 +112,16 @@ def _start(words: Sequence[str]) -> None:
 def pairs(layout: Layout, real: Path, predicted: Path) -> Iterator[Pair]:
     """Yield the cases that both results have."""
     found = {(case.scenario, case.implementation): case for case in results.read(predicted).cases}
-    for case in results.read(real).cases:
-        yield Pair(str(layout), case, found[case.scenario, case.implementation])
+    run = results.read(real)
+    for case in run.cases:
+        cpus = int(run.environment.get("cpus", layout.world))
+        yield Pair(str(layout), cpus, case, found[case.scenario, case.implementation])
+
+
+def _default_words(folder: Path) -> list[str]:
+    config = folder / "like-r1.json"
+    config.write_text(json.dumps(CONFIG))
+    return [*OPTIONS, "--config", str(config)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,15 +134,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", metavar="OPTION", help="options of mla.bench, after --")
     given = parser.parse_args(arguments)
     given.folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    words = given.words or _default_words(given.folder)
+    found: list[Pair] = []
     for layout in map(Layout.parse, given.layout or LAYOUTS):
         try:
-            files = run(layout, given.folder, given.words or ["--backend", "cpu"])
+            files = run(layout, given.folder, words)
         except subprocess.CalledProcessError as error:
             sys.stderr.write(f"{layout} ended with exit code {error.returncode}; see above.\n")
             return error.returncode
-        rows += [pair.row() for pair in pairs(layout, *files)]
-    sys.stdout.write(markdown((*_HEADER, *_COLLECTIVES), rows))
+        found += pairs(layout, *files)
+    sys.stdout.write(markdown((*_HEADER, *_PREDICTED), [pair.row() for pair in found]))
+    sys.stdout.write("".join(dict.fromkeys(f"\n{text}" for pair in found if (text := pair.remark()))))
     return 0
 
 

@@ -5,8 +5,17 @@ read. The `StoredLayer` it returns reads weights one at a time, in blocks of row
 """
 
 from mla.checkpoint.errors import CheckpointError
+from mla.checkpoint.fingerprint import fingerprint
 from mla.checkpoint.folder import refuse_other_formats
 from mla.checkpoint.read import read_layer
 from mla.checkpoint.stored import LazyState, Part, StoredLayer
 
-__all__ = ["CheckpointError", "LazyState", "Part", "StoredLayer", "read_layer", "refuse_other_formats"]
+__all__ = [
+    "CheckpointError",
+    "LazyState",
+    "Part",
+    "StoredLayer",
+    "fingerprint",
+    "read_layer",
+    "refuse_other_formats",
+]

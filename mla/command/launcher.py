@@ -103,12 +103,39 @@ def local_device(note: Callable[[str], None]) -> Callable[[int | None], int | No
     return choose
 
 
+def start_words(world: int) -> list[str]:
+    """Return what starts as many processes as this one has beside it, on as many nodes; torchrun by default.
+
+    With several nodes, torchrun is to be started on each.
+    """
+    if _source(TASKS) == "SLURM_STEP_NUM_TASKS":
+        nodes = _number(("SLURM_STEP_NUM_NODES", "SLURM_NNODES")) or 1
+        threads = os.environ.get("SLURM_CPUS_PER_TASK")
+        more = [*(["-N", str(nodes)] if nodes > 1 else []), "-n", str(world)]
+        return ["srun", *more, *([f"--cpus-per-task={threads}"] if threads else []), "python"]
+    nodes = _number(("GROUP_WORLD_SIZE",)) or max(1, world // (_number(("LOCAL_WORLD_SIZE",)) or world))
+    if nodes == 1:
+        return ["torchrun", "--nproc-per-node", str(world)]
+    meet = [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"{os.environ.get('MASTER_ADDR', 'localhost')}:29400",
+    ]
+    return ["torchrun", "--nnodes", str(nodes), "--nproc-per-node", str(world // nodes), *meet]
+
+
+def is_fact(key: str) -> bool:
+    """Return whether `facts` may have said this: it differs between jobs without meaning anything."""
+    return key.upper() in _TORCHRUN or key.startswith("slurm")
+
+
 def facts(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return what the launcher said about this process, from a fixed list of variables: no secrets."""
     return {name.lower(): environment[name] for name in (*_TORCHRUN, *_SLURM) if environment.get(name)}
 
 
-_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
 # Not SLURM_*: that would record user names, hosts' addresses and, on some clusters, a token (SLURM_JWT).
 _SLURM = (
     *("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST"),

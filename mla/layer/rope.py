@@ -50,13 +50,16 @@ def query_factors(scaling: QueryScaling, positions: torch.Tensor) -> torch.Tenso
     return 1.0 + scaling.beta * torch.log1p(periods.float())
 
 
+ROWS = 4096  # of a new table
+
+
 class RotaryTable:
     """cos and sin for positions 0 .. size - 1, as one fp32 tensor [size, r] on the device.
 
     Row p holds the r/2 cosines of position p and then its r/2 sines, both times the YaRN magnitude.
     """
 
-    def __init__(self, config: MLAConfig, device: torch.device, size: int = 4096) -> None:
+    def __init__(self, config: MLAConfig, device: torch.device, size: int = ROWS) -> None:
         self._inv_freq = inverse_frequencies(config)
         self._magnitude = config.rope_scaling.magnitude() if config.rope_scaling else 1.0
         self._device = device
@@ -65,6 +68,12 @@ class RotaryTable:
     def _compute(self, size: int) -> torch.Tensor:
         angles = torch.outer(torch.arange(size, dtype=torch.float32), self._inv_freq)
         return (torch.cat((angles.cos(), angles.sin()), dim=1) * self._magnitude).to(self._device)
+
+    @staticmethod
+    def bytes_for(config: MLAConfig, positions: int) -> int:
+        """Return the most bytes of a table that has served so many positions."""
+        rows = ROWS if positions <= ROWS else 2 * positions
+        return 4 * rows * config.qk_rope_head_dim
 
     def reserve(self, positions: int) -> None:
         """Grow the table to at least `positions` rows, doubling so that growth stays rare."""

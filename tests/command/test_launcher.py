@@ -61,3 +61,34 @@ def test_the_local_number_chooses_among_the_visible_devices(
 def test_without_a_launcher_nothing_is_chosen(launched: SetVariables) -> None:
     launched()
     assert launcher.local_device(lambda said: None) is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, "torchrun --nproc-per-node 8"),
+        (
+            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "1"},
+            "torchrun --nproc-per-node 8",
+        ),
+        (
+            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "n1"},
+            "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint n1:29400",
+        ),
+        (
+            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1"},
+            "torchrun --nnodes 4 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint n1:29400",
+        ),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "1"}, "srun -n 8 python"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "3"},
+            "srun -N 2 -n 8 --cpus-per-task=3 python",
+        ),
+        ({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}, "torchrun --nproc-per-node 8"),
+    ],
+)
+def test_ranks_are_started_again_as_they_were(
+    launched: SetVariables, variables: dict[str, str], words: str
+) -> None:
+    launched(**variables)
+    assert launcher.start_words(8) == words.split()

@@ -26,6 +26,7 @@ class Faulty(FusedOp):
     """The reference op, and then its fault."""
 
     contract = REFERENCE[KIND].contract
+    woken = False  # in this process, which may have several of it
 
     def __init__(self, options: Mapping[str, str]) -> None:
         self._fault = options.get("fault") if os.environ["RANK"] == options.get("rank", "1") else None
@@ -43,8 +44,9 @@ class Faulty(FusedOp):
         if self._fault is None or self._left >= 0:
             return
         if self._fault == "hangs":
-            self._fault = None  # once it goes on, it does
-            os.kill(os.getpid(), signal.SIGSTOP)
+            if not Faulty.woken:  # once it goes on, it does
+                Faulty.woken = True
+                os.kill(os.getpid(), signal.SIGSTOP)
             return
         if self._fault == "waits":
             time.sleep(3600)

@@ -9,7 +9,9 @@ import click
 
 from mla.bench import results
 from mla.bench.results.compare import REFUSED, Comparison, slower
+from mla.bench.results.scaling import scaling
 from mla.bench.terminal.comparison import compare_runs
+from mla.bench.terminal.scaling import render
 from mla.command.console import note, out
 from mla.command.exit_codes import Exit
 from mla.command.options import FILE, Word, parsed_by, percent
@@ -41,20 +43,21 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
     Milliseconds and their intervals are those that the runs print. Verdicts come from the interval of the
     ratio of times, never from a single number. Cases whose workload, config, dtype or clock differ, that have
     no number in one of the runs, or that only one of them has are REFUSED, with the reason; other differences
-    are named.
+    are named. Where one result is of one device and others are of several ranks, a table says how they scale.
 
     Exit code 0; 1 with --fail-slower and a case that is slower beyond doubt, or one that the base has a
     number for and that was not compared; 2 for a file that is not a result; 4 if a case turned wrong or a
     new one is; 5 if nothing could be compared; 6 if a case turned doubtful or a new one is.
     """
-    first = results.read(base)
+    first, *others = [results.read(path) for path in (base, *runs)]
     cases: list[Comparison] = []
     text = ""
-    for path in runs:
-        printed, compared = compare_runs(first, results.read(path), f"{path} against {base}", kind, noise)
+    for path, run in zip(runs, others, strict=True):
+        printed, compared = compare_runs(first, run, f"{path} against {base}", kind, noise)
         text += printed
         cases += compared
-    out(text)
+    scaled = render(scaling([first, *others]), kind)
+    out(text + "\n" * bool(scaled) + scaled)
     return verdict(cases, fail_slower)
 
 

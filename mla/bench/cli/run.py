@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mla.bench.plan.request import Request
     from mla.bench.results.compare import Comparison
     from mla.bench.run.outcome import Outcome
+    from mla.command.backend import OpenedBackend
+    from mla.parallel.layout import Layout
 
 EPILOG = """\b
 Examples:
@@ -94,20 +96,23 @@ def run(**values: Any) -> int:
     old = results.read(options.resume) if options.resume else None
     from mla.bench.plan.resolve import resolve
 
+    request = resolve(options, _ranks)
     if options.parallel and not options.simulate:
-        request = resolve(options, _join)
         return _run_on_ranks(options, request, budget, old, baseline)
-    request = resolve(options)
     if options.list_ops:
         return _list_ops(request)
     return _run(options, request, budget, old, baseline)
 
 
-def _join(*arguments: Any) -> Any:
-    """Meet the other ranks; torch is imported only then."""
+def _ranks(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Any:
+    """Meet the other ranks, or make simulated ones; torch is imported only then."""
+    if options.simulate:
+        from mla.bench.ranks.simulation import Simulation
+
+        return Simulation.of(options, layout)
     from mla.bench.ranks.launch import join
 
-    return join(*arguments)
+    return join(options, opened, layout)
 
 
 def _run_on_ranks(
@@ -118,13 +123,14 @@ def _run_on_ranks(
     baseline: results.Run | None,
 ) -> int:
     """Run on rank 0, which has the others do their part; the others end as it does."""
+    from mla.bench.ranks.contents import contents
     from mla.bench.ranks.crew import Crew
     from mla.bench.ranks.follower import follow
 
     crew = request.setting.ranks
     assert isinstance(crew, Crew)
     with crew, crew.told():
-        request = crew.agreed(request)
+        request = crew.agreed(request, contents(request, options))
         if crew.rank:
             return follow(request, crew)
         if options.list_ops:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any, Protocol
 
@@ -19,8 +19,7 @@ import torch
 from mla.bench.doubts.clock import Disturbance, cpu_ns, now_ns
 from mla.bench.doubts.pass_times import PassTimes
 from mla.bench.results.stats import percentile
-from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.tokens import LayerImplementation
+from mla.bench.subjects.base import Implementation, TakesInputs
 
 # How many times as long as in the passes a forward may take, and how many milliseconds more say nothing.
 WITHIN, LEAST = 1.5, 0.05
@@ -37,7 +36,7 @@ FEWEST, ROUNDS, PATIENCE = 3, 60, 6_000_000_000
 REST, LONGEST_REST = 0.01, 0.2
 
 # Bound before any plugin loads.
-_randn, _random, _sleep = torch.randn, random.SystemRandom(), time.sleep
+_random, _sleep = random.SystemRandom(), time.sleep
 
 
 class Timed(Protocol):
@@ -74,7 +73,7 @@ def doubt(one: Timed, checker: Any, beat: Callable[[], None] = lambda: None) -> 
     steps of a decode are.
     """
     layer = one.implementation
-    if not isinstance(layer, LayerImplementation):
+    if not isinstance(layer, TakesInputs):
         return ""
     decode, on_host = layer.scenario.mode == "decode", layer.setting.device.type == "cpu"
     count = min(len(one.steps.run), STEPS if decode else PREFILLS)
@@ -82,8 +81,7 @@ def doubt(one: Timed, checker: Any, beat: Callable[[], None] = lambda: None) -> 
     end, slow = now_ns() + PATIENCE, list[_Times]()
     for number in range(ROUNDS):
         _sleep(min(LONGEST_REST, REST * max(0, number - FEWEST + 1)))
-        hidden = _draw(layer, count)
-        times = _run(one, layer, hidden, beat)
+        hidden, times = _run(one, layer, count, beat)
         judged = sorted(times) if decode else [min(times, key=lambda index: times[index].wall)]
         fast = not _quiet([times[index] for index in judged]).slower(known, on_host)
         slow += [times[index] for index in judged if not times[index].disturbed]
@@ -118,32 +116,27 @@ def _known(one: Timed, count: int) -> _Times:
     return _Times(*(min(median(times), fmean(times)) for times in (walls, cpus)))
 
 
-def _draw(layer: LayerImplementation, count: int) -> list[torch.Tensor]:
-    """Return hidden states [T, d] for some forwards on the host, N(0, 1) as the scenario's are."""
-    shape, dtype = layer.hidden.shape[1:], layer.hidden.dtype
-    generator = torch.Generator().manual_seed(_random.getrandbits(63))
-    return [_randn(shape, generator=generator).to(dtype) for _ in range(count)]
-
-
 def _run(
-    one: Timed, layer: LayerImplementation, hidden: Sequence[torch.Tensor], beat: Callable[[], None]
-) -> dict[int, _Times]:
-    """Run a pass and collect it. Return the times of the forwards that were collected."""
-    times = {}
-    with layer.fed(hidden):
+    one: Timed, layer: TakesInputs, count: int, beat: Callable[[], None]
+) -> tuple[list[torch.Tensor], dict[int, _Times]]:
+    """Run a pass on new inputs. Return these, and the times of the forwards that were collected."""
+    times = []
+    with layer.fed(_random.getrandbits(63), count) as hidden:
         one.forwards.restore(0)
-        for index in range(len(hidden)):
+        for index in range(count):
             one.forwards.before(index)
             disturbance, start = Disturbance(), cpu_ns()
             wall = one.time_step(index)
-            times[index] = _Times(wall, (cpu_ns() - start) / 1e6, disturbance.spoils(wall))
+            times.append(_Times(wall, (cpu_ns() - start) / 1e6, disturbance.spoils(wall)))
             one.forwards.after(index)
             beat()
         layer.collect()
-    return {index: times[index] for index in layer.compared()}
+        walls = layer.slowest([each.wall for each in times])
+    slowest = [replace(each, wall=wall) for each, wall in zip(times, walls, strict=True)]
+    return hidden, {index: slowest[index] for index in layer.compared()}
 
 
-def _wrong(layer: LayerImplementation, checker: Any, hidden: torch.Tensor) -> str:
+def _wrong(layer: TakesInputs, checker: Any, hidden: torch.Tensor) -> str:
     check = layer.check(checker.of(hidden))
     if check.status == "ok":
         return ""

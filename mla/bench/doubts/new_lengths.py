@@ -10,12 +10,13 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from mla.bench.doubts.clock import now_ns
 from mla.bench.results.schema import NewLengths
+from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.scenario import Scenario
 from mla.cache.ragged_batch import BatchMemory, RaggedBatch
@@ -50,8 +51,20 @@ class Times:
     plan: list[float] = field(default_factory=list)
 
 
+class Bench(Protocol):
+    """Runs forwards on lengths other than the scenario's, without changing what is cached."""
+
+    layer: MlaLayer  # whose ops say which lengths they serve
+
+    def run(self, lengths: Lengths, rounds: Sequence[Times], beat: Callable[[], None]) -> None:
+        """Time a forward for each of `rounds`, tables, plan and all; `beat` is called after every one.
+
+        Raises `UnsupportedBatch` or `BackendError` for lengths that an op refuses.
+        """
+
+
 def measure(
-    one: MlaLayer,
+    one: Implementation,
     scenario: Scenario,
     now: Callable[[], int] = now_ns,
     heartbeat: Callable[[], None] = lambda: None,
@@ -61,26 +74,23 @@ def measure(
     `now` returns nanoseconds; `heartbeat` is called after every forward. Lengths are at most those of the
     scenario, so that no memory grows. The history is left as it was.
     """
-    new, again = Times(), Times()
-    bench, start = _Bench(one, scenario, now), now()
-    for lengths in new_lengths(one, scenario):
-        saved = bench.save(lengths)
+    new, again, start = Times(), Times(), now()
+    bench: Bench | None = LayerBench(one, scenario, now) if isinstance(one, MlaLayer) else one.lengths_bench()
+    if bench is None:
+        return None
+    for lengths in new_lengths(bench.layer, scenario):
         try:
-            for times in (new, *[again] * AGAIN):
-                bench.run(lengths, times)
-                heartbeat()
+            bench.run(lengths, (new, *[again] * AGAIN), heartbeat)
         except (UnsupportedBatch, BackendError):  # such lengths are refused, as late as it may be
             continue
-        finally:
-            bench.put_back(saved)
         if now() - start > 1e9 * SECONDS:
             break
     one.restore()
-    if not new.forward:
-        return None
-    medians = (
-        median(times) / scenario.layers for times in (new.forward, again.forward, new.plan, again.plan)
-    )
+    return _summary(new, again, scenario.layers) if new.forward else None
+
+
+def _summary(new: Times, again: Times, layers: int) -> NewLengths:
+    medians = (median(times) / layers for times in (new.forward, again.forward, new.plan, again.plan))
     ms, repeated_ms, plan_ms, repeated_plan_ms = medians
     return NewLengths(
         forwards=len(new.forward),
@@ -142,11 +152,11 @@ def _served(one: MlaLayer, lengths: Lengths) -> bool:
     return True
 
 
-class _Bench:
-    """Runs batches of any lengths over the pages of a loaded layer, without changing what is cached."""
+class LayerBench:
+    """The bench of a layer in this process."""
 
     def __init__(self, one: MlaLayer, scenario: Scenario, now: Callable[[], int]) -> None:
-        self._one, self._now = one, now
+        self.layer, self._now = one, now
         one.restore()
         one.before(0)
         full = one.batch if scenario.mode == "prefill" else one.extend()
@@ -157,29 +167,30 @@ class _Bench:
         return BatchMemory(tokens, self._table, self._device)
 
     def _batch(self, lengths: Lengths) -> RaggedBatch:
-        cache = self._one.cache
+        cache = self.layer.cache
         if not self._memory.fits(sum(lengths.query_lens), self._table):
             self._memory = self._memory_for(sum(lengths.query_lens))
         return RaggedBatch(
             *lengths, self._table, cache.page_size, self._device, source=cache, memory=self._memory
         )
 
-    def save(self, lengths: Lengths) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which slots a batch writes, and what they hold in all layers."""
-        slots = self._batch(lengths).slots.clone()
-        return slots, self._rows().index_select(1, slots)
-
-    def put_back(self, saved: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Write what `save` returned."""
-        self._rows().index_copy_(1, *saved)
+    def run(self, lengths: Lengths, rounds: Sequence[Times], beat: Callable[[], None]) -> None:
+        """Time a forward for each of `rounds`; afterwards, the cache holds what it did."""
+        slots = self._batch(lengths).slots.clone()  # which the forwards write, in all layers
+        saved = self._rows().index_select(1, slots)
+        try:
+            for times in rounds:
+                self._time(lengths, times)
+                beat()
+        finally:
+            self._rows().index_copy_(1, slots, saved)
 
     def _rows(self) -> torch.Tensor:
-        pages = self._one.cache.pages
+        pages = self.layer.cache.pages
         return pages.view(pages.shape[0], -1, pages.shape[-1])
 
-    def run(self, lengths: Lengths, times: Times) -> None:
-        """Time one forward: tables, plan and all."""
-        one, synchronize, tokens = self._one, self._one.setting.backend.synchronize, sum(lengths.query_lens)
+    def _time(self, lengths: Lengths, times: Times) -> None:
+        one, synchronize, tokens = self.layer, self.layer.setting.backend.synchronize, sum(lengths.query_lens)
         x, out = one.x[:tokens], one.out.narrow(-2, 0, tokens)
         synchronize()
         start = self._now()

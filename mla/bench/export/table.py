@@ -6,9 +6,11 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mla.bench.export import withheld
+from mla.bench.results import rank_columns
 from mla.bench.results.schema import Case, Interval, Latency, Run, Throughput, Timing
 from mla.verify.verdict import Check
 
@@ -59,6 +61,11 @@ class Row:
 def _interval(found: Latency | Throughput | None, end: int) -> float | None:
     interval: Interval | None = found.ci95 if found else None
     return interval[end] if interval else None
+
+
+def _of_ranks(name: str, row: Row) -> Cell:
+    """Return a fact about ranks, of the headline alone."""
+    return rank_columns.flat(row.case)[name] if row.timing is None else None
 
 
 # Column -> cell. The names and their order are stable: new columns come at the end.
@@ -116,6 +123,7 @@ COLUMNS: dict[str, Callable[[Row], Cell]] = {
     "cache_bytes": lambda row: row.case.memory.cache_bytes,
     "transient_bytes": lambda row: row.headline.memory.transient_bytes if row.headline else None,
     "repro": lambda row: row.case.repro,
+    **{name: partial(_of_ranks, name) for name in rank_columns.COLUMNS},
 }
 
 

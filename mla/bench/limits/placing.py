@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from mla.bench.results.schema import Case, Ceiling, Cost, Roofline
+from mla.bench.results.shares import device_cost
 from mla.bench.terminal.digits import number
 
 # Most bytes read: more than any cache holds, without allocating a long context's size a second time.
@@ -97,11 +98,12 @@ def _excess(floor: float, latency_ms: float, limit: Ceiling) -> str:
 
 def place_case(case: Case, ceilings: Sequence[Ceiling]) -> None:
     """Put a case that has a number, and its stages, under these ceilings; it keeps its place without any."""
-    world = len(case.spread.ranks) if case.spread else 1
-    one = Cost(flops=case.cost.flops // world, bytes=case.cost.bytes // world)  # of a layer, on one device
+    one = device_cost(case)  # of a layer
+    if one is None or case.latency_ms is None:
+        return
     whole = Cost(flops=case.layers * one.flops, bytes=case.layers * one.bytes)
     found = limits(ceilings, case.dtype, whole.bytes)
-    if found is None or case.latency_ms is None:
+    if found is None:
         return
     case.roofline = place(one, case.latency_ms.median, *found)
     for stage in case.stages:

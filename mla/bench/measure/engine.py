@@ -31,7 +31,6 @@ from mla.bench.measure.transient_memory import TransientBytes
 from mla.bench.measure.variants import HEADLINE, Variants
 from mla.bench.measure.warmup import warm_up
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.scenario import Scenario
 from mla.verify.verdict import Check
 from mla_backends.api import Backend
@@ -269,7 +268,7 @@ class _Engine:
                 found = evidence.doubts(runner, self._backend, self._checker, self._untimed, beat)
                 where = "" if runner.samples.variant == HEADLINE else f"{runner.samples.variant}: "
                 measurement.doubts += [f"{where}{doubt}" for doubt in found]
-                if runner.headline and isinstance(one, MlaLayer) and measurement.due is None:
+                if runner.headline and measurement.due is None:
                     measurement.new_lengths = new_lengths.measure(one, self._scenario, heartbeat=beat)
                 self._hooks.heartbeat()
         self._withhold()

@@ -1,10 +1,10 @@
-"""What an op refuses: a batch it cannot serve, told from an op that fails."""
+"""What costs a case and not the run: a batch that an op refuses, told from an op that fails; short memory."""
 
 from __future__ import annotations
 
 from mla.bench.workload.implementations import parse_one
 from mla.command import error_origin
-from mla.errors import UnsupportedBatch
+from mla.errors import OutOfMemory, UnsupportedBatch
 from mla_backends import BackendError
 
 
@@ -19,6 +19,11 @@ def reason(error: Exception, implementation: str) -> str:
         op = error_origin.op_name(error)
         return f"{op}{': ' if op else ''}{str(error).rstrip('.')}. {_cure(implementation)}"
     return ""
+
+
+def too_large(error: Exception) -> bool:
+    """Return whether memory was short, of the host or of a device."""
+    return isinstance(error, (OutOfMemory, MemoryError)) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _cure(implementation: str) -> str:

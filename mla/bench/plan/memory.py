@@ -36,12 +36,16 @@ class MemoryPlan:
     outputs: int  # of a pass of one implementation, on the host
     implementations: int
     references: int  # copies of the layer that live for a while next to the implementations
+    per_reference: int  # on the device
     device_available: int | None
     host_available: int | None
     shared: bool  # the device is the host
     shared_weights: int = 0  # bytes that all implementations together need once between them
     shared_alone: int = 0  # the same for any single one and the reference
     sweep: int = 0  # bytes that are read and written before a cold forward
+    gathered: int = 1  # copies of the outputs that are being checked
+    others: int = 0  # further ranks on this host
+    per_other: int = 0  # what each holds there, apart from what is on its device
 
     @property
     def side_by_side(self) -> bool:
@@ -57,15 +61,18 @@ class MemoryPlan:
     def device_bytes(self, count: int) -> int:
         """Return what `count` implementations need on the device."""
         saved = self.shared_weights if count == self.implementations else self.shared_alone
-        return (count + self.references) * self.per_implementation - saved + self.sweep
+        held = count * self.per_implementation + self.references * self.per_reference
+        return held - saved + self.sweep
 
     def host_bytes(self, count: int) -> int:
-        """Return what the host needs while `count` implementations are measured.
+        """Return what the host needs while `count` implementations are measured, for all ranks that it has.
 
         The outputs of the checked pass stay until all implementations are compared; those of the last pass
         are there as well.
         """
-        return self.host + (self.implementations + count) * self.outputs
+        outputs = (self.implementations + count * self.gathered) * self.outputs
+        other = self.per_other + (count * self.per_implementation if self.shared else 0)
+        return self.host + outputs + self.others * other
 
     @property
     def fits(self) -> bool:
@@ -116,11 +123,15 @@ def plan_memory(
         host=needs.host_bytes,
         outputs=needs.output_bytes,
         implementations=len(names),
-        references=needs.reference_copies if fused else 0,
+        references=1 if fused and needs.reference_bytes else 0,
+        per_reference=needs.reference_bytes,
         device_available=available.device,
         host_available=available.host,
         shared=fixture.setting.device.type == "cpu",
         shared_weights=fixture.shared_bytes(names, fused),
         shared_alone=min(fixture.shared_bytes([name], fused) for name in names),
         sweep=sweep(fixture.setting.backend).bytes if cold else 0,
+        gathered=needs.gathered,
+        others=fixture.setting.beside,
+        per_other=needs.other_bytes,
     )

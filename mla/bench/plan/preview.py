@@ -9,7 +9,6 @@ from mla.bench.plan import estimate
 from mla.bench.plan.estimate import SHARES, Estimator
 from mla.bench.plan.memory import gib
 from mla.bench.plan.request import Request, ScenarioPlan
-from mla.bench.ranks.simulation import Simulation
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops
 from mla.bench.terminal.digits import number
 from mla.bench.workload.grid import Point
@@ -52,11 +51,9 @@ def describe(request: Request) -> None:
 def _simulated(setting: Setting) -> Iterator[str]:
     """Yield what stands for ranks that are not there."""
     ranks = setting.ranks
-    if isinstance(ranks, Simulation):
-        yield (
-            f"simulated  {_count(ranks.world, 'rank')} of {ranks.layout} on this device, one by one; "
-            f"link {ranks.link} ({ranks.source}): times are predicted"
-        )
+    if ranks is not None and ranks.assumed:
+        where = f"{_count(ranks.world, 'rank')} of {ranks.layout} on this device, one by one"
+        yield f"simulated  {where}; {ranks.assumed}: times are predicted"
 
 
 def _ops(request: Request) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from mla.bench.plan.options import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE, RunOptions
 from mla.bench.workload.grid import Point
 from mla.bench.workload.workload_file import STANDARD
+from mla.command import launcher
 from mla.command.backend import OpenedBackend
 from mla.config.presets import DEFAULT_CONFIG
 from mla.parallel.layout import Layout
@@ -64,7 +65,7 @@ def case_command(common: Sequence[str], point: Point, implementation: str) -> st
 
 
 def command(words: Iterable[str]) -> str:
-    """Return a command of the runner as one line for a shell; over several ranks, torchrun starts it.
+    """Return a command of the runner as one line for a shell; over several ranks, with what started this.
 
     With a link, ranks are simulated.
     """
@@ -73,5 +74,5 @@ def command(words: Iterable[str]) -> str:
         words.insert(words.index("--link"), "--simulate")
     elif "--parallel" in words:
         world = Layout.parse(words[words.index("--parallel") + 1]).world
-        return shlex.join(["torchrun", "--nproc-per-node", str(world), *PROGRAM[1:], *words])
+        return shlex.join([*launcher.start_words(world), *PROGRAM[1:], *words])
     return shlex.join([*PROGRAM, *words])

@@ -42,14 +42,18 @@ class ScenarioPlan:
 
 
 def plan_scenarios(
-    setting: Setting, points: Sequence[Point], names: Sequence[str] = (), cold: bool = False
+    setting: Setting,
+    points: Sequence[Point],
+    names: Sequence[str] = (),
+    cold: bool = False,
+    state: State | None = None,
 ) -> tuple[list[ScenarioPlan], list[str]]:
     """Return every scenario of a run with its needs, and the implementations to run.
 
     Without names these are `mla` and, if a fused op makes it differ anywhere, `mla-reference`. `cold`: caches
-    are flushed before some forwards.
+    are flushed before some forwards. `state`: the weights of a checkpoint.
     """
-    fixtures = [make_fixture(scenario_setting(setting, point), point) for point in points]
+    fixtures = [make_fixture(scenario_setting(setting, point), point, state) for point in points]
     ours = [name for name in names or ["mla"] if is_ours(name)]
     ops = [{name: fixture.ops(name) for name in ours} for fixture in fixtures]
     fused = [any({*roles.values()} != {"reference"} for roles in found.values()) for found in ops]
@@ -83,7 +87,7 @@ class Request:
     def replanned(self, points: Sequence[Point], names: Sequence[str]) -> Request:
         """Return the same request with other scenarios and implementations."""
         cold = any(variant.cache == "cold" for variant in self.variants.timed)
-        plans, chosen = plan_scenarios(self.setting, points, names, cold)
+        plans, chosen = plan_scenarios(self.setting, points, names, cold, self.state)
         return replace(self, scenarios=plans, implementations=chosen)
 
     @property

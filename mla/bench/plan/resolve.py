@@ -14,14 +14,13 @@ from mla.bench.workload import grid
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import is_ours, parse_one
 from mla.bench.workload.op_scenario import expand_ops
-from mla.command import environment, files
+from mla.command import environment, files, launcher
 from mla.command.backend import OpenedBackend, open_backend
 from mla.command.console import note
 from mla.command.progress import Reading
 from mla.config.presets import DEFAULT_CONFIG
 from mla.errors import UsageError, did_you_mean
 from mla.parallel.layout import Layout
-from mla.parallel.link import Link
 from mla_backends.errors import describe
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from mla.verify.layer_oracle import State
 
 
-# Meets the other ranks, once the backend is open (`mla.bench.ranks.launch.join`).
+# Meets the other ranks, or makes simulated ones, once the backend is open (`mla.bench.ranks`).
 Join = Callable[[RunOptions, OpenedBackend, Layout], Any]
 
 
@@ -112,7 +111,7 @@ def _planned(
 
     points = _expanded(points, setting)
     validate.check_op_uses_shape(options, points)
-    plans, names = _plans(options, points, setting, cold="cold" in (wanted.caches or ("cold",)))
+    plans, names = _plans(options, points, setting, state, cold="cold" in (wanted.caches or ("cold",)))
     validate.check_own_ops(options, points, _overrides(setting, names))
     return Request(
         setting=setting,
@@ -170,18 +169,9 @@ def _ranks(
                 f"layout '{layout}' splits the requests of '{point.name}' {layout.dp} ways, and there "
                 f"{'is one' if len(point.query_lens) == 1 else f'are {len(point.query_lens)}'}."
             )
-    if options.simulate:
-        return _simulation(layout, options)
     assert join is not None
     ranks: Ranks = join(options, opened, layout)
     return ranks
-
-
-def _simulation(layout: Layout, options: RunOptions) -> Ranks:
-    from mla.bench.ranks.simulation import Simulation
-
-    assert options.link is not None
-    return Simulation(layout, Link.parse(options.link), options.link_source)
 
 
 def _config(options: RunOptions) -> MLAConfig:
@@ -203,10 +193,15 @@ def _config(options: RunOptions) -> MLAConfig:
 
 
 def _weights(options: RunOptions, config: MLAConfig, dtype: torch.dtype) -> State:
-    """Read the checkpoint's layer to the host, once for all implementations and for the oracle."""
+    """Read the checkpoint's layer to the host, once for all implementations and for the oracle.
+
+    Ranks without an oracle leave it on disk, where each reads its own part.
+    """
     from mla.checkpoint import read_layer
 
     assert options.model_path is not None
+    if options.parallel and not options.simulate and launcher.rank():
+        return read_layer(options.model_path, config, options.layer, dtype=dtype)
     with Reading(f"reading {options.model_path}") as reading:
         return dict(
             read_layer(options.model_path, config, options.layer, dtype=dtype, progress=reading.advance)
@@ -222,13 +217,13 @@ def _expanded(points: Sequence[Point], setting: Setting) -> list[Point]:
 
 
 def _plans(
-    options: RunOptions, points: Sequence[Point], setting: Setting, *, cold: bool
+    options: RunOptions, points: Sequence[Point], setting: Setting, state: State | None, *, cold: bool
 ) -> tuple[list[ScenarioPlan], list[str]]:
     """Return every scenario with its needs, and the implementations to run."""
     from mla.bench.plan.request import plan_scenarios
 
     listed = _listed_implementations(options, points)
-    plans, names = plan_scenarios(setting, points, listed, cold)
+    plans, names = plan_scenarios(setting, points, listed, cold, state)
     if not listed and names == ["mla"]:
         note("mla-reference is skipped: no fused op was chosen, so it is identical to mla")
     return plans, names

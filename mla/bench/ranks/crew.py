@@ -5,21 +5,26 @@ Commands go from rank 0 to all others through gloo, on the host: the device's li
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
 import torch
 import torch.distributed as dist
 
 from mla.bench.ranks import link_fit
 from mla.bench.ranks.common_ops import common_ops, demoted, remark
-from mla.bench.ranks.errors import RankLost
+from mla.bench.ranks.contents import Contents, agree
+from mla.bench.ranks.errors import RankLost, RanksError
+from mla.bench.ranks.failure import Failure, error_of, failure
 from mla.bench.ranks.lead import LeadLayer
-from mla.bench.ranks.meeting import Meeting
+from mla.bench.ranks.meeting import LOOK, Meeting
 from mla.bench.ranks.part import RankLayer
 from mla.bench.ranks.pulse import BEAT, SILENT, Pulse
 from mla.bench.subjects.base import Implementation
@@ -39,11 +44,16 @@ if TYPE_CHECKING:
 # How long a rank may wait for a command: rank 0 computes the oracle, and reads files. That it is gone shows
 # at once, in a closed connection.
 PATIENCE = timedelta(days=7)
+# Seconds that a rank whose op has refused a forward waits for the others to refuse it, too.
+ALIKE = 5.0
+T = TypeVar("T")
 HANGS = "it is assumed to hang; raise --hang-after to wait longer"
 
 
 class Crew:
     """This process's place among the ranks of `layout`. Every rank must make one, at the same time."""
+
+    assumed = ""  # no rank is simulated
 
     def __init__(self, layout: Layout, library: str, timeout: float, meeting: Meeting, pulse: Pulse) -> None:
         """`library`: of the device's collectives. `timeout`: seconds that a forward may wait for a rank.
@@ -52,12 +62,14 @@ class Crew:
         """
         self.layout, self.library = layout, library
         self._meeting, self._pulse = meeting, pulse
+        self._forwards = 0
         self._demoted: dict[Any, dict[str, str]] = {}  # roles that run as reference, by layer
         with blamed_on(pulse):
             self.groups = Groups(layout, timeout)
             self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
         pulse.place = lambda: (self.groups.entered, self.groups.left)
         self._link: dict[str, Line] | None = None  # once measured
+        self._beside = self.share(socket.gethostname()).count(socket.gethostname()) - 1
 
     @property
     def rank(self) -> int:
@@ -74,6 +86,11 @@ class Crew:
         """Number of ranks on this process's device."""
         return 1
 
+    @property
+    def beside(self) -> int:
+        """Number of further ranks on this process's host."""
+        return self._beside
+
     def __enter__(self) -> Crew:
         return self
 
@@ -89,22 +106,27 @@ class Crew:
         """Tell the other ranks why this one fails in the block, if it does."""
         try:
             yield
-        except RankLost:
+        except RankLost as error:
+            if error.ranks is None:
+                self.leave(*_why(error))
+            self._meeting.linger(error.ranks or ())
             raise
         except BaseException as error:
-            self._leave(*_why(error))
+            self.leave(*_why(error))
             raise
 
-    def _leave(self, reason: str, code: int) -> None:
+    def leave(self, reason: str, code: int) -> None:
+        """Tell the other ranks why this one ends."""
         self._meeting.leave(reason, code)
 
-    def agreed(self, request: Request) -> Request:
+    def agreed(self, request: Request, contents: Contents) -> Request:
         """Return what all ranks run: rank 0's implementations, with ops that all have. All must call it.
 
-        Raises `RanksError` on all ranks where there is none.
+        Raises `RanksError` on all ranks where there is none, and where `contents` differ.
         """
         own = {one.name: one.ops for one in request.scenarios}
-        chosen = self.share(own)
+        chosen, found = zip(*self.share((own, contents)), strict=True)
+        agree(found)
         common = common_ops(chosen)
         if said := remark(chosen, common):
             note(said)
@@ -136,7 +158,7 @@ class Crew:
         A run that was interrupted may have left them in a forward: they are told otherwise.
         """
         if code in (Exit.INTERRUPTED, Exit.TERMINATED):
-            self._leave(_INTERRUPTED[code], code)
+            self.leave(_INTERRUPTED[code], code)
         else:
             self.tell("end", int(code))
         return code
@@ -169,9 +191,69 @@ class Crew:
         return found
 
     def wait(self) -> None:
-        """Return once every rank is here."""
+        """Return once every rank is here, before a forward."""
+        self._forwards += 1
         with blamed_on(self._pulse):
             dist.barrier(group=self._control)
+
+    def concerted(self, implementation: str, work: Callable[[], None]) -> bool:
+        """Do this rank's part of a preparation, and return whether it went well; all ranks must call it.
+
+        On rank 0, raises `UnsupportedBatch` or `OutOfMemory` where any rank's part failed that way.
+        """
+        own = None
+        try:
+            work()
+        except Exception as error:
+            own = failure(error, implementation)
+            if own is None:
+                raise
+        failed = error_of(self.gather(own))
+        if failed is not None:
+            raise failed
+        return own is None
+
+    def alike(self, error: Exception, implementation: str) -> MLAError | None:
+        """Return what an error of a forward is on rank 0 if all ranks failed at the same place.
+
+        None if they did not: one that goes on waits in a collective, and cannot be told.
+        """
+        own = failure(error, implementation, self.groups.entered)
+        if own is None:
+            return None
+        keys = [f"failed/{self._forwards}/{rank}" for rank in range(self.world)]
+        store, limit = self._meeting.store, time.monotonic() + ALIKE
+        with blamed_on(self._pulse):
+            store.set(keys[self.rank], msgspec.json.encode(own))
+            while not store.check(keys):
+                if time.monotonic() > limit:
+                    return None
+                time.sleep(LOOK)
+            found = [msgspec.json.decode(store.get(key), type=Failure) for key in keys]
+        return error_of(found) if len({one.entered for one in found}) == 1 else None
+
+    def attempt(self, implementation: str, work: Callable[[], T]) -> list[T]:
+        """Do this rank's part of forwards that all run; on rank 0, return what each rank's part gave.
+
+        Raises `UnsupportedBatch` or `OutOfMemory`, on every rank that failed and on rank 0, where that leaves
+        no rank waiting; else `RanksError`.
+        """
+        mine: T | Failure
+        try:
+            mine = work()
+        except Exception as error:
+            own = failure(error, implementation)
+            if own is None:
+                raise
+            if self.layout.head_parts > 1:  # the others need this rank's part
+                alike = self.alike(error, implementation)
+                raise alike or RanksError(f"rank {self.rank}: {own.sentence}", common=True) from error
+            mine = own
+        found = self.gather(mine)
+        failed = error_of([one if isinstance(one, Failure) else None for one in found])
+        if failed is not None:
+            raise failed
+        return [one for one in found if not isinstance(one, Failure)]
 
     def measure_link(self, device: torch.device, synchronize: Callable[[], None]) -> dict[str, Line]:
         """Return what collectives cost, by kind, measured once per run. All ranks must call it together."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 import mla
 from mla.bench.ranks.crew import Crew, blamed_on
-from mla.bench.ranks.errors import RanksError
+from mla.bench.ranks.errors import RankLost, RanksError, silent
 from mla.bench.ranks.meeting import MEETING, WORD, Meeting, agree
-from mla.bench.ranks.pulse import Pulse, die
+from mla.bench.ranks.pulse import SILENT, Member, Pulse, die
+from mla.bench.ranks.store_watch import StoreWatch
 from mla.command import launcher
 from mla.errors import MLAError, UsageError
 
@@ -42,31 +45,51 @@ def join(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Crew:
             common=True,
         )
     rank, world = launcher.rank() or 0, launcher.count() or 1
-    meeting = Meeting(rank, world, address())
-    arrivals = meeting.arrive(_facts(options, opened))
-    _ARRIVED.append(rank)
-    agree([arrival.facts for arrival in arrivals])
-    pulse = Pulse(rank, [arrival.member for arrival in arrivals], meeting.client(), die)
+    meeting, members, store = _meet(rank, world, _facts(options, opened))
+    pulse = Pulse(rank, members, store, die)
     with blamed_on(pulse):
         _initialize(meeting, opened, library, options.hang_after)
     return Crew(layout, library, options.hang_after, meeting, pulse)
 
 
-_ARRIVED: list[int] = []  # this rank, once the others know of it
+def _meet(rank: int, world: int, facts: Mapping[str, str]) -> tuple[Meeting, list[Member], Any]:
+    """Return once all ranks are there and have the same facts. Raises `RanksError` and `RankLost`.
+
+    The last is a connection to the store.
+    """
+    host, port = address()
+    unanswered = RankLost(silent([f"rank 0 (at {host}:{port})"], SILENT), 3)
+    with StoreWatch(SILENT, partial(die, unanswered)) as watch:
+        meeting = Meeting(rank, world, (host, port), answered=watch.answered)
+        meeting.claim()
+        _MEETING.append(meeting)
+        arrivals = meeting.arrive(facts)
+        store = meeting.client()
+    try:
+        agree([arrival.facts for arrival in arrivals])
+    except RanksError:  # all ranks find the same
+        meeting.linger()
+        raise
+    return meeting, [arrival.member for arrival in arrivals], store
+
+
+_MEETING: list[Meeting] = []  # of this process, once it is its rank
 
 
 def leave_word(sentence: str, code: int) -> bool:
-    """Tell other ranks why this one does not come, before `join` is through; return whether they may hear it.
+    """Tell other ranks why this one ends, unless they know; return whether they may hear it.
 
     Rank 0 has the store, so it waits a moment for those that have none either.
     """
     rank, world = launcher.rank() or 0, launcher.count() or 1
-    if world == 1 or _ARRIVED:
-        return bool(_ARRIVED)
+    if world == 1:
+        return False
     try:
-        meeting = Meeting(rank, world, address(), WORD)
-        meeting.claim()
-        meeting.leave(sentence.rstrip("."), code)
+        if not _MEETING:
+            meeting = Meeting(rank, world, address(), WORD)
+            meeting.claim()
+            _MEETING.append(meeting)
+        _MEETING[0].leave(sentence.rstrip("."), code)
     except MLAError:
         return False
     return True

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import torch
 
-from mla.bench.ranks.part import RankLayer, Requests
+from mla.bench.doubts.new_lengths import Lengths
+from mla.bench.ranks.errors import RanksError
+from mla.bench.ranks.failure import failure
+from mla.bench.ranks.lengths_bench import LeadBench, RankBench, Sample
+from mla.bench.ranks.part import RankLayer
 from mla.bench.results.schema import LinkLine, Spread
-from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.inputs import Inputs
+from mla.bench.subjects.base import TakesInputs
+from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.setting import Setting
 from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.subjects.turns import forward_number
 from mla.bench.workload.scenario import Scenario
+from mla.errors import MLAError
 from mla.parallel.layout import Layout
 from mla.parallel.link import Line
 from mla.verify.layer_check import Forward
@@ -31,6 +36,7 @@ CLOCKED = 1 << 22
 # Bound before any plugin loads.
 _random = random.SystemRandom()
 
+T = TypeVar("T")
 Outputs = dict[int, torch.Tensor]  # by forward, of one rank
 
 
@@ -44,10 +50,13 @@ class Talk(Protocol):
     def blamed(self) -> AbstractContextManager[None]: ...
     def gather(self, mine: Any) -> list[Any]: ...
     def wait(self) -> None: ...
+    def concerted(self, implementation: str, work: Callable[[], None]) -> bool: ...
+    def alike(self, error: Exception, implementation: str) -> MLAError | None: ...
+    def attempt(self, implementation: str, work: Callable[[], T]) -> list[T]: ...
     def measure_link(self, device: torch.device, synchronize: Callable[[], None]) -> dict[str, Line]: ...
 
 
-class LeadLayer(Implementation):
+class LeadLayer(TakesInputs):
     """Has every rank do its part of each forward, from a common start, and checks the outputs of all.
 
     A sample is that of the slowest rank. Others start their clock when all have met, and rank 0 when its
@@ -64,6 +73,7 @@ class LeadLayer(Implementation):
         self._outputs: list[Outputs] = []  # of the last pass, by rank
         self._last: list[list[float]] = []  # milliseconds of the last pass, by rank
         self._kept: list[list[float]] = []  # of the result's passes, by rank
+        self._replaced: list[str] = []  # of the program, by a plugin, on other ranks
 
     # ------------------------------------------------------------------------------------------ passes
 
@@ -72,27 +82,30 @@ class LeadLayer(Implementation):
         self._kept = [[] for _ in range(self._crew.layout.world)]
         seed = _random.getrandbits(63)
         self._crew.tell("load", scenario.name, self.name, seed)
-        self._part.load_alike(scenario, inputs, seed)
+        self._crew.concerted(self.name, partial(self._part.load_alike, scenario, inputs, seed))
 
     def restore(self, number: int = 0) -> None:
         self._number = number
         self._crew.tell("restore", self.name, number)
-        self._part.restore(number)
+        self._crew.concerted(self.name, partial(self._part.restore, number))
         self.plan_ms = self._part.plan_ms
 
     def ready(self, index: int) -> None:
         self._part.ready(index)
 
     def show(self, index: int) -> None:
-        self._crew.tell("idle" if self._idle else "forward", index)
-        self._part.show(index)
-        self._crew.wait()
+        with self._awaited():
+            self._crew.tell("idle" if self._idle else "forward", index)
+            self._part.show(index)
+            self._crew.wait()
 
     def step(self, index: int) -> None:
         try:
             self._part.step(index)
-        except RuntimeError:  # nothing is entered before a forward that is timed
-            with self._crew.blamed():
+        except Exception as error:  # nothing is entered before a forward that is timed
+            if (failed := self._crew.alike(error, self.name)) is not None:
+                raise failed from error
+            with self._awaited(), self._crew.blamed():
                 raise
 
     def after(self, index: int) -> None:
@@ -110,8 +123,9 @@ class LeadLayer(Implementation):
     def slowest(self, samples: list[float]) -> list[float]:
         if self._idle:
             return samples
-        self._crew.tell("times")
-        self._last = self._crew.gather(samples)
+        with self._awaited():
+            self._crew.tell("times")
+            self._last = self._crew.gather(samples)
         return [max(times) for times in zip(*self._last, strict=True)]
 
     def recorded(self) -> None:
@@ -119,9 +133,47 @@ class LeadLayer(Implementation):
             kept += last
 
     def collect(self) -> None:
-        self._crew.tell("collect")
-        self._part.collect()
-        self._outputs = self._crew.gather(self._part.compared())
+        with self._awaited():
+            self._crew.tell("collect")
+            self._part.collect()
+            self._outputs = self._crew.gather(self._part.compared())
+
+    @contextmanager
+    def fed(self, seed: int, count: int) -> Iterator[list[torch.Tensor]]:
+        self._crew.tell("feed", self.name, seed, count)
+        with self._part.fed(seed, count) as hidden:
+            yield hidden
+        self._crew.tell("feed", self.name, None, 0)  # after an error, the others may not listen
+
+    def keep_collected(self, indices: Collection[int]) -> None:
+        self._outputs = [{index: one[index] for index in indices if index in one} for one in self._outputs]
+
+    def lengths_bench(self) -> LeadBench | None:
+        if self._crew.layout.dcp > 1:  # whose batches are laid out for the lengths of a pass
+            return None
+        self._crew.tell("bench", self.name)
+        return LeadBench(self, RankBench(self._part, self._crew.wait))
+
+    def run_lengths(
+        self, bench: RankBench, lengths: Lengths, count: int, beat: Callable[[], None]
+    ) -> list[list[Sample]]:
+        """Have all ranks run forwards on new lengths, and return what their parts took, by rank."""
+        self._crew.tell("run_lengths", lengths, count)
+        with self._crew.blamed():
+            return self._crew.attempt(self.name, partial(bench.run, lengths, count, beat))
+
+    @contextmanager
+    def _awaited(self) -> Iterator[None]:
+        """End the run, on all ranks, if this one fails in the block: the others wait for it.
+
+        Raises `RanksError` for what would cost one device no more than the case.
+        """
+        try:
+            yield
+        except Exception as error:
+            if (own := failure(error, self.name)) is not None:
+                raise RanksError(f"rank 0: {own.sentence}", common=True) from error
+            raise
 
     # ------------------------------------------------------------------------------------------ checks
 
@@ -133,11 +185,20 @@ class LeadLayer(Implementation):
         ]
         worst = max(range(len(found)), key=lambda copy: _badness(found[copy]))
         if found[worst].reason:
-            found[worst].reason = f"on rank {self._worst_rank(checker, worst)}: {found[worst].reason}"
+            wrong = [copy for copy, one in enumerate(found) if one.status == found[worst].status]
+            found[worst].reason = f"{self._blamed(checker, worst, wrong)}: {found[worst].reason}"
         return found[worst]
 
     def doubt(self, checker: LayerChecker, check: Check) -> str:
         return self._part.doubt(checker, check)
+
+    def _blamed(self, checker: LayerChecker, worst: int, wrong: Sequence[int]) -> str:
+        """Say on which ranks outputs are wrong; a wrong part of a sum cannot be told from the others."""
+        rank = self._worst_rank(checker, worst)
+        if len(wrong) == 1:
+            return f"on rank {rank}"
+        ranks = ", ".join(str(rank - worst + copy) for copy in wrong[:-1])
+        return f"on ranks {ranks} and {rank - worst + wrong[-1]}, which hold one sum: either may be at fault"
 
     def _worst_rank(self, checker: LayerChecker, copy: int) -> int:
         """Return which of the ranks that have one copy of all outputs is farthest from the oracle."""
@@ -187,10 +248,11 @@ class LeadLayer(Implementation):
 
     def spread(self) -> Spread:
         """Run a pass in which collectives are clocked, and return every rank's part."""
-        self._crew.tell("clock", self.name, CLOCKED)
-        with self._crew.blamed():
+        with self._awaited(), self._crew.blamed():
+            self._crew.tell("clock", self.name, CLOCKED)
             own = self._part.facts(CLOCKED, self._crew.wait)
-        found = self._crew.gather(own)
+        found, replaced = zip(*self._crew.gather((own, [])), strict=True)
+        self._replaced = [f"{name} on rank {rank}" for rank, names in enumerate(replaced) for name in names]
         ranks = [
             msgspec.structs.replace(one, samples=samples)
             for one, samples in zip(found, self._kept, strict=True)
@@ -200,6 +262,9 @@ class LeadLayer(Implementation):
         link = [LinkLine.of(kind, line) for kind, line in lines.items()]
         source = f"measured among the ranks of {layout} over {library}" if link else ""
         return Spread(layout=layout, library=library, ranks=ranks, link=link, link_source=source)
+
+    def replaced_elsewhere(self) -> Sequence[str]:
+        return self._replaced
 
     def cache_bytes(self) -> int:
         return self._part.cache_bytes()

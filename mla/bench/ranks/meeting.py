@@ -10,20 +10,20 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 import msgspec
 import torch.distributed as dist
 
-from mla.bench.ranks.errors import RankLost, RanksError
-from mla.bench.ranks.pulse import Ended, Member, ended, leave, this_process
+from mla.bench.ranks.errors import RankLost, RanksError, late
+from mla.bench.ranks.pulse import Ended, Member, first_word, leave, this_process
 from mla_backends.errors import describe
 
 # Seconds that ranks wait for each other at the start, that one which ends before waits for others to hear it,
-# and between looks.
-MEETING, WORD, LOOK = 120.0, 5.0, 0.05
+# between looks, and for a connection.
+MEETING, WORD, LOOK, TRY = 120.0, 5.0, 0.05, 10.0
 
 _TCPStore: Any = vars(dist)["TCPStore"]  # whose stubs do not export them
 _PrefixStore: Any = vars(dist)["PrefixStore"]
@@ -39,13 +39,25 @@ class Arrival(msgspec.Struct, frozen=True):
 class Meeting:
     """One rank's access to the store."""
 
-    def __init__(self, rank: int, world: int, address: tuple[str, int], seconds: float = MEETING) -> None:
-        """Open the store, or wait so long for the rank that holds it. Raises `RanksError`."""
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        address: tuple[str, int],
+        seconds: float = MEETING,
+        answered: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Open the store, or wait so long for the rank that holds it. Raises `RanksError`.
+
+        `answered` is called whenever the store has answered, until all ranks have arrived.
+        """
+        self._answered = answered
         self.rank, self.world, self._address = rank, world, address
+        self._known = False  # to the others, why this rank ends; or to this one, why they do
         holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
             if not holds:
-                _reach(address, seconds)
+                _reach(address, seconds, answered)
             self._server = self._open(holds, seconds)  # lives as long as the run
             self.store = self.client()
         except Exception as error:
@@ -88,17 +100,22 @@ class Meeting:
         """
         mine = Arrival(this_process(), dict(facts))
         limit = time.monotonic() + MEETING
-        self.claim()
         try:
             self.store.set(f"member/{self.rank}", msgspec.json.encode(mine))
             while missing := self._missing():
+                self._answered()
                 if time.monotonic() > limit:
-                    raise RanksError(_late(missing), common=True)
+                    here = self._arrivals([rank for rank in range(self.world) if rank not in missing])
+                    hosts = dict.fromkeys(arrival.member.host for arrival in here)
+                    raise RanksError(late(missing, MEETING, list(hosts)), common=True)
                 time.sleep(LOOK)
-            keys = [f"member/{rank}" for rank in range(self.world)]
-            return [msgspec.json.decode(found, type=Arrival) for found in self.store.multi_get(keys)]
+            return self._arrivals(range(self.world))
         except RuntimeError as error:
             raise RankLost("rank 0 was gone before all ranks had met", 3) from error
+
+    def _arrivals(self, ranks: Iterable[int]) -> list[Arrival]:
+        found = self.store.multi_get([f"member/{rank}" for rank in ranks])
+        return [msgspec.json.decode(one, type=Arrival) for one in found]
 
     def claim(self) -> None:
         """Raise `RanksError` if another process is this rank: it is that of another run, to be left alone."""
@@ -111,51 +128,51 @@ class Meeting:
 
     def _missing(self) -> list[int]:
         """Return who has not come yet. Raises `RankLost` when one never will."""
-        for rank in range(self.world):
-            if rank != self.rank and (word := ended(self.store, rank)):
-                self.store.set(f"heard/{self.rank}", b"1")
-                raise RankLost(f"rank {rank} ended: {word.reason}", word.code, by=rank)
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        if lost := first_word(self.store, others):
+            self.linger()
+            raise lost
         return [rank for rank in range(self.world) if not self.store.check([f"member/{rank}"])]
 
     def leave(self, reason: str, code: int) -> None:
-        """Tell the others why this rank ends. Rank 0, which may hold the store, waits a moment for them."""
-        leave(self.store, self.rank, Ended(reason, code))
+        """Tell the others why this rank ends, unless it ends because of them."""
+        if not self._known:
+            leave(self.store, self.rank, Ended(reason, code))
+            self.linger()
+
+    def linger(self, without: Collection[int] = ()) -> None:
+        """Say that this rank knows why the run ends.
+
+        Rank 0, which may hold the store, waits a moment until all but `without` do.
+        """
+        self._known = True
+        others = [rank for rank in range(1, self.world) if rank not in without]
         with contextlib.suppress(Exception):
+            self.store.set(f"heard/{self.rank}", b"1")
             limit = time.monotonic() + WORD
-            while self.rank == 0 and time.monotonic() < limit and self._unheard():
+            while self.rank == 0 and time.monotonic() < limit and not all(map(self._has_heard, others)):
                 time.sleep(LOOK)
 
-    def _unheard(self) -> bool:
-        others = range(1, self.world)
-        told = (self.store.check([f"{word}/{rank}"]) for rank in others for word in ("heard", "ended"))
-        return not all(map(any, zip(told, told, strict=True)))
+    def _has_heard(self, rank: int) -> bool:
+        return any(self.store.check([f"{word}/{rank}"]) for word in ("heard", "ended"))
 
 
-def _reach(address: tuple[str, int], seconds: float) -> None:
+def _reach(address: tuple[str, int], seconds: float, tried: Callable[[], None]) -> None:
     """Return once somebody listens there. Raises OSError after so many seconds.
 
     torch, which would wait as well, writes a page of warnings, and may take longer.
     """
     limit = time.monotonic() + seconds
     while True:
+        tried()
         try:
-            socket.create_connection(address, timeout=max(0.1, limit - time.monotonic())).close()
+            socket.create_connection(address, timeout=min(TRY, max(0.1, limit - time.monotonic()))).close()
         except OSError:
             if time.monotonic() > limit:
                 raise
             time.sleep(LOOK)
         else:
             return
-
-
-def _late(missing: Sequence[int]) -> str:
-    """Return the sentence about ranks that did not come."""
-    who = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-    ranks, have = ("rank", "has") if len(missing) == 1 else ("ranks", "have")
-    return (
-        f"{ranks} {who} {have} not come within {MEETING:.0f} s: ended before that, or still loading; "
-        "their own output says more."
-    )
 
 
 def agree(facts: Sequence[Mapping[str, str]]) -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
-import msgspec
+import torch
 
 from mla.bench.results.schema import RankFacts
 from mla.bench.subjects import shelf
-from mla.bench.subjects.inputs import Inputs
+from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import SPARE_PAGES, Setting
-from mla.bench.subjects.turns import Turn, Turns
 from mla.bench.workload.scenario import Scenario
 from mla.cache import LatentCache
 from mla.command.clock import now_ns
@@ -25,54 +23,6 @@ from mla.parallel.layer import ParallelMLA
 from mla.parallel.share import Share
 from mla.verify.layer_oracle import State
 from mla.verify.places import Places
-
-
-@dataclass(frozen=True)
-class Requests:
-    """The requests of one part of `dp`: a block of the scenario's."""
-
-    first: int
-    stop: int
-
-    @classmethod
-    def of(cls, scenario: Scenario, part: int, parts: int) -> Requests:
-        """Return block `part` of `parts`, as even as can be."""
-        count = len(scenario.query_lens)
-        return cls(part * count // parts, (part + 1) * count // parts)
-
-    def rows(self, scenario: Scenario) -> slice:
-        """Return where the block's new tokens are among those of the scenario."""
-        lens = scenario.query_lens
-        return slice(sum(lens[: self.first]), sum(lens[: self.stop]))
-
-    def scenario(self, whole: Scenario) -> Scenario:
-        """Return the scenario of the block alone."""
-        part = slice(self.first, self.stop)
-        return msgspec.structs.replace(
-            whole, query_lens=whole.query_lens[part], history=whole.history[part], axes={}
-        )
-
-    def inputs(self, whole: Scenario, inputs: Inputs) -> Inputs:
-        """Return the block's part of a scenario's inputs."""
-        part, rows = slice(self.first, self.stop), self.rows(whole)
-        others = inputs.others[:, part] if whole.mode == "prefill" else inputs.others[:, :, rows]
-        turns: Any = PartTurns(inputs.turns, part)
-        return replace(
-            inputs, hidden=inputs.hidden[:, rows], history=inputs.history[part], others=others, turns=turns
-        )
-
-
-@dataclass(frozen=True)
-class PartTurns:
-    """The turns of some requests among those of a scenario."""
-
-    whole: Turns
-    part: slice
-
-    def turn(self, number: int) -> Turn:
-        """Return a turn by its number."""
-        turn = self.whole.turn(number)
-        return Turn(turn.signs[self.part], turn.choices[self.part])
 
 
 class RankLayer(MlaLayer):
@@ -96,8 +46,15 @@ class RankLayer(MlaLayer):
 
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
         self.buffers = shelf.buffers(scenario.steps, inputs.hidden[0].nbytes)  # on every rank as many
-        requests = Requests.of(scenario, self._groups.place.dp, self._groups.layout.dp)
-        super().load(requests.scenario(scenario), requests.inputs(scenario, inputs))
+        self.requests = Requests.of(scenario, self._groups.place.dp, self._groups.layout.dp)
+        self._rows, self._shape = self.requests.rows(scenario), inputs.hidden.shape[1:]
+        super().load(self.requests.scenario(scenario), self.requests.inputs(scenario, inputs))
+
+    def _whole_shape(self) -> torch.Size:
+        return self._shape
+
+    def _own_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden[self._rows]
 
     def load_alike(self, scenario: Scenario, inputs: Inputs, seed: int) -> None:
         """Load, and keep the outputs of the same forwards as every rank that is given this seed."""

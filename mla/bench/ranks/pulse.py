@@ -13,18 +13,20 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 
-from mla.bench.ranks.errors import RankLost
+from mla.bench.ranks.errors import RankLost, gone, listed, silent
+from mla.bench.ranks.store_watch import StoreWatch
 from mla.command import console, last_words
 
 # Seconds between beats; without one for SILENT a rank is gone. A process that is not there on this host is
-# gone at once. Then this rank has GRACE to notice by itself, and to write what it has.
-BEAT, SILENT, GRACE = 0.5, 20.0, 10.0
+# gone at once; MORE is for others that go with it. Then this rank has GRACE to notice by itself, and to write
+# what it has.
+BEAT, SILENT, MORE, GRACE = 0.5, 20.0, 0.2, 10.0
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -75,6 +77,18 @@ def leave(store: Store, rank: int, word: Ended) -> None:
         store.set(f"ended/{rank}", msgspec.json.encode(word))
 
 
+def first_word(
+    store: Store, ranks: Iterable[int], name: Callable[[int], str] = "rank {}".format
+) -> RankLost | None:
+    """Return why the first of these ranks has ended that has said so, and which others have said the same."""
+    words = {rank: word for rank in ranks if (word := ended(store, rank))}
+    if not words:
+        return None
+    first, word = next(iter(words.items()))
+    same = [rank for rank, other in words.items() if other == word]
+    return RankLost(f"{listed(list(map(name, same)))} ended: {word.reason}", word.code, by=first, ranks=same)
+
+
 class Pulse:
     """Beats for this rank, and watches the others, until it is closed.
 
@@ -88,12 +102,14 @@ class Pulse:
         self._lost: RankLost | None = None
         self.place: Place = lambda: (0, 0)
         self._news, self._closed = threading.Condition(), threading.Event()
+        self._watch = StoreWatch(SILENT, self._unanswered)
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Stop beating and watching."""
-        self._closed.set()
+        with self._watch:
+            self._closed.set()
         self._thread.join(2 * BEAT)  # it may wait for a store that does not answer
 
     def lost(self, seconds: float) -> RankLost | None:
@@ -111,7 +127,7 @@ class Pulse:
                 places[other] = int(entered), int(left)
         last = max(entered for entered, _ in places.values())
         late = [rank for rank, (entered, left) in sorted(places.items()) if entered < last or entered == left]
-        return ", ".join(map(self._name, late)) if len(late) < len(places) else ""
+        return listed(self._names(late)) if 0 < len(late) < len(places) else ""
 
     def _run(self) -> None:
         beat = 0
@@ -119,50 +135,71 @@ class Pulse:
             beat += 1
             try:
                 self._store.set(f"beat/{self._rank}", "{} {} {}".format(beat, *self.place()))
-                found = self._first_lost()
-            except Exception:  # noqa: BLE001  # the store is gone, and with it whoever held it
-                found = RankLost(self._why_gone(0) or f"{self._name(0)} does not answer any more", 3)
+                found = first_word(self._store, self._seen, self._name) or self._without_word()
+            except RuntimeError:  # the store is gone, and with it whoever held it
+                found = self._without_store()
+            self._watch.answered()
             if found is not None:
+                with contextlib.suppress(Exception), self._watch:
+                    self._store.set(f"heard/{self._rank}", b"1")
                 self._tell(found)
                 return
 
+    def _unanswered(self) -> None:
+        self._tell(RankLost(silent([self._holder()], SILENT), 3, ranks=[0]))
+
     def _tell(self, found: RankLost) -> None:
-        with contextlib.suppress(Exception):
-            self._store.set(f"heard/{self._rank}", b"1")
         with self._news:
-            self._lost = found
+            self._lost = self._lost or found
             self._news.notify_all()
         if not self._closed.wait(GRACE):
             self.die(found)
 
-    def _first_lost(self) -> RankLost | None:
-        """Return the rank that is lost, one that has said why before one that is just gone."""
-        for other in self._seen:
-            if word := ended(self._store, other):
-                return RankLost(f"{self._name(other)} ended: {word.reason}", word.code, by=other)
-        found = ((other, self._why_gone(other) or self._why_silent(other)) for other in self._seen)
-        other, why = next(((other, why) for other, why in found if why), (0, None))
-        if why is None:
+    def _without_word(self) -> RankLost | None:
+        """Return which ranks are gone or silent; None if all are well."""
+        quiet = {other: self._quiet(other) for other in self._seen}
+        if not self._gone() and max(quiet.values(), default=0.0) <= SILENT:
             return None
-        if word := ended(self._store, other):  # which it has left since
-            return RankLost(f"{self._name(other)} ended: {word.reason}", word.code, by=other)
-        return RankLost(why, 3)
+        self._closed.wait(MORE)
+        lost = self._gone()
+        still = [other for other, since in quiet.items() if since > SILENT - 2 * BEAT and other not in lost]
+        if word := first_word(self._store, self._seen, self._name):  # left since
+            return word
+        reasons = [gone(self._names(lost))] if lost else []
+        if still:
+            reasons.append(silent(self._names(still), min(quiet[other] for other in still)))
+        return RankLost("; ".join(reasons), 3, ranks=[*lost, *still])
 
-    def _why_gone(self, other: int) -> str | None:
-        member, own = self._members[other], self._members[self._rank]
-        if own.processes and member.processes == own.processes and not _exists(member.pid):
-            return f"{self._name(other)} is gone: it was killed, perhaps for want of memory"
-        return None
+    def _without_store(self) -> RankLost:
+        """Return what is known of the ranks once the store does not answer."""
+        self._closed.wait(MORE)
+        if lost := self._gone():
+            return RankLost(gone(self._names(lost)), 3, ranks=lost)
+        return RankLost(f"{self._holder()} does not answer any more", 3, ranks=[0])
 
-    def _why_silent(self, other: int) -> str | None:
+    def _holder(self) -> str:
+        return self._name(0) if self._rank else "torchrun, which has the store,"
+
+    def _gone(self) -> list[int]:
+        """Return the ranks that were on this host, and whose process is not there."""
+        own = self._members[self._rank].processes
+        members = {other: self._members[other] for other in self._seen}
+        return [
+            other
+            for other, member in members.items()
+            if own and member.processes == own and not _exists(member.pid)
+        ]
+
+    def _quiet(self, other: int) -> float:
+        """Return the seconds since a rank was heard of."""
         key, now = f"beat/{other}", time.monotonic()
         beat = self._store.get(key) if self._store.check([key]) else b""
         if beat != self._seen[other][0]:
             self._seen[other] = (beat, now)
-        if now - self._seen[other][1] > SILENT:
-            found = f"{self._name(other)} has not been heard of for {SILENT:.0f} s"
-            return f"{found}: it, or its node, is gone or stopped"
-        return None
+        return now - self._seen[other][1]
+
+    def _names(self, ranks: Iterable[int]) -> list[str]:
+        return [self._name(rank) for rank in ranks]
 
     def _name(self, rank: int) -> str:
         member = self._members[rank]

@@ -7,18 +7,19 @@ alone, with what the others gave it already in its memory, and collectives are a
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 
+from mla.bench.plan.options import RunOptions
 from mla.bench.ranks.lead import LeadLayer
-from mla.bench.ranks.part import RankLayer, Requests
+from mla.bench.ranks.part import RankLayer
 from mla.bench.results.schema import LinkLine, RankFacts, Spread
 from mla.bench.results.stats import median
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.inputs import Inputs
+from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.setting import Setting
 from mla.bench.subjects.shelf import Shelf
 from mla.bench.subjects.tokens import poison
@@ -41,6 +42,17 @@ class Simulation:
         """`source` says where the numbers of the link are from."""
         self.layout, self.link, self.source = layout, link, source
 
+    @classmethod
+    def of(cls, options: RunOptions, layout: Layout) -> Simulation:
+        """Return the simulation that a run was asked for."""
+        assert options.link is not None
+        return cls(layout, Link.parse(options.link), options.link_source)
+
+    @property
+    def assumed(self) -> str:
+        """What stands for the ranks that are not there."""
+        return f"link {self.link} ({self.source})"
+
     @property
     def world(self) -> int:
         """Number of ranks."""
@@ -51,9 +63,17 @@ class Simulation:
         """Number of ranks on this device."""
         return self.world
 
+    @property
+    def beside(self) -> int:
+        """Number of further ranks on this host."""
+        return 0
+
     def told(self) -> AbstractContextManager[None]:
         """Nobody has to be told how the run ends."""
         return nullcontext()
+
+    def leave(self, reason: str, code: int) -> None:
+        """Nobody else is there to be told."""
 
     def behind(self) -> str:
         """No rank lags behind."""
@@ -247,6 +267,15 @@ class SimulatedLayer(LeadLayer):
 
     def _copies(self) -> int:
         return self._world.layout.dcp
+
+    @contextmanager
+    def fed(self, seed: int, count: int) -> Iterator[list[torch.Tensor]]:
+        with ExitStack() as stack:
+            drawn = [stack.enter_context(part.fed(seed, count)) for part in self._parts if part.first is part]
+            yield drawn[0]
+
+    def lengths_bench(self) -> None:
+        """Nothing runs on new lengths: all ranks would have to rehearse every one."""
 
     # ------------------------------------------------------------------------------------------- facts
 

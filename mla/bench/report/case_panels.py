@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from mla.bench.report import findings, tables
 from mla.bench.report.draw import bar_charts, line_charts
 from mla.bench.report.draw.roofline_chart import roofline as draw_roofline
+from mla.bench.report.draw.style import DARK, Look, Palette, Swatch
 from mla.bench.report.draw.svg import Caption
 from mla.bench.report.names import slug as file_name
 from mla.bench.report.panel import (
@@ -36,7 +37,6 @@ from mla.bench.report.series import (
     with_numbers,
     workload,
 )
-from mla.bench.report.style import DARK, Look, Palette, Swatch
 from mla.bench.terminal.digits import number
 from mla.bench.terminal.stages import wholes
 from mla.bench.terminal.verdict import is_yardstick, status

@@ -108,6 +108,16 @@ def of_multiples(names: Sequence[str], multiples: Sequence[Sequence[tuple[str, f
     return sentence(told, "times")
 
 
+def of_scaling(rows: Sequence[tuple[str, float, float | None]]) -> str:
+    """Return every case over ranks with its speedup and its efficiency."""
+    told = [
+        f"{name}: {speedup:.3g} times as fast"
+        + (f", {100 * efficiency:.0f} % of the ideal" if efficiency is not None else "")
+        for name, speedup, efficiency in rows
+    ]
+    return sentence(told, "cases")
+
+
 def of_comparison(cases: Sequence[Comparison]) -> str:
     """Return the verdict and the ratio of every case."""
     told = [

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from mla.bench.report.draw.style import Colours, Swatch
 from mla.bench.report.draw.svg import Caption
 from mla.bench.report.series import ReportEntry, ResultFile, entries, titles, workload
-from mla.bench.report.style import Colours, Swatch
 from mla.bench.report.tables import Table
 from mla.bench.results.compare import Comparison
 from mla.bench.results.schema import Case

@@ -12,9 +12,10 @@ from xml.etree.ElementTree import Element, SubElement
 
 from mla.bench.report import series
 from mla.bench.report.draw import theme
+from mla.bench.report.draw.style import Swatch
 from mla.bench.report.panel import Context, Panel, Picture
 from mla.bench.report.sections import sections
-from mla.bench.report.style import Swatch
+from mla.bench.results.predicted import labelled
 from mla.bench.results.schema import Run
 from mla.command import files
 from mla.errors import ResultError
@@ -47,7 +48,7 @@ def render(paths: Sequence[str], runs: Sequence[Run], only: Collection[str] = ()
 def _pictures(
     paths: Sequence[str], runs: Sequence[Run], only: Collection[str]
 ) -> Iterator[tuple[Panel, Picture]]:
-    context = Context(series.result_files(paths, runs))
+    context = Context(series.result_files(paths, list(map(labelled, runs))))
     for section in sections(context, only):
         for panel in section.panels:
             yield from ((panel, picture) for picture in panel.drawings)

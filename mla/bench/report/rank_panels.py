@@ -1,22 +1,48 @@
-"""The panels about ranks: what each did of a case that was spread over several."""
+"""The panels about ranks: what each did of a case that was spread over several, and how cases scale."""
 
 from __future__ import annotations
 
-from mla.bench.report.panel import Context, Panel, file_title
-from mla.bench.report.series import ReportEntry, grouped
-from mla.bench.report.tables import Table
-from mla.bench.results.stats import median
-from mla.bench.terminal.digits import number
-from mla.bench.terminal.ranks import imbalance
-from mla.text import size
+from collections.abc import Sequence
 
-INTRO = (
+from mla.bench.report import findings
+from mla.bench.report.draw import line_charts
+from mla.bench.report.draw.line_charts import Relative
+from mla.bench.report.draw.style import DARK, Swatch
+from mla.bench.report.draw.svg import Caption
+from mla.bench.report.names import slug as file_name
+from mla.bench.report.panel import (
+    ALL_ROWS,
+    Context,
+    Panel,
+    Picture,
+    chunks,
+    cut_note,
+    file_title,
+    is_short,
+    numbered,
+)
+from mla.bench.report.series import Measure, ReportEntry, ResultFile, grouped
+from mla.bench.report.tables import Table
+from mla.bench.results.scaling import Scaled, Scaling
+from mla.bench.results.scaling import scaling as scaling_of
+from mla.bench.results.shares import repeated
+from mla.bench.terminal import scaling as scaled
+from mla.bench.terminal.digits import number
+from mla.bench.terminal.ranks import COLUMNS, percent, rows
+
+RANKS = (
     "Layers spread over several ranks. A case's latency is that of its slowest rank, forward by forward, "
     "from a common start. Collectives were clocked in a pass of their own, and include waiting for others; "
-    "imbalance is how much longer the busiest rank works than all do on average, collectives left out."
+    "imbalance is how much longer a rank works than the median one, collectives left out. Repeated is the "
+    "share of what all ranks do that one device would not, of FLOPs or of bytes, whichever limits the case."
 )
-_HEAD = ("scenario", "implementation", "layout", "rank", "ms", "collectives ms")
-_MORE = ("sent in a forward", "cache", "weights", "imbalance")
+SCALING = (
+    "Cases over several ranks, and on other numbers of threads, as multiples of the speed on one device. The "
+    "mark is the ideal: as many times as fast as there are cores or devices. Efficiency is the share of it "
+    "that is reached; what a layout repeats on its ranks, and time in collectives, is lost."
+)
+_IDEAL = Swatch("ideal", DARK, "|")
+_HEAD = ("scenario", "implementation", "layout", *COLUMNS, "repeated")
 
 
 def ranks(context: Context) -> list[Panel]:
@@ -30,13 +56,70 @@ def ranks(context: Context) -> list[Panel]:
 
 
 def _table(entries: list[ReportEntry]) -> Table:
-    rows = []
+    found = []
     for entry in entries:
-        spread = entry.case.spread
+        case, spread = entry.case, entry.case.spread
         assert spread is not None
-        where = (entry.case.scenario, entry.case.implementation, f"{spread.layout} over {spread.library}")
-        for one in spread.ranks:
-            times = (number(median(one.samples)), number(one.collective_ms))
-            sizes = map(size, (one.collective_bytes, one.cache_bytes, one.weight_bytes))
-            rows.append([*where, str(one.rank), *times, *sizes, f"{imbalance(spread):.0%}"])
-    return Table((*_HEAD, *_MORE), rows, 3)
+        where = (case.scenario, case.implementation, f"{spread.layout} over {spread.library}")
+        again = repeated(case)
+        share = percent(again.of(case.roofline.bound) if again else None)
+        found += [[*where, *row, share] for row in rows(spread, number)]
+    return Table(_HEAD, found, 3)
+
+
+def scaling(context: Context) -> list[Panel]:
+    """Return, for every implementation that is there on one device and over ranks, how it scales."""
+    found = scaling_of([file.run for file in context.files])
+    groups = grouped(found, lambda one: one.implementation)
+    return [
+        _panel(context, f"scaling-{place}", name, members)
+        for place, (name, members) in enumerate(groups.items())
+    ]
+
+
+def _panel(context: Context, slug: str, name: str, members: Sequence[Scaling]) -> Panel:
+    every = [(one, row) for one in members for row in one.rows[1:]]
+    drawn = every[:ALL_ROWS]
+    dots = [_dots(row, context.colours[row.case.implementation]) for _, row in drawn]
+    pictures = []
+    for place, (part, some) in enumerate(zip(chunks(drawn), chunks(dots), strict=True)):
+        names = [f"{one.scenario}: {_where(row)}" for one, row in part]
+        told = [(text, row.speedup, row.efficiency) for text, (_, row) in zip(names, part, strict=True)]
+        caption = Caption(
+            numbered(f"{slug}-chart", place), f"Strong scaling: {name}", findings.of_scaling(told)
+        )
+        svg = line_charts.relative(caption, names, some, "speedup over one device", dots)
+        pictures.append(Picture(file_name(f"scaling {name}"), caption, svg))
+    colours = dict.fromkeys(row.case.implementation for _, row in drawn)
+    legend = [*(Swatch(one, context.colours[one], "o") for one in colours), _IDEAL]
+    table = _scaling_table(context.files, members)
+    return Panel(
+        slug, name, _subject(members), pictures, legend, cut_note(drawn, every), [table], is_short(table)
+    )
+
+
+def _dots(row: Scaled, colour: str) -> list[Relative]:
+    """Return the ideal and what was reached."""
+    reached = Relative(Measure(row.speedup, *(row.interval or (None, None))), colour, "o")
+    ideal = [Relative(Measure(row.ideal, None, None), DARK, "|", named=False)] if row.ideal else []
+    return [*ideal, reached]
+
+
+def _where(row: Scaled) -> str:
+    return f"{row.layout}, {row.resources}"
+
+
+def _subject(members: Sequence[Scaling]) -> str:
+    """Return what cases are compared with."""
+    bases = dict.fromkeys(str(one.base) for one in members)
+    return f"against one device: {'; '.join(bases)}"
+
+
+def _scaling_table(files: Sequence[ResultFile], members: Sequence[Scaling]) -> Table:
+    head = ["file", "scenario", "layout", "on", *scaled.COLUMNS]
+    lines = [
+        [files[row.run].key, one.scenario, row.layout, str(row.resources), *scaled.cells(row)]
+        for one in members
+        for row in one.rows
+    ]
+    return Table(head, lines, 4, caption="scaling")

@@ -9,6 +9,7 @@ from typing import Literal
 
 from mla.bench.report.series import ReportEntry, ResultFile, entries, with_numbers
 from mla.bench.results.schema import Ceiling
+from mla.bench.results.shares import device_cost
 from mla.bench.terminal.verdict import is_yardstick
 from mla.text import size
 
@@ -78,8 +79,8 @@ def _measured(ceiling: Ceiling) -> Roof | None:
 
 def _derived(entry: ReportEntry) -> Roof | None:
     """Return the limit that a case's floor was computed from: its work over the floor."""
-    limit, cost = entry.case.roofline, entry.case.cost
-    if not limit.floor_ms or limit.bound is None:
+    limit, cost = entry.case.roofline, device_cost(entry.case)
+    if not limit.floor_ms or limit.bound is None or cost is None:
         return None
     work = cost.bytes if limit.bound == "memory" else cost.flops
     detail = entry.case.dtype if limit.bound == "compute" else ""
@@ -112,8 +113,8 @@ def _joined(cluster: Sequence[Roof]) -> Roof:
 
 
 def _dot(entry: ReportEntry) -> Dot | None:
-    cost, latency = entry.case.cost, entry.case.latency_ms
-    if latency is None or is_yardstick(entry.case) or cost.flops <= 0 or cost.bytes <= 0:
+    cost, latency = device_cost(entry.case), entry.case.latency_ms
+    if latency is None or cost is None or is_yardstick(entry.case) or cost.flops <= 0 or cost.bytes <= 0:
         return None
     rate = 1e3 * cost.flops / latency.median
     return Dot(entry, cost.flops / cost.bytes, rate) if math.isfinite(rate) else None

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from mla.bench.report import findings, tables
 from mla.bench.report.draw import line_charts
 from mla.bench.report.draw.line_charts import Relative
+from mla.bench.report.draw.style import DARK, GREY, Look, Palette, Swatch
 from mla.bench.report.draw.svg import Caption
 from mla.bench.report.names import slug as file_name
 from mla.bench.report.panel import (
@@ -31,7 +32,6 @@ from mla.bench.report.series import (
     spread,
     with_numbers,
 )
-from mla.bench.report.style import DARK, GREY, Look, Palette, Swatch
 from mla.bench.report.tables import timing_name
 from mla.bench.results import compare
 from mla.bench.results.schema import Latency, Timing

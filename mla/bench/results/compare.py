@@ -17,6 +17,7 @@ from typing import Any
 from mla.bench.results.passes import planned_steps, same_steps, shared_steps
 from mla.bench.results.predicted import is_predicted, label, unlabelled
 from mla.bench.results.schema import Case, Interval, Run
+from mla.parallel.layout import Layout
 
 # Ratios this near 1 were noise on every machine tried.
 NOISE = 0.02
@@ -64,22 +65,21 @@ def compare(base: Run, new: Run, noise: float = NOISE) -> list[Comparison]:
 
     Cases that only the base has come last.
     """
-    known = {(*_key(case), case.dtype): case for case in base.cases}
-    by_key = {_key(case): case for case in base.cases}
+    known = {(*key(case), case.dtype): case for case in base.cases}
+    by_key = {key(case): case for case in base.cases}
     differ = _run_differences(base, new)
     comparisons, met = [], set()
     for case in new.cases:
-        key = (*_key(case), case.dtype)
-        other = known.get(key) or by_key.get(_key(case))
+        other = known.get((*key(case), case.dtype)) or by_key.get(key(case))
         if other is None:
             new_case = _refused(case, "the base run has no such case", expected=False)
             comparisons.append(replace(new_case, known=False))
             continue
-        met.add((*_key(other), other.dtype))
+        met.add((*key(other), other.dtype))
         reasons = [*differ, *_case_differences(other, case)]
         refused = _refused(case, "; ".join(reasons), _has_number(other)) if reasons else None
         comparisons.append(refused or _compare(other, case, noise))
-    missing = [case for key, case in known.items() if key not in met]
+    missing = [case for which, case in known.items() if which not in met]
     refusals = [_refused(case, "the new run has no such case", _has_number(case)) for case in missing]
     return comparisons + [replace(one, status="missing") for one in refusals]
 
@@ -88,7 +88,7 @@ def _has_number(case: Case) -> bool:
     return case.latency_ms is not None
 
 
-def _key(case: Case) -> tuple[object, ...]:
+def key(case: Case) -> tuple[object, ...]:
     """Return what identifies a case across runs, except its dtype; scenario names follow from it."""
     return case.base, frozenset(case.point.items()), case.op, unlabelled(case.implementation)
 
@@ -96,9 +96,11 @@ def _key(case: Case) -> tuple[object, ...]:
 def warnings(base: Run, new: Run) -> list[str]:
     """Return differences that do not forbid the comparison: often they are its subject."""
     pairs = [("device", base.backend.device, new.backend.device), ("seed", base.seed, new.seed)]
-    for key in sorted({*base.environment, *new.environment} & {"torch", "torch_threads", "python"}):
-        pairs.append((key, base.environment.get(key), new.environment.get(key)))
+    for name in sorted({*base.environment, *new.environment} & {"torch", "torch_threads", "python"}):
+        pairs.append((name, base.environment.get(name), new.environment.get(name)))
     pairs.append(("layout over ranks", _layouts(base), _layouts(new)))
+    if _spreads_context(base, new):
+        pairs.append(("attention", base.attention, new.attention))
     return [f"{name} differs: {old} and {now}" for name, old, now in pairs if old != now]
 
 
@@ -113,9 +115,20 @@ def _run_differences(base: Run, new: Run) -> list[str]:
     shared = sorted((base.config.keys() & new.config.keys()) - {"name", "model_type"})
     changed = [key for key in shared if not _same(base.config[key], new.config[key])]
     reasons = [f"config differs in {', '.join(changed)}"] if changed else []
-    if base.attention != new.attention:
+    if base.attention != new.attention and not _spreads_context(base, new):
         reasons.append(f"attention differs: {base.attention} and {new.attention}")
     return reasons
+
+
+def _spreads_context(*runs: Run) -> bool:
+    """Return whether a run has a part of each context on every rank, which no other path than one allows."""
+    layouts = {case.spread.layout for run in runs for case in run.cases if case.spread}
+    return any(Layout.parse(layout).dcp > 1 for layout in layouts)
+
+
+def other_work(base: Run, case: Case, new: Run, other: Case) -> list[str]:
+    """Return why two cases, of which ranks may have run one, are not the same work."""
+    return [*_run_differences(base, new), *_workload_differences(case, other)]
 
 
 def _same(old: Any, new: Any) -> bool:
@@ -126,20 +139,24 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def _case_differences(base: Case, new: Case) -> list[str]:
+    reasons = [*_prediction_differences(base, new), *_workload_differences(base, new)]
+    for which, case in (("base", base), ("new", new)):
+        if not _has_number(case):
+            because = f" ({case.check.reason})" if case.check.reason else ""
+            reasons.append(f"the {which} run has no number, check: {case.check.status}{because}")
+    return reasons
+
+
+def _workload_differences(base: Case, new: Case) -> list[str]:
     names = ["mode", "query_lens", "history", "layers", "op"]
     if _has_number(base) and _has_number(new):  # otherwise there was no clock
         names.append("clock")
     if base.heads is not None and new.heads is not None:  # version 1 did not say
         names.append("heads")
     reasons = [f"dtype differs: {base.dtype} and {new.dtype}"] if base.dtype != new.dtype else []
-    reasons += _prediction_differences(base, new)
     reasons += [f"{name} differs" for name in names if getattr(base, name) != getattr(new, name)]
     if new.mode == "decode" and planned_steps(base) != planned_steps(new):  # forwards of a prefill are alike
         reasons.append("steps_per_pass differs")
-    for which, case in (("base", base), ("new", new)):
-        if not _has_number(case):
-            because = f" ({case.check.reason})" if case.check.reason else ""
-            reasons.append(f"the {which} run has no number, check: {case.check.status}{because}")
     return reasons
 
 
@@ -165,7 +182,7 @@ def _compare(base: Case, new: Case, noise: float) -> Comparison:
     assert old is not None
     assert now is not None
     ratio = now.median / old.median
-    interval = _ratio_interval(now.ci95, old.ci95, ratio)
+    interval = ratio_interval(now.ci95, old.ci95, ratio)
     passes = _passes_interval(base, new)
     verdict, reason = _verdict(interval, noise), ""
     if interval is None:
@@ -204,7 +221,7 @@ def _steps(base: Case, new: Case) -> str:
     return f"compared are {which} of each pass, which both runs have"
 
 
-def _ratio_interval(upper: Interval | None, lower: Interval | None, ratio: float) -> Interval | None:
+def ratio_interval(upper: Interval | None, lower: Interval | None, ratio: float) -> Interval | None:
     """Return the interval of a quotient of medians; it holds the ratio, whose medians are of all samples."""
     if upper is None or lower is None or min(*upper, *lower) <= 0:
         return None
@@ -216,7 +233,7 @@ def _passes_interval(base: Case, new: Case) -> Interval | None:
     old, now = base.tokens_per_s, new.tokens_per_s
     if old is None or now is None:
         return None
-    return _ratio_interval(old.ci95, now.ci95, old.median / now.median)
+    return ratio_interval(old.ci95, now.ci95, old.median / now.median)
 
 
 def _verdict(interval: Interval | None, noise: float) -> str:

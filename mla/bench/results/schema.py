@@ -134,6 +134,7 @@ class RankFacts(msgspec.Struct, kw_only=True):
     collective_bytes: Amount  # that it sent in a forward
     cache_bytes: Amount
     weight_bytes: Amount
+    cost: Cost | None = None  # of its own share of a forward, what the layout repeats included
 
 
 class LinkLine(msgspec.Struct, kw_only=True):

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 from mla.bench.results.passes import due, planned_steps
 from mla.bench.results.printable import printable
 from mla.bench.results.schema import Case, Run
+from mla.command import launcher
 from mla.errors import ResultError
 from mla.text import dtype_name
 
 if TYPE_CHECKING:
     from mla.bench.plan.request import ScenarioPlan
 
-# Facts of the environment that differ between jobs without meaning anything.
-VOLATILE = ("slurm_", "torchrun_")
 # Facts that a backend reports of itself; some are measured, such as a clock, so that they never repeat.
 REPORTED = "backend."
 # Where a completed file keeps what was different when its older cases were measured.
@@ -108,8 +107,10 @@ def _facts(run: Run) -> dict[str, str]:
         "seed": run.seed,
     }
     for key, value in run.environment.items():
-        if not key.startswith((*VOLATILE, REPORTED)) and key != MARK:
+        if not launcher.is_fact(key) and not key.startswith(REPORTED) and key != MARK:
             facts[key] = value
+    if threads := run.environment.get("torch_threads"):
+        facts.setdefault("OMP_NUM_THREADS", threads)  # which torchrun sets, and srun does not
     return {name: str(value) for name, value in facts.items() if value is not None}
 
 

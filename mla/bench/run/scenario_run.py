@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from mla.bench import results
 from mla.bench.failures.keeper import Case, Keeper
 from mla.bench.limits import placing
@@ -16,12 +18,14 @@ from mla.bench.measure.samples import Measurement
 from mla.bench.plan import yardstick
 from mla.bench.plan.repro import case_command
 from mla.bench.plan.request import Request, ScenarioPlan
+from mla.bench.results.shares import busiest
 from mla.bench.run import judging, tampered
+from mla.bench.run.rank_costs import rank_costs
 from mla.bench.run.threads import Threads
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.fixture import make_fixture
 from mla.bench.subjects.layer import MlaLayer
-from mla.bench.subjects.setting import say_remarks
+from mla.bench.subjects.setting import Setting, say_remarks
 from mla.command.console import note
 from mla.errors import MLAError, UnsupportedBatch
 from mla.text import dtype_name
@@ -62,7 +66,7 @@ class ScenarioRun:
         """Make operands, and compute the oracle: on the host, once, which may take minutes."""
         if not self.prepared:
             self._progress(f"{self._point.name}: limits of the device", 0)
-            self.ceilings.known(self._whole(self._fixture.cost()).bytes)
+            self.ceilings.known(self._whole(self._costs(self._setting)).bytes)
             self._progress(f"{self._point.name}: float64 oracle", 0)
         return self._fixture.prepare()
 
@@ -92,7 +96,7 @@ class ScenarioRun:
         if self._request.stages:
             for one, case in zip(built, cases, strict=True):
                 self._add_stages(one, case, checker)
-        tampered.withhold(cases)
+        tampered.withhold(cases, [name for one in built for name in one.replaced_elsewhere()])
         return cases
 
     def _shorten(self, ms: Mapping[str, float]) -> Shorter:
@@ -159,6 +163,12 @@ class ScenarioRun:
         whole = case.latency_ms and not case.interrupted  # after that, ranks may be anywhere in a forward
         case.spread = one.spread() if whole else None
         case.cost = self._fixture.cost(case.steps_per_pass)
+        if case.spread is not None:
+            costs = self._costs(self._setting, case.steps_per_pass)
+            case.spread.ranks = [
+                msgspec.structs.replace(rank, cost=cost)
+                for rank, cost in zip(case.spread.ranks, costs, strict=True)
+            ]
         case.interleaved_with = [name for name in names if name != one.name] if one.name in names else []
         case.ops, case.op_remarks = one.ops(), one.remarks()
         say_remarks(case.op_remarks)  # those that came while it ran
@@ -169,20 +179,22 @@ class ScenarioRun:
             transient_bytes=measured.transient_bytes,
         )
         if one.computes:
-            least = self._whole(self._least_cost(case.steps_per_pass))
+            fewest = replace(self._setting, attention="auto")  # paths that others may take
+            least = self._whole(self._costs(fewest, case.steps_per_pass))
             judging.judge(case, least, self.ceilings, self._hooks.heartbeat)
         placing.place_case(case, self.ceilings.used())
         return case
 
-    def _whole(self, work: results.Cost) -> results.Cost:
-        """Return a device's work in a forward, which moves the bytes of all layers."""
-        layers, world = self._point.layers, self._setting.world
-        return results.Cost(flops=layers * work.flops // world, bytes=layers * work.bytes // world)
+    def _whole(self, costs: Sequence[results.Cost]) -> results.Cost:
+        """Return a device's work in a forward, which moves the bytes of all layers: the busiest one's."""
+        layers, most = self._point.layers, busiest(costs)
+        return results.Cost(flops=layers * most.flops, bytes=layers * most.bytes)
 
-    def _least_cost(self, steps: int) -> results.Cost:
-        """Return the work of one layer on the paths with the fewest FLOPs, which others may take."""
-        setting = replace(self._setting, attention="auto")
-        return make_fixture(setting, self._point, self._request.state).cost(steps)
+    def _costs(self, setting: Setting, steps: int | None = None) -> list[results.Cost]:
+        """Return the work of one layer on every device."""
+        if setting.ranks is not None:
+            return rank_costs(setting, setting.ranks.layout, self._point, steps)
+        return [make_fixture(setting, self._point, self._request.state).cost(steps)]
 
     def _empty(self, name: str, reason: str, interrupted: bool) -> results.Case:
         scenario = self._point

@@ -13,6 +13,7 @@ import msgspec
 from mla.bench import results
 from mla.bench.limits import placing
 from mla.bench.limits.roofline import TIMES, RooflineModel
+from mla.bench.measure import refusals
 from mla.bench.measure.hooks import Hooks
 from mla.bench.plan import estimate
 from mla.bench.plan.estimate import Estimator
@@ -30,7 +31,7 @@ from mla.bench.workload.quantities import rounded_up, spoken
 from mla.command.console import note
 from mla.command.exit_codes import Exit
 from mla.command.progress import Progress
-from mla.errors import MLAError, OutOfMemory
+from mla.errors import MLAError
 from mla_backends import BackendError
 from mla_backends.errors import first_line, plugin_code
 
@@ -245,14 +246,8 @@ class _Scheduler:
         return Hooks(over, self._watchdog.enter, self._watchdog.beat)
 
     def _others_may_run(self, error: Exception) -> bool:
-        """Return whether other scenarios may go well: this one was too large.
-
-        On several ranks the others wait in the forward that this one has left.
-        """
-        if self._request.setting.ranks is not None:
-            return False
-        too_large = isinstance(error, (OutOfMemory, MemoryError))
-        return len(self._request.scenarios) > 1 and (too_large or type(error).__name__ == "OutOfMemoryError")
+        """Return whether other scenarios may go well: this one was too large."""
+        return len(self._request.scenarios) > 1 and refusals.too_large(error)
 
     def _skip(self, work: ScenarioRun, scenario: ScenarioPlan, names: Sequence[str], reason: str) -> None:
         note(f"{scenario.name} is skipped: {reason}")
@@ -278,6 +273,8 @@ class _Scheduler:
             f"scenario '{scenario}', implementation '{implementation}': no forward finished in {limit}, so "
             f"{who} is assumed to hang; raise --hang-after to wait longer."
         )
+        if ranks is not None:
+            ranks.leave(sentence.rstrip("."), Exit.BACKEND)
         self._steering.hung(self._latest, sentence)
 
     def _lost(self, error: MLAError) -> None:

@@ -11,9 +11,12 @@ from mla.command import tampering
 MOST = 3  # replaced functions that a reason names
 
 
-def withhold(cases: Sequence[results.Case]) -> None:
-    """Take the numbers of cases that have some, if a plugin has replaced functions of ours or the clock."""
-    replaced = tampering.found()
+def withhold(cases: Sequence[results.Case], elsewhere: Sequence[str] = ()) -> None:
+    """Take the numbers of cases that have some, if a plugin has replaced functions of ours or the clock.
+
+    `elsewhere`: what it has replaced in other processes that take part.
+    """
+    replaced = [*tampering.found(), *dict.fromkeys(elsewhere)]
     if not replaced:
         return
     more = f" and {len(replaced) - MOST} more" if len(replaced) > MOST else ""

@@ -10,7 +10,7 @@ result of another forward passes for this one's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -86,6 +86,10 @@ class Implementation(ABC):
         """Return how the work was spread over ranks, after all passes; None for one device."""
         return None
 
+    def replaced_elsewhere(self) -> Sequence[str]:
+        """Return what a plugin has replaced of the program on other ranks, once `spread` has asked them."""
+        return ()
+
     @abstractmethod
     def collect(self) -> None:
         """Copy the pass's outputs to the host, before anything else calls the backend. Never timed."""
@@ -97,6 +101,10 @@ class Implementation(ABC):
     def doubt(self, checker: Any, check: Check) -> str:
         """Return why outputs that are right cannot have been computed, or nothing."""
         return ""
+
+    def lengths_bench(self) -> Any:
+        """Return what runs forwards on new lengths (`mla.bench.doubts.new_lengths.Bench`); None: nothing."""
+        return None
 
     @abstractmethod
     def compared(self) -> dict[int, torch.Tensor]:
@@ -127,3 +135,20 @@ class Implementation(ABC):
     def remarks(self) -> dict[str, list[str]]:
         """Return implementation name -> what that op says of how it runs here, so far."""
         return {}
+
+
+class TakesInputs(Implementation):
+    """A layer whose forwards can be given inputs that nothing has seen."""
+
+    scenario: Scenario
+
+    @abstractmethod
+    def fed(self, seed: int, count: int) -> AbstractContextManager[list[torch.Tensor]]:
+        """Return a context in which forward i of a plain pass (number 0) has input i of those it yields.
+
+        These are `count` hidden states [T, d] on the host, drawn from `seed` as the scenario's are.
+        """
+
+    @abstractmethod
+    def keep_collected(self, indices: Collection[int]) -> None:
+        """Leave only some of the collected forwards to be checked."""

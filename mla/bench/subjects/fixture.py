@@ -31,6 +31,7 @@ from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.subjects.transformers_layer import TransformersLayer
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import parse_one
+from mla.checkpoint import LazyState
 from mla.errors import UnsupportedBatch
 from mla.layer.ops import Ops
 from mla.layer.plan import check_lengths
@@ -65,7 +66,9 @@ class Needs:
     device_bytes: int  # per implementation
     host_bytes: int  # for all implementations together
     output_bytes: int  # per implementation: the kept outputs of a pass, on the device and again on the host
-    reference_copies: int  # that live on the device for a while to judge fused ops
+    reference_bytes: int  # of what lives on the device for a while to judge fused ops
+    gathered: int = 1  # copies of a pass's outputs on the host, while it is checked
+    other_bytes: int = 0  # that another rank holds on its host, apart from what is on its device
 
 
 class Fixture(ABC):
@@ -172,6 +175,8 @@ class LayerFixture(Fixture):
     def _weights(self) -> State:
         if self._given is None:
             return random_state_dict(self.setting.config, self.setting.seed, self.setting.dtype)
+        if isinstance(self._given, LazyState):  # of which a rank reads its part, and rounds that
+            return self._given
         return {name: weight.to(self.setting.dtype) for name, weight in self._given.items()}
 
     def _reference_outputs(self) -> torch.Tensor:
@@ -211,14 +216,18 @@ class LayerFixture(Fixture):
         point, config, layers = self.point, self.setting.config, self.point.layers
         settings = [implementation_setting(self.setting, parse_one(name)) for name in ours or ["mla"]]
         typical = self._mean_cost([point.inputs // 2])
+        on_device = max(memory.device_bytes(one, point) for one in settings)
+        alone = replace(self.setting, ranks=None)  # as the reference runs, on any number of ranks
         return Needs(
             forward=results.Cost(flops=layers * typical.flops, bytes=layers * typical.bytes),
             oracle_flops=oracle_flops(config, oracle_runs(config, point)),
             parameters=cost.parameters(config),
-            device_bytes=max(memory.device_bytes(one, point) for one in settings),
+            device_bytes=on_device,
             host_bytes=memory.host_bytes(self.setting, point),
             output_bytes=memory.output_bytes(self.setting, point),
-            reference_copies=1,
+            reference_bytes=on_device if self.setting.ranks is None else memory.device_bytes(alone, point),
+            gathered=memory.gathered(self.setting),
+            other_bytes=memory.other_bytes(self.setting, point, self._given is not None),
         )
 
     def _check_lengths(self, ops: Ops) -> None:
@@ -228,6 +237,8 @@ class LayerFixture(Fixture):
             check_lengths(setting.config, ops, *lengths, setting.page_size, setting.attention)
 
     def shared_bytes(self, names: Sequence[str], with_reference: bool) -> int:
+        if self.setting.ranks is not None:  # whose layers are parts, and share none
+            return 0
         return shared_bytes(self.setting, names, with_reference)
 
 
@@ -263,7 +274,7 @@ class OpFixture(Fixture):
             device_bytes=on_device,
             host_bytes=op_memory.host_bytes(self.setting, self._problem, on_device),
             output_bytes=op_memory.output_bytes(self._problem),
-            reference_copies=0,
+            reference_bytes=0,
         )
 
     def _check_lengths(self, ops: Ops) -> None:

@@ -5,8 +5,10 @@ Zero or constant inputs flatter a device (power, caches, branch-free softmax), s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
+import msgspec
 import torch
 
 from mla.bench.subjects import turns
@@ -17,6 +19,7 @@ from mla.verify.layer_oracle import State, oracle, oracle_of_choices, oracle_of_
 from mla.verify.oracle_cost import Run
 
 History = list[tuple[torch.Tensor, torch.Tensor]]
+AnyScenario = TypeVar("AnyScenario", bound=Scenario)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,54 @@ class Expected:
             chosen = of_row.nonzero()[:, 0]
             rows[chosen] = self.others[of_row[chosen] - 1, step, chosen]
         return rows.mul_(turn.row_signs(self.scenario.query_lens)[:, None])
+
+
+@dataclass(frozen=True)
+class Requests:
+    """The requests of one part of `dp`: a block of the scenario's."""
+
+    first: int
+    stop: int
+
+    @classmethod
+    def of(cls, scenario: Scenario, part: int, parts: int) -> Requests:
+        """Return block `part` of `parts`, as even as can be."""
+        count = len(scenario.query_lens)
+        return cls(part * count // parts, (part + 1) * count // parts)
+
+    def rows(self, scenario: Scenario) -> slice:
+        """Return where the block's new tokens are among those of the scenario."""
+        lens = scenario.query_lens
+        return slice(sum(lens[: self.first]), sum(lens[: self.stop]))
+
+    def scenario(self, whole: AnyScenario) -> AnyScenario:
+        """Return the scenario of the block alone."""
+        part = slice(self.first, self.stop)
+        return msgspec.structs.replace(
+            whole, query_lens=whole.query_lens[part], history=whole.history[part], axes={}
+        )
+
+    def inputs(self, whole: Scenario, inputs: Inputs) -> Inputs:
+        """Return the block's part of a scenario's inputs."""
+        part, rows = slice(self.first, self.stop), self.rows(whole)
+        others = inputs.others[:, part] if whole.mode == "prefill" else inputs.others[:, :, rows]
+        turns: Any = PartTurns(inputs.turns, part)
+        return replace(
+            inputs, hidden=inputs.hidden[:, rows], history=inputs.history[part], others=others, turns=turns
+        )
+
+
+@dataclass(frozen=True)
+class PartTurns:
+    """The turns of some requests among those of a scenario."""
+
+    whole: Turns
+    part: slice
+
+    def turn(self, number: int) -> Turn:
+        """Return a turn by its number."""
+        turn = self.whole.turn(number)
+        return Turn(turn.signs[self.part], turn.choices[self.part])
 
 
 def generator(seed: int, name: str) -> torch.Generator:

@@ -2,57 +2,89 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mla import cost
 from mla.bench.subjects import shelf, turns
-from mla.bench.subjects.inputs import oracle_runs
+from mla.bench.subjects.inputs import Requests, oracle_runs
 from mla.bench.subjects.setting import SPARE_PAGES, Setting, make_ops
 from mla.bench.workload.grid import Point
 from mla.bench.workload.scenario import Scenario
 from mla.config import MLAConfig
 from mla.cost.step import head_parameters
 from mla.layer.expansion import WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
+from mla.layer.rope import RotaryTable
+from mla.parallel.layout import Layout
 from mla.verify.oracle_cost import oracle_bytes
 
 # The reference's logits, gathered keys, and masks of two decode steps, and what the layer rebuilds, at most.
 WORKSPACE = 1 << 30
 
 
-def device_bytes(setting: Setting, scenario: Point) -> int:
-    """Return what one implementation holds on the device, of all ranks that are simulated there."""
-    config, size = setting.config, setting.page_size
-    copies = copies_of(setting)
-    pages = sum(-(-length // size) + copies.shards for length in scenario.final_lens)
-    slots = (copies.cache * pages + setting.here * SPARE_PAGES) * size
-    activations = copies.queries * scenario.tokens * 4 * config.num_attention_heads * config.latent_dim
-    inputs = _input_numbers(setting, scenario)
-    weights = _weights(config, setting.here, copies.heads)
-    longest = 4 * max(scenario.final_lens) * config.latent_dim  # one request's keys, gathered and widened
-    per_layer = weights + slots * config.latent_dim + activations
-    scratch = WORKSPACE + (scenario.layers - 1) * _kept_bytes(setting, scenario)
-    scratch += _grown_bytes(setting, scenario) + output_bytes(setting, scenario)
-    scratch += 2 * copies.parts * scenario.tokens * config.hidden_size * setting.dtype.itemsize
-    return (longest + inputs + scenario.layers * per_layer) * setting.dtype.itemsize + scratch
-
-
 @dataclass(frozen=True)
 class Copies:
-    """How often the ranks that are simulated on one device hold what one device holds once."""
+    """What one device holds of a layer that is spread over ranks, next to what it holds of a whole one."""
 
+    ranks: int = 1  # that run there
     heads: int = 1  # the weights of heads
     cache: int = 1  # the latents of a request
     shards: int = 0  # further pages of a request, since each rank has a last one
-    queries: int = 1  # those of all heads, and outputs that are kept
+    share: int = 1  # ranks that the tokens of a request are spread over
+    queries: int = 1  # those of all heads
+    outputs: int = 1  # that are kept
     parts: int = 0  # of the output, before they are added up
+    kept: int = 0  # bytes of rebuilt keys and values, of ranks that wait for their turn
 
 
-def copies_of(setting: Setting) -> Copies:
-    """Return what is there more than once."""
-    layout = getattr(setting.ranks, "layout", None) if setting.here > 1 else None
+def device_bytes(setting: Setting, scenario: Point) -> int:
+    """Return what one implementation holds on the device.
+
+    Of ranks that are simulated there, it is what all hold; else of the rank that holds most.
+    """
+    layout = None if setting.ranks is None else setting.ranks.layout
     if layout is None:
-        return Copies()
-    return Copies(layout.dp, layout.tp, layout.dcp - 1, layout.dcp, layout.head_parts)
+        return _held(setting, scenario, Copies())
+    heads = setting.config.num_attention_heads // layout.head_parts
+    own = replace(setting, config=setting.config.with_heads(heads), ranks=None)
+    blocks = [Requests.of(scenario, part, layout.dp).scenario(scenario) for part in range(layout.dp)]
+    if setting.here > 1:
+        kept = layout.head_parts * sum(_kept_bytes(own, block) for block in blocks)
+        return _held(setting, scenario, _simulated(layout, kept))
+    copies = Copies(share=layout.dcp, queries=layout.dcp)
+    return max(_held(own, block, copies, of=scenario) for block in blocks)
+
+
+def _simulated(layout: Layout, kept: int) -> Copies:
+    """Return what a device holds that runs all ranks of a layout."""
+    return Copies(
+        ranks=layout.world,
+        heads=layout.dp,
+        cache=layout.tp,
+        shards=layout.dcp - 1,
+        queries=layout.dcp,
+        outputs=layout.dcp,
+        parts=layout.head_parts,
+        kept=kept,
+    )
+
+
+def _held(setting: Setting, scenario: Point, copies: Copies, of: Point | None = None) -> int:
+    """Return the bytes of a scenario's requests; `of`: all requests, by which output buffers are counted."""
+    config, size, itemsize = setting.config, setting.page_size, setting.dtype.itemsize
+    lengths = [-(-length // copies.share) for length in scenario.final_lens]  # on the rank that has most
+    pages = sum(-(-length // size) + copies.shards for length in lengths)
+    slots = (copies.cache * pages + copies.ranks * SPARE_PAGES) * size
+    activations = copies.queries * scenario.tokens * 4 * config.num_attention_heads * config.latent_dim
+    inputs = _input_numbers(setting, scenario)
+    weights = _weights(config, copies.ranks, copies.heads)
+    longest = 4 * max(lengths) * config.latent_dim  # one request's keys, gathered and widened
+    per_layer = weights + slots * config.latent_dim + activations
+    scratch = WORKSPACE + copies.kept + (scenario.layers - 1) * _kept_bytes(setting, scenario)
+    scratch += _grown_bytes(setting, scenario)
+    scratch += copies.outputs * _kept_outputs(setting, scenario, of or scenario)
+    scratch += copies.ranks * scenario.layers * RotaryTable.bytes_for(config, max(scenario.final_lens))
+    scratch += 2 * copies.parts * scenario.tokens * config.hidden_size * itemsize
+    return (longest + inputs + scenario.layers * per_layer) * itemsize + scratch
 
 
 def _weights(config: MLAConfig, ranks: int, head_copies: int) -> int:
@@ -63,9 +95,36 @@ def _weights(config: MLAConfig, ranks: int, head_copies: int) -> int:
 
 
 def output_bytes(setting: Setting, scenario: Point) -> int:
-    """Return what the outputs of a pass take, of all layers and in all their buffers."""
-    size = scenario.layers * scenario.tokens * setting.config.hidden_size * setting.dtype.itemsize
-    return copies_of(setting).queries * shelf.buffers(scenario.steps, size) * size
+    """Return what the outputs of a pass take, of all layers, requests and buffers."""
+    return _kept_outputs(setting, scenario, scenario)
+
+
+def _kept_outputs(setting: Setting, scenario: Point, of: Point) -> int:
+    """Return the bytes of a scenario's outputs, in as many buffers as there are for those `of` another."""
+    each = setting.config.hidden_size * setting.dtype.itemsize
+    return shelf.buffers(of.steps, of.layers * of.tokens * each) * scenario.layers * scenario.tokens * each
+
+
+def gathered(setting: Setting) -> int:
+    """Return how often the host holds the outputs of a pass that is being checked.
+
+    Each is there once per rank that has it; while it comes from other processes, twice.
+    """
+    layout = None if setting.ranks is None else setting.ranks.layout
+    if layout is None:
+        return 1
+    return layout.dcp if setting.here > 1 else 2 * layout.head_parts
+
+
+def other_bytes(setting: Setting, scenario: Point, lazy: bool) -> int:
+    """Return what a rank that has no oracle holds on its host, apart from what is on its device.
+
+    `lazy`: it reads its own weights from a checkpoint; random ones are drawn whole, from the seed.
+    """
+    weights = 0 if lazy else cost.parameters(setting.config)
+    history = sum(scenario.history) * setting.config.latent_dim
+    numbers = weights + history + _input_numbers(setting, scenario)
+    return numbers * setting.dtype.itemsize + 2 * output_bytes(setting, scenario)
 
 
 def _input_numbers(setting: Setting, scenario: Point) -> int:

@@ -18,6 +18,7 @@ from mla.command.console import note
 from mla.config import MLAConfig
 from mla.layer.ops import Ops, layer_roles
 from mla.layer.packed_weights import SharedWeights
+from mla.parallel.layout import Layout
 from mla_backends.api import Backend
 
 # Of layer 0, 1, ...: one state dict for each, shared by the implementations of one scenario.
@@ -33,12 +34,19 @@ class Ranks(Protocol):
     """The other ranks of a run, of which every one has a part of the layer (`mla.bench.ranks`)."""
 
     @property
+    def layout(self) -> Layout: ...
+    @property
     def world(self) -> int: ...
     def told(self) -> AbstractContextManager[None]: ...
+    def leave(self, reason: str, code: int) -> None: ...
     def behind(self) -> str: ...
     def when_lost(self, die: Callable[[Any], None]) -> None: ...
     @property
     def here(self) -> int: ...
+    @property
+    def beside(self) -> int: ...
+    @property
+    def assumed(self) -> str: ...
 
     def layer(
         self, setting: Setting, state: Mapping[str, torch.Tensor], name: str, ops: str | None
@@ -72,6 +80,11 @@ class Setting:
     def here(self) -> int:
         """Number of ranks that run on this device: all that are simulated, else one."""
         return 1 if self.ranks is None else self.ranks.here
+
+    @property
+    def beside(self) -> int:
+        """Number of further ranks that share this process's host."""
+        return 0 if self.ranks is None else self.ranks.beside
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.base import TakesInputs
 from mla.bench.subjects.inputs import Expected, Inputs
 from mla.bench.subjects.shelf import Shelf, buffers
 from mla.bench.subjects.turned import TurnedHidden
@@ -21,9 +21,10 @@ from mla.verify.places import Places
 from mla.verify.tolerances import relative_error
 from mla.verify.verdict import Check
 
-# Bound before any plugin loads, which may replace methods of torch.
+# Bound before any plugin loads, which may replace parts of torch.
 _copy = torch.Tensor.copy_
 _fill = torch.Tensor.fill_
+_randn = torch.randn
 
 # An error below this multiple of rounding once, which a copy of the oracle's outputs has. A layer rounds
 # three rows one after another (see `mla.verify.bounds`): sqrt(3) times, if everything else is exact.
@@ -60,10 +61,9 @@ class LayerChecker(Checker):
         return replace(self, turned=replace(self.turned, plain=self.oracle(hidden)))
 
 
-class LayerImplementation(Implementation):
+class LayerImplementation(TakesInputs):
     """Takes turns with the scenario's inputs; a subclass runs `x` and writes `out`."""
 
-    scenario: Scenario
     buffers: int | None = None  # of outputs; None: as many as fit
     _instead: Sequence[torch.Tensor] | None = None
 
@@ -107,16 +107,32 @@ class LayerImplementation(Implementation):
         return self._turns.turn(forward_number(self.scenario, self._number, index))
 
     @contextmanager
-    def fed(self, hidden: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Give forward i of a plain pass (number 0) hidden[i] [T, d] in the `with` block."""
-        self._instead = hidden
+    def fed(self, seed: int, count: int) -> Iterator[list[torch.Tensor]]:
         try:
-            yield
+            yield self.feed(seed, count)
         finally:
-            self._instead = None
+            self.feed(None)
+
+    def feed(self, seed: int | None, count: int = 0) -> list[torch.Tensor]:
+        """Give the forwards of a plain pass new inputs, and return those; None: the scenario's again."""
+        self._instead = None
+        if seed is None:
+            return []
+        generator = torch.Generator().manual_seed(seed)
+        shape, dtype = self._whole_shape(), self.hidden.dtype
+        drawn = [_randn(shape, generator=generator).to(dtype) for _ in range(count)]
+        self._instead = [self._own_rows(hidden) for hidden in drawn]
+        return drawn
+
+    def _whole_shape(self) -> torch.Size:
+        """Return the shape [T, d] of the scenario's hidden states."""
+        return self.hidden.shape[1:]
+
+    def _own_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what this implementation runs of hidden states [T, d]."""
+        return hidden
 
     def keep_collected(self, indices: Collection[int]) -> None:
-        """Leave only some of the collected forwards to be checked."""
         self._collected = {index: self._collected[index] for index in indices}
 
     def take(self, turn: Turn) -> None:

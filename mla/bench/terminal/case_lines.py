@@ -49,6 +49,8 @@ def _new_lengths(case: Case) -> Iterator[str]:
             f"lengths never seen before: {number(found.ms)} ms a forward (planning {number(found.plan_ms)}), "
             f"repeated {number(found.repeated_ms)} ({number(found.repeated_plan_ms)})"
         )
+    elif case.spread is not None and (case.spread.predicted or "dcp" in case.spread.layout):
+        yield f"lengths never seen before were not tried with {case.spread.layout}"
 
 
 def _mean(case: Case) -> Iterator[str]:

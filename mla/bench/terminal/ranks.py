@@ -5,47 +5,57 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mla.bench.results.schema import Case, RankFacts, Spread
+from mla.bench.results.shares import imbalance, imbalances, repeated
 from mla.bench.results.stats import median
 from mla.command.table import aligned, markdown
 from mla.parallel.link import IDEAL, Link
 from mla.text import size
 
-_HEADER = ("ms", "collectives ms", "sent", "cache", "weights")
+COLUMNS = ("rank", "ms", "collectives ms", "imbalance", "sent", "cache", "weights")
+_MEASURED = (
+    "A latency is that of the slowest rank, forward by forward. Collectives were clocked in a pass of their\n"
+    "own, and hold the wait for other ranks. Imbalance is against the median rank, collectives left out.\n\n"
+)
 
 Number = Callable[[float | None], str]
 
 
 def render(cases: Sequence[Case], kind: str, number: Number) -> str:
     """Return a table of ranks for every case that has some; "" if none has. `kind` is "table" or "md"."""
-    return "".join(_case(case, case.spread, kind, number) for case in cases if case.spread)
+    tables = "".join(_case(case, case.spread, kind, number) for case in cases if case.spread)
+    measured = any(case.spread and not case.spread.predicted for case in cases)
+    return tables + _MEASURED * measured
 
 
-def imbalance(spread: Spread) -> float:
-    """Return how much longer the busiest rank works than all do on average, collectives left out."""
-    busy = [max(0.0, median(one.samples) - one.collective_ms) for one in spread.ranks]
-    average = sum(busy) / len(busy)
-    return max(busy) / average - 1 if average else 0.0
+def rows(spread: Spread, number: Number) -> list[tuple[str, ...]]:
+    """Return what `COLUMNS` say of every rank; of a prediction, of those that stand for all."""
+    every = zip(spread.ranks, imbalances(spread), strict=True)
+    return [
+        _row(one, excess, number)
+        for one, excess in every
+        if not spread.predicted or one.rank in spread.timed_ranks
+    ]
+
+
+def percent(share: float | None) -> str:
+    """Return a share in percent; "-" if it is not known."""
+    return "-" if share is None else f"{100 * share:.0f} %"
 
 
 def _case(case: Case, spread: Spread, kind: str, number: Number) -> str:
-    title = f"ranks of {case.scenario}, {case.implementation}"
-    rows = [(str(one.rank), *_row(one, number)) for one in _shown(spread)]
-    if kind == "md":
-        table = markdown((title, *_HEADER), rows)
-    else:
-        table = aligned((title, *_HEADER), rows, words=(title,))
-    if spread.predicted:
-        return f"{table}\n{prediction(spread, number)}\n\n"
-    return (
-        f"{table}\n{spread.layout} over {spread.library}; imbalance {imbalance(spread):.0%}. The latency is "
-        "that of the slowest rank, forward by forward; collectives\nwere clocked in a pass of their own, and "
-        "hold the wait for other ranks.\n\n"
-    )
+    over = "" if spread.predicted else f" over {spread.library}"
+    title = f"ranks of {case.scenario}, {case.implementation}: {spread.layout}{over}"
+    found = rows(spread, number)
+    table = markdown(COLUMNS, found) if kind == "md" else aligned(COLUMNS, found)
+    about = f"{prediction(spread, number)}\n" * spread.predicted
+    return f"{title}\n\n{table}\n{about}Imbalance {percent(imbalance(spread))}. {_repeated(case)}\n\n"
 
 
-def _shown(spread: Spread) -> Sequence[RankFacts]:
-    """Return the ranks of the table; of a prediction, those that stand for all that are alike."""
-    return [one for one in spread.ranks if not spread.predicted or one.rank in spread.timed_ranks]
+def _repeated(case: Case) -> str:
+    found = repeated(case)
+    if found is None:
+        return ""
+    return f"Repeated on ranks: {percent(found.flops)} of all FLOPs, {percent(found.bytes)} of all bytes."
 
 
 def prediction(spread: Spread, number: Number) -> str:
@@ -55,8 +65,7 @@ def prediction(spread: Spread, number: Number) -> str:
     return (
         f"{spread.layout}, predicted: {count} ranks ran one after the other on one device, and their outputs "
         f"were merged; {timed} {'was' if timed == 1 else 'were'}\ntimed alone{alike}. Slowest share "
-        f"{number(spread.compute_ms)} ms, to which collectives are added; imbalance "
-        f"{imbalance(spread):.0%}.\nLink {_link(spread)}."
+        f"{number(spread.compute_ms)} ms, to which collectives are added.\nLink {_link(spread)}."
     )
 
 
@@ -67,10 +76,12 @@ def _link(spread: Spread) -> str:
     return f"{Link({one.collective: one.line() for one in spread.link})} ({spread.link_source})"
 
 
-def _row(one: RankFacts, number: Number) -> tuple[str, ...]:
+def _row(one: RankFacts, excess: float, number: Number) -> tuple[str, ...]:
     return (
+        str(one.rank),
         number(median(one.samples)),
         number(one.collective_ms),
+        f"{100 * excess:+.0f} %",
         size(one.collective_bytes),
         size(one.cache_bytes),
         size(one.weight_bytes),

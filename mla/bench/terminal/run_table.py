@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mla.bench import results
+from mla.bench.results import rank_columns
 from mla.bench.results.passes import as_planned
-from mla.bench.results.predicted import is_predicted, labelled
+from mla.bench.results.predicted import labelled
 from mla.bench.results.schema import Case, Run
 from mla.bench.results.timings import cold, flat_timings
 from mla.bench.terminal import ceilings, ranks, stages
@@ -226,7 +227,7 @@ def _flat(case: Case) -> dict[str, object]:
         "cache_bytes": case.memory.cache_bytes,
         "transient_bytes": case.memory.transient_bytes,
         "clock": case.clock,
-        "predicted": is_predicted(case),
+        **rank_columns.flat(case),
         "drift": latency.drift if latency else None,
         "outliers": latency.outliers if latency else None,
         "launch_bound": case.launch_bound,

@@ -130,6 +130,15 @@ def test_on_the_host_cpu_time_must_say_the_same(make: Any) -> None:
     assert doubt(timed, checker) == ""
 
 
+def test_the_slowest_rank_counts(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed, checker = make(DECODE, lambda number, index: 9.0)
+    step = timed.time_step
+    monkeypatch.setattr(timed, "time_step", lambda index: step(index) and 1.0)
+    assert doubt(timed, checker) == ""
+    monkeypatch.setattr(timed.implementation, "slowest", lambda samples: [9.0 * one for one in samples])
+    assert "nothing had seen take 9 ms" in doubt(timed, checker)
+
+
 @pytest.mark.parametrize("scenario", [PREFILL, DECODE], ids=lambda one: one.name)
 def test_what_others_keep_from_running_is_no_evidence(make: Any, scenario: Scenario) -> None:
     """It is judged all the same, and a few forwards that were let run are."""

@@ -9,7 +9,7 @@ import pytest
 
 from mla.bench import results
 from mla.bench.limits.placing import implausible, limits, merged, place, place_case
-from mla.bench.results.schema import Ceiling, Cost, Roofline, Stage
+from mla.bench.results.schema import Ceiling, Cost, RankFacts, Roofline, Spread, Stage
 
 READ = Ceiling(work="read", value=1e9, source="measured: x", footprint_bytes=8 << 20, lowest=1e9)
 PRODUCT = Ceiling(work="matmul", value=1e12, source="measured: y", dtype="bfloat16", lowest=1e12)
@@ -130,3 +130,31 @@ def test_a_case_without_limits_or_without_a_number_stays_as_it_is(case: Case) ->
     none = case(latency_ms=None)
     place_case(none, [READ, PRODUCT])
     assert none.roofline == Roofline()
+
+
+def over_ranks(case: Case, *costs: Cost | None) -> results.Case:
+    """Return a case of 2 ms over two ranks that have so much of its work."""
+    ranks = [
+        RankFacts(
+            rank=rank,
+            samples=[2.0, 1.0, 3.0],
+            collective_ms=0.1,
+            collective_bytes=1,
+            cache_bytes=1,
+            weight_bytes=1,
+            cost=cost,
+        )
+        for rank, cost in enumerate(costs)
+    ]
+    return case(cost=COST, spread=Spread(layout="tp=2", library="gloo", ranks=ranks))
+
+
+def test_a_case_over_ranks_is_held_against_the_most_that_any_of_them_has(case: Case) -> None:
+    some = Cost(flops=COST.flops // 2, bytes=3 * COST.bytes // 5)
+    more = Cost(flops=COST.flops // 2, bytes=4 * COST.bytes // 5)
+    one = over_ranks(case, some, more)
+    place_case(one, [READ, PRODUCT])
+    assert (one.roofline.floor_ms, one.roofline.fraction) == (pytest.approx(0.8), pytest.approx(0.4))
+    unknown = over_ranks(case, some, None)
+    place_case(unknown, [READ, PRODUCT])
+    assert unknown.roofline == Roofline()

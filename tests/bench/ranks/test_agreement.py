@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
-from ranks_of_a_run import BOUND, Start
+from collections.abc import Callable
+from pathlib import Path
 
-from benchmarks.ranks.nursery import free_port
+import checkpoint_maker as maker
+import pytest
+from ranks_of_a_run import BOUND, FAULTY, Start
+from tiny_run import write_tiny_run
+
+from benchmarks.ranks.nursery import Nursery, free_port
 from mla.bench import results
-from mla.bench.ranks import meeting
+from mla.bench.ranks import contents, meeting
 from mla.bench.ranks.errors import RanksError
 from mla.bench.ranks.meeting import Meeting
-
-FAULTY = "rank_faults:FaultyRank"
 
 
 @pytest.mark.parametrize(
@@ -30,6 +33,65 @@ def test_a_rank_with_another_configuration_is_named(
     assert ranks.wait(BOUND) == [code, code], (ranks.err(0), ranks.err(1))
     assert ranks.err(0).splitlines()[-1].startswith(f"error: {sentence}")
     assert ranks.err(1) == ""
+
+
+def _config(folder: Path, copy: int) -> None:
+    write_tiny_run(folder, kv_lora_rank=16 + 16 * copy, v_head_dim=8)
+
+
+def _workload(folder: Path, copy: int) -> None:
+    write_tiny_run(folder, history=(9 + copy, 5))
+
+
+def _checkpoint(folder: Path, copy: int) -> None:
+    maker.LAYOUTS["whole-layer"].make(folder / "model", seed=copy)
+
+
+@pytest.mark.parametrize(
+    ("write", "words", "sentence"),
+    [
+        (
+            _config,
+            (),
+            "another config than rank 0, in kv_lora_rank (32, not 16): all nodes must have the same",
+        ),
+        (_workload, (), "another workload than rank 0, in 'decode': "),
+        (
+            _checkpoint,
+            ("--model-path", "model"),
+            "another checkpoint than rank 0, in q_a_proj.weight, ",
+        ),
+    ],
+)
+def test_a_rank_whose_files_of_the_same_name_hold_something_else_is_named(
+    nursery: Nursery,
+    tmp_path: Path,
+    write: Callable[[Path, int], None],
+    words: tuple[str, ...],
+    sentence: str,
+) -> None:
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for copy, folder in enumerate(folders):
+        folder.mkdir()
+        common = write_tiny_run(folder)
+        write(folder, copy)
+    given = [*(common[2:] if words else common), *words, "--implementations", "mla", "--parallel", "tp=2"]
+    ranks = nursery.start(["--backend", "cpu", *given], folders[0], folders=dict(enumerate(folders)))
+    said = ranks.wait(BOUND), ranks.err(0), (folders[1] / "err1.txt").read_text()
+    assert said[0] == [3, 3], said
+    assert said[1].splitlines()[-1].startswith(f"error: rank 1 has {sentence}")
+    assert said[2] == ""
+
+
+def test_every_rank_that_has_something_else_is_named() -> None:
+    one = {"program": {"mla": "1"}, "config": {"heads": "4"}, "file of -O": {}}
+    old = {**one, "program": {"mla": "0"}}
+    with pytest.raises(RanksError, match=r"^ranks 1 and 3 have another program than rank 0, in mla: "):
+        contents.agree([one, old, one, old])
+    more = {**one, "file of -O": {"tuning": "2"}}
+    with pytest.raises(RanksError, match=r"^rank 2 has another file of -O than rank 0, in tuning: "):
+        contents.agree([one, one, more])
+    contents.agree([one, one])
 
 
 @pytest.mark.parametrize(
@@ -56,7 +118,7 @@ def test_a_rank_that_finds_nobody_says_so() -> None:
 
 def test_ranks_that_never_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "MEETING", 0.1)
-    with pytest.raises(RanksError, match=r"^ranks 1, 2 have not come within 0 s: "):
+    with pytest.raises(RanksError, match=r"^ranks 1 and 2 have not come within 0 s, as those on \S+ have: "):
         Meeting(0, 3, ("127.0.0.1", free_port())).arrive({})
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import signal
+import socket
 import time
 from typing import Any
 
 import pytest
-from ranks_of_a_run import BOUND, Start
+from ranks_of_a_run import BOUND, FAULTY, IMPATIENT, SILENT, Start
 
+from benchmarks.ranks.nursery import free_port
 from mla.bench import results
 
-FAULTY = "rank_faults:FaultyRank"
 # Long enough to be in it when something happens.
 LONG = ("--parallel", "tp=2", "-o", "run.json", "--passes", "1000000", "--warmups", "0")
 
@@ -27,12 +28,13 @@ def when_said(ranks: Any, words: str, rank: int = 0) -> None:
 
 def errors(ranks: Any) -> list[str]:
     """Return the complaints of each rank."""
-    return ["".join(line for line in ranks.err(rank).splitlines() if "error: " in line) for rank in (0, 1)]
+    said = [ranks.err(rank).splitlines() for rank in range(len(ranks.pids))]
+    return ["".join(line for line in lines if "error: " in line) for lines in said]
 
 
 def test_when_rank_0_is_killed_the_others_say_so(start: Start) -> None:
     ranks = start(*LONG, "--scenario", "prefill")
-    when_said(ranks, "plan ")
+    when_said(ranks, "memory ")
     ranks.send(0, signal.SIGKILL)
     assert ranks.wait(BOUND) == [-9, 3]
     assert errors(ranks)[1].startswith(f"rank 1: error: rank 0 (process {ranks.pids[0]} on ")
@@ -51,22 +53,53 @@ def test_cases_finished_before_are_kept_and_shown(start: Start) -> None:
     assert all(case.scenario in ranks.out() for case in kept)
 
 
-def test_a_stopped_rank_is_missed_and_ends_when_it_wakes_up(start: Start) -> None:
-    words = ("-O", "fault=hangs", "-O", "rank=1", "-O", "call=3")
-    ranks = start(*LONG, *words, backend=FAULTY)
-    assert ranks.wait(BOUND, [0]) == [3, None]
-    assert "rank 1 (process " in errors(ranks)[0]
-    assert "has not been heard of for 20 s" in errors(ranks)[0]
-    ranks.send(1, signal.SIGCONT)
+def test_all_that_are_killed_at_once_are_named_by_all_that_live(start: Start) -> None:
+    ranks = start("--parallel", "tp=4", *LONG[2:], "--scenario", "decode", world=4)
+    when_said(ranks, "memory ")
+    for rank in (1, 3):
+        ranks.send(rank, signal.SIGKILL)
+    assert ranks.wait(BOUND) == [3, -9, 3, -9]
+    for said in (errors(ranks)[0], errors(ranks)[2]):  # and that rank 0 has ended is no reason
+        assert f"error: rank 1 (process {ranks.pids[1]} on " in said
+        assert f" and rank 3 (process {ranks.pids[3]} on " in said
+        assert ") are gone: they were killed" in said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_missed_and_ends_when_it_wakes_up(start: Start, rank: int) -> None:
+    """Rank 0 holds the store, which then does not answer."""
+    words = ("-O", "fault=hangs", "-O", f"rank={rank}", "-O", "call=3")
+    ranks = start(*LONG, *words, backend=FAULTY, constants=IMPATIENT)
+    other = 1 - rank
+    assert ranks.wait(BOUND, [other])[other] == 3
+    assert ranks.code(rank) is None
+    assert f"error: rank {rank} (process " in errors(ranks)[other]
+    silent = f"has not been heard of for {SILENT:.0f} s: it, or its node, is gone or stopped"
+    assert silent in errors(ranks)[other]
+    ranks.send(rank, signal.SIGCONT)
     assert ranks.wait(BOUND) == [3, 3]
+
+
+def test_a_rank_0_that_is_stopped_before_all_have_met_is_missed(start: Start) -> None:
+    """They wait for two that never come."""
+    port = free_port()
+    ranks = start("--parallel", "tp=4", constants=IMPATIENT, WORLD_SIZE="4", MASTER_PORT=str(port))
+    with socket.socket() as found:
+        while found.connect_ex(("127.0.0.1", port)):
+            assert ranks.code(0) is None, ranks.err(0)
+            time.sleep(0.02)
+    ranks.send(0, signal.SIGSTOP)
+    assert ranks.wait(BOUND, [1])[1] == 3
+    assert "rank 1: error: rank 0 (at 127.0.0.1:" in errors(ranks)[1]
 
 
 def test_a_rank_that_hangs_in_an_op_is_named(start: Start) -> None:
-    words = ("-O", "fault=waits", "-O", "rank=1", "-O", "call=9", "--hang-after", "10s")
-    ranks = start(*LONG, *words, backend=FAULTY)
+    words = ("-O", "fault=waits", "-O", "rank=1", "-O", "call=9", "--hang-after", "2s")
+    ranks = start(*LONG, *words, backend=FAULTY, constants=IMPATIENT)
     assert ranks.wait(BOUND) == [3, 3]
     assert f"rank 1 (process {ranks.pids[1]} on " in errors(ranks)[0]
     assert "--hang-after" in errors(ranks)[0]
+    assert errors(ranks)[1] == ""  # rank 0 has said it, and was not killed
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -84,20 +117,15 @@ def test_what_one_rank_raises_ends_all(start: Start, rank: int) -> None:
         assert "the card fell off the bus" in second
 
 
+@pytest.mark.parametrize("to", [[0], [1], [0, 1]])
 @pytest.mark.parametrize(
-    ("number", "to", "code", "word"),
-    [
-        (signal.SIGTERM, [1], 143, "SIGTERM"),
-        (signal.SIGTERM, [0], 143, "SIGTERM"),
-        (signal.SIGINT, [0, 1], 130, "interrupted"),
-    ],
+    ("number", "code", "word"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "interrupted")]
 )
 def test_an_interrupted_rank_ends_all(
     start: Start, number: signal.Signals, to: list[int], code: int, word: str
 ) -> None:
     ranks = start(*LONG, "--scenario", "decode")
     when_said(ranks, "memory ")
-    time.sleep(1)
     for rank in to:
         ranks.send(rank, number)
     assert ranks.wait(BOUND) == [code, code], (ranks.err(0), ranks.err(1))
@@ -106,14 +134,16 @@ def test_an_interrupted_rank_ends_all(
 
 
 def test_a_run_at_the_port_of_another_leaves_it_alone(start: Start) -> None:
-    first = start("--parallel", "tp=2", MASTER_PORT="20077")
-    when_said(first, "plan ")
+    port = str(free_port())
+    first = start(*LONG, MASTER_PORT=port)
+    when_said(first, "memory ")
     second_folder = first.folder / "second"
     second_folder.mkdir()
-    second = first.nursery.start(
-        ["--backend", "cpu", "--parallel", "tp=2"], second_folder, MASTER_PORT="20077"
-    )
+    words = ["--backend", "cpu", "--parallel", "tp=2"]
+    second = first.nursery.start(words, second_folder, MASTER_PORT=port)
     assert second.wait(BOUND) == [3, 3]
     assert "set MASTER_PORT" in errors(second)[0]
     assert "set MASTER_PORT" in errors(second)[1]
-    assert first.wait(BOUND) == [0, 0]
+    assert (first.code(0), first.code(1)) == (None, None)
+    first.send(1, signal.SIGINT)
+    assert first.wait(BOUND) == [130, 130]

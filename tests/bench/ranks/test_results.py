@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +28,7 @@ def spread(*samples: list[float], layout: str = "tp=2", first: int = 0) -> Sprea
             collective_bytes=3 << 10,
             cache_bytes=1 << 20,
             weight_bytes=5 << 20,
+            cost=results.Cost(flops=625 * 10**6, bytes=10**6),
         )
         for rank, one in enumerate(samples, start=first)
     ]
@@ -74,11 +77,26 @@ def test_a_comparison_with_one_device_says_so(files: list[str], capsys: pytest.C
     assert "FASTER" in out
 
 
+@pytest.mark.parametrize("kind", ["table", "md"])
+def test_a_comparison_with_one_device_says_how_it_scales(
+    files: list[str], kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", *files, "--format", kind]) == 0
+    scaled = capsys.readouterr().out.partition("strong scaling")[2].splitlines()
+    cells = [line.replace("|", " ").split() for line in scaled]
+    assert ["one", "device", "1", "device", "4.00", "1.00", "-", "100", "%", "-", "-"] in cells
+    row = next(line for line in cells if line[:1] == ["tp=2"])
+    assert row[:5] == ["tp=2", "2", "devices", "2.00", "2.00"]
+    assert row[-5:] == ["100", "%", "0.25", "50", "%"]
+
+
 def test_a_comparison_of_one_layout_says_nothing_of_it(
     files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", files[1], files[1]]) == 0
-    assert "layout" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "layout" not in out
+    assert "scaling" not in out
 
 
 def test_the_report_has_a_table_of_ranks(files: list[str], tmp_path: Path) -> None:
@@ -86,6 +104,8 @@ def test_the_report_has_a_table_of_ranks(files: list[str], tmp_path: Path) -> No
     page = (tmp_path / "page.html").read_text()
     assert "tp=2 over gloo" in page
     assert "5 MiB" in page
+    assert "Strong scaling: mla" in page
+    assert "prefill: tp=2, 2 devices: 2 times as fast, 100 % of the ideal." in page
     assert msgspec.json.decode((tmp_path / "two.json").read_bytes())["cases"][0]["spread"]["layout"] == "tp=2"
 
 
@@ -95,4 +115,23 @@ def test_every_format_of_show_takes_it(
 ) -> None:
     assert main(["show", files[1], "--format", kind]) == 0
     out = capsys.readouterr().out
-    assert ("ranks of prefill" in out) == (kind in ("table", "md"))
+    if kind in ("table", "md"):
+        assert "ranks of prefill, mla: tp=2 over gloo" in out
+        rows = [line.replace("|", " ").split() for line in out.splitlines()]
+        assert ["0", "2", "0.25", "+6", "%", "3", "KiB", "1", "MiB", "5", "MiB"] in rows
+        assert ["1", "1.8", "0.25", "-6", "%", "3", "KiB", "1", "MiB", "5", "MiB"] in rows
+        assert "Imbalance 6 %. Repeated on ranks: 20 % of all FLOPs, 50 % of all bytes." in out
+
+
+def test_tables_of_numbers_have_them_too(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["show", files[1]], ["export", files[1]]):
+        assert main([*words, "--format", "csv"]) == 0
+        (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+        assert (row["layout"], row["ranks"], row["predicted"].lower()) == ("tp=2", "2", "false")
+        assert (row["collective_ms"], row["collective_bytes"]) == ("0.25", str(3 << 10))
+        assert (row["rank_cache_bytes"], row["rank_weight_bytes"]) == (str(1 << 20), str(5 << 20))
+        shares = [float(row[name]) for name in ("imbalance", "repeated_flops", "repeated_bytes")]
+        assert shares == pytest.approx([1.75 / 1.65 - 1, 0.2, 0.5])
+    assert main(["show", files[0], "--format", "csv"]) == 0
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert (row["layout"], row["imbalance"], row["predicted"]) == ("", "", "False")

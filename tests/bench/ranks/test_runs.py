@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from ranks_of_a_run import BOUND, Start
 
@@ -10,7 +12,7 @@ from mla.bench import results
 
 def run(start: Start, *words: str, **more: object) -> results.Run:
     """Start a run that must go well, and return its result."""
-    ranks = start(*words, "-o", "run.json", **more)
+    ranks = start(*words, **more)
     assert ranks.wait(BOUND) == [0] * len(ranks.pids), ranks.err()
     assert ranks.err(1) == ranks.out(1) == ""
     return results.read(ranks.folder / "run.json")
@@ -18,7 +20,7 @@ def run(start: Start, *words: str, **more: object) -> results.Run:
 
 @pytest.mark.parametrize("layout", ["tp=2", "dcp=2", "dp=2"])
 def test_one_result_has_every_ranks_samples(start: Start, layout: str) -> None:
-    found = run(start, "--parallel", layout)
+    found = run(start, "--parallel", layout, "-o", "run.json")
     assert [case.scenario for case in found.cases] == ["prefill", "decode"]
     for case in found.cases:
         assert case.check.status == "ok"
@@ -30,3 +32,27 @@ def test_one_result_has_every_ranks_samples(start: Start, layout: str) -> None:
         assert case.latency_ms.samples == list(map(max, by_forward))
         talks = layout != "dp=2"
         assert all((one.collective_bytes > 0) == talks for one in case.spread.ranks)
+
+
+NO_TORCHRUN = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS"))
+SLURM = {"SLURM_PROCID": "{rank}", "SLURM_LOCALID": "{rank}", "SLURM_STEP_NUM_TASKS": "2", **NO_TORCHRUN}
+
+
+def test_a_run_is_resumed_by_another_launcher_and_by_no_other_layout(start: Start, tmp_path: Path) -> None:
+    common = ("--threads", "1", "--parallel", "tp=2")
+    before = run(start, *common, "-o", "run.json")
+    before.cases = before.cases[:1]
+    results.write(before, tmp_path / "run.json")
+    after = run(start, *common, "--resume", "run.json", **SLURM)
+    assert after.cases[0].latency_ms == before.cases[0].latency_ms
+    assert after.cases[0].spread == before.cases[0].spread
+    assert [case.scenario for case in after.cases] == ["prefill", "decode"]
+    assert [case.repro.split(" -m ")[0] for case in after.cases] == [
+        "torchrun --nproc-per-node 2",
+        "srun -n 2 python",
+    ]
+    other = start("--threads", "1", "--parallel", "dcp=2", "--resume", "run.json")
+    assert other.wait(BOUND) == [2, 2]
+    said = other.err().splitlines()[-1]
+    assert "'run.json', it holds another run: --parallel was tp=2 and is dcp=2" in said
+    assert other.err(1) == ""

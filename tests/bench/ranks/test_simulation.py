@@ -6,15 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from tiny_run import write_tiny_run
 
 from mla.bench import results
-from mla.bench.results.schema import LinkLine, RankFacts, Spread
+from mla.bench.results.schema import Cost, LinkLine, RankFacts, Spread
 from mla.bench.results.validity import fault_of_run
+from mla.config import MLAConfig
 from mla.parallel.layer import ParallelMLA
+from mla.parallel.layout import Layout
 from mla.parallel.simulated import SimulatedGroups
+from mla.parallel.work import rank_work
 
 Bench = Callable[..., Any]
 # Two messages of an all-reduce between two ranks: two seconds that no forward here takes.
@@ -58,6 +62,29 @@ def test_every_share_that_differs_is_timed(
         slowest = [max(times) for times in zip(*(one.samples for one in spread.ranks), strict=True)]
         assert case.latency_ms.samples == slowest
         assert spread.compute_ms == pytest.approx(case.latency_ms.median)  # an ideal link adds nothing
+        assert [one.cost for one in spread.ranks] == [expected_cost(case, layout, rank) for rank in range(4)]
+
+
+def expected_cost(case: results.Case, text: str, rank: int) -> Cost:
+    """Return the mean work of a rank over a pass; with dp=2, of the two requests it has one."""
+    layout, attention = Layout.parse(text), "absorbed" if "dcp" in text else "auto"
+    own = slice(rank // 2, rank // 2 + 1) if layout.dp == 2 else slice(None)
+    new, past = case.query_lens[own], case.history[own]
+    grown = range(1, 1 + case.steps_per_pass) if case.mode == "decode" else [1]
+    works = [
+        rank_work(
+            MLAConfig.named("tiny.json"),
+            layout,
+            rank,
+            new,
+            [old + times * more for old, more in zip(past, new, strict=True)],
+            itemsize=2,
+            attention=attention,
+        )
+        for times in grown
+    ]
+    flops, moved = (sum(column) / len(works) for column in zip(*works, strict=True))
+    return Cost(flops=round(flops), bytes=round(moved))
 
 
 def test_a_part_of_dp_with_the_same_lengths_is_not_timed_again(
@@ -68,11 +95,11 @@ def test_a_part_of_dp_with_the_same_lengths_is_not_timed_again(
     assert [case.spread.timed_ranks for case in run.cases if case.spread] == [[0]]
 
 
-def test_collectives_are_added_and_every_place_says_so(
-    bench: Bench, tiny: list[str], simulate: Callable[..., results.Run], tmp_path: Path
-) -> None:
-    run = simulate("tp=2", "--link", SLOW)
-    for case in run.cases:
+def test_collectives_are_added_and_every_place_says_so(bench: Bench, tiny: list[str]) -> None:
+    done = bench(*tiny, "--parallel", "tp=2", "--simulate", "--link", SLOW, "-o", "run.json")
+    assert "simulated  2 ranks of tp=2 on this device" in done.err
+    assert "decode: mla-reference (predicted) 2" in done.err  # more than two seconds
+    for case in results.read(Path("run.json")).cases:
         assert case.latency_ms is not None
         assert case.spread is not None
         assert case.spread.compute_ms is not None
@@ -82,27 +109,29 @@ def test_collectives_are_added_and_every_place_says_so(
         assert "--simulate --link alpha=1e+06us,beta=1GB/s" in case.repro
         assert "torchrun" not in case.repro
     for kind in ("table", "md"):
-        done = bench(*tiny, "--parallel", "tp=2", "--simulate", "--link", SLOW, "--format", kind)
-        assert "simulated  2 ranks of tp=2 on this device" in done.err
-        assert "decode: mla-reference (predicted) 2" in done.err  # more than two seconds
-        printed = done.out
+        printed = bench("show", "run.json", "--format", kind).out
         named = [line for line in printed.splitlines() if "mla-reference" in line]
         assert len(named) > 6
         assert all("mla-reference (predicted)" in line for line in named)
-    table = bench(*tiny, "--parallel", "tp=2", "--simulate", "--format", "csv").out
+    table = bench("show", "run.json", "--format", "csv").out
     assert ",predicted," in table.splitlines()[0]
     assert ",True," in table.splitlines()[1]
     assert bench("report", "run.json", "--html", "run.html").code == 0
     page = Path("run.html").read_text()
     assert "mla-reference (predicted)" in page
+    assert bench("report", "run.json", "--pictures", "pictures").code == 0
+    titled = [path for path in Path("pictures").glob("*latency*") if "mla-reference" in path.read_text()]
+    assert titled
+    assert all("mla-reference (predicted)" in path.read_text() for path in titled)
     assert "alpha=1e+06us,beta=1GB/s (given)" in page
 
 
 def test_predictions_and_measurements_are_not_compared(
-    bench: Bench, tiny: list[str], simulate: Callable[..., results.Run]
+    bench: Bench, simulate: Callable[..., results.Run]
 ) -> None:
-    assert bench(*tiny, "-o", "measured.json").code == 0
-    simulate("tp=2", "--link", SLOW)
+    run = simulate("tp=2", "--link", SLOW)
+    alone = [msgspec.structs.replace(case, spread=None) for case in run.cases]
+    results.write(msgspec.structs.replace(run, cases=alone), Path("measured.json"))
     refused = bench("compare", "measured.json", "run.json")
     assert refused.code == 5
     assert "REFUSED" in refused.out
@@ -111,9 +140,11 @@ def test_predictions_and_measurements_are_not_compared(
     assert same.code == 0
     assert "mla-reference (predicted): too few passes" in same.out
     assert "both are predicted" in same.out
-    Path("slow.json").write_bytes(Path("run.json").read_bytes())
-    simulate("tp=2", "--link", "ideal")
-    assert "both are predicted, on links that differ" in bench("compare", "slow.json", "run.json").out
+    for case in run.cases:
+        assert case.spread is not None
+        case.spread.link = []
+    results.write(run, Path("ideal.json"))
+    assert "both are predicted, on links that differ" in bench("compare", "ideal.json", "run.json").out
 
 
 def test_a_prediction_is_resumed_on_its_own_link_alone(
@@ -155,7 +186,7 @@ def test_the_link_of_a_run_over_real_ranks_is_used(
         for rank in range(2)
     ]
     spread = Spread(layout="tp=2", library="gloo", ranks=ranks, link=[line], link_source="measured there")
-    results.write(make_run(spread=spread), Path("real.json"))
+    results.write(make_run([1.0], spread=spread), Path("real.json"))
     found = simulate("tp=4", "--link", "real.json").cases[0].spread
     assert found is not None
     assert found.link == [line]
@@ -220,7 +251,7 @@ def test_what_does_not_fit_is_said_before_anything_runs(
     bench: Bench, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The latents of two million tokens are here once with dcp=4, and four times with tp=4."""
-    monkeypatch.setattr("mla_backends.host.memory_available", lambda: int(3.3 * 2**30))
+    monkeypatch.setattr("mla_backends.host.memory_available", lambda: int(3.6 * 2**30))
     long = ("--scenario", "decode", "-a", "kv=1m", "--dry-run", "--simulate", "--parallel")
     assert bench(*tiny, *long, "dcp=4").code == 0
     refused = bench(*tiny, *long, "tp=4")

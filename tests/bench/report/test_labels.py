@@ -15,8 +15,8 @@ from mla.bench import results
 from mla.bench.report import roofline_data, series
 from mla.bench.report.draw import chart_axes, roofline_chart, theme
 from mla.bench.report.draw.labels import Box, along, around, beside, place
+from mla.bench.report.draw.style import COLOURS, KNOWN, Colours, Look, Palette
 from mla.bench.report.draw.svg import styled
-from mla.bench.report.style import COLOURS, KNOWN, Colours, Look, Palette
 
 Case = Callable[..., results.Case]
 

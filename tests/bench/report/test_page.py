@@ -14,7 +14,7 @@ import pytest
 from mla.bench import results
 from mla.bench.report import page
 from mla.bench.report.draw import theme
-from mla.bench.report.style import COLOURS
+from mla.bench.report.draw.style import COLOURS
 from mla.bench.results.schema import NewLengths
 from mla.bench.terminal.digits import number
 

@@ -321,7 +321,7 @@ def test_another_commit_or_what_a_backend_reports_is_a_warning_and_stays_in_the_
 ) -> None:
     run = read("run.json")
     run.git_commit = "abc"
-    run.environment |= {"backend.clock": "7 MHz", "slurm_job_id": "7", "torchrun_rank": "1"}
+    run.environment |= {"backend.clock": "7 MHz", "slurm_job_id": "7", "local_rank": "1"}
     results.write(run, Path("run.json"))
     done = bench(*partial, "--resume", "run.json")
     assert done.code == 0

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 
 from mla.bench.report.draw import chart_axes
 from mla.bench.report.draw.rows import LINE, Rows
+from mla.bench.report.draw.style import MISSING, Colours, Palette
 from mla.bench.report.draw.svg import WIDTH, Caption, inline, styled
 from mla.bench.report.draw.theme import paint
 from mla.bench.report.series import Measure, Quantity, ReportEntry, shared_limit
-from mla.bench.report.style import MISSING, Colours, Palette
 from mla.bench.results.schema import Case
 from mla.bench.terminal.digits import number
 from mla.bench.terminal.stages import total, wholes

@@ -18,10 +18,10 @@ from mla.bench.report.draw import chart_axes
 from mla.bench.report.draw.labels import Box, Point, around, beside, clear, stretch
 from mla.bench.report.draw.room import Room, fix, pixel
 from mla.bench.report.draw.rows import Rows, wrapped
+from mla.bench.report.draw.style import GREY, MISSING, Look
 from mla.bench.report.draw.svg import WIDTH, Caption, inline, styled
 from mla.bench.report.draw.theme import paint
 from mla.bench.report.series import AXES, Curves, Line, Measure, Quantity, ReportEntry, printable, thin
-from mla.bench.report.style import GREY, MISSING, Look
 from mla.bench.results.compare import NOISE
 from mla.bench.results.schema import Case
 from mla.bench.terminal.digits import known
@@ -39,6 +39,7 @@ class Relative:
     measure: Measure
     colour: str
     marker: str
+    named: bool = True  # its value stands beside it
 
 
 @styled()
@@ -196,6 +197,8 @@ def _dot(axes: Axes, row: float, dot: Relative) -> None:
         capsize=2.5,
         linestyle="none",
     )
+    if not dot.named:
+        return
     axes.annotate(
         f"{dot.measure.value:.3g}x",
         (dot.measure.high or dot.measure.value, row),

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from mla.bench.report.draw import chart_axes
 from mla.bench.report.draw.labels import Box, Point, along, around, below, beside, clear, gap, stretch
 from mla.bench.report.draw.room import Room, fix, pixel
+from mla.bench.report.draw.style import Look
 from mla.bench.report.draw.svg import WIDTH, Caption, inline, styled
 from mla.bench.report.draw.theme import paint
 from mla.bench.report.roofline_data import Dot, Roof, RooflineData, ridge
 from mla.bench.report.series import printable
-from mla.bench.report.style import Look
 from mla.bench.terminal.digits import number
 
 # With more cases than this, none is named beside its mark; with more than that, none is labelled.

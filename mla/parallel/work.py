@@ -1,0 +1,65 @@
+"""FLOPs and bytes of one rank's part of a forward, what its layout repeats on it included. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mla.config import MLAConfig
+from mla.cost.by_op import latent_attention_flops
+from mla.cost.step import kv_b_parameters, parameters, projection_parameters, step_bytes, step_flops
+from mla.cost.work import Work
+from mla.parallel.layout import Layout
+
+
+def rank_work(
+    config: MLAConfig,
+    layout: Layout,
+    rank: int,
+    query_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    itemsize: int,
+    attention: str = "auto",
+) -> Work:
+    """Return what a rank must do in a forward of the layer `config`, counted as in `mla.cost`.
+
+    `query_lens` and `kv_lens` are whole lengths of the requests of its `dp` part. Collectives move no bytes
+    here. With `dcp`, of which every request is absorbed, `attention` does not count.
+    """
+    own = config.with_heads(config.num_attention_heads // layout.head_parts)
+    if layout.dcp > 1:
+        return _of_context(own, layout.dcp, layout.place(rank).dcp, query_lens, kv_lens, itemsize)
+    flops = step_flops(own, query_lens, kv_lens, attention)
+    return Work(flops, step_bytes(own, query_lens, kv_lens, itemsize))
+
+
+def _of_context(
+    own: MLAConfig, world: int, place: int, query_lens: Sequence[int], kv_lens: Sequence[int], itemsize: int
+) -> Work:
+    """Return the work on every `world`-th token, from `place` on, for the heads of all ranks of `dcp`."""
+    tokens, keys, new, pairs = sum(query_lens), 0, 0, 0
+    for query_len, kv_len in zip(query_lens, kv_lens, strict=True):
+        keys += _held(kv_len, world, place)
+        new += _held(kv_len, world, place) - _held(kv_len - query_len, world, place)
+        pairs += _pairs(query_len, kv_len, world, place)
+    heads, c, r = world * own.num_attention_heads, own.kv_lora_rank, own.qk_rope_head_dim
+    per_token = projection_parameters(own) + kv_b_parameters(own)
+    flops = 2 * tokens * per_token + latent_attention_flops(heads, pairs, c, r)
+    moved = parameters(own) + (keys + new) * own.latent_dim + 2 * tokens * own.hidden_size
+    return Work(flops, itemsize * moved)
+
+
+def _held(length: int, world: int, place: int) -> int:
+    """Return how many of the first `length` tokens i have i mod world == place."""
+    return (length + world - 1 - place) // world
+
+
+def _pairs(query_len: int, kv_len: int, world: int, place: int) -> int:
+    """Return the pairs of new tokens and keys that are held: the sum of `_held` over what they see."""
+    first, shift = kv_len - query_len, world - 1 - place
+    return _quotients(kv_len + shift, world) - _quotients(first + shift, world)
+
+
+def _quotients(last: int, world: int) -> int:
+    """Return the sum of x // world for x from 0 to `last`."""
+    whole = (last + 1) // world
+    return world * whole * (whole - 1) // 2 + whole * (last + 1 - whole * world)

@@ -1,0 +1,95 @@
+"""What costs a case on one device costs no more on several: an op that refuses, memory that is short."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ranks_of_a_run import BOUND, Start
+
+from mla.bench import results
+from mla.bench.ranks.failure import Failure, error_of
+from mla.errors import OutOfMemory, UnsupportedBatch
+
+REFUSING = "rank_refusals:Refusing"
+TILE = "the card has no room for such a tile"
+
+
+def run(start: Start, rank: str, at: str, what: str, *words: str) -> tuple[Any, dict[str, results.Case]]:
+    """Run tp=2 with such a fault; return the ranks, ended, and the cases of `mla` by scenario."""
+    fault = ("-O", f"rank={rank}", "-O", f"at={at}", "-O", f"what={what}", "--attention", "absorbed")
+    ranks = start("--parallel", "tp=2", "-o", "run.json", *fault, *words, backend=REFUSING)
+    codes = ranks.wait(BOUND)
+    assert codes[0] == codes[1], (codes, ranks.err(0), ranks.err(1))
+    cases = results.read(ranks.folder / "run.json").cases
+    return ranks, {f"{case.scenario} {case.implementation}": case for case in cases}
+
+
+@pytest.mark.parametrize("rank", ["1", "all"])
+def test_an_op_that_refuses_a_batch_costs_that_case(start: Start, rank: str) -> None:
+    """The prefill's batch is planned when its layer is loaded."""
+    ranks, cases = run(start, rank, "prepare", "refuse")
+    assert ranks.code(0) == 0
+    prefill, decode = cases["prefill mla"], cases["decode mla"]
+    assert (prefill.check.status, prefill.latency_ms) == ("not run", None)
+    named = "" if rank == "all" else f"rank {rank}: "
+    assert prefill.check.reason.startswith(f"{named}op 'attention' of latent_attention: {TILE}. Use the ref")
+    assert f"prefill, mla is skipped: {prefill.check.reason}" in ranks.err(0)
+    assert decode.check.status == "ok"
+    assert decode.latency_ms is not None
+    assert ranks.err(1) == ""
+
+
+def test_a_weight_that_a_rank_cannot_pack_costs_its_implementation(start: Start) -> None:
+    words = ("--implementations", "mla,mla-reference", "--scenario", "decode")
+    ranks, cases = run(start, "1", "pack", "refuse", *words)
+    assert ranks.code(0) == 3  # of mla, nothing ran
+    assert TILE in cases["decode mla"].check.reason
+    assert cases["decode mla"].check.reason.startswith("rank 1: ")
+    assert cases["decode mla-reference"].latency_ms is not None
+
+
+def test_where_memory_is_short_on_a_rank_the_next_scenario_runs(start: Start) -> None:
+    ranks, cases = run(start, "1", "pack", "memory", "-O", "times=1")
+    assert ranks.code(0) == 0, ranks.err(0)
+    (skipped,) = (case for case in cases.values() if case.latency_ms is None)
+    assert skipped.check.reason == "rank 1: no memory for a tile"
+    assert f"{skipped.scenario} is skipped: {skipped.check.reason}" in ranks.err(0)
+    assert [case.check.status for case in cases.values()].count("ok") == 1
+
+
+def test_where_it_is_short_on_rank_0_no_other_is_left_waiting(start: Start) -> None:
+    ranks, cases = run(start, "0", "pack", "memory")
+    assert ranks.code(0) == 3
+    assert [case.check.reason for case in cases.values()] == ["no memory for a tile"] * 2
+
+
+def test_what_all_ranks_refuse_in_a_forward_costs_that_case(start: Start) -> None:
+    ranks, cases = run(start, "all", "call", "refuse")
+    assert ranks.code(0) == 0, ranks.err(0)
+    assert cases["prefill mla"].check.status == "not run"
+    assert not cases["prefill mla"].check.reason.startswith("rank")
+    assert cases["decode mla"].latency_ms is not None
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_what_one_rank_refuses_in_a_forward_ends_all(start: Start, rank: str) -> None:
+    """The other waits in a collective by then, which cannot be taken back."""
+    ranks, cases = run(start, rank, "call", "refuse")
+    assert ranks.code(0) == 3
+    assert TILE in ranks.err(0)
+    assert f"rank {rank}" in ranks.err(0).splitlines()[-1]
+    assert all(case.latency_ms is None for name, case in cases.items() if "prefill" in name)
+
+
+def test_the_first_rank_that_failed_is_named() -> None:
+    refused, short = Failure("no tile", True), Failure("no memory", False)
+    for found, kind, sentence in (
+        ([None, refused], UnsupportedBatch, "rank 1: no tile"),
+        ([refused, refused], UnsupportedBatch, "no tile"),
+        ([short, refused], OutOfMemory, "rank 0: no memory"),
+        ([None, short, short], OutOfMemory, "rank 1: no memory"),
+    ):
+        error = error_of(found)
+        assert (type(error), str(error)) == (kind, sentence)
+    assert error_of([None, None]) is None

@@ -1,0 +1,190 @@
+"""What a rank reads and holds: its share, and not the layer."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import checkpoint_maker as maker
+import pytest
+import torch
+from ranks_of_a_run import BOUND
+from tiny_run import write_tiny_run
+
+from mla import MLAConfig
+from mla.bench import results
+from mla.bench.plan.memory import Available, MemoryPlan
+from mla.bench.plan.request import plan_scenarios
+from mla.bench.ranks.part import RankLayer
+from mla.bench.ranks.simulation import Simulation
+from mla.bench.subjects import memory
+from mla.bench.subjects.inputs import make_inputs
+from mla.bench.subjects.setting import Setting
+from mla.bench.workload.grid import Point
+from mla.parallel.layout import Layout
+from mla.parallel.link import Link
+from mla.parallel.simulated import SimulatedWorld
+from mla.reference import REFERENCE
+from mla.weights import random_state_dict, weight_shapes
+from mla_backends.testing import HostBackend
+
+CONFIG = MLAConfig(
+    hidden_size=512, num_attention_heads=16, kv_lora_rank=128, qk_nope_head_dim=64, v_head_dim=64
+)
+LAYOUTS = ["tp=4", "dcp=4", "dp=2", "tp=2,dcp=2", "dp=2,tp=2,dcp=2"]
+
+
+def numbers(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))
+
+
+def test_a_rank_without_an_oracle_reads_its_rows_alone(nursery: Any, tmp_path: Path) -> None:
+    made = maker.LAYOUTS["fp8-sharded"].make(tmp_path / "model", "tiny")
+    write_tiny_run(tmp_path)
+    what = ["--model-path", "model", "--workload", "tiny.toml", "--scenario", "decode"]
+    what += [] if made.layer is None else ["--layer", str(made.layer)]
+    words = ["--backend", "rank_refusals:Reading", "--implementations", "mla-reference", *what]
+    ranks = nursery.start([*words, "--parallel", "tp=2", "-o", "run.json"], tmp_path)
+    codes = ranks.wait(BOUND)
+    ranks.end()
+    assert codes[0] == codes[1], ranks.err()
+    read = sum(map(int, (tmp_path / "read.txt").read_text().split()))
+    whole = numbers(weight_shapes(made.config))
+    half = numbers(weight_shapes(made.config.with_heads(made.config.num_attention_heads // 2)))
+    assert half <= read <= 1.05 * half < 0.8 * whole  # and scales of blocks
+    (case,) = results.read(tmp_path / "run.json").cases
+    assert case.check.error_ratio is not None, "the outputs were judged"
+    assert case.check.status == "doubtful"
+    assert "has replaced what measures it: mla.checkpoint.files.StoredTensor.rows" in case.check.reason
+    assert case.check.reason.endswith(" on rank 1")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Real ranks, as a setting knows them."""
+
+    layout: Layout
+    beside: int = 0
+    here: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.layout.world
+
+
+def setting_of(ranks: Any, **more: Any) -> Setting:
+    return Setting(CONFIG, HostBackend(), torch.float32, "absorbed", 16, 0, ranks=ranks, **more)
+
+
+def point(history: int, requests: int = 4) -> Point:
+    lengths = {"query_lens": (1,) * requests, "history": tuple(history + 7 * n for n in range(requests))}
+    return Point(name="d", base="d", mode="decode", runs=2, passes=1, **lengths)  # type: ignore[arg-type]
+
+
+def planned(ranks: Any, what: Point, **more: Any) -> MemoryPlan:
+    (plan,), _ = plan_scenarios(setting_of(ranks, **more), [what], ["mla"])
+    return plan.memory
+
+
+def held(make: Callable[[], Any]) -> int:
+    """Return the bytes of tensors that are alive only because of what `make` returns."""
+    before = _alive()
+    made = make()
+    found = sum(size for place, size in _alive().items() if place not in before)
+    del made
+    return found
+
+
+def _alive() -> dict[int, int]:
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor]
+    storages = [one.untyped_storage() for one in tensors if one.device.type == "cpu"]
+    return {one.data_ptr(): one.nbytes() for one in storages}
+
+
+def longest(what: Point) -> int:
+    """Return what the keys of a request take while it is attended."""
+    return 16 * max(what.final_lens) * CONFIG.latent_dim
+
+
+@pytest.fixture
+def tight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan for nothing but what can be counted: small tables of numbers are not."""
+    monkeypatch.setattr(memory, "WORKSPACE", 0)
+
+
+@pytest.mark.usefixtures("tight")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("history", [30, 6000])  # weights, then latents, are most of it
+def test_the_plan_is_what_the_fullest_rank_holds(layout: str, history: int) -> None:
+    what, world = point(history), SimulatedWorld(Layout.parse(layout))
+    state, inputs = random_state_dict(CONFIG, 0, torch.float32), make_inputs(CONFIG, what, 0, torch.float32)
+    plan = planned(Processes(world.layout), what)
+
+    def load(rank: int) -> RankLayer:
+        part = RankLayer(setting_of(Processes(world.layout)), state, "mla", None, world.groups[rank])
+        part.load(what, inputs)
+        return part
+
+    first, last = 0, world.layout.world - 1  # most tokens of a request; the longest requests
+    most = max(held(partial(load, rank)) for rank in (first, last))
+    assert 0.98 * most <= plan.per_implementation <= 1.2 * most + longest(what)
+
+
+@pytest.mark.usefixtures("tight")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("history", [30, 6000])
+def test_the_plan_of_a_simulation_is_what_all_ranks_hold(layout: str, history: int) -> None:
+    what, simulation = point(history), Simulation(Layout.parse(layout), Link.parse("ideal"), "given")
+    state, inputs = random_state_dict(CONFIG, 0, torch.float32), make_inputs(CONFIG, what, 0, torch.float32)
+    plan = planned(simulation, what)
+
+    def run() -> Any:
+        one = simulation.layer(setting_of(simulation), state, "mla", None)
+        one.load(what, inputs)
+        one.restore(1)
+        one.before(0)
+        one.step(0)
+        return one
+
+    everything = held(run)
+    assert 0.98 * everything <= plan.per_implementation <= 1.2 * everything + longest(what)
+
+
+@pytest.mark.usefixtures("tight")
+def test_what_one_device_has_no_room_for_fits_on_two() -> None:
+    long = point(6000, requests=16)
+    alone = planned(None, long)
+    room = Available(device=int(0.8 * alone.device_bytes(1)), host=None)
+    for layout, fits in (("dp=2", True), ("dcp=2", True), ("tp=2", False)):  # which has all latents twice
+        plan = planned(Processes(Layout.parse(layout)), long)
+        assert replace(plan, shared=False).with_available(room).fits == fits, layout
+    short = planned(None, point(30, requests=1))
+    for layout, fits in (("tp=2", True), ("tp=8", True), ("tp=1", False)):
+        plan = planned(Processes(Layout.parse(layout)), point(30, requests=1))
+        exact = Available(device=short.device_bytes(1) - 1, host=None)
+        assert replace(plan, shared=False).with_available(exact).fits == fits, layout
+
+
+def test_ranks_on_one_host_count_there_together() -> None:
+    apart, together = (planned(Processes(Layout(tp=2), beside), point(30)) for beside in (0, 1))
+    weights = 4 * numbers(weight_shapes(CONFIG))
+    more = together.host_bytes(1) - apart.host_bytes(1)
+    assert more >= apart.per_implementation + weights  # its device is this host, and it draws all weights
+    on_cards = [replace(plan, shared=False).host_bytes(1) for plan in (apart, together)]
+    assert weights <= on_cards[1] - on_cards[0] < more
+
+
+def test_only_rank_0_has_the_reference_and_it_is_of_the_whole_layer() -> None:
+    fused = HostBackend(ops={"own": REFERENCE["linear"]})
+    (plan,), _ = plan_scenarios(
+        replace(setting_of(Processes(Layout(tp=8))), backend=fused), [point(30)], ["mla", "mla-reference"]
+    )
+    found = plan.memory
+    assert found.per_reference == planned(None, point(30)).per_implementation > found.per_implementation
+    assert found.device_bytes(2) == 2 * found.per_implementation + found.per_reference  # sharing no weights

@@ -1,0 +1,171 @@
+"""Backends for runs over several ranks whose ops cost a case, and not the run.
+
+`Refusing`: on rank `-O rank=...`, or on "all", the op fails as `-O what=...` says: refuse, or memory, where
+memory is short. `-O at=...`: in `pack`, for the first `-O times=...` calls; in `prepare`, or when it is
+called, for batches of more than one new token per request.
+
+`Noting`: honest; each rank writes into lengths0.txt, ... the lengths of every batch that it plans. With
+`-O picky=yes`, it refuses one in four numbers of keys of a last request that has three new tokens.
+
+`Remembering`: a cheat; after `-O idle=...` forwards it answers inputs that it does not know from others.
+
+`Reading`: rank 1 writes into read.txt how many numbers it reads from checkpoints, for which it replaces a
+function of ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from opponents.memory import RemembersForwards
+
+from mla.checkpoint.files import StoredTensor
+from mla.reference import REFERENCE
+from mla_backends import BackendError, FusedOp
+from mla_backends.api import Packed
+from mla_backends.testing import HostBackend
+
+
+class FailingAttention(FusedOp):
+    """Attention of the reference that fails before a prefill, or in it."""
+
+    contract = REFERENCE["latent_attention"].contract
+    nan_safe_tail, writes_lse = True, True
+
+    def __init__(self, fail: Any) -> None:
+        self._fail = fail
+
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        several = max(batch.query_lens) > 1
+        if several:
+            self._fail("prepare")
+        return several, REFERENCE["latent_attention"].prepare(spec, batch)
+
+    def __call__(self, state: Any, *leading: Any, **tensors: Any) -> None:
+        several, own = state
+        if several:
+            self._fail("call")
+        REFERENCE["latent_attention"](own, *leading, **tensors)
+
+
+class FailingLinear(FusedOp):
+    """A product of the reference whose weights cannot always be packed."""
+
+    contract = REFERENCE["linear"].contract
+
+    def __init__(self, fail: Any) -> None:
+        self._fail = fail
+
+    def pack(self, weight: torch.Tensor) -> Packed:
+        self._fail("pack")
+        return REFERENCE["linear"].pack(weight)
+
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        return REFERENCE["linear"].unpack(packed)
+
+    def __call__(self, *leading: Any, **tensors: Any) -> None:
+        REFERENCE["linear"](*leading, **tensors)
+
+
+class _OnRanks(HostBackend):
+    """The CPU on one thread, with gloo."""
+
+    def setup(self, index: int | None = None) -> torch.device:
+        torch.set_num_threads(1)
+        return super().setup(index)
+
+    def collectives(self) -> str | None:
+        return "gloo"
+
+    def dtypes(self) -> Sequence[torch.dtype]:
+        return (torch.bfloat16, torch.float32)
+
+
+class Refusing(_OnRanks):
+    name = "refusing"
+
+    def __init__(self, options: Mapping[str, str] | None = None) -> None:
+        super().__init__(options)
+        self._left = int(self.options.get("times", "1000000"))
+
+    @classmethod
+    def known_options(cls) -> tuple[str, ...]:
+        return ("threads", "rank", "what", "at", "times")
+
+    def fail(self, at: str) -> None:
+        """Fail, if that is asked for here."""
+        mine = self.options.get("rank") in ("all", os.environ["RANK"])
+        if not mine or self.options.get("at") != at or self._left <= 0:
+            return
+        self._left -= 1
+        if self.options["what"] == "refuse":
+            raise BackendError("the card has no room for such a tile.")
+        raise MemoryError("no memory for a tile")
+
+    def ops(self) -> Mapping[str, FusedOp]:
+        return {"attention": FailingAttention(self.fail), "linear": FailingLinear(self.fail)}
+
+
+class NotingAttention(FailingAttention):
+    """Attention of the reference that notes what it plans."""
+
+    def __init__(self, picky: bool) -> None:
+        super().__init__(lambda at: None)
+        self._picky = picky
+
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        if self._picky and batch.query_lens[-1] == 3 and batch.kv_lens[-1] % 4 == 1:
+            raise BackendError("no tile has that many keys.")
+        with Path(f"lengths{os.environ['RANK']}.txt").open("a") as stream:
+            stream.write(f"{json.dumps([list(batch.query_lens), list(batch.kv_lens)])}\n")
+        return super().prepare(spec, batch)
+
+
+class Noting(_OnRanks):
+    name = "noting"
+
+    @classmethod
+    def known_options(cls) -> tuple[str, ...]:
+        return ("threads", "picky")
+
+    def ops(self) -> Mapping[str, FusedOp]:
+        return {"attention": NotingAttention("picky" in self.options)}
+
+
+class Remembering(RemembersForwards, _OnRanks):
+    name = "remembering"
+
+    def __init__(self, options: Mapping[str, str] | None = None) -> None:
+        super().__init__(options=options, idle=int((options or {}).get("idle", "0")))
+
+    @classmethod
+    def known_options(cls) -> tuple[str, ...]:
+        return ("threads", "idle")
+
+
+class Reading(_OnRanks):
+    name = "reading"
+
+    def setup(self, index: int | None = None) -> torch.device:
+        if os.environ["RANK"] == "1" and not hasattr(StoredTensor.rows, "__wrapped__"):
+            _count(Path("read.txt"))
+        return super().setup(index)
+
+
+def _count(file: Path) -> None:
+    rows = StoredTensor.rows
+
+    @functools.wraps(rows)
+    def counted(self: StoredTensor, *arguments: Any, **more: Any) -> torch.Tensor:
+        found = rows(self, *arguments, **more)
+        with file.open("a") as stream:
+            stream.write(f"{found.numel()}\n")
+        return found
+
+    StoredTensor.rows = counted  # type: ignore[method-assign]
