@@ -30,9 +30,7 @@ class ContextPath:
 
     def tokens_at_once(self, workspace: int) -> int:
         """Return how many tokens' queries and results of all ranks fit into so many bytes, at least one."""
-        heads, c = self.groups.layout.dcp * self.config.num_attention_heads, self.config.kv_lora_rank
-        copies = 3 * self.config.latent_dim + 4 * c  # of queries, and of results
-        per_token = heads * (copies * self.scratch.itemsize + 2 * c * 4)
+        per_token = scratch_per_token(self.config, self.groups.layout.dcp, self.scratch.itemsize)
         return max(1, workspace // per_token)
 
     def run(self, ops: Ops, views: Absorbed, plan: StepPlan, pages: torch.Tensor) -> None:
@@ -91,6 +89,13 @@ class ContextPath:
         received = self.scratch.take(f"received_{name}", *shape, dtype=x.dtype)
         self.groups.exchange_context(sent, received)
         return received
+
+
+def scratch_per_token(config: MLAConfig, dcp: int, itemsize: int) -> int:
+    """Return the bytes of queries and results of all ranks, for one new token; `config`: of one rank."""
+    c = config.kv_lora_rank
+    copies = 3 * config.latent_dim + 4 * c  # of queries, and of results
+    return dcp * config.num_attention_heads * (copies * itemsize + 2 * c * 4)
 
 
 def merge(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor) -> None:
