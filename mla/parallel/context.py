@@ -15,7 +15,7 @@ from mla.layer.plan import StepPlan
 from mla.layer.views import Absorbed, StepViews
 from mla.layer.workspace import Workspace
 from mla.parallel.batch import Part, ShardedBatch
-from mla.parallel.exchange import Exchange
+from mla.parallel.exchange import Exchange, scratch_per_token
 from mla.parallel.groups import Groups
 
 
@@ -31,10 +31,8 @@ class ContextPath:
 
     def tokens_at_once(self, workspace: int) -> int:
         """Return how many tokens' queries and results of all ranks fit into so many bytes, at least one."""
-        heads, c = self.groups.layout.dcp * self.config.num_attention_heads, self.config.kv_lora_rank
-        copies = 3 * self.config.latent_dim + 4 * c  # of queries, and of results
-        merging = self.config.num_attention_heads * 2 * c * 4
-        return max(1, workspace // (heads * copies * self.scratch.itemsize + merging))
+        per_token = scratch_per_token(self.config, self.groups.layout.dcp, self.scratch.itemsize)
+        return max(1, workspace // per_token)
 
     def run(self, ops: Ops, views: Absorbed, plan: StepPlan, pages: torch.Tensor) -> None:
         """Attend with `views.q_nope` and `views.q_pe`, not yet rotated, and write `views.heads`."""

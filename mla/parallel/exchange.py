@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 
+from mla.config import MLAConfig
 from mla.layer.workspace import Workspace
 from mla.parallel.groups import Groups
 
@@ -150,3 +151,10 @@ class Exchange:
 def _lse(rows: torch.Tensor) -> torch.Tensor:
     """Return the lse [...] of rows [..., width] of out and lse: their last four bytes."""
     return rows.view(FP32)[..., -1]
+
+
+def scratch_per_token(config: MLAConfig, dcp: int, itemsize: int) -> int:
+    """Return the bytes of queries and results of all ranks, for one new token; `config`: of one rank."""
+    heads, c = config.num_attention_heads, config.kv_lora_rank
+    copies = 3 * config.latent_dim + 4 * c  # of queries, and of results
+    return dcp * heads * copies * itemsize + heads * 2 * c * FP32.itemsize

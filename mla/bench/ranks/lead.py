@@ -198,7 +198,7 @@ class LeadLayer(TakesInputs):
         if len(wrong) == 1:
             return f"on rank {rank}"
         ranks = ", ".join(str(rank - worst + copy) for copy in wrong[:-1])
-        return f"on ranks {ranks} and {rank - worst + wrong[-1]}, which hold one sum: either may be at fault"
+        return f"on ranks {ranks} and {rank - worst + wrong[-1]}, which hold one sum: any may be at fault"
 
     def _worst_rank(self, checker: LayerChecker, copy: int) -> int:
         """Return which of the ranks that have one copy of all outputs is farthest from the oracle."""

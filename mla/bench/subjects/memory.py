@@ -14,6 +14,7 @@ from mla.config import MLAConfig
 from mla.cost.step import head_parameters
 from mla.layer.expansion import WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
 from mla.layer.rope import RotaryTable
+from mla.parallel.exchange import scratch_per_token
 from mla.parallel.layout import Layout
 from mla.verify.oracle_cost import oracle_bytes
 
@@ -30,10 +31,9 @@ class Copies:
     cache: int = 1  # the latents of a request
     shards: int = 0  # further pages of a request, since each rank has a last one
     share: int = 1  # ranks that the tokens of a request are spread over
-    queries: int = 1  # those of all heads
     outputs: int = 1  # that are kept
     parts: int = 0  # of the output, before they are added up
-    kept: int = 0  # bytes of rebuilt keys and values, of ranks that wait for their turn
+    kept: int = 0  # bytes of scratch that ranks keep while they wait for their turn, and of what they sent
 
 
 def device_bytes(setting: Setting, scenario: Point) -> int:
@@ -48,10 +48,13 @@ def device_bytes(setting: Setting, scenario: Point) -> int:
     own = replace(setting, config=setting.config.with_heads(heads), ranks=None)
     blocks = [Requests.of(scenario, part, layout.dp).scenario(scenario) for part in range(layout.dp)]
     if setting.here > 1:
-        kept = layout.head_parts * sum(_kept_bytes(own, block) for block in blocks)
-        return _held(setting, scenario, _simulated(layout, kept))
-    copies = Copies(share=layout.dcp, queries=layout.dcp)
-    return max(_held(own, block, copies, of=scenario) for block in blocks)
+        each = (_kept_bytes(own, one) + _with_sent(_context_bytes(own, one, layout.dcp)) for one in blocks)
+        return _held(setting, scenario, _simulated(layout, layout.head_parts * sum(each)))
+    held = [
+        _held(own, one, Copies(share=layout.dcp, kept=_context_bytes(own, one, layout.dcp)), of=scenario)
+        for one in blocks
+    ]
+    return max(held)
 
 
 def _simulated(layout: Layout, kept: int) -> Copies:
@@ -61,7 +64,6 @@ def _simulated(layout: Layout, kept: int) -> Copies:
         heads=layout.dp,
         cache=layout.tp,
         shards=layout.dcp - 1,
-        queries=layout.dcp,
         outputs=layout.dcp,
         parts=layout.head_parts,
         kept=kept,
@@ -74,7 +76,7 @@ def _held(setting: Setting, scenario: Point, copies: Copies, of: Point | None = 
     lengths = [-(-length // copies.share) for length in scenario.final_lens]  # on the rank that has most
     pages = sum(-(-length // size) + copies.shards for length in lengths)
     slots = (copies.cache * pages + copies.ranks * SPARE_PAGES) * size
-    activations = copies.queries * scenario.tokens * 4 * config.num_attention_heads * config.latent_dim
+    activations = scenario.tokens * 4 * config.num_attention_heads * config.latent_dim
     inputs = _input_numbers(setting, scenario)
     weights = _weights(config, copies.ranks, copies.heads)
     longest = 4 * max(lengths) * config.latent_dim  # one request's keys, gathered and widened
@@ -153,6 +155,19 @@ def _kept_bytes(setting: Setting, scenario: Scenario) -> int:
     """Return the rebuilt keys and values that each layer keeps memory for; absorbed attention has none."""
     lengths = _expanded_lens(setting, scenario)
     return min(rebuilt_bytes(setting.config, setting.dtype.itemsize, sum(lengths)), WORKSPACE_BYTES)
+
+
+def _context_bytes(setting: Setting, scenario: Scenario, dcp: int) -> int:
+    """Return the queries and results of all ranks that share a context, on a rank with this setting."""
+    if dcp == 1:
+        return 0
+    per_token = scratch_per_token(setting.config, dcp, setting.dtype.itemsize)
+    return min(scenario.tokens * per_token, WORKSPACE_BYTES)
+
+
+def _with_sent(context: int) -> int:
+    """Return that with what a simulated rank has sent, which is kept: its queries, and results once."""
+    return context * 5 // 4
 
 
 def _grown_bytes(setting: Setting, scenario: Scenario) -> int:

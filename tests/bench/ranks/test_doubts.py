@@ -46,7 +46,7 @@ LATER = ("-O", "fault=scale", "-O", "call=90", "-O", "rank=1", "--passes", "12",
     ("layout", "where"),
     [
         ("dp=2", "on rank 1: "),
-        ("tp=2", "on ranks 0 and 1, which hold one sum: either may be at fault: "),
+        ("tp=2", "on ranks 0 and 1, which hold one sum: any may be at fault: "),
     ],
 )
 def test_a_rank_that_is_wrong_in_later_passes_alone_is_found(start: Start, layout: str, where: str) -> None:

@@ -86,6 +86,11 @@ def point(history: int, requests: int = 4) -> Point:
     return Point(name="d", base="d", mode="decode", runs=2, passes=1, **lengths)  # type: ignore[arg-type]
 
 
+PREFILL = Point(
+    name="p", base="p", mode="prefill", query_lens=(96,) * 4, history=(30, 37, 44, 51), runs=2, passes=1
+)
+
+
 def planned(ranks: Any, what: Point, **more: Any) -> MemoryPlan:
     (plan,), _ = plan_scenarios(setting_of(ranks, **more), [what], ["mla"])
     return plan.memory
@@ -138,9 +143,9 @@ def test_the_plan_is_what_the_fullest_rank_holds(layout: str, history: int) -> N
 
 @pytest.mark.usefixtures("tight")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("history", [30, 6000])
-def test_the_plan_of_a_simulation_is_what_all_ranks_hold(layout: str, history: int) -> None:
-    what, simulation = point(history), Simulation(Layout.parse(layout), Link.parse("ideal"), "given")
+@pytest.mark.parametrize("what", [point(30), point(6000), PREFILL], ids=["weights", "latents", "queries"])
+def test_the_plan_of_a_simulation_is_what_all_ranks_hold(layout: str, what: Point) -> None:
+    simulation = Simulation(Layout.parse(layout), Link.parse("ideal"), "given")
     state, inputs = random_state_dict(CONFIG, 0, torch.float32), make_inputs(CONFIG, what, 0, torch.float32)
     plan = planned(simulation, what)
 
@@ -153,7 +158,7 @@ def test_the_plan_of_a_simulation_is_what_all_ranks_hold(layout: str, history: i
         return one
 
     everything = held(run)
-    assert 0.98 * everything <= plan.per_implementation <= 1.2 * everything + longest(what)
+    assert 0.98 * everything <= plan.per_implementation <= 1.3 * everything + longest(what)
 
 
 @pytest.mark.usefixtures("tight")
