@@ -15,6 +15,7 @@ import pytest
 from ceiling_cases import ceiling_run, measure_limits_quickly, quick_ceilings
 from outcome import Outcome
 from scripted_clock import script_the_clock
+from small_flush import flush_little
 from tiny_run import write_tiny_run
 
 import mla
@@ -33,6 +34,11 @@ Bench = Callable[..., Outcome]
 @pytest.fixture(autouse=True)
 def _work_in_an_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _flush_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    flush_little(monkeypatch)
 
 
 @pytest.fixture

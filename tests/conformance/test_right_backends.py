@@ -30,7 +30,7 @@ def by_status(results: list[CheckResult]) -> dict[str, list[str]]:
 @pytest.mark.usefixtures("smaller")
 def test_a_backend_without_ops_passes_and_refuses_only_what_it_does_not_offer(judge: Run, sound: Any) -> None:
     plain = type("Plain", (sound,), {"graph": lambda self, fn: None})()
-    results = judge(plain, dtypes=WITHOUT_BF16)
+    results = judge(plain, dtypes=WITHOUT_BF16, slow=frozenset({torch.float16}))  # a handful of cases of it
     found = by_status(results)
     assert set(found) == {"pass", "refused"}, found.get("fail")
     refused = {one.check for one in results if one.status == "refused"}
@@ -39,14 +39,16 @@ def test_a_backend_without_ops_passes_and_refuses_only_what_it_does_not_offer(ju
 
 
 def test_the_installed_cpu_backend_passes(judge: Run) -> None:
+    """Its own ops, and layers of them, are judged with its kernels."""
     backend = mla.load_backend("cpu", threads=1)
-    found = by_status(judge(backend, dtypes=(torch.bfloat16,)))
+    found = by_status(judge(backend, "device", "ops", "*[reference-*", dtypes=(torch.bfloat16,)))
     assert set(found) == {"pass", "refused"}, found.get("fail")
 
 
 @pytest.mark.usefixtures("smaller")
 def test_right_ops_pass_and_their_refusals_are_no_failures(judge: Run, sound: Any, right_ops: Any) -> None:
-    results = judge(sound(ops=right_ops), dtypes=(torch.bfloat16,))
+    own = [f"*[{name}-*" for name in right_ops]
+    results = judge(sound(ops=right_ops), "device", "ops", "layer", *own, dtypes=(torch.bfloat16,))
     found = by_status(results)
     assert set(found) == {"pass", "refused"}, found.get("fail")
     ids = {one.id: one for one in results}

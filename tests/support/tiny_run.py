@@ -14,6 +14,8 @@ DIMS = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
 }
+# What is timed where no variant is looked at.
+HEADLINE = ("--mode", "eager", "--cache", "warm", "--clock", "host")
 WORKLOAD = """
 [[scenario]]
 name = "prefill"

@@ -52,7 +52,7 @@ def acme(tmp_path: Path) -> Acme:
 @pytest.fixture
 def bench(acme: Acme, tmp_path: Path) -> Acme:
     """Return a function that runs the benchmark's command line on a tiny layer with the backend `torch`."""
-    small = write_tiny_run(tmp_path)
+    small = [*write_tiny_run(tmp_path), "--cache", "warm"]
     return lambda *words, **environment: acme(
         "-m", "mla.bench", "--backend", "torch", *small, *words, **environment
     )

@@ -140,7 +140,16 @@ def test_the_cpu_runs_as_any_device_does(
     from tiny_run import write_tiny_run
 
     monkeypatch.chdir(tmp_path)
-    words: list[Any] = ["--backend", "torch", "-O", "device=cpu", *write_tiny_run(tmp_path), "-o", "run.json"]
+    words: list[Any] = [
+        "--backend",
+        "torch",
+        "-O",
+        "device=cpu",
+        *write_tiny_run(tmp_path),
+        "--cache",
+        "warm",
+    ]
+    words += ["-o", "run.json"]
     assert main(words) == 0
     out, err = capsys.readouterr()
     assert out.count(" ok") == 2

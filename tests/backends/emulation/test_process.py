@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import DIMS
+from tiny_run import DIMS, HEADLINE
 
 from mla.bench import results
 
@@ -31,8 +31,8 @@ def run(emulate: Any, tmp_path: Path) -> Any:
     (tmp_path / "tiny.toml").write_text(WORKLOAD)
 
     def run(backend: str, *words: str, **environment: str) -> Any:
-        small = ("--backend", backend, "--config", "tiny.json", "--workload", "tiny.toml", *words)
-        done = emulate(backend, "-m", "mla.bench", *small, **environment)
+        small = ("--backend", backend, "--config", "tiny.json", "--workload", "tiny.toml", *HEADLINE)
+        done = emulate(backend, "-m", "mla.bench", *small, *words, **environment)
         assert "Traceback" not in done.out + done.err, done.err
         return done
 
@@ -54,7 +54,7 @@ def test_the_command_line_writes_a_checked_result(run: Any, backend: str, tmp_pa
 def test_a_profile_of_a_device_that_torch_cannot_trace_says_so(
     run: Any, backend: str, tmp_path: Path
 ) -> None:
-    done = run(backend, "--mode", "eager", "--profile", "trace.json")
+    done = run(backend, "--profile", "trace.json")
     assert done.code == 0, done.err
     assert re.search(
         r"^profile    \d passes, eager, with \d+ operators of torch and no kernels of ",

@@ -13,6 +13,7 @@ import torch
 from float64_attention import attend_segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from smaller_cases import make_smaller
 
 from mla import MLA, LatentCache, MLAConfig
 from mla.conformance.suite import carry_out, instances
@@ -105,7 +106,10 @@ def test_rows_that_start_anywhere_are_right(
 
 
 @each_stack
-def test_the_suite_that_judges_backends_passes(stacked: Any, stack: str) -> None:
+def test_the_suite_that_judges_backends_passes(
+    stacked: Any, stack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_smaller(monkeypatch)
     with stacked(stack):
         subject = BackendUnderTest(HostBackend(ops={"torch_varlen": STACKS[stack]()}), "host", quick=True)
         chosen = [

@@ -121,7 +121,7 @@ def test_a_reader_that_goes_away_does_not_cost_the_result(start: Start, both: bo
 
 def test_a_folder_that_vanishes_during_the_run_does_not_cost_the_numbers(start: Start) -> None:
     Path("out").mkdir()
-    options = ["--passes", "1000", "--scenario", "decode", "-O", "announce=1", "-o", "out/run.json"]
+    options = ["--passes", "200", "--scenario", "decode", "-O", "announce=1", "-o", "out/run.json"]
     with start(*options) as child:
         assert child.stderr is not None
         for line in child.stderr:

@@ -63,7 +63,7 @@ def wait_for_scenarios(child: subprocess.Popen[str], count: int) -> None:
 
 
 def test_ctrl_c_and_then_resume(start: Start) -> None:
-    with start("-o", "run.json", "--passes", "300") as child:
+    with start("-o", "run.json", "--passes", "120") as child:
         wait_for_scenarios(child, 1)
         child.send_signal(signal.SIGINT)
         _, err = child.communicate(timeout=120)
@@ -71,13 +71,13 @@ def test_ctrl_c_and_then_resume(start: Start) -> None:
     before = read("run.json").cases
     done = [case for case in before if not case.interrupted]
     assert 1 <= len(done) < 3
-    with start("--resume", "run.json", "--passes", "300") as child:
+    with start("--resume", "run.json", "--passes", "120") as child:
         _, err = child.communicate(timeout=300)
     assert child.returncode == 0, err
     assert f"resuming   {len(done)} cases of 'run.json' are kept\n" in err
     after = read("run.json").cases
     assert [case.scenario for case in after] == ["decode kv=1", "decode kv=2", "decode kv=3"]
-    assert all(case.passes == 300 and not case.interrupted for case in after)
+    assert all(case.passes == 120 and not case.interrupted for case in after)
     assert all(case in measured(after) for case in measured(done))
     for case in after:  # those that were kept as well
         assert case.roofline.floor_ms == pytest.approx(floor(read("run.json"), case))
@@ -96,7 +96,7 @@ def floor(run: results.Run, case: results.Case) -> float:
 
 
 def test_a_killed_run_loses_the_scenario_it_was_in(start: Start) -> None:
-    with start("-o", "run.json", "--passes", "300") as child:
+    with start("-o", "run.json", "--passes", "120") as child:
         wait_for_scenarios(child, 2)
         child.kill()
         child.communicate(timeout=120)

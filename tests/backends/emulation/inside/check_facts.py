@@ -7,6 +7,7 @@ from typing import Any
 import emulated
 import pytest
 import torch
+from tiny_run import HEADLINE
 
 import mla
 
@@ -94,7 +95,7 @@ def test_a_card_without_bfloat16_says_so(name: str, state: Any, bench: Any) -> N
     assert done.error == (
         f"error: backend '{name}' does not compute bfloat16 natively; choose --dtype from: float16, float32."
     )
-    assert bench("--dtype", "float16", "--scenario", "decode").code == 0
+    assert bench("--dtype", "float16", "--scenario", "decode", *HEADLINE).code == 0
 
 
 @pytest.mark.only("moore", "nvidia")  # the others do not ask torch

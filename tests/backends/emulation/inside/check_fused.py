@@ -11,9 +11,12 @@ from typing import Any
 import emulated
 import pytest
 import torch
+from smaller_cases import make_smaller
+from tiny_run import HEADLINE
 
 import mla
 from mla.bench import results
+from mla.conformance.checks.attention import tiles
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
 from mla.conformance.xfails import Xfails
@@ -126,7 +129,7 @@ def test_a_run_uses_the_kernel_and_is_right(kernel: Any, bench: Any, tmp_path: P
     role, op = kernel
     (tmp_path / "tiny.json").write_text(json.dumps({**WIDE, **SHAPES.get(op, {})}))
     mode = "absorbed" if role == "latent_attention" else "expanded"
-    done = bench("--attention", mode, "-o", "run.json")
+    done = bench("--attention", mode, *HEADLINE, "-o", "run.json")
     assert done.code == 0, done.err
     run = results.decode((tmp_path / "run.json").read_bytes())
     fused = [case for case in run.cases if case.implementation == "mla"]
@@ -140,7 +143,7 @@ def test_the_kernel_alone_is_right(kernel: Any, bench: Any, tmp_path: Path) -> N
     role, op = kernel
     (tmp_path / "tiny.json").write_text(json.dumps({**WIDE, **SHAPES.get(op, {})}))
     shape = ("--workload", "standard", "--batch", "2", "--kv", "70", "--runs", "2", "--passes", "2")
-    done = bench("--op", role, *shape, "-o", "run.json")
+    done = bench("--op", role, *shape, *HEADLINE, "-o", "run.json")
     assert done.code == 0, done.err
     run = results.decode((tmp_path / "run.json").read_bytes())
     assert [(case.ops, case.check.status) for case in run.cases] == [
@@ -223,10 +226,16 @@ def conform(name: str, *only: str) -> dict[str, str]:
     return {one.id: one.status for one in found}
 
 
+# One for every number that heads are padded to, and of more than one kernel's tile.
+SOME_HEADS = (1, 3, 12, 20, 33, 48, 57, 96, 128)
+
+
 def test_what_the_layer_does_not_look_at_is_right_too(
-    kernel: Any, name: str, request: pytest.FixtureRequest
+    kernel: Any, name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Above all the log-sum-exp, whose layout and base differ between vendors."""
+    make_smaller(monkeypatch)
+    monkeypatch.setattr(tiles, "FEW_HEADS", SOME_HEADS)
     role, op = kernel
     group = "latent" if role == "latent_attention" else "expanded"
     wanted = [f"{group}.{check}[{op}-bfloat16]" for check in ("lse", "heads", "scale")]
@@ -278,6 +287,7 @@ def test_what_a_kernel_cannot_serve_is_refused_when_the_layer_is_built(kernel: A
     assert any(f"'{op}' not used because" in one and one.endswith(limits) for one in why), why
 
 
+@pytest.mark.parametrize("kernel", LIVES[BACKEND], ids=_case, indirect=True)
 def test_pages_a_kernel_cannot_read_are_a_reason(kernel: Any, bench: Any, tmp_path: Path) -> None:
     role, op = kernel
     if role != "latent_attention" or op in ("flashinfer", "ixformer"):
@@ -285,9 +295,10 @@ def test_pages_a_kernel_cannot_read_are_a_reason(kernel: Any, bench: Any, tmp_pa
     (tmp_path / "tiny.json").write_text(json.dumps(WIDE))
     sizes = "32 or 64" if op == "tokenspeed" else "64"
     reason = f"it reads pages of {sizes} tokens, but this cache has pages of 16"
-    done = bench("--page-size", "16", "--attention", "absorbed")
+    words = ("--page-size", "16", "--attention", "absorbed", "--scenario", "decode", *HEADLINE)
+    done = bench(*words)
     assert done.code == 3  # only the reference was measured, and nothing of the backend
     assert reason in done.err
-    done = bench("--page-size", "16", "--attention", "absorbed", "--implementations", "mla")
+    done = bench(*words, "--implementations", "mla")
     assert done.code == 3
     assert reason in done.error

@@ -10,6 +10,7 @@ from typing import Any
 import emulated
 import pytest
 import torch
+from tiny_run import HEADLINE
 
 import mla
 from mla.bench import results
@@ -172,7 +173,7 @@ def test_a_run_ends_in_a_result_file(name: str, vendor: Any, bench: Any, tmp_pat
 
 
 def test_a_run_on_the_second_card(name: str, vendor: Any, bench: Any, tmp_path: Any) -> None:
-    assert bench("--device", "1", "--scenario", "decode", "-o", "run.json").code == 0
+    assert bench("--device", "1", "--scenario", "decode", *HEADLINE, "-o", "run.json").code == 0
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["environment"]["backend.device"] == f"{vendor.device}:1"
 
@@ -182,14 +183,14 @@ def test_every_op_runs_alone(op: str, bench: Any, tmp_path: Any) -> None:
     dims = json.loads((tmp_path / "tiny.json").read_text())
     (tmp_path / "lora.json").write_text(json.dumps({**dims, "q_lora_rank": 48, "attention_bias": True}))
     words = ("--workload", "standard", "--config", "lora.json", "--batch", "2", "--q-len", "2")
-    done = bench(*words, "--op", op, "--runs", "2", "--passes", "2", "-o", "run.json")
+    done = bench(*words, "--op", op, "--runs", "2", "--passes", "2", *HEADLINE, "-o", "run.json")
     assert done.code == 0, done.err
     run = results.decode((tmp_path / "run.json").read_bytes())
     assert {case.check.status for case in run.cases} == {"ok"}
 
 
 def test_layers_of_a_stack_run_one_after_the_other(bench: Any, tmp_path: Any) -> None:
-    done = bench("--layers", "2", "-o", "run.json")
+    done = bench("--layers", "2", "--cache", "warm", "--clock", "host", "-o", "run.json")
     assert done.code == 0, done.err
     run = results.decode((tmp_path / "run.json").read_bytes())
     assert {(case.layers, case.check.status) for case in run.cases} == {(2, "ok")}

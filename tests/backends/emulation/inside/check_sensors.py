@@ -10,6 +10,7 @@ from typing import Any
 
 import emulated
 import pytest
+from tiny_run import HEADLINE
 
 import mla
 from mla.bench import results
@@ -80,8 +81,7 @@ def test_clocks_power_and_temperature_before_and_after(name: str, nvml: Nvml) ->
 
 
 def test_a_run_keeps_a_reading_before_and_after_its_passes(nvml: Nvml, bench: Any, tmp_path: Any) -> None:
-    headline = ("--mode", "eager", "--cache", "warm", "--clock", "host")
-    done = bench(*headline, "--implementations", "mla", "-o", "run.json")
+    done = bench(*HEADLINE, "--implementations", "mla", "-o", "run.json")
     assert done.code == 0, done.err
     states = [case.device_state for case in results.decode((tmp_path / "run.json").read_bytes()).cases]
     assert [[one["when"] for one in state] for state in states] == [["before", "after"]] * 2

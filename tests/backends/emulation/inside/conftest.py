@@ -16,10 +16,12 @@ import pytest
 import torch
 from ceiling_cases import measure_limits_quickly
 from outcome import Outcome
+from small_flush import flush_little
 from tiny_run import DIMS, write_tiny_run
 
 import mla
 from mla.bench.cli.main import main
+from mla.bench.measure import warmup
 from mla_backends.api import Backend
 
 FAKES = Path(__file__).resolve().parents[3] / "fakes" / "kernels"
@@ -129,6 +131,8 @@ def bench(
     """Return a function that runs the command line with a tiny config and workload."""
     options = write_tiny_run(tmp_path)
     measure_limits_quickly(monkeypatch)
+    flush_little(monkeypatch)
+    monkeypatch.setattr(warmup, "MOST", 2)  # times of an emulation do not settle
 
     def bench(*words: str) -> Outcome:
         capsys.readouterr()

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from emulated.state import STATE
 from emulated.tensor import EmulatedTensor, pin, run
-from emulated.trees import tensors
 
 # Positions in c10's enumeration of device types.
 CUDA, PRIVATEUSE1, DEVICE_TYPES = 1, 20, 22
@@ -73,17 +72,25 @@ def _emulate() -> None:
 
 
 class _Emulate(TorchDispatchMode):
-    """Sees factories and copies to the device, which have no emulated tensor among their arguments yet."""
+    """Sees factories and copies to the device, which have no emulated tensor among their arguments yet.
+
+    And every operation of the host, of which there are ten times as many: they are let through at once.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled, and torch's guard against it takes longer than what it guards."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if EmulatedTensor in types:
+            return run(func, args, kwargs)
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == STATE.name:
             return run(func, args, kwargs)
         if kwargs.get("pin_memory") and STATE.pins:
             return pin(func(*args, **{**kwargs, "pin_memory": False}))
-        if any(isinstance(leaf, EmulatedTensor) for leaf in tensors(args, kwargs)):
-            return run(func, args, kwargs)
         return func(*args, **kwargs)
 
 

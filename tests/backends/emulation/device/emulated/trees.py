@@ -7,11 +7,16 @@ from typing import Any
 
 import torch
 
+# Most arguments: told by their type at once.
+LEAVES = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout})
+
 
 def tensors(*values: Any) -> list[torch.Tensor]:
     """Return the tensors among values, which may be nested in lists, tuples and dicts."""
     found: list[torch.Tensor] = []
     for value in values:
+        if type(value) in LEAVES:
+            continue
         if isinstance(value, torch.Tensor):
             found.append(value)
         elif isinstance(value, (list, tuple)):
@@ -23,6 +28,8 @@ def tensors(*values: Any) -> list[torch.Tensor]:
 
 def change(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
     """Return `value` with `function` applied to every tensor in it."""
+    if type(value) in LEAVES:
+        return value
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, (list, tuple)):
