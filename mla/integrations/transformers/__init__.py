@@ -1,0 +1,6 @@
+"""`transformers` models whose attention layers run this project's ops: `use_mla(model, backend="cpu")`."""
+
+from mla.integrations.transformers.errors import UnsupportedModel
+from mla.integrations.transformers.model import restore, use_mla
+
+__all__ = ["UnsupportedModel", "restore", "use_mla"]
