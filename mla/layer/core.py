@@ -55,9 +55,7 @@ class AttentionCore:
         rebuild = Rebuild(config, self._weights, self.scratch)
         optional = self.ops["expanded_attention"].op.lse_optional
         self._absorbed = AbsorbedPath(self._weights, self.scratch, self._views, False, scale)
-        self._expanded = ExpandedPath(
-            self.scratch, rebuild, config.qk_nope_head_dim, False, scale, optional
-        )
+        self._expanded = ExpandedPath(self.scratch, rebuild, config.qk_nope_head_dim, False, scale, optional)
 
     def load(self, kv_b_proj: torch.Tensor) -> None:
         """Pack the weight [h (n + v), c]. Raises `WeightError` for another shape."""
@@ -103,6 +101,4 @@ class AttentionCore:
         half = self.config.qk_rope_head_dim // 2
         unturned = torch.zeros(batch.num_tokens, 2 * half, device=self.device)
         unturned[:, :half] = 1
-        return make_plan(
-            self.config, self.ops, unturned, batch, self._attention, self._limit, self._growth
-        )
+        return make_plan(self.config, self.ops, unturned, batch, self._attention, self._limit, self._growth)

@@ -118,6 +118,7 @@ def attend(
         )
     if attention_mask is None or attention_mask.dtype != torch.int32:
         raise UnsupportedModel(
-            "`use_mla` takes no mask of one's own [batch, 1, queries, keys]: give attention_mask [batch, tokens]."
+            "`use_mla` takes no mask of one's own [batch, 1, queries, keys]: give attention_mask "
+            "[batch, tokens]."
         )
     return attention(query, latent, pe, attention_mask), None

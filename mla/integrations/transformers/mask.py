@@ -21,9 +21,9 @@ def visible_keys(
     attention_mask: torch.Tensor | None = None,
     **other: Any,
 ) -> torch.Tensor:
-    """Return, on the host, the first key that each request sees and the one after its last: [B, 1, 1, 2] int32.
+    """Return the first key that each request sees and the one after its last, on the host: [B, 1, 1, 2] int32.
 
-    An `AttentionMaskInterface`: called once per forward. Every query sees the keys up to its own. With four
+    An `AttentionMaskInterface`, called once per forward. Every query sees the keys up to its own. With four
     dimensions it passes for a finished mask, which `transformers` leaves alone. Raises `UnsupportedModel` for
     masks that say anything else.
     """
@@ -39,8 +39,8 @@ def visible_keys(
         return _ranges(torch.zeros(batch_size, dtype=torch.int32), stop)
     if attention_mask.ndim != 2 or not stop <= attention_mask.shape[1] <= kv_length:
         raise UnsupportedModel(
-            f"attention_mask has shape {list(attention_mask.shape)}, and this step has {stop} tokens: `use_mla` "
-            "takes a mask [batch, tokens] of all tokens so far."
+            f"attention_mask has shape {list(attention_mask.shape)}, and there are {stop} tokens so far: "
+            "`use_mla` takes a mask [batch, tokens] of all tokens so far."
         )
     seen = attention_mask[:, :stop].to("cpu", torch.bool)
     start = stop - seen.sum(dim=1)

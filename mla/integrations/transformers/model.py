@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -14,23 +13,12 @@ from mla.errors import ConfigError
 from mla.integrations.transformers.attention import Attention, Steps, attend
 from mla.integrations.transformers.errors import UnsupportedModel
 from mla.integrations.transformers.mask import NAME, visible_keys
+from mla.integrations.transformers.packed import Packed, PackedKvB, PackedLinear
 from mla.layer.core import AttentionCore
 from mla.layer.expansion import WORKSPACE_BYTES
 
-
-class PackedKvB(nn.Module):
-    """In the place of a layer's `kv_b_proj`: the weight as our ops have packed it, and no second copy."""
-
-    def __init__(self, core: AttentionCore) -> None:
-        super().__init__()
-        self._core = core
-
-    def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        """Raise `UnsupportedModel`: nothing is expanded any more."""
-        raise UnsupportedModel("this model's kv_b_proj is packed for our ops: call `restore(model)` first.")
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self._core.kv_b_proj()
+# A layer's projections besides kv_b_proj; no family has all.
+PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
 
 
 def use_mla(model: nn.Module, backend: str = "cpu", **arguments: Any) -> nn.Module:
@@ -41,7 +29,7 @@ def use_mla(model: nn.Module, backend: str = "cpu", **arguments: Any) -> nn.Modu
     and `BackendError` for a backend that is not there.
     """
     layers = find_layers(model)
-    config, dtype = _config(model, layers[0]), _dtype(model, layers)
+    config, dtype = _config(model, layers[0]), _dtype(layers)
     opened = mla.load_backend(backend, **arguments)
     steps = Steps(dtype, opened.device, WORKSPACE_BYTES)
     _register()
@@ -49,9 +37,11 @@ def use_mla(model: nn.Module, backend: str = "cpu", **arguments: Any) -> nn.Modu
     for layer in layers:
         core = AttentionCore(config, backend=opened, dtype=dtype, scratch=steps.scratch)
         core.load(layer.kv_b_proj.weight)
-        layer.mla_attention = Attention(core, steps)
-        layer.kv_b_proj = PackedKvB(core)
+        layer.kv_b_proj, layer.mla_attention = PackedKvB(core), Attention(core, steps)
         layer.expand_kv = _as_they_are
+        for name in PROJECTIONS:
+            if isinstance(linear := getattr(layer, name, None), nn.Linear):
+                setattr(layer, name, PackedLinear(linear, opened.ops(), "auto"))
     model.set_attn_implementation(NAME)
     model.mla_before = before
     return model
@@ -62,11 +52,9 @@ def restore(model: nn.Module) -> nn.Module:
     if not hasattr(model, "mla_before"):
         raise UnsupportedModel("this model does not run our ops: there is nothing to restore.")
     for layer in find_attention(model):
-        core = layer.mla_attention.core
-        weight = core.kv_b_proj()
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        layer.kv_b_proj = linear
+        for name, child in list(layer.named_children()):
+            if isinstance(child, Packed):
+                setattr(layer, name, child.plain())
         del layer.mla_attention, layer.expand_kv
     model.set_attn_implementation(model.mla_before)
     del model.mla_before
@@ -113,7 +101,7 @@ def find_layers(model: nn.Module) -> list[Any]:
 
 
 def _config(model: nn.Module, layer: Any) -> MLAConfig:
-    """Return the layers' config without its rotation, which `transformers` does; the scale is that of all."""
+    """Return the layers' config. Raises `UnsupportedModel`."""
     try:
         config = MLAConfig.from_dict(layer.config.to_dict())
     except ConfigError as error:
@@ -123,10 +111,10 @@ def _config(model: nn.Module, layer: Any) -> MLAConfig:
             f"{type(layer).__name__} scales logits by {layer.scaling:.6g}, and its config says "
             f"{config.softmax_scale:.6g}."
         )
-    return dataclasses.replace(config)
+    return config
 
 
-def _dtype(model: nn.Module, layers: list[Any]) -> torch.dtype:
+def _dtype(layers: list[Any]) -> torch.dtype:
     """Return the dtype of all layers, which must be on one device. Raises `UnsupportedModel`."""
     weights = [layer.kv_b_proj.weight for layer in layers]
     if len({weight.device for weight in weights}) > 1 or weights[0].device.type == "meta":
