@@ -21,7 +21,7 @@ def visible_keys(
     attention_mask: torch.Tensor | None = None,
     **other: Any,
 ) -> torch.Tensor:
-    """Return the first key that each request sees and the one after its last, on the host: [B, 1, 1, 2] int32.
+    """Return each request's first visible key and the one after its last, on the host: [B, 1, 1, 2] int32.
 
     An `AttentionMaskInterface`, called once per forward. Every query sees the keys up to its own. With four
     dimensions it passes for a finished mask, which `transformers` leaves alone. Raises `UnsupportedModel` for

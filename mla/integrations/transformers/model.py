@@ -21,16 +21,17 @@ from mla.layer.expansion import WORKSPACE_BYTES
 PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
 
 
-def use_mla(model: nn.Module, backend: str = "cpu", **arguments: Any) -> nn.Module:
+def use_mla(model: Any, backend: str = "cpu", **arguments: Any) -> Any:
     """Have a loaded `transformers` model attend its cached latents through our ops; return it.
 
-    `arguments` are those of `mla.load_backend`. Weights, caches, generation and all other layers stay those of
+    `arguments` are those of `mla.load_backend`. Caches, generation and all other layers stay those of
     `transformers`. Raises `UnsupportedModel`, before anything is changed, for a model that cannot be served,
     and `BackendError` for a backend that is not there.
     """
     layers = find_layers(model)
     config, dtype = _config(model, layers[0]), _dtype(layers)
     opened = mla.load_backend(backend, **arguments)
+    assert opened.device is not None
     steps = Steps(dtype, opened.device, WORKSPACE_BYTES)
     _register()
     before = model.config._attn_implementation
@@ -47,8 +48,11 @@ def use_mla(model: nn.Module, backend: str = "cpu", **arguments: Any) -> nn.Modu
     return model
 
 
-def restore(model: nn.Module) -> nn.Module:
-    """Undo `use_mla`, bit for bit; return the model. Raises `UnsupportedModel` where there is nothing to undo."""
+def restore(model: Any) -> Any:
+    """Undo `use_mla`, bit for bit; return the model.
+
+    Raises `UnsupportedModel` where there is nothing to undo.
+    """
     if not hasattr(model, "mla_before"):
         raise UnsupportedModel("this model does not run our ops: there is nothing to restore.")
     for layer in find_attention(model):
@@ -73,12 +77,12 @@ def _register() -> None:
     AttentionMaskInterface.register(NAME, visible_keys)
 
 
-def find_attention(model: nn.Module) -> list[Any]:
+def find_attention(model: Any) -> list[Any]:
     """Return the model's latent attention layers, in their order."""
     return [one for one in model.modules() if hasattr(one, "kv_b_proj") and hasattr(one, "kv_a_layernorm")]
 
 
-def find_layers(model: nn.Module) -> list[Any]:
+def find_layers(model: Any) -> list[Any]:
     """Return the layers that are to run our ops. Raises `UnsupportedModel`."""
     if hasattr(model, "mla_before"):
         raise UnsupportedModel("this model runs our ops already: call `restore(model)` first.")
@@ -90,17 +94,17 @@ def find_layers(model: nn.Module) -> list[Any]:
     for layer in layers:
         if not hasattr(layer, "expand_kv"):
             raise UnsupportedModel(
-                f"{type(layer).__name__} of this `transformers` caches expanded keys: 5.20 or later is needed."
+                f"{type(layer).__name__} of this `transformers` caches expanded keys: 5.20 is needed."
             )
         if type(layer.kv_b_proj) is not nn.Linear or not layer.kv_b_proj.weight.is_floating_point():
             raise UnsupportedModel(
-                f"kv_b_proj of this model is a {type(layer.kv_b_proj).__name__}: load it unquantized and without "
-                "adapters."
+                f"kv_b_proj of this model is a {type(layer.kv_b_proj).__name__}: load it unquantized and "
+                "without adapters."
             )
     return layers
 
 
-def _config(model: nn.Module, layer: Any) -> MLAConfig:
+def _config(model: Any, layer: Any) -> MLAConfig:
     """Return the layers' config. Raises `UnsupportedModel`."""
     try:
         config = MLAConfig.from_dict(layer.config.to_dict())

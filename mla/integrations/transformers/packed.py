@@ -1,4 +1,4 @@
-"""Modules that stand in for a layer's `nn.Linear`, with the weight as our ops packed it and no second copy."""
+"""Modules in the place of a layer's `nn.Linear`, with the weight as our ops packed it and no second copy."""
 
 from __future__ import annotations
 
@@ -35,9 +35,7 @@ class Packed(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        raise UnsupportedModel(
-            "this model's weights are packed for our ops: call `restore(model)` to load others."
-        )
+        raise UnsupportedModel("this model's weights are packed: call `restore(model)` to load others.")
 
 
 class PackedLinear(Packed):
