@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mla.cache.ragged_batch import RaggedBatch
-from mla.integrations.transformers.errors import UnsupportedModel
+from mla.integrations.transformers.errors import UnsupportedModel, require_inference
 from mla.layer.core import AttentionCore
 from mla.layer.workspace import Workspace
 
@@ -111,11 +111,7 @@ def attend(
     attention: Attention | None = getattr(module, "mla_attention", None)
     if attention is None:
         raise UnsupportedModel("this layer was not prepared by `use_mla`: call it on the whole model.")
-    if module.training or (torch.is_grad_enabled() and query.requires_grad):
-        raise UnsupportedModel(
-            "`use_mla` serves inference: call `model.eval()` and run under `torch.no_grad()`, or "
-            "`restore(model)` to train."
-        )
+    require_inference(query, module.training)
     if attention_mask is None or attention_mask.dtype != torch.int32:
         raise UnsupportedModel(
             "`use_mla` takes no mask of one's own [batch, 1, queries, keys]: give attention_mask "

@@ -38,7 +38,7 @@ def use_mla(model: Any, backend: str = "cpu", **arguments: Any) -> Any:
     for layer in layers:
         core = AttentionCore(config, backend=opened, dtype=dtype, scratch=steps.scratch)
         core.load(layer.kv_b_proj.weight)
-        layer.kv_b_proj, layer.mla_attention = PackedKvB(core), Attention(core, steps)
+        layer.kv_b_proj, layer.mla_attention = PackedKvB(layer.kv_b_proj, core), Attention(core, steps)
         layer.expand_kv = _as_they_are
         for name in PROJECTIONS:
             if isinstance(linear := getattr(layer, name, None), nn.Linear):

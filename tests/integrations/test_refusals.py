@@ -1,0 +1,112 @@
+"""What cannot be served is said in one sentence, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import make_model
+from torch import nn
+
+from mla.integrations.transformers import UnsupportedModel, restore, use_mla
+from mla_backends import BackendError
+
+
+def without_mla() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=9, **sizes))
+
+
+def quantized() -> Any:
+    model = make_model("deepseek_v3")
+
+    class Linear8bit(nn.Linear):
+        pass
+
+    model.model.layers[1].self_attn.kv_b_proj.__class__ = Linear8bit
+    return model
+
+
+def split() -> Any:
+    model = make_model("deepseek_v3")
+    model.model.layers[1].self_attn.to("meta")
+    return model
+
+
+def mixed() -> Any:
+    model = make_model("deepseek_v3")
+    model.model.layers[1].self_attn.to(torch.bfloat16)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (without_mla, "LlamaForCausalLM has no multi-head latent attention"),
+        (lambda: nn.Linear(2, 2), "Linear is no model of `transformers`"),
+        (quantized, "kv_b_proj of this model is a Linear8bit"),
+        (split, "split over devices"),
+        (mixed, "differ in dtype"),
+        (lambda: use_mla(make_model("deepseek_v3")), "runs our ops already"),
+    ],
+)
+def test_models_that_cannot_be_served(make: Callable[[], Any], message: str) -> None:
+    model = make()
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises(UnsupportedModel, match=message) as found:
+        use_mla(model)
+    assert "\n" not in str(found.value)
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+
+
+def test_a_backend_that_is_not_there_changes_nothing(model: Any) -> None:
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(BackendError):
+        use_mla(model, backend="none.such:backend")
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_there_must_be_something_to_restore(model: Any) -> None:
+    with pytest.raises(UnsupportedModel, match="nothing to restore"):
+        restore(model)
+
+
+def right_padded(model: Any) -> None:
+    model(input_ids=torch.tensor([[3, 4, 0]]), attention_mask=torch.tensor([[1, 1, 0]]))
+
+
+def own_mask(model: Any) -> None:
+    model(input_ids=torch.tensor([[3, 4]]), attention_mask=torch.zeros(1, 1, 2, 2))
+
+
+def packed(model: Any) -> None:
+    model(input_ids=torch.tensor([[3, 4, 5, 6]]), position_ids=torch.tensor([[0, 1, 0, 1]]), use_cache=False)
+
+
+def training(model: Any) -> None:
+    model.train()(input_ids=torch.tensor([[3, 4]]))
+
+
+def gradients(model: Any) -> None:
+    with torch.enable_grad():
+        model(input_ids=torch.tensor([[3, 4]]))
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (right_padded, "padding on the left alone"),
+        (own_mask, "takes no mask of one's own"),
+        (packed, "not plain causal attention"),
+        (training, "serves inference"),
+        (gradients, "serves inference"),
+    ],
+)
+def test_steps_that_cannot_be_served(model: Any, run: Callable[[Any], None], message: str) -> None:
+    use_mla(model)
+    with torch.no_grad(), pytest.raises(UnsupportedModel, match=message):
+        run(model)
