@@ -2,5 +2,6 @@
 
 from mla.integrations.transformers.errors import UnsupportedModel
 from mla.integrations.transformers.model import restore, use_mla
+from mla.integrations.transformers.paged import PagedCache
 
-__all__ = ["UnsupportedModel", "restore", "use_mla"]
+__all__ = ["PagedCache", "UnsupportedModel", "restore", "use_mla"]

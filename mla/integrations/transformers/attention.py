@@ -57,12 +57,16 @@ class Attention:
         ranges: torch.Tensor,  # [B, 1, 1, 2], on the host
     ) -> torch.Tensor:
         """Return [B, t, h, v]; 0 for queries that see no key."""
-        step = self._steps.of(ranges, query.shape[2])
+        paged: Any = getattr(
+            latent, "paged", None
+        )  # a layer of a `PagedCache`, which has no latents but new ones
+        held = self._steps if paged is None else paged
+        step: Step = held.step(ranges, query.shape[2])
         q = self.core.queries(step.batch.num_tokens)
         rows = query.transpose(1, 2)  # [B, t, h, n + r]
         for place, part in zip(q.split(step.new), rows, strict=True):
             place.copy_(part[part.shape[0] - place.shape[0] :])
-        heads = self.core(q, step.batch, self._steps.pages(step, latent, pe))
+        heads = self.core(q, step.batch, held.write(step, latent, pe))
         if sum(step.new) == rows.shape[0] * rows.shape[1]:
             return heads.view(*rows.shape[:3], -1).clone()
         out = heads.new_zeros(*rows.shape[:3], heads.shape[-1])
@@ -79,14 +83,14 @@ class Steps:
         self._device = device
         self._last: Step | None = None
 
-    def of(self, ranges: torch.Tensor, queries: int) -> Step:
+    def step(self, ranges: torch.Tensor, queries: int) -> Step:
         """Return the step that these ranges describe: the last one while they are the same object."""
         if self._last is None or self._last.ranges is not ranges:
             self._last = Step.of(ranges, queries, self._device)
         return self._last
 
-    def pages(self, step: Step, latent: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
-        """Return the visible latents as pages [pages, page, c + r]."""
+    def write(self, step: Step, latent: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
+        """Return all visible latents, copied to pages [pages, page, c + r]."""
         count, width = step.batch.block_table.shape
         c, r = latent.shape[-1], pe.shape[-1]
         pages = self.scratch.take("pages", count * width, PAGE_SIZE, c + r)
