@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tiny_models import make_model
 from torch import nn
 
 from mla.integrations.transformers import UnsupportedModel, restore, use_mla
+from mla.layer.core import AttentionCore
 from mla_backends import BackendError
 
 
@@ -68,6 +70,44 @@ def test_a_backend_that_is_not_there_changes_nothing(model: Any) -> None:
     with pytest.raises(BackendError):
         use_mla(model, backend="none.such:backend")
     assert [type(module) for module in model.modules()] == before
+
+
+def test_an_op_that_fails_halfway_leaves_the_model_as_it_was(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    pack, packed = AttentionCore.load, list[object]()
+
+    def fail_at_the_second(core: AttentionCore, weight: torch.Tensor) -> None:
+        packed.append(core)
+        if len(packed) == 2:
+            raise BackendError("no memory is left.")
+        pack(core, weight)
+
+    monkeypatch.setattr(AttentionCore, "load", fail_at_the_second)
+    with pytest.raises(BackendError, match="no memory"):
+        use_mla(model)
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    assert not any(hasattr(module, "mla_attention") for module in model.modules())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_elsewhere_than_the_backend(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = SimpleNamespace(device=torch.device("cuda"), ops=dict)
+    monkeypatch.setattr("mla.load_backend", lambda *_, **__: other)
+    with pytest.raises(UnsupportedModel, match="this model is on cpu, and backend 'far' computes on cuda"):
+        use_mla(model, "far")
+
+
+def fp8() -> Any:
+    model = make_model("deepseek_v3")
+    model.model.layers[1].self_attn.kv_b_proj.to(torch.float8_e4m3fn)
+    return model
+
+
+def test_fp8_weights(model: Any) -> None:
+    with pytest.raises(UnsupportedModel, match="float8_e4m3fn"):
+        use_mla(fp8())
 
 
 def test_there_must_be_something_to_restore(model: Any) -> None:

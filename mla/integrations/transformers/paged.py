@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from mla.cache import LatentCache
 from mla.integrations.transformers.attention import Step
 from mla.integrations.transformers.errors import UnsupportedModel
-from mla.integrations.transformers.model import find_attention
+from mla.integrations.transformers.survey import find_attention
 
 
 class PagedLayer(CacheLayerMixin):
