@@ -7,18 +7,14 @@ from typing import Any
 import pytest
 import torch
 from test_tokens import Prompts, generate
-from tiny_models import make_model
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from tiny_models import CACHE, make_model
 
 from mla.errors import MLAError
 from mla.integrations.transformers import PagedCache, UnsupportedModel, restore, use_mla
 
-# As older releases call it.
-WORD = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_key_values"
-
 
 def paged(model: Any, **words: Any) -> dict[str, Any]:
-    return {WORD: PagedCache(model, **{"max_tokens": 4096, "page_size": 16, **words})}
+    return {CACHE: PagedCache(model, **{"max_tokens": 4096, "page_size": 16, **words})}
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "longcat_flash"])
@@ -29,16 +25,16 @@ def test_it_gives_the_same_tokens(family: str, prompts: Prompts, words: dict[str
     use_mla(model)
     cache = paged(model)
     assert torch.equal(generate(model, prompts, **cache, **words), theirs)
-    latents = cache[WORD].latents
-    latents.release(cache[WORD]._sequences)
+    latents = cache[CACHE].latents
+    latents.release(cache[CACHE]._sequences)
     assert latents.free_pages == latents.num_pages
 
 
 def test_padding_takes_no_pages(model: Any, prompts: Prompts) -> None:
     use_mla(model)
-    cache = paged(model, page_size=4)[WORD]
+    cache = paged(model, page_size=4)[CACHE]
     with torch.no_grad():
-        model(**prompts, **{WORD: cache})
+        model(**prompts, **{CACHE: cache})
     assert [cache.latents.length(sequence) for sequence in cache._sequences] == [7, 4, 11]
     assert cache.latents.num_pages - cache.latents.free_pages == 2 + 1 + 3
 
@@ -70,3 +66,10 @@ def test_a_mask_that_contradicts_the_cache(model: Any, prompts: Prompts) -> None
         mask = torch.ones(3, 12, dtype=torch.int64)
         with pytest.raises(UnsupportedModel, match=r"names \[12, 12, 12\] tokens .* holds \[7, 4, 11\]"):
             model(input_ids=prompts["input_ids"][:, :1], attention_mask=mask, **cache)
+
+
+def test_padding_on_the_right_is_refused(model: Any) -> None:
+    cache = paged(use_mla(model))
+    mask = torch.tensor([[1, 1, 0]])
+    with torch.no_grad(), pytest.raises(UnsupportedModel, match="padding on the left alone"):
+        model(input_ids=torch.tensor([[3, 4, 0]]), attention_mask=mask, **cache)

@@ -115,10 +115,6 @@ def test_there_must_be_something_to_restore(model: Any) -> None:
         restore(model)
 
 
-def right_padded(model: Any) -> None:
-    model(input_ids=torch.tensor([[3, 4, 0]]), attention_mask=torch.tensor([[1, 1, 0]]))
-
-
 def own_mask(model: Any) -> None:
     model(input_ids=torch.tensor([[3, 4]]), attention_mask=torch.zeros(1, 1, 2, 2))
 
@@ -139,7 +135,6 @@ def gradients(model: Any) -> None:
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (right_padded, "padding on the left alone"),
         (own_mask, "takes no mask of one's own"),
         (packed, "not plain causal attention"),
         (training, "serves inference"),

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import CACHE, FAMILIES, make_model
 
 from mla.integrations.transformers import restore, use_mla
 
@@ -67,8 +69,7 @@ def test_a_cache_made_without_our_ops_goes_on_with_them_and_back(model: Any, pro
     def go_on(found: Any) -> Any:
         ids = found.sequences
         mask = torch.cat((prompts["attention_mask"], ids.new_ones(3, ids.shape[1] - 11)), dim=1)
-        name = "cache" if hasattr(found, "cache") else "past_key_values"  # as older releases call it
-        held = {name: getattr(found, name)}
+        held = {CACHE: getattr(found, CACHE)}
         return generate(model, {"input_ids": ids, "attention_mask": mask}, **held, **words)
 
     use_mla(model)
@@ -76,6 +77,36 @@ def test_a_cache_made_without_our_ops_goes_on_with_them_and_back(model: Any, pro
     restore(model)
     third = go_on(second)
     assert torch.equal(third.sequences, whole)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=3), st.integers(0, 8))
+@settings(max_examples=25, deadline=None)
+def test_any_tokens_may_be_hidden(flags: list[list[bool]], past: int) -> None:
+    """On the right, in the middle, among new tokens and old ones: what sees a key has the same logits."""
+    ids, mask = torch.arange(3, 3 + 9 * len(flags)).view(-1, 9), torch.tensor(flags).long()
+    sees = mask.cumsum(dim=1) > 0
+    logits = []
+    for ours in (False, True):
+        model, cache = make_model("deepseek_v3"), {}
+        if ours:
+            use_mla(model)
+        with torch.no_grad():
+            if past:
+                first = model(input_ids=ids[:, :past], attention_mask=mask[:, :past], use_cache=True)
+                cache = {CACHE: getattr(first, CACHE)}
+            logits.append(model(input_ids=ids[:, past:], attention_mask=mask, **cache).logits)
+    theirs, found = (one[sees[:, past:]] for one in logits)
+    assert torch.allclose(theirs, found, rtol=1e-3, atol=1e-3)
+
+
+def test_an_assistant_may_guess_tokens(model: Any) -> None:
+    prompt = {"input_ids": torch.arange(3, 14)[None], "attention_mask": torch.ones(1, 11, dtype=torch.int64)}
+    words = {"assistant_model": make_model("deepseek_v2")}
+    alone = generate(model, prompt)
+    use_mla(model)
+    assert torch.equal(generate(model, prompt, **words), alone)
+    use_mla(words["assistant_model"])
+    assert torch.equal(generate(model, prompt, **words), alone)
 
 
 def test_a_mask_of_ones_and_no_mask_are_the_same(model: Any) -> None:

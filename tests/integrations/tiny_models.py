@@ -6,7 +6,10 @@ import importlib
 from typing import Any
 
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+# What a cache is called: in older releases otherwise.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_key_values"
 VOCABULARY = 97
 COMMON = {
     "vocab_size": VOCABULARY,

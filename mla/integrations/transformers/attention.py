@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from mla.cache.ragged_batch import RaggedBatch
 from mla.integrations.transformers.errors import UnsupportedModel, require_inference
+from mla.integrations.transformers.step import PAGE_SIZE, Step
 from mla.layer.core import AttentionCore
 from mla.layer.workspace import Workspace
-
-PAGE_SIZE = 64
-
-
-@dataclass(eq=False)
-class Step:
-    """One forward of a model on a stock cache: what all its layers share."""
-
-    ranges: torch.Tensor  # [B, 1, 1, 2] int32, on the host; kept, so that no other one has its identity
-    starts: list[int]  # of each request's keys
-    stop: int
-    new: list[int]  # queries of each request
-    batch: RaggedBatch
-
-    @classmethod
-    def of(cls, ranges: torch.Tensor, queries: int, device: torch.device) -> Step:
-        """Describe a step of so many queries a request."""
-        starts, stops = (column.tolist() for column in ranges[:, 0, 0].unbind(1))
-        stop = stops[0]
-        kv_lens = [stop - start for start in starts]
-        new = [min(queries, length) for length in kv_lens]
-        width = pages_of(max(kv_lens))
-        table = torch.arange(len(starts) * width, dtype=torch.int32).view(-1, width)
-        return cls(ranges, starts, stop, new, RaggedBatch(new, kv_lens, table, PAGE_SIZE, device))
-
-
-def pages_of(tokens: int) -> int:
-    """Return pages for so many tokens, of which there are a power of two: they grow with every step."""
-    return 1 << max(0, -(-tokens // PAGE_SIZE) - 1).bit_length()
 
 
 class Attention:
@@ -54,24 +24,23 @@ class Attention:
         query: torch.Tensor,  # [B, h, t, n + r], rotated
         latent: torch.Tensor,  # [B, 1, s, c], normed
         pe: torch.Tensor,  # [B, 1, s, r], rotated
-        ranges: torch.Tensor,  # [B, 1, 1, 2], on the host
+        flags: torch.Tensor,  # [B, 1, 1, s], on the host
     ) -> torch.Tensor:
         """Return [B, t, h, v]; 0 for queries that see no key."""
-        paged: Any = getattr(
-            latent, "paged", None
-        )  # a layer of a `PagedCache`, which has no latents but new ones
+        paged: Any = getattr(latent, "paged", None)  # a layer of a `PagedCache`: latents are new ones alone
         held = self._steps if paged is None else paged
-        step: Step = held.step(ranges, query.shape[2])
-        q = self.core.queries(step.batch.num_tokens)
+        step: Step = held.step(flags, query.shape[2])
         rows = query.transpose(1, 2)  # [B, t, h, n + r]
-        for place, part in zip(q.split(step.new), rows, strict=True):
-            place.copy_(part[part.shape[0] - place.shape[0] :])
+        out = query.new_zeros(*rows.shape[:3], self.core.config.v_head_dim)
+        if not step.spans:
+            return out
+        q = self.core.queries(step.batch.num_tokens)
+        counts = [span.tokens for span in step.spans]
+        for span, place in zip(step.spans, q.split(counts), strict=True):
+            place.copy_(rows[span.request, span.queries])
         heads = self.core(q, step.batch, held.write(step, latent, pe))
-        if sum(step.new) == rows.shape[0] * rows.shape[1]:
-            return heads.view(*rows.shape[:3], -1).clone()
-        out = heads.new_zeros(*rows.shape[:3], heads.shape[-1])
-        for part, found in zip(out, heads.split(step.new), strict=True):
-            part[part.shape[0] - found.shape[0] :] = found
+        for span, found in zip(step.spans, heads.split(counts), strict=True):
+            out[span.request, span.queries] = found
         return out
 
 
@@ -83,23 +52,21 @@ class Steps:
         self._device = device
         self._last: Step | None = None
 
-    def step(self, ranges: torch.Tensor, queries: int) -> Step:
-        """Return the step that these ranges describe: the last one while they are the same object."""
-        if self._last is None or self._last.ranges is not ranges:
-            self._last = Step.of(ranges, queries, self._device)
+    def step(self, flags: torch.Tensor, queries: int) -> Step:
+        """Return the step that these flags describe: the last one while they are the same object."""
+        if self._last is None or self._last.flags is not flags:
+            self._last = Step.of(flags, queries, self._device)
         return self._last
 
     def write(self, step: Step, latent: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
         """Return all visible latents, copied to pages [pages, page, c + r]."""
-        count, width = step.batch.block_table.shape
-        c, r = latent.shape[-1], pe.shape[-1]
-        pages = self.scratch.take("pages", count * width, PAGE_SIZE, c + r)
-        rows = pages.view(count, width * PAGE_SIZE, c + r)
-        for request, start in enumerate(step.starts):
-            visible = slice(start, step.stop)
-            target = rows[request, : step.stop - start]
-            target[:, :c] = latent[request, 0, visible]
-            target[:, c:] = pe[request, 0, visible]
+        width, (c, r) = step.batch.block_table.shape[1], (latent.shape[-1], pe.shape[-1])
+        pages = self.scratch.take("pages", len(step.keys) * width, PAGE_SIZE, c + r)
+        rows = pages.view(len(step.keys), width * PAGE_SIZE, c + r)
+        for request, keys in enumerate(step.keys):
+            kv = latent[request, 0, keys]
+            rows[request, : kv.shape[0], :c] = kv
+            rows[request, : kv.shape[0], c:] = pe[request, 0, keys]
         return pages
 
 

@@ -12,8 +12,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mla.cache import LatentCache
-from mla.integrations.transformers.attention import Step
 from mla.integrations.transformers.errors import UnsupportedModel
+from mla.integrations.transformers.step import Step, left_padded, left_padding
 from mla.integrations.transformers.survey import find_attention
 
 
@@ -43,15 +43,15 @@ class PagedLayer(CacheLayerMixin):
         held.paged = self
         return held, value_states
 
-    def step(self, ranges: torch.Tensor, queries: int) -> Step:
-        """Return the step that ranges [B, 1, 1, 2] describe, the same for all layers."""
-        return self._cache.step(ranges, queries)
+    def step(self, flags: torch.Tensor, queries: int) -> Step:
+        """Return the step that flags [B, 1, 1, s] describe, the same for all layers."""
+        return self._cache.step(flags, queries)
 
     def write(self, step: Step, latent: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
         """Write a step's latents, and return this layer's pages [pages, page, c + r]."""
         pages = self._cache.latents.pages[self._index]
         rows = torch.cat((latent[:, 0], pe[:, 0]), dim=-1)
-        new = [part[part.shape[0] - count :] for part, count in zip(rows, step.new, strict=True)]
+        new = [rows[span.request, span.queries] for span in step.spans]
         pages.view(-1, pages.shape[-1]).index_copy_(0, step.batch.slots, torch.cat(new))
         return pages
 
@@ -113,24 +113,31 @@ class PagedCache(Cache):
         self._sequences = list(sequences)
         self.columns = max(map(self.latents.length, sequences), default=0)
 
-    def step(self, ranges: torch.Tensor, queries: int) -> Step:
+    def step(self, flags: torch.Tensor, queries: int) -> Step:
         """Make room for a forward's new tokens, and describe it; once per forward."""
-        if self._last is not None and self._last.ranges is ranges:
-            return self._last
-        starts, stops = (column.tolist() for column in ranges[:, 0, 0].unbind(1))
+        if self._last is None or self._last.flags is not flags:
+            self._last = self._extended(flags, queries)
+        return self._last
+
+    def _extended(self, flags: torch.Tensor, queries: int) -> Step:
+        starts, tokens = left_padding(flags[:, 0, 0] != 0), flags.shape[-1]
+        if starts is None:
+            raise UnsupportedModel(
+                "attention_mask hides tokens in the middle or at the end of a request: a PagedCache takes "
+                "padding on the left alone (`tokenizer.padding_side = 'left'`)."
+            )
         if not self._sequences:
             self._sequences = self.latents.new_sequences(len(starts))
-        kv_lens = [stop - start for start, stop in zip(starts, stops, strict=True)]
         held = [self.latents.length(sequence) for sequence in self._sequences]
+        kv_lens = [tokens - start for start in starts]
         new = [min(queries, length) for length in kv_lens]
         if len(held) != len(new) or [old + more for old, more in zip(held, new, strict=True)] != kv_lens:
             raise UnsupportedModel(
                 f"attention_mask names {kv_lens} tokens of {len(new)} requests, of which {new} are new, and "
                 f"this cache holds {held}."
             )
-        batch = self.latents.extend(self._sequences, new)
-        self._last = Step(ranges, starts, stops[0], new, batch)
-        return self._last
+        spans = list(left_padded(starts, tokens, queries))
+        return Step(flags, [], spans, self.latents.extend(self._sequences, new))
 
     def forget(self, tokens: int) -> None:
         """Forget the last tokens of all requests."""
