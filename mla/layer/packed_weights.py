@@ -46,6 +46,16 @@ class PackedWeights:
         unscaled = self._fold_latent_scales(vectors)
         self.packed, self.vectors, self._unscaled = dict(self._pack_all(state)), vectors, unscaled
 
+    def load_kv_b(self, weight: torch.Tensor) -> None:
+        """Pack kv_b_proj [h (n + v), c] alone."""
+        name = "kv_b_proj.weight"
+        check_weights({name: weight}, {name: weight_shapes(self._config)[name]}, strict=True)
+        self.packed = dict(self._pack({name: weight}, [name], self._uses_of_kv_b()))
+
+    def unpacked_kv_b(self) -> torch.Tensor:
+        """Return a plain copy of kv_b_proj."""
+        return self._unpack("kv_b_proj").clone()
+
     def _fold_latent_scales(self, vectors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Scale norm weights by the config's latent scales, in place; return the plain ones."""
         scales = {"q_a_layernorm.weight": self._config.q_latent_scale}

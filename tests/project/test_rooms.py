@@ -17,7 +17,7 @@ FLOORS = (
     {"cache", "checkpoint", "cost", "bench.workload"},
     {"reference"},
     {"layer"},
-    {"command", "parallel", "verify"},
+    {"command", "integrations", "parallel", "verify"},
     {"failures"},
     {"conformance", "bench.results", "bench.doctor", "bench.scaffold"},
     {"bench.terminal", "bench.subjects"},

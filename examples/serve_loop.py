@@ -1,0 +1,115 @@
+"""Continuous batching in a hundred lines: requests join and leave between two steps, and pages are reused.
+
+    python examples/serve_loop.py MODEL_DIR --prompt "The quick" --prompt "Once upon a time" --at-once 2
+
+The model is one of `transformers`, its attention runs this project's ops, and all requests live in one
+`PagedCache`. A request that joins is prefilled alone; then it takes part in every decode step until its end.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+import torch
+
+from mla.errors import CacheFull
+from mla.integrations.transformers import PagedCache, use_mla
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt, and what has been generated for it."""
+
+    number: int
+    prompt: list[int]
+    wanted: int  # new tokens, unless the model ends before
+    tokens: list[int] = field(default_factory=list)
+    sequence: int = -1  # of the cache, while it is served
+
+
+class Server:
+    """Serves requests with one model, so many at once."""
+
+    def __init__(self, model: Any, *, max_tokens: int, at_once: int, end: int | None = None) -> None:
+        """`max_tokens`: of all requests in the cache together. `end`: the token that ends a request."""
+        self.model, self.cache = model, PagedCache(model, max_tokens=max_tokens)
+        self.at_once, self.end = at_once, end
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """Yield requests as they end."""
+        self.waiting.extend(requests)
+        while self.waiting or self.running:
+            self._admit()
+            going = [one for one in self.running if not self._is_over(one)]
+            if going:
+                self._append(going, [[one.tokens[-1]] for one in going])
+            for one in [one for one in self.running if self._is_over(one)]:
+                self.running.remove(one)
+                self.cache.latents.release([one.sequence])  # its pages are free for others from now on
+                yield one
+
+    def _admit(self) -> None:
+        """Prefill those who wait, first come, first served, while there is room for all they may need."""
+        latents = self.cache.latents
+        while self.waiting and len(self.running) < self.at_once:
+            one = self.waiting[0]
+            promised = sum(self._pages(other) for other in self.running)
+            if promised + self._pages(one) > latents.num_pages:
+                if self.running:
+                    return  # until somebody leaves
+                raise CacheFull(f"request {one.number} needs more pages than the cache has.")
+            self.waiting.popleft()
+            (one.sequence,) = latents.new_sequences(1)
+            self._append([one], [one.prompt])
+            self.running.append(one)
+
+    def _pages(self, one: Request) -> int:
+        """Return how many pages a request may need in all."""
+        return -(-(len(one.prompt) + one.wanted) // self.cache.latents.page_size)
+
+    @torch.no_grad()
+    def _append(self, requests: list[Request], new: list[list[int]]) -> None:
+        """Run the model on new tokens, as many of each request, and append the best next one to each."""
+        self.cache.use([one.sequence for one in requests])
+        past, count = [self.cache.latents.length(one.sequence) for one in requests], len(new[0])
+        columns = max(past) + count  # shorter requests are padded on the left; padding takes no pages
+        lengths = torch.tensor(past)[:, None] + count
+        mask = (torch.arange(columns) >= columns - lengths).long()
+        positions = lengths - count + torch.arange(count)
+        device = self.model.device
+        arguments = {"attention_mask": mask, "position_ids": positions, "input_ids": torch.tensor(new)}
+        moved = {name: tensor.to(device) for name, tensor in arguments.items()}
+        logits = self.model(**moved, cache=self.cache, use_cache=True).logits[:, -1]
+        for one, token in zip(requests, logits.argmax(dim=-1).tolist(), strict=True):
+            one.tokens.append(token)
+
+    def _is_over(self, one: Request) -> bool:
+        return len(one.tokens) >= one.wanted or one.tokens[-1] == self.end
+
+
+@click.command(help=__doc__)
+@click.argument("model_dir")
+@click.option("--prompt", "prompts", multiple=True, required=True, help="May be repeated.")
+@click.option("--backend", default="cpu", show_default=True)
+@click.option("--at-once", default=8, show_default=True, help="Requests that are served at once.")
+@click.option("--max-tokens", default=4096, show_default=True, help="Room of the cache.")
+@click.option("--new-tokens", default=64, show_default=True, help="Of each request.")
+def main(model_dir: str, prompts: list[str], new_tokens: int, backend: str, **room: int) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = use_mla(AutoModelForCausalLM.from_pretrained(model_dir).eval(), backend)
+    server = Server(model, **room, end=tokenizer.eos_token_id)
+    requests = [Request(i, tokenizer(text).input_ids, new_tokens) for i, text in enumerate(prompts)]
+    for done in server.run(requests):
+        click.echo(f"{done.number}: {tokenizer.decode(done.prompt + done.tokens, skip_special_tokens=True)}")
+
+
+if __name__ == "__main__":
+    main()

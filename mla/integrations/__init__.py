@@ -1,0 +1,1 @@
+"""Ways to use this project's ops from other frameworks."""

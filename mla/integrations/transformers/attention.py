@@ -1,0 +1,91 @@
+"""The attention function that `use_mla` registers: latents in, through our ops, heads out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mla.integrations.transformers.errors import UnsupportedModel, require_inference
+from mla.integrations.transformers.step import PAGE_SIZE, Step
+from mla.layer.core import AttentionCore
+from mla.layer.workspace import Workspace
+
+
+class Attention:
+    """One layer's attention, in the place of `expand_kv` and the attention function."""
+
+    def __init__(self, core: AttentionCore, steps: Steps) -> None:
+        self.core, self._steps = core, steps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        query: torch.Tensor,  # [B, h, t, n + r], rotated
+        latent: torch.Tensor,  # [B, 1, s, c], normed
+        pe: torch.Tensor,  # [B, 1, s, r], rotated
+        flags: torch.Tensor,  # [B, 1, 1, s], on the host
+    ) -> torch.Tensor:
+        """Return [B, t, h, v]; 0 for queries that see no key."""
+        paged: Any = getattr(latent, "paged", None)  # a layer of a `PagedCache`: latents are new ones alone
+        held = self._steps if paged is None else paged
+        step: Step = held.step(flags, query.shape[2])
+        rows = query.transpose(1, 2)  # [B, t, h, n + r]
+        out = query.new_zeros(*rows.shape[:3], self.core.config.v_head_dim)
+        if not step.spans:
+            return out
+        q = self.core.queries(step.batch.num_tokens)
+        counts = [span.tokens for span in step.spans]
+        for span, place in zip(step.spans, q.split(counts), strict=True):
+            place.copy_(rows[span.request, span.queries])
+        heads = self.core(q, step.batch, held.write(step, latent, pe))
+        for span, found in zip(step.spans, heads.split(counts), strict=True):
+            out[span.request, span.queries] = found
+        return out
+
+
+class Steps:
+    """What the layers of a model share: the step that they are in, and scratch memory."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, keeps: int) -> None:
+        self.scratch = Workspace(dtype, device, keeps=keeps)
+        self._device = device
+        self._last: Step | None = None
+
+    def step(self, flags: torch.Tensor, queries: int) -> Step:
+        """Return the step that these flags describe: the last one while they are the same object."""
+        if self._last is None or self._last.flags is not flags:
+            self._last = Step.of(flags, queries, self._device)
+        return self._last
+
+    def write(self, step: Step, latent: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
+        """Return all visible latents, copied to pages [pages, page, c + r]."""
+        width, (c, r) = step.batch.block_table.shape[1], (latent.shape[-1], pe.shape[-1])
+        pages = self.scratch.take("pages", len(step.keys) * width, PAGE_SIZE, c + r)
+        rows = pages.view(len(step.keys), width * PAGE_SIZE, c + r)
+        for request, keys in enumerate(step.keys):
+            kv = latent[request, 0, keys]
+            rows[request, : kv.shape[0], :c] = kv
+            rows[request, : kv.shape[0], c:] = pe[request, 0, keys]
+        return pages
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [B, h, t, n + r]
+    latent: torch.Tensor,  # [B, 1, s, c]
+    pe: torch.Tensor,  # [B, 1, s, r]
+    attention_mask: torch.Tensor | None,
+    **other: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as `transformers` asks an attention function to; return [B, t, h, v] and no weights."""
+    attention: Attention | None = getattr(module, "mla_attention", None)
+    if attention is None:
+        raise UnsupportedModel("this layer was not prepared by `use_mla`: call it on the whole model.")
+    require_inference(query, module.training)
+    if attention_mask is None or attention_mask.dtype != torch.int32:
+        raise UnsupportedModel(
+            "`use_mla` takes no mask of one's own [batch, 1, queries, keys]: give attention_mask "
+            "[batch, tokens]."
+        )
+    return attention(query, latent, pe, attention_mask), None

@@ -1,0 +1,45 @@
+"""Which keys a step's queries see, as `transformers` says it: one range of keys for each request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mla.integrations.transformers.errors import UnsupportedModel
+
+NAME = "mla"  # of our attention function and its masks among those of `transformers`
+
+
+def visible_keys(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int | torch.Tensor = 0,
+    mask_function: Any = None,
+    attention_mask: torch.Tensor | None = None,
+    **other: Any,
+) -> torch.Tensor:
+    """Return which keys each request sees, the last query's among them, on the host: [B, 1, 1, s] int32.
+
+    An `AttentionMaskInterface`, called once per forward. Every query sees visible keys up to its own. With
+    four dimensions it passes for a finished mask, which `transformers` leaves alone. Raises
+    `UnsupportedModel` for masks that say anything else.
+    """
+    from transformers.masking_utils import causal_mask_function
+
+    if mask_function is not causal_mask_function or int(kv_offset):
+        raise UnsupportedModel(
+            "this step's mask is not plain causal attention (packed sequences, a window, or a mask of its "
+            "own), which the ops of `use_mla` do not serve: call `restore(model)` before."
+        )
+    tokens = int(q_offset) + q_length
+    if attention_mask is None:
+        return torch.ones(batch_size, 1, 1, tokens, dtype=torch.int32)
+    if attention_mask.ndim != 2 or not tokens <= attention_mask.shape[1] <= kv_length:
+        raise UnsupportedModel(
+            f"attention_mask has shape {list(attention_mask.shape)}, and there are {tokens} tokens so far: "
+            "`use_mla` takes a mask [batch, tokens] of all tokens so far."
+        )
+    return attention_mask[:, None, None, :tokens].to("cpu", torch.int32)

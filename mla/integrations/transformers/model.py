@@ -1,0 +1,95 @@
+"""`use_mla` and `restore`: a loaded model's attention layers run our ops, and theirs again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+import mla
+from mla.integrations.transformers.attention import Attention, Steps, attend
+from mla.integrations.transformers.errors import UnsupportedModel
+from mla.integrations.transformers.mask import NAME, visible_keys
+from mla.integrations.transformers.packed import Packed, PackedKvB, PackedLinear
+from mla.integrations.transformers.survey import Survey, find_attention, survey
+from mla.layer.core import AttentionCore
+from mla.layer.expansion import WORKSPACE_BYTES
+from mla_backends.api import Backend
+
+# A layer's projections besides kv_b_proj; no family has all.
+PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
+
+
+def use_mla(model: Any, backend: str = "cpu", **arguments: Any) -> Any:
+    """Have a loaded `transformers` model attend its cached latents through our ops; return it.
+
+    `arguments` are those of `mla.load_backend`. Caches, generation and all other layers stay those of
+    `transformers`. Raises `UnsupportedModel`, before anything is changed, for a model that cannot be served,
+    and `BackendError` for a backend that is not there.
+    """
+    found = survey(model)
+    opened = mla.load_backend(backend, **arguments)
+    if opened.device is None or opened.device.type != found.device.type:
+        raise UnsupportedModel(
+            f"this model is on {found.device}, and backend '{backend}' computes on {opened.device}: move it "
+            f"there with `model.to(...)` first."
+        )
+    _register()
+    steps = Steps(found.dtype, found.device, WORKSPACE_BYTES)
+    before = model.config._attn_implementation
+    try:
+        for layer in found.layers:
+            _prepare(layer, found, opened, steps)
+        model.set_attn_implementation(NAME)
+    except BaseException:
+        _undo(model, before)
+        raise
+    model.mla_before = before
+    return model
+
+
+def _prepare(layer: Any, found: Survey, backend: Backend, steps: Steps) -> None:
+    """Have one layer run our ops; packed weights take the place of its plain ones."""
+    core = AttentionCore(found.config, backend=backend, dtype=found.dtype, scratch=steps.scratch)
+    core.load(layer.kv_b_proj.weight)
+    layer.kv_b_proj, layer.mla_attention = PackedKvB(layer.kv_b_proj, core), Attention(core, steps)
+    layer.expand_kv = _as_they_are
+    for name in PROJECTIONS:
+        if isinstance(linear := getattr(layer, name, None), nn.Linear):
+            setattr(layer, name, PackedLinear(linear, backend.ops(), "auto"))
+
+
+def restore(model: Any) -> Any:
+    """Undo `use_mla`, bit for bit; return the model.
+
+    Raises `UnsupportedModel` where there is nothing to undo.
+    """
+    if not hasattr(model, "mla_before"):
+        raise UnsupportedModel("this model does not run our ops: there is nothing to restore.")
+    _undo(model, model.mla_before)
+    del model.mla_before
+    return model
+
+
+def _undo(model: Any, attention: str) -> None:
+    """Give back what layers had, of which some may have been prepared."""
+    for layer in find_attention(model):
+        for name, child in list(layer.named_children()):
+            if isinstance(child, Packed):
+                setattr(layer, name, child.plain())
+        for name in ("mla_attention", "expand_kv"):
+            vars(layer).pop(name, None)
+    model.set_attn_implementation(attention)
+
+
+def _as_they_are(latent: torch.Tensor, pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the attention function the latents, in the place of keys and values."""
+    return latent, pe
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, visible_keys)

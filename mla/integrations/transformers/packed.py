@@ -1,0 +1,84 @@
+"""Modules in the place of a layer's `nn.Linear`, with the weight as our ops packed it and no second copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mla.integrations.transformers.errors import UnsupportedModel, require_inference
+from mla.layer.core import AttentionCore
+from mla.layer.ops import Choice, choose
+from mla_backends.api import FusedOp, LinearSpec
+
+
+class Packed(nn.Module):
+    """A packed weight. It is no parameter, and the state dict has it as it was loaded."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.trains = linear.weight.requires_grad  # what it did, and will do again
+
+    def weight_as_loaded(self) -> torch.Tensor:
+        """Return the weight [o, i], bit for bit."""
+        raise NotImplementedError
+
+    def plain(self) -> nn.Linear:
+        """Return the module that this one stands in for."""
+        weight, bias = self.weight_as_loaded(), getattr(self, "bias", None)
+        rows, columns = weight.shape
+        made = nn.Linear(columns, rows, bias=bias is not None, device="meta", dtype=weight.dtype)
+        made.weight = nn.Parameter(weight, requires_grad=self.trains)
+        if bias is not None:
+            made.bias = nn.Parameter(bias, requires_grad=self.trains)
+        return made.eval()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight_as_loaded()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        raise UnsupportedModel("this model's weights are packed: call `restore(model)` to load others.")
+
+
+class PackedLinear(Packed):
+    """An `nn.Linear` run by one of our ops."""
+
+    def __init__(self, linear: nn.Linear, offered: Mapping[str, FusedOp], policy: str) -> None:
+        """`policy` is the `ops` of `mla.MLA`."""
+        super().__init__(linear)
+        weight = linear.weight.detach()
+        spec = LinearSpec(linear.in_features, linear.out_features, 1, weight.dtype, weight.device)
+        self._choice: Choice = choose("linear", spec, offered, policy)
+        self._packed = self._choice.op.pack(weight)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [..., i] times the weight, plus the bias: [..., o]."""
+        require_inference(x)
+        rows = x.reshape(-1, x.shape[-1])
+        out = rows.new_empty(rows.shape[0], self._choice.spec.out_features)
+        self._choice.op(self._packed, x=rows, bias=self.bias, out=out)
+        return out.view(*x.shape[:-1], -1)
+
+    def weight_as_loaded(self) -> torch.Tensor:
+        """Return the weight [o, i], bit for bit."""
+        return self._choice.op.unpack(self._packed).clone()
+
+
+class PackedKvB(Packed):
+    """`kv_b_proj`, which the attention has absorbed."""
+
+    def __init__(self, linear: nn.Linear, core: AttentionCore) -> None:
+        super().__init__(linear)
+        self._core = core
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        """Raise `UnsupportedModel`: nothing is expanded any more."""
+        raise UnsupportedModel("this model's kv_b_proj is packed for our ops: call `restore(model)` first.")
+
+    def weight_as_loaded(self) -> torch.Tensor:
+        """Return the weight [h (n + v), c], bit for bit."""
+        return self._core.kv_b_proj()

@@ -1,0 +1,170 @@
+"""`PagedCache`: a cache of `transformers` whose latents lie in the pages of a `LatentCache`.
+
+Nothing is copied to attend, requests may have any lengths, and padding takes no room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from mla.cache import LatentCache
+from mla.integrations.transformers.errors import UnsupportedModel
+from mla.integrations.transformers.step import Step, left_padded, left_padding
+from mla.integrations.transformers.survey import find_attention
+
+
+class PagedLayer(CacheLayerMixin):
+    """One layer of the cache."""
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, cache: PagedCache, layer: Any, index: int) -> None:
+        super().__init__()
+        self._cache, self._layer, self._index = cache, layer, index
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """All memory is there from the beginning."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *arguments: Any, **words: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hand new latents [B, 1, t, c] and [B, 1, t, r] to the attention, which writes them to the pages."""
+        if not hasattr(self._layer, "mla_attention"):
+            raise UnsupportedModel("this model does not run our ops any more, which alone read a PagedCache.")
+        if self._index == 0:
+            self._cache.columns += key_states.shape[2]
+        held: Any = key_states.view_as(key_states)
+        held.paged = self
+        return held, value_states
+
+    def step(self, flags: torch.Tensor, queries: int) -> Step:
+        """Return the step that flags [B, 1, 1, s] describe, the same for all layers."""
+        return self._cache.step(flags, queries)
+
+    def write(self, step: Step, latent: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
+        """Write a step's latents, and return this layer's pages [pages, page, c + r]."""
+        pages = self._cache.latents.pages[self._index]
+        rows = torch.cat((latent[:, 0], pe[:, 0]), dim=-1)
+        new = [rows[span.request, span.queries] for span in step.spans]
+        pages.view(-1, pages.shape[-1]).index_copy_(0, step.batch.slots, torch.cat(new))
+        return pages
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of keys of a step, and the first one."""
+        return self._cache.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Return the tokens of the longest request, with its padding."""
+        return self._cache.columns
+
+    def get_max_length(self) -> int:
+        """Return that there is no bound for one request."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens of all requests; called for every layer, done by the first."""
+        if self._index == 0:
+            self._cache.forget(abs(tokens_to_remove))
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        if self._index == 0:
+            self._cache.use(())
+
+
+class PagedCache(Cache):
+    """Latents of `max_tokens` tokens in all, for a model that `use_mla` has prepared.
+
+    `model.generate(..., cache=PagedCache(model, max_tokens=4096))` needs nothing else (in older releases,
+    `past_key_values=`). A server makes `latents.new_sequences`, says with `use` which ones the next forward
+    is of, and releases them. Raises `UnsupportedModel`.
+    """
+
+    def __init__(self, model: Any, *, max_tokens: int, page_size: int = 64) -> None:
+        layers = find_attention(model)
+        if not layers or not hasattr(layers[0], "mla_attention"):
+            raise UnsupportedModel("a PagedCache is read by our ops alone: call `use_mla(model)` first.")
+        if [layer.layer_idx for layer in layers] != list(range(len(layers))):
+            raise UnsupportedModel(
+                f"{type(model).__name__} has layers of other kinds, whose state a PagedCache does not hold."
+            )
+        core = layers[0].mla_attention.core
+        self.latents = LatentCache(
+            core.config,
+            max_tokens=max_tokens,
+            page_size=page_size,
+            num_layers=len(layers),
+            device=core.device,
+            dtype=core.dtype,
+        )
+        self.columns = 0  # tokens of the longest request, with its padding
+        self._sequences: list[int] = []
+        self._last: Step | None = None
+        super().__init__(layers=[PagedLayer(self, layer, index) for index, layer in enumerate(layers)])
+
+    def use(self, sequences: Sequence[int]) -> None:
+        """Say of which sequences the next forward is; its attention_mask pads shorter ones on the left."""
+        self._sequences = list(sequences)
+        self.columns = max(map(self.latents.length, sequences), default=0)
+
+    def step(self, flags: torch.Tensor, queries: int) -> Step:
+        """Make room for a forward's new tokens, and describe it; once per forward."""
+        if self._last is None or self._last.flags is not flags:
+            self._last = self._extended(flags, queries)
+        return self._last
+
+    def _extended(self, flags: torch.Tensor, queries: int) -> Step:
+        starts, tokens = left_padding(flags[:, 0, 0] != 0), flags.shape[-1]
+        if starts is None:
+            raise UnsupportedModel(
+                "attention_mask hides tokens in the middle or at the end of a request: a PagedCache takes "
+                "padding on the left alone (`tokenizer.padding_side = 'left'`)."
+            )
+        if not self._sequences:
+            self._sequences = self.latents.new_sequences(len(starts))
+        held = [self.latents.length(sequence) for sequence in self._sequences]
+        kv_lens = [tokens - start for start in starts]
+        new = [min(queries, length) for length in kv_lens]
+        if len(held) != len(new) or [old + more for old, more in zip(held, new, strict=True)] != kv_lens:
+            raise UnsupportedModel(
+                f"attention_mask names {kv_lens} tokens of {len(new)} requests, of which {new} are new, and "
+                f"this cache holds {held}."
+            )
+        spans = list(left_padded(starts, tokens, queries))
+        return Step(flags, [], spans, self.latents.extend(self._sequences, new))
+
+    def forget(self, tokens: int) -> None:
+        """Forget the last tokens of all requests."""
+        for sequence in self._sequences:
+            self.latents.truncate(sequence, max(0, self.latents.length(sequence) - tokens))
+        self.columns = max(0, self.columns - tokens)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let request i go on from what request beam_idx[i] holds."""
+        self._rearrange(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every request."""
+        self._rearrange([index for index in range(len(self._sequences)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some requests."""
+        self._rearrange(torch.arange(len(self._sequences))[indices.cpu()].tolist())
+
+    def _rearrange(self, sources: Sequence[int]) -> None:
+        """Let requests be copies of these: a page that several would share is copied."""
+        if list(sources) == list(range(len(self._sequences))):
+            return
+        layers = range(len(self.layers))
+        held = [[self.latents.read(self._sequences[one], layer) for layer in layers] for one in sources]
+        self.latents.release(self._sequences)
+        self._sequences = self.latents.new_sequences(len(sources))
+        for sequence, parts in zip(self._sequences, held, strict=True):
+            for layer, (kv, pe) in enumerate(parts):
+                self.latents.load(sequence, kv, pe, layer)

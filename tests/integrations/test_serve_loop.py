@@ -1,0 +1,52 @@
+"""The serving example: what requests get among others is what they get alone, and pages are reused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import make_model
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+from serve_loop import Request, Server
+
+from mla.errors import CacheFull
+from mla.integrations.transformers import restore, use_mla
+
+
+def requests() -> list[Request]:
+    draw = torch.Generator().manual_seed(5)
+    lengths = torch.randint(1, 30, (12, 2), generator=draw).tolist()
+    return [
+        Request(i, torch.randint(3, 97, (prompt,), generator=draw).tolist(), new)
+        for i, (prompt, new) in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("max_tokens", [64 * 3, 64 * 40])
+def test_requests_get_what_they_get_alone(max_tokens: int) -> None:
+    model: Any = make_model("deepseek_v3")
+    words = {"do_sample": False, "eos_token_id": None}
+    alone = [
+        model.generate(torch.tensor([one.prompt]), max_new_tokens=one.wanted, **words) for one in requests()
+    ]
+    server = Server(use_mla(model), max_tokens=max_tokens, at_once=4)
+    served = {one.number: one for one in server.run(requests())}
+    assert [served[i].prompt + served[i].tokens for i in range(12)] == [ids[0].tolist() for ids in alone]
+    assert server.cache.latents.free_pages == server.cache.latents.num_pages
+    restore(model)
+
+
+def test_a_request_ends_with_its_token(model: Any) -> None:
+    first = next(Server(use_mla(model), max_tokens=256, at_once=1).run([Request(0, [5, 6], 20)]))
+    end = first.tokens[4]
+    again = next(Server(model, max_tokens=256, at_once=1, end=end).run([Request(0, [5, 6], 20)]))
+    assert again.tokens == first.tokens[: first.tokens.index(end) + 1]
+
+
+def test_a_request_that_can_never_be_served_is_named(model: Any) -> None:
+    with pytest.raises(CacheFull, match="request 7"):
+        list(Server(use_mla(model), max_tokens=64, at_once=2).run([Request(7, [5], 64)]))

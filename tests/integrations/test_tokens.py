@@ -1,0 +1,128 @@
+"""Models generate the same tokens with our ops as without them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import CACHE, FAMILIES, make_model
+
+from mla.integrations.transformers import restore, use_mla
+
+Prompts = dict[str, torch.Tensor]
+
+
+def generate(model: Any, prompts: Prompts, **words: Any) -> Any:
+    """Generate with a fixed seed; greedily unless `words` say otherwise."""
+    torch.manual_seed(3)
+    words = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None, **words}
+    return model.generate(**prompts, **words)
+
+
+def both(model: Any, prompts: Prompts, **words: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens without our ops, and with them."""
+    theirs = generate(model, prompts, **words)
+    return theirs, generate(use_mla(model), prompts, **words)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_generates_the_same_tokens(family: str, prompts: Prompts) -> None:
+    theirs, ours = both(make_model(family), prompts, max_new_tokens=200)
+    assert torch.equal(theirs, ours)
+    assert len(set(ours[0].tolist())) > 9, "tokens that repeat would hide a difference"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"num_beams": 3},
+        {"do_sample": True, "temperature": 0.7},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 4},
+        {"use_cache": False, "max_new_tokens": 12},
+        {"num_return_sequences": 2, "do_sample": True},
+    ],
+    ids=lambda words: "-".join(words),
+)
+def test_every_way_to_generate_gives_the_same_tokens(
+    model: Any, prompts: Prompts, words: dict[str, Any]
+) -> None:
+    theirs, ours = both(model, prompts, **words)
+    assert torch.equal(theirs, ours)
+
+
+def test_a_request_of_padding_alone_spoils_no_other(model: Any, prompts: Prompts) -> None:
+    """`transformers` gives such a row whatever it likes; the others must not notice."""
+    prompts["attention_mask"][0] = 0
+    theirs, ours = both(model, prompts)
+    assert torch.equal(theirs[1:], ours[1:])
+
+
+def test_a_cache_made_without_our_ops_goes_on_with_them_and_back(model: Any, prompts: Prompts) -> None:
+    words = {"return_dict_in_generate": True, "max_new_tokens": 20}
+    first = generate(model, prompts, **words)
+    whole = generate(model, prompts, max_new_tokens=60)
+
+    def go_on(found: Any) -> Any:
+        ids = found.sequences
+        mask = torch.cat((prompts["attention_mask"], ids.new_ones(3, ids.shape[1] - 11)), dim=1)
+        held = {CACHE: getattr(found, CACHE)}
+        return generate(model, {"input_ids": ids, "attention_mask": mask}, **held, **words)
+
+    use_mla(model)
+    second = go_on(first)
+    restore(model)
+    third = go_on(second)
+    assert torch.equal(third.sequences, whole)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=3), st.integers(0, 8))
+@settings(max_examples=25, deadline=None)
+def test_any_tokens_may_be_hidden(flags: list[list[bool]], past: int) -> None:
+    """On the right, in the middle, among new tokens and old ones: what sees a key has the same logits."""
+    ids, mask = torch.arange(3, 3 + 9 * len(flags)).view(-1, 9), torch.tensor(flags).long()
+    sees = mask.cumsum(dim=1) > 0
+    logits = []
+    for ours in (False, True):
+        model, cache = make_model("deepseek_v3"), {}
+        if ours:
+            use_mla(model)
+        with torch.no_grad():
+            if past:
+                first = model(input_ids=ids[:, :past], attention_mask=mask[:, :past], use_cache=True)
+                cache = {CACHE: getattr(first, CACHE)}
+            logits.append(model(input_ids=ids[:, past:], attention_mask=mask, **cache).logits)
+    theirs, found = (one[sees[:, past:]] for one in logits)
+    assert torch.allclose(theirs, found, rtol=1e-3, atol=1e-3)
+
+
+def test_an_assistant_may_guess_tokens(model: Any) -> None:
+    prompt = {"input_ids": torch.arange(3, 14)[None], "attention_mask": torch.ones(1, 11, dtype=torch.int64)}
+    words = {"assistant_model": make_model("deepseek_v2")}
+    alone = generate(model, prompt)
+    use_mla(model)
+    assert torch.equal(generate(model, prompt, **words), alone)
+    use_mla(words["assistant_model"])
+    assert torch.equal(generate(model, prompt, **words), alone)
+
+
+def test_a_mask_of_ones_and_no_mask_are_the_same(model: Any) -> None:
+    use_mla(model)
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        outputs = [model(input_ids=ids, attention_mask=mask).logits for mask in (None, torch.ones_like(ids))]
+    assert torch.equal(*outputs)
+
+
+def test_bf16_is_as_close_to_fp32_as_theirs(prompts: Prompts) -> None:
+    exact = make_model("deepseek_v3")(**prompts).logits[:, -1].detach().double()
+    errors = []
+    for prepare in (lambda model: model, use_mla):
+        model = prepare(make_model("deepseek_v3", torch.bfloat16))
+        with torch.no_grad():
+            found = model(**prompts).logits[:, -1].double()
+        errors.append(float((found - exact).norm() / exact.norm()))
+    assert errors[1] < 1.3 * errors[0]
