@@ -109,7 +109,7 @@ def _wrong(
     if any(lived) and not re.search(rf"\b(error: rank {rank}\b|interrupted)", said):
         yield f"nobody names rank {rank}: {said[-200:]!r}"
     if "Traceback" in said:
-        yield "a traceback"
+        yield f"a traceback: {said[said.index('Traceback') :]!r}"
     try:
         cases = results.read(ranks.folder / "run.json").cases if finished else []
     except ResultError as error:
