@@ -78,6 +78,21 @@ def write_inputs(folder: Path) -> None:
     (folder / "tiny.toml").write_text("".join(scenarios))
 
 
+def undisturbed(nursery: Nursery, words: Sequence[str], folder: Path, world: int) -> float:
+    """Let a run be, and return the seconds until its result was there."""
+    (folder / "out0.txt").unlink(missing_ok=True)
+    ranks = nursery.start(words, folder, world)
+    start = time.monotonic()
+    while not ranks.out() and ranks.code(0) is None:
+        time.sleep(0.02)
+    seconds = time.monotonic() - start
+    codes = ranks.wait(BOUND)
+    note(f"undisturbed: codes {codes}, result after {seconds:.1f} s")
+    if any(codes):
+        raise SystemExit(ranks.err())
+    return seconds
+
+
 def trial(ranks: Ranks, fault: signal.Signals, rank: int, after: float) -> Trial:
     """Let a run be for some seconds, do something to a rank, and judge how all of them end."""
     ranks.wait(after)
@@ -109,7 +124,7 @@ def _wrong(
     if any(lived) and not re.search(rf"\b(error: rank {rank}\b|interrupted)", said):
         yield f"nobody names rank {rank}: {said[-200:]!r}"
     if "Traceback" in said:
-        yield "a traceback"
+        yield f"a traceback: {said[said.index('Traceback') :]!r}"
     try:
         cases = results.read(ranks.folder / "run.json").cases if finished else []
     except ResultError as error:
@@ -148,11 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path(name)
         write_inputs(folder)
         words = (*WORDS, "--parallel", asked.parallel, "-o", "run.json")
-        ranks = nursery.start(words, folder, world)
-        start = time.monotonic()
-        codes = ranks.wait(300)
-        whole = time.monotonic() - start
-        note(f"undisturbed: codes {codes}, {whole:.1f} s")
+        whole = [undisturbed(nursery, words, folder, world) for _ in range(2)][-1]  # the first is slower
         for number in range(asked.count):
             (folder / "run.json").unlink(missing_ok=True)
             fault, rank = generator.choice(faults), generator.randrange(world)
@@ -160,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             trials.append(done)
             note(f"{number + 1} of {asked.count}: {_line(done)}")
     out(table(trials))
-    return int(any(trial.wrong for trial in trials) or any(codes))
+    return int(any(trial.wrong for trial in trials))
 
 
 def _world(layout: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import TextIO
@@ -152,7 +153,12 @@ def flush() -> None:
 
 
 def close() -> None:
-    """Give up stdout at the end of the process: what libraries print while it ends is no result."""
+    """Give up stdout at the end of the process: what libraries print while it ends is no result.
+
+    Nor is it an error that is to be shown if Ctrl-C comes meanwhile.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     flush()
     with contextlib.suppress(OSError):
         _to_stderr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -34,3 +35,22 @@ def test_a_closed_stream_does_not_change_the_exit_code(stream: str, body: str) -
     child = subprocess.Popen([sys.executable, "-c", code], env=buffered, **pipes)
     os.close(writer)
     assert child.wait(timeout=60) == 5
+
+
+CTRL_C_AT_THE_END = """
+import atexit, os, signal
+from mla.command import console
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+console.close()
+"""
+
+
+def test_ctrl_c_while_python_ends_shows_no_traceback() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CTRL_C_AT_THE_END],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")

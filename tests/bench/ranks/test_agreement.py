@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tiny_run import write_tiny_run
 from benchmarks.ranks.nursery import Nursery, free_port
 from mla.bench import results
 from mla.bench.ranks import contents, meeting
-from mla.bench.ranks.errors import RanksError
+from mla.bench.ranks.errors import RankLost, RanksError
 from mla.bench.ranks.meeting import Meeting
 
 
@@ -120,6 +121,28 @@ def test_ranks_that_never_come_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(meeting, "MEETING", 0.1)
     with pytest.raises(RanksError, match=r"^ranks 1 and 2 have not come within 0 s, as those on \S+ have: "):
         Meeting(0, 3, ("127.0.0.1", free_port())).arrive({})
+
+
+def test_rank_0_keeps_the_store_until_the_others_know_why_the_run_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(meeting, "WORD", BOUND)
+    address = ("127.0.0.1", free_port())
+    zero, one, two = (Meeting(rank, 3, address) for rank in range(3))
+    leaving = threading.Thread(target=zero.leave, args=("the card is gone", 3), daemon=True)
+    leaving.start()
+    with pytest.raises(RankLost, match=r"^rank 0 ended: the card is gone\.$"):
+        one.arrive({})
+    leaving.join(0.5)
+    assert leaving.is_alive()  # for rank 2
+    with pytest.raises(RankLost):
+        two.arrive({})
+    leaving.join(BOUND)
+    assert not leaving.is_alive()
+    again = threading.Thread(target=zero.linger, args=([1, 2],), daemon=True)
+    again.start()
+    again.join(BOUND)
+    assert not again.is_alive()  # nobody waits for ranks that are lost
 
 
 def test_a_backend_without_collectives_is_refused(start: Start) -> None:

@@ -262,7 +262,7 @@ FACTS = {
     "environment.torch": ("1.0", "torch was 1.0 and is "),
     "environment.torch_threads": ("99", "torch_threads was 99 and is "),
     "environment.processor": ("8086", "processor was 8086 and is "),
-    "environment.OMP_NUM_THREADS": ("77", "OMP_NUM_THREADS was 77 and is not recorded"),
+    "environment.OMP_NUM_THREADS": ("77", "OMP_NUM_THREADS was 77 and is "),
     "environment.mla": ("9", "mla was 9 and is "),
     "dtype": ("float16", "dtype was float16 and is bfloat16"),
     "attention": ("absorbed", "attention was absorbed and is auto"),
