@@ -65,12 +65,15 @@ def change(values: Mapping[str, Any]) -> None:
 
 
 def _believed(doubts: Callable[..., Any]) -> Callable[..., list[str]]:
-    """Return the function without what it finds: it runs forwards, in which all ranks take part."""
+    """Return the function without what it finds: it runs forwards, in which all ranks take part.
+
+    A run with the variable DOUBT_TIMES set keeps what it finds.
+    """
 
     @functools.wraps(doubts)
     def believed(*arguments: Any) -> list[str]:
-        doubts(*arguments)
-        return []
+        found: list[str] = doubts(*arguments)
+        return found if "DOUBT_TIMES" in os.environ else []
 
     return believed
 

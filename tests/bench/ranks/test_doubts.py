@@ -31,7 +31,7 @@ def test_who_answers_new_inputs_from_memory_has_no_number(start: Start, tmp_path
     write_tiny_run(tmp_path, **CONFIG)
     (tmp_path / "tiny.toml").write_text(PROMPT)
     words = ("--parallel", "dp=2", "--attention", "absorbed", "-o", "run.json", "-O", "idle=300")
-    ranks = start(*words, backend="rank_refusals:Remembering")
+    ranks = start(*words, backend="rank_refusals:Remembering", DOUBT_TIMES="1")
     codes = ranks.wait(2 * BOUND)
     (case,) = results.read(ranks.folder / "run.json").cases
     assert codes == [6, 6], (codes, ranks.err(), case.check)
