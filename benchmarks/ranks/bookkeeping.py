@@ -3,14 +3,15 @@
     python -m benchmarks.ranks.bookkeeping --layout dcp=2 --config deepseek-r1 --kv 16384 --batch 1
 
 Real processes with gloo and a thread each. Every op and every collective of a step is timed; what is left of
-the step, which begins before `cache.extend` and so plans anew, is bookkeeping.
+the step, which begins before `cache.extend` and so plans anew, is bookkeeping: the layer's own, which one
+device has as well (the first row), and that of the layout. In CPU time, since collectives have threads of
+their own that take turns with a rank on its core.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,11 +22,11 @@ import torch.distributed as dist
 from torch.multiprocessing import spawn  # type: ignore[attr-defined]  # its stubs do not export it
 
 import mla
+from benchmarks.ranks.nursery import free_port
 from mla.bench.results.stats import median
 from mla.bench.terminal.digits import number
 from mla.cache import LatentCache
 from mla.command.console import out
-from mla.command.table import markdown
 from mla.config import MLAConfig
 from mla.parallel.cache import ShardedCache
 from mla.parallel.groups import Groups, Traffic
@@ -47,9 +48,9 @@ class Timed:
         return getattr(self._op, name)
 
     def __call__(self, *arguments: Any, **tensors: Any) -> None:
-        start = time.perf_counter_ns()
+        start = time.thread_time_ns()
         self._op(*arguments, **tensors)
-        self._add(time.perf_counter_ns() - start)
+        self._add(time.thread_time_ns() - start)
 
 
 def make_cache(config: MLAConfig, groups: Groups, asked: argparse.Namespace, backend: Any) -> Any:
@@ -68,8 +69,11 @@ def make_cache(config: MLAConfig, groups: Groups, asked: argparse.Namespace, bac
     return cache, sequences
 
 
-def measure(layout: Layout, asked: argparse.Namespace) -> tuple[float, float, float]:
-    """Return median milliseconds of this rank's steps, and of their ops and collectives."""
+Times = tuple[float, float, float, float]
+
+
+def measure(layout: Layout, asked: argparse.Namespace) -> Times:
+    """Return median milliseconds of this rank's steps, and CPU time of them, their ops and collectives."""
     backend, config = mla.load_backend(asked.backend), MLAConfig.named(asked.config)
     torch.set_num_threads(1)
     groups = Groups(layout)
@@ -85,14 +89,15 @@ def measure(layout: Layout, asked: argparse.Namespace) -> tuple[float, float, fl
         dist.barrier()
         spent.clear()
         traffic = Traffic()
-        start = time.perf_counter_ns()
-        with groups.clocked(time.perf_counter_ns, traffic):
+        start = time.perf_counter_ns(), time.thread_time_ns()
+        with groups.clocked(time.thread_time_ns, traffic):
             layer(hidden, cache.extend(sequences, [1] * asked.batch), cache.pages[0], result)
-        found.append((time.perf_counter_ns() - start, sum(spent), traffic.ns))
-    whole, ops, collectives = (
+        ended = time.perf_counter_ns(), time.thread_time_ns()
+        found.append((ended[0] - start[0], ended[1] - start[1], sum(spent), traffic.ns))
+    step, cpu, ops, collectives = (
         median([one / 1e6 for one in column]) for column in zip(*found[WARMUPS:], strict=True)
     )
-    return whole, ops, collectives
+    return step, cpu, ops, collectives
 
 
 def run_rank(rank: int, layout: Layout, asked: argparse.Namespace, port: int) -> None:
@@ -103,12 +108,10 @@ def run_rank(rank: int, layout: Layout, asked: argparse.Namespace, port: int) ->
     every: list[Any] = [None] * layout.world
     dist.all_gather_object(every, mine)
     if rank == 0:
-        rows = []
-        for other, (whole, ops, collectives) in enumerate(every):
-            rest = whole - ops - collectives
-            times = (number(one) for one in (whole, ops, collectives, rest))
-            rows.append((str(layout), str(other), *times, f"{rest / (whole - collectives):.1%}"))
-        out(markdown(("layout", "rank", "step ms", "ops", "collectives", "rest", "of step"), rows))
+        for other, (step, cpu, ops, collectives) in enumerate(every):
+            rest = cpu - ops - collectives
+            times = (number(one) for one in (step, cpu, ops, collectives, rest))
+            out("| " + " | ".join((str(layout), str(other), *times, f"{rest / (ops + rest):.1%}")) + " |\n")
     dist.destroy_process_group()
 
 
@@ -125,10 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20)
     asked = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    spawn(run_rank, (asked.layout, asked, port), nprocs=asked.layout.world)
+    out("| layout | rank | step ms | CPU ms | ops | collectives | rest | of ops and rest |\n")
+    out("| --- | --- | --- | --- | --- | --- | --- | --- |\n")
+    for layout in (Layout.parse("tp=1"), asked.layout):
+        spawn(run_rank, (layout, asked, free_port()), nprocs=layout.world)
     return 0
 
 

@@ -92,6 +92,10 @@ class LatentCache:
         rows = pages[:, None] * self.page_size + torch.arange(self.page_size)
         return rows.reshape(-1)[: entry.length].to(self.pages.device)
 
+    def slot(self, sequence: int, token: int) -> int:
+        """Return the row of a flattened layer that holds a token of a sequence, which must be there."""
+        return self._get(sequence).pages[token // self.page_size] * self.page_size + token % self.page_size
+
     def new_sequences(self, count: int) -> list[int]:
         """Return the ids of `count` empty sequences."""
         return [self._new_sequence() for _ in range(count)]

@@ -36,6 +36,7 @@ class Source(Protocol):
     def num_pages(self) -> int: ...
     @property
     def generation(self) -> int: ...
+    def slot(self, sequence: int, token: int) -> int: ...
 
 
 class ShardedMemory:
@@ -157,6 +158,7 @@ class ShardedBatch:
     def __init__(
         self,
         source: Source,
+        sequences: Sequence[int],
         query_lens: Sequence[int],
         kv_lens: Sequence[int],
         block_table: torch.Tensor,  # [B, n] int32, on the host
@@ -165,7 +167,7 @@ class ShardedBatch:
         self.query_lens, self.kv_lens = tuple(query_lens), tuple(kv_lens)
         self.num_tokens = sum(query_lens)
         self.page_size, self.memory = source.page_size, memory
-        self._source, self._generation = source, source.generation
+        self._source, self._generation, self._sequences = source, source.generation, sequences
         self._memo: dict[Hashable, Any] = {}
         self._table = block_table
         one_each = self.query_lens.count(1) == len(self.query_lens)
@@ -189,12 +191,10 @@ class ShardedBatch:
 
     def _decode(self) -> _Step:
         """Work out a step of one new token each: a few integers, not worth tensor arithmetic."""
-        share, size, width = self._source.share, self.page_size, self._table.shape[1]
+        share, slot = self._source.share, self._source.slot
         seen = [share.held(length) for length in self.kv_lens]
         own = [request for request, length in enumerate(self.kv_lens) if share.owns(length - 1)]
-        places = host_ints(request * width + (seen[request] - 1) // size for request in own)
-        pages = self._table.view(-1).index_select(0, places).tolist()
-        slots = [page * size + (seen[request] - 1) % size for page, request in zip(pages, own, strict=True)]
+        slots = [slot(self._sequences[request], seen[request] - 1) for request in own]
         positions = [length - 1 for length in self.kv_lens]
         return _Step(own, slots, positions, _Cut(None, None, self.query_lens, tuple(seen)))
 

@@ -59,6 +59,10 @@ class ShardedCache:
         self._local.length(sequence)  # raises ValueError for an unknown one
         return self._lengths[sequence]
 
+    def slot(self, sequence: int, token: int) -> int:
+        """Return the row of a flattened layer that holds one of this rank's tokens of a sequence."""
+        return self._local.slot(sequence, token)
+
     def slots(self, sequence: int) -> torch.Tensor:
         """Return the rows of a flattened layer that hold this rank's tokens of a sequence, in their order."""
         own = int(self.share.count(torch.tensor([self.length(sequence)])))
@@ -87,7 +91,7 @@ class ShardedCache:
         size = (sum(query_lens), most_rows(self.share, query_lens), table.shape[1])
         if self._memory is None or not self._memory.fits(*size):
             self._memory = ShardedMemory(*size, self.pages.device)
-        return ShardedBatch(self, query_lens, kv_lens, table, self._memory)
+        return ShardedBatch(self, sequences, query_lens, kv_lens, table, self._memory)
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget all tokens of a sequence past `length`."""

@@ -104,9 +104,11 @@ class ContextStep(Step):
         count, scratch = batch.own.shape[0], self.context.scratch
         if not count:
             return
-        rows = torch.index_select(kv_a, 0, batch.own, out=scratch.take("own_kv_a", count, kv_a.shape[1]))
-        angles = scratch.take("own_cos_sin", count, plan.cos_sin.shape[1], dtype=torch.float32)
-        torch.index_select(plan.cos_sin, 0, batch.own, out=angles)
+        rows, angles = kv_a, plan.cos_sin
+        if count < batch.num_tokens:
+            rows = torch.index_select(kv_a, 0, batch.own, out=scratch.take("own_kv_a", count, kv_a.shape[1]))
+            angles = scratch.take("own_cos_sin", count, plan.cos_sin.shape[1], dtype=torch.float32)
+            torch.index_select(plan.cos_sin, 0, batch.own, out=angles)
         ops["write_latent"].op(
             kv_a=rows,
             weight=self.weights.vectors["kv_a_layernorm.weight"],

@@ -23,7 +23,6 @@ class Merging:
     """Memory in which `merge` works."""
 
     weights: torch.Tensor  # [n, ..., 1] fp32
-    total: torch.Tensor  # [..., 1] fp32
     merged: torch.Tensor  # [..., c] fp32
     part: torch.Tensor  # [..., c] fp32
 
@@ -33,7 +32,6 @@ class Merging:
         count, *rows, c = parts.shape
         return cls(
             scratch.take("merge_weights", count, *rows, 1, dtype=FP32),
-            scratch.take("merge_total", *rows, 1, dtype=FP32),
             scratch.take("merge_sum", *rows, c, dtype=FP32),
             scratch.take("merge_part", *rows, c, dtype=FP32),
         )
@@ -43,18 +41,14 @@ def merge(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, memory: Mer
     """Merge attention over disjoint keys: parts [n, ..., c] with natural lse [n, ...] fp32, to out [..., c].
 
     Each part weighs exp(lse) of the whole. One without keys is 0 with lse -inf, as ops write it, and weighs
-    nothing; where no part has keys, out is 0. Sums are in fp32 and rounded once. With `memory`, nothing is
-    allocated.
+    nothing; some part must have keys, as every token sees itself. Sums are in fp32 and rounded once. With
+    `memory`, nothing is allocated.
     """
     held = memory or Merging.of(parts, Workspace(out.dtype, out.device))
-    weights, total = held.weights, held.total
-    torch.amax(lse[..., None], dim=0, out=total).clamp_min_(torch.finfo(FP32).min)  # inf - inf is nan
-    torch.sub(lse[..., None], total, out=weights).exp_()
-    torch.sum(weights, dim=0, out=total).clamp_min_(torch.finfo(FP32).tiny)
-    weights.div_(total)
-    held.merged.copy_(parts[0]).mul_(weights[0])
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        held.merged.addcmul_(held.part.copy_(part), weight)
+    torch.softmax(lse[..., None], dim=0, out=held.weights)
+    held.merged.copy_(parts[0]).mul_(held.weights[0])
+    for index in range(1, len(parts)):
+        held.merged.addcmul_(held.part.copy_(parts[index]), held.weights[index])
     out.copy_(held.merged)
 
 
@@ -72,7 +66,7 @@ class Exchange:
     """Scratch memory for t new tokens of a step, of which this rank has h heads, and views of it."""
 
     gathered: torch.Tensor  # [world, t, h, c + r]: queries, as they arrive
-    q: torch.Tensor  # [t, world h, c + r]: a copy by token
+    q: torch.Tensor  # [t, world h, c + r]: a copy by token; of one token, the same memory
     out: torch.Tensor  # [t, world h, c]: attention over this rank's tokens
     lse: torch.Tensor  # [t, world h] fp32
     ordered: Ordered | None
@@ -99,10 +93,11 @@ class Exchange:
                 scratch.take("ordered_out", *every, c),
                 scratch.take("ordered_lse", *every, dtype=FP32),
             )
+        gathered = scratch.take("gathered", world, *shape)
         received = scratch.take("received", world, tokens, h, row)
         return cls(
-            scratch.take("gathered", world, *shape),
-            scratch.take("gathered_q", *every, width),
+            gathered,
+            gathered.view(*every, width) if tokens == 1 else scratch.take("gathered_q", *every, width),
             scratch.take("context_out", *every, c),
             scratch.take("context_lse", *every, dtype=FP32),
             again,
@@ -126,8 +121,9 @@ class Exchange:
     def gather(self, groups: Groups, q: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
         """Return the queries [t, world h, c + r] of all ranks, of which this one has q [t, h, c + r]."""
         groups.gather_context(q, self.gathered)
-        target, source = self._copies[0]
-        target.copy_(source)
+        if q.shape[0] > 1:
+            target, source = self._copies[0]
+            target.copy_(source)
         if order is None or self.ordered is None:
             return self.q
         return torch.index_select(self.q, 0, order, out=self.ordered.q)

@@ -36,12 +36,6 @@ def test_a_part_without_keys_weighs_nothing() -> None:
     assert out.tolist() == [[1.0, 2.0]]
 
 
-def test_no_keys_at_all_give_zero() -> None:
-    out = torch.full((1, 2), torch.nan)
-    merge(torch.zeros(2, 1, 2), torch.full((2, 1), -torch.inf), out)
-    assert out.tolist() == [[0.0, 0.0]]
-
-
 class MadeMemory(TorchDispatchMode):
     """Notes the ops that return memory of their own."""
 
