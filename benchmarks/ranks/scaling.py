@@ -72,13 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where results go")
     parser.add_argument("--layout", type=Layout.parse, default=Layout.parse("tp=2"))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("words", nargs="*", metavar="OPTION", help="options of mla.bench, after --")
-    given = parser.parse_args(arguments)
+    every = list(sys.argv[1:] if arguments is None else arguments)
+    own = every.index("--") if "--" in every else len(every)
+    given, words = parser.parse_args(every[:own]), every[own + 1 :] or ["--backend", "cpu"]
     given.folder.mkdir(parents=True, exist_ok=True)
     rounds = []
     for count in range(given.rounds):
         try:
-            rounds.append(measure(given.layout, given.folder, given.words or ["--backend", "cpu"], count))
+            rounds.append(measure(given.layout, given.folder, words, count))
         except subprocess.CalledProcessError as error:
             note(f"a run ended with exit code {error.returncode}; see above.")
             return error.returncode
