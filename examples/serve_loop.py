@@ -85,7 +85,7 @@ class Server:
         device = self.model.device
         arguments = {"attention_mask": mask, "position_ids": positions, "input_ids": torch.tensor(new)}
         moved = {name: tensor.to(device) for name, tensor in arguments.items()}
-        logits = self.model(**moved, cache=self.cache, use_cache=True).logits[:, -1]
+        logits = self.model(**moved, **self.cache.argument, use_cache=True).logits[:, -1]
         for one, token in zip(requests, logits.argmax(dim=-1).tolist(), strict=True):
             one.tokens.append(token)
 

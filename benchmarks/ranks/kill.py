@@ -20,7 +20,6 @@ from pathlib import Path
 
 from benchmarks.ranks.nursery import Nursery, Ranks
 from mla.bench import results
-from mla.bench.ranks.meeting import MEETING
 from mla.bench.ranks.pulse import GRACE, SILENT
 from mla.command.console import note, out
 from mla.command.table import markdown
@@ -53,9 +52,11 @@ FAULTS = {
     signal.SIGTERM: (0, 143),
     signal.SIGINT: (0, 130),
 }
-# Seconds in which the others must end: they miss a rank that never came after MEETING, and one that is
-# stopped after SILENT; then they have GRACE.
-BOUND = MEETING + SILENT + GRACE
+# Seconds after which ranks miss one that never came: in trials, ten; a run waits for two minutes.
+MEETING = 10.0
+# Seconds in which the others must end: after MEETING or, where one is stopped, SILENT; then they have GRACE.
+BOUND = MEETING + 2 * SILENT + GRACE
+CONSTANTS = {"mla.bench.ranks.meeting.MEETING": MEETING}
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number in range(asked.count):
             (folder / "run.json").unlink(missing_ok=True)
             fault, rank = generator.choice(faults), generator.randrange(world)
-            done = trial(nursery.start(words, folder, world), fault, rank, generator.uniform(0, whole))
+            done = trial(
+                nursery.start(words, folder, world, constants=CONSTANTS),
+                fault,
+                rank,
+                generator.uniform(0, whole),
+            )
             trials.append(done)
             note(f"{number + 1} of {asked.count}: {_line(done)}")
     out(table(trials))

@@ -44,13 +44,14 @@ class Meeting:
         rank: int,
         world: int,
         address: tuple[str, int],
-        seconds: float = MEETING,
+        seconds: float | None = None,
         answered: Callable[[], None] = lambda: None,
     ) -> None:
-        """Open the store, or wait so long for the rank that holds it. Raises `RanksError`.
+        """Open the store, or wait so long (`MEETING`) for the rank that holds it. Raises `RanksError`.
 
         `answered` is called whenever the store has answered, until all ranks have arrived.
         """
+        seconds = MEETING if seconds is None else seconds
         self._answered = answered
         self.rank, self.world, self._address = rank, world, address
         self._known = False  # to the others, why this rank ends; or to this one, why they do
@@ -74,12 +75,12 @@ class Meeting:
             multi_tenant=True,
         )
 
-    def client(self, seconds: float = MEETING) -> Any:
+    def client(self) -> Any:
         """Return a connection of its own: one that waits keeps others out."""
         attempt = os.environ.get(
             "TORCHELASTIC_RESTART_COUNT", "0"
         )  # of torchrun: nothing is left of the last
-        return _PrefixStore(f"mla/{attempt}", self._open(False, seconds))
+        return _PrefixStore(f"mla/{attempt}", self._open(False, MEETING))
 
     def _unreachable(self, holds: bool, seconds: float, error: Exception) -> str:
         host, port = self._address

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mla.cache import LatentCache
 from mla.integrations.transformers.errors import UnsupportedModel
@@ -81,9 +82,9 @@ class PagedLayer(CacheLayerMixin):
 class PagedCache(Cache):
     """Latents of `max_tokens` tokens in all, for a model that `use_mla` has prepared.
 
-    `model.generate(..., cache=PagedCache(model, max_tokens=4096))` needs nothing else (in older releases,
-    `past_key_values=`). A server makes `latents.new_sequences`, says with `use` which ones the next forward
-    is of, and releases them. Raises `UnsupportedModel`.
+    `model.generate(..., **PagedCache(model, max_tokens=4096).argument)` needs nothing else. A server makes
+    `latents.new_sequences`, says with `use` which ones the next forward is of, and releases them. Raises
+    `UnsupportedModel`.
     """
 
     def __init__(self, model: Any, *, max_tokens: int, page_size: int = 64) -> None:
@@ -107,6 +108,12 @@ class PagedCache(Cache):
         self._sequences: list[int] = []
         self._last: Step | None = None
         super().__init__(layers=[PagedLayer(self, layer, index) for index, layer in enumerate(layers)])
+
+    @property
+    def argument(self) -> dict[str, PagedCache]:
+        """The keyword argument that forwards and `generate` of this `transformers` take caches as."""
+        named = "cache" in CausalLMOutputWithPast.__annotations__
+        return {"cache" if named else "past_key_values": self}
 
     def use(self, sequences: Sequence[int]) -> None:
         """Say of which sequences the next forward is; its attention_mask pads shorter ones on the left."""
