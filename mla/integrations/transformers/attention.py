@@ -51,6 +51,7 @@ class Steps:
         self.scratch = Workspace(dtype, device, keeps=keeps)
         self._device = device
         self._last: Step | None = None
+        self.zeroes = True  # what lies past a request's end, for an op that reads it
 
     def step(self, flags: torch.Tensor, queries: int) -> Step:
         """Return the step that these flags describe: the last one while they are the same object."""
@@ -67,6 +68,8 @@ class Steps:
             kv = latent[request, 0, keys]
             rows[request, : kv.shape[0], :c] = kv
             rows[request, : kv.shape[0], c:] = pe[request, 0, keys]
+            if self.zeroes:
+                rows[request, kv.shape[0] :] = 0
         return pages
 
 
@@ -83,9 +86,9 @@ def attend(
     if attention is None:
         raise UnsupportedModel("this layer was not prepared by `use_mla`: call it on the whole model.")
     require_inference(query, module.training)
-    if attention_mask is None or attention_mask.dtype != torch.int32:
+    if attention_mask is None or attention_mask.dtype != torch.int32 or attention_mask.shape[1:3] != (1, 1):
         raise UnsupportedModel(
             "`use_mla` takes no mask of one's own [batch, 1, queries, keys]: give attention_mask "
-            "[batch, tokens]."
+            "[batch, tokens], or none."
         )
     return attention(query, latent, pe, attention_mask), None

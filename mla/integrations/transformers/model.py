@@ -12,13 +12,10 @@ from mla.integrations.transformers.attention import Attention, Steps, attend
 from mla.integrations.transformers.errors import UnsupportedModel
 from mla.integrations.transformers.mask import NAME, visible_keys
 from mla.integrations.transformers.packed import Packed, PackedKvB, PackedLinear
-from mla.integrations.transformers.survey import Survey, find_attention, survey
+from mla.integrations.transformers.survey import PROJECTIONS, Survey, find_attention, survey
 from mla.layer.core import AttentionCore
 from mla.layer.expansion import WORKSPACE_BYTES
 from mla_backends.api import Backend
-
-# A layer's projections besides kv_b_proj; no family has all.
-PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
 
 
 def use_mla(model: Any, backend: str = "cpu", **arguments: Any) -> Any:
@@ -29,11 +26,13 @@ def use_mla(model: Any, backend: str = "cpu", **arguments: Any) -> Any:
     and `BackendError` for a backend that is not there.
     """
     found = survey(model)
+    if found.device.index is not None:
+        arguments = {"index": found.device.index, **arguments}
     opened = mla.load_backend(backend, **arguments)
-    if opened.device is None or opened.device.type != found.device.type:
+    if opened.device is None or not _same(opened.device, found.device):
         raise UnsupportedModel(
             f"this model is on {found.device}, and backend '{backend}' computes on {opened.device}: move it "
-            f"there with `model.to(...)` first."
+            "there with `model.to(...)` first."
         )
     _register()
     steps = Steps(found.dtype, found.device, WORKSPACE_BYTES)
@@ -49,14 +48,20 @@ def use_mla(model: Any, backend: str = "cpu", **arguments: Any) -> Any:
     return model
 
 
+def _same(backend: torch.device, model: torch.device) -> bool:
+    """Return whether these are one device; the host has no index."""
+    return backend.type == model.type and (model.index or 0) == (backend.index or 0)
+
+
 def _prepare(layer: Any, found: Survey, backend: Backend, steps: Steps) -> None:
     """Have one layer run our ops; packed weights take the place of its plain ones."""
     core = AttentionCore(found.config, backend=backend, dtype=found.dtype, scratch=steps.scratch)
     core.load(layer.kv_b_proj.weight)
     layer.kv_b_proj, layer.mla_attention = PackedKvB(layer.kv_b_proj, core), Attention(core, steps)
     layer.expand_kv = _as_they_are
+    steps.zeroes = not core.ops["latent_attention"].op.nan_safe_tail
     for name in PROJECTIONS:
-        if isinstance(linear := getattr(layer, name, None), nn.Linear):
+        if isinstance(linear := getattr(layer, name, None), nn.Linear):  # which kv_b_proj is no more
             setattr(layer, name, PackedLinear(linear, backend.ops(), "auto"))
 
 

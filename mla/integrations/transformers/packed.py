@@ -19,7 +19,8 @@ class Packed(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.trains = linear.weight.requires_grad  # what it did, and will do again
+        self.training = linear.training
+        self._trains = {name: one.requires_grad for name, one in linear.named_parameters()}
 
     def weight_as_loaded(self) -> torch.Tensor:
         """Return the weight [o, i], bit for bit."""
@@ -30,10 +31,16 @@ class Packed(nn.Module):
         weight, bias = self.weight_as_loaded(), getattr(self, "bias", None)
         rows, columns = weight.shape
         made = nn.Linear(columns, rows, bias=bias is not None, device="meta", dtype=weight.dtype)
-        made.weight = nn.Parameter(weight, requires_grad=self.trains)
+        made.weight = nn.Parameter(weight, requires_grad=self._trains["weight"])
         if bias is not None:
-            made.bias = nn.Parameter(bias, requires_grad=self.trains)
-        return made.eval()
+            made.bias = nn.Parameter(bias, requires_grad=self._trains["bias"])
+        return made.train(self.training)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Packed:
+        raise UnsupportedModel(
+            "a model that runs our ops cannot be moved or cast, since its weights are packed for one device: call "
+            "`restore(model)`, move it, and then `use_mla` again."
+        )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight_as_loaded()
@@ -58,10 +65,16 @@ class PackedLinear(Packed):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [..., i] times the weight, plus the bias: [..., o]."""
         require_inference(x)
-        rows = x.reshape(-1, x.shape[-1])
-        out = rows.new_empty(rows.shape[0], self._choice.spec.out_features)
+        spec = self._choice.spec
+        if (x.dtype, x.device) != (spec.dtype, spec.device):
+            raise UnsupportedModel(
+                f"this model's weights are packed in {spec.dtype} on {spec.device}, and it is given {x.dtype} on "
+                f"{x.device}: leave autocast out, and call `restore(model)` before it is cast or moved."
+            )
+        rows = x.reshape(-1, spec.in_features)
+        out = rows.new_empty(rows.shape[0], spec.out_features)
         self._choice.op(self._packed, x=rows, bias=self.bias, out=out)
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], spec.out_features)
 
     def weight_as_loaded(self) -> torch.Tensor:
         """Return the weight [o, i], bit for bit."""

@@ -5,6 +5,7 @@ Nothing is copied to attend, requests may have any lengths, and padding takes no
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mla.cache import LatentCache
+from mla.cache import LatentCache, RaggedBatch
+from mla.errors import CacheFull
 from mla.integrations.transformers.errors import UnsupportedModel
 from mla.integrations.transformers.step import Step, left_padded, left_padding
 from mla.integrations.transformers.survey import find_attention
@@ -38,8 +40,6 @@ class PagedLayer(CacheLayerMixin):
         """Hand new latents [B, 1, t, c] and [B, 1, t, r] to the attention, which writes them to the pages."""
         if not hasattr(self._layer, "mla_attention"):
             raise UnsupportedModel("this model does not run our ops any more, which alone read a PagedCache.")
-        if self._index == 0:
-            self._cache.columns += key_states.shape[2]
         held: Any = key_states.view_as(key_states)
         held.paged = self
         return held, value_states
@@ -69,14 +69,19 @@ class PagedLayer(CacheLayerMixin):
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens of all requests; called for every layer, done by the first."""
+        """Forget the last -`tokens_to_remove` tokens of all requests; called for every layer, done by the first.
+
+        Raises ValueError for a positive number, as stock layers do.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop() takes a negative number of tokens to remove, got {tokens_to_remove}.")
         if self._index == 0:
-            self._cache.forget(abs(tokens_to_remove))
+            self._cache.forget(-tokens_to_remove)
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Forget all tokens, and free their pages; called for every layer, done by the first."""
         if self._index == 0:
-            self._cache.use(())
+            self._cache.clear()
 
 
 class PagedCache(Cache):
@@ -133,18 +138,33 @@ class PagedCache(Cache):
                 "attention_mask hides tokens in the middle or at the end of a request: a PagedCache takes "
                 "padding on the left alone (`tokenizer.padding_side = 'left'`)."
             )
-        if not self._sequences:
-            self._sequences = self.latents.new_sequences(len(starts))
-        held = [self.latents.length(sequence) for sequence in self._sequences]
+        held = [self.latents.length(sequence) for sequence in self._sequences] or [0] * len(starts)
         kv_lens = [tokens - start for start in starts]
         new = [min(queries, length) for length in kv_lens]
         if len(held) != len(new) or [old + more for old, more in zip(held, new, strict=True)] != kv_lens:
             raise UnsupportedModel(
                 f"attention_mask names {kv_lens} tokens of {len(new)} requests, of which {new} are new, and "
-                f"this cache holds {held}."
+                f"this cache holds {held}: call `reset()`, or `use` the sequences that the batch is of."
             )
-        spans = list(left_padded(starts, tokens, queries))
-        return Step(flags, [], spans, self.latents.extend(self._sequences, new))
+        batch = self._extend(new)
+        self.columns = tokens
+        return Step(flags, [], list(left_padded(starts, tokens, queries)), batch)
+
+    def _extend(self, new: list[int]) -> RaggedBatch:
+        """Make room for new tokens; nothing is changed where there is none."""
+        made = [] if self._sequences else self.latents.new_sequences(len(new))
+        try:
+            batch = self.latents.extend(self._sequences or made, new)
+        except CacheFull:
+            self.latents.release(made)
+            raise
+        self._sequences = self._sequences or made
+        return batch
+
+    def clear(self) -> None:
+        """Free the pages of all requests, and forget them."""
+        self.latents.release(self._sequences)
+        self.use(())
 
     def forget(self, tokens: int) -> None:
         """Forget the last tokens of all requests."""
@@ -165,13 +185,30 @@ class PagedCache(Cache):
         self._rearrange(torch.arange(len(self._sequences))[indices.cpu()].tolist())
 
     def _rearrange(self, sources: Sequence[int]) -> None:
-        """Let requests be copies of these: a page that several would share is copied."""
-        if list(sources) == list(range(len(self._sequences))):
-            return
-        layers = range(len(self.layers))
-        held = [[self.latents.read(self._sequences[one], layer) for layer in layers] for one in sources]
-        self.latents.release(self._sequences)
-        self._sequences = self.latents.new_sequences(len(sources))
-        for sequence, parts in zip(self._sequences, held, strict=True):
-            for layer, (kv, pe) in enumerate(parts):
-                self.latents.load(sequence, kv, pe, layer)
+        """Let requests be those of these places. One that comes again is copied, at the end or where one left.
+
+        Raises `CacheFull` before anything is changed.
+        """
+        old, counts = self._sequences, Counter(sources)
+        kept = [old[place] for place in counts]
+        size = self.latents.page_size
+        more = sum(
+            (count - 1) * -(-self.latents.length(old[place]) // size) for place, count in counts.items()
+        )
+        left = [sequence for sequence in old if sequence not in kept]
+        free = self.latents.free_pages + sum(-(-self.latents.length(one) // size) for one in left)
+        if more > free:
+            raise CacheFull(f"copies of requests need {more} more pages, and the cache has {free}.")
+        self.latents.release(left)
+        again = set[int]()
+        self._sequences = []
+        for place in sources:
+            self._sequences.append(self._copy(old[place]) if place in again else old[place])
+            again.add(place)
+
+    def _copy(self, sequence: int) -> int:
+        """Return a copy of a sequence."""
+        (made,) = self.latents.new_sequences(1)
+        for layer in range(len(self.layers)):
+            self.latents.load(made, *self.latents.read(sequence, layer), layer)
+        return made

@@ -11,6 +11,8 @@ from mla.config import MLAConfig
 from mla.errors import ConfigError
 from mla.integrations.transformers.errors import UnsupportedModel
 
+# A layer's projections; no family has all.
+PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -25,11 +27,11 @@ class Survey(NamedTuple):
 
 def survey(model: Any) -> Survey:
     """Return what there is to serve. Raises `UnsupportedModel`."""
-    if hasattr(model, "mla_before"):
+    layers = find_attention(model)
+    if any(hasattr(layer, "mla_attention") for layer in layers):
         raise UnsupportedModel("this model runs our ops already: call `restore(model)` first.")
     if not hasattr(model, "set_attn_implementation"):
         raise UnsupportedModel(f"{type(model).__name__} is no model of `transformers` 5.20 or later.")
-    layers = find_attention(model)
     if not layers:
         raise UnsupportedModel(f"{type(model).__name__} has no multi-head latent attention (no kv_b_proj).")
     for layer in layers:
@@ -49,12 +51,23 @@ def _check_layer(layer: Any) -> None:
         raise UnsupportedModel(
             f"{type(layer).__name__} of this `transformers` caches expanded keys: 5.20 is needed."
         )
-    linear = layer.kv_b_proj
-    if type(linear) is not nn.Linear or linear.weight.dtype not in DTYPES:
-        raise UnsupportedModel(
-            f"kv_b_proj of this model is a {type(linear).__name__} of {linear.weight.dtype}: load it "
-            "unquantized and without adapters, in bfloat16, float16 or float32."
-        )
+    for name in PROJECTIONS:
+        linear = getattr(layer, name, None)
+        if linear is not None and not _is_plain(linear):
+            weight = getattr(linear, "weight", None)
+            kind = f"{type(linear).__name__} of {getattr(weight, 'dtype', 'no single dtype')}"
+            raise UnsupportedModel(
+                f"{name} of this model is a {kind}: load it unquantized and without adapters, in bfloat16, "
+                "float16 or float32."
+            )
+
+
+def _is_plain(linear: Any) -> bool:
+    """Return whether a projection is its weight and nothing else: no subclass, no tensor subclass, no hook."""
+    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
+        return False
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_hf_hook")
+    return linear.weight.dtype in DTYPES and not any(getattr(linear, name, None) for name in hooks)
 
 
 def _check_devices(model: Any, layers: list[Any]) -> None:
