@@ -2,7 +2,8 @@
 
     python examples/generate.py MODEL_DIR --prompt "Once upon a time" --new-tokens 128 --backend cpu
 
-Prints both texts, tokens per second of decoding, and the most memory that generating took beyond the model.
+Prints both texts, tokens per second of decoding, and the most memory that generating took beyond the model: on the
+host, what the first run has taken and not given back counts for neither.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
+from mla import load_backend
 from mla.errors import MLAError
 from mla.integrations.transformers import restore, use_mla
 from mla_backends import BackendError
@@ -109,7 +111,8 @@ def compare(model_dir: str, prompt: str, new_tokens: int, backend: str, dtype: s
     """Run both ways and print them side by side; return whether all tokens are the same."""
     console = Console(stderr=True)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
+    device = load_backend(backend).device  # a backend that is not there is said before the model is read
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval().to(device)
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
     runs = [generate(model, ids, "transformers", new_tokens, console)]
     use_mla(model, backend)

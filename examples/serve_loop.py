@@ -16,8 +16,11 @@ from typing import Any
 import click
 import torch
 
+from mla import load_backend
 from mla.errors import CacheFull
 from mla.integrations.transformers import PagedCache, use_mla
+
+COUNT = click.IntRange(1)
 
 
 @dataclass(eq=False)
@@ -97,14 +100,15 @@ class Server:
 @click.argument("model_dir")
 @click.option("--prompt", "prompts", multiple=True, required=True, help="May be repeated.")
 @click.option("--backend", default="cpu", show_default=True)
-@click.option("--at-once", default=8, show_default=True, help="Requests that are served at once.")
-@click.option("--max-tokens", default=4096, show_default=True, help="Room of the cache.")
-@click.option("--new-tokens", default=64, show_default=True, help="Of each request.")
+@click.option("--at-once", default=8, show_default=True, type=COUNT, help="Requests that are served at once.")
+@click.option("--max-tokens", default=4096, show_default=True, type=COUNT, help="Room of the cache.")
+@click.option("--new-tokens", default=64, show_default=True, type=COUNT, help="Of each request.")
 def main(model_dir: str, prompts: list[str], new_tokens: int, backend: str, **room: int) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = use_mla(AutoModelForCausalLM.from_pretrained(model_dir).eval(), backend)
+    model = AutoModelForCausalLM.from_pretrained(model_dir).eval().to(load_backend(backend).device)
+    use_mla(model, backend)
     server = Server(model, **room, end=tokenizer.eos_token_id)
     requests = [Request(i, tokenizer(text).input_ids, new_tokens) for i, text in enumerate(prompts)]
     for done in server.run(requests):

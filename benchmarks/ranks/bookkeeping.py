@@ -54,7 +54,7 @@ class Timed:
 
 
 def make_cache(config: MLAConfig, groups: Groups, asked: argparse.Namespace, backend: Any) -> Any:
-    """Return a cache of this rank's tokens of a history of zeros, and its sequences."""
+    """Return a cache with this rank's tokens of a random history, and its sequences."""
     room = asked.batch * (asked.kv + asked.steps + WARMUPS + 128)
     if groups.layout.dcp > 1:
         share = Share(groups.place.dcp, groups.layout.dcp)

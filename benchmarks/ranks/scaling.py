@@ -33,33 +33,39 @@ class Round(NamedTuple):
     ranks: dict[str, float]
 
 
-def measure(layout: Layout, folder: Path, words: Sequence[str], number: int) -> Round:
-    """Run one round, the other way first in every second one. Raises `CalledProcessError`."""
+def measure(layout: Layout, folder: Path, words: Sequence[str], count: int) -> Round:
+    """Run one round, the other way first in every second one. A run that ends badly says why by itself."""
     common = ["-m", "mla.bench", *words, "--implementations", "mla"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.world)]
-    process, ranks = (folder / f"{kind}-{layout}-{number}.json" for kind in ("process", "ranks"))
+    process, ranks = (folder / f"{kind}-{layout}-{count}.json" for kind in ("process", "ranks"))
     starts = [
         ([*common, "--threads", str(layout.world), "-o", str(process)], layout.world),
         ([*launcher, *common, "--threads", "1", "--parallel", str(layout), "-o", str(ranks)], 1),
     ]
-    for start, threads in starts[:: -1 if number % 2 else 1]:
+    for start, threads in starts[:: -1 if count % 2 else 1]:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        subprocess.run([sys.executable, *start], env=environment, stdout=sys.stderr, check=True)
+        subprocess.run([sys.executable, *start], env=environment, stdout=sys.stderr, check=False)
     return Round(_medians(process), _medians(ranks))
 
 
 def _medians(path: Path) -> dict[str, float]:
+    if not path.exists():
+        return {}
     return {case.scenario: case.latency_ms.median for case in results.read(path).cases if case.latency_ms}
 
 
 def table(layout: Layout, rounds: Sequence[Round]) -> str:
-    """Return a row for each scenario: medians over rounds, and the ratio of each round."""
+    """Return a row for each scenario: medians over rounds in which both had a number, and their ratios."""
     rows = []
-    for name in rounds[0].process:
-        both = [(one.process[name], one.ranks[name]) for one in rounds]
+    for name in dict.fromkeys(name for one in rounds for name in one.process):
+        both = [
+            (one.process[name], one.ranks[name]) for one in rounds if name in one.process.keys() & one.ranks
+        ]
+        if not both:
+            continue
         ratios = sorted(ranks / process for process, ranks in both)
         medians = (number(median(list(one))) for one in zip(*both, strict=True))
-        each = f"{ratios[0]:.2f} .. {ratios[-1]:.2f}"
+        each = f"{ratios[0]:.2f} .. {ratios[-1]:.2f} of {len(both)}"
         rows.append((str(layout), name, *medians, f"{median(ratios):.2f}", each))
     return markdown(_HEADER, rows)
 
@@ -78,14 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.folder.mkdir(parents=True, exist_ok=True)
     rounds = []
     for count in range(given.rounds):
-        try:
-            rounds.append(measure(given.layout, given.folder, words, count))
-        except subprocess.CalledProcessError as error:
-            note(f"a run ended with exit code {error.returncode}; see above.")
-            return error.returncode
+        rounds.append(measure(given.layout, given.folder, words, count))
         note(f"round {count + 1} of {given.rounds}: {rounds[-1]}")
     out(table(given.layout, rounds))
-    return 0
+    return int(not all(one.process and one.ranks for one in rounds))
 
 
 if __name__ == "__main__":

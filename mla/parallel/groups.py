@@ -114,6 +114,11 @@ class Groups:
         self.left += 1
 
 
+def summed_bytes(out: torch.Tensor, ranks: int) -> int:
+    """Return the bytes of what so many ranks add up of an output: many of them, copies in float32."""
+    return out.nbytes if ranks <= MOST_HOPS else out.numel() * torch.float32.itemsize
+
+
 def _own(groups: list[list[int]], rank: int, timeout: float | None) -> dist.ProcessGroup | None:
     """Make all groups, as every rank must, and return the one that `rank` is in."""
     limit = None if timeout is None else timedelta(seconds=timeout)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from mla.parallel.groups import MOST_HOPS, Groups
+from mla.parallel.groups import MOST_HOPS, Groups, summed_bytes
 from mla.parallel.layout import Layout
 from mla.parallel.link import Call
 
@@ -98,7 +98,9 @@ class SimulatedGroups(Groups):
     def add_heads(self, out: torch.Tensor) -> None:
         """Keep this rank's part of the output, which `SimulatedWorld.complete` adds up."""
         if self._meeting and self.layout.head_parts > 1:
-            self.calls.append(Call.all_reduce(out.nbytes, self.layout.head_parts))
+            self.calls.append(
+                Call.all_reduce(summed_bytes(out, self.layout.head_parts), self.layout.head_parts)
+            )
         if self._meeting:
             self.part = out.clone()
 

@@ -9,7 +9,7 @@ import torch
 from test_tokens import Prompts, generate
 from tiny_models import CACHE, make_model
 
-from mla.errors import MLAError
+from mla.errors import CacheFull, MLAError
 from mla.integrations.transformers import PagedCache, UnsupportedModel, restore, use_mla
 
 
@@ -73,3 +73,59 @@ def test_padding_on_the_right_is_refused(model: Any) -> None:
     mask = torch.tensor([[1, 1, 0]])
     with torch.no_grad(), pytest.raises(UnsupportedModel, match="padding on the left alone"):
         model(input_ids=torch.tensor([[3, 4, 0]]), attention_mask=mask, **cache)
+
+
+def test_what_was_refused_leaves_it_as_it_was(model: Any, prompts: Prompts) -> None:
+    """A request that is too long ends, and the next one is served."""
+    use_mla(model)
+    expected = generate(model, prompts)
+    cache = paged(model, max_tokens=12 * 16)
+    with pytest.raises(CacheFull):
+        generate(model, prompts, **cache, max_new_tokens=70)
+    cache[CACHE].reset()
+    with pytest.raises(CacheFull), torch.no_grad():
+        model(input_ids=torch.full((1, 300), 5), **cache)
+    latents = cache[CACHE].latents
+    assert (cache[CACHE].columns, latents.free_pages) == (0, latents.num_pages)
+    assert torch.equal(generate(model, prompts, **cache, max_new_tokens=30), expected[:, : 11 + 30])
+
+
+def test_requests_that_go_on_alone_keep_their_pages(model: Any, prompts: Prompts) -> None:
+    cache = paged(use_mla(model), page_size=16)[CACHE]
+    with torch.no_grad():
+        model(**prompts, **{CACHE: cache})
+    before = [cache.latents.read(one) for one in cache._sequences]
+    ids = list(cache._sequences)
+    cache.reorder_cache(torch.tensor([2, 0, 2]))
+    assert cache._sequences[:2] == [ids[2], ids[0]]
+    assert cache._sequences[2] not in ids
+    for sequence, place in zip(cache._sequences, (2, 0, 2), strict=True):
+        assert all(map(torch.equal, cache.latents.read(sequence), before[place]))
+
+
+def test_copies_that_do_not_fit_lose_nothing(model: Any, prompts: Prompts) -> None:
+    cache = paged(use_mla(model), page_size=16, max_tokens=5 * 16)[CACHE]
+    with torch.no_grad():
+        model(**prompts, **{CACHE: cache})
+    before = list(cache._sequences)
+    with pytest.raises(CacheFull, match="6 more pages, and the cache has 2"):
+        cache.batch_repeat_interleave(3)
+    assert cache._sequences == before
+    cache.batch_select_indices(torch.tensor([1]))
+    assert cache._sequences == before[1:2]
+    assert cache.latents.free_pages == 4
+
+
+def test_tokens_are_cropped(model: Any, prompts: Prompts) -> None:
+    cache = paged(use_mla(model))[CACHE]
+    with torch.no_grad():
+        whole = model(**prompts, **{CACHE: cache}).logits[:, -1]
+        cache.crop(-1)
+        assert cache.get_seq_length() == 10
+        last = prompts["input_ids"][:, -1:]
+        again = model(input_ids=last, attention_mask=prompts["attention_mask"], **{CACHE: cache}).logits[
+            :, -1
+        ]
+    assert torch.allclose(whole, again, atol=1e-4)
+    with pytest.raises(ValueError, match="negative"):
+        cache.layers[0].crop(5)

@@ -99,15 +99,43 @@ def test_a_model_elsewhere_than_the_backend(model: Any, monkeypatch: pytest.Monk
         use_mla(model, "far")
 
 
-def fp8() -> Any:
-    model = make_model("deepseek_v3")
-    model.model.layers[1].self_attn.kv_b_proj.to(torch.float8_e4m3fn)
-    return model
+PROJECTIONS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
 
-def test_fp8_weights(model: Any) -> None:
-    with pytest.raises(UnsupportedModel, match="float8_e4m3fn"):
-        use_mla(fp8())
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_a_projection_that_is_more_than_its_weight(model: Any, name: str) -> None:
+    """Its scales, its adapter or its hook would be lost."""
+    attention = model.model.layers[1].self_attn
+
+    def refused(message: str) -> None:
+        with pytest.raises(UnsupportedModel, match=f"{name} of this model is a {message}"):
+            use_mla(model)
+
+    hook = getattr(attention, name).register_forward_hook(lambda *_: None)
+    refused("Linear of torch.float32")
+    hook.remove()
+    getattr(attention, name).to(torch.float8_e4m3fn)
+    refused("Linear of torch.float8_e4m3fn")
+    setattr(attention, name, nn.Sequential(getattr(attention, name)))
+    refused("Sequential of no single dtype")
+
+
+@pytest.mark.parametrize("move", [lambda model: model.to(torch.bfloat16), lambda model: model.half()])
+def test_a_model_in_use_is_not_cast(model: Any, move: Callable[[Any], None]) -> None:
+    """Its norms would be, and its packed weights would not."""
+    use_mla(model)
+    with pytest.raises(UnsupportedModel, match="cannot be moved or cast"):
+        move(model)
+
+
+def test_inputs_of_another_dtype_are_refused(model: Any) -> None:
+    use_mla(model)
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(UnsupportedModel, match="autocast"),
+    ):
+        model.model.layers[0].self_attn.o_proj(torch.zeros(1, 64, dtype=torch.bfloat16))
 
 
 def test_there_must_be_something_to_restore(model: Any) -> None:
@@ -117,6 +145,11 @@ def test_there_must_be_something_to_restore(model: Any) -> None:
 
 def own_mask(model: Any) -> None:
     model(input_ids=torch.tensor([[3, 4]]), attention_mask=torch.zeros(1, 1, 2, 2))
+
+
+def own_whole_numbers(model: Any) -> None:
+    mask = torch.ones(2, 2, dtype=torch.int32).tril()[None, None]
+    model(input_ids=torch.tensor([[3, 4]]), attention_mask=mask)
 
 
 def packed(model: Any) -> None:
@@ -136,6 +169,7 @@ def gradients(model: Any) -> None:
     ("run", "message"),
     [
         (own_mask, "takes no mask of one's own"),
+        (own_whole_numbers, "takes no mask of one's own"),
         (packed, "not plain causal attention"),
         (training, "serves inference"),
         (gradients, "serves inference"),

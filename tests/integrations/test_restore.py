@@ -38,6 +38,19 @@ def test_nothing_is_left(family: str) -> None:
     assert model.config._attn_implementation == attention
 
 
+def test_a_model_that_was_training_goes_on(model: Any) -> None:
+    model.train()
+    model.model.layers[0].self_attn.q_b_proj.weight.requires_grad = False
+    before = [
+        (module.training, [one.requires_grad for one in module.parameters()]) for module in model.modules()
+    ]
+    restore(use_mla(model))
+    after = [
+        (module.training, [one.requires_grad for one in module.parameters()]) for module in model.modules()
+    ]
+    assert after == before
+
+
 def test_no_plain_weight_stays_beside_a_packed_one() -> None:
     model = use_mla(make_model("deepseek_v3"))
     attention = model.model.layers[0].self_attn

@@ -126,3 +126,26 @@ def test_bf16_is_as_close_to_fp32_as_theirs(prompts: Prompts) -> None:
             found = model(**prompts).logits[:, -1].double()
         errors.append(float((found - exact).norm() / exact.norm()))
     assert errors[1] < 1.3 * errors[0]
+
+
+def test_what_lies_past_a_request_is_zero_for_an_op_that_reads_it(prompts: Prompts) -> None:
+    """Memory of stock caches' pages is not zeroed when it is made, and an op may multiply it by 0."""
+    model = make_model("deepseek_v3")
+    theirs = generate(model, prompts)
+    use_mla(model)
+    steps = model.model.layers[0].self_attn.mla_attention._steps
+    assert not steps.zeroes, "an op that does not read it needs no zeroes"
+    steps.zeroes = True
+    take, seen = steps.scratch.take, list[torch.Tensor]()
+
+    def poisoned(name: str, *shape: int, **words: Any) -> torch.Tensor:
+        memory = take(name, *shape, **words)
+        if name == "pages":
+            memory.fill_(torch.nan)
+            seen.append(memory)
+        return memory
+
+    steps.scratch.take = poisoned
+    assert torch.equal(generate(model, prompts), theirs)
+    assert seen
+    assert seen[-1].isfinite().all()

@@ -9,6 +9,7 @@ import torch
 
 from mla import LatentCache, MLAConfig
 from mla.parallel.cache import ShardedCache
+from mla.parallel.groups import summed_bytes
 from mla.parallel.layer import ParallelMLA
 from mla.parallel.layout import Layout
 from mla.parallel.share import Share
@@ -131,3 +132,8 @@ def test_ranks_that_wait_for_nobody_end() -> None:
     simulated.forwards[1] = lambda: None
     with pytest.raises(RuntimeError, match="rank 0 waits for what no other rank gives"):
         simulated.run()
+
+
+def test_many_ranks_add_up_in_float32() -> None:
+    out = torch.zeros(3, 5, dtype=torch.bfloat16)
+    assert [summed_bytes(out, ranks) for ranks in (2, 8, 9, 32)] == [30, 30, 60, 60]

@@ -38,8 +38,8 @@ class Packed(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Packed:
         raise UnsupportedModel(
-            "a model that runs our ops cannot be moved or cast, since its weights are packed for one device: call "
-            "`restore(model)`, move it, and then `use_mla` again."
+            "a model that runs our ops cannot be moved or cast, since its weights are packed for one device: "
+            "call `restore(model)`, move it, and then `use_mla` again."
         )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -68,8 +68,8 @@ class PackedLinear(Packed):
         spec = self._choice.spec
         if (x.dtype, x.device) != (spec.dtype, spec.device):
             raise UnsupportedModel(
-                f"this model's weights are packed in {spec.dtype} on {spec.device}, and it is given {x.dtype} on "
-                f"{x.device}: leave autocast out, and call `restore(model)` before it is cast or moved."
+                f"weights of this model are packed in {spec.dtype} on {spec.device}, and get {x.dtype} on "
+                f"{x.device}: leave autocast out, and `restore(model)` before it is moved."
             )
         rows = x.reshape(-1, spec.in_features)
         out = rows.new_empty(rows.shape[0], spec.out_features)

@@ -13,7 +13,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mla.cache import LatentCache, RaggedBatch
+from mla.cache import LatentCache
+from mla.cache.ragged_batch import RaggedBatch
 from mla.errors import CacheFull
 from mla.integrations.transformers.errors import UnsupportedModel
 from mla.integrations.transformers.step import Step, left_padded, left_padding
@@ -69,7 +70,7 @@ class PagedLayer(CacheLayerMixin):
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last -`tokens_to_remove` tokens of all requests; called for every layer, done by the first.
+        """Forget the last -`tokens_to_remove` tokens of all requests, when the first layer is asked.
 
         Raises ValueError for a positive number, as stock layers do.
         """
@@ -185,7 +186,7 @@ class PagedCache(Cache):
         self._rearrange(torch.arange(len(self._sequences))[indices.cpu()].tolist())
 
     def _rearrange(self, sources: Sequence[int]) -> None:
-        """Let requests be those of these places. One that comes again is copied, at the end or where one left.
+        """Let requests be those of these places; one that comes again is copied.
 
         Raises `CacheFull` before anything is changed.
         """

@@ -63,7 +63,7 @@ def _check_layer(layer: Any) -> None:
 
 
 def _is_plain(linear: Any) -> bool:
-    """Return whether a projection is its weight and nothing else: no subclass, no tensor subclass, no hook."""
+    """Return whether a projection is its weight and nothing else: no subclass of either, and no hook."""
     if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
         return False
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_hf_hook")
