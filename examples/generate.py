@@ -2,8 +2,8 @@
 
     python examples/generate.py MODEL_DIR --prompt "Once upon a time" --new-tokens 128 --backend cpu
 
-Prints both texts, tokens per second of decoding, and the most memory that generating took beyond the model. On
-the host, what the first run has taken and not given back counts for neither.
+Prints both texts, tokens per second of decoding, and the most memory that generating took beyond the model.
+On the host, what the first run has taken and not given back counts for neither.
 """
 
 from __future__ import annotations
