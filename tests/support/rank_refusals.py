@@ -1,6 +1,6 @@
 """Backends for runs over several ranks whose ops cost a case, and not the run.
 
-`Refusing`: on rank `-O rank=...`, or on "all", the op fails as `-O what=...` says: refuse, or memory, where
+`Refusing`: on ranks `-O rank=1+2`, or on "all", the op fails as `-O what=...` says: refuse, or memory, where
 memory is short. `-O at=...`: in `pack`, for the first `-O times=...` calls; in `prepare`, or when it is
 called, for batches of more than one new token per request.
 
@@ -100,7 +100,8 @@ class Refusing(_OnRanks):
 
     def fail(self, at: str) -> None:
         """Fail, if that is asked for here."""
-        mine = self.options.get("rank") in ("all", os.environ["RANK"])
+        named = self.options.get("rank", "").split("+")
+        mine = "all" in named or os.environ["RANK"] in named
         if not mine or self.options.get("at") != at or self._left <= 0:
             return
         self._left -= 1

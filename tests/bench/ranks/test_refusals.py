@@ -10,17 +10,21 @@ from ranks_of_a_run import BOUND, Start
 from mla.bench import results
 from mla.bench.ranks.failure import Failure, error_of
 from mla.errors import OutOfMemory, UnsupportedBatch
+from mla.parallel.layout import Layout
 
 REFUSING = "rank_refusals:Refusing"
 TILE = "the card has no room for such a tile"
 
 
-def run(start: Start, rank: str, at: str, what: str, *words: str) -> tuple[Any, dict[str, results.Case]]:
-    """Run tp=2 with such a fault; return the ranks, ended, and the cases of `mla` by scenario."""
+def run(
+    start: Start, rank: str, at: str, what: str, *words: str, layout: str = "tp=2"
+) -> tuple[Any, dict[str, results.Case]]:
+    """Run a layout with such a fault; return the ranks, ended, and the cases of `mla` by scenario."""
     fault = ("-O", f"rank={rank}", "-O", f"at={at}", "-O", f"what={what}", "--attention", "absorbed")
-    ranks = start("--parallel", "tp=2", "-o", "run.json", *fault, *words, backend=REFUSING)
+    world = Layout.parse(layout).world
+    ranks = start("--parallel", layout, "-o", "run.json", *fault, *words, backend=REFUSING, world=world)
     codes = ranks.wait(BOUND)
-    assert codes[0] == codes[1], (codes, ranks.err(0), ranks.err(1))
+    assert len(set(codes)) == 1, (codes, *map(ranks.err, range(world)))
     cases = results.read(ranks.folder / "run.json").cases
     return ranks, {f"{case.scenario} {case.implementation}": case for case in cases}
 
@@ -80,6 +84,27 @@ def test_what_one_rank_refuses_in_a_forward_ends_all(start: Start, rank: str) ->
     assert TILE in ranks.err(0)
     assert f"rank {rank}" in ranks.err(0).splitlines()[-1]
     assert all(case.latency_ms is None for name, case in cases.items() if "prefill" in name)
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank", "what", "named"),
+    [
+        ("dp=2", "0", "refuse", "rank 0: "),
+        ("dp=2", "1", "refuse", "rank 1: "),
+        ("dp=2", "all", "memory", "no memory"),
+        ("dp=2,tp=2", "2+3", "refuse", "rank 2: "),  # after which parts differ in what they have exchanged
+    ],
+)
+def test_what_one_part_of_dp_refuses_in_a_forward_costs_that_case(
+    start: Start, layout: str, rank: str, what: str, named: str
+) -> None:
+    """The ranks of the other part need nothing of it in a forward."""
+    ranks, cases = run(start, rank, "call", what, layout=layout)
+    assert ranks.code(0) == 0, ranks.err(0)
+    assert cases["prefill mla"].check.reason.startswith(named)
+    assert (cases["prefill mla"].check.status, cases["prefill mla"].latency_ms) == ("not run", None)
+    assert cases["decode mla"].check.status == "ok"
+    assert cases["decode mla"].latency_ms is not None
 
 
 def test_the_first_rank_that_failed_is_named() -> None:
