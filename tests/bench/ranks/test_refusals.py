@@ -190,8 +190,6 @@ def test_short_memory_for_other_inputs_or_lengths_is_told_to_all_ranks(what: str
     assert not follower._layers
     first: Any = Two(0)
     lead = LeadLayer(setting, part, first)
+    prepare: Any = lead.lengths_bench if what == "bench" else lead.fed(1, 2).__enter__
     with pytest.raises(OutOfMemory, match=r"^rank 0: no memory for inputs$"):
-        if what == "bench":
-            lead.lengths_bench()
-        else:
-            lead.fed(1, 2).__enter__()
+        prepare()
