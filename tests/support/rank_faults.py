@@ -1,7 +1,7 @@
 """The CPU with an op that fails on rank `-O rank=...` as `-O fault=...` says, after `-O call=...` calls.
 
 scale: what it writes is 5 % too large. raises: it raises. hangs: the process stops. waits: for ever.
-With `-O library=none` it names no library for collectives.
+With `-O library=none` it names no library for collectives. The variable RANK_THREADS sets its threads.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class FaultyRank(HostBackend):
         return ("threads", "fault", "rank", "call", "library")
 
     def setup(self, index: int | None = None) -> torch.device:
-        torch.set_num_threads(1)
+        torch.set_num_threads(int(os.environ.get("RANK_THREADS", "1")))
         return super().setup(index)
 
     def collectives(self) -> str | None:

@@ -1,8 +1,9 @@
 """Backends for runs over several ranks whose ops cost a case, and not the run.
 
-`Refusing`: on rank `-O rank=...`, or on "all", the op fails as `-O what=...` says: refuse, or memory, where
+`Refusing`: on ranks `-O rank=1+2`, or on "all", the op fails as `-O what=...` says: refuse, or memory, where
 memory is short. `-O at=...`: in `pack`, for the first `-O times=...` calls; in `prepare`, or when it is
-called, for batches of more than one new token per request.
+called, for batches of more than one new token per request. Rank `-O count=...` writes into loaded.txt how
+many layers are loaded whenever another one packs a weight.
 
 `Noting`: honest; each rank writes into lengths0.txt, ... the lengths of every batch that it plans. With
 `-O picky=yes`, it refuses one in four numbers of keys of a last request that has three new tokens.
@@ -16,6 +17,7 @@ function of ours.
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 from opponents.memory import RemembersForwards
 
+from mla.bench.ranks.part import RankLayer
 from mla.checkpoint.files import StoredTensor
 from mla.reference import REFERENCE
 from mla_backends import BackendError, FusedOp
@@ -96,11 +99,16 @@ class Refusing(_OnRanks):
 
     @classmethod
     def known_options(cls) -> tuple[str, ...]:
-        return ("threads", "rank", "what", "at", "times")
+        return ("threads", "rank", "what", "at", "times", "count")
 
     def fail(self, at: str) -> None:
         """Fail, if that is asked for here."""
-        mine = self.options.get("rank") in ("all", os.environ["RANK"])
+        if at == "pack" and self.options.get("count") == os.environ["RANK"]:
+            layers = (one for one in gc.get_objects() if type(one) is RankLayer)
+            with Path("loaded.txt").open("a") as stream:
+                stream.write(f"{sum(hasattr(one, '_cache') for one in layers)}\n")
+        named = self.options.get("rank", "").split("+")
+        mine = "all" in named or os.environ["RANK"] in named
         if not mine or self.options.get("at") != at or self._left <= 0:
             return
         self._left -= 1

@@ -26,7 +26,7 @@ from mla.bench.ranks.failure import Failure, error_of, failure
 from mla.bench.ranks.lead import LeadLayer
 from mla.bench.ranks.meeting import LOOK, Meeting
 from mla.bench.ranks.part import RankLayer
-from mla.bench.ranks.pulse import BEAT, SILENT, Pulse
+from mla.bench.ranks.pulse import BEAT, SILENT, Place, Pulse
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.setting import Setting
 from mla.command.console import note
@@ -62,12 +62,14 @@ class Crew:
         """
         self.layout, self.library = layout, library
         self._meeting, self._pulse = meeting, pulse
-        self._forwards = 0
+        self._forwards, self._inside = 0, False
+        self._before = 0, 0  # collectives that were entered, and left, before this forward
         self._demoted: dict[Any, dict[str, str]] = {}  # roles that run as reference, by layer
         with blamed_on(pulse):
             self.groups = Groups(layout, timeout)
             self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
-        pulse.place = lambda: (self.groups.entered, self.groups.left)
+        self._group = next(group for group in layout.head_groups() if self.rank in group)
+        pulse.groups, pulse.place = layout.head_groups(), self._place
         self._link: dict[str, Line] | None = None  # once measured
         self._beside = self.share(socket.gethostname()).count(socket.gethostname()) - 1
 
@@ -163,15 +165,26 @@ class Crew:
             self.tell("end", int(code))
         return code
 
+    def _place(self) -> Place:
+        entered, left = self._before
+        return Place(self._forwards, self._inside, self.groups.entered - entered, self.groups.left - left)
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        """Name the rank that is lost, if one is: ranks that talk are in no forward. Raises `RankLost`."""
+        self._inside = False
+        with blamed_on(self._pulse):
+            yield
+
     def tell(self, *command: Any) -> None:
         """Send a command to all other ranks; rank 0 only."""
-        with blamed_on(self._pulse):
+        with self._talking():
             dist.broadcast_object_list([command], src=0, group=self._control, device=torch.device("cpu"))
 
     def hear(self) -> tuple[Any, ...]:
         """Return the next command; on any rank but 0."""
         box: list[Any] = [None]
-        with blamed_on(self._pulse):
+        with self._talking():
             dist.broadcast_object_list(box, src=0, group=self._control, device=torch.device("cpu"))
         command: tuple[Any, ...] = box[0]
         return command
@@ -179,64 +192,80 @@ class Crew:
     def gather(self, mine: Any) -> list[Any]:
         """Return what every rank gave, by rank, on rank 0; elsewhere nothing. All ranks must call it."""
         found: list[Any] | None = [None] * self.world if self.rank == 0 else None
-        with blamed_on(self._pulse):
+        with self._talking():
             dist.gather_object(mine, found, dst=0, group=self._control)
         return found or []
 
     def share(self, mine: Any) -> list[Any]:
         """Return what every rank gave, by rank, on all of them."""
         found: list[Any] = [None] * self.world
-        with blamed_on(self._pulse):
+        with self._talking():
             dist.all_gather_object(found, mine, group=self._control)
         return found
 
     def wait(self) -> None:
         """Return once every rank is here, before a forward."""
-        self._forwards += 1
-        with blamed_on(self._pulse):
+        self._forwards, self._before = self._forwards + 1, (self.groups.entered, self.groups.left)
+        with self._talking():
             dist.barrier(group=self._control)
+        self._inside = True
 
-    def concerted(self, implementation: str, work: Callable[[], None]) -> bool:
-        """Do this rank's part of a preparation, and return whether it went well; all ranks must call it.
+    def concerted(
+        self, implementation: str, work: Callable[[], object], failed: Failure | None = None
+    ) -> bool:
+        """Do this rank's part of a preparation; return whether all went well. All ranks must call it.
 
-        On rank 0, raises `UnsupportedBatch` or `OutOfMemory` where any rank's part failed that way.
+        `failed`: what a forward has left to be told, instead of that part. On rank 0, raises
+        `UnsupportedBatch` or `OutOfMemory` where any rank's part failed that way.
         """
-        own = None
+        own = failed
         try:
-            work()
+            if own is None:
+                work()
         except Exception as error:
             own = failure(error, implementation)
             if own is None:
                 raise
-        failed = error_of(self.gather(own))
-        if failed is not None:
-            raise failed
-        return own is None
+        error_of_all = error_of(self.share(own))
+        if error_of_all is not None and self.rank == 0:
+            raise error_of_all
+        return error_of_all is None
 
-    def alike(self, error: Exception, implementation: str) -> MLAError | None:
-        """Return what an error of a forward is on rank 0 if all ranks failed at the same place.
+    def alike(self, error: Exception, implementation: str) -> Failure | None:
+        """Return what to tell of an error of a forward if all that share collectives failed at one place.
 
         None if they did not: one that goes on waits in a collective, and cannot be told.
         """
-        own = failure(error, implementation, self.groups.entered)
-        if own is None:
-            return None
-        keys = [f"failed/{self._forwards}/{rank}" for rank in range(self.world)]
+        own = failure(error, implementation, self._place().entered)
+        if own is None or len(self._group) == 1:
+            return own
+        keys = [f"failed/{self._forwards}/{rank}" for rank in self._group]
         store, limit = self._meeting.store, time.monotonic() + ALIKE
         with blamed_on(self._pulse):
-            store.set(keys[self.rank], msgspec.json.encode(own))
+            store.set(f"failed/{self._forwards}/{self.rank}", msgspec.json.encode(own))
             while not store.check(keys):
                 if time.monotonic() > limit:
                     return None
                 time.sleep(LOOK)
             found = [msgspec.json.decode(store.get(key), type=Failure) for key in keys]
-        return error_of(found) if len({one.entered for one in found}) == 1 else None
+        return own if len({one.entered for one in found}) == 1 else None
+
+    def parts(self, mine: T | Failure) -> list[T]:
+        """Return what every rank gave, as `gather` does.
+
+        On rank 0, raises `UnsupportedBatch` or `OutOfMemory` where any rank gave a failure.
+        """
+        found = self.gather(mine)
+        failed = error_of([one if isinstance(one, Failure) else None for one in found])
+        if failed is not None:
+            raise failed
+        return found
 
     def attempt(self, implementation: str, work: Callable[[], T]) -> list[T]:
         """Do this rank's part of forwards that all run; on rank 0, return what each rank's part gave.
 
-        Raises `UnsupportedBatch` or `OutOfMemory`, on every rank that failed and on rank 0, where that leaves
-        no rank waiting; else `RanksError`.
+        On rank 0, raises `UnsupportedBatch` or `OutOfMemory` where a failure leaves no rank waiting; else
+        `RanksError`, on the rank that failed.
         """
         mine: T | Failure
         try:
@@ -245,15 +274,11 @@ class Crew:
             own = failure(error, implementation)
             if own is None:
                 raise
-            if self.layout.head_parts > 1:  # the others need this rank's part
-                alike = self.alike(error, implementation)
-                raise alike or RanksError(f"rank {self.rank}: {own.sentence}", common=True) from error
-            mine = own
-        found = self.gather(mine)
-        failed = error_of([one if isinstance(one, Failure) else None for one in found])
-        if failed is not None:
-            raise failed
-        return [one for one in found if not isinstance(one, Failure)]
+            alike = self.alike(error, implementation)
+            if alike is None:  # others need this rank's part
+                raise RanksError(f"rank {self.rank}: {own.sentence}", common=True) from error
+            mine = alike
+        return self.parts(mine)
 
     def measure_link(self, device: torch.device, synchronize: Callable[[], None]) -> dict[str, Line]:
         """Return what collectives cost, by kind, measured once per run. All ranks must call it together."""
@@ -265,7 +290,12 @@ class Crew:
     def layer(
         self, setting: Setting, state: Mapping[str, torch.Tensor], name: str, ops: str | None
     ) -> Implementation:
-        """Return this rank's part of a layer; on rank 0, the whole, which has all ranks do theirs."""
+        """Return this rank's part of a layer; on rank 0, the whole, which has all ranks do theirs.
+
+        What is measured together is built before any of it is loaded: so all that others still hold can go.
+        """
+        if self.rank == 0:
+            self.tell("drop")
         overrides = {**dict(setting.overrides), **self._demoted.get(_key(setting, name), {})}
         setting = replace(setting, overrides=tuple(overrides.items()))
         part = RankLayer(setting, state, name, ops, self.groups)

@@ -20,7 +20,7 @@ class Failure(msgspec.Struct, frozen=True):
 
     sentence: str
     refused: bool  # by an op; else memory is short
-    entered: int = 0  # collectives, until a forward failed
+    entered: int = 0  # collectives of a forward, until it failed
 
 
 def failure(error: Exception, implementation: str, entered: int = 0) -> Failure | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,12 @@ from mla.bench.doubts.new_lengths import Lengths
 from mla.bench.limits.growth import no_garbage_collection
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.ranks.crew import Crew
+from mla.bench.ranks.failure import Failure
 from mla.bench.ranks.lengths_bench import RankBench
 from mla.bench.ranks.part import RankLayer
 from mla.bench.subjects.fixture import Fixture, make_fixture
 from mla.command import tampering
 from mla.command.clock import now_ns
-from mla.errors import OutOfMemory, UnsupportedBatch
 
 
 def follow(request: Request, crew: Crew) -> int:
@@ -42,17 +42,30 @@ class _Follower:
         self._fixture: Fixture | None = None
         self._layers: dict[str, RankLayer] = {}  # of the present scenario, by implementation
         self._layer: Any = None  # the one that runs
+        self._bench: RankBench | None = None  # of it
+        self._failure: Failure | None = None  # of a forward of it, until rank 0 asks
         self._times: list[float] = []  # of this pass
 
     def load(self, scenario: str, implementation: str, seed: int) -> None:
         """Build an implementation's part, with the scenario's weights, history and inputs."""
         plan = next(one for one in self._request.scenarios if one.name == scenario)
         if self._fixture is None or self._fixture.point.name != scenario:
-            self._drop(plan)
-        if not self._crew.concerted(implementation, partial(self._load, plan, implementation, seed)):
-            self._layers.pop(implementation, None)
-            gc.collect()
-            self._request.setting.backend.empty_cache()
+            self._renew(plan)
+        self._failure = None
+        self._concerted(implementation, partial(self._load, plan, implementation, seed))
+
+    def _concerted(self, implementation: str, work: Callable[[], object]) -> None:
+        """Do this rank's part of a preparation; where any rank's failed, no rank keeps the layer."""
+        failed, self._failure = self._failure, None
+        if not self._crew.concerted(implementation, work, failed):
+            self.drop(implementation)
+
+    def _turn_to(self, implementation: str) -> Any:
+        """Return the layer that runs from now on."""
+        layer = self._layers[implementation]
+        if layer is not self._layer:
+            self._layer, self._failure = layer, None
+        return layer
 
     def _load(self, plan: ScenarioPlan, implementation: str, seed: int) -> None:
         assert self._fixture is not None
@@ -61,20 +74,30 @@ class _Follower:
         part.load_alike(plan.point, inputs, seed)
         self._layers[implementation] = part
 
-    def _drop(self, plan: ScenarioPlan) -> None:
-        self._layers, self._layer = {}, None
-        gc.collect()
+    def _renew(self, plan: ScenarioPlan) -> None:
+        self._fixture = None  # the last one's weights are gone before there are others
+        self.drop()
         self._fixture = make_fixture(plan.setting, plan.point, self._request.state)
+
+    def drop(self, *implementations: str) -> None:
+        """Free the parts of these implementations, or of all."""
+        for name in implementations or list(self._layers):
+            self._layers.pop(name, None)
+        self._layer = self._bench = self._failure = None
+        gc.collect()
         self._request.setting.backend.empty_cache()
 
     def restore(self, implementation: str, number: int) -> None:
         """Begin a pass."""
         torch.set_num_threads(self._request.setting.threads)  # an op may have changed it
-        self._layer, self._times = self._layers[implementation], []
-        self._crew.concerted(implementation, partial(self._layer.restore, number))
+        layer, self._times = self._turn_to(implementation), []
+        self._concerted(implementation, partial(layer.restore, number))
 
     def forward(self, index: int) -> None:
-        """Prepare a forward, meet the others, and time it."""
+        """Prepare a forward, meet the others, and time it; after one that failed, only meet them."""
+        if self._failure is not None:
+            self._crew.wait()
+            return
         layer, synchronize = self._layer, self._request.setting.backend.synchronize
         layer.before(index)
         synchronize()
@@ -84,24 +107,31 @@ class _Follower:
             layer.step(index)
             synchronize()
         except Exception as error:
-            if self._crew.alike(error, layer.name) is None:
+            self._failure = self._crew.alike(error, layer.name)
+            if self._failure is None:
                 raise
-            return  # rank 0 knows
+            return
         self._times.append((now_ns() - start) / 1e6)
 
     def bench(self, implementation: str) -> None:
         """Prepare forwards on new lengths."""
-        self._layer = self._layers[implementation]
+        self._turn_to(implementation)
+        self._concerted(implementation, self._make_bench)
+
+    def _make_bench(self) -> None:
         self._bench = RankBench(self._layer, self._crew.wait)
 
     def run_lengths(self, lengths: Lengths, count: int) -> None:
         """Run so many forwards on these lengths of all requests, and send what they took."""
-        with contextlib.suppress(UnsupportedBatch, OutOfMemory):  # rank 0 knows
-            self._crew.attempt(self._layer.name, partial(self._bench.run, lengths, count))
+        assert self._bench is not None
+        self._crew.attempt(self._layer.name, partial(self._bench.run, lengths, count))
 
     def feed(self, implementation: str, seed: int | None, count: int) -> None:
         """Give the forwards of a plain pass so many new inputs; without a seed, the scenario's again."""
-        self._layers[implementation].feed(seed, count)
+        if seed is None:
+            self._layers[implementation].feed(None)
+        else:
+            self._concerted(implementation, partial(self._turn_to(implementation).feed, seed, count))
 
     def idle(self, index: int) -> None:
         """Prepare a forward that is not run, and meet the others."""
@@ -110,16 +140,18 @@ class _Follower:
 
     def after(self, index: int) -> None:
         """Keep the output of a forward."""
-        self._layer.after(index)
+        if self._failure is None:
+            self._layer.after(index)
 
     def times(self) -> None:
-        """Send the milliseconds of this pass's forwards."""
-        self._crew.gather(self._times)
+        """Send the milliseconds of this pass's forwards, or why one failed."""
+        self._crew.parts(self._failure or self._times)
 
     def collect(self) -> None:
-        """Send the outputs of this pass."""
-        self._layer.collect()
-        self._crew.gather(self._layer.compared())
+        """Send the outputs of this pass, or why a forward failed."""
+        if self._failure is None:
+            self._layer.collect()
+        self._crew.parts(self._failure or self._layer.compared())
 
     def clock(self, implementation: str, number: int) -> None:
         """Clock the collectives of a pass and the link, and send what the result says of this rank."""

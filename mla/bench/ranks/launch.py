@@ -16,7 +16,7 @@ import torch.distributed as dist
 import mla
 from mla.bench.ranks.crew import Crew, blamed_on
 from mla.bench.ranks.errors import RankLost, RanksError, silent
-from mla.bench.ranks.meeting import MEETING, WORD, Meeting, agree
+from mla.bench.ranks.meeting import MEETING, THREADS, WORD, Meeting, agree
 from mla.bench.ranks.pulse import SILENT, Member, Pulse, die
 from mla.bench.ranks.store_watch import StoreWatch
 from mla.command import launcher
@@ -144,4 +144,6 @@ def _facts(options: RunOptions, opened: OpenedBackend) -> dict[str, str]:
     for name in _OWN:
         given.pop(f"--{name.replace('_', '-')}", None)
     versions = {"mla": mla.__version__, "torch": str(torch.__version__), "Python": platform.python_version()}
-    return {**given, **versions, f"the version of '{opened.name}'": str(opened.version)}
+    on_host = opened.backend.device is None or opened.backend.device.type == "cpu"
+    threads = {THREADS: str(torch.get_num_threads())} if on_host else {}  # else no result counts them
+    return {**given, **versions, f"the version of '{opened.name}'": str(opened.version), **threads}

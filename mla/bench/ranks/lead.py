@@ -13,7 +13,7 @@ import torch
 
 from mla.bench.doubts.new_lengths import Lengths
 from mla.bench.ranks.errors import RanksError
-from mla.bench.ranks.failure import failure
+from mla.bench.ranks.failure import Failure, failure
 from mla.bench.ranks.lengths_bench import LeadBench, RankBench, Sample
 from mla.bench.ranks.part import RankLayer
 from mla.bench.results.schema import LinkLine, Spread
@@ -23,7 +23,7 @@ from mla.bench.subjects.setting import Setting
 from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.subjects.turns import forward_number
 from mla.bench.workload.scenario import Scenario
-from mla.errors import MLAError
+from mla.errors import OutOfMemory, UnsupportedBatch
 from mla.parallel.layout import Layout
 from mla.parallel.link import Line
 from mla.verify.layer_check import Forward
@@ -50,8 +50,9 @@ class Talk(Protocol):
     def blamed(self) -> AbstractContextManager[None]: ...
     def gather(self, mine: Any) -> list[Any]: ...
     def wait(self) -> None: ...
-    def concerted(self, implementation: str, work: Callable[[], None]) -> bool: ...
-    def alike(self, error: Exception, implementation: str) -> MLAError | None: ...
+    def parts(self, mine: T | Failure) -> list[T]: ...
+    def concerted(self, implementation: str, work: Callable[[], object]) -> bool: ...
+    def alike(self, error: Exception, implementation: str) -> Failure | None: ...
     def attempt(self, implementation: str, work: Callable[[], T]) -> list[T]: ...
     def measure_link(self, device: torch.device, synchronize: Callable[[], None]) -> dict[str, Line]: ...
 
@@ -103,10 +104,11 @@ class LeadLayer(TakesInputs):
         try:
             self._part.step(index)
         except Exception as error:  # nothing is entered before a forward that is timed
-            if (failed := self._crew.alike(error, self.name)) is not None:
-                raise failed from error
-            with self._awaited(), self._crew.blamed():
-                raise
+            if (own := self._crew.alike(error, self.name)) is None:
+                with self._awaited(), self._crew.blamed():
+                    raise
+            self._crew.tell("times")
+            self._of_all(own)  # raises what it is on all ranks
 
     def after(self, index: int) -> None:
         self._crew.tell("after", index)
@@ -123,9 +125,8 @@ class LeadLayer(TakesInputs):
     def slowest(self, samples: list[float]) -> list[float]:
         if self._idle:
             return samples
-        with self._awaited():
-            self._crew.tell("times")
-            self._last = self._crew.gather(samples)
+        self._crew.tell("times")
+        self._last = self._of_all(samples)
         return [max(times) for times in zip(*self._last, strict=True)]
 
     def recorded(self) -> None:
@@ -136,13 +137,25 @@ class LeadLayer(TakesInputs):
         with self._awaited():
             self._crew.tell("collect")
             self._part.collect()
-            self._outputs = self._crew.gather(self._part.compared())
+        self._outputs = self._of_all(self._part.compared())
+
+    def _of_all(self, mine: T | Failure) -> list[T]:
+        """Return what every rank gave; where one gave a failure instead, no rank keeps this layer."""
+        try:
+            return self._crew.parts(mine)
+        except (UnsupportedBatch, OutOfMemory):
+            self._crew.tell("drop", self.name)
+            raise
 
     @contextmanager
     def fed(self, seed: int, count: int) -> Iterator[list[torch.Tensor]]:
         self._crew.tell("feed", self.name, seed, count)
-        with self._part.fed(seed, count) as hidden:
+        hidden: list[torch.Tensor] = []
+        try:
+            self._crew.concerted(self.name, lambda: hidden.extend(self._part.feed(seed, count)))
             yield hidden
+        finally:
+            self._part.feed(None)
         self._crew.tell("feed", self.name, None, 0)  # after an error, the others may not listen
 
     def keep_collected(self, indices: Collection[int]) -> None:
@@ -152,7 +165,9 @@ class LeadLayer(TakesInputs):
         if self._crew.layout.dcp > 1:  # whose batches are laid out for the lengths of a pass
             return None
         self._crew.tell("bench", self.name)
-        return LeadBench(self, RankBench(self._part, self._crew.wait))
+        made: list[RankBench] = []
+        self._crew.concerted(self.name, lambda: made.append(RankBench(self._part, self._crew.wait)))
+        return LeadBench(self, made[0])
 
     def run_lengths(
         self, bench: RankBench, lengths: Lengths, count: int, beat: Callable[[], None]

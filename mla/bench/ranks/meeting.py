@@ -25,6 +25,13 @@ from mla_backends.errors import describe
 # between looks, and for a connection.
 MEETING, WORD, LOOK, TRY = 120.0, 5.0, 0.05, 10.0
 
+# Threads that torch uses on the host: a fact that no option need have set, so it has a cure of its own.
+THREADS = "host threads:"
+_SAME = "all ranks must be started with the same options and versions"
+_CURES = {
+    THREADS: "give all ranks the same number, with OMP_NUM_THREADS, `srun --cpus-per-task` or --threads",
+}
+
 _TCPStore: Any = vars(dist)["TCPStore"]  # whose stubs do not export them
 _PrefixStore: Any = vars(dist)["PrefixStore"]
 
@@ -182,7 +189,7 @@ def agree(facts: Sequence[Mapping[str, str]]) -> None:
         for name, value in found.items():
             if value != facts[0].get(name):
                 raise RanksError(
-                    f"rank {rank} has {name} {value}, and rank 0 has {facts[0].get(name)}: all ranks must be "
-                    "started with the same options and versions.",
+                    f"rank {rank} has {name} {value}, and rank 0 has {facts[0].get(name)}: "
+                    f"{_CURES.get(name, _SAME)}.",
                     common=True,
                 )

@@ -13,9 +13,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -53,7 +53,40 @@ class Store(Protocol):
 
 
 Die = Callable[[RankLost], None]
-Place = Callable[[], tuple[int, int]]  # collectives that this rank has entered, and left
+
+
+class Place(NamedTuple):
+    """How far a rank is."""
+
+    forward: int = 0  # the last one before which it has come to where all ranks meet
+    inside: bool = False  # of that forward: all have met, and this rank has not said a word since
+    entered: int = 0  # collectives, since that meeting
+    left: int = 0
+
+
+def late(places: Mapping[int, Place], groups: Sequence[Sequence[int]]) -> list[int]:
+    """Return the ranks for which others wait.
+
+    All ranks meet before a forward, and in it only those of a group share collectives: none is compared
+    with ranks of other groups by the number of these.
+    """
+    newest = max(place.forward for place in places.values())
+    found: list[int] = []
+    for group in groups:
+        found += _late_of({rank: places[rank] for rank in group if rank in places}, newest)
+    return sorted(found)
+
+
+def _late_of(group: Mapping[int, Place], newest: int) -> list[int]:
+    """Return who works while others wait; where all of a group wait, who waits in an earlier collective."""
+    most = max(((place.forward, place.entered) for place in group.values()), default=(0, 0))
+    before = [rank for rank, place in group.items() if (place.forward, place.entered) < most]
+    at_work = [
+        rank
+        for rank, place in group.items()
+        if place.entered == place.left and (place.inside or place.forward < newest or rank in before)
+    ]
+    return at_work or before
 
 
 def this_process() -> Member:
@@ -100,7 +133,8 @@ class Pulse:
         self._rank, self._members, self._store, self.die = rank, members, store, die
         self._seen = {other: (b"", time.monotonic()) for other in range(len(members)) if other != rank}
         self._lost: RankLost | None = None
-        self.place: Place = lambda: (0, 0)
+        self.place: Callable[[], Place] = Place
+        self.groups: Sequence[Sequence[int]] = [range(len(members))]  # of ranks that share collectives
         self._news, self._closed = threading.Condition(), threading.Event()
         self._watch = StoreWatch(SILENT, self._unanswered)
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
@@ -119,22 +153,21 @@ class Pulse:
         return self._lost
 
     def behind(self) -> str:
-        """Name the ranks that have not come to the collective in which others wait; "" if there are none."""
+        """Name the ranks for which others wait; "" if there are none, or all are alike."""
         places = {self._rank: self.place()}
         with contextlib.suppress(Exception):  # the store is gone
             for other in self._seen:
-                _, entered, left = self._store.get(f"beat/{other}").split()
-                places[other] = int(entered), int(left)
-        last = max(entered for entered, _ in places.values())
-        late = [rank for rank, (entered, left) in sorted(places.items()) if entered < last or entered == left]
-        return listed(self._names(late)) if 0 < len(late) < len(places) else ""
+                _, forward, inside, entered, left = map(int, self._store.get(f"beat/{other}").split())
+                places[other] = Place(forward, bool(inside), entered, left)
+        found = late(places, self.groups)
+        return listed(self._names(found)) if 0 < len(found) < len(places) else ""
 
     def _run(self) -> None:
         beat = 0
         while not self._closed.wait(BEAT):
             beat += 1
             try:
-                self._store.set(f"beat/{self._rank}", "{} {} {}".format(beat, *self.place()))
+                self._store.set(f"beat/{self._rank}", "{} {} {:d} {} {}".format(beat, *self.place()))
                 found = first_word(self._store, self._seen, self._name) or self._without_word()
             except RuntimeError:  # the store is gone, and with it whoever held it
                 found = self._without_store()

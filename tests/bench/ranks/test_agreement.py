@@ -36,6 +36,16 @@ def test_a_rank_with_another_configuration_is_named(
     assert ranks.err(1) == ""
 
 
+def test_ranks_with_other_numbers_of_threads_are_named(start: Start) -> None:
+    """An efficiency divides by the threads of rank 0 as if all had them."""
+    ranks = start("--parallel", "tp=2", backend=FAULTY, RANK_THREADS="1{rank}")
+    assert ranks.wait(BOUND) == [3, 3], (ranks.err(0), ranks.err(1))
+    said = ranks.err(0).splitlines()[-1]
+    assert said.startswith("error: rank 1 has host threads: 11, and rank 0 has 10: give all ranks the same")
+    assert "OMP_NUM_THREADS, `srun --cpus-per-task`" in said
+    assert ranks.err(1) == ""
+
+
 def _config(folder: Path, copy: int) -> None:
     write_tiny_run(folder, kv_lora_rank=16 + 16 * copy, v_head_dim=8)
 

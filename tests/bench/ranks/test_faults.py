@@ -93,9 +93,10 @@ def test_a_rank_0_that_is_stopped_before_all_have_met_is_missed(start: Start) ->
     assert "rank 1: error: rank 0 (at 127.0.0.1:" in errors(ranks)[1]
 
 
-def test_a_rank_that_hangs_in_an_op_is_named(start: Start) -> None:
+@pytest.mark.parametrize("layout", ["tp=2", "dp=2"])  # which has no collectives
+def test_a_rank_that_hangs_in_an_op_is_named(start: Start, layout: str) -> None:
     words = ("-O", "fault=waits", "-O", "rank=1", "-O", "call=9", "--hang-after", "2s")
-    ranks = start(*LONG, *words, backend=FAULTY, constants=IMPATIENT)
+    ranks = start("--parallel", layout, *LONG[2:], *words, backend=FAULTY, constants=IMPATIENT)
     assert ranks.wait(BOUND) == [3, 3]
     assert f"rank 1 (process {ranks.pids[1]} on " in errors(ranks)[0]
     assert "--hang-after" in errors(ranks)[0]

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from mla.bench.ranks import pulse
 from mla.bench.ranks.errors import RankLost
-from mla.bench.ranks.pulse import Ended, Member, Pulse, leave
+from mla.bench.ranks.pulse import Ended, Member, Place, Pulse, leave
+from mla.parallel.layout import Layout
 
 PATIENCE = 60.0  # seconds
 AWAY = Member("elsewhere", 7, "another kernel")
@@ -73,3 +74,42 @@ def test_all_that_say_the_same_are_named_and_a_word_comes_before_silence(
     found = lost(AWAY, AWAY, ended_here, words={1: word, 2: word, 3: other})
     assert str(found) == f"{NAMES} ended: out of memory."
     assert (found.exit_code, found.ranks, found.common) == (3, [1, 2], True)
+
+
+MEETS, WORKS = Place(4), Place(4, True, 1, 1)  # waits for the others before forward 4; is in it
+WAITS, DONE = Place(4, True, 2, 1), Place(4, False, 2, 2)  # in its second collective; through with it
+NEXT, LIBRARY = Place(5), Place(4, False, 1, 0)  # waits before forward 5; in a collective of no forward
+
+
+@pytest.mark.parametrize(
+    ("layout", "places", "late"),
+    [
+        ("tp=2", [WAITS, WORKS], [1]),
+        ("tp=2", [WORKS, WAITS], [0]),
+        ("tp=2", [DONE, WORKS], [1]),  # it hangs after the last collective
+        ("tp=2", [LIBRARY, MEETS], [1]),
+        ("tp=2", [WAITS, WAITS], []),  # so the library hangs
+        ("tp=2", [WORKS, WORKS], []),
+        ("tp=2", [WAITS, Place(4, True, 1, 0)], [1]),  # in another collective
+        ("tp=2", [MEETS, Place(3, False, 2, 2)], [1]),  # on its way to the meeting
+        ("dp=2", [DONE, Place(4, True)], [1]),  # without collectives
+        ("dp=2", [Place(4, True), DONE], [0]),
+        ("dp=2", [NEXT, Place(4, True)], [1]),
+        ("dp=2,tp=2", [Place(4, False, 9, 9), Place(4, False, 9, 9), WAITS, WORKS], [3]),
+        ("dp=2,tp=2", [NEXT, NEXT, WAITS, WORKS], [3]),
+        ("dp=2,tp=2", [Place(4, False, 1, 1), Place(4, False, 1, 1), WAITS, WORKS], [3]),
+        ("dp=2,tp=2", [WORKS, WAITS, DONE, DONE], [0]),
+        ("dp=2,tp=2", [Place(4, True, 9, 8), Place(4, True, 8, 8), WAITS, WORKS], [1, 3]),
+        ("tp=2,dcp=2", [Place(4, True, 3, 2), Place(4, True, 3, 2), WAITS, WORKS], [3]),  # 2 waits for 3
+    ],
+)
+def test_only_those_are_late_for_whom_others_wait(layout: str, places: list[Place], late: list[int]) -> None:
+    """Ranks of another part of `dp` have collectives, requests and thus numbers of their own."""
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    for rank, place in enumerate(places):
+        store.set(f"beat/{rank}", "7 {} {:d} {} {}".format(*place))
+    watching = Pulse(0, [pulse.this_process()] * len(places), store, lambda found: None)
+    watching.groups, watching.place = Layout.parse(layout).head_groups(), lambda: places[0]
+    said = watching.behind()
+    watching.close()
+    assert [rank for rank in range(len(places)) if f"rank {rank} " in said] == late

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ranks_of_a_run import BOUND, Start
 
 from mla.bench import results
+from mla.bench.ranks.crew import Crew
 from mla.bench.ranks.failure import Failure, error_of
+from mla.bench.ranks.follower import _Follower
+from mla.bench.ranks.lead import LeadLayer
 from mla.errors import OutOfMemory, UnsupportedBatch
+from mla.parallel.layout import Layout
+from mla_backends.host import memory_available
+from mla_backends.testing import HostBackend
 
 REFUSING = "rank_refusals:Refusing"
 TILE = "the card has no room for such a tile"
 
 
-def run(start: Start, rank: str, at: str, what: str, *words: str) -> tuple[Any, dict[str, results.Case]]:
-    """Run tp=2 with such a fault; return the ranks, ended, and the cases of `mla` by scenario."""
+def run(
+    start: Start, rank: str, at: str, what: str, *words: str, layout: str = "tp=2", **more: Any
+) -> tuple[Any, dict[str, results.Case]]:
+    """Run a layout with such a fault; return the ranks, ended, and the cases of `mla` by scenario."""
     fault = ("-O", f"rank={rank}", "-O", f"at={at}", "-O", f"what={what}", "--attention", "absorbed")
-    ranks = start("--parallel", "tp=2", "-o", "run.json", *fault, *words, backend=REFUSING)
+    world = Layout.parse(layout).world
+    words = ("--parallel", layout, "-o", "run.json", *fault, *words)
+    ranks = start(*words, backend=REFUSING, world=world, **more)
     codes = ranks.wait(BOUND)
-    assert codes[0] == codes[1], (codes, ranks.err(0), ranks.err(1))
+    assert len(set(codes)) == 1, (codes, *map(ranks.err, range(world)))
     cases = results.read(ranks.folder / "run.json").cases
     return ranks, {f"{case.scenario} {case.implementation}": case for case in cases}
 
@@ -82,6 +93,51 @@ def test_what_one_rank_refuses_in_a_forward_ends_all(start: Start, rank: str) ->
     assert all(case.latency_ms is None for name, case in cases.items() if "prefill" in name)
 
 
+@pytest.mark.parametrize(
+    ("rank", "at", "layout", "apart"),
+    [
+        ("none", "call", "tp=2", True),
+        ("0", "prepare", "tp=2", False),  # while it is loaded, elsewhere
+        ("0", "call", "dp=2", False),
+    ],
+)
+def test_no_rank_keeps_a_layer_that_rank_0_does_not_measure(
+    start: Start, rank: str, at: str, layout: str, apart: bool
+) -> None:
+    other = "mla[latent_attention=reference]"
+    several = ("--implementations", f"mla,{other}", "--scenario", "prefill", "-O", "count=1")
+    free = memory_available()
+    assert free is not None
+    # Two ranks with one implementation each, and a reference, are planned with 3/4 of it; with two, 5/4.
+    constants = {"mla.bench.subjects.memory.WORKSPACE": free // 4} if apart else {}
+    ranks, cases = run(start, rank, at, "refuse", *several, layout=layout, constants=constants)
+    assert ("is not interleaved" in ranks.err(0)) == apart
+    assert cases[f"prefill {other}"].latency_ms is not None, ranks.err(0)
+    assert (cases["prefill mla"].latency_ms is None) == (rank != "none")
+    assert set(map(int, (ranks.folder / "loaded.txt").read_text().split())) == {0}
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank", "what", "named"),
+    [
+        ("dp=2", "0", "refuse", "rank 0: "),
+        ("dp=2", "1", "refuse", "rank 1: "),
+        ("dp=2", "all", "memory", "no memory"),
+        ("dp=2,tp=2", "2+3", "refuse", "rank 2: "),  # after which parts differ in what they have exchanged
+    ],
+)
+def test_what_one_part_of_dp_refuses_in_a_forward_costs_that_case(
+    start: Start, layout: str, rank: str, what: str, named: str
+) -> None:
+    """The ranks of the other part need nothing of it in a forward."""
+    ranks, cases = run(start, rank, "call", what, layout=layout)
+    assert ranks.code(0) == 0, ranks.err(0)
+    assert cases["prefill mla"].check.reason.startswith(named)
+    assert (cases["prefill mla"].check.status, cases["prefill mla"].latency_ms) == ("not run", None)
+    assert cases["decode mla"].check.status == "ok"
+    assert cases["decode mla"].latency_ms is not None
+
+
 def test_the_first_rank_that_failed_is_named() -> None:
     refused, short = Failure("no tile", True), Failure("no memory", False)
     for found, kind, sentence in (
@@ -93,3 +149,45 @@ def test_the_first_rank_that_failed_is_named() -> None:
         error = error_of(found)
         assert (type(error), str(error)) == (kind, sentence)
     assert error_of([None, None]) is None
+
+
+class Two:
+    """How one of two ranks talks to another one that has all the memory it needs."""
+
+    layout = Layout(dp=2)
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.found = rank, [None, None]
+
+    def share(self, mine: Any) -> list[Any]:
+        self.found[self.rank] = mine
+        return self.found
+
+    def concerted(self, *arguments: Any) -> bool:
+        return Crew.concerted(self, *arguments)  # type: ignore[arg-type]
+
+    def tell(self, *command: Any) -> None: ...
+    def wait(self) -> None: ...
+
+
+def no_memory(seed: int | None = 0, count: int = 0) -> None:
+    if seed is not None:
+        raise MemoryError("no memory for inputs")
+
+
+@pytest.mark.parametrize("what", ["feed", "bench"])
+def test_short_memory_for_other_inputs_or_lengths_is_told_to_all_ranks(what: str) -> None:
+    part: Any = SimpleNamespace(name="mla", held_to_reference=False, scenario=None)
+    part.feed = part.restore = no_memory
+    setting: Any = SimpleNamespace(backend=HostBackend())
+    second: Any = Two(1)
+    follower = _Follower(SimpleNamespace(setting=setting), second)  # type: ignore[arg-type]
+    follower._layers["mla"] = part
+    getattr(follower, what)(*("mla", 1, 2)[: 3 if what == "feed" else 1])
+    assert second.found == [None, Failure("no memory for inputs", False)]
+    assert not follower._layers
+    first: Any = Two(0)
+    lead = LeadLayer(setting, part, first)
+    prepare: Any = lead.lengths_bench if what == "bench" else lead.fed(1, 2).__enter__
+    with pytest.raises(OutOfMemory, match=r"^rank 0: no memory for inputs$"):
+        prepare()
