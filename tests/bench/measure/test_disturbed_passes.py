@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,12 @@ class Forwards:
 
     def step(self, index: int) -> None:
         self._during()
+
+    def idle(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def slowest(self, samples: list[float]) -> list[float]:
+        return samples
 
     def __getattr__(self, name: str) -> Any:
         return lambda *numbers: None
