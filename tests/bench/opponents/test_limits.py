@@ -35,6 +35,11 @@ def honest(play: Play) -> Honest:
     return honest
 
 
+@pytest.fixture(autouse=True)
+def _flush_little() -> None:
+    """Sweeps are as large here as they are in a run: some tests look at that."""
+
+
 @pytest.mark.parametrize(
     ("what", "factor", "scenario"),
     [
