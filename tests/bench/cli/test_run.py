@@ -18,7 +18,7 @@ Bench = Callable[..., Any]
 CPU = ("--backend", "cpu", "--threads", "1", "--implementations", "mla")
 VIRTUAL = ("--backend", "fake-virtual-clock")
 # What depends on the machine.
-REMARKS = ("noisy: ", "drifts: ", "outliers: ", "not settled: ", "building ")
+REMARKS = ("noisy: ", "drifts: ", "outliers: ", "not settled: ", "new lengths: ", "building ")
 
 
 def read(path: str) -> results.Run:
