@@ -20,13 +20,17 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.generation.streamers import BaseStreamer
 
 from mla import load_backend
 from mla.errors import MLAError
-from mla.integrations.transformers import restore, use_mla
 from mla_backends import BackendError
+
+try:
+    from mla.integrations.transformers import restore, use_mla
+except ImportError as error:
+    sys.exit(f"error: {error}")
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 

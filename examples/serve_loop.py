@@ -8,6 +8,7 @@ The model is one of `transformers`, its attention runs this project's ops, and a
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,11 @@ import torch
 
 from mla import load_backend
 from mla.errors import CacheFull
-from mla.integrations.transformers import PagedCache, use_mla
+
+try:
+    from mla.integrations.transformers import PagedCache, use_mla
+except ImportError as error:
+    sys.exit(f"error: {error}")
 
 COUNT = click.IntRange(1)
 

@@ -48,3 +48,16 @@ def test_a_directory_that_holds_no_model_is_one_sentence(tmp_path: Path) -> None
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["generate.py", "serve_loop.py"])
+def test_what_is_missing_is_one_sentence(name: str) -> None:
+    """An environment made from README's first command has no `transformers`."""
+    path = str(EXAMPLE.with_name(name))
+    program = (
+        f"import runpy, sys; sys.modules['transformers'] = None; runpy.run_path({path!r}, None, '__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: this needs transformers 5.20 or later: `pip install")
+    assert len(done.stderr.strip().splitlines()) == 1

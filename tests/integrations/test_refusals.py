@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +50,7 @@ def mixed() -> Any:
     ("make", "message"),
     [
         (without_mla, "LlamaForCausalLM has no multi-head latent attention"),
-        (lambda: nn.Linear(2, 2), "Linear is no model of `transformers`"),
+        (lambda: nn.Linear(2, 2), "Linear is no loaded model of `transformers`"),
         (quantized, "kv_b_proj of this model is a Linear8bit"),
         (split, "split over devices"),
         (mixed, "differ in dtype"),
@@ -126,6 +127,17 @@ def test_a_model_in_use_is_not_cast(model: Any, move: Callable[[Any], None]) -> 
     use_mla(model)
     with pytest.raises(UnsupportedModel, match="cannot be moved or cast"):
         move(model)
+
+
+def test_a_model_in_use_is_not_copied(model: Any) -> None:
+    use_mla(model)
+    with pytest.raises(UnsupportedModel, match="cannot be copied"):
+        copy.deepcopy(model)
+
+
+def test_a_name_is_no_model() -> None:
+    with pytest.raises(UnsupportedModel, match="str is no loaded model"):
+        use_mla("path/to/model")
 
 
 def test_inputs_of_another_dtype_are_refused(model: Any) -> None:

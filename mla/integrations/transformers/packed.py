@@ -42,6 +42,12 @@ class Packed(nn.Module):
             "call `restore(model)`, move it, and then `use_mla` again."
         )
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedModel(
+            "a model that runs our ops cannot be copied or pickled, since its weights are packed: call "
+            "`restore(model)` before, or save its `state_dict()`."
+        )
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight_as_loaded()
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -27,11 +27,11 @@ class Survey(NamedTuple):
 
 def survey(model: Any) -> Survey:
     """Return what there is to serve. Raises `UnsupportedModel`."""
+    if not hasattr(model, "set_attn_implementation"):
+        raise UnsupportedModel(f"{type(model).__name__} is no loaded model of `transformers` 5.20 or later.")
     layers = find_attention(model)
     if any(hasattr(layer, "mla_attention") for layer in layers):
         raise UnsupportedModel("this model runs our ops already: call `restore(model)` first.")
-    if not hasattr(model, "set_attn_implementation"):
-        raise UnsupportedModel(f"{type(model).__name__} is no model of `transformers` 5.20 or later.")
     if not layers:
         raise UnsupportedModel(f"{type(model).__name__} has no multi-head latent attention (no kv_b_proj).")
     for layer in layers:
