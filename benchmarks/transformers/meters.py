@@ -1,0 +1,86 @@
+"""What a forward takes: time of the model and of its attention layers alone, and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PROC = Path("/proc/self")
+
+
+class Clock:
+    """Times forwards of a model, and within them those of its attention layers."""
+
+    def __init__(self, model: Any, synchronize: Callable[[], None]) -> None:
+        self._model, self._synchronize = model, synchronize
+        self._attention, self._start = 0.0, 0.0
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Watch the attention layers, by hooks, until the end of the block."""
+        layers = [layer.self_attn for layer in self._model.model.layers]
+        hooks = [layer.register_forward_pre_hook(self._enter) for layer in layers]
+        hooks += [layer.register_forward_hook(self._leave) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _enter(self, *_: Any) -> None:
+        self._synchronize()
+        self._start = time.perf_counter()
+
+    def _leave(self, *_: Any) -> None:
+        self._synchronize()
+        self._attention += time.perf_counter() - self._start
+
+    @torch.no_grad()
+    def forward(self, **arguments: Any) -> tuple[torch.Tensor, float, float]:
+        """Return the last logits [1, 1, vocabulary], and milliseconds of the model and of attention alone."""
+        self._attention = 0.0
+        self._synchronize()
+        start = time.perf_counter()
+        logits = self._model(**arguments, use_cache=True, logits_to_keep=1).logits
+        self._synchronize()
+        return logits, 1e3 * (time.perf_counter() - start), 1e3 * self._attention
+
+
+class Memory:
+    """Bytes of a device, or of this process on the host: Linux alone says what its peak was."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device: Any = None if device.type == "cpu" else getattr(torch, device.type)
+
+    def in_use(self) -> int:
+        """Return what is in use now; memory that was freed is given back before."""
+        if self._device is not None:
+            return int(self._device.memory_allocated())
+        ctypes.CDLL(None).malloc_trim(0)
+        return self._status("VmRSS")
+
+    @contextlib.contextmanager
+    def peak(self) -> Iterator[list[int]]:
+        """Append to the list how much more was in use in the block, at most, than at its beginning."""
+        before, found = self.in_use(), list[int]()
+        if self._device is not None:
+            self._device.reset_peak_memory_stats()
+        else:
+            (_PROC / "clear_refs").write_text("5")  # the peak is from now on
+        yield found
+        most = self._device.max_memory_allocated() if self._device is not None else self._status("VmHWM")
+        found.append(max(0, int(most) - before))
+
+    @staticmethod
+    def _status(name: str) -> int:
+        """Return a line of the process's status, which is in KiB."""
+        found = re.search(rf"^{name}:\s*(\d+) kB$", (_PROC / "status").read_text(), re.MULTILINE)
+        assert found is not None
+        return 1024 * int(found[1])

@@ -1,0 +1,57 @@
+"""What a comparison writes down, as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+
+class Row(msgspec.Struct, kw_only=True):
+    """One side, one phase, one length."""
+
+    config: str
+    phase: str  # decode, append or prefill
+    history: int  # cached tokens before the forward
+    new_tokens: int
+    side: str  # sdpa or eager of `transformers`; mla, mla-paged
+    dtype: str
+    model_ms: list[list[float]] = []  # of each round
+    attention_ms: list[list[float]] = []
+    weight_bytes: int = 0
+    cache_bytes: int = 0  # after the forward
+    transient_bytes: int = 0  # at most, during one forward
+    deviation: float = 0.0  # of the last logits, from those of the first side
+    left_out: str = ""  # why there is no number
+
+    @property
+    def total_bytes(self) -> int:
+        """What must be there at once: weights, cache and the transient memory of a forward."""
+        return self.weight_bytes + self.cache_bytes + self.transient_bytes
+
+    @property
+    def tokens(self) -> int:
+        """All tokens after the forward."""
+        return self.history + self.new_tokens
+
+
+class Record(msgspec.Struct, kw_only=True):
+    """A run."""
+
+    device: str
+    threads: int
+    backend: str
+    versions: dict[str, str]
+    date: str
+    arguments: list[str]
+    rows: list[Row] = []
+
+
+def read(path: Path) -> Record:
+    """Read a record."""
+    return msgspec.json.decode(path.read_bytes(), type=Record)
+
+
+def write(record: Record, path: Path) -> None:
+    """Write a record, a line for each row."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")

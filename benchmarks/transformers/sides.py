@@ -1,0 +1,105 @@
+"""The sides of the comparison: `transformers` with each of its attentions and dtypes, and with our ops.
+
+All have one layer of real dimensions and the same random weights; the rest of the model is small.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
+
+from benchmarks.transformers.meters import Memory
+from mla.config import MLAConfig
+from mla.integrations.transformers import PagedCache, restore, use_mla
+
+CONFIGS = ("deepseek-r1", "deepseek-v2-lite")
+ATTENTIONS = ("sdpa", "eager")
+PAGE_SIZE = 64
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_SIZES = ("hidden_size", "num_attention_heads", "kv_lora_rank", "q_lora_rank")
+_HEAD = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+@dataclass(eq=False)
+class Side:
+    """One way to run the model."""
+
+    name: str
+    model: Any
+    weight_bytes: int
+    backend: str = ""  # of our ops; "" for `transformers` alone
+    pages: int = 0  # tokens of a `PagedCache`; 0 for a stock cache
+    too_slow: dict[str, str] = field(default_factory=dict, init=False)  # to be measured on, by phase
+
+    @property
+    def dtype(self) -> str:
+        """The name of the weights' dtype."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    def start(self) -> None:
+        """Give back scratch memory, and select this side's attention."""
+        if self.backend:
+            use_mla(restore(self.model), self.backend)
+        else:
+            self.select()
+
+    def select(self) -> None:
+        """Select the attention, which sides of one model share."""
+        if not self.backend:
+            self.model.set_attn_implementation(self.name)
+
+    def cache(self, latent: torch.Tensor, pe: torch.Tensor) -> dict[str, Any]:
+        """Return a cache that holds latent [1, 1, s, c] and pe [1, 1, s, r], as the model's argument."""
+        tokens, like = latent.shape[2], {"device": self.model.device, "dtype": self.model.dtype}
+        if not self.pages:
+            stock: Any = DynamicCache(config=self.model.config)
+            if tokens:
+                stock.update(latent.to(**like), pe.to(**like), 0)
+            return {cache_argument(self.model): stock}
+        paged = PagedCache(self.model, max_tokens=self.pages, page_size=PAGE_SIZE)
+        if tokens:
+            sequences = paged.latents.new_sequences(1)
+            paged.latents.load(sequences[0], latent[0, 0].to(**like), pe[0, 0].to(**like), 0)
+            paged.use(sequences)
+        return paged.argument
+
+
+def cache_argument(model: Any) -> str:
+    """Return what this `transformers` calls the cache among a forward's arguments."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def make_model(config: MLAConfig, dtype: torch.dtype) -> Any:
+    """Return a model of one layer and a small vocabulary; in every dtype with the weights of bfloat16."""
+    sizes: dict[str, Any] = {name: getattr(config, name) for name in (*_SIZES, *_HEAD)}
+    rest: dict[str, Any] = {
+        "vocab_size": 1024,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": config.num_attention_heads,
+        "max_position_embeddings": 163840,
+    }
+    torch.manual_seed(0)
+    model: Any = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **rest))
+    return model.bfloat16().to(dtype).eval()
+
+
+def make_sides(config: MLAConfig, backend: str, device: torch.device, tokens: int) -> Iterator[Side]:
+    """Yield all sides, ours last; `tokens` is the most that a cache must hold."""
+    memory = Memory(device)
+    for dtype in DTYPES:
+        before = memory.in_use()
+        model = make_model(config, dtype).to(device)
+        taken = memory.in_use() - before
+        yield from (Side(name, model, taken) for name in ATTENTIONS)
+    before = memory.in_use()
+    model = use_mla(make_model(config, torch.bfloat16).to(device), backend)
+    taken = memory.in_use() - before
+    yield Side("mla", model, taken, backend)
+    yield Side("mla-paged", model, taken, backend, tokens)

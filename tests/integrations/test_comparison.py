@@ -1,0 +1,75 @@
+"""The comparison with `transformers`: every side is measured, and documented tables are what was found."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.transformers import run, sides, summary, turns
+from benchmarks.transformers.meters import Memory
+from benchmarks.transformers.record import Row, read
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ["--config", "deepseek-v2-lite", "--rounds", "2", "--seconds", "0.001", "--history", "70"]
+
+
+def test_every_side_is_measured_in_every_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run.main([*QUICK, "-o", str(tmp_path / "found.json")])
+    rows = read(tmp_path / "found.json").rows
+    assert {(row.phase, row.history, row.new_tokens) for row in rows} == {
+        ("decode", 70, 1),
+        ("append", 70, 128),
+        ("prefill", 0, 70),
+    }
+    kinds = {(name, dtype) for name in ("sdpa", "eager") for dtype in ("bfloat16", "float16", "float32")}
+    assert {(row.side, row.dtype) for row in rows} == kinds | {("mla", "bfloat16"), ("mla-paged", "bfloat16")}
+    for row in rows:
+        assert row.left_out or [len(one) for one in row.model_ms] == [1, 1]
+        assert all(0 < some < whole for some, whole in _both(row)), row
+        assert row.weight_bytes > 40e6 if row.dtype == "bfloat16" else 1
+    summary.main([str(tmp_path / "found.json"), "--pictures", str(tmp_path / "pictures")])
+    assert len(list((tmp_path / "pictures").iterdir())) == 4
+    assert "### deepseek-v2-lite: memory" in capsys.readouterr().out
+
+
+def _both(row: Row) -> list[tuple[float, float]]:
+    """Return pairs of times: of attention, and of the model around it."""
+    pairs = zip(row.attention_ms, row.model_ms, strict=True)
+    return [pair for some, whole in pairs for pair in zip(some, whole, strict=True)]
+
+
+def test_sides_with_other_logits_have_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(*arguments: Any) -> dict[str, Any]:
+        cache = right(*arguments)
+        if arguments[0].name == "mla":
+            next(iter(cache.values())).layers[0].keys.mul_(-1)
+        return cache
+
+    right = sides.Side.cache
+    monkeypatch.setattr(sides.Side, "cache", other)
+    with pytest.raises(turns.Disagreement, match=r"^mla in bfloat16: logits differ by "):
+        run.main([*QUICK, "--phase", "decode", "-o", str(tmp_path / "found.json")])
+
+
+def test_memory_is_what_a_block_takes_at_most() -> None:
+    size = 64 << 20
+    memory = Memory(torch.device("cpu"))
+    with memory.peak() as taken:
+        torch.ones(size, dtype=torch.uint8)  # and given back
+    assert 0.98 * size < taken[0] < 1.1 * size
+
+
+def test_the_documented_tables_are_those_of_the_committed_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    documented = (ROOT / "docs" / "transformers.md").read_text() + (
+        ROOT / "benchmarks" / "transformers" / "README.md"
+    ).read_text()
+    records = sorted((ROOT / "benchmarks" / "transformers" / "results").glob("*.json"))
+    assert records
+    for path in records:
+        summary.main([str(path)])
+        for line in capsys.readouterr().out.splitlines():
+            assert not re.match(r"\| \d", line) or line in documented, line
