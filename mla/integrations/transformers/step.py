@@ -89,5 +89,7 @@ def _spans(request: int, seen: torch.Tensor, queries: int) -> Iterator[Span]:
 
 
 def _pages(tokens: int) -> int:
-    """Return pages for so many tokens: a power of two, since they grow with every step."""
-    return 1 << (-(-tokens // PAGE_SIZE) - 1).bit_length()
+    """Return pages for so many tokens, in steps of up to an eighth, since they grow with every step."""
+    pages = -(-tokens // PAGE_SIZE)
+    unit = 1 << max(0, pages.bit_length() - 4)
+    return -(-pages // unit) * unit
