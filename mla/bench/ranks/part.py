@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mla.bench.results.schema import RankFacts
+from mla.bench.results.stats import median
 from mla.bench.subjects import shelf
 from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.layer import MlaLayer
@@ -99,8 +100,8 @@ class RankLayer(MlaLayer):
         All ranks must do it together, and `meet` before every forward. The samples are left to the caller.
         """
         self.restore(number)
-        traffic = Traffic()
-        for index in range(self.scenario.steps):
+        steps = [Traffic() for _ in range(self.scenario.steps)]
+        for index, traffic in enumerate(steps):
             self.before(index)
             self._now_ns()
             meet()
@@ -110,8 +111,8 @@ class RankLayer(MlaLayer):
         return RankFacts(
             rank=self._groups.rank,
             samples=[0.0],
-            collective_ms=traffic.ns / self.scenario.steps / 1e6,
-            collective_bytes=traffic.sent // self.scenario.steps,
+            collective_ms=median([one.ns / 1e6 for one in steps]),  # as of samples
+            collective_bytes=sum(one.sent for one in steps) // len(steps),
             cache_bytes=self.cache_bytes(),
             weight_bytes=self.weight_bytes(),
         )

@@ -89,7 +89,8 @@ def test_what_all_ranks_refuse_in_a_forward_costs_that_case(start: Start) -> Non
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_what_one_rank_refuses_in_a_forward_ends_all(start: Start, rank: str) -> None:
     """The other waits in a collective by then, which cannot be taken back."""
-    ranks, cases = run(start, rank, "call", "refuse")
+    soon = {"mla.bench.ranks.meeting.GIVE": 1.0}
+    ranks, cases = run(start, rank, "call", "refuse", constants=soon)
     assert ranks.code(0) == 3
     assert TILE in ranks.err(0)
     assert f"rank {rank}" in ranks.err(0).splitlines()[-1]
