@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from garbage import pytest_collection_finish, pytest_unconfigure
 from triton_here import lacking
 
 if TYPE_CHECKING:
     import torch
 
     from mla import MLAConfig
+
+__all__ = ["pytest_collection_finish", "pytest_unconfigure"]
 
 # Processes that test side by side must not spin for each other's cores; read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -125,27 +125,30 @@ def _default_words(folder: Path) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all layouts and print the table."""
+    """Run all layouts, print the table of those that ended well, and return the first failure's exit code."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="%(prog)s [-h] [--layout LAYOUT] FOLDER [-- OPTION ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="where results go")
     parser.add_argument("--layout", action="append", help=f"may be repeated; default: {' '.join(LAYOUTS)}")
-    parser.add_argument("words", nargs="*", metavar="OPTION", help="options of mla.bench, after --")
-    given = parser.parse_args(arguments)
+    own = list(sys.argv[1:] if arguments is None else arguments)
+    place = own.index("--") if "--" in own else len(own)  # argparse would want FOLDER right before it
+    given, words = parser.parse_args(own[:place]), own[place + 1 :]
     given.folder.mkdir(parents=True, exist_ok=True)
-    words = given.words or _default_words(given.folder)
+    words = words or _default_words(given.folder)
     found: list[Pair] = []
+    code = 0
     for layout in map(Layout.parse, given.layout or LAYOUTS):
         try:
-            files = run(layout, given.folder, words)
+            found += pairs(layout, *run(layout, given.folder, words))
         except subprocess.CalledProcessError as error:
             sys.stderr.write(f"{layout} ended with exit code {error.returncode}; see above.\n")
-            return error.returncode
-        found += pairs(layout, *files)
+            code = code or error.returncode
     sys.stdout.write(markdown((*_HEADER, *_PREDICTED), [pair.row() for pair in found]))
     sys.stdout.write("".join(dict.fromkeys(f"\n{text}" for pair in found if (text := pair.remark()))))
-    return 0
+    return code
 
 
 if __name__ == "__main__":

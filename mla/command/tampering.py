@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 OURS = ("mla", "mla_backends")
@@ -163,7 +163,8 @@ def _codes(value: Any) -> tuple[Any, ...]:
     """Return the code that a function runs, and its defaults: both can be replaced in place."""
     if isinstance(value, type):
         return ()
-    found = [one for one in _layers(value) if hasattr(one, "__code__")]
+    plain = type(value) is FunctionType and not value.__dict__  # most are: these wrap nothing
+    found = [value] if plain else [one for one in _layers(value) if hasattr(one, "__code__")]
     return tuple((id(one.__code__), id(one.__defaults__), id(one.__kwdefaults__)) for one in found)
 
 

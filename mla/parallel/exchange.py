@@ -84,8 +84,7 @@ class Exchange:
         """
         tokens, h, width = shape
         every = (tokens, world * h)
-        per = max(1, FP32.itemsize // scratch.itemsize)  # elements that an lse takes, and is aligned to
-        row = -(-c // per) * per + per
+        row = _row(c, scratch.itemsize)
         again = None
         if ordered:
             again = Ordered(
@@ -149,8 +148,15 @@ def _lse(rows: torch.Tensor) -> torch.Tensor:
     return rows.view(FP32)[..., -1]
 
 
+def _row(c: int, itemsize: int) -> int:
+    """Return the width of a row of out and lse: with what aligns the lse, and the elements that it takes."""
+    per = max(1, FP32.itemsize // itemsize)
+    return -(-c // per) * per + per
+
+
 def scratch_per_token(config: MLAConfig, dcp: int, itemsize: int) -> int:
-    """Return the bytes of queries and results of all ranks, for one new token; `config`: of one rank."""
+    """Return the bytes that an `Exchange` takes at most, for one new token; `config`: of one rank."""
     heads, c = config.num_attention_heads, config.kv_lora_rank
-    copies = 3 * config.latent_dim + 4 * c  # of queries, and of results
-    return dcp * heads * copies * itemsize + heads * 2 * c * FP32.itemsize
+    numbers = 3 * config.latent_dim + 2 * c + 2 * _row(c, itemsize)  # of queries, and of results
+    weights = 3 * FP32.itemsize  # lse twice, and what a part weighs
+    return dcp * heads * (numbers * itemsize + weights) + heads * 2 * c * FP32.itemsize

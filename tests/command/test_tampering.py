@@ -19,6 +19,7 @@ import torch
 import mla
 import mla.bench.run.scheduler
 import mla_backends
+from mla.bench.limits import growth
 from mla.bench.measure import engine, passes, samples
 from mla.bench.results import stats
 from mla.command import tampering
@@ -69,6 +70,14 @@ REPLACED: dict[str, tuple[Callable[[pytest.MonkeyPatch, Any], None], str]] = {
     "the code of a method": (
         in_place,
         "mla.bench.measure.passes.PassRunner.time by module mla.bench.measure.passes",
+    ),
+    "the code of what a decorator wraps": (
+        lambda patch, foe: patch.setattr(
+            growth.no_garbage_collection.__wrapped__,  # type: ignore[attr-defined]
+            "__code__",
+            foe.plain.__code__,
+        ),
+        "mla.bench.limits.growth.no_garbage_collection by module contextlib",
     ),
     "a method by another one of ours": (
         lambda patch, foe: patch.setattr(passes.PassRunner, "time", passes.PassRunner.run),

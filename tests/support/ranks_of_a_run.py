@@ -12,7 +12,6 @@ FAULTY = "rank_faults:FaultyRank"
 SILENT, GRACE = 3.0, 1.0
 IMPATIENT = {
     "mla.bench.ranks.pulse.SILENT": SILENT,
-    "mla.bench.ranks.crew.SILENT": SILENT,
     "mla.bench.ranks.launch.SILENT": SILENT,
     "mla.bench.ranks.pulse.GRACE": GRACE,
 }

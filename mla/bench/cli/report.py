@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 
 from mla.bench import results
-from mla.bench.report import page
 from mla.bench.results.schema import Run
 from mla.command import console
 from mla.command.exit_codes import Exit
@@ -47,6 +46,8 @@ def report(runs: tuple[Path, ...], target: Path | None, folder: Path | None) -> 
 
     Exit code 0; 2 for a file that is not a result, a page that cannot be written, or missing libraries.
     """
+    from mla.bench.report import page  # with all its panels, for which no other command is to wait
+
     if target is None and folder is None:
         raise click.UsageError("Missing option '--html' (a page) or '--pictures' (a folder of charts).")
     if target is not None:

@@ -15,8 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class TransientBytes(TorchDispatchMode):
-    """Counts the storages created inside a `with` block; `peak` is the largest total at once, in bytes."""
+class _Storages:
+    """What a dispatch mode does with every call.
+
+    A base, because TorchDispatchMode wraps the `__torch_dispatch__` that a subclass itself defines, and the
+    first call of the wrapper imports all of torch._dynamo: 1.4 s of CPU in a process that compiles nothing.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,6 +43,10 @@ class TransientBytes(TorchDispatchMode):
 
     def _count(self) -> None:
         self.peak = max(self.peak, sum(size for _, size in self._seen.values()))
+
+
+class TransientBytes(_Storages, TorchDispatchMode):
+    """Counts the storages created inside a `with` block; `peak` is the largest total at once, in bytes."""
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:

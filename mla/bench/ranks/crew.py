@@ -6,7 +6,6 @@ Commands go from rank 0 to all others through gloo, on the host: the device's li
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,22 +20,19 @@ import torch.distributed as dist
 from mla.bench.ranks import link_fit
 from mla.bench.ranks.common_ops import common_ops, demoted, remark
 from mla.bench.ranks.contents import Contents, agree
-from mla.bench.ranks.errors import RankLost, RanksError
+from mla.bench.ranks.errors import INTERRUPTED, RankLost, RanksError, word_of
 from mla.bench.ranks.failure import Failure, error_of, failure
 from mla.bench.ranks.lead import LeadLayer
-from mla.bench.ranks.meeting import LOOK, Meeting
+from mla.bench.ranks.meeting import Meeting
 from mla.bench.ranks.part import RankLayer
-from mla.bench.ranks.pulse import BEAT, SILENT, Place, Pulse
+from mla.bench.ranks.pulse import Place, Pulse, blamed_on
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.setting import Setting
 from mla.command.console import note
-from mla.command.exit_codes import Exit, interrupted
-from mla.errors import MLAError
-from mla.parallel.groups import CollectiveError, Groups
+from mla.command.exit_codes import Exit
+from mla.parallel.groups import Groups
 from mla.parallel.layout import Layout
 from mla.parallel.link import Line
-from mla_backends import BackendError
-from mla_backends.errors import describe
 
 if TYPE_CHECKING:
     from mla.bench.plan.request import Request
@@ -44,10 +40,7 @@ if TYPE_CHECKING:
 # How long a rank may wait for a command: rank 0 computes the oracle, and reads files. That it is gone shows
 # at once, in a closed connection.
 PATIENCE = timedelta(days=7)
-# Seconds that a rank whose op has refused a forward waits for the others to refuse it, too.
-ALIKE = 5.0
 T = TypeVar("T")
-HANGS = "it is assumed to hang; raise --hang-after to wait longer"
 
 
 class Crew:
@@ -110,11 +103,11 @@ class Crew:
             yield
         except RankLost as error:
             if error.ranks is None:
-                self.leave(*_why(error))
+                self.leave(*word_of(error))
             self._meeting.linger(error.ranks or ())
             raise
         except BaseException as error:
-            self.leave(*_why(error))
+            self.leave(*word_of(error))
             raise
 
     def leave(self, reason: str, code: int) -> None:
@@ -160,7 +153,7 @@ class Crew:
         A run that was interrupted may have left them in a forward: they are told otherwise.
         """
         if code in (Exit.INTERRUPTED, Exit.TERMINATED):
-            self.leave(_INTERRUPTED[code], code)
+            self.leave(INTERRUPTED[code], code)
         else:
             self.tell("end", int(code))
         return code
@@ -239,16 +232,10 @@ class Crew:
         own = failure(error, implementation, self._place().entered)
         if own is None or len(self._group) == 1:
             return own
-        keys = [f"failed/{self._forwards}/{rank}" for rank in self._group]
-        store, limit = self._meeting.store, time.monotonic() + ALIKE
         with blamed_on(self._pulse):
-            store.set(f"failed/{self._forwards}/{self.rank}", msgspec.json.encode(own))
-            while not store.check(keys):
-                if time.monotonic() > limit:
-                    return None
-                time.sleep(LOOK)
-            found = [msgspec.json.decode(store.get(key), type=Failure) for key in keys]
-        return own if len({one.entered for one in found}) == 1 else None
+            told = self._meeting.exchanged(f"failed/{self._forwards}", self._group, msgspec.json.encode(own))
+        places = {msgspec.json.decode(one, type=Failure).entered for one in told}
+        return own if len(places) == 1 else None
 
     def parts(self, mine: T | Failure) -> list[T]:
         """Return what every rank gave, as `gather` does.
@@ -304,34 +291,3 @@ class Crew:
 
 def _key(setting: Setting, name: str) -> tuple[Any, ...]:
     return name, setting.dtype, setting.config.num_attention_heads
-
-
-@contextmanager
-def blamed_on(pulse: Pulse, own: bool = False) -> Iterator[None]:
-    """Name the rank that is lost, if one is, for what a library raises in the block. Raises `RankLost`.
-
-    `own`: this rank computes as well, so only a `CollectiveError` is worth waiting for who is to blame.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        lost = pulse.lost(0 if own and not isinstance(error, CollectiveError) else SILENT + 2 * BEAT)
-        if lost is not None:
-            raise lost from error
-        if isinstance(error, CollectiveError) and (late := pulse.behind()):
-            raise RankLost(f"{late} did not come to a collective in which others wait: {HANGS}", 3) from error
-        raise
-
-
-_INTERRUPTED: dict[int, str] = {Exit.INTERRUPTED: "interrupted", Exit.TERMINATED: "by SIGTERM"}
-
-
-def _why(error: BaseException) -> tuple[str, int]:
-    """Return what to tell the other ranks of an error of this one, and the exit code for all."""
-    if isinstance(error, KeyboardInterrupt):
-        return _INTERRUPTED[interrupted()], interrupted()
-    if isinstance(error, MLAError):
-        return str(error).rstrip("."), int(error.exit_code)
-    if isinstance(error, BackendError):
-        return str(error).rstrip("."), Exit.BACKEND
-    return describe(error), Exit.BACKEND

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from mla.command.exit_codes import Exit, interrupted
 from mla.errors import MLAError
+from mla_backends import BackendError
+from mla_backends.errors import describe
 
 MOST = 8  # ranks that a sentence names
+INTERRUPTED: dict[int, str] = {Exit.INTERRUPTED: "interrupted", Exit.TERMINATED: "by SIGTERM"}
 
 
 class RanksError(MLAError):
@@ -70,3 +74,14 @@ def late(ranks: Sequence[int], seconds: float, hosts: Sequence[str]) -> str:
         f"{numbered(ranks)} {have} not come within {seconds:.0f} s, as those on {listed(hosts)} have: ended "
         "before that, or still loading, or without a way to this port; their own output says more."
     )
+
+
+def word_of(error: BaseException) -> tuple[str, int]:
+    """Return what to tell the other ranks of an error of this one, and the exit code for all."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED[interrupted()], interrupted()
+    if isinstance(error, MLAError):
+        return str(error).rstrip("."), int(error.exit_code)
+    if isinstance(error, BackendError):
+        return str(error).rstrip("."), Exit.BACKEND
+    return describe(error), Exit.BACKEND

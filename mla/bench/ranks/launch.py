@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 import mla
-from mla.bench.ranks.crew import Crew, blamed_on
+from mla.bench.ranks.crew import Crew
 from mla.bench.ranks.errors import RankLost, RanksError, silent
 from mla.bench.ranks.meeting import MEETING, THREADS, WORD, Meeting, agree
-from mla.bench.ranks.pulse import SILENT, Member, Pulse, die
+from mla.bench.ranks.pulse import SILENT, Member, Pulse, blamed_on, die
 from mla.bench.ranks.store_watch import StoreWatch
 from mla.command import launcher
 from mla.errors import MLAError, UsageError

@@ -15,7 +15,7 @@ from mla.bench.doubts.new_lengths import Lengths
 from mla.bench.ranks.errors import RanksError
 from mla.bench.ranks.failure import Failure, failure
 from mla.bench.ranks.lengths_bench import LeadBench, RankBench, Sample
-from mla.bench.ranks.part import RankLayer
+from mla.bench.ranks.part import CLOCKED, RankLayer
 from mla.bench.results.schema import LinkLine, Spread
 from mla.bench.subjects.base import TakesInputs
 from mla.bench.subjects.inputs import Inputs, Requests
@@ -29,9 +29,6 @@ from mla.parallel.link import Line
 from mla.verify.layer_check import Forward
 from mla.verify.places import Places
 from mla.verify.verdict import Check
-
-# The number of the pass in which collectives are clocked: no other pass has it.
-CLOCKED = 1 << 22
 
 # Bound before any plugin loads.
 _random = random.SystemRandom()
@@ -217,14 +214,11 @@ class LeadLayer(TakesInputs):
 
     def _worst_rank(self, checker: LayerChecker, copy: int) -> int:
         """Return which of the ranks that have one copy of all outputs is farthest from the oracle."""
-        ranks, far = self._ranks(copy), [0.0] * self._crew.layout.dp
-        rows = [
-            Requests.of(self.scenario, part, len(ranks)).rows(self.scenario) for part in range(len(ranks))
-        ]
+        ranks, count = self._ranks(copy), self._crew.layout.dp
+        rows = [Requests.of(self.scenario, part, count).rows(self.scenario) for part in range(count)]
+        far = [0.0] * count
         for forward in self._forwards(checker, copy):
-            error = (forward.found.cpu().double() - forward.expected).nan_to_num(
-                torch.inf, torch.inf, torch.inf
-            )
+            error = (forward.found.cpu().double() - forward.expected).nan_to_num(*[torch.inf] * 3)
             far = [max(old, float(error[part].norm())) for old, part in zip(far, rows, strict=True)]
         return ranks[far.index(max(far))]
 

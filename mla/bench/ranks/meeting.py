@@ -22,8 +22,8 @@ from mla.bench.ranks.pulse import Ended, Member, first_word, leave, this_process
 from mla_backends.errors import describe
 
 # Seconds that ranks wait for each other at the start, that one which ends before waits for others to hear it,
-# between looks, and for a connection.
-MEETING, WORD, LOOK, TRY = 120.0, 5.0, 0.05, 10.0
+# between looks, for a connection, and for what others give.
+MEETING, WORD, LOOK, TRY, GIVE = 120.0, 5.0, 0.05, 10.0, 5.0
 
 # Threads that torch uses on the host: a fact that no option need have set, so it has a cure of its own.
 THREADS = "host threads:"
@@ -141,6 +141,19 @@ class Meeting:
             self.linger()
             raise lost
         return [rank for rank in range(self.world) if not self.store.check([f"member/{rank}"])]
+
+    def exchanged(self, what: str, ranks: Sequence[int], mine: bytes) -> list[bytes]:
+        """Return what each of these ranks, of which this is one, gave under a name that is used once.
+
+        Nothing if one of them gives nothing within `GIVE`.
+        """
+        keys, limit = [f"{what}/{rank}" for rank in ranks], time.monotonic() + GIVE
+        self.store.set(f"{what}/{self.rank}", mine)
+        while not self.store.check(keys):
+            if time.monotonic() > limit:
+                return []
+            time.sleep(LOOK)
+        return [self.store.get(key) for key in keys]
 
     def leave(self, reason: str, code: int) -> None:
         """Tell the others why this rank ends, unless it ends because of them."""

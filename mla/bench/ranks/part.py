@@ -1,4 +1,7 @@
-"""`RankLayer`: one rank's part of our layer, as an implementation that can be driven forward by forward."""
+"""One rank's part of our layer, as an implementation that can be driven forward by forward.
+
+`RankLayer` is that of this process; `SimulatedPart` one of many that take turns on one device.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,13 @@ from typing import Any
 import torch
 
 from mla.bench.results.schema import RankFacts
+from mla.bench.results.stats import median
 from mla.bench.subjects import shelf
 from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import SPARE_PAGES, Setting
+from mla.bench.subjects.shelf import Shelf
+from mla.bench.subjects.tokens import poison
 from mla.bench.workload.scenario import Scenario
 from mla.cache import LatentCache
 from mla.command.clock import now_ns
@@ -21,8 +27,12 @@ from mla.parallel.cache import ShardedCache
 from mla.parallel.groups import Groups, Traffic
 from mla.parallel.layer import ParallelMLA
 from mla.parallel.share import Share
+from mla.parallel.simulated import SimulatedGroups
 from mla.verify.layer_oracle import State
 from mla.verify.places import Places
+
+# The number of the pass in which collectives are clocked: no other pass has it.
+CLOCKED = 1 << 22
 
 
 class RankLayer(MlaLayer):
@@ -90,8 +100,8 @@ class RankLayer(MlaLayer):
         All ranks must do it together, and `meet` before every forward. The samples are left to the caller.
         """
         self.restore(number)
-        traffic = Traffic()
-        for index in range(self.scenario.steps):
+        steps = [Traffic() for _ in range(self.scenario.steps)]
+        for index, traffic in enumerate(steps):
             self.before(index)
             self._now_ns()
             meet()
@@ -101,8 +111,8 @@ class RankLayer(MlaLayer):
         return RankFacts(
             rank=self._groups.rank,
             samples=[0.0],
-            collective_ms=traffic.ns / self.scenario.steps / 1e6,
-            collective_bytes=traffic.sent // self.scenario.steps,
+            collective_ms=median([one.ns / 1e6 for one in steps]),  # as of samples
+            collective_bytes=sum(one.sent for one in steps) // len(steps),
             cache_bytes=self.cache_bytes(),
             weight_bytes=self.weight_bytes(),
         )
@@ -110,3 +120,59 @@ class RankLayer(MlaLayer):
     def _now_ns(self) -> int:
         self.setting.backend.synchronize()
         return now_ns()
+
+
+class SimulatedPart(RankLayer):
+    """One rank's part, whose forward may be run again. Ranks with the same requests share their inputs.
+
+    Of a rank that `keeps` none, outputs are overwritten by the next forward.
+    """
+
+    def __init__(
+        self, setting: Setting, state: Any, name: str, ops: str | None, groups: SimulatedGroups
+    ) -> None:
+        super().__init__(setting, state, name, ops, groups)
+        self.groups = groups
+        self.keeps = groups.place.tp == 0  # the parts of tp have the same outputs
+        self.first: SimulatedPart = self  # of the ranks with the same requests
+
+    def _make_buffers(self, scenario: Scenario, inputs: Inputs) -> None:
+        if self.keeps:
+            super()._make_buffers(scenario, inputs)
+        if self.first is not self:
+            first = self.first
+            self.scenario, self._hidden, self._turns = scenario, first._hidden, first._turns
+        if not self.keeps:
+            only = torch.empty_like(first._shelf.next())
+            self._shelf = Shelf([only], 1, poison)
+            self._number = 0
+
+    def extend(self, table_tokens: int = 0) -> Any:
+        self._extended = super().extend(table_tokens)
+        return self._extended
+
+    @property
+    def _present_batch(self) -> Any:
+        """The batch of the last forward."""
+        return self.batch if self.scenario.mode == "prefill" else self._extended
+
+    def begin_meeting(self) -> None:
+        """Make the batch of a forward that all ranks run."""
+        poison(self.out)
+        if self.scenario.mode == "decode":
+            self.extend()
+
+    def meet(self) -> None:
+        """Run the forward that was begun, as far as other ranks let it."""
+        self.forward(self._present_batch, self.x, self.out)
+
+    def undo(self) -> None:
+        """Go back to before the last forward, whose results are overwritten, and receive again."""
+        batch = self._present_batch
+        self.clear_new(batch)
+        if self.scenario.mode == "decode":
+            grown = list(zip(self._sequences, self.scenario.query_lens, strict=True))
+            for sequence, new in reversed(grown):  # the free list, and so the next pages, are as before
+                self._cache.truncate(sequence, self._cache.length(sequence) - new)
+        poison(self.out)
+        self.groups.receive_again()

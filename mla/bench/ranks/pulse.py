@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,11 +22,13 @@ import msgspec
 from mla.bench.ranks.errors import RankLost, gone, listed, silent
 from mla.bench.ranks.store_watch import StoreWatch
 from mla.command import console, last_words
+from mla.parallel.groups import CollectiveError
 
 # Seconds between beats; without one for SILENT a rank is gone. A process that is not there on this host is
 # gone at once; MORE is for others that go with it. Then this rank has GRACE to notice by itself, and to write
 # what it has.
 BEAT, SILENT, MORE, GRACE = 0.5, 20.0, 0.2, 10.0
+HANGS = "it is assumed to hang; raise --hang-after to wait longer"
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -237,6 +239,23 @@ class Pulse:
     def _name(self, rank: int) -> str:
         member = self._members[rank]
         return f"rank {rank} (process {member.pid} on {member.host})"
+
+
+@contextlib.contextmanager
+def blamed_on(pulse: Pulse, own: bool = False) -> Iterator[None]:
+    """Name the rank that is lost, if one is, for what a library raises in the block. Raises `RankLost`.
+
+    `own`: this rank computes as well, so only a `CollectiveError` is worth waiting for who is to blame.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = pulse.lost(0 if own and not isinstance(error, CollectiveError) else SILENT + 2 * BEAT)
+        if lost is not None:
+            raise lost from error
+        if isinstance(error, CollectiveError) and (late := pulse.behind()):
+            raise RankLost(f"{late} did not come to a collective in which others wait: {HANGS}", 3) from error
+        raise
 
 
 def _exists(pid: int) -> bool:

@@ -33,7 +33,8 @@ from mla.bench.terminal.ranks import COLUMNS, percent, rows
 RANKS = (
     "Layers spread over several ranks. A case's latency is that of its slowest rank, forward by forward, "
     "from a common start. Collectives were clocked in a pass of their own, and include waiting for others; "
-    "imbalance is how much longer a rank works than the median one, collectives left out. Repeated is the "
+    "imbalance is how much longer a rank works than the median one, collectives left out: as these are of "
+    "another pass, a few percent mean nothing. Measured limits are those of rank 0. Repeated is the "
     "share of what all ranks do that one device would not, of FLOPs or of bytes, whichever limits the case."
 )
 SCALING = (
@@ -110,9 +111,10 @@ def _where(row: Scaled) -> str:
 
 
 def _subject(members: Sequence[Scaling]) -> str:
-    """Return what cases are compared with."""
+    """Return what cases are compared with, and which have no efficiency for it."""
     bases = dict.fromkeys(str(one.base) for one in members)
-    return f"against one device: {'; '.join(bases)}"
+    remarks = dict.fromkeys(filter(None, (one.remark() for one in members)))
+    return "; ".join(["against one device: " + "; ".join(bases), *remarks])
 
 
 def _scaling_table(files: Sequence[ResultFile], members: Sequence[Scaling]) -> Table:

@@ -37,11 +37,13 @@ class Resources:
 class Scaled:
     """A case and how many times as fast it is as the base, which is `speedup` 1.
 
-    `efficiency` is the speedup over the cores or devices that it took; None where those are not of one kind.
+    `efficiency` is the speedup over the cores or devices that it took; None where those are not of one kind,
+    or not the same: then the speedup holds what lies between the devices as well.
     """
 
     run: int  # place of its run among those given
     case: Case
+    device: str
     resources: Resources
     speedup: float
     interval: Interval | None  # at least 90 % confidence
@@ -79,6 +81,12 @@ class Scaling:
     implementation: str
     base: Resources
     rows: list[Scaled]  # the base first
+
+    def remark(self) -> str:
+        """Say that rows ran on other devices than the base; "" if none did."""
+        own = self.rows[0].device
+        others = list(dict.fromkeys(row.device for row in self.rows if row.device != own))
+        return f"no efficiency on {', '.join(others)}: the base ran on {own}" if others else ""
 
 
 def scaling(runs: Sequence[Run]) -> list[Scaling]:
@@ -119,8 +127,10 @@ def _scaled(place: int, case: Case, base: tuple[Run, Case], run: Run) -> Scaled:
     if case is base[1]:
         interval = None
     before, after = _resources(*base), _resources(run, case)
-    same_kind = (before.threads is None) == (after.threads is None)
-    return Scaled(place, case, after, speedup, interval, after.units / before.units if same_kind else None)
+    device = run.backend.device
+    alike = device == base[0].backend.device and (before.threads is None) == (after.threads is None)
+    ideal = after.units / before.units if alike else None
+    return Scaled(place, case, device, after, speedup, interval, ideal)
 
 
 def _resources(run: Run, case: Case) -> Resources:

@@ -14,7 +14,8 @@ from mla.text import size
 COLUMNS = ("rank", "ms", "collectives ms", "imbalance", "sent", "cache", "weights")
 _MEASURED = (
     "A latency is that of the slowest rank, forward by forward. Collectives were clocked in a pass of their\n"
-    "own, and hold the wait for other ranks. Imbalance is against the median rank, collectives left out.\n\n"
+    "own, and hold the wait for other ranks. Imbalance is against the median rank, collectives left out: as\n"
+    "these are of another pass, a few percent mean nothing. Measured limits are those of rank 0.\n\n"
 )
 
 Number = Callable[[float | None], str]

@@ -41,4 +41,6 @@ def _table(one: Scaling, kind: str) -> str:
     title = f"{one.scenario}, {one.implementation}"
     rows = [(row.layout, str(row.resources), *cells(row)) for row in one.rows]
     header = (title, "on", *COLUMNS)
-    return markdown(header, rows) if kind == "md" else aligned(header, rows, words=(title, "on"))
+    table = markdown(header, rows) if kind == "md" else aligned(header, rows, words=(title, "on"))
+    remark = one.remark()
+    return f"{table}\n{remark}\n" if remark else table

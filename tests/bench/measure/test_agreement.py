@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,18 @@ def test_tensors_that_a_library_packed_have_no_storage_to_count() -> None:
     with TransientBytes() as counted:
         plain = packed.to_dense()
     assert counted.peak == plain.nbytes == MIB
+
+
+def test_counting_does_not_load_torchs_compiler() -> None:
+    """In a process of its own: this one may have loaded it for another test."""
+    code = (
+        "import sys, torch\n"
+        "from mla.bench.measure.transient_memory import TransientBytes\n"
+        "with TransientBytes() as counted: torch.ones(5)\n"
+        "print(counted.peak, 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "20 False\n", done.stderr
 
 
 def test_agreement_is_relative_and_mutual(case: Any) -> None:

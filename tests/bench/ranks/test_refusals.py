@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from ranks_of_a_run import BOUND, Start
 
 from mla.bench import results
@@ -13,6 +15,7 @@ from mla.bench.ranks.crew import Crew
 from mla.bench.ranks.failure import Failure, error_of
 from mla.bench.ranks.follower import _Follower
 from mla.bench.ranks.lead import LeadLayer
+from mla.bench.ranks.meeting import Meeting
 from mla.errors import OutOfMemory, UnsupportedBatch
 from mla.parallel.layout import Layout
 from mla_backends.host import memory_available
@@ -86,7 +89,8 @@ def test_what_all_ranks_refuse_in_a_forward_costs_that_case(start: Start) -> Non
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_what_one_rank_refuses_in_a_forward_ends_all(start: Start, rank: str) -> None:
     """The other waits in a collective by then, which cannot be taken back."""
-    ranks, cases = run(start, rank, "call", "refuse")
+    soon = {"mla.bench.ranks.meeting.GIVE": 1.0}
+    ranks, cases = run(start, rank, "call", "refuse", constants=soon)
     assert ranks.code(0) == 3
     assert TILE in ranks.err(0)
     assert f"rank {rank}" in ranks.err(0).splitlines()[-1]
@@ -191,3 +195,28 @@ def test_short_memory_for_other_inputs_or_lengths_is_told_to_all_ranks(what: str
     prepare: Any = lead.lengths_bench if what == "bench" else lead.fed(1, 2).__enter__
     with pytest.raises(OutOfMemory, match=r"^rank 0: no memory for inputs$"):
         prepare()
+
+
+@pytest.mark.parametrize(
+    ("before", "inside", "alike"), [((5, 9), (1, 1), True), ((5, 4), (1, 2), False)], ids=["same", "other"]
+)
+def test_ranks_fail_alike_at_the_same_place_of_one_forward(
+    before: tuple[int, int], inside: tuple[int, int], alike: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many collectives each had entered before that forward does not count."""
+    monkeypatch.setattr(torch.distributed, "barrier", lambda group: None)
+    store = vars(torch.distributed)["HashStore"]()
+
+    def fail(rank: int) -> Failure | None:
+        crew: Any = Crew.__new__(Crew)
+        crew.groups = SimpleNamespace(rank=rank, entered=before[rank], left=before[rank])
+        crew._meeting = Meeting.__new__(Meeting)
+        crew._meeting.rank, crew._meeting.store = rank, store
+        crew._group, crew._forwards, crew._control, crew._pulse = (0, 1), 0, None, None
+        crew.wait()
+        crew.groups.entered += inside[rank]
+        return crew.alike(MemoryError("no room"), "mla")
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(fail, (0, 1)))
+    assert found == [Failure("no room", False, inside[rank]) if alike else None for rank in (0, 1)]

@@ -11,6 +11,7 @@ from mla.bench import results
 from mla.bench.results.compare import compare
 from mla.bench.results.scaling import scaling
 from mla.bench.results.schema import Cost, RankFacts, Spread
+from mla.bench.terminal.scaling import render
 
 Run = Callable[..., results.Run]
 STEADY = [8.0, 8.01, 7.99, 8.0, 8.02, 7.98]
@@ -82,6 +83,23 @@ def test_cores_and_cards_are_not_one_kind(run: Run) -> None:
     (found,) = scaling([run(8.0), run(5.0, "tp=2", card="a card")])
     assert found.rows[1].speedup == pytest.approx(1.6)
     assert found.rows[1].efficiency is None
+
+
+@pytest.mark.parametrize("layout", ["tp=2", ""])
+def test_there_is_no_efficiency_across_different_cards(run: Run, layout: str) -> None:
+    """However many there are of each: the speedup is that of the card as well."""
+    runs = [run(8.0, card="card A"), run(5.0, layout, card="card B"), run(6.0, "dcp=2", card="card A")]
+    (found,) = scaling(runs)
+    by_card = {(row.device, row.layout): row.efficiency for row in found.rows}
+    assert by_card == {
+        ("card A", "one device"): 1.0,
+        ("card B", layout or "one device"): None,
+        ("card A", "dcp=2"): pytest.approx(8 / 6 / 2),
+    }
+    said = "no efficiency on card B: the base ran on card A"
+    assert found.remark() == said
+    assert said in render([found], "table").splitlines()
+    assert scaling([runs[0], runs[2]])[0].remark() == ""
 
 
 def test_predictions_say_so(run: Run) -> None:

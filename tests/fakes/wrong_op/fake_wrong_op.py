@@ -77,9 +77,6 @@ class WrongOp(Backend):
 
         if self.options.get("fault", "drop") not in FAULTS:
             raise BackendError(f"backend '{self.name}' knows these faults: {', '.join(FAULTS)}.")
-        if self.options.get("fault") == "hang":
-            import torch._dynamo  # else imported by the first counted forward, which takes seconds
-
         torch.set_num_threads(1)
         return torch.device("cpu")
 

@@ -15,6 +15,7 @@ import emulated
 import pytest
 import torch
 from ceiling_cases import measure_limits_quickly
+from garbage import pytest_collection_finish, pytest_unconfigure
 from outcome import Outcome
 from small_flush import flush_little
 from tiny_run import DIMS, write_tiny_run
@@ -23,6 +24,8 @@ import mla
 from mla.bench.cli.main import main
 from mla.bench.measure import warmup
 from mla_backends.api import Backend
+
+__all__ = ["pytest_collection_finish", "pytest_unconfigure"]
 
 FAKES = Path(__file__).resolve().parents[3] / "fakes" / "kernels"
 PACKAGES = (
