@@ -122,5 +122,5 @@ def summed_bytes(out: torch.Tensor, ranks: int) -> int:
 def _own(groups: list[list[int]], rank: int, timeout: float | None) -> dist.ProcessGroup | None:
     """Make all groups, as every rank must, and return the one that `rank` is in."""
     limit = None if timeout is None else timedelta(seconds=timeout)
-    made = [(ranks, dist.new_group(ranks, timeout=limit)) for ranks in groups]
+    made: list[tuple[list[int], Any]] = [(ranks, dist.new_group(ranks, timeout=limit)) for ranks in groups]
     return next(group for ranks, group in made if rank in ranks)

@@ -13,6 +13,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import mla
+from mla.integrations.installed import OLDEST
 from mla_backends.known import KNOWN
 
 if sys.version_info >= (3, 11):
@@ -88,3 +89,21 @@ def test_every_plugin_is_a_distribution_and_an_extra_of_the_core() -> None:
 def test_the_changelog_has_the_version() -> None:
     text = (ROOT / "CHANGELOG.md").read_text("utf-8")
     assert re.search(rf"^## \[{re.escape(mla.__version__)}\] - ", text, re.MULTILINE)
+
+
+def test_everybody_names_the_same_releases_of_transformers() -> None:
+    """Those that pip accepts, README names, CI tries, and error messages ask for."""
+    (wanted,) = map(Requirement, PROJECTS[ROOT]["project"]["optional-dependencies"]["transformers"])
+    assert [one.name for one in required(PROJECTS[ROOT])].count("transformers") == 1
+    (oldest,) = (one.version for one in wanted.specifier)
+    named = [
+        re.findall(r"`transformers`\s\(?([\d.]+) to ([\d.]+)\b", (ROOT / name).read_text("utf-8"))
+        for name in ("README.md", "docs/transformers.md")
+    ]
+    assert [len(found) for found in named] == [1, 1]
+    assert named[0] == named[1]
+    assert (named[0][0][0], Version(named[0][0][1]) > Version(oldest)) == (oldest, True)
+    assert ".".join(map(str, OLDEST)) == oldest
+    for path in (ROOT / "mla").rglob("*.py"):
+        asked = re.findall(r"transformers`?\s*(?:>=\s*)?(\d[\d.]*\d)", path.read_text("utf-8"))
+        assert set(asked) <= {oldest}, path

@@ -89,6 +89,18 @@ def test_the_tests_run_on_every_python_and_torch_that_we_claim() -> None:
     assert {"ubuntu-24.04", "ubuntu-24.04-arm"} == set(listed(text, "machine"))
 
 
+def test_the_oldest_transformers_has_a_job_of_its_own() -> None:
+    """Only entries of the matrix are given what belongs to a torch, and this is none: it says all itself."""
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8")
+    assert listed(text, "transformers") == ["newest"]
+    found = re.search(r"\n( +)- transformers: oldest\n((?:\1  \w+: .+\n)+)", text)
+    assert found
+    job = dict(line.strip().split(": ", 1) for line in found[2].splitlines())
+    assert {"machine", "python", "torch", "requirement", "tests"} == job.keys()
+    assert "tests/integrations" in job["tests"].split()
+    assert "\n          TRANSFORMERS: ${{ matrix.transformers }}\n" in text
+
+
 def test_root_of_a_container_has_a_home_of_its_own() -> None:
     """The runner's belongs to uid 1001, so that the CPU plugin would refuse its cache there."""
     text = (ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8")

@@ -60,7 +60,7 @@ class Crew:
         self._demoted: dict[Any, dict[str, str]] = {}  # roles that run as reference, by layer
         with blamed_on(pulse):
             self.groups = Groups(layout, timeout)
-            self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self._control: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._group = next(group for group in layout.head_groups() if self.rank in group)
         pulse.groups, pulse.place = layout.head_groups(), self._place
         self._link: dict[str, Line] | None = None  # once measured

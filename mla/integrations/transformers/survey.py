@@ -49,7 +49,8 @@ def find_attention(model: Any) -> list[Any]:
 def _check_layer(layer: Any) -> None:
     if not hasattr(layer, "expand_kv"):
         raise UnsupportedModel(
-            f"{type(layer).__name__} of this `transformers` caches expanded keys: 5.20 is needed."
+            f"{type(layer).__name__} is no class of `transformers`, and caches expanded keys: load the model "
+            "without `trust_remote_code`."
         )
     for name in PROJECTIONS:
         linear = getattr(layer, name, None)
