@@ -88,12 +88,12 @@ def make_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
     home = f"transformers.models.{module}"
     config_class = getattr(importlib.import_module(f"{home}.configuration_{module}"), f"{prefix}Config")
     model_class = getattr(importlib.import_module(f"{home}.modeling_{module}"), f"{prefix}ForCausalLM")
+    torch.manual_seed(0)
     return fill(model_class(config_class(**values)).to(dtype))
 
 
 def fill(model: Any) -> Any:
     """Draw weights that are large enough that tokens do not repeat; return the model."""
-    torch.manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
