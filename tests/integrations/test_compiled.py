@@ -13,7 +13,7 @@ from transformers import CompileConfig
 
 from mla.integrations.transformers import PagedCache, use_mla
 
-WORDS = {"max_new_tokens": 3}
+WORDS = {"max_new_tokens": 5}
 
 
 @pytest.fixture(autouse=True)

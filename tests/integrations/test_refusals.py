@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_model
+from tiny_models import CACHE, make_model
 from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 
 from mla.integrations.transformers import UnsupportedModel, restore, use_mla
 from mla.integrations.transformers.packed import PackedLinear
@@ -236,11 +237,32 @@ def gradients(model: Any) -> None:
         model(input_ids=torch.tensor([[3, 4]]))
 
 
+class Forgetful(DynamicCache):
+    """Keeps the last four tokens, and says that it has all."""
+
+    def update(self, *arguments: Any, **words: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super().update(*arguments, **words)
+        return keys[:, :, -4:], values[:, :, -4:]
+
+
+def dropped_tokens(model: Any) -> None:
+    model(input_ids=torch.arange(3, 9)[None], **{CACHE: Forgetful(config=model.config)})
+
+
+def window(model: Any) -> None:
+    layers = [DynamicSlidingWindowLayer(sliding_window=4) for _ in range(2)]
+    model.generate(
+        torch.arange(3, 9)[None], max_new_tokens=9, eos_token_id=None, **{CACHE: Cache(layers=layers)}
+    )
+
+
 @pytest.mark.parametrize(
     ("run", "message"),
     [
         (attention_weights, "computes no attention weights"),
         (attention_weights_of_a_generation, "computes no attention weights"),
+        (dropped_tokens, "this cache returned 4 of 6 tokens"),
+        (window, "not plain causal attention"),
         (own_mask, "takes no mask of one's own"),
         (own_whole_numbers, "takes no mask of one's own"),
         (packed, "not plain causal attention"),

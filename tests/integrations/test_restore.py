@@ -17,11 +17,12 @@ TABLES = vars(nn.Module())  # of parameters and modules
 
 
 def snapshot(model: Any) -> list[tuple[str, type, dict[str, Any]]]:
-    """Return what is visible of every module."""
-    return [
+    """Return what there is of every module, and of every parameter besides its numbers."""
+    modules = [
         (name, type(module), {key: value for key, value in vars(module).items() if key not in TABLES})
         for name, module in model.named_modules()
     ]
+    return modules + [(name, type(one), dict(vars(one))) for name, one in model.named_parameters()]
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3 with biases", "longcat_flash", "kimi_linear"])
@@ -29,6 +30,7 @@ def test_nothing_is_left(family: str) -> None:
     model = make_model(family)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     trains = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    model.get_parameter(next(name for name in weights if "kv_a_proj" in name)).mark = "of others"
     modules, attention = snapshot(model), model.config._attn_implementation
     use_mla(model)
     assert {

@@ -61,7 +61,15 @@ class Steps:
         return self._last
 
     def write(self, step: Step, latent: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
-        """Return all visible latents, copied to pages [pages, page, c + r]."""
+        """Return all visible latents, copied to pages [pages, page, c + r].
+
+        Raises `UnsupportedModel` for a cache that has dropped some.
+        """
+        returned, tokens = latent.shape[2], step.flags.shape[-1]
+        if returned < tokens:
+            raise UnsupportedModel(
+                f"this cache returned {returned} of {tokens} tokens: `use_mla` needs all of them."
+            )
         width, (c, r) = step.batch.block_table.shape[1], (latent.shape[-1], pe.shape[-1])
         pages = self.scratch.take("pages", len(step.keys) * width, PAGE_SIZE, c + r)
         rows = pages.view(len(step.keys), width * PAGE_SIZE, c + r)

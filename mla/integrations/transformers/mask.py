@@ -7,12 +7,10 @@ from typing import Any
 import torch
 
 from mla.integrations.transformers.errors import UnsupportedModel
-from mla.integrations.transformers.uncompiled import uncompiled
 
 NAME = "mla"  # of our attention function and its masks among those of `transformers`
 
 
-@uncompiled
 def visible_keys(
     batch_size: int,
     q_length: int,
