@@ -52,12 +52,13 @@ class Server:
 
         Raises, before any is served, `CacheFull` for one that never fits, and ValueError for an empty one.
         """
-        self.waiting.extend(requests)
-        for one in self.waiting:
+        asked = list(requests)
+        for one in asked:
             if not one.prompt:
                 raise ValueError(f"request {one.number} has no tokens.")
             if self._pages(one) > self.cache.latents.num_pages:
                 raise CacheFull(f"request {one.number} needs more pages than the cache has (--max-tokens).")
+        self.waiting.extend(asked)
         while self.waiting or self.running:
             self._admit()
             going = [one for one in self.running if not self._is_over(one)]
