@@ -4,6 +4,7 @@
 
 The model is one of `transformers`, its attention runs this project's ops, and all requests live in one
 `PagedCache`. A request that joins is prefilled alone; then it takes part in every decode step until its end.
+Requests are printed as they end. Exit codes: 0, all served; 1, one sentence says why not; 2, wrong usage.
 """
 
 from __future__ import annotations
@@ -16,14 +17,11 @@ from typing import Any
 
 import click
 import torch
+from loading import load
 
-from mla import load_backend
-from mla.errors import CacheFull
-
-try:
-    from mla.integrations.transformers import PagedCache, use_mla
-except ImportError as error:
-    sys.exit(f"error: {error}")
+from mla.errors import CacheFull, MLAError
+from mla.integrations.transformers import PagedCache, use_mla
+from mla_backends import BackendError
 
 COUNT = click.IntRange(1)
 
@@ -50,8 +48,17 @@ class Server:
         self.running: list[Request] = []
 
     def run(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """Yield requests as they end."""
-        self.waiting.extend(requests)
+        """Yield requests as they end.
+
+        Raises, before any is served, `CacheFull` for one that never fits, and ValueError for an empty one.
+        """
+        asked = list(requests)
+        for one in asked:
+            if not one.prompt:
+                raise ValueError(f"request {one.number} has no tokens.")
+            if self._pages(one) > self.cache.latents.num_pages:
+                raise CacheFull(f"request {one.number} needs more pages than the cache has (--max-tokens).")
+        self.waiting.extend(asked)
         while self.waiting or self.running:
             self._admit()
             going = [one for one in self.running if not self._is_over(one)]
@@ -66,13 +73,10 @@ class Server:
         """Prefill those who wait, first come, first served, while there is room for all they may need."""
         latents = self.cache.latents
         while self.waiting and len(self.running) < self.at_once:
-            one = self.waiting[0]
-            promised = sum(self._pages(other) for other in self.running)
-            if promised + self._pages(one) > latents.num_pages:
-                if self.running:
-                    return  # until somebody leaves
-                raise CacheFull(f"request {one.number} needs more pages than the cache has.")
-            self.waiting.popleft()
+            promised = sum(map(self._pages, [*self.running, self.waiting[0]]))
+            if promised > latents.num_pages:
+                return  # until somebody leaves
+            one = self.waiting.popleft()
             (one.sequence,) = latents.new_sequences(1)
             self._append([one], [one.prompt])
             self.running.append(one)
@@ -102,23 +106,27 @@ class Server:
 
 
 @click.command(help=__doc__)
-@click.argument("model_dir")
+@click.argument("model_dir", type=click.Path(exists=True, file_okay=False))
 @click.option("--prompt", "prompts", multiple=True, required=True, help="May be repeated.")
 @click.option("--backend", default="cpu", show_default=True)
 @click.option("--at-once", default=8, show_default=True, type=COUNT, help="Requests that are served at once.")
 @click.option("--max-tokens", default=4096, show_default=True, type=COUNT, help="Room of the cache.")
 @click.option("--new-tokens", default=64, show_default=True, type=COUNT, help="Of each request.")
-def main(model_dir: str, prompts: list[str], new_tokens: int, backend: str, **room: int) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def main(**asked: Any) -> None:
+    try:
+        serve(**asked)
+    except (MLAError, BackendError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir).eval().to(load_backend(backend).device)
-    use_mla(model, backend)
-    server = Server(model, **room, end=tokenizer.eos_token_id)
+
+def serve(model_dir: str, prompts: list[str], new_tokens: int, backend: str, **room: int) -> None:
+    """Load a model, serve all prompts, and print each when it is done."""
+    model, tokenizer = load(model_dir, backend)
+    server = Server(use_mla(model, backend), **room, end=tokenizer.eos_token_id)
     requests = [Request(i, tokenizer(text).input_ids, new_tokens) for i, text in enumerate(prompts)]
     for done in server.run(requests):
         click.echo(f"{done.number}: {tokenizer.decode(done.prompt + done.tokens, skip_special_tokens=True)}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

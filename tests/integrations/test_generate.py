@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from test_refusals import without_mla
 from tiny_models import VOCABULARY, make_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "generate.py"
+sys.path.append(str(EXAMPLE.parent))
 TEXT = ["once upon a time there was a latent cache that everybody attended to", "and it was small"] * 9
 
 
@@ -30,24 +35,86 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(EXAMPLE), *words]
+def run(*words: str, name: str = "generate.py") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLE.with_name(name)), *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_both_runs_are_side_by_side(model_dir: Path) -> None:
-    done = run(str(model_dir), "--prompt", "once upon a time", "--new-tokens", "20", "--dtype", "float32")
+def test_both_runs_are_side_by_side(model_dir: Path, tmp_path: Path) -> None:
+    """The prompt is long, so that what `transformers` expands is most of the memory."""
+    (tmp_path / "prompt.txt").write_text("once upon a time " * 40)
+    prompt = ("--prompt-file", str(tmp_path / "prompt.txt"))
+    done = run(str(model_dir), *prompt, "--new-tokens", "20", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
+    memory = []
     for name in ("transformers", r"mla \(cpu\)"):
-        assert re.search(rf"{name} +│ +\d+ ms +│ +\d+\.\d +│ +-?\d+ MiB", done.stdout), done.stdout
+        found = re.search(rf"{name} +│ +\d+ ms +│ +\d+\.\d +│ +([\d.]+) MiB", done.stdout)
+        assert found, done.stdout
+        memory.append(float(found[1]))
+    assert memory[1] < memory[0]
     assert "all tokens are the same" in done.stdout
 
 
-def test_a_directory_that_holds_no_model_is_one_sentence(tmp_path: Path) -> None:
-    done = run(str(tmp_path))
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    """Directories that are no models, or others' models."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty").mkdir()
+    for name in ("broken", "no_tokenizer", "other"):
+        shutil.copytree(model_dir, folder / name)
+    (folder / "broken" / "model.safetensors").write_bytes(b"{}" * 9)
+    for file in (folder / "no_tokenizer").glob("tokenizer*"):
+        file.unlink()
+    without_mla().save_pretrained(folder / "other")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "code", "message"),
+    [
+        ("empty", [], 1, "empty has no model that can be loaded: "),
+        ("broken", [], 1, "broken has no model that can be loaded: Error while deserializing header"),
+        ("no_tokenizer", [], 1, "no_tokenizer has no tokenizer that can be loaded: "),
+        ("other", [], 1, "LlamaForCausalLM has no multi-head latent attention"),
+        ("other", ["--backend", "none"], 1, "unknown backend 'none'"),
+        ("nowhere", [], 2, "nowhere' does not exist"),
+    ],
+)
+@pytest.mark.parametrize("example", ["generate", "serve_loop"])
+def test_what_goes_wrong_is_one_sentence(
+    bad: Path, example: str, name: str, words: list[str], code: int, message: str
+) -> None:
+    main = importlib.import_module(example).main
+    done = CliRunner().invoke(main, ["--prompt", "once", *words, str(bad / name)])
+    assert done.exit_code == code, done.stderr
+    assert isinstance(done.exception, SystemExit), done.exception
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert message in error
+
+
+@pytest.mark.parametrize("example", ["generate", "serve_loop"])
+def test_a_prompt_of_nothing(model_dir: Path, example: str) -> None:
+    done = CliRunner().invoke(importlib.import_module(example).main, [str(model_dir), "--prompt", ""])
+    assert (done.exit_code, "no tokens" in done.stderr) == (1, True)
+
+
+def test_the_prompt_comes_from_one_place(model_dir: Path, tmp_path: Path) -> None:
+    main, path = importlib.import_module("generate").main, tmp_path / "prompt"
+    path.write_bytes(b"\xff\xfe")
+    done = CliRunner().invoke(main, [str(model_dir), "--prompt-file", str(path)])
+    assert (done.exit_code, "no UTF-8 text" in done.stderr) == (1, True)
+    done = CliRunner().invoke(main, [str(model_dir), "--prompt-file", str(path), "--prompt", "once"])
+    assert (done.exit_code, "exclude each other" in done.stderr) == (2, True)
+
+
+def test_prompts_are_served(model_dir: Path) -> None:
+    main = importlib.import_module("serve_loop").main
+    words = [str(model_dir), "--prompt", "once upon", "--prompt", "a time", "--new-tokens", "3"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0
+    assert [line[:2] for line in done.stdout.splitlines()] == ["0:", "1:"]
+    done = CliRunner().invoke(main, [*words, "--max-tokens", "3", "--new-tokens", "99"])
+    assert (done.exit_code, "request 0 needs more pages" in done.stderr) == (1, True)
 
 
 @pytest.mark.parametrize("name", ["generate.py", "serve_loop.py"])
@@ -55,7 +122,8 @@ def test_what_is_missing_is_one_sentence(name: str) -> None:
     """An environment made from README's first command has no `transformers`."""
     path = str(EXAMPLE.with_name(name))
     program = (
-        f"import runpy, sys; sys.modules['transformers'] = None; runpy.run_path({path!r}, None, '__main__')"
+        "import runpy, sys; sys.modules['transformers'] = None; "
+        f"sys.path.insert(0, {str(EXAMPLE.parent)!r}); runpy.run_path({path!r}, None, '__main__')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_model
+from tiny_models import CACHE, make_model
 from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 
 from mla.integrations.transformers import UnsupportedModel, restore, use_mla
+from mla.integrations.transformers.packed import PackedLinear
 from mla.layer.core import AttentionCore
 from mla_backends import BackendError
 
@@ -24,12 +26,12 @@ def without_mla() -> Any:
     return LlamaForCausalLM(LlamaConfig(vocab_size=9, **sizes))
 
 
+class Linear8bit(nn.Linear):
+    """As libraries of quantized weights make theirs."""
+
+
 def quantized() -> Any:
     model = make_model("deepseek_v3")
-
-    class Linear8bit(nn.Linear):
-        pass
-
     model.model.layers[1].self_attn.kv_b_proj.__class__ = Linear8bit
     return model
 
@@ -37,6 +39,35 @@ def quantized() -> Any:
 def split() -> Any:
     model = make_model("deepseek_v3")
     model.model.layers[1].self_attn.to("meta")
+    return model
+
+
+def offloaded() -> Any:
+    """As `device_map` leaves a model, but for the hooks."""
+    model = make_model("deepseek_v3")
+    model.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    return model
+
+
+def in_fp8() -> Any:
+    """As a checkpoint with `weight_scale_inv` is loaded on a GPU; on a CPU it comes in bfloat16."""
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    model = make_model("deepseek_v3")
+    model.model.layers[1].self_attn.o_proj = FP8Linear(64, 64, block_size=(128, 128))
+    return model
+
+
+def with_attention_weights() -> Any:
+    model = make_model("deepseek_v3")
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    return model
+
+
+def two_models() -> Any:
+    model = make_model("deepseek_v3")
+    model.draft = make_model("deepseek_v2")
     return model
 
 
@@ -51,7 +82,11 @@ def mixed() -> Any:
     [
         (without_mla, "LlamaForCausalLM has no multi-head latent attention"),
         (lambda: nn.Linear(2, 2), "Linear is no loaded model of `transformers`"),
-        (quantized, "kv_b_proj of this model is a Linear8bit"),
+        (quantized, r"kv_b_proj of this model is .*test_refusals\.Linear8bit: load it unquantized"),
+        (offloaded, r"split over devices or offloaded \(cpu, disk\)"),
+        (in_fp8, r"o_proj of this model is transformers\..*\.FP8Linear: load it unquantized"),
+        (with_attention_weights, "computes no attention weights"),
+        (two_models, "DeepseekV3ForCausalLM holds several language models"),
         (split, "split over devices"),
         (mixed, "differ in dtype"),
         (lambda: use_mla(make_model("deepseek_v3")), "runs our ops already"),
@@ -73,22 +108,33 @@ def test_a_backend_that_is_not_there_changes_nothing(model: Any) -> None:
     assert [type(module) for module in model.modules()] == before
 
 
+def assert_same(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    found = model.state_dict()
+    assert list(found) == list(weights)
+    assert all(
+        weight.dtype == weights[name].dtype and torch.equal(weight, weights[name])
+        for name, weight in found.items()
+    )
+
+
+@pytest.mark.parametrize(("kind", "calls"), [(AttentionCore, 2), (PackedLinear, 1), (PackedLinear, 7)])
 def test_an_op_that_fails_halfway_leaves_the_model_as_it_was(
-    model: Any, monkeypatch: pytest.MonkeyPatch
+    model: Any, monkeypatch: pytest.MonkeyPatch, kind: type, calls: int
 ) -> None:
+    """The second layer's kv_b_proj, or a projection of the first layer or the second."""
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    pack, packed = AttentionCore.load, list[object]()
+    make, made = kind.__init__, list[object]()
 
-    def fail_at_the_second(core: AttentionCore, weight: torch.Tensor) -> None:
-        packed.append(core)
-        if len(packed) == 2:
-            raise BackendError("no memory is left.")
-        pack(core, weight)
+    def fail_in_the_end(new: Any, *arguments: Any, **words: Any) -> None:
+        made.append(new)
+        if len(made) == calls:
+            raise torch.OutOfMemoryError("no memory is left.")
+        make(new, *arguments, **words)
 
-    monkeypatch.setattr(AttentionCore, "load", fail_at_the_second)
-    with pytest.raises(BackendError, match="no memory"):
+    monkeypatch.setattr(kind, "__init__", fail_in_the_end)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
         use_mla(model)
-    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    assert_same(model, weights)
     assert not any(hasattr(module, "mla_attention") for module in model.modules())
     assert model.config._attn_implementation == "sdpa"
 
@@ -109,24 +155,29 @@ def test_a_projection_that_is_more_than_its_weight(model: Any, name: str) -> Non
     attention = model.model.layers[1].self_attn
 
     def refused(message: str) -> None:
-        with pytest.raises(UnsupportedModel, match=f"{name} of this model is a {message}"):
+        with pytest.raises(UnsupportedModel, match=f"{name} of this model is {message}"):
             use_mla(model)
 
     hook = getattr(attention, name).register_forward_hook(lambda *_: None)
-    refused("Linear of torch.float32")
+    refused("an nn.Linear with hooks")
     hook.remove()
     getattr(attention, name).to(torch.float8_e4m3fn)
-    refused("Linear of torch.float8_e4m3fn")
+    refused("an nn.Linear of torch.float8_e4m3fn")
     setattr(attention, name, nn.Sequential(getattr(attention, name)))
-    refused("Sequential of no single dtype")
+    refused("torch.nn.modules.container.Sequential")
 
 
 @pytest.mark.parametrize("move", [lambda model: model.to(torch.bfloat16), lambda model: model.half()])
 def test_a_model_in_use_is_not_cast(model: Any, move: Callable[[Any], None]) -> None:
     """Its norms would be, and its packed weights would not."""
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
     use_mla(model)
-    with pytest.raises(UnsupportedModel, match="cannot be moved or cast"):
-        move(model)
+    for part in (model, model.model):
+        with pytest.raises(UnsupportedModel, match="cannot be moved or cast"):
+            move(part)
+    assert_same(model, before)
+    restore(model)
+    assert move(model).lm_head.weight.dtype != torch.float32
 
 
 def test_a_model_in_use_is_not_copied(model: Any) -> None:
@@ -155,6 +206,15 @@ def test_there_must_be_something_to_restore(model: Any) -> None:
         restore(model)
 
 
+def attention_weights(model: Any) -> None:
+    model(input_ids=torch.tensor([[3, 4]]), output_attentions=True)
+
+
+def attention_weights_of_a_generation(model: Any) -> None:
+    words = {"output_attentions": True, "return_dict_in_generate": True}
+    model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, **words)
+
+
 def own_mask(model: Any) -> None:
     model(input_ids=torch.tensor([[3, 4]]), attention_mask=torch.zeros(1, 1, 2, 2))
 
@@ -177,9 +237,32 @@ def gradients(model: Any) -> None:
         model(input_ids=torch.tensor([[3, 4]]))
 
 
+class Forgetful(DynamicCache):
+    """Keeps the last four tokens, and says that it has all."""
+
+    def update(self, *arguments: Any, **words: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super().update(*arguments, **words)
+        return keys[:, :, -4:], values[:, :, -4:]
+
+
+def dropped_tokens(model: Any) -> None:
+    model(input_ids=torch.arange(3, 9)[None], **{CACHE: Forgetful(config=model.config)})
+
+
+def window(model: Any) -> None:
+    layers = [DynamicSlidingWindowLayer(sliding_window=4) for _ in range(2)]
+    model.generate(
+        torch.arange(3, 9)[None], max_new_tokens=9, eos_token_id=None, **{CACHE: Cache(layers=layers)}
+    )
+
+
 @pytest.mark.parametrize(
     ("run", "message"),
     [
+        (attention_weights, "computes no attention weights"),
+        (attention_weights_of_a_generation, "computes no attention weights"),
+        (dropped_tokens, "this cache returned 4 of 6 tokens"),
+        (window, "not plain causal attention"),
         (own_mask, "takes no mask of one's own"),
         (own_whole_numbers, "takes no mask of one's own"),
         (packed, "not plain causal attention"),

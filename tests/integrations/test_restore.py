@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_tokens import Prompts, generate
 from tiny_models import make_model
 from torch import nn
 
 from mla.integrations.transformers import UnsupportedModel, restore, use_mla
 
+TABLES = vars(nn.Module())  # of parameters and modules
+
 
 def snapshot(model: Any) -> list[tuple[str, type, dict[str, Any]]]:
-    """Return what is visible of every module."""
-    return [
-        (name, type(module), {key: value for key, value in vars(module).items() if not key.startswith("_")})
+    """Return what there is of every module, and of every parameter besides its numbers."""
+    modules = [
+        (name, type(module), {key: value for key, value in vars(module).items() if key not in TABLES})
         for name, module in model.named_modules()
     ]
+    return modules + [(name, type(one), dict(vars(one))) for name, one in model.named_parameters()]
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3 with biases", "longcat_flash", "kimi_linear"])
@@ -25,6 +30,7 @@ def test_nothing_is_left(family: str) -> None:
     model = make_model(family)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     trains = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    model.get_parameter(next(name for name in weights if "kv_a_proj" in name)).mark = "of others"
     modules, attention = snapshot(model), model.config._attn_implementation
     use_mla(model)
     assert {
@@ -62,7 +68,32 @@ def test_no_plain_weight_stays_beside_a_packed_one() -> None:
 
 
 def test_weights_are_loaded_into_plain_models_alone(model: Any) -> None:
-    state = model.state_dict()
+    state = {name: weight + 1 for name, weight in model.state_dict().items()}
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
     use_mla(model)
     with pytest.raises(UnsupportedModel, match="restore"):
         model.load_state_dict(state)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    restore(model).load_state_dict(state)
+    use_mla(model)
+    assert all(torch.equal(weight, state[name]) for name, weight in restore(model).state_dict().items())
+
+
+@pytest.mark.parametrize("prepared", ["", "model"])
+@pytest.mark.parametrize("given", ["", "model", "model.layers.1"])
+def test_any_part_of_a_model_will_do(model: Any, prompts: Prompts, prepared: str, given: str) -> None:
+    theirs, before = generate(model, prompts, max_new_tokens=8), snapshot(model)
+    use_mla(model.get_submodule(prepared))
+    assert torch.equal(generate(model, prompts, max_new_tokens=8), theirs)
+    restore(model.get_submodule(given))
+    assert snapshot(model) == before
+    with pytest.raises(UnsupportedModel, match="nothing to restore"):
+        restore(model)
+
+
+def test_it_is_saved_as_it_was_loaded(model: Any, tmp_path: Path) -> None:
+    state = {name: weight.clone() for name, weight in model.state_dict().items()}
+    use_mla(model).save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa"
+    assert all(torch.equal(weight, state[name]) for name, weight in loaded.state_dict().items())

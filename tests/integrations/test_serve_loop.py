@@ -48,5 +48,9 @@ def test_a_request_ends_with_its_token(model: Any) -> None:
 
 
 def test_a_request_that_can_never_be_served_is_named(model: Any) -> None:
+    server = Server(use_mla(model), max_tokens=64, at_once=2)
     with pytest.raises(CacheFull, match="request 7"):
-        list(Server(use_mla(model), max_tokens=64, at_once=2).run([Request(7, [5], 64)]))
+        list(server.run([Request(6, [5], 3), Request(7, [5], 64)]))
+    with pytest.raises(ValueError, match="request 8 has no tokens"):
+        list(server.run([Request(8, [], 3)]))
+    assert [one.number for one in server.run([Request(9, [5], 3)])] == [9]

@@ -87,15 +87,19 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def make_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a model whose weights are large enough that its tokens do not repeat."""
+    """Return a model of a family."""
     module, prefix, values = FAMILIES[family]
     home = f"transformers.models.{module}"
     config_class = getattr(importlib.import_module(f"{home}.configuration_{module}"), f"{prefix}Config")
     model_class = getattr(importlib.import_module(f"{home}.modeling_{module}"), f"{prefix}ForCausalLM")
     torch.manual_seed(0)
-    model = model_class(config_class(**values)).to(dtype).eval()
+    return fill(model_class(config_class(**values)).to(dtype))
+
+
+def fill(model: Any) -> Any:
+    """Draw weights that are large enough that tokens do not repeat; return the model."""
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.normal_(0, 2 / weight.shape[-1] ** 0.5)
-    return model
+    return model.eval()

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from mla.integrations.transformers.errors import UnsupportedModel, require_inference
+from mla.integrations.transformers.errors import NO_WEIGHTS, UnsupportedModel, require_inference
 from mla.integrations.transformers.step import PAGE_SIZE, Step
+from mla.integrations.transformers.uncompiled import uncompiled
 from mla.layer.core import AttentionCore
 from mla.layer.workspace import Workspace
 
@@ -60,7 +61,15 @@ class Steps:
         return self._last
 
     def write(self, step: Step, latent: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
-        """Return all visible latents, copied to pages [pages, page, c + r]."""
+        """Return all visible latents, copied to pages [pages, page, c + r].
+
+        Raises `UnsupportedModel` for a cache that has dropped some.
+        """
+        returned, tokens = latent.shape[2], step.flags.shape[-1]
+        if returned < tokens:
+            raise UnsupportedModel(
+                f"this cache returned {returned} of {tokens} tokens: `use_mla` needs all of them."
+            )
         width, (c, r) = step.batch.block_table.shape[1], (latent.shape[-1], pe.shape[-1])
         pages = self.scratch.take("pages", len(step.keys) * width, PAGE_SIZE, c + r)
         rows = pages.view(len(step.keys), width * PAGE_SIZE, c + r)
@@ -73,6 +82,7 @@ class Steps:
         return pages
 
 
+@uncompiled
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,  # [B, h, t, n + r]
@@ -81,11 +91,16 @@ def attend(
     attention_mask: torch.Tensor | None,
     **other: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as `transformers` asks an attention function to; return [B, t, h, v] and no weights."""
+    """Attend as `transformers` asks an attention function to; return [B, t, h, v] and no weights.
+
+    Raises `UnsupportedModel` for what our ops do not do.
+    """
     attention: Attention | None = getattr(module, "mla_attention", None)
     if attention is None:
         raise UnsupportedModel("this layer was not prepared by `use_mla`: call it on the whole model.")
     require_inference(query, module.training)
+    if other.get("output_attentions"):
+        raise UnsupportedModel(NO_WEIGHTS)
     if attention_mask is None or attention_mask.dtype != torch.int32 or attention_mask.shape[1:3] != (1, 1):
         raise UnsupportedModel(
             "`use_mla` takes no mask of one's own [batch, 1, queries, keys]: give attention_mask "

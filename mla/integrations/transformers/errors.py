@@ -6,6 +6,11 @@ import torch
 
 from mla.errors import MLAError
 
+NO_WEIGHTS = (
+    "`use_mla` computes no attention weights: leave output_attentions out, or `restore(model)` and select "
+    "eager attention to get them."
+)
+
 
 class UnsupportedModel(MLAError):
     """A model, a cache or a feature of `transformers` that `use_mla` does not serve."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,11 +11,19 @@ import mla
 from mla.integrations.transformers.attention import Attention, Steps, attend
 from mla.integrations.transformers.errors import UnsupportedModel
 from mla.integrations.transformers.mask import NAME, visible_keys
-from mla.integrations.transformers.packed import Packed, PackedKvB, PackedLinear
+from mla.integrations.transformers.packed import GUARDS, Packed, PackedKvB, PackedLinear
 from mla.integrations.transformers.survey import PROJECTIONS, Survey, find_attention, survey
 from mla.layer.core import AttentionCore
 from mla.layer.expansion import WORKSPACE_BYTES
 from mla_backends.api import Backend
+
+
+class Use(NamedTuple):
+    """What `restore` undoes."""
+
+    owner: Any  # the language model, of which layers have been prepared
+    models: list[Any]  # those that hold the layers, from the outermost one
+    before: str  # what it attended with
 
 
 def use_mla(model: Any, backend: str = "cpu", **arguments: Any) -> Any:
@@ -36,15 +44,17 @@ def use_mla(model: Any, backend: str = "cpu", **arguments: Any) -> Any:
         )
     _register()
     steps = Steps(found.dtype, found.device, WORKSPACE_BYTES)
-    before = model.config._attn_implementation
+    use = Use(found.owner, found.models, found.owner.config._attn_implementation)
     try:
         for layer in found.layers:
             _prepare(layer, found, opened, steps)
-        model.set_attn_implementation(NAME)
+            layer.mla_use = use
+        found.owner.set_attn_implementation(NAME)
+        for one in use.models:
+            vars(one).update(GUARDS)
     except BaseException:
-        _undo(model, before)
+        _undo(use)
         raise
-    model.mla_before = before
     return model
 
 
@@ -57,8 +67,8 @@ def _prepare(layer: Any, found: Survey, backend: Backend, steps: Steps) -> None:
     """Have one layer run our ops; packed weights take the place of its plain ones."""
     core = AttentionCore(found.config, backend=backend, dtype=found.dtype, scratch=steps.scratch)
     core.load(layer.kv_b_proj.weight)
-    layer.kv_b_proj, layer.mla_attention = PackedKvB(layer.kv_b_proj, core), Attention(core, steps)
-    layer.expand_kv = _as_they_are
+    layer.mla_attention, layer.expand_kv = Attention(core, steps), _as_they_are
+    layer.kv_b_proj = PackedKvB(layer.kv_b_proj, core)
     steps.zeroes = not core.ops["latent_attention"].op.nan_safe_tail
     for name in PROJECTIONS:
         if isinstance(linear := getattr(layer, name, None), nn.Linear):  # which kv_b_proj is no more
@@ -66,26 +76,30 @@ def _prepare(layer: Any, found: Survey, backend: Backend, steps: Steps) -> None:
 
 
 def restore(model: Any) -> Any:
-    """Undo `use_mla`, bit for bit; return the model.
+    """Undo `use_mla`, bit for bit, on the model, the one it is a part of, or those inside it; return it.
 
     Raises `UnsupportedModel` where there is nothing to undo.
     """
-    if not hasattr(model, "mla_before"):
+    uses = {id(layer.mla_use): layer.mla_use for layer in find_attention(model) if hasattr(layer, "mla_use")}
+    if not uses:
         raise UnsupportedModel("this model does not run our ops: there is nothing to restore.")
-    _undo(model, model.mla_before)
-    del model.mla_before
+    for use in uses.values():
+        _undo(use)
     return model
 
 
-def _undo(model: Any, attention: str) -> None:
+def _undo(use: Use) -> None:
     """Give back what layers had, of which some may have been prepared."""
-    for layer in find_attention(model):
+    for one in use.models:
+        for name in GUARDS:
+            vars(one).pop(name, None)
+    for layer in find_attention(use.owner):
         for name, child in list(layer.named_children()):
             if isinstance(child, Packed):
                 setattr(layer, name, child.plain())
-        for name in ("mla_attention", "expand_kv"):
+        for name in ("mla_use", "mla_attention", "expand_kv"):
             vars(layer).pop(name, None)
-    model.set_attn_implementation(attention)
+    use.owner.set_attn_implementation(use.before)
 
 
 def _as_they_are(latent: torch.Tensor, pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

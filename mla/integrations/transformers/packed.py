@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from mla.integrations.transformers.errors import UnsupportedModel, require_inference
+from mla.integrations.transformers.uncompiled import uncompiled
 from mla.layer.core import AttentionCore
 from mla.layer.ops import Choice, choose
 from mla_backends.api import FusedOp, LinearSpec
+
+
+def _moved(*arguments: Any, **words: Any) -> NoReturn:
+    raise UnsupportedModel(
+        "a model that runs our ops cannot be moved or cast, since its weights are packed for one device: "
+        "call `restore(model)`, move it, and then `use_mla` again."
+    )
+
+
+def _loaded(*arguments: Any, **words: Any) -> NoReturn:
+    raise UnsupportedModel("this model's weights are packed: call `restore(model)` to load others.")
+
+
+# In the place of a model's methods: its packed weights would refuse, too, but only when others were changed.
+GUARDS = {"_apply": _moved, "_load_from_state_dict": _loaded}
 
 
 class Packed(nn.Module):
@@ -20,27 +36,26 @@ class Packed(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.training = linear.training
-        self._trains = {name: one.requires_grad for name, one in linear.named_parameters()}
+        self._linear = (linear,)  # which is no child: nobody sees it, or its weight
+        self._trains, self._marks = linear.weight.requires_grad, vars(linear.weight)
+
+    def take_weight(self) -> None:
+        """Free the plain weight, when nothing can fail any more."""
+        self._linear[0].weight = None  # type: ignore[assignment]
 
     def weight_as_loaded(self) -> torch.Tensor:
         """Return the weight [o, i], bit for bit."""
         raise NotImplementedError
 
     def plain(self) -> nn.Linear:
-        """Return the module that this one stands in for."""
-        weight, bias = self.weight_as_loaded(), getattr(self, "bias", None)
-        rows, columns = weight.shape
-        made = nn.Linear(columns, rows, bias=bias is not None, device="meta", dtype=weight.dtype)
-        made.weight = nn.Parameter(weight, requires_grad=self._trains["weight"])
-        if bias is not None:
-            made.bias = nn.Parameter(bias, requires_grad=self._trains["bias"])
-        return made.train(self.training)
+        """Return the module that this one stands in for, and give it its weight."""
+        (linear,) = self._linear
+        linear.weight = nn.Parameter(self.weight_as_loaded(), requires_grad=self._trains)
+        vars(linear.weight).update(self._marks)
+        return linear.train(self.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Packed:
-        raise UnsupportedModel(
-            "a model that runs our ops cannot be moved or cast, since its weights are packed for one device: "
-            "call `restore(model)`, move it, and then `use_mla` again."
-        )
+        _moved()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UnsupportedModel(
@@ -53,7 +68,7 @@ class Packed(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        raise UnsupportedModel("this model's weights are packed: call `restore(model)` to load others.")
+        _loaded()
 
 
 class PackedLinear(Packed):
@@ -67,7 +82,9 @@ class PackedLinear(Packed):
         self._choice: Choice = choose("linear", spec, offered, policy)
         self._packed = self._choice.op.pack(weight)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.take_weight()
 
+    @uncompiled
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [..., i] times the weight, plus the bias: [..., o]."""
         require_inference(x)
@@ -93,6 +110,7 @@ class PackedKvB(Packed):
     def __init__(self, linear: nn.Linear, core: AttentionCore) -> None:
         super().__init__(linear)
         self._core = core
+        self.take_weight()
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         """Raise `UnsupportedModel`: nothing is expanded any more."""

@@ -19,6 +19,7 @@ from mla.errors import CacheFull
 from mla.integrations.transformers.errors import UnsupportedModel
 from mla.integrations.transformers.step import Step, left_padded, left_padding
 from mla.integrations.transformers.survey import find_attention
+from mla.integrations.transformers.uncompiled import uncompiled
 
 
 class PagedLayer(CacheLayerMixin):
@@ -35,6 +36,7 @@ class PagedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """All memory is there from the beginning."""
 
+    @uncompiled
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *arguments: Any, **words: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

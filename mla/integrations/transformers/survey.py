@@ -9,7 +9,7 @@ from torch import nn
 
 from mla.config import MLAConfig
 from mla.errors import ConfigError
-from mla.integrations.transformers.errors import UnsupportedModel
+from mla.integrations.transformers.errors import NO_WEIGHTS, UnsupportedModel
 
 # A layer's projections; no family has all.
 PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
@@ -20,6 +20,8 @@ class Survey(NamedTuple):
     """The layers that are to run our ops, and what they have in common."""
 
     layers: list[Any]
+    models: list[Any]  # those that hold them, from the outermost one
+    owner: Any  # of these the language model, whose config says what all of them attend with
     config: MLAConfig
     dtype: torch.dtype
     device: torch.device
@@ -27,23 +29,53 @@ class Survey(NamedTuple):
 
 def survey(model: Any) -> Survey:
     """Return what there is to serve. Raises `UnsupportedModel`."""
-    if not hasattr(model, "set_attn_implementation"):
+    if isinstance(model, type) or not hasattr(model, "set_attn_implementation"):
         raise UnsupportedModel(f"{type(model).__name__} is no loaded model of `transformers` 5.20 or later.")
     layers = find_attention(model)
     if any(hasattr(layer, "mla_attention") for layer in layers):
         raise UnsupportedModel("this model runs our ops already: call `restore(model)` first.")
     if not layers:
         raise UnsupportedModel(f"{type(model).__name__} has no multi-head latent attention (no kv_b_proj).")
+    models = [
+        one for one in model.modules() if hasattr(one, "set_attn_implementation") and find_attention(one)
+    ]
+    _check_placement(model, layers)
     for layer in layers:
         _check_layer(layer)
-    _check_devices(model, layers)
     weight = layers[0].kv_b_proj.weight
-    return Survey(layers, _config(model, layers[0]), weight.dtype, weight.device)
+    if len({layer.kv_b_proj.weight.dtype for layer in layers}) > 1:
+        raise UnsupportedModel("this model's layers differ in dtype: cast it to one with `model.to(...)`.")
+    owner, config = _owner(model, models, layers), _config(model, layers[0])
+    return Survey(layers, models, owner, config, weight.dtype, weight.device)
 
 
 def find_attention(model: Any) -> list[Any]:
     """Return the model's latent attention layers, in their order."""
-    return [one for one in model.modules() if hasattr(one, "kv_b_proj") and hasattr(one, "kv_a_layernorm")]
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return [one for one in modules if hasattr(one, "kv_b_proj") and hasattr(one, "kv_a_layernorm")]
+
+
+def _owner(model: Any, models: list[Any], layers: list[Any]) -> Any:
+    """Return the model that all layers have their config from; other parts attend as they did."""
+    owner = next((one for one in models if all(layer.config is one.config for layer in layers)), None)
+    if owner is None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} holds several language models: call `use_mla` on each of them."
+        )
+    if any(one.config.output_attentions for one in models):
+        raise UnsupportedModel(NO_WEIGHTS)
+    return owner
+
+
+def _check_placement(model: Any, layers: list[Any]) -> None:
+    """Raise `UnsupportedModel` unless all layers are on one device, and stay there."""
+    devices = {str(weight.device) for layer in layers for weight in layer.parameters()}
+    mapped = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(devices) > 1 or len(mapped) > 1 or "meta" in devices:
+        places = ", ".join(sorted(map(str, mapped or devices)))
+        raise UnsupportedModel(
+            f"this model is split over devices or offloaded ({places}): load it on one, without `device_map`."
+        )
 
 
 def _check_layer(layer: Any) -> None:
@@ -54,31 +86,24 @@ def _check_layer(layer: Any) -> None:
         )
     for name in PROJECTIONS:
         linear = getattr(layer, name, None)
-        if linear is not None and not _is_plain(linear):
-            weight = getattr(linear, "weight", None)
-            kind = f"{type(linear).__name__} of {getattr(weight, 'dtype', 'no single dtype')}"
+        if linear is not None and (more := _more_than_a_weight(linear)):
             raise UnsupportedModel(
-                f"{name} of this model is a {kind}: load it unquantized and without adapters, in bfloat16, "
-                "float16 or float32."
+                f"{name} of this model is {more}: load it unquantized, without adapters or offloading, in "
+                "bfloat16, float16 or float32."
             )
 
 
-def _is_plain(linear: Any) -> bool:
-    """Return whether a projection is its weight and nothing else: no subclass of either, and no hook."""
-    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
-        return False
+def _more_than_a_weight(linear: Any) -> str:
+    """Return what a projection is if it is not its weight and nothing else; "" if it is."""
+    kind, weight = type(linear), getattr(linear, "weight", None)
+    if kind is not nn.Linear:
+        return f"{kind.__module__}.{kind.__name__}"
+    if type(weight) is not nn.Parameter:
+        return f"an nn.Linear whose weight is a {type(weight).__name__}"
+    if weight.dtype not in DTYPES:
+        return f"an nn.Linear of {weight.dtype}"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_hf_hook")
-    return linear.weight.dtype in DTYPES and not any(getattr(linear, name, None) for name in hooks)
-
-
-def _check_devices(model: Any, layers: list[Any]) -> None:
-    """Raise `UnsupportedModel` unless all layers are on one device and of one dtype."""
-    weights = [layer.kv_b_proj.weight for layer in layers]
-    spread = len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1
-    if spread or len({weight.device for weight in weights}) > 1 or weights[0].device.type == "meta":
-        raise UnsupportedModel("this model is split over devices: load it on one (without `device_map`).")
-    if len({weight.dtype for weight in weights}) > 1:
-        raise UnsupportedModel("this model's layers differ in dtype.")
+    return "an nn.Linear with hooks" if any(getattr(linear, name, None) for name in hooks) else ""
 
 
 def _config(model: Any, layer: Any) -> MLAConfig:

@@ -1,0 +1,140 @@
+"""Every family generates the same tokens in every way that `transformers` knows, on stock caches and on ours.
+
+Results of an unchanged model are kept, since both caches are compared with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from test_tokens import Prompts, generate
+from tiny_models import CACHE, FAMILIES, make_model
+
+from mla.integrations.transformers import PagedCache, use_mla
+
+Way = Callable[..., torch.Tensor]  # (model, prompts, cache=) -> tokens
+STATEFUL = ("kimi_linear",)  # whose other layers take no guesses back, and have state that no page holds
+
+
+def ask(**words: Any) -> Way:
+    return lambda model, prompts, **cache: generate(model, prompts, max_new_tokens=12, **words, **cache)
+
+
+def go_on(more: int) -> Way:
+    """Generate, append a second prompt of so many tokens, and go on from the cache that was returned."""
+
+    def run(model: Any, prompts: Prompts, **cache: Any) -> torch.Tensor:
+        words = {"return_dict_in_generate": True, "max_new_tokens": 8}
+        first = generate(model, prompts, **words, **cache)
+        ids = torch.cat((first.sequences, torch.full((3, more), 7)), dim=1)
+        mask = torch.ones_like(ids)
+        mask[:, :11] = prompts["attention_mask"]
+        held = {CACHE: getattr(first, CACHE)}
+        found: torch.Tensor = generate(
+            model, {"input_ids": ids, "attention_mask": mask}, **held, **words
+        ).sequences
+        return found
+
+    return run
+
+
+def guessed(**words: Any) -> Way:
+    """Have an assistant, or the prompt, guess tokens, of which some are taken back."""
+
+    def run(model: Any, prompts: Prompts, **cache: Any) -> torch.Tensor:
+        assistant = {} if words else {"assistant_model": stock("deepseek_v2")}
+        ids = torch.arange(3, 9).repeat(3)[None]
+        prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        found: torch.Tensor = generate(model, prompt, max_new_tokens=16, **words, **assistant, **cache)
+        return found
+
+    return run
+
+
+def of_padding_alone(model: Any, prompts: Prompts, **cache: Any) -> torch.Tensor:
+    """`transformers` gives a request of padding alone whatever it likes; the others must not notice."""
+    mask = prompts["attention_mask"].clone()
+    mask[0] = 0
+    tokens: torch.Tensor = ask()(model, {**prompts, "attention_mask": mask}, **cache)
+    return tokens[1:]
+
+
+def padded_on_the_right(model: Any, prompts: Prompts) -> torch.Tensor:
+    mask = prompts["attention_mask"].flip(1)
+    with torch.no_grad():
+        tokens: torch.Tensor = model(prompts["input_ids"], attention_mask=mask).logits.argmax(dim=-1)
+    return tokens[mask.bool()]
+
+
+GUESSED: dict[str, Way] = {
+    "assistant": guessed(),
+    "prompt lookup": guessed(prompt_lookup_num_tokens=3),
+}
+WAYS: dict[str, Way] = {
+    "sampled": ask(do_sample=True, temperature=0.7),
+    "beams": ask(num_beams=3),
+    "sampled beams": ask(num_beams=2, do_sample=True, num_return_sequences=2),
+    "several sequences": ask(num_return_sequences=2, do_sample=True),
+    "chunked prefill": ask(prefill_chunk_size=4),
+    "guidance": ask(guidance_scale=1.5),
+    "goes on": go_on(0),
+    "second prompt": go_on(5),
+    "padding alone": of_padding_alone,
+    **GUESSED,
+}
+STOCK_ALONE: dict[str, Way] = {
+    "no cache": ask(use_cache=False),
+    "static": ask(cache_implementation="static"),
+    "static beams": ask(cache_implementation="static", num_beams=2),
+    "static chunks": ask(cache_implementation="static", prefill_chunk_size=4),
+    "right padding": padded_on_the_right,
+}
+
+
+@cache
+def stock(family: str) -> Any:
+    return make_model(family)
+
+
+@cache
+def ours(family: str) -> Any:
+    return use_mla(make_model(family))
+
+
+@cache
+def theirs(family: str, way: str) -> torch.Tensor:
+    return (WAYS | STOCK_ALONE)[way](stock(family), three_prompts())
+
+
+def three_prompts() -> Prompts:
+    ids = torch.randint(3, 97, (3, 11), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": (torch.arange(11) >= torch.tensor([[4], [7], [0]])).long()}
+
+
+def pairs(ways: dict[str, Way], stateful: bool) -> list[tuple[str, str]]:
+    """Return families and ways; to a stateful model nothing is guessed."""
+    return [
+        (family, way)
+        for family in FAMILIES
+        for way in ways
+        if family not in STATEFUL or (stateful and way not in GUESSED)
+    ]
+
+
+@pytest.mark.parametrize(("family", "way"), pairs(WAYS | STOCK_ALONE, stateful=True))
+def test_on_stock_caches(family: str, way: str) -> None:
+    found = (WAYS | STOCK_ALONE)[way](ours(family), three_prompts())
+    assert torch.equal(found, theirs(family, way))
+
+
+@pytest.mark.parametrize(("family", "way"), pairs(WAYS, stateful=False))
+def test_on_a_paged_cache(family: str, way: str) -> None:
+    held = PagedCache(ours(family), max_tokens=4096, page_size=16)
+    found = WAYS[way](ours(family), three_prompts(), **{CACHE: held})
+    assert torch.equal(found, theirs(family, way))
+    held.reset()
+    assert held.latents.free_pages == held.latents.num_pages
