@@ -57,9 +57,9 @@ class Work:
         if side.backend or self.device.type != "cpu" or available is None:
             return ""
         config, size, tokens = self.config, side.model.dtype.itemsize, self.history + self.new_tokens
-        widths = config.qk_nope_head_dim + config.qk_head_dim + 2 * config.v_head_dim  # expanded, and copies
-        logits = 10 * self.new_tokens  # seen with each attention and dtype
-        needed = config.num_attention_heads * tokens * (int(1.5 * widths * size) + logits)
+        widths = config.qk_nope_head_dim + config.qk_head_dim + 2 * config.v_head_dim  # expanded, and copied
+        copies, logits = (2.2 if side.name == "sdpa" else 1.2), 10 * self.new_tokens  # as seen
+        needed = config.num_attention_heads * tokens * (copies * widths * size + logits)
         if needed < 0.85 * available:
             return ""
         return f"needs about {needed / 2**30:.0f} GiB, of which {available / 2**30:.0f} are available"
