@@ -28,7 +28,7 @@ from benchmarks.transformers.work import PHASES, Work
 from mla.command.console import note
 from mla.config import MLAConfig
 
-HISTORIES = (64, 512, 4096, 16384, 65536)
+HISTORIES = (64, 512, 2048, 4096, 16384, 65536)
 PACKAGES = ("torch", "transformers")
 
 
