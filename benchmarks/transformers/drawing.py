@@ -41,6 +41,6 @@ def _chart(caption: Caption, label: str, lines: Lines, colours: Colours, shapes:
         )
     chart_axes.places(axes, [tokens for points in lines.values() for tokens, _ in points])
     chart_axes.log(axes, "y")
-    axes.set_xlabel("tokens in the cache")
+    axes.set_xlabel("tokens")
     axes.set_ylabel(label)
     return inline(figure, caption)

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from mla_backends.api import Backend
 
 _PROC = Path("/proc/self")
 
 
-class Clock:
-    """Times forwards of a model, and within them those of its attention layers."""
+class Sample(NamedTuple):
+    """One forward."""
 
-    def __init__(self, model: Any, synchronize: Callable[[], None]) -> None:
-        self._model, self._synchronize = model, synchronize
+    model_ms: float
+    attention_ms: float
+    attended: torch.Tensor  # the first attention layer's output for the last token, [hidden]
+
+
+class Clock:
+    """Times forwards of a model and of its attention layers, with the processor's caches flushed before."""
+
+    def __init__(self, model: Any, backend: Backend, flush: Callable[[], None]) -> None:
+        self._model, self._synchronize, self._flush = model, backend.synchronize, flush
         self._attention, self._start = 0.0, 0.0
+        self._attended = torch.empty(0)
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -38,19 +50,22 @@ class Clock:
         self._synchronize()
         self._start = time.perf_counter()
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, _: Any, __: Any, output: Any) -> None:
         self._synchronize()
         self._attention += time.perf_counter() - self._start
+        self._attended = output[0]
 
     @torch.no_grad()
-    def forward(self, **arguments: Any) -> tuple[torch.Tensor, float, float]:
-        """Return the last logits [1, 1, vocabulary], and milliseconds of the model and of attention alone."""
+    def forward(self, **arguments: Any) -> Sample:
+        """Run one forward of the whole model, for the last logits."""
+        self._flush()
         self._attention = 0.0
         self._synchronize()
         start = time.perf_counter()
-        logits = self._model(**arguments, use_cache=True, logits_to_keep=1).logits
+        self._model(**arguments, use_cache=True, logits_to_keep=1)
         self._synchronize()
-        return logits, 1e3 * (time.perf_counter() - start), 1e3 * self._attention
+        took = time.perf_counter() - start
+        return Sample(1e3 * took, 1e3 * self._attention, self._attended[0, -1].float())
 
 
 class Memory:
@@ -60,7 +75,8 @@ class Memory:
         self._device: Any = None if device.type == "cpu" else getattr(torch, device.type)
 
     def in_use(self) -> int:
-        """Return what is in use now; memory that was freed is given back before."""
+        """Return what is in use now; what nobody refers to is freed, and given back, before."""
+        gc.collect()
         if self._device is not None:
             return int(self._device.memory_allocated())
         ctypes.CDLL(None).malloc_trim(0)

@@ -19,15 +19,16 @@ class Row(msgspec.Struct, kw_only=True):
     model_ms: list[list[float]] = []  # of each round
     attention_ms: list[list[float]] = []
     weight_bytes: int = 0
-    cache_bytes: int = 0  # after the forward
-    transient_bytes: int = 0  # at most, during one forward
-    deviation: float = 0.0  # of the last logits, from those of the first side
+    cache_bytes: int = 0  # of the latents after the forward, in whole pages where there are any
+    transient_bytes: int = 0  # at most, during one forward, beyond weights and the history's cache
+    deviation: float = 0.0  # of the last token's attention from that of the first side, relative
+    load: float = 0.0  # of the machine: processes that ran or waited, over the last minute
     left_out: str = ""  # why there is no number
 
     @property
     def total_bytes(self) -> int:
-        """What must be there at once: weights, cache and the transient memory of a forward."""
-        return self.weight_bytes + self.cache_bytes + self.transient_bytes
+        """What must be there at once: weights, the history's cache and the transient memory of a forward."""
+        return self.weight_bytes + self.cache_bytes * self.history // self.tokens + self.transient_bytes
 
     @property
     def tokens(self) -> int:
@@ -42,6 +43,9 @@ class Record(msgspec.Struct, kw_only=True):
     threads: int
     backend: str
     versions: dict[str, str]
+    commit: str | None
+    memory_bytes: int | None  # of the host
+    flush: str  # how caches are flushed
     date: str
     arguments: list[str]
     rows: list[Row] = []

@@ -4,7 +4,7 @@
 
 One request, random weights. Sides run in turns: `transformers` with sdpa and eager in three dtypes, while
 they are at most twice as slow as the fastest; and our ops, with the stock dynamic cache and with a paged one.
-Phases: a decode step; 128 tokens appended to a history; prefill of a whole prompt.
+Phases: a decode step; 64 tokens appended to a history; prefill of a whole prompt.
 `python -m benchmarks.transformers.summary` makes tables and pictures of the result.
 """
 
@@ -25,8 +25,11 @@ from benchmarks.transformers.record import Record, write
 from benchmarks.transformers.sides import CONFIGS, make_sides
 from benchmarks.transformers.turns import measure
 from benchmarks.transformers.work import PHASES, Work
+from mla.bench.measure.cold_cache import CacheFlush
 from mla.command.console import note
+from mla.command.environment import git_commit
 from mla.config import MLAConfig
+from mla_backends import host
 
 HISTORIES = (64, 512, 2048, 4096, 16384, 65536)
 PACKAGES = ("torch", "transformers")
@@ -37,11 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parse(arguments)
     backend = mla.load_backend(asked.backend)
     device = backend.device or torch.device("cpu")
+    flush = CacheFlush(backend)
+    asked.output.parent.mkdir(parents=True, exist_ok=True)
     record = Record(
         device=backend.device_info().name,
         threads=torch.get_num_threads(),
         backend=asked.backend,
         versions={name: version(name) for name in PACKAGES},
+        commit=git_commit(),
+        memory_bytes=host.memory_total(),
+        flush=flush.method(),
         date=date.today().isoformat(),
         arguments=list(arguments if arguments is not None else sys.argv[1:]),
     )
@@ -50,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sides = list(make_sides(config, asked.backend, device, max(asked.history) + 1024))
         for phase, length in product(asked.phase or PHASES, sorted(asked.history)):
             if phase != "prefill" or length <= asked.longest_prefill:
-                work = Work(name, config, device, backend.synchronize, phase, length)
+                work = Work(name, config, backend, flush, phase, length)
                 record.rows += measure(work, sides, asked.rounds, asked.seconds)
                 write(record, asked.output)
     note(f"written to {asked.output}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from mla.integrations.transformers import PagedCache, restore, use_mla
 
 CONFIGS = ("deepseek-r1", "deepseek-v2-lite")
 ATTENTIONS = ("sdpa", "eager")
-PAGE_SIZE = 64
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SIZES = ("hidden_size", "num_attention_heads", "kv_lora_rank", "q_lora_rank")
 _HEAD = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -34,7 +33,6 @@ class Side:
     weight_bytes: int
     backend: str = ""  # of our ops; "" for `transformers` alone
     pages: int = 0  # tokens of a `PagedCache`; 0 for a stock cache
-    too_slow: dict[str, str] = field(default_factory=dict, init=False)  # to be measured on, by phase
 
     @property
     def dtype(self) -> str:
@@ -61,12 +59,20 @@ class Side:
             if tokens:
                 stock.update(latent.to(**like), pe.to(**like), 0)
             return {cache_argument(self.model): stock}
-        paged = PagedCache(self.model, max_tokens=self.pages, page_size=PAGE_SIZE)
+        paged = PagedCache(self.model, max_tokens=self.pages)
         if tokens:
             sequences = paged.latents.new_sequences(1)
             paged.latents.load(sequences[0], latent[0, 0].to(**like), pe[0, 0].to(**like), 0)
             paged.use(sequences)
         return paged.argument
+
+    def cache_bytes(self, words: dict[str, Any]) -> int:
+        """Return the bytes of the latents that a cache holds, in whole pages where it has pages."""
+        (cache,) = words.values()
+        if self.pages:
+            latents = cache.latents
+            return int(latents.pages.nbytes * (latents.num_pages - latents.free_pages) // latents.num_pages)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def cache_argument(model: Any) -> str:
@@ -93,6 +99,7 @@ def make_model(config: MLAConfig, dtype: torch.dtype) -> Any:
 def make_sides(config: MLAConfig, backend: str, device: torch.device, tokens: int) -> Iterator[Side]:
     """Yield all sides, ours last; `tokens` is the most that a cache must hold."""
     memory = Memory(device)
+    _warm_up(config, backend, device)
     for dtype in DTYPES:
         before = memory.in_use()
         model = make_model(config, dtype).to(device)
@@ -103,3 +110,12 @@ def make_sides(config: MLAConfig, backend: str, device: torch.device, tokens: in
     taken = memory.in_use() - before
     yield Side("mla", model, taken, backend)
     yield Side("mla-paged", model, taken, backend, tokens)
+
+
+def _warm_up(config: MLAConfig, backend: str, device: torch.device) -> None:
+    """Load what is loaded at the first use, so that no side's memory has it."""
+    model = make_model(config, torch.bfloat16).to(device)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    with torch.no_grad():
+        model(ids)
+        use_mla(model, backend)(ids)

@@ -21,7 +21,6 @@ from mla.bench.results.stats import median
 from mla.bench.terminal.digits import number
 from mla.command.console import out
 from mla.command.table import markdown
-from mla.config import MLAConfig
 
 TIMES = (
     "tokens",
@@ -35,10 +34,21 @@ TIMES = (
     "`PagedCache`: ms",
     "as fast",
 )
-MEMORY = ("tokens", "phase", "`transformers` MiB", "`use_mla` MiB", "of it", "`PagedCache` MiB", "of it")
+MEMORY = (
+    "tokens",
+    "phase",
+    "`transformers` MiB",
+    "`use_mla` MiB",
+    "of it",
+    "`PagedCache` MiB",
+    "of it",
+    "cache bytes per token: `transformers`",
+    "`use_mla`",
+    "`PagedCache`",
+)
 TITLES = {
     "decode": "A decode step after so many tokens",
-    "append": "128 tokens appended to so many",
+    "append": "64 tokens appended to so many",
     "prefill": "Prefill of a whole prompt",
 }
 
@@ -74,7 +84,8 @@ class Point:
         cells = [str(self.length), self.phase, _mib(stock)]
         for row in (self.ours, self.paged):
             cells += [_mib(row.total_bytes), f"{row.total_bytes / stock:.2f}" if stock else "-"]
-        return tuple(cells)
+        each = (self.stock, self.ours, self.paged)
+        return *cells, *(f"{row.cache_bytes / row.tokens:.0f}" if row else "-" for row in each)
 
 
 def middle(rounds: Sequence[Sequence[float]]) -> float:
@@ -92,6 +103,18 @@ def _attention(row: Row) -> float:
 
 def _mib(count: int | None) -> str:
     return "-" if count is None else f"{count / 2**20:.0f}"
+
+
+def _total(row: Row) -> float:
+    return row.total_bytes / 2**20
+
+
+# Phase, title, label and quantity of each picture.
+PICTURES: dict[str, tuple[str, str, str, Callable[[Row], float]]] = {
+    "decode": ("decode", "Time of a decode step", "ms", _model),
+    "prefill": ("prefill", "Time of a prefill", "ms", _model),
+    "memory": ("decode", "Memory of a decode step", "MiB", _total),
+}
 
 
 def points(rows: Iterable[Row]) -> list[Point]:
@@ -116,31 +139,26 @@ def tables(config: str, found: Sequence[Point]) -> str:
     for phase, title in TITLES.items():
         if of_phase := [point.times() for point in found if point.phase == phase]:
             parts.append(f"### {config}: {title[0].lower()}{title[1:]}\n\n{markdown(TIMES, of_phase)}")
-    settings = MLAConfig.named(config)
-    bytes_per_token = 2 * (settings.kv_lora_rank + settings.qk_rope_head_dim)
-    each = f"The cache takes {bytes_per_token} bytes per token and layer, with and without our ops.\n"
     memory = markdown(MEMORY, [point.memory() for point in found])
-    return "\n".join([*parts, f"### {config}: memory\n\n{memory}\n{each}"])
+    return "\n".join([*parts, f"### {config}: memory\n\n{memory}"])
 
 
 def draw(config: str, device: str, found: Sequence[Point]) -> dict[str, str]:
-    """Return the pictures of decode: its times, and the memory that it needs."""
-    steps = [point for point in found if point.phase == "decode"]
+    """Return pictures of the times of decode and prefill, and of the memory that a decode step needs."""
     subject = f"{config}: one layer, one request; {device}"
     made: dict[str, str] = {}
-    for name, label, of in (
-        ("decode", "ms per step", _model),
-        ("memory", "MiB", lambda row: row.total_bytes / 2**20),
-    ):
+    for name, (phase, title, label, of) in PICTURES.items():
+        points = [point for point in found if point.phase == phase]
         lines = {
-            "transformers": [(step.length, of(step.stock)) for step in steps if step.stock is not None],
-            "mla": [(step.length, of(step.ours)) for step in steps],
-            "mla, PagedCache": [(step.length, of(step.paged)) for step in steps],
+            "transformers": [(point.length, of(point.stock)) for point in points if point.stock is not None],
+            "mla": [(point.length, of(point.ours)) for point in points],
+            "mla, PagedCache": [(point.length, of(point.paged)) for point in points],
         }
-        title = {"decode": "Time of a decode step", "memory": "Memory of a decode step"}[name]
-        finding = "; ".join(f"{one}: {_span(points)}" for one, points in lines.items())
-        caption = Caption(f"{config}-{name}", title, finding)
-        made |= drawing.render(f"use-mla-{config}-{name}", caption, subject, label, lines)
+        lines = {one: line for one, line in lines.items() if line}
+        if lines:
+            finding = "; ".join(f"{one}: {_span(line)}" for one, line in lines.items())
+            caption = Caption(f"{config}-{name}", title, finding)
+            made |= drawing.render(f"use-mla-{config}-{name}", caption, subject, label, lines)
     return made
 
 

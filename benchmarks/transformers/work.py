@@ -8,14 +8,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.transformers.meters import Clock, Memory
+from benchmarks.transformers.meters import Clock, Memory, Sample
 from benchmarks.transformers.record import Row
-from benchmarks.transformers.sides import PAGE_SIZE, Side
+from benchmarks.transformers.sides import Side
 from mla.config import MLAConfig
 from mla_backends import host
+from mla_backends.api import Backend
 
 PHASES = ("decode", "append", "prefill")
-APPENDED = 128
+APPENDED = 64
+# Bytes that `transformers` takes for a head of a token, by attention and bytes of an element, as measured
+# with the head dimensions of DeepSeek; and for a logit: no attention has a fused kernel for them on a CPU.
+EXPANDED = {("sdpa", 2): 3050, ("sdpa", 4): 2900, ("eager", 2): 1200, ("eager", 4): 1830}
+LOGIT = 10
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,8 @@ class Work:
 
     name: str  # of the config
     config: MLAConfig
-    device: torch.device
-    synchronize: Callable[[], None]
+    backend: Backend
+    flush: Callable[[], None]
     phase: str
     length: int
 
@@ -54,35 +59,33 @@ class Work:
     def refusal(self, side: Side) -> str:
         """Return why a side of `transformers` would not fit the host's memory, or ""."""
         available = host.memory_available()
-        if side.backend or self.device.type != "cpu" or available is None:
+        if side.backend or side.model.device.type != "cpu" or available is None:
             return ""
-        config, size, tokens = self.config, side.model.dtype.itemsize, self.history + self.new_tokens
-        widths = config.qk_nope_head_dim + config.qk_head_dim + 2 * config.v_head_dim  # expanded, and copied
-        copies, logits = (2.2 if side.name == "sdpa" else 1.2), 10 * self.new_tokens  # as seen
-        needed = config.num_attention_heads * tokens * (copies * widths * size + logits)
-        if needed < 0.85 * available:
+        each = EXPANDED[side.name, side.model.dtype.itemsize] + LOGIT * self.new_tokens
+        needed = self.config.num_attention_heads * (self.history + self.new_tokens) * each
+        if needed < 0.9 * available:
             return ""
         return f"needs about {needed / 2**30:.0f} GiB, of which {available / 2**30:.0f} are available"
 
     def weigh(self, side: Side, row: Row) -> torch.Tensor:
-        """Run one forward, which warms up, and note the memory that it takes; return the last logits."""
+        """Run a forward, which warms up, and note its memory; return the last token's attention [hidden]."""
         side.start()
-        words, clock = self._cache(side), Clock(side.model, self.synchronize)
-        with Memory(self.device).peak() as taken:
-            logits, _, _ = clock.forward(input_ids=self._ids(), **words)
-        row.transient_bytes, row.cache_bytes = taken[0], self._cache_bytes(side)
-        return logits.float()
+        words, clock = self._cache(side), Clock(side.model, self.backend, self.flush)
+        with clock.attached(), Memory(side.model.device).peak() as taken:
+            attended = clock.forward(input_ids=self._ids(side), **words).attended
+        row.transient_bytes, row.cache_bytes = taken[0], side.cache_bytes(words)
+        return attended
 
-    def forwards(self, side: Side, count: int) -> Iterator[tuple[float, float]]:
-        """Yield milliseconds of the model and of its attention alone, of so many forwards."""
+    def forwards(self, side: Side, count: int) -> Iterator[Sample]:
+        """Yield so many forwards."""
         side.select()
-        clock = Clock(side.model, self.synchronize)
+        clock = Clock(side.model, self.backend, self.flush)
         with clock.attached():
             words = self._cache(side)
-            if self.phase == "decode" and count > 1:
-                clock.forward(input_ids=self._ids(), **words)  # the first one after the cache was filled
+            if self.phase == "decode":
+                clock.forward(input_ids=self._ids(side), **words)  # the first one after the cache was filled
             for _ in range(count):
-                yield clock.forward(input_ids=self._ids(), **words)[1:]
+                yield clock.forward(input_ids=self._ids(side), **words)
                 if self.phase != "decode":
                     words = self._cache(side)
 
@@ -93,14 +96,6 @@ class Work:
         latent, pe = (torch.randn(1, 1, self.history, width, generator=generator) for width in widths)
         return side.cache(latent.bfloat16(), pe.bfloat16())
 
-    def _cache_bytes(self, side: Side) -> int:
-        """Return the bytes of the latents of all tokens; whole pages of a paged cache."""
-        tokens = self.history + self.new_tokens
-        if side.pages:
-            tokens = -(-tokens // PAGE_SIZE) * PAGE_SIZE
-        return tokens * (self.config.kv_lora_rank + self.config.qk_rope_head_dim) * side.model.dtype.itemsize
-
-    def _ids(self) -> torch.Tensor:
+    def _ids(self, side: Side) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.new_tokens)
-        ids = torch.randint(0, 1024, (1, self.new_tokens), generator=generator)
-        return ids.to(self.device)
+        return torch.randint(0, 1024, (1, self.new_tokens), generator=generator).to(side.model.device)
