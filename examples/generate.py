@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 import click
 import torch
-from loading import load
+from loading import load, one_sentence
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -29,9 +29,7 @@ from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
 
 from mla.bench.measure.transient_memory import TransientBytes
-from mla.errors import MLAError
 from mla.integrations.transformers import restore, use_mla
-from mla_backends import BackendError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 PROMPT = "Once upon a time"
@@ -128,10 +126,8 @@ def main(prompt: str | None, prompt_file: TextIO | None, **asked: Any) -> None:
         text = prompt_file.read() if prompt_file else PROMPT if prompt is None else prompt
     except UnicodeDecodeError as error:
         raise click.ClickException(f"the prompt file is no UTF-8 text: {error}") from error
-    try:
+    with one_sentence():
         compare(prompt=text, **asked)
-    except (MLAError, BackendError, ValueError, torch.OutOfMemoryError) as error:
-        raise click.ClickException(str(error).splitlines()[0]) from error
 
 
 if __name__ == "__main__":

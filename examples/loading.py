@@ -10,12 +10,17 @@ from typing import Any
 import click
 
 from mla import load_backend
+from mla.errors import MLAError
+from mla_backends import BackendError
 
 try:
     import mla.integrations.transformers as _  # noqa: F401
 except ImportError as error:
     sys.exit(f"error: {error}")
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# Of users' mistakes, and of memory: a host's that runs out is a plain RuntimeError of torch.
+EXPECTED = (MLAError, BackendError, ValueError, RuntimeError, MemoryError)
 
 
 def load(model_dir: str, backend: str, dtype: str = "auto") -> tuple[Any, Any]:
@@ -25,17 +30,25 @@ def load(model_dir: str, backend: str, dtype: str = "auto") -> tuple[Any, Any]:
     read, for a backend that is not there.
     """
     device = load_backend(backend).device
-    with _said("model", model_dir):
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval().to(device)
-    with _said("tokenizer", model_dir):
-        return model, AutoTokenizer.from_pretrained(model_dir)
+    with one_sentence(f"{model_dir} has no model that can be loaded: ", (Exception,)):
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
+    with one_sentence(f"{model_dir} has no tokenizer that can be loaded: ", (Exception,)):
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    return model.to(device), tokenizer
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Return the tokens that end a text: what the model generates with says which, or else its tokenizer."""
+    asked = (model.generation_config.eos_token_id, tokenizer.eos_token_id)
+    found: int | list[int] = next((ids for ids in asked if ids is not None), [])
+    return {found} if isinstance(found, int) else set(found)
 
 
 @contextmanager
-def _said(what: str, model_dir: str) -> Iterator[None]:
-    """Say in one line what `transformers` and the libraries below it raise, of whatever kind."""
+def one_sentence(what: str = "", kinds: tuple[type[Exception], ...] = EXPECTED) -> Iterator[None]:
+    """Say in one line what errors of these kinds say."""
     try:
         yield
-    except Exception as error:
+    except kinds as error:
         reason = " ".join((str(error) or type(error).__name__).split())
-        raise click.ClickException(f"{model_dir} has no {what} that can be loaded: {reason}") from error
+        raise click.ClickException(f"{what}{reason}") from error

@@ -1,4 +1,4 @@
-"""Continuous batching in a hundred lines: requests join and leave between two steps, and pages are reused.
+"""Continuous batching: requests join and leave between two steps, and pages are reused.
 
     python examples/serve_loop.py MODEL_DIR --prompt "The quick" --prompt "Once upon a time" --at-once 2
 
@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import click
 import torch
-from loading import load
+from loading import end_tokens, load, one_sentence
 
-from mla.errors import CacheFull, MLAError
+from mla.errors import CacheFull
 from mla.integrations.transformers import PagedCache, use_mla
-from mla_backends import BackendError
 
 COUNT = click.IntRange(1)
 
@@ -40,10 +39,10 @@ class Request:
 class Server:
     """Serves requests with one model, so many at once."""
 
-    def __init__(self, model: Any, *, max_tokens: int, at_once: int, end: int | None = None) -> None:
-        """`max_tokens`: of all requests in the cache together. `end`: the token that ends a request."""
+    def __init__(self, model: Any, *, max_tokens: int, at_once: int, ends: Collection[int] = ()) -> None:
+        """`max_tokens`: of all requests in the cache together. `ends`: tokens that end a request."""
         self.model, self.cache = model, PagedCache(model, max_tokens=max_tokens)
-        self.at_once, self.end = at_once, end
+        self.at_once, self.ends = at_once, ends
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
@@ -61,10 +60,9 @@ class Server:
         self.waiting.extend(asked)
         while self.waiting or self.running:
             self._admit()
-            going = [one for one in self.running if not self._is_over(one)]
-            if going:
-                self._append(going, [[one.tokens[-1]] for one in going])
-            for one in [one for one in self.running if self._is_over(one)]:
+            if going := [one for one in self.running if not self._is_over(one)]:
+                self._append(going)
+            for one in filter(self._is_over, list(self.running)):
                 self.running.remove(one)
                 self.cache.latents.release([one.sequence])  # its pages are free for others from now on
                 yield one
@@ -73,12 +71,11 @@ class Server:
         """Prefill those who wait, first come, first served, while there is room for all they may need."""
         latents = self.cache.latents
         while self.waiting and len(self.running) < self.at_once:
-            promised = sum(map(self._pages, [*self.running, self.waiting[0]]))
-            if promised > latents.num_pages:
+            if sum(map(self._pages, [*self.running, self.waiting[0]])) > latents.num_pages:
                 return  # until somebody leaves
             one = self.waiting.popleft()
             (one.sequence,) = latents.new_sequences(1)
-            self._append([one], [one.prompt])
+            self._append([one])
             self.running.append(one)
 
     def _pages(self, one: Request) -> int:
@@ -86,23 +83,22 @@ class Server:
         return -(-(len(one.prompt) + one.wanted) // self.cache.latents.page_size)
 
     @torch.no_grad()
-    def _append(self, requests: list[Request], new: list[list[int]]) -> None:
-        """Run the model on new tokens, as many of each request, and append the best next one to each."""
+    def _append(self, requests: list[Request]) -> None:
+        """Run the model on prompts, or on everybody's last token, and append the best next one to each."""
         self.cache.use([one.sequence for one in requests])
-        past, count = [self.cache.latents.length(one.sequence) for one in requests], len(new[0])
-        columns = max(past) + count  # shorter requests are padded on the left; padding takes no pages
-        lengths = torch.tensor(past)[:, None] + count
+        new = torch.tensor([one.tokens[-1:] or one.prompt for one in requests])
+        lengths = torch.tensor([[self.cache.latents.length(one.sequence)] for one in requests]) + new.shape[1]
+        columns = int(lengths.max())  # shorter requests are padded on the left; padding takes no pages
         mask = (torch.arange(columns) >= columns - lengths).long()
-        positions = lengths - count + torch.arange(count)
-        device = self.model.device
-        arguments = {"attention_mask": mask, "position_ids": positions, "input_ids": torch.tensor(new)}
-        moved = {name: tensor.to(device) for name, tensor in arguments.items()}
+        positions = lengths - torch.arange(new.shape[1], 0, -1)
+        inputs = {"input_ids": new, "attention_mask": mask, "position_ids": positions}
+        moved = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         logits = self.model(**moved, **self.cache.argument, use_cache=True).logits[:, -1]
         for one, token in zip(requests, logits.argmax(dim=-1).tolist(), strict=True):
             one.tokens.append(token)
 
     def _is_over(self, one: Request) -> bool:
-        return len(one.tokens) >= one.wanted or one.tokens[-1] == self.end
+        return len(one.tokens) >= one.wanted or one.tokens[-1] in self.ends
 
 
 @click.command(help=__doc__)
@@ -112,17 +108,10 @@ class Server:
 @click.option("--at-once", default=8, show_default=True, type=COUNT, help="Requests that are served at once.")
 @click.option("--max-tokens", default=4096, show_default=True, type=COUNT, help="Room of the cache.")
 @click.option("--new-tokens", default=64, show_default=True, type=COUNT, help="Of each request.")
-def main(**asked: Any) -> None:
-    try:
-        serve(**asked)
-    except (MLAError, BackendError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
-
-
-def serve(model_dir: str, prompts: list[str], new_tokens: int, backend: str, **room: int) -> None:
-    """Load a model, serve all prompts, and print each when it is done."""
+@one_sentence()
+def main(model_dir: str, prompts: list[str], new_tokens: int, backend: str, **room: int) -> None:
     model, tokenizer = load(model_dir, backend)
-    server = Server(use_mla(model, backend), **room, end=tokenizer.eos_token_id)
+    server = Server(use_mla(model, backend), **room, ends=end_tokens(model, tokenizer))
     requests = [Request(i, tokenizer(text).input_ids, new_tokens) for i, text in enumerate(prompts)]
     for done in server.run(requests):
         click.echo(f"{done.number}: {tokenizer.decode(done.prompt + done.tokens, skip_special_tokens=True)}")

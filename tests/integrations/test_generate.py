@@ -7,14 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from test_refusals import without_mla
 from tiny_models import VOCABULARY, make_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCausalLM, DeepseekV2MLP
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "generate.py"
 sys.path.append(str(EXAMPLE.parent))
@@ -98,6 +103,39 @@ def test_a_prompt_of_nothing(model_dir: Path, example: str) -> None:
     assert (done.exit_code, "no tokens" in done.stderr) == (1, True)
 
 
+def out_of_memory(*arguments: Any) -> None:
+    torch.empty(10**15)
+
+
+def without_a_word(*arguments: Any) -> None:
+    raise RuntimeError
+
+
+@pytest.mark.parametrize("example", ["generate", "serve_loop"])
+@pytest.mark.parametrize(("kind", "method"), [(DeepseekV2ForCausalLM, "to"), (DeepseekV2MLP, "forward")])
+@pytest.mark.parametrize(
+    ("fail", "message"), [(out_of_memory, "can't allocate memory"), (without_a_word, "RuntimeError")]
+)
+def test_a_device_that_fails_is_one_sentence(
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    example: str,
+    kind: type,
+    method: str,
+    fail: Callable[..., None],
+    message: str,
+) -> None:
+    """When the model is moved there, and while it runs: its directory is not to blame."""
+    main = importlib.import_module(example).main
+    monkeypatch.setattr(kind, method, fail)
+    done = CliRunner().invoke(main, [str(model_dir), "--prompt", "once"])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit), done.exception
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert message in error
+    assert "can be loaded" not in error
+
+
 def test_the_prompt_comes_from_one_place(model_dir: Path, tmp_path: Path) -> None:
     main, path = importlib.import_module("generate").main, tmp_path / "prompt"
     path.write_bytes(b"\xff\xfe")
@@ -115,6 +153,30 @@ def test_prompts_are_served(model_dir: Path) -> None:
     assert [line[:2] for line in done.stdout.splitlines()] == ["0:", "1:"]
     done = CliRunner().invoke(main, [*words, "--max-tokens", "3", "--new-tokens", "99"])
     assert (done.exit_code, "request 0 needs more pages" in done.stderr) == (1, True)
+
+
+def test_what_the_model_generates_with_ends_a_text(model_dir: Path, tmp_path: Path) -> None:
+    """Chat models end a turn with another token than a text, and name both."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    model, tokenizer = importlib.import_module("loading").load(str(folder), "cpu")
+    ids = tokenizer("once upon", return_tensors="pt").input_ids
+    found = model.generate(ids, max_new_tokens=1, do_sample=False)[0].tolist()
+    model.generation_config.eos_token_id = [2, found[-1]]
+    model.generation_config.save_pretrained(folder)
+    main = importlib.import_module("serve_loop").main
+    done = CliRunner().invoke(main, [str(folder), "--prompt", "once upon", "--new-tokens", "40"])
+    assert done.stdout == f"0: {tokenizer.decode(found, skip_special_tokens=True)}\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "of_tokenizer", "expected"),
+    [(None, 5, {5}), (7, 5, {7}), ([7, 8], 5, {7, 8}), (None, None, set()), (0, 5, {0})],
+)
+def test_the_tokens_that_end_a_text(asked: Any, of_tokenizer: int | None, expected: set[int]) -> None:
+    end_tokens = importlib.import_module("loading").end_tokens
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=asked))
+    assert end_tokens(model, SimpleNamespace(eos_token_id=of_tokenizer)) == expected
 
 
 @pytest.mark.parametrize("name", ["generate.py", "serve_loop.py"])

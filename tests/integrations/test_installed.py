@@ -41,6 +41,7 @@ def test_a_torch_that_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_example_says_so(name: str) -> None:
     program = (
         "import runpy, sys, transformers; transformers.__version__ = '5.2.0'; "
+        f"sys.path.insert(0, {str(EXAMPLES)!r}); "
         f"runpy.run_path({str(EXAMPLES / name)!r}, None, '__main__')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)

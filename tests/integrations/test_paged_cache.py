@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from test_tokens import Prompts, generate
-from tiny_models import CACHE, make_model
+from tiny_models import CACHE, FAMILIES, make_model
 
 from mla.errors import CacheFull, MLAError
 from mla.integrations.transformers import PagedCache, UnsupportedModel, restore, use_mla
@@ -52,6 +54,37 @@ def test_it_needs_a_model_that_runs_our_ops(model: Any, prompts: Prompts) -> Non
     restore(model)
     with pytest.raises(UnsupportedModel, match="does not run our ops any more"):
         generate(model, prompts, **cache)
+
+
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {"kimi_linear"}))
+def test_a_model_without_our_ops_does_not_read_it(family: str, prompts: Prompts) -> None:
+    """Not even for the first token, though the model has the layers of the one that the cache is for."""
+    cache = paged(use_mla(make_model(family)))
+    with pytest.raises(UnsupportedModel, match="call `use_mla` on the model that it is given to"):
+        generate(make_model(family), prompts, **cache, max_new_tokens=1)
+
+
+def in_another_dtype(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    return restore(model).to(torch.bfloat16)
+
+
+def of_another_rank(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setitem(FAMILIES["deepseek_v3"][2], "kv_lora_rank", 24)
+    return make_model("deepseek_v3")
+
+
+@pytest.mark.parametrize("change", [in_another_dtype, of_another_rank])
+def test_a_model_of_other_numbers_does_not_write_to_it(
+    model: Any, prompts: Prompts, change: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = paged(use_mla(model))
+    other = use_mla(change(model, monkeypatch))
+    with pytest.raises(
+        UnsupportedModel, match=r"holds 40 numbers a token, torch\.float32 on cpu, and .* make a"
+    ):
+        generate(other, prompts, **cache)
+    latents = cache[CACHE].latents
+    assert (cache[CACHE].columns, latents.free_pages) == (0, latents.num_pages)
 
 
 def test_a_hybrid_model_has_state_that_it_does_not_hold() -> None:
@@ -129,3 +162,68 @@ def test_tokens_are_cropped(model: Any, prompts: Prompts) -> None:
     assert torch.allclose(whole, again, atol=1e-4)
     with pytest.raises(ValueError, match="negative"):
         cache.layers[0].crop(5)
+
+
+@pytest.fixture
+def broken_off(model: Any, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> PagedCache:
+    """A cache of which a decode step has reached the first layer alone."""
+    cache = paged(use_mla(model))
+    with torch.no_grad(), monkeypatch.context() as patch:
+        model(**prompts, **cache)
+        patch.setattr(model.model.layers[0].mlp, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            go_on(model, prompts, cache[CACHE])
+    found: PagedCache = cache[CACHE]
+    return found
+
+
+def interrupt(*arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def go_on(model: Any, prompts: Prompts, cache: PagedCache) -> Any:
+    """Run a decode step of one more token."""
+    ids = prompts["input_ids"][:, :1]
+    mask = torch.ones(3, cache.columns + 1, dtype=torch.int64)
+    mask[:, :11] = prompts["attention_mask"]
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask, **{CACHE: cache}).logits
+
+
+def test_a_step_that_broke_off_is_not_gone_on_from(
+    model: Any, prompts: Prompts, broken_off: PagedCache
+) -> None:
+    """Later layers have no latents of it."""
+    calls = [
+        lambda: go_on(model, prompts, broken_off),
+        lambda: copy.deepcopy(broken_off),
+        lambda: broken_off.batch_repeat_interleave(2),
+    ]
+    for call in calls:
+        with pytest.raises(UnsupportedModel, match=r"broke off before all layers .* call `reset\(\)`"):
+            call()
+    broken_off.reset()
+    fresh = generate(model, prompts, **paged(model))
+    assert torch.equal(generate(model, prompts, **{CACHE: broken_off}), fresh)
+
+
+def test_other_requests_go_on_when_a_step_broke_off(model: Any, broken_off: PagedCache) -> None:
+    latents, ids = broken_off.latents, torch.tensor([[5, 6, 7]])
+    broken_off.use(latents.new_sequences(1))
+    with torch.no_grad():
+        found = model(input_ids=ids, **{CACHE: broken_off}).logits
+        expected = model(input_ids=ids, **paged(model)).logits
+    assert torch.equal(found, expected)
+
+
+def test_a_prompt_is_used_again_from_a_copy(model: Any, prompts: Prompts) -> None:
+    """As `transformers` documents for its caches."""
+    alone = [generate(model, prompts, max_new_tokens=count) for count in (20, 30)]
+    use_mla(model)
+    held = paged(model)[CACHE]
+    without_last = {name: tensor[:, :-1] for name, tensor in prompts.items()}
+    generate(model, without_last, **{CACHE: held}, max_new_tokens=1)
+    for expected in alone:
+        words = {CACHE: copy.deepcopy(held), "max_new_tokens": expected.shape[1] - 11}
+        assert torch.equal(generate(model, prompts, **words), expected)
+        assert held.get_seq_length() == 10

@@ -43,7 +43,7 @@ def test_requests_get_what_they_get_alone(max_tokens: int) -> None:
 def test_a_request_ends_with_its_token(model: Any) -> None:
     first = next(Server(use_mla(model), max_tokens=256, at_once=1).run([Request(0, [5, 6], 20)]))
     end = first.tokens[4]
-    again = next(Server(model, max_tokens=256, at_once=1, end=end).run([Request(0, [5, 6], 20)]))
+    again = next(Server(model, max_tokens=256, at_once=1, ends={1, end}).run([Request(0, [5, 6], 20)]))
     assert again.tokens == first.tokens[: first.tokens.index(end) + 1]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -20,6 +20,28 @@ from mla.integrations.transformers.errors import UnsupportedModel
 from mla.integrations.transformers.step import Step, left_padded, left_padding
 from mla.integrations.transformers.survey import find_attention
 from mla.integrations.transformers.uncompiled import uncompiled
+
+
+class NewLatents:
+    """A step's new latents [B, 1, t, c], for the attention alone, which reads all others from the pages.
+
+    A model that does not run our ops would take them for the whole history: it is stopped at its first use.
+    """
+
+    def __init__(self, rows: torch.Tensor, paged: PagedLayer) -> None:
+        self.rows, self.paged, self.requires_grad = rows, paged, rows.requires_grad
+
+    @classmethod
+    def __torch_function__(cls, *arguments: Any) -> NoReturn:
+        """Raise `UnsupportedModel`."""
+        raise UnsupportedModel(
+            "a PagedCache is read by our ops alone: call `use_mla` on the model that it is given to."
+        )
+
+    @property
+    def shape(self) -> NoReturn:
+        """Raise `UnsupportedModel`."""
+        self.__torch_function__()
 
 
 class PagedLayer(CacheLayerMixin):
@@ -39,24 +61,30 @@ class PagedLayer(CacheLayerMixin):
     @uncompiled
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *arguments: Any, **words: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Any, torch.Tensor]:
         """Hand new latents [B, 1, t, c] and [B, 1, t, r] to the attention, which writes them to the pages."""
         if not hasattr(self._layer, "mla_attention"):
             raise UnsupportedModel("this model does not run our ops any more, which alone read a PagedCache.")
-        held: Any = key_states.view_as(key_states)
-        held.paged = self
-        return held, value_states
+        pages, width = self._cache.latents.pages, key_states.shape[-1] + value_states.shape[-1]
+        holds = (pages.shape[-1], pages.dtype, pages.device)
+        if holds != (width, key_states.dtype, key_states.device):
+            raise UnsupportedModel(
+                f"this PagedCache holds {holds[0]} numbers a token, {holds[1]} on {holds[2]}, and the model "
+                f"gives {width}, {key_states.dtype} on {key_states.device}: make a PagedCache of this model."
+            )
+        return NewLatents(key_states, self), value_states
 
     def step(self, flags: torch.Tensor, queries: int) -> Step:
         """Return the step that flags [B, 1, 1, s] describe, the same for all layers."""
-        return self._cache.step(flags, queries)
+        return self._cache.step(flags, queries, self._index)
 
-    def write(self, step: Step, latent: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
+    def write(self, step: Step, latent: NewLatents, pe: torch.Tensor) -> torch.Tensor:
         """Write a step's latents, and return this layer's pages [pages, page, c + r]."""
         pages = self._cache.latents.pages[self._index]
-        rows = torch.cat((latent[:, 0], pe[:, 0]), dim=-1)
+        rows = torch.cat((latent.rows[:, 0], pe[:, 0]), dim=-1)
         new = [rows[span.request, span.queries] for span in step.spans]
         pages.view(-1, pages.shape[-1]).index_copy_(0, step.batch.slots, torch.cat(new))
+        self._cache.written(self._index)
         return pages
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -91,8 +119,8 @@ class PagedCache(Cache):
     """Latents of `max_tokens` tokens in all, for a model that `use_mla` has prepared.
 
     `model.generate(..., **PagedCache(model, max_tokens=4096).argument)` needs nothing else. A server makes
-    `latents.new_sequences`, says with `use` which ones the next forward is of, and releases them. Raises
-    `UnsupportedModel`.
+    `latents.new_sequences`, says with `use` which ones the next forward is of, and releases them. A deep copy
+    has pages of its own, and holds what the requests of the last forward hold. Raises `UnsupportedModel`.
     """
 
     def __init__(self, model: Any, *, max_tokens: int, page_size: int = 64) -> None:
@@ -103,7 +131,7 @@ class PagedCache(Cache):
             raise UnsupportedModel(
                 f"{type(model).__name__} has layers of other kinds, whose state a PagedCache does not hold."
             )
-        core = layers[0].mla_attention.core
+        self._model, core = model, layers[0].mla_attention.core
         self.latents = LatentCache(
             core.config,
             max_tokens=max_tokens,
@@ -114,7 +142,8 @@ class PagedCache(Cache):
         )
         self.columns = 0  # tokens of the longest request, with its padding
         self._sequences: list[int] = []
-        self._last: Step | None = None
+        self._unfinished = set[int]()  # sequences of which some layers have not written what is counted
+        self._last: Step
         super().__init__(layers=[PagedLayer(self, layer, index) for index, layer in enumerate(layers)])
 
     @property
@@ -128,11 +157,25 @@ class PagedCache(Cache):
         self._sequences = list(sequences)
         self.columns = max(map(self.latents.length, sequences), default=0)
 
-    def step(self, flags: torch.Tensor, queries: int) -> Step:
-        """Make room for a forward's new tokens, and describe it; once per forward."""
-        if self._last is None or self._last.flags is not flags:
+    def step(self, flags: torch.Tensor, queries: int, layer: int) -> Step:
+        """Return the step of a forward, for which the first layer that asks makes room."""
+        if layer == 0:
+            self._require_finished()
             self._last = self._extended(flags, queries)
         return self._last
+
+    def written(self, layer: int) -> None:
+        """Note that a layer has written the step; the last one finishes it."""
+        if layer == len(self.layers) - 1:
+            self._unfinished.difference_update(self._sequences)
+
+    def _require_finished(self) -> None:
+        """Raise `UnsupportedModel` where a forward broke off between two layers."""
+        if not self._unfinished.isdisjoint(self._sequences):
+            raise UnsupportedModel(
+                "a forward broke off before all layers had written to this PagedCache: call `reset()`, or "
+                "release the sequences that it was of."
+            )
 
     def _extended(self, flags: torch.Tensor, queries: int) -> Step:
         starts, tokens = left_padding(flags[:, 0, 0] != 0), flags.shape[-1]
@@ -150,6 +193,8 @@ class PagedCache(Cache):
                 f"this cache holds {held}: call `reset()`, or `use` the sequences that the batch is of."
             )
         batch = self._extend(new)
+        if any(new):  # or no layer writes
+            self._unfinished.update(self._sequences)
         self.columns = tokens
         return Step(flags, [], list(left_padded(starts, tokens, queries)), batch)
 
@@ -167,6 +212,7 @@ class PagedCache(Cache):
     def clear(self) -> None:
         """Free the pages of all requests, and forget them."""
         self.latents.release(self._sequences)
+        self._unfinished.difference_update(self._sequences)
         self.use(())
 
     def forget(self, tokens: int) -> None:
@@ -190,8 +236,9 @@ class PagedCache(Cache):
     def _rearrange(self, sources: Sequence[int]) -> None:
         """Let requests be those of these places; one that comes again is copied.
 
-        Raises `CacheFull` before anything is changed.
+        Raises `CacheFull` and `UnsupportedModel` before anything is changed.
         """
+        self._require_finished()
         old, counts = self._sequences, Counter(sources)
         kept = [old[place] for place in counts]
         size = self.latents.page_size
@@ -206,12 +253,21 @@ class PagedCache(Cache):
         again = set[int]()
         self._sequences = []
         for place in sources:
-            self._sequences.append(self._copy(old[place]) if place in again else old[place])
+            self._sequences.append(self._copy(old[place], self.latents) if place in again else old[place])
             again.add(place)
 
-    def _copy(self, sequence: int) -> int:
-        """Return a copy of a sequence."""
-        (made,) = self.latents.new_sequences(1)
+    def _copy(self, sequence: int, home: LatentCache) -> int:
+        """Return a copy of a sequence, in this cache or another one."""
+        (made,) = home.new_sequences(1)
         for layer in range(len(self.layers)):
-            self.latents.load(made, *self.latents.read(sequence, layer), layer)
+            home.load(made, *self.latents.read(sequence, layer), layer)
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
+        """Return a cache for the same model. Raises `UnsupportedModel`."""
+        self._require_finished()
+        size = self.latents.page_size
+        made = PagedCache(self._model, max_tokens=self.latents.num_pages * size, page_size=size)
+        made._sequences = [self._copy(sequence, made.latents) for sequence in self._sequences]
+        made.columns = self.columns
         return made
