@@ -52,7 +52,6 @@ def gradients_of_a_later_layer(model: Any, **words: Any) -> None:
 
 def gradients_of_inputs(model: Any, **words: Any) -> None:
     inputs = model.get_input_embeddings()(TOKEN).detach().requires_grad_()
-    model.requires_grad_(False)
     with torch.enable_grad():
         model(inputs_embeds=inputs, **words)
 
@@ -99,7 +98,8 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
 @pytest.mark.parametrize("refused", REFUSED)
 def test_a_cache_goes_on_after_a_refusal(family: str, refused: str) -> None:
     """A static one would take the token twice, and a linear layer's state too."""
-    model = use_mla(make_model(family))
+    model = make_model(family).requires_grad_(False)
+    use_mla(model)
     run, message = REFUSED[refused]
     logits = []
     for attempts in (0, 1):
@@ -145,11 +145,14 @@ def test_a_head_alone_is_trained() -> None:
     assert torch.allclose(*grads, rtol=1e-3, atol=1e-3)
 
 
-def test_a_layer_alone_keeps_no_gradient_from_its_weights(model: Any) -> None:
-    trains(model, "model.layers.1.self_attn.o_proj.weight")
-    projection = use_mla(model).model.layers[1].self_attn.o_proj
+@pytest.mark.parametrize("name", ["o_proj", "kv_a_layernorm"])
+def test_a_layer_alone_loses_no_gradient(model: Any, name: str) -> None:
+    trains(model, f"model.layers.1.self_attn.{name}.weight")
+    layer = use_mla(model).model.layers[1].self_attn
+    flags = visible_keys(1, 2, 2, mask_function=causal_mask_function)
+    turn = torch.ones(1, 2, 8), torch.zeros(1, 2, 8)
     with pytest.raises(UnsupportedModel, match="serves inference"):
-        projection(torch.zeros(1, 64))
+        layer(torch.zeros(1, 2, 64), position_embeddings=turn, attention_mask=flags)
 
 
 def test_flags_of_another_step_are_refused(model: Any) -> None:
