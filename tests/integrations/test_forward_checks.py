@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_tokens import generate
 from tiny_models import CACHE, make_model
-from transformers import GenerationConfig, StaticCache
+from transformers import StaticCache
 from transformers.masking_utils import causal_mask_function
 
-from mla.integrations.transformers import UnsupportedModel, restore, use_mla
+from mla.integrations.transformers import UnsupportedModel, use_mla
 from mla.integrations.transformers.mask import visible_keys
 
 PROMPT, TOKEN = torch.arange(3, 9)[None], torch.tensor([[7]])
@@ -164,18 +163,6 @@ def test_flags_of_another_step_are_refused(model: Any) -> None:
             model(input_ids=TOKEN, attention_mask=flags)
 
 
-@pytest.mark.parametrize("how", ["by a word", "by a config", "by place", "by the model"])
-def test_guesses_of_its_own_layers_are_refused(model: Any, how: str) -> None:
-    use_mla(model)
-    config = GenerationConfig(use_mtp=True, max_new_tokens=2)
-    places: tuple[Any, ...] = (PROMPT, config) if how == "by place" else (PROMPT,)
-    words = {"by a word": {"use_mtp": True}, "by a config": {"generation_config": config}}.get(how, {})
-    if how == "by the model":
-        model.generation_config.use_mtp = True
-    with pytest.raises(UnsupportedModel, match="guess tokens for `use_mtp` do not run our ops"):
-        model.generate(*places, **words)
-
-
 def test_a_model_from_the_config_of_one_in_use_says_so(model: Any) -> None:
     use_mla(model)
     other = type(model)(model.config).eval()
@@ -183,34 +170,3 @@ def test_a_model_from_the_config_of_one_in_use_says_so(model: Any) -> None:
         other(input_ids=PROMPT)
     with pytest.raises(UnsupportedModel, match="its layers are stock ones"):
         use_mla(other)
-
-
-@pytest.mark.parametrize("change", [lambda model: model.to("cpu"), lambda model: model.float()])
-def test_a_move_that_changes_nothing_passes(model: Any, change: Callable[[Any], Any]) -> None:
-    prompt = {"input_ids": PROMPT, "attention_mask": torch.ones_like(PROMPT)}
-    theirs = generate(model, prompt, max_new_tokens=4)
-    use_mla(model)
-    for part in (model, model.model, model.model.layers[0].self_attn):
-        assert change(part) is part
-    assert torch.equal(generate(model, prompt, max_new_tokens=4), theirs)
-
-
-@pytest.mark.parametrize("change", [lambda part: part.to_empty(device="cpu"), lambda part: part.double()])
-def test_other_moves_are_refused_by_every_part(model: Any, change: Callable[[Any], Any]) -> None:
-    attention = use_mla(model).model.layers[0].self_attn
-    for part in (model, model.model, attention.kv_b_proj, attention.o_proj):
-        with pytest.raises(UnsupportedModel, match="cannot be moved or cast"):
-            change(part)
-
-
-def test_methods_of_its_own_come_back(model: Any) -> None:
-    calls = list[object]()
-
-    def generate_and_note(*arguments: Any, **words: Any) -> Any:
-        calls.append(words)
-        return type(model).generate(model, *arguments, **words)
-
-    model.generate = generate_and_note
-    use_mla(model).generate(PROMPT, max_new_tokens=1)
-    assert len(calls) == 1
-    assert restore(model).generate is generate_and_note

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -205,25 +204,6 @@ def test_a_projection_that_is_more_than_its_weight(model: Any, name: str) -> Non
     refused("an nn.Linear of torch.float8_e4m3fn")
     setattr(attention, name, nn.Sequential(getattr(attention, name)))
     refused("torch.nn.modules.container.Sequential")
-
-
-@pytest.mark.parametrize("move", [lambda model: model.to(torch.bfloat16), lambda model: model.half()])
-def test_a_model_in_use_is_not_cast(model: Any, move: Callable[[Any], None]) -> None:
-    """Its norms would be, and its packed weights would not."""
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    use_mla(model)
-    for part in (model, model.model):
-        with pytest.raises(UnsupportedModel, match="cannot be moved or cast"):
-            move(part)
-    assert_same(model, before)
-    restore(model)
-    assert move(model).lm_head.weight.dtype != torch.float32
-
-
-def test_a_model_in_use_is_not_copied(model: Any) -> None:
-    use_mla(model)
-    with pytest.raises(UnsupportedModel, match="cannot be copied"):
-        copy.deepcopy(model)
 
 
 def test_a_name_is_no_model() -> None:
