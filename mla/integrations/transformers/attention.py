@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from mla.integrations.transformers.errors import NO_WEIGHTS, UnsupportedModel, require_inference
+from mla.integrations.transformers.errors import NOT_PREPARED, OWN_MASK, UnsupportedModel, require_inference
+from mla.integrations.transformers.mask import is_ours
 from mla.integrations.transformers.step import PAGE_SIZE, Step
 from mla.integrations.transformers.uncompiled import uncompiled
 from mla.layer.core import AttentionCore
@@ -93,17 +94,12 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Attend as `transformers` asks an attention function to; return [B, t, h, v] and no weights.
 
-    Raises `UnsupportedModel` for what our ops do not do.
+    Raises `UnsupportedModel` for what our ops do not do; `Check` does before, unless a layer is called alone.
     """
     attention: Attention | None = getattr(module, "mla_attention", None)
     if attention is None:
-        raise UnsupportedModel("this layer was not prepared by `use_mla`: call it on the whole model.")
-    require_inference(query, module.training)
-    if other.get("output_attentions"):
-        raise UnsupportedModel(NO_WEIGHTS)
-    if attention_mask is None or attention_mask.dtype != torch.int32 or attention_mask.shape[1:3] != (1, 1):
-        raise UnsupportedModel(
-            "`use_mla` takes no mask of one's own [batch, 1, queries, keys]: give attention_mask "
-            "[batch, tokens], or none."
-        )
+        raise UnsupportedModel(NOT_PREPARED)
+    require_inference(query, latent, pe, training=module.training)
+    if attention_mask is None or not is_ours(attention_mask, query.shape[2]):
+        raise UnsupportedModel(OWN_MASK)
     return attention(query, latent, pe, attention_mask), None

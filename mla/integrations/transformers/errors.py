@@ -12,13 +12,23 @@ NO_WEIGHTS = (
 )
 
 
+NOT_PREPARED = (
+    "this model's config selects the attention of `use_mla`, as that of a model in use does, but its layers "
+    "are stock ones: call `model.set_attn_implementation('sdpa')` on it first, with a config of its own."
+)
+OWN_MASK = (
+    "`use_mla` takes no mask of one's own [batch, 1, queries, keys]: give attention_mask [batch, tokens], or "
+    "none."
+)
+
+
 class UnsupportedModel(MLAError):
     """A model, a cache or a feature of `transformers` that `use_mla` does not serve."""
 
 
-def require_inference(x: torch.Tensor, training: bool = False) -> None:
+def require_inference(*tensors: torch.Tensor, training: bool = False) -> None:
     """Raise `UnsupportedModel` where gradients are wanted: our ops have none."""
-    if training or (torch.is_grad_enabled() and x.requires_grad):
+    if training or (torch.is_grad_enabled() and any(one.requires_grad for one in tensors)):
         raise UnsupportedModel(
             "`use_mla` serves inference: call `model.eval()` and run under `torch.no_grad()`, or "
             "`restore(model)` to train."

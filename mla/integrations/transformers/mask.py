@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from mla.integrations.transformers.errors import UnsupportedModel
+from mla.integrations.transformers.uncompiled import uncompiled
 
 NAME = "mla"  # of our attention function and its masks among those of `transformers`
 
 
+@uncompiled
 def visible_keys(
     batch_size: int,
     q_length: int,
@@ -24,8 +26,8 @@ def visible_keys(
     """Return which keys each request sees, the last query's among them, on the host: [B, 1, 1, s] int32.
 
     An `AttentionMaskInterface`, called once per forward. Every query sees visible keys up to its own. With
-    four dimensions it passes for a finished mask, which `transformers` leaves alone. Raises
-    `UnsupportedModel` for masks that say anything else.
+    four dimensions it passes for a finished mask, which `transformers` leaves alone; `is_ours` knows it from
+    those of others. Raises `UnsupportedModel` for masks that say anything else.
     """
     from transformers.masking_utils import causal_mask_function
 
@@ -36,10 +38,22 @@ def visible_keys(
         )
     tokens = int(q_offset) + q_length
     if attention_mask is None:
-        return torch.ones(batch_size, 1, 1, tokens, dtype=torch.int32)
+        return _marked(torch.ones(batch_size, 1, 1, tokens, dtype=torch.int32), q_length)
     if attention_mask.ndim != 2 or not tokens <= attention_mask.shape[1] <= kv_length:
         raise UnsupportedModel(
             f"attention_mask has shape {list(attention_mask.shape)}, and there are {tokens} tokens so far: "
             "`use_mla` takes a mask [batch, tokens] of all tokens so far."
         )
-    return attention_mask[:, None, None, :tokens].to("cpu", torch.int32)
+    return _marked(attention_mask[:, None, None, :tokens].to("cpu", torch.int32), q_length)
+
+
+def _marked(flags: torch.Tensor, queries: int) -> torch.Tensor:
+    held: Any = flags
+    held.mla_queries = queries
+    return flags
+
+
+def is_ours(mask: object, queries: int | None = None) -> bool:
+    """Return whether `visible_keys` made this mask, for a step of so many queries; None is any."""
+    made_for = getattr(mask, "mla_queries", None)
+    return made_for is not None and queries in (None, made_for)

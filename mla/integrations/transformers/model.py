@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,9 +10,11 @@ from torch import nn
 
 import mla
 from mla.integrations.transformers.attention import Attention, Steps, attend
+from mla.integrations.transformers.check import Check
 from mla.integrations.transformers.errors import UnsupportedModel
+from mla.integrations.transformers.guards import guard
 from mla.integrations.transformers.mask import NAME, visible_keys
-from mla.integrations.transformers.packed import GUARDS, Packed, PackedKvB, PackedLinear
+from mla.integrations.transformers.packed import Packed, PackedKvB, PackedLinear
 from mla.integrations.transformers.survey import PROJECTIONS, Survey, find_attention, survey
 from mla.layer.core import AttentionCore
 from mla.layer.expansion import WORKSPACE_BYTES
@@ -24,6 +27,7 @@ class Use(NamedTuple):
     owner: Any  # the language model, of which layers have been prepared
     models: list[Any]  # those that hold the layers, from the outermost one
     before: str  # what it attended with
+    guards: list[Callable[[], None]]  # what takes each away
 
 
 def use_mla(model: Any, backend: str = "cpu", **arguments: Any) -> Any:
@@ -44,14 +48,15 @@ def use_mla(model: Any, backend: str = "cpu", **arguments: Any) -> Any:
         )
     _register()
     steps = Steps(found.dtype, found.device, WORKSPACE_BYTES)
-    use = Use(found.owner, found.models, found.owner.config._attn_implementation)
+    use = Use(found.owner, found.models, found.owner.config._attn_implementation, [])
     try:
         for layer in found.layers:
             _prepare(layer, found, opened, steps)
             layer.mla_use = use
         found.owner.set_attn_implementation(NAME)
         for one in use.models:
-            vars(one).update(GUARDS)
+            use.guards.append(guard(one, found.dtype, found.device))
+        use.guards.append(use.models[-1].register_forward_pre_hook(Check(found), with_kwargs=True).remove)
     except BaseException:
         _undo(use)
         raise
@@ -90,9 +95,8 @@ def restore(model: Any) -> Any:
 
 def _undo(use: Use) -> None:
     """Give back what layers had, of which some may have been prepared."""
-    for one in use.models:
-        for name in GUARDS:
-            vars(one).pop(name, None)
+    for take_away in use.guards:
+        take_away()
     for layer in find_attention(use.owner):
         for name, child in list(layer.named_children()):
             if isinstance(child, Packed):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -15,19 +15,18 @@ from mla.layer.ops import Choice, choose
 from mla_backends.api import FusedOp, LinearSpec
 
 
-def _moved(*arguments: Any, **words: Any) -> NoReturn:
-    raise UnsupportedModel(
-        "a model that runs our ops cannot be moved or cast, since its weights are packed for one device: "
-        "call `restore(model)`, move it, and then `use_mla` again."
-    )
+def require_unmoved(change: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor) -> None:
+    """Raise `UnsupportedModel` unless `change` leaves a weight like this empty one as it is."""
+    if change(weight) is not weight:
+        raise UnsupportedModel(
+            "a model that runs our ops cannot be moved or cast, since its weights are packed for one device: "
+            "call `restore(model)`, move it, and then `use_mla` again."
+        )
 
 
-def _loaded(*arguments: Any, **words: Any) -> NoReturn:
+def refuse_to_load(*arguments: Any, **words: Any) -> NoReturn:
+    """Raise `UnsupportedModel`."""
     raise UnsupportedModel("this model's weights are packed: call `restore(model)` to load others.")
-
-
-# In the place of a model's methods: its packed weights would refuse, too, but only when others were changed.
-GUARDS = {"_apply": _moved, "_load_from_state_dict": _loaded}
 
 
 class Packed(nn.Module):
@@ -37,7 +36,9 @@ class Packed(nn.Module):
         super().__init__()
         self.training = linear.training
         self._linear = (linear,)  # which is no child: nobody sees it, or its weight
-        self._trains, self._marks = linear.weight.requires_grad, vars(linear.weight)
+        self._weight_trains, self._marks = linear.weight.requires_grad, vars(linear.weight)
+        self.trains = any(one.requires_grad for one in linear.parameters())
+        self._empty = linear.weight.detach().new_empty(0)
 
     def take_weight(self) -> None:
         """Free the plain weight, when nothing can fail any more."""
@@ -50,12 +51,13 @@ class Packed(nn.Module):
     def plain(self) -> nn.Linear:
         """Return the module that this one stands in for, and give it its weight."""
         (linear,) = self._linear
-        linear.weight = nn.Parameter(self.weight_as_loaded(), requires_grad=self._trains)
+        linear.weight = nn.Parameter(self.weight_as_loaded(), requires_grad=self._weight_trains)
         vars(linear.weight).update(self._marks)
         return linear.train(self.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Packed:
-        _moved()
+        require_unmoved(fn, self._empty)
+        return super()._apply(fn, recurse)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UnsupportedModel(
@@ -68,7 +70,7 @@ class Packed(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        _loaded()
+        refuse_to_load()
 
 
 class PackedLinear(Packed):
@@ -87,7 +89,7 @@ class PackedLinear(Packed):
     @uncompiled
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [..., i] times the weight, plus the bias: [..., o]."""
-        require_inference(x)
+        require_inference(x, training=self.trains and torch.is_grad_enabled())
         spec = self._choice.spec
         if (x.dtype, x.device) != (spec.dtype, spec.device):
             raise UnsupportedModel(

@@ -9,10 +9,12 @@ from torch import nn
 
 from mla.config import MLAConfig
 from mla.errors import ConfigError
-from mla.integrations.transformers.errors import NO_WEIGHTS, UnsupportedModel
+from mla.integrations.transformers.errors import NO_WEIGHTS, NOT_PREPARED, UnsupportedModel
+from mla.integrations.transformers.mask import NAME
 
 # A layer's projections; no family has all.
 PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -43,9 +45,12 @@ def survey(model: Any) -> Survey:
     for layer in layers:
         _check_layer(layer)
     weight = layers[0].kv_b_proj.weight
-    if len({layer.kv_b_proj.weight.dtype for layer in layers}) > 1:
-        raise UnsupportedModel("this model's layers differ in dtype: cast it to one with `model.to(...)`.")
-    owner, config = _owner(model, models, layers), _config(model, layers[0])
+    if len(dtypes := {linear.weight.dtype for layer in layers for _, linear in _projections(layer)}) > 1:
+        raise UnsupportedModel(
+            f"this model's projections differ in dtype ({', '.join(sorted(map(str, dtypes)))}): cast it to "
+            "one with `model.to(...)`."
+        )
+    owner, config = _owner(model, models, layers), _config(model, layers)
     return Survey(layers, models, owner, config, weight.dtype, weight.device)
 
 
@@ -64,6 +69,8 @@ def _owner(model: Any, models: list[Any], layers: list[Any]) -> Any:
         )
     if any(one.config.output_attentions for one in models):
         raise UnsupportedModel(NO_WEIGHTS)
+    if owner.config._attn_implementation == NAME:
+        raise UnsupportedModel(NOT_PREPARED)
     return owner
 
 
@@ -84,17 +91,26 @@ def _check_layer(layer: Any) -> None:
             f"{type(layer).__name__} is no class of `transformers`, and caches expanded keys: load the model "
             "without `trust_remote_code`."
         )
-    for name in PROJECTIONS:
-        linear = getattr(layer, name, None)
-        if linear is not None and (more := _more_than_a_weight(linear)):
+    if "expand_kv" in vars(layer):
+        raise UnsupportedModel(
+            f"{type(layer).__name__} has an expand_kv of its own, which our ops would leave out: "
+            "take it away first."
+        )
+    for name, linear in _projections(layer):
+        if more := _more_than_a_weight(linear, name != "kv_b_proj"):
             raise UnsupportedModel(
                 f"{name} of this model is {more}: load it unquantized, without adapters or offloading, in "
                 "bfloat16, float16 or float32."
             )
 
 
-def _more_than_a_weight(linear: Any) -> str:
-    """Return what a projection is if it is not its weight and nothing else; "" if it is."""
+def _projections(layer: Any) -> list[tuple[str, Any]]:
+    found = [(name, getattr(layer, name, None)) for name in PROJECTIONS]
+    return [(name, linear) for name, linear in found if linear is not None]
+
+
+def _more_than_a_weight(linear: Any, may_have_bias: bool) -> str:
+    """Return what a projection is if it is not its weight (and bias) and nothing else; "" if it is."""
     kind, weight = type(linear), getattr(linear, "weight", None)
     if kind is not nn.Linear:
         return f"{kind.__module__}.{kind.__name__}"
@@ -102,19 +118,24 @@ def _more_than_a_weight(linear: Any) -> str:
         return f"an nn.Linear whose weight is a {type(weight).__name__}"
     if weight.dtype not in DTYPES:
         return f"an nn.Linear of {weight.dtype}"
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_hf_hook")
-    return "an nn.Linear with hooks" if any(getattr(linear, name, None) for name in hooks) else ""
+    if "forward" in vars(linear):
+        return "an nn.Linear with a forward of its own"
+    if linear.bias is not None and not may_have_bias:
+        return "an nn.Linear with a bias"
+    hooked = weight._backward_hooks or any(getattr(linear, name, None) for name in HOOKS)
+    return "an nn.Linear with hooks" if hooked else ""
 
 
-def _config(model: Any, layer: Any) -> MLAConfig:
+def _config(model: Any, layers: list[Any]) -> MLAConfig:
     """Return the layers' config. Raises `UnsupportedModel`."""
     try:
-        config = MLAConfig.from_dict(layer.config.to_dict())
+        config = MLAConfig.from_dict(layers[0].config.to_dict())
     except ConfigError as error:
         raise UnsupportedModel(f"{type(model).__name__} cannot be served: {error}") from error
-    if abs(layer.scaling - config.softmax_scale) > 1e-6 * config.softmax_scale:
-        raise UnsupportedModel(
-            f"{type(layer).__name__} scales logits by {layer.scaling:.6g}, and its config says "
-            f"{config.softmax_scale:.6g}."
-        )
+    for layer in layers:
+        if abs(layer.scaling - config.softmax_scale) > 1e-6 * config.softmax_scale:
+            raise UnsupportedModel(
+                f"{type(layer).__name__} scales logits by {layer.scaling:.6g}, and its config says "
+                f"{config.softmax_scale:.6g}."
+            )
     return config

@@ -1,0 +1,172 @@
+"""A forward that cannot be served is refused before a layer runs: caches go on as if it had not been."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import CACHE, make_model
+from transformers import StaticCache
+from transformers.masking_utils import causal_mask_function
+
+from mla.integrations.transformers import UnsupportedModel, use_mla
+from mla.integrations.transformers.mask import visible_keys
+
+PROMPT, TOKEN = torch.arange(3, 9)[None], torch.tensor([[7]])
+
+
+def trains(model: Any, *names: str) -> list[torch.nn.Parameter]:
+    """Freeze all weights but these, and return these."""
+    model.requires_grad_(False)
+    found = [model.get_parameter(name) for name in names]
+    for weight in found:
+        weight.requires_grad = True
+    return found
+
+
+def forward(model: Any, **words: Any) -> Any:
+    return model(input_ids=TOKEN, **words)
+
+
+def training(model: Any, **words: Any) -> None:
+    model.model.layers[1].self_attn.train()
+    try:
+        forward(model, **words)
+    finally:
+        model.eval()
+
+
+def autocast(model: Any, **words: Any) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        forward(model, **words)
+
+
+def gradients_of_a_later_layer(model: Any, **words: Any) -> None:
+    trains(model, "model.layers.1.input_layernorm.weight")
+    with torch.enable_grad():
+        forward(model, **words)
+
+
+def gradients_of_inputs(model: Any, **words: Any) -> None:
+    inputs = model.get_input_embeddings()(TOKEN).detach().requires_grad_()
+    with torch.enable_grad():
+        model(inputs_embeds=inputs, **words)
+
+
+def scaled(model: Any, **words: Any) -> None:
+    layer = next(one for one in reversed(list(model.modules())) if hasattr(one, "scaling"))
+    before, layer.scaling = layer.scaling, 2 * layer.scaling
+    try:
+        forward(model, **words)
+    finally:
+        layer.scaling = before
+
+
+def another_attention(model: Any, **words: Any) -> None:
+    before = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        forward(model, **words)
+    finally:
+        model.set_attn_implementation(before)
+
+
+REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
+    "attention weights": (lambda *a, **k: forward(*a, **k, output_attentions=True), "no attention weights"),
+    "mask": (lambda *a, **k: forward(*a, **k, attention_mask=torch.zeros(1, 1, 1, 7)), "one's own"),
+    "whole numbers": (
+        lambda *a, **k: forward(*a, **k, attention_mask=torch.zeros(1, 1, 1, 7, dtype=torch.int32)),
+        "one's own",
+    ),
+    "mask by place": (
+        lambda model, **words: model.model(TOKEN, torch.zeros(1, 1, 1, 7), **words),
+        "one's own",
+    ),
+    "training": (training, "serves inference"),
+    "gradients of a later layer": (gradients_of_a_later_layer, "serves inference"),
+    "gradients of inputs": (gradients_of_inputs, "serves inference"),
+    "autocast": (autocast, "leave autocast out"),
+    "scaling": (scaled, "scales logits by"),
+    "another attention": (another_attention, "sdpa attention was selected"),
+}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "kimi_linear"])
+@pytest.mark.parametrize("refused", REFUSED)
+def test_a_cache_goes_on_after_a_refusal(family: str, refused: str) -> None:
+    """A static one would take the token twice, and a linear layer's state too."""
+    model = make_model(family).requires_grad_(False)
+    use_mla(model)
+    run, message = REFUSED[refused]
+    logits = []
+    for attempts in (0, 1):
+        cache = {CACHE: StaticCache(config=model.config, max_cache_len=16)}
+        with torch.no_grad():
+            model(input_ids=PROMPT, **cache)
+            for _ in range(attempts):
+                with pytest.raises(UnsupportedModel, match=message) as found:
+                    run(model, **cache)
+                assert "\n" not in str(found.value)
+            logits.append(model(input_ids=TOKEN, **cache).logits)
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "embed_tokens.weight",
+        "layers.0.mlp.down_proj.weight",
+        *(
+            f"layers.1.self_attn.{name}"
+            for name in ("kv_a_layernorm.weight", "kv_b_proj.weight", "o_proj.weight", "o_proj.bias")
+        ),
+    ],
+)
+def test_no_gradient_is_lost(name: str) -> None:
+    """The head would get one, and the other weight none."""
+    model = make_model("deepseek_v3 with biases")
+    trains(model, "lm_head.weight", f"model.{name}")
+    use_mla(model)
+    with pytest.raises(UnsupportedModel, match="serves inference"):
+        model(input_ids=PROMPT)
+
+
+def test_a_head_alone_is_trained() -> None:
+    grads = []
+    for prepare in (lambda model: model, use_mla):
+        model = make_model("deepseek_v3")
+        (head,) = trains(model, "lm_head.weight")
+        prepare(model)(input_ids=PROMPT).logits.sum().backward()
+        assert head.grad is not None
+        grads.append(head.grad)
+    assert torch.allclose(*grads, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["o_proj", "kv_a_layernorm"])
+def test_a_layer_alone_loses_no_gradient(model: Any, name: str) -> None:
+    trains(model, f"model.layers.1.self_attn.{name}.weight")
+    layer = use_mla(model).model.layers[1].self_attn
+    flags = visible_keys(1, 2, 2, mask_function=causal_mask_function)
+    turn = torch.ones(1, 2, 8), torch.zeros(1, 2, 8)
+    with pytest.raises(UnsupportedModel, match="serves inference"):
+        layer(torch.zeros(1, 2, 64), position_embeddings=turn, attention_mask=flags)
+
+
+def test_flags_of_another_step_are_refused(model: Any) -> None:
+    flags = visible_keys(1, 2, 2, mask_function=causal_mask_function)
+    use_mla(model)
+    with torch.no_grad():
+        model(input_ids=PROMPT[:, :2], attention_mask=flags)
+        with pytest.raises(UnsupportedModel, match="one's own"):
+            model(input_ids=TOKEN, attention_mask=flags)
+
+
+def test_a_model_from_the_config_of_one_in_use_says_so(model: Any) -> None:
+    use_mla(model)
+    other = type(model)(model.config).eval()
+    with torch.no_grad(), pytest.raises(UnsupportedModel, match="its layers are stock ones"):
+        other(input_ids=PROMPT)
+    with pytest.raises(UnsupportedModel, match="its layers are stock ones"):
+        use_mla(other)
