@@ -106,7 +106,9 @@ def make_sides(config: MLAConfig, backend: str, device: torch.device, tokens: in
         taken = memory.in_use() - before
         yield from (Side(name, model, taken) for name in ATTENTIONS)
     before = memory.in_use()
-    model = use_mla(make_model(config, torch.bfloat16).to(device), backend)
+    model = make_model(config, torch.bfloat16).to(device)
+    memory.in_use()  # gives back what making it took besides, before plain weights are freed in between
+    use_mla(model, backend)
     taken = memory.in_use() - before
     yield Side("mla", model, taken, backend)
     yield Side("mla-paged", model, taken, backend, tokens)

@@ -158,7 +158,7 @@ def draw(config: str, device: str, found: Sequence[Point]) -> dict[str, str]:
         if lines:
             finding = "; ".join(f"{one}: {_span(line)}" for one, line in lines.items())
             caption = Caption(f"{config}-{name}", title, finding)
-            made |= drawing.render(f"use-mla-{config}-{name}", caption, subject, label, lines)
+            made |= drawing.render(f"{config}-{name}", caption, subject, label, lines)
     return made
 
 
