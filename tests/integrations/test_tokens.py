@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny_models import CACHE, FAMILIES, make_model
 
 from mla.integrations.transformers import restore, use_mla
+from mla.integrations.transformers.step import PAGE_SIZE, Step
 
 Prompts = dict[str, torch.Tensor]
 
@@ -122,3 +123,10 @@ def test_what_lies_past_a_request_is_zero_for_an_op_that_reads_it(prompts: Promp
     assert torch.equal(generate(model, prompts), theirs)
     assert seen
     assert seen[-1].isfinite().all()
+
+
+@given(tokens=st.integers(1, 200_000))
+def test_pages_hold_all_tokens_and_little_more(tokens: int) -> None:
+    step = Step.of(torch.ones(1, 1, 1, tokens, dtype=torch.int32), 1, torch.device("cpu"))
+    room = step.batch.block_table.shape[1] * PAGE_SIZE
+    assert tokens <= room < 1.125 * (tokens + PAGE_SIZE)
