@@ -37,7 +37,8 @@ PACKAGES = ("torch", "transformers")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and write after every length."""
-    asked = _parse(arguments)
+    words = list(arguments if arguments is not None else sys.argv[1:])
+    asked = _parse(words)
     backend = mla.load_backend(asked.backend)
     device = backend.device or torch.device("cpu")
     flush = CacheFlush(backend)
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         memory_bytes=host.memory_total(),
         flush=flush.method(),
         date=date.today().isoformat(),
-        arguments=list(arguments if arguments is not None else sys.argv[1:]),
+        arguments=[asked.output.name if word == str(asked.output) else word for word in words],
     )
     for name in asked.config or CONFIGS:
         config = MLAConfig.named(name)
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -79,7 +80,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a side in a round, about")
-    return parser.parse_args(arguments)
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":
