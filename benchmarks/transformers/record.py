@@ -6,6 +6,8 @@ from pathlib import Path
 
 import msgspec
 
+from mla.errors import ResultError
+
 
 class Row(msgspec.Struct, kw_only=True):
     """One side, one phase, one length."""
@@ -52,8 +54,13 @@ class Record(msgspec.Struct, kw_only=True):
 
 
 def read(path: Path) -> Record:
-    """Read a record."""
-    return msgspec.json.decode(path.read_bytes(), type=Record)
+    """Read a record. Raises `ResultError` for anything else."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Record)
+    except OSError as error:
+        raise ResultError(f"cannot read '{path}': {error.strerror}.") from error
+    except msgspec.DecodeError as error:
+        raise ResultError(f"'{path}' is no record of this comparison: {error}.") from error
 
 
 def write(record: Record, path: Path) -> None:

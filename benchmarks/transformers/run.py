@@ -26,23 +26,36 @@ from benchmarks.transformers.sides import CONFIGS, make_sides
 from benchmarks.transformers.turns import measure
 from benchmarks.transformers.work import PHASES, Work
 from mla.bench.measure.cold_cache import CacheFlush
+from mla.command import files
 from mla.command.console import note
 from mla.command.environment import git_commit
 from mla.config import MLAConfig
-from mla_backends import host
+from mla.errors import MLAError
+from mla_backends import BackendError, host
 
 HISTORIES = (64, 512, 2048, 4096, 16384, 65536)
 PACKAGES = ("torch", "transformers")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, and write after every length."""
+    """Run, and return 0; 1 where one sentence on stderr says why there is no number."""
     words = list(arguments if arguments is not None else sys.argv[1:])
     asked = _parse(words)
+    try:
+        _run(asked, words)
+    except (MLAError, BackendError) as error:
+        note(f"error: {error}")
+        return 1
+    return 0
+
+
+def _run(asked: argparse.Namespace, words: Sequence[str]) -> None:
+    """Measure, and write after every length."""
+    asked.output.parent.mkdir(parents=True, exist_ok=True)
+    files.check_writable(asked.output)
     backend = mla.load_backend(asked.backend)
     device = backend.device or torch.device("cpu")
     flush = CacheFlush(backend)
-    asked.output.parent.mkdir(parents=True, exist_ok=True)
     record = Record(
         device=backend.device_info().name,
         threads=torch.get_num_threads(),
@@ -63,7 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 record.rows += measure(work, sides, asked.rounds, asked.seconds)
                 write(record, asked.output)
     note(f"written to {asked.output}")
-    return 0
+
+
+def _count(word: str) -> int:
+    """Return a number of at least one."""
+    if not word.isdecimal() or not int(word):
+        raise argparse.ArgumentTypeError(f"'{word}' is no number of at least 1")
+    return int(word)
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
@@ -73,12 +92,12 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, required=True, help="a JSON file")
     parser.add_argument("--backend", default="cpu")
     parser.add_argument("--config", action="append", choices=CONFIGS, help="may be repeated; default: all")
-    parser.add_argument("--history", type=int, nargs="+", default=list(HISTORIES), help="tokens")
+    parser.add_argument("--history", type=_count, nargs="+", default=list(HISTORIES), help="tokens")
     parser.add_argument("--phase", action="append", choices=PHASES, help="may be repeated; default: all")
     parser.add_argument(
         "--longest-prefill", type=int, default=16384, help="tokens of a whole prompt, at most"
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=_count, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a side in a round, about")
     return parser.parse_args(words)
 

@@ -19,8 +19,9 @@ from mla.bench.report import pictures
 from mla.bench.report.draw.svg import Caption
 from mla.bench.results.stats import median
 from mla.bench.terminal.digits import number
-from mla.command.console import out
+from mla.command.console import note, out
 from mla.command.table import markdown
+from mla.errors import ResultError
 
 TIMES = (
     "tokens",
@@ -175,7 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("record", type=Path)
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write the pictures there")
     asked = parser.parse_args(arguments)
-    record = read(asked.record)
+    try:
+        record = read(asked.record)
+    except ResultError as error:
+        note(f"error: {error}")
+        return 1
     configs = {row.config: [one for one in record.rows if one.config == row.config] for row in record.rows}
     for config, rows in configs.items():
         found = points(rows)

@@ -13,13 +13,14 @@ from benchmarks.transformers.work import Work
 from mla.bench.results.stats import median
 from mla.bench.terminal.digits import number
 from mla.command.console import note
+from mla.errors import MLAError
 
 TOO_SLOW = 2.0  # as the fastest of `transformers`, in the best of two forwards: left out at this length
 AGREES = 0.03  # relative distance of the last token's attention
 MOST = 20  # forwards of a side in a round
 
 
-class Disagreement(Exception):
+class Disagreement(MLAError):
     """Sides attend differently: their times say nothing."""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.transformers import run, sides, summary, turns
+from benchmarks.transformers import run, sides, summary
 from benchmarks.transformers.meters import Memory
 from benchmarks.transformers.record import Row, read
 
@@ -22,7 +22,7 @@ QUICK = ["--config", "deepseek-v2-lite", "--rounds", "2", "--seconds", "0.001", 
 def test_every_side_is_measured_in_every_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # In a process of its own: memory that another test has left free would be taken again, and not be seen.
     path, program = tmp_path / "found.json", "import sys; sys.path.append(sys.argv.pop(1)); from "
-    program += "benchmarks.transformers.run import main; main()"
+    program += "benchmarks.transformers.run import main; sys.exit(main())"
     command = [sys.executable, "-c", program, str(ROOT), *QUICK, "-o", str(path)]
     subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
     rows = read(path).rows
@@ -61,7 +61,9 @@ def _both(row: Row) -> list[tuple[float, float]]:
     return [pair for some, whole in pairs for pair in zip(some, whole, strict=True)]
 
 
-def test_sides_that_attend_differently_have_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sides_that_attend_differently_have_no_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def other(*arguments: Any) -> dict[str, Any]:
         cache = right(*arguments)
         if arguments[0].name == "mla":
@@ -70,8 +72,23 @@ def test_sides_that_attend_differently_have_no_times(tmp_path: Path, monkeypatch
 
     right = sides.Side.cache
     monkeypatch.setattr(sides.Side, "cache", other)
-    with pytest.raises(turns.Disagreement, match=r"^mla in bfloat16: attention differs by "):
-        run.main([*QUICK, "--phase", "decode", "-o", str(tmp_path / "found.json")])
+    assert run.main([*QUICK, "--phase", "decode", "-o", str(tmp_path / "found.json")]) == 1
+    assert re.fullmatch(r"error: mla in bfloat16: attention differs by .*\n", capsys.readouterr().err)
+
+
+def test_what_cannot_be_run_or_read_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    for main, words in (
+        (run.main, ["-o", str(tmp_path)]),
+        (run.main, ["-o", str(tmp_path / "new" / "found.json"), "--backend", "nobody"]),
+        (summary.main, [str(tmp_path / "missing.json")]),
+        (summary.main, [str(other)]),
+    ):
+        assert main(words) == 1
+        assert re.fullmatch(r"error: .*\n", capsys.readouterr().err), words
 
 
 def test_memory_is_what_a_block_takes_at_most() -> None:
