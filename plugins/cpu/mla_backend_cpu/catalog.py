@@ -138,7 +138,7 @@ def measured(level: str) -> dict[str, str]:
     if kernels.dot_bf16 and not kernels.tiles:
         found["native_fp32_gain"] = f"{tuning.fp32_gain(kernels):.2f}"
     if level == "auto" and tuning.torch_has_tiles():
-        found["native_product_gain"] = f"{tuning.product_gain(kernels, fp32=False):.2f}"
+        found["native_product_gain"] = f"{tuning.product_gain(kernels, False):.2f}"
     if level == "auto" and True in tuning.PRODUCT_GAINS:
         found["native_product_gain_fp32"] = f"{tuning.PRODUCT_GAINS[True]:.2f}"
     return found

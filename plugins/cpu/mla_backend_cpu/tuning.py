@@ -56,10 +56,11 @@ PRODUCT_GAINS: dict[bool, float] = {}
 
 
 @functools.cache
-def product_gain(kernels: Library, fp32: bool) -> float:
+def product_gain(kernels: Library, fp32: bool, /) -> float:
     """Measure how much faster the kernels' products are than torch's, averaged over few and many tokens.
 
-    `fp32`: of float32 tensors, else of bfloat16 ones.
+    `fp32`: of float32 tensors, else of bfloat16 ones. Only by position: a keyword would be another entry of
+    the cache, so a second measurement, and a result would name a gain that decided nothing.
     """
     import torch
 

@@ -223,6 +223,24 @@ def test_where_torch_has_amx_a_measurement_decides_on_products(
     assert "native_product_gain" not in named.environment()
 
 
+@pytest.mark.usefixtures("no_level_named")
+def test_a_result_names_the_gain_that_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mla_backend_cpu import instruction_sets, tuning
+
+    flags = instruction_sets.processor_flags() | {"amx_bf16"}
+    gains = iter((0.25, 0.25, 4.0, 4.0))  # for few and many tokens, twice: under load they differ
+    monkeypatch.setattr(instruction_sets, "processor_flags", lambda: flags)
+    monkeypatch.setattr(tuning, "PRODUCT_GAINS", {})
+    monkeypatch.setattr(tuning, "fastest", lambda theirs, ours: (next(gains), 1.0))
+    tuning.product_gain.cache_clear()
+    try:
+        backend = mla.load_backend("cpu")
+        mla.MLA(mla.MLAConfig(hidden_size=64, num_attention_heads=2), backend=backend)
+        assert backend.environment()["native_product_gain"] == "0.25"
+    finally:
+        tuning.product_gain.cache_clear()
+
+
 @pytest.mark.parametrize("gain", [0.5, 2.0])
 def test_a_float32_layer_gets_packed_products_where_they_beat_torch(
     monkeypatch: pytest.MonkeyPatch, gain: float
