@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import CACHE, make_model
 from transformers import StaticCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import causal_mask_function
 
 from mla.integrations.transformers import UnsupportedModel, use_mla
@@ -28,6 +29,10 @@ def trains(model: Any, *names: str) -> list[torch.nn.Parameter]:
 
 def forward(model: Any, **words: Any) -> Any:
     return model(input_ids=TOKEN, **words)
+
+
+def causal(queries: int, before: int) -> torch.Tensor:
+    return visible_keys(1, queries, queries + before, before, mask_function=causal_mask_function)
 
 
 def training(model: Any, **words: Any) -> None:
@@ -82,6 +87,14 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "mask by place": (
         lambda model, **words: model.model(TOKEN, torch.zeros(1, 1, 1, 7), **words),
+        "one's own",
+    ),
+    "a mask of ours for other queries": (
+        lambda *a, **k: forward(*a, **k, attention_mask=causal(2, 5)),
+        "one's own",
+    ),
+    "a mask of ours for other tokens": (
+        lambda *a, **k: forward(*a, **k, attention_mask=causal(1, 0)),
         "one's own",
     ),
     "training": (training, "serves inference"),
@@ -148,19 +161,36 @@ def test_a_head_alone_is_trained() -> None:
 def test_a_layer_alone_loses_no_gradient(model: Any, name: str) -> None:
     trains(model, f"model.layers.1.self_attn.{name}.weight")
     layer = use_mla(model).model.layers[1].self_attn
-    flags = visible_keys(1, 2, 2, mask_function=causal_mask_function)
+    flags = causal(2, 0)
     turn = torch.ones(1, 2, 8), torch.zeros(1, 2, 8)
     with pytest.raises(UnsupportedModel, match="serves inference"):
         layer(torch.zeros(1, 2, 64), position_embeddings=turn, attention_mask=flags)
 
 
-def test_flags_of_another_step_are_refused(model: Any) -> None:
-    flags = visible_keys(1, 2, 2, mask_function=causal_mask_function)
+def test_flags_of_this_step_are_taken(model: Any) -> None:
+    """`generate` makes them before the forward where a cache is static; inputs may come in any way."""
     use_mla(model)
+    inputs = model.get_input_embeddings()(TOKEN)
+    logits = []
+    for words in ({"input_ids": TOKEN}, {"input_ids": TOKEN}, {"inputs_embeds": inputs}):
+        cache = {CACHE: StaticCache(config=model.config, max_cache_len=16)}
+        mask = {"attention_mask": causal(1, 6)} if logits else {}
+        with torch.no_grad():
+            model(input_ids=PROMPT, **cache)
+            logits.append(model(**words, **mask, **cache).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+def test_a_later_layer_that_drops_tokens_is_seen_before_the_first_one_runs(model: Any) -> None:
+    use_mla(model)
+    layers = [DynamicLayer(), DynamicSlidingWindowLayer(sliding_window=4)]
+    cache = Cache(layers=layers)
     with torch.no_grad():
-        model(input_ids=PROMPT[:, :2], attention_mask=flags)
-        with pytest.raises(UnsupportedModel, match="one's own"):
-            model(input_ids=TOKEN, attention_mask=flags)
+        model(input_ids=PROMPT, **{CACHE: cache})
+        with pytest.raises(UnsupportedModel, match="layer 1 of this cache keeps a window"):
+            model(input_ids=TOKEN, **{CACHE: cache})
+    assert [layer.get_seq_length() for layer in layers] == [6, 6]
 
 
 def test_a_model_from_the_config_of_one_in_use_says_so(model: Any) -> None:

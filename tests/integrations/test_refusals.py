@@ -282,7 +282,7 @@ def window(model: Any) -> None:
         (attention_weights, "computes no attention weights"),
         (attention_weights_of_a_generation, "computes no attention weights"),
         (dropped_tokens, "this cache returned 4 of 6 tokens"),
-        (window, "not plain causal attention"),
+        (window, "layer 0 of this cache keeps a window"),
         (own_mask, "takes no mask of one's own"),
         (own_whole_numbers, "takes no mask of one's own"),
         (packed, "not plain causal attention"),

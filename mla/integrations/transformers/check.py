@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 
 from mla.integrations.transformers.errors import NO_WEIGHTS, OWN_MASK, UnsupportedModel, require_inference
 from mla.integrations.transformers.mask import NAME, is_ours
@@ -24,16 +26,20 @@ class Check:
     @uncompiled
     def __call__(self, model: Any, arguments: tuple[Any, ...], words: dict[str, Any]) -> None:
         """Raise `UnsupportedModel` for a forward that cannot be served."""
-        tensors = list(_tensors((*arguments, *words.values())))
+        values = (*arguments, *words.values())
+        tensors, caches = list(_tensors(values)), [one for one in values if isinstance(one, Cache)]
         if words.get("output_attentions", model.config.output_attentions):
             raise UnsupportedModel(NO_WEIGHTS)
-        if any(one.ndim == 4 and not is_ours(one) for one in tensors):
-            raise UnsupportedModel(OWN_MASK)
+        if masks := [one for one in tensors if one.ndim == 4]:
+            inputs = _inputs(model, arguments, words)  # asked only here, since it takes a while
+            _check_masks(masks, 0 if inputs is None else inputs.shape[1], caches)
         if torch.is_autocast_enabled(self._device):
             raise UnsupportedModel(
                 "`use_mla` computes in the dtype of the model's weights: leave autocast out."
             )
         self._check_layers(model)
+        for cache in caches:
+            _check_cache(cache)
         require_inference(*tensors, training=torch.is_grad_enabled() and _trains(model))
 
     def _check_layers(self, model: Any) -> None:
@@ -50,6 +56,31 @@ class Check:
                     f"layer {layer.layer_idx} scales logits by {layer.scaling:.6g}, and by {scaling:.6g} "
                     "when `use_mla` was called: call `restore(model)` before it is changed."
                 )
+
+
+def _inputs(model: Any, arguments: tuple[Any, ...], words: dict[str, Any]) -> torch.Tensor | None:
+    """Return a forward's token ids [B, t] or embeddings [B, t, ...], whichever way they were handed over."""
+    given = inspect.signature(model.forward).bind_partial(*arguments, **words).arguments
+    found = (given.get(name) for name in ("input_ids", "inputs_embeds"))
+    return next((one for one in found if one is not None), None)
+
+
+def _check_masks(masks: list[torch.Tensor], queries: int, caches: list[Cache]) -> None:
+    """Raise `UnsupportedModel` unless `visible_keys` made these masks [B, 1, 1, s], and for this step."""
+    tokens = queries + sum(int(cache.get_seq_length()) for cache in caches)
+    if not all(is_ours(one, queries) and one.shape[-1] == tokens for one in masks):
+        raise UnsupportedModel(OWN_MASK)
+
+
+def _check_cache(cache: Cache) -> None:
+    """Raise `UnsupportedModel` for a cache of which a layer has dropped tokens."""
+    layer: Any
+    for index, layer in enumerate(cache.layers):
+        if getattr(layer, "is_sliding", False) and layer.get_mask_sizes(1)[1]:
+            raise UnsupportedModel(
+                f"layer {index} of this cache keeps a window of tokens and has dropped some: `use_mla` needs "
+                "all of them."
+            )
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
