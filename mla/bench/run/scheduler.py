@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import msgspec
@@ -16,13 +16,13 @@ from mla.bench.limits.roofline import TIMES, RooflineModel
 from mla.bench.measure import refusals
 from mla.bench.measure.hooks import Hooks
 from mla.bench.plan import estimate
-from mla.bench.plan.estimate import Estimator
 from mla.bench.plan.memory import MemoryPlan, available_memory
 from mla.bench.plan.request import Request, ScenarioPlan, empty_run
 from mla.bench.results.passes import due
 from mla.bench.results.predicted import label
 from mla.bench.run.budget import Pace
 from mla.bench.run.outcome import Outcome, failure_of, subjects
+from mla.bench.run.scenario_bar import Advance, ScenarioBar
 from mla.bench.run.scenario_run import ScenarioRun
 from mla.bench.run.steering import OVER_BUDGET, Steering
 from mla.bench.run.watchdog import Watchdog
@@ -39,8 +39,6 @@ from mla_backends.errors import first_line, plugin_code
 LIMITS_SHARE = 0.05
 # How much longer than estimated a run may take: a budget that is too short again costs another run.
 MARGIN = 1.5
-
-Advance = Callable[[str, float], None]  # what is running, estimated seconds done since the last call
 
 
 def measure(request: Request, empty: results.Run | None = None, steering: Steering | None = None) -> Outcome:
@@ -112,7 +110,7 @@ class _Scheduler:
     def _visit(self, scenario: ScenarioPlan) -> Outcome | None:
         """Measure what is missing of a scenario; return an outcome if the run ends here."""
         names = self._missing(scenario)
-        bar = _ScenarioBar(
+        bar = ScenarioBar(
             self._advance_to, self._place(), self._nominal, scenario, self._request.implementations
         )
         done = [case for case in self._cases.values() if case.scenario == scenario.name]
@@ -280,27 +278,6 @@ class _Scheduler:
     def _lost(self, error: MLAError) -> None:
         """End the run, whatever this rank waits for: another one is gone."""
         self._steering.hung(self._latest, str(error), Exit(error.exit_code))
-
-
-class _ScenarioBar:
-    """The part of a progress bar that belongs to one scenario."""
-
-    def __init__(
-        self, advance: Advance, place: str, nominal: Estimator, scenario: ScenarioPlan, names: Sequence[str]
-    ) -> None:
-        self._advance, self._place = advance, place
-        self._left = nominal.seconds(scenario, names)
-        self._each = sum(nominal.forward(scenario, name) for name in names) / len(names)
-
-    def forwards(self, what: str, done: int) -> None:
-        """Advance by this many forwards."""
-        seconds = min(done * self._each, self._left)
-        self._left -= seconds
-        self._advance(f"{self._place}  {what}", seconds)
-
-    def finish(self) -> None:
-        """Advance by what was estimated but not done."""
-        self._advance(self._place, self._left)
 
 
 def _over_budget(least: float, left: float, budget: float) -> str:
