@@ -65,7 +65,7 @@ def emulate(installed: dict[str, Path], tmp_path: Path) -> Emulate:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,  # minutes on a slow machine
         )
         return Outcome(done.returncode, done.stdout, done.stderr)
 

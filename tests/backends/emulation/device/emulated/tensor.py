@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ WAITING = {
     )
 }
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+COPIES = {"aten::_to_copy", "aten::copy_"}
 PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::matmul"}
 FRESH = {
     "aten::empty",
@@ -79,15 +80,22 @@ class EmulatedTensor(torch.Tensor):
 
 def run(func: Any, args: Any, kwargs: Any) -> Any:
     """Carry out one operation that touches the emulated device."""
-    name = func._schema.name
-    leaves = tensors(args, kwargs)
-    here = [leaf for leaf in leaves if isinstance(leaf, EmulatedTensor)]
-    if name in ("aten::_to_copy", "aten::copy_"):
+    name = _name(func)
+    if name in COPIES:
         return _copy(func, args, kwargs)
+    leaves = tensors(args, kwargs)
+    here = [leaf for leaf in leaves if type(leaf) is EmulatedTensor]
     _check_mixing(name, leaves, here)
-    _check_waiting(name, args, kwargs, here)
-    _check_arithmetic(name, here)
-    return _on_host(func, args, kwargs, _target(kwargs, here))
+    if here:
+        _check_waiting(name, args, kwargs)
+        _check_arithmetic(name, here)
+    return _on_host(func, args, kwargs, _target(kwargs, here), here)
+
+
+@functools.cache
+def _name(func: Any) -> str:
+    """Return an operation's name: torch makes its schema anew whenever it is asked for."""
+    return func._schema.name
 
 
 def _target(kwargs: Any, here: list[EmulatedTensor]) -> int | None:
@@ -104,15 +112,22 @@ def _target(kwargs: Any, here: list[EmulatedTensor]) -> int | None:
     return here[0].index if here else STATE.current
 
 
-def _on_host(func: Any, args: Any, kwargs: Any, index: int | None, counted: bool = True) -> Any:
+def _on_host(
+    func: Any,
+    args: Any,
+    kwargs: Any,
+    index: int | None,
+    here: list[EmulatedTensor],
+    counted: bool = True,
+) -> Any:
     if kwargs.get("device") is not None and index is not None:
         kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"} | {"device": "cpu"}
-    plain_args, plain_kwargs = change(args, _plain), change(kwargs, _plain)
+    plain_args, plain_kwargs = change(args, _plain), change(kwargs, _plain) if kwargs else kwargs
     recorder = STATE.recorder
     if recorder is not None:
         recorder.before(plain_args, plain_kwargs)
     out = func(*plain_args, **plain_kwargs)
-    if func._schema.name in FRESH:
+    if _name(func) in FRESH:
         if out.nbytes <= POISONED_BYTES:
             poison(out)
     elif counted and not _is_view(func):
@@ -120,7 +135,7 @@ def _on_host(func: Any, args: Any, kwargs: Any, index: int | None, counted: bool
     if recorder is not None:
         again = functools.partial(func, *plain_args, **plain_kwargs)
         recorder.after(again, (plain_args, plain_kwargs), out)
-    return out if index is None else change(out, _wrapper(args, kwargs, index))
+    return out if index is None else change(out, _wrapper(here, index))
 
 
 @functools.cache
@@ -130,30 +145,30 @@ def _is_view(func: Any) -> bool:
     return any(alias is not None and not alias.is_write for alias in aliases)
 
 
-def _wrapper(args: Any, kwargs: Any, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def _wrapper(here: list[EmulatedTensor], index: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a function that wraps results; what was written in place keeps its wrapper."""
-    known = {id(leaf.raw): leaf for leaf in tensors(args, kwargs) if isinstance(leaf, EmulatedTensor)}
 
     def wrap(value: torch.Tensor) -> torch.Tensor:
-        same = known.get(id(value))
-        if same is None:
-            return EmulatedTensor(value, index)
-        assert same.shape == value.shape, "an emulated tensor cannot be resized"
-        return same
+        for same in here:
+            if same.raw is value:
+                assert same.shape == value.shape, "an emulated tensor cannot be resized"
+                return same
+        return EmulatedTensor(value, index)
 
     return wrap
 
 
 def _plain(value: torch.Tensor) -> torch.Tensor:
-    return value.raw if isinstance(value, EmulatedTensor) else value
+    return value.raw if type(value) is EmulatedTensor else value
 
 
-def _check_mixing(name: str, leaves: Iterable[torch.Tensor], here: list[EmulatedTensor]) -> None:
-    cards = {tensor.index for tensor in here}
-    if len(cards) > 1:
+def _check_mixing(name: str, leaves: list[torch.Tensor], here: list[EmulatedTensor]) -> None:
+    if len(here) > 1 and len(cards := {tensor.index for tensor in here}) > 1:
         raise DeviceMix(f"{name}: tensors on cards {sorted(cards)} of {STATE.name}")
-    strange = [leaf for leaf in leaves if not isinstance(leaf, EmulatedTensor) and leaf.dim() > 0]
-    if not here or not strange:
+    if not here or len(here) == len(leaves):
+        return
+    strange = [leaf for leaf in leaves if type(leaf) is not EmulatedTensor and leaf.dim() > 0]
+    if not strange:
         return
     if name not in INDEXING:
         raise DeviceMix(
@@ -162,9 +177,7 @@ def _check_mixing(name: str, leaves: Iterable[torch.Tensor], here: list[Emulated
     STATE.wait(f"{name} with an index on the host")
 
 
-def _check_waiting(name: str, args: Any, kwargs: Any, here: list[EmulatedTensor]) -> None:
-    if not here:
-        return
+def _check_waiting(name: str, args: Any, kwargs: Any) -> None:
     masks = name in INDEXING and any(
         isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1]
     )
@@ -175,7 +188,7 @@ def _check_waiting(name: str, args: Any, kwargs: Any, here: list[EmulatedTensor]
 
 def _check_arithmetic(name: str, here: list[EmulatedTensor]) -> None:
     """Fail as a card does that can store a dtype and not multiply in it."""
-    if name in PRODUCTS and here:
+    if name in PRODUCTS:
         dtype = str(here[0].dtype).removeprefix("torch.")
         if dtype in ("bfloat16", "float16") and dtype not in STATE.card.products:
             raise RuntimeError(
@@ -186,7 +199,7 @@ def _check_arithmetic(name: str, here: list[EmulatedTensor]) -> None:
 def _copy(func: Any, args: Any, kwargs: Any) -> Any:
     """Carry out a copy, perhaps between devices. Reading back always waits."""
     STATE.launches += 1
-    if func._schema.name == "aten::copy_":
+    if _name(func) == "aten::copy_":
         target, source = args[0], args[1]
         waits = _note_copy(
             source, target.device, kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
@@ -203,7 +216,7 @@ def _copy(func: Any, args: Any, kwargs: Any) -> Any:
     if device.type != STATE.name:
         return func(_plain(source), **rest)
     if isinstance(source, EmulatedTensor):
-        return _on_host(func, args, rest, _target({"device": device}, []), counted=False)
+        return _on_host(func, args, rest, _target({"device": device}, []), [source], counted=False)
     made, read = func(source, **rest), _reader(source)
     if STATE.recorder is not None and not waits:
         STATE.recorder.after(lambda: func(read(), **rest), (), made)

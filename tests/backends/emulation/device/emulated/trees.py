@@ -15,9 +15,10 @@ def tensors(*values: Any) -> list[torch.Tensor]:
     """Return the tensors among values, which may be nested in lists, tuples and dicts."""
     found: list[torch.Tensor] = []
     for value in values:
-        if type(value) in LEAVES:
+        kind = type(value)
+        if kind in LEAVES:
             continue
-        if isinstance(value, torch.Tensor):
+        if kind is torch.Tensor or isinstance(value, torch.Tensor):
             found.append(value)
         elif isinstance(value, (list, tuple)):
             found += tensors(*value)
