@@ -48,8 +48,8 @@ def _random(
     shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, middle: float
 ) -> torch.Tensor:
     if len(shape) == 1:
-        return (middle + 0.1 * torch.randn(shape, generator=generator)).to(dtype)
-    weight = torch.empty(shape, dtype=dtype)
+        return (middle + 0.1 * torch.randn(shape, generator=generator, device="cpu")).to(dtype)
+    weight = torch.empty(shape, dtype=dtype, device="cpu")
     for rows in weight.split(4096):  # an fp32 copy of a large weight would double peak memory
-        rows.copy_(torch.randn(rows.shape, generator=generator) * shape[1] ** -0.5)
+        rows.copy_(torch.randn(rows.shape, generator=generator, device="cpu") * shape[1] ** -0.5)
     return weight

@@ -111,7 +111,7 @@ def make_history() -> Callable[..., list[tuple[torch.Tensor, torch.Tensor]]]:
         generator = torch.Generator().manual_seed(seed)
 
         def draw(rows: int, width: int) -> torch.Tensor:
-            return torch.randn(rows, width, generator=generator).to(dtype)
+            return torch.randn(rows, width, generator=generator, device="cpu").to(dtype)
 
         return [(draw(s, config.kv_lora_rank), draw(s, config.qk_rope_head_dim)) for s in lengths]
 

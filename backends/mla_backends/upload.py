@@ -139,6 +139,6 @@ def _host_memory(size: int) -> torch.Tensor:
 
     with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
         try:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
         except (RuntimeError, NotImplementedError, AssertionError):  # what a stack without it raises
-            return torch.empty(size, dtype=torch.uint8)
+            return torch.empty(size, dtype=torch.uint8, device="cpu")

@@ -54,7 +54,7 @@ class LatentCache:
         shape = (num_layers, self.num_pages, page_size, config.latent_dim)
         with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
             self.pages = torch.zeros(shape, dtype=dtype, device=device)
-            self._tables = torch.zeros(0, 1, dtype=torch.int32)  # [rows, pages]
+            self._tables = torch.zeros(0, 1, dtype=torch.int32, device="cpu")  # [rows, pages]
         self.generation = 0
         self._free = list(range(self.num_pages - 1, -1, -1))
         if shuffle is not None:
@@ -81,6 +81,11 @@ class LatentCache:
         """Pages no sequence owns."""
         return len(self._free)
 
+    @property
+    def sequences(self) -> list[int]:
+        """The ids of all sequences, in the order in which they were made."""
+        return list(self._sequences)
+
     def length(self, sequence: int) -> int:
         """Return the tokens cached for a sequence."""
         return self._get(sequence).length
@@ -89,7 +94,7 @@ class LatentCache:
         """Return the rows [length] int64 of a flattened layer that hold a sequence, in token order."""
         entry = self._get(sequence)
         pages = host_ints(entry.pages)
-        rows = pages[:, None] * self.page_size + torch.arange(self.page_size)
+        rows = pages[:, None] * self.page_size + torch.arange(self.page_size, device="cpu")
         return rows.reshape(-1)[: entry.length].to(self.pages.device)
 
     def slot(self, sequence: int, token: int) -> int:
@@ -201,7 +206,7 @@ class LatentCache:
 
     def _grow_tables(self, rows: int, width: int) -> None:
         with torch.inference_mode(False):
-            grown = torch.zeros(rows, width, dtype=torch.int32)
+            grown = torch.zeros(rows, width, dtype=torch.int32, device="cpu")
         grown[: self._tables.shape[0], : self._tables.shape[1]] = self._tables
         self._tables = grown
 

@@ -6,6 +6,7 @@ one packed copy, because many small copies cost more than a decode step can spar
 
 from __future__ import annotations
 
+import weakref
 from array import array
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import accumulate
@@ -25,11 +26,13 @@ class PagedCache(Protocol):
     generation: int
     num_pages: int
 
+    __weakref__: Any  # it can be referred to weakly
+
 
 def host_ints(values: Iterable[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
     """Return a host tensor of `values`; several times faster than `torch.tensor` for short lists."""
     buffer = array("q" if dtype == torch.int64 else "i", values)
-    return torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype, device="cpu")
 
 
 class BatchMemory:
@@ -105,7 +108,8 @@ class RaggedBatch:
     ) -> None:
         self.page_size = page_size
         self.device = device
-        self._source = source
+        # Weak: a plan in the memo refers to its batch, and this cycle must not hold the pages of a cache.
+        self._source = None if source is None else weakref.ref(source)
         self._describe(tuple(query_lens), tuple(kv_lens), block_table)
         self.memory = memory or BatchMemory(self.num_tokens, block_table, device)
         self.memory.fill(self._pack(slots), block_table)
@@ -118,8 +122,13 @@ class RaggedBatch:
         self.cu_q_host = (0, *accumulate(query_lens))
         self.num_tokens = self.cu_q_host[-1]
         self.block_table_host = table
-        self._generation = self._source.generation if self._source else 0
+        cache = self._cache()
+        self._generation = 0 if cache is None else cache.generation
         self._memo: dict[Hashable, Any] = {}
+
+    def _cache(self) -> PagedCache | None:
+        """Return the cache that this batch describes, if there is one and somebody still has it."""
+        return None if self._source is None else self._source()
 
     def _pack(self, slots: Sequence[int] | None) -> torch.Tensor:
         """Lay slots, positions, kv_lens and cu_q out in one int32 host buffer."""
@@ -138,7 +147,7 @@ class RaggedBatch:
         width, queries = self.block_table_host.shape[1], host_ints(self.query_lens)
         starts = zip(self.kv_lens, self.query_lens, self.cu_q_host, strict=False)
         offset = host_ints(kv_len - query_len - first for kv_len, query_len, first in starts)
-        positions = torch.arange(self.num_tokens) + offset.repeat_interleave(queries)
+        positions = torch.arange(self.num_tokens, device="cpu") + offset.repeat_interleave(queries)
         rows = host_ints(range(0, width * len(queries), width)).repeat_interleave(queries)
         shift, mask = self.page_size.bit_length() - 1, self.page_size - 1
         pages = table.index_select(0, rows + (positions >> shift)).long()
@@ -156,7 +165,7 @@ class RaggedBatch:
             self.block_table_host.index_select(0, host_ints(requests)),
             self.page_size,
             self.device,
-            self._source,
+            self._cache(),
         )
 
     def update_(self, other: RaggedBatch) -> RaggedBatch:
@@ -181,11 +190,13 @@ class RaggedBatch:
 
     def fits(self, pages: int) -> bool:
         """Return whether a cache of `pages` pages can be the one this batch describes."""
-        return self._source is None or self._source.num_pages == pages
+        cache = self._cache()
+        return cache is None or cache.num_pages == pages
 
     def check_current(self) -> None:
         """Raise `StaleBatch` when the cache has changed since this batch was made."""
-        if self._source is not None and self._source.generation != self._generation:
+        cache = self._cache()
+        if cache is not None and cache.generation != self._generation:
             raise StaleBatch(
                 "this batch is out of date: the cache was extended, truncated or released since."
             )

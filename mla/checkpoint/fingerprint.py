@@ -24,7 +24,7 @@ def _digest(layer: StoredLayer, name: str) -> str:
     digest = hashlib.sha256(f"{shape} {dtype}".encode())
     rows = shape[0] if len(shape) == 1 else 1  # a vector is read whole
     for start in sorted({place * (shape[0] - rows) // (ROWS - 1) for place in range(ROWS)}):
-        read = torch.empty((rows, *shape[1:]), dtype=dtype)
+        read = torch.empty((rows, *shape[1:]), dtype=dtype, device="cpu")
         layer.read_into(name, read, Part(slice(start, start + rows)))
         digest.update(bytes(read.view(torch.uint8).flatten().tolist()))  # torch may be without numpy
     return digest.hexdigest()[:16]

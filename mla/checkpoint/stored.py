@@ -84,9 +84,9 @@ class StoredWeight:
             return rows
         wide = rows.half().float()  # exact, and several times faster than .float() alone
         height, width = self.block
-        by_row = scale[torch.arange(start, stop) // height]  # [rows, blocks in a row]
+        by_row = scale[torch.arange(start, stop, device="cpu") // height]  # [rows, blocks in a row]
         if columns != slice(None):
-            return wide.mul_(by_row[:, torch.arange(self.tensor.shape[1])[columns] // width])
+            return wide.mul_(by_row[:, torch.arange(self.tensor.shape[1], device="cpu")[columns] // width])
         whole = wide.shape[1] // width
         wide[:, : whole * width].unflatten(1, (whole, width)).mul_(by_row[:, :whole, None])
         wide[:, whole * width :].mul_(by_row[:, whole:])  # the last block is cut off by the edge
@@ -121,7 +121,7 @@ class LazyState(Mapping[str, torch.Tensor]):
         """Write a weight into `out`, of its shape, on any device and in any dtype, rounded once."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        out = torch.empty(self.shape(name), dtype=self.dtype(name))
+        out = torch.empty(self.shape(name), dtype=self.dtype(name), device="cpu")
         self.read_into(name, out)
         return out
 

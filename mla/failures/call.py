@@ -201,13 +201,13 @@ def _read_pages(tensors: Mapping[str, Any]) -> torch.Tensor:
     if "slots" in tensors:
         return (tensors["slots"].cpu() // page_size).unique()
     table, lengths = tensors["block_table"].cpu(), tensors["kv_lens"].cpu()
-    owned = torch.arange(table.shape[1])[None] < -(-lengths // page_size)[:, None]
+    owned = torch.arange(table.shape[1], device="cpu")[None] < -(-lengths // page_size)[:, None]
     return table[owned].long().unique()
 
 
 def _describe_pages(cache: torch.Tensor, kept: torch.Tensor) -> Pages:
     """Describe a cache; what is in its other pages is that of the first of them."""
-    others = torch.ones(cache.shape[0], dtype=torch.bool)
+    others = torch.ones(cache.shape[0], dtype=torch.bool, device="cpu")
     others[kept] = False
     first = int(others.int().argmax()) if bool(others.any()) else None
     value = torch.nan if first is None else cache[first].flatten()[0].item()

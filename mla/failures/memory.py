@@ -90,7 +90,7 @@ def extent(tensor: torch.Tensor) -> int:
 
 def covered(view: View, size: int) -> torch.Tensor:
     """Return which numbers [size] of its piece of memory a tensor consists of."""
-    inside = torch.zeros(size, dtype=torch.bool)
+    inside = torch.zeros(size, dtype=torch.bool, device="cpu")
     if math.prod(view.shape):
         view.of(inside).fill_(True)
     return inside

@@ -95,7 +95,7 @@ class PackedWeights:
         known = {role: shared.get(key) for role, key in keys.items()}
         found = {role: packed for role, packed in known.items() if packed is not None}
         missing = [role for role in uses if role not in found]
-        weight = self._take(state, *names) if missing else torch.empty(0)
+        weight = self._take(state, *names) if missing else torch.empty(0, device="cpu")
         for role in missing:
             shared[keys[role]] = found[role] = self._ops[role].op.pack(uses[role](weight))
         yield from found.items()

@@ -177,7 +177,7 @@ def _part(batch: RaggedBatch, requests: Sequence[int]) -> tuple[Tokens, RaggedBa
     spans = [(batch.cu_q_host[i], batch.cu_q_host[i + 1]) for i in requests]
     if all(left[1] == right[0] for left, right in pairwise(spans)):
         return slice(spans[0][0], spans[-1][1]), part
-    index = torch.cat([torch.arange(*span) for span in spans])
+    index = torch.cat([torch.arange(*span, device="cpu") for span in spans])
     return upload(index, batch.device), part
 
 
@@ -248,6 +248,6 @@ def _chunk_pieces(batch: RaggedBatch, span: _Span) -> Iterator[tuple[int, int, S
 def _slots(batch: RaggedBatch, span: _Span) -> torch.Tensor:
     """Return the flattened cache rows of a span, on the host."""
     shift, mask = batch.page_size.bit_length() - 1, batch.page_size - 1
-    position = torch.arange(span.start, span.stop)
+    position = torch.arange(span.start, span.stop, device="cpu")
     pages = batch.block_table_host[span.request, position >> shift].long()
     return (pages << shift) + (position & mask)

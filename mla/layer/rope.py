@@ -17,13 +17,15 @@ def inverse_frequencies(config: MLAConfig) -> torch.Tensor:
     """Return the rotary frequencies [r/2] in fp32, scaled as the config says; zeros where none rotate."""
     dim, scaling = config.qk_rope_head_dim, config.rope_scaling
     if config.rope_theta is None:
-        return torch.zeros(dim // 2)  # cosines of exactly 1 and sines of 0: a rotation that changes no bit
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+        return torch.zeros(
+            dim // 2, device="cpu"
+        )  # cosines of exactly 1 and sines of 0: a rotation that changes no bit
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
     powers = config.rope_theta**exponents
     if scaling is None:
         return 1.0 / powers
     if isinstance(scaling, LongRopeScaling):
-        return 1.0 / (torch.tensor(scaling.factors, dtype=torch.float32) * powers)
+        return 1.0 / (torch.tensor(scaling.factors, dtype=torch.float32, device="cpu") * powers)
     ramp = _interpolation_ramp(scaling, dim, config.rope_theta)
     return 1.0 / powers / scaling.factor * ramp + 1.0 / powers * (1.0 - ramp)
 
@@ -41,7 +43,7 @@ def _interpolation_ramp(scaling: YarnScaling, dim: int, theta: float) -> torch.T
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     width = high - low or 0.001
-    return ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    return ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
 
 
 def query_factors(scaling: QueryScaling, positions: torch.Tensor) -> torch.Tensor:
@@ -66,7 +68,7 @@ class RotaryTable:
         self.table = self._compute(size)
 
     def _compute(self, size: int) -> torch.Tensor:
-        angles = torch.outer(torch.arange(size, dtype=torch.float32), self._inv_freq)
+        angles = torch.outer(torch.arange(size, dtype=torch.float32, device="cpu"), self._inv_freq)
         return (torch.cat((angles.cos(), angles.sin()), dim=1) * self._magnitude).to(self._device)
 
     @staticmethod

@@ -262,9 +262,9 @@ class ShardedBatch:
 def _new_tokens(query_lens: Sequence[int], kv_lens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the request [T] and the position [T] of every new token."""
     queries = host_ints(query_lens)
-    request = torch.arange(len(query_lens)).repeat_interleave(queries)
+    request = torch.arange(len(query_lens), device="cpu").repeat_interleave(queries)
     ends = host_ints(accumulate(query_lens))
-    return request, torch.arange(sum(query_lens)) + (host_ints(kv_lens) - ends)[request]
+    return request, torch.arange(sum(query_lens), device="cpu") + (host_ints(kv_lens) - ends)[request]
 
 
 def _order(
@@ -287,7 +287,7 @@ def _cut(request: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, tuple
     tokens of a request that has any all see some.
     """
     joined = (request[1:] == request[:-1]) & (seen[1:] == seen[:-1] + 1) & (seen[:-1] > 0)
-    starts = torch.cat((torch.zeros(1, dtype=torch.int64), (~joined).nonzero().view(-1) + 1))
+    starts = torch.cat((torch.zeros(1, dtype=torch.int64, device="cpu"), (~joined).nonzero().view(-1) + 1))
     starts = starts[: len(request)]  # of no tokens there are no rows
-    cu_q = torch.cat((starts, torch.tensor([len(request)])))
+    cu_q = torch.cat((starts, torch.tensor([len(request)], device="cpu")))
     return request[starts], tuple(cu_q.diff().tolist()), tuple(seen[cu_q[1:] - 1].tolist())

@@ -65,7 +65,7 @@ class ShardedCache:
 
     def slots(self, sequence: int) -> torch.Tensor:
         """Return the rows of a flattened layer that hold this rank's tokens of a sequence, in their order."""
-        own = int(self.share.count(torch.tensor([self.length(sequence)])))
+        own = int(self.share.count(torch.tensor([self.length(sequence)], device="cpu")))
         return self._local.slots(sequence)[:own]
 
     def new_sequences(self, count: int) -> list[int]:
@@ -114,7 +114,7 @@ class ShardedCache:
         count = kv.shape[0]
         if self.length(sequence) not in (0, count):
             raise ValueError(f"load() got {count} tokens for a sequence of {self.length(sequence)}.")
-        own = self.share.owned(torch.arange(count))
+        own = self.share.owned(torch.arange(count, device="cpu"))
         missing = self.share.first(count) - int(own.sum())  # rows that rank 0 has and this one has not
         spare = lambda x: torch.cat((x[own.to(x.device)], x.new_zeros(missing, x.shape[1])))  # noqa: E731
         self._local.load(sequence, spare(kv), spare(pe), layer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -147,6 +149,21 @@ def test_an_updated_batch_runs_like_a_fresh_one(make_case: Any) -> None:
     expected = case.layer(case.hidden, fresh, case.cache.pages[0])
     case.batch.update_(fresh)
     assert torch.equal(case.run(), expected)
+
+
+def test_a_batch_does_not_keep_its_cache(make_case: Any) -> None:
+    """Its plan refers to it, and only Python's collector, which counts no bytes, would find that cycle."""
+    case = make_case([3, 1], [5, 20])
+    case.run()
+    pages, batch = weakref.ref(case.cache.pages), case.batch
+    gc.disable()
+    try:
+        case.cache = None
+        assert pages() is None
+    finally:
+        gc.enable()
+    batch.check_current()
+    assert batch.fits(1)
 
 
 def test_update_refuses_other_shapes_and_changes_nothing(tiny: Any) -> None:

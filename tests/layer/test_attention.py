@@ -174,3 +174,12 @@ def test_the_layer_caches_what_the_oracle_attends(make_case: Any, tiny: Any, ass
     hidden = torch.cat([first, step[:1], second, step[1:]])
     truth = oracle(config, case.state, hidden, [71, 10], case.history)[[70, 80]]
     assert_rows_close(out, truth, BOUND[torch.float32])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_default_device_changes_nothing(make_case: Any, assert_rows_close: Any, mode: str) -> None:
+    """`torch.set_default_device` is for what a user makes: tables of the host stay there."""
+    with torch.device("meta"):
+        case = make_case([40, 1, 7], [0, 90, 33], attention=mode)
+        out = case.run()
+    assert_rows_close(out, case.truth(), BOUND[torch.bfloat16])

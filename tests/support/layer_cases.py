@@ -114,7 +114,8 @@ def make_case(tiny: Any, make_history: Any) -> Callable[..., Case]:
             cache.load(sequence, *past)
         batch = cache.extend(ids, query_lens)
         generator = torch.Generator().manual_seed(seed + 2)
-        hidden = torch.randn(sum(query_lens), config.hidden_size, generator=generator) * hidden_scale
+        hidden = torch.randn(sum(query_lens), config.hidden_size, generator=generator, device="cpu")
+        hidden *= hidden_scale
         return Case(config, layer, cache, ids, batch, hidden.to(dtype), state, history)
 
     return make

@@ -109,5 +109,9 @@ def _upload(values: Iterable[int], like: torch.Tensor) -> torch.Tensor:
     import torch
 
     buffer = array("q", values)
-    host = torch.frombuffer(buffer, dtype=torch.int64) if buffer else torch.empty(0, dtype=torch.int64)
+    host = (
+        torch.frombuffer(buffer, dtype=torch.int64)
+        if buffer
+        else torch.empty(0, dtype=torch.int64, device="cpu")
+    )
     return upload(host, like.device)

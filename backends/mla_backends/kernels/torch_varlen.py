@@ -131,7 +131,7 @@ def _draw(spec: AttentionSpec) -> list[Segment]:
     width = spec.qk_nope_head_dim + spec.qk_rope_head_dim
 
     def draw(tokens: int, columns: int) -> torch.Tensor:
-        return torch.randn(tokens, TRIED_HEADS, columns, generator=generator).to(spec.dtype)
+        return torch.randn(tokens, TRIED_HEADS, columns, generator=generator, device="cpu").to(spec.dtype)
 
     return [(draw(t, width), draw(s, width), draw(s, spec.v_head_dim)) for _, t, s in TRIED]
 
@@ -143,7 +143,7 @@ def _attend(segment: Segment, scale: float, causal: bool) -> tuple[torch.Tensor,
     q, k, v = (tensor.float() for tensor in segment)
     logits = torch.einsum("thd,shd->ths", q, k) * scale
     if causal:
-        seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        seen = torch.ones(len(q), len(k), dtype=torch.bool, device="cpu").tril(len(k) - len(q))
         logits = logits.masked_fill(~seen[:, None], -math.inf)
     return torch.einsum("ths,shd->thd", logits.softmax(-1).nan_to_num(0.0), v), logits.logsumexp(-1)
 

@@ -95,7 +95,9 @@ def try_latent(
     generator = torch.Generator().manual_seed(0)
     table, cache, rows = _pages(spec, page_size, lengths[1], generator)
     batch = _batch(spec, page_size, lengths, table)
-    q = torch.randn(sum(lengths[0]), spec.num_heads, cache.shape[2], generator=generator).to(spec.dtype)
+    q = torch.randn(sum(lengths[0]), spec.num_heads, cache.shape[2], generator=generator, device="cpu").to(
+        spec.dtype
+    )
     out, lse = _targets(spec, len(q), spec.kv_lora_rank)
     op(
         op.prepare(spec, batch),
@@ -127,11 +129,13 @@ def _pages(
 
     counts = [-(-keys // page_size) for keys in kv_lens]
     width = spec.kv_lora_rank + spec.qk_rope_head_dim
-    cache = torch.randn(1 + sum(counts), page_size, width, generator=generator).to(spec.dtype)
+    cache = torch.randn(1 + sum(counts), page_size, width, generator=generator, device="cpu").to(spec.dtype)
     cache[0] = torch.nan
-    table = torch.zeros(len(counts), max(counts) + 1, dtype=torch.int32)
+    table = torch.zeros(len(counts), max(counts) + 1, dtype=torch.int32, device="cpu")
     rows = []
-    for row, pages, keys in zip(table, torch.arange(1, len(cache)).split(counts), kv_lens, strict=True):
+    for row, pages, keys in zip(
+        table, torch.arange(1, len(cache), device="cpu").split(counts), kv_lens, strict=True
+    ):
         row[: len(pages)] = pages
         rows.append(cache[pages].flatten(0, 1)[:keys])
     return table, cache, rows
@@ -141,8 +145,8 @@ def _batch(spec: AttentionSpec, page_size: int, lengths: Lengths, table: torch.T
     import torch
 
     query_lens, kv_lens = lengths
-    lens = torch.tensor(kv_lens, dtype=torch.int32)
-    cu_q = torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32)
+    lens = torch.tensor(kv_lens, dtype=torch.int32, device="cpu")
+    cu_q = torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32, device="cpu")
     there = (tensor.to(spec.device) for tensor in (table, lens, cu_q))
     return TinyBatch(query_lens, kv_lens, page_size, *there)
 
@@ -160,7 +164,9 @@ def try_expanded(
     generator = torch.Generator().manual_seed(0)
     width, (query_lens, kv_lens) = spec.qk_nope_head_dim + spec.qk_rope_head_dim, lengths
     shapes = ((sum(query_lens), width), (sum(kv_lens), width), (sum(kv_lens), spec.v_head_dim))
-    q, k, v = (torch.randn(t, spec.num_heads, d, generator=generator).to(spec.dtype) for t, d in shapes)
+    q, k, v = (
+        torch.randn(t, spec.num_heads, d, generator=generator, device="cpu").to(spec.dtype) for t, d in shapes
+    )
     out, lse = _targets(spec, len(q), spec.v_head_dim)
     state = op.prepare(spec, SegmentLengths(query_lens, kv_lens, causal))
     op(
@@ -193,7 +199,7 @@ def _attend(
 
     logits = torch.einsum("shd,nhd->hsn", q.float(), k.float()) * spec.softmax_scale
     if causal:
-        hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
+        hidden = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).triu(len(k) - len(q) + 1)
         logits = logits.masked_fill(hidden, -torch.inf)
     weights = logits.softmax(-1).nan_to_num(0.0)  # of a query that sees no key
     return torch.einsum("hsn,nhe->she", weights, v.float()), logits.logsumexp(-1).t()

@@ -64,7 +64,7 @@ def _draw(shape: tuple[int, ...], spec: NormSpec | AttentionSpec) -> torch.Tenso
     import torch
 
     generator = torch.Generator().manual_seed(len(shape))
-    return torch.randn(shape, generator=generator).to(spec.dtype).to(spec.device)
+    return torch.randn(shape, generator=generator, device="cpu").to(spec.dtype).to(spec.device)
 
 
 def _poisoned(shape: tuple[int, ...], spec: NormSpec | AttentionSpec) -> torch.Tensor:
@@ -78,7 +78,7 @@ def _angles(spec: AttentionSpec) -> torch.Tensor:
     import torch
 
     pairs = spec.qk_rope_head_dim // 2
-    angles = torch.arange(TOKENS * pairs).view(TOKENS, pairs).float()
+    angles = torch.arange(TOKENS * pairs, device="cpu").view(TOKENS, pairs).float()
     return torch.cat((angles.cos(), angles.sin()), dim=1).to(spec.device)
 
 

@@ -80,7 +80,7 @@ class ExpandedAttention(KernelOp):
         import torch
 
         starts = [list(accumulate(lengths, initial=0)) for lengths in (batch.query_lens, batch.kv_lens)]
-        cu_q, cu_k = upload(torch.tensor(starts, dtype=torch.int32), spec.device).unbind()
+        cu_q, cu_k = upload(torch.tensor(starts, dtype=torch.int32, device="cpu"), spec.device).unbind()
         longest = max(batch.query_lens)
         ragged = min(batch.query_lens) < longest
         queries = sum(batch.query_lens)

@@ -51,7 +51,7 @@ class _Widening(FusedOp):
         held = self._scratch.get(name)
         if held is None or held.numel() < size:
             with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
-                held = self._scratch[name] = torch.empty(size)
+                held = self._scratch[name] = torch.empty(size, device="cpu")
         return held[:size].view(shape)
 
 
@@ -118,7 +118,7 @@ def fp32_gain() -> float:
     """Measure once per process how much faster a product of many tokens is in fp32, widening included."""
     import torch
 
-    x, weight = (torch.ones(256, 1024, dtype=torch.bfloat16) for _ in range(2))
+    x, weight = (torch.ones(256, 1024, dtype=torch.bfloat16, device="cpu") for _ in range(2))
     wide_x, wide = x.float(), weight.float()
 
     def widened() -> None:

@@ -78,8 +78,10 @@ def whole_pages(elements: int, dtype: torch.dtype) -> torch.Tensor:
 
     spare = HUGE_PAGE // dtype.itemsize
     if elements < spare:
-        return torch.empty(elements, dtype=dtype)
-    memory = torch.empty(elements + spare, dtype=dtype)  # pages that are not written take no memory
+        return torch.empty(elements, dtype=dtype, device="cpu")
+    memory = torch.empty(
+        elements + spare, dtype=dtype, device="cpu"
+    )  # pages that are not written take no memory
     begin = -memory.data_ptr() % HUGE_PAGE // dtype.itemsize
     return memory[begin : begin + elements]
 

@@ -18,7 +18,7 @@ class _SpeedTrial:
         import torch
 
         self._fp32 = fp32
-        ones = functools.partial(torch.ones, dtype=torch.float32 if fp32 else torch.bfloat16)
+        ones = functools.partial(torch.ones, dtype=torch.float32 if fp32 else torch.bfloat16, device="cpu")
         self._call = kernels.functions
         self._shape = (tokens, inputs, outputs)
         self._x, self._weight, self._out = ones(tokens, inputs), ones(outputs, inputs), ones(tokens, outputs)

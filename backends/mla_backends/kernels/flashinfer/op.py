@@ -186,4 +186,4 @@ def _ints(values: Iterable[int], code: str) -> torch.Tensor:
     import torch
 
     buffer, dtype = array(code, values), torch.int32 if code == "i" else torch.int64
-    return torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype, device="cpu")
