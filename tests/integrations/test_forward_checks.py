@@ -31,8 +31,8 @@ def forward(model: Any, **words: Any) -> Any:
     return model(input_ids=TOKEN, **words)
 
 
-def causal(queries: int, before: int) -> torch.Tensor:
-    return visible_keys(1, queries, queries + before, before, mask_function=causal_mask_function)
+def causal(queries: int, before: int, requests: int = 1) -> torch.Tensor:
+    return visible_keys(requests, queries, queries + before, before, mask_function=causal_mask_function)
 
 
 def training(model: Any, **words: Any) -> None:
@@ -69,6 +69,15 @@ def scaled(model: Any, **words: Any) -> None:
         layer.scaling = before
 
 
+def all_keys(model: Any, **words: Any) -> None:
+    layer = next(one for one in reversed(list(model.modules())) if hasattr(one, "mla_attention"))
+    layer.is_causal = False
+    try:
+        forward(model, **words)
+    finally:
+        layer.is_causal = True
+
+
 def another_attention(model: Any, **words: Any) -> None:
     before = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
@@ -97,6 +106,15 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
         lambda *a, **k: forward(*a, **k, attention_mask=causal(1, 0)),
         "one's own",
     ),
+    "a mask of ours for other requests": (
+        lambda *a, **k: forward(*a, **k, attention_mask=causal(1, 6, requests=2)),
+        "one's own",
+    ),
+    "a mask of other requests": (
+        lambda *a, **k: forward(*a, **k, attention_mask=torch.ones(2, 7, dtype=torch.int64)),
+        r"shape \[2, 7\], and there are 7 tokens so far of 1 requests",
+    ),
+    "all keys at once": (all_keys, "is_causal = False"),
     "training": (training, "serves inference"),
     "gradients of a later layer": (gradients_of_a_later_layer, "serves inference"),
     "gradients of inputs": (gradients_of_inputs, "serves inference"),
@@ -165,6 +183,25 @@ def test_a_layer_alone_loses_no_gradient(model: Any, name: str) -> None:
     turn = torch.ones(1, 2, 8), torch.zeros(1, 2, 8)
     with pytest.raises(UnsupportedModel, match="serves inference"):
         layer(torch.zeros(1, 2, 64), position_embeddings=turn, attention_mask=flags)
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (1, 5), (2, 6)])
+def test_a_mask_of_other_tokens_is_refused_without_a_cache(model: Any, shape: tuple[int, int]) -> None:
+    use_mla(model)
+    mask = torch.ones(shape, dtype=torch.int64)
+    with torch.no_grad(), pytest.raises(UnsupportedModel, match="6 tokens of 1 requests"):
+        model(input_ids=PROMPT, attention_mask=mask, use_cache=False)
+
+
+def test_a_default_device_is_not_ours(model: Any) -> None:
+    """`torch.set_default_device` is for what a user makes: tables of the host stay there."""
+    mask, positions = torch.tensor([[0, 0, 1, 1, 1, 1]]), torch.arange(6)[None]
+    logits = []
+    for prepare in (lambda model: model, use_mla):
+        prepare(model)
+        with torch.no_grad(), torch.device("meta"):
+            logits.append(model(PROMPT, attention_mask=mask, position_ids=positions).logits[:, 2:])
+    assert torch.allclose(*logits, atol=1e-5)
 
 
 def test_flags_of_this_step_are_taken(model: Any) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import gc
+import inspect
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from test_refusals import assert_same
+from test_refusals import PROJECTIONS, assert_same
 from test_tokens import generate
+from tiny_models import make_model
 from transformers import GenerationConfig
 
-from mla.integrations.transformers import UnsupportedModel, restore, use_mla
+from mla.integrations.transformers import PagedCache, UnsupportedModel, restore, use_mla
 
 PROMPT = torch.arange(3, 9)[None]
 
@@ -57,7 +61,10 @@ def test_a_model_in_use_is_not_copied(model: Any, copied: Callable[[Any], Any]) 
             copied(part)
 
 
-@pytest.mark.parametrize("how", ["by a word", "by a config", "by place", "by the model"])
+BESIDE = ["by the model, beside a config"]  # which says nothing of it
+
+
+@pytest.mark.parametrize("how", ["by a word", "by a config", "by place", "by the model", *BESIDE])
 def test_guesses_of_its_own_layers_are_refused(model: Any, how: str) -> None:
     use_mla(model)
     config = GenerationConfig(use_mtp=True, max_new_tokens=2)
@@ -65,8 +72,100 @@ def test_guesses_of_its_own_layers_are_refused(model: Any, how: str) -> None:
     words = {"by a word": {"use_mtp": True}, "by a config": {"generation_config": config}}.get(how, {})
     if how == "by the model":
         model.generation_config.use_mtp = True
+    if how == "by the model, beside a config":
+        model.generation_config.use_mtp = True
+        words = {"generation_config": GenerationConfig(max_new_tokens=2)}
     with pytest.raises(UnsupportedModel, match="guess tokens for `use_mtp` do not run our ops"):
         model.generate(*places, **words)
+
+
+def test_an_optimizer_made_before_trains_after(model: Any) -> None:
+    """It holds the parameters themselves, in use without their memory."""
+    weights = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(weights.values(), lr=1.0)
+    (model(PROMPT, labels=PROMPT).loss).backward()
+    grads = {name: weight.grad for name, weight in weights.items()}
+    attention = use_mla(model).model.layers[0].self_attn
+    assert [attention.get_parameter(f"{name}.weight").numel() for name in PROJECTIONS] == [0] * 5
+    before = {name: weight.clone() for name, weight in restore(model).state_dict().items()}
+    assert all(weight is weights[name] for name, weight in model.named_parameters())
+    assert all(weight.grad is grads[name] for name, weight in model.named_parameters())
+    optimizer.zero_grad()
+    model.train()(PROMPT, labels=PROMPT).loss.backward()
+    optimizer.step()
+    assert not [name for name in weights if torch.equal(weights[name], before[name])]
+
+
+@pytest.mark.parametrize("where", ["use", "restore", "both"])
+def test_weights_from_inference_mode_can_be_trained(model: Any, where: str) -> None:
+    with torch.inference_mode(where != "restore"):
+        use_mla(model)
+        model(PROMPT) if where != "restore" else None
+    with torch.inference_mode(where != "use"):
+        restore(model)
+    model.train()(PROMPT, labels=PROMPT).loss.backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("part", ["", "model.layers.1.self_attn", "model.layers.1.self_attn.o_proj"])
+def test_weights_are_frozen_and_set_free_while_in_use(part: str) -> None:
+    model = make_model("deepseek_v3 with biases").requires_grad_(False)
+    frozen = use_mla(model).get_submodule(part)
+    frozen.requires_grad_(True)
+    with pytest.raises(UnsupportedModel, match="serves inference"):
+        model(PROMPT)
+    frozen.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    model(PROMPT).logits.sum().backward()
+    frozen.requires_grad_(True)
+    restore(model)
+    assert all(weight.requires_grad for weight in model.get_submodule(part).parameters())
+
+
+def test_weights_are_not_overwritten_by_name(model: Any) -> None:
+    """Of all but the projections they would be, and the model would be a mixture of two."""
+    others = {name: weight.clone() for name, weight in model.named_parameters()}
+    use_mla(model)
+    for name, weight in model.named_parameters():
+        if any(one in name for one in PROJECTIONS):
+            with torch.no_grad(), pytest.raises(RuntimeError, match="size"):
+                weight.copy_(others[name])
+
+
+@pytest.mark.parametrize("end", [lambda model: None, restore], ids=["in use", "restored"])
+def test_memory_is_free_when_nobody_has_the_model(end: Callable[[Any], Any]) -> None:
+    """Python's collector of cycles counts objects, not bytes: it comes late for a model, and for pages."""
+    model = use_mla(make_model("deepseek_v3"))
+    cache = PagedCache(model, max_tokens=256)
+    model.generate(PROMPT, max_new_tokens=2, **cache.argument)
+    pages = weakref.ref(cache.latents.pages)
+    gc.disable()
+    try:
+        del cache
+        assert pages() is None
+        end(model)
+        weights = [weakref.ref(weight) for weight in model.parameters()]
+        gone = weakref.ref(model.model.layers[0].self_attn)
+        del model
+        assert gone() is None
+        assert not [weight for weight in weights if weight() is not None]
+    finally:
+        gc.enable()
+
+
+def test_a_part_that_outlives_its_model_is_restored(model: Any) -> None:
+    state = {name: weight.clone() for name, weight in model.model.state_dict().items()}
+    part = use_mla(model).model
+    del model
+    gc.collect()
+    assert_same(restore(part), state)
+    assert part.config._attn_implementation == "sdpa"
+    part(PROMPT)
+
+
+def test_what_is_told_of_generate_stays(model: Any) -> None:
+    before = inspect.signature(model.generate)
+    assert inspect.signature(use_mla(model).generate) == before
 
 
 def test_methods_of_its_own_come_back(model: Any) -> None:

@@ -101,6 +101,46 @@ def test_a_mask_that_contradicts_the_cache(model: Any, prompts: Prompts) -> None
             model(input_ids=prompts["input_ids"][:, :1], attention_mask=mask, **cache)
 
 
+def of_two_lengths(model: Any) -> tuple[PagedCache, list[int]]:
+    """Return a cache of two sequences, of 5 and 9 tokens, each prefilled alone."""
+    cache: PagedCache = paged(use_mla(model))[CACHE]
+    sequences = cache.latents.new_sequences(2)
+    for sequence, tokens in zip(sequences, (5, 9), strict=True):
+        cache.use([sequence])
+        model(input_ids=torch.arange(3, 3 + tokens)[None], **cache.argument)
+    return cache, sequences
+
+
+@torch.no_grad()
+def test_requests_of_different_lengths_must_say_where_they_go_on(model: Any) -> None:
+    cache, sequences = of_two_lengths(model)
+    cache.use(sequences)
+    words = {
+        "input_ids": torch.tensor([[7], [8]]),
+        "attention_mask": torch.tensor([[0] * 4 + [1] * 6, [1] * 10]),
+    }
+    with pytest.raises(UnsupportedModel, match="give position_ids"):
+        model(**words, **cache.argument)
+    ours = model(**words, position_ids=torch.tensor([[5], [9]]), **cache.argument).logits
+    restore(model)
+    for row, (tokens, new) in enumerate(((5, 7), (9, 8))):
+        theirs = model(input_ids=torch.tensor([[*range(3, 3 + tokens), new]])).logits[:, -1]
+        assert torch.allclose(ours[row], theirs, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("released", [[], [0], [0, 1]])
+def test_reset_forgets_all_sequences(model: Any, released: list[int]) -> None:
+    """Those of the last forward and others, and not those that a server has released itself."""
+    cache, sequences = of_two_lengths(model)
+    cache.latents.release([sequences[index] for index in released])
+    assert copy.deepcopy(cache).latents.sequences == ([] if 1 in released else [0])
+    cache.reset()
+    latents = cache.latents
+    assert (latents.sequences, latents.free_pages, cache.columns) == ([], latents.num_pages, 0)
+    model(input_ids=torch.arange(3, 9)[None], **cache.argument)
+
+
 def test_padding_on_the_right_is_refused(model: Any) -> None:
     cache = paged(use_mla(model))
     mask = torch.tensor([[1, 1, 0]])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CACHE, make_model
+from tiny_models import CACHE, PLAIN, make_model
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 
@@ -95,6 +95,40 @@ def mixed_within_a_layer() -> Any:
     return model
 
 
+def of_all_keys() -> Any:
+    model = make_model("deepseek_v3")
+    model.model.layers[1].self_attn.is_causal = False
+    return model
+
+
+def tied() -> Any:
+    model = make_model("deepseek_v3")
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.o_proj.weight = first.o_proj.weight
+    return model
+
+
+def tied_to_another_part() -> Any:
+    model = make_model("deepseek_v3")
+    model.spare = nn.Linear(64, 64, bias=False)
+    model.spare.weight = model.model.layers[0].self_attn.o_proj.weight
+    return model
+
+
+def one_module_twice() -> Any:
+    model = make_model("deepseek_v3")
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.kv_b_proj = first.kv_b_proj
+    return model
+
+
+def with_an_indexer() -> Any:
+    from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
+
+    indexer = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
+    return DeepseekV32ForCausalLM(DeepseekV32Config(**PLAIN, **indexer))
+
+
 def mixed() -> Any:
     model = make_model("deepseek_v3")
     model.model.layers[1].self_attn.to(torch.bfloat16)
@@ -114,6 +148,11 @@ def mixed() -> Any:
         (split, "split over devices"),
         (biased, "kv_b_proj of this model is an nn.Linear with a bias"),
         (expanding, "has an expand_kv of its own"),
+        (of_all_keys, "is_causal = False"),
+        (tied, "o_proj of layer 0 shares its weight"),
+        (tied_to_another_part, "o_proj of layer 0 shares its weight"),
+        (one_module_twice, "kv_b_proj of layer 0 shares its weight"),
+        (with_an_indexer, "'deepseek_v32' is not supported: an indexer picks"),
         (scaled, "scales logits by .*, and its config says"),
         (mixed, "differ in dtype"),
         (mixed_within_a_layer, r"differ in dtype \(torch.bfloat16, torch.float32\)"),

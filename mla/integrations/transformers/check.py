@@ -9,9 +9,15 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from mla.integrations.transformers.errors import NO_WEIGHTS, OWN_MASK, UnsupportedModel, require_inference
+from mla.integrations.transformers.errors import (
+    NO_WEIGHTS,
+    NOT_CAUSAL,
+    NOT_NUMBERED,
+    OWN_MASK,
+    UnsupportedModel,
+    require_inference,
+)
 from mla.integrations.transformers.mask import NAME, is_ours
-from mla.integrations.transformers.packed import Packed
 from mla.integrations.transformers.survey import Survey
 from mla.integrations.transformers.uncompiled import uncompiled
 
@@ -30,9 +36,9 @@ class Check:
         tensors, caches = list(_tensors(values)), [one for one in values if isinstance(one, Cache)]
         if words.get("output_attentions", model.config.output_attentions):
             raise UnsupportedModel(NO_WEIGHTS)
-        if masks := [one for one in tensors if one.ndim == 4]:
-            inputs = _inputs(model, arguments, words)  # asked only here, since it takes a while
-            _check_masks(masks, 0 if inputs is None else inputs.shape[1], caches)
+        masks = [one for one in tensors if one.ndim == 4]
+        if masks or not caches or any(getattr(one, "is_uneven", False) for one in caches):
+            _check_shapes(_bound(model, arguments, words), masks, caches)
         if torch.is_autocast_enabled(self._device):
             raise UnsupportedModel(
                 "`use_mla` computes in the dtype of the model's weights: leave autocast out."
@@ -51,6 +57,8 @@ class Check:
         for layer, scaling in self._scaled:
             if layer.training:
                 require_inference(training=True)
+            if not getattr(layer, "is_causal", True):
+                raise UnsupportedModel(NOT_CAUSAL)
             if layer.scaling != scaling:
                 raise UnsupportedModel(
                     f"layer {layer.layer_idx} scales logits by {layer.scaling:.6g}, and by {scaling:.6g} "
@@ -58,18 +66,32 @@ class Check:
                 )
 
 
-def _inputs(model: Any, arguments: tuple[Any, ...], words: dict[str, Any]) -> torch.Tensor | None:
-    """Return a forward's token ids [B, t] or embeddings [B, t, ...], whichever way they were handed over."""
-    given = inspect.signature(model.forward).bind_partial(*arguments, **words).arguments
-    found = (given.get(name) for name in ("input_ids", "inputs_embeds"))
-    return next((one for one in found if one is not None), None)
+def _bound(model: Any, arguments: tuple[Any, ...], words: dict[str, Any]) -> dict[str, Any]:
+    """Return a forward's arguments by name: asked only where they are looked at, since it takes a while."""
+    return inspect.signature(model.forward).bind_partial(*arguments, **words).arguments
 
 
-def _check_masks(masks: list[torch.Tensor], queries: int, caches: list[Cache]) -> None:
-    """Raise `UnsupportedModel` unless `visible_keys` made these masks [B, 1, 1, s], and for this step."""
+def _check_shapes(given: dict[str, Any], masks: list[torch.Tensor], caches: list[Cache]) -> None:
+    """Raise `UnsupportedModel` for masks of another step, and for positions that nobody names.
+
+    Finished masks [B, 1, 1, s] must be what `visible_keys` made, and for this step.
+    """
+    inputs = (given.get(name) for name in ("input_ids", "inputs_embeds"))
+    shape = next((one.shape[:2] for one in inputs if one is not None), None)
+    if shape is None:
+        return  # the model says that it needs them
+    batch, queries = shape
     tokens = queries + sum(int(cache.get_seq_length()) for cache in caches)
-    if not all(is_ours(one, queries) and one.shape[-1] == tokens for one in masks):
+    if not all(is_ours(one, queries) and (one.shape[0], one.shape[-1]) == (batch, tokens) for one in masks):
         raise UnsupportedModel(OWN_MASK)
+    mask = given.get("attention_mask")
+    if not caches and isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape != shape:
+        raise UnsupportedModel(
+            f"attention_mask has shape {list(mask.shape)}, and there are {queries} tokens of {batch} "
+            "requests: without a cache, `use_mla` takes a mask [batch, tokens] of these."
+        )
+    if given.get("position_ids") is None and any(getattr(cache, "is_uneven", False) for cache in caches):
+        raise UnsupportedModel(NOT_NUMBERED)
 
 
 def _check_cache(cache: Cache) -> None:
@@ -94,5 +116,4 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 def _trains(model: Any) -> bool:
     """Return whether a weight wants gradients: asked only where they are kept, since it takes a while."""
-    packed = (one.trains for one in model.modules() if isinstance(one, Packed))
-    return any(packed) or any(weight.requires_grad for weight in model.parameters())
+    return any(weight.requires_grad for weight in model.parameters())

@@ -38,11 +38,12 @@ def visible_keys(
         )
     tokens = int(q_offset) + q_length
     if attention_mask is None:
-        return _marked(torch.ones(batch_size, 1, 1, tokens, dtype=torch.int32), q_length)
-    if attention_mask.ndim != 2 or not tokens <= attention_mask.shape[1] <= kv_length:
+        return _marked(torch.ones(batch_size, 1, 1, tokens, dtype=torch.int32, device="cpu"), q_length)
+    fits = attention_mask.ndim == 2 and tokens <= attention_mask.shape[1] <= kv_length
+    if not fits or attention_mask.shape[0] != batch_size:
         raise UnsupportedModel(
-            f"attention_mask has shape {list(attention_mask.shape)}, and there are {tokens} tokens so far: "
-            "`use_mla` takes a mask [batch, tokens] of all tokens so far."
+            f"attention_mask has shape {list(attention_mask.shape)}, and there are {tokens} tokens so far of "
+            f"{batch_size} requests: `use_mla` takes a mask [batch, tokens] of all tokens so far."
         )
     return _marked(attention_mask[:, None, None, :tokens].to("cpu", torch.int32), q_length)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,12 +23,12 @@ from mla_backends.api import Backend
 
 
 class Use(NamedTuple):
-    """What `restore` undoes."""
+    """What `restore` undoes. Layers refer to it, so it keeps none of them, nor the models, alive."""
 
-    owner: Any  # the language model, of which layers have been prepared
-    models: list[Any]  # those that hold the layers, from the outermost one
-    before: str  # what it attended with
-    guards: list[Callable[[], None]]  # what takes each away
+    layers: list[weakref.ref[Any]]
+    models: list[weakref.ref[Any]]  # those that hold the layers, from the outermost one that has their config
+    before: str  # what they attended with
+    guards: dict[weakref.ref[Any], list[Callable[[], None]]]  # of each model, what takes them away
 
 
 def use_mla(model: Any, backend: str = "cpu", **arguments: Any) -> Any:
@@ -48,19 +49,30 @@ def use_mla(model: Any, backend: str = "cpu", **arguments: Any) -> Any:
         )
     _register()
     steps = Steps(found.dtype, found.device, WORKSPACE_BYTES)
-    use = Use(found.owner, found.models, found.owner.config._attn_implementation, [])
+    use = _use(found)
     try:
         for layer in found.layers:
             _prepare(layer, found, opened, steps)
             layer.mla_use = use
         found.owner.set_attn_implementation(NAME)
-        for one in use.models:
-            use.guards.append(guard(one, found.dtype, found.device))
-        use.guards.append(use.models[-1].register_forward_pre_hook(Check(found), with_kwargs=True).remove)
+        for one, guards in zip(found.models, use.guards.values(), strict=True):
+            guards.append(guard(one, found.dtype, found.device))
+        check = found.models[-1].register_forward_pre_hook(Check(found), with_kwargs=True)
+        use.guards[use.models[-1]].append(check.remove)
     except BaseException:
         _undo(use)
         raise
     return model
+
+
+def _use(found: Survey) -> Use:
+    models = [weakref.ref(model) for model in found.models]
+    return Use(
+        [weakref.ref(layer) for layer in found.layers],
+        models[found.models.index(found.owner) :],
+        found.owner.config._attn_implementation,
+        {model: [] for model in models},
+    )
 
 
 def _same(backend: torch.device, model: torch.device) -> bool:
@@ -95,15 +107,17 @@ def restore(model: Any) -> Any:
 
 def _undo(use: Use) -> None:
     """Give back what layers had, of which some may have been prepared."""
-    for take_away in use.guards:
-        take_away()
-    for layer in find_attention(use.owner):
+    for model, guards in use.guards.items():
+        for take_away in guards if model() is not None else ():
+            take_away()
+    for layer in filter(None, (layer() for layer in use.layers)):
         for name, child in list(layer.named_children()):
             if isinstance(child, Packed):
                 setattr(layer, name, child.plain())
         for name in ("mla_use", "mla_attention", "expand_kv"):
             vars(layer).pop(name, None)
-    use.owner.set_attn_implementation(use.before)
+    if owner := next(filter(None, (model() for model in use.models)), None):
+        owner.set_attn_implementation(use.before)
 
 
 def _as_they_are(latent: torch.Tensor, pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

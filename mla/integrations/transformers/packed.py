@@ -30,19 +30,27 @@ def refuse_to_load(*arguments: Any, **words: Any) -> NoReturn:
 
 
 class Packed(nn.Module):
-    """A packed weight. It is no parameter, and the state dict has it as it was loaded."""
+    """A packed weight.
+
+    `weight` is the plain module's own, emptied: optimizers and `requires_grad_` find it, and what is written
+    to it by name fails for its shape. The state dict has it as it was loaded.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.training = linear.training
-        self._linear = (linear,)  # which is no child: nobody sees it, or its weight
-        self._weight_trains, self._marks = linear.weight.requires_grad, vars(linear.weight)
-        self.trains = any(one.requires_grad for one in linear.parameters())
-        self._empty = linear.weight.detach().new_empty(0)
+        self._linear = (linear,)  # which is no child: nobody sees it
+        self.weight, self.bias = linear.weight, linear.bias
+
+    @property
+    def trains(self) -> bool:
+        """Whether a parameter wants gradients."""
+        return any(one.requires_grad for one in self.parameters(recurse=False))
 
     def take_weight(self) -> None:
         """Free the plain weight, when nothing can fail any more."""
-        self._linear[0].weight = None  # type: ignore[assignment]
+        with torch.inference_mode(False):  # what is made in that mode cannot be trained later
+            self.weight.data = self.weight.data.new_empty(0)
 
     def weight_as_loaded(self) -> torch.Tensor:
         """Return the weight [o, i], bit for bit."""
@@ -51,12 +59,12 @@ class Packed(nn.Module):
     def plain(self) -> nn.Linear:
         """Return the module that this one stands in for, and give it its weight."""
         (linear,) = self._linear
-        linear.weight = nn.Parameter(self.weight_as_loaded(), requires_grad=self._weight_trains)
-        vars(linear.weight).update(self._marks)
+        with torch.inference_mode(False):
+            self.weight.data = self.weight_as_loaded()
         return linear.train(self.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Packed:
-        require_unmoved(fn, self._empty)
+        require_unmoved(fn, self.weight.detach())
         return super()._apply(fn, recurse)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -66,8 +74,8 @@ class Packed(nn.Module):
         )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.weight_as_loaded()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.weight_as_loaded()
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         refuse_to_load()
@@ -83,13 +91,12 @@ class PackedLinear(Packed):
         spec = LinearSpec(linear.in_features, linear.out_features, 1, weight.dtype, weight.device)
         self._choice: Choice = choose("linear", spec, offered, policy)
         self._packed = self._choice.op.pack(weight)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
         self.take_weight()
 
     @uncompiled
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [..., i] times the weight, plus the bias: [..., o]."""
-        require_inference(x, training=self.trains and torch.is_grad_enabled())
+        require_inference(x, training=torch.is_grad_enabled() and self.trains)
         spec = self._choice.spec
         if (x.dtype, x.device) != (spec.dtype, spec.device):
             raise UnsupportedModel(

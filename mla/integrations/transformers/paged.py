@@ -5,6 +5,7 @@ Nothing is copied to attend, requests may have any lengths, and padding takes no
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -45,14 +46,15 @@ class NewLatents:
 
 
 class PagedLayer(CacheLayerMixin):
-    """One layer of the cache."""
+    """One layer of the cache, which it does not keep alive: its pages go when nobody has it any more."""
 
     is_compileable = False
     is_croppable = True
 
     def __init__(self, cache: PagedCache, layer: Any, index: int) -> None:
         super().__init__()
-        self._cache, self._layer, self._index = cache, layer, index
+        self._cache: PagedCache = weakref.proxy(cache)
+        self._layer, self._index = layer, index
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -142,6 +144,7 @@ class PagedCache(Cache):
         )
         self.columns = 0  # tokens of the longest request, with its padding
         self._sequences: list[int] = []
+        self._named = False  # whether `use` said which they are
         self._unfinished = set[int]()  # sequences of which some layers have not written what is counted
         self._last: Step
         super().__init__(layers=[PagedLayer(self, layer, index) for index, layer in enumerate(layers)])
@@ -152,14 +155,23 @@ class PagedCache(Cache):
         named = "cache" in CausalLMOutputWithPast.__annotations__
         return {"cache" if named else "past_key_values": self}
 
+    @property
+    def is_uneven(self) -> bool:
+        """Whether `use` named sequences of different lengths, whose next positions only the caller knows."""
+        return self._named and len({self.latents.length(sequence) for sequence in self._sequences}) > 1
+
     def use(self, sequences: Sequence[int]) -> None:
-        """Say of which sequences the next forward is; its attention_mask pads shorter ones on the left."""
-        self._sequences = list(sequences)
+        """Say of which sequences the next forward is, in the order of its rows.
+
+        Its attention_mask pads shorter ones on the left, and its position_ids say where each goes on.
+        """
+        self._sequences, self._named = list(sequences), len(sequences) > 0
         self.columns = max(map(self.latents.length, sequences), default=0)
 
     def step(self, flags: torch.Tensor, queries: int, layer: int) -> Step:
         """Return the step of a forward, for which the first layer that asks makes room."""
         if layer == 0:
+            self._leave_out_released()
             self._require_finished()
             self._last = self._extended(flags, queries)
         return self._last
@@ -168,6 +180,11 @@ class PagedCache(Cache):
         """Note that a layer has written the step; the last one finishes it."""
         if layer == len(self.layers) - 1:
             self._unfinished.difference_update(self._sequences)
+
+    def _leave_out_released(self) -> None:
+        """Forget which sequences were released behind this cache's back, as a server may."""
+        there = set(self.latents.sequences)
+        self._sequences = [sequence for sequence in self._sequences if sequence in there]
 
     def _require_finished(self) -> None:
         """Raise `UnsupportedModel` where a forward broke off between two layers."""
@@ -210,13 +227,14 @@ class PagedCache(Cache):
         return batch
 
     def clear(self) -> None:
-        """Free the pages of all requests, and forget them."""
-        self.latents.release(self._sequences)
-        self._unfinished.difference_update(self._sequences)
+        """Free the pages of all sequences, and forget them."""
+        self.latents.release(self.latents.sequences)
+        self._unfinished.clear()
         self.use(())
 
     def forget(self, tokens: int) -> None:
         """Forget the last tokens of all requests."""
+        self._leave_out_released()
         for sequence in self._sequences:
             self.latents.truncate(sequence, max(0, self.latents.length(sequence) - tokens))
         self.columns = max(0, self.columns - tokens)
@@ -231,13 +249,14 @@ class PagedCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some requests."""
-        self._rearrange(torch.arange(len(self._sequences))[indices.cpu()].tolist())
+        self._rearrange(torch.arange(len(self._sequences), device="cpu")[indices.cpu()].tolist())
 
     def _rearrange(self, sources: Sequence[int]) -> None:
         """Let requests be those of these places; one that comes again is copied.
 
         Raises `CacheFull` and `UnsupportedModel` before anything is changed.
         """
+        self._leave_out_released()
         self._require_finished()
         old, counts = self._sequences, Counter(sources)
         kept = [old[place] for place in counts]
@@ -265,9 +284,10 @@ class PagedCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """Return a cache for the same model. Raises `UnsupportedModel`."""
+        self._leave_out_released()
         self._require_finished()
         size = self.latents.page_size
         made = PagedCache(self._model, max_tokens=self.latents.num_pages * size, page_size=size)
         made._sequences = [self._copy(sequence, made.latents) for sequence in self._sequences]
-        made.columns = self.columns
+        made.columns, made._named = self.columns, self._named
         return made

@@ -53,7 +53,7 @@ class Step:
             keys = [slice(start, seen.shape[1]) for start in starts]
             spans = list(left_padded(starts, seen.shape[1], queries))
         width = _pages(max(1, int(seen.sum(dim=1).max())))
-        table = torch.arange(seen.shape[0] * width, dtype=torch.int32).view(-1, width)
+        table = torch.arange(seen.shape[0] * width, dtype=torch.int32, device="cpu").view(-1, width)
         rows = table[host_ints(span.request for span in spans)]
         lengths = [span.tokens for span in spans], [span.kv_len for span in spans]
         return cls(flags, keys, spans, RaggedBatch(*lengths, rows, PAGE_SIZE, device))
@@ -62,7 +62,7 @@ class Step:
 def left_padding(seen: torch.Tensor) -> list[int] | None:
     """Return the first visible key of each request of seen [B, s]; None where others are hidden, too."""
     starts = seen.shape[1] - seen.sum(dim=1)
-    if not torch.equal(seen, torch.arange(seen.shape[1]) >= starts[:, None]):
+    if not torch.equal(seen, torch.arange(seen.shape[1], device="cpu") >= starts[:, None]):
         return None
     found: list[int] = starts.tolist()
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from mla.config import MLAConfig
 from mla.errors import ConfigError
-from mla.integrations.transformers.errors import NO_WEIGHTS, NOT_PREPARED, UnsupportedModel
+from mla.integrations.transformers.errors import NO_WEIGHTS, NOT_CAUSAL, NOT_PREPARED, UnsupportedModel
 from mla.integrations.transformers.mask import NAME
 
 # A layer's projections; no family has all.
@@ -42,15 +43,18 @@ def survey(model: Any) -> Survey:
         one for one in model.modules() if hasattr(one, "set_attn_implementation") and find_attention(one)
     ]
     _check_placement(model, layers)
+    config = _config(model, layers)
     for layer in layers:
         _check_layer(layer)
+    _check_shared(model, layers)
     weight = layers[0].kv_b_proj.weight
     if len(dtypes := {linear.weight.dtype for layer in layers for _, linear in _projections(layer)}) > 1:
         raise UnsupportedModel(
             f"this model's projections differ in dtype ({', '.join(sorted(map(str, dtypes)))}): cast it to "
             "one with `model.to(...)`."
         )
-    owner, config = _owner(model, models, layers), _config(model, layers)
+    owner = _owner(model, models, layers)
+    _check_scaling(layers, config)
     return Survey(layers, models, owner, config, weight.dtype, weight.device)
 
 
@@ -96,12 +100,27 @@ def _check_layer(layer: Any) -> None:
             f"{type(layer).__name__} has an expand_kv of its own, which our ops would leave out: "
             "take it away first."
         )
+    if not getattr(layer, "is_causal", True):
+        raise UnsupportedModel(NOT_CAUSAL)
     for name, linear in _projections(layer):
         if more := _more_than_a_weight(linear, name != "kv_b_proj"):
             raise UnsupportedModel(
                 f"{name} of this model is {more}: load it unquantized, without adapters or offloading, in "
                 "bfloat16, float16 or float32."
             )
+
+
+def _check_shared(model: Any, layers: list[Any]) -> None:
+    """Raise `UnsupportedModel` where packing a projection would take its weight from somebody else."""
+    modules = Counter(id(linear) for layer in layers for _, linear in _projections(layer))
+    weights = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    for layer in layers:
+        for name, linear in _projections(layer):
+            if modules[id(linear)] > 1 or weights[id(linear.weight)] > 1:
+                raise UnsupportedModel(
+                    f"{name} of layer {layer.layer_idx} shares its weight with another module, which packing "
+                    "would leave without one: untie them first."
+                )
 
 
 def _projections(layer: Any) -> list[tuple[str, Any]]:
@@ -129,13 +148,15 @@ def _more_than_a_weight(linear: Any, may_have_bias: bool) -> str:
 def _config(model: Any, layers: list[Any]) -> MLAConfig:
     """Return the layers' config. Raises `UnsupportedModel`."""
     try:
-        config = MLAConfig.from_dict(layers[0].config.to_dict())
+        return MLAConfig.from_dict(layers[0].config.to_dict())
     except ConfigError as error:
         raise UnsupportedModel(f"{type(model).__name__} cannot be served: {error}") from error
+
+
+def _check_scaling(layers: list[Any], config: MLAConfig) -> None:
     for layer in layers:
         if abs(layer.scaling - config.softmax_scale) > 1e-6 * config.softmax_scale:
             raise UnsupportedModel(
                 f"{type(layer).__name__} scales logits by {layer.scaling:.6g}, and its config says "
                 f"{config.softmax_scale:.6g}."
             )
-    return config
