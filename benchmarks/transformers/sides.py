@@ -17,7 +17,6 @@ from benchmarks.transformers.meters import Memory
 from mla.config import MLAConfig
 from mla.integrations.transformers import PagedCache, restore, use_mla
 
-CONFIGS = ("deepseek-r1", "deepseek-v2-lite")
 ATTENTIONS = ("sdpa", "eager")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SIZES = ("hidden_size", "num_attention_heads", "kv_lora_rank", "q_lora_rank")
@@ -30,7 +29,7 @@ class Side:
 
     name: str
     model: Any
-    weight_bytes: int
+    weight_bytes: int  # of the attention layer
     backend: str = ""  # of our ops; "" for `transformers` alone
     pages: int = 0  # tokens of a `PagedCache`; 0 for a stock cache
 
@@ -52,8 +51,9 @@ class Side:
             self.model.set_attn_implementation(self.name)
 
     def cache(self, latent: torch.Tensor, pe: torch.Tensor) -> dict[str, Any]:
-        """Return a cache that holds latent [1, 1, s, c] and pe [1, 1, s, r], as the model's argument."""
-        tokens, like = latent.shape[2], {"device": self.model.device, "dtype": self.model.dtype}
+        """Return a cache that holds latent [b, 1, s, c] and pe [b, 1, s, r], as the model's argument."""
+        requests, _, tokens, _ = latent.shape
+        like = {"device": self.model.device, "dtype": self.model.dtype}
         if not self.pages:
             stock: Any = DynamicCache(config=self.model.config)
             if tokens:
@@ -61,8 +61,9 @@ class Side:
             return {cache_argument(self.model): stock}
         paged = PagedCache(self.model, max_tokens=self.pages)
         if tokens:
-            sequences = paged.latents.new_sequences(1)
-            paged.latents.load(sequences[0], latent[0, 0].to(**like), pe[0, 0].to(**like), 0)
+            sequences = paged.latents.new_sequences(requests)
+            for index, sequence in enumerate(sequences):
+                paged.latents.load(sequence, latent[index, 0].to(**like), pe[index, 0].to(**like), 0)
             paged.use(sequences)
         return paged.argument
 
@@ -103,15 +104,24 @@ def make_sides(config: MLAConfig, backend: str, device: torch.device, tokens: in
     for dtype in DTYPES:
         before = memory.in_use()
         model = make_model(config, dtype).to(device)
-        taken = memory.in_use() - before
+        taken = memory.in_use() - before - _beside_attention(model)
         yield from (Side(name, model, taken) for name in ATTENTIONS)
     before = memory.in_use()
     model = make_model(config, torch.bfloat16).to(device)
     memory.in_use()  # gives back what making it took besides, before plain weights are freed in between
+    beside = _beside_attention(model)
     use_mla(model, backend)
-    taken = memory.in_use() - before
+    taken = memory.in_use() - before - beside
     yield Side("mla", model, taken, backend)
     yield Side("mla-paged", model, taken, backend, tokens)
+
+
+def _beside_attention(model: Any) -> int:
+    """Return the bytes of all weights that are not the attention layer's."""
+    whole, attention = (
+        sum(one.nbytes for one in part.parameters()) for part in (model, model.model.layers[0].self_attn)
+    )
+    return int(whole - attention)
 
 
 def _warm_up(config: MLAConfig, backend: str, device: torch.device) -> None:

@@ -1,193 +1,110 @@
-"""Tables and pictures of a comparison with `transformers`.
+"""Tables, sentences and pictures of a comparison with `transformers`.
 
-    python -m benchmarks.transformers.summary benchmarks/transformers/results/NAME.json [--pictures FOLDER]
+    python -m benchmarks.transformers.summary RECORD.json [--pictures FOLDER]
 
-Tables go to stdout, as Markdown. `transformers` is the faster of its sides, each time.
+Tables and sentences go to stdout, as Markdown, and what pictures show in words to stderr. Each party is shown
+at its best: `transformers` with the attention, dtype and allocator that are the fastest, ours with the faster
+allocator.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.transformers import drawing
-from benchmarks.transformers.record import Row, read
+from benchmarks.transformers.points import NAMES, Group, Point, attention, groups
+from benchmarks.transformers.record import read
+from benchmarks.transformers.tables import tables
+from benchmarks.transformers.words import sentences
 from mla.bench.report import pictures
 from mla.bench.report.draw.svg import Caption
-from mla.bench.results.stats import median
 from mla.bench.terminal.digits import number
 from mla.command.console import note, out
-from mla.command.table import markdown
 from mla.errors import ResultError
 
-TIMES = (
-    "tokens",
-    "`transformers`: ms",
-    "of which attention",
-    "with",
-    "`use_mla`: ms",
-    "of which attention",
-    "as fast",
-    "attention",
-    "`PagedCache`: ms",
-    "as fast",
-)
-MEMORY = (
-    "tokens",
-    "phase",
-    "`transformers` MiB",
-    "`use_mla` MiB",
-    "of it",
-    "`PagedCache` MiB",
-    "of it",
-    "cache bytes per token: `transformers`",
-    "`use_mla`",
-    "`PagedCache`",
-)
-TITLES = {
-    "decode": "A decode step after so many tokens",
-    "append": "64 tokens appended to so many",
-    "prefill": "Prefill of a whole prompt",
-}
+WIDTH = 120  # of a line of Markdown
 
 
-@dataclass(frozen=True)
-class Point:
-    """One phase at one length: `transformers` at its fastest, if it has a number, and our ops."""
-
-    length: int
-    phase: str
-    stock: Row | None
-    ours: Row
-    paged: Row
-    why_not: str  # stock has no number
-
-    def times(self) -> tuple[str, ...]:
-        """Return the cells of a row of times."""
-        stock = ("-", "-", self.why_not)
-        if self.stock is not None:
-            kind = f"{self.stock.side}, {self.stock.dtype}"
-            stock = (number(middle(self.stock.model_ms)), number(middle(self.stock.attention_ms)), kind)
-        ours = (number(middle(self.ours.model_ms)), number(middle(self.ours.attention_ms)))
-        faster = (self._ratio(self.ours, _model), self._ratio(self.ours, _attention))
-        paged = (number(middle(self.paged.model_ms)), self._ratio(self.paged, _model))
-        return str(self.length), *stock, *ours, *faster, *paged
-
-    def _ratio(self, row: Row, times: Callable[[Row], float]) -> str:
-        return "-" if self.stock is None else f"{number(times(self.stock) / times(row))}x"
-
-    def memory(self) -> tuple[str, ...]:
-        """Return the cells of a row of memory: weights, cache, and what a forward takes besides."""
-        stock = self.stock.total_bytes if self.stock is not None else None
-        cells = [str(self.length), self.phase, _mib(stock)]
-        for row in (self.ours, self.paged):
-            cells += [_mib(row.total_bytes), f"{row.total_bytes / stock:.2f}" if stock else "-"]
-        each = (self.stock, self.ours, self.paged)
-        return *cells, *(f"{row.cache_bytes / row.tokens:.0f}" if row else "-" for row in each)
+def _attention(group: Group, point: Point, party: str) -> float | None:
+    row = point.best(party)
+    return None if row is None else attention(row)
 
 
-def middle(rounds: Sequence[Sequence[float]]) -> float:
-    """Return the median of the medians of rounds."""
-    return median([median(one) for one in rounds])
-
-
-def _model(row: Row) -> float:
-    return middle(row.model_ms)
-
-
-def _attention(row: Row) -> float:
-    return middle(row.attention_ms)
-
-
-def _mib(count: int | None) -> str:
-    return "-" if count is None else f"{count / 2**20:.0f}"
-
-
-def _total(row: Row) -> float:
-    return row.total_bytes / 2**20
+def _memory(group: Group, point: Point, party: str) -> float | None:
+    needed = point.needed(party, group.layers)
+    return None if needed is None else needed / 2**20
 
 
 # Phase, title, label and quantity of each picture.
-PICTURES: dict[str, tuple[str, str, str, Callable[[Row], float]]] = {
-    "decode": ("decode", "Time of a decode step", "ms", _model),
-    "prefill": ("prefill", "Time of a prefill", "ms", _model),
-    "memory": ("decode", "Memory of a decode step", "MiB", _total),
+Quantity = Callable[[Group, Point, str], "float | None"]
+PICTURES: dict[str, tuple[str, str, str, Quantity]] = {
+    "decode": ("decode", "Attention of a decode step", "ms", _attention),
+    "prefill": ("prefill", "Attention of a prefill", "ms", _attention),
+    "memory": ("decode", "Memory of all attention layers in a decode step", "MiB", _memory),
 }
 
 
-def points(rows: Iterable[Row]) -> list[Point]:
-    """Return what was measured of one config, in its order."""
-    found: dict[tuple[str, int], list[Row]] = {}
-    for row in rows:
-        found.setdefault((row.phase, row.history or row.new_tokens), []).append(row)
-    return [_point(phase, length, group) for (phase, length), group in found.items()]
+def text(group: Group) -> str:
+    """Return tables and sentences, under headings."""
+    listed = (
+        textwrap.fill(one, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+        for one in sentences(group)
+    )
+    lines = "\n".join(listed)
+    return "\n".join([*tables(group), f"### {group.title}: in words\n\n{lines}\n"])
 
 
-def _point(phase: str, length: int, rows: Sequence[Row]) -> Point:
-    ours, paged = (next(row for row in rows if row.side == side) for side in ("mla", "mla-paged"))
-    theirs = [row for row in rows if row not in (ours, paged)]
-    stock = min((row for row in theirs if row.model_ms), key=_model, default=None)
-    why = next((row.left_out for row in theirs if "GiB" in row.left_out), "")
-    return Point(length, phase, stock, ours, paged, why)
-
-
-def tables(config: str, found: Sequence[Point]) -> str:
-    """Return a table of times for each phase, and one of memory."""
-    parts = []
-    for phase, title in TITLES.items():
-        if of_phase := [point.times() for point in found if point.phase == phase]:
-            parts.append(f"### {config}: {title[0].lower()}{title[1:]}\n\n{markdown(TIMES, of_phase)}")
-    memory = markdown(MEMORY, [point.memory() for point in found])
-    return "\n".join([*parts, f"### {config}: memory\n\n{memory}"])
-
-
-def draw(config: str, device: str, found: Sequence[Point]) -> dict[str, str]:
-    """Return pictures of the times of decode and prefill, and of the memory that a decode step needs."""
-    subject = f"{config}: one layer, one request; {device}"
+def draw(group: Group, device: str) -> dict[str, str]:
+    """Return pictures of attention in decode and prefill, and of the memory of decode steps."""
     made: dict[str, str] = {}
     for name, (phase, title, label, of) in PICTURES.items():
-        points = [point for point in found if point.phase == phase]
-        lines = {
-            "transformers": [(point.length, of(point.stock)) for point in points if point.stock is not None],
-            "mla": [(point.length, of(point.ours)) for point in points],
-            "mla, PagedCache": [(point.length, of(point.paged)) for point in points],
-        }
-        lines = {one: line for one, line in lines.items() if line}
+        lines = {party: list(_line(group, phase, party, of)) for party in NAMES}
+        lines = {party: line for party, line in lines.items() if line}
         if lines:
-            finding = "; ".join(f"{one}: {_span(line)}" for one, line in lines.items())
-            caption = Caption(f"{config}-{name}", title, finding)
-            made |= drawing.render(f"{config}-{name}", caption, subject, label, lines)
+            finding = "; ".join(f"{one}: {_span(line, label)}" for one, line in lines.items())
+            caption = Caption(f"{group.config}-{name}", title, finding)
+            subject = f"{group.config}: one request; {device}"
+            made |= drawing.render(f"{group.config}-{name}", caption, subject, label, lines)
+            note(f"{group.config}-{name}: {title}. {finding}.")
     return made
 
 
-def _span(points: Sequence[tuple[int, float]]) -> str:
+def _line(group: Group, phase: str, party: str, of: Quantity) -> Iterable[tuple[int, float]]:
+    """Yield a party's points."""
+    for point in group.of(phase):
+        if (value := of(group, point, party)) is not None:
+            yield point.length, value
+
+
+def _span(line: Sequence[tuple[int, float]], label: str) -> str:
     """Say how a line begins and ends."""
-    return " to ".join(f"{number(value)} at {tokens} tokens" for tokens, value in (points[0], points[-1]))
+    return " to ".join(f"{number(value)} {label} at {tokens} tokens" for tokens, value in (line[0], line[-1]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the tables, and draw."""
+    """Print tables and sentences, and draw."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("record", type=Path)
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write the pictures there")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="write the pictures there, of one request"
+    )
     asked = parser.parse_args(arguments)
     try:
         record = read(asked.record)
     except ResultError as error:
         note(f"error: {error}")
         return 1
-    configs = {row.config: [one for one in record.rows if one.config == row.config] for row in record.rows}
-    for config, rows in configs.items():
-        found = points(rows)
-        out(tables(config, found))
-        if asked.pictures:
-            device = f"{record.device}, {record.threads} threads"
-            pictures.write(draw(config, device, found), asked.pictures)
+    found = groups(record.rows, record.label)
+    out("\n".join(map(text, found)))
+    for group in found:
+        if asked.pictures and group.requests == 1:
+            pictures.write(draw(group, f"{record.device}, {record.threads} threads"), asked.pictures)
     return 0
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -27,26 +28,51 @@ class Disagreement(MLAError):
 def measure(work: Work, sides: Sequence[Side], rounds: int, seconds: float) -> list[Row]:
     """Return a row for each side. Raises `Disagreement`."""
     rows = {side: work.row(side) for side in sides}
-    trial: dict[Side, float] = {}
-    first: torch.Tensor | None = None
-    for side, row in rows.items():
-        row.left_out, row.load = work.refusal(side), os.getloadavg()[0]
-        if not row.left_out:
-            attended = work.weigh(side, row)
-            first = attended if first is None else first
-            row.deviation = _compared(side, attended, first)
-            trial[side] = min(one.model_ms for one in work.forwards(side, 2))
+    trial = _try(work, rows)
     _leave_out(trial, rows)
-    taking = [side for side, row in rows.items() if not row.left_out]
     for turn in range(rounds):
-        for side in taking[:: -1 if turn % 2 else 1]:
-            count = max(1, min(MOST, int(1e3 * seconds / trial[side])))
-            found = list(work.forwards(side, count))
-            rows[side].model_ms.append([one.model_ms for one in found])
-            rows[side].attention_ms.append([one.attention_ms for one in found])
+        for side in list(trial)[:: -1 if turn % 2 else 1]:
+            if not rows[side].left_out:
+                count = max(1, min(MOST, int(1e3 * seconds / trial[side])))
+                _time(work, side, rows[side], count)
     for row in rows.values():
         note(_line(row))
     return list(rows.values())
+
+
+def _try(work: Work, rows: dict[Side, Row]) -> dict[Side, float]:
+    """Weigh and compare all sides that fit; return the ms of each one's better forward of two."""
+    trial: dict[Side, float] = {}
+    first: tuple[Side, torch.Tensor] | None = None
+    for side, row in rows.items():
+        row.left_out, row.load = work.refusal(side), os.getloadavg()[0]
+        if row.left_out:
+            continue
+        with _room(row):
+            attended = work.weigh(side, row)
+            first = first or (side, attended)
+            deviation = _compared(side, attended, first[1])
+            if side is not first[0] and not first[0].backend:  # else ours alone fit, and agrees with itself
+                row.deviation = deviation
+            trial[side] = min(one.model_ms for one in work.forwards(side, 2))
+    return trial
+
+
+def _time(work: Work, side: Side, row: Row, count: int) -> None:
+    """Note so many forwards as a round."""
+    with _room(row):
+        found = list(work.forwards(side, count))
+        row.model_ms.append([one.model_ms for one in found])
+        row.attention_ms.append([one.attention_ms for one in found])
+
+
+@contextlib.contextmanager
+def _room(row: Row) -> Iterator[None]:
+    """Leave a side out for which a device has no memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        row.left_out, row.model_ms, row.attention_ms = "the device has too little memory for it", [], []
 
 
 def _compared(side: Side, attended: torch.Tensor, first: torch.Tensor) -> float:
@@ -68,7 +94,8 @@ def _leave_out(trial: dict[Side, float], rows: dict[Side, Row]) -> None:
 
 def _line(row: Row) -> str:
     """Return a line that shows progress."""
-    what = f"{row.config} {row.phase}, history {row.history}, {row.side} {row.dtype}: "
+    side = f"{row.side} {row.dtype}, {row.allocator} allocator"
+    what = f"{row.config} {row.phase}, history {row.history}, {side}: "
     if row.left_out:
         return what + row.left_out
     times = [sample for one in row.model_ms for sample in one]

@@ -17,10 +17,14 @@ from mla_backends.api import Backend
 
 PHASES = ("decode", "append", "prefill")
 APPENDED = 64
-# Bytes that `transformers` takes for a head of a token, by attention and bytes of an element, as measured
-# with the head dimensions of DeepSeek; and for a logit: no attention has a fused kernel for them on a CPU.
+# Transient bytes of a forward, at most, as measured on a CPU (2 vCPUs of an Intel Xeon with AMX, torch 2.13,
+# `transformers` 5.24.0) with the head dimensions of DeepSeek: what `transformers` takes for a head of a
+# token, by attention and bytes of an element, and for a logit, as no attention has a fused kernel there ...
 EXPANDED = {("sdpa", 2): 3050, ("sdpa", 4): 2900, ("eager", 2): 1200, ("eager", 4): 1830}
 LOGIT = 10
+# ... and what our ops take for a head of a new token, and for a latent, in copies of it.
+OURS = 6700
+COPIES = 2.5
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Work:
     flush: Callable[[], None]
     phase: str
     length: int
+    requests: int = 1
+    allocator: str = "default"
 
     @property
     def history(self) -> int:
@@ -51,24 +57,31 @@ class Work:
             phase=self.phase,
             history=self.history,
             new_tokens=self.new_tokens,
+            requests=self.requests,
             side=side.name,
             dtype=side.dtype,
+            allocator=self.allocator,
             weight_bytes=side.weight_bytes,
         )
 
     def refusal(self, side: Side) -> str:
-        """Return why a side of `transformers` would not fit the host's memory, or ""."""
-        available = host.memory_available()
-        if side.backend or side.model.device.type != "cpu" or available is None:
-            return ""
-        each = EXPANDED[side.name, side.model.dtype.itemsize] + LOGIT * self.new_tokens
-        needed = self.config.num_attention_heads * (self.history + self.new_tokens) * each
-        if needed < 0.9 * available:
+        """Return why a side would not fit the host's memory, or ""."""
+        available, needed = host.memory_available(), self.estimate(side)
+        if side.model.device.type != "cpu" or available is None or needed < 0.9 * available:
             return ""
         return f"needs about {needed / 2**30:.0f} GiB, of which {available / 2**30:.0f} are available"
 
+    def estimate(self, side: Side) -> float:
+        """Return the bytes that a forward takes on a host, about."""
+        heads, size = self.config.num_attention_heads, side.model.dtype.itemsize
+        tokens, new = self.requests * (self.history + self.new_tokens), self.requests * self.new_tokens
+        if side.backend:
+            latent = size * (self.config.kv_lora_rank + self.config.qk_rope_head_dim)
+            return OURS * heads * new + COPIES * latent * tokens
+        return heads * tokens * (EXPANDED[side.name, size] + LOGIT * self.new_tokens)
+
     def weigh(self, side: Side, row: Row) -> torch.Tensor:
-        """Run a forward, which warms up, and note its memory; return the last token's attention [hidden]."""
+        """Run a forward, which warms up, and note its memory; return attention of last tokens [b, hidden]."""
         side.start()
         words, clock = self._cache(side), Clock(side.model, self.backend, self.flush)
         with clock.attached(), Memory(side.model.device).peak() as taken:
@@ -93,9 +106,12 @@ class Work:
         """Return a cache that holds the history, the same for all sides, rounded to bfloat16."""
         generator = torch.Generator().manual_seed(self.history)
         widths = self.config.kv_lora_rank, self.config.qk_rope_head_dim
-        latent, pe = (torch.randn(1, 1, self.history, width, generator=generator) for width in widths)
+        shapes = [(self.requests, 1, self.history, width) for width in widths]
+        latent, pe = (torch.randn(*shape, generator=generator) for shape in shapes)
         return side.cache(latent.bfloat16(), pe.bfloat16())
 
     def _ids(self, side: Side) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.new_tokens)
-        return torch.randint(0, 1024, (1, self.new_tokens), generator=generator).to(side.model.device)
+        return torch.randint(0, 1024, (self.requests, self.new_tokens), generator=generator).to(
+            side.model.device
+        )

@@ -1,0 +1,31 @@
+"""What glibc does with freed memory, chosen when a process starts.
+
+By default it maps tensors above a threshold (32 MiB at most), faults them in, and returns them in every call.
+That costs most where temporaries are large, and is no property of what is compared: so both are shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+VARIABLE = "GLIBC_TUNABLES"
+# Keep temporaries in the process.
+TUNABLES = ":".join(
+    f"glibc.malloc.{name}={size}"
+    for name, size in (("mmap_threshold", 32 << 30), ("trim_threshold", 32 << 30), ("top_pad", 256 << 20))
+)
+
+
+@contextlib.contextmanager
+def setting(tunables: str) -> Iterator[None]:
+    """Give these tunables, and no others, to processes that start in the block."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = tunables
+    try:
+        yield
+    finally:
+        del os.environ[VARIABLE]
+        if before is not None:
+            os.environ[VARIABLE] = before

@@ -1,0 +1,105 @@
+"""What was measured at a length: `transformers` and our ops, each at its best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.transformers.record import LAYERS, Row
+from mla.bench.results.stats import median
+
+STOCK, OURS, PAGED = "transformers", "mla", "mla, PagedCache"
+SIDES = {STOCK: ("sdpa", "eager"), OURS: ("mla",), PAGED: ("mla-paged",)}
+NAMES = {STOCK: "`transformers`", OURS: "`use_mla`", PAGED: "`PagedCache`"}
+Measured = Literal["attention_ms", "model_ms"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One phase at one length: all sides in all settings of the allocator."""
+
+    phase: str
+    length: int
+    rows: Sequence[Row]
+
+    def best(self, party: str, allocator: str = "") -> Row | None:
+        """Return a party's row whose attention is the fastest, in one setting or in any."""
+        rows = [row for row in self.rows if row.side in SIDES[party] and row.model_ms]
+        among = [row for row in rows if row.allocator == allocator or not allocator]
+        return min(among, key=attention, default=None)
+
+    def ratio(self, party: str, measured: Measured = "attention_ms", allocator: str = "") -> float | None:
+        """Return how many times as fast as `transformers` a party is, each at its best."""
+        stock, ours = self.best(STOCK, allocator), self.best(party, allocator)
+        return None if stock is None or ours is None else middle(stock, measured) / middle(ours, measured)
+
+    def lightest(self, party: str, layers: int = 1) -> Row | None:
+        """Return a party's row that needs the least memory for so many layers, however slow it is."""
+        rows = [row for row in self.rows if row.side in SIDES[party] and row.transient_bytes]
+        return min(rows, key=lambda row: row.needed_bytes(layers), default=None)
+
+    def needed(self, party: str, layers: int) -> int | None:
+        """Return the bytes that so many attention layers of a party need, at the least."""
+        row = self.lightest(party, layers)
+        return None if row is None else row.needed_bytes(layers)
+
+    @property
+    def why_not(self) -> str:
+        """Why `transformers` has no number; "" if it has one."""
+        reasons = [row.left_out for row in self.rows if row.side in SIDES[STOCK] and row.left_out]
+        return (
+            "" if self.best(STOCK) else next((one for one in reasons if "GiB" in one), "; ".join(reasons[:1]))
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """All points of one config and as many requests."""
+
+    config: str
+    requests: int
+    points: Sequence[Point]
+    label: str = ""  # of the machine
+
+    @property
+    def title(self) -> str:
+        """What tables are headed with."""
+        several = f"{self.requests} requests" if self.requests > 1 else ""
+        return ", ".join(filter(None, (self.config, self.label, several)))
+
+    @property
+    def layers(self) -> int:
+        """The layers of the config's model."""
+        return LAYERS[self.config]
+
+    @property
+    def allocators(self) -> list[str]:
+        """The settings of the allocator."""
+        return sorted({row.allocator for point in self.points for row in point.rows})
+
+    def of(self, phase: str) -> list[Point]:
+        """Return one phase."""
+        return [point for point in self.points if point.phase == phase]
+
+
+def groups(rows: Iterable[Row], label: str = "") -> list[Group]:
+    """Return what was measured, in its order; `label` is the machine's."""
+    found: dict[tuple[str, int], dict[tuple[str, int], list[Row]]] = {}
+    for row in rows:
+        points = found.setdefault((row.config, row.requests), {})
+        points.setdefault((row.phase, row.history or row.new_tokens), []).append(row)
+    return [
+        Group(config, requests, [Point(*place, one) for place, one in points.items()], label)
+        for (config, requests), points in found.items()
+    ]
+
+
+def middle(row: Row, measured: Measured) -> float:
+    """Return the median of the medians of rounds."""
+    return median([median(one) for one in getattr(row, measured)])
+
+
+def attention(row: Row) -> float:
+    """Return the ms of attention alone."""
+    return middle(row, "attention_ms")

@@ -1,0 +1,113 @@
+"""What counts in the comparison, and that documents hold what was measured."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.transformers import summary, words
+from benchmarks.transformers.points import OURS, PAGED, STOCK, groups
+from benchmarks.transformers.record import Row, read
+from benchmarks.transformers.tables import tables
+
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "benchmarks" / "transformers"
+RECORDS = sorted((FOLDER / "results").glob("*.json"))
+
+
+def _row(side: str, ms: Sequence[float], **facts: Any) -> Row:
+    times = {"attention_ms": [list(ms)], "model_ms": [[2 * one for one in ms]]}
+    place = {"config": "deepseek-r1", "phase": "decode", "history": 64, "new_tokens": 1, "dtype": "bfloat16"}
+    return Row(**{**place, "side": side, **times, **facts})
+
+
+def test_each_party_counts_in_its_best_setting() -> None:
+    rows = [_row("sdpa", [10]), _row("sdpa", [8], allocator="kept"), _row("mla", [2]), _row("mla-paged", [4])]
+    rows += [_row("eager", [9]), _row("eager", [6], dtype="float16", allocator="kept")]
+    rows += [_row("mla", [3], allocator="kept"), _row("mla-paged", [1.5], allocator="kept")]
+    (group,) = groups(rows)
+    (point,) = group.points
+    assert (point.ratio(OURS), point.ratio(PAGED)) == (3, 4)
+    assert (point.ratio(OURS, allocator="default"), point.ratio(OURS, allocator="kept")) == (4.5, 2)
+    assert "| 64 | 6 | eager, float16, kept | 2 (default) | 3x | 1.5 (kept) | 4x |" in tables(group)[0]
+    assert "| decode | 64 | 9 | 2 | 4.5x | 4 | 2.25x | 6 | 3 | 2x | 1.5 | 4x |" in tables(group)[1]
+
+
+def test_a_model_needs_weights_and_caches_of_all_layers_and_the_rest_once() -> None:
+    def row(side: str, weights: int, besides: int, history: int) -> Row:
+        sizes = {"weight_bytes": weights, "cache_bytes": history + 1, "transient_bytes": besides}
+        return _row(side, [1], history=history, **sizes)
+
+    pairs = [(64, 1000), (512, 61 * 300), (2048, 61 * 400)]  # ours: 300 bytes a layer more, and 100 besides
+    rows = [row("eager", 500, 100 + besides, history) for history, besides in pairs]
+    rows += [row(side, 800, 100, history) for side in ("mla", "mla-paged") for history, _ in pairs]
+    assert rows[0].needed_bytes(1) == 500 + 64 + 1100
+    assert rows[0].needed_bytes(61) == 61 * 500 + 60 * 65 + 64 + 1100
+    (group,) = groups([*rows, row("sdpa", 500, 9000, 64)])
+    assert group.points[0].needed(STOCK, 1) == 1664  # the leaner one's
+    said = next(one for one in words.sentences(group) if "`use_mla`: attention of all 61 layers" in one)
+    assert said.endswith(" needs less memory than in `transformers` in decode from 2048 tokens on.")
+
+
+def test_tables_of_a_second_machine_say_so() -> None:
+    rows = [_row("sdpa", [10]), _row("mla", [1], requests=8)]
+    assert [one.title for one in groups(rows, "no AMX")] == [
+        "deepseek-r1, no AMX",
+        "deepseek-r1, no AMX, 8 requests",
+    ]
+
+
+def test_only_rows_that_were_compared_count_as_compared() -> None:
+    rows = [_row("mla", [1], deviation=0.002), _row("mla-paged", [1]), _row("sdpa", [1])]
+    (group,) = groups(rows)
+    said = next(one for one in words.sentences(group) if "was compared" in one)
+    assert "in 1 of 3 rows with times, " in said
+    assert said.endswith("was within 0.2 % of it.")
+    (group,) = groups([rows[1], _row("mla", [1])])
+    assert "deepseek-r1: no attention was compared." in words.sentences(group)
+
+
+def test_documents_hold_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in RECORDS:
+        drawing = [] if read(path).label else ["--pictures", str(tmp_path)]
+        assert summary.main([str(path), *drawing]) == 0
+    printed, drawn = capsys.readouterr()
+    found = _sections(printed)
+    assert found
+    assert _sections((FOLDER / "README.md").read_text()) == found
+    section = (ROOT / "docs" / "transformers.md").read_text().split("## How fast it is")[1].split("\n## ")[0]
+    decode = [
+        table
+        for title, table in found
+        if title.endswith("a decode step after so many tokens") and "requests" not in title
+    ]
+    assert re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE) == [f"{one}\n" for one in decode]
+    said = [line for title, lines in found if title.endswith("in words") for line in _items(lines)]
+    assert set() < set(_items(section)) <= set(said)
+    shown = re.findall(r'/([\w-]+)-light\.svg"\nalt="([^"]*)"', section)
+    assert {f"{name}: {' '.join(alt.split())}" for name, alt in shown} <= set(drawn.splitlines())
+    assert len(shown) == section.count("<img")
+    alone = re.sub(r'^\|.*$|^- .*$|^  .*$|alt="[^"]*"', "", section, flags=re.MULTILINE)
+    assert not re.search(r"\d(?:x| ms| MiB| %)", alone)  # all else that was measured comes from the record
+    assert _words(tmp_path) == _words(ROOT / "docs/pictures/transformers")
+
+
+def _sections(text: str) -> list[tuple[str, str]]:
+    """Return headings of the third level, in their order, with what is below them."""
+    parts = re.split(r"^### (.*)\n\n", text, flags=re.MULTILINE)[1:]
+    return [(title, below.strip()) for title, below in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _items(text: str) -> list[str]:
+    """Return the items of a list, each in one line."""
+    found = re.findall(r"^- (.*(?:\n  .*)*)", text, re.MULTILINE)
+    return [" ".join(one.split()) for one in found]
+
+
+def _words(folder: Path) -> dict[str, list[str]]:
+    """Return what is written in each picture, which other releases of the drawing library place otherwise."""
+    return {path.name: re.findall(r">([^<>\s][^<>]*)<", path.read_text()) for path in folder.iterdir()}
