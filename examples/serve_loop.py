@@ -39,9 +39,11 @@ class Request:
 class Server:
     """Serves requests with one model, so many at once."""
 
-    def __init__(self, model: Any, *, max_tokens: int, at_once: int, ends: Collection[int] = ()) -> None:
+    def __init__(
+        self, model: Any, *, max_tokens: int, at_once: int, ends: Collection[int] = (), page_size: int = 64
+    ) -> None:
         """`max_tokens`: of all requests in the cache together. `ends`: tokens that end a request."""
-        self.model, self.cache = model, PagedCache(model, max_tokens=max_tokens)
+        self.model, self.cache = model, PagedCache(model, max_tokens=max_tokens, page_size=page_size)
         self.at_once, self.ends = at_once, ends
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
