@@ -2,8 +2,9 @@
 
     python examples/generate.py MODEL_DIR --prompt "Once upon a time"
 
-Prints both texts, the time until the first token, tokens per second after it, and memory: the most that
-tensors take at once while generating (cache, results in between, scratch memory), beyond the weights.
+Prints both texts, the time until the first token, tokens per second after it, and memory: the weights, of
+which our ops keep each layer's `kv_b_proj` twice, and beyond them the most that tensors take at once while
+generating (cache, results in between, scratch memory).
 
 Each way generates twice: once to warm up and to count memory, which is slow, and once to be timed. With
 bfloat16 weights the texts may part where two tokens are as good as equally likely; with --dtype float32 they
@@ -30,6 +31,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from mla.bench.measure.transient_memory import TransientBytes
 from mla.integrations.transformers import restore, use_mla
+from mla.text import size
+from mla_backends.api import Packed
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 PROMPT = "Once upon a time"
@@ -59,13 +62,14 @@ class Run:
     name: str
     tokens: list[int]  # with the prompt's
     times: list[float]  # when the prompt was in, and each new token out
-    memory: int  # bytes
+    weights: int  # bytes
+    memory: int  # bytes beyond them
 
     def row(self) -> tuple[str, ...]:
         """Return it as cells of a table."""
         start, first, last = self.times[0], self.times[1], self.times[-1]
         rate = f"{(len(self.times) - 2) / (last - first):.1f}" if last > first else "-"
-        return self.name, f"{1e3 * (first - start):.0f} ms", rate, f"{self.memory / 2**20:.3g} MiB"
+        return self.name, f"{1e3 * (first - start):.0f} ms", rate, size(self.weights), size(self.memory)
 
 
 def measure(model: Any, ids: torch.Tensor, name: str, new_tokens: int, console: Console) -> Run:
@@ -75,12 +79,23 @@ def measure(model: Any, ids: torch.Tensor, name: str, new_tokens: int, console: 
         def generate(doing: str) -> tuple[list[int], list[float]]:
             ticks = Ticks(progress, progress.add_task(f"{name}: {doing}", total=new_tokens))
             words = {"max_new_tokens": new_tokens, "do_sample": False, "streamer": ticks}
+            words["return_dict_in_generate"] = False  # which the model's generation_config may ask for
             found = model.generate(ids, attention_mask=torch.ones_like(ids), **words)
             return found[0].tolist(), ticks.times
 
         with TransientBytes() as memory:
             generate("warming up, counting memory")
-        return Run(name, *generate("timing"), memory.peak)
+        return Run(name, *generate("timing"), weight_bytes(model), memory.peak)
+
+
+def weight_bytes(model: Any) -> int:
+    """Return the bytes of all weights: those that are as they were loaded, and those packed for our ops."""
+    found = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+    for module in model.modules():
+        found += sum(one.nbytes for one in vars(module).values() if isinstance(one, Packed))
+        if attention := getattr(module, "mla_attention", None):
+            found += attention.core.weight_bytes()  # kv_b_proj
+    return found
 
 
 def show(tokenizer: Any, runs: list[Run]) -> None:
@@ -89,7 +104,7 @@ def show(tokenizer: Any, runs: list[Run]) -> None:
     for run in runs:
         out.print(f"[bold]{run.name}[/bold]")
         out.print(escape(tokenizer.decode(run.tokens, skip_special_tokens=True)))
-    table = Table("", "first token", "tokens/s", "memory")
+    table = Table("", "first token", "tokens/s", "weights", "memory")
     for run in runs:
         table.add_row(*run.row())
     out.print(table)

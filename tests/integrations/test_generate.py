@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shutil
 import subprocess
@@ -20,6 +21,8 @@ from tiny_models import VOCABULARY, make_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCausalLM, DeepseekV2MLP
+
+from mla.integrations.transformers import restore, use_mla
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "generate.py"
 sys.path.append(str(EXAMPLE.parent))
@@ -51,13 +54,42 @@ def test_both_runs_are_side_by_side(model_dir: Path, tmp_path: Path) -> None:
     prompt = ("--prompt-file", str(tmp_path / "prompt.txt"))
     done = run(str(model_dir), *prompt, "--new-tokens", "20", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
-    memory = []
+    sizes = []
     for name in ("transformers", r"mla \(cpu\)"):
-        found = re.search(rf"{name} +│ +\d+ ms +│ +\d+\.\d +│ +([\d.]+) MiB", done.stdout)
+        found = re.search(rf"{name} +│ +\d+ ms +│ +\d+\.\d +│ +(\d+) KiB +│ +([\d.]+) MiB", done.stdout)
         assert found, done.stdout
-        memory.append(float(found[1]))
-    assert memory[1] < memory[0]
+        sizes.append((int(found[1]), float(found[2])))
+    (their_weights, their_memory), (our_weights, our_memory) = sizes
+    assert our_memory < their_memory
+    assert our_weights > their_weights
     assert "all tokens are the same" in done.stdout
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3 with biases"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_are_counted(family: str, dtype: torch.dtype) -> None:
+    """Those of two layers: kv_b_proj twice, and whatever fills up the last 15 outputs of a projection."""
+    weight_bytes = importlib.import_module("generate").weight_bytes
+    model = make_model(family, dtype)
+    theirs = weight_bytes(model)
+    held = sum(weight.nbytes for weight in model.state_dict().values())
+    assert held <= theirs < held + 1024, "and frequencies of rotations"
+    projections = [(name, one) for name, one in model.named_parameters() if "_proj.weight" in name]
+    more = sum(one.nbytes for name, one in projections if "kv_b_proj" in name)
+    filled = sum(15 * one.nbytes // one.shape[0] for name, one in projections if "self_attn" in name)
+    ours = weight_bytes(use_mla(model))
+    assert theirs + more <= ours < theirs + more + filled
+    assert weight_bytes(restore(model)) == theirs
+
+
+def test_what_the_model_generates_with_returns_more(model_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "return_dict_in_generate": True}))
+    main = importlib.import_module("generate").main
+    done = CliRunner().invoke(main, [str(folder), "--prompt", "once", "--new-tokens", "2"])
+    assert (done.exit_code, "all tokens are the same" in done.stdout) == (0, True), done.output
 
 
 @pytest.fixture(scope="module")
