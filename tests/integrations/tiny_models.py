@@ -57,7 +57,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "glm4_moe_lite": ("glm4_moe_lite", "Glm4MoeLite", PLAIN),
     "youtu": ("youtu", "Youtu", PLAIN),
     "axk1": ("axk1", "AXK1", PLAIN),
-    "minicpm3": ("minicpm3", "MiniCPM3", PLAIN),
+    "minicpm3": ("minicpm3", "MiniCPM3", {**PLAIN, "scale_emb": 1}),
     "mistral4": ("mistral4", "Mistral4", {**PLAIN, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}}),
     "kimi_linear": (
         "kimi_linear",
@@ -86,14 +86,14 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def make_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a model of a family."""
+def make_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """Return a model of a family, with changes of its config."""
     module, prefix, values = FAMILIES[family]
     home = f"transformers.models.{module}"
     config_class = getattr(importlib.import_module(f"{home}.configuration_{module}"), f"{prefix}Config")
     model_class = getattr(importlib.import_module(f"{home}.modeling_{module}"), f"{prefix}ForCausalLM")
     torch.manual_seed(0)
-    return fill(model_class(config_class(**values)).to(dtype))
+    return fill(model_class(config_class(**{**values, **changes})).to(dtype))
 
 
 def fill(model: Any) -> Any:
