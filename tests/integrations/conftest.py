@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+import mla
+
 sys.path += [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]  # the latter: benchmarks
 
 
@@ -20,6 +22,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def native() -> str:
+    """Name the instruction set of the CPU's compiled kernels, for tests of bfloat16 that need them."""
+    found = mla.load_backend("cpu").environment()["kernels"]
+    if found == "off" or found.startswith("none"):
+        pytest.skip(f"compiled kernels for the CPU are {found}")
+    return found.partition(";")[0]
 
 
 @pytest.fixture

@@ -12,8 +12,10 @@ from tiny_models import make_model
 from torch import nn
 
 from mla.integrations.transformers import UnsupportedModel, restore, use_mla
+from mla.integrations.transformers.packed import Packed, PackedKvB, PackedLinear
 
 TABLES = vars(nn.Module())  # of parameters and modules
+ABSORBED = ("kv_b_proj", "w_uk", "w_uv")  # the roles that kv_b_proj is packed for
 
 
 def snapshot(model: Any) -> list[tuple[str, type, dict[str, Any]]]:
@@ -23,6 +25,31 @@ def snapshot(model: Any) -> list[tuple[str, type, dict[str, Any]]]:
         for name, module in model.named_modules()
     ]
     return modules + [(name, type(one), dict(vars(one))) for name, one in model.named_parameters()]
+
+
+def bits(weights: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    """Return what compares equal where NaN is NaN, and -0 is not 0."""
+    return {name: weight.view(torch.int16).tolist() for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3 with biases", "longcat_flash"])
+def test_weights_that_kernels_packed_come_back_bit_for_bit(family: str, native: str) -> None:
+    """They serve bfloat16, and lay weights out in their own way."""
+    model = make_model(family, torch.bfloat16)
+    odd = torch.tensor([-0.0, torch.nan, -torch.inf, 1e-40])
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "_proj" in name:
+                weight.view(-1)[:4] = odd
+                weight.view(-1)[-4:] = odd
+    before = bits(model.state_dict())
+    use_mla(model, options={"native": native})
+    packed = [one for one in model.modules() if isinstance(one, Packed)]
+    names = {one._choice.name for one in packed if isinstance(one, PackedLinear)}
+    cores = {one._core.ops[role].name for one in packed if isinstance(one, PackedKvB) for role in ABSORBED}
+    assert "reference" not in names | cores
+    assert bits(model.state_dict()) == before
+    assert bits(restore(model).state_dict()) == before
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3 with biases", "longcat_flash", "kimi_linear"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CACHE, FAMILIES, make_model
 
-from mla.integrations.transformers import restore, use_mla
+from mla.integrations.transformers import PagedCache, restore, use_mla
 from mla.integrations.transformers.step import PAGE_SIZE, Step
 
 Prompts = dict[str, torch.Tensor]
@@ -33,7 +34,7 @@ def both(model: Any, prompts: Prompts, **words: Any) -> tuple[torch.Tensor, torc
 def test_every_family_generates_the_same_tokens(family: str, prompts: Prompts) -> None:
     theirs, ours = both(make_model(family), prompts, max_new_tokens=200)
     assert torch.equal(theirs, ours)
-    assert len(set(ours[0].tolist())) > 9, "tokens that repeat would hide a difference"
+    assert len(set(ours[0, 11:].tolist())) > 40, "tokens that repeat would hide a difference"
 
 
 def test_a_cache_made_without_our_ops_goes_on_with_them_and_back(model: Any, prompts: Prompts) -> None:
@@ -100,6 +101,47 @@ def test_bf16_is_as_close_to_fp32_as_theirs(prompts: Prompts) -> None:
             found = model(**prompts).logits[:, -1].double()
         errors.append(float((found - exact).norm() / exact.norm()))
     assert errors[1] < 1.3 * errors[0]
+
+
+ROLES = ("kv_b_proj", "w_uk", "w_uv", "latent_attention", "expanded_attention")
+ON = {
+    "dynamic": lambda model: {},
+    "static": lambda model: {"cache_implementation": "static"},
+    "paged": lambda model: PagedCache(model, max_tokens=1024).argument,
+}
+
+
+def forced_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, **cache: Any) -> torch.Tensor:
+    """Return the logits [B, t, vocabulary] of every step of a generation whose tokens are given."""
+    width = mask.shape[1]
+    words = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": ids.shape[1] - width}
+    words["prefix_allowed_tokens_fn"] = lambda request, sent: [int(ids[request, len(sent)])]
+    found = generate(model, {"input_ids": ids[:, :width], "attention_mask": mask}, **words, **cache)
+    assert torch.equal(found.sequences, ids)
+    return torch.stack(found.logits, dim=1).double()
+
+
+def test_kernels_for_bf16_are_as_close_to_fp32_as_theirs_at_every_step(native: str) -> None:
+    """On every cache, over the ends of three pages; without experts, between which rounding chooses."""
+    plain = {"v_head_dim": 32, "first_k_dense_replace": 2}  # what kernels for expanded attention take
+    model = make_model("deepseek_v3", torch.bfloat16, **plain)
+    ids = torch.randint(3, 97, (3, 61 + 140), generator=torch.Generator().manual_seed(2))
+    asked = ids, (torch.arange(61) >= torch.tensor([[4], [50], [0]])).long()
+    exact_model = copy.deepcopy(model).float()
+    exact_model.set_attn_implementation("eager")
+    exact = forced_logits(exact_model, *asked)
+
+    def errors(found: torch.Tensor) -> torch.Tensor:  # [B, t]
+        return (found - exact).norm(dim=-1) / exact.norm(dim=-1)
+
+    theirs = errors(forced_logits(model, *asked))
+    use_mla(model, options={"native": native})
+    for layer in model.model.layers:
+        assert "reference" not in {layer.self_attn.mla_attention.core.ops[role].name for role in ROLES}
+    for name, cache in ON.items():
+        ours = errors(forced_logits(model, *asked, **cache(model)))
+        assert ours.mean() < 1.1 * theirs.mean(), name
+        assert ours.max() < 2 * theirs.max(), name  # the worst of 420 steps, which is not the same one
 
 
 def test_what_lies_past_a_request_is_zero_for_an_op_that_reads_it(prompts: Prompts) -> None:
