@@ -81,7 +81,7 @@ def test_requests_get_what_they_get_alone(pages: int, together: int) -> None:
     watch.stop()
     restore(model)
     decodes = watch.decodes()
-    assert max(map(len, decodes)) == together
+    assert max(map(len, decodes)) >= together
     joins = [now for before, now in pairwise(decodes) if now & before and now - before]
     assert len(joins) > 3, "requests join while others go on"
     assert max(len(held) for forward in watch.forwards for held in forward.values()) > 4

@@ -125,6 +125,9 @@ def test_kernels_for_bf16_are_as_close_to_fp32_as_theirs_at_every_step(native: s
     """On every cache, over the ends of three pages; without experts, between which rounding chooses."""
     plain = {"v_head_dim": 32, "first_k_dense_replace": 2}  # what kernels for expanded attention take
     model = make_model("deepseek_v3", torch.bfloat16, **plain)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_b_proj.weight /= 4  # so that every key counts, and a missing one shows
     ids = torch.randint(3, 97, (3, 61 + 140), generator=torch.Generator().manual_seed(2))
     asked = ids, (torch.arange(61) >= torch.tensor([[4], [50], [0]])).long()
     exact_model = copy.deepcopy(model).float()
@@ -141,7 +144,7 @@ def test_kernels_for_bf16_are_as_close_to_fp32_as_theirs_at_every_step(native: s
     for name, cache in ON.items():
         ours = errors(forced_logits(model, *asked, **cache(model)))
         assert ours.mean() < 1.1 * theirs.mean(), name
-        assert ours.max() < 2 * theirs.max(), name  # the worst of 420 steps, which is not the same one
+        assert (ours / theirs).max() < 4, name  # of single steps, by chance 2.4 either way
 
 
 def test_what_lies_past_a_request_is_zero_for_an_op_that_reads_it(prompts: Prompts) -> None:
