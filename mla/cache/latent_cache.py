@@ -86,6 +86,10 @@ class LatentCache:
         """The ids of all sequences, in the order in which they were made."""
         return list(self._sequences)
 
+    def __contains__(self, sequence: int) -> bool:
+        """Return whether the cache has a sequence of this id."""
+        return sequence in self._sequences
+
     def length(self, sequence: int) -> int:
         """Return the tokens cached for a sequence."""
         return self._get(sequence).length

@@ -110,6 +110,7 @@ class RaggedBatch:
         self.device = device
         # Weak: a plan in the memo refers to its batch, and this cycle must not hold the pages of a cache.
         self._source = None if source is None else weakref.ref(source)
+        self._num_pages = None if source is None else source.num_pages
         self._describe(tuple(query_lens), tuple(kv_lens), block_table)
         self.memory = memory or BatchMemory(self.num_tokens, block_table, device)
         self.memory.fill(self._pack(slots), block_table)
@@ -190,8 +191,7 @@ class RaggedBatch:
 
     def fits(self, pages: int) -> bool:
         """Return whether a cache of `pages` pages can be the one this batch describes."""
-        cache = self._cache()
-        return cache is None or cache.num_pages == pages
+        return self._num_pages is None or self._num_pages == pages
 
     def check_current(self) -> None:
         """Raise `StaleBatch` when the cache has changed since this batch was made."""

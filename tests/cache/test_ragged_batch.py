@@ -163,7 +163,7 @@ def test_a_batch_does_not_keep_its_cache(make_case: Any) -> None:
     finally:
         gc.enable()
     batch.check_current()
-    assert batch.fits(1)
+    assert not batch.fits(1), "pages of another cache are still none of its own"
 
 
 def test_update_refuses_other_shapes_and_changes_nothing(tiny: Any) -> None:

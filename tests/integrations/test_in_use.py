@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import inspect
 import pickle
 import weakref
 from collections.abc import Callable
@@ -69,9 +68,12 @@ def test_guesses_of_its_own_layers_are_refused(model: Any, how: str) -> None:
     use_mla(model)
     config = GenerationConfig(use_mtp=True, max_new_tokens=2)
     places: tuple[Any, ...] = (PROMPT, config) if how == "by place" else (PROMPT,)
-    words = {"by a word": {"use_mtp": True}, "by a config": {"generation_config": config}}.get(how, {})
+    some = {"max_new_tokens": 2}
+    words = {"by a word": {"use_mtp": True, **some}, "by a config": {"generation_config": config}}.get(
+        how, {}
+    )
     if how == "by the model":
-        model.generation_config.use_mtp = True
+        model.generation_config.use_mtp, words = True, some
     if how == "by the model, beside a config":
         model.generation_config.use_mtp = True
         words = {"generation_config": GenerationConfig(max_new_tokens=2)}
@@ -163,9 +165,23 @@ def test_a_part_that_outlives_its_model_is_restored(model: Any) -> None:
     part(PROMPT)
 
 
-def test_what_is_told_of_generate_stays(model: Any) -> None:
-    before = inspect.signature(model.generate)
-    assert inspect.signature(use_mla(model).generate) == before
+def test_nobody_else_needs_to_hold_the_model() -> None:
+    assert use_mla(make_model("deepseek_v3")).generate(PROMPT, max_new_tokens=1).shape == (1, 7)
+
+
+def test_a_parameter_that_was_replaced_does_not_stand_in_the_way(model: Any) -> None:
+    state = {name: weight.clone() for name, weight in model.state_dict().items()}
+    use_mla(model).model.layers[0].self_attn.o_proj.weight = torch.nn.Parameter(torch.ones(2))
+    assert_same(restore(model), state)
+
+
+def test_a_bias_in_another_dtype_is_refused() -> None:
+    """Kernels would read its bytes as if it were in that of the weights."""
+    model = use_mla(make_model("deepseek_v3 with biases"))
+    bias = model.model.layers[0].self_attn.o_proj.bias
+    bias.data = bias.data.double()
+    with torch.no_grad(), pytest.raises(UnsupportedModel, match=r"packed in torch\.float32"):
+        model(PROMPT)
 
 
 def test_methods_of_its_own_come_back(model: Any) -> None:

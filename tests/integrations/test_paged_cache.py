@@ -129,12 +129,27 @@ def test_requests_of_different_lengths_must_say_where_they_go_on(model: Any) -> 
 
 
 @torch.no_grad()
+def test_a_request_that_was_released_is_no_part_of_a_forward(model: Any) -> None:
+    cache, sequences = of_two_lengths(model)
+    cache.use(sequences)
+    cache.latents.release(sequences[1:])
+    assert cache.get_seq_length() == 5
+    logits = model(input_ids=torch.tensor([[7]]), **cache.argument).logits[:, -1]
+    restore(model)
+    theirs = model(input_ids=torch.tensor([[*range(3, 8), 7]])).logits[:, -1]
+    assert torch.allclose(logits, theirs, atol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("released", [[], [0], [0, 1]])
 def test_reset_forgets_all_sequences(model: Any, released: list[int]) -> None:
     """Those of the last forward and others, and not those that a server has released itself."""
     cache, sequences = of_two_lengths(model)
     cache.latents.release([sequences[index] for index in released])
-    assert copy.deepcopy(cache).latents.sequences == ([] if 1 in released else [0])
+    made = copy.deepcopy(cache)
+    assert (made.latents.sequences, made.columns) == (([], 0) if 1 in released else ([0], 9))
+    if len(released) == 2:
+        model(input_ids=torch.arange(3, 9)[None], **cache.argument)
     cache.reset()
     latents = cache.latents
     assert (latents.sequences, latents.free_pages, cache.columns) == ([], latents.num_pages, 0)

@@ -72,26 +72,34 @@ def _bound(model: Any, arguments: tuple[Any, ...], words: dict[str, Any]) -> dic
 
 
 def _check_shapes(given: dict[str, Any], masks: list[torch.Tensor], caches: list[Cache]) -> None:
-    """Raise `UnsupportedModel` for masks of another step, and for positions that nobody names.
-
-    Finished masks [B, 1, 1, s] must be what `visible_keys` made, and for this step.
-    """
+    """Raise `UnsupportedModel` for masks of another step, and for positions that nobody names."""
+    if not all(map(is_ours, masks)):
+        raise UnsupportedModel(OWN_MASK)
     inputs = (given.get(name) for name in ("input_ids", "inputs_embeds"))
     shape = next((one.shape[:2] for one in inputs if one is not None), None)
     if shape is None:
         return  # the model says that it needs them
-    batch, queries = shape
-    tokens = queries + sum(int(cache.get_seq_length()) for cache in caches)
-    if not all(is_ours(one, queries) and (one.shape[0], one.shape[-1]) == (batch, tokens) for one in masks):
+    if not all(_is_of_this_step(one, shape, caches) for one in masks):
         raise UnsupportedModel(OWN_MASK)
     mask = given.get("attention_mask")
     if not caches and isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape != shape:
         raise UnsupportedModel(
-            f"attention_mask has shape {list(mask.shape)}, and there are {queries} tokens of {batch} "
+            f"attention_mask has shape {list(mask.shape)}, and there are {shape[1]} tokens of {shape[0]} "
             "requests: without a cache, `use_mla` takes a mask [batch, tokens] of these."
         )
     if given.get("position_ids") is None and any(getattr(cache, "is_uneven", False) for cache in caches):
         raise UnsupportedModel(NOT_NUMBERED)
+
+
+def _is_of_this_step(mask: torch.Tensor, shape: torch.Size, caches: list[Cache]) -> bool:
+    """Return whether `visible_keys` made a mask [B, 1, 1, s] for this step of B, t = shape tokens."""
+    batch, queries = shape
+    if not is_ours(mask, queries) or mask.shape[0] != batch:
+        return False
+    held: list[Any] = [cache.get_seq_length() for cache in caches]
+    if any(isinstance(one, torch.Tensor) and one.device.type != "cpu" for one in held):
+        return True  # or the device would be waited for
+    return bool(mask.shape[-1] == queries + sum(map(int, held)))
 
 
 def _check_cache(cache: Cache) -> None:

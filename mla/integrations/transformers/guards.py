@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,20 +12,21 @@ from mla.integrations.transformers.errors import UnsupportedModel
 from mla.integrations.transformers.packed import refuse_to_load, require_unmoved
 
 Method = Callable[..., Any]
+GUESSES = "_get_candidate_generator"  # which `generate` asks with all settings, before it runs the model
 
 
 def guard(model: Any, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
     """Have methods refuse what packed weights would, but after others were changed; return the undo.
 
-    Neither keeps the model alive: it would have to wait for Python's garbage collector, which counts no
-    bytes.
+    All are called by other methods of the model. Neither they nor the undo keep it alive: it would have to
+    wait for Python's garbage collector, which counts no bytes.
     """
     guards: dict[str, Method] = {
         "_apply": _unmoved(_method(model, "_apply"), dtype, device),
         "_load_from_state_dict": refuse_to_load,
     }
-    if hasattr(model, "generate"):
-        guards["generate"] = _without_mtp(_method(model, "generate"), weakref.ref(model))
+    if hasattr(model, GUESSES):
+        guards[GUESSES] = _without_mtp(_method(model, GUESSES))
     own = {name: vars(model)[name] for name in guards if name in vars(model)}
     vars(model).update(guards)
     alive = weakref.ref(model)
@@ -61,26 +60,16 @@ def _unmoved(apply: Callable[[], Method], dtype: torch.dtype, device: torch.devi
     return moved
 
 
-def _without_mtp(generate: Callable[[], Method], model: Callable[[], Any]) -> Method:
-    """Return a `generate` that refuses guesses by layers that are made, unprepared, while it runs."""
+def _without_mtp(choose: Callable[[], Method]) -> Method:
+    """Return a choice of who guesses tokens that refuses layers which are made, unprepared, for that."""
 
-    def generated(*arguments: Any, **words: Any) -> Any:
-        own = getattr(model(), "generation_config", None)
-        configs = (
-            *arguments[1:2],
-            words.get("generation_config"),
-            own,
-        )  # the next one says what one leaves open
-        asked = (words.get("use_mtp"), *(getattr(config, "use_mtp", None) for config in configs))
-        if next((one for one in asked if one is not None), False):
+    def chosen(*arguments: Any, **words: Any) -> Any:
+        config = words.get("generation_config", next(iter(arguments), None))
+        if getattr(config, "use_mtp", None):
             raise UnsupportedModel(
                 "the layers that guess tokens for `use_mtp` do not run our ops: leave it out, or call "
                 "`restore(model)` before."
             )
-        return generate()(*arguments, **words)
+        return choose()(*arguments, **words)
 
-    stock = generate()
-    functools.update_wrapper(generated, stock)
-    vars(generated)["__signature__"] = inspect.signature(stock)
-    del vars(generated)["__wrapped__"]  # it keeps the model
-    return generated
+    return chosen

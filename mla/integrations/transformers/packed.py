@@ -60,7 +60,7 @@ class Packed(nn.Module):
         """Return the module that this one stands in for, and give it its weight."""
         (linear,) = self._linear
         with torch.inference_mode(False):
-            self.weight.data = self.weight_as_loaded()
+            linear.weight.data = self.weight_as_loaded()  # whoever put another one here in between
         return linear.train(self.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Packed:
@@ -98,11 +98,12 @@ class PackedLinear(Packed):
         """Return x [..., i] times the weight, plus the bias: [..., o]."""
         require_inference(x, training=torch.is_grad_enabled() and self.trains)
         spec = self._choice.spec
-        if (x.dtype, x.device) != (spec.dtype, spec.device):
-            raise UnsupportedModel(
-                f"weights of this model are packed in {spec.dtype} on {spec.device}, and get {x.dtype} on "
-                f"{x.device}: leave autocast out, and `restore(model)` before it is moved."
-            )
+        for one in (x, x if self.bias is None else self.bias):
+            if (one.dtype, one.device) != (spec.dtype, spec.device):
+                raise UnsupportedModel(
+                    f"weights of this model are packed in {spec.dtype} on {spec.device}, and get {one.dtype} "
+                    f"on {one.device}: leave autocast out, and `restore(model)` before it is moved."
+                )
         rows = x.reshape(-1, spec.in_features)
         out = rows.new_empty(rows.shape[0], spec.out_features)
         self._choice.op(self._packed, x=rows, bias=self.bias, out=out)

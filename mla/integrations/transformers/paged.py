@@ -91,11 +91,11 @@ class PagedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of keys of a step, and the first one."""
-        return self._cache.columns + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
         """Return the tokens of the longest request, with its padding."""
-        return self._cache.columns
+        return self._cache.length()
 
     def get_max_length(self) -> int:
         """Return that there is no bound for one request."""
@@ -158,6 +158,7 @@ class PagedCache(Cache):
     @property
     def is_uneven(self) -> bool:
         """Whether `use` named sequences of different lengths, whose next positions only the caller knows."""
+        self._leave_out_released()
         return self._named and len({self.latents.length(sequence) for sequence in self._sequences}) > 1
 
     def use(self, sequences: Sequence[int]) -> None:
@@ -181,10 +182,15 @@ class PagedCache(Cache):
         if layer == len(self.layers) - 1:
             self._unfinished.difference_update(self._sequences)
 
+    def length(self) -> int:
+        """Return the tokens of the longest request, with its padding."""
+        self._leave_out_released()
+        return self.columns
+
     def _leave_out_released(self) -> None:
         """Forget which sequences were released behind this cache's back, as a server may."""
-        there = set(self.latents.sequences)
-        self._sequences = [sequence for sequence in self._sequences if sequence in there]
+        if not all(sequence in self.latents for sequence in self._sequences):
+            self.use([sequence for sequence in self._sequences if sequence in self.latents])
 
     def _require_finished(self) -> None:
         """Raise `UnsupportedModel` where a forward broke off between two layers."""

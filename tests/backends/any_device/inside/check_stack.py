@@ -219,8 +219,8 @@ def test_dtypes_whose_products_fail_or_lie_are_left_out(monkeypatch: pytest.Monk
     assert "not implemented for bfloat16" in backend.environment()["dtypes.bfloat16"]
     on_host = emulated.tensor._on_host
 
-    def wrong(func: Any, args: Any, kwargs: Any, index: Any) -> Any:
-        out = on_host(func, args, kwargs, index)
+    def wrong(func: Any, *call: Any, **words: Any) -> Any:
+        out = on_host(func, *call, **words)
         return out.mul_(1.05) if func is torch.ops.aten.mm.default and out.dtype == torch.float16 else out
 
     with monkeypatch.context() as patch:
