@@ -52,7 +52,7 @@ function measure(view) {
   query.focus();
   query.value = "LatentCache";
   query.dispatchEvent(new view.Event("keyup", {bubbles: true}));
-  for (let tries = 0; tries < 100 && !seen.found.length; tries++) {
+  for (let tries = 0; tries < 600 && !seen.found.length; tries++) {
     await sleep(100);
     seen.found = [...view.document.querySelectorAll(".md-search-result__link")].map((one) => one.href);
   }
