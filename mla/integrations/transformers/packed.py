@@ -32,8 +32,8 @@ def refuse_to_load(*arguments: Any, **words: Any) -> NoReturn:
 class Packed(nn.Module):
     """A packed weight.
 
-    `weight` is the plain module's own, emptied: optimizers and `requires_grad_` find it, and what is written
-    to it by name fails for its shape. The state dict has it as it was loaded.
+    `weight` is the plain module's own, emptied: optimizers and `requires_grad_` find it, and copying a whole
+    weight to it by name fails for its shape. The state dict has it as it was loaded.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
