@@ -8,6 +8,8 @@ from pathlib import Path
 
 from mla.errors import ResultError
 
+written: list[Path] = []  # by this process
+
 
 def check_writable(path: Path) -> None:
     """Raise `ResultError` before a long run rather than after it."""
@@ -35,6 +37,7 @@ def write_bytes(data: bytes, path: Path) -> None:
                 file.flush()
                 os.chmod(file.name, 0o644)
                 os.replace(file.name, path)
+                written.append(path)
             except BaseException:
                 os.unlink(file.name)
                 raise
