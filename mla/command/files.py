@@ -37,9 +37,9 @@ def write_bytes(data: bytes, path: Path) -> None:
                 file.flush()
                 os.chmod(file.name, 0o644)
                 os.replace(file.name, path)
-                written.append(path)
             except BaseException:
                 os.unlink(file.name)
                 raise
     except OSError as error:
         raise ResultError(f"cannot write '{path}': {error.strerror}.") from error
+    written.append(path)
