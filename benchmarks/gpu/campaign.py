@@ -15,7 +15,7 @@ written to table.md of the folder; stderr everything else.
 
 \b
 Exit codes: 0 nothing is wrong, 2 usage, 3 a step was refused, doubtful, crashed or timed out, 4 a wrong
-result, 130 interrupted, 143 ended by SIGTERM (what was done is kept).
+result, 130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP (what was done is kept).
 """
 
 from __future__ import annotations

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 from mla_backends.outside import safe, shortened
 
@@ -17,6 +20,70 @@ _results: TextIO | None = None  # stdout while `results_apart` keeps it for resu
 _rank = 0  # of a run over several ranks: rank 0 speaks for all
 _complaint = ""  # why the command ends
 _unsaid = False  # that it was left to rank 0
+_unshown = ""  # why a result could not be printed
+
+
+class _Descriptor(io.FileIO):
+    """Something to print to that never raises: a run goes on where nobody reads, or a disk is full."""
+
+    def __init__(self, number: int, results: bool) -> None:
+        super().__init__(number, "w", closefd=False)
+        self._results = results
+
+    def write(self, data: Any) -> int:
+        global _unshown
+        try:
+            while (count := super().write(data)) is None:  # somebody else made it non-blocking
+                select.select([], [self], [])
+            return count
+        except BrokenPipeError:  # the reader went away (`| head`): not an error of ours
+            pass
+        except OSError as error:
+            closed = error.errno == errno.EBADF
+            if self._results:
+                _unshown = "it is closed (`> /dev/null` discards it)" if closed else str(error.strerror)
+        return len(data)
+
+
+def own_streams() -> None:
+    """Let printing never fail from now on; `unshown` tells what it cost.
+
+    What is closed becomes /dev/null: a file would else get its number when it is opened, and with it all that
+    libraries print. A result that is written to a closed stdout still counts as lost.
+    """
+    global _unshown
+    _unshown = ""
+    if sys.stdin is None:
+        sys.stdin = open(_nowhere(os.O_RDONLY))  # noqa: SIM115
+    for name, mode in (("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY)):  # reading only: writing fails
+        like, itself = getattr(sys, name), f"__{name}__"
+        if like is getattr(sys, itself):  # not a test's
+            number = like.fileno() if like else _nowhere(mode)
+            stream = _stream(number, like, results=name == "stdout")
+            setattr(sys, name, stream)
+            setattr(sys, itself, stream)
+
+
+def unshown() -> str:
+    """Return why a result could not be printed; "" if nothing was lost."""
+    return _unshown
+
+
+def _nowhere(mode: int) -> int:
+    """Open /dev/null; the lowest descriptor that is closed becomes it, also for child processes."""
+    number = os.open(os.devnull, mode)
+    os.set_inheritable(number, True)
+    return number
+
+
+def _stream(number: int, like: TextIO | None, results: bool) -> TextIO:
+    """Return a stream like another one, that never raises; None: like stderr."""
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Descriptor(number, results)),
+        encoding=like.encoding if like else "utf-8",
+        errors=like.errors if like else "backslashreplace",
+        line_buffering=bool(getattr(like, "line_buffering", True)),
+    )
 
 
 def note(text: str) -> None:
@@ -56,20 +123,14 @@ def complaint() -> str:
 
 
 def _print(text: str) -> None:
-    try:
-        print(safe(text), file=sys.stderr, flush=True)  # noqa: T201
-    except BrokenPipeError:  # `2>&1 | head` must not end the run
-        _discard(sys.stderr)
+    print(safe(text), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def out(text: str) -> None:
     """Print part of the result."""
     stream = results_stream()
     encoding = getattr(stream, "encoding", None) or "utf-8"  # a name may not fit the terminal's
-    try:
-        print(safe(text).encode(encoding, "replace").decode(encoding), end="", file=stream, flush=True)
-    except BrokenPipeError:  # the reader went away (`| head`): not an error of ours
-        _discard(stream)
+    print(safe(text).encode(encoding, "replace").decode(encoding), end="", file=stream, flush=True)
 
 
 def results_stream() -> TextIO:
@@ -86,54 +147,22 @@ def results_apart() -> Iterator[None]:
     """
     global _results
     shown = sys.stdout
-    if _results is not None or shown is None:
+    if _results is not None:
         yield
         return
-    _flush(shown)
-    with contextlib.ExitStack() as undo:
-        descriptor = _redirect(undo)
-        ours = descriptor is not None and _descriptor(shown) == 1
-        _results = undo.enter_context(_reopened(descriptor, shown)) if ours and descriptor else shown
-        sys.stdout = sys.stderr
-        try:
-            yield
-        finally:
-            sys.stdout, _results = shown, None
-            _flush(shown)  # a library may have kept the stream, and still hold text of its own
-            _flush_c()
-
-
-def _redirect(undo: contextlib.ExitStack) -> int | None:
-    """Make descriptor 1 stderr's until `undo`; return a copy of what it was, None if it is closed."""
+    shown.flush()
+    kept = os.dup(1)
+    _results = _stream(kept, shown, results=True) if _descriptor(shown) == 1 else shown
+    sys.stdout = sys.stderr
+    os.dup2(2, 1)
     try:
-        kept = os.dup(1)
-    except OSError:
-        return None
-    undo.callback(os.close, kept)
-    undo.callback(os.dup2, kept, 1)
-    _to_stderr()
-    return kept
-
-
-def _to_stderr() -> None:
-    """Point descriptor 1 to stderr, or to nowhere if there is none."""
-    try:
-        os.dup2(2, 1)
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.close(nowhere)
-
-
-@contextlib.contextmanager
-def _reopened(descriptor: int, like: TextIO) -> Iterator[TextIO]:
-    """Open a stream like another one on a descriptor, which stays open afterwards."""
-    stream = open(os.dup(descriptor), "w", encoding=like.encoding, errors=like.errors)  # noqa: SIM115
-    try:
-        yield stream
+        yield
     finally:
-        with contextlib.suppress(OSError):
-            stream.close()
+        sys.stdout, _results = shown, None
+        shown.flush()  # a library may have kept the stream, and still hold text of its own
+        _flush_c()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _descriptor(stream: TextIO) -> int | None:
@@ -152,9 +181,9 @@ def _flush_c() -> None:
 
 
 def flush() -> None:
-    """Write out what libraries left in the streams, before Python does so and fails with exit code 120."""
-    for stream in (sys.stdout, sys.stderr):
-        _flush(stream)
+    """Write out what libraries left in the streams."""
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def close() -> None:
@@ -165,21 +194,7 @@ def close() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     flush()
-    with contextlib.suppress(OSError):
-        _to_stderr()
-
-
-def _flush(stream: TextIO) -> None:
-    try:
-        stream.flush()
-    except BrokenPipeError:
-        _discard(stream)
-
-
-def _discard(stream: TextIO) -> None:
-    """Send what a stream holds, and all that follows, to nowhere."""
-    with contextlib.suppress(OSError, ValueError):  # a stream of a test has no descriptor
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    os.dup2(2, 1)
 
 
 Note = Callable[[str], None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
-from mla.command import console, signals
+from mla.command import console, files, signals
 from mla.command.error_origin import place
 from mla.errors import MLAError
 from mla_backends import BackendError, BackendOptionError
@@ -30,6 +31,7 @@ class Exit(enum.IntEnum):
     WRONG = 4
     NOTHING_RAN = 5
     DOUBTFUL = 6
+    HUNG_UP = 129
     INTERRUPTED = 130
     TERMINATED = 143
 
@@ -44,26 +46,37 @@ def graver(one: Exit, other: Exit) -> Exit:
 
 
 def interrupted() -> Exit:
-    """Return the code of a run that ended early: by SIGTERM, else by Ctrl-C."""
-    return Exit.TERMINATED if signals.terminated() else Exit.INTERRUPTED
+    """Return the code of a run that ended early: by SIGTERM, SIGHUP or Ctrl-C."""
+    return Exit(128 + (signals.received() or signal.SIGINT))
 
 
 def end_early() -> Exit:
     """Say that a run was interrupted and return its exit code."""
-    by = " by SIGTERM" if signals.terminated() else ""
-    console.note(f"interrupted{by}: the result holds what was measured until then")
+    console.note(f"{_interruption()}: the result holds what was measured until then")
     return interrupted()
+
+
+def _interruption() -> str:
+    by = signals.received() or signal.SIGINT
+    return "interrupted" if by == signal.SIGINT else f"interrupted by {by.name}"
 
 
 def guarded(command: Callable[[], int | None]) -> int:
     """Run `command`, print one sentence for anything a user can cause, and return the exit code."""
-    with signals.sigterm_interrupts():
+    console.own_streams()
+    with signals.interrupting():
         try:
-            return _guarded(command)
-        except SystemExit:
-            return Exit.OK  # click's answer to a closed pipe (`--help | head`); bodies are `carried_out`
+            code = _guarded(command)
         finally:
             console.flush()
+        return _unshown(code, reason) if (reason := console.unshown()) else code
+
+
+def _unshown(code: int, reason: str) -> int:
+    """Say that the result could not be printed, and where it is; what is worse keeps its code."""
+    written = ", ".join(f"'{path}'" for path in dict.fromkeys(files.written))
+    kept = f"; written: {written}" if written else ""
+    return _say(f"cannot write the result to stdout: {reason}{kept}.", Exit(code or Exit.USAGE))
 
 
 def carried_out(command: Command) -> Command:
@@ -93,7 +106,7 @@ def _guarded(command: Callable[[], int | None]) -> int:
         return _refuse(error)
     except (KeyboardInterrupt, click.Abort):
         _forget_interrupt()
-        return _say("interrupted by SIGTERM" if signals.terminated() else "interrupted", interrupted())
+        return _say(_interruption(), interrupted())
     except BackendOptionError as error:
         return _say(str(error), Exit.USAGE)
     except BackendError as error:
@@ -132,7 +145,7 @@ def _unexpected(error: Exception) -> str:
 
 
 # What every rank of a run is given alike.
-_COMMON = (Exit.USAGE, Exit.INTERRUPTED, Exit.TERMINATED)
+_COMMON = (Exit.USAGE, Exit.HUNG_UP, Exit.INTERRUPTED, Exit.TERMINATED)
 
 
 def _say(sentence: str, code: Exit, common: bool = False) -> int:

@@ -22,6 +22,8 @@ _STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 
 _pipes: dict[Path, int] = {}  # opened before a run, so that their readers see one end
 
+written: list[Path] = []  # by this process
+
 
 class Kind(NamedTuple):
     """What a command writes: a file of its kind may be replaced, anything else is the user's own."""
@@ -81,6 +83,7 @@ def write_bytes(data: bytes, path: Path) -> None:
             _replace(data, _target(path))
     except OSError as error:
         raise ResultError(f"cannot write '{path}': {error.strerror}.") from error
+    written.append(path)
 
 
 def _objection(path: Path, kind: Kind | None) -> str:

@@ -1,43 +1,59 @@
-"""SIGTERM ends a run like Ctrl-C: Slurm sends it some time before it kills, and what was measured is kept."""
+"""What asks a run to end interrupts it like Ctrl-C, so that what was measured is kept.
+
+Slurm sends SIGTERM some time before it kills; SIGHUP comes when the terminal or the connection is gone.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-_terminated = False
+# Seconds in which another signal is taken for a copy of the first: srun and torchrun pass on what their tasks
+# have got already, and nobody presses Ctrl-C only once. It must not stop the writing of the result.
+AGAIN = 10.0
+
+_HANDLERS: dict[signal.Signals, Any] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
+_received: signal.Signals | None = None
+_last = 0.0  # when that was
 
 
 @contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt within the block; `terminated` tells it from Ctrl-C.
+def interrupting() -> Iterator[None]:
+    """Let SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt within the block; `received` tells them apart.
 
-    Does nothing where SIGTERM already has a handler, and outside the main thread.
+    A signal that is ignored, as SIGHUP under nohup, or has a handler is left alone. Does nothing outside the
+    main thread.
     """
-    global _terminated
-    _terminated = False
+    global _received
+    _received = None
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, _interrupt)
+    ours = [number for number, handler in _HANDLERS.items() if main and signal.getsignal(number) is handler]
+    for number in ours:
+        signal.signal(number, _interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ours:
+            signal.signal(number, _HANDLERS[number])
 
 
-def terminated() -> bool:
-    """Return whether SIGTERM arrived within the last block."""
-    return _terminated
+def received() -> signal.Signals | None:
+    """Return the signal that arrived within the last block; None if there was none."""
+    return _received
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Interrupt once: srun passes on a SIGTERM that Slurm has sent to its tasks already."""
-    global _terminated
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the writing of the result
-    _terminated = True
-    raise KeyboardInterrupt
+    global _received, _last
+    now = time.monotonic()
+    if _received is None or now - _last > AGAIN:
+        _received, _last = signal.Signals(number), now
+        raise KeyboardInterrupt

@@ -42,8 +42,9 @@ A check is named by its id, by its group, or with wildcards: latent.heads, laten
 file of --xfails holds one line per expected failure, 'check: reason'.
 
 \b
-Exit codes: 0 all passed, 1 an expected failure passed, 2 usage, 3 backend missing or unusable,
-4 a check failed, 5 nothing ran, 130 interrupted, 143 ended by SIGTERM (the partial report is written).
+Exit codes: 0 all passed, 1 an expected failure passed, 2 usage, or a report that cannot be written, 3 backend
+missing or unusable, 4 a check failed, 5 nothing ran, 130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP
+(the partial report is written).
 """
 
 

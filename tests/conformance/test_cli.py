@@ -20,8 +20,9 @@ from mla.conformance.cli import main
 from mla.conformance.registry import all_checks
 from mla.conformance.report import ConformanceReport, ConformanceReportError, decode
 
-# The CPU, with a fused op that is right, wrong, raises or is interrupted, as `-O fault=...` says.
+# The CPU, with a fused op that is right, wrong, raises or gets a signal, as `-O fault=...` says.
 MODULE = """
+import signal
 from mla_backends import Availability, Backend, FusedOp
 
 class Doubles(FusedOp):
@@ -35,8 +36,8 @@ class Doubles(FusedOp):
 
     def __call__(self, packed, *, x, bias, out):
         self.calls += 1
-        if self.fault == "interrupt" and self.calls == 6:
-            raise KeyboardInterrupt
+        if self.fault.startswith("SIG") and self.calls == 6:
+            signal.raise_signal(signal.Signals[self.fault])
         if self.fault == "raise":
             raise RuntimeError("illegal\\nmemory access")
         product = x.float() @ packed.data.float().T
@@ -195,9 +196,10 @@ def test_a_failure_counts_more_than_an_unexpected_pass(conformance: Conformance,
     assert conformance(*LINEAR, "--xfails", "known.txt", fault="bias").code == 4
 
 
-def test_an_interrupt_keeps_what_was_found(conformance: Conformance) -> None:
-    done = conformance(*LINEAR, "--report", "out.json", fault="interrupt")
-    assert done.code == 130
+@pytest.mark.parametrize(("fault", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_keeps_what_was_found(conformance: Conformance, fault: str, code: int) -> None:
+    done = conformance(*LINEAR, "--report", "out.json", fault=fault)
+    assert done.code == code
     report = read()
     assert report.interrupted
     assert 0 < len(report.checks) < report.planned == 10

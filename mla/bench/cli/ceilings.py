@@ -83,7 +83,7 @@ def ceilings(**values: Any) -> int:
     peaks that the backend declares.
 
     Exit code 0; 2 for a mistake; 3 if the backend cannot be used; 5 if nothing could be measured; 130 if
-    interrupted, 143 by SIGTERM.
+    interrupted, 143 by SIGTERM, 129 by SIGHUP.
     """
     options = CeilingOptions(**values)
     if mixed := environment.mixed_installation():

@@ -35,7 +35,10 @@ def _unreadable(word: str) -> str:
 
 
 class DefaultGroup(click.Group):
-    """A group whose options without a command mean `run`, and whose help shows the options of `run`."""
+    """A group whose options without a command mean `run`, and whose help shows the options of `run`.
+
+    No word at all asks for help: a run takes minutes, and nobody has said of what.
+    """
 
     default = "run"
 
@@ -44,10 +47,10 @@ class DefaultGroup(click.Group):
         for word in args:
             if word != word.encode(errors="replace").decode():  # it could not be written to a result
                 raise click.UsageError(f"argument {word!a} {_unreadable(word)}.")
-        if not args or (args[0].startswith("-") and args[0] not in ("--help", "--version")):
-            args = [self.default, *args]
-        elif args[0] == "--help":
+        if not args or args[0] == "--help":
             args = [self.default, "--help"]
+        elif args[0].startswith("-") and args[0] != "--version":
+            args = [self.default, *args]
         return super().parse_args(ctx, args)
 
     def resolve_command(

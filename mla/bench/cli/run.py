@@ -56,13 +56,13 @@ Examples:
 Exit codes:
   0 ok
   1 regression (or, with --fail-slower, a case that was lost)
-  2 usage
+  2 usage, or a result that cannot be written (-o, stdout)
   3 backend missing, unusable or hung, the device does not exist, an op raised, or the ops refused every
     case of mla
   4 wrong result
   5 nothing ran (no case of mla, if any was asked for)
   6 a doubtful time
-  130 interrupted, 143 ended by SIGTERM (the partial result is written)
+  130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP (the partial result is written)
 """
 
 

@@ -29,7 +29,6 @@ from mla.bench.ranks.pulse import Place, Pulse, blamed_on
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.setting import Setting
 from mla.command.console import note
-from mla.command.exit_codes import Exit
 from mla.parallel.groups import Groups
 from mla.parallel.layout import Layout
 from mla.parallel.link import Line
@@ -152,7 +151,7 @@ class Crew:
 
         A run that was interrupted may have left them in a forward: they are told otherwise.
         """
-        if code in (Exit.INTERRUPTED, Exit.TERMINATED):
+        if code in INTERRUPTED:
             self.leave(INTERRUPTED[code], code)
         else:
             self.tell("end", int(code))

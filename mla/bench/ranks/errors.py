@@ -10,7 +10,11 @@ from mla_backends import BackendError
 from mla_backends.errors import describe
 
 MOST = 8  # ranks that a sentence names
-INTERRUPTED: dict[int, str] = {Exit.INTERRUPTED: "interrupted", Exit.TERMINATED: "by SIGTERM"}
+INTERRUPTED: dict[int, str] = {
+    Exit.INTERRUPTED: "interrupted",
+    Exit.TERMINATED: "by SIGTERM",
+    Exit.HUNG_UP: "by SIGHUP",
+}
 
 
 class RanksError(MLAError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,16 +69,25 @@ def test_what_a_device_refuses_is_named_and_left_out(
     assert "copy" not in {one.work for one in ceilings_file.decode(done.out.encode()).measured}
 
 
-def test_an_interrupt_keeps_what_was_measured(
-    bench: Bench, quick_ceilings: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "code", "by"), [(signal.SIGINT, 130, ""), (signal.SIGHUP, 129, " by SIGHUP")]
+)
+def test_a_signal_keeps_what_was_measured(
+    bench: Bench,
+    quick_ceilings: None,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    code: int,
+    by: str,
 ) -> None:
     def interrupt(self: Microbenchmark, size: int) -> Ceiling:
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
+        raise AssertionError("it went on")
 
     monkeypatch.setattr(Microbenchmark, "copy", interrupt)
     done = bench(*CPU, "-o", "c.json")
-    assert done.code == 130
-    assert done.error == "interrupted: the result holds what was measured until then"
+    assert done.code == code
+    assert done.error == f"interrupted{by}: the result holds what was measured until then"
     run = ceilings_file.decode(Path("c.json").read_bytes())
     assert [one.work for one in run.measured] == ["read", "read"]
     assert run.interrupted

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from outcome import Outcome
 
 from mla.bench import results
 
@@ -25,6 +28,28 @@ LAUNCH = (
 )
 
 
+# A second Ctrl-C, while the result takes the place of the file.
+AGAIN = (
+    "import os, sys; sys.addaudithook(lambda event, values: event == 'os.rename' "
+    "and str(values[1]).endswith('run.json') and os.kill(os.getpid(), 2)); "
+)
+# Commands that print something and import no torch.
+LIGHT: dict[str, tuple[str, ...]] = {
+    "help": ("mla.bench", "--help"),
+    "no word": ("mla.bench",),
+    "version": ("mla.bench", "--version"),
+    "list": ("mla.bench", "list", "--configs"),
+    "capacity": ("mla.bench", "capacity", "--memory", "80GiB"),
+    "show": ("mla.bench", "show", "stored.json"),
+    "compare": ("mla.bench", "compare", "stored.json", "stored.json"),
+    "export": ("mla.bench", "export", "stored.json"),
+    "new-backend": ("mla.bench", "new-backend", "acme", "acme"),
+    "conformance": ("mla.conformance", "--help"),
+}
+CLOSED = "error: cannot write the result to stdout: it is closed (`> /dev/null` discards it)."
+FULL = "error: cannot write the result to stdout: No space left on device"
+
+
 def read(path: str) -> results.Run:
     return results.decode(Path(path).read_bytes())
 
@@ -33,13 +58,13 @@ def read(path: str) -> results.Run:
 def start(install: Callable[[str], Path], small: list[str]) -> Start:
     """Return a function that starts a run on the virtual clock and hands over the running process."""
 
-    def start(*words: str, **pipes: Any) -> subprocess.Popen[str]:
+    def start(*words: str, before: str = "", **pipes: Any) -> subprocess.Popen[str]:
         folders = [str(install("virtual_clock")), os.environ.get("PYTHONPATH", "")]
         path = os.pathsep.join(filter(None, folders))
         # As in a user's shell: an unbuffered stream leaves nothing for the end of the process.
         buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
         return subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, *VIRTUAL, *small, *words],
+            [sys.executable, "-c", before + LAUNCH, *VIRTUAL, *small, *words],
             env={**buffered, "PYTHONPATH": path},
             text=True,
             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **pipes},
@@ -48,9 +73,54 @@ def start(install: Callable[[str], Path], small: list[str]) -> Start:
     return start
 
 
-def test_ctrl_c_keeps_the_complete_passes(start: Start) -> None:
+@pytest.fixture
+def redirected(make_run: Callable[..., results.Run]) -> Bench:
+    """Return a function that runs a command whose streams a shell redirects, beside a stored result."""
+    Path("stored.json").write_bytes(results.encode(make_run()))
+
+    def redirected(redirection: str, *words: str) -> Outcome:
+        shell = ["sh", "-c", f'exec "$0" -m "$@" {redirection}', sys.executable, *words]
+        done = subprocess.run(shell, capture_output=True, text=True, timeout=120, check=False)
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return redirected
+
+
+@pytest.mark.parametrize("words", LIGHT.values(), ids=LIGHT)
+def test_a_closed_stdout_is_told(redirected: Bench, words: tuple[str, ...]) -> None:
+    done = redirected("<&- >&-", *words)
+    assert (done.code, done.out, done.error) == (2, "", CLOSED)
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("name", ["help", "export"])
+def test_a_closed_stderr_changes_nothing(redirected: Bench, name: str) -> None:
+    shown = redirected("2>/dev/null", *LIGHT[name])
+    assert shown.out
+    assert redirected("2>&-", *LIGHT[name]) == shown
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [(("mla.conformance", "--list"), 2), (("mla.bench", "doctor", "os:nothing"), 3)]
+)
+def test_a_stdout_that_is_full_is_told_by_commands_with_torch(
+    redirected: Bench, words: tuple[str, ...], code: int
+) -> None:
+    assert redirected(">/dev/full", *words) == Outcome(code, "", f"{FULL}.\n")
+
+
+def test_what_is_written_to_a_file_needs_no_stream(redirected: Bench) -> None:
+    assert redirected("<&- >&- 2>&-", "mla.bench", "export", "stored.json", "-o", "run.csv").code == 0
+    assert redirected(">/dev/full 2>&1", "mla.bench", "report", "stored.json", "--html", "run.html").code == 0
+    assert Path("run.csv").read_text().count("\n") == 2
+    assert Path("run.html").read_text().endswith("</html>")
+
+
+@pytest.mark.parametrize("again", ["", AGAIN], ids=["once", "and while the result is written"])
+def test_ctrl_c_keeps_the_complete_passes(start: Start, again: str) -> None:
     """A pass of 4 forwards, and the idle one before it, wait 10 times: the 25th is in the third pass."""
-    with start("-O", "interrupt=25", "--warmups", "0", "--scenario", "decode", "-o", "run.json") as child:
+    words = ("-O", "interrupt=25", "--warmups", "0", "--scenario", "decode", "-o", "run.json")
+    with start(*words, before=again) as child:
         out, err = child.communicate(timeout=120)
     assert child.returncode == 130
     assert "Traceback" not in err
@@ -92,6 +162,38 @@ def test_a_signal_from_outside_ends_a_long_run_soon(
     assert case.passes < 100000
     if case.latency_ms is not None:
         assert len(case.latency_ms.samples) == case.passes * 4
+
+
+def test_a_terminal_that_is_closed_does_not_cost_the_result(start: Start) -> None:
+    """SIGHUP comes, and nothing can be printed any more, by a progress bar neither."""
+    ours, its = os.openpty()
+    options = ["--passes", "100000", "--scenario", "decode", "-O", "announce=1", "-o", "run.json"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), its)
+    control = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+    with start(*options, **pipes, **control) as child:
+        os.close(its)
+        shown = b""
+        while b"timing starts" not in shown:
+            shown += os.read(ours, 1 << 16)
+        os.close(ours)
+        assert child.wait(timeout=120) == 129
+    (case,) = read("run.json").cases
+    assert case.interrupted
+
+
+@pytest.mark.parametrize("full", ["stdout", "stderr"])
+def test_a_full_stream_does_not_cost_the_result(start: Start, full: str) -> None:
+    with (
+        open("/dev/full", "w") as stream,
+        start("--passes", "1", "-o", "run.json", **{full: stream}) as child,
+    ):
+        out, err = child.communicate(timeout=120)
+    if full == "stdout":
+        assert (child.returncode, err.splitlines()[-1]) == (2, f"{FULL}; written: 'run.json'.")
+    else:
+        assert child.returncode == 0
+        assert out.splitlines()[-1].startswith("Decode Throughput: ")
+    assert len(read("run.json").cases) == 2
 
 
 def test_ctrl_c_in_the_first_scenario_skips_the_second(start: Start) -> None:

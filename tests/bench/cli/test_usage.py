@@ -27,12 +27,13 @@ def test_help_names_every_option_command_and_exit_code(bench: Bench) -> None:
         assert all(flag in done.out for flag in option.opts)
     lines = map(str.strip, done.out.partition("Exit codes:\n")[2].splitlines())
     codes = [line.split()[0] for line in lines if line[:1].isdigit()]
-    assert codes == [str(int(code)) for code in Exit if code != Exit.TERMINATED]
-    assert "143 ended by SIGTERM" in done.out
+    assert codes == [str(int(code)) for code in Exit if code not in (Exit.HUNG_UP, Exit.TERMINATED)]
+    assert "143 ended by SIGTERM, 129 by SIGHUP" in done.out
     for words in ("3 backend missing", "the device does not exist", "an op raised"):
         assert words in done.out
     assert all(f"\n  {name} " in done.out for name in cli.commands)
     assert bench("run", "--help").out.splitlines()[1:] == done.out.splitlines()[1:]
+    assert bench() == done
 
 
 def test_every_command_and_option_explains_itself(bench: Bench) -> None:

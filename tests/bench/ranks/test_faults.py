@@ -120,7 +120,8 @@ def test_what_one_rank_raises_ends_all(start: Start, rank: int) -> None:
 
 @pytest.mark.parametrize("to", [[0], [1], [0, 1]])
 @pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "interrupted")]
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGHUP, 129, "SIGHUP"), (signal.SIGINT, 130, "interrupted")],
 )
 def test_an_interrupted_rank_ends_all(
     start: Start, number: signal.Signals, to: list[int], code: int, word: str
