@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from opponents.base import Opponent
 from opponents.clocks import LyingTimer
-from opponents.honest import Compiles, Noisy, Rounds, Sequences, Threads
+from opponents.honest import Compiles, Noisy, Polls, Rounds, Sequences, Threads
 from opponents.late import Late
 from opponents.limits import SlowWait
 
@@ -26,6 +26,10 @@ HONEST: dict[str, Callable[[], Opponent]] = {
     "a queue that is waited for": lambda: Late("always", finishes=True),
     "a slow wait": lambda: SlowWait(2.0),
     "a wait that polls": lambda: SlowWait(0.2),
+    "a wait that looks every ms": lambda: Polls(1.0),
+    "a wait that looks every 10 ms": lambda: Polls(10.0),
+    "a wait that spins for 2 ms": lambda: Polls(2.0, spins=True),
+    "a wait that takes 1 to 5 ms": lambda: SlowWait(1.0, most=5.0),
     "forwards in one call": Sequences,
 }
 

@@ -52,6 +52,29 @@ class Threads(Opponent):
             call.op.right(*call.leading, **tensors)
 
 
+class Polls(Opponent):
+    """`synchronize` looks every `ms` whether its own work is done, which it never is at the first look.
+
+    `spins`: it burns a processor until then, as a wait that does not sleep.
+    """
+
+    def __init__(self, ms: float, spins: bool = False, **given: Any) -> None:
+        super().__init__(**given)
+        self._ms, self._spins, self._pending = ms, spins, False
+
+    def call(self, call: Call) -> None:
+        call.make()
+        self._pending = True
+
+    def synchronize(self) -> None:
+        end = time.perf_counter() + self._ms / 1e3
+        while self._pending and self._spins and time.perf_counter() < end:
+            pass
+        if self._pending and not self._spins:
+            time.sleep(self._ms / 1e3)
+        self._pending = False
+
+
 class Compiles(Opponent):
     """The first calls of every op are slow, as kernels that are compiled at first use are."""
 
