@@ -82,6 +82,36 @@ def region_doubt(passes: Sequence[PassTimes], idle: Sequence[PassTimes]) -> str:
     )
 
 
+def only_polls(
+    passes: Sequence[PassTimes],
+    forwards: Any,
+    indices: Sequence[int],
+    restore: Callable[[], None],
+    wait: Callable[[], None],
+) -> bool:
+    """Return whether the device's clock agrees with when forwards are done, by a copy of their outputs.
+
+    What the host waits after that is how seldom the device's timer looks. No output is there before: where a
+    copy does not wait for it, as where a backend queues what torch does not know of, this is no evidence.
+    """
+    out, taken = getattr(forwards, "out", None), list[float]()
+    for _ in range(PAIRS if out is not None else 0):
+        restore()
+        for index in indices:
+            forwards.before(index)
+            wait()
+            start = now_ns()
+            forwards.step(index)
+            wait()
+            taken.append((now_ns() - start) / 1e6)
+            if bool(forwards.out.reshape(-1)[-1:].isnan().any()):
+                return False
+        if sum(taken) > SLOW:
+            break
+    device = median(ms for one in passes for ms in one.samples)
+    return bool(taken) and device / WITHIN - LAUNCH <= min(taken) <= WITHIN * device + LAUNCH
+
+
 def wait_doubt(
     forwards: Any,
     indices: Sequence[int],

@@ -61,10 +61,15 @@ def doubts(
         beat()
         forwards.restore(next(numbers))
 
+    wait = DeviceWait(one.implementation.setting.device)
     if one.timer is not None:
-        found.append(backend_clocks.device_doubt(one.timer, forwards, indices, restore))
+        doubted = [
+            backend_clocks.region_doubt(one.passes, one.idles),
+            backend_clocks.device_doubt(one.timer, forwards, indices, restore),
+        ]
+        if any(doubted) and not backend_clocks.only_polls(one.passes, forwards, indices, restore, wait):
+            found += doubted
     elif one.headline:
-        wait = DeviceWait(one.implementation.setting.device)
         found.append(backend_clocks.timer_doubt(backend, forwards, len(one.steps.run), restore))
         own, synchronize = has_own_ops(one), backend.synchronize
         allowed = max(beside.median_region(one.idles), 0.0 if own else min(own_waits, default=0.0))
@@ -107,7 +112,7 @@ def at_hand(one: Timed, checker: Any, strictly: bool = True) -> list[str]:
         beside.empty_doubt(one.passes, one.idles),
         one.implementation.doubt(checker, one.samples.check),
     ]
-    if one.timer is not None:
+    if one.timer is not None and strictly:
         found.append(backend_clocks.region_doubt(one.passes, one.idles))
     return [doubt for doubt in found if doubt]
 

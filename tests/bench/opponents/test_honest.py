@@ -63,6 +63,14 @@ def test_an_honest_device_clock_is_believed(play: Play, scenario: str) -> None:
     assert {one.clock for one in duel.case().timings if one.latency_ms is not None} == {"host", "device"}
 
 
+@pytest.mark.parametrize("ms", [1.0, 10.0])
+@pytest.mark.parametrize("scenario", ["prefill", "decode"])
+def test_a_device_clock_whose_wait_polls_is_believed(play: Play, scenario: str, ms: float) -> None:
+    duel = play(Polls(ms, events=True), scenario, ways=("--mode", "eager", "--cache", "warm"))
+    assert duel.stands, str(duel)
+    assert {one.clock for one in duel.case().timings if one.latency_ms is not None} == {"device"}
+
+
 @pytest.mark.parametrize("op", ["latent_attention", "o_proj", "write_latent"])
 def test_an_honest_op_keeps_its_number(play: Play, op: str) -> None:
     kind = {"o_proj": "linear"}.get(op, op)
