@@ -22,8 +22,7 @@ import mla
 import mla_backends
 from mla.bench import results
 from mla.bench.cli.main import main
-from mla.bench.results import stats
-from mla.bench.results.passes import latency
+from mla.bench.results.passes import latency, throughput
 
 __all__ = ["ceiling_run", "quick_ceilings"]
 
@@ -121,12 +120,7 @@ def isolated(process: Bench, without_backends: Path) -> Bench:
 def numbers(samples: Sequence[float], steps: int, tokens: int) -> dict[str, Any]:
     """Return the fields of a case that follow from its samples."""
     passes = [list(samples[first : first + steps]) for first in range(0, len(samples), steps)]
-    rates = [1e3 * tokens * len(one) / sum(one) for one in passes]
-    return {
-        "passes": len(passes),
-        "latency_ms": latency(passes),
-        "tokens_per_s": results.Throughput(median=stats.median(rates), ci95=stats.median_interval(rates)),
-    }
+    return {"passes": len(passes), "latency_ms": latency(passes), "tokens_per_s": throughput(passes, tokens)}
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,20 @@ def test_a_device_with_a_queue_passes_the_checks_of_clocks(judge: Run, sound: An
     found = by_status(judge(sound(), *checks))
     assert set(found) == {"pass"}, found
     assert len(found["pass"]) == 6
+
+
+@pytest.mark.parametrize("poll", [0.001, 0.03])
+def test_a_wait_that_looks_now_and_then_passes_the_checks_of_clocks(
+    judge: Run, sound: Any, asynchronous: Any, poll: float
+) -> None:
+    def synchronize(self: Any) -> None:
+        while asynchronous.queued > 0:
+            time.sleep(poll)
+            asynchronous.queued = max(0.0, asynchronous.queued - poll)
+
+    polls = type("Polls", (sound,), {"synchronize": synchronize})()
+    found = by_status(judge(polls, "device.synchronize", "device.timer*"))
+    assert set(found) == {"pass"}, found
 
 
 def test_a_counter_that_moves_passes(judge: Run, sound: Any, allocated: None) -> None:

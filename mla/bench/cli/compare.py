@@ -43,7 +43,8 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
     Milliseconds and their intervals are those that the runs print. Verdicts come from the interval of the
     ratio of times, never from a single number. Cases whose workload, config, dtype or clock differ, that have
     no number in one of the runs, or that only one of them has are REFUSED, with the reason; other differences
-    are named. Where one result is of one device and others are of several ranks, a table says how they scale.
+    are named. A run and a copy of it are not compared. Where one result is of one device and others are of
+    several ranks, a table says how they scale.
 
     Exit code 0; 1 with --fail-slower and a case that is slower beyond doubt, or one that the base has a
     number for and that was not compared; 2 for a file that is not a result; 4 if a case turned wrong or a
@@ -52,13 +53,18 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
     first, *others = [results.read(path) for path in (base, *runs)]
     cases: list[Comparison] = []
     text = ""
-    for path, run in zip(runs, others, strict=True):
+    same = [run == first for run in others]
+    for path, run, is_same in zip(runs, others, same, strict=True):
+        if is_same:
+            what = "is compared with itself" if path == base else f"holds the same run as {base}"
+            text += f"{path} {what}: there is nothing to tell apart\n"
+            continue
         printed, compared = compare_runs(first, run, f"{path} against {base}", kind, noise)
         text += printed
         cases += compared
     scaled = render(scaling([first, *others]), kind)
     out(text + "\n" * bool(scaled) + scaled)
-    return verdict(cases, fail_slower)
+    return Exit.OK if all(same) else verdict(cases, fail_slower)
 
 
 def verdict(cases: Sequence[Comparison], limit: float | None, *, selected: bool = False) -> Exit:

@@ -61,7 +61,7 @@ Exit codes:
     case of mla
   4 wrong result
   5 nothing ran (no case of mla, if any was asked for)
-  6 a doubtful time
+  6 a doubtful time, or with --strict an unreliable one
   130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP (the partial result is written)
 """
 
@@ -178,6 +178,8 @@ def _run(
     _report(options, request, outcome)
     compared = _compare(options, baseline, outcome.run)
     code = verdict(outcome)
+    if not outcome.interrupted:
+        code = graver(code, _reliable(options, outcome.run))
     if not outcome.interrupted and compared is not None:
         code = graver(code, _gate(options, compared))
     return code if outcome.interrupted else _profile(options, request, outcome, budget, code)
@@ -220,6 +222,14 @@ def _compare(options: RunOptions, baseline: results.Run | None, run: results.Run
     text, cases = compare_runs(baseline, run, f"this run against {options.baseline}", options.kind)
     (out if options.kind in ("table", "md") else note)(f"\n{text}")
     return cases
+
+
+def _reliable(options: RunOptions, run: results.Run) -> Exit:
+    """Return the exit code of --strict, and say on stderr why it is not 0."""
+    lines = run_table.unreliable_headlines(labelled(run)) if options.strict else []
+    for line in lines:
+        note(f"--strict: {line}: the interval is wider than the number; run again on a quieter machine")
+    return Exit.DOUBTFUL if lines else Exit.OK
 
 
 def _gate(options: RunOptions, cases: Sequence[Comparison]) -> Exit:

@@ -222,6 +222,11 @@ CONTROL = (
         callback=parsed_by(percent),
         help="With --baseline: exit 1 if the whole interval of a case's time ratio lies above this.",
     ),
+    click.option(
+        "--strict",
+        is_flag=True,
+        help="Exit 6 if a headline is unreliable: its interval is wider than its number.",
+    ),
 )
 
 # What is printed.

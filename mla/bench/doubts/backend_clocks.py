@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-from mla.bench.doubts.clock import now_ns
+from mla.bench.doubts.clock import Disturbance, now_ns
 from mla.bench.doubts.pass_times import PassTimes
 from mla.bench.results.stats import percentile
 from mla_backends.api import Backend, Timer
@@ -19,13 +19,13 @@ from mla_backends.api import Backend, Timer
 WITHIN = 1.5
 # Growth below this many milliseconds says nothing: it is within the cost of reading clocks.
 LEAST = 0.02
-# Forwards of a long region, and pairs of short and long ones; turns of two ways to wait.
+# Forwards of a long region, and pairs of short and long ones; turns of forwards that are waited for twice.
 LONG, PAIRS, TURNS = 3, 15, 20
-# Times as many forwards on a busy machine, each way, before a wait is doubted.
-QUIETER = 3
+# Forwards that others did not disturb, before a wait is doubted; nanoseconds after which none are expected.
+ENOUGH, PATIENCE = 9, 20_000_000_000
 # Milliseconds of a forward that a device's clock may leave out: the host launches it, and waits.
 LAUNCH = 0.1
-# Milliseconds after which fewer repetitions will do, and of a forward that is waited for once a turn.
+# Milliseconds after which fewer repetitions will do, and of a forward that is run once a turn.
 SLOW = 500.0
 
 
@@ -82,50 +82,84 @@ def region_doubt(passes: Sequence[PassTimes], idle: Sequence[PassTimes]) -> str:
     )
 
 
+def only_polls(
+    passes: Sequence[PassTimes],
+    forwards: Any,
+    indices: Sequence[int],
+    restore: Callable[[], None],
+    wait: Callable[[], None],
+) -> bool:
+    """Return whether the device's clock agrees with when forwards are done, by a copy of their outputs.
+
+    What the host waits after that is how seldom the device's timer looks. No output is there before: where a
+    copy does not wait for it, as where a backend queues what torch does not know of, this is no evidence.
+    """
+    out, taken = getattr(forwards, "out", None), list[float]()
+    for _ in range(PAIRS if out is not None else 0):
+        restore()
+        for index in indices:
+            forwards.before(index)
+            wait()
+            start = now_ns()
+            forwards.step(index)
+            wait()
+            taken.append((now_ns() - start) / 1e6)
+            if bool(forwards.out.reshape(-1)[-1:].isnan().any()):
+                return False
+        if sum(taken) > SLOW:
+            break
+    device = median(ms for one in passes for ms in one.samples)
+    return bool(taken) and device / WITHIN - LAUNCH <= min(taken) <= WITHIN * device + LAUNCH
+
+
 def wait_doubt(
     forwards: Any,
     indices: Sequence[int],
     restore: Callable[[], None],
     synchronize: Callable[[], None],
     wait: Callable[[], None],
-    empty: float,
-    known: float | None = None,
-) -> str:
-    """Return why `synchronize` makes forwards seem slower than they are, or nothing.
+    allowed: float,
+) -> tuple[str, float]:
+    """Return why `synchronize` makes forwards seem slower than they are, or nothing, and what it adds to one.
 
-    The same forwards are waited for by it, and by copying a number to the host, in turns. That it is slow for
-    everybody is its right: `empty` are the milliseconds it takes when there is nothing to wait for. Long
-    forwards run once a turn, and as often before there is a doubt. The milliseconds that are `known` of the
-    passes, in the median and waited for by `synchronize`, stand for its first turn.
+    Copying a number to the host waits for a forward first: `synchronize` then finds it done, however seldom
+    it looks. That it is slow for everybody is its right: `allowed` are the milliseconds it takes when there
+    is nothing to wait for, or after the backend's own ops. One wait that is short enough is believed; only
+    forwards that others did not keep from running speak against it. Long ones run once a turn.
     """
-    many, ways = len(indices), (synchronize, wait)
-    taken: list[list[float]] = [[] if known is None else [known], []]
-    for turn in range(TURNS):
-        for way, times in zip(ways, taken, strict=True):
-            if times and not turn:
-                continue
-            restore()
-            for index in indices:
-                times.append(_waited(forwards, index, wait, way))
-                if times[-1] > SLOW:
-                    break
-        theirs, copies = (min(times) for times in taken)
-        if theirs - empty <= WITHIN * copies + LAUNCH:
-            return ""
-        run = min(len(taken[0]) - (known is not None), len(taken[1]))
-        if sum(taken[1]) > SLOW and run >= QUIETER * many:
+    taken, rests, quiet, end = list[float](), list[float](), 0, now_ns() + PATIENCE
+    for _ in range(TURNS):
+        restore()
+        for index in indices:
+            disturbance = Disturbance()
+            done, rest = _waited(forwards, index, wait, synchronize)
+            quiet += not disturbance.spoils(done + rest)
+            taken.append(done)
+            rests.append(rest)
+            if done > SLOW:
+                break
+        copies, rest = median(taken), min(rests)
+        believed = rest - allowed <= (WITHIN - 1) * copies + LAUNCH
+        if believed or quiet >= ENOUGH or now_ns() > end:
             break
-    return f"a forward takes {theirs:.3g} ms until `synchronize` returns, but is done after {copies:.3g} ms"
+    if believed or quiet < ENOUGH:
+        return "", rest
+    takes = f"a forward takes {copies + rest:.3g} ms until `synchronize` returns"
+    return f"{takes}, but is done after {copies:.3g} ms", rest
 
 
-def _waited(forwards: Any, index: int, wait: Callable[[], None], way: Callable[[], None]) -> float:
-    """Return the milliseconds of a forward until one `way` of waiting for it returns."""
+def _waited(
+    forwards: Any, index: int, wait: Callable[[], None], synchronize: Callable[[], None]
+) -> tuple[float, float]:
+    """Return the milliseconds until a forward is done, and from then on until `synchronize` returns."""
     forwards.before(index)
     wait()
     start = now_ns()
     forwards.step(index)
-    way()
-    return (now_ns() - start) / 1e6
+    wait()
+    done = now_ns()
+    synchronize()
+    return (done - start) / 1e6, (now_ns() - done) / 1e6
 
 
 def timer_doubt(backend: Backend, forwards: Any, steps: int, restore: Callable[[], None]) -> str:

@@ -50,6 +50,12 @@ def doubt(
     )
 
 
+def median_region(passes: Sequence[PassTimes]) -> float:
+    """Return the median milliseconds of a timed region; 0.0 without one."""
+    regions = [ms for one in passes for ms in one.inside]
+    return median(regions) if regions else 0.0
+
+
 def suspicion(passes: Sequence[PassTimes], idle: Sequence[PassTimes], on_host: bool) -> str:
     """Return what a busy machine may explain as well: more passes will tell."""
     return doubt(passes, idle, on_host, quiet=25, disturbed=75)
@@ -72,10 +78,13 @@ def lasting(more: Sequence[PassTimes], idle: Sequence[PassTimes], timed: float, 
 
 
 def empty_doubt(passes: Sequence[PassTimes], idle: Sequence[PassTimes]) -> str:
-    """Return why a region without a forward cannot take longer than one with it, or nothing if none did."""
-    empty = median(one.regions / one.forwards for one in idle)
-    full = median(one.regions / one.forwards for one in passes)
-    if empty <= MORE * full + SLACK:
+    """Return why a region without a forward cannot take longer than one with it, or nothing if none did.
+
+    Idle passes that others disturbed say nothing, and a few forwards that they made slow excuse nothing.
+    """
+    quiet = [one for one in idle if not one.disturbed]
+    empty, full = median_region(quiet), median_region(passes)
+    if not quiet or empty <= MORE * full + SLACK:
         return ""
     return (
         f"waiting for an idle device takes {empty:.3g} ms, longer than a forward with its wait "

@@ -37,10 +37,23 @@ class Timed(Protocol):
     def pair(self, number: int, untimed: Iterator[int], heartbeat: Callable[[], None]) -> PassTimes: ...
 
 
+def has_own_ops(one: Timed) -> bool:
+    """Return whether any op of the backend is timed here: a slow wait is its own loss then."""
+    return any(name != "reference" for name in one.implementation.ops().values())
+
+
 def doubts(
-    one: Timed, backend: Backend, checker: Any, numbers: Iterator[int], beat: Callable[[], None]
+    one: Timed,
+    backend: Backend,
+    checker: Any,
+    numbers: Iterator[int],
+    beat: Callable[[], None],
+    own_waits: list[float],
 ) -> list[str]:
-    """Return why times cannot be right, a clause each. Forwards are run, whose passes take `numbers`."""
+    """Return why times cannot be right, a clause each. Forwards are run, whose passes take `numbers`.
+
+    `own_waits` are the milliseconds that waiting adds to forwards with ops of the backend; these come first.
+    """
     found = [_beside(one, numbers, beat), *at_hand(one, checker, strictly=False)]
     forwards, indices = one.forwards, _several(one)
 
@@ -48,14 +61,21 @@ def doubts(
         beat()
         forwards.restore(next(numbers))
 
+    wait = DeviceWait(one.implementation.setting.device)
     if one.timer is not None:
-        found.append(backend_clocks.device_doubt(one.timer, forwards, indices, restore))
+        doubted = [
+            backend_clocks.region_doubt(one.passes, one.idles),
+            backend_clocks.device_doubt(one.timer, forwards, indices, restore),
+        ]
+        if any(doubted) and not backend_clocks.only_polls(one.passes, forwards, indices, restore, wait):
+            found += doubted
     elif one.headline:
-        wait = DeviceWait(one.implementation.setting.device)
         found.append(backend_clocks.timer_doubt(backend, forwards, len(one.steps.run), restore))
-        empty = median(idle.regions / idle.forwards for idle in one.idles)
-        wait_doubt, known = backend_clocks.wait_doubt, _known(one, indices)
-        found.append(wait_doubt(forwards, indices, restore, backend.synchronize, wait, empty, known))
+        own, synchronize = has_own_ops(one), backend.synchronize
+        allowed = max(beside.median_region(one.idles), 0.0 if own else min(own_waits, default=0.0))
+        doubt, added = backend_clocks.wait_doubt(forwards, indices, restore, synchronize, wait, allowed)
+        own_waits += [added] * own
+        found.append("" if own else doubt)
         found.append(fresh_inputs.doubt(one, checker, beat))
     return [doubt for doubt in found if doubt]
 
@@ -92,7 +112,7 @@ def at_hand(one: Timed, checker: Any, strictly: bool = True) -> list[str]:
         beside.empty_doubt(one.passes, one.idles),
         one.implementation.doubt(checker, one.samples.check),
     ]
-    if one.timer is not None:
+    if one.timer is not None and strictly:
         found.append(backend_clocks.region_doubt(one.passes, one.idles))
     return [doubt for doubt in found if doubt]
 
@@ -103,10 +123,3 @@ def _several(one: Timed) -> Sequence[int]:
     if scenario is not None and scenario.mode == "decode":
         return one.steps.run[: backend_clocks.LONG]
     return [0] * backend_clocks.LONG
-
-
-def _known(one: Timed, indices: Sequence[int]) -> float:
-    """Return the median milliseconds of these forwards in the passes."""
-    scenario = getattr(one.implementation, "scenario", None)
-    count = len(indices) if scenario is not None and scenario.mode == "decode" else None
-    return median(ms for samples in one.samples.passes for ms in samples[:count])

@@ -259,13 +259,15 @@ class _Engine:
 
     def examine(self, runners: Sequence[PassRunner]) -> None:
         """Hold the times against other evidence; an implementation that it contradicts loses its numbers."""
-        for runner in runners:
+        own_waits: list[float] = []
+        for runner in sorted(runners, key=evidence.has_own_ops, reverse=True):
             one = runner.implementation
             if runner.passes and self._correct(runner):
                 self._hooks.enter(one.name)
                 measurement = self.measurements[one.name]
                 beat = self._hooks.heartbeat
-                found = evidence.doubts(runner, self._backend, self._checker, self._untimed, beat)
+                evidence_of = runner, self._backend, self._checker, self._untimed, beat, own_waits
+                found = evidence.doubts(*evidence_of)
                 where = "" if runner.samples.variant == HEADLINE else f"{runner.samples.variant}: "
                 measurement.doubts += [f"{where}{doubt}" for doubt in found]
                 if runner.headline and measurement.due is None:

@@ -51,6 +51,7 @@ class RunOptions(BackendOptions):
     heads: int | None = None
     layers: int | None = None
     stages: bool = False
+    strict: bool = False
     mode: str | None = None
     cache: str | None = None
     clock: str | None = None

@@ -102,6 +102,8 @@ def _headline(case: Case) -> Headline:
         what, _, value = text.rpartition(": no number, check: ")
         return Headline(css_class(case), what, f"no number: {value}")
     what, _, value = text.rpartition(": ")
+    if value.startswith("unreliable"):
+        return Headline("doubtful", what, value)  # looks like a number that is withheld
     if limit.fraction is None or limit.doubt:
         return Headline(css_class(case), what, value)
     return Headline(css_class(case), what, value, 100 * limit.fraction, f"{limit.bound} limit")

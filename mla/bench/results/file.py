@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from mla.bench.results import validity
+from mla.bench.results import passes, validity
 from mla.bench.results.printable import printable
 from mla.bench.results.schema import SCHEMA_VERSION, Run
 from mla.command.files import write_bytes
@@ -17,6 +17,9 @@ from mla_backends import outside
 from mla_backends.outside import escaped, shortened
 
 T = TypeVar("T")
+
+# The first version whose throughput is that of all passes together.
+TOTAL = 4
 
 
 def encode(run: msgspec.Struct) -> bytes:
@@ -79,10 +82,17 @@ class _Head(msgspec.Struct):
 
 
 def _upgrade(run: Run) -> Run:
-    """Fill in fields that older versions did not write; `schema_version` stays that of the file."""
+    """Fill in fields that older versions did not write; `schema_version` stays that of the file.
+
+    Their throughput was the median pass's: it is made again from the samples, if these can be.
+    """
     for case in run.cases:
         case.base = case.base or case.scenario
         case.dtype = case.dtype or run.dtype
+        samples = passes.of(case)
+        whole = sum(map(len, samples)) == case.passes * case.steps_per_pass
+        if run.schema_version < TOTAL and case.tokens_per_s and whole and all(map(sum, samples)):
+            case.tokens_per_s = passes.throughput(samples, sum(case.query_lens))
     return run
 
 

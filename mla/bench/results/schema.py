@@ -12,8 +12,9 @@ from mla.parallel.link import Line
 from mla.verify.verdict import Check
 
 # 2 added points of a grid, several timings and stages of a case, ceilings; 3 the status "doubtful", the
-# spread of ceilings, and lengths never seen before. Files of older versions still load.
-SCHEMA_VERSION = 3
+# spread of ceilings, and lengths never seen before; 4 throughput over the total time of all passes, not that
+# of the median pass. Files of older versions still load, and their throughput is made again from the samples.
+SCHEMA_VERSION = 4
 
 # What a measurement can be at all; `validity` holds fields against each other. A femtosecond is shorter than
 # any forward, and 1e12 ms are 30 years.
@@ -43,10 +44,10 @@ class Latency(msgspec.Struct, kw_only=True):
 
 
 class Throughput(msgspec.Struct, kw_only=True):
-    """New tokens per second: tokens of a pass over its total time, median over passes."""
+    """New tokens per second: those of all passes over their total time, under the name `median`."""
 
     median: Rate
-    ci95: tuple[Rate, Rate] | None
+    ci95: tuple[Rate, Rate] | None  # over passes, and holds the rate itself; None with fewer than 6 passes
 
 
 class Cost(msgspec.Struct, kw_only=True):

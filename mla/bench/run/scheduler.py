@@ -26,7 +26,7 @@ from mla.bench.run.scenario_bar import Advance, ScenarioBar
 from mla.bench.run.scenario_run import ScenarioRun
 from mla.bench.run.steering import OVER_BUDGET, Steering
 from mla.bench.run.watchdog import Watchdog
-from mla.bench.terminal.digits import number
+from mla.bench.terminal.digits import number, quoted, unreliable
 from mla.bench.workload.quantities import rounded_up, spoken
 from mla.command.console import note
 from mla.command.exit_codes import Exit
@@ -289,4 +289,6 @@ def _over_budget(least: float, left: float, budget: float) -> str:
 def _in_short(case: results.Case) -> str:
     if case.latency_ms is None:
         return f"{case.implementation} {case.check.status}"
-    return f"{label(case)} {number(case.latency_ms.median)} ms"
+    estimate = case.latency_ms.median, case.latency_ms.ci95
+    known = quoted(*estimate, "ms") if unreliable(*estimate) else f"{number(estimate[0])} ms"
+    return f"{label(case)} {known}"

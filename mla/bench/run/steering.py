@@ -96,11 +96,13 @@ def _kept(
     if old is None or options.resume is None:
         return []
     kept = resume.kept_cases(options.resume, old, run, request.scenarios)
+    if not kept:
+        note(f"resuming   no case of '{options.resume}' is complete, so all are measured")
+        return []
     note(f"resuming   {len(kept)} cases of '{options.resume}' are kept")
     if remark := resume.warning(old, run):
         note(f"warning: {remark}")
-    if kept:
-        resume.mark(old, run, remark)
+    resume.mark(old, run, remark)
     return kept
 
 

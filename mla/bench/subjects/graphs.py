@@ -33,7 +33,7 @@ class CapturedForwards(ABC):
 
     def __init__(self, layer: MlaLayer) -> None:
         self._layer = layer
-        self._out = torch.empty_like(layer.out)  # where graphs write
+        self.out = torch.empty_like(layer.out)  # where graphs write
 
     def restore(self, number: int = 0) -> None:
         """Restore the cache to the history, and select the inputs of pass `number`. Never timed."""
@@ -47,7 +47,7 @@ class CapturedForwards(ABC):
     def ready(self, index: int) -> None:
         """Do all of `before` but writing the inputs."""
         self._layer.ready(index)
-        self._out.fill_(math.nan)
+        self.out.fill_(math.nan)
 
     def show(self, index: int) -> None:
         """Write the inputs of a forward to where its graph reads them."""
@@ -66,7 +66,7 @@ class CapturedForwards(ABC):
 
     def after(self, index: int) -> None:
         """Copy the output of a forward to a buffer of its own. Never timed."""
-        self._layer.out.copy_(self._out)
+        self._layer.out.copy_(self.out)
         self._layer.after(index)
 
 
@@ -76,7 +76,7 @@ class ReplayAlone:
     def __init__(self, captured: CapturedForwards) -> None:
         self._captured = captured
         self.method = f"{captured.method}; bookkeeping of the host outside the timed region"
-        self.restore, self.after = captured.restore, captured.after
+        self.restore, self.after, self.out = captured.restore, captured.after, captured.out
 
     def before(self, index: int) -> None:
         self.ready(index)
@@ -104,7 +104,7 @@ class CapturedPrefill(CapturedForwards):
         layer.before(0)
         self._batch = layer.batch
         self._plan = layer.layer.plan(self._batch)
-        work = lambda: layer.forward(self._batch, layer.hidden[0], self._out)  # noqa: E731
+        work = lambda: layer.forward(self._batch, layer.hidden[0], self.out)  # noqa: E731
         self._replay = capture(layer.setting.backend, work)
 
     def replay(self) -> None:
@@ -141,7 +141,7 @@ class CapturedDecode(CapturedForwards):
 
     def _work(self) -> None:
         self._batch.update_(self._batch)  # drops the plan, so that planning is captured too
-        self._layer.forward(self._batch, self._hidden, self._out)
+        self._layer.forward(self._batch, self._hidden, self.out)
 
     def show(self, index: int) -> None:
         super().show(index)

@@ -60,8 +60,8 @@ def _mean(case: Case) -> Iterator[str]:
     mean = 1e3 * sum(case.query_lens) / case.tokens_per_s.median
     if abs(mean / case.latency_ms.median - 1) > APART:
         yield (
-            f"a forward takes {number(mean)} ms on average, slow ones included, and {_latency(case)} ms in "
-            "the median: tok/s follows from the average"
+            f"a forward takes {number(mean)} ms on average and {_latency(case)} ms in the median: tok/s "
+            "follows from the average"
         )
 
 

@@ -13,6 +13,9 @@ from mla_backends.outside import escaped
 
 _HEADER = ("scenario", "implementation", "base median ms", "new median ms", "time ratio", "90% CI", "verdict")
 
+# Most cases that a remark about many names.
+MOST_NAMED = 3
+
 
 def compare_runs(
     base: Run, run: Run, title: str, kind: str, noise: float = compare.NOISE
@@ -20,6 +23,9 @@ def compare_runs(
     """Return what to print about a run compared with the base, and all its cases."""
     cases = compare.compare(base, run, noise)
     lines = [escaped(title), *(f"warning: {warning}" for warning in compare.warnings(base, run)), ""]
+    if len(cases) > 1 and all(case.verdict == compare.REFUSED for case in cases):
+        reasons = "; ".join(f"{why} ({len(names)})" for why, names in _by_remark(cases).items())
+        return "\n".join([*lines, f"none of {len(cases)} cases can be compared: {reasons}\n"]), cases
     rows = map(_row, cases)
     table = markdown(_HEADER, rows) if kind == "md" else aligned(_HEADER, rows, words=_HEADER)
     return "\n".join(lines) + "\n" + table + _reasons(cases), cases
@@ -34,5 +40,18 @@ def _row(case: Comparison) -> tuple[str, ...]:
 
 
 def _reasons(cases: Sequence[Comparison]) -> str:
-    lines = [f"{case.scenario}, {case.implementation}: {case.remarks}\n" for case in cases if case.remarks]
+    """Return a line for every remark, which names the cases that it is about, or the first of many."""
+    lines = []
+    for why, names in _by_remark(cases).items():
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        lines.append(f"{'; '.join(names[:MOST_NAMED])}{more}: {why}\n")
     return "\n" + "".join(lines) if lines else ""
+
+
+def _by_remark(cases: Sequence[Comparison]) -> dict[str, list[str]]:
+    """Return remark -> the cases that have it."""
+    found: dict[str, list[str]] = {}
+    for case in cases:
+        if case.remarks:
+            found.setdefault(case.remarks, []).append(f"{case.scenario}, {case.implementation}")
+    return found

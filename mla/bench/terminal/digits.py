@@ -35,8 +35,20 @@ def between(values: Interval | None, value: float | None, interval: Interval | N
     if values is None:
         return "-"
     place = None if value is None else _place(value, interval)
-    low, high = (number(end) if place is None else _rounded(end, place) for end in values)
+    low, high = (number(end) if place is None else _rounded(end, _own(end, place)) for end in values)
     return f"{low} .. {high}"
+
+
+def unreliable(value: float, interval: Interval | None) -> bool:
+    """Return whether an interval is wider than the number that it is about."""
+    return interval is not None and interval[1] - interval[0] > value
+
+
+def quoted(value: float, interval: Interval | None, unit: str) -> str:
+    """Return "value unit" as a sentence or a headline says it; one that is not known is no number."""
+    if unreliable(value, interval):
+        return f"unreliable ({between(interval, value, interval)} {unit})"
+    return f"{known(value, interval)} {unit}"
 
 
 def _place(value: float, interval: Interval | None) -> int | None:
@@ -47,6 +59,11 @@ def _place(value: float, interval: Interval | None) -> int | None:
     leading = math.floor(math.log10(value))
     place = math.floor(math.log10(half * (1 + 1e-9)))  # so that 0.001 is not rounded down a place
     return min(max(place, leading - MOST + 1), leading - FEWEST + 1)
+
+
+def _own(end: float, place: int) -> int:
+    """Return the place for one end of an interval: what is not 0 keeps a digit."""
+    return min(place, math.floor(math.log10(end))) if end > 0 else place
 
 
 def _rounded(value: float, place: int) -> str:

@@ -19,7 +19,7 @@ from mla.bench.results.schema import Case, Run
 from mla.bench.results.timings import cold, flat_timings
 from mla.bench.terminal import ceilings, ranks, stages
 from mla.bench.terminal.case_lines import case_lines
-from mla.bench.terminal.digits import between, known, number
+from mla.bench.terminal.digits import between, known, number, quoted
 from mla.bench.terminal.timings import timing_lines
 from mla.bench.terminal.verdict import same_ops, speed, verdicts
 from mla.command.console import results_stream
@@ -94,26 +94,20 @@ def _first_run(cases: Sequence[Case]) -> Case:
 def _comparison(case: Case, other: Case, agreement: results.Agreement) -> str:
     """Return how a case compares with another: speed, outputs, cache and transient memory."""
     return (
-        f"{case.implementation} {_speed(case, other)} {other.implementation}; outputs differ by "
-        f"{_exponent(agreement.relative_difference)}; cache {_mib(case.memory.cache_bytes)} against "
-        f"{_mib(other.memory.cache_bytes)}; transient {_mib(case.memory.transient_bytes)} against "
-        f"{_mib(other.memory.transient_bytes)}{_reservation(case, other)}"
+        f"{_speeds(case, other)} outputs differ by {_exponent(agreement.relative_difference)}; cache "
+        f"{_mib(case.memory.cache_bytes)} against {_mib(other.memory.cache_bytes)}; transient "
+        f"{_mib(case.memory.transient_bytes)} against {_mib(other.memory.transient_bytes)}"
     )
 
 
-def _reservation(case: Case, other: Case) -> str:
-    """Return what to hold against a ratio of medians that have no interval."""
-    found = None if same_ops(case, other) else speed(case, other)
-    known_well = found is None or found.interval
-    return "" if known_well else "; too few passes for an interval of the ratio (6 are needed)"
-
-
-def _speed(case: Case, other: Case) -> str:
-    """Return how fast a case is by the table's latencies; with the same ops a ratio would be noise."""
+def _speeds(case: Case, other: Case) -> str:
+    """Return how fast a case is by the table's latencies, if that is decided."""
     if same_ops(case, other):
-        return "runs the same ops as"
+        return f"{case.implementation} runs the same ops as {other.implementation};"
     found = speed(case, other)
-    return f"is {found} as" if found else "is against"
+    if found is None or not found.decided:
+        return f"{case.implementation} and {other.implementation}:"
+    return f"{case.implementation} is {found} as {other.implementation};"
 
 
 def _by_scenario(run: Run) -> dict[str, list[Case]]:
@@ -145,8 +139,13 @@ def headline(case: Case) -> str:
         return f"{what}{of}: no number, check: {case.check.status}"
     if case.op or case.mode == "prefill":
         what = "Op" if case.op else kind
-        return f"{what} Latency{of}: {_estimate(case.latency_ms)} ms"
-    return f"Decode Throughput{of}: {_estimate(case.tokens_per_s)} tok/s"
+        return f"{what} Latency{of}: {_quoted(case.latency_ms, 'ms')}"
+    return f"Decode Throughput{of}: {_quoted(case.tokens_per_s, 'tok/s')}"
+
+
+def unreliable_headlines(run: Run) -> list[str]:
+    """Return the headlines that are no numbers because their intervals are wider than these."""
+    return [line for line in headlines(run) if ": unreliable (" in line]
 
 
 def _layers(case: Case) -> str:
@@ -256,6 +255,10 @@ def _limit(roofline: results.Roofline) -> str:
 
 def _estimate(estimate: results.Latency | results.Throughput | None) -> str:
     return known(estimate.median, estimate.ci95) if estimate else "-"
+
+
+def _quoted(estimate: results.Latency | results.Throughput, unit: str) -> str:
+    return quoted(estimate.median, estimate.ci95, unit)
 
 
 def _interval(latency: results.Latency | None) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mla.bench.results import passes
-from mla.bench.results.schema import Case, Interval, Roofline, Run
-from mla.bench.terminal.digits import between, known
+from mla.bench.results.schema import Case, Interval, Run
+from mla.bench.terminal.digits import between, known, quoted, unreliable
 
 # "doubt": the one ahead is faster than its limit.
 Outcome = Literal["won", "doubt", "open", "alone", "none", "absent"]
@@ -133,7 +133,7 @@ def of_scenario(where: str, cases: Iterable[Case]) -> Verdict:
         text = f"nobody won{_without(one) or ': nothing was compared'}"
     else:
         ways = {"won": _won, "doubt": _ahead, "open": _open, "alone": _alone}
-        text = f"{ways[one.outcome](one)}, {near(one.leaders[0].roofline)}{_without(one)}"
+        text = f"{ways[one.outcome](one)}, {near(one.leaders[0])}{_without(one)}"
     return Verdict(where, one.outcome, text)
 
 
@@ -174,7 +174,7 @@ def _why_open(first: Case, others: Sequence[Case]) -> str:
 def _alone(one: Contest) -> str:
     first = one.leaders[0]
     latency = first.latency_ms
-    number = f"{known(latency.median, latency.ci95)} ms" if latency else "-"
+    number = quoted(latency.median, latency.ci95, "ms") if latency else "-"
     return f"only {first.implementation} has a number: {number}"
 
 
@@ -189,8 +189,11 @@ def status(case: Case) -> str:
     return "not timed" if case.check.status == "ok" and case.latency_ms is None else case.check.status
 
 
-def near(limit: Roofline) -> str:
-    """Return how near a case is to its limit."""
+def near(case: Case) -> str:
+    """Return how near a case is to its limit, unless its time is not known."""
+    limit, latency = case.roofline, case.latency_ms
+    if latency and unreliable(latency.median, latency.ci95):
+        return "its share of the limit is unreliable"
     if limit.doubt:
         return "but its limit or its time is in doubt"
     if limit.fraction is None:

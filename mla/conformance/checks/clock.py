@@ -17,6 +17,7 @@ from mla.conformance.trial import Trial, expect
 SLACK = 1.05  # two clocks may drift apart by this factor
 RESOLUTION_MS = 0.1
 ROUNDS = 3  # a host whose CPUs others want spoils one, but not all
+UNITS = (1, 4, 16)  # of work: in little of it, a wait that polls may hide that it grows
 
 
 @check(
@@ -36,7 +37,11 @@ def synchronize(trial: Trial) -> None:
         after = elapsed(work.read)
         return after / (waited + after)
 
-    share = usual(left)
+    share = 1.0
+    for _ in range(ROUNDS):
+        share = usual(left)
+        if share < 0.5:
+            break
     expect(share < 0.5, f"{share:.0%} of the time passed after synchronize() had returned")
 
 
@@ -79,13 +84,15 @@ def timer_scales(trial: Trial) -> None:
     """Eight times the work takes at least twice as long."""
     work = load_of(trial.subject)
     one = eight = 0.0
-    for _ in range(ROUNDS):
-        one, eight = (best(functools.partial(_timed, trial, work, units)) for units in (1, 8))
+    units = 1
+    for units in UNITS:
+        one, eight = (best(functools.partial(_timed, trial, work, count)) for count in (units, 8 * units))
         if eight >= 2 * one > 0:
             break
     trial.note = f"{eight / one if one else 0:.1f}x the time for 8x the work"
-    expect(one > 0, f"work of {work.milliseconds():.3g} ms took {one:.3g} ms")
-    expect(eight >= 2 * one, f"{one:.3g} ms for one unit of work and {eight:.3g} ms for eight")
+    expect(one > 0, f"work of {work.milliseconds(units):.3g} ms took {one:.3g} ms")
+    counts = f"{units} unit{'s' * (units > 1)} of work and {eight:.3g} ms for {8 * units}"
+    expect(eight >= 2 * one, f"{one:.3g} ms for {counts}")
 
 
 @check("device.timer_start", catches="a timer that counts work submitted before it was started")
@@ -95,7 +102,7 @@ def timer_start(trial: Trial) -> None:
     alone = after = bound = 0.0
     for _ in range(ROUNDS):
         alone = best(lambda: _timed(trial, work, 1))
-        after = usual(lambda: _timed(trial, work, 1, pending=16))
+        after = best(lambda: _timed(trial, work, 1, pending=16))
         bound = 6 * alone + RESOLUTION_MS
         if after <= bound:
             break

@@ -83,6 +83,37 @@ def test_points_of_a_grid_are_compared_one_by_one(run: Bench) -> None:
     assert (one.code, one.out.count("SAME")) == (0, 1)
 
 
+def test_a_run_and_itself_or_its_copy_need_no_comparison(run: Bench, bench: Bench) -> None:
+    run("2", "-o", "other.json")
+    Path("copy.json").write_bytes(Path("base.json").read_bytes())
+    for name, said in (
+        ("base.json", "is compared with itself"),
+        ("copy.json", "holds the same run as base.json"),
+    ):
+        done = bench("compare", "base.json", name, "--fail-slower", "3%")
+        assert (done.code, done.out, done.err) == (0, f"{name} {said}: there is nothing to tell apart\n", "")
+    both = bench("compare", "base.json", "copy.json", "other.json")
+    assert (both.code, both.out.count("\nprefill"), both.out.count("nothing to tell apart")) == (0, 1, 1)
+
+
+def test_files_of_other_cases_are_refused_in_one_sentence(run: Bench, bench: Bench) -> None:
+    run("2", "-o", "other.json", "--scenario", "decode", "-a", "kv=1,2,3")
+    done = bench("compare", "base.json", "other.json")
+    assert (done.code, done.error) == (5, "nothing could be compared")
+    assert done.out.splitlines()[1:] == [
+        "",
+        "none of 5 cases can be compared: "
+        "the base run has no such case (3); the new run has no such case (2)",
+    ]
+
+
+def test_a_remark_about_many_cases_is_one_line(run: Bench, bench: Bench) -> None:
+    run("2", "-o", "more.json", "--implementations", "mla,mla-reference")
+    done = bench("compare", "base.json", "more.json")
+    assert done.code == 0
+    assert "\nprefill, mla-reference; decode, mla-reference: the base run has no such case\n" in done.out
+
+
 def test_mistakes_show_before_any_work(run: Bench) -> None:
     assert run("2", "--fail-slower", "3%").error == (
         "error: --fail-slower needs a run to compare with: add --baseline FILE."

@@ -66,7 +66,10 @@ def test_stderr_shows_no_progress_bar_when_it_is_no_terminal(process: Bench, sma
 def test_the_numbers_are_those_of_the_clock(bench: Bench, small: list[str]) -> None:
     done = bench(*VIRTUAL, *small, "-o", "run.json", fakes=["virtual_clock"])
     assert done.code == 0
-    assert done.out.splitlines()[-2:] == ["Prefill Latency: 2.0 ms", "Decode Throughput: 800.0 tok/s"]
+    assert done.out.splitlines()[-2:] == [
+        "Prefill Latency: unreliable (1.0 .. 4.0 ms)",
+        "Decode Throughput: 800.0 tok/s",
+    ]
     prefill, decode = read("run.json").cases
     assert latency(prefill).samples == [1, 2, 3, 4, 1, 2]
     assert latency(decode).samples == [1, 2, 3, 4] * 6
@@ -75,6 +78,18 @@ def test_the_numbers_are_those_of_the_clock(bench: Bench, small: list[str]) -> N
     assert decode.tokens_per_s is not None
     assert decode.tokens_per_s.median == pytest.approx(1000 * 2 * 4 / 10)
     assert {prefill.clock, decode.clock} == {"host"}
+
+
+@pytest.mark.parametrize(("script", "code"), [("1,2,3,4", 6), ("2,2.1", 0)])
+def test_an_unreliable_headline_is_an_exit_code_with_strict_alone(
+    bench: Bench, small: list[str], script: str, code: int
+) -> None:
+    words = (*VIRTUAL[:2], "-O", f"script={script}", *small)
+    assert bench(*words, fakes=["virtual_clock"]).code == 0
+    done = bench(*words, "--strict", fakes=["virtual_clock"])
+    assert done.code == code
+    said = "--strict: Prefill Latency: unreliable (1.0 .. 4.0 ms): the interval is wider than the number"
+    assert (said in done.err) is bool(code)
 
 
 def test_too_few_passes_give_no_interval(bench: Bench, small: list[str]) -> None:

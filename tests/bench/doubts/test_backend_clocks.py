@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mla.bench.doubts import backend_clocks, clock
@@ -155,52 +157,78 @@ def test_launches_and_waits_around_a_device_clock_are_not(inside: float, device:
     assert region_doubt(passes(inside, device), passes(0.3, 0.0)) == ""
 
 
-@pytest.mark.parametrize(("sleep", "doubted"), [(0.0, False), (0.3, False), (1.0, True), (5.0, True)])
+def doubted(forwards: Any, synchronize: Any, wait: Any = lambda: None, allowed: float = 0.0) -> str:
+    return wait_doubt(forwards, THREE, lambda: None, synchronize, wait, allowed)[0]
+
+
+@pytest.mark.parametrize(("sleep", "told"), [(0.0, False), (0.3, False), (1.0, True), (5.0, True)])
 def test_a_wait_that_goes_on_after_a_forward_is_done(
-    monkeypatch: pytest.MonkeyPatch, sleep: float, doubted: bool
+    monkeypatch: pytest.MonkeyPatch, sleep: float, told: bool
 ) -> None:
     forwards = Forwards(monkeypatch)
 
     def synchronize() -> None:
         forwards.now += round(1e6 * sleep)
 
-    found = wait_doubt(forwards, THREE, lambda: None, synchronize, lambda: None, empty=0.0)
-    assert wait_doubt(forwards, THREE, lambda: None, synchronize, lambda: None, empty=sleep) == ""
+    found = doubted(forwards, synchronize)
+    assert doubted(forwards, synchronize, allowed=sleep) == ""
     said = f"a forward takes {1 + sleep:.3g} ms until `synchronize` returns, but is done after 1 ms"
-    assert found == (said if doubted else "")
+    assert found == (said if told else "")
+    added = wait_doubt(forwards, THREE, lambda: None, synchronize, lambda: None, 0.0)[1]
+    assert added == pytest.approx(sleep)
 
 
-@pytest.mark.parametrize(("known", "ran"), [(1.5, 3), (1.7, 9)])
-def test_what_the_passes_took_is_the_first_turn(
-    monkeypatch: pytest.MonkeyPatch, known: float, ran: int
+class Queued(Forwards):
+    """Forwards that are launched in no time, on a device that takes `ms` for each."""
+
+    def step(self, index: int) -> None:
+        self.done = self.now + self._ns
+
+    def wait(self) -> None:
+        self.now = max(self.now, getattr(self, "done", 0))
+
+
+@pytest.mark.parametrize("ms", [0.1, 1.0, 7.0])
+@pytest.mark.parametrize("poll", [0.01, 1.0, 10.0])
+def test_a_wait_that_looks_now_and_then_is_not(
+    monkeypatch: pytest.MonkeyPatch, ms: float, poll: float
 ) -> None:
-    """A median that others have disturbed says nothing yet: then both ways take turns."""
-    forwards, steps = Forwards(monkeypatch), list[int]()
-    monkeypatch.setattr(forwards, "before", steps.append)
-    assert wait_doubt(forwards, THREE, lambda: None, lambda: None, lambda: None, 0.0, known) == ""
-    assert len(steps) == ran
-
-
-def test_a_median_that_only_synchronize_explains_is_doubted(monkeypatch: pytest.MonkeyPatch) -> None:
-    forwards = Forwards(monkeypatch)
+    forwards = Queued(monkeypatch, ms)
 
     def synchronize() -> None:
-        forwards.now += 5_000_000
+        while forwards.now < forwards.done:
+            forwards.now += round(1e6 * poll)
 
-    assert wait_doubt(forwards, THREE, lambda: None, synchronize, lambda: None, 0.0, 6.0)
+    assert doubted(forwards, synchronize, forwards.wait) == ""
 
 
-@pytest.mark.parametrize("ms", [200.0, 1000.0])
-def test_passes_that_others_disturbed_are_no_doubt_however_long_forwards_are(
-    monkeypatch: pytest.MonkeyPatch, ms: float
+@pytest.mark.parametrize("disturbed", [True, False])
+def test_a_wait_during_which_others_had_the_cpu_is_not(
+    monkeypatch: pytest.MonkeyPatch, disturbed: bool
 ) -> None:
-    forwards = Forwards(monkeypatch, ms)
-    assert wait_doubt(forwards, THREE, lambda: None, lambda: None, lambda: None, 0.0, 3.3 * ms) == ""
+    """No forward was left in peace: that is no evidence, whatever it takes."""
+    forwards, delayed = Forwards(monkeypatch), [0]
+
+    def synchronize() -> None:
+        forwards.now += 9_000_000
+        delayed[0] += 9_000_000 * disturbed
+
+    monkeypatch.setattr(clock, "delayed_ns", lambda: delayed[0])
+    assert bool(doubted(forwards, synchronize)) is not disturbed
 
 
-@pytest.mark.parametrize(("sleep", "doubted", "ran"), [(0, False, 1), (900, True, 19)])
+def test_one_wait_that_is_short_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    forwards, waits = Forwards(monkeypatch), iter([5, 5, 5, 5, 0, 5])
+
+    def synchronize() -> None:
+        forwards.now += 1_000_000 * next(waits)
+
+    assert doubted(forwards, synchronize) == ""
+
+
+@pytest.mark.parametrize(("sleep", "told", "ran"), [(0, False, 1), (900, True, 9)])
 def test_long_forwards_run_once_a_turn_and_as_often_before_a_doubt(
-    monkeypatch: pytest.MonkeyPatch, sleep: int, doubted: bool, ran: int
+    monkeypatch: pytest.MonkeyPatch, sleep: int, told: bool, ran: int
 ) -> None:
     forwards, steps = Forwards(monkeypatch, ms=1000.0), list[int]()
     monkeypatch.setattr(forwards, "before", steps.append)
@@ -208,6 +236,5 @@ def test_long_forwards_run_once_a_turn_and_as_often_before_a_doubt(
     def synchronize() -> None:
         forwards.now += sleep * 1_000_000
 
-    found = wait_doubt(forwards, THREE, lambda: None, synchronize, lambda: None, 0.0, 1000.0 + sleep)
-    assert bool(found) == doubted
+    assert bool(doubted(forwards, synchronize)) is told
     assert len(steps) == ran

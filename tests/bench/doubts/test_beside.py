@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from mla.bench.doubts.beside import lasting, suspicion
+from mla.bench.doubts.beside import empty_doubt, lasting, suspicion
 from mla.bench.doubts.pass_times import PassTimes
 
 
@@ -85,3 +85,23 @@ def test_passes_that_others_disturbed_say_nothing() -> None:
     assert lasting(slow, IDLE, timed=10.0, on_host=False) == ""
     assert lasting([*slow, times(10.0, 2.0)], IDLE, timed=10.0, on_host=False) == ""
     assert lasting([*slow, times(80.0, 2.0)], IDLE, timed=10.0, on_host=False) != ""
+
+
+def regions(*milliseconds: float, disturbed: bool = False) -> PassTimes:
+    return PassTimes(forwards=len(milliseconds), inside=list(milliseconds), disturbed=disturbed)
+
+
+def test_a_wait_for_an_idle_device_is_no_longer_than_a_forward_with_its_wait() -> None:
+    forwards = [regions(1.0, 1.0, 1.0, 60.0)] * 6
+    assert empty_doubt(forwards, [regions(1.4, 1.4)] * 6) == ""
+    said = "waiting for an idle device takes 5 ms, longer than a forward with its wait (1 ms)"
+    assert empty_doubt(forwards, [regions(5.0, 5.0, 5.0)] * 6).startswith(said), (
+        "one slow forward excuses nothing"
+    )
+
+
+def test_an_idle_wait_that_others_disturbed_says_nothing() -> None:
+    forwards, busy = [regions(1.0)] * 6, [regions(9.0, disturbed=True)] * 6
+    assert empty_doubt(forwards, busy) == ""
+    assert empty_doubt(forwards, [*busy, regions(0.0)]) == ""
+    assert empty_doubt(forwards, [*busy, regions(9.0)]) != ""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from opponents.base import Opponent
 from opponents.clocks import LyingTimer
-from opponents.honest import Compiles, Noisy, Rounds, Sequences, Threads
+from opponents.honest import Compiles, Noisy, Polls, Rounds, Sequences, Threads
 from opponents.late import Late
 from opponents.limits import SlowWait
 
@@ -26,6 +26,10 @@ HONEST: dict[str, Callable[[], Opponent]] = {
     "a queue that is waited for": lambda: Late("always", finishes=True),
     "a slow wait": lambda: SlowWait(2.0),
     "a wait that polls": lambda: SlowWait(0.2),
+    "a wait that looks every ms": lambda: Polls(1.0),
+    "a wait that looks every 10 ms": lambda: Polls(10.0),
+    "a wait that spins for 2 ms": lambda: Polls(2.0, spins=True),
+    "a wait that takes 1 to 5 ms": lambda: SlowWait(1.0, most=5.0),
     "forwards in one call": Sequences,
 }
 
@@ -57,6 +61,14 @@ def test_an_honest_device_clock_is_believed(play: Play, scenario: str) -> None:
     duel = play(opponent, scenario, ways=("--mode", "eager", "--cache", "warm,cold"))
     assert duel.stands, str(duel)
     assert {one.clock for one in duel.case().timings if one.latency_ms is not None} == {"host", "device"}
+
+
+@pytest.mark.parametrize("ms", [1.0, 10.0])
+@pytest.mark.parametrize("scenario", ["prefill", "decode"])
+def test_a_device_clock_whose_wait_polls_is_believed(play: Play, scenario: str, ms: float) -> None:
+    duel = play(Polls(ms, events=True), scenario, ways=("--mode", "eager", "--cache", "warm"))
+    assert duel.stands, str(duel)
+    assert {one.clock for one in duel.case().timings if one.latency_ms is not None} == {"device"}
 
 
 @pytest.mark.parametrize("op", ["latent_attention", "o_proj", "write_latent"])

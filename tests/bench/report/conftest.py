@@ -13,6 +13,7 @@ import pytest
 from mla.bench import results
 from mla.bench.report import page
 from mla.bench.results import stats
+from mla.bench.results.passes import throughput
 
 # Relative speed of the two cards' implementations.
 SLOWNESS = {"mla": 1.0, "mla-reference": 3.0}
@@ -61,8 +62,7 @@ def build(
     cost = results.Cost(flops=4 * 10**7 * tokens + 280_000 * pairs, bytes=3 * 10**7 + 1200 * attended)
     median = slow * SLOWNESS[implementation] * (0.02 + 1e3 * (cost.bytes / 2e12 + cost.flops / 5e14))
     found = latency(median, rng, 40)
-    totals = [sum(found.samples[first : first + 40]) for first in range(0, len(found.samples), 40)]
-    rates = [1e3 * tokens * 40 / total for total in totals]
+    whole = [found.samples[first : first + 40] for first in range(0, len(found.samples), 40)]
     fields: dict[str, Any] = {
         "scenario": scenario,
         "mode": "prefill" if max(query) > 1 else "decode",
@@ -73,9 +73,7 @@ def build(
         "passes": 6,
         "interleaved_with": [name for name in SLOWNESS if name != implementation],
         "latency_ms": found,
-        "tokens_per_s": results.Throughput(
-            median=statistics.median(rates), ci95=stats.median_interval(rates)
-        ),
+        "tokens_per_s": throughput(whole, tokens),
         "switch_steps": [0, 80, 160],
         "cost": cost,
         "roofline": roofline(cost, found.median, slow),

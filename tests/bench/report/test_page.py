@@ -357,3 +357,14 @@ def test_a_sweep_of_many_points_stays_readable(make_run: Any, case: Any) -> None
     assert len([one for one in Page(text).ids("figure") if one.startswith("grid")]) == 7
     assert "6 of 25 such charts are drawn" in text
     assert len(text) < 800_000
+
+
+def test_an_unreliable_headline_is_no_number_and_no_share(make_run: Any) -> None:
+    """The share would be that of a number that nobody knows; the table keeps both."""
+    near = results.Roofline(floor_ms=34.5, fraction=0.5, bound="memory", peak_source="x")
+    found = render(make_run([1.0, 69.0, 69.0, 69.0, 69.0, 276.0], roofline=near))
+    tiles = found.partition('<ul class="headlines">')[2].partition("</ul>")[0]
+    assert "<b>unreliable (1 .. 276 ms)</b>" in tiles
+    assert 'class="doubtful"' in tiles
+    assert "50 %" not in tiles
+    assert "<td>50 mem</td>" in found

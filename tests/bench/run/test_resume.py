@@ -144,7 +144,7 @@ def test_what_was_cut_short_or_left_out_is_measured_again(bench: Bench, partial:
     withhold(left_out, "not run", "skipped by --budget")
     results.write(run, Path("run.json"))
     done = bench(*partial, "--resume", "run.json")
-    assert "resuming   0 cases" in done.err
+    assert "resuming   no case of 'run.json' is complete, so all are measured\n" in done.err
     assert [case.passes for case in read("run.json").cases] == [6, 6, 6]
 
 

@@ -46,6 +46,25 @@ def test_ends_are_printed_to_the_place_of_the_value() -> None:
     assert between((24.6, 101.23), 25.0, interval) == "24.6 .. 101.2"
 
 
+@pytest.mark.parametrize(
+    ("ends", "value", "expected"),
+    [
+        ((1.0, 276.0), 69.0, "1 .. 276"),
+        ((1.56, 350.0), 180.0, "2 .. 350"),
+        ((0.04, 240.0), 120.0, "0.04 .. 240"),
+    ],
+)
+def test_the_noise_rounds_no_time_to_0(ends: tuple[float, float], value: float, expected: str) -> None:
+    assert between(ends, value, ends) == expected
+
+
+@given(low=st.floats(1e-9, 1e6), width=st.floats(0, 1e7), share=st.floats(0, 1))
+def test_what_is_not_0_is_never_printed_as_0(low: float, width: float, share: float) -> None:
+    ends = (low, low + width)
+    for end in between(ends, low + share * width, ends).split(" .. "):
+        assert float(end) > 0
+
+
 def _significant(text: str) -> int:
     return len(Decimal(text).as_tuple().digits)
 

@@ -12,7 +12,15 @@ import pytest
 
 from mla.bench import results
 from mla.bench.results.schema import Run
-from mla.bench.terminal.run_table import COLUMNS, FORMATS, comparisons, headlines, render
+from mla.bench.terminal.run_table import (
+    COLUMNS,
+    FORMATS,
+    comparisons,
+    headlines,
+    render,
+    unreliable_headlines,
+)
+from mla.bench.terminal.verdict import verdicts
 from mla.verify.verdict import Check
 
 MakeRun = Callable[..., Run]
@@ -50,6 +58,35 @@ def test_the_headline_is_the_first_implementation_even_if_it_is_wrong(make_run: 
     run = make_run(**WRONG)
     run.cases += make_run(implementation="mla-reference").cases
     assert headlines(run) == ["Prefill: no number, check: wrong"]
+
+
+@pytest.mark.parametrize(
+    ("slowest", "latency", "rate"),
+    [
+        (2.6, "3.1 ms", "2900 tok/s"),  # the intervals are 1.9 ms and 1480 tok/s wide
+        (4.9, "unreliable (1.5 .. 4.9 ms)", "unreliable (1600 .. 5300 tok/s)"),
+        (276.0, "unreliable (1.5 .. 276.0 ms)", "unreliable (30 .. 5330 tok/s)"),
+    ],
+)
+def test_a_number_with_a_wider_interval_is_no_headline(
+    make_run: MakeRun, slowest: float, latency: str, rate: str
+) -> None:
+    samples = [1.5, 3.1, 3.1, 3.1, 3.1, slowest]
+    run = make_run(samples)
+    run.cases += make_run(samples, **DECODE).cases
+    assert headlines(run) == [f"Prefill Latency: {latency}", f"Decode Throughput: {rate}"]
+    assert unreliable_headlines(run) == [line for line in headlines(run) if "unreliable" in line]
+    (case, _) = run.cases
+    assert COLUMNS["latency ms"](case) == "3.1", "the table keeps the number"
+    only = str(verdicts(make_run(samples))[0])
+    assert f"only mla has a number: {latency}" in only
+    near = results.Roofline(floor_ms=1.0, fraction=0.5, bound="memory", peak_source="x")
+    share = str(verdicts(make_run(samples, roofline=near))[0])
+    assert ("at 50 % of the memory limit" in share) is (slowest < 3)
+
+
+def test_a_number_without_an_interval_is_a_headline(make_run: MakeRun) -> None:
+    assert headlines(make_run([1.0, 2.0, 300.0])) == ["Prefill Latency: 2 ms"]
 
 
 @pytest.mark.parametrize("kind", ["table", "md"])
@@ -130,15 +167,23 @@ def test_a_share_that_is_in_doubt_is_no_percentage(make_run: MakeRun, kind: str)
     assert " 50 mem " in render(make_run(roofline=near), kind)
 
 
-def test_a_ratio_without_an_interval_is_printed_with_reservation(make_run: MakeRun) -> None:
+@pytest.mark.parametrize(
+    ("mine", "theirs", "said"),
+    [
+        ([1.0] * 6, [2.0] * 6, "mla is 2x as fast as other; "),
+        ([1.0] * 2, [2.0] * 2, "mla and other: "),
+        ([1.0] * 6, [1.0, 2.0, 9.0] * 2, "mla and other: "),  # the intervals touch
+        ([1.0] * 6, None, "mla and other: "),
+    ],
+)
+def test_a_ratio_is_told_where_it_is_decided(
+    make_run: MakeRun, mine: list[float], theirs: list[float] | None, said: str
+) -> None:
     agreement = [results.Agreement(implementation="other", relative_difference=0.1, speed_ratio=2.0)]
-
-    def line(passes: int) -> str:
-        run = make_run([1.0] * passes, agreement=agreement, ops={"o_proj": "mine"})
-        run.cases += make_run([2.0] * passes, implementation="other").cases
-        (found,) = comparisons(run)
-        return found
-
-    assert line(2).startswith("prefill: mla is 2x as fast as other; ")
-    assert line(2).endswith("; too few passes for an interval of the ratio (6 are needed)")
-    assert "too few passes" not in line(6)
+    run = make_run(mine, agreement=agreement, ops={"o_proj": "mine"})
+    run.cases += make_run(theirs or mine, implementation="other", **({} if theirs else WRONG)).cases
+    (line,) = comparisons(run)
+    assert line.startswith(f"prefill: {said}outputs differ by 1.0e-01; cache ")
+    decided = "is" in said
+    assert ("mla won" in str(verdicts(run)[0])) is decided
+    assert ("as fast" in line) is decided

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mla_backends.api import OpCall
+from mla_backends.api import OpCall, Timer
 from opponents.base import Call, Opponent
 
 
@@ -50,6 +50,51 @@ class Threads(Opponent):
         with torch.no_grad():
             tensors = {**call.tensors, "x": call.operand[rows], "out": call.tensors["out"][rows]}
             call.op.right(*call.leading, **tensors)
+
+
+class Polls(Opponent):
+    """`synchronize` looks every `ms` whether its own work is done, which it never is at the first look.
+
+    `spins`: it burns a processor until then, as a wait that does not sleep. `events`: there is a device
+    clock, which counts until the work is done, and waits for it in the same way.
+    """
+
+    def __init__(self, ms: float, spins: bool = False, events: bool = False, **given: Any) -> None:
+        super().__init__(**given)
+        self._ms, self._spins, self._events, self._pending = ms, spins, events, False
+        self.done_ns = 0
+
+    def device_timer(self) -> Timer | None:
+        return Events(self) if self._events else None
+
+    def call(self, call: Call) -> None:
+        call.make()
+        self._pending, self.done_ns = True, time.perf_counter_ns()
+
+    def synchronize(self) -> None:
+        end = time.perf_counter() + self._ms / 1e3
+        while self._pending and self._spins and time.perf_counter() < end:
+            pass
+        if self._pending and not self._spins:
+            time.sleep(self._ms / 1e3)
+        self._pending = False
+
+
+class Events:
+    """Counts from its start until the last call is done, and waits for that."""
+
+    clock = "device"
+
+    def __init__(self, backend: Polls) -> None:
+        self._backend = backend
+
+    def start(self) -> None:
+        self._backend.synchronize()
+        self._start = time.perf_counter_ns()
+
+    def stop(self) -> float:
+        self._backend.synchronize()
+        return max(self._backend.done_ns - self._start, 1_000) / 1e6
 
 
 class Compiles(Opponent):

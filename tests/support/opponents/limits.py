@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import time
 from typing import Any
 
@@ -13,15 +14,19 @@ from opponents.base import Call, Opponent
 
 
 class SlowWait(Opponent):
-    """`synchronize` sleeps: always, or only while garbage is collected, that is, not in a timed region."""
+    """`synchronize` sleeps: always, or only while garbage is collected, that is, not in a timed region.
 
-    def __init__(self, ms: float, collecting_only: bool = False, **given: Any) -> None:
+    `most`: it sleeps for any time from `ms` to that.
+    """
+
+    def __init__(self, ms: float, collecting_only: bool = False, most: float = 0.0, **given: Any) -> None:
         super().__init__(**given)
         self._ms, self._collecting_only = ms, collecting_only
+        self._spread, self._random = max(0.0, most - ms), random.Random(1)
 
     def synchronize(self) -> None:
         if gc.isenabled() or not self._collecting_only:
-            time.sleep(self._ms / 1e3)
+            time.sleep((self._ms + self._spread * self._random.random()) / 1e3)
 
 
 class WarmingWait(Opponent):

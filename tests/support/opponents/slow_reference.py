@@ -10,7 +10,7 @@ import torch
 
 import mla.reference
 from mla_backends import FusedOp
-from opponents.base import Call, Opponent
+from opponents.base import Call, Opponent, _now
 
 
 class _Slow(FusedOp):
@@ -71,17 +71,20 @@ def _sleeping(kind: Any, ms: float) -> Any:
 
 
 class SlowsOthers(Opponent):
-    """Patches nothing: `synchronize` sleeps when no op of this backend was called since the last time."""
+    """Patches nothing: `synchronize` sleeps when no op of this backend was called since the last time.
 
-    def __init__(self, ms: float = 5.0, **given: Any) -> None:
+    `unless`: and if that was longer ago, in milliseconds; an idle device is waited for in no time then.
+    """
+
+    def __init__(self, ms: float = 5.0, unless: float = 0.0, **given: Any) -> None:
         super().__init__(**given)
-        self._ms, self._mine = ms, False
+        self._ms, self._mine, self._unless, self._last = ms, False, unless, _now()
 
     def call(self, call: Call) -> None:
         self._mine = True
         call.make()
 
     def synchronize(self) -> None:
-        if not self._mine:
+        if not self._mine and _now() - self._last > 1e6 * self._unless:
             time.sleep(self._ms / 1e3)
-        self._mine = False
+        self._mine, self._last = False, _now()
