@@ -33,9 +33,10 @@ class Measurement:
     interrupted: bool = False
     refused: bool = False  # by an op: the check says why
     transient_bytes: int | None = None
-    due: int | None = None  # passes of a slow yardstick, which is timed in no other way than the headline's
+    due: int | None = None  # passes, where they are fewer than planned, or shorter
     warmups: int = 0
     warm_ms: float | None = None  # of the fastest forward of the warm-up after its first
+    typical_ms: float | None = None  # their median
     settled: bool | None = None  # whether the warm-up saw latencies settle; None: there was none, or too few
     device_state: list[dict[str, str]] = field(default_factory=list)
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)  # of the first pass, by forward

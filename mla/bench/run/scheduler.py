@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from mla.bench.limits import placing
 from mla.bench.limits.roofline import TIMES, RooflineModel
 from mla.bench.measure import refusals
 from mla.bench.measure.hooks import Hooks
+from mla.bench.measure.target import FEWEST, MOST, SECONDS, Target
 from mla.bench.plan import estimate
 from mla.bench.plan.memory import MemoryPlan, available_memory
 from mla.bench.plan.request import Request, ScenarioPlan, empty_run
@@ -141,7 +143,8 @@ class _Scheduler:
 
     def _measure_limits_again(self) -> None:
         """Measure the limits once more after all cases, in a small share of the time they took."""
-        seconds = LIMITS_SHARE * (time.monotonic() - self._start)
+        taken = time.monotonic() - self._start
+        seconds = min(LIMITS_SHARE * taken, SECONDS * len(self._request.scenarios) - taken)
         for model in self._limits:
             if self._steering.budget.left() > 0:
                 self._watchdog.beat()
@@ -241,7 +244,9 @@ class _Scheduler:
         """Return the engine's hooks: it stops when another pass of the slowest one would not fit."""
         budget = self._steering.budget
         over = None if budget.seconds is None else lambda: self._pace.over()
-        return Hooks(over, self._watchdog.enter, self._watchdog.beat)
+        given = self._request.counted or budget.seconds is not None  # what the user gave ends the passes
+        target = Target(SECONDS, math.inf if given else MOST, math.inf if given else FEWEST)
+        return Hooks(over, self._watchdog.enter, self._watchdog.beat, target=target)
 
     def _others_may_run(self, error: Exception) -> bool:
         """Return whether other scenarios may go well: this one was too large."""
