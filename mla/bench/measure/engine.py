@@ -278,7 +278,8 @@ class _Engine:
         start = self._hooks.target.now()
         runner.time(self._number(runner), self._untimed, self._hooks.heartbeat)
         runner.samples.after_switch.append(switched)
-        self._tick("timing", runner.implementation, len(runner.steps.run))
+        of = f"pass {len(runner.passes)} of {runner.steps.passes} of"
+        self._tick(f"timing {of}", runner.implementation, len(runner.steps.run))
         self._check_pass(runner)
         taken, longest = self._hooks.target.now() - start, self._times.longest
         longest[runner] = taken if runner not in longest else max(longest[runner], taken)

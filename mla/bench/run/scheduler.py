@@ -44,12 +44,14 @@ MARGIN = 1.5
 
 
 def measure(request: Request, empty: results.Run | None = None, steering: Steering | None = None) -> Outcome:
-    """Run a request with a progress bar, or with a line per scenario where stderr is not a terminal.
+    """Run a request with a progress bar, or with lines where stderr is not a terminal.
 
     `empty` is the result without cases.
     """
     empty, steering = empty or empty_run(request), steering or Steering()
-    with Progress(estimate.nominal_seconds(request)) as progress:
+    bounded = not request.counted and steering.budget.seconds is None
+    usual = SECONDS * len(request.scenarios) if bounded else None
+    with Progress(estimate.nominal_seconds(request), usual) as progress:
         if progress.hidden and len(request.scenarios) > 1:
             steering = replace(steering, log=note)
         return execute(request, empty, progress.advance, steering)
