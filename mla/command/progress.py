@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -48,10 +49,10 @@ class _Bar:
 class Progress(_Bar):
     """Counts estimated seconds; says what is running and how long the rest will take."""
 
-    def __init__(self, seconds: float, usual: float | None = None) -> None:
-        """`usual`: the real seconds in which all should be done, if known."""
+    def __init__(self, seconds: float, ends: Sequence[float] = ()) -> None:
+        """`ends`: the real seconds in which all should be done, and those in which it must, if known."""
         super().__init__("starting", seconds)
-        self._seconds, self._done, self._usual = seconds, 0.0, usual
+        self._seconds, self._done, self._ends = seconds, 0.0, ends
         self._start = self._said = time.monotonic()
 
     @property
@@ -72,8 +73,7 @@ class Progress(_Bar):
     def _left(self, taken: float) -> str:
         """Return how much longer it will take, if that can be told."""
         known = [taken * (self._seconds - self._done) / self._done] if self._done else []
-        if self._usual is not None and self._usual > taken:
-            known.append(self._usual - taken)
+        known += [end - taken for end in self._ends if end > taken]
         if not known:
             return ""
         left = min(known)

@@ -50,8 +50,8 @@ def measure(request: Request, empty: results.Run | None = None, steering: Steeri
     """
     empty, steering = empty or empty_run(request), steering or Steering()
     bounded = not request.counted and steering.budget.seconds is None
-    usual = SECONDS * len(request.scenarios) if bounded else None
-    with Progress(estimate.nominal_seconds(request), usual) as progress:
+    ends = [seconds * len(request.scenarios) for seconds in (SECONDS, MOST)] if bounded else []
+    with Progress(estimate.nominal_seconds(request), ends) as progress:
         if progress.hidden and len(request.scenarios) > 1:
             steering = replace(steering, log=note)
         return execute(request, empty, progress.advance, steering)
