@@ -22,10 +22,9 @@ from mla.bench.doubts import evidence, new_lengths
 from mla.bench.doubts.clock import SecondOpinion
 from mla.bench.limits.growth import no_garbage_collection
 from mla.bench.measure import refusals
-from mla.bench.measure.device_state import read_sensors
 from mla.bench.measure.hooks import Hooks
 from mla.bench.measure.passes import PassRunner
-from mla.bench.measure.samples import Measurement, Samples
+from mla.bench.measure.samples import Measurement, Samples, read_sensors
 from mla.bench.measure.setup import Setup
 from mla.bench.measure.target import FEWEST, LEFT_OUT, Timetable
 from mla.bench.measure.transient_memory import TransientBytes

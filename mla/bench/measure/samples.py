@@ -10,6 +10,8 @@ import torch
 from mla.bench.measure.variants import Variant
 from mla.bench.results.schema import NewLengths
 from mla.verify.verdict import Check
+from mla_backends.api import Backend
+from mla_backends.errors import describe
 
 
 @dataclass
@@ -77,3 +79,15 @@ class Measurement:
         for one in self.samples:
             one.passes.clear()
             one.after_switch.clear()
+
+
+def read_sensors(backend: Backend, when: str) -> list[dict[str, str]]:
+    """Return one reading of a device's clocks, power and temperature, labelled with `when`.
+
+    None if the backend has no sensors. Never raises.
+    """
+    try:
+        found = {str(name): str(value) for name, value in backend.sensors().items()}
+    except Exception as error:  # noqa: BLE001  # a sensor must not cost a run
+        found = {"sensors": f"unknown ({describe(error)})"}
+    return [{"when": when, **found}] if found else []
