@@ -247,8 +247,15 @@ class _Scheduler:
         budget = self._steering.budget
         over = None if budget.seconds is None else lambda: self._pace.over()
         given = self._request.counted or budget.seconds is not None  # what the user gave ends the passes
-        target = Target(SECONDS, math.inf if given else MOST, math.inf if given else FEWEST)
+        target = Target(
+            self._share(SECONDS), math.inf if given else self._share(MOST), math.inf if given else FEWEST
+        )
         return Hooks(over, self._watchdog.enter, self._watchdog.beat, target=target)
+
+    def _share(self, each: float) -> float:
+        """Return the seconds of the next scenario, of so many for each: what others left over, or lack."""
+        left = each * self._number - (time.monotonic() - self._start)
+        return min(2 * each, max(each / 2, left))
 
     def _others_may_run(self, error: Exception) -> bool:
         """Return whether other scenarios may go well: this one was too large."""

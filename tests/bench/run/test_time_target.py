@@ -50,3 +50,28 @@ def test_one_pass_is_left_and_why_there_is_no_interval_is_said(late: Bench) -> N
 def test_what_the_user_gave_is_what_counts(late: Bench, words: tuple[str, ...]) -> None:
     assert late(*words).code == 0
     assert passes() == [6, 6]
+
+
+def test_what_one_scenario_leaves_over_the_next_one_has_or_lacks(
+    bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return Clock.now
+
+    given: list[tuple[float, float]] = []
+
+    class Noted(scheduler.Target):
+        def __init__(self, seconds: float, most: float, fewest: float) -> None:
+            given.append((seconds, most))
+            Clock.now += took.pop(0)
+            super().__init__(seconds, most, fewest)
+
+    monkeypatch.setattr(scheduler, "time", Clock())
+    monkeypatch.setattr(scheduler, "Target", Noted)
+    took = [5.0, 100.0, 300.0, 0.0]
+    words = ("--backend", "cpu", *small, "--implementations", "mla", "--warmups", "0")
+    assert bench(*words, "--scenario", "decode", "-a", "kv=1,2,3,4").code == 0
+    assert given == [(30.0, 75.0), (55.0, 145.0), (15.0, 120.0), (15.0, 37.5)]
