@@ -195,7 +195,7 @@ class _Engine:
         runner.run(next(self._untimed), self._hooks.heartbeat)
         self._tick("checking", one, len(runner.steps.run))
         runner.samples.check = one.check(self._checker)
-        self._times.longest[runner] = 2 * (self._hooks.target.now() - start)  # an idle one flushes as well
+        self._times.taken[runner] = [2 * (self._hooks.target.now() - start)]  # an idle one flushes as well
         if runner.samples.check.status != "ok":
             self._hooks.failed(one, runner.samples.check)
         elif not self._times.variant_fits(runner, 0.0):
@@ -280,8 +280,7 @@ class _Engine:
         of = f"pass {len(runner.passes)} of {runner.steps.passes} of"
         self._tick(f"timing {of}", runner.implementation, len(runner.steps.run))
         self._check_pass(runner)
-        taken, longest = self._hooks.target.now() - start, self._times.longest
-        longest[runner] = taken if runner not in longest else max(longest[runner], taken)
+        self._times.taken.setdefault(runner, []).append(self._hooks.target.now() - start)
 
     def _number(self, runner: PassRunner) -> int:
         """Return the number of a variant's next pass: inputs are the same for all implementations."""

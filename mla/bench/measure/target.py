@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Timetable:
         self._target, self._prefill, self._asked, self._right = target, prefill, asked, right
         self.headlines: list[PassRunner] = []  # the one of the first implementation first
         self.cut: list[PassRunner] = []  # for which there was no time left
-        self.longest: dict[PassRunner, float] = {}  # seconds of a pass, with all that goes with it
+        self.taken: dict[PassRunner, list[float]] = {}  # seconds of passes, with all that goes with them
         self.each: dict[PassRunner, float] = {}  # seconds of a headline's forward
 
     def spare(self) -> float:
@@ -76,7 +77,7 @@ class Timetable:
 
     def variant_fits(self, runner: PassRunner, forward: float) -> bool:
         """Return whether all passes of a variant fit, with so many seconds a forward if none was run."""
-        seconds = self.longest.get(runner, 2 * forward * len(runner.steps.run))
+        seconds = self._seconds(runner) or 2 * forward * len(runner.steps.run)
         return self._asked or runner.steps.passes * seconds <= self.spare()
 
     def another(self, runner: PassRunner) -> bool:
@@ -97,7 +98,9 @@ class Timetable:
 
     def _seconds(self, runner: PassRunner) -> float:
         """Return the seconds that another pass takes, an idle one before it included."""
-        return self.longest.get(runner) or WHOLE * len(runner.steps.run) * self.each.get(runner, 0.0)
+        if taken := self.taken.get(runner):
+            return fmean(taken)
+        return WHOLE * len(runner.steps.run) * self.each.get(runner, 0.0)
 
     def _reserved(self, count: int) -> float:
         """Return the seconds of all evidence, and of the passes due of the first `count` headlines."""
