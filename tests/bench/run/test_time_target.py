@@ -69,7 +69,8 @@ def test_what_one_scenario_leaves_over_the_next_one_has_or_lacks(
             Clock.now += took.pop(0)
             super().__init__(seconds, most, fewest)
 
-    monkeypatch.setattr(scheduler, "time", Clock())
+    for name, value in (("SECONDS", 30.0), ("MOST", 75.0), ("time", Clock())):
+        monkeypatch.setattr(scheduler, name, value)
     monkeypatch.setattr(scheduler, "Target", Noted)
     took = [5.0, 100.0, 300.0, 0.0]
     words = ("--backend", "cpu", *small, "--implementations", "mla", "--warmups", "0")
