@@ -1,12 +1,19 @@
-"""Progress bars on stderr, shown only on a terminal and gone when the work is done."""
+"""Progress on stderr: a bar on a terminal, gone when the work is done, and a line now and then elsewhere."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TypeVar
 
 from rich import progress
 from rich.console import Console
+
+from mla.command.console import note
+
+# Seconds between two lines where stderr is not a terminal.
+EVERY = 10.0
 
 _Self = TypeVar("_Self", bound="_Bar")
 
@@ -42,8 +49,11 @@ class _Bar:
 class Progress(_Bar):
     """Counts estimated seconds; says what is running and how long the rest will take."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, ends: Sequence[float] = ()) -> None:
+        """`ends`: the real seconds in which all should be done, and those in which it must, if known."""
         super().__init__("starting", seconds)
+        self._seconds, self._done, self._ends = seconds, 0.0, ends
+        self._start = self._said = time.monotonic()
 
     @property
     def hidden(self) -> bool:
@@ -54,6 +64,20 @@ class Progress(_Bar):
         """Record the given number of estimated seconds. Called outside timed regions only."""
         self._bar.update(self._task, description=what, advance=seconds)
         self._bar.refresh()
+        self._done += seconds
+        now = time.monotonic()
+        if self.hidden and now - self._said >= EVERY:
+            self._said = now
+            note(f"{what}{self._left(now - self._start)}")
+
+    def _left(self, taken: float) -> str:
+        """Return how much longer it will take, if that can be told."""
+        known = [taken * (self._seconds - self._done) / self._done] if self._done else []
+        known += [end - taken for end in self._ends if end > taken]
+        if not known:
+            return ""
+        left = min(known)
+        return f", about {left / 60:.0f} min left" if left >= 120 else f", about {left:.0f} s left"
 
 
 class Reading(_Bar):

@@ -263,7 +263,7 @@ OUTPUT = (
     click.option(
         "--dry-run",
         is_flag=True,
-        help="Print every case, its memory and estimated time on stderr, and stop.",
+        help="Run one forward of each case, print its memory and estimated time on stderr, and stop.",
     ),
     click.option("--list-ops", is_flag=True, help="Print which op runs where, and why, and stop."),
 )

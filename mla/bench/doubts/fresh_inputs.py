@@ -25,6 +25,8 @@ from mla.bench.subjects.base import Implementation, TakesInputs
 WITHIN, LEAST = 1.5, 0.05
 # Forwards of a round: of one prefill each, and steps of a decode.
 PREFILLS, STEPS = 3, 8
+# Milliseconds of a prefill from which one will do in a round: a disturbance is short beside it.
+LONG = 1000.0
 # The percentile of a round's forwards that counts: work that is new is new in all of them.
 QUIET = 25
 # A busy machine disturbs most rounds: one that is fast enough and right is believed, and forwards speak
@@ -78,6 +80,7 @@ def doubt(one: Timed, checker: Any, beat: Callable[[], None] = lambda: None) -> 
     decode, on_host = layer.scenario.mode == "decode", layer.setting.device.type == "cpu"
     count = min(len(one.steps.run), STEPS if decode else PREFILLS)
     known = _known(one, count if decode else len(one.steps.run))
+    count = 1 if not decode and known.wall > LONG else count
     end, slow = now_ns() + PATIENCE, list[_Times]()
     for number in range(ROUNDS):
         _sleep(min(LONGEST_REST, REST * max(0, number - FEWEST + 1)))

@@ -14,19 +14,19 @@ import gc
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from itertools import count
+from itertools import count, pairwise
+from statistics import median
 from typing import Any
 
 from mla.bench.doubts import evidence, new_lengths
 from mla.bench.doubts.clock import SecondOpinion
 from mla.bench.limits.growth import no_garbage_collection
 from mla.bench.measure import refusals
-from mla.bench.measure.device_state import read_sensors
 from mla.bench.measure.hooks import Hooks
 from mla.bench.measure.passes import PassRunner
-from mla.bench.measure.samples import Measurement, Samples
+from mla.bench.measure.samples import Measurement, Samples, read_sensors
 from mla.bench.measure.setup import Setup
+from mla.bench.measure.target import FEWEST, LEFT_OUT, Timetable
 from mla.bench.measure.transient_memory import TransientBytes
 from mla.bench.measure.variants import HEADLINE, Variants
 from mla.bench.measure.warmup import warm_up
@@ -60,7 +60,7 @@ def measure(
     required and the first implementation has none.
     """
     setup = Setup(backend, variants or Variants(), scenario)
-    engine = _Engine(scenario, checker, setup, backend, progress, hooks)
+    engine = _Engine(scenario, checker, setup, backend, progress, hooks, len(implementations))
     gc.collect()
     with no_garbage_collection():  # the same for checks and timing: no op can tell them apart by it
         try:
@@ -89,12 +89,16 @@ class _Engine:
         backend: Backend,
         progress: ProgressCallback,
         hooks: Hooks,
+        implementations: int,
     ) -> None:
         self.measurements: dict[str, Measurement] = {}
         self._headlines: dict[str, PassRunner] = {}
         self._scenario, self._checker, self._setup, self._backend = scenario, checker, setup, backend
         self._progress, self._hooks = progress, hooks
         self._second_opinion = SecondOpinion()
+        self._unplanned = implementations  # whose passes are not planned yet
+        prefill, asked = scenario.mode == "prefill", setup.asked
+        self._times = Timetable(hooks.target, prefill, asked, self._correct)
         self._runners: Sequence[PassRunner] = ()  # once they are timed
         self._untimed = count(UNTIMED)  # numbers of passes that are not timed
 
@@ -124,7 +128,11 @@ class _Engine:
         runner = self._headlines[one.name] = self._setup.headline(one, found)
         self._warm_up(runner)
         self._shorten(runner)
+        self._times.headlines.append(runner)
+        start = self._hooks.target.now()
         found.transient_bytes = self._whole_pass(runner)
+        each = (self._hooks.target.now() - start) / self._scenario.inputs
+        self._times.each.setdefault(runner, each)  # without a warm-up
         found.headline.check = one.check(self._checker)
         if found.check.status == "ok":
             found.outputs = one.compared()
@@ -146,11 +154,16 @@ class _Engine:
         return transient.peak + one.scratch_bytes()
 
     def _shorten(self, runner: PassRunner) -> None:
-        """Let a yardstick that is much slower than the first implementation run less."""
+        """Let a yardstick run less that is much slower than the first implementation, or for lack of time.
+
+        Its own fastest forward counts, and the median of others: a disturbance makes it no slower.
+        """
         name = runner.implementation.name
         right = {n: one for n, one in self.measurements.items() if one.check.status in ("ok", "not run")}
-        ms = {n: one.warm_ms for n, one in right.items() if one.warm_ms}  # its own check follows
-        if name in (less := self._hooks.shorten(ms)):
+        warm = {n: one for n, one in right.items() if one.warm_ms}  # its own check follows
+        ms = {n: (one.warm_ms if n == name else one.typical_ms) or 0.0 for n, one in warm.items()}
+        most, self._unplanned = self._times.forwards(runner, self._unplanned), self._unplanned - 1
+        if name in (less := self._hooks.shorten(ms, most)):
             runner.steps, reason = less[name]
             self.measurements[name].due = runner.steps.passes
             self._hooks.say(f"{self._scenario.name}, {name}: {reason}")
@@ -171,15 +184,22 @@ class _Engine:
                 self._hooks.enter(runner.implementation.name)
                 with self.refusable(runner.implementation):
                     self._check_variant(runner)
-        return [runner for runner in found if self._correct(runner)]
+        return [one for one in found if self._correct(one) and one.samples.check.status == "ok"]
 
     def _check_variant(self, runner: PassRunner) -> None:
-        one = runner.implementation
+        one, start = runner.implementation, self._hooks.target.now()
+        left_out = Check(status="not run", reason=LEFT_OUT)
+        if not self._times.variant_fits(runner, self._times.each[self._headlines[one.name]]):
+            runner.samples.check = left_out
+            return
         runner.run(next(self._untimed), self._hooks.heartbeat)
         self._tick("checking", one, len(runner.steps.run))
         runner.samples.check = one.check(self._checker)
+        self._times.taken[runner] = [2 * (self._hooks.target.now() - start)]  # an idle one flushes as well
         if runner.samples.check.status != "ok":
             self._hooks.failed(one, runner.samples.check)
+        elif not self._times.variant_fits(runner, 0.0):
+            runner.samples.check = left_out
 
     def warm_up(self, runners: Sequence[PassRunner]) -> None:
         """Warm up every further mode as well, timed separately."""
@@ -192,23 +212,32 @@ class _Engine:
                 self._warm_up(runner)
 
     def _warm_up(self, runner: PassRunner) -> None:
-        one = runner.implementation
-        tick = partial(self._tick, "warming up", one)
+        one, ends = runner.implementation, list[float]()
+
+        def tick(count: int) -> None:
+            ends.append(self._hooks.target.now())
+            self._tick("warming up", one, count)
+
         steps, least = self._scenario.steps, self._scenario.warmups
         must = min(least, self._hooks.warmups)
         done = warm_up(runner.forwards, steps, least, runner.time_step, self._untimed, tick, must)
         runner.ms = done.ms or 0.0
         if runner.samples.variant == HEADLINE:
             found = self.measurements[one.name]
-            found.warmups, found.settled, found.warm_ms = done.forwards, done.settled, done.ms
+            found.warmups, found.settled = done.forwards, done.settled
+            found.warm_ms, found.typical_ms = done.ms, done.typical_ms
+            if len(ends) > 1:
+                self._times.each[runner] = median(after - before for before, after in pairwise(ends))
 
     # ------------------------------------------------------------------------------------------ timing
 
     def time(self, runners: Sequence[PassRunner], order: random.Random) -> None:
         """Time all passes, between two readings of the device's sensors."""
         self._runners = runners
+        self._hooks.target.checked()
         self._sense("before")
         self._time_passes(runners, order)
+        self._say_cut()
         self._sense("after")
 
     def _sense(self, when: str) -> None:
@@ -225,18 +254,33 @@ class _Engine:
             for runner in due:
                 if self._hooks.should_stop is not None and self._hooks.should_stop():
                     return
-                if not self._correct(runner):
+                if not self._correct(runner) or not self._times.another(runner):
                     continue
                 with self.refusable(runner.implementation):
                     self._time_pass(runner, switched=runner is not previous)
                 previous = runner
 
+    def _say_cut(self) -> None:
+        """Say which headlines have fewer passes than were due, and are complete with those."""
+        for runner in self._times.cut:
+            if not runner.passes:  # no headline: each has one
+                runner.samples.check = Check(status="not run", reason=LEFT_OUT)
+            name, done, due = runner.implementation.name, len(runner.passes), runner.steps.passes
+            if runner.headline and self._correct(runner):
+                self.measurements[name].due = done
+                few = ", too few for an interval" if done < FEWEST else ""
+                said = f"{done} of {due} passes fit into the time of a scenario{few}"
+                self._hooks.say(f"{self._scenario.name}, {name}: {said}; --passes and --runs keep all")
+
     def _time_pass(self, runner: PassRunner, switched: bool) -> None:
         self._hooks.enter(runner.implementation.name)
+        start = self._hooks.target.now()
         runner.time(self._number(runner), self._untimed, self._hooks.heartbeat)
         runner.samples.after_switch.append(switched)
-        self._tick("timing", runner.implementation, len(runner.steps.run))
+        of = f"pass {len(runner.passes)} of {runner.steps.passes} of"
+        self._tick(f"timing {of}", runner.implementation, len(runner.steps.run))
         self._check_pass(runner)
+        self._times.taken.setdefault(runner, []).append(self._hooks.target.now() - start)
 
     def _number(self, runner: PassRunner) -> int:
         """Return the number of a variant's next pass: inputs are the same for all implementations."""
@@ -270,7 +314,8 @@ class _Engine:
                 found = evidence.doubts(*evidence_of)
                 where = "" if runner.samples.variant == HEADLINE else f"{runner.samples.variant}: "
                 measurement.doubts += [f"{where}{doubt}" for doubt in found]
-                if runner.headline and measurement.due is None:
+                spare = self._hooks.target.spare()
+                if runner.headline and measurement.due is None and spare > new_lengths.SECONDS:
                     measurement.new_lengths = new_lengths.measure(one, self._scenario, heartbeat=beat)
                 self._hooks.heartbeat()
         self._withhold()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from mla.bench.measure.target import Target
 from mla.bench.measure.variants import Steps
 from mla.bench.subjects.base import Implementation
 from mla.verify.verdict import Check
@@ -23,7 +24,8 @@ class Hooks:
     # An implementation whose pass was wrong, while its inputs, cache and collected outputs are in place.
     failed: Callable[[Implementation, Check], None] = lambda one, check: None
     # Asked after every warm-up, with the milliseconds of a forward of each implementation that is
-    # not wrong, in their order.
-    shorten: Callable[[Mapping[str, float]], Shorter] = lambda ms: {}
+    # not wrong, in their order, and how many forwards of the last one fit into the time that is left.
+    shorten: Callable[[Mapping[str, float], float], Shorter] = lambda ms, most: {}
     warmups: int = 0  # that the user asked for: they run however long they take
     say: Callable[[str], None] = lambda text: None  # what a reader of the numbers should know
+    target: Target = Target()  # noqa: RUF009  # without limits, nothing of it changes

@@ -10,6 +10,8 @@ import torch
 from mla.bench.measure.variants import Variant
 from mla.bench.results.schema import NewLengths
 from mla.verify.verdict import Check
+from mla_backends.api import Backend
+from mla_backends.errors import describe
 
 
 @dataclass
@@ -33,9 +35,10 @@ class Measurement:
     interrupted: bool = False
     refused: bool = False  # by an op: the check says why
     transient_bytes: int | None = None
-    due: int | None = None  # passes of a slow yardstick, which is timed in no other way than the headline's
+    due: int | None = None  # passes, where they are fewer than planned, or shorter
     warmups: int = 0
     warm_ms: float | None = None  # of the fastest forward of the warm-up after its first
+    typical_ms: float | None = None  # their median
     settled: bool | None = None  # whether the warm-up saw latencies settle; None: there was none, or too few
     device_state: list[dict[str, str]] = field(default_factory=list)
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)  # of the first pass, by forward
@@ -76,3 +79,15 @@ class Measurement:
         for one in self.samples:
             one.passes.clear()
             one.after_switch.clear()
+
+
+def read_sensors(backend: Backend, when: str) -> list[dict[str, str]]:
+    """Return one reading of a device's clocks, power and temperature, labelled with `when`.
+
+    None if the backend has no sensors. Never raises.
+    """
+    try:
+        found = {str(name): str(value) for name, value in backend.sensors().items()}
+    except Exception as error:  # noqa: BLE001  # a sensor must not cost a run
+        found = {"sensors": f"unknown ({describe(error)})"}
+    return [{"when": when, **found}] if found else []

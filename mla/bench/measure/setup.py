@@ -19,6 +19,7 @@ class Setup:
 
     def __init__(self, backend: Backend, variants: Variants, scenario: Scenario) -> None:
         self._backend, self._variants, self._scenario = backend, variants, scenario
+        self.asked = variants.asked
         cold = any(variant.cache == "cold" for variant in variants.timed)
         self._flush = CacheFlush(backend) if cold else None
 

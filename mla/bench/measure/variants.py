@@ -55,6 +55,7 @@ class Variants:
 
     timed: tuple[Variant, ...] = (HEADLINE,)
     graphs_required: bool = False  # requested with --mode: an error if the first implementation has none
+    asked: bool = False  # with an option: none is left out to save time
 
     def __str__(self) -> str:
         """Return, for example, "eager, graph; warm, cold; host and device clock"."""
@@ -101,7 +102,8 @@ def available(wanted: Wanted, backend: Backend) -> Variants:
             raise VariantError(f"{problem} (required by --mode graph).")
         modes.remove("graph")
     combined = [Variant(*values) for values in product(modes, caches, clocks)]
-    return Variants(tuple(dict.fromkeys((HEADLINE, *combined))), graphs_required=wanted.modes is not None)
+    timed = tuple(dict.fromkeys((HEADLINE, *combined)))
+    return Variants(timed, graphs_required=wanted.modes is not None, asked=wanted != Wanted())
 
 
 def _values(option: str, given: str | None, known: list[str]) -> tuple[str, ...] | None:

@@ -27,6 +27,7 @@ class WarmupResult:
     forwards: int = 0
     settled: bool | None = None
     ms: float | None = field(default=None, compare=False)  # of the fastest forward after the first one
+    typical_ms: float | None = field(default=None, compare=False)  # their median
 
 
 def warm_up(
@@ -57,7 +58,7 @@ def warm_up(
         tick(int(len(taken) <= least))
     too_few = len(taken) <= FEWEST and taken[-1] <= taken[0]  # the first one may have made what all use
     known = None if too_few and not settled(taken) else settled(taken)
-    return WarmupResult(len(taken), known, min(taken[1:]))
+    return WarmupResult(len(taken), known, min(taken[1:]), median(taken[1:]))
 
 
 def _done(taken: Sequence[float], least: int, must: int) -> bool:

@@ -6,11 +6,12 @@ from the limit, and what else runs on the machine is not known.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
 from mla.bench import results
-from mla.bench.measure import passes, warmup
+from mla.bench.measure import passes, target, warmup
 from mla.bench.measure.variants import HEADLINE, Steps, Variant, forwards, steps
 from mla.bench.plan import yardstick
 from mla.bench.plan.rates import Rates, measure_rates
@@ -29,6 +30,8 @@ SIMULATED = 5
 # Seconds for the limits of a scenario, and the most for an implementation's warm-ups, evidence and forwards
 # on new lengths, which end by the clock; and those of their forwards that run whatever they take.
 LIMITS, BOUNDED, FIXED = 4.0, 8.0, 8
+# Seconds for limits that are measured once more.
+AGAIN = 1.0
 # Bytes that are swept before a cold forward, at least.
 LEAST_SWEPT = 32 << 20
 
@@ -40,6 +43,27 @@ class Estimator:
         self._variants, self._rates = variants, rates
         self._sweep = 2 * max(cache_bytes, LEAST_SWEPT) / rates.bandwidth
         self.measured = rates is not NOMINAL
+        self._known: dict[tuple[str, str], float] = {}  # seconds of a forward that was run, by case
+        self._factors: dict[str, float] = {}  # implementation -> times as long as its rates say
+
+    def learn(self, scenario: ScenarioPlan, name: str, seconds: float) -> None:
+        """Record what a forward took; other scenarios of this implementation are corrected by it."""
+        self._factors.pop(name, None)
+        self._factors[name] = seconds / self.forward(scenario, name)
+        self._known[scenario.name, name] = seconds
+
+    def usual(self, scenario: ScenarioPlan, names: Sequence[str], counted: bool = False) -> float:
+        """Return the seconds of a scenario after the first limits, where what takes too long gives way.
+
+        With counts of the user's (`counted`), nothing does.
+        """
+        again = AGAIN - LIMITS
+        full = self.seconds(scenario, names) + self.beside(scenario, names) + again
+        alone = copy.copy(self)
+        alone._variants = [HEADLINE]
+        headline = alone.seconds(scenario, names) + alone.beside(scenario, names) + again
+        most = max(target.SECONDS, min(headline, target.MOST + self.preparation(scenario, names)))
+        return full if counted else min(full, most)
 
     def seconds(self, scenario: ScenarioPlan, names: Sequence[str], first: str | None = None) -> float:
         """Return the seconds of a scenario: its oracle, and every forward of these implementations.
@@ -107,10 +131,18 @@ class Estimator:
         """Return the seconds for weights and the float64 oracle."""
         needs = scenario.needs
         weights = needs.parameters * (DRAWING + PACKING * len(names))
-        return needs.oracle_flops / self._rates.float64 + weights
+        compared = 0.0  # ours are held to a pass of the reference
+        if scenario.point.op is None and scenario.setting.ranks is None:
+            compared = scenario.point.inputs * self.forward(scenario, "mla-reference")
+        return needs.oracle_flops / self._rates.float64 + compared + weights
 
     def forward(self, scenario: ScenarioPlan, name: str) -> float:
         """Return the seconds of one forward."""
+        if (scenario.name, name) in self._known:
+            return self._known[scenario.name, name]
+        return self._factors.get(name, 1.0) * self._by_rates(scenario, name)
+
+    def _by_rates(self, scenario: ScenarioPlan, name: str) -> float:
         base, work = parse_one(name).base, scenario.needs.forward
         seconds = self.floor(work) / SHARES.get(base, min(SHARES.values()))
         if base != "mla":  # which multiplies with torch, in the run's dtype

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from mla.bench.measure.variants import forwards
 from mla.bench.plan import estimate
-from mla.bench.plan.estimate import SHARES, Estimator
+from mla.bench.plan.estimate import LIMITS, SHARES, Estimator
 from mla.bench.plan.memory import gib
+from mla.bench.plan.probe import probe
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops
 from mla.bench.terminal.digits import number
@@ -155,6 +156,7 @@ def require_memory(request: Request) -> None:
 def dry_run(request: Request) -> None:
     """Say how many cases there are, and for each the memory and roughly the time it needs."""
     estimator = estimate.measured(request)
+    tried = probe(request, estimator)
     rows: list[tuple[str, ...]] = []
     for scenario in request.scenarios:
         rows += _rows(request, scenario, estimator, len(rows) + 1)
@@ -164,13 +166,15 @@ def dry_run(request: Request) -> None:
     for scenario in request.scenarios:
         for name, reason in scenario.refused.items():
             note(f"{scenario.name}, {name} will be skipped: {reason}")
-    _total(request, estimator)
+    _total(request, estimator, tried)
 
 
 def _rows(
     request: Request, scenario: ScenarioPlan, estimator: Estimator, first: int
 ) -> list[tuple[str, ...]]:
-    memory = scenario.memory
+    memory, names = scenario.memory, request.implementations
+    alone = {name: estimator.seconds(scenario, [name], names[0]) for name in names}
+    part = min(1.0, estimator.usual(scenario, names, request.counted) / sum(alone.values()))
     count = str(forwards(request.variants.timed, scenario.point))
     return [
         (
@@ -180,30 +184,34 @@ def _rows(
             count,
             gib(memory.device_bytes(1)),
             gib(memory.host_bytes(1)),
-            _about(scenario, name, estimator, request.implementations[0]),
+            _about(scenario, name, part * alone[name]),
         )
-        for place, name in enumerate(request.implementations)
+        for place, name in enumerate(names)
     ]
 
 
-def _about(scenario: ScenarioPlan, name: str, estimator: Estimator, first: str) -> str:
+def _about(scenario: ScenarioPlan, name: str, seconds: float) -> str:
     if not scenario.memory.fits:
         return "does not fit, skipped"
     if name in scenario.refused:
         return "refused, skipped"
-    return spoken(estimator.seconds(scenario, [name], first))
+    return spoken(seconds)
 
 
-def _total(request: Request, estimator: Estimator) -> None:
+def _total(request: Request, estimator: Estimator, tried: int) -> None:
     fitting = [scenario for scenario in request.scenarios if scenario.memory.fits]
     names = request.implementations
     left = [(one, [name for name in names if name not in one.refused]) for one in fitting]
-    seconds = sum(estimator.seconds(scenario, those) for scenario, those in left if those)
+    counted = request.counted
+    seconds = sum(estimator.usual(scenario, those, counted) for scenario, those in left if those)
+    seconds += LIMITS if left else 0.0
     count = len(request.scenarios) * len(request.implementations)
     bases = dict.fromkeys(parse_one(name).base for name in request.implementations)
     shares = ", ".join(f"{base} {number(100 * SHARES[base])} %" for base in bases if base in SHARES)
     how = "measured just now" if estimator.measured else "nominal, since none could be measured"
+    by_rates = f"rates of the device {how}; assumed efficiency: {shares}"
+    of = "each" if tried == count else f"{tried} of them; others: {by_rates}"
     note(
-        f"{count} cases, about {spoken(seconds)}, float64 oracle and checks included (rates of the device "
-        f"{how}; assumed efficiency: {shares})"
+        f"{_count(count, 'case')}, about {spoken(seconds)}, limits, float64 oracle and checks included "
+        f"({f'from one forward of {of}' if tried else by_rates})"
     )

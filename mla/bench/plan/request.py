@@ -82,6 +82,7 @@ class Request:
     stages: bool = False  # time the parts of a forward, after everything else
     variants: Variants = Variants()  # noqa: RUF009  # frozen
     warmups: int | None = None  # the user's own count, which is run however long it takes
+    counted: bool = False  # the user said how many passes or forwards to time: none is dropped to save time
     profile: Path | None = None  # the trace to write after everything else
 
     def replanned(self, points: Sequence[Point], names: Sequence[str]) -> Request:

@@ -124,6 +124,7 @@ def _planned(
         state=state,
         stages=options.stages,
         warmups=options.warmups,
+        counted=(options.runs, options.passes) != (None, None),
         profile=options.profile,
         variants=variants.available(wanted, opened.backend),
     )

@@ -5,7 +5,7 @@ without bf16 instructions a forward of the reference ops takes ten times as long
 take nearly all of the run. Such a yardstick is timed in the headline's way alone. Its passes become fewer,
 but never too few for an interval, and then shorter: fewer of the forwards of a prefill, which are alike, or
 the first steps of a decode. The cache grows in those, so ratios are formed from the same steps of both
-(`mla.bench.results.passes`).
+(`mla.bench.results.passes`). Any other implementation than the first runs less for lack of time as well.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Steps, Variant, steps
 from mla.bench.results.passes import ENOUGH
+from mla.bench.workload.quantities import spoken
 from mla.bench.workload.scenario import Scenario
 
 # Seconds beyond which a yardstick is cut, or a share of what the first implementation takes; and the part of
@@ -31,25 +32,28 @@ FEWEST, LEAST_STEPS = EXTRA_PASSES, ENOUGH
 
 
 def shortened(
-    scenario: Scenario, variants: Sequence[Variant], ms: Mapping[str, float]
+    scenario: Scenario, variants: Sequence[Variant], ms: Mapping[str, float], most: float = math.inf
 ) -> dict[str, tuple[Steps, str]]:
     """Return implementation -> what it runs, in the headline's way alone, and the clause that says so.
 
-    `ms`: implementation -> milliseconds of one forward (the fastest of its warm-up), the first one first; an
-    implementation that is not in it keeps what is planned. So does one whose forwards take no more than
-    `SECONDS` in all, or `SHARE` of those of the first implementation, or which cannot run less.
+    `ms`: implementation -> milliseconds of one forward in its warm-up, the first one first; an implementation
+    that is not in it keeps what is planned. So does one whose forwards take no more than `SECONDS` in all, or
+    `SHARE` of those of the first implementation, or which cannot run less; unless time allows only for `most`
+    forwards of the headline.
     """
     found: dict[str, tuple[Steps, str]] = {}
     planned = BESIDE + sum(one.passes * len(one.run) for one in (steps(one, scenario) for one in variants))
     for own in list(ms)[1:]:
         first = next(iter(ms))
-        if not ms[own] or ms[own] < MUCH * ms[first]:
+        if not ms[own]:
             continue
-        allowed = max(1e3 * SECONDS, SHARE * planned * ms[first]) / ms[own]
+        slow = ms[own] >= MUCH * ms[first]
+        allowed = max(1e3 * SECONDS, SHARE * planned * ms[first]) / ms[own] if slow else math.inf
         whole, others = steps(HEADLINE, scenario), len(variants) > 1
-        fewer = _fitting(scenario, LEFT * allowed)
-        if planned > allowed and (others or fewer != whole):
-            found[own] = fewer, _reason(first, ms[own] / ms[first], whole, fewer, others)
+        cut = planned > allowed
+        fewer = _fitting(scenario, min(most, LEFT * allowed if cut else math.inf))
+        if (cut and others) or fewer != whole:
+            found[own] = fewer, _reason(planned * ms[own] / 1e3, whole, fewer, others)
     return found
 
 
@@ -57,16 +61,16 @@ def _fitting(scenario: Scenario, allowed: float) -> Steps:
     """Return the headline in `allowed` forwards: first with fewer passes, and then with shorter ones."""
     planned = steps(HEADLINE, scenario)
     count = len(planned.run)
+    allowed = min(allowed, planned.passes * count)
     passes = min(planned.passes, max(FEWEST, math.floor(allowed / count)))
     least = min(count, LEAST_STEPS if scenario.mode == "decode" else 1)
     some = range(min(count, max(least, math.floor(allowed / passes))))
     return replace(planned, run=some, timed=some, passes=passes)
 
 
-def _reason(first: str, ratio: float, planned: Steps, fewer: Steps, others: bool) -> str:
-    """Return, say, "it takes 4 times as long as mla, so it runs 6 passes of 2 instead of 10 of 10"."""
-    times = f"{ratio:.2g}" if ratio < 10 else f"{ratio:.0f}"
-    said = f"it takes {times} times as long as {first}, so "
+def _reason(seconds: float, planned: Steps, fewer: Steps, others: bool) -> str:
+    """Return, say, "in full it would take about 46 s, so it runs 6 passes of 2 instead of 10 of 10"."""
+    said = f"in full it would take about {spoken(seconds)}, so "
     if fewer == planned:
         return f"{said}none of its other timings are made"
     counts = f"{fewer.passes} passes of {len(fewer.run)} instead of {planned.passes} of {len(planned.run)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -68,6 +69,8 @@ class ScenarioRun:
             self._progress(f"{self._point.name}: limits of the device", 0)
             self.ceilings.known(self._whole(self._costs(self._setting)).bytes)
             self._progress(f"{self._point.name}: float64 oracle", 0)
+            self._fixture.prepare()
+            self._hooks.target.prepared()
         return self._fixture.prepare()
 
     def measure(self, names: Sequence[str]) -> list[results.Case]:
@@ -86,11 +89,11 @@ class ScenarioRun:
             if measured[one.name].check.status in ("ok", "doubtful"):
                 self._outputs[one.name] = measured[one.name].outputs
             if measured[one.name].check.status == "ok":
-                self._ms[one.name] = measured[one.name].warm_ms or 0.0
+                self._ms[one.name] = measured[one.name].typical_ms or 0.0
         for one in built:
             if measured[one.name].refused:
                 self.refuse(one.name, measured[one.name].check.reason)
-        self.ceilings.again(judging.SECONDS)
+        self.ceilings.again(min(judging.SECONDS, self._hooks.target.spare()))
         ran = [one.name for one in built if not measured[one.name].refused]
         cases = [self._case(one, measured[one.name], ran) for one in built]
         if self._request.stages:
@@ -99,15 +102,18 @@ class ScenarioRun:
         tampered.withhold(cases, [name for one in built for name in one.replaced_elsewhere()])
         return cases
 
-    def _shorten(self, ms: Mapping[str, float]) -> Shorter:
+    def _shorten(self, ms: Mapping[str, float], most: float) -> Shorter:
         """Return what slow yardsticks run less than planned; the first implementation may have run before.
 
-        Where its time is not known, or it was wrong, nothing is cut.
+        Where its time is not known, or it was wrong, nothing is cut. `most` of their forwards fit into the
+        time that is left, which does not count where the user said how many to run.
         """
         known, first = {**self._ms, **ms}, self._request.implementations[0]
         if not known.get(first):
             return {}
-        return yardstick.shortened(self._point, self._request.variants.timed, {first: known[first], **known})
+        most = math.inf if self._request.counted else most
+        times = {first: known[first], **known}
+        return yardstick.shortened(self._point, self._request.variants.timed, times, most)
 
     def _failed(self, one: Implementation, check: Check) -> None:
         """Keep the first failure of the run; the engine calls this once per wrong implementation."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from mla.bench.limits import placing
 from mla.bench.limits.roofline import TIMES, RooflineModel
 from mla.bench.measure import refusals
 from mla.bench.measure.hooks import Hooks
+from mla.bench.measure.target import FEWEST, MOST, SECONDS, Target
 from mla.bench.plan import estimate
 from mla.bench.plan.memory import MemoryPlan, available_memory
 from mla.bench.plan.request import Request, ScenarioPlan, empty_run
@@ -42,12 +44,14 @@ MARGIN = 1.5
 
 
 def measure(request: Request, empty: results.Run | None = None, steering: Steering | None = None) -> Outcome:
-    """Run a request with a progress bar, or with a line per scenario where stderr is not a terminal.
+    """Run a request with a progress bar, or with lines where stderr is not a terminal.
 
     `empty` is the result without cases.
     """
     empty, steering = empty or empty_run(request), steering or Steering()
-    with Progress(estimate.nominal_seconds(request)) as progress:
+    bounded = not request.counted and steering.budget.seconds is None
+    ends = [seconds * len(request.scenarios) for seconds in (SECONDS, MOST)] if bounded else []
+    with Progress(estimate.nominal_seconds(request), ends) as progress:
         if progress.hidden and len(request.scenarios) > 1:
             steering = replace(steering, log=note)
         return execute(request, empty, progress.advance, steering)
@@ -141,7 +145,8 @@ class _Scheduler:
 
     def _measure_limits_again(self) -> None:
         """Measure the limits once more after all cases, in a small share of the time they took."""
-        seconds = LIMITS_SHARE * (time.monotonic() - self._start)
+        taken = time.monotonic() - self._start
+        seconds = min(LIMITS_SHARE * taken, SECONDS * len(self._request.scenarios) - taken)
         for model in self._limits:
             if self._steering.budget.left() > 0:
                 self._watchdog.beat()
@@ -241,7 +246,16 @@ class _Scheduler:
         """Return the engine's hooks: it stops when another pass of the slowest one would not fit."""
         budget = self._steering.budget
         over = None if budget.seconds is None else lambda: self._pace.over()
-        return Hooks(over, self._watchdog.enter, self._watchdog.beat)
+        given = self._request.counted or budget.seconds is not None  # what the user gave ends the passes
+        target = Target(
+            self._share(SECONDS), math.inf if given else self._share(MOST), math.inf if given else FEWEST
+        )
+        return Hooks(over, self._watchdog.enter, self._watchdog.beat, target=target)
+
+    def _share(self, each: float) -> float:
+        """Return the seconds of the next scenario, of so many for each: what others left over, or lack."""
+        left = each * self._number - (time.monotonic() - self._start)
+        return min(2 * each, max(each / 2, left))
 
     def _others_may_run(self, error: Exception) -> bool:
         """Return whether other scenarios may go well: this one was too large."""

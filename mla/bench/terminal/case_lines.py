@@ -27,12 +27,14 @@ def case_lines(run: Run) -> list[str]:
 def _passes(case: Case) -> Iterator[str]:
     """Say what was timed where the workload asks for more; of a decode pass, it was the first steps."""
     planned = case.planned
-    if as_planned(case) or planned is None:
+    if as_planned(case) or planned is None or case.latency_ms is None:
         return
     steps, fewer = case.steps_per_pass, case.steps_per_pass < planned.steps
     of = f"{'the first ' * (fewer and case.mode == 'decode')}{steps}"
     shared = "; ratios to it are of the same steps" if fewer and case.mode == "decode" else ""
-    yield f"timed in {case.passes} passes of {of} instead of {planned.passes} of {planned.steps}{shared}"
+    few = ", too few for an interval" * (case.passes < planned.passes and case.latency_ms.ci95 is None)
+    passes = f"{case.passes} pass{'es' * (case.passes != 1)}"
+    yield f"timed in {passes} of {of} instead of {planned.passes} of {planned.steps}{few}{shared}"
 
 
 def _planning(case: Case) -> Iterator[str]:

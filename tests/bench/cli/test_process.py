@@ -299,3 +299,22 @@ def test_sigterm_while_modules_are_imported_is_told_from_ctrl_c(tmp_path: Path) 
     child.terminate()
     _, err = child.communicate(timeout=60)
     assert (child.returncode, err) == (143, "error: interrupted by SIGTERM\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, "None 10000"), ({"GOMP_SPINCOUNT": "7"}, "None 7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None")],
+)
+def test_host_threads_do_not_spin_for_long_unless_the_user_says_so(
+    process: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], found: str
+) -> None:
+    """OpenMP asks when torch is loaded, which ends this run."""
+    (tmp_path / "torch.py").write_text(
+        "import os\n"
+        "found = [str(os.environ.get(name)) for name in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')]\n"
+        "raise ImportError('threads wait as in ' + ' '.join(found))\n"
+    )
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    done = process("--backend", "cpu", "--list-ops", path=[tmp_path], **given)
+    assert f"threads wait as in {found}" in done.err

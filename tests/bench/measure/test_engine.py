@@ -259,7 +259,7 @@ def cut(make_bench: MakeBench) -> Any:
     asked: list[dict[str, float]] = []
     said: list[str] = []
 
-    def shorten(ms: Any) -> Any:
+    def shorten(ms: Any, most: float) -> Any:
         asked.append(dict(ms))
         return {"slow": (Steps(range(2), range(2), 2), "it is slow")} if "slow" in ms else {}
 
@@ -278,7 +278,7 @@ def test_a_slow_yardstick_is_asked_for_as_soon_as_it_is_warm(cut: Any) -> None:
 def test_none_is_held_to_what_was_wrong(make_bench: MakeBench) -> None:
     bench = make_bench(msgspec.structs.replace(DECODE, warmups=1))
     asked: list[list[str]] = []
-    hooks = Hooks(shorten=lambda ms: asked.append([*ms]) or {})  # type: ignore[func-returns-value]
+    hooks = Hooks(shorten=lambda ms, most: asked.append([*ms]) or {})  # type: ignore[func-returns-value]
     bench.measure(bench.parrot("bad", lambda number: True), bench.parrot("other"), hooks=hooks)
     assert asked == [["bad"], ["other"]]
 

@@ -32,7 +32,7 @@ def test_the_readme_run_on_a_cpu_without_bf16() -> None:
     ]
     assert (plan.passes, plan.run, plan.timed) == (6, range(1), range(1))
     assert reason == (
-        "it takes 4.1 times as long as mla, so it runs 6 passes of 1 instead of 10 of 10, "
+        "in full it would take about 4 min, so it runs 6 passes of 1 instead of 10 of 10, "
         "and no other timings"
     )
     plan, reason = shortened(DECODE, (HEADLINE,), {"mla": 4.2, "mla-reference": 80.0})["mla-reference"]
@@ -45,12 +45,12 @@ def test_a_step_that_takes_a_second_leaves_three_of_them_in_a_pass() -> None:
     assert (plan.passes, plan.run) == (6, range(LEAST_STEPS))
 
 
-def test_what_cannot_run_less_is_not_cut_and_large_ratios_are_plain() -> None:
+def test_what_cannot_run_less_is_not_cut() -> None:
     least = Scenario(name="own", mode="decode", query_lens=(1,), history=(64,), runs=3, passes=6)
     ms = {"mla": 5.0, "other": 1000.0}
     assert shortened(least, (HEADLINE,), ms) == {}
     reason = shortened(least, (HEADLINE, COLD), ms)["other"][1]
-    assert reason == "it takes 200 times as long as mla, so none of its other timings are made"
+    assert reason == "in full it would take about 96 s, so none of its other timings are made"
 
 
 def test_other_timings_go_first_then_passes_then_steps() -> None:

@@ -123,7 +123,8 @@ def test_fewer_or_shorter_passes_have_a_column_and_a_line(
 def test_a_budget_that_cut_passes_shows_as_well(make_run: MakeRun) -> None:
     run = make_run(STEADY[:6], **shortened("decode", 2))
     run.cases[0].planned = results.Planned(passes=6, steps=2, due=6)
-    assert case_lines(run) == ["decode, mla: timed in 3 passes of 2 instead of 6 of 2"]
+    few = "too few for an interval"
+    assert case_lines(run) == [f"decode, mla: timed in 3 passes of 2 instead of 6 of 2, {few}"]
 
 
 def test_what_ran_as_planned_or_has_no_number_needs_no_column(make_run: MakeRun) -> None:

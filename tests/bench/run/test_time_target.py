@@ -1,0 +1,78 @@
+"""A run that takes longer than it should ends with what fits, says so, and is complete with that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla.bench import results
+from mla.bench.run import scheduler
+
+Bench = Callable[..., Any]
+
+
+@pytest.fixture
+def late(bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """Return a function that runs a decode whose time is over at once."""
+    monkeypatch.setattr(scheduler, "SECONDS", 0.0)
+    monkeypatch.setattr(scheduler, "MOST", 0.0)
+
+    def late(*words: str) -> Any:
+        return bench("--backend", "cpu", *small, "--scenario", "decode", "-o", "run.json", *words)
+
+    return late
+
+
+def passes() -> list[int]:
+    return [case.passes for case in results.read(Path("run.json")).cases]
+
+
+def test_one_pass_is_left_and_why_there_is_no_interval_is_said(late: Bench) -> None:
+    done = late()
+    assert (done.code, passes()) == (0, [1, 1])
+    said = "1 of 6 passes fit into the time of a scenario, too few for an interval"
+    assert f"decode, mla: {said}; --passes and --runs keep all" in done.err
+    assert "decode, mla: timed in 1 pass of 4 instead of 6 of 4, too few for an interval" in done.out
+    assert "Decode Throughput: " in done.out
+    assert "--budget" not in done.err
+    (case, _) = results.read(Path("run.json")).cases
+    assert case.latency_ms is not None
+    assert case.latency_ms.ci95 is None
+    assert case.new_lengths is None
+    again = late("--resume", "run.json")
+    assert "resuming   2 cases of 'run.json' are kept" in again.err
+
+
+@pytest.mark.parametrize("words", [("--passes", "6"), ("--runs", "4"), ("--budget", "9m")])
+def test_what_the_user_gave_is_what_counts(late: Bench, words: tuple[str, ...]) -> None:
+    assert late(*words).code == 0
+    assert passes() == [6, 6]
+
+
+def test_what_one_scenario_leaves_over_the_next_one_has_or_lacks(
+    bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return Clock.now
+
+    given: list[tuple[float, float]] = []
+
+    class Noted(scheduler.Target):
+        def __init__(self, seconds: float, most: float, fewest: float) -> None:
+            given.append((seconds, most))
+            Clock.now += took.pop(0)
+            super().__init__(seconds, most, fewest)
+
+    for name, value in (("SECONDS", 30.0), ("MOST", 75.0), ("time", Clock())):
+        monkeypatch.setattr(scheduler, name, value)
+    monkeypatch.setattr(scheduler, "Target", Noted)
+    took = [5.0, 100.0, 300.0, 0.0]
+    words = ("--backend", "cpu", *small, "--implementations", "mla", "--warmups", "0")
+    assert bench(*words, "--scenario", "decode", "-a", "kv=1,2,3,4").code == 0
+    assert given == [(30.0, 75.0), (55.0, 145.0), (15.0, 120.0), (15.0, 37.5)]

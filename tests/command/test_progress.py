@@ -1,0 +1,58 @@
+"""Progress where stderr is no terminal: nothing from short work, a line now and then from long work."""
+
+from __future__ import annotations
+
+import pytest
+
+from mla.command import progress
+from mla.command.progress import EVERY, Progress
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a list whose last entry is the time."""
+    times = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: times[-1])
+    return times
+
+
+def test_short_work_is_silent(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(100.0) as bar:
+        for second in range(int(EVERY)):
+            clock.append(float(second))
+            bar.advance("timing", 10.0)
+    assert capsys.readouterr().err == ""
+
+
+def test_long_work_says_now_and_then_what_runs_and_how_long_the_rest_takes(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Progress(100.0) as bar:
+        for second in range(1, 41):
+            clock.append(float(second))
+            bar.advance(f"forward {second}", 2.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "forward 10, about 40 s left",
+        "forward 20, about 30 s left",
+        "forward 30, about 20 s left",
+        "forward 40, about 10 s left",
+    ]
+
+
+def test_no_more_time_is_left_than_until_the_next_end(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bar advances unevenly: none for limits, much for forwards that are left out."""
+    with Progress(10000.0, ends=(60.0, 150.0)) as bar:
+        for second, done in ((15.0, 0.0), (30.0, 100.0), (70.0, 300.0)):
+            clock.append(second)
+            bar.advance("measuring", done)
+    with Progress(100.0) as bar:
+        clock.append(100.0)
+        bar.advance("starting", 0.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "measuring, about 45 s left",
+        "measuring, about 30 s left",
+        "measuring, about 80 s left",
+        "starting",
+    ]
