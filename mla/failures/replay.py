@@ -11,6 +11,7 @@ from mla.failures.verdict import judged, make, raised
 from mla.layer.ops import refusals, sentences
 from mla.reference import REFERENCE
 from mla.text import size
+from mla_backends import host
 from mla_backends.api import OPS, Backend, FusedOp
 from mla_backends.errors import BackendError
 
@@ -79,6 +80,6 @@ def _require_room(call: RecordedCall, backend: Backend) -> None:
     compared = cache if cache <= LIMIT else 0
     on_host = backend.device is not None and backend.device.type == "cpu"
     needed = cache + compared * (4 if on_host else 1) + sum(one.nbytes for one in call.memory.values())
-    free = backend.memory().free
+    free = host.memory_available() if on_host else backend.memory().free
     if free is not None and needed > free:
         raise OutOfMemory(f"this call needs {size(needed)} of memory, and {size(free)} are free.")
