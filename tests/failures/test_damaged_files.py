@@ -150,8 +150,8 @@ def test_an_op_that_writes_lse_is_not_blamed_for_a_call_without_one(tmp_path: Pa
     write(tmp_path, (known, {**tensors, "lse": None}), lambda facts, kept: None)
     kept, op = file.read(tmp_path), FaultyOp("latent_attention", "none")
     assert replay(kept, HostBackend(), "reference") == [""]
-    with pytest.raises(CannotReplay, match="op 'mine' needs an lse to write to, and the kept call has none"):
-        replay(kept, HostBackend(ops={"mine": op}))
+    with pytest.raises(CannotReplay, match="op 'other' needs an lse to write to, and the kept call has none"):
+        replay(kept, HostBackend(ops={"other": op}), "other")
 
 
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
