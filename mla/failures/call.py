@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from mla.errors import MLAError
-from mla.failures.memory import OUTPUTS, Pages, Tensors, View, storage, views
+from mla.failures.memory import OUTPUTS, Count, Pages, Tensors, View, storage, views
 from mla.text import dtype_name, size
 from mla_backends.api import AttentionSpec, FusedOp, LinearSpec, NormSpec, SegmentLengths
 
@@ -38,8 +38,8 @@ class CallFacts(msgspec.Struct, kw_only=True):
     absent: list[str]  # arguments that were None
     views: dict[str, View]
     pages: Pages | None = None
-    query_lens: list[int] = []
-    kv_lens: list[int] = []
+    query_lens: list[Count] = []
+    kv_lens: list[Count] = []
     causal: bool = True
     writes_lse: bool = True
 
@@ -133,7 +133,7 @@ def record(known: Known, tensors: Mapping[str, Any], of_step: Lengths | None = N
     """
     found, pieces = views(without_cache(tensors))
     cache = tensors.get("cache")
-    kept = None if cache is None else _read_pages(tensors)
+    kept = None if cache is None else read_pages(tensors, cache.shape[1])
     _require_room(known, pieces, cache, kept)
     lengths = _lengths(known, tensors, of_step)
     facts = CallFacts(
@@ -195,9 +195,8 @@ def _lengths(
     return ([], []) if of_step is None or sum(whole) != rows else (list(of_step[0]), list(of_step[1]))
 
 
-def _read_pages(tensors: Mapping[str, Any]) -> torch.Tensor:
-    """Return the pages [k] that a call reads or writes, in order."""
-    page_size = tensors["cache"].shape[1]
+def read_pages(tensors: Mapping[str, Any], page_size: int) -> torch.Tensor:
+    """Return the pages [k] int64 that a call reads or writes, in order."""
     if "slots" in tensors:
         return (tensors["slots"].cpu() // page_size).unique()
     table, lengths = tensors["block_table"].cpu(), tensors["kv_lens"].cpu()

@@ -12,16 +12,28 @@ import torch
 
 from mla.command import files
 from mla.errors import ResultError
+from mla.failures import operands
 from mla.failures.call import CallFacts, RecordedCall
 from mla.failures.memory import Tensors, View
 from mla.failures.verdict import Expected, Made
 from mla.failures.watch import JudgedCall
-from mla_backends import outside
+from mla.text import size
+from mla_backends import host, outside
 
 NAME = "failure.safetensors"
 BEFORE = "failure-before.safetensors"
 KEY = "failure"
 VERSION = 1
+# What reading a damaged file raises: of the system, of the decoders, and for dtypes that torch lacks.
+_DAMAGED = (
+    OSError,
+    ValueError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+    RecursionError,
+    msgspec.MsgspecError,
+)
 
 
 class Origin(msgspec.Struct, kw_only=True):
@@ -145,15 +157,35 @@ def write(folder: Path, document: Document, tensors: Tensors) -> None:
 
 
 def read(folder: Path) -> Failure:
-    """Read what `write` wrote; `folder` may name the file as well. Raises `ResultError`."""
-    path = folder if folder.is_file() else folder / NAME
+    """Read what `write` wrote; `folder` may name the file as well. Raises `ResultError`.
+
+    Its call can be made: its tensors are those that its op is called with.
+    """
+    path = folder / NAME if folder.is_dir() else folder
     try:
-        outside.start(path, 0)  # which does not wait for the writer of a pipe
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-        return Failure(msgspec.json.decode(metadata[KEY], type=Document), tensors)
+        _require_room(path)
+        failure = _read(path)
+        if failure.document.call is not None:
+            operands.check(failure.document.call, failure.tensors)
     except FileNotFoundError as error:
         raise ResultError(f"'{folder}' holds no {NAME}: --dump-failure of a run writes one.") from error
-    except (OSError, KeyError, MemoryError, msgspec.MsgspecError, safetensors.SafetensorError) as error:
-        raise ResultError(f"'{path}' is not a failure that --dump-failure kept: {error}.") from error
+    except (*_DAMAGED, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ResultError(f"'{path}' is not a failure that --dump-failure kept: {reason}.") from error
+    return failure
+
+
+def _require_room(path: Path) -> None:
+    """Raise OSError or ValueError unless a path is a regular file that fits into memory."""
+    _, found = outside.start(path, 0)
+    available = host.memory_available()
+    if available is not None and found > available:
+        raise ValueError(f"it takes {size(found)}, and {size(available)} of memory are available")
+
+
+def _read(path: Path) -> Failure:
+    with safetensors.safe_open(path, framework="pt") as file:
+        document = msgspec.json.decode((file.metadata() or {}).get(KEY, ""), type=Document)
+        if document.version != VERSION:
+            raise ValueError(f"its version is {document.version}, and this program reads version {VERSION}")
+        return Failure(document, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # no mapping

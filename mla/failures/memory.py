@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -14,15 +14,17 @@ Tensors = dict[str, torch.Tensor]
 OUTPUTS = ("out", "lse")
 # So many numbers before and behind an output are copied with it, if its memory has them: an op may hit them.
 BESIDE = 1 << 16
+# A size, a stride or a length in a file.
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
 
 
 class View(msgspec.Struct, frozen=True):
     """Where a tensor lies in a copied piece of memory."""
 
     memory: str
-    offset: int
-    shape: list[int]
-    stride: list[int]
+    offset: Count
+    shape: list[Count]
+    stride: list[Count]
 
     def of(self, memory: torch.Tensor) -> torch.Tensor:
         """Return the tensor in a piece of memory."""
@@ -32,9 +34,14 @@ class View(msgspec.Struct, frozen=True):
 class Pages(msgspec.Struct, frozen=True):
     """A paged cache of which only some pages were copied; `fill` is in all others."""
 
-    shape: list[int]
-    stride: list[int]
+    shape: list[Count]
+    stride: list[Count]
     fill: float | None  # None is NaN
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the cache holds."""
+        return math.prod(self.shape)
 
     def empty(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return a cache that holds `fill` everywhere."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mla.errors import MLAError, UnknownOp, did_you_mean
-from mla.failures.call import RecordedCall
+from mla.errors import MLAError, OutOfMemory, UnknownOp, did_you_mean
+from mla.failures.call import LIMIT, RecordedCall
 from mla.failures.file import Failure
 from mla.failures.verdict import judged, make, raised
 from mla.layer.ops import refusals, sentences
 from mla.reference import REFERENCE
+from mla.text import size
+from mla_backends import host
 from mla_backends.api import OPS, Backend, FusedOp
 from mla_backends.errors import BackendError
 
@@ -23,12 +25,14 @@ class CannotReplay(MLAError):
 def replay(failure: Failure, backend: Backend, name: str | None = None, runs: int = 1) -> list[str]:
     """Make the call `runs` times with the op `name` (default: the one that failed).
 
-    Returns why each was wrong, "" for one that was right. Raises `CannotReplay` and `UnknownOp`.
+    Returns why each was wrong, "" for one that was right. Raises `CannotReplay`, `UnknownOp` and
+    `OutOfMemory`.
     """
     call, expected = failure.call(), failure.expected()
     op = op_of(call, backend.ops(), call.facts.op if name is None else name)
     assert backend.device is not None
     _require_served(call, name or call.facts.op, op, backend)
+    _require_room(call, backend)
     found = []
     for _ in range(runs):
         try:
@@ -64,5 +68,18 @@ def _require_served(call: RecordedCall, name: str, op: FusedOp, backend: Backend
         size = call.facts.pages.shape[1] if call.facts.pages else None
         answer = op.unsupported_batch(spec, call.facts.query_lens, call.facts.kv_lens, size)
         reasons = sentences(name, "unsupported_batch()", answer)
+    if "lse" in call.facts.absent and not op.lse_optional and name != call.facts.op:
+        reasons.append(f"op '{name}' needs an lse to write to, and the kept call has none")
     if reasons:
         raise CannotReplay(f"the op refuses this call: {'; '.join(reasons)}.")
+
+
+def _require_room(call: RecordedCall, backend: Backend) -> None:
+    """Raise `OutOfMemory` if the device has no room for the call; the file holds only a part of a cache."""
+    cache = call.facts.pages.numbers * call.dtype.itemsize if call.facts.pages else 0
+    compared = cache if cache <= LIMIT else 0
+    on_host = backend.device is not None and backend.device.type == "cpu"
+    needed = cache + compared * (4 if on_host else 1) + sum(one.nbytes for one in call.memory.values())
+    free = host.memory_available() if on_host else backend.memory().free
+    if free is not None and needed > free:
+        raise OutOfMemory(f"this call needs {size(needed)} of memory, and {size(free)} are free.")

@@ -57,7 +57,8 @@ class Places:
         slot = None
         if block_table is not None and page_size:
             table = block_table.detach().cpu().long()
-            slot = table[request, position // page_size] * page_size + position % page_size
+            pages = (position // page_size).clamp_min(0)  # of more new tokens than keys, the first have none
+            slot = table[request, pages] * page_size + position % page_size
         return cls(request, position, first, keys, slot, page_size)
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """Kernels that were compiled here, in the user's cache folder.
 
-A build happens in a private folder that is renamed into place: processes may start at once, and one that is
-killed leaves nothing broken. Nothing is loaded that another user could have written.
+A build happens in a private folder that is renamed into place: one that is killed leaves nothing broken.
+Processes that start at once wait for the first. Nothing is loaded that another user could have written.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from mla_backend_cpu.compilation import artifact, compiler
@@ -48,14 +49,51 @@ def make(level: Level, since: str) -> Artifact:
     command = _compiler()
     kept = prepare() / f"{artifact.name(level)}-{_version(command)}"
     compiler.check(command, level)
-    note(f"building the CPU kernels for {level.name}, once, with {command[0]}, since {since} ...")
-    try:
-        found = _build(command, level, kept)
-    except OSError as error:
-        raise _not_stored(error) from error
+    with _alone(kept.parent / f".{level.name}.lock", level):
+        if found := _opened(kept):  # by another process in the meantime
+            return found
+        note(f"building the CPU kernels for {level.name}, once, with {command[0]}, since {since} ...")
+        try:
+            found = _build(command, level, kept)
+        except OSError as error:
+            raise _not_stored(error) from error
     if found is None:
         raise BuildError(f"built kernels cannot be stored: '{kept}' cannot be replaced ({_ANOTHER})")
     return found
+
+
+@contextlib.contextmanager
+def _alone(path: Path, level: Level) -> Iterator[None]:
+    """Hold a lock, so that processes that start at once compile once; it goes with a process that dies.
+
+    Without one where the file system has none, or while another process takes longer than a compiler may.
+    """
+    import fcntl  # not on Windows
+
+    try:
+        descriptor = os.open(
+            path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600
+        )
+    except OSError:
+        yield
+        return
+    try:
+        deadline, told = time.monotonic() + compiler.TIMEOUT, False
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not told:
+                    note(f"waiting for another process that builds the CPU kernels for {level.name} ...")
+                told = True
+                time.sleep(0.1)
+            except OSError:
+                break
+            else:
+                break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def prepare() -> Path:

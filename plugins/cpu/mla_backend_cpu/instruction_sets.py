@@ -4,29 +4,110 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
 import platform
-import re
-from collections.abc import Iterator
-from pathlib import Path
+import sys
+from collections.abc import Callable, Iterator
 
 from mla_backend_cpu.compilation.levels import LEVELS, BuildError, Level
 
 # The kernels of level amx with its instructions emulated in C++; for tests, and never chosen automatically.
 EMULATED = "amx_emulated"
 
+# push rbx; mov r8, rdx; mov eax, edi; mov ecx, esi; cpuid; mov [r8], eax; mov [r8 + 4], ebx;
+# mov [r8 + 8], ecx; mov [r8 + 12], edx; pop rbx; ret
+_CPUID = bytes.fromhex("53 4989d0 89f8 89f1 0fa2 418900 41895804 41894808 4189500c 5b c3")
+_XGETBV = bytes.fromhex(
+    "31c9 0f01d0 48c1e220 4809d0 c3"
+)  # xor ecx, ecx; xgetbv; shl rdx, 32; or rax, rdx; ret
+_EAX, _EBX, _ECX, _EDX = range(4)
+_NOTHING = (0, 0, 0, 0)
+# States that the system saves for a process: of 256 bits, of 512 bits as well, and of tiles.
+_YMM, _ZMM, _TILES = 0b110, 0b1110_0110, 0b11 << 17
+# Name -> leaf, register and bit of CPUID, and the states that it needs.
+_FLAGS = {
+    "fma": ((1, 0), _ECX, 12, _YMM),
+    "f16c": ((1, 0), _ECX, 29, _YMM),
+    "avx2": ((7, 0), _EBX, 5, _YMM),
+    "bmi2": ((7, 0), _EBX, 8, 0),
+    "avx512f": ((7, 0), _EBX, 16, _ZMM),
+    "avx512dq": ((7, 0), _EBX, 17, _ZMM),
+    "avx512cd": ((7, 0), _EBX, 28, _ZMM),
+    "avx512bw": ((7, 0), _EBX, 30, _ZMM),
+    "avx512vl": ((7, 0), _EBX, 31, _ZMM),
+    "avx512_bf16": ((7, 1), _EAX, 5, _ZMM),
+    "amx_bf16": ((7, 0), _EDX, 22, _TILES),
+    "amx_tile": ((7, 0), _EDX, 24, _TILES),
+}
+
 # From the Linux headers: how a process asks for permission to use tiles.
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 
 def processor_flags() -> frozenset[str]:
-    """Return the instruction sets the processor has; empty if the system does not report them."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
+    """Return the instruction sets that a program may use here, as Linux names them; empty where unknown.
+
+    By CPUID and XGETBV: /proc/cpuinfo is the host's in an emulator, and says nothing of a hypervisor's mask.
+    """
+    asked = _ask_processor()
+    if isinstance(asked, str):
         return frozenset()
-    match = re.search(r"^flags\s*:\s*(.+)$", text, re.MULTILINE)
-    return frozenset(match.group(1).split()) if match else frozenset()
+    leaves, states = asked
+    return frozenset(
+        name
+        for name, (leaf, register, bit, needed) in _FLAGS.items()
+        if leaves[leaf][register] >> bit & 1 and states & needed == needed
+    )
+
+
+def _unknown() -> str:
+    """Return why the instructions of this processor are unknown; "" if they are known."""
+    asked = _ask_processor()
+    return asked if isinstance(asked, str) else ""
+
+
+@functools.cache
+def _ask_processor() -> tuple[dict[tuple[int, int], tuple[int, ...]], int] | str:
+    """Return (leaf, subleaf) -> registers, and which states the system saves; or why that is unknown."""
+    if platform.machine() != "x86_64" or sys.maxsize < 2**32:
+        return dict.fromkeys(((1, 0), (7, 0), (7, 1)), _NOTHING), 0  # it has none of them
+    try:
+        cpuid, xgetbv = _functions()
+    except (OSError, AttributeError) as error:
+        return f"this process cannot ask the processor for its instructions ({error})"
+
+    def registers(leaf: int, subleaf: int) -> tuple[int, ...]:
+        found = (ctypes.c_uint32 * 4)()
+        cpuid(leaf, subleaf, found)
+        return tuple(found)
+
+    most = registers(0, 0)[_EAX]
+    leaves = {(1, 0): registers(1, 0), (7, 0): registers(7, 0) if most >= 7 else _NOTHING}
+    leaves[7, 1] = registers(7, 1) if leaves[7, 0][_EAX] >= 1 else _NOTHING
+    saves = leaves[1, 0][_ECX] >> 27 & 1  # OSXSAVE: the system lets programs ask
+    return leaves, xgetbv() if saves else 0
+
+
+def _functions() -> tuple[Callable[..., None], Callable[[], int]]:
+    """Return CPUID(leaf, subleaf, uint32[4]) and XGETBV(0) -> states. Raises OSError or AttributeError.
+
+    Their code is never writable where it is executable, which hardened systems forbid.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    descriptor = os.memfd_create("cpuid")
+    try:
+        os.write(descriptor, _CPUID + _XGETBV)
+        length = mmap.PAGESIZE
+        place = libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_EXEC, mmap.MAP_PRIVATE, descriptor, 0)
+    finally:
+        os.close(descriptor)
+    if place == ctypes.c_void_p(-1).value:
+        raise OSError(os.strerror(ctypes.get_errno()))
+    cpuid = ctypes.CFUNCTYPE(None, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p)
+    return cpuid(place), ctypes.CFUNCTYPE(ctypes.c_uint64)(place + len(_CPUID))
 
 
 @functools.cache
@@ -43,6 +124,8 @@ def tiles_refused() -> str | None:
 def missing(level: Level) -> str | None:
     """Return why the kernels of `level` cannot run here, or None."""
     absent = sorted(level.needs - processor_flags())
+    if absent and (unknown := _unknown()):
+        return f"{unknown}, and level '{level.name}' needs {', '.join(absent)}"
     if absent:
         return f"this processor lacks {', '.join(absent)}, which level '{level.name}' needs"
     return tiles_refused() if "amx_tile" in level.needs else None
@@ -63,15 +146,15 @@ def choose_level(wanted: str = "auto") -> Level:
 
 
 def candidates(wanted: str) -> Iterator[Level]:
-    """Yield the levels to try, best first: for "auto" those whose instructions the processor has.
+    """Yield the levels to try, best first: for "auto" those whose instructions the processor has or may have.
 
     Raises `BuildError` if the level that was named cannot run here.
     """
     if wanted != "auto":
         yield choose_level(wanted)
         return
-    flags = processor_flags()
-    yield from (level for level in LEVELS if level.needs <= flags)
+    flags, unknown = processor_flags(), _unknown()
+    yield from (level for level in LEVELS if unknown or level.needs <= flags)  # so that it is said
 
 
 def _emulated() -> Level:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
+import fcntl
 import os
 import platform
 import shutil
@@ -16,11 +19,13 @@ from pathlib import Path
 import pytest
 from native_builds import BUILD, PORTABLE, built, finish, small_sources, start
 
-from mla_backend_cpu import instruction_sets
+import mla_backend_cpu
+import mla_backends
+from mla_backend_cpu import cache, instruction_sets
 from mla_backend_cpu.compilation import artifact
 from mla_backend_cpu.compilation import compiler as compiling
 from mla_backend_cpu.compilation.compiler import FlagError
-from mla_backend_cpu.compilation.levels import BuildError, Level
+from mla_backend_cpu.compilation.levels import LEVELS, BuildError, Level
 from mla_backend_cpu.library import Library
 
 Script = Callable[[str], Path]
@@ -33,47 +38,49 @@ def loads(path: Path) -> bool:
 
 
 def left(tmp_path: Path) -> list[str]:
-    """Return what is in the cache."""
-    return sorted(path.name for path in (tmp_path / "cache" / "cpu").iterdir())
+    """Return what is in the cache beside the files of locks."""
+    return sorted(path.name for path in (tmp_path / "cache" / "cpu").iterdir() if path.suffix != ".lock")
 
 
 # ------------------------------------------------------------------------------------------ building
 
 
-def test_two_processes_may_build_at_once(compiler: Script, tmp_path: Path) -> None:
-    compiler(  # each waits until both compile
-        f"touch {tmp_path}/started.$$\n"
-        f"while [ $(ls {tmp_path}/started.* | wc -l) -lt 2 ]; do sleep 0.05; done"
-    )
-    found = [finish(process) for process in [start("-c", BUILD), start("-c", BUILD)]]
-    assert [code for code, _, _ in found] == [0, 0]
-    paths = {Path(out.strip()) for _, out, _ in found}
-    assert len(paths) == 1
-    for _, _, err in found:
-        assert "building the CPU kernels for portable, once, with" in err
-    (path,) = paths
+def test_processes_at_once_compile_once(compiler: Script, tmp_path: Path) -> None:
+    compiler(f"echo >> {tmp_path}/compiled\nwhile [ ! -e {tmp_path}/go ]; do sleep 0.05; done")
+    processes = [start("-c", BUILD) for _ in range(3)]
+    said = sorted(str(process.stderr and process.stderr.readline()) for process in processes)
+    (tmp_path / "go").touch()
+    found = [finish(process) for process in processes]
+    assert [(code, err) for code, _, err in found] == [(0, "")] * 3
+    assert said[0].startswith("building the CPU kernels for portable, once, with")
+    assert said[1:] == ["waiting for another process that builds the CPU kernels for portable ...\n"] * 2
+    assert (tmp_path / "compiled").read_text() == "\n"
+    (path,) = {Path(out.strip()) for _, out, _ in found}
     assert left(tmp_path) == [path.parent.name]
     assert Library("portable", ctypes.CDLL(str(path))).dot_bf16 is False
     assert path.parent.stat().st_mode & 0o777 == 0o755
-    code, out, err = finish(start("-c", BUILD))  # a third one has nothing to build
+    code, out, err = finish(start("-c", BUILD))  # a fourth one has nothing to build
     assert (code, out.strip(), err) == (0, str(path), "")
 
 
-def test_a_killed_build_leaves_nothing_broken(compiler: Script, tmp_path: Path) -> None:
+def test_a_killed_build_leaves_nothing_broken_and_no_lock(compiler: Script, tmp_path: Path) -> None:
+    """Its compiler may outlive it."""
     compiler(f'touch {tmp_path}/started; for last; do :; done; echo half > "$last"; sleep 600')
     process = start("-c", BUILD)
     try:
         while not (tmp_path / "started").exists():
             assert process.poll() is None
             time.sleep(0.02)
+        process.kill()
+        finish(process)
+        (private,) = left(tmp_path)
+        assert private.startswith(".building-")
+        compiler("")
+        code, out, err = finish(start("-c", BUILD))
+        assert (code, "waiting" in err) == (0, False)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-    finish(process)
-    (private,) = left(tmp_path)
-    assert private.startswith(".building-")
-    compiler("")
-    code, out, _ = finish(start("-c", BUILD))
-    assert code == 0
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     path = Path(out.strip())
     assert Library("portable", ctypes.CDLL(str(path))).dot_bf16 is False
     assert left(tmp_path) == [private, path.parent.name]  # perhaps somebody is still building there ...
@@ -84,7 +91,22 @@ def test_a_killed_build_leaves_nothing_broken(compiler: Script, tmp_path: Path) 
     assert left(tmp_path) == [path.parent.name]  # ... but not a day later
 
 
-@pytest.mark.parametrize("spoil", ["truncate", "overwrite", "remove", "empty"])
+@pytest.mark.parametrize("refusal", ["open", "flock"])
+def test_a_file_system_without_locks_builds_all_the_same(
+    compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refusal: str
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(compiling, "SOURCES", small_sources(tmp_path / "sources"))
+    if refusal == "flock":
+        monkeypatch.setattr(fcntl, "flock", flock)
+    else:
+        (cache.prepare() / ".portable.lock").mkdir()
+    assert loads(built())
+
+
+@pytest.mark.parametrize("spoil", ["truncate", "overwrite", "remove", "empty", "pipe", "pipes beside it"])
 def test_spoilt_kernels_are_built_again(
     compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoil: str
 ) -> None:
@@ -97,6 +119,10 @@ def test_spoilt_kernels_are_built_again(
         path.write_bytes(b"\0" * len(good))
     elif spoil == "remove":
         path.unlink()
+    elif spoil.startswith("pipe"):  # nobody writes to it: who opens it would wait
+        for file in [path] if spoil == "pipe" else [one for one in path.parent.iterdir() if one != path]:
+            file.unlink()
+            os.mkfifo(file)
     else:
         shutil.rmtree(path.parent)
         path.parent.mkdir()
@@ -153,6 +179,7 @@ def test_kernels_that_were_built_need_no_compiler(
         ({"CXX": "g++-none"}, r"no C\+\+ compiler 'g\+\+-none' was found"),
         ({"CXX": "g++ '"}, "CXX is not a valid command: No closing quotation"),
         ({"CXX": "false"}, "the compiler 'false' failed: "),
+        ({"CXX": "true"}, r"the compiler 'true' wrote no file \(set CXX to a C\+\+ compiler\)"),
         ({"MLA_CACHE_DIR": "a file"}, "built kernels cannot be stored: .*MLA_CACHE_DIR to another folder"),
         ({"MLA_CACHE_DIR": "/proc/none"}, "built kernels cannot be stored: .*'/proc/none'"),
     ],
@@ -240,7 +267,38 @@ def test_a_processor_without_the_instructions_is_told_so(monkeypatch: pytest.Mon
         instruction_sets.choose_level("best")
 
 
-def test_the_processor_flags_are_those_of_this_machine() -> None:
-    text = Path("/proc/cpuinfo").read_text()
-    for name in ("sse2", "avx2", "avx512_bf16", "amx_tile"):
-        assert (name in instruction_sets.processor_flags()) == (f" {name} " in text.replace("\n", " "))
+def test_the_processor_flags_are_those_that_the_system_reports() -> None:
+    words = set(Path("/proc/cpuinfo").read_text().split())
+    assert instruction_sets.processor_flags() == words & LEVELS[0].needs
+
+
+@pytest.mark.parametrize(("processor", "level"), [("Nehalem", "portable"), ("Haswell", "avx2")])
+def test_the_level_is_that_of_the_processor_and_not_of_the_host(processor: str, level: str) -> None:
+    """An emulator shows the /proc/cpuinfo of the machine that it runs on."""
+    emulator = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
+    if emulator is None or platform.machine() != "x86_64":
+        pytest.skip("needs qemu-x86_64, as of Debian's package qemu-user-static")
+    code = "import sys; sys.path = sys.argv[1:]\n"
+    code += "from mla_backend_cpu import instruction_sets; print(instruction_sets.choose_level().name)"
+    path = [str(Path(str(package.__file__)).parents[1]) for package in (mla_backend_cpu, mla_backends)]
+    command = [emulator, "-cpu", processor, os.path.realpath(sys.executable), "-c", code, *path, *sys.path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{level}\n"), done.stderr
+
+
+def test_a_processor_that_cannot_be_asked_gets_the_portable_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(name: str) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    if platform.machine() != "x86_64":
+        pytest.skip("only x86-64 is asked")
+    monkeypatch.setattr(os, "memfd_create", refused)
+    instruction_sets._ask_processor.cache_clear()
+    try:
+        assert instruction_sets.choose_level().name == "portable"
+        why = "this process cannot ask the processor for its instructions .*Permission denied"
+        with pytest.raises(BuildError, match=why):
+            instruction_sets.choose_level("avx2")
+        assert next(instruction_sets.candidates("auto")).name == "amx"  # it will be said why it is not used
+    finally:
+        instruction_sets._ask_processor.cache_clear()

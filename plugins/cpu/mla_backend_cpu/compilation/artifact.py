@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .levels import Level
 
 LIBRARY = "kernels.so"
 _CHECKSUM, _COMPILER = "sha256", "compiler"
+_MOST = 256 << 20  # bytes of a file; kernels take less than one MiB
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,28 @@ def opened(folder: Path) -> Artifact | None:
 
     Loading a truncated library ends the process.
     """
-    try:
-        library = folder / LIBRARY
-        descriptor = os.open(library, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    with contextlib.suppress(OSError, UnicodeDecodeError):
+    with contextlib.suppress(OSError, UnicodeDecodeError), contextlib.ExitStack() as undo:
+        descriptor = _open(folder / LIBRARY)
+        undo.callback(os.close, descriptor)
         with open(descriptor, "rb", closefd=False) as file:
             found = hashlib.sha256(file.read()).hexdigest()
-        if found == (folder / _CHECKSUM).read_text():
-            return Artifact(library, descriptor, (folder / _COMPILER).read_text())
-    os.close(descriptor)
+        if found == _text(folder / _CHECKSUM):
+            kept = Artifact(folder / LIBRARY, descriptor, _text(folder / _COMPILER))
+            undo.pop_all()  # it stays open
+            return kept
     return None
+
+
+def _open(path: Path) -> int:
+    """Open a regular file of bounded size, without waiting for the writer of a pipe. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode) and found.st_size <= _MOST:
+        return descriptor
+    os.close(descriptor)
+    raise OSError(f"'{path}' is not a regular file of at most {_MOST >> 20} MiB")
+
+
+def _text(path: Path) -> str:
+    with open(_open(path), encoding="utf-8") as file:
+        return file.read()

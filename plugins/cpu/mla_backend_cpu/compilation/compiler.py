@@ -83,7 +83,9 @@ def compile_level(command: tuple[str, ...], level: Level, machine: str, library:
     built = library.with_suffix(".o")
     _run([*command, *flags(level, machine), "-c", str(SOURCES / "api.cpp"), "-o", str(built)])
     _run([*command, *LINK_FLAGS, str(built), "-o", str(library)])
-    built.unlink()
+    built.unlink(missing_ok=True)
+    if not library.is_file():
+        raise BuildError(f"the compiler '{command[0]}' wrote no file (set CXX to a C++ compiler)")
 
 
 def _run(command: list[str]) -> str:

@@ -1,0 +1,168 @@
+"""A damaged failure is refused in one sentence, before any op is asked: what its table of operands says."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from faulty_backend import FaultyOp
+
+from mla.errors import OutOfMemory, ResultError
+from mla.failures import file
+from mla.failures.call import Known, record
+from mla.failures.replay import CannotReplay, replay
+from mla.failures.verdict import Made, expected
+from mla.failures.watch import JudgedCall
+from mla_backends.api import AttentionSpec, LinearSpec
+from mla_backends.testing import HostBackend
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+ORIGIN = file.Origin(backend="host", options=[], device="cpu", command="repeat", where="here", reason="wrong")
+Damage = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]  # of the call's facts, and the tensors
+
+
+def linear() -> tuple[Known, dict[str, Any]]:
+    weight = torch.ones(6, 4, dtype=BF16)
+    known = Known("linear", "o_proj", "mine", LinearSpec(4, 6, 1, BF16, CPU), weight)
+    out = torch.zeros(3, 6, dtype=BF16)
+    return known, {"x": torch.ones(3, 4, dtype=BF16), "bias": None, "out": out}
+
+
+def attention() -> tuple[Known, dict[str, Any]]:
+    """Two requests with 1 and 2 new tokens, of 5 and 2 in pages of four."""
+    known = Known(
+        "latent_attention", "latent_attention", "mine", AttentionSpec(2, 4, 6, 2, 8, 0.5, BF16, CPU)
+    )
+    table, lengths = torch.tensor([[4, 0], [2, 0]]), torch.tensor([5, 2])
+    return known, {
+        "q": torch.ones(3, 2, 6, dtype=BF16),
+        "cache": torch.ones(5, 4, 6, dtype=BF16),
+        "block_table": table.int(),
+        "kv_lens": lengths.int(),
+        "cu_q": torch.tensor([0, 1, 3]).int(),
+        "softmax_scale": 0.5,
+        "out": torch.zeros(3, 2, 4, dtype=BF16),
+        "lse": torch.zeros(3, 2),
+    }
+
+
+def write(folder: Path, made: tuple[Known, dict[str, Any]], damage: Damage) -> None:
+    """Keep a call of a right op, and damage its file."""
+    known, tensors = made
+    call = record(known, tensors)
+    file.write_call(folder, JudgedCall(call, Made({}), expected(call), "wrong"), ORIGIN)
+    kept = safetensors.torch.load_file(folder / file.NAME)
+    with safetensors.safe_open(folder / file.NAME, framework="pt") as opened:
+        document = json.loads(opened.metadata()[file.KEY])
+    damage(document["call"], kept)
+    metadata = {file.KEY: json.dumps(document)}
+    safetensors.torch.save_file(
+        {name: one.clone() for name, one in kept.items()}, folder / file.NAME, metadata
+    )
+
+
+def change(name: str, number: int, value: int) -> Damage:
+    """Return what puts a number into an operand."""
+    return lambda facts, kept: kept[f"operand.{name}"].view(-1)[number].fill_(value)
+
+
+def put(tensor: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
+    return lambda facts, kept: kept.update({tensor: make(kept[tensor])})
+
+
+def place(name: str, **fields: Any) -> Damage:
+    """Return what changes where an operand lies."""
+    return lambda facts, kept: facts["views"][name].update(fields)
+
+
+LINEAR: list[tuple[Damage, str]] = [
+    (put("operand.out", lambda one: one.to(torch.uint8)), r"out is uint8 \[3, 6\], not bfloat16 \[T, o\]"),
+    (
+        put("weight.packed", lambda one: one.float()),
+        r"weight.packed is float32 \[6, 4\], not bfloat16 \[o, i\]",
+    ),
+    (put("weight.packed", lambda one: one[:5]), r"weight.packed is bfloat16 \[5, 4\]"),
+    (lambda facts, kept: kept.pop("operand.x"), "it lacks the tensor 'operand.x'"),
+    (lambda facts, kept: facts["views"].pop("x"), "the operands of linear are x, bias, out"),
+    (lambda facts, kept: facts.update(absent=["out"]), "the operands of linear are"),
+    (lambda facts, kept: facts["scalars"].update(eps=1.0), "the scalars of linear are none"),
+    (lambda facts, kept: facts["spec"].update(in_features=2**60), "in_features of its spec is no size"),
+    (lambda facts, kept: facts["spec"].update(dtype="load"), "no layer has the dtype of its spec"),
+    (lambda facts, kept: facts.update(kind="matmul"), "there is no kind of op 'matmul'"),
+    (place("x", offset=1), "x reaches beyond its memory"),
+    (place("x", stride=[2, 1]), "numbers of x overlap"),
+    (place("x", stride=[1, 3]), "numbers at the end of x are not adjacent"),
+    (place("x", shape=[2**40, 4], stride=[0, 1]), "numbers of x overlap"),
+    (place("x", shape=[-3, 4]), r"Expected `int` >= 0"),
+    (place("x", memory="out"), "out overlaps x"),
+]
+ATTENTION: list[tuple[Damage, str]] = [
+    (change("block_table", 1, 5), "block_table names no page of the cache"),
+    (change("block_table", 0, -1), "block_table names no page of the cache"),
+    (change("block_table", 0, 3), "it does not hold the pages that the call reads"),
+    (change("kv_lens", 0, 9), "kv_lens are not its lengths"),
+    (change("cu_q", 1, 2**31 - 1), "cu_q does not count the new tokens"),
+    (lambda facts, kept: facts.update(query_lens=[1, 2**40]), "its new tokens are not the rows of q"),
+    (lambda facts, kept: facts.update(kv_lens=[5]), "it does not have two lengths of every request"),
+    (lambda facts, kept: facts["pages"].update(shape=[5, 4, 7]), "its cache does not fit its spec"),
+    (lambda facts, kept: facts["pages"].update(stride=[24, 2**40, 1]), "its cache has gaps"),
+    (lambda facts, kept: facts.update(pages=None), "latent_attention takes a cache"),
+    (put("cache.pages", lambda one: one + 1), "it does not hold the pages that the call reads"),
+    (put("expected.lse", lambda one: one[:2]), r"expected.lse is float64 \[2, 2\], not float64 \[T, h\]"),
+    (lambda facts, kept: kept.pop("reference.out"), "it lacks the tensor 'reference.out'"),
+]
+CASES = [(linear, *one) for one in LINEAR] + [(attention, *one) for one in ATTENTION]
+
+
+@pytest.mark.parametrize(("make", "damage", "reason"), CASES, ids=[reason for _, _, reason in CASES])
+def test_a_damaged_failure_is_refused(
+    tmp_path: Path, make: Callable[[], tuple[Known, dict[str, Any]]], damage: Damage, reason: str
+) -> None:
+    write(tmp_path, make(), damage)
+    with pytest.raises(ResultError, match=f"is not a failure that --dump-failure kept: .*{reason}"):
+        file.read(tmp_path)
+
+
+@pytest.mark.parametrize("make", [linear, attention])
+def test_an_undamaged_one_is_read(tmp_path: Path, make: Callable[[], tuple[Known, dict[str, Any]]]) -> None:
+    write(tmp_path, make(), lambda facts, kept: None)
+    kept = file.read(tmp_path)
+    assert replay(kept, HostBackend(), "reference") == [""]
+
+
+def test_a_cache_that_does_not_fit_is_not_made(tmp_path: Path) -> None:
+    def larger(facts: dict[str, Any], kept: dict[str, torch.Tensor]) -> None:
+        facts["pages"]["shape"][0] = 2**40
+
+    write(tmp_path, attention(), larger)
+    with pytest.raises(OutOfMemory, match=r"this call needs 4.92e\+04 GiB of memory, and .* are free\."):
+        replay(file.read(tmp_path), HostBackend(), "reference")
+
+
+def test_an_op_that_writes_lse_is_not_blamed_for_a_call_without_one(tmp_path: Path) -> None:
+    known, tensors = attention()
+    write(tmp_path, (known, {**tensors, "lse": None}), lambda facts, kept: None)
+    kept, op = file.read(tmp_path), FaultyOp("latent_attention", "none")
+    assert replay(kept, HostBackend(), "reference") == [""]
+    with pytest.raises(CannotReplay, match="op 'other' needs an lse to write to, and the kept call has none"):
+        replay(kept, HostBackend(ops={"other": op}), "other")
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / file.NAME)
+    with pytest.raises(ResultError, match="kept: it is not a regular file"):
+        file.read(tmp_path)
+    with pytest.raises(ResultError, match="kept: it is not a regular file"):
+        file.read(tmp_path / file.NAME)
+
+
+def test_a_document_of_another_version_is_refused(tmp_path: Path) -> None:
+    file.write(tmp_path, file.Document(origin=ORIGIN, version=2), {"output": torch.zeros(2)})
+    with pytest.raises(ResultError, match="its version is 2, and this program reads version 1"):
+        file.read(tmp_path)
