@@ -1,6 +1,6 @@
 """Fuzzers: the same few examples in every run, and as many others as you like by hand.
 
-    FUZZ_EXAMPLES=20000 pytest tests/fuzz -n2 [--hypothesis-seed 7]
+FUZZ_EXAMPLES=20000 pytest tests/fuzz -n2 [--hypothesis-seed 7]
 """
 
 from __future__ import annotations
