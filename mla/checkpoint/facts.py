@@ -9,6 +9,7 @@ from typing import Any
 from mla.checkpoint.errors import CheckpointError
 from mla.checkpoint.folder import Folder
 from mla.config.families import language_model
+from mla_backends.outside import quoted
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,13 @@ class Facts:
             if self.quantization.get(key) not in known:
                 raise CheckpointError(
                     f"{tensor} is FP8, but '{self.source}' declares quantization_config.{key} "
-                    f"{self.quantization.get(key)!r}: only {known[0]!r} is read."
+                    f"{quoted(self.quantization.get(key))}: only {known[0]!r} is read."
                 )
         block = self.quantization.get("weight_block_size")
         if not isinstance(block, list) or len(block) != 2 or not all(map(_is_count, block)) or 0 in block:
             raise CheckpointError(
                 f"{tensor} is FP8, but quantization_config.weight_block_size in '{self.source}' is "
-                f"{block!r}: two positive integers are needed, such as [128, 128]."
+                f"{quoted(block)}: two positive integers are needed, such as [128, 128]."
             )
         return block[0], block[1]
 
@@ -62,7 +63,7 @@ def read_facts(folder: Folder) -> Facts:
 def _count(values: Mapping[str, Any], key: str, source: str) -> int | None:
     count = values.get(key)
     if count is not None and not _is_count(count):
-        raise CheckpointError(f"{key} in '{source}' must be a whole number, got {count!r}.")
+        raise CheckpointError(f"{key} in '{source}' must be a whole number, got {quoted(count)}.")
     return count
 
 

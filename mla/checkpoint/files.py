@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from mla.checkpoint.errors import CheckpointError
+from mla_backends import outside
+from mla_backends.outside import escaped, quoted, shortened
 
 # What `safetensors` itself accepts.
 _MAX_HEADER = 100_000_000
@@ -27,7 +29,7 @@ class StoredTensor:
     dtype: str
 
     def __str__(self) -> str:
-        return f"tensor {self.key!r} in '{self.file}'"
+        return f"tensor {quoted(self.key)} in '{self.file}'"
 
     def rows(self, start: int, stop: int, columns: slice = slice(None)) -> torch.Tensor:
         """Return rows [start, stop) of dimension 0, or some columns of them, as a view of the file.
@@ -68,8 +70,10 @@ def opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(str(file), framework="pt") as tensors:
             yield tensors
+    except MemoryError as error:
+        raise CheckpointError(f"checkpoint file '{file}' cannot be read: memory is short.") from error
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        text = " ".join(str(error).split())
+        text = shortened(escaped(" ".join(str(error).split())))
         raise CheckpointError(
             f"checkpoint file '{file}' cannot be read, it is truncated or damaged: {text}."
         ) from error
@@ -78,9 +82,7 @@ def opened(file: Path) -> Iterator[Any]:
 def _sniff(file: Path) -> None:
     """Raise `CheckpointError` for first bytes that the library would describe less clearly."""
     try:
-        with file.open("rb") as stream:
-            start = stream.read(len(_LFS))
-        size = file.stat().st_size
+        start, size = outside.start(file, len(_LFS))
     except OSError as error:
         raise CheckpointError(f"checkpoint file '{file}' cannot be read: {error.strerror}.") from error
     if start == _LFS:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mla.checkpoint import files
 from mla.checkpoint.errors import CheckpointError
+from mla_backends import outside
+from mla_backends.outside import quoted, shortened
 
 _INDEX = ".safetensors.index.json"
-# No config or index comes close to this; a larger file is not parsed.
-_MAX_JSON = 64 << 20
 _REFUSED = {
     **dict.fromkeys(
         (".bin", ".pt", ".pth", ".pkl", ".ckpt"),
@@ -30,7 +31,6 @@ class Folder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(f"checkpoint '{path}' is not a directory.")
-        self.root = _root(Path(os.path.realpath(self.path)))
         self.index = self._index()
 
     def tensors(self) -> Iterator[tuple[str, str]]:
@@ -47,40 +47,38 @@ class Folder:
 
     def file(self, name: str) -> Path:
         """Return the path of a regular file. Raises `CheckpointError` for one that lies elsewhere."""
-        where = f"file {name!r} of checkpoint '{self.path}'"
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise CheckpointError(f"{where} lies outside the directory, so it is not opened.")
-        try:
-            path = self.path / name
-            real = Path(os.path.realpath(path))
-            exists, regular = real.exists(), real.is_file()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{where} cannot be opened: {error}.") from error
-        if not real.is_relative_to(self.root):
-            raise CheckpointError(f"{where} is a link that leaves the directory, so it is not opened.")
-        if not exists:
-            hint = self._stale_index() if name.endswith(".safetensors") else ""
-            raise CheckpointError(f"{where} is missing{hint}.")
-        if not regular:
-            raise CheckpointError(f"{where} is not a regular file.")
-        return path
+        with self._refusals(name):
+            path = outside.inside(self.path, name)
+            outside.start(path, 0)
+            return path
 
     def json(self, name: str) -> dict[str, Any] | None:
         """Return the object a JSON file holds, or None if there is no such file."""
         if not os.path.lexists(self.path / name):
             return None
-        path = self.file(name)
+        path = self.path / name
+        with self._refusals(name):
+            data = outside.read(name, self.path)
         try:
-            if path.stat().st_size > _MAX_JSON:
-                raise CheckpointError(f"'{path}' is larger than {_MAX_JSON >> 20} MiB, so it is not parsed.")
-            values = json.loads(path.read_bytes())
-        except OSError as error:
-            raise CheckpointError(f"'{path}' cannot be read: {error.strerror}.") from error
+            values = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"'{path}' is not valid JSON: {error}.") from error
+            raise CheckpointError(f"'{path}' is not valid JSON: {shortened(str(error))}.") from error
         if not isinstance(values, dict):
             raise CheckpointError(f"'{path}' must hold a JSON object, got {type(values).__name__}.")
         return values
+
+    @contextmanager
+    def _refusals(self, name: str) -> Iterator[None]:
+        """Say in one sentence why a file cannot be opened."""
+        where = f"file {quoted(name)} of checkpoint '{self.path}'"
+        try:
+            yield
+        except FileNotFoundError as error:
+            hint = self._stale_index() if name.endswith(".safetensors") else ""
+            raise CheckpointError(f"{where} is missing{hint}.") from error
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            why = getattr(error, "strerror", None) or shortened(str(error))
+            raise CheckpointError(f"{where} cannot be opened: {why}.") from error
 
     def _index(self) -> str | None:
         names = self._names(_INDEX)
@@ -120,10 +118,10 @@ class Folder:
 def _check_indexed(index: Path, name: str) -> None:
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts:
-        raise CheckpointError(f"'{index}' names the file {name!r}, which lies outside the directory.")
+        raise CheckpointError(f"'{index}' names the file {quoted(name)}, which lies outside the directory.")
     if parts.suffix != ".safetensors":
         reason = _REFUSED.get(parts.suffix, "is not a *.safetensors file")
-        raise CheckpointError(f"'{index}' names the file {name!r}, which {reason}.")
+        raise CheckpointError(f"'{index}' names the file {quoted(name)}, which {reason}.")
 
 
 def refuse_other_formats(folder: str | Path) -> None:
@@ -137,12 +135,4 @@ def refuse_other_formats(folder: str | Path) -> None:
     for name in names:
         reason = _REFUSED.get(PurePosixPath(name).suffix)
         if reason:
-            raise CheckpointError(f"file {name!r} of checkpoint '{folder}' {reason}.")
-
-
-def _root(folder: Path) -> Path:
-    """Return the folder that links may point into: this one, or the hub cache entry it is a snapshot of."""
-    for parent in folder.parents:
-        if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
-            return parent.parent
-    return folder
+            raise CheckpointError(f"file {quoted(name)} of checkpoint '{folder}' {reason}.")

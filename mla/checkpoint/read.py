@@ -18,6 +18,7 @@ from mla.checkpoint.names import KNOWN, Location, is_mla, locate
 from mla.checkpoint.stored import DTYPES, FP8, ReadProgress, StoredLayer, StoredWeight
 from mla.config import MLAConfig
 from mla.weights import weight_shapes
+from mla_backends.outside import quoted
 
 Keys = dict[str, list[tuple[str, str]]]  # Hugging Face name -> (file name, tensor name)
 
@@ -95,17 +96,17 @@ def _check_names(folder: Folder, keys: Keys, shapes: Mapping[str, object]) -> No
             raise CheckpointError(f"checkpoint '{folder.path}' holds '{name}' twice: {_twice(*entries[:2])}.")
         if name not in shapes and name.removesuffix(_SCALE) not in shapes and not name.startswith(_IGNORED):
             file, key = entries[0]
-            raise CheckpointError(f"tensor {key!r} in '{folder.path / file}' {_unexpected(name)}.")
+            raise CheckpointError(f"tensor {quoted(key)} in '{folder.path / file}' {_unexpected(name)}.")
     for name in shapes:
         if name not in keys:
             file, key = next(iter(keys.values()))[0]
             raise CheckpointError(
-                f"checkpoint '{folder.path}' has no tensor '{name}' next to {key!r} in {file!r}."
+                f"checkpoint '{folder.path}' has no tensor '{name}' next to {quoted(key)} in {quoted(file)}."
             )
 
 
 def _twice(one: tuple[str, str], other: tuple[str, str]) -> str:
-    words = f"{one[1]!r} in {one[0]!r} and {other[1]!r} in {other[0]!r}"
+    words = f"{quoted(one[1])} in {quoted(one[0])} and {quoted(other[1])} in {quoted(other[0])}"
     return (
         words
         if one[0] == other[0]
@@ -133,8 +134,8 @@ def _headers(folder: Folder, entries: Mapping[str, tuple[str, str]]) -> dict[str
         for key, name in names.items():
             if key not in tensors:
                 raise CheckpointError(
-                    f"'{folder.path / str(folder.index)}' says that tensor {key!r} is in {file!r}, which "
-                    "does not hold it."
+                    f"'{folder.path / str(folder.index)}' says that tensor {quoted(key)} is in "
+                    f"{quoted(file)}, which does not hold it."
                 )
             found[name] = tensors[key]
     return found
@@ -157,8 +158,8 @@ def _weight(
         )
     if scale is not None:
         raise CheckpointError(
-            f"{tensor} is {tensor.dtype} and yet has a scale, {scale.key!r}: it is unclear whether that "
-            "still has to be applied."
+            f"{tensor} is {tensor.dtype} and yet has a scale, {quoted(scale.key)}: it is unclear whether "
+            "that still has to be applied."
         )
     return StoredWeight(tensor)
 

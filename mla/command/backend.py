@@ -61,7 +61,7 @@ def backend_options(help: str) -> Callable[[Command], Command]:
         click.option(
             "--device",
             metavar="INDEX",
-            type=click.IntRange(min=0),
+            type=click.IntRange(0, 65535),
             help="Index of the device. Default: by LOCAL_RANK (torchrun) or SLURM_LOCALID, else the "
             "current one.",
         ),

@@ -9,6 +9,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
+from mla_backends.outside import safe, shortened
+
+_MOST_SAID = 4000  # characters of a sentence: more can only be what a file says
+
 _results: TextIO | None = None  # stdout while `results_apart` keeps it for results; None: sys.stdout
 _rank = 0  # of a run over several ranks: rank 0 speaks for all
 _complaint = ""  # why the command ends
@@ -30,6 +34,7 @@ def become(rank: int) -> None:
 def complain(sentence: str, common: bool, show: Callable[[], None] | None = None) -> None:
     """Say why the command ends, by `show` if given; rank 0 alone says what is `common` to all ranks."""
     global _complaint, _unsaid
+    sentence = shortened(sentence, _MOST_SAID)
     _complaint, _unsaid = sentence, bool(_rank and common)
     if _unsaid:
         return
@@ -52,7 +57,7 @@ def complaint() -> str:
 
 def _print(text: str) -> None:
     try:
-        print(text, file=sys.stderr, flush=True)  # noqa: T201
+        print(safe(text), file=sys.stderr, flush=True)  # noqa: T201
     except BrokenPipeError:  # `2>&1 | head` must not end the run
         _discard(sys.stderr)
 
@@ -62,7 +67,7 @@ def out(text: str) -> None:
     stream = results_stream()
     encoding = getattr(stream, "encoding", None) or "utf-8"  # a name may not fit the terminal's
     try:
-        print(text.encode(encoding, "replace").decode(encoding), end="", file=stream, flush=True)
+        print(safe(text).encode(encoding, "replace").decode(encoding), end="", file=stream, flush=True)
     except BrokenPipeError:  # the reader went away (`| head`): not an error of ours
         _discard(stream)
 

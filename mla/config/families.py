@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mla.errors import ConfigError, did_you_mean
+from mla_backends.outside import quoted
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,8 @@ def find_family(name: str, values: Mapping[str, Any]) -> tuple[str | None, Famil
     kind = ALIASES.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConfigError(
-            f"config '{name}': model type {kind!r} is unknown, and its attention may differ from what its "
-            f"keys say.{did_you_mean(str(kind), list(FAMILIES))} Known: {', '.join(FAMILIES)}. If it is "
+            f"config '{name}': model type {quoted(kind)} is unknown, and its attention may differ from what "
+            f"its keys say.{did_you_mean(str(kind), list(FAMILIES))} Known: {', '.join(FAMILIES)}. If it is "
             "DeepSeek-V3's attention, say so with model_type 'deepseek_v3'."
         )
     return kind, FAMILIES[kind]
@@ -200,7 +201,7 @@ def check_keys(name: str, family: Family, values: Mapping[str, Any]) -> None:
         found = values.get(key, only)
         alike = found.upper() == only.upper() if isinstance(found, str) and isinstance(only, str) else False
         if found is not None and found != only and not alike:
-            raise ConfigError(f"config '{name}': {key} {found!r} is not supported; {only!r} is.")
+            raise ConfigError(f"config '{name}': {key} {quoted(found)} is not supported; {only!r} is.")
     for key in family.needs:
         if values.get(key, family.defaults.get(key)) is None:
             raise ConfigError(f"config '{name}': {key} must not be null in this family.")

@@ -20,6 +20,8 @@ from mla.config.rope_settings import (
     read_rope,
 )
 from mla.errors import ConfigError
+from mla_backends import outside
+from mla_backends.outside import escaped, quoted, shortened
 
 __all__ = ["DIMENSIONS", "LongRopeScaling", "MLAConfig", "QueryScaling", "YarnScaling"]
 
@@ -74,14 +76,14 @@ class MLAConfig:
             optional = key == "q_lora_rank" and value is None
             whole = isinstance(value, int) and not isinstance(value, bool)
             if not optional and not (whole and 0 < value < 2**31):
-                raise self._error(f"{key} must be a positive integer, got {value!r}")
+                raise self._error(f"{key} must be a positive integer, got {quoted(value)}")
         for key in ("rms_norm_eps", "rope_theta", "q_latent_scale", "kv_latent_scale"):
             value = getattr(self, key)
             if not is_positive(value) and not (key == "rope_theta" and value is None):
-                raise self._error(f"{key} must be a positive number, got {value!r}")
+                raise self._error(f"{key} must be a positive number, got {quoted(value)}")
         for key in ("attention_bias", "rope_interleave"):
             if not isinstance(getattr(self, key), bool):
-                raise self._error(f"{key} must be true or false, got {getattr(self, key)!r}")
+                raise self._error(f"{key} must be true or false, got {quoted(getattr(self, key))}")
         if self.qk_rope_head_dim % 2:
             raise self._error(f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
         if self.rope_theta == 1 and isinstance(self.rope_scaling, YarnScaling):
@@ -131,13 +133,16 @@ class MLAConfig:
         if isinstance(source, Mapping):
             return cls.from_dict(source)
         path = Path(source)
-        path = path / "config.json" if path.is_dir() else path
         try:
-            values = json.loads(path.read_text())
+            if path.is_dir():
+                folder, path = path, path / "config.json"
+                values = json.loads(outside.read(path.name, folder))
+            else:
+                values = json.loads(outside.read(path))
         except OSError as error:
             raise ConfigError(f"cannot read config '{path}': {error.strerror}.") from error
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"config '{path}' is not valid JSON: {error}.") from error
+            raise ConfigError(f"config '{path}' is not valid JSON: {shortened(str(error))}.") from error
         if not isinstance(values, dict):
             raise ConfigError(f"config '{path}' must hold a JSON object, got {type(values).__name__}.")
         return cls.from_dict({"name": str(source), **values})
@@ -151,7 +156,7 @@ class MLAConfig:
         Raises `ConfigError` for a family or key that means a different attention, and for an unknown family.
         """
         inner = language_model(values)
-        name = str(values.get("name", inner.get("model_type", "custom")))
+        name = shortened(escaped(str(values.get("name", inner.get("model_type", "custom")))))
         refuse(name, values)
         refuse(name, inner)
         for key in ("hidden_size", "num_attention_heads", "kv_lora_rank"):
@@ -184,13 +189,13 @@ def _check_agreement(config: MLAConfig, values: Mapping[str, Any]) -> None:
     heads = values.get("num_key_value_heads")
     if heads is not None and heads != config.num_attention_heads:
         raise ConfigError(
-            f"config '{config.name}': num_key_value_heads {heads!r} is not num_attention_heads "
+            f"config '{config.name}': num_key_value_heads {quoted(heads)} is not num_attention_heads "
             f"{config.num_attention_heads}, so heads share keys and values in groups, which is not MLA."
         )
     for key in _WIDTHS:
         width = values.get(key)
         if width is not None and width != config.qk_head_dim:
             raise ConfigError(
-                f"config '{config.name}': {key} {width!r} is not qk_nope_head_dim + qk_rope_head_dim, "
+                f"config '{config.name}': {key} {quoted(width)} is not qk_nope_head_dim + qk_rope_head_dim, "
                 f"{config.qk_head_dim}."
             )

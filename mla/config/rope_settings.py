@@ -9,6 +9,7 @@ from typing import Any
 
 from mla.config.families import Family
 from mla.errors import ConfigError
+from mla_backends.outside import quoted
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def read_rope(name: str, family: Family, values: Mapping[str, Any], head: tuple[
     key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
     found = values.get(key) or family.defaults.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
-        raise ConfigError(f"config '{name}': {key} must be an object or null, got {found!r}.")
+        raise ConfigError(f"config '{name}': {key} must be an object or null, got {quoted(found)}.")
     given = {key: value for key, value in found.items() if value is not None or key in _NULL_COUNTS}
     spec = _Spec(f"config '{name}': {key}", given)
     theta = found.get("rope_theta", values.get("rope_theta", family.defaults.get("rope_theta", 10000.0)))
@@ -133,12 +134,16 @@ class _Spec:
         """Raise `ConfigError` for a key that this kind of scaling does not have."""
         extra = sorted(set(self.values) - known - set(_KIND))
         if extra:
-            raise ConfigError(f"{self.where} key {extra[0]!r} is not supported.")
+            raise ConfigError(f"{self.where} key {quoted(extra[0])} is not supported.")
 
 
 def is_positive(value: Any) -> bool:
-    """Return whether a value of a config.json is a number above 0, within bounds that any real one keeps."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-30 < value < 1e30
+    """Return whether a value of a config.json is a number above 0, within bounds that any real one keeps.
+
+    torch takes integers of 64 bits at most.
+    """
+    most = 2**63 if isinstance(value, int) else 1e30
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-30 < value < most
 
 
 def _check_share(name: str, share: Any, head: tuple[int, int], of_head: bool) -> None:
@@ -146,7 +151,7 @@ def _check_share(name: str, share: Any, head: tuple[int, int], of_head: bool) ->
     whole = sum(head) if of_head else head[1]
     if not is_positive(share) or round(share * whole) != head[1]:
         raise ConfigError(
-            f"config '{name}': partial_rotary_factor {share!r} of {whole} channels does not rotate the "
+            f"config '{name}': partial_rotary_factor {quoted(share)} of {whole} channels does not rotate the "
             f"{head[1]} of qk_rope_head_dim, which is not supported."
         )
 
@@ -154,7 +159,7 @@ def _check_share(name: str, share: Any, head: tuple[int, int], of_head: bool) ->
 def _query_scaling(spec: _Spec) -> QueryScaling | None:
     """Take the query scale out of `spec`."""
     beta = spec.values.pop("llama_4_scaling_beta", None)
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta < 1e30:
+    if isinstance(beta, bool) or (beta != 0 and not is_positive(beta)):
         raise ConfigError(f"{spec.where} needs a number 'llama_4_scaling_beta' of at least 0.")
     return QueryScaling(beta, spec.number("original_max_position_embeddings")) if beta else None
 
@@ -169,7 +174,7 @@ def _scaling(spec: _Spec, family: Family, values: Mapping[str, Any], half: int) 
         return _yarn(spec)
     if kind == "longrope":
         return _longrope(spec, values, half)
-    raise ConfigError(f"{spec.where} type {kind!r} is not supported; 'yarn' and 'longrope' are.")
+    raise ConfigError(f"{spec.where} type {quoted(kind)} is not supported; 'yarn' and 'longrope' are.")
 
 
 def _yarn(spec: _Spec) -> YarnScaling:
@@ -185,7 +190,7 @@ def _yarn(spec: _Spec) -> YarnScaling:
     for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"):
         if key in spec.values and not is_positive(spec.values[key]):
             found = spec.values[key]
-            raise ConfigError(f"{spec.where} key '{key}' must be a positive number, got {found!r}.")
+            raise ConfigError(f"{spec.where} key '{key}' must be a positive number, got {quoted(found)}.")
     return YarnScaling(**{key: value for key, value in spec.values.items() if key in known})
 
 

@@ -146,7 +146,7 @@ def run(
     if backend is None:
         return listing.checks(only)
     if report_file:
-        files.check_writable(report_file)
+        files.check_writable(report_file, files.RESULT)
     options = BackendOptions(backend, device, backend_options, threads)
     subject, slow = _slow(open_subject(options, quick), every_case or list_only)
     planned, asked = _plan(subject, words, _alone(options, quick), dtypes, only)

@@ -13,6 +13,8 @@ from pathlib import Path
 from mla.conformance.registry import all_checks, matches
 from mla.conformance.selection import without_case
 from mla.errors import MLAError, did_you_mean
+from mla_backends import outside
+from mla_backends.outside import quoted
 
 
 class XfailError(MLAError):
@@ -30,7 +32,7 @@ class Xfails:
     def read(cls, path: Path) -> Xfails:
         """Read a file. Raises `XfailError` naming the line."""
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = outside.read(path).decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise XfailError(f"cannot read '{path}': {getattr(error, 'strerror', None) or error}.") from error
         entries: dict[str, str] = {}
@@ -39,7 +41,7 @@ class Xfails:
                 continue
             pattern, reason = _entry(line, f"'{path}' line {number}")
             if pattern in entries:
-                raise XfailError(f"'{path}' line {number}: '{pattern}' is listed twice.")
+                raise XfailError(f"'{path}' line {number}: {quoted(pattern)} is listed twice.")
             entries[pattern] = reason
         return cls(entries)
 
@@ -59,10 +61,10 @@ class Xfails:
 def _entry(line: str, where: str) -> tuple[str, str]:
     pattern, colon, reason = (part.strip() for part in line.partition(":"))
     if not colon or not pattern or not reason:
-        raise XfailError(f"{where}: expected 'check: reason', got '{line.strip()}'.")
+        raise XfailError(f"{where}: expected 'check: reason', got {quoted(line.strip())}.")
     check = without_case(pattern)
     if check != pattern:
-        raise XfailError(f"{where}: expected failures are checks, not single cases: list '{check}'.")
+        raise XfailError(f"{where}: expected failures are checks, not single cases: list {quoted(check)}.")
     require_known(pattern, where)
     return pattern, reason
 
@@ -74,4 +76,4 @@ def require_known(pattern: str, where: str) -> None:
     if not any(matches(check, name) for name in names):
         groups = list(dict.fromkeys(name.partition(".")[0] for name in names))
         hint = did_you_mean(check, names + groups)
-        raise XfailError(f"{where}: unknown check '{check}'.{hint} `--list` shows all checks.")
+        raise XfailError(f"{where}: unknown check {quoted(check)}.{hint} `--list` shows all checks.")

@@ -105,12 +105,14 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
         refuse_other_formats(path)
 
 
-@pytest.mark.parametrize("make_special", [os.mkfifo, os.mkdir])
-def test_special_files_are_refused(make_special: Callable[[Path], None], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("make_special", "reason"), [(os.mkfifo, "it is not a regular file"), (os.mkdir, "Is a directory")]
+)
+def test_special_files_are_refused(make_special: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
     made = make(tmp_path)
     (made.folder / FILE).unlink()
     make_special(made.folder / FILE)
-    refused(made.folder, made.config, "'model.safetensors' of checkpoint .* is not a regular file")
+    refused(made.folder, made.config, f"'model.safetensors' of checkpoint .* cannot be opened: {reason}")
 
 
 # ------------------------------------------------------------------------------------------ the index
@@ -193,7 +195,7 @@ def test_a_broken_index_is_refused(content: str | bytes, reason: str, tmp_path: 
 def test_a_huge_index_is_not_parsed(tmp_path: Path) -> None:
     made, _ = indexed(tmp_path)
     os.truncate(made.folder / INDEX, 1 << 40)
-    refused(made.folder, made.config, "is larger than 64 MiB, so it is not parsed")
+    refused(made.folder, made.config, "cannot be opened: it is larger than 64 MiB")
 
 
 def test_several_indexes_are_refused_unless_one_is_the_models(tmp_path: Path) -> None:

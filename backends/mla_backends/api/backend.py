@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from mla_backends.api.facts import Availability, DeviceInfo, MemoryInfo
 from mla_backends.api.ops import FusedOp, OpCall
 from mla_backends.api.timing import HostTimer, Timer
 from mla_backends.errors import BackendOptionError
+
+MOST_THREADS = 4096  # of a host; more are a typo
 
 if TYPE_CHECKING:
     import torch
@@ -52,9 +55,9 @@ class Backend(ABC):
         if unknown:
             raise BackendOptionError.unknown(self.name, unknown, self.known_options())
         threads = str(self.options.get("threads", 1))
-        if not threads.isdecimal() or int(threads) < 1:
+        if not re.fullmatch("[0-9]{1,4}", threads) or not 1 <= int(threads) <= MOST_THREADS:
             raise BackendOptionError(
-                f"backend '{self.name}' needs a positive number of threads, got '{threads}'."
+                f"backend '{self.name}' needs 1 to {MOST_THREADS} threads, got '{threads}'."
             )
 
     @classmethod

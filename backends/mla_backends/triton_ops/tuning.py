@@ -11,12 +11,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mla_backends import outside
 from mla_backends.errors import BackendError
+from mla_backends.outside import escaped, quoted, shortened
 
 FORMAT = 1  # of the file
 CURE = (
     "The campaign's section `tune` writes one (benchmarks/gpu); without one, the plugin's defaults are used."
 )
+MOST = 65536  # of anything that a tile counts
 LEAST = 16  # rows or keys of a tile: the least that `tl.dot` takes
 
 
@@ -38,14 +41,16 @@ class Tile:
     def __post_init__(self) -> None:
         for name, least in (("rows", LEAST), ("keys", LEAST), ("warps", 1)):
             value = getattr(self, name)
-            if type(value) is not int or value < least or value & (value - 1):
-                raise ValueError(f"{name} must be a power of two of at least {least}, got {value!r}.")
+            if type(value) is not int or not least <= value <= MOST or value & (value - 1):
+                raise ValueError(
+                    f"{name} must be a power of two from {least} to {MOST}, got {quoted(value)}."
+                )
         for name in ("stages", "programs"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a positive number, got {value!r}.")
+            if type(value) is not int or not 1 <= value <= MOST:
+                raise ValueError(f"{name} must be a number from 1 to {MOST}, got {quoted(value)}.")
         if type(self.halves) is not bool:
-            raise ValueError(f"halves must be true or false, got {self.halves!r}.")
+            raise ValueError(f"halves must be true or false, got {quoted(self.halves)}.")
 
     def smaller(self) -> Iterator[Tile]:
         """Yield tiles that need less and less of a multiprocessor, down to the smallest.
@@ -113,19 +118,21 @@ def card_file(name: str) -> str:
 def read_tuning(path: str | Path) -> Tuning:
     """Return what a campaign has written for a card. Raises `BackendError` naming what is wrong with it."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        found = json.loads(text)
+        content = outside.read(path)
+        found = json.loads(content)
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise ValueError(f"it is no tuning of format {FORMAT}")
         tiles = {name: _tiles(found[name]) for name in ("latent", "expanded")}
         where = ", ".join(str(found[key]) for key in ("card", "date") if found.get(key))
-        source = f"{Path(path).name}: {where or 'of an unknown card'} (crc32 {zlib.crc32(text.encode()):08x})"
+        where = shortened(escaped(where))
+        source = f"{Path(path).name}: {where or 'of an unknown card'} (crc32 {zlib.crc32(content):08x})"
         return Tuning(**tiles, source=source)
     except OSError as error:
         why = error.strerror or error
         raise BackendError(f"the tuning file {path} cannot be read: {why}. {CURE}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error).rstrip(".")
+        what = shortened(escaped(what))
         raise BackendError(f"the tuning file {path} cannot be used: {what}. {CURE}") from error
 
 

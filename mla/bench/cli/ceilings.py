@@ -91,7 +91,7 @@ def ceilings(**values: Any) -> int:
     names = options.dtype_names()
     options.key_values()  # a mistake shows before anything is opened
     if options.output:
-        files.check_writable(options.output)
+        files.check_writable(options.output, files.RESULT)
     from mla.bench.run.ceilings import all_tasks, report, run_tasks
 
     opened = open_backend(options)

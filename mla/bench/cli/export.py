@@ -20,6 +20,9 @@ from mla.errors import ResultError, UsageError
 
 Files = Sequence[tuple[Path, Run]]
 
+TABLE = files.Kind("a table of results", lambda data: data.startswith(b"file,"))
+DOCUMENT = files.Kind("a document of a case", lambda data: data.lstrip(b"{ \n").startswith(b'"run_id":'))
+
 
 @click.command(short_help="Write results as CSV or for InfiniMetrics; torch is not needed.")
 @click.argument("runs", cls=Word, type=FILE, nargs=-1, required=True, help="Result files (-o).")
@@ -88,7 +91,7 @@ def _csv(read: Files, target: Path | None) -> str:
     if target is None:
         out(text)
     else:
-        files.check_writable(target)
+        files.check_writable(target, TABLE)
         files.write_bytes(text.encode("utf-8", "replace"), target)
     return _count(len(rows), "row")
 
@@ -96,8 +99,9 @@ def _csv(read: Files, target: Path | None) -> str:
 def _infinimetrics(read: Files, target: Path | None) -> str:
     documents = [document for _, run in read for document in infinimetrics.documents(run)]
     said = _count(len(documents), "document")
-    if target is None:
-        out("".join(f"{json.dumps(document)}\n" for document in documents))
+    if target is None or files.is_stream(target):
+        lines = "".join(f"{json.dumps(document)}\n" for document in documents)
+        out(lines) if target is None else files.write_bytes(lines.encode(), target)
         return said
     if target.suffix == ".json" and not target.is_dir():
         if len(documents) != 1:
@@ -110,7 +114,7 @@ def _infinimetrics(read: Files, target: Path | None) -> str:
         _make_folder(target)
         targets = [target / infinimetrics.file_name(document) for document in documents]
     for document, path in zip(documents, targets, strict=True):
-        files.check_writable(path)
+        files.check_writable(path, DOCUMENT)
         files.write_bytes(json.dumps(document, indent=1).encode() + b"\n", path)
     return said
 

@@ -32,6 +32,7 @@ def show(run: Path, kind: str) -> int:
 
 def stored(path: Path, kind: str) -> str:
     """Return a stored run, or what `ceilings` stored, as it was printed. Raises `ResultError`."""
-    if ceilings_file.is_ceilings(path):
-        return ceilings.render(ceilings_file.read(path), kind)
-    return run_table.render(results.read(path), kind)
+    data = results.content(path)  # of a pipe there is only one reading
+    if ceilings_file.is_ceilings(data):
+        return ceilings.render(results.decoded(data, path, ceilings_file.decode), kind)
+    return run_table.render(results.decoded(data, path, results.decode), kind)

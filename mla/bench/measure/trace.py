@@ -17,6 +17,7 @@ import torch
 
 from mla.bench.subjects.base import Implementation
 from mla.bench.workload.scenario import Scenario
+from mla.command.files import TRACE_START
 
 # The most forwards of a recorded pass: enough to see launches and gaps, and a file that viewers still open.
 FORWARDS = 10
@@ -60,9 +61,9 @@ class Trace:
 
     def encode(self) -> bytes:
         """Return the trace as JSON."""
-        facts = msgspec.json.encode(self._facts)[:-1]
-        comma = b"," if self._facts else b""
-        return facts + comma + b'"traceEvents":[' + b",\n".join(self._events) + b"]}\n"
+        facts = msgspec.json.encode(self._facts)[1:-1]
+        head = TRACE_START + b"," + facts + b"," * bool(facts)
+        return head + b'"traceEvents":[' + b",\n".join(self._events) + b"]}\n"
 
 
 class Ranged:

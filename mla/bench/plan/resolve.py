@@ -48,8 +48,9 @@ def resolve(options: RunOptions, join: Join | None = None) -> Request:
     options = with_link(options)
     one = ("eager", "warm", "host") if options.parallel else (options.mode, options.cache, options.clock)
     wanted = variants.parse(*one)
-    for file in filter(None, (options.target, options.profile)):
-        files.check_writable(file)
+    for file, kind in ((options.target, files.RESULT), (options.profile, files.TRACE)):
+        if file is not None:
+            files.check_writable(file, kind)
     _keep_functions()
     return _request(options, points, wanted, open_backend(options), join)
 

@@ -13,6 +13,7 @@ from mla.bench.plan.options import RunOptions
 from mla.bench.workload import implementations
 from mla.bench.workload.grid import Axes, Point
 from mla.bench.workload.op_scenario import READS_HISTORY
+from mla.bench.workload.scenario import MAX_COUNT
 from mla.command import launcher
 from mla.errors import UsageError
 from mla.text import dtype_name
@@ -163,8 +164,8 @@ def _check_profile(options: RunOptions) -> None:
 
 
 def _check_page_size(size: int | None) -> None:
-    if size is not None and (size < 1 or size & (size - 1)):
-        raise UsageError(f"--page-size must be a power of two, got {size}.")
+    if size is not None and (not 1 <= size <= MAX_COUNT or size & (size - 1)):
+        raise UsageError(f"--page-size must be a power of two below 2^31, got {size}.")
 
 
 def check_points(options: RunOptions, points: Sequence[Point]) -> None:

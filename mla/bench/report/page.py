@@ -16,6 +16,7 @@ from mla.errors import MLAError, ResultError
 
 # How every report starts; only a file that starts like this is overwritten.
 DOCTYPE = "<!doctype html>"
+PAGE = files.Kind("an HTML page", lambda data: data.lower().startswith(DOCTYPE.encode()))
 
 
 class PageError(MLAError):
@@ -36,17 +37,9 @@ def require() -> None:
 
 def check_target(target: Path, inputs: Sequence[Path]) -> None:
     """Raise `ResultError` if `target` cannot be written, or exists and is not a report."""
-    files.check_writable(target)
-    if not target.exists():
-        return
-    if any(path.exists() and path.samefile(target) for path in inputs):
+    if target.exists() and any(path.exists() and path.samefile(target) for path in inputs):
         raise ResultError(f"cannot write '{target}': it is one of the result files; name another file.")
-    with target.open("rb") as file:
-        start = file.read(len(DOCTYPE))
-    if start and start.lower() != DOCTYPE.encode():
-        raise ResultError(
-            f"cannot write '{target}': it exists and is not an HTML page; remove it or name another file."
-        )
+    files.check_writable(target, PAGE)
 
 
 def render(paths: Sequence[str], runs: Sequence[Run]) -> str:

@@ -22,6 +22,7 @@ from mla.errors import ResultError
 
 # How every picture starts; only a file that starts like this is overwritten.
 START = "<!-- Made by python -m mla.bench report. -->\n"
+PICTURE = files.Kind("a picture of a report", lambda data: data.startswith(START.encode()))
 # Points: the margin, the sizes of the title and of other lines, and their distance.
 MARGIN, TITLE, TEXT, LEADING = 10.0, 10.5, 9.0, 1.35
 # Width of a letter as a share of its size: rather too wide than too narrow.
@@ -132,12 +133,8 @@ def check_folder(folder: Path) -> None:
 def write(made: dict[str, str], folder: Path) -> None:
     """Write pictures into a folder, making it. Raises `ResultError`, writing nothing, for a foreign file."""
     for name in made:
-        path = folder / name
-        if path.exists() and not path.read_text("utf-8", "replace").startswith(START):
-            raise ResultError(
-                f"cannot write '{path}': it exists and is not a picture of a report; "
-                "remove it or name another folder."
-            )
+        if (folder / name).exists():
+            files.check_writable(folder / name, PICTURE)
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:

@@ -1,7 +1,7 @@
 """The schema of result files, and their comparison."""
 
 from mla.bench.results.facts import backend_facts
-from mla.bench.results.file import decode, encode, read, write
+from mla.bench.results.file import content, decode, decoded, encode, read, write
 from mla.bench.results.schema import (
     SCHEMA_VERSION,
     Agreement,
@@ -41,7 +41,9 @@ __all__ = [
     "Throughput",
     "Timing",
     "backend_facts",
+    "content",
     "decode",
+    "decoded",
     "encode",
     "read",
     "write",

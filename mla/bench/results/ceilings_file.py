@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -47,11 +46,11 @@ class _Head(msgspec.Struct):
     schema_version: int = 0
 
 
-def is_ceilings(path: Path) -> bool:
-    """Return whether a file says it was written by `ceilings`; False for one that cannot be read."""
+def is_ceilings(data: bytes) -> bool:
+    """Return whether a file says it was written by `ceilings`; False for what is no JSON."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Head).report == "ceilings"
-    except (OSError, ValueError, RecursionError):  # `read` says what is wrong
+        return msgspec.json.decode(data, type=_Head).report == "ceilings"
+    except (ValueError, RecursionError):  # decoding says what is wrong
         return False
 
 
@@ -63,13 +62,3 @@ def decode(data: bytes) -> CeilingRun:
     if fault := fault_of_ceilings(measured=run.measured, declared=run.declared):
         raise ResultError(f"not a {kind}: {fault}.")
     return printable(run)
-
-
-def read(path: Path) -> CeilingRun:
-    """Read a ceilings file. Raises `ResultError` naming the file and the cause."""
-    try:
-        return decode(path.read_bytes())
-    except OSError as error:
-        raise ResultError(f"cannot read '{path}': {error.strerror}.") from error
-    except ResultError as error:
-        raise ResultError(f"'{path}' is {error}") from error

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
 from mla.bench.results import validity
-from mla.bench.results.printable import escaped, printable
+from mla.bench.results.printable import printable
 from mla.bench.results.schema import SCHEMA_VERSION, Run
 from mla.command.files import write_bytes
 from mla.errors import ResultError
+from mla_backends import outside
+from mla_backends.outside import escaped, shortened
 
 T = TypeVar("T")
 
@@ -42,7 +45,7 @@ def parsed(data: bytes, type_: type[T], kind: str) -> T:
     try:
         return msgspec.json.decode(data, type=type_)
     except msgspec.DecodeError as error:
-        raise ResultError(f"not a {kind}: {escaped(str(error))}.") from error
+        raise ResultError(f"not a {kind}: {shortened(escaped(str(error)))}.") from error
     except (RecursionError, ValueError) as error:  # brackets without end; a number or a text like no other
         raise ResultError(f"not a {kind}: JSON is malformed ({type(error).__name__}).") from error
 
@@ -85,10 +88,21 @@ def _upgrade(run: Run) -> Run:
 
 def read(path: Path) -> Run:
     """Read a run from its file. Raises `ResultError` naming the file and the cause."""
+    return decoded(content(path), path, decode)
+
+
+def content(path: Path) -> bytes:
+    """Return what a file or a pipe holds. Raises `ResultError`."""
     try:
-        return decode(path.read_bytes())
+        return outside.read(path)
     except OSError as error:
         raise ResultError(f"cannot read '{path}': {error.strerror}.") from error
+
+
+def decoded(data: bytes, path: Path, decode: Callable[[bytes], T]) -> T:
+    """Return what the content of a file means. Raises `ResultError` naming the file."""
+    try:
+        return decode(data)
     except ResultError as error:
         raise ResultError(f"'{path}' is {error}") from error
 

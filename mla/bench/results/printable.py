@@ -6,14 +6,9 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
+from mla_backends.outside import escaped
+
 T = TypeVar("T")
-
-
-def escaped(text: str) -> str:
-    r"""Return text with unprintable characters escaped: controls, line ends, bidi marks ("\x1b")."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def printable(value: T) -> T:

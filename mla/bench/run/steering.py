@@ -16,7 +16,7 @@ from mla.bench.results.passes import due
 from mla.bench.run import resume
 from mla.bench.run.budget import Budget
 from mla.bench.workload.quantities import spoken
-from mla.command import last_words
+from mla.command import files, last_words
 from mla.command.console import Note, note
 from mla.command.exit_codes import Exit
 from mla.errors import ResultError
@@ -63,7 +63,7 @@ def steering(
 
     def hung(run: results.Run, sentence: str, code: Exit = Exit.BACKEND) -> None:
         with contextlib.suppress(Exception):  # nothing may keep the process from ending
-            _save(options, run)
+            _save(options, run, last=True)
             show(run)
             note(f"error: {sentence}")
             last_words.dismiss()
@@ -104,9 +104,10 @@ def _kept(
     return kept
 
 
-def _save(options: RunOptions, run: results.Run) -> None:
+def _save(options: RunOptions, run: results.Run, *, last: bool = False) -> None:
+    """Write what there is, so that it's kept whatever comes; to a pipe only the last time."""
     try:
-        if options.target:
+        if options.target and (last or not files.is_stream(options.target)):
             results.write(run, options.target)
     except ResultError as error:
         note(f"{error} The run continues and will try again.")

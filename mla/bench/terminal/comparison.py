@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from mla.bench.results import compare
 from mla.bench.results.compare import Comparison
-from mla.bench.results.printable import escaped
 from mla.bench.results.schema import Run
 from mla.bench.terminal.digits import known
 from mla.command.table import aligned, markdown
+from mla_backends.outside import escaped
 
 _HEADER = ("scenario", "implementation", "base median ms", "new median ms", "time ratio", "90% CI", "verdict")
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from mla.bench.workload.grid import Point
 from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS
 from mla.errors import UsageError
+from mla_backends.outside import shortened
 
 FORM = "[COUNT]qLEN[k][sLEN[k]], such as 16q1s4k"
 _NUMBER = "[0-9]{1,20}"
@@ -37,7 +38,9 @@ def parse_batch_spec(spec: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     history: list[int] = []
     place = 1
     for number, segment in enumerate(spec.split("_"), 1):
-        where = f"batch spec '{spec}': segment {number}, '{segment}' (character {place}),"
+        where = (
+            f"batch spec '{shortened(spec)}': segment {number}, '{shortened(segment)}' (character {place}),"
+        )
         count, new, total = _segment(segment, where)
         if len(query_lens) + count > MAX_REQUESTS:
             raise ValueError(f"{where} makes more than {MAX_REQUESTS} requests")

@@ -14,6 +14,7 @@ from mla.bench.workload.quantities import UNITS
 from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS, Scenario, check_lengths
 from mla.errors import UsageError, did_you_mean
 from mla.text import DTYPES
+from mla_backends.outside import shortened
 
 if TYPE_CHECKING:
     from mla.config import MLAConfig
@@ -102,8 +103,8 @@ def points_of(scenarios: Sequence[Scenario], axes: Axes) -> list[Point]:
 def _own(scenario: Scenario) -> Axes:
     try:
         return {name: _values(name, _text(value)) for name, value in scenario.axes.items()}
-    except UsageError as error:
-        raise UsageError(f"scenario '{scenario.name}': {error}") from error
+    except (UsageError, ValueError) as error:
+        raise UsageError(f"scenario '{scenario.name}': {shortened(str(error), 400)}") from error
 
 
 def _text(value: Any) -> str:

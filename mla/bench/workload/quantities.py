@@ -40,6 +40,7 @@ def memory(text: str) -> int:
     return value
 
 
+LONGEST = 1e9  # seconds, 31 years: no clock of Python waits for much longer
 TIME_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
@@ -47,7 +48,7 @@ def duration(text: str) -> float:
     """Return the seconds of "90", "90s", "10m" or "1.5h". Raises ValueError for anything else, and for 0."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
     seconds = float(found[1]) * TIME_UNITS[found[2]] if found else 0.0
-    if not 0 < seconds < math.inf:
+    if not 0 < seconds <= LONGEST:
         raise ValueError(f"'{text}' is not a valid duration, such as 90s, 10m or 1.5h")
     return seconds
 

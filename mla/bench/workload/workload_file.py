@@ -14,6 +14,8 @@ import msgspec
 from mla.bench.workload.batch_spec import parse_batch_spec
 from mla.bench.workload.scenario import MAX_REQUESTS, Scenario, check_lengths
 from mla.errors import UsageError, did_you_mean
+from mla_backends import outside
+from mla_backends.outside import escaped, quoted, shortened
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -67,9 +69,9 @@ def read_workload(source: str) -> Workload:
     try:
         document = msgspec.convert(tomllib.loads(text), _File)
     except msgspec.ValidationError as error:
-        raise UsageError(f"workload '{source}': {error}; it needs [[scenario]] tables.") from error
+        raise UsageError(f"workload '{source}': {_why(error)}; it needs [[scenario]] tables.") from error
     except (ValueError, RecursionError) as error:  # absurd numbers and nesting do not raise TOMLDecodeError
-        raise UsageError(f"workload '{source}' is not valid TOML: {error}.") from error
+        raise UsageError(f"workload '{source}' is not valid TOML: {_why(error)}.") from error
     tables = [one for table in document.scenario for one in _one_each(source, table)]
     scenarios = [_scenario(source, table) for table in tables]
     names = [scenario.name for scenario in scenarios]
@@ -94,7 +96,7 @@ def _one_each(source: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if not specs or not all(isinstance(spec, str) for spec in specs):
         raise UsageError(
             f"workload '{source}': batch_spec takes a text such as \"16q1s4k\", or a list of them, "
-            f"got {table['batch_spec']!r}."
+            f"got {quoted(table['batch_spec'])}."
         )
     said = next((key for key in _FIXED_BY_SPEC if key in table), None)
     if said:
@@ -103,7 +105,7 @@ def _one_each(source: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]:
         try:
             query_lens, history = parse_batch_spec(spec)
         except ValueError as error:
-            raise UsageError(f"workload '{source}': {error}.") from error
+            raise UsageError(f"workload '{source}': {_why(error)}.") from error
         lengths = {"mode": "prefill", "query_lens": list(query_lens), "history": list(history)}
         name = table.get("name", "")
         named = f"{name} {spec}".lstrip() if isinstance(name, str) else name  # which is refused later
@@ -113,26 +115,33 @@ def _one_each(source: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _read(source: str) -> str:
     shipped = resources.files("mla.bench.workload") / f"{source}.toml"
     try:
-        return shipped.read_text() if shipped.is_file() else Path(source).read_text()
+        return shipped.read_text(encoding="utf-8") if source in PRESETS else outside.read(source).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"cannot read workload '{source}': {reason}.") from error
 
 
 def _scenario(source: str, table: dict[str, Any]) -> Scenario:
-    name = table.get("name", "?")
-    _check_keys(f"workload '{source}', scenario '{name}'", table)
+    where = f"workload '{source}', scenario {quoted(table.get('name', '?'))}"
+    _check_keys(where, table)
     try:
         lists: dict[str, Any] = {
             key: parse_lengths(table[key]) for key in ("query_lens", "history") if key in table
         }
         scenario = msgspec.convert({**table, **lists}, Scenario)
     except (msgspec.ValidationError, ValueError) as error:
-        raise UsageError(f"workload '{source}', scenario '{name}': {error}.") from error
-    check_lengths(f"workload '{source}', scenario '{scenario.name}'", scenario)
+        raise UsageError(f"{where}: {_why(error)}.") from error
+    check_lengths(where, scenario)
     if not scenario.name.strip() or not scenario.name.isprintable():
-        raise UsageError(f"workload '{source}': {scenario.name!r} is not a valid name: use one line of text.")
+        raise UsageError(
+            f"workload '{source}': {quoted(scenario.name)} is not a valid name: use one line of text."
+        )
     return scenario
+
+
+def _why(error: Exception) -> str:
+    """Return what an error says, where that may quote the file."""
+    return shortened(escaped(str(error)))
 
 
 def _check_keys(where: str, table: Mapping[str, Any]) -> None:
@@ -144,7 +153,7 @@ def _check_keys(where: str, table: Mapping[str, Any]) -> None:
             fixed = _FIXED_BY_SPEC if "batch_spec" in table else ()
             free = [one for one in known if one not in fixed]
             hint = did_you_mean(key, free)
-            raise UsageError(f"{where}: unknown key '{key}'.{hint} Choose from: {', '.join(free)}.")
+            raise UsageError(f"{where}: unknown key {quoted(key)}.{hint} Choose from: {', '.join(free)}.")
     missing = [field.encode_name for field in fields if field.required and field.encode_name not in table]
     if missing:
         raise UsageError(f"{where}: it has no {' and no '.join(missing)}.")
@@ -156,7 +165,7 @@ def parse_lengths(items: Any) -> tuple[int, ...]:
     for item in items if isinstance(items, list) else [items]:
         length, count = _item(item)
         if count < 1 or len(lengths) + count > MAX_REQUESTS:
-            raise ValueError(f"{item!r} must repeat between 1 and {MAX_REQUESTS} times")
+            raise ValueError(f"{quoted(item)} must repeat between 1 and {MAX_REQUESTS} times")
         lengths += [length] * count
     return tuple(lengths)
 
@@ -168,7 +177,7 @@ def _item(item: Any) -> tuple[int, int]:
     try:
         return int(length), int(count) if star else 1
     except ValueError:
-        raise ValueError(f'{item!r} is neither a length nor "length*count"') from None
+        raise ValueError(f'{quoted(item)} is neither a length nor "length*count"') from None
 
 
 def select(scenarios: Sequence[Scenario], names: Sequence[str]) -> list[Scenario]:

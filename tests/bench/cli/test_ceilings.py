@@ -27,7 +27,7 @@ def test_the_command_measures_stores_and_shows_the_same(bench: Bench, quick_ceil
     done = bench(*CPU, "--dtype", "fp32", "-o", "c.json")
     assert done.code == 0
     assert done.err == ""
-    run = ceilings_file.read(Path("c.json"))
+    run = ceilings_file.decode(Path("c.json").read_bytes())
     assert [one.work for one in run.measured[:4]] == ["read", "read", "copy", "copy"]
     assert {one.footprint_bytes for one in run.measured[:4]} == {1 << 18, 1 << 20}
     products = [one.source.rpartition(", ")[2] for one in run.measured[4:]]
@@ -78,7 +78,7 @@ def test_an_interrupt_keeps_what_was_measured(
     done = bench(*CPU, "-o", "c.json")
     assert done.code == 130
     assert done.error == "interrupted: the result holds what was measured until then"
-    run = ceilings_file.read(Path("c.json"))
+    run = ceilings_file.decode(Path("c.json").read_bytes())
     assert [one.work for one in run.measured] == ["read", "read"]
     assert run.interrupted
 

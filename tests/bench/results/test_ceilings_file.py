@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from mla.bench import results
+from mla.bench.cli import show
 from mla.bench.results import ceilings_file
 from mla.bench.results.ceilings_file import CeilingRun
 from mla.errors import ResultError
@@ -29,7 +30,7 @@ def test_ceilings_survive_the_round_trip_and_faults_are_named(
     ):
         (tmp_path / "bad.json").write_bytes(msgspec.json.encode({**document, **change}))
         with pytest.raises(ResultError) as refused:
-            ceilings_file.read(tmp_path / "bad.json")
+            show.stored(tmp_path / "bad.json", "table")
         assert str(refused.value) == f"'{tmp_path / 'bad.json'}' is not a ceilings file: {expected}."
     with pytest.raises(ResultError, match="schema version 9, but this mla reads only up to 1"):
         ceilings_file.decode(msgspec.json.encode({**document, "schema_version": 9}))

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from mla.bench import results
 from mla.bench.results import ceilings_file
 from mla.bench.results.ceilings_file import CeilingRun
-from mla.bench.results.printable import escaped
+from mla_backends.outside import escaped
 
 MakeRun = Callable[..., results.Run]
 Bench = Callable[..., Any]

@@ -286,7 +286,7 @@ def test_passes_lie_end_to_end_whenever_they_were_recorded() -> None:
         joined.add(one_pass(start))
     found = json.loads(joined.encode())
     assert (joined.passes, joined.operators, joined.launches) == (3, 3, 3)
-    assert {key for key in found if key != "traceEvents"} == {"schemaVersion", "displayTimeUnit"}
+    assert {key for key in found if key != "traceEvents"} == {"madeBy", "schemaVersion", "displayTimeUnit"}
     starts = [event["ts"] for event in found["traceEvents"] if event["name"] == "aten::mm"]
     assert starts == [0, 13 + trace.GAP, 2 * (13 + trace.GAP)]
     kernels = [event["ts"] for event in found["traceEvents"] if event["name"] == "gemm"]

@@ -10,6 +10,7 @@ from mla.bench.workload.batch_spec import batch_scenarios, parse_batch_spec
 from mla.bench.workload.grid import parse, points_of
 from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS
 from mla.errors import UsageError
+from mla_backends.outside import shortened
 
 # What the README of vLLM's tool at 10a68b7e says of its examples: (new tokens, all tokens) of each request.
 PUBLISHED = {
@@ -103,7 +104,7 @@ def test_a_mistake_is_named_with_its_place(spec: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=r".") as refused:
         parse_batch_spec(spec)
     message = str(refused.value)
-    assert message.startswith(f"batch spec '{spec}': segment ")
+    assert message.startswith(f"batch spec '{shortened(spec)}': segment ")
     assert sentence in message
     assert "\n" not in message
 
