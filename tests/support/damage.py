@@ -39,7 +39,8 @@ def _ends(text: str) -> str:
 
 
 OWN = (MLAError, BackendError, click.UsageError)
-LONGEST = 400  # characters of a sentence, names of files included
+LONGEST = 400  # characters of a sentence about a file, its name included
+LONGEST_TYPED = 4100  # of one that repeats the user's own words
 
 # What acts on a terminal, breaks a table, or is more than anybody wants to read.
 HOSTILE = ("\x1b]0;owned\x07", "\x1b[31m", "\u202egnp", "a\nb", "\r", "\u2028", "\0", "\ud800")
@@ -150,7 +151,7 @@ def _places(holder: Any) -> Iterator[tuple[Any, Any]]:
 # ---------------------------------------------------------------------------------------------- judgement
 
 
-def attempt(call: Callable[[], T]) -> T | None:
+def attempt(call: Callable[[], T], longest: int = LONGEST) -> T | None:
     """Return what a call returns, or None for an error of the project's own, which fits a terminal.
 
     Any other exception is the defect that is looked for, and gets out.
@@ -166,12 +167,12 @@ def attempt(call: Callable[[], T]) -> T | None:
     with contextlib.redirect_stderr(io.StringIO()) as said:
         assert guarded(again) in (2, 3)
     _, _, sentence = said.getvalue().rpartition("Usage: ")  # which click prints before
-    assert_sentence(sentence[sentence.lower().index("error: ") :])
+    assert_sentence(sentence[sentence.lower().index("error: ") :], longest)
     return None
 
 
-def assert_sentence(text: str) -> None:
+def assert_sentence(text: str, longest: int = LONGEST) -> None:
     """Assert that this is one printable line, which says something in few words."""
     assert text.endswith("\n"), text
     assert text[:-1].isprintable(), ascii(text[:LONGEST])
-    assert len("error: ") + 1 < len(text) <= LONGEST, f"{len(text)} characters: {text[:LONGEST]}"
+    assert len("error: ") + 1 < len(text) <= longest, f"{len(text)} characters: {text[:longest]}"
