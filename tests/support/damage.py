@@ -39,7 +39,7 @@ def _ends(text: str) -> str:
 
 
 OWN = (MLAError, BackendError, click.UsageError)
-LONGEST = 400  # characters of a sentence about a file, its name included
+LONGEST = 700  # characters of a sentence about a file, its name included
 LONGEST_TYPED = 4100  # of one that repeats the user's own words
 
 # What acts on a terminal, breaks a table, or is more than anybody wants to read.
