@@ -7,14 +7,39 @@ by a free list; sequences own pages through a block table kept on the host.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import index
+from typing import Any
 
 import torch
 
-from mla.cache.ragged_batch import BatchMemory, RaggedBatch, host_ints
+from mla.cache.ragged_batch import BatchMemory, RaggedBatch, check_page_size, host_ints
 from mla.config import MLAConfig
 from mla.errors import CacheFull
+from mla_backends.operands import misfit
+
+
+def whole_numbers(name: str, values: Iterable[Any]) -> list[int]:
+    """Return integers of any kind, also numpy's and torch's, as a list of Python's. Raises ValueError."""
+    try:
+        return list(map(index, values))
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{name} must be whole numbers, got {values!r:.80}.") from error
+
+
+def check_history(config: MLAConfig, kv: Any, pe: Any) -> int:
+    """Return the tokens of latents kv [s, c] and pe [s, r]. Raises ValueError for anything else."""
+    widths = (config.kv_lora_rank, config.qk_rope_head_dim)
+    for name, rows, width in zip(("kv", "pe"), (kv, pe), widths, strict=True):
+        if not isinstance(rows, torch.Tensor) or rows.shape != (len(kv), width):
+            found = list(rows.shape) if isinstance(rows, torch.Tensor) else f"a {type(rows).__name__}"
+            raise ValueError(f"load() takes kv [s, {widths[0]}] and pe [s, {widths[1]}], got {name} {found}.")
+        if wrong := misfit(rows, rows.shape, rows.dtype, rows.device) if not rows.is_neg() else "":
+            raise ValueError(f"{name} {wrong}")
+        if not rows.is_floating_point() or rows.is_meta:
+            raise ValueError(f"{name} must hold floating-point numbers, got {rows.dtype} on {rows.device}.")
+    return len(kv)
 
 
 @dataclass(slots=True)
@@ -42,8 +67,7 @@ class LatentCache:
         dtype: torch.dtype = torch.bfloat16,
         shuffle: int | None = None,
     ) -> None:
-        if page_size < 1 or page_size & (page_size - 1):
-            raise ValueError(f"page_size must be a power of two, got {page_size}.")
+        check_page_size(page_size)
         if max_tokens < 1 or num_layers < 1:
             raise ValueError(
                 f"max_tokens and num_layers must be positive, got {max_tokens} and {num_layers}."
@@ -126,18 +150,25 @@ class LatentCache:
         more: steps of sequences that grow up to there have one shape and one memory, as a graph needs.
         Raises `CacheFull` when pages run out and ValueError for bad arguments; both change nothing.
         """
+        query_lens, (reserved,) = (
+            whole_numbers("query_lens", query_lens),
+            whole_numbers("table_tokens", [table_tokens]),
+        )
+        width = -(-reserved // self.page_size)
+        if width > self._tables.shape[1]:  # before anything changes: there may be no memory
+            self._grow_tables(self._tables.shape[0], width)
         entries, kv_lens = self._grow(sequences, query_lens)
-        table = self._table(entries, -(-table_tokens // self.page_size))
+        table = self._table(entries, width)
         slots = None
         if query_lens.count(1) == len(query_lens):  # decode: a few integers, not worth tensor arithmetic
             size = self.page_size
             slots = [entry.pages[-1] * size + (entry.length - 1) % size for entry in entries]
-        memory = self._batch_memory(sum(query_lens), table, reserved=table_tokens > 0)
+        memory = self._batch_memory(sum(query_lens), table, reserved=reserved > 0)
         return RaggedBatch(query_lens, kv_lens, table, self.page_size, self.pages.device, self, slots, memory)
 
     def grow(self, sequences: Sequence[int], query_lens: Sequence[int]) -> torch.Tensor:
         """Make room as `extend` does, and return the host's block table [B, n] int32 alone."""
-        entries, _ = self._grow(sequences, query_lens)
+        entries, _ = self._grow(sequences, whole_numbers("query_lens", query_lens))
         return self._table(entries, 0)
 
     def _grow(self, sequences: Sequence[int], query_lens: Sequence[int]) -> tuple[list[_Sequence], list[int]]:
@@ -173,11 +204,11 @@ class LatentCache:
 
     def _entries(self, sequences: Sequence[int], query_lens: Sequence[int]) -> list[_Sequence]:
         """Return the entries of a step's sequences: the same list as long as they are the same sequences."""
-        if len(sequences) != len(query_lens) or not sequences:
-            raise ValueError(f"got {len(sequences)} sequences and {len(query_lens)} query_lens.")
+        ids = whole_numbers("sequences", sequences)
+        if len(ids) != len(query_lens) or not ids:
+            raise ValueError(f"got {len(ids)} sequences and {len(query_lens)} query_lens.")
         if min(query_lens) < 0:
             raise ValueError(f"query_lens must not be negative, got {min(query_lens)}.")
-        ids = list(sequences)
         if self._last_entries is None or self._last_entries[0] != ids:
             if len(set(ids)) != len(ids):
                 raise ValueError("a sequence may appear only once in a step.")
@@ -219,6 +250,7 @@ class LatentCache:
 
         Raises ValueError when the sequence is shorter.
         """
+        sequence, length = whole_numbers("a sequence and its length", (sequence, length))
         entry = self._get(sequence)
         if not 0 <= length <= entry.length:
             raise ValueError(f"cannot truncate a sequence of {entry.length} tokens to {length}.")
@@ -234,6 +266,7 @@ class LatentCache:
 
     def release(self, sequences: Sequence[int]) -> None:
         """Free the pages of sequences and forget their ids. Raises ValueError before freeing any."""
+        sequences = whole_numbers("sequences", sequences)
         if len(set(sequences)) != len(sequences):
             raise ValueError("a sequence may be released only once.")
         for sequence in sequences:
@@ -248,19 +281,18 @@ class LatentCache:
         """Store history: kv [s, c] already normed, pe [s, r] already rotated.
 
         An empty sequence grows to s tokens; a sequence of s tokens (another layer was loaded first) is
-        overwritten. Raises `CacheFull`, or ValueError when the sequence has another length.
+        overwritten. Raises `CacheFull`, or ValueError when the sequence has another length or a tensor does
+        not fit; both change nothing.
         """
-        count, widths = kv.shape[0], (self.config.kv_lora_rank, self.config.qk_rope_head_dim)
+        count = check_history(self.config, kv, pe)
+        sequence, layer = whole_numbers("a sequence and its layer", (sequence, layer))
         if not 0 <= layer < self.pages.shape[0]:
             raise ValueError(f"this cache has {self.pages.shape[0]} layers, so there is no layer {layer}.")
-        found = (*kv.shape, *pe.shape)
-        if found != (count, widths[0], count, widths[1]):
-            raise ValueError(f"load() takes kv [s, {widths[0]}] and pe [s, {widths[1]}], got {list(found)}.")
+        rows = torch.cat([x.to(self.pages.device, self.pages.dtype) for x in (kv, pe)], dim=1)
         if count and self.length(sequence) == 0:
             self.extend([sequence], [count])
         if self.length(sequence) != count:
             raise ValueError(f"load() got {count} tokens for a sequence of {self.length(sequence)}.")
-        rows = torch.cat((kv, pe), dim=1).to(self.pages.device, self.pages.dtype)
         self._flat(layer).index_copy_(0, self.slots(sequence), rows)
 
     def read(self, sequence: int, layer: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,6 +35,12 @@ def host_ints(values: Iterable[int], dtype: torch.dtype = torch.int64) -> torch.
     return torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype, device="cpu")
 
 
+def check_page_size(page_size: int) -> None:
+    """Raise ValueError unless this is a power of two."""
+    if not isinstance(page_size, int) or page_size < 1 or page_size & (page_size - 1):
+        raise ValueError(f"page_size must be a power of two, got {page_size}.")
+
+
 class BatchMemory:
     """The int32 device buffer of a batch's tables, and views of its parts.
 
@@ -93,6 +99,7 @@ class RaggedBatch:
     Device: `positions` [T] int32, `slots` [T] int64 (row of the flattened cache that a new token is written
     to), `block_table` [B, n] int32 (page of each run of `page_size` tokens), `kv_lens_device` [B] int32,
     `cu_q` [B + 1] int32 (where each request's tokens start).
+    Raises ValueError for lengths, a table or a page size that describe no step.
     """
 
     def __init__(
@@ -106,6 +113,9 @@ class RaggedBatch:
         slots: Sequence[int] | None = None,  # of the new tokens, where the caller knows them
         memory: BatchMemory | None = None,  # of this shape, where the caller has some to reuse
     ) -> None:
+        check_page_size(page_size)
+        if source is None:
+            _check_step(query_lens, kv_lens, block_table)
         self.page_size = page_size
         self.device = device
         # Weak: a plan in the memo refers to its batch, and this cycle must not hold the pages of a cache.
@@ -194,9 +204,30 @@ class RaggedBatch:
         return self._num_pages is None or self._num_pages == pages
 
     def check_current(self) -> None:
-        """Raise `StaleBatch` when the cache has changed since this batch was made."""
+        """Raise `StaleBatch` when the cache has changed since this batch was made, or is gone."""
         cache = self._cache()
+        if cache is None and self._source is not None:
+            raise StaleBatch("the cache of this batch is gone: keep it for as long as its batches run.")
         if cache is not None and cache.generation != self._generation:
             raise StaleBatch(
                 "this batch is out of date: the cache was extended, truncated or released since."
             )
+
+
+def _check_step(query_lens: Sequence[int], kv_lens: Sequence[int], table: torch.Tensor) -> None:
+    """Raise ValueError unless these are the lengths and the block table of a step."""
+    count = len(query_lens)
+    if len(kv_lens) != count or any(not 0 <= q <= kv for q, kv in zip(query_lens, kv_lens, strict=True)):
+        raise ValueError(
+            f"kv_lens {list(kv_lens)} do not count the new tokens {list(query_lens)}, as they must."
+        )
+    if (
+        table.dim() != 2
+        or table.shape[0] != count
+        or table.dtype != torch.int32
+        or table.device.type != "cpu"
+    ):
+        raise ValueError(
+            f"block_table must be [{count}, n] torch.int32 on the host, got {list(table.shape)} "
+            f"{table.dtype} on {table.device}."
+        )

@@ -8,7 +8,7 @@ from mla.checkpoint.errors import CheckpointError
 from mla.checkpoint.fingerprint import fingerprint
 from mla.checkpoint.folder import refuse_other_formats
 from mla.checkpoint.read import read_layer
-from mla.checkpoint.stored import LazyState, Part, StoredLayer
+from mla.checkpoint.stored import LazyState, Part, StoredLayer, finite
 
 __all__ = [
     "CheckpointError",
@@ -16,6 +16,7 @@ __all__ = [
     "Part",
     "StoredLayer",
     "fingerprint",
+    "finite",
     "read_layer",
     "refuse_other_formats",
 ]

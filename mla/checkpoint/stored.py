@@ -64,7 +64,7 @@ class StoredWeight:
             stop = min(end, start + step)
             numbers = self._numbers(start, stop, part.columns, scale)
             rounded = numbers.to(out.dtype)
-            if not _finite(rounded):
+            if not finite(rounded):
                 raise CheckpointError(self._not_finite(numbers, start, stop, out.dtype))
             out[start - first : stop - first].copy_(rounded)
             advance(numbers.numel() * _BYTES[self.tensor.dtype])
@@ -73,7 +73,7 @@ class StoredWeight:
         if self.scale is None:
             return None
         scale = self.scale.rows(0, self.scale.shape[0]).float()
-        if not _finite(scale) or scale.min() < 0:
+        if not finite(scale) or scale.min() < 0:
             raise CheckpointError(f"{self.scale} holds NaN, infinity or a negative scale.")
         return scale
 
@@ -94,12 +94,12 @@ class StoredWeight:
 
     def _not_finite(self, numbers: torch.Tensor, start: int, stop: int, dtype: torch.dtype) -> str:
         where = f"{self.tensor} holds"
-        if _finite(numbers):
+        if finite(numbers):
             return f"{where} numbers beyond the range of {dtype} in rows {start} to {stop - 1}."
         return f"{where} NaN or infinity in rows {start} to {stop - 1}."
 
 
-def _finite(tensor: torch.Tensor) -> bool:
+def finite(tensor: torch.Tensor) -> bool:
     """Return whether all elements are finite: NaN and infinity survive in the minimum or the maximum."""
     least, greatest = tensor.aminmax()
     return math.isfinite(least) and math.isfinite(greatest)

@@ -26,8 +26,8 @@ from mla.layer.packed_weights import PackedWeights, SharedWeights
 from mla.layer.plan import StepPlan, make_plan
 from mla.layer.recording import Repeated, recording
 from mla.layer.rope import RotaryTable
-from mla.layer.views import StepViews
-from mla.layer.workspace import Workspace
+from mla.layer.views import StepViews, check_batch, require
+from mla.layer.workspace import Turn, Workspace
 from mla_backends.api import Backend, FusedOp, OpCall
 
 ATTENTION_MODES = ("auto", "absorbed", "expanded")
@@ -47,7 +47,10 @@ class MLA(nn.Module):
     log-sum-exp gets all of a request at once: beyond the cap, up to a quarter of the device's free memory,
     else planning raises `UnsupportedBatch`.
     Weights arrive through `load_state_dict` under Hugging Face names.
+    Any thread may call a layer; those that call layers of one backend take turns.
     """
+
+    _batches: tuple[type, ...] = (RaggedBatch,)
 
     def __init__(
         self,
@@ -74,7 +77,9 @@ class MLA(nn.Module):
         self.ops = Ops(config, offered, dtype, self.device, ops, overrides, attended_by=self._attended_by())
         self.rotary = RotaryTable(config, self.device)
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
-        self._scratch = Workspace(dtype, self.device, keeps=workspace_bytes)
+        self._scratch = Workspace(dtype, self.device, keeps=workspace_bytes, turn=Turn.of(backend))
+        self._at = self.rotary.table.device  # as tensors say it: with an index
+        self._autocasts = torch.amp.is_autocast_available(self.device.type)
         self._growth = Growth(backend)
         views = StepViews(config, self.ops, self._scratch)
         self.step: Step = make_step(config, self.ops, self._weights, views, self._scratch)
@@ -117,8 +122,9 @@ class MLA(nn.Module):
         Raises `WeightError` naming the tensor when one is missing, has the wrong shape or is unknown
         (unknown ones are accepted with `strict=False`); the layer then keeps the weights it had.
         """
-        self._weights.load(state_dict, strict)
-        self._repeated.forget()
+        with self._scratch.turn:
+            self._weights.load(state_dict, strict)
+            self._repeated.forget()
 
     def share_weights(self, shared: SharedWeights) -> None:
         """At the next load, take what another layer packed with the same ops from `shared`, and add the rest.
@@ -172,7 +178,8 @@ class MLA(nn.Module):
     def plan(self, batch: RaggedBatch) -> StepPlan:
         """Return how this layer runs `batch`; made once, shared by layers with equal specs."""
         key = (self._plan_key, self.attention, self.workspace_bytes)
-        return batch.memo(key, lambda: self._make_plan(batch))
+        with self._scratch.turn:
+            return batch.memo(key, lambda: self._make_plan(batch))
 
     def _make_plan(self, batch: RaggedBatch) -> StepPlan:
         memory = batch.memory.keep(self._plan_key, lambda: self.rotary.empty(batch.num_tokens))
@@ -201,12 +208,22 @@ class MLA(nn.Module):
     ) -> torch.Tensor:
         """Attend the batch's new tokens, write their latents to the cache and return [T, d].
 
-        Running the same batch again gives the same result. Raises `StaleBatch` when the cache has changed
-        since `batch` was made, and ValueError when a tensor does not fit.
+        Running the same batch again gives the same result, also under autocast. Raises `StaleBatch` when the
+        cache has changed since `batch` was made, and ValueError when a tensor does not fit.
         """
+        if self._autocasts and torch.is_autocast_enabled(self.device.type):
+            with torch.autocast(self.device.type, enabled=False):
+                return MLA.forward(self, hidden, batch, pages, out)
+        with self._scratch.turn:
+            return self._forward(hidden, batch, pages, out)
+
+    def _forward(
+        self, hidden: torch.Tensor, batch: RaggedBatch, pages: torch.Tensor, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        self.check(hidden, batch, pages, out)
         if out is None:
             out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        self.check(hidden, batch, pages, out)
+            self._check_out(out, batch)  # which a mode may have made
         if hidden.stride(-1) != 1:  # the contract promises ops rows of adjacent elements
             hidden = hidden.contiguous()
         plan = self.plan(batch)
@@ -240,23 +257,30 @@ class MLA(nn.Module):
 
         return self._repeated.find(owners, layout, record, (hidden, pages, out))
 
-    def check(self, hidden: torch.Tensor, batch: RaggedBatch, pages: torch.Tensor, out: torch.Tensor) -> None:
+    def check(
+        self, hidden: torch.Tensor, batch: RaggedBatch, pages: torch.Tensor, out: torch.Tensor | None
+    ) -> None:
         """Raise what `forward` raises when the tensors or the batch do not fit this layer."""
         self._require_weights()
-        batch.check_current()
-        rows = (batch.num_tokens, self.config.hidden_size)
-        _require("hidden", hidden, rows, self.dtype)
-        _require("out", out, rows, self.dtype)
-        if out.stride(-1) != 1:
-            raise ValueError(f"out has strides {list(out.stride())}: elements of a row must be adjacent.")
-        _require("pages", pages, (pages.shape[0], batch.page_size, self.config.latent_dim), self.dtype)
+        check_batch(batch, self._batches, self._at)
+        require("hidden", hidden, (batch.num_tokens, self.config.hidden_size), self.dtype, self._at)
+        if out is not None:
+            self._check_out(out, batch)
+        if hasattr(pages, "pages"):
+            raise ValueError(
+                f"pages is a {type(pages).__name__}: pass `cache.pages[i]`, the part of layer i."
+            )
+        require("pages", pages, (None, batch.page_size, self.config.latent_dim), self.dtype, self._at)
         if not batch.fits(pages.shape[0]):
             raise ValueError(
                 f"pages [{pages.shape[0]}, ...] are not those of the cache this batch describes."
             )
 
-
-def _require(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise ValueError unless the tensor has this shape and dtype."""
-    if tensor.shape != shape or tensor.dtype != dtype:
-        raise ValueError(f"{name} must be {list(shape)} {dtype}, got {list(tensor.shape)} {tensor.dtype}.")
+    def _check_out(self, out: torch.Tensor, batch: RaggedBatch) -> None:
+        width = self.config.hidden_size
+        require("out", out, (batch.num_tokens, width), self.dtype, self._at)
+        row, column = out.stride()
+        if column != 1:
+            raise ValueError(f"out has strides {[row, column]}: elements of a row must be adjacent.")
+        if row < width and batch.num_tokens > 1:
+            raise ValueError(f"out has strides {[row, column]}: its rows must not share memory.")

@@ -20,15 +20,16 @@ from mla.layer.expansion import WORKSPACE_BYTES, Growth
 from mla.layer.ops import Ops
 from mla.layer.packed_weights import PackedWeights
 from mla.layer.plan import StepPlan, make_plan
-from mla.layer.views import Projected, StepViews
-from mla.layer.workspace import Workspace
+from mla.layer.views import Projected, StepViews, check_batch, require
+from mla.layer.workspace import Turn, Workspace
 from mla_backends.api import Backend
 
 
 class AttentionCore:
     """Attention of rotated queries over latents, absorbed or expanded, with the weight `kv_b_proj` alone.
 
-    Arguments are those of `MLA`. Cores that run one after the other may share `scratch`.
+    Arguments are those of `MLA`. Cores that run one after the other may share `scratch`, whose `turn` a
+    thread holds from `queries` until it has read the result.
     """
 
     def __init__(
@@ -47,7 +48,9 @@ class AttentionCore:
         self.device = backend.device if backend is not None and backend.device else torch.device("cpu")
         offered = backend.ops() if backend else {}
         self.ops = Ops(config, offered, dtype, self.device, ops, overrides)
-        self.scratch = scratch or Workspace(dtype, self.device, keeps=workspace_bytes)
+        turn = Turn.of(backend)
+        self.scratch = scratch or Workspace(dtype, self.device, keeps=workspace_bytes, turn=turn)
+        self._at = torch.empty(0, device=self.device).device  # as tensors say it: with an index
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
         self._growth = Growth(backend)
         self._views = StepViews(config, self.ops, self.scratch)
@@ -75,13 +78,23 @@ class AttentionCore:
 
     @torch.no_grad()
     def __call__(self, q: torch.Tensor, batch: RaggedBatch, pages: torch.Tensor) -> torch.Tensor:
-        """Attend the batch's new tokens with q [T, h, n + r], made by `queries`; return [T, h, v].
+        """Attend the batch's new tokens with q [T, h, n + r], best made by `queries`; return [T, h, v].
 
         `pages` [pages, page, c + r] hold the latents of all tokens, the new ones included. The result is
-        scratch memory, valid until the next call.
+        scratch memory, valid until the next call. Raises ValueError when a tensor does not fit, and
+        RuntimeError in a thread that does not hold `scratch.turn`.
         """
         if not self._weights.packed:
             raise WeightError("this attention core has no weight yet: call load() first.")
+        if not self.scratch.turn.held:
+            raise RuntimeError("hold `core.scratch.turn` from queries() until the result has been read.")
+        config = self.config
+        check_batch(batch, (RaggedBatch,), self._at)
+        shape = (batch.num_tokens, config.num_attention_heads, config.qk_head_dim)
+        require("q", q, shape, self.dtype, self._at)
+        require("pages", pages, (None, batch.page_size, config.latent_dim), self.dtype, self._at)
+        own = self.queries(batch.num_tokens)  # which views are kept of
+        q = q if q.data_ptr() == own.data_ptr() and q.stride() == own.stride() else own.copy_(q)
         heads = self.scratch.take("heads", *q.shape[:2], self.config.v_head_dim)
         flat = q.flatten(1)
         projected = Projected(flat, flat, None, flat, q, flat, heads, heads.flatten(1))

@@ -7,10 +7,11 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from mla.checkpoint import LazyState
+from mla.checkpoint import LazyState, StoredLayer, finite
 from mla.config import MLAConfig
 from mla.errors import WeightError
 from mla.layer.ops import Ops
+from mla.layer.workspace import plain
 from mla.weights import weight_shapes
 from mla_backends.api import Packed
 
@@ -104,12 +105,14 @@ class PackedWeights:
         """Return a copy of the weights, stacked by rows, in the layer's dtype on its device."""
         shapes = weight_shapes(self._config)
         rows = [shapes[name][0] for name in names]
-        out = torch.empty(sum(rows), *shapes[names[0]][1:], dtype=self._dtype, device=self._device)
+        out = plain(torch.empty(sum(rows), *shapes[names[0]][1:], dtype=self._dtype, device=self._device))
         for name, part in zip(names, out.split(rows), strict=True):
             if isinstance(state, LazyState):
                 state.read_into(name, part)
             else:
                 part.copy_(state[name].detach())
+            if not isinstance(state, StoredLayer) and not finite(part):  # which names the rows
+                raise WeightError(f"weight '{name}' holds NaN or infinity, or does in {self._dtype}.")
         return out
 
     def _fused_bias(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -149,12 +152,24 @@ def _whole(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
+def _shape(name: str, weight: torch.Tensor) -> tuple[int, ...]:
+    """Return a weight's shape. Raises `WeightError` for what holds no numbers of a weight."""
+    if not isinstance(weight, torch.Tensor):
+        raise WeightError(f"weight '{name}' is a {type(weight).__name__}, expected a tensor.")
+    if not weight.is_floating_point() or weight.layout != torch.strided or weight.is_meta:
+        what = "a meta tensor" if weight.is_meta else f"{weight.dtype} ({weight.layout})"
+        raise WeightError(f"weight '{name}' is {what}, expected a dense tensor of floating-point numbers.")
+    return tuple(weight.shape)
+
+
 def check_weights(state: State, shapes: Mapping[str, tuple[int, ...]], strict: bool) -> None:
-    """Raise `WeightError` naming a weight that is missing, misshapen or, if `strict`, unknown."""
+    """Raise `WeightError` naming a weight that is missing, misshapen, no dense floating-point tensor or, if
+    `strict`, unknown.
+    """
     for name, shape in shapes.items():
         if name not in state:
             raise WeightError(f"weight '{name}' is missing.")
-        found = state.shape(name) if isinstance(state, LazyState) else tuple(state[name].shape)
+        found = state.shape(name) if isinstance(state, LazyState) else _shape(name, state[name])
         if found != shape:
             raise WeightError(f"weight '{name}' has shape {list(found)}, expected {list(shape)}.")
     unknown = sorted(set(state) - set(shapes)) if strict else []

@@ -11,6 +11,7 @@ import math
 import torch
 
 from mla.config import LongRopeScaling, MLAConfig, QueryScaling, YarnScaling
+from mla.layer.workspace import plain
 
 
 def inverse_frequencies(config: MLAConfig) -> torch.Tensor:
@@ -81,7 +82,7 @@ class RotaryTable:
         """Grow the table to at least `positions` rows, doubling so that growth stays rare."""
         size = self.table.shape[0]
         if positions > size:
-            self.table = self._compute(max(positions, 2 * size))
+            self.table = plain(self._compute(max(positions, 2 * size)))
 
     def gather(self, positions: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return the rows [T, r] of `positions` [T], in `out` if given; the caller has reserved them."""

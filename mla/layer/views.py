@@ -1,17 +1,34 @@
-"""Views of a layer's scratch memory, reused by every step of the same shape.
+"""What a step reads and writes: whether it fits, and views of scratch memory, reused for the same shape.
 
 Slicing costs the host as much as a small op, and a decode step takes a dozen views, so they are made once.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from mla.config import MLAConfig
 from mla.layer.ops import Ops
 from mla.layer.workspace import Tokens, Workspace
+from mla_backends.operands import misfit
+
+
+def require(name: str, x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError unless x is a plain tensor of this shape (None: any size) and dtype on `device`."""
+    if wrong := misfit(x, shape, dtype, device):
+        raise ValueError(f"{name} {wrong}")
+
+
+def check_batch(batch: Any, kinds: tuple[type, ...], device: torch.device) -> None:
+    """Raise ValueError unless this is a batch of these kinds on `device`, and `StaleBatch`."""
+    if not isinstance(batch, kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"batch must be a {names}, as `cache.extend` returns, got a {type(batch).__name__}.")
+    batch.check_current()
+    require("the batch's table", batch.slots, (None,), torch.int64, device)
 
 
 class Projected(NamedTuple):

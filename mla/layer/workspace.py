@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar, cast
 
 import torch
+
+from mla_backends.api import Backend
 
 Views = TypeVar("Views")
 # Most sets of views kept; prompts come in any length.
@@ -15,12 +18,48 @@ MOST_VIEWS = 256
 Tokens = slice | torch.Tensor  # rows of a step: contiguous, or by index
 
 
-class Workspace:
-    """Scratch tensors of one layer. A name's memory is reused by every step."""
+class Turn:
+    """What a thread holds while it uses scratch memory, and ops, which may have some. A copy is another."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, keeps: int | None = None) -> None:
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    @classmethod
+    def of(cls, backend: Backend | None) -> Turn:
+        """Return the one of all that call the ops of a backend; another one without a backend."""
+        return cls() if backend is None else cast("Turn", vars(backend).setdefault("_turn", cls()))
+
+    @property
+    def held(self) -> bool:
+        """Whether it is this thread's turn."""
+        return bool(self._lock._is_owned())  # type: ignore[attr-defined]  # as threading.Condition asks
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Turn, ()
+
+
+def plain(made: torch.Tensor) -> torch.Tensor:
+    """Return memory to be kept. Raises ValueError for what a mode, as FakeTensorMode, made instead."""
+    if type(made) is not torch.Tensor:
+        raise ValueError(f"a layer cannot run where a mode turns its memory into a {type(made).__name__}.")
+    return made
+
+
+class Workspace:
+    """Scratch tensors of one layer. A name's memory is reused by every step, in `turn`."""
+
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, keeps: int | None = None, turn: Turn | None = None
+    ) -> None:
         """Make no memory yet. `keeps`: the most bytes that `for_round` keeps; None is any."""
         self._dtype, self._device, self._keeps = dtype, device, keeps
+        self.turn = turn or Turn()
         self._held: dict[str, torch.Tensor] = {}
         self._views: dict[Hashable, Any] = {}
 
@@ -35,7 +74,7 @@ class Workspace:
         held = self._held.get(name)
         if held is None or held.numel() < size:
             with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
-                held = torch.empty(size, dtype=dtype or self._dtype, device=self._device)
+                held = plain(torch.empty(size, dtype=dtype or self._dtype, device=self._device))
             self._held[name] = held
             self._views.clear()  # they may view memory that is gone
         return held[:size].view(shape)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mla.cache import LatentCache
+from mla.cache.latent_cache import check_history, whole_numbers
 from mla.config import MLAConfig
 from mla.parallel.batch import ShardedBatch, ShardedMemory, most_rows
 from mla.parallel.share import Share
@@ -79,6 +80,7 @@ class ShardedCache:
 
         Raises what `LatentCache.extend` does, on every rank or on none.
         """
+        sequences, query_lens = whole_numbers("sequences", sequences), whole_numbers("query_lens", query_lens)
         past = [self.length(sequence) for sequence in sequences]
         kv_lens = [length + new for length, new in zip(past, query_lens, strict=False)]
         grown = list(query_lens)  # in case the cache refuses them
@@ -95,6 +97,7 @@ class ShardedCache:
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget all tokens of a sequence past `length`."""
+        sequence, length = whole_numbers("a sequence and its length", (sequence, length))
         if not 0 <= length <= self.length(sequence):
             raise ValueError(f"cannot truncate a sequence of {self.length(sequence)} tokens to {length}.")
         self._local.truncate(sequence, self.share.first(length))
@@ -102,6 +105,7 @@ class ShardedCache:
 
     def release(self, sequences: Sequence[int]) -> None:
         """Free the pages of sequences and forget their ids."""
+        sequences = whole_numbers("sequences", sequences)
         self._local.release(sequences)
         for sequence in sequences:
             del self._lengths[sequence]
@@ -111,7 +115,7 @@ class ShardedCache:
 
         As `LatentCache.load`, with the history of all ranks.
         """
-        count = kv.shape[0]
+        count = check_history(self.config, kv, pe)
         if self.length(sequence) not in (0, count):
             raise ValueError(f"load() got {count} tokens for a sequence of {self.length(sequence)}.")
         own = self.share.owned(torch.arange(count, device="cpu"))

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mla import LatentCache
 from mla.errors import CacheFull, StaleBatch
+from mla.parallel.cache import ShardedCache
+from mla.parallel.share import Share
 
 
 @pytest.fixture(scope="module")
@@ -313,3 +317,84 @@ def test_a_block_table_that_is_used_again_names_the_pages_of_now(make_cache: Any
     for row, sequence in enumerate((a, b, c)):
         slots = cache.slots(sequence)
         assert table[row, : len(slots[::16])].tolist() == (slots[::16] // 16).tolist()
+
+
+def everything(cache: Any) -> tuple[Any, ...]:
+    """Return all that a cache says of itself."""
+    lengths = {sequence: cache.length(sequence) for sequence in (0, 1)}
+    local = getattr(cache, "_local", cache)
+    return cache.generation, lengths, local.free_pages, local.sequences, cache.pages.clone().view(torch.int32)
+
+
+def shared_or_not(tiny: Any, shared: bool) -> Any:
+    arguments = {"max_tokens": 512, "page_size": 16, "dtype": torch.float32}
+    made: Any = ShardedCache(tiny(), Share(0, 2), **arguments) if shared else LatentCache(tiny(), **arguments)
+    made.new_sequences(2)
+    made.extend([0], [5])
+    return made
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_raises_changes_nothing(tiny: Any, shared: bool) -> None:
+    cache = shared_or_not(tiny, shared)
+    kv, pe = torch.randn(7, tiny().kv_lora_rank), torch.randn(7, tiny().qk_rope_head_dim)
+    fake = FakeTensorMode().from_tensor
+    wrong: dict[str, Any] = {
+        "lengths of fractions": lambda: cache.extend([0, 1], [1, 1.5]),
+        "a tensor of fractions": lambda: cache.extend([0, 1], torch.ones(2)),
+        "a length": lambda: cache.extend([0], 1),
+        "text": lambda: cache.extend([0, 1], ["1", "1"]),
+        "no number": lambda: cache.extend([0, 1], [1, None]),
+        "a negative length": lambda: cache.extend([0, 1], [1, -1]),
+        "an unknown sequence": lambda: cache.extend([0, 7], [1, 1]),
+        "a sequence twice": lambda: cache.extend([0, 0], [1, 1]),
+        "too few lengths": lambda: cache.extend([0, 1], torch.ones(1, dtype=torch.int32)),
+        "too many tokens": lambda: cache.extend([0, 1], [1, 10**12]),
+        "pe elsewhere": lambda: cache.load(1, kv, pe.to("meta")),
+        "kv elsewhere": lambda: cache.load(1, kv.to("meta"), pe),
+        "a fake pe": lambda: cache.load(1, kv, fake(pe)),
+        "a complex kv": lambda: cache.load(1, kv.cfloat(), pe),
+        "integers": lambda: cache.load(1, kv.long(), pe),
+        "a sparse kv": lambda: cache.load(1, kv.to_sparse(), pe),
+        "another length": lambda: cache.load(1, kv, pe[1:]),
+        "a wrong width": lambda: cache.load(1, kv[:, 1:], pe),
+        "a list": lambda: cache.load(1, kv.tolist(), pe),
+        "no tensor": lambda: cache.load(1, kv, None),
+        "an unknown layer": lambda: cache.load(1, kv, pe, layer=1),
+        "a part of a layer": lambda: cache.load(1, kv, pe, layer=0.5),
+        "a longer sequence": lambda: cache.load(0, kv, pe),
+        "half a token": lambda: cache.truncate(0, 2.5),
+        "a list of sequences": lambda: cache.release([0, "1"]),
+    }
+    if not shared:
+        wrong["a wide table"] = lambda: cache.extend([0], [1], table_tokens=10**18)
+        wrong["half a table"] = lambda: cache.extend([0], [1], table_tokens=10.5)
+    before = everything(cache)
+    for name, call in wrong.items():
+        with pytest.raises((ValueError, CacheFull, *([RuntimeError] if name == "a wide table" else []))):
+            call()
+        *facts, pages = everything(cache)
+        assert facts == list(before[:-1]), name
+        assert torch.equal(pages, before[-1]), name
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("of", [np.array, torch.tensor, lambda values: tuple(map(np.int64, values))])
+def test_lengths_are_integers_of_any_kind(tiny: Any, shared: bool, of: Any) -> None:
+    cache, plain = (shared_or_not(tiny, shared) for _ in range(2))
+    for new in ([1, 1], [3, 20]):
+        batch, expected = cache.extend(of([0, 1]), of(new)), plain.extend([0, 1], new)
+        assert batch.query_lens == expected.query_lens
+        assert batch.kv_lens == expected.kv_lens
+        assert all(type(length) is int for length in (*batch.query_lens, *batch.kv_lens))
+        assert torch.equal(batch.slots, expected.slots)
+    cache.truncate(of([0])[0], of([2])[0])
+    cache.release(of([1]))
+    assert cache.length(0) == 2
+
+
+def test_history_in_another_dtype_or_negated_is_stored_as_its_values(tiny: Any) -> None:
+    cache = shared_or_not(tiny, False)
+    kv, pe = torch.randn(7, tiny().kv_lora_rank), torch.randn(7, tiny().qk_rope_head_dim)
+    cache.load(1, torch._neg_view(kv), pe.double())
+    assert torch.equal(torch.cat(cache.read(1), 1), torch.cat((-kv, pe), 1))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla import LatentCache
+from mla import LatentCache, RaggedBatch
 from mla.cache.ragged_batch import host_ints
 from mla.errors import StaleBatch
 
@@ -162,7 +162,8 @@ def test_a_batch_does_not_keep_its_cache(make_case: Any) -> None:
         assert pages() is None
     finally:
         gc.enable()
-    batch.check_current()
+    with pytest.raises(StaleBatch, match="the cache of this batch is gone: keep it"):
+        batch.check_current()  # nobody can tell whether it changed before
     assert not batch.fits(1), "pages of another cache are still none of its own"
 
 
@@ -199,3 +200,25 @@ def test_host_ints_keeps_values(dtype: torch.dtype) -> None:
     for values in ([], [0], [-3, 2**30, 7]):
         assert host_ints(iter(values), dtype).tolist() == values
         assert host_ints(values, dtype).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "kv_lens", "table", "page_size", "message"),
+    [
+        ([1], [9], torch.zeros(1, 1, dtype=torch.int32), 24, "page_size must be a power of two, got 24"),
+        ([1], [9], torch.zeros(1, 1, dtype=torch.int32), 0, "page_size must be a power of two"),
+        ([1], [9], torch.zeros(1, 1, dtype=torch.int32), 16.0, "page_size must be a power of two"),
+        ([1, 1], [9], torch.zeros(2, 1, dtype=torch.int32), 16, "do not count the new tokens"),
+        ([3], [2], torch.zeros(1, 1, dtype=torch.int32), 16, "do not count the new tokens"),
+        ([-1], [2], torch.zeros(1, 1, dtype=torch.int32), 16, "do not count the new tokens"),
+        ([1], [9], torch.zeros(1, 1, dtype=torch.int64), 16, "block_table must be .*int32 on the host"),
+        ([1], [9], torch.zeros(2, 1, dtype=torch.int32), 16, "block_table must be"),
+        ([1], [9], torch.zeros(1, dtype=torch.int32), 16, "block_table must be"),
+        ([1], [9], torch.zeros(1, 1, dtype=torch.int32, device="meta"), 16, "block_table must be"),
+    ],
+)
+def test_what_describes_no_step_is_refused(
+    query_lens: Any, kv_lens: Any, table: torch.Tensor, page_size: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        RaggedBatch(query_lens, kv_lens, table, page_size, torch.device("cpu"))

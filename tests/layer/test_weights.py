@@ -71,11 +71,21 @@ def test_weights_of_another_dtype_are_rounded_once(tiny: Any) -> None:
 
 
 def broken(state: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
-    changes = {
+    weight = state["o_proj.weight"]
+    changes: dict[str, dict[str, Any]] = {
         "missing": {},
         "transposed": {"o_proj.weight": state["o_proj.weight"].T},
         "one row short": {"kv_b_proj.weight": state["kv_b_proj.weight"][1:]},
         "unknown": {"q_b_proj.weight": torch.zeros(1)},
+        "nan": {"o_proj.weight": torch.nan * weight},
+        "infinite": {"o_proj.weight": weight / 0},
+        "too large": {"o_proj.weight": torch.full_like(weight, 1e39, dtype=torch.float64)},
+        "integers": {"o_proj.weight": weight.long()},
+        "complex": {"o_proj.weight": weight.cfloat()},
+        "bool": {"o_proj.weight": weight > 0},
+        "sparse": {"o_proj.weight": weight.to_sparse()},
+        "on meta": {"o_proj.weight": weight.to("meta")},
+        "a list": {"o_proj.weight": weight.tolist()},
     }
     kept = {name: weight for name, weight in state.items() if how != "missing" or "layernorm" not in name}
     return {**kept, **changes[how]}
@@ -88,6 +98,15 @@ def broken(state: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
         ("transposed", r"weight 'o_proj.weight' has shape \[36, 48\], expected \[48, 36\]"),
         ("one row short", r"weight 'kv_b_proj.weight' has shape \[83, 32\], expected \[84, 32\]"),
         ("unknown", r"weight 'q_b_proj.weight' does not belong to this layer \(1 unknown"),
+        ("nan", r"weight 'o_proj.weight' holds NaN or infinity"),
+        ("infinite", r"weight 'o_proj.weight' holds NaN or infinity"),
+        ("too large", r"weight 'o_proj.weight' holds NaN or infinity, or does in torch.float32"),
+        ("integers", r"weight 'o_proj.weight' is torch.int64 .*, expected a dense tensor of floating-point"),
+        ("complex", r"weight 'o_proj.weight' is torch.complex64"),
+        ("bool", r"weight 'o_proj.weight' is torch.bool"),
+        ("sparse", r"weight 'o_proj.weight' is torch.float32 \(torch.sparse_coo\)"),
+        ("on meta", r"weight 'o_proj.weight' is a meta tensor"),
+        ("a list", r"weight 'o_proj.weight' is a list"),
     ],
 )
 def test_a_wrong_state_dict_is_refused_by_name_and_the_layer_keeps_what_it_had(
@@ -103,6 +122,14 @@ def test_a_wrong_state_dict_is_refused_by_name_and_the_layer_keeps_what_it_had(
     with pytest.raises(WeightError, match=message):
         layer.load_state_dict(broken(other, how))
     assert all(torch.equal(weight, state[name]) for name, weight in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float64])
+def test_weights_of_any_float_dtype_are_taken(tiny: Any, dtype: torch.dtype) -> None:
+    state = {name: weight.to(dtype) for name, weight in random_state_dict(tiny()).items()}
+    layer = MLA(tiny())
+    layer.load_state_dict(state)
+    assert all(torch.equal(x, state[name].bfloat16()) for name, x in layer.state_dict().items())
 
 
 def test_unknown_weights_pass_when_not_strict(tiny: Any) -> None:

@@ -11,7 +11,7 @@ from mla.integrations.transformers.mask import is_ours
 from mla.integrations.transformers.step import PAGE_SIZE, Step
 from mla.integrations.transformers.uncompiled import uncompiled
 from mla.layer.core import AttentionCore
-from mla.layer.workspace import Workspace
+from mla.layer.workspace import Turn, Workspace
 
 
 class Attention:
@@ -29,6 +29,12 @@ class Attention:
         flags: torch.Tensor,  # [B, 1, 1, s], on the host
     ) -> torch.Tensor:
         """Return [B, t, h, v]; 0 for queries that see no key."""
+        with self.core.scratch.turn:  # until the result has been copied
+            return self._attend(query, latent, pe, flags)
+
+    def _attend(
+        self, query: torch.Tensor, latent: torch.Tensor, pe: torch.Tensor, flags: torch.Tensor
+    ) -> torch.Tensor:
         paged: Any = getattr(latent, "paged", None)  # a layer of a `PagedCache`: latents are new ones alone
         held = self._steps if paged is None else paged
         step: Step = held.step(flags, query.shape[2])
@@ -49,8 +55,8 @@ class Attention:
 class Steps:
     """What the layers of a model share: the step that they are in, and scratch memory."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, keeps: int) -> None:
-        self.scratch = Workspace(dtype, device, keeps=keeps)
+    def __init__(self, dtype: torch.dtype, device: torch.device, keeps: int, turn: Turn) -> None:
+        self.scratch = Workspace(dtype, device, keeps=keeps, turn=turn)
         self._device = device
         self._last: Step | None = None
         self.zeroes = True  # what lies past a request's end, for an op that reads it

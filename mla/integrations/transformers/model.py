@@ -19,6 +19,7 @@ from mla.integrations.transformers.packed import Packed, PackedKvB, PackedLinear
 from mla.integrations.transformers.survey import PROJECTIONS, Survey, find_attention, survey
 from mla.layer.core import AttentionCore
 from mla.layer.expansion import WORKSPACE_BYTES
+from mla.layer.workspace import Turn
 from mla_backends.api import Backend
 
 
@@ -31,24 +32,25 @@ class Use(NamedTuple):
     guards: dict[weakref.ref[Any], list[Callable[[], None]]]  # of each model, what takes them away
 
 
-def use_mla(model: Any, backend: str = "cpu", **arguments: Any) -> Any:
+def use_mla(model: Any, backend: str | Backend = "cpu", **arguments: Any) -> Any:
     """Have a loaded `transformers` model attend its cached latents through our ops; return it.
 
-    `arguments` are those of `mla.load_backend`. Caches, generation and all other layers stay those of
+    `backend` is a name, with `arguments` of `mla.load_backend`, or what that returned.
+    Caches, generation and all other layers stay those of
     `transformers`. Raises `UnsupportedModel`, before anything is changed, for a model that cannot be served,
     and `BackendError` for a backend that is not there.
     """
     found = survey(model)
-    if found.device.index is not None:
-        arguments = {"index": found.device.index, **arguments}
-    opened = mla.load_backend(backend, **arguments)
+    opened = backend if isinstance(backend, Backend) else _load(backend, found.device, arguments)
+    if opened is backend and arguments:
+        raise UnsupportedModel(f"{', '.join(arguments)}: such arguments go to `mla.load_backend`.")
     if opened.device is None or not _same(opened.device, found.device):
         raise UnsupportedModel(
-            f"this model is on {found.device}, and backend '{backend}' computes on {opened.device}: move it "
-            "there with `model.to(...)` first."
+            f"this model is on {found.device}, and backend '{opened.name}' computes on {opened.device}: move "
+            "it there with `model.to(...)` first."
         )
     _register()
-    steps = Steps(found.dtype, found.device, WORKSPACE_BYTES)
+    steps = Steps(found.dtype, found.device, WORKSPACE_BYTES, Turn.of(opened))
     use = _use(found)
     try:
         for layer in found.layers:
@@ -63,6 +65,13 @@ def use_mla(model: Any, backend: str = "cpu", **arguments: Any) -> Any:
         _undo(use)
         raise
     return model
+
+
+def _load(name: str, device: torch.device, arguments: dict[str, Any]) -> Backend:
+    """Load a backend for the model's device."""
+    if device.index is not None:
+        arguments = {"index": device.index, **arguments}
+    return mla.load_backend(name, **arguments)
 
 
 def _use(found: Survey) -> Use:
@@ -89,7 +98,7 @@ def _prepare(layer: Any, found: Survey, backend: Backend, steps: Steps) -> None:
     steps.zeroes = not core.ops["latent_attention"].op.nan_safe_tail
     for name in PROJECTIONS:
         if isinstance(linear := getattr(layer, name, None), nn.Linear):  # which kv_b_proj is no more
-            setattr(layer, name, PackedLinear(linear, backend.ops(), "auto"))
+            setattr(layer, name, PackedLinear(linear, backend.ops(), "auto", steps.scratch.turn))
 
 
 def restore(model: Any) -> Any:

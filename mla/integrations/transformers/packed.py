@@ -12,6 +12,7 @@ from mla.integrations.transformers.errors import UnsupportedModel, require_infer
 from mla.integrations.transformers.uncompiled import uncompiled
 from mla.layer.core import AttentionCore
 from mla.layer.ops import Choice, choose
+from mla.layer.workspace import Turn
 from mla_backends.api import FusedOp, LinearSpec
 
 
@@ -84,12 +85,15 @@ class Packed(nn.Module):
 class PackedLinear(Packed):
     """An `nn.Linear` run by one of our ops."""
 
-    def __init__(self, linear: nn.Linear, offered: Mapping[str, FusedOp], policy: str) -> None:
-        """`policy` is the `ops` of `mla.MLA`."""
+    def __init__(
+        self, linear: nn.Linear, offered: Mapping[str, FusedOp], policy: str, turn: Turn | None = None
+    ) -> None:
+        """`policy` is the `ops` of `mla.MLA`, and `turn` that of the backend which offers them."""
         super().__init__(linear)
         weight = linear.weight.detach()
         spec = LinearSpec(linear.in_features, linear.out_features, 1, weight.dtype, weight.device)
         self._choice: Choice = choose("linear", spec, offered, policy)
+        self._turn = turn or Turn()
         self._packed = self._choice.op.pack(weight)
         self.take_weight()
 
@@ -106,7 +110,8 @@ class PackedLinear(Packed):
                 )
         rows = x.reshape(-1, spec.in_features)
         out = rows.new_empty(rows.shape[0], spec.out_features)
-        self._choice.op(self._packed, x=rows, bias=self.bias, out=out)
+        with self._turn:
+            self._choice.op(self._packed, x=rows, bias=self.bias, out=out)
         return out.view(*x.shape[:-1], spec.out_features)
 
     def weight_as_loaded(self) -> torch.Tensor:

@@ -166,8 +166,8 @@ class PagedCache(Cache):
 
         Its attention_mask pads shorter ones on the left, and its position_ids say where each goes on.
         """
+        self.columns = max(map(self.latents.length, sequences), default=0)  # raises for an unknown one
         self._sequences, self._named = list(sequences), len(sequences) > 0
-        self.columns = max(map(self.latents.length, sequences), default=0)
 
     def step(self, flags: torch.Tensor, queries: int, layer: int) -> Step:
         """Return the step of a forward, for which the first layer that asks makes room."""

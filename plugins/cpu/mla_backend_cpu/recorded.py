@@ -5,7 +5,6 @@ Passing a call its two dozen arguments costs Python as much time as a small kern
 
 from __future__ import annotations
 
-import copy
 import struct
 from array import array
 from collections.abc import Callable, Sequence
@@ -21,9 +20,9 @@ from mla_backend_cpu.native_ops import (
     NativeRotateQuery,
     NativeWriteLatent,
     check,
-    is_direct,
     threads,
 )
+from mla_backend_cpu.operands import is_direct, operand
 from mla_backends.api import OpCall
 
 if TYPE_CHECKING:
@@ -46,9 +45,9 @@ def sequence(calls: Sequence[OpCall], moving: Sequence[torch.Tensor]) -> Callabl
     ops = [call.op for call in calls if isinstance(call.op, NativeOp) and type(call.op) in _RECORDABLE]
     if len(ops) < len(calls) or len({op.kernels.level for op in ops}) != 1:
         return None
+    made = _write_down(ops, calls)  # which refuses what has no address
     if not all(is_direct(tensor) for tensor in _tensors(calls)):
         return None  # a copy of such a tensor would belong to the record, not to the step
-    made = _write_down(ops, calls)
     return Recorded(ops[0].kernels.functions, made, calls, moving)
 
 
@@ -60,8 +59,7 @@ def _write_down(ops: Sequence[NativeOp], calls: Sequence[OpCall]) -> list[Made]:
     """Return the functions that these ops call, and their arguments."""
     recorder = _Recorder()
     for op, call in zip(ops, calls, strict=True):
-        writing: Any = copy.copy(op)
-        writing.functions = recorder
+        writing: Any = op.calling(recorder)
         writing(*call.arguments, **call.tensors)
     return recorder.calls
 
@@ -92,13 +90,16 @@ class Recorded:
             addresses += [len(self._records) + i for i, letter in enumerate(letters) if letter == "p"]
             self._records.extend(map(_slot, letters, arguments))
         self._begin = self._records.buffer_info()[0]
+        self._like = [(x.stride(), x.dtype, *x.shape) for x in moving]
         starts = [tensor.data_ptr() for tensor in moving]
         self._places = [[i for i in addresses if self._records[i] == start] for start in starts]
         tensors = [tensor for tensor in _tensors(calls) if tensor.data_ptr() not in starts]
         self._kept = (tensors, [call.arguments for call in calls])  # what the records point to
 
     def __call__(self, *moved: torch.Tensor) -> None:
-        for places, tensor in zip(self._places, moved, strict=True):
+        for places, tensor, (stride, *like) in zip(self._places, moved, self._like, strict=True):
+            if operand("a moving tensor", tensor, *like).stride() != stride:
+                raise ValueError(f"a moving tensor must have strides {list(stride)}, as recorded.")
             for place in places:
                 self._records[place] = tensor.data_ptr()
         check(self._run(self._begin, self._count, threads()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +24,7 @@ from native_cases import (
     spec,
 )
 
+from mla_backend_cpu import operands
 from mla_backend_cpu.library import Library
 from mla_backend_cpu.native_ops import NativeLinear, NativeRmsNorm, NativeRotateQuery, NativeWriteLatent
 from mla_backends.api import NormSpec
@@ -231,11 +231,10 @@ def test_copies_of_strided_arguments_outlive_the_call(
     kernels: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernels get raw addresses, and other threads may allocate while they run."""
-    module, copies, seen = sys.modules[NativeLinear.__module__], [], []
-    rows = module.rows
+    copies, seen, direct = [], [], operands._direct
 
-    def watched(x: torch.Tensor) -> torch.Tensor:
-        found = rows(x)
+    def watched(name: str, x: torch.Tensor) -> torch.Tensor:
+        found = direct(name, x)
         copies.append(weakref.ref(found))
         return found
 
@@ -249,7 +248,7 @@ def test_copies_of_strided_arguments_outlive_the_call(
 
             return call
 
-    monkeypatch.setattr(module, "rows", watched)
+    monkeypatch.setattr(operands, "_direct", watched)
     linear, norm, write = NativeLinear(kernels), NativeRmsNorm(kernels), NativeWriteLatent(kernels)
     packed = linear.pack(draw(40, 8))
     for op in (linear, norm, write):
