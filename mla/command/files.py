@@ -140,7 +140,7 @@ def _send(data: bytes, path: Path) -> None:
         stream.flush()
         target = os.dup(stream.fileno())
     else:
-        target = _pipes.pop(path, None) or os.open(path, os.O_WRONLY)
+        target = _pipes.pop(path) if path in _pipes else os.open(path, os.O_WRONLY)
     with open(target, "wb") as pipe:
         pipe.write(data)
 

@@ -16,6 +16,7 @@ from mla.failures.call import CallFacts, RecordedCall
 from mla.failures.memory import Tensors, View
 from mla.failures.verdict import Expected, Made
 from mla.failures.watch import JudgedCall
+from mla_backends import outside
 
 NAME = "failure.safetensors"
 BEFORE = "failure-before.safetensors"
@@ -147,11 +148,12 @@ def read(folder: Path) -> Failure:
     """Read what `write` wrote; `folder` may name the file as well. Raises `ResultError`."""
     path = folder if folder.is_file() else folder / NAME
     try:
+        outside.start(path, 0)  # which does not wait for the writer of a pipe
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
         return Failure(msgspec.json.decode(metadata[KEY], type=Document), tensors)
     except FileNotFoundError as error:
         raise ResultError(f"'{folder}' holds no {NAME}: --dump-failure of a run writes one.") from error
-    except (OSError, KeyError, msgspec.MsgspecError, safetensors.SafetensorError) as error:
+    except (OSError, KeyError, MemoryError, msgspec.MsgspecError, safetensors.SafetensorError) as error:
         raise ResultError(f"'{path}' is not a failure that --dump-failure kept: {error}.") from error

@@ -267,6 +267,14 @@ def test_every_mistake_is_one_sentence(
     assert sentence in done.err
 
 
+def test_a_report_replaces_no_file_of_the_users_own(conformance: Conformance) -> None:
+    Path("mine.json").write_text("mine")
+    done = conformance("--report", "mine.json")
+    assert done.code == 2
+    assert "cannot write 'mine.json': it exists and is not a result file" in done.err
+    assert Path("mine.json").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

@@ -113,8 +113,9 @@ def _infinimetrics(read: Files, target: Path | None) -> str:
     else:
         _make_folder(target)
         targets = [target / infinimetrics.file_name(document) for document in documents]
-    for document, path in zip(documents, targets, strict=True):
+    for path in targets:
         files.check_writable(path, DOCUMENT)
+    for document, path in zip(documents, targets, strict=True):
         files.write_bytes(json.dumps(document, indent=1).encode() + b"\n", path)
     return said
 

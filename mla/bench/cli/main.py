@@ -26,6 +26,14 @@ from mla.command.exit_codes import carried_out, guarded
 from mla.errors import did_you_mean
 
 
+def _unreadable(word: str) -> str:
+    try:
+        os.fsencode(word).decode()
+    except UnicodeError:
+        return "is not valid UTF-8"
+    return "is UTF-8, and this locale is not: set LC_ALL=C.UTF-8"
+
+
 class DefaultGroup(click.Group):
     """A group whose options without a command mean `run`, and whose help shows the options of `run`."""
 
@@ -35,7 +43,7 @@ class DefaultGroup(click.Group):
         """Put `run` in front of anything that starts with an option."""
         for word in args:
             if word != word.encode(errors="replace").decode():  # it could not be written to a result
-                raise click.UsageError(f"argument {word!a} is not valid UTF-8.")
+                raise click.UsageError(f"argument {word!a} {_unreadable(word)}.")
         if not args or (args[0].startswith("-") and args[0] not in ("--help", "--version")):
             args = [self.default, *args]
         elif args[0] == "--help":

@@ -25,6 +25,7 @@ from mla.checkpoint import read_layer
 from mla.config import MLAConfig
 from mla.conformance.xfails import Xfails
 from mla.errors import ConfigError, MLAError
+from mla.failures import file as failure_file
 from mla_backends import BackendError, outside
 from mla_backends.triton_ops.tuning import read_tuning
 
@@ -40,6 +41,7 @@ NAMED: dict[str, Reader] = {
     "ceilings.json": lambda path: show.stored(path, "table"),
     "tuning.json": read_tuning,
     "xfails.txt": Xfails.read,
+    "failure.safetensors": failure_file.read,
 }
 # What lies in the folder that a user names.
 IN_A_FOLDER: dict[str, Reader] = {
@@ -48,6 +50,14 @@ IN_A_FOLDER: dict[str, Reader] = {
     "model/model.safetensors.index.json": lambda path: read_layer(path.parent, TINY),
 }
 READERS = {**NAMED, **IN_A_FOLDER}
+
+
+def terabyte(path: Path) -> None:
+    """Make a file that is large and takes no room."""
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
 WORDS = {
     ".txt": "\x1b]0;%s: 1",
     ".toml": '[[scenario]]\n"\\u001b]0;%s" = 1',
@@ -59,7 +69,7 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "link to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
     "link to itself": lambda path: path.symlink_to(path.name),
     "folder": lambda path: path.mkdir(),
-    "a terabyte": lambda path: (path.touch(), os.truncate(path, 1 << 40)),
+    "a terabyte": terabyte,
     "brackets without end": lambda path: path.write_text("a = " * path.match("*.toml") + "[" * 100_000),
     "no UTF-8": lambda path: path.write_bytes(b'{"\xff\xfe": "\xc3"}'),
     "a long word": lambda path: path.write_text(WORDS[path.suffix] % ("long" * 25_000)),

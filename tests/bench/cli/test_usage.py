@@ -218,6 +218,13 @@ def test_a_config_beside_a_checkpoint_is_refused(bench: Bench) -> None:
     )
 
 
+def test_a_locale_without_utf8_is_not_blamed_on_the_argument(process: Bench) -> None:
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = process("show", "b\u00fcro.json", **locale)
+    assert done.code == 2
+    assert done.error.endswith("is UTF-8, and this locale is not: set LC_ALL=C.UTF-8.")
+
+
 def test_a_file_is_no_checkpoint_folder(bench: Bench) -> None:
     Path("model.safetensors").write_bytes(b"x")
     done = bench(*CPU, "--model-path", "model.safetensors")
