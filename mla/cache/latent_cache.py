@@ -35,7 +35,7 @@ def check_history(config: MLAConfig, kv: Any, pe: Any) -> int:
         if not isinstance(rows, torch.Tensor) or rows.shape != (len(kv), width):
             found = list(rows.shape) if isinstance(rows, torch.Tensor) else f"a {type(rows).__name__}"
             raise ValueError(f"load() takes kv [s, {widths[0]}] and pe [s, {widths[1]}], got {name} {found}.")
-        if wrong := misfit(rows, rows.shape, rows.dtype, rows.device) if not rows.is_neg() else "":
+        if wrong := misfit(rows.resolve_neg(), rows.shape, rows.dtype, rows.device):
             raise ValueError(f"{name} {wrong}")
         if not rows.is_floating_point() or rows.is_meta:
             raise ValueError(f"{name} must hold floating-point numbers, got {rows.dtype} on {rows.device}.")

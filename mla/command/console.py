@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-from mla_backends.outside import safe, shortened
+from mla_backends.outside import escaped, safe, shortened
 
 _MOST_SAID = 4000  # characters of a sentence: more can only be what a file says
 
@@ -98,10 +98,15 @@ def become(rank: int) -> None:
     _rank, _complaint, _unsaid = rank, "", False
 
 
+def fit(sentence: str) -> str:
+    """Return a sentence as one printable line, which may repeat what a file or the user says."""
+    return shortened(escaped(sentence), _MOST_SAID)
+
+
 def complain(sentence: str, common: bool, show: Callable[[], None] | None = None) -> None:
     """Say why the command ends, by `show` if given; rank 0 alone says what is `common` to all ranks."""
     global _complaint, _unsaid
-    sentence = shortened(sentence, _MOST_SAID)
+    sentence = fit(sentence)
     _complaint, _unsaid = sentence, bool(_rank and common)
     if _unsaid:
         return

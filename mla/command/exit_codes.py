@@ -155,5 +155,6 @@ def _say(sentence: str, code: Exit, common: bool = False) -> int:
 
 def _refuse(error: click.ClickException) -> int:
     """Let click say what is wrong with the words, which ranks of a run share."""
+    vars(error).update(message=console.fit(error.message))  # which type checkers take for final
     console.complain(error.format_message(), common=True, show=error.show)
     return Exit.USAGE

@@ -1,0 +1,160 @@
+"""What is typed on a command line is read, or refused in a sentence: never another exception."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+from damage import LONGEST_TYPED, damaged_text
+from damage import attempt as attempt_within
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla.bench.cli.capacity import capacity_command
+from mla.bench.cli.run import run
+from mla.bench.measure import variants
+from mla.bench.workload import grid, implementations
+from mla.bench.workload.batch_spec import batch_scenarios
+from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS, Scenario
+from mla.command.backend import key_values
+from mla.conformance import selection
+from mla.parallel.layout import AXES, Layout
+from mla.parallel.link import Link
+
+T = TypeVar("T")
+FUZZ = settings.get_profile("fuzz")
+SCENARIO = Scenario(name="a", mode="decode", query_lens=(1, 2), history=(3, 0))
+
+
+def attempt(call: Callable[[], T]) -> T | None:
+    """Return what a call returns, or None for an error; a user's own words may make it a long one."""
+    return attempt_within(call, LONGEST_TYPED)
+
+
+def option(command: click.Command, flag: str, word: str) -> Any:
+    """Return what click makes of the word behind a flag."""
+    name = next(one.name for one in command.params if flag in one.opts)
+    assert name is not None
+    return command.make_context("x", [f"{flag}={word}"]).params[name]
+
+
+@FUZZ
+@given(damaged_text(("4q8s2049_16q1s3072", "q1", "2q1ks4k,q8"), "0123456789qsk_, Q"))
+def test_batch_specs(text: str) -> None:
+    for scenario in attempt(lambda: batch_scenarios([text])) or ():
+        assert 0 < len(scenario.query_lens) <= MAX_REQUESTS
+        assert 0 < min(scenario.query_lens) <= max(scenario.final_lens) <= MAX_COUNT
+        assert attempt(lambda name=scenario.name: batch_scenarios([name])) == [scenario]
+
+
+AXIS = ("kv=1k..64k*4", "batch=1,8,64", "q_len=1..8+1", "dtype=bf16,fp32", "page_size=16", "heads=2m")
+
+
+@FUZZ
+@given(st.lists(damaged_text(AXIS, "0123456789kKmM.,*+=batch ²٣"), min_size=1, max_size=3))
+def test_axes(words: list[str]) -> None:
+    for point in attempt(lambda: grid.points_of([SCENARIO], grid.parse(words))) or ():
+        assert point.tokens > 0
+        flags = point.selection[2:]
+        assert grid.points_of([SCENARIO], grid.parse(flags[1::2])) == [point], "its own command repeats it"
+
+
+@FUZZ
+@given(damaged_text(("tp=2,dcp=2", "dp=4", "tp=4096,dp=1,dcp=3"), "tpdc=,0123456789 "))
+def test_layouts(text: str) -> None:
+    layout = attempt(lambda: option(run, "--parallel", text))
+    if layout is not None:
+        assert layout.world == math.prod(getattr(layout, axis) for axis in AXES)
+        assert Layout.parse(str(layout)) == layout
+
+
+@FUZZ
+@given(damaged_text(("80GiB", "64 GB", "1.5tib", "0.1kb"), "0123456789. kmgtKMGTiB²٣"))
+def test_memory(text: str) -> None:
+    found = attempt(lambda: option(capacity_command, "--memory", text))
+    assert found is None or 1 <= found < 2**90
+
+
+@FUZZ
+@given(
+    st.sampled_from(("--budget", "--hang-after")), damaged_text(("90", "10m", "1.5h"), "0123456789.smhe- ²٣")
+)
+def test_durations(flag: str, text: str) -> None:
+    found = attempt(lambda: option(run, flag, text))
+    assert found is None or 0 < found < math.inf
+
+
+@FUZZ
+@given(damaged_text(("3%", "0.5", "1e2"), "0123456789.%e-infa"))
+def test_percentages(text: str) -> None:
+    found = attempt(lambda: option(run, "--fail-slower", text))
+    assert found is None or 0 <= found < 10
+
+
+NAMED = ("mla", "mla-reference,transformers", "mla[latent_attention=mine,linear=reference]")
+
+
+@FUZZ
+@given(damaged_text(NAMED, "mla[]=, -"))
+def test_implementations(text: str) -> None:
+    names = attempt(lambda: implementations.parse(text)) or []
+    assert implementations.parse(",".join(map(str, names))) == names
+
+
+LINKS = (
+    "alpha=5us,beta=300GB/s",
+    "all-reduce:alpha=1e-3s,beta=inf TiB/s;all-gather:alpha=0ns,beta=1kb/s",
+    "ideal",
+)
+
+
+@FUZZ
+@given(damaged_text(LINKS, "alphbet=0123456789.-:;,/GBinfus "))
+def test_links(text: str) -> None:
+    link = attempt(lambda: Link.parse(text))
+    if link is not None:
+        assert all(0 <= line.alpha < math.inf and line.beta > 0 for line in link.lines.values())
+        assert Link.parse(str(link)).lines.keys() == link.lines.keys()
+
+
+@FUZZ
+@given(
+    st.lists(damaged_text(("native=off", "threads=2", "fp32=auto"), "nativethreads=0123456789 -"), max_size=3)
+)
+def test_options_of_a_backend(words: list[str]) -> None:
+    attempt(lambda: key_values(words))
+
+
+@FUZZ
+@given(damaged_text(("eager", "warm,cold", "host,device"), "eagr, "))
+def test_ways_of_timing(text: str) -> None:
+    attempt(lambda: variants.parse(text, text, text))
+
+
+@FUZZ
+@given(
+    damaged_text(("latent.heads", "latent", "*.strided", "latent.heads[my_op-bfloat16]#3"), "latn.*[]#0123 ")
+)
+def test_names_of_checks(text: str) -> None:
+    attempt(lambda: selection.split(text))
+
+
+INTEGERS = (
+    "--runs",
+    "--passes",
+    "--layers",
+    "--warmups",
+    "--page-size",
+    "--seed",
+    "--heads",
+    "--batch",
+    "--kv",
+)
+
+
+@FUZZ
+@given(st.sampled_from(INTEGERS), damaged_text(("0", "1", "64", "4k"), "0123456789-+_.ek "))
+def test_numbers(flag: str, text: str) -> None:
+    attempt(lambda: option(run, flag, text))
