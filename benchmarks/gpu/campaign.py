@@ -5,6 +5,7 @@
     benchmarks/gpu/campaign.sh                          all sections, with the nvidia backend
     benchmarks/gpu/campaign.sh --budget 30m             what fits into half an hour
     benchmarks/gpu/campaign.sh --only facts,standard    some sections
+    benchmarks/gpu/campaign.sh --short                  for a machine that is lent for an hour
     benchmarks/gpu/campaign.sh --out DIR --again grid   a section once more
     benchmarks/gpu/campaign.sh --dry-run                every command with its limit
     benchmarks/gpu/campaign.sh --smoke --backend cpu    tiny sizes: try the campaign itself
@@ -35,7 +36,7 @@ from benchmarks.gpu import dry_run
 from benchmarks.gpu.loop import Campaign
 from benchmarks.gpu.record import Ledger, opened
 from benchmarks.gpu.report import tables
-from benchmarks.gpu.sections import sections
+from benchmarks.gpu.sections import first_hour, sections
 from benchmarks.gpu.steps import Machine, Section
 from mla.bench.workload.quantities import duration
 from mla.command import console
@@ -141,24 +142,26 @@ def carry_out(
 @click.option("--backend", default="nvidia", show_default=True, help="Backend to measure.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the results.  [campaign-CARD-DATE]")
 @click.option("--only", metavar="A,B", help="Run only these sections.")
+@click.option("--short", is_flag=True, help="The sections of the first hour, in its order.")
 @click.option("--again", metavar="A,B", help="Drop what is there of these sections, and run them again.")
 @click.option("--budget", metavar="TIME", callback=parsed_by(duration), help="Stay within this time (30m).")
 @click.option("--list", "list_only", is_flag=True, help="List the sections with their limits, and stop.")
 @click.option("--dry-run", "dry", is_flag=True, help="Print and check every command, and stop.")
 @click.option("--smoke", is_flag=True, help="Tiny sizes: try the campaign itself.")
 def campaign(
-    backend: str, out: Path | None, only: str | None, again: str | None, budget: float | None,
+    backend: str, out: Path | None, only: str | None, short: bool, again: str | None, budget: float | None,
     list_only: bool, dry: bool, smoke: bool,
 ) -> int:  # fmt: skip
     """Carry out the command line."""
     check_backend(backend)
-    every = sections(Machine(backend), smoke)
+    plan = first_hour if short else sections
+    every = plan(Machine(backend), smoke)
     chosen(every, only), chosen(every, again)  # a wrong name is said at once
     if list_only:
         console.out(tables.listing(every))
         return Exit.OK
     machine = ask_machine(backend)
-    every = sections(machine, smoke)
+    every = plan(machine, smoke)
     wanted = chosen(every, only)
     folder = out or Path(f"campaign-{card_slug(machine.card)}-{time.strftime('%Y-%m-%d')}")
     if dry:

@@ -91,8 +91,10 @@ class Campaign:
     def _judged(self, step: Step, ended: child.Ended, result: Path, wrote: bool, record: Record) -> Record:
         record.code, record.seconds = ended.code, round(ended.seconds, 1)
         record.verdict, record.reason = verdicts.judge(step, ended, result, wrote)
-        record.failed = record.verdict != "ok" and record.verdict not in step.tolerates
-        cut = verdicts.is_cut(step, ended)
+        trimmed = record.verdict == "timed out" and record.limit < step.limit
+        doubted = record.verdict == "doubtful" and self._ledger.smoke  # tiny sizes have no times to miss
+        record.failed = record.verdict not in ("ok", *step.tolerates) and not trimmed and not doubted
+        cut = verdicts.is_cut(step, ended) or trimmed
         answered = record.verdict != "refused" and not record.failed  # a crash that was looked for
         record.final = (record.verdict == "wrong" or answered) and not cut
         if cut:

@@ -11,7 +11,8 @@ from benchmarks.gpu.tuning.classes import classes
 DECODE_SECONDS, PROMPT_SECONDS = 140, 90  # all kernels on the shapes of one head count
 LARGE_SECONDS = (150, 150, 300)  # ... on one large shape
 DEFAULT_SECONDS, R1_SECONDS = 240, 360  # a layer, as in the standard scenarios
-SWEEP_SECONDS, PICK_SECONDS = 115, 20  # for the tiles of one class of calls
+SWEEP_SECONDS, PICK_SECONDS = 110, 45  # for the tiles of one class of calls
+COMPILE_SECONDS = 180  # for all tiles
 OURS = {"latent_attention": "triton_latent", "expanded_attention": "triton_expanded"}
 
 
@@ -32,6 +33,13 @@ def tune(machine: Machine, smoke: bool) -> Section:
         PICK_SECONDS, "file", "^(use|ship) it", OPTIONAL, machine.tuning, always=True,
     )  # fmt: skip
     return Section("tune", "Tiles and splits of the project's own kernels", (*sweeps, pick))
+
+
+def compile_tiles(smoke: bool) -> Section:
+    """Compile what the sweeps launch, with all cores: a kernel takes one of them a second or two."""
+    words = (str(HERE / "tune.py"), "compile", *("--smoke",) * smoke)
+    step = Step("tiles", words, COMPILE_SECONDS, "sweep", tolerates=OPTIONAL)
+    return Section("compile", "Tiles, compiled in as many processes as there are cores", (step,))
 
 
 def large_rivals(machine: Machine, sizes: Sizes) -> tuple[Section, ...]:
@@ -78,7 +86,7 @@ def _in_turns(
 def own_layers(machine: Machine, sizes: Sizes) -> Section:
     """The standard scenarios with the project's own kernels, whichever the backend would choose."""
     own = f"mla[{','.join(f'{op}={name}' for op, name in OURS.items())}]"
-    words = ("--implementations", own, "--cache", "warm", *sizes.counts)
+    words = ("--implementations", own, "--cache", "warm", *sizes.counts, *sizes.layer)
     layers = {
         "deepseek-v2-lite": (DEFAULT_SECONDS, sizes.default),
         "deepseek-r1": (R1_SECONDS, (*sizes.large, "--scenario", "decode")),

@@ -6,9 +6,10 @@ Limits are in seconds; those of a section add up to at most ten minutes.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from benchmarks.gpu import contract
-from benchmarks.gpu.own_kernels import large_rivals, own_layers, rivals, tune
+from benchmarks.gpu.own_kernels import compile_tiles, large_rivals, own_layers, rivals, tune
 from benchmarks.gpu.sizes import FULL, HERE, SMOKE, Sizes
 from benchmarks.gpu.steps import MOST_SECONDS, OPTIONAL, Machine, Section, Step, bench_step
 
@@ -40,6 +41,7 @@ LIBRARY_QUESTIONS = {
     "flashinfer-items": 60,  # the last: it may end the process and leave the device unusable to it
 }
 BREAKING = frozenset({"flashinfer-items"})
+LAYER_SECONDS = 150  # of the first hour, for one config
 FEWEST_SECONDS, KERNEL_SECONDS = 20, 90  # for one kernel
 PROFILE_SECONDS, CHOICE_SECONDS = 120, 120  # for a profile, and for one op inside the layer
 
@@ -64,6 +66,23 @@ def sections(machine: Machine, smoke: bool = False) -> tuple[Section, ...]:
         questions("libraries", "Libraries of kernels", machine, LIBRARY_QUESTIONS, frozenset({"nvidia"})),
         layers(machine, sizes),
         *contract.others(machine, smoke),
+    )
+
+
+def first_hour(machine: Machine, smoke: bool = False) -> tuple[Section, ...]:
+    """Return what targets are judged by, in parts, for a machine that is lent for less than an hour."""
+    sizes = SMOKE if smoke else FULL
+    large = [replace(one, steps=one.steps[:1]) for one in large_rivals(machine, sizes)]
+    layer, quick = own_layers(machine, sizes), contract.quick(machine, smoke)
+    return (
+        compile_tiles(smoke),
+        replace(facts(machine), steps=facts(machine).steps[-1:]),
+        *large,
+        replace(layer, steps=tuple(replace(step, limit=LAYER_SECONDS) for step in layer.steps)),
+        replace(quick, steps=quick.steps[:1]),
+        tune(machine, smoke),
+        *(replace(one, name=f"{one.name}-tuned", title=f"{one.title}, tuned") for one in large),
+        replace(choices(machine, sizes), title="A profile", steps=choices(machine, sizes).steps[:1]),
     )
 
 
@@ -162,7 +181,7 @@ def choices(machine: Machine, sizes: Sizes) -> Section:
         "choices",
         "Attention ops inside the layer, and a profile",
         (
-            bench_step("profile", machine, PROFILE_SECONDS, *trace, *every),
+            bench_step("profile", machine, PROFILE_SECONDS, *trace, *every, *sizes.layer),
             *(
                 bench_step(
                     name.replace("_", "-"), machine, limit,

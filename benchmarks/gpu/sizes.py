@@ -27,6 +27,7 @@ class Sizes:
     large_shapes: tuple[tuple[str, str], ...]
     prompts: tuple[str, ...]  # axes of expanded attention
     prompt_heads: tuple[int, ...]
+    layer: tuple[str, ...] = ()  # options of runs of the layer that interpreted kernels have to carry out
     counts: tuple[str, ...] = ()  # options of every run
     grid_counts: tuple[str, ...] = ()  # ... and of runs with many points
     rival_counts: tuple[str, ...] = ()  # ... and of runs with many points and several kernels
@@ -79,6 +80,7 @@ SMOKE = Sizes(
     large_shapes=(("3", "64"),),
     prompts=("-a", "batch=2", "-a", "q_len=8", "-a", "kv=0"),
     prompt_heads=(4,),
+    layer=("--workload", str(HERE / "smoke.toml")),
     counts=("--runs", "2", "--passes", "2", "--warmups", "1"),
     grid_counts=("--clock", "host"),
     rival_counts=("--cache", "warm"),

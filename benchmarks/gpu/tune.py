@@ -5,13 +5,15 @@
     python benchmarks/gpu/tune.py sweep latent-16 --backend nvidia --out latent-16.json --budget 2m
     python benchmarks/gpu/tune.py choose --backend nvidia --out nvidia-h100-80gb-hbm3.json
 
-`sweep` goes on with its file where it was cut short; `choose` reads what lies beside FILE.
+`sweep` goes on with its file where it was cut short; `choose` reads what lies beside FILE; `compile` fills
+Triton's cache with what all sweeps launch, in as many processes as there are cores.
 
 Exit codes: 0 done, 2 usage, 3 it cannot run here, 4 a tile gave a wrong result.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -67,6 +69,10 @@ OUTPUT = click.option(
     "--out", "output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="File to write."
 )
 BACKEND = click.option("--backend", default="nvidia", show_default=True, help="Backend whose card is tuned.")
+BUDGET = click.option(
+    "--budget", metavar="TIME", default="10m", show_default=True, callback=parsed_by(duration),
+    help="Stay within this time.",
+)  # fmt: skip
 SMOKE = click.option("--smoke", is_flag=True, help="Tiny shapes and few tiles: try the sweep itself.")
 
 
@@ -75,13 +81,28 @@ def tune() -> None:
     """Find tiles and splits."""
 
 
+@tune.command("compile")
+@BUDGET
+@SMOKE
+def compile_ahead(smoke: bool, budget: float) -> int:
+    """Compile the tiles of all classes before they are timed."""
+    from benchmarks.gpu.tuning import ahead
+
+    end, jobs = time.monotonic() + budget, min(16, os.cpu_count() or 1)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UnsupportedOps("kernels are interpreted: there is nothing to compile.")
+    wanted = ahead.launches(classes(smoke).values())
+    done, failed = ahead.compile_all(wanted, jobs, lambda: end - time.monotonic())
+    if skipped := len(wanted) - done - failed:
+        console.note(f"--budget skipped {skipped} kernels: run it again to go on")
+    console.out(f"{done} of {len(wanted)} kernels compiled, {failed} failed, {jobs} at a time\n")
+    return Exit.OK if done else Exit.BACKEND
+
+
 @tune.command()
 @click.argument("name", type=click.Choice(NAMES))
 @BACKEND
-@click.option(
-    "--budget", metavar="TIME", default="10m", show_default=True, callback=parsed_by(duration),
-    help="Stay within this time.",
-)  # fmt: skip
+@BUDGET
 @SMOKE
 @OUTPUT
 def sweep(name: str, backend: str, smoke: bool, output: Path, budget: float) -> int:

@@ -48,6 +48,7 @@ class Part:
 PARTS = (
     Part("3.9.0", "which torch 2.15 pins", CURRENT),
     Part("3.8.0", "which torch 2.14 pins", CURRENT),
+    Part("3.6.0", "which torch 2.11 pins", CURRENT),
     Part("3.1.0", "whose language the vendors' compilers speak", PORTABLE),
     Part("3.1.0", "cards that have a newer one", OLD, strict=False),
 )

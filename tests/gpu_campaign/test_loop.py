@@ -190,6 +190,30 @@ def test_an_op_that_raises_is_no_missing_library(tmp_path: Path) -> None:
     assert (found.verdict, found.failed) == ("crashed", True)
 
 
+def test_tiny_sizes_miss_no_time_that_is_withheld(tmp_path: Path) -> None:
+    section = Section("one", "One", (ends("step", 6),))
+    for smoke in (True, False):
+        folder = tmp_path / str(smoke)
+        folder.mkdir()
+        ledger = opened(folder, CARD, smoke)
+        Campaign(CARD, folder, ledger).walk([section])
+        assert [(one.verdict, one.failed) for one in ledger.records] == [("doubtful", not smoke)]
+
+
+def test_a_step_that_the_budget_ended_is_no_failure_and_gets_its_own_limit_the_next_time(
+    tmp_path: Path,
+) -> None:
+    step = python("step", "import time; time.sleep(1.5)")
+    now = iter([0.0, 0.0, 59.0])
+    (first,) = walk(tmp_path, step, budget=60.0, clock=lambda: next(now)).records
+    assert (first.verdict, first.limit, first.failed, first.final) == ("timed out", 1, False, False)
+    assert first.reason.endswith("; the rest did not fit into 1 s")
+    (second,) = walk(tmp_path, step).records
+    assert (second.verdict, second.limit, second.final) == ("ok", 60, True)
+    (own,) = walk(tmp_path, python("own", "import time; time.sleep(9)", 1)).records[1:]
+    assert (own.verdict, own.failed, own.reason) == ("timed out", True, "it was ended at its limit")
+
+
 def test_a_budget_trims_and_then_skips(tmp_path: Path) -> None:
     now = iter([0.0, 10.0, 10.0, 96.0])
     steps = [python("first", "print('fine')", 300), counts("second", tmp_path)]

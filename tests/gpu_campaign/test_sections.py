@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from benchmarks.gpu.questions import flashinfer
 from benchmarks.gpu.questions.asking import QUESTIONS
 from benchmarks.gpu.questions.latent import LATENT, ROTARY
 from benchmarks.gpu.report.targets import LARGE_BYTES, TARGETS, Share
-from benchmarks.gpu.sections import sections
+from benchmarks.gpu.sections import first_hour, sections
 from benchmarks.gpu.sizes import HERE
 from benchmarks.gpu.steps import MOST_SECONDS, Machine, Section, Step
 from benchmarks.gpu.tuning.classes import FULL
@@ -25,6 +26,7 @@ OPS = {
     "expanded_attention": ["flash_attn_3", "flash_attn", "sdpa"],
     "linear": ["fast_linear"],
 }
+Plan = Callable[[Machine, bool], tuple[Section, ...]]
 CARD = Machine("nvidia", "NVIDIA H100 80GB HBM3", ops=OPS)
 
 
@@ -166,9 +168,28 @@ def test_a_sweep_per_class_of_calls_comes_before_the_tuning_that_is_named_after_
     assert sweeps[0].command(Path("x"), 100, resume=True)[-4:] == ["--out", "x", "--budget", "90s"]
 
 
+def test_the_first_hour_is_less_than_one_and_the_most_valuable_comes_first() -> None:
+    hour = first_hour(replace(CARD, options=("tuning",)))
+    assert [one.name for one in hour] == [
+        "compile", "facts", "rivals-16", "rivals-128", "own-layers", "conformance", "tune",
+        "rivals-16-tuned", "rivals-128-tuned", "choices",
+    ]  # fmt: skip
+    assert sum(one.limit for one in hour) <= 45 * 60
+    longest = max(step.limit for one in hour for step in one.steps)
+    assert longest <= MOST_SECONDS - 300, "a command that also installs and compiles has time for it"
+    by_name = {one.name: one for one in hour}
+    for name in ("rivals-16", "rivals-128"):
+        (before,), (after,) = by_name[name].steps, by_name[f"{name}-tuned"].steps
+        assert before == after, "so that the later one takes the earlier one's place in the table"
+        assert {"batch=32", "kv=64k"} <= set(before.words)
+        assert before.tuning == f"../tune/{card_file(CARD.card)}"
+    assert [step.name for step in by_name["choices"].steps] == ["profile"]
+
+
+@pytest.mark.parametrize("plan", [sections, first_hour])
 @pytest.mark.parametrize("smoke", [False, True])
-def test_every_command_parses(smoke: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = sections(CARD, smoke)
+def test_every_command_parses(plan: Plan, smoke: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = plan(CARD, smoke)
     assert dry_run.dry_run(CARD, wanted, Path("out")) == 0
     said = capsys.readouterr().out.splitlines()
     assert len([line for line in said if line.startswith("timeout -k ")]) == sum(len(s.steps) for s in wanted)

@@ -1,0 +1,76 @@
+"""Compile what sweeps will launch before they do: many kernels at a time, into Triton's cache on disk.
+
+Launches are recorded on the host and go the JIT's own way as far as the cache. Each compilation has a process
+of its own, because compilers abort and hang.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from benchmarks.gpu.tuning import problems
+from benchmarks.gpu.tuning.classes import TileClass
+from benchmarks.triton.recording import Launch, Recorder
+from mla.command import console
+from mla_backends.errors import describe, one_line
+from mla_backends.triton_ops import Tuning, triton_ops
+
+SECONDS = 100  # of one kernel
+
+
+def launches(classes: Iterable[TileClass]) -> list[Launch]:
+    """Return what tiles and changed tiles launch. Lengths change no kernel, so that few tokens do."""
+    found: dict[str, Launch] = {}
+    for tuned in classes:
+        few = [replace(one, batch=2, keys=min(one.keys, one.queries + 1024)) for one in tuned.shapes]
+        drawn = [problems.of_shape(tuned.kind, shape, "cpu") for shape in few]
+        changed = [replace(tile, halves=False) for tile in tuned.tiles if {"halves": False} in tuned.changes]
+        for tile in (*tuned.tiles, *changed):
+            recorder = Recorder()
+            op = triton_ops(Tuning({1: tile}, {1: tile}), None, recorder)[tuned.op]
+            for problem in drawn:
+                problem.bound(op).call()
+            found |= {named(launch): launch for launch in recorder.recorded}
+    return list(found.values())
+
+
+def named(launch: Launch) -> str:
+    """Return a launch's kernel and what it is compiled for, as text."""
+    constants = [f"{name} {value}" for name, value in launch.arguments.items() if name.isupper()]
+    kernel = launch.kernel.fn.__name__
+    return f"{kernel}: {', '.join(constants)}, {launch.warps} warps, {launch.stages} stages"
+
+
+def compile_all(wanted: list[Launch], jobs: int, left: Callable[[], float]) -> tuple[int, int]:
+    """Compile while there are seconds left. Return how many kernels compiled, and how many did not."""
+    waiting, codes = list(wanted), []
+    running: dict[int, Launch] = {}
+    while running or (waiting and left() > 1):
+        if waiting and len(running) < jobs and left() > 1:
+            launch = waiting.pop(0)
+            running[_start(launch, max(1, int(min(SECONDS, left()))))] = launch
+            continue
+        process, status = os.wait()
+        launch, code = running.pop(process), os.waitstatus_to_exitcode(status)
+        codes.append(code)
+        if code < 0:  # it could not say so itself
+            console.note(f"{named(launch)}: its compiler ended by {signal.Signals(-code).name}")
+    return codes.count(0), len(codes) - codes.count(0)
+
+
+def _start(launch: Launch, seconds: int) -> int:
+    """Compile in a process of its own, which an alarm ends; return its number."""
+    if process := os.fork():
+        return process
+    try:
+        signal.alarm(seconds)
+        options = {"num_warps": launch.warps, "num_stages": launch.stages}
+        launch.kernel.warmup(grid=launch.grid, **launch.arguments, **options)
+        os._exit(0)
+    except Exception as error:  # noqa: BLE001  # compilers raise anything
+        console.note(f"{named(launch)}: {one_line(describe(error))[:200]}")
+    finally:
+        os._exit(1)
