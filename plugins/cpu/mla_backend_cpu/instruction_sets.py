@@ -75,7 +75,8 @@ def _ask_processor() -> tuple[dict[tuple[int, int], tuple[int, ...]], int] | str
     try:
         cpuid, xgetbv = _functions()
     except (OSError, AttributeError) as error:
-        return f"this process cannot ask the processor for its instructions ({error})"
+        reason = getattr(error, "strerror", None) or error
+        return f"this process cannot ask the processor for its instructions ({reason})"
 
     def registers(leaf: int, subleaf: int) -> tuple[int, ...]:
         found = (ctypes.c_uint32 * 4)()
@@ -124,10 +125,8 @@ def tiles_refused() -> str | None:
 def missing(level: Level) -> str | None:
     """Return why the kernels of `level` cannot run here, or None."""
     absent = sorted(level.needs - processor_flags())
-    if absent and (unknown := _unknown()):
-        return f"{unknown}, and level '{level.name}' needs {', '.join(absent)}"
     if absent:
-        return f"this processor lacks {', '.join(absent)}, which level '{level.name}' needs"
+        return _unknown() or f"this processor lacks {', '.join(absent)}, which level '{level.name}' needs"
     return tiles_refused() if "amx_tile" in level.needs else None
 
 
@@ -146,15 +145,17 @@ def choose_level(wanted: str = "auto") -> Level:
 
 
 def candidates(wanted: str) -> Iterator[Level]:
-    """Yield the levels to try, best first: for "auto" those whose instructions the processor has or may have.
+    """Yield the levels to try, best first: for "auto" those whose instructions the processor has.
 
     Raises `BuildError` if the level that was named cannot run here.
     """
     if wanted != "auto":
         yield choose_level(wanted)
         return
-    flags, unknown = processor_flags(), _unknown()
-    yield from (level for level in LEVELS if unknown or level.needs <= flags)  # so that it is said
+    if _unknown():
+        yield LEVELS[-2]  # so that it is said why it is not used
+    flags = processor_flags()
+    yield from (level for level in LEVELS if level.needs <= flags)
 
 
 def _emulated() -> Level:

@@ -296,9 +296,10 @@ def test_a_processor_that_cannot_be_asked_gets_the_portable_level(monkeypatch: p
     instruction_sets._ask_processor.cache_clear()
     try:
         assert instruction_sets.choose_level().name == "portable"
-        why = "this process cannot ask the processor for its instructions .*Permission denied"
+        why = r"this process cannot ask the processor for its instructions \(Permission denied\)$"
         with pytest.raises(BuildError, match=why):
             instruction_sets.choose_level("avx2")
-        assert next(instruction_sets.candidates("auto")).name == "amx"  # it will be said why it is not used
+        names = [level.name for level in instruction_sets.candidates("auto")]
+        assert names == ["avx2", "portable"]  # the first is said not to be used, and why
     finally:
         instruction_sets._ask_processor.cache_clear()
