@@ -27,6 +27,7 @@ VERSION = 1
 # What reading a damaged file raises: of the system, of the decoders, and for dtypes that torch lacks.
 _DAMAGED = (
     OSError,
+    MemoryError,
     ValueError,
     AttributeError,
     TypeError,
