@@ -171,7 +171,8 @@ def read(folder: Path) -> Failure:
     except FileNotFoundError as error:
         raise ResultError(f"'{folder}' holds no {NAME}: --dump-failure of a run writes one.") from error
     except (*_DAMAGED, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        said = error.strerror if isinstance(error, OSError) else None
+        reason = " ".join(str(said or error).split()).rstrip(".")
         raise ResultError(f"'{path}' is not a failure that --dump-failure kept: {reason}.") from error
     return failure
 
