@@ -26,6 +26,7 @@ from mla.conformance import selection
 from mla.parallel.layout import AXES, Layout
 from mla.parallel.link import Link
 from mla_backend_cpu import Cpu
+from mla_backends import host
 
 T = TypeVar("T")
 FUZZ = settings.get_profile("fuzz")
@@ -138,6 +139,7 @@ def test_ways_of_timing(text: str) -> None:
 
 
 @FUZZ
+@example("latent#" + "9" * 5000)
 @given(
     damaged_text(("latent.heads", "latent", "*.strided", "latent.heads[my_op-bfloat16]#3"), "latn.*[]#0123 ")
 )
@@ -164,12 +166,14 @@ def test_numbers(flag: str, text: str) -> None:
     attempt(lambda: option(run, flag, text))
 
 
-VARIABLES = (*launcher.LOCAL, *launcher.TASKS, "RANK", "SLURM_PROCID", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
+MORE = ("RANK", "SLURM_PROCID", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "SLURM_CPUS_PER_TASK")
+VARIABLES = (*launcher.LOCAL, *launcher.TASKS, *MORE)
 ASKED: tuple[Callable[[], object], ...] = (
     launcher.rank,
     launcher.count,
     launcher.local_number,
     lambda: launcher.start_words(8),
+    lambda: host.thread_limit(1),
     lambda: launcher.result_path(Path("run-%3t.json")),
 )
 
@@ -177,6 +181,7 @@ ASKED: tuple[Callable[[], object], ...] = (
 @FUZZ
 @given(st.dictionaries(st.sampled_from(VARIABLES), damaged_text(("0", "4"), "0123456789 -²٣"), min_size=1))
 @example({"RANK": "9" * 5000})
+@example({"SLURM_CPUS_PER_TASK": "9" * 5000})
 def test_variables_of_a_launcher(variables: dict[str, str]) -> None:
     held = {name: text.replace("\0", "").replace("\ud800", "") for name, text in variables.items()}
     with pytest.MonkeyPatch.context() as patch:
