@@ -131,6 +131,7 @@ class LatentCache:
 
     def new_sequences(self, count: int) -> list[int]:
         """Return the ids of `count` empty sequences."""
+        (count,) = whole_numbers("count", (count,))
         return [self._new_sequence() for _ in range(count)]
 
     def _new_sequence(self) -> int:
