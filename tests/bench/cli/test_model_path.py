@@ -102,7 +102,7 @@ def _nan(folder: Path) -> None:
             _astray,
             f"error: 'model/{INDEX}' names the file '../{SHARDS[0]}', which lies outside the directory.",
         ),
-        (_link, f"error: file '{SHARDS[0]}' of checkpoint 'model' is a link that leaves the directory"),
+        (_link, f"error: file '{SHARDS[0]}' of checkpoint 'model' cannot be opened: it is a link"),
         (lambda folder: (folder / INDEX).write_text("{"), f"error: 'model/{INDEX}' is not valid JSON"),
         (_remove("config.json"), "error: cannot read config"),
         (
