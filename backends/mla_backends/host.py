@@ -43,7 +43,7 @@ def thread_limit(default: int) -> tuple[int, str]:
         (default, "OMP_NUM_THREADS" if "OMP_NUM_THREADS" in os.environ else "torch's default"),
     ]
     per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if per_task.isdecimal() and int(per_task):  # Slurm need not bind its tasks to as many
+    if re.fullmatch("[1-9][0-9]{0,5}", per_task):  # Slurm need not bind its tasks to as many
         limits.append((int(per_task), "SLURM_CPUS_PER_TASK"))
     return min(limits, key=lambda limit: limit[0])
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+_plain: list[Any] = [None, None]  # torch.Tensor and torch.strided, once they are here
 
 
 def misfit(x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torch.device) -> str:
@@ -16,27 +17,19 @@ def misfit(x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torc
     The sentence goes on from the name of x, as in f"{name} {misfit(...)}". What is lazy, sparse, fake or
     wrapped has other values than its memory, or no memory at all.
     """
-    kinds, strided = _plain()
     try:
-        if (
-            type(x) in kinds
-            and (x.shape == shape or _matches(x.shape, shape))
-            and x.dtype == dtype
-            and (x.device == device or _same(x.device, device))
-            and x.layout == strided
+        if (  # what nearly all are: it is asked in every step
+            type(x) is _plain[0]
+            and x.shape == shape
+            and x.dtype is dtype
+            and x.device == device
+            and x.layout is _plain[1]
             and not x.is_neg()
         ):
             return ""
         return _why(x, shape, dtype, device)
     except RuntimeError as error:  # a nested tensor has no sizes
         return f"is no plain tensor ({str(error).splitlines()[0]})."
-
-
-@functools.cache
-def _plain() -> tuple[tuple[Any, ...], torch.layout]:
-    import torch
-
-    return (torch.Tensor, torch.nn.Parameter), torch.strided
 
 
 def _matches(found: Sequence[int], shape: Sequence[int | None]) -> bool:
@@ -50,11 +43,13 @@ def _same(found: torch.device, wanted: torch.device) -> bool:
 
 
 def _why(x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torch.device) -> str:
-    kinds, strided = _plain()
+    import torch
+
+    _plain[:] = torch.Tensor, torch.strided  # from here on; importing this module imports no torch
     wanted = f"must be [{', '.join('any' if size is None else str(size) for size in shape)}] {dtype}"
-    if not isinstance(x, kinds[0]):
+    if not isinstance(x, torch.Tensor):
         return f"{wanted}, got a {type(x).__name__}."
-    if type(x) not in kinds:
+    if type(x) not in (torch.Tensor, torch.nn.Parameter):
         return (
             f"is a {type(x).__name__}, and must be a plain tensor: leave such wrappers and their modes out."
         )
@@ -62,6 +57,6 @@ def _why(x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torch.
         return f"{wanted}, got {list(x.shape)} {x.dtype}."
     if not _same(x.device, device):
         return f"must be on {device}, and is on {x.device}."
-    if x.layout != strided:
+    if x.layout != torch.strided:
         return f"must be a dense tensor, and is {x.layout}."
-    return "is negated lazily: pass x.resolve_neg()."
+    return "is negated lazily: pass x.resolve_neg()." if x.is_neg() else ""

@@ -23,7 +23,7 @@ from mla_backends.operands import misfit
 def whole_numbers(name: str, values: Iterable[Any]) -> list[int]:
     """Return integers of any kind, also numpy's and torch's, as a list of Python's. Raises ValueError."""
     try:
-        return list(map(index, values))
+        return [*map(index, values)]
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{name} must be whole numbers, got {values!r:.80}.") from error
 
@@ -131,6 +131,7 @@ class LatentCache:
 
     def new_sequences(self, count: int) -> list[int]:
         """Return the ids of `count` empty sequences."""
+        (count,) = whole_numbers("count", (count,))
         return [self._new_sequence() for _ in range(count)]
 
     def _new_sequence(self) -> int:
@@ -150,10 +151,8 @@ class LatentCache:
         more: steps of sequences that grow up to there have one shape and one memory, as a graph needs.
         Raises `CacheFull` when pages run out and ValueError for bad arguments; both change nothing.
         """
-        query_lens, (reserved,) = (
-            whole_numbers("query_lens", query_lens),
-            whole_numbers("table_tokens", [table_tokens]),
-        )
+        query_lens = whole_numbers("query_lens", query_lens)
+        reserved = table_tokens and whole_numbers("table_tokens", [table_tokens])[0]
         width = -(-reserved // self.page_size)
         if width > self._tables.shape[1]:  # before anything changes: there may be no memory
             self._grow_tables(self._tables.shape[0], width)

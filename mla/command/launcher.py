@@ -27,6 +27,7 @@ LETTERS = {
     "A": ("SLURM_ARRAY_JOB_ID",),
     "a": ("SLURM_ARRAY_TASK_ID",),
 }
+_MOST_DIGITS = 9  # of a number of tasks; Python refuses to read thousands
 _PATTERN = re.compile(rf"%(\d?)([%{''.join(LETTERS)}])")
 
 
@@ -162,6 +163,6 @@ def _number(names: tuple[str, ...]) -> int | None:
     found = _first(names)
     if found is None:
         return None
-    if not found[1].isdecimal():
+    if not found[1].isdecimal() or len(found[1]) > _MOST_DIGITS:
         raise LaunchError(f"the variable {found[0]} must be a number from 0, got '{found[1]}'.")
     return int(found[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ def split(pattern: str) -> tuple[str, int | None]:
     if check == pattern:
         return pattern, None
     number = pattern[len(check) + 1 :]
-    if not (check and number.isascii() and number.isdigit() and int(number)):
+    if not (check and re.fullmatch("0*[1-9][0-9]{0,8}", number)):
         raise UsageError(
             f"'{pattern}': a case is named by its number, as in 'latent.heads[my_op-bfloat16]#3'."
         )

@@ -79,7 +79,8 @@ class MLA(nn.Module):
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
         self._scratch = Workspace(dtype, self.device, keeps=workspace_bytes, turn=Turn.of(backend))
         self._at = self.rotary.table.device  # as tensors say it: with an index
-        self._autocasts = torch.amp.is_autocast_available(self.device.type)
+        kind = self.device.type
+        self._autocast = kind if torch.amp.is_autocast_available(kind) else ""  # what of it there may be
         self._growth = Growth(backend)
         views = StepViews(config, self.ops, self._scratch)
         self.step: Step = make_step(config, self.ops, self._weights, views, self._scratch)
@@ -177,9 +178,12 @@ class MLA(nn.Module):
 
     def plan(self, batch: RaggedBatch) -> StepPlan:
         """Return how this layer runs `batch`; made once, shared by layers with equal specs."""
-        key = (self._plan_key, self.attention, self.workspace_bytes)
         with self._scratch.turn:
-            return batch.memo(key, lambda: self._make_plan(batch))
+            return self._planned(batch)
+
+    def _planned(self, batch: RaggedBatch) -> StepPlan:
+        key = (self._plan_key, self.attention, self.workspace_bytes)
+        return batch.memo(key, lambda: self._make_plan(batch))
 
     def _make_plan(self, batch: RaggedBatch) -> StepPlan:
         memory = batch.memory.keep(self._plan_key, lambda: self.rotary.empty(batch.num_tokens))
@@ -211,8 +215,8 @@ class MLA(nn.Module):
         Running the same batch again gives the same result, also under autocast. Raises `StaleBatch` when the
         cache has changed since `batch` was made, and ValueError when a tensor does not fit.
         """
-        if self._autocasts and torch.is_autocast_enabled(self.device.type):
-            with torch.autocast(self.device.type, enabled=False):
+        if self._autocast and torch.is_autocast_enabled(self._autocast):
+            with torch.autocast(self._autocast, enabled=False):
                 return MLA.forward(self, hidden, batch, pages, out)
         with self._scratch.turn:
             return self._forward(hidden, batch, pages, out)
@@ -226,7 +230,7 @@ class MLA(nn.Module):
             self._check_out(out, batch)  # which a mode may have made
         if hidden.stride(-1) != 1:  # the contract promises ops rows of adjacent elements
             hidden = hidden.contiguous()
-        plan = self.plan(batch)
+        plan = self._planned(batch)
         at_once = self._at_once(hidden, batch, plan, pages, out)
         if at_once is not None:
             at_once(hidden, pages, out)
@@ -266,11 +270,8 @@ class MLA(nn.Module):
         require("hidden", hidden, (batch.num_tokens, self.config.hidden_size), self.dtype, self._at)
         if out is not None:
             self._check_out(out, batch)
-        if hasattr(pages, "pages"):
-            raise ValueError(
-                f"pages is a {type(pages).__name__}: pass `cache.pages[i]`, the part of layer i."
-            )
-        require("pages", pages, (None, batch.page_size, self.config.latent_dim), self.dtype, self._at)
+        shape = (*getattr(pages, "shape", (None,))[:1], batch.page_size, self.config.latent_dim)
+        require("pages", pages, shape, self.dtype, self._at)
         if not batch.fits(pages.shape[0]):
             raise ValueError(
                 f"pages [{pages.shape[0]}, ...] are not those of the cache this batch describes."

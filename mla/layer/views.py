@@ -19,16 +19,19 @@ from mla_backends.operands import misfit
 def require(name: str, x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torch.device) -> None:
     """Raise ValueError unless x is a plain tensor of this shape (None: any size) and dtype on `device`."""
     if wrong := misfit(x, shape, dtype, device):
+        if hasattr(x, "pages"):
+            wrong = f"is a {type(x).__name__}: pass `cache.pages[i]`, the part of layer i."
         raise ValueError(f"{name} {wrong}")
 
 
-def check_batch(batch: Any, kinds: tuple[type, ...], device: torch.device) -> None:
+def check_batch(batch: Any, kinds: tuple[Any, ...], device: torch.device) -> None:
     """Raise ValueError unless this is a batch of these kinds on `device`, and `StaleBatch`."""
     if not isinstance(batch, kinds):
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"batch must be a {names}, as `cache.extend` returns, got a {type(batch).__name__}.")
     batch.check_current()
-    require("the batch's table", batch.slots, (None,), torch.int64, device)
+    if batch.slots.device != device:
+        raise ValueError(f"the batch's tables must be on {device}, and are on {batch.slots.device}.")
 
 
 class Projected(NamedTuple):

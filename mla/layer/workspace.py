@@ -18,11 +18,8 @@ MOST_VIEWS = 256
 Tokens = slice | torch.Tensor  # rows of a step: contiguous, or by index
 
 
-class Turn:
+class Turn(type(threading.RLock())):  # type: ignore[misc]
     """What a thread holds while it uses scratch memory, and ops, which may have some. A copy is another."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
 
     @classmethod
     def of(cls, backend: Backend | None) -> Turn:
@@ -32,13 +29,7 @@ class Turn:
     @property
     def held(self) -> bool:
         """Whether it is this thread's turn."""
-        return bool(self._lock._is_owned())  # type: ignore[attr-defined]  # as threading.Condition asks
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
+        return bool(self._is_owned())  # as threading.Condition asks
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Turn, ()

@@ -169,6 +169,7 @@ def cache() -> LatentCache:
 
 
 @few(2)
+@example(lens=[0], kinds=("on meta", "a list"))
 @given(lens=st.lists(st.integers(0, 5), min_size=1, max_size=3), kinds=st.tuples(KINDS, KINDS))
 def test_extend(cache: LatentCache, lens: list[int], kinds: tuple[str, str]) -> None:
     cache.release(cache.sequences)

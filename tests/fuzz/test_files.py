@@ -12,7 +12,7 @@ from typing import Any
 from ceiling_cases import ceiling_run
 from checkpoint_tensors import values_of
 from damage import Data, assert_sentence, attempt, damaged, damaged_bytes, damaged_json, few
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from mla import MLAConfig
@@ -161,6 +161,7 @@ QUICK: Sequence[Sequence[str]] = (
 
 
 @settings(FUZZ, max_examples=4 * FUZZ.max_examples)  # what a file may hold contradicts itself in many ways
+@example(Data(RESULT.replace(b'"torch_threads": "2"', b'"torch_threads": "' + b"9" * 5000 + b'"')))
 @given(damaged_json(json.loads(RESULT)))
 def test_results(data: bytes) -> None:
     Path("x.json").write_bytes(data)

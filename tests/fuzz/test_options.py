@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import pytest
 from damage import LONGEST_TYPED, damaged_text
 from damage import attempt as attempt_within
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mla.bench.cli.capacity import capacity_command
@@ -18,10 +20,13 @@ from mla.bench.measure import variants
 from mla.bench.workload import grid, implementations
 from mla.bench.workload.batch_spec import batch_scenarios
 from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS, Scenario
+from mla.command import launcher
 from mla.command.backend import key_values
 from mla.conformance import selection
 from mla.parallel.layout import AXES, Layout
 from mla.parallel.link import Link
+from mla_backend_cpu import Cpu
+from mla_backends import host
 
 T = TypeVar("T")
 FUZZ = settings.get_profile("fuzz")
@@ -124,7 +129,7 @@ def test_links(text: str) -> None:
     st.lists(damaged_text(("native=off", "threads=2", "fp32=auto"), "nativethreads=0123456789 -"), max_size=3)
 )
 def test_options_of_a_backend(words: list[str]) -> None:
-    attempt(lambda: key_values(words))
+    attempt(lambda: Cpu(key_values(words)))
 
 
 @FUZZ
@@ -134,6 +139,7 @@ def test_ways_of_timing(text: str) -> None:
 
 
 @FUZZ
+@example("latent#" + "9" * 5000)
 @given(
     damaged_text(("latent.heads", "latent", "*.strided", "latent.heads[my_op-bfloat16]#3"), "latn.*[]#0123 ")
 )
@@ -158,3 +164,30 @@ INTEGERS = (
 @given(st.sampled_from(INTEGERS), damaged_text(("0", "1", "64", "4k"), "0123456789-+_.ek "))
 def test_numbers(flag: str, text: str) -> None:
     attempt(lambda: option(run, flag, text))
+
+
+MORE = ("RANK", "SLURM_PROCID", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "SLURM_CPUS_PER_TASK")
+VARIABLES = (*launcher.LOCAL, *launcher.TASKS, *MORE)
+ASKED: tuple[Callable[[], object], ...] = (
+    launcher.rank,
+    launcher.count,
+    launcher.local_number,
+    lambda: launcher.start_words(8),
+    lambda: host.thread_limit(1),
+    lambda: launcher.result_path(Path("run-%3t.json")),
+)
+
+
+@FUZZ
+@given(st.dictionaries(st.sampled_from(VARIABLES), damaged_text(("0", "4"), "0123456789 -²٣"), min_size=1))
+@example({"RANK": "9" * 5000})
+@example({"SLURM_CPUS_PER_TASK": "9" * 5000})
+def test_variables_of_a_launcher(variables: dict[str, str]) -> None:
+    held = {name: text.replace("\0", "").replace("\ud800", "") for name, text in variables.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in VARIABLES:
+            patch.delenv(name, raising=False)
+        for name, text in held.items():
+            patch.setenv(name, text)
+        for ask in ASKED:
+            attempt(ask)

@@ -132,7 +132,7 @@ def test_what_a_user_mixes_up_is_named(backend: Backend | None) -> None:
     elsewhere = RaggedBatch(
         [4, 1], list(scene.batch.kv_lens), scene.batch.block_table_host, 16, torch.device("meta")
     )
-    with pytest.raises(ValueError, match="the batch's table must be on cpu, and is on meta"):
+    with pytest.raises(ValueError, match="the batch's tables must be on cpu, and are on meta"):
         scene.run(batch=elsewhere)
     meta = LatentCache(CONFIG, max_tokens=1024, page_size=16, device="meta")
     with pytest.raises(ValueError, match="on meta"):

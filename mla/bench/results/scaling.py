@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -138,4 +139,5 @@ def _resources(run: Run, case: Case) -> Resources:
     threads = run.environment.get("torch_threads", "")
     on_host = run.backend.device == run.environment.get("processor")
     ranks = len(case.spread.ranks) if case.spread else 1
-    return Resources(ranks, int(threads) if on_host and threads.isdecimal() and int(threads) else None)
+    counted = re.fullmatch("[1-9][0-9]{0,5}", threads) if on_host else None  # not thousands of digits
+    return Resources(ranks, int(threads) if counted else None)

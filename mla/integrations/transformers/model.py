@@ -45,9 +45,10 @@ def use_mla(model: Any, backend: str | Backend = "cpu", **arguments: Any) -> Any
     if opened is backend and arguments:
         raise UnsupportedModel(f"{', '.join(arguments)}: such arguments go to `mla.load_backend`.")
     if opened.device is None or not _same(opened.device, found.device):
+        name = getattr(backend, "name", backend)
         raise UnsupportedModel(
-            f"this model is on {found.device}, and backend '{opened.name}' computes on {opened.device}: move "
-            "it there with `model.to(...)` first."
+            f"this model is on {found.device}, and backend '{name}' computes on {opened.device}: move it "
+            "there with `model.to(...)` first."
         )
     _register()
     steps = Steps(found.dtype, found.device, WORKSPACE_BYTES, Turn.of(opened))

@@ -60,6 +60,13 @@ def _direct(name: str, x: torch.Tensor) -> torch.Tensor:
     return x if is_direct(x) else operand(name, x.contiguous(), x.dtype, *x.shape)  # which a mode may fake
 
 
+def span(x: torch.Tensor) -> int:
+    """Return how many elements of its storage x reaches over."""
+    if x.is_contiguous() or not x.numel():
+        return x.numel()
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
 @functools.cache
 def _host() -> torch.device:
     import torch
@@ -70,11 +77,9 @@ def _host() -> torch.device:
 def _lost(x: torch.Tensor) -> str:
     """Return why x has no memory, or less than its shape says; "" if it has."""
     try:
-        nbytes, count = x.untyped_storage().nbytes(), x.numel()
+        nbytes, count = x.untyped_storage().nbytes(), span(x)
     except RuntimeError:
         return "has no memory of its own, as inside vmap and other transforms: pass a plain tensor."
-    if count and not x.is_contiguous():
-        count = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     if count and (not x.data_ptr() or (x.storage_offset() + count) * x.element_size() > nbytes):
         return "has lost its memory: its storage was resized."
     return ""

@@ -22,7 +22,7 @@ from mla_backend_cpu.native_ops import (
     check,
     threads,
 )
-from mla_backend_cpu.operands import is_direct, operand
+from mla_backend_cpu.operands import is_direct, operand, span
 from mla_backends.api import OpCall
 
 if TYPE_CHECKING:
@@ -90,19 +90,42 @@ class Recorded:
             addresses += [len(self._records) + i for i, letter in enumerate(letters) if letter == "p"]
             self._records.extend(map(_slot, letters, arguments))
         self._begin = self._records.buffer_info()[0]
-        self._like = [(x.stride(), x.dtype, *x.shape) for x in moving]
+        self._like = [(type(x), x.shape, x.stride(), x.dtype, x.element_size(), span(x)) for x in moving]
         starts = [tensor.data_ptr() for tensor in moving]
         self._places = [[i for i in addresses if self._records[i] == start] for start in starts]
         tensors = [tensor for tensor in _tensors(calls) if tensor.data_ptr() not in starts]
         self._kept = (tensors, [call.arguments for call in calls])  # what the records point to
 
     def __call__(self, *moved: torch.Tensor) -> None:
-        for places, tensor, (stride, *like) in zip(self._places, moved, self._like, strict=True):
-            if operand("a moving tensor", tensor, *like).stride() != stride:
-                raise ValueError(f"a moving tensor must have strides {list(stride)}, as recorded.")
+        for places, tensor, like in zip(self._places, moved, self._like, strict=True):
+            address = _address(tensor, *like)
             for place in places:
-                self._records[place] = tensor.data_ptr()
+                self._records[place] = address
         check(self._run(self._begin, self._count, threads()))
+
+
+def _address(
+    x: Any, kind: Any, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, size: int, span: int
+) -> int:
+    """Return where x lies. Raises ValueError unless it is what was recorded: `operand`, made fast."""
+    try:
+        if (
+            type(x) == kind  # noqa: E721  # mypy narrows x after `is`
+            and x.shape == shape
+            and x.stride() == stride
+            and x.dtype is dtype
+            and x.is_cpu
+            and not x.is_neg()
+            and x.untyped_storage().nbytes() >= size * (x.storage_offset() + span)
+            and ((address := x.data_ptr()) or not span)
+        ):
+            return int(address)
+    except RuntimeError:  # what has no sizes or no storage
+        pass
+    operand("a moving tensor", x, dtype, *shape)  # which says why, or finds it different but right
+    if x.stride() != stride:
+        raise ValueError(f"a moving tensor must have strides {list(stride)}, as recorded.")
+    return int(x.data_ptr())
 
 
 def _slot(letter: str, value: Any) -> int:
