@@ -68,7 +68,7 @@ class Progress(_Bar):
         now = time.monotonic()
         if self.hidden and now - self._said >= EVERY:
             self._said = now
-            note(f"{what}{self._left(now - self._start)}")
+            note(f"running    {what}{self._left(now - self._start)}")
 
     def _left(self, taken: float) -> str:
         """Return how much longer it will take, if that can be told."""

@@ -32,10 +32,10 @@ def test_long_work_says_now_and_then_what_runs_and_how_long_the_rest_takes(
             clock.append(float(second))
             bar.advance(f"forward {second}", 2.0)
     assert capsys.readouterr().err.splitlines() == [
-        "forward 10, about 40 s left",
-        "forward 20, about 30 s left",
-        "forward 30, about 20 s left",
-        "forward 40, about 10 s left",
+        "running    forward 10, about 40 s left",
+        "running    forward 20, about 30 s left",
+        "running    forward 30, about 20 s left",
+        "running    forward 40, about 10 s left",
     ]
 
 
@@ -51,8 +51,8 @@ def test_no_more_time_is_left_than_until_the_next_end(
         clock.append(100.0)
         bar.advance("starting", 0.0)
     assert capsys.readouterr().err.splitlines() == [
-        "measuring, about 45 s left",
-        "measuring, about 30 s left",
-        "measuring, about 80 s left",
-        "starting",
+        "running    measuring, about 45 s left",
+        "running    measuring, about 30 s left",
+        "running    measuring, about 80 s left",
+        "running    starting",
     ]

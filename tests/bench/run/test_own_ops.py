@@ -91,7 +91,7 @@ def test_implementations_that_run_the_same_ops_are_pointed_out(measure: Bench) -
     assert f"same ops   {FIRST} runs the ops of mla: a difference between them is noise\n" in done.err
     assert done.err.count("same ops") == 1
     assert re.findall(r"^\d +decode +(\S+)", done.err, re.MULTILINE) == ["mla", FIRST, SECOND]
-    assert "assumed efficiency: mla 50 %)" in done.err
+    assert "(from one forward of each)" in done.err
 
 
 def test_one_op_alone_is_compared_the_same_way(bench: Bench, small: list[str]) -> None:
