@@ -56,8 +56,9 @@ def test_ops_are_timed_beside_each_other(measure: Bench) -> None:
         assert (case.check.status, case.passes) == ("ok", 2)
         assert case.interleaved_with == [other for other in names if other != name]
         assert [one.implementation for one in case.agreement] == case.interleaved_with
-        assert "decode: mla is " in done.out
-        assert name == "mla" or re.search(rf"decode: mla is [\d.]+x as fast as {re.escape(name)}; ", done.out)
+        assert name == "mla" or f"decode: mla and {name}: outputs differ by " in done.out, (
+            "of two passes each"
+        )
         assert shlex.split(case.repro)[-2:] == ["--implementations", name]
     assert f"ops        {SECOND}: " in done.err
     assert "same ops" not in done.err
@@ -140,7 +141,7 @@ def test_the_same_ops_are_not_called_faster(measure: Bench) -> None:
     done = measure(f"mla,{FIRST},{SECOND}")
     assert done.code == 0
     assert f"decode: mla runs the same ops as {FIRST}; outputs differ by " in done.out
-    assert re.search(rf"decode: mla is [\d.]+x as fast as {re.escape(SECOND)}; ", done.out)
+    assert f"decode: mla and {SECOND}: outputs differ by " in done.out
 
 
 def test_stages_layers_and_formats_know_the_names(measure: Bench) -> None:
