@@ -164,7 +164,9 @@ def test_a_run_is_resumed_and_compared_by_name(measure: Bench, bench: Bench) -> 
         name: asdict(case) for name, case in before.items()
     }
     assert all(re.search(rf"^decode +{re.escape(name)} ", done.out, re.MULTILINE) for name in before)
-    assert bench("compare", "run.json", "run.json").out.count("latent_attention=") >= 2
+    later = Path("run.json").read_text().replace('"created": "2', '"created": "3')
+    Path("later.json").write_text(later)
+    assert bench("compare", "run.json", "later.json").out.count("latent_attention=") >= 2
     done = measure(f"{FIRST},mla", "--resume", "run.json")
     assert done.code == 2
     assert f"implementations was {FIRST},{SECOND} and is {FIRST},mla" in done.error
