@@ -193,7 +193,7 @@ def near(case: Case) -> str:
     """Return how near a case is to its limit, unless its time is not known."""
     limit, latency = case.roofline, case.latency_ms
     if latency and unreliable(latency.median, latency.ci95):
-        return "its share of the limit is unreliable"
+        return "its share of the limit is unknown"
     if limit.doubt:
         return "but its limit or its time is in doubt"
     if limit.fraction is None:

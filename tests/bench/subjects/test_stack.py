@@ -59,7 +59,7 @@ def test_times_are_per_layer_and_work_is_that_of_one(bench: Bench, small: list[s
         assert floor is not None
         assert fraction == pytest.approx(floor / case.latency_ms.median)
     assert done.out.splitlines()[-2:] == [
-        "Prefill Latency [per layer of 4]: 0.50 ms",
+        "Prefill Latency [per layer of 4]: unreliable (0.25 .. 1.00 ms)",
         "Decode Throughput [per layer of 4]: 3200 tok/s",
     ]
     assert "decode per layer of 4" in done.out
