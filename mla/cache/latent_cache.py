@@ -17,7 +17,7 @@ import torch
 from mla.cache.ragged_batch import BatchMemory, RaggedBatch, check_page_size, host_ints
 from mla.config import MLAConfig
 from mla.errors import CacheFull
-from mla_backends.operands import misfit
+from mla_backends.api.operands import misfit
 
 
 def whole_numbers(name: str, values: Iterable[Any]) -> list[int]:

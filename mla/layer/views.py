@@ -13,7 +13,7 @@ import torch
 from mla.config import MLAConfig
 from mla.layer.ops import Ops
 from mla.layer.workspace import Tokens, Workspace
-from mla_backends.operands import misfit
+from mla_backends.api.operands import misfit
 
 
 def require(name: str, x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torch.device) -> None:

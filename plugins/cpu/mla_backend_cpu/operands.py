@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from mla_backends.operands import misfit
+from mla_backends.api.operands import misfit
 
 if TYPE_CHECKING:
     import torch
