@@ -16,7 +16,7 @@ SECONDS, MOST = 30.0, 75.0
 # Passes that the first of them leaves at least: as many as an interval needs.
 FEWEST = 6
 # Forwards of an implementation's evidence, which follow its passes.
-EVIDENCE = 8
+EVIDENCE = 4
 # Times as long as its forwards a pass takes, with all that goes with it, until one has been timed.
 WHOLE = 1.25
 LEFT_OUT = f"left out: a scenario should end in about {SECONDS:.0f} s"
