@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from mla_backends.api import Backend
+from mla_backends.api.operands import is_plain
 
 Views = TypeVar("Views")
 # Most sets of views kept; prompts come in any length.
@@ -37,7 +38,7 @@ class Turn(type(threading.RLock())):  # type: ignore[misc]
 
 def plain(made: torch.Tensor) -> torch.Tensor:
     """Return memory to be kept. Raises ValueError for what a mode, as FakeTensorMode, made instead."""
-    if type(made) is not torch.Tensor:
+    if not is_plain(made):
         raise ValueError(f"a layer cannot run where a mode turns its memory into a {type(made).__name__}.")
     return made
 

@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from test_tokens import generate
 from tiny_models import make_model
 from transformers import GenerationConfig
 
+from mla import load_backend
 from mla.integrations.transformers import PagedCache, UnsupportedModel, restore, use_mla
 
 PROMPT = torch.arange(3, 9)[None]
@@ -50,6 +52,25 @@ def test_other_moves_are_refused_by_every_part(model: Any, change: Callable[[Any
     for part in (model, model.model, attention.kv_b_proj, attention.o_proj):
         with pytest.raises(UnsupportedModel, match="cannot be moved or cast"):
             change(part)
+
+
+def test_a_backend_may_be_given_itself(model: Any) -> None:
+    prompt = {"input_ids": PROMPT, "attention_mask": torch.ones_like(PROMPT)}
+    theirs, opened = generate(model, prompt, max_new_tokens=4), load_backend("cpu")
+    with pytest.raises(UnsupportedModel, match=r"threads: such arguments go to `mla\.load_backend`"):
+        use_mla(model, backend=opened, threads=1)
+    use_mla(model, backend=opened)
+    assert torch.equal(generate(model, prompt, max_new_tokens=4), theirs)
+
+
+def test_threads_share_a_model_in_use(model: Any) -> None:
+    prompts = [{"input_ids": PROMPT + one, "attention_mask": torch.ones_like(PROMPT)} for one in range(3)]
+    theirs = [generate(model, prompt, max_new_tokens=8) for prompt in prompts]
+    use_mla(model)
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(4):
+            ours = list(pool.map(lambda prompt: generate(model, prompt, max_new_tokens=8), prompts))
+            assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])

@@ -32,6 +32,19 @@ def misfit(x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torc
         return f"is no plain tensor ({str(error).splitlines()[0]})."
 
 
+def is_plain(x: torch.Tensor) -> bool:
+    """Return whether a tensor is what its device holds, and no fake or wrapper of torch's.
+
+    A vendor's stack may have a class of its own; the host has none.
+    """
+    import torch
+
+    kind = type(x)
+    if kind in (torch.Tensor, torch.nn.Parameter):
+        return True
+    return x.device.type != "cpu" and kind.__module__.partition(".")[0] != "torch"
+
+
 def _matches(found: Sequence[int], shape: Sequence[int | None]) -> bool:
     sizes = zip(found, shape, strict=False)
     return len(found) == len(shape) and all(wanted in (size, None) for size, wanted in sizes)
@@ -49,7 +62,7 @@ def _why(x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torch.
     wanted = f"must be [{', '.join('any' if size is None else str(size) for size in shape)}] {dtype}"
     if not isinstance(x, torch.Tensor):
         return f"{wanted}, got a {type(x).__name__}."
-    if type(x) not in (torch.Tensor, torch.nn.Parameter):
+    if not is_plain(x):
         return (
             f"is a {type(x).__name__}, and must be a plain tensor: leave such wrappers and their modes out."
         )
