@@ -166,7 +166,7 @@ QUICK: Sequence[Sequence[str]] = (
 def test_results(data: bytes) -> None:
     Path("x.json").write_bytes(data)
     Path("other.json").write_bytes(RESULT)
-    read = [run(*words) in CODES for words in QUICK]
+    *read, _ = [run(*words) in CODES for words in QUICK]  # the last also needs a date
     assert all(read) or not any(read), "one command reads what another refuses"
 
 
