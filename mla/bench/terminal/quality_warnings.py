@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mla.bench.results.schema import Case, Latency, Run
+from mla.bench.results.timings import by_kind
 from mla.bench.terminal.case_lines import new_lengths_warning
 from mla.bench.terminal.digits import number
 
@@ -35,8 +36,8 @@ def of_case(case: Case) -> Iterator[str]:
         yield f"above 100 % of its limit: {where}: {case.roofline.doubt}"
     if costly := new_lengths_warning(case):
         yield costly
-    for mode, reason in _skipped(case).items():
-        yield f"skipped: {mode} of {where}: {reason}"
+    for reason, ways in _skipped(case).items():
+        yield f"skipped: {', '.join(ways)} of {where}: {reason}"
 
 
 def _of_latency(where: str, latency: Latency) -> Iterator[str]:
@@ -58,8 +59,12 @@ def _of_latency(where: str, latency: Latency) -> Iterator[str]:
         )
 
 
-def _skipped(case: Case) -> dict[str, str]:
-    """Return mode -> reason why it was not timed."""
-    if case.interrupted:
-        return {}
-    return {timing.mode: timing.check.reason for timing in case.timings if timing.check.status == "not run"}
+def _skipped(case: Case) -> dict[str, list[str]]:
+    """Return reason -> the ways of timing that were not run for it; "graph" stands for "graph cold" as well."""
+    found: dict[str, list[str]] = {}
+    for name, timing in by_kind(case).items():
+        if timing.check.status == "not run" and not case.interrupted:
+            ways = found.setdefault(timing.check.reason, [])
+            if not any(name.startswith(f"{way}_") for way in ways):
+                ways.append(name)
+    return found

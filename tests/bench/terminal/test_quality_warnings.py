@@ -63,6 +63,10 @@ def test_a_mode_that_was_left_out_is_named_once_with_its_reason(make_run: MakeRu
         "skipped: graph of prefill, mla: it waits"
     ]
     assert quality_warnings(make_run(latency_ms=latency(), timings=timings, interrupted=True)) == []
+    cold = results.Timing(mode="eager", cache="cold", clock="host", passes=0, check=check, latency_ms=None)
+    assert quality_warnings(make_run(latency_ms=latency(), timings=[cold, *timings])) == [
+        "skipped: cold, graph of prefill, mla: it waits"
+    ]
 
 
 def test_a_case_above_its_limit_is_named_with_the_reason(make_run: MakeRun) -> None:
