@@ -60,7 +60,7 @@ def _of_latency(where: str, latency: Latency) -> Iterator[str]:
 
 
 def _skipped(case: Case) -> dict[str, list[str]]:
-    """Return reason -> the ways of timing that were not run for it; "graph" stands for "graph cold" as well."""
+    """Return reason -> what was not timed for it; "graph" stands for "graph_cold" as well."""
     found: dict[str, list[str]] = {}
     for name, timing in by_kind(case).items():
         if timing.check.status == "not run" and not case.interrupted:
