@@ -24,7 +24,7 @@ def test_the_only_usable_backend_is_taken_and_named(isolated: Bench, small: list
 
 
 def test_several_usable_backends_are_no_choice(isolated: Bench) -> None:
-    done = isolated(fakes=["virtual_clock", "good"])
+    done = isolated("run", fakes=["virtual_clock", "good"])
     assert done.code == 2
     assert done.err == (
         "error: several backends are usable: fake-good, fake-virtual-clock. Choose one with --backend.\n"
@@ -32,7 +32,7 @@ def test_several_usable_backends_are_no_choice(isolated: Bench) -> None:
 
 
 def test_no_usable_backend_lists_why(isolated: Bench) -> None:
-    done = isolated(fakes=["no_device", "broken_import"])
+    done = isolated("run", fakes=["no_device", "broken_import"])
     assert done.code == 3
     known = "; ".join(f"{name} (not installed)" for name in KNOWN)
     assert done.err == (

@@ -62,7 +62,7 @@ def test_the_others_are_timed_checked_and_compared(measure: Bench, place: str, a
         assert (one.check.status, one.passes) == ("ok", 2)
         assert one.interleaved_with == [other.implementation]
         assert [found.implementation for found in one.agreement] == [other.implementation]
-    assert comparisons(read())[-1].startswith(f"decode kv=30: {REFERENCE} is ")
+    assert comparisons(read())[-1].startswith(f"decode kv=30: {REFERENCE} and mla: ")
     assert f"[decode kv=30, {REFERENCE}]: " in headlines(read())[-1]
 
 

@@ -96,7 +96,7 @@ def test_others_may_read_it(new: New, tmp_path: Path) -> None:
         ("acme_", "'acme_' is not a valid backend name: "),
         ("ac__me", "'ac__me' is not a valid backend name: "),
         ("acmé", "'acmé' is not a valid backend name: "),
-        ("acme\n", "'acme\n' is not a valid backend name: "),
+        ("acme\n", r"'acme\n' is not a valid backend name: "),
         ("../acme", "'../acme' is not a valid backend name: "),
         (LONG + "3", f"'{LONG}3' is not a valid backend name: "),
         ("torch", "the name 'torch' is taken by torch itself: choose another."),

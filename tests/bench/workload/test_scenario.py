@@ -79,7 +79,7 @@ def test_absurd_repeats_are_refused_before_any_list_is_made(count: str) -> None:
         ({"mode": ""}, "it has no mode."),
         ({"query_lens": ""}, "it has no query_lens."),
         ({"history": "", "mode": ""}, "it has no mode and no history."),
-        ({"name": "5"}, "scenario '5': Expected `str`, got `int` - at `$.name`"),
+        ({"name": "5"}, "scenario 5: Expected `str`, got `int` - at `$.name`"),
         ({"name": '" "'}, "' ' is not a valid name: use one line of text"),
         ({"name": r'"a\nb"'}, r"'a\nb' is not a valid name: use one line of text"),
         ({"mode": '"train"'}, "Invalid enum value 'train' - at `$.mode`"),
