@@ -12,6 +12,7 @@ import pytest
 from engine_bench import DECODE, PREFILL, Bench, MakeBench, Parrot
 
 from mla.bench.measure.hooks import Hooks, Shorter
+from mla.bench.measure.samples import Measurement
 from mla.bench.measure.target import CHEAP, FEWEST, LEFT_OUT, MOST, SECONDS, Target
 from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Variant, Variants
 from mla.bench.plan import yardstick
@@ -82,6 +83,20 @@ def run(
     )
 
 
+def headlines(
+    bench: Bench,
+    *names: str,
+    seconds: float = math.inf,
+    most: float = math.inf,
+    script: Callable[[int], float] = a_second,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Measurement]:
+    """Time the headlines of these alone, none of which is shortened; "first" is the run's first."""
+    Slow.now, Slow.forwards, Slow.seconds, Slow.ends = 0.0, 0, staticmethod(script), {}
+    hooks = Hooks(say=say, target=Target(seconds, most, lambda: Slow.now), first="first")
+    return bench.measure(*(Slow(bench, name) for name in names), hooks=hooks)
+
+
 def test_with_time_enough_nothing_gives_way(make_bench: MakeBench) -> None:
     for seconds, most in ((math.inf, math.inf), (1e4, 2e4)):
         ran = run(make_bench(LONG), seconds, most)
@@ -103,7 +118,12 @@ def test_variants_go_first_then_the_passes_of_others_and_then_those_of_the_first
     assert set(ran.first) == {4}, "passes are whole"
     if not ran.cold:
         assert ran.cold_reason == LEFT_OUT
-    assert {len(ran.cold), len(ran.other_cold)} <= {0, EXTRA_PASSES}, "a variant was begun that does not fit"
+
+
+@pytest.mark.parametrize("seconds", [*range(240, 340, 4)])
+def test_no_variant_begins_that_does_not_fit_beside_the_others(make_bench: MakeBench, seconds: float) -> None:
+    ran = run(make_bench(LONG), seconds)
+    assert {len(ran.cold), len(ran.other_cold)} <= {0, EXTRA_PASSES}
 
 
 def test_a_first_forward_that_compiles_for_long_leaves_what_costs_little(make_bench: MakeBench) -> None:
@@ -142,9 +162,7 @@ def test_a_prefill_keeps_the_forwards_of_its_headline(make_bench: MakeBench) -> 
 
 def test_passes_of_the_first_that_ran_without_the_other_are_counted(make_bench: MakeBench) -> None:
     bench, said = make_bench(LONG), list[str]()
-    Slow.now, Slow.seconds, Slow.ends = 0.0, staticmethod(a_second), {}
-    hooks = Hooks(say=said.append, target=Target(most=150, clock=lambda: Slow.now))
-    bench.measure(Slow(bench, "first"), Slow(bench, "other"), hooks=hooks)
+    headlines(bench, "first", "other", most=150, say=said.append)
     after = [*reversed(bench.order())].index("other")
     assert after > 1
     alone = [text for text in said if "ran without it" in text]
@@ -154,23 +172,27 @@ def test_passes_of_the_first_that_ran_without_the_other_are_counted(make_bench: 
 
 
 def test_a_yardstick_that_runs_alone_is_not_taken_for_the_first(make_bench: MakeBench) -> None:
-    bench = make_bench(SHORT)
-    Slow.now, Slow.seconds, Slow.ends = 0.0, staticmethod(a_second), {}
-    target = Target(0.0, clock=lambda: Slow.now)
-    found = bench.measure(Slow(bench, "other"), hooks=Hooks(target=target, first="first"))
-    assert len(found["other"].passes) == FEWEST
-    found = bench.measure(Slow(bench, "first"), hooks=Hooks(target=target, first="first"))
-    assert len(found["first"].passes) == SHORT.passes
+    for name, passes in (("other", FEWEST), ("first", SHORT.passes)):
+        found = headlines(make_bench(SHORT), name, seconds=0.0)
+        assert len(found[name].passes) == passes
 
 
-@pytest.mark.parametrize("most", [*range(130, 230, 9)])
-@pytest.mark.parametrize("scenario", [msgspec.structs.replace(LONG, runs=8), SHORT])
-def test_evidence_has_the_time_that_it_takes(make_bench: MakeBench, scenario: Scenario, most: float) -> None:
-    """Of a decode 8 forwards on new inputs and 3 that are waited for, of a prefill 2 and 3."""
-    ran = run(make_bench(scenario), 0.0, most, script=lambda number: 0.3)
-    forwards = 11 if scenario.mode == "decode" else 5
-    if len(ran.first) > 1 and len(ran.other) > 1:
-        assert Slow.ends[max(Slow.ends)] <= most - 0.3 * 2 * forwards
+@pytest.mark.parametrize("most", [*range(72, 104, 6)])
+@pytest.mark.parametrize(
+    ("scenario", "forwards"),
+    [
+        (msgspec.structs.replace(LONG, runs=8, passes=30), 11),
+        (msgspec.structs.replace(SHORT, runs=240, passes=60), 6),
+    ],
+    ids=["decode", "prefill"],
+)
+def test_evidence_has_the_time_that_it_takes(
+    make_bench: MakeBench, scenario: Scenario, forwards: int, most: float
+) -> None:
+    """Of a decode 8 forwards on new inputs and 3 that are waited for, of a prefill 3 and 3."""
+    first = headlines(make_bench(scenario), "first", most=most, script=lambda number: 0.3)["first"]
+    assert 1 < len(first.passes) < scenario.rounds
+    assert 0 <= most - Slow.ends[max(Slow.ends)] - forwards * 0.3 < 3
 
 
 @pytest.mark.parametrize("scenario", [LONG, SHORT])
@@ -211,9 +233,10 @@ def test_an_oracle_leaves_half_of_the_time(make_bench: MakeBench) -> None:
     assert (target.spare(), target.left()) == (SECONDS / 2, MOST - 1000.0)
     target.checked()
     assert (target.spare(), target.left()) == (SECONDS / 2, MOST / 2)
-    now = 2000.0
-    target.begun()
-    assert (target.spare(), target.left()) == (CHEAP, MOST / 2 - 1000.0)
+    for after, late in ((target.begun, 2000.0), (target.checked, 3000.0)):
+        now = late
+        after()
+        assert target.spare() == CHEAP
 
 
 def test_by_default_there_is_no_limit(decode: Bench) -> None:
