@@ -1,4 +1,4 @@
-"""The limits of a run's setting: measured before, between and after its cases, the highest kept."""
+"""The limits of a run's setting: measured before its cases and at least once more, the highest kept."""
 
 from __future__ import annotations
 
@@ -103,11 +103,12 @@ class RooflineModel:
     def again(self, seconds: float, times: int = TIMES, anew: bool = False) -> None:
         """Measure the limits used so far once more, the least measured first, for about so many seconds.
 
-        None is measured more than `times` times in a process. `anew` tries every way again.
+        None is measured more than `times` times in a process. One that was measured only once is measured
+        again whatever the time: it has no spread yet. `anew` tries every way again.
         """
         end = clock.now_ns() + 1e9 * seconds
         for record in sorted(self._records(), key=lambda record: record.times):
-            if clock.now_ns() >= end or record.times >= times:
+            if record.times >= times or (record.times > 1 and clock.now_ns() >= end):
                 break
             try:
                 record.again(anew)

@@ -31,6 +31,7 @@ from mla.bench.measure.transient_memory import TransientBytes
 from mla.bench.measure.variants import HEADLINE, Variants
 from mla.bench.measure.warmup import warm_up
 from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.scenario import Scenario
 from mla.verify.verdict import Check
 from mla_backends.api import Backend
@@ -60,7 +61,8 @@ def measure(
     required and the first implementation has none.
     """
     setup = Setup(backend, variants or Variants(), scenario)
-    engine = _Engine(scenario, checker, setup, backend, progress, hooks, len(implementations))
+    names = [one.name for one in implementations]
+    engine = _Engine(scenario, checker, setup, backend, progress, hooks, names)
     gc.collect()
     with no_garbage_collection():  # the same for checks and timing: no op can tell them apart by it
         try:
@@ -89,16 +91,16 @@ class _Engine:
         backend: Backend,
         progress: ProgressCallback,
         hooks: Hooks,
-        implementations: int,
+        names: Sequence[str],
     ) -> None:
         self.measurements: dict[str, Measurement] = {}
         self._headlines: dict[str, PassRunner] = {}
         self._scenario, self._checker, self._setup, self._backend = scenario, checker, setup, backend
         self._progress, self._hooks = progress, hooks
         self._second_opinion = SecondOpinion()
-        self._unplanned = implementations  # whose passes are not planned yet
+        self._first, self._unplanned = hooks.first or names[0], len(names)  # whose passes are not planned yet
         prefill, asked = scenario.mode == "prefill", setup.asked
-        self._times = Timetable(hooks.target, prefill, asked, self._correct)
+        self._times = Timetable(hooks.target, prefill, asked, self._first, self._correct)
         self._runners: Sequence[PassRunner] = ()  # once they are timed
         self._untimed = count(UNTIMED)  # numbers of passes that are not timed
 
@@ -170,15 +172,16 @@ class _Engine:
 
     def make_runners(self, implementations: Sequence[Implementation]) -> list[PassRunner]:
         """Return the runners of all correct implementations, each variant checked before it is timed."""
+        self._hooks.target.begun()
         found = []
-        for position, one in enumerate(implementations):
+        for one in implementations:
             self._hooks.enter(one.name)
             measurement = self.measurements[one.name]
             if measurement.check.status == "ok":
                 found.append(self._headlines[one.name])
                 if measurement.due is None:
                     with self.refusable(one):
-                        found += self._setup.others(one, measurement, first=position == 0)
+                        found += self._setup.others(one, measurement, one.name == self._first)
         for runner in found:
             if runner.samples.variant != HEADLINE and self._correct(runner):
                 self._hooks.enter(runner.implementation.name)
@@ -200,6 +203,8 @@ class _Engine:
             self._hooks.failed(one, runner.samples.check)
         elif not self._times.variant_fits(runner, 0.0):
             runner.samples.check = left_out
+        else:
+            self._times.variants.append(runner)
 
     def warm_up(self, runners: Sequence[PassRunner]) -> None:
         """Warm up every further mode as well, timed separately."""
@@ -261,16 +266,27 @@ class _Engine:
                 previous = runner
 
     def _say_cut(self) -> None:
-        """Say which headlines have fewer passes than were due, and are complete with those."""
-        for runner in self._times.cut:
-            if not runner.passes:  # no headline: each has one
-                runner.samples.check = Check(status="not run", reason=LEFT_OUT)
+        """Say what has fewer passes than were due; a headline is complete with those."""
+        for runner, before in self._times.cut.items():
             name, done, due = runner.implementation.name, len(runner.passes), runner.steps.passes
+            if not done:  # no headline: each has one
+                runner.samples.check = Check(status="not run", reason=LEFT_OUT)
+            elif self._correct(runner):
+                what = ", ".join(part for part in (name, runner.samples.variant.kind) if part)
+                few = ", too few for an interval" if done < FEWEST else ""
+                said = f"{what}: {done} of {due} passes fit into a scenario's time{few}"
+                self._hooks.say(f"{self._scenario.name}, {said}; give --passes or --runs to time them all")
             if runner.headline and self._correct(runner):
                 self.measurements[name].due = done
-                few = ", too few for an interval" if done < FEWEST else ""
-                said = f"{done} of {due} passes fit into the time of a scenario{few}"
-                self._hooks.say(f"{self._scenario.name}, {name}: {said}; --passes and --runs keep all")
+                self._say_alone(runner, before)
+
+    def _say_alone(self, cut: PassRunner, before: int) -> None:
+        """Say how many passes of the first implementation ran without one that was cut."""
+        for first in self._times.first():
+            alone = len(first.passes) - before
+            if first is not cut and alone and self._correct(first):
+                said = f"the last {alone} passes of {first.implementation.name} ran without it"
+                self._hooks.say(f"{self._scenario.name}, {cut.implementation.name}: {said}")
 
     def _time_pass(self, runner: PassRunner, switched: bool) -> None:
         self._hooks.enter(runner.implementation.name)
@@ -308,17 +324,28 @@ class _Engine:
             one = runner.implementation
             if runner.passes and self._correct(runner):
                 self._hooks.enter(one.name)
+                self._tick("looking for doubts about", one, 0)
                 measurement = self.measurements[one.name]
                 beat = self._hooks.heartbeat
                 evidence_of = runner, self._backend, self._checker, self._untimed, beat, own_waits
                 found = evidence.doubts(*evidence_of)
                 where = "" if runner.samples.variant == HEADLINE else f"{runner.samples.variant}: "
                 measurement.doubts += [f"{where}{doubt}" for doubt in found]
-                spare = self._hooks.target.spare()
-                if runner.headline and measurement.due is None and spare > new_lengths.SECONDS:
-                    measurement.new_lengths = new_lengths.measure(one, self._scenario, heartbeat=beat)
+                if runner.headline:
+                    self._time_new_lengths(runner)
                 self._hooks.heartbeat()
         self._withhold()
+
+    def _time_new_lengths(self, runner: PassRunner) -> None:
+        one, fit = runner.implementation, self._times.new_lengths_fit(runner)
+        measurement, cut = self.measurements[one.name], runner in self._times.cut
+        if measurement.due is None and fit:
+            measurement.new_lengths = new_lengths.measure(
+                one, self._scenario, heartbeat=self._hooks.heartbeat
+            )
+        elif isinstance(one, MlaLayer) and (measurement.due is None or cut):
+            said = "forwards on new lengths are left out for lack of time"
+            self._hooks.say(f"{self._scenario.name}, {one.name}: {said}")
 
     def _withhold(self) -> None:
         """Take the numbers of what is in doubt."""

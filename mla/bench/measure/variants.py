@@ -45,6 +45,16 @@ class Variant:
     def __str__(self) -> str:
         return f"{self.mode}, {self.cache} cache, {self.clock} clock"
 
+    @property
+    def kind(self) -> str:
+        """Return the short name (`mla.bench.results.timings.KINDS`); "" for the headline."""
+        parts = {
+            "graph": self.mode == "graph",
+            "device": self.clock == "device",
+            "cold": self.cache == "cold",
+        }
+        return "_".join(part for part, there in parts.items() if there)
+
 
 HEADLINE = Variant()
 

@@ -51,9 +51,11 @@ def shortened(
         allowed = max(1e3 * SECONDS, SHARE * planned * ms[first]) / ms[own] if slow else math.inf
         whole, others = steps(HEADLINE, scenario), len(variants) > 1
         cut = planned > allowed
-        fewer = _fitting(scenario, min(most, LEFT * allowed if cut else math.inf))
+        enough = LEFT * allowed if cut else math.inf
+        fewer = _fitting(scenario, min(most, enough))
         if (cut and others) or fewer != whole:
-            found[own] = fewer, _reason(planned * ms[own] / 1e3, whole, fewer, others)
+            seconds = None if fewer != _fitting(scenario, enough) else planned * ms[own] / 1e3
+            found[own] = fewer, _reason(seconds, whole, fewer, others)
     return found
 
 
@@ -68,10 +70,13 @@ def _fitting(scenario: Scenario, allowed: float) -> Steps:
     return replace(planned, run=some, timed=some, passes=passes)
 
 
-def _reason(seconds: float, planned: Steps, fewer: Steps, others: bool) -> str:
-    """Return, say, "in full it would take about 46 s, so it runs 6 passes of 2 instead of 10 of 10"."""
-    said = f"in full it would take about {spoken(seconds)}, so "
+def _reason(seconds: float | None, planned: Steps, fewer: Steps, others: bool) -> str:
+    """Return, say, "in full it would take about 46 s, so it runs 6 passes of 2 instead of 10 of 10".
+
+    `seconds`: what all of it would take; None where the time that is left is why.
+    """
+    why = "little time is left" if seconds is None else f"in full it would take about {spoken(seconds)}"
     if fewer == planned:
-        return f"{said}none of its other timings are made"
+        return f"{why}, so none of its other timings are made"
     counts = f"{fewer.passes} passes of {len(fewer.run)} instead of {planned.passes} of {len(planned.run)}"
-    return f"{said}it runs {counts}{', and no other timings' * others}"
+    return f"{why}, so it runs {counts}{', and no other timings' * others}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -51,7 +50,7 @@ class ScenarioRun:
         self._threads = Threads(self._setting.threads, self._point.name, self._setting.backend.name)
         self._hooks = self._with_threads(replace(hooks, failed=self._failed) if keeper else hooks)
         self._keeper = keeper
-        self._fixture = make_fixture(scenario.setting, scenario.point, request.state, hooks.heartbeat)
+        self._fixture = make_fixture(scenario.setting, scenario.point, request.state, self._computing)
         self.ceilings = RooflineModel(self._setting)
         self.refusal: MLAError | None = None  # the first of an op
         self._outputs: dict[str, agreement.Outputs] = {}  # of right implementations
@@ -68,10 +67,15 @@ class ScenarioRun:
         if not self.prepared:
             self._progress(f"{self._point.name}: limits of the device", 0)
             self.ceilings.known(self._whole(self._costs(self._setting)).bytes)
-            self._progress(f"{self._point.name}: float64 oracle", 0)
+            self._computing()
             self._fixture.prepare()
             self._hooks.target.prepared()
         return self._fixture.prepare()
+
+    def _computing(self) -> None:
+        """Give a sign of life: the oracle is computed, forward by forward of the reference."""
+        self._progress(f"{self._point.name}: float64 oracle", 0)
+        self._hooks.heartbeat()
 
     def measure(self, names: Sequence[str]) -> list[results.Case]:
         """Measure implementations, interleaved."""
@@ -79,8 +83,8 @@ class ScenarioRun:
         self._threads.restore()
         built = [self._build(name) for name in names]
         backend, seed, variants = self._setting.backend, self._setting.seed, self._request.variants
-        warmups = self._request.warmups or 0
-        hooks = replace(self._hooks, shorten=self._shorten, say=note, warmups=warmups)
+        warmups, first = self._request.warmups or 0, self._request.implementations[0]
+        hooks = replace(self._hooks, shorten=self._shorten, say=note, warmups=warmups, first=first)
         measured = engine.measure(
             built, self._point, inputs, checker, backend, seed, variants, self._progress, hooks
         )
@@ -93,6 +97,7 @@ class ScenarioRun:
         for one in built:
             if measured[one.name].refused:
                 self.refuse(one.name, measured[one.name].check.reason)
+        self._progress(f"{self._point.name}: limits of the device", 0)
         self.ceilings.again(min(judging.SECONDS, self._hooks.target.spare()))
         ran = [one.name for one in built if not measured[one.name].refused]
         cases = [self._case(one, measured[one.name], ran) for one in built]
@@ -106,12 +111,11 @@ class ScenarioRun:
         """Return what slow yardsticks run less than planned; the first implementation may have run before.
 
         Where its time is not known, or it was wrong, nothing is cut. `most` of their forwards fit into the
-        time that is left, which does not count where the user said how many to run.
+        time that is left.
         """
         known, first = {**self._ms, **ms}, self._request.implementations[0]
         if not known.get(first):
             return {}
-        most = math.inf if self._request.counted else most
         times = {first: known[first], **known}
         return yardstick.shortened(self._point, self._request.variants.timed, times, most)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import random
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from mla.bench.limits import placing
 from mla.bench.limits.roofline import TIMES, RooflineModel
 from mla.bench.measure import refusals
 from mla.bench.measure.hooks import Hooks
-from mla.bench.measure.target import FEWEST, MOST, SECONDS, Target
+from mla.bench.measure.target import MOST, SECONDS, Target
 from mla.bench.plan import estimate
 from mla.bench.plan.memory import MemoryPlan, available_memory
 from mla.bench.plan.request import Request, ScenarioPlan, empty_run
@@ -247,15 +246,13 @@ class _Scheduler:
         budget = self._steering.budget
         over = None if budget.seconds is None else lambda: self._pace.over()
         given = self._request.counted or budget.seconds is not None  # what the user gave ends the passes
-        target = Target(
-            self._share(SECONDS), math.inf if given else self._share(MOST), math.inf if given else FEWEST
-        )
+        target = Target() if given else Target(self._share(SECONDS, 2 * SECONDS), self._share(MOST, MOST))
         return Hooks(over, self._watchdog.enter, self._watchdog.beat, target=target)
 
-    def _share(self, each: float) -> float:
+    def _share(self, each: float, most: float) -> float:
         """Return the seconds of the next scenario, of so many for each: what others left over, or lack."""
         left = each * self._number - (time.monotonic() - self._start)
-        return min(2 * each, max(each / 2, left))
+        return min(most, max(each / 2, left))
 
     def _others_may_run(self, error: Exception) -> bool:
         """Return whether other scenarios may go well: this one was too large."""

@@ -194,13 +194,15 @@ def test_a_limit_that_varies_is_measured_by_every_way_again(
     assert not any(anew for what, anew in zip(script.asked, script.anew, strict=True) if what == 8 << 20)
 
 
-def test_a_limit_is_measured_a_few_times_at_most_and_only_if_there_is_time(
+def test_a_limit_is_measured_twice_and_a_few_times_at_most_if_there_is_time(
     setting: Setting, script: Scripted
 ) -> None:
     found = RooflineModel(setting)
     found.known(8 << 20)
-    found.again(-1.0)
     assert script.asked == [8 << 20, "square"]
+    for _ in range(2):
+        found.again(-1.0)
+        assert script.asked == [8 << 20, "square"] * 2
     for _ in range(10):
         found.again(100.0)
     assert script.asked.count("square") == script.asked.count(8 << 20) == TIMES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ import pytest
 from engine_bench import DECODE, PREFILL, Bench, MakeBench, Parrot
 
 from mla.bench.measure.hooks import Hooks, Shorter
-from mla.bench.measure.target import FEWEST, LEFT_OUT, MOST, SECONDS, Target
+from mla.bench.measure.samples import Measurement
+from mla.bench.measure.target import CHEAP, FEWEST, LEFT_OUT, MOST, SECONDS, Target
 from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Variant, Variants
 from mla.bench.plan import yardstick
 from mla.bench.workload.scenario import Scenario
@@ -23,13 +24,22 @@ SHORT = msgspec.structs.replace(PREFILL, runs=20, passes=10, warmups=2)
 
 
 class Slow(Parrot):
-    """Takes a second for each forward."""
+    """Takes as long for each forward as the script says, which may change after some."""
 
     now = 0.0
+    forwards = 0
+    seconds: Callable[[int], float]
+    ends: dict[int, float]  # passes that were timed -> when the last one had ended
 
     def step(self, index: int) -> None:
-        Slow.now += 1.0
+        Slow.ends.setdefault(self._bench.time.passes, Slow.now)
+        Slow.now += Slow.seconds(Slow.forwards)
+        Slow.forwards += 1
         super().step(index)
+
+
+def a_second(forward: int) -> float:
+    return 1.0
 
 
 @dataclass
@@ -49,15 +59,15 @@ def run(
     bench: Bench,
     seconds: float = math.inf,
     most: float = math.inf,
-    fewest: float = FEWEST,
     asked: bool = False,
+    script: Callable[[int], float] = a_second,
 ) -> Ran:
-    Slow.now, said = 0.0, list[str]()
+    Slow.now, Slow.forwards, Slow.seconds, Slow.ends, said = 0.0, 0, staticmethod(script), {}, list[str]()
 
     def shorten(ms: Mapping[str, float], most: float) -> Shorter:
         return yardstick.shortened(bench.scenario, BOTH, dict.fromkeys(ms, 1e3), most)
 
-    target = Target(seconds, most, fewest, lambda: Slow.now)
+    target = Target(seconds, most, lambda: Slow.now)
     hooks = Hooks(shorten=shorten, say=said.append, target=target)
     parrots = (Slow(bench, "first"), Slow(bench, "other"))
     found = bench.measure(*parrots, variants=Variants(BOTH, asked=asked), hooks=hooks)
@@ -71,6 +81,21 @@ def run(
     return Ran(
         lengths[0], lengths[1], cold.check.reason, lengths[2], other_cold, [first.due, other.due], said
     )
+
+
+def measured(
+    bench: Bench,
+    *names: str,
+    seconds: float = math.inf,
+    most: float = math.inf,
+    script: Callable[[int], float] = a_second,
+    say: Callable[[str], None] = lambda text: None,
+    variants: tuple[Variant, ...] = (HEADLINE,),
+) -> dict[str, Measurement]:
+    """Time these, none of which is shortened; "first" is the run's first."""
+    Slow.now, Slow.forwards, Slow.seconds, Slow.ends = 0.0, 0, staticmethod(script), {}
+    hooks = Hooks(say=say, target=Target(seconds, most, lambda: Slow.now), first="first")
+    return bench.measure(*(Slow(bench, name) for name in names), hooks=hooks, variants=Variants(variants))
 
 
 def test_with_time_enough_nothing_gives_way(make_bench: MakeBench) -> None:
@@ -96,6 +121,31 @@ def test_variants_go_first_then_the_passes_of_others_and_then_those_of_the_first
         assert ran.cold_reason == LEFT_OUT
 
 
+def test_no_variant_begins_that_does_not_fit_beside_the_others(make_bench: MakeBench) -> None:
+    names, timed = ("first", "second", "third"), []
+    for seconds in range(320, 440, 20):
+        found = measured(make_bench(LONG), *names, seconds=seconds, variants=BOTH)
+        timed.append([len(cold.passes) for name in names for cold in found[name].others])
+    whole = EXTRA_PASSES
+    assert all(set(cold) <= {0, whole} for cold in timed)
+    assert [whole, whole, 0] in timed
+
+
+def test_a_first_forward_that_compiles_for_long_leaves_what_costs_little(make_bench: MakeBench) -> None:
+    ran = run(make_bench(LONG), SECONDS, MOST, script=lambda number: 0.001 if number else 40.0)
+    assert (ran.first, ran.cold) == ([4] * 12, [4] * EXTRA_PASSES)
+    assert (ran.other, ran.other_cold) == (ran.first, ran.cold)
+    assert (ran.due, ran.said) == ([None, None], [])
+
+
+def test_a_variant_that_is_cut_is_named(make_bench: MakeBench) -> None:
+    """Forwards become slower once it is known to fit."""
+    ran = run(make_bench(LONG), 600, script=lambda number: 1.0 if number < 120 else 4.0)
+    assert 0 < len(ran.cold) < EXTRA_PASSES
+    said = f"d, first, cold: {len(ran.cold)} of 6 passes fit into a scenario's time, too few for an interval"
+    assert f"{said}; give --passes or --runs to time them all" in ran.said
+
+
 def test_every_step_of_shrinking_is_met(make_bench: MakeBench) -> None:
     """And the less time there is, the less is run."""
     all_ran = [run(make_bench(LONG), seconds) for seconds in (1000, 245, 200, 160, 140)]
@@ -115,6 +165,41 @@ def test_a_prefill_keeps_the_forwards_of_its_headline(make_bench: MakeBench) -> 
     assert ran.due == [None, FEWEST]
 
 
+def test_passes_of_the_first_that_ran_without_the_other_are_counted(make_bench: MakeBench) -> None:
+    bench, said = make_bench(LONG), list[str]()
+    measured(bench, "first", "other", most=150, say=said.append)
+    after = [*reversed(bench.order())].index("other")
+    assert after > 1
+    alone = [text for text in said if "ran without it" in text]
+    assert alone in (
+        [f"d, other: the last {count} passes of first ran without it"] for count in (after - 1, after)
+    )
+
+
+def test_a_yardstick_that_runs_alone_is_not_taken_for_the_first(make_bench: MakeBench) -> None:
+    for name, passes in (("other", FEWEST), ("first", SHORT.passes)):
+        found = measured(make_bench(SHORT), name, seconds=0.0)
+        assert len(found[name].passes) == passes
+
+
+@pytest.mark.parametrize("most", [*range(72, 104, 6)])
+@pytest.mark.parametrize(
+    ("scenario", "forwards"),
+    [
+        (msgspec.structs.replace(LONG, runs=8, passes=30), 11),
+        (msgspec.structs.replace(SHORT, runs=240, passes=60), 6),
+    ],
+    ids=["decode", "prefill"],
+)
+def test_evidence_has_the_time_that_it_takes(
+    make_bench: MakeBench, scenario: Scenario, forwards: int, most: float
+) -> None:
+    """Of a decode 8 forwards on new inputs and 3 that are waited for, of a prefill 3 and 3."""
+    first = measured(make_bench(scenario), "first", most=most, script=lambda number: 0.3)["first"]
+    assert 1 < len(first.passes) < scenario.rounds
+    assert 0 <= most - Slow.ends[max(Slow.ends)] - forwards * 0.3 < 3
+
+
 @pytest.mark.parametrize("scenario", [LONG, SHORT])
 def test_no_pass_begins_that_would_end_too_late_but_each_headline_has_one(
     make_bench: MakeBench, scenario: Scenario
@@ -123,19 +208,17 @@ def test_no_pass_begins_that_would_end_too_late_but_each_headline_has_one(
     assert (len(ran.first), len(ran.other)) == (1, 1)
     assert ran.due == [1, 1]
     assert (
-        f"{scenario.name}, first: 1 of {scenario.rounds} passes fit into the time of a scenario, too few for "
-        "an interval; --passes and --runs keep all"
+        f"{scenario.name}, first: 1 of {scenario.rounds} passes fit into a scenario's time, too few for "
+        "an interval; give --passes or --runs to time them all"
     ) in ran.said
     few = run(make_bench(scenario), 0.0, 60.0)
     assert 1 < len(few.first) < scenario.rounds
     assert few.due[0] == len(few.first)
 
 
-def test_counts_and_variants_that_the_user_gave_are_run(make_bench: MakeBench) -> None:
-    ran = run(make_bench(LONG), 0.0, fewest=math.inf, asked=True)
-    assert ran.first == [4] * 12
+def test_variants_that_the_user_gave_are_run(make_bench: MakeBench) -> None:
+    ran = run(make_bench(LONG), 0.0, asked=True)
     assert len(ran.cold) == EXTRA_PASSES
-    assert ran.due[0] is None
 
 
 def test_an_oracle_leaves_half_of_the_time(make_bench: MakeBench) -> None:
@@ -155,6 +238,10 @@ def test_an_oracle_leaves_half_of_the_time(make_bench: MakeBench) -> None:
     assert (target.spare(), target.left()) == (SECONDS / 2, MOST - 1000.0)
     target.checked()
     assert (target.spare(), target.left()) == (SECONDS / 2, MOST / 2)
+    for after, late in ((target.begun, 2000.0), (target.checked, 3000.0)):
+        now = late
+        after()
+        assert target.spare() == CHEAP
 
 
 def test_by_default_there_is_no_limit(decode: Bench) -> None:

@@ -103,3 +103,16 @@ def test_each_yardstick_is_held_to_the_first() -> None:
 def test_spread_over_the_rounds_as_every_variant_is() -> None:
     plan = shortened(PREFILL, VARIANTS, {"mla": 1.0, "mla-reference": 5000.0})["mla-reference"][0]
     assert sum(plan.due(index, PREFILL.rounds) for index in range(PREFILL.rounds)) == plan.passes == FEWEST
+
+
+def test_where_little_time_is_left_that_is_the_reason() -> None:
+    ms = {"mla": 5.0, "other": 6.0}
+    for variants, more in ((VARIANTS, ", and no other timings"), ((HEADLINE,), "")):
+        plan, reason = shortened(DECODE, variants, ms, 20)["other"]
+        assert (plan.passes, plan.run) == (6, range(3))
+        assert reason == f"little time is left, so it runs 6 passes of 3 instead of 6 of 100{more}"
+    slow = {"mla": 5.0, "other": 100.0}
+    known = shortened(DECODE, VARIANTS, slow)["other"]
+    assert shortened(DECODE, VARIANTS, slow, 1000) == {"other": known}
+    assert known[1].startswith("in full it would take")
+    assert shortened(DECODE, VARIANTS, slow, 20)["other"][1].startswith("little time is left")

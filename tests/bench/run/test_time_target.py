@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from mla.bench import results
+from mla.bench.measure import target
 from mla.bench.run import scheduler
 
 Bench = Callable[..., Any]
@@ -19,6 +21,7 @@ def late(bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch) -> Ben
     """Return a function that runs a decode whose time is over at once."""
     monkeypatch.setattr(scheduler, "SECONDS", 0.0)
     monkeypatch.setattr(scheduler, "MOST", 0.0)
+    monkeypatch.setattr(target, "CHEAP", 0.0)
 
     def late(*words: str) -> Any:
         return bench("--backend", "cpu", *small, "--scenario", "decode", "-o", "run.json", *words)
@@ -33,8 +36,9 @@ def passes() -> list[int]:
 def test_one_pass_is_left_and_why_there_is_no_interval_is_said(late: Bench) -> None:
     done = late()
     assert (done.code, passes()) == (0, [1, 1])
-    said = "1 of 6 passes fit into the time of a scenario, too few for an interval"
-    assert f"decode, mla: {said}; --passes and --runs keep all" in done.err
+    said = "1 of 6 passes fit into a scenario's time, too few for an interval"
+    assert f"decode, mla: {said}; give --passes or --runs to time them all" in done.err
+    assert "decode, mla: forwards on new lengths are left out for lack of time" in done.err
     assert "decode, mla: timed in 1 pass of 4 instead of 6 of 4, too few for an interval" in done.out
     assert "Decode Throughput: " in done.out
     assert "--budget" not in done.err
@@ -47,9 +51,20 @@ def test_one_pass_is_left_and_why_there_is_no_interval_is_said(late: Bench) -> N
 
 
 @pytest.mark.parametrize("words", [("--passes", "6"), ("--runs", "4"), ("--budget", "9m")])
-def test_what_the_user_gave_is_what_counts(late: Bench, words: tuple[str, ...]) -> None:
+def test_what_the_user_gave_is_what_counts(
+    late: Bench, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[target.Target] = []
+
+    class Noted(target.Target):
+        def __init__(self, seconds: float = math.inf, most: float = math.inf) -> None:
+            super().__init__(seconds, most)
+            made.append(self)
+
+    monkeypatch.setattr(scheduler, "Target", Noted)
     assert late(*words).code == 0
     assert passes() == [6, 6]
+    assert {(one.spare(), one.left()) for one in made} == {(math.inf, math.inf)}, "nothing else gives way"
 
 
 def test_what_one_scenario_leaves_over_the_next_one_has_or_lacks(
@@ -64,10 +79,10 @@ def test_what_one_scenario_leaves_over_the_next_one_has_or_lacks(
     given: list[tuple[float, float]] = []
 
     class Noted(scheduler.Target):
-        def __init__(self, seconds: float, most: float, fewest: float) -> None:
+        def __init__(self, seconds: float, most: float) -> None:
             given.append((seconds, most))
             Clock.now += took.pop(0)
-            super().__init__(seconds, most, fewest)
+            super().__init__(seconds, most)
 
     for name, value in (("SECONDS", 30.0), ("MOST", 75.0), ("time", Clock())):
         monkeypatch.setattr(scheduler, name, value)
@@ -75,4 +90,4 @@ def test_what_one_scenario_leaves_over_the_next_one_has_or_lacks(
     took = [5.0, 100.0, 300.0, 0.0]
     words = ("--backend", "cpu", *small, "--implementations", "mla", "--warmups", "0")
     assert bench(*words, "--scenario", "decode", "-a", "kv=1,2,3,4").code == 0
-    assert given == [(30.0, 75.0), (55.0, 145.0), (15.0, 120.0), (15.0, 37.5)]
+    assert given == [(30.0, 75.0), (55.0, 75.0), (15.0, 75.0), (15.0, 37.5)]
