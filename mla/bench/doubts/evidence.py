@@ -65,7 +65,7 @@ def doubts(
 
     wait = DeviceWait(one.implementation.setting.device)
     if one.timer is not None:
-        region = backend_clocks.region_doubt(one.passes, one.idles)
+        region = region_doubt(one)
         if region and not backend_clocks.only_polls(one.passes, forwards, indices, restore, wait):
             found.append(region)
         found.append(backend_clocks.device_doubt(one.timer, forwards, indices, restore, wait))
@@ -114,9 +114,12 @@ def at_hand(one: Timed, checker: Any, strictly: bool = True) -> list[str]:
         beside.empty_doubt(one.passes, one.idles),
         one.implementation.doubt(checker, one.samples.check),
     ]
-    if one.timer is not None and strictly:
-        found.append(backend_clocks.region_doubt(one.passes, one.idles))
     return [doubt for doubt in found if doubt]
+
+
+def region_doubt(one: Timed) -> str:
+    """Return why a device's clock cannot be right unless it polls, which only more forwards tell."""
+    return "" if one.timer is None else backend_clocks.region_doubt(one.passes, one.idles)
 
 
 def _several(one: Timed) -> Sequence[int]:
