@@ -15,7 +15,7 @@ from mla_backends import host
 from mla_backends.api import Backend
 
 # Variables that say how many threads there are, where they run, and how they wait.
-_THREADS = ("OMP_NUM_THREADS", "KMP_AFFINITY", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+THREADS = ("OMP_NUM_THREADS", "KMP_AFFINITY", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def environment(backend: Backend) -> dict[str, str]:
@@ -32,7 +32,7 @@ def environment(backend: Backend) -> dict[str, str]:
         "torch_threads": str(torch.get_num_threads()),
     }
     facts |= {name: value for name in ("transformers", "numpy") if (value := distribution_version(name))}
-    facts |= {key: value for key in _THREADS if (value := os.environ.get(key))}
+    facts |= {key: value for key in THREADS if (value := os.environ.get(key))}
     facts |= launcher.facts()
     return facts | {f"backend.{key}": str(value) for key, value in backend.environment().items()}
 

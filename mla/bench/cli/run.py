@@ -228,7 +228,7 @@ def _reliable(options: RunOptions, run: results.Run) -> Exit:
     """Return the exit code of --strict, and say on stderr why it is not 0."""
     lines = run_table.unreliable_headlines(labelled(run)) if options.strict else []
     for line in lines:
-        note(f"--strict: {line}: the interval is wider than the number; run again on a quieter machine")
+        note(f"--strict: {line}; run again on a quieter machine")
     return Exit.DOUBTFUL if lines else Exit.OK
 
 

@@ -225,7 +225,8 @@ CONTROL = (
     click.option(
         "--strict",
         is_flag=True,
-        help="Exit 6 if a headline is unreliable: its interval is wider than its number.",
+        help="Exit 6 if a headline is unreliable: its interval is wider than its number, or missing because "
+        "there was time for few passes only.",
     ),
 )
 
@@ -263,7 +264,8 @@ OUTPUT = (
     click.option(
         "--dry-run",
         is_flag=True,
-        help="Run one forward of each case, print its memory and estimated time on stderr, and stop.",
+        help="Run a forward of each case, after another that warms it up, print its memory and estimated "
+        "time on stderr, and stop.",
     ),
     click.option("--list-ops", is_flag=True, help="Print which op runs where, and why, and stop."),
 )

@@ -29,19 +29,23 @@ LAUNCH = 0.1
 SLOW = 500.0
 
 
-def device_doubt(timer: Timer, forwards: Any, long: Sequence[int], restore: Callable[[], None]) -> str:
+def device_doubt(
+    timer: Timer, forwards: Any, long: Sequence[int], restore: Callable[[], None], wait: Callable[[], None]
+) -> str:
     """Return why the device's clock cannot be right, or nothing.
 
     `forwards` as in `Forwards`; `long` are the indices of several, of which the first is a short region.
+    On the host's clock, a region ends when `wait` finds the outputs there, or else when the timer says so,
+    which may look for them now and then only.
     """
     if len(long) < 2:
         return ""
     device, host = [], []
     for pair in range(PAIRS):
         restore()
-        short_times = _region(timer, forwards, long[:1])
+        short_times = _region(timer, forwards, long[:1], wait)
         restore()
-        times = _region(timer, forwards, long)
+        times = _region(timer, forwards, long, wait)
         device.append(times[0] - short_times[0])
         host.append(times[1] - short_times[1])
         theirs, mine = median(device), median(host)
@@ -55,15 +59,26 @@ def device_doubt(timer: Timer, forwards: Any, long: Sequence[int], restore: Call
     return f"{more} count {theirs:.3g} ms on the clock '{timer.clock}' and {mine:.3g} ms on the host's"
 
 
-def _region(timer: Timer, forwards: Any, indices: Sequence[int]) -> tuple[float, float]:
+def _region(
+    timer: Timer, forwards: Any, indices: Sequence[int], wait: Callable[[], None]
+) -> tuple[float, float]:
     """Return the milliseconds of some forwards in one region, on the timer and on the runner's clock."""
     timer.start()
     start = now_ns()
     for index in indices:
         forwards.before(index)
         forwards.step(index)
+    wait()
+    done = now_ns()
+    is_there = _is_there(forwards)
     taken = timer.stop()
-    return taken, (now_ns() - start) / 1e6
+    return taken, ((done if is_there else now_ns()) - start) / 1e6
+
+
+def _is_there(forwards: Any) -> bool:
+    """Return whether the last forward is done, by its outputs, which are NaN until then."""
+    out = getattr(forwards, "out", None)
+    return out is not None and not bool(out.reshape(-1)[-1:].isnan().any())
 
 
 def region_doubt(passes: Sequence[PassTimes], idle: Sequence[PassTimes]) -> str:
@@ -91,11 +106,12 @@ def only_polls(
 ) -> bool:
     """Return whether the device's clock agrees with when forwards are done, by a copy of their outputs.
 
-    What the host waits after that is how seldom the device's timer looks. No output is there before: where a
-    copy does not wait for it, as where a backend queues what torch does not know of, this is no evidence.
+    What the host waits in a region after that is how seldom the device's timer looks. No output is there
+    before: where a copy does not wait for it, as where a backend queues what torch does not know of, this is
+    no evidence.
     """
-    out, taken = getattr(forwards, "out", None), list[float]()
-    for _ in range(PAIRS if out is not None else 0):
+    taken = list[float]()
+    for _ in range(PAIRS):
         restore()
         for index in indices:
             forwards.before(index)
@@ -104,7 +120,7 @@ def only_polls(
             forwards.step(index)
             wait()
             taken.append((now_ns() - start) / 1e6)
-            if bool(forwards.out.reshape(-1)[-1:].isnan().any()):
+            if not _is_there(forwards):
                 return False
         if sum(taken) > SLOW:
             break
@@ -119,8 +135,10 @@ def wait_doubt(
     synchronize: Callable[[], None],
     wait: Callable[[], None],
     allowed: float,
-) -> tuple[str, float]:
-    """Return why `synchronize` makes forwards seem slower than they are, or nothing, and what it adds to one.
+) -> tuple[str, float, float]:
+    """Return why `synchronize` makes forwards seem slower than they are, or nothing.
+
+    And how long one takes until it is done, and what `synchronize` adds to that, in milliseconds.
 
     Copying a number to the host waits for a forward first: `synchronize` then finds it done, however seldom
     it looks. That it is slow for everybody is its right: `allowed` are the milliseconds it takes when there
@@ -143,9 +161,9 @@ def wait_doubt(
         if believed or quiet >= ENOUGH or now_ns() > end:
             break
     if believed or quiet < ENOUGH:
-        return "", rest
+        return "", copies, rest
     takes = f"a forward takes {copies + rest:.3g} ms until `synchronize` returns"
-    return f"{takes}, but is done after {copies:.3g} ms", rest
+    return f"{takes}, but is done after {copies:.3g} ms", copies, rest
 
 
 def _waited(

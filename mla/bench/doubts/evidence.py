@@ -52,8 +52,10 @@ def doubts(
 ) -> list[str]:
     """Return why times cannot be right, a clause each. Forwards are run, whose passes take `numbers`.
 
-    `own_waits` are the milliseconds that waiting adds to forwards with ops of the backend; these come first.
+    `own_waits` are the milliseconds that waiting adds to forwards with ops of the backend, which come first:
+    the first one's wait is its own loss, and the measure of all others.
     """
+    count = len(one.passes)
     found = [_beside(one, numbers, beat), *at_hand(one, checker, strictly=False)]
     forwards, indices = one.forwards, _several(one)
 
@@ -63,19 +65,19 @@ def doubts(
 
     wait = DeviceWait(one.implementation.setting.device)
     if one.timer is not None:
-        doubted = [
-            backend_clocks.region_doubt(one.passes, one.idles),
-            backend_clocks.device_doubt(one.timer, forwards, indices, restore),
-        ]
-        if any(doubted) and not backend_clocks.only_polls(one.passes, forwards, indices, restore, wait):
-            found += doubted
+        region = region_doubt(one)
+        if region and not backend_clocks.only_polls(one.passes, forwards, indices, restore, wait):
+            found.append(region)
+        found.append(backend_clocks.device_doubt(one.timer, forwards, indices, restore, wait))
     elif one.headline:
         found.append(backend_clocks.timer_doubt(backend, forwards, len(one.steps.run), restore))
         own, synchronize = has_own_ops(one), backend.synchronize
-        allowed = max(beside.median_region(one.idles), 0.0 if own else min(own_waits, default=0.0))
-        doubt, added = backend_clocks.wait_doubt(forwards, indices, restore, synchronize, wait, allowed)
-        own_waits += [added] * own
-        found.append("" if own else doubt)
+        allowed = max(beside.median_region(one.idles), min(own_waits, default=0.0))
+        waited = backend_clocks.wait_doubt(forwards, indices, restore, synchronize, wait, allowed)
+        doubt, done, added = waited
+        timed = median(ms for times in one.passes[:count] for ms in times.inside)
+        found.append(doubt if own_waits or not own else "")
+        own_waits += [min(added, max(0.0, timed - done))] * own  # what only evidence sees excuses nobody
         found.append(fresh_inputs.doubt(one, checker, beat))
     return [doubt for doubt in found if doubt]
 
@@ -112,9 +114,12 @@ def at_hand(one: Timed, checker: Any, strictly: bool = True) -> list[str]:
         beside.empty_doubt(one.passes, one.idles),
         one.implementation.doubt(checker, one.samples.check),
     ]
-    if one.timer is not None and strictly:
-        found.append(backend_clocks.region_doubt(one.passes, one.idles))
     return [doubt for doubt in found if doubt]
+
+
+def region_doubt(one: Timed) -> str:
+    """Return why a device's clock cannot be right unless it polls, which only more forwards tell."""
+    return "" if one.timer is None else backend_clocks.region_doubt(one.passes, one.idles)
 
 
 def _several(one: Timed) -> Sequence[int]:

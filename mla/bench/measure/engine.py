@@ -359,14 +359,18 @@ class _Engine:
 
     def interrupt(self, implementations: Sequence[Implementation]) -> None:
         """Mark what an interrupt left undone, including implementations that had not started."""
+        not_run = Check(status="not run", reason="interrupted")
         for one in implementations:
-            not_run = Samples(HEADLINE, Check(status="not run", reason="interrupted"))
-            found = self.measurements.setdefault(one.name, Measurement(not_run))
+            nothing = Samples(HEADLINE, not_run)
+            found = self.measurements.setdefault(one.name, Measurement(nothing))
             found.interrupted = True
             if found.check.status == "not run" and not found.refused:
-                found.headline = not_run  # while it warmed up
+                found.headline = nothing  # while it warmed up
         for runner in self._runners:
             if runner.passes and self._correct(runner):
                 doubts = evidence.at_hand(runner, self._checker)
                 self.measurements[runner.implementation.name].doubts += doubts
+                if evidence.region_doubt(runner):  # which costs that variant alone
+                    runner.samples.check = not_run
+                    runner.samples.discard()
         self._withhold()

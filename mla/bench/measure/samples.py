@@ -25,6 +25,11 @@ class Samples:
     passes: list[list[float]] = field(default_factory=list)  # milliseconds
     after_switch: list[bool] = field(default_factory=list)  # per pass: another variant ran before it
 
+    def discard(self) -> None:
+        """Drop all samples."""
+        self.passes.clear()
+        self.after_switch.clear()
+
 
 @dataclass
 class Measurement:
@@ -77,8 +82,7 @@ class Measurement:
     def discard(self) -> None:
         """Drop all samples of an implementation that was wrong in one variant, or is in doubt."""
         for one in self.samples:
-            one.passes.clear()
-            one.after_switch.clear()
+            one.discard()
 
 
 def read_sensors(backend: Backend, when: str) -> list[dict[str, str]]:

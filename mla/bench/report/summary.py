@@ -18,7 +18,7 @@ from mla.bench.results.schema import Case, Run
 from mla.bench.terminal import ranks, run_table
 from mla.bench.terminal.digits import number
 from mla.bench.terminal.quality_warnings import quality_warnings
-from mla.bench.terminal.verdict import Verdict, verdicts
+from mla.bench.terminal.verdict import Verdict, verdicts, why_unreliable
 from mla.text import size
 
 # Most headlines of one file; a grid has a headline per point.
@@ -102,7 +102,7 @@ def _headline(case: Case) -> Headline:
         what, _, value = text.rpartition(": no number, check: ")
         return Headline(css_class(case), what, f"no number: {value}")
     what, _, value = text.rpartition(": ")
-    if value.startswith("unreliable"):
+    if why_unreliable(case):
         return Headline("doubtful", what, value)  # looks like a number that is withheld
     if limit.fraction is None or limit.doubt:
         return Headline(css_class(case), what, value)

@@ -22,6 +22,10 @@ from mla.parallel.layout import Layout
 # Ratios this near 1 were noise on every machine tried.
 NOISE = 0.02
 
+# Facts of an environment that move figures: versions, and all that `mla.command.environment` says of threads.
+_THREADS = {"torch_threads", "OMP_NUM_THREADS", "KMP_AFFINITY", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+FACTS = {"torch", "python"} | _THREADS
+
 FASTER, SLOWER, SAME, UNDECIDED, REFUSED = "FASTER", "SLOWER", "SAME", "UNDECIDED", "REFUSED"
 
 
@@ -96,8 +100,8 @@ def key(case: Case) -> tuple[object, ...]:
 def warnings(base: Run, new: Run) -> list[str]:
     """Return differences that do not forbid the comparison: often they are its subject."""
     pairs = [("device", base.backend.device, new.backend.device), ("seed", base.seed, new.seed)]
-    for name in sorted({*base.environment, *new.environment} & {"torch", "torch_threads", "python"}):
-        pairs.append((name, base.environment.get(name), new.environment.get(name)))
+    for name in sorted({*base.environment, *new.environment} & FACTS):
+        pairs.append((name, base.environment.get(name, "unset"), new.environment.get(name, "unset")))
     pairs.append(("layout over ranks", _layouts(base), _layouts(new)))
     if _spreads_context(base, new):
         pairs.append(("attention", base.attention, new.attention))

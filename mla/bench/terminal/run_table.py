@@ -21,7 +21,7 @@ from mla.bench.terminal import ceilings, ranks, stages
 from mla.bench.terminal.case_lines import case_lines
 from mla.bench.terminal.digits import between, known, number, quoted
 from mla.bench.terminal.timings import timing_lines
-from mla.bench.terminal.verdict import same_ops, speed, verdicts
+from mla.bench.terminal.verdict import headline_number, same_ops, speed, verdicts, why_unreliable
 from mla.command.console import results_stream
 from mla.command.table import markdown
 from mla.text import size
@@ -134,18 +134,23 @@ def headline(case: Case) -> str:
     parts += [_layers(case).strip()] * (case.layers > 1)
     of = f" [{', '.join(parts)}]" if parts else ""
     kind = "Batch" if case.batch_spec else case.mode.title()
-    if case.latency_ms is None or case.tokens_per_s is None:
-        what = "Op" if case.op else kind
+    estimate, what = headline_number(case), "Op" if case.op else kind
+    if estimate is None:
         return f"{what}{of}: no number, check: {case.check.status}"
-    if case.op or case.mode == "prefill":
-        what = "Op" if case.op else kind
-        return f"{what} Latency{of}: {_quoted(case.latency_ms, 'ms')}"
-    return f"Decode Throughput{of}: {_quoted(case.tokens_per_s, 'tok/s')}"
+    why = why_unreliable(case)
+    few = f" ({why})" if why and estimate.ci95 is None else ""
+    if estimate is case.latency_ms:
+        return f"{what} Latency{of}: {_quoted(estimate, 'ms')}{few}"
+    return f"Decode Throughput{of}: {_quoted(estimate, 'tok/s')}{few}"
 
 
 def unreliable_headlines(run: Run) -> list[str]:
-    """Return the headlines that are no numbers because their intervals are wider than these."""
-    return [line for line in headlines(run) if ": unreliable (" in line]
+    """Return the headlines that are not to be relied on, and why."""
+    found = []
+    for case in leading(run):
+        line, why = headline(case), why_unreliable(case)
+        found += [line if line.endswith(f"({why})") else f"{line}: {why}"] * bool(why)
+    return found
 
 
 def _layers(case: Case) -> str:

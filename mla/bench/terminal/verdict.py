@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mla.bench.results import passes
-from mla.bench.results.schema import Case, Interval, Run
+from mla.bench.results.schema import Case, Interval, Latency, Run, Throughput
 from mla.bench.terminal.digits import between, known, quoted, unreliable
 
 # "doubt": the one ahead is faster than its limit.
@@ -71,6 +71,26 @@ class Verdict:
 def is_yardstick(case: Case) -> bool:
     """Return whether a case has a number although nothing was computed that an oracle could check."""
     return case.latency_ms is not None and (case.check.status == "not run" or case.cost.flops == 0)
+
+
+def headline_number(case: Case) -> Latency | Throughput | None:
+    """Return what a case is known by: the latency of a prefill or of an op, the throughput of a decode."""
+    return case.latency_ms if case.op or case.mode == "prefill" else case.tokens_per_s
+
+
+def why_unreliable(case: Case) -> str:
+    """Return why the headline of a case is not to be relied on, or nothing.
+
+    Few passes that the user asked for are not held against it.
+    """
+    estimate, planned = headline_number(case), case.planned
+    if estimate is None:
+        return ""
+    if unreliable(estimate.median, estimate.ci95):
+        return "the interval is wider than the number"
+    if planned and estimate.ci95 is None and case.passes < planned.passes:
+        return f"{case.passes} of {planned.passes} passes, no interval"
+    return ""
 
 
 def speed(case: Case, other: Case) -> Speed | None:
@@ -191,8 +211,8 @@ def status(case: Case) -> str:
 
 def near(case: Case) -> str:
     """Return how near a case is to its limit, unless its time is not known."""
-    limit, latency = case.roofline, case.latency_ms
-    if latency and unreliable(latency.median, latency.ci95):
+    limit = case.roofline
+    if why_unreliable(case):
         return "its share of the limit is unknown"
     if limit.doubt:
         return "but its limit or its time is in doubt"
@@ -230,7 +250,8 @@ def _ranges(contests: Sequence[Contest]) -> Iterator[str]:
     ratios = [found.value for pair in pairs if (found := speed(*pair))]
     if ratios:
         yield f"winners {_range(ratios, 'x')} as fast as the next"
-    shares = [one.leaders[0].roofline.fraction for one in contests if one.leaders]
+    leaders = [one.leaders[0] for one in contests if one.leaders]
+    shares = [case.roofline.fraction for case in leaders if not why_unreliable(case)]
     known_shares = [100 * share for share in shares if share is not None]
     if known_shares:
         yield f"at {_range([round(share) for share in known_shares], ' %')} of the limit"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from mla.bench.doubts import backend_clocks, clock
 from mla.bench.doubts.backend_clocks import device_doubt, region_doubt, timer_doubt, wait_doubt
@@ -57,7 +58,7 @@ def test_a_device_clock_that_runs_at_another_speed_is_doubted(
     monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
     forwards = Forwards(monkeypatch)
-    found = device_doubt(Clock(forwards, factor), forwards, THREE, lambda: None)
+    found = device_doubt(Clock(forwards, factor), forwards, THREE, lambda: None, lambda: None)
     assert found == (
         f"2 more forwards in a region count {2 * factor:.3g} ms on the clock 'events' and 2 ms on the host's"
     )
@@ -71,7 +72,9 @@ def test_one_that_starts_later_or_stops_earlier_is_not(
 ) -> None:
     """The device's readings leave out launches and waits, however long; what is added tells."""
     forwards = Forwards(monkeypatch)
-    assert device_doubt(Clock(forwards, factor, wait, launch), forwards, THREE, lambda: None) == ""
+    assert (
+        device_doubt(Clock(forwards, factor, wait, launch), forwards, THREE, lambda: None, lambda: None) == ""
+    )
 
 
 @pytest.mark.parametrize("factor", [0.1, 10.0])
@@ -86,15 +89,15 @@ def test_what_disturbs_the_first_pairs_is_no_agreement(
         forwards.now += next(delays, 0) if index == 0 else 0
 
     forwards.before = delayed  # type: ignore[method-assign]
-    found = device_doubt(Clock(forwards, factor), forwards, THREE, lambda: None)
+    found = device_doubt(Clock(forwards, factor), forwards, THREE, lambda: None, lambda: None)
     assert found.endswith(" and 2 ms on the host's")
 
 
 def test_one_forward_a_pass_or_tiny_ones_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     forwards = Forwards(monkeypatch)
-    assert device_doubt(Clock(forwards, 0.1), forwards, [0], lambda: None) == ""
+    assert device_doubt(Clock(forwards, 0.1), forwards, [0], lambda: None, lambda: None) == ""
     tiny = Forwards(monkeypatch, ms=0.001)
-    assert device_doubt(Clock(tiny, 0.1), tiny, THREE, lambda: None) == ""
+    assert device_doubt(Clock(tiny, 0.1), tiny, THREE, lambda: None, lambda: None) == ""
 
 
 class Liar(HostBackend):
@@ -174,18 +177,43 @@ def test_a_wait_that_goes_on_after_a_forward_is_done(
     assert doubted(forwards, synchronize, allowed=sleep) == ""
     said = f"a forward takes {1 + sleep:.3g} ms until `synchronize` returns, but is done after 1 ms"
     assert found == (said if told else "")
-    added = wait_doubt(forwards, THREE, lambda: None, synchronize, lambda: None, 0.0)[1]
-    assert added == pytest.approx(sleep)
+    waited = wait_doubt(forwards, THREE, lambda: None, synchronize, lambda: None, 0.0)
+    assert waited[1:] == pytest.approx((1, sleep))
 
 
 class Queued(Forwards):
     """Forwards that are launched in no time, on a device that takes `ms` for each."""
 
+    def before(self, index: int) -> None:
+        self.out = torch.tensor([float("nan")])
+
     def step(self, index: int) -> None:
-        self.done = self.now + self._ns
+        self.done = max(self.now, getattr(self, "done", 0)) + self._ns
 
     def wait(self) -> None:
         self.now = max(self.now, getattr(self, "done", 0))
+        self.out = torch.zeros(1)
+
+
+class Polling(Clock):
+    """Reads when the device is done, and looks for that every 10 ms only."""
+
+    def stop(self) -> float:
+        taken = (self._forwards.done - self._start) / 1e6  # type: ignore[attr-defined]
+        while self._forwards.now < self._forwards.done:  # type: ignore[attr-defined]
+            self._forwards.now += 10_000_000
+        return self._factor * taken
+
+
+@pytest.mark.parametrize("ms", [0.03, 0.08, 1.0])
+@pytest.mark.parametrize(("factor", "seen", "told"), [(1, True, False), (0.02, True, True), (1, False, True)])
+def test_a_device_clock_that_polls_is_held_against_when_outputs_are_there(
+    monkeypatch: pytest.MonkeyPatch, ms: float, factor: float, seen: bool, told: bool
+) -> None:
+    """However short the forwards are. Where copies don't wait for outputs, they don't excuse a clock."""
+    forwards = Queued(monkeypatch, ms)
+    timer, wait = Polling(forwards, factor), forwards.wait if seen else lambda: None
+    assert bool(device_doubt(timer, forwards, THREE, lambda: None, wait)) is told
 
 
 @pytest.mark.parametrize("ms", [0.1, 1.0, 7.0])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from opponents.base import Opponent
+from opponents.base import Call, Opponent
 from opponents.clocks import LyingTimer
 from opponents.honest import Compiles, Noisy, Polls, Rounds, Sequences, Threads
 from opponents.late import Late
@@ -69,6 +69,27 @@ def test_a_device_clock_whose_wait_polls_is_believed(play: Play, scenario: str, 
     duel = play(Polls(ms, events=True), scenario, ways=("--mode", "eager", "--cache", "warm"))
     assert duel.stands, str(duel)
     assert {one.clock for one in duel.case().timings if one.latency_ms is not None} == {"device"}
+
+
+class Interrupted(Polls):
+    """Ctrl-C comes while passes are timed."""
+
+    def call(self, call: Call) -> None:
+        super().call(call)
+        if self.forwards == 120:
+            self.forwards += 1
+            raise KeyboardInterrupt
+
+
+def test_an_interrupt_costs_a_device_clock_that_polls_its_own_numbers_alone(play: Play) -> None:
+    """Only more forwards could tell that from a clock that lies."""
+    duel = play(Interrupted(10.0, events=True), ways=("--mode", "eager", "--cache", "warm"))
+    case = duel.case()
+    assert case.latency_ms is not None, str(duel)
+    assert (case.interrupted, case.check.status, 0 < case.passes < 6) == (True, "ok", True), str(duel)
+    assert [(one.clock, one.latency_ms, one.check.reason) for one in case.timings] == [
+        ("device", None, "interrupted")
+    ]
 
 
 @pytest.mark.parametrize("op", ["latent_attention", "o_proj", "write_latent"])

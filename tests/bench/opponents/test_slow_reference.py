@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from opponents.slow_reference import PatchedReference, SlowsOthers
+from opponents.slow_reference import PatchedReference, SlowsEvidence, SlowsOthers
 
 Play = Callable[..., Any]
 
@@ -28,9 +28,12 @@ def test_a_wait_that_is_slow_for_others_alone(play: Play, ms: float) -> None:
 
 
 @pytest.mark.parametrize("order", ["mla,mla-reference", "mla-reference,mla"])
-def test_a_wait_that_goes_on_after_forwards_of_others_alone(play: Play, order: str) -> None:
-    """An idle device is waited for in no time, and so are own ops: the reference is in doubt."""
-    duel = play(SlowsOthers(20.0, unless=0.5), implementations=order)
+@pytest.mark.parametrize("kind", [SlowsOthers, SlowsEvidence])
+def test_a_wait_that_goes_on_after_forwards_of_others_alone(
+    play: Play, kind: type[SlowsOthers], order: str
+) -> None:
+    """An idle device is waited for in no time, and so are own ops where they are timed."""
+    duel = play(kind(20.0, idle=False), implementations=order)
     reference = duel.case("mla-reference")
     assert (duel.code, reference.check.status, reference.latency_ms) == (6, "doubtful", None), str(duel)
     assert "until `synchronize` returns, but is done after" in reference.check.reason

@@ -368,3 +368,12 @@ def test_an_unreliable_headline_is_no_number_and_no_share(make_run: Any) -> None
     assert 'class="doubtful"' in tiles
     assert "50 %" not in tiles
     assert "<td>50 mem</td>" in found
+
+
+def test_a_headline_of_passes_that_were_cut_has_no_share_either(make_run: Any) -> None:
+    near = results.Roofline(floor_ms=34.5, fraction=0.5, bound="memory", peak_source="x")
+    found = render(make_run([69.0], roofline=near, planned=results.Planned(passes=10, steps=1, due=1)))
+    tiles = found.partition('<ul class="headlines">')[2].partition("</ul>")[0]
+    assert "<b>69 ms (1 of 10 passes, no interval)</b>" in tiles
+    assert 'class="doubtful"' in tiles
+    assert "50 %" not in tiles

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.results.compare import compare
+from mla.bench.results.compare import compare, warnings
+from mla.command.environment import THREADS
 
 STEADY = [1.0, 1.001, 0.999, 1.002, 0.998, 1.0]
 
@@ -28,6 +29,15 @@ def test_verdicts_come_from_the_interval(run: Any, factor: float, verdict: str) 
     assert found.ratio == pytest.approx(factor)
     assert found.interval is not None
     assert found.interval[0] <= factor <= found.interval[1]
+
+
+@pytest.mark.parametrize("name", [*THREADS, "torch_threads"])
+def test_how_threads_wait_and_where_they_run_is_told_where_it_differs(run: Any, name: str) -> None:
+    base, new = run(), run()
+    new.environment = {**base.environment, name: "10000"}
+    assert warnings(base, new) == [f"{name} differs: unset and 10000"]
+    base.environment = new.environment
+    assert warnings(base, new) == []
 
 
 def test_noise_makes_a_large_difference_undecided(run: Any) -> None:

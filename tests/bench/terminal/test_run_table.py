@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from mla.bench import results
@@ -75,7 +76,8 @@ def test_a_number_with_a_wider_interval_is_no_headline(
     run = make_run(samples)
     run.cases += make_run(samples, **DECODE).cases
     assert headlines(run) == [f"Prefill Latency: {latency}", f"Decode Throughput: {rate}"]
-    assert unreliable_headlines(run) == [line for line in headlines(run) if "unreliable" in line]
+    wide = [line for line in headlines(run) if "unreliable" in line]
+    assert unreliable_headlines(run) == [f"{line}: the interval is wider than the number" for line in wide]
     (case, _) = run.cases
     assert COLUMNS["latency ms"](case) == "3.1", "the table keeps the number"
     only = str(verdicts(make_run(samples))[0])
@@ -85,8 +87,41 @@ def test_a_number_with_a_wider_interval_is_no_headline(
     assert ("at 50 % of the memory limit" in share) is (slowest < 3)
 
 
-def test_a_number_without_an_interval_is_a_headline(make_run: MakeRun) -> None:
-    assert headlines(make_run([1.0, 2.0, 300.0])) == ["Prefill Latency: 2 ms"]
+@pytest.mark.parametrize("planned", [None, results.Planned(passes=3, steps=1, due=3)])
+def test_a_number_without_an_interval_is_a_headline(make_run: MakeRun, planned: Any) -> None:
+    run = make_run([1.0, 2.0, 300.0], planned=planned, scenario="x: unreliable (y")
+    assert headlines(run) == ["Prefill Latency [x: unreliable (y]: 2 ms"]
+    assert unreliable_headlines(run) == []
+
+
+@pytest.mark.parametrize("due", [3, 10])
+def test_a_headline_of_passes_that_were_cut_says_so(make_run: MakeRun, due: int) -> None:
+    """The worse the machine, the fewer the passes: that makes no number surer."""
+    few = results.Planned(passes=10, steps=1, due=due)
+    near = results.Roofline(floor_ms=1.0, fraction=0.5, bound="memory", peak_source="x")
+    run = make_run([1.0, 2.0, 300.0], planned=few, roofline=near)
+    assert headlines(run) == ["Prefill Latency: 2 ms (3 of 10 passes, no interval)"]
+    assert unreliable_headlines(run) == headlines(run)
+    assert [str(one) for one in verdicts(run)] == [
+        "prefill: only mla has a number: 2 ms, its share of the limit is unknown"
+    ]
+    run = make_run([2.0] * 6, planned=few, roofline=near)
+    assert (headlines(run), unreliable_headlines(run)) == (["Prefill Latency: 2 ms"], [])
+
+
+def test_a_share_of_the_limit_is_as_reliable_as_the_headline(make_run: MakeRun) -> None:
+    """One pass of a decode stalls: its latency is known, but not its throughput; nor is a sweep's range."""
+    near = results.Roofline(floor_ms=1.0, fraction=0.5, bound="memory", peak_source="x")
+    samples = [1.0, 1.0, 1.0] * 5 + [1.0, 1.0, 900.0]
+    run = make_run(samples, steps_per_pass=3, roofline=near, **DECODE)
+    assert "unreliable" in headlines(run)[0]
+    assert str(verdicts(run)[0]).endswith("only mla has a number: 1 ms, its share of the limit is unknown")
+    run.cases[0].point = {"kv": 16}
+    run.cases += make_run([2.0] * 6, point={"kv": 32}, roofline=near, **DECODE).cases
+    run.cases[1].scenario, run.cases[1].roofline = "decode 32", msgspec.structs.replace(near, fraction=0.7)
+    for case in run.cases:
+        case.base = "decode"
+    assert str(verdicts(run)[0]).endswith("only mla has numbers; at 70 % of the limit")
 
 
 @pytest.mark.parametrize("kind", ["table", "md"])

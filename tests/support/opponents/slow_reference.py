@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -10,7 +12,7 @@ import torch
 
 import mla.reference
 from mla_backends import FusedOp
-from opponents.base import Call, Opponent, _now
+from opponents.base import Call, Opponent
 
 
 class _Slow(FusedOp):
@@ -73,18 +75,36 @@ def _sleeping(kind: Any, ms: float) -> Any:
 class SlowsOthers(Opponent):
     """Patches nothing: `synchronize` sleeps when no op of this backend was called since the last time.
 
-    `unless`: and if that was longer ago, in milliseconds; an idle device is waited for in no time then.
+    `idle`: also where an idle device is waited for, which it recognises by its callers.
     """
 
-    def __init__(self, ms: float = 5.0, unless: float = 0.0, **given: Any) -> None:
+    def __init__(self, ms: float = 5.0, idle: bool = True, **given: Any) -> None:
         super().__init__(**given)
-        self._ms, self._mine, self._unless, self._last = ms, False, unless, _now()
+        self._ms, self._mine, self._idle = ms, False, idle
 
     def call(self, call: Call) -> None:
         self._mine = True
         call.make()
 
     def synchronize(self) -> None:
-        if not self._mine and _now() - self._last > 1e6 * self._unless:
+        if self.is_slow(self._mine):
             time.sleep(self._ms / 1e3)
-        self._mine, self._last = False, _now()
+        self._mine = False
+
+    def is_slow(self, mine: bool) -> bool:
+        """Return whether to sleep, after an op of this backend or not."""
+        return not mine and (self._idle or not _inside("idle"))
+
+
+class SlowsEvidence(SlowsOthers):
+    """And it sleeps after its own ops where evidence is taken, so that all seem to wait alike."""
+
+    def is_slow(self, mine: bool) -> bool:
+        return super().is_slow(mine) or (mine and _inside("wait_doubt"))
+
+
+def _inside(function: str) -> bool:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != function:
+        frame = frame.f_back
+    return frame is not None
