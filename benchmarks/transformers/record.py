@@ -10,9 +10,9 @@ import msgspec
 from mla.command import files
 from mla.errors import ResultError
 
-# What a run may write over, by how `write` begins.
-RECORD = files.Kind("a record of this comparison", lambda data: _START.match(data) is not None)
+# How `write` begins: only such a file is overwritten.
 _START = re.compile(rb'\{\s*"device": "(?:[^"\\]|\\.)*",\s*"(?:label|threads)": ')
+RECORD = files.Kind("a record of this comparison", lambda data: _START.match(data) is not None)
 LAYERS = {"deepseek-r1": 61, "deepseek-v2-lite": 27}  # of each config's model, all with MLA
 
 

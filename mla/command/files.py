@@ -120,7 +120,7 @@ def _objection(path: Path, kind: Kind | None) -> str:
     elif status.st_size and not (kind and kind.fits(outside.start(target, _START)[0])):
         what = kind.name if kind else "empty"
         return f"it exists and is not {what}; remove it or name another file"
-    elif os.path.ismount(target):
+    elif _is_mounted(target):
         return "it is a mount point, which cannot be replaced; name another file"
     elif _is_kept(status, target.parent.stat()):
         return "it is somebody else's, in a folder where only its owner may replace it; name another file"
@@ -144,6 +144,15 @@ def _descriptor(path: Path) -> Path | None:
         if not path.is_symlink():
             return None
         path = path.parent / os.readlink(path)
+
+
+def _is_mounted(path: Path) -> bool:
+    """Return whether a file is a mount point, as containers get single files; `ismount` may overlook it."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return os.path.ismount(path)
+    return os.fsencode(os.path.realpath(path)) in {line.split()[4] for line in mounts}
 
 
 def _is_kept(file: os.stat_result, folder: os.stat_result) -> bool:

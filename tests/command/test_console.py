@@ -110,8 +110,8 @@ def test_ctrl_c_while_a_full_pipe_is_waited_for_at_the_end_shows_no_traceback() 
     except BlockingIOError: os.set_blocking(1, True)
     sys.stdout.write('the rest'); console.note('waiting')"""
     words = [sys.executable, "-c", CODE.format(body=body)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(words, env=BUFFERED, text=True, **pipes) as child:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, env=BUFFERED, text=True, stdout=pipe, stderr=pipe) as child:
         assert child.stderr is not None
         assert child.stderr.readline() == "waiting\n"
         time.sleep(0.2)

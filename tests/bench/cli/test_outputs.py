@@ -6,8 +6,10 @@ import gzip
 import io
 import json
 import os
+import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -174,6 +176,18 @@ def test_a_file_of_somebody_else_in_a_sticky_folder_is_refused(run: str) -> None
         finally:
             os.seteuid(0)
         check_writable(path, RESULT)
+
+
+def test_a_file_that_is_mounted_is_refused(run: str) -> None:
+    """As `docker run -v run.json:/run.json` does."""
+    Path("mounted").touch()
+    namespace, mount = ("unshare", "-rm", "sh", "-c"), f"mount --bind {run} mounted"
+    if not shutil.which("unshare") or subprocess.run([*namespace, mount], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    check = "from mla.command.files import *; check_writable(Path('mounted'), RESULT)"
+    words = [*namespace, f'{mount}; exec "$0" -c "$1"', sys.executable, check]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.stderr.endswith("it is a mount point, which cannot be replaced; name another file.\n")
 
 
 def test_ctrl_c_after_the_replacement_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
