@@ -40,6 +40,9 @@ AXES: dict[str, tuple[int, ...]] = {
     "heads": (8, 16, 32, 64, 128),
 }
 USUAL = {"history": 1024, "batch": 16, "heads": 16}
+# In the metadata of our figures: only a file with it is overwritten.
+CREATOR = "python benchmarks/peers/scaling.py"
+FIGURE = files.Kind("a figure of this command", lambda data: f"<dc:title>{CREATOR}<".encode() in data)
 LABELS = {"history": "tokens of history", "batch": "requests", "heads": "heads"}
 
 
@@ -95,7 +98,7 @@ def plot(sources: Sequence[Path], output: Path) -> None:
             _curve(panels[axis], axis, run)
     _speed_up(panels["speed-up"], runs)
     figure.suptitle(_title(runs[0]), fontsize=10)
-    figure.savefig(output, format="svg", metadata={"Date": None})
+    figure.savefig(output, format="svg", metadata={"Date": None, "Creator": CREATOR})
 
 
 def _points(run: results.Run, axis: str) -> dict[int, results.Latency]:
@@ -169,10 +172,10 @@ def scaling(
     name = f"scaling-{Path(config).stem}"
     if threads:
         output = folder / f"{name}-threads{threads}.json"
-        files.check_writable(output)
+        files.check_writable(output, files.RESULT)
         return measure(config, threads, steps, passes, output)
     output = (sources[1].parent if sources else folder) / f"{name}.svg"
-    files.check_writable(output)
+    files.check_writable(output, FIGURE)
     new_figure()
     if not sources:
         counts = sorted({1, host.cpu_limit()})

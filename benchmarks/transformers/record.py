@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
 
+from mla.command import files
 from mla.errors import ResultError
 
+# How `write` begins: only such a file is overwritten.
+_START = re.compile(rb'\{\s*"device": "(?:[^"\\]|\\.)*",\s*"(?:label|threads)": ')
+RECORD = files.Kind("a record of this comparison", lambda data: _START.match(data) is not None)
 LAYERS = {"deepseek-r1": 61, "deepseek-v2-lite": 27}  # of each config's model, all with MLA
 
 
@@ -76,5 +81,5 @@ def read(path: Path) -> Record:
 
 
 def write(record: Record, path: Path) -> None:
-    """Write a record, a line for each row."""
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+    """Write a record, a line for each row, whole or not at all. Raises `ResultError`."""
+    files.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n", path)

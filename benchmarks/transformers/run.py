@@ -31,7 +31,7 @@ except ImportError as error:
     sys.exit(f"error: {error}")
 from benchmarks.transformers import worker
 from benchmarks.transformers.meters import require_meter
-from benchmarks.transformers.record import LAYERS, Record, write
+from benchmarks.transformers.record import LAYERS, RECORD, Record, write
 from benchmarks.transformers.work import PHASES
 from mla.bench.measure.cold_cache import CacheFlush
 from mla.command import files
@@ -64,7 +64,7 @@ def _run(asked: argparse.Namespace, words: Sequence[str]) -> None:
     device = backend.device or torch.device("cpu")
     require_meter(device)
     asked.output.parent.mkdir(parents=True, exist_ok=True)
-    files.check_writable(asked.output)
+    files.check_writable(asked.output, RECORD)
     allocators = list(worker.ALLOCATORS)[: 2 if device.type == "cpu" else 1]
     shown = [asked.output.name if word == str(asked.output) else word for word in words]
     record = _record(backend, asked, allocators, shown)

@@ -6,13 +6,13 @@ import contextlib
 import errno
 import io
 import os
-import select
+import selectors
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-from mla_backends.outside import escaped, safe, shortened
+from mla_backends.outside import escaped, safe, shortened, wait
 
 _MOST_SAID = 4000  # characters of a sentence: more can only be what a file says
 
@@ -34,7 +34,7 @@ class _Descriptor(io.FileIO):
         global _unshown
         try:
             while (count := super().write(data)) is None:  # somebody else made it non-blocking
-                select.select([], [self], [])
+                wait(self.fileno(), selectors.EVENT_WRITE)
             return count
         except BrokenPipeError:  # the reader went away (`| head`): not an error of ours
             pass
@@ -157,7 +157,7 @@ def results_apart() -> Iterator[None]:
         return
     shown.flush()
     kept = os.dup(1)
-    _results = _stream(kept, shown, results=True) if _descriptor(shown) == 1 else shown
+    _results = _stream(kept, shown, results=True) if descriptor(shown) == 1 else shown
     sys.stdout = sys.stderr
     os.dup2(2, 1)
     try:
@@ -170,10 +170,11 @@ def results_apart() -> Iterator[None]:
         os.close(kept)
 
 
-def _descriptor(stream: TextIO) -> int | None:
+def descriptor(stream: TextIO) -> int | None:
+    """Return the number below a stream; None for a stream of a test or a notebook."""
     try:
         return stream.fileno()
-    except (AttributeError, OSError, ValueError):  # a stream of a test has none
+    except (AttributeError, OSError, ValueError):
         return None
 
 

@@ -64,12 +64,16 @@ def _interruption() -> str:
 def guarded(command: Callable[[], int | None]) -> int:
     """Run `command`, print one sentence for anything a user can cause, and return the exit code."""
     console.own_streams()
-    with signals.interrupting():
+
+    def flushed() -> int:
         try:
             code = _guarded(command)
         finally:
             console.flush()
         return _unshown(code, reason) if (reason := console.unshown()) else code
+
+    with signals.interrupting():
+        return _guarded(flushed)  # Ctrl-C may come while a slow reader is waited for
 
 
 def _unshown(code: int, reason: str) -> int:

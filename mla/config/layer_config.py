@@ -123,29 +123,40 @@ class MLAConfig:
 
     @classmethod
     def named(cls, name: str) -> MLAConfig:
-        """Return a preset, or what a path to a config.json, or to its folder, holds. Raises `ConfigError`."""
+        """Return a preset, or what a path to a config.json, or to its folder, holds. Raises `ConfigError`.
+
+        What a folder holds may be a link to anywhere, as data version control makes them.
+        """
         path = "/" in name or name.endswith(".json") or os.path.isdir(name)  # Path("") would be one
-        return cls.from_pretrained(name) if path and name not in PRESETS else cls.preset(name)
+        if not path or name in PRESETS:
+            return cls.preset(name)
+        return cls._read(Path(name, "config.json") if os.path.isdir(name) else Path(name), None, name)
 
     @classmethod
     def from_pretrained(cls, source: str | Path | Mapping[str, Any]) -> MLAConfig:
-        """Read a config.json: its directory, the file itself, or the parsed dict. Raises `ConfigError`."""
+        """Read a config.json: its directory, the file itself, or the parsed dict. Raises `ConfigError`.
+
+        A directory is a checkpoint, whose files must not be links that leave it, or its hub cache.
+        """
         if isinstance(source, Mapping):
             return cls.from_dict(source)
         path = Path(source)
+        if path.is_dir():
+            return cls._read(path / "config.json", path, str(source))
+        return cls._read(path, None, str(source))
+
+    @classmethod
+    def _read(cls, path: Path, folder: Path | None, name: str) -> MLAConfig:
+        """Read a file that was named, or that lies in the `folder` that was. Raises `ConfigError`."""
         try:
-            if path.is_dir():
-                folder, path = path, path / "config.json"
-                values = json.loads(outside.read(path.name, folder))
-            else:
-                values = json.loads(outside.read(path))
+            values = json.loads(outside.read(path if folder is None else path.name, folder))
         except OSError as error:
             raise ConfigError(f"cannot read config '{path}': {error.strerror}.") from error
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"config '{path}' is not valid JSON: {shortened(str(error))}.") from error
         if not isinstance(values, dict):
             raise ConfigError(f"config '{path}' must hold a JSON object, got {type(values).__name__}.")
-        return cls.from_dict({"name": str(source), **values})
+        return cls.from_dict({"name": name, **values})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MLAConfig:

@@ -181,7 +181,8 @@ def _conclude(report: ConformanceReport, report_file: Path | None) -> Exit:
         if report_file:
             reports.write(report, report_file)
     finally:  # the card must survive a disk that has filled up
-        out(reports.card(report))
+        if not files.is_stdout(report_file):
+            out(reports.card(report))
     return verdict(report)
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,30 @@ def test_under_nohup_a_hangup_changes_nothing() -> None:
     words = ["nohup", sys.executable, "-c", CODE.format(body=KILLED.format(number="SIGHUP"))]
     done = subprocess.run(words, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stderr) == (5, "went on\n")
+
+
+def test_ctrl_c_while_a_full_pipe_is_waited_for_at_the_end_shows_no_traceback() -> None:
+    body = """import os; os.set_blocking(1, False)
+    try:
+        while os.write(1, b'x' * 4096): pass
+    except BlockingIOError: os.set_blocking(1, True)
+    sys.stdout.write('the rest'); console.note('waiting')"""
+    words = [sys.executable, "-c", CODE.format(body=body)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, env=BUFFERED, text=True, stdout=pipe, stderr=pipe) as child:
+        assert child.stderr is not None
+        assert child.stderr.readline() == "waiting\n"
+        time.sleep(0.2)
+        child.send_signal(signal.SIGINT)
+        assert child.stderr.readline() == "error: interrupted\n"
+        assert child.communicate()[1] == ""
+    assert child.returncode == 130
+
+
+def test_a_result_for_a_closed_stdout_is_refused_before_it_is_made() -> None:
+    body = "from mla.command import files; files.check_writable(files.Path('/dev/stdout'))"
+    why = "error: cannot write '/dev/stdout': it is closed, or open for reading.\n"
+    assert ended(f"{body}; console.note('went on')", ">&-") == (2, "", why)
 
 
 CTRL_C_AT_THE_END = """

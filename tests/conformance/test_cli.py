@@ -118,6 +118,11 @@ def test_a_right_backend_gets_a_card_and_exit_code_0(conformance: Conformance) -
     assert lines[-1].startswith("10 checks: 10 passed, 0 failed, 0 refused, 0 failed as expected, ")
 
 
+def test_a_report_onto_stdout_has_no_card_behind_it(conformance: Conformance) -> None:
+    done = conformance(*LINEAR, "--report", "/dev/stdout")
+    assert len(decode(done.out.encode()).checks) == 10
+
+
 def test_the_report_holds_what_the_card_shows(conformance: Conformance) -> None:
     conformance(*LINEAR, "--report", "out.json", fault="bias")
     report = read()

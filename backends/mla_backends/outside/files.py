@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import errno
 import os
-import select
+import selectors
 import stat
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
-# Bytes; no config, workload, index or result comes close to this.
+# Bytes; no config, workload or index comes close to this.
 MOST = 64 << 20
 
 _PATIENCE = 2  # seconds that a writer has to open its pipe
 
 
-def read(path: str | Path, folder: Path | None = None) -> bytes:
-    """Return what a file holds, `MOST` bytes at most. Raises OSError, whose `strerror` says why not.
+def read(path: str | Path, folder: Path | None = None, most: int | None = None) -> bytes:
+    """Return what a file holds: `most` bytes, or `MOST`. Raises OSError, whose `strerror` says why not.
 
     What a user names may be a pipe that has a writer, or /dev/null. In a `folder`, `path` is the name of a
     regular file that lies `inside`.
     """
+    most = MOST if most is None else most
     place = path if folder is None else inside(folder, str(path))
     with open(place, "rb", opener=_at_once) as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if folder is None and stat.S_ISFIFO(mode):
-            data = _of_pipe(file, path)
-        elif stat.S_ISREG(mode) or (folder is None and os.path.realpath(path) == os.devnull):
-            data = file.read(MOST + 1)
-        else:
+        status, data = os.fstat(file.fileno()), bytearray()
+        if folder is None and stat.S_ISFIFO(status.st_mode):
+            data += _begun(file.fileno(), path)
+        elif not stat.S_ISREG(status.st_mode) and (folder or os.path.realpath(path) != os.devnull):
             raise _refusal("it is not a regular file", path)
-    if len(data) > MOST:
-        raise _refusal(f"it is larger than {MOST >> 20} MiB", path, errno.EFBIG)
-    return data
+        while max(status.st_size, len(data)) <= most and (part := file.read(1 << 20)):
+            data += part
+    if max(status.st_size, len(data)) > most:
+        raise _refusal(f"it is larger than {most >> 20} MiB", path, errno.EFBIG)
+    return bytes(data)
 
 
 def start(path: str | Path, length: int) -> tuple[bytes, int]:
@@ -50,17 +50,21 @@ def inside(folder: Path, name: str) -> Path:
     if parts.is_absolute() or ".." in parts.parts:
         raise _refusal("it lies outside the directory", name, errno.EPERM)
     path = folder / name
-    if not Path(os.path.realpath(path)).is_relative_to(_root(Path(os.path.realpath(folder)))):
+    target = Path(os.path.realpath(path))
+    if not any(map(target.is_relative_to, _roots(Path(os.path.realpath(folder))))):
         raise _refusal("it is a link that leaves the directory", name, errno.EPERM)
     return path
 
 
-def _root(folder: Path) -> Path:
-    """Return the folder that links may point into: this one, or the hub cache entry it is a snapshot of."""
+def _roots(folder: Path) -> tuple[Path, ...]:
+    """Return the folders that links may point into: this one, or the hub cache entry it is a snapshot of.
+
+    The entry's blobs may be a link to another disk.
+    """
     for parent in folder.parents:
         if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
-            return parent.parent
-    return folder
+            return parent.parent, Path(os.path.realpath(parent.parent / "blobs"))
+    return (folder,)
 
 
 def _at_once(path: str, flags: int) -> int:
@@ -68,19 +72,25 @@ def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
 
 
-def _of_pipe(file: BinaryIO, path: str | Path) -> bytes:
-    """Read a pipe to its end, or to more than `MOST` bytes, once a process has opened its other end."""
-    descriptor = file.fileno()
-    select.select([descriptor], [], [], _PATIENCE)
+def wait(descriptor: int, event: int, seconds: float | None = None) -> None:
+    """Wait until there is an event, as those of `selectors`, on a descriptor of any number."""
+    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
+        selector.register(descriptor, event)
+        selector.select(seconds)
+
+
+def _begun(descriptor: int, path: str | Path) -> bytes:
+    """Return what a pipe begins with, as far as it is there; wait for a process that opens its other end."""
+    wait(descriptor, selectors.EVENT_READ, _PATIENCE)
     try:
-        begun = os.read(descriptor, MOST)
+        begun = os.read(descriptor, 1 << 20)
     except BlockingIOError:  # it has a writer, which is slow
         begun = b""
     else:
         if not begun:
             raise _refusal("it is a pipe that no process writes to", path)
     os.set_blocking(descriptor, True)
-    return begun + file.read(MOST + 1 - len(begun))
+    return begun
 
 
 def _refusal(why: str, path: str | Path, number: int = errno.EINVAL) -> OSError:

@@ -102,7 +102,8 @@ def ceilings(**values: Any) -> int:
         if options.output:
             results.write(result, options.output)
     finally:
-        out(terminal.render(result, options.kind))
+        if not files.is_stdout(options.output):
+            out(terminal.render(result, options.kind))
     if found.interrupted:
         return end_early()
     return Exit.OK if found.ceilings else Exit.NOTHING_RAN

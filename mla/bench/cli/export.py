@@ -20,8 +20,8 @@ from mla.errors import ResultError, UsageError
 
 Files = Sequence[tuple[Path, Run]]
 
-TABLE = files.Kind("a table of results", lambda data: data.startswith(b"file,"))
-DOCUMENT = files.Kind("a document of a case", lambda data: data.lstrip(b"{ \n").startswith(b'"run_id":'))
+TABLE = files.Kind("a table of results", lambda data: data.startswith(table.render(()).encode()))
+DOCUMENT = files.Kind("a document of a case", lambda data: infinimetrics.START.match(data) is not None)
 
 
 @click.command(short_help="Write results as CSV or for InfiniMetrics; torch is not needed.")

@@ -19,9 +19,10 @@ from mla.bench.terminal import run_table
 from mla.bench.terminal.comparison import compare_runs
 from mla.bench.terminal.quality_warnings import quality_warnings
 from mla.bench.workload.implementations import parse_one
-from mla.command import last_words
+from mla.command import files, last_words
 from mla.command.console import note, out
 from mla.command.exit_codes import Exit, graver
+from mla.errors import UsageError
 
 if TYPE_CHECKING:
     from mla.bench.plan.request import Request
@@ -93,6 +94,8 @@ def run(**values: Any) -> int:
     budget = Budget(options.budget)
     check_gate(options)
     baseline = results.read(options.baseline) if options.baseline else None
+    if options.resume and not options.output and files.is_stream(options.resume):
+        raise UsageError(f"'{options.resume}' is a pipe, which a result cannot go back to: give -o FILE.")
     old = results.read(options.resume) if options.resume else None
     from mla.bench.plan.resolve import resolve
 
@@ -210,7 +213,8 @@ def _report(options: RunOptions, request: Request, outcome: Outcome) -> None:
 def _show(options: RunOptions, run: results.Run) -> None:
     if run.cases:
         run = printable(run)  # what a plugin says of itself and of its device goes to a terminal as well
-        out(run_table.render(run, options.kind))
+        if not files.is_stdout(options.target):
+            out(run_table.render(run, options.kind))
         for warning in quality_warnings(labelled(run)):
             note(warning)
 
@@ -220,7 +224,8 @@ def _compare(options: RunOptions, baseline: results.Run | None, run: results.Run
     if baseline is None or not run.cases:
         return None
     text, cases = compare_runs(baseline, run, f"this run against {options.baseline}", options.kind)
-    (out if options.kind in ("table", "md") else note)(f"\n{text}")
+    apart = options.kind not in ("table", "md") or files.is_stdout(options.target)
+    (note if apart else out)(f"\n{text}")
     return cases
 
 

@@ -26,6 +26,11 @@ CODES = {"ok": 0, "wrong": 2, "doubtful": 5, "not run": 5}
 
 Document = dict[str, Any]
 
+# How a document begins: only ours have such a digest.
+START = re.compile(
+    rb'\{\s*"run_id": "[0-9a-f]{12}_\d{8}_\d{6}",\s*"time": "[^"]*",\s*"testcase": "operator\.'
+)
+
 
 def documents(run: Run) -> list[Document]:
     """Return a document for every case. Raises `ResultError` for a run that has no date."""

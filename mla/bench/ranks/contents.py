@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from mla.bench import results
 from mla.bench.ranks.errors import RanksError, listed, numbered
 from mla.bench.results.build import build_digest
 from mla.checkpoint import fingerprint, read_layer
@@ -24,7 +25,7 @@ Contents = Mapping[str, Mapping[str, str]]  # kind -> what it consists of -> val
 def contents(request: Request, options: RunOptions) -> dict[str, dict[str, str]]:
     """Return what was read from files: config, scenarios, checkpoint, and the program itself.
 
-    Raises `CheckpointError`.
+    Raises `CheckpointError` and `ResultError`.
     """
     setting = request.setting
     given = (option.partition("=") for option in options.backend_options)
@@ -34,7 +35,7 @@ def contents(request: Request, options: RunOptions) -> dict[str, dict[str, str]]
         "config": {name: str(value) for name, value in asdict(setting.config).items()},
         "workload": {f"'{point.name}'": _digest(msgspec.json.encode(point)) for point in request.points},
         "checkpoint": _weights(request, options),
-        "file of -O": {f"'{name}'": _digest(file.read_bytes()) for name, file in files.items()},
+        "file of -O": {f"'{name}'": _digest(results.content(file)) for name, file in files.items()},
     }
 
 

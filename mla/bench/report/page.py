@@ -14,9 +14,9 @@ from mla.bench.results.schema import Run
 from mla.command import files
 from mla.errors import MLAError, ResultError
 
-# How every report starts; only a file that starts like this is overwritten.
-DOCTYPE = "<!doctype html>"
-PAGE = files.Kind("an HTML page", lambda data: data.lower().startswith(DOCTYPE.encode()))
+# In the head of every report; only a file with one of them is overwritten. Early reports have no generator.
+_MARKS = (b'<meta name="generator" content="python -m mla.bench report">', b"<title>MLA benchmark: ")
+PAGE = files.Kind("a report", lambda data: any(mark in data[:2000] for mark in _MARKS))
 
 
 class PageError(MLAError):

@@ -18,6 +18,8 @@ from mla_backends.outside import escaped, shortened
 
 T = TypeVar("T")
 
+_MOST = 1 << 30  # bytes of a file: thousands of cases come to some 100 MB
+
 # The first version whose throughput is that of all passes together.
 TOTAL = 4
 
@@ -104,7 +106,7 @@ def read(path: Path) -> Run:
 def content(path: Path) -> bytes:
     """Return what a file or a pipe holds. Raises `ResultError`."""
     try:
-        return outside.read(path)
+        return outside.read(path, most=_MOST)
     except OSError as error:
         raise ResultError(f"cannot read '{path}': {error.strerror}.") from error
 

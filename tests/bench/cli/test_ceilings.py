@@ -47,6 +47,11 @@ def test_json_on_stdout_is_the_file(bench: Bench, quick_ceilings: None) -> None:
     assert done.out == Path("c.json").read_text()
 
 
+def test_a_file_that_is_stdout_has_no_table_behind_it(bench: Bench, quick_ceilings: None) -> None:
+    done = bench(*CPU, "--dtype", "fp32", "-o", "/dev/stdout")
+    assert not ceilings_file.decode(done.out.encode()).interrupted
+
+
 def test_the_default_is_what_the_device_computes_natively(bench: Bench, quick_ceilings: None) -> None:
     run = bench("ceilings", "--backend", "fake-float32-only", "--format", "json", fakes=["float32_only"])
     dtypes = {one.dtype for one in ceilings_file.decode(run.out.encode()).measured}

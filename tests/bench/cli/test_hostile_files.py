@@ -16,6 +16,7 @@ from typing import Any
 import checkpoint_maker as maker
 import pytest
 
+import mla.bench.results.file
 import mla_backends.outside.files
 from mla.bench import results
 from mla.bench.cli import show
@@ -141,6 +142,37 @@ def test_links_of_a_hub_cache_are_followed(tmp_path: Path) -> None:
     assert MLAConfig.from_pretrained(made.folder).hidden_size == made.config.hidden_size
 
 
+def test_the_blobs_of_a_hub_cache_may_lie_on_another_disk(tmp_path: Path) -> None:
+    made = maker.LAYOUTS["hub-cache"].make(tmp_path / "model")
+    blobs = made.folder.parents[1] / "blobs"
+    blobs.rename(tmp_path / "disk")
+    blobs.symlink_to(tmp_path / "disk")
+    assert read_layer(made.folder, made.config)
+
+
+def test_a_config_that_is_named_may_be_a_link_to_anywhere(tmp_path: Path) -> None:
+    """Data version control makes such folders, of which a checkpoint's rule does not hold."""
+    (tmp_path / "store").write_text(json.dumps(LAYER))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").symlink_to(tmp_path / "store")
+    assert MLAConfig.named(str(tmp_path / "model")).hidden_size == 64
+
+
+def test_a_pipe_of_a_high_number_is_read(tmp_path: Path) -> None:
+    """`select` would refuse it."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2000, limits[1]), limits[1]))
+    taken = [os.dup(2) for _ in range(1024)]
+    try:
+        with subprocess.Popen(["echo", "[1]"], stdout=subprocess.PIPE) as echo:
+            assert echo.stdout is not None
+            assert outside.read(f"/dev/fd/{echo.stdout.fileno()}") == b"[1]\n"
+    finally:
+        for number in taken:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 @pytest.mark.parametrize("seconds", [0, 0.5], ids=["writer", "slow writer"])
 def test_a_pipe_that_a_user_names_is_read(
     seconds: float, tmp_path: Path, make_run: Callable[..., results.Run]
@@ -161,7 +193,7 @@ def test_a_pipe_that_a_user_names_is_read(
 
 
 def test_a_pipe_is_read_as_far_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mla_backends.outside.files, "MOST", 1 << 20)
+    monkeypatch.setattr(mla.bench.results.file, "_MOST", 1 << 20)
     with subprocess.Popen(["yes"], stdout=subprocess.PIPE) as endless:
         assert endless.stdout is not None
         said = refusal(results.read, Path(f"/dev/fd/{endless.stdout.fileno()}"))

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
+import shutil
+import stat
 import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.peers.scaling import FIGURE
+from benchmarks.transformers.record import RECORD
 from mla.bench import results
 from mla.bench.cli import show
 from mla.bench.measure.trace import Trace
@@ -24,6 +31,15 @@ MakeRun = Callable[..., results.Run]
 
 VIRTUAL = ("--backend", "fake-virtual-clock")
 MINE = "not yours\n"
+# What programs of others begin their files with.
+FOREIGN = (
+    MINE,
+    '{"mine": 1}',
+    "file,size\n",
+    '{"run_id": "7", "testcase": "t"}',
+    "<!doctype html><title>mine</title>",
+    '{"schema_version": 1, "argv": []}',
+)
 REFUSED = "it exists and is not {}; remove it or name another file."
 
 
@@ -43,14 +59,14 @@ def run(make_run: MakeRun) -> str:
         (["ceilings", *VIRTUAL, "-o"], "mine.json", RESULT.name),
         (["export", "run.json", "-o"], "mine.csv", "a table of results"),
         (["export", "run.json", "--format", "infinimetrics", "-o"], "mine.json", "a document of a case"),
-        (["report", "run.json", "--html"], "mine.html", "an HTML page"),
+        (["report", "run.json", "--html"], "mine.html", "a report"),
     ],
 )
 @pytest.mark.usefixtures("run")
 def test_a_file_of_the_users_own_is_refused_before_anything_runs(
     words: list[str], name: str, kind: str, bench: Bench
 ) -> None:
-    for text in (MINE, '{"mine": 1}'):
+    for text in FOREIGN:
         Path(name).write_text(text)
         done = bench(*words, name, fakes=["virtual_clock"])
         assert (done.code, done.error) == (2, f"error: cannot write '{name}': {REFUSED.format(kind)}")
@@ -80,12 +96,124 @@ def test_a_trace_of_ours_is_replaced(zipped: bool) -> None:
         check_writable(Path("trace"), RESULT)
 
 
-def test_every_result_in_the_repository_is_ours() -> None:
-    folder = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
-    paths = list(folder.glob("*.json"))
-    assert paths
-    for path in paths:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["export", "run.json", "-o"],
+        ["export", "run.json", "--format", "infinimetrics", "-o"],
+        ["report", "run.json", "--html"],
+    ],
+)
+@pytest.mark.usefixtures("run")
+def test_what_was_exported_before_is_replaced(words: list[str], bench: Bench) -> None:
+    assert [bench(*words, "out.json").code for _ in range(2)] == [0, 0]
+
+
+@pytest.mark.usefixtures("run")
+def test_a_result_is_known_and_read_however_large_it_is() -> None:
+    with Path("run.json").open("ab") as file:
+        file.write(b" " * (65 << 20))
+    assert results.read(Path("run.json")).cases
+    check_writable(Path("run.json"), RESULT)
+
+
+def test_what_comes_while_a_run_goes_on_is_judged_as_well(make_run: MakeRun) -> None:
+    """The user's own file is kept, however often the run tries; another run's result is replaced."""
+    path = Path("run.json")
+    check_writable(path, RESULT)
+    path.write_text(MINE)
+    for _ in range(2):
+        with pytest.raises(ResultError, match="it exists and is not a result file"):
+            write_bytes(b"new", path)
+    assert path.read_text() == MINE
+    path.write_bytes(results.encode(make_run()))
+    write_bytes(b"new", path)
+    write_bytes(b"newer", path)
+    assert path.read_bytes() == b"newer"
+
+
+def test_the_file_below_a_descriptor_is_not_replaced() -> None:
+    """As of `2>log -o /dev/stderr`: what is printed later would be lost."""
+    with Path("log").open("w") as log:
+        names = [f"/dev/fd/{log.fileno()}", f"/proc/self/fd/{log.fileno()}", "link"]
+        Path("link").symlink_to(names[0])
+        for name in names:
+            with pytest.raises(ResultError, match="it is the descriptor of an open file"):
+                check_writable(Path(name), RESULT)
+
+
+def test_the_reading_end_of_a_pipe_is_not_written_to() -> None:
+    reader, writer = os.pipe()
+    with pytest.raises(ResultError, match="it is closed, or open for reading"):
+        check_writable(Path(f"/dev/fd/{reader}"), RESULT)
+    check_writable(Path(f"/dev/fd/{writer}"), RESULT)
+    write_bytes(b"new", Path(f"/dev/fd/{writer}"))
+    assert os.read(reader, 9) == b"new"
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_run_that_is_resumed_from_a_pipe_needs_a_file(run: str, bench: Bench) -> None:
+    with subprocess.Popen(["cat", run], stdout=subprocess.PIPE) as cat:
+        assert cat.stdout is not None
+        name = f"/dev/fd/{cat.stdout.fileno()}"
+        done = bench(*VIRTUAL, "--resume", name, fakes=["virtual_clock"])
+    said = f"error: '{name}' is a pipe, which a result cannot go back to: give -o FILE."
+    assert (done.code, done.error) == (2, said)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_file_of_somebody_else_in_a_sticky_folder_is_refused(run: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, run)
+        path.write_bytes(Path(run).read_bytes())
+        path.chmod(0o666)
+        Path(folder).chmod(stat.S_ISVTX | 0o777)
+        os.seteuid(12345)
+        try:
+            with pytest.raises(ResultError, match="it is somebody else's, in a folder"):
+                check_writable(path, RESULT)
+        finally:
+            os.seteuid(0)
         check_writable(path, RESULT)
+
+
+def test_a_file_that_is_mounted_is_refused(run: str) -> None:
+    """As `docker run -v run.json:/run.json` does."""
+    Path("mounted").touch()
+    namespace, mount = ("unshare", "-rm", "sh", "-c"), f"mount --bind {run} mounted"
+    if not shutil.which("unshare") or subprocess.run([*namespace, mount], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    check = "from mla.command.files import *; check_writable(Path('mounted'), RESULT)"
+    words = [*namespace, f'{mount}; exec "$0" -c "$1"', sys.executable, check]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.stderr.endswith("it is a mount point, which cannot be replaced; name another file.\n")
+
+
+def test_ctrl_c_after_the_replacement_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def replace_and_interrupt(source: str, target: Path) -> None:
+        replace(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", replace_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_bytes(b"new", Path("run.json"))
+    assert Path("run.json").read_bytes() == b"new"
+
+
+def test_every_result_in_the_repository_is_ours() -> None:
+    folder = Path(__file__).resolve().parents[3] / "benchmarks"
+    for pattern, kind in (
+        ("results/*.json", RESULT),
+        ("results/scaling-*.svg", FIGURE),
+        ("transformers/results/*.json", RECORD),
+    ):
+        paths = list(folder.glob(pattern))
+        assert paths
+        for path in paths:
+            check_writable(path, kind)
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["to a result", "to nothing yet"])
@@ -142,9 +270,19 @@ def test_stdout_stays_what_it_is(name: str, run: str, process: Bench) -> None:
     assert "exported 1 document" in done.err
 
 
+def test_a_stdout_without_a_descriptor_is_written_to(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook."""
+    shown = io.StringIO()
+    monkeypatch.setattr("sys.stdout", shown)
+    check_writable(Path("/dev/stdout"))
+    write_bytes(b"new", Path("/dev/stdout"))
+    assert shown.getvalue() == "new"
+
+
 def test_a_run_onto_stdout_is_read_by_the_next_command(process: Bench, small: list[str]) -> None:
+    """There is no table to be divided from it."""
     made = process(*VIRTUAL, *small, "-o", "/dev/stdout", fakes=["virtual_clock"])
-    text = made.out[: made.out.rindex("}\n") + 2]
+    text = made.out
     assert len(results.decode(text.encode()).cases) == 2
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as cat:
         assert cat.stdin is not None

@@ -27,7 +27,7 @@ def test_it_writes_one_page_and_overwrites_only_a_page(bench: Any, files: list[s
         ("two.json", "cannot write 'two.json': it is one of the result files; name another file."),
         (
             "notes.txt",
-            "cannot write 'notes.txt': it exists and is not an HTML page; remove it or name another file.",
+            "cannot write 'notes.txt': it exists and is not a report; remove it or name another file.",
         ),
         ("gone/out.html", "cannot write 'gone/out.html': there is no folder 'gone'."),
         (".", "cannot write '.': it is a folder."),
