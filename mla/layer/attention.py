@@ -47,7 +47,8 @@ class MLA(nn.Module):
     log-sum-exp gets all of a request at once: beyond the cap, up to a quarter of the device's free memory,
     else planning raises `UnsupportedBatch`.
     Weights arrive through `load_state_dict` under Hugging Face names.
-    Any thread may call a layer; those that call layers of one backend take turns.
+    Any thread may call a layer; those that call layers of one backend take turns, and a call from within a
+    call raises RuntimeError.
     """
 
     _batches: tuple[type, ...] = (RaggedBatch,)
@@ -138,9 +139,10 @@ class MLA(nn.Module):
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
         """Return the plain weights under Hugging Face names, bit for bit as loaded."""
-        self._require_weights()
         found = {} if destination is None else destination
-        found.update({prefix + name: weight for name, weight in self._weights.state_dict().items()})
+        with self._scratch.turn:
+            self._require_weights()
+            found.update({prefix + name: weight for name, weight in self._weights.state_dict().items()})
         return found
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -155,8 +157,9 @@ class MLA(nn.Module):
 
         What is put there has the attributes of the op that plans need: `prepare`, `unsupported_batch`, ...
         """
-        self.ops = self.ops.replaced(replace)
-        self._repeated = Repeated(None)
+        with self._scratch.turn:
+            self.ops = self.ops.replaced(replace)
+            self._repeated = Repeated(None)
 
     def weight_bytes(self) -> int:
         """Return the bytes that the packed weights keep alive."""

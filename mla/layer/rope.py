@@ -18,9 +18,8 @@ def inverse_frequencies(config: MLAConfig) -> torch.Tensor:
     """Return the rotary frequencies [r/2] in fp32, scaled as the config says; zeros where none rotate."""
     dim, scaling = config.qk_rope_head_dim, config.rope_scaling
     if config.rope_theta is None:
-        return torch.zeros(
-            dim // 2, device="cpu"
-        )  # cosines of exactly 1 and sines of 0: a rotation that changes no bit
+        # Cosines of exactly 1 and sines of 0: a rotation that changes no bit.
+        return torch.zeros(dim // 2, dtype=torch.float32, device="cpu")
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
     powers = config.rope_theta**exponents
     if scaling is None:
