@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import torch
 
-from mla.cache.ragged_batch import RaggedBatch
+from mla.cache.ragged_batch import RaggedBatch, plain
 from mla.config import MLAConfig
 from mla.errors import WeightError
 from mla.layer.absorbed import AbsorbedPath
@@ -114,6 +114,6 @@ class AttentionCore:
     def _plan(self, batch: RaggedBatch) -> StepPlan:
         """Plan a batch, whose queries are turned by no angle: cosines of 1 and sines of 0 change no bit."""
         half = self.config.qk_rope_head_dim // 2
-        unturned = torch.zeros(batch.num_tokens, 2 * half, dtype=torch.float32, device=self.device)
+        unturned = plain(torch.zeros(batch.num_tokens, 2 * half, dtype=torch.float32, device=self.device))
         unturned[:, :half] = 1
         return make_plan(self.config, self.ops, unturned, batch, self._attention, self._limit, self._growth)

@@ -10,8 +10,8 @@ import math
 
 import torch
 
+from mla.cache.ragged_batch import plain
 from mla.config import LongRopeScaling, MLAConfig, QueryScaling, YarnScaling
-from mla.layer.workspace import plain
 
 
 def inverse_frequencies(config: MLAConfig) -> torch.Tensor:
@@ -85,8 +85,8 @@ class RotaryTable:
 
     def gather(self, positions: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return the rows [T, r] of `positions` [T], in `out` if given; the caller has reserved them."""
-        return torch.index_select(self.table, 0, positions, out=out)
+        return plain(torch.index_select(self.table, 0, positions, out=out))
 
     def empty(self, count: int) -> torch.Tensor:
         """Return memory for `count` rows."""
-        return self.table.new_empty(count, self.table.shape[1])
+        return plain(self.table.new_empty(count, self.table.shape[1]))

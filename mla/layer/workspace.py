@@ -11,8 +11,8 @@ from weakref import WeakSet
 
 import torch
 
+from mla.cache.ragged_batch import plain
 from mla_backends.api import Backend
-from mla_backends.api.operands import is_plain
 
 Views = TypeVar("Views")
 # Most sets of views kept; prompts come in any length.
@@ -66,13 +66,6 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-def plain(made: torch.Tensor) -> torch.Tensor:
-    """Return memory to be kept. Raises ValueError for what a mode, as FakeTensorMode, made instead."""
-    if not is_plain(made):
-        raise ValueError(f"a layer cannot run where a mode turns its memory into a {type(made).__name__}.")
-    return made
 
 
 class Workspace:

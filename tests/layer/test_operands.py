@@ -397,3 +397,25 @@ def test_a_default_dtype_changes_nothing(backend: Backend | None) -> None:
         finally:
             torch.set_default_dtype(torch.float32)
         assert all(map(torch.equal, found, expected)), dtype
+
+
+def test_a_step_of_no_requests_is_refused(backend: Backend | None) -> None:
+    scene, cores = Scene(backend), Cores(backend)
+    batch = scene.batch.subset([])
+    with pytest.raises(ValueError, match="the batch has no requests"):
+        scene.run(batch=batch, hidden=scene.hidden[:0])
+    with cores.core.scratch.turn, pytest.raises(ValueError, match="the batch has no requests"):
+        cores.core(cores.core.queries(0), batch, scene.pages)
+
+
+def test_a_fake_mode_is_not_remembered_by_a_batch(backend: Backend | None) -> None:
+    scene, cores = Scene(backend), Cores(backend)
+    q, batch, pages, truth = cores.problem(0)
+    real = {"pages": scene.pages, "out": torch.empty_like(scene.hidden)}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with pytest.raises(ValueError, match="where a mode turns their memory into a FakeTensor"):
+            scene.run(**real)
+        with pytest.raises((ValueError, RuntimeError)):
+            attended(cores.core, q, batch, pages)
+    scene.check(scene.run())
+    assert close(attended(cores.core, q, batch, pages), truth)
