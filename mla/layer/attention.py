@@ -279,6 +279,8 @@ class MLA(nn.Module):
             raise ValueError(
                 f"pages [{pages.shape[0]}, ...] are not those of the cache this batch describes."
             )
+        if out is not None and out.untyped_storage().data_ptr() == pages.untyped_storage().data_ptr():
+            raise ValueError("out shares memory with pages, whose latents it would overwrite.")
 
     def _check_out(self, out: torch.Tensor, batch: RaggedBatch) -> None:
         width = self.config.hidden_size

@@ -55,7 +55,7 @@ class Scene:
         if layer is None:
             self.layer.load_state_dict(self.state)
         draw = torch.Generator().manual_seed(seed)
-        self.cache = LatentCache(CONFIG, max_tokens=1024, page_size=16, shuffle=seed)
+        self.cache = LatentCache(CONFIG, max_tokens=1024, page_size=16, num_layers=2, shuffle=seed)
         self.ids = self.cache.new_sequences(2)
         self.history = [(normal(draw, n, 64), normal(draw, n, 32)) for n in (20 + seed, 33)]
         for sequence, past in zip(self.ids, self.history, strict=True):
@@ -114,6 +114,9 @@ def test_what_is_no_plain_tensor_of_the_layer_is_refused_by_name(backend: Backen
                 assert torch.equal(scene.cache.pages, before)
         with pytest.raises(ValueError, match="its rows must not share memory"):
             scene.run(out=out[:1].expand_as(out))
+        for inside in (scene.cache.pages[0, -1, :5, :64], scene.cache.pages[1].view(-1)[:320].view(5, 64)):
+            with pytest.raises(ValueError, match="out shares memory with pages"):
+                scene.run(out=inside)
 
 
 def test_memory_that_is_gone_is_refused_by_native_ops() -> None:
