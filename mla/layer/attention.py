@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from mla.cache.ragged_batch import RaggedBatch
 from mla.checkpoint import read_layer, refuse_other_formats
@@ -218,6 +219,8 @@ class MLA(nn.Module):
         Running the same batch again gives the same result, also under autocast. Raises `StaleBatch` when the
         cache has changed since `batch` was made, and ValueError when a tensor does not fit.
         """
+        if is_compiling():  # asked here because a decorator would cost every call
+            return _uncompiled(self, hidden, batch, pages, out)
         if self._autocast and torch.is_autocast_enabled(self._autocast):
             with torch.autocast(self._autocast, enabled=False):
                 return MLA.forward(self, hidden, batch, pages, out)
@@ -290,3 +293,9 @@ class MLA(nn.Module):
             raise ValueError(f"out has strides {[row, column]}: elements of a row must be adjacent.")
         if row < width and batch.num_tokens > 1:
             raise ValueError(f"out has strides {[row, column]}: its rows must not share memory.")
+
+
+def _uncompiled(layer: MLA, *arguments: Any) -> torch.Tensor:
+    """Run a forward outside `torch.compile`: steps are worked out on the host, and ops are a backend's."""
+    result: torch.Tensor = torch.compiler.disable(MLA.forward)(layer, *arguments)  # imports a compiler
+    return result

@@ -422,3 +422,23 @@ def test_a_fake_mode_is_not_remembered_by_a_batch(backend: Backend | None) -> No
             attended(cores.core, q, batch, pages)
     scene.check(scene.run())
     assert close(attended(cores.core, q, batch, pages), truth)
+
+
+def test_a_compiled_model_calls_a_layer_as_it_is() -> None:
+    scene = Scene(load_backend("cpu", options={"native": "portable"}))
+    held = scene.cache.pages.clone()
+
+    def model(hidden: torch.Tensor, batch: RaggedBatch, pages: torch.Tensor) -> torch.Tensor:
+        return 2 * scene.layer(hidden * 1, batch, pages)
+
+    seen = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        seen.append([node.op for node in graph.graph.nodes].count("call_function"))
+        return graph.forward
+
+    compiled = torch.compile(model, backend=count)
+    for _ in range(2):
+        scene.cache.pages.copy_(held)
+        scene.check(compiled(scene.hidden, scene.batch, scene.pages) / 2)
+    assert seen == [1, 1]  # what comes before the layer, and what comes after it
