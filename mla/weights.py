@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from mla.config import MLAConfig
@@ -47,9 +49,12 @@ def random_state_dict(
 def _random(
     shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, middle: float
 ) -> torch.Tensor:
+    def normal(shape: Sequence[int]) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
     if len(shape) == 1:
-        return (middle + 0.1 * torch.randn(shape, generator=generator, device="cpu")).to(dtype)
+        return (middle + 0.1 * normal(shape)).to(dtype)
     weight = torch.empty(shape, dtype=dtype, device="cpu")
     for rows in weight.split(4096):  # an fp32 copy of a large weight would double peak memory
-        rows.copy_(torch.randn(rows.shape, generator=generator, device="cpu") * shape[1] ** -0.5)
+        rows.copy_(normal(rows.shape) * shape[1] ** -0.5)
     return weight

@@ -7,25 +7,23 @@ by a free list; sequences own pages through a block table kept on the host.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import index
 from typing import Any
 
 import torch
 
-from mla.cache.ragged_batch import BatchMemory, RaggedBatch, check_page_size, host_ints
+from mla.cache.ragged_batch import (
+    BatchMemory,
+    RaggedBatch,
+    check_page_size,
+    host_ints,
+    plain,
+    whole_numbers,
+)
 from mla.config import MLAConfig
 from mla.errors import CacheFull
 from mla_backends.api.operands import misfit
-
-
-def whole_numbers(name: str, values: Iterable[Any]) -> list[int]:
-    """Return integers of any kind, also numpy's and torch's, as a list of Python's. Raises ValueError."""
-    try:
-        return [*map(index, values)]
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{name} must be whole numbers, got {values!r:.80}.") from error
 
 
 def check_history(config: MLAConfig, kv: Any, pe: Any) -> int:
@@ -67,7 +65,8 @@ class LatentCache:
         dtype: torch.dtype = torch.bfloat16,
         shuffle: int | None = None,
     ) -> None:
-        check_page_size(page_size)
+        page_size = check_page_size(page_size)
+        max_tokens, num_layers = whole_numbers("max_tokens and num_layers", (max_tokens, num_layers))
         if max_tokens < 1 or num_layers < 1:
             raise ValueError(
                 f"max_tokens and num_layers must be positive, got {max_tokens} and {num_layers}."
@@ -77,7 +76,7 @@ class LatentCache:
         self.num_pages = -(-max_tokens // page_size)
         shape = (num_layers, self.num_pages, page_size, config.latent_dim)
         with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
-            self.pages = torch.zeros(shape, dtype=dtype, device=device)
+            self.pages = plain(torch.zeros(shape, dtype=dtype, device=device))
             self._tables = torch.zeros(0, 1, dtype=torch.int32, device="cpu")  # [rows, pages]
         self.generation = 0
         self._free = list(range(self.num_pages - 1, -1, -1))
@@ -149,7 +148,8 @@ class LatentCache:
 
         The block table is as wide as the longest sequence needs, or as `table_tokens` tokens would if that is
         more: steps of sequences that grow up to there have one shape and one memory, as a graph needs.
-        Raises `CacheFull` when pages run out and ValueError for bad arguments; both change nothing.
+        Raises `CacheFull` when pages run out and ValueError for bad arguments; both change nothing. After any
+        other error, as for want of memory, lengths and pages are as before, and earlier batches out of date.
         """
         query_lens = whole_numbers("query_lens", query_lens)
         reserved = table_tokens and whole_numbers("table_tokens", [table_tokens])[0]
@@ -157,24 +157,55 @@ class LatentCache:
         if width > self._tables.shape[1]:  # before anything changes: there may be no memory
             self._grow_tables(self._tables.shape[0], width)
         entries, kv_lens = self._grow(sequences, query_lens)
-        table = self._table(entries, width)
-        slots = None
-        if query_lens.count(1) == len(query_lens):  # decode: a few integers, not worth tensor arithmetic
-            size = self.page_size
-            slots = [entry.pages[-1] * size + (entry.length - 1) % size for entry in entries]
-        memory = self._batch_memory(sum(query_lens), table, reserved=reserved > 0)
-        return RaggedBatch(query_lens, kv_lens, table, self.page_size, self.pages.device, self, slots, memory)
+        try:
+            table = self._table(entries, width)
+            slots = None
+            if query_lens.count(1) == len(query_lens):  # decode: a few integers, not worth tensor arithmetic
+                size = self.page_size
+                slots = [entry.pages[-1] * size + (entry.length - 1) % size for entry in entries]
+            memory = self._batch_memory(sum(query_lens), table, reserved=reserved > 0)
+            of = (table, self.page_size, self.pages.device, self, slots, memory)
+            return RaggedBatch(query_lens, kv_lens, *of)
+        except BaseException:
+            self._shrink(entries, query_lens)
+            raise
 
     def grow(self, sequences: Sequence[int], query_lens: Sequence[int]) -> torch.Tensor:
         """Make room as `extend` does, and return the host's block table [B, n] int32 alone."""
-        entries, _ = self._grow(sequences, whole_numbers("query_lens", query_lens))
-        return self._table(entries, 0)
+        query_lens = whole_numbers("query_lens", query_lens)
+        entries, _ = self._grow(sequences, query_lens)
+        try:
+            return self._table(entries, 0)
+        except BaseException:
+            self._shrink(entries, query_lens)
+            raise
+
+    def shrink(self, sequences: Sequence[int], query_lens: Sequence[int]) -> None:
+        """Take back what `grow` gave these, in which nothing has been written."""
+        self._shrink([self._get(sequence) for sequence in sequences], query_lens)
+
+    def _shrink(self, entries: Sequence[_Sequence], query_lens: Sequence[int]) -> None:
+        for entry, query in zip(entries, query_lens, strict=True):
+            entry.length -= query
+        self._take_back(entries)
+
+    def _take_back(self, entries: Sequence[_Sequence]) -> None:
+        """Free the pages that lengths do not need, in which nothing has been written."""
+        self._last_tables.clear()
+        for entry in reversed(entries):
+            keep = -(-entry.length // self.page_size)
+            self._free += reversed(entry.pages[keep:])
+            del entry.pages[keep:]
 
     def _grow(self, sequences: Sequence[int], query_lens: Sequence[int]) -> tuple[list[_Sequence], list[int]]:
         """Give sequences the pages and the lengths [B] that they have after a step; return both."""
         entries = self._entries(sequences, query_lens)
         kv_lens = [entry.length + query for entry, query in zip(entries, query_lens, strict=True)]
-        self._reserve(entries, kv_lens)
+        try:
+            self._reserve(entries, kv_lens)
+        except BaseException:
+            self._take_back(entries)
+            raise
         for entry, kv_len in zip(entries, kv_lens, strict=True):
             entry.length = kv_len
         self.generation += 1
@@ -197,7 +228,7 @@ class LatentCache:
         width = max(1, least, *[len(entry.pages) for entry in entries])
         if width > self._tables.shape[1]:
             self._grow_tables(self._tables.shape[0], width)
-        table = self._tables[:, :width].index_select(0, host_ints(entry.row for entry in entries))
+        table = plain(self._tables[:, :width].index_select(0, host_ints(entry.row for entry in entries)))
         self._last_tables[least] = table
         return table
 
@@ -240,7 +271,7 @@ class LatentCache:
 
     def _grow_tables(self, rows: int, width: int) -> None:
         with torch.inference_mode(False):
-            grown = torch.zeros(rows, width, dtype=torch.int32, device="cpu")
+            grown = plain(torch.zeros(rows, width, dtype=torch.int32, device="cpu"))
         grown[: self._tables.shape[0], : self._tables.shape[1]] = self._tables
         self._tables = grown
 
@@ -255,13 +286,13 @@ class LatentCache:
             raise ValueError(f"cannot truncate a sequence of {entry.length} tokens to {length}.")
         keep = -(-length // self.page_size)
         dropped = entry.pages[keep:]
+        if dropped:
+            self.pages[:, plain(torch.tensor(dropped, device=self.pages.device))] = 0
+            self._last_tables.clear()
         del entry.pages[keep:]
         entry.length = length
         self.generation += 1
-        if dropped:
-            self._last_tables.clear()
-            self.pages[:, torch.tensor(dropped, device=self.pages.device)] = 0
-            self._free += reversed(dropped)  # so that extending again takes the same pages
+        self._free += reversed(dropped)  # so that extending again takes the same pages
 
     def release(self, sequences: Sequence[int]) -> None:
         """Free the pages of sequences and forget their ids. Raises ValueError before freeing any."""
@@ -287,7 +318,8 @@ class LatentCache:
         sequence, layer = whole_numbers("a sequence and its layer", (sequence, layer))
         if not 0 <= layer < self.pages.shape[0]:
             raise ValueError(f"this cache has {self.pages.shape[0]} layers, so there is no layer {layer}.")
-        rows = torch.cat([x.to(self.pages.device, self.pages.dtype) for x in (kv, pe)], dim=1)
+        kept = [x.detach().to(self.pages.device, self.pages.dtype) for x in (kv, pe)]
+        rows = plain(torch.cat(kept, dim=1))
         if count and self.length(sequence) == 0:
             self.extend([sequence], [count])
         if self.length(sequence) != count:

@@ -10,14 +10,18 @@ import weakref
 from array import array
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import accumulate
+from operator import index
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
 from mla.errors import StaleBatch
+from mla_backends.api.operands import is_plain
 from mla_backends.upload import upload_into
 
 Value = TypeVar("Value")
+
+MOST_TOKENS = 2**31 - 1  # lengths and positions are int32
 
 
 class PagedCache(Protocol):
@@ -35,10 +39,40 @@ def host_ints(values: Iterable[int], dtype: torch.dtype = torch.int64) -> torch.
     return torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype, device="cpu")
 
 
-def check_page_size(page_size: int) -> None:
-    """Raise ValueError unless this is a power of two."""
-    if not isinstance(page_size, int) or page_size < 1 or page_size & (page_size - 1):
-        raise ValueError(f"page_size must be a power of two, got {page_size}.")
+def whole_numbers(name: str, values: Iterable[Any]) -> list[int]:
+    """Return integers of any kind, also numpy's and torch's, as a list of Python's. Raises ValueError."""
+    try:
+        return [*map(index, values)]
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{name} must be whole numbers, got {values!r:.80}.") from error
+
+
+def check_page_size(page_size: Any) -> int:
+    """Return an integer of any kind as Python's. Raises ValueError unless it is a power of two."""
+    size = index(page_size) if hasattr(page_size, "__index__") and not isinstance(page_size, bool) else 0
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"page_size must be a power of two, got {page_size!r}.")
+    return size
+
+
+def plain(made: torch.Tensor) -> torch.Tensor:
+    """Return memory to be kept. Raises ValueError for what a mode, as FakeTensorMode, made instead."""
+    if type(made) is not torch.Tensor and not is_plain(made):
+        kind = type(made).__name__
+        raise ValueError(f"layers and caches cannot work where a mode turns their memory into a {kind}.")
+    return made
+
+
+class _Source(weakref.ref[PagedCache]):
+    """Weak: a plan in the memo refers to its batch, and this cycle must not hold the pages of a cache."""
+
+    def __deepcopy__(self, memo: Any) -> _Source:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a batch cannot be pickled: it describes a cache as it is now. Pickle the cache, and `extend` it."
+        )
 
 
 class BatchMemory:
@@ -54,7 +88,7 @@ class BatchMemory:
         requests, width = table.shape
         sizes = (2 * tokens, tokens, requests, requests + 1, requests * width)
         with torch.inference_mode(False):
-            self.buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+            self.buffer = plain(torch.empty(sum(sizes), dtype=torch.int32, device=device))
         slots, self.positions, self.kv_lens, self.cu_q, pages = self.buffer.split(sizes)
         self.slots = slots.view(torch.int64)
         self.block_table = pages.view(requests, width)
@@ -78,9 +112,11 @@ class BatchMemory:
 
     def fill(self, numbers: torch.Tensor, table: torch.Tensor) -> None:
         """Copy what a batch packed, and its block table unless it is already here, in one copy."""
+        plain(numbers)
         if table is self._held:
             upload_into(numbers, self._numbers)
             return
+        self._held = None  # until it is here
         upload_into(torch.cat((numbers, table.view(-1))), self.buffer)
         self._held = table
 
@@ -113,13 +149,13 @@ class RaggedBatch:
         slots: Sequence[int] | None = None,  # of the new tokens, where the caller knows them
         memory: BatchMemory | None = None,  # of this shape, where the caller has some to reuse
     ) -> None:
-        check_page_size(page_size)
+        page_size = check_page_size(page_size)
         if source is None:
-            _check_step(query_lens, kv_lens, block_table)
+            query_lens, kv_lens = _lengths(query_lens, kv_lens)
+            _check_table(block_table, kv_lens, page_size)
         self.page_size = page_size
         self.device = device
-        # Weak: a plan in the memo refers to its batch, and this cycle must not hold the pages of a cache.
-        self._source = None if source is None else weakref.ref(source)
+        self._source = None if source is None else _Source(source)
         self._num_pages = None if source is None else source.num_pages
         self._describe(tuple(query_lens), tuple(kv_lens), block_table)
         self.memory = memory or BatchMemory(self.num_tokens, block_table, device)
@@ -214,13 +250,21 @@ class RaggedBatch:
             )
 
 
-def _check_step(query_lens: Sequence[int], kv_lens: Sequence[int], table: torch.Tensor) -> None:
-    """Raise ValueError unless these are the lengths and the block table of a step."""
-    count = len(query_lens)
-    if len(kv_lens) != count or any(not 0 <= q <= kv for q, kv in zip(query_lens, kv_lens, strict=True)):
-        raise ValueError(
-            f"kv_lens {list(kv_lens)} do not count the new tokens {list(query_lens)}, as they must."
-        )
+def _lengths(query_lens: Sequence[int], kv_lens: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return the lengths of a step as Python's integers. Raises ValueError for those of none."""
+    new, kept = whole_numbers("query_lens", query_lens), whole_numbers("kv_lens", kv_lens)
+    if len(kept) != len(new) or any(not 0 <= q <= kv for q, kv in zip(new, kept, strict=True)):
+        raise ValueError(f"kv_lens {kept} do not count the new tokens {new}, as they must.")
+    if max((*kept, sum(new))) > MOST_TOKENS:
+        raise ValueError(f"a step has at most {MOST_TOKENS} tokens, new or of a request.")
+    return new, kept
+
+
+def _check_table(table: torch.Tensor, kv_lens: Sequence[int], page_size: int) -> None:
+    """Raise ValueError unless this is a block table that has pages for these lengths."""
+    count = len(kv_lens)
+    if not isinstance(table, torch.Tensor):
+        raise ValueError(f"block_table must be a tensor [{count}, n], got a {type(table).__name__}.")
     if (
         table.dim() != 2
         or table.shape[0] != count
@@ -230,4 +274,9 @@ def _check_step(query_lens: Sequence[int], kv_lens: Sequence[int], table: torch.
         raise ValueError(
             f"block_table must be [{count}, n] torch.int32 on the host, got {list(table.shape)} "
             f"{table.dtype} on {table.device}."
+        )
+    if (longest := max(kv_lens, default=0)) > table.shape[1] * page_size:
+        raise ValueError(
+            f"block_table {list(table.shape)} has too few pages of {page_size} tokens for a request of "
+            f"{longest}: it must be [{count}, n >= {-(-longest // page_size)}]."
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from mla.cache.ragged_batch import RaggedBatch
 from mla.checkpoint import read_layer, refuse_other_formats
@@ -47,7 +48,8 @@ class MLA(nn.Module):
     log-sum-exp gets all of a request at once: beyond the cap, up to a quarter of the device's free memory,
     else planning raises `UnsupportedBatch`.
     Weights arrive through `load_state_dict` under Hugging Face names.
-    Any thread may call a layer; those that call layers of one backend take turns.
+    Any thread may call a layer; those that call layers of one backend take turns, and a call from within a
+    call raises RuntimeError.
     """
 
     _batches: tuple[type, ...] = (RaggedBatch,)
@@ -138,9 +140,10 @@ class MLA(nn.Module):
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
         """Return the plain weights under Hugging Face names, bit for bit as loaded."""
-        self._require_weights()
         found = {} if destination is None else destination
-        found.update({prefix + name: weight for name, weight in self._weights.state_dict().items()})
+        with self._scratch.turn:
+            self._require_weights()
+            found.update({prefix + name: weight for name, weight in self._weights.state_dict().items()})
         return found
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -155,8 +158,9 @@ class MLA(nn.Module):
 
         What is put there has the attributes of the op that plans need: `prepare`, `unsupported_batch`, ...
         """
-        self.ops = self.ops.replaced(replace)
-        self._repeated = Repeated(None)
+        with self._scratch.turn:
+            self.ops = self.ops.replaced(replace)
+            self._repeated = Repeated(None)
 
     def weight_bytes(self) -> int:
         """Return the bytes that the packed weights keep alive."""
@@ -215,6 +219,8 @@ class MLA(nn.Module):
         Running the same batch again gives the same result, also under autocast. Raises `StaleBatch` when the
         cache has changed since `batch` was made, and ValueError when a tensor does not fit.
         """
+        if is_compiling():  # asked here because a decorator would cost every call
+            return _uncompiled(self, hidden, batch, pages, out)
         if self._autocast and torch.is_autocast_enabled(self._autocast):
             with torch.autocast(self._autocast, enabled=False):
                 return MLA.forward(self, hidden, batch, pages, out)
@@ -276,6 +282,8 @@ class MLA(nn.Module):
             raise ValueError(
                 f"pages [{pages.shape[0]}, ...] are not those of the cache this batch describes."
             )
+        if out is not None and out.untyped_storage().data_ptr() == pages.untyped_storage().data_ptr():
+            raise ValueError("out shares memory with pages, whose latents it would overwrite.")
 
     def _check_out(self, out: torch.Tensor, batch: RaggedBatch) -> None:
         width = self.config.hidden_size
@@ -285,3 +293,9 @@ class MLA(nn.Module):
             raise ValueError(f"out has strides {[row, column]}: elements of a row must be adjacent.")
         if row < width and batch.num_tokens > 1:
             raise ValueError(f"out has strides {[row, column]}: its rows must not share memory.")
+
+
+def _uncompiled(layer: MLA, *arguments: Any) -> torch.Tensor:
+    """Run a forward outside `torch.compile`: steps are worked out on the host, and ops are a backend's."""
+    result: torch.Tensor = torch.compiler.disable(MLA.forward)(layer, *arguments)  # imports a compiler
+    return result

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import torch
 
-from mla.cache.ragged_batch import RaggedBatch
+from mla.cache.ragged_batch import RaggedBatch, plain
 from mla.config import MLAConfig
 from mla.errors import WeightError
 from mla.layer.absorbed import AbsorbedPath
@@ -62,11 +62,13 @@ class AttentionCore:
 
     def load(self, kv_b_proj: torch.Tensor) -> None:
         """Pack the weight [h (n + v), c]. Raises `WeightError` for another shape."""
-        self._weights.load_kv_b(kv_b_proj)
+        with self.scratch.turn:
+            self._weights.load_kv_b(kv_b_proj)
 
     def kv_b_proj(self) -> torch.Tensor:
         """Return the weight [h (n + v), c] as it was loaded, bit for bit."""
-        return self._weights.unpacked_kv_b()
+        with self.scratch.turn:
+            return self._weights.unpacked_kv_b()
 
     def weight_bytes(self) -> int:
         """Return the bytes that the packed weight keeps alive."""
@@ -112,6 +114,6 @@ class AttentionCore:
     def _plan(self, batch: RaggedBatch) -> StepPlan:
         """Plan a batch, whose queries are turned by no angle: cosines of 1 and sines of 0 change no bit."""
         half = self.config.qk_rope_head_dim // 2
-        unturned = torch.zeros(batch.num_tokens, 2 * half, device=self.device)
+        unturned = plain(torch.zeros(batch.num_tokens, 2 * half, dtype=torch.float32, device=self.device))
         unturned[:, :half] = 1
         return make_plan(self.config, self.ops, unturned, batch, self._attention, self._limit, self._growth)

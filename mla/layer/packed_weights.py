@@ -7,11 +7,11 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from mla.cache.ragged_batch import plain
 from mla.checkpoint import LazyState, StoredLayer, finite
 from mla.config import MLAConfig
 from mla.errors import WeightError
 from mla.layer.ops import Ops
-from mla.layer.workspace import plain
 from mla.weights import weight_shapes
 from mla_backends.api import Packed
 

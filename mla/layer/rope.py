@@ -10,17 +10,16 @@ import math
 
 import torch
 
+from mla.cache.ragged_batch import plain
 from mla.config import LongRopeScaling, MLAConfig, QueryScaling, YarnScaling
-from mla.layer.workspace import plain
 
 
 def inverse_frequencies(config: MLAConfig) -> torch.Tensor:
     """Return the rotary frequencies [r/2] in fp32, scaled as the config says; zeros where none rotate."""
     dim, scaling = config.qk_rope_head_dim, config.rope_scaling
     if config.rope_theta is None:
-        return torch.zeros(
-            dim // 2, device="cpu"
-        )  # cosines of exactly 1 and sines of 0: a rotation that changes no bit
+        # Cosines of exactly 1 and sines of 0: a rotation that changes no bit.
+        return torch.zeros(dim // 2, dtype=torch.float32, device="cpu")
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
     powers = config.rope_theta**exponents
     if scaling is None:
@@ -86,8 +85,8 @@ class RotaryTable:
 
     def gather(self, positions: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return the rows [T, r] of `positions` [T], in `out` if given; the caller has reserved them."""
-        return torch.index_select(self.table, 0, positions, out=out)
+        return plain(torch.index_select(self.table, 0, positions, out=out))
 
     def empty(self, count: int) -> torch.Tensor:
         """Return memory for `count` rows."""
-        return self.table.new_empty(count, self.table.shape[1])
+        return plain(self.table.new_empty(count, self.table.shape[1]))

@@ -29,6 +29,8 @@ def check_batch(batch: Any, kinds: tuple[Any, ...], device: torch.device) -> Non
     if not isinstance(batch, kinds):
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"batch must be a {names}, as `cache.extend` returns, got a {type(batch).__name__}.")
+    if not batch.kv_lens:
+        raise ValueError("the batch has no requests: leave such a step out.")
     batch.check_current()
     if batch.slots.device != device:
         raise ValueError(f"the batch's tables must be on {device}, and are on {batch.slots.device}.")

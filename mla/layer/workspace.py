@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar, cast
+from weakref import WeakSet
 
 import torch
 
+from mla.cache.ragged_batch import plain
 from mla_backends.api import Backend
-from mla_backends.api.operands import is_plain
 
 Views = TypeVar("Views")
 # Most sets of views kept; prompts come in any length.
@@ -19,8 +21,27 @@ MOST_VIEWS = 256
 Tokens = slice | torch.Tensor  # rows of a step: contiguous, or by index
 
 
-class Turn(type(threading.RLock())):  # type: ignore[misc]
-    """What a thread holds while it uses scratch memory, and ops, which may have some. A copy is another."""
+_Lock: Any = type(threading.RLock())  # knows which thread holds it
+_TURNS: WeakSet[Any] = WeakSet()
+
+
+class Turn(_Lock):  # type: ignore[misc]
+    """What a thread holds while it uses scratch memory, and ops, which may have some. A copy is another.
+
+    `with` raises RuntimeError in a thread whose turn it is already: a signal handler, a finalizer or an op
+    that calls a layer would overwrite what the call that it interrupts has in scratch memory.
+    """
+
+    def __init__(self) -> None:
+        _TURNS.add(self)
+
+    def __enter__(self) -> bool:
+        if self._is_owned():
+            raise RuntimeError(
+                "this thread is already running a layer of this backend: a signal handler, a finalizer or an "
+                "op cannot call another one. Give it a backend of its own, or let it run afterwards."
+            )
+        return bool(_Lock.__enter__(self))
 
     @classmethod
     def of(cls, backend: Backend | None) -> Turn:
@@ -36,11 +57,15 @@ class Turn(type(threading.RLock())):  # type: ignore[misc]
         return Turn, ()
 
 
-def plain(made: torch.Tensor) -> torch.Tensor:
-    """Return memory to be kept. Raises ValueError for what a mode, as FakeTensorMode, made instead."""
-    if not is_plain(made):
-        raise ValueError(f"a layer cannot run where a mode turns its memory into a {type(made).__name__}.")
-    return made
+def _after_fork() -> None:
+    """Free the turns of threads that the child of a fork does not have."""
+    for turn in list(_TURNS):
+        if not turn.held:
+            turn._at_fork_reinit()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Workspace:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 
-from mla.cache.ragged_batch import host_ints
+from mla.cache.ragged_batch import host_ints, plain
 from mla.errors import StaleBatch
 from mla.parallel.share import Share
 from mla_backends.upload import upload_into
@@ -49,7 +49,7 @@ class ShardedMemory:
         """`rows`: the most requests that attention is asked for; `width`: pages of each."""
         sizes = (2 * tokens,) * 4 + (tokens, rows, rows + 1, rows * width)
         with torch.inference_mode(False):
-            self.buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+            self.buffer = plain(torch.empty(sum(sizes), dtype=torch.int32, device=device))
         *wide, self.positions, self.kv_lens, self.cu_q, table = self.buffer.split(sizes)
         self.own, self.slots, self.order, self.back = (part.view(torch.int64) for part in wide)
         self.block_table = table.view(rows, width)

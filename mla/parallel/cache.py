@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from mla.cache import LatentCache
-from mla.cache.latent_cache import check_history, whole_numbers
+from mla.cache.latent_cache import check_history
+from mla.cache.ragged_batch import whole_numbers
 from mla.config import MLAConfig
 from mla.parallel.batch import ShardedBatch, ShardedMemory, most_rows
 from mla.parallel.share import Share
@@ -89,11 +90,16 @@ class ShardedCache:
                 self.share.first(now) - self.share.first(old) for now, old in zip(kv_lens, past, strict=True)
             ]
         table = self._local.grow(sequences, grown)
+        try:
+            size = (sum(query_lens), most_rows(self.share, query_lens), table.shape[1])
+            if self._memory is None or not self._memory.fits(*size):
+                self._memory = ShardedMemory(*size, self.pages.device)
+            batch = ShardedBatch(self, sequences, query_lens, kv_lens, table, self._memory)
+        except BaseException:
+            self._local.shrink(sequences, grown)
+            raise
         self._lengths.update(zip(sequences, kv_lens, strict=True))
-        size = (sum(query_lens), most_rows(self.share, query_lens), table.shape[1])
-        if self._memory is None or not self._memory.fits(*size):
-            self._memory = ShardedMemory(*size, self.pages.device)
-        return ShardedBatch(self, sequences, query_lens, kv_lens, table, self._memory)
+        return batch
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget all tokens of a sequence past `length`."""

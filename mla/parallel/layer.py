@@ -110,10 +110,12 @@ class ParallelMLA(MLA):
                 f"layout '{self._groups.layout}' takes batches of a "
                 f"{'ShardedCache' if self._groups.layout.dcp > 1 else 'LatentCache'}."
             )
-        with self._scratch.turn:  # ranks meet in the order of their calls
-            if out is not None:
-                self._check_out(out, batch)  # type: ignore[arg-type]
-            own = out if out is None or out.is_contiguous() else torch.empty_like(out).contiguous()
-            own = super().forward(hidden, batch, pages, own)  # type: ignore[arg-type]
-            self._groups.add_heads(own)  # which adds up memory, not rows
-            return own if out is None else own if own is out else out.copy_(own)
+        if out is not None:
+            self._check_out(out, batch)  # type: ignore[arg-type]
+        own = out
+        if out is not None and not out.is_contiguous():
+            self.check(hidden, batch, pages, out)  # type: ignore[arg-type]
+            own = torch.empty_like(out).contiguous()
+        own = super().forward(hidden, batch, pages, own)  # type: ignore[arg-type]
+        self._groups.add_heads(own)  # memory, not rows, and out of turn: others need not wait for other ranks
+        return own if out is None else own if own is out else out.copy_(own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import mla.cache.ragged_batch
+import mla.parallel.batch
 from mla import LatentCache
 from mla.errors import CacheFull, StaleBatch
 from mla.parallel.cache import ShardedCache
@@ -230,6 +233,9 @@ def test_a_batch_is_stale_after_any_change(make_cache: Any, change: Callable[...
         ({"page_size": 0}, "power of two"),
         ({"max_tokens": 0}, "must be positive"),
         ({"num_layers": 0}, "must be positive"),
+        ({"page_size": True}, "power of two, got True"),
+        ({"page_size": 16.0}, "power of two, got 16.0"),
+        ({"max_tokens": 64.5}, "whole numbers"),
     ],
 )
 def test_sizes_that_make_no_cache_are_refused(make_cache: Any, kwargs: dict[str, int], message: str) -> None:
@@ -398,3 +404,49 @@ def test_history_in_another_dtype_or_negated_is_stored_as_its_values(tiny: Any) 
     kv, pe = torch.randn(7, tiny().kv_lora_rank), torch.randn(7, tiny().qk_rope_head_dim)
     cache.load(1, torch._neg_view(kv), pe.double())
     assert torch.equal(torch.cat(cache.read(1), 1), torch.cat((-kv, pe), 1))
+
+
+def test_sizes_are_integers_of_any_kind(make_cache: Any) -> None:
+    cache = make_cache(max_tokens=np.int64(64), page_size=torch.tensor(16), num_layers=np.int32(2))
+    assert cache.pages.shape[:3] == (2, 4, 16)
+    assert cache.extend(cache.new_sequences(1), [20]).block_table.tolist() == [[0, 1]]
+
+
+def test_history_that_requires_grad_is_stored_without(tiny: Any) -> None:
+    cache = shared_or_not(tiny, False)
+    kv = torch.randn(7, tiny().kv_lora_rank, requires_grad=True)
+    cache.load(1, kv, torch.randn(7, tiny().qk_rope_head_dim))
+    assert not cache.pages.requires_grad
+    assert torch.equal(cache.read(1)[0], kv.detach())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("new", [[1, 1], [40, 0], [200, 1]])
+@pytest.mark.parametrize("fault", ["fake mode", "no memory for tables", "no upload"])
+def test_a_step_that_cannot_be_described_gives_its_pages_back(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, shared: bool, new: list[int], fault: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    cache, untouched = (shared_or_not(tiny, shared) for _ in range(2))
+    before = everything(cache)
+    room = mla.parallel.batch if shared else mla.cache.ragged_batch
+    with monkeypatch.context() as broken, ExitStack() as stack:
+        if fault == "fake mode":
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        elif fault == "no upload":
+            broken.setattr(room, "upload_into", fail)
+        else:
+            broken.setattr(room, "plain", fail)
+        with pytest.raises((RuntimeError, ValueError)):
+            cache.extend([0, 1], new)
+    _, *facts, pages = everything(cache)
+    assert facts == list(before[1:-1])
+    assert torch.equal(pages, before[-1])
+    for lengths in (new, [3, 3]):
+        batch, expected = cache.extend([0, 1], lengths), untouched.extend([0, 1], lengths)
+        assert type(batch.slots) is torch.Tensor
+        for name in ("slots", "positions", "kv_lens"):
+            found, right = (torch.as_tensor(getattr(one, name)) for one in (batch, expected))
+            assert torch.equal(found, right), name

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -208,6 +211,21 @@ def test_host_ints_keeps_values(dtype: torch.dtype) -> None:
         ([1], [9], torch.zeros(1, 1, dtype=torch.int32), 24, "page_size must be a power of two, got 24"),
         ([1], [9], torch.zeros(1, 1, dtype=torch.int32), 0, "page_size must be a power of two"),
         ([1], [9], torch.zeros(1, 1, dtype=torch.int32), 16.0, "page_size must be a power of two"),
+        ([1], [1], torch.zeros(1, 1, dtype=torch.int32), True, "page_size must be a power of two, got True"),
+        (
+            [1],
+            [17],
+            torch.zeros(1, 1, dtype=torch.int32),
+            16,
+            r"block_table \[1, 1\] has too few pages .* n >= 2\]",
+        ),
+        ([0], [17], torch.zeros(1, 1, dtype=torch.int32), 16, "has too few pages"),
+        ([1], [2**40], torch.zeros(1, 1, dtype=torch.int32), 16, "at most 2147483647 tokens"),
+        ([1], [2**40], torch.zeros(1, 1, dtype=torch.int32), 2**40, "at most 2147483647 tokens"),
+        ([1.0], [9], torch.zeros(1, 1, dtype=torch.int32), 16, "query_lens must be whole numbers"),
+        ([1], [9.5], torch.zeros(1, 1, dtype=torch.int32), 16, "kv_lens must be whole numbers"),
+        ([1], 9, torch.zeros(1, 1, dtype=torch.int32), 16, "kv_lens must be whole numbers"),
+        ([1], [9], [[0]], 16, r"block_table must be a tensor \[1, n\], got a list"),
         ([1, 1], [9], torch.zeros(2, 1, dtype=torch.int32), 16, "do not count the new tokens"),
         ([3], [2], torch.zeros(1, 1, dtype=torch.int32), 16, "do not count the new tokens"),
         ([-1], [2], torch.zeros(1, 1, dtype=torch.int32), 16, "do not count the new tokens"),
@@ -218,7 +236,27 @@ def test_host_ints_keeps_values(dtype: torch.dtype) -> None:
     ],
 )
 def test_what_describes_no_step_is_refused(
-    query_lens: Any, kv_lens: Any, table: torch.Tensor, page_size: Any, message: str
+    query_lens: Any, kv_lens: Any, table: Any, page_size: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         RaggedBatch(query_lens, kv_lens, table, page_size, torch.device("cpu"))
+
+
+def test_lengths_of_a_batch_without_a_cache_are_integers_of_any_kind() -> None:
+    table = torch.zeros(2, 1, dtype=torch.int32)
+    lengths = np.array([1, 2]), torch.tensor([3, 4])
+    batch = RaggedBatch(*lengths, table, np.int64(16), torch.device("cpu"))  # type: ignore[arg-type]
+    assert (batch.query_lens, batch.kv_lens, batch.page_size) == ((1, 2), (3, 4), 16)
+    assert all(type(number) is int for number in (*batch.query_lens, *batch.kv_lens, batch.page_size))
+
+
+def test_a_batch_of_a_cache_is_copied_but_not_pickled(tiny: Any) -> None:
+    cache, _, batch = make_batch(tiny, [1, 2], [5, 6])
+    with pytest.raises(TypeError, match=r"a batch cannot be pickled: .* Pickle the cache"):
+        pickle.dumps(batch)
+    for copied in (copy.copy(batch), copy.deepcopy(batch)):
+        copied.check_current()
+        assert torch.equal(copied.slots, batch.slots)
+    alone = RaggedBatch([1], [9], torch.zeros(1, 1, dtype=torch.int32), 16, torch.device("cpu"))
+    assert torch.equal(pickle.loads(pickle.dumps(alone)).positions, alone.positions)
+    assert pickle.loads(pickle.dumps(cache)).length(0) == cache.length(0)

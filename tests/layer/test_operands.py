@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, Event, Thread
 from typing import Any
 
 import pytest
@@ -38,6 +40,10 @@ def backend(request: pytest.FixtureRequest) -> Backend | None:
     return load_backend("cpu", options={"native": "portable"}) if request.param == "native" else None
 
 
+def normal(draw: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=draw, dtype=torch.float32).to(BF16)
+
+
 class Scene:
     """A layer, a cache with a history of two requests, and what a decode of both must give."""
 
@@ -49,15 +55,12 @@ class Scene:
         if layer is None:
             self.layer.load_state_dict(self.state)
         draw = torch.Generator().manual_seed(seed)
-        self.cache = LatentCache(CONFIG, max_tokens=1024, page_size=16, shuffle=seed)
+        self.cache = LatentCache(CONFIG, max_tokens=1024, page_size=16, num_layers=2, shuffle=seed)
         self.ids = self.cache.new_sequences(2)
-        self.history = [
-            (torch.randn(n, 64, generator=draw).to(BF16), torch.randn(n, 32, generator=draw).to(BF16))
-            for n in (20 + seed, 33)
-        ]
+        self.history = [(normal(draw, n, 64), normal(draw, n, 32)) for n in (20 + seed, 33)]
         for sequence, past in zip(self.ids, self.history, strict=True):
             self.cache.load(sequence, *past)
-        self.hidden = torch.randn(5, 64, generator=draw).to(BF16)
+        self.hidden = normal(draw, 5, 64)
         self.batch = self.cache.extend(self.ids, [4, 1])
         self.truth = oracle(CONFIG, self.state, self.hidden, (4, 1), self.history)
 
@@ -111,6 +114,9 @@ def test_what_is_no_plain_tensor_of_the_layer_is_refused_by_name(backend: Backen
                 assert torch.equal(scene.cache.pages, before)
         with pytest.raises(ValueError, match="its rows must not share memory"):
             scene.run(out=out[:1].expand_as(out))
+        for inside in (scene.cache.pages[0, -1, :5, :64], scene.cache.pages[1].view(-1)[:320].view(5, 64)):
+            with pytest.raises(ValueError, match="out shares memory with pages"):
+                scene.run(out=inside)
 
 
 def test_memory_that_is_gone_is_refused_by_native_ops() -> None:
@@ -228,7 +234,7 @@ def test_threads_share_the_ops_of_a_backend_which_may_keep_scratch_memory() -> N
     for scene in scenes:
         scene.batch = scene.cache.extend(scene.ids, [60, 1])
         draw = torch.Generator().manual_seed(scene.batch.kv_lens[0])
-        scene.hidden = torch.randn(61, 64, generator=draw).to(BF16)
+        scene.hidden = normal(draw, 61, 64)
     alone = [scene.run().clone() for scene in scenes]
 
     def work(number: int) -> None:
@@ -251,8 +257,8 @@ class Cores:
 
     def problem(self, seed: int) -> tuple[torch.Tensor, RaggedBatch, torch.Tensor, torch.Tensor]:
         draw = torch.Generator().manual_seed(seed)
-        pages = torch.randn(2, 16, 96, generator=draw).to(BF16)
-        q = torch.randn(2, 3, 64, generator=draw).to(BF16)
+        pages = normal(draw, 2, 16, 96)
+        q = normal(draw, 2, 3, 64)
         table = torch.tensor([[0], [1]], dtype=torch.int32)
         batch = RaggedBatch([1, 1], [9 + seed, 16], table, 16, torch.device("cpu"))
         pieces = []
@@ -309,3 +315,130 @@ def test_a_core_refuses_what_a_layer_does_and_takes_queries_that_lie_elsewhere(
             assert close(cores.core(q.clone(), batch, pages), truth)
         with pytest.raises(ValueError, match="batch must be a RaggedBatch"):
             cores.core(own, pages, pages)  # type: ignore[arg-type]
+
+
+class Interrupted:
+    """An op that calls something else first."""
+
+    def __init__(self, op: Any, first: Callable[[], object]) -> None:
+        self._op, self._first = op, first
+
+    def __call__(self, *arguments: Any, **tensors: Any) -> None:
+        self._first()
+        self._op(*arguments, **tensors)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._op, name)
+
+
+def test_a_call_from_within_a_call_is_refused_and_spoils_nothing() -> None:
+    backend = load_backend("cpu", options={"native": "portable"})
+    scene, other, cores = Scene(backend), Scene(backend, seed=1), Cores(backend)
+    q, batch, pages, _ = cores.problem(0)
+    within: list[Callable[[], object]] = [
+        scene.run,
+        other.run,
+        lambda: scene.layer.plan(scene.batch),
+        scene.layer.state_dict,
+        lambda: scene.layer.load_state_dict(random_state_dict(CONFIG, seed=9)),
+        lambda: scene.layer.replace_ops(lambda role, op: op),
+        lambda: attended(cores.core, q, batch, pages),
+        cores.core.kv_b_proj,
+        lambda: cores.core.load(torch.zeros(3 * 64, 64)),
+    ]
+    refused = []
+
+    def interrupt() -> None:
+        for call in within:
+            with pytest.raises(RuntimeError, match="already running a layer of this backend") as error:
+                call()
+            refused.append(error)
+
+    scene.layer.replace_ops(lambda role, op: Interrupted(op, interrupt))
+    scene.check(scene.run())
+    assert len(refused) >= 5 * len(within)
+    other.check(other.run())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_while_another_thread_computes_can_compute() -> None:
+    scene = Scene(None)
+    inside, forked = Event(), Event()
+
+    def wait() -> None:
+        inside.set()
+        assert forked.wait(60)
+
+    scene.layer.replace_ops(lambda role, op: Interrupted(op, wait))
+    thread = Thread(target=scene.run)
+    thread.start()
+    assert inside.wait(60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+        child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if scene.layer._scratch.turn.acquire(timeout=5) else 1)
+        finally:
+            os._exit(2)
+    forked.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_default_dtype_changes_nothing(backend: Backend | None) -> None:
+    def results() -> list[torch.Tensor]:
+        scene, cores = Scene(backend), Cores(backend)
+        q, batch, pages, _ = cores.problem(0)
+        return [scene.run(), scene.pages.clone(), attended(cores.core, q, batch, pages)]
+
+    expected = results()
+    for dtype in (BF16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            found = results()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(map(torch.equal, found, expected)), dtype
+
+
+def test_a_step_of_no_requests_is_refused(backend: Backend | None) -> None:
+    scene, cores = Scene(backend), Cores(backend)
+    batch = scene.batch.subset([])
+    with pytest.raises(ValueError, match="the batch has no requests"):
+        scene.run(batch=batch, hidden=scene.hidden[:0])
+    with cores.core.scratch.turn, pytest.raises(ValueError, match="the batch has no requests"):
+        cores.core(cores.core.queries(0), batch, scene.pages)
+
+
+def test_a_fake_mode_is_not_remembered_by_a_batch(backend: Backend | None) -> None:
+    scene, cores = Scene(backend), Cores(backend)
+    q, batch, pages, truth = cores.problem(0)
+    real = {"pages": scene.pages, "out": torch.empty_like(scene.hidden)}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with pytest.raises(ValueError, match="where a mode turns their memory into a FakeTensor"):
+            scene.run(**real)
+        with pytest.raises((ValueError, RuntimeError)):
+            attended(cores.core, q, batch, pages)
+    scene.check(scene.run())
+    assert close(attended(cores.core, q, batch, pages), truth)
+
+
+def test_a_compiled_model_calls_a_layer_as_it_is() -> None:
+    scene = Scene(load_backend("cpu", options={"native": "portable"}))
+    held = scene.cache.pages.clone()
+
+    def model(hidden: torch.Tensor, batch: RaggedBatch, pages: torch.Tensor) -> torch.Tensor:
+        return 2 * scene.layer(hidden * 1, batch, pages)
+
+    seen = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        seen.append([node.op for node in graph.graph.nodes].count("call_function"))
+        return graph.forward
+
+    compiled = torch.compile(model, backend=count)
+    for _ in range(2):
+        scene.cache.pages.copy_(held)
+        scene.check(compiled(scene.hidden, scene.batch, scene.pages) / 2)
+    assert seen == [1, 1]  # what comes before the layer, and what comes after it

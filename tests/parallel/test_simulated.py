@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from threading import Thread
 
 import pytest
 import torch
 
+import mla
 from mla import LatentCache, MLAConfig
 from mla.parallel.cache import ShardedCache
 from mla.parallel.groups import summed_bytes
@@ -137,3 +139,35 @@ def test_ranks_that_wait_for_nobody_end() -> None:
 def test_many_ranks_add_up_in_float32() -> None:
     out = torch.zeros(3, 5, dtype=torch.bfloat16)
     assert [summed_bytes(out, ranks) for ranks in (2, 8, 9, 32)] == [30, 30, 60, 60]
+
+
+class Meeting(SimulatedGroups):
+    """A rank that lets another layer of its backend compute while it waits for the others."""
+
+    meanwhile: Callable[[], object]
+
+    def add_heads(self, out: torch.Tensor) -> None:
+        thread = Thread(target=self.meanwhile, daemon=True)
+        thread.start()
+        thread.join(20)
+
+
+def test_other_layers_compute_while_a_rank_waits_for_the_rest_of_the_heads() -> None:
+    backend, state = mla.load_backend("cpu"), random_state_dict(CONFIG)
+    plain, done = mla.MLA(CONFIG, backend=backend), []
+    groups = Meeting(SimulatedWorld(Layout.parse("tp=2")), 0)
+    layer = ParallelMLA(CONFIG, groups, backend=backend)
+    for one in (plain, layer):
+        one.load_state_dict(state)
+
+    def run(one: mla.MLA) -> torch.Tensor:
+        cache = LatentCache(CONFIG, max_tokens=64)
+        return one(
+            torch.ones(3, 48, dtype=torch.bfloat16), cache.extend(cache.new_sequences(1), [3]), cache.pages[0]
+        )
+
+    expected = run(plain)
+    groups.meanwhile = lambda: done.append(run(plain))
+    run(layer)
+    assert done, "it waited"
+    assert torch.equal(done[0], expected)

@@ -94,7 +94,8 @@ class PackedLinear(Packed):
         spec = LinearSpec(linear.in_features, linear.out_features, 1, weight.dtype, weight.device)
         self._choice: Choice = choose("linear", spec, offered, policy)
         self._turn = turn or Turn()
-        self._packed = self._choice.op.pack(weight)
+        with self._turn:
+            self._packed = self._choice.op.pack(weight)
         self.take_weight()
 
     @uncompiled
@@ -116,7 +117,8 @@ class PackedLinear(Packed):
 
     def weight_as_loaded(self) -> torch.Tensor:
         """Return the weight [o, i], bit for bit."""
-        return self._choice.op.unpack(self._packed).clone()
+        with self._turn:
+            return self._choice.op.unpack(self._packed).clone()
 
 
 class PackedKvB(Packed):
