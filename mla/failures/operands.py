@@ -224,6 +224,9 @@ def _check_values(facts: CallFacts, tensors: Tensors, sizes: Mapping[str, int]) 
     if facts.kind.endswith("_attention"):
         _require(bool(facts.query_lens), "it has no request")
         _require(sum(facts.query_lens) == sizes["T"], "its new tokens are not the rows of q")
+        if facts.causal:  # a request without keys is allowed
+            fewer = any(keys and keys < new for new, keys in zip(*lengths, strict=True))
+            _require(not fewer, "a request has fewer tokens than new ones")
     elif facts.query_lens:
         _require(sum(lengths[facts.role == CONTEXT]) == sizes["T"], "its lengths are not the rows of out")
     if facts.kind == "expanded_attention":

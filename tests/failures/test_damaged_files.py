@@ -117,6 +117,14 @@ ATTENTION: list[tuple[Damage, str]] = [
     (put("expected.lse", lambda one: one[:2]), r"expected.lse is float64 \[2, 2\], not float64 \[T, h\]"),
     (lambda facts, kept: kept.pop("reference.out"), "it lacks the tensor 'reference.out'"),
 ]
+
+
+def fewer_tokens(facts: dict[str, Any], kept: dict[str, torch.Tensor]) -> None:
+    change("kv_lens", 1, 1)(facts, kept)
+    facts.update(kv_lens=[5, 1])
+
+
+ATTENTION.append((fewer_tokens, "a request has fewer tokens than new ones"))
 CASES = [(linear, *one) for one in LINEAR] + [(attention, *one) for one in ATTENTION]
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-_plain: list[Any] = [None, None]  # torch.Tensor and torch.strided, once they are here
+_plain: tuple[Any, ...] = ()  # torch.Tensor and torch.nn.Parameter, once they are here
+_strided: Any = None
 
 
 def misfit(x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torch.device) -> str:
@@ -19,11 +20,11 @@ def misfit(x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torc
     """
     try:
         if (  # what nearly all are: it is asked in every step
-            type(x) is _plain[0]
-            and x.shape == shape
+            type(x) in _plain
+            and _matches(x.shape, shape)
             and x.dtype is dtype
             and x.device == device
-            and x.layout is _plain[1]
+            and x.layout is _strided
             and not x.is_neg()
         ):
             return ""
@@ -46,8 +47,14 @@ def is_plain(x: torch.Tensor) -> bool:
 
 
 def _matches(found: Sequence[int], shape: Sequence[int | None]) -> bool:
-    sizes = zip(found, shape, strict=False)
-    return len(found) == len(shape) and all(wanted in (size, None) for size, wanted in sizes)
+    if found == shape:
+        return True
+    if len(found) != len(shape):
+        return False
+    for size, wanted in zip(found, shape):  # noqa: B905, SIM110  # in every step: `strict` and `all` cost time
+        if wanted is not None and size != wanted:
+            return False
+    return True
 
 
 def _same(found: torch.device, wanted: torch.device) -> bool:
@@ -58,7 +65,8 @@ def _same(found: torch.device, wanted: torch.device) -> bool:
 def _why(x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torch.device) -> str:
     import torch
 
-    _plain[:] = torch.Tensor, torch.strided  # from here on; importing this module imports no torch
+    global _plain, _strided
+    _plain, _strided = (torch.Tensor, torch.nn.Parameter), torch.strided  # importing this module imports none
     wanted = f"must be [{', '.join('any' if size is None else str(size) for size in shape)}] {dtype}"
     if not isinstance(x, torch.Tensor):
         return f"{wanted}, got a {type(x).__name__}."

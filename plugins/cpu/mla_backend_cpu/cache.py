@@ -93,6 +93,8 @@ def _alone(path: Path, level: Level) -> Iterator[None]:
                 break
         yield
     finally:
+        with contextlib.suppress(OSError):  # a child that was forked meanwhile holds the descriptor, too
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mla_backend_cpu import tuning
-from mla_backend_cpu.compilation.levels import BuildError
+from mla_backend_cpu import instruction_sets, tuning
+from mla_backend_cpu.compilation.levels import LEVELS, BuildError
 from mla_backend_cpu.console import note
 from mla_backend_cpu.library import Library, load
 from mla_backend_cpu.native_attention import NativeExpandedAttention, NativeLatentAttention
@@ -79,7 +79,7 @@ def describe(level: str) -> str:
     except BuildError as error:
         return f"none: {error}"
     reasons = [f"; not {name}: {reason}" for name, reason in kernels.passed_over.items()]
-    return kernels.level + "".join(reasons)
+    return kernels.level + "".join(reasons + [f"; {reason}" for reason in _reported(kernels)])
 
 
 def origin(level: str) -> dict[str, str]:
@@ -115,10 +115,17 @@ def _remarks(level: str) -> list[str]:
         kernels = load(level)
     except BuildError as error:
         return [f"no CPU kernels: the reference ops run, which is several times slower, since {error}"]
-    return [
+    reported = [f"CPU kernels for {kernels.level}: {reason}" for reason in _reported(kernels)]
+    return reported + [
         f"CPU kernels for {kernels.level} instead of {better}: {reason}"
         for better, reason in kernels.passed_over.items()
     ]
+
+
+def _reported(kernels: Library) -> list[str]:
+    """Return what to say if /proc/cpuinfo was believed when the kernels were chosen."""
+    why = instruction_sets.unasked() if kernels.level != LEVELS[-1].name else ""
+    return [f"/proc/cpuinfo was believed, since {why}"] if why else []
 
 
 def measured(level: str) -> dict[str, str]:

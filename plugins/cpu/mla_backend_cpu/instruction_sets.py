@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -41,7 +42,8 @@ _FLAGS = {
     "amx_tile": ((7, 0), _EDX, 24, _TILES),
 }
 
-# From the Linux headers: how a process asks for permission to use tiles.
+# From the Linux headers for x86-64: how a process makes a file in memory, and asks to use tiles.
+_MEMFD_CREATE, _CLOSE_ON_EXEC = 319, 1
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 
@@ -49,10 +51,11 @@ def processor_flags() -> frozenset[str]:
     """Return the instruction sets that a program may use here, as Linux names them; empty where unknown.
 
     By CPUID and XGETBV: /proc/cpuinfo is the host's in an emulator, and says nothing of a hypervisor's mask.
+    It is believed only where the processor cannot be asked.
     """
     asked = _ask_processor()
     if isinstance(asked, str):
-        return frozenset()
+        return _reported()
     leaves, states = asked
     return frozenset(
         name
@@ -61,10 +64,25 @@ def processor_flags() -> frozenset[str]:
     )
 
 
-def _unknown() -> str:
-    """Return why the instructions of this processor are unknown; "" if they are known."""
+@functools.cache
+def _reported() -> frozenset[str]:
+    """Return what /proc/cpuinfo names; empty if it cannot be read."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+        return (
+            frozenset(next((line for line in file if line.startswith("flags")), "").split()) & _FLAGS.keys()
+        )
+    return frozenset()
+
+
+def unasked() -> str:
+    """Return why this processor was not asked for its instructions; "" if it was."""
     asked = _ask_processor()
     return asked if isinstance(asked, str) else ""
+
+
+def _unknown() -> str:
+    """Return why the instructions of this processor are unknown; "" if they are known."""
+    return "" if processor_flags() else unasked()
 
 
 @functools.cache
@@ -98,17 +116,41 @@ def _functions() -> tuple[Callable[..., None], Callable[[], int]]:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    descriptor = os.memfd_create("cpuid")
+    try:
+        place = _mapped(libc, _memory_file(libc))
+    except OSError:
+        place = _mapped(libc, _temporary_file())
+    cpuid = ctypes.CFUNCTYPE(None, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p)
+    return cpuid(place), ctypes.CFUNCTYPE(ctypes.c_uint64)(place + len(_CPUID))
+
+
+def _memory_file(libc: ctypes.CDLL) -> int:
+    """Return a file in memory. Python has no `os.memfd_create` where it was built for a glibc before 2.27."""
+    descriptor = int(libc.syscall(_MEMFD_CREATE, b"cpuid", _CLOSE_ON_EXEC))
+    if descriptor < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return descriptor
+
+
+def _temporary_file() -> int:
+    """Return a file without a name on a disk, where the system has no other."""
+    import tempfile
+
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _mapped(libc: ctypes.CDLL, descriptor: int) -> int:
+    """Write the functions to a new file, close it, and return where they can be called."""
     try:
         os.write(descriptor, _CPUID + _XGETBV)
-        length = mmap.PAGESIZE
-        place = libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_EXEC, mmap.MAP_PRIVATE, descriptor, 0)
+        access = mmap.PROT_READ | mmap.PROT_EXEC
+        place = libc.mmap(None, mmap.PAGESIZE, access, mmap.MAP_PRIVATE, descriptor, 0)
     finally:
         os.close(descriptor)
     if place == ctypes.c_void_p(-1).value:
-        raise OSError(os.strerror(ctypes.get_errno()))
-    cpuid = ctypes.CFUNCTYPE(None, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p)
-    return cpuid(place), ctypes.CFUNCTYPE(ctypes.c_uint64)(place + len(_CPUID))
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return int(place)
 
 
 @functools.cache

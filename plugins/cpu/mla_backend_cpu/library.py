@@ -42,8 +42,12 @@ SIGNATURES = {
     "mla_dot_bf16": "",
     "mla_tiles": "",
 }
-# Functions that do not return None: facts, and sentences about an invalid argument.
+# Functions that do not return None: facts, and sentences about an invalid argument or a lack of memory.
 _RESULTS = {
+    "mla_linear": ctypes.c_char_p,
+    "mla_batched_linear": ctypes.c_char_p,
+    "mla_linear_fp32": ctypes.c_char_p,
+    "mla_batched_linear_fp32": ctypes.c_char_p,
     "mla_latent_attention": ctypes.c_char_p,
     "mla_expanded_attention": ctypes.c_char_p,
     "mla_write_latent": ctypes.c_char_p,

@@ -63,9 +63,9 @@ def threads() -> int:
 
 
 def check(wrong: bytes | None) -> None:
-    """Raise ValueError if a kernel reports that its arguments are invalid."""
+    """Raise MemoryError if a kernel reports that memory ran out, ValueError if its arguments are invalid."""
     if wrong is not None:
-        raise ValueError(wrong.decode())
+        raise (MemoryError if wrong.startswith(b"out of memory") else ValueError)(wrong.decode())
 
 
 def multiple(name: str, value: int, of: int) -> list[str]:
@@ -175,11 +175,12 @@ class NativeLinear(_Product):
         x = rows("x", x, data.dtype, None, inputs)
         bias = None if bias is None else rows("bias", bias, data.dtype, outputs)
         target = output("out", out, data.dtype, x.shape[0], outputs)
-        self._function("mla_linear", data)(
+        wrong = self._function("mla_linear", data)(
             x.data_ptr(), x.stride(0), data.data_ptr(), None if bias is None else bias.data_ptr(),
             target.data_ptr(), target.stride(0), x.shape[0], inputs, outputs,
             *self._ways(data, x.shape[0]), threads(),
         )  # fmt: skip
+        check(wrong)
         if target is not out:
             out.copy_(target)
 
@@ -194,10 +195,11 @@ class NativeBatchedLinear(_Product):
         data, (heads, outputs, inputs) = self._opened(packed)
         x = rows("x", x, data.dtype, None, heads, inputs)
         target = output("out", out, data.dtype, x.shape[0], heads, outputs)
-        self._function("mla_batched_linear", data)(
+        wrong = self._function("mla_batched_linear", data)(
             x.data_ptr(), *x.stride()[:2], data.data_ptr(), target.data_ptr(), *target.stride()[:2],
             x.shape[0], heads, inputs, outputs, *self._ways(data, x.shape[0]), threads(),
         )  # fmt: skip
+        check(wrong)
         if target is not out:
             out.copy_(target)
 

@@ -216,8 +216,10 @@ _BAD_INDICES = [
     ("kv_lens", 0, 10_000, "kv_lens names 10000 tokens for request 0, whose row of block_table has room"),
     ("kv_lens", 1, -3, "kv_lens names -3 tokens for request 1"),
     ("cu_q", 2, 400, "cu_q runs from 0 to 400, but q has 3 tokens"),
+    ("cu_q", 2, 2, "cu_q runs from 0 to 2, but q has 3 tokens"),  # a row of out would stay as it was
+    ("cu_q", 0, 1, "cu_q runs from 1 to 3"),
     ("cu_q", 0, -1, "cu_q runs from -1 to 3"),
-    ("cu_q", 1, 3, "cu_q falls from 3 to 2 after request 1"),
+    ("cu_q", 1, 4, "cu_q falls from 4 to 3 after request 1"),
 ]
 
 
@@ -228,8 +230,6 @@ def test_an_index_that_leads_nowhere_is_a_sentence(
     case, op = latent_case([2, 1], [40, 33], latent=128), NativeLatentAttention(kernels)
     view, table = case.view(), case.table.clone()
     lengths = {"table": table, "kv_lens": view.kv_lens_device, "cu_q": view.cu_q}
-    if name == "cu_q" and at == 1:
-        lengths["cu_q"][2] = 2
     lengths[name][at] = value
     out = torch.full((3, 3, 128), 7.0).bfloat16()
     with pytest.raises(ValueError, match=sentence):

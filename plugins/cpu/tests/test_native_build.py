@@ -8,12 +8,13 @@ import errno
 import fcntl
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from native_builds import BUILD, PORTABLE, built, finish, small_sources, start
 
 import mla_backend_cpu
 import mla_backends
-from mla_backend_cpu import cache, instruction_sets
+from mla_backend_cpu import cache, catalog, instruction_sets
 from mla_backend_cpu.compilation import artifact
 from mla_backend_cpu.compilation import compiler as compiling
 from mla_backend_cpu.compilation.compiler import FlagError
@@ -89,6 +90,22 @@ def test_a_killed_build_leaves_nothing_broken_and_no_lock(compiler: Script, tmp_
     shutil.rmtree(path.parent)
     assert finish(start("-c", BUILD))[0] == 0
     assert left(tmp_path) == [path.parent.name]  # ... but not a day later
+
+
+def test_a_child_that_outlives_a_build_does_not_keep_its_lock(
+    compiler: Script,
+) -> None:
+    """What is forked while a build holds the lock, as by another thread, has its descriptor too."""
+    with cache._alone(cache.prepare() / ".portable.lock", PORTABLE):
+        child = os.fork()
+        if not child:
+            signal.pause()
+    try:
+        with open(cache.folder() / ".portable.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize("refusal", ["open", "flock"])
@@ -286,20 +303,60 @@ def test_the_level_is_that_of_the_processor_and_not_of_the_host(processor: str, 
     assert (done.returncode, done.stdout) == (0, f"{level}\n"), done.stderr
 
 
-def test_a_processor_that_cannot_be_asked_gets_the_portable_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(name: str) -> int:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    """The processor is asked again, and again after the test."""
     if platform.machine() != "x86_64":
         pytest.skip("only x86-64 is asked")
-    monkeypatch.setattr(os, "memfd_create", refused)
     instruction_sets._ask_processor.cache_clear()
-    try:
-        assert instruction_sets.choose_level().name == "portable"
-        why = r"this process cannot ask the processor for its instructions \(Permission denied\)$"
-        with pytest.raises(BuildError, match=why):
-            instruction_sets.choose_level("avx2")
-        names = [level.name for level in instruction_sets.candidates("auto")]
-        assert names == ["avx2", "portable"]  # the first is said not to be used, and why
-    finally:
-        instruction_sets._ask_processor.cache_clear()
+    yield
+    instruction_sets._ask_processor.cache_clear()
+
+
+def refused(*_: object) -> int:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+WHY = "this process cannot ask the processor for its instructions (Permission denied)"
+
+
+@pytest.mark.usefixtures("asked_anew")
+@pytest.mark.parametrize("lacking", ["os.memfd_create", "files in memory"])
+def test_the_processor_is_asked_without_help_of_the_system(
+    monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    """Python built for glibc 2.17, as conda's, has no `os.memfd_create`; a sandbox may have no such files."""
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    if lacking == "files in memory":
+        monkeypatch.setattr(instruction_sets, "_memory_file", refused)
+    monkeypatch.setattr(instruction_sets, "_reported", frozenset)
+    words = set(Path("/proc/cpuinfo").read_text().split())
+    assert instruction_sets.processor_flags() == words & LEVELS[0].needs
+    assert instruction_sets.unasked() == ""
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_a_processor_that_cannot_be_asked_is_what_the_system_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    best, words = instruction_sets.choose_level(), set(Path("/proc/cpuinfo").read_text().split())
+    if best is LEVELS[-1]:
+        pytest.skip("needs a processor with AVX2")
+    instruction_sets._ask_processor.cache_clear()
+    monkeypatch.setattr(instruction_sets, "_mapped", refused)
+    assert instruction_sets.processor_flags() == words & LEVELS[0].needs
+    for wanted in ("auto", best.name):
+        assert next(instruction_sets.candidates(wanted)) is best
+        assert catalog.told(wanted) == [
+            f"CPU kernels for {best.name}: /proc/cpuinfo was believed, since {WHY}"
+        ]
+        assert catalog.describe(wanted).endswith(f"; /proc/cpuinfo was believed, since {WHY}")
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_an_unknown_processor_gets_the_portable_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instruction_sets, "_mapped", refused)
+    monkeypatch.setattr(instruction_sets, "_reported", frozenset)
+    assert instruction_sets.choose_level().name == "portable"
+    with pytest.raises(BuildError, match=f"{re.escape(WHY)}$"):
+        instruction_sets.choose_level("avx2")
+    names = [level.name for level in instruction_sets.candidates("auto")]
+    assert names == ["avx2", "portable"]  # the first is said not to be used, and why

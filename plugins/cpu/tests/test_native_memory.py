@@ -1,8 +1,10 @@
-"""Nothing beside their arguments is touched by the kernels, nor anything undefined done."""
+"""The kernels touch nothing beside their arguments, do nothing undefined, and survive a lack of memory."""
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,3 +34,77 @@ def test_the_sanitizers_find_nothing(tmp_path: Path, name: str) -> None:
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith(" cases, 0 wrong\n")
+
+
+#: Each op at its first call, in a process that may take one more MiB, and then as much as it likes.
+SHORT = """if True:
+    import pathlib, resource, sys
+    import torch
+    from native_cases import BF16, expanded_case, latent_case
+    from mla_backend_cpu.library import load
+    from mla_backend_cpu.native_attention import NativeExpandedAttention, NativeLatentAttention
+    from mla_backend_cpu.native_ops import NativeBatchedLinear, NativeLinear
+
+    torch.set_num_threads(2)
+    kernels = load(sys.argv[1])
+    fp32 = torch.float32
+
+    def product(op, dtype, *shape, **more):
+        op, inputs = op(kernels), shape[-1]
+        packed = op.pack(torch.ones(*shape[1:-1], 64, inputs, dtype=dtype))
+        x, out = torch.ones(shape, dtype=dtype), torch.zeros(*shape[:-1], 64, dtype=dtype)
+        return out, lambda: op(packed, x=x, out=out, **more)
+
+    def attention(op, case, batch, width, **more):
+        op, (rows, heads, _) = op(kernels), case.q.shape
+        given = {"q": case.q, "softmax_scale": 0.1, "lse": torch.empty(rows, heads), **more}
+        out, state = torch.zeros(rows, heads, width, dtype=BF16), op.prepare(case.spec, batch)
+        return out, lambda: op(state, out=out, **given)
+
+    product(NativeLinear, BF16, 32, 256, bias=None)[1]()  # its threads are there from now on
+    latent = latent_case([1, 4], [400, 9], latent=1 << 15)
+    expanded = expanded_case([1, 4], [20, 9], value=1 << 17)
+    view = latent.view()
+    calls = {  # each product keeps more than the one before
+        "linear": product(NativeLinear, BF16, 512, 1 << 11, bias=None),
+        "linear, fp32": product(NativeLinear, fp32, 512, 1 << 12, bias=None),
+        "batched": product(NativeBatchedLinear, BF16, 256, 2, 1 << 14),
+        "batched, fp32": product(NativeBatchedLinear, fp32, 256, 2, 1 << 15),
+        "latent": attention(
+            NativeLatentAttention, latent, view, 1 << 15, cache=latent.cache, block_table=latent.table,
+            kv_lens=view.kv_lens_device, cu_q=view.cu_q,
+        ),
+        "expanded": attention(
+            NativeExpandedAttention, expanded, expanded.lengths, 1 << 17, k=expanded.k, v=expanded.v
+        ),
+    }
+    for name, (out, call) in calls.items():
+        used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), before[1]))
+        try:
+            call()
+        except MemoryError as error:
+            print(name, "-", error)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        call()
+        assert (out == out.flatten()[0]).all() if out.shape[-1] == 64 else out.any(-1).all(), name
+"""
+
+
+@pytest.mark.parametrize("name", dict.fromkeys((UNTILED, instruction_sets.EMULATED)))
+def test_a_lack_of_memory_is_an_error_and_no_end(name: str) -> None:
+    # What is allocated comes from the system, and not from what others have freed.
+    variables = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    variables["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT, name],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    why = "out of memory: there is none left for what the kernel keeps while it computes."
+    names = ("linear", "linear, fp32", "batched", "batched, fp32", "latent", "expanded")
+    assert done.stdout.splitlines() == [f"{call} - {why}" for call in names], done.stderr
+    assert done.returncode == 0, done.stderr

@@ -26,6 +26,7 @@ from mla_backend_cpu.native_ops import (
 from mla_backend_cpu.recorded import sequence
 from mla_backends import BackendError
 from mla_backends.api import OpCall, Packed
+from mla_backends.api import operands as operand_checks
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +171,21 @@ def test_an_operand_that_is_not_what_its_memory_says_is_refused_by_name(
     op(*arguments, **given)
     again = [bits(given[name]) for name in (*WRITTEN, "cache") if name in given]
     assert all(torch.equal(*pair) for pair in zip(results, again, strict=True))
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_right_operands_are_not_asked_twice(
+    kernels: Library, call: Callable[[Library], Call], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The long check, which finds the words of a refusal, costs several times what the short one does."""
+    op, arguments, given = call(kernels)
+    op(*arguments, **given)  # the first check of a process is always the long one
+    asked: list[Any] = []
+    monkeypatch.setattr(operand_checks, "_why", lambda *given: asked.append(given))
+    if "weight" in given:
+        given["weight"] = torch.nn.Parameter(given["weight"], requires_grad=False)
+    op(*arguments, **given)
+    assert not asked
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)

@@ -1,5 +1,5 @@
 // The C interface that Python calls with raw addresses. Shapes have been checked there; functions that follow
-// indices return a sentence if one is invalid, else null.
+// indices, or keep memory, return a sentence if an index is invalid or memory runs out, else null.
 #include "checks.h"
 #include "gemm_dispatch.h"
 #include "packing.h"
@@ -28,26 +28,35 @@ void mla_unpack_fp32(const float* packed, int64_t groups, int64_t outputs, int64
     unpack(packed, groups, outputs, inputs, weight, threads);
 }
 
-void mla_linear(const bf16* x, int64_t x_row, const bf16* packed, const bf16* bias, bf16* out,
-                int64_t out_row, int64_t tokens, int64_t inputs, int64_t outputs, int wide, int threads) {
-    linear(wide, x, x_row, packed, inputs, Output<bf16>{out, out_row, bias, outputs}, tokens, threads);
+const char* mla_linear(const bf16* x, int64_t x_row, const bf16* packed, const bf16* bias, bf16* out,
+                       int64_t out_row, int64_t tokens, int64_t inputs, int64_t outputs, int wide,
+                       int threads) {
+    return attempt([&] {
+        linear(wide, x, x_row, packed, inputs, Output<bf16>{out, out_row, bias, outputs}, tokens, threads);
+    });
 }
-void mla_linear_fp32(const float* x, int64_t x_row, const float* packed, const float* bias, float* out,
-                     int64_t out_row, int64_t tokens, int64_t inputs, int64_t outputs, int threads) {
-    fp32::linear(x, x_row, packed, inputs, Output<float>{out, out_row, bias, outputs}, tokens, threads);
+const char* mla_linear_fp32(const float* x, int64_t x_row, const float* packed, const float* bias, float* out,
+                            int64_t out_row, int64_t tokens, int64_t inputs, int64_t outputs, int threads) {
+    return attempt([&] {
+        fp32::linear(x, x_row, packed, inputs, Output<float>{out, out_row, bias, outputs}, tokens, threads);
+    });
 }
 
-void mla_batched_linear(const bf16* x, int64_t x_token, int64_t x_head, const bf16* packed, bf16* out,
-                        int64_t out_token, int64_t out_head, int64_t tokens, int64_t heads, int64_t inputs,
-                        int64_t outputs, int wide, int threads) {
-    batched_linear(wide, x, Grouped{x_token, x_head}, packed, inputs, out, Grouped{out_token, out_head},
-                   outputs, tokens, heads, threads);
+const char* mla_batched_linear(const bf16* x, int64_t x_token, int64_t x_head, const bf16* packed, bf16* out,
+                               int64_t out_token, int64_t out_head, int64_t tokens, int64_t heads,
+                               int64_t inputs, int64_t outputs, int wide, int threads) {
+    return attempt([&] {
+        batched_linear(wide, x, Grouped{x_token, x_head}, packed, inputs, out, Grouped{out_token, out_head},
+                       outputs, tokens, heads, threads);
+    });
 }
-void mla_batched_linear_fp32(const float* x, int64_t x_token, int64_t x_head, const float* packed, float* out,
-                             int64_t out_token, int64_t out_head, int64_t tokens, int64_t heads,
-                             int64_t inputs, int64_t outputs, int threads) {
-    fp32::batched_linear(x, {x_token, x_head}, packed, inputs, out, {out_token, out_head}, outputs, tokens,
-                         heads, threads);
+const char* mla_batched_linear_fp32(const float* x, int64_t x_token, int64_t x_head, const float* packed,
+                                    float* out, int64_t out_token, int64_t out_head, int64_t tokens,
+                                    int64_t heads, int64_t inputs, int64_t outputs, int threads) {
+    return attempt([&] {
+        fp32::batched_linear(x, {x_token, x_head}, packed, inputs, out, {out_token, out_head}, outputs,
+                             tokens, heads, threads);
+    });
 }
 
 const char* mla_latent_attention(const bf16* q, int64_t q_token, int64_t q_head, int64_t tokens,
@@ -61,8 +70,7 @@ const char* mla_latent_attention(const bf16* q, int64_t q_token, int64_t q_head,
                       cu_q, requests,  page_size, heads, width,       latent,    scale,
                       out,  out_token, out_head,  lse,   lse_token,   lse_head};
     if (const char* wrong = check_latent(a, table_columns, pages, tokens)) return wrong;
-    latent_attention(a, threads);
-    return nullptr;
+    return attempt([&] { latent_attention(a, threads); });
 }
 
 const char* mla_expanded_attention(const bf16* q, int64_t q_token, int64_t q_head, int64_t queries,
@@ -90,8 +98,7 @@ const char* mla_expanded_attention(const bf16* q, int64_t q_token, int64_t q_hea
                         segments,
                         causal != 0};
     if (const char* wrong = check_expanded(a, queries, keys)) return wrong;
-    expanded_attention(a, threads);
-    return nullptr;
+    return attempt([&] { expanded_attention(a, threads); });
 }
 
 void mla_rms_norm(const bf16* x, int64_t x_row, const bf16* weight, float eps, bf16* out, int64_t out_row,

@@ -30,7 +30,7 @@ static int64_t first_outside(const T* indices, int64_t count, int64_t limit) {
 
 // `table_columns`, `pages` and `tokens` are what block_table, the cache and q hold.
 static const char* check_latent(const Latent& a, int64_t table_columns, int64_t pages, int64_t tokens) {
-    if (a.cu_q[0] < 0 || a.cu_q[a.requests] > tokens)
+    if (a.cu_q[0] != 0 || a.cu_q[a.requests] != tokens)
         return fault("cu_q runs from %d to %d, but q has %lld tokens.", a.cu_q[0], a.cu_q[a.requests],
                      (long long)tokens);
     for (int64_t b = 0; b < a.requests; b++) {

@@ -94,12 +94,14 @@ static void expanded_attention(const Expanded& a, int threads) {
     plan_expanded(a, tasks);
     const ExpandedTask* all = tasks.data();
     const int64_t count = (int64_t)tasks.size();
+    Shortage shortage;
 #pragma omp parallel num_threads(threads)
     {
         const TileSession session;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; i++) expanded_task(a, all[i]);
+        for (int64_t i = 0; i < count; i++) shortage.within([&] { expanded_task(a, all[i]); });
     }
+    shortage.raise();
 }
 
 }  // namespace mla

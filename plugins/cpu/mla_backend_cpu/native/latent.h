@@ -161,17 +161,22 @@ static void latent_attention(const Latent& a, int threads) {
     const LatentTask* all = tasks.data();
     const int64_t count = (int64_t)tasks.size();
     LatentTasks left(a, tasks, threads);
+    Shortage shortage;
 #pragma omp parallel num_threads(threads)
     {
         const TileSession session;
-        for (const LatentTask* task = left.take(); task;) task = latent_task(a, *task, saved, left);
+        shortage.within([&] {
+            for (const LatentTask* task = left.take(); task;) task = latent_task(a, *task, saved, left);
+        });
         if (size) {
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1) nowait
             for (int64_t i = 0; i < count; i++)
-                if (all[i].parts > 1 && all[i].part == 0) merge_latent(a, all[i], saved);
+                if (all[i].parts > 1 && all[i].part == 0)
+                    shortage.within([&] { merge_latent(a, all[i], saved); });
         }
     }
+    shortage.raise();
 }
 
 }  // namespace mla

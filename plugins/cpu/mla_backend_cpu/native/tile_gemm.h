@@ -154,6 +154,7 @@ static void multiply(Product p, int threads) {
     const int64_t stretch = rows > FEW_TILES ? STRETCH : depth;
     bf16* a = scratch<0>().take<bf16>(p.groups * rows * depth * TILE_BF16);
     p.a = a;
+    Shortage shortage;
 #pragma omp parallel num_threads(threads)
     {
         const TileSession session;
@@ -162,17 +163,20 @@ static void multiply(Product p, int threads) {
             const int64_t from = i % pieces * STRETCH;
             copy_tiles(p, i / pieces / rows, i / pieces % rows, from, std::min(from + STRETCH, depth), a);
         }
-        float* partial =
-            stretch < depth ? scratch<1>().take<float>(cut.rows * cut.panels * TILE_FLOATS) : nullptr;
+        float* partial = nullptr;
+        shortage.within([&] {
+            if (stretch < depth) partial = scratch<1>().take<float>(cut.rows * cut.panels * TILE_FLOATS);
+        });
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < cut.tasks(p); i++) {  // neighbouring tasks share their weights
             const int64_t row = i % row_blocks * cut.rows, panel = i / row_blocks % panel_blocks * cut.panels;
-            run_task(p,
-                     {i / row_blocks / panel_blocks, row, std::min(cut.rows, rows - row), panel,
-                      std::min(cut.panels, p.panels() - panel), partial},
-                     stretch);
+            const TileTask task = {i / row_blocks / panel_blocks,       row,
+                                   std::min(cut.rows, rows - row),      panel,
+                                   std::min(cut.panels, p.panels() - panel), partial};
+            shortage.within([&] { run_task(p, task, stretch); });
         }
     }
+    shortage.raise();
 }
 
 static void linear(const bf16* x, int64_t x_row, const bf16* packed, int64_t inputs, const Output<bf16>& out,

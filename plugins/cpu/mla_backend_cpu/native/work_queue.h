@@ -4,6 +4,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "memory.h"
+
 namespace mla {
 
 constexpr int64_t PARALLEL_WORK = 1 << 16;  // elements from which waking the other threads pays
@@ -26,16 +28,20 @@ class WorkQueue {
 };
 
 // Run all pieces on so many threads: run(piece, next), where `next` may be asked once, with the end of a
-// piece, for the thread's next one, or -1.
+// piece, for the thread's next one, or -1. Throws std::bad_alloc.
 template <class Run>
 static void run_pieces(int64_t count, int threads, const Run& run) {
     WorkQueue queue(count, threads);
+    Shortage shortage;
 #pragma omp parallel num_threads(threads)
-    for (int64_t piece = queue.take(); piece >= 0;) {
-        int64_t following = -1;
-        run(piece, [&] { return following = queue.take_early(); });
-        piece = following < 0 ? queue.take() : following;
-    }
+    shortage.within([&] {
+        for (int64_t piece = queue.take(); piece >= 0;) {
+            int64_t following = -1;
+            run(piece, [&] { return following = queue.take_early(); });
+            piece = following < 0 ? queue.take() : following;
+        }
+    });
+    shortage.raise();
 }
 
 }  // namespace mla
