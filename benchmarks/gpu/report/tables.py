@@ -43,7 +43,7 @@ class Report:
     """The tables of a ledger and of the result files in its folder."""
 
     def __init__(self, ledger: Ledger, folder: Path, sections: Sequence[Section]) -> None:
-        self._ledger, self._folder = ledger, folder
+        self._ledger, self._folder, self._sections = ledger, folder, sections
         self._order = [(section.name, step.name) for section in sections for step in section.steps]
 
     def plain(self) -> str:
@@ -68,9 +68,15 @@ class Report:
                 parts.append(f"## {title}\n\n{markdown(header, rows)}{note and f'{chr(10)}{note}'}")
         return "\n".join(parts)
 
+    def left(self) -> str:
+        """Say which steps of the plan another campaign in the same folder has to start or to go on with."""
+        names = self._ledger.left(self._sections)
+        count = "1 step is" if len(names) == 1 else f"{len(names)} steps are"
+        return f"{count} left{': ' * bool(names)}{', '.join(names)}"
+
     def _tables(self) -> Iterator[tuple[str, Sequence[str], Rows, str]]:
         ceilings = self._ceilings()
-        yield "Steps", STEPS, self._steps(), ""
+        yield "Steps", STEPS, self._steps(), f"{self.left()}\n"
         yield "Targets", targets.HEADER, self._targets(), targets.note(self._ledger.card)
         yield "Standard scenarios", STANDARD, standard_rows(self._runs("standard")), FOOTNOTE
         yield "Kernels in turns", in_turns.HEADER, in_turns.rows(self._rivals(), ceilings), in_turns.NOTE
