@@ -77,9 +77,9 @@ class Campaign:
             section=section.name, step=step.name, verdict="interrupted", reason="ended by Ctrl-C or SIGTERM",
             limit=seconds, command=shell_line(words, seconds),
         )  # fmt: skip
-        console.note(f"{where}: at most {seconds} s")
         out = result.with_suffix(".out") if step.kind != "text" else result
         try:
+            console.note(f"{where}: at most {seconds} s")
             ended = child.run(words, seconds, out, result.with_suffix(".log"))
         except KeyboardInterrupt:
             self._ledger.put(record)

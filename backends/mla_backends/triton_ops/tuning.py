@@ -145,14 +145,13 @@ def write_tuning(path: str | Path, tuning: Tuning, facts: Mapping[str, str]) -> 
     """
     tiles = {name: _rows(getattr(tuning, name)) for name in ("latent", "expanded")}
     document = {"format": FORMAT, **facts, **tiles}
-    with tempfile.NamedTemporaryFile(
-        "w", dir=os.path.dirname(os.path.realpath(path)), encoding="utf-8", delete=False
-    ) as file:
+    target = Path(os.path.realpath(path))  # what a link leads to
+    with tempfile.NamedTemporaryFile("w", dir=target.parent, encoding="utf-8", delete=False) as file:
         try:
             file.write(json.dumps(document, indent=2) + "\n")
             file.flush()
             os.chmod(file.name, 0o644)
-            os.replace(file.name, os.path.realpath(path))
+            os.replace(file.name, target)
         except BaseException:
             os.unlink(file.name)
             raise

@@ -62,7 +62,7 @@ class Report:
         """Return all tables."""
         ledger = self._ledger
         smoke = " (--smoke: tiny sizes, which say nothing about the card)" if ledger.smoke else ""
-        parts = [f"# {ledger.card}, backend {ledger.backend}{smoke}\n"]
+        parts = [f"# {ledger.card}, backend {ledger.backend}{smoke}\n\n{self.left()}\n"]
         for title, header, rows, note in self._tables():
             if rows:
                 parts.append(f"## {title}\n\n{markdown(header, rows)}{note and f'{chr(10)}{note}'}")
@@ -76,7 +76,7 @@ class Report:
 
     def _tables(self) -> Iterator[tuple[str, Sequence[str], Rows, str]]:
         ceilings = self._ceilings()
-        yield "Steps", STEPS, self._steps(), f"{self.left()}\n"
+        yield "Steps", STEPS, self._steps(), ""
         yield "Targets", targets.HEADER, self._targets(), targets.note(self._ledger.card)
         yield "Standard scenarios", STANDARD, standard_rows(self._runs("standard")), FOOTNOTE
         yield "Kernels in turns", in_turns.HEADER, in_turns.rows(self._rivals(), ceilings), in_turns.NOTE
