@@ -66,8 +66,6 @@ for path in sys.path:
 
 campaign=("${self%/*}/campaign.sh" --short --backend "$backend" ${SMOKE:+--smoke})
 
-said() { grep -E '^[0-9]+ steps? (is|are) left' "$1/table.md"; }
-
 bring_home() { # whatever ends the command
     trap '' HUP INT TERM
     [ -e "$results/campaign.json" ] || return 0
@@ -75,9 +73,8 @@ bring_home() { # whatever ends the command
     tar czf "$out/first_hour.part" -C "$work" --exclude '*.gz' results
     mv "$out/first_hour.part" "$out/first_hour.tgz"
     find "$results" -name '*.gz' -print0 | tar czf "$out/traces.tgz" -P --transform 's|.*/||' --null -T -
-    [ -e "$results/table.md" ] || return 0
-    cp "$results/table.md" "$out"
-    echo "$(said "$out"); after $SECONDS s, results: $out" >&2
+    if [ -e "$results/table.md" ]; then cp "$results/table.md" "$out"; fi
+    echo "after $SECONDS s, what is to be taken away is in $out" >&2
 }
 
 go_on() {
@@ -112,12 +109,12 @@ dry_run() {
     for _ in {1..6}; do
         rm -r "$WORK/results" && cp "$OUT/first_hour.tgz" "$WORK" # as on another machine
         timeout "$limit" "$self"
-        if [[ $(said "$OUT") == 0* ]]; then
+        if grep -q '^0 steps are left$' "$OUT/table.md"; then
             tar tzf "$OUT/traces.tgz" && echo "the dry run ended well, after $SECONDS s" >&2
             return
         fi
     done
-    die "after 6 commands, $(said "$OUT")."
+    die "after 6 commands, $(grep -E '^[0-9]+ steps? (is|are) left' "$OUT/table.md")."
 }
 
 case ${1:-} in
