@@ -49,6 +49,7 @@ from mla_backends.errors import BackendError, UnknownBackend, one_line
 from mla_backends.known import GENERAL
 from mla_backends.triton_ops.tuning import card_slug
 
+BEGAN = time.monotonic()  # a budget is that of the whole process: setting up a device may be slow
 HERE = Path(__file__).resolve().parent
 FACTS_SECONDS = 120
 
@@ -112,10 +113,10 @@ def verdict(ledger: Ledger, wanted: Sequence[Section]) -> int:
 
 
 def carry_out(
-    machine: Machine, wanted: list[Section], again: list[Section],
+    machine: Machine, every: Sequence[Section], wanted: list[Section], again: list[Section],
     folder: Path, smoke: bool, budget: float | None,
 ) -> int:  # fmt: skip
-    """Walk through the sections, and leave the table whatever happens."""
+    """Walk through the wanted sections, and leave the table of every section whatever happens."""
     folder.mkdir(parents=True, exist_ok=True)
     ledger = opened(folder, machine, smoke)
     campaign = Campaign(machine, folder, ledger, budget)
@@ -126,13 +127,12 @@ def carry_out(
     except KeyboardInterrupt:
         code = interrupted()
     finally:
-        report = tables.Report(ledger, folder, wanted)
+        report = tables.Report(ledger, folder, every)
         write_bytes(report.markdown().encode(), folder / "table.md")
     console.out(report.plain())
+    console.note(f"\n{report.left()}")
     kept = sum(one.kept and one.final for one in ledger.records)
-    console.note(
-        f"\nresults are in {folder}; to go on: campaign.sh --backend {machine.backend} --out {folder}"
-    )
+    console.note(f"results are in {folder}; to go on: campaign.sh --backend {machine.backend} --out {folder}")
     if kept:
         console.note(f"{kept} steps were kept from an earlier campaign; --again SECTION repeats a section")
     return verdict(ledger, wanted) if code is None else code
@@ -169,7 +169,8 @@ def campaign(
             console.note(f"not usable here, so options are parsed only: {machine.reason}")
         return Exit.USAGE if dry_run.dry_run(machine, wanted, folder) else Exit.OK
     repeated = chosen(every, again) if again else []
-    return carry_out(machine, wanted, repeated, folder, smoke, budget)
+    left = None if budget is None else budget - (time.monotonic() - BEGAN)
+    return carry_out(machine, every, wanted, repeated, folder, smoke, left)
 
 
 if __name__ == "__main__":

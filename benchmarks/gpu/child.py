@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GRACE = 20.0  # seconds between SIGTERM, upon which the runner writes its result, and SIGKILL
+LAST = 5.0  # seconds that a process may take to go after SIGKILL
 TIMED_OUT = 124  # as timeout(1)
 
 
@@ -66,7 +67,8 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
         child.wait(GRACE)
     _signal(child, signal.SIGKILL)
-    child.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it for good: the rest goes on
+        child.wait(LAST)
 
 
 def _signal(child: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -7,26 +7,40 @@
 #   benchmarks/gpu/first_hour.sh --dry-run      all of it without a card: tiny sizes, interpreted kernels
 #
 # PYTHON has torch. All is in build/first_hour, and what is to be taken away in $OUT, too.
+# A command ends within LIMIT seconds.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-limit=${LIMIT:-600} backend=${BACKEND:-nvidia} work=${WORK:-$PWD/build/first_hour}
-self=$PWD/benchmarks/gpu/first_hour.sh wheels=$work/wheels venv=$work/venv results=$work/results out=${OUT:-$work}
+die() { echo "error: $*" >&2 && exit 2; }
+self=$(realpath "${BASH_SOURCE[0]}")
+checkout=${self%/benchmarks/gpu/*} limit=${LIMIT:-600} backend=${BACKEND:-nvidia}
+[[ $limit =~ ^[1-9][0-9]{2,4}$ && $limit -ge 240 ]] || die "LIMIT must be 240 to 99999 seconds, got '$limit'."
+python=$(command -v "${PYTHON:-python}") || die "there is no '${PYTHON:-python}': set PYTHON."
+python=$(realpath -s "$python")
+work=$(realpath -m "${WORK:-$checkout/build/first_hour}")
+out=$(realpath -m "${OUT:-$work}") wheels=$work/wheels venv=$work/venv results=$work/results
+cd "$checkout"
+
 brought=( # what an image with torch may lack; FlashInfer 0.7 is too large
     msgspec safetensors click pluggy rich markdown-it-py mdurl pygments numpy nvidia-ml-py ninja einops filelock
     packaging tabulate tqdm requests urllib3 idna certifi charset-normalizer
     sgl-flash-mla==1.0.0 flashinfer-python==0.6.18 'apache-tvm-ffi<0.2'
 )
-die() { echo "error: $*" >&2 && exit 2; }
-python=$(command -v "${PYTHON:-python}") || die "there is no '${PYTHON:-python}': set PYTHON."
-sources() { find mla backends plugins/nvidia -name '*.py' -print0 | LC_ALL=C sort -z | xargs -0 cat | sha256sum; }
-left() { grep -cE 'the budget is used up|did not fit into' "$1/table.md" || true; }
+packages=(mla backends/mla_backends plugins/nvidia/mla_backend_nvidia)
+
+sources() { # a sum over all that goes into the wheels; there may be no git
+    {
+        echo "${brought[@]}"
+        find "${packages[@]}" pyproject.toml {backends,plugins/nvidia}/pyproject.toml \
+            -name __pycache__ -prune -o -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
+    } | sha256sum
+}
 
 pack() {
     rm -rf "$wheels" && mkdir -p "$wheels"
-    "$python" -m pip wheel -q --no-deps -w "$wheels" . ./backends ./plugins/nvidia
-    "$python" -m pip download -q --no-deps --only-binary :all: --implementation cp --python-version "${1:-3.12}" \
-        --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 -d "$wheels" pip "${brought[@]}"
+    env -u PIP_CONSTRAINT "$python" -m pip wheel -q --no-deps -w "$wheels" . ./backends ./plugins/nvidia
+    env -u PIP_CONSTRAINT "$python" -m pip download -q --no-deps --only-binary :all: --implementation cp \
+        --python-version "${1:-3.12}" --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 \
+        -d "$wheels" pip "${brought[@]}"
     sources >"$wheels/sources"
     local bytes=$(($(cat "$wheels"/* | wc -c) + $(git ls-files -z | xargs -0 cat | wc -c)))
     echo "$wheels and the tracked files: $((bytes >> 20)) of 64 MiB"
@@ -39,36 +53,49 @@ install() { # into an environment that sees what is around PYTHON, even if that 
     export PYTHON=$venv/bin/python PATH=$venv/bin:$PATH
     if cmp -s "$wheels/sources" "$venv/sources"; then return; fi
     rm -rf "$venv" && "$python" -m venv --without-pip "$venv"
-    local pip=("$venv/bin/python" "$(echo "$wheels"/pip-*.whl)/pip" install -q --no-deps --no-index -f "$wheels")
-    "$python" -c 'import sys; print(*(path for path in sys.path if "-packages" in path), sep="\n")' \
+    "$python" -c 'import sys
+for path in sys.path:
+    if "-packages" in path: print(f"import site; site.addsitedir({path!a})")' \
         >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/around.pth"
+    local pip=(env PIP_CONFIG_FILE=/dev/null "$venv/bin/python" "$(echo "$wheels"/pip-*.whl)/pip" --isolated
+        install -q --no-deps --no-index -f "$wheels") # without the constraints of an image
     "${pip[@]}" --ignore-installed mla mla-backends mla-backend-nvidia
     "${pip[@]}" "${brought[@]}" || die "the wheels do not fit $python: run 'first_hour.sh pack VERSION'."
     cp "$wheels/sources" "$venv"
 }
 
-campaign() { "${self%/*}/campaign.sh" --short --backend "$backend" ${SMOKE:+--smoke} "$@"; }
+campaign=("${self%/*}/campaign.sh" --short --backend "$backend" ${SMOKE:+--smoke})
+
+bring_home() { # whatever ends the command
+    trap '' HUP INT TERM
+    [ -e "$results/campaign.json" ] || return 0
+    mkdir -p "$out"
+    tar czf "$out/first_hour.part" -C "$work" --exclude '*.gz' results
+    mv "$out/first_hour.part" "$out/first_hour.tgz"
+    find "$results" -name '*.gz' -print0 | tar czf "$out/traces.tgz" -P --transform 's|.*/||' --null -T -
+    if [ -e "$results/table.md" ]; then cp "$results/table.md" "$out"; fi
+    echo "after $SECONDS s, what is to be taken away is in $out" >&2
+}
 
 go_on() {
-    local words=() code=0 cores
-    cores=$(nproc)
+    local words=() code job budget
     cd "$work"
     export TRITON_CACHE_DIR=$work/cache/triton FLASHINFER_WORKSPACE_BASE=$work/cache
+    trap bring_home EXIT
     if [ $# -gt 0 ]; then words=(--only "$(IFS=, && echo "$*")"); fi
     if [ ! -d "$results" ] && [ -f "$work/first_hour.tgz" ]; then # of another machine, whose caches are not here
         tar xzf "$work/first_hour.tgz" -C "$work" && words+=(--again compile)
     fi
-    if [ ! -e "$work/checks.log" ] && [ -z "${SMOKE:-}" ]; then # their results count in a step of their own
-        python -m mla.conformance --list | grep -o '^latent\.[a-z_]*' |
-            timeout 150 xargs -P $((cores < 16 ? cores : 16)) -n 1 python -m mla.conformance --backend "$backend" \
-                --quick --dtype bfloat16 --only >"$work/checks.log" 2>&1 || true
-    fi
-    campaign --out "$results" --budget "$((limit - SECONDS - 60))s" "${words[@]}" || code=$?
-    [ -e "$results/table.md" ] || exit "$code"
-    mkdir -p "$out" && cp -u "$results/table.md" "$out"
-    tar czf "$out/first_hour.tgz" -C "$work" --exclude '*.gz' results
-    find "$results" -name '*.gz' -print0 | tar czf "$out/traces.tgz" -P --transform 's|.*/||' --null -T -
-    echo "$(left "$out") steps are left, after $SECONDS s; results: $out" >&2
+    budget=$((limit - SECONDS - 90)) # a step may take 25 s to be ended; the rest is for tables and archives
+    [ $budget -gt 0 ] || die "no time is left after $SECONDS s of setting up: run it again, or raise LIMIT."
+    words+=(--out "$results" --budget "${budget}s")
+    timeout --foreground -k 25 $((budget + 40)) "${campaign[@]}" "${words[@]}" &
+    job=$! # a trap waits for a command in the foreground
+    trap 'kill -TERM "$job"' HUP INT TERM
+    while
+        code=0 && { wait "$job" || code=$?; }
+        kill -0 "$job" 2>/dev/null
+    do :; done
     exit "$code"
 }
 
@@ -79,19 +106,22 @@ dry_run() {
     "$self" pack "$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
     BACKEND=nvidia SMOKE='' "$self" --list
     timeout "$limit" "$self" compile facts
-    while
+    for _ in {1..6}; do
         rm -r "$WORK/results" && cp "$OUT/first_hour.tgz" "$WORK" # as on another machine
-        timeout "$limit" "$self" || exit
-        [ "$(left "$OUT")" -gt 0 ]
-    do :; done
-    tar tzf "$OUT/traces.tgz" && echo "the dry run ended well, after $SECONDS s" >&2
+        timeout "$limit" "$self"
+        if grep -q '^0 steps are left$' "$OUT/table.md"; then
+            tar tzf "$OUT/traces.tgz" && echo "the dry run ended well, after $SECONDS s" >&2
+            return
+        fi
+    done
+    die "after 6 commands, $(grep -E '^[0-9]+ steps? (is|are) left' "$OUT/table.md")."
 }
 
 case ${1:-} in
     -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$self" ;;
     pack) pack "${@:2}" ;;
     --dry-run) dry_run ;;
-    --list) install; campaign --dry-run ;;
+    --list) install; "${campaign[@]}" --dry-run ;;
     -*) die "there is no option '$1': --help shows all." ;;
     *) install; go_on "$@" ;;
 esac

@@ -77,9 +77,9 @@ class Campaign:
             section=section.name, step=step.name, verdict="interrupted", reason="ended by Ctrl-C or SIGTERM",
             limit=seconds, command=shell_line(words, seconds),
         )  # fmt: skip
-        console.note(f"{where}: at most {seconds} s")
         out = result.with_suffix(".out") if step.kind != "text" else result
         try:
+            console.note(f"{where}: at most {seconds} s")
             ended = child.run(words, seconds, out, result.with_suffix(".log"))
         except KeyboardInterrupt:
             self._ledger.put(record)
@@ -94,10 +94,10 @@ class Campaign:
         trimmed = record.verdict == "timed out" and record.limit < step.limit
         doubted = record.verdict == "doubtful" and self._ledger.smoke  # tiny sizes have no times to miss
         record.failed = record.verdict not in ("ok", *step.tolerates) and not trimmed and not doubted
-        cut = verdicts.is_cut(step, ended) or trimmed
+        record.cut = verdicts.is_cut(step, ended) or trimmed
         answered = record.verdict != "refused" and not record.failed  # a crash that was looked for
-        record.final = (record.verdict == "wrong" or answered) and not cut
-        if cut:
+        record.final = (record.verdict == "wrong" or answered) and not record.cut
+        if record.cut:
             record.reason = f"{record.reason}; the rest did not fit into {record.limit} s"
         if step.kind == "question" and (answer := verdicts.answer_of(ended)):
             result.write_bytes(verdicts.encoded(answer))

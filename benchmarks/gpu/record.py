@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
-from benchmarks.gpu.steps import Machine
+from benchmarks.gpu.steps import Machine, Section
 from mla.command.files import write_bytes
 from mla.errors import ResultError
 
@@ -32,6 +33,12 @@ class Record(msgspec.Struct, kw_only=True):
     final: bool = False  # a later campaign in the same folder keeps it
     failed: bool = False  # it makes the campaign's exit code differ from 0
     kept: bool = False  # from an earlier campaign
+    cut: bool = False  # its time was too short for all of it: a later campaign goes on
+
+    @property
+    def ended(self) -> bool:
+        """Whether it came to an end, good or bad."""
+        return self.verdict not in ("skipped", "interrupted") and not self.cut
 
 
 class Ledger(msgspec.Struct, kw_only=True):
@@ -48,6 +55,15 @@ class Ledger(msgspec.Struct, kw_only=True):
     def find(self, section: str, step: str) -> Record | None:
         """Return the record of a step."""
         return next((one for one in self.records if (one.section, one.step) == (section, step)), None)
+
+    def left(self, sections: Iterable[Section]) -> list[str]:
+        """Return the steps of a plan that are about this backend and have not come to an end."""
+        ended = {(one.section, one.step) for one in self.records if one.ended}
+        return [
+            f"{section.name} {step.name}"
+            for section in sections if section.serves(self.backend)
+            for step in section.steps if (section.name, step.name) not in ended
+        ]  # fmt: skip
 
     def put(self, record: Record) -> None:
         """Add a record, in place of an older one of the same step."""

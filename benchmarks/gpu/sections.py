@@ -9,7 +9,7 @@ import re
 from dataclasses import replace
 
 from benchmarks.gpu import contract
-from benchmarks.gpu.own_kernels import compile_tiles, large_rivals, own_layers, rivals, tune
+from benchmarks.gpu.own_kernels import compile_ahead, large_rivals, own_layers, rivals, tune
 from benchmarks.gpu.sizes import FULL, HERE, SMOKE, Sizes
 from benchmarks.gpu.steps import MOST_SECONDS, OPTIONAL, Machine, Section, Step, bench_step
 
@@ -75,7 +75,7 @@ def first_hour(machine: Machine, smoke: bool = False) -> tuple[Section, ...]:
     large = [replace(one, steps=one.steps[:1]) for one in large_rivals(machine, sizes)]
     layer, quick = own_layers(machine, sizes), contract.quick(machine, smoke)
     return (
-        compile_tiles(smoke),
+        compile_ahead(machine, smoke),
         replace(facts(machine), steps=facts(machine).steps[-1:]),
         *large,
         replace(layer, steps=tuple(replace(step, limit=LAYER_SECONDS) for step in layer.steps)),

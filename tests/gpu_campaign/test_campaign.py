@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,17 @@ def test_a_machine_that_takes_the_process_down_is_not_usable(
     found = campaign.ask_machine("acme")
     assert (found.usable, found.card) == (False, "unknown")
     assert found.reason.startswith("setting up the device ended with code -6")
+
+
+def test_a_budget_is_that_of_the_whole_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as the two minutes that the first setup of a device may take."""
+    monkeypatch.setattr(campaign, "BEGAN", time.monotonic() - 100)
+    monkeypatch.setattr(campaign, "ask_machine", lambda name: campaign.Machine(name, "Card", True))
+    words = ["--smoke", "--backend", "cpu", "--only", "grid", "--budget", "100s", "--out", str(tmp_path)]
+    assert campaign.campaign.main(words, standalone_mode=False) == 5
+    assert "the budget is used up" in capsys.readouterr().out
 
 
 def test_only_keeps_the_order_of_value() -> None:

@@ -139,7 +139,7 @@ def test_again_drops_what_is_there(tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "one" / "old.json").write_text("{}")
     section = Section("one", "One", (step,))
-    assert campaign.carry_out(CARD, [section], [section], out, False, None) == 0
+    assert campaign.carry_out(CARD, [section], [section], [section], out, False, None) == 0
     assert runs_of(tmp_path, "step") == 2
     assert not (out / "one" / "old.json").exists()
 
@@ -247,7 +247,8 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_a_table(
     steps = (counts("first", tmp_path), python("pressed", press), counts("third", tmp_path))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has none
     try:
-        code = campaign.carry_out(CARD, [Section("one", "One", steps)], [], tmp_path / "out", False, None)
+        plan = [Section("one", "One", steps)]
+        code = campaign.carry_out(CARD, plan, plan, [], tmp_path / "out", False, None)
     finally:
         signal.signal(signal.SIGINT, before)
     assert code == 130
@@ -257,6 +258,7 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_a_table(
     for text in (said, table):
         assert "first" in text
         assert "interrupted" in text
+    assert "\n2 steps are left: one pressed, one third\n" in table
     stored = json.loads((tmp_path / "out" / FILE).read_bytes())["records"]
     assert [one["verdict"] for one in stored] == ["ok", "interrupted"]
     later = walk(tmp_path, steps[0], python("pressed", "print('now')"), steps[2])
@@ -268,7 +270,24 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_a_table(
 def test_the_exit_code_names_the_worst(tmp_path: Path, codes: list[int], expected: int) -> None:
     steps = tuple(ends(f"step{number}", code) for number, code in enumerate(codes))
     section = Section("one", "One", steps)
-    assert campaign.carry_out(CARD, [section], [], tmp_path / "out", False, None) == expected
+    assert campaign.carry_out(CARD, [section], [section], [], tmp_path / "out", False, None) == expected
+
+
+def test_what_is_left_is_what_has_not_come_to_an_end(tmp_path: Path) -> None:
+    """A failure has; what was skipped, cut or never asked for has not."""
+    run = ("-c", "import sys; print('--budget skipped 3', file=sys.stderr)")
+    cut, failed, slow = Step("cut", run, 10, "sweep"), ends("failed", 3), python("slow", "", 1)
+    others = Section("others", "Others", (slow,), frozenset({"acme"}))
+    plan = [Section("one", "One", (cut, failed)), Section("two", "Two", (slow,)), others]
+    (tmp_path / "out").mkdir()
+    ledger = opened(tmp_path / "out", CARD, False)
+    assert ledger.left(plan) == ["one cut", "one failed", "two slow"]
+    Campaign(CARD, tmp_path / "out", ledger).walk(plan[:1])
+    assert ledger.left(plan) == ["one cut", "two slow"]
+    Campaign(CARD, tmp_path / "out", ledger, budget=0.0).walk(plan[1:])
+    assert opened(tmp_path / "out", CARD, False).left(plan) == ["one cut", "two slow"]
+    Campaign(CARD, tmp_path / "out", ledger).walk(plan)
+    assert ledger.left(plan) == ["one cut"]
 
 
 @pytest.mark.parametrize("other", [Machine("cpu", "Card 2", True), Machine("gpu", "Card 1", True)])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -137,10 +139,22 @@ def read_tuning(path: str | Path) -> Tuning:
 
 
 def write_tuning(path: str | Path, tuning: Tuning, facts: Mapping[str, str]) -> None:
-    """Write a tuning for `read_tuning`; `facts` say where it was measured: card, torch, triton, date."""
+    """Write a tuning for `read_tuning`, whole or not at all, in the place of an older one.
+
+    `facts` say where it was measured: card, torch, triton, date. Raises OSError.
+    """
     tiles = {name: _rows(getattr(tuning, name)) for name in ("latent", "expanded")}
     document = {"format": FORMAT, **facts, **tiles}
-    Path(path).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    target = Path(os.path.realpath(path))  # what a link leads to
+    with tempfile.NamedTemporaryFile("w", dir=target.parent, encoding="utf-8", delete=False) as file:
+        try:
+            file.write(json.dumps(document, indent=2) + "\n")
+            file.flush()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, target)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def _tiles(rows: Any) -> dict[int, Tile]:

@@ -43,7 +43,7 @@ class Report:
     """The tables of a ledger and of the result files in its folder."""
 
     def __init__(self, ledger: Ledger, folder: Path, sections: Sequence[Section]) -> None:
-        self._ledger, self._folder = ledger, folder
+        self._ledger, self._folder, self._sections = ledger, folder, sections
         self._order = [(section.name, step.name) for section in sections for step in section.steps]
 
     def plain(self) -> str:
@@ -62,11 +62,17 @@ class Report:
         """Return all tables."""
         ledger = self._ledger
         smoke = " (--smoke: tiny sizes, which say nothing about the card)" if ledger.smoke else ""
-        parts = [f"# {ledger.card}, backend {ledger.backend}{smoke}\n"]
+        parts = [f"# {ledger.card}, backend {ledger.backend}{smoke}\n\n{self.left()}\n"]
         for title, header, rows, note in self._tables():
             if rows:
                 parts.append(f"## {title}\n\n{markdown(header, rows)}{note and f'{chr(10)}{note}'}")
         return "\n".join(parts)
+
+    def left(self) -> str:
+        """Say which steps of the plan another campaign in the same folder has to start or to go on with."""
+        names = self._ledger.left(self._sections)
+        count = "1 step is" if len(names) == 1 else f"{len(names)} steps are"
+        return f"{count} left{': ' * bool(names)}{', '.join(names)}"
 
     def _tables(self) -> Iterator[tuple[str, Sequence[str], Rows, str]]:
         ceilings = self._ceilings()

@@ -82,6 +82,19 @@ def test_two_files_of_one_card_are_told_apart(tmp_path: Path) -> None:
     assert said[0] != said[1]
 
 
+def test_a_tuning_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    write_tuning(path, SMALL, {"card": CARD})
+    before = path.read_text()
+    with path.open() as reader:  # that another process has opened
+        write_tuning(path, LARGE, {"card": CARD})
+        assert reader.read() == before != path.read_text()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        write_tuning(tmp_path / "folder", LARGE, {"card": CARD})
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["folder", "mine.json"]
+
+
 def test_the_kernels_can_be_switched_off() -> None:
     """So that no compiler runs, and the vendor's attention still does."""
     assert Acme({"triton": "off"}).triton_ops() == {}
