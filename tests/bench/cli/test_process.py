@@ -233,7 +233,7 @@ def test_a_folder_that_vanishes_during_the_run_does_not_cost_the_numbers(start: 
         out, err = child.communicate(timeout=120)
     assert child.returncode == 2
     assert out.splitlines()[-1].startswith("Decode Throughput: ")
-    assert err.splitlines()[-1] == "error: cannot write 'out/run.json': No such file or directory."
+    assert err.splitlines()[-1] == "error: cannot write 'out/run.json': there is no folder 'out'."
 
 
 def test_a_terminal_that_cannot_show_lines_gets_plain_ones(process: Bench, small: list[str]) -> None:
