@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mla.bench.results.schema import Case, Latency, Run
-from mla.bench.results.timings import by_kind
 from mla.bench.terminal.case_lines import new_lengths_warning
 from mla.bench.terminal.digits import number
 
@@ -60,11 +59,12 @@ def _of_latency(where: str, latency: Latency) -> Iterator[str]:
 
 
 def _skipped(case: Case) -> dict[str, list[str]]:
-    """Return reason -> what was not timed for it; "graph" stands for "graph_cold" as well."""
+    """Return reason -> the ways of timing that were not run for it: "graph" for all of them, or another."""
     found: dict[str, list[str]] = {}
-    for name, timing in by_kind(case).items():
-        if timing.check.status == "not run" and not case.interrupted:
+    for timing in () if case.interrupted else case.timings:
+        if timing.check.status == "not run":
+            other = "cold" if timing.cache == "cold" else "device clock"
+            way = timing.mode if timing.mode == "graph" else other
             ways = found.setdefault(timing.check.reason, [])
-            if not any(name.startswith(f"{way}_") for way in ways):
-                ways.append(name)
+            ways += [way] * (way not in ways)
     return found
