@@ -11,6 +11,13 @@ import math
 import statistics
 from collections.abc import Sequence
 
+LOG_2 = math.log(2)
+MOST_SLOPES = 100_000  # of pairs of passes; there may be 100,000 passes
+
+
+def _log_factorial(n: int) -> float:
+    return math.lgamma(n + 1)
+
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
     """Return the narrowest symmetric order-statistic interval of the median with at least `confidence`.
@@ -21,7 +28,7 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
     best = None
     outside = 0.0
     for k in range(n // 2):  # the interval from the (k+1)-th smallest to the (k+1)-th largest
-        outside += 2 * math.comb(n, k) / 2**n
+        outside += 2 * math.exp(_log_factorial(n) - _log_factorial(k) - _log_factorial(n - k) - n * LOG_2)
         if 1 - outside < confidence:
             break
         best = (ordered[k], ordered[n - 1 - k])
@@ -45,8 +52,12 @@ def median(values: Sequence[float]) -> float:
 def drift(medians: Sequence[float]) -> float | None:
     """Return the relative change over all passes: Theil-Sen slope of their medians, times their number.
 
-    Half of the passes but one may be disturbed without moving it much. None below 3 passes.
+    Half of the passes but one may be disturbed without moving it much. Of very many passes, groups of
+    successive ones stand for themselves by their median. None below 3 passes.
     """
+    group = math.ceil(len(medians) / math.isqrt(2 * MOST_SLOPES))
+    if group > 1:
+        medians = [median(medians[i : i + group]) for i in range(0, len(medians) - group + 1, group)]
     n = len(medians)
     if n < 3:
         return None

@@ -41,6 +41,15 @@ def test_the_interval_is_the_narrowest_that_covers(n: int) -> None:
     assert coverage(k) >= 0.95 > coverage(k + 1)
 
 
+def test_a_hundred_thousand_values_have_an_interval() -> None:
+    """Within two ranks of the normal approximation; no binomial coefficient of such numbers is made."""
+    n = 100_000
+    interval = median_interval(range(n))
+    assert interval is not None
+    assert interval[0] == pytest.approx(n / 2 - 1.96 * math.sqrt(n) / 2, abs=2)
+    assert interval[1] == n - 1 - interval[0]
+
+
 @pytest.mark.parametrize("n", [6, 10, 31])
 def test_simulated_intervals_contain_the_median_often_enough(n: int) -> None:
     draw = random.Random(n)
@@ -83,6 +92,11 @@ def test_a_single_value_is_every_percentile() -> None:
 
 def test_drift_needs_three_passes() -> None:
     assert [drift([1.0] * n) for n in range(4)] == [None, None, None, 0]
+
+
+def test_drift_of_very_many_passes_is_that_of_groups() -> None:
+    n = 50_000
+    assert drift([1 + 0.5 * i / n for i in range(n)]) == pytest.approx(0.5 / 1.25, rel=0.01)
 
 
 def test_drift_is_the_change_over_all_passes() -> None:
