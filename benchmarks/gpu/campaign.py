@@ -21,6 +21,8 @@ result, 130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP (what was done is k
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -112,9 +114,18 @@ def verdict(ledger: Ledger, wanted: Sequence[Section]) -> int:
     return Exit.OK if ran else Exit.NOTHING_RAN
 
 
+def pack(folder: Path, place: Path) -> None:
+    """Leave the table and an archive of a folder in another, each whole or not at all."""
+    place.mkdir(parents=True, exist_ok=True)
+    write_bytes((folder / "table.md").read_bytes(), place / "table.md")
+    part = shutil.make_archive(str(place / "part"), "gztar", folder.parent, folder.name)
+    os.replace(part, place / f"{folder.name}.tgz")
+    console.note(f"what is to be taken away is in {place}")
+
+
 def carry_out(
     machine: Machine, every: Sequence[Section], wanted: list[Section], again: list[Section],
-    folder: Path, smoke: bool, budget: float | None,
+    folder: Path, smoke: bool, budget: float | None, place: Path | None,
 ) -> int:  # fmt: skip
     """Walk through the wanted sections, and leave the table of every section whatever happens."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,6 +140,8 @@ def carry_out(
     finally:
         report = tables.Report(ledger, folder, every)
         write_bytes(report.markdown().encode(), folder / "table.md")
+        if place:
+            pack(folder, place)
     console.out(report.plain())
     console.note(f"\n{report.left()}")
     kept = sum(one.kept and one.final for one in ledger.records)
@@ -145,12 +158,13 @@ def carry_out(
 @click.option("--short", is_flag=True, help="The sections of the first hour, in its order.")
 @click.option("--again", metavar="A,B", help="Drop what is there of these sections, and run them again.")
 @click.option("--budget", metavar="TIME", callback=parsed_by(duration), help="Stay within this time (30m).")
+@click.option("--pack", "place", type=click.Path(path_type=Path), help="Leave table and archive here, too.")
 @click.option("--list", "list_only", is_flag=True, help="List the sections with their limits, and stop.")
 @click.option("--dry-run", "dry", is_flag=True, help="Print and check every command, and stop.")
 @click.option("--smoke", is_flag=True, help="Tiny sizes: try the campaign itself.")
 def campaign(
     backend: str, out: Path | None, only: str | None, short: bool, again: str | None, budget: float | None,
-    list_only: bool, dry: bool, smoke: bool,
+    place: Path | None, list_only: bool, dry: bool, smoke: bool,
 ) -> int:  # fmt: skip
     """Carry out the command line."""
     check_backend(backend)
@@ -170,7 +184,7 @@ def campaign(
         return Exit.USAGE if dry_run.dry_run(machine, wanted, folder) else Exit.OK
     repeated = chosen(every, again) if again else []
     left = None if budget is None else budget - (time.monotonic() - BEGAN)
-    return carry_out(machine, every, wanted, repeated, folder, smoke, left)
+    return carry_out(machine, every, wanted, repeated, folder, smoke, left, place)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import re
 from dataclasses import replace
 
 from benchmarks.gpu import contract
-from benchmarks.gpu.own_kernels import compile_ahead, large_rivals, own_layers, rivals, tune
+from benchmarks.gpu.own_kernels import large_rivals, own_layers, rivals, tune
 from benchmarks.gpu.sizes import FULL, HERE, SMOKE, Sizes
 from benchmarks.gpu.steps import MOST_SECONDS, OPTIONAL, Machine, Section, Step, bench_step
 
@@ -41,7 +41,7 @@ LIBRARY_QUESTIONS = {
     "flashinfer-items": 60,  # the last: it may end the process and leave the device unusable to it
 }
 BREAKING = frozenset({"flashinfer-items"})
-LAYER_SECONDS = 150  # of the first hour, for one config
+TILES_SECONDS, LAYER_SECONDS = 180, 150  # of the first hour: to compile all tiles, and for one config
 FEWEST_SECONDS, KERNEL_SECONDS = 20, 90  # for one kernel
 PROFILE_SECONDS, CHOICE_SECONDS = 120, 120  # for a profile, and for one op inside the layer
 
@@ -72,10 +72,15 @@ def sections(machine: Machine, smoke: bool = False) -> tuple[Section, ...]:
 def first_hour(machine: Machine, smoke: bool = False) -> tuple[Section, ...]:
     """Return what targets are judged by, in parts, for a machine that is lent for less than an hour."""
     sizes = SMOKE if smoke else FULL
+    tiles = (str(HERE / "tune.py"), "compile", *("--smoke",) * smoke)
+    kernels = (
+        Step("tiles", tiles, TILES_SECONDS, "sweep", tolerates=OPTIONAL),
+        *preparation(machine, sizes).steps[-1:],
+    )
     large = [replace(one, steps=one.steps[:1]) for one in large_rivals(machine, sizes)]
     layer, quick = own_layers(machine, sizes), contract.quick(machine, smoke)
     return (
-        compile_ahead(machine, smoke),
+        Section("compile", "Kernels compiled at first use, tiles in many processes", kernels),
         replace(facts(machine), steps=facts(machine).steps[-1:]),
         *large,
         replace(layer, steps=tuple(replace(step, limit=LAYER_SECONDS) for step in layer.steps)),

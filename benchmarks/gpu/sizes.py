@@ -80,7 +80,7 @@ SMOKE = Sizes(
     large_shapes=(("3", "64"),),
     prompts=("-a", "batch=2", "-a", "q_len=8", "-a", "kv=0"),
     prompt_heads=(4,),
-    layer=("--workload", str(HERE / "smoke.toml")),
+    layer=shapes("2", "40"),
     counts=("--runs", "2", "--passes", "2", "--warmups", "1"),
     grid_counts=("--clock", "host"),
     rival_counts=("--cache", "warm"),
