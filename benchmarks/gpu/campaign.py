@@ -61,13 +61,9 @@ def ask_machine(backend: str) -> Machine:
     command = [sys.executable, str(HERE / "facts.py"), backend]
     try:
         done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=FACTS_SECONDS,
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=FACTS_SECONDS,
             check=False,
-        )
+        )  # fmt: skip
         return msgspec.json.decode(done.stdout.splitlines()[-1], type=Machine)
     except subprocess.TimeoutExpired:
         return Machine(backend, reason=f"setting up the device took more than {FACTS_SECONDS} s")
@@ -115,17 +111,17 @@ def verdict(ledger: Ledger, wanted: Sequence[Section]) -> int:
 
 
 def pack(folder: Path, place: Path) -> None:
-    """Leave the table and an archive of a folder in another, each whole or not at all."""
+    """Leave an archive of a folder and its table in another, each whole or not at all."""
     place.mkdir(parents=True, exist_ok=True)
-    write_bytes((folder / "table.md").read_bytes(), place / "table.md")
     part = shutil.make_archive(str(place / "part"), "gztar", folder.parent, folder.name)
     os.replace(part, place / f"{folder.name}.tgz")
+    write_bytes((folder / "table.md").read_bytes(), place / "table.md")
     console.note(f"what is to be taken away is in {place}")
 
 
 def carry_out(
     machine: Machine, every: Sequence[Section], wanted: list[Section], again: list[Section],
-    folder: Path, smoke: bool, budget: float | None, place: Path | None,
+    folder: Path, smoke: bool, budget: float | None, place: Path | None = None,
 ) -> int:  # fmt: skip
     """Walk through the wanted sections, and leave the table of every section whatever happens."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,10 +134,12 @@ def carry_out(
     except KeyboardInterrupt:
         code = interrupted()
     finally:
-        report = tables.Report(ledger, folder, every)
-        write_bytes(report.markdown().encode(), folder / "table.md")
-        if place:
-            pack(folder, place)
+        try:
+            report = tables.Report(ledger, folder, every)
+            write_bytes(report.markdown().encode(), folder / "table.md")
+        finally:
+            if place:
+                pack(folder, place)
     console.out(report.plain())
     console.note(f"\n{report.left()}")
     kept = sum(one.kept and one.final for one in ledger.records)

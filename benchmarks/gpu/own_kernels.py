@@ -71,7 +71,7 @@ def _in_turns(
     name: str, machine: Machine, sizes: Sizes, op: str, heads: int, limit: int, axes: tuple[str, ...]
 ) -> Step:
     words = (str(HERE / "rivals.py"), "--backend", machine.backend, "--op", op, "--heads", str(heads))
-    counts = (*sizes.large, *axes, *sizes.counts, *sizes.rival_counts)
+    counts = (*sizes.large, *axes, *sizes.rival_counts)
     return Step(name, (*words, *counts), limit, "run", tolerates=OPTIONAL, tuning=_tuning(machine))
 
 

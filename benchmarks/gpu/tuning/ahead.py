@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from multiprocessing.connection import wait
+from typing import Any
 
 from benchmarks.gpu.tuning import problems
 from benchmarks.gpu.tuning.classes import TileClass
@@ -49,7 +50,8 @@ def named(launch: Launch) -> str:
 
 def compile_all(wanted: Iterable[Launch], jobs: int, left: Callable[[], float]) -> tuple[int, int]:
     """Compile while there are seconds left. Return how many kernels compiled, and how many did not."""
-    waiting, running, codes = list(wanted), {}, []
+    waiting, codes = list(wanted), []
+    running: dict[Any, tuple[Any, Launch]] = {}  # a process by what is waited for
     while running or (waiting and left() > 1):
         if waiting and len(running) < jobs and left() > 1:
             launch, seconds = waiting.pop(0), max(1, int(min(SECONDS, left())))
@@ -60,11 +62,9 @@ def compile_all(wanted: Iterable[Launch], jobs: int, left: Callable[[], float]) 
         for sentinel in wait(running):
             process, launch = running.pop(sentinel)
             process.join()
-            codes.append(process.exitcode)
-            if process.exitcode < 0:  # it could not say so itself
-                console.note(
-                    f"{named(launch)}: its compiler ended by {signal.Signals(-process.exitcode).name}"
-                )
+            codes.append(code := process.exitcode)
+            if code < 0:  # it could not say so itself
+                console.note(f"{named(launch)}: its compiler ended by {signal.Signals(-code).name}")
     return codes.count(0), len(codes) - codes.count(0)
 
 
