@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 import click
 import msgspec
 
-from benchmarks.gpu.questions.asking import QUESTIONS, Asked, NotHere
+from benchmarks.gpu.questions.asking import QUESTIONS, NotHere
 from benchmarks.gpu.verdicts import Answer
 from mla.command import console
 from mla.command.error_origin import place
@@ -53,11 +53,8 @@ def answer(name: str, backend_name: str) -> tuple[Answer, int]:
     except Exception as error:  # noqa: BLE001  # no probe foresaw it, so it is worth reporting
         said = f"it raised {one_line(describe(error))} ({place(error)})"
         return Answer(question=question.text, answer=said), Exit.REGRESSION
-    return Answer(question=question.text, answer=found.answer, evidence=dict(found.evidence)), _code(found)
-
-
-def _code(found: Asked) -> int:
-    return Exit.WRONG if found.wrong else Exit.OK
+    code = Exit.WRONG if found.wrong else Exit.OK
+    return Answer(question=question.text, answer=found.answer, evidence=dict(found.evidence)), code
 
 
 @click.command(help=__doc__)

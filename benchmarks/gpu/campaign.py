@@ -21,6 +21,8 @@ result, 130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP (what was done is k
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -59,13 +61,9 @@ def ask_machine(backend: str) -> Machine:
     command = [sys.executable, str(HERE / "facts.py"), backend]
     try:
         done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=FACTS_SECONDS,
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=FACTS_SECONDS,
             check=False,
-        )
+        )  # fmt: skip
         return msgspec.json.decode(done.stdout.splitlines()[-1], type=Machine)
     except subprocess.TimeoutExpired:
         return Machine(backend, reason=f"setting up the device took more than {FACTS_SECONDS} s")
@@ -112,9 +110,18 @@ def verdict(ledger: Ledger, wanted: Sequence[Section]) -> int:
     return Exit.OK if ran else Exit.NOTHING_RAN
 
 
+def pack(folder: Path, place: Path) -> None:
+    """Leave an archive of a folder and its table in another, each whole or not at all."""
+    place.mkdir(parents=True, exist_ok=True)
+    part = shutil.make_archive(str(place / "part"), "gztar", folder.parent, folder.name)
+    os.replace(part, place / f"{folder.name}.tgz")
+    write_bytes((folder / "table.md").read_bytes(), place / "table.md")
+    console.note(f"what is to be taken away is in {place}")
+
+
 def carry_out(
     machine: Machine, every: Sequence[Section], wanted: list[Section], again: list[Section],
-    folder: Path, smoke: bool, budget: float | None,
+    folder: Path, smoke: bool, budget: float | None, place: Path | None = None,
 ) -> int:  # fmt: skip
     """Walk through the wanted sections, and leave the table of every section whatever happens."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,8 +134,12 @@ def carry_out(
     except KeyboardInterrupt:
         code = interrupted()
     finally:
-        report = tables.Report(ledger, folder, every)
-        write_bytes(report.markdown().encode(), folder / "table.md")
+        try:
+            report = tables.Report(ledger, folder, every)
+            write_bytes(report.markdown().encode(), folder / "table.md")
+        finally:
+            if place:
+                pack(folder, place)
     console.out(report.plain())
     console.note(f"\n{report.left()}")
     kept = sum(one.kept and one.final for one in ledger.records)
@@ -145,12 +156,13 @@ def carry_out(
 @click.option("--short", is_flag=True, help="The sections of the first hour, in its order.")
 @click.option("--again", metavar="A,B", help="Drop what is there of these sections, and run them again.")
 @click.option("--budget", metavar="TIME", callback=parsed_by(duration), help="Stay within this time (30m).")
+@click.option("--pack", "place", type=click.Path(path_type=Path), help="Leave table and archive here, too.")
 @click.option("--list", "list_only", is_flag=True, help="List the sections with their limits, and stop.")
 @click.option("--dry-run", "dry", is_flag=True, help="Print and check every command, and stop.")
 @click.option("--smoke", is_flag=True, help="Tiny sizes: try the campaign itself.")
 def campaign(
     backend: str, out: Path | None, only: str | None, short: bool, again: str | None, budget: float | None,
-    list_only: bool, dry: bool, smoke: bool,
+    place: Path | None, list_only: bool, dry: bool, smoke: bool,
 ) -> int:  # fmt: skip
     """Carry out the command line."""
     check_backend(backend)
@@ -170,7 +182,7 @@ def campaign(
         return Exit.USAGE if dry_run.dry_run(machine, wanted, folder) else Exit.OK
     repeated = chosen(every, again) if again else []
     left = None if budget is None else budget - (time.monotonic() - BEGAN)
-    return carry_out(machine, every, wanted, repeated, folder, smoke, left)
+    return carry_out(machine, every, wanted, repeated, folder, smoke, left, place)
 
 
 if __name__ == "__main__":

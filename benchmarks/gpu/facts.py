@@ -52,13 +52,9 @@ def facts(backend: Backend) -> dict[str, str]:
     """Return the environment of a run, the device's memory and what is installed."""
     info = backend.device_info()
     more = {"device": info.name, "memory_bytes": str(info.memory_bytes), "cache_bytes": str(info.cache_bytes)}
-    commit = environment.git_commit()
-    return {
-        **more,
-        **({"git_commit": commit} if commit else {}),
-        **environment.environment(backend),
-        **installed(),
-    }
+    if commit := environment.git_commit():
+        more["git_commit"] = commit
+    return {**more, **environment.environment(backend), **installed()}
 
 
 def installed() -> dict[str, str]:

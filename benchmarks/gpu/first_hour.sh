@@ -17,7 +17,7 @@ checkout=${self%/benchmarks/gpu/*} limit=${LIMIT:-600} backend=${BACKEND:-nvidia
 python=$(command -v "${PYTHON:-python}") || die "there is no '${PYTHON:-python}': set PYTHON."
 python=$(realpath -s "$python")
 work=$(realpath -m "${WORK:-$checkout/build/first_hour}")
-out=$(realpath -m "${OUT:-$work}") wheels=$work/wheels venv=$work/venv results=$work/results
+out=$(realpath -m "${OUT:-$work}") wheels=$work/wheels venv=$work/venv
 cd "$checkout"
 
 brought=( # what an image with torch may lack; FlashInfer 0.7 is too large
@@ -25,14 +25,11 @@ brought=( # what an image with torch may lack; FlashInfer 0.7 is too large
     packaging tabulate tqdm requests urllib3 idna certifi charset-normalizer
     sgl-flash-mla==1.0.0 flashinfer-python==0.6.18 'apache-tvm-ffi<0.2'
 )
-packages=(mla backends/mla_backends plugins/nvidia/mla_backend_nvidia)
 
 sources() { # a sum over all that goes into the wheels; there may be no git
-    {
-        echo "${brought[@]}"
-        find "${packages[@]}" pyproject.toml {backends,plugins/nvidia}/pyproject.toml \
-            -name __pycache__ -prune -o -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
-    } | sha256sum
+    find mla {backends,plugins/nvidia}/mla_* pyproject.toml {backends,plugins/nvidia}/pyproject.toml \
+        -name __pycache__ -prune -o -type f -print0 |
+        LC_ALL=C sort -z | xargs -0 sha256sum | cat - <(echo "${brought[@]}") | sha256sum
 }
 
 pack() {
@@ -56,8 +53,8 @@ install() { # into an environment that sees what is around PYTHON, even if that 
     "$python" -c 'import sys
 for path in sys.path:
     if "-packages" in path: print(f"import site; site.addsitedir({path!a})")' \
-        >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/around.pth"
-    local pip=(env PIP_CONFIG_FILE=/dev/null "$venv/bin/python" "$(echo "$wheels"/pip-*.whl)/pip" --isolated
+        >"$(echo "$venv"/lib/python3*/site-packages)/around.pth"
+    local pip=(env PIP_CONFIG_FILE=/dev/null "$PYTHON" "$(echo "$wheels"/pip-*.whl)/pip" --isolated
         install -q --no-deps --no-index -f "$wheels") # without the constraints of an image
     "${pip[@]}" --ignore-installed mla mla-backends mla-backend-nvidia
     "${pip[@]}" "${brought[@]}" || die "the wheels do not fit $python: run 'first_hour.sh pack VERSION'."
@@ -66,37 +63,17 @@ for path in sys.path:
 
 campaign=("${self%/*}/campaign.sh" --short --backend "$backend" ${SMOKE:+--smoke})
 
-bring_home() { # whatever ends the command
-    trap '' HUP INT TERM
-    [ -e "$results/campaign.json" ] || return 0
-    mkdir -p "$out"
-    tar czf "$out/first_hour.part" -C "$work" --exclude '*.gz' results
-    mv "$out/first_hour.part" "$out/first_hour.tgz"
-    find "$results" -name '*.gz' -print0 | tar czf "$out/traces.tgz" -P --transform 's|.*/||' --null -T -
-    if [ -e "$results/table.md" ]; then cp "$results/table.md" "$out"; fi
-    echo "after $SECONDS s, what is to be taken away is in $out" >&2
-}
-
 go_on() {
-    local words=() code job budget
+    local budget words=(--out "$work/results" --pack "$out")
     cd "$work"
     export TRITON_CACHE_DIR=$work/cache/triton FLASHINFER_WORKSPACE_BASE=$work/cache
-    trap bring_home EXIT
-    if [ $# -gt 0 ]; then words=(--only "$(IFS=, && echo "$*")"); fi
-    if [ ! -d "$results" ] && [ -f "$work/first_hour.tgz" ]; then # of another machine, whose caches are not here
-        tar xzf "$work/first_hour.tgz" -C "$work" && words+=(--again compile)
+    if [ $# -gt 0 ]; then words+=(--only "$(IFS=, && echo "$*")"); fi
+    if [ ! -d results ] && [ -f results.tgz ]; then # of another machine, whose caches are not here
+        tar xzf results.tgz && words+=(--again compile)
     fi
-    budget=$((limit - SECONDS - 90)) # a step may take 25 s to be ended; the rest is for tables and archives
+    budget=$((limit - SECONDS - 90)) # a step may take 25 s to be ended; the rest is for tables and the archive
     [ $budget -gt 0 ] || die "no time is left after $SECONDS s of setting up: run it again, or raise LIMIT."
-    words+=(--out "$results" --budget "${budget}s")
-    timeout --foreground -k 25 $((budget + 40)) "${campaign[@]}" "${words[@]}" &
-    job=$! # a trap waits for a command in the foreground
-    trap 'kill -TERM "$job"' HUP INT TERM
-    while
-        code=0 && { wait "$job" || code=$?; }
-        kill -0 "$job" 2>/dev/null
-    do :; done
-    exit "$code"
+    exec timeout --foreground -k 40 $((budget + 40)) "${campaign[@]}" "${words[@]}" --budget "${budget}s"
 }
 
 dry_run() {
@@ -107,10 +84,10 @@ dry_run() {
     BACKEND=nvidia SMOKE='' "$self" --list
     timeout "$limit" "$self" compile facts
     for _ in {1..6}; do
-        rm -r "$WORK/results" && cp "$OUT/first_hour.tgz" "$WORK" # as on another machine
+        rm -r "$WORK/results" && cp "$OUT/results.tgz" "$WORK" # as on another machine
         timeout "$limit" "$self"
         if grep -q '^0 steps are left$' "$OUT/table.md"; then
-            tar tzf "$OUT/traces.tgz" && echo "the dry run ended well, after $SECONDS s" >&2
+            echo "the dry run ended well, after $SECONDS s" >&2
             return
         fi
     done

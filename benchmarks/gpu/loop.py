@@ -50,9 +50,10 @@ class Campaign:
         old = self._ledger.find(section.name, step.name)
         if old is not None and old.final and not step.always:
             return old
-        reason = self._why_not(section)
-        if reason:
-            return _skipped(section, step, reason)
+        if reason := verdicts.short(self._why_not(section)):
+            return Record(
+                section=section.name, step=step.name, verdict="skipped", reason=reason, limit=step.limit
+            )
         return self._run(section, step, where)
 
     def _why_not(self, section: Section) -> str:
@@ -102,16 +103,6 @@ class Campaign:
         if step.kind == "question" and (answer := verdicts.answer_of(ended)):
             result.write_bytes(verdicts.encoded(answer))
         return record
-
-
-def _skipped(section: Section, step: Step, reason: str) -> Record:
-    return Record(
-        section=section.name,
-        step=step.name,
-        verdict="skipped",
-        reason=verdicts.short(reason),
-        limit=step.limit,
-    )
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

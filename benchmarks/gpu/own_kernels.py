@@ -12,8 +12,6 @@ DECODE_SECONDS, PROMPT_SECONDS = 140, 90  # all kernels on the shapes of one hea
 LARGE_SECONDS = (150, 150, 300)  # ... on one large shape
 DEFAULT_SECONDS, R1_SECONDS = 240, 360  # a layer, as in the standard scenarios
 SWEEP_SECONDS, PICK_SECONDS = 110, 45  # for the tiles of one class of calls
-CHECKS_SECONDS = 150  # for the kernels of the checks, and of the libraries that run them
-COMPILE_SECONDS = 180  # for all tiles
 OURS = {"latent_attention": "triton_latent", "expanded_attention": "triton_expanded"}
 
 
@@ -34,20 +32,6 @@ def tune(machine: Machine, smoke: bool) -> Section:
         PICK_SECONDS, "file", "^(use|ship) it", OPTIONAL, machine.tuning, always=True,
     )  # fmt: skip
     return Section("tune", "Tiles and splits of the project's own kernels", (*sweeps, pick))
-
-
-def compile_ahead(machine: Machine, smoke: bool) -> Section:
-    """Compile what checks and sweeps launch, with all cores: a kernel takes one of them a second or two."""
-    program, tiny = str(HERE / "tune.py"), ("--smoke",) * smoke
-    checks = (program, "checks", "--backend", machine.backend, *tiny, "--out", "{out}")
-    return Section(
-        "compile",
-        "Kernels, compiled in as many processes as there are cores",
-        (
-            Step("checks", checks, CHECKS_SECONDS, "sweep", tolerates=OPTIONAL),
-            Step("tiles", (program, "compile", *tiny), COMPILE_SECONDS, "sweep", tolerates=OPTIONAL),
-        ),
-    )
 
 
 def large_rivals(machine: Machine, sizes: Sizes) -> tuple[Section, ...]:
@@ -87,7 +71,7 @@ def _in_turns(
     name: str, machine: Machine, sizes: Sizes, op: str, heads: int, limit: int, axes: tuple[str, ...]
 ) -> Step:
     words = (str(HERE / "rivals.py"), "--backend", machine.backend, "--op", op, "--heads", str(heads))
-    counts = (*sizes.large, *axes, *sizes.counts, *sizes.rival_counts)
+    counts = (*sizes.large, *axes, *sizes.rival_counts)
     return Step(name, (*words, *counts), limit, "run", tolerates=OPTIONAL, tuning=_tuning(machine))
 
 

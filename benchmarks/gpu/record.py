@@ -35,11 +35,6 @@ class Record(msgspec.Struct, kw_only=True):
     kept: bool = False  # from an earlier campaign
     cut: bool = False  # its time was too short for all of it: a later campaign goes on
 
-    @property
-    def ended(self) -> bool:
-        """Whether it came to an end, good or bad."""
-        return self.verdict not in ("skipped", "interrupted") and not self.cut
-
 
 class Ledger(msgspec.Struct, kw_only=True):
     """The file."""
@@ -57,13 +52,11 @@ class Ledger(msgspec.Struct, kw_only=True):
         return next((one for one in self.records if (one.section, one.step) == (section, step)), None)
 
     def left(self, sections: Iterable[Section]) -> list[str]:
-        """Return the steps of a plan that are about this backend and have not come to an end."""
-        ended = {(one.section, one.step) for one in self.records if one.ended}
-        return [
-            f"{section.name} {step.name}"
-            for section in sections if section.serves(self.backend)
-            for step in section.steps if (section.name, step.name) not in ended
-        ]  # fmt: skip
+        """Return the steps of a plan that are about this backend and came to no end, neither good nor bad."""
+        open_ended = [one for one in self.records if one.cut or one.verdict in ("skipped", "interrupted")]
+        ended = {(one.section, one.step) for one in self.records if one not in open_ended}
+        every = [(one.name, step.name) for one in sections if one.serves(self.backend) for step in one.steps]
+        return [" ".join(name) for name in every if name not in ended]
 
     def put(self, record: Record) -> None:
         """Add a record, in place of an older one of the same step."""

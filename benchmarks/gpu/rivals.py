@@ -43,16 +43,6 @@ def options_of(words: list[str]) -> RunOptions:
     return options
 
 
-def config_of(options: RunOptions) -> MLAConfig:
-    """Return the layer whose attention is measured."""
-    from mla.config import MLAConfig
-    from mla.config.presets import DEFAULT_CONFIG
-
-    name = options.config or DEFAULT_CONFIG
-    config = MLAConfig.from_pretrained(name) if Path(name).exists() else MLAConfig.preset(name)
-    return config.with_heads(options.heads) if options.heads else config
-
-
 def serving(backend: Backend, kind: str, config: MLAConfig) -> tuple[list[str], list[str]]:
     """Return the ops that serve attention of a layer in bfloat16, and why each other one does not."""
     import torch
@@ -74,12 +64,14 @@ def serving(backend: Backend, kind: str, config: MLAConfig) -> tuple[list[str], 
 
 def implementations(words: list[str]) -> str:
     """Return what is to take turns, as --implementations has it. Raises `UnsupportedOps` if no op serves."""
-    from mla import load_backend
+    from mla import MLAConfig, load_backend
+    from mla.config.presets import DEFAULT_CONFIG
 
     options = options_of(words)
+    config = MLAConfig.named(options.config or DEFAULT_CONFIG)
     kind = str(options.op)
     backend = load_backend(str(options.backend), options=options.key_values())
-    names, reasons = serving(backend, kind, config_of(options))
+    names, reasons = serving(backend, kind, config.with_heads(options.heads or config.num_attention_heads))
     if not names:
         raise UnsupportedOps(f"no kernel of {kind} runs here: {'; '.join(reasons) or 'none is offered'}.")
     for reason in reasons:

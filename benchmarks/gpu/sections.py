@@ -9,13 +9,14 @@ import re
 from dataclasses import replace
 
 from benchmarks.gpu import contract
-from benchmarks.gpu.own_kernels import compile_ahead, large_rivals, own_layers, rivals, tune
-from benchmarks.gpu.sizes import FULL, HERE, SMOKE, Sizes
+from benchmarks.gpu.own_kernels import large_rivals, own_layers, rivals, tune
+from benchmarks.gpu.sizes import FULL, HERE, SMOKE, Sizes, shapes
 from benchmarks.gpu.steps import MOST_SECONDS, OPTIONAL, Machine, Section, Step, bench_step
 
 ANYTHING = frozenset({"refused", "crashed", "timed out"})  # it looks for the place where a library breaks
 
 ATTENTION = "^(latent|expanded)_attention"
+HEADLINE = ("--mode", "eager", "--cache", "warm", "--clock", "host")
 
 # question -> limit; `python benchmarks/gpu/ask.py --list` says what each asks.
 DEVICE_QUESTIONS = {
@@ -41,7 +42,7 @@ LIBRARY_QUESTIONS = {
     "flashinfer-items": 60,  # the last: it may end the process and leave the device unusable to it
 }
 BREAKING = frozenset({"flashinfer-items"})
-LAYER_SECONDS = 150  # of the first hour, for one config
+TILES_SECONDS, LAYER_SECONDS = 180, 150  # of the first hour: to compile all tiles, and for one config
 FEWEST_SECONDS, KERNEL_SECONDS = 20, 90  # for one kernel
 PROFILE_SECONDS, CHOICE_SECONDS = 120, 120  # for a profile, and for one op inside the layer
 
@@ -72,10 +73,15 @@ def sections(machine: Machine, smoke: bool = False) -> tuple[Section, ...]:
 def first_hour(machine: Machine, smoke: bool = False) -> tuple[Section, ...]:
     """Return what targets are judged by, in parts, for a machine that is lent for less than an hour."""
     sizes = SMOKE if smoke else FULL
+    tiles = (str(HERE / "tune.py"), "compile", *("--smoke",) * smoke)
+    kernels = (
+        Step("tiles", tiles, TILES_SECONDS, "sweep", tolerates=OPTIONAL),
+        *preparation(machine, sizes).steps[-1:],
+    )
     large = [replace(one, steps=one.steps[:1]) for one in large_rivals(machine, sizes)]
     layer, quick = own_layers(machine, sizes), contract.quick(machine, smoke)
     return (
-        compile_ahead(machine, smoke),
+        Section("compile", "Kernels compiled at first use, tiles in many processes", kernels),
         replace(facts(machine), steps=facts(machine).steps[-1:]),
         *large,
         replace(layer, steps=tuple(replace(step, limit=LAYER_SECONDS) for step in layer.steps)),
@@ -133,13 +139,13 @@ def standard(machine: Machine, sizes: Sizes) -> Section:
 
 def grid(machine: Machine, sizes: Sizes) -> Section:
     """Absorbed attention alone, by heads, batch and history; what does not fit into memory is skipped."""
-    words = ("--op", "latent_attention", "--implementations", "mla", *sizes.decodes, *sizes.large)
-    counts = (*sizes.counts, *sizes.grid_counts)
+    words = ("--op", "latent_attention", "--implementations", "mla", *sizes.large, *sizes.grid_counts)
+    axes = shapes(sizes.batches, sizes.histories)
     return Section(
         "grid",
         "Decode attention by heads, batch and history",
         tuple(
-            bench_step(f"heads-{heads}", machine, 200, *words, "-a", f"heads={heads}", *counts)
+            bench_step(f"heads-{heads}", machine, 200, *words, *axes, "-a", f"heads={heads}")
             for heads in sizes.heads
         ),
     )
@@ -156,12 +162,11 @@ def kernels(machine: Machine, sizes: Sizes) -> Section:
         "latent_attention": (f"heads={sizes.kernel_heads}", f"kv={sizes.kernel_histories}"),
         "expanded_attention": (f"heads={sizes.kernel_heads}", "q_len=128"),
     }
-    counts = (*sizes.counts, *sizes.grid_counts)
     runs = tuple(
         bench_step(
             f"{op.split('_')[0]}-{name.replace('_', '-')}", machine, limit,
             "--op", op, "--ops", name, "--batch", "8", *sizes.large,
-            *(word for axis in axes[op] for word in ("-a", axis)), *counts,
+            *(word for axis in axes[op] for word in ("-a", axis)), *sizes.grid_counts,
             tolerates=OPTIONAL,
         )
         for op, name in offered
@@ -174,8 +179,7 @@ def choices(machine: Machine, sizes: Sizes) -> Section:
     offered = machine.ops.get("latent_attention", ())
     left = MOST_SECONDS - PROFILE_SECONDS
     limit = min(CHOICE_SECONDS, max(FEWEST_SECONDS, left // max(1, len(offered))))
-    headline = ("--mode", "eager", "--cache", "warm", "--clock", "host")
-    trace = ("--implementations", "mla", *headline, "--profile", "{out}.trace.json.gz")
+    trace = ("--implementations", "mla", *HEADLINE, "--profile", "{out}.trace.json.gz")
     every = (*sizes.default, *sizes.counts)
     return Section(
         "choices",
@@ -199,23 +203,21 @@ def long_prefill(machine: Machine, sizes: Sizes) -> Section:
     """Prompts that one round of the expanded path cannot hold."""
     words = ("--workload", str(HERE / "long_prefill.toml"), "--implementations", "mla")
     counts = sizes.counts and (*sizes.counts, "--scenario", "new-1024-after-4096")
-    headline = ("--mode", "eager", "--cache", "warm", "--clock", "host")
     return Section(
         "long-prefill",
         "Long prompts",
-        (bench_step("deepseek-r1", machine, 300, *sizes.large, *words, *headline, *counts),),
+        (bench_step("deepseek-r1", machine, 300, *sizes.large, *words, *HEADLINE, *counts),),
     )
 
 
 def layers(machine: Machine, sizes: Sizes) -> Section:
     """The whole layer's decode step, by batch and history."""
     axes = ("-a", f"batch={sizes.layer_batches}", "-a", f"kv={sizes.layer_histories}")
-    words = ("--scenario", "decode", "--implementations", "mla", *axes, *sizes.large)
-    counts = (*sizes.counts, *sizes.grid_counts)
+    words = ("--scenario", "decode", "--implementations", "mla", *axes, *sizes.large, *sizes.grid_counts)
     return Section(
         "layers",
         "Decode step of the layer by batch and history",
-        (bench_step("decode", machine, MOST_SECONDS, *words, *counts),),
+        (bench_step("decode", machine, MOST_SECONDS, *words),),
     )
 
 

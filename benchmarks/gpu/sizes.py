@@ -28,14 +28,9 @@ class Sizes:
     prompts: tuple[str, ...]  # axes of expanded attention
     prompt_heads: tuple[int, ...]
     layer: tuple[str, ...] = ()  # options of runs of the layer that interpreted kernels have to carry out
-    counts: tuple[str, ...] = ()  # options of every run
-    grid_counts: tuple[str, ...] = ()  # ... and of runs with many points
-    rival_counts: tuple[str, ...] = ()  # ... and of runs with many points and several kernels
-
-    @property
-    def decodes(self) -> tuple[str, ...]:
-        """Axes of absorbed attention."""
-        return shapes(self.batches, self.histories)
+    counts: tuple[str, ...] = ()  # options of most runs
+    grid_counts: tuple[str, ...] = ()  # ... of runs with many points
+    rival_counts: tuple[str, ...] = ()  # ... of runs with many points and several kernels
 
 
 def shapes(batches: str, histories: str) -> tuple[str, ...]:
@@ -63,6 +58,7 @@ FULL = Sizes(
     rival_counts=("--runs", "10", "--passes", "6", "--cache", "warm"),
 )
 
+_FEW = ("--runs", "2", "--passes", "2", "--warmups", "1")
 _TINY = ("--config", str(HERE / "smoke.json"))
 SMOKE = Sizes(
     default=_TINY,
@@ -80,8 +76,8 @@ SMOKE = Sizes(
     large_shapes=(("3", "64"),),
     prompts=("-a", "batch=2", "-a", "q_len=8", "-a", "kv=0"),
     prompt_heads=(4,),
-    layer=("--workload", str(HERE / "smoke.toml")),
-    counts=("--runs", "2", "--passes", "2", "--warmups", "1"),
-    grid_counts=("--clock", "host"),
-    rival_counts=("--cache", "warm"),
+    layer=shapes("2", "40"),
+    counts=_FEW,
+    grid_counts=(*_FEW, "--clock", "host"),
+    rival_counts=(*_FEW, "--cache", "warm"),
 )

@@ -6,8 +6,7 @@
     python benchmarks/gpu/tune.py choose --backend nvidia --out nvidia-h100-80gb-hbm3.json
 
 `sweep` goes on with its file where it was cut short; `choose` reads what lies beside FILE. `compile` fills
-Triton's cache with what all sweeps launch; `checks` fills those of all libraries with what the checks of
-latent attention launch. Both start as many processes as there are cores.
+Triton's cache with what all sweeps launch, in as many processes as there are cores, 16 at most.
 
 Exit codes: 0 done, 2 usage, 3 it cannot run here, 4 a tile gave a wrong result.
 """
@@ -23,14 +22,12 @@ from typing import TYPE_CHECKING
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import click
-import msgspec
 
 from benchmarks.gpu.tuning import choice, trials
 from benchmarks.gpu.tuning.classes import TileClass, classes
 from mla.bench.workload.quantities import duration
 from mla.command import console, environment
 from mla.command.exit_codes import Exit, guarded
-from mla.command.files import write_bytes
 from mla.command.options import parsed_by
 from mla.command.table import aligned
 from mla.errors import UnsupportedOps
@@ -100,30 +97,6 @@ def compile_ahead(smoke: bool, budget: float) -> int:
         console.note(f"--budget skipped {skipped} kernels: run it again to go on")
     console.out(f"{done} of {len(wanted)} kernels compiled, {failed} failed, {jobs} at a time\n")
     return Exit.OK if done else Exit.BACKEND
-
-
-@tune.command()
-@BACKEND
-@BUDGET
-@SMOKE
-@OUTPUT
-def checks(backend: str, smoke: bool, output: Path, budget: float) -> int:
-    """Run checks of latent attention, so that what they launch is compiled: their results count elsewhere."""
-    from benchmarks.gpu.tuning import ahead
-
-    end, jobs = time.monotonic() + budget, min(16, os.cpu_count() or 1)
-    names = ahead.checks(smoke)
-    before = ahead.read_names(output)
-    codes = ahead.run_checks(
-        [name for name in names if name not in before], backend, jobs, lambda: end - time.monotonic()
-    )
-    write_bytes(msgspec.json.encode(sorted({*before, *codes})), output)
-    skipped = len(names) - len(before) - len(codes)
-    if skipped and (codes or budget < ahead.SECONDS):  # another round without an end would not help
-        console.note(f"--budget skipped {skipped} checks: run it again to go on")
-    bad = "".join(f", {name} with code {code}" for name, code in codes.items() if code)
-    console.out(f"{len(names) - skipped} of {len(names)} checks ended{bad}, {jobs} at a time\n")
-    return Exit.OK
 
 
 @tune.command()

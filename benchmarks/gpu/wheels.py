@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
@@ -26,7 +25,6 @@ import click
 from benchmarks.gpu.drift import fetch
 from benchmarks.gpu.drift.catalog import LIBRARIES, Library
 from benchmarks.gpu.drift.compare import compare
-from benchmarks.gpu.drift.sources import Sources
 from mla.command import console
 from mla.command.exit_codes import Exit, guarded
 from mla.errors import UsageError, did_you_mean
@@ -61,17 +59,6 @@ def wanted(words: tuple[str, ...], places: tuple[str, ...]) -> list[tuple[Librar
     return found
 
 
-def obtained(
-    chosen: list[tuple[Library, str, str]], folder: Path
-) -> Iterator[tuple[Library, Sources]]:  # fmt: skip
-    """Yield every library with its sources."""
-    for library, requirement, place in chosen:
-        yield (
-            library,
-            fetch.source(library.name, place, folder) if place else fetch.wheel(requirement, folder),
-        )
-
-
 def listing() -> str:
     """Return what is compared."""
     lines = []
@@ -95,7 +82,8 @@ def wheels(libraries: tuple[str, ...], places: tuple[str, ...], keep: Path | Non
     with tempfile.TemporaryDirectory() as temporary:
         folder = keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        for library, sources in obtained(chosen, folder):
+        for library, requirement, place in chosen:
+            sources = fetch.source(library.name, place, folder) if place else fetch.wheel(requirement, folder)
             found = compare(library, sources)
             console.out("".join(f"{sentence}\n" for sentence in found.drift))
             for note in found.notes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,18 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_a_table(
     later = walk(tmp_path, steps[0], python("pressed", "print('now')"), steps[2])
     assert [one.verdict for one in later.records] == ["ok", "ok", "ok"]
     assert runs_of(tmp_path, "first") == 1
+
+
+def test_results_are_packed_even_if_there_is_no_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(campaign.tables.Report, "markdown", lambda report: 1 / 0)
+    plan, home = [Section("one", "One", (counts("step", tmp_path),))], tmp_path / "home"
+    with pytest.raises(OSError, match=r"table\.md"):
+        campaign.carry_out(CARD, plan, plan, [], tmp_path / "out", False, None, home)
+    with tarfile.open(home / "out.tgz") as archive:
+        assert f"out/{FILE}" in archive.getnames()
+    assert [path.name for path in home.iterdir()] == ["out.tgz"]
 
 
 @pytest.mark.parametrize(("codes", "expected"), [([0], 0), ([0, 3], 3), ([3, 4, 1], 4), ([1], 3)], ids=str)

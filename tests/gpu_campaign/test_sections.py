@@ -178,6 +178,9 @@ def test_the_first_hour_is_less_than_one_and_the_most_valuable_comes_first() -> 
     longest = max(step.limit for one in hour for step in one.steps)
     assert longest <= MOST_SECONDS - 300, "a command that also installs and compiles has time for it"
     by_name = {one.name: one for one in hour}
+    tiles, libraries = by_name["compile"].steps
+    assert tiles.words[1] == "compile"
+    assert libraries in sections(CARD)[0].steps, "no later limit has to hold what libraries compile"
     for name in ("rivals-16", "rivals-128"):
         (before,), (after,) = by_name[name].steps, by_name[f"{name}-tuned"].steps
         assert before == after, "so that the later one takes the earlier one's place in the table"

@@ -60,10 +60,13 @@ def _flash_mla(fake: str, module: str = "flash_mla", *more: str) -> tuple[Call, 
     return decode, Call("get_mla_metadata", (), module, fake, placed=3)
 
 
+def _flash_attn(module: str, fake: str) -> tuple[Call, ...]:
+    asks = ("return_attn_probs", "return_softmax_lse")
+    return (Call("flash_attn_varlen_func", ("flash_attn:ARGUMENTS",), module, fake, where_taken=asks),)
+
+
 _WRAPPER = "BatchMLAPagedAttentionWrapper"
-_VARLEN = "flash_attn_varlen_func"
 _IX = "ixformer.inference.functions"
-_ASKS = ("return_attn_probs", "return_softmax_lse")
 
 LIBRARIES = (
     Library(
@@ -94,20 +97,8 @@ LIBRARIES = (
     Library("MATE", _flash_mla("moore_mate", "mate.flashmla"), on_index=False),
     Library("mcFlashMLA", _flash_mla("metax"), on_index=False),
     Library("MT-flashMLA", _flash_mla("moore_legacy"), on_index=False),
-    Library(
-        "flash-attn",
-        (Call(_VARLEN, ("flash_attn:ARGUMENTS",), "flash_attn", "flash_attn_2", where_taken=_ASKS),),
-        on_index=False,
-    ),
-    Library(
-        "flash-attn-3",
-        (
-            Call(
-                _VARLEN, ("flash_attn:ARGUMENTS",), "flash_attn_interface", "flash_attn_3", where_taken=_ASKS
-            ),
-        ),
-        on_index=False,
-    ),
+    Library("flash-attn", _flash_attn("flash_attn", "flash_attn_2"), on_index=False),
+    Library("flash-attn-3", _flash_attn("flash_attn_interface", "flash_attn_3"), on_index=False),
     Library(
         "ixformer",
         (

@@ -30,10 +30,8 @@ def wheel(requirement: str, folder: Path) -> Sources:
         raise UsageError(f"pip download {requirement} took more than {SECONDS} s.") from None
     new = sorted(set(folder.glob("*.whl")) - before) or _named(folder, requirement)
     if done.returncode or not new:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
-            "it left no wheel"
-        ]
-        said = lines[-1].removeprefix("ERROR: ").rstrip(".")
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        said = errors[-1].removeprefix("ERROR: ").rstrip(".") if errors else "it left no wheel"
         raise UsageError(
             f"pip download {requirement} failed: {said}. Without a network, download the wheel elsewhere and "
             f"give it with --source {_name(requirement)}=FILE."

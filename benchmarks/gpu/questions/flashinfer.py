@@ -9,6 +9,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,13 +83,8 @@ def pages(backend: Backend) -> Asked:
     need = 2 * page * (max(wanted.values()) + 64)
     if free is not None and free < need * 1.1:
         raise NotHere(f"needs {need >> 20} MiB of free memory, and {free >> 20} are free")
-    return _several(
-        op,
-        {
-            name: LatentBatch((1, 2), (130, 70), 16, backend.device, first_page=p)
-            for name, p in wanted.items()
-        },
-    )
+    batch = LatentBatch((1, 2), (130, 70), 16, backend.device)
+    return _several(op, {name: replace(batch, first_page=page) for name, page in wanted.items()})
 
 
 @question("flashinfer-split", "How large is the error of a context of 64k that is split?", needs_cuda=True)

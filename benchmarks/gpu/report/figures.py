@@ -22,13 +22,8 @@ card, and has no figure for other configs. Figures here are means too. ratio: ho
 
 def standard_rows(runs: Mapping[str, Run]) -> list[list[str]]:
     """Return a row per timing of the standard scenarios, on the host's clock."""
-    return [
-        row
-        for run in runs.values()
-        for case in run.cases
-        for mode, cache, latency in _timings(case)
-        for row in [_standard_row(run, case, mode, cache, latency)]
-    ]
+    cases = [(run, case) for run in runs.values() for case in run.cases]
+    return [_standard_row(run, case, *timing) for run, case in cases for timing in _timings(case)]
 
 
 def _timings(case: Case) -> Iterator[tuple[str, str, Latency | None]]:

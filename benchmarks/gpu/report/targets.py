@@ -13,10 +13,7 @@ from benchmarks.gpu.report.in_turns import Way, latencies, spoken
 from mla.bench.results.schema import Case, Run
 
 CARD = "H100"
-OWN, OWN_LATENT = (
-    "triton_",
-    "triton_latent",
-)  # what names of the project's own kernels begin with; one of them
+OWN, OWN_LATENT = "triton_", "triton_latent"  # how names of the project's own kernels begin; one of them
 LARGE_BYTES = 1_000_000_000  # an attention call that moves less is no measure of bandwidth
 # Below it, a call outside a graph may last as long as the host takes to launch it.
 LONG_MS = 0.1
@@ -162,11 +159,9 @@ def against_flashinfer(least: float) -> Callable[[Evidence], Found]:
             for other in in_turns.named(together, in_turns.FLASHINFER)
         ]
         both = [(ratio, case) for ratio, case in found if ratio is not None]
-        return (
-            _judged(both, least, "{:.2f}x")
-            if both
-            else Found(f"no shape that took it and FlashInfer {LONG} or more on the device's clock")
-        )
+        if not both:
+            return Found(f"no shape that took it and FlashInfer {LONG} or more on the device's clock")
+        return _judged(both, least, "{:.2f}x")
 
     return look
 

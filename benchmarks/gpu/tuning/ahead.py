@@ -6,27 +6,23 @@ of its own, because compilers abort and hang.
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
-
-import msgspec
+from multiprocessing.connection import wait
+from typing import Any
 
 from benchmarks.gpu.tuning import problems
 from benchmarks.gpu.tuning.classes import TileClass
 from benchmarks.triton.recording import Launch, Recorder
 from mla.command import console
-from mla.errors import UnsupportedOps
 from mla_backends.errors import describe, one_line
 from mla_backends.triton_ops import Tuning, triton_ops
 
-SECONDS = 100  # of one kernel, or enough for one check
+SECONDS = 100  # of one kernel
+FORKED = multiprocessing.get_context("fork")  # launches hold what cannot be sent to another process
 
 
 def launches(classes: Iterable[TileClass]) -> list[Launch]:
@@ -52,88 +48,32 @@ def named(launch: Launch) -> str:
     return f"{kernel}: {', '.join(constants)}, {launch.warps} warps, {launch.stages} stages"
 
 
-def compile_all(wanted: list[Launch], jobs: int, left: Callable[[], float]) -> tuple[int, int]:
+def compile_all(wanted: Iterable[Launch], jobs: int, left: Callable[[], float]) -> tuple[int, int]:
     """Compile while there are seconds left. Return how many kernels compiled, and how many did not."""
-    _check_forkable()
     waiting, codes = list(wanted), []
-    running: dict[int, Launch] = {}
+    running: dict[Any, tuple[Any, Launch]] = {}  # a process by what is waited for
     while running or (waiting and left() > 1):
         if waiting and len(running) < jobs and left() > 1:
-            launch = waiting.pop(0)
-            running[_start(launch, max(1, int(min(SECONDS, left()))))] = launch
+            launch, seconds = waiting.pop(0), max(1, int(min(SECONDS, left())))
+            process = FORKED.Process(target=_compile, args=(launch, seconds), daemon=True)
+            process.start()
+            running[process.sentinel] = process, launch
             continue
-        for process, code in _ended(running):
-            launch = running.pop(process)
-            codes.append(code)
+        for sentinel in wait(running):
+            process, launch = running.pop(sentinel)
+            process.join()
+            codes.append(code := process.exitcode)
             if code < 0:  # it could not say so itself
                 console.note(f"{named(launch)}: its compiler ended by {signal.Signals(-code).name}")
     return codes.count(0), len(codes) - codes.count(0)
 
 
-def _check_forkable() -> None:
-    """Raise `UnsupportedOps` where a forked process could not ask the device what to compile for."""
-    import torch
-
-    if torch.cuda.is_initialized():
-        raise UnsupportedOps(
-            "this process has set up CUDA already, which no process that it forks can use: "
-            "compile in a new process, before anything is put on a device."
-        )
-
-
-def _ended(running: Iterable[int]) -> list[tuple[int, int]]:
-    """Wait until some of these processes have ended, and no others; return their exit codes."""
-    while True:
-        waited = [os.waitpid(process, os.WNOHANG) for process in running]
-        if ended := [(process, os.waitstatus_to_exitcode(status)) for process, status in waited if process]:
-            return ended
-        time.sleep(0.02)
-
-
-def checks(smoke: bool) -> list[str]:
-    """Return the checks that are run ahead: those of latent attention, or two that launch nothing."""
-    from mla.conformance.registry import all_checks
-
-    group = "device." if smoke else "latent."
-    found = sorted({one.id for one in all_checks() if one.id.startswith(group)})
-    return found[:2] if smoke else found
-
-
-def read_names(path: Path) -> list[str]:
-    """Return the checks that have ended in earlier rounds."""
-    return msgspec.json.decode(path.read_bytes(), type=list[str]) if path.exists() else []
-
-
-def run_checks(names: Iterable[str], backend: str, jobs: int, left: Callable[[], float]) -> dict[str, int]:
-    """Run checks, a process for each, while there are seconds left. Return the codes of those that ended."""
-    words = (sys.executable, "-m", "mla.conformance", "--backend", backend, "--quick", "--dtype", "bfloat16")
-
-    def code(name: str) -> int | None:
-        if (seconds := left()) <= 1:
-            return None
-        try:
-            command = [*words, "--only", name]
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, timeout=seconds, check=False)
-        except subprocess.TimeoutExpired:
-            return None  # its compilers go with the step
-        return done.returncode
-
-    every = list(names)
-    with ThreadPoolExecutor(jobs) as pool:
-        codes = dict(zip(every, pool.map(code, every), strict=True))
-    return {name: code for name, code in codes.items() if code is not None}
-
-
-def _start(launch: Launch, seconds: int) -> int:
-    """Compile in a process of its own, which an alarm ends; return its number."""
-    if process := os.fork():
-        return process
+def _compile(launch: Launch, seconds: int) -> None:
+    """Compile in this process, which an alarm ends."""
+    signal.alarm(seconds)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
     try:
-        signal.alarm(seconds)
-        options = {"num_warps": launch.warps, "num_stages": launch.stages}
         launch.kernel.warmup(grid=launch.grid, **launch.arguments, **options)
-        os._exit(0)
     except Exception as error:  # noqa: BLE001  # compilers raise anything
         console.note(f"{named(launch)}: {one_line(describe(error))[:200]}")
-    finally:
-        os._exit(1)
+        sys.exit(1)
