@@ -21,11 +21,21 @@ Bench = Callable[..., Any]
 Start = Callable[..., "subprocess.Popen[str]"]
 
 VIRTUAL = ("--backend", "fake-virtual-clock")
-# A shell starts background jobs with SIGINT ignored, and children inherit that.
+# A shell starts background jobs with SIGINT ignored, nohup with SIGHUP, and children inherit that.
 LAUNCH = (
     "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
     "runpy.run_module('mla.bench', run_name='__main__', alter_sys=True)"
 )
+
+
+class Child(subprocess.Popen[str]):
+    """A process that does not outlive its test, which waits for it after a failure, too."""
+
+    def __exit__(self, *failure: Any) -> None:
+        if failure[0]:
+            self.kill()
+        super().__exit__(*failure)
 
 
 # A second Ctrl-C, while the result takes the place of the file.
@@ -63,7 +73,7 @@ def start(install: Callable[[str], Path], small: list[str]) -> Start:
         path = os.pathsep.join(filter(None, folders))
         # As in a user's shell: an unbuffered stream leaves nothing for the end of the process.
         buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-        return subprocess.Popen(
+        return Child(
             [sys.executable, "-c", before + LAUNCH, *VIRTUAL, *small, *words],
             env={**buffered, "PYTHONPATH": path},
             text=True,
