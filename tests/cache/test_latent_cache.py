@@ -450,3 +450,17 @@ def test_a_step_that_cannot_be_described_gives_its_pages_back(
         for name in ("slots", "positions", "kv_lens"):
             found, right = (torch.as_tensor(getattr(one, name)) for one in (batch, expected))
             assert torch.equal(found, right), name
+
+
+def test_pages_come_back_when_the_next_request_finds_no_room_for_its_table(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    cache = shared_or_not(tiny, False)
+    before = everything(cache)
+    with monkeypatch.context() as broken, pytest.raises(MemoryError):
+        broken.setattr(cache, "_grow_tables", fail)
+        cache.extend([1, 0], [5, 160])
+    assert everything(cache)[1:-1] == before[1:-1]
