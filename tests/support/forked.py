@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pkgutil
@@ -19,7 +20,8 @@ def import_all(package: str, *but: str) -> None:
     """Import all of a package, so that no call has to: not what starts it, and nothing below `but`."""
     for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
         if not found.name.endswith("__main__") and not found.name.startswith(but):
-            importlib.import_module(found.name)
+            with contextlib.suppress(ImportError):  # of a library that is not installed
+                importlib.import_module(found.name)
 
 
 def call(words: Sequence[str], folder: Path, before: Callable[[], object] = lambda: None) -> Outcome:
