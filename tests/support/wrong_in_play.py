@@ -147,7 +147,8 @@ def conformance(
             checks = json.loads(report.read_bytes())["checks"] if report.exists() else []
         failed = [(one["of"], verdict(one)) for one in checks if one["status"] == "fail"]
         of = {name: dict.fromkeys(text for op, text in failed if name in ("", op)) for name in keys}
-        return {key: ", ".join(of[name]) or f"exit {done.code}" for name, key in keys.items()}
+        otherwise = "not found" if checks else f"exit {done.code}"
+        return {key: ", ".join(of[name]) or otherwise for name, key in keys.items()}
 
     return Call(tuple(keys.values()), run)
 
