@@ -2,52 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from wrong_ops import extents, habits, layers
+from wrong_ops.of_layers import MUTANTS
 
 from mla.conformance.registry import all_checks
 from mla.conformance.report import CheckResult
 
 Run = Callable[..., list[CheckResult]]
-MUTANTS: Mapping[str, list[Callable[[], Any]]] = {
-    "layer.prefill": [layers.FutureLeak, layers.Unrotated],
-    "layer.history": [layers.EarlyKeys],
-    "layer.mixed": [layers.RowsMoved],
-    "layer.decode": [layers.LastPageDropped],
-    "layer.pages": [layers.ConsecutivePages],
-    "layer.chunks": [layers.BaseTwo],
-    "layer.variant": [layers.NoBias, layers.AlwaysInterleaved],
-    "layer.cached": [layers.Unrotated, layers.Unnormed],
-    "layer.untouched": [layers.TwoSlots],
-    "layer.again": [layers.Accumulating],
-    "layer.shared_plan": [layers.FirstCache],
-    "layer.two_layers": [
-        partial(habits.packs_once, "linear", "shape"),
-        partial(habits.packs_once, "batched_linear", "shape"),
-        partial(habits.first_weight, "linear", "shape"),
-    ],
-    "layer.requests": [
-        layers.FewRequests,
-        layers.FewerRequests,
-        partial(extents.lost_from, "write_latent", 128),
-        partial(extents.lost_from, "rotate_query", 100),
-    ],
-    "layer.rows": [
-        partial(extents.lost_from, "linear", 512),
-        partial(extents.lost_from, "write_latent", 300),
-        partial(extents.lost_from, "rotate_query", 513),
-    ],
-    "layer.equal": [layers.Ties, layers.ShiftedTies],
-    "layer.no_tokens": [layers.FirstSlotIfEmpty, layers.ScratchOfNothing],
-    "layer.weights": [layers.Lossy],
-    "layer.update": [layers.PlanOfTheObject],
-    "layer.graph": [layers.OnTheHost],
-    "layer.graph_lengths": [layers.FrozenLengths],
-}
 # Faults that only their own check can see.
 ALONE = (
     "layer.chunks",

@@ -7,8 +7,9 @@ import pytest
 from mla.conformance.checks.attention import grid, index, state, tiles
 from mla.conformance.problems import reach
 
+NEARER = (reach, "PLACES", (1 << 22,))  # some ops copy what they are given
 SMALLER = (
-    (reach, "PLACES", (1 << 22,)),  # some ops copy what they are given
+    NEARER,
     (index, "CACHES", ((64, 70), (16, 70), (1, 300))),
     (grid, "REQUESTS", (40, 40)),
     (grid, "REQUESTS_OF", ((16, 40),)),
@@ -23,3 +24,8 @@ def make_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the cases of attention smaller until the test ends."""
     for room, name, value in SMALLER:
         monkeypatch.setattr(room, name, value)
+
+
+def make_nearer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep caches within 32 bits until the test ends: some ops copy them."""
+    monkeypatch.setattr(*NEARER)

@@ -1,0 +1,139 @@
+"""A process that runs command lines, and prints of each its exit code and the shape of what it wrote.
+
+    PYTHONPATH=tests/support python -m commands_in_play FILE
+
+prints JSON: command line -> {"exit", "stdout", and "wrote" for the file that it names}. Shapes hold the keys
+of JSON with their types, columns of tables, labels in front of colons, ids and options, but no numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+from ceiling_cases import measure_limits_quickly
+from tiny_run import write_tiny_run
+
+WRITES = ("-o", "--report", "--dump-failure", "--html")
+COMMENT = r"warning|[^,]*, mla"  # what is said only where a machine is busy
+# Objects whose keys go by the machine or the run.
+MAPS = ("environment", "device_state", "ops", "op_remarks", "point")
+
+
+def commands(file: Path) -> list[str]:
+    """Return the command lines of a file."""
+    return [line for line in file.read_text().splitlines() if line[:1] not in ("#", "")]
+
+
+def spelt_out(line: str, file: Path) -> list[str]:
+    """Return the words of a command line."""
+    short = dict(re.findall(r"^# ([A-Z]+): (.*)$", file.read_text(), re.MULTILINE))
+    while found := next((word for word in line.split() if word in short), None):
+        line = line.replace(found, short[found])
+    return shlex.split(line)
+
+
+def shape(value: Any) -> Any:
+    """Return keys and types: of a list those of all elements; null and what is empty tell nothing."""
+    if isinstance(value, dict):
+        return {key: "map" if key in MAPS else shape(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        inner: Any = None
+        for one in value:
+            inner = merged(inner, shape(one))
+        return {"[]": inner}
+    kinds = {bool: "bool", int: "number", float: "number", str: "text"}
+    return None if value is None else kinds[type(value)]
+
+
+def merged(one: Any, other: Any) -> Any:
+    """Return a shape that both have; "mixed" where there is none."""
+    if one is None or other is None:
+        return other if one is None else one
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {key: merged(one.get(key), other.get(key)) for key in {**one, **other}}
+    return one if one == other else "mixed"
+
+
+def labels(text: str) -> list[str]:
+    """Return the labels, columns, headings and options of a text, without numbers, each once."""
+    lines, found = text.splitlines(), []
+    if re.fullmatch(r"[a-z]+(  +[a-z]+)+", (lines or [""])[0]):
+        found = lines[0].split()
+    for line, below in zip(lines, [*lines[1:], ""], strict=True):
+        if re.fullmatch(r"[ ─]+|[| -]+", below) and below.strip():
+            found += [cell.strip() for cell in re.split(r"\||  +", line.strip().strip("|"))]
+        elif re.fullmatch(r"[a-z]\w*(,[a-z]\w*){3,}", line):
+            found += line.split(",")
+        elif line.startswith("#"):
+            found.append(line)
+        else:
+            found += re.findall(r"^ +(?:-\w, )?(--[a-z-]+)", line)
+            found += [label.strip() for label in re.findall(r"^([A-Za-z][^:|`(]{0,40}?): ", line)]
+            found += re.findall(r"^([a-z_]+\.[a-z_]+)(?=\[| \()", line)  # ids of checks
+    found = [one for one in found if one and not re.match(COMMENT, one)]
+    return sorted({re.sub(r"\d+(\.\d+)*(\+\w+)?", "N", one) for one in found})
+
+
+def of_text(text: str) -> Any:
+    """Return the shape of JSON, of JSON lines, or the labels of another text."""
+    try:
+        return shape(json.loads(text))
+    except ValueError:
+        pass
+    try:
+        return shape([json.loads(line) for line in text.splitlines()]) if text else []
+    except ValueError:
+        return labels(text)
+
+
+def of_path(path: Path) -> Any:
+    """Return the shape of what a command wrote: a file, or the names in a folder with the JSON among them."""
+    if path.is_dir():
+        shapes: dict[str, Any] = {}
+        for one in (one for one in sorted(path.rglob("*")) if one.is_file()):
+            name = re.sub(r"[0-9a-f_]{8,}", "N", str(one.relative_to(path)))
+            shapes[name] = merged(shapes.get(name), of_path(one))
+        return shapes
+    return of_text(path.read_text()) if path.suffix == ".json" else "file"
+
+
+def prepare(folder: Path) -> None:
+    """Write the files that commands read."""
+    write_tiny_run(folder, passes=6, q_lora_rank=24)
+    for name in ("broken.json", "broken.toml"):
+        (folder / name).write_text("{")
+    (folder / "known.txt").write_text("linear.bias[faulty-*]: it is known\n")
+
+
+def outcome(words: list[str], folder: Path) -> dict[str, Any]:
+    """Run a command and return what is frozen of it."""
+    done = forked.call(words, folder, lambda: measure_limits_quickly(pytest.MonkeyPatch()))
+    if "Traceback" in done.out + done.err:
+        raise RuntimeError(f"{shlex.join(words)}: {done.err}")
+    found: dict[str, Any] = {"exit": done.code, "stdout": of_text(done.out)}
+    named = [word for flag, word in itertools.pairwise(words) if flag in WRITES]
+    for path in (folder / word for word in named):
+        found["wrote"] = of_path(path) if path.exists() else None
+    return found
+
+
+def main() -> None:
+    file = Path(sys.argv[1])
+    forked.import_all("mla", "mla.integrations")
+    with tempfile.TemporaryDirectory() as name:
+        prepare(Path(name))
+        found = {line: outcome(spelt_out(line, file), Path(name)) for line in commands(file)}
+    print(json.dumps(found))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""A process that runs what is wrong through the command lines, and prints what they say of it.
+
+    PYTHONPATH=tests/support python -m wrong_in_play GROUP [MOST]
+
+prints JSON lines, each a key and a finding: ["latent.decode/0 neighbours_table", "fails latent.decode"]. It
+knows of the project what a user knows: how backends and ops are written, options, reports and exit codes.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import sys
+import tempfile
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+import torch
+import wrong_attention
+import wrong_devices
+from ceiling_cases import measure_limits_quickly
+from smaller_cases import make_nearer
+from sound_backend import Asynchronous, Sound
+from tiny_run import HEADLINE, write_tiny_run
+from wrong_ops import by_kind, formulas, habits, of_layers, places
+from wrong_ops.base import SMALL_OPS
+
+MODULE = types.ModuleType("in_play")  # `--backend in_play:backend`
+NAMES = {"after", "wrong", "given", "Latent", "Expanded", "mutant"}  # that tell nothing
+
+
+class Whole(Sound):
+    """Takes every dtype of a layer."""
+
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        return torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A wrong op or backend: its key in the table, the check that is asked, and what makes it."""
+
+    key: str
+    check: str
+    make: Callable[[], Any]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A command line: the keys of its findings, and what runs it and returns key -> finding."""
+
+    keys: tuple[str, ...]
+    run: Callable[[], dict[str, str]]
+
+
+def said(make: Any) -> str:
+    """Return what a maker calls, with its numbers: all that its source tells about the mutant."""
+    if isinstance(make, functools.partial):
+        return f"{said(make.func)} {make.args}"
+    if not hasattr(make, "__code__") or make.__name__ != "<lambda>":
+        return str(getattr(make, "__name__", "")).strip()
+    names = [name for name in make.__code__.co_names if name not in NAMES]
+    return " ".join([*names, *map(str, make.__defaults__ or ())])
+
+
+def numbered(makers: Mapping[str, Iterable[Callable[[], Any]]], dtype: str = "float32") -> Iterator[Wrong]:
+    for check, those in makers.items():
+        for number, make in enumerate(those):
+            suffix = "" if dtype == "float32" else f" {dtype}"
+            yield Wrong(f"{check}/{number} {said(make)}".rstrip() + suffix, check, make, dtype)
+
+
+def small_ops() -> Iterator[Wrong]:
+    """Yield the wrong small ops."""
+    for check, ops in formulas.MUTANTS.items():
+        for number, op in enumerate(ops):
+            yield Wrong(f"{check}/{number} {type(op).__name__}", check, lambda op=op: op)
+    for kind, those in by_kind.KINDS.items():
+        dtype = "bfloat16" if kind == "numbers" else "float32"
+        for check, make, name in those:
+            yield Wrong(f"{check}/{name} {dtype}", check, make, dtype)
+    for kind in SMALL_OPS:
+        yield Wrong(f"{kind}.empty/fails_empty", f"{kind}.empty", functools.partial(places.fails_empty, kind))
+        for dtype in ("bfloat16", "float16"):
+            for share in (2e-3, 1e-3):
+                make = functools.partial(habits.adds_previous, kind, share)
+                yield Wrong(f"{kind}.call_before/{share} {dtype}", f"{kind}.call_before", make, dtype)
+
+
+def attention(kind: str) -> Iterator[Wrong]:
+    """Yield the wrong ops of `latent` or `expanded` attention."""
+    for table, dtype in ((wrong_attention.ALL, "float32"), (wrong_attention.NARROW, "bfloat16")):
+        yield from numbered({check: those for check, those in table.items() if check.startswith(kind)}, dtype)
+
+
+def of_ops(those: Iterable[Wrong]) -> Iterator[Call]:
+    """Yield calls about ops, one for those that are asked the same."""
+    asked = defaultdict(list)
+    for one in those:
+        asked[one.check, one.dtype].append(one)
+    for (check, dtype), group in asked.items():
+        keys = {f"wrong{number}": one.key for number, one in enumerate(group)}
+
+        def backend(group: list[Wrong] = group) -> Sound:
+            return Whole(ops={f"wrong{number}": one.make() for number, one in enumerate(group)})
+
+        yield conformance(f"{check}[wrong*]", backend, keys, dtype, check.endswith(".prepare"))
+
+
+def of_layers_and_devices() -> Iterator[Call]:
+    """Yield calls about what takes a backend of its own."""
+    for one in numbered(of_layers.MUTANTS):
+        yield conformance(one.check, lambda one=one: Sound(ops={"mine": one.make()}), {"": one.key})
+    for check, makers in wrong_devices.MUTANTS.items():
+        waits = "synchronize" in check or "timer" in check
+        for number, make in enumerate(makers):
+            key = {"": f"{check}/{number}"}
+            yield conformance(check, lambda make=make: type(make(Sound)), key, waits=waits)
+
+
+def conformance(
+    only: str,
+    backend: Callable[[], Any],
+    keys: Mapping[str, str],
+    dtype: str = "float32",
+    waits: bool = False,
+) -> Call:
+    """Return a call of the suite; `keys`: name of an op -> its key, "" for any."""
+    words = ("--backend", "in_play:backend", "--quick", "--every-case", "--dtype", dtype, "--only", only)
+
+    def run() -> dict[str, str]:
+        with tempfile.TemporaryDirectory() as folder:
+            done = forked.call(
+                ["mla.conformance", *words, "--report", "report.json"],
+                Path(folder),
+                lambda: put_in_play(backend(), waits),
+            )
+            report = Path(folder, "report.json")
+            checks = json.loads(report.read_bytes())["checks"] if report.exists() else []
+        failed = [(one["of"], verdict(one)) for one in checks if one["status"] == "fail"]
+        of = {name: dict.fromkeys(text for op, text in failed if name in ("", op)) for name in keys}
+        otherwise = "not found" if checks else f"exit {done.code}"
+        return {key: ", ".join(of[name]) or otherwise for name, key in keys.items()}
+
+    return Call(tuple(keys.values()), run)
+
+
+def verdict(check: Mapping[str, Any]) -> str:
+    """Return what a check that failed says: it failed by numbers, or because something was raised."""
+    return f"fails {check['check']}{' by raising' * ('raised ' in check['reason'])}"
+
+
+def put_in_play(backend: Any, waits: bool = False) -> None:
+    """Let `in_play:backend` be this one; with `waits`, products queue as on a device."""
+    MODULE.backend = backend  # type: ignore[attr-defined]
+    sys.modules[MODULE.__name__] = MODULE
+    make_nearer(pytest.MonkeyPatch())
+    if waits:
+        Asynchronous().__enter__()
+
+
+def benchmark(key: str, *words: str) -> Call:
+    """Return a call of the benchmark: its finding is the exit code, and what became of the cases."""
+    few = ("--dtype", "float32", "--warmups", "0", "--implementations", "mla", "--config", "tiny.json")
+
+    def run() -> dict[str, str]:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            write_tiny_run(folder, q_lora_rank=24)
+            done = forked.call(
+                ["mla.bench", *words, *few, "-o", "run.json", *HEADLINE], folder, measure_little
+            )
+            file = folder / "run.json"
+            cases = json.loads(file.read_bytes())["cases"] if file.exists() else []
+        return {key: " ".join([f"exit {done.code}", *sorted({one["check"]["status"] for one in cases})])}
+
+    return Call((key,), run)
+
+
+def measure_little() -> None:
+    """Take no time for limits, which no finding here is about."""
+    measure_limits_quickly(pytest.MonkeyPatch())
+
+
+def of_the_benchmark() -> Iterator[Call]:
+    """Yield calls about faults that a run of one op, or of the layer, has to name."""
+    layer = ("--workload", "tiny.toml", "--passes", "2", "--runs", "2", "--scenario")
+    for kind in (*SMALL_OPS, "latent_attention", "expanded_attention"):
+        alone = ("--op", {"rms_norm": "q_a_layernorm"}.get(kind, kind), "--batch", "3", "--runs", "2")
+        alone += ("--passes", "2", *(("--kv", "20") if "attention" in kind else ()))
+        whole = (*layer, "prefill" if kind == "expanded_attention" else "decode")
+        for fault in ("scale", "head", "half", "stops"):
+            options = (*FAULTY, "-O", f"op={kind}", "-O", f"fault={fault}")
+            yield benchmark(f"faulty {kind} {fault}, alone", *options, *alone)
+            yield benchmark(f"faulty {kind} {fault}, layer", *options, *whole)
+    several = ("--backend", "several_ops:SeveralOps", *layer, "decode", "-O")
+    for option in ("wrong=first", "wrong=rows", *(f"refuse=first:{how}" for how in REFUSES)):
+        yield benchmark(f"several {option}", *several, option)
+    leaving = ("--backend", "leaving_backend:Leaving", *layer, "decode", "-O")
+    for at, raised in itertools.product(LEAVES, ("SystemExit", "BackendError")):
+        if (at, raised) != ("sensors", "BackendError"):  # which costs the sensors alone
+            yield benchmark(f"leaving {at} {raised}", *leaving, f"at={at}", "-O", f"raises={raised}")
+
+
+FAULTY = ("--backend", "faulty_backend:FaultyBackend")
+REFUSES = ("batch", "prepare", "call", "raise")
+LEAVES = (
+    *("init", "probe", "setup", "synchronize", "device_count", "device_info", "dtypes", "timer", "memory"),
+    *("environment", "sensors", "remarks", "ops", "unsupported_reasons", "pack", "call"),
+)
+GROUPS: Mapping[str, Callable[[], Iterator[Call]]] = {
+    "small ops": lambda: of_ops(small_ops()),
+    "latent": lambda: of_ops(attention("latent")),
+    "expanded": lambda: of_ops(attention("expanded")),
+    "layers and devices": of_layers_and_devices,
+    "benchmark": of_the_benchmark,
+}
+
+
+def keys(group: str) -> list[str]:
+    """Return the keys of a group, without running anything."""
+    return [key for one in GROUPS[group]() for key in one.keys]
+
+
+def main(group: str, most: int | None = None) -> None:
+    """Print the findings of a group, or of its first calls."""
+    torch.set_num_threads(1)
+    forked.import_all("mla", "mla.integrations", "mla.bench.report")
+    for one in itertools.islice(GROUPS[group](), most):
+        for pair in one.run().items():
+            print(json.dumps(pair), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))
