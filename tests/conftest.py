@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import tiers
 from garbage import pytest_collection_finish, pytest_unconfigure
+from tiers import pytest_collection_modifyitems
 from triton_here import lacking
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     from mla import MLAConfig
 
-__all__ = ["pytest_collection_finish", "pytest_unconfigure"]
+__all__ = ["pytest_collection_finish", "pytest_collection_modifyitems", "pytest_unconfigure"]
 
 # Processes that test side by side must not spin for each other's cores; read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -34,7 +36,8 @@ pytest.register_assert_rewrite("checkpoint_checks", "engine_bench", "layer_cases
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Abort when some packages are installed and others are not: the tests would judge a mixture."""
+    """Choose the tier. Abort when only some packages are installed: the tests would judge a mixture."""
+    tiers.choose(config)
     origins = {name: _origin(name) for name in (*REQUIRED, *OPTIONAL)}
     missing = [name for name in REQUIRED if origins[name] is None]
     if missing:
@@ -47,10 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
-def pytest_report_header() -> list[str]:
-    """Say what is left out for want of a Triton."""
-    why = lacking()
-    return [why] if why else []
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say what is left out: by the tier, or for want of a Triton."""
+    return [why for why in (tiers.header(config), lacking()) if why]
 
 
 def _origin(name: str) -> Path | None:

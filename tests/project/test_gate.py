@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHON3 = """#!/bin/sh
 mkdir "$3/bin"
 echo 'export PATH="'"$3/bin"':$PATH"' > "$3/bin/activate"
-for name in pip pytest; do
+for name in pip pytest ruff mypy; do
     echo '#!/bin/sh' > "$3/bin/$name"
     echo 'echo "$(basename "$0") $*" >> "$LOG"; case "$0 $*" in *"$FAIL"*) exit 3;; esac' >> "$3/bin/$name"
     chmod +x "$3/bin/$name"
@@ -66,13 +66,19 @@ def readme_command() -> list[str]:
     return [command.replace("'", "")]
 
 
-def test_the_suite_and_then_the_oldest_transformers(gate: Gate) -> None:
+LINTERS = ["ruff check --no-cache .", "ruff format --no-cache --check .", "mypy "]
+REST = "pytest -m rest"
+
+
+def test_both_tiers_and_then_the_oldest_transformers(gate: Gate) -> None:
     serving = "pytest tests/integrations --ignore-glob *comparison*"
     again = [f"pip install transformers=={oldest()}", serving]
-    assert gate() == (0, [*readme_command(), "pytest ", *again])
-    before = [f"pip install {word}" for word in ("torch==2.13", again[0].split()[-1])]
-    variables = {"INSTALL_FIRST": "torch==2.13", "TRANSFORMERS": "oldest"}
-    assert gate(**variables) == (0, [*before, *readme_command(), "pytest "]), "what is there stays"
+    assert gate() == (0, [*readme_command(), "pytest ", *LINTERS, REST, *again])
+    before = [f"pip install {word}" for word in ("--index-url https://a/b torch==2.13", again[0].split()[-1])]
+    variables = {"INSTALL_FIRST": "--index-url https://a/b torch==2.13", "TRANSFORMERS": "oldest"}
+    assert gate(**variables) == (0, [*before, *readme_command(), "pytest ", *LINTERS, REST]), (
+        "what is there stays"
+    )
 
 
 def test_tests_that_are_named_are_all_that_runs(gate: Gate) -> None:
@@ -80,7 +86,16 @@ def test_tests_that_are_named_are_all_that_runs(gate: Gate) -> None:
 
 
 @pytest.mark.parametrize(
-    "at", ["pip install .[", "bin/pytest ", "transformers==", "pytest tests/integrations"]
+    "at",
+    [
+        "pip install .[",
+        "bin/pytest ",
+        "ruff check",
+        "bin/mypy",
+        "-m rest",
+        "transformers==",
+        "tests/integrations",
+    ],
 )
 def test_whatever_fails_ends_it(gate: Gate, at: str) -> None:
     code, calls = gate(fail=at)
