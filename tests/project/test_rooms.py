@@ -18,6 +18,7 @@ FLOORS = (
     {"reference"},
     {"layer"},
     {"command", "integrations", "parallel", "verify"},
+    {"cases"},
     {"failures"},
     {"conformance", "bench.results", "bench.doctor", "bench.scaffold"},
     {"bench.terminal", "bench.subjects"},
