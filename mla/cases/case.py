@@ -117,7 +117,8 @@ class OpCase:
         """Name the rows of the results; `table` [B, n] is the host's block table."""
         if self.context:
             return Places.context(self.kv_lens)
-        return Places.new_tokens(self.query_lens, self.kv_lens, table, self.layout.page_size)
+        page_size = None if table is None else self.layout.page_size
+        return Places.new_tokens(self.query_lens, self.kv_lens, table, page_size)
 
     def angles(self, rows: int) -> torch.Tensor:
         """Return cosines, then sines [rows, r] fp32: of the new tokens' positions, and of others before."""
@@ -146,14 +147,20 @@ class Kind:
     letters: ClassVar[Mapping[str, str]]  # -> field of the spec
     operands: ClassVar[Mapping[str, str]]  # tensors of a call but the cache -> shape; outputs are among them
     results: ClassVar[Mapping[str, str]]  # -> shape
+    truths: Mapping[str, str]  # what `truth` returns -> shape; the results, unless an entry says otherwise
     scalars: ClassVar[Mapping[str, type]] = {}
     dtypes: ClassVar[Mapping[str, torch.dtype]] = DTYPES
+    prepares: ClassVar[bool] = False  # a state for a batch's lengths
+    in_place: ClassVar[bool] = False  # the output may be the input
     packed: ClassVar[str] = ""  # the shape of a weight that the op packs
     weights: ClassVar[tuple[str, ...]] = ()  # operands that a layer holds
     varied: ClassVar[tuple[str, ...]] = ("x",)  # operands that differ from call to call, by rows
     cached: ClassVar[str] = ""  # the shape of a cached row
     pool: type[Pool]  # how they differ
     cost: Callable[..., Work]  # of a spec and its rows
+
+    def __init__(self) -> None:
+        self.truths = getattr(self, "truths", self.results)
 
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
         """Return operands at a layer's scales, `rows` of those that are varied; keys and values in order."""
@@ -216,8 +223,17 @@ class Kind:
         """Have the next call write to `results`."""
         call.arguments.update(results)
 
-    def fetch(self, call: Call, results: Tensors) -> None:
-        """Copy what the last call wrote to `results`, unless it wrote there."""
+    def given(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> Mapping[str, Any]:
+        """Return the operands of a call as `truth` takes them."""
+        return arguments
+
+    def written(self, arguments: Mapping[str, Any]) -> Tensors:
+        """Return what a call wrote, by the names of `results`."""
+        return {name: arguments[name] for name in self.results if arguments.get(name) is not None}
+
+    def touched(self, arguments: Mapping[str, Any], page_size: int) -> torch.Tensor:
+        """Return the pages [k] int64 of the cache that a call reads or writes, in order, on the host."""
+        raise NotImplementedError
 
     def strays(self, call: Call) -> str:
         """Return what was written beside the results, as a clause; "" if nothing was."""

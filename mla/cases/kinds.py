@@ -12,7 +12,7 @@ import torch
 
 from mla import cost
 from mla.cases.case import KINDS, Kind, Lengths, Normal, OpCase
-from mla.cases.memory import Pages, Tensors
+from mla.cases.memory import Pages, Tensors, changed_slots
 from mla.cases.varied import Pool, Products, Queries, draw_signs
 from mla.verify.op_oracle import attend_requests, product, true_norm, true_rotation
 from mla.verify.poison import TAIL
@@ -88,6 +88,7 @@ class RotateQuery(Kind):
     results = {"out": "T h r"}
     scalars = {"interleaved": bool}
     varied = ("x", "cos_sin")
+    in_place = True
     cost = staticmethod(cost.rotate_query_cost)
 
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
@@ -143,24 +144,20 @@ class WriteLatent(Kind):
     def offer(self, call: Call, results: Tensors) -> None:
         _flat(call)[call.arguments["slots"]] = torch.nan
 
-    def fetch(self, call: Call, results: Tensors) -> None:
-        rows = _flat(call).index_select(0, call.arguments["slots"])
-        for result, columns in zip(
-            results.values(), rows.split([one.shape[1] for one in results.values()], 1), strict=True
-        ):
-            result.copy_(columns)
+    def written(self, arguments: Mapping[str, Any]) -> Tensors:
+        cache, slots = arguments["cache"], arguments["slots"]
+        rows = cache.flatten(0, 1).index_select(0, slots.to(cache.device))
+        c = arguments["weight"].shape[0]
+        return {"latent": rows[:, :c], "key": rows[:, c:]}
+
+    def touched(self, arguments: Mapping[str, Any], page_size: int) -> torch.Tensor:
+        return (arguments["slots"].cpu() // page_size).unique()
 
     def strays(self, call: Call) -> str:
-        flat = _flat(call)
-        changed = (flat != torch.tensor(TAIL, dtype=flat.dtype)).any(1)
-        changed[call.arguments["slots"]] = False
-        if not bool(changed.any()):
-            return ""
-        page, slot = divmod(int(changed.int().argmax()), call.case.layout.page_size)
-        return (
-            f"{int(changed.sum())} slots other than those of the new tokens have changed, "
-            f"the first is slot {slot} of page {page}"
-        )
+        cache = call.arguments["cache"]
+        count, first = changed_slots(cache, torch.tensor(TAIL, dtype=cache.dtype), call.arguments["slots"])
+        clause = f"{count} slots other than those of the new tokens have changed, the first is {first}"
+        return clause if count else ""
 
 
 def make_cache(call: Call) -> torch.Tensor:
@@ -181,6 +178,7 @@ class Attention(Kind):
     spec, letters, pool = AttentionSpec, ATTENTION, Queries
     scalars = {"softmax_scale": float}
     varied = ("q",)
+    prepares = True
 
     def work(self, case: OpCase) -> cost.Work:
         return self.cost(case.spec, case.query_lens, case.kv_lens)
@@ -231,6 +229,17 @@ class LatentAttention(Attention):
     def keys(self, spec: Any, given: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         keys = given["keys"][:, None]
         return keys, keys[..., : spec.kv_lora_rank]
+
+    def given(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> Mapping[str, Any]:
+        cache, keys = arguments["cache"], []
+        for row, length in zip(arguments["block_table"].long(), lengths.kv_lens, strict=True):
+            keys.append(cache[row[: -(-length // cache.shape[1])]].flatten(0, 1)[:length])
+        return {**arguments, "keys": torch.cat(keys)}
+
+    def touched(self, arguments: Mapping[str, Any], page_size: int) -> torch.Tensor:
+        table, lengths = arguments["block_table"].cpu(), arguments["kv_lens"].cpu()
+        owned = torch.arange(table.shape[1], device="cpu")[None] < -(-lengths // page_size)[:, None]
+        return table[owned].long().unique()
 
     def place(self, call: Call) -> None:
         cache, case = make_cache(call), call.case

@@ -48,6 +48,25 @@ def poison_all(tensors: Tensors) -> None:
         poison(one)
 
 
+def same_numbers(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return where two tensors agree; NaN agrees with NaN."""
+    return (left == right) | (left.isnan() & right.isnan())
+
+
+def changed_slots(
+    cache: torch.Tensor, before: torch.Tensor, written: torch.Tensor | None = None
+) -> tuple[int, str]:
+    """Return how many slots of a cache [pages, page, w] differ from `before`, and the name of the first.
+
+    Rows `written` [T] of the flattened cache do not count.
+    """
+    changed = (~same_numbers(cache, before.to(cache.device))).any(-1).flatten().cpu()
+    if written is not None:
+        changed[written.cpu()] = False
+    page, slot = divmod(int(changed.int().argmax()), cache.shape[1])
+    return int(changed.sum()), f"slot {slot} of page {page}"
+
+
 def on_host(tensors: Tensors) -> Tensors:
     """Return copies on the host."""
     return {name: _copy(_empty_like(one, device="cpu"), one) for name, one in tensors.items()}

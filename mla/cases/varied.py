@@ -120,7 +120,7 @@ class Pool:
 
     def expected(self, change: Change, name: str) -> torch.Tensor:
         """Return what a call must write to the result `name`, in float64 on the host."""
-        rows = self.truth[name].index_select(0, change.rows[0]).view(self.case.results[name])
+        rows = self.truth[name].index_select(0, change.rows[0]).view(self.case.shape(self.entry.truths[name]))
         return rows * change.signs[name] if name in change.signs else rows
 
     def random(self, *numbers: int) -> torch.Generator:

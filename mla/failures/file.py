@@ -10,11 +10,12 @@ import safetensors
 import safetensors.torch
 import torch
 
+from mla.cases.memory import Tensors
 from mla.command import files
 from mla.errors import ResultError
 from mla.failures import operands
 from mla.failures.call import CallFacts, RecordedCall
-from mla.failures.memory import Tensors, View
+from mla.failures.memory import View
 from mla.failures.verdict import Expected, Made
 from mla.failures.watch import JudgedCall
 from mla.text import size

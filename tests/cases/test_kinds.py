@@ -127,7 +127,7 @@ def called(pool: Pool, change: Callable[[Call], object] = lambda call: None) -> 
     call.take(call.upload(one), results)
     call.run()
     change(call)
-    pool.entry.fetch(call, results)
+    call.fetch(results)
     check = Checker(pool).check(results, one, call.places())
     return call, "; ".join(filter(None, (check.reason, call.damage())))
 

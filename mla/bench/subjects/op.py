@@ -73,7 +73,7 @@ def margins(role: str, config: MLAConfig) -> dict[str, tuple[int, int]]:
 
 def check_lengths(choice: Choice, case: OpCase) -> None:
     """Raise `UnsupportedBatch` if the op refuses the case's lengths."""
-    if case.kind.endswith("attention"):
+    if case.entry.prepares:
         choice.check_batch(
             case.query_lens, case.kv_lens, case.layout.page_size if case.entry.cached else None
         )
@@ -116,7 +116,7 @@ class OpImplementation(Implementation):
         self._call.run()
 
     def after(self, index: int) -> None:
-        self._pool.entry.fetch(self._call, self._shelf.next())
+        self._call.fetch(self._shelf.next())
         self._shelf.keep(index)
 
     def collect(self) -> None:
