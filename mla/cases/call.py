@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mla.cases.case import OPTIONAL
-from mla.cases.memory import Pages, Tensors, blank, on_host, poison_all
+from mla.cases.memory import Pages, Tensors, blank, poison_all
 from mla.cases.varied import Change, Pool
 from mla.reference import REFERENCE
 from mla.verify.places import Places
@@ -154,12 +154,12 @@ class Checker:
         spec = dataclasses.replace(pool.case.spec, device=torch.device("cpu"))
         call = Call(pool, REFERENCE[pool.case.kind], spec)
         call.prepare()
-        known = {name: torch.full_like(truth, torch.nan) for name, truth in pool.truth.items()}
+        known = {name: torch.full_like(pool.truth[name], torch.nan) for name in pool.entry.held}
         (results,) = call.buffers(1)
         for change in pool.covering():
             call.take(change, results)
             call.run()
             call.fetch(results)
-            for name, found in on_host(results).items():
-                known[name][change.rows[0]] = found.double().reshape(-1, *known[name].shape[1:])
+            for name, rows in known.items():
+                rows[change.rows[0]] = results[name].double().reshape(-1, *rows.shape[1:])
         return pool.entry.errors(known, pool.truth)

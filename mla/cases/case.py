@@ -105,8 +105,7 @@ class OpCase:
 
     def shape(self, words: str) -> Lengths:
         """Return the sizes of a shape, such as "T h c+r"."""
-        sizes = self.sizes
-        return tuple(sum(sizes[letter] for letter in word.split("+")) for word in words.split())
+        return tuple(dim(word, self.sizes) for word in words.split())
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of an operand or a result."""
@@ -134,6 +133,11 @@ class OpCase:
 def generator(seed: int, name: str) -> torch.Generator:
     """Return the generator of the random numbers of a case, or of a scenario."""
     return torch.Generator().manual_seed(seed * 1_000_003 + sum(name.encode()))
+
+
+def dim(word: str, sizes: Mapping[str, int]) -> int:
+    """Return the size of one dimension, such as "c+r" or "B+1", from those of letters."""
+    return sum(int(part) if part.isdigit() else sizes[part] for part in word.split("+"))
 
 
 class Kind:
@@ -209,9 +213,14 @@ class Kind:
             reason="; ".join(reasons),
         )
 
+    @property
+    def held(self) -> list[str]:
+        """The results whose rows are held to the reference's error."""
+        return [name for name in self.results if name in self.truths and name != "lse"]
+
     def errors(self, reference: Tensors, truth: Tensors) -> Tensors:
         """Return the relative error of the reference in every row, by which a fused op is judged."""
-        return {name: row_errors(one, truth[name]) for name, one in reference.items() if name != "lse"}
+        return {name: row_errors(reference[name], truth[name]) for name in self.held}
 
     def place(self, call: Call) -> None:
         """Put operands into memory that have none yet, such as a cache."""

@@ -12,7 +12,7 @@ import torch
 
 from mla import cost
 from mla.cases.case import KINDS, Kind, Lengths, Normal, OpCase
-from mla.cases.memory import Pages, Tensors, changed_slots
+from mla.cases.memory import Pages, Tensors, changed_slots, poison
 from mla.cases.varied import Pool, Products, Queries, draw_signs
 from mla.verify.op_oracle import attend_requests, product, true_norm, true_rotation
 from mla.verify.poison import TAIL
@@ -109,8 +109,41 @@ def pair_signs(case: OpCase, draw: torch.Generator, *shape: int) -> torch.Tensor
     return signs.repeat_interleave(2, dim=-1) if case.interleaved else torch.cat((signs, signs), dim=-1)
 
 
-class WriteLatent(Kind):
-    """The norm and rotation of new latents into the slots of a cache; every other slot holds a marker."""
+class WritesSlots(Kind):
+    """An op that writes `rows` to the slots of a cache; every other slot holds a marker."""
+
+    def written(self, arguments: Mapping[str, Any]) -> Tensors:
+        cache, slots = arguments["cache"], arguments["slots"]
+        return {"rows": cache.flatten(0, 1).index_select(0, slots.to(cache.device))}
+
+    def touched(self, arguments: Mapping[str, Any], page_size: int) -> torch.Tensor:
+        return (arguments["slots"].cpu() // page_size).unique()
+
+    def place(self, call: Call) -> None:
+        cache = make_cache(call)
+        cache.fill_(marker(cache))
+        assert call.pages is not None
+        slots = call.pages.slots[call.case.new_keys].to(call.device)
+        call.arguments |= {"slots": slots, "cache": cache}
+
+    def offer(self, call: Call, results: Tensors) -> None:
+        cache = call.arguments["cache"]
+        cache.view(-1, cache.shape[2])[call.arguments["slots"]] = poison(cache.new_empty(1))
+
+    def strays(self, call: Call) -> str:
+        cache = call.arguments["cache"]
+        count, first = changed_slots(cache, marker(cache), call.arguments["slots"])
+        clause = f"{count} slots other than those of the new tokens have changed, the first is {first}"
+        return clause if count else ""
+
+
+def marker(cache: torch.Tensor) -> torch.Tensor:
+    """Return what is in slots that nobody writes."""
+    return torch.tensor(TAIL if cache.is_floating_point() else 77, dtype=cache.dtype)
+
+
+class WriteLatent(WritesSlots):
+    """The norm and rotation of new latents, to the slots of a cache."""
 
     spec, letters, pool = AttentionSpec, ATTENTION, Pool
     operands = {"kv_a": "T c+r", "weight": "c", "cos_sin": "T r", "slots": "T"}
@@ -135,29 +168,9 @@ class WriteLatent(Kind):
         key = pair_signs(case, draw, case.spec.qk_rope_head_dim)
         return {"kv_a": torch.cat((latent, key)), "latent": latent, "key": key}
 
-    def place(self, call: Call) -> None:
-        cache = make_cache(call).fill_(TAIL)
-        assert call.pages is not None
-        slots = call.pages.slots[call.case.new_keys].to(call.device)
-        call.arguments |= {"slots": slots, "cache": cache}
-
-    def offer(self, call: Call, results: Tensors) -> None:
-        _flat(call)[call.arguments["slots"]] = torch.nan
-
     def written(self, arguments: Mapping[str, Any]) -> Tensors:
-        cache, slots = arguments["cache"], arguments["slots"]
-        rows = cache.flatten(0, 1).index_select(0, slots.to(cache.device))
-        c = arguments["weight"].shape[0]
+        rows, c = super().written(arguments)["rows"], arguments["weight"].shape[0]
         return {"latent": rows[:, :c], "key": rows[:, c:]}
-
-    def touched(self, arguments: Mapping[str, Any], page_size: int) -> torch.Tensor:
-        return (arguments["slots"].cpu() // page_size).unique()
-
-    def strays(self, call: Call) -> str:
-        cache = call.arguments["cache"]
-        count, first = changed_slots(cache, torch.tensor(TAIL, dtype=cache.dtype), call.arguments["slots"])
-        clause = f"{count} slots other than those of the new tokens have changed, the first is {first}"
-        return clause if count else ""
 
 
 def make_cache(call: Call) -> torch.Tensor:
@@ -165,11 +178,6 @@ def make_cache(call: Call) -> torch.Tensor:
     call.pages = Pages.of(call.case.kv_lens, call.case.layout)
     (width,) = call.case.shape(call.pool.entry.cached)
     return call.blank("cache", (call.pages.count, call.case.layout.page_size, width))
-
-
-def _flat(call: Call) -> torch.Tensor:
-    cache: torch.Tensor = call.arguments["cache"]
-    return cache.view(-1, cache.shape[2])
 
 
 class Attention(Kind):

@@ -12,7 +12,7 @@ import torch
 
 from mla.cases import KINDS
 from mla.cases.case import Kind, OpCase
-from mla.cases.memory import Layout, Tensors
+from mla.cases.memory import Layout, Tensors, poison
 from mla.errors import MLAError
 from mla.failures.memory import OUTPUTS, Count, Pages, View, storage, views
 from mla.text import dtype_name, size
@@ -188,7 +188,7 @@ def _lengths(
         return list(known.lengths.query_lens), list(known.lengths.kv_lens)
     if "cu_q" in tensors:
         return tensors["cu_q"].cpu().diff().tolist(), tensors["kv_lens"].cpu().tolist()
-    rows = next(tensors[name].shape[0] for name in ("x", "kv_a") if name in tensors)
+    rows = tensors[KINDS[known.kind].varied[0]].shape[0]
     whole = of_step[known.role == CONTEXT] if of_step else ()
     return ([], []) if of_step is None or sum(whole) != rows else (list(of_step[0]), list(of_step[1]))
 
@@ -203,9 +203,9 @@ def _describe_pages(cache: torch.Tensor, kept: torch.Tensor) -> Pages:
 
 
 def poison_outputs(tensors: Mapping[str, Any]) -> None:
-    """Fill `out` and `lse` with NaN, unless they share memory with what the op reads."""
+    """Poison `out` and `lse`, unless they share memory with what the op reads."""
     read = {storage(one) for name, one in tensors.items() if torch.is_tensor(one) and name not in OUTPUTS}
     for name in OUTPUTS:
         out = tensors.get(name)
         if out is not None and storage(out) not in read:
-            out.fill_(torch.nan)
+            poison(out)

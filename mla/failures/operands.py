@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mla.cases import KINDS
-from mla.cases.case import OPTIONAL, Kind
+from mla.cases.case import OPTIONAL, Kind, dim
 from mla.cases.memory import Tensors
 from mla.failures.call import CONTEXT, CallFacts
 from mla.failures.memory import OUTPUTS, View, covered
@@ -30,7 +30,7 @@ def _others(kind: Kind, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, str]
         rows = (kind.dtypes.get("cache", dtype), f"k page {kind.cached}")
         found |= {"cache.pages": (torch.int64, "k"), "cache.rows": rows}
     found |= {f"expected.{name}": (torch.float64, shape) for name, shape in kind.truths.items()}
-    held = {name: shape for name, shape in kind.results.items() if name != "lse"}
+    held = {name: kind.results[name] for name in kind.held}
     return found | {f"reference.{name}": (kind.dtypes.get(name, dtype), held[name]) for name in held}
 
 
@@ -39,7 +39,7 @@ def check(facts: CallFacts, tensors: Tensors) -> None:
     kind = KINDS.get(facts.kind)
     if kind is None:
         raise ValueError(f"there is no kind of op '{facts.kind}'")
-    sizes = {"1": 1, **_spec_sizes(kind, facts)}
+    sizes = _spec_sizes(kind, facts)
     _check_names(kind, facts, tensors)
     _check_cache(kind, facts, sizes)
     dtype = getattr(torch, facts.spec["dtype"])
@@ -74,10 +74,6 @@ def _spec_sizes(kind: Kind, facts: CallFacts) -> dict[str, int]:
     return {letter: facts.spec[name] for letter, name in kind.letters.items()}
 
 
-def _size(word: str, sizes: Mapping[str, int]) -> int:
-    return sum(sizes[letter] for letter in word.split("+"))
-
-
 def _is(kind: type, value: Any) -> bool:
     """Return whether a value of JSON is a bool, or a number that fp32 can hold."""
     if kind is bool or isinstance(value, bool):
@@ -109,7 +105,7 @@ def _check_cache(kind: Kind, facts: CallFacts, sizes: dict[str, int]) -> None:
         return
     _require(len(pages.shape) == len(pages.stride) == 3, "its cache does not have three dimensions")
     count, page, width = pages.shape
-    _require(min(count, page) > 0 and width == _size(kind.cached, sizes), "its cache does not fit its spec")
+    _require(min(count, page) > 0 and width == dim(kind.cached, sizes), "its cache does not fit its spec")
     dense = zip(pages.shape, pages.stride, (page * width, width, 1), strict=True)
     _require(all(size == 1 or stride == right for size, stride, right in dense), "its cache has gaps")
     sizes["page"] = page
@@ -126,11 +122,10 @@ def _check_tensor(
     """Check dtype and shape of a tensor; a letter that is met for the first time gets its size."""
     words = letters.split()
     fits = dtype == right_dtype and len(shape) == len(words)
-    for word, size in zip(words, shape, strict=False):
+    for word, found in zip(words, shape, strict=False):
         for letter in word.split("+"):
-            sizes.setdefault(letter, size)
-        right = _size(word, sizes)
-        fits = fits and size == right
+            sizes.setdefault(letter, found)
+        fits = fits and found == dim(word, sizes)
     what = f"{name} is {dtype_name(dtype)} {list(shape)}"
     _require(fits, f"{what}, not {dtype_name(right_dtype)} [{', '.join(words)}]")
 
@@ -172,7 +167,7 @@ def _check_values(facts: CallFacts, tensors: Tensors, sizes: Mapping[str, int]) 
             _require(not fewer, "a request has fewer tokens than new ones")
     elif facts.query_lens:
         _require(sum(lengths[facts.role == CONTEXT]) == sizes["T"], "its lengths are not the rows of out")
-    if "K" in sizes:
+    if "K" in sizes and (facts.kv_lens or KINDS[facts.kind].prepares):
         _require(sum(facts.kv_lens) == sizes["K"], "its keys are not the rows of k")
     if facts.pages is None:
         return
