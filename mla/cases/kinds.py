@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,11 +120,10 @@ class WritesSlots(Kind):
         return (arguments["slots"].cpu() // page_size).unique()
 
     def place(self, call: Call) -> None:
-        cache = make_cache(call)
-        cache.fill_(marker(cache))
-        assert call.pages is not None
-        slots = call.pages.slots[call.case.new_keys].to(call.device)
-        call.arguments |= {"slots": slots, "cache": cache}
+        case, pages = call.case, Pages.of(call.case.kv_lens, call.case.layout)
+        cache = call.blank("cache", (pages.count, case.layout.page_size, *case.shape(self.cached)))
+        call.pages, slots = pages, pages.slots[case.new_keys].to(call.device)
+        call.arguments |= {"slots": slots, "cache": cache.fill_(marker(cache))}
 
     def offer(self, call: Call, results: Tensors) -> None:
         cache = call.arguments["cache"]
@@ -171,13 +170,6 @@ class WriteLatent(WritesSlots):
     def written(self, arguments: Mapping[str, Any]) -> Tensors:
         rows, c = super().written(arguments)["rows"], arguments["weight"].shape[0]
         return {"latent": rows[:, :c], "key": rows[:, c:]}
-
-
-def make_cache(call: Call) -> torch.Tensor:
-    """Hand out pages for the keys of all requests; return a poisoned cache [pages, page, w] that has them."""
-    call.pages = Pages.of(call.case.kv_lens, call.case.layout)
-    (width,) = call.case.shape(call.pool.entry.cached)
-    return call.blank("cache", (call.pages.count, call.case.layout.page_size, width))
 
 
 class Attention(Kind):
@@ -250,9 +242,9 @@ class LatentAttention(Attention):
         return table[owned].long().unique()
 
     def place(self, call: Call) -> None:
-        cache, case = make_cache(call), call.case
-        assert call.pages is not None
-        call.pages.fill(cache, call.pool.given["keys"], torch.nan if call.op.nan_safe_tail else TAIL)
+        case, tail = call.case, torch.nan if call.op.nan_safe_tail else TAIL
+        call.pages = Pages.of(case.kv_lens, replace(case.layout, tail=tail))
+        cache = call.pages.cache(call.pool.given["keys"]).to(call.device)
         cu_q = torch.tensor([0, *case.query_lens]).cumsum(0)
         tables = {"block_table": call.pages.table, "kv_lens": torch.tensor(case.kv_lens), "cu_q": cu_q}
         placed = {name: one.to(call.device, torch.int32, copy=True) for name, one in tables.items()}

@@ -35,7 +35,7 @@ def spec_of(kind: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def case_of(kind: str, dtype: torch.dtype = torch.float32, **fields: Any) -> OpCase:
-    layout = Layout(4, spare=2, shuffle=3)
+    layout = Layout(4, spare=2, shuffle=3, unowned=torch.nan)
     case = OpCase(kind, spec_of(kind, dtype), NEW, KEYS, kind, 5, rope=CONFIG, layout=layout)
     return replace(case, **fields)
 
@@ -136,7 +136,7 @@ def called(pool: Pool, change: Callable[[Call], object] = lambda call: None) -> 
 @pytest.mark.parametrize("kind", OPS)
 def test_the_reference_is_right(kind: str, dtype: torch.dtype) -> None:
     margins = {"x": (3, 1), "kv_a": (5, 0), "v": (0, 2), "q": (1, 0), "out": (2, 2)}
-    for layout in (Layout(4, 2, 3), Layout(16, 1, 0, margins)):
+    for layout in (Layout(4, spare=2, shuffle=3), Layout(16, unowned=torch.nan, margins=margins)):
         assert called(pool_of(case_of(kind, dtype, layout=layout)))[1] == ""
 
 
@@ -191,6 +191,32 @@ def test_pages_belong_to_one_request_each() -> None:
         for token in range(length)
     ]
     assert pages.slots.tolist() == slots
+
+
+def test_requests_share_the_pages_of_a_common_beginning() -> None:
+    pages = Pages.of((9, 10), Layout(4, pages_before=1000, unowned=7.0, tail=2.0), common=8)
+    assert (pages.count, len(pages.order)) == (1007, 7)
+    rows = torch.arange(19.0)[:, None]
+    rows[9:17] = rows[:8]  # the keys in common
+    held = {
+        int(page): block[:, 0].tolist() for page, block in zip(pages.order, pages.blocks(rows), strict=True)
+    }
+    first, second = (row.tolist()[:3] for row in pages.table)
+    assert first[:2] == second[:2]
+    assert [held[page] for page in (*first, second[2])] == [
+        [0, 1, 2, 3], [4, 5, 6, 7], [8, 2, 2, 2], [17, 18, 2, 2]
+    ]  # fmt: skip
+    unnamed = [block for page, block in held.items() if page not in (*first, *second)]
+    assert unnamed == [[7.0] * 4] * 3
+
+
+def test_new_tokens_are_written_behind_the_history() -> None:
+    case = case_of("write_latent")
+    call = Call(pool_of(case), REFERENCE["write_latent"], case.spec)
+    assert call.pages is not None
+    slots = call.pages.slots.split(KEYS)
+    behind = [own[keys - new :] for own, new, keys in zip(slots, NEW, KEYS, strict=True)]
+    assert torch.equal(call.arguments["slots"], torch.cat(behind))
 
 
 @pytest.mark.parametrize("nan_safe", [True, False])

@@ -52,7 +52,14 @@ def op_problem(setting: Setting, point: Point) -> Pool:
         interleaved=config.rope_interleave,
         eps=config.rms_norm_eps,
         rope=config,
-        layout=Layout(setting.page_size, SPARE_PAGES, setting.seed, margins(role, config)),
+        layout=Layout(
+            setting.page_size,
+            spare=SPARE_PAGES,
+            columns=0,
+            shuffle=setting.seed,
+            unowned=torch.nan,
+            margins=margins(role, config),
+        ),
     )
     return Pool.of(case, point.steps)
 

@@ -14,13 +14,23 @@ from typing import Any, ClassVar
 import torch
 
 from mla.conformance.problems.attention import DEEPSEEK, Dims, attention_spec
-from mla.conformance.problems.tensors import angles, draw
 from mla.reference import REFERENCE
 from mla.verify.op_oracle import product, true_norm, true_rotation
 from mla_backends.api import AttentionSpec, LinearSpec, NormSpec
 
 SIZES = 3  # of rows, where they are spread
 Parts = tuple[tuple[str, slice], ...]  # names, and columns of the output
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Return N(0, 1) on the host."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def angles(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Return [tokens, width] fp32: cosines and then sines of angles all around the circle."""
+    turn = 3 * draw(tokens, width // 2, seed=seed)
+    return torch.cat((turn.cos(), turn.sin()), dim=1)
 
 
 @dataclass(frozen=True)
