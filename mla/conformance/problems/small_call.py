@@ -53,7 +53,7 @@ class SmallCall:
         """Call the op; `targets` may also stand in for inputs."""
         leading = () if self.packed is None else (self.packed,)
         given = {name: one.part for name, one in self.inputs.items()}
-        self.op(*leading, **{**given, **self.problem.options, **targets})
+        self.op(*leading, **{**given, **self.problem.options(self.trial.dtype), **targets})
 
     def _target(self, out: Placed) -> dict[str, torch.Tensor]:
         return {"out": out.part}
