@@ -107,9 +107,9 @@ class Call:
 
     def fetch(self, results: Tensors) -> None:
         """Copy what the last call wrote to `results`, unless it wrote there."""
-        for name, one in self.pool.entry.written(self.arguments).items():
-            if one is not results[name]:
-                results[name].copy_(one)
+        for name, written in self.pool.entry.written(self.arguments).items():
+            if written is not results[name]:
+                results[name].copy_(written)
 
     def places(self) -> Places:
         """Return which request and position every row of the results belongs to."""
@@ -141,11 +141,11 @@ class Checker:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
-    def check(self, found: Tensors, change: Change, places: Places) -> Check:
-        """Return "ok", or "wrong" with a reason that says where."""
+    def check(self, results: Tensors, change: Change, places: Places) -> Check:
+        """Return the verdict on a call's results on the host, rows [T, ..] by name."""
         truth = {name: change.expected(name) for name in self._pool.truth}
         errors = {name: change.reference_errors(name, known) for name, known in self._errors.items()}
-        return self._pool.entry.judge(found, truth, errors, self._pool.case.spec.dtype, places)
+        return self._pool.entry.judge(results, truth, errors, self._pool.case.spec.dtype, places)
 
     @cached_property
     def _errors(self) -> Tensors:

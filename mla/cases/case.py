@@ -105,12 +105,13 @@ class OpCase:
 
     def shape(self, words: str) -> Lengths:
         """Return the sizes of a shape, such as "T h c+r"."""
-        return tuple(dim(word, self.sizes) for word in words.split())
+        sizes = self.sizes
+        return tuple(dim(word, sizes) for word in words.split())
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of an operand or a result."""
-        found: torch.dtype = self.entry.dtypes.get(name, self.spec.dtype)
-        return found
+        dtype: torch.dtype = self.entry.dtypes.get(name, self.spec.dtype)
+        return dtype
 
     def places(self, table: torch.Tensor | None = None) -> Places:
         """Name the rows of the results; `table` [B, n] is the host's block table."""
@@ -131,7 +132,7 @@ class OpCase:
 
 
 def generator(seed: int, name: str) -> torch.Generator:
-    """Return the generator of the random numbers of a case, or of a scenario."""
+    """Return what draws the operands of a case, or the inputs of a scenario."""
     return torch.Generator().manual_seed(seed * 1_000_003 + sum(name.encode()))
 
 
@@ -184,7 +185,7 @@ class Kind:
 
     def judge(
         self,
-        found: Tensors,
+        results: Tensors,
         truth: Tensors,
         errors: Tensors,
         dtype: torch.dtype,
@@ -193,10 +194,11 @@ class Kind:
     ) -> Check:
         """Return "ok", or "wrong" with a reason that says where.
 
-        `errors` are the reference's in every row, see `errors`; `damage` is a fault found before.
+        `results` are what a call wrote and `truth` what it had to, rows [T, ..]; `errors` are those of the
+        reference; `damage` is a fault of which the caller knows.
         """
         ratios, reasons, lse = [], [damage] * bool(damage), truth.get("lse")
-        for name, result in found.items():
+        for name, result in results.items():
             if name == "lse":
                 ratio, reason = judge_lse(result, truth[name], dtype, places)
             else:
@@ -204,8 +206,8 @@ class Kind:
             ratios.append(ratio)
             reasons += [f"{name}: {reason}"] * bool(reason)
         worst = max(ratios, default=0.0)
-        same = [name for name in found if name != "lse" and found[name].shape == truth[name].shape]
-        error = relative_error(*((found[name], truth[name]) for name in same))
+        same = [name for name in results if name != "lse" and results[name].shape == truth[name].shape]
+        error = relative_error(*((results[name], truth[name]) for name in same))
         return Check(
             status="wrong" if reasons else "ok",
             error_ratio=worst if math.isfinite(worst) else None,

@@ -247,7 +247,7 @@ class LatentAttention(Attention):
         cache = call.pages.cache(call.pool.given["keys"]).to(call.device)
         cu_q = torch.tensor([0, *case.query_lens]).cumsum(0)
         tables = {"block_table": call.pages.table, "kv_lens": torch.tensor(case.kv_lens), "cu_q": cu_q}
-        placed = {name: one.to(call.device, torch.int32, copy=True) for name, one in tables.items()}
+        placed = {name: table.to(call.device, torch.int32, copy=True) for name, table in tables.items()}
         call.arguments |= {"cache": cache, **placed}
 
     def batch(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> Batch:

@@ -68,8 +68,8 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
 
 def poison_all(tensors: Tensors) -> None:
     """Overwrite every tensor."""
-    for one in tensors.values():
-        poison(one)
+    for tensor in tensors.values():
+        poison(tensor)
 
 
 def same_numbers(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def changed_slots(
 
 def on_host(tensors: Tensors) -> Tensors:
     """Return copies on the host."""
-    return {name: _copy(_empty_like(one, device="cpu"), one) for name, one in tensors.items()}
+    return {name: _copy(_empty_like(tensor, device="cpu"), tensor) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,9 @@ class Pages:
         for row, pages in zip(table, order[layout.spare :].split(owned), strict=True):
             row[: len(pages)] = pages
         table[1:, : common // size] = table[:1, : common // size]
-        keys = [(row.long()[:, None] * size + torch.arange(size)).flatten() for row in table]
-        slots = [one[:length] for one, length in zip(keys, lengths, strict=True)]
+        slots = []
+        for row, pages, length in zip(table.long(), owned, lengths, strict=True):
+            slots.append((row[:pages, None] * size + torch.arange(size)).flatten()[:length])
         return cls(layout, count, order, table, torch.cat(slots))
 
     def blocks(self, rows: torch.Tensor) -> torch.Tensor:

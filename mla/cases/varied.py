@@ -68,11 +68,6 @@ class Pool:
         self.given: Tensors = {}
         self.truth: Tensors = {}
 
-    @staticmethod
-    def of(case: OpCase, calls: int = 1) -> Pool:
-        """Return the pool of a case's kind."""
-        return case.entry.pool(case, calls)
-
     @property
     def size(self) -> tuple[int, int]:
         """Number of rows in the pool, and of those that one call takes."""
@@ -217,22 +212,21 @@ class Queries(Pool):
         case, heads = self.case, self.case.spec.num_heads
         k, v = self.entry.keys(case.spec, self.given)
         starts, first_keys = [0, *accumulate(case.query_lens)], [0, *accumulate(case.kv_lens)]
-        found = []
-        for home, some in zip(
-            self.homes, self.given["q"][self.size[1] :].split(self.choices - 1), strict=True
-        ):
+        scale, results = case.spec.softmax_scale, []
+        alternatives = self.given["q"][self.size[1] :].split(self.choices - 1)
+        for home, queries in zip(self.homes, alternatives, strict=True):
             token, head = divmod(home, heads)
             request = bisect_right(starts, token) - 1
             seen = case.kv_lens[request] - case.query_lens[request] + token - starts[request] + 1
             rows = slice(first_keys[request], first_keys[request] + seen)
-            one = slice(head, head + 1) if k.shape[1] > 1 else slice(None)
-            scale = case.spec.softmax_scale
-            found.append([part[0] for part in attend(some[None], k[rows, one], v[rows, one], scale, False)])
-        return tuple(torch.cat(part) for part in zip(*found, strict=True))
+            own = slice(head, head + 1) if k.shape[1] > 1 else slice(None)
+            out, lse = attend(queries[None], k[rows, own], v[rows, own], scale, False)
+            results.append((out[0], lse[0]))
+        return tuple(torch.cat(part) for part in zip(*results, strict=True))
 
     def pass_signs(self, number: int) -> Tensors:
-        draw, others = self.random(number), {name: one for name, one in self.given.items() if name != "q"}
-        return {name: draw_signs(draw, *one.shape[1:]) for name, one in others.items()}
+        draw, given = self.random(number), self.given
+        return {name: draw_signs(draw, *given[name].shape[1:]) for name in given if name != "q"}
 
     def change(self, number: int, index: int) -> Change:
         draw, heads = self.random(number, index), self.case.spec.num_heads

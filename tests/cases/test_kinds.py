@@ -41,7 +41,7 @@ def case_of(kind: str, dtype: torch.dtype = torch.float32, **fields: Any) -> OpC
 
 
 def pool_of(case: OpCase) -> Pool:
-    pool = Pool.of(case, 4)
+    pool = case.entry.pool(case, 4)
     pool.draw()
     return pool
 

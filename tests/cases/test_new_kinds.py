@@ -85,14 +85,14 @@ class EncodeRows(WritesSlots):
 
     def judge(
         self,
-        found: Tensors,
+        results: Tensors,
         truth: Tensors,
         errors: Tensors,
         dtype: torch.dtype,
         places: Places | None = None,
         damage: str = "",
     ) -> Check:
-        (codes, scale), values = found["rows"].split((found["rows"].shape[1] - 4, 4), 1), truth["values"]
+        (codes, scale), values = results["rows"].split((results["rows"].shape[1] - 4, 4), 1), truth["values"]
         codes, scale = codes.contiguous().view(torch.int8), scale.contiguous().view(torch.float32)
         gap = (codes.double() * scale.double() - values).abs().amax(1)
         return verdict(~(gap <= 0.01 * values.abs().amax(1)), "the values", damage)
@@ -142,14 +142,14 @@ class SelectRows(Kind):
 
     def judge(
         self,
-        found: Tensors,
+        results: Tensors,
         truth: Tensors,
         errors: Tensors,
         dtype: torch.dtype,
         places: Places | None = None,
         damage: str = "",
     ) -> Check:
-        out, scores = found["out"].long(), truth["scores"]
+        out, scores = results["out"].long(), truth["scores"]
         inside = ((out >= 0) & (out < scores.shape[1])).all(1)
         distinct = torch.tensor([len(row.unique()) == len(row) for row in out])
         chosen = scores.gather(1, out.clamp(0, scores.shape[1] - 1)).amin(1)

@@ -61,7 +61,7 @@ def op_problem(setting: Setting, point: Point) -> Pool:
             margins=margins(role, config),
         ),
     )
-    return Pool.of(case, point.steps)
+    return case.entry.pool(case, point.steps)
 
 
 def margins(role: str, config: MLAConfig) -> dict[str, tuple[int, int]]:
@@ -135,7 +135,8 @@ class OpImplementation(Implementation):
         """Check everything that the kept calls wrote, including log-sum-exps and the cache."""
         places = self._call.places()
         checks = {
-            index: checker.check(found, self.truth_of(index), places) for index, found in self._kept.items()
+            index: checker.check(results, self.truth_of(index), places)
+            for index, results in self._kept.items()
         }
         return summary(checks, self._call.damage())
 
@@ -145,8 +146,11 @@ class OpImplementation(Implementation):
 
     def compared(self) -> dict[int, torch.Tensor]:
         """Return the results [T, ..] without log-sum-exps, by call."""
-        kept = ((index, [one[name] for name in one if name != "lse"]) for index, one in self._kept.items())
-        return {index: torch.cat(results, dim=-1) for index, results in kept}
+        names = [name for name in self._call.written if name != "lse"]
+        return {
+            index: torch.cat([results[name] for name in names], dim=-1)
+            for index, results in self._kept.items()
+        }
 
     def cache_bytes(self) -> int:
         return self._call.cache_bytes
@@ -169,14 +173,14 @@ def summary(checks: Mapping[int, Check], damage: str = "") -> Check:
 
     The reason is that of the first wrong call.
     """
-    wrong = [index for index, one in checks.items() if one.status != "ok"]
+    wrong = [index for index, check in checks.items() if check.status != "ok"]
     reasons = [damage] * bool(damage)
     if wrong:
         numbers = ", ".join(str(index + 1) for index in wrong[:NAMED])  # the first call is 1
         calls = f"call{'s' * (len(wrong) > 1)} {numbers}{', ..' * (len(wrong) > NAMED)} of the pass"
         reasons.append(f"{checks[wrong[0]].reason} ({calls}; {len(wrong)} of {len(checks)} checked)")
-    ratios = [one.error_ratio for one in checks.values() if one.error_ratio is not None]
-    squares = [one.relative_error**2 for one in checks.values() if one.relative_error is not None]
+    ratios = [check.error_ratio for check in checks.values() if check.error_ratio is not None]
+    squares = [check.relative_error**2 for check in checks.values() if check.relative_error is not None]
     return Check(
         status="wrong" if reasons else "ok",
         error_ratio=max(ratios) if len(ratios) == len(checks) else None,

@@ -95,10 +95,7 @@ class SmallProblem:
     def options(self, dtype: torch.dtype) -> dict[str, Any]:
         """Return operands that are no tensors."""
         case = self.case(dtype, torch.device("cpu"))
-        return {
-            **case.scalars,
-            **({"bias": None} if "bias" in case.entry.operands and not case.biased else {}),
-        }
+        return case.scalars | dict.fromkeys({"bias"} & case.entry.operands.keys() if not case.biased else ())
 
     def draw(self, dtype: torch.dtype) -> Host:
         """Draw the operands of all rows."""
