@@ -10,16 +10,18 @@ from typing import Any
 import msgspec
 import torch
 
+from mla.cases import KINDS
+from mla.cases.case import Kind, OpCase
+from mla.cases.memory import Layout, Tensors, poison
 from mla.errors import MLAError
-from mla.failures.memory import OUTPUTS, Count, Pages, Tensors, View, storage, views
+from mla.failures.memory import OUTPUTS, Count, Pages, View, storage, views
 from mla.text import dtype_name, size
-from mla_backends.api import AttentionSpec, FusedOp, LinearSpec, NormSpec, SegmentLengths
+from mla_backends.api import FusedOp, SegmentLengths
 
 # A call that reads more is not kept.
 LIMIT = 2 << 30
 CONTEXT = "kv_b_proj"  # the role whose rows are all cached tokens
 Lengths = tuple[Sequence[int], Sequence[int]]  # per request: new tokens, and keys
-SPECS = {spec.__name__: spec for spec in (LinearSpec, NormSpec, AttentionSpec)}
 
 
 class TooLarge(MLAError):
@@ -60,10 +62,23 @@ class RecordedCall:
         found: torch.dtype = getattr(torch, self.facts.spec["dtype"])
         return found
 
+    @property
+    def entry(self) -> Kind:
+        """The entry of the call's kind."""
+        return KINDS[self.facts.kind]
+
+    @property
+    def case(self) -> OpCase:
+        """The call without its operands, on the host."""
+        facts = self.facts
+        layout = Layout(facts.pages.shape[1] if facts.pages else 1)
+        lengths = (tuple(facts.query_lens), tuple(facts.kv_lens))
+        spec, context = self.spec(torch.device("cpu")), facts.role == CONTEXT
+        return OpCase(facts.kind, spec, *lengths, context=context, causal=facts.causal, layout=layout)
+
     def spec(self, device: torch.device) -> Any:
         """Return the spec on a device."""
-        values = {**self.facts.spec, "dtype": self.dtype, "device": device}
-        return SPECS[self.facts.spec_type](**values)
+        return self.entry.spec(**{**self.facts.spec, "dtype": self.dtype, "device": device})
 
     def operand(self, name: str) -> torch.Tensor:
         """Return one operand, on the host."""
@@ -92,25 +107,8 @@ class RecordedCall:
         """Return what precedes the arguments: the packed weight, or a state that `op` prepares."""
         if self.weight is not None:
             return (op.pack(self.weight.to(spec.device, copy=True)),)
-        lengths = (tuple(self.facts.query_lens), tuple(self.facts.kv_lens))
-        if self.facts.kind == "expanded_attention":
-            return (op.prepare(spec, SegmentLengths(*lengths, self.facts.causal)),)
-        if self.facts.kind == "latent_attention":
-            tables = (arguments["block_table"], arguments["kv_lens"], arguments["cu_q"])
-            return (op.prepare(spec, Batch(*lengths, arguments["cache"].shape[1], *tables)),)
-        return ()
-
-
-@dataclass
-class Batch:
-    """The contract's `BatchView`."""
-
-    query_lens: tuple[int, ...]
-    kv_lens: tuple[int, ...]
-    page_size: int
-    block_table: torch.Tensor
-    kv_lens_device: torch.Tensor
-    cu_q: torch.Tensor
+        batch = self.entry.batch(arguments, self.case.lengths)
+        return () if batch is None else (op.prepare(spec, batch),)
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def record(known: Known, tensors: Mapping[str, Any], of_step: Lengths | None = N
     """
     found, pieces = views(without_cache(tensors))
     cache = tensors.get("cache")
-    kept = None if cache is None else read_pages(tensors, cache.shape[1])
+    kept = None if cache is None else KINDS[known.kind].touched(tensors, cache.shape[1])
     _require_room(known, pieces, cache, kept)
     lengths = _lengths(known, tensors, of_step)
     facts = CallFacts(
@@ -190,18 +188,9 @@ def _lengths(
         return list(known.lengths.query_lens), list(known.lengths.kv_lens)
     if "cu_q" in tensors:
         return tensors["cu_q"].cpu().diff().tolist(), tensors["kv_lens"].cpu().tolist()
-    rows = next(tensors[name].shape[0] for name in ("x", "kv_a") if name in tensors)
+    rows = tensors[KINDS[known.kind].varied[0]].shape[0]
     whole = of_step[known.role == CONTEXT] if of_step else ()
     return ([], []) if of_step is None or sum(whole) != rows else (list(of_step[0]), list(of_step[1]))
-
-
-def read_pages(tensors: Mapping[str, Any], page_size: int) -> torch.Tensor:
-    """Return the pages [k] int64 that a call reads or writes, in order."""
-    if "slots" in tensors:
-        return (tensors["slots"].cpu() // page_size).unique()
-    table, lengths = tensors["block_table"].cpu(), tensors["kv_lens"].cpu()
-    owned = torch.arange(table.shape[1], device="cpu")[None] < -(-lengths // page_size)[:, None]
-    return table[owned].long().unique()
 
 
 def _describe_pages(cache: torch.Tensor, kept: torch.Tensor) -> Pages:
@@ -214,9 +203,9 @@ def _describe_pages(cache: torch.Tensor, kept: torch.Tensor) -> Pages:
 
 
 def poison_outputs(tensors: Mapping[str, Any]) -> None:
-    """Fill `out` and `lse` with NaN, unless they share memory with what the op reads."""
+    """Poison `out` and `lse`, unless they share memory with what the op reads."""
     read = {storage(one) for name, one in tensors.items() if torch.is_tensor(one) and name not in OUTPUTS}
     for name in OUTPUTS:
         out = tensors.get(name)
         if out is not None and storage(out) not in read:
-            out.fill_(torch.nan)
+            poison(out)

@@ -10,12 +10,13 @@ import safetensors
 import safetensors.torch
 import torch
 
+from mla.cases.memory import Tensors
 from mla.command import files
 from mla.errors import ResultError
 from mla.failures import operands
 from mla.failures.call import CallFacts, RecordedCall
-from mla.failures.memory import Tensors, View
-from mla.failures.verdict import Expected, Made
+from mla.failures.memory import View
+from mla.failures.verdict import Expected
 from mla.failures.watch import JudgedCall
 from mla.text import size
 from mla_backends import host, outside
@@ -77,12 +78,10 @@ class Failure(msgspec.Struct):
                 "this failure holds tensors of a whole layer, as no single op was found wrong: "
                 f"repeat the run instead, with: {self.document.origin.command}"
             )
-        memory = {name: self._flat(name) for name in {view.memory for view in facts.views.values()}}
+        names = {view.memory for view in facts.views.values()}
+        memory = {name: self.tensors[f"operand.{name}"].flatten() for name in names}
         extra = [self.tensors.get(name) for name in ("weight.packed", "cache.pages", "cache.rows")]
         return RecordedCall(facts, memory, *extra)
-
-    def _flat(self, name: str) -> torch.Tensor:
-        return self.tensors[f"operand.{name}"].flatten()
 
     def expected(self) -> Expected:
         """Return what the call must write."""
@@ -129,12 +128,8 @@ def write_call(folder: Path, judged: JudgedCall, origin: Origin) -> None:
     }
     extra = {"weight.packed": call.weight, "cache.pages": call.kept_pages, "cache.rows": call.pages}
     tensors |= {name: one for name, one in extra.items() if one is not None}
-    tensors |= _named("found", judged.made) | _prefixed("expected", judged.expected.truth)
+    tensors |= _prefixed("found", judged.made.results) | _prefixed("expected", judged.expected.truth)
     write(folder, document, tensors | _prefixed("reference", judged.expected.reference))
-
-
-def _named(prefix: str, made: Made) -> Tensors:
-    return _prefixed(prefix, made.results)
 
 
 def _prefixed(prefix: str, tensors: Tensors) -> Tensors:

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import msgspec
 import torch
 
-Tensors = dict[str, torch.Tensor]
+from mla.cases.memory import Tensors
+
 # What an op writes, besides the cache.
 OUTPUTS = ("out", "lse")
 # So many numbers before and behind an output are copied with it, if its memory has them: an op may hit them.
@@ -101,8 +102,3 @@ def covered(view: View, size: int) -> torch.Tensor:
     if math.prod(view.shape):
         view.of(inside).fill_(True)
     return inside
-
-
-def same_numbers(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return where two tensors agree; NaN agrees with NaN."""
-    return (left == right) | (left.isnan() & right.isnan())

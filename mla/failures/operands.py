@@ -8,111 +8,50 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from mla.failures.call import CONTEXT, SPECS, CallFacts, read_pages
-from mla.failures.memory import OUTPUTS, Tensors, View, covered
+from mla.cases import KINDS
+from mla.cases.case import OPTIONAL, Kind, dim
+from mla.cases.memory import Tensors
+from mla.failures.call import CONTEXT, CallFacts
+from mla.failures.memory import OUTPUTS, View, covered
 from mla.text import DTYPES, dtype_name
 
-_LINEAR = {"i": "in_features", "o": "out_features", "h": "groups"}
-_ATTENTION = {
-    "h": "num_heads",
-    "c": "kv_lora_rank",
-    "n": "qk_nope_head_dim",
-    "r": "qk_rope_head_dim",
-    "v": "v_head_dim",
-}
-_CACHE = {"cache.pages": "k", "cache.rows": "k page c+r"}
-# What is not in the dtype of the layer.
-_DTYPES = {
-    "cos_sin": torch.float32,
-    "slots": torch.int64,
-    "block_table": torch.int32,
-    "kv_lens": torch.int32,
-    "cu_q": torch.int32,
-    "lse": torch.float32,
-    "cache.pages": torch.int64,
-}
-_OPTIONAL = {"bias", "lse"}
+_OTHERS = frozenset({"weight.packed", "cache.pages", "cache.rows"})
 _MOST = 2**31 - 1  # of a size in a spec, and of a length
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What ops of a kind are called with, as `FusedOp` says it. Letters that are not in the spec are free."""
-
-    spec: str
-    letters: Mapping[str, str]  # -> field of the spec
-    operands: Mapping[str, str]  # name -> shape
-    truths: Mapping[str, str]  # result -> shape
-    scalars: Mapping[str, type] = field(default_factory=dict)
-    others: Mapping[str, str] = field(default_factory=dict)  # further tensors of the file -> shape
-
-    @property
-    def references(self) -> dict[str, str]:
-        """Results of which the file holds the reference's own, too."""
-        return {name: shape for name, shape in self.truths.items() if name != "lse"}
-
-
-_KINDS = {
-    "linear": _Kind(
-        "LinearSpec", _LINEAR, {"x": "T i", "bias": "o", "out": "T o"}, {"out": "T o"},
-        others={"weight.packed": "o i"},
-    ),
-    "batched_linear": _Kind(
-        "LinearSpec", _LINEAR, {"x": "T h i", "out": "T h o"}, {"out": "T h o"},
-        others={"weight.packed": "h o i"},
-    ),
-    "rms_norm": _Kind(
-        "NormSpec", {"d": "features"}, {"x": "T d", "weight": "d", "out": "T d"}, {"out": "T d"},
-        {"eps": float},
-    ),
-    "rotate_query": _Kind(
-        "AttentionSpec", _ATTENTION, {"x": "T h r", "cos_sin": "T r", "out": "T h r"}, {"out": "T h r"},
-        {"interleaved": bool},
-    ),
-    "write_latent": _Kind(
-        "AttentionSpec", _ATTENTION, {"kv_a": "T c+r", "weight": "c", "cos_sin": "T r", "slots": "T"},
-        {"latent": "T c", "key": "T r"}, {"eps": float, "interleaved": bool}, _CACHE,
-    ),
-    "latent_attention": _Kind(
-        "AttentionSpec", _ATTENTION,
-        {"q": "T h c+r", "block_table": "B m", "kv_lens": "B", "cu_q": "B+1", "out": "T h c", "lse": "T h"},
-        {"out": "T h c", "lse": "T h"}, {"softmax_scale": float}, _CACHE,
-    ),
-    "expanded_attention": _Kind(
-        "AttentionSpec", _ATTENTION,
-        {"q": "T h n+r", "k": "K h n+r", "v": "K h v", "out": "T h v", "lse": "T h"},
-        {"out": "T h v", "lse": "T h"}, {"softmax_scale": float},
-    ),
-}  # fmt: skip
+def _others(kind: Kind, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, str]]:
+    """Return the tensors that a file holds besides operands -> dtype and shape."""
+    found = {"weight.packed": (dtype, kind.packed)} if kind.packed else {}
+    if kind.cached:
+        rows = (kind.dtypes.get("cache", dtype), f"k page {kind.cached}")
+        found |= {"cache.pages": (torch.int64, "k"), "cache.rows": rows}
+    found |= {f"expected.{name}": (torch.float64, shape) for name, shape in kind.truths.items()}
+    held = {name: kind.results[name] for name in kind.held}
+    return found | {f"reference.{name}": (kind.dtypes.get(name, dtype), held[name]) for name in held}
 
 
 def check(facts: CallFacts, tensors: Tensors) -> None:
     """Raise ValueError, with one clause, unless the tensors of a file are those of the call it describes."""
-    kind = _KINDS.get(facts.kind)
+    kind = KINDS.get(facts.kind)
     if kind is None:
         raise ValueError(f"there is no kind of op '{facts.kind}'")
-    sizes = {"1": 1, **_spec_sizes(kind, facts)}
+    sizes = _spec_sizes(kind, facts)
     _check_names(kind, facts, tensors)
     _check_cache(kind, facts, sizes)
     dtype = getattr(torch, facts.spec["dtype"])
     for name in [one for one in kind.operands if one in facts.views]:
         view = facts.views[name]
         memory = tensors[f"operand.{view.memory}"]
-        _check_tensor(name, memory.dtype, view.shape, dtype, kind.operands[name], sizes)
+        _check_tensor(
+            name, memory.dtype, view.shape, kind.dtypes.get(name, dtype), kind.operands[name], sizes
+        )
         _check_layout(name, view, memory.numel())
-    for prefix, of, shapes in (
-        ("", dtype, kind.others),
-        ("expected.", torch.float64, kind.truths),
-        ("reference.", dtype, kind.references),
-    ):
-        for name, shape in shapes.items():
-            one = tensors[prefix + name]
-            _check_tensor(prefix + name, one.dtype, one.shape, of, shape, sizes)
+    for name, (of, shape) in _others(kind, dtype).items():
+        _check_tensor(name, tensors[name].dtype, tensors[name].shape, of, shape, sizes)
     _check_overlaps(facts, tensors)
     _check_values(facts, tensors, sizes)
 
@@ -122,13 +61,11 @@ def _require(holds: bool, clause: str) -> None:
         raise ValueError(clause)
 
 
-def _spec_sizes(kind: _Kind, facts: CallFacts) -> dict[str, int]:
+def _spec_sizes(kind: Kind, facts: CallFacts) -> dict[str, int]:
     """Return letter -> size of a spec that can be made."""
-    names = {one.name for one in dataclasses.fields(SPECS[kind.spec])}
-    _require(facts.spec_type == kind.spec, f"an op of kind {facts.kind} has no {facts.spec_type}")
-    _require(
-        facts.spec.keys() == names, f"its {kind.spec} does not have the fields {', '.join(sorted(names))}"
-    )
+    name, names = kind.spec.__name__, {one.name for one in dataclasses.fields(kind.spec)}
+    _require(facts.spec_type == name, f"an op of kind {facts.kind} has no {facts.spec_type}")
+    _require(facts.spec.keys() == names, f"its {name} does not have the fields {', '.join(sorted(names))}")
     _require(facts.spec["dtype"] in DTYPES.values(), "no layer has the dtype of its spec")
     _require(_is(float, facts.spec.get("softmax_scale", 1.0)), "softmax_scale is no number")
     for name in kind.letters.values():
@@ -144,31 +81,31 @@ def _is(kind: type, value: Any) -> bool:
     return isinstance(value, (int, float)) and abs(value) < 1e38
 
 
-def _check_names(kind: _Kind, facts: CallFacts, tensors: Tensors) -> None:
+def _check_names(kind: Kind, facts: CallFacts, tensors: Tensors) -> None:
     """Check that every operand is there, or absent where that is allowed, and all that the file must hold."""
     given, absent = set(facts.views), set(facts.absent)
-    whole = not given & absent and given | absent == kind.operands.keys() and absent <= _OPTIONAL
+    whole = not given & absent and given | absent == kind.operands.keys() and absent <= OPTIONAL
     _require(whole, f"the operands of {facts.kind} are {', '.join(kind.operands)}")
     scalars = facts.scalars.keys() == kind.scalars.keys()
     scalars = scalars and all(_is(of, facts.scalars[name]) for name, of in kind.scalars.items())
     _require(scalars, f"the scalars of {facts.kind} are {', '.join(kind.scalars) or 'none'}")
-    needed = {f"operand.{view.memory}" for view in facts.views.values()} | kind.others.keys()
-    needed |= {f"expected.{name}" for name in kind.truths} | {f"reference.{name}" for name in kind.references}
+    needed = {f"operand.{view.memory}" for view in facts.views.values()}
+    needed |= _others(kind, torch.float32).keys()
     missing = sorted(needed - tensors.keys())
     _require(not missing, f"it lacks the tensor '{', '.join(missing)}'")
-    extra = sorted((tensors.keys() & {"weight.packed", *_CACHE}) - needed)
+    extra = sorted((tensors.keys() & _OTHERS) - needed)
     _require(not extra, f"{facts.kind} takes no '{', '.join(extra)}'")
 
 
-def _check_cache(kind: _Kind, facts: CallFacts, sizes: dict[str, int]) -> None:
+def _check_cache(kind: Kind, facts: CallFacts, sizes: dict[str, int]) -> None:
     """Check the cache, whose pages the file holds in part, and note its sizes."""
-    pages, needed = facts.pages, "cache.pages" in kind.others
+    pages, needed = facts.pages, bool(kind.cached)
     _require((pages is not None) == needed, f"{facts.kind} takes {'a' if needed else 'no'} cache")
     if pages is None:
         return
     _require(len(pages.shape) == len(pages.stride) == 3, "its cache does not have three dimensions")
     count, page, width = pages.shape
-    _require(min(count, page) > 0 and width == sizes["c"] + sizes["r"], "its cache does not fit its spec")
+    _require(min(count, page) > 0 and width == dim(kind.cached, sizes), "its cache does not fit its spec")
     dense = zip(pages.shape, pages.stride, (page * width, width, 1), strict=True)
     _require(all(size == 1 or stride == right for size, stride, right in dense), "its cache has gaps")
     sizes["page"] = page
@@ -178,16 +115,17 @@ def _check_tensor(
     name: str,
     dtype: torch.dtype,
     shape: Sequence[int],
-    of_layer: torch.dtype,
+    right_dtype: torch.dtype,
     letters: str,
     sizes: dict[str, int],
 ) -> None:
     """Check dtype and shape of a tensor; a letter that is met for the first time gets its size."""
-    words, right_dtype = letters.split(), _DTYPES.get(name, of_layer)
+    words = letters.split()
     fits = dtype == right_dtype and len(shape) == len(words)
-    for word, size in zip(words, shape, strict=False):
-        right = sum(sizes.setdefault(letter, size) for letter in word.split("+"))
-        fits = fits and size == right
+    for word, found in zip(words, shape, strict=False):
+        for letter in word.split("+"):
+            sizes.setdefault(letter, found)
+        fits = fits and found == dim(word, sizes)
     what = f"{name} is {dtype_name(dtype)} {list(shape)}"
     _require(fits, f"{what}, not {dtype_name(right_dtype)} [{', '.join(words)}]")
 
@@ -211,7 +149,7 @@ def _check_overlaps(facts: CallFacts, tensors: Tensors) -> None:
         numbers = tensors[f"operand.{view.memory}"].numel()
         mine = covered(view, numbers)
         for other, its in facts.views.items():
-            if other == name or its.memory != view.memory or (facts.kind == "rotate_query" and its == view):
+            if other == name or its.memory != view.memory or (KINDS[facts.kind].in_place and its == view):
                 continue
             _require(not bool((mine & covered(its, numbers)).any()), f"{name} overlaps {other}")
 
@@ -221,7 +159,7 @@ def _check_values(facts: CallFacts, tensors: Tensors, sizes: Mapping[str, int]) 
     call = {name: view.of(tensors[f"operand.{view.memory}"].flatten()) for name, view in facts.views.items()}
     lengths = (facts.query_lens, facts.kv_lens)
     _require(len(facts.query_lens) == len(facts.kv_lens), "it does not have two lengths of every request")
-    if facts.kind.endswith("_attention"):
+    if KINDS[facts.kind].prepares:
         _require(bool(facts.query_lens), "it has no request")
         _require(sum(facts.query_lens) == sizes["T"], "its new tokens are not the rows of q")
         if facts.causal:  # a request without keys is allowed
@@ -229,7 +167,7 @@ def _check_values(facts: CallFacts, tensors: Tensors, sizes: Mapping[str, int]) 
             _require(not fewer, "a request has fewer tokens than new ones")
     elif facts.query_lens:
         _require(sum(lengths[facts.role == CONTEXT]) == sizes["T"], "its lengths are not the rows of out")
-    if facts.kind == "expanded_attention":
+    if "K" in sizes and (facts.kv_lens or KINDS[facts.kind].prepares):
         _require(sum(facts.kv_lens) == sizes["K"], "its keys are not the rows of k")
     if facts.pages is None:
         return
@@ -243,7 +181,7 @@ def _check_values(facts: CallFacts, tensors: Tensors, sizes: Mapping[str, int]) 
         _require(call["kv_lens"].tolist() == facts.kv_lens, "kv_lens are not its lengths")
         _require(max(facts.kv_lens) <= sizes["m"] * page, "block_table has too few pages")
         _require(_within(call["block_table"], count), "block_table names no page of the cache")
-    kept = read_pages(call, page)
+    kept = KINDS[facts.kind].touched(call, page)
     _require(torch.equal(kept, tensors["cache.pages"]), "it does not hold the pages that the call reads")
 
 

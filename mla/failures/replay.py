@@ -64,7 +64,7 @@ def op_of(call: RecordedCall, offered: Mapping[str, FusedOp], name: str) -> Fuse
 def _require_served(call: RecordedCall, name: str, op: FusedOp, backend: Backend) -> None:
     spec = call.spec(backend.device)  # type: ignore[arg-type]  # it is set up
     reasons = refusals(name, op, call.facts.kind, spec)
-    if not reasons and call.facts.kind.endswith("_attention"):
+    if not reasons and call.entry.prepares:
         size = call.facts.pages.shape[1] if call.facts.pages else None
         answer = op.unsupported_batch(spec, call.facts.query_lens, call.facts.kv_lens, size)
         reasons = sentences(name, "unsupported_batch()", answer)

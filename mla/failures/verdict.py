@@ -8,17 +8,13 @@ from typing import Any
 
 import torch
 
-from mla.failures.call import CONTEXT, LIMIT, RecordedCall
-from mla.failures.memory import OUTPUTS, Tensors, View, covered, same_numbers
+from mla.cases.memory import Tensors, changed_slots, same_numbers
+from mla.failures.call import LIMIT, RecordedCall
+from mla.failures.memory import OUTPUTS, View, covered
 from mla.reference import REFERENCE
-from mla.verify.op_oracle import attend, product, true_norm, true_rotation
 from mla.verify.places import Places
-from mla.verify.tolerances import judge, judge_lse
 from mla_backends.api import FusedOp
 from mla_backends.errors import describe
-
-# The most bytes of float64 logits in one step of the oracle.
-LOGITS_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -64,18 +60,9 @@ def made(
     clauses = damage(call, after)
     if cache is not None and before is not None:
         clauses += cache_damage(call, cache, before)
-    return Made(results(call, call.arguments(after, cache)), "; ".join(clauses))
-
-
-def results(call: RecordedCall, arguments: Mapping[str, Any]) -> Tensors:
-    """Return what the op wrote, by name."""
-    if call.facts.kind == "write_latent":
-        cache = arguments["cache"]
-        rows = cache.flatten(0, 1)[arguments["slots"].to(cache.device)].cpu()
-        c = call.facts.spec["kv_lora_rank"]
-        return {"latent": rows[:, :c], "key": rows[:, c:]}
-    names = [name for name in OUTPUTS if arguments.get(name) is not None]
-    return {name: arguments[name] for name in names if name != "lse" or call.facts.writes_lse}
+    written = call.entry.written(call.arguments(after, cache))
+    results = {name: one.cpu() for name, one in written.items() if name != "lse" or call.facts.writes_lse}
+    return Made(results, "; ".join(clauses))
 
 
 def damage(call: RecordedCall, after: Mapping[str, torch.Tensor]) -> list[str]:
@@ -113,14 +100,10 @@ def _written(members: Mapping[str, Any], inside: torch.Tensor) -> bool:
 
 def cache_damage(call: RecordedCall, cache: torch.Tensor, before: torch.Tensor) -> list[str]:
     """Return which slots of the cache have changed that the op does not write, as clauses."""
-    changed = (~same_numbers(cache, before)).any(-1).flatten().cpu()
-    if call.facts.kind == "write_latent":
-        changed[call.operand("slots")] = False
-    if not bool(changed.any()):
-        return []
-    page, slot = divmod(int(changed.int().argmax()), cache.shape[1])
-    first = f"the first is slot {slot} of page {page}"
-    return [f"{int(changed.sum())} slots of the cache have changed that are not written; {first}"]
+    written = call.operand("slots") if "slots" in call.facts.views else None
+    count, first = changed_slots(cache, before, written)
+    clause = f"{count} slots of the cache have changed that are not written; the first is {first}"
+    return [clause] * bool(count)
 
 
 # ------------------------------------------------------------------------------------------- the truth
@@ -128,25 +111,20 @@ def cache_damage(call: RecordedCall, cache: torch.Tensor, before: torch.Tensor) 
 
 def expected(call: RecordedCall) -> Expected:
     """Compute what a call must write, on the host."""
-    host = torch.device("cpu")
+    host, case = torch.device("cpu"), call.case
     arguments = call.arguments(call.memory, call.cache(host))
-    return Expected(
-        _TRUTHS[call.facts.kind](call, arguments), make(call, REFERENCE[call.facts.kind], host).results
-    )
+    if call.weight is not None:
+        arguments["weight"] = call.weight
+    given = call.entry.given(arguments, case.lengths)
+    reference = make(call, REFERENCE[case.kind], host).results
+    return Expected(call.entry.truth(case.spec, given, case.lengths), reference)
 
 
 def judged(call: RecordedCall, found: Made, right: Expected) -> str:
     """Return why a call was wrong; "" if it was right."""
+    errors = call.entry.errors(right.reference, right.truth)
     where = places(call)
-    reasons = [found.damage] * bool(found.damage)
-    for name, result in found.results.items():
-        if name == "lse":
-            reason = judge_lse(result, right.truth[name], call.dtype, where)[1]
-        else:
-            true, reference, lse = right.truth[name], right.reference[name], right.truth.get("lse")
-            reason = judge(result, true, reference, call.dtype, where, lse)[1]
-        reasons += [f"{name}: {reason}"] * bool(reason)
-    return "; ".join(reasons)
+    return call.entry.judge(found.results, right.truth, errors, call.dtype, where, found.damage).reason
 
 
 def raised(error: Exception) -> str:
@@ -156,77 +134,6 @@ def raised(error: Exception) -> str:
 
 def places(call: RecordedCall) -> Places | None:
     """Return where the rows of a call are, if that is known: of the op of a part of a batch it is not."""
-    facts = call.facts
-    if not facts.query_lens:
+    if not call.facts.query_lens:
         return None
-    if facts.kind == "latent_attention":
-        assert facts.pages is not None
-        table, page_size = call.operand("block_table"), facts.pages.shape[1]
-        return Places.new_tokens(facts.query_lens, facts.kv_lens, table, page_size)
-    if facts.role == CONTEXT:
-        return Places.context(facts.kv_lens)
-    return Places.new_tokens(facts.query_lens, facts.kv_lens)
-
-
-def _product(call: RecordedCall, given: Mapping[str, Any]) -> Tensors:
-    assert call.weight is not None
-    return {"out": product(given["x"], call.weight, given.get("bias"))}
-
-
-def _norm(call: RecordedCall, given: Mapping[str, Any]) -> Tensors:
-    return {"out": true_norm(given["x"], given["weight"], given["eps"])}
-
-
-def _rotation(call: RecordedCall, given: Mapping[str, Any]) -> Tensors:
-    return {"out": true_rotation(given["x"], given["cos_sin"], given["interleaved"])}
-
-
-def _latents(call: RecordedCall, given: Mapping[str, Any]) -> Tensors:
-    c = call.facts.spec["kv_lora_rank"]
-    norm = true_norm(given["kv_a"][:, :c], given["weight"], given["eps"])
-    return {
-        "latent": norm,
-        "key": true_rotation(given["kv_a"][:, c:], given["cos_sin"], given["interleaved"]),
-    }
-
-
-def _absorbed(call: RecordedCall, given: Mapping[str, Any]) -> Tensors:
-    size, c = given["cache"].shape[1], call.facts.spec["kv_lora_rank"]
-    keys = []
-    for row, length in zip(given["block_table"].long(), call.facts.kv_lens, strict=True):
-        keys.append(given["cache"][row[: -(-length // size)]].flatten(0, 1)[:length, None])
-    values = [rows[..., :c] for rows in keys]
-    return _attention(call, given, keys, values)
-
-
-def _expanded(call: RecordedCall, given: Mapping[str, Any]) -> Tensors:
-    keys, values = (given[name].split(call.facts.kv_lens) for name in ("k", "v"))
-    return _attention(call, given, list(keys), list(values))
-
-
-def _attention(
-    call: RecordedCall, given: Mapping[str, Any], keys: list[torch.Tensor], values: list[torch.Tensor]
-) -> Tensors:
-    """Attend request by request, a few heads at a time, to keep the logits small."""
-    found = []
-    for q, k, v in zip(given["q"].split(call.facts.query_lens), keys, values, strict=True):
-        count = max(1, LOGITS_BYTES // (8 * max(1, q.shape[0] * k.shape[0])))
-        parts = []
-        for start in range(0, q.shape[1], count):
-            own_k, own_v = (one if one.shape[1] == 1 else one[:, start : start + count] for one in (k, v))
-            queries = q[:, start : start + count]
-            parts.append(attend(queries, own_k, own_v, given["softmax_scale"], call.facts.causal))
-        found.append([torch.cat(part, dim=1) for part in zip(*parts, strict=True)])
-    out, lse = (torch.cat(part) for part in zip(*found, strict=True))
-    return {"out": out, "lse": lse}
-
-
-_TRUTHS = {
-    "linear": _product,
-    "batched_linear": _product,
-    "rms_norm": _norm,
-    "rotate_query": _rotation,
-    "write_latent": _latents,
-    "latent_attention": _absorbed,
-    "expanded_attention": _expanded,
-}
+    return call.case.places(call.operand("block_table") if "block_table" in call.facts.views else None)

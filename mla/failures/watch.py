@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mla.cases import KINDS
 from mla.failures.call import Known, Lengths, RecordedCall, TooLarge, poison_outputs, record, without_cache
 from mla.failures.memory import views
 from mla.failures.verdict import Expected, Made, copied, expected, judged, made, raised
@@ -155,7 +156,7 @@ class Watched(FusedOp):
     def _known(self, leading: Sequence[Any], tensors: Mapping[str, Any]) -> Known | None:
         """Return what the tensors do not say; None if it is not known either."""
         kind, weight, lengths, spec = self.contract.partition("/")[0], None, None, self._spec
-        if kind in ("linear", "batched_linear"):
+        if KINDS[kind].packed:
             weight = self._op.unpack(leading[0])
             groups = weight.shape[0] if weight.dim() == 3 else 1
             spec = LinearSpec(weight.shape[-1], weight.shape[-2], groups, weight.dtype, weight.device)

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import torch
 
+from mla_backends.api import SegmentLengths
+
+# The most bytes of float64 logits in one step.
+LOGITS_BYTES = 256 << 20
+
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return x [T, i] times weight [o, i] plus bias [o], or x [T, h, i] times a weight per head [h, o, i]."""
@@ -53,3 +58,25 @@ def attend(
     weights = (logits - lse.clamp_min(-1e300)[..., None]).exp()
     out = torch.matmul(weights, v.double().permute(1, 0, 2))  # [h, t, dv]
     return out.permute(1, 0, 2), lse.T
+
+
+def attend_requests(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: SegmentLengths, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend q [T, h, dk] request by request over k [K, 1 or h, dk] and v [K, 1 or h, dv], as `attend`.
+
+    A few heads at a time, to keep the logits small.
+    """
+    found = []
+    for own, keys, values in zip(
+        q.split(list(lengths.query_lens)), *(x.split(list(lengths.kv_lens)) for x in (k, v)), strict=True
+    ):
+        count = max(1, LOGITS_BYTES // max(1, 8 * len(own) * len(keys)))
+        parts = []
+        for start in range(0, own.shape[1], count):
+            heads = slice(start, start + count)
+            k_part, v_part = (x if x.shape[1] == 1 else x[:, heads] for x in (keys, values))
+            parts.append(attend(own[:, heads], k_part, v_part, scale, lengths.causal))
+        found.append([torch.cat(part, dim=1) for part in zip(*parts, strict=True)])
+    out, lse = (torch.cat(part) for part in zip(*found, strict=True))
+    return out, lse

@@ -15,6 +15,7 @@ FLOORS = (
     {"reference"},
     {"layer"},
     {"command", "integrations", "parallel", "verify"},
+    {"cases"},
     {"failures"},
     {"conformance", "bench.results", "bench.doctor", "bench.scaffold"},
     {"bench.terminal", "bench.subjects"},

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mla.bench.subjects.fixture import OpFixture
-from mla.bench.subjects.op.implementation import OpImplementation
+from mla.bench.subjects.op import OpImplementation
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.op_scenario import OpScenario
 from mla.config import MLAConfig

@@ -17,10 +17,10 @@ from benchmarks.peers.ggml.peer import Peer
 from benchmarks.peers.ggml.ways import Way, in_process
 from benchmarks.peers.scenarios import scenario
 from mla import cost
-from mla.bench.subjects.inputs import generator
 from mla.bench.subjects.setting import Setting, make_ops
 from mla.cache import LatentCache
 from mla.cache.ragged_batch import RaggedBatch
+from mla.cases.case import generator
 from mla.layer.ops import Choice, attention_spec
 from mla.reference import REFERENCE
 from mla.text import dtype_name

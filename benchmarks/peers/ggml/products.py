@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.peers.ggml.peer import Peer
 from benchmarks.peers.ggml.ways import Way, in_process
-from mla.bench.subjects.inputs import generator
 from mla.bench.subjects.setting import Setting
+from mla.cases.case import generator
 from mla.layer.ops import layer_roles, refusals
 from mla.text import dtype_name
 from mla.verify.op_oracle import product

@@ -13,11 +13,11 @@ from mla.bench.failures.search import Search, present_pass, search
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.tokens import LayerImplementation
 from mla.bench.workload.grid import Point
+from mla.cases.memory import Tensors
 from mla.command import environment
 from mla.command.console import note
 from mla.failures import file
 from mla.failures.call import LIMIT
-from mla.failures.memory import Tensors
 from mla.failures.watch import JudgedCall
 from mla.text import size
 from mla.verify.layer_check import Checker, Forward

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.op.implementation import OpImplementation
+from mla.bench.subjects.op import OpImplementation
 from mla.bench.workload.grid import Point
 from mla.failures.watch import JudgedCall, Watched, Watcher
 from mla.layer.ops import layer_roles

@@ -17,26 +17,23 @@ import torch
 from mla import cost
 from mla.bench import results
 from mla.bench.subjects import memory
+from mla.bench.subjects import op as one_op
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import Inputs, expected_of, expected_outputs, make_inputs, oracle_runs
 from mla.bench.subjects.layer import MlaLayer
-from mla.bench.subjects.op import memory as op_memory
-from mla.bench.subjects.op.implementation import OpImplementation, reference_results
-from mla.bench.subjects.op.implementation import check_lengths as check_op_lengths
-from mla.bench.subjects.op.problem import OpProblem, op_problem
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, sharing_weights
-from mla.bench.subjects.shared_weights import shared_bytes
 from mla.bench.subjects.stack import MlaStack
 from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.subjects.transformers_layer import TransformersLayer
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import parse_one
+from mla.cases.call import Checker
+from mla.cases.varied import Pool
 from mla.checkpoint import LazyState
 from mla.errors import UnsupportedBatch
 from mla.layer.ops import Ops
 from mla.layer.plan import check_lengths
 from mla.verify.layer_oracle import State
-from mla.verify.op_check import OpChecker
 from mla.verify.oracle_cost import oracle_flops
 from mla.weights import random_state_dict
 
@@ -120,7 +117,7 @@ class Fixture(ABC):
         """Return what the scenario needs; `ours` names the implementations of our layer."""
 
     def shared_bytes(self, names: Sequence[str], with_reference: bool) -> int:
-        """Return the device memory that implementations save by sharing weights (`shared_weights`)."""
+        """Return the device memory that implementations save by sharing weights (`memory`)."""
         return 0
 
     def ops(self, name: str) -> dict[str, str]:
@@ -239,52 +236,52 @@ class LayerFixture(Fixture):
     def shared_bytes(self, names: Sequence[str], with_reference: bool) -> int:
         if self.setting.ranks is not None:  # whose layers are parts, and share none
             return 0
-        return shared_bytes(self.setting, names, with_reference)
+        return memory.shared_bytes(self.setting, names, with_reference)
 
 
 class OpFixture(Fixture):
     """One op of the layer alone. Its reference runs on the host."""
 
+    op: str
+
     def __init__(self, setting: Setting, point: Point) -> None:
         super().__init__(setting, point)
-        self._problem = op_problem(setting, point)
-        self.op = self._problem.role
+        assert point.op is not None
+        self.op, self._pool = point.op, one_op.op_problem(setting, point)
 
-    def _make_inputs(self) -> OpProblem:
-        self._problem.draw()
-        return self._problem
+    def _make_inputs(self) -> Pool:
+        self._pool.draw()
+        return self._pool
 
-    def _make_checker(self, inputs: OpProblem) -> OpChecker:
-        dtype = self.setting.dtype
-        return OpChecker(inputs.truth, dtype, lambda: reference_results(inputs, self.setting))
+    def _make_checker(self, inputs: Pool) -> Checker:
+        return Checker(inputs)
 
     def build(self, name: str) -> Implementation:
         setting = implementation_setting(self.setting, parse_one(name))
-        return OpImplementation(setting, self._problem, name)
+        return one_op.OpImplementation(setting, self._pool, self.op, name)
 
     def cost(self, steps: int | None = None) -> results.Cost:
-        return results.Cost(**self._problem.work._asdict())
+        return results.Cost(**self._pool.case.work._asdict())
 
     def needs(self, ours: Sequence[str]) -> Needs:
-        on_device = op_memory.device_bytes(self.setting, self._problem)
+        on_device = one_op.device_bytes(self._pool)
         return Needs(
             forward=self.cost(),
-            oracle_flops=self._problem.work.flops,
+            oracle_flops=self._pool.case.work.flops,
             parameters=0,
             device_bytes=on_device,
-            host_bytes=op_memory.host_bytes(self.setting, self._problem, on_device),
-            output_bytes=op_memory.output_bytes(self._problem),
+            host_bytes=one_op.host_bytes(self._pool, on_device),
+            output_bytes=one_op.output_bytes(self._pool),
             reference_bytes=0,
         )
 
     def _check_lengths(self, ops: Ops) -> None:
-        problem = self._problem
-        check_op_lengths(problem.kind, ops[problem.role], self.point, self.setting.page_size)
+        one_op.check_lengths(ops[self.op], self._pool.case)
 
     def repeated_as(self, name: str) -> str:
         named = parse_one(name)
         own = dict(implementation_setting(self.setting, named).overrides)
-        return name if self._problem.role in own else named.base
+        return name if self.op in own else named.base
 
 
 def make_fixture(

@@ -14,6 +14,7 @@ import torch
 from mla.bench.subjects import turns
 from mla.bench.subjects.turns import Turn, Turns
 from mla.bench.workload.scenario import Scenario
+from mla.cases.case import generator
 from mla.config import MLAConfig
 from mla.verify.layer_oracle import State, oracle, oracle_of_choices, oracle_of_last
 from mla.verify.oracle_cost import Run
@@ -99,11 +100,6 @@ class PartTurns:
         """Return a turn by its number."""
         turn = self.whole.turn(number)
         return Turn(turn.signs[self.part], turn.choices[self.part])
-
-
-def generator(seed: int, name: str) -> torch.Generator:
-    """Return the generator of a scenario's random numbers."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + sum(name.encode()))
 
 
 def make_inputs(config: MLAConfig, scenario: Scenario, seed: int, dtype: torch.dtype) -> Inputs:

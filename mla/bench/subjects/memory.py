@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mla import cost
 from mla.bench.subjects import shelf, turns
 from mla.bench.subjects.inputs import Requests, oracle_runs
-from mla.bench.subjects.setting import SPARE_PAGES, Setting, make_ops
+from mla.bench.subjects.setting import SPARE_PAGES, Setting, implementation_setting, make_ops
 from mla.bench.workload.grid import Point
+from mla.bench.workload.implementations import OURS, parse_one
 from mla.bench.workload.scenario import Scenario
 from mla.config import MLAConfig
 from mla.cost.step import head_parameters
 from mla.layer.expansion import WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
+from mla.layer.ops import Ops
 from mla.layer.rope import RotaryTable
 from mla.parallel.exchange import scratch_per_token
 from mla.parallel.layout import Layout
@@ -20,6 +23,8 @@ from mla.verify.oracle_cost import oracle_bytes
 
 # The reference's logits, gathered keys, and masks of two decode steps, and what the layer rebuilds, at most.
 WORKSPACE = 1 << 30
+# Roles whose packed weights may be views of one tensor: they count as shared if all of them are.
+GROUPS = (("qkv_a_proj",), ("q_b_proj",), ("o_proj",), ("kv_b_proj", "w_uk", "w_uv"))
 
 
 @dataclass(frozen=True)
@@ -195,3 +200,25 @@ def host_bytes(setting: Setting, scenario: Point) -> int:
     history = sum(scenario.history) * config.latent_dim * itemsize
     judged = scenario.tokens * config.hidden_size * (itemsize + 4 * 8)
     return weights + history + judged + oracle_bytes(config, oracle_runs(config, scenario), itemsize)
+
+
+def shared_bytes(setting: Setting, names: Sequence[str], with_reference: bool) -> int:
+    """Return the bytes that these implementations save on the device when they exist together.
+
+    `with_reference`: a copy of the reference, of one layer, exists as well.
+    """
+    parsed = [named for named in map(parse_one, names) if named.base in OURS]
+    ops = [make_ops(implementation_setting(setting, named)) for named in parsed]
+    reference = make_ops(implementation_setting(setting, parse_one(OURS[1]))) if with_reference else None
+    groups = [group for group in GROUPS if ops and group[0] in ops[0].names()]
+    return sum(_saved(group, ops, reference, setting) for group in groups)
+
+
+def _saved(group: Sequence[str], ops: Sequence[Ops], reference: Ops | None, setting: Setting) -> int:
+    layouts = [tuple(one[role].key() for role in group) for one in ops]
+    copies = (len(layouts) - len(set(layouts))) * setting.layers
+    if reference is not None:
+        copies += tuple(reference[role].key() for role in group) in layouts
+    specs = [ops[0][role].spec for role in group]
+    size = sum(spec.groups * spec.in_features * spec.out_features for spec in specs)
+    return copies * size * setting.dtype.itemsize

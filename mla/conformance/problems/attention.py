@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mla.verify.op_oracle import attend
+from mla.cases.case import OpCase
+from mla.cases.memory import Layout
 from mla_backends.api import AttentionSpec
 
 Lengths = tuple[int, ...]
@@ -126,8 +127,17 @@ class AttentionProblem:
         """Return the problem in other pages, whose truth is the same."""
         return self if self.page_size == size else replace(self, page_size=size)
 
+    @property
+    def kind(self) -> str:
+        return "latent_attention" if self.absorbed else "expanded_attention"
+
     def spec(self, dtype: torch.dtype, device: torch.device) -> AttentionSpec:
         return attention_spec(self.heads, self.dims, self.scale, dtype, device)
+
+    def case(self, dtype: torch.dtype, device: torch.device) -> OpCase:
+        """Return the call without its operands."""
+        spec, layout = self.spec(dtype, device), Layout(self.page_size)
+        return OpCase(self.kind, spec, self.query_lens, self.kv_lens, causal=self.causal, layout=layout)
 
 
 def _runs(lengths: Lengths) -> str:
@@ -167,9 +177,10 @@ def _data(problem: AttentionProblem, dtype: torch.dtype) -> AttentionData:
         keys = tuple(draw(length, heads, dims.key) for length in problem.kv_lens)
         values = tuple(draw(length, heads, dims.v_head_dim) for length in problem.kv_lens)
     q = _queries(problem, keys, dtype)
-    parts = zip(q.split(list(problem.query_lens)), keys, values, strict=True)
-    out, lse = zip(*(attend(*part, problem.scale, problem.causal) for part in parts), strict=True)
-    return AttentionData(q, keys, values, torch.cat(out), torch.cat(lse))
+    case, every = problem.case(dtype, torch.device("cpu")), torch.cat(keys)
+    shared = {"keys": every[:, 0]} if problem.absorbed else {"k": every, "v": torch.cat(values)}
+    truth = case.entry.truth(case.spec, {"q": q, **shared, **case.scalars}, case.lengths)
+    return AttentionData(q, keys, values, truth["out"], truth["lse"])
 
 
 _data_of_many = functools.lru_cache(maxsize=512)(_data)

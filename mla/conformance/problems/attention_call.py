@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from mla.conformance.problems.attention import MANY, PAGE, AttentionProblem, Lengths, cumulative, data
-from mla.conformance.problems.guards import Guarded, guarded, scattered
-from mla.conformance.problems.pages import PLAIN, Layout, spread
+from mla.cases.memory import PLAIN, Layout, Pages, Placed, place
+from mla.conformance.problems.attention import MANY, PAGE, AttentionProblem, cumulative, data
+from mla.conformance.problems.reach import hardly_touched, scattered
 from mla.conformance.trial import Trial, expect
 from mla.reference import REFERENCE
 from mla.verify.places import Places
-from mla_backends.api import FusedOp, SegmentLengths
+from mla_backends.api import FusedOp
 
 Outputs = tuple[torch.Tensor, torch.Tensor]  # out [T, h, dv] and lse [T, h]
 MORE_HEADS = (4, 16, 64, 128)  # what an op is given that refuses fewer, and how large problems may get by it
 MOST_NUMBERS, MOST_LOGITS = 1 << 25, 1 << 22
 AROUND = 77.0  # what outputs lie in; neither 0 nor NaN, which is what is written by mistake
-
-
-@dataclass
-class View:
-    """The contract's `BatchView`."""
-
-    query_lens: Lengths
-    kv_lens: Lengths
-    page_size: int
-    block_table: torch.Tensor
-    kv_lens_device: torch.Tensor
-    cu_q: torch.Tensor
 
 
 class AttentionCall:
@@ -42,20 +30,14 @@ class AttentionCall:
         self, problem: AttentionProblem, dtype: torch.dtype, device: torch.device, layout: Layout = PLAIN
     ) -> None:
         self.problem, self.dtype, self.device, self.layout = problem, dtype, device, layout
-        self.spec = problem.spec(dtype, device)
-        self.guards: dict[str, Guarded] = {}
-        self.view: View | SegmentLengths
+        self.case = problem.case(dtype, device)
+        self.guards: dict[str, Placed] = {}
+        self.pages: Pages | None = None
         host = data(problem, dtype)
         self.inputs = {"q": self._put("q", host.q)}
         if problem.absorbed:
-            self.view = self._page(host.keys)
-            self.inputs |= {
-                "block_table": self.view.block_table,
-                "kv_lens": self.view.kv_lens_device,
-                "cu_q": self.view.cu_q,
-            }
+            self._page(torch.cat(host.keys)[:, 0])
         else:
-            self.view = SegmentLengths(problem.query_lens, problem.kv_lens, problem.causal)
             self.inputs |= {
                 "k": self._put("k", torch.cat(host.keys)),
                 "v": self._put("v", torch.cat(host.values)),
@@ -65,31 +47,27 @@ class AttentionCall:
         """Copy to the device, into larger memory full of `fill`; if strided, rows are parts of wider ones."""
         if self.layout.apart and tensor.dim() == 3:
             return scattered(tensor, self.device, self.layout.apart)
-        strided = self.layout.strided and tensor.dim() > 1
-        self.guards[name] = guarded(tensor, self.device, fill, strided)
+        self.guards[name] = place(tensor, self.device, self.layout.strided, fill=fill)
         return self.guards[name].part
 
-    def _page(self, latents: tuple[torch.Tensor, ...]) -> View:
-        """Put latents and tables on the device."""
-        problem, layout = self.problem, self.layout
-        paged = spread(problem, latents, self.dtype, layout)
+    def _page(self, latents: torch.Tensor) -> None:
+        """Put latents [K, c + r] and tables on the device."""
+        problem, layout = self.problem, replace(self.layout, page_size=self.problem.page_size)
+        pages = self.pages = Pages.of(problem.kv_lens, layout, problem.common)
         if layout.sparse:
-            self.inputs["cache"] = paged.sparse(self.device)
+            self.inputs["cache"] = hardly_touched(pages, latents, self.device)
         else:
-            self.guards["cache"] = paged.compact(self.device)
+            self.guards["cache"] = place(pages.cache(latents), self.device, fill=layout.unowned, guard=1)
             self.inputs["cache"] = self.guards["cache"].part
         lens, cu_q = (
             torch.tensor(numbers, dtype=torch.int32)
             for numbers in (problem.kv_lens, cumulative(problem.query_lens))
         )
-        return View(
-            problem.query_lens,
-            problem.kv_lens,
-            problem.page_size,
-            self._put("block_table", paged.block_table, paged.unowned),
-            self._put("kv_lens", lens, 1),
-            self._put("cu_q", cu_q, 1),
-        )
+        self.inputs |= {
+            "block_table": self._put("block_table", pages.table, int(pages.order[0])),
+            "kv_lens": self._put("kv_lens", lens, 1),
+            "cu_q": self._put("cu_q", cu_q, 1),
+        }
 
     def refill(self, problem: AttentionProblem) -> None:
         """Overwrite the inputs, in place, with those of a problem of the same shapes."""
@@ -98,10 +76,7 @@ class AttentionCall:
 
     def places(self) -> Places:
         """Return where the new tokens are, in their requests and in the cache."""
-        if isinstance(self.view, SegmentLengths):
-            return Places.new_tokens(self.view.query_lens, self.view.kv_lens)
-        lengths = (self.view.query_lens, self.view.kv_lens)
-        return Places.new_tokens(*lengths, self.view.block_table, self.view.page_size)
+        return self.case.places(None if self.pages is None else self.pages.table)
 
     def outputs(self) -> Outputs:
         """Return out and lse full of NaN, on the device."""
@@ -114,7 +89,7 @@ class AttentionCall:
 
     def prepare(self, op: FusedOp) -> Any:
         """Return the op's state for this batch."""
-        return op.prepare(self.spec, self.view)
+        return op.prepare(self.case.spec, self.case.entry.batch(self.inputs, self.case.lengths))
 
     def attend(self, op: FusedOp, state: Any, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         """Call the op. Raises `CheckFailed` if it wrote next to an output."""
@@ -125,7 +100,8 @@ class AttentionCall:
         """Raise `CheckFailed` if memory next to any of these operands was written."""
         for name in names:
             guard = self.guards.get(name)
-            expect(guard is None or guard.intact(), f"memory next to `{name}` was written")
+            intact = guard is None or not guard.around(name)
+            expect(intact, f"memory next to `{name}` was written")
 
     def run(self, op: FusedOp, state: Any = None) -> Outputs:
         """Run the op once and return what it wrote, on the host."""
@@ -143,7 +119,7 @@ def reference(problem: AttentionProblem, dtype: torch.dtype) -> Outputs:
 
 def _reference(problem: AttentionProblem, dtype: torch.dtype) -> Outputs:
     call = AttentionCall(problem, dtype, torch.device("cpu"))
-    return call.run(REFERENCE["latent_attention" if problem.absorbed else "expanded_attention"])
+    return call.run(REFERENCE[problem.kind])
 
 
 _reference_of_many = functools.lru_cache(maxsize=512)(_reference)

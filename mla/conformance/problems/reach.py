@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from mla.cases.memory import Pages
 from mla.conformance.trial import Refused, Trial
 from mla_backends import host
 from mla_backends.errors import describe, out_of_memory
@@ -57,3 +58,24 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
     except (RuntimeError, MemoryError) as error:
         gigabytes = math.prod(shape) * dtype.itemsize / 1e9
         raise Refused(f"{gigabytes:.2g} GB could not be allocated") from error
+
+
+def scattered(tensor: torch.Tensor, device: torch.device, apart: int) -> torch.Tensor:
+    """Copy the rows of [n, h, d] to the device, so many numbers apart. What is between them is never touched.
+
+    Raises `Refused` if that takes more memory than there is.
+    """
+    whole = allocate((tensor.shape[0] * apart,), tensor.dtype, device)
+    part = whole.as_strided(tensor.shape, (apart, tensor.shape[2], 1))
+    for row, values in zip(part, tensor, strict=True):  # an index could be too narrow, too
+        row.copy_(values)
+    return part
+
+
+def hardly_touched(pages: Pages, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a cache of keys [K, w], nothing else of it written. Raises `Refused` if it is too large."""
+    blocks = pages.blocks(rows)
+    cache = allocate((pages.count, *blocks.shape[1:]), blocks.dtype, device)
+    for page, block in zip(pages.order.tolist(), blocks, strict=True):  # an index could be too narrow, too
+        cache[page].copy_(block)
+    return cache

@@ -6,8 +6,8 @@ import functools
 
 import torch
 
-from mla.conformance.problems.small_ops import SIZES, LatentWrite, SmallProblem, host, reference
-from mla.conformance.problems.tensors import Placed, bits, blank, draw, place
+from mla.cases.memory import Placed, bits, place
+from mla.conformance.problems.small_ops import SIZES, LatentWrite, SmallProblem, draw, host, reference
 from mla.conformance.trial import Trial, expect
 from mla_backends.api import Packed
 
@@ -41,7 +41,7 @@ class SmallCall:
     def blank(self) -> Placed:
         """Return memory to write to."""
         shape = (self.problem.tokens, *self.host.truth.shape[1:])
-        return blank(shape, self.trial.dtype, self.trial.device, self.strided)
+        return self._place(torch.full(shape, torch.nan, dtype=self.trial.dtype))
 
     def run(self, out: Placed | None = None) -> Placed:
         """Call the op once and return where it wrote."""
@@ -53,7 +53,7 @@ class SmallCall:
         """Call the op; `targets` may also stand in for inputs."""
         leading = () if self.packed is None else (self.packed,)
         given = {name: one.part for name, one in self.inputs.items()}
-        self.op(*leading, **{**given, **self.problem.options, **targets})
+        self.op(*leading, **{**given, **self.problem.options(self.trial.dtype), **targets})
 
     def _target(self, out: Placed) -> dict[str, torch.Tensor]:
         return {"out": out.part}
@@ -82,12 +82,12 @@ class SmallCall:
 
     def expect_guards(self, out: Placed) -> None:
         """Raise `CheckFailed` if memory around the output was written."""
-        out.expect_guards("out")
+        expect_guards(out, "out")
 
     def expect_inputs(self) -> None:
         """Raise `CheckFailed` if an input, or memory around it, was written."""
         for name, one in self.inputs.items():
-            one.expect_unchanged(name)
+            expect_unchanged(one, name)
 
     def take(self, other: SmallCall) -> None:
         """Copy the inputs of another call of the same shapes into the memory of this one's."""
@@ -118,7 +118,7 @@ class WriteCall(SmallCall):
         return out.part.flatten(0, 1)[self.slots.to(self.trial.device)].cpu()
 
     def expect_guards(self, out: Placed) -> None:
-        out.expect_guards("cache")
+        expect_guards(out, "cache")
         others = torch.ones(self.problem.spare + 1, dtype=torch.bool)
         others[self.slots] = False
         expect_untouched(out.part.cpu(), out.before[out.where], others)
@@ -134,6 +134,18 @@ def cached(pages: int, page_size: int, width: int, dtype: torch.dtype) -> torch.
     before = draw(pages, page_size, width, dtype=dtype, seed=2)
     before[-1] = torch.nan
     return before
+
+
+def expect_guards(placed: Placed, name: str) -> None:
+    """Raise `CheckFailed` if memory around an operand was written."""
+    around = placed.around(name)
+    expect(not around, around)
+
+
+def expect_unchanged(placed: Placed, name: str) -> None:
+    """Raise `CheckFailed` if an input, or memory around it, was written."""
+    clause = placed.around(name) or placed.inside(name)
+    expect(not clause, clause)
 
 
 def expect_untouched(cache: torch.Tensor, before: torch.Tensor, others: torch.Tensor) -> None:

@@ -13,14 +13,12 @@ from float64_attention import attend_segments
 from op_bench import ROLES, OpBench, WrappedOp
 
 from mla import MLAConfig
+from mla.bench.subjects import op as problems
 from mla.bench.subjects import shelf
-from mla.bench.subjects.op import problem as problems
-from mla.bench.subjects.op.changes import pass_signs
-from mla.bench.subjects.op.implementation import OpImplementation
-from mla.bench.subjects.op.memory import output_bytes
-from mla.bench.subjects.op.outputs import buffers
+from mla.bench.subjects.op import OpImplementation, buffers, output_bytes
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.op_scenario import OpScenario
+from mla.cases import varied as pools
 from mla.verify.op_oracle import product, true_norm, true_rotation
 from mla_backends.testing import HostBackend
 
@@ -54,8 +52,8 @@ def operands(one: OpImplementation) -> dict[str, torch.Tensor]:
 
 def computed(bench: OpBench, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Compute in float64 what a call must write, from the operands that the op was given."""
-    problem, config = bench.problem, bench.setting.config
-    held, eps = problem.given, config.rms_norm_eps
+    problem, config = bench.problem.case, bench.setting.config
+    held, eps = bench.problem.given, config.rms_norm_eps
     if problem.kind.endswith("linear"):
         return {"out": product(given["x"], held["weight"], held.get("bias"))}
     if problem.kind == "rms_norm":
@@ -71,7 +69,7 @@ def computed(bench: OpBench, given: dict[str, torch.Tensor]) -> dict[str, torch.
         keys = held["keys"] * given["signs"]
         values = keys[:, : config.kv_lora_rank]
     parts = (
-        given["q"].split(problem.scenario.query_lens),
+        given["q"].split(problem.query_lens),
         *(x.split(problem.kv_lens) for x in (keys, values)),
     )
     out, lse = attend_segments(zip(*parts, strict=True), problem.spec.softmax_scale)
@@ -88,7 +86,7 @@ def test_expected_results_are_those_of_the_operands_given(make: Make, role: str,
         for index in range(3):
             one.before(index)
             given = operands(one)
-            given["signs"] = pass_signs(bench.problem, number).get("keys", torch.ones(1))
+            given["signs"] = bench.problem.pass_signs(number).get("keys", torch.ones(1))
             truth = one.truth_of(index)
             for name, right in computed(bench, given).items():
                 torch.testing.assert_close(truth.expected(name), right, rtol=1e-9, atol=1e-12)
@@ -330,7 +328,7 @@ def test_a_call_in_ten_that_goes_wrong_is_found_where_few_are_kept(
     make: Make, role: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two of 30 calls are kept here: 44 judged calls, 22 passes, miss it once in 100 runs, and 132 never."""
-    monkeypatch.setattr("mla.bench.subjects.op.call.buffers", lambda *numbers: 3)
+    monkeypatch.setattr("mla.bench.subjects.op.buffers", lambda *numbers: 3)
     bench = make(role, runs=30)
     race = random.Random(5)
     one = bench.implementation(Lazy(ROLES[role], lambda call, out: race.random() > 0.1))
@@ -358,7 +356,7 @@ def test_memory_bounds_the_buffers(tiny: Callable[..., MLAConfig]) -> None:
     assert (buffers(huge, 100), buffers(huge, 1)) == (3, 1)
 
 
-def undrawn(config: MLAConfig, role: str, requests: Requests, runs: int) -> problems.OpProblem:
+def undrawn(config: MLAConfig, role: str, requests: Requests, runs: int) -> pools.Pool:
     history, query_lens = zip(*requests, strict=True)
     lengths = {"query_lens": query_lens, "history": history}
     scenario = OpScenario(name=role, base=role, role=role, runs=runs, **lengths)
@@ -376,7 +374,7 @@ def test_kept_results_are_copies(make: Make) -> None:
 def test_a_pool_too_large_to_be_split_by_columns_moves_whole_rows(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(problems, "PARTS_BYTES", 0)
+    monkeypatch.setattr(pools, "PARTS_BYTES", 0)
     for role in ("kv_b_proj", "qkv_a_proj"):  # without and with a bias
         bench = make(role)
         assert len(bench.problem.columns) == 1

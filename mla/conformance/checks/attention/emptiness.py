@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mla.cases.memory import PLAIN, Layout
 from mla.conformance.checks.attention.common import (
     decode,
     expanded,
@@ -13,7 +14,6 @@ from mla.conformance.checks.attention.common import (
 )
 from mla.conformance.problems.attention import AttentionProblem, data
 from mla.conformance.problems.attention_call import check_out, fitted, judge_both, serve, writes_lse
-from mla.conformance.problems.pages import PLAIN, Layout
 from mla.conformance.trial import Trial, expect
 
 KIND = "emptiness"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from mla.cases.memory import Layout
 from mla.conformance.checks.attention.common import (
     MIXED,
     decode,
@@ -16,7 +17,6 @@ from mla.conformance.checks.attention.common import (
     latent_check,
 )
 from mla.conformance.problems.attention_call import check_out
-from mla.conformance.problems.pages import Layout
 from mla.conformance.problems.reach import reach
 from mla.conformance.trial import Trial
 

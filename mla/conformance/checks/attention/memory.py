@@ -1,12 +1,13 @@
 """What lies around the operands of attention, and how they lie in memory.
 
-Every check watches the memory before the first and behind the last row of outputs (`problems/guards.py`).
+Every check watches the memory before the first and behind the last row of outputs (`mla/cases/memory.py`).
 """
 
 from __future__ import annotations
 
 import torch
 
+from mla.cases.memory import Layout
 from mla.conformance.checks.attention.common import (
     MIXED,
     SEGMENTS,
@@ -19,7 +20,6 @@ from mla.conformance.checks.attention.common import (
 from mla.conformance.checks.attention.tiles import BOUNDARIES
 from mla.conformance.problems.attention import AttentionProblem
 from mla.conformance.problems.attention_call import check_out, fitted, judge_both, serve
-from mla.conformance.problems.pages import Layout
 from mla.conformance.trial import Trial, expect
 from mla.verify.tolerances import same_bits
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mla.cases.memory import Layout
 from mla.conformance.checks.attention.common import (
     MIXED,
     SEGMENTS,
@@ -28,7 +29,6 @@ from mla.conformance.problems.attention_call import (
     serve,
 )
 from mla.conformance.problems.load import best, elapsed, load_of, usual
-from mla.conformance.problems.pages import Layout
 from mla.conformance.trial import Trial, expect
 from mla.verify.tolerances import same_bits
 

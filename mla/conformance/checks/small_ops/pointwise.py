@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from mla.conformance.problems.small_call import check_small, small_call
+from mla.conformance.problems.small_call import check_small, expect_unchanged, small_call
 from mla.conformance.problems.small_ops import Norm, Rotation
 from mla.conformance.registry import OP, check
 from mla.conformance.trial import Trial
@@ -59,4 +59,4 @@ def rotate_in_place(trial: Trial) -> None:
             out = call.run(call.inputs["x"])
             call.judge(out)
             call.expect_guards(out)
-            call.inputs["cos_sin"].expect_unchanged("cos_sin")
+            expect_unchanged(call.inputs["cos_sin"], "cos_sin")

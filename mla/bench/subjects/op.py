@@ -1,0 +1,238 @@
+"""One op of the contract alone, as an implementation that can be timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any
+
+import torch
+
+from mla.bench.subjects import shelf
+from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.memory import WORKSPACE
+from mla.bench.subjects.setting import SPARE_PAGES, Setting, make_ops
+from mla.bench.workload.grid import Point
+from mla.bench.workload.scenario import Scenario
+from mla.cases.call import Call, Checker
+from mla.cases.case import OpCase
+from mla.cases.memory import Layout, Tensors, on_host, poison_all
+from mla.cases.varied import Change, Pool
+from mla.command.clock import now_ns
+from mla.config import MLAConfig
+from mla.layer.ops import Choice, layer_roles
+from mla.verify.op_oracle import LOGITS_BYTES
+from mla.verify.verdict import Check
+
+# Changes of so many rows are made and uploaded before a pass begins, which keeps its calls close together.
+EARLY_ROWS = 1 << 20
+# So many numbers are kept of a pass, which bounds the time that judging them takes; but at least so many
+# calls. Of 6 passes these are 48: if one call in ten goes wrong, one of them does in 99 of 100 runs.
+KEPT_NUMBERS, KEPT_CALLS = 1 << 21, 8
+# So many wrong calls are named.
+NAMED = 3
+
+
+def op_problem(setting: Setting, point: Point) -> Pool:
+    """Return the calls of a scenario in its setting, as the layer makes them; not yet drawn."""
+    assert point.op is not None
+    role, config = point.op, setting.config
+    kind, spec = layer_roles(config, setting.dtype, setting.device)[role]
+    case = OpCase(
+        kind,
+        spec,
+        point.query_lens,
+        point.kv_lens(0),
+        name=point.name,
+        seed=setting.seed,
+        context=role == "kv_b_proj",
+        biased=config.attention_bias and role in ("qkv_a_proj", "o_proj"),
+        interleaved=config.rope_interleave,
+        eps=config.rms_norm_eps,
+        rope=config,
+        layout=Layout(
+            setting.page_size,
+            spare=SPARE_PAGES,
+            columns=0,
+            shuffle=setting.seed,
+            unowned=torch.nan,
+            margins=margins(role, config),
+        ),
+    )
+    return case.entry.pool(case, point.steps)
+
+
+def margins(role: str, config: MLAConfig) -> dict[str, tuple[int, int]]:
+    """Return operand -> the columns before and behind it that belong to others in a layer."""
+    n, r = config.qk_nope_head_dim, config.qk_rope_head_dim
+    first = config.q_lora_rank or config.num_attention_heads * config.qk_head_dim
+    return {
+        "kv_b_proj": {"x": (0, r)},
+        "w_uk": {"x": (0, r), "out": (0, r)},
+        "q_a_layernorm": {"x": (0, config.latent_dim)},
+        "rotate_query": {"x": (n, 0), "out": (config.kv_lora_rank, 0)},
+        "write_latent": {"kv_a": (first, 0)},
+        "expanded_attention": {"v": (n, 0)},
+    }.get(role, {})
+
+
+def check_lengths(choice: Choice, case: OpCase) -> None:
+    """Raise `UnsupportedBatch` if the op refuses the case's lengths."""
+    if case.entry.prepares:
+        choice.check_batch(
+            case.query_lens, case.kv_lens, case.layout.page_size if case.entry.cached else None
+        )
+
+
+class OpImplementation(Implementation):
+    """The op that a layer of this setting would choose for a role."""
+
+    def __init__(self, setting: Setting, pool: Pool, role: str, name: str) -> None:
+        super().__init__(setting)
+        self.name, self._pool, self._role = name, pool, role
+        self._ops = make_ops(setting, role)
+        self._choice = self._ops[role]
+
+    def load(self, scenario: Scenario, inputs: Any) -> None:
+        """Lay the operands out on the device. Raises `UnsupportedBatch` if the op refuses the shape."""
+        check_lengths(self._choice, self._pool.case)
+        self._call = Call(self._pool, self._choice.op, self._choice.spec)
+        stack = self._call.buffers(buffers(self._pool, self._pool.calls))
+        self._shelf = shelf.Shelf(stack, self._pool.calls, poison_all)
+        self.restore()
+
+    def restore(self, number: int = 0) -> None:
+        """Plan the batch again, and begin pass `number`."""
+        start = now_ns()
+        if self._call.prepare():
+            self.plan_ms = (now_ns() - start) / 1e6
+        self._call.begin(number)
+        self._shelf.clear()
+        self._number = number
+        self._kept: dict[int, Tensors] = {}  # index of a call -> its results on the host
+        calls = self._pool.calls if self._pool.calls * self._pool.size[1] <= EARLY_ROWS else 0
+        self._early = [self._call.upload(self.truth_of(index)) for index in range(calls)]
+
+    def ready(self, index: int) -> None:
+        change = self._early[index] if self._early else self._call.upload(self.truth_of(index))
+        self._call.take(change, self._shelf.next())
+
+    def step(self, index: int) -> None:
+        self._call.run()
+
+    def after(self, index: int) -> None:
+        self._call.fetch(self._shelf.next())
+        self._shelf.keep(index)
+
+    def collect(self) -> None:
+        names = self._call.written
+        kept = {index: on_host(results) for index, results in sorted(self._shelf.kept.items())}
+        self._kept = {index: {name: results[name] for name in names} for index, results in kept.items()}
+
+    def check(self, checker: Checker) -> Check:
+        """Check everything that the kept calls wrote, including log-sum-exps and the cache."""
+        places = self._call.places()
+        checks = {
+            index: checker.check(results, self.truth_of(index), places)
+            for index, results in self._kept.items()
+        }
+        return summary(checks, self._call.damage())
+
+    def truth_of(self, index: int) -> Change:
+        """Return the change of call `index` of the last pass, which knows what that must write."""
+        return self._pool.change(self._number, index)
+
+    def compared(self) -> dict[int, torch.Tensor]:
+        """Return the results [T, ..] without log-sum-exps, by call."""
+        names = [name for name in self._call.written if name != "lse"]
+        return {
+            index: torch.cat([results[name] for name in names], dim=-1)
+            for index, results in self._kept.items()
+        }
+
+    def cache_bytes(self) -> int:
+        return self._call.cache_bytes
+
+    def weight_bytes(self) -> int:
+        return self._call.weight_bytes if hasattr(self, "_call") else 0  # the op may have refused to pack
+
+    def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:
+        self._choice = dataclasses.replace(self._choice, op=replace(self._role, self._choice.op))
+
+    def ops(self) -> dict[str, str]:
+        return {self._role: self._choice.name}
+
+    def remarks(self) -> dict[str, list[str]]:
+        return self._ops.remarks()
+
+
+def summary(checks: Mapping[int, Check], damage: str = "") -> Check:
+    """Return the verdict on a pass, given those on its calls by index. `damage`: a fault of the pass.
+
+    The reason is that of the first wrong call.
+    """
+    wrong = [index for index, check in checks.items() if check.status != "ok"]
+    reasons = [damage] * bool(damage)
+    if wrong:
+        numbers = ", ".join(str(index + 1) for index in wrong[:NAMED])  # the first call is 1
+        calls = f"call{'s' * (len(wrong) > 1)} {numbers}{', ..' * (len(wrong) > NAMED)} of the pass"
+        reasons.append(f"{checks[wrong[0]].reason} ({calls}; {len(wrong)} of {len(checks)} checked)")
+    ratios = [check.error_ratio for check in checks.values() if check.error_ratio is not None]
+    squares = [check.relative_error**2 for check in checks.values() if check.relative_error is not None]
+    return Check(
+        status="wrong" if reasons else "ok",
+        error_ratio=max(ratios) if len(ratios) == len(checks) else None,
+        relative_error=statistics.fmean(squares) ** 0.5 if len(squares) == len(checks) else None,
+        reason="; ".join(reasons),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+
+def numbers(pool: Pool) -> int:
+    """Return how many numbers one call writes."""
+    return sum(map(prod, pool.case.results.values()))
+
+
+def buffers(pool: Pool, calls: int) -> int:
+    """Return how many buffers for results a pass of `calls` gets."""
+    written = numbers(pool)
+    kept = max(KEPT_CALLS, KEPT_NUMBERS // written)
+    return min(kept + 1, shelf.buffers(calls, written * pool.case.spec.dtype.itemsize))
+
+
+def output_bytes(pool: Pool) -> int:
+    """Return what the results of a pass take, in all their buffers."""
+    return buffers(pool, pool.calls) * numbers(pool) * pool.case.spec.dtype.itemsize
+
+
+def device_bytes(pool: Pool) -> int:
+    """Return what one implementation holds.
+
+    These are operands, twice for packing or wider rows, the pool that they are taken from, the buffers of a
+    pass's results and scratch memory.
+    """
+    case, cache = pool.case, 0
+    if case.entry.cached:
+        pages = sum(-(-length // case.layout.page_size) for length in case.kv_lens) + case.layout.spare
+        cache = pages * case.layout.page_size * case.shape(case.entry.cached)[0] * case.spec.dtype.itemsize
+    return 2 * case.work.bytes + cache + _pool_bytes(pool) + output_bytes(pool) + WORKSPACE
+
+
+def host_bytes(pool: Pool, on_device: int) -> int:
+    """Return what the host holds for all implementations together; results of a pass are not among it.
+
+    These are operands and results, those again in float64, the reference's, and what one call must write.
+    """
+    operands = pool.case.work.bytes + _pool_bytes(pool)
+    wide = operands * 8 // pool.case.spec.dtype.itemsize
+    judged = 4 * 8 * numbers(pool)
+    return operands + wide + on_device + judged + 3 * LOGITS_BYTES
+
+
+def _pool_bytes(pool: Pool) -> int:
+    """Return what the pool takes, and the rows that a call takes from it before they are in place."""
+    return sum(pool.size) * pool.width * pool.case.spec.dtype.itemsize

@@ -1,1 +1,0 @@
-"""One op of the contract without the layer."""

@@ -1,0 +1,165 @@
+"""A case on a device: its operands in memory, the op called as often as wanted, and what it wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from mla.cases.case import OPTIONAL
+from mla.cases.memory import Pages, Tensors, blank, poison_all
+from mla.cases.varied import Change, Pool
+from mla.reference import REFERENCE
+from mla.verify.places import Places
+from mla.verify.verdict import Check
+from mla_backends.api import FusedOp
+
+
+class Call:
+    """A repeatable call of an op; only `run` is timed.
+
+    Every call gets operands of its own, in the same memory. Memory around a strided operand is poisoned.
+    """
+
+    def __init__(self, pool: Pool, op: FusedOp, spec: Any) -> None:
+        """Place the operands on the spec's device. Raises what `pack` raises."""
+        self.pool, self.case, self.op, self.spec, self.device = pool, pool.case, op, spec, spec.device
+        self.leading: tuple[Any, ...] = ()  # a packed weight, or the result of `prepare`
+        self.arguments: dict[str, Any] = {}
+        self.pages: Pages | None = None
+        self._change: Change | None = None  # that of the last call
+        self._signs: Tensors = {}  # those that the operands have at present which change once per pass
+        entry, given = pool.entry, pool.given
+        packed = entry.packed and op.pack(given["weight"].to(self.device, copy=True))
+        self.leading = (packed,) if packed else ()
+        for name, words in entry.operands.items():
+            if name in entry.varied:
+                self.arguments[name] = self.blank(name, self.case.shape(words))
+            elif name in given:
+                self.arguments[name] = self.blank(name, given[name].shape).copy_(given[name])
+            elif name in OPTIONAL and name not in entry.results:
+                self.arguments[name] = None
+        self.arguments.update(self.case.scalars)
+        entry.place(self)
+        self._pools = {name: given[name].to(self.device) for name in entry.varied}
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights."""
+        held = sum(self.arguments[name].nbytes for name in self.pool.entry.weights)
+        return held + (self.leading[0].nbytes if self.pool.entry.packed else 0)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache; 0 without one."""
+        return self.arguments["cache"].nbytes if "cache" in self.arguments else 0
+
+    @property
+    def written(self) -> list[str]:
+        """The results that the op has; it may have no log-sum-exp."""
+        return [name for name in self.case.results if name != "lse" or self.op.writes_lse]
+
+    def blank(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return poisoned memory for an operand, or a result."""
+        return blank(shape, self.case.dtype(name), self.device, self.case.layout.margins.get(name, (0, 0)))
+
+    def buffers(self, count: int) -> list[Tensors]:
+        """Return memory for the results of so many calls."""
+        stacks = {name: self.blank(name, (count, *shape)) for name, shape in self.case.results.items()}
+        return [{name: stack[index] for name, stack in stacks.items()} for index in range(count)]
+
+    def prepare(self) -> bool:
+        """Prepare the op's state for the batch; return whether it has one. Never part of the timed call."""
+        batch = self.pool.entry.batch(self.arguments, self.case.lengths)
+        if batch is not None:
+            self.leading = (self.op.prepare(self.spec, batch),)
+        return batch is not None
+
+    def begin(self, number: int) -> None:
+        """Begin pass `number`: some operands change in place, once per pass."""
+        self._change, signs = None, self.pool.pass_signs(number)
+        for name, new in signs.items():
+            operand = self.arguments["cache" if name == "keys" else name]
+            operand.mul_((new * self._signs.get(name, 1)).to(operand))  # poison stays poison
+        self._signs = signs
+
+    def upload(self, change: Change) -> Change:
+        """Return a change with what its operands need on the device."""
+        varied = self._pools.keys() & change.signs.keys()
+        signs = {name: change.signs[name].to(self._pools[name]) for name in varied}
+        return dataclasses.replace(change, rows=change.rows.to(self.device), signs=signs)
+
+    def take(self, change: Change, results: Tensors) -> None:
+        """Write the operands of a call to where the op reads them; it will write to `results`."""
+        self._change = change
+        for name in self._pools:
+            for target, values in self._contents(change, name):
+                target.copy_(values)
+        poison_all(results)
+        self.pool.entry.offer(self, results)
+
+    def run(self) -> None:
+        """Call the op once."""
+        self.op(*self.leading, **self.arguments)
+
+    def fetch(self, results: Tensors) -> None:
+        """Copy what the last call wrote to `results`, unless it wrote there."""
+        for name, written in self.pool.entry.written(self.arguments).items():
+            if written is not results[name]:
+                results[name].copy_(written)
+
+    def places(self) -> Places:
+        """Return which request and position every row of the results belongs to."""
+        return self.case.places(None if self.pages is None else self.pages.table)
+
+    def damage(self) -> str:
+        """Return what the last call wrote outside the results, as a clause; "" if nothing."""
+        if self._change is None:
+            return self.pool.entry.strays(self)
+        changed = [name for name in self._pools if not self._intact(self._change, name)]
+        clause = f"the op wrote to {' and '.join(changed)}, which it only reads" if changed else ""
+        return "; ".join(filter(None, (self.pool.entry.strays(self), clause)))
+
+    def _intact(self, change: Change, name: str) -> bool:
+        return all(torch.equal(target, values) for target, values in self._contents(change, name))
+
+    def _contents(self, change: Change, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the parts of an operand, and what a call gets in them."""
+        operand, pool, signs = self.arguments[name], self._pools[name], change.signs.get(name)
+        for block, columns in enumerate(self.pool.columns):
+            target = operand[..., columns]
+            values = pool[..., columns].index_select(0, change.rows[block].to(pool.device)).view(target.shape)
+            yield target, values if signs is None else values * signs[block].to(pool)
+
+
+class Checker:
+    """Judges a pool's calls. The reference runs once, on the host: no device vouches for itself."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    def check(self, results: Tensors, change: Change, places: Places) -> Check:
+        """Return the verdict on a call's results on the host, rows [T, ..] by name."""
+        truth = {name: change.expected(name) for name in self._pool.truth}
+        errors = {name: change.reference_errors(name, known) for name, known in self._errors.items()}
+        return self._pool.entry.judge(results, truth, errors, self._pool.case.spec.dtype, places)
+
+    @cached_property
+    def _errors(self) -> Tensors:
+        """The reference's relative error in the rows of the pool; NaN in the few that it was not run on."""
+        pool = self._pool
+        spec = dataclasses.replace(pool.case.spec, device=torch.device("cpu"))
+        call = Call(pool, REFERENCE[pool.case.kind], spec)
+        call.prepare()
+        known = {name: torch.full_like(pool.truth[name], torch.nan) for name in pool.entry.held}
+        (results,) = call.buffers(1)
+        for change in pool.covering():
+            call.take(change, results)
+            call.run()
+            call.fetch(results)
+            for name, rows in known.items():
+                rows[change.rows[0]] = results[name].double().reshape(-1, *rows.shape[1:])
+        return pool.entry.errors(known, pool.truth)

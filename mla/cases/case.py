@@ -1,0 +1,251 @@
+"""`OpCase`: one call of an op, described; and `Kind`: what is particular to one kind of op."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from mla.cases.memory import PLAIN, Layout, Tensors
+from mla.config import MLAConfig
+from mla.cost import Work
+from mla.layer.rope import RotaryTable
+from mla.verify.places import Places
+from mla.verify.tolerances import judge_beside, judge_lse, relative_error, row_errors
+from mla.verify.verdict import Check
+from mla_backends.api import SegmentLengths
+
+if TYPE_CHECKING:
+    from mla.cases.call import Call
+    from mla.cases.varied import Pool
+
+Lengths = tuple[int, ...]
+Normal = Callable[..., torch.Tensor]  # shape, scale -> N(0, scale^2) in the case's dtype
+# What is not in the dtype of the op's spec.
+DTYPES: Mapping[str, torch.dtype] = {
+    "cos_sin": torch.float32,
+    "slots": torch.int64,
+    "block_table": torch.int32,
+    "kv_lens": torch.int32,
+    "cu_q": torch.int32,
+    "lse": torch.float32,
+}
+OPTIONAL = frozenset({"bias", "lse"})
+KINDS: dict[str, Kind] = {}  # by the name of the op in the contract
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One call of an op. Lengths are per request: new tokens, and keys, new ones included.
+
+    Operands depend on the seed, the name and the shape alone.
+    """
+
+    kind: str
+    spec: Any  # as passed to the op; its device is that of the call
+    query_lens: Lengths
+    kv_lens: Lengths
+    name: str = ""
+    seed: int = 0
+    context: bool = False  # a row for every key of every request, instead of every new token
+    causal: bool = True
+    biased: bool = False
+    interleaved: bool = True
+    eps: float = 1e-6
+    rope: MLAConfig | None = None  # the layer whose angles rotate; None: any angles
+    layout: Layout = PLAIN
+
+    @property
+    def entry(self) -> Kind:
+        """The entry of the case's kind."""
+        return KINDS[self.kind]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows that the op works on."""
+        return sum(self.kv_lens if self.context else self.query_lens)
+
+    @property
+    def lengths(self) -> SegmentLengths:
+        """The lengths as the contract has them."""
+        return SegmentLengths(self.query_lens, self.kv_lens, self.causal)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Letter of a shape -> size."""
+        counts = {"T": self.rows, "B": len(self.kv_lens), "K": sum(self.kv_lens)}
+        return counts | {letter: getattr(self.spec, name) for letter, name in self.entry.letters.items()}
+
+    @property
+    def new_keys(self) -> torch.Tensor:
+        """The keys [T] int64 of the new tokens, among those of all requests."""
+        pairs = zip(accumulate(self.kv_lens), self.query_lens, strict=True)
+        return torch.cat([torch.arange(stop - new, stop) for stop, new in pairs])
+
+    @property
+    def scalars(self) -> dict[str, Any]:
+        """Operands that are no tensors."""
+        return {
+            name: getattr(self if hasattr(self, name) else self.spec, name) for name in self.entry.scalars
+        }
+
+    @property
+    def results(self) -> dict[str, Lengths]:
+        """The shapes of what a call writes."""
+        return {name: self.shape(words) for name, words in self.entry.results.items()}
+
+    @property
+    def work(self) -> Work:
+        """FLOPs and bytes of one call."""
+        return self.entry.work(self)
+
+    def shape(self, words: str) -> Lengths:
+        """Return the sizes of a shape, such as "T h c+r"."""
+        sizes = self.sizes
+        return tuple(dim(word, sizes) for word in words.split())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of an operand or a result."""
+        dtype: torch.dtype = self.entry.dtypes.get(name, self.spec.dtype)
+        return dtype
+
+    def places(self, table: torch.Tensor | None = None) -> Places:
+        """Name the rows of the results; `table` [B, n] is the host's block table."""
+        if self.context:
+            return Places.context(self.kv_lens)
+        page_size = None if table is None else self.layout.page_size
+        return Places.new_tokens(self.query_lens, self.kv_lens, table, page_size)
+
+    def angles(self, rows: int) -> torch.Tensor:
+        """Return cosines, then sines [rows, r] fp32: of the new tokens' positions, and of others before."""
+        assert self.rope is not None
+        longest, table = max(self.kv_lens), RotaryTable(self.rope, torch.device("cpu"))
+        table.reserve(longest)
+        pairs = zip(self.query_lens, self.kv_lens, strict=True)
+        new = torch.cat([torch.arange(keys - tokens, keys) for tokens, keys in pairs])
+        others = torch.arange(rows - len(new)) * longest // rows
+        return table.gather(torch.cat((new, others)))
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """Return what draws the operands of a case, or the inputs of a scenario."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + sum(name.encode()))
+
+
+def dim(word: str, sizes: Mapping[str, int]) -> int:
+    """Return the size of one dimension, such as "c+r" or "B+1", from those of letters."""
+    return sum(int(part) if part.isdigit() else sizes[part] for part in word.split("+"))
+
+
+class Kind:
+    """What is particular to one kind of op.
+
+    Shapes are words of letters: T rows, B requests, K keys of all requests, and `letters`, from the spec.
+    `operands` and `results` have the names of `FusedOp`; what an op writes to a cache has names of its own.
+    """
+
+    spec: ClassVar[type]
+    letters: ClassVar[Mapping[str, str]]  # -> field of the spec
+    operands: ClassVar[Mapping[str, str]]  # tensors of a call but the cache -> shape; outputs are among them
+    results: ClassVar[Mapping[str, str]]  # -> shape
+    truths: Mapping[str, str]  # what `truth` returns -> shape; the results, unless an entry says otherwise
+    scalars: ClassVar[Mapping[str, type]] = {}
+    dtypes: ClassVar[Mapping[str, torch.dtype]] = DTYPES
+    prepares: ClassVar[bool] = False  # a state for a batch's lengths
+    in_place: ClassVar[bool] = False  # the output may be the input
+    packed: ClassVar[str] = ""  # the shape of a weight that the op packs
+    weights: ClassVar[tuple[str, ...]] = ()  # operands that a layer holds
+    varied: ClassVar[tuple[str, ...]] = ("x",)  # operands that differ from call to call, by rows
+    cached: ClassVar[str] = ""  # the shape of a cached row
+    pool: type[Pool]  # how they differ
+    cost: Callable[..., Work]  # of a spec and its rows
+
+    def __init__(self) -> None:
+        self.truths = getattr(self, "truths", self.results)
+
+    def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
+        """Return operands at a layer's scales, `rows` of those that are varied; keys and values in order."""
+        raise NotImplementedError
+
+    def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
+        """Return the results in float64. `given` are operands as `draw` returns them, and the scalars."""
+        raise NotImplementedError
+
+    def work(self, case: OpCase) -> Work:
+        """Return the FLOPs and bytes of one call."""
+        return self.cost(case.spec, case.rows)
+
+    def signs(self, case: OpCase, draw: torch.Generator) -> Tensors:
+        """Return signs per column, drawn anew for a call: of operands, and what they make of results."""
+        return {}
+
+    def judge(
+        self,
+        results: Tensors,
+        truth: Tensors,
+        errors: Tensors,
+        dtype: torch.dtype,
+        places: Places | None = None,
+        damage: str = "",
+    ) -> Check:
+        """Return "ok", or "wrong" with a reason that says where.
+
+        `results` are what a call wrote and `truth` what it had to, rows [T, ..]; `errors` are those of the
+        reference; `damage` is a fault of which the caller knows.
+        """
+        ratios, reasons, lse = [], [damage] * bool(damage), truth.get("lse")
+        for name, result in results.items():
+            if name == "lse":
+                ratio, reason = judge_lse(result, truth[name], dtype, places)
+            else:
+                ratio, reason = judge_beside(errors[name], result, truth[name], dtype, places, lse)
+            ratios.append(ratio)
+            reasons += [f"{name}: {reason}"] * bool(reason)
+        worst = max(ratios, default=0.0)
+        same = [name for name in results if name != "lse" and results[name].shape == truth[name].shape]
+        error = relative_error(*((results[name], truth[name]) for name in same))
+        return Check(
+            status="wrong" if reasons else "ok",
+            error_ratio=worst if math.isfinite(worst) else None,
+            relative_error=error if math.isfinite(error) else None,
+            reason="; ".join(reasons),
+        )
+
+    @property
+    def held(self) -> list[str]:
+        """The results whose rows are held to the reference's error."""
+        return [name for name in self.results if name in self.truths and name != "lse"]
+
+    def errors(self, reference: Tensors, truth: Tensors) -> Tensors:
+        """Return the relative error of the reference in every row, by which a fused op is judged."""
+        return {name: row_errors(reference[name], truth[name]) for name in self.held}
+
+    def place(self, call: Call) -> None:
+        """Put operands into memory that have none yet, such as a cache."""
+
+    def batch(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> Any:
+        """Return what the op's state is prepared for; None if it has none."""
+
+    def offer(self, call: Call, results: Tensors) -> None:
+        """Have the next call write to `results`."""
+        call.arguments.update(results)
+
+    def given(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> Mapping[str, Any]:
+        """Return the operands of a call as `truth` takes them."""
+        return arguments
+
+    def written(self, arguments: Mapping[str, Any]) -> Tensors:
+        """Return what a call wrote, by the names of `results`."""
+        return {name: arguments[name] for name in self.results if arguments.get(name) is not None}
+
+    def touched(self, arguments: Mapping[str, Any], page_size: int) -> torch.Tensor:
+        """Return the pages [k] int64 of the cache that a call reads or writes, in order, on the host."""
+        raise NotImplementedError
+
+    def strays(self, call: Call) -> str:
+        """Return what was written beside the results, as a clause; "" if nothing was."""
+        return ""

@@ -1,0 +1,284 @@
+"""The kinds of ops in the contract: their operands, truth, cost, place in memory, and how calls differ."""
+
+# ruff: noqa: RUF012  # tables that nobody writes to
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mla import cost
+from mla.cases.case import KINDS, Kind, Lengths, Normal, OpCase
+from mla.cases.memory import Pages, Tensors, changed_slots, poison
+from mla.cases.varied import Pool, Products, Queries, draw_signs
+from mla.verify.op_oracle import attend_requests, product, true_norm, true_rotation
+from mla.verify.poison import TAIL
+from mla_backends.api import AttentionSpec, LinearSpec, NormSpec, SegmentLengths
+
+if TYPE_CHECKING:
+    from mla.cases.call import Call
+
+LINEAR = {"i": "in_features", "o": "out_features", "h": "groups"}
+ATTENTION = {
+    "h": "num_heads",
+    "c": "kv_lora_rank",
+    "n": "qk_nope_head_dim",
+    "r": "qk_rope_head_dim",
+    "v": "v_head_dim",
+}
+
+
+class Linear(Kind):
+    """A projection, with or without a bias."""
+
+    spec, letters, pool = LinearSpec, LINEAR, Products
+    operands = {"x": "T i", "bias": "o", "out": "T o"}
+    results = {"out": "T o"}
+    packed = "o i"
+    cost = staticmethod(cost.linear_cost)
+
+    def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
+        features = case.spec.in_features
+        x = normal(rows, *case.shape(self.operands["x"])[1:])
+        given = {"x": x, "weight": normal(*case.shape(self.packed), scale=features**-0.5)}
+        return given | ({"bias": normal(case.spec.out_features)} if case.biased else {})
+
+    def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
+        return {"out": product(given["x"], given["weight"], given.get("bias"))}
+
+
+class BatchedLinear(Linear):
+    """A projection with a weight per head."""
+
+    operands = {"x": "T h i", "out": "T h o"}
+    results = {"out": "T h o"}
+    packed = "h o i"
+
+
+class RmsNorm(Kind):
+    """The norm of the query latent."""
+
+    spec, letters, pool = NormSpec, {"d": "features"}, Pool
+    operands = {"x": "T d", "weight": "d", "out": "T d"}
+    results = {"out": "T d"}
+    scalars = {"eps": float}
+    weights = ("weight",)
+    cost = staticmethod(cost.rms_norm_cost)
+
+    def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
+        features = case.spec.features
+        return {"x": normal(rows, features), "weight": 1 + normal(features, scale=0.1)}
+
+    def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
+        return {"out": true_norm(given["x"], given["weight"], given["eps"])}
+
+    def signs(self, case: OpCase, draw: torch.Generator) -> Tensors:
+        signs = draw_signs(draw, case.spec.features)
+        return {"x": signs, "out": signs}
+
+
+class RotateQuery(Kind):
+    """The rotation of the last channels of every head."""
+
+    spec, letters, pool = AttentionSpec, ATTENTION, Pool
+    operands = {"x": "T h r", "cos_sin": "T r", "out": "T h r"}
+    results = {"out": "T h r"}
+    scalars = {"interleaved": bool}
+    varied = ("x", "cos_sin")
+    in_place = True
+    cost = staticmethod(cost.rotate_query_cost)
+
+    def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
+        x = normal(rows, case.spec.num_heads, case.spec.qk_rope_head_dim)
+        return {"x": x, "cos_sin": case.angles(rows)}
+
+    def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
+        return {"out": true_rotation(given["x"], given["cos_sin"], given["interleaved"])}
+
+    def signs(self, case: OpCase, draw: torch.Generator) -> Tensors:
+        signs = pair_signs(case, draw, case.spec.num_heads, case.spec.qk_rope_head_dim)
+        return {"x": signs, "out": signs}
+
+
+def pair_signs(case: OpCase, draw: torch.Generator, *shape: int) -> torch.Tensor:
+    """Return signs that are alike in the two columns of a rotated pair."""
+    signs = draw_signs(draw, *shape[:-1], shape[-1] // 2)
+    return signs.repeat_interleave(2, dim=-1) if case.interleaved else torch.cat((signs, signs), dim=-1)
+
+
+class WritesSlots(Kind):
+    """An op that writes `rows` to the slots of a cache; every other slot holds a marker."""
+
+    def written(self, arguments: Mapping[str, Any]) -> Tensors:
+        cache, slots = arguments["cache"], arguments["slots"]
+        return {"rows": cache.flatten(0, 1).index_select(0, slots.to(cache.device))}
+
+    def touched(self, arguments: Mapping[str, Any], page_size: int) -> torch.Tensor:
+        return (arguments["slots"].cpu() // page_size).unique()
+
+    def place(self, call: Call) -> None:
+        case, pages = call.case, Pages.of(call.case.kv_lens, call.case.layout)
+        cache = call.blank("cache", (pages.count, case.layout.page_size, *case.shape(self.cached)))
+        call.pages, slots = pages, pages.slots[case.new_keys].to(call.device)
+        call.arguments |= {"slots": slots, "cache": cache.fill_(marker(cache))}
+
+    def offer(self, call: Call, results: Tensors) -> None:
+        cache = call.arguments["cache"]
+        cache.view(-1, cache.shape[2])[call.arguments["slots"]] = poison(cache.new_empty(1))
+
+    def strays(self, call: Call) -> str:
+        cache = call.arguments["cache"]
+        count, first = changed_slots(cache, marker(cache), call.arguments["slots"])
+        clause = f"{count} slots other than those of the new tokens have changed, the first is {first}"
+        return clause if count else ""
+
+
+def marker(cache: torch.Tensor) -> torch.Tensor:
+    """Return what is in slots that nobody writes."""
+    return torch.tensor(TAIL if cache.is_floating_point() else 77, dtype=cache.dtype)
+
+
+class WriteLatent(WritesSlots):
+    """The norm and rotation of new latents, to the slots of a cache."""
+
+    spec, letters, pool = AttentionSpec, ATTENTION, Pool
+    operands = {"kv_a": "T c+r", "weight": "c", "cos_sin": "T r", "slots": "T"}
+    results = {"latent": "T c", "key": "T r"}
+    scalars = {"eps": float, "interleaved": bool}
+    varied = ("kv_a", "cos_sin")
+    cached = "c+r"
+    cost = staticmethod(cost.write_latent_cost)
+
+    def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
+        c = case.spec.kv_lora_rank
+        given = {"kv_a": normal(rows, *case.shape(self.cached)), "weight": 1 + normal(c, scale=0.1)}
+        return given | {"cos_sin": case.angles(rows)}
+
+    def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
+        latent, key = given["kv_a"].split((spec.kv_lora_rank, spec.qk_rope_head_dim), dim=1)
+        turned = true_rotation(key, given["cos_sin"], given["interleaved"])
+        return {"latent": true_norm(latent, given["weight"], given["eps"]), "key": turned}
+
+    def signs(self, case: OpCase, draw: torch.Generator) -> Tensors:
+        latent = draw_signs(draw, case.spec.kv_lora_rank)
+        key = pair_signs(case, draw, case.spec.qk_rope_head_dim)
+        return {"kv_a": torch.cat((latent, key)), "latent": latent, "key": key}
+
+    def written(self, arguments: Mapping[str, Any]) -> Tensors:
+        rows, c = super().written(arguments)["rows"], arguments["weight"].shape[0]
+        return {"latent": rows[:, :c], "key": rows[:, c:]}
+
+
+class Attention(Kind):
+    """Queries over keys and values, with a log-sum-exp and a prepared state."""
+
+    spec, letters, pool = AttentionSpec, ATTENTION, Queries
+    scalars = {"softmax_scale": float}
+    varied = ("q",)
+    prepares = True
+
+    def work(self, case: OpCase) -> cost.Work:
+        return self.cost(case.spec, case.query_lens, case.kv_lens)
+
+    def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
+        parts = (given["q"], *self.keys(spec, given))
+        out, lse = attend_requests(*parts, lengths, given["softmax_scale"])
+        return {"out": out, "lse": lse}
+
+    def keys(self, spec: Any, given: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys [K, 1 or h, dk] and values [K, 1 or h, dv]."""
+        raise NotImplementedError
+
+
+@dataclass
+class Batch:
+    """The contract's `BatchView`."""
+
+    query_lens: Lengths
+    kv_lens: Lengths
+    page_size: int
+    block_table: torch.Tensor
+    kv_lens_device: torch.Tensor
+    cu_q: torch.Tensor
+
+
+class LatentAttention(Attention):
+    """Attention over latents in pages; values are the first columns of keys."""
+
+    operands = {
+        "q": "T h c+r",
+        "block_table": "B m",
+        "kv_lens": "B",
+        "cu_q": "B+1",
+        "out": "T h c",
+        "lse": "T h",
+    }
+    results = {"out": "T h c", "lse": "T h"}
+    cached = "c+r"
+    cost = staticmethod(cost.latent_attention_cost)
+
+    def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
+        spec, (width,) = case.spec, case.shape(self.cached)
+        q = normal(rows, width)
+        q[..., : spec.kv_lora_rank] *= (spec.qk_nope_head_dim / spec.kv_lora_rank) ** 0.5  # as after W_UK
+        return {"q": q, "keys": normal(sum(case.kv_lens), width)}
+
+    def keys(self, spec: Any, given: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = given["keys"][:, None]
+        return keys, keys[..., : spec.kv_lora_rank]
+
+    def given(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> Mapping[str, Any]:
+        cache, keys = arguments["cache"], []
+        for row, length in zip(arguments["block_table"].long(), lengths.kv_lens, strict=True):
+            keys.append(cache[row[: -(-length // cache.shape[1])]].flatten(0, 1)[:length])
+        return {**arguments, "keys": torch.cat(keys)}
+
+    def touched(self, arguments: Mapping[str, Any], page_size: int) -> torch.Tensor:
+        table, lengths = arguments["block_table"].cpu(), arguments["kv_lens"].cpu()
+        owned = torch.arange(table.shape[1], device="cpu")[None] < -(-lengths // page_size)[:, None]
+        return table[owned].long().unique()
+
+    def place(self, call: Call) -> None:
+        case, tail = call.case, torch.nan if call.op.nan_safe_tail else TAIL
+        call.pages = Pages.of(case.kv_lens, replace(case.layout, tail=tail))
+        cache = call.pages.cache(call.pool.given["keys"]).to(call.device)
+        cu_q = torch.tensor([0, *case.query_lens]).cumsum(0)
+        tables = {"block_table": call.pages.table, "kv_lens": torch.tensor(case.kv_lens), "cu_q": cu_q}
+        placed = {name: table.to(call.device, torch.int32, copy=True) for name, table in tables.items()}
+        call.arguments |= {"cache": cache, **placed}
+
+    def batch(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> Batch:
+        tables = (arguments[name] for name in ("block_table", "kv_lens", "cu_q"))
+        return Batch(lengths.query_lens, lengths.kv_lens, arguments["cache"].shape[1], *tables)
+
+
+class ExpandedAttention(Attention):
+    """Attention over keys and values of every head."""
+
+    operands = {"q": "T h n+r", "k": "K h n+r", "v": "K h v", "out": "T h v", "lse": "T h"}
+    results = {"out": "T h v", "lse": "T h"}
+    cost = staticmethod(cost.expanded_attention_cost)
+
+    def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
+        k, v = (case.shape(self.operands[name]) for name in ("k", "v"))
+        return {"q": normal(rows, k[2]), "k": normal(*k), "v": normal(*v)}
+
+    def keys(self, spec: Any, given: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return given["k"], given["v"]
+
+    def batch(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> SegmentLengths:
+        return lengths
+
+
+KINDS.update(
+    linear=Linear(),
+    batched_linear=BatchedLinear(),
+    rms_norm=RmsNorm(),
+    rotate_query=RotateQuery(),
+    write_latent=WriteLatent(),
+    latent_attention=LatentAttention(),
+    expanded_attention=ExpandedAttention(),
+)

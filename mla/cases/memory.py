@@ -1,0 +1,227 @@
+"""How a case lies in memory: wider rows around operands, pages out of order, poison where nobody reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mla.verify.tolerances import same_bits
+
+Tensors = dict[str, torch.Tensor]
+
+GUARD = 32  # rows before and behind a tensor, where a kernel writes that rounds its rows up
+MARGIN = 16  # columns on either side of a slice
+NEIGHBOURS = 1  # heads on either side of a slice
+
+# Bound before any plugin loads, which may replace methods of torch.
+_empty_like, _copy, _fill = torch.empty_like, torch.Tensor.copy_, torch.Tensor.fill_
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What surrounds the numbers that count."""
+
+    page_size: int = 64
+    spare: int = 1  # pages that nobody owns; unused columns of a table name one of them
+    columns: int = 1  # of a table, that nobody uses
+    shuffle: int = 0  # which of the orders that pages may have
+    unowned: float = 0.0  # in pages that nobody owns
+    tail: float = 0.0  # in slots past a request's end
+    pages_before: int = 0  # that lie in front of all others, nobody owns and nobody writes
+    pages: int = 0  # of a large cache that is hardly ever touched; 0: those owned, and the spare ones
+    strided: bool = False  # operands are slices of wider tensors
+    apart: int = 0  # numbers from one row of an operand to the next; 0: they are adjacent
+    # Operand or result -> columns before and behind its own, in wider rows.
+    margins: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
+
+    @property
+    def sparse(self) -> bool:
+        """Return whether most of the cache is never written."""
+        return bool(self.pages_before or self.pages)
+
+    @property
+    def label(self) -> str:
+        """What is special about the layout, for reports."""
+        words = [" strided"] * self.strided + [f" in {self.pages} pages"] * bool(self.pages)
+        return "".join(words)
+
+
+PLAIN = Layout()
+
+
+def blank(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, margins: tuple[int, int] = (0, 0)
+) -> torch.Tensor:
+    """Return poisoned memory, as the columns of rows with so many more before and behind."""
+    (before, behind), width = margins, shape[-1]
+    wide = torch.empty((*shape[:-1], before + width + behind), dtype=dtype, device=device)
+    return poison(wide)[..., before : before + width] if before or behind else poison(wide)
+
+
+def poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Overwrite a tensor with NaN; integers with their largest."""
+    return _fill(tensor, torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+
+def poison_all(tensors: Tensors) -> None:
+    """Overwrite every tensor."""
+    for tensor in tensors.values():
+        poison(tensor)
+
+
+def same_numbers(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return where two tensors agree; NaN agrees with NaN."""
+    return (left == right) | (left.isnan() & right.isnan())
+
+
+def changed_slots(
+    cache: torch.Tensor, before: torch.Tensor, written: torch.Tensor | None = None
+) -> tuple[int, str]:
+    """Return how many slots of a cache [pages, page, w] differ from `before`, and the name of the first.
+
+    Rows `written` [T] of the flattened cache do not count.
+    """
+    changed = (~same_numbers(cache, before.to(cache.device))).any(-1).flatten().cpu()
+    if written is not None:
+        changed[written.cpu()] = False
+    page, slot = divmod(int(changed.int().argmax()), cache.shape[1])
+    return int(changed.sum()), f"slot {slot} of page {page}"
+
+
+def on_host(tensors: Tensors) -> Tensors:
+    """Return copies on the host."""
+    return {name: _copy(_empty_like(tensor, device="cpu"), tensor) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Pages of requests, which are not in order."""
+
+    layout: Layout
+    count: int  # of the cache
+    order: torch.Tensor  # [n] int64: where pages are, the spare ones first
+    table: torch.Tensor  # [B, m] int32 on the host
+    slots: torch.Tensor  # [K] int64: the row of the flattened cache of every key
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], layout: Layout, common: int = 0) -> Pages:
+        """Hand out pages to requests of these lengths, which share full pages of `common` first keys."""
+        size, owned = layout.page_size, [-(-length // layout.page_size) for length in lengths]
+        order, count = _order(layout.spare + sum(owned), layout)
+        table = torch.full((len(lengths), max(1, *owned) + layout.columns), int(order[0]), dtype=torch.int32)
+        for row, pages in zip(table, order[layout.spare :].split(owned), strict=True):
+            row[: len(pages)] = pages
+        table[1:, : common // size] = table[:1, : common // size]
+        slots = []
+        for row, pages, length in zip(table.long(), owned, lengths, strict=True):
+            slots.append((row[:pages, None] * size + torch.arange(size)).flatten()[:length])
+        return cls(layout, count, order, table, torch.cat(slots))
+
+    def blocks(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the pages [n, page, w] in `order`, that hold keys [K, w]."""
+        rising, places = self.order.sort()
+        pages = places[torch.searchsorted(rising, self.slots // self.layout.page_size)]  # of any cache
+        slots = pages * self.layout.page_size + self.slots % self.layout.page_size
+        return self._filled(len(self.order), pages, slots, rows)
+
+    def cache(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the whole cache [pages, page, w] on the host, that holds keys [K, w]."""
+        return self._filled(self.count, self.slots // self.layout.page_size, self.slots, rows)
+
+    def _filled(
+        self, count: int, pages: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        unowned, tail = (_of_dtype(value, rows.dtype) for value in (self.layout.unowned, self.layout.tail))
+        shape = (count, self.layout.page_size, rows.shape[1])
+        cache = torch.full(shape, unowned, dtype=rows.dtype)
+        cache[pages.unique()] = tail
+        cache.view(-1, rows.shape[1])[slots] = rows
+        return cache
+
+
+def _of_dtype(value: float, dtype: torch.dtype) -> float:
+    """Return what stands for a number in memory of this dtype: of integers, their largest."""
+    return value if dtype.is_floating_point else torch.iinfo(dtype).max
+
+
+def _order(needed: int, layout: Layout) -> tuple[torch.Tensor, int]:
+    """Return where so many pages are, and how many there are in all."""
+    generator = torch.Generator().manual_seed(needed + 1000 * layout.shuffle)
+    shuffled = torch.randperm(needed, generator=generator)
+    if layout.pages:
+        return torch.tensor(edges(layout.pages)[:needed])[shuffled], layout.pages
+    return shuffled + layout.pages_before, needed + layout.pages_before  # the first and the last, too
+
+
+def edges(pages: int) -> list[int]:
+    """Return pages next to powers of two, from which on a narrow index wraps, the last first."""
+    powers = [1 << bits for bits in range(pages.bit_length())]
+    near = {power + beside for power in powers for beside in (-1, 0, 1, 2)}
+    return sorted((page for page in {*near, pages - 1} if page < pages), reverse=True)
+
+
+# ------------------------------------------------------------------------------------------------ guards
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor on the device, and the memory that it is a part of."""
+
+    part: torch.Tensor
+    whole: torch.Tensor
+    before: torch.Tensor  # `whole` on the host, as it was placed
+    where: tuple[slice, ...]  # of `whole` is `part`
+
+    def around(self, name: str) -> str:
+        """Return where memory around the tensor has changed, as a clause; "" if it has not."""
+        rows, inner, now = self.where[0], (slice(None), *self.where[1:]), self.whole.cpu()
+        sides = {
+            "before the first row of": slice(rows.start),
+            "behind the last row of": slice(rows.stop, None),
+        }
+        if not self.part.is_contiguous():
+            sides["beside rows of"] = rows
+        for side, some in sides.items():
+            right = self.before[some]
+            if some is rows:
+                right = right.clone()
+                right[inner] = now[self.where]
+            if not same_bits(now[some], right):
+                return f"memory {side} `{name}` was written"
+        return ""
+
+    def inside(self, name: str) -> str:
+        """Return whether the tensor itself has changed, as a clause; "" if it has not."""
+        same = same_bits(self.part.cpu(), self.before[self.where])
+        return "" if same else f"the op wrote to {name}, which was not its output"
+
+
+def place(
+    tensor: torch.Tensor,
+    device: torch.device,
+    strided: bool = False,
+    *,
+    fill: float = math.nan,
+    guard: int = GUARD,
+) -> Placed:
+    """Copy to the device, between `guard` rows full of `fill`.
+
+    If strided, a tensor of two or more dimensions becomes a slice of a wider one in the others as well.
+    """
+    around = [guard] + [0] * (tensor.dim() - 1)
+    if strided and tensor.dim() > 1:
+        around = [guard, *[NEIGHBOURS] * (tensor.dim() - 2), MARGIN]
+    pairs = list(zip(tensor.shape, around, strict=True))
+    where = tuple(slice(beside, beside + size) for size, beside in pairs)
+    before = torch.full([size + 2 * beside for size, beside in pairs], fill, dtype=tensor.dtype)
+    before[where] = tensor
+    whole = before.to(device, copy=True)
+    return Placed(whole[where], whole, before, where)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a host tensor [n, ...] as [n, ..., bytes], so that NaN equals NaN."""
+    return tensor.contiguous().unsqueeze(-1).view(torch.uint8)

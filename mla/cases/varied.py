@@ -1,0 +1,256 @@
+"""Exact changes of a case's operands, a different one for every call, with results that are known.
+
+A call takes rows from a pool and turns signs, in ways that move and turn the rows of the result alike. By
+default rows change places, and signs are the kind's, per column. Signs and moves are exact in every dtype.
+They follow from the seed, the number of the pass and the index of the call, so that all implementations get
+the same operands.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from math import ceil, prod
+from typing import TYPE_CHECKING
+
+import torch
+
+from mla.cases.case import OpCase, generator
+from mla.cases.memory import Tensors
+from mla.verify.op_oracle import attend, product
+
+if TYPE_CHECKING:
+    from mla.cases.kinds import Attention
+
+# The fewest rows of a pool, so that even a call of one row gets another one than most others.
+POOL_ROWS = 64
+# Blocks of columns of a projection's input that each call fills from rows of their own, and the most bytes of
+# float64 products that this may take; beyond them, whole rows change places.
+BLOCKS, PARTS_BYTES = 4, 256 << 20
+# Queries that have alternatives, and the number of different calls that these must allow.
+HOMES, VARIETY, MOST_CHOICES = 20, 2**20, 128
+
+
+@dataclass(frozen=True)
+class Change:
+    """The operands of one call. `signs`: of operands (per block of columns, [blocks, ..]) and of results."""
+
+    pool: Pool
+    rows: torch.Tensor  # [blocks, n] int64: which rows of the pool
+    signs: Tensors = field(default_factory=dict)
+
+    def expected(self, name: str) -> torch.Tensor:
+        """Return what the call must write to the result `name`, in float64 on the host."""
+        return self.pool.expected(self, name)
+
+    def reference_errors(self, name: str, known: torch.Tensor) -> torch.Tensor:
+        """Return the reference's error in every row of the result, from those of the pool.
+
+        Rows that it was not run on, such as those put together from others, count as its worst.
+        """
+        shape, worst = self.pool.case.results[name][:-1], known[known.isfinite()].max()
+        if not self.pool.whole:
+            return worst.expand(shape)
+        return known.nan_to_num(nan=worst.item()).index_select(0, self.rows[0]).view(shape)
+
+
+class Pool:
+    """Rows of operands for calls that all differ: more than a call takes, each with its row of the truth."""
+
+    whole = True  # rows are taken as they are
+
+    def __init__(self, case: OpCase, calls: int = 1) -> None:
+        """`calls`: that a pass has. Nothing is drawn yet."""
+        self.case, self.calls, self.entry = case, calls, case.entry
+        self.given: Tensors = {}
+        self.truth: Tensors = {}
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Number of rows in the pool, and of those that one call takes."""
+        return max(self.case.rows, POOL_ROWS), self.case.rows
+
+    @property
+    def width(self) -> int:
+        """Number of columns of a row of the pool."""
+        return prod(self.case.shape(self.entry.operands[self.entry.varied[0]])[1:])
+
+    @property
+    def columns(self) -> list[slice]:
+        """The blocks of columns that are filled from rows of their own."""
+        return [slice(None)]
+
+    def draw(self) -> None:
+        """Fill `given` and `truth`."""
+        random, dtype = generator(self.case.seed, self.case.name), self.case.spec.dtype
+
+        def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+            return (torch.randn(shape, generator=random) * scale).to(dtype)
+
+        self.given = self.entry.draw(self.case, normal, self.size[0])
+        self.truth = self._true()
+
+    def _true(self) -> Tensors:
+        return self.entry.truth(self.case.spec, self.given | self.case.scalars, self.case.lengths)
+
+    def change(self, number: int, index: int) -> Change:
+        """Return the change of call `index` in pass `number`."""
+        draw, (pool, rows) = self.random(number, index), self.size
+        signs = self.entry.signs(self.case, draw)
+        signs |= {name: signs[name][None] for name in self.entry.varied if name in signs}
+        return Change(self, torch.randperm(pool, generator=draw)[None, :rows], signs)
+
+    def pass_signs(self, number: int) -> Tensors:
+        """Return the signs of the operands that change once per pass, by name."""
+        return {}
+
+    def covering(self) -> Iterator[Change]:
+        """Yield changes without signs that together take every row of the pool, or all but a few of many."""
+        pool, rows = self.size
+        for start in range(0, pool, rows):
+            yield Change(self, (torch.arange(start, start + rows) % pool).expand(len(self.columns), -1))
+
+    def expected(self, change: Change, name: str) -> torch.Tensor:
+        """Return what a call must write to the result `name`, in float64 on the host."""
+        rows = self.truth[name].index_select(0, change.rows[0]).view(self.case.shape(self.entry.truths[name]))
+        return rows * change.signs[name] if name in change.signs else rows
+
+    def random(self, *numbers: int) -> torch.Generator:
+        """Return the generator of a call, or of a pass."""
+        words = (self.case.seed, self.case.name, *numbers)
+        return torch.Generator().manual_seed(random.Random(repr(words)).getrandbits(63))
+
+
+def draw_signs(draw: torch.Generator, *shape: int) -> torch.Tensor:
+    """Return 1 and -1, at random."""
+    return torch.randint(0, 2, shape, generator=draw).mul_(2).sub_(1).float()
+
+
+class Products(Pool):
+    """Rows of a projection: every block of columns comes from a row of its own, with a sign of its own.
+
+    `parts` [blocks, P, .., o] are the products by block of columns.
+    """
+
+    parts: torch.Tensor
+
+    @property
+    def whole(self) -> bool:  # type: ignore[override]
+        return "bias" not in self.given and len(self.columns) == 1
+
+    @property
+    def columns(self) -> list[slice]:
+        product_bytes = 8 * self.size[0] * self.case.spec.groups * self.case.spec.out_features
+        if BLOCKS * product_bytes > PARTS_BYTES:
+            return [slice(None)]
+        ends = [self.case.spec.in_features * part // BLOCKS for part in range(BLOCKS + 1)]
+        return [slice(*pair) for pair in pairwise(ends)]
+
+    def _true(self) -> Tensors:
+        x, weight, bias = self.given["x"], self.given["weight"], self.given.get("bias")
+        products = [product(x[..., part], weight[..., part]) for part in self.columns]
+        self.parts = torch.stack(products) if len(products) > 1 else products[0][None]
+        if self.whole:
+            return {"out": products[0]}
+        return {"out": self.parts.sum(0) + (0 if bias is None else bias.double())}
+
+    def change(self, number: int, index: int) -> Change:
+        draw, blocks, (pool, rows) = self.random(number, index), len(self.columns), self.size
+        chosen = torch.stack([torch.randperm(pool, generator=draw)[:rows] for _ in range(blocks)])
+        heads = self.given["x"].shape[1:-1]
+        return Change(self, chosen, {"x": draw_signs(draw, blocks, rows, *heads, 1)})
+
+    def expected(self, change: Change, name: str) -> torch.Tensor:
+        total = torch.zeros(self.case.results[name], dtype=torch.float64)
+        for part, rows, signs in zip(self.parts, change.rows, change.signs["x"], strict=True):
+            total += part.index_select(0, rows) * signs
+        return total + self.given["bias"].double() if "bias" in self.given else total
+
+
+class Queries(Pool):
+    """Queries of attention, rows [T * h], and then alternatives of some of them.
+
+    A call replaces some queries; where all heads share their keys, heads change places as well. Keys and
+    values change signs in place, once per pass: per column, with those of queries, so that scores stay.
+    """
+
+    entry: Attention
+
+    @property
+    def homes(self) -> list[int]:
+        """The queries, as rows t * h + head, that have alternatives: evenly spread."""
+        queries = self.case.rows * self.case.spec.num_heads
+        count = min(queries, HOMES)
+        return [number * queries // count for number in range(count)]
+
+    @property
+    def choices(self) -> int:
+        """Number of alternatives of such a query, itself included."""
+        return min(ceil(VARIETY ** (1 / len(self.homes))), MOST_CHOICES)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        queries = self.case.rows * self.case.spec.num_heads
+        return queries + len(self.homes) * (self.choices - 1), queries
+
+    @property
+    def width(self) -> int:
+        return self.case.shape(self.entry.operands["q"])[2]
+
+    def _true(self) -> Tensors:
+        heads, own = self.case.spec.num_heads, self.size[1]
+        given = {**self.given, **self.case.scalars, "q": self.given["q"][:own].unflatten(0, (-1, heads))}
+        truth = self.entry.truth(self.case.spec, given, self.case.lengths)
+        parts = zip(truth.items(), self._alternatives(), strict=True)
+        return {name: torch.cat((rows.flatten(0, 1), others)) for (name, rows), others in parts}
+
+    def _alternatives(self) -> tuple[torch.Tensor, ...]:
+        """Return out and lse of the alternatives: each sees the keys that the query it stands for sees."""
+        case, heads = self.case, self.case.spec.num_heads
+        k, v = self.entry.keys(case.spec, self.given)
+        starts, first_keys = [0, *accumulate(case.query_lens)], [0, *accumulate(case.kv_lens)]
+        scale, results = case.spec.softmax_scale, []
+        alternatives = self.given["q"][self.size[1] :].split(self.choices - 1)
+        for home, queries in zip(self.homes, alternatives, strict=True):
+            token, head = divmod(home, heads)
+            request = bisect_right(starts, token) - 1
+            seen = case.kv_lens[request] - case.query_lens[request] + token - starts[request] + 1
+            rows = slice(first_keys[request], first_keys[request] + seen)
+            own = slice(head, head + 1) if k.shape[1] > 1 else slice(None)
+            out, lse = attend(queries[None], k[rows, own], v[rows, own], scale, False)
+            results.append((out[0], lse[0]))
+        return tuple(torch.cat(part) for part in zip(*results, strict=True))
+
+    def pass_signs(self, number: int) -> Tensors:
+        draw, given = self.random(number), self.given
+        return {name: draw_signs(draw, *given[name].shape[1:]) for name in given if name != "q"}
+
+    def change(self, number: int, index: int) -> Change:
+        draw, heads = self.random(number, index), self.case.spec.num_heads
+        rows = {name: signs[None] for name, signs in self.pass_signs(number).items()}
+        keys, values = self.entry.keys(self.case.spec, rows)  # as of one key
+        order = torch.randperm(heads, generator=draw) if keys.shape[1] == 1 else torch.arange(heads)
+        chosen = self._some_chosen(draw, number, index).view(-1, heads)[:, order].reshape(1, -1)
+        return Change(self, chosen, {"q": keys, "out": values})
+
+    def covering(self) -> Iterator[Change]:
+        count = self.choices if self.choices > 2 else 1  # of many queries, the alternatives are a few
+        for choice in range(count):
+            yield Change(self, self._chosen(torch.full((len(self.homes),), choice))[None])
+
+    def _chosen(self, choices: torch.Tensor) -> torch.Tensor:
+        """Return the queries' rows in the pool [T * h], given what each home takes (0: itself)."""
+        count, others = self.size[1], self.choices - 1
+        rows, homes = torch.arange(count), torch.tensor(self.homes)
+        alternatives = count + torch.arange(len(homes)) * others + choices - 1
+        rows[homes] = torch.where(choices > 0, alternatives, homes)
+        return rows
+
+    def _some_chosen(self, draw: torch.Generator, number: int, index: int) -> torch.Tensor:
+        choices = torch.randint(0, self.choices, (len(self.homes),), generator=draw)
+        order = torch.randperm(self.choices, generator=self.random(number))
+        choices[0] = order[index % self.choices]  # so that a single query, too, is another one every time
+        return self._chosen(choices)

@@ -1,0 +1,239 @@
+"""The entry of every kind of op: its truth against a slow second one, its judge, and its place in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from float64_attention import attend_segments
+
+from mla import MLAConfig
+from mla.cases import KINDS
+from mla.cases.call import Call, Checker
+from mla.cases.case import OpCase
+from mla.cases.memory import Layout, Pages
+from mla.cases.varied import Pool
+from mla.reference import REFERENCE
+from mla_backends.api import OPS, AttentionSpec, LinearSpec, NormSpec
+
+CPU = torch.device("cpu")
+CONFIG = MLAConfig(
+    64, 3, q_lora_rank=24, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12
+)
+NEW, KEYS = (3, 1, 5), (9, 1, 17)
+
+
+def spec_of(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+    if kind.endswith("linear"):
+        return LinearSpec(10, 6, 3 if kind == "batched_linear" else 1, dtype, CPU)
+    if kind == "rms_norm":
+        return NormSpec(24, dtype, CPU)
+    return AttentionSpec(3, 32, 16, 8, 12, 0.2, dtype, CPU)
+
+
+def case_of(kind: str, dtype: torch.dtype = torch.float32, **fields: Any) -> OpCase:
+    layout = Layout(4, spare=2, shuffle=3, unowned=torch.nan)
+    case = OpCase(kind, spec_of(kind, dtype), NEW, KEYS, kind, 5, rope=CONFIG, layout=layout)
+    return replace(case, **fields)
+
+
+def pool_of(case: OpCase) -> Pool:
+    pool = case.entry.pool(case, 4)
+    pool.draw()
+    return pool
+
+
+def test_every_op_of_the_contract_has_an_entry() -> None:
+    assert KINDS.keys() == OPS.keys() == REFERENCE.keys()
+
+
+# ------------------------------------------------------------------------------ a second truth, row by row
+
+
+def norm(row: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return row * weight / torch.sqrt((row * row).sum() / len(row) + eps)
+
+
+def turned(row: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Rotate the pairs of a row [r], one by one."""
+    half, out = len(row) // 2, row.clone()
+    for pair in range(half):
+        a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, half + pair)
+        cos, sin = cos_sin[pair], cos_sin[half + pair]
+        out[a], out[b] = row[a] * cos - row[b] * sin, row[a] * sin + row[b] * cos
+    return out
+
+
+def by_row(make: Callable[[int], torch.Tensor], rows: int) -> torch.Tensor:
+    return torch.stack([make(row) for row in range(rows)])
+
+
+def slow(case: OpCase, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Compute the results of operands [T, ...] with loops."""
+    wide, spec = {name: one.double() for name, one in given.items()}, case.spec
+    if case.kind == "linear":
+        bias = wide.get("bias", torch.zeros(6).double())
+        return {"out": by_row(lambda t: (wide["weight"] * wide["x"][t]).sum(1) + bias, case.rows)}
+    if case.kind == "batched_linear":
+        return {"out": by_row(lambda t: (wide["weight"] * wide["x"][t][:, None]).sum(2), case.rows)}
+    if case.kind == "rms_norm":
+        return {"out": by_row(lambda t: norm(wide["x"][t], wide["weight"], case.eps), case.rows)}
+    if case.kind == "rotate_query":
+        rows = [
+            [turned(head, c, case.interleaved) for head in x]
+            for x, c in zip(wide["x"], wide["cos_sin"], strict=True)
+        ]
+        return {"out": torch.stack([torch.stack(heads) for heads in rows])}
+    if case.kind == "write_latent":
+        latent, key = wide["kv_a"][:, :32], wide["kv_a"][:, 32:]
+        return {
+            "latent": by_row(lambda t: norm(latent[t], wide["weight"], case.eps), case.rows),
+            "key": by_row(lambda t: turned(key[t], wide["cos_sin"][t], case.interleaved), case.rows),
+        }
+    keys, values = (wide["k"], wide["v"]) if "k" in wide else (wide["keys"], wide["keys"][:, :32])
+    parts = (wide["q"].split(NEW), keys.split(KEYS), values.split(KEYS))
+    out, lse = attend_segments(zip(*parts, strict=True), spec.softmax_scale, case.causal)
+    return {"out": out, "lse": lse}
+
+
+@pytest.mark.parametrize("fields", [{}, {"interleaved": False, "biased": True}])
+@pytest.mark.parametrize("kind", OPS)
+def test_the_truth_of_a_kind_is_that_of_loops(kind: str, fields: dict[str, Any]) -> None:
+    case = case_of(kind, **fields)
+    pool = pool_of(case)
+    given = dict(pool.given)
+    for name in case.entry.varied:
+        rows = given[name][: pool.size[1]]
+        given[name] = rows.unflatten(0, (-1, 3)) if name == "q" else rows
+    truth = case.entry.truth(case.spec, given | case.scalars, case.lengths)
+    assert {name: tuple(one.shape) for name, one in truth.items()} == case.results
+    for name, right in slow(case, given).items():
+        torch.testing.assert_close(truth[name], right, rtol=1e-10, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------- called and judged
+
+
+def called(pool: Pool, change: Callable[[Call], object] = lambda call: None) -> tuple[Call, str]:
+    """Call the reference once; return the call and what is said of it once `change` has had its way."""
+    call = Call(pool, REFERENCE[pool.case.kind], pool.case.spec)
+    call.prepare()
+    call.begin(1)
+    (results,) = call.buffers(1)
+    one = pool.change(1, 0)
+    call.take(call.upload(one), results)
+    call.run()
+    change(call)
+    call.fetch(results)
+    check = Checker(pool).check(results, one, call.places())
+    return call, "; ".join(filter(None, (check.reason, call.damage())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", OPS)
+def test_the_reference_is_right(kind: str, dtype: torch.dtype) -> None:
+    margins = {"x": (3, 1), "kv_a": (5, 0), "v": (0, 2), "q": (1, 0), "out": (2, 2)}
+    for layout in (Layout(4, spare=2, shuffle=3), Layout(16, unowned=torch.nan, margins=margins)):
+        assert called(pool_of(case_of(kind, dtype, layout=layout)))[1] == ""
+
+
+def write(call: Call, number: float) -> None:
+    """Put a number into the last row of what was written."""
+    written = call.arguments.get("out")
+    if written is None:
+        cache = call.arguments["cache"]
+        cache.view(-1, cache.shape[2])[call.arguments["slots"][-1]] *= number
+    else:
+        written[-1] *= number
+
+
+@pytest.mark.parametrize("kind", OPS)
+def test_what_is_wrong_is_named(kind: str) -> None:
+    pool = pool_of(case_of(kind))
+    assert "request 2, position 16" in called(pool, lambda call: write(call, 1.01))[1]
+    assert "NaN" in called(pool, lambda call: write(call, torch.nan))[1]
+    name = pool.entry.varied[0]
+    said = called(pool, lambda call: call.arguments[name].add_(1))[1]
+    assert said == f"the op wrote to {name}, which it only reads"
+
+
+def test_a_log_sum_exp_is_judged() -> None:
+    said = called(pool_of(case_of("latent_attention")), lambda call: call.arguments["lse"][4].add_(0.1))[1]
+    assert said.startswith("lse: ")
+
+
+def test_a_write_to_a_slot_of_somebody_else_is_named() -> None:
+    def stray(call: Call) -> None:
+        free = set(range(call.arguments["cache"].shape[0] * 4)) - set(call.arguments["slots"].tolist())
+        call.arguments["cache"].view(-1, 40)[min(free)] = 0
+
+    said = called(pool_of(case_of("write_latent")), stray)[1]
+    assert said.startswith("1 slots other than those of the new tokens have changed, the first is slot ")
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def test_pages_belong_to_one_request_each() -> None:
+    lengths = (9, 1, 17, 0)
+    pages = Pages.of(lengths, Layout(4, spare=3, shuffle=1))
+    owned = [row[:count].tolist() for row, count in zip(pages.table, (3, 1, 5, 0), strict=True)]
+    named = [page for own in owned for page in own]
+    assert (len(set(named)), pages.count) == (9, 12)
+    assert named != sorted(named)
+    assert max(named) < 12
+    slots = [
+        own[token // 4] * 4 + token % 4
+        for own, length in zip(owned, lengths, strict=True)
+        for token in range(length)
+    ]
+    assert pages.slots.tolist() == slots
+
+
+def test_requests_share_the_pages_of_a_common_beginning() -> None:
+    pages = Pages.of((9, 10), Layout(4, pages_before=1000, unowned=7.0, tail=2.0), common=8)
+    assert (pages.count, len(pages.order)) == (1007, 7)
+    rows = torch.arange(19.0)[:, None]
+    rows[9:17] = rows[:8]  # the keys in common
+    held = {
+        int(page): block[:, 0].tolist() for page, block in zip(pages.order, pages.blocks(rows), strict=True)
+    }
+    first, second = (row.tolist()[:3] for row in pages.table)
+    assert first[:2] == second[:2]
+    assert [held[page] for page in (*first, second[2])] == [
+        [0, 1, 2, 3], [4, 5, 6, 7], [8, 2, 2, 2], [17, 18, 2, 2]
+    ]  # fmt: skip
+    unnamed = [block for page, block in held.items() if page not in (*first, *second)]
+    assert unnamed == [[7.0] * 4] * 3
+
+
+def test_new_tokens_are_written_behind_the_history() -> None:
+    case = case_of("write_latent")
+    call = Call(pool_of(case), REFERENCE["write_latent"], case.spec)
+    assert call.pages is not None
+    slots = call.pages.slots.split(KEYS)
+    behind = [own[keys - new :] for own, new, keys in zip(slots, NEW, KEYS, strict=True)]
+    assert torch.equal(call.arguments["slots"], torch.cat(behind))
+
+
+@pytest.mark.parametrize("nan_safe", [True, False])
+def test_unowned_pages_and_tails_are_poisoned(nan_safe: bool) -> None:
+    pool = pool_of(case_of("latent_attention"))
+    op = type("Op", (), {"nan_safe_tail": nan_safe, "writes_lse": True})()
+    call = Call(pool, op, pool.case.spec)
+    cache = call.arguments["cache"]
+    assert call.pages is not None
+    assert torch.equal(cache.view(-1, 40)[call.pages.slots], pool.given["keys"])
+    held = cache.view(-1, 40).isnan().any(1)
+    tails = 3 * 4 - 9 + 4 - 1 + 5 * 4 - 17
+    assert int(held.sum()) == 2 * 4 + (tails if nan_safe else 0)
+
+
+def test_rows_around_a_strided_operand_are_poisoned() -> None:
+    case = case_of("rms_norm", layout=Layout(margins={"x": (2, 3)}))
+    x = Call(pool_of(case), REFERENCE["rms_norm"], case.spec).arguments["x"]
+    assert x.stride() == (29, 1)
+    assert torch.as_strided(x, (9 * 29 - 5,), (1,), 2).isnan().sum() == 9 * 29 - 5  # before the first call

@@ -1,0 +1,260 @@
+"""Two ops that the contract does not have, each added as one entry: timed, checked, dumped and replayed.
+
+One encodes values into the bytes of a cache, so that many answers are right; the other selects rows, so that
+its results are integers, and among equals any will do.
+"""
+
+# ruff: noqa: RUF012  # tables that nobody writes to
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from op_bench import OpBench
+
+from mla import MLAConfig
+from mla.bench.failures.search import search
+from mla.cases import KINDS
+from mla.cases.case import DTYPES, Kind, Normal, OpCase
+from mla.cases.kinds import WritesSlots
+from mla.cases.memory import Tensors
+from mla.cases.varied import Pool
+from mla.cost import Work
+from mla.failures import file
+from mla.failures.replay import replay
+from mla.layer import ops as layer_ops
+from mla.reference import REFERENCE
+from mla.verify.places import Places
+from mla.verify.verdict import Check
+from mla_backends.api import OPS, FusedOp, SegmentLengths
+from mla_backends.testing import HostBackend
+
+CPU = torch.device("cpu")
+CONFIG = MLAConfig(64, 2, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12)
+ORIGIN = file.Origin(backend="host", options=[], device="cpu", command="repeat", where="here", reason="wrong")
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """Rows of `width`, of which an op may select `count`."""
+
+    width: int
+    count: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def verdict(wrong: torch.Tensor, what: str, damage: str) -> Check:
+    reasons = [damage] * bool(damage) + [f"{what} of row {int(wrong.int().argmax())}"] * bool(wrong.any())
+    return Check(status="wrong" if reasons else "ok", error_ratio=0.5, reason="; ".join(reasons))
+
+
+# ------------------------------------------------------------------- values into bytes of a cache, by scale
+
+
+def encoded(x: torch.Tensor) -> torch.Tensor:
+    """Return rows [T, d + 4] of bytes: 8-bit values, and the fp32 scale that they are to be times."""
+    scale = (x.float().abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)
+    codes = (x.float() / scale).round().to(torch.int8)
+    return torch.cat((codes.view(torch.uint8), scale.view(torch.uint8)), 1)
+
+
+class EncodeRows(WritesSlots):
+    """The entry of `encode_rows`."""
+
+    spec, letters, pool = RowSpec, {"d": "width"}, Pool
+    operands = {"x": "T d", "slots": "T"}
+    results = {"rows": "T d+4"}
+    truths = {"values": "T d"}
+    dtypes = {**DTYPES, "cache": torch.uint8, "rows": torch.uint8}
+    cached = "d+4"
+
+    def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
+        return {"x": normal(rows, case.spec.width)}
+
+    def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
+        return {"values": given["x"].double()}
+
+    def work(self, case: OpCase) -> Work:
+        return Work(3 * case.rows * case.spec.width, case.rows * (3 * case.spec.width + 4))
+
+    def judge(
+        self,
+        results: Tensors,
+        truth: Tensors,
+        errors: Tensors,
+        dtype: torch.dtype,
+        places: Places | None = None,
+        damage: str = "",
+    ) -> Check:
+        (codes, scale), values = results["rows"].split((results["rows"].shape[1] - 4, 4), 1), truth["values"]
+        codes, scale = codes.contiguous().view(torch.int8), scale.contiguous().view(torch.float32)
+        gap = (codes.double() * scale.double() - values).abs().amax(1)
+        return verdict(~(gap <= 0.01 * values.abs().amax(1)), "the values", damage)
+
+
+class Encode(FusedOp):
+    contract = "encode_rows/1"
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self._factor = factor
+
+    def __call__(self, *, x: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:  # type: ignore[override]
+        cache.view(-1, cache.shape[2])[slots] = encoded(x * self._factor)
+
+
+class Stray(Encode):
+    """Writes a byte behind the row."""
+
+    def __call__(self, *, x: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:  # type: ignore[override]
+        super().__call__(x=x, slots=slots, cache=cache)
+        others = set(range(cache.shape[0] * cache.shape[1])) - set(slots.tolist())
+        cache.view(-1, cache.shape[2])[min(others), 0] = 3
+
+
+# ------------------------------------------------------------------------------------------ rows by score
+
+
+class SelectRows(Kind):
+    """The entry of `select_rows`."""
+
+    spec, letters, pool = RowSpec, {"d": "width", "n": "count"}, Pool
+    operands = {"q": "T d", "k": "K d", "out": "T n"}
+    results = {"out": "T n"}
+    truths = {"scores": "T K"}
+    dtypes = {**DTYPES, "out": torch.int32}
+    varied = ("q",)
+
+    def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
+        return {"q": normal(rows, case.spec.width), "k": normal(sum(case.kv_lens), case.spec.width)}
+
+    def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
+        return {"scores": given["q"].double() @ given["k"].double().T}
+
+    def work(self, case: OpCase) -> Work:
+        pairs = case.rows * sum(case.kv_lens)
+        return Work(2 * pairs * case.spec.width, 4 * case.rows * case.spec.count)
+
+    def judge(
+        self,
+        results: Tensors,
+        truth: Tensors,
+        errors: Tensors,
+        dtype: torch.dtype,
+        places: Places | None = None,
+        damage: str = "",
+    ) -> Check:
+        out, scores = results["out"].long(), truth["scores"]
+        inside = ((out >= 0) & (out < scores.shape[1])).all(1)
+        distinct = torch.tensor([len(row.unique()) == len(row) for row in out])
+        chosen = scores.gather(1, out.clamp(0, scores.shape[1] - 1)).amin(1)
+        least = scores.topk(out.shape[1], dim=1).values[:, -1]
+        return verdict(~(inside & distinct & (chosen >= least - 1e-3)), "the selection", damage)
+
+
+class Select(FusedOp):
+    """Selects the best, in any order, but for as many as are `skipped`."""
+
+    contract = "select_rows/1"
+
+    def __init__(self, skipped: int = 0) -> None:
+        self._skipped = skipped
+
+    def __call__(self, *, q: torch.Tensor, k: torch.Tensor, out: torch.Tensor) -> None:  # type: ignore[override]
+        best = (q.float() @ k.float().T).topk(out.shape[1] + self._skipped, dim=1).indices
+        out.copy_(best[:, self._skipped :].flip(1))
+
+
+class Repeating(Select):
+    """Selects its best row twice."""
+
+    def __call__(self, *, q: torch.Tensor, k: torch.Tensor, out: torch.Tensor) -> None:  # type: ignore[override]
+        super().__call__(q=q, k=k, out=out)
+        out[:, 0] = out[:, -1]
+
+
+ENTRIES: dict[str, Kind] = {"encode_rows": EncodeRows(), "select_rows": SelectRows()}
+RIGHT: dict[str, FusedOp] = {"encode_rows": Encode(), "select_rows": Select()}
+WRONG = [
+    ("encode_rows", Encode(1.1), "the values of row "),
+    ("encode_rows", Stray(), "1 slots "),
+    ("select_rows", Select(1), "the selection of row "),
+    ("select_rows", Repeating(), "the selection of row "),
+]
+
+
+@pytest.fixture(autouse=True)
+def in_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Add both to the contract, the reference and the layer's roles."""
+    roles = layer_ops.layer_roles
+
+    def more(config: Any, dtype: torch.dtype, device: torch.device, *rest: Any) -> Any:
+        spec = RowSpec(24, 5, dtype, device)
+        return {**roles(config, dtype, device, *rest), **{kind: (kind, spec) for kind in ENTRIES}}
+
+    for kind, op in RIGHT.items():
+        monkeypatch.setitem(KINDS, kind, ENTRIES[kind])
+        monkeypatch.setitem(OPS, kind, op.contract)
+        monkeypatch.setitem(REFERENCE, kind, op)  # type: ignore[arg-type]
+    for module in ("mla.layer.ops", "mla.bench.subjects.op", "mla.bench.failures.search"):
+        monkeypatch.setattr(f"{module}.layer_roles", more)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_a_new_op_is_timed_and_checked(kind: str, dtype: torch.dtype) -> None:
+    bench = OpBench(CONFIG, kind, dtype, runs=6)
+    one = bench.implementation(RIGHT[kind])
+    given = set()
+    for number in range(3):
+        check = bench.run(one, number, lambda index: given.add(next(iter(operands(one))).numpy().tobytes()))
+        assert (check.status, check.reason) == ("ok", "")
+        assert len(one.compared()) == 6
+    assert len(given) == 18, "calls had operands alike"
+    needs = bench.fixture.needs([])
+    assert min(needs.forward.flops, needs.device_bytes, needs.host_bytes) > 0
+
+
+def operands(one: Any) -> Iterator[torch.Tensor]:
+    yield one._call.arguments[one._pool.entry.varied[0]].float().contiguous()
+
+
+@pytest.mark.parametrize(("kind", "op", "said"), WRONG)
+def test_a_wrong_form_is_found_kept_and_replayed(kind: str, op: FusedOp, said: str, tmp_path: Path) -> None:
+    bench = OpBench(CONFIG, kind, runs=6)
+    one = bench.implementation(op)
+    check = bench.run(one, 1)
+    assert check.status == "wrong"
+    assert said in check.reason
+    found = search(one, bench.scenario, bench.problem, lambda: None).wrong
+    assert found is not None
+    assert said in found.reason
+    file.write_call(tmp_path, found, ORIGIN)
+    kept = file.read(tmp_path)
+    backend = HostBackend(ops={"mine": op, "right": RIGHT[kind]})
+    assert replay(kept, backend, "mine") == [found.reason]
+    assert replay(kept, backend, "right", runs=2) == replay(kept, backend, "reference", runs=2) == ["", ""]
+
+
+@pytest.mark.parametrize(("kind", "op", "said"), WRONG)
+def test_a_damaged_file_of_a_new_op_is_refused(kind: str, op: FusedOp, said: str, tmp_path: Path) -> None:
+    import safetensors.torch
+
+    bench = OpBench(CONFIG, kind, runs=2)
+    found = search(bench.implementation(op), bench.scenario, bench.problem, lambda: None).wrong
+    assert found is not None
+    file.write_call(tmp_path, found, ORIGIN)
+    path = tmp_path / file.NAME
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata()
+    name = "cache.rows" if kind == "encode_rows" else "operand.out"
+    tensors[name] = tensors[name].float()
+    safetensors.torch.save_file(tensors, path, metadata)
+    with pytest.raises(file.ResultError, match="is float32"):
+        file.read(tmp_path)
