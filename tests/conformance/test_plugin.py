@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import faulty_backend
 import pytest
+import torch
 
 import mla
 import mla_backends
@@ -165,3 +166,18 @@ def test_a_fault_of_the_suite_itself_is_no_finding(
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "LookupError: a fault of our own" in shown.err
+
+
+def test_an_infinite_error_is_on_the_card(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """JSON has no such number, and pytest's reports carry text."""
+
+    def not_a_number(self: Any, *leading: Any, out: torch.Tensor, **rest: Any) -> None:
+        out.fill_(torch.nan)
+
+    monkeypatch.setattr(faulty_backend.FaultyOp, "__call__", not_a_number)
+    chosen = ("--only", "linear.product[faulty-*]", "--dtype", "float32", "-O", "op=linear")
+    assert main([*COMMAND[:3], *chosen]) == 4
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| linear.product"))
+    assert [cell.strip() for cell in row.split("|")][3:6] == ["FAIL", "4, 4 wrong", "inf"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Sequence
 
 import msgspec
@@ -42,7 +43,7 @@ class Results:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep the result of a check."""
         if report.when == "call" and (recorded := dict(report.user_properties).get(PROPERTY)):
-            result = msgspec.json.decode(str(recorded), type=CheckResult)
+            result = msgspec.convert(json.loads(str(recorded)), CheckResult)
             self.by_id[result.id] = result
 
     def pytest_exception_interact(self, call: pytest.CallInfo[None]) -> None:
