@@ -66,11 +66,10 @@ def test_a_pytest_of_something_else_loads_the_plugin_alone(tmp_path: Path) -> No
 
 
 def test_pytest_selects_stops_and_reports(tmp_path: Path) -> None:
-    """With a configuration and a conftest.py of the user's."""
-    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
-    (tmp_path / "conftest.py").write_text("raise SystemExit('it is of other tests')\n")
+    """With a configuration of the user's."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers --strict-config\n")
     chosen = ("-k", "device.probe or linear.pack or linear.product", "-x", "--junitxml=out.xml")
-    done = run_pytest(tmp_path, "--pyargs", "mla.conformance", *SCALED, *chosen, "--noconftest")
+    done = run_pytest(tmp_path, "--pyargs", "mla.conformance", *SCALED, *chosen)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "The product is correct for one token and for many.\n" in done.stdout
     assert "`linear.product[faulty-float32]#3`: 130 tokens, 128 to 256: out: 130 of 130 rows" in done.stdout
