@@ -22,7 +22,7 @@ cd "$checkout"
 
 brought=( # what an image with torch may lack; FlashInfer 0.7 is too large
     msgspec safetensors click pluggy rich markdown-it-py mdurl pygments numpy nvidia-ml-py ninja einops filelock
-    packaging tabulate tqdm requests urllib3 idna certifi charset-normalizer
+    packaging tabulate tqdm requests urllib3 idna certifi charset-normalizer pytest iniconfig
     sgl-flash-mla==1.0.0 flashinfer-python==0.6.18 'apache-tvm-ffi<0.2'
 )
 

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from mla.command import files
-from mla.command.backend import BackendOptions, backend_options, open_backend
-from mla.command.console import note, out
-from mla.command.exit_codes import Exit, carried_out, guarded
+from mla.command.backend import BackendOptions, backend_options
+from mla.command.console import out
+from mla.command.exit_codes import carried_out, guarded
 from mla.command.options import FILE, result_path
 from mla.errors import UsageError
 from mla.text import DTYPES
 
 if TYPE_CHECKING:
-    import torch
-
-    from mla.conformance.outcome import Asked
-    from mla.conformance.report import ConformanceReport, Slow
-    from mla.conformance.suite import Instance
-    from mla.conformance.trial import BackendUnderTest
-    from mla_backends.api import Backend
+    from mla.conformance.report import ConformanceReport
+    from mla.conformance.suite import Suite
 
 PROGRAM = "python -m mla.conformance"
+LEAST_PYTEST = (8,)
+# Nothing of the user's pytest: no configuration, no conftest.py, no cache, no other plugin. What a backend
+# prints, logs or warns of goes where it went without pytest.
+PYTEST = (
+    *("-c", os.devnull, f"--rootdir={Path(__file__).parent}", "--noconftest", "--import-mode=importlib"),
+    *("--assert=plain", "--capture=no", "--tb=no", "-pno:terminalreporter", "-pno:cacheprovider"),
+    *("-pno:faulthandler", "-pno:logging", "-pno:warnings"),
+    *("-pno:unraisableexception", "-pno:threadexception"),
+)
+ENVIRONMENT = {"PYTEST_ADDOPTS": "", "PYTEST_PLUGINS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 EPILOG = """\b
 Examples:
@@ -40,6 +45,10 @@ Examples:
 A check is named by its id, by its group, or with wildcards: latent.heads, latent, '*.strided',
 'latent.heads[my_op-bfloat16]'; #3 behind that is its third case, numbered as by --list and on the card. The
 file of --xfails holds one line per expected failure, 'check: reason'.
+
+\b
+The checks are tests of pytest, which must be installed. With pytest's own options:
+  pytest --pyargs mla.conformance --mla-backend cpu -k latent -x
 
 \b
 Exit codes: 0 all passed, 1 an expected failure passed, 2 usage, or a report that cannot be written, 3 backend
@@ -107,18 +116,9 @@ missing or unusable, 4 a check failed, 5 nothing ran, 130 interrupted, 143 ended
 )
 @click.pass_obj
 @carried_out
-def cli(words: Sequence[str], /, **values: Any) -> int:
-    """Check that a backend keeps the contract: its device, its ops, and a whole layer on it.
-
-    Every result is compared with float64 on the host. stdout carries a report card in Markdown, fit to be
-    pasted into an issue; stderr everything else.
-    """
-    return run(words, **values)
-
-
-def run(
+def cli(
     words: Sequence[str],
-    *,
+    /,
     backend: str | None,
     device: int | None,
     backend_options: tuple[str, ...],
@@ -132,134 +132,87 @@ def run(
     dump_failure: Path | None,
     list_only: bool,
     verbose: bool,
-) -> int:
-    """Open the backend, run the checks, print the card, write the report."""
-    from mla.conformance import listing
-    from mla.conformance.failures import Keeper
-    from mla.conformance.outcome import make_report
-    from mla.conformance.schedule import Run, steps
+) -> int | None:
+    """Check that a backend keeps the contract: its device, its ops, and a whole layer on it.
+
+    Every result is compared with float64 on the host. stdout carries a report card in Markdown, fit to be
+    pasted into an issue; stderr everything else.
+    """
+    from mla.conformance import selection
     from mla.conformance.xfails import Xfails
 
     if backend is None and not list_only:
         raise UsageError("--backend is missing; `python -m mla.bench list` shows what there is.")
     xfails = Xfails.read(xfails_file) if xfails_file else Xfails()
-    _require_known(only)
+    for pattern in only:
+        selection.require_known(selection.split(pattern)[0], "--only")
     if backend is None:
-        return listing.checks(only)
+        return selection.list_checks(only)
     if report_file:
         files.check_writable(report_file, files.RESULT)
+    if not list_only:
+        _require_pytest()
+    from mla.conformance.failures import Keeper
+    from mla.conformance.suite import Asked, Suite
+
     options = BackendOptions(backend, device, backend_options, threads)
-    subject, slow = _slow(open_subject(options, quick), every_case or list_only)
-    planned, asked = _plan(subject, words, _alone(options, quick), dtypes, only)
+    suite = Suite.opened(Asked(options, dtypes, only, quick, every_case or list_only), xfails)
+    planned = suite.planned
     if list_only:
-        return listing.cases(planned, subject)
-    keeper = Keeper.into(dump_failure, subject, backend_options, asked.alone) if dump_failure else None
-    found, interrupted = Run(subject, xfails, verbose, keeper).carry_out(steps(planned, subject))
-    return _conclude(make_report(asked, slow, subject, found, interrupted, xfails), report_file)
-
-
-def _plan(
-    subject: BackendUnderTest,
-    words: Sequence[str],
-    alone: list[str],
-    dtypes: Sequence[str],
-    only: Sequence[str],
-) -> tuple[tuple[Instance, ...], Asked]:
-    """Return what runs, and what was asked for. Raises `UsageError`."""
-    from mla.conformance.outcome import Asked
-
-    chosen = _dtypes(subject, dtypes)
-    planned = _planned(subject, chosen, only)
-    return planned, Asked(words, alone, only, _names(_claimed(subject)), _names(chosen), len(planned))
-
-
-def _conclude(report: ConformanceReport, report_file: Path | None) -> Exit:
-    from mla.conformance import report as reports
-    from mla.conformance.outcome import verdict
+        return selection.list_cases(planned, suite.subject)
+    if dump_failure:
+        suite.keeper = Keeper.into(dump_failure, suite)
+    report = carry_out(suite, words, verbose)
+    from mla.conformance.report import write
+    from mla.conformance.report.card import card
+    from mla.conformance.report.made import verdict
 
     try:
         if report_file:
-            reports.write(report, report_file)
+            write(report, report_file)
     finally:  # the card must survive a disk that has filled up
         if not files.is_stdout(report_file):
-            out(reports.card(report))
+            out(card(report))
     return verdict(report)
 
 
-def _alone(options: BackendOptions, quick: bool) -> list[str]:
-    """Return the command that runs one case, without its `--only`."""
-    from mla.conformance.outcome import PROGRAM
+def _require_pytest() -> None:
+    try:
+        import pytest
 
-    words = [*PROGRAM, "--backend", str(options.backend)]
-    words += [word for one in options.backend_options for word in ("-O", one)]
-    for flag, value in (("--device", options.device), ("--threads", options.threads)):
-        words += [] if value is None else [flag, str(value)]
-    return [*words, *(["--quick"] * quick)]
-
-
-def open_subject(options: BackendOptions, quick: bool) -> BackendUnderTest:
-    """Open a backend as the runner does. Raises `UsageError`, `BackendError`."""
-    from mla.conformance.trial import BackendUnderTest
-    from mla_backends.registry import create
-
-    opened, settings = open_backend(options), options.key_values()
-
-    def reopen(more: Mapping[str, str]) -> Backend:
-        return create(opened.name, {**settings, **more})
-
-    return BackendUnderTest(opened.backend, opened.name, quick, opened.version, reopen, note)
+        found = "" if pytest.version_tuple >= LEAST_PYTEST else f"here in version {pytest.__version__}"
+    except ImportError:
+        found = "not installed"
+    if found:
+        least = LEAST_PYTEST[0]
+        raise UsageError(
+            f"the suite runs on pytest {least} or later, which is {found}: `pip install 'pytest>={least}'` "
+            "(it comes with `mla[conformance]`)."
+        )
 
 
-def _require_known(patterns: Sequence[str]) -> None:
-    from mla.conformance.selection import split
-    from mla.conformance.xfails import require_known
+def carry_out(suite: Suite, words: Sequence[str], verbose: bool) -> ConformanceReport:
+    """Have pytest run a suite, and nothing of what pytest is told elsewhere. `words`: the command line."""
+    import pytest
 
-    for pattern in patterns:
-        require_known(split(pattern)[0], "--only")
+    from mla.conformance import plugin, test_backend
+    from mla.conformance.report.made import Results, make_report
+    from mla.conformance.schedule import Schedule
 
-
-def _slow(subject: BackendUnderTest, spare_none: bool) -> tuple[BackendUnderTest, tuple[Slow, ...]]:
-    """Find the dtypes that the device is slow in, of which a handful of cases will run."""
-    from mla.conformance.speed import dtypes_of, slow_dtypes
-
-    slow = () if spare_none else slow_dtypes(subject.backend, _claimed(subject))
-    return dataclasses.replace(subject, slow=dtypes_of(slow)), slow
-
-
-def _claimed(subject: BackendUnderTest) -> tuple[torch.dtype, ...]:
-    from mla.conformance.suite import claimed_dtypes
-
-    return claimed_dtypes(subject)
-
-
-def _names(dtypes: Sequence[torch.dtype]) -> list[str]:
-    from mla.text import dtype_name
-
-    return [dtype_name(dtype) for dtype in dtypes]
-
-
-def _dtypes(subject: BackendUnderTest, names: Sequence[str]) -> tuple[torch.dtype, ...]:
-    """Return the dtypes to check: the user's, which the backend must claim, or all it claims."""
-    claimed = _claimed(subject)
-    listed = _names(claimed)
-    for name in names:
-        if name not in listed:
-            raise UsageError(f"the backend does not claim {name}; it claims: {', '.join(listed)}.")
-    return tuple(dtype for dtype, name in zip(claimed, listed, strict=True) if not names or name in names)
-
-
-def _planned(
-    subject: BackendUnderTest, dtypes: Sequence[torch.dtype], only: Sequence[str]
-) -> tuple[Instance, ...]:
-    """Return what runs. Raises `UsageError` where a check or a case is not there."""
-    from mla.conformance.selection import nothing_matches, require_cases
-    from mla.conformance.suite import instances
-
-    planned = instances(subject, dtypes, only)
-    if not planned:
-        raise nothing_matches(only, [one.id for one in instances(subject, dtypes)])
-    require_cases(planned, subject)
-    return planned
+    results = Results(suite, verbose)
+    before = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    os.environ.update(ENVIRONMENT)
+    try:
+        code = pytest.main([*PYTEST, test_backend.__file__], [plugin, results, Schedule(results)])
+    finally:
+        for name in ENVIRONMENT:
+            del os.environ[name]
+        os.environ.update(before)
+    if results.error is not None:
+        raise results.error
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
+        raise RuntimeError(f"pytest ended with {code!r}")
+    return make_report(words, results, code == pytest.ExitCode.INTERRUPTED)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,14 +6,13 @@ import copy
 import dataclasses
 import datetime
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
 from mla.command import environment
 from mla.command.console import note
 from mla.conformance.report import CheckResult, Failure
 from mla.conformance.selection import split
-from mla.conformance.suite import Instance
+from mla.conformance.suite import Asked, Instance, Suite
 from mla.conformance.trial import BackendUnderTest
 from mla.failures import file
 from mla.failures.watch import Watched, Watcher
@@ -27,17 +26,14 @@ class Keeper:
 
     folder: Path
     subject: BackendUnderTest
-    options: Sequence[str]  # KEY=VALUE, of the backend
-    alone: Sequence[str]  # the command that runs one case, without its `--only`
+    asked: Asked
     kept: bool = dataclasses.field(default=False, init=False)
 
     @classmethod
-    def into(
-        cls, folder: Path, subject: BackendUnderTest, options: Sequence[str], alone: Sequence[str]
-    ) -> Keeper:
+    def into(cls, folder: Path, suite: Suite) -> Keeper:
         """Make the folder before a long run. Raises `ResultError`."""
         file.prepare(folder)
-        return cls(folder, subject, options, alone)
+        return cls(folder, suite.subject, suite.asked)
 
     def see(self, instance: Instance, result: CheckResult) -> None:
         """Keep the call that a check's first wrong case found, unless one was kept before. Raises nothing."""
@@ -71,9 +67,9 @@ class Keeper:
     def _origin(self, case: Failure) -> file.Origin:
         return file.Origin(
             backend=self.subject.name,
-            options=list(self.options),
+            options=list(self.asked.backend.backend_options),
             device=str(self.subject.backend.device),
-            command=shlex.join([*self.alone, "--only", case.id]),
+            command=shlex.join([*self.asked.alone(), "--only", case.id]),
             where=case.id,
             reason=case.reason,
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

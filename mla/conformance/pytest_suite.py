@@ -23,20 +23,20 @@ expected failure is an xfail; one that passes fails, so that the list stays true
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from mla.conformance.registry import all_checks
-from mla.conformance.report import CheckResult
+from mla.conformance.report import CheckResult, Status
 from mla.conformance.report.card import failed_cases
+from mla.conformance.selection import require_known
 from mla.conformance.speed import dtypes_of, slow_dtypes
 from mla.conformance.suite import carry_out, claimed_dtypes, instances
 from mla.conformance.trial import BackendUnderTest
-from mla.conformance.xfails import Xfails, require_known
+from mla.conformance.xfails import Xfails
 from mla_backends.api import Backend
 
 _CHECKS = {check.id: check for check in all_checks()}
@@ -65,8 +65,8 @@ class BackendConformance:
         """The check passes for every op and dtype of the backend, or is refused with a reason."""
         subject = BackendUnderTest(backend, backend.name, self.quick, slow=_slow(backend))
         chosen = instances(subject, claimed_dtypes(subject), [check_id])
-        found = [carry_out(one, subject, expected_failures) for one in chosen]
-        conclude(_CHECKS[check_id].description, found)
+        results = [carry_out(one, subject, expected_failures) for one in chosen]
+        conclude(_CHECKS[check_id].description, results)
 
 
 _known: dict[tuple[type, str], frozenset[torch.dtype]] = {}
@@ -81,25 +81,23 @@ def _slow(backend: Backend) -> frozenset[torch.dtype]:
     return _known[key]
 
 
-def conclude(description: str, found: list[CheckResult]) -> None:
+def conclude(description: str, results: Sequence[CheckResult]) -> None:
     """Fail, xfail, skip or return, by the worst result."""
-    by_status: dict[str, list[CheckResult]] = {}
-    for one in found:
-        by_status.setdefault(one.status, []).append(one)
-    if "fail" in by_status:
-        pytest.fail("\n".join([description, *map(_failed, by_status["fail"])]), pytrace=False)
-    if "xpass" in by_status:
-        pytest.fail(f"expected to fail, but passed:\n{_lines(by_status['xpass'])}", pytrace=False)
-    if "xfail" in by_status:
-        pytest.xfail(_lines(by_status["xfail"]))
-    if "pass" not in by_status:
-        pytest.skip(_lines(by_status.get("refused", [])))
 
+    def reasons(status: Status) -> str:
+        return "\n".join(f"{one.id}: {one.reason}" for one in results if one.status == status)
 
-def _failed(one: CheckResult) -> str:
-    """Return a failed check with its wrong cases, each by the id that `--only` of the command line takes."""
-    return "\n  ".join([f"{one.id}: {one.cases.failed} wrong", *failed_cases(one)])
-
-
-def _lines(results: list[Any]) -> str:
-    return "\n".join(f"{one.id}: {one.reason}" for one in results)
+    # Each wrong case by the id that `--only` of the command line takes.
+    failed = [
+        "\n  ".join([f"{one.id}: {one.cases.failed} wrong", *failed_cases(one)])
+        for one in results
+        if one.status == "fail"
+    ]
+    if failed:
+        pytest.fail("\n".join([description, *failed]), pytrace=False)
+    if unexpected := reasons("xpass"):
+        pytest.fail(f"expected to fail, but passed:\n{unexpected}", pytrace=False)
+    if expected := reasons("xfail"):
+        pytest.xfail(expected)
+    if not any(one.status == "pass" for one in results):
+        pytest.skip(reasons("refused"))

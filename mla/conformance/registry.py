@@ -19,32 +19,12 @@ if TYPE_CHECKING:
 DEVICE, DTYPE, OP, LAYER = "device", "dtype", "op", "layer"
 
 _MODULES = (
-    "device",
-    "clock",
-    "graph",
-    "contract",
-    "small_ops.linear",
-    "small_ops.pointwise",
-    "small_ops.write_latent",
-    "small_ops.places",
-    "small_ops.rows",
-    "small_ops.tiles",
-    "small_ops.memory",
-    "small_ops.kept",
-    "small_ops.numbers",
-    "attention.formula",
-    "attention.grid",
-    "attention.index",
-    "attention.tiles",
-    "attention.order",
-    "attention.state",
-    "attention.memory",
-    "attention.emptiness",
-    "attention.shares",
-    "attention.numbers",
-    "layer",
-    "layer_batches",
-    "replay",
+    *("device", "clock", "graph", "contract"),
+    *(f"small_ops.{name}" for name in ("linear", "pointwise", "write_latent", "places", "rows", "tiles")),
+    *(f"small_ops.{name}" for name in ("memory", "kept", "numbers")),
+    *(f"attention.{name}" for name in ("formula", "grid", "index", "tiles", "order", "state", "memory")),
+    *(f"attention.{name}" for name in ("emptiness", "shares", "numbers")),
+    *("layer", "layer_batches", "replay"),
 )
 
 

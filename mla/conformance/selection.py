@@ -1,4 +1,4 @@
-"""What `--only` names: checks, checks of one subject, and single cases of one."""
+"""What `--only` names, checks, checks of one subject, and single cases of one; and what `--list` prints."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from mla.conformance.registry import matches
+from mla.command.console import out
+from mla.command.exit_codes import Exit
+from mla.conformance.kinds import KINDS
+from mla.conformance.registry import LAYER, OP, all_checks, matches
 from mla.errors import UsageError, did_you_mean
+from mla_backends.outside import quoted
 
 if TYPE_CHECKING:
     from mla.conformance.suite import Instance
@@ -45,9 +49,8 @@ def chosen_cases(patterns: Sequence[str], check_id: str, subject: str) -> Number
     """Return the cases of a check that the patterns name; none if it is not named at all."""
     if not patterns:
         return None
-    found = [number for check, number in map(split, patterns) if matches(check, check_id, subject)]
-    numbers = frozenset(number for number in found if number is not None)
-    return numbers if len(numbers) == len(set(found)) else None
+    numbers = {number for check, number in map(split, patterns) if matches(check, check_id, subject)}
+    return None if None in numbers else frozenset(number for number in numbers if number is not None)
 
 
 def require_cases(planned: Iterable[Instance], subject: BackendUnderTest) -> None:
@@ -65,8 +68,49 @@ def require_cases(planned: Iterable[Instance], subject: BackendUnderTest) -> Non
             )
 
 
+def require_known(pattern: str, where: str) -> None:
+    """Raise `UsageError` unless some check matches the pattern, whatever the subject."""
+    check, names = pattern.partition("[")[0], [one.id for one in all_checks()]
+    if not any(matches(check, name) for name in names):
+        hint = did_you_mean(check, [*names, *dict.fromkeys(name.partition(".")[0] for name in names)])
+        raise UsageError(f"{where}: unknown check {quoted(check)}.{hint} `--list` shows all checks.")
+
+
 def nothing_matches(patterns: Sequence[str], ids: Sequence[str]) -> UsageError:
     """Return the error of patterns that match no check of a backend, whose ids are given."""
     checks = [split(pattern)[0] for pattern in patterns]
     hint = did_you_mean(checks[0], ids) if len(checks) == 1 and "*" not in checks[0] else ""
     return UsageError(f"no check of this backend matches --only {' '.join(patterns)}.{hint}")
+
+
+def list_checks(only: Sequence[str]) -> Exit:
+    """Print id, kind, description and bug of every check, and how many there are of each kind.
+
+    Raises `UsageError` for a single case: only a backend's ops have cases.
+    """
+    for pattern in only:
+        if split(pattern)[1] is not None:
+            raise UsageError(f"'{pattern}' is a case; --list shows cases with --backend alone.")
+    names = [pattern.partition("[")[0] for pattern in only or ["*"]]
+    listed = [one for one in all_checks() if any(matches(name, one.id) for name in names)]
+    for one in listed:
+        out(f"{one.id} ({one.fails})\n  {one.description}\n  Catches {one.catches}.\n")
+    counts = [(kind, sum(one.fails == kind for one in listed)) for kind in KINDS]
+    of_kinds = ", ".join(f"{count} {kind}" for kind, count in counts if count)
+    out(f"{len(listed)} check{'s' * (len(listed) != 1)}: {of_kinds}\n")
+    return Exit.OK
+
+
+def list_cases(planned: Sequence[Instance], subject: BackendUnderTest) -> Exit:
+    """Print the id of every case of what would run."""
+    count = 0
+    for one in planned:
+        of_ops = one.check.scope in (OP, LAYER)  # the cases of others are known when they have run
+        labels = one.labels(subject) if of_ops else ()
+        chosen = [n for n in range(1, len(labels) + 1) if one.chosen is None or n in one.chosen]
+        out(f"{one.id} ({one.check.fails})\n")
+        for number in chosen:
+            out(f"  {case_id(one.id, number)}  {labels[number - 1]}\n")
+        count += max(1, len(chosen))
+    out(f"{len(planned)} checks, {count} cases\n")
+    return Exit.OK

@@ -1,22 +1,31 @@
-"""Which checks run on a backend, and the outcome of each."""
+"""What is asked of a backend: every check of the device, of each dtype, of each op and of a layer."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
+from mla.command.backend import BackendOptions, open_backend
+from mla.command.console import note
 from mla.conformance.registry import DEVICE, DTYPE, LAYER, OP, ConformanceCheck, all_checks
-from mla.conformance.report import Cases, CheckResult, Failure, Refusal, Status
-from mla.conformance.selection import Numbers, case_id, chosen_cases
-from mla.conformance.trial import DTYPES, BackendUnderTest, Case, Trial
+from mla.conformance.report import Cases, CheckResult, Failure, Refusal, Slow, Status
+from mla.conformance.selection import Numbers, case_id, chosen_cases, nothing_matches, require_cases
+from mla.conformance.speed import dtypes_of, slow_dtypes
+from mla.conformance.trial import DTYPES, BackendUnderTest, Trial, ask
 from mla.conformance.xfails import Xfails
+from mla.errors import UsageError
 from mla.reference import REFERENCE
 from mla.text import dtype_name
-from mla_backends.api import FusedOp
-from mla_backends.errors import plugin_code
+from mla_backends.api import Backend, FusedOp
+from mla_backends.registry import create
+
+if TYPE_CHECKING:
+    from mla.conformance.failures import Keeper
 
 # How many cases of a check run in a dtype that the device is slow in, on the quick grid and on the full one.
 HANDFUL = {True: 2, False: 3}
@@ -43,22 +52,11 @@ class Instance:
 
     def run(self, subject: BackendUnderTest, beat: Callable[[], None] = lambda: None) -> Trial:
         """Run the check. Raises nothing but KeyboardInterrupt."""
-        trial = Trial(
-            subject,
-            dtype=self.dtype or torch.float32,
-            op=self.op,
-            name=self.of,
-            kind=self.check.kind,
-            policy=self.of if self.check.scope == LAYER else "auto",
-            may_refuse=self.check.scope in (OP, LAYER),
-            chosen=self.chosen,
-            beat=beat,
-        )
-        whole = Trial(subject)
-        with whole.case():
-            self.check.run(trial)
-        if whole.cases[0].outcome != "passed" or not trial.labels:  # a check without cases is one case
-            trial.cases.append(replace(whole.cases[0], number=0))
+        of_ops = self.check.scope in (OP, LAYER)
+        trial = Trial(subject, self.dtype or torch.float32, self.op, self.of, self.check.kind)
+        trial.policy = self.of if self.check.scope == LAYER else "auto"
+        trial.may_refuse, trial.chosen, trial.beat = of_ops, self.chosen, beat
+        trial.run(self.check.run)
         return trial
 
     def labels(self, subject: BackendUnderTest) -> tuple[str, ...]:
@@ -76,17 +74,23 @@ class Instance:
             return self
         return replace(self, chosen=handful(len(self.labels(subject)), HANDFUL[subject.quick]))
 
+    def count(self, subject: BackendUnderTest) -> int:
+        """Return how many cases will run; 1 for a check whose cases cannot be counted without running it."""
+        if self.check.scope not in (OP, LAYER):
+            return 1
+        chosen = self.spared(subject).chosen
+        return max(1, len(self.labels(subject) if chosen is None else chosen))
+
 
 def serves_another(op: FusedOp, subject: BackendUnderTest) -> bool:
     """Return whether an op serves a dtype that the device is not slow in."""
     from mla.conformance.checks.contract import specs  # here, as checks run in the order of their import
 
-    try:
-        with plugin_code():
-            fast = (spec for spec in specs(op, subject) if spec.dtype not in subject.slow)
-            return any(not op.unsupported_reasons(spec) for spec in fast)
-    except Exception:  # noqa: BLE001  # the check of reasons reports it
-        return True
+    def served() -> bool:
+        fast = (spec for spec in specs(op, subject) if spec.dtype not in subject.slow)
+        return any(not op.unsupported_reasons(spec) for spec in fast)
+
+    return ask(served, True)
 
 
 def handful(count: int, few: int) -> Numbers:
@@ -103,21 +107,19 @@ def claimed_dtypes(subject: BackendUnderTest) -> tuple[torch.dtype, ...]:
 
 
 def _claimed(subject: BackendUnderTest) -> list[torch.dtype]:
-    try:
-        with plugin_code():
-            found = list(subject.backend.dtypes())
-    except Exception:  # noqa: BLE001  # the check of dtypes reports it
-        return []
-    return [one for one in found if isinstance(one, torch.dtype) and one.is_floating_point]
+    said = ask(lambda: tuple(subject.backend.dtypes()), ())
+    dtypes = (dtype for dtype in said if isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    return list(dict.fromkeys(dtypes))
 
 
 def instances(
     subject: BackendUnderTest, dtypes: Sequence[torch.dtype], only: Sequence[str] = ()
 ) -> tuple[Instance, ...]:
     """Return what runs on this backend, in order; `only` keeps what matches any of its patterns."""
-    offered = _offered(subject)
-    found = (one for check in all_checks() for one in _of_check(check, subject, dtypes, offered))
-    kept = ((one, chosen_cases(only, one.check.id, one.subject)) for one in found)
+    offers: Mapping[str, FusedOp] = ask(lambda: dict(subject.backend.ops()), {})
+    offered = {str(name): op for name, op in offers.items() if isinstance(op, FusedOp)}
+    every = (one for check in all_checks() for one in _of_check(check, subject, dtypes, offered))
+    kept = ((one, chosen_cases(only, one.check.id, one.subject)) for one in every)
     return tuple(replace(one, chosen=numbers) for one, numbers in kept if numbers != frozenset())
 
 
@@ -129,42 +131,18 @@ def _of_check(
 ) -> Iterator[Instance]:
     if check.scope == DEVICE:
         yield Instance(check)
-        return
-    if check.scope == DTYPE:
-        more = [
-            dtype for dtype in _claimed(subject) if dtype not in DTYPES
-        ]  # no layer has them, but they are claimed
+    elif check.scope == DTYPE:  # those that no layer has, but the backend claims, as well
+        more = (dtype for dtype in _claimed(subject) if dtype not in DTYPES)
         yield from (Instance(check, dtype=dtype) for dtype in (*dtypes, *more))
-        return
-    for dtype in dtypes:
-        if check.scope == OP:
-            for name, op in _implementations(offered, check.kind):
-                yield Instance(check, name, dtype, op)
-        else:
-            for policy in _policies(subject, offered):
-                yield Instance(check, policy, dtype)
-
-
-def _offered(subject: BackendUnderTest) -> dict[str, FusedOp]:
-    try:
-        with plugin_code():
-            offered = dict(subject.backend.ops())
-    except Exception:  # noqa: BLE001  # the checks of ops report it
-        return {}
-    return {str(name): op for name, op in offered.items() if isinstance(op, FusedOp)}
-
-
-def _implementations(offered: Mapping[str, FusedOp], kind: str) -> Iterator[tuple[str, FusedOp]]:
-    """Yield what the backend offers for a kind of op, and the reference, which serves what ops refuse."""
-    for name, op in offered.items():
-        if str(getattr(op, "contract", "")).partition("/")[0] == kind:
-            yield name, op
-    yield "reference", REFERENCE[kind]
-
-
-def _policies(subject: BackendUnderTest, offered: Mapping[str, FusedOp]) -> tuple[str, ...]:
-    """Return the ops a layer is built with; without fused ops both policies are the same."""
-    return ("auto", "reference") if offered and not subject.quick else ("auto",)
+    elif check.scope == OP:  # of the reference, too, which serves what ops refuse
+        for dtype in dtypes:
+            for name, op in offered.items():
+                if str(getattr(op, "contract", "")).partition("/")[0] == check.kind:
+                    yield Instance(check, name, dtype, op)
+            yield Instance(check, "reference", dtype, REFERENCE[check.kind])
+    else:  # without fused ops both policies are the same
+        policies = ("auto", "reference") if offered and not subject.quick else ("auto",)
+        yield from (Instance(check, policy, dtype) for dtype in dtypes for policy in policies)
 
 
 def carry_out(
@@ -173,7 +151,8 @@ def carry_out(
     """Run one check and classify its outcome; `beat` is called after every case."""
     start = time.perf_counter()
     trial = instance.spared(subject).run(subject, beat)
-    status, reason = _verdict(instance, trial, xfails)
+    status, reason = _verdict(trial, xfails.reason(instance.check.id, instance.subject))
+    failed, refused = trial.ended("failed"), trial.ended("refused")
     return CheckResult(
         id=instance.id,
         check=instance.check.id,
@@ -182,44 +161,93 @@ def carry_out(
         dtype=dtype_name(instance.dtype) if instance.dtype else "",
         status=status,
         reason=reason,
-        cases=_counts(trial),
-        failures=[_failure(instance, one) for one in trial.cases if one.outcome == "failed"],
-        refusals=[Refusal(case=one.label, reason=one.reason) for one in _refused(trial)],
+        cases=Cases(
+            passed=len(trial.ended("passed")),
+            refused=len(refused),
+            failed=len(failed),
+            left_out=len(trial.labels) - sum(one.number > 0 for one in trial.cases),
+        ),
+        failures=[Failure(case_id(instance.id, one.number), one.label, one.reason) for one in failed],
+        refusals=[Refusal(one.label, one.reason) for one in refused],
         error_ratio=trial.worst,
         note=trial.note,
         seconds=round(time.perf_counter() - start, 4),
     )
 
 
-def _counts(trial: Trial) -> Cases:
-    return Cases(
-        passed=trial.count("passed"),
-        refused=trial.count("refused"),
-        failed=trial.count("failed"),
-        left_out=len(trial.labels) - sum(one.number > 0 for one in trial.cases),
-    )
-
-
-def _failure(instance: Instance, one: Case) -> Failure:
-    return Failure(id=case_id(instance.id, one.number), case=one.label, reason=one.reason)
-
-
-def _refused(trial: Trial) -> list[Case]:
-    return [one for one in trial.cases if one.outcome == "refused"]
-
-
-def _verdict(instance: Instance, trial: Trial, xfails: Xfails) -> tuple[Status, str]:
-    expected = xfails.reason(instance.check.id, instance.subject)
-    if trial.count("failed"):
-        reason = _summary(trial)
+def _verdict(trial: Trial, expected: str | None) -> tuple[Status, str]:
+    """Return how a check ended, and why; `expected` is why it should fail."""
+    if failed := trial.ended("failed"):
+        of = "" if len(trial.cases) == 1 else f"{len(failed)} of {len(trial.cases)} cases; "
+        reason = f"{of}{failed[0]}"
         return ("fail", reason) if expected is None else ("xfail", f"{expected} ({reason})")
-    if not trial.count("passed"):
-        return "refused", "; ".join(dict.fromkeys(one.reason for one in _refused(trial)))
+    if not trial.ended("passed"):
+        return "refused", "; ".join(dict.fromkeys(one.reason for one in trial.cases))
     return ("pass", "") if expected is None else ("xpass", expected)
 
 
-def _summary(trial: Trial) -> str:
-    """Return the first failure, and how many there are."""
-    failed = [one for one in trial.cases if one.outcome == "failed"]
-    of = "" if len(trial.cases) == 1 else f"{len(failed)} of {len(trial.cases)} cases; "
-    return f"{of}{failed[0]}"
+@dataclass(frozen=True)
+class Asked:
+    """What the command line, or the options of pytest, ask for."""
+
+    backend: BackendOptions
+    dtypes: Sequence[str] = ()  # names; empty: those the backend claims
+    only: Sequence[str] = ()  # patterns; empty: every check
+    quick: bool = False
+    every_case: bool = False
+
+    def alone(self) -> list[str]:
+        """Return the command that runs one case, without its `--only`."""
+        words = ["python", "-m", "mla.conformance", "--backend", str(self.backend.backend)]
+        words += [word for option in self.backend.backend_options for word in ("-O", option)]
+        for flag, value in (("--device", self.backend.device), ("--threads", self.backend.threads)):
+            words += [] if value is None else [flag, str(value)]
+        return [*words, *(["--quick"] * self.quick)]
+
+
+@dataclass
+class Suite:
+    """A backend that is open, and what is checked of it."""
+
+    asked: Asked
+    subject: BackendUnderTest
+    dtypes: tuple[torch.dtype, ...]
+    slow: tuple[Slow, ...] = ()
+    xfails: Xfails = field(default_factory=Xfails)
+    keeper: Keeper | None = None
+    beat: Callable[[], None] = lambda: None  # called after every case
+
+    @classmethod
+    def opened(cls, asked: Asked, xfails: Xfails) -> Suite:
+        """Open the backend. Raises `UsageError`, `BackendError`."""
+        opened, settings = open_backend(asked.backend), asked.backend.key_values()
+
+        def reopen(more: Mapping[str, str]) -> Backend:
+            return create(opened.name, {**settings, **more})
+
+        subject = BackendUnderTest(opened.backend, opened.name, asked.quick, opened.version, reopen, note)
+        claimed = claimed_dtypes(subject)
+        slow = () if asked.every_case else slow_dtypes(subject.backend, claimed)
+        names = [dtype_name(dtype) for dtype in claimed]
+        for name in asked.dtypes:
+            if name not in names:
+                raise UsageError(f"the backend does not claim {name}; it claims: {', '.join(names)}.")
+        chosen = tuple(dtype for dtype in claimed if not asked.dtypes or dtype_name(dtype) in asked.dtypes)
+        return cls(asked, replace(subject, slow=dtypes_of(slow)), chosen, slow, xfails)
+
+    @cached_property
+    def planned(self) -> tuple[Instance, ...]:
+        """What runs, in order. Raises `UsageError` where a check or a case is not there."""
+        only = self.asked.only
+        planned = instances(self.subject, self.dtypes, only)
+        if not planned:
+            raise nothing_matches(only, [one.id for one in instances(self.subject, self.dtypes)])
+        require_cases(planned, self.subject)
+        return planned
+
+    def carry_out(self, instance: Instance) -> CheckResult:
+        """Run one check, and keep the first wrong call if that was asked for."""
+        result = carry_out(instance, self.subject, self.xfails, self.beat)
+        if self.keeper is not None:
+            self.keeper.see(instance, result)
+        return result

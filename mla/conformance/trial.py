@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -35,6 +35,8 @@ class _NotChosen(Exception):
 
 
 Outcome = Literal["passed", "refused", "failed"]
+Answer = TypeVar("Answer")
+Default = TypeVar("Default")
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,16 @@ class Trial:
     def quick(self) -> bool:
         return object.__getattribute__(self, "subject").quick
 
-    def count(self, outcome: Outcome) -> int:
-        """Return how many cases ended so."""
-        return sum(one.outcome == outcome for one in self.cases)
+    def ended(self, outcome: Outcome) -> list[Case]:
+        """Return the cases that ended so."""
+        return [case for case in self.cases if case.outcome == outcome]
+
+    def run(self, check: Callable[[Trial], None]) -> None:
+        """Run a check. What it raises outside of its cases is case 0, as is a check without cases."""
+        with self._judged(0, "", may_refuse=False):
+            check(self)
+        if self.cases[-1].outcome == "passed" and self.labels:
+            self.cases.pop()
 
     @contextmanager
     def case(self, label: str = "") -> Iterator[None]:
@@ -129,28 +138,11 @@ class Trial:
         """
         self.labels.append(label)
         number = len(self.labels)
-        if self.chosen is not None and number not in self.chosen:
-            with self._leaving_out():
+        if self.chosen is None or number in self.chosen:
+            with self._judged(number, label, self.may_refuse):
                 yield
+            self.beat()
             return
-        outcome: Outcome = "passed"
-        reason = ""
-        try:
-            with plugin_code():
-                yield
-        except (Refused, UnsupportedBatch) as why:
-            outcome, reason = "refused", str(why)
-        except CheckFailed as why:
-            outcome, reason = "failed", str(why)
-        except BackendError as why:  # ops raise it on the host, before anything is launched
-            outcome, reason = ("refused", str(why)) if self.may_refuse else ("failed", raised(why))
-        except Exception as error:  # noqa: BLE001  # whatever is raised is a finding, even SystemExit
-            outcome, reason = "failed", raised(error)
-        self.cases.append(Case(number, label, outcome, reason))
-        self.beat()
-
-    @contextmanager
-    def _leaving_out(self) -> Iterator[None]:
         self._left_out = True
         try:
             yield
@@ -158,6 +150,22 @@ class Trial:
             pass
         finally:
             self._left_out = False
+
+    @contextmanager
+    def _judged(self, number: int, label: str, may_refuse: bool) -> Iterator[None]:
+        ended: tuple[Outcome, str] = "passed", ""
+        try:
+            with plugin_code():
+                yield
+        except (Refused, UnsupportedBatch) as why:
+            ended = "refused", str(why)
+        except CheckFailed as why:
+            ended = "failed", str(why)
+        except BackendError as why:  # ops raise it on the host, before anything is launched
+            ended = ("refused", str(why)) if may_refuse else ("failed", raised(why))
+        except Exception as error:  # noqa: BLE001  # whatever is raised is a finding, even SystemExit
+            ended = "failed", raised(error)
+        self.cases.append(Case(number, label, *ended))
 
     def judge(
         self,
@@ -203,6 +211,15 @@ def expect(condition: bool, reason: str) -> None:
     """Raise `CheckFailed` with `reason` unless the condition holds."""
     if not condition:
         raise CheckFailed(reason)
+
+
+def ask(question: Callable[[], Answer], otherwise: Default) -> Answer | Default:
+    """Return what a plugin answers, or `otherwise` if it raises: a check asks the same, and reports it."""
+    try:
+        with plugin_code():
+            return question()
+    except Exception:  # noqa: BLE001  # whatever a stack raises
+        return otherwise
 
 
 def raised(error: BaseException) -> str:

@@ -1,6 +1,5 @@
-"""The list of expected failures: lines `check: reason`.
+"""The list of expected failures: lines `check: reason`, where a check is named as for `--only`.
 
-A check is named as for `--only`: `latent.heads`, `latent.heads[mine-bfloat16]`, `latent`, with wildcards.
 Empty lines and lines that start with # are ignored.
 """
 
@@ -10,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mla.conformance.registry import all_checks, matches
-from mla.conformance.selection import without_case
-from mla.errors import MLAError, did_you_mean
+from mla.conformance.registry import matches
+from mla.conformance.selection import require_known, without_case
+from mla.errors import MLAError
 from mla_backends import outside
 from mla_backends.outside import quoted
 
@@ -30,50 +29,33 @@ class Xfails:
 
     @classmethod
     def read(cls, path: Path) -> Xfails:
-        """Read a file. Raises `XfailError` naming the line."""
+        """Read a file. Raises `XfailError` or `UsageError` naming the line."""
         try:
             lines = outside.read(path).decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise XfailError(f"cannot read '{path}': {getattr(error, 'strerror', None) or error}.") from error
         entries: dict[str, str] = {}
-        for number, line in enumerate(lines, 1):
-            if not line.strip() or line.lstrip().startswith("#"):
-                continue
-            pattern, reason = _entry(line, f"'{path}' line {number}")
-            if pattern in entries:
-                raise XfailError(f"'{path}' line {number}: {quoted(pattern)} is listed twice.")
-            entries[pattern] = reason
+        for number, line in enumerate(map(str.strip, lines), 1):
+            if line and not line.startswith("#"):
+                where = f"'{path}' line {number}"
+                pattern, _, reason = map(str.strip, line.partition(":"))
+                if not pattern or not reason:
+                    raise XfailError(f"{where}: expected 'check: reason', got {quoted(line)}.")
+                if (check := without_case(pattern)) != pattern:
+                    hint = f"list {quoted(check)}"
+                    raise XfailError(f"{where}: expected failures are checks, not single cases: {hint}.")
+                require_known(pattern, where)
+                if pattern in entries:
+                    raise XfailError(f"{where}: {quoted(pattern)} is listed twice.")
+                entries[pattern] = reason
         return cls(entries)
 
     def reason(self, check_id: str, subject: str) -> str | None:
         """Return why this check is expected to fail, or None."""
-        for pattern, reason in self.entries.items():
-            if matches(pattern, check_id, subject):
-                self.used.add(pattern)
-                return reason
-        return None
+        pattern = next((one for one in self.entries if matches(one, check_id, subject)), None)
+        self.used.update(filter(None, [pattern]))
+        return None if pattern is None else self.entries[pattern]
 
     def unused(self) -> list[str]:
         """Return the patterns that matched nothing that ran."""
         return [pattern for pattern in self.entries if pattern not in self.used]
-
-
-def _entry(line: str, where: str) -> tuple[str, str]:
-    pattern, colon, reason = (part.strip() for part in line.partition(":"))
-    if not colon or not pattern or not reason:
-        raise XfailError(f"{where}: expected 'check: reason', got {quoted(line.strip())}.")
-    check = without_case(pattern)
-    if check != pattern:
-        raise XfailError(f"{where}: expected failures are checks, not single cases: list {quoted(check)}.")
-    require_known(pattern, where)
-    return pattern, reason
-
-
-def require_known(pattern: str, where: str) -> None:
-    """Raise `XfailError` unless some check matches the pattern, whatever the subject."""
-    check, _, _ = pattern.partition("[")
-    names = [one.id for one in all_checks()]
-    if not any(matches(check, name) for name in names):
-        groups = list(dict.fromkeys(name.partition(".")[0] for name in names))
-        hint = did_you_mean(check, names + groups)
-        raise XfailError(f"{where}: unknown check {quoted(check)}.{hint} `--list` shows all checks.")

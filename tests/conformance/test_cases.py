@@ -13,14 +13,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from wrong_ops.base import SMALL_OPS
 
+from mla.command.backend import BackendOptions
 from mla.conformance import schedule
 from mla.conformance.cli import main
 from mla.conformance.problems.attention import SMALL
 from mla.conformance.problems.small_ops import LatentWrite, MatMul, Norm, Rotation, SmallProblem
 from mla.conformance.registry import LAYER, OP
 from mla.conformance.report import CheckResult
+from mla.conformance.report.made import Results
 from mla.conformance.speed import slow_dtypes
-from mla.conformance.suite import Instance, carry_out, handful, instances
+from mla.conformance.suite import Asked, Instance, Suite, carry_out, handful, instances
 from mla.conformance.trial import BackendUnderTest
 from mla.conformance.xfails import Xfails
 from mla.reference import REFERENCE
@@ -244,15 +246,18 @@ def test_the_expected_time_is_said_once_and_early(monkeypatch: pytest.MonkeyPatc
 
 def test_the_rest_is_expected_to_take_what_its_kind_took(sound: Any) -> None:
     subject = BackendUnderTest(sound(), "sound", quick=True)
-    chosen = instances(subject, (torch.float32,), ("linear.bias", "linear.product", "rms_norm.eps"))
-    planned = schedule.steps(chosen, subject)
-    at = {one.instance.check.id: index for index, one in enumerate(planned)}
-    cases = {name: planned[index].cases for name, index in at.items()}
-    assert cases == {"linear.bias": 3, "linear.product": 4, "rms_norm.eps": 2}
-    done = carry_out(planned[at["linear.product"]].instance, subject, Xfails())
+    asked = Asked(
+        BackendOptions("sound", None, (), None), (), ("linear.bias", "linear.product", "rms_norm.eps")
+    )
+    suite = Suite(asked, subject, (torch.float32,))
+    planned = schedule.Schedule(Results(suite))
+    assert list(planned.cases.values()) == [4, 3, 2]
+    product, _, eps = suite.planned
+    assert planned.first == {product.id, eps.id}
+    done = carry_out(product, subject, Xfails())
     done.seconds = 1.0
-    found = {at["linear.product"]: done}
-    assert schedule.expected(planned, found, [at["linear.bias"], at["rms_norm.eps"]]) == 0.75
+    planned.results[product.id] = done
+    assert planned.expected() == 0.75
     assert [schedule.duration(seconds) for seconds in (0.2, 99.0, 280.0)] == ["1 s", "99 s", "5 min"]
 
 

@@ -1,36 +1,135 @@
-"""The report of a run: its schema, what it covered, and the card that is printed from it."""
+"""The report of a run: one schema, validated on write and on read."""
 
-from mla.conformance.report.card import card, summary
-from mla.conformance.report.schema import (
-    SCHEMA_VERSION,
-    Cases,
-    CheckedBackend,
-    CheckResult,
-    ConformanceReport,
-    ConformanceReportError,
-    Coverage,
-    Failure,
-    Refusal,
-    Slow,
-    Status,
-    decode,
-    write,
-)
+from __future__ import annotations
 
-__all__ = [
-    "SCHEMA_VERSION",
-    "Cases",
-    "CheckResult",
-    "CheckedBackend",
-    "ConformanceReport",
-    "ConformanceReportError",
-    "Coverage",
-    "Failure",
-    "Refusal",
-    "Slow",
-    "Status",
-    "card",
-    "decode",
-    "summary",
-    "write",
-]
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from mla.command.files import write_bytes
+from mla.errors import MLAError
+
+SCHEMA_VERSION = 2
+
+Status = Literal["pass", "fail", "refused", "xfail", "xpass"]
+
+
+class ConformanceReportError(MLAError):
+    """A report that cannot be read."""
+
+
+class Cases(msgspec.Struct, kw_only=True):
+    """Number of cases of a check by outcome."""
+
+    passed: int
+    refused: int
+    failed: int
+    left_out: int  # because the device is slow in the dtype, or because only others were asked for
+
+
+class Failure(msgspec.Struct):
+    """A case that is wrong."""
+
+    id: str  # as `--only` takes it; that of the check if the check itself failed, outside of its cases
+    case: str
+    reason: str
+
+
+class Refusal(msgspec.Struct):
+    """A case that was not served, and the op's reasons."""
+
+    case: str
+    reason: str
+
+
+class CheckResult(msgspec.Struct, kw_only=True):
+    """One check of one subject.
+
+    refused: the backend declared beforehand that it serves none of the cases. xfail: it failed, as the list
+    of expected failures says. xpass: the list says it fails, but it passed.
+    """
+
+    id: str  # check, and the subject in brackets
+    check: str
+    kind: str  # why kernels fail it: a key of `mla.conformance.kinds.KINDS`
+    of: str  # op, or the policy of a layer's ops; "" for the device
+    dtype: str  # "" where it does not matter
+    status: Status
+    reason: str
+    cases: Cases
+    failures: list[Failure]
+    refusals: list[Refusal]
+    error_ratio: float | None  # largest error over its bound; at most 1 when right
+    note: str
+    seconds: float
+
+
+class CheckedBackend(msgspec.Struct, kw_only=True):
+    """What was checked."""
+
+    name: str
+    version: str | None
+    device: str  # torch's name for it
+    device_name: str
+
+
+class Slow(msgspec.Struct, kw_only=True):
+    """A dtype of which a handful of cases ran, because the device takes long in it."""
+
+    dtype: str
+    than: str  # the wider dtype it is compared with
+    factor: float  # how many times as long a product takes
+
+
+class Coverage(msgspec.Struct, kw_only=True):
+    """What ran of one kind of failure."""
+
+    kind: str
+    what: str
+    checks: int  # each of one op or layer in one dtype
+    cases: Cases
+
+
+class ConformanceReport(msgspec.Struct, kw_only=True):
+    """One run of the suite."""
+
+    schema_version: int
+    argv: list[str]
+    alone: list[str]  # the command that runs one case, without its `--only`
+    created: str  # ISO 8601, UTC
+    git_commit: str | None
+    interrupted: bool
+    quick: bool
+    backend: CheckedBackend
+    environment: dict[str, str]
+    dtypes: list[str]
+    slow: list[Slow]
+    planned: int  # checks, of which `checks` holds those that ran
+    checks: list[CheckResult]
+    unused_xfails: list[str]  # patterns of the list that matched nothing that ran
+    coverage: list[Coverage]
+    blind: list[str]  # what this run cannot have seen, one sentence each
+
+    def counts(self) -> Counter[Status]:
+        """Return status -> number of checks."""
+        return Counter(one.status for one in self.checks)
+
+
+def decode(data: bytes) -> ConformanceReport:
+    """Parse and validate a report. Raises `ConformanceReportError` with the JSON path of the fault."""
+    try:
+        report = msgspec.json.decode(data, type=ConformanceReport)
+    except msgspec.DecodeError as error:
+        raise ConformanceReportError(f"not a conformance report of this version: {error}.") from error
+    if report.schema_version != SCHEMA_VERSION:
+        raise ConformanceReportError(
+            f"the report has schema version {report.schema_version}, not {SCHEMA_VERSION}."
+        )
+    return report
+
+
+def write(report: ConformanceReport, path: Path) -> None:
+    """Write a report whole or not at all. Raises `mla.errors.ResultError`."""
+    write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n", path)

@@ -3,65 +3,60 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from mla.command.table import markdown
-from mla.conformance.report.schema import (
-    Cases,
-    CheckResult,
-    ConformanceReport,
-    Coverage,
-    Failure,
-    Status,
-)
+from mla.conformance.report import Cases, CheckResult, ConformanceReport, Status
 
 # How many wrong cases of a check are listed.
 MOST_CASES = 5
 
 _TITLES = ("check", "of", "result", "cases", "error/bound", "note")
 _KIND_TITLES = ("kind", "checks", "cases", "what it is")
-_SECTIONS: dict[Status, str] = {
-    "xpass": "Passed unexpectedly (remove them from the list)",
-    "xfail": "Failed as expected",
+_WORDS: dict[Status, str] = {
+    "pass": "passed",
+    "fail": "failed",
+    "refused": "refused",
+    "xfail": "failed as expected",
+    "xpass": "passed unexpectedly",
 }
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def card(report: ConformanceReport) -> str:
     """Return the report card: Markdown that is readable as plain text."""
+    checks = report.checks
+    kinds = [(one.kind, str(one.checks), _counted([one.cases]), one.what) for one in report.coverage]
     parts = [
         f"# mla conformance: {report.backend.name}\n",
         _header(report),
-        _table(report.checks),
+        markdown(_TITLES, _rows(checks), padded=True),
         _list(
-            "Failed", list(_failures(report)), "A command with `--dump-failure DIR` keeps the case's tensors."
+            "Failed", _failures(report), "A command with `--dump-failure DIR` keeps the case's tensors.\n\n"
         ),
-        *(_section(title, status, report.checks) for status, title in _SECTIONS.items()),
-        _list("Refused", list(_refusals(report.checks))),
+        _list("Passed unexpectedly (remove them from the list)", _reasons(checks, "xpass")),
+        _list("Failed as expected", _reasons(checks, "xfail")),
+        _list("Refused", _refusals(checks)),
         _list("Expected failures that matched no check", report.unused_xfails),
         "## Covered, by why kernels fail\n",
-        markdown(_KIND_TITLES, map(_kind, report.coverage), padded=True),
-        _list("What this run cannot have seen", list(map(_flat, report.blind))),
-        f"Seconds: {seconds_by_group(report.checks)}\n",
-        summary(report) + "\n",
+        markdown(_KIND_TITLES, kinds, padded=True),
+        _list("What this run cannot have seen", map(_flat, report.blind)),
+        f"Seconds: {_seconds(checks)}\n",
+        f"{_summary(report)}\n",
     ]
     return "\n".join(part for part in parts if part)
 
 
-def summary(report: ConformanceReport) -> str:
+def _summary(report: ConformanceReport) -> str:
     """Return the last line: the number of checks by outcome."""
-    counts, seconds = report.counts(), sum(one.seconds for one in report.checks)
-    words = {
-        "pass": "passed",
-        "fail": "failed",
-        "refused": "refused",
-        "xfail": "failed as expected",
-        "xpass": "passed unexpectedly",
-    }
-    listed = ", ".join(f"{counts[cast('Status', status)]} {word}" for status, word in words.items())
+    counts, checks = report.counts(), report.checks
+    listed = ", ".join(f"{counts[status]} {word}" for status, word in _WORDS.items())
     cut = f" (interrupted, {report.planned} planned)" if report.interrupted else ""
-    checks = "1 check" if len(report.checks) == 1 else f"{len(report.checks)} checks"
-    return f"{checks}{cut}: {listed}; {seconds:.1f} s"
+    count = "1 check" if len(checks) == 1 else f"{len(checks)} checks"
+    return f"{count}{cut}: {listed}; {sum(one.seconds for one in checks):.1f} s"
 
 
 def _header(report: ConformanceReport) -> str:
@@ -79,81 +74,50 @@ def _header(report: ConformanceReport) -> str:
     return "".join(f"- {key}: {_flat(value)}\n" for key, value in facts.items())
 
 
-def _kind(one: Coverage) -> tuple[str, ...]:
-    return one.kind, str(one.checks), _counted([one.cases]), one.what
-
-
 def _failures(report: ConformanceReport) -> Iterator[str]:
     """Yield every failed check with its wrong cases, and how to run the first of them alone."""
     for one in report.checks:
-        if one.status != "fail":
-            continue
-        lines = [*failed_cases(one), _alone(report, one.failures[0])]
-        yield f"`{one.id}`: {_of_cases(one)}\n" + "\n".join(f"  - {line}" for line in lines)
-
-
-def _of_cases(one: CheckResult) -> str:
-    ran = one.cases.passed + one.cases.refused + one.cases.failed
-    return f"{one.cases.failed} of {ran} cases" if ran > 1 else "its one case"
+        if one.status == "fail":
+            ran = one.cases.passed + one.cases.refused + one.cases.failed
+            of = f"{one.cases.failed} of {ran} cases" if ran > 1 else "its one case"
+            alone = shlex.join([*report.alone, "--only", one.failures[0].id])
+            lines = [f"`{one.id}`: {of}", *failed_cases(one), f"the first alone: `{alone}`"]
+            yield "\n  - ".join(lines)
 
 
 def failed_cases(one: CheckResult) -> list[str]:
     """Return a line for each of the first wrong cases of a check, and one that counts the others."""
-    lines = [f"`{case.id}`: {_flat(_text(case))}" for case in one.failures[:MOST_CASES]]
-    more = len(one.failures) - len(lines)
-    return [*lines, f"and {more} more"] if more else lines
+    texts = {case.id: ": ".join(filter(None, (case.case, case.reason))) for case in one.failures[:MOST_CASES]}
+    more = len(one.failures) - len(texts)
+    return [*(f"`{id}`: {_flat(text)}" for id, text in texts.items()), *([f"and {more} more"] * bool(more))]
 
 
-def _text(case: Failure) -> str:
-    return ": ".join(filter(None, (case.case, case.reason)))
-
-
-def _alone(report: ConformanceReport, case: Failure) -> str:
-    """Return how to run one case and nothing else."""
-    return f"the first alone: `{shlex.join([*report.alone, '--only', case.id])}`"
-
-
-def seconds_by_group(checks: Iterable[CheckResult]) -> str:
+def _seconds(checks: Iterable[CheckResult]) -> str:
     """Return what every group of checks took, the longest first."""
-    taken: dict[str, float] = {}
+    taken: Counter[str] = Counter()
     for one in checks:
-        group = one.check.partition(".")[0]
-        taken[group] = taken.get(group, 0.0) + one.seconds
-    longest = sorted(taken, key=taken.__getitem__, reverse=True)
-    return ", ".join(f"{group} {taken[group]:.1f}" for group in longest)
-
-
-def _table(checks: Sequence[CheckResult]) -> str:
-    return markdown(_TITLES, _rows(checks), padded=True)
+        taken[_group(one)] += one.seconds  # type: ignore[assignment]  # a counter takes floats as well
+    return ", ".join(f"{group} {seconds:.1f}" for group, seconds in taken.most_common())
 
 
 def _rows(checks: Iterable[CheckResult]) -> Iterator[tuple[str, ...]]:
     """Yield one row per check and op: the dtypes share it."""
-    groups: dict[tuple[str, str], list[CheckResult]] = {}
-    for one in checks:
-        groups.setdefault((one.check, one.of), []).append(one)
-    for (name, of), members in groups.items():
-        yield tuple(
-            map(
-                _one_line,
-                (name, of or "device", _result(members), _cases(members), _ratio(members), _note(members)),
-            )
-        )
+    for (name, of), members in _grouped(checks, lambda one: (one.check, one.of)).items():
+        ratios = [one.error_ratio for one in members if one.error_ratio is not None]
+        ratio = f"{max(ratios):.2g}" if ratios else ""
+        note = "; ".join(dict.fromkeys(one.note for one in members if one.note))
+        cases = _counted([one.cases for one in members])
+        yield tuple(map(_one_line, (name, of or "device", _result(members), cases, ratio, note)))
 
 
 def _result(members: Sequence[CheckResult]) -> str:
     """Return "pass", or the outcome of each dtype."""
-    by_status: dict[str, list[str]] = {}
-    for one in members:
-        word = one.status.upper() if one.status in ("fail", "xpass") else one.status
-        by_status.setdefault(word, []).append(one.dtype)
-    if len(by_status) == 1:
-        return next(iter(by_status))
-    return "; ".join(f"{word} {', '.join(dtypes)}" for word, dtypes in by_status.items())
-
-
-def _cases(members: Sequence[CheckResult]) -> str:
-    return _counted([one.cases for one in members])
+    ends = _grouped(
+        members, lambda one: one.status.upper() if one.status in ("fail", "xpass") else one.status
+    )
+    if len(ends) == 1:
+        return next(iter(ends))
+    return "; ".join(f"{word} {', '.join(one.dtype for one in ended)}" for word, ended in ends.items())
 
 
 def _counted(members: Sequence[Cases]) -> str:
@@ -164,60 +128,57 @@ def _counted(members: Sequence[Cases]) -> str:
     return ", ".join([str(sum(counts.values())), *extra])
 
 
-def _ratio(members: Sequence[CheckResult]) -> str:
-    ratios = [one.error_ratio for one in members if one.error_ratio is not None]
-    return f"{max(ratios):.2g}" if ratios else ""
-
-
-def _note(members: Sequence[CheckResult]) -> str:
-    return "; ".join(dict.fromkeys(one.note for one in members if one.note))
-
-
-def _section(title: str, status: Status, checks: Iterable[CheckResult]) -> str:
-    return _list(title, [f"`{one.id}`: {_flat(one.reason)}" for one in checks if one.status == status])
+def _reasons(checks: Iterable[CheckResult], status: Status) -> list[str]:
+    return [f"`{one.id}`: {_flat(one.reason)}" for one in checks if one.status == status]
 
 
 def _refusals(checks: Sequence[CheckResult]) -> Iterator[str]:
     """Yield one line per op and reason: which checks it concerns, "(some)" where other cases were served."""
-    groups: dict[tuple[str, str], list[CheckResult]] = {}
-    for one in checks:
-        for reason in dict.fromkeys(refusal.reason for refusal in one.refusals):
-            groups.setdefault((one.of, reason), []).append(one)
-    for (of, reason), members in groups.items():
-        yield f"{f'`{of}`: ' if of else ''}{_flat(reason)}: {', '.join(_concerned(members, checks))}"
+    pairs = [
+        (one, reason) for one in checks for reason in dict.fromkeys(each.reason for each in one.refusals)
+    ]
+    for (of, reason), members in _grouped(pairs, lambda pair: (pair[0].of, pair[1])).items():
+        concerned = ", ".join(_concerned([one for one, _ in members], checks))
+        yield f"{f'`{of}`: ' if of else ''}{_flat(reason)}: {concerned}"
 
 
 def _concerned(members: Sequence[CheckResult], checks: Sequence[CheckResult]) -> Iterator[str]:
-    """Yield the names of checks with their dtypes, a group that is refused as a whole as one."""
-    whole = {key for key in map(_group, members) if _refused(key, members) == _count(key, checks)}
-    names: dict[str, list[str]] = {}
-    for one in members:
-        some = " (some)" if one.status != "refused" else ""
-        name = f"{one.check.partition('.')[0]}.*" if _group(one) in whole else f"{one.check}{some}"
-        names.setdefault(name, []).append(one.dtype)
-    for name, dtypes in names.items():
-        listed = ", ".join(filter(None, dict.fromkeys(dtypes)))
-        yield f"{name} [{listed}]" if listed else name
+    """Yield the names of checks with their dtypes, a group of several that is refused as a whole as one."""
+
+    def key(one: CheckResult) -> tuple[str, str, str]:
+        return _group(one), one.of, one.dtype
+
+    sizes = Counter(map(key, checks))
+    refused = Counter(key(one) for one in members if one.status == "refused")
+
+    def name(one: CheckResult) -> str:
+        if refused[key(one)] == max(2, sizes[key(one)]):
+            return f"{_group(one)}.*"
+        return one.check if one.status == "refused" else f"{one.check} (some)"
+
+    for named, found in _grouped(members, name).items():
+        dtypes = ", ".join(filter(None, dict.fromkeys(one.dtype for one in found)))
+        yield f"{named} [{dtypes}]" if dtypes else named
 
 
-def _group(one: CheckResult) -> tuple[str, str, str]:
-    return one.check.partition(".")[0], one.of, one.dtype
+def _group(one: CheckResult) -> str:
+    return one.check.partition(".")[0]
 
 
-def _refused(key: tuple[str, str, str], members: Sequence[CheckResult]) -> int:
-    return sum(_group(one) == key and one.status == "refused" for one in members)
+Item = TypeVar("Item")
 
 
-def _count(key: tuple[str, str, str], checks: Sequence[CheckResult]) -> int:
-    """Return how many checks a group has, at least two: one alone is named in full."""
-    return max(2, sum(_group(one) == key for one in checks))
+def _grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Return the items by their keys, in order."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
-def _list(title: str, lines: Sequence[str], first: str = "") -> str:
-    if not lines:
-        return ""
-    above = f"{first}\n\n" * bool(first)
-    return f"## {title}\n\n{above}" + "".join(f"- {line}\n" for line in lines)
+def _list(title: str, lines: Iterable[str], first: str = "") -> str:
+    listed = "".join(f"- {line}\n" for line in lines)
+    return f"## {title}\n\n{first}{listed}" if listed else ""
 
 
 def _flat(text: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mla.conformance.kinds import KINDS
-from mla.conformance.report.schema import Cases, CheckResult, Coverage, Slow
+from mla.conformance.report import Cases, CheckResult, Coverage, Slow
 
 # What no run of this suite sees.
 _ALWAYS = (

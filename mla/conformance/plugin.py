@@ -1,0 +1,69 @@
+"""The options `--mla-*` of pytest: `pytest --pyargs mla.conformance --mla-backend NAME`.
+
+Every pytest beside `mla` loads this plugin, so it imports nothing but pytest before `--mla-backend` is given.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from mla.conformance.suite import Suite
+
+SUITE = pytest.StashKey["Suite"]()
+PROPERTY = "mla"  # of a test's report, in JUnit's XML as well: the result of its check as JSON
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "backend": {"metavar": "NAME", "help": "Backend to check, or package.module:attribute."},
+    "device": {"metavar": "INDEX", "type": int, "help": "Index of the device."},
+    "option": {"metavar": "KEY=VALUE", "action": "append", "default": [], "help": "Option of the backend."},
+    "threads": {"metavar": "N", "type": int, "help": "Host threads. Default: the backend decides."},
+    "dtype": {"action": "append", "default": [], "help": "Check only this dtype; may be repeated."},
+    "quick": {"action": "store_true", "help": "A smaller grid of shapes; every check still runs."},
+    "every-case": {"action": "store_true", "help": "Run every case of dtypes that are slow on the device."},
+    "xfails": {"metavar": "FILE", "help": "Expected failures, one 'check: reason' per line."},
+    "dump-failure": {"metavar": "DIR", "help": "Keep the first call of an op that is wrong in DIR."},
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options."""
+    group = parser.getgroup("mla", "conformance of a backend: --pyargs mla.conformance --mla-backend NAME")
+    for name, attributes in _OPTIONS.items():
+        group.addoption(f"--mla-{name}", **attributes)
+
+
+def suite_of(config: pytest.Config) -> Suite:
+    """Return what this pytest runs; the first call opens the backend. Raises `CollectError`."""
+    if SUITE not in config.stash:
+        config.stash[SUITE] = _opened(config.option)
+    return config.stash[SUITE]
+
+
+def _opened(options: Any) -> Suite:
+    if options.mla_backend is None:
+        raise pytest.Collector.CollectError(
+            "--mla-backend is missing; `python -m mla.bench list` shows what there is."
+        )
+    from mla.command.backend import BackendOptions
+    from mla.conformance.failures import Keeper
+    from mla.conformance.suite import Asked, Suite
+    from mla.conformance.xfails import Xfails
+    from mla.errors import MLAError
+    from mla_backends.errors import BackendError
+
+    chosen = BackendOptions(
+        options.mla_backend, options.mla_device, tuple(options.mla_option), options.mla_threads
+    )
+    asked = Asked(chosen, options.mla_dtype, (), options.mla_quick, options.mla_every_case)
+    try:
+        xfails = Xfails.read(Path(options.mla_xfails)) if options.mla_xfails else Xfails()
+        suite = Suite.opened(asked, xfails)
+        if options.mla_dump_failure:
+            suite.keeper = Keeper.into(Path(options.mla_dump_failure), suite)
+    except (MLAError, BackendError) as error:
+        raise pytest.Collector.CollectError(str(error)) from error
+    return suite
