@@ -460,7 +460,7 @@ def test_pages_come_back_when_the_next_request_finds_no_room_for_its_table(
 
     cache = shared_or_not(tiny, False)
     before = everything(cache)
-    with monkeypatch.context() as broken, pytest.raises(MemoryError):
-        broken.setattr(cache, "_grow_tables", fail)
+    monkeypatch.setattr(cache, "_grow_tables", fail)
+    with pytest.raises(MemoryError):
         cache.extend([1, 0], [5, 160])
     assert everything(cache)[1:-1] == before[1:-1]

@@ -1,6 +1,6 @@
 """Two tiers: what `pytest` runs before a commit, and the rest, which `.ci/run` adds.
 
-What belongs to the rest has a marker that says why (`pytest -m levels` runs one kind). What is named on pytest's
+What belongs to the rest has a marker that says why: `pytest -m levels` runs one kind. What is named on the
 command line, or selected by -m or -k, runs whichever tier it is in.
 """
 
@@ -11,9 +11,77 @@ import re
 import pytest
 
 # Marker -> (why, patterns of node ids).
-REST: dict[str, tuple[str, tuple[str, ...]]] = {}
-# One real path through each of those rooms stays in the tier of everybody.
-EVERYDAY: tuple[str, ...] = ()
+REST: dict[str, tuple[str, tuple[str, ...]]] = {
+    "emulated": (
+        "cards and their stacks, played by Python",
+        (r"tests/backends/emulation/", r"tests/backends/any_device/test_command_line"),
+    ),
+    "triton": (
+        "kernels that Triton interprets, or compiles for cards that are not here",
+        (r"tests/triton/", r"tests/backends/triton/", r"tests/compiled_kernels/"),
+    ),
+    "mutants": (
+        "wrong ops, and right ones in other forms, by the hundred",
+        (
+            r"tests/conformance/test_(\w+_mutants|small_op_kinds|right_\w+|pytest_suite|plugin)",
+            r"tests/frozen/test_(wrong|commands)",
+            r"tests/verify/test_right_forms",
+        ),
+    ),
+    "adversary": (
+        "devices and plugins that cheat, in whole runs that wait by design",
+        (
+            r"tests/bench/opponents/",
+            r"tests/bench/run/test_tampered",
+            r"tests/bench/subjects/test_op_calls.py::test_a_remembered",
+        ),
+    ),
+    "ranks": (
+        "several processes that meet, and die",
+        (r"tests/bench/ranks/test_(faults|agreement|doubts|runs?)\.", r"tests/parallel/test_ranks"),
+    ),
+    "models": (
+        "models of transformers, and checkpoints of their size",
+        (r"tests/integrations/", r"tests/checkpoint/test_memory", r"tests/bench/cli/test_model_path"),
+    ),
+    "rivals": (
+        "what measures other implementations, or a card for hours",
+        (r"tests/gpu_campaign/test_(campaign|compiled_ahead|first_hour|rivals)", r"tests/peers/"),
+    ),
+    "builds": (
+        "wheels, environments of their own, pictures and pages in a browser",
+        (
+            r"tests/project/test_(installed|wheels|packaging)",
+            r"tests/site/",
+            r"tests/bench/report/test_(pictures|browser)",
+            r"tests/bench/scaffold/",
+            r"plugins/cpu/tests/test_native_(wheel|memory)",
+        ),
+    ),
+    "processes": (
+        "commands in processes of their own: killed, closed, full, installed beside odd plugins",
+        (
+            r"tests/bench/cli/test_(process|backend_choice|batch_spec|run|odd_plugins|plugin_boundary)",
+            r"tests/bench/doctor/",
+            r"tests/bench/run/test_resume",
+            r"plugins/cpu/tests/test_native_process",
+            r"plugins/cpu/tests/test_cpu.py::test_threads_are_the_least",
+        ),
+    ),
+}
+# One real path through each of those rooms is in the tier of everybody.
+EVERYDAY: tuple[str, ...] = (
+    r"tests/backends/emulation/test_process.py::test_the_command_line_writes_a_checked_result\[nvidia\]",
+    r"tests/bench/opponents/test_clocks",
+    r"tests/parallel/test_ranks.py::test_every_layout_equals_one_device\[2\]",
+    r"tests/integrations/test_tokens.py::test_every_family_generates_the_same_tokens",
+    r"tests/bench/report/test_browser.py::test_everything_is_in_the_rendered_page",
+    r"tests/bench/scaffold/test_newcomer.py::test_a_run_is_right_and_uses_the_op",
+    r"tests/bench/cli/test_process.py::test_(a_closed_stdout_is_told|ctrl_c_keeps)",
+    r"tests/bench/cli/test_run.py::test_(a_|an_|code|impl|list)",
+    r"tests/bench/cli/test_(plugin_boundary|odd_plugins|batch_spec).py::test_(a_plugin|an_op|a_spec|an_option|a_misspelt)",
+    r"tests/bench/doctor/test_diagnosis.py::test_json",
+)
 
 
 def marker_of(nodeid: str) -> str | None:
