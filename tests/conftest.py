@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
     from mla import MLAConfig
 
 __all__ = ["pytest_collection_finish", "pytest_collection_modifyitems", "pytest_unconfigure"]
+
+# A shell starts background jobs with SIGINT ignored, nohup with SIGHUP, and children to which tests send them would
+# inherit that.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Processes that test side by side must not spin for each other's cores; read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

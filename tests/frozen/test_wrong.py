@@ -40,7 +40,6 @@ def test_the_first_are_found(group: str) -> None:
     assert [(key, one) for key, one in findings(group, "2").items() if rows.get(key) != one] == []
 
 
-@pytest.mark.slow_truth
 @pytest.mark.parametrize("group", GROUPS)
 def test_all_are_found(group: str) -> None:
     assert hold("wrong", group, findings(group)) == []

@@ -14,11 +14,16 @@ import pytest
 REST: dict[str, tuple[str, tuple[str, ...]]] = {
     "emulated": (
         "cards and their stacks, played by Python",
-        (r"tests/backends/emulation/", r"tests/backends/any_device/test_command_line"),
+        (
+            r"tests/backends/emulation/",
+            r"tests/backends/any_device/test_command_line",
+            r"tests/backends/kernels/test_conformance",
+            r"tests/backends/kernels/test_torch_varlen.py::test_the_suite",
+        ),
     ),
     "triton": (
         "kernels that Triton interprets, or compiles for cards that are not here",
-        (r"tests/triton/", r"tests/backends/triton/", r"tests/compiled_kernels/"),
+        (r"tests/backends/triton/", r"tests/compiled_kernels/"),
     ),
     "mutants": (
         "wrong ops, and right ones in other forms, by the hundred",
@@ -29,8 +34,10 @@ REST: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "adversary": (
-        "devices and plugins that cheat, in whole runs that wait by design",
+        "devices and plugins that cheat, in whole runs that wait by design, and fuzzers",
         (
+            r"tests/fuzz/",
+            r"tests/bench/run/test_watchdog",
             r"tests/bench/opponents/",
             r"tests/bench/run/test_tampered",
             r"tests/bench/subjects/test_op_calls.py::test_a_remembered",
@@ -46,14 +53,14 @@ REST: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "rivals": (
         "what measures other implementations, or a card for hours",
-        (r"tests/gpu_campaign/test_(campaign|compiled_ahead|first_hour|rivals)", r"tests/peers/"),
+        (r"tests/gpu_campaign/", r"tests/peers/"),
     ),
     "builds": (
         "wheels, environments of their own, pictures and pages in a browser",
         (
             r"tests/project/test_(installed|wheels|packaging)",
             r"tests/site/",
-            r"tests/bench/report/test_(pictures|browser)",
+            r"tests/bench/report/test_(page|pictures|browser)",
             r"tests/bench/scaffold/",
             r"plugins/cpu/tests/test_native_(wheel|memory)",
         ),
@@ -75,6 +82,7 @@ EVERYDAY: tuple[str, ...] = (
     r"tests/bench/opponents/test_clocks",
     r"tests/parallel/test_ranks.py::test_every_layout_equals_one_device\[2\]",
     r"tests/integrations/test_tokens.py::test_every_family_generates_the_same_tokens",
+    r"tests/bench/report/test_page.py::test_a_(rich|wrong|doubtful)",
     r"tests/bench/report/test_browser.py::test_everything_is_in_the_rendered_page",
     r"tests/bench/scaffold/test_newcomer.py::test_a_run_is_right_and_uses_the_op",
     r"tests/bench/cli/test_process.py::test_(a_closed_stdout_is_told|ctrl_c_keeps)",
