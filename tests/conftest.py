@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["pytest_collection_finish", "pytest_collection_modifyitems", "pytest_unconfigure"]
 
-# A shell starts background jobs with SIGINT ignored, nohup with SIGHUP, and children to which tests send them would
-# inherit that.
+# Jobs in the background ignore SIGINT, and those of nohup SIGHUP; children would inherit that.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)

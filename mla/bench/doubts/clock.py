@@ -16,15 +16,21 @@ class SecondOpinion:
     """Compares the runner's clock with the system's, from when the object is made."""
 
     def __init__(self) -> None:
-        self._start = (now_ns(), system_ns(MONOTONIC))
+        self._start = _both()
 
     def doubt(self) -> str:
         """Return why the clock cannot be right, or nothing."""
-        ours, systems = now_ns() - self._start[0], system_ns(MONOTONIC) - self._start[1]
-        if systems < LEAST or abs(ours / systems - 1) <= WITHIN:
+        (before, start, after), (first, end, last) = self._start, _both()
+        systems, least, most = end - start, first - after, last - before
+        if systems < LEAST or (least <= (1 + WITHIN) * systems and (1 - WITHIN) * systems <= most):
             return ""
-        advanced, real = f"{ours / 1e9:.3g} s", f"{systems / 1e9:.3g} s"
+        advanced, real = f"{least / 1e9:.3g} s", f"{systems / 1e9:.3g} s"
         return f"the process's clock advanced by {advanced} while the system's did by {real}"
+
+
+def _both() -> tuple[int, int, int]:
+    """Return the system's clock between two readings of ours: others may get the CPU before each."""
+    return now_ns(), system_ns(MONOTONIC), now_ns()
 
 
 class Disturbance:

@@ -140,6 +140,17 @@ def test_a_clock_that_differs_from_the_systems_is_doubted(
     assert opinion.doubt() == ""
 
 
+@pytest.mark.parametrize("first", [(0, 0, 0), (0, 4_000_000, 4_000_000)])
+@pytest.mark.parametrize("last", [(74_000_000, 74_000_000, 74_000_000), (70_000_000, 74_000_000, 74_100_000)])
+def test_losing_the_cpu_between_two_readings_is_no_other_clock(
+    monkeypatch: pytest.MonkeyPatch, first: tuple[int, int, int], last: tuple[int, int, int]
+) -> None:
+    ours, systems = iter([*first[::2], *last[::2]]), iter([first[1], last[1]])
+    monkeypatch.setattr(clock, "now_ns", lambda: next(ours))
+    monkeypatch.setattr(clock, "system_ns", lambda which: next(systems))
+    assert SecondOpinion().doubt() == ""
+
+
 def test_the_clock_is_bound_before_a_plugin_can_replace_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.perf_counter_ns", lambda: 0)
     assert clock.now_ns() != 0
