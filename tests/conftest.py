@@ -54,6 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"the packages under test must all come from {INSTALLED} or all from {CHECKOUT}, got {places}."
         )
+    # `benchmarks` is no installed package. Last on the path: the checkout must not shadow those that are.
+    sys.path.append(str(ROOT))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -30,6 +30,7 @@ class Call:
         self.leading: tuple[Any, ...] = ()  # a packed weight, or the result of `prepare`
         self.arguments: dict[str, Any] = {}
         self.pages: Pages | None = None
+        self._batch: Any = None
         self._change: Change | None = None  # that of the last call
         self._signs: Tensors = {}  # those that the operands have at present which change once per pass
         entry, given = pool.entry, pool.given
@@ -73,10 +74,10 @@ class Call:
 
     def prepare(self) -> bool:
         """Prepare the op's state for the batch; return whether it has one. Never part of the timed call."""
-        batch = self.pool.entry.batch(self.arguments, self.case.lengths)
-        if batch is not None:
-            self.leading = (self.op.prepare(self.spec, batch),)
-        return batch is not None
+        self._batch = self.pool.entry.batch(self.arguments, self.case.lengths)  # lives as long as the state
+        if self._batch is not None:
+            self.leading = (self.op.prepare(self.spec, self._batch),)
+        return self._batch is not None
 
     def begin(self, number: int) -> None:
         """Begin pass `number`: some operands change in place, once per pass."""

@@ -56,7 +56,7 @@ class OpCase:
     biased: bool = False
     interleaved: bool = True
     eps: float = 1e-6
-    rope: MLAConfig | None = None  # the layer whose angles rotate; None: any angles
+    rope: MLAConfig | None = None  # the layer whose angles rotate; kinds that rotate need one
     layout: Layout = PLAIN
 
     @property
@@ -198,6 +198,8 @@ class Kind:
         reference; `damage` is a fault of which the caller knows.
         """
         ratios, reasons, lse = [], [damage] * bool(damage), truth.get("lse")
+        if not results:
+            reasons.append("it wrote nothing that can be judged")
         for name, result in results.items():
             if name == "lse":
                 ratio, reason = judge_lse(result, truth[name], dtype, places)
@@ -211,7 +213,7 @@ class Kind:
         return Check(
             status="wrong" if reasons else "ok",
             error_ratio=worst if math.isfinite(worst) else None,
-            relative_error=error if math.isfinite(error) else None,
+            relative_error=error if same and math.isfinite(error) else None,
             reason="; ".join(reasons),
         )
 

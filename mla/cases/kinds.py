@@ -44,7 +44,8 @@ class Linear(Kind):
         features = case.spec.in_features
         x = normal(rows, *case.shape(self.operands["x"])[1:])
         given = {"x": x, "weight": normal(*case.shape(self.packed), scale=features**-0.5)}
-        return given | ({"bias": normal(case.spec.out_features)} if case.biased else {})
+        biased = case.biased and "bias" in self.operands
+        return given | ({"bias": normal(case.spec.out_features)} if biased else {})
 
     def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
         return {"out": product(given["x"], given["weight"], given.get("bias"))}
@@ -245,10 +246,13 @@ class LatentAttention(Attention):
         case, tail = call.case, torch.nan if call.op.nan_safe_tail else TAIL
         call.pages = Pages.of(case.kv_lens, replace(case.layout, tail=tail))
         cache = call.pages.cache(call.pool.given["keys"]).to(call.device)
-        cu_q = torch.tensor([0, *case.query_lens]).cumsum(0)
-        tables = {"block_table": call.pages.table, "kv_lens": torch.tensor(case.kv_lens), "cu_q": cu_q}
-        placed = {name: table.to(call.device, torch.int32, copy=True) for name, table in tables.items()}
-        call.arguments |= {"cache": cache, **placed}
+        cu_q, table = torch.tensor([0, *case.query_lens]).cumsum(0), call.pages.table
+        # One memory, as a layer's batch has it: behind slots and positions, which the op does not get.
+        parts = [torch.zeros(3 * sum(case.query_lens)), torch.tensor(case.kv_lens), cu_q, table.flatten()]
+        memory = torch.cat([part.int() for part in parts]).to(call.device)
+        _, kv_lens, cu_q, pages = memory.split([len(part) for part in parts])
+        tables = {"block_table": pages.view(table.shape), "kv_lens": kv_lens, "cu_q": cu_q}
+        call.arguments |= {"cache": cache, **tables}
 
     def batch(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> Batch:
         tables = (arguments[name] for name in ("block_table", "kv_lens", "cu_q"))

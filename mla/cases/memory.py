@@ -84,7 +84,9 @@ def changed_slots(
 
     Rows `written` [T] of the flattened cache do not count.
     """
-    changed = (~same_numbers(cache, before.to(cache.device))).any(-1).flatten().cpu()
+    before = before.to(cache.device)
+    same = same_numbers(cache, before) if before.isnan().any() else cache == before  # which takes less memory
+    changed = (~same.all(-1)).flatten().cpu()
     if written is not None:
         changed[written.cpu()] = False
     page, slot = divmod(int(changed.int().argmax()), cache.shape[1])
@@ -182,7 +184,7 @@ class Placed:
             "before the first row of": slice(rows.start),
             "behind the last row of": slice(rows.stop, None),
         }
-        if not self.part.is_contiguous():
+        if self.whole[rows].shape != self.part.shape:  # a single row is contiguous, whatever is beside it
             sides["beside rows of"] = rows
         for side, some in sides.items():
             right = self.before[some]

@@ -217,7 +217,9 @@ class Queries(Pool):
         for home, queries in zip(self.homes, alternatives, strict=True):
             token, head = divmod(home, heads)
             request = bisect_right(starts, token) - 1
-            seen = case.kv_lens[request] - case.query_lens[request] + token - starts[request] + 1
+            seen = case.kv_lens[request]
+            if case.causal:
+                seen -= starts[request] + case.query_lens[request] - token - 1
             rows = slice(first_keys[request], first_keys[request] + seen)
             own = slice(head, head + 1) if k.shape[1] > 1 else slice(None)
             out, lse = attend(queries[None], k[rows, own], v[rows, own], scale, False)

@@ -15,7 +15,7 @@ __all__ = ["BackendConformance"]
 
 
 def __getattr__(name: str) -> object:
-    """Import on first use: the command line needs no pytest."""
+    """Import on first use: what only lists checks needs no pytest."""
     if name == "BackendConformance":
         from mla.conformance.pytest_suite import BackendConformance
 

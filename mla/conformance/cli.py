@@ -180,7 +180,8 @@ def _require_pytest() -> None:
     try:
         import pytest
 
-        found = "" if pytest.version_tuple >= LEAST_PYTEST else f"here in version {pytest.__version__}"
+        here = getattr(pytest, "version_tuple", (0,))  # which pytest 6 lacks
+        found = "" if here >= LEAST_PYTEST else f"here in version {pytest.__version__}"
     except ImportError:
         found = "not installed"
     if found:

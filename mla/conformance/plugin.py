@@ -5,6 +5,7 @@ Every pytest beside `mla` loads this plugin, so it imports nothing but pytest be
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import pytest
 if TYPE_CHECKING:
     from mla.conformance.suite import Suite
 
-SUITE = pytest.StashKey["Suite"]()
+SUITE = "_mla_suite"  # an attribute of pytest's config: stashes are younger than some pytest beside us
 PROPERTY = "mla"  # of a test's report, in JUnit's XML as well: the result of its check as JSON
 
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -38,9 +39,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def suite_of(config: pytest.Config) -> Suite:
     """Return what this pytest runs; the first call opens the backend. Raises `CollectError`."""
-    if SUITE not in config.stash:
-        config.stash[SUITE] = _opened(config.option)
-    return config.stash[SUITE]
+    if not hasattr(config, SUITE):
+        setattr(config, SUITE, _opened(config.option))
+    suite: Suite = getattr(config, SUITE)
+    return suite
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have OpenMP's threads sleep, as the command does: cases are small, and there may be other workers."""
+    if config.option.mla_backend:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _opened(options: Any) -> Suite:

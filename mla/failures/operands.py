@@ -160,6 +160,7 @@ def _check_values(facts: CallFacts, tensors: Tensors, sizes: Mapping[str, int]) 
     lengths = (facts.query_lens, facts.kv_lens)
     _require(len(facts.query_lens) == len(facts.kv_lens), "it does not have two lengths of every request")
     if KINDS[facts.kind].prepares:
+        _require(facts.role != CONTEXT, "its role is of another kind of op")
         _require(bool(facts.query_lens), "it has no request")
         _require(sum(facts.query_lens) == sizes["T"], "its new tokens are not the rows of q")
         if facts.causal:  # a request without keys is allowed

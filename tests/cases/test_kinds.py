@@ -14,7 +14,7 @@ from mla import MLAConfig
 from mla.cases import KINDS
 from mla.cases.call import Call, Checker
 from mla.cases.case import OpCase
-from mla.cases.memory import Layout, Pages
+from mla.cases.memory import Layout, Pages, place
 from mla.cases.varied import Pool
 from mla.reference import REFERENCE
 from mla_backends.api import OPS, AttentionSpec, LinearSpec, NormSpec
@@ -237,3 +237,29 @@ def test_rows_around_a_strided_operand_are_poisoned() -> None:
     x = Call(pool_of(case), REFERENCE["rms_norm"], case.spec).arguments["x"]
     assert x.stride() == (29, 1)
     assert torch.as_strided(x, (9 * 29 - 5,), (1,), 2).isnan().sum() == 9 * 29 - 5  # before the first call
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_write_beside_rows_is_seen_even_beside_a_single_one(rows: int) -> None:
+    placed = place(torch.zeros(rows, 8), CPU, strided=True)
+    assert placed.around("out") == ""
+    placed.whole[placed.where[0], -1] = 5
+    assert placed.around("out") == "memory beside rows of `out` was written"
+
+
+def test_nothing_is_not_right() -> None:
+    check = KINDS["linear"].judge({}, {}, {}, torch.float32)
+    assert (check.status, check.relative_error) == ("wrong", None)
+
+
+def test_without_a_mask_every_key_is_seen() -> None:
+    assert called(pool_of(case_of("expanded_attention", causal=False)))[1] == ""
+
+
+def test_tables_lie_in_one_memory_as_those_of_a_layer() -> None:
+    call = Call(
+        pool_of(case_of("latent_attention")), REFERENCE["latent_attention"], spec_of("latent_attention")
+    )
+    tables = [call.arguments[name] for name in ("kv_lens", "cu_q", "block_table")]
+    assert len({table.untyped_storage().data_ptr() for table in tables}) == 1
+    assert [table.storage_offset() for table in tables] == [3 * sum(NEW), 3 * sum(NEW) + 3, 3 * sum(NEW) + 7]

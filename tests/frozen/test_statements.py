@@ -49,7 +49,12 @@ def collected() -> dict[str, list[str]]:
     """Return the cases that pytest collects: file and test -> what stands in brackets."""
     words = ("--collect-only", "-q", "-n0", "-p", "no:cacheprovider", *READ)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True, timeout=600
+        # -I: the checkout must not come before what is installed.
+        [sys.executable, "-I", "-m", "pytest", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     cases = defaultdict(list)
@@ -72,7 +77,16 @@ def test_no_assertion_is_weakened() -> None:
     seen = {
         f"{file.relative_to(ROOT)}::{name}": said for file in files for name, said in statements(file).items()
     }
-    assert hold("statements", "assertions", seen) == []
+    assert hold("statements", "assertions", seen, alike) == []
+
+
+def alike(kept: list[str], seen: list[str]) -> bool:
+    """Return whether statements are the same: each Python writes the parentheses of some in its own way."""
+
+    def parsed(text: str) -> str:
+        return ast.dump(ast.parse(f"with {text}: pass" if "raises" in text.partition("(")[0] else text))
+
+    return [*map(parsed, kept)] == [*map(parsed, seen)]
 
 
 def test_no_mutant_of_a_kernel_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

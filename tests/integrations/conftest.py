@@ -12,7 +12,7 @@ import torch
 
 import mla
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]  # the latter: benchmarks
+sys.path.append(str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ KERNELS = (
     "backends/mla_backends/triton_ops/jit"  # a call costs Triton's interpreter time: kernels are one function
 )
 LOOSE = 1.02  # a budget this far above what a room weighs is lowered in the same commit
+WHY = "delete as much as was added, or say in budgets.toml, under [[added]], what it adds and why"
 LOWER = "python tests/support/weight.py --lower"
 
 
@@ -28,8 +29,7 @@ def rooms() -> dict[str, Weight]:
 
 
 def test_no_room_outgrows_its_budget(budgets: Budgets, rooms: dict[str, Weight]) -> None:
-    why = "delete as much as was added, or say in budgets.toml, under [[added]], what it adds and why"
-    assert not budgets.outgrown(rooms), why
+    assert not budgets.outgrown(rooms), WHY
 
 
 def test_what_has_fallen_is_written_down(budgets: Budgets, rooms: dict[str, Weight]) -> None:
@@ -38,12 +38,13 @@ def test_what_has_fallen_is_written_down(budgets: Budgets, rooms: dict[str, Weig
         name
         for name, now in rooms.items()
         if budgets.of(name).tokens > max(LOOSE * now.tokens, now.tokens + 200)
+        or budgets.of(name).lines > max(LOOSE * now.lines, now.lines + 20)
     }
     assert not gone | loose, LOWER
 
 
 def test_the_product_is_bounded(budgets: Budgets) -> None:
-    assert weight.product_lines() <= budgets.product_lines
+    assert weight.product_lines() <= budgets.product_lines, WHY
 
 
 def test_room_is_not_made_by_saying_less(budgets: Budgets) -> None:
@@ -72,6 +73,7 @@ def test_comments_and_docstrings_weigh_nothing() -> None:
     assert weigh(".py", code) == Weight(2, 10, 0)
     assert weigh(".py", said) == Weight(2, 10, 4)
     assert weigh(".py", 'x = """a\nb"""\n') == Weight(2, 3, 0), "a string that is a value counts"
+    assert weigh(".py", "x = f'{a + f\"{b}\"} c' + d\n") == Weight(1, 5, 0), "an f-string is a string"
 
 
 @pytest.mark.parametrize(
@@ -111,6 +113,7 @@ docstring_share = 0.001
 room = "mla/layer"
 lines = 5
 tokens = 50
+product_lines = 2
 why = "gates"
 """
 
@@ -125,7 +128,7 @@ def test_lowering_writes_what_has_fallen_and_nothing_that_has_grown(rooms: dict[
     before = {name: now for name, now in rooms.items() if name != "mla/cache"}
     text = weight.lowered(held(before, most=10, more=7))
     lowered = Budgets.read(text)
-    assert lowered.product_lines == 10, "it does not grow with the product"
+    assert lowered.product_lines == 12, "it does not grow with the product"
     assert lowered.of("mla/layer") == Weight(rooms["mla/layer"].lines, rooms["mla/layer"].tokens)
     assert lowered.outgrown(rooms) == ["mla/cache"], "a new room says what it adds"
     assert not lowered.rooms.keys() - rooms.keys()

@@ -33,6 +33,7 @@ class AttentionCall:
         self.case = problem.case(dtype, device)
         self.guards: dict[str, Placed] = {}
         self.pages: Pages | None = None
+        self._batches: list[Any] = []  # what states were prepared for, which live as long
         host = data(problem, dtype)
         self.inputs = {"q": self._put("q", host.q)}
         if problem.absorbed:
@@ -76,7 +77,7 @@ class AttentionCall:
 
     def places(self) -> Places:
         """Return where the new tokens are, in their requests and in the cache."""
-        return self.case.places(None if self.pages is None else self.pages.table)
+        return self.case.places(self.inputs.get("block_table"))
 
     def outputs(self) -> Outputs:
         """Return out and lse full of NaN, on the device."""
@@ -89,7 +90,8 @@ class AttentionCall:
 
     def prepare(self, op: FusedOp) -> Any:
         """Return the op's state for this batch."""
-        return op.prepare(self.case.spec, self.case.entry.batch(self.inputs, self.case.lengths))
+        self._batches.append(self.case.entry.batch(self.inputs, self.case.lengths))
+        return op.prepare(self.case.spec, self._batches[-1])
 
     def attend(self, op: FusedOp, state: Any, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         """Call the op. Raises `CheckFailed` if it wrote next to an output."""

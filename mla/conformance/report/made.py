@@ -33,7 +33,7 @@ class Results:
 
     def pytest_configure(self, config: pytest.Config) -> None:
         """Let the tests find the suite, which is open already."""
-        config.stash[SUITE] = self.suite
+        setattr(config, SUITE, self.suite)
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Name what runs now, in case it ends the process."""

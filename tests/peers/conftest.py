@@ -1,9 +1,0 @@
-"""The peer harness is no installed package: it is imported from the checkout."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-# Last on the path, unlike pytest's `pythonpath`: the checkout must not shadow packages that are installed.
-sys.path.append(str(Path(__file__).parents[2]))
