@@ -105,6 +105,8 @@ def test_a_lack_of_memory_is_an_error_and_no_end(name: str) -> None:
         check=False,
     )
     why = "out of memory: there is none left for what the kernel keeps while it computes."
-    names = ("linear", "linear, fp32", "batched", "batched, fp32", "latent", "expanded")
+    names = ["linear", "linear, fp32", "batched", "batched, fp32", "latent", "expanded"]
+    if name == "avx512_bf16":  # whose products of bfloat16 keep nothing: they read rows as they are
+        names = [call for call in names if call not in ("linear", "batched")]
     assert done.stdout.splitlines() == [f"{call} - {why}" for call in names], done.stderr
     assert done.returncode == 0, done.stderr

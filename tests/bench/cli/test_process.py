@@ -300,7 +300,8 @@ def test_an_unpackaged_backend_without_torch_says_so(process: Bench, no_torch: P
 
 def test_sigterm_while_modules_are_imported_is_told_from_ctrl_c(tmp_path: Path) -> None:
     """Imports run text with `exec`, and an interrupt there makes Python end as after Ctrl-C."""
-    asleep = "import sys, time; print('asleep', file=sys.stderr, flush=True); time.sleep(60)"
+    # Not by `print`: a signal that comes while it flushes has the next one write the same once more.
+    asleep = "import os, time; os.write(2, b'asleep\\n'); time.sleep(60)"
     (tmp_path / "sleepy.py").write_text(f"exec({asleep!r})\n")
     words = ["-m", "mla.bench", "--backend", "sleepy:it", "--list-ops"]
     child = subprocess.Popen([sys.executable, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
