@@ -40,6 +40,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def suite_of(config: pytest.Config) -> Suite:
     """Return what this pytest runs; the first call opens the backend. Raises `CollectError`."""
     if not hasattr(config, SUITE):
+        if config.option.mla_dump_failure and hasattr(config, "workerinput"):
+            raise pytest.Collector.CollectError(
+                "--mla-dump-failure keeps one call: leave out -n, or use -n0."
+            )
         setattr(config, SUITE, _opened(config.option))
     suite: Suite = getattr(config, SUITE)
     return suite

@@ -232,7 +232,7 @@ class MLA(nn.Module):
         self.check(hidden, batch, pages, out)
         if out is None:
             out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-            plain(out)
+            plain(out)  # which a mode may have made
         if hidden.stride(-1) != 1:  # the contract promises ops rows of adjacent elements
             hidden = hidden.contiguous()
         plan = self._planned(batch)

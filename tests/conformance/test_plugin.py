@@ -81,6 +81,14 @@ def test_pytest_selects_stops_and_reports(tmp_path: Path) -> None:
     assert [len(list(case.iter("failure"))) for case in cases] == [0] * (len(cases) - 1) + [1]
 
 
+def test_the_first_wrong_call_is_kept_by_one_process_alone(tmp_path: Path) -> None:
+    words = ("--pyargs", "mla.conformance", *SCALED, "--mla-dump-failure", "kept")
+    done = run_pytest(tmp_path, *words, "-n1")
+    assert done.returncode != 0
+    assert "--mla-dump-failure keeps one call: leave out -n, or use -n0." in done.stdout
+    assert not (tmp_path / "kept").exists()
+
+
 def test_a_test_is_named_by_its_id_and_an_expected_failure_that_passes_fails(tmp_path: Path) -> None:
     """Also in another process, whose reports are sent."""
     (tmp_path / "known.txt").write_text(

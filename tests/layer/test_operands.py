@@ -422,6 +422,9 @@ def test_a_fake_mode_is_not_remembered_by_a_batch(backend: Backend | None) -> No
             attended(cores.core, q, batch, pages)
     scene.check(scene.run())
     assert close(attended(cores.core, q, batch, pages), truth)
+    del real["out"]  # which the layer makes, with all else at hand since the run before
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="into a FakeTensor"):
+        scene.run(**real)
 
 
 def test_a_compiled_model_calls_a_layer_as_it_is() -> None:

@@ -14,12 +14,15 @@ ENOUGH = 3
 
 
 def latency(passes: Sequence[Sequence[float]]) -> Latency:
-    """Return the statistics of the milliseconds of at least one pass."""
+    """Return the statistics of the milliseconds of at least one pass.
+
+    The interval is that of the median pass, widened where the median of all samples lies outside.
+    """
     samples = [sample for one in passes for sample in one]
-    medians = [stats.median(one) for one in passes]
+    medians, median = [stats.median(one) for one in passes], stats.median(samples)
     return Latency(
-        median=stats.median(samples),
-        ci95=stats.median_interval(medians),
+        median=median,
+        ci95=_holding(median, stats.median_interval(medians)),
         p10=stats.percentile(samples, 10),
         p90=stats.percentile(samples, 90),
         samples=samples,
@@ -35,9 +38,12 @@ def throughput(passes: Sequence[Sequence[float]], tokens: int) -> Throughput:
     """
     rates = [1e3 * tokens * len(samples) / sum(samples) for samples in passes]
     total = 1e3 * tokens * sum(map(len, passes)) / sum(map(sum, passes))
-    interval = stats.median_interval(rates)
-    held = (min(total, interval[0]), max(total, interval[1])) if interval else None
-    return Throughput(median=total, ci95=held)
+    return Throughput(median=total, ci95=_holding(total, stats.median_interval(rates)))
+
+
+def _holding(value: float, interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Return an interval that holds its own value."""
+    return interval and (min(value, interval[0]), max(value, interval[1]))
 
 
 def of(case: Case) -> list[list[float]]:

@@ -122,3 +122,15 @@ def test_it_is_said_where_less_was_run(decode: Callable[..., Run]) -> None:
     assert not passes.as_planned(case)
     assert passes.as_planned(decode(GROWING, 4).cases[0])
     assert passes.as_planned(msgspec.structs.replace(case, latency_ms=None, tokens_per_s=None))
+
+
+@pytest.mark.parametrize("count", [6, 40, 3000])
+def test_an_interval_holds_its_own_number(count: int) -> None:
+    """Passes of a quick, a slow and a slower step: few of all samples lie near the median of a pass."""
+    timed = [[1.0, 2.0 + number / count, 2.5] for number in range(count)]
+    timed[::3] = [[0.5, 0.6, 0.7]] * len(timed[::3])
+    medians = [sorted(one)[1] for one in timed]
+    for value in (passes.latency(timed), passes.throughput(timed, 1)):
+        assert value.ci95 is not None
+        assert value.ci95[0] <= value.median <= value.ci95[1]
+    assert min(medians) <= passes.latency(timed).median <= max(medians)
