@@ -15,9 +15,9 @@ from wrong_ops.base import SMALL_OPS
 
 from mla.command.backend import BackendOptions
 from mla.conformance import schedule
-from mla.conformance.cli import main
 from mla.conformance.checks.attention import SMALL
 from mla.conformance.checks.small_ops import EXAMPLES
+from mla.conformance.cli import main
 from mla.conformance.registry import LAYER, OP
 from mla.conformance.report import CheckResult
 from mla.conformance.report.made import Results
