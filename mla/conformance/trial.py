@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from mla.errors import UnsupportedBatch
-from mla.layer.preflight import Say, preflight_reasons
+from mla.layer.ops import Say, preflight_reasons
 from mla.verify.places import Places
 from mla.verify.tolerances import judge, judge_lse
 from mla_backends.api import OPS, Backend, FusedOp

@@ -105,7 +105,7 @@ REPLACED: dict[str, tuple[Callable[[pytest.MonkeyPatch, Any], None], str]] = {
     ),
     "the timer of the contract": (
         lambda patch, foe: patch.setattr(HostTimer, "stop", foe.plain),
-        "mla_backends.api.timing.HostTimer.stop by module foe",
+        "mla_backends.api.HostTimer.stop by module foe",
     ),
     "a reference op": (
         lambda patch, foe: patch.setitem(REFERENCE, "linear", foe.Sub),

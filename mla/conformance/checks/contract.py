@@ -12,8 +12,7 @@ from mla.config import MLAConfig
 from mla.conformance.problems.attention import DEEPSEEK, SMALL, attention_spec
 from mla.conformance.registry import check
 from mla.conformance.trial import DTYPES, BackendUnderTest, Refused, Trial, expect
-from mla.layer.ops import Ops
-from mla.layer.preflight import preflight_reasons
+from mla.layer.ops import Ops, preflight_reasons
 from mla_backends.api import FusedOp, LinearSpec, NormSpec
 
 

@@ -23,7 +23,7 @@ from mla.conformance.problems.layer import (
 from mla.conformance.problems.small_call import expect_untouched
 from mla.conformance.registry import LAYER, check
 from mla.conformance.trial import Trial, expect
-from mla.layer.expansion import rebuilt_bytes
+from mla.layer.plan import rebuilt_bytes
 from mla.layer.rope import RotaryTable
 from mla.verify.bounds import ALLOWED, TWICE
 from mla.verify.op_oracle import true_norm, true_rotation

@@ -9,10 +9,8 @@ import platform
 import sys
 from collections.abc import Mapping
 
-from mla_backend_cpu import cache, instruction_sets, prebuilt
-from mla_backend_cpu.compilation.artifact import Artifact
-from mla_backend_cpu.compilation.compiler import FlagError
-from mla_backend_cpu.compilation.levels import BuildError, Level
+from mla_backend_cpu import cache, instruction_sets
+from mla_backend_cpu.compilation import Artifact, BuildError, FlagError, Level
 
 # Argument types by letter: p address, s text, i int64, f float, n int.
 _TYPES = {
@@ -139,7 +137,7 @@ def _first(wanted: str) -> Library:
 
 def _loaded(level: Level, passed_over: Mapping[str, str], build: bool) -> Library:
     """Load what came with this installation, else what was built here, else (`build`) build it now."""
-    found = prebuilt.find(level)
+    found = cache.find_prebuilt(level)
     if isinstance(found, Artifact):
         try:
             return _library(level, found, "came with this installation", passed_over)

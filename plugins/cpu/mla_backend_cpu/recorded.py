@@ -11,18 +11,20 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mla_backend_cpu.library import SIGNATURES
-from mla_backend_cpu.native_attention import NativeLatentAttention
 from mla_backend_cpu.native_ops import (
     NativeBatchedLinear,
+    NativeLatentAttention,
     NativeLinear,
     NativeOp,
     NativeRmsNorm,
     NativeRotateQuery,
     NativeWriteLatent,
     check,
+    is_direct,
+    operand,
+    span,
     threads,
 )
-from mla_backend_cpu.operands import is_direct, operand, span
 from mla_backends.api import OpCall
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import torch
 import mla
 from mla.bench import results
 from mla.errors import UnsupportedBatch
-from mla.layer.expansion import rebuilt_bytes
 from mla.layer.ops import attention_spec
+from mla.layer.plan import rebuilt_bytes
 from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict

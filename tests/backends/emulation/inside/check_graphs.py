@@ -15,7 +15,7 @@ from mla.conformance.trial import BackendUnderTest
 from mla.conformance.xfails import Xfails
 from mla.weights import random_state_dict
 from mla_backends import BackendError
-from mla_backends.torch_backend.graph import WARMUPS
+from mla_backends.torch_backend import WARMUPS
 
 
 @pytest.fixture
