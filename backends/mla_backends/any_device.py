@@ -246,8 +246,6 @@ def how_to_use(backend: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------- finding it
-
-
 class Found(NamedTuple):
     """A device's torch module, and how this process came by it."""
 
@@ -382,8 +380,6 @@ def _choices(torch: ModuleType) -> str:
 
 
 # --------------------------------------------------------------------------------------- what it can do
-
-
 def working_dtypes(
     device: torch.device, synchronize: Callable[[], Any]
 ) -> tuple[list[torch.dtype], dict[str, str]]:

@@ -68,7 +68,6 @@ class MemoryInfo:
 # ----------------------------------------------------------------------------------------- operands
 # `misfit`: why a tensor is not what code that reads its memory, and not its values, may be given.
 
-
 _plain: tuple[Any, ...] = ()  # torch.Tensor and torch.nn.Parameter, once they are here
 _strided: Any = None
 
@@ -146,7 +145,6 @@ def _why(x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torch.
 
 # ---------------------------------------------------------------------------------------------- ops
 # The ops a backend may replace: what is fixed when a layer is built, and how each is called.
-
 
 # Kind of op -> its contract: name and version of the semantics that `FusedOp` describes.
 OPS = {
@@ -356,8 +354,6 @@ class SegmentLengths:
 
 
 # ------------------------------------------------------------------------------------------- timers
-
-
 class Timer(Protocol):
     """Times one region. `clock` labels the method in every result."""
 
@@ -389,7 +385,6 @@ class HostTimer:
 
 
 # ------------------------------------------------------------------------------------------ backend
-
 
 MOST_THREADS = 4096  # of a host; more are a typo
 

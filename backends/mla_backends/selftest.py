@@ -66,8 +66,6 @@ def _with_cause(error: BaseException) -> str:
 
 
 # -------------------------------------------------------------------------------------------- attention
-
-
 @dataclass(frozen=True)
 class TinyBatch:
     """What `BatchView` asks for."""
@@ -201,8 +199,6 @@ def _judge(
 
 
 # -------------------------------------------------------------------------------------------- small ops
-
-
 def try_rms_norm(op: FusedOp, spec: NormSpec) -> str:
     """Run an `rms_norm` op on a few rows; return what is wrong, "" if nothing."""
     x, weight = (_draw(shape, spec.dtype) for shape in ((TOKENS, spec.features), (spec.features,)))
@@ -272,8 +268,6 @@ def _rotate(x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> torch.
 
 
 # ------------------------------------------------------------------------------------------------ shared
-
-
 def _draw(
     shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator | None = None
 ) -> torch.Tensor:

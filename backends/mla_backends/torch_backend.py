@@ -327,8 +327,6 @@ class TorchBackend(Backend):
 
 # -------------------------------------------------------------------------------------- environment
 # The environment report of a `TorchBackend`: what a number on that device depended on.
-
-
 def report(parts: Mapping[str, Callable[[], Mapping[str, str]]]) -> dict[str, str]:
     """Return the facts of all parts. Never raises: a part that fails becomes one fact, under its own name."""
     facts: dict[str, str] = {}
@@ -374,8 +372,6 @@ def sensor_facts(monitor: Monitor | None, at_setup: Mapping[str, str]) -> dict[s
 
 # -------------------------------------------------------------------------------- asking the module
 # Asking a device's torch module what not every vendor's has, or has an answer to.
-
-
 @contextmanager
 def overheard() -> Iterator[list[str]]:
     """Collect the texts of warnings instead of printing them."""
@@ -406,7 +402,6 @@ def whole(value: Any) -> int | None:
 
 # ------------------------------------------------------------------------------------------- graphs
 # Capturing a function into a device graph, the same way for every stack shaped like torch.cuda.
-
 
 WARMUPS = 3  # calls before the capture: lazy initialisation and growing workspaces must not be captured
 
@@ -440,7 +435,6 @@ def capturing(device: torch.device) -> bool:
 
 # ------------------------------------------------------------------------------------------- timing
 # Timing on the device's own clock, through events of its torch module.
-
 
 # Cycles that the device is kept busy before the first event: 50 us at 2 GHz, longer than a host takes to
 # launch an op from Python, or a graph.
@@ -491,7 +485,6 @@ def _lead(module: ModuleType) -> Callable[[int], None]:
 # Products of float32 are made in float32: TF32, whose mantissa has 10 bits, is turned off and recorded.
 #
 # A container may turn it on, and some stacks do so by default (torch_musa 2.7.1, Context.h).
-
 
 # Turn TF32 on or off for torch's products, or off for all of a vendor's libraries.
 TF32_VARIABLES = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE")

@@ -9,12 +9,6 @@ from mla.checkpoint.read import read_layer
 from mla.checkpoint.stored import LazyState, Part, StoredLayer, fingerprint, finite
 
 __all__ = [
-    "CheckpointError",
-    "LazyState",
-    "Part",
-    "StoredLayer",
-    "fingerprint",
-    "finite",
-    "read_layer",
+    "CheckpointError", "LazyState", "Part", "StoredLayer", "fingerprint", "finite", "read_layer",
     "refuse_other_formats",
-]
+]  # fmt: skip

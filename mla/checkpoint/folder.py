@@ -27,7 +27,6 @@ class CheckpointError(MLAError):
 # -------------------------------------------------------------------------------------------- files
 # Safetensors files: headers, and rows of a tensor. No file stays open or mapped.
 
-
 # What `safetensors` itself accepts.
 _MAX_HEADER = 100_000_000
 _LFS = b"version https://git-lfs"
@@ -114,7 +113,6 @@ def _sniff(file: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------- folder
-
 
 _INDEX = ".safetensors.index.json"
 _REFUSED = {
@@ -242,8 +240,6 @@ def refuse_other_formats(folder: str | Path) -> None:
 
 # -------------------------------------------------------------------------------------------- facts
 # What config.json says about the files, besides the layer's dimensions: layer counts and quantization.
-
-
 @dataclass(frozen=True)
 class Facts:
     """Layer counts and quantization; `layers` is None where the config does not give it."""

@@ -96,7 +96,6 @@ def is_mla(names: frozenset[str] | set[str]) -> bool:
 # ------------------------------------------------------------------------------------------- choose
 # Choose among a checkpoint's attentions.
 
-
 # A layer's number, or "N.M" for attention M of a layer that has several.
 Wanted = int | str | None
 _WANTED = re.compile(r"([0-9]{1,6})(?:\.([0-9]{1,3}))?")
@@ -189,7 +188,6 @@ def _listed(layers: Iterable[int | None]) -> str:
 
 
 # --------------------------------------------------------------------------------------------- read
-
 
 Keys = dict[str, list[tuple[str, str]]]  # Hugging Face name -> (file name, tensor name)
 

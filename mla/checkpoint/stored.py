@@ -177,7 +177,6 @@ class StoredLayer(LazyState):
 # -------------------------------------------------------------------------------------- fingerprint
 # `fingerprint`: whether two folders hold the same weights, without reading them whole.
 
-
 ROWS = 8  # of each weight, evenly spread: any training has changed some of them
 
 

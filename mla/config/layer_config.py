@@ -239,19 +239,13 @@ def _longrope_magnitude(spec: _Spec, values: Mapping[str, Any]) -> float:
 
 # ------------------------------------------------------------------------------------- layer config
 
-
 # Keys of a config.json that must agree with the head's width, where they are given.
 _WIDTHS = ("qk_head_dim", "q_head_dim")
 # Fields that are dimensions, all of them keys of a config.json.
 DIMENSIONS = (
-    "hidden_size",
-    "num_attention_heads",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-)
+    "hidden_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
+    "qk_rope_head_dim", "v_head_dim",
+)  # fmt: skip
 # Fields that are not keys of a config.json.
 _READ_APART = {"rope_theta", "rope_scaling", "query_scaling", "model_type", "name"}
 

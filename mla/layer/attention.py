@@ -93,7 +93,6 @@ class Repeated:
 
 # ---------------------------------------------------------------------------------------- attention
 
-
 ATTENTION_MODES = ("auto", "absorbed", "expanded")
 
 # The specs a plan depends on -> an object that stands for them.

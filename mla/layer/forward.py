@@ -69,8 +69,6 @@ class AbsorbedPath:
 
 # ----------------------------------------------------------------------------------------- expanded
 # The expanded path: keys and values are rebuilt per head from the latent cache, and attended as usual.
-
-
 @dataclass(frozen=True, eq=False)
 class Rebuild:
     """Rebuilds keys and values per head from the latents of cached tokens."""
@@ -189,8 +187,6 @@ def _merge(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse:
 
 
 # ------------------------------------------------------------------------------------------ forward
-
-
 @dataclass(frozen=True, eq=False)
 class Step:
     """Queries, latents, attention on either path, output. Keeps nothing but scratch memory."""
@@ -290,8 +286,6 @@ def make_step(
 #
 # Queries come in rotated, and latents lie in pages, normed and rotated: so this is `MLA` without everything
 # that depends on positions.
-
-
 class AttentionCore:
     """Attention of rotated queries over latents, absorbed or expanded, with the weight `kv_b_proj` alone.
 

@@ -64,8 +64,6 @@ def _ask(op: FusedOp, spec: Any) -> list[str]:
 
 # ---------------------------------------------------------------------------------------- overrides
 # Ops that single roles of a layer must run, whatever the policy says: which names are valid.
-
-
 def check_overrides(
     overrides: Mapping[str, str], kinds: Mapping[str, str], offered: Mapping[str, FusedOp]
 ) -> None:
@@ -91,8 +89,6 @@ def _kind(op: FusedOp) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- ops
-
-
 @dataclass(frozen=True)
 class Choice:
     """The implementation of one op, and every reason why a better one was not chosen."""

@@ -74,8 +74,6 @@ class Growth:
 
 
 # --------------------------------------------------------------------------------------------- plan
-
-
 @dataclass(frozen=True)
 class Piece:
     """Queries of a round that attend its keys under one mask."""

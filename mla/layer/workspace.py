@@ -145,8 +145,6 @@ class Workspace:
 # What a step reads and writes: whether it fits, and views of scratch memory, reused for the same shape.
 #
 # Slicing costs the host as much as a small op, and a decode step takes a dozen views, so they are made once.
-
-
 def require(name: str, x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torch.device) -> None:
     """Raise ValueError unless x is a plain tensor of this shape (None: any size) and dtype on `device`."""
     if wrong := misfit(x, shape, dtype, device):

@@ -55,8 +55,6 @@ def queries_per_call(heads: int, keys: int) -> int:
 
 # ----------------------------------------------------------------------------------------- expanded
 # Ordinary multi-head attention, one ragged segment after another.
-
-
 class ExpandedAttention(FusedOp):
     """Ordinary multi-head attention, one ragged segment after another."""
 
@@ -108,7 +106,6 @@ def _attend_segment(
 
 # ------------------------------------------------------------------------------------------- latent
 # Absorbed attention over the latent pages: in fixed shapes, or in groups of requests of similar length.
-
 
 # A request joins a group of shorter ones while that pads the shorter by at most this factor.
 PADDING = 1.25
@@ -306,7 +303,6 @@ def _group(members: Sequence[_Row], index: torch.Tensor, batch: BatchView) -> _G
 # Every request is padded to the width of the block table, and masked by its length. A step of other lengths
 # is then the same launches, so that a graph can capture them. This reads more keys than the requests own: a
 # device that is short of launches gains by it, the CPU would lose.
-
 
 # New tokens per request: a decode step, with some drafted tokens.
 MOST_QUERIES = 8

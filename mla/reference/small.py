@@ -74,8 +74,6 @@ def serves_slices(device: torch.device, dtype: torch.dtype) -> bool:
 
 # ---------------------------------------------------------------------------------------- pointwise
 # RMSNorm, rotation, and the cache write that joins them; fp32 inside, rounded once.
-
-
 class RmsNorm(FusedOp):
     """x / rms(x) * weight, rounded once."""
 

@@ -37,16 +37,6 @@ from mla_backends.kernels.tokenspeed import TokenspeedMla, TokenspeedPrefill
 from mla_backends.kernels.vendor import KernelRefused
 
 __all__ = [
-    "FlashAttnVarlen",
-    "FlashInferMla",
-    "FlashMla",
-    "IxformerMla",
-    "KernelRefused",
-    "LatentLimits",
-    "PagedLatentOp",
-    "SdpaExpanded",
-    "TokenspeedMla",
-    "TokenspeedPrefill",
-    "TorchVarlen",
-    "VarlenLimits",
-]
+    "FlashAttnVarlen", "FlashInferMla", "FlashMla", "IxformerMla", "KernelRefused", "LatentLimits",
+    "PagedLatentOp", "SdpaExpanded", "TokenspeedMla", "TokenspeedPrefill", "TorchVarlen", "VarlenLimits",
+]  # fmt: skip

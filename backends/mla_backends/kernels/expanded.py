@@ -33,16 +33,8 @@ if TYPE_CHECKING:
 
 FUNCTION = "flash_attn_varlen_func"
 ARGUMENTS = (
-    "q",
-    "k",
-    "v",
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "max_seqlen_q",
-    "max_seqlen_k",
-    "softmax_scale",
-    "causal",
-)
+    "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal",
+)  # fmt: skip
 # Arguments that ask for the log-sum-exp; releases that have neither always return it.
 ASKS = ("return_attn_probs", "return_softmax_lse")
 
@@ -293,7 +285,6 @@ class FlashAttnVarlen(VarlenOp):
 # on tiny segments before its first use: stacks of other vendors register it too, and do not document with
 # which key their causal mask is aligned.
 
-
 OPERATOR = "_flash_attention_forward"
 # The kernel takes equal widths, in multiples of 8: torch's SDPA pads to that before it calls the same one.
 TORCH_LIMITS = VarlenLimits(multiple_of=8)
@@ -374,7 +365,6 @@ def _no_kernel(device: torch.device) -> str:
 # The bias `torch.nn.attention.bias.causal_lower_right` would spare it, but calls CUDA's private operators by
 # itself, also on stacks that only imitate torch.cuda. `TorchVarlen` serves the same devices and tries its
 # kernel first.
-
 
 MASK = 1 << 28  # elements of the largest mask; only a causal segment with history needs one
 

@@ -32,15 +32,9 @@ CLASS = "BatchMLAPagedAttentionWrapper"
 TABLES = "MLAPlanMetadata"
 FLAT = ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr")
 PLAN = (
-    "num_heads",
-    "head_dim_ckv",
-    "head_dim_kpe",
-    "page_size",
-    "causal",
-    "sm_scale",
-    "q_data_type",
+    "num_heads", "head_dim_ckv", "head_dim_kpe", "page_size", "causal", "sm_scale", "q_data_type",
     "kv_data_type",
-)
+)  # fmt: skip
 PARTS = ("q_nope", "q_pe", "ckv_cache", "kpe_cache")
 PAIRS = ("query", "kv_cache")
 RUN = ("out", "lse", "return_lse")
@@ -141,7 +135,6 @@ class Release:
 # requests have more than 64 on average, and each tile's keys into parts. (Read in scheduler.cuh, mla.cuh and
 # mla_hopper.cuh of include/flashinfer/attention in 0.6.18; 0.7.2 refuses the same batches when it plans.)
 
-
 WORK_ITEMS = 16_384  # places in the tables of a plan
 FAR = 1 << 32  # numbers: a page that starts beyond is read elsewhere, in releases before 0.6.11
 MULTIPROCESSORS = 256  # where the device does not say; more than any has
@@ -230,8 +223,6 @@ def _properties(device: torch.device) -> Any:
 
 # -------------------------------------------------------------------------------------------- pages
 # The pages of all requests back to back, which is how FlashInfer takes a block table.
-
-
 class PageIndex:
     """Gathers them on the device. Where they lie in the table is kept for the next batch with as many.
 
@@ -271,7 +262,6 @@ def _places(counts: tuple[int, ...], width: int, device: torch.device) -> torch.
 #
 # Planning writes tables into pinned memory that the device reads later, so a wrapper is planned again only
 # when its last plan has arrived.
-
 
 WORKSPACE_BYTES = 128 << 20  # what the library's documentation recommends for split contexts
 TURNS = 4  # how many batches may be planned ahead of the device
@@ -345,7 +335,6 @@ class Wrappers:
 # The op: which layers and batches it serves, what it plans, and its call.
 #
 # Plans are made on the host from host tensors, so that nothing is copied back from the device.
-
 
 LIMITS = LatentLimits(page_sizes=None, graph=False)
 COMPILES = "it compiles its kernel for this device at first use (a minute or more)"

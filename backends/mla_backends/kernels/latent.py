@@ -26,16 +26,9 @@ if TYPE_CHECKING:
     import torch
 
 ARGUMENTS = (
-    "q",
-    "k_cache",
-    "block_table",
-    "cache_seqlens",
-    "head_dim_v",
-    "tile_scheduler_metadata",
-    "num_splits",
-    "softmax_scale",
-    "causal",
-)
+    "q", "k_cache", "block_table", "cache_seqlens", "head_dim_v", "tile_scheduler_metadata", "num_splits",
+    "softmax_scale", "causal",
+)  # fmt: skip
 LEGACY = "use_legacy"
 DENSE = "dense decoding is in sgl-flash-mla, and in FlashMLA up to commit 9241ae3 of 2026-04-29"
 # The first generation's planner has static memory for fewer than 4096 rows and ends the process for more.
@@ -167,17 +160,10 @@ class FlashMla(PagedLatentOp):
 # block table; there is no mask to pass. Such rows read the request's keys once per token, unlike one row of
 # many.
 
-
 IXFORMER = "vllm_paged_attention_mla"
 IXFORMER_ARGUMENTS = (
-    "output",
-    "query",
-    "kv_cache",
-    "scale",
-    "block_tables",
-    "context_lens",
-    "max_context_len",
-)
+    "output", "query", "kv_cache", "scale", "block_tables", "context_lens", "max_context_len",
+)  # fmt: skip
 LSE, GRAPH = "return_softmax_lse", "use_cuda_graph"
 # What rows without keys give, and which pages are too small, is not known for this closed library.
 IXFORMER_LIMITS = LatentLimits(page_sizes=None, max_queries=1, empty_rows=False, lse_layout="tokens_first")

@@ -126,7 +126,6 @@ def _upload(values: Iterable[int], like: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------- limits
 # What a vendor's kernel can do, as data that the vendor's plugin declares, and the checks that follow.
 
-
 LSE_LAYOUTS = ("heads_first", "tokens_first")
 LSE_BASES = ("e", "2")
 
@@ -224,8 +223,6 @@ class LatentLimits:
 
 # -------------------------------------------------------------------------------------------- paged
 # What kernels for absorbed attention over pages share: rows planned, queries laid out, results written.
-
-
 @dataclass(frozen=True)
 class Part:
     """One launch of a planned batch."""

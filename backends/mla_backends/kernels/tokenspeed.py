@@ -33,19 +33,9 @@ if TYPE_CHECKING:
 MODULE = "tokenspeed_mla"
 FUNCTION = "tokenspeed_mla_decode"
 ARGUMENTS = (
-    "query",
-    "kv_cache",
-    "workspace_buffer",
-    "kv_lora_rank",
-    "qk_rope_head_dim",
-    "block_tables",
-    "seq_lens",
-    "max_seq_len",
-    "softmax_scale",
-    "out",
-    "causal_mask",
-    "return_lse",
-)
+    "query", "kv_cache", "workspace_buffer", "kv_lora_rank", "qk_rope_head_dim", "block_tables", "seq_lens",
+    "max_seq_len", "softmax_scale", "out", "causal_mask", "return_lse",
+)  # fmt: skip
 CURE = "pip install -U tokenspeed-mla, which brings the CuTe DSL it needs"
 TILE = 128  # keys, and query rows
 LIMITS = LatentLimits(
@@ -156,23 +146,11 @@ def unavailable() -> list[str]:
 # first. q, k and v are read as if they were contiguous, whatever their strides are. The log-sum-exp is
 # natural here, unlike that of decoding.
 
-
 PREFILL = "tokenspeed_mla_prefill"
 PREFILL_ARGUMENTS = (
-    "query",
-    "key",
-    "value",
-    "seq_lens",
-    "cum_seq_lens",
-    "max_seq_len",
-    "batch_size",
-    "softmax_scale",
-    "is_causal",
-    "return_lse",
-    "cum_seq_lens_q",
-    "max_seq_len_q",
-    "out",
-)
+    "query", "key", "value", "seq_lens", "cum_seq_lens", "max_seq_len", "batch_size", "softmax_scale",
+    "is_causal", "return_lse", "cum_seq_lens_q", "max_seq_len_q", "out",
+)  # fmt: skip
 WIDTHS = (192, 128)  # of keys and values
 
 

@@ -109,8 +109,6 @@ def missing(function: Callable[..., Any], label: str, names: Iterable[str]) -> l
 
 
 # ------------------------------------------------------------------------------------------ scratch
-
-
 class Scratch:
     """Named buffers per trailing shape, dtype and device, zero where they were never written."""
 

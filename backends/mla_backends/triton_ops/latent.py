@@ -112,8 +112,6 @@ def _candidates(load: _Load, at_once: int) -> Iterator[int]:
 
 # ------------------------------------------------------------------------------------------- memory
 # `PartsMemory`: where the parts of split requests are kept between two launches.
-
-
 class PartsMemory:
     """Floats that all batches share, one after another; what a graph captures has its own.
 
@@ -138,7 +136,6 @@ class PartsMemory:
 
 
 # ------------------------------------------------------------------------------------------- latent
-
 
 MOST_LATENT, MOST_ROPE = 512, 128
 UNKNOWN_MULTIPROCESSORS = 128  # requests are split as for a large device

@@ -29,32 +29,15 @@ if TYPE_CHECKING:
 
 # Packages that wheels of torch take Triton from.
 PACKAGES = (
-    "triton",
-    "triton-rocm",
-    "triton-xpu",
-    "pytorch-triton",
-    "pytorch-triton-rocm",
-    "pytorch-triton-xpu",
-)
+    "triton", "triton-rocm", "triton-xpu", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu",
+)  # fmt: skip
 # Change where Triton's kernels come from, what they compute or how fast they are.
 VARIABLES = (
-    "TRITON_INTERPRET",
-    "TRITON_CACHE_DIR",
-    "TRITON_HOME",
-    "TRITON_CACHE_MANAGER",
-    "TRITON_OVERRIDE_DIR",
-    "TRITON_KERNEL_OVERRIDE",
-    "TRITON_ALWAYS_COMPILE",
-    "TRITON_DEFAULT_BACKEND",
-    "TRITON_DEFAULT_FP_FUSION",
-    "TRITON_F32_DEFAULT",
-    "TRITON_OVERRIDE_ARCH",
-    "TRITON_PTXAS_PATH",
-    "TRITON_LIBCUDA_PATH",
-    "DISABLE_PTXAS_OPT",
-    "TRITON_DEBUG",
-    "CC",
-)
+    "TRITON_INTERPRET", "TRITON_CACHE_DIR", "TRITON_HOME", "TRITON_CACHE_MANAGER", "TRITON_OVERRIDE_DIR",
+    "TRITON_KERNEL_OVERRIDE", "TRITON_ALWAYS_COMPILE", "TRITON_DEFAULT_BACKEND", "TRITON_DEFAULT_FP_FUSION",
+    "TRITON_F32_DEFAULT", "TRITON_OVERRIDE_ARCH", "TRITON_PTXAS_PATH", "TRITON_LIBCUDA_PATH",
+    "DISABLE_PTXAS_OPT", "TRITON_DEBUG", "CC",
+)  # fmt: skip
 
 
 def absent() -> list[str]:
@@ -146,7 +129,6 @@ def cache_folder() -> Path:
 # ----------------------------------------------------------------------------------------- launcher
 # `Launcher`: starts Triton kernels, with a smaller tile where the device lacks the resources for one.
 
-
 Grid = tuple[int, ...]
 
 # What Triton and vendors' forks raise, by name, for a kernel that needs too much; and what assemblers and
@@ -226,7 +208,6 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 # ---------------------------------------------------------------------------------------- kernel op
 # What the Triton ops share: what they need to run, and a trial before the first use.
-
 
 DeviceReason = Callable[["torch.device"], str]  # why a device cannot run the kernels; "" if it can
 CURE = "use the Triton that this torch asks for, or other ops (`-O triton=off` offers none of these)"

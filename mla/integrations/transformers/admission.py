@@ -81,7 +81,6 @@ def is_ours(mask: object, queries: int | None = None) -> bool:
 # ------------------------------------------------------------------------------------------- survey
 # Which layers of a model can run our ops, and why it may not be served: asked before anything is changed.
 
-
 # A layer's projections; no family has all.
 PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
@@ -233,8 +232,6 @@ def _check_scaling(layers: list[Any], config: MLAConfig) -> None:
 
 # -------------------------------------------------------------------------------------------- check
 # `Check`: what our ops do not do is refused before a layer runs, so that no cache has been written yet.
-
-
 class Check:
     """A forward pre-hook of the innermost model, which runs the layers."""
 

@@ -108,8 +108,6 @@ def _pages(tokens: int) -> int:
 
 
 # ---------------------------------------------------------------------------------------- attention
-
-
 class Attention:
     """One layer's attention, in the place of `expand_kv` and the attention function."""
 

@@ -47,7 +47,6 @@ def require_inference(*tensors: torch.Tensor, training: bool = False) -> None:
 # --------------------------------------------------------------------------------------- uncompiled
 # What a compiled model calls as it is.
 
-
 F = TypeVar("F", bound=Callable[..., object])
 
 

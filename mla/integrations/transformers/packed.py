@@ -141,7 +141,6 @@ class PackedKvB(Packed):
 # ------------------------------------------------------------------------------------------- guards
 # Methods of a model in use that refuse before anything is changed.
 
-
 Method = Callable[..., Any]
 GUESSES = "_get_candidate_generator"  # which `generate` asks with all settings, before it runs the model
 

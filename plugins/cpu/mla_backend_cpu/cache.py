@@ -52,7 +52,6 @@ def find_prebuilt(level: Level) -> Artifact | str:
 
 # --------------------------------------------------------------------------------------- built here
 
-
 _ANOTHER = "set MLA_CACHE_DIR to a folder that only you can write"
 
 
@@ -244,7 +243,6 @@ def note(text: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------- trust
-
 
 # Whether somebody else could have written a file that is about to be loaded into this process.
 

@@ -23,9 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+
 # --------------------------------------------------------------------------------- instruction sets
-
-
 class BuildError(Exception):
     """The kernels could not be built or may not run here; the message is one clause saying why."""
 
@@ -67,7 +66,6 @@ def levels_of(machine: str) -> tuple[Level, ...]:
 
 
 # ------------------------------------------------------------------------------------- the compiler
-
 
 SOURCES = Path(__file__).resolve().parent / "native"
 TIMEOUT = 600  # seconds after which a compiler is assumed to hang; it needs about five
@@ -170,7 +168,6 @@ def _run(command: list[str]) -> str:
 
 # ---------------------------------------------------------------------------------- kernels on disk
 
-
 LIBRARY = "kernels.so"
 _CHECKSUM, _COMPILER = "sha256", "compiler"
 _MOST_BYTES = 256 << 20  # bytes of a file; kernels take less than one MiB
@@ -242,7 +239,6 @@ def _text(path: Path) -> str:
 
 
 # -------------------------------------------------------------------------- all levels, for a wheel
-
 
 _MOST_COMPILERS = 4  # compilers at once: each takes some 0.3 GB
 

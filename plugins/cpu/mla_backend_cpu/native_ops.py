@@ -109,7 +109,6 @@ def _lost(x: torch.Tensor) -> str:
 # --------------------------------------------------------------------------------------- native ops
 # Fused ops over the compiled kernels: projections and row-wise ops.
 
-
 WIDE_TOKENS = 16  # from here on, widening x first pays, if fp32 products are faster
 HUGE_PAGE = 2 << 20  # bytes, on x86-64 and on arm64 with small pages of 4 KiB
 
@@ -390,8 +389,6 @@ class NativeWriteLatent(NativeOp):
 
 # --------------------------------------------------------------------------------- native attention
 # Fused attention over the compiled kernels, absorbed and expanded.
-
-
 class NativeLatentAttention(NativeOp):
     """Absorbed attention straight from the pages; long requests are split over the threads."""
 

@@ -143,8 +143,6 @@ def fastest(*functions: Callable[[], object], rounds: int = 9) -> list[float]:
 
 # ------------------------------------------------------------------------------------------- tuning
 # Measurements, once per process, that decide between two ways to compute a product.
-
-
 class _SpeedTrial:
     """A product of ones, computed in several ways."""
 

@@ -28,8 +28,6 @@ def kernels() -> Mapping[str, FusedOp]:
 
 # ------------------------------------------------------------------------------------------- native
 # Which dtypes a device really computes, determined by a small product.
-
-
 def refusal(dtype: torch.dtype, device: torch.device) -> str:
     """Return why the device does not multiply in `dtype`; empty if a product is exactly right.
 
@@ -49,7 +47,6 @@ def refusal(dtype: torch.dtype, device: torch.device) -> str:
 
 # -------------------------------------------------------------------------------------------- tiles
 # Tiles of the Triton kernels on Iluvatar GPUs. Not run on hardware.
-
 
 # Eight warps and no pipeline, as FlagGems has it here; 64 KiB of shared memory hold these.
 DEFAULTS = Tuning(latent={1: Tile(16, 32, 8, 1)}, expanded={1: Tile(64, 32, 8, 1)})

@@ -32,6 +32,5 @@ def kernels() -> Mapping[str, FusedOp]:
 # -------------------------------------------------------------------------------------------- tiles
 # Tiles of the Triton kernels on MetaX GPUs. Not run on hardware.
 
-
 # 64 KiB of shared memory, and larger tiles have made its compiler hang (FlagGems, issue 6191).
 DEFAULTS = Tuning(latent={1: Tile(16, 16, 4, 1)}, expanded={1: Tile(32, 32, 4, 1)})

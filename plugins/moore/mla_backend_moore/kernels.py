@@ -91,7 +91,6 @@ class MateVarlen(FlashAttnVarlen):
 # MATE's kernels and MT-flashMLA serve capability 3.1 (MTT S5000) only. MT-flashMLA ends the process when a
 # page or width is wrong and waits for the device on every call, so its limits are as narrow as its source.
 
-
 CAPABILITY = "3.1"  # that the kernels are compiled for, in Moore Threads' own numbering
 # MT-flashMLA plans one part per multiprocessor and tile of this many query rows; with none, it reads garbage.
 LEGACY_TILE = 32
@@ -148,7 +147,6 @@ def _not_legacy() -> str:
 
 # -------------------------------------------------------------------------------------------- tiles
 # Tiles of the Triton kernels on Moore Threads GPUs. Not run on hardware.
-
 
 # Eight warps and no pipeline, as FlagGems has it here; 64 KiB of shared memory hold these.
 DEFAULTS = Tuning(latent={1: Tile(16, 32, 8, 1)}, expanded={1: Tile(64, 32, 8, 1)})

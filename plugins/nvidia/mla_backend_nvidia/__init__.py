@@ -32,22 +32,10 @@ FOREIGN = ("metax", "iluvatar", "mthreads", "mtt ", "amd ", "radeon", "hygon", "
 
 # Libraries whose versions change numbers or times; those of CUDA have had no suffix since CUDA 13.
 PACKAGES = (
-    "sgl-flash-mla",
-    "flash-mla",
-    "tokenspeed-mla",
-    "flashinfer-python",
-    "flashinfer-cubin",
-    "flashinfer-jit-cache",
-    "flash-attn",
-    "flash-attn-3",
-    "nvidia-cutlass-dsl",
-    "apache-tvm-ffi",
-    "triton",
-    "nvidia-cublas",
-    "nvidia-cublas-cu12",
-    "nvidia-cudnn-cu12",
-    "nvidia-cudnn-cu13",
-)
+    "sgl-flash-mla", "flash-mla", "tokenspeed-mla", "flashinfer-python", "flashinfer-cubin",
+    "flashinfer-jit-cache", "flash-attn", "flash-attn-3", "nvidia-cutlass-dsl", "apache-tvm-ffi", "triton",
+    "nvidia-cublas", "nvidia-cublas-cu12", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
+)  # fmt: skip
 
 
 class Nvidia(TritonBackend, CudaBackend):

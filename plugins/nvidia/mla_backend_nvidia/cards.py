@@ -60,7 +60,6 @@ def peaks(name: str, memory_bytes: int | None) -> tuple[Peak | None, dict[str, P
 #
 # Not run on hardware. They fit, and Triton 3.8 spills none of them: benchmarks/triton/table.md.
 
-
 KIB = 1024
 
 # Bytes of shared memory that a block may use -> the tuning for as many and more. Two programs with 16 rows
@@ -108,7 +107,6 @@ def tuning_for(shared_memory: int | None, name: str = "") -> Tuning:
 
 # ------------------------------------------------------------------------------------------- driver
 # The kernel driver: its version, and what to do when it is older than torch's CUDA asks for.
-
 
 # Oldest driver -> the newest wheels of torch that run on it, with CUDA's compatibility of minor versions.
 WHEELS = ((525, "cu126"), (450, "cu118"))
