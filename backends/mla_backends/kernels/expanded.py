@@ -128,15 +128,9 @@ class SegmentsOp(FusedOp):
 
     @abstractmethod
     def run(
-        self,
-        state: VarlenState,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        softmax_scale: float,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-    ) -> None:
+        self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float,
+        out: torch.Tensor, lse: torch.Tensor | None,
+    ) -> None:  # fmt: skip
         """Attend segments of which some has queries and some has keys."""
 
 
@@ -167,15 +161,9 @@ class VarlenOp(SegmentsOp):
         return self.limits.reasons(spec)
 
     def run(
-        self,
-        state: VarlenState,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        softmax_scale: float,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-    ) -> None:
+        self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float,
+        out: torch.Tensor, lse: torch.Tensor | None,
+    ) -> None:  # fmt: skip
         v = self._values(k, v)
         value, sums = self.attend(state, _aligned(q), _aligned(k), _aligned(v), softmax_scale)
         out.copy_(value[..., : out.shape[2]])
@@ -245,12 +233,7 @@ class FlashAttnVarlen(VarlenOp):
         return found + super().unsupported_reasons(spec)
 
     def attend(
-        self,
-        state: VarlenState,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        softmax_scale: float,
+        self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Call the function. Raises `KernelRefused` when it returns no log-sum-exp."""
         result = self._function(
@@ -315,29 +298,15 @@ class TorchVarlen(VarlenOp):
         return failures(attempt, "torch's own flash attention", VARLEN_CURE)
 
     def attend(
-        self,
-        state: VarlenState,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        softmax_scale: float,
+        self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Call the operator, without dropout (0.0) and without a debug mask (False)."""
         import torch
 
         result = getattr(torch.ops.aten, OPERATOR)(
-            q,
-            k,
-            v,
-            state.cu_q,
-            state.cu_k,
-            state.longest_q,
-            state.longest_k,
-            0.0,
-            state.causal,
-            False,
+            q, k, v, state.cu_q, state.cu_k, state.longest_q, state.longest_k, 0.0, state.causal, False,
             scale=softmax_scale,
-        )
+        )  # fmt: skip
         return result[0], result[1]
 
 

@@ -192,15 +192,9 @@ class TokenspeedPrefill(SegmentsOp):
         return replace(super().prepare(spec, batch), blind=_blind(batch, spec.device))
 
     def run(
-        self,
-        state: VarlenState,
-        q: torch.Tensor,  # [Tq, h, 192]
-        k: torch.Tensor,  # [Tk, h, 192]
-        v: torch.Tensor,  # [Tk, h, 128]
-        softmax_scale: float,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-    ) -> None:
+        self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float,
+        out: torch.Tensor, lse: torch.Tensor | None,
+    ) -> None:  # fmt: skip
         value, sums = self._vendor.tokenspeed_mla_prefill(
             query=_dense(q),
             key=_dense(k),

@@ -87,7 +87,7 @@ class Recorded:
         self._records = array("q")
         addresses: list[int] = []  # indices of the records that hold addresses
         for name, arguments in made:
-            letters = SIGNATURES[name].replace(" ", "")
+            letters, _ = SIGNATURES[name]
             self._records.extend((functions.mla_recorded(name.encode()), len(letters)))
             addresses += [len(self._records) + i for i, letter in enumerate(letters) if letter == "p"]
             self._records.extend(map(_slot, letters, arguments))
