@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -183,6 +183,28 @@ class Kind:
         """Return signs per column, drawn anew for a call: of operands, and what they make of results."""
         return {}
 
+    def faults(
+        self,
+        results: Tensors,
+        truth: Tensors,
+        *,
+        errors: Tensors,
+        dtype: torch.dtype,
+        places: Places | None = None,
+    ) -> Iterable[tuple[float, str]]:
+        """Yield the error over its bound of every result, and what is wrong with it; "" if nothing is.
+
+        `results` are what a call wrote and `truth` what it had to, rows [T, ..]; `errors` are those of the
+        reference, by row.
+        """
+        for name, result in results.items():
+            if name == "lse":
+                ratio, reason = judge_lse(result, truth[name], dtype, places)
+            else:
+                held_to = (truth[name], dtype, places, truth.get("lse"))
+                ratio, reason = judge_beside(errors[name], result, *held_to)
+            yield ratio, f"{name}: {reason}" if reason else ""
+
     def judge(
         self,
         results: Tensors,
@@ -192,29 +214,20 @@ class Kind:
         places: Places | None = None,
         damage: str = "",
     ) -> Check:
-        """Return "ok", or "wrong" with a reason that says where.
+        """Return "ok", or "wrong" with a reason that says where. The same for every kind: see `faults`.
 
-        `results` are what a call wrote and `truth` what it had to, rows [T, ..]; `errors` are those of the
-        reference; `damage` is a fault of which the caller knows.
+        `damage` is a fault of which the caller knows.
         """
-        ratios, reasons, lse = [], [damage] * bool(damage), truth.get("lse")
-        if not results:
-            reasons.append("it wrote nothing that can be judged")
-        for name, result in results.items():
-            if name == "lse":
-                ratio, reason = judge_lse(result, truth[name], dtype, places)
-            else:
-                ratio, reason = judge_beside(errors[name], result, truth[name], dtype, places, lse)
-            ratios.append(ratio)
-            reasons += [f"{name}: {reason}"] * bool(reason)
-        worst = max(ratios, default=0.0)
-        same = [name for name in results if name != "lse" and results[name].shape == truth[name].shape]
+        faults = [(0.0, damage or "it wrote nothing that can be judged")] if damage or not results else []
+        faults += self.faults(results, truth, errors=errors, dtype=dtype, places=places)
+        reason, worst = "; ".join(said for _, said in faults if said), max(ratio for ratio, _ in faults)
+        same = [name for name in results if name in self.held and results[name].shape == truth[name].shape]
         error = relative_error(*((results[name], truth[name]) for name in same))
         return Check(
-            status="wrong" if reasons else "ok",
+            status="wrong" if reason else "ok",
             error_ratio=worst if math.isfinite(worst) else None,
             relative_error=error if same and math.isfinite(error) else None,
-            reason="; ".join(reasons),
+            reason=reason,
         )
 
     @property
