@@ -1,4 +1,4 @@
-"""Ranks that start in a blink: real processes, forked by `multiprocessing` once torch and the runner are imported."""
+"""Ranks that start in a blink: real processes, forked from one that has imported torch and the runner."""
 
 from __future__ import annotations
 
@@ -153,8 +153,6 @@ def _become(
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC if descriptor else os.O_RDONLY)
         os.dup2(opened, descriptor)
         os.close(opened)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     _set(environment)
     evidence = importlib.import_module("mla.bench.doubts.evidence")
@@ -198,7 +196,6 @@ def free_port() -> int:
     """Return a port that nobody listens at, and that no system gives to those who connect to others."""
     while True:
         port = random.SystemRandom().randrange(10000, 20000)
-        with socket.socket() as found:
-            with contextlib.suppress(OSError):
-                found.bind(("127.0.0.1", port))
-                return port
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port

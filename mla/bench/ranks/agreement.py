@@ -43,7 +43,7 @@ def facts(request: Request, options: RunOptions) -> dict[str, dict[str, str]]:
     Raises `CheckpointError` and `ResultError`.
     """
     setting, backend = request.setting, request.setting.backend
-    given = {name: str(value) for name, value in asdict(options).items() if name not in _OWN}
+    given = {name: str(value) for name, value in vars(options).items() if name not in _OWN}
     versions = {"mla": mla.__version__, "torch": str(torch.__version__), "Python": platform.python_version()}
     on_host = setting.device.type == "cpu"  # else no result counts them
     named = (option.partition("=") for option in options.backend_options)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from mla.bench.ranks.crew import Crew
 from mla.bench.ranks.errors import RanksError
-from mla.bench.ranks.pulse import SILENT, WORD, Pulse, blamed_on, die
+from mla.bench.ranks.pulse import SILENT, Pulse, Word, blamed_on, die
 from mla.command import launcher
 from mla.errors import MLAError, UsageError
 from mla_backends.errors import describe
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from mla.command.backend import OpenedBackend
     from mla.parallel.layout import Layout
 
-# Seconds that ranks wait for each other at the start, between looks, and for a connection.
-MEETING, LOOK, TRY = 120.0, 0.05, 10.0
+# Seconds that ranks wait for each other, that one which ends early waits for rank 0, between looks, and for a
+# connection.
+MEETING, WORD, LOOK, TRY = 120.0, 20.0, 0.05, 10.0
 
 _TCPStore: Any = vars(dist)["TCPStore"]  # whose stubs do not export them
 _PrefixStore: Any = vars(dist)["PrefixStore"]
-_PULSE: list[Pulse] = []  # of this process, once it is its rank
+_MET: list[tuple[Pulse, Any]] = []  # what `connect` returned, which lives as long as this process
 
 
 def join(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Crew:
@@ -59,11 +60,11 @@ def join(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Crew:
     return Crew(layout, library, options.hang_after, pulse, store)
 
 
-def connect(seconds: float) -> tuple[Pulse, Any]:
+def connect(seconds: float, word: Word | None = None) -> tuple[Pulse, Any]:
     """Return the pulse and the store of this rank, which waits so long for rank 0. Raises `RanksError`.
 
-    The store is held by rank 0 or, under torchrun, by the launcher. No collective is needed for either, so
-    the pulse can name a rank that never comes.
+    `word`: of a rank that comes only to say why it ends. The store is held by rank 0 or, under torchrun, by
+    the launcher. No collective is needed for either, so the pulse can name a rank that never comes.
     """
     rank, world, (host, port) = launcher.rank() or 0, launcher.count() or 1, address()
     holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -94,8 +95,8 @@ def connect(seconds: float) -> tuple[Pulse, Any]:
         raise RanksError(_unreachable(holds, host, port, seconds, error)) from error
     finally:
         watch.cancel()
-    _PULSE.append(Pulse(rank, world, peer, die))
-    return _PULSE[0], store
+    _MET.append((Pulse(rank, world, peer, die, word), store))
+    return _MET[0]
 
 
 def _listen(backlog: int) -> socket.socket:
@@ -133,7 +134,7 @@ def leave_word(sentence: str, code: int) -> bool:
     if (launcher.count() or 1) == 1:
         return False
     try:
-        pulse = _PULSE[0] if _PULSE else connect(WORD)[0]
+        pulse, _ = _MET[0] if _MET else connect(WORD, Word(sentence.rstrip("."), code))
     except MLAError:
         return False
     pulse.leave(sentence.rstrip("."), code)

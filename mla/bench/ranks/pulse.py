@@ -63,7 +63,7 @@ class News(msgspec.Struct, omit_defaults=True):
 
 
 def late(places: Mapping[int, Place], groups: Sequence[Sequence[int]]) -> list[int]:
-    """Return the ranks for which others wait: those at work, or where all wait, those that have come less far.
+    """Return the ranks for which others wait: those at work, or where all wait, those that are less far.
 
     All ranks meet before a forward, and in it only those of a group share collectives: none is compared
     with ranks of other groups by the number of these.
@@ -83,8 +83,18 @@ class Pulse:
     `die` must end the process: GRACE after another rank was lost, if this has not been closed by then.
     """
 
-    def __init__(self, rank: int, world: int, peer: socket.socket, die: Callable[[RanksError], None]) -> None:
-        """`peer`: where other ranks connect to on rank 0; elsewhere, the connection to it."""
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        peer: socket.socket,
+        die: Callable[[RanksError], None],
+        word: Word | None = None,
+    ) -> None:
+        """`peer`: where other ranks connect to on rank 0; elsewhere, the connection to it.
+
+        `word`: of a rank that has come to say that it ends.
+        """
         self.rank, self.world, self.die = rank, world, die
         self.members = {rank: Member(socket.gethostname(), os.getpid())}
         self.place: Callable[[], Place] = Place
@@ -96,12 +106,11 @@ class Pulse:
         # Of the other ends: how to write to each, beats since it was heard, and what has become of it.
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._quiet: dict[int, int] = {}
-        self._words: dict[int, Word] = {}
+        self._words: dict[int, Word] = {rank: word} if word else {}
         self._gone: list[int] = []
         self._judging = False
         self._loop, self._closed = asyncio.new_event_loop(), asyncio.Event()
-        run = lambda: self._loop.run_until_complete(self._live(peer))  # noqa: E731
-        self._thread = threading.Thread(target=run, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(peer,), name="pulse", daemon=True)
         self._thread.start()
 
     # ------------------------------------------------------------------------------- for the main thread
@@ -115,14 +124,14 @@ class Pulse:
         if missing := [rank for rank in range(self.world) if rank not in self.members]:
             hosts = listed(list(dict.fromkeys(member.host for member in self.members.values())))
             sentence = (
-                f"{numbered(missing)} did not come within {seconds:.0f} s, as those on {hosts} did: ended before "
-                "that, or still loading, or without a way to this port; their own output says more"
+                f"{numbered(missing)} did not come within {seconds:.0f} s, as those on {hosts} did: ended "
+                "before that, or still loading, or without a way to this port; their own output says more"
             )
             self.leave(sentence, 3)
             raise RanksError(sentence)
 
     def _all_here_or_lost(self) -> bool:
-        return self._lost is not None or len(self.members) == self.world
+        return self._lost is not None or (len(self.members) == self.world and not self._judging)
 
     def lost(self, seconds: float) -> RanksError | None:
         """Return which rank is lost, if that is known within so many seconds."""
@@ -138,6 +147,8 @@ class Pulse:
 
     def leave(self, reason: str, code: int) -> None:
         """Tell the others why this rank ends, unless all know why the run does; return once they are told."""
+        if not self._thread.is_alive():  # closed: the run is over
+            return
         if self._lost is None:
             self._call(lambda: self._heard(self.rank, News(word=Word(reason, code))))
         told = lambda: self._lost is not None and (self.rank or len(self.members) == self.world)  # noqa: E731
@@ -148,7 +159,7 @@ class Pulse:
     def close(self) -> None:
         """Stop beating and watching."""
         self._call(self._closed.set)
-        self._thread.join(2 * BEAT)
+        self._thread.join(WORD)
 
     def _call(self, work: Callable[[], object]) -> None:
         with contextlib.suppress(RuntimeError):  # it has been closed
@@ -156,14 +167,21 @@ class Pulse:
 
     # ---------------------------------------------------------------------------------- in the own thread
 
+    def _run(self, peer: socket.socket) -> None:
+        self._loop.run_until_complete(self._live(peer))
+        self._loop.close()
+
     async def _live(self, peer: socket.socket) -> None:
+        server = None
         if self.rank:
             reader, writer = await asyncio.open_connection(sock=peer, limit=LINE)
             self._writers[0], self._quiet[0] = writer, 0
-            self._send(News(members=self.members))
+            self._send(News(members=self.members, word=self._words.get(self.rank)))
             self._talking = asyncio.ensure_future(self._talk(reader, writer))  # the loop alone keeps no task
         else:
-            self._server = await asyncio.start_server(self._talk, sock=peer, limit=LINE)
+            server = await asyncio.start_server(self._talk, sock=peer, limit=LINE)
+            if self._words:
+                self._judge_soon()
         while not self._closed.is_set():
             self._send(News(places={**(self._places if not self.rank else {}), self.rank: self.place()}))
             for other in self._quiet:
@@ -173,12 +191,17 @@ class Pulse:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._closed.wait(), BEAT)
         self._send(News(bye=self._lost is None))
-        for writer in self._writers.values():
+        for writer in list(self._writers.values()):
             with contextlib.suppress(OSError, asyncio.TimeoutError):
                 writer.close()
                 await asyncio.wait_for(writer.wait_closed(), BEAT)
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        if server is not None:
+            server.close()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # in which transports close
 
     def _send(self, news: News) -> None:
         line = _line(news)
@@ -194,9 +217,8 @@ class Pulse:
                 if other is None and (other := self._welcome(news, writer)) is None:
                     break
                 self._heard(other, news)
-        if other is None:
-            writer.close()
-        elif other in self._quiet:  # it said no good-bye
+        writer.close()
+        if other in self._quiet:  # it said no good-bye
             del self._quiet[other], self._writers[other]
             self._gone.append(other)
             self._judge_soon()
@@ -217,12 +239,6 @@ class Pulse:
         if other != self.rank:
             self._quiet[other] = 0
         self._places |= news.places
-        if news.members:
-            with self._news:
-                self.members |= news.members
-                self._news.notify_all()
-            if not self.rank and len(self.members) == self.world:
-                self._send(News(members=self.members))
         if news.word and self.rank and not other:
             self._lose(news.word)
         elif news.word and self.rank:
@@ -230,6 +246,12 @@ class Pulse:
         elif news.word:
             self._words[other] = news.word
             self._judge_soon()
+        if news.members:
+            with self._news:
+                self.members |= news.members
+                self._news.notify_all()
+            if not self.rank and len(self.members) == self.world:
+                self._send(News(members=self.members))
         if news.bye:
             self._quiet.pop(other, None)
             self._writers.pop(other, None)
@@ -305,5 +327,5 @@ def die(lost: RanksError) -> None:
     with contextlib.suppress(Exception):
         console.complain(str(lost), lost.common)
         sys.stderr.flush()
-        last_words.dismiss()
+        last_words.dismiss(lost.exit_code)
     os._exit(lost.exit_code)
