@@ -17,7 +17,7 @@ from mla.cases.call import GuardedCall, Host, host
 from mla.cases.case import OpCase
 from mla.cases.memory import NoRoom, Placed, Tensors
 from mla.errors import UnsupportedBatch
-from mla.layer.preflight import Say, preflight_reasons
+from mla.layer.ops import Say, preflight_reasons
 from mla_backends.api import OPS, Backend, FusedOp, Packed
 from mla_backends.errors import BackendError, describe, original, plugin_code
 
