@@ -18,7 +18,7 @@ from mla.bench.measure.samples import Measurement
 from mla.bench.plan import yardstick
 from mla.bench.plan.repro import case_command
 from mla.bench.plan.request import Request, ScenarioPlan
-from mla.bench.results.shares import busiest
+from mla.bench.results.cases import busiest
 from mla.bench.run import judging
 from mla.bench.run.rank_costs import rank_costs
 from mla.bench.run.threads import Threads
