@@ -197,7 +197,8 @@ class BatchView(Protocol):
 
     Lengths exist twice: as host tuples, for decisions that must not wait for the device, and as device
     tensors, for kernels. `kv_lens` includes the new tokens, `query_lens`. `block_table[i, j]` is the page
-    that holds tokens `j * page_size ...` of request i.
+    that holds tokens `j * page_size ...` of request i; `page_size` is a power of two, 1
+    included.
     """
 
     query_lens: tuple[int, ...]
@@ -218,9 +219,10 @@ class BatchView(Protocol):
 class Packed:
     """A weight in the layout that one op uses, and all that the op may remember of it.
 
-    `nbytes` is the memory it keeps alive. A layer packs each weight once and calls the op with the result as
-    often as it likes. Weights of other layers have the same shapes, and another weight may later lie where a
-    dropped one was, so neither finds a packed weight again.
+    `data` is whatever the op wants, of any type: only the op that packed it looks at it; by default it is the
+    weight as it was given. `nbytes` is the memory it keeps alive. A layer packs each weight once and calls
+    the op with the result as often as it likes. Weights of other layers have the same shapes, and another
+    weight may later lie where a dropped one was, so neither finds a packed weight again.
     """
 
     data: Any
@@ -257,6 +259,15 @@ class FusedOp(ABC):
     bias, weight, slots and the cache are contiguous. No two of them overlap, except where out may be x. What
     lies between, before and behind their rows belongs to others and may be NaN: it is not written, and no
     result depends on it. Slots are distinct, and come in any order.
+
+    Alignment: where every width of the spec but the number of heads is a multiple of 16 bytes, so are address
+    and strides, the last apart, of every operand in the layer's dtype, and of cos_sin. In other layers these,
+    and integers and lse everywhere, are aligned to their own numbers and no more; so are the hidden
+    states that a caller hands to a layer. An op that needs more looks at addresses and strides, and copies,
+    takes another way, or raises `BackendError`.
+
+    Values are any that layers have: rows of zeros, such as padding, rotations by angle 0, rows and channels a
+    thousand times larger than others, denormals, logits in the thousands of either sign.
 
     Sums, norms and rotations are in fp32 and rounded once, to the dtype of the output. Rows do not depend on
     each other. An op may keep packed weights and scratch memory, but nothing that a later result depends on:
@@ -482,7 +493,11 @@ class Backend(ABC):
         return None
 
     def graph(self, fn: Callable[[], None]) -> Callable[[], None] | None:
-        """Capture `fn` and return its replay, or None if the stack has no graphs."""
+        """Capture `fn` and return its replay, or None if the stack has no graphs.
+
+        `fn` has run before. It may run again here, to warm up, and is to be captured once; its operands stay
+        where they are, and a replay reads and writes them there. Calling `fn` again is no replay.
+        """
         return None
 
     def memory(self) -> MemoryInfo:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class TorchBackend(Backend):
     """A device that torch already knows, as `torch.<device_type>`."""
 
-    device_type: str
+    device_type: str  # what `torch.device` calls it, such as "xpu"; `torch.xpu` is its module then
     requires: tuple[str, ...] = ()  # modules whose import registers the device with torch
     install_hint = "install the torch build of the device's vendor"
     query_tool = ""  # the command that lists the devices; named in hints and never run

@@ -26,6 +26,7 @@ from mla.cases.memory import (
     scattered,
 )
 from mla.cases.stress import Drawing
+from mla.cases.values import shape as unusual
 from mla.cases.varied import Change, Pool
 from mla.reference import REFERENCE
 from mla.verify.places import Places
@@ -198,7 +199,9 @@ class Host:
     def __init__(self, case: OpCase, given: Tensors | None = None) -> None:
         """Draw the operands unless they are given. `case` has a stress, and is on the host."""
         self.case, self.entry = case, case.entry
-        drawn = self.entry.draw(case, Drawing(case), self.entry.rows(case)) if given is None else given
+        drawn = given
+        if drawn is None:
+            drawn = unusual(case, self.entry.draw(case, Drawing(case), self.entry.rows(case)))
         shapes = {name: case.shape(self.entry.operands[name]) for name in self.entry.varied}
         self.given = drawn | {name: drawn[name].view(shape) for name, shape in shapes.items()}
 

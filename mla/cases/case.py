@@ -61,6 +61,7 @@ class OpCase:
     eps: float = 1e-6
     rope: MLAConfig | None = None  # the layer whose angles rotate; by default they are drawn
     stress: Stress | None = None  # None: numbers as a layer has them
+    values: tuple[str, ...] = ()  # what else is unusual about them: keys of `mla.cases.values.PATTERNS`
     layout: Layout = PLAIN
 
     def but(self, **changes: Any) -> OpCase:
@@ -83,7 +84,7 @@ class OpCase:
         title = self.entry.title.format(q=runs(self.query_lens), kv=runs(self.kv_lens), **sizes)
         usual = replace(self, biased=False, interleaved=True, eps=1e-6, causal=True, seed=0)
         special = stress.words(self, usual) + (stress.words(self.stress, Stress()) if self.stress else [])
-        return ", ".join([title, *special]) + self.layout.label
+        return ", ".join([title, *special, *self.values]) + self.layout.label
 
     @property
     def entry(self) -> Kind:

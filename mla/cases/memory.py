@@ -13,6 +13,7 @@ from mla.verify.tolerances import same_bits
 Tensors = dict[str, torch.Tensor]
 
 GUARD = 32  # rows before and behind a tensor, where a kernel writes that rounds its rows up
+ALIGNED, MOST_BESIDE = 64, 1 << 14  # numbers: pieces begin at multiples, and have as many beside them at most
 MARGIN = 16  # columns on either side of a slice
 NEIGHBOURS = 1  # heads on either side of a slice
 AROUND = 77.0  # what outputs lie in; neither 0 nor NaN, which is what is written by mistake
@@ -37,6 +38,10 @@ class Layout:
     apart: int = 0  # numbers from one row of an operand to the next; 0: they are adjacent
     # Operand or result -> columns before and behind its own, in wider rows.
     margins: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
+    # Operand or result -> numbers before its first, behind every row, and behind every part of a row.
+    gaps: Mapping[str, tuple[int, int, int]] = field(default_factory=dict, hash=False)
+    shared: tuple[int, ...] = ()  # per request: its first pages that are those of the request before it
+    repeated: bool = False  # the second full page of a request is its first
 
     @property
     def sparse(self) -> bool:
@@ -47,6 +52,8 @@ class Layout:
     def label(self) -> str:
         """What is special about the layout, for reports."""
         words = [" strided"] * self.strided + [f" in {self.pages} pages"] * bool(self.pages)
+        words += [f", strided {' '.join(sorted(self.gaps))}"] * bool(self.gaps)
+        words += [", shared pages"] * any(self.shared) + [", a page named twice"] * self.repeated
         return "".join(words)
 
 
@@ -118,14 +125,27 @@ class Pages:
         """Hand out pages to requests of these lengths, which share full pages of `common` first keys."""
         size, owned = layout.page_size, [-(-length // layout.page_size) for length in lengths]
         order, count = _order(layout.spare + sum(owned), layout)
-        table = torch.full((len(lengths), max(1, *owned) + layout.columns), int(order[0]), dtype=torch.int32)
+        columns = max(1 + layout.repeated, *owned) + layout.columns
+        table = torch.full((len(lengths), columns), int(order[0]), dtype=torch.int32)
         for row, pages in zip(table, order[layout.spare :].split(owned), strict=True):
             row[: len(pages)] = pages
         table[1:, : common // size] = table[:1, : common // size]
+        for request, first in enumerate(layout.shared):
+            table[request, :first] = table[request - 1, :first]
+        if layout.repeated:
+            full = torch.tensor(lengths) >= 2 * size
+            table[full, 1] = table[full, 0]
         slots = []
         for row, pages, length in zip(table.long(), owned, lengths, strict=True):
             slots.append((row[:pages, None] * size + torch.arange(size)).flatten()[:length])
         return cls(layout, count, order, table, torch.cat(slots))
+
+    @property
+    def first(self) -> torch.Tensor:
+        """The first key [K] int64 that lies where each key lies; itself where no page is shared."""
+        slots, inverse = self.slots.unique(return_inverse=True)
+        found = torch.full((len(slots),), len(self.slots))
+        return found.scatter_reduce_(0, inverse, torch.arange(len(self.slots)), "amin")[inverse]
 
     def blocks(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the pages [n, page, w] in `order`, that hold keys [K, w]."""
@@ -262,3 +282,61 @@ def hardly_touched(pages: Pages, rows: torch.Tensor, device: torch.device) -> to
     for page, block in zip(pages.order.tolist(), blocks, strict=True):  # an index could be too narrow, too
         cache[page].copy_(block)
     return cache
+
+
+class Piece:
+    """Poisoned memory on a device, and a tensor that lies somewhere in it."""
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        gaps: tuple[int, int, int] = (0, 0, 0),
+        guard: int = GUARD,
+    ) -> None:
+        """`gaps`: numbers before the first, behind every row, and behind every part of a row.
+
+        `guard`: rows of nobody before and behind. Poison is NaN; in integers, it is their largest.
+        """
+        stride = [1] * len(shape)
+        for dim in range(len(shape) - 2, -1, -1):
+            behind = gaps[1] if dim == 0 else gaps[2]
+            stride[dim] = stride[dim + 1] * max(1, shape[dim + 1]) + behind
+        row = stride[0] if len(shape) > 1 else 1
+        beside = -(-min(guard * row, MOST_BESIDE) // ALIGNED) * ALIGNED
+        before, count = beside + gaps[0], 2 * beside + gaps[0] + shape[0] * row
+        self.whole = poison(torch.empty(count, dtype=dtype, device=device))
+        self.part = self.whole.as_strided(tuple(shape), tuple(stride), before)
+        self.sealed = self.own = self.whole  # what it holds before a call; and of which it was made
+        self._view = (tuple(shape), tuple(stride), before)
+
+    def seal(self) -> None:
+        """Remember what all of the memory holds."""
+        self.sealed = self.own = self.whole.clone()
+
+    def restore(self, other: Piece) -> None:
+        """Hold what another piece of the same layout held when it was sealed; or this one itself."""
+        _copy(self.whole, other.own)
+        self.sealed = other.own
+
+    def damage(self, name: str, output: bool) -> str:
+        """Return what has been written that should not have been, as a clause; "" if nothing."""
+        now, then = self.whole.to("cpu", copy=True), self.sealed.cpu()
+        if output:
+            now.as_strided(*self._view).copy_(then.as_strided(*self._view))
+        if same_bits(now, then):
+            return ""
+        changed, before = (bits(now) != bits(then)).any(-1), self._view[2]
+        if not output and bool(changed.as_strided(*self._view).any()):
+            return f"the op wrote to {name}, which was not its output"
+        last = before + sum((size - 1) * step for size, step in zip(*self._view[:2], strict=True))
+        sides = (slice(before), slice(last + 1, None), slice(before, last + 1))
+        words = ("before the first row of", "behind the last row of", "beside rows of")
+        side = next(word for word, side in zip(words, sides, strict=True) if bool(changed[side].any()))
+        return f"memory {side} `{name}` was written"
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a host tensor [n, ...] as [n, ..., bytes], so that NaN equals NaN."""
+    return tensor.contiguous().unsqueeze(-1).view(torch.uint8)

@@ -31,6 +31,7 @@ class Exit(enum.IntEnum):
     WRONG = 4
     NOTHING_RAN = 5
     DOUBTFUL = 6
+    INCOMPLETE = 7
     HUNG_UP = 129
     INTERRUPTED = 130
     TERMINATED = 143

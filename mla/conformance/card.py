@@ -23,6 +23,7 @@ _WORDS: dict[Status, str] = {
     "refused": "refused",
     "xfail": "failed as expected",
     "xpass": "passed unexpectedly",
+    "incomplete": "incomplete",
 }
 
 Key = TypeVar("Key", bound=Hashable)
@@ -43,6 +44,7 @@ def card(report: ConformanceReport) -> str:
         _list("Failed as expected", _reasons(checks, "xfail")),
         _list("Refused", _refusals(checks)),
         _list("Expected failures that matched no check", report.unused_xfails),
+        _list("Drawn", map(_flat, _drawn(checks))),
         "## Covered, by why kernels fail\n",
         markdown(_KIND_TITLES, kinds, padded=True),
         _list("What this run cannot have seen", map(_flat, report.blind)),
@@ -55,7 +57,8 @@ def card(report: ConformanceReport) -> str:
 def _summary(report: ConformanceReport) -> str:
     """Return the last line: the number of checks by outcome."""
     counts, checks = report.counts(), report.checks
-    listed = ", ".join(f"{counts[status]} {word}" for status, word in _WORDS.items())
+    told = [status for status in _WORDS if counts[status] or status != "incomplete"]
+    listed = ", ".join(f"{counts[status]} {_WORDS[status]}" for status in told)
     cut = f" (interrupted, {report.planned} planned)" if report.interrupted else ""
     count = "1 check" if len(checks) == 1 else f"{len(checks)} checks"
     return f"{count}{cut}: {listed}; {sum(one.seconds for one in checks):.1f} s"
@@ -130,6 +133,17 @@ def _counted(members: Sequence[Cases]) -> str:
     return ", ".join([str(sum(counts.values())), *extra])
 
 
+def _drawn(checks: Iterable[CheckResult]) -> Iterator[str]:
+    """Yield a line per check that drew its cases: how many, and what along which axis."""
+    for one in checks:
+        if (drawn := one.drawn) is not None and drawn.along:
+            share = drawn.refused / (drawn.judged + drawn.refused or 1)
+            kept = f", {drawn.kept} of earlier failures first" if drawn.kept else ""
+            along = "; ".join(f"{axis} {values}" for axis, values in drawn.along.items())
+            how = f"seed {drawn.seed}, {drawn.seconds:.0f} s"
+            yield f"`{one.id}`: {drawn.judged} judged, {share:.0%} refused{kept} ({how}): {along}"
+
+
 def _reasons(checks: Iterable[CheckResult], status: Status) -> list[str]:
     return [f"`{one.id}`: {_flat(one.reason)}" for one in checks if one.status == status]
 
@@ -196,7 +210,7 @@ def _one_line(text: str) -> str:
 
 # What no run of this suite sees.
 _ALWAYS = (
-    "Sizes between those tried: cases are neighbours of the borders that kernels usually have.",
+    "Sizes that were not drawn: most are near the borders that kernels usually have, and few are large.",
     "Races that need luck: a case runs once or a few times, on one stream of one process.",
     "One more rounding to a narrow dtype in a small op, of angles, of a norm before its weight, of a product "
     "before its bias: it costs about as much as rounding the output, which is allowed.",
@@ -229,7 +243,7 @@ class Extent:
 
 def blind(extent: Extent, checks: Sequence[CheckResult]) -> list[str]:
     """Return what a run cannot have seen, one sentence each; what depends on the run comes first."""
-    cut = [*_cut(extent, checks), *_thinned(extent, checks)]
+    cut = [*_cut(extent, checks), *_few(checks), *_thinned(extent, checks)]
     return [*cut, *_reached(checks), *_all_refused(checks), *_other_dtypes(extent), *_ALWAYS]
 
 
@@ -241,6 +255,12 @@ def _cut(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:
         yield f"What other checks ask: only {', '.join(extent.only)} ran."
     if extent.quick:
         yield "Many sizes: the quick grid has a few of each kind, the full one (without --quick) all."
+
+
+def _few(checks: Sequence[CheckResult]) -> Iterator[str]:
+    few = [one.id for one in checks if one.status == "incomplete"]
+    if few:
+        yield f"What more draws would find: too few of {', '.join(few)} (--minutes gives more time)."
 
 
 def _thinned(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:

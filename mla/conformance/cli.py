@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,8 +37,9 @@ The checks are tests of pytest, which must be installed. With pytest's own optio
 
 \b
 Exit codes: 0 all passed, 1 an expected failure passed, 2 usage, or a report that cannot be written, 3 backend
-missing or unusable, 4 a check failed, 5 nothing ran, 130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP
-(the partial report is written).
+missing or unusable, 4 a check failed, 5 nothing ran, 7 incomplete (all is right, but fewer than 300 drawn
+cases of an op in a dtype were judged), 130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP (the partial
+report is written).
 """
 
 
@@ -57,8 +59,19 @@ missing or unusable, 4 a check failed, 5 nothing ran, 130 interrupted, 143 ended
 @click.option(
     "--quick",
     is_flag=True,
-    help="A smaller grid of shapes; every check still runs. Less than a minute on two CPUs.",
+    help="A smaller grid of shapes, and about a minute in all; every check still runs.",
 )
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    help="How long a run takes: what fixed checks leave of it is for drawn cases.  [1 with --quick, else 5]",
+)
+@click.option(
+    "--draws",
+    type=click.IntRange(1),
+    help="Draw so many cases of every op and dtype, in place of a time: for interpreted kernels, and in CI.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of what is drawn.  [0]")
 @click.option(
     "--every-case",
     is_flag=True,
@@ -110,6 +123,9 @@ def cli(
     dtypes: Sequence[str],
     only: Sequence[str],
     quick: bool,
+    minutes: float | None,
+    draws: int | None,
+    seed: int,
     every_case: bool,
     xfails_file: Path | None,
     report_file: Path | None,
@@ -139,7 +155,8 @@ def cli(
     from mla.conformance.suite import Asked, Suite
 
     options = BackendOptions(backend, device, backend_options, threads)
-    suite = Suite.opened(Asked(options, dtypes, only, quick, every_case or list_only), xfails)
+    asked = Asked(options, dtypes, only, quick, every_case or list_only, minutes, draws, seed)
+    suite = Suite.opened(asked, xfails)
     planned = suite.planned
     if list_only:
         return selection.list_cases(planned, suite.subject)
@@ -167,6 +184,11 @@ def _require_pytest() -> None:
         found = "" if here >= LEAST_PYTEST else f"here in version {pytest.__version__}"
     except ImportError:
         found = "not installed"
+    if not found and importlib.util.find_spec("hypothesis") is None:
+        raise UsageError(
+            "the suite draws cases with hypothesis, which is not installed: `pip install hypothesis` "
+            "(it comes with `mla[conformance]`)."
+        )
     if found:
         least = LEAST_PYTEST[0]
         raise UsageError(

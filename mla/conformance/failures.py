@@ -33,6 +33,7 @@ class Keeper:
     def into(cls, folder: Path, suite: Suite) -> Keeper:
         """Make the folder before a long run. Raises `ResultError`."""
         file.prepare(folder)
+        suite.subject.drawing.folder = folder
         return cls(folder, suite.subject, suite.asked)
 
     def see(self, instance: Instance, result: CheckResult) -> None:
@@ -52,7 +53,8 @@ class Keeper:
         number = split(case.id)[1]
         chosen = None if number is None else frozenset({number})
         again = dataclasses.replace(instance, op=op, chosen=chosen)
-        again.run(dataclasses.replace(self.subject, backend=backend))
+        with self.subject.drawing.only_smallest():
+            again.run(dataclasses.replace(self.subject, backend=backend))
         if watcher.wrong is None:
             why = watcher.reason or "no call of an op in it was wrong when it ran again"
             note(f"--dump-failure kept nothing of {case.id}: {why}")

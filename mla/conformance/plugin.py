@@ -25,6 +25,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "dtype": {"action": "append", "default": [], "help": "Check only this dtype; may be repeated."},
     "quick": {"action": "store_true", "help": "A smaller grid of shapes; every check still runs."},
     "every-case": {"action": "store_true", "help": "Run every case of dtypes that are slow on the device."},
+    "minutes": {"type": float, "metavar": "N", "help": "How long a run takes. Default: 1 if quick, else 5."},
+    "draws": {"type": int, "metavar": "N", "help": "Draw so many cases of every op and dtype instead."},
+    "seed": {"type": int, "default": 0, "metavar": "N", "help": "Of what is drawn."},
     "xfails": {"metavar": "FILE", "help": "Expected failures, one 'check: reason' per line."},
     "dump-failure": {"metavar": "DIR", "help": "Keep the first call of an op that is wrong in DIR."},
 }
@@ -70,7 +73,8 @@ def _opened(options: Any) -> Suite:
     chosen = BackendOptions(
         options.mla_backend, options.mla_device, tuple(options.mla_option), options.mla_threads
     )
-    asked = Asked(chosen, options.mla_dtype, (), options.mla_quick, options.mla_every_case)
+    how = (options.mla_minutes, options.mla_draws, options.mla_seed)
+    asked = Asked(chosen, options.mla_dtype, (), options.mla_quick, options.mla_every_case, *how)
     try:
         xfails = Xfails.read(Path(options.mla_xfails)) if options.mla_xfails else Xfails()
         suite = Suite.opened(asked, xfails)

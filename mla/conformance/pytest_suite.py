@@ -98,5 +98,7 @@ def conclude(description: str, results: Sequence[CheckResult]) -> None:
     if expected := reasons("xfail"):
         pytest.xfail(expected)
         pytest.fail(expected, pytrace=False)  # --runxfail has pytest.xfail return
+    if few := reasons("incomplete"):
+        pytest.skip(f"incomplete: {few}")
     if not any(one.status == "pass" for one in results):
         pytest.skip(reasons("refused"))

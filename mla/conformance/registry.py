@@ -23,11 +23,12 @@ KINDS = {
     "memory": "what lies around operands: strides, guard rows, neighbours",
     "emptiness": "nothing at all: no tokens, no keys",
     "numbers": "precision: narrow sums, large and small values",
+    "drawn": "any of these: cases drawn over all axes at once, which no table has together",
 }
 # What a check runs once for: the device, every dtype, every op in every dtype, every layer.
 DEVICE, DTYPE, OP, LAYER = "device", "dtype", "op", "layer"
 
-_MODULES = ("device", "contract", "small_ops", "attention", "attention_state", "layer")
+_MODULES = ("device", "contract", "small_ops", "attention", "attention_state", "layer", "drawn")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mla.errors import MLAError
 
 SCHEMA_VERSION = 2
 
-Status = Literal["pass", "fail", "refused", "xfail", "xpass"]
+Status = Literal["pass", "incomplete", "fail", "refused", "xfail", "xpass"]
 
 
 class ConformanceReportError(MLAError):
@@ -44,8 +44,21 @@ class Refusal(msgspec.Struct):
     reason: str
 
 
-class CheckResult(msgspec.Struct, kw_only=True):
+class Drawn(msgspec.Struct, kw_only=True):
+    """What was drawn for one op in one dtype."""
+
+    judged: int  # draws whose calls were compared with the truth, those of `kept` apart
+    refused: int  # draws that the op refused
+    kept: int  # failures of earlier runs that came first
+    seed: int
+    seconds: float
+    along: dict[str, str]  # axis -> what was drawn along it
+
+
+class CheckResult(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One check of one subject.
+
+    incomplete: all that was drawn is right, but too few cases were.
 
     refused: the backend declared beforehand that it serves none of the cases. xfail: it failed, as the list
     of expected failures says. xpass: the list says it fails, but it passed.
@@ -64,6 +77,7 @@ class CheckResult(msgspec.Struct, kw_only=True):
     error_ratio: float | None  # largest error over its bound; at most 1 when right
     note: str
     seconds: float
+    drawn: Drawn | None = None  # of a check whose cases are drawn
 
 
 class CheckedBackend(msgspec.Struct, kw_only=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from mla.conformance import plugin, test_backend
 from mla.conformance.card import Extent, blind, coverage
 from mla.conformance.plugin import PROPERTY, SUITE
 from mla.conformance.report import SCHEMA_VERSION, CheckedBackend, CheckResult, ConformanceReport
-from mla.conformance.suite import Suite, claimed_dtypes
+from mla.conformance.suite import Suite, claimed_dtypes, weight
 from mla.conformance.trial import ask
 from mla.text import dtype_name
 
@@ -43,6 +44,7 @@ class Results:
         self.suite, self.verbose = suite, verbose
         self.by_id: dict[str, CheckResult] = {}
         self.progress = Progress(len(suite.planned))
+        self.start = time.monotonic()
         self.error: BaseException | None = None  # of our own making: what a backend raises is a result
 
     def pytest_configure(self, config: pytest.Config) -> None:
@@ -56,10 +58,19 @@ class Results:
             return (yield)
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Name what runs now, in case it ends the process."""
+        """Name what runs now, in case it ends the process, and say how long it may draw cases."""
+        self.suite.subject.drawing.seconds = self.share(id_of(item))
         self.progress.advance(id_of(item), 0)
         if self.verbose:
             note(id_of(item))
+
+    def share(self, name: str) -> float:
+        """Return the seconds for a check that draws: its share of those left, and of half of all at least."""
+        weights = {one.id: weight(one) for one in self.suite.planned if one.id not in self.by_id}
+        drawn = sum(one.seconds for one in self.by_id.values() if one.drawn)
+        total, now = self.suite.asked.seconds, time.monotonic()
+        left = max(total - (now - self.start), total / 2 - drawn, 0.0)
+        return left * weights.get(name, 0.0) / (sum(weights.values()) or 1.0)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep the result of a check."""
@@ -144,4 +155,6 @@ def verdict(report: ConformanceReport) -> Exit:
         return Exit.WRONG
     if counts["xpass"]:
         return Exit.REGRESSION
+    if counts["incomplete"]:
+        return Exit.INCOMPLETE
     return Exit.OK if counts["pass"] + counts["xfail"] else Exit.NOTHING_RAN

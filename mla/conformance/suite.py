@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mla.cases import KINDS
 from mla.command.backend import BackendOptions, open_backend
 from mla.command.console import note
+from mla.conformance.drawn import usual_spec
 from mla.conformance.registry import DEVICE, DTYPE, LAYER, OP, ConformanceCheck, all_checks
 from mla.conformance.report import Cases, CheckResult, Failure, Refusal, Slow, Status
 from mla.conformance.selection import Numbers, Xfails, case_id, chosen_cases, nothing_matches, require_cases
-from mla.conformance.trial import DTYPES, BackendUnderTest, Trial, ask
+from mla.conformance.trial import DTYPES, BackendUnderTest, Drawing, Trial, ask
 from mla.errors import UsageError
 from mla.reference import REFERENCE
 from mla.text import dtype_name
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 
 # How many cases of a check run in a dtype that the device is slow in, on the quick grid and on the full one.
 HANDFUL = {True: 2, False: 3}
+MINUTES = {True: 1.0, False: 5.0}  # that a run takes, on the quick grid and on the full one
+ENOUGH = 300  # judged draws of an op in a dtype, with which its check is green
+ATTENTION = 4.0  # times the time of other ops, for draws
+DRAWN = "drawn"  # what fails checks that draw their cases
 # A product [ROWS, WIDTH] x [WIDTH, WIDTH] that takes this many times as long as in a wider dtype is slow.
 FACTOR = 3.0
 ROWS, WIDTH = 64, 1024
@@ -167,10 +173,13 @@ def _of_check(
         yield from (Instance(check, dtype=dtype) for dtype in (*dtypes, *more))
     elif check.scope == OP:  # of the reference, too, which serves what ops refuse
         for dtype in dtypes:
-            for name, op in offered.items():
-                if str(getattr(op, "contract", "")).partition("/")[0] == check.kind:
-                    yield Instance(check, name, dtype, op)
-            yield Instance(check, "reference", dtype, REFERENCE[check.kind])
+            own = {name: op for name, op in offered.items() if _kind(op) == check.kind}
+            yield from (Instance(check, name, dtype, op) for name, op in own.items())
+            spec = None
+            if check.fails == DRAWN:  # of the reference where it is all there is
+                spec = usual_spec(check.kind, dtype, ask(lambda: subject.device, None))
+            if spec is None or all(ask(partial(op.unsupported_reasons, spec), ["?"]) for op in own.values()):
+                yield Instance(check, "reference", dtype, REFERENCE[check.kind])
     else:  # without fused ops both policies are the same
         policies = ("auto", "reference") if offered and not subject.quick else ("auto",)
         yield from (Instance(check, policy, dtype) for dtype in dtypes for policy in policies)
@@ -201,6 +210,7 @@ def carry_out(instance: Instance, subject: BackendUnderTest, xfails: Xfails) -> 
         error_ratio=trial.worst,
         note=trial.note,
         seconds=round(time.perf_counter() - start, 4),
+        drawn=trial.drawn,
     )
 
 
@@ -212,7 +222,20 @@ def _verdict(trial: Trial, expected: str | None) -> tuple[Status, str]:
         return ("fail", reason) if expected is None else ("xfail", f"{expected} ({reason})")
     if not trial.ended("passed"):
         return "refused", "; ".join(dict.fromkeys(one.reason for one in trial.cases))
+    if expected is None and trial.drawn is not None and trial.drawn.judged < ENOUGH:
+        return "incomplete", f"{trial.drawn.judged} of {ENOUGH} drawn cases were judged"
     return ("pass", "") if expected is None else ("xpass", expected)
+
+
+def _kind(op: FusedOp) -> str:
+    return str(getattr(op, "contract", "")).partition("/")[0]
+
+
+def weight(instance: Instance) -> float:
+    """Return how much of the time for draws a check gets; 0 for one that draws nothing."""
+    if instance.check.fails != DRAWN:
+        return 0.0
+    return ATTENTION if KINDS[instance.check.kind].prepares else 1.0
 
 
 @dataclass(frozen=True)
@@ -224,6 +247,14 @@ class Asked:
     only: Sequence[str] = ()  # patterns; empty: every check
     quick: bool = False
     every_case: bool = False
+    minutes: float | None = None  # that a run takes; None: as `MINUTES` says
+    draws: int | None = None  # of every op in every dtype, in place of a time
+    seed: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """How long a run takes."""
+        return 60 * (MINUTES[self.quick] if self.minutes is None else self.minutes)
 
     def alone(self) -> list[str]:
         """Return the command that runs one case, without its `--only`."""
@@ -231,6 +262,7 @@ class Asked:
         words += [word for option in self.backend.backend_options for word in ("-O", option)]
         for flag, value in (("--device", self.backend.device), ("--threads", self.backend.threads)):
             words += [] if value is None else [flag, str(value)]
+        words += ["--seed", str(self.seed)] * bool(self.seed)
         return [*words, *(["--quick"] * self.quick)]
 
 
@@ -261,7 +293,8 @@ class Suite:
             if name not in names:
                 raise UsageError(f"the backend does not claim {name}; it claims: {', '.join(names)}.")
         chosen = tuple(dtype for dtype in claimed if not asked.dtypes or dtype_name(dtype) in asked.dtypes)
-        return cls(asked, replace(subject, slow=dtypes_of(slow)), chosen, slow, xfails)
+        drawing = Drawing(asked.draws, seed=asked.seed)
+        return cls(asked, replace(subject, slow=dtypes_of(slow), drawing=drawing), chosen, slow, xfails)
 
     @cached_property
     def planned(self) -> tuple[Instance, ...]:
@@ -271,6 +304,7 @@ class Suite:
         if not planned:
             raise nothing_matches(only, [one.id for one in instances(self.subject, self.dtypes)])
         require_cases(planned, self.subject)
+        self.subject.drawing.seconds = self.asked.seconds / max(1, sum(weight(one) > 0 for one in planned))
         return planned
 
     def carry_out(self, instance: Instance) -> CheckResult:

@@ -9,17 +9,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
 from mla.cases.call import GuardedCall, Host, host
 from mla.cases.case import OpCase
 from mla.cases.memory import NoRoom, Placed, Tensors
+from mla.conformance.report import Drawn
 from mla.errors import UnsupportedBatch
 from mla.layer.ops import Say, preflight_reasons
 from mla_backends.api import OPS, Backend, FusedOp, Packed
 from mla_backends.errors import BackendError, describe, original, plugin_code
+
+if TYPE_CHECKING:
+    from mla.cases.drawn import Scene
 
 # Dtypes that a layer can have.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -57,6 +62,27 @@ class Case:
         return ": ".join(filter(None, (self.label, self.reason)))
 
 
+@dataclass
+class Drawing:
+    """How many cases are drawn; the same for all checks of a run but `seconds`."""
+
+    count: int | None = None  # of draws; None: as many as `seconds` allow
+    seconds: float = 0.0  # that the check which runs next may take
+    seed: int = 0
+    folder: Path | None = None  # where failures are kept, to come first the next time
+    smallest: dict[str, Scene] = field(default_factory=dict)  # the wrong case of every check that failed
+    again: bool = False  # nothing but that one is played
+
+    @contextmanager
+    def only_smallest(self) -> Iterator[None]:
+        """Have checks play the wrong case that they found, and no other."""
+        self.again = True
+        try:
+            yield
+        finally:
+            self.again = False
+
+
 @dataclass(frozen=True)
 class BackendUnderTest:
     """The backend under test."""
@@ -68,6 +94,7 @@ class BackendUnderTest:
     reopen: Callable[[Mapping[str, str]], Backend] | None = None  # creates the backend with other options
     say: Say | None = None  # is told in one line what an op compiles, before it does
     slow: frozenset[torch.dtype] = frozenset()  # dtypes of which a handful of cases run
+    drawing: Drawing = field(default_factory=Drawing)  # how many cases are drawn
 
     @property
     def device(self) -> torch.device:
@@ -104,6 +131,7 @@ class Trial:
     cases: list[Case] = field(default_factory=list)  # that ran
     worst: float | None = None  # largest error over its bound
     note: str = ""  # a figure worth reading
+    drawn: Drawn | None = None  # what was drawn, of a check that draws its cases
     _left_out: bool = field(default=False, init=False)  # inside a case that is not chosen
 
     def __getattribute__(self, name: str) -> Any:

@@ -16,6 +16,7 @@ from outcome import Outcome
 
 import mla
 import mla_backends
+from mla.conformance import suite
 from mla.conformance.cli import main
 from mla.conformance.registry import all_checks
 from mla.conformance.report import ConformanceReport, ConformanceReportError, decode
@@ -88,10 +89,11 @@ def conformance(
     (tmp_path / "mine_for_conformance.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(suite, "ENOUGH", 1)
 
     def run(*words: str, fault: str = "", backend: bool = True) -> Outcome:
         capsys.readouterr()
-        chosen = ["--backend", "mine_for_conformance:Mine", "--quick"] * backend
+        chosen = ["--backend", "mine_for_conformance:Mine", "--quick", "--draws", "2"] * backend
         code = main([*chosen, *(["-O", f"fault={fault}"] if fault else []), *words])
         return Outcome(code, *capsys.readouterr())
 

@@ -130,20 +130,27 @@ def test_how_far_an_index_got_is_said() -> None:
 
 
 def test_the_card_and_the_report_say_what_was_covered(tmp_path: Path, capsys: Any) -> None:
-    words = ("-O", "op=rms_norm", "--only", "rms_norm", "--report", str(tmp_path / "out.json"))
+    words = (
+        "-O",
+        "op=rms_norm",
+        "--only",
+        "rms_norm",
+        "--draws",
+        "300",
+        "--report",
+        str(tmp_path / "out.json"),
+    )
     assert main([*FAULTY, *words]) == 0
     card, report = capsys.readouterr().out, decode((tmp_path / "out.json").read_bytes())
     by_kind = {one.kind: one for one in report.coverage}
     assert (by_kind["memory"].checks, by_kind["numbers"].checks, by_kind["index"].checks) == (4, 6, 2)
-    assert sum(one.checks for one in report.coverage) == len(report.checks) == 28
+    assert sum(one.checks for one in report.coverage) == len(report.checks) == 29
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines() if line[:1] == "|"]
     assert ["memory", "4", str(by_kind["memory"].cases.passed), KINDS["memory"]] in rows
     assert all(f"- {sentence}\n" in card for sentence in report.blind)
     assert report.blind[0] == "What other checks ask: only rms_norm ran."
     assert "bfloat16 and float16: claimed, and not asked for." in report.blind
-    assert {one["kind"] for one in json.loads((tmp_path / "out.json").read_text())["checks"]} <= set(
-        KINDS
-    )
+    assert {one["kind"] for one in json.loads((tmp_path / "out.json").read_text())["checks"]} <= set(KINDS)
 
 
 def test_a_card_lists_a_few_wrong_cases_and_counts_the_others() -> None:

@@ -1,0 +1,197 @@
+"""A drawn scene on a device: its cases placed amid poison, called in its order, and judged."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mla.cases.call import Call, Host
+from mla.cases.case import OpCase
+from mla.cases.drawn import LARGE_ONES, Scene
+from mla.cases.memory import GUARD, Pages, Piece, Tensors
+from mla_backends.api import FusedOp
+
+CPU = torch.device("cpu")
+OUTPUTS = ("out", "lse")
+NOISE = 4 * 2.0**-24  # of a sum of products in fp32, relative to the sizes of what is multiplied
+UNDERFLOW = 1e-30  # of values, relative to others: a weight may be as small, or 0
+USUAL = 1.0  # the gain of queries up to which logits are ordinary
+
+
+@functools.lru_cache(maxsize=8)
+def known(case: OpCase) -> tuple[Host, Tensors]:
+    """Return the host's side of a case, and the errors that are unavoidable in every row."""
+    host = Host(case)
+    errors, noise = dict(host.errors), logit_noise(host)
+    if noise is not None:
+        sizes = host.truth["out"].norm(dim=-1)
+        unseen = (UNDERFLOW * sizes.amax() / sizes).nan_to_num(posinf=1e300) if sizes.numel() else sizes
+        errors |= {"out": errors["out"].maximum(noise).maximum(unseen), "lse": noise}
+    return host, errors
+
+
+def logit_noise(host: Host) -> torch.Tensor | None:
+    """Return by how much fp32 may err in the logits of every query [T, h]; None where these are ordinary.
+
+    What is large and cancels in a logit leaves an error that the logit does not show.
+    """
+    case = host.case
+    loud = case.stress is not None and case.stress.gain > USUAL
+    if not case.entry.prepares or not (loud or LARGE_ONES.intersection(case.values)):
+        return None
+    sizes = host.given["q"].double().norm(dim=-1)
+    keys, _ = case.entry.keys(case.spec, host.given)  # type: ignore[attr-defined]  # of attention
+    lengths = keys.double().norm(dim=-1).split(list(case.kv_lens))
+    parts = zip(sizes.split(list(case.query_lens)), lengths, strict=True)
+    most = [q * k.amax(0) if len(k) else torch.zeros_like(q) for q, k in parts]
+    return NOISE * case.spec.softmax_scale * torch.cat(most)
+
+
+class Laid(Call):
+    """A call whose operands lie amid poison, as far apart as the case's layout says."""
+
+    def __init__(self, case: OpCase, op: FusedOp, scene: Scene) -> None:
+        host, _ = known(on_host(case))
+        self.pieces: dict[str, Piece] = {}
+        super().__init__(host, op, case.spec, case)  # type: ignore[arg-type]  # as a pool of one call
+        self.pieces.pop("weight" if self.pool.entry.packed else "", None)  # as long as what is packed lives
+        for name, before in self.pool.entry.blank(case).items():
+            self.lay(name, before)
+            if name in OUTPUTS:
+                self.arguments[name].fill_(scene.held)
+        if not scene.lse:
+            self.arguments["lse"] = None
+            del self.pieces["lse"]
+        if scene.in_place:
+            self.arguments["out"] = self.arguments["x"]
+            del self.pieces["out"]
+        self.outputs = {*OUTPUTS, *(["x"] * scene.in_place), *(["cache"] * ("slots" in self.arguments))}
+        for piece in self.pieces.values():
+            piece.seal()
+
+    def laid(
+        self, name: str, tensor: torch.Tensor, fill: float = torch.nan, guard: int = GUARD
+    ) -> torch.Tensor:
+        gaps, rows = self.case.layout.gaps.get(name, (0, 0, 0)), 1 if name == "cache" else guard
+        self.pieces[name] = Piece(tensor.shape, self.case.dtype(name), self.device, gaps, rows)
+        return self.pieces[name].part.copy_(tensor)
+
+    def weight(self) -> torch.Tensor:
+        """Return the weight in memory of its own, which lives as long as what is packed."""
+        weight = self.laid("weight", self.pool.given["weight"])
+        del self.pieces["weight"]
+        return weight
+
+    def lay_pages(self, pages: Pages, keys: torch.Tensor) -> None:
+        self.lay("cache", pages.cache(keys))
+
+    def lay_tables(self, tables: Tensors) -> None:
+        for name, table in tables.items():
+            self.lay(name, table.int())
+
+    def call_as(self, case: Laid, leading: tuple[Any, ...]) -> str:
+        """Call the op once in this memory, with the operands of `case`; return what was wrong, or ""."""
+        for name, piece in self.pieces.items():
+            piece.restore(case.pieces[name])
+        self.op(*leading, **self.arguments)
+        return self.judge(case)
+
+    def judge(self, case: Laid) -> str:
+        """Return what is wrong with the last call, given whose operands it had."""
+        host, errors = known(on_host(case.case))
+        entry, spec = host.entry, case.case.spec
+        written = {
+            name: one.cpu() for name, one in entry.written(self.arguments).items() if name in self.written
+        }
+        if "lse" in errors and "lse" in written and written["lse"].shape == errors["lse"].shape:
+            true = host.truth["lse"]
+            near = (written["lse"].double() - true).abs() <= errors["lse"]
+            written["lse"] = torch.where(near, true.float(), written["lse"])
+        clauses = [piece.damage(name, name in self.outputs) for name, piece in self.pieces.items()]
+        clauses.append(entry.strays(case.case, self.arguments))
+        places = case.case.places(self.arguments.get("block_table")) if entry.prepares else None
+        for alike in case.case.alike:  # rows of one size are judged together
+            rows, right, allowed = (
+                {name: x[alike] for name, x in of.items()} for of in (written, host.truth, errors)
+            )
+            known_rows = places if alike == slice(0, None, 1) else None
+            clauses += [
+                said
+                for _, said in entry.faults(rows, right, errors=allowed, dtype=spec.dtype, places=known_rows)
+            ]
+        return "; ".join(filter(None, clauses))
+
+    def copies(self) -> Tensors:
+        """Return copies of what the last call wrote."""
+        return {
+            name: self.arguments[name].clone() for name in OUTPUTS if self.arguments.get(name) is not None
+        }
+
+    def kept(self, copies: Tensors) -> bool:
+        """Return whether outputs are what they were."""
+        return all(
+            torch.equal(self.arguments[name].nan_to_num(7), one.nan_to_num(7)) for name, one in copies.items()
+        )
+
+
+class Player:
+    """Plays scenes with one op. `require` raises what says that a case is refused."""
+
+    def __init__(
+        self, op: FusedOp, require: Callable[[OpCase], None], synchronize: Callable[[], None] = lambda: None
+    ) -> None:
+        self.op, self.require, self.synchronize = op, require, synchronize
+        self.calls = 0
+
+    def play(self, scene: Scene, unjudged: int = 0) -> str:
+        """Return what is wrong with the first wrong call, and which it is; "" if all are right.
+
+        The first `unjudged` calls are not judged. Raises what `require` raises, and `BackendError` where the
+        op refuses what it is given.
+        """
+        for case in scene.cases:
+            self.require(case)
+        cases = [Laid(case, self.op, scene) for case in scene.cases]
+        states: dict[int, tuple[Any, ...]] = {}
+        if scene.early:
+            for index, case in enumerate(cases):
+                states[index] = self._leading(case, scene)
+        written: dict[int, Tensors] = {}
+        number, total = 0, sum(times for _, times in scene.order)
+        for index, times in scene.order:
+            case = cases[index]
+            host = cases[0] if scene.one_memory else case
+            for turn in range(times):
+                number += 1
+                self.calls += 1
+                of = 0 if scene.lent or (scene.one_memory and not case.pool.entry.packed) else index
+                if of not in states or not scene.kept:
+                    states[of] = self._leading(cases[of], scene)
+                if 1 < turn < times - 1:
+                    host.op(*states[of], **host.arguments)
+                    continue
+                reason = host.call_as(case, states[of])
+                if reason and number > unjudged:
+                    return reason if total == 1 else f"call {number} of {total}: {reason}"
+            written[id(host)] = host.copies()
+            for other in {id(one): one for one in cases}.values():
+                if id(other) in written and not other.kept(written[id(other)]):
+                    return f"call {number} of {total}: an output of an earlier call was written again"
+        return ""
+
+    def _leading(self, case: Laid, scene: Scene) -> tuple[Any, ...]:
+        """Return a packed weight, or a prepared state."""
+        if case.pool.entry.packed:
+            return case.leading if scene.kept else (self.op.pack(case.weight()),)
+        case.leading = ()
+        case.prepare()
+        return case.leading
+
+
+def on_host(case: OpCase) -> OpCase:
+    """Return the case on the host."""
+    return replace(case, spec=replace(case.spec, device=CPU))

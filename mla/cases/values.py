@@ -1,0 +1,143 @@
+"""What may be unusual about the numbers of a case: rows of zeros, one large row, logits in the thousands.
+
+A pattern changes operands as `Kind.draw` returns them, in place. It follows from the case alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from mla.cases.memory import Pages, Tensors
+
+if TYPE_CHECKING:
+    from mla.cases.case import OpCase
+
+Pattern = Callable[["OpCase", Tensors], None]
+
+LARGE = 1000.0  # times as large as others
+LOW = (16.0, -1000.0)  # a channel of every key, and of every query: all logits are far below 0
+RISE = 12.0  # by which logits rise, or fall, from the first key to the last
+
+
+def shape(case: OpCase, given: Tensors) -> Tensors:
+    """Apply the patterns that a case names. Keys in pages that requests share are the same."""
+    _share(case, given)
+    for name in case.values:
+        PATTERNS[name](case, given)
+    _share(case, given)
+    return given
+
+
+def _share(case: OpCase, given: Tensors) -> None:
+    if "keys" in given and (case.layout.shared or case.layout.repeated):
+        given["keys"] = given["keys"][Pages.of(case.kv_lens, case.layout).first]
+
+
+def rows(case: OpCase, given: Tensors) -> Iterator[torch.Tensor]:
+    """Yield the operands that have a row per token, or per key, angles apart."""
+    for name in (*case.entry.varied, "keys", "k", "v"):
+        if name in given and name != "cos_sin" and given[name].numel():
+            yield given[name]
+
+
+def zero_rows(case: OpCase, given: Tensors) -> None:
+    for operand in rows(case, given):
+        operand[::3] = 0
+
+
+def all_zero(case: OpCase, given: Tensors) -> None:
+    for operand in rows(case, given):
+        operand.zero_()
+
+
+def large_row(case: OpCase, given: Tensors) -> None:
+    operand = next(rows(case, given), None)
+    if operand is not None:
+        operand[len(operand) // 2] *= LARGE
+
+
+def large_channel(case: OpCase, given: Tensors) -> None:
+    operand = next(rows(case, given), None)
+    if operand is not None:
+        operand[..., operand.shape[-1] // 2] *= LARGE
+
+
+def denormals(case: OpCase, given: Tensors) -> None:
+    for operand in rows(case, given):
+        operand[..., ::4] = torch.finfo(operand.dtype).tiny / 4
+
+
+def zero_weights(case: OpCase, given: Tensors) -> None:
+    given["weight"][..., ::2] = 0
+
+
+def no_turn(case: OpCase, given: Tensors) -> None:
+    """Every other token is rotated by angle 0, the first among them."""
+    cosines, sines = given["cos_sin"].chunk(2, dim=1)
+    cosines[::2], sines[::2] = 1, 0
+
+
+# --------------------------------------------------------------------------------------------- attention
+
+
+def keys(given: Tensors) -> torch.Tensor:
+    """Return the keys [K, 1 or h, w] of all requests."""
+    return given["k"] if "k" in given else given["keys"][:, None]
+
+
+def low(case: OpCase, given: Tensors) -> None:
+    keys(given)[..., 0] = LOW[0]
+    given["q"][..., 0] = LOW[1]
+
+
+def equal_keys(case: OpCase, given: Tensors) -> None:
+    for part in keys(given).split(list(case.kv_lens)):
+        part[:] = part[:1].clone()
+
+
+def _slope(case: OpCase, given: Tensors, sign: float) -> None:
+    """Let logits rise along the last channel of keys, which all queries weigh alike."""
+    for part in keys(given).split(list(case.kv_lens)):
+        part[..., -1] = (torch.arange(len(part)) / max(1, len(part)))[:, None]
+    given["q"][..., -1] = sign * RISE / case.spec.softmax_scale
+
+
+def rising(case: OpCase, given: Tensors) -> None:
+    _slope(case, given, 1.0)
+
+
+def falling(case: OpCase, given: Tensors) -> None:
+    _slope(case, given, -1.0)
+
+
+_OF_ROWS = {
+    "rows of zeros": zero_rows,
+    "all zero": all_zero,
+    "one large row": large_row,
+    "one large channel": large_channel,
+    "denormals": denormals,
+}
+_OF_WEIGHTS = {"weights of zero": zero_weights}
+_OF_ANGLES = {"angle 0": no_turn}
+_OF_ATTENTION = {
+    "all logits low": low,
+    "equal keys": equal_keys,
+    "rising logits": rising,
+    "falling logits": falling,
+}
+PATTERNS: Mapping[str, Pattern] = {**_OF_ROWS, **_OF_WEIGHTS, **_OF_ANGLES, **_OF_ATTENTION}
+
+
+def patterns_of(kind: str) -> list[str]:
+    """Return the names of the patterns that operands of a kind can have."""
+    found = dict(_OF_ROWS)
+    if kind in ("rms_norm", "write_latent"):
+        found |= _OF_WEIGHTS
+    if kind in ("rotate_query", "write_latent"):
+        found |= _OF_ANGLES
+    if kind.endswith("attention"):
+        found = _OF_ATTENTION | {name: one for name, one in found.items() if name != "one large row"}
+    return list(found)
