@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mla.command import launcher, tampering
+from mla.command import launcher
 from mla.command.console import note
 from mla.command.exit_codes import Exit
 from mla.command.last_words import while_loading
 from mla.command.options import Command, add_options
 from mla.errors import MLAError, UsageError
-from mla_backends import host, status
+from mla_backends import host, probe
 from mla_backends.discovery import locate
 from mla_backends.known import GENERAL
 
@@ -85,7 +85,6 @@ def open_backend(options: BackendOptions) -> OpenedBackend:
     settings = options.key_values()
     name = only_usable() if options.backend is None else options.backend
     index = launcher.local_device(note) if options.device is None else options.device
-    tampering.watch()
     with while_loading(name):
         backend: Backend = mla.load_backend(name, index, options.threads, settings)
     for remark in (*backend.remarks(), *_own_remarks(backend)):
@@ -109,9 +108,6 @@ def _own_remarks(backend: Backend) -> Iterator[str]:
             f"backend '{entry.name}' of {entry.origin} calls itself '{backend.name}', and so do its results: "
             "its `name` and its entry point should agree"
         )
-    if replaced := tampering.in_torch():
-        listed = ", ".join(replaced[:3]) + (f" and {len(replaced) - 3} more" if len(replaced) > 3 else "")
-        yield f"torch is not as it was built, and all that is measured goes through it: {listed}"
 
 
 def _repeatable_index(options: BackendOptions, backend: Backend) -> int | None:
@@ -123,10 +119,10 @@ def _repeatable_index(options: BackendOptions, backend: Backend) -> int | None:
 
 def only_usable() -> str:
     """Return the one usable backend; `GENERAL` only where no plugin's is. Raises `NoBackend`."""
-    backends = status.statuses()
-    if not any(one.state == status.USABLE for one in backends):
-        backends.append(status.status(GENERAL))
-    usable = [one.name for one in backends if one.state == status.USABLE]
+    backends = probe.statuses()
+    if not any(one.state == probe.USABLE for one in backends):
+        backends.append(probe.status(GENERAL))
+    usable = [one.name for one in backends if one.state == probe.USABLE]
     if len(usable) == 1:
         note(f"using backend '{usable[0]}', the only usable one")
         return usable[0]

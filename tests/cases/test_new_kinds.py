@@ -29,8 +29,6 @@ from mla.failures import file
 from mla.failures.replay import replay
 from mla.layer import ops as layer_ops
 from mla.reference import REFERENCE
-from mla.verify.places import Places
-from mla.verify.verdict import Check
 from mla_backends.api import OPS, FusedOp, SegmentLengths
 from mla_backends.testing import HostBackend
 
@@ -47,11 +45,6 @@ class RowSpec:
     count: int
     dtype: torch.dtype
     device: torch.device
-
-
-def verdict(wrong: torch.Tensor, what: str, damage: str) -> Check:
-    reasons = [damage] * bool(damage) + [f"{what} of row {int(wrong.int().argmax())}"] * bool(wrong.any())
-    return Check(status="wrong" if reasons else "ok", error_ratio=0.5, reason="; ".join(reasons))
 
 
 # ------------------------------------------------------------------- values into bytes of a cache, by scale
@@ -83,19 +76,12 @@ class EncodeRows(WritesSlots):
     def work(self, case: OpCase) -> Work:
         return Work(3 * case.rows * case.spec.width, case.rows * (3 * case.spec.width + 4))
 
-    def judge(
-        self,
-        results: Tensors,
-        truth: Tensors,
-        errors: Tensors,
-        dtype: torch.dtype,
-        places: Places | None = None,
-        damage: str = "",
-    ) -> Check:
+    def faults(self, results: Tensors, truth: Tensors, **_: Any) -> Iterator[tuple[float, str]]:
         (codes, scale), values = results["rows"].split((results["rows"].shape[1] - 4, 4), 1), truth["values"]
         codes, scale = codes.contiguous().view(torch.int8), scale.contiguous().view(torch.float32)
-        gap = (codes.double() * scale.double() - values).abs().amax(1)
-        return verdict(~(gap <= 0.01 * values.abs().amax(1)), "the values", damage)
+        gap = (codes.double() * scale.double() - values).abs().amax(1) / values.abs().amax(1)
+        worst = int(gap.argmax())
+        yield gap[worst].item() / 0.01, f"the values of row {worst}" if not gap[worst] <= 0.01 else ""
 
 
 class Encode(FusedOp):
@@ -140,21 +126,17 @@ class SelectRows(Kind):
         pairs = case.rows * sum(case.kv_lens)
         return Work(2 * pairs * case.spec.width, 4 * case.rows * case.spec.count)
 
-    def judge(
-        self,
-        results: Tensors,
-        truth: Tensors,
-        errors: Tensors,
-        dtype: torch.dtype,
-        places: Places | None = None,
-        damage: str = "",
-    ) -> Check:
+    def faults(self, results: Tensors, truth: Tensors, **_: Any) -> Iterator[tuple[float, str]]:
         out, scores = results["out"].long(), truth["scores"]
         inside = ((out >= 0) & (out < scores.shape[1])).all(1)
         distinct = torch.tensor([len(row.unique()) == len(row) for row in out])
         chosen = scores.gather(1, out.clamp(0, scores.shape[1] - 1)).amin(1)
         least = scores.topk(out.shape[1], dim=1).values[:, -1]
-        return verdict(~(inside & distinct & (chosen >= least - 1e-3)), "the selection", damage)
+        wrong = ~(inside & distinct & (chosen >= least - 1e-3))
+        yield (
+            wrong.double().mean().item(),
+            f"the selection of row {int(wrong.int().argmax())}" * bool(wrong.any()),
+        )
 
 
 class Select(FusedOp):

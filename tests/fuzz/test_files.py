@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from mla import MLAConfig
 from mla.bench import results
 from mla.bench.cli.main import main
-from mla.bench.results.ceilings_file import CeilingRun
+from mla.bench.results.schema import CeilingRun
 from mla.bench.workload.grid import points_of
 from mla.bench.workload.workload_file import read_workload
 from mla.conformance.xfails import Xfails

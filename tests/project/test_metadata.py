@@ -92,13 +92,13 @@ def test_the_changelog_has_the_version() -> None:
 
 
 def test_everybody_names_the_same_releases_of_transformers() -> None:
-    """Those that pip accepts, README names, CI tries, and error messages ask for."""
+    """Those that pip accepts, the documentation names, CI tries, and error messages ask for."""
     (wanted,) = map(Requirement, PROJECTS[ROOT]["project"]["optional-dependencies"]["transformers"])
     assert [one.name for one in required(PROJECTS[ROOT])].count("transformers") == 1
     (oldest,) = (one.version for one in wanted.specifier)
     named = [
         re.findall(r"`transformers`\s\(?([\d.]+) to ([\d.]+)\b", (ROOT / name).read_text("utf-8"))
-        for name in ("README.md", "docs/transformers.md")
+        for name in ("docs/install.md", "docs/transformers.md")
     ]
     assert [len(found) for found in named] == [1, 1]
     assert named[0] == named[1]

@@ -10,7 +10,7 @@ import click
 from mla.command.console import out
 from mla.command.exit_codes import Exit
 from mla.errors import UsageError
-from mla_backends import status
+from mla_backends import probe
 from mla_backends.known import GENERAL, GENERAL_USE
 
 
@@ -28,30 +28,30 @@ def list_backends(configs: bool, workloads: bool, as_json: bool) -> int:
 
 
 def _configs(as_json: bool) -> str:
-    from mla.bench.terminal.configs import as_objects, as_table
+    from mla.bench.terminal import catalog
 
-    return json.dumps(as_objects(), indent=1) + "\n" if as_json else as_table()
+    return json.dumps(catalog.configs(), indent=1) + "\n" if as_json else catalog.configs_table()
 
 
 def _workloads(as_json: bool) -> str:
-    from mla.bench.terminal.workloads import as_objects, as_table
+    from mla.bench.terminal import catalog
 
-    return json.dumps(as_objects(), indent=1) + "\n" if as_json else as_table()
+    return json.dumps(catalog.workloads(), indent=1) + "\n" if as_json else catalog.workloads_table()
 
 
 def _backends(as_json: bool) -> str:
-    backends = status.statuses(chosen=[*status.names(), GENERAL])
+    backends = probe.statuses(chosen=[*probe.names(), GENERAL])
     if as_json:
         return json.dumps([asdict(one) for one in backends], indent=1) + "\n"
     widths = [max(len(text) for text in column) for column in zip(*map(_named, backends), strict=True)]
     return "".join(_line(one, *widths) for one in backends)
 
 
-def _named(one: status.Status) -> tuple[str, str]:
+def _named(one: probe.Status) -> tuple[str, str]:
     return one.name, one.state
 
 
-def _line(one: status.Status, name: int, state: int) -> str:
+def _line(one: probe.Status, name: int, state: int) -> str:
     version = f"{one.distribution} {one.version}" if one.distribution else ""
     why = "; ".join(part for part in (one.reason, one.hint) if part)
     if one.name == GENERAL and not why:

@@ -20,7 +20,7 @@ from mla.text import size
 from mla_backends.discovery import locate
 from mla_backends.errors import BackendNotInstalled, DeviceUnavailable, DuplicateBackend
 from mla_backends.known import GENERAL
-from mla_backends.status import USABLE, NoAnswer, Status, ask, names, status
+from mla_backends.probe import USABLE, NoAnswer, Status, ask, names, status
 
 # Setting up a device may compile kernels, and several ops may compile theirs, for a minute or two each.
 SETUP_SECONDS = 600.0

@@ -15,7 +15,7 @@ from typing import Any
 
 from mla.bench.doctor.worker import EXTENSIONS
 from mla_backends.known import KNOWN
-from mla_backends.status import NoAnswer, ask
+from mla_backends.probe import NoAnswer, ask
 
 SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 OFF = {SWITCH: "0"}

@@ -12,7 +12,7 @@ import msgspec
 
 from mla.bench import results
 from mla.bench.ranks.errors import RanksError, listed, numbered
-from mla.bench.results.build import build_digest
+from mla.bench.results.facts import build_digest
 from mla.checkpoint import fingerprint, read_layer
 
 if TYPE_CHECKING:

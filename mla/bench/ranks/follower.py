@@ -17,7 +17,6 @@ from mla.bench.ranks.failure import Failure
 from mla.bench.ranks.lengths_bench import RankBench
 from mla.bench.ranks.part import RankLayer
 from mla.bench.subjects.fixture import Fixture, make_fixture
-from mla.command import tampering
 from mla.command.clock import now_ns
 
 
@@ -156,6 +155,6 @@ class _Follower:
     def clock(self, implementation: str, number: int) -> None:
         """Clock the collectives of a pass and the link, and send what the result says of this rank."""
         facts = self._layers[implementation].facts(number, self._crew.wait)
-        self._crew.gather((facts, tampering.found()))
+        self._crew.gather(facts)
         backend = self._request.setting.backend
         self._crew.measure_link(self._request.setting.device, backend.synchronize)

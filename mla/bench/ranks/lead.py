@@ -71,7 +71,6 @@ class LeadLayer(TakesInputs):
         self._outputs: list[Outputs] = []  # of the last pass, by rank
         self._last: list[list[float]] = []  # milliseconds of the last pass, by rank
         self._kept: list[list[float]] = []  # of the result's passes, by rank
-        self._replaced: list[str] = []  # of the program, by a plugin, on other ranks
 
     # ------------------------------------------------------------------------------------------ passes
 
@@ -260,8 +259,7 @@ class LeadLayer(TakesInputs):
         with self._awaited(), self._crew.blamed():
             self._crew.tell("clock", self.name, CLOCKED)
             own = self._part.facts(CLOCKED, self._crew.wait)
-        found, replaced = zip(*self._crew.gather((own, [])), strict=True)
-        self._replaced = [f"{name} on rank {rank}" for rank, names in enumerate(replaced) for name in names]
+        found = self._crew.gather(own)
         ranks = [
             msgspec.structs.replace(one, samples=samples)
             for one, samples in zip(found, self._kept, strict=True)
@@ -271,9 +269,6 @@ class LeadLayer(TakesInputs):
         link = [LinkLine.of(kind, line) for kind, line in lines.items()]
         source = f"measured among the ranks of {layout} over {library}" if link else ""
         return Spread(layout=layout, library=library, ranks=ranks, link=link, link_source=source)
-
-    def replaced_elsewhere(self) -> Sequence[str]:
-        return self._replaced
 
     def cache_bytes(self) -> int:
         return self._part.cache_bytes()

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mla.bench.results.file import printable
 from mla.bench.results.passes import due, planned_steps
-from mla.bench.results.printable import printable
 from mla.bench.results.schema import Case, Run
+from mla.bench.terminal.lines import OTHERS
 from mla.command import launcher
 from mla.errors import ResultError
 from mla.text import dtype_name
@@ -107,7 +108,7 @@ def _facts(run: Run) -> dict[str, str]:
         "seed": run.seed,
     }
     for key, value in run.environment.items():
-        if not launcher.is_fact(key) and not key.startswith(REPORTED) and key != MARK:
+        if not launcher.is_fact(key) and not key.startswith(REPORTED) and key not in (MARK, OTHERS):
             facts[key] = value
     if threads := run.environment.get("torch_threads"):
         facts.setdefault("OMP_NUM_THREADS", threads)  # which torchrun sets, and srun does not

@@ -18,8 +18,8 @@ from mla.bench.measure.samples import Measurement
 from mla.bench.plan import yardstick
 from mla.bench.plan.repro import case_command
 from mla.bench.plan.request import Request, ScenarioPlan
-from mla.bench.results.shares import busiest
-from mla.bench.run import judging, tampered
+from mla.bench.results.cases import busiest
+from mla.bench.run import judging
 from mla.bench.run.rank_costs import rank_costs
 from mla.bench.run.threads import Threads
 from mla.bench.subjects.base import Implementation
@@ -104,7 +104,6 @@ class ScenarioRun:
         if self._request.stages:
             for one, case in zip(built, cases, strict=True):
                 self._add_stages(one, case, checker)
-        tampered.withhold(cases, [name for one in built for name in one.replaced_elsewhere()])
         return cases
 
     def _shorten(self, ms: Mapping[str, float], most: float) -> Shorter:

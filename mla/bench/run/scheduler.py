@@ -19,8 +19,8 @@ from mla.bench.measure.target import MOST, SECONDS, Target
 from mla.bench.plan import estimate
 from mla.bench.plan.memory import MemoryPlan, available_memory
 from mla.bench.plan.request import Request, ScenarioPlan, empty_run
+from mla.bench.results.cases import label
 from mla.bench.results.passes import due
-from mla.bench.results.predicted import label
 from mla.bench.run.budget import Pace
 from mla.bench.run.outcome import Outcome, failure_of, subjects
 from mla.bench.run.scenario_bar import Advance, ScenarioBar

@@ -86,10 +86,6 @@ class Implementation(ABC):
         """Return how the work was spread over ranks, after all passes; None for one device."""
         return None
 
-    def replaced_elsewhere(self) -> Sequence[str]:
-        """Return what a plugin has replaced of the program on other ranks, once `spread` has asked them."""
-        return ()
-
     @abstractmethod
     def collect(self) -> None:
         """Copy the pass's outputs to the host, before anything else calls the backend. Never timed."""

@@ -14,8 +14,8 @@ from mla.bench.workload.implementations import OURS, parse_one
 from mla.bench.workload.scenario import Scenario
 from mla.config import MLAConfig
 from mla.cost.step import head_parameters
-from mla.layer.expansion import WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
 from mla.layer.ops import Ops
+from mla.layer.plan import WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
 from mla.layer.rope import RotaryTable
 from mla.parallel.exchange import scratch_per_token
 from mla.parallel.layout import Layout
