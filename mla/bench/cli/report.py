@@ -10,7 +10,7 @@ import click
 from mla.bench import results
 from mla.bench.report import require
 from mla.bench.results.schema import Run
-from mla.command import console
+from mla.command import console, files
 from mla.command.exit_codes import Exit
 from mla.command.options import FILE, Word
 from mla.text import size
@@ -60,7 +60,7 @@ def report(runs: tuple[Path, ...], target: Path | None, folder: Path | None) -> 
         _pictures(names, read, folder)
     if target is not None:
         text = page.render(names, read)
-        page.write(text, target)
+        files.write_bytes(text.encode("utf-8", "replace"), target)
         console.note(f"wrote {target}: {_cases(read)}, {size(len(text.encode()), KiB='.0f')}")
     return Exit.OK
 

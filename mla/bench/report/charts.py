@@ -80,7 +80,7 @@ class Charts:
         for which, cases in data.bars(self.entries).items():
             part = cases[:MOST_ROWS]
             rows = [self._bar(entry, len({other.case.scenario for other in part}) > 1) for entry in part]
-            finding = _of_bars(part, rows) + _cut(part, cases)
+            finding = _of_bars(part, rows, len(cases) - len(part))
             draw = figures.bars(rows)
             yield _chart(LATENCY.name, self._titles[which], part, finding, draw)
 
@@ -125,7 +125,7 @@ class Charts:
         for name, members in grouped(scalings, lambda scaling: scaling.implementation).items():
             every = [(of, scaled) for of in members for scaled in of.rows[1:]]
             rows = [self._scaled(*pair) for pair in every[:MOST_ROWS]]
-            finding = _sentence([f"{row.name}: {row.text}" for row in rows], "cases") + _cut(rows, every)
+            finding = _sentence([f"{row.name}: {row.text}" for row in rows], "cases", len(every))
             subject = "; ".join(dict.fromkeys(f"against one device: {of.base}" for of in members))
             draw = figures.ratios(rows, "speedup over one device")
             yield _made(f"scaling {name}", (f"Strong scaling: {name}", subject, finding), draw)
@@ -147,7 +147,7 @@ class Charts:
                 name, colour = f"{case.scenario}, {case.implementation}", VERDICTS.get(case.verdict, "axis")
                 text = f"{known(case.ratio, case.interval)}x, {case.verdict}"
                 rows.append(Row(name, case.ratio, case.interval, text, colour))
-            finding = _sentence([f"{row.name}: {row.text}" for row in rows], "cases") + _cut(rows, every)
+            finding = _sentence([f"{row.name}: {row.text}" for row in rows], "cases", len(every))
             draw = figures.ratios(rows, "time ratio: left of 1 is faster than the base", compare.NOISE)
             if rows:
                 title = f"Time ratio: {file.about} against {base.about}"
@@ -170,11 +170,6 @@ def _nth(looks: Sequence[T], keys: Sequence[object], key: object) -> T:
     """Return the look of a key among all keys, by first appearance."""
     distinct = [other for place, other in enumerate(keys) if other not in keys[:place]]
     return looks[distinct.index(key) % len(looks)]
-
-
-def _cut(drawn: Sequence[object], every: Sequence[object]) -> str:
-    """Return a note if not everything is drawn."""
-    return f" The first {len(drawn)} of {len(every)} are drawn." * (len(drawn) < len(every))
 
 
 def _point(x: float, case: Case, quantity: Quantity) -> Point:
@@ -208,13 +203,14 @@ def _work(case: Case) -> tuple[float, float]:
     return cost.flops / cost.bytes, cost.flops / latency.median / 1e9
 
 
-def _sentence(told: Sequence[str], what: str) -> str:
-    """Return the parts as a sentence; if they are many, the first and how many more there are."""
+def _sentence(told: Sequence[str], what: str, every: int = 0) -> str:
+    """Return what is drawn as a sentence: a few of many, how many more there are, and of how many in all."""
     more = [f"and {len(told) - MOST_TOLD} more {what}"] * (len(told) > MOST_TOLD)
-    return "; ".join([*told[:MOST_TOLD], *more]) + "."
+    cut = f" The first {len(told)} of {every} are drawn." * (len(told) < every)
+    return "; ".join([*told[:MOST_TOLD], *more]) + "." + cut
 
 
-def _of_bars(entries: Sequence[Entry], rows: Sequence[Row]) -> str:
+def _of_bars(entries: Sequence[Entry], rows: Sequence[Row], undrawn: int) -> str:
     """Return the verdicts of the report, the limit, what has no number, and every bar."""
     groups = grouped(entries, lambda entry: (entry.file.key, entry.case.scenario))
     lead = []
@@ -227,7 +223,7 @@ def _of_bars(entries: Sequence[Entry], rows: Sequence[Row]) -> str:
     lead += [f"{row.name} has no number: {row.text.partition(':')[0]}." for row in rows if row.value is None]
     limits = [f" (limit {number(row.mark)})" * bool(row.mark and not shared) for row in drawn]
     told = [f"{row.name} {row.text} ms{limit}" for row, limit in zip(drawn, limits, strict=True)]
-    return " ".join([*lead, _sentence(told, "bars")])
+    return " ".join([*lead, _sentence(told, "bars", len(told) + undrawn)])
 
 
 def _of_line(line: Line, unit: str) -> str:

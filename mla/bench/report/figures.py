@@ -11,10 +11,10 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import matplotlib
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, Locator, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from mla.bench.report.theme import Mode, paint, rc
 from mla.bench.results.schema import Interval
@@ -89,10 +89,12 @@ def svg(chart: Chart, mode: Mode, width: float, *, titled: bool = False) -> str:
         figure, buffer = Figure(figsize=(width, 3), layout="constrained"), io.StringIO()
         chart.draw(figure)
         if titled:
-            texts = (chart.title, chart.subject)
-            lines = [line for text in texts for line in textwrap.wrap(text, int(width / LETTER))]
-            figure.set_figheight(figure.get_figheight() + LINE * (len(lines) + 0.5))
-            figure.suptitle("\n".join(lines), x=0.01, ha="left", size=10.5)
+            title, subject = (
+                textwrap.fill(text, int(width / LETTER)) for text in (chart.title, chart.subject)
+            )
+            text = f"{title}\n{subject}".strip()
+            figure.set_figheight(figure.get_figheight() + LINE * (text.count("\n") + 1.5))
+            figure.suptitle(text, x=0.01, ha="left", size=10.5)
         about = {"Creator": "python -m mla.bench report", "Title": f"{chart.title}. {chart.finding}"}
         figure.savefig(buffer, format="svg", metadata={"Date": None, **about})
     return buffer.getvalue()
@@ -117,8 +119,8 @@ def bars(rows: Sequence[Row]) -> Draw:
         for place, row in enumerate(rows):
             _bar(axes, place, row, height, whole)
         axes.set_xlim(0, whole * (1 + 1.3 / figure.get_figwidth()))
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+        axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.10g}"))
         axes.set_xlabel("latency, ms")
         if limits:
             text = f"limit {number(limits[0])} ms" if is_shared(rows) else "limit of the device"
@@ -202,7 +204,8 @@ def _line(axes: Axes, line: Line) -> None:
     down = [y - low for y, (low, _) in zip(ys, ends, strict=True)]
     up = [high - y for y, (_, high) in zip(ys, ends, strict=True)]
     style: dict[str, Any] = {"color": paint(line.colour), "marker": line.marker}
-    axes.errorbar(xs, ys, [down, up], linestyle=line.dash, linewidth=1.4, markersize=5, **style)
+    whiskers = [down, up] if line.marker else None
+    axes.errorbar(xs, ys, whiskers, linestyle=line.dash, linewidth=1.4, markersize=5, **style)
     for point in line.points:
         if point.value is None:
             (sign, colour), spot = MISSING.get(point.status, MISSING["not run"]), axes.get_xaxis_transform()
@@ -285,11 +288,12 @@ def _log(axes: Axes, side: str, places: Iterable[float] = ()) -> None:
     (axes.set_xscale if side == "x" else axes.set_yscale)(**scale)
     low, high = axis.get_view_interval()
     decades = 0 if ticks else math.log10(high / low)
-    locator: Locator = LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=9)
+    locator: ticker.Locator = ticker.LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=9)
     if decades < 0.8:
-        locator = MaxNLocator(5, steps=[1, 2, 5, 10])
+        locator = ticker.MaxNLocator(5, steps=[1, 2, 5, 10])
     if ticks:
-        locator = FixedLocator(ticks[:: -math.ceil(len(ticks) / MOST_TICKS)][::-1])
+        locator = ticker.FixedLocator(ticks[:: -math.ceil(len(ticks) / MOST_TICKS)][::-1])
     axis.set_major_locator(locator)
-    axis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
-    axis.set_minor_locator(NullLocator())
+    count = ticker.FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x and x % 1024 == 0 else f"{x:g}")
+    axis.set_major_formatter(count if ticks else ticker.StrMethodFormatter("{x:,.10g}"))
+    axis.set_minor_locator(ticker.NullLocator())

@@ -107,11 +107,6 @@ def pictures(paths: Sequence[str], runs: Sequence[Run]) -> dict[str, str]:
     return made
 
 
-def write(page: str, path: Path) -> None:
-    """Write the page. Raises `ResultError`."""
-    files.write_bytes(page.encode("utf-8", "replace"), path)
-
-
 def write_pictures(made: dict[str, str], folder: Path) -> None:
     """Write pictures into a folder, making it. Raises `ResultError`, writing nothing, for a foreign file."""
     for name in made:
