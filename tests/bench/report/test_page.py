@@ -134,7 +134,7 @@ def test_a_wrong_case_is_red_and_has_its_reason_but_no_number(rich_page: str) ->
     assert row.count("<td>-</td>") == 8
     assert "row 17 is off by 31 times its bound" in reason
     assert "1 of 11 cases wrong" in rich_page
-    assert not any("long-prefill" in drawn for svg in Page(rich_page).charts().values())
+    assert not any("long-prefill" in svg for svg in Page(rich_page).charts().values())
 
 
 def test_a_case_without_a_number_stands_beside_those_that_have_one(rich: Sequence[results.Run]) -> None:
