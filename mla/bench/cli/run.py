@@ -14,7 +14,7 @@ from mla.bench.plan.options import RunOptions
 from mla.bench.plan.validate import check_gate
 from mla.bench.results.predicted import labelled
 from mla.bench.results.printable import printable
-from mla.bench.run.budget import Budget
+from mla.bench.run.watchdog import Budget
 from mla.bench.terminal import run_table
 from mla.bench.terminal.comparison import compare_runs
 from mla.bench.terminal.quality_warnings import quality_warnings
@@ -206,7 +206,7 @@ def _report(options: RunOptions, request: Request, outcome: Outcome) -> None:
             results.write(outcome.run, options.target)
     finally:  # the numbers must survive a disk that has filled up
         _show(options, outcome.run)
-    if missing := skipped(options, request, outcome.run, outcome.needed):
+    if missing := skipped(options, request, outcome.run):
         note(missing)
 
 

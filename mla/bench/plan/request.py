@@ -96,14 +96,11 @@ class Request:
         """The scenarios' own descriptions."""
         return [scenario.point for scenario in self.scenarios]
 
-    def total_forwards(self) -> int:
-        """Return roughly the number of forwards, checks and warm-ups included; slow yardsticks run fewer."""
-        timed, points = self.variants.timed, self.points
-        count = len(self.implementations) * sum(forwards(timed, point) for point in points)
-        if not self.stages:
-            return count
-        ours = sum(map(is_ours, self.implementations))
-        return count + ours * sum(map(stages.total_forwards, points))
+    def forwards(self, point: Point) -> int:
+        """Return roughly the forwards of a scenario, checks and warm-ups included; slow ones run fewer."""
+        count = len(self.implementations) * forwards(self.variants.timed, point)
+        ours = sum(map(is_ours, self.implementations)) if self.stages else 0
+        return count + ours * stages.total_forwards(point)
 
 
 def empty_run(request: Request) -> results.Run:

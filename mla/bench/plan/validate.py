@@ -1,7 +1,7 @@
 """Validate the options. Every mistake shows here, before any work.
 
-`check_gate`, `check_lengths`, `check_options`, `check_points` and `check_stages` need nothing but the command
-line and the workload; the others also the layer or the device, which may take minutes to start.
+`check_gate`, `check_lengths`, `check_options` and `check_points` need nothing but the command line and the
+workload; the others also the layer or the device, which may take minutes to start.
 """
 
 from __future__ import annotations
@@ -178,9 +178,10 @@ def check_points(options: RunOptions, points: Sequence[Point]) -> None:
     with_heads = [point.name for point in points if point.heads]
     if options.model_path and with_heads:
         raise UsageError(f"scenario '{with_heads[0]}' sets heads, which a checkpoint's weights fix.")
+    _check_stages(options, points)
 
 
-def check_stages(options: RunOptions, points: Sequence[Point]) -> None:
+def _check_stages(options: RunOptions, points: Sequence[Point]) -> None:
     """Raise `UsageError` where `--stages` has nothing to time, or more than one layer."""
     if not options.stages:
         return

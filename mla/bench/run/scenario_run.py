@@ -16,7 +16,7 @@ from mla.bench.measure import agreement, engine, stages, summary
 from mla.bench.measure.hooks import Hooks, Shorter
 from mla.bench.measure.samples import Measurement
 from mla.bench.plan import yardstick
-from mla.bench.plan.repro import case_command
+from mla.bench.plan.options import case_command
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.results.shares import busiest
 from mla.bench.run import judging

@@ -19,7 +19,7 @@ from mla.bench import results
 from mla.bench.subjects import memory
 from mla.bench.subjects import op as one_op
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.inputs import Inputs, expected_of, expected_outputs, make_inputs, oracle_runs
+from mla.bench.subjects.inputs import Inputs, expected_of, expected_outputs, make_inputs
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, sharing_weights
 from mla.bench.subjects.stack import MlaStack
@@ -34,7 +34,6 @@ from mla.errors import UnsupportedBatch
 from mla.layer.ops import Ops
 from mla.layer.plan import check_lengths
 from mla.verify.layer_oracle import State
-from mla.verify.oracle_cost import oracle_flops
 from mla.weights import random_state_dict
 
 # Name -> how to build it. `benchmarks/peers` adds comparators while it runs.
@@ -57,9 +56,6 @@ def _ours(setting: Setting, state: State, name: str, ops: str | None) -> Impleme
 class Needs:
     """What a scenario needs, from its lengths alone."""
 
-    forward: results.Cost  # of a typical forward, all layers together
-    oracle_flops: int  # in float64, on the host
-    parameters: int  # weights drawn once and packed by every implementation; 0 for one op
     device_bytes: int  # per implementation
     host_bytes: int  # for all implementations together
     output_bytes: int  # per implementation: the kept outputs of a pass, on the device and again on the host
@@ -210,15 +206,11 @@ class LayerFixture(Fixture):
         return results.Cost(flops=round(sum(flops) / len(flops)), bytes=round(sum(moved) / len(moved)))
 
     def needs(self, ours: Sequence[str]) -> Needs:
-        point, config, layers = self.point, self.setting.config, self.point.layers
+        point = self.point
         settings = [implementation_setting(self.setting, parse_one(name)) for name in ours or ["mla"]]
-        typical = self._mean_cost([point.inputs // 2])
         on_device = max(memory.device_bytes(one, point) for one in settings)
         alone = replace(self.setting, ranks=None)  # as the reference runs, on any number of ranks
         return Needs(
-            forward=results.Cost(flops=layers * typical.flops, bytes=layers * typical.bytes),
-            oracle_flops=oracle_flops(config, oracle_runs(config, point)),
-            parameters=cost.parameters(config),
             device_bytes=on_device,
             host_bytes=memory.host_bytes(self.setting, point),
             output_bytes=memory.output_bytes(self.setting, point),
@@ -266,9 +258,6 @@ class OpFixture(Fixture):
     def needs(self, ours: Sequence[str]) -> Needs:
         on_device = one_op.device_bytes(self._pool)
         return Needs(
-            forward=self.cost(),
-            oracle_flops=self._pool.case.work.flops,
-            parameters=0,
             device_bytes=on_device,
             host_bytes=one_op.host_bytes(self._pool, on_device),
             output_bytes=one_op.output_bytes(self._pool),
