@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mla.bench import results
 from mla.bench.failures.keeper import Keeper
@@ -145,17 +146,19 @@ def _kept(
 
 def kept_cases(path: Path, old: Run, now: Run, scenarios: Sequence[ScenarioPlan]) -> list[Case]:
     """Return the complete cases of a file. Raises `ResultError` if it holds another run than `now`."""
-    if old.plan is None:
+    if old.plan is None or now.plan is None:
         raise ResultError(f"cannot resume '{path}': it does not say what was planned; start a new run.")
+    reasons = _changes(_flags(old.plan.options), _flags(now.plan.options), missing="not given")
+    reasons += _changes(_facts(old), _facts(printable(now)), missing="not recorded")
+    reasons += _scenario_changes(old.plan, now.plan)
     plans = {scenario.name: scenario for scenario in scenarios}
-    reasons = list(_differences(old, printable(now)))
     kept = []
     for case in () if reasons else old.cases:
         plan = plans.get(case.scenario)
         if plan is None or case.implementation not in old.plan.implementations:
             reasons.append(f"only it has a case '{case.scenario}, {case.implementation}'")
         elif _complete(case, plan.point.rounds):
-            reasons += _case_differences(case, plan)
+            reasons += _case_changes(case, plan)
             kept.append(case)
     if reasons:
         raise ResultError(
@@ -165,21 +168,20 @@ def kept_cases(path: Path, old: Run, now: Run, scenarios: Sequence[ScenarioPlan]
     return kept
 
 
-def _warning(old: Run, now: Run) -> str | None:
+def _warning(old: Run, now: Run) -> str:
     """Return what may make the new cases differ from the kept ones, though it forbids nothing."""
-    facts = {"commit": (old.git_commit, now.git_commit)}
-    for key in sorted({*old.environment, *now.environment}):
-        if key.startswith(REPORTED):
-            facts[key] = (old.environment.get(key), now.environment.get(key))
-    changed = [
-        f"{name} was {before} and is {after}" for name, (before, after) in facts.items() if before != after
-    ]
-    return f"kept cases were measured under other conditions: {'; '.join(changed)}" if changed else None
+
+    def reported(run: Run) -> dict[str, str | None]:
+        own = {key: value for key, value in run.environment.items() if key.startswith(REPORTED)}
+        return {"commit": run.git_commit, **dict(sorted(own.items()))}
+
+    changed = _changes(reported(old), reported(now), missing="None")
+    return f"kept cases were measured under other conditions: {'; '.join(changed)}" if changed else ""
 
 
-def _mark(old: Run, now: Run, remark: str | None) -> None:
+def _mark(old: Run, now: Run, remark: str) -> None:
     """Keep a warning, and those of earlier times, in the file that is completed."""
-    remarks = [old.environment.get(MARK, ""), remark or ""]
+    remarks = [old.environment.get(MARK, ""), remark]
     if any(remarks):
         now.environment[MARK] = "; ".join(filter(None, dict.fromkeys(remarks)))
 
@@ -190,25 +192,18 @@ def _complete(case: Case, rounds: int) -> bool:
     return not case.interrupted and (measured or case.check.status == "wrong")
 
 
-def _differences(old: Run, now: Run) -> Iterator[str]:
-    """Yield why a file cannot be completed by this run."""
-    assert old.plan is not None
-    assert now.plan is not None
-    before, after = _flags(old.plan.options), _flags(now.plan.options)
-    for flag in {**before, **after}:
-        if before.get(flag) != after.get(flag):
-            yield f"{flag} was {before.get(flag, 'not given')} and is {after.get(flag, 'not given')}"
-    before, after = _facts(old), _facts(now)
-    for name in {**before, **after}:
-        first, second = before.get(name, "not recorded"), after.get(name, "not recorded")
-        if first != second:
-            yield f"{name} was {first} and is {second}"
-    changed = [key for key in {**old.config, **now.config} if old.config.get(key) != now.config.get(key)]
-    if changed:
-        yield f"config differs in {', '.join(changed)}"
-    yield from _scenario_differences(
-        old.plan.scenarios, now.plan.scenarios, old.plan.digest != now.plan.digest
-    )
+def _changes(old: Mapping[str, Any], now: Mapping[str, Any], missing: str, where: str = "") -> list[str]:
+    """Return "NAME was A and is B" for every fact that is not the same, or `missing` on one side."""
+    both = ((name, old.get(name, missing), now.get(name, missing)) for name in {**old, **now})
+    return [f"{name}{where} was {first} and is {second}" for name, first, second in both if first != second]
+
+
+def _flags(words: Sequence[str]) -> dict[str, str]:
+    """Return the values of each option, in their order."""
+    flags: dict[str, str] = {}
+    for flag, value in zip(words[::2], words[1::2], strict=True):
+        flags[flag] = f"{flags[flag]} {value}" if flag in flags else value
+    return flags
 
 
 def _facts(run: Run) -> dict[str, str]:
@@ -226,6 +221,7 @@ def _facts(run: Run) -> dict[str, str]:
         "attention": run.attention,
         "page size": run.page_size,
         "seed": run.seed,
+        **{f"config's {name}": value for name, value in run.config.items()},
     }
     for key, value in run.environment.items():
         if not launcher.is_fact(key) and not key.startswith(REPORTED) and key != MARK:
@@ -235,9 +231,9 @@ def _facts(run: Run) -> dict[str, str]:
     return {name: str(value) for name, value in facts.items() if value is not None}
 
 
-def _case_differences(case: Case, plan: ScenarioPlan) -> list[str]:
+def _case_changes(case: Case, plan: ScenarioPlan) -> list[str]:
     """Return what a kept case was not measured as."""
-    point, setting = plan.point, plan.setting
+    point, where = plan.point, f" of case '{case.scenario}, {case.implementation}'"
     expected = {
         "base": point.base,
         "point": dict(point.point),
@@ -245,36 +241,24 @@ def _case_differences(case: Case, plan: ScenarioPlan) -> list[str]:
         "query_lens": list(point.query_lens),
         "history": list(point.history),
         "steps_per_pass": point.steps,
-        "dtype": dtype_name(setting.dtype),
-        "heads": setting.config.num_attention_heads,
+        "dtype": dtype_name(plan.setting.dtype),
+        "heads": plan.setting.config.num_attention_heads,
         "layers": point.layers,
     }
     was = {name: getattr(case, name) for name in expected} | {"steps_per_pass": planned_steps(case)}
-    found = [name for name, value in expected.items() if was[name] != value]
-    where = f"of case '{case.scenario}, {case.implementation}'"
-    reasons = [f"{name} {where} was {was[name]} and is {expected[name]}" for name in found]
     ops = plan.ops.get(case.implementation)
-    return reasons + ([] if ops is None else list(_op_differences(case.ops, ops, where)))
+    other = [] if ops is None else _changes(case.ops, ops, missing="no op", where=where)
+    return _changes(was, expected, missing="", where=where) + other
 
 
-def _op_differences(old: Mapping[str, str], now: Mapping[str, str], where: str) -> Iterator[str]:
-    for role in {**old, **now}:
-        if old.get(role) != now.get(role):
-            yield f"{role} {where} was {old.get(role, 'no op')} and is {now.get(role, 'no op')}"
-
-
-def _scenario_differences(old: Sequence[str], now: Sequence[str], lengths_differ: bool) -> Iterator[str]:
-    other = [name for name in now if name not in old] or [name for name in old if name not in now]
-    if other:
-        place = "it has no" if other[0] not in old else "only it has"
-        yield f"workload or axes differ, {place} scenario '{other[0]}'"
-    elif lengths_differ:
-        yield "workload differs: a scenario has other lengths or counts, or their order changed"
-
-
-def _flags(words: Sequence[str]) -> Mapping[str, str]:
-    """Return the values of each option, in their order."""
-    flags: dict[str, str] = {}
-    for flag, value in zip(words[::2], words[1::2], strict=True):
-        flags[flag] = f"{flags[flag]} {value}" if flag in flags else value
-    return flags
+def _scenario_changes(old: results.Plan, now: results.Plan) -> list[str]:
+    new, gone = (
+        [name for name in one.scenarios if name not in other.scenarios]
+        for one, other in ((now, old), (old, now))
+    )
+    if new or gone:
+        place = f"it has no scenario '{new[0]}'" if new else f"only it has scenario '{gone[0]}'"
+        return [f"workload or axes differ, {place}"]
+    if old.digest != now.digest:
+        return ["workload differs: a scenario has other lengths or counts, or their order changed"]
+    return []
