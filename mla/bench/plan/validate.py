@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from mla_backends.api import Backend
 
 
+def _first(flags: Mapping[str, object]) -> str:
+    """Return the first of some flags that was given; "" if none was."""
+    return next((flag for flag, value in flags.items() if value), "")
+
+
 def check_gate(options: RunOptions) -> None:
     """Raise `UsageError` for a threshold without a run to compare with."""
     if options.baseline is None and options.fail_slower is not None:
@@ -68,18 +73,17 @@ def _check_parallel(options: RunOptions) -> None:
     if options.parallel is None:
         return
     alone = {
-        "--op": options.op is not None,
+        "--op": options.op,
         "--layers": options.layers not in (None, 1),
         "--stages": options.stages,
-        "--profile": options.profile is not None,
-        "--dump-failure": options.dump_failure is not None,
+        "--profile": options.profile,
+        "--dump-failure": options.dump_failure,
         "--mode": options.mode not in (None, "eager"),
         "--cache": options.cache not in (None, "warm"),
         "--clock": options.clock not in (None, "host"),
     }
-    given = [flag for flag, value in alone.items() if value]
-    if given:
-        raise UsageError(f"{given[0]} is for one device: leave it out with --parallel, or run without.")
+    if flag := _first(alone):
+        raise UsageError(f"{flag} is for one device: leave it out with --parallel, or run without.")
     if options.parallel.dcp > 1 and options.attention == "expanded":
         raise UsageError("--attention expanded is for whole contexts: dcp attends its part of one absorbed.")
     others = [name for name in options.implementation_names if not implementations.is_ours(name)]
@@ -128,10 +132,9 @@ def _check_op_alone(options: RunOptions, op_of_file: str | None) -> None:
         "--attention": options.attention != "auto",
         "--layers": options.layers is not None,
     }
-    given = [flag for flag, value in layer.items() if value]
-    if not given:
+    if not (flag := _first(layer)):
         return
-    about = f"{given[0]} is about the whole layer"
+    about = f"{flag} is about the whole layer"
     if op_of_file:
         raise UsageError(
             f"{about}, and workload '{options.workload_name}' times one op, {op_of_file}: leave it out; "
