@@ -66,7 +66,7 @@ class _Scheduler:
         self._latest = self._result()
         self._watchdog = Watchdog(steering.hang_after, self._hung)
         self._number = 0
-        self._bar = 0.0  # what is left of the progress bar for the present scenario, in forwards
+        self._bar = 0  # what is left of the progress bar for the present scenario, in forwards
         self._refusal: MLAError | BackendError | None = None  # why the first case that was not run was not
 
     def run(self) -> Outcome:
