@@ -36,8 +36,7 @@ LITTLE: Mapping[str, Any] = {
     "mla.bench.run.judging.SECONDS": 0.0,
     "mla.bench.ranks.link_fit.LARGE": 64 << 10,
     "mla.bench.ranks.link_fit.TIMES": 2,
-    "mla_backend_cpu.tuning.fastest": lambda *functions: [1.0] * len(functions),
-    "mla_backend_cpu.fp32_linear.fastest": lambda *functions: [1.0] * len(functions),
+    "mla_backend_cpu.products.fastest": lambda *functions: [1.0] * len(functions),
     "mla.bench.doubts.evidence.MORE": 4,
 }
 DEATH_OF_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)

@@ -12,8 +12,7 @@ from mla.layer.forward import Step
 from mla.layer.ops import Ops
 from mla.layer.packed_weights import PackedWeights
 from mla.layer.plan import StepPlan
-from mla.layer.views import Absorbed, StepViews
-from mla.layer.workspace import Workspace
+from mla.layer.workspace import Absorbed, StepViews, Workspace
 from mla.parallel.batch import Part, ShardedBatch
 from mla.parallel.exchange import Exchange, scratch_per_token
 from mla.parallel.groups import Groups

@@ -23,7 +23,7 @@ from mla.errors import UsageError
 from mla.parallel.capacity import Capacity, capacity, layouts
 from mla.parallel.layout import Layout
 from mla.text import DTYPES, size
-from mla_backends import BackendOptionError, status
+from mla_backends import BackendOptionError, probe
 from mla_backends.known import GENERAL, GENERAL_USE
 
 LAYOUT_COLUMNS = ("layout", "weights", "cache", "tokens", "copies", "repeated")
@@ -64,18 +64,18 @@ def _workloads(as_json: bool) -> str:
 
 
 def _backends(as_json: bool) -> str:
-    backends = status.statuses(chosen=[*status.names(), GENERAL])
+    backends = probe.statuses(chosen=[*probe.names(), GENERAL])
     if as_json:
         return json.dumps([asdict(one) for one in backends], indent=1) + "\n"
     widths = [max(len(text) for text in column) for column in zip(*map(_named, backends), strict=True)]
     return "".join(_line(one, *widths) for one in backends)
 
 
-def _named(one: status.Status) -> tuple[str, str]:
+def _named(one: probe.Status) -> tuple[str, str]:
     return one.name, one.state
 
 
-def _line(one: status.Status, name: int, state: int) -> str:
+def _line(one: probe.Status, name: int, state: int) -> str:
     version = f"{one.distribution} {one.version}" if one.distribution else ""
     why = "; ".join(part for part in (one.reason, one.hint) if part)
     if one.name == GENERAL and not why:

@@ -24,7 +24,7 @@ from mla.text import size
 from mla_backends.discovery import locate
 from mla_backends.errors import BackendNotInstalled, DeviceUnavailable, DuplicateBackend
 from mla_backends.known import GENERAL, KNOWN
-from mla_backends.status import USABLE, NoAnswer, Status, ask, names, status
+from mla_backends.probe import USABLE, NoAnswer, Status, ask, names, status
 
 SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 OFF = {SWITCH: "0"}

@@ -21,7 +21,7 @@ from mla.bench.subjects.setting import SPARE_PAGES, Setting
 from mla.bench.workload.grid import Point
 from mla.cases.varied import Pool
 from mla.errors import OutOfMemory
-from mla.layer.expansion import WORKSPACE_BYTES
+from mla.layer.plan import WORKSPACE_BYTES
 from mla.layer.rope import RotaryTable
 from mla.parallel.exchange import scratch_per_token
 from mla.parallel.layout import Layout

@@ -26,7 +26,7 @@ from mla.bench.ranks.simulation import Simulation
 from mla.bench.subjects.inputs import make_inputs
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.grid import Point
-from mla.checkpoint.fingerprint import ROWS
+from mla.checkpoint.stored import ROWS
 from mla.parallel.layout import Layout
 from mla.parallel.link import Link
 from mla.parallel.simulated import SimulatedWorld

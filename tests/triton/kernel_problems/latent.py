@@ -18,10 +18,9 @@ from kernel_problems.memory import (
     poisoned,
 )
 from mla_backends.api import AttentionSpec
-from mla_backends.kernels.trial import TinyBatch
-from mla_backends.triton_ops.latent import LatentAttention
+from mla_backends.selftest import TinyBatch
+from mla_backends.triton_ops.latent import LatentAttention, Splits
 from mla_backends.triton_ops.launcher import Launcher
-from mla_backends.triton_ops.splits import Splits
 from mla_backends.triton_ops.tuning import Tile, Tuning
 
 Lengths = tuple[int, ...]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from kernel_problems.latent import LatentProblem
 
-from mla_backends.triton_ops.splits import Splits
+from mla_backends.triton_ops.latent import Splits
 from mla_backends.triton_ops.tuning import Tile
 
 DECODE = LatentProblem((1, 1, 1, 1), (1, 17, 100, 257))

@@ -13,7 +13,7 @@ from kernel_problems.latent import LatentProblem
 from kernel_problems.small import NormProblem, RotationProblem, WriteProblem
 from mutating import Mutant
 
-from mla_backends.triton_ops.splits import Splits
+from mla_backends.triton_ops.latent import Splits
 
 FAR = 1_100_000_000  # the third row is beyond 32 bits
 NARROW = {"latent": 48, "rope": 8}
