@@ -12,8 +12,8 @@ from rich.console import Console
 
 from mla.command.console import note
 
-# Seconds between two lines where stderr is not a terminal.
-EVERY = 10.0
+# Seconds until the first line where stderr is not a terminal; the next takes twice as long, up to the most.
+EVERY, SELDOM = 10.0, 80.0
 
 _Self = TypeVar("_Self", bound="_Bar")
 
@@ -52,7 +52,7 @@ class Progress(_Bar):
     def __init__(self, seconds: float, ends: Sequence[float] = ()) -> None:
         """`ends`: the real seconds in which all should be done, and those in which it must, if known."""
         super().__init__("starting", seconds)
-        self._seconds, self._done, self._ends = seconds, 0.0, ends
+        self._seconds, self._done, self._ends, self._every = seconds, 0.0, ends, EVERY
         self._start = self._said = time.monotonic()
 
     @property
@@ -66,8 +66,8 @@ class Progress(_Bar):
         self._bar.refresh()
         self._done += seconds
         now = time.monotonic()
-        if self.hidden and now - self._said >= EVERY:
-            self._said = now
+        if self.hidden and now - self._said >= self._every:
+            self._said, self._every = now, min(2 * self._every, SELDOM)
             note(f"running    {what}{self._left(now - self._start)}")
 
     def _left(self, taken: float) -> str:

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     import torch
 
 MODULE = "tokenspeed_mla"
-FUNCTION = "tokenspeed_mla_decode"
-ARGUMENTS = (
+DECODE = "tokenspeed_mla_decode"
+DECODE_ARGUMENTS = (
     "query", "kv_cache", "workspace_buffer", "kv_lora_rank", "qk_rope_head_dim", "block_tables", "seq_lens",
     "max_seq_len", "softmax_scale", "out", "causal_mask", "return_lse",
 )  # fmt: skip
@@ -60,11 +60,11 @@ class TokenspeedMla(PagedLatentOp):
 
     def __init__(self, limits: LatentLimits = LIMITS, *, install: str = "") -> None:
         """Take the kernel's limits, and the hint for a missing package."""
-        super().__init__(VendorModule(MODULE, (FUNCTION, "get_num_sm"), install), limits)
+        super().__init__(VendorModule(MODULE, (DECODE, "get_num_sm"), install), limits)
         self._workspaces: dict[torch.device, torch.Tensor] = {}
 
     def interface_reasons(self) -> list[str]:
-        return unavailable() or missing(self._vendor.tokenspeed_mla_decode, FUNCTION, ARGUMENTS)
+        return unavailable() or missing(self._vendor.tokenspeed_mla_decode, DECODE, DECODE_ARGUMENTS)
 
     def preflight(self, spec: AttentionSpec) -> list[str]:
         """Compile the kernel for one new token per request, and return why it does not work here."""

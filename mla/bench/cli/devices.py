@@ -52,15 +52,15 @@ def list_backends(configs: bool, workloads: bool, as_json: bool) -> int:
 
 
 def _configs(as_json: bool) -> str:
-    from mla.bench.terminal.configs import as_objects, as_table
+    from mla.bench.terminal import catalog
 
-    return json.dumps(as_objects(), indent=1) + "\n" if as_json else as_table()
+    return json.dumps(catalog.configs(), indent=1) + "\n" if as_json else catalog.configs_table()
 
 
 def _workloads(as_json: bool) -> str:
-    from mla.bench.terminal.workloads import as_objects, as_table
+    from mla.bench.terminal import catalog
 
-    return json.dumps(as_objects(), indent=1) + "\n" if as_json else as_table()
+    return json.dumps(catalog.workloads(), indent=1) + "\n" if as_json else catalog.workloads_table()
 
 
 def _backends(as_json: bool) -> str:

@@ -11,7 +11,7 @@ from mla.bench.workload.quantities import duration, size
 from mla.bench.workload.scenario import MAX_COUNT, MAX_LAYERS, MAX_REQUESTS
 from mla.bench.workload.workload_file import PRESETS, STANDARD
 from mla.command.backend import MEASURED_BACKEND_HELP, backend_options
-from mla.command.options import FILE, Command, add_options, parsed_by, percent, result_path
+from mla.command.options import DETAIL, FILE, Command, add_options, parsed_by, percent, result_path
 from mla.config.presets import DEFAULT_CONFIG
 from mla.parallel.layout import Layout
 from mla.text import DTYPES
@@ -267,6 +267,7 @@ CONTROL = (
 
 # What is printed.
 OUTPUT = (
+    *DETAIL,
     click.option(
         "--format",
         "kind",

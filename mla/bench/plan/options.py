@@ -67,6 +67,7 @@ class RunOptions(BackendOptions):
     parallel: Layout | None = None
     simulate: bool = False
     link: str | None = None
+    detail: str | None = None  # "verbose" or "quiet"
     link_source: str = ""  # where its numbers are from (`mla.bench.plan.resolve`)
 
     @property

@@ -29,8 +29,21 @@ TRYING = 20.0
 _HEADER = ("case", "scenario", "implementation", "about forwards", "device", "host", "one forward")
 
 
-def describe(request: Request) -> None:
-    """Say what is about to be measured."""
+def describe(request: Request, verbose: bool) -> None:
+    """Say what is about to be measured: the plan, or everything that follows from the options."""
+    setting = request.setting
+    if verbose:
+        _describe_setting(request)
+    for line in _simulated(setting):
+        note(line)
+    _plan(request, verbose)
+    for line in _same_ops(request):
+        note(line)
+    if request.profile:
+        note(f"profile    {request.profile}: one more pass of every case, once all are timed")
+
+
+def _describe_setting(request: Request) -> None:
     setting = request.setting
     facts = environment.environment(setting.backend)
     name = setting.backend.device_info().name
@@ -41,17 +54,10 @@ def describe(request: Request) -> None:
     )
     for line in _ops(request):
         note(line)
-    for line in _simulated(setting):
-        note(line)
     for line in _scenarios(request.points):
         note(f"scenario   {line}")
     if len(request.variants.timed) > 1:
         note(f"timed      {request.variants}")
-    _plan(request)
-    for line in _same_ops(request):
-        note(line)
-    if request.profile:
-        note(f"profile    {request.profile}: one more pass of every case, once all are timed")
 
 
 def _simulated(setting: Setting) -> Iterator[str]:
@@ -134,7 +140,7 @@ def _count(number: int, what: str, plural: str = "s") -> str:
     return f"{number} {what}{plural if number != 1 else ''}"
 
 
-def _plan(request: Request) -> None:
+def _plan(request: Request, verbose: bool) -> None:
     plans = [scenario.memory for scenario in request.scenarios]
     together = all(one.side_by_side for one in plans if one.fits)
     order = "interleaved" if together else "one at a time where memory is short"
@@ -143,6 +149,8 @@ def _plan(request: Request) -> None:
         f"plan       {', '.join(request.implementations)}, {order}; about {count} forwards, "
         "checked against a float64 oracle"
     )
+    if not verbose:
+        return
     counts = [one.implementations if one.side_by_side else 1 for one in plans]
     device = max(one.device_bytes(count) for one, count in zip(plans, counts, strict=True))
     on_host = max(one.host_bytes(count) for one, count in zip(plans, counts, strict=True))

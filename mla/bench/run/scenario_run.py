@@ -19,8 +19,8 @@ from mla.bench.measure.samples import Measurement
 from mla.bench.plan import yardstick
 from mla.bench.plan.options import case_command
 from mla.bench.plan.request import Request, ScenarioPlan
+from mla.bench.results.cases import busiest
 from mla.bench.results.schema import Cost
-from mla.bench.results.shares import busiest
 from mla.bench.run import judging
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.fixture import make_fixture

@@ -18,7 +18,7 @@ from mla.bench.measure.hooks import Hooks
 from mla.bench.measure.target import MOST, SECONDS, Target
 from mla.bench.plan.memory import MemoryPlan, available_memory
 from mla.bench.plan.request import Request, ScenarioPlan, empty_run
-from mla.bench.results.predicted import label
+from mla.bench.results.cases import label
 from mla.bench.run.outcome import Outcome, failure_of, subjects
 from mla.bench.run.scenario_run import ScenarioRun
 from mla.bench.run.steering import Steering

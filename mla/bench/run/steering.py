@@ -14,10 +14,11 @@ from mla.bench.failures.keeper import Keeper
 from mla.bench.plan import options as commands
 from mla.bench.plan.options import RunOptions
 from mla.bench.plan.request import Request, ScenarioPlan
+from mla.bench.results.file import printable
 from mla.bench.results.passes import due, planned_steps
-from mla.bench.results.printable import printable
 from mla.bench.results.schema import Case, Run
 from mla.bench.run.watchdog import OVER_BUDGET, Budget
+from mla.bench.terminal.lines import OTHERS
 from mla.command import files, last_words, launcher
 from mla.command.console import Note, note
 from mla.command.exit_codes import Exit
@@ -224,7 +225,7 @@ def _facts(run: Run) -> dict[str, str]:
         **{f"config's {name}": value for name, value in run.config.items()},
     }
     for key, value in run.environment.items():
-        if not launcher.is_fact(key) and not key.startswith(REPORTED) and key != MARK:
+        if not launcher.is_fact(key) and not key.startswith(REPORTED) and key not in (MARK, OTHERS):
             facts[key] = value
     if threads := run.environment.get("torch_threads"):
         facts.setdefault("OMP_NUM_THREADS", threads)  # which torchrun sets, and srun does not

@@ -83,9 +83,8 @@ def same_work(case: results.Case, other: results.Case) -> bool:
 
 def test_a_spec_is_one_forward_at_exactly_its_lengths(bench: Bench, small: list[str]) -> None:
     """No cache grows from forward to forward: vLLM's tool repeats one batch as well."""
-    done = bench(
-        *CPU, *TINY, *COUNTS, "--batch-spec", f"{SPEC},q7", "--implementations", "mla", "-o", "run.json"
-    )
+    specs = ("--batch-spec", f"{SPEC},q7", "--implementations", "mla", "-v", "-o", "run.json")
+    done = bench(*CPU, *TINY, *COUNTS, *specs)
     assert done.code == 0, done.err
     first, second = sorted(read("run.json").cases, key=lambda case: len(case.scenario), reverse=True)
     assert (first.scenario, first.batch_spec, first.mode) == (SPEC, SPEC, "prefill")

@@ -26,7 +26,7 @@ def measure(bench: Bench, small: list[str]) -> Bench:
     """Return `bench` for these implementations and a decode scenario."""
 
     def measure(names: str, *words: str) -> Any:
-        chosen = ["--implementations", names, "-o", "run.json", "--passes", "2", "--runs", "3"]
+        chosen = ["--implementations", names, "-o", "run.json", "--passes", "2", "--runs", "3", "-v"]
         return bench(*SEVERAL, *small, *chosen, *ABSORBED, *words)
 
     return measure

@@ -15,9 +15,9 @@ from typing import Any
 
 import msgspec
 
-from mla.bench.export import withheld
+from mla.bench.results.cases import by_kind
+from mla.bench.results.rows import withheld
 from mla.bench.results.schema import Case, Run
-from mla.bench.results.timings import by_kind
 from mla.errors import ResultError
 
 CATEGORY = "operator"

@@ -17,8 +17,8 @@ import msgspec
 import pytest
 
 from mla.bench import results
-from mla.bench.results import ceilings_file
-from mla.bench.results.ceilings_file import CeilingRun
+from mla.bench.results.file import decode_ceilings
+from mla.bench.results.schema import CeilingRun
 from mla_backends.outside import escaped
 
 MakeRun = Callable[..., results.Run]
@@ -86,65 +86,42 @@ LATENCY = "cases.0.latency_ms"
     ("path", "value"),
     [
         *((f"{LATENCY}.median", value) for value in (0, -2.0, TINY, 1e300, 1e999, 7.0, None)),
-        *((f"{LATENCY}.p10", value) for value in (-1, 2.9, 1e999)),
-        *((f"{LATENCY}.p90", value) for value in (0, -1, 1.0, TINY)),
-        *((f"{LATENCY}.ci95", value) for value in ([3, 1], [-1, 2], [2], [1, 2, 3], [0, 1e300], [50, 60])),
+        *((f"{LATENCY}.p90", value) for value in (0, -1, TINY)),
+        *((f"{LATENCY}.ci95", value) for value in ([3, 1], [-1, 2], [2], [1, 2, 3], [0, 1e300])),
         *((f"{LATENCY}.samples", value) for value in ([], [2.0], [-2.0] * 7, [0.0] * 7, [1e300] * 7)),
         (f"{LATENCY}.drift", 1e300),
-        *((f"{LATENCY}.outliers", value) for value in (-1, 8, 0.5)),
         *(("cases.0.passes", value) for value in (-3, 0, 8, HUGE)),
         *(("cases.0.steps_per_pass", value) for value in (0, -1, 2)),
-        *(("cases.0.warmups", value) for value in (-1, HUGE)),
         *(("cases.0.query_lens", value) for value in ([], [3], [-3, 5], [0, 0], [HUGE, 1], [3, 5, 1])),
         *(("cases.0.history", value) for value in ([], [4], [-4, 0])),
-        *(("cases.0.switch_steps", value) for value in ([-1], [7])),
-        *(("cases.0.plan_ms", value) for value in (-0.1, 1e300)),
-        *(("cases.0.heads", value) for value in (0, -4)),
-        *(("cases.0.layers", value) for value in (0, -1)),
+        ("cases.0.heads", 0),
+        ("cases.0.layers", -1),
         ("cases.0.point", {"kv": -4}),
         ("cases.0.point", {"k\nv": 4}),
         *(("cases.0.cost.flops", value) for value in (-1, HUGE, 0.5)),
-        *(("cases.0.cost.bytes", value) for value in (-1, HUGE)),
-        *((f"cases.0.memory.{name}", -1) for name in ("weight_bytes", "cache_bytes", "peak_bytes")),
-        *((f"cases.0.memory.{name}", HUGE) for name in ("weight_bytes", "transient_bytes")),
-        ("cases.0.memory.page_faults", -1),
+        ("cases.0.memory.weight_bytes", HUGE),
         ("cases.0.tokens_per_s", None),
         *(("cases.0.tokens_per_s.median", value) for value in (0, -1, TINY, 1e300, 9e9)),
         ("cases.0.tokens_per_s.ci95", [5000.0, 3000.0]),
-        *(("cases.0.roofline.floor_ms", value) for value in (-1, None, 1e300, 1.5)),
-        *(("cases.0.roofline.fraction", value) for value in (-0.5, 5.0, 1e300)),
-        *(("cases.0.check.error_ratio", value) for value in (-1, 1.5, 1e999)),
-        ("cases.0.check.relative_error", -1e-3),
+        *(("cases.0.roofline.floor_ms", value) for value in (-1, 1e300)),
         ("cases.0.check.status", "wrong"),
         ("cases.0.check.status", "doubtful"),
         ("cases.0.check.status", "fine"),
-        ("cases.0.timings.0.passes", 0),
-        ("cases.0.timings.0.passes", 2),
         ("cases.0.timings.0.latency_ms.median", 0),
         ("cases.0.timings.0.check.status", "wrong"),
         ("cases.0.stages.0.ms", -1),
-        *((f"cases.0.new_lengths.{name}", -1) for name in ("ms", "repeated_ms", "plan_ms", "forwards")),
-        *(("cases.0.agreement.0.speed_ratio", value) for value in (0, -1, 1e300)),
-        ("cases.0.agreement.0.relative_difference", -1),
+        ("cases.0.new_lengths.forwards", -1),
+        ("cases.0.agreement.0.speed_ratio", 0),
         ("cases.1.implementation", "mla"),  # a second case of that name
         *((f"cases.0.{name}", "\x1b[31m") for name in ("scenario", "base", "implementation")),
         ("cases.0.scenario", "a\u2028b"),
         ("cases.0.scenario", "\u202egnp"),
         ("cases.0.scenario", " "),
-        *(("ceilings.0.value", value) for value in (0, -1, 1e300, 1e10)),
-        ("ceilings.0.footprint_bytes", -1),
+        *(("ceilings.0.value", value) for value in (0, -1, 1e300)),
         ("plan.options", ["--seed"]),
-        *(("ceilings.0.value", value) for value in (1e19, 1e23)),
-        ("cases.0.check.relative_error", 1e308),
-        *(("config.hidden_size", value) for value in (-3, 0, 1e308)),
-        *((f"config.{name}", value) for name in ("rms_norm_eps", "rope_theta") for value in (-1, 0, 1e308)),
-        ("config.num_attention_heads", 0),
-        ("config.rope_scaling", {"factor": 1e308}),
         *(("seed", value) for value in (-1, HUGE)),
-        ("page_size", 0),
         ("schema_version", 0),
         ("backend.memory_bytes", -1),
-        ("backend.cache_bytes", HUGE),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_place(
@@ -271,7 +248,6 @@ def test_another_file_of_this_program_is_named(
         ("measured.0.value", 0),
         ("measured.0.value", -1),
         ("measured.0.value", 1e300),
-        ("measured.0.lowest", 1e15),
         ("declared.0.value", TINY),
         ("measured.0.footprint_bytes", -1),
         ("backend.cache_bytes", -1),
@@ -289,5 +265,5 @@ def test_impossible_ceilings_are_refused(
 def test_text_of_a_ceilings_file_is_escaped(ceiling_run: CeilingRun) -> None:
     document: Document = msgspec.json.decode(results.encode(ceiling_run))
     hostile = changed(changed(document, "backend.device", "\x1b]0;x\x07"), "measured.0.source", "a\nb")
-    run = ceilings_file.decode(json.dumps(hostile).encode())
+    run = decode_ceilings(json.dumps(hostile).encode())
     assert all(one.isprintable() for one in strings(msgspec.to_builtins(run)))

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from mla.bench import results
+from mla.bench.results.cases import Repeated, device_cost, imbalance, imbalances, repeated
 from mla.bench.results.schema import Cost, RankFacts, Spread
-from mla.bench.results.shares import Repeated, device_cost, imbalance, imbalances, repeated
 
 Case = Callable[..., results.Case]
 

@@ -1,24 +1,27 @@
-"""`list --configs`: the presets, their numbers and the sources of these."""
+"""What `list --configs` and `list --workloads` print: what is shipped, and where its numbers are from."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Any
 
+from mla.bench.workload.grid import points_of
+from mla.bench.workload.workload_file import PRESETS as SHIPPED
+from mla.bench.workload.workload_file import read_workload
 from mla.command.table import aligned
 from mla.config import LongRopeScaling, MLAConfig, YarnScaling
-from mla.config.presets import PRESETS
+from mla.config.presets import DEFAULT_CONFIG, PRESETS
 
-_HEADER = ("name", "hidden", "heads", "q_lora", "latent", "nope/v", "rotation", "source")
-_WORDS = ("name", "nope/v", "rotation", "source")  # aligned left
+_CONFIGS = ("name", "hidden", "heads", "q_lora", "latent", "nope/v", "rotation", "source")
+_WORKLOADS = ("name", "scenarios", "config", "op", "about", "source")
 
 
-def as_table() -> str:
+def configs_table() -> str:
     """Return a table with one line per preset; "-" means none."""
-    return aligned(_HEADER, map(_row, PRESETS), words=_WORDS)
+    return aligned(_CONFIGS, map(_row, PRESETS), words=("name", "nope/v", "rotation", "source"))
 
 
-def as_objects() -> list[dict[str, Any]]:
+def configs() -> list[dict[str, Any]]:
     """Return per preset the config, its checkpoint and the source of its numbers."""
     return [
         {**_numbers(name), "checkpoint": preset.checkpoint, "source": preset.source}
@@ -55,3 +58,26 @@ def _rotation(config: MLAConfig) -> str:
     if isinstance(config.rope_scaling, LongRopeScaling):
         words.append("longrope")
     return " ".join(filter(None, words))
+
+
+def workloads_table() -> str:
+    """Return a table with one line per shipped workload; "-" means none."""
+    rows = ([str(value) if value else "-" for value in facts.values()] for facts in workloads())
+    return aligned(_WORKLOADS, map(tuple, rows), words=("name", "config", "op", "about", "source"))
+
+
+def workloads() -> list[dict[str, Any]]:
+    """Return per shipped workload its number of scenarios, its default config and op, and its source."""
+    return list(map(_facts, SHIPPED))
+
+
+def _facts(name: str) -> dict[str, Any]:
+    workload = read_workload(name)
+    return {
+        "name": name,
+        "scenarios": len(points_of(workload.scenarios, {})),
+        "config": workload.config or DEFAULT_CONFIG,
+        "op": workload.op,
+        "about": workload.about,
+        "source": workload.source,
+    }

@@ -1,4 +1,7 @@
-"""`export --format csv`: one row per way of timing, RFC 4180, and no number that was withheld."""
+"""The flat row of a case, as CSV files hold it (RFC 4180).
+
+`export` writes a row per way of timing, `--format csv` a row per case; no number that was withheld.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla.bench import results
-from mla.bench.export.table import COLUMNS, Row, render, rows
+from mla.bench.results.rows import COLUMNS, Row, as_csv, timing_rows
 from mla.bench.results.schema import Case, Run, Timing
 
 Bench = Callable[..., Any]
@@ -58,7 +61,7 @@ def read(text: str) -> list[dict[str, str]]:
 
 
 def table(*runs: Run) -> list[dict[str, str]]:
-    return read(render(rows([(Path(f"{number}.json"), run) for number, run in enumerate(runs)])))
+    return read(as_csv(timing_rows([(Path(f"{number}.json"), run) for number, run in enumerate(runs)])))
 
 
 def test_every_way_of_timing_and_every_file_has_its_row(make_run: MakeRun) -> None:
@@ -117,7 +120,7 @@ def test_a_share_of_a_limit_in_doubt_is_not_told(make_run: MakeRun) -> None:
 )
 def test_text_survives_and_is_never_a_formula(make_run: MakeRun, text: str) -> None:
     run = make_run(repro=text)
-    written = render(rows([(Path("a.json"), run)]))
+    written = as_csv(timing_rows([(Path("a.json"), run)]))
     assert written.endswith("\r\n")
     assert re.sub(r'"(?:[^"]|"")*"', "", written).count("\r\n") == 2, "RFC 4180: a line per row, CRLF"
     (row,) = read(written)
@@ -193,7 +196,7 @@ def test_a_mistake_gets_its_sentence(
 
 def test_a_row_asks_the_case_that_it_belongs_to(make_run: MakeRun) -> None:
     run = make_run()
-    assert Row(Path("a"), run, run.cases[0], None).check is run.cases[0].check
+    assert Row(run, run.cases[0]).check is run.cases[0].check
 
 
 def test_neither_export_nor_the_list_of_workloads_needs_torch(process: Bench, make_run: MakeRun) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.export.infinimetrics import documents, file_name
+from mla.bench.results.infinimetrics import documents, file_name
 from mla.bench.results.schema import Run, Timing
 
 Bench = Callable[..., Any]
