@@ -27,9 +27,9 @@ from mla.bench.subjects.inputs import make_inputs
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.grid import Point
 from mla.checkpoint.stored import ROWS
+from mla.parallel.groups import SimulatedWorld
 from mla.parallel.layout import Layout
 from mla.parallel.link import Link
-from mla.parallel.simulated import SimulatedWorld
 from mla.reference import REFERENCE
 from mla.weights import random_state_dict, weight_shapes
 from mla_backends.testing import HostBackend
