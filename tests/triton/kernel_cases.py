@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from mla.cases.case import Lengths, OpCase
 from mla.cases.call import GuardedCall, host
+from mla.cases.case import Lengths, OpCase
 from mla.cases.memory import Layout
 from mla.cases.stress import Stress
 from mla_backends.api import AttentionSpec, BatchView, FusedOp, NormSpec
@@ -89,7 +89,7 @@ class KernelCase:
         return [*filter(None, (reason for _, reason in faults)), *filter(None, strays)]
 
     def _placed(self, kv_lens: Lengths) -> GuardedCall:
-        """Return a call of these lengths. Its table ends with its memory, and leads only to pages of requests."""
+        """Return a call of these lengths. Its table ends with its memory, and names pages of requests alone."""
         case = self._in_memory(kv_lens)
         call = GuardedCall(host(case), self.op, case)
         if "block_table" in call.arguments:
