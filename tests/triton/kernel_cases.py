@@ -89,7 +89,7 @@ class KernelCase:
         return [*filter(None, (reason for _, reason in faults)), *filter(None, strays)]
 
     def _placed(self, kv_lens: Lengths) -> GuardedCall:
-        """Return a call of these lengths. Its table ends with its memory, and names pages of requests alone."""
+        """Return a call of these lengths. Its table ends where its memory does, and names no spare page."""
         case = self._in_memory(kv_lens)
         call = GuardedCall(host(case), self.op, case)
         if "block_table" in call.arguments:
