@@ -182,9 +182,12 @@ def requests(draw: Draw, page: int, causal: bool) -> Pairs:
     return [(new, keys) for new, keys in pairs if not causal or keys >= new or not keys]
 
 
+SMALLEST: Pairs = [(1, 1)]
+
+
 def fitting(pairs: Pairs, fits: Callable[[Pairs], bool]) -> Pairs:
     """Return fewer requests, the longest kept, or shorter ones, until they fit."""
-    while not fits(pairs):
+    while not fits(pairs) and pairs != SMALLEST:
         if len(pairs) > 1:
             longest = max(range(len(pairs)), key=lambda i: pairs[i][0] * pairs[i][1])
             first = max(0, min(longest - 1, len(pairs) // 4))
@@ -298,7 +301,8 @@ def attention_cases(draw: Draw, field: Field) -> OpCase:
 
     def fits(pairs: Pairs, count: int) -> bool:
         c, r, n, _ = widths
-        tokens, keys = sum(new for new, _ in pairs), sum(-(-keys // page) * page for _, keys in pairs)
+        of = page if latent else 1  # what keys come by
+        tokens, keys = sum(new for new, _ in pairs), sum(-(-keys // of) * of for _, keys in pairs)
         size = (c + r if latent else n + r) * (tokens * count + keys * (1 if latent else count))
         return size <= NUMBERS * more and count * sum(new * keys for new, keys in pairs) <= LOGITS * more
 

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,7 +74,6 @@ class Search:
             reason = raised(error)
         if self.wrong is None:
             self.in_a_row = 0
-            self.kept += self.reusing
             self.judged += not self.reusing
             for axis, value in axes(scene):
                 self.axes[axis][value] += 1
@@ -83,15 +83,15 @@ class Search:
             self.wrong = scene, reason
             raise _Wrong
 
-    def run(self, strategy: Any, seed: int, phases: Any, database: Any) -> None:
-        """Have hypothesis draw a case, or play those that were kept, and shrink what is wrong."""
+    def run(self, strategy: Any, seed: int) -> None:
+        """Have hypothesis draw a case, and shrink it if it is wrong."""
         import hypothesis
 
         settings = hypothesis.settings(
             max_examples=2,  # the simplest, and one that is no variation of another
-            database=database,
+            database=None,  # which a seed would leave unused
             deadline=None,
-            phases=phases,
+            phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
             print_blob=False,
             report_multiple_bugs=False,
             suppress_health_check=list(hypothesis.HealthCheck),
@@ -118,7 +118,8 @@ def draw(trial: Trial) -> None:
             _fail(drawing.smallest[name], player.play(drawing.smallest[name]), player)
         return
     start, search = time.monotonic(), Search(trial, player.play)
-    _search(search, drawing, field_of(trial, op), re.sub(r"[^\w.-]+", "-", name))
+    file = re.sub(r"[^\w.-]+", "-", name) + ".txt"
+    _search(search, drawing, field_of(trial, op), drawing.folder and drawing.folder / FOLDER / file)
     trial.drawn = Drawn(
         judged=search.judged,
         refused=search.refused,
@@ -136,30 +137,28 @@ def draw(trial: Trial) -> None:
         raise Refused(search.why)
 
 
-def _search(search: Search, drawing: Drawing, of: Field, name: str) -> None:
-    from hypothesis import Phase
-    from hypothesis.database import DirectoryBasedExampleDatabase
-
+def _search(search: Search, drawing: Drawing, of: Field, kept: Path | None) -> None:
+    """Draw what failed before, by the numbers in the file `kept`, and then by numbers from the seed on."""
     from mla.cases.drawn import scenes
 
     strategy = scenes(of)
-    database = (
-        None if drawing.folder is None else DirectoryBasedExampleDatabase(drawing.folder / FOLDER / name)
-    )
-    if database is not None:
+    if kept is not None and kept.exists():
         search.reusing = True
-        search.run(strategy, drawing.seed, [Phase.reuse, Phase.shrink], database)
+        for line in kept.read_text().split():
+            if search.wrong is None:
+                search.run(strategy, int(line))
+                search.kept += 1
         search.reusing = False
-    end, number = time.monotonic() + drawing.seconds, 0
+    end, number = time.monotonic() + drawing.seconds, drawing.seed * 1_000_003
     while search.wrong is None and search.in_a_row < HOPELESS:
-        enough = (
-            search.judged + search.refused >= drawing.count
-            if drawing.count is not None
-            else time.monotonic() >= end
-        )
-        if enough:
+        tried = search.judged + search.refused
+        if time.monotonic() >= end if drawing.count is None else tried >= drawing.count:
             break
-        search.run(strategy, drawing.seed * 1_000_003 + number, [Phase.generate, Phase.shrink], database)
+        search.run(strategy, number)
+        if search.wrong is not None and kept is not None:
+            kept.parent.mkdir(exist_ok=True)
+            with kept.open("a") as file:
+                file.write(f"{number}\n")
         number += 1
 
 

@@ -69,7 +69,7 @@ class Drawing:
     count: int | None = None  # of draws; None: as many as `seconds` allow
     seconds: float = 0.0  # that the check which runs next may take
     seed: int = 0
-    folder: Path | None = None  # where failures are kept, to come first the next time
+    folder: Path | None = None  # where the numbers of failures are kept, to come first the next time
     smallest: dict[str, Scene] = field(default_factory=dict)  # the wrong case of every check that failed
     again: bool = False  # nothing but that one is played
 
