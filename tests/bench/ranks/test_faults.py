@@ -34,7 +34,7 @@ def errors(ranks: Any) -> list[str]:
 
 def test_when_rank_0_is_killed_the_others_say_so(start: Start) -> None:
     ranks = start(*LONG, "--scenario", "prefill")
-    when_said(ranks, "memory ")
+    when_said(ranks, "plan ")
     ranks.send(0, signal.SIGKILL)
     assert ranks.wait(BOUND) == [-9, 3]
     assert errors(ranks)[1].startswith(f"rank 1: error: rank 0 (process {ranks.pids[0]} on ")
@@ -55,7 +55,7 @@ def test_cases_finished_before_are_kept_and_shown(start: Start) -> None:
 
 def test_all_that_are_killed_at_once_are_named_by_all_that_live(start: Start) -> None:
     ranks = start("--parallel", "tp=4", *LONG[2:], "--scenario", "decode", world=4)
-    when_said(ranks, "memory ")
+    when_said(ranks, "plan ")
     for rank in (1, 3):
         ranks.send(rank, signal.SIGKILL)
     assert ranks.wait(BOUND) == [3, -9, 3, -9]
@@ -128,7 +128,7 @@ def test_an_interrupted_rank_ends_all(
     start: Start, number: signal.Signals, to: list[int], code: int, word: str
 ) -> None:
     ranks = start(*LONG, "--scenario", "decode")
-    when_said(ranks, "memory ")
+    when_said(ranks, "plan ")
     for rank in to:
         ranks.send(rank, number)
     assert ranks.wait(BOUND) == [code, code], (ranks.err(0), ranks.err(1))
@@ -139,7 +139,7 @@ def test_an_interrupted_rank_ends_all(
 def test_a_run_at_the_port_of_another_leaves_it_alone(start: Start, start_ranks: Start) -> None:
     port = str(free_port())
     first = start(*LONG, MASTER_PORT=port)
-    when_said(first, "memory ")
+    when_said(first, "plan ")
     second_folder = first.folder / "second"
     second_folder.mkdir()
     words = ["--backend", "cpu", "--parallel", "tp=2"]

@@ -18,18 +18,18 @@ from tiny_run import write_tiny_run
 
 from mla import MLAConfig
 from mla.bench import results
+from mla.bench.plan import memory
 from mla.bench.plan.memory import Available, MemoryPlan
 from mla.bench.plan.request import plan_scenarios
 from mla.bench.ranks.part import RankLayer
 from mla.bench.ranks.simulation import Simulation
-from mla.bench.subjects import memory
 from mla.bench.subjects.inputs import make_inputs
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.grid import Point
 from mla.checkpoint.stored import ROWS
+from mla.parallel.groups import SimulatedWorld
 from mla.parallel.layout import Layout
 from mla.parallel.link import Link
-from mla.parallel.simulated import SimulatedWorld
 from mla.reference import REFERENCE
 from mla.weights import random_state_dict, weight_shapes
 from mla_backends.testing import HostBackend

@@ -15,9 +15,9 @@ from mla.bench import results
 from mla.bench.ranks import launch
 from mla.bench.results.schema import Cost, LinkLine, RankFacts, Spread
 from mla.config import MLAConfig
+from mla.parallel.groups import SimulatedGroups
 from mla.parallel.layer import ParallelMLA
 from mla.parallel.layout import Layout
-from mla.parallel.simulated import SimulatedGroups
 from mla.parallel.work import rank_work
 
 Bench = Callable[..., Any]
