@@ -27,7 +27,8 @@ from mla.bench.results.cases import repeated
 from mla.bench.results.scaling import Scaled, Scaling
 from mla.bench.results.scaling import scaling as scaling_of
 from mla.bench.terminal.comparison import SCALING_COLUMNS, scaling_cells
-from mla.bench.terminal.ranks import COLUMNS, percent, rows
+from mla.bench.terminal.digits import percent
+from mla.bench.terminal.ranks import COLUMNS, rows
 
 RANKS = (
     "Layers spread over several ranks. A case's latency is that of its slowest rank, forward by forward, "

@@ -17,7 +17,6 @@ from mla.bench.results.passes import as_planned
 from mla.bench.results.rows import case_rows
 from mla.bench.results.schema import Case, Run
 from mla.bench.terminal import ranks, run_table
-from mla.bench.terminal.digits import number
 from mla.bench.terminal.lines import quality_warnings
 from mla.bench.terminal.verdict import Verdict, verdicts, why_unreliable
 from mla.text import size
@@ -192,7 +191,7 @@ def method(case: Case) -> list[tuple[str, str]]:
         ("interleaved with", ", ".join(case.interleaved_with) or "nothing: it ran alone"),
     ]
     if case.spread is not None and case.spread.predicted:
-        rows.append(("predicted", ranks.prediction(case.spread, number).replace("\n", " ")))
+        rows.append(("predicted", ranks.prediction(case.spread).replace("\n", " ")))
     rows += [("ops", _ops(case))] * bool(case.ops)
     rows += [(name, "; ".join(remarks)) for name, remarks in case.op_remarks.items()]
     states = [", ".join(f"{key} {value}" for key, value in state.items()) for state in case.device_state]

@@ -128,8 +128,8 @@ def _short_dtype(dtype: str) -> str:
 
 def _face(rows: Sequence[Row]) -> list[str]:
     """Return the short table, with as many of `_EXTRAS` as its width holds."""
-    header = ("scenario", "implementation", "latency", "throughput", "of peak", "speedup")
-    header = header if any(row.comparison for row in rows) else header[:-1]
+    header = ["scenario", "implementation", "latency", "throughput", "of peak"]
+    header += ["speedup"] * any(row.comparison for row in rows)
     styles = [_STYLES.get(row.check.status, "") for row in rows] if has_colours() else None
     for kept in range(len(_EXTRAS), -1, -1):
         cells = [_face_cells(row, _EXTRAS[:kept])[: len(header)] for row in rows]
