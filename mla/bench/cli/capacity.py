@@ -15,8 +15,8 @@ from mla.command.options import parsed_by
 from mla.command.table import aligned
 from mla.config import MLAConfig
 from mla.config.presets import DEFAULT_CONFIG
-from mla.parallel.capacity import Capacity, capacity, layouts
 from mla.parallel.layout import Layout
+from mla.parallel.work import Capacity, capacity, layouts
 from mla.text import DTYPES, size
 
 _HEADER = ("layout", "weights", "cache", "tokens", "copies", "repeated")

@@ -127,14 +127,14 @@ def _run_on_ranks(
     baseline: results.Run | None,
 ) -> int:
     """Run on rank 0, which has the others do their part; the others end as it does."""
-    from mla.bench.ranks.contents import contents
+    from mla.bench.ranks.agreement import facts
     from mla.bench.ranks.crew import Crew
     from mla.bench.ranks.follower import follow
 
     crew = request.setting.ranks
     assert isinstance(crew, Crew)
     with crew, crew.told():
-        request = crew.agreed(request, contents(request, options))
+        request = crew.agreed(request, facts(request, options))
         if crew.rank:
             return follow(request, crew)
         if options.list_ops:

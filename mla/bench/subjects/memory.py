@@ -17,7 +17,7 @@ from mla.cost.step import head_parameters
 from mla.layer.ops import Ops
 from mla.layer.plan import WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
 from mla.layer.rope import RotaryTable
-from mla.parallel.exchange import scratch_per_token
+from mla.parallel.context import scratch_per_token
 from mla.parallel.layout import Layout
 from mla.verify.oracle_cost import oracle_bytes
 
