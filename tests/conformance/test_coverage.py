@@ -141,9 +141,7 @@ def test_the_card_and_the_report_say_what_was_covered(tmp_path: Path, capsys: An
     assert all(f"- {sentence}\n" in card for sentence in report.blind)
     assert report.blind[0] == "What other checks ask: only rms_norm ran."
     assert "bfloat16 and float16: claimed, and not asked for." in report.blind
-    assert {one["kind"] for one in json.loads((tmp_path / "out.json").read_text())["checks"]} <= set(
-        KINDS
-    )
+    assert {one["kind"] for one in json.loads((tmp_path / "out.json").read_text())["checks"]} <= set(KINDS)
 
 
 def test_a_card_lists_a_few_wrong_cases_and_counts_the_others() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -14,7 +15,7 @@ from mla.bench.plan.options import RunOptions
 from mla.bench.plan.validate import check_gate
 from mla.bench.results.cases import labelled
 from mla.bench.results.file import printable
-from mla.bench.run.budget import Budget
+from mla.bench.run.watchdog import Budget
 from mla.bench.terminal import run_table
 from mla.bench.terminal.comparison import compare_runs
 from mla.bench.terminal.lines import OTHERS, folded_warnings, quality_warnings
@@ -59,8 +60,8 @@ Exit codes:
   0 ok
   1 regression (or, with --fail-slower, a case that was lost)
   2 usage, or a result that cannot be written (-o, stdout)
-  3 backend missing, unusable or hung, the device does not exist, an op raised, or the ops refused every
-    case of mla
+  3 backend missing, unusable or hung, the device does not exist, an op raised or ended the process, or the
+    ops refused every case of mla
   4 wrong result
   5 nothing ran (no case of mla, if any was asked for)
   6 a doubtful time, or with --strict an unreliable one
@@ -101,11 +102,10 @@ def run(**values: Any) -> int:
     from mla.bench.plan.resolve import resolve
 
     request = resolve(options, _ranks)
+    measure = partial(_run, options, budget=budget, old=old, baseline=baseline)
     if options.parallel and not options.simulate:
-        return _run_on_ranks(options, request, budget, old, baseline)
-    if options.list_ops:
-        return _list_ops(request)
-    return _run(options, request, budget, old, baseline)
+        return _run_on_ranks(options, request, measure)
+    return _list_ops(request) if options.list_ops else measure(request)
 
 
 def _ranks(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Any:
@@ -119,13 +119,7 @@ def _ranks(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Any:
     return join(options, opened, layout)
 
 
-def _run_on_ranks(
-    options: RunOptions,
-    request: Request,
-    budget: Budget,
-    old: results.Run | None,
-    baseline: results.Run | None,
-) -> int:
+def _run_on_ranks(options: RunOptions, request: Request, measure: Callable[[Request], int]) -> int:
     """Run on rank 0, which has the others do their part; the others end as it does."""
     from mla.bench.ranks.agreement import facts
     from mla.bench.ranks.crew import Crew
@@ -137,9 +131,7 @@ def _run_on_ranks(
         request = crew.agreed(request, facts(request, options))
         if crew.rank:
             return follow(request, crew)
-        if options.list_ops:
-            return crew.end(_list_ops(request))
-        return crew.end(_run(options, request, budget, old, baseline))
+        return crew.end(_list_ops(request) if options.list_ops else measure(request))
 
 
 def _list_ops(request: Request) -> Exit:
@@ -218,7 +210,7 @@ def _report(options: RunOptions, request: Request, outcome: Outcome) -> None:
             results.write(outcome.run, options.target)
     finally:  # the numbers must survive a disk that has filled up
         _show(options, outcome.run)
-    if missing := skipped(options, request, outcome.run, outcome.needed):
+    if missing := skipped(options, request, outcome.run):
         note(missing)
 
 

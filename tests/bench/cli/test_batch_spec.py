@@ -12,8 +12,7 @@ import pytest
 
 from mla.bench import results
 from mla.bench.cli.run import run
-from mla.bench.plan.options import RunOptions
-from mla.bench.plan.repro import case_command
+from mla.bench.plan.options import RunOptions, case_command
 from mla.bench.plan.request import Request
 from mla.bench.plan.resolve import resolve
 

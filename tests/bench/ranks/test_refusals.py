@@ -112,7 +112,7 @@ def test_no_rank_keeps_a_layer_that_rank_0_does_not_measure(
     free = memory_available()
     assert free is not None
     # Two ranks with one implementation each, and a reference, are planned with 3/4 of it; with two, 5/4.
-    constants = {"mla.bench.subjects.memory.WORKSPACE": free // 4} if apart else {}
+    constants = {"mla.bench.plan.memory.WORKSPACE": free // 4} if apart else {}
     ranks, cases = run(start, rank, at, "refuse", *several, layout=layout, constants=constants)
     assert ("is not interleaved" in ranks.err(0)) == apart
     assert cases[f"prefill {other}"].latency_ms is not None, ranks.err(0)
