@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import perf_counter_ns as now_ns
 
-from mla.bench.doubts import clock
 
 # How long regions are repeated, the fewest repetitions, and the time after which even those are cut short.
 SECONDS, REPEATS, MOST_SECONDS = 0.02, 3, 0.2
@@ -59,9 +59,9 @@ def per_call(region: Region, most_calls: int = MOST_CALLS, enough: float = float
     if once > LONG_CALL:
         return min(once, region(1))
     calls, short, long = _size(region, most_calls)
-    end, done = clock.now_ns() + 1e9 * SECONDS, 1
-    last = clock.now_ns() + 1e9 * MOST_SECONDS
-    while (done < REPEATS or clock.now_ns() < end) and clock.now_ns() < last:
+    end, done = now_ns() + 1e9 * SECONDS, 1
+    last = now_ns() + 1e9 * MOST_SECONDS
+    while (done < REPEATS or now_ns() < end) and now_ns() < last:
         if done >= 2 and long.seconds / (2 * calls) > enough:
             break
         short.run(), long.run()

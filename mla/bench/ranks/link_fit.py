@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from mla.bench.results.stats import median
-from mla.command.clock import now_ns
+from time import perf_counter_ns as now_ns
 from mla.parallel.groups import Groups, all_gather
 from mla.parallel.link import Call, Line, fit
 

@@ -22,7 +22,7 @@ from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
-from mla.command.clock import now_ns
+from time import perf_counter_ns as now_ns
 from mla.parallel.layout import Layout
 from mla.parallel.link import Link
 from mla.parallel.simulated import SimulatedWorld
