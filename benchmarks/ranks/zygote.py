@@ -38,7 +38,7 @@ LITTLE: Mapping[str, Any] = {
     "mla.bench.ranks.link_fit.TIMES": 2,
     "mla_backend_cpu.tuning.fastest": lambda *functions: [1.0] * len(functions),
     "mla_backend_cpu.fp32_linear.fastest": lambda *functions: [1.0] * len(functions),
-    "mla.bench.doubts.evidence.MORE": 4,
+    "mla.bench.doubts.evidence.ROUNDS": 1,
 }
 DEATH_OF_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mla.command import launcher, tampering
+from mla.command import launcher
 from mla.command.console import note
 from mla.command.exit_codes import Exit
 from mla.command.last_words import while_loading
@@ -85,7 +85,6 @@ def open_backend(options: BackendOptions) -> OpenedBackend:
     settings = options.key_values()
     name = only_usable() if options.backend is None else options.backend
     index = launcher.local_device(note) if options.device is None else options.device
-    tampering.watch()
     with while_loading(name):
         backend: Backend = mla.load_backend(name, index, options.threads, settings)
     for remark in (*backend.remarks(), *_own_remarks(backend)):
@@ -109,9 +108,6 @@ def _own_remarks(backend: Backend) -> Iterator[str]:
             f"backend '{entry.name}' of {entry.origin} calls itself '{backend.name}', and so do its results: "
             "its `name` and its entry point should agree"
         )
-    if replaced := tampering.in_torch():
-        listed = ", ".join(replaced[:3]) + (f" and {len(replaced) - 3} more" if len(replaced) > 3 else "")
-        yield f"torch is not as it was built, and all that is measured goes through it: {listed}"
 
 
 def _repeatable_index(options: BackendOptions, backend: Backend) -> int | None:

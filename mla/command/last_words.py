@@ -1,74 +1,185 @@
-"""A sentence for a process that dies in a plugin's code: an abort leaves nobody here to say why."""
+"""A command that dies is never silent: a process beside it says so, and ends with an exit code of ours.
+
+A plugin's code may abort, call `os._exit`, or take so much memory that the system kills the process, and
+nothing is left in it to say why. So `python -m mla.bench` starts itself once more: the child does the work,
+and this process waits for it, passes signals on and knows what it did last. Debuggers and profilers that look
+at a single process leave it out with `MLA_SUPERVISE=0`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any
 
 PATIENCE = 60.0  # seconds after which loading a backend is said to take long
-NEVER = 1e6  # seconds: longer than a run
+SWITCH, LINE = "MLA_SUPERVISE", "MLA_SUPERVISED_BY"  # the latter: descriptor and process of the supervisor
+DIED = 3  # `mla.command.exit_codes.Exit.BACKEND`, which takes longer to import than all else here
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
-# Reads from a pipe that ends with this process. One byte means that all went well.
-_LISTENER = """
-import select, sys
-late, dead = sys.argv[2:]
-if not select.select([0], [], [], float(sys.argv[1]))[0]:
-    sys.stderr.write(late)
-    sys.stderr.flush()
-if not sys.stdin.buffer.read(1):
-    sys.stderr.write(dead)
-"""
+_line: int | None = None  # to the supervisor; None: there is none
+_doing: dict[str, str] = {}  # what it would say now
 
 
-# Listeners that have not been told that all went well.
-_LISTENING: list[subprocess.Popen[bytes]] = []
+# ---------------------------------------------------------------------------------------- the supervisor
+
+
+def supervise() -> int | None:
+    """Run this command in a child process and return its exit code; None in the child, which is to run it."""
+    _take_line()
+    if _line is not None or os.environ.get(SWITCH) == "0" or not sys.executable:
+        return None
+    reader, writer = os.pipe()
+    try:
+        child = subprocess.Popen(
+            [sys.executable, *sys.orig_argv[1:]],
+            env={**os.environ, LINE: f"{writer}:{os.getpid()}"},
+            pass_fds=(writer,),
+        )
+    except OSError:  # no room for another process: then without words
+        os.close(reader)
+        return None
+    finally:
+        os.close(writer)
+    return _Supervisor(child, reader).wait()
+
+
+class _Supervisor:
+    """Waits for a child, and hears what it is doing."""
+
+    def __init__(self, child: subprocess.Popen[bytes], reader: int) -> None:
+        self._child, self._signal = child, 0
+        self._heard: dict[str, Any] = {}
+        self._changed = threading.Event()
+        self._listener = threading.Thread(target=self._listen, args=(reader,), daemon=True)
+        self._patience = threading.Thread(target=self._say_late, daemon=True)
+
+    def wait(self) -> int:
+        """Return the exit code of the child, or our own after a sentence about its end."""
+        for number in _SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup, where the child ignores it too
+                signal.signal(number, self._pass_on)
+        self._listener.start()
+        self._patience.start()
+        code = self._child.wait()
+        self._listener.join(1.0)  # its own children may hold the line open
+        if "code" in self._heard:
+            return code if code >= 0 else int(self._heard["code"])  # its libraries may crash as they end
+        if self._signal and code == -self._signal:  # before it could say so
+            return 128 + self._signal
+        where, hint = self._heard.get("while", ""), self._heard.get("hint", "")
+        _say(f"error: the process ended{where}: {_end(code)}{hint}")
+        return DIED
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+        with contextlib.suppress(ProcessLookupError):
+            self._child.send_signal(number)
+
+    def _listen(self, reader: int) -> None:
+        with open(reader) as line:
+            for text in line:
+                self._heard = json.loads(text)
+                self._changed.set()
+
+    def _say_late(self) -> None:
+        """Say that what the child does takes long, as far as it has set a limit."""
+        while True:
+            self._changed.wait(self._heard.get("patience"))
+            if self._changed.is_set():
+                self._changed.clear()
+            else:
+                _say(self._heard.pop("late", ""))
+                self._heard.pop("patience", None)
+
+
+def _end(code: int) -> str:
+    """Return how a process with this status ended."""
+    if code >= 0:
+        return f"something in it called exit with status {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # real-time signals have numbers only
+        name = f"signal {-code}"
+    return (
+        f"killed by {name}, perhaps for lack of memory" if code == -signal.SIGKILL else f"aborted by {name}"
+    )
+
+
+def _say(sentence: str) -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads, or stderr is closed
+        if sentence:
+            print(sentence.encode("ascii", "backslashreplace").decode(), file=sys.stderr, flush=True)  # noqa: T201
+
+
+# --------------------------------------------------------------------------------------------- the child
 
 
 @contextlib.contextmanager
 def while_loading(name: str, patience: float = PATIENCE) -> Iterator[None]:
-    """Have another process say on stderr that backend `name` takes long, or has ended this process."""
-    why = f"`python -m mla.bench doctor {name}` finds out where\n"
+    """Have the supervisor say that backend `name` takes long to load, or has ended this process."""
+    why = f"`python -m mla.bench doctor {name}` finds out where"
     late = f"backend '{name}' has not been loaded and set up within {patience:g} s; {why}"
-    dead = f"error: the process ended while backend '{name}' was loaded and set up; {why}"
-    with _listening(patience, late, dead):
+    doing = {"while": f" while backend '{name}' was loaded and set up", "hint": f"; {why}"}
+    with _doing_now(doing, late, patience):
         yield
 
 
 @contextlib.contextmanager
 def while_running(name: str) -> Iterator[None]:
-    """Have another process say on stderr that this one has ended while backend `name` ran."""
-    dead = (
-        f"error: the process ended while backend '{name}' ran: aborted by a library below it, or killed, as "
-        "for memory; `python -X faulthandler -m mla.bench ...` shows where\n"
-    )
-    with _listening(NEVER, "", dead):
+    """Have the supervisor say that this process has ended while backend `name` ran."""
+    hint = "; `python -X faulthandler -m mla.bench ...` shows where"
+    with _doing_now({"while": f" while backend '{name}' ran", "hint": hint}):
         yield
 
 
-def dismiss() -> None:
-    """Let this process end on purpose, without a word: before `os._exit`."""
-    while _LISTENING:
-        with contextlib.suppress(OSError):
-            _LISTENING.pop().communicate(b".")
+def dismiss(code: int = 0) -> None:
+    """Let this process end on purpose, without a word: before `os._exit`, or as its last act."""
+    _tell({"code": code})
 
 
 @contextlib.contextmanager
-def _listening(patience: float, late: str, dead: str) -> Iterator[None]:
-    command = [sys.executable, "-I", "-S", "-c", _LISTENER, str(patience), late, dead]
-    try:
-        listener = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
-        )
-    except OSError:  # no room for another process: it would only have talked
-        yield
-        return
-    _LISTENING.append(listener)
+def _doing_now(doing: dict[str, str], late: str = "", patience: float | None = None) -> Iterator[None]:
+    global _doing
+    before, _doing = _doing, doing
+    _tell({**doing, "late": late, "patience": patience})
     try:
         yield
     finally:
-        if listener in _LISTENING:
-            _LISTENING.remove(listener)
-            with contextlib.suppress(OSError):
-                listener.communicate(b".")
+        _doing = before
+        _tell(before)
+
+
+def _tell(what: dict[str, Any]) -> None:
+    if _line is not None:
+        with contextlib.suppress(OSError):
+            os.write(_line, json.dumps(what).encode() + b"\n")
+
+
+def _take_line() -> None:
+    """Find the line to the supervisor, if there is one, and die with it: nothing else would end us then."""
+    global _line
+    number, _, parent = os.environ.pop(LINE, "").partition(":")
+    if not number:
+        return
+    _line = int(number)
+    os.set_inheritable(_line, False)
+    with contextlib.suppress(Exception):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it is gone already
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def loads_plugins(words: Sequence[str], others: Sequence[str] = ()) -> bool:
+    """Return whether a command line may load a plugin into this process: it is none of `others`, nor help."""
+    return bool(words) and words[0] not in {*others, "--help", "--version"} and "--help" not in words

@@ -1,77 +1,122 @@
-"""A backend that aborts or hangs while it is loaded is named by the command that loads it."""
+"""A process that dies in a plugin's code ends with a sentence and an exit code of ours."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from mla.command.last_words import while_loading
-
-
-@pytest.mark.parametrize(("code", "ended"), [("os.abort()", -signal.SIGABRT), ("os._exit(0)", 0)])
-def test_a_backend_that_ends_the_process_is_named(tmp_path: Path, code: str, ended: int) -> None:
-    (tmp_path / "abrupt.py").write_text(f"import os\n{code}\n")
-    words = ["-m", "mla.bench", "--backend", "abrupt:it", "--list-ops"]
-    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == ended
-    assert done.stdout == ""
-    assert done.stderr == (
-        "error: the process ended while backend 'abrupt:it' was loaded and set up; "
-        "`python -m mla.bench doctor abrupt:it` finds out where\n"
-    )
-
-
-def test_a_backend_that_takes_long_is_named_while_it_does(capfd: pytest.CaptureFixture[str]) -> None:
-    said = ""
-    with while_loading("slow", patience=0.01):
-        while not said:
-            said = capfd.readouterr().err
-    assert said.startswith("backend 'slow' has not been loaded and set up within 0.01 s; ")
-    assert capfd.readouterr().err == ""
-
-
-def test_a_backend_that_loads_or_raises_leaves_no_word(capfd: pytest.CaptureFixture[str]) -> None:
-    with while_loading("right"):
-        pass
-    with pytest.raises(ValueError, match="why"), while_loading("wrong"):
-        raise ValueError("why")
-    assert capfd.readouterr().err == ""
-
-
-ABORTING = """
-import os
+FORWARD = """
+import os, signal
 from mla_backends import FusedOp
 from mla_backends.testing import HostBackend
 
 class Op(FusedOp):
     contract = "linear/1"
-    def __call__(self, *args, **tensors): os.abort()
+    def __call__(self, *args, **tensors):
+        END
 
-class Aborting(HostBackend):
-    name = "aborting"
+class Dying(HostBackend):
+    name = "dying"
     def __init__(self, options=None):
         super().__init__(options, ops={"op": Op()})
 """
+ONE_OP = ("--op", "o_proj", "--implementations", "mla", "--dtype", "float32", "--batch", "1")
+WAYS = {
+    "os.abort()": "aborted by SIGABRT",
+    "os._exit(0)": "something in it called exit with status 0",
+    "os.kill(os.getpid(), signal.SIGKILL)": "killed by SIGKILL, perhaps for lack of memory",
+}
 
 
-def test_a_backend_that_ends_the_process_in_a_forward_is_named(tmp_path: Path) -> None:
-    (tmp_path / "aborting.py").write_text(ABORTING)
-    options = ["--op", "o_proj", "--implementations", "mla", "--dtype", "float32", "--batch", "1"]
-    words = ["-m", "mla.bench", "--backend", "aborting:Aborting", *options]
-    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (-signal.SIGABRT, "")
-    assert "error: the process ended while backend 'aborting' ran: " in done.stderr
-    assert "was loaded" not in done.stderr
-
-
-def test_a_process_that_ends_on_purpose_leaves_no_word(tmp_path: Path) -> None:
-    code = (
-        "import os\nfrom mla.command.last_words import dismiss, while_running\n"
-        "with while_running('x'):\n    dismiss()\n    os._exit(3)"
+def run(folder: Path, *words: str, **environment: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "mla.bench", *words],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (3, "")
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("code", ["os.abort()", "os._exit(0)"])
+def test_a_backend_that_ends_the_process_is_named(tmp_path: Path, code: str) -> None:
+    (tmp_path / "abrupt.py").write_text(f"import os\n{code}\n")
+    ended, out, err = run(tmp_path, "--backend", "abrupt:it", "--list-ops")
+    assert (ended, out) == (3, "")
+    assert err == (
+        f"error: the process ended while backend 'abrupt:it' was loaded and set up: {WAYS[code]}; "
+        "`python -m mla.bench doctor abrupt:it` finds out where\n"
+    )
+
+
+@pytest.mark.parametrize("code", WAYS)
+def test_a_backend_that_ends_the_process_in_a_forward_is_named(tmp_path: Path, code: str) -> None:
+    (tmp_path / "dying.py").write_text(FORWARD.replace("END", code))
+    ended, out, err = run(tmp_path, "--backend", "dying:Dying", *ONE_OP)
+    assert (ended, out) == (3, "")
+    assert err.endswith(
+        f"error: the process ended while backend 'dying' ran: {WAYS[code]}; "
+        "`python -X faulthandler -m mla.bench ...` shows where\n"
+    )
+
+
+def test_without_a_supervisor_the_process_dies_as_it_does(tmp_path: Path) -> None:
+    (tmp_path / "abrupt.py").write_text("import os\nos._exit(7)\n")
+    assert run(tmp_path, "--backend", "abrupt:it", "--list-ops", MLA_SUPERVISE="0") == (7, "", "")
+
+
+CHILD = """
+import os, sys
+from mla.command import last_words
+if (code := last_words.supervise()) is not None:
+    sys.exit(code)
+"""
+
+
+def supervised(body: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", CHILD + body], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_a_backend_that_takes_long_is_named_while_it_does() -> None:
+    body = "import time\nwith last_words.while_loading('slow', patience=0.01):\n    time.sleep(1)\n"
+    done = supervised(body + "last_words.dismiss()")
+    assert done.returncode == 0
+    assert done.stderr.startswith("backend 'slow' has not been loaded and set up within 0.01 s; ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_backend_that_loads_or_raises_leaves_no_word() -> None:
+    body = "try:\n    with last_words.while_loading('wrong'):\n        raise ValueError('why')\n"
+    done = supervised(body + "except ValueError:\n    last_words.dismiss(4)\nsys.exit(4)")
+    assert (done.returncode, done.stderr) == (4, "")
+
+
+@pytest.mark.parametrize("end", ["os._exit(5)", "os.abort()"])
+def test_what_happens_after_the_last_word_changes_no_exit_code(end: str) -> None:
+    """A run that ends on purpose, and libraries that crash while the interpreter shuts down."""
+    body = f"with last_words.while_running('x'):\n    last_words.dismiss(5)\n    {end}"
+    done = supervised(body)
+    assert (done.returncode, done.stderr) == (5, "")
+
+
+def test_nothing_outlives_a_supervisor_that_is_killed() -> None:
+    body = "import time\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", CHILD + body], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.send_signal(signal.SIGKILL)
+        for _ in range(200):
+            if not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text():
+                return
+            time.sleep(0.05)
+    raise AssertionError("the child is still there")

@@ -16,9 +16,9 @@ from benchmarks.peers import sglang_tools
 from benchmarks.peers.assembled import Assembled, Toolbox
 from benchmarks.peers.choice import Unavailable, fastest
 from benchmarks.peers.torch_tools import TORCH
+from mla.bench.subjects.base import LayerChecker
 from mla.bench.subjects.inputs import expected_outputs, make_inputs
 from mla.bench.subjects.setting import Setting
-from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.workload.scenario import Scenario
 from mla.config import YarnScaling
 from mla.weights import random_state_dict
@@ -57,10 +57,9 @@ def run(config: MLAConfig, scenario: Scenario, tools: Toolbox) -> tuple[Assemble
             one.before(index)
             one.step(index)
             one.after(index)
-        one.collect()
     expected = expected_outputs(config, state, scenario, inputs)
     unused = lambda: pytest.fail("a peer is not held to the reference")  # noqa: E731
-    return one, LayerChecker(expected.plain, dtype, unused, turned=expected)
+    return one, LayerChecker(expected.plain, dtype, unused, inputs=inputs, turned=expected)
 
 
 def torch_refuses(name: str) -> bool:

@@ -39,7 +39,6 @@ REST: dict[str, tuple[str, tuple[str, ...]]] = {
             r"tests/fuzz/",
             r"tests/bench/run/test_watchdog",
             r"tests/bench/opponents/",
-            r"tests/bench/run/test_tampered",
             r"tests/bench/subjects/test_op_calls.py::test_a_remembered",
         ),
     ),

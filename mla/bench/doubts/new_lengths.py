@@ -68,8 +68,8 @@ def measure(
 ) -> Told:
     """Time forwards of a loaded layer on new lengths.
 
-    `now` returns nanoseconds; `beat` is called after every forward. Lengths are at most those of the scenario,
-    so that no memory grows. The history is left as it was.
+    `now` returns nanoseconds; `beat` is called after every forward. Lengths are at most those of the
+    scenario, so that no memory grows. The history is left as it was.
     """
     new, again, start = Times(), Times(), now()
     bench = LayerBench(one, now) if isinstance(one, MlaLayer) else _bench(one)
@@ -182,8 +182,8 @@ class LayerBench:
     def run(self, lengths: Lengths, rounds: Sequence[Times], beat: Callable[[], None]) -> None:
         """Time a forward for each of `rounds`, tables, plan and all; `beat` is called after every one.
 
-        Afterwards, the cache holds what it did. Raises `UnsupportedBatch` or `BackendError` for lengths that an
-        op refuses.
+        Afterwards, the cache holds what it did. Raises `UnsupportedBatch` or `BackendError` for lengths that
+        an op refuses.
         """
         slots = self._batch(lengths).slots.clone()  # which the forwards write, in all layers
         saved = self._rows().index_select(1, slots)
@@ -203,7 +203,11 @@ class LayerBench:
         return pages.view(pages.shape[0], -1, pages.shape[-1])
 
     def _time(self, lengths: Lengths, times: Times, out: torch.Tensor) -> None:
-        one, synchronize, x = self.layer, self.layer.setting.backend.synchronize, self.layer.x[: out.shape[-2]]
+        one, synchronize, x = (
+            self.layer,
+            self.layer.setting.backend.synchronize,
+            self.layer.x[: out.shape[-2]],
+        )
         synchronize()
         start = self._now()
         batch = self._batch(lengths)

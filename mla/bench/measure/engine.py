@@ -323,13 +323,9 @@ class _Engine:
                 one, beat = runner.implementation, self._hooks.heartbeat
                 self._hooks.enter(one.name)
                 self._tick("looking for doubts about", one, 0)
-                found = [
-                    evidence.late_doubt(runner.passes),
-                    evidence.device_doubt(runner, self._untimed, beat),
-                    evidence.fresh_doubt(runner, self._inputs, self._checker, self._untimed, beat),
-                ]
+                found = evidence.doubts(runner, self._inputs, self._checker, self._untimed, beat)
                 where = "" if runner.headline else f"{runner.samples.variant}: "
-                self.measurements[one.name].doubts += [f"{where}{doubt}" for doubt in found if doubt]
+                self.measurements[one.name].doubts += [f"{where}{doubt}" for doubt in found]
                 if runner.headline:
                     self._time_new_lengths(runner)
                 beat()

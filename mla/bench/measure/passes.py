@@ -82,18 +82,21 @@ class PassRunner:
         self._synchronize()
         return (now_ns() - start) / 1e6
 
-    def time(self, number: int, rewarming: int, beat: Callable[[], None]) -> None:
-        """Run a pass and record its samples. Raises `ClockError` for impossible readings.
-
-        A forward of pass `rewarming` comes first, to reload into the caches what checks or another variant
-        have evicted, unless they are flushed.
-        """
+    def rewarm(self, number: int) -> None:
+        """Reload into the caches what checks or another variant have evicted, unless they are flushed."""
         if self._flush is None and self.ms < LONG:
-            self.forwards.restore(rewarming)
+            self.forwards.restore(number)
             self.forwards.before(0)
             self.implementation.meet()
             self.forwards.step(0)
             self.forwards.after(0)
+
+    def time(self, number: int, rewarming: int, beat: Callable[[], None]) -> None:
+        """Run a pass, after a forward of pass `rewarming`, and record its samples.
+
+        Raises `ClockError` for impossible readings.
+        """
+        self.rewarm(rewarming)
         taken = self.run(number, beat)
         impossible = [ms for ms in taken.samples if not 0 <= ms < math.inf]
         if impossible or not median(taken.samples):
@@ -145,8 +148,8 @@ class PassRunner:
 
 # Latencies have settled once the median of the last WINDOW is within WITHIN of that of the WINDOW before.
 WINDOW, WITHIN = 5, 0.05
-# The most forwards beyond those that a workload names, and the seconds, without the first forward, after which
-# no more are run: that one may compile or load what all others use.
+# The most forwards beyond those that a workload names, and the seconds, without the first forward, after
+# which no more are run: that one may compile or load what all others use.
 MOST, SECONDS = 100, 2.0
 # Forwards that run however long they take.
 FEWEST = 2

@@ -1,4 +1,4 @@
-"""Raw samples of timed passes, variant by variant, before any statistics; and the peak memory of a forward."""
+"""Raw samples of timed passes, variant by variant; and the peak memory of a forward."""
 
 from __future__ import annotations
 

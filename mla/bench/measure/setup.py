@@ -2,8 +2,7 @@
 
 A flush reads and writes a buffer of twice the last-level cache on the device, and is finished before timing
 starts. That evicts weights, latents, hidden states and tables from every data cache on the way to memory. It
-does not empty instruction caches, branch predictors or TLBs, and on an accelerator it leaves the host's caches
-alone.
+does not empty instruction caches, branch predictors or TLBs, and leaves an accelerator's host alone.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from mla.text import size
 from mla.verify.verdict import Check
 from mla_backends import host
 from mla_backends.api import Backend, Timer
-
 
 # Size of the buffer relative to the cache: replacement is not strictly oldest first.
 TIMES = 2

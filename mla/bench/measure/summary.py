@@ -12,7 +12,7 @@ from mla.bench.results import passes as step_passes
 from mla.bench.results.passes import latency, throughput
 from mla.bench.results.schema import Agreement, Case
 from mla.bench.results.timings import by_kind
-from mla.bench.subjects.base import Facts
+from mla.bench.subjects.base import Facts, Outputs
 from mla.bench.workload.scenario import Scenario
 from mla.verify.tolerances import relative_error
 
@@ -71,8 +71,6 @@ def launch_bound(case: results.Case) -> bool | None:
 
 
 # ------------------------------------------------------------------------------ of one another
-
-Outputs = Mapping[int, torch.Tensor]  # of the forwards of one pass, on the host
 
 
 def compare(cases: Sequence[Case], outputs: Mapping[str, Outputs]) -> None:

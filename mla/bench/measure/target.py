@@ -138,4 +138,4 @@ class Timetable:
     def _evidence_forwards(self, runner: PassRunner) -> int:
         """Return how many forwards the evidence of a headline has: on inputs that nothing has seen."""
         new = min(evidence.STEPS, len(runner.steps.run)) if not self._prefill else 1
-        return new + 1  # and one on other lengths
+        return new + 2  # one before them, and one on other lengths

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from mla.bench import results
-from mla.bench.measure import passes, target, warmup
+from mla.bench.measure import passes, target
 from mla.bench.measure.variants import HEADLINE, Steps, Variant, forwards, steps
 from mla.bench.plan import yardstick
 from mla.bench.plan.rates import Rates, measure_rates
@@ -107,7 +107,7 @@ class Estimator:
     def _cut(self, scenario: ScenarioPlan, name: str, plan: Steps, least: bool) -> float:
         """Return the seconds of a slow yardstick's forwards."""
         point, each = scenario.point, self.forward(scenario, name)
-        warmed = min(point.warmups, max(warmup.FEWEST, 1 + math.ceil(warmup.SECONDS / each)))
+        warmed = min(point.warmups, max(passes.FEWEST, 1 + math.ceil(passes.SECONDS / each)))
         checked, timed = min(point.inputs, len(plan.run)), 1 if least else plan.passes
         return each * (checked + warmed + timed * len(plan.run))
 

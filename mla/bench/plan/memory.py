@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import NamedTuple
 
-from mla.bench.measure.cold_cache import sweep
+from mla.bench.measure.setup import sweep
 from mla.bench.subjects.fixture import Fixture, Needs
 from mla.errors import OutOfMemory
 from mla.text import size

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 
-from mla.bench.doubts import clock
 from mla.bench.subjects.setting import Setting
 
 # A probe grows until it takes this many seconds, so that launches do not dominate it.
@@ -22,9 +21,8 @@ SIDES = (256, 512, 1024, 2048, 4096)
 FOOTPRINTS = (1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20)
 # Calls of torch in a forward, with what Python does between them, and the least they take.
 CALLS, OVERHEAD = 100, 5e-4
-# Seconds after which a call is not tried again, and how often it is tried; and the seconds after which that
-# holds although every try waited for a CPU that others had.
-TRIED, MOST_CALLS, DISTURBED = 0.03, 8, 0.3
+# Seconds after which a call is not tried again, and how often it is tried.
+TRIED, MOST_CALLS = 0.03, 8
 
 
 @dataclass(frozen=True)
@@ -84,17 +82,16 @@ def _seconds(call: Callable[[], object], wait: Callable[[], None]) -> float:
 
     There are at least two, and more where time is left: others may have kept the CPUs busy.
     """
-    best, quiet, begin = float("inf"), False, time.perf_counter()
+    best, begin = float("inf"), time.perf_counter()
     for number in itertools.count():
         passed = time.perf_counter() - begin
-        enough = number >= MOST_CALLS or (number > 2 and passed > TRIED)
-        if enough and (quiet or passed > DISTURBED):
+        if number >= MOST_CALLS or (number > 2 and passed > TRIED):
             break
         wait()
-        disturbance, start = clock.Disturbance(), time.perf_counter()
+        start = time.perf_counter()
         call()
         wait()
         taken = time.perf_counter() - start
         if number:
-            best, quiet = min(best, taken), quiet or not disturbance.spoils(1e3 * taken)
+            best = min(best, taken)
     return max(best, 1e-9)

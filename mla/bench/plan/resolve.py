@@ -19,9 +19,8 @@ from mla.command.backend import OpenedBackend, open_backend
 from mla.command.console import note
 from mla.command.progress import Reading
 from mla.config.presets import DEFAULT_CONFIG
-from mla.errors import UsageError, did_you_mean
+from mla.errors import UsageError
 from mla.parallel.layout import Layout
-from mla_backends.errors import describe
 
 if TYPE_CHECKING:
     import torch
@@ -51,23 +50,7 @@ def resolve(options: RunOptions, join: Join | None = None) -> Request:
     for file, kind in ((options.target, files.RESULT), (options.profile, files.TRACE)):
         if file is not None:
             files.check_writable(file, kind)
-    _keep_functions()
     return _request(options, points, wanted, open_backend(options), join)
-
-
-def _keep_functions() -> None:
-    """Load the modules that keep clocks and methods of torch for themselves, before a plugin replaces them.
-
-    Without a usable torch they cannot be loaded, and opening the backend says so. What torch says when it is
-    imported again after a failure is another thing, so the first reason is said here.
-    """
-    try:
-        import mla.bench.limits.roofline
-        import mla.bench.measure.engine  # noqa: F401
-    except ModuleNotFoundError:  # no torch at all
-        pass
-    except Exception as error:  # noqa: BLE001  # whatever a vendor's extension raises
-        note(f"torch cannot be imported: {describe(error)}")
 
 
 def _points(options: RunOptions) -> tuple[RunOptions, list[Point]]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from mla.bench.measure import refusals
+from mla.bench.measure import hooks as refusals
 from mla.errors import MLAError, OutOfMemory, UnsupportedBatch, UnsupportedOps
 from mla_backends.errors import first_line
 

@@ -237,7 +237,8 @@ class LayerChecker(Checker):
         past = [length - new for length, new in zip(kv_lens, query_lens, strict=True)]
         history = [(kv[:n], pe[:n]) for n, (kv, pe) in zip(past, self.inputs.history, strict=True)]
         expected = self.any_oracle(self.inputs.hidden[0, : len(found)], query_lens, history)
-        return Checker(expected[None], self.dtype, lambda: expected).check(found[None], held_to_reference=False)
+        judge = Checker(expected[None], self.dtype, lambda: expected)
+        return judge.check(found[None], held_to_reference=False)
 
     def forwards(
         self, outputs: Outputs, number: int, places: Callable[[int], Places] | None = None
@@ -272,6 +273,7 @@ class LayerImplementation(Implementation):
 
     buffers: int | None = None  # of outputs; None: as many as fit
     scenario: Scenario  # once it is loaded
+    _hidden: TurnedHidden
 
     def prepare_buffers(self, scenario: Scenario, inputs: Inputs, *before: int) -> None:
         """Make buffers for inputs, and for outputs [.., T, d] with the dimensions `before`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from time import perf_counter_ns as now_ns
 from typing import Any
@@ -28,6 +27,8 @@ class MlaLayer(LayerImplementation):
     """Our layer, with the backend's fused ops (`mla`) or without (`mla-reference`)."""
 
     batch: RaggedBatch  # the prepared one of a prefill
+    _cache: LatentCache
+    _sequences: list[int]
 
     def __init__(self, setting: Setting, state: State, name: str = "mla", ops: str | None = None) -> None:
         super().__init__(setting)
@@ -54,6 +55,7 @@ class MlaLayer(LayerImplementation):
         again = self.loaded(scenario)
         self._make_buffers(scenario, inputs)
         if again:
+            self._shrink()
             for sequence in reversed(self._sequences):  # then the same pages are taken, which a graph reads
                 self._cache.truncate(sequence, 0)
         else:

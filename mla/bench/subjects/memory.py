@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mla import cost
-from mla.bench.subjects import shelf, turns
-from mla.bench.subjects.inputs import Requests, oracle_runs
+from mla.bench.subjects.base import buffers
+from mla.bench.subjects.inputs import Requests, choices, oracle_runs
 from mla.bench.subjects.setting import SPARE_PAGES, Setting, implementation_setting, make_ops
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import OURS, parse_one
@@ -109,7 +109,7 @@ def output_bytes(setting: Setting, scenario: Point) -> int:
 def _kept_outputs(setting: Setting, scenario: Point, of: Point) -> int:
     """Return the bytes of a scenario's outputs, in as many buffers as there are for those `of` another."""
     each = setting.config.hidden_size * setting.dtype.itemsize
-    return shelf.buffers(of.steps, of.layers * of.tokens * each) * scenario.layers * scenario.tokens * each
+    return buffers(of.steps, of.layers * of.tokens * each) * scenario.layers * scenario.tokens * each
 
 
 def gathered(setting: Setting) -> int:
@@ -136,7 +136,7 @@ def other_bytes(setting: Setting, scenario: Point, lazy: bool) -> int:
 
 def _input_numbers(setting: Setting, scenario: Point) -> int:
     """Return the hidden states' numbers: those of the present turn, the plain ones and all others."""
-    count = turns.choices(scenario, signed=not setting.config.attention_bias) - 1
+    count = choices(scenario, signed=not setting.config.attention_bias) - 1
     rows = scenario.inputs * scenario.tokens
     others = len(scenario.query_lens) if scenario.mode == "prefill" else rows
     return (2 * rows + count * others) * setting.config.hidden_size

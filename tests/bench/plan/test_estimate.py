@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from mla.bench.doubts import clock
 from mla.bench.limits.roofline import RooflineModel
 from mla.bench.plan import estimate, rates
 from mla.bench.plan.rates import Rates, measure_rates
@@ -128,17 +125,3 @@ def test_a_slow_yardstick_is_estimated_as_it_runs(request_of: Any) -> None:
             together = seconds(scenario, both) - seconds(scenario, ["mla"])
             assert together == pytest.approx(alone, rel=1e-3)
         assert found.one_pass(scenario, both, "mla") == pytest.approx(max(4.0, each * steps))
-
-
-def test_a_call_that_waited_for_a_cpu_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nine calls are slow because others have the CPUs: more than are made on a quiet machine."""
-    calls, waited = itertools.count(1), 0
-
-    def call() -> None:
-        nonlocal waited
-        if next(calls) <= 9:
-            time.sleep(0.002)
-            waited += 2_000_000
-
-    monkeypatch.setattr(clock, "delayed_ns", lambda: waited)
-    assert rates._seconds(call, lambda: None) < 0.002

@@ -14,14 +14,13 @@ import torch
 from faulty_backend import FaultyOp
 
 import mla
-from mla.bench.measure.cold_cache import sweep
+from mla.bench.measure.setup import sweep
 from mla.bench.plan import memory, request
 from mla.bench.plan.request import plan_scenarios
-from mla.bench.subjects import shelf
+from mla.bench.subjects import base as shelf
 from mla.bench.subjects.fixture import make_fixture
-from mla.bench.subjects.layer import MlaLayer
+from mla.bench.subjects.layer import MlaLayer, MlaStack
 from mla.bench.subjects.setting import Setting
-from mla.bench.subjects.stack import MlaStack
 from mla.bench.workload.grid import Point
 from mla.reference import REFERENCE
 from mla.weights import random_state_dict
@@ -79,7 +78,7 @@ def test_the_plan_subtracts_the_weights_that_implementations_share(
         for layer in itertools.chain(*stacks)
         for packed in layer._weights.packed.values()
     }
-    saved = sum(one.weight_bytes() for one in built) - sum(held.values())
+    saved = sum(one.facts().weight_bytes for one in built) - sum(held.values())
     planned = fixture.shared_bytes(names, with_reference=False)
     assert planned == saved if exact else planned < saved
     unshared = (len(names) + 1) * plan.needs.device_bytes
@@ -189,16 +188,15 @@ def test_the_plan_counts_the_outputs_that_implementations_keep_on_the_host(
         one.load(plan.point, inputs)
         for number in (1, 2):
             one.restore(number)
-            assert not one.compared(), "those of the pass before are not kept beside those of this one"
+            assert not one.outputs(), "those of the pass before are not kept beside those of this one"
             for index in range(5):
                 one.before(index)
                 one.step(index)
                 one.after(index)
-            one.collect()
             kept.append(
                 {
                     x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-                    for x in one.compared().values()
+                    for x in one.outputs().values()
                 }
             )
     bytes_kept = [sum(one.values()) for one in kept]

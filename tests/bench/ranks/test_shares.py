@@ -63,9 +63,6 @@ def test_a_rank_without_an_oracle_reads_its_rows_alone(nursery: Any, tmp_path: P
     assert half <= read - compared <= 1.1 * half < 0.8 * whole  # and scales of blocks
     (case,) = results.read(tmp_path / "run.json").cases
     assert case.check.error_ratio is not None, "the outputs were judged"
-    assert case.check.status == "doubtful"
-    assert "has replaced what measures it: mla.checkpoint.files.StoredTensor.rows" in case.check.reason
-    assert case.check.reason.endswith(" on rank 1")
 
 
 @dataclass(frozen=True)

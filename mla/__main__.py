@@ -1,0 +1,11 @@
+"""`python -m mla` names the two commands there are."""
+
+import sys
+
+COMMANDS = """\
+python -m mla.bench        measure MLA on a device (--help)
+python -m mla.conformance  check the ops of a backend (--help)
+"""
+
+if __name__ == "__main__":
+    sys.stdout.write(COMMANDS)
