@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from mla.cases.memory import PLAIN, Layout, Tensors
+from mla.cases import stress
+from mla.cases.memory import PLAIN, Layout, Tensors, poison
+from mla.cases.stress import Stress
 from mla.config import MLAConfig
 from mla.cost import Work
 from mla.layer.rope import RotaryTable
@@ -35,6 +37,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "lse": torch.float32,
 }
 OPTIONAL = frozenset({"bias", "lse"})
+MOST_WORDS = 12  # of a label, for lengths
 KINDS: dict[str, Kind] = {}  # by the name of the op in the contract
 
 
@@ -56,8 +59,31 @@ class OpCase:
     biased: bool = False
     interleaved: bool = True
     eps: float = 1e-6
-    rope: MLAConfig | None = None  # the layer whose angles rotate; kinds that rotate need one
+    rope: MLAConfig | None = None  # the layer whose angles rotate; by default they are drawn
+    stress: Stress | None = None  # None: numbers as a layer has them
     layout: Layout = PLAIN
+
+    def but(self, **changes: Any) -> OpCase:
+        """Return another case. A name is a field of the case, of its spec, of `Stress` or of `Layout`.
+
+        `tokens` new ones of one request may stand for its lengths.
+        """
+        if "tokens" in changes:
+            changes["query_lens"] = changes["kv_lens"] = (changes.pop("tokens"),)
+        for part in ("spec", "stress", "layout"):
+            value = changes.pop(part, getattr(self, part))
+            names = {one.name for one in fields(value)} & changes.keys() if value else ()
+            changes[part] = replace(value, **{name: changes.pop(name) for name in names}) if names else value
+        return replace(self, **changes)
+
+    @property
+    def label(self) -> str:
+        """The size of the case and what is special about it, for reports."""
+        sizes = {**vars(self.spec), **self.sizes, "page": self.layout.page_size}
+        title = self.entry.title.format(q=runs(self.query_lens), kv=runs(self.kv_lens), **sizes)
+        usual = replace(self, biased=False, interleaved=True, eps=1e-6, causal=True, seed=0)
+        special = stress.words(self, usual) + (stress.words(self.stress, Stress()) if self.stress else [])
+        return ", ".join([title, *special]) + self.layout.label
 
     @property
     def entry(self) -> Kind:
@@ -68,6 +94,12 @@ class OpCase:
     def rows(self) -> int:
         """Number of rows that the op works on."""
         return sum(self.kv_lens if self.context else self.query_lens)
+
+    @property
+    def alike(self) -> list[slice]:
+        """The rows of each size: they are judged together."""
+        sizes = min(stress.SIZES, max(1, self.rows)) if self.stress and self.stress.spread else 1
+        return [slice(first, None, sizes) for first in range(sizes)]
 
     @property
     def lengths(self) -> SegmentLengths:
@@ -122,13 +154,23 @@ class OpCase:
 
     def angles(self, rows: int) -> torch.Tensor:
         """Return cosines, then sines [rows, r] fp32: of the new tokens' positions, and of others before."""
-        assert self.rope is not None
+        if self.rope is None:
+            return stress.angles(self, rows)
         longest, table = max(self.kv_lens), RotaryTable(self.rope, torch.device("cpu"))
         table.reserve(longest)
         pairs = zip(self.query_lens, self.kv_lens, strict=True)
         new = torch.cat([torch.arange(keys - tokens, keys) for tokens, keys in pairs])
         others = torch.arange(rows - len(new)) * longest // rows
         return table.gather(torch.cat((new, others)))
+
+
+def runs(lengths: Lengths) -> str:
+    """Return lengths with repeats shortened, 1x6,5, and of many the first few."""
+    groups = [(length, len(list(run))) for length, run in groupby(lengths)]
+    words = [f"{length}x{count}" if count > 1 else str(length) for length, count in groups]
+    if len(words) > MOST_WORDS:
+        words = [*words[:3], f"...{len(lengths)} in all, sum {sum(lengths)}"]
+    return ",".join(words)
 
 
 def generator(seed: int, name: str) -> torch.Generator:
@@ -149,6 +191,7 @@ class Kind:
     """
 
     spec: ClassVar[type]
+    title: ClassVar[str] = "{q} tokens"  # how large a case is: of its sizes, its spec and its page size
     letters: ClassVar[Mapping[str, str]]  # -> field of the spec
     operands: ClassVar[Mapping[str, str]]  # tensors of a call but the cache -> shape; outputs are among them
     results: ClassVar[Mapping[str, str]]  # -> shape
@@ -166,6 +209,10 @@ class Kind:
 
     def __init__(self) -> None:
         self.truths = getattr(self, "truths", self.results)
+
+    def rows(self, case: OpCase) -> int:
+        """Return how many rows of operands that are varied a call takes."""
+        return case.rows
 
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
         """Return operands at a layer's scales, `rows` of those that are varied; keys and values in order."""
@@ -245,6 +292,11 @@ class Kind:
     def batch(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> Any:
         """Return what the op's state is prepared for; None if it has none."""
 
+    def blank(self, case: OpCase) -> Tensors:
+        """Return what the memory that a call writes to holds before, by operand, on the host."""
+        shapes = {name: shape for name, shape in case.results.items() if name in self.operands}
+        return {name: poison(torch.empty(shape, dtype=case.dtype(name))) for name, shape in shapes.items()}
+
     def offer(self, call: Call, results: Tensors) -> None:
         """Have the next call write to `results`."""
         call.arguments.update(results)
@@ -261,6 +313,6 @@ class Kind:
         """Return the pages [k] int64 of the cache that a call reads or writes, in order, on the host."""
         raise NotImplementedError
 
-    def strays(self, call: Call) -> str:
+    def strays(self, case: OpCase, arguments: Mapping[str, Any]) -> str:
         """Return what was written beside the results, as a clause; "" if nothing was."""
         return ""

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mla import cost
+from mla.cases import stress
 from mla.cases.case import KINDS, Kind, Lengths, Normal, OpCase
 from mla.cases.memory import Pages, Tensors, changed_slots, poison
 from mla.cases.varied import Pool, Products, Queries, draw_signs
@@ -35,6 +36,7 @@ class Linear(Kind):
     """A projection, with or without a bias."""
 
     spec, letters, pool = LinearSpec, LINEAR, Products
+    title = "{q} tokens, {i} to {o}"
     operands = {"x": "T i", "bias": "o", "out": "T o"}
     results = {"out": "T o"}
     packed = "o i"
@@ -43,9 +45,11 @@ class Linear(Kind):
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
         features = case.spec.in_features
         x = normal(rows, *case.shape(self.operands["x"])[1:])
-        given = {"x": x, "weight": normal(*case.shape(self.packed), scale=features**-0.5)}
         biased = case.biased and "bias" in self.operands
-        return given | ({"bias": normal(case.spec.out_features)} if biased else {})
+        bias = {"bias": normal(case.spec.out_features)} if biased else {}
+        weight = normal(*case.shape(self.packed), scale=features**-0.5)
+        x, weight = stress.products(case, x, weight) if case.stress else (x, weight)
+        return {"x": x, "weight": weight, **bias}
 
     def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
         return {"out": product(given["x"], given["weight"], given.get("bias"))}
@@ -54,6 +58,7 @@ class Linear(Kind):
 class BatchedLinear(Linear):
     """A projection with a weight per head."""
 
+    title = "{q} tokens, {h} heads, {i} to {o}"
     operands = {"x": "T h i", "out": "T h o"}
     results = {"out": "T h o"}
     packed = "h o i"
@@ -63,6 +68,7 @@ class RmsNorm(Kind):
     """The norm of the query latent."""
 
     spec, letters, pool = NormSpec, {"d": "features"}, Pool
+    title = "{q} tokens, {d} features"
     operands = {"x": "T d", "weight": "d", "out": "T d"}
     results = {"out": "T d"}
     scalars = {"eps": float}
@@ -71,7 +77,8 @@ class RmsNorm(Kind):
 
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
         features = case.spec.features
-        return {"x": normal(rows, features), "weight": 1 + normal(features, scale=0.1)}
+        x = stress.rows(case, normal(rows, features), case.stress.size if case.stress else 1.0)
+        return {"x": x, "weight": norm_weight(case, normal, features)}
 
     def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
         return {"out": true_norm(given["x"], given["weight"], given["eps"])}
@@ -81,10 +88,16 @@ class RmsNorm(Kind):
         return {"x": signs, "out": signs}
 
 
+def norm_weight(case: OpCase, normal: Normal, features: int) -> torch.Tensor:
+    """Return the weight [features] of a norm: about 1, or one that nobody can do without."""
+    return 1 + normal(features, scale=0.1) if case.stress is None else normal(features) * case.stress.gain
+
+
 class RotateQuery(Kind):
     """The rotation of the last channels of every head."""
 
     spec, letters, pool = AttentionSpec, ATTENTION, Pool
+    title = "{q} tokens, {h} heads of {r}"
     operands = {"x": "T h r", "cos_sin": "T r", "out": "T h r"}
     results = {"out": "T h r"}
     scalars = {"interleaved": bool}
@@ -94,6 +107,7 @@ class RotateQuery(Kind):
 
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
         x = normal(rows, case.spec.num_heads, case.spec.qk_rope_head_dim)
+        x = stress.rows(case, x, case.stress.gain if case.stress else 1.0)
         return {"x": x, "cos_sin": case.angles(rows)}
 
     def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
@@ -121,31 +135,42 @@ class WritesSlots(Kind):
         return (arguments["slots"].cpu() // page_size).unique()
 
     def place(self, call: Call) -> None:
-        case, pages = call.case, Pages.of(call.case.kv_lens, call.case.layout)
+        case = call.case
+        if case.stress is not None:
+            slots, count = stress.slots(case)
+            call.lay("slots", slots, fill=count * case.layout.page_size - 1)
+            return
+        call.pages = pages = Pages.of(case.kv_lens, case.layout)
+        call.lay("slots", pages.slots[case.new_keys])
         cache = call.blank("cache", (pages.count, case.layout.page_size, *case.shape(self.cached)))
-        call.pages, slots = pages, pages.slots[case.new_keys].to(call.device)
-        call.arguments |= {"slots": slots, "cache": cache.fill_(marker(cache))}
+        call.arguments["cache"] = cache.fill_(marker(cache.dtype))
+
+    def blank(self, case: OpCase) -> Tensors:
+        shape = (stress.slots(case)[1], case.layout.page_size, *case.shape(self.cached))
+        return {"cache": stress.held_before(shape, case.dtype("cache"))}
 
     def offer(self, call: Call, results: Tensors) -> None:
         cache = call.arguments["cache"]
         cache.view(-1, cache.shape[2])[call.arguments["slots"]] = poison(cache.new_empty(1))
 
-    def strays(self, call: Call) -> str:
-        cache = call.arguments["cache"]
-        count, first = changed_slots(cache, marker(cache), call.arguments["slots"])
+    def strays(self, case: OpCase, arguments: Mapping[str, Any]) -> str:
+        cache = arguments["cache"]
+        before = self.blank(case)["cache"] if case.stress else marker(cache.dtype)
+        count, first = changed_slots(cache, before, arguments["slots"])
         clause = f"{count} slots other than those of the new tokens have changed, the first is {first}"
         return clause if count else ""
 
 
-def marker(cache: torch.Tensor) -> torch.Tensor:
+def marker(dtype: torch.dtype) -> torch.Tensor:
     """Return what is in slots that nobody writes."""
-    return torch.tensor(TAIL if cache.is_floating_point() else 77, dtype=cache.dtype)
+    return torch.tensor(TAIL if dtype.is_floating_point else 77, dtype=dtype)
 
 
 class WriteLatent(WritesSlots):
     """The norm and rotation of new latents, to the slots of a cache."""
 
     spec, letters, pool = AttentionSpec, ATTENTION, Pool
+    title = "{q} tokens, page {page}, latents of {c} and {r}"
     operands = {"kv_a": "T c+r", "weight": "c", "cos_sin": "T r", "slots": "T"}
     results = {"latent": "T c", "key": "T r"}
     scalars = {"eps": float, "interleaved": bool}
@@ -155,8 +180,11 @@ class WriteLatent(WritesSlots):
 
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
         c = case.spec.kv_lora_rank
-        given = {"kv_a": normal(rows, *case.shape(self.cached)), "weight": 1 + normal(c, scale=0.1)}
-        return given | {"cos_sin": case.angles(rows)}
+        kv_a = normal(rows, *case.shape(self.cached))
+        if case.stress:
+            kv_a = stress.rows(case, kv_a, case.stress.size)
+            kv_a[:, c:] *= case.stress.gain
+        return {"kv_a": kv_a, "weight": norm_weight(case, normal, c), "cos_sin": case.angles(rows)}
 
     def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
         latent, key = given["kv_a"].split((spec.kv_lora_rank, spec.qk_rope_head_dim), dim=1)
@@ -177,9 +205,13 @@ class Attention(Kind):
     """Queries over keys and values, with a log-sum-exp and a prepared state."""
 
     spec, letters, pool = AttentionSpec, ATTENTION, Queries
+    title = "q {q} kv {kv}, {h} heads, keys of {n} and {r}"
     scalars = {"softmax_scale": float}
     varied = ("q",)
     prepares = True
+
+    def rows(self, case: OpCase) -> int:
+        return case.rows * case.spec.num_heads  # each of them varies by itself
 
     def work(self, case: OpCase) -> cost.Work:
         return self.cost(case.spec, case.query_lens, case.kv_lens)
@@ -209,6 +241,7 @@ class Batch:
 class LatentAttention(Attention):
     """Attention over latents in pages; values are the first columns of keys."""
 
+    title = "q {q} kv {kv}, {h} heads, page {page}, latents of {c} and {r}"
     operands = {
         "q": "T h c+r",
         "block_table": "B m",
@@ -223,9 +256,12 @@ class LatentAttention(Attention):
 
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
         spec, (width,) = case.spec, case.shape(self.cached)
-        q = normal(rows, width)
+        q, keys = normal(rows, width), normal(sum(case.kv_lens), width)
+        if case.stress:
+            keys = stress.shared(case, keys)
+            return {"q": stress.queries(case, q, keys[:, None]), "keys": keys}
         q[..., : spec.kv_lora_rank] *= (spec.qk_nope_head_dim / spec.kv_lora_rank) ** 0.5  # as after W_UK
-        return {"q": q, "keys": normal(sum(case.kv_lens), width)}
+        return {"q": q, "keys": keys}
 
     def keys(self, spec: Any, given: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         keys = given["keys"][:, None]
@@ -243,16 +279,14 @@ class LatentAttention(Attention):
         return table[owned].long().unique()
 
     def place(self, call: Call) -> None:
-        case, tail = call.case, torch.nan if call.op.nan_safe_tail else TAIL
-        call.pages = Pages.of(case.kv_lens, replace(case.layout, tail=tail))
-        cache = call.pages.cache(call.pool.given["keys"]).to(call.device)
-        cu_q, table = torch.tensor([0, *case.query_lens]).cumsum(0), call.pages.table
-        # One memory, as a layer's batch has it: behind slots and positions, which the op does not get.
-        parts = [torch.zeros(3 * sum(case.query_lens)), torch.tensor(case.kv_lens), cu_q, table.flatten()]
-        memory = torch.cat([part.int() for part in parts]).to(call.device)
-        _, kv_lens, cu_q, pages = memory.split([len(part) for part in parts])
-        tables = {"block_table": pages.view(table.shape), "kv_lens": kv_lens, "cu_q": cu_q}
-        call.arguments |= {"cache": cache, **tables}
+        case = call.case
+        call.pages = pages = Pages.of(case.kv_lens, call.layout, case.stress.common if case.stress else 0)
+        call.lay_pages(pages, call.pool.given["keys"])
+        lengths = {
+            "kv_lens": torch.tensor(case.kv_lens),
+            "cu_q": torch.tensor([0, *case.query_lens]).cumsum(0),
+        }
+        call.lay_tables({**lengths, "block_table": pages.table})
 
     def batch(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> Batch:
         tables = (arguments[name] for name in ("block_table", "kv_lens", "cu_q"))
@@ -268,7 +302,8 @@ class ExpandedAttention(Attention):
 
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
         k, v = (case.shape(self.operands[name]) for name in ("k", "v"))
-        return {"q": normal(rows, k[2]), "k": normal(*k), "v": normal(*v)}
+        given = {"q": normal(rows, k[2]), "k": normal(*k), "v": normal(*v)}
+        return given | ({"q": stress.queries(case, given["q"], given["k"])} if case.stress else {})
 
     def keys(self, spec: Any, given: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         return given["k"], given["v"]

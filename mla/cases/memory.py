@@ -15,6 +15,7 @@ Tensors = dict[str, torch.Tensor]
 GUARD = 32  # rows before and behind a tensor, where a kernel writes that rounds its rows up
 MARGIN = 16  # columns on either side of a slice
 NEIGHBOURS = 1  # heads on either side of a slice
+AROUND = 77.0  # what outputs lie in; neither 0 nor NaN, which is what is written by mistake
 
 # Bound before any plugin loads, which may replace methods of torch.
 _empty_like, _copy, _fill = torch.empty_like, torch.Tensor.copy_, torch.Tensor.fill_
@@ -50,6 +51,10 @@ class Layout:
 
 
 PLAIN = Layout()
+
+
+class NoRoom(Exception):
+    """There is not as much memory as a layout takes."""
 
 
 def blank(
@@ -145,8 +150,10 @@ class Pages:
 
 
 def _of_dtype(value: float, dtype: torch.dtype) -> float:
-    """Return what stands for a number in memory of this dtype: of integers, their largest."""
-    return value if dtype.is_floating_point else torch.iinfo(dtype).max
+    """Return what stands for a number in memory of this dtype: for NaN among integers, their largest."""
+    if dtype.is_floating_point:
+        return value
+    return torch.iinfo(dtype).max if math.isnan(value) else int(value)
 
 
 def _order(needed: int, layout: Layout) -> tuple[torch.Tensor, int]:
@@ -174,11 +181,13 @@ class Placed:
 
     part: torch.Tensor
     whole: torch.Tensor
-    before: torch.Tensor  # `whole` on the host, as it was placed
+    before: torch.Tensor | None  # `whole` on the host, as it was placed; None: nobody watches it
     where: tuple[slice, ...]  # of `whole` is `part`
 
     def around(self, name: str) -> str:
         """Return where memory around the tensor has changed, as a clause; "" if it has not."""
+        if self.before is None:
+            return ""
         rows, inner, now = self.where[0], (slice(None), *self.where[1:]), self.whole.cpu()
         sides = {
             "before the first row of": slice(rows.start),
@@ -197,7 +206,7 @@ class Placed:
 
     def inside(self, name: str) -> str:
         """Return whether the tensor itself has changed, as a clause; "" if it has not."""
-        same = same_bits(self.part.cpu(), self.before[self.where])
+        same = self.before is None or same_bits(self.part.cpu(), self.before[self.where])
         return "" if same else f"the op wrote to {name}, which was not its output"
 
 
@@ -218,12 +227,38 @@ def place(
         around = [guard, *[NEIGHBOURS] * (tensor.dim() - 2), MARGIN]
     pairs = list(zip(tensor.shape, around, strict=True))
     where = tuple(slice(beside, beside + size) for size, beside in pairs)
-    before = torch.full([size + 2 * beside for size, beside in pairs], fill, dtype=tensor.dtype)
+    shape = [size + 2 * beside for size, beside in pairs]
+    before = torch.full(shape, _of_dtype(fill, tensor.dtype), dtype=tensor.dtype)
     before[where] = tensor
     whole = before.to(device, copy=True)
     return Placed(whole[where], whole, before, where)
 
 
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the bytes of a host tensor [n, ...] as [n, ..., bytes], so that NaN equals NaN."""
-    return tensor.contiguous().unsqueeze(-1).view(torch.uint8)
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return memory that nobody has written to. Raises `NoRoom` if there is not as much."""
+    try:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    except (RuntimeError, MemoryError) as error:
+        gigabytes = math.prod(shape) * dtype.itemsize / 1e9
+        raise NoRoom(f"{gigabytes:.2g} GB could not be allocated") from error
+
+
+def scattered(tensor: torch.Tensor, device: torch.device, apart: int) -> Placed:
+    """Copy the rows of [n, h, d] to the device, so many numbers apart. What is between them is never touched.
+
+    Raises `NoRoom` if that takes more memory than there is.
+    """
+    whole = allocate((tensor.shape[0] * apart,), tensor.dtype, device)
+    part = whole.as_strided(tensor.shape, (apart, tensor.shape[2], 1))
+    for row, values in zip(part, tensor, strict=True):  # an index could be too narrow, too
+        row.copy_(values)
+    return Placed(part, whole, None, ())
+
+
+def hardly_touched(pages: Pages, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a cache of keys [K, w], nothing else of it written. Raises `NoRoom` if it is too large."""
+    blocks = pages.blocks(rows)
+    cache = allocate((pages.count, *blocks.shape[1:]), blocks.dtype, device)
+    for page, block in zip(pages.order.tolist(), blocks, strict=True):  # an index could be too narrow, too
+        cache[page].copy_(block)
+    return cache

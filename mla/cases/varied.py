@@ -69,6 +69,11 @@ class Pool:
         self.truth: Tensors = {}
 
     @property
+    def varied(self) -> tuple[str, ...]:
+        """The operands that differ from call to call."""
+        return self.entry.varied
+
+    @property
     def size(self) -> tuple[int, int]:
         """Number of rows in the pool, and of those that one call takes."""
         return max(self.case.rows, POOL_ROWS), self.case.rows

@@ -18,14 +18,7 @@ if TYPE_CHECKING:
 # What a check runs once for: the device, every dtype, every op in every dtype, every layer.
 DEVICE, DTYPE, OP, LAYER = "device", "dtype", "op", "layer"
 
-_MODULES = (
-    *("device", "clock", "graph", "contract"),
-    *(f"small_ops.{name}" for name in ("linear", "pointwise", "write_latent", "places", "rows", "tiles")),
-    *(f"small_ops.{name}" for name in ("memory", "kept", "numbers")),
-    *(f"attention.{name}" for name in ("formula", "grid", "index", "tiles", "order", "state", "memory")),
-    *(f"attention.{name}" for name in ("emptiness", "shares", "numbers")),
-    *("layer", "layer_batches", "replay"),
-)
+_MODULES = ("device", "contract", "small_ops", "attention", "attention_state", "layer")
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, Literal, TypeVar
 
 import torch
 
+from mla.cases.call import GuardedCall, Host, host
+from mla.cases.case import OpCase
+from mla.cases.memory import NoRoom, Placed, Tensors
 from mla.errors import UnsupportedBatch
 from mla.layer.preflight import Say, preflight_reasons
-from mla.verify.places import Places
-from mla.verify.tolerances import judge, judge_lse
-from mla_backends.api import OPS, Backend, FusedOp
+from mla_backends.api import OPS, Backend, FusedOp, Packed
 from mla_backends.errors import BackendError, describe, original, plugin_code
 
 # Dtypes that a layer can have.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MORE_HEADS = (4, 16, 64, 128)  # what an op is given that refuses fewer, and how large cases may get by it
+MOST_NUMBERS, MOST_LOGITS = 1 << 25, 1 << 22
 
 
 class CheckFailed(Exception):
@@ -80,7 +85,7 @@ class BackendUnderTest:
 
 
 # What a case that is not chosen cannot have: without it nothing is drawn, computed or called.
-_NEEDED = frozenset({"subject", "dtype", "op", "backend", "device", "require"})
+_NEEDED = frozenset({"subject", "dtype", "op", "backend", "device", "require", "serve"})
 
 
 @dataclass
@@ -157,7 +162,7 @@ class Trial:
         try:
             with plugin_code():
                 yield
-        except (Refused, UnsupportedBatch) as why:
+        except (Refused, NoRoom, UnsupportedBatch) as why:
             ended = "refused", str(why)
         except CheckFailed as why:
             ended = "failed", str(why)
@@ -167,30 +172,75 @@ class Trial:
             ended = "failed", raised(error)
         self.cases.append(Case(number, label, *ended))
 
+    def serve(self, case: OpCase, packed: Packed | None = None, given: Tensors | None = None) -> GuardedCall:
+        """Return a call of the op for a case in the trial's dtype; its operands are drawn unless given.
+
+        Raises `Refused` where the op does not serve the case.
+        """
+        case = case.but(dtype=self.dtype, device=self.device)
+        lengths = (case.query_lens, case.kv_lens) if case.entry.prepares else ()
+        op = self.require(case.spec, *lengths)
+        return GuardedCall(host(case) if given is None else Host(case, given), op, case, packed)
+
+    def check(self, call: GuardedCall, inputs: bool = False, only: Sequence[str] = ()) -> dict[str, Placed]:
+        """Make a call and judge it; return where it wrote. Raises `CheckFailed`."""
+        outputs = call.run()
+        self.judge(call, outputs, inputs, only)
+        return outputs
+
     def judge(
         self,
-        found: torch.Tensor,
-        truth: torch.Tensor,
-        reference: torch.Tensor,
-        what: str,
-        places: Places | None = None,
-        lse: torch.Tensor | None = None,
+        call: GuardedCall,
+        outputs: dict[str, Placed],
+        inputs: bool = False,
+        only: Sequence[str] = (),
+        around: bool = True,
+        **instead: torch.Tensor,
     ) -> None:
-        """Compare an output with the truth and the reference's error. Raises `CheckFailed`.
+        """Compare what a call wrote with the truth, and what lies around that with what it was.
 
-        `places` names the rows in its text; without it a row is a token, the only thing that is known. `lse`
-        is attention's true log-sum-exp of every row.
+        `inputs`: those, too. `only`: these results. `instead`: operands that the call had in place of its
+        own. Raises `CheckFailed`.
         """
-        self._record(*judge(found, truth, reference, self.dtype, places, lse), what)
+        results = call.results(outputs, **instead)
+        self.found(call.faults({name: rows for name, rows in results.items() if not only or name in only}))
+        for clause in call.strays(outputs, inputs) if around else ():
+            expect(not clause, clause)
 
-    def judge_lse(self, found: torch.Tensor, truth: torch.Tensor, places: Places | None = None) -> None:
-        """Compare a log-sum-exp with the truth. Raises `CheckFailed`."""
-        self._record(*judge_lse(found, truth, self.dtype, places), "lse")
+    def found(self, faults: Iterable[tuple[float, str]]) -> None:
+        """Remember the largest error over its bound. Raises `CheckFailed` if something is wrong."""
+        ratios, reasons = zip(*faults, strict=True)
+        self.worst = max(*ratios, self.worst or 0.0)
+        expect(not any(reasons), "; ".join(filter(None, reasons)))
 
-    def _record(self, ratio: float, reason: str, what: str) -> None:
-        self.worst = max(ratio, self.worst or 0.0)
-        if reason:
-            raise CheckFailed(f"{what}: {reason}")
+    def check_cases(
+        self,
+        cases: Iterable[OpCase],
+        *,
+        exact: bool = False,
+        inputs: bool = False,
+        only: Sequence[str] = (),
+    ) -> None:
+        """Make a call for each case and judge it. An op of attention may get more heads, unless `exact`."""
+        for asked in cases:
+            case = self.fitted(asked) if asked.entry.prepares and not exact else asked
+            with self.case(case.label):
+                self.check(self.serve(case), inputs, only)
+
+    def fitted(self, case: OpCase) -> OpCase:
+        """Return the case with the fewest more heads that the op takes, if it refuses as few as these.
+
+        For checks that are not about heads. It stays as it is, to be refused, if it grew too large.
+        """
+        tried = [case] + [case.but(num_heads=count) for count in MORE_HEADS if count > case.spec.num_heads]
+        with contextlib.suppress(Exception):  # the case itself reports what an op raises
+            if self._refuses(case):
+                return next((one for one in tried if _is_small(one) and not self._refuses(one)), case)
+        return case
+
+    def _refuses(self, case: OpCase) -> bool:
+        spec = replace(case.spec, dtype=self.dtype, device=self.device)
+        return self.op is not None and bool(self.op.unsupported_reasons(spec))
 
     def require(self, spec: Any, query_lens: Sequence[int] = (), kv_lens: Sequence[int] = ()) -> FusedOp:
         """Return the op if it serves this spec and these lengths; raises `Refused` with its reasons."""
@@ -205,6 +255,15 @@ class Trial:
         if reasons:
             raise Refused("; ".join(reasons))
         return self.op
+
+
+def _is_small(case: OpCase) -> bool:
+    """Return whether operands and logits, masked ones included, are few enough."""
+    shapes, keys = case.entry.operands, sum(case.kv_lens)
+    row = prod(case.shape(case.entry.cached or shapes["k"].removeprefix("K ")))
+    logits = sum(new * of for new, of in zip(case.query_lens, case.kv_lens, strict=True))
+    few = prod(case.shape(shapes["q"])) + keys * row <= MOST_NUMBERS
+    return few and case.spec.num_heads * logits <= MOST_LOGITS
 
 
 def expect(condition: bool, reason: str) -> None:

@@ -11,8 +11,8 @@ from wrong_attention import ALL, NARROW
 from wrong_attention.base import FAR, Latent, after
 from wrong_attention.latent import last_key_lost
 
-from mla.conformance.checks.attention import tiles
-from mla.conformance.problems import reach
+from mla.conformance import reach
+from mla.conformance.checks import attention
 from mla.conformance.registry import all_checks
 from mla.conformance.report import CheckResult
 
@@ -99,15 +99,15 @@ def test_the_reference_finds_pages_as_far_as_this_machine_goes(
     assert found.status in ("pass", "refused"), found.reason
 
 
-@pytest.mark.parametrize("rows", tiles.ROWS)
-@pytest.mark.parametrize("heads", tiles.HEADS)
+@pytest.mark.parametrize("rows", attention.TILES)
+@pytest.mark.parametrize("heads", attention.HEADS)
 @pytest.mark.parametrize("keys", [16, 128])
 def test_every_kind_of_tile_that_loses_a_key_is_found_out(
     judge: Run, sound: Any, monkeypatch: pytest.MonkeyPatch, rows: int, heads: int, keys: int
 ) -> None:
-    problems = list(tiles.cut(rows, heads))
-    assert bool(problems) == bool(rows % heads)
-    if problems:
-        monkeypatch.setattr(tiles, "cut", lambda *tile: problems)
+    cases = list(attention.cut(rows, heads))
+    assert bool(cases) == bool(rows % heads)
+    if cases:
+        monkeypatch.setattr(attention, "cut", lambda *tile: cases)
         backend = sound(ops={"mine": after(Latent, last_key_lost(rows, keys))})
         assert failed(judge(backend, "latent.cut_tokens[mine-*]", dtypes=(torch.bfloat16,)))

@@ -15,9 +15,9 @@ from wrong_ops.base import SMALL_OPS
 
 from mla.command.backend import BackendOptions
 from mla.conformance import schedule
+from mla.conformance.checks.attention import SMALL
+from mla.conformance.checks.small_ops import EXAMPLES
 from mla.conformance.cli import main
-from mla.conformance.problems.attention import SMALL
-from mla.conformance.problems.small_ops import LatentWrite, MatMul, Norm, Rotation, SmallProblem
 from mla.conformance.registry import LAYER, OP
 from mla.conformance.report import CheckResult
 from mla.conformance.report.made import Results
@@ -77,18 +77,37 @@ def test_the_label_of_a_case_is_its_own(sound: Any, quick: bool) -> None:
         assert len(set(labels)) == len(labels), (one.id, labels)
 
 
+WIDTHS = {"in_features": 128, "out_features": 96}
+
+
 @pytest.mark.parametrize(
-    ("problem", "label"),
+    ("kind", "changes", "label"),
     [
-        (MatMul(7, 128, 96, spread=12), "7 tokens, 128 to 96, spread 12"),
-        (MatMul(7, 128, 96, 2, cancels=True, seed=1), "7 tokens, 2 heads, 128 to 96, seed 1, cancels"),
-        (Norm(features=33, size=1e-3, eps=1e-5), "7 tokens, 33 features, size 0.001, eps 1e-05"),
-        (Rotation(heads=2, width=62, interleaved=False), "7 tokens, 2 heads, not interleaved, width 62"),
-        (LatentWrite(dims=SMALL, order="rising"), "9 tokens, page 64, widths 32 and 8, order rising"),
+        ("linear", {**WIDTHS, "spread": 12}, "7 tokens, 128 to 96, spread 12"),
+        (
+            "batched_linear",
+            {**WIDTHS, "cancels": True, "seed": 1},
+            "7 tokens, 2 heads, 128 to 96, seed 1, cancels",
+        ),
+        (
+            "rms_norm",
+            {"features": 33, "size": 1e-3, "eps": 1e-5},
+            "7 tokens, 33 features, eps 1e-05, size 0.001",
+        ),
+        (
+            "rotate_query",
+            {"qk_rope_head_dim": 62, "interleaved": False},
+            "7 tokens, 2 heads of 62, not interleaved",
+        ),
+        (
+            "write_latent",
+            {**SMALL, "order": "rising"},
+            "9 tokens, page 64, latents of 32 and 8, order rising",
+        ),
     ],
 )
-def test_a_label_tells_what_is_special(problem: SmallProblem, label: str) -> None:
-    assert problem.label == label
+def test_a_label_tells_what_is_special(kind: str, changes: dict[str, Any], label: str) -> None:
+    assert EXAMPLES[kind].but(**changes).label == label
 
 
 def test_the_cases_that_are_counted_are_those_that_run(sound: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from wrong_ops.base import SMALL_OPS, mutant
 
-from mla.conformance.problems import reach
+from mla.conformance import reach
 from mla.conformance.report import CheckResult
 
 Run = Callable[..., list[CheckResult]]

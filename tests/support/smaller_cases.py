@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from mla.conformance.checks.attention import grid, index, state, tiles
-from mla.conformance.problems import reach
+from mla.conformance import reach
+from mla.conformance.checks import attention, attention_state
 
 NEARER = (reach, "PLACES", (1 << 22,))  # some ops copy what they are given
 SMALLER = (
     NEARER,
-    (index, "CACHES", ((64, 70), (16, 70), (1, 300))),
-    (grid, "REQUESTS", (40, 40)),
-    (grid, "REQUESTS_OF", ((16, 40),)),
-    (grid, "ROWS", ((4, 33, 4),)),
-    (tiles, "FEW_HEADS", (1, 3, 20, 128)),
-    (tiles, "LONG", 3000),
-    (state, "CALLS", 20),
+    (attention, "CACHES", ((64, 70), (16, 70), (1, 300))),
+    (attention, "REQUESTS", (40, 40)),
+    (attention, "REQUESTS_OF", ((16, 40),)),
+    (attention, "ROWS", ((4, 33, 4),)),
+    (attention, "FEW_HEADS", (1, 3, 20, 128)),
+    (attention, "LONG", 3000),
+    (attention_state, "CALLS", 20),
 )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from mla.config import MLAConfig
-from mla.conformance.problems.attention import DEEPSEEK, SMALL, attention_spec
+from mla.conformance.checks.attention import DEEPSEEK, SMALL, SPEC
 from mla.conformance.registry import check
 from mla.conformance.trial import DTYPES, BackendUnderTest, Refused, Trial, expect
 from mla.layer.ops import Ops
@@ -82,9 +83,9 @@ def specs(op: FusedOp, subject: BackendUnderTest) -> Iterator[Any]:
         elif kind == "rms_norm":
             yield from (NormSpec(features, dtype, subject.device) for features in (1, 33, 1536))
         else:
-            for dims in (DEEPSEEK, SMALL):
-                for heads in (1, 3, 16, 128):
-                    yield attention_spec(heads, dims, dims.scale, dtype, subject.device)
+            spec = replace(SPEC, dtype=dtype, device=subject.device)
+            for widths in (DEEPSEEK, SMALL):
+                yield from (replace(spec, **widths, num_heads=heads) for heads in (1, 3, 16, 128))
 
 
 def _expect_reasons(what: str, asked: list[Any]) -> None:

@@ -1,21 +1,27 @@
-"""The device: what it says about itself must be true."""
+"""The device: what it says about itself must be true, its clock must wait, and its graphs must follow.
+
+Every bound on a time is wide, and the best or the median of several attempts counts, so that a busy host
+changes no verdict: a clock that does not wait is off by far more.
+"""
 
 from __future__ import annotations
 
+import functools
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from mla.conformance.registry import DTYPE, check
-from mla.conformance.trial import CheckFailed, Trial, expect, raised
+from mla.conformance.trial import BackendUnderTest, CheckFailed, Refused, Trial, expect, raised
 from mla.text import dtype_name
 from mla.verify.bounds import UNITS
-from mla.verify.tolerances import relative_error
+from mla.verify.tolerances import relative_error, same_bits
 from mla_backends.api import API_VERSION, Availability, DeviceInfo, MemoryInfo, Peak
 from mla_backends.errors import BackendError
 
@@ -229,3 +235,196 @@ def dtypes(trial: Trial) -> None:
         floating = isinstance(one, torch.dtype) and one.is_floating_point
         expect(floating, f"dtypes() holds {one!r}, which is not a floating dtype")
     trial.note = ", ".join(dtype_name(one) for one in claimed)
+
+
+# -------------------------------------------------- waiting and timing
+
+ATTEMPTS = 5
+UNIT_MS = 2.0  # one unit of work should take at least this many milliseconds ...
+MAX_SIZE = 8192  # ... unless matrices of this size are still faster
+
+
+class MatmulLoad:
+    """Matrix products that take a known time; only reading a result back is certain to wait."""
+
+    def __init__(self, subject: BackendUnderTest) -> None:
+        claimed = subject.backend.dtypes()
+        self._dtype = torch.float32 if torch.float32 in claimed or not claimed else claimed[0]
+        self._device = subject.device
+        self._size = 128
+        self._resize(128)
+        while self.milliseconds() < UNIT_MS and self._size < MAX_SIZE:
+            self._resize(2 * self._size)
+
+    def _resize(self, size: int) -> None:
+        self._size = size
+        shape = (size, size)
+        self._x = torch.full(shape, 1.0 / size, dtype=self._dtype, device=self._device)
+        self._y = torch.empty(shape, dtype=self._dtype, device=self._device)
+        self.submit()
+        self.read()
+
+    def submit(self, units: int = 1) -> None:
+        """Queue work."""
+        for _ in range(units):
+            torch.mm(self._x, self._x, out=self._y)
+
+    def read(self) -> None:
+        """Wait, by needing the result on the host."""
+        self._y[:1, :1].to("cpu", copy=True)
+
+    def _finish(self, units: int) -> None:
+        self.submit(units)
+        self.read()
+
+    def milliseconds(self, units: int = 1) -> float:
+        """Return how long work takes until its result is on the host, at best."""
+        return best(lambda: elapsed(lambda: self._finish(units)))
+
+
+def elapsed(action: Callable[[], object]) -> float:
+    """Return the milliseconds an action takes on the host's clock."""
+    start = time.perf_counter()
+    action()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def best(measure: Callable[[], float], attempts: int = ATTEMPTS) -> float:
+    """Return the smallest of several measurements."""
+    return min(measure() for _ in range(attempts))
+
+
+def median(measure: Callable[[], float], attempts: int = ATTEMPTS) -> float:
+    """Return the median of several measurements."""
+    return statistics.median(measure() for _ in range(attempts))
+
+
+@functools.lru_cache(maxsize=1)
+def load_of(subject: BackendUnderTest) -> MatmulLoad:
+    """Return the load of a backend, whose size takes half a second to find."""
+    return MatmulLoad(subject)
+
+
+SLACK = 1.05  # two clocks may drift apart by this factor
+RESOLUTION_MS = 0.1
+ROUNDS = 3  # a host whose CPUs others want spoils one, but not all
+WORK = (1, 4, 16)  # units of work: in little of it, a wait that polls may hide that it grows
+
+
+@check(
+    "device.synchronize", catches="a synchronize() that does nothing, which makes every timing a launch time"
+)
+def synchronize(trial: Trial) -> None:
+    """No work is left to wait for after synchronize()."""
+    work = load_of(trial.subject)
+
+    def left() -> float:
+        """Return the share of the time that passes only after synchronize()."""
+        work.read()
+        start = time.perf_counter()
+        work.submit(8)
+        trial.backend.synchronize()
+        waited = 1e3 * (time.perf_counter() - start)
+        after = elapsed(work.read)
+        return after / (waited + after)
+
+    share = 1.0
+    for _ in range(ROUNDS):
+        share = median(left)
+        if share < 0.5:
+            break
+    expect(share < 0.5, f"{share:.0%} of the time passed after synchronize() had returned")
+
+
+@check("device.timer", catches="a timer that does not wait, or reports another unit than milliseconds")
+def timer(trial: Trial) -> None:
+    """The timer covers all submitted work, in milliseconds, and never more than the time that passed."""
+    work, clock = load_of(trial.subject), trial.backend.timer()
+    expect(isinstance(getattr(clock, "clock", None), str), "the timer does not name its clock")
+    shares = []
+    for _ in range(ATTEMPTS):
+        work.read()
+        start = time.perf_counter()
+        clock.start()
+        work.submit(8)
+        found = clock.stop()
+        work.read()  # what the timer did not wait for is waited for here
+        passed = 1e3 * (time.perf_counter() - start)
+        ceiling = SLACK * passed + RESOLUTION_MS
+        expect(found <= ceiling, f"the timer says {found:.3g} ms, but only {passed:.3g} ms had passed")
+        shares.append(found / passed)
+    trial.note = f"{clock.clock} clock"
+    share = statistics.median(shares)
+    expect(share > 0.5, f"the timer covers only {share:.0%} of the time the work took")
+
+
+def _timed(trial: Trial, work: MatmulLoad, units: int, pending: int = 0) -> float:
+    """Return what the timer says about `units` of work, with others still pending when it starts."""
+    clock = trial.backend.timer()
+    work.read()
+    work.submit(pending)
+    clock.start()
+    work.submit(units)
+    found = clock.stop()
+    work.read()
+    return float(found)
+
+
+@check("device.timer_scales", catches="a timer that is blind to the work, or measures launches only")
+def timer_scales(trial: Trial) -> None:
+    """Eight times the work takes at least twice as long."""
+    work = load_of(trial.subject)
+    one = eight = 0.0
+    units = 1
+    for units in WORK:
+        one, eight = (best(functools.partial(_timed, trial, work, count)) for count in (units, 8 * units))
+        if eight >= 2 * one > 0:
+            break
+    trial.note = f"{eight / one if one else 0:.1f}x the time for 8x the work"
+    expect(one > 0, f"work of {work.milliseconds(units):.3g} ms took {one:.3g} ms")
+    counts = f"{units} unit{'s' * (units > 1)} of work and {eight:.3g} ms for {8 * units}"
+    expect(eight >= 2 * one, f"{one:.3g} ms for {counts}")
+
+
+@check("device.timer_start", catches="a timer that counts work submitted before it was started")
+def timer_start(trial: Trial) -> None:
+    """Work submitted before the timer starts does not count."""
+    work = load_of(trial.subject)
+    alone = after = bound = 0.0
+    for _ in range(ROUNDS):
+        alone = best(lambda: _timed(trial, work, 1))
+        after = median(lambda: _timed(trial, work, 1, pending=16))  # not now and then alone
+        bound = 6 * alone + RESOLUTION_MS
+        if after <= bound:
+            break
+    expect(after <= bound, f"{alone:.3g} ms for work alone, {after:.3g} ms behind other work")
+
+
+# ---------------------------------------------------------- graphs
+
+NO_GRAPH = "the backend offers no graphs"
+
+
+@check("device.graph", catches="a replay that returns the captured outputs, or reads inputs that were copied")
+def graph(trial: Trial) -> None:
+    """A replay uses the current values of its inputs, every time they change."""
+    dtype = trial.backend.dtypes()[0]
+    x, y = (torch.zeros(8, 8, dtype=dtype, device=trial.device) for _ in range(2))
+
+    def work() -> None:
+        torch.mm(x, x, out=y)
+        y.add_(x)
+
+    work()
+    trial.backend.synchronize()
+    replay = trial.backend.graph(work)
+    if replay is None:
+        raise Refused(NO_GRAPH)
+    for value in (0.5, 3.0, -2.0):
+        x.copy_(torch.eye(8, dtype=dtype) * value)
+        replay()
+        trial.backend.synchronize()
+        expected = torch.eye(8, dtype=dtype) * (value * value + value)
+        expect(
+            same_bits(y, expected), f"after the input became {value:g} I, a replay gave a different result"
+        )

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 
-from mla.config import MLAConfig
-from mla.conformance.problems.layer import (
-    LORA,
-    MODES,
-    PLAIN,
-    VARIANT,
-    LayerProblem,
-    check_layer,
-    data,
-    judge,
-    make_layer,
-    prepare_layer,
-    weights,
-)
-from mla.conformance.problems.small_call import expect_untouched
+from mla.cases.layer import LayerCall, LayerCase, weights
+from mla.cases.memory import changed_slots
+from mla.config import MLAConfig, YarnScaling
+from mla.conformance.checks.attention_state import NOT_SAFE, capture
 from mla.conformance.registry import LAYER, check
-from mla.conformance.trial import Trial, expect
+from mla.conformance.trial import CheckFailed, Refused, Trial, expect
+from mla.layer.attention import MLA
 from mla.layer.expansion import rebuilt_bytes
 from mla.layer.rope import RotaryTable
 from mla.verify.bounds import ALLOWED, TWICE
 from mla.verify.op_oracle import true_norm, true_rotation
 from mla.verify.tolerances import relative_error, same_bits
 
+# Small, but with the head widths that kernels are made for: without and with a query LoRA.
+PLAIN = MLAConfig(
+    256, 16, rope_scaling=YarnScaling(40, 4096, mscale=0.707, mscale_all_dim=0.707), name="plain"
+)
+LORA = MLAConfig(
+    192, 16, q_lora_rank=128, rope_scaling=YarnScaling(40, 4096, mscale=1.0, mscale_all_dim=1.0), name="lora"
+)
+# What few models have: biases, and channels rotated in halves.
+VARIANT = MLAConfig(192, 16, q_lora_rank=128, attention_bias=True, rope_interleave=False, name="variant")
+MODES = ("auto", "absorbed", "expanded")
+plain = partial(LayerCase, config=PLAIN)
 # A prefill, a decode, several tokens after a history, and a request without new tokens.
 MIXED = ((20, 1, 0, 3), (0, 70, 5, 64))
+# Two requests cross the end of a page within eight steps, and one of them is the longest.
+STEPPING = plain((1, 1, 1, 1), (60, 10, 125, 65), steps=8)
 
 
 def layer_check(
@@ -40,38 +46,105 @@ def layer_check(
     return check(f"layer.{name}", catches=catches, scope=LAYER, fails=fails)
 
 
+def make_layer(trial: Trial, config: MLAConfig, attention: str, *, model: int = 0, **arguments: Any) -> MLA:
+    """Build a layer with the backend's ops and random weights."""
+    given = {"backend": trial.backend, "dtype": trial.dtype, "ops": trial.policy, **arguments}
+    layer = MLA(config, attention=attention, **given)
+    layer.load_state_dict(weights(config, trial.dtype, model))
+    return layer
+
+
+def prepare(
+    trial: Trial,
+    case: LayerCase,
+    attention: str = "auto",
+    *,
+    page_size: int = 64,
+    shuffle: int = 0,
+    layer: MLA | None = None,
+    **arguments: Any,
+) -> LayerCall:
+    """Set a case up in the trial's dtype."""
+    layer = layer or make_layer(trial, case.config, attention, model=case.model, **arguments)
+    return LayerCall(replace(case, dtype=trial.dtype), layer, page_size, shuffle)
+
+
+def judge(trial: Trial, call: LayerCall, outputs: Iterable[torch.Tensor]) -> None:
+    """Compare the outputs [T, d] of every step with the oracle. Raises `CheckFailed`."""
+    verdict = call.case.host.check(torch.stack([out.cpu() for out in outputs]))
+    trial.worst = max(verdict.error_ratio or 0.0, trial.worst or 0.0)
+    if verdict.status != "ok":
+        raise CheckFailed(verdict.reason)
+
+
+def check_layer(trial: Trial, *cases: LayerCase, modes: Sequence[str] = MODES, **arguments: Any) -> None:
+    """Run cases in every attention mode, each as one of the check."""
+    for case in cases:
+        for mode in modes:
+            with trial.case(f"{mode}, {case.label}"):
+                call = prepare(trial, case, mode, **arguments)
+                judge(trial, call, call.run())
+
+
+Body = Callable[[Trial, LayerCall, str], None]
+
+
+def mode_check(
+    name: str, catches: str, fails: str, case: LayerCase, modes: Sequence[str] = MODES
+) -> Callable[[Body], Body]:
+    """Register what is done with a prepared case in every attention mode as a check."""
+
+    def register(body: Body) -> Body:
+        def run(trial: Trial) -> None:
+            for mode in modes:
+                with trial.case(f"{mode}, {case.label}"):
+                    body(trial, prepare(trial, case, mode), mode)
+
+        run.__doc__ = body.__doc__
+        layer_check(name, catches, fails)(run)
+        return body
+
+    return register
+
+
+def expect_untouched(call: LayerCall, before: torch.Tensor, written: torch.Tensor | None = None) -> None:
+    """Raise `CheckFailed` if a slot of the cache has changed, but for those `written` [T]."""
+    count, first = changed_slots(call.cache.pages[0], before, written)
+    expect(not count, f"{count} slots that should not be written have changed, the first is {first}")
+
+
 @layer_check("prefill", "a mask that leaks future tokens, which a long history hides")
 def prefill(trial: Trial) -> None:
     """Requests without history, with and without a query LoRA, on every attention path."""
-    check_layer(trial, *(LayerProblem((5, 1, 30), (0, 0, 0), config) for config in (PLAIN, LORA)))
+    check_layer(trial, *(LayerCase((5, 1, 30), (0, 0, 0), config) for config in (PLAIN, LORA)))
 
 
 @layer_check("history", "new tokens that are rotated for, or masked at, the wrong position")
 def history(trial: Trial) -> None:
     """New tokens after a history attend to it and to themselves."""
-    check_layer(trial, LayerProblem((3, 9, 2), (40, 7, 64), LORA))
+    check_layer(trial, LayerCase((3, 9, 2), (40, 7, 64), LORA))
 
 
 @layer_check("mixed", "tokens of one request that land in the rows of another")
 def mixed(trial: Trial) -> None:
     """Prefill, decode, several tokens after a history and a request without any share a batch."""
-    check_layer(trial, LayerProblem(*MIXED))
+    check_layer(trial, plain(*MIXED))
 
 
 @layer_check("decode", "a token that is cached at the wrong place, which only later steps see", "state")
 def decode(trial: Trial) -> None:
     """Twenty decode steps give what one prefill of the same tokens gives."""
-    check_layer(trial, LayerProblem((1, 1, 1), (50, 0, 120), steps=20), modes=("auto", "absorbed"))
+    check_layer(trial, plain((1, 1, 1), (50, 0, 120), steps=20), modes=("auto", "absorbed"))
 
 
 @layer_check("pages", "pages that are assumed to be contiguous", "tiles")
 def pages(trial: Trial) -> None:
     """The order and the size of pages do not matter; sizes may be refused with a reason."""
-    problem = LayerProblem((2, 1), (140, 70))
+    case = plain((2, 1), (140, 70))
     for page_size, shuffle in ((64, 1), (64, 2), (64, 3), (16, 1), (128, 1)):
-        with trial.case(f"page {page_size}, order {shuffle}, {problem.label}"):
-            ready = prepare_layer(trial, problem, "absorbed", page_size=page_size, shuffle=shuffle)
-            judge(trial, problem, ready.run())
+        with trial.case(f"page {page_size}, order {shuffle}, {case.label}"):
+            call = prepare(trial, case, "absorbed", page_size=page_size, shuffle=shuffle)
+            judge(trial, call, call.run())
 
 
 @layer_check(
@@ -79,29 +152,29 @@ def pages(trial: Trial) -> None:
 )
 def chunks(trial: Trial) -> None:
     """A workspace too small for the context makes the expanded path merge several rounds."""
-    problem = LayerProblem((30, 6), (100, 0))
-    workspace = rebuilt_bytes(problem.config, trial.dtype.itemsize, 40)
-    check_layer(trial, problem, modes=("expanded",), workspace_bytes=workspace)
+    case = plain((30, 6), (100, 0))
+    workspace = rebuilt_bytes(case.config, trial.dtype.itemsize, 40)
+    check_layer(trial, case, modes=("expanded",), workspace_bytes=workspace)
 
 
 @layer_check("variant", "biases that are dropped, or channels rotated in the usual order only")
 def variant(trial: Trial) -> None:
     """A layer with biases and half-split rotary channels."""
-    check_layer(trial, LayerProblem((5, 1), (0, 30), VARIANT))
+    check_layer(trial, LayerCase((5, 1), (0, 30), VARIANT))
 
 
 @layer_check("cached", "a latent that is cached before its norm, or a key before its rotation")
 def cached(trial: Trial) -> None:
     """A step caches the normed latent and the rotated key."""
-    problem = LayerProblem((5, 1, 30), (0, 70, 3))
-    with trial.case(problem.label):
-        made, ready = data(problem, trial.dtype), prepare_layer(trial, problem)
-        ready.run()
-        bound = TWICE * ALLOWED[trial.dtype].layer
-        parts = zip(ready.ids, made.hidden[0].split(list(problem.query_lens)), problem.history, strict=True)
+    case = plain((5, 1, 30), (0, 70, 3))
+    with trial.case(case.label):
+        call = prepare(trial, case)
+        call.run()
+        host, bound = call.case.host, TWICE * ALLOWED[trial.dtype].layer
+        parts = zip(call.ids, host.hidden[0].split(list(case.query_lens)), case.history, strict=True)
         for sequence, hidden, old in parts:
-            kv, pe = ready.cache.read(sequence)
-            truth = true_latents(problem.config, made.state, hidden, old)
+            kv, pe = call.cache.read(sequence)
+            truth = true_latents(case.config, host.state, hidden, old)
             for name, found, true in zip(("latent", "key"), (kv[old:], pe[old:]), truth, strict=True):
                 error = relative_error((found, true))
                 expect(
@@ -121,62 +194,50 @@ def true_latents(
     return norm, true_rotation(key, cos_sin, config.rope_interleave)
 
 
-@layer_check("untouched", "latents written to a page that belongs to another request", "memory")
-def untouched(trial: Trial) -> None:
+@mode_check("untouched", "latents written to a page that is another request's", "memory", plain(*MIXED))
+def untouched(trial: Trial, call: LayerCall, mode: str) -> None:
     """A step changes the slots of its new tokens and no other bit of the cache."""
-    problem = LayerProblem(*MIXED)
-    for mode in MODES:
-        with trial.case(f"{mode}, {problem.label}"):
-            ready = prepare_layer(trial, problem, mode)
-            before = ready.cache.pages[0].cpu().clone()
-            batch = ready.extend()
-            ready.forward(0, batch)
-            others = torch.ones(before.shape[:2].numel(), dtype=torch.bool)
-            others[batch.slots.cpu()] = False
-            expect_untouched(ready.cache.pages[0].cpu(), before, others)
+    before, batch = call.cache.pages[0].cpu().clone(), call.extend()
+    call.forward(0, batch)
+    expect_untouched(call, before, batch.slots)
 
 
-@layer_check("again", "an op that accumulates into its output or the cache", "state")
-def again(trial: Trial) -> None:
+@mode_check("again", "an op that accumulates into its output or the cache", "state", plain(*MIXED))
+def again(trial: Trial, call: LayerCall, mode: str) -> None:
     """Running a batch again gives the same result."""
-    problem = LayerProblem(*MIXED)
-    for mode in MODES:
-        with trial.case(f"{mode}, {problem.label}"):
-            ready = prepare_layer(trial, problem, mode)
-            batch = ready.extend()
-            for _ in range(3):
-                judge(trial, problem, ready.forward(0, batch)[None].cpu())
+    batch = call.extend()
+    for _ in range(3):
+        judge(trial, call, [call.forward(0, batch)])
 
 
-@layer_check(
-    "shared_plan", "a plan or a sequence that one forward uses up, or that remembers its cache", "state"
+@mode_check(
+    "shared_plan",
+    "a plan or a sequence that one forward uses up, or that remembers its cache",
+    "state",
+    plain(*MIXED),
 )
-def shared_plan(trial: Trial) -> None:
+def shared_plan(trial: Trial, call: LayerCall, mode: str) -> None:
     """A layer runs one batch repeatedly, alternating between two caches."""
-    first, second = (LayerProblem(*MIXED, seed=seed) for seed in (0, 1))
-    for mode in MODES:
-        with trial.case(f"{mode}, {first.label}"):
-            layer = make_layer(trial, first.config, mode)
-            ready, other = (prepare_layer(trial, one, mode, layer=layer) for one in (first, second))
-            batch = ready.extend()
-            other.extend()  # so that its tables are the same
-            for one in (ready, ready, other, ready):  # the second one may be recorded by the backend
-                judge(trial, one.problem, one.forward(0, batch)[None].cpu())
+    other = prepare(trial, replace(call.case, seed=1), layer=call.layer)
+    batch = call.extend()
+    other.extend()  # so that its tables are the same
+    for now in (call, call, other, call):  # the second one may be recorded by the backend
+        judge(trial, now, [now.forward(0, batch)])
 
 
-@layer_check(
-    "two_layers", "weights or scratch memory that another layer of the same shape takes over", "state"
+@mode_check(
+    "two_layers",
+    "weights or scratch memory that another layer of the same shape takes over",
+    "state",
+    plain(*MIXED),
 )
-def two_layers(trial: Trial) -> None:
+def two_layers(trial: Trial, call: LayerCall, mode: str) -> None:
     """Two layers run a batch by turns, each on its part of the cache, and leave each other's output alone."""
-    problems = [LayerProblem(*MIXED, seed=seed, model=seed) for seed in (0, 1)]
-    for mode in MODES:
-        with trial.case(f"{mode}, {problems[0].label}"):
-            pair = [prepare_layer(trial, problem, mode) for problem in problems]
-            batch, _ = (one.extend() for one in pair)  # whose tables are the same
-            outputs = [(one, one.forward(0, batch)) for one in (*pair, *pair[::-1])]
-            for one, out in outputs:
-                judge(trial, one.problem, out[None].cpu())
+    other = prepare(trial, replace(call.case, seed=1, model=1), mode)
+    batch, _ = call.extend(), other.extend()  # whose tables are the same
+    outputs = [(now, now.forward(0, batch)) for now in (call, other, other, call)]
+    for now, out in outputs:
+        judge(trial, now, [out])
 
 
 @layer_check(
@@ -190,3 +251,115 @@ def state_dict(trial: Trial) -> None:
             expect(set(back) == set(given), "state_dict() has different names from the weights it was given")
             different = [name for name, weight in given.items() if not same_bits(back[name], weight)]
             expect(not different, f"weight {', '.join(different)} came back with different bits")
+
+
+# --------------------------------------------------------------------------------------- other batches
+
+
+@layer_check("requests", "requests beyond a launch grid, whose rows stay as they were", "grid")
+def requests(trial: Trial) -> None:
+    """Hundreds of requests share a batch, with up to two new tokens each."""
+    batches = ((133, "absorbed"), (47, "expanded"))
+    for count, mode in batches if trial.quick else (*batches, (133, "expanded"), (521, "absorbed")):
+        new, old = ([request % step for request in range(count)] for step in (3, 4))
+        check_layer(trial, plain(tuple(new), tuple(old)), modes=(mode,))
+
+
+@layer_check("rows", "new tokens beyond a launch grid or a buffer that was made for fewer", "grid")
+def rows(trial: Trial) -> None:
+    """Hundreds of new tokens of one request, after a few and before others."""
+    check_layer(trial, plain((3, 530, 1), (0, 0, 2)), modes=("auto",))
+    if not trial.quick:
+        check_layer(trial, plain((5, 1100), (9, 3)), modes=("auto", "expanded"))
+
+
+@layer_check("equal", "requests of equal lengths that are put back in another order", "order")
+def equal(trial: Trial) -> None:
+    """Requests of equal lengths keep their places, sorted by length or not, step after step."""
+    for new, old in (((1,) * 8, (5, 9, 5, 9, 5, 5, 9, 9)), ((3, 1, 3, 3, 1), (7, 7, 7, 7, 7))):
+        check_layer(trial, plain(new, old, steps=2))
+
+
+@mode_check(
+    "no_tokens",
+    "an empty batch that raises, or that a later one suffers from",
+    "emptiness",
+    plain((2, 1), (70, 0)),
+)
+def no_tokens(trial: Trial, call: LayerCall, mode: str) -> None:
+    """A batch without new tokens gives no rows, changes nothing, and the next one is right."""
+    before = call.cache.pages[0].cpu().clone()
+    for _ in range(2):
+        nothing = call.cache.extend(call.ids, [0, 0])
+        out = call.layer(call.hidden[0, :0], nothing, call.cache.pages[0])
+        expect(out.shape == (0, call.case.config.hidden_size), f"its output is {list(out.shape)}")
+    expect_untouched(call, before)
+    judge(trial, call, call.run())
+
+
+# -------------------------------------------------------------------------------- what changes in place
+
+
+@mode_check(
+    "update",
+    "a plan that is remembered for the batch object, not for its lengths",
+    "state",
+    STEPPING,
+    ("absorbed", "auto"),
+)
+def update(trial: Trial, call: LayerCall, mode: str) -> None:
+    """A batch updated in place to the next step's lengths runs like that step's own batch."""
+    batch = call.extend(in_shape=True)
+    outputs = [call.forward(0, batch)]
+    for step in range(1, call.case.steps):
+        batch.update_(call.extend(in_shape=True))
+        outputs.append(call.forward(step, batch))
+    judge(trial, call, outputs)
+
+
+CAPTURED = "an op that waits, allocates or reads its inputs on the host while captured"
+
+
+@layer_check("graph", CAPTURED, "state")
+def graph(trial: Trial) -> None:
+    """A captured forward gives the right output for new inputs and other cache contents."""
+    first, second = (plain((1, 1, 1), (50, 10, 100), seed=seed) for seed in (0, 1))
+    with trial.case(first.label):
+        call, other, again = (prepare(trial, case, "absorbed") for case in (first, second, first))
+        batch, hidden, pages = call.extend(), call.hidden[0], call.cache.pages[0]
+        out = call.forward(0, batch)
+        replay = capture(trial, lambda: call.layer(hidden, batch, pages, out=out))
+        for now in (other, again, other):
+            hidden.copy_(now.hidden[0])
+            pages.copy_(now.cache.pages[0])
+            out.fill_(torch.nan)
+            replay()
+            trial.backend.synchronize()
+            judge(trial, now, [out])
+
+
+@layer_check("graph_lengths", "a plan whose lengths or angles are frozen at capture", "state")
+def graph_lengths(trial: Trial) -> None:
+    """A captured plan and forward follow the batch as update_() advances it in place."""
+    with trial.case(STEPPING.label):
+        call = prepare(trial, STEPPING, "absorbed")
+        batch, pages = call.extend(in_shape=True), call.cache.pages[0]
+        plan = call.layer.plan(batch)
+        if plan.absorbed is None or not getattr(plan.absorbed.state, "graph_safe", False):
+            raise Refused(NOT_SAFE)
+        hidden = call.hidden[0].clone()
+        out = torch.empty_like(hidden)
+
+        def forward() -> None:
+            batch.update_(batch)  # drops the plan, so that planning is captured as well
+            call.layer(hidden, batch, pages, out=out)
+
+        replay, outputs = capture(trial, forward), []
+        for step in range(STEPPING.steps):
+            if step:
+                batch.update_(call.extend(in_shape=True))
+            hidden.copy_(call.hidden[step])
+            replay()
+            trial.backend.synchronize()
+            outputs.append(out.clone())
+        judge(trial, call, outputs)

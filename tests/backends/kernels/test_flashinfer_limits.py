@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla.conformance.problems import reach
+from mla.conformance import reach
 from mla.conformance.report import CheckResult
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest

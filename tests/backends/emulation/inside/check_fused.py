@@ -17,7 +17,7 @@ from tiny_run import HEADLINE
 import mla
 from mla.bench import results
 from mla.bench.doubts import evidence, new_lengths
-from mla.conformance.checks.attention import tiles
+from mla.conformance.checks import attention
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
 from mla.conformance.xfails import Xfails
@@ -245,7 +245,7 @@ def test_what_the_layer_does_not_look_at_is_right_too(
 ) -> None:
     """Above all the log-sum-exp, whose layout and base differ between vendors."""
     make_smaller(monkeypatch)
-    monkeypatch.setattr(tiles, "FEW_HEADS", SOME_HEADS)
+    monkeypatch.setattr(attention, "FEW_HEADS", SOME_HEADS)
     role, op = kernel
     group = "latent" if role == "latent_attention" else "expanded"
     wanted = [f"{group}.{check}[{op}-bfloat16]" for check in ("lse", "heads", "scale")]

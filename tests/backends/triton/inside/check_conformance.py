@@ -9,8 +9,7 @@ import pytest
 import torch
 from smaller_cases import make_smaller
 
-from mla.conformance.checks.attention import grid, index, tiles
-from mla.conformance.checks.small_ops import rows
+from mla.conformance.checks import attention, small_ops
 from mla.conformance.report import CheckResult
 from mla.conformance.suite import Instance, carry_out, instances
 from mla.conformance.trial import BackendUnderTest
@@ -18,15 +17,15 @@ from mla.conformance.xfails import Xfails
 
 # An interpreter's time goes by programs, of which these cases start thousands on the quick grid.
 SMALLER = (
-    (tiles, "FEW_HEADS", (1, 12, 20)),
-    (tiles, "USUAL_HEADS", (12,)),
-    (tiles, "MANY_HEADS", ((65, 4),)),
-    (tiles, "FEW_TOKENS", (1, 2, 3, 15, 16, 17)),
-    (grid, "REQUESTS", (20, 20)),
-    (grid, "REQUESTS_OF", ((16, 20),)),
-    (index, "CACHES", ((64, 70), (1, 300))),
-    (rows, "FEW", (1, 2, 16, 17)),
-    (rows, "DRAWN", 67),
+    (attention, "FEW_HEADS", (1, 12, 20)),
+    (attention, "USUAL_HEADS", (12,)),
+    (attention, "MANY_HEADS", ((65, 4),)),
+    (attention, "FEW_TOKENS", (1, 2, 3, 15, 16, 17)),
+    (attention, "REQUESTS", (20, 20)),
+    (attention, "REQUESTS_OF", ((16, 20),)),
+    (attention, "CACHES", ((64, 70), (1, 300))),
+    (small_ops, "FEW", (1, 2, 16, 17)),
+    (small_ops, "MOST_ROWS", 67),
 )
 # Checks that start most of all, and differ from others in a number of programs.
 LEFT_OUT = {"rotate_query.rows_and_heads", "latent.positions", "expanded.positions", "expanded.lse"}

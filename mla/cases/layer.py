@@ -1,0 +1,140 @@
+"""`LayerCase`: forwards of a whole layer, drawn, known in float64, placed on a poisoned cache, judged."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from mla.cache import LatentCache
+from mla.cache.ragged_batch import RaggedBatch
+from mla.cases.case import Lengths
+from mla.config import MLAConfig
+from mla.layer.attention import MLA
+from mla.verify.layer_check import Checker
+from mla.verify.layer_oracle import oracle
+from mla.verify.poison import Poison
+from mla.verify.verdict import Check
+from mla.weights import random_state_dict
+
+History = list[tuple[torch.Tensor, torch.Tensor]]  # per request kv [s, c] normed, pe [s, r] rotated
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """`steps` forwards of a layer in a row, with the same new tokens per request each."""
+
+    query_lens: Lengths
+    history: Lengths
+    config: MLAConfig
+    steps: int = 1
+    seed: int = 0
+    model: int = 0  # seed of the weights
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def label(self) -> str:
+        steps = f", {self.steps} steps" * (self.steps > 1)
+        lengths = ",".join(f"{new}+{old}" for new, old in zip(self.query_lens, self.history, strict=True))
+        return f"{self.config.name}, new+old {lengths}{steps}"
+
+    @property
+    def final_lens(self) -> list[int]:
+        """Tokens per request after the last step."""
+        pairs = zip(self.query_lens, self.history, strict=True)
+        return [old + new * self.steps for new, old in pairs]
+
+    @property
+    def host(self) -> LayerHost:
+        """The host's side, drawn once."""
+        return _host(self)
+
+
+@functools.lru_cache(maxsize=64)
+def _host(case: LayerCase) -> LayerHost:
+    return LayerHost(case)
+
+
+@functools.lru_cache(maxsize=8)
+def weights(config: MLAConfig, dtype: torch.dtype, model: int = 0) -> dict[str, torch.Tensor]:
+    """Return host weights N(0, 1 / fan_in)."""
+    return random_state_dict(config, model, dtype)
+
+
+class LayerHost:
+    """Inputs N(0, 1) of a case, and what they must give."""
+
+    def __init__(self, case: LayerCase) -> None:
+        self.case, config = case, case.config
+        generator = torch.Generator().manual_seed(case.seed + 7)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(case.dtype)
+
+        self.state = weights(config, case.dtype, case.model)
+        widths = (config.kv_lora_rank, config.qk_rope_head_dim)
+        self.history: History = [
+            (draw(length, widths[0]), draw(length, widths[1])) for length in case.history
+        ]
+        self.hidden = draw(case.steps, sum(case.query_lens), config.hidden_size)
+
+    @functools.cached_property
+    def truth(self) -> torch.Tensor:
+        """The outputs [steps, T, d] in float64: all steps' come from one prefill of all their tokens."""
+        case = self.case
+        by_request = self.hidden.split(list(case.query_lens), dim=1)  # each [steps, t, d]
+        lengths = [length * case.steps for length in case.query_lens]
+        tokens = torch.cat([one.flatten(0, 1) for one in by_request])
+        flat = oracle(case.config, self.state, tokens, lengths, self.history)
+        parts = [one.unflatten(0, (case.steps, -1)) for one in flat.split(lengths) if len(one)]
+        return torch.cat(parts, dim=1)
+
+    @functools.cached_property
+    def reference(self) -> torch.Tensor:
+        """The reference's outputs [steps, T, d]."""
+        layer = MLA(self.case.config, dtype=self.case.dtype)
+        layer.load_state_dict(self.state)
+        return LayerCall(self.case, layer).run()
+
+    def check(self, outputs: torch.Tensor) -> Check:
+        """Compare outputs [steps, T, d] with the oracle, by the runner's rules."""
+        checker = Checker(self.truth, self.case.dtype, lambda: self.reference)
+        return checker.check(outputs, held_to_reference=True)
+
+
+class LayerCall:
+    """A layer and a cache that holds a case's history, in shuffled pages; all other slots are poisoned."""
+
+    def __init__(self, case: LayerCase, layer: MLA, page_size: int = 64, shuffle: int = 0) -> None:
+        self.case, self.layer = case, layer
+        device, host = layer.device, case.host
+        pages = sum(-(-length // page_size) for length in case.final_lens) + 3
+        self.cache = LatentCache(
+            case.config,
+            max_tokens=pages * page_size,
+            page_size=page_size,
+            device=device,
+            dtype=case.dtype,
+            shuffle=shuffle,
+        )
+        self.ids = self.cache.new_sequences(len(case.history))
+        for sequence, (kv, pe) in zip(self.ids, host.history, strict=True):
+            self.cache.load(sequence, kv, pe)
+        safe = layer.ops["latent_attention"].op.nan_safe_tail
+        Poison(self.cache, self.ids, case.final_lens, safe).apply()
+        self.hidden = host.hidden.to(device, copy=True)
+
+    def extend(self, in_shape: bool = False) -> RaggedBatch:
+        """Return the next step's batch; if `in_shape`, with a block table as wide as the last step needs."""
+        wide = {"table_tokens": max(self.case.final_lens)} if in_shape else {}
+        return self.cache.extend(self.ids, self.case.query_lens, **wide)
+
+    def forward(self, step: int, batch: RaggedBatch) -> torch.Tensor:
+        """Run one step. What it does not write is NaN."""
+        hidden = self.hidden[step]
+        return self.layer(hidden, batch, self.cache.pages[0], out=torch.full_like(hidden, torch.nan))
+
+    def run(self) -> torch.Tensor:
+        """Run every step and return the outputs [steps, T, d] on the host."""
+        return torch.stack([self.forward(step, self.extend()).cpu() for step in range(self.case.steps)])

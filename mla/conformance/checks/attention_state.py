@@ -1,0 +1,265 @@
+"""What an attention op may keep between calls: its plan, and nothing of the numbers it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from mla.cases.call import GuardedCall, host
+from mla.cases.case import OpCase
+from mla.cases.memory import Tensors
+from mla.conformance.checks.attention import (
+    EXPANDED,
+    LATENT,
+    Make,
+    attention_cases,
+    attention_check,
+    decode,
+    require_lse,
+    usual,
+)
+from mla.conformance.checks.device import NO_GRAPH, best, elapsed, load_of, median
+from mla.conformance.trial import Refused, Trial, expect
+from mla.parallel.exchange import merge
+from mla.parallel.share import Share
+from mla.verify.tolerances import same_bits
+
+UNITS = 4  # of pending work that a plan might wait for
+CALLS = 300  # of one state: beyond what a counter of 8 bits holds
+ALIVE = 20  # states at a time, and calls after one whose outputs are kept
+NOT_SAFE = "the op's state does not declare that a captured call follows its batch (graph_safe)"
+
+
+def other(make: Make) -> OpCase:
+    """Return a batch of other lengths than the usual."""
+    return make((1, 12, 1), (65, 40, 9))
+
+
+@attention_check(
+    "reuse", "state", "a plan that is used up by one layer, or scratch memory that two batches share"
+)
+def reuse(trial: Trial, make: Make) -> None:
+    """One prepared state serves several layers, with another batch's calls in between."""
+    first, second = trial.fitted(make(*usual(make))), trial.fitted(other(make))
+    with trial.case(f"{first.label}, and {second.label} in between"):
+        layer, next_layer, between = (trial.serve(case) for case in (first, first.but(seed=1), second))
+        for call in (layer, between):
+            call.prepare()
+        next_layer.share(layer)
+        for call in (layer, between, next_layer, between, layer):
+            trial.check(call)
+
+
+@attention_check("prepare", "state", "a plan step that waits for the device or copies lengths back from it")
+def prepare(trial: Trial, make: Make) -> None:
+    """Preparing a batch does not wait for pending work on the device."""
+    case = trial.fitted(make(*usual(make)))
+    with trial.case(case.label):
+        call = trial.serve(case)
+        call.prepare()  # one-time setup does not count
+        work = load_of(trial.subject)
+        pending = work.milliseconds(UNITS)
+
+        def busy() -> float:
+            work.read()
+            work.submit(UNITS)
+            return elapsed(call.prepare)
+
+        behind = median(busy)
+        work.read()
+        waited = behind - best(lambda: elapsed(call.prepare))
+        expect(waited < 0.5 * pending, f"prepare() waited {waited:.3g} of {pending:.3g} ms of pending work")
+
+
+@attention_check(
+    "refilled", "state", "keys gathered once per state, or a result that is remembered by addresses"
+)
+def refilled(trial: Trial, make: Make) -> None:
+    """One state on the same memory follows what that memory holds."""
+    case = trial.fitted(make(*usual(make), 4))
+    with trial.case(case.label):
+        call = trial.serve(case)
+        outputs = call.outputs()
+        # Keys that change under the queries, then queries as well, and then back.
+        for seed, others in ((0, 0), (0, 1), (1, 1), (1, 0), (0, 0)):
+            call.hold(trial.serve(case.but(seed=seed, others=others)))
+            for placed in outputs.values():
+                placed.part.fill_(torch.nan)
+            trial.judge(call, call.run(outputs))
+
+
+@attention_check(
+    "kept", "state", "an output that is written again at a later call, or an input that is read again"
+)
+def kept(trial: Trial, make: Make) -> None:
+    """What a call wrote stays as it is, and its inputs may be overwritten afterwards."""
+    first, second = trial.fitted(make(*usual(make), 4)), trial.fitted(other(make).but(num_heads=4))
+    with trial.case(f"{first.label}, then {second.label}"):
+        call, layer, between = (trial.serve(case) for case in (first, first.but(seed=1), second))
+        outputs = call.run()
+        before = {name: placed.part.cpu().clone() for name, placed in outputs.items()}
+        for name in {"q", "cache", "k", "v"} & call.arguments.keys():
+            call.arguments[name].fill_(torch.nan)
+        trial.check(between, only=("out",))
+        own = trial.serve(first.but(seed=1))  # with a state of its own
+        layer.share(call)
+        for later in (layer, own, *[layer] * ALIVE):
+            trial.check(later, only=("out",))
+        for name, then in before.items():
+            expect(same_bits(then, outputs[name].part), f"`{name}` of an earlier call was written again")
+
+
+@attention_check("again", "state", "a counter or a ring of buffers that runs out after some calls")
+def again(trial: Trial, make: Make) -> None:
+    """The same call gives the same result hundreds of times."""
+    case = trial.fitted(other(make).but(num_heads=2))
+    with trial.case(f"{case.label}, {CALLS} times"):
+        call = trial.serve(case)
+        first = call.results(trial.check(call, only=("out",)))["out"]
+        outputs = call.outputs()
+        for _ in range(CALLS):
+            for placed in outputs.values():
+                placed.part.fill_(torch.nan)
+            call.run(outputs)
+            if not torch.equal(outputs["out"].part.cpu(), first):
+                trial.judge(call, outputs, only=("out",))
+
+
+@attention_check("alive", "state", "states in a ring of a few, or scratch memory that later states take over")
+def alive(trial: Trial, make: Make) -> None:
+    """Many states live at a time, and are called in any order."""
+    case = trial.fitted(make((1, 2), (5, 9), 2))
+    first, second = case.kv_lens
+    cases = [case.but(kv_lens=(first + i, second + 2 * i)) for i in range(ALIVE)]
+    with trial.case(f"{ALIVE} states, the first {case.label}"):
+        calls = [trial.serve(one) for one in cases]
+        for call in calls:
+            call.prepare()
+        for call, outputs in [(call, call.run()) for call in (*calls[::-1], *calls)]:
+            trial.judge(call, outputs)
+
+
+@attention_cases("stepping", "state", "lengths remembered from the first time a batch was prepared", LATENT)
+def stepping(make: Make, quick: bool) -> list[OpCase]:
+    """The same requests, one token longer each step, are attended in full every step."""
+    return [decode(length, length - 30) for length in range(62, 67)]
+
+
+@attention_check("tables", "state", "a block table or lengths kept for every batch of the same shape", LATENT)
+def tables(trial: Trial, make: Make) -> None:
+    """States of equal shapes, alive at the same time, keep their own tables and lengths apart."""
+    first, swapped = (trial.fitted(decode(*lengths, heads=4)) for lengths in ((33, 7, 100), (100, 33, 7)))
+    with trial.case(f"{first.label}, {swapped.label}"):
+        others = (first.but(seed=1, shuffle=1), swapped, swapped.but(seed=1, shuffle=2))
+        alternate(trial, [trial.serve(case) for case in (first, *others)])
+
+
+@attention_check("lengths", "state", "lengths that are kept for every batch of the same shape", EXPANDED)
+def lengths(trial: Trial, make: Make) -> None:
+    """States of equal shapes, alive at the same time, keep their own lengths apart."""
+    batches = (((5, 1, 3), (9, 40, 3)), ((3, 5, 1), (3, 9, 40)), ((3, 5, 1), (40, 9, 3)))
+    cases = [trial.fitted(make(*both, 4)) for both in batches]
+    cases += [cases[0].but(causal=False)]
+    with trial.case(", ".join(case.label for case in cases)):
+        alternate(trial, [trial.serve(case) for case in cases])
+
+
+def alternate(trial: Trial, calls: list[GuardedCall]) -> None:
+    """Prepare all, then call all in turn, twice."""
+    for call in calls:
+        call.prepare()
+    for call in calls * 2:
+        trial.check(call)
+
+
+# -------------------------------------------------------------------------------------------------- graphs
+
+
+def capture(trial: Trial, work: Callable[[], None]) -> Callable[[], None]:
+    """Run `work` once, so that one-time setup is not captured, then capture it."""
+    work()
+    trial.backend.synchronize()
+    replay = trial.backend.graph(work)
+    if replay is None:
+        raise Refused(NO_GRAPH)
+    return replay
+
+
+def captured(trial: Trial, first: OpCase, second: OpCase, follows: bool) -> None:
+    """Capture a call for one case, then replay it with the inputs of the other, and back again."""
+    call = trial.serve(first)
+    call.prepare()
+    if follows and not getattr(call.leading[0], "graph_safe", False):
+        raise Refused(NOT_SAFE)
+    outputs = call.outputs()
+
+    def work() -> None:
+        call.run(outputs)
+
+    replay = capture(trial, work)
+    for case in (second, first, second):
+        call.hold(trial.serve(case))
+        outputs["out"].part.fill_(torch.nan)
+        replay()
+        trial.backend.synchronize()
+        trial.judge(call, outputs, only=("out",), around=False)
+
+
+@attention_check(
+    "graph", "state", "a call that waits, allocates or reads inputs on the host while captured", LATENT
+)
+def graph(trial: Trial, make: Make) -> None:
+    """A captured call gives the right output for other queries and other cache contents."""
+    first = trial.fitted(decode(50, 10, 100))
+    with trial.case(first.label):
+        captured(trial, first, first.but(seed=1), follows=False)
+
+
+@attention_check("graph_lengths", "state", "a schedule or a longest length that is frozen at capture", LATENT)
+def graph_lengths(trial: Trial, make: Make) -> None:
+    """A captured call follows lengths and block tables that change in place, if its state declares it."""
+    first = trial.fitted(decode(50, 10, 100, 3))
+    second = trial.fitted(decode(100, 65, 1, 0, seed=1))
+    with trial.case(f"{first.label}, then {second.label}"):
+        captured(trial, first, second, follows=True)
+
+
+# -------------------------------------------------------------------------------------------------- shares
+
+
+@attention_check(
+    "shares",
+    "numbers",
+    "a log-sum-exp that does not weigh parts of a context: in another base, or without keys",
+    LATENT,
+)
+def shares(trial: Trial, make: Make) -> None:
+    """Every 2nd, or 3rd, token attended apart and merged gives what all do; some shares have no keys."""
+    require_lse(trial)
+    for world in (2, 3):
+        for case in (decode(70, 2, 1, 129), make((3, 1, 5), (5, 66, 5))):
+            case = trial.fitted(case)
+            with trial.case(f"{case.label} in {world} shares"):
+                whole = trial.serve(case)
+                parts = [_attend(trial, case, Share(rank, world)) for rank in range(world)]
+                out, sums = (torch.stack([part[name] for part in parts]) for name in ("out", "lse"))
+                merged = torch.empty_like(out[0])
+                merge(out, sums, merged)
+                trial.found(whole.faults({"out": merged}))
+
+
+def _attend(trial: Trial, case: OpCase, share: Share) -> Tensors:
+    """Return out [T, h, c] and lse [T, h] of one share, where each new token is a request of its own."""
+    whole, keys = host(case.but(dtype=trial.dtype)), []
+    for latents, new, length in zip(
+        whole.given["keys"].split(case.kv_lens), case.query_lens, case.kv_lens, strict=True
+    ):
+        own = latents[share.rank :: share.world]
+        seen = share.count(torch.arange(length - new, length) + 1)
+        keys += [own[:count] for count in seen.tolist()]
+    lengths = tuple(map(len, keys))
+    part = case.but(query_lens=(1,) * len(lengths), kv_lens=lengths)
+    given = {"q": whole.given["q"], "keys": torch.cat(keys)}
+    call = trial.serve(part, given=given)
+    return call.results(call.run())

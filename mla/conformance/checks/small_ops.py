@@ -1,0 +1,532 @@
+"""Checks of projections, norm, rotation and cache write: what they compute, and where kernels fail."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mla.cases.call import host
+from mla.cases.case import OpCase
+from mla.cases.memory import allocate
+from mla.cases.stress import Stress
+from mla.conformance.checks.attention import DEEPSEEK, SMALL
+from mla.conformance.reach import far, memory_may_end
+from mla.conformance.registry import OP, check
+from mla.conformance.trial import Trial, expect
+from mla.verify.tolerances import same_bits
+from mla_backends.api import AttentionSpec, LinearSpec, NormSpec, Packed
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+ROTARY_SPEC = AttentionSpec(**DEEPSEEK, num_heads=16, dtype=FP32, device=CPU)
+
+
+def small(kind: str, spec: Any, tokens: int) -> OpCase:
+    """Return a case of an op that works row by row."""
+    return OpCase(kind, spec, (tokens,), (tokens,), stress=Stress())
+
+
+# Narrow, but multiples of 128, which some kernels want. Checks of widths try odd ones.
+EXAMPLES: Mapping[str, OpCase] = {
+    "linear": small("linear", LinearSpec(256, 128, 1, FP32, CPU), 7),
+    "batched_linear": small("batched_linear", LinearSpec(128, 128, 2, FP32, CPU), 7),
+    "rms_norm": small("rms_norm", NormSpec(512, FP32, CPU), 7),
+    "rotate_query": small("rotate_query", ROTARY_SPEC, 7).but(num_heads=2),
+    "write_latent": small("write_latent", ROTARY_SPEC, 9),
+}
+PRODUCTS, NORM, ROTATE, WRITE = (
+    ("linear", "batched_linear"),
+    ("rms_norm",),
+    ("rotate_query",),
+    ("write_latent",),
+)
+HEADED = ("batched_linear", "rotate_query")
+
+Body = Callable[[Trial, OpCase], None]
+Cases = Callable[[OpCase, bool], Iterable[OpCase]]
+
+
+def small_check(
+    name: str, fails: str, catches: str, kinds: Iterable[str] = EXAMPLES
+) -> Callable[[Body], Body]:
+    """Register a function of a trial and an example as check `name` of every kind."""
+
+    def register(body: Body) -> Body:
+        for kind in kinds:
+
+            def run(trial: Trial, example: OpCase = EXAMPLES[kind]) -> None:
+                body(trial, example)
+
+            run.__doc__ = body.__doc__
+            check(f"{kind}.{name}", catches=catches, scope=OP, kind=kind, fails=fails)(run)
+        return body
+
+    return register
+
+
+def small_cases(
+    name: str, fails: str, catches: str, kinds: Iterable[str] = EXAMPLES
+) -> Callable[[Cases], Cases]:
+    """Register cases, made of an example, as a check: each is right, and nothing else is written.
+
+    The function also gets whether the grid is the quick one.
+    """
+
+    def register(cases: Cases) -> Cases:
+        def body(trial: Trial, example: OpCase) -> None:
+            trial.check_cases(cases(example, trial.quick), inputs=True)
+
+        body.__doc__ = cases.__doc__
+        small_check(name, fails, catches, kinds)(body)
+        return cases
+
+    return register
+
+
+def other_way(case: OpCase) -> OpCase:
+    """Return the case with a bias, or rotated in halves; of other kinds the case itself."""
+    if case.kind == "linear":
+        return case.but(biased=True)
+    return case.but(interleaved=False) if "interleaved" in case.entry.scalars else case
+
+
+def both_ways(cases: Iterable[OpCase]) -> Iterator[OpCase]:
+    """Yield each case, and its other way if it has one."""
+    yield from dict.fromkeys(way for case in cases for way in (case, other_way(case)))
+
+
+def by_turns(cases: Iterable[OpCase]) -> Iterator[OpCase]:
+    """Yield every third case the other way, as sizes of tiles are even, and the last one both ways."""
+    *most, last = cases
+    yield from (other_way(case) if number % 3 == 2 else case for number, case in enumerate(most))
+    yield from both_ways([last])
+
+
+def of_tokens(case: OpCase, *counts: int) -> Iterator[OpCase]:
+    """Yield the case with so many tokens."""
+    return (case.but(tokens=count) for count in counts)
+
+
+# ------------------------------------------------------------------------------------------------- formula
+
+EPS = "an eps that is fixed, or added after the square root"
+OVERFLOW = "squares that overflow a narrow dtype"
+HALVES = "the `interleaved` argument ignored"
+
+
+@small_cases(
+    "product", "tiles", "a weight that is transposed or a neighbour's, or a last tile missing", PRODUCTS
+)
+def product(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """The product is correct for one token and for many."""
+    groups = 16 if example.kind == "batched_linear" else 1
+    sizes = [(1, 128, 256), (7, 128, 256), (130, 128, 256), (5, 33, 17)]
+    if not quick:
+        sizes += [(64, 512, 2048 if groups == 1 else 128), (300, 128, 512), (5, 96, 70)]
+    for tokens, inputs, outputs in sizes:
+        yield example.but(tokens=tokens, in_features=inputs, out_features=outputs, groups=groups)
+
+
+@small_cases("bias", "formula", "a bias that is ignored", ("linear",))
+def bias(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """A bias is added to every row."""
+    return of_tokens(example.but(in_features=128, out_features=256, biased=True), 1, 7, 130)
+
+
+@small_cases("formula", "formula", "a norm over the wrong width, or without its weight", NORM)
+def norm_formula(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """x / sqrt(mean(x^2) + eps) * weight, over rows of any width."""
+    for width in (1536, 33) if quick else (1536, 768, 33, 1):
+        yield from of_tokens(example.but(features=width), 1, 70)
+
+
+@small_cases(
+    "formula", "formula", "a key that is cached unrotated, or a latent without its norm's weight", WRITE
+)
+def write_formula(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """The latent is normed and the key rotated, each as accurately as the dtype allows."""
+    return of_tokens(example, 1, 9, 130)
+
+
+@small_cases("eps", "formula", EPS, (*NORM, *WRITE))
+def eps(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """With small inputs eps matters, and it is the one that is passed."""
+    return (_usual(example).but(size=1e-3, eps=value) for value in (1e-6, 1e-5))
+
+
+@small_cases("large", "numbers", OVERFLOW, (*NORM, *WRITE))
+def large(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """Inputs in the hundreds give results as accurate as small ones."""
+    yield _usual(example).but(size=500.0)
+
+
+def _usual(example: OpCase) -> OpCase:
+    """Return a norm of a width that models have."""
+    return example.but(features=1536) if example.kind == "rms_norm" else example
+
+
+@small_cases("interleaved", "formula", "halves rotated where channels alternate", ROTATE)
+def rotate_interleaved(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """Interleaved: channels 2i and 2i + 1 are rotated together, and stay where they are."""
+    return (example.but(num_heads=heads) for heads in ((16, 3) if quick else (16, 1, 3, 128)))
+
+
+@small_cases("halves", "formula", HALVES, (*ROTATE, *WRITE))
+def halves(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """Not interleaved: channels i and i + r/2 are rotated together."""
+    yield example.but(num_heads=16, interleaved=False)
+
+
+@small_check(
+    "pack", "contract", "a layout that loses bits, so that a checkpoint cannot be saved again", PRODUCTS
+)
+def pack(trial: Trial, example: OpCase) -> None:
+    """unpack(pack(weight)) is the weight, bit for bit, whatever its strides."""
+    for case in (example, example.but(tokens=1, in_features=96, out_features=70)):
+        with trial.case(case.label):
+            call = trial.serve(case)
+            weight = call.pool.given["weight"]
+            on_device = weight.to(trial.device, copy=True)
+            for name, given in {"contiguous": on_device, "transposed": on_device.mT.contiguous().mT}.items():
+                packed = call.op.pack(given)
+                expect(isinstance(packed, Packed), f"pack() returned a {type(packed).__name__}")
+                expect(packed.nbytes > 0, f"nbytes is {packed.nbytes}")
+                expect(same_bits(given, weight), f"pack() changed the weight it was given ({name})")
+                expect(same_bits(call.op.unpack(packed), weight), f"unpack() returns different bits ({name})")
+
+
+# -------------------------------------------------------------------------------------------- grid and tiles
+
+# A prime, so that no tile divides it. A kernel that is wrong from any row on up to it is wrong here, whatever
+# the number was.
+MOST_ROWS = 5003
+# Every rest of small tiles; then beside powers of two, which sizes of blocks and their multiples are.
+FEW = (*range(1, 34), 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 2049)
+MANY = tuple(sorted({*range(1, 130), *FEW, 2047, 2048, 3000, 4095, 4096, 4097}))
+# More than the 65535 blocks that a grid's second and third dimension may have.
+BEYOND_GRID = 66_001
+# What 128 heads of 192 channels have, and more than 2^15; both are multiples of 128.
+WIDE = (24_576, 33_024)
+# Beside the tiles of 16 to 256 that kernels cut widths into, and what they serve without a remainder.
+BESIDE = (16, 32, 64, 128, 256)
+WIDTHS = (1, 2, 8, *(width + step for width in BESIDE for step in (-1, 0, 1)))
+EVEN = (48, 80, 96, 112, 160, 192, 224, 320, 384, 512)  # for kernels that want multiples of 16
+NORMS = (511, 512, 513, 768, 1023, 1024, 1025, 1536, 2047, 2048, 2049, 4096, 7168)
+LATENTS = ((512, 32), (512, 96), (512, 128), (256, 64), (528, 64), (127, 62), (65, 2), (1, 66))
+ROTARY = (2, 32, 62, 96, 128)
+# Every rest of a tile of up to 32 heads, and what layers have.
+HEADS = (*range(1, 34), 40, 48, 63, 64, 65, 96, 127, 128)
+
+
+@small_cases("rows", "grid", "rows beyond a launch grid, or beside a multiple of its blocks")
+def rows(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """From one row to thousands, every row is right."""
+    return by_turns(of_tokens(example, *((*FEW, MOST_ROWS) if quick else (*MANY, MOST_ROWS, BEYOND_GRID))))
+
+
+@small_cases("rows_and_heads", "grid", "tokens times heads that a launch grid does not hold", HEADED)
+def rows_and_heads(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """Tokens times heads may exceed 65535."""
+    case = _of_heads(example, 128).but(tokens=521)
+    case = case.but(out_features=64) if quick and example.kind == "batched_linear" else case
+    yield from [other_way(case)] if quick else both_ways([case])
+
+
+@small_cases("empty", "emptiness", "an empty launch that raises, or that writes anyway")
+def empty(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """A call without tokens is allowed and writes nothing."""
+    nothing = example.but(tokens=0)
+    yield from (*both_ways([nothing]), nothing.but(strided=True))
+
+
+@small_cases(
+    "wide",
+    "grid",
+    "more tiles of outputs than a grid was made for, or columns counted in 15 bits",
+    ("linear",),
+)
+def wide(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """Every one of tens of thousands of outputs is right."""
+    few = example.but(tokens=3, in_features=128)
+    return both_ways(few.but(out_features=outputs) for outputs in (WIDE[-1:] if quick else WIDE))
+
+
+@small_cases("widths", "tiles", "a last tile that is missing, or filled with what lies behind")
+def widths(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """Widths that no tile divides are served, or refused with a reason."""
+    if example.kind == "write_latent":
+        few = (example.but(kv_lora_rank=latent, qk_rope_head_dim=rotary) for latent, rotary in LATENTS)
+        yield from both_ways(few)
+        return
+    for case in of_tokens(example, *((3,) if quick else (1, 3, 17, 64))):
+        if example.kind == "rms_norm":
+            yield from (case.but(features=width) for width in sorted({*WIDTHS, *EVEN, *NORMS}))
+        elif example.kind == "rotate_query":
+            yield from both_ways(case.but(qk_rope_head_dim=width) for width in ROTARY)
+        else:
+            sides = itertools.product((*WIDTHS, *EVEN), ("in_features", "out_features"))
+            yield from by_turns(dict.fromkeys(case.but(**{side: width}) for width, side in sides))
+
+
+@small_cases("heads", "tiles", "heads left over by a tile of heads, or a head count that is assumed", HEADED)
+def heads(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """Any number of heads from 1 to 128 is served, or refused with a reason."""
+    narrow = {"in_features": 64, "out_features": 64} if quick and example.kind == "batched_linear" else {}
+    for case in of_tokens(example.but(**narrow), *((1, 3) if quick else (1, 2, 3, 5, 17, 64))):
+        yield from by_turns(_of_heads(case, count) for count in HEADS)
+
+
+def _of_heads(case: OpCase, count: int) -> OpCase:
+    return case.but(**{"groups" if case.kind == "batched_linear" else "num_heads": count})
+
+
+@small_cases("page_sizes", "tiles", "a slot that is split into page and offset with a fixed page size", WRITE)
+def page_sizes(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """Slots are rows of the flattened cache, whatever the page size."""
+    sizes = (1, 16, 128) if quick else (1, 2, 4, 8, 16, 32, 128, 256)
+    return by_turns(example.but(page_size=size) for size in sizes)
+
+
+@small_cases(
+    "other_widths", "tiles", "a kernel compiled for 512 + 64 that runs on other widths anyway", WRITE
+)
+def other_widths(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """Widths other than 512 + 64 are served, or refused with a reason."""
+    yield example.but(**SMALL, page_size=16)
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+# Powers of two between rows; float16 has few.
+SPREAD = {torch.bfloat16: 12, torch.float16: 6, torch.float32: 12}
+
+
+@small_check(
+    "long_sums",
+    "numbers",
+    "sums, or parts of a split, that are kept or rounded in a narrow dtype",
+    (*PRODUCTS, *NORM),
+)
+def long_sums(trial: Trial, example: OpCase) -> None:
+    """Sums over thousands of inputs are as accurate as short ones, even where their parts cancel."""
+    if example.kind == "rms_norm":
+        few = example.but(tokens=3)
+        trial.check_cases((few.but(features=width) for width in (7168, 16384)), inputs=True)
+        return
+    if trial.quick and example.kind == "batched_linear":
+        example = example.but(out_features=64)
+    lengths = list(itertools.product((7168,) if trial.quick else (2048, 7168, 16384), (3, 66)))
+    for cancels in (False,) if trial.dtype == torch.float32 else (False, True):  # whose own sums err by it
+        cases = (example.but(tokens=t, in_features=i, cancels=cancels) for i, t in lengths)
+        trial.check_cases(cases, inputs=True)
+
+
+@small_check("sizes", "numbers", "a scale that rows share, as of numbers in 8 bits")
+def sizes(trial: Trial, example: OpCase) -> None:
+    """Rows that are thousands of times as large as others of the same call are all right."""
+    trial.check_cases(of_tokens(example.but(spread=SPREAD[trial.dtype]), 7, 66), inputs=True)
+
+
+@small_cases("outlier", "numbers", "a scale that an outlier sets for a whole row", PRODUCTS)
+def outlier(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """An input that is far larger than others, and counts as much, costs no accuracy."""
+    return of_tokens(example.but(outlier=True), 1, 66)
+
+
+# ------------------------------------------------------------------------------------------ memory and places
+
+ORDERS = ("rising", "falling", "a run", "a shuffled run", "shuffled")
+BITS = 17  # slots beyond what 16 bits count, in a cache that is small enough for any device
+
+
+def _shapes(example: OpCase) -> Iterator[OpCase]:
+    """Yield cases of one token, of few and of many, of even and of odd widths."""
+    yield from both_ways(of_tokens(example, 1, 7, 130))
+    if example.kind in PRODUCTS:
+        odd = ((130, 96, 70), (5, 33, 17))
+        yield from (example.but(tokens=t, in_features=i, out_features=o) for t, i, o in odd)
+    if example.kind == "rms_norm":
+        yield from (example.but(features=width) for width in (1536, 33))
+    if example.kind == "write_latent":
+        yield example.but(interleaved=False, page_size=16)
+
+
+@small_cases("strided", "memory", "a kernel that ignores strides, or writes outside its output")
+def strided(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """Operands may be slices of wider tensors; memory around them is neither read nor written."""
+    return (case.but(strided=True) for case in _shapes(example))
+
+
+@small_cases(
+    "inputs", "memory", "a kernel that uses an input as scratch memory, or rounds its rows up to whole tiles"
+)
+def inputs(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """Inputs, and memory before and behind every operand, are neither read nor written by the call."""
+    return _shapes(example)
+
+
+@small_check("in_place", "memory", "a second channel computed from the rotated first", ROTATE)
+def rotate_in_place(trial: Trial, example: OpCase) -> None:
+    """`out` may be x itself, as a slice of a wider tensor."""
+    for interleaved in (True, False):
+        case = example.but(num_heads=16, interleaved=interleaved, strided=True)
+        with trial.case(case.label):
+            call = trial.serve(case)
+            out = call.run({"out": call.inputs.pop("x")})
+            trial.judge(call, out, inputs=True)
+
+
+@small_check("untouched", "memory", "a write past the row, to a neighbour's slot or to another layer", WRITE)
+def untouched(trial: Trial, example: OpCase) -> None:
+    """Slots that are not written keep every bit, NaN included, and so do the other layers."""
+    for case in (example, example.but(tokens=1, page_size=16), example.but(tokens=70)):
+        with trial.case(case.label):
+            call = trial.serve(case)
+            for clause in call.strays(call.run()):
+                expect(not clause, clause)
+
+
+@small_cases("order", "order", "slots that are taken to rise, or to follow each other", WRITE)
+def order(example: OpCase, quick: bool) -> Iterator[OpCase]:
+    """Slots may come in any order, with and without gaps."""
+    return both_ways(case.but(order=order) for order in ORDERS for case in of_tokens(example, 2, 9, 130))
+
+
+@small_check("slots", "index", "slots or pages that are counted in 8 to 16 bits", WRITE)
+def slots(trial: Trial, example: OpCase) -> None:
+    """Rows are written to slots all over a cache of 131072 and more, and beside them nothing is."""
+    for page_size in (64, 1) if trial.quick else (64, 1, 16, 256):
+        check_sparse(trial, example, list(_beside_powers(1 << BITS)), page_size)
+
+
+@small_check("far_slots", "index", "places of rows that are computed in 32 bits", WRITE)
+def far_slots(trial: Trial, example: OpCase) -> None:
+    """Rows whose place in memory is beyond 32 bits are written where they belong."""
+    with far(trial, what="from the start") as numbers:
+        end = numbers // sum(example.shape(example.entry.cached))
+        check_sparse(trial, example, [*_beside_powers(end), *range(end - 2, end + 3)], 64)
+
+
+def _beside_powers(end: int) -> Iterator[int]:
+    """Yield slots beside powers of two, and one between them, so that any mask or limit shows."""
+    for power in range(2, math.ceil(math.log2(end)) + 1):
+        yield from (slot for slot in (2**power, 2**power + 1, 3 * 2 ** (power - 1) - 1) if slot < end + 2)
+
+
+def check_sparse(trial: Trial, example: OpCase, some: Sequence[int], page_size: int) -> None:
+    """Write to some slots of a cache whose memory is otherwise not touched, which costs little on a host."""
+    random = torch.Generator().manual_seed(0)
+    chosen = torch.tensor(sorted(set(some)))[torch.randperm(len(set(some)), generator=random)]
+    case = example.but(tokens=len(chosen), page_size=page_size, interleaved=page_size > 1)
+    with trial.case(f"{case.label}, slots to {int(chosen.max())}"), memory_may_end():
+        call, around = trial.serve(case), torch.cat((chosen - 1, chosen + 1)).unique()
+        beside = around[(around >= 0) & ~torch.isin(around, chosen)].to(trial.device)
+        pages = int(chosen.max()) // page_size + 2
+        cache = allocate((pages, page_size, *case.shape(case.entry.cached)), trial.dtype, trial.device)
+        rows, on_device = cache.flatten(0, 1), chosen.to(trial.device)
+        rows[on_device] = rows[beside] = torch.nan
+        trial.judge(call, call.run({}, slots=on_device, cache=cache), slots=on_device, cache=cache)
+        expect(bool(rows[beside].isnan().all()), "a slot beside those that are written has changed")
+
+
+@small_check("far_rows", "index", "places of rows that are computed in 32 bits")
+def far_rows(trial: Trial, example: OpCase) -> None:
+    """Rows of a tensor that is larger than 32 bits count are read and written where they are."""
+    with far(trial) as numbers:
+        case = example.but(tokens=5)
+        with trial.case(case.label), memory_may_end():
+            _check_far_rows(trial, case, numbers // 4)
+
+
+def _check_far_rows(trial: Trial, case: OpCase, apart: int) -> None:
+    """Lay the rows of the first operand so many numbers apart, and those of the output behind them."""
+    call = trial.serve(case)
+    wide = allocate((case.rows, apart), trial.dtype, trial.device)
+    name, outputs = case.entry.varied[0], call.outputs()
+    rows = call.arguments[name]
+    there = {name: wide[:, : rows[0].numel()].unflatten(1, rows.shape[1:]).copy_(rows)}
+    if "out" in outputs:  # and no cache, whose own check is far_slots
+        out = outputs["out"].part
+        there["out"] = wide[:, -out[0].numel() :].unflatten(1, out.shape[1:]).copy_(out)
+    trial.judge(call, call.run(outputs, **there), **there)
+
+
+# -------------------------------------------------------------------------------------------------- state
+
+# How many calls of other tokens lie between two of equally many.
+TURNS = (7, 7, 130, 1, 7, 33, 130, 7, 7)
+# So much larger that a trace of it shows among small numbers; float16 ends at 65504.
+LARGE = {torch.bfloat16: 2.0**16, torch.float16: 2.0**8, torch.float32: 2.0**16}
+
+
+@small_check(
+    "earlier_outputs",
+    "state",
+    "an output that is kept and written to by a later call, or a weight kept for another",
+)
+def earlier_outputs(trial: Trial, example: OpCase) -> None:
+    """Calls on other tensors, with other weights of the same shape, leave earlier outputs as they were."""
+    cases = [example.but(tokens=tokens, seed=s, others=s % 3) for s, tokens in enumerate(TURNS)]
+    with trial.case(f"{len(cases)} calls, {example.label}"):
+        calls = [trial.serve(case) for case in cases]
+        outputs = [trial.check(call, inputs=True) for call in calls]
+        then = [call.results(out) for call, out in zip(calls, outputs, strict=True)]
+        for call in (*calls[::-1], *calls[::2]):  # and each weight once more, by turns
+            trial.check(call, inputs=True)
+        for call, out, first in zip(calls, outputs, then, strict=True):
+            same = all(same_bits(now, first[name]) for name, now in call.results(out).items())
+            expect(same, f"a later call changed the output of an earlier one ({call.case.label})")
+            trial.judge(call, out, inputs=True)
+
+
+@small_check("new_contents", "state", "a result or an input that is remembered by its address")
+def new_contents(trial: Trial, example: OpCase) -> None:
+    """Tensors whose contents have changed in place are read again, and outputs are written again."""
+    for case in (example, other_way(example)) if example.kind == "linear" else (example,):
+        with trial.case(case.label):
+            call = trial.serve(case)
+            outputs = trial.check(call, inputs=True)
+            for seed, cleared in ((1, False), (2, True), (0, False)):
+                same = {"others": 0} if case.entry.packed else {}  # the packed weight is the call's
+                call.hold(trial.serve(case.but(seed=seed, **same)))
+                if cleared:
+                    for placed in outputs.values():
+                        placed.part.fill_(torch.nan)
+                trial.judge(call, call.run(outputs), around=False)
+
+
+@small_check("call_before", "state", "scratch memory that still holds something of the call before")
+def call_before(trial: Trial, example: OpCase) -> None:
+    """A call whose numbers are small is right after one whose numbers are large."""
+    gain = LARGE[trial.dtype]
+    with trial.case(f"gains of {gain:g} and 1, {example.label}"):
+        (many, few), (large_many, large_few) = (
+            [trial.serve(example.but(tokens=t, gain=g, seed=int(g > 1))) for t in (130, 7)]
+            for g in (1.0, gain)
+        )
+        for call in (large_many, few, large_few, few, large_many, many, large_few, many):
+            trial.check(call)
+
+
+@small_check(
+    "packed_again",
+    "state",
+    "a packed weight that is found again by the address or shape of the weight",
+    PRODUCTS,
+)
+def packed_again(trial: Trial, example: OpCase) -> None:
+    """Other weights that are packed from the same memory, one after the other, are other weights."""
+    with trial.case(example.label):
+        call = trial.serve(example)
+        memory = call.pool.given["weight"].to(trial.device, copy=True)
+        for model in (0, 1, 2, 1):
+            case = example.but(others=model)
+            weight = host(case.but(dtype=trial.dtype)).given["weight"]
+            memory.copy_(weight)
+            call = trial.serve(case, packed=call.op.pack(memory))
+            for _ in range(2):
+                trial.check(call, inputs=True)
+            expect(same_bits(call.op.unpack(call.leading[0]), weight), "the op wrote to its weight")

@@ -1,1 +1,0 @@
-"""Inputs that the checks share, and the right results for them."""
