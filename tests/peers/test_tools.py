@@ -99,8 +99,8 @@ def test_slots_past_the_history_are_poisoned_before_every_pass(tiny: Callable[..
 
 def test_the_chosen_ways_are_named(tiny: Callable[..., MLAConfig]) -> None:
     one, _ = run(tiny(), DECODE, only("decode", "products_by_length"))
-    assert one.ops()["latent_attention"] == "products_by_length"
-    assert one.ops()["o_proj"] in TORCH.product
+    assert one.facts().ops["latent_attention"] == "products_by_length"
+    assert one.facts().ops["o_proj"] in TORCH.product
 
 
 def test_the_fastest_way_is_kept() -> None:
@@ -138,7 +138,7 @@ def test_a_way_that_the_processor_or_the_build_cannot_take_is_refused_by_name(
     with pytest.raises(Unavailable, match=r"cannot compute qkv_a: onednn_prepacked: .+\.$"):
         run(tiny(), DECODE, only("product", "onednn_prepacked"))
     one, checker = run(tiny(), DECODE, TORCH)  # the other way serves
-    assert one.ops()["o_proj"] == "linear"
+    assert one.facts().ops["o_proj"] == "linear"
     assert one.check(checker).status == "ok"
 
 

@@ -326,7 +326,7 @@ class _Engine:
                 found = evidence.doubts(runner, self._inputs, self._checker, self._untimed, beat)
                 where = "" if runner.headline else f"{runner.samples.variant}: "
                 self.measurements[one.name].doubts += [f"{where}{doubt}" for doubt in found]
-                if runner.headline:
+                if runner.headline and not found:
                     self._time_new_lengths(runner)
                 beat()
         self._withhold()

@@ -68,7 +68,7 @@ class LeadLayer(Implementation):
 
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
         self.scenario = scenario
-        self._kept = [[] for _ in range(self._crew.layout.world)]
+        self._kept = self._kept or [[] for _ in range(self._crew.layout.world)]
         seed = _random.getrandbits(63)
         self._crew.tell("load", scenario.name, self.name, seed, inputs.seed)
         self._crew.concerted(self.name, partial(self._part.load_alike, scenario, inputs, seed))

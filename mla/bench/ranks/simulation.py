@@ -112,7 +112,7 @@ class SimulatedLayer(LeadLayer):
             part.load_alike(scenario, inputs, seed)
         self._stands_for = [self._timed(part, scenario) for part in self._parts]
         self._others = sorted(set(self._stands_for) - {0}, reverse=True)
-        self._passes = {rank: [] for rank in (0, *self._others)}
+        self._passes = self._passes or {rank: [] for rank in (0, *self._others)}
 
     def _timed(self, part: SimulatedPart, scenario: Scenario) -> int:
         """Return the first rank whose share is like this one: its requests as long, and its tokens."""

@@ -41,7 +41,7 @@ def test_the_memory_plan_counts_every_layer() -> None:
     ]
     one, five = (plan.memory for plan in plan_scenarios(setting, points, ["mla"])[0])
     layer = MlaLayer(setting, random_state_dict(config))
-    assert five.per_implementation - one.per_implementation >= 4 * layer.weight_bytes()
+    assert five.per_implementation - one.per_implementation >= 4 * layer.facts().weight_bytes
 
 
 class Copying(FaultyOp):
@@ -194,10 +194,7 @@ def test_the_plan_counts_the_outputs_that_implementations_keep_on_the_host(
                 one.step(index)
                 one.after(index)
             kept.append(
-                {
-                    x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-                    for x in one.outputs().values()
-                }
+                {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in one.outputs().values()}
             )
     bytes_kept = [sum(one.values()) for one in kept]
     spare = plan.memory.outputs - bytes_kept[0]

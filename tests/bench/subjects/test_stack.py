@@ -145,7 +145,9 @@ def make_stack(tiny: Callable[..., MLAConfig]) -> Callable[..., tuple[MlaStack, 
         stack = MlaStack(setting, state, "mla-reference", "reference")
         stack.load(scenario, inputs)
         expected = expected_outputs(config, state, scenario, inputs)
-        return stack, LayerChecker(expected.plain, dtype, lambda: expected.plain, inputs=inputs, turned=expected)
+        return stack, LayerChecker(
+            expected.plain, dtype, lambda: expected.plain, inputs=inputs, turned=expected
+        )
 
     return make
 
