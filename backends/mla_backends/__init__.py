@@ -6,12 +6,6 @@ from mla_backends.hookspecs import hookimpl
 from mla_backends.torch_backend import TorchBackend
 
 __all__ = [
-    "API_VERSION",
-    "Availability",
-    "Backend",
-    "BackendError",
-    "BackendOptionError",
-    "FusedOp",
-    "TorchBackend",
+    "API_VERSION", "Availability", "Backend", "BackendError", "BackendOptionError", "FusedOp", "TorchBackend",
     "hookimpl",
-]
+]  # fmt: skip

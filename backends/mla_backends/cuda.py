@@ -16,8 +16,7 @@ from typing import Any
 
 from mla_backends.api import Availability
 from mla_backends.known import KNOWN
-from mla_backends.torch_backend import TorchBackend
-from mla_backends.torch_backend.float32 import float32_facts, forbid_tf32
+from mla_backends.torch_backend import TorchBackend, float32_facts, forbid_tf32
 
 # What torch.cuda and the runtime below it say of a driver that is too old for this torch.
 OUTDATED_DRIVER = re.compile(

@@ -52,6 +52,18 @@ class BackendOptionError(BackendError):
         return cls(f"backend '{name}' has no option '{', '.join(unknown)}'; it knows: {listed}.")
 
 
+class NamedError(BackendError):
+    """Base of problems that are said as "backend 'NAME' ...: reason; hint."."""
+
+    says = ""
+
+    def __init__(self, name: str, reason: str, hint: str = "") -> None:
+        clauses = "; ".join(
+            one_line(part).rstrip(".") for part in (reason, hint) if part
+        )  # of plugins' authors
+        super().__init__(f"backend '{name}'{self.says}: {clauses}.", reason=reason, hint=hint)
+
+
 class UnknownBackend(BackendError):
     """No distribution offers the name, and this project does not know it."""
 
@@ -86,7 +98,7 @@ class BackendNotInstalled(BackendError):
         )
 
 
-class NoPlugin(BackendError):
+class NoPlugin(NamedError):
     """This project knows the device, and has no plugin for it."""
 
     state = "no plugin"
@@ -97,8 +109,7 @@ class NoPlugin(BackendError):
             f"with {known.torch} installed, `{known.command}` measures them on the reference ops, which "
             f"nobody has tried yet{start}"
         )
-        reason = f"there is no plugin for {known.device}"
-        super().__init__(f"backend '{known.name}': {reason}; {hint}.", reason=reason, hint=hint)
+        super().__init__(known.name, f"there is no plugin for {known.device}", hint)
 
 
 class DuplicateBackend(BackendError):
@@ -115,23 +126,21 @@ class DuplicateBackend(BackendError):
         super().__init__(f"backend '{name}' is {reason}; {hint}.", reason=reason, hint=hint)
 
 
-class BackendImportError(BackendError):
-    """The backend's code failed before it returned a `Backend`."""
+class BackendImportError(NamedError):
+    """The backend's code failed before it returned a `Backend`: which code and how, as one clause."""
 
     state = "import failed"
+    says = " failed to load"
 
     def __init__(self, name: str, reason: str, hint: str = "") -> None:
-        """`reason` says which code failed and how, as one clause."""
-        hint = hint or probe_hint(name)
-        super().__init__(
-            f"backend '{name}' failed to load: {_clauses(reason, hint)}.", reason=reason, hint=hint
-        )
+        super().__init__(name, reason, hint or probe_hint(name))
 
 
-class BackendVersionError(BackendError):
+class BackendVersionError(NamedError):
     """The backend was written for another version of the contract."""
 
     state = "wrong api version"
+    says = " has the wrong api version"
 
     def __init__(
         self, name: str, origin: str, speaks: int, built_for: object = None, missing: str = ""
@@ -141,34 +150,28 @@ class BackendVersionError(BackendError):
             "mla-backends (`pip install ./backends` in a newer checkout; from the first release on "
             "`pip install -U mla-backends`)"
         )
+        contract = "another contract" if missing else f"contract {built_for}"
+        reason = f"{origin} is built for {contract}, but this mla-backends has contract {speaks}"
         if missing:
-            contracts = f"another contract, but this mla-backends has contract {speaks}"
-            reason = f"{origin} is built for {contracts} ({missing})"
-            hint = f"upgrade whichever is older: {origin}, or {core}"
+            super().__init__(
+                name, f"{reason} ({missing})", f"upgrade whichever is older: {origin}, or {core}"
+            )
         else:
             newer = isinstance(built_for, int) and built_for > speaks
-            reason = (
-                f"{origin} is built for contract {built_for}, but this mla-backends has contract {speaks}"
-            )
-            hint = f"upgrade {core if newer else origin}"
-        super().__init__(
-            f"backend '{name}' has the wrong api version: {_clauses(reason, hint)}.", reason=reason, hint=hint
-        )
+            super().__init__(name, reason, f"upgrade {core if newer else origin}")
 
 
-class DeviceUnavailable(BackendError):
+class DeviceUnavailable(NamedError):
     """The backend loads, but its device cannot be used."""
 
     state = "no device"
+    says = " has no usable device"
 
     def __init__(
         self, name: str, reason: str, hint: str = "", evidence: Mapping[str, str] | None = None
     ) -> None:
         """Take the result of `Backend.probe`."""
-        reason = reason or "no reason given"
-        super().__init__(
-            f"backend '{name}' has no usable device: {_clauses(reason, hint)}.", reason=reason, hint=hint
-        )
+        super().__init__(name, reason or "no reason given", hint)
         self.evidence = dict(evidence or {})
 
 
@@ -230,11 +233,6 @@ def out_of_memory(text: str) -> bool:
 def one_line(text: str) -> str:
     """Join the lines of `text`: what plugins say ends up in one sentence."""
     return " ".join(str(text).split())
-
-
-def _clauses(*parts: str) -> str:
-    """Join parts, which plugin authors may have ended with a full stop."""
-    return "; ".join(one_line(part).rstrip(".") for part in parts if part)
 
 
 def _closest(name: str, installed: Iterable[str], known: Mapping[str, KnownBackend]) -> str | None:

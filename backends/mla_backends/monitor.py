@@ -1,36 +1,33 @@
 """Clocks, power and temperature of a device, for the result file; reading them can never break a run.
 
-A `Sampler` may raise, and a driver may hang: `Monitor` asks it in a separate thread, for a bounded time, and
+A sampler may raise, and a driver may hang: `Monitor` asks it in a separate thread, for a bounded time, and
 turns every failure into one line of text.
+
+`NvmlSampler` reads management libraries that have NVML's functions, under NVML's or their own names.
+NVIDIA's is `pynvml` (distribution nvidia-ml-py); other vendors ship look-alikes. None is required, and none
+is ever shut down: other code in the process may use it, and one vendor's cannot be started twice.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import threading
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from contextlib import suppress
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 from mla_backends.errors import describe
 
 PATIENCE = 3.0  # seconds that a management library may take to answer
 
 
-class Sampler(Protocol):
-    """What a vendor's management library knows about one device. Both methods may raise anything."""
-
-    def facts(self) -> Mapping[str, str]:
-        """Return what does not change: the driver's version."""
-        ...
-
-    def sample(self) -> Mapping[str, str]:
-        """Return what changes: clocks, power, temperature, each with its unit in the key."""
-        ...
-
-
 class Monitor:
     """A sampler that cannot break a run. After the first failure it is never asked again."""
 
-    def __init__(self, sampler: Sampler, patience: float = PATIENCE) -> None:
+    def __init__(self, sampler: NvmlSampler, patience: float = PATIENCE) -> None:
         self._sampler = sampler
         self._patience = patience
         self._problem = ""
@@ -66,3 +63,116 @@ class Monitor:
             self._problem = problems[0] if problems else f"no answer within {self._patience:g} s"
             return {}
         return dict(answers[0])
+
+
+# One function, under the name NVML has given it since CUDA 12 and under the one before.
+THROTTLE_REASONS = ("DeviceGetCurrentClocksEventReasons", "DeviceGetCurrentClocksThrottleReasons")
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where torch says the device is, for finding it in a library that counts differently."""
+
+    index: int  # among the devices this process sees
+    visible: str | None = None  # the variable that chose them: physical indices or names
+    uuid: str | None = None  # without a prefix
+
+    def physical_index(self) -> int:
+        """Return the index among all devices of the host. Raises LookupError if that would be a guess."""
+        if self.visible is None:
+            return self.index
+        chosen = [word.strip() for word in self.visible.split(",")]
+        if self.index >= len(chosen) or not chosen[self.index].isdecimal():
+            raise LookupError(f"device {self.index} of '{self.visible}' has no known physical index")
+        return int(chosen[self.index])
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a library spells NVML's names."""
+
+    module: str  # "pynvml"
+    prefix: str = "nvml"  # of functions
+    constants: str = "NVML"  # of constants
+    by_uuid: bool = False  # torch knows the device's UUID, and the library takes it
+    milliwatts: bool = True  # the unit of power is known
+
+
+class NvmlSampler:
+    """Reads one device. `locate` is called on the first reading, when the device is set up."""
+
+    def __init__(self, dialect: Dialect, locate: Callable[[], Address]) -> None:
+        self.dialect = dialect
+        self._locate = locate
+        self._device: Any = None
+
+    def facts(self) -> Mapping[str, str]:
+        self.device()
+        found: dict[str, str] = {}
+        with suppress(Exception):
+            found["driver"] = _text(self.call("SystemGetDriverVersion"))
+        return found
+
+    def sample(self) -> Mapping[str, str]:
+        device = self.device()
+        readings: dict[str, Callable[[], str]] = {
+            "clock_mhz": lambda: str(self.call("DeviceGetClockInfo", device, self.constant("CLOCK_SM"))),
+            "memory_clock_mhz": lambda: str(
+                self.call("DeviceGetClockInfo", device, self.constant("CLOCK_MEM"))
+            ),
+            "temperature_c": lambda: str(
+                self.call("DeviceGetTemperature", device, self.constant("TEMPERATURE_GPU"))
+            ),
+            **self._power(device),
+            "throttle_reasons": lambda: hex(self._first(THROTTLE_REASONS, device)),
+        }
+        found = {}
+        for name, read in readings.items():
+            with suppress(Exception):  # any of them may be unsupported on a card
+                found[name] = read()
+        return found
+
+    def _first(self, names: tuple[str, ...], *arguments: Any) -> Any:
+        """Call the first of these functions that works. Raises what the last one does."""
+        for name in names[:-1]:
+            with suppress(Exception):
+                return self.call(name, *arguments)
+        return self.call(names[-1], *arguments)
+
+    def _power(self, device: Any) -> dict[str, Callable[[], str]]:
+        if self.dialect.milliwatts:
+            return {"power_w": lambda: f"{self.call('DeviceGetPowerUsage', device) / 1e3:.1f}"}
+        return {"power_as_reported": lambda: str(self.call("DeviceGetPowerUsage", device))}
+
+    @functools.cached_property
+    def library(self) -> ModuleType:
+        """The library's module. Raises ImportError."""
+        return importlib.import_module(self.dialect.module)
+
+    def device(self) -> Any:
+        """Return the library's handle of the device. Raises whatever the library does, or LookupError."""
+        if self._device is None:
+            self.call("Init")
+            self._device = self._find(self._locate())
+        return self._device
+
+    def _find(self, address: Address) -> Any:
+        if not self.dialect.by_uuid:
+            return self.call("DeviceGetHandleByIndex", address.physical_index())
+        if address.uuid:
+            return self.call("DeviceGetHandleByUUID", f"GPU-{address.uuid}")
+        if self.call("DeviceGetCount") != 1:  # torch and the library may count in different orders
+            raise LookupError("this torch does not report the UUID of the device")
+        return self.call("DeviceGetHandleByIndex", 0)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call a function of the library by its name without prefix."""
+        return getattr(self.library, self.dialect.prefix + name)(*arguments)
+
+    def constant(self, name: str) -> Any:
+        """Return a constant of the library by its name without prefix."""
+        return getattr(self.library, f"{self.dialect.constants}_{name}")
+
+
+def _text(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

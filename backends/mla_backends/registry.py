@@ -33,9 +33,8 @@ from mla_backends.errors import (
     setup_hint,
 )
 from mla_backends.known import KNOWN
-from mla_backends.status import Status, status, statuses
 
-__all__ = ["Entry", "Status", "create", "entries", "open_backend", "probe_backend", "status", "statuses"]
+__all__ = ["Entry", "create", "entries", "open_backend", "probe_backend"]
 
 HOOK = "mla_backend"
 REPORT = "report it to the backend's authors"

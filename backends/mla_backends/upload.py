@@ -14,7 +14,7 @@ from collections import defaultdict, deque
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mla_backends.torch_backend.graph import capturing
+from mla_backends.torch_backend import capturing
 
 if TYPE_CHECKING:
     import torch

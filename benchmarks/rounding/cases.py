@@ -10,7 +10,7 @@ import torch
 from benchmarks.rounding.forms import Form
 from benchmarks.rounding.ops import future, ops
 from mla import MLA, LatentCache, MLAConfig
-from mla.reference import softmax
+from mla.reference import attention
 from mla.verify.layer_check import Checker, Forward
 from mla.verify.layer_oracle import oracle
 from mla.verify.op_oracle import attend, product
@@ -131,7 +131,7 @@ class AttentionProblem:
         self.out, self.lse = attend(q, k, v, case.scale, True)
         self.hidden = future(case.queries, case.keys)
         q, k, v = (x.float().expand(case.heads, -1, -1) for x in (self.q, self.k, self.v))
-        self.reference = softmax.attend(q, k, v, case.scale, self.hidden)[0].transpose(0, 1).to(dtype)
+        self.reference = attention.attend(q, k, v, case.scale, self.hidden)[0].transpose(0, 1).to(dtype)
 
     def ratio(self, form: Form) -> float:
         """Return the largest error of a form over its bound."""

@@ -23,7 +23,7 @@ from mla.cache.ragged_batch import (
 )
 from mla.config import MLAConfig
 from mla.errors import CacheFull
-from mla_backends.api.operands import misfit
+from mla_backends.api import misfit
 
 
 def check_history(config: MLAConfig, kv: Any, pe: Any) -> int:

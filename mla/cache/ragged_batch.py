@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 
 from mla.errors import StaleBatch
-from mla_backends.api.operands import is_plain
+from mla_backends.api import is_plain
 from mla_backends.upload import upload_into
 
 Value = TypeVar("Value")

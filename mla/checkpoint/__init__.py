@@ -4,19 +4,11 @@
 read. The `StoredLayer` it returns reads weights one at a time, in blocks of rows.
 """
 
-from mla.checkpoint.errors import CheckpointError
-from mla.checkpoint.fingerprint import fingerprint
-from mla.checkpoint.folder import refuse_other_formats
+from mla.checkpoint.folder import CheckpointError, refuse_other_formats
 from mla.checkpoint.read import read_layer
-from mla.checkpoint.stored import LazyState, Part, StoredLayer, finite
+from mla.checkpoint.stored import LazyState, Part, StoredLayer, fingerprint, finite
 
 __all__ = [
-    "CheckpointError",
-    "LazyState",
-    "Part",
-    "StoredLayer",
-    "fingerprint",
-    "finite",
-    "read_layer",
+    "CheckpointError", "LazyState", "Part", "StoredLayer", "fingerprint", "finite", "read_layer",
     "refuse_other_formats",
-]
+]  # fmt: skip

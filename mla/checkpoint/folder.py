@@ -1,18 +1,118 @@
-"""The files of a checkpoint folder, and which of them may be opened."""
+"""A folder of safetensors: its index and files, headers, rows of a tensor, and what config.json says of them.
+
+No file stays open or mapped."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mla.checkpoint import files
-from mla.checkpoint.errors import CheckpointError
+import torch
+
+from mla.config.families import language_model
+from mla.errors import MLAError
 from mla_backends import outside
-from mla_backends.outside import quoted, shortened
+from mla_backends.outside import escaped, quoted, shortened
+
+
+class CheckpointError(MLAError):
+    """A checkpoint that cannot serve a layer; names file, tensor and cause."""
+
+
+# -------------------------------------------------------------------------------------------- files
+# Safetensors files: headers, and rows of a tensor. No file stays open or mapped.
+
+# What `safetensors` itself accepts.
+_MAX_HEADER = 100_000_000
+_LFS = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: what the header says. `dtype` is spelled as in the header, such as "BF16"."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"tensor {quoted(self.key)} in '{self.file}'"
+
+    def rows(self, start: int, stop: int, columns: slice = slice(None)) -> torch.Tensor:
+        """Return rows [start, stop) of dimension 0, or some columns of them, as a view of the file.
+
+        The file is mapped while the view lives, and again for every block: the pages read through a mapping
+        count as this process's memory until it ends, so one mapping of a whole tensor would double what
+        loading needs.
+        """
+        with opened(self.file) as tensors:
+            stored = tensors.get_slice(self.key)
+            part: torch.Tensor = stored[start:stop] if columns == slice(None) else stored[start:stop, columns]
+        return part
+
+
+def keys(file: Path) -> list[str]:
+    """Return the names of a file's tensors. Raises `CheckpointError`."""
+    _sniff(file)
+    with opened(file) as tensors:
+        return list(tensors.keys())
+
+
+def headers(file: Path, names: Collection[str]) -> dict[str, StoredTensor]:
+    """Return what the header says about the tensors in `names` that it lists. Raises `CheckpointError`."""
+    _sniff(file)
+    found = {}
+    with opened(file) as tensors:
+        for key in set(tensors.keys()).intersection(names):
+            part = tensors.get_slice(key)
+            found[key] = StoredTensor(file, key, tuple(part.get_shape()), part.get_dtype())
+    return found
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """Open a file, and turn any failure into a `CheckpointError`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            yield tensors
+    except MemoryError as error:
+        raise CheckpointError(f"checkpoint file '{file}' cannot be read: memory is short.") from error
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        text = shortened(escaped(" ".join(str(error).split())))
+        raise CheckpointError(
+            f"checkpoint file '{file}' cannot be read, it is truncated or damaged: {text}."
+        ) from error
+
+
+def _sniff(file: Path) -> None:
+    """Raise `CheckpointError` for first bytes that the library would describe less clearly."""
+    try:
+        start, size = outside.start(file, len(_LFS))
+    except OSError as error:
+        raise CheckpointError(f"checkpoint file '{file}' cannot be read: {error.strerror}.") from error
+    if start == _LFS:
+        raise CheckpointError(
+            f"checkpoint file '{file}' is only a Git LFS pointer: fetch its content with `git lfs pull`."
+        )
+    if len(start) < 8:
+        raise CheckpointError(f"checkpoint file '{file}' is truncated: it has {size} bytes.")
+    length = int.from_bytes(start[:8], "little")
+    if length > min(size - 8, _MAX_HEADER):
+        raise CheckpointError(
+            f"checkpoint file '{file}' is truncated or not a safetensors file: {size} bytes cannot hold a "
+            f"header of {length}."
+        )
+
+
+# ------------------------------------------------------------------------------------------- folder
 
 _INDEX = ".safetensors.index.json"
 _REFUSED = {
@@ -43,7 +143,7 @@ class Folder:
             refuse_other_formats(self.path)
             raise CheckpointError(f"checkpoint '{self.path}' holds no *.safetensors files.")
         for name in names:
-            yield from ((name, key) for key in files.keys(self.file(name)))
+            yield from ((name, key) for key in keys(self.file(name)))
 
     def file(self, name: str) -> Path:
         """Return the path of a regular file. Raises `CheckpointError` for one that lies elsewhere."""
@@ -136,3 +236,64 @@ def refuse_other_formats(folder: str | Path) -> None:
         reason = _REFUSED.get(PurePosixPath(name).suffix)
         if reason:
             raise CheckpointError(f"file {quoted(name)} of checkpoint '{folder}' {reason}.")
+
+
+# -------------------------------------------------------------------------------------------- facts
+# What config.json says about the files, besides the layer's dimensions: layer counts and quantization.
+@dataclass(frozen=True)
+class Facts:
+    """Layer counts and quantization; `layers` is None where the config does not give it."""
+
+    source: str
+    layers: int | None = None
+    draft_layers: int = 0  # for multi-token prediction; numbered after the main ones
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+
+    def is_draft(self, layer: int | None) -> bool:
+        """Return whether a layer predicts further tokens, and so is not a main layer."""
+        if self.layers is None or layer is None:
+            return False
+        return self.layers <= layer < self.layers + self.draft_layers
+
+    def block_size(self, tensor: str) -> tuple[int, int]:
+        """Return how many rows and columns share one FP8 scale, as declared: shapes do not determine it."""
+        for key, known in (("quant_method", ("fp8",)), ("fmt", ("e4m3", None))):
+            if self.quantization.get(key) not in known:
+                raise CheckpointError(
+                    f"{tensor} is FP8, but '{self.source}' declares quantization_config.{key} "
+                    f"{quoted(self.quantization.get(key))}: only {known[0]!r} is read."
+                )
+        block = self.quantization.get("weight_block_size")
+        if not isinstance(block, list) or len(block) != 2 or not all(map(_is_count, block)) or 0 in block:
+            raise CheckpointError(
+                f"{tensor} is FP8, but quantization_config.weight_block_size in '{self.source}' is "
+                f"{quoted(block)}: two positive integers are needed, such as [128, 128]."
+            )
+        return block[0], block[1]
+
+
+def read_facts(folder: Folder) -> Facts:
+    """Read the facts from the folder's config.json, if it has one. Raises `CheckpointError`."""
+    name = "config.json"
+    source = str(folder.path / name)
+    values = folder.json(name)
+    if values is None:
+        return Facts(source)
+    inner = language_model(values)
+    quantization = inner.get("quantization_config") or values.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"quantization_config in '{source}' must be a JSON object.")
+    layers = _count(inner, "num_hidden_layers", source)
+    drafts = _count(inner, "num_nextn_predict_layers", source) or 0
+    return Facts(source, layers, drafts, quantization)
+
+
+def _count(values: Mapping[str, Any], key: str, source: str) -> int | None:
+    count = values.get(key)
+    if count is not None and not _is_count(count):
+        raise CheckpointError(f"{key} in '{source}' must be a whole number, got {quoted(count)}.")
+    return count
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -3,22 +3,191 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from mla.checkpoint import files
-from mla.checkpoint.choose import Wanted, choose
-from mla.checkpoint.errors import CheckpointError
-from mla.checkpoint.facts import Facts, read_facts
-from mla.checkpoint.files import StoredTensor
-from mla.checkpoint.folder import Folder
-from mla.checkpoint.names import KNOWN, Location, is_mla, locate
+from mla.checkpoint.folder import CheckpointError, Facts, Folder, StoredTensor, headers, read_facts
 from mla.checkpoint.stored import DTYPES, FP8, ReadProgress, StoredLayer, StoredWeight
 from mla.config import MLAConfig
 from mla.weights import weight_shapes
 from mla_backends.outside import quoted
+
+# DeepSeek's own names (`inference/convert.py` of DeepSeek-V3) -> Hugging Face's.
+_OWN = {
+    "wq": "q_proj",
+    "wq_a": "q_a_proj",
+    "q_norm": "q_a_layernorm",
+    "wq_b": "q_b_proj",
+    "wkv_a": "kv_a_proj_with_mqa",
+    "kv_norm": "kv_a_layernorm",
+    "wkv_b": "kv_b_proj",
+    "wo": "o_proj",
+}
+KNOWN = frozenset(_OWN.values())
+# Other attentions do not have these, so any one of them identifies MLA.
+_SIGNATURE = frozenset(f"{name}.weight" for name in ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj"))
+# First words of names outside attention, where the attention's own names have no prefix.
+_OTHERS = re.compile(
+    r"(model|language_model|layers|lm_head|head|embed(_tokens)?|norm|mlp|ffn|block_sparse_moe"
+    r"|(input|post_attention)_layernorm|(attn|ffn)_norm)(\.|$)"
+)
+_IN_LAYER = re.compile(r"(?P<prefix>(?:.*\.)?)layers\.(?P<layer>[0-9]{1,6})\.(?P<rest>.+)", re.DOTALL)
+_IN_MODULE = re.compile(
+    r"(?P<prefix>(?:.*?\.)?)(?P<module>self_attn|attn)\.(?:(?P<part>[0-9]{1,3})\.)?(?P<name>.+)", re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class Location:
+    """One attention of a checkpoint.
+
+    `layer` is None where names carry no number. `part` counts the attentions of a layer that has several.
+    """
+
+    prefix: str  # before `layers.N.` or `self_attn.`, such as "model."
+    layer: int | None
+    module: str  # "self_attn", "attn" or "" for bare names
+    part: int | None = None
+
+    @property
+    def pattern(self) -> str:
+        """The pattern of names of this location, for messages."""
+        layers = "" if self.layer is None else "layers.N."
+        return f"{self.prefix}{layers}{self.module + '.' if self.module else ''}*"
+
+    @property
+    def is_draft(self) -> bool:
+        """Return whether it belongs to a multi-token-prediction module next to the model."""
+        return "mtp" in self.prefix.split(".")
+
+
+def locate(key: str) -> tuple[Location, str] | None:
+    """Return a tensor's location and its weight's Hugging Face name, or None outside attention."""
+    in_layer = _IN_LAYER.fullmatch(key)
+    prefix, layer, rest = ("", None, key) if in_layer is None else in_layer.group("prefix", "layer", "rest")
+    number = None if layer is None else int(layer)
+    in_module = _IN_MODULE.fullmatch(rest)
+    if in_module is not None and not (layer and in_module["prefix"]):
+        part = None if in_module["part"] is None else int(in_module["part"])
+        location = Location(prefix + in_module["prefix"], number, in_module["module"], part)
+        return location, _hugging_face(in_module["name"])
+    if layer is None and in_module is None and not _OTHERS.match(key):
+        return Location("", None, ""), _hugging_face(key)
+    return None
+
+
+def _hugging_face(name: str) -> str:
+    """Translate DeepSeek's own name of a weight or of its scale; keep other names."""
+    head, _, tail = name.partition(".")
+    head = _OWN.get(head, head)
+    if head in KNOWN and tail == "scale":
+        tail = "weight_scale_inv"
+    return f"{head}.{tail}" if tail else head
+
+
+def is_mla(names: frozenset[str] | set[str]) -> bool:
+    """Return whether these are the weight names of a latent attention."""
+    return not _SIGNATURE.isdisjoint(names)
+
+
+# ------------------------------------------------------------------------------------------- choose
+# Choose among a checkpoint's attentions.
+
+# A layer's number, or "N.M" for attention M of a layer that has several.
+Wanted = int | str | None
+_WANTED = re.compile(r"([0-9]{1,6})(?:\.([0-9]{1,3}))?")
+
+
+def choose(locations: Collection[Location], wanted: Wanted, facts: Facts, folder: str) -> Location:
+    """Return the location of the wanted layer; None: of the only main layer. Raises `CheckpointError`."""
+    _one_pattern(locations, folder)
+    number, part = _parse(wanted, folder)
+    layer = (
+        _only_main(locations, facts, folder)
+        if wanted is None
+        else _numbered(locations, number, facts, folder)
+    )
+    parts = [location for location in locations if location.layer == layer]
+    for location in parts:
+        if location.part == part:
+            return location
+    raise CheckpointError(_which_part(parts, layer, part, folder))
+
+
+def _one_pattern(locations: Collection[Location], folder: str) -> None:
+    patterns = sorted({location.pattern for location in locations})
+    if len(patterns) > 1:
+        raise CheckpointError(
+            f"checkpoint '{folder}' holds MLA attention weights under several names, '{patterns[0]}' and "
+            f"'{patterns[1]}': it is unclear which are meant."
+        )
+
+
+def _parse(wanted: Wanted, folder: str) -> tuple[int | None, int | None]:
+    if wanted is None:
+        return None, None
+    match = _WANTED.fullmatch(str(wanted))
+    if not match:
+        raise CheckpointError(
+            f"checkpoint '{folder}' has no layer {wanted!r}: layers are numbers, such as 3, or 3.1 for the "
+            "second attention of a layer."
+        )
+    return int(match[1]), int(match[2]) if match[2] else None
+
+
+def _only_main(locations: Collection[Location], facts: Facts, folder: str) -> int | None:
+    layers = {location.layer for location in locations}
+    main = {layer for layer in layers if not facts.is_draft(layer)}
+    if len(main) == 1:
+        return main.pop()
+    if main:
+        raise CheckpointError(
+            f"checkpoint '{folder}' holds layers {_listed(main)}: choose one with layer=N (--layer N)."
+        )
+    raise CheckpointError(
+        f"checkpoint '{folder}' holds no main layer, only layers for multi-token prediction: "
+        f"{_listed(layers)}. Ask for one by its number."
+    )
+
+
+def _numbered(locations: Collection[Location], number: int | None, facts: Facts, folder: str) -> int | None:
+    """Return the stored number of layer `number`, which a folder of one layer may have lost or changed."""
+    layers = {location.layer for location in locations}
+    if number in layers:
+        return number
+    if layers == {None} or (layers == {0} and facts.layers == 1):
+        return layers.pop()
+    raise CheckpointError(
+        f"checkpoint '{folder}' has no attention weights of layer {number}; it holds layers "
+        f"{_listed(layers)}."
+    )
+
+
+def _which_part(parts: list[Location], layer: int | None, part: int | None, folder: str) -> str:
+    there = f"layer {layer or 0} of checkpoint '{folder}'"
+    if parts[0].part is None:
+        return f"{there} has one attention, so there is no {layer or 0}.{part}."
+    numbers = sorted(location.part or 0 for location in parts)
+    choices = " or ".join(f"'{layer or 0}.{number}'" for number in numbers)
+    return f"{there} has several attentions: choose one with layer={choices}."
+
+
+def _listed(layers: Iterable[int | None]) -> str:
+    """Return "0, 1" or "0-60, 62"; three or more in a row become a range."""
+    runs: list[list[int]] = []
+    for layer in sorted(layer or 0 for layer in layers):
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    words = (f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+    return ", ".join(words)
+
+
+# --------------------------------------------------------------------------------------------- read
 
 Keys = dict[str, list[tuple[str, str]]]  # Hugging Face name -> (file name, tensor name)
 
@@ -130,7 +299,7 @@ def _headers(folder: Folder, entries: Mapping[str, tuple[str, str]]) -> dict[str
         by_file.setdefault(file, {})[key] = name
     found = {}
     for file, names in by_file.items():
-        tensors = files.headers(folder.file(file), names)
+        tensors = headers(folder.file(file), names)
         for key, name in names.items():
             if key not in tensors:
                 raise CheckpointError(

@@ -14,7 +14,7 @@ from mla.command.exit_codes import Exit
 from mla.command.last_words import while_loading
 from mla.command.options import Command, add_options
 from mla.errors import MLAError, UsageError
-from mla_backends import host, status
+from mla_backends import host, probe
 from mla_backends.discovery import locate
 from mla_backends.known import GENERAL
 
@@ -119,10 +119,10 @@ def _repeatable_index(options: BackendOptions, backend: Backend) -> int | None:
 
 def only_usable() -> str:
     """Return the one usable backend; `GENERAL` only where no plugin's is. Raises `NoBackend`."""
-    backends = status.statuses()
-    if not any(one.state == status.USABLE for one in backends):
-        backends.append(status.status(GENERAL))
-    usable = [one.name for one in backends if one.state == status.USABLE]
+    backends = probe.statuses()
+    if not any(one.state == probe.USABLE for one in backends):
+        backends.append(probe.status(GENERAL))
+    usable = [one.name for one in backends if one.state == probe.USABLE]
     if len(usable) == 1:
         note(f"using backend '{usable[0]}', the only usable one")
         return usable[0]

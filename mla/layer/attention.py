@@ -2,12 +2,11 @@
 
 A step goes through four stages: queries, latents, attention, output. Attention has two paths over the same
 cache. *Absorbed*: W_UK is applied to the query and W_UV to the result, so that all heads attend one latent
-key per token. *Expanded*: keys and values are rebuilt per head. Per request the cheaper one is taken.
-"""
+key per token. *Expanded*: keys and values are rebuilt per head. Per request the cheaper one is taken."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,16 +19,79 @@ from mla.cache.ragged_batch import RaggedBatch, plain
 from mla.checkpoint import read_layer, refuse_other_formats
 from mla.config import MLAConfig
 from mla.errors import WeightError
-from mla.layer.expansion import WORKSPACE_BYTES, Growth
 from mla.layer.forward import Step, make_step
 from mla.layer.ops import Ops
 from mla.layer.packed_weights import PackedWeights, SharedWeights
-from mla.layer.plan import StepPlan, make_plan
-from mla.layer.recording import Repeated, recording
+from mla.layer.plan import WORKSPACE_BYTES, Growth, StepPlan, make_plan
 from mla.layer.rope import RotaryTable
-from mla.layer.views import StepViews, check_batch, require
-from mla.layer.workspace import Turn, Workspace
+from mla.layer.workspace import StepViews, Turn, Workspace, check_batch, require
 from mla_backends.api import Backend, FusedOp, OpCall
+
+
+class Recording:
+    """Stands in for an op, and records its calls instead of computing."""
+
+    def __init__(self, op: Any, calls: list[OpCall]) -> None:
+        self._op, self._calls = op, calls
+
+    def __call__(self, *arguments: Any, **tensors: Any) -> None:
+        self._calls.append(OpCall(self._op, arguments, tensors))
+
+
+def recording(ops: Ops, calls: list[OpCall]) -> Ops:
+    """Return `ops` as ones that only append their calls to `calls`."""
+    return ops.replaced(lambda role, op: Recording(op, calls))
+
+
+class Repeated:
+    """The last forward of a layer, as one call once it is repeated."""
+
+    def __init__(self, backend: Backend | None) -> None:
+        self._sequence = None if backend is None else backend.sequence
+        if getattr(self._sequence, "__func__", None) is Backend.sequence:  # it always declines
+            self._sequence = None
+        self.forget()
+
+    @property
+    def offered(self) -> bool:
+        """Whether there is a backend that may make sequences."""
+        return self._sequence is not None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle without the backend and its addresses: a copy calls its ops one by one."""
+        return Repeated, (None,)
+
+    def forget(self) -> None:
+        """Release the recording."""
+        self._owners: tuple[object, ...] = ()
+        self._layout: tuple[object, ...] = ()
+        self._asked = False  # whether the backend has been asked for the call
+        self._call: Callable[..., None] | None = None
+
+    def find(
+        self,
+        owners: tuple[object, ...],
+        layout: tuple[object, ...],
+        record: Callable[[], list[OpCall]],
+        moving: Sequence[torch.Tensor],
+    ) -> Callable[..., None] | None:
+        """Return a function that runs this forward in one call; None the first time, and where there is none.
+
+        The addresses in a recording depend on `owners`, by identity, and on `layout`, by value; and on the
+        weights, so callers that replace weights must call `forget`. The number of owners never changes.
+        """
+        if self._sequence is None:
+            return None
+        if layout != self._layout or any(a is not b for a, b in zip(owners, self._owners, strict=True)):
+            self.forget()
+            self._owners, self._layout = owners, layout
+            return None
+        if not self._asked:
+            self._asked, self._call = True, self._sequence(record(), moving)
+        return self._call
+
+
+# ---------------------------------------------------------------------------------------- attention
 
 ATTENTION_MODES = ("auto", "absorbed", "expanded")
 

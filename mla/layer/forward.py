@@ -1,26 +1,192 @@
-"""`Step`: one step of the layer, op by op.
+"""`Step`: one step of the layer, op by op, and the two paths of its attention.
 
-The ops come with every call, so that the same code runs them, records them or times them.
-"""
+The ops come with every call, so that the same code runs them, records them or times them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
-from mla.cache.ragged_batch import RaggedBatch
+from mla.cache.ragged_batch import RaggedBatch, plain
 from mla.config import MLAConfig
-from mla.layer.absorbed import AbsorbedPath
-from mla.layer.expanded import ExpandedPath, Rebuild
+from mla.errors import WeightError
 from mla.layer.ops import Ops
 from mla.layer.packed_weights import PackedWeights
-from mla.layer.plan import StepPlan
+from mla.layer.plan import (
+    WORKSPACE_BYTES,
+    AbsorbedGroup,
+    ExpandedGroup,
+    Growth,
+    Piece,
+    Round,
+    StepPlan,
+    make_plan,
+    rebuilt_bytes,
+)
 from mla.layer.rope import query_factors
-from mla.layer.views import Projected, StepViews
-from mla.layer.workspace import Workspace
+from mla.layer.workspace import Projected, StepViews, Turn, Workspace, check_batch, require
+from mla_backends.api import Backend
 
 
+@dataclass(frozen=True, eq=False)
+class AbsorbedPath:
+    """What a step does with the requests that are cheaper absorbed."""
+
+    weights: PackedWeights
+    scratch: Workspace
+    views: StepViews
+    interleaved: bool
+    softmax_scale: float
+
+    def run(self, ops: Ops, projected: Projected, group: AbsorbedGroup, pages: torch.Tensor) -> None:
+        """Attend with q_nope W_UK, joined with the rotated q_pe, over the latents; then apply W_UV.
+
+        Takes `projected.q` not yet rotated and `pages` [pages, page, c + r]; writes the group's rows of
+        `projected.heads`.
+        """
+        views, packed = self.views.absorbed(projected, group.tokens), self.weights.packed
+        ops["w_uk"].op(packed["w_uk"], x=views.q_nope, out=views.latent_nope)
+        ops["rotate_query"].op(
+            x=views.q_pe, cos_sin=group.cos_sin, interleaved=self.interleaved, out=views.latent_pe
+        )
+        ops["latent_attention"].op(
+            group.state,
+            q=views.latent_q,
+            cache=pages,
+            block_table=group.batch.block_table,
+            kv_lens=group.batch.kv_lens_device,
+            cu_q=group.batch.cu_q,
+            softmax_scale=self.softmax_scale,
+            out=views.latent_out,
+            lse=views.lse,
+        )
+        ops["w_uv"].op(packed["w_uv"], x=views.latent_out, out=views.heads)
+        self.scratch.put(projected.heads, group.tokens, views.heads)
+
+
+# ----------------------------------------------------------------------------------------- expanded
+# The expanded path: keys and values are rebuilt per head from the latent cache, and attended as usual.
+@dataclass(frozen=True, eq=False)
+class Rebuild:
+    """Rebuilds keys and values per head from the latents of cached tokens."""
+
+    config: MLAConfig
+    weights: PackedWeights
+    scratch: Workspace
+
+    def __call__(
+        self, ops: Ops, slots: torch.Tensor, pages: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return k [s, h, n + r] and v [s, h, v] of the cached tokens at `slots` [s], in scratch memory.
+
+        Valid until the next call.
+        """
+        config = self.config
+        n, c, h = config.qk_nope_head_dim, config.kv_lora_rank, config.num_attention_heads
+        take = self.scratch.for_round(rebuilt_bytes(config, pages.element_size(), slots.shape[0]))
+        latents = take("latents", slots.shape[0], config.latent_dim)
+        torch.index_select(pages.view(-1, config.latent_dim), 0, slots, out=latents)
+        kv = take("kv_b", slots.shape[0], ops["kv_b_proj"].spec.out_features)
+        ops["kv_b_proj"].op(self.weights.packed["kv_b_proj"], x=latents[:, :c], bias=None, out=kv)
+        k_nope, v = kv.unflatten(1, (h, -1)).split((n, config.v_head_dim), dim=2)
+        k = take("k", slots.shape[0], h, config.qk_head_dim)
+        k[..., :n] = k_nope
+        k[..., n:] = latents[:, None, c:]
+        return k, v
+
+
+@dataclass(frozen=True, eq=False)
+class ExpandedPath:
+    """What a step does with the requests that are cheaper expanded."""
+
+    scratch: Workspace
+    rebuild: Callable[[Ops, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # see `Rebuild`
+    qk_nope_head_dim: int
+    interleaved: bool
+    softmax_scale: float
+    lse_optional: bool  # of the op
+
+    def run(self, ops: Ops, projected: Projected, group: ExpandedGroup, pages: torch.Tensor) -> None:
+        """Rebuild k and v of the context round by round and run multi-head attention.
+
+        Takes `projected.q` not yet rotated and `pages` [pages, page, c + r]; writes the group's rows of
+        `projected.heads`.
+        """
+        q = self.scratch.rows("expanded_q", projected.q, group.tokens)
+        rotary = q[..., self.qk_nope_head_dim :]
+        ops["rotate_query"].op(x=rotary, cos_sin=group.cos_sin, interleaved=self.interleaved, out=rotary)
+        target = self.scratch.target("expanded_heads", projected.heads, group.tokens, q.shape[0])
+        if len(group.rounds) == 1:
+            self._one_round(ops, group.rounds[0], q, pages, target)
+        else:
+            self._merge_rounds(ops, group, q, pages, target)
+        self.scratch.put(projected.heads, group.tokens, target)
+
+    def _one_round(
+        self, ops: Ops, only: Round, q: torch.Tensor, pages: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Attend the whole context at once: there is nothing to merge, so nobody reads the log-sum-exp."""
+        k, v = self.rebuild(ops, only.slots, pages)
+        lse = None if self.lse_optional else self._lse(q)
+        for piece in only.pieces:
+            rows = piece.queries
+            self._attend(ops, piece, q, k, v, out[rows], None if lse is None else lse[rows])
+
+    def _lse(self, q: torch.Tensor) -> torch.Tensor:
+        return self.scratch.take("lse", *q.shape[:2], dtype=torch.float32)
+
+    def _merge_rounds(
+        self,
+        ops: Ops,
+        group: ExpandedGroup,
+        q: torch.Tensor,
+        pages: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Attend round by round, merging in fp32: rounding after every round would add up."""
+        lse = self._lse(q)
+        total = self.scratch.take("merged", *out.shape, dtype=torch.float32)
+        for part in group.rounds:
+            k, v = self.rebuild(ops, part.slots, pages)
+            for piece in part.pieces:
+                rows = piece.queries
+                part_out = self.scratch.take("part_out", *out[rows].shape)
+                part_lse = self.scratch.take("part_lse", *lse[rows].shape, dtype=torch.float32)
+                self._attend(ops, piece, q, k, v, part_out, part_lse)
+                if piece.merge:
+                    _merge(total[rows], lse[rows], part_out, part_lse)
+                else:
+                    total[rows], lse[rows] = part_out, part_lse
+        out.copy_(total)
+
+    def _attend(
+        self,
+        ops: Ops,
+        piece: Piece,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+    ) -> None:
+        """Attend one piece into out and lse, which hold its queries only."""
+        ops["expanded_attention"].op(
+            piece.state, q=q[piece.queries], k=k, v=v, softmax_scale=self.softmax_scale, out=out, lse=lse
+        )
+
+
+def _merge(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor) -> None:
+    """Merge two attentions over disjoint keys, in place: weights are exp(lse), normalised."""
+    total = torch.logaddexp(lse, new_lse)
+    old_weight, new_weight = ((part - total).exp()[..., None] for part in (lse, new_lse))
+    out.mul_(old_weight).add_(new_out * new_weight)
+    lse.copy_(total)
+
+
+# ------------------------------------------------------------------------------------------ forward
 @dataclass(frozen=True, eq=False)
 class Step:
     """Queries, latents, attention on either path, output. Keeps nothing but scratch memory."""
@@ -113,3 +279,102 @@ def make_step(
             ops["expanded_attention"].op.lse_optional,
         ),
     )
+
+
+# --------------------------------------------------------------------------------------------- core
+# `AttentionCore`: what a layer does between its projections, for callers that have projections of their own.
+#
+# Queries come in rotated, and latents lie in pages, normed and rotated: so this is `MLA` without everything
+# that depends on positions.
+class AttentionCore:
+    """Attention of rotated queries over latents, absorbed or expanded, with the weight `kv_b_proj` alone.
+
+    Arguments are those of `MLA`. Cores that run one after the other may share `scratch`, whose `turn` a
+    thread holds from `queries` until it has read the result.
+    """
+
+    def __init__(
+        self,
+        config: MLAConfig,
+        *,
+        backend: Backend | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        attention: str = "auto",
+        ops: str = "auto",
+        overrides: Mapping[str, str] = MappingProxyType({}),
+        workspace_bytes: int = WORKSPACE_BYTES,
+        scratch: Workspace | None = None,
+    ) -> None:
+        self.config, self.dtype, self._attention, self._limit = config, dtype, attention, workspace_bytes
+        self.device = backend.device if backend is not None and backend.device else torch.device("cpu")
+        offered = backend.ops() if backend else {}
+        self.ops = Ops(config, offered, dtype, self.device, ops, overrides)
+        turn = Turn.of(backend)
+        self.scratch = scratch or Workspace(dtype, self.device, keeps=workspace_bytes, turn=turn)
+        self._at = torch.empty(0, device=self.device).device  # as tensors say it: with an index
+        self._weights = PackedWeights(config, self.ops, dtype, self.device)
+        self._growth = Growth(backend)
+        self._views = StepViews(config, self.ops, self.scratch)
+        scale = config.softmax_scale
+        rebuild = Rebuild(config, self._weights, self.scratch)
+        optional = self.ops["expanded_attention"].op.lse_optional
+        self._absorbed = AbsorbedPath(self._weights, self.scratch, self._views, False, scale)
+        self._expanded = ExpandedPath(self.scratch, rebuild, config.qk_nope_head_dim, False, scale, optional)
+
+    def load(self, kv_b_proj: torch.Tensor) -> None:
+        """Pack the weight [h (n + v), c]. Raises `WeightError` for another shape."""
+        with self.scratch.turn:
+            self._weights.load_kv_b(kv_b_proj)
+
+    def kv_b_proj(self) -> torch.Tensor:
+        """Return the weight [h (n + v), c] as it was loaded, bit for bit."""
+        with self.scratch.turn:
+            return self._weights.unpacked_kv_b()
+
+    def weight_bytes(self) -> int:
+        """Return the bytes that the packed weight keeps alive."""
+        return self._weights.nbytes()
+
+    def queries(self, tokens: int) -> torch.Tensor:
+        """Return memory [T, h, n + r] for the queries of so many tokens; what it held before is lost."""
+        return self.scratch.take("q", tokens, self.config.num_attention_heads, self.config.qk_head_dim)
+
+    @torch.no_grad()
+    def __call__(self, q: torch.Tensor, batch: RaggedBatch, pages: torch.Tensor) -> torch.Tensor:
+        """Attend the batch's new tokens with q [T, h, n + r], best made by `queries`; return [T, h, v].
+
+        `pages` [pages, page, c + r] hold the latents of all tokens, the new ones included. The result is
+        scratch memory, valid until the next call. Raises ValueError when a tensor does not fit, and
+        RuntimeError in a thread that does not hold `scratch.turn`.
+        """
+        if not self._weights.packed:
+            raise WeightError("this attention core has no weight yet: call load() first.")
+        if not self.scratch.turn.held:
+            raise RuntimeError("hold `core.scratch.turn` from queries() until the result has been read.")
+        config = self.config
+        check_batch(batch, (RaggedBatch,), self._at)
+        shape = (batch.num_tokens, config.num_attention_heads, config.qk_head_dim)
+        require("q", q, shape, self.dtype, self._at)
+        require("pages", pages, (None, batch.page_size, config.latent_dim), self.dtype, self._at)
+        own = self.queries(batch.num_tokens)  # which views are kept of
+        q = q if q.data_ptr() == own.data_ptr() and q.stride() == own.stride() else own.copy_(q)
+        heads = self.scratch.take("heads", *q.shape[:2], self.config.v_head_dim)
+        flat = q.flatten(1)
+        projected = Projected(flat, flat, None, flat, q, flat, heads, heads.flatten(1))
+        plan = batch.memo(self._key(), lambda: self._plan(batch))
+        if plan.absorbed is not None:
+            self._absorbed.run(self.ops, projected, plan.absorbed, pages)
+        if plan.expanded is not None:
+            self._expanded.run(self.ops, projected, plan.expanded, pages)
+        return heads
+
+    def _key(self) -> object:
+        roles = ("latent_attention", "expanded_attention")
+        return (*(self.ops[role].key() for role in roles), self._attention, self._limit)
+
+    def _plan(self, batch: RaggedBatch) -> StepPlan:
+        """Plan a batch, whose queries are turned by no angle: cosines of 1 and sines of 0 change no bit."""
+        half = self.config.qk_rope_head_dim // 2
+        unturned = plain(torch.zeros(batch.num_tokens, 2 * half, dtype=torch.float32, device=self.device))
+        unturned[:, :half] = 1
+        return make_plan(self.config, self.ops, unturned, batch, self._attention, self._limit, self._growth)

@@ -1,10 +1,14 @@
-"""Pick, per op, the backend's fused implementation or the reference, and say why."""
+"""Pick, per op, the backend's fused implementation or the reference, and say why.
+
+An op is asked once per process whether its kernel really runs here, before it is chosen: one that is
+compiled or loaded at its first use may fail there for reasons that no look at its package shows."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -13,14 +17,78 @@ import torch
 
 from mla.config import MLAConfig
 from mla.errors import UnknownOp, UnsupportedBatch, UnsupportedOps, did_you_mean
-from mla.layer.overrides import check_overrides
-from mla.layer.preflight import Say, preflight_reasons
 from mla.reference import REFERENCE
 from mla_backends import BackendError
 from mla_backends.api import OPS, AttentionSpec, FusedOp, LinearSpec, NormSpec
-from mla_backends.errors import one_line
+from mla_backends.errors import describe, one_line, out_of_memory, plugin_code
+
+Say = Callable[[str], object]  # is told in one line what is about to take a while
+
+# Identity of an op -> the op, and what it answered per spec. An op may be neither hashable nor kept.
+_ANSWERS: dict[int, tuple[weakref.ref[FusedOp], dict[Hashable, tuple[str, ...]]]] = {}
 
 
+def preflight_reasons(name: str, op: FusedOp, spec: Any, say: Say | None = None) -> list[str]:
+    """Return why `op`, offered as `name`, does not run here although it supports `spec`.
+
+    Asked once per op and spec in a process, but again where memory was short. Whatever `op.preflight` raises
+    is a reason.
+    """
+    if type(op).preflight is FusedOp.preflight:
+        return []
+    answers = _answers(op)
+    if spec in answers:
+        return list(answers[spec])
+    if say is not None and op.compiles:
+        say(f"preparing {name}: {op.compiles}")
+    found = _ask(op, spec)
+    if not any(map(out_of_memory, found)):
+        answers[spec] = tuple(found)
+    return found
+
+
+def _answers(op: FusedOp) -> dict[Hashable, tuple[str, ...]]:
+    known = _ANSWERS.get(id(op))
+    if known is None or known[0]() is not op:  # the identity is that of an op which is gone
+        known = _ANSWERS[id(op)] = (weakref.ref(op), {})
+    return known[1]
+
+
+def _ask(op: FusedOp, spec: Any) -> list[str]:
+    try:
+        with plugin_code():
+            return [one_line(reason) for reason in op.preflight(spec)]
+    except Exception as error:  # noqa: BLE001  # compilers and loaders raise anything
+        return [f"its preflight raised {one_line(describe(error))}"]
+
+
+# ---------------------------------------------------------------------------------------- overrides
+# Ops that single roles of a layer must run, whatever the policy says: which names are valid.
+def check_overrides(
+    overrides: Mapping[str, str], kinds: Mapping[str, str], offered: Mapping[str, FusedOp]
+) -> None:
+    """Raise `UnknownOp` for a role that the layer lacks, or an op that its role cannot run.
+
+    `overrides`: role -> name of an op, or "reference". `kinds`: role -> kind of op.
+    """
+    for role, name in overrides.items():
+        if role not in kinds:
+            known = list(kinds)
+            raise UnknownOp(
+                f"this layer has no role '{role}'.{did_you_mean(role, known)} Its roles: {', '.join(known)}."
+            )
+        fitting = ["reference", *(one for one, op in offered.items() if _kind(op) == kinds[role])]
+        if name not in fitting:
+            other = f"op '{name}' is of kind {_kind(offered[name])}." if name in offered else ""
+            missing = f"this backend offers no op '{name}'.{did_you_mean(name, fitting)}"
+            raise UnknownOp(f"{other or missing} {role} takes: {', '.join(fitting)}.")
+
+
+def _kind(op: FusedOp) -> str:
+    return op.contract.partition("/")[0]
+
+
+# ---------------------------------------------------------------------------------------------- ops
 @dataclass(frozen=True)
 class Choice:
     """The implementation of one op, and every reason why a better one was not chosen."""
@@ -66,7 +134,7 @@ def choose(
     `policy`: "auto"; "reference" takes no fused op; "fused" requires one wherever the backend offers any;
     names, separated by commas, require those for their kinds. Raises `UnsupportedOps` when one cannot serve,
     naming `required_by` (default: the policy).
-    `say` is told what an op compiles before it does (`mla.layer.preflight`).
+    `say` is told what an op compiles before it does (`mla.layer.ops`).
     """
     if policy == "reference":
         return Choice("reference", REFERENCE[kind], spec)

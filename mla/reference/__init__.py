@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mla.reference.expanded import ExpandedAttention
-from mla.reference.latent import LatentAttention
-from mla.reference.linear import BatchedLinear, Linear
-from mla.reference.pointwise import RmsNorm, RotateQuery, WriteLatent
+from mla.reference.attention import ExpandedAttention, LatentAttention
+from mla.reference.small import BatchedLinear, Linear, RmsNorm, RotateQuery, WriteLatent
 from mla_backends.api import FusedOp
 
 # The reference for every op, by op name.

@@ -27,25 +27,26 @@ class KernelsHook(BuildHookInterface):
         folder = str(Path(self.root, "mla_backend_cpu"))
         sys.path.insert(0, folder)  # not the package, whose dependencies are not here
         try:
-            from compilation import all_levels, compiler, levels
+            import compilation
         finally:
             sys.path.remove(folder)  # its other modules must not stand in for somebody else's
-        self._modules = all_levels, compiler
+        self._compilation = compilation
         try:
             self._add_kernels(build_data, wanted == "require")
-        except (levels.BuildError, OSError) as error:
+        except (compilation.BuildError, OSError) as error:
             self._without(wanted == "require", f"no kernels in this wheel, since {error}")
 
     def _add_kernels(self, build_data: dict[str, Any], all_of_them: bool) -> None:
         """Compile, and tell hatchling what belongs into the wheel. Raises `BuildError` or OSError."""
-        all_levels, compiler = self._modules
+        compilation = self._compilation
         if platform.system() != "Linux" or sys.byteorder != "little":
             raise OSError(f"they need little-endian Linux, and this is {platform.platform()}")
-        command = compiler.find()
-        target = compiler.machine(command)
+        command = compilation.find_compiler()
+        target = compilation.compiled_machine(command)
         self.app.display_info(f"compiling the CPU kernels for {target} with {command[0]} ...")
         self._folder = tempfile.TemporaryDirectory()
-        for level, reason in all_levels.make_all(command, target, Path(self._folder.name)).items():
+        made = compilation.make_all_kernels(command, target, Path(self._folder.name))
+        for level, reason in made.items():
             self._without(all_of_them, f"no kernels for {level} in this wheel, since {reason}")
         build_data["force_include"][self._folder.name] = "mla_backend_cpu/kernels"
         build_data["pure_python"] = False

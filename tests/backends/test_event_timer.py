@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mla_backends import TorchBackend
-from mla_backends.torch_backend.timing import LEAD_CYCLES, EventTimer
+from mla_backends.torch_backend import LEAD_CYCLES, EventTimer
 
 LEAD = LEAD_CYCLES / 2e3  # us at 2 GHz
 

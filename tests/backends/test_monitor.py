@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from mla_backends.monitor import Monitor
-from mla_backends.nvml import Address, Dialect, NvmlSampler
+from mla_backends.monitor import Address, Dialect, Monitor, NvmlSampler
 
 
 class Sampler:

@@ -12,8 +12,8 @@ import mla.conformance.cli
 from mla.bench.cli import main as bench
 from mla.command import launcher
 from mla.command.backend import only_usable
-from mla_backends import BackendError, status
-from mla_backends.status import USABLE, Status
+from mla_backends import BackendError, probe
+from mla_backends.probe import USABLE, Status
 
 Main = Callable[[list[str]], int]
 RUN: tuple[Main, list[str], str] = (bench.main, [], "-o")
@@ -96,6 +96,6 @@ def test_a_mistake_in_the_backends_options_is_one_sentence(
 def test_the_backend_without_a_plugin_is_for_hosts_where_no_plugin_is_usable(
     plugins: dict[str, str], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(status, "statuses", lambda: [Status(*one) for one in plugins.items()])
-    monkeypatch.setattr(status, "status", lambda name: Status(name, USABLE))
+    monkeypatch.setattr(probe, "statuses", lambda: [Status(*one) for one in plugins.items()])
+    monkeypatch.setattr(probe, "status", lambda name: Status(name, USABLE))
     assert only_usable() == chosen

@@ -252,7 +252,7 @@ def test_the_query_scale_is_that_of_mistral4() -> None:
 
 def test_no_rotation_changes_no_bit(tiny: Any) -> None:
     from mla.layer.rope import RotaryTable
-    from mla.reference.pointwise import rotate
+    from mla.reference.small import rotate
 
     config = tiny(rope_theta=None)
     table = RotaryTable(config, torch.device("cpu"), size=200)

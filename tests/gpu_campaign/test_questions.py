@@ -20,7 +20,7 @@ from benchmarks.gpu.questions.latent import LatentBatch
 from mla_backends import FusedOp
 from mla_backends.api import OPS
 from mla_backends.kernels import FlashInferMla
-from mla_backends.kernels.flashinfer import wrappers as adapter_module
+from mla_backends.kernels import flashinfer as adapter_module
 
 FAKES = Path(__file__).resolve().parents[1] / "fakes" / "kernels"
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from transformers.masking_utils import causal_mask_function
 
 from mla.integrations.transformers import UnsupportedModel, use_mla
-from mla.integrations.transformers.mask import visible_keys
+from mla.integrations.transformers.admission import visible_keys
 
 PROMPT, TOKEN = torch.arange(3, 9)[None], torch.tensor([[7]])
 

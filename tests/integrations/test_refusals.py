@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLa
 
 from mla.integrations.transformers import UnsupportedModel, restore, use_mla
 from mla.integrations.transformers.packed import PackedLinear
-from mla.layer.core import AttentionCore
+from mla.layer.forward import AttentionCore
 from mla_backends import BackendError
 
 

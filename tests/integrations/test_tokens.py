@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import CACHE, FAMILIES, make_model
 
 from mla.integrations.transformers import PagedCache, restore, use_mla
-from mla.integrations.transformers.step import PAGE_SIZE, Step
+from mla.integrations.transformers.attention import PAGE_SIZE, Step
 
 Prompts = dict[str, torch.Tensor]
 

@@ -11,7 +11,7 @@ import torch
 
 from mla import MLA, LatentCache, MLAConfig
 from mla.errors import UnsupportedBatch
-from mla.layer.expansion import FREE_PARTS, WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
+from mla.layer.plan import FREE_PARTS, WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
 from mla.reference import REFERENCE
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict

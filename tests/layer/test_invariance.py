@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mla import MLA, LatentCache
 from mla.errors import StaleBatch
-from mla.layer.expansion import rebuilt_bytes
+from mla.layer.plan import rebuilt_bytes
 from mla.reference import REFERENCE
 from mla.weights import random_state_dict
 

@@ -17,7 +17,7 @@ from float64_attention import attend_segments
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mla import MLA, LatentCache, MLAConfig, RaggedBatch, load_backend
-from mla.layer.core import AttentionCore
+from mla.layer.forward import AttentionCore
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
 from mla_backends import Backend

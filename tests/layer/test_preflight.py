@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from mla.errors import UnsupportedOps
-from mla.layer import preflight
-from mla.layer.ops import Ops
-from mla.layer.preflight import preflight_reasons
+from mla.layer import ops as choosing
+from mla.layer.ops import Ops, preflight_reasons
 from mla.reference import REFERENCE
 
 LatentOp = type(REFERENCE["latent_attention"])
@@ -129,7 +128,7 @@ def test_answers_are_those_of_the_object_even_if_its_address_is_used_again() -> 
         del op
         gc.collect()
     op, gone = Compiled(["its own"]), Compiled()
-    preflight._ANSWERS[id(op)] = (weakref.ref(gone), {"a spec": ("another's",)})
+    choosing._ANSWERS[id(op)] = (weakref.ref(gone), {"a spec": ("another's",)})
     del gone
     assert preflight_reasons("mine", op, "a spec") == ["its own"]
 

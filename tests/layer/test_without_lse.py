@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mla.layer.expansion import rebuilt_bytes
+from mla.layer.plan import rebuilt_bytes
 from mla.reference import REFERENCE
 
 Latent, Expanded = (type(REFERENCE[kind]) for kind in ("latent_attention", "expanded_attention"))

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from mla import MLAConfig
-from mla.checkpoint import files, read_layer
+from mla.checkpoint import folder as files
+from mla.checkpoint import read_layer
 from mla.errors import WeightError
-from mla.parallel.shards import HeadShard
+from mla.parallel.layer import HeadShard
 from mla.weights import random_state_dict
 
 CONFIG = MLAConfig(

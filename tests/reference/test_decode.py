@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla.bench.workload.workload_file import STANDARD, load_workload
-from mla.reference import REFERENCE, decode
-from mla.reference.decode import DecodeState
+from mla.reference import REFERENCE
+from mla.reference import attention as decode
+from mla.reference.attention import DecodeState
 
 Latent = type(REFERENCE["latent_attention"])
 DEVICE = torch.device("meta")  # any that is not the CPU; only its type is looked at

@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mla.bench.subjects.memory import WORKSPACE
+from mla.bench.plan.memory import WORKSPACE
 from mla.reference import REFERENCE
-from mla.reference.decode import MASKS_BYTES, DecodeState, fixed_shapes
+from mla.reference.attention import MASKS_BYTES, DecodeState, fixed_shapes
 from mla_backends.api import AttentionSpec
 
 DEVICE = torch.device("meta")
@@ -126,7 +126,7 @@ def test_what_a_step_takes_is_bounded_whatever_its_shape(
         return
     assert kept(state) <= MASKS_BYTES
     if replayed:
-        monkeypatch.setattr("mla.reference.decode.capturing", lambda device: True)
+        monkeypatch.setattr("mla.reference.attention.capturing", lambda device: True)
     longest = 8 * step.batch.kv_lens[0] * (LATENT + ROPE)  # planned apart from the workspace
     assert step.peak(state) + 2 * MASKS_BYTES <= max(WORKSPACE, longest + MASKS_BYTES)
 

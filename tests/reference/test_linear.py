@@ -10,7 +10,8 @@ import pytest
 import torch
 from op_inputs import DTYPES, ROUNDING, draw
 
-from mla.reference import REFERENCE, linear
+from mla.reference import REFERENCE
+from mla.reference import small as linear
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

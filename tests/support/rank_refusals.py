@@ -28,7 +28,7 @@ import torch
 from opponents.memory import RemembersForwards
 
 from mla.bench.ranks.part import RankLayer
-from mla.checkpoint.files import StoredTensor
+from mla.checkpoint.folder import StoredTensor
 from mla.reference import REFERENCE
 from mla_backends import BackendError, FusedOp
 from mla_backends.api import Packed

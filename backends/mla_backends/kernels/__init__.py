@@ -29,29 +29,14 @@ One op object serves all layers; keep it, because it holds scratch memory and th
 not use an op on two streams at a time. To serve another kernel over pages, subclass `PagedLatentOp`.
 """
 
-from mla_backends.kernels.flash_attn import FlashAttnVarlen, VarlenLimits
-from mla_backends.kernels.flash_mla import FlashMla
+from mla_backends.kernels.expanded import FlashAttnVarlen, SdpaExpanded, TorchVarlen, VarlenLimits
 from mla_backends.kernels.flashinfer import FlashInferMla
-from mla_backends.kernels.ixformer import IxformerMla
-from mla_backends.kernels.limits import LatentLimits
-from mla_backends.kernels.paged import PagedLatentOp
-from mla_backends.kernels.sdpa import SdpaExpanded
-from mla_backends.kernels.tokenspeed import TokenspeedMla
-from mla_backends.kernels.tokenspeed_prefill import TokenspeedPrefill
-from mla_backends.kernels.torch_varlen import TorchVarlen
+from mla_backends.kernels.latent import FlashMla, IxformerMla
+from mla_backends.kernels.paged import LatentLimits, PagedLatentOp
+from mla_backends.kernels.tokenspeed import TokenspeedMla, TokenspeedPrefill
 from mla_backends.kernels.vendor import KernelRefused
 
 __all__ = [
-    "FlashAttnVarlen",
-    "FlashInferMla",
-    "FlashMla",
-    "IxformerMla",
-    "KernelRefused",
-    "LatentLimits",
-    "PagedLatentOp",
-    "SdpaExpanded",
-    "TokenspeedMla",
-    "TokenspeedPrefill",
-    "TorchVarlen",
-    "VarlenLimits",
-]
+    "FlashAttnVarlen", "FlashInferMla", "FlashMla", "IxformerMla", "KernelRefused", "LatentLimits",
+    "PagedLatentOp", "SdpaExpanded", "TokenspeedMla", "TokenspeedPrefill", "TorchVarlen", "VarlenLimits",
+]  # fmt: skip

@@ -1,24 +1,228 @@
-"""What kernels for absorbed attention over pages share: rows planned, queries laid out, results written."""
+"""Cut a ragged batch into groups of rows with equally many queries, which is what a vendor's kernel takes.
+
+A row is a run of one request's queries together with the keys that the last of them sees. Requests with
+equally many new tokens share one launch, so a decode step is one launch and a mixed batch one per distinct
+number of new tokens; no key is read more often than the kernel's own tiling requires.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import chain, groupby
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mla_backends.api import OPS, AttentionSpec, BatchView, FusedOp
-from mla_backends.kernels.limits import LatentLimits
-from mla_backends.kernels.rows import Group, groups
-from mla_backends.kernels.scratch import Scratch
-from mla_backends.kernels.vendor import KernelRefused, VendorModule
-from mla_backends.torch_backend.graph import capturing
+from mla_backends.kernels.vendor import KernelRefused, Scratch, VendorModule, dtype_reasons, either
+from mla_backends.torch_backend import capturing
+from mla_backends.upload import upload
 
 if TYPE_CHECKING:
     import torch
 
 
+class Row(NamedTuple):
+    """Queries of one request, from token `first` on; the last sees `keys` keys, each before it one less."""
+
+    request: int
+    first: int
+    queries: int
+    keys: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that one launch serves."""
+
+    rows: int
+    queries: int  # per row
+    tokens: slice | torch.Tensor  # of the batch, row after row; an index where they are not contiguous
+    block_table: torch.Tensor  # [rows, n] int32
+    kv_lens: torch.Tensor  # [rows] int32
+    longest: int  # the most keys of a row
+    has_empty: bool  # some row sees no key
+    follows_batch: bool  # the tables are the batch's own, so a captured graph sees what they are updated to
+
+
+def cut(batch: BatchView, most: int | None) -> Iterator[Row]:
+    """Cut each request into rows of at most `most` queries (None: any)."""
+    start = 0
+    for request, (count, keys) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
+        blind = min(count, max(0, count - keys))  # queries before the request's first key
+        yield from _cut(request, start, blind, 0, most)
+        yield from _cut(request, start + blind, count - blind, keys, most)
+        start += count
+
+
+def _cut(request: int, first: int, count: int, keys: int, most: int | None) -> Iterator[Row]:
+    step = most or max(1, count)
+    for offset in range(0, count, step):
+        queries = min(step, count - offset)
+        unseen = count - offset - queries if keys else 0  # keys of the queries after this row
+        yield Row(request, first + offset, queries, keys - unseen)
+
+
+def groups(batch: BatchView, most: int | None) -> tuple[Group, ...]:
+    """Group a batch's rows by their number of queries. Waits for nothing on the device."""
+    rows = sorted(cut(batch, most), key=lambda row: row.queries)  # stable: contiguous tokens stay so
+    if not rows:
+        return ()  # no new tokens
+    members = [list(found) for _, found in groupby(rows, key=lambda row: row.queries)]
+    if len(members) == 1 and [row.request for row in rows] == list(range(len(batch.query_lens))):
+        return (_whole(rows, batch),)
+    columns = ((row.request for row in rows), (row.keys for row in rows), (row.first for row in rows))
+    index = _upload(chain(*columns), batch.block_table).view(3, -1)
+    parts = index.split([len(found) for found in members], dim=1)
+    return tuple(_group(found, part, batch) for found, part in zip(members, parts, strict=True))
+
+
+def _whole(rows: Sequence[Row], batch: BatchView) -> Group:
+    """Return the group of rows that are the batch's requests, one by one."""
+    tokens = slice(0, sum(row.queries for row in rows))
+    return _describe(rows, tokens, batch.block_table, batch.kv_lens_device, True)
+
+
+def _group(rows: Sequence[Row], index: torch.Tensor, batch: BatchView) -> Group:
+    """Gather what a part of the batch needs; `index` [3, rows] int64 holds request, keys and first query."""
+    import torch
+
+    queries, first = rows[0].queries, rows[0].first
+    tokens: slice | torch.Tensor = slice(first, first + queries * len(rows))
+    if any(row.first != first + i * queries for i, row in enumerate(rows)):
+        tokens = (index[2][:, None] + torch.arange(queries, device=index.device)).view(-1)
+    table = batch.block_table.index_select(0, index[0])
+    return _describe(rows, tokens, table, index[1].int(), False)
+
+
+def _describe(
+    rows: Sequence[Row],
+    tokens: slice | torch.Tensor,
+    table: torch.Tensor,
+    kv_lens: torch.Tensor,
+    follows: bool,
+) -> Group:
+    keys = [row.keys for row in rows]
+    return Group(len(rows), rows[0].queries, tokens, table, kv_lens, max(keys), min(keys) == 0, follows)
+
+
+def _upload(values: Iterable[int], like: torch.Tensor) -> torch.Tensor:
+    """Copy host integers to the device of `like` as int64, in one asynchronous copy."""
+    import torch
+
+    buffer = array("q", values)
+    host = (
+        torch.frombuffer(buffer, dtype=torch.int64)
+        if buffer
+        else torch.empty(0, dtype=torch.int64, device="cpu")
+    )
+    return upload(host, like.device)
+
+
+# ------------------------------------------------------------------------------------------- limits
+# What a vendor's kernel can do, as data that the vendor's plugin declares, and the checks that follow.
+
+LSE_LAYOUTS = ("heads_first", "tokens_first")
+LSE_BASES = ("e", "2")
+
+
+@dataclass(frozen=True)
+class LatentLimits:
+    """What one kernel for absorbed attention serves. The defaults are those of FlashMLA on Hopper.
+
+    Declare conservatively what has not been confirmed: `empty_rows=False` costs a little, a wrong True gives
+    wrong numbers. Raises ValueError for an unknown layout or base.
+    """
+
+    dtypes: tuple[str, ...] = ("bfloat16", "float16")
+    widths: tuple[tuple[int, int], ...] = ((512, 64),)  # (kv_lora_rank, qk_rope_head_dim)
+    page_sizes: tuple[int, ...] | None = (64,)  # None: any
+    heads: tuple[int, ...] | None = None  # head counts the kernel takes; None: any
+    max_heads: int | None = None  # None: any
+    pads_heads_to: tuple[int, ...] = ()  # head counts that others are padded to with zeros, where declared
+    max_queries: int | None = None  # query tokens of one request in one row; None: any
+    max_query_rows: int | None = None  # query tokens times heads in one row; None: any
+    max_rows: int | None = None  # rows of one launch; None: any
+    lse_layout: str = "heads_first"  # [rows, h, s], or "tokens_first": [rows, s, h]
+    lse_base: str = "e"  # or "2"
+    empty_rows: bool = True  # rows without keys may be launched
+    graph: bool = True  # calls can be captured
+    device_reason: Callable[[torch.device], str] | None = None  # why this device cannot run it; "" if it can
+
+    def __post_init__(self) -> None:
+        if self.lse_layout not in LSE_LAYOUTS or self.lse_base not in LSE_BASES:
+            raise ValueError(f"lse_layout must be one of {LSE_LAYOUTS}, lse_base one of {LSE_BASES}.")
+
+    def padded_heads(self, heads: int) -> int | None:
+        """Return how many heads the kernel is given for `heads`; None if it serves no such layer."""
+        few = self.max_heads is None or heads <= self.max_heads
+        if few and (self.heads is None or heads in self.heads):
+            return heads
+        return min((count for count in self.pads_heads_to if count >= heads), default=None)
+
+    def queries_per_row(self, heads: int) -> int | None:
+        """Return the most query tokens of a request that may share a row; None: any."""
+        limits = [self.max_queries] if self.max_queries else []
+        if self.max_query_rows:
+            limits.append(max(1, self.max_query_rows // heads))
+        return min(limits, default=None)
+
+    def reasons(self, spec: AttentionSpec) -> list[str]:
+        """Return why the kernel cannot serve layers like `spec` (empty if it can)."""
+        found = []
+        why = self.device_reason(spec.device) if self.device_reason else ""
+        if why:
+            found.append(why)
+        found += dtype_reasons(self.dtypes, spec)
+        if (spec.kv_lora_rank, spec.qk_rope_head_dim) not in self.widths:
+            made_for = either(f"{c} + {r}" for c, r in self.widths)
+            found.append(
+                f"it is made for latents of {made_for}, not {spec.kv_lora_rank} + {spec.qk_rope_head_dim}"
+            )
+        if self.padded_heads(spec.num_heads) is None:
+            found.append(f"it serves {self._served_heads()} heads, not {spec.num_heads}")
+        return found
+
+    def _served_heads(self) -> str:
+        listed = (*(self.heads or ()), *self.pads_heads_to)
+        return either(listed) if listed else f"at most {self.max_heads}"
+
+    def row_reasons(self, heads: int, query_lens: Sequence[int], kv_lens: Sequence[int]) -> list[str]:
+        """Return why a launch cannot hold the rows of a batch (empty if it can)."""
+        if self.max_rows is None or sum(query_lens) <= self.max_rows:  # a row has at least one query
+            return []
+        most = self.queries_per_row(self.padded_heads(heads) or heads)
+        lengths: Any = SimpleNamespace(query_lens=query_lens, kv_lens=kv_lens)
+        sizes = Counter(row.queries for row in cut(lengths, most))
+        rows = max(sizes.values(), default=0)
+        if rows <= self.max_rows:
+            return []
+        return [f"it takes at most {self.max_rows} rows at a time, and this batch has {rows}"]
+
+    def page_reasons(self, page_size: int | None) -> list[str]:
+        """Return why the kernel cannot read pages of this size (empty if it can, or for None)."""
+        if page_size is None or self.page_sizes is None or page_size in self.page_sizes:
+            return []
+        return [
+            f"it reads pages of {either(self.page_sizes)} tokens, but this cache has pages of {page_size}"
+        ]
+
+    def check_page(self, page_size: int) -> None:
+        """Raise `KernelRefused` when the kernel cannot read pages of this size."""
+        for reason in self.page_reasons(page_size):
+            sizes = either(self.page_sizes or ())
+            raise KernelRefused(
+                f"the chosen attention op cannot serve this batch: {reason}. "
+                f"Build the cache with page_size={sizes}, or use the reference ops (`--ops reference`)."
+            )
+
+
+# -------------------------------------------------------------------------------------------- paged
+# What kernels for absorbed attention over pages share: rows planned, queries laid out, results written.
 @dataclass(frozen=True)
 class Part:
     """One launch of a planned batch."""

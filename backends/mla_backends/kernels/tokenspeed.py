@@ -13,35 +13,29 @@ Read in the wheels tokenspeed-mla 0.1.8 to 2.0.4 (2026-11). What their documents
 from __future__ import annotations
 
 import importlib
+import math
+from array import array
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from mla_backends.api import AttentionSpec, BatchView
-from mla_backends.kernels.limits import LatentLimits
-from mla_backends.kernels.paged import Launch, PagedLatentOp, PagedState, Part, Result
-from mla_backends.kernels.rows import Group
-from mla_backends.kernels.trial import failures, remembered, try_latent
-from mla_backends.kernels.vendor import KernelRefused, VendorModule, missing
+from mla_backends.api import AttentionSpec, BatchView, SegmentLengths
+from mla_backends.kernels.expanded import SegmentsOp, VarlenState
+from mla_backends.kernels.paged import Group, LatentLimits, Launch, PagedLatentOp, PagedState, Part, Result
+from mla_backends.kernels.vendor import KernelRefused, VendorModule, dtype_reasons, missing
+from mla_backends.selftest import failures, try_expanded, try_latent
+from mla_backends.upload import upload
 
 if TYPE_CHECKING:
     import torch
 
 MODULE = "tokenspeed_mla"
-FUNCTION = "tokenspeed_mla_decode"
-ARGUMENTS = (
-    "query",
-    "kv_cache",
-    "workspace_buffer",
-    "kv_lora_rank",
-    "qk_rope_head_dim",
-    "block_tables",
-    "seq_lens",
-    "max_seq_len",
-    "softmax_scale",
-    "out",
-    "causal_mask",
-    "return_lse",
-)
+DECODE = "tokenspeed_mla_decode"
+DECODE_ARGUMENTS = (
+    "query", "kv_cache", "workspace_buffer", "kv_lora_rank", "qk_rope_head_dim", "block_tables", "seq_lens",
+    "max_seq_len", "softmax_scale", "out", "causal_mask", "return_lse",
+)  # fmt: skip
 CURE = "pip install -U tokenspeed-mla, which brings the CuTe DSL it needs"
 TILE = 128  # keys, and query rows
 LIMITS = LatentLimits(
@@ -66,19 +60,16 @@ class TokenspeedMla(PagedLatentOp):
 
     def __init__(self, limits: LatentLimits = LIMITS, *, install: str = "") -> None:
         """Take the kernel's limits, and the hint for a missing package."""
-        super().__init__(VendorModule(MODULE, (FUNCTION, "get_num_sm"), install), limits)
+        super().__init__(VendorModule(MODULE, (DECODE, "get_num_sm"), install), limits)
         self._workspaces: dict[torch.device, torch.Tensor] = {}
-        self._tried: dict[AttentionSpec, list[str]] = {}
 
     def interface_reasons(self) -> list[str]:
-        return unavailable() or missing(self._vendor.tokenspeed_mla_decode, FUNCTION, ARGUMENTS)
+        return unavailable() or missing(self._vendor.tokenspeed_mla_decode, DECODE, DECODE_ARGUMENTS)
 
     def preflight(self, spec: AttentionSpec) -> list[str]:
         """Compile the kernel for one new token per request, and return why it does not work here."""
         page = (self.limits.page_sizes or (64,))[-1]
-        return remembered(
-            self._tried, spec, lambda: failures(lambda: try_latent(self, spec, page), MODULE, CURE)
-        )
+        return failures(lambda: try_latent(self, spec, page), MODULE, CURE)
 
     def prepare(self, spec: AttentionSpec, batch: BatchView) -> PagedState:
         """Plan the batch, with a table per launch, without waiting for the device."""
@@ -145,3 +136,107 @@ def unavailable() -> list[str]:
     """Return why the package cannot run, where it knows: its import succeeds even without CuTe DSL."""
     why = getattr(importlib.import_module(MODULE), "_IMPORT_ERROR", None)
     return [] if why is None else [f"{MODULE} cannot load CuTe DSL ({why}); {CURE}"]
+
+
+# ------------------------------------------------------------------------------- tokenspeed prefill
+# `tokenspeed_mla_prefill`: ordinary causal attention over ragged segments on SM100, SM103 and SM107.
+#
+# Read in the wheels tokenspeed-mla 0.1.8 to 2.0.4 (2026-11) and in vLLM (commit 055e47c), which runs it in
+# bfloat16; the package's README promises only fp8 for these widths, so `preflight` computes a small case
+# first. q, k and v are read as if they were contiguous, whatever their strides are. The log-sum-exp is
+# natural here, unlike that of decoding.
+
+PREFILL = "tokenspeed_mla_prefill"
+PREFILL_ARGUMENTS = (
+    "query", "key", "value", "seq_lens", "cum_seq_lens", "max_seq_len", "batch_size", "softmax_scale",
+    "is_causal", "return_lse", "cum_seq_lens_q", "max_seq_len_q", "out",
+)  # fmt: skip
+WIDTHS = (192, 128)  # of keys and values
+
+
+class TokenspeedPrefill(SegmentsOp):
+    """`tokenspeed_mla.tokenspeed_mla_prefill`, bfloat16 keys of 192 and values of 128.
+
+    Costs besides the kernel: a copy of v, as the layer's is a slice, and one into `lse`.
+    """
+
+    compiles = "tokenspeed_mla's prefill kernel"
+
+    def __init__(
+        self, device_reason: Callable[[torch.device], str] | None = None, *, install: str = ""
+    ) -> None:
+        """Take why a device cannot run it ("" if it can), and the hint for a missing package."""
+        self._vendor = VendorModule(MODULE, (PREFILL,), install)
+        self._device_reason = device_reason
+
+    def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
+        found = self._vendor.reasons() or self._interface_reasons()
+        why = self._device_reason(spec.device) if self._device_reason else ""
+        widths = (spec.qk_nope_head_dim + spec.qk_rope_head_dim, spec.v_head_dim)
+        return [
+            *found,
+            *([why] if why else []),
+            *dtype_reasons(("bfloat16",), spec),
+            *([] if widths == WIDTHS else [f"it takes keys of 192 and values of 128, not {widths}"]),
+        ]
+
+    def _interface_reasons(self) -> list[str]:
+        return unavailable() or missing(self._vendor.tokenspeed_mla_prefill, PREFILL, PREFILL_ARGUMENTS)
+
+    def preflight(self, spec: AttentionSpec) -> list[str]:
+        """Compile the kernel and compute a small case; return why it does not work here."""
+        return failures(lambda: try_expanded(self, spec), MODULE, CURE)
+
+    def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> VarlenState:
+        """Copy the bounds of the segments to the device, without waiting for it."""
+        return replace(super().prepare(spec, batch), blind=_blind(batch, spec.device))
+
+    def run(
+        self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float,
+        out: torch.Tensor, lse: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        value, sums = self._vendor.tokenspeed_mla_prefill(
+            query=_dense(q),
+            key=_dense(k),
+            value=_dense(v),
+            seq_lens=state.kv_lens,
+            cum_seq_lens=state.cu_k,
+            max_seq_len=state.longest_k,
+            batch_size=state.kv_lens.shape[0],
+            softmax_scale=softmax_scale,
+            is_causal=state.causal,
+            return_lse=True,
+            cum_seq_lens_q=state.cu_q,
+            max_seq_len_q=state.longest_q,
+            out=out if out.is_contiguous() and aligned(out) else None,
+        )
+        if value is not out:
+            out.copy_(value)
+        if lse is not None:
+            lse.copy_(sums)
+        if state.blind is not None:
+            out.index_fill_(0, state.blind, 0)
+            if lse is not None:
+                lse.index_fill_(0, state.blind, -math.inf)
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor as the kernel reads it: contiguous, and aligned."""
+    import torch
+
+    if tensor.is_contiguous() and aligned(tensor):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _blind(batch: SegmentLengths, device: torch.device) -> torch.Tensor | None:
+    """Return the queries that see no key although their segment has some; None if there are none."""
+    import torch
+
+    if not batch.causal:
+        return None
+    starts = accumulate(batch.query_lens, initial=0)
+    found = array("q")
+    for first, queries, keys in zip(starts, batch.query_lens, batch.kv_lens, strict=False):
+        found.extend(range(first, first + queries - keys) if keys else ())
+    return upload(torch.frombuffer(found, dtype=torch.int64), device) if found else None

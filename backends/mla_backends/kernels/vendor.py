@@ -7,10 +7,14 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mla_backends.api import AttentionSpec
 from mla_backends.errors import BackendError, describe, one_line
-from mla_backends.torch_backend.graph import capturing as capturing  # for adapters
+from mla_backends.torch_backend import capturing as capturing
+
+if TYPE_CHECKING:
+    import torch
 
 
 class KernelRefused(BackendError):
@@ -102,3 +106,45 @@ def missing(function: Callable[..., Any], label: str, names: Iterable[str]) -> l
     """Return a reason per name that `function`, called `label`, does not take by keyword."""
     known = parameters(function)
     return [f"{label} takes no argument {name}" for name in names if known is not None and name not in known]
+
+
+# ------------------------------------------------------------------------------------------ scratch
+class Scratch:
+    """Named buffers per trailing shape, dtype and device, zero where they were never written."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[object, ...], torch.Tensor] = {}
+
+    def take(
+        self, name: str, shape: tuple[int, ...], like: torch.Tensor, fresh: bool = False
+    ) -> torch.Tensor:
+        """Return memory of this shape in the dtype and on the device of `like`; contents stay, row for row.
+
+        `fresh` returns separate memory, full of zeros: what a graph captures must outlive a later growth.
+        """
+        if fresh:
+            return _zeros(shape, like)
+        key = (name, shape[1:], like.dtype, like.device)
+        held = self._held.get(key)
+        if held is None or held.shape[0] < shape[0]:
+            held = self._held[key] = _zeros(shape, like)
+        return held[: shape[0]]
+
+
+def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
+        return like.new_zeros(shape)
+
+
+def dtype_reasons(dtypes: Sequence[str], spec: AttentionSpec) -> list[str]:
+    """Return why a kernel for `dtypes` cannot compute in the layer's own (empty if it can)."""
+    name = str(spec.dtype).removeprefix("torch.")
+    return [] if name in dtypes else [f"it computes in {either(dtypes)}, not {name}"]
+
+
+def either(values: object) -> str:
+    """Join values as "1, 2 or 3"."""
+    words = list(dict.fromkeys(str(value) for value in values))  # type: ignore[attr-defined]
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))

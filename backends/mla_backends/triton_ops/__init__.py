@@ -23,9 +23,8 @@ from __future__ import annotations
 
 from mla_backends.api import FusedOp
 from mla_backends.triton_ops.expanded import ExpandedAttention
-from mla_backends.triton_ops.kernel_op import DeviceReason
 from mla_backends.triton_ops.latent import LatentAttention
-from mla_backends.triton_ops.launcher import Launcher
+from mla_backends.triton_ops.launcher import DeviceReason, Launcher
 from mla_backends.triton_ops.pointwise import RmsNorm, RotateQuery, WriteLatent
 from mla_backends.triton_ops.tuning import Tile, Tuning, read_tuning, write_tuning
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 from mla_backends.api import FusedOp
 from mla_backends.errors import BackendError, BackendOptionError
-from mla_backends.torch_backend import TorchBackend
-from mla_backends.torch_backend.report import known, set_variables
+from mla_backends.torch_backend import TorchBackend, known, set_variables
 from mla_backends.triton_ops import triton_ops
-from mla_backends.triton_ops.requirements import VARIABLES
+from mla_backends.triton_ops.launcher import VARIABLES
 from mla_backends.triton_ops.tuning import Tuning, card_file, read_tuning
 
 if TYPE_CHECKING:
@@ -65,6 +64,21 @@ class TritonBackend(TorchBackend):
         most = known(properties, "shared_memory_per_block_optin")
         whole = known(properties, "shared_memory_per_multiprocessor")
         return most or (whole - 1024 if whole else None)  # CUDA keeps 1 KiB of each block
+
+    def kernels(self) -> Mapping[str, FusedOp]:
+        """Return the ops on the vendor's kernels, best first; called once the device is known."""
+        return {}
+
+    @functools.cached_property
+    def _ops(self) -> Mapping[str, FusedOp]:
+        """The vendor's ops and then ours, kept for their scratch memory; they import no kernel.
+
+        Ours come last, as long as no card has shown that one is faster than another kernel.
+        """
+        return {**self.kernels(), **self.triton_ops()}
+
+    def ops(self) -> Mapping[str, FusedOp]:
+        return self._ops
 
     def triton_ops(self) -> Mapping[str, FusedOp]:
         """Return the Triton ops for this device; keep them, because they hold scratch memory."""

@@ -8,9 +8,8 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mla_backends.api import OPS, AttentionSpec, SegmentLengths
-from mla_backends.kernels.trial import try_expanded
-from mla_backends.triton_ops.kernel_op import DeviceReason, KernelOp, wide
-from mla_backends.triton_ops.launcher import Launcher
+from mla_backends.selftest import try_expanded
+from mla_backends.triton_ops.launcher import DeviceReason, KernelOp, Launcher, wide
 from mla_backends.triton_ops.tuning import LEAST, Tile, Tuning, tile_for
 from mla_backends.upload import upload
 

@@ -1,21 +1,141 @@
-"""`latent_attention`: flash decoding over the pages, one launch, and a second where requests are split."""
+"""`latent_attention`: flash decoding over the pages, one launch, and a second where requests are split.
+
+Keys of a batch are split over programs, so that all multiprocessors have work.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import mul
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mla_backends.api import OPS, AttentionSpec, BatchView
-from mla_backends.kernels.trial import try_latent
-from mla_backends.triton_ops.kernel_op import DeviceReason, KernelOp, wide
-from mla_backends.triton_ops.launcher import Launcher
-from mla_backends.triton_ops.memory import PartsMemory
-from mla_backends.triton_ops.splits import Splits, split
+from mla_backends.selftest import try_latent
+from mla_backends.torch_backend import capturing
+from mla_backends.triton_ops.launcher import DeviceReason, KernelOp, Launcher, wide
 from mla_backends.triton_ops.tuning import LEAST, Tile, Tuning, tile_for
 
 if TYPE_CHECKING:
     import torch
+
+# A part of fewer keys costs more to merge than it saves.
+LEAST_KEYS = 64
+# Parts of one request.
+MOST_SPLITS = 256
+# Bytes of the parts of a batch, whatever its lengths; with very many rows nothing is split.
+PARTS_BYTES = 256 << 20
+# What a program costs besides its keys, and a merge besides its programs, in keys: estimates.
+PROGRAM_KEYS, MERGE_KEYS = 96, 64
+# Waves of programs that are considered; more do not balance any better.
+WAVES = 4
+# Ragged requests whose programs are counted; of more they are estimated, because planning is part of a step.
+COUNTED = 16
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The run-time arguments of the kernels: requests of up to `keys_per_split` keys have one part."""
+
+    keys_per_split: int
+    max_splits: int  # of any request that fits the block table
+
+
+@dataclass(frozen=True)
+class _Load:
+    """Blocks of rows and keys of the requests that have some."""
+
+    blocks: list[int]
+    keys: list[int]
+    longest: int
+    equal: bool  # all have as many keys
+    all_blocks: int
+    total: int  # keys, block by block
+
+    def programs(self, part: int) -> int:
+        """Return how many programs there are with parts of at most this many keys."""
+        if self.equal:
+            return self.all_blocks * -(-self.longest // part)
+        if len(self.keys) > COUNTED:  # half a part more for each, as lengths are of all kinds
+            return self.total // part + (self.all_blocks + 1) // 2
+        return sum(blocks * -(-keys // part) for blocks, keys in zip(self.blocks, self.keys, strict=True))
+
+    def cost(self, part: int, at_once: int) -> float:
+        """Return an estimate of the time with such parts, in keys: of whole waves, or of a full device."""
+        programs = self.programs(part)
+        waves = -(-programs // at_once) * (part + PROGRAM_KEYS)
+        packed = (self.total + programs * PROGRAM_KEYS) / at_once + part + PROGRAM_KEYS
+        return min(waves, packed) + (MERGE_KEYS if part < self.longest else 0)
+
+
+def split(
+    query_rows: Sequence[int],
+    kv_lens: Sequence[int],
+    capacity: int,
+    row_bytes: int,
+    tile: Tile,
+    multiprocessors: int,
+) -> Splits:
+    """Return the splits for requests with so many query rows (new tokens times heads) and keys.
+
+    `capacity`: the most keys that a request may grow to; `row_bytes`: of one part of a query row.
+    """
+    requests = zip(query_rows, kv_lens, strict=True)
+    some = [(-(-rows // tile.rows), keys) for rows, keys in requests if rows and keys]
+    if not some:
+        return Splits(max(LEAST_KEYS, capacity), 1)
+    blocks, keys = (list(column) for column in zip(*some, strict=True))
+    longest, total = max(keys), sum(map(mul, blocks, keys))
+    load = _Load(blocks, keys, longest, min(keys) == longest, sum(blocks), total)
+    at_once = multiprocessors * tile.programs
+    part = min(_candidates(load, at_once), key=lambda one: load.cost(one, at_once))
+    # A little longer, so that a captured step has as many parts when its lengths have grown a little.
+    reach = min(capacity, part + part // 16 + (LEAST_KEYS if part == load.longest else 0))
+    chosen = -(-reach // tile.keys) * tile.keys
+    useful = max(-(-longest // chosen), -(-WAVES * at_once // load.all_blocks))
+    most = min(MOST_SPLITS, PARTS_BYTES // (sum(query_rows) * row_bytes), useful)
+    return Splits(chosen, max(1, min(most, -(-capacity // chosen))))
+
+
+def _candidates(load: _Load, at_once: int) -> Iterator[int]:
+    """Yield lengths of parts: none is split, or the programs make up so many waves."""
+    yield load.longest
+    blocks = load.all_blocks
+    for waves in range(1, WAVES + 1):
+        programs = waves * at_once
+        lengths = [-(-load.longest // max(1, programs // blocks))]
+        if not load.equal:
+            lengths.append(-(-load.total // max(1, programs - blocks // 2)))
+        yield from (min(load.longest, max(LEAST_KEYS, length)) for length in lengths)
+
+
+# ------------------------------------------------------------------------------------------- memory
+# `PartsMemory`: where the parts of split requests are kept between two launches.
+class PartsMemory:
+    """Floats that all batches share, one after another; what a graph captures has its own.
+
+    It grows by powers of two, so that lengths that grow step by step seldom need more. What was outgrown is
+    kept, because a graph that was captured with a plan made before may still write to it.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[torch.device, list[torch.Tensor]] = {}
+
+    def take(self, floats: int, like: torch.Tensor) -> torch.Tensor:
+        """Return at least so many floats, of any value, on the device of `like`."""
+        import torch
+
+        if capturing(like.device):
+            return like.new_empty(max(1, floats), dtype=torch.float32)
+        held = self._held.setdefault(like.device, [])
+        if not held or held[-1].shape[0] < floats:
+            with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
+                held.append(like.new_empty(1 << max(0, floats - 1).bit_length(), dtype=torch.float32))
+        return held[-1]
+
+
+# ------------------------------------------------------------------------------------------- latent
 
 MOST_LATENT, MOST_ROPE = 512, 128
 UNKNOWN_MULTIPROCESSORS = 128  # requests are split as for a large device

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mla_backends.api import OPS, AttentionSpec, NormSpec
-from mla_backends.triton_ops import attempts
-from mla_backends.triton_ops.kernel_op import KernelOp, wide
+from mla_backends.selftest import try_rms_norm, try_rotate_query, try_write_latent
+from mla_backends.triton_ops.launcher import KernelOp, wide
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ class RmsNorm(KernelOp):
         return _width_reasons(spec.features)
 
     def attempt(self, spec: NormSpec) -> str:
-        return attempts.try_rms_norm(self, spec)
+        return try_rms_norm(self, spec)
 
     def __call__(self, *, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
         from mla_backends.triton_ops.jit.pointwise import rms_norm
@@ -53,7 +53,7 @@ class RotateQuery(KernelOp):
     contract = OPS["rotate_query"]
 
     def attempt(self, spec: AttentionSpec) -> str:
-        return attempts.try_rotate_query(self, spec)
+        return try_rotate_query(self, spec)
 
     def __call__(
         self, *, x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool, out: torch.Tensor
@@ -92,7 +92,7 @@ class WriteLatent(KernelOp):
         return _width_reasons(spec.kv_lora_rank)
 
     def attempt(self, spec: AttentionSpec) -> str:
-        return attempts.try_write_latent(self, spec)
+        return try_write_latent(self, spec)
 
     def __call__(
         self, *,

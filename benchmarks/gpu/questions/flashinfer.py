@@ -147,7 +147,7 @@ def _graph_wrapper(backend: Backend, rows: int, pages: int) -> Any:
     """Return a wrapper with memory of its own for the tables of a graph."""
     import torch
 
-    from mla_backends.kernels.flashinfer.release import CLASS
+    from mla_backends.kernels.flashinfer import CLASS
 
     sizes = {"qo_indptr": rows + 1, "kv_indptr": rows + 1, "kv_indices": pages, "kv_len_arr": rows}
     tables = {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mla.text import dtype_name
 from mla_backends.errors import BackendError, describe, plugin_code
-from mla_backends.status import USABLE
+from mla_backends.probe import USABLE
 
 if TYPE_CHECKING:
     from mla.layer.ops import Ops
@@ -113,8 +113,7 @@ def _choice(chosen: Ops, role: str) -> dict[str, Any]:
 
 def _triton(offered: Mapping[str, FusedOp]) -> dict[str, Any] | None:
     """Return what Triton lacks here, for a backend that offers ops of ours in it; None for others."""
-    from mla_backends.triton_ops.kernel_op import KernelOp
-    from mla_backends.triton_ops.requirements import missing
+    from mla_backends.triton_ops.launcher import KernelOp, missing
 
     if not any(isinstance(op, KernelOp) for op in offered.values()):
         return None

@@ -8,10 +8,10 @@ import torch
 
 from mla.bench import results
 from mla.bench.measure.samples import Measurement, Samples
-from mla.bench.results import passes as step_passes
+from mla.bench.results.cases import by_kind
+from mla.bench.results.compare import compare_cases
 from mla.bench.results.passes import latency, throughput
 from mla.bench.results.schema import Agreement, Case
-from mla.bench.results.timings import by_kind
 from mla.bench.subjects.base import Facts, Outputs
 from mla.bench.workload.scenario import Scenario
 from mla.verify.tolerances import relative_error
@@ -93,13 +93,5 @@ def _agreement(case: Case, other: Case, pairs: list[tuple[torch.Tensor, torch.Te
     return Agreement(
         implementation=other.implementation,
         relative_difference=relative_error(*pairs),
-        speed_ratio=_speed_ratio(case, other),
+        speed_ratio=compare_cases(other, case).speedup,
     )
-
-
-def _speed_ratio(case: Case, other: Case) -> float | None:
-    """Return the ratio of the median latencies of the same steps."""
-    case, other = step_passes.same_steps(case, other)
-    if case.latency_ms is None or other.latency_ms is None:
-        return None
-    return other.latency_ms.median / case.latency_ms.median

@@ -22,10 +22,9 @@ from mla.bench.workload.scenario import Scenario
 from mla.cache import LatentCache
 from mla.layer.attention import MLA
 from mla.parallel.cache import ShardedCache
-from mla.parallel.groups import Groups, Traffic
+from mla.parallel.groups import Groups, SimulatedGroups, Traffic
 from mla.parallel.layer import ParallelMLA
-from mla.parallel.share import Share
-from mla.parallel.simulated import SimulatedGroups
+from mla.parallel.layout import Share
 from mla.verify.layer_oracle import State
 from mla.verify.places import Places
 

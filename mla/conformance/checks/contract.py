@@ -13,8 +13,7 @@ from mla.config import MLAConfig
 from mla.conformance.checks.attention import DEEPSEEK, SMALL, SPEC
 from mla.conformance.registry import check
 from mla.conformance.trial import DTYPES, BackendUnderTest, Refused, Trial, expect
-from mla.layer.ops import Ops
-from mla.layer.preflight import preflight_reasons
+from mla.layer.ops import Ops, preflight_reasons
 from mla_backends.api import FusedOp, LinearSpec, NormSpec
 
 

@@ -16,7 +16,7 @@ from mla.conformance.checks.attention_state import NOT_SAFE, capture
 from mla.conformance.registry import LAYER, check
 from mla.conformance.trial import CheckFailed, Refused, Trial, expect
 from mla.layer.attention import MLA
-from mla.layer.expansion import rebuilt_bytes
+from mla.layer.plan import rebuilt_bytes
 from mla.layer.rope import RotaryTable
 from mla.verify.bounds import ALLOWED, TWICE
 from mla.verify.op_oracle import true_norm, true_rotation

@@ -1,6 +1,9 @@
-"""What cannot be served."""
+"""What cannot be served, and what a compiled model calls as it is."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -39,3 +42,15 @@ def require_inference(*tensors: torch.Tensor, training: bool = False) -> None:
             "`use_mla` serves inference: call `model.eval()` and run under `torch.no_grad()`, or "
             "`restore(model)` to train."
         )
+
+
+# --------------------------------------------------------------------------------------- uncompiled
+# What a compiled model calls as it is.
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def uncompiled(function: F) -> F:
+    """Keep `torch.compile` out of a function: steps are worked out on the host, and ops are a backend's."""
+    disabled: F = torch.compiler.disable(function)
+    return disabled

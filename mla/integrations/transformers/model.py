@@ -10,15 +10,20 @@ import torch
 from torch import nn
 
 import mla
+from mla.integrations.transformers.admission import (
+    NAME,
+    PROJECTIONS,
+    Check,
+    Survey,
+    find_attention,
+    survey,
+    visible_keys,
+)
 from mla.integrations.transformers.attention import Attention, Steps, attend
-from mla.integrations.transformers.check import Check
 from mla.integrations.transformers.errors import UnsupportedModel
-from mla.integrations.transformers.guards import guard
-from mla.integrations.transformers.mask import NAME, visible_keys
-from mla.integrations.transformers.packed import Packed, PackedKvB, PackedLinear
-from mla.integrations.transformers.survey import PROJECTIONS, Survey, find_attention, survey
-from mla.layer.core import AttentionCore
-from mla.layer.expansion import WORKSPACE_BYTES
+from mla.integrations.transformers.packed import Packed, PackedKvB, PackedLinear, guard
+from mla.layer.forward import AttentionCore
+from mla.layer.plan import WORKSPACE_BYTES
 from mla.layer.workspace import Turn
 from mla_backends.api import Backend
 

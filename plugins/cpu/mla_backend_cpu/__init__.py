@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mla_backend_cpu.catalog import describe, measured, native_ops, origin, tell, told
-from mla_backend_cpu.compilation.levels import LEVELS
-from mla_backend_cpu.fp32_linear import Fp32BatchedLinear, Fp32Linear, fp32_gain
+from mla_backend_cpu.compilation import LEVELS
 from mla_backend_cpu.instruction_sets import EMULATED
+from mla_backend_cpu.products import Fp32BatchedLinear, Fp32Linear, fp32_gain
 from mla_backend_cpu.recorded import sequence
 from mla_backends import Availability, Backend, BackendError, BackendOptionError, FusedOp, hookimpl, host
 from mla_backends.api import DeviceInfo, MemoryInfo, OpCall

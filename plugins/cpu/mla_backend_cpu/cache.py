@@ -1,4 +1,4 @@
-"""Kernels that were compiled here, in the user's cache folder.
+"""Kernels that came with the installation, and those that were compiled here, in the user's cache folder.
 
 A build happens in a private folder that is renamed into place: one that is killed leaves nothing broken.
 Processes that start at once wait for the first. Nothing is loaded that another user could have written.
@@ -10,16 +10,47 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from mla_backend_cpu.compilation import artifact, compiler
-from mla_backend_cpu.compilation.artifact import Artifact
-from mla_backend_cpu.compilation.levels import BuildError, Level
-from mla_backend_cpu.console import note
-from mla_backend_cpu.trust import distrust, distrust_open
+from mla_backend_cpu import compilation
+from mla_backend_cpu.compilation import (
+    LIBRARY,
+    Artifact,
+    BuildError,
+    Level,
+    NoCompiler,
+    check_flags,
+    compiler_version,
+    find_compiler,
+    kernels_name,
+    make_kernels,
+    opened_kernels,
+)
+
+# Made by hatch_build.py. Who can write them can write the Python beside them, which is trusted as well.
+PREBUILT = Path(__file__).parent / "kernels"  # made by hatch_build.py
+
+
+def find_prebuilt(level: Level) -> Artifact | str:
+    """Return the kernels of a level, or why there are none, as a clause."""
+    if not PREBUILT.is_dir():
+        return "no kernels came with this installation"
+    folder = PREBUILT / kernels_name(level)
+    if found := opened_kernels(folder):
+        return found
+    if folder.is_dir():
+        return f"those that came with this installation are damaged: '{folder}'"
+    if any(PREBUILT.glob(f"{level.name}-*")):
+        return "those that came with this installation were built from other sources"
+    return "this installation came with kernels, but not with these"
+
+
+# --------------------------------------------------------------------------------------- built here
 
 _ANOTHER = "set MLA_CACHE_DIR to a folder that only you can write"
 
@@ -29,10 +60,10 @@ def find(level: Level) -> Artifact | None:
 
     Raises `BuildError` if the compiler does not say its version.
     """
-    name = artifact.name(level)
+    name = kernels_name(level)
     try:
-        which = _version(compiler.find())
-    except compiler.NoCompiler:
+        which = _version(find_compiler())
+    except NoCompiler:
         which = "*"
     try:
         kept = folder()
@@ -47,8 +78,8 @@ def find(level: Level) -> Artifact | None:
 def make(level: Level, since: str) -> Artifact:
     """Compile the kernels of a level and keep them; say so on stderr, and why. Raises `BuildError`."""
     command = _compiler()
-    kept = prepare() / f"{artifact.name(level)}-{_version(command)}"
-    compiler.check(command, level)
+    kept = prepare() / f"{kernels_name(level)}-{_version(command)}"
+    check_flags(command, level)
     with _alone(kept.parent / f".{level.name}.lock", level):
         if found := _opened(kept):  # by another process in the meantime
             return found
@@ -78,7 +109,7 @@ def _alone(path: Path, level: Level) -> Iterator[None]:
         yield
         return
     try:
-        deadline, told = time.monotonic() + compiler.TIMEOUT, False
+        deadline, told = time.monotonic() + compilation.TIMEOUT, False
         while time.monotonic() < deadline:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,12 +150,12 @@ def _examine(kept: Path, partly: bool = False) -> None:
 def _compiler() -> tuple[str, ...]:
     """Return the command of the compiler. Raises `NoCompiler`, which says if the cache is no use either."""
     try:
-        return compiler.find()
-    except compiler.NoCompiler as missing:
+        return find_compiler()
+    except NoCompiler as missing:
         try:
             _examine(folder(), partly=True)
         except BuildError as error:
-            raise compiler.NoCompiler(f"{missing}, and {error}") from error
+            raise NoCompiler(f"{missing}, and {error}") from error
         raise
 
 
@@ -148,9 +179,9 @@ def folder() -> Path:
 
 def _opened(kept: Path) -> Artifact | None:
     """Return kernels, unless they are damaged or others could have written them."""
-    if distrust(kept / artifact.LIBRARY):
+    if distrust(kept / LIBRARY):
         return None
-    found = artifact.opened(kept)
+    found = opened_kernels(kept)
     if found and distrust_open(found.descriptor):
         os.close(found.descriptor)
         return None
@@ -159,7 +190,7 @@ def _opened(kept: Path) -> Artifact | None:
 
 def _version(command: tuple[str, ...]) -> str:
     """Return a digest of the compiler and the arguments that CXX adds, such as -O0."""
-    words = (compiler.version(command), *command[1:])
+    words = (compiler_version(command), *command[1:])
     return hashlib.sha256("\0".join(words).encode()).hexdigest()[:8]
 
 
@@ -173,7 +204,7 @@ def _build(command: tuple[str, ...], level: Level, kept: Path) -> Artifact | Non
     _sweep(kept.parent)
     private = Path(tempfile.mkdtemp(prefix=".building-", dir=kept.parent))
     try:
-        artifact.make(command, level, private)
+        make_kernels(command, level, private)
         private.chmod(0o755)  # an image may be built by root and run by another user
         with contextlib.suppress(OSError):  # there are some: of another process, or damaged
             private.rename(kept)
@@ -200,5 +231,99 @@ def _sweep(folder: Path) -> None:
     """Remove what killed builds have left."""
     for private in folder.glob(".building-*"):
         with contextlib.suppress(OSError):  # its owner has just finished
-            if time.time() - private.stat().st_mtime > 3 * compiler.TIMEOUT:
+            if time.time() - private.stat().st_mtime > 3 * compilation.TIMEOUT:
                 shutil.rmtree(private, ignore_errors=True)
+
+
+def note(text: str) -> None:
+    """Write a line to stderr: a user must be told even where nobody asks a backend for its remarks."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be closed, or be None
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+# -------------------------------------------------------------------------------------------- trust
+
+# Whether somebody else could have written a file that is about to be loaded into this process.
+
+
+def distrust(path: Path, partly: bool = False) -> str | None:
+    """Return why other users may have written or replaced what is at a path, or None.
+
+    It goes from the root downwards, so that nobody else can replace a part once it has been examined.
+    Symbolic links are a reason (use `os.path.realpath`), and so is a part that does not exist, since somebody
+    else may be about to make it; with `partly`, the examination ends there without one. Root is trusted.
+    """
+    added_by_anybody = False
+    for part in (*reversed(path.parents), path):
+        try:
+            found = part.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None if partly else f"'{part}' does not exist"
+        except OSError as error:
+            return f"'{part}' cannot be examined ({error.strerror})"
+        above = part != path and not added_by_anybody
+        if reason := _exposed(found, part, _root_and_me() | (_unmapped() if above else set())):
+            return f"'{part}' {reason}"
+        added_by_anybody = bool(found.st_mode & stat.S_ISVTX)
+    return None
+
+
+def distrust_open(descriptor: int) -> str | None:
+    """Return why other users may have written an open file, or None."""
+    return _exposed(os.fstat(descriptor), descriptor, _root_and_me())
+
+
+def _root_and_me() -> set[int]:
+    return {0, os.geteuid()}
+
+
+def _unmapped() -> set[int]:
+    """Return as whom Linux shows root in a user namespace that has no number for root; else nobody.
+
+    It shows others without a number as the same user. Therefore this one is trusted only with folders above
+    the file's own, and not where anybody may add folders.
+    """
+    try:
+        numbers = Path("/proc/self/uid_map").read_text().splitlines()
+        overflow = int(Path("/proc/sys/kernel/overflowuid").read_text())
+    except (OSError, ValueError):
+        return set()
+    return set() if any(line.split()[1] == "0" for line in numbers) else {overflow}
+
+
+def _exposed(found: os.stat_result, where: Path | int, owners: set[int]) -> str | None:
+    """Return how a user who is not among the owners may write to a file or in a folder."""
+    if stat.S_ISLNK(found.st_mode):
+        return "is a symbolic link"
+    if found.st_uid not in owners:
+        return f"belongs to user {found.st_uid}"
+    if stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX:
+        return None  # others may add files, but not replace those of this user
+    if found.st_mode & stat.S_IWOTH:
+        return "can be written by everybody"
+    if found.st_mode & stat.S_IWGRP:  # with an access list, the most that anybody named in it may do
+        if _has_access_list(where):
+            return "can be written by those in its access control list"
+        if not _is_private(found.st_gid):
+            return f"can be written by group {found.st_gid}"
+    return None
+
+
+def _has_access_list(where: Path | int) -> bool:
+    try:
+        return bool(os.getxattr(where, "system.posix_acl_access"))
+    except OSError:
+        return False
+
+
+def _is_private(group: int) -> bool:
+    """Return whether a group is this user's alone; where everybody has one, groups may write (umask 002)."""
+    import grp  # not on Windows
+    import pwd
+
+    try:
+        name, members = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
+    except KeyError:
+        return False
+    return members.gr_name == name and set(members.gr_mem) <= {name}

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mla_backend_cpu import instruction_sets, tuning
-from mla_backend_cpu.compilation.levels import LEVELS, BuildError
-from mla_backend_cpu.console import note
+from mla_backend_cpu import instruction_sets, products
+from mla_backend_cpu.cache import note
+from mla_backend_cpu.compilation import LEVELS, BuildError
 from mla_backend_cpu.library import Library, load
-from mla_backend_cpu.native_attention import NativeExpandedAttention, NativeLatentAttention
 from mla_backend_cpu.native_ops import (
     NativeBatchedLinear,
+    NativeExpandedAttention,
+    NativeLatentAttention,
     NativeLinear,
     NativeOp,
     NativeRmsNorm,
@@ -143,9 +144,9 @@ def measured(level: str) -> dict[str, str]:
         return {}
     found: dict[str, str] = {}
     if kernels.dot_bf16 and not kernels.tiles:
-        found["native_fp32_gain"] = f"{tuning.fp32_gain(kernels):.2f}"
-    if level == "auto" and tuning.torch_has_tiles():
-        found["native_product_gain"] = f"{tuning.product_gain(kernels, False):.2f}"
-    if level == "auto" and True in tuning.PRODUCT_GAINS:
-        found["native_product_gain_fp32"] = f"{tuning.PRODUCT_GAINS[True]:.2f}"
+        found["native_fp32_gain"] = f"{products.widening_gain(kernels):.2f}"
+    if level == "auto" and products.torch_has_tiles():
+        found["native_product_gain"] = f"{products.product_gain(kernels, False):.2f}"
+    if level == "auto" and True in products.PRODUCT_GAINS:
+        found["native_product_gain_fp32"] = f"{products.PRODUCT_GAINS[True]:.2f}"
     return found

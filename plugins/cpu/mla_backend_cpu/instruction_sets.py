@@ -11,7 +11,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 
-from mla_backend_cpu.compilation.levels import LEVELS, BuildError, Level
+from mla_backend_cpu.compilation import LEVELS, BuildError, Level
 
 # The kernels of level amx with its instructions emulated in C++; for tests, and never chosen automatically.
 EMULATED = "amx_emulated"

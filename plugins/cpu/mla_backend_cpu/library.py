@@ -9,12 +9,10 @@ import platform
 import sys
 from collections.abc import Mapping
 
-from mla_backend_cpu import cache, instruction_sets, prebuilt
-from mla_backend_cpu.compilation.artifact import Artifact
-from mla_backend_cpu.compilation.compiler import FlagError
-from mla_backend_cpu.compilation.levels import BuildError, Level
+from mla_backend_cpu import cache, instruction_sets
+from mla_backend_cpu.compilation import Artifact, BuildError, FlagError, Level
 
-# Argument types by letter: p address, s text, i int64, f float, n int.
+# Types by letter: p address, s text, i int64, f float, n int.
 _TYPES = {
     "p": ctypes.c_void_p,
     "s": ctypes.c_char_p,
@@ -22,40 +20,29 @@ _TYPES = {
     "f": ctypes.c_float,
     "n": ctypes.c_int,
 }
-# Arguments of each function of native/api.cpp, in groups that belong to one tensor or one idea.
-SIGNATURES = {
+# Arguments of each function of native/api.cpp, in groups that belong to one tensor or one idea, and after ">"
+# what it returns: a fact, or a sentence about an invalid argument or a lack of memory.
+_DECLARED = {
     "mla_pack": "piii iii p n",
     "mla_unpack": "p iii p n",
-    "mla_linear": "pi p p pi iii nn",
-    "mla_batched_linear": "pii p pii iiii nn",
+    "mla_linear": "pi p p pi iii nn > s",
+    "mla_batched_linear": "pii p pii iiii nn > s",
     "mla_pack_fp32": "piii iii p n",
     "mla_unpack_fp32": "p iii p n",
-    "mla_linear_fp32": "pi p p pi iii n",
-    "mla_batched_linear_fp32": "pii p pii iiii n",
-    "mla_latent_attention": "piii pi pii pp iiiii f pii pii n",
-    "mla_expanded_attention": "piii piii pii iii f pii pii ppin n",
+    "mla_linear_fp32": "pi p p pi iii n > s",
+    "mla_batched_linear_fp32": "pii p pii iiii n > s",
+    "mla_latent_attention": "piii pi pii pp iiiii f pii pii n > s",
+    "mla_expanded_attention": "piii piii pii iii f pii pii ppin n > s",
     "mla_rms_norm": "pi p f pi ii n",
     "mla_rotate": "pii pi pii iiin n",
-    "mla_write_latent": "pi p f pi p pi iiin n",
-    "mla_recorded": "s",
-    "mla_run_recorded": "pi n",
-    "mla_dot_bf16": "",
-    "mla_tiles": "",
+    "mla_write_latent": "pi p f pi p pi iiin n > s",
+    "mla_recorded": "s > p",
+    "mla_run_recorded": "pi n > s",
+    "mla_dot_bf16": "> n",
+    "mla_tiles": "> n",
 }
-# Functions that do not return None: facts, and sentences about an invalid argument or a lack of memory.
-_RESULTS = {
-    "mla_linear": ctypes.c_char_p,
-    "mla_batched_linear": ctypes.c_char_p,
-    "mla_linear_fp32": ctypes.c_char_p,
-    "mla_batched_linear_fp32": ctypes.c_char_p,
-    "mla_latent_attention": ctypes.c_char_p,
-    "mla_expanded_attention": ctypes.c_char_p,
-    "mla_write_latent": ctypes.c_char_p,
-    "mla_recorded": ctypes.c_void_p,
-    "mla_run_recorded": ctypes.c_char_p,
-    "mla_dot_bf16": ctypes.c_int,
-    "mla_tiles": ctypes.c_int,
-}
+# Name -> the letters of its arguments, and that of its result, "" for None.
+SIGNATURES = {name: tuple(text.replace(" ", "").partition(">")[::2]) for name, text in _DECLARED.items()}
 
 
 class Library:
@@ -73,10 +60,10 @@ class Library:
         self.functions = functions
         self.origin = origin
         self.passed_over = dict(passed_over or {})
-        for name, signature in SIGNATURES.items():
+        for name, (arguments, result) in SIGNATURES.items():
             function = getattr(functions, name)
-            function.argtypes = [_TYPES[letter] for letter in signature.replace(" ", "")]
-            function.restype = _RESULTS.get(name)
+            function.argtypes = [_TYPES[letter] for letter in arguments]
+            function.restype = _TYPES.get(result)
         self.dot_bf16 = bool(functions.mla_dot_bf16())
         self.tiles = bool(functions.mla_tiles())
 
@@ -139,7 +126,7 @@ def _first(wanted: str) -> Library:
 
 def _loaded(level: Level, passed_over: Mapping[str, str], build: bool) -> Library:
     """Load what came with this installation, else what was built here, else (`build`) build it now."""
-    found = prebuilt.find(level)
+    found = cache.find_prebuilt(level)
     if isinstance(found, Artifact):
         try:
             return _library(level, found, "came with this installation", passed_over)

@@ -1,17 +1,113 @@
-"""Fused ops over the compiled kernels: projections and row-wise ops."""
+"""Fused ops over the compiled kernels: projections, row-wise ops and attention.
+
+What the kernels take is asked before an address is taken: plain tensors with memory, of the right shape.
+"""
 
 from __future__ import annotations
 
+import functools
+from array import array
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from mla_backend_cpu import tuning
+from mla_backend_cpu import products
 from mla_backend_cpu.library import Library
-from mla_backend_cpu.operands import operand, output, pages, rows
 from mla_backends import BackendError, FusedOp
-from mla_backends.api import AttentionSpec, LinearSpec, NormSpec, Packed
+from mla_backends.api import AttentionSpec, LinearSpec, NormSpec, Packed, SegmentLengths, misfit
 
 if TYPE_CHECKING:
     import torch
+
+
+def operand(name: str, x: Any, dtype: torch.dtype, *shape: int | None) -> torch.Tensor:
+    """Return x. Raises ValueError unless it is a plain host tensor of this dtype and shape (None: any)."""
+    return _checked(name, x, dtype, shape)
+
+
+def rows(name: str, x: Any, dtype: torch.dtype, *shape: int | None) -> torch.Tensor:
+    """Return x as the kernels read it. It may be a copy: bind it to a name, so that it outlives the call."""
+    return _direct(name, _checked(name, x, dtype, shape))
+
+
+def written(name: str, x: Any, dtype: torch.dtype, *shape: int | None) -> torch.Tensor:
+    """Return x, which is written. Raises ValueError if its elements share memory, as expanded ones do."""
+    return _distinct(name, _checked(name, x, dtype, shape))
+
+
+def output(name: str, x: Any, dtype: torch.dtype, *shape: int | None) -> torch.Tensor:
+    """Return where the kernels write x: x itself, or a copy for the caller to copy back."""
+    return _direct(name, _distinct(name, _checked(name, x, dtype, shape)))
+
+
+def pages(cache: Any, width: int) -> torch.Tensor:
+    """Return the cache [pages, page, width]. Raises ValueError unless it is contiguous, with slots."""
+    import torch
+
+    operand("cache", cache, torch.bfloat16, None, None, width)
+    if not cache.is_contiguous():
+        raise ValueError("the native ops need a cache with contiguous pages; this one is strided.")
+    if not cache.shape[1]:
+        raise ValueError("cache has pages without a slot.")
+    return cache
+
+
+def is_direct(x: torch.Tensor) -> bool:
+    """Return whether elements of the last dimension are adjacent: the kernels read them as vectors."""
+    return x.stride(-1) == 1 or x.shape[-1] == 1
+
+
+def _checked(name: str, x: Any, dtype: torch.dtype, shape: tuple[int | None, ...]) -> torch.Tensor:
+    if wrong := misfit(x, shape, dtype, _host()) or _lost(x):
+        raise ValueError(f"{name} {wrong}")
+    return x
+
+
+def _distinct(name: str, x: torch.Tensor) -> torch.Tensor:
+    if x.is_contiguous():
+        return x
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(f"{name} has strides {list(x.stride())}, so several elements share memory.")
+        reach += (size - 1) * stride
+    return x
+
+
+def _direct(name: str, x: torch.Tensor) -> torch.Tensor:
+    return x if is_direct(x) else operand(name, x.contiguous(), x.dtype, *x.shape)  # which a mode may fake
+
+
+def span(x: torch.Tensor) -> int:
+    """Return how many elements of its storage x reaches over."""
+    if x.is_contiguous() or not x.numel():
+        return x.numel()
+    reach = 1
+    for size, stride in zip(x.shape, x.stride()):  # noqa: B905  # `strict` costs time
+        reach += (size - 1) * stride
+    return reach
+
+
+@functools.cache
+def _host() -> torch.device:
+    import torch
+
+    return torch.device("cpu")
+
+
+def _lost(x: torch.Tensor) -> str:
+    """Return why x has no memory, or less than its shape says; "" if it has."""
+    try:
+        spare = x.untyped_storage().nbytes() - x.storage_offset() * x.itemsize
+        used = x.nbytes if x.is_contiguous() else span(x) * x.itemsize
+    except RuntimeError:
+        return "has no memory of its own, as inside vmap and other transforms: pass a plain tensor."
+    if used and (used > spare or not x.data_ptr()):
+        return "has lost its memory: its storage was resized."
+    return ""
+
+
+# --------------------------------------------------------------------------------------- native ops
+# Fused ops over the compiled kernels: projections and row-wise ops.
 
 WIDE_TOKENS = 16  # from here on, widening x first pays, if fp32 products are faster
 HUGE_PAGE = 2 << 20  # bytes, on x86-64 and on arm64 with small pages of 4 KiB
@@ -115,8 +211,8 @@ class _Product(NativeOp):
         import torch
 
         fp32 = spec.dtype == torch.float32
-        if not self._insist and (fp32 or tuning.torch_has_tiles()):
-            gain = tuning.product_gain(self.kernels, fp32)
+        if not self._insist and (fp32 or products.torch_has_tiles()):
+            gain = products.product_gain(self.kernels, fp32)
             if gain < 1:
                 return [f"its products were measured at {gain:.2f}x the speed of torch's"]
         return [] if fp32 else multiple("in_features", spec.in_features, 2)
@@ -159,7 +255,7 @@ class _Product(NativeOp):
             return ()
         kernels = self.kernels
         pairs = kernels.dot_bf16 and not kernels.tiles
-        return (pairs and tokens >= WIDE_TOKENS and tuning.fp32_gain(kernels) > 1,)
+        return (pairs and tokens >= WIDE_TOKENS and products.widening_gain(kernels) > 1,)
 
 
 class NativeLinear(_Product):
@@ -289,3 +385,98 @@ class NativeWriteLatent(NativeOp):
             width - latent, interleaved, threads(),
         )  # fmt: skip
         check(wrong)
+
+
+# --------------------------------------------------------------------------------- native attention
+# Fused attention over the compiled kernels, absorbed and expanded.
+class NativeLatentAttention(NativeOp):
+    """Absorbed attention straight from the pages; long requests are split over the threads."""
+
+    contract = "latent_attention/1"
+    nan_safe_tail = True
+
+    def misfits(self, spec: AttentionSpec) -> list[str]:
+        return self._sizes(spec.kv_lora_rank, spec.qk_rope_head_dim)
+
+    def _sizes(self, latent: int, rotary: int) -> list[str]:
+        return [*multiple("kv_lora_rank", latent, 32), *multiple("qk_rope_head_dim", rotary, 2)]
+
+    def __call__(
+        self, state: None, *,
+        q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r]
+        block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
+        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor,  # out [T, h, c], lse [T, h] fp32
+    ) -> None:  # fmt: skip
+        import torch
+
+        q = rows("q", q, torch.bfloat16, None, None, None)
+        tokens, heads, width = q.shape
+        target = output("out", out, torch.bfloat16, tokens, heads, None)
+        require_sizes(*self._sizes(out.shape[2], width - out.shape[2]))
+        kv_lens = rows("kv_lens", kv_lens, torch.int32, None)
+        requests = kv_lens.shape[0]
+        cu_q = rows("cu_q", cu_q, torch.int32, requests + 1)
+        table = rows("block_table", block_table, torch.int32, requests, None)
+        cache, lse = pages(cache, width), written("lse", lse, torch.float32, tokens, heads)
+        wrong = self.functions.mla_latent_attention(
+            q.data_ptr(), *q.stride()[:2], tokens, cache.data_ptr(), cache.shape[0],
+            table.data_ptr(), table.stride(0), table.shape[1], kv_lens.data_ptr(), cu_q.data_ptr(),
+            requests, cache.shape[1], heads, width, out.shape[2], softmax_scale,
+            target.data_ptr(), *target.stride()[:2], lse.data_ptr(), *lse.stride(), threads(),
+        )  # fmt: skip
+        check(wrong)
+        if target is not out:
+            out.copy_(target)
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """Lengths in the layout that the kernel reads."""
+
+    query_lens: array[int]
+    kv_lens: array[int]
+    causal: bool
+
+
+class NativeExpandedAttention(NativeOp):
+    """Ordinary multi-head attention over ragged segments."""
+
+    contract = "expanded_attention/1"
+
+    def misfits(self, spec: AttentionSpec) -> list[str]:
+        return self._sizes(spec.v_head_dim, spec.qk_nope_head_dim + spec.qk_rope_head_dim)
+
+    def _sizes(self, value: int, key: int) -> list[str]:
+        return [*multiple("v_head_dim", value, 32), *multiple("qk_head_dim", key, 2)]
+
+    def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> _Segments:
+        if len(batch.query_lens) != len(batch.kv_lens):
+            raise ValueError(f"{len(batch.query_lens)} query_lens and {len(batch.kv_lens)} kv_lens.")
+        return _Segments(array("q", batch.query_lens), array("q", batch.kv_lens), batch.causal)
+
+    def __call__(
+        self, state: _Segments, *,
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,  # [Tq, h, n + r], [Tk, h, n + r], [Tk, h, v]
+        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor,  # out [Tq, h, v], lse [Tq, h] fp32
+    ) -> None:  # fmt: skip
+        import torch
+
+        if not isinstance(state, _Segments):
+            raise ValueError("state was not made by prepare() of NativeExpandedAttention.")
+        q = rows("q", q, torch.bfloat16, None, None, None)
+        tokens, heads, width = q.shape
+        k = rows("k", k, torch.bfloat16, None, heads, width)
+        v = rows("v", v, torch.bfloat16, k.shape[0], heads, None)
+        require_sizes(*self._sizes(v.shape[2], width))
+        target = output("out", out, torch.bfloat16, tokens, heads, v.shape[2])
+        lse = written("lse", lse, torch.float32, tokens, heads)
+        (query_lens, segments), (kv_lens, _) = state.query_lens.buffer_info(), state.kv_lens.buffer_info()
+        wrong = self.functions.mla_expanded_attention(
+            q.data_ptr(), *q.stride()[:2], tokens, k.data_ptr(), *k.stride()[:2], k.shape[0],
+            v.data_ptr(), *v.stride()[:2], heads, width, v.shape[2], softmax_scale,
+            target.data_ptr(), *target.stride()[:2], lse.data_ptr(), *lse.stride(),
+            query_lens, kv_lens, segments, state.causal, threads(),
+        )  # fmt: skip
+        check(wrong)
+        if target is not out:
+            out.copy_(target)

@@ -11,18 +11,20 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mla_backend_cpu.library import SIGNATURES
-from mla_backend_cpu.native_attention import NativeLatentAttention
 from mla_backend_cpu.native_ops import (
     NativeBatchedLinear,
+    NativeLatentAttention,
     NativeLinear,
     NativeOp,
     NativeRmsNorm,
     NativeRotateQuery,
     NativeWriteLatent,
     check,
+    is_direct,
+    operand,
+    span,
     threads,
 )
-from mla_backend_cpu.operands import is_direct, operand, span
 from mla_backends.api import OpCall
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ class Recorded:
         self._records = array("q")
         addresses: list[int] = []  # indices of the records that hold addresses
         for name, arguments in made:
-            letters = SIGNATURES[name].replace(" ", "")
+            letters, _ = SIGNATURES[name]
             self._records.extend((functions.mla_recorded(name.encode()), len(letters)))
             addresses += [len(self._records) + i for i, letter in enumerate(letters) if letter == "p"]
             self._records.extend(map(_slot, letters, arguments))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mla_backend_cpu import cache, library
-from mla_backend_cpu.compilation.levels import BuildError
+from mla_backend_cpu.compilation import BuildError
 from mla_backend_cpu.instruction_sets import EMULATED
 from mla_backend_cpu.library import Library, load
 

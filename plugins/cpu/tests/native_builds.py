@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mla_backend_cpu
 from mla_backend_cpu import cache, instruction_sets
-from mla_backend_cpu.compilation.levels import Level
+from mla_backend_cpu.compilation import Level
 
 PORTABLE = instruction_sets.choose_level("portable")
 #: Prints what is loaded of the portable level, as `built` returns it.

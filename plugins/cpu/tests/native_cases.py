@@ -14,7 +14,7 @@ from float64_attention import attend_segments
 from mla.reference import REFERENCE
 from mla.verify.tolerances import judge
 from mla_backend_cpu import instruction_sets
-from mla_backend_cpu.compilation.levels import LEVELS, BuildError
+from mla_backend_cpu.compilation import LEVELS, BuildError
 from mla_backends.api import AttentionSpec, SegmentLengths
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import mla
 from mla.weights import random_state_dict
-from mla_backend_cpu import fp32_linear
-from mla_backend_cpu.fp32_linear import MIN_TOKENS, Fp32BatchedLinear, Fp32Linear
+from mla_backend_cpu import products
+from mla_backend_cpu.products import MIN_TOKENS, Fp32BatchedLinear, Fp32Linear
 from mla_backends import BackendError, host
 from mla_backends.api import LinearSpec
 
@@ -49,7 +49,7 @@ def test_linear_rounds_once_whatever_the_shape(
 
 
 def test_linear_walks_over_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp32_linear, "BLOCK", 1)  # 256 rows a block
+    monkeypatch.setattr(products, "BLOCK", 1)  # 256 rows a block
     x, weight = (torch.randn(rows, 24).bfloat16() for rows in (MIN_TOKENS, 1000))
     out = torch.full((MIN_TOKENS, 1000), torch.nan, dtype=torch.bfloat16)
     Fp32Linear()(Fp32Linear().pack(weight), x=x, bias=None, out=out)
@@ -84,13 +84,13 @@ def test_batched_linear_rounds_once_and_unpacks_its_weight(tokens: int) -> None:
 def test_linear_says_why_it_is_not_used(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, gain: float, reason: str | None
 ) -> None:
-    monkeypatch.setattr(fp32_linear, "fp32_gain", lambda: gain)
+    monkeypatch.setattr(products, "fp32_gain", lambda: gain)
     reasons = Fp32Linear().unsupported_reasons(LinearSpec(8, 8, 1, dtype, CPU))
     assert reasons == ([reason] if reason else [])
 
 
 def test_an_option_decides_instead_of_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp32_linear, "fp32_gain", lambda: 0.0)
+    monkeypatch.setattr(products, "fp32_gain", lambda: 0.0)
     spec = LinearSpec(8, 8, 1, torch.bfloat16, CPU)
     assert Fp32Linear("on").unsupported_reasons(spec) == []
     assert Fp32BatchedLinear("off").unsupported_reasons(spec) == ["disabled by the option fp32=off"]
@@ -99,15 +99,15 @@ def test_an_option_decides_instead_of_the_measurement(monkeypatch: pytest.Monkey
 
 
 def test_the_gain_is_measured_once() -> None:
-    assert fp32_linear.fp32_gain() > 0
-    assert fp32_linear.fp32_gain() == fp32_linear.fp32_gain()
+    assert products.fp32_gain() > 0
+    assert products.fp32_gain() == products.fp32_gain()
 
 
 @pytest.mark.parametrize("gain", [0.5, 2.0])
 def test_the_layer_is_right_with_and_without_the_op(monkeypatch: pytest.MonkeyPatch, gain: float) -> None:
     from mla.verify.layer_oracle import oracle
 
-    monkeypatch.setattr(fp32_linear, "fp32_gain", lambda: gain)
+    monkeypatch.setattr(products, "fp32_gain", lambda: gain)
     config = mla.MLAConfig(hidden_size=96, num_attention_heads=4, q_lora_rank=32)
     backend: Any = mla.load_backend("cpu", options={"native": "off"})  # the kernels would come first
     layer = mla.MLA(config, backend=backend)
@@ -204,11 +204,11 @@ def test_a_level_that_was_named_never_falls_back(monkeypatch: pytest.MonkeyPatch
 def test_where_torch_has_amx_a_measurement_decides_on_products(
     monkeypatch: pytest.MonkeyPatch, gain: float
 ) -> None:
-    from mla_backend_cpu import instruction_sets, tuning
+    from mla_backend_cpu import instruction_sets, products
 
     flags = instruction_sets.processor_flags() | {"amx_bf16"}
     monkeypatch.setattr(instruction_sets, "processor_flags", lambda: flags)
-    monkeypatch.setattr(tuning, "product_gain", lambda kernels, fp32: gain)
+    monkeypatch.setattr(products, "product_gain", lambda kernels, fp32: gain)
     config, backend = mla.MLAConfig(hidden_size=64, num_attention_heads=2), mla.load_backend("cpu")
     ops = mla.MLA(config, backend=backend).ops
     assert (ops["o_proj"].name == "native_linear") == (gain > 1)
@@ -225,20 +225,20 @@ def test_where_torch_has_amx_a_measurement_decides_on_products(
 
 @pytest.mark.usefixtures("no_level_named")
 def test_a_result_names_the_gain_that_decided(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mla_backend_cpu import instruction_sets, tuning
+    from mla_backend_cpu import instruction_sets, products
 
     flags = instruction_sets.processor_flags() | {"amx_bf16"}
     gains = iter((0.25, 0.25, 4.0, 4.0))  # for few and many tokens, twice: under load they differ
     monkeypatch.setattr(instruction_sets, "processor_flags", lambda: flags)
-    monkeypatch.setattr(tuning, "PRODUCT_GAINS", {})
-    monkeypatch.setattr(tuning, "fastest", lambda theirs, ours: (next(gains), 1.0))
-    tuning.product_gain.cache_clear()
+    monkeypatch.setattr(products, "PRODUCT_GAINS", {})
+    monkeypatch.setattr(products, "fastest", lambda theirs, ours: (next(gains), 1.0))
+    products.product_gain.cache_clear()
     try:
         backend = mla.load_backend("cpu")
         mla.MLA(mla.MLAConfig(hidden_size=64, num_attention_heads=2), backend=backend)
         assert backend.environment()["native_product_gain"] == "0.25"
     finally:
-        tuning.product_gain.cache_clear()
+        products.product_gain.cache_clear()
 
 
 @pytest.mark.parametrize("gain", [0.5, 2.0])
@@ -246,9 +246,9 @@ def test_a_float32_layer_gets_packed_products_where_they_beat_torch(
     monkeypatch: pytest.MonkeyPatch, gain: float
 ) -> None:
     from mla.verify.layer_oracle import oracle
-    from mla_backend_cpu import tuning
+    from mla_backend_cpu import products
 
-    monkeypatch.setattr(tuning, "product_gain", lambda kernels, fp32: gain if fp32 else 1 / gain)
+    monkeypatch.setattr(products, "product_gain", lambda kernels, fp32: gain if fp32 else 1 / gain)
     config = mla.MLAConfig(hidden_size=64, num_attention_heads=2)
     layer = mla.MLA(config, backend=mla.load_backend("cpu"), dtype=torch.float32)
     assert (layer.ops["o_proj"].name == "native_linear") == (gain > 1)
@@ -265,21 +265,21 @@ def test_a_float32_layer_gets_packed_products_where_they_beat_torch(
 
 @pytest.mark.parametrize("fp32", [False, True])
 def test_the_gain_over_torch_is_measured(fp32: bool) -> None:
-    from mla_backend_cpu import tuning
+    from mla_backend_cpu import products
     from mla_backend_cpu.library import load
 
-    assert tuning.product_gain(load("portable"), fp32) > 0
-    assert tuning.PRODUCT_GAINS[fp32] > 0
+    assert products.product_gain(load("portable"), fp32) > 0
+    assert products.PRODUCT_GAINS[fp32] > 0
 
 
 @pytest.mark.usefixtures("no_level_named")
 def test_the_result_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mla_backend_cpu import tuning
+    from mla_backend_cpu import products
     from mla_backend_cpu.library import load
 
     kernels = load("auto")
-    monkeypatch.setattr(tuning, "fp32_gain", lambda kernels: 0.5)
-    monkeypatch.setattr(tuning, "PRODUCT_GAINS", {True: 1.25})
+    monkeypatch.setattr(products, "widening_gain", lambda kernels: 0.5)
+    monkeypatch.setattr(products, "PRODUCT_GAINS", {True: 1.25})
     found = mla.load_backend("cpu").environment()
     assert found["native_product_gain_fp32"] == "1.25"
     assert ("native_fp32_gain" in found) == (kernels.dot_bf16 and not kernels.tiles)

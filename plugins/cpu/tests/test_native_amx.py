@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 import mla
-from mla_backend_cpu import instruction_sets, tuning
-from mla_backend_cpu.compilation import compiler
-from mla_backend_cpu.compilation.levels import LEVELS
+from mla_backend_cpu import compilation, instruction_sets, products
+from mla_backend_cpu.compilation import LEVELS
 from mla_backends import BackendError
 
 
@@ -29,7 +28,7 @@ def test_amx_is_refused_with_the_systems_reason_and_the_next_level_serves(
     if not claimed - {"amx_tile", "amx_bf16"} <= flags:
         pytest.skip("this processor lacks AVX-512-BF16, which amx needs beside the tiles")
     monkeypatch.setattr(instruction_sets, "processor_flags", lambda: claimed)
-    monkeypatch.setattr(tuning, "product_gain", lambda kernels, fp32: 2.0)
+    monkeypatch.setattr(products, "product_gain", lambda kernels, fp32: 2.0)
     backend = mla.load_backend("cpu")
     lines = mla.MLA(mla.MLAConfig(hidden_size=64, num_attention_heads=2), backend=backend).ops.explain()
     kernels = backend.environment()["kernels"]
@@ -47,8 +46,8 @@ def test_the_level_for_amx_holds_its_instructions(tmp_path: Path) -> None:
     built = tmp_path / "kernels.o"
     if platform.machine() != "x86_64" or not shutil.which("objdump"):
         pytest.skip("needs an x86-64 compiler and objdump")
-    source = str(compiler.SOURCES / "api.cpp")
-    subprocess.run(["g++", *compiler.FLAGS, *level.flags, "-c", source, "-o", str(built)], check=True)
+    source = str(compilation.SOURCES / "api.cpp")
+    subprocess.run(["g++", *compilation.FLAGS, *level.flags, "-c", source, "-o", str(built)], check=True)
     listing = subprocess.run(["objdump", "-d", str(built)], capture_output=True, text=True, check=True).stdout
     for instruction in ("tdpbf16ps", "tileloadd", "tilestored", "tilezero"):
         assert instruction in listing
@@ -80,7 +79,7 @@ def misuser(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"switch (std::atoi(arguments[1])) {{ {cases} }}\nreturn 0;\n}}\n"
     )
     subprocess.run(
-        ["g++", "-std=c++17", "-Wno-psabi", "-DMLA_EMULATE_TILES", f"-I{compiler.SOURCES}",
+        ["g++", "-std=c++17", "-Wno-psabi", "-DMLA_EMULATE_TILES", f"-I{compilation.SOURCES}",
          str(folder / "misuse.cpp"), "-o", str(folder / "misuse")],
         check=True,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from native_cases import LAYOUTS, bits, check_attention, expanded_case, laid_out, latent_case
 
 from mla_backend_cpu.library import Library
-from mla_backend_cpu.native_attention import NativeExpandedAttention, NativeLatentAttention
+from mla_backend_cpu.native_ops import NativeExpandedAttention, NativeLatentAttention
 
 pairs = st.tuples(st.integers(0, 9), st.integers(0, 150))  # new tokens, history
 #: Around the kernels' groups of keys (16), their blocks (128, with tiles 256), and pages of 64.

@@ -22,11 +22,8 @@ from native_builds import BUILD, PORTABLE, built, finish, small_sources, start
 
 import mla_backend_cpu
 import mla_backends
-from mla_backend_cpu import cache, catalog, instruction_sets
-from mla_backend_cpu.compilation import artifact
-from mla_backend_cpu.compilation import compiler as compiling
-from mla_backend_cpu.compilation.compiler import FlagError
-from mla_backend_cpu.compilation.levels import LEVELS, BuildError, Level
+from mla_backend_cpu import cache, catalog, compilation, instruction_sets
+from mla_backend_cpu.compilation import LEVELS, BuildError, FlagError, Level
 from mla_backend_cpu.library import Library
 
 Script = Callable[[str], Path]
@@ -115,7 +112,7 @@ def test_a_file_system_without_locks_builds_all_the_same(
     def flock(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(compiling, "SOURCES", small_sources(tmp_path / "sources"))
+    monkeypatch.setattr(compilation, "SOURCES", small_sources(tmp_path / "sources"))
     if refusal == "flock":
         monkeypatch.setattr(fcntl, "flock", flock)
     else:
@@ -127,7 +124,7 @@ def test_a_file_system_without_locks_builds_all_the_same(
 def test_spoilt_kernels_are_built_again(
     compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoil: str
 ) -> None:
-    monkeypatch.setattr(compiling, "SOURCES", small_sources(tmp_path / "sources"))
+    monkeypatch.setattr(compilation, "SOURCES", small_sources(tmp_path / "sources"))
     path = built()
     good = path.read_bytes()
     if spoil == "truncate":
@@ -151,7 +148,7 @@ def test_spoilt_kernels_are_built_again(
 def test_a_change_of_the_sources_is_a_new_build(
     compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(compiling, "SOURCES", small_sources(tmp_path / "sources"))
+    monkeypatch.setattr(compilation, "SOURCES", small_sources(tmp_path / "sources"))
     first = built()
     (tmp_path / "sources" / "more.h").write_text("// nothing\n")
     second = built()
@@ -166,7 +163,7 @@ def test_a_change_of_the_sources_is_a_new_build(
 def test_kernels_that_were_built_need_no_compiler(
     compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(compiling, "SOURCES", small_sources(tmp_path / "sources"))
+    monkeypatch.setattr(compilation, "SOURCES", small_sources(tmp_path / "sources"))
     first = built()
     again = tmp_path / "another"
     again.write_text(
@@ -230,7 +227,7 @@ def test_arguments_in_cxx_make_kernels_of_their_own(
     compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """What "g++ -O0" has built is not used later, when CXX is "g++" again."""
-    monkeypatch.setattr(compiling, "SOURCES", small_sources(tmp_path / "sources"))
+    monkeypatch.setattr(compilation, "SOURCES", small_sources(tmp_path / "sources"))
     monkeypatch.setenv("CXX", f"{tmp_path}/compiler -DONE")
     first = built()
     monkeypatch.setenv("CXX", f"{tmp_path}/compiler")
@@ -246,22 +243,22 @@ def test_arguments_in_cxx_do_not_change_what_a_level_needs(
     source = small_sources(tmp_path / "sources") / "api.cpp"
     lines = "#if defined(__AVX__) || defined(__SSE4_2__)\n#error more than the portable level\n#endif\n"
     source.write_text(lines + source.read_text())
-    monkeypatch.setattr(compiling, "SOURCES", source.parent)
+    monkeypatch.setattr(compilation, "SOURCES", source.parent)
     (tmp_path / "made").mkdir()
-    artifact.make(("g++", "-march=native"), PORTABLE, tmp_path / "made")
-    assert loads(tmp_path / "made" / artifact.LIBRARY)
+    compilation.make_kernels(("g++", "-march=native"), PORTABLE, tmp_path / "made")
+    assert loads(tmp_path / "made" / compilation.LIBRARY)
 
 
 @pytest.mark.parametrize("target", ["riscv64-linux-gnu", "x86_64-w64-mingw32", "arm64-apple-darwin", ""])
 def test_a_compiler_for_an_unknown_target_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str
 ) -> None:
-    monkeypatch.setattr(compiling.sysconfig, "get_platform", lambda: "linux-x86_64")
+    monkeypatch.setattr(compilation.sysconfig, "get_platform", lambda: "linux-x86_64")
     path = tmp_path / "foreign"
     path.write_text(f"#!/bin/sh\necho {target}\n")
     path.chmod(0o755)
     with pytest.raises(BuildError, match=f"compiles for '{target}', not for Linux on x86_64, aarch64$"):
-        compiling.machine((str(path),))
+        compilation.compiled_machine((str(path),))
 
 
 def test_a_compiler_that_fails_is_quoted(compiler: Script, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from native_builds import built
 
 from mla_backend_cpu import cache
-from mla_backend_cpu.compilation.levels import BuildError
+from mla_backend_cpu.compilation import BuildError
 
 Script = Callable[[str], Path]
 Judge = Callable[..., str]
@@ -22,7 +22,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, wh
 JUDGE = """if True:
     import ctypes, grp, os, pathlib, pwd, sys
     from mla_backend_cpu import cache
-    from mla_backend_cpu.trust import distrust
+    from mla_backend_cpu.cache import distrust
 
     user, group, path, namespace = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3]), sys.argv[4:]
     os.setgroups([])

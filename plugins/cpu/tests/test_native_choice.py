@@ -14,10 +14,8 @@ from native_builds import PORTABLE, built
 from native_cases import BF16, CPU, levels_here
 
 import mla
-from mla_backend_cpu import instruction_sets, library, prebuilt, tuning
-from mla_backend_cpu.compilation import artifact
-from mla_backend_cpu.compilation import compiler as compiling
-from mla_backend_cpu.compilation.levels import LEVELS, BuildError
+from mla_backend_cpu import cache, compilation, instruction_sets, library, products
+from mla_backend_cpu.compilation import LEVELS, BuildError
 from mla_backends import BackendError
 from mla_backends.api import LinearSpec
 
@@ -100,7 +98,7 @@ def test_the_level_is_chosen_by_option_or_environment(
     monkeypatch.setenv("MLA_CPU_NATIVE", variable)
     if not variable:
         monkeypatch.delenv("MLA_CPU_NATIVE")
-    monkeypatch.setattr(tuning, "torch_has_tiles", lambda: False)  # a measurement might decide against them
+    monkeypatch.setattr(products, "torch_has_tiles", lambda: False)  # a measurement might decide against them
     backend = mla.load_backend("cpu", options=options)
     assert backend.environment()["kernels"] == kernels
     assert backend.remarks() == []
@@ -134,7 +132,7 @@ def avx2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A processor with AVX2, and a package that came without kernels."""
     has = frozenset({"avx2", "fma", "f16c", "bmi2"})
     monkeypatch.setattr(instruction_sets, "processor_flags", lambda: has)
-    monkeypatch.setattr(prebuilt, "FOLDER", tmp_path / "prebuilt")
+    monkeypatch.setattr(cache, "PREBUILT", tmp_path / "prebuilt")
 
 
 @pytest.mark.usefixtures("avx2", "nothing_loaded")
@@ -181,9 +179,9 @@ def test_a_level_that_cannot_be_loaded_leaves_the_next_one(
     compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A cache on a mount with noexec, beside kernels of another level that came with the installation."""
-    came = tmp_path / "prebuilt" / artifact.name(PORTABLE)
+    came = tmp_path / "prebuilt" / compilation.kernels_name(PORTABLE)
     came.mkdir(parents=True)
-    artifact.make(compiling.find(), PORTABLE, came)
+    compilation.make_kernels(compilation.find_compiler(), PORTABLE, came)
     refusing = Refusing(tmp_path / "cache", "failed to map segment from shared object")
     monkeypatch.setattr(library.ctypes, "CDLL", refusing)
     found = library.load("auto")

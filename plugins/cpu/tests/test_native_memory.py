@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from native_cases import levels_here
 
-from mla_backend_cpu import instruction_sets
-from mla_backend_cpu.compilation import compiler
+from mla_backend_cpu import compilation, instruction_sets
 
 # The checks do not see what the tile instructions of AMX touch; the emulation is checked instead.
 UNTILED = next(name for name in levels_here() if name != "amx")
@@ -21,11 +20,11 @@ UNTILED = next(name for name in levels_here() if name != "amx")
 def test_the_sanitizers_find_nothing(tmp_path: Path, name: str) -> None:
     """Ragged, page-boundary and poisoned cases stay within memory that is just large enough."""
     level, program = instruction_sets.choose_level(name), tmp_path / "driver"
-    flags = [flag for flag in compiler.FLAGS if flag not in ("-O3", "-fPIC", "-fvisibility=hidden")]
+    flags = [flag for flag in compilation.FLAGS if flag not in ("-O3", "-fPIC", "-fvisibility=hidden")]
     checks = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     driver = Path(__file__).with_name("native_driver.cpp")
     built = subprocess.run(
-        ["g++", *flags, *checks, *level.flags, f"-I{compiler.SOURCES}", str(driver), "-o", str(program)],
+        ["g++", *flags, *checks, *level.flags, f"-I{compilation.SOURCES}", str(driver), "-o", str(program)],
         capture_output=True,
         text=True,
         check=False,
@@ -42,7 +41,7 @@ SHORT = """if True:
     import torch
     from native_cases import BF16, expanded_case, latent_case
     from mla_backend_cpu.library import load
-    from mla_backend_cpu.native_attention import NativeExpandedAttention, NativeLatentAttention
+    from mla_backend_cpu.native_ops import NativeExpandedAttention, NativeLatentAttention
     from mla_backend_cpu.native_ops import NativeBatchedLinear, NativeLinear
 
     torch.set_num_threads(2)

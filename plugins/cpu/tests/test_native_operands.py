@@ -12,21 +12,22 @@ import torch
 from native_cases import BF16, angles, bits, draw, expanded_case, latent_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mla_backend_cpu.fp32_linear import Fp32BatchedLinear
+import mla_backends.api as operand_checks
 from mla_backend_cpu.library import Library, load
-from mla_backend_cpu.native_attention import NativeExpandedAttention, NativeLatentAttention
 from mla_backend_cpu.native_ops import (
     NativeBatchedLinear,
+    NativeExpandedAttention,
+    NativeLatentAttention,
     NativeLinear,
     NativeOp,
     NativeRmsNorm,
     NativeRotateQuery,
     NativeWriteLatent,
 )
+from mla_backend_cpu.products import Fp32BatchedLinear
 from mla_backend_cpu.recorded import sequence
 from mla_backends import BackendError
 from mla_backends.api import OpCall, Packed
-from mla_backends.api import operands as operand_checks
 
 
 @pytest.fixture(scope="module")

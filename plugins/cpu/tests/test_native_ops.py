@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_cases import BF16, CPU, LAYOUTS, Canvas, any_bits, assert_rounded, bits, draw, laid_out
 
-from mla_backend_cpu import tuning
+from mla_backend_cpu import products
 from mla_backend_cpu.library import Library
 from mla_backend_cpu.native_ops import NativeBatchedLinear, NativeLinear
 from mla_backends.api import LinearSpec
@@ -32,7 +32,7 @@ seeds = st.integers(0, 99)
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """Decide instead of the measurement whether bf16 values are widened, so that both ways are tested."""
     dtype, gain = request.param
-    monkeypatch.setattr(tuning, "fp32_gain", lambda kernels: gain)
+    monkeypatch.setattr(products, "widening_gain", lambda kernels: gain)
     return dtype
 
 

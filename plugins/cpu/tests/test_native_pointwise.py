@@ -24,7 +24,7 @@ from native_cases import (
     spec,
 )
 
-from mla_backend_cpu import operands
+from mla_backend_cpu import native_ops
 from mla_backend_cpu.library import Library
 from mla_backend_cpu.native_ops import NativeLinear, NativeRmsNorm, NativeRotateQuery, NativeWriteLatent
 from mla_backends.api import NormSpec
@@ -231,7 +231,7 @@ def test_copies_of_strided_arguments_outlive_the_call(
     kernels: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernels get raw addresses, and other threads may allocate while they run."""
-    copies, seen, direct = [], [], operands._direct
+    copies, seen, direct = [], [], native_ops._direct
 
     def watched(name: str, x: torch.Tensor) -> torch.Tensor:
         found = direct(name, x)
@@ -248,7 +248,7 @@ def test_copies_of_strided_arguments_outlive_the_call(
 
             return call
 
-    monkeypatch.setattr(operands, "_direct", watched)
+    monkeypatch.setattr(native_ops, "_direct", watched)
     linear, norm, write = NativeLinear(kernels), NativeRmsNorm(kernels), NativeWriteLatent(kernels)
     packed = linear.pack(draw(40, 8))
     for op in (linear, norm, write):

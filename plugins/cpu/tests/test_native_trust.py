@@ -12,11 +12,9 @@ from pathlib import Path
 import pytest
 from native_builds import PORTABLE, built, small_sources
 
-from mla_backend_cpu import cache, library, trust
-from mla_backend_cpu.compilation import artifact
-from mla_backend_cpu.compilation import compiler as compiling
-from mla_backend_cpu.compilation.levels import BuildError
-from mla_backend_cpu.trust import distrust, distrust_open
+from mla_backend_cpu import cache, compilation, library
+from mla_backend_cpu.cache import distrust, distrust_open
+from mla_backend_cpu.compilation import BuildError
 
 Script = Callable[[str], Path]
 OTHER = 12345  # a user and a group without a name
@@ -26,7 +24,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another u
 @pytest.fixture
 def kept(compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Return kernels that were built into an empty cache, two folders below `tmp_path / "cache"`."""
-    monkeypatch.setattr(compiling, "SOURCES", small_sources(tmp_path / "sources"))
+    monkeypatch.setattr(compilation, "SOURCES", small_sources(tmp_path / "sources"))
     return built()
 
 
@@ -190,7 +188,7 @@ def test_a_cache_that_cannot_be_read_is_named(
             raise PermissionError(13, "Permission denied")
         return real(path, **options)
 
-    monkeypatch.setattr(trust.Path, "lstat", refuse)
+    monkeypatch.setattr(cache.Path, "lstat", refuse)
     monkeypatch.setenv("CXX", "g++-none")
     with pytest.raises(BuildError) as caught:
         built()
@@ -204,7 +202,7 @@ def test_a_cache_that_cannot_be_read_is_named(
 def test_no_umask_makes_a_cache_that_is_distrusted(
     compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(compiling, "SOURCES", small_sources(tmp_path / "sources"))
+    monkeypatch.setattr(compilation, "SOURCES", small_sources(tmp_path / "sources"))
     umask = os.umask(0)
     try:
         before = built().stat().st_ino
@@ -223,7 +221,7 @@ def test_what_was_checked_is_what_is_loaded(
         source.write_text(source.read_text().replace(f"return {value - 1};", f"return {value};"))
         built()
         found = cache.find(library.instruction_sets.choose_level("portable"))
-        assert isinstance(found, artifact.Artifact)
+        assert isinstance(found, compilation.Artifact)
         path = Path(os.readlink(f"/proc/self/fd/{found.descriptor}"))
         path.unlink()
         path.write_bytes(kept.read_bytes())

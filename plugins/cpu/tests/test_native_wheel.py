@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 from native_builds import PACKAGE, PORTABLE, built
 
-from mla_backend_cpu import instruction_sets, library, prebuilt
-from mla_backend_cpu.compilation import artifact, compiler
-from mla_backend_cpu.compilation.levels import LEVELS, levels_of
+from mla_backend_cpu import cache, compilation, instruction_sets, library
+from mla_backend_cpu.compilation import LEVELS, levels_of
 
 PROJECT = Path(__file__).resolve().parents[1]
 MACHINE = os.uname().machine
@@ -66,7 +65,7 @@ def kernels_in(folder: Path) -> tuple[str, set[str]]:
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         files = [Path(name) for name in archive.namelist()]
-    kernels = {file.parent.name for file in files if file.name == artifact.LIBRARY}
+    kernels = {file.parent.name for file in files if file.name == compilation.LIBRARY}
     return wheel.stem.partition("-py3-")[2], kernels
 
 
@@ -74,7 +73,7 @@ def kernels_in(folder: Path) -> tuple[str, set[str]]:
 def test_a_wheel_brings_every_level_and_needs_neither_compiler_nor_home(public: Path, tmp_path: Path) -> None:
     done = build(tmp_path, MLA_CPU_KERNELS="require")
     assert done.returncode == 0, done.stderr
-    names = {artifact.name(level) for level in levels_of(MACHINE)}
+    names = {compilation.kernels_name(level) for level in levels_of(MACHINE)}
     assert kernels_in(tmp_path) == (f"none-linux_{MACHINE}", names)
     (wheel,) = tmp_path.glob("*.whl")
     shutil.unpack_archive(wheel, public / "packages", "zip")
@@ -104,7 +103,7 @@ def test_this_installation_has_kernels_unless_it_is_editable() -> None:
     """It was made where the tests' compiler is."""
     about = json.loads(distribution("mla-backend-cpu").read_text("direct_url.json") or "{}")
     if about.get("dir_info", {}).get("editable", False):
-        assert not prebuilt.FOLDER.exists()
+        assert not cache.PREBUILT.exists()
     else:
         assert library.load("auto").origin.startswith("came with this installation, ")
 
@@ -136,7 +135,7 @@ def test_a_cross_compiler_makes_the_wheel_of_its_target(
         folder = tmp_path / target
         done = build(folder, CXX=pretended(target), MLA_CPU_KERNELS="require")
         assert done.returncode == 0, done.stderr
-        expected = {artifact.name(level, target) for level in levels}
+        expected = {compilation.kernels_name(level, target) for level in levels}
         assert kernels_in(folder) == (f"none-linux_{target}", expected)
 
 
@@ -149,7 +148,9 @@ def test_levels_that_do_not_compile_are_left_out_and_named(
     old = pretended("x86_64", fails="-mamx", why=why)
     done = build(tmp_path / "wheels", CXX=old)
     assert done.returncode == 0, done.stderr
-    assert kernels_in(tmp_path / "wheels")[1] == {artifact.name(level, "x86_64") for level in LEVELS[1:]}
+    assert kernels_in(tmp_path / "wheels")[1] == {
+        compilation.kernels_name(level, "x86_64") for level in LEVELS[1:]
+    }
     said = f"no kernels for amx in this wheel, since the compiler '{old}' failed: {why}"
     assert (done.stdout + done.stderr).count(said) == 1
     done = build(tmp_path / "none", CXX=old, MLA_CPU_KERNELS="require")
@@ -231,7 +232,7 @@ def test_a_build_that_must_not_go_on_says_why_in_one_sentence(
 
 
 def test_the_compiling_modules_need_the_standard_library_only() -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import compilation.all_levels"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import compilation"
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code, str(PACKAGE)], capture_output=True, text=True, check=False
     )
@@ -244,10 +245,10 @@ def test_the_same_sources_make_the_same_bytes_in_any_folder(
 ) -> None:
     made = []
     for name in ("one", "another"):
-        shutil.copytree(compiler.SOURCES, tmp_path / name / "native")
-        monkeypatch.setattr(compiler, "SOURCES", tmp_path / name / "native")
+        shutil.copytree(compilation.SOURCES, tmp_path / name / "native")
+        monkeypatch.setattr(compilation, "SOURCES", tmp_path / name / "native")
         (tmp_path / name / "made").mkdir()
-        artifact.make(compiler.find(), PORTABLE, tmp_path / name / "made")
+        compilation.make_kernels(compilation.find_compiler(), PORTABLE, tmp_path / name / "made")
         made.append({file.name: file.read_bytes() for file in (tmp_path / name / "made").iterdir()})
     assert made[0] == made[1]
 
@@ -263,39 +264,39 @@ def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hurried.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
     hurried.chmod(0o755)
     (folder / "made").mkdir()
-    artifact.make((str(hurried),), PORTABLE, folder / "made")
+    compilation.make_kernels((str(hurried),), PORTABLE, folder / "made")
     return folder / "made"
 
 
 @pytest.fixture
 def came(portable: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Return kernels that came with a package, beside a compiler that copies them and an empty cache."""
-    folder = tmp_path / "prebuilt" / artifact.name(PORTABLE)
+    folder = tmp_path / "prebuilt" / compilation.kernels_name(PORTABLE)
     shutil.copytree(portable, folder)
     copying = tmp_path / "copying"
     copying.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && echo copying && exit\n'
-        f'for last; do :; done\ncp {portable}/{artifact.LIBRARY} "$last"\n'
+        f'for last; do :; done\ncp {portable}/{compilation.LIBRARY} "$last"\n'
     )
     copying.chmod(0o755)
     monkeypatch.setenv("CXX", str(copying))
     monkeypatch.setenv("MLA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(prebuilt, "FOLDER", folder.parent)
+    monkeypatch.setattr(cache, "PREBUILT", folder.parent)
     return folder
 
 
 def truncate(folder: Path) -> None:
-    kernels = folder / artifact.LIBRARY
+    kernels = folder / compilation.LIBRARY
     kernels.write_bytes(kernels.read_bytes()[:5000])
 
 
 def change(folder: Path) -> None:
-    kernels = folder / artifact.LIBRARY
+    kernels = folder / compilation.LIBRARY
     kernels.write_bytes(kernels.read_bytes()[:-1] + b"x")
 
 
 def lose(folder: Path) -> None:
-    (folder / artifact.LIBRARY).unlink()
+    (folder / compilation.LIBRARY).unlink()
 
 
 def outdate(folder: Path) -> None:
@@ -313,7 +314,7 @@ def remove(folder: Path) -> None:
 def misbuild(folder: Path) -> None:
     """As built for another system: whole, but not to be loaded here."""
     foreign = b"of another system"
-    (folder / artifact.LIBRARY).write_bytes(foreign)
+    (folder / compilation.LIBRARY).write_bytes(foreign)
     (folder / "sha256").write_text(hashlib.sha256(foreign).hexdigest())
 
 

@@ -7,20 +7,17 @@ neither; ops for this device must not add them.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mla_backend_iluvatar.kernels import kernels
-from mla_backend_iluvatar.native import refusal
-from mla_backend_iluvatar.tiles import DEFAULTS
+from mla_backend_iluvatar.kernels import DEFAULTS, kernels, refusal
 from mla_backends import FusedOp, hookimpl
 from mla_backends.cuda import CudaBackend
 from mla_backends.errors import DeviceUnavailable
 from mla_backends.known import KNOWN
-from mla_backends.torch_backend.float32 import TF32_VARIABLES
+from mla_backends.torch_backend import TF32_VARIABLES
 from mla_backends.triton_ops import Tuning
 from mla_backends.triton_ops.backend import TritonBackend
 
@@ -68,13 +65,8 @@ class Iluvatar(TritonBackend, CudaBackend):
         """Return the dtypes whose products were right at setup."""
         return tuple(dtype for dtype, why in self._refusals.items() if not why)
 
-    @functools.cached_property
-    def _ops(self) -> Mapping[str, FusedOp]:
-        """Created once the device is known; they import no kernel, and are kept for their scratch memory."""
-        return {**kernels(), **self.triton_ops()}
-
-    def ops(self) -> Mapping[str, FusedOp]:
-        return self._ops
+    def kernels(self) -> Mapping[str, FusedOp]:
+        return kernels()
 
     def default_tuning(self) -> Tuning:
         return DEFAULTS

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from mla_backends import FusedOp
+from mla_backends.errors import describe
 from mla_backends.kernels import IxformerMla, SdpaExpanded
+from mla_backends.triton_ops import Tile, Tuning
+
+if TYPE_CHECKING:
+    import torch
 
 
 def kernels() -> Mapping[str, FusedOp]:
@@ -18,3 +24,29 @@ def kernels() -> Mapping[str, FusedOp]:
         "ixformer": IxformerMla(install="it comes with the CoreX SDK"),
         "sdpa": SdpaExpanded(pads_values=True),
     }
+
+
+# ------------------------------------------------------------------------------------------- native
+# Which dtypes a device really computes, determined by a small product.
+def refusal(dtype: torch.dtype, device: torch.device) -> str:
+    """Return why the device does not multiply in `dtype`; empty if a product is exactly right.
+
+    The factors are small integers, so that the product [16, 16] has no rounding in any floating dtype.
+    """
+    import torch
+
+    factor = (torch.arange(256) * 5 % 7 - 3).view(16, 16)
+    try:
+        there = factor.to(device, dtype)
+        product = (there @ there).cpu()
+    except Exception as error:  # noqa: BLE001  # vendor stacks raise anything
+        return f"a product raised {describe(error)}"
+    right = torch.equal(product.double(), (factor @ factor).double())
+    return "" if right else "a product came out wrong"
+
+
+# -------------------------------------------------------------------------------------------- tiles
+# Tiles of the Triton kernels on Iluvatar GPUs. Not run on hardware.
+
+# Eight warps and no pipeline, as FlagGems has it here; 64 KiB of shared memory hold these.
+DEFAULTS = Tuning(latent={1: Tile(16, 32, 8, 1)}, expanded={1: Tile(64, 32, 8, 1)})

@@ -5,20 +5,17 @@ The capability it reports collides with NVIDIA's numbers (a C500 may say 8, 9 or
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mla_backend_metax.kernels import kernels
-from mla_backend_metax.tiles import DEFAULTS
+from mla_backend_metax.kernels import DEFAULTS, kernels
 from mla_backends import FusedOp, hookimpl
 from mla_backends.cuda import CudaBackend
 from mla_backends.known import KNOWN
-from mla_backends.monitor import Monitor
-from mla_backends.nvml import Address, Dialect, NvmlSampler
-from mla_backends.torch_backend.float32 import TF32_VARIABLES
+from mla_backends.monitor import Address, Dialect, Monitor, NvmlSampler
+from mla_backends.torch_backend import TF32_VARIABLES
 from mla_backends.triton_ops import Tuning
 from mla_backends.triton_ops.backend import TritonBackend
 
@@ -54,13 +51,8 @@ class Metax(TritonBackend, CudaBackend):
 
         return (torch.bfloat16, torch.float16, torch.float32)
 
-    @functools.cached_property
-    def _ops(self) -> Mapping[str, FusedOp]:
-        """Created once the device is known; they import no kernel, and are kept for their scratch memory."""
-        return {**kernels(), **self.triton_ops()}
-
-    def ops(self) -> Mapping[str, FusedOp]:
-        return self._ops
+    def kernels(self) -> Mapping[str, FusedOp]:
+        return kernels()
 
     def default_tuning(self) -> Tuning:
         return DEFAULTS

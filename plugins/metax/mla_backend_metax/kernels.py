@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from mla_backends import FusedOp
 from mla_backends.kernels import FlashAttnVarlen, FlashMla, LatentLimits, SdpaExpanded
+from mla_backends.triton_ops import Tile, Tuning
 
 _INSTALL = "its wheel for this MACA SDK is on MetaX's own index; those on PyPI are not for this device"
 
@@ -26,3 +27,10 @@ def kernels() -> Mapping[str, FusedOp]:
         "flash_attn": FlashAttnVarlen(install=_INSTALL),
         "sdpa": SdpaExpanded(pads_values=True),
     }
+
+
+# -------------------------------------------------------------------------------------------- tiles
+# Tiles of the Triton kernels on MetaX GPUs. Not run on hardware.
+
+# 64 KiB of shared memory, and larger tiles have made its compiler hang (FlagGems, issue 6191).
+DEFAULTS = Tuning(latent={1: Tile(16, 16, 4, 1)}, expanded={1: Tile(32, 32, 4, 1)})

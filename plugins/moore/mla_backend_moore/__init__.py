@@ -5,22 +5,19 @@ Nothing here touches `torch.cuda`: under torchada it is a mirror of `torch.musa`
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mla_backend_moore.kernels import kernels
+from mla_backend_moore.kernels import DEFAULTS, kernels
 from mla_backend_moore.sensors import BANDWIDTH, LIBRARY, MtmlSampler
-from mla_backend_moore.tiles import DEFAULTS
 from mla_backends import FusedOp, hookimpl
 from mla_backends.api import DeviceInfo, Peak
 from mla_backends.known import KNOWN
-from mla_backends.monitor import Monitor
-from mla_backends.nvml import Address
-from mla_backends.torch_backend.float32 import float32_facts, forbid_tf32
+from mla_backends.monitor import Address, Monitor
+from mla_backends.torch_backend import float32_facts, forbid_tf32
 from mla_backends.triton_ops import Tuning
 from mla_backends.triton_ops.backend import TritonBackend
 
@@ -58,16 +55,11 @@ class Moore(TritonBackend):
             native = (found.major, found.minor) >= FIRST_WITH_BFLOAT16
         return (*((torch.bfloat16,) if native else ()), torch.float16, torch.float32)
 
-    @functools.cached_property
-    def _ops(self) -> Mapping[str, FusedOp]:
-        """Created once the device is known; they import no kernel, and are kept for their scratch memory."""
-        return {**kernels(self.capability, self.multiprocessors()), **self.triton_ops()}
+    def kernels(self) -> Mapping[str, FusedOp]:
+        return kernels(self.capability, self.multiprocessors())
 
     def default_tuning(self) -> Tuning:
         return DEFAULTS
-
-    def ops(self) -> Mapping[str, FusedOp]:
-        return self._ops
 
     def device_info(self) -> DeviceInfo:
         return replace(super().device_info(), bandwidth=self._bandwidth())

@@ -1,23 +1,95 @@
 """Which kernels Moore Threads GPUs have for attention: MATE, MT-flashMLA before it, and those of torch_musa.
 
-The first two serve capability 3.1 (MTT S5000) only. MT-flashMLA ends the process when a page or width is
-wrong and waits for the device on every call, so its limits are as narrow as its source.
+MATE's two, for the MTT S5000, are compiled with mcc when they are first called. (Read in MATE 0.2.2, commit
+3f58cc3 of 2026-05-26. A later source, yeahdongcn/mate at bbcd8b8 with the sparse kernels of 0.2.4 and
+newer, has the same dense signatures, plans and layouts; the releases are not public.)
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mla_backend_moore.mate import MateMla, MateVarlen
 from mla_backends import FusedOp
-from mla_backends.kernels import FlashMla, LatentLimits, SdpaExpanded, TorchVarlen, VarlenLimits
+from mla_backends.api import AttentionSpec
+from mla_backends.kernels import (
+    FlashAttnVarlen,
+    FlashMla,
+    LatentLimits,
+    SdpaExpanded,
+    TorchVarlen,
+    VarlenLimits,
+)
+from mla_backends.selftest import failures, try_expanded
+from mla_backends.triton_ops import Tile, Tuning
 
 if TYPE_CHECKING:
     import torch
+
+COMPILES = "it compiles its kernel for this device at first use (a minute or more)"
+MATE_INSTALL = "see https://github.com/MooreThreads/mate; the package of that name on PyPI is another"
+MATE_CURE = "install the MUSA toolkit with mcc, or a MATE with kernels built ahead of time"
+HEADS = (8, 16, 32, 64, 128)  # what MATE's own tests cover; other head counts are padded
+# Not documented: what rows without keys give, and whether planning can be captured into a graph.
+MATE_LATENT = LatentLimits(
+    heads=HEADS, pads_heads_to=HEADS, lse_layout="tokens_first", empty_rows=False, graph=False
+)
+# `_check_valid_asm_input` in mate/mha_interface.py: 192 and 128, or values as wide as keys of at most 128.
+# Other widths have kernels too, which its tests cover for 128 and 256 only.
+MATE_VARLEN = VarlenLimits(pads_values=False)
+
+Reason = Callable[["torch.device"], str]
+
+
+class MateMla(FlashMla):
+    """`mate.flashmla`: plans are two tensors, the log-sum-exp is [rows, s, h]."""
+
+    def __init__(self, device_reason: Reason) -> None:
+        super().__init__(
+            replace(MATE_LATENT, device_reason=device_reason),
+            module="mate.flashmla",
+            install=MATE_INSTALL,
+            compiles=COMPILES,
+            cure=MATE_CURE,
+        )
+
+
+class MateVarlen(FlashAttnVarlen):
+    """`mate.mha_interface.flash_attn_varlen_func`: keys of 192 and values of 128 as they are, with lse."""
+
+    compiles = COMPILES
+
+    def __init__(self, device_reason: Reason) -> None:
+        super().__init__(
+            replace(MATE_VARLEN, device_reason=device_reason),
+            module="mate.mha_interface",
+            install=MATE_INSTALL,
+        )
+
+    def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
+        found = super().unsupported_reasons(spec)
+        widths = (spec.qk_nope_head_dim + spec.qk_rope_head_dim, spec.v_head_dim)
+        if widths not in self.limits.unpadded and max(widths) > 128:
+            found.append(f"it takes heads of 192 and 128 or of at most 128, not {widths[0]} and {widths[1]}")
+        return found
+
+    def preflight(self, spec: AttentionSpec) -> list[str]:
+        return failures(lambda: try_expanded(self, spec), "mate.mha_interface", MATE_CURE)
+
+    def unsupported_batch(
+        self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
+    ) -> list[str]:
+        lengths = zip(query_lens, kv_lens, strict=True)
+        blind = any(keys < queries for queries, keys in lengths)
+        return ["what it gives for a token without keys is not documented"] if blind else []
+
+
+# ------------------------------------------------------------------------------------------ kernels
+# MATE's kernels and MT-flashMLA serve capability 3.1 (MTT S5000) only. MT-flashMLA ends the process when a
+# page or width is wrong and waits for the device on every call, so its limits are as narrow as its source.
 
 CAPABILITY = "3.1"  # that the kernels are compiled for, in Moore Threads' own numbering
 # MT-flashMLA plans one part per multiprocessor and tile of this many query rows; with none, it reads garbage.
@@ -71,3 +143,10 @@ def _not_legacy() -> str:
     if hasattr(sys.modules.get("flash_mla"), "FlashMLASchedMeta"):
         return "this flash_mla is not MT-flashMLA: it is of a newer generation"
     return ""
+
+
+# -------------------------------------------------------------------------------------------- tiles
+# Tiles of the Triton kernels on Moore Threads GPUs. Not run on hardware.
+
+# Eight warps and no pipeline, as FlagGems has it here; 64 KiB of shared memory hold these.
+DEFAULTS = Tuning(latent={1: Tile(16, 32, 8, 1)}, expanded={1: Tile(64, 32, 8, 1)})

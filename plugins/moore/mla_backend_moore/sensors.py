@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
-from mla_backends.nvml import Address, Dialect, NvmlSampler
+from mla_backends.monitor import Address, Dialect, NvmlSampler
 
 LIBRARY = "mthreads-ml-py"
 BANDWIDTH = "memory_bandwidth_gb_s"  # name of the fact

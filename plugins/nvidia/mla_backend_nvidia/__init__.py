@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,18 +10,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from mla_backend_nvidia.driver import driver_version, outdated
+from mla_backend_nvidia.cards import driver_version, outdated, peaks, tuning_for
 from mla_backend_nvidia.kernels import kernels, old_triton, since_ampere
-from mla_backend_nvidia.peaks import peaks
-from mla_backend_nvidia.tiles import tuning_for
 from mla_backends import Availability, FusedOp, hookimpl
 from mla_backends.api import DeviceInfo
 from mla_backends.cuda import CudaBackend
 from mla_backends.errors import DeviceUnavailable
 from mla_backends.known import KNOWN
-from mla_backends.monitor import Monitor
-from mla_backends.nvml import Address, Dialect, NvmlSampler
-from mla_backends.torch_backend.float32 import TF32_VARIABLES
+from mla_backends.monitor import Address, Dialect, Monitor, NvmlSampler
+from mla_backends.torch_backend import TF32_VARIABLES
 from mla_backends.triton_ops import Tuning
 from mla_backends.triton_ops.backend import TritonBackend
 
@@ -36,22 +32,10 @@ FOREIGN = ("metax", "iluvatar", "mthreads", "mtt ", "amd ", "radeon", "hygon", "
 
 # Libraries whose versions change numbers or times; those of CUDA have had no suffix since CUDA 13.
 PACKAGES = (
-    "sgl-flash-mla",
-    "flash-mla",
-    "tokenspeed-mla",
-    "flashinfer-python",
-    "flashinfer-cubin",
-    "flashinfer-jit-cache",
-    "flash-attn",
-    "flash-attn-3",
-    "nvidia-cutlass-dsl",
-    "apache-tvm-ffi",
-    "triton",
-    "nvidia-cublas",
-    "nvidia-cublas-cu12",
-    "nvidia-cudnn-cu12",
-    "nvidia-cudnn-cu13",
-)
+    "sgl-flash-mla", "flash-mla", "tokenspeed-mla", "flashinfer-python", "flashinfer-cubin",
+    "flashinfer-jit-cache", "flash-attn", "flash-attn-3", "nvidia-cutlass-dsl", "apache-tvm-ffi", "triton",
+    "nvidia-cublas", "nvidia-cublas-cu12", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
+)  # fmt: skip
 
 
 class Nvidia(TritonBackend, CudaBackend):
@@ -74,19 +58,11 @@ class Nvidia(TritonBackend, CudaBackend):
 
     def probe_module(self, module: ModuleType, evidence: Mapping[str, str]) -> Availability:
         with _asking_nvml():
-            found = super().probe_module(module, evidence)
-        hint = "" if found.ok else outdated(found.reason)
-        return replace(found, hint=hint) if hint else found
+            return super().probe_module(module, evidence)
 
-    def setup(self, index: int | None = None) -> torch.device:
-        """Start the device. A driver that is too old passes the probe, which asks NVML, and fails here."""
-        try:
-            return super().setup(index)
-        except DeviceUnavailable as error:
-            hint = outdated(error.reason)
-            if not hint:
-                raise
-            raise DeviceUnavailable(self.name, error.reason, hint) from error
+    def cure(self, reason: str) -> str:
+        """Return what to do about a driver that is too old: it may pass the probe, which asks NVML."""
+        return outdated(reason)
 
     def prepare_device(self) -> None:
         """Refuse a device of another vendor that got past the marks of the build."""
@@ -116,22 +92,14 @@ class Nvidia(TritonBackend, CudaBackend):
         bandwidth, flops = peaks(info.name, info.memory_bytes)
         return replace(info, bandwidth=bandwidth, flops=flops)
 
-    @functools.cached_property
-    def _ops(self) -> Mapping[str, FusedOp]:
-        """Created once the device is known; they import no kernel, and are kept for their scratch memory.
-
-        The Triton kernels come last, as long as no card has shown that one is faster than another kernel.
-        """
-        return {**kernels(self.architecture, self.multiprocessors()), **self.triton_ops()}
+    def kernels(self) -> Mapping[str, FusedOp]:
+        return kernels(self.architecture, self.multiprocessors())
 
     def default_tuning(self) -> Tuning:
         return tuning_for(self.shared_memory(), str(self.properties().name))
 
     def triton_reason(self, device: torch.device) -> str:
         return since_ampere(self.architecture)(device) or old_triton(self.architecture)
-
-    def ops(self) -> Mapping[str, FusedOp]:
-        return self._ops
 
     def make_monitor(self) -> Monitor:
         return Monitor(NvmlSampler(Dialect("pynvml", by_uuid=True), self._address))

@@ -24,11 +24,11 @@ from mla_backends.kernels import (
     TorchVarlen,
     VarlenLimits,
 )
+from mla_backends.kernels.expanded import TORCH_LIMITS
 from mla_backends.kernels.flashinfer import LIMITS as FLASHINFER_LIMITS
 from mla_backends.kernels.flashinfer import compiled_kernels
 from mla_backends.kernels.tokenspeed import LIMITS as TOKENSPEED_LIMITS
-from mla_backends.kernels.torch_varlen import LIMITS as TORCH_LIMITS
-from mla_backends.triton_ops.requirements import PACKAGES
+from mla_backends.triton_ops.launcher import PACKAGES
 
 if TYPE_CHECKING:
     import torch

@@ -14,14 +14,12 @@ import pytest
 import torch
 
 from mla_backend_nvidia import Nvidia
-from mla_backend_nvidia.driver import driver_version, outdated
+from mla_backend_nvidia.cards import SHEETS, driver_version, outdated, peaks, tuning_for
 from mla_backend_nvidia.kernels import kernels, old_triton
-from mla_backend_nvidia.peaks import SHEETS, peaks
-from mla_backend_nvidia.tiles import tuning_for
-from mla_backends.api import AttentionSpec, Availability, SegmentLengths
+from mla_backends.api import AttentionSpec, SegmentLengths
 from mla_backends.cuda import CudaBackend
 from mla_backends.errors import DeviceUnavailable
-from mla_backends.kernels.flashinfer.release import WIDE_PAGES
+from mla_backends.kernels.flashinfer import WIDE_PAGES
 
 GIB = 1 << 30
 
@@ -328,30 +326,22 @@ def test_other_failures_have_nothing_to_do_with_the_driver(reason: str) -> None:
     assert outdated(reason) == ""
 
 
-def test_the_driver_is_named_where_the_probe_or_the_start_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reason", [TOO_OLD.format(12020), "out of memory"])
+def test_the_driver_is_named_where_the_probe_or_the_start_fails(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The probe asks NVML, which says yes; the first use of the device says what is wrong."""
-    reason = TOO_OLD.format(12020)
 
-    def fail(self: Any, index: int | None = None) -> Any:
-        raise DeviceUnavailable("nvidia", reason, "check that `nvidia-smi` lists the device")
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError(reason)
 
-    monkeypatch.setattr(CudaBackend, "setup", fail)
-    with pytest.raises(DeviceUnavailable, match="is too old") as error:
-        Nvidia().setup()
-    assert error.value.hint == outdated(reason)
-    refused = Availability(False, reason, "check that `nvidia-smi` lists the device")
-    monkeypatch.setattr(CudaBackend, "probe_module", lambda *arguments: refused)
-    assert Nvidia().probe_module(torch.cuda, {}).hint == outdated(reason)
-
-
-def test_other_failures_to_start_keep_their_hint(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Any, index: int | None = None) -> Any:
-        raise DeviceUnavailable("nvidia", "torch sees 0 devices", "check `nvidia-smi`")
-
-    monkeypatch.setattr(CudaBackend, "setup", fail)
-    with pytest.raises(DeviceUnavailable) as error:
-        Nvidia().setup()
-    assert error.value.hint == "check `nvidia-smi`"
+    backend = Nvidia()
+    hint = outdated(reason) or backend.device_hint()
+    assert Nvidia().probe_module(SimpleNamespace(is_available=fail), {}).hint == hint
+    monkeypatch.setattr(CudaBackend, "_check_index", fail)
+    with pytest.raises(DeviceUnavailable, match="failed to start") as error:
+        backend.setup()
+    assert error.value.hint == hint
 
 
 @pytest.mark.parametrize("name", ["NVIDIA H20", "Tesla V100-SXM2-16GB", "GeForce GTX 1080", "A100-PCIE-40GB"])

@@ -13,7 +13,7 @@ import torch
 import mla
 from mla.bench.cli.main import main
 from mla_backends import BackendError, BackendOptionError
-from mla_backends.any_device.find import parse
+from mla_backends.any_device import parse
 from mla_backends.errors import describe
 
 

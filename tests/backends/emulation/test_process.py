@@ -39,7 +39,7 @@ def run(emulate: Any, tmp_path: Path) -> Any:
     return run
 
 
-@pytest.mark.parametrize("backend", ["moore", "nvidia", "metax", "iluvatar"])
+@pytest.mark.parametrize("backend", ["moore", "nvidia"])  # a way of attaching the device each
 def test_the_command_line_writes_a_checked_result(run: Any, backend: str, tmp_path: Path) -> None:
     done = run(backend, "-o", "run.json")
     assert done.code == 0, done.err

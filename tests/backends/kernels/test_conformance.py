@@ -9,9 +9,9 @@ import pytest
 import torch
 from smaller_cases import make_smaller
 
+from mla.conformance.selection import Xfails
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
-from mla.conformance.xfails import Xfails
 from mla_backends import FusedOp
 from mla_backends.kernels import (
     FlashAttnVarlen,
@@ -22,8 +22,8 @@ from mla_backends.kernels import (
     TokenspeedMla,
     TokenspeedPrefill,
     VarlenLimits,
+    flashinfer,
 )
-from mla_backends.kernels.flashinfer import wrappers
 from mla_backends.testing import HostBackend
 
 CAREFUL = LatentLimits(empty_rows=False, graph=False)
@@ -61,7 +61,7 @@ TIMED = ("latent.prepare", "expanded.prepare")
 
 @pytest.mark.parametrize("folder", OFFERS)
 def test_an_adapter_passes_the_suite(installed: Any, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
-    monkeypatch.setattr(wrappers, "WORKSPACE_BYTES", 1024)
+    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
     make_smaller(monkeypatch)
     with installed(folder.partition(" ")[0]):
         subject = BackendUnderTest(HostBackend(ops={"fake": OFFERS[folder]()}), "host", quick=True)

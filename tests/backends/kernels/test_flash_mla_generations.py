@@ -13,7 +13,7 @@ from mla import MLA, LatentCache, MLAConfig
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
 from mla_backends.kernels import FlashMla, LatentLimits, PagedLatentOp
-from mla_backends.kernels.trial import try_latent
+from mla_backends.selftest import try_latent
 from mla_backends.testing import HostBackend
 
 GENERATIONS = ("nvidia_a", "nvidia_b", "nvidia_c", "nvidia_sgl")
@@ -124,12 +124,10 @@ def test_a_package_without_its_library_is_a_reason(
 
 
 @pytest.mark.parametrize("folder", GENERATIONS)
-def test_a_kernel_that_works_passes_its_preflight_once(installed: Any, make_spec: Any, folder: str) -> None:
+def test_a_kernel_that_works_passes_its_preflight(installed: Any, make_spec: Any, folder: str) -> None:
     with installed(folder) as fakes:
         op = FlashMla()
-        assert op.preflight(make_spec()) == op.preflight(make_spec()) == []
-        assert fakes.CALLS["flash_mla_with_kvcache"] == 1
-        assert op.preflight(make_spec(num_heads=4)) == []
+        assert op.preflight(make_spec()) == op.preflight(make_spec(num_heads=4)) == []
         assert fakes.CALLS["flash_mla_with_kvcache"] == 2
 
 

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_backends.kernels import FlashInferMla, KernelRefused
-from mla_backends.kernels.flashinfer import wrappers
+from mla_backends.kernels import FlashInferMla, KernelRefused, flashinfer
 
 RELEASES = ("flashinfer", "flashinfer_old", "flashinfer_07")
 each_release = pytest.mark.parametrize("release", RELEASES)
@@ -21,7 +20,7 @@ requests = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 140)), min_size=
 def small_workspace() -> Any:
     """Do without 128 MiB that the fakes never touch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wrappers, "WORKSPACE_BYTES", 1024)
+        patch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
         yield
 
 
@@ -98,11 +97,11 @@ def test_many_batches_at_a_time_stay_right_with_few_wrappers(
     """A wrapper holds one plan; a state whose plan was replaced is planned again."""
     with installed("flashinfer") as fakes:
         op = FlashInferMla()
-        problems = [make_problem([1, 2], [33 + i, 64 + i], seed=i) for i in range(wrappers.TURNS + 2)]
+        problems = [make_problem([1, 2], [33 + i, 64 + i], seed=i) for i in range(flashinfer.TURNS + 2)]
         states = [op.prepare(problem.spec, problem.view) for problem in problems]
         for problem, state in zip(problems * 2, states * 2, strict=True):
             assert_right(problem.run(op, state), problem.truth())
-        assert fakes.CALLS["BatchMLAPagedAttentionWrapper"] == wrappers.TURNS
+        assert fakes.CALLS["BatchMLAPagedAttentionWrapper"] == flashinfer.TURNS
 
 
 class Event:
@@ -128,7 +127,7 @@ def test_a_wrapper_is_planned_again_only_when_its_last_plan_has_arrived(
         for turn in op._pool(torch.device("cpu")).turns:
             turn._arrived = Event()
         Event.log.clear()
-        for _ in range(wrappers.TURNS):
+        for _ in range(flashinfer.TURNS):
             op.prepare(problem.spec, problem.view)
         assert Event.log == ["wait", "record"]  # the first wrapper's turn came again once
 

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 
 from mla.conformance import reach
 from mla.conformance.report import CheckResult
+from mla.conformance.selection import Xfails
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
-from mla.conformance.xfails import Xfails
-from mla_backends.kernels import FlashInferMla, KernelRefused
-from mla_backends.kernels.flashinfer import batches, wrappers
+from mla_backends.kernels import FlashInferMla, KernelRefused, flashinfer
 from mla_backends.testing import HostBackend
 
 CPU = torch.device("cpu")
@@ -33,8 +32,8 @@ def hopper() -> Any:
         "Hopper", (), {"multi_processor_count": 132, "shared_memory_per_multiprocessor": 233472}
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wrappers, "WORKSPACE_BYTES", 1024)
-        patch.setattr(batches, "_properties", lambda device: properties)
+        patch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
+        patch.setattr(flashinfer, "_properties", lambda device: properties)
         yield
 
 
@@ -83,25 +82,25 @@ def test_exactly_the_batches_that_lose_a_key_are_refused(installed: Any, heads: 
         dtypes = (torch.bfloat16, torch.bfloat16)
         plan = Plan(table(query_lens), table(kv_lens), none, lens, heads, 512, 64, 1, True, 0.1, *dtypes)
         lost = [one for request in range(len(drawn)) for one in plan.lost(request)]
-        assert bool(batches.tile_reasons(heads, query_lens, kv_lens, CPU)) == bool(lost)
+        assert bool(flashinfer.tile_reasons(heads, query_lens, kv_lens, CPU)) == bool(lost)
 
 
 def test_a_device_that_does_not_say_its_tile_is_taken_for_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16 keys end wherever those of 32 and 64 do."""
-    assert batches.tile_reasons(20, (7,), (65 - 16,), CPU) == []
-    monkeypatch.setattr(batches, "_properties", lambda device: None)
+    assert flashinfer.tile_reasons(20, (7,), (65 - 16,), CPU) == []
+    monkeypatch.setattr(flashinfer, "_properties", lambda device: None)
     for kv in (17, 33, 49, 65):
-        assert batches.tile_reasons(20, (7,), (kv,), CPU) != []
+        assert flashinfer.tile_reasons(20, (7,), (kv,), CPU) != []
     for shared, keys in ((233_472, 64), (167_936, 32), (102_400, 16)):  # H100, A100, RTX 4090
         device = type("Device", (), {"shared_memory_per_multiprocessor": shared})
-        monkeypatch.setattr(batches, "_properties", lambda _, device=device: device)
-        assert batches.key_tile(CPU) == keys
+        monkeypatch.setattr(flashinfer, "_properties", lambda _, device=device: device)
+        assert flashinfer.key_tile(CPU) == keys
 
 
 def test_head_counts_that_divide_a_tile_are_never_refused() -> None:
     for heads in (1, 2, 4, 8, 16, 32, 64, 128):
         for kv in range(130, 330):
-            assert batches.tile_reasons(heads, (130,), (kv,), CPU) == []
+            assert flashinfer.tile_reasons(heads, (130,), (kv,), CPU) == []
 
 
 # ------------------------------------------------------------------------------------------ parts of work
@@ -132,11 +131,11 @@ def test_the_bound_on_the_parts_of_a_plan_is_one(heads: int, drawn: Any) -> None
     query_lens, kv_lens = [new for new, _ in drawn], [new + old for new, old in drawn]
     exact = parts(heads, query_lens, kv_lens, 132)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches, "WORK_ITEMS", exact - 1)
-        (reason,) = batches.work_reasons(heads, query_lens, CPU)
+        patch.setattr(flashinfer, "WORK_ITEMS", exact - 1)
+        (reason,) = flashinfer.work_reasons(heads, query_lens, CPU)
         assert f"its tables hold {exact - 1} parts" in reason
-        patch.setattr(batches, "WORK_ITEMS", exact + 132)
-        assert batches.work_reasons(heads, query_lens, CPU) == []
+        patch.setattr(flashinfer, "WORK_ITEMS", exact + 132)
+        assert flashinfer.work_reasons(heads, query_lens, CPU) == []
 
 
 @pytest.mark.parametrize(
@@ -189,17 +188,17 @@ def test_far_pages_are_refused_where_an_old_release_reads_others(
     for release, serves in (("flashinfer", True), ("flashinfer_07", True), ("flashinfer_old", False)):
         with installed(release), monkeypatch.context() as patch:
             patch.setattr(ragged(), "FAR", 4 * PAGES)
-            patch.setattr(batches, "FAR", 7 * PAGES)
+            patch.setattr(flashinfer, "FAR", 7 * PAGES)
             assert FlashInferMla().unsupported_batch(problem.spec, [1, 1], [100, 200], 64) == []
             if serves:
                 assert_right(problem.run(FlashInferMla()), problem.truth())
                 continue
             with pytest.raises(AssertionError, match=r"worst row error|NaN"):  # what the limit is there for
                 assert_right(problem.run(FlashInferMla()), problem.truth())
-            patch.setattr(batches, "FAR", 6 * PAGES)
+            patch.setattr(flashinfer, "FAR", 6 * PAGES)
             with pytest.raises(KernelRefused, match=r"finds pages in .* upgrade flashinfer to 0.6.11"):
                 problem.run(FlashInferMla())
-            patch.setattr(batches, "FAR", 5 * PAGES)
+            patch.setattr(flashinfer, "FAR", 5 * PAGES)
             (reason,) = FlashInferMla().unsupported_batch(problem.spec, [1, 1], [100, 200], 64)
             assert f"this one has {6 * PAGES}" in reason
 
@@ -339,7 +338,7 @@ def test_the_suite_finds_out_an_adapter_without_these_limits(
         return carry_out(one, subject, Xfails({}))
 
     with installed(release):
-        for module, name in ((reach, "PLACES"), (ragged(), "FAR"), (batches, "FAR")):
+        for module, name in ((reach, "PLACES"), (ragged(), "FAR"), (flashinfer, "FAR")):
             monkeypatch.setattr(module, name, (1 << 22,) if name == "PLACES" else 1 << 22)
         right, wrong = judged(FlashInferMla()), judged(Unfenced())
     assert right.cases.failed == 0

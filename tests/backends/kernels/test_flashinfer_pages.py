@@ -11,14 +11,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mla_backends.kernels import FlashInferMla
-from mla_backends.kernels.flashinfer import wrappers
-from mla_backends.kernels.flashinfer.pages import PageIndex
+from mla_backends.kernels import FlashInferMla, flashinfer
+from mla_backends.kernels.flashinfer import PageIndex
 
 
 @pytest.fixture(autouse=True)
 def small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wrappers, "WORKSPACE_BYTES", 1024)
+    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
 
 
 class Lines:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mla import LatentCache, MLAConfig
-from mla_backend_cpu.fp32_linear import Fp32Linear
+from mla_backend_cpu.products import Fp32Linear
 from mla_backends import FusedOp
 from mla_backends.kernels import (
     FlashAttnVarlen,
@@ -22,8 +22,8 @@ from mla_backends.kernels import (
     SdpaExpanded,
     TokenspeedMla,
     TorchVarlen,
+    flashinfer,
 )
-from mla_backends.kernels.flashinfer import wrappers
 
 PADDED = LatentLimits(heads=(8,), pads_heads_to=(8,), lse_layout="tokens_first", empty_rows=False)
 LATENT: dict[str, tuple[str, Callable[[], FusedOp]]] = {
@@ -59,7 +59,7 @@ def held(owner: object) -> list[torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wrappers, "WORKSPACE_BYTES", 1024)
+    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
 
 
 @order

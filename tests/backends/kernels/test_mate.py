@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mla_backend_moore.mate import MateMla, MateVarlen
+from mla_backend_moore.kernels import MateMla, MateVarlen
 
 WIDTHS = [(128, 64, 128), (64, 64, 128), (16, 64, 16), (32, 32, 64)]  # nope, rope, values
 

@@ -19,10 +19,10 @@ from mla_backends.kernels import (
     LatentLimits,
     PagedLatentOp,
     VarlenLimits,
-    ixformer,
+    flashinfer,
+    latent,
     paged,
 )
-from mla_backends.kernels.flashinfer import wrappers
 from mla_backends.kernels.paged import Launch
 
 WRONG = r"worst (row|lse) error|NaN or infinity"
@@ -188,11 +188,11 @@ class BaseTwo(IxformerMla):
 IXFORMER_MUTANTS: dict[str, Callable[[], FusedOp]] = {
     "steps forgotten": lambda: steps_forgotten(IxformerMla()),
     "bound too low": lambda: altered(
-        IxformerMla(), ixformer.FUNCTION, bound(lambda k: int(k["context_lens"].min()))
+        IxformerMla(), latent.IXFORMER, bound(lambda k: int(k["context_lens"].min()))
     ),
     "scale": Scaled,
     "base": BaseTwo,
-    "empty rows launched": lambda: IxformerMla(replace(ixformer.LIMITS, empty_rows=True)),
+    "empty rows launched": lambda: IxformerMla(replace(latent.IXFORMER_LIMITS, empty_rows=True)),
 }
 
 
@@ -260,7 +260,7 @@ class Shared(FlashInferMla):
 
 @pytest.fixture(autouse=True)
 def small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wrappers, "WORKSPACE_BYTES", 1024)
+    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
 
 
 @pytest.mark.parametrize("release", ["flashinfer", "flashinfer_07"])

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_backends import BackendError
-from mla_backends.kernels import TokenspeedMla, TokenspeedPrefill, paged, tokenspeed, tokenspeed_prefill
+from mla_backends.kernels import TokenspeedMla, TokenspeedPrefill, paged, tokenspeed
 from mla_backends.kernels.tokenspeed import LIMITS, own_pages
-from mla_backends.kernels.trial import try_expanded
+from mla_backends.selftest import try_expanded
 
 FAKE = "tokenspeed"
 WRONG = r"worst (row|lse) error|NaN or infinity"
@@ -283,7 +283,7 @@ def test_values_that_are_passed_on_as_a_slice_are_wrong(
 ) -> None:
     op, spec = TokenspeedPrefill(), make_spec(num_heads=2)
     assert try_expanded(op, spec) == ""
-    monkeypatch.setattr(tokenspeed_prefill, "_dense", lambda tensor: tensor)
+    monkeypatch.setattr(tokenspeed, "_dense", lambda tensor: tensor)
     assert try_expanded(op, spec) == "gives wrong results"
 
 
@@ -361,11 +361,10 @@ def test_a_package_that_is_missing_or_old_is_refused(
 
 
 @each_op
-def test_a_preflight_compiles_once_and_names_what(fakes: Any, make_spec: Any, make: Any) -> None:
+def test_a_preflight_names_what_it_compiles(fakes: Any, make_spec: Any, make: Any) -> None:
     op = make()
     assert "tokenspeed_mla" in op.compiles
-    assert op.preflight(make_spec()) == op.preflight(make_spec()) == []
-    assert sum(fakes.CALLS.values()) == 1
+    assert op.preflight(make_spec()) == []
 
 
 @each_op

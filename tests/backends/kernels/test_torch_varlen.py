@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from smaller_cases import make_smaller
 
 from mla import MLA, LatentCache, MLAConfig
+from mla.conformance.selection import Xfails
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
-from mla.conformance.xfails import Xfails
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
 from mla_backends.api import SegmentLengths
 from mla_backends.kernels import SdpaExpanded, TorchVarlen, VarlenLimits
-from mla_backends.kernels.torch_varlen import LIMITS
+from mla_backends.kernels.expanded import TORCH_LIMITS
 from mla_backends.testing import HostBackend
 
 FOLDER = "flash_attn_2"  # any: the stand-ins are in what all folders share
@@ -161,7 +161,7 @@ def test_a_device_without_the_kernel_is_a_reason_and_sdpa_runs() -> None:
 
 
 def test_a_torch_without_the_operator_is_a_reason(make_spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mla_backends.kernels.torch_varlen.OPERATOR", "_flash_attention_forwards")
+    monkeypatch.setattr("mla_backends.kernels.expanded.OPERATOR", "_flash_attention_forwards")
     assert TorchVarlen().unsupported_reasons(make_spec()) == ["this torch has no _flash_attention_forwards"]
 
 
@@ -198,7 +198,8 @@ def test_a_kernel_aligned_at_the_first_key_is_refused(stacked: Any, make_spec: A
     with stacked("first_key"):
         assert TorchVarlen().unsupported_reasons(make_spec()) == []
         assert TorchVarlen().preflight(make_spec()) == [
-            "torch's own flash attention is wrong here for a segment with history (causal)"
+            "torch's own flash attention gives wrong results on a tiny batch here; update the package, or "
+            "use another op (`--ops reference` takes none of its kind)"
         ]
 
 
@@ -206,8 +207,9 @@ def test_a_build_without_the_kernel_is_refused(stacked: Any, make_spec: Any) -> 
     with stacked("without_flash"):
         (reason,) = TorchVarlen().preflight(make_spec())
     assert reason == (
-        "this torch cannot run its own flash attention here "
-        "(RuntimeError: USE_FLASH_ATTENTION was not enabled for build.)"
+        "torch's own flash attention raises RuntimeError: USE_FLASH_ATTENTION was not enabled for build. on "
+        "a tiny batch here; use a torch that is built with it, or another op (`--ops reference` takes none "
+        "of its kind)"
     )
 
 
@@ -267,6 +269,6 @@ class ValuesBehind(TorchVarlen):
 def test_the_preflight_fails_what_is_wrong(stacked: Any, make_spec: Any, mutant: type[TorchVarlen]) -> None:
     """It stands between an undocumented stack and wrong results, so it must see every kind of them."""
     with stacked("cuda"):
-        assert TorchVarlen(LIMITS).preflight(make_spec()) == []
-        (reason,) = mutant(LIMITS).preflight(make_spec())
-    assert reason.startswith("torch's own flash attention is wrong here for ")
+        assert TorchVarlen(TORCH_LIMITS).preflight(make_spec()) == []
+        (reason,) = mutant(TORCH_LIMITS).preflight(make_spec())
+    assert reason.startswith("torch's own flash attention gives ")

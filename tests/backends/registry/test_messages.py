@@ -10,13 +10,14 @@ import pytest
 from mla_backends import errors
 from mla_backends.any_device import AnyDevice
 from mla_backends.known import KNOWN, WITHOUT_PLUGIN
-from mla_backends.status import USABLE
+from mla_backends.probe import USABLE
 
 GOLDEN = Path(__file__).parent / "golden"
 
 OPEN = """
 from mla_backends import BackendError
-from mla_backends.registry import open_backend, status
+from mla_backends.probe import status
+from mla_backends.registry import open_backend
 try:
     print("opened", open_backend({name!r}).name)
 except BackendError as error:

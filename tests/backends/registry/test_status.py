@@ -12,7 +12,7 @@ Python = Callable[..., str]
 ALL = """
 import json, time
 from dataclasses import asdict
-from mla_backends.registry import statuses
+from mla_backends.probe import statuses
 start = time.monotonic()
 found = [asdict(status) for status in statuses(timeout={timeout})]
 print(json.dumps([time.monotonic() - start, found]))
@@ -21,7 +21,7 @@ print(json.dumps([time.monotonic() - start, found]))
 ONE = """
 import json
 from dataclasses import asdict
-from mla_backends.registry import status
+from mla_backends.probe import status
 print(json.dumps(asdict(status({name!r}))))
 """
 
@@ -57,7 +57,7 @@ def test_no_backend_can_spoil_the_report_on_the_others(python: Python) -> None:
 def test_asking_for_states_imports_no_plugin_into_this_process(python: Python) -> None:
     code = """
 import sys
-from mla_backends.registry import statuses
+from mla_backends.probe import statuses
 statuses()
 print([module for module in sys.modules if module.startswith("fake_")])
 """

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mla_backends.triton_ops import requirements
-from mla_backends.triton_ops.requirements import cache_folder, missing
+from mla_backends.triton_ops import launcher as requirements
+from mla_backends.triton_ops.launcher import cache_folder, missing
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_backends.triton_ops.splits import LEAST_KEYS, MOST_SPLITS, PARTS_BYTES, Splits, split
+from mla_backends.triton_ops.latent import LEAST_KEYS, MOST_SPLITS, PARTS_BYTES, Splits, split
 from mla_backends.triton_ops.tuning import Tile
 
 SMALL, LARGE = Tile(16, 32, 4, 2, programs=2), Tile(64, 64, 8, 2)

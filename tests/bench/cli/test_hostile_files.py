@@ -17,14 +17,14 @@ import checkpoint_maker as maker
 import pytest
 
 import mla.bench.results.file
-import mla_backends.outside.files
+import mla_backends.outside
 from mla.bench import results
 from mla.bench.cli import show
 from mla.bench.workload.grid import points_of
 from mla.bench.workload.workload_file import read_workload
 from mla.checkpoint import read_layer
 from mla.config import MLAConfig
-from mla.conformance.xfails import Xfails
+from mla.conformance.selection import Xfails
 from mla.errors import ConfigError, MLAError
 from mla.failures import file as failure_file
 from mla_backends import BackendError, outside
@@ -85,7 +85,7 @@ def repr_of(value: float) -> str:
 @pytest.fixture(autouse=True)
 def _no_hang_and_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """End a read that waits, and refuse memory to one that does not end."""
-    monkeypatch.setattr(mla_backends.outside.files, "_PATIENCE", 0.1)
+    monkeypatch.setattr(mla_backends.outside, "_PATIENCE", 0.1)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
     if pages:

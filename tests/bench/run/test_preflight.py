@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mla_backends.status import NoAnswer, ask
+from mla_backends.probe import NoAnswer, ask
 
 Bench = Callable[..., Any]
 

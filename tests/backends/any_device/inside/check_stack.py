@@ -14,11 +14,10 @@ import torch
 import torch_acme
 
 import mla
+from mla.conformance.selection import Xfails
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
-from mla.conformance.xfails import Xfails
-from mla_backends import BackendError, BackendOptionError
-from mla_backends.any_device import facts, trials
+from mla_backends import BackendError, BackendOptionError, any_device
 from mla_backends.api import MemoryInfo
 from mla_backends.registry import create
 
@@ -41,7 +40,7 @@ FAULTS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "SLEEP_MS", 2.0)
+    monkeypatch.setattr(any_device, "SLEEP_MS", 2.0)
     emulated.STATE.current = 0
 
 
@@ -154,7 +153,7 @@ def test_an_index_is_the_users_or_the_launchers() -> None:
     assert mla.load_backend("torch", 1, options={"device": "acme:1"}).device == torch.device("acme:1")
     with pytest.raises(BackendOptionError, match="device=acme:0 and --device 1 name different devices"):
         mla.load_backend("torch", 1, options={"device": "acme:0"})
-    with pytest.raises(BackendError, match="has 2 acme devices, so there is no device 2"):
+    with pytest.raises(BackendError, match="has 2 device\\(s\\), so there is no device 2"):
         opened(device="acme:2")
 
 
@@ -262,10 +261,17 @@ def test_a_stack_like_torch_cuda_is_described() -> None:
     assert backend.environment()["capability"] == "1.0"
 
 
+def with_module(backend: Any, module: Any) -> Any:
+    """Let a backend that is set up ask another module."""
+    backend.found = backend.found._replace(module=module)
+    return backend
+
+
 def test_memory_that_only_torch_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = SimpleNamespace(get_memory_info=lambda device: (5, 9) if device.index == 1 else (1, 2))
+    backend = opened(device="acme:1")
     monkeypatch.setattr(torch, "accelerator", fake)
-    found = facts.memory(SimpleNamespace(), torch.device("acme:1"))  # type: ignore[arg-type]
+    found = with_module(backend, SimpleNamespace()).memory()
     assert (found.free, found.total) == (5, 9)
 
 
@@ -275,8 +281,9 @@ def test_memory_of_a_stack_with_other_names(monkeypatch: pytest.MonkeyPatch) -> 
         driver_allocated_memory=lambda: 400,
         recommended_max_memory=lambda: 1000,
     )
+    backend = opened()
     monkeypatch.delattr(torch, "accelerator")
-    found = facts.memory(module, torch.device("acme:0"))  # type: ignore[arg-type]
+    found = with_module(backend, module).memory()
     assert found == MemoryInfo(free=600, total=1000, allocated=300, peak=None)
 
 
@@ -320,6 +327,6 @@ def events(elapsed: Callable[[float], float], **moments: Any) -> Any:
 def test_events_that_are_no_clock_are_found_out(
     elapsed: Any, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "SLEEP_MS", 20.0)
-    found = trials.clock_problem(events(elapsed), "acme", lambda: None)
+    monkeypatch.setattr(any_device, "SLEEP_MS", 20.0)
+    found = any_device.clock_problem(events(elapsed), "acme", lambda: None)
     assert re.search(rf"^torch\.acme\.Event {problem}" if problem else "^$", found), found

@@ -14,8 +14,8 @@ import torch
 import mla
 from mla.bench import results
 from mla.errors import UnsupportedBatch
-from mla.layer.expansion import rebuilt_bytes
 from mla.layer.ops import attention_spec
+from mla.layer.plan import rebuilt_bytes
 from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
@@ -33,6 +33,7 @@ def tight(config: mla.MLAConfig, monkeypatch: pytest.MonkeyPatch) -> int:
     return size
 
 
+@pytest.mark.only("moore", "nvidia")  # once per way of attaching the device
 def test_a_run_of_long_prompts_goes_through_sdpa(tight: int, bench: Any, tmp_path: Path) -> None:
     """The histories of the decode scenario are what a workspace of 20 keys is too small for."""
     which = ("--scenario", "decode", "--implementations", "mla", "--mode", "eager", "--cache", "warm")
@@ -42,6 +43,7 @@ def test_a_run_of_long_prompts_goes_through_sdpa(tight: int, bench: Any, tmp_pat
     assert (case.ops["expanded_attention"], case.check.status) == ("sdpa", "ok")
 
 
+@pytest.mark.only("moore", "nvidia")  # once per way of attaching the device
 def test_a_long_context_is_right_and_planning_it_does_not_wait(
     tight: int, backend: Any, config: mla.MLAConfig
 ) -> None:
@@ -56,6 +58,7 @@ def test_a_long_context_is_right_and_planning_it_does_not_wait(
     check(out.cpu())
 
 
+@pytest.mark.only("moore", "nvidia")  # once per way of attaching the device
 def test_a_full_card_refuses_it_with_the_numbers(
     tight: int, backend: Any, config: mla.MLAConfig, module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

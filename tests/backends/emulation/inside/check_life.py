@@ -178,6 +178,7 @@ def test_a_run_on_the_second_card(name: str, vendor: Any, bench: Any, tmp_path: 
     assert run["environment"]["backend.device"] == f"{vendor.device}:1"
 
 
+@pytest.mark.only("nvidia")  # once will do: no op depends on the vendor
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_runs_alone(op: str, bench: Any, tmp_path: Any) -> None:
     dims = json.loads((tmp_path / "tiny.json").read_text())
@@ -189,6 +190,7 @@ def test_every_op_runs_alone(op: str, bench: Any, tmp_path: Any) -> None:
     assert {case.check.status for case in run.cases} == {"ok"}
 
 
+@pytest.mark.only("nvidia")
 def test_layers_of_a_stack_run_one_after_the_other(bench: Any, tmp_path: Any) -> None:
     done = bench("--layers", "2", "--cache", "warm", "--clock", "host", "-o", "run.json")
     assert done.code in (0, 6), done.err  # a busy machine may cost a number

@@ -219,7 +219,7 @@ class Hasty(uploads._Slot):
 def plain_upload(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it was before: copies straight from the caller's memory."""
     monkeypatch.setattr("mla.layer.plan.upload", old_upload)
-    monkeypatch.setattr("mla.reference.latent.upload", old_upload)
+    monkeypatch.setattr("mla.reference.attention.upload", old_upload)
 
 
 MUTANTS = {

@@ -1,0 +1,441 @@
+"""The backend `torch`: the reference ops on any device that has a torch module, without a plugin.
+
+So a new card gets a checked number. Nothing about it is known beforehand: its functions may be missing, raise
+or lie, and what it can do is found out by trying.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mla_backends import host
+from mla_backends.api import Availability, DeviceInfo, MemoryInfo, Timer
+from mla_backends.cuda import OUTDATED_DRIVER, cuda_build
+from mla_backends.discovery import entries
+from mla_backends.errors import BackendOptionError, DeviceUnavailable, describe, plugin_code
+from mla_backends.hookspecs import hookimpl
+from mla_backends.known import GENERAL, KNOWN
+from mla_backends.torch_backend import (
+    TF32_VARIABLES,
+    TorchBackend,
+    ask,
+    attempt,
+    float32_facts,
+    forbid_tf32,
+    whole,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+# Names under which people know a device -> torch's name of its module. A ROCm build calls it cuda.
+ALIASES = {"hip": "cuda", "rocm": "cuda"}
+EXTENSIONS = "torch.backends"  # the group of entry points that torch loads by itself
+DTYPES = ("bfloat16", "float16", "float32")
+SIDE = 16  # of the products that are tried
+SLEEP_MS = 20.0
+# A pause of SLEEP_MS measured with events: clocks drift, and another unit is off by a factor of 1000.
+LEAST, SLACK = 0.8, 1.2
+_DEVICE = re.compile(r"([a-z][a-z0-9_]*)(?::(\d{1,4}))?")
+
+
+@hookimpl
+def mla_backend(options: Mapping[str, str]) -> AnyDevice:
+    """Return the backend for the device that `-O device` names."""
+    return AnyDevice(options)
+
+
+class AnyDevice(TorchBackend):
+    """The device that `-O device=NAME` names, else the accelerator that torch reports.
+
+    `-O import=MODULE` names the package that brings it, unless it is `torch_NAME` or loaded by torch.
+    There are no fused ops, and graphs only with `-O graph=on`.
+    """
+
+    name = GENERAL
+    api_version = 1
+    variables = ("TORCH_DEVICE_BACKEND_AUTOLOAD", "PYTORCH_ENABLE_MPS_FALLBACK", *TF32_VARIABLES)
+
+    def __init__(self, options: Mapping[str, str] | None = None) -> None:
+        super().__init__(options)
+        wanted = self.options.get("device")
+        self._wanted, self._index = ("", None) if wanted is None else parse(wanted)
+        self.device_type = self._wanted
+        self._dtypes: tuple[torch.dtype, ...] = ()
+        self._left_out: Mapping[str, str] = {}
+        self._clock_problem = "the device is not set up"
+
+    @classmethod
+    def known_options(cls) -> tuple[str, ...]:
+        return ("device", "import", "graph", "threads")
+
+    def graphs_by_default(self) -> bool:
+        """Return False: whether a stack's capture can be relied on is not known beforehand."""
+        return False
+
+    # ------------------------------------------------------------------------------------------ probe
+
+    @functools.cached_property
+    def found(self) -> Found:
+        """The device's module. Raises `DeviceUnavailable`, and whatever importing torch raises."""
+        found = find(self._wanted, self.options.get("import", ""))
+        self.device_type = found.device_type
+        self.graph_class = "" if lacking(found) else graph_class(found.device_type)
+        self.requires = (found.extension,) if found.extension else ()
+        return found
+
+    @property
+    def module(self) -> ModuleType:  # cached in `found`
+        """Return the device's torch module."""
+        return self.found.module
+
+    def probe(self) -> Availability:
+        try:
+            found = self.found
+        except DeviceUnavailable as why:
+            return Availability(False, why.reason, why.hint)
+        except Exception as error:  # noqa: BLE001  # a torch that does not import raises anything
+            absent = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+            reason = "torch is not installed" if absent else f"importing torch raised {describe(error)}"
+            return Availability(False, reason, self.install_hint)
+        evidence = {"device": f"{found.device_type}, {found.how}"}
+        if found.extension:
+            evidence["extension"] = found.extension
+        if not hasattr(found.module, "is_available"):
+            return Availability(True, evidence={**evidence, "is_available": "missing; setup will tell"})
+        return self.probe_module(found.module, evidence)
+
+    def cure(self, reason: str) -> str:
+        """Return what to do if the driver is too old for this torch; it may pass the probe."""
+        import torch
+
+        older = f"a torch older than {torch.__version__} that the driver supports"
+        return f"update the driver, or install {older}" if OUTDATED_DRIVER.search(reason) else ""
+
+    def device_hint(self) -> str:
+        """Return what to check: most often, that torch is the wrong build."""
+        import torch
+
+        build = f"that this torch ({torch.__version__}) is built for {self.device_type}"
+        return f"check {build}, that the driver lists the device and that this container was given it"
+
+    # ------------------------------------------------------------------------------------------ setup
+
+    def device_count(self) -> int | None:
+        """Return None where `-O device` names an index: tasks are then not spread over the devices."""
+        return self.visible_devices() if self._index is None else None
+
+    def visible_devices(self) -> int | None:
+        return whole(ask(self.module, "device_count"))
+
+    def setup(self, index: int | None = None) -> torch.device:
+        if None not in (index, self._index) and index != self._index:
+            raise BackendOptionError(
+                f"-O device={self.options['device']} and --device {index} name different devices."
+            )
+        return super().setup(self._index if index is None else index)
+
+    def prepare_device(self) -> None:
+        """Try what the device can do, with products of float32 in float32."""
+        forbid_tf32()
+        if self.options.get("graph") == "on" and not self.graph_class:
+            module, absent = f"torch.{self.device_type}", ", ".join(lacking(self.found))
+            raise BackendOptionError(
+                f"-O graph=on: {module} lacks what a capture needs ({absent}): leave the option out."
+            )
+        works, self._left_out = working_dtypes(self._device(), self.synchronize)
+        if not works:
+            problems = "; ".join(f"{name}: {why}" for name, why in self._left_out.items())
+            hint = "update torch and the package that brings the device"
+            raise DeviceUnavailable(self.name, f"no product comes out right on it ({problems})", hint)
+        self._dtypes = tuple(works)
+        self._clock_problem = clock_problem(self.module, self.device_type, self.synchronize)
+
+    def synchronize(self) -> None:
+        self.found.synchronize()
+
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Return the dtypes in which a product works. Which of them are native, torch does not say."""
+        return self._dtypes
+
+    def device_timer(self) -> Timer | None:
+        return None if self._clock_problem else super().device_timer()
+
+    # ------------------------------------------------------------------------------------------ facts
+
+    def _device(self) -> torch.device:
+        assert self.device is not None  # set up
+        return self.device
+
+    def properties(self) -> Any:
+        return ask(self.module, "get_device_properties", self.device)
+
+    def device_info(self) -> DeviceInfo:
+        """Describe the device as far as its module does; the host describes a CPU."""
+        if self.device_type == "cpu":
+            return DeviceInfo(host.processor_name(), host.memory_total(), host.last_level_cache())
+        found = self.properties()
+        name = getattr(found, "name", None) or ask(self.module, "get_device_name", self.device)
+        text = name.strip() if isinstance(name, str) else ""
+        return DeviceInfo(
+            name=f"{text} ({self.device_type})" if text else self.device_type,
+            memory_bytes=whole(getattr(found, "total_memory", None)) or self.memory().total,
+            cache_bytes=whole(getattr(found, "L2_cache_size", None)) or None,
+        )
+
+    def memory(self) -> MemoryInfo:
+        """Return the counters that torch has, under any of their names; the host's for a CPU."""
+        if self.device_type == "cpu":
+            free, total = host.memory_available(), host.memory_total()
+            return MemoryInfo(free=free, total=total, peak=host.peak_resident())
+        found, newer = super().memory(), _accelerator("get_memory_info")
+        free, total, allocated = found.free, found.total or None, found.allocated
+        if total is None and isinstance(both := attempt(newer, self.device), tuple) and len(both) == 2:
+            free, total = whole(both[0]), whole(both[1]) or None
+        if allocated is None:
+            allocated = whole(ask(self.module, "current_allocated_memory"))
+        if total is None and (total := whole(ask(self.module, "recommended_max_memory")) or None):
+            held = whole(ask(self.module, "driver_allocated_memory")) or allocated  # of unified memory
+            free = None if held is None else max(0, total - held)
+        return MemoryInfo(free=free if total else None, total=total, allocated=allocated, peak=found.peak)
+
+    def remarks(self) -> Sequence[str]:
+        """Name a device that was not chosen, and the backend of this project that is made for it."""
+        said = [] if self._wanted else [f"device {self._device()}: {self.found.how} (-O device= chooses)"]
+        own = own_backend(self.device_type)
+        if own:
+            said.append(f"backend '{own}' is made for this device and has ops of its own: {how_to_use(own)}")
+        return said
+
+    def vendor_facts(self) -> Mapping[str, str]:
+        tried = ", ".join(str(dtype).removeprefix("torch.") for dtype in self._dtypes)
+        points = metadata.entry_points(group=EXTENSIONS)
+        return {
+            "device_type": self.device_type,
+            "device_from": self.found.how,
+            "ops": "reference only",
+            "dtypes": f"{tried} (tried; which of them are native is unknown)",
+            **{f"dtypes.{name}": f"left out: {why}" for name, why in self._left_out.items()},
+            "device_clock": f"none: {self._clock_problem}" if self._clock_problem else "events",
+            **float32_facts(),
+            **{f"extension.{point.name}": point.dist.version for point in points if point.dist is not None},
+        }
+
+
+def own_backend(device_type: str) -> str:
+    """Return the backend of this project that is made for the device; "" if there is none."""
+    if device_type == "cuda":
+        return cuda_build().backend
+    return next((known.name for known in KNOWN.values() if device_type in (known.name, *known.also)), "")
+
+
+def how_to_use(backend: str) -> str:
+    """Return the command that chooses a backend of this project, and how to install it where it is not."""
+    use = f"`--backend {backend}`"
+    installed = any(entry.name == backend for entry in entries())
+    return use if installed else f"{KNOWN[backend].install}, and {use}"
+
+
+# ------------------------------------------------------------------------------------------- finding it
+class Found(NamedTuple):
+    """A device's torch module, and how this process came by it."""
+
+    device_type: str
+    module: ModuleType
+    synchronize: Callable[[], Any]
+    how: str  # "named by -O device", or that torch reports it
+    extension: str  # the package that brings the module, if it is imported
+
+
+def parse(text: str) -> tuple[str, int | None]:
+    """Split "xpu:1" into type and index. Raises `BackendOptionError`."""
+    match = _DEVICE.fullmatch(text.strip().lower())
+    if match is None:
+        raise BackendOptionError(
+            f"backend '{GENERAL}' takes -O device=NAME or NAME:INDEX, such as xpu or xpu:1, got '{text}'."
+        )
+    return match[1], None if match[2] is None else int(match[2])
+
+
+def find(name: str, extension: str = "") -> Found:
+    """Return the device called `name`, or the accelerator that torch reports if that is empty.
+
+    `extension` is imported first. Raises `DeviceUnavailable`, and whatever importing torch raises.
+    """
+    torch = importlib.import_module("torch")
+    if extension:
+        _import(extension, f"-O import={extension} names it")
+    how = f"named by -O device={name}" if name else "the accelerator that torch reports"
+    device_type = _torch_name(torch, name) if name else _reported(torch)
+    module = _module(torch, device_type) or _brought(torch, device_type, extension)
+    bringer = extension or f"torch_{device_type}"
+    wait = _synchronize(device_type, module)
+    return Found(device_type, module, wait, how, bringer if bringer in sys.modules else "")
+
+
+def _torch_name(torch: ModuleType, name: str) -> str:
+    """Return what torch calls the device. Raises `DeviceUnavailable` for one that no layer can run on."""
+    if name == "meta":
+        reason = "a meta tensor has a shape and no numbers, so nothing could be checked"
+        raise DeviceUnavailable(GENERAL, reason, _choices(torch))
+    if name in ALIASES and not getattr(torch.version, "hip", None):
+        reason = f"this torch is not a ROCm build (torch.version.hip is None), so it has no {name} device"
+        raise DeviceUnavailable(GENERAL, reason, f"install torch's build for ROCm, or {_choices(torch)}")
+    return ALIASES.get(name, name)
+
+
+def _module(torch: ModuleType, device_type: str) -> Any:
+    """Return `torch.<device_type>` if that is a device's module (`torch.nn` is not), else None."""
+    return getattr(torch, device_type, None) if attempt(torch.device, device_type) else None
+
+
+def _brought(torch: ModuleType, device_type: str, asked: str) -> Any:
+    """Import the package that brings a device to torch, whose name custom gives, and look again."""
+    bringer = asked or f"torch_{device_type}"
+    reason = f"torch {torch.__version__} has no torch.{device_type}"
+    if asked:
+        hint = f"name the module that registers it with -O import=MODULE, or {_choices(torch)}"
+    else:
+        called = f"if that is not called {bringer}, name it with -O import=MODULE"
+        hint = f"install the package that brings it; {called}; or {_choices(torch)}"
+        _import(bringer, hint, f"{reason}, and ")
+    module = _module(torch, device_type)
+    if module is None:
+        raise DeviceUnavailable(GENERAL, f"{reason}, and importing {bringer} does not bring it", hint)
+    return module
+
+
+def _import(package: str, hint: str, prefix: str = "") -> None:
+    """Import `package`. Raises `DeviceUnavailable`."""
+    try:
+        with plugin_code():
+            importlib.import_module(package)
+    except Exception as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == package.partition(".")[0]
+        why = f"{package} is not installed" if missing else f"importing {package} raised {describe(error)}"
+        raise DeviceUnavailable(GENERAL, prefix + why, hint) from error
+
+
+def _accelerator(name: str) -> Any:
+    """Return a function of `torch.accelerator`; None where torch is too old to have it."""
+    import torch
+
+    return getattr(getattr(torch, "accelerator", None), name, None)
+
+
+def _synchronize(device_type: str, module: ModuleType) -> Callable[[], Any]:
+    """Return what waits for the device. Raises where nothing does: a clock would time launches."""
+    own, general = getattr(module, "synchronize", None), _accelerator("synchronize")
+    if callable(own):
+        return own
+    if general is not None and _current() == device_type:
+        return general
+    reason = f"torch.{device_type} has no synchronize(), so a clock would stop before the work is done"
+    raise DeviceUnavailable(GENERAL, reason, "update the package that brings the device")
+
+
+def _current() -> str:
+    """Return the type of torch's current accelerator; "" where torch cannot say, or has none."""
+    return str(getattr(attempt(_accelerator("current_accelerator")), "type", ""))
+
+
+def _reported(torch: ModuleType) -> str:
+    """Return the one accelerator that is here. Raises `DeviceUnavailable`: nothing is guessed."""
+    here = [name for name in device_modules(torch) if name != "cpu" and _is_here(torch, name)]
+    if (current := _current()) in here:
+        return current
+    if len(here) == 1:
+        return here[0]
+    seen = f"several accelerators ({', '.join(here)})" if here else "no accelerator"
+    raise DeviceUnavailable(GENERAL, f"torch {torch.__version__} reports {seen}", _choices(torch))
+
+
+def device_modules(torch: ModuleType) -> list[str]:
+    """Return the device types for which this torch has a module, whether or not there is a device."""
+    modules = [name for name, value in vars(torch).items() if isinstance(value, ModuleType)]
+    return sorted(name for name in modules if not name.startswith("_") and _module(torch, name))
+
+
+def _is_here(torch: ModuleType, device_type: str) -> bool:
+    module = getattr(torch, device_type)
+    return bool(ask(module, "is_available" if hasattr(module, "is_available") else "device_count"))
+
+
+def _choices(torch: ModuleType) -> str:
+    """Return how to name a device, and which ones there are."""
+    modules = device_modules(torch)
+    here = [name for name in modules if _is_here(torch, name)]
+    others = ", ".join(name for name in modules if name not in here)
+    known = f"; this torch also knows {others}" if others else ""
+    return f"choose a device with -O device=NAME (available here: {', '.join(here) or 'none'}{known})"
+
+
+# --------------------------------------------------------------------------------------- what it can do
+def working_dtypes(
+    device: torch.device, synchronize: Callable[[], Any]
+) -> tuple[list[torch.dtype], dict[str, str]]:
+    """Return the dtypes in which a product comes out right, and why the others are left out, by name."""
+    import torch
+
+    works, left_out = [], {}
+    for name in DTYPES:
+        dtype = getattr(torch, name)
+        try:
+            ones = torch.ones(SIDE, SIDE).to(dtype).to(device)
+            product = ones @ ones
+            synchronize()
+            found = product.cpu().float()
+        except Exception as error:  # noqa: BLE001  # vendor stacks raise anything
+            left_out[name] = describe(error)
+            continue
+        if bool((found == SIDE).all()):
+            works.append(dtype)
+        else:
+            left_out[name] = f"a sum of {SIDE} ones came out as {found.flatten()[0].item():g}"
+    return works, left_out
+
+
+def clock_problem(module: ModuleType, device_type: str, synchronize: Callable[[], Any]) -> str:
+    """Time a pause with two events; return why they are no clock, or "" if they are one."""
+    if not hasattr(module, "Event"):
+        return f"torch.{device_type} has no Event"
+    try:
+        passed, found = _timed_pause(module, synchronize)
+    except Exception as error:  # noqa: BLE001  # several stacks have an Event that cannot time
+        return f"torch.{device_type}.Event cannot time: {describe(error)}"
+    if math.isfinite(found) and LEAST * SLEEP_MS <= found <= SLACK * passed + 1:
+        return ""
+    return f"torch.{device_type}.Event called a pause of {passed:.1f} ms {found:.3g} ms"
+
+
+def _timed_pause(module: ModuleType, synchronize: Callable[[], Any]) -> tuple[float, float]:
+    """Return the milliseconds of a pause on the host's clock and on the events'."""
+    first, last = (module.Event(enable_timing=True) for _ in range(2))
+    start = time.perf_counter()
+    first.record()
+    synchronize()  # so that a lazy queue, too, reaches the first event before the pause
+    time.sleep(SLEEP_MS / 1e3)
+    last.record()
+    synchronize()
+    passed = 1e3 * (time.perf_counter() - start)
+    return passed, float(first.elapsed_time(last))
+
+
+def graph_class(device_type: str) -> str:
+    """Return what a torch module calls its graphs."""
+    return f"{device_type.upper()}Graph"
+
+
+def lacking(found: Found) -> list[str]:
+    """Return what the module lacks of what a capture needs."""
+    needed = (graph_class(found.device_type), "graph", "Stream", "stream", "current_stream")
+    return [name for name in needed if not hasattr(found.module, name)]

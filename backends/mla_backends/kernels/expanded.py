@@ -1,0 +1,446 @@
+"""Kernels for the expanded path, over ragged segments: `flash_attn_varlen_func`, torch's own, and SDPA.
+
+FlashAttention 2, and what vendors ship under its name, needs values as wide as keys: they are padded with
+zeros and the result is cut. FlashAttention 3 takes 192 and 128 as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import abstractmethod
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from mla_backends.api import OPS, AttentionSpec, FusedOp, SegmentLengths
+from mla_backends.kernels.vendor import (
+    KernelRefused,
+    Scratch,
+    VendorModule,
+    accepts,
+    capturing,
+    dtype_reasons,
+    missing,
+)
+from mla_backends.selftest import failures, try_expanded
+from mla_backends.upload import upload
+
+if TYPE_CHECKING:
+    import torch
+
+FUNCTION = "flash_attn_varlen_func"
+ARGUMENTS = (
+    "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal",
+)  # fmt: skip
+# Arguments that ask for the log-sum-exp; releases that have neither always return it.
+ASKS = ("return_attn_probs", "return_softmax_lse")
+
+
+@dataclass(frozen=True)
+class VarlenLimits:
+    """What one build of the function serves. The defaults are those of FlashAttention 2."""
+
+    dtypes: tuple[str, ...] = ("bfloat16", "float16")
+    max_width: int = 256  # of keys
+    multiple_of: int = 1  # of which the widths that the kernel is given must be multiples
+    pads_values: bool = True  # values must always be as wide as keys
+    unpadded: tuple[tuple[int, int], ...] = (
+        (192, 128),
+    )  # else these widths of keys and values are taken too
+    device_reason: Callable[[torch.device], str] | None = None  # why this device cannot run it; "" if it can
+
+    def pads(self, key_width: int, value_width: int) -> bool:
+        """Return whether values of this width are padded to the width of such keys."""
+        return value_width != key_width and (
+            self.pads_values or (key_width, value_width) not in self.unpadded
+        )
+
+    def reasons(self, spec: AttentionSpec) -> list[str]:
+        """Return why the function cannot serve layers like `spec` (empty if it can)."""
+        why = self.device_reason(spec.device) if self.device_reason else ""
+        found = [why] if why else []
+        found += dtype_reasons(self.dtypes, spec)
+        width = spec.qk_nope_head_dim + spec.qk_rope_head_dim
+        if width > self.max_width:
+            found.append(f"it takes heads of at most {self.max_width}, not {width}")
+        given = width if self.pads(width, spec.v_head_dim) else spec.v_head_dim
+        found += [
+            f"it takes heads in multiples of {self.multiple_of}, not {one}"
+            for one in dict.fromkeys((width, given))
+            if one % self.multiple_of
+        ]
+        if self.pads(width, spec.v_head_dim) and spec.v_head_dim > width:
+            found.append(f"it takes values no wider than keys, not {spec.v_head_dim} and {width}")
+        return found
+
+
+@dataclass(frozen=True)
+class VarlenState:
+    """Planned segments."""
+
+    cu_q: torch.Tensor  # [n + 1] int32
+    cu_k: torch.Tensor  # [n + 1] int32
+    kv_lens: torch.Tensor  # [n] int32
+    longest_q: int
+    longest_k: int
+    causal: bool
+    blind: torch.Tensor | None = None  # queries that an op overwrites, int64
+
+
+class SegmentsOp(FusedOp):
+    """One launch for all segments, in `run`.
+
+    The plan holds the lengths it was made with, so a captured graph does not follow later ones.
+    """
+
+    contract = OPS["expanded_attention"]
+    lse_optional = True
+
+    def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> VarlenState:
+        """Copy the bounds of the segments to the device, without waiting for it."""
+        import torch
+
+        count = len(batch.query_lens)
+        bounds = array("i", accumulate(batch.query_lens, initial=0))
+        bounds.extend(accumulate(batch.kv_lens, initial=0))
+        bounds.extend(batch.kv_lens)
+        table = upload(torch.frombuffer(bounds, dtype=torch.int32), spec.device)
+        cu_q, cu_k, kv_lens = table.split([count + 1, count + 1, count])
+        longest_q, longest_k = (max(lengths, default=0) for lengths in (batch.query_lens, batch.kv_lens))
+        return VarlenState(cu_q, cu_k, kv_lens, longest_q, longest_k, batch.causal)
+
+    def __call__(
+        self, state: VarlenState, *,
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,  # [Tq, h, n + r], [Tk, h, n + r], [Tk, h, v]
+        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor | None,  # out [Tq, h, v], lse [Tq, h] fp32
+    ) -> None:  # fmt: skip
+        if state.longest_q == 0:
+            return
+        if state.longest_k:
+            self.run(state, q, k, v, float(softmax_scale), out, lse)
+            return
+        out.zero_()
+        if lse is not None:
+            lse.fill_(-math.inf)
+
+    @abstractmethod
+    def run(
+        self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float,
+        out: torch.Tensor, lse: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        """Attend segments of which some has queries and some has keys."""
+
+
+class VarlenOp(SegmentsOp):
+    """A kernel in the form of FlashAttention's, which a subclass calls in `attend`.
+
+    Costs besides the kernel: a copy into `out`, one into `lse` where it is asked for, and one of v where it
+    is padded.
+    """
+
+    def __init__(self, limits: VarlenLimits) -> None:
+        """Take the kernel's limits on this vendor's devices."""
+        self.limits = limits
+        self._scratch = Scratch()
+
+    @abstractmethod
+    def attend(
+        self,
+        state: VarlenState,
+        q: torch.Tensor,  # [Tq, h, n + r]
+        k: torch.Tensor,  # [Tk, h, n + r]
+        v: torch.Tensor,  # [Tk, h, v], or padded to the width of k
+        softmax_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return out [Tq, h, as wide as v] and the natural log-sum-exp, [h, Tq] or [segments, h, longest]."""
+
+    def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
+        return self.limits.reasons(spec)
+
+    def run(
+        self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float,
+        out: torch.Tensor, lse: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        v = self._values(k, v)
+        value, sums = self.attend(state, _aligned(q), _aligned(k), _aligned(v), softmax_scale)
+        out.copy_(value[..., : out.shape[2]])
+        if lse is not None:
+            lse.copy_(self._logs(sums, state, lse))
+
+    def _values(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Return v as the kernel needs it: as wide as k, with zeros after its own columns."""
+        if not self.limits.pads(k.shape[2], v.shape[2]):
+            return v
+        wide = self._scratch.take(f"v{v.shape[2]}", tuple(k.shape), v, fresh=capturing(v.device))
+        wide[..., : v.shape[2]].copy_(v)
+        return wide
+
+    @staticmethod
+    def _logs(sums: torch.Tensor, state: VarlenState, lse: torch.Tensor) -> torch.Tensor:
+        """Return the log-sum-exp as [Tq, h] with -inf for queries without keys, where kernels give +inf.
+
+        Old releases return [segments, h, longest] instead of [h, Tq].
+        """
+        import torch
+
+        if sums.dim() == 3:
+            token = torch.arange(lse.shape[0], dtype=torch.int32, device=lse.device)
+            segment = torch.bucketize(token, state.cu_q[1:], right=True)
+            place = token - state.cu_q.index_select(0, segment)
+            sums = sums[segment, :, place]
+        else:
+            sums = sums.transpose(0, 1)
+        return sums.masked_fill(sums == math.inf, -math.inf)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor, or a copy where its rows start elsewhere than at multiples of 16 bytes.
+
+    Kernels load so many at a time and check the last stride only. Widths that are no multiples of 8 are
+    padded, and thereby copied, by the kernel's own wrapper.
+    """
+    import torch
+
+    odd = any(stride % 8 for stride in tensor.stride()[:-1]) or tensor.data_ptr() % 16
+    if odd and tensor.shape[-1] % 8 == 0:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
+
+
+class FlashAttnVarlen(VarlenOp):
+    """`flash_attn.flash_attn_varlen_func`, or that of another `module` such as `flash_attn_interface`."""
+
+    def __init__(
+        self, limits: VarlenLimits | None = None, *, module: str = "flash_attn", install: str = ""
+    ) -> None:
+        """Take the function's limits on this vendor's devices, and the hint for a missing module."""
+        super().__init__(limits or VarlenLimits())
+        self._vendor = VendorModule(module, (FUNCTION,), install)
+
+    @property
+    def _function(self) -> Any:
+        return getattr(self._vendor, FUNCTION)
+
+    @functools.cached_property
+    def _options(self) -> dict[str, bool]:
+        return {name: True for name in ASKS if accepts(self._function, name)}
+
+    def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
+        found = self._vendor.reasons() or missing(self._function, FUNCTION, ARGUMENTS)
+        return found + super().unsupported_reasons(spec)
+
+    def attend(
+        self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Call the function. Raises `KernelRefused` when it returns no log-sum-exp."""
+        result = self._function(
+            q=q,
+            k=k,
+            v=v,
+            cu_seqlens_q=state.cu_q,
+            cu_seqlens_k=state.cu_k,
+            max_seqlen_q=state.longest_q,
+            max_seqlen_k=state.longest_k,
+            softmax_scale=softmax_scale,
+            causal=state.causal,
+            **self._options,
+        )
+        if not isinstance(result, tuple):
+            raise KernelRefused(
+                f"{self._vendor.name}.{FUNCTION} returns no log-sum-exp; use another release."
+            )
+        value, sums = result[:2]
+        return value, sums
+
+
+# ------------------------------------------------------------------------------------- torch varlen
+# The FlashAttention that torch itself brings, over ragged segments: `aten::_flash_attention_forward`.
+#
+# The operator is private, but its first ten arguments and its first two results are the same in torch 2.4 to
+# 2.13 (schemas of 2.5, 2.12 and 2.13; what is newer only adds keywords). Its public twin, `varlen_attn` in
+# `torch.nn.attention.varlen` (torch 2.10), is not used: it always passes window sizes, which torch_musa
+# refuses, and fills a tensor that nobody reads.
+#
+# Whether the operator has a kernel is looked up when a layer is built. Whether that kernel is right is tried
+# on tiny segments before its first use: stacks of other vendors register it too, and do not document with
+# which key their causal mask is aligned.
+
+OPERATOR = "_flash_attention_forward"
+# The kernel takes equal widths, in multiples of 8: torch's SDPA pads to that before it calls the same one.
+TORCH_LIMITS = VarlenLimits(multiple_of=8)
+# Queries and keys of the tiny segments: one without history, one with it, a single query, more queries than
+# keys, no queries, queries without keys.
+TRIED = ((5, 3, 1, 4, 0, 2), (5, 70, 9, 2, 3, 0))
+TRIED_HEADS = 2
+VARLEN_CURE = "use a torch that is built with it, or another op (`--ops reference` takes none of its kind)"
+
+
+class TorchVarlen(VarlenOp):
+    """torch's own FlashAttention: needs no package besides torch. fp16 and bf16, heads of at most 256."""
+
+    def __init__(self, limits: VarlenLimits = TORCH_LIMITS) -> None:
+        super().__init__(limits)
+
+    def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
+        why = _no_kernel(spec.device)
+        return ([why] if why else []) + super().unsupported_reasons(spec)
+
+    def preflight(self, spec: AttentionSpec) -> list[str]:
+        """Attend a few tiny segments and compare with the definition: reads back, so never while timing."""
+        few = replace(spec, num_heads=TRIED_HEADS)
+
+        def attempt() -> str:
+            return try_expanded(self, few, TRIED) or try_expanded(self, few, TRIED, causal=False)
+
+        return failures(attempt, "torch's own flash attention", VARLEN_CURE)
+
+    def attend(
+        self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Call the operator, without dropout (0.0) and without a debug mask (False)."""
+        import torch
+
+        result = getattr(torch.ops.aten, OPERATOR)(
+            q, k, v, state.cu_q, state.cu_k, state.longest_q, state.longest_k, 0.0, state.causal, False,
+            scale=softmax_scale,
+        )  # fmt: skip
+        return result[0], result[1]
+
+
+def _no_kernel(device: torch.device) -> str:
+    """Return why the operator cannot be called on this kind of device; "" if it can, or if unknown."""
+    import torch
+
+    if not hasattr(torch.ops.aten, OPERATOR):
+        return f"this torch has no {OPERATOR}"
+    key = getattr(torch._C, "_dispatch_key_for_device", None)
+    has = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", None)
+    if key is None or has is None or has(f"aten::{OPERATOR}", key(device.type)):
+        return ""
+    return f"this torch has no flash attention of its own for devices of kind '{device.type}'"
+
+
+# --------------------------------------------------------------------------------------------- sdpa
+# `torch.nn.functional.scaled_dot_product_attention` as an expanded attention, wherever torch supports it.
+#
+# torch picks the kernel. Its FlashAttention needs values as wide as keys and takes no mask. So values are
+# padded on request, and only where there is no mask: what serves a mask takes both widths as they are. There
+# is no log-sum-exp, so all keys of a segment must be present at once (`writes_lse` is False).
+#
+# A segment with history needs a mask, as torch's own causal rule aligns the first query with the first key.
+# The bias `torch.nn.attention.bias.causal_lower_right` would spare it, but calls CUDA's private operators by
+# itself, also on stacks that only imitate torch.cuda. `TorchVarlen` serves the same devices and tries its
+# kernel first.
+
+MASK = 1 << 28  # elements of the largest mask; only a causal segment with history needs one
+
+
+@dataclass(frozen=True)
+class SdpaState:
+    """Lengths of the segments, and per segment what hides the future: a mask, torch's rule, or nothing."""
+
+    query_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    blind: tuple[int, ...]  # leading queries that see no key
+    masks: tuple[torch.Tensor | bool, ...]  # [queries, keys] bool; True: causal without history; False: none
+    pads: bool  # segments without a mask need values as wide as keys
+
+
+class SdpaExpanded(FusedOp):
+    """One segment after another through torch's attention; a causal one ends at its last key.
+
+    `pads_values`: give v the width of k with zeros, at the cost of a copy. A function decides per layer, from
+    its widths and what its device's fastest kernel takes. Allocates as torch does.
+    """
+
+    contract = OPS["expanded_attention"]
+    writes_lse = False
+    lse_optional = True
+
+    def __init__(self, *, pads_values: bool | Callable[[AttentionSpec], bool] = False) -> None:
+        self._pads_values = pads_values
+        self._scratch = Scratch()
+
+    def unsupported_batch(
+        self,
+        spec: AttentionSpec,
+        query_lens: Sequence[int],
+        kv_lens: Sequence[int],
+        page_size: int | None = None,
+    ) -> list[str]:
+        pairs = zip(query_lens, kv_lens, strict=True)
+        largest = max((queries * keys for queries, keys in pairs if 1 < queries < keys), default=0)
+        return [f"its mask would have {largest} elements, more than {MASK}"] if largest > MASK else []
+
+    def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> SdpaState:
+        """Build the masks of causal segments with history on the device."""
+        pairs = list(zip(batch.query_lens, batch.kv_lens, strict=True))
+        blind = tuple(_blind(queries, keys, batch.causal) for queries, keys in pairs)
+        masks = tuple(
+            batch.causal and _mask(queries - hidden, keys, spec.device)
+            for (queries, keys), hidden in zip(pairs, blind, strict=True)
+        )
+        pads = self._pads(spec) and any(isinstance(mask, bool) for mask in masks)
+        return SdpaState(batch.query_lens, batch.kv_lens, blind, masks, pads)
+
+    def _pads(self, spec: AttentionSpec) -> bool:
+        if spec.v_head_dim >= spec.qk_nope_head_dim + spec.qk_rope_head_dim:
+            return False
+        return self._pads_values if isinstance(self._pads_values, bool) else self._pads_values(spec)
+
+    def __call__(
+        self, state: SdpaState, *,
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,  # [Tq, h, n + r], [Tk, h, n + r], [Tk, h, v]
+        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor | None,  # out [Tq, h, v], lse [Tq, h] fp32
+    ) -> None:  # fmt: skip
+        if lse is not None:
+            lse.fill_(float("nan"))
+        wide = self._padded(k, v) if state.pads else v
+        by_query = (tensor.split(state.query_lens) for tensor in (q, out))
+        by_key = (tensor.split(state.kv_lens) for tensor in (k, v, wide))
+        parts = zip(*by_query, *by_key, state.blind, state.masks, strict=True)
+        for one_q, one_out, one_k, one_v, one_wide, blind, mask in parts:
+            one_out[:blind] = 0
+            if blind < one_q.shape[0]:
+                values = one_wide if isinstance(mask, bool) else one_v
+                found = _attend(one_q[blind:], one_k, values, mask, softmax_scale)
+                one_out[blind:] = found[..., : v.shape[2]]
+
+    def _padded(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Return v with zeros after its own columns, as wide as k."""
+        wide = self._scratch.take(f"v{v.shape[2]}", tuple(k.shape), v, fresh=capturing(v.device))
+        wide[..., : v.shape[2]].copy_(v)
+        return wide
+
+
+def _blind(queries: int, keys: int, causal: bool) -> int:
+    """Return how many queries see no key at all."""
+    return queries if keys == 0 else max(0, queries - keys) if causal else 0
+
+
+def _mask(queries: int, keys: int, device: torch.device) -> torch.Tensor | bool:
+    """Return what hides the future from the last `queries` of `keys` tokens."""
+    import torch
+
+    if queries <= 1:
+        return False
+    if queries == keys:
+        return True
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | bool, scale: float
+) -> torch.Tensor:
+    """Return [t, h, d] of one segment."""
+    import torch
+
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))  # [1, h, t, d]
+    causal, visible = (mask, None) if isinstance(mask, bool) else (False, mask)
+    found = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=visible, is_causal=causal, scale=scale
+    )
+    return found[0].transpose(0, 1)

@@ -1,0 +1,218 @@
+"""Absorbed attention over pages: `flash_mla`, which three vendors ship, and Iluvatar's `ixformer`.
+
+NVIDIA, MetaX and Moore Threads ship `flash_mla` in several generations, which differ in what plans a batch
+(`get_mla_metadata`): two tensors, or an object that the first call fills and None. The adapter relies on
+what it gets, never on a version, and passes keywords only.
+
+FlashMLA removed dense decoding on 2026-09-30. The package `sgl-flash-mla` keeps it under the same module
+name, for calls that ask for it with `use_legacy` (read in FlashMLA 9a7d253 and sgl-flash-mla 1.0.0).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from mla_backends.api import AttentionSpec
+from mla_backends.kernels.paged import LatentLimits, Launch, PagedLatentOp, Result
+from mla_backends.kernels.vendor import KernelRefused, VendorModule, accepts, default, demanded, missing
+from mla_backends.selftest import failures, try_latent
+
+if TYPE_CHECKING:
+    import torch
+
+ARGUMENTS = (
+    "q", "k_cache", "block_table", "cache_seqlens", "head_dim_v", "tile_scheduler_metadata", "num_splits",
+    "softmax_scale", "causal",
+)  # fmt: skip
+LEGACY = "use_legacy"
+DENSE = "dense decoding is in sgl-flash-mla, and in FlashMLA up to commit 9241ae3 of 2026-04-29"
+# The first generation's planner has static memory for fewer than 4096 rows and ends the process for more.
+FIRST_GENERATION_ROWS = 4095
+
+
+class FlashMla(PagedLatentOp):
+    """`flash_mla_with_kvcache` of any generation; `module` may be another that has the same functions.
+
+    A plan belongs to one state, and so to the lengths of one batch: the kernel fills it in its first call and
+    compares nothing later. Graphs: every replay plans for the current lengths, because planning is captured:
+    once where the batch is planned inside the graph, else with every call. Capture batches of one query
+    length; `RaggedBatch.update_()` then reaches the kernel.
+    """
+
+    def __init__(
+        self,
+        limits: LatentLimits | None = None,
+        *,
+        module: str = "flash_mla",
+        install: str = "",
+        compiles: str = "",
+        cure: str = "",
+    ) -> None:
+        """Take the kernel's limits on a vendor's devices, and how to get the module.
+
+        `compiles` is what it compiles at first use, and `cure` what to do where that fails.
+        """
+        vendor = VendorModule(module, ("get_mla_metadata", "flash_mla_with_kvcache"), install)
+        super().__init__(vendor, limits or LatentLimits())
+        self.compiles = compiles
+        self._install = install
+        self._cure = cure or install or "use the reference ops (`--ops reference`)"
+
+    # ------------------------------------------------------------------------------------------- refusals
+
+    def interface_reasons(self) -> list[str]:
+        function = self._vendor.flash_mla_with_kvcache
+        name = f"{self._vendor.name}.flash_mla_with_kvcache"
+        needs, legacy = demanded(function) - set(ARGUMENTS), accepts(function, LEGACY)
+        if not legacy and (default(function, "is_fp8_kvcache") is True or "indices" in needs):
+            return [f"this {self._vendor.name} has sparse attention only: {self._with_hint(DENSE)}"]
+        found = missing(function, name, ARGUMENTS)
+        found = found or [f"{name} needs {one}, which dense decoding has not" for one in sorted(needs)]
+        return found or (self._legacy_reasons() if legacy else [])
+
+    def _legacy_reasons(self) -> list[str]:
+        """Return why a package that keeps dense decoding apart lacks it."""
+        if self._loader_says("has_legacy", lambda: True)():
+            return []
+        why = self._loader_says("_LEGACY_UNAVAILABLE", None)
+        text = f"the dense kernels of this {self._vendor.name} are missing"
+        return [self._with_hint(f"{text}, because {why}" if why else text)]
+
+    def _loader_says(self, name: str, otherwise: Any) -> Any:
+        try:
+            loader = importlib.import_module(f"{self._vendor.name}._loader")
+        except ImportError:
+            return otherwise
+        return getattr(loader, name, otherwise)
+
+    def _with_hint(self, text: str) -> str:
+        return f"{text} ({self._install})" if self._install else text
+
+    def preflight(self, spec: AttentionSpec) -> list[str]:
+        """Return why the kernel does not work on this device, after one tiny batch."""
+        page = (self.limits.page_sizes or (64,))[0]
+        return failures(lambda: try_latent(self, spec, page), self._vendor.name, self._cure)
+
+    def unsupported_batch(
+        self,
+        spec: AttentionSpec,
+        query_lens: Sequence[int],
+        kv_lens: Sequence[int],
+        page_size: int | None = None,
+    ) -> list[str]:
+        found = super().unsupported_batch(spec, query_lens, kv_lens, page_size)
+        return found + self._first_generation_reasons(spec, query_lens, kv_lens)
+
+    def _first_generation_reasons(
+        self, spec: AttentionSpec, query_lens: Sequence[int], kv_lens: Sequence[int]
+    ) -> list[str]:
+        few = sum(query_lens) <= FIRST_GENERATION_ROWS  # so the module need not be looked at
+        if few or accepts(self._vendor.flash_mla_with_kvcache, "is_fp8_kvcache"):
+            return []
+        limits = dataclasses.replace(self.limits, max_rows=FIRST_GENERATION_ROWS)
+        return limits.row_reasons(spec.num_heads, query_lens, kv_lens)
+
+    # --------------------------------------------------------------------------------------------- calls
+
+    @functools.cached_property
+    def _dense(self) -> dict[str, bool]:
+        """What asks for dense attention where it is not the default."""
+        function = self._vendor.flash_mla_with_kvcache
+        if not accepts(function, LEGACY):
+            return {}
+        asked = {LEGACY: True, "is_fp8_kvcache": False}
+        return {name: value for name, value in asked.items() if accepts(function, name)}
+
+    @functools.cached_property
+    def _planned_dense(self) -> dict[str, bool]:
+        return {LEGACY: True} if accepts(self._vendor.get_mla_metadata, LEGACY) else {}
+
+    def plan(self, kv_lens: torch.Tensor, query_rows: int) -> Any:
+        """Return the scheduler metadata and the splits: for one batch, whose layers share them."""
+        return self._vendor.get_mla_metadata(kv_lens, query_rows, 1, **self._planned_dense)
+
+    def launch(self, plan: Any, call: Launch) -> Result:
+        metadata, splits = plan
+        out, lse = self._vendor.flash_mla_with_kvcache(
+            q=call.q,
+            k_cache=call.cache.unsqueeze(2),
+            block_table=call.block_table,
+            cache_seqlens=call.kv_lens,
+            head_dim_v=call.latent,
+            tile_scheduler_metadata=metadata,
+            num_splits=splits,
+            softmax_scale=call.scale,
+            causal=True,
+            **self._dense,
+        )
+        return out, lse
+
+
+# ----------------------------------------------------------------------------------------- ixformer
+# Iluvatar's `ixformer.inference.functions`: absorbed attention of one query token per row.
+#
+# A request with several new tokens becomes one row per token, each with its own length and the request's
+# block table; there is no mask to pass. Such rows read the request's keys once per token, unlike one row of
+# many.
+
+IXFORMER = "vllm_paged_attention_mla"
+IXFORMER_ARGUMENTS = (
+    "output", "query", "kv_cache", "scale", "block_tables", "context_lens", "max_context_len",
+)  # fmt: skip
+LSE, GRAPH = "return_softmax_lse", "use_cuda_graph"
+# What rows without keys give, and which pages are too small, is not known for this closed library.
+IXFORMER_LIMITS = LatentLimits(page_sizes=None, max_queries=1, empty_rows=False, lse_layout="tokens_first")
+
+
+class IxformerMla(PagedLatentOp):
+    """`vllm_paged_attention_mla`. Releases without a log-sum-exp leave NaN in `lse`: `writes_lse` is False.
+
+    Graphs: the host's upper bound of the lengths is the block table's capacity, so replays may grow into it.
+    """
+
+    def __init__(self, limits: LatentLimits = IXFORMER_LIMITS, *, install: str = "") -> None:
+        """Take the kernel's limits; regardless of them, a row holds one query token."""
+        vendor = VendorModule("ixformer.inference.functions", (IXFORMER,), install)
+        super().__init__(vendor, replace(limits, max_queries=1))
+
+    @property
+    def writes_lse(self) -> bool:  # type: ignore[override]
+        return not self._vendor.reasons() and LSE in self._flags
+
+    @property
+    def _function(self) -> Any:
+        return getattr(self._vendor, IXFORMER)
+
+    @functools.cached_property
+    def _flags(self) -> frozenset[str]:
+        """Return which of its newer arguments the installed function has."""
+        return frozenset(name for name in (LSE, GRAPH) if accepts(self._function, name))
+
+    def interface_reasons(self) -> list[str]:
+        return missing(self._function, IXFORMER, IXFORMER_ARGUMENTS)
+
+    def launch(self, plan: Any, call: Launch) -> Result:
+        if not call.cache.is_contiguous():
+            raise KernelRefused("ixformer reads a contiguous latent cache only, and this one is a slice.")
+        wanted = (LSE, GRAPH) if call.captured else (LSE,)
+        options = {name: True for name in wanted if name in self._flags}
+        rows, _, heads, _ = call.q.shape
+        out = call.out
+        if out is None:
+            out = self._scratch.take("out", (rows, 1, heads, call.latent), call.q, fresh=call.captured)
+        result = self._function(
+            output=out[:, 0],
+            query=call.q[:, 0],
+            kv_cache=call.cache,
+            scale=call.scale,
+            block_tables=call.block_table,
+            context_lens=call.kv_lens,
+            max_context_len=call.longest,
+            **options,
+        )
+        return out, result[1][:, None] if LSE in options else None

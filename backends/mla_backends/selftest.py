@@ -1,0 +1,293 @@
+"""Tiny problems for `preflight`: a kernel that is compiled or loaded at its first use proves itself on one.
+
+The device computes a few tokens, and the results must agree roughly with the definition in float32 on the
+host. Whether an op is exact is for the conformance suite to say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from mla_backends.api import AttentionSpec, FusedOp, NormSpec, SegmentLengths
+from mla_backends.errors import describe, one_line, out_of_memory
+
+if TYPE_CHECKING:
+    import torch
+
+TOLERANCE = 0.03  # of a row's norm; bfloat16 rounds by 0.004
+Lengths = tuple[tuple[int, ...], tuple[int, ...]]  # new tokens and keys, of each request or segment
+ROWS: Lengths = ((1, 1), (3, 70))  # new tokens and keys: a decode step of two requests
+SEGMENTS: Lengths = ((2, 3), (2, 70))  # a new request and one with a history
+OTHERWISE = "update the package, or use another op (`--ops reference` takes none of its kind)"
+# Of the small ops.
+TOKENS, EPS, SLOTS = 3, 1e-6, (5, 0, 2)
+WRONG = "gives wrong results"
+# What runtimes say of a kernel that broke off, or that has no code for the device.
+_OF_THE_DEVICE = re.compile(
+    r"\b(?:CUDA|MUSA|MACA|HIP)(?: driver| runtime)? error|\bcudaError|\bCUDA_ERROR_"
+    r"|no kernel image|kernel image is invalid|illegal (?:memory|instruction|address)|misaligned address"
+    r"|device-side assert|launch failure"
+)
+
+
+def failures(attempt: Callable[[], str], label: str, cure: str) -> list[str]:
+    """Return why `attempt` failed, which returns what is wrong or raises; empty if nothing is.
+
+    `cure` is for a kernel that cannot be compiled or loaded. What ends the process cannot be turned into a
+    reason.
+    """
+    try:
+        wrong = attempt()
+    except Exception as error:  # noqa: BLE001  # compilers and loaders raise anything
+        if trouble := device_trouble(error):
+            return [f"{label} {trouble}"]
+        return [f"{label} raises {_with_cause(error)} on a tiny batch here; {cure}"]
+    return [f"{label} {wrong} on a tiny batch here; {OTHERWISE}"] if wrong else []
+
+
+def device_trouble(error: BaseException) -> str:
+    """Return a clause for an error that no compiler or package cures, "" for any other."""
+    said = _with_cause(error)
+    if out_of_memory(said):
+        return f"finds too little memory for a tiny batch here ({said}): free some, and start again"
+    if _OF_THE_DEVICE.search(said):
+        cure = "check that its package has kernels for this card, or run without it (`--ops reference`)"
+        return f"fails on this device ({said}): {cure}"
+    return ""
+
+
+def _with_cause(error: BaseException) -> str:
+    behind = f", because of {describe(error.__cause__)}" if error.__cause__ else ""
+    return one_line(describe(error) + behind)
+
+
+# -------------------------------------------------------------------------------------------- attention
+@dataclass(frozen=True)
+class TinyBatch:
+    """What `BatchView` asks for."""
+
+    query_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    page_size: int
+    block_table: torch.Tensor
+    kv_lens_device: torch.Tensor
+    cu_q: torch.Tensor
+
+
+def try_latent(
+    op: FusedOp, spec: AttentionSpec, page_size: int, lengths: Lengths = ROWS, with_lse: bool = True
+) -> str:
+    """Run a `latent_attention` op on two requests; return what is wrong, "" if nothing."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    width = spec.kv_lora_rank + spec.qk_rope_head_dim
+    table, cache, rows = _pages(spec, page_size, lengths[1], generator)
+    batch = _batch(spec, page_size, lengths, table)
+    q = _draw((sum(lengths[0]), spec.num_heads, width), spec.dtype, generator)
+    out = _poisoned((len(q), spec.num_heads, spec.kv_lora_rank), spec)
+    lse = _poisoned((len(q), spec.num_heads), spec, torch.float32)
+    op(
+        op.prepare(spec, batch),
+        q=q.to(spec.device),
+        cache=cache.to(spec.device),
+        block_table=batch.block_table,
+        kv_lens=batch.kv_lens_device,
+        cu_q=batch.cu_q,
+        softmax_scale=spec.softmax_scale,
+        out=out,
+        lse=lse if with_lse else None,
+    )
+    keys = [row[:, None].expand(-1, spec.num_heads, -1) for row in rows]
+    queries = zip(q.split(list(lengths[0])), keys, strict=True)
+    truth = [_attend(query, k, k[..., : spec.kv_lora_rank], spec) for query, k in queries]
+    return _judge(out, lse if with_lse and op.writes_lse else None, truth)
+
+
+def _pages(
+    spec: AttentionSpec, page_size: int, kv_lens: Sequence[int], generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Return table and cache on the host, and each request's own latents.
+
+    Page 0 holds NaN and is nobody's; what the table names behind a request's last page is page 0.
+    """
+    import torch
+
+    counts = [-(-keys // page_size) for keys in kv_lens]
+    width = spec.kv_lora_rank + spec.qk_rope_head_dim
+    cache = _draw((1 + sum(counts), page_size, width), spec.dtype, generator)
+    cache[0] = torch.nan
+    table = torch.zeros(len(counts), max(counts) + 1, dtype=torch.int32, device="cpu")
+    rows = []
+    own = torch.arange(1, len(cache), device="cpu").split(counts)
+    for row, pages, keys in zip(table, own, kv_lens, strict=True):
+        row[: len(pages)] = pages
+        rows.append(cache[pages].flatten(0, 1)[:keys])
+    return table, cache, rows
+
+
+def _batch(spec: AttentionSpec, page_size: int, lengths: Lengths, table: torch.Tensor) -> TinyBatch:
+    import torch
+
+    query_lens, kv_lens = lengths
+    lens = torch.tensor(kv_lens, dtype=torch.int32, device="cpu")
+    cu_q = torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32, device="cpu")
+    there = (tensor.to(spec.device) for tensor in (table, lens, cu_q))
+    return TinyBatch(query_lens, kv_lens, page_size, *there)
+
+
+def try_expanded(
+    op: FusedOp,
+    spec: AttentionSpec,
+    lengths: Lengths = SEGMENTS,
+    causal: bool = True,
+    with_lse: bool = True,
+) -> str:
+    """Run an `expanded_attention` op on a few segments; return what is wrong, "" if nothing."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)  # the caller's own random numbers stay as they are
+    width, (query_lens, kv_lens) = spec.qk_nope_head_dim + spec.qk_rope_head_dim, lengths
+    shapes = ((sum(query_lens), width), (sum(kv_lens), width), (sum(kv_lens), spec.v_head_dim))
+    q, k, v = (_draw((tokens, spec.num_heads, size), spec.dtype, generator) for tokens, size in shapes)
+    out = _poisoned((len(q), spec.num_heads, spec.v_head_dim), spec)
+    lse = _poisoned((len(q), spec.num_heads), spec, torch.float32)
+    op(
+        op.prepare(spec, SegmentLengths(query_lens, kv_lens, causal)),
+        q=q.to(spec.device),
+        k=k.to(spec.device),
+        v=torch.cat((k, v), dim=2).to(spec.device)[..., width:],  # as the layer has it: a slice
+        softmax_scale=spec.softmax_scale,
+        out=out,
+        lse=lse if with_lse else None,
+    )
+    pieces = zip(q.split(list(query_lens)), k.split(list(kv_lens)), v.split(list(kv_lens)), strict=True)
+    truth = [_attend(*piece, spec, causal) for piece in pieces]
+    return _judge(out, lse if with_lse and op.writes_lse else None, truth)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, causal: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend on the host: q [s, h, d], k [n, h, d], v [n, h, e] give out [s, h, e], lse [s, h]."""
+    import torch
+
+    logits = torch.einsum("shd,nhd->hsn", q.float(), k.float()) * spec.softmax_scale
+    if causal:
+        hidden = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).triu(len(k) - len(q) + 1)
+        logits = logits.masked_fill(hidden, -torch.inf)
+    weights = logits.softmax(-1).nan_to_num(0.0)  # of a query that sees no key
+    return torch.einsum("hsn,nhe->she", weights, v.float()), logits.logsumexp(-1).t()
+
+
+def _judge(
+    out: torch.Tensor, lse: torch.Tensor | None, truth: list[tuple[torch.Tensor, torch.Tensor]]
+) -> str:
+    """Return how the results differ from the truth; "" if they do not."""
+    import torch
+
+    right, sums = (torch.cat(parts) for parts in zip(*truth, strict=True))
+    if _differs(out, right):
+        return WRONG
+    if lse is not None and not torch.allclose(lse.cpu(), sums, atol=TOLERANCE, rtol=0):
+        return "gives a wrong log-sum-exp"
+    return ""
+
+
+# -------------------------------------------------------------------------------------------- small ops
+def try_rms_norm(op: FusedOp, spec: NormSpec) -> str:
+    """Run an `rms_norm` op on a few rows; return what is wrong, "" if nothing."""
+    x, weight = (_draw(shape, spec.dtype) for shape in ((TOKENS, spec.features), (spec.features,)))
+    out = _poisoned((TOKENS, spec.features), spec)
+    op(x=x.to(spec.device), weight=weight.to(spec.device), eps=EPS, out=out)
+    return WRONG if _differs(out, _norm(x, weight)) else ""
+
+
+def try_rotate_query(op: FusedOp, spec: AttentionSpec) -> str:
+    """Run a `rotate_query` op both ways; return what is wrong, "" if nothing."""
+    shape, cos_sin = (TOKENS, spec.num_heads, spec.qk_rope_head_dim), _angles(spec)
+    x = _draw(shape, spec.dtype)
+    for interleaved in (True, False):
+        out = _poisoned(shape, spec)
+        op(x=x.to(spec.device), cos_sin=cos_sin.to(spec.device), interleaved=interleaved, out=out)
+        if _differs(out, _rotate(x, cos_sin[:, None], interleaved)):
+            return WRONG
+    return ""
+
+
+def try_write_latent(op: FusedOp, spec: AttentionSpec) -> str:
+    """Run a `write_latent` op both ways; return what is wrong, "" if nothing."""
+    import torch
+
+    latent, width = spec.kv_lora_rank, spec.kv_lora_rank + spec.qk_rope_head_dim
+    kv_a, weight, cos_sin = _draw((TOKENS, width), spec.dtype), _draw((latent,), spec.dtype), _angles(spec)
+    for interleaved in (True, False):
+        cache = _poisoned((2, 4, width), spec)
+        op(
+            kv_a=kv_a.to(spec.device),
+            weight=weight.to(spec.device),
+            eps=EPS,
+            cos_sin=cos_sin.to(spec.device),
+            interleaved=interleaved,
+            slots=torch.tensor(SLOTS, device=spec.device),
+            cache=cache,
+        )
+        rows = cache.view(8, width).cpu()[list(SLOTS)]
+        right = (_norm(kv_a[:, :latent], weight), _rotate(kv_a[:, latent:], cos_sin, interleaved))
+        if any(map(_differs, rows.split([latent, width - latent], dim=1), right)):
+            return WRONG
+    return ""
+
+
+def _angles(spec: AttentionSpec) -> torch.Tensor:
+    """Return cos_sin [TOKENS, r] fp32, on the host."""
+    import torch
+
+    pairs = spec.qk_rope_head_dim // 2
+    angles = torch.arange(TOKENS * pairs, device="cpu").view(TOKENS, pairs).float()
+    return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    wide = x.float()
+    return wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight.float()
+
+
+def _rotate(x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    import torch
+
+    cos, sin = cos_sin.chunk(2, dim=-1)
+    wide = x.float()
+    a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
+    pair = (a * cos - b * sin, b * cos + a * sin)
+    return torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------ shared
+def _draw(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Return normal numbers on the host: the next ones of `generator`, or the same for each shape."""
+    import torch
+
+    generator = generator or torch.Generator().manual_seed(len(shape))
+    return torch.randn(shape, generator=generator, device="cpu").to(dtype)
+
+
+def _poisoned(
+    shape: tuple[int, ...], spec: AttentionSpec | NormSpec, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Return NaN on the device, for an op to overwrite."""
+    import torch
+
+    return torch.full(shape, torch.nan, dtype=dtype or spec.dtype, device=spec.device)
+
+
+def _differs(out: torch.Tensor, right: torch.Tensor) -> bool:
+    """Return whether a row of `out` is farther from the right one, on the host, than rounding takes it."""
+    error = (out.float().cpu() - right).norm(dim=-1) / right.norm(dim=-1).clamp_min(1e-9)
+    return not bool((error <= TOLERANCE).all())  # NaN is not either

@@ -1,0 +1,337 @@
+"""Admission: what our ops do not do is refused before anything is changed, or a cache is written.
+
+`survey` looks at a model before it is used, `Check` at every forward before its layers run, and
+`visible_keys` at the mask, which `transformers` asks for."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from mla.config import MLAConfig
+from mla.errors import ConfigError
+from mla.integrations.transformers.errors import (
+    NO_WEIGHTS,
+    NOT_CAUSAL,
+    NOT_NUMBERED,
+    NOT_PREPARED,
+    OWN_MASK,
+    UnsupportedModel,
+    require_inference,
+    uncompiled,
+)
+
+NAME = "mla"  # of our attention function and its masks among those of `transformers`
+
+
+@uncompiled
+def visible_keys(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int | torch.Tensor = 0,
+    mask_function: Any = None,
+    attention_mask: torch.Tensor | None = None,
+    **other: Any,
+) -> torch.Tensor:
+    """Return which keys each request sees, the last query's among them, on the host: [B, 1, 1, s] int32.
+
+    An `AttentionMaskInterface`, called once per forward. Every query sees visible keys up to its own. With
+    four dimensions it passes for a finished mask, which `transformers` leaves alone; `is_ours` knows it from
+    those of others. Raises `UnsupportedModel` for masks that say anything else.
+    """
+    from transformers.masking_utils import causal_mask_function
+
+    if mask_function is not causal_mask_function or int(kv_offset):
+        raise UnsupportedModel(
+            "this step's mask is not plain causal attention (packed sequences, a window, or a mask of its "
+            "own), which the ops of `use_mla` do not serve: call `restore(model)` before."
+        )
+    tokens = int(q_offset) + q_length
+    if attention_mask is None:
+        return _marked(torch.ones(batch_size, 1, 1, tokens, dtype=torch.int32, device="cpu"), q_length)
+    fits = attention_mask.ndim == 2 and tokens <= attention_mask.shape[1] <= kv_length
+    if not fits or attention_mask.shape[0] != batch_size:
+        raise UnsupportedModel(
+            f"attention_mask has shape {list(attention_mask.shape)}, and there are {tokens} tokens so far of "
+            f"{batch_size} requests: `use_mla` takes a mask [batch, tokens] of all tokens so far."
+        )
+    return _marked(attention_mask[:, None, None, :tokens].to("cpu", torch.int32), q_length)
+
+
+def _marked(flags: torch.Tensor, queries: int) -> torch.Tensor:
+    held: Any = flags
+    held.mla_queries = queries
+    return flags
+
+
+def is_ours(mask: object, queries: int | None = None) -> bool:
+    """Return whether `visible_keys` made this mask, for a step of so many queries; None is any."""
+    made_for = getattr(mask, "mla_queries", None)
+    return made_for is not None and queries in (None, made_for)
+
+
+# ------------------------------------------------------------------------------------------- survey
+# Which layers of a model can run our ops, and why it may not be served: asked before anything is changed.
+
+# A layer's projections; no family has all.
+PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Survey(NamedTuple):
+    """The layers that are to run our ops, and what they have in common."""
+
+    layers: list[Any]
+    models: list[Any]  # those that hold them, from the outermost one
+    owner: Any  # of these the language model, whose config says what all of them attend with
+    config: MLAConfig
+    dtype: torch.dtype
+    device: torch.device
+
+
+def survey(model: Any) -> Survey:
+    """Return what there is to serve. Raises `UnsupportedModel`."""
+    if isinstance(model, type) or not hasattr(model, "set_attn_implementation"):
+        raise UnsupportedModel(f"{type(model).__name__} is no loaded model of `transformers` 5.20 or later.")
+    layers = find_attention(model)
+    if any(hasattr(layer, "mla_attention") for layer in layers):
+        raise UnsupportedModel("this model runs our ops already: call `restore(model)` first.")
+    if not layers:
+        raise UnsupportedModel(f"{type(model).__name__} has no multi-head latent attention (no kv_b_proj).")
+    models = [
+        one for one in model.modules() if hasattr(one, "set_attn_implementation") and find_attention(one)
+    ]
+    _check_placement(model, layers)
+    config = _config(model, layers)
+    for layer in layers:
+        _check_layer(layer)
+    _check_shared(model, layers)
+    weight = layers[0].kv_b_proj.weight
+    if len(dtypes := {linear.weight.dtype for layer in layers for _, linear in _projections(layer)}) > 1:
+        raise UnsupportedModel(
+            f"this model's projections differ in dtype ({', '.join(sorted(map(str, dtypes)))}): cast it to "
+            "one with `model.to(...)`."
+        )
+    owner = _owner(model, models, layers)
+    _check_scaling(layers, config)
+    return Survey(layers, models, owner, config, weight.dtype, weight.device)
+
+
+def find_attention(model: Any) -> list[Any]:
+    """Return the model's latent attention layers, in their order."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return [one for one in modules if hasattr(one, "kv_b_proj") and hasattr(one, "kv_a_layernorm")]
+
+
+def _owner(model: Any, models: list[Any], layers: list[Any]) -> Any:
+    """Return the model that all layers have their config from; other parts attend as they did."""
+    owner = next((one for one in models if all(layer.config is one.config for layer in layers)), None)
+    if owner is None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} holds several language models: call `use_mla` on each of them."
+        )
+    if any(one.config.output_attentions for one in models):
+        raise UnsupportedModel(NO_WEIGHTS)
+    if owner.config._attn_implementation == NAME:
+        raise UnsupportedModel(NOT_PREPARED)
+    return owner
+
+
+def _check_placement(model: Any, layers: list[Any]) -> None:
+    """Raise `UnsupportedModel` unless all layers are on one device, and stay there."""
+    devices = {str(weight.device) for layer in layers for weight in layer.parameters()}
+    mapped = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(devices) > 1 or len(mapped) > 1 or "meta" in devices:
+        places = ", ".join(sorted(map(str, mapped or devices)))
+        raise UnsupportedModel(
+            f"this model is split over devices or offloaded ({places}): load it on one, without `device_map`."
+        )
+
+
+def _check_layer(layer: Any) -> None:
+    if not hasattr(layer, "expand_kv"):
+        raise UnsupportedModel(
+            f"{type(layer).__name__} is no class of `transformers`, and caches expanded keys: load the model "
+            "without `trust_remote_code`."
+        )
+    if "expand_kv" in vars(layer):
+        raise UnsupportedModel(
+            f"{type(layer).__name__} has an expand_kv of its own, which our ops would leave out: "
+            "take it away first."
+        )
+    if not getattr(layer, "is_causal", True):
+        raise UnsupportedModel(NOT_CAUSAL)
+    for name, linear in _projections(layer):
+        if more := _more_than_a_weight(linear, name != "kv_b_proj"):
+            raise UnsupportedModel(
+                f"{name} of this model is {more}: load it unquantized, without adapters or offloading, in "
+                "bfloat16, float16 or float32."
+            )
+
+
+def _check_shared(model: Any, layers: list[Any]) -> None:
+    """Raise `UnsupportedModel` where packing a projection would take its weight from somebody else."""
+    modules = Counter(id(linear) for layer in layers for _, linear in _projections(layer))
+    weights = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    for layer in layers:
+        for name, linear in _projections(layer):
+            if modules[id(linear)] > 1 or weights[id(linear.weight)] > 1:
+                raise UnsupportedModel(
+                    f"{name} of layer {layer.layer_idx} shares its weight with another module, which packing "
+                    "would leave without one: untie them first."
+                )
+
+
+def _projections(layer: Any) -> list[tuple[str, Any]]:
+    found = [(name, getattr(layer, name, None)) for name in PROJECTIONS]
+    return [(name, linear) for name, linear in found if linear is not None]
+
+
+def _more_than_a_weight(linear: Any, may_have_bias: bool) -> str:
+    """Return what a projection is if it is not its weight (and bias) and nothing else; "" if it is."""
+    kind, weight = type(linear), getattr(linear, "weight", None)
+    if kind is not nn.Linear:
+        return f"{kind.__module__}.{kind.__name__}"
+    if type(weight) is not nn.Parameter:
+        return f"an nn.Linear whose weight is a {type(weight).__name__}"
+    if weight.dtype not in DTYPES:
+        return f"an nn.Linear of {weight.dtype}"
+    if "forward" in vars(linear):
+        return "an nn.Linear with a forward of its own"
+    if linear.bias is not None and not may_have_bias:
+        return "an nn.Linear with a bias"
+    hooked = weight._backward_hooks or any(getattr(linear, name, None) for name in HOOKS)
+    return "an nn.Linear with hooks" if hooked else ""
+
+
+def _config(model: Any, layers: list[Any]) -> MLAConfig:
+    """Return the layers' config. Raises `UnsupportedModel`."""
+    try:
+        return MLAConfig.from_dict(layers[0].config.to_dict())
+    except ConfigError as error:
+        raise UnsupportedModel(f"{type(model).__name__} cannot be served: {error}") from error
+
+
+def _check_scaling(layers: list[Any], config: MLAConfig) -> None:
+    for layer in layers:
+        if abs(layer.scaling - config.softmax_scale) > 1e-6 * config.softmax_scale:
+            raise UnsupportedModel(
+                f"{type(layer).__name__} scales logits by {layer.scaling:.6g}, and its config says "
+                f"{config.softmax_scale:.6g}."
+            )
+
+
+# -------------------------------------------------------------------------------------------- check
+# `Check`: what our ops do not do is refused before a layer runs, so that no cache has been written yet.
+class Check:
+    """A forward pre-hook of the innermost model, which runs the layers."""
+
+    def __init__(self, found: Survey) -> None:
+        self._device = found.device.type
+        self._scaled = [(layer, layer.scaling) for layer in found.layers]
+
+    @uncompiled
+    def __call__(self, model: Any, arguments: tuple[Any, ...], words: dict[str, Any]) -> None:
+        """Raise `UnsupportedModel` for a forward that cannot be served."""
+        values = (*arguments, *words.values())
+        tensors, caches = list(_tensors(values)), [one for one in values if isinstance(one, Cache)]
+        if words.get("output_attentions", model.config.output_attentions):
+            raise UnsupportedModel(NO_WEIGHTS)
+        masks = [one for one in tensors if one.ndim == 4]
+        if masks or not caches or any(getattr(one, "is_uneven", False) for one in caches):
+            _check_shapes(_bound(model, arguments, words), masks, caches)
+        if torch.is_autocast_enabled(self._device):
+            raise UnsupportedModel(
+                "`use_mla` computes in the dtype of the model's weights: leave autocast out."
+            )
+        self._check_layers(model)
+        for cache in caches:
+            _check_cache(cache)
+        require_inference(*tensors, training=torch.is_grad_enabled() and _trains(model))
+
+    def _check_layers(self, model: Any) -> None:
+        if model.config._attn_implementation != NAME:
+            raise UnsupportedModel(
+                f"{model.config._attn_implementation} attention was selected for a model that runs our ops: "
+                "call `restore(model)` before."
+            )
+        for layer, scaling in self._scaled:
+            if layer.training:
+                require_inference(training=True)
+            if not getattr(layer, "is_causal", True):
+                raise UnsupportedModel(NOT_CAUSAL)
+            if layer.scaling != scaling:
+                raise UnsupportedModel(
+                    f"layer {layer.layer_idx} scales logits by {layer.scaling:.6g}, and by {scaling:.6g} "
+                    "when `use_mla` was called: call `restore(model)` before it is changed."
+                )
+
+
+def _bound(model: Any, arguments: tuple[Any, ...], words: dict[str, Any]) -> dict[str, Any]:
+    """Return a forward's arguments by name: asked only where they are looked at, since it takes a while."""
+    return inspect.signature(model.forward).bind_partial(*arguments, **words).arguments
+
+
+def _check_shapes(given: dict[str, Any], masks: list[torch.Tensor], caches: list[Cache]) -> None:
+    """Raise `UnsupportedModel` for masks of another step, and for positions that nobody names."""
+    if not all(map(is_ours, masks)):
+        raise UnsupportedModel(OWN_MASK)
+    inputs = (given.get(name) for name in ("input_ids", "inputs_embeds"))
+    shape = next((one.shape[:2] for one in inputs if one is not None), None)
+    if shape is None:
+        return  # the model says that it needs them
+    if not all(_is_of_this_step(one, shape, caches) for one in masks):
+        raise UnsupportedModel(OWN_MASK)
+    mask = given.get("attention_mask")
+    if not caches and isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape != shape:
+        raise UnsupportedModel(
+            f"attention_mask has shape {list(mask.shape)}, and there are {shape[1]} tokens of {shape[0]} "
+            "requests: without a cache, `use_mla` takes a mask [batch, tokens] of these."
+        )
+    if given.get("position_ids") is None and any(getattr(cache, "is_uneven", False) for cache in caches):
+        raise UnsupportedModel(NOT_NUMBERED)
+
+
+def _is_of_this_step(mask: torch.Tensor, shape: torch.Size, caches: list[Cache]) -> bool:
+    """Return whether `visible_keys` made a mask [B, 1, 1, s] for this step of B, t = shape tokens."""
+    batch, queries = shape
+    if not is_ours(mask, queries) or mask.shape[0] != batch:
+        return False
+    held: list[Any] = [cache.get_seq_length() for cache in caches]
+    if any(isinstance(one, torch.Tensor) and one.device.type != "cpu" for one in held):
+        return True  # or the device would be waited for
+    return bool(mask.shape[-1] == queries + sum(map(int, held)))
+
+
+def _check_cache(cache: Cache) -> None:
+    """Raise `UnsupportedModel` for a cache of which a layer has dropped tokens."""
+    layer: Any
+    for index, layer in enumerate(cache.layers):
+        if getattr(layer, "is_sliding", False) and layer.get_mask_sizes(1)[1]:
+            raise UnsupportedModel(
+                f"layer {index} of this cache keeps a window of tokens and has dropped some: `use_mla` needs "
+                "all of them."
+            )
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Yield the tensors among a forward's arguments; masks may be several in a dict."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+
+
+def _trains(model: Any) -> bool:
+    """Return whether a weight wants gradients: asked only where they are kept, since it takes a while."""
+    return any(weight.requires_grad for weight in model.parameters())

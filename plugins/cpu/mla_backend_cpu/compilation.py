@@ -1,0 +1,277 @@
+"""Compiling the kernels in `native/`: into a wheel by `hatch_build.py`, and at first use by `cache.py`.
+
+The kernels of one level are a folder with a library, its checksum, and the compiler that built it. Its name
+begins with a digest of everything the library depends on except the compiler.
+
+This imports the standard library alone: a build has neither torch nor `mla_backends`, and imports this file
+without the package around it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+
+# --------------------------------------------------------------------------------- instruction sets
+class BuildError(Exception):
+    """The kernels could not be built or may not run here; the message is one clause saying why."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One instruction set that the kernels can be compiled for."""
+
+    name: str
+    flags: tuple[str, ...]
+    needs: frozenset[str]  # processor flags, as Linux names them
+
+
+_V3 = frozenset({"avx2", "fma", "f16c", "bmi2"})
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_BF16 = _V4 | {"avx512_bf16"}
+_AMX = _BF16 | {"amx_tile", "amx_bf16"}
+
+
+def _level(name: str, needs: frozenset[str]) -> Level:
+    """Name every instruction set to the compiler: -march=x86-64-v4 needs GCC 11, these do not."""
+    spelt = {"avx512_bf16": "avx512bf16", "amx_tile": "amx-tile", "amx_bf16": "amx-bf16"}
+    return Level(name, tuple(sorted(f"-m{spelt.get(flag, flag)}" for flag in needs)), needs)
+
+
+# Best first; the last one runs anywhere.
+LEVELS = (
+    _level("amx", _AMX),
+    _level("avx512_bf16", _BF16),
+    _level("avx512", _V4),
+    _level("avx2", _V3),
+    _level("portable", frozenset()),
+)
+
+
+def levels_of(machine: str) -> tuple[Level, ...]:
+    """Return the levels that processors of this kind may have; `machine` as `platform.machine()` names it."""
+    return LEVELS if machine == "x86_64" else tuple(level for level in LEVELS if not level.needs)
+
+
+# ------------------------------------------------------------------------------------- the compiler
+
+SOURCES = Path(__file__).resolve().parent / "native"
+TIMEOUT = 600  # seconds after which a compiler is assumed to hang; it needs about five
+# Every level is compiled with these.
+FLAGS = (
+    "-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
+    "-fvisibility=hidden", "-Wno-psabi",
+)  # fmt: skip
+# What every processor of a kind has: arguments of CXX such as -march=native must not make a level need more.
+_BASE = {"x86_64": ("-march=x86-64",), "aarch64": ("-march=armv8-a",)}
+# Stripped, so that the result depends on nothing else, such as the names of folders. Linked without an OpenMP
+# runtime: torch's own is already loaded.
+LINK_FLAGS = ("-shared", "-s")
+# How compilers and assemblers report an unknown instruction set.
+_UNKNOWN = ("unrecognized command", "unknown argument", "no such instruction")
+
+
+class NoCompiler(BuildError):
+    """There is no compiler, or CXX does not name one."""
+
+
+class FlagError(BuildError):
+    """The compiler, or its assembler, does not know the instructions of a level."""
+
+
+def find_compiler() -> tuple[str, ...]:
+    """Return the command of the C++ compiler: $CXX, else g++, else c++. Raises `NoCompiler`."""
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise NoCompiler(f"CXX is not a valid command: {error}") from error
+    for candidate in [chosen] if chosen else [["g++"], ["c++"]]:
+        if shutil.which(candidate[0]):
+            return tuple(candidate)
+    name = chosen[0] if chosen else "g++"
+    raise NoCompiler(f"no C++ compiler '{name}' was found (install g++, or set CXX)")
+
+
+@functools.cache
+def compiler_version(command: tuple[str, ...]) -> str:
+    """Return what the compiler says about itself, of which the first line names it. Raises `BuildError`."""
+    return _run([*command, "--version"])
+
+
+def compiled_machine(command: tuple[str, ...]) -> str:
+    """Return the machine it compiles for, as `platform.machine()` names it there."""
+    target = _run([*command, "-dumpmachine"]).strip()
+    name, _, system = target.partition("-")
+    here = sysconfig.get_platform().rpartition("-")[2]
+    name = {"powerpc64le": "ppc64le"}.get(name, name)
+    if "linux" not in system or name not in (*_BASE, here):
+        known = ", ".join(dict.fromkeys((*_BASE, here)))
+        raise BuildError(f"the compiler '{command[0]}' compiles for '{target}', not for Linux on {known}")
+    return name
+
+
+def flags_of(level: Level, machine: str) -> tuple[str, ...]:
+    """Return the arguments that a level is compiled with for a machine."""
+    return (*FLAGS, *_BASE.get(machine, ()), *level.flags)
+
+
+def check_flags(command: tuple[str, ...], level: Level) -> None:
+    """Raise `FlagError` at once if the compiler does not know the instructions of a level."""
+    if level.flags:
+        _run([*command, *level.flags, "-fsyntax-only", "-x", "c++", os.devnull])
+
+
+def compile_level(command: tuple[str, ...], level: Level, machine: str, library: Path) -> None:
+    """Compile and link the kernels of one level for a machine into a shared library. Raises `BuildError`."""
+    built = library.with_suffix(".o")
+    _run([*command, *flags_of(level, machine), "-c", str(SOURCES / "api.cpp"), "-o", str(built)])
+    _run([*command, *LINK_FLAGS, str(built), "-o", str(library)])
+    built.unlink(missing_ok=True)
+    if not library.is_file():
+        raise BuildError(f"the compiler '{command[0]}' wrote no file (set CXX to a C++ compiler)")
+
+
+def _run(command: list[str]) -> str:
+    """Run the compiler and return what it prints. Raises `BuildError` with its first error."""
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env={**os.environ, "LC_ALL": "C"},  # a message is searched for the word "error"
+            timeout=TIMEOUT,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"the compiler '{command[0]}' failed: {error}") from error
+    if done.returncode:
+        lines = (done.stderr or done.stdout).splitlines()
+        first = next((line for line in lines if "error" in line.lower()), (lines or ["no message"])[0])
+        unknown = any(text in first for text in _UNKNOWN)
+        kind = FlagError if unknown else BuildError
+        raise kind(f"the compiler '{command[0]}' failed: {first.strip()}")
+    return done.stdout
+
+
+# ---------------------------------------------------------------------------------- kernels on disk
+
+LIBRARY = "kernels.so"
+_CHECKSUM, _COMPILER = "sha256", "compiler"
+_MOST_BYTES = 256 << 20  # bytes of a file; kernels take less than one MiB
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Kernels that are as they were stored; what is loaded is the open file that was checked."""
+
+    path: Path
+    descriptor: int
+    compiler: str
+
+
+def kernels_name(level: Level, machine: str | None = None) -> str:
+    """Return the name of the kernels that these sources make for a machine (default: this one)."""
+    target = machine or platform.machine()
+    flags = (*flags_of(level, target), *LINK_FLAGS)
+    digest = hashlib.sha256("\0".join((target, *flags)).encode())
+    for source in sorted(SOURCES.iterdir()):
+        if source.suffix in (".h", ".cpp"):
+            digest.update(source.read_bytes())
+    return f"{level.name}-{digest.hexdigest()[:16]}"
+
+
+def make_kernels(command: tuple[str, ...], level: Level, folder: Path, machine: str | None = None) -> None:
+    """Compile a level for a machine (default: this one) into an empty folder.
+
+    Raises `BuildError`, and OSError if it cannot be written.
+    """
+    library = folder / LIBRARY
+    compile_level(command, level, machine or platform.machine(), library)
+    (folder / _CHECKSUM).write_text(hashlib.sha256(library.read_bytes()).hexdigest())
+    (folder / _COMPILER).write_text(compiler_version(command).partition("\n")[0])
+    for file in folder.iterdir():
+        file.chmod(0o644)  # whatever the umask: nobody else may change what is loaded later
+
+
+def opened_kernels(folder: Path) -> Artifact | None:
+    """Return the kernels in a folder; None if there are none, or if they are damaged.
+
+    Loading a truncated library ends the process.
+    """
+    with contextlib.suppress(OSError, UnicodeDecodeError), contextlib.ExitStack() as undo:
+        descriptor = _open_file(folder / LIBRARY)
+        undo.callback(os.close, descriptor)
+        with open(descriptor, "rb", closefd=False) as file:
+            found = hashlib.sha256(file.read()).hexdigest()
+        if found == _text(folder / _CHECKSUM):
+            kept = Artifact(folder / LIBRARY, descriptor, _text(folder / _COMPILER))
+            undo.pop_all()  # it stays open
+            return kept
+    return None
+
+
+def _open_file(path: Path) -> int:
+    """Open a regular file of bounded size, without waiting for the writer of a pipe. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode) and found.st_size <= _MOST_BYTES:
+        return descriptor
+    os.close(descriptor)
+    raise OSError(f"'{path}' is not a regular file of at most {_MOST_BYTES >> 20} MiB")
+
+
+def _text(path: Path) -> str:
+    with open(_open_file(path), encoding="utf-8") as file:
+        return file.read()
+
+
+# -------------------------------------------------------------------------- all levels, for a wheel
+
+_MOST_COMPILERS = 4  # compilers at once: each takes some 0.3 GB
+
+
+def make_all_kernels(command: tuple[str, ...], machine: str, folder: Path) -> dict[str, str]:
+    """Fill a folder with the kernels of all levels of a machine; return reasons by level that is left out.
+
+    Raises `BuildError` if none is left, and OSError if they cannot be written.
+    """
+
+    def make(level: Level) -> str | None:
+        target = folder / kernels_name(level, machine)
+        target.mkdir()
+        try:
+            make_kernels(command, level, target, machine)
+            _check_openmp(command, target)
+        except BuildError as error:
+            shutil.rmtree(target)
+            return str(error)
+        return None
+
+    levels = levels_of(machine)
+    with ThreadPoolExecutor(
+        min(len(os.sched_getaffinity(0)), _MOST_COMPILERS)
+    ) as pool:  # each waits for a compiler
+        made = list(pool.map(make, levels))
+    reasons = {level.name: reason for level, reason in zip(levels, made, strict=True) if reason}
+    if len(reasons) == len(levels):
+        raise BuildError(reasons[levels[-1].name])
+    return reasons
+
+
+def _check_openmp(command: tuple[str, ...], made: Path) -> None:
+    """Raise `BuildError` if kernels need another OpenMP runtime than that of torch's wheels, GNU's."""
+    if b"__kmpc" in (made / LIBRARY).read_bytes():
+        raise BuildError(f"'{command[0]}' compiles for LLVM's OpenMP, but torch loads GNU's (set CXX to g++)")

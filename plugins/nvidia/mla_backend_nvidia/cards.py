@@ -1,0 +1,135 @@
+"""What depends on the card and its driver: peak rates, tiles of the Triton kernels, and wheels of torch.
+
+Peak rates are those that NVIDIA publishes, for cards identified by name and memory. All others are unknown.
+A name alone is not enough: a MIG slice and a card with different memory may share it. FLOP/s are dense;
+figures that a sheet gives with sparsity are halved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from mla_backends.api import Peak
+from mla_backends.cuda import OUTDATED_DRIVER
+from mla_backends.triton_ops import Tile, Tuning
+
+
+class Sheet(NamedTuple):
+    """One card's data sheet."""
+
+    memory: float  # 10^9 bytes, nominal
+    bandwidth: float  # 10^9 bytes per second
+    tensor: float  # 10^12 dense FLOP per second in bfloat16 and float16
+    float32: float  # 10^12 FLOP per second without TF32
+    source: str
+
+
+_H100 = "https://www.nvidia.com/en-us/data-center/h100/"
+_H200 = "https://www.nvidia.com/en-us/data-center/h200/"
+_A100 = "https://www.nvidia.com/en-us/data-center/a100/"
+_A100_40 = (
+    "https://images.nvidia.com/aem-dam/en-zz/Solutions/data-center/nvidia-ampere-architecture-whitepaper.pdf"
+)
+
+# By the name that the driver reports.
+SHEETS: Mapping[str, Sheet] = {
+    "NVIDIA H100 80GB HBM3": Sheet(80, 3350, 989, 67, _H100),
+    "NVIDIA H200": Sheet(141, 4800, 989, 67, _H200),
+    "NVIDIA A100-SXM4-80GB": Sheet(80, 2039, 312, 19.5, _A100),
+    "NVIDIA A100 80GB PCIe": Sheet(80, 1935, 312, 19.5, _A100),
+    "NVIDIA A100-SXM4-40GB": Sheet(40, 1555, 312, 19.5, _A100_40),
+}
+TOLERANCE = 0.1  # how much the reported memory may differ from the nominal size
+
+
+def peaks(name: str, memory_bytes: int | None) -> tuple[Peak | None, dict[str, Peak]]:
+    """Return bandwidth and FLOP/s by dtype name of a known card; None and nothing for any other."""
+    sheet = SHEETS.get(name)
+    if sheet is None or memory_bytes is None or abs(memory_bytes / 1e9 / sheet.memory - 1) > TOLERANCE:
+        return None, {}
+    tensor, plain = (Peak(1e12 * value, sheet.source) for value in (sheet.tensor, sheet.float32))
+    bandwidth = Peak(1e9 * sheet.bandwidth, sheet.source)
+    return bandwidth, {"bfloat16": tensor, "float16": tensor, "float32": plain}
+
+
+# -------------------------------------------------------------------------------------------- tiles
+# Tiles of the Triton kernels on cards that none was measured on.
+#
+# Not run on hardware. They fit, and Triton 3.8 spills none of them: benchmarks/triton/table.md.
+
+KIB = 1024
+
+# Bytes of shared memory that a block may use -> the tuning for as many and more. Two programs with 16 rows
+# fit on a multiprocessor: such steps wait for memory, so one computes while the other loads.
+BY_SHARED_MEMORY = {
+    200 * KIB: Tuning(
+        latent={1: Tile(16, 32, 4, 3, halves=False, programs=2), 33: Tile(64, 64, 8, 2, halves=False)},
+        expanded={1: Tile(64, 64, 4, 2), 65: Tile(128, 64, 8, 3)},
+        source="defaults for 200 KiB of shared memory",
+    ),
+    160 * KIB: Tuning(
+        latent={1: Tile(16, 32, 4, 2, programs=2), 33: Tile(64, 32, 8, 2)},
+        expanded={1: Tile(64, 32, 4, 2)},
+        source="defaults for 160 KiB of shared memory",
+    ),
+    96 * KIB: Tuning(
+        latent={1: Tile(16, 16, 4, 2, programs=2), 33: Tile(64, 16, 8, 2)},
+        expanded={1: Tile(64, 32, 4, 2)},
+        source="defaults for 96 KiB of shared memory",
+    ),
+    0: Tuning(
+        latent={1: Tile(16, 16, 4, 1)},
+        expanded={1: Tile(32, 32, 4, 1)},
+        source="defaults for little or unknown shared memory",
+    ),
+}
+# The shared memory of Hopper, but products of 64 rows keep their sums in tensor memory, where less fits.
+DATACENTER_BLACKWELL = re.compile(r"\bG?B[123]00\b")
+BLACKWELL = Tuning(
+    latent={1: Tile(16, 32, 4, 3, halves=False, programs=2), 33: Tile(64, 16, 8, 2, halves=False)},
+    expanded={1: Tile(64, 64, 4, 2), 65: Tile(128, 64, 8, 2)},
+    source="defaults for tensor memory",
+)
+
+
+def tuning_for(shared_memory: int | None, name: str = "") -> Tuning:
+    """Return the tuning for a card of this name, whose blocks may use so much shared memory.
+
+    `shared_memory` is in bytes; None is unknown.
+    """
+    if DATACENTER_BLACKWELL.search(name):
+        return BLACKWELL
+    return next(found for least, found in BY_SHARED_MEMORY.items() if least <= (shared_memory or 0))
+
+
+# ------------------------------------------------------------------------------------------- driver
+# The kernel driver: its version, and what to do when it is older than torch's CUDA asks for.
+
+# Oldest driver -> the newest wheels of torch that run on it, with CUDA's compatibility of minor versions.
+WHEELS = ((525, "cu126"), (450, "cu118"))
+
+
+def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """Return the version of the kernel driver, for hosts without a management library; "" if unknown."""
+    found = re.search(r"Module.*?\s(\d+(?:\.\d+)+)\s", file.read_text()) if file.is_file() else None
+    return found[1] if found else ""
+
+
+def outdated(reason: str) -> str:
+    """Return what to do if `reason` is that the driver is too old for this torch; "" if it is not."""
+    if not OUTDATED_DRIVER.search(reason):
+        return ""
+    index = f"https://download.pytorch.org/whl/{_wheels(reason)}"
+    return f"update the driver, or install torch for an older CUDA: pip install torch --index-url {index}"
+
+
+def _wheels(reason: str) -> str:
+    """Return the folder of wheels for the driver that torch found (12020 is CUDA 12.2), or the one here."""
+    cuda = re.search(r"found version (\d+)", reason)
+    if cuda:
+        return "cu126" if int(cuda[1]) >= 12000 else "cu118"
+    major = int(driver_version().partition(".")[0] or 525)
+    return next((wheels for oldest, wheels in WHEELS if major >= oldest), "cu118")
