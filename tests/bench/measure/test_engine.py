@@ -200,10 +200,9 @@ def test_the_garbage_collector_is_back_after_an_error(decode: Bench) -> None:
 
 
 def test_no_pass_starts_when_the_time_is_over_and_all_that_ran_are_checked(decode: Bench) -> None:
-    answers = iter([False, False, False, True])
-    measured = decode.measure(
-        decode.parrot("a"), decode.parrot("b"), hooks=Hooks(should_stop=lambda: next(answers))
-    )
+    answers = iter(["", "", "", "", "", "it is over"])  # of two checks, and then of passes
+    hooks = Hooks(should_stop=lambda seconds, what: next(answers))
+    measured = decode.measure(decode.parrot("a"), decode.parrot("b"), hooks=hooks)
     assert sorted(len(one.passes) for one in measured.values()) == [1, 2]
     assert [one.check.status for one in measured.values()] == ["ok", "ok"]
     assert not any(one.interrupted for one in measured.values())
