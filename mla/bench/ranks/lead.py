@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import torch
@@ -21,31 +21,15 @@ from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
 from mla.errors import OutOfMemory, UnsupportedBatch
-from mla.parallel.layout import Layout
-from mla.parallel.link import Line
 from mla.verify.verdict import Check
+
+if TYPE_CHECKING:
+    from mla.bench.ranks.crew import Crew
 
 # Bound before any plugin loads.
 _random = random.SystemRandom()
 
 T = TypeVar("T")
-
-
-class Talk(Protocol):
-    """How rank 0 reaches the others (`mla.bench.ranks.crew.Crew`)."""
-
-    layout: Layout
-    library: str
-
-    def tell(self, *command: Any) -> None: ...
-    def blamed(self) -> AbstractContextManager[None]: ...
-    def gather(self, mine: Any) -> list[Any]: ...
-    def wait(self) -> None: ...
-    def parts(self, mine: T | Failure) -> list[T]: ...
-    def concerted(self, implementation: str, work: Callable[[], object]) -> bool: ...
-    def alike(self, error: Exception, implementation: str) -> Failure | None: ...
-    def attempt(self, implementation: str, work: Callable[[], T]) -> list[T]: ...
-    def measure_link(self, device: torch.device, synchronize: Callable[[], None]) -> dict[str, Line]: ...
 
 
 class LeadLayer(Implementation):
@@ -55,7 +39,7 @@ class LeadLayer(Implementation):
     runner does, right after that.
     """
 
-    def __init__(self, setting: Setting, part: RankLayer, crew: Talk) -> None:
+    def __init__(self, setting: Setting, part: RankLayer, crew: Crew) -> None:
         super().__init__(setting)
         self.name = part.name
         self._part, self._crew = part, crew

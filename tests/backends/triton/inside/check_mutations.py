@@ -7,7 +7,7 @@ from pathlib import Path
 import interpreting
 import mutants
 import pytest
-from kernel_cases import KernelCase, expanded, latent, norm, rotation, write
+from kernel_cases import FarWrite, KernelCase, expanded, latent, norm, rotation, write
 from mutating import Mutant
 
 from mla_backends.triton_ops.latent import Splits
@@ -22,6 +22,9 @@ LATENT = (
     latent((1,), (20,), heads=1, page_size=1, far=True),
     latent((1,), (70,), heads=1, page_size=64, far=True),
     latent((3,), (5,), heads=1, apart=FAR, **NARROW),
+    latent((1, 1), (200, 33), heads=2, splits=Splits(16, 5), **NARROW),  # as of a captured step that grew
+    latent((1, 1), (33 * 16, 65 * 16), heads=4, splits=Splits(16, 65), gain=3.0, **NARROW),
+    latent((1,), (4096,), heads=2, page_size=64, splits=Splits(1 << 20, 1), **NARROW),
 )
 EXPANDED = (
     expanded((5, 1, 20), (5, 70, 33), heads=2, widths=(16, 8, 12)),
@@ -34,8 +37,10 @@ SMALL = (
     rotation(2, 3),
     rotation(2, 20, width=24, interleaved=False),
     write(5, latent=100, rope=8),
+    norm(8, 1536),
+    FarWrite(write(3).case),
 )
-MUTANTS: list[tuple[Mutant, tuple[KernelCase, ...]]] = [
+MUTANTS: list[tuple[Mutant, tuple[KernelCase | FarWrite, ...]]] = [
     *((one, LATENT) for one in mutants.LATENT),
     *((one, (*LATENT, *EXPANDED)) for one in (*mutants.SOFTMAX, *mutants.PLACES)),
     *((one, EXPANDED) for one in mutants.EXPANDED),
@@ -43,7 +48,7 @@ MUTANTS: list[tuple[Mutant, tuple[KernelCase, ...]]] = [
 ]
 
 
-def caught(cases: tuple[KernelCase, ...]) -> bool:
+def caught(cases: tuple[KernelCase | FarWrite, ...]) -> bool:
     """Return whether a case shows a mistake: a wrong result, or a fault. Anything else is raised."""
     try:
         return any(case.wrong() for case in cases)
@@ -52,7 +57,9 @@ def caught(cases: tuple[KernelCase, ...]) -> bool:
 
 
 @pytest.mark.parametrize(("mutant", "cases"), MUTANTS, ids=lambda one: getattr(one, "name", ""))
-def test_a_mistake_is_caught(mutant: Mutant, cases: tuple[KernelCase, ...], tmp_path: Path) -> None:
+def test_a_mistake_is_caught(
+    mutant: Mutant, cases: tuple[KernelCase | FarWrite, ...], tmp_path: Path
+) -> None:
     with mutant.installed(tmp_path):
         assert caught(cases)
 
