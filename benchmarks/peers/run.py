@@ -36,7 +36,7 @@ from mla.bench.plan.resolve import resolve
 from mla.bench.run.outcome import Outcome, verdict
 from mla.bench.run.scheduler import measure
 from mla.bench.terminal import run_table
-from mla.bench.terminal.quality_warnings import quality_warnings
+from mla.bench.terminal.lines import quality_warnings
 from mla.bench.workload.grid import Point
 from mla.command import console
 from mla.command.exit_codes import guarded
@@ -159,7 +159,7 @@ def report(run: results.Run, request: Request) -> str:
     for case in run.cases:
         grouped.setdefault(case.scenario, []).append(case)
     tables = "\n".join(summary.summary(cases, limits) for cases in grouped.values())
-    return f"{run_table.render(run, 'table')}\n{tables}"
+    return f"{run_table.render(run, 'table', 'verbose')}\n{tables}"
 
 
 def rerun_with_tunables() -> None:

@@ -6,6 +6,7 @@ import filecmp
 import os
 import platform
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from mla_backends.api import Backend
 
 # Variables that say how many threads there are, where they run, and how they wait.
 THREADS = ("OMP_NUM_THREADS", "KMP_AFFINITY", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+# CPUs that others may use before a run is said to have shared its own.
+_TOLERATED = 0.25
 
 
 def environment(backend: Backend) -> dict[str, str]:
@@ -35,6 +38,37 @@ def environment(backend: Backend) -> dict[str, str]:
     facts |= {key: value for key in THREADS if (value := os.environ.get(key))}
     facts |= launcher.facts()
     return facts | {f"backend.{key}": str(value) for key, value in backend.environment().items()}
+
+
+class OtherLoad:
+    """How many of this process's CPUs others use, from its making on. Linux alone tells."""
+
+    def __init__(self) -> None:
+        self._start, self._others = time.monotonic(), _seconds_of_others()
+
+    def remark(self, threads: int) -> str:
+        """Return "1.6 of 2" where others left fewer CPUs than `threads` need; "" where they did not.
+
+        What a hypervisor takes counts as theirs.
+        """
+        now, before = _seconds_of_others(), self._others
+        if now is None or before is None:
+            return ""
+        cpus = len(os.sched_getaffinity(0))
+        used = max(0.0, (now - before) / max(time.monotonic() - self._start, 1e-9))
+        return f"{min(used, cpus):.1f} of {cpus}" if used + threads > cpus + _TOLERATED else ""
+
+
+def _seconds_of_others() -> float | None:
+    """Return the seconds that this process's CPUs were busy with anything else; None if nobody tells."""
+    try:
+        lines = Path("/proc/stat").read_text().splitlines()
+        own = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        ticks = [list(map(int, line.split()[1:9])) for line in lines if line.split(" ", 1)[0] in own]
+        busy = sum(sum(cpu) - cpu[3] - cpu[4] for cpu in ticks)  # without idle and waiting for a disk
+        return busy / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+    except (AttributeError, OSError, ValueError, IndexError):
+        return None
 
 
 def distribution_version(name: str) -> str | None:

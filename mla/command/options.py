@@ -28,6 +28,13 @@ class Word(click.Argument):
         return self.human_readable_name, self.help or ""
 
 
+# How much a run prints; without either, what a first look needs.
+DETAIL = (
+    click.option("-v", "--verbose", "detail", flag_value="verbose", help="Print everything that is known."),
+    click.option("-q", "--quiet", "detail", flag_value="quiet", help="Print the headlines alone."),
+)
+
+
 def add_options(options: Sequence[Callable[[Any], Any]]) -> Callable[[Command], Command]:
     """Return a decorator that adds click options to a command, in their order."""
 

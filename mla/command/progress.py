@@ -12,8 +12,10 @@ from rich.console import Console
 
 from mla.command.console import note
 
-# Seconds between two lines where stderr is not a terminal.
-EVERY = 10.0
+# Seconds until the first line where stderr is not a terminal; the next takes twice as long, up to the most.
+EVERY, SELDOM = 10.0, 80.0
+# Part of the work from which the rest is estimated.
+BEGUN = 0.05
 
 _Self = TypeVar("_Self", bound="_Bar")
 
@@ -47,12 +49,12 @@ class _Bar:
 
 
 class Progress(_Bar):
-    """Counts estimated seconds; says what is running and how long the rest will take."""
+    """Counts forwards; says what is running and how long the rest will take."""
 
-    def __init__(self, seconds: float, ends: Sequence[float] = ()) -> None:
+    def __init__(self, forwards: float, ends: Sequence[float] = ()) -> None:
         """`ends`: the real seconds in which all should be done, and those in which it must, if known."""
-        super().__init__("starting", seconds)
-        self._seconds, self._done, self._ends = seconds, 0.0, ends
+        super().__init__("starting", forwards)
+        self._total, self._done, self._ends, self._every = forwards, 0.0, ends, EVERY
         self._start = self._said = time.monotonic()
 
     @property
@@ -60,19 +62,21 @@ class Progress(_Bar):
         """True when stderr is not a terminal."""
         return self._bar.disable
 
-    def advance(self, what: str, seconds: float) -> None:
-        """Record the given number of estimated seconds. Called outside timed regions only."""
-        self._bar.update(self._task, description=what, advance=seconds)
+    def advance(self, what: str, done: float) -> None:
+        """Record that so many forwards are done. Called outside timed regions only."""
+        self._bar.update(self._task, description=what, advance=done)
         self._bar.refresh()
-        self._done += seconds
+        self._done += done
         now = time.monotonic()
-        if self.hidden and now - self._said >= EVERY:
-            self._said = now
+        if self.hidden and now - self._said >= self._every:
+            self._said, self._every = now, min(2 * self._every, SELDOM)
             note(f"running    {what}{self._left(now - self._start)}")
 
     def _left(self, taken: float) -> str:
         """Return how much longer it will take, if that can be told."""
-        known = [taken * (self._seconds - self._done) / self._done] if self._done else []
+        known = []
+        if self._done >= BEGUN * self._total:  # what precedes the first forwards says nothing of them
+            known.append(taken * (self._total - self._done) / self._done)
         known += [end - taken for end in self._ends if end > taken]
         if not known:
             return ""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -18,22 +16,8 @@ from mla.command.options import FILE, result_path
 from mla.errors import UsageError
 from mla.text import DTYPES
 
-if TYPE_CHECKING:
-    from mla.conformance.report import ConformanceReport
-    from mla.conformance.suite import Suite
-
 PROGRAM = "python -m mla.conformance"
 LEAST_PYTEST = (8,)
-# Nothing of the user's pytest: no configuration, no conftest.py, no cache, no other plugin. What a backend
-# prints, logs or warns of goes where it went without pytest.
-PYTEST = (
-    *("-c", os.devnull, f"--rootdir={Path(__file__).parent}", "--noconftest", "--import-mode=importlib"),
-    *("--assert=plain", "--capture=no", "--tb=no", "-pno:terminalreporter", "-pno:cacheprovider"),
-    *("-pno:faulthandler", "-pno:logging", "-pno:warnings"),
-    *("-pno:unraisableexception", "-pno:threadexception"),
-)
-ENVIRONMENT = {"PYTEST_ADDOPTS": "", "PYTEST_PLUGINS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-
 EPILOG = """\b
 Examples:
   python -m mla.conformance --backend cpu
@@ -139,11 +123,10 @@ def cli(
     pasted into an issue; stderr everything else.
     """
     from mla.conformance import selection
-    from mla.conformance.xfails import Xfails
 
     if backend is None and not list_only:
         raise UsageError("--backend is missing; `python -m mla.bench list` shows what there is.")
-    xfails = Xfails.read(xfails_file) if xfails_file else Xfails()
+    xfails = selection.Xfails.read(xfails_file) if xfails_file else selection.Xfails()
     for pattern in only:
         selection.require_known(selection.split(pattern)[0], "--only")
     if backend is None:
@@ -162,11 +145,11 @@ def cli(
         return selection.list_cases(planned, suite.subject)
     if dump_failure:
         suite.keeper = Keeper.into(dump_failure, suite)
-    report = carry_out(suite, words, verbose)
+    from mla.conformance.card import card
     from mla.conformance.report import write
-    from mla.conformance.report.card import card
-    from mla.conformance.report.made import verdict
+    from mla.conformance.run import carry_out, verdict
 
+    report = carry_out(suite, words, verbose)
     try:
         if report_file:
             write(report, report_file)
@@ -190,30 +173,6 @@ def _require_pytest() -> None:
             f"the suite runs on pytest {least} or later, which is {found}: `pip install 'pytest>={least}'` "
             "(it comes with `mla[conformance]`)."
         )
-
-
-def carry_out(suite: Suite, words: Sequence[str], verbose: bool) -> ConformanceReport:
-    """Have pytest run a suite, and nothing of what pytest is told elsewhere. `words`: the command line."""
-    import pytest
-
-    from mla.conformance import plugin, test_backend
-    from mla.conformance.report.made import Results, make_report
-    from mla.conformance.schedule import Schedule
-
-    results = Results(suite, verbose)
-    before = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-    os.environ.update(ENVIRONMENT)
-    try:
-        code = pytest.main([*PYTEST, test_backend.__file__], [plugin, results, Schedule(results)])
-    finally:
-        for name in ENVIRONMENT:
-            del os.environ[name]
-        os.environ.update(before)
-    if results.error is not None:
-        raise results.error
-    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
-        raise RuntimeError(f"pytest ended with {code!r}")
-    return make_report(words, results, code == pytest.ExitCode.INTERRUPTED)
 
 
 def main(arguments: list[str] | None = None) -> int:

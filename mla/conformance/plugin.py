@@ -62,8 +62,8 @@ def _opened(options: Any) -> Suite:
         )
     from mla.command.backend import BackendOptions
     from mla.conformance.failures import Keeper
+    from mla.conformance.selection import Xfails
     from mla.conformance.suite import Asked, Suite
-    from mla.conformance.xfails import Xfails
     from mla.errors import MLAError
     from mla_backends.errors import BackendError
 

@@ -29,14 +29,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from mla.conformance.card import failed_cases
 from mla.conformance.registry import all_checks
 from mla.conformance.report import CheckResult, Status
-from mla.conformance.report.card import failed_cases
-from mla.conformance.selection import require_known
-from mla.conformance.speed import dtypes_of, slow_dtypes
-from mla.conformance.suite import carry_out, claimed_dtypes, instances
+from mla.conformance.selection import Xfails, require_known
+from mla.conformance.suite import carry_out, claimed_dtypes, dtypes_of, instances, slow_dtypes
 from mla.conformance.trial import BackendUnderTest
-from mla.conformance.xfails import Xfails
 from mla_backends.api import Backend
 
 _CHECKS = {check.id: check for check in all_checks()}

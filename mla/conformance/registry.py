@@ -8,13 +8,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mla.conformance.kinds import KINDS
-
-__all__ = ["DEVICE", "DTYPE", "KINDS", "LAYER", "OP", "ConformanceCheck", "all_checks", "check", "matches"]
-
 if TYPE_CHECKING:
     from mla.conformance.trial import Trial
 
+# Why kernels fail: what the cases of every check were chosen by.
+KINDS = {
+    "contract": "what the device, an op or a layer says of itself, and what it promises",
+    "formula": "the formula itself: a scale, a mask, an order of channels",
+    "grid": "limits of a launch grid: many requests, rows, segments or heads",
+    "index": "widths of an index: slots, pages, bytes and elements beyond what 8 to 32 bits count",
+    "tiles": "borders of tiles, pages and splits: of rows, heads and keys",
+    "order": "who comes first: equal requests, permuted batches",
+    "state": "what is kept between calls: a plan, an output, an input, another layer",
+    "memory": "what lies around operands: strides, guard rows, neighbours",
+    "emptiness": "nothing at all: no tokens, no keys",
+    "numbers": "precision: narrow sums, large and small values",
+}
 # What a check runs once for: the device, every dtype, every op in every dtype, every layer.
 DEVICE, DTYPE, OP, LAYER = "device", "dtype", "op", "layer"
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,10 +14,8 @@ from mla.command.backend import BackendOptions, open_backend
 from mla.command.console import note
 from mla.conformance.registry import DEVICE, DTYPE, LAYER, OP, ConformanceCheck, all_checks
 from mla.conformance.report import Cases, CheckResult, Failure, Refusal, Slow, Status
-from mla.conformance.selection import Numbers, case_id, chosen_cases, nothing_matches, require_cases
-from mla.conformance.speed import dtypes_of, slow_dtypes
+from mla.conformance.selection import Numbers, Xfails, case_id, chosen_cases, nothing_matches, require_cases
 from mla.conformance.trial import DTYPES, BackendUnderTest, Trial, ask
-from mla.conformance.xfails import Xfails
 from mla.errors import UsageError
 from mla.reference import REFERENCE
 from mla.text import dtype_name
@@ -29,6 +27,11 @@ if TYPE_CHECKING:
 
 # How many cases of a check run in a dtype that the device is slow in, on the quick grid and on the full one.
 HANDFUL = {True: 2, False: 3}
+# A product [ROWS, WIDTH] x [WIDTH, WIDTH] that takes this many times as long as in a wider dtype is slow.
+FACTOR = 3.0
+ROWS, WIDTH = 64, 1024
+ATTEMPTS = 5
+PATIENCE = 0.5  # seconds after which a dtype has been tried often enough
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,12 @@ class Instance:
     def id(self) -> str:
         return f"{self.check.id}[{self.subject}]" if self.subject else self.check.id
 
-    def run(self, subject: BackendUnderTest, beat: Callable[[], None] = lambda: None) -> Trial:
+    def run(self, subject: BackendUnderTest) -> Trial:
         """Run the check. Raises nothing but KeyboardInterrupt."""
         of_ops = self.check.scope in (OP, LAYER)
         trial = Trial(subject, self.dtype or torch.float32, self.op, self.of, self.check.kind)
         trial.policy = self.of if self.check.scope == LAYER else "auto"
-        trial.may_refuse, trial.chosen, trial.beat = of_ops, self.chosen, beat
+        trial.may_refuse, trial.chosen = of_ops, self.chosen
         trial.run(self.check.run)
         return trial
 
@@ -74,13 +77,6 @@ class Instance:
             return self
         return replace(self, chosen=handful(len(self.labels(subject)), HANDFUL[subject.quick]))
 
-    def count(self, subject: BackendUnderTest) -> int:
-        """Return how many cases will run; 1 for a check whose cases cannot be counted without running it."""
-        if self.check.scope not in (OP, LAYER):
-            return 1
-        chosen = self.spared(subject).chosen
-        return max(1, len(self.labels(subject) if chosen is None else chosen))
-
 
 def serves_another(op: FusedOp, subject: BackendUnderTest) -> bool:
     """Return whether an op serves a dtype that the device is not slow in."""
@@ -98,6 +94,41 @@ def handful(count: int, few: int) -> Numbers:
     if count <= few:
         return None
     return frozenset(1 + round(step * (count - 1) / (few - 1)) for step in range(few))
+
+
+def slow_dtypes(backend: Backend, dtypes: Sequence[torch.dtype]) -> tuple[Slow, ...]:
+    """Return the dtypes that the backend's device is slow in, of those given."""
+    if len(dtypes) < 2 or backend.device is None:
+        return ()
+    taken = {dtype: ask(partial(_seconds, backend, dtype), None) for dtype in dtypes}
+    known = {dtype: seconds for dtype, seconds in taken.items() if seconds is not None}
+    slow = []
+    for dtype, seconds in known.items():
+        wider = [other for other in known if other.itemsize > dtype.itemsize]
+        than = min(wider, key=known.__getitem__, default=dtype)
+        if seconds >= FACTOR * known[than]:
+            slow.append(Slow(dtype=dtype_name(dtype), than=dtype_name(than), factor=seconds / known[than]))
+    return tuple(slow)
+
+
+def _seconds(backend: Backend, dtype: torch.dtype) -> float:
+    """Return how long a product takes at best."""
+    x = torch.full((ROWS, WIDTH), 1 / WIDTH, dtype=dtype, device=backend.device)
+    weight = torch.full((WIDTH, WIDTH), 1.0, dtype=dtype, device=backend.device)
+    end, taken = time.perf_counter() + PATIENCE, []
+    for _ in range(ATTEMPTS + 1):
+        start = time.perf_counter()
+        torch.mm(x, weight)[:1, :1].to("cpu", copy=True)  # only a result on the host is certain to be there
+        now = time.perf_counter()
+        taken.append(now - start)
+        if now > end:
+            break
+    return min(taken[1:] or taken)
+
+
+def dtypes_of(slow: Sequence[Slow]) -> frozenset[torch.dtype]:
+    """Return the dtypes themselves."""
+    return frozenset(getattr(torch, one.dtype) for one in slow)
 
 
 def claimed_dtypes(subject: BackendUnderTest) -> tuple[torch.dtype, ...]:
@@ -145,12 +176,10 @@ def _of_check(
         yield from (Instance(check, policy, dtype) for dtype in dtypes for policy in policies)
 
 
-def carry_out(
-    instance: Instance, subject: BackendUnderTest, xfails: Xfails, beat: Callable[[], None] = lambda: None
-) -> CheckResult:
-    """Run one check and classify its outcome; `beat` is called after every case."""
+def carry_out(instance: Instance, subject: BackendUnderTest, xfails: Xfails) -> CheckResult:
+    """Run one check and classify its outcome."""
     start = time.perf_counter()
-    trial = instance.spared(subject).run(subject, beat)
+    trial = instance.spared(subject).run(subject)
     status, reason = _verdict(trial, xfails.reason(instance.check.id, instance.subject))
     failed, refused = trial.ended("failed"), trial.ended("refused")
     return CheckResult(
@@ -215,7 +244,6 @@ class Suite:
     slow: tuple[Slow, ...] = ()
     xfails: Xfails = field(default_factory=Xfails)
     keeper: Keeper | None = None
-    beat: Callable[[], None] = lambda: None  # called after every case
 
     @classmethod
     def opened(cls, asked: Asked, xfails: Xfails) -> Suite:
@@ -247,7 +275,7 @@ class Suite:
 
     def carry_out(self, instance: Instance) -> CheckResult:
         """Run one check, and keep the first wrong call if that was asked for."""
-        result = carry_out(instance, self.subject, self.xfails, self.beat)
+        result = carry_out(instance, self.subject, self.xfails)
         if self.keeper is not None:
             self.keeper.see(instance, result)
         return result

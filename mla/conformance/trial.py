@@ -100,7 +100,6 @@ class Trial:
     policy: str = "auto"  # of the layer's ops
     may_refuse: bool = False  # a `BackendError` is an op's refusal, not a failure
     chosen: frozenset[int] | None = None  # numbers of the cases that run; None: all
-    beat: Callable[[], None] = lambda: None  # called after every case that ran
     labels: list[str] = field(default_factory=list)  # of all cases, chosen or not
     cases: list[Case] = field(default_factory=list)  # that ran
     worst: float | None = None  # largest error over its bound
@@ -146,7 +145,6 @@ class Trial:
         if self.chosen is None or number in self.chosen:
             with self._judged(number, label, self.may_refuse):
                 yield
-            self.beat()
             return
         self._left_out = True
         try:

@@ -1,22 +1,288 @@
-"""`ShardedCache`: one rank's tokens of every request.
+"""`ShardedCache`: one rank's tokens of every request; and `ShardedBatch`: one step on them.
 
 Token i of a request is on rank i // interleave mod world. Page tables are those of rank 0, whose share of a
 request is never the smaller one: so all ranks hand out the same pages, and are full at the same time.
+
+Attention ops take requests of new tokens of which each sees one key more than the one before. On one of W
+ranks that holds for every W-th new token of a request, as each sees one more of this rank's tokens than the
+last such one: so a request with several new tokens becomes up to W, and queries are reordered. With runs
+of several tokens it does not hold, and every new token is a request of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from array import array
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
 from mla.cache import LatentCache
 from mla.cache.latent_cache import check_history
-from mla.cache.ragged_batch import whole_numbers
+from mla.cache.ragged_batch import host_ints, plain, whole_numbers
 from mla.config import MLAConfig
-from mla.parallel.batch import ShardedBatch, ShardedMemory, most_rows
-from mla.parallel.share import Share
+from mla.errors import StaleBatch
+from mla.parallel.layout import Share
+from mla_backends.upload import upload_into
+
+Value = TypeVar("Value")
+
+
+class ShardedMemory:
+    """The int32 device buffer of a step of so many new tokens, and views of its parts.
+
+    A step of as many tokens may own fewer of them, or ask for fewer requests: it takes the first ones.
+    """
+
+    def __init__(self, tokens: int, rows: int, width: int, device: torch.device) -> None:
+        """`rows`: the most requests that attention is asked for; `width`: pages of each."""
+        sizes = (2 * tokens,) * 4 + (tokens, rows, rows + 1, rows * width)
+        with torch.inference_mode(False):
+            self.buffer = plain(torch.empty(sum(sizes), dtype=torch.int32, device=device))
+        *wide, self.positions, self.kv_lens, self.cu_q, table = self.buffer.split(sizes)
+        self.own, self.slots, self.order, self.back = (part.view(torch.int64) for part in wide)
+        self.block_table = table.view(rows, width)
+        self._numbers = self.buffer[: self.buffer.shape[0] - rows * width]
+        self._held: torch.Tensor | None = None  # the host's block table that `block_table` is a copy of
+        self._kept: dict[Hashable, Any] = {}
+
+    def fits(self, tokens: int, rows: int, width: int) -> bool:
+        """Return whether a step of so many tokens, rows of attention and pages of each fits here."""
+        return self.positions.shape[0] == tokens and self.block_table.shape == (rows, width)
+
+    def keep(self, key: Hashable, build: Callable[[], Value]) -> Value:
+        """Return memory for data derived from a batch, made once per key; every batch overwrites it."""
+        if key not in self._kept:
+            with torch.inference_mode(False):
+                self._kept[key] = build()
+        return cast("Value", self._kept[key])
+
+    def fill(self, numbers: torch.Tensor, table: torch.Tensor) -> None:
+        """Copy a batch's numbers, and its block table unless it is already here, in one copy."""
+        if table is self._held:
+            upload_into(numbers, self._numbers)
+            return
+        rest = self.buffer.shape[0] - numbers.shape[0] - table.numel()
+        upload_into(torch.cat((numbers, table.reshape(-1), numbers.new_zeros(rest))), self.buffer)
+        self._held = table
+
+
+def most_rows(share: Share, query_lens: Sequence[int]) -> int:
+    """Return the most rows of attention that a step is cut into.
+
+    Of every request, each of `world` classes of tokens is a row, and its first token one more where it sees
+    no key here. Runs of several tokens are cut token by token.
+    """
+    if share.interleave > 1:
+        return sum(query_lens)
+    return sum(min(new, 2 * share.world) for new in query_lens)
+
+
+@dataclass
+class Rows:
+    """The requests that attention is asked for on this rank: a `mla_backends.api.BatchView`."""
+
+    query_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    page_size: int
+    block_table: torch.Tensor  # [R, n] int32
+    kv_lens_device: torch.Tensor  # [R] int32
+    cu_q: torch.Tensor  # [R + 1] int32
+
+
+@dataclass
+class Part:
+    """Some new tokens of a step, and what they attend on this rank.
+
+    Queries go to `rows` in the order `order` [t] int64, and `back` [t] is the way back; both are None where
+    queries stay in order.
+    """
+
+    tokens: slice
+    rows: Rows
+    order: torch.Tensor | None
+    back: torch.Tensor | None
+
+
+class _Cut(NamedTuple):
+    """New tokens as rows of attention, on the host."""
+
+    order: torch.Tensor | None  # [t] int64; None where queries stay in order
+    rows: torch.Tensor | None  # [R] int64: the request of each; None where it is the one of its number
+    query_lens: tuple[int, ...]  # [R]
+    kv_lens: tuple[int, ...]  # [R]
+
+
+class _Step(NamedTuple):
+    """A step on the host."""
+
+    own: list[int]  # this rank's among the new tokens
+    slots: list[int]  # of these
+    positions: list[int]  # [T]
+    cut: _Cut
+
+
+def _packed(tokens: int, rows: int, step: _Step) -> torch.Tensor:
+    """Return what a `ShardedMemory` of so many tokens and rows holds before its block table, int32 [n]."""
+    order, none = step.cut.order, list[int]()
+    ways = (none, none) if order is None else (order.tolist(), order.argsort().tolist())
+    numbers = array("i")
+    for wide in (step.own, step.slots, *ways):
+        numbers.frombytes(array("q", wide).tobytes())
+        numbers.frombytes(bytes(8 * (tokens - len(wide))))
+    cu_q = (0, *accumulate(step.cut.query_lens))
+    for short, size in ((step.positions, tokens), (step.cut.kv_lens, rows), (cu_q, rows + 1)):
+        numbers.extend(short)
+        numbers.frombytes(bytes(4 * (size - len(short))))
+    return torch.frombuffer(numbers, dtype=torch.int32)
+
+
+class ShardedBatch:
+    """One step of B requests with T new tokens in all, on one rank.
+
+    `query_lens` and `kv_lens` are those of whole requests, `positions` [T] int32 those of all new tokens.
+    `own` [t] int64 are this rank's among them, `slots` [t] int64 the rows of its cache they are written to.
+    """
+
+    def __init__(
+        self,
+        source: ShardedCache,
+        sequences: Sequence[int],
+        query_lens: Sequence[int],
+        kv_lens: Sequence[int],
+        block_table: torch.Tensor,  # [B, n] int32, on the host
+        memory: ShardedMemory,
+    ) -> None:
+        self.query_lens, self.kv_lens = tuple(query_lens), tuple(kv_lens)
+        self.num_tokens = sum(query_lens)
+        self.page_size, self.memory = source.page_size, memory
+        self._source, self._generation, self._sequences = source, source.generation, sequences
+        self._memo: dict[Hashable, Any] = {}
+        self._table = block_table
+        one_each = self.query_lens.count(1) == len(self.query_lens)
+        self._describe(self._decode() if one_each else self._step())
+
+    @cached_property
+    def _tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The request [T], the position [T], and the keys that are here [T], of every new token."""
+        request, positions = _new_tokens(self.query_lens, self.kv_lens)
+        return request, positions, self._source.share.count(positions + 1)
+
+    def _step(self) -> _Step:
+        """Work out a step of any number of new tokens."""
+        request, positions, seen = self._tokens
+        own = self._source.share.owned(positions).nonzero().view(-1)
+        index = seen[own] - 1
+        page = self._table[request[own], index // self.page_size].long()
+        slots = page * self.page_size + index % self.page_size
+        cut = self._cut(slice(0, self.num_tokens))
+        return _Step(own.tolist(), slots.tolist(), positions.tolist(), cut)
+
+    def _decode(self) -> _Step:
+        """Work out a step of one new token each: a few integers, not worth tensor arithmetic."""
+        share, slot = self._source.share, self._source.slot
+        seen = [share.held(length) for length in self.kv_lens]
+        own = [request for request, length in enumerate(self.kv_lens) if share.owns(length - 1)]
+        slots = [slot(self._sequences[request], seen[request] - 1) for request in own]
+        positions = [length - 1 for length in self.kv_lens]
+        return _Step(own, slots, positions, _Cut(None, None, self.query_lens, tuple(seen)))
+
+    def _describe(self, step: _Step) -> None:
+        """Upload a step and name its parts."""
+        memory, own = self.memory, len(step.own)
+        memory.fill(_packed(self.num_tokens, len(memory.kv_lens), step), self._rows_of(step.cut))
+        self.own, self.slots, self.positions = memory.own[:own], memory.slots[:own], memory.positions
+        self._whole = self._part(slice(0, self.num_tokens), step.cut, memory)
+
+    def _rows_of(self, cut: _Cut) -> torch.Tensor:
+        """Return the block table [R, width] of rows."""
+        return self._table if cut.rows is None else self._table[cut.rows]
+
+    def parts(self, most: int) -> tuple[Part, ...]:
+        """Return the step's tokens in parts of at most `most`, which is positive; none without new tokens."""
+        if self.num_tokens <= most:
+            return (self._whole,) if self.num_tokens else ()
+        return self.memo(("parts", most), lambda: tuple(self._split(most)))
+
+    def _split(self, most: int) -> Iterator[Part]:
+        device = self.positions.device
+        for first in range(0, self.num_tokens, most):
+            tokens = slice(first, min(first + most, self.num_tokens))
+            cut = self._cut(tokens)
+            table, count = self._rows_of(cut), tokens.stop - first
+            memory = ShardedMemory(count, len(table), table.shape[1], device)
+            memory.fill(_packed(count, len(table), _Step([], [], [], cut)), table)
+            yield self._part(tokens, cut, memory)
+
+    def _cut(self, tokens: slice) -> _Cut:
+        request, positions, seen = (one[tokens] for one in self._tokens)
+        order = _order(self._source.share, request, positions, self.query_lens)
+        if order is None:
+            return _Cut(None, *_cut(request, seen))
+        return _Cut(order, *_cut(request[order], seen[order]))
+
+    def _part(self, tokens: slice, cut: _Cut, memory: ShardedMemory) -> Part:
+        """Return a part that `memory` holds."""
+        count, same = len(cut.kv_lens), cut.order is None
+        device = memory.block_table, memory.kv_lens, memory.cu_q
+        if count < memory.kv_lens.shape[0]:
+            device = memory.block_table[:count], memory.kv_lens[:count], memory.cu_q[: count + 1]
+        rows = Rows(cut.query_lens, cut.kv_lens, self.page_size, *device)
+        return Part(tokens, rows, None if same else memory.order, None if same else memory.back)
+
+    def memo(self, key: Hashable, build: Callable[[], Value]) -> Value:
+        """Return what `build` made for `key`, building it at most once per batch."""
+        if key not in self._memo:
+            self._memo[key] = build()
+        return cast("Value", self._memo[key])
+
+    def fits(self, pages: int) -> bool:
+        """Return whether a cache of `pages` pages can be the one this batch describes."""
+        return self._source.num_pages == pages
+
+    def check_current(self) -> None:
+        """Raise `StaleBatch` when the cache has changed since this batch was made."""
+        if self._source.generation != self._generation:
+            raise StaleBatch(
+                "this batch is out of date: the cache was extended, truncated or released since."
+            )
+
+
+def _new_tokens(query_lens: Sequence[int], kv_lens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the request [T] and the position [T] of every new token."""
+    queries = host_ints(query_lens)
+    request = torch.arange(len(query_lens), device="cpu").repeat_interleave(queries)
+    ends = host_ints(accumulate(query_lens))
+    return request, torch.arange(sum(query_lens), device="cpu") + (host_ints(kv_lens) - ends)[request]
+
+
+def _order(
+    share: Share, request: torch.Tensor, positions: torch.Tensor, query_lens: Sequence[int]
+) -> torch.Tensor | None:
+    """Return new tokens [T] so that those of a request of which each sees one key more are adjacent.
+
+    None where they stay in order.
+    """
+    if share.interleave > 1 or max(query_lens, default=0) <= 1:
+        return None
+    order = (request * share.world + positions.remainder(share.world)).argsort(stable=True)
+    return None if bool((order[1:] > order[:-1]).all()) else order
+
+
+def _cut(request: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:
+    """Cut tokens, which see `seen` [T] keys, into rows of attention.
+
+    Returns the request [R], the queries [R] and the keys [R] of each. Tokens without keys stand alone: the
+    tokens of a request that has any all see some.
+    """
+    joined = (request[1:] == request[:-1]) & (seen[1:] == seen[:-1] + 1) & (seen[:-1] > 0)
+    starts = torch.cat((torch.zeros(1, dtype=torch.int64, device="cpu"), (~joined).nonzero().view(-1) + 1))
+    starts = starts[: len(request)]  # of no tokens there are no rows
+    cu_q = torch.cat((starts, torch.tensor([len(request)], device="cpu")))
+    return request[starts], tuple(cu_q.diff().tolist()), tuple(seen[cu_q[1:] - 1].tolist())
 
 
 class ShardedCache:

@@ -1,12 +1,16 @@
-"""`Layout`: what is split over ranks, and which part each rank has."""
+"""`Layout`: what is split over ranks, and which part each has; `Share`: which tokens it has. No torch."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mla.config import MLAConfig
 from mla.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
 
 AXES = ("dp", "tp", "dcp")
 MOST = 4096  # larger sizes are typos
@@ -99,3 +103,42 @@ class Layout:
                 f"layout '{self}' splits heads over {self.head_parts} ranks, and config '{config.name}' has "
                 f"{config.num_attention_heads}: choose a layout whose tp x dcp divides them."
             )
+
+
+@dataclass(frozen=True)
+class Share:
+    """The tokens i of every request with i // interleave mod world == rank."""
+
+    rank: int
+    world: int
+    interleave: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world or self.interleave < 1:
+            raise ValueError(
+                f"no share has rank {self.rank} of {self.world} with runs of {self.interleave} tokens."
+            )
+
+    def owned(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return, for positions [T], whether each is on this rank."""
+        return positions.div(self.interleave, rounding_mode="floor").remainder(self.world) == self.rank
+
+    def count(self, lengths: torch.Tensor) -> torch.Tensor:
+        """Return, for lengths [T], how many of so many first tokens are on this rank."""
+        turns = lengths.div(self.world * self.interleave, rounding_mode="floor")
+        rest = lengths.remainder(self.world * self.interleave) - self.rank * self.interleave
+        return turns * self.interleave + rest.clamp(0, self.interleave)
+
+    def owns(self, position: int) -> bool:
+        """Return whether the token at a position is on this rank."""
+        return position // self.interleave % self.world == self.rank
+
+    def held(self, length: int) -> int:
+        """Return how many of the first `length` tokens are on this rank."""
+        turns, rest = divmod(length, self.world * self.interleave)
+        return turns * self.interleave + min(max(rest - self.rank * self.interleave, 0), self.interleave)
+
+    def first(self, length: int) -> int:
+        """Return how many of the first `length` tokens are on rank 0: the most that any rank has."""
+        turns, rest = divmod(length, self.world * self.interleave)
+        return turns * self.interleave + min(rest, self.interleave)

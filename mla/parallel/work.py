@@ -1,12 +1,20 @@
-"""FLOPs and bytes of one rank's part of a forward, what its layout repeats on it included. No torch."""
+"""What a layout costs each rank: FLOPs and bytes of a forward, and room for tokens. Arithmetic, no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from mla.config import MLAConfig
 from mla.cost.by_op import latent_attention_flops
-from mla.cost.step import kv_b_parameters, parameters, projection_parameters, step_bytes, step_flops
+from mla.cost.step import (
+    head_parameters,
+    kv_b_parameters,
+    parameters,
+    projection_parameters,
+    step_bytes,
+    step_flops,
+)
 from mla.cost.work import Work
 from mla.parallel.layout import Layout
 
@@ -63,3 +71,46 @@ def _quotients(last: int, world: int) -> int:
     """Return the sum of x // world for x from 0 to `last`."""
     whole = (last + 1) // world
     return world * whole * (whole - 1) // 2 + whole * (last + 1 - whole * world)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What `layout` leaves for the cache, and how many tokens that is; bytes are of one device."""
+
+    layout: Layout
+    weight_bytes: int
+    cache_bytes: int  # 0 where the weights alone do not fit
+    tokens: int  # of all devices together, each counted once
+    copies: int  # of every token, on as many devices
+
+    @property
+    def repeated(self) -> float:
+        """The share of all cached bytes that is a copy of others."""
+        return 1 - 1 / self.copies
+
+
+def capacity(config: MLAConfig, layout: Layout, memory: int, layers: int, itemsize: int = 2) -> Capacity:
+    """Return what so many bytes on every device hold of `layers` layers and their cache.
+
+    Weights count once, `itemsize` bytes each; of the cache, tokens without any room lost in pages.
+    Raises `UsageError` where the heads cannot be split.
+    """
+    layout.check(config)
+    split = head_parameters(config)
+    weights = (parameters(config) - split + split // layout.head_parts) * itemsize * layers
+    room = max(0, memory - weights)
+    per_token = config.latent_dim * itemsize * layers
+    return Capacity(layout, weights, room, room // per_token * layout.dcp * layout.dp, layout.tp)
+
+
+def layouts(config: MLAConfig, world: int) -> Iterator[Layout]:
+    """Yield every layout of so many ranks that the heads of `config` can be split by."""
+    for dp in _divisors(world):
+        for dcp in _divisors(world // dp):
+            layout = Layout(tp=world // dp // dcp, dp=dp, dcp=dcp)
+            if config.num_attention_heads % layout.head_parts == 0:
+                yield layout
+
+
+def _divisors(number: int) -> list[int]:
+    return [one for one in range(1, number + 1) if number % one == 0]

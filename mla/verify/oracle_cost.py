@@ -1,13 +1,11 @@
-"""The work and the memory of the float64 oracle of the layer, from lengths."""
+"""The memory of the float64 oracle of the layer, from lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mla import cost
 from mla.config import MLAConfig
-from mla.cost.by_op import expanded_attention_flops, linear_flops
 from mla.verify.layer_oracle import LOGITS_BYTES
 
 WIDE = 8  # bytes of a float64
@@ -29,20 +27,6 @@ class Run(NamedTuple):
     def pairs(self) -> int:
         """Query-key pairs whose logits are made, masked ones too."""
         return self.rows * (self.past + self.new)
-
-
-def oracle_flops(config: MLAConfig, runs: Sequence[Run]) -> int:
-    """Return the FLOPs of matrix products: a past is expanded once for all choices."""
-    return sum(_run_flops(config, run) for run in runs)
-
-
-def _run_flops(config: MLAConfig, run: Run) -> int:
-    heads, v = config.num_attention_heads, config.v_head_dim
-    projections = linear_flops(cost.projection_parameters(config), run.rows)
-    latents = linear_flops(config.hidden_size * config.latent_dim, run.uncached)
-    expansion = linear_flops(cost.kv_b_parameters(config), run.past + run.rows)
-    attention = expanded_attention_flops(heads, run.pairs, config.qk_head_dim, v)
-    return projections + latents + expansion + attention
 
 
 def oracle_bytes(config: MLAConfig, runs: Sequence[Run], itemsize: int) -> int:

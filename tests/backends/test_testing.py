@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mla import MLA, LatentCache, MLAConfig
+from mla.conformance.selection import Xfails
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
-from mla.conformance.xfails import Xfails
 from mla.weights import random_state_dict
 from mla_backends import BackendError, BackendOptionError, FusedOp
 from mla_backends.registry import open_backend

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mla.cache.ragged_batch
-import mla.parallel.batch
+import mla.parallel.cache
 from mla import LatentCache
 from mla.errors import CacheFull, StaleBatch
 from mla.parallel.cache import ShardedCache
-from mla.parallel.share import Share
+from mla.parallel.layout import Share
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +431,7 @@ def test_a_step_that_cannot_be_described_gives_its_pages_back(
 
     cache, untouched = (shared_or_not(tiny, shared) for _ in range(2))
     before = everything(cache)
-    room = mla.parallel.batch if shared else mla.cache.ragged_batch
+    room = mla.parallel.cache if shared else mla.cache.ragged_batch
     with monkeypatch.context() as broken, ExitStack() as stack:
         if fault == "fake mode":
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -12,9 +12,9 @@ from smaller_cases import make_nearer, make_smaller
 from sound_backend import Allocated, Asynchronous, Sound
 
 from mla.conformance.report import CheckResult
+from mla.conformance.selection import Xfails
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
-from mla.conformance.xfails import Xfails
 from mla_backends import Backend, FusedOp
 
 Run = Callable[..., list[CheckResult]]

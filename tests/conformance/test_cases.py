@@ -13,18 +13,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from wrong_ops.base import SMALL_OPS
 
-from mla.command.backend import BackendOptions
-from mla.conformance import schedule
 from mla.conformance.checks.attention import SMALL
 from mla.conformance.checks.small_ops import EXAMPLES
 from mla.conformance.cli import main
 from mla.conformance.registry import LAYER, OP
 from mla.conformance.report import CheckResult
-from mla.conformance.report.made import Results
-from mla.conformance.speed import slow_dtypes
-from mla.conformance.suite import Asked, Instance, Suite, carry_out, handful, instances
+from mla.conformance.selection import Xfails
+from mla.conformance.suite import Instance, carry_out, handful, instances, slow_dtypes
 from mla.conformance.trial import BackendUnderTest
-from mla.conformance.xfails import Xfails
 from mla.reference import REFERENCE
 from mla_backends.api import Packed
 
@@ -248,36 +244,13 @@ def test_the_card_says_of_which_dtype_a_handful_ran(
     assert bool(found) is not bool(words)
 
 
-def test_the_expected_time_is_said_once_and_early(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(schedule, "SAY_FROM", 0.0)
-    checks = [f"linear.{name}" for name in ("product", "bias", "pack", "strided", "inputs")]
-    checks += [f"rms_norm.{name}" for name in ("formula", "eps", "large", "strided")]
-    chosen = (*(word for one in checks for word in ("--only", one)), "--dtype", "float32", "--quick", "-v")
+def test_checks_are_named_before_they_run_and_the_slowest_at_the_end(capsys: Any) -> None:
+    chosen = ("--only", "linear.product", "--only", "linear.pack", "--dtype", "float32", "--quick", "-v")
     assert main(["--backend", "faulty_backend:FaultyBackend", "-O", "op=linear", *chosen]) == 0
-    lines = capsys.readouterr().err.splitlines()
-    said = re.compile(r"14 checks, \d+ cases: about \d+ s in all, \d+ s from now")
-    (at,) = [i for i, line in enumerate(lines) if said.fullmatch(line)]
-    sampled = ("linear.strided[faulty-", "linear.strided[reference-", "rms_norm.strided[reference-")
-    assert lines[:at] == [f"{one}float32]" for one in sampled]
-    assert len(lines) == 1 + 14 + 1
-    assert lines[-1].startswith("slowest: ")
-
-
-def test_the_rest_is_expected_to_take_what_its_kind_took(sound: Any) -> None:
-    subject = BackendUnderTest(sound(), "sound", quick=True)
-    asked = Asked(
-        BackendOptions("sound", None, (), None), (), ("linear.bias", "linear.product", "rms_norm.eps")
-    )
-    suite = Suite(asked, subject, (torch.float32,))
-    planned = schedule.Schedule(Results(suite))
-    assert list(planned.cases.values()) == [4, 3, 2]
-    product, _, eps = suite.planned
-    assert planned.first == {product.id, eps.id}
-    done = carry_out(product, subject, Xfails())
-    done.seconds = 1.0
-    planned.results[product.id] = done
-    assert planned.expected() == 0.75
-    assert [schedule.duration(seconds) for seconds in (0.2, 99.0, 280.0)] == ["1 s", "99 s", "5 min"]
+    *named, slowest = capsys.readouterr().err.splitlines()
+    ops = ("faulty", "reference")
+    assert named == [f"linear.{check}[{op}-float32]" for check in ("product", "pack") for op in ops]
+    assert slowest.startswith("slowest: linear.")
 
 
 def test_cases_are_listed_with_a_backend_alone(capsys: Any) -> None:

@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from mla.conformance import kinds
+from mla.conformance.card import MOST_CASES, Extent, blind, coverage, failed_cases
 from mla.conformance.cli import main
-from mla.conformance.registry import all_checks, check
+from mla.conformance.registry import KINDS, all_checks, check
 from mla.conformance.report import Cases, CheckResult, Failure, Slow, decode
-from mla.conformance.report.card import MOST_CASES, failed_cases
-from mla.conformance.report.coverage import Extent, blind, coverage
 from mla.reference import REFERENCE
 
 FAULTY = ("--backend", "faulty_backend:FaultyBackend", "--quick", "--dtype", "float32")
@@ -49,7 +47,7 @@ def extent(**changes: Any) -> Extent:
 
 
 def test_every_check_says_why_kernels_fail_it() -> None:
-    assert {one.fails for one in all_checks()} <= set(kinds.KINDS)
+    assert {one.fails for one in all_checks()} <= set(KINDS)
     by_id = {one.id: one.fails for one in all_checks()}
     assert by_id["device.timer"] == by_id["linear.pack"] == "contract"
     assert by_id["linear.strided"] == by_id["layer.untouched"] == "memory"
@@ -68,9 +66,9 @@ def test_cases_are_counted_by_kind() -> None:
         result("latent.far_pages"),
     ]
     by_kind = {one.kind: one for one in coverage(found)}
-    assert list(by_kind) == list(kinds.KINDS)
+    assert list(by_kind) == list(KINDS)
     memory = by_kind["memory"]
-    assert (memory.checks, memory.what) == (2, kinds.KINDS["memory"])
+    assert (memory.checks, memory.what) == (2, KINDS["memory"])
     assert memory.cases == Cases(passed=3, refused=4, failed=1, left_out=2)
     assert (by_kind["index"].checks, by_kind["order"].checks) == (1, 0)
 
@@ -139,13 +137,11 @@ def test_the_card_and_the_report_say_what_was_covered(tmp_path: Path, capsys: An
     assert (by_kind["memory"].checks, by_kind["numbers"].checks, by_kind["index"].checks) == (4, 6, 2)
     assert sum(one.checks for one in report.coverage) == len(report.checks) == 28
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines() if line[:1] == "|"]
-    assert ["memory", "4", str(by_kind["memory"].cases.passed), kinds.KINDS["memory"]] in rows
+    assert ["memory", "4", str(by_kind["memory"].cases.passed), KINDS["memory"]] in rows
     assert all(f"- {sentence}\n" in card for sentence in report.blind)
     assert report.blind[0] == "What other checks ask: only rms_norm ran."
     assert "bfloat16 and float16: claimed, and not asked for." in report.blind
-    assert {one["kind"] for one in json.loads((tmp_path / "out.json").read_text())["checks"]} <= set(
-        kinds.KINDS
-    )
+    assert {one["kind"] for one in json.loads((tmp_path / "out.json").read_text())["checks"]} <= set(KINDS)
 
 
 def test_a_card_lists_a_few_wrong_cases_and_counts_the_others() -> None:

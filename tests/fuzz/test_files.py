@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from mla import MLAConfig
 from mla.bench import results
 from mla.bench.cli.main import main
-from mla.bench.results.ceilings_file import CeilingRun
+from mla.bench.results.schema import CeilingRun
 from mla.bench.workload.grid import points_of
 from mla.bench.workload.workload_file import read_workload
-from mla.conformance.xfails import Xfails
+from mla.conformance.selection import Xfails
 from mla.layer.rope import inverse_frequencies
 from mla_backends.triton_ops.tuning import Tile, Tuning, read_tuning, tile_for, write_tuning
 

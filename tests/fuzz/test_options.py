@@ -14,7 +14,7 @@ from damage import attempt as attempt_within
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mla.bench.cli.capacity import capacity_command
+from mla.bench.cli.devices import capacity_command
 from mla.bench.cli.run import run
 from mla.bench.measure import variants
 from mla.bench.workload import grid, implementations

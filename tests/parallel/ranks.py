@@ -26,8 +26,7 @@ from mla.parallel import groups as groups_module
 from mla.parallel.cache import ShardedCache
 from mla.parallel.groups import Groups
 from mla.parallel.layer import ParallelMLA
-from mla.parallel.layout import Layout
-from mla.parallel.share import Share
+from mla.parallel.layout import Layout, Share
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
 

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from mla import LatentCache, MLAConfig
 from mla.errors import CacheFull, StaleBatch
-from mla.parallel.batch import Part
-from mla.parallel.cache import ShardedCache
-from mla.parallel.share import Share
+from mla.parallel.cache import Part, ShardedCache
+from mla.parallel.layout import Share
 
 CONFIG = MLAConfig(
     hidden_size=8,

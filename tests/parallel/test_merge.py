@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla.config import MLAConfig
 from mla.layer.workspace import Workspace
-from mla.parallel.exchange import Exchange, Merging, merge, scratch_per_token
+from mla.parallel.context import Exchange, Merging, merge, scratch_per_token
 
 
 def attend(q: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

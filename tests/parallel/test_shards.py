@@ -13,7 +13,7 @@ from mla import MLAConfig
 from mla.checkpoint import folder as files
 from mla.checkpoint import read_layer
 from mla.errors import WeightError
-from mla.parallel.shards import HeadShard
+from mla.parallel.layer import HeadShard
 from mla.weights import random_state_dict
 
 CONFIG = MLAConfig(

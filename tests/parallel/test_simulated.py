@@ -11,11 +11,9 @@ import torch
 import mla
 from mla import LatentCache, MLAConfig
 from mla.parallel.cache import ShardedCache
-from mla.parallel.groups import summed_bytes
+from mla.parallel.groups import SimulatedGroups, SimulatedWorld, summed_bytes
 from mla.parallel.layer import ParallelMLA
-from mla.parallel.layout import Layout
-from mla.parallel.share import Share
-from mla.parallel.simulated import SimulatedGroups, SimulatedWorld
+from mla.parallel.layout import Layout, Share
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
 

@@ -20,7 +20,7 @@ FLOORS = (
     {"conformance", "bench.results", "bench.doctor", "bench.scaffold"},
     {"bench.terminal", "bench.subjects"},
     {"bench.doubts"},
-    {"bench.limits", "bench.report", "bench.export"},
+    {"bench.limits", "bench.report"},
     {"bench.measure"},
     {"bench.plan"},
     {"bench.ranks"},

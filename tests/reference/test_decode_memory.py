@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mla.bench.subjects.memory import WORKSPACE
+from mla.bench.plan.memory import WORKSPACE
 from mla.reference import REFERENCE
 from mla.reference.attention import MASKS_BYTES, DecodeState, fixed_shapes
 from mla_backends.api import AttentionSpec

@@ -6,8 +6,7 @@ import pytest
 
 from mla.bench import results
 from mla.bench.limits import growth, microbench
-from mla.bench.results.ceilings_file import CeilingRun
-from mla.bench.results.schema import Ceiling
+from mla.bench.results.schema import Ceiling, CeilingRun
 from mla.bench.run import ceilings as ceilings_command
 from mla.bench.run import judging
 

@@ -14,7 +14,7 @@ from benchmarks.gpu.tuning import choice
 from benchmarks.gpu.tuning.classes import classes
 from benchmarks.gpu.tuning.trials import sweeps_in
 from mla.bench import results
-from mla.bench.results import ceilings_file
+from mla.bench.results.file import decode_ceilings
 from mla.bench.workload.quantities import spoken
 from mla.command.table import aligned, markdown
 from mla.errors import MLAError
@@ -124,7 +124,7 @@ class Report:
         """Return kind of work -> the best the device reached: beyond its cache, and in bfloat16."""
         path = next((self._folder / "facts").glob("*-ceilings.json"), None)
         try:
-            found = ceilings_file.decode(path.read_bytes() if path else b"")
+            found = decode_ceilings(path.read_bytes() if path else b"")
         except (MLAError, OSError):
             return {}
         best: dict[str, float] = {}

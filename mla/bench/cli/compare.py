@@ -10,8 +10,7 @@ import click
 from mla.bench import results
 from mla.bench.results.compare import REFUSED, Comparison, slower
 from mla.bench.results.scaling import scaling
-from mla.bench.terminal.comparison import compare_runs
-from mla.bench.terminal.scaling import render
+from mla.bench.terminal.comparison import compare_runs, scaling_tables
 from mla.command.console import note, out
 from mla.command.exit_codes import Exit
 from mla.command.options import FILE, Word, parsed_by, percent
@@ -62,7 +61,7 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
         printed, compared = compare_runs(first, run, f"{path} against {base}", kind, noise)
         text += printed
         cases += compared
-    scaled = render(scaling([first, *others]), kind)
+    scaled = scaling_tables(scaling([first, *others]), kind)
     out(text + "\n" * bool(scaled) + scaled)
     return Exit.OK if all(same) else verdict(cases, fail_slower)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 
 from mla.bench import results
-from mla.bench.export import infinimetrics, table
+from mla.bench.results import infinimetrics
+from mla.bench.results.rows import as_csv, timing_rows
 from mla.bench.results.schema import Run
 from mla.command import files
 from mla.command.console import note, out
@@ -20,7 +21,7 @@ from mla.errors import ResultError, UsageError
 
 Files = Sequence[tuple[Path, Run]]
 
-TABLE = files.Kind("a table of results", lambda data: data.startswith(table.render(()).encode()))
+TABLE = files.Kind("a table of results", lambda data: data.startswith(as_csv(()).encode()))
 DOCUMENT = files.Kind("a document of a case", lambda data: infinimetrics.START.match(data) is not None)
 
 
@@ -86,8 +87,8 @@ def _check_target(target: Path, inputs: Sequence[Path]) -> None:
 
 
 def _csv(read: Files, target: Path | None) -> str:
-    rows = table.rows(read)
-    text = table.render(rows)
+    rows = timing_rows(read)
+    text = as_csv(rows)
     if target is None:
         out(text)
     else:

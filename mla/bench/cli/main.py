@@ -8,19 +8,7 @@ from collections.abc import Sequence
 
 import click
 
-from mla.bench.cli import (
-    capacity,
-    ceilings,
-    compare,
-    doctor,
-    export,
-    new_backend,
-    replay,
-    report,
-    run,
-    show,
-)
-from mla.bench.cli import list as list_command
+from mla.bench.cli import ceilings, compare, devices, export, report, run, show
 from mla.command import console, launcher
 from mla.command.exit_codes import carried_out, guarded
 from mla.errors import did_you_mean
@@ -72,16 +60,16 @@ def cli() -> None:
 
 for command in (
     run.run,
-    list_command.list_backends,
-    doctor.doctor,
-    new_backend.new_backend,
+    devices.list_backends,
+    devices.doctor,
+    devices.new_backend,
     compare.compare,
     show.show,
     report.report,
     export.export,
-    replay.replay,
+    devices.replay,
     ceilings.ceilings,
-    capacity.capacity_command,
+    devices.capacity_command,
 ):
     assert command.callback is not None
     command.callback = carried_out(command.callback)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,15 +13,16 @@ from mla.bench.cli import compare
 from mla.bench.cli.run_options import run_options
 from mla.bench.plan.options import RunOptions
 from mla.bench.plan.validate import check_gate
-from mla.bench.results.predicted import labelled
-from mla.bench.results.printable import printable
-from mla.bench.run.budget import Budget
+from mla.bench.results.cases import labelled
+from mla.bench.results.file import printable
+from mla.bench.run.watchdog import Budget
 from mla.bench.terminal import run_table
 from mla.bench.terminal.comparison import compare_runs
-from mla.bench.terminal.quality_warnings import quality_warnings
+from mla.bench.terminal.lines import OTHERS, folded_warnings, quality_warnings
 from mla.bench.workload.implementations import parse_one
 from mla.command import files, last_words
 from mla.command.console import note, out
+from mla.command.environment import OtherLoad
 from mla.command.exit_codes import Exit, graver
 from mla.errors import UsageError
 
@@ -58,8 +60,8 @@ Exit codes:
   0 ok
   1 regression (or, with --fail-slower, a case that was lost)
   2 usage, or a result that cannot be written (-o, stdout)
-  3 backend missing, unusable or hung, the device does not exist, an op raised, or the ops refused every
-    case of mla
+  3 backend missing, unusable or hung, the device does not exist, an op raised or ended the process, or the
+    ops refused every case of mla
   4 wrong result
   5 nothing ran (no case of mla, if any was asked for)
   6 a doubtful time, or with --strict an unreliable one
@@ -100,11 +102,10 @@ def run(**values: Any) -> int:
     from mla.bench.plan.resolve import resolve
 
     request = resolve(options, _ranks)
+    measure = partial(_run, options, budget=budget, old=old, baseline=baseline)
     if options.parallel and not options.simulate:
-        return _run_on_ranks(options, request, budget, old, baseline)
-    if options.list_ops:
-        return _list_ops(request)
-    return _run(options, request, budget, old, baseline)
+        return _run_on_ranks(options, request, measure)
+    return _list_ops(request) if options.list_ops else measure(request)
 
 
 def _ranks(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Any:
@@ -118,27 +119,19 @@ def _ranks(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Any:
     return join(options, opened, layout)
 
 
-def _run_on_ranks(
-    options: RunOptions,
-    request: Request,
-    budget: Budget,
-    old: results.Run | None,
-    baseline: results.Run | None,
-) -> int:
+def _run_on_ranks(options: RunOptions, request: Request, measure: Callable[[Request], int]) -> int:
     """Run on rank 0, which has the others do their part; the others end as it does."""
-    from mla.bench.ranks.contents import contents
+    from mla.bench.ranks.agreement import facts
     from mla.bench.ranks.crew import Crew
     from mla.bench.ranks.follower import follow
 
     crew = request.setting.ranks
     assert isinstance(crew, Crew)
     with crew, crew.told():
-        request = crew.agreed(request, contents(request, options))
+        request = crew.agreed(request, facts(request, options))
         if crew.rank:
             return follow(request, crew)
-        if options.list_ops:
-            return crew.end(_list_ops(request))
-        return crew.end(_run(options, request, budget, old, baseline))
+        return crew.end(_list_ops(request) if options.list_ops else measure(request))
 
 
 def _list_ops(request: Request) -> Exit:
@@ -169,15 +162,18 @@ def _run(
     from mla.bench.run.outcome import verdict
     from mla.bench.run.steering import steering
 
-    preview.describe(request)
+    preview.describe(request, options.detail == "verbose" or options.dry_run)
     preview.require_memory(request)
     if options.dry_run:
         preview.dry_run(request)
         return Exit.OK
     empty = empty_run(request)
     course = steering(options, request, empty, budget, old, lambda run: _show(options, run))
+    load = OtherLoad()
     with last_words.while_running(request.setting.backend.name):
         outcome = scheduler.measure(request, empty, course)
+    if options.simulate or not options.parallel:  # otherwise the others are ranks of this run
+        _note_load(load, outcome.run)
     _report(options, request, outcome)
     compared = _compare(options, baseline, outcome.run)
     code = verdict(outcome)
@@ -186,6 +182,14 @@ def _run(
     if not outcome.interrupted and compared is not None:
         code = graver(code, _gate(options, compared))
     return code if outcome.interrupted else _profile(options, request, outcome, budget, code)
+
+
+def _note_load(load: OtherLoad, run: results.Run) -> None:
+    """Keep how many CPUs others used meanwhile, where this run's threads needed them."""
+    facts = run.environment
+    threads = int(facts["torch_threads"]) if facts["processor"] == run.backend.device else 1
+    if others := load.remark(threads):
+        facts[OTHERS] = others
 
 
 def _profile(options: RunOptions, request: Request, outcome: Outcome, budget: Budget, code: Exit) -> Exit:
@@ -206,7 +210,7 @@ def _report(options: RunOptions, request: Request, outcome: Outcome) -> None:
             results.write(outcome.run, options.target)
     finally:  # the numbers must survive a disk that has filled up
         _show(options, outcome.run)
-    if missing := skipped(options, request, outcome.run, outcome.needed):
+    if missing := skipped(options, request, outcome.run):
         note(missing)
 
 
@@ -214,9 +218,17 @@ def _show(options: RunOptions, run: results.Run) -> None:
     if run.cases:
         run = printable(run)  # what a plugin says of itself and of its device goes to a terminal as well
         if not files.is_stdout(options.target):
-            out(run_table.render(run, options.kind))
-        for warning in quality_warnings(labelled(run)):
+            out(run_table.render(run, options.kind, options.detail or "short", _next(options)))
+        warn = quality_warnings if options.detail == "verbose" else folded_warnings
+        for warning in [] if options.detail == "quiet" else warn(labelled(run)):
             note(warning)
+
+
+def _next(options: RunOptions) -> str:
+    """Return what a reader of the short table may want next."""
+    saved = [] if options.target else ["-o run.json saves the run"]
+    batch = [] if options.batch_specs or options.op else ["--batch-spec 16q1s4k times your own batch"]
+    return ", ".join(["-v shows details", *saved, *batch])
 
 
 def _compare(options: RunOptions, baseline: results.Run | None, run: results.Run) -> list[Comparison] | None:

@@ -4,17 +4,52 @@ from __future__ import annotations
 
 import click
 
-from mla.bench.cli.op_options import OP
 from mla.bench.plan.options import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE
 from mla.bench.terminal.run_table import FORMATS
-from mla.bench.workload.quantities import duration
-from mla.bench.workload.scenario import MAX_COUNT, MAX_LAYERS
+from mla.bench.workload.op_scenario import DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY
+from mla.bench.workload.quantities import duration, size
+from mla.bench.workload.scenario import MAX_COUNT, MAX_LAYERS, MAX_REQUESTS
 from mla.bench.workload.workload_file import PRESETS, STANDARD
 from mla.command.backend import MEASURED_BACKEND_HELP, backend_options
-from mla.command.options import FILE, Command, add_options, parsed_by, percent, result_path
+from mla.command.options import DETAIL, FILE, Command, add_options, parsed_by, percent, result_path
 from mla.config.presets import DEFAULT_CONFIG
 from mla.parallel.layout import Layout
 from mla.text import DTYPES
+
+# One op of the layer alone, and its shape.
+OP = (
+    click.option(
+        "--op",
+        metavar="NAME",
+        help="Time one op of the contract without the layer, on lengths below or of batch specs: its name, "
+        "or its role (see --list-ops).",
+    ),
+    click.option(
+        "--batch",
+        type=click.IntRange(1, MAX_REQUESTS),
+        metavar="N",
+        help=f"--op: requests.  [default: {DEFAULT_BATCH}]",
+    ),
+    click.option(
+        "--kv",
+        callback=parsed_by(size),
+        metavar="LEN",
+        help=f"--op: tokens per request cached before the new ones (4k).  [default: {DEFAULT_HISTORY}]",
+    ),
+    click.option(
+        "--q-len",
+        type=click.IntRange(1, MAX_COUNT),
+        metavar="N",
+        help=f"--op: new tokens per request.  [default: {DEFAULT_QUERY}]",
+    ),
+    click.option(
+        "--heads",
+        type=click.IntRange(1, MAX_COUNT),
+        metavar="N",
+        help="--op, --batch-spec: heads, instead of the config's.",
+    ),
+)
+
 
 # What is measured.
 WORKLOAD = (
@@ -232,6 +267,7 @@ CONTROL = (
 
 # What is printed.
 OUTPUT = (
+    *DETAIL,
     click.option(
         "--format",
         "kind",

@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 
 from mla.bench import results
-from mla.bench.results import ceilings_file
+from mla.bench.results.file import decode_ceilings, is_ceilings
 from mla.bench.terminal import ceilings, run_table
 from mla.command.console import out
 from mla.command.exit_codes import Exit
-from mla.command.options import FILE, Word
+from mla.command.options import DETAIL, FILE, Word, add_options
 
 
 @click.command(short_help="Print a stored run again; torch is not needed.")
@@ -24,15 +24,16 @@ from mla.command.options import FILE, Word
     show_default=True,
     help="Format of what is printed.",
 )
-def show(run: Path, kind: str) -> int:
+@add_options(DETAIL)
+def show(run: Path, kind: str, detail: run_table.Detail | None) -> int:
     """Print a run from its result file, in any format."""
-    out(stored(run, kind))
+    out(stored(run, kind, detail or "short"))
     return Exit.OK
 
 
-def stored(path: Path, kind: str) -> str:
+def stored(path: Path, kind: str, detail: run_table.Detail = "short") -> str:
     """Return a stored run, or what `ceilings` stored, as it was printed. Raises `ResultError`."""
     data = results.content(path)  # of a pipe there is only one reading
-    if ceilings_file.is_ceilings(data):
-        return ceilings.render(results.decoded(data, path, ceilings_file.decode), kind)
-    return run_table.render(results.decoded(data, path, results.decode), kind)
+    if is_ceilings(data):
+        return ceilings.render(results.decoded(data, path, decode_ceilings), kind)
+    return run_table.render(results.decoded(data, path, results.decode), kind, detail)

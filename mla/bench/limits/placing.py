@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from mla.bench.results.cases import device_cost
 from mla.bench.results.schema import Case, Ceiling, Cost, Roofline
-from mla.bench.results.shares import device_cost
 from mla.bench.terminal.digits import number
 
 # Most bytes read: more than any cache holds, without allocating a long context's size a second time.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from mla.bench.results import passes
+from mla.bench.results.compare import compare_cases
 from mla.bench.results.schema import Agreement, Case
 from mla.verify.tolerances import relative_error
 
@@ -33,13 +33,5 @@ def _agreement(case: Case, other: Case, pairs: list[tuple[torch.Tensor, torch.Te
     return Agreement(
         implementation=other.implementation,
         relative_difference=relative_error(*pairs),
-        speed_ratio=_speed_ratio(case, other),
+        speed_ratio=compare_cases(other, case).speedup,
     )
-
-
-def _speed_ratio(case: Case, other: Case) -> float | None:
-    """Return the ratio of the median latencies of the same steps."""
-    case, other = passes.same_steps(case, other)
-    if case.latency_ms is None or other.latency_ms is None:
-        return None
-    return other.latency_ms.median / case.latency_ms.median

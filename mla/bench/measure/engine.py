@@ -131,6 +131,11 @@ class _Engine:
         self._warm_up(runner)
         self._shorten(runner)
         self._times.headlines.append(runner)
+        forwards = min(self._scenario.inputs, len(runner.steps.run)) + len(runner.steps.run)
+        whole = forwards * self._times.each.get(runner, 0.0)
+        if reason := self._hooks.should_stop(whole, "checks and one timed pass"):
+            found.headline.check = Check(status="not run", reason=reason)
+            return
         start = self._hooks.target.now()
         found.transient_bytes = self._whole_pass(runner)
         each = (self._hooks.target.now() - start) / self._scenario.inputs
@@ -257,7 +262,7 @@ class _Engine:
             due = [runner for runner in runners if runner.steps.due(index, rounds)]
             order.shuffle(due)
             for runner in due:
-                if self._hooks.should_stop is not None and self._hooks.should_stop():
+                if self._hooks.should_stop(self._times.seconds(runner), "another pass"):
                     return
                 if not self._correct(runner) or not self._times.another(runner):
                     continue

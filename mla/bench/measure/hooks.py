@@ -18,7 +18,8 @@ Shorter = Mapping[str, tuple[Steps, str]]
 class Hooks:
     """By default the engine runs to the end, without a watchdog."""
 
-    should_stop: Callable[[], bool] | None = None  # asked before every timed pass
+    # Asked before checks and every timed pass, with their seconds and name: why they do not fit, or "".
+    should_stop: Callable[[float, str], str] = lambda seconds, what: ""
     enter: Callable[[str], None] = lambda name: None  # the implementation that runs from now on
     heartbeat: Callable[[], None] = lambda: None  # called between forwards
     # An implementation whose pass was wrong, while its inputs, cache and collected outputs are in place.

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from mla.bench import results
 from mla.bench.measure.samples import Measurement, Samples
+from mla.bench.results.cases import by_kind
 from mla.bench.results.passes import latency, throughput
-from mla.bench.results.timings import by_kind
 from mla.bench.subjects.base import Implementation
 from mla.bench.workload.scenario import Scenario
 

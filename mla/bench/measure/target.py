@@ -95,7 +95,7 @@ class Timetable:
 
         Its forwards take about `forward` seconds, if none was run.
         """
-        seconds = self._seconds(runner) or 2 * forward * len(runner.steps.run)
+        seconds = self.seconds(runner) or 2 * forward * len(runner.steps.run)
         return self._asked or runner.steps.passes * seconds <= self.spare() - self._due(self.variants)
 
     def new_lengths_fit(self, runner: PassRunner) -> bool:
@@ -110,7 +110,7 @@ class Timetable:
         return runner not in self.cut
 
     def _fits(self, runner: PassRunner) -> bool:
-        target, seconds, done, first = self._target, self._seconds(runner), len(runner.passes), self.first()
+        target, seconds, done, first = self._target, self.seconds(runner), len(runner.passes), self.first()
         if runner not in self.headlines:
             return self._asked or seconds <= self.spare()
         whole = runner in first and self._prefill  # the forwards of a headline, in however many passes
@@ -119,7 +119,7 @@ class Timetable:
         ahead = 0.0 if runner in first else self._due(first)
         return not done or seconds <= target.left() - self._evidence() - ahead
 
-    def _seconds(self, runner: PassRunner) -> float:
+    def seconds(self, runner: PassRunner) -> float:
         """Return the seconds that another pass takes, an idle one before it included."""
         if taken := self.taken.get(runner):
             return fmean(taken)
@@ -128,7 +128,7 @@ class Timetable:
     def _due(self, runners: Sequence[PassRunner]) -> float:
         """Return the seconds of all passes that are still due of these."""
         right = [one for one in runners if self._right(one)]
-        return sum((one.steps.passes - len(one.passes)) * self._seconds(one) for one in right)
+        return sum((one.steps.passes - len(one.passes)) * self.seconds(one) for one in right)
 
     def _evidence(self) -> float:
         """Return the seconds of all evidence, which follows the passes."""

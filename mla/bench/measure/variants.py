@@ -47,7 +47,7 @@ class Variant:
 
     @property
     def kind(self) -> str:
-        """Return the short name (`mla.bench.results.timings.KINDS`); "" for the headline."""
+        """Return the short name (`mla.bench.results.cases.KINDS`); "" for the headline."""
         parts = {
             "graph": self.mode == "graph",
             "device": self.clock == "device",

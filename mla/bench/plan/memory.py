@@ -1,18 +1,38 @@
-"""The memory of a scenario, before anything is allocated."""
+"""The memory of a case, before anything is allocated: weights, caches, outputs, and room for a forward.
+
+What a forward takes is measured while it runs. Where memory runs out after all, that costs its case alone.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from mla import cost
 from mla.bench.measure.cold_cache import sweep
-from mla.bench.subjects.fixture import Fixture, Needs
+from mla.bench.subjects import op as one_op
+from mla.bench.subjects import shelf, turns
+from mla.bench.subjects.fixture import Fixture, OpFixture
+from mla.bench.subjects.inputs import Requests, oracle_runs
+from mla.bench.subjects.setting import SPARE_PAGES, Setting
+from mla.bench.workload.grid import Point
+from mla.cases.varied import Pool
 from mla.errors import OutOfMemory
+from mla.layer.plan import WORKSPACE_BYTES
+from mla.layer.rope import RotaryTable
+from mla.parallel.context import scratch_per_token
+from mla.parallel.layout import Layout
 from mla.text import size
+from mla.verify.layer_oracle import LOGITS_BYTES
+from mla.verify.oracle_cost import oracle_bytes
 from mla_backends import host
 from mla_backends.api import Backend
+
+# Logits, gathered keys, masks, and what is rebuilt of a context, at most.
+WORKSPACE = 1 << 30
 
 
 class Available(NamedTuple):
@@ -34,15 +54,12 @@ class MemoryPlan:
     per_implementation: int  # on the device
     host: int  # weights, inputs, and the oracle in float64, once for all implementations
     outputs: int  # of a pass of one implementation, on the host
+    per_reference: int  # of the copy that judges fused ops on the device; 0: there is none
     implementations: int
-    references: int  # copies of the layer that live for a while next to the implementations
-    per_reference: int  # on the device
     device_available: int | None
     host_available: int | None
-    shared: bool  # the device is the host
-    shared_weights: int = 0  # bytes that all implementations together need once between them
-    shared_alone: int = 0  # the same for any single one and the reference
-    sweep: int = 0  # bytes that are read and written before a cold forward
+    shared: bool  # device memory is host memory
+    sweep: int = 0  # the buffer that is read and written before a cold forward
     gathered: int = 1  # copies of the outputs that are being checked
     others: int = 0  # further ranks on this host
     per_other: int = 0  # what each holds there, apart from what is on its device
@@ -52,6 +69,11 @@ class MemoryPlan:
         """Whether all implementations fit at once, so that they can alternate."""
         return self._fits(self.implementations)
 
+    @property
+    def fits(self) -> bool:
+        """Whether at least one implementation fits."""
+        return self._fits(1)
+
     def _fits(self, count: int) -> bool:
         device, on_host = self.device_bytes(count), self.host_bytes(count)
         if self.shared:
@@ -60,9 +82,7 @@ class MemoryPlan:
 
     def device_bytes(self, count: int) -> int:
         """Return what `count` implementations need on the device."""
-        saved = self.shared_weights if count == self.implementations else self.shared_alone
-        held = count * self.per_implementation + self.references * self.per_reference
-        return held - saved + self.sweep
+        return count * self.per_implementation + self.per_reference + self.sweep
 
     def host_bytes(self, count: int) -> int:
         """Return what the host needs while `count` implementations are measured, for all ranks that it has.
@@ -73,11 +93,6 @@ class MemoryPlan:
         outputs = (self.implementations + count * self.gathered) * self.outputs
         other = self.per_other + (count * self.per_implementation if self.shared else 0)
         return self.host + outputs + self.others * other
-
-    @property
-    def fits(self) -> bool:
-        """Whether at least one implementation fits."""
-        return self._fits(1)
 
     def with_available(self, available: Available) -> MemoryPlan:
         """Return the same needs next to what is available now."""
@@ -112,26 +127,166 @@ def gib(count: int | None) -> str:
 
 
 def plan_memory(
-    fixture: Fixture, needs: Needs, names: Sequence[str], fused: bool, available: Available, cold: bool
+    fixture: Fixture, names: Sequence[str], fused: bool, lazy: bool, available: Available, cold: bool
 ) -> MemoryPlan:
-    """Return a scenario's needs next to the memory that is available; `fused`: some of `names` are.
+    """Return a scenario's needs next to the memory that is available.
 
-    `cold`: forwards are also timed after the caches were flushed.
+    `fused`: an op is not the reference. `lazy`: weights are those of a checkpoint. `cold`: forwards are also
+    timed after the caches were flushed.
     """
+    setting, point = fixture.setting, fixture.point
+    common: dict[str, Any] = {
+        "implementations": len(names),
+        "device_available": available.device,
+        "host_available": available.host,
+        "shared": setting.device.type == "cpu",
+        "sweep": sweep(setting.backend).bytes if cold else 0,
+    }
+    if isinstance(fixture, OpFixture):
+        own, outputs = op_bytes(fixture.pool), one_op.output_bytes(fixture.pool)
+        return MemoryPlan(own, _op_host_bytes(fixture.pool, own), outputs, per_reference=0, **common)
+    layout, gathered = Layout() if setting.ranks is None else setting.ranks.layout, 1
+    if setting.ranks is not None:  # once per rank that has them, and twice while they come from others
+        gathered = layout.dcp if setting.here > 1 else 2 * layout.head_parts
     return MemoryPlan(
-        per_implementation=needs.device_bytes,
-        host=needs.host_bytes,
-        outputs=needs.output_bytes,
-        implementations=len(names),
-        references=1 if fused and needs.reference_bytes else 0,
-        per_reference=needs.reference_bytes,
-        device_available=available.device,
-        host_available=available.host,
-        shared=fixture.setting.device.type == "cpu",
-        shared_weights=fixture.shared_bytes(names, fused),
-        shared_alone=min(fixture.shared_bytes([name], fused) for name in names),
-        sweep=sweep(fixture.setting.backend).bytes if cold else 0,
-        gathered=needs.gathered,
-        others=fixture.setting.beside,
-        per_other=needs.other_bytes,
+        per_implementation=layer_bytes(setting, point),
+        host=_host_bytes(setting, point),
+        outputs=_output_bytes(setting, point, point),
+        per_reference=layer_bytes(replace(setting, ranks=None), point) if fused else 0,
+        gathered=gathered,
+        others=setting.beside,
+        per_other=_other_bytes(setting, point, lazy),
+        **common,
     )
+
+
+# ---------------------------------------------------------------------------------------------- layer
+
+
+def layer_bytes(setting: Setting, point: Point) -> int:
+    """Return what one implementation holds on the device.
+
+    Of ranks that are simulated there, it is what all hold; else of the rank that holds most.
+    """
+    layout = Layout() if setting.ranks is None else setting.ranks.layout
+    heads = setting.config.num_attention_heads // layout.head_parts
+    rank = replace(setting, config=setting.config.with_heads(heads), ranks=None)
+    blocks = [Requests.of(point, part, layout.dp).scenario(point) for part in range(layout.dp)]
+    if setting.here == 1:
+        each = (
+            _held_bytes(rank, block, layout.dcp)
+            + _context_bytes(rank, block, layout.dcp)
+            + _forward_bytes(rank, block, layout.dcp)
+            + _output_bytes(rank, block, point)
+            for block in blocks
+        )
+        return max(each)
+    # A rank that waits for its turn keeps what it has sent: its queries, and results once.
+    each = (
+        _held_bytes(rank, block, layout.dcp) + _context_bytes(rank, block, layout.dcp) * 5 // 4
+        for block in blocks
+    )
+    parts = 2 * layout.head_parts * point.tokens * setting.config.hidden_size * setting.dtype.itemsize
+    outputs = layout.dcp * _output_bytes(setting, point, point)
+    return layout.head_parts * sum(each) + _forward_bytes(setting, point) + outputs + parts
+
+
+def _held_bytes(setting: Setting, point: Point, share: int) -> int:
+    """Return the weights and the cache of a rank, one of `share` that a request's tokens are spread over.
+
+    kv_b is packed for both its uses.
+    """
+    config, page = setting.config, setting.page_size
+    longest = max(point.final_lens)
+    lengths = [math.ceil(length / share) for length in point.final_lens]  # on the rank that has most
+    pages = sum(math.ceil(length / page) for length in lengths) + SPARE_PAGES
+    numbers = cost.parameters(config) + cost.kv_b_parameters(config) + pages * page * config.latent_dim
+    return point.layers * (numbers * setting.dtype.itemsize + RotaryTable.bytes_for(config, longest))
+
+
+def _forward_bytes(setting: Setting, point: Point, share: int = 1) -> int:
+    """Return the inputs of a pass, and the most that a forward takes; `share` as in `_held_bytes`."""
+    config = setting.config
+    activations = point.layers * point.tokens * 4 * config.num_attention_heads * config.latent_dim
+    longest = (
+        4 * math.ceil(max(point.final_lens) / share) * config.latent_dim
+    )  # one request's keys, gathered and widened
+    return (activations + longest + _input_numbers(setting, point)) * setting.dtype.itemsize + WORKSPACE
+
+
+def _context_bytes(setting: Setting, point: Point, dcp: int) -> int:
+    """Return the queries and results of all ranks that share a context, on a rank with this setting."""
+    if dcp == 1:
+        return 0
+    per_token = scratch_per_token(setting.config, dcp, setting.dtype.itemsize)
+    return min(point.tokens * per_token, WORKSPACE_BYTES)
+
+
+def _output_bytes(setting: Setting, point: Point, of: Point) -> int:
+    """Return the outputs of a pass, in as many buffers as there are for those of all requests, `of`."""
+    each = setting.config.hidden_size * setting.dtype.itemsize
+    return shelf.buffers(of.steps, of.layers * of.tokens * each) * point.layers * point.tokens * each
+
+
+def _input_numbers(setting: Setting, point: Point) -> int:
+    """Return the hidden states' numbers: those of the present turn, the plain ones and all others."""
+    count = turns.choices(point, signed=not setting.config.attention_bias) - 1
+    rows = point.inputs * point.tokens
+    others = len(point.query_lens) if point.mode == "prefill" else rows
+    return (2 * rows + count * others) * setting.config.hidden_size
+
+
+def _host_bytes(setting: Setting, point: Point) -> int:
+    """Return what the host holds for all implementations together; outputs of a pass are not among it.
+
+    These are weights, inputs, the oracle in float64, and one forward's rows with those that are expected.
+    """
+    config, itemsize = setting.config, setting.dtype.itemsize
+    copies = 1 if point.layers == 1 else 2  # of the layer that is being rolled
+    weights = cost.parameters(config) * (copies * itemsize + 8)
+    history = sum(point.history) * config.latent_dim * itemsize
+    judged = point.tokens * config.hidden_size * (itemsize + 4 * 8)
+    return weights + history + judged + oracle_bytes(config, oracle_runs(config, point), itemsize)
+
+
+def _other_bytes(setting: Setting, point: Point, lazy: bool) -> int:
+    """Return what a rank without an oracle holds on its host, apart from what is on its device.
+
+    `lazy`: it reads its own weights from a checkpoint; random ones are drawn whole, from the seed.
+    """
+    weights = 0 if lazy else cost.parameters(setting.config)
+    history = sum(point.history) * setting.config.latent_dim
+    numbers = weights + history + _input_numbers(setting, point)
+    return numbers * setting.dtype.itemsize + 2 * _output_bytes(setting, point, point)
+
+
+# --------------------------------------------------------------------------------------------- one op
+
+
+def op_bytes(pool: Pool) -> int:
+    """Return what one implementation of an op holds on the device.
+
+    These are operands, twice for packing or wider rows, the pool that they are taken from, the buffers of a
+    pass's results and a workspace.
+    """
+    case, cache = pool.case, 0
+    if case.entry.cached:
+        pages = sum(-(-length // case.layout.page_size) for length in case.kv_lens) + case.layout.spare
+        cache = pages * case.layout.page_size * case.shape(case.entry.cached)[0] * case.spec.dtype.itemsize
+    return 2 * case.work.bytes + cache + _pool_bytes(pool) + one_op.output_bytes(pool) + WORKSPACE
+
+
+def _op_host_bytes(pool: Pool, on_device: int) -> int:
+    """Return what the host holds for all implementations together; results of a pass are not among it.
+
+    These are operands and results, those again in float64, the reference's, and what one call must write.
+    """
+    operands = pool.case.work.bytes + _pool_bytes(pool)
+    wide = operands * 8 // pool.case.spec.dtype.itemsize
+    judged = 4 * 8 * one_op.numbers(pool)
+    return operands + wide + on_device + judged + 3 * LOGITS_BYTES
+
+
+def _pool_bytes(pool: Pool) -> int:
+    """Return what the pool takes, and the rows that a call takes from it before they are in place."""
+    return sum(pool.size) * pool.width * pool.case.spec.dtype.itemsize

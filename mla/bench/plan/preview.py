@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
+
+from mla.bench.measure.target import MOST
 from mla.bench.measure.variants import forwards
-from mla.bench.plan import estimate
-from mla.bench.plan.estimate import LIMITS, SHARES, Estimator
 from mla.bench.plan.memory import gib
-from mla.bench.plan.probe import probe
 from mla.bench.plan.request import Request, ScenarioPlan
+from mla.bench.subjects.fixture import Fixture, make_fixture
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops
-from mla.bench.terminal.digits import number
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import Named, is_ours, parse_one
 from mla.bench.workload.quantities import spoken
 from mla.command import environment
 from mla.command.console import note
 from mla.command.table import aligned
+from mla_backends.errors import describe as describe_error
+from mla_backends.errors import plugin_code
 
 # More scenarios than this are counted, not listed.
 LISTED = 8
-_HEADER = ("case", "scenario", "implementation", "about forwards", "device", "host", "about")
+# Seconds after which a dry run tries no further case.
+TRYING = 20.0
+_HEADER = ("case", "scenario", "implementation", "about forwards", "device", "host", "one forward")
 
 
-def describe(request: Request) -> None:
-    """Say what is about to be measured."""
+def describe(request: Request, verbose: bool) -> None:
+    """Say what is about to be measured: the plan, or everything that follows from the options."""
+    setting = request.setting
+    if verbose:
+        _describe_setting(request)
+    for line in _simulated(setting):
+        note(line)
+    _plan(request, verbose)
+    for line in _same_ops(request):
+        note(line)
+    if request.profile:
+        note(f"profile    {request.profile}: one more pass of every case, once all are timed")
+
+
+def _describe_setting(request: Request) -> None:
     setting = request.setting
     facts = environment.environment(setting.backend)
     name = setting.backend.device_info().name
@@ -36,17 +54,10 @@ def describe(request: Request) -> None:
     )
     for line in _ops(request):
         note(line)
-    for line in _simulated(setting):
-        note(line)
     for line in _scenarios(request.points):
         note(f"scenario   {line}")
     if len(request.variants.timed) > 1:
         note(f"timed      {request.variants}")
-    _plan(request)
-    for line in _same_ops(request):
-        note(line)
-    if request.profile:
-        note(f"profile    {request.profile}: one more pass of every case, once all are timed")
 
 
 def _simulated(setting: Setting) -> Iterator[str]:
@@ -129,14 +140,17 @@ def _count(number: int, what: str, plural: str = "s") -> str:
     return f"{number} {what}{plural if number != 1 else ''}"
 
 
-def _plan(request: Request) -> None:
+def _plan(request: Request, verbose: bool) -> None:
     plans = [scenario.memory for scenario in request.scenarios]
     together = all(one.side_by_side for one in plans if one.fits)
     order = "interleaved" if together else "one at a time where memory is short"
+    count = sum(map(request.forwards, request.points))
     note(
-        f"plan       {', '.join(request.implementations)}, {order}; about {request.total_forwards()} "
-        "forwards, checked against a float64 oracle"
+        f"plan       {', '.join(request.implementations)}, {order}; about {count} forwards, "
+        "checked against a float64 oracle"
     )
+    if not verbose:
+        return
     counts = [one.implementations if one.side_by_side else 1 for one in plans]
     device = max(one.device_bytes(count) for one, count in zip(plans, counts, strict=True))
     on_host = max(one.host_bytes(count) for one, count in zip(plans, counts, strict=True))
@@ -154,64 +168,63 @@ def require_memory(request: Request) -> None:
 
 
 def dry_run(request: Request) -> None:
-    """Say how many cases there are, and for each the memory and roughly the time it needs."""
-    estimator = estimate.measured(request)
-    tried = probe(request, estimator)
-    rows: list[tuple[str, ...]] = []
+    """List every case with its memory, and the time of a forward where one can be run.
+
+    What is spread over ranks is not tried: all would have to take part.
+    """
+    end, rows, total = time.monotonic() + TRYING, list[tuple[str, ...]](), 0.0
     for scenario in request.scenarios:
-        rows += _rows(request, scenario, estimator, len(rows) + 1)
+        fixture = make_fixture(scenario.setting, scenario.point, request.state)
+        seconds, memory = 0.0, scenario.memory
+        for name in request.implementations:
+            said = _unable(scenario, name)
+            if not said and request.setting.ranks is None and time.monotonic() < end:
+                seconds += (taken := _tried(fixture, scenario, name)) * forwards(
+                    request.variants.timed, scenario.point
+                )
+                said = spoken(taken) if taken else "failed"
+            sizes = gib(memory.device_bytes(1)), gib(memory.host_bytes(1))
+            count = str(forwards(request.variants.timed, scenario.point))
+            rows.append((str(len(rows) + 1), scenario.name, name, count, *sizes, said or "not tried"))
+        total += seconds if request.counted else min(seconds, MOST)
     note("")
     note(aligned(_HEADER, rows, _HEADER).rstrip("\n"))
     note("")
     for scenario in request.scenarios:
         for name, reason in scenario.refused.items():
             note(f"{scenario.name}, {name} will be skipped: {reason}")
-    _total(request, estimator, tried)
+    beside = "limits, float64 oracle and what was not tried come on top"
+    note(f"{_count(len(rows), 'case')}, about {spoken(total)} of forwards; {beside}")
 
 
-def _rows(
-    request: Request, scenario: ScenarioPlan, estimator: Estimator, first: int
-) -> list[tuple[str, ...]]:
-    memory, names = scenario.memory, request.implementations
-    alone = {name: estimator.seconds(scenario, [name], names[0]) for name in names}
-    part = min(1.0, estimator.usual(scenario, names, request.counted) / sum(alone.values()))
-    count = str(forwards(request.variants.timed, scenario.point))
-    return [
-        (
-            str(first + place),
-            scenario.name,
-            name,
-            count,
-            gib(memory.device_bytes(1)),
-            gib(memory.host_bytes(1)),
-            _about(scenario, name, part * alone[name]),
-        )
-        for place, name in enumerate(names)
-    ]
-
-
-def _about(scenario: ScenarioPlan, name: str, seconds: float) -> str:
+def _unable(scenario: ScenarioPlan, name: str) -> str:
+    """Return why a case cannot run; "" if it may."""
     if not scenario.memory.fits:
         return "does not fit, skipped"
-    if name in scenario.refused:
-        return "refused, skipped"
-    return spoken(seconds)
+    return "refused, skipped" if name in scenario.refused else ""
 
 
-def _total(request: Request, estimator: Estimator, tried: int) -> None:
-    fitting = [scenario for scenario in request.scenarios if scenario.memory.fits]
-    names = request.implementations
-    left = [(one, [name for name in names if name not in one.refused]) for one in fitting]
-    counted = request.counted
-    seconds = sum(estimator.usual(scenario, those, counted) for scenario, those in left if those)
-    seconds += LIMITS if left else 0.0
-    count = len(request.scenarios) * len(request.implementations)
-    bases = dict.fromkeys(parse_one(name).base for name in request.implementations)
-    shares = ", ".join(f"{base} {number(100 * SHARES[base])} %" for base in bases if base in SHARES)
-    how = "measured just now" if estimator.measured else "nominal, since none could be measured"
-    by_rates = f"rates of the device {how}; assumed efficiency: {shares}"
-    of = "each" if tried == count else f"{tried} of them; others: {by_rates}"
-    note(
-        f"{_count(count, 'case')}, about {spoken(seconds)}, limits, float64 oracle and checks included "
-        f"({f'from one forward of {of}' if tried else by_rates})"
-    )
+def _tried(fixture: Fixture, scenario: ScenarioPlan, name: str) -> float:
+    """Return the seconds of a case's second forward; 0 if it fails, which is said."""
+    try:
+        with plugin_code(), torch.no_grad():
+            return _forward(fixture, scenario, name)
+    except Exception as error:  # noqa: BLE001  # a dry run says what would happen
+        note(f"{scenario.name}, {name}: one forward was tried and failed: {describe_error(error)}")
+        return 0.0
+
+
+def _forward(fixture: Fixture, scenario: ScenarioPlan, name: str) -> float:
+    """Return the seconds of the second forward; the first one may compile what all others use."""
+    inputs = fixture.inputs()
+    one, synchronize = fixture.build(name), scenario.setting.backend.synchronize
+    one.load(scenario.point, inputs)
+    for _ in range(2):
+        one.restore()
+        start = time.monotonic()
+        one.before(0)
+        one.step(0)
+        synchronize()
+        taken = time.monotonic() - start
+        one.after(0)
+    return taken

@@ -15,7 +15,7 @@ from mla.bench import results
 from mla.bench.measure import stages
 from mla.bench.measure.variants import Variants, forwards
 from mla.bench.plan.memory import MemoryPlan, available_memory, plan_memory
-from mla.bench.subjects.fixture import Needs, make_fixture
+from mla.bench.subjects.fixture import make_fixture
 from mla.bench.subjects.setting import Setting, scenario_setting
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import is_ours
@@ -30,7 +30,6 @@ class ScenarioPlan:
 
     point: Point
     setting: Setting  # with the scenario's own heads, dtype, page size and layers
-    needs: Needs
     memory: MemoryPlan
     ops: Mapping[str, Mapping[str, str]]  # implementation of ours -> role -> op
     refused: Mapping[str, str]  # implementation -> why an op of its refuses the lengths
@@ -61,10 +60,9 @@ def plan_scenarios(
     available = available_memory(setting.backend)
     plans = []
     for fixture, found, differs in zip(fixtures, ops, fused, strict=True):
-        needs = fixture.needs(ours)
-        memory = plan_memory(fixture, needs, chosen, differs, available, cold)
+        memory = plan_memory(fixture, chosen, differs, state is not None, available, cold)
         refused = {name: reason for name in ours if (reason := fixture.refusal(name))}
-        plans.append(ScenarioPlan(fixture.point, fixture.setting, needs, memory, found, refused))
+        plans.append(ScenarioPlan(fixture.point, fixture.setting, memory, found, refused))
     return plans, chosen
 
 
@@ -96,14 +94,11 @@ class Request:
         """The scenarios' own descriptions."""
         return [scenario.point for scenario in self.scenarios]
 
-    def total_forwards(self) -> int:
-        """Return roughly the number of forwards, checks and warm-ups included; slow yardsticks run fewer."""
-        timed, points = self.variants.timed, self.points
-        count = len(self.implementations) * sum(forwards(timed, point) for point in points)
-        if not self.stages:
-            return count
-        ours = sum(map(is_ours, self.implementations))
-        return count + ours * sum(map(stages.total_forwards, points))
+    def forwards(self, point: Point) -> int:
+        """Return roughly the forwards of a scenario, checks and warm-ups included; slow ones run fewer."""
+        count = len(self.implementations) * forwards(self.variants.timed, point)
+        ours = sum(map(is_ours, self.implementations)) if self.stages else 0
+        return count + ours * stages.total_forwards(point)
 
 
 def empty_run(request: Request) -> results.Run:

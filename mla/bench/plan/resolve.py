@@ -1,19 +1,27 @@
-"""From the options of a run to the request that planning, running and printing read."""
+"""From the options of a run to the request that running and printing read: every mistake shows here."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from mla.bench import results
 from mla.bench.measure import variants
-from mla.bench.plan import repro, scenarios, validate
-from mla.bench.plan.link import with_link
-from mla.bench.plan.options import RunOptions
+from mla.bench.plan import options as commands
+from mla.bench.plan import validate
+from mla.bench.plan.options import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE, RunOptions
 from mla.bench.workload import grid
+from mla.bench.workload.batch_spec import batch_scenarios
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import is_ours, parse_one
-from mla.bench.workload.op_scenario import expand_ops
+from mla.bench.workload.op_scenario import expand_ops, op_of_batch, op_scenario
+from mla.bench.workload.scenario import Scenario
+from mla.bench.workload.workload_file import Workload, read_workload, select
 from mla.command import environment, files, launcher
 from mla.command.backend import OpenedBackend, open_backend
 from mla.command.console import note
@@ -21,25 +29,24 @@ from mla.command.progress import Reading
 from mla.config.presets import DEFAULT_CONFIG
 from mla.errors import UsageError, did_you_mean
 from mla.parallel.layout import Layout
+from mla.parallel.link import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, IDEAL, Link
 
 if TYPE_CHECKING:
     import torch
 
-    from mla.bench.plan.request import Request, ScenarioPlan
+    from mla.bench.plan.request import Request
     from mla.bench.subjects.setting import Ranks, Setting
     from mla.config import MLAConfig
-    from mla.parallel.layout import Layout
     from mla.verify.layer_oracle import State
-
 
 # Meets the other ranks, or makes simulated ones, once the backend is open (`mla.bench.ranks`).
 Join = Callable[[RunOptions, OpenedBackend, Layout], Any]
 
 
 def resolve(options: RunOptions, join: Join | None = None) -> Request:
-    """Judge the options, open the backend and return what will run; mistakes show before any work.
+    """Judge the options, open the backend and return what will run; `join` is needed for `--parallel`.
 
-    `join` is needed for `--parallel`.
+    Raises `UsageError`, `ResultError`, `RanksError` or a `BackendError`.
     """
     if mixed := environment.mixed_installation():
         note(mixed)
@@ -50,34 +57,7 @@ def resolve(options: RunOptions, join: Join | None = None) -> Request:
     for file, kind in ((options.target, files.RESULT), (options.profile, files.TRACE)):
         if file is not None:
             files.check_writable(file, kind)
-    return _request(options, points, wanted, open_backend(options), join)
-
-
-def _points(options: RunOptions) -> tuple[RunOptions, list[Point]]:
-    """Return the scenarios of the command line, and the options with a workload's own defaults.
-
-    Raises `UsageError`.
-    """
-    grid.parse(options.axes)  # what the user wrote is judged before any file
-    validate.check_lengths(options)
-    workload = scenarios.chosen_workload(options)
-    by_file = workload.op if workload is not None and options.op is None else None
-    options = scenarios.with_defaults(options, workload)
-    axes = grid.parse(options.axes)
-    validate.check_options(options, axes, by_file)
-    points = scenarios.choose_points(options, axes, workload)
-    validate.check_points(options, points)
-    validate.check_stages(options, points)
-    return options, points
-
-
-def _request(
-    options: RunOptions,
-    points: Sequence[Point],
-    wanted: variants.Wanted,
-    opened: OpenedBackend,
-    join: Join | None,
-) -> Request:
+    opened = open_backend(options)
     setting, state = _layer(options, points, opened, join)
     with setting.ranks.told() if setting.ranks else contextlib.nullcontext():
         return _planned(options, points, wanted, opened, setting, state)
@@ -91,18 +71,24 @@ def _planned(
     setting: Setting,
     state: State | None,
 ) -> Request:
-    from mla.bench.plan.request import Request
+    from mla.bench.plan.request import Request, plan_scenarios
+    from mla.layer.ops import layer_roles
 
-    points = _expanded(points, setting)
+    roles = layer_roles(setting.config, setting.dtype, setting.device)
+    points = expand_ops(points, setting.config, {role: kind for role, (kind, _) in roles.items()})
     validate.check_op_uses_shape(options, points)
-    plans, names = _plans(options, points, setting, state, cold="cold" in (wanted.caches or ("cold",)))
+    listed = _listed_implementations(options, points)
+    cold = "cold" in (wanted.caches or ("cold",))
+    plans, names = plan_scenarios(setting, points, listed, cold, state)
+    if not listed and names == ["mla"]:
+        note("mla-reference is skipped: no fused op was chosen, so it is identical to mla")
     validate.check_own_ops(options, points, _overrides(setting, names))
     return Request(
         setting=setting,
         scenarios=plans,
         implementations=names,
-        command=repro.common_options(options, opened),
-        selection=repro.selection(options),
+        command=commands.common_options(options, opened.name, opened.device),
+        selection=commands.selection(options),
         backend_version=opened.version,
         state=state,
         stages=options.stages,
@@ -113,6 +99,127 @@ def _planned(
     )
 
 
+# ----------------------------------------------------------------------------------------- scenarios
+
+
+def _points(options: RunOptions) -> tuple[RunOptions, list[Point]]:
+    """Return the scenarios of the command line, and the options with a workload's own defaults.
+
+    Raises `UsageError`.
+    """
+    grid.parse(options.axes)  # what the user wrote is judged before any file
+    validate.check_lengths(options)
+    alone = options.op is not None and options.workload_flag is None  # an op of equal requests
+    workload = None if options.batch_specs or alone else read_workload(options.workload_name)
+    by_file = workload.op if workload is not None and options.op is None else None
+    options = _with_defaults(options, workload)
+    axes = grid.parse(options.axes)
+    validate.check_options(options, axes, by_file)
+    if options.batch_specs and options.op is None and options.heads is not None:
+        axes = {**axes, "heads": (options.heads,)}
+    points = grid.points_of(_counted(options, workload), axes)
+    validate.check_points(options, points)
+    return options, points
+
+
+def _with_defaults(options: RunOptions, workload: Workload | None) -> RunOptions:
+    """Return the options with the config and the op of a workload that names them, unless the user did.
+
+    An option that a chosen scenario has an axis for replaces it, as an axis of the command line does, and
+    becomes one. Raises `UsageError`.
+    """
+    if workload is None:
+        return options
+    config = options.config
+    if config is None and options.model_path is None:
+        config = workload.config
+    op = workload.op if options.op is None else options.op
+    own = {axis for scenario in select(workload.scenarios, options.scenarios) for axis in scenario.axes}
+    own -= {axis.partition("=")[0] for axis in options.axes}
+    options = replace(options, config=config, op=op)
+    if options.dtype is not None and "dtype" in own:
+        options = replace(options, dtype=None, axes=(*options.axes, f"dtype={options.dtype}"))
+    if options.page_size is not None and "page_size" in own:
+        options = replace(options, page_size=None, axes=(*options.axes, f"page_size={options.page_size}"))
+    return options
+
+
+def _counted(options: RunOptions, workload: Workload | None) -> list[Scenario]:
+    """Return the scenarios that were chosen, or the op, with the counts that the user set."""
+    counts = {
+        "runs": options.runs,
+        "passes": options.passes,
+        "warmups": options.warmups,
+        "layers": options.layers,
+    }
+    changes = {name: count for name, count in counts.items() if count is not None}
+    return [msgspec.structs.replace(scenario, **changes) for scenario in _chosen(options, workload)]
+
+
+def _chosen(options: RunOptions, workload: Workload | None) -> Sequence[Scenario]:
+    listed: Sequence[Scenario] = batch_scenarios(options.batch_specs) if options.batch_specs else ()
+    if workload is not None:
+        listed = select(workload.scenarios, options.scenarios)
+    if options.op is None:
+        return listed
+    if not listed:
+        return [op_scenario(options.op, options.batch, options.kv, options.q_len, options.heads)]
+    return [op_of_batch(options.op, one, options.heads) for one in listed]
+
+
+# ---------------------------------------------------------------------------------------------- link
+
+_MEASURE = "`torchrun --nproc-per-node 2 -m mla.bench --parallel tp=2 -o real.json`"
+
+
+def with_link(options: RunOptions) -> RunOptions:
+    """Return the options of a simulation with its link in numbers, and where these are from.
+
+    Raises `UsageError` and `ResultError`.
+    """
+    if not options.simulate or options.parallel is None:
+        return options
+    link, source = _read(options.link or IDEAL)
+    if missing := link.missing(_kinds(options.parallel)):
+        raise UsageError(
+            f"--link '{options.link}' has no {missing[0]}, which layout '{options.parallel}' needs: add "
+            f"'{missing[0]}:alpha=5us,beta=300GB/s' to it."
+        )
+    return replace(options, link=str(link), link_source=source)
+
+
+def _kinds(layout: Layout) -> list[str]:
+    """Return the kinds of collectives in a forward of this layout."""
+    return [ALL_REDUCE] * (layout.head_parts > 1) + [ALL_GATHER, ALL_TO_ALL] * (layout.dcp > 1)
+
+
+def _read(text: str) -> tuple[Link, str]:
+    if text.strip() == IDEAL:
+        return Link.parse(text), "none given: collectives take no time"
+    if "alpha=" in text:
+        return Link.parse(text), "given"
+    path = Path(text)
+    if not path.exists():
+        raise UsageError(
+            f"--link takes alpha=5us,beta=300GB/s, the result file of a run over real ranks, or ideal, and "
+            f"'{text}' is none of them: {_MEASURE} measures a link."
+        )
+    return _measured(path, results.read(path))
+
+
+def _measured(path: Path, run: results.Run) -> tuple[Link, str]:
+    """Return the link that a run measured: the same for all of its cases."""
+    spreads = [case.spread for case in run.cases if case.spread and not case.spread.predicted]
+    measured = next((spread for spread in spreads if spread.link), None)
+    if measured is None:
+        raise UsageError(f"'{path}' holds no measured link, as a run over real ranks does: {_MEASURE}.")
+    link = Link({one.collective: one.line() for one in measured.link})
+    return link, f"{measured.link_source}, {path.name}"
+
+
+# ------------------------------------------------------------------------------------- layer and ranks
+
+
 def _layer(
     options: RunOptions, points: Sequence[Point], opened: OpenedBackend, join: Join | None
 ) -> tuple[Setting, State | None]:
@@ -121,7 +228,7 @@ def _layer(
 
     from mla.bench.subjects.setting import Setting
 
-    dtype = getattr(torch, scenarios.run_dtype(options, points))
+    dtype = getattr(torch, options.dtype or points[0].dtype or DEFAULT_DTYPE)
     dtypes = dict.fromkeys(getattr(torch, point.dtype) if point.dtype else dtype for point in points)
     for one in dtypes:
         validate.check_dtype(opened.backend, one)
@@ -129,7 +236,9 @@ def _layer(
     validate.check_heads(config, points)
     stored = dtype if len(dtypes) == 1 else torch.float32  # each scenario rounds to its own
     state = _weights(options, config, stored) if options.model_path else None
-    page_size = scenarios.run_page_size(options, points)
+    page_size = options.page_size
+    if page_size is None:
+        page_size = points[0].page_size or DEFAULT_PAGE_SIZE
     spread = options.parallel is not None and options.parallel.dcp > 1  # a part of a context is absorbed
     attention, seed, ops = "absorbed" if spread else options.attention, options.seed, options.ops
     ranks = _ranks(options, opened, config, points, join)
@@ -193,25 +302,7 @@ def _weights(options: RunOptions, config: MLAConfig, dtype: torch.dtype) -> Stat
         )
 
 
-def _expanded(points: Sequence[Point], setting: Setting) -> list[Point]:
-    """Return the scenarios, each op replaced by the roles it has in this layer. Raises `UsageError`."""
-    from mla.layer.ops import layer_roles
-
-    roles = layer_roles(setting.config, setting.dtype, setting.device)
-    return expand_ops(points, setting.config, {role: kind for role, (kind, _) in roles.items()})
-
-
-def _plans(
-    options: RunOptions, points: Sequence[Point], setting: Setting, state: State | None, *, cold: bool
-) -> tuple[list[ScenarioPlan], list[str]]:
-    """Return every scenario with its needs, and the implementations to run."""
-    from mla.bench.plan.request import plan_scenarios
-
-    listed = _listed_implementations(options, points)
-    plans, names = plan_scenarios(setting, points, listed, cold, state)
-    if not listed and names == ["mla"]:
-        note("mla-reference is skipped: no fused op was chosen, so it is identical to mla")
-    return plans, names
+# ------------------------------------------------------------------------------------ implementations
 
 
 def _overrides(setting: Setting, names: Sequence[str]) -> dict[str, list[str]]:

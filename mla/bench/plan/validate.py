@@ -1,7 +1,7 @@
 """Validate the options. Every mistake shows here, before any work.
 
-`check_gate`, `check_lengths`, `check_options`, `check_points` and `check_stages` need nothing but the command
-line and the workload; the others also the layer or the device, which may take minutes to start.
+`check_gate`, `check_lengths`, `check_options` and `check_points` need nothing but the command line and the
+workload; the others also the layer or the device, which may take minutes to start.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ MOST_SIMULATED = 256
 if TYPE_CHECKING:
     from mla.config import MLAConfig
     from mla_backends.api import Backend
+
+
+def _first(flags: Mapping[str, object]) -> str:
+    """Return the first of some flags that was given; "" if none was."""
+    return next((flag for flag, value in flags.items() if value), "")
 
 
 def check_gate(options: RunOptions) -> None:
@@ -68,18 +73,17 @@ def _check_parallel(options: RunOptions) -> None:
     if options.parallel is None:
         return
     alone = {
-        "--op": options.op is not None,
+        "--op": options.op,
         "--layers": options.layers not in (None, 1),
         "--stages": options.stages,
-        "--profile": options.profile is not None,
-        "--dump-failure": options.dump_failure is not None,
+        "--profile": options.profile,
+        "--dump-failure": options.dump_failure,
         "--mode": options.mode not in (None, "eager"),
         "--cache": options.cache not in (None, "warm"),
         "--clock": options.clock not in (None, "host"),
     }
-    given = [flag for flag, value in alone.items() if value]
-    if given:
-        raise UsageError(f"{given[0]} is for one device: leave it out with --parallel, or run without.")
+    if flag := _first(alone):
+        raise UsageError(f"{flag} is for one device: leave it out with --parallel, or run without.")
     if options.parallel.dcp > 1 and options.attention == "expanded":
         raise UsageError("--attention expanded is for whole contexts: dcp attends its part of one absorbed.")
     others = [name for name in options.implementation_names if not implementations.is_ours(name)]
@@ -128,10 +132,9 @@ def _check_op_alone(options: RunOptions, op_of_file: str | None) -> None:
         "--attention": options.attention != "auto",
         "--layers": options.layers is not None,
     }
-    given = [flag for flag, value in layer.items() if value]
-    if not given:
+    if not (flag := _first(layer)):
         return
-    about = f"{given[0]} is about the whole layer"
+    about = f"{flag} is about the whole layer"
     if op_of_file:
         raise UsageError(
             f"{about}, and workload '{options.workload_name}' times one op, {op_of_file}: leave it out; "
@@ -178,9 +181,10 @@ def check_points(options: RunOptions, points: Sequence[Point]) -> None:
     with_heads = [point.name for point in points if point.heads]
     if options.model_path and with_heads:
         raise UsageError(f"scenario '{with_heads[0]}' sets heads, which a checkpoint's weights fix.")
+    _check_stages(options, points)
 
 
-def check_stages(options: RunOptions, points: Sequence[Point]) -> None:
+def _check_stages(options: RunOptions, points: Sequence[Point]) -> None:
     """Raise `UsageError` where `--stages` has nothing to time, or more than one layer."""
     if not options.stages:
         return

@@ -5,7 +5,6 @@ Commands go from rank 0 to all others through gloo, on the host: the device's li
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,12 +17,9 @@ import torch
 import torch.distributed as dist
 
 from mla.bench.ranks import link_fit
-from mla.bench.ranks.common_ops import common_ops, demoted, remark
-from mla.bench.ranks.contents import Contents, agree
-from mla.bench.ranks.errors import INTERRUPTED, RankLost, RanksError, word_of
-from mla.bench.ranks.failure import Failure, error_of, failure
+from mla.bench.ranks.agreement import Facts, agree, common_ops, demoted, remark
+from mla.bench.ranks.errors import INTERRUPTED, Failure, RanksError, error_of, failure, word_of
 from mla.bench.ranks.lead import LeadLayer
-from mla.bench.ranks.meeting import Meeting
 from mla.bench.ranks.part import RankLayer
 from mla.bench.ranks.pulse import Place, Pulse, blamed_on
 from mla.bench.subjects.base import Implementation
@@ -36,6 +32,8 @@ from mla.parallel.link import Line
 if TYPE_CHECKING:
     from mla.bench.plan.request import Request
 
+# Seconds in which ranks that share heads tell each other that a forward failed.
+GIVE = 5.0
 # How long a rank may wait for a command: rank 0 computes the oracle, and reads files. That it is gone shows
 # at once, in a closed connection.
 PATIENCE = timedelta(days=7)
@@ -47,28 +45,26 @@ class Crew:
 
     assumed = ""  # no rank is simulated
 
-    def __init__(self, layout: Layout, library: str, timeout: float, meeting: Meeting, pulse: Pulse) -> None:
+    groups: Groups  # once all have agreed on the layout
+
+    def __init__(self, layout: Layout, library: str, timeout: float, pulse: Pulse, store: Any) -> None:
         """`library`: of the device's collectives. `timeout`: seconds that a forward may wait for a rank.
 
-        `torch.distributed` must be initialized.
+        `store`: of `torch.distributed`, which must be initialized.
         """
         self.layout, self.library = layout, library
-        self._meeting, self._pulse = meeting, pulse
+        self._timeout, self._pulse, self._store = timeout, pulse, store
         self._forwards, self._inside = 0, False
         self._before = 0, 0  # collectives that were entered, and left, before this forward
         self._demoted: dict[Any, dict[str, str]] = {}  # roles that run as reference, by layer
-        with blamed_on(pulse):
-            self.groups = Groups(layout, timeout)
-            self._control: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self._group = next(group for group in layout.head_groups() if self.rank in group)
-        pulse.groups, pulse.place = layout.head_groups(), self._place
         self._link: dict[str, Line] | None = None  # once measured
-        self._beside = self.share(socket.gethostname()).count(socket.gethostname()) - 1
+        with blamed_on(pulse):
+            self._control: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     @property
     def rank(self) -> int:
         """This process's number; 0 leads."""
-        return self.groups.rank
+        return self._pulse.rank
 
     @property
     def world(self) -> int:
@@ -83,7 +79,8 @@ class Crew:
     @property
     def beside(self) -> int:
         """Number of further ranks on this process's host."""
-        return self._beside
+        members = self._pulse.members
+        return [member.host for member in members.values()].count(members[self.rank].host) - 1
 
     def __enter__(self) -> Crew:
         return self
@@ -100,40 +97,40 @@ class Crew:
         """Tell the other ranks why this one fails in the block, if it does."""
         try:
             yield
-        except RankLost as error:
-            if error.ranks is None:
-                self.leave(*word_of(error))
-            self._meeting.linger(error.ranks or ())
-            raise
         except BaseException as error:
             self.leave(*word_of(error))
             raise
 
     def leave(self, reason: str, code: int) -> None:
-        """Tell the other ranks why this one ends."""
-        self._meeting.leave(reason, code)
+        """Tell the others why this rank ends, unless they know."""
+        self._pulse.leave(reason, code)
 
-    def agreed(self, request: Request, contents: Contents) -> Request:
+    def agreed(self, request: Request, facts: Facts) -> Request:
         """Return what all ranks run: rank 0's implementations, with ops that all have. All must call it.
 
-        Raises `RanksError` on all ranks where there is none, and where `contents` differ.
+        Raises `RanksError` on all ranks where there is none, and where `facts` differ.
         """
-        own = {one.name: one.ops for one in request.scenarios}
-        chosen, found = zip(*self.share((own, contents)), strict=True)
-        agree(found)
+        own = {plan.name: plan.ops for plan in request.scenarios}
+        chosen, every = zip(*self.share((own, facts)), strict=True)
+        agree(every)
         common = common_ops(chosen)
-        if said := remark(chosen, common):
+        if said := remark(chosen):
             note(said)
-        for one in request.scenarios:
-            for name, roles in one.ops.items():
-                self._demoted[_key(one.setting, name)] = demoted(roles, common[one.name][name])
-        return replace(request, scenarios=[replace(one, ops=common[one.name]) for one in request.scenarios])
+        for plan in request.scenarios:
+            for name, roles in plan.ops.items():
+                self._demoted[_key(plan.setting, name)] = demoted(roles, common[plan.name][name])
+        with blamed_on(self._pulse):
+            self.groups = Groups(self.layout, self._timeout)
+        self._group = next(group for group in self.layout.head_groups() if self.rank in group)
+        self._pulse.groups, self._pulse.place = self.layout.head_groups(), self._place
+        plans = [replace(plan, ops=common[plan.name]) for plan in request.scenarios]
+        return replace(request, scenarios=plans)
 
     def behind(self) -> str:
         """Name the ranks that keep the others waiting; "" if none does."""
         return self._pulse.behind()
 
-    def when_lost(self, die: Callable[[RankLost], None]) -> None:
+    def when_lost(self, die: Callable[[RanksError], None]) -> None:
         """Have `die` end this process if another rank is lost while this one does something else."""
         self._pulse.die = die
 
@@ -141,7 +138,7 @@ class Crew:
     def blamed(self) -> Iterator[None]:
         """Name the rank that is lost, if one is, for what a library raises in the block.
 
-        Raises `RankLost`. What is no error of a collective is probably this rank's own.
+        Raises `RanksError`. What is no error of a collective is probably this rank's own.
         """
         with blamed_on(self._pulse, own=True):
             yield
@@ -163,7 +160,7 @@ class Crew:
 
     @contextmanager
     def _talking(self) -> Iterator[None]:
-        """Name the rank that is lost, if one is: ranks that talk are in no forward. Raises `RankLost`."""
+        """Name the rank that is lost, if one is: ranks that talk are in no forward. Raises `RanksError`."""
         self._inside = False
         with blamed_on(self._pulse):
             yield
@@ -231,9 +228,13 @@ class Crew:
         own = failure(error, implementation, self._place().entered)
         if own is None or len(self._group) == 1:
             return own
-        with blamed_on(self._pulse):
-            told = self._meeting.exchanged(f"failed/{self._forwards}", self._group, msgspec.json.encode(own))
-        places = {msgspec.json.decode(one, type=Failure).entered for one in told}
+        keys = [f"failed/{self._forwards}/{rank}" for rank in self._group]
+        try:
+            self._store.set(keys[self._group.index(self.rank)], msgspec.json.encode(own))
+            self._store.wait(keys, timedelta(seconds=GIVE))
+            places = {msgspec.json.decode(self._store.get(key), type=Failure).entered for key in keys}
+        except RuntimeError:  # one has not failed, or is lost
+            return None
         return own if len(places) == 1 else None
 
     def parts(self, mine: T | Failure) -> list[T]:

@@ -1,13 +1,16 @@
-"""What ends a run over several ranks, and the sentences that say so."""
+"""What ends a run over several ranks, what costs it a case alone, and the sentences that say so."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
+import msgspec
+
+from mla.bench.measure import refusals
 from mla.command.exit_codes import Exit, interrupted
-from mla.errors import MLAError
+from mla.errors import MLAError, OutOfMemory, UnsupportedBatch, UnsupportedOps
 from mla_backends import BackendError
-from mla_backends.errors import describe
+from mla_backends.errors import describe, first_line
 
 MOST = 8  # ranks that a sentence names
 INTERRUPTED: dict[int, str] = {
@@ -18,30 +21,12 @@ INTERRUPTED: dict[int, str] = {
 
 
 class RanksError(MLAError):
-    """Ranks that do not find each other, or do not agree."""
+    """Ranks that do not find each other, do not agree, or are lost."""
 
-    exit_code = 3
-
-    def __init__(self, sentence: str, common: bool = False) -> None:
-        """`common`: every rank meets it, and rank 0 says it for all."""
-        super().__init__(sentence)
-        self.common = common
-
-
-class RankLost(MLAError):
-    """Another rank is gone, or has failed. Rank 0 says so for all; others only what it cannot say."""
-
-    def __init__(
-        self, reason: str, code: int, by: int | None = None, ranks: Collection[int] | None = None
-    ) -> None:
-        """`by`: the rank that has said itself why it ends; None where one is gone without a word.
-
-        `ranks`: those that are lost, where all others will find that out; None: they have to be told.
-        """
-        super().__init__(f"{reason.rstrip('.')}.")
-        self.exit_code = code
-        self.common = by is not None
-        self.ranks = ranks
+    def __init__(self, sentence: str, code: int = 3, common: bool = False) -> None:
+        """`common`: every rank meets it, or has been told, and rank 0 says it for all."""
+        super().__init__(f"{sentence.rstrip('.')}.")
+        self.exit_code, self.common = code, common
 
 
 def listed(names: Sequence[str]) -> str:
@@ -57,29 +42,6 @@ def numbered(ranks: Sequence[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {listed(list(map(str, ranks)))}"
 
 
-def gone(names: Sequence[str]) -> str:
-    """Return what is said of processes that are not there any more."""
-    are, they_were, have = ("is", "it was", "has") if len(names) == 1 else ("are", "they were", "have")
-    return f"{listed(names)} {are} gone: {they_were} killed, perhaps for want of memory, or {have} crashed"
-
-
-def silent(names: Sequence[str], seconds: float) -> str:
-    """Return what is said of ranks that have not shown a sign of life for so long."""
-    have, it, is_ = (
-        ("has", "it, or its node,", "is") if len(names) == 1 else ("have", "they, or their nodes,", "are")
-    )
-    return f"{listed(names)} {have} not been heard of for {seconds:.0f} s: {it} {is_} gone or stopped"
-
-
-def late(ranks: Sequence[int], seconds: float, hosts: Sequence[str]) -> str:
-    """Return what is said of ranks that never came, while others did, on these hosts."""
-    have = "has" if len(ranks) == 1 else "have"
-    return (
-        f"{numbered(ranks)} {have} not come within {seconds:.0f} s, as those on {listed(hosts)} have: ended "
-        "before that, or still loading, or without a way to this port; their own output says more."
-    )
-
-
 def word_of(error: BaseException) -> tuple[str, int]:
     """Return what to tell the other ranks of an error of this one, and the exit code for all."""
     if isinstance(error, KeyboardInterrupt):
@@ -89,3 +51,36 @@ def word_of(error: BaseException) -> tuple[str, int]:
     if isinstance(error, BackendError):
         return str(error).rstrip("."), Exit.BACKEND
     return describe(error), Exit.BACKEND
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Why a rank could not do its part of a case: an op refuses, or memory is short.
+
+    On one device the next case runs after that. On several it can if every rank knows, and none waits in a
+    collective for one that has given up.
+    """
+
+    sentence: str
+    refused: bool  # by an op; else memory is short
+    entered: int = 0  # collectives of a forward, until it failed
+
+
+def failure(error: Exception, implementation: str, entered: int = 0) -> Failure | None:
+    """Return what to tell the other ranks of an error; None for one that ends the run."""
+    reason = str(error) if isinstance(error, UnsupportedOps) else refusals.reason(error, implementation)
+    if reason:
+        return Failure(reason, True, entered)
+    if refusals.too_large(error):
+        return Failure(first_line(error) or type(error).__name__, False, entered)
+    return None
+
+
+def error_of(failures: Sequence[Failure | None]) -> MLAError | None:
+    """Return what the failures of all ranks are on rank 0, with the first that failed; None if none did."""
+    failed = [(rank, each) for rank, each in enumerate(failures) if each is not None]
+    if not failed:
+        return None
+    rank, first = failed[0]
+    alike = len({each.sentence for _, each in failed}) == 1 and len(failed) == len(failures)
+    sentence = first.sentence if alike else f"rank {rank}: {first.sentence}"
+    return UnsupportedBatch(sentence) if first.refused else OutOfMemory(sentence)

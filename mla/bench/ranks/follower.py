@@ -13,7 +13,7 @@ from mla.bench.doubts.new_lengths import Lengths
 from mla.bench.limits.growth import no_garbage_collection
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.ranks.crew import Crew
-from mla.bench.ranks.failure import Failure
+from mla.bench.ranks.errors import Failure
 from mla.bench.ranks.lengths_bench import RankBench
 from mla.bench.ranks.part import RankLayer
 from mla.bench.subjects.fixture import Fixture, make_fixture

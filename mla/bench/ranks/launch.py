@@ -1,97 +1,143 @@
-"""From a launcher's processes to ranks that know each other and agree on what they run."""
+"""From a launcher's processes to the ranks of a run, which meet at MASTER_ADDR:MASTER_PORT as in torch's env://."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import platform
-from collections.abc import Mapping
-from dataclasses import asdict
+import socket
+import threading
+import time
 from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 
-import mla
 from mla.bench.ranks.crew import Crew
-from mla.bench.ranks.errors import RankLost, RanksError, silent
-from mla.bench.ranks.meeting import MEETING, THREADS, WORD, Meeting, agree
-from mla.bench.ranks.pulse import SILENT, Member, Pulse, blamed_on, die
-from mla.bench.ranks.store_watch import StoreWatch
+from mla.bench.ranks.errors import RanksError
+from mla.bench.ranks.pulse import SILENT, Pulse, Word, blamed_on, die
 from mla.command import launcher
 from mla.errors import MLAError, UsageError
+from mla_backends.errors import describe
 
 if TYPE_CHECKING:
     from mla.bench.plan.options import RunOptions
     from mla.command.backend import OpenedBackend
     from mla.parallel.layout import Layout
 
-# Options that may differ between ranks: rank 0 writes, each has a device of its own.
-_OWN = ("device", "output", "resume", "baseline", "profile", "dump_failure")
+# Seconds that ranks wait for each other, that one which ends early waits for rank 0, between looks, and for a
+# connection.
+MEETING, WORD, LOOK, TRY = 120.0, 20.0, 0.05, 10.0
+
+_TCPStore: Any = vars(dist)["TCPStore"]  # whose stubs do not export them
+_PrefixStore: Any = vars(dist)["PrefixStore"]
+_MET: list[tuple[Pulse, Any]] = []  # what `connect` returned, which lives as long as this process
 
 
 def join(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Crew:
-    """Meet the other ranks.
+    """Meet the other ranks and initialize torch.distributed: gloo on the host, and the device's library.
 
-    Raises `UsageError` for a wrong number of processes, `RanksError` and `RankLost`.
+    Raises `UsageError` for a wrong number of processes, and `RanksError`.
     """
     check_launch(layout)
-    library = opened.backend.collectives()
+    library, device = opened.backend.collectives(), opened.backend.device
     if library is None:
         raise RanksError(
             f"backend '{opened.name}' names no library for collectives (Backend.collectives()), so it cannot "
-            "run on several ranks.",
+            "run on several ranks",
             common=True,
         )
-    rank, world = launcher.rank() or 0, launcher.count() or 1
-    meeting, members, store = _meet(rank, world, _facts(options, opened))
-    pulse = Pulse(rank, members, store, die)
+    pulse, store = connect(MEETING)
+    pulse.meet(MEETING)
+    kind = "cpu" if device is None else device.type
     with blamed_on(pulse):
-        _initialize(meeting, opened, library, options.hang_after)
-    return Crew(layout, library, options.hang_after, meeting, pulse)
+        dist.init_process_group(
+            "cpu:gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{library}",
+            store=store,
+            rank=pulse.rank,
+            world_size=pulse.world,
+            timeout=timedelta(seconds=max(MEETING, options.hang_after)),
+        )
+    return Crew(layout, library, options.hang_after, pulse, store)
 
 
-def _meet(rank: int, world: int, facts: Mapping[str, str]) -> tuple[Meeting, list[Member], Any]:
-    """Return once all ranks are there and have the same facts. Raises `RanksError` and `RankLost`.
+def connect(seconds: float, word: Word | None = None) -> tuple[Pulse, Any]:
+    """Return the pulse and the store of this rank, which waits so long for rank 0. Raises `RanksError`.
 
-    The last is a connection to the store.
+    `word`: of a rank that comes only to say why it ends. The store is held by rank 0 or, under torchrun, by
+    the launcher. No collective is needed for either, so the pulse can name a rank that never comes.
     """
-    host, port = address()
-    unanswered = RankLost(silent([f"rank 0 (at {host}:{port})"], SILENT), 3)
-    with StoreWatch(SILENT, partial(die, unanswered)) as watch:
-        meeting = Meeting(rank, world, (host, port), answered=watch.answered)
-        meeting.claim()
-        _MEETING.append(meeting)
-        arrivals = meeting.arrive(facts)
-        store = meeting.client()
+    rank, world, (host, port) = launcher.rank() or 0, launcher.count() or 1, address()
+    holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # nothing is left of the last
+    unanswered = RanksError(f"rank 0 (at {host}:{port}) does not answer: stopped, or its node is gone")
+    watch = threading.Timer(seconds + SILENT, die, (unanswered,))  # operations of a store wait without limit
+    watch.daemon = True
+    watch.start()
+    limit = time.monotonic() + seconds
     try:
-        agree([arrival.facts for arrival in arrivals])
-    except RanksError:  # all ranks find the same
-        meeting.linger()
-        raise
-    return meeting, [arrival.member for arrival in arrivals], store
+        if not holds:
+            _dial(host, port, limit).close()  # torch would write a page of warnings, and not hear Ctrl-C
+        server = _TCPStore(
+            *(host, port, world, holds),
+            timeout=timedelta(seconds=seconds),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        store = _PrefixStore(f"mla/{attempt}", server)
+        if rank == 0:
+            peer = _listen(world)
+            store.set("pulse", str(peer.getsockname()[1]))
+        else:
+            while not store.check(["pulse"]) and time.monotonic() < limit:
+                time.sleep(LOOK)
+            peer = _dial(host, int(store.get("pulse")), limit)
+    except Exception as error:
+        raise RanksError(_unreachable(holds, host, port, seconds, error)) from error
+    finally:
+        watch.cancel()
+    _MET.append((Pulse(rank, world, peer, die, word), store))
+    return _MET[0]
 
 
-_MEETING: list[Meeting] = []  # of this process, once it is its rank
+def _listen(backlog: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):  # it is turned off
+            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=backlog)
+
+
+def _dial(host: str, port: int, limit: float) -> socket.socket:
+    """Return a connection to whoever listens there. Raises OSError once time.monotonic() is past `limit`."""
+    while True:
+        try:
+            return socket.create_connection((host, port), min(TRY, max(0.1, limit - time.monotonic())))
+        except OSError:
+            if time.monotonic() > limit:
+                raise
+            time.sleep(LOOK)
+
+
+def _unreachable(holds: bool, host: str, port: int, seconds: float, error: Exception) -> str:
+    if holds:
+        return (
+            f"rank 0 cannot listen at port {port} ({describe(error)}): another run may use it; "
+            "set MASTER_PORT to a free one, for all ranks"
+        )
+    return (
+        f"rank 0 was not found at {host}:{port} within {seconds:.0f} s: it has not started, or has ended, or "
+        "MASTER_ADDR and MASTER_PORT are not those of its node"
+    )
 
 
 def leave_word(sentence: str, code: int) -> bool:
-    """Tell other ranks why this one ends, unless they know; return whether they may hear it.
-
-    Rank 0 has the store, so it waits a moment for those that have none either.
-    """
-    rank, world = launcher.rank() or 0, launcher.count() or 1
-    if world == 1:
+    """Tell other ranks why this one ends, unless they know; return whether they may hear it."""
+    if (launcher.count() or 1) == 1:
         return False
     try:
-        if not _MEETING:
-            meeting = Meeting(rank, world, address(), WORD)
-            meeting.claim()
-            _MEETING.append(meeting)
-        _MEETING[0].leave(sentence.rstrip("."), code)
+        pulse, _ = _MET[0] if _MET else connect(WORD, Word(sentence.rstrip("."), code))
     except MLAError:
         return False
+    pulse.leave(sentence.rstrip("."), code)
     return True
 
 
@@ -105,20 +151,6 @@ def check_launch(layout: Layout) -> None:
         f"--parallel {layout} needs {layout.world} processes, and {started}: `torchrun --nproc-per-node "
         f"{layout.world} -m mla.bench ...` or `srun -n {layout.world} python -m mla.bench ...`."
     )
-
-
-def _initialize(meeting: Meeting, opened: OpenedBackend, library: str, timeout: float) -> None:
-    """Initialize torch.distributed: gloo for what is on the host, the device's library for the rest."""
-    kind = "cpu" if opened.backend.device is None else opened.backend.device.type
-    libraries = "cpu:gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{library}"
-    dist.init_process_group(
-        libraries,
-        store=meeting.client(),
-        rank=meeting.rank,
-        world_size=meeting.world,
-        timeout=timedelta(seconds=max(MEETING, timeout)),
-    )
-    dist.barrier()
 
 
 def address() -> tuple[str, int]:
@@ -136,14 +168,3 @@ def address() -> tuple[str, int]:
             "`export MASTER_ADDR=$(scontrol show hostnames | head -n 1)` before srun."
         )
     return host, int(port)
-
-
-def _facts(options: RunOptions, opened: OpenedBackend) -> dict[str, str]:
-    """Return what must be the same on all ranks, by the word for it."""
-    given = {f"--{name.replace('_', '-')}": str(value) for name, value in asdict(options).items()}
-    for name in _OWN:
-        given.pop(f"--{name.replace('_', '-')}", None)
-    versions = {"mla": mla.__version__, "torch": str(torch.__version__), "Python": platform.python_version()}
-    on_host = opened.backend.device is None or opened.backend.device.type == "cpu"
-    threads = {THREADS: str(torch.get_num_threads())} if on_host else {}  # else no result counts them
-    return {**given, **versions, f"the version of '{opened.name}'": str(opened.version), **threads}

@@ -12,8 +12,7 @@ import msgspec
 import torch
 
 from mla.bench.doubts.new_lengths import Lengths
-from mla.bench.ranks.errors import RanksError
-from mla.bench.ranks.failure import Failure, failure
+from mla.bench.ranks.errors import Failure, RanksError, failure
 from mla.bench.ranks.lengths_bench import LeadBench, RankBench, Sample
 from mla.bench.ranks.part import CLOCKED, RankLayer
 from mla.bench.results.schema import LinkLine, Spread

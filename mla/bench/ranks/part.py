@@ -24,10 +24,9 @@ from mla.cache import LatentCache
 from mla.command.clock import now_ns
 from mla.layer.attention import MLA
 from mla.parallel.cache import ShardedCache
-from mla.parallel.groups import Groups, Traffic
+from mla.parallel.groups import Groups, SimulatedGroups, Traffic
 from mla.parallel.layer import ParallelMLA
-from mla.parallel.share import Share
-from mla.parallel.simulated import SimulatedGroups
+from mla.parallel.layout import Share
 from mla.verify.layer_oracle import State
 from mla.verify.places import Places
 

@@ -23,9 +23,9 @@ from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
 from mla.command.clock import now_ns
+from mla.parallel.groups import SimulatedWorld
 from mla.parallel.layout import Layout
 from mla.parallel.link import Link
-from mla.parallel.simulated import SimulatedWorld
 
 # Bound before any plugin loads.
 _random = random.SystemRandom()

@@ -8,7 +8,7 @@ from itertools import chain
 
 from mla.bench.report.series import ResultFile, comparisons, grouped
 from mla.bench.results.compare import FASTER, NOISE, SAME, SLOWER, UNDECIDED, Comparison
-from mla.bench.terminal.verdict import Outcome, Speed, Verdict
+from mla.bench.terminal.verdict import Outcome, Verdict, times_as_fast
 
 # Most scenarios of a pair of files that get a sentence of their own.
 MOST_LINES = 4
@@ -80,12 +80,12 @@ def _sentence(base: ResultFile, new: ResultFile, case: Comparison) -> tuple[Outc
     winner, other = (_name(base), _name(new)) if slow else (_name(new), _name(base))
     speed, note = _speed(case, slow), f"; {case.note}" if case.note else ""
     if case.verdict in (FASTER, SLOWER):
-        how = f": {case.reason}" if case.reason else f", {speed} as {other}{speed.bounds}"
+        how = f": {case.reason}" if case.reason else f", {_as_fast(speed, other)}"
         return "won", f"{winner} won{how}{note}"
     if case.verdict == SAME:
         return "open", f"{winner} and {other} are the same within {100 * NOISE:g} %{note}"
     why = f", {case.reason}" if case.reason else ""
-    return "open", f"no decision between {winner} and {other}: {speed}{speed.bounds}{why}{note}"
+    return "open", f"no decision between {winner} and {other}: {_as_fast(speed)}{why}{note}"
 
 
 def _lost(base: ResultFile, new: ResultFile, case: Comparison) -> bool:
@@ -98,14 +98,16 @@ def _has_number(file: ResultFile, case: Comparison) -> bool:
     return any((one.scenario, one.implementation) == where and one.latency_ms for one in file.run.cases)
 
 
-def _speed(case: Comparison, slow: bool) -> Speed:
+def _as_fast(speed: str, other: str = "") -> str:
+    ratio, _, bounds = speed.partition(" ")
+    return f"{ratio} as fast{f' as {other}' * bool(other)} {bounds}".rstrip()
+
+
+def _speed(case: Comparison, slow: bool) -> str:
     """Return how many times as fast the faster one is: `ratio` is of times, new over base."""
-    assert case.ratio is not None
-    if slow or case.ratio <= 0:
-        return Speed(case.ratio, case.interval)
-    bounds = case.interval
-    turned = (1 / bounds[1], 1 / bounds[0]) if bounds and bounds[0] > 0 else None
-    return Speed(1 / case.ratio, turned)
+    if slow:
+        return times_as_fast(case.ratio, case.interval)
+    return times_as_fast(case.speedup, case.speedup_interval)
 
 
 def _counted(cases: Sequence[Comparison]) -> tuple[Outcome, str]:

@@ -11,7 +11,7 @@ from mla.bench.report.series import grouped
 from mla.bench.report.tables import css_class
 from mla.bench.results.schema import Case, Ceiling, Run
 from mla.bench.terminal.digits import number
-from mla.bench.terminal.quality_warnings import of_case
+from mla.bench.terminal.lines import of_case
 from mla.bench.terminal.verdict import is_yardstick
 
 # Most cases without a number that are named on the first screen.
@@ -88,7 +88,7 @@ def _badge(kind: str, case: Case) -> Badge:
 
 def counted_remarks(run: Run) -> str:
     """Return how many cases each kind of remark is about, such as "3 of 14 cases noisy, 1 drifting"."""
-    kinds = [{remark.partition(":")[0] for remark in of_case(case)} for case in run.cases]
+    kinds = [{remark.kind for remark in of_case(case)} for case in run.cases]
     counts = Counter(kind for of_one in kinds for kind in sorted(of_one))
     said = [(count, _KINDS.get(kind, kind)) for kind, count in counts.items() if count]
     of = [f" of {_cases(len(run.cases))}", *[""] * len(said)]

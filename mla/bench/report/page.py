@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mla.bench.report import cross_file, series, summary
 from mla.bench.report.draw import theme
-from mla.bench.results.predicted import labelled
+from mla.bench.results.cases import labelled
 from mla.bench.results.schema import Run
 from mla.command import files
 from mla.errors import MLAError, ResultError

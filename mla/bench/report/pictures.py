@@ -15,7 +15,7 @@ from mla.bench.report.draw import theme
 from mla.bench.report.draw.style import Swatch
 from mla.bench.report.panel import Context, Panel, Picture
 from mla.bench.report.sections import sections
-from mla.bench.results.predicted import labelled
+from mla.bench.results.cases import labelled
 from mla.bench.results.schema import Run
 from mla.command import files
 from mla.errors import ResultError

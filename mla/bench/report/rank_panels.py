@@ -23,11 +23,10 @@ from mla.bench.report.panel import (
 )
 from mla.bench.report.series import Measure, ReportEntry, ResultFile, grouped
 from mla.bench.report.tables import Table
+from mla.bench.results.cases import repeated
 from mla.bench.results.scaling import Scaled, Scaling
 from mla.bench.results.scaling import scaling as scaling_of
-from mla.bench.results.shares import repeated
-from mla.bench.terminal import scaling as scaled
-from mla.bench.terminal.digits import number
+from mla.bench.terminal.comparison import SCALING_COLUMNS, scaling_cells
 from mla.bench.terminal.ranks import COLUMNS, percent, rows
 
 RANKS = (
@@ -64,7 +63,7 @@ def _table(entries: list[ReportEntry]) -> Table:
         where = (case.scenario, case.implementation, f"{spread.layout} over {spread.library}")
         again = repeated(case)
         share = percent(again.of(case.roofline.bound) if again else None)
-        found += [[*where, *row, share] for row in rows(spread, number)]
+        found += [[*where, *row, share] for row in rows(spread)]
     return Table(_HEAD, found, 3)
 
 
@@ -118,9 +117,9 @@ def _subject(members: Sequence[Scaling]) -> str:
 
 
 def _scaling_table(files: Sequence[ResultFile], members: Sequence[Scaling]) -> Table:
-    head = ["file", "scenario", "layout", "on", *scaled.COLUMNS]
+    head = ["file", "scenario", "layout", "on", *SCALING_COLUMNS]
     lines = [
-        [files[row.run].key, one.scenario, row.layout, str(row.resources), *scaled.cells(row)]
+        [files[row.run].key, one.scenario, row.layout, str(row.resources), *scaling_cells(row)]
         for one in members
         for row in one.rows
     ]

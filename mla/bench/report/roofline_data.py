@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mla.bench.report.series import ReportEntry, ResultFile, entries, with_numbers
+from mla.bench.results.cases import device_cost
 from mla.bench.results.schema import Ceiling
-from mla.bench.results.shares import device_cost
 from mla.bench.terminal.verdict import is_yardstick
 from mla.text import size
 

@@ -14,10 +14,11 @@ from mla.bench.report.panel import case_name
 from mla.bench.report.series import ResultFile, grouped
 from mla.bench.report.tables import ResultRow, css_class, result_rows
 from mla.bench.results.passes import as_planned
+from mla.bench.results.rows import case_rows
 from mla.bench.results.schema import Case, Run
 from mla.bench.terminal import ranks, run_table
 from mla.bench.terminal.digits import number
-from mla.bench.terminal.quality_warnings import quality_warnings
+from mla.bench.terminal.lines import quality_warnings
 from mla.bench.terminal.verdict import Verdict, verdicts, why_unreliable
 from mla.text import size
 
@@ -89,7 +90,7 @@ def summary(file: ResultFile) -> Summary:
         list(dict.fromkeys(doubts.of_limits(run.ceilings))),
         run_table.comparisons(run),
         list(run_table.columns(run.cases)),
-        result_rows(run.cases),
+        result_rows(case_rows(run)),
         environment(file),
         config(file),
         [CaseMethod(case_name(case), case.repro, method(case)) for case in run.cases],

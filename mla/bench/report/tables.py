@@ -9,6 +9,7 @@ from mla.bench.report.roofline_data import Roof, RooflineData
 from mla.bench.report.series import Curves, Measure, Quantity, ReportEntry, position
 from mla.bench.results import passes, stats
 from mla.bench.results.compare import Comparison
+from mla.bench.results.rows import Row
 from mla.bench.results.schema import Case, Interval, Latency, Timing
 from mla.bench.terminal import run_table
 from mla.bench.terminal.digits import between, number
@@ -50,11 +51,11 @@ class ResultRow:
     reason: str
 
 
-def result_rows(cases: Sequence[Case]) -> list[ResultRow]:
+def result_rows(found: Sequence[Row]) -> list[ResultRow]:
     """Return the rows of the results table, with the columns of the terminal's."""
-    rows, columns = [], run_table.columns(cases)
-    for case in cases:
-        cells = [cell(case) for cell in columns.values()]
+    rows, columns = [], run_table.columns([row.case for row in found])
+    for row in found:
+        case, cells = row.case, [cell(row) for cell in columns.values()]
         bad = case.check.status != "ok"
         reasons = [case.check.reason] * bad + [f"limit or time in doubt: {case.roofline.doubt}"] * bool(
             case.roofline.doubt
@@ -209,7 +210,7 @@ def comparison(cases: Sequence[Comparison]) -> Table:
     for case in cases:
         bounds = f"{case.interval[0]:.3f} .. {case.interval[1]:.3f}" if case.interval else "-"
         ratio = "-" if case.ratio is None else f"{case.ratio:.3f}"
-        times = (number(case.base_ms), number(case.new_ms))
+        times = [number(one.median if one else None) for one in case.times]
         rows.append([case.scenario, case.implementation, case.verdict, *times, ratio, bounds, case.remarks])
     if any(case.remarks for case in cases):
         return Table(head, rows, 3, True, "cases")

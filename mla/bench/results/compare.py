@@ -1,11 +1,13 @@
-"""Compare runs from their result files: how much faster or slower, and with which confidence.
+"""The one comparison of two cases: the ratio of their median times, its interval and a verdict.
 
-Figures and intervals are those of the runs' own tables, or, where a slow yardstick ran fewer decode steps in
-one of them, of the steps of each pass that both have, without the first if that leaves two.
-The unit of confidence is the pass, as in a run:
-the ratio's interval combines both medians' 95 % intervals, so its confidence is at least 90 %. Differences
-within the noise floor count as the same. A median does not see a few slow steps, so whole passes, whose
-totals make the throughput, are compared as well: slower there is SLOWER. Needs no torch.
+`compare_cases` serves everything that is held against something else: the implementations of a run
+(`compare_implementations`), two runs (`compare`), and ranks against one device (`scaling`).
+
+Figures and intervals are those of the runs' own tables. Where one case ran fewer decode steps, both are
+compared by the steps that they share, without the first if that leaves two. The unit of confidence is the
+pass: the ratio's interval combines both medians' 95 % intervals, so its confidence is at least 90 %. A median
+does not see a few slow steps, so whole passes, whose totals make the throughput, are compared as well: slower
+there is SLOWER. Needs no torch.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mla.bench.results.cases import is_predicted, label, unlabelled
 from mla.bench.results.passes import planned_steps, same_steps, shared_steps
-from mla.bench.results.predicted import is_predicted, label, unlabelled
-from mla.bench.results.schema import Case, Interval, Run
+from mla.bench.results.schema import Case, Interval, Latency, Run
 from mla.parallel.layout import Layout
 
 # Ratios this near 1 were noise on every machine tried.
@@ -31,23 +33,57 @@ FASTER, SLOWER, SAME, UNDECIDED, REFUSED = "FASTER", "SLOWER", "SAME", "UNDECIDE
 
 @dataclass(frozen=True)
 class Comparison:
-    """One case of a run and the same case of the base run. `ratio` is of times: above 1 is slower."""
+    """A case held against a base case; None where only the other one exists.
 
-    scenario: str
-    implementation: str
-    verdict: str
+    Both hold the numbers of the steps that are compared. `ratio` is of times: above 1, the new one is slower.
+    """
+
+    base: Case | None
+    new: Case | None
     ratio: float | None = None
     interval: Interval | None = None  # at least 90 % confidence
-    base_ms: float | None = None  # medians, as the runs print them, and their intervals
-    new_ms: float | None = None
-    base_ci: Interval | None = None
-    new_ci: Interval | None = None
+    verdict: str = REFUSED
     reason: str = ""
-    note: str = ""  # which steps are compared, where a run has fewer
+    note: str = ""  # which steps are compared, where a case has fewer
     passes: Interval | None = None  # the interval of the ratio of whole passes
-    status: str = "ok"  # of the new run's check; "missing" without such a case
-    expected: bool = True  # the base run has a number for this case
-    known: bool = True  # the base run has this case
+
+    @property
+    def _either(self) -> Case:
+        case = self.new or self.base
+        assert case is not None
+        return case
+
+    @property
+    def scenario(self) -> str:
+        """The scenario of both."""
+        return self._either.scenario
+
+    @property
+    def implementation(self) -> str:
+        """The implementation, with a word if its times are predicted."""
+        return label(self._either)
+
+    @property
+    def times(self) -> tuple[Latency | None, Latency | None]:
+        """The latencies that were compared, base and new; None if they were not."""
+        if self.ratio is None or self.base is None or self.new is None:
+            return None, None
+        return self.base.latency_ms, self.new.latency_ms
+
+    @property
+    def status(self) -> str:
+        """The status of the new case's check; "missing" without such a case."""
+        return self.new.check.status if self.new else "missing"
+
+    @property
+    def known(self) -> bool:
+        """Whether the base has this case."""
+        return self.base is not None
+
+    @property
+    def expected(self) -> bool:
+        """Whether the base has a number for this case."""
+        return self.base is not None and self.base.latency_ms is not None
 
     @property
     def remarks(self) -> str:
@@ -59,9 +95,52 @@ class Comparison:
         """Whether there is an interval, from which alone a verdict follows."""
         return self.interval is not None
 
+    @property
+    def decided(self) -> bool:
+        """Whether the medians are apart by more than their intervals, and whole passes do not contradict."""
+        if self.interval is None or self.interval[0] <= 1 <= self.interval[1]:
+            return False
+        return self.verdict == (FASTER if self.interval[1] < 1 else SLOWER)
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times as fast the new case is."""
+        return 1 / self.ratio if self.ratio else None
+
+    @property
+    def speedup_interval(self) -> Interval | None:
+        """The interval of `speedup`."""
+        return (1 / self.interval[1], 1 / self.interval[0]) if self.interval else None
+
     def slower_than(self, limit: float) -> bool:
         """Return whether a whole interval is slower by more than `limit` (0.03: 3 %)."""
-        return any(found is not None and found[0] > 1 + limit for found in (self.interval, self.passes))
+        return any(bounds is not None and bounds[0] > 1 + limit for bounds in (self.interval, self.passes))
+
+
+def compare_cases(base: Case, new: Case, noise: float = NOISE) -> Comparison:
+    """Compare two cases of the same work; REFUSED without two numbers. `noise` is what counts as the same."""
+    cut = same_steps(base, new)
+    note, (base, new) = _note(base, new, cut), cut
+    old, now = base.latency_ms, new.latency_ms
+    if old is None or now is None or min(old.median, now.median) <= 0:
+        return Comparison(base, new, reason="there are not two numbers to compare", note=note)
+    ratio = now.median / old.median
+    interval, passes = _ratio_interval(now.ci95, old.ci95, ratio), _passes_interval(base, new)
+    verdict, reason = _verdict(interval, noise), ""
+    if interval is None:
+        reason = "too few passes for an interval (6 are needed)"
+    elif verdict != SLOWER and _verdict(passes, noise) == SLOWER and passes is not None:
+        verdict = SLOWER
+        reason = f"whole passes take {passes[0]:.3f} to {passes[1]:.3f} times as long: some steps are slow"
+    return Comparison(base, new, ratio, interval, verdict, reason, note, passes)
+
+
+def compare_implementations(base: Case, new: Case) -> Comparison:
+    """Compare two implementations of one scenario of a run. A ratio between the same ops is noise."""
+    found = compare_cases(base, new, noise=0.0)
+    if found.ratio is not None and new.ops and new.ops == base.ops:
+        return replace(found, verdict=UNDECIDED, reason="they run the same ops")
+    return found
 
 
 def compare(base: Run, new: Run, noise: float = NOISE) -> list[Comparison]:
@@ -76,20 +155,15 @@ def compare(base: Run, new: Run, noise: float = NOISE) -> list[Comparison]:
     for case in new.cases:
         other = known.get((*key(case), case.dtype)) or by_key.get(key(case))
         if other is None:
-            new_case = _refused(case, "the base run has no such case", expected=False)
-            comparisons.append(replace(new_case, known=False))
+            comparisons.append(Comparison(None, case, reason="the base run has no such case"))
             continue
         met.add((*key(other), other.dtype))
-        reasons = [*differ, *_case_differences(other, case)]
-        refused = _refused(case, "; ".join(reasons), _has_number(other)) if reasons else None
-        comparisons.append(refused or _compare(other, case, noise))
+        reason = "; ".join([*differ, *_case_differences(other, case)])
+        comparisons.append(
+            Comparison(other, case, reason=reason) if reason else compare_cases(other, case, noise)
+        )
     missing = [case for which, case in known.items() if which not in met]
-    refusals = [_refused(case, "the new run has no such case", _has_number(case)) for case in missing]
-    return comparisons + [replace(one, status="missing") for one in refusals]
-
-
-def _has_number(case: Case) -> bool:
-    return case.latency_ms is not None
+    return comparisons + [Comparison(case, None, reason="the new run has no such case") for case in missing]
 
 
 def key(case: Case) -> tuple[object, ...]:
@@ -110,7 +184,7 @@ def warnings(base: Run, new: Run) -> list[str]:
 
 def _layouts(run: Run) -> str:
     """Return how a run's cases were spread over ranks: their ratio to one device is the strong scaling."""
-    found = {case.spread.layout if case.spread else "one device" for case in run.cases if _has_number(case)}
+    found = {case.spread.layout if case.spread else "one device" for case in run.cases if case.latency_ms}
     return ", ".join(sorted(found))
 
 
@@ -145,7 +219,7 @@ def _same(old: Any, new: Any) -> bool:
 def _case_differences(base: Case, new: Case) -> list[str]:
     reasons = [*_prediction_differences(base, new), *_workload_differences(base, new)]
     for which, case in (("base", base), ("new", new)):
-        if not _has_number(case):
+        if case.latency_ms is None:
             because = f" ({case.check.reason})" if case.check.reason else ""
             reasons.append(f"the {which} run has no number, check: {case.check.status}{because}")
     return reasons
@@ -153,7 +227,7 @@ def _case_differences(base: Case, new: Case) -> list[str]:
 
 def _workload_differences(base: Case, new: Case) -> list[str]:
     names = ["mode", "query_lens", "history", "layers", "op"]
-    if _has_number(base) and _has_number(new):  # otherwise there was no clock
+    if base.latency_ms and new.latency_ms:  # otherwise there was no clock
         names.append("clock")
     if base.heads is not None and new.heads is not None:  # version 1 did not say
         names.append("heads")
@@ -174,58 +248,17 @@ def _prediction_differences(base: Case, new: Case) -> list[str]:
     return []
 
 
-def _refused(case: Case, reason: str, expected: bool) -> Comparison:
-    where = case.scenario, label(case)
-    return Comparison(*where, REFUSED, reason=reason, status=case.check.status, expected=expected)
-
-
-def _compare(base: Case, new: Case, noise: float) -> Comparison:
-    note = _note(base, new)
-    base, new = same_steps(base, new)
-    old, now = base.latency_ms, new.latency_ms
-    assert old is not None
-    assert now is not None
-    ratio = now.median / old.median
-    interval = ratio_interval(now.ci95, old.ci95, ratio)
-    passes = _passes_interval(base, new)
-    verdict, reason = _verdict(interval, noise), ""
-    if interval is None:
-        reason = "too few passes for an interval (6 are needed)"
-    elif verdict != SLOWER and _verdict(passes, noise) == SLOWER and passes is not None:
-        verdict = SLOWER
-        reason = f"whole passes take {passes[0]:.3f} to {passes[1]:.3f} times as long: some steps are slow"
-    return Comparison(
-        scenario=new.scenario,
-        implementation=label(new),
-        verdict=verdict,
-        ratio=ratio,
-        interval=interval,
-        base_ms=old.median,
-        new_ms=now.median,
-        base_ci=old.ci95,
-        new_ci=now.ci95,
-        reason=reason,
-        note=note,
-        passes=passes,
-        status=new.check.status,
-    )
-
-
-def _note(base: Case, new: Case) -> str:
+def _note(base: Case, new: Case, cut: tuple[Case, Case]) -> str:
     """Return which steps of two cases are compared, unless all are, and that both are predicted."""
-    return "; ".join(filter(None, ("both are predicted" * is_predicted(new), _steps(base, new))))
+    notes = ["both are predicted"] * is_predicted(new)
+    if cut[0] is not base or cut[1] is not new:
+        steps = shared_steps(base, new)
+        which = f"steps {steps.start + 1} to {steps.stop}" if steps.stop > 1 else "the first steps"
+        notes.append(f"compared are {which} of each pass, which both have")
+    return "; ".join(notes)
 
 
-def _steps(base: Case, new: Case) -> str:
-    found = same_steps(base, new)
-    if found[0] is base and found[1] is new:
-        return ""
-    steps = shared_steps(base, new)
-    which = f"steps {steps.start + 1} to {steps.stop}" if steps.stop > 1 else "the first steps"
-    return f"compared are {which} of each pass, which both runs have"
-
-
-def ratio_interval(upper: Interval | None, lower: Interval | None, ratio: float) -> Interval | None:
+def _ratio_interval(upper: Interval | None, lower: Interval | None, ratio: float) -> Interval | None:
     """Return the interval of a quotient of medians; it holds the ratio, whose medians are of all samples."""
     if upper is None or lower is None or min(*upper, *lower) <= 0:
         return None
@@ -237,7 +270,7 @@ def _passes_interval(base: Case, new: Case) -> Interval | None:
     old, now = base.tokens_per_s, new.tokens_per_s
     if old is None or now is None:
         return None
-    return ratio_interval(old.ci95, now.ci95, old.median / now.median)
+    return _ratio_interval(old.ci95, now.ci95, old.median / now.median)
 
 
 def _verdict(interval: Interval | None, noise: float) -> str:

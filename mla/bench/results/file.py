@@ -1,27 +1,35 @@
-"""Read, upgrade and write result files."""
+"""Read, upgrade, check and write result files: those of runs, and those of `ceilings`. Needs no torch.
+
+Ranges of single fields are in the schema. Beyond them a file is refused where it was cut or edited so that a
+reader would fail on it, or would show a number that its samples do not give.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 
-from mla.bench.results import passes, validity
-from mla.bench.results.printable import printable
-from mla.bench.results.schema import SCHEMA_VERSION, Run
+from mla.bench.results import passes
+from mla.bench.results.schema import CEILINGS_VERSION, SCHEMA_VERSION, Case, CeilingRun, Run, Spread
 from mla.command.files import write_bytes
-from mla.errors import ResultError
+from mla.errors import ResultError, UsageError
+from mla.parallel.layout import Layout
 from mla_backends import outside
 from mla_backends.outside import escaped, shortened
 
 T = TypeVar("T")
+Faults = Iterator[tuple[str, str]]  # what is wrong, and the JSON path of where
 
 _MOST = 1 << 30  # bytes of a file: thousands of cases come to some 100 MB
 
 # The first version whose throughput is that of all passes together.
 TOTAL = 4
+# Statistics are recomputed from samples in another order of operations.
+CLOSE = 1e-6
 
 
 def encode(run: msgspec.Struct) -> bytes:
@@ -40,7 +48,7 @@ def decode(data: bytes) -> Run:
         raise ResultError(f"not a {kind}: {other}")
     check_version(head.schema_version, SCHEMA_VERSION, kind)
     run = _upgrade(parsed(data, Run, kind))
-    if fault := validity.fault_of_run(run):
+    if fault := fault_of_run(run):
         raise ResultError(f"not a {kind}: {fault}.")
     return printable(run)
 
@@ -83,6 +91,99 @@ class _Head(msgspec.Struct):
         return ""
 
 
+def is_ceilings(data: bytes) -> bool:
+    """Return whether a file says it was written by `ceilings`; False for what is no JSON."""
+    try:
+        return msgspec.json.decode(data, type=_Head).report == "ceilings"
+    except (ValueError, RecursionError):  # decoding says what is wrong
+        return False
+
+
+def decode_ceilings(data: bytes) -> CeilingRun:
+    """Parse and validate a ceilings file. Raises `ResultError` with the JSON path of the fault."""
+    kind = "ceilings file"
+    check_version(parsed(data, _Head, kind).schema_version, CEILINGS_VERSION, kind)
+    return printable(parsed(data, CeilingRun, kind))
+
+
+def fault_of_run(run: Run) -> str | None:
+    """Return the first fault of a run with its JSON path; None for a valid one."""
+    seen = set()
+    for index, case in enumerate(run.cases):
+        path = f"$.cases[{index}]"
+        key = (case.scenario, case.base, frozenset(case.point.items()), case.implementation, case.dtype)
+        if key in seen:
+            return f"A second case of '{case.scenario}, {case.implementation}' - at `{path}`"
+        seen.add(key)
+        for what, where in _faults(case):
+            return f"{what} - at `{path}{where}`"
+    if run.plan is not None and len(run.plan.options) % 2:
+        return "Expected options and values in turns - at `$.plan.options`"
+    return None
+
+
+def _faults(case: Case) -> Faults:
+    yield from _names(case)
+    if len(case.query_lens) != len(case.history) or not any(case.query_lens):
+        yield "Expected a history for every request, and a new token", ".query_lens"
+    if (case.latency_ms is None) != (case.tokens_per_s is None):
+        yield "Expected both `latency_ms` and `tokens_per_s` or neither", ""
+    for where, timed in (("", case), *((f".timings[{at}]", one) for at, one in enumerate(case.timings))):
+        if timed.latency_ms is not None and timed.check.status in ("wrong", "doubtful"):
+            yield f"Expected no number where the check is {timed.check.status}", f"{where}.latency_ms"
+    if case.latency_ms is not None:
+        yield from _numbers(case)
+    if case.spread is not None:
+        yield from _ranks(case.spread, len(case.latency_ms.samples) if case.latency_ms else 0)
+
+
+def _names(case: Case) -> Faults:
+    """Yield names that no workload may have: they identify a case, so escaping them would make another."""
+    for name in ("scenario", "base", "implementation"):
+        text = getattr(case, name)
+        if not text.isprintable() or not (text.strip() or name == "base"):
+            yield f"Expected a printable name, got {text!a}", f".{name}"
+    for axis, value in case.point.items():
+        if not f"{axis}{value}".isprintable():
+            yield f"Expected a printable axis and value, got {axis!a} and {value!a}", ".point"
+
+
+def _numbers(case: Case) -> Faults:
+    """Yield that samples were cut, or that the headline is not what they give."""
+    latency, rate, samples = case.latency_ms, case.tokens_per_s, passes.of(case)
+    assert latency is not None
+    if len(latency.samples) != case.passes * case.steps_per_pass:
+        expected = f"{case.passes} passes of {case.steps_per_pass} steps, got {len(latency.samples)}"
+        yield f"Expected the samples of {expected}", ".latency_ms.samples"
+    elif not all(map(sum, samples)) or rate is None:
+        yield "Expected passes that take time", ".latency_ms.samples"
+    else:
+        tokens = sum(case.query_lens)
+        pairs = (("latency_ms", latency, passes.latency(samples)),)
+        pairs += (("tokens_per_s", rate, passes.throughput(samples, tokens)),)  # type: ignore[assignment]
+        for name, said, given in pairs:
+            if not math.isclose(said.median, given.median, rel_tol=CLOSE):
+                text = f"Expected {given.median:.6g}, as the samples say, got {said.median:.6g}"
+                yield text, f".{name}.median"
+            if said.ci95 and not said.ci95[0] <= said.ci95[1]:
+                yield "Expected the lower end first", f".{name}.ci95"
+
+
+def _ranks(spread: Spread, samples: int) -> Faults:
+    """Yield that ranks are not those of the layout, or have not as many samples as the case."""
+    try:
+        world = Layout.parse(spread.layout).world
+    except UsageError as error:
+        yield str(error).rstrip("."), ".spread.layout"
+        return
+    if [rank.rank for rank in spread.ranks] != list(range(world)):
+        yield f"Expected ranks 0 to {world - 1}, as many as layout '{spread.layout}' has", ".spread.ranks"
+    for rank in spread.ranks:
+        if len(rank.samples) != samples:
+            said = f"{samples} samples, as the case has, got {len(rank.samples)}"
+            yield f"Expected {said}", f".spread.ranks[{rank.rank}].samples"
+
+
 def _upgrade(run: Run) -> Run:
     """Fill in fields that older versions did not write; `schema_version` stays that of the file.
 
@@ -122,3 +223,23 @@ def decoded(data: bytes, path: Path, decode: Callable[[bytes], T]) -> T:
 def write(run: msgspec.Struct, path: Path) -> None:
     """Write a run, or the result of another command, whole or not at all. Raises `ResultError`."""
     write_bytes(encode(run), path)
+
+
+def printable(value: T) -> T:
+    """Return a copy of a result, or of a part of it, with `escaped` strings."""
+    return cast(T, _printable(value))
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return escaped(value)
+    if isinstance(value, dict):
+        return {_printable(key): _printable(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        if value and isinstance(value[0], (int, float)):  # samples: many, and no text
+            return value
+        return type(value)(_printable(one) for one in value)
+    if isinstance(value, msgspec.Struct):
+        fields = value.__struct_fields__
+        return type(value)(**{name: _printable(getattr(value, name)) for name in fields})
+    return value

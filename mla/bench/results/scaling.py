@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mla.bench.results import compare
-from mla.bench.results.passes import same_steps
-from mla.bench.results.predicted import WORD, is_predicted, unlabelled
+from mla.bench.results.cases import WORD, is_predicted, repeated, unlabelled
+from mla.bench.results.compare import Comparison, compare_cases
 from mla.bench.results.schema import Case, Interval, Run
-from mla.bench.results.shares import repeated
 from mla.bench.results.stats import median
 
 ONE = "one device"
@@ -36,7 +35,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Scaled:
-    """A case and how many times as fast it is as the base, which is `speedup` 1.
+    """A case compared with the base, whose own `speedup` is 1 and has no interval.
 
     `efficiency` is the speedup over the cores or devices that it took; None where those are not of one kind,
     or not the same: then the speedup holds what lies between the devices as well.
@@ -46,9 +45,18 @@ class Scaled:
     case: Case
     device: str
     resources: Resources
-    speedup: float
-    interval: Interval | None  # at least 90 % confidence
+    comparison: Comparison | None  # None: this is the base
     ideal: float | None  # the speedup of efficiency 1
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast the case is as the base; 1 if that cannot be told."""
+        return (self.comparison and self.comparison.speedup) or 1.0
+
+    @property
+    def interval(self) -> Interval | None:
+        """The interval of the speedup, with at least 90 % confidence."""
+        return self.comparison.speedup_interval if self.comparison else None
 
     @property
     def layout(self) -> str:
@@ -120,18 +128,12 @@ def _scaling(runs: Sequence[Run], members: Sequence[tuple[int, Case]]) -> Scalin
 
 
 def _scaled(place: int, case: Case, base: tuple[Run, Case], run: Run) -> Scaled:
-    one, new = same_steps(base[1], case)
-    assert one.latency_ms is not None
-    assert new.latency_ms is not None
-    speedup = one.latency_ms.median / new.latency_ms.median
-    interval = compare.ratio_interval(one.latency_ms.ci95, new.latency_ms.ci95, speedup)
-    if case is base[1]:
-        interval = None
     before, after = _resources(*base), _resources(run, case)
     device = run.backend.device
     alike = device == base[0].backend.device and (before.threads is None) == (after.threads is None)
     ideal = after.units / before.units if alike else None
-    return Scaled(place, case, device, after, speedup, interval, ideal)
+    comparison = None if case is base[1] else compare_cases(base[1], case)
+    return Scaled(place, case, device, after, comparison, ideal)
 
 
 def _resources(run: Run, case: Case) -> Resources:

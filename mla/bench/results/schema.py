@@ -15,8 +15,10 @@ from mla.verify.verdict import Check
 # spread of ceilings, and lengths never seen before; 4 throughput over the total time of all passes, not that
 # of the median pass. Files of older versions still load, and their throughput is made again from the samples.
 SCHEMA_VERSION = 4
+# Of a file of `ceilings`.
+CEILINGS_VERSION = 1
 
-# What a measurement can be at all; `validity` holds fields against each other. A femtosecond is shorter than
+# What a measurement can be at all; `file` holds fields against each other. A femtosecond is shorter than
 # any forward, and 1e12 ms are 30 years.
 Number = Annotated[float, Meta(ge=0, le=1e18)]
 Ratio = Annotated[float, Meta(ge=1e-12, le=1e12)]
@@ -274,3 +276,29 @@ class Run(msgspec.Struct, kw_only=True):
     cases: list[Case]
     ceilings: list[Ceiling] = []
     plan: Plan | None = None
+
+
+class CeilingRun(msgspec.Struct, kw_only=True):
+    """One invocation of `ceilings`."""
+
+    report: Literal["ceilings"]
+    schema_version: Positive
+    argv: list[str]
+    created: str  # ISO 8601, UTC
+    git_commit: str | None
+    backend: BackendFacts
+    environment: dict[str, str]
+    measured: list[Ceiling]
+    declared: list[Ceiling]  # the backend's own peaks, with the source they are published in
+    interrupted: bool = False
+
+    def fraction(self, ceiling: Ceiling) -> float | None:
+        """Return a measured ceiling over the declared peak of the same work; None if there is none.
+
+        Bandwidths are declared for memory, so a footprint that fits the last-level cache has none.
+        """
+        if ceiling.work != "matmul" and (ceiling.footprint_bytes or 0) <= (self.backend.cache_bytes or 0):
+            return None
+        kind = ("matmul", ceiling.dtype) if ceiling.work == "matmul" else ("read", None)
+        peak = next((peak for peak in self.declared if (peak.work, peak.dtype) == kind), None)
+        return ceiling.value / peak.value if peak else None

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from mla.bench import results
 from mla.bench.doubts import clock
-from mla.bench.results import ceilings_file
-from mla.bench.results.schema import Ceiling
+from mla.bench.results.schema import CEILINGS_VERSION, Ceiling, CeilingRun
 from mla.command import environment
 from mla.command.backend import OpenedBackend
 from mla.command.console import note
@@ -136,11 +135,11 @@ def declared(backend: Backend) -> list[Ceiling]:
     ]
 
 
-def report(opened: OpenedBackend, found: Findings) -> ceilings_file.CeilingRun:
+def report(opened: OpenedBackend, found: Findings) -> CeilingRun:
     """Return the result file."""
-    return ceilings_file.CeilingRun(
+    return CeilingRun(
         report="ceilings",
-        schema_version=ceilings_file.SCHEMA_VERSION,
+        schema_version=CEILINGS_VERSION,
         argv=["python -m mla.bench", *sys.argv[1:]],
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         git_commit=environment.git_commit(),

@@ -22,7 +22,6 @@ class Outcome:
     run: results.Run
     interrupted: bool = False
     failure: MLAError | BackendError | None = None
-    needed: float | None = None  # seconds that the whole run would have taken, where time was limited
 
 
 class RunFailed(MLAError):

@@ -14,8 +14,7 @@ from pathlib import Path
 from mla.bench import results
 from mla.bench.measure import trace
 from mla.bench.plan.request import Request, ScenarioPlan
-from mla.bench.run.budget import Budget
-from mla.bench.run.watchdog import Watchdog
+from mla.bench.run.watchdog import Budget, Watchdog
 from mla.bench.subjects.fixture import make_fixture
 from mla.command import error_origin
 from mla.command.console import note

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
+import torch
 
 from mla.bench import results
 from mla.bench.failures.keeper import Case, Keeper
@@ -16,20 +17,81 @@ from mla.bench.measure import agreement, engine, stages, summary
 from mla.bench.measure.hooks import Hooks, Shorter
 from mla.bench.measure.samples import Measurement
 from mla.bench.plan import yardstick
-from mla.bench.plan.repro import case_command
+from mla.bench.plan.options import case_command
 from mla.bench.plan.request import Request, ScenarioPlan
-from mla.bench.results.shares import busiest
+from mla.bench.results.cases import busiest
+from mla.bench.results.schema import Cost
 from mla.bench.run import judging
-from mla.bench.run.rank_costs import rank_costs
-from mla.bench.run.threads import Threads
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.fixture import make_fixture
+from mla.bench.subjects.inputs import Requests
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting, say_remarks
+from mla.bench.workload.scenario import Scenario
 from mla.command.console import note
 from mla.errors import MLAError, UnsupportedBatch
+from mla.parallel.layout import Layout, Place
+from mla.parallel.work import rank_work
 from mla.text import dtype_name
 from mla.verify.verdict import Check
+
+
+class Threads:
+    """Keeps torch at `count` host threads, and says once per scenario that code of a backend changes them."""
+
+    def __init__(self, count: int, scenario: str, backend: str) -> None:
+        self._count, self._scenario, self._backend = count, scenario, backend
+        self._said = False
+
+    def look(self) -> None:
+        """Say that the number has changed, if it has."""
+        now = torch.get_num_threads()
+        if now != self._count and not self._said:
+            self._said = True
+            note(
+                f"{self._scenario}: torch had {self._count} host threads before it and has {now} after it: "
+                f"code of backend '{self._backend}' changes them, so not all ran on as many"
+            )
+
+    def restore(self) -> None:
+        """Set the number that the run was opened with, if it has changed."""
+        self.look()
+        if torch.get_num_threads() != self._count:
+            torch.set_num_threads(self._count)
+
+
+def rank_costs(setting: Setting, layout: Layout, scenario: Scenario, steps: int | None = None) -> list[Cost]:
+    """Return what each rank does in a forward, per layer: the mean over a pass, or its first `steps`."""
+    count = min(scenario.inputs, steps or scenario.inputs)
+    known: dict[Place, Cost] = {}
+    places = [layout.place(rank) for rank in range(layout.world)]
+    for rank, place in enumerate(places):
+        if (alike := _alike(place)) not in known:
+            known[alike] = _mean(setting, layout, rank, scenario, count)
+    return [known[_alike(place)] for place in places]
+
+
+def _alike(place: Place) -> Place:
+    """Return the first rank that does as much: the parts of `tp` are alike."""
+    return Place(place.dp, 0, place.dcp)
+
+
+def _mean(setting: Setting, layout: Layout, rank: int, scenario: Scenario, steps: int) -> Cost:
+    own = Requests.of(scenario, layout.place(rank).dp, layout.dp).scenario(scenario)
+    works = [
+        rank_work(
+            setting.config,
+            layout,
+            rank,
+            own.query_lens,
+            own.kv_lens(step),
+            setting.dtype.itemsize,
+            setting.attention,
+        )
+        for step in range(steps)
+    ]
+    flops, moved = (sum(column) for column in zip(*works, strict=True))
+    return Cost(flops=round(flops / steps), bytes=round(moved / steps))
 
 
 class ScenarioRun:

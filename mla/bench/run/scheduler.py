@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -16,19 +16,15 @@ from mla.bench.limits.roofline import TIMES, RooflineModel
 from mla.bench.measure import refusals
 from mla.bench.measure.hooks import Hooks
 from mla.bench.measure.target import MOST, SECONDS, Target
-from mla.bench.plan import estimate
 from mla.bench.plan.memory import MemoryPlan, available_memory
 from mla.bench.plan.request import Request, ScenarioPlan, empty_run
-from mla.bench.results.passes import due
-from mla.bench.results.predicted import label
-from mla.bench.run.budget import Pace
+from mla.bench.results.cases import label
 from mla.bench.run.outcome import Outcome, failure_of, subjects
-from mla.bench.run.scenario_bar import Advance, ScenarioBar
 from mla.bench.run.scenario_run import ScenarioRun
-from mla.bench.run.steering import OVER_BUDGET, Steering
-from mla.bench.run.watchdog import Watchdog
+from mla.bench.run.steering import Steering
+from mla.bench.run.watchdog import OVER_BUDGET, Watchdog
 from mla.bench.terminal.digits import number, quoted, unreliable
-from mla.bench.workload.quantities import rounded_up, spoken
+from mla.bench.workload.quantities import spoken
 from mla.command.console import note
 from mla.command.exit_codes import Exit
 from mla.command.progress import Progress
@@ -38,8 +34,8 @@ from mla_backends.errors import first_line, plugin_code
 
 # Most of a run's time that its limits are measured for once more after the last case.
 LIMITS_SHARE = 0.05
-# How much longer than estimated a run may take: a budget that is too short again costs another run.
-MARGIN = 1.5
+
+Advance = Callable[[str, float], None]  # what is running, forwards done since the last call
 
 
 def measure(request: Request, empty: results.Run | None = None, steering: Steering | None = None) -> Outcome:
@@ -50,7 +46,7 @@ def measure(request: Request, empty: results.Run | None = None, steering: Steeri
     empty, steering = empty or empty_run(request), steering or Steering()
     bounded = not request.counted and steering.budget.seconds is None
     ends = [seconds * len(request.scenarios) for seconds in (SECONDS, MOST)] if bounded else []
-    with Progress(estimate.nominal_seconds(request), ends) as progress:
+    with Progress(sum(map(request.forwards, request.points)), ends) as progress:
         if progress.hidden and len(request.scenarios) > 1:
             steering = replace(steering, log=note)
         return execute(request, empty, progress.advance, steering)
@@ -58,8 +54,7 @@ def measure(request: Request, empty: results.Run | None = None, steering: Steeri
 
 def execute(request: Request, empty: results.Run, advance: Advance, steering: Steering) -> Outcome:
     """Run every scenario in a seeded order, its implementations interleaved where memory allows it."""
-    scheduler = _Scheduler(request, empty, advance, steering)
-    return replace(scheduler.run(), needed=scheduler.needed())
+    return _Scheduler(request, empty, advance, steering).run()
 
 
 class _Scheduler:
@@ -69,12 +64,9 @@ class _Scheduler:
         self._limits: list[RooflineModel] = []
         self._start = time.monotonic()
         self._latest = self._result()
-        self._nominal = estimate.nominal(request)
-        limited = steering.budget.seconds is not None
-        self._estimator = estimate.measured(request) if limited else self._nominal
-        self._pace = Pace(steering.budget, 0.0)
         self._watchdog = Watchdog(steering.hang_after, self._hung)
         self._number = 0
+        self._bar = 0  # what is left of the progress bar for the present scenario, in forwards
         self._refusal: MLAError | BackendError | None = None  # why the first case that was not run was not
 
     def run(self) -> Outcome:
@@ -98,26 +90,12 @@ class _Scheduler:
         nothing &= not any(case.check.status in ("wrong", "doubtful") for case in found.cases)
         return Outcome(found, failure=self._refusal if nothing else None)
 
-    def needed(self) -> float | None:
-        """Return the seconds in which the whole run should end, rounded up; None without a budget."""
-        budget, request = self._steering.budget, self._request
-        if budget.seconds is None:
-            return None
-        fitting = [scenario for scenario in request.scenarios if scenario.memory.fits]
-        names, estimator = request.implementations, self._estimator
-        seconds = budget.corrected(sum(estimator.seconds(one, names) for one in fitting))
-        if not budget.learned:  # what was learned has all of it
-            seconds += sum(estimator.beside(one, names) for one in fitting)
-        return rounded_up((budget.before or 0.0) + MARGIN * seconds)
-
     def _visit(self, scenario: ScenarioPlan) -> Outcome | None:
         """Measure what is missing of a scenario; return an outcome if the run ends here."""
         names = self._missing(scenario)
-        bar = ScenarioBar(
-            self._advance_to, self._place(), self._nominal, scenario, self._request.implementations
-        )
+        self._bar = self._request.forwards(scenario.point)
         done = [case for case in self._cases.values() if case.scenario == scenario.name]
-        work = ScenarioRun(self._request, scenario, bar.forwards, self._hooks(), self._steering.keeper, done)
+        work = ScenarioRun(self._request, scenario, self._tick, self._hooks(), self._steering.keeper, done)
         self._limits.append(work.ceilings)
         try:
             if names:
@@ -132,7 +110,7 @@ class _Scheduler:
             self._refusal = self._refusal or failure_of(scenario.name, error)
             self._skip(work, scenario, self._missing(scenario), first_line(error) or type(error).__name__)
         self._refusal = self._refusal or work.refusal
-        bar.finish()
+        self._advance(self._place(), self._bar)  # with what was planned and not done
         found = [self._cases[scenario.name, name] for name in names]
         if any(case.check.status != "not run" for case in found):
             self._settle(scenario, found)
@@ -157,9 +135,12 @@ class _Scheduler:
         self._steering.save(self._latest)
         self._steering.log(f"{self._place()}  {scenario.name}: {', '.join(map(_in_short, found))}")
 
-    def _advance_to(self, what: str, seconds: float) -> None:
+    def _tick(self, what: str, done: int) -> None:
+        """Advance the bar by so many forwards, but by no more than it has for this scenario."""
         self._watchdog.beat()
-        self._advance(what, seconds)
+        done = min(done, self._bar)
+        self._bar -= done
+        self._advance(f"{self._place()}  {what}", done)
 
     def _missing(self, scenario: ScenarioPlan) -> list[str]:
         """Return the implementations that have not run a scenario yet."""
@@ -173,40 +154,12 @@ class _Scheduler:
         if not names:
             return
         memory = scenario.memory.with_available(available_memory(scenario.setting.backend))
-        budget = self._steering.budget
         if not memory.fits:
             self._skip(work, scenario, names, f"it needs {memory.shortage()}")
-            return
-        names = self._affordable(work, scenario, names)
-        if not names:
-            return
-        self._pace = Pace(budget, self._estimator.one_pass(scenario, names, self._first))
-        seconds, start = self._estimator.seconds(scenario, names, self._first), time.monotonic()
-        self._interleave(work, memory, scenario, names)
-        if self._complete(scenario, names):
-            budget.learn(seconds, time.monotonic() - start)
-
-    @property
-    def _first(self) -> str:
-        """The implementation that the others are compared with."""
-        return self._request.implementations[0]
-
-    def _affordable(self, work: ScenarioRun, scenario: ScenarioPlan, names: list[str]) -> list[str]:
-        """Return the implementations that fit into the budget, maybe the first alone; skip the others."""
-        budget = self._steering.budget
-        left = budget.left()
-        for some in (names, names[:1]):
-            least = self._estimator.least(scenario, some, self._first)
-            reason = _over_budget(budget.corrected(least), left, budget.seconds or 0.0)
-            if budget.fits(least):
-                return some
-            self._keep(work.not_run(names[1:] if some is names else names, reason))
-        return []
-
-    def _complete(self, scenario: ScenarioPlan, names: Sequence[str]) -> bool:
-        """Return whether nothing of a scenario was cut, so that its estimate can be judged."""
-        cases = [self._cases[scenario.name, name] for name in names]
-        return all(case.passes >= due(case, scenario.point.rounds) for case in cases)
+        elif reason := self._steering.budget.short(0.0, "limits and checks"):
+            self._keep(work.not_run(names, reason))
+        else:
+            self._interleave(work, memory, scenario, names)
 
     def _not_refused(self, work: ScenarioRun, scenario: ScenarioPlan, names: list[str]) -> list[str]:
         """Skip the implementations whose ops refuse the lengths; return the others."""
@@ -224,30 +177,52 @@ class _Scheduler:
                 f"{scenario.name} is not interleaved: the implementations do not fit into memory together, "
                 "so each runs alone"
             )
-        done: list[results.Case] = []
         work.prepare()
-        for together in [names] if memory.side_by_side else [[name] for name in names]:
-            self._pace.restart()
-            with self._watchdog.watching(scenario.name):
-                found = work.measure(together)
+        waiting = [names] if memory.side_by_side else [[name] for name in names]
+        done: list[results.Case] = []
+        while waiting:
+            together = waiting.pop(0)
+            try:
+                with self._watchdog.watching(scenario.name):
+                    found = work.measure(together)
+            except Exception as error:
+                if self._request.setting.ranks is not None or not refusals.too_large(error):
+                    raise
+                waiting = [*self._without_memory(work, scenario, together, error), *waiting]
+                continue
             self._keep(found)
             done += found
             if any(case.interrupted for case in found):
-                rest = names[len(done) :]
-                self._keep(work.interrupted(rest))
+                self._keep(work.interrupted(self._missing(scenario)))
                 return
         work.compare(done)
         cut = [case for case in done if case.check.status == "ok" and not case.passes]
         late = f"{OVER_BUDGET}: after the checks, no timed pass fitted into what was left"
         self._keep(work.not_run([case.implementation for case in cut], late))
 
+    def _without_memory(
+        self, work: ScenarioRun, scenario: ScenarioPlan, names: list[str], error: Exception
+    ) -> list[list[str]]:
+        """Return what is to be tried instead of implementations for which memory ran out: each alone."""
+        failure = failure_of(scenario.name, error)  # holds no frames, which would keep weights alive
+        error.__traceback__ = None
+        gc.collect()
+        self._request.setting.backend.empty_cache()
+        if len(names) > 1:
+            note(f"{scenario.name} is not interleaved: memory ran out, so each implementation runs alone")
+            return [[name] for name in names]
+        self._refusal = self._refusal or failure
+        reason = first_line(error) or type(error).__name__
+        note(f"{scenario.name}, {names[0]} is skipped: {reason}")
+        self._keep(work.not_run(names, reason))
+        return []
+
     def _hooks(self) -> Hooks:
-        """Return the engine's hooks: it stops when another pass of the slowest one would not fit."""
+        """Return the engine's hooks: what the user gave ends the passes, and else the time of a scenario."""
         budget = self._steering.budget
-        over = None if budget.seconds is None else lambda: self._pace.over()
-        given = self._request.counted or budget.seconds is not None  # what the user gave ends the passes
+        given = self._request.counted or budget.seconds is not None
         target = Target() if given else Target(self._share(SECONDS, 2 * SECONDS), self._share(MOST, MOST))
-        return Hooks(over, self._watchdog.enter, self._watchdog.beat, target=target)
+        return Hooks(budget.short, self._watchdog.enter, self._watchdog.beat, target=target)
 
     def _share(self, each: float, most: float) -> float:
         """Return the seconds of the next scenario, of so many for each: what others left over, or lack."""
@@ -289,12 +264,6 @@ class _Scheduler:
     def _lost(self, error: MLAError) -> None:
         """End the run, whatever this rank waits for: another one is gone."""
         self._steering.hung(self._latest, str(error), Exit(error.exit_code))
-
-
-def _over_budget(least: float, left: float, budget: float) -> str:
-    """Return why a case was not begun."""
-    rest = f"{spoken(max(left, 0.0))} of {spoken(budget)} were left"
-    return f"{OVER_BUDGET}: checks and one timed pass would take about {spoken(least)}, and {rest}"
 
 
 def _in_short(case: results.Case) -> str:

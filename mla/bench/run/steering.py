@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from mla.bench import results
 from mla.bench.failures.keeper import Keeper
-from mla.bench.plan import repro
+from mla.bench.plan import options as commands
 from mla.bench.plan.options import RunOptions
-from mla.bench.plan.request import Request
-from mla.bench.results.passes import due
-from mla.bench.run import resume
-from mla.bench.run.budget import Budget
-from mla.bench.workload.quantities import spoken
-from mla.command import files, last_words
+from mla.bench.plan.request import Request, ScenarioPlan
+from mla.bench.results.file import printable
+from mla.bench.results.passes import due, planned_steps
+from mla.bench.results.schema import Case, Run
+from mla.bench.run.watchdog import OVER_BUDGET, Budget
+from mla.bench.terminal.lines import OTHERS
+from mla.command import files, last_words, launcher
 from mla.command.console import Note, note
 from mla.command.exit_codes import Exit
 from mla.errors import ResultError
 from mla.failures import file
+from mla.text import dtype_name
 
 Show = Callable[[results.Run], None]
-OVER_BUDGET = "skipped by --budget"
 # Seconds without a forward after which a device is assumed to hang.
 HANG_AFTER = 600.0
+# Facts that a backend reports of itself; some are measured, such as a clock, so that they never repeat.
+REPORTED = "backend."
+# Where a completed file keeps what was different when its older cases were measured.
+MARK = "resumed"
 
 
 def _end_here(run: results.Run, sentence: str, code: Exit = Exit.BACKEND) -> None:
-    last_words.dismiss()
+    last_words.dismiss(code)
     os._exit(code)
 
 
@@ -66,7 +73,7 @@ def steering(
             _save(options, run, last=True)
             show(run)
             note(f"error: {sentence}")
-            last_words.dismiss()
+            last_words.dismiss(code)
         os._exit(code)  # a call into a driver cannot be interrupted
 
     return Steering(
@@ -89,23 +96,6 @@ def _keeper(options: RunOptions, request: Request) -> Keeper | None:
     return Keeper(options.dump_failure, name, list(options.backend_options))
 
 
-def _kept(
-    options: RunOptions, request: Request, run: results.Run, old: results.Run | None
-) -> list[results.Case]:
-    """Return the cases of an earlier run that need not be measured again."""
-    if old is None or options.resume is None:
-        return []
-    kept = resume.kept_cases(options.resume, old, run, request.scenarios)
-    if not kept:
-        note(f"resuming   no case of '{options.resume}' is complete, so all are measured")
-        return []
-    note(f"resuming   {len(kept)} cases of '{options.resume}' are kept")
-    if remark := resume.warning(old, run):
-        note(f"warning: {remark}")
-    resume.mark(old, run, remark)
-    return kept
-
-
 def _save(options: RunOptions, run: results.Run, *, last: bool = False) -> None:
     """Write what there is, so that it's kept whatever comes; to a pipe only the last time."""
     try:
@@ -115,29 +105,161 @@ def _save(options: RunOptions, run: results.Run, *, last: bool = False) -> None:
         note(f"{error} The run continues and will try again.")
 
 
-def skipped(
-    options: RunOptions, request: Request, run: results.Run, needed: float | None = None
-) -> str | None:
-    """Return how many cases the budget cut, what it should have been, and how to resume; None if it cut none.
-
-    `needed` are the seconds that the whole run should be given.
-    """
+def skipped(options: RunOptions, request: Request, run: results.Run) -> str | None:
+    """Return how many cases the budget cut, and how to resume; None if it cut none."""
     rounds = {point.name: point.rounds for point in request.points}
-    left_out = sum(case.check.reason.startswith(OVER_BUDGET) for case in run.cases)
+    reasons = [case.check.reason for case in run.cases if case.check.reason.startswith(OVER_BUDGET)]
     short = sum(
         0 < case.passes < due(case, rounds[case.scenario]) and not case.interrupted for case in run.cases
     )
-    if not left_out and not short:
+    if not reasons and not short:
         return None
     words = [*request.command, *request.selection, "--implementations", ",".join(request.implementations)]
-    command = repro.command([*words, "--resume", str(options.target)])
+    command = commands.command([*words, "--resume", str(options.target)])
     on = f"resume with: {command}" if options.target else "with -o, a later run could --resume it"
-    cut = f"--budget skipped {left_out} of {len(run.cases)} cases and cut short {short}"
-    whole = "" if needed is None else f"the whole run fits into about {spoken(needed)}"
-    if any(case.latency_ms for case in run.cases):
-        return "; ".join(filter(None, (cut, whole, on)))
-    why = next(case.check.reason for case in run.cases if case.check.reason.startswith(OVER_BUDGET))
-    more = f"{whole}, so give it as much" if whole else "give it more"
+    cut = f"--budget skipped {len(reasons)} of {len(run.cases)} cases and cut short {short}"
+    if not reasons or any(case.latency_ms for case in run.cases):
+        return f"{cut}; {on}"
     less = "measure less with --runs, --passes, --scenario or --mode eager --cache warm"
-    less += " (the time counts from the start of the command)"
-    return f"--budget was too short for any number ({why.partition(': ')[2]}): {more}, or {less}. {cut}; {on}"
+    why = reasons[0].partition(": ")[2]
+    return f"--budget was too short for any number ({why}): give it more, or {less}. {cut}; {on}"
+
+
+# ------------------------------------------------------------------------------------------------- resuming
+
+
+def _kept(
+    options: RunOptions, request: Request, run: results.Run, old: results.Run | None
+) -> list[results.Case]:
+    """Return the cases of an earlier run that need not be measured again."""
+    if old is None or options.resume is None:
+        return []
+    kept = kept_cases(options.resume, old, run, request.scenarios)
+    if not kept:
+        note(f"resuming   no case of '{options.resume}' is complete, so all are measured")
+        return []
+    note(f"resuming   {len(kept)} cases of '{options.resume}' are kept")
+    if remark := _warning(old, run):
+        note(f"warning: {remark}")
+    _mark(old, run, remark)
+    return kept
+
+
+def kept_cases(path: Path, old: Run, now: Run, scenarios: Sequence[ScenarioPlan]) -> list[Case]:
+    """Return the complete cases of a file. Raises `ResultError` if it holds another run than `now`."""
+    if old.plan is None or now.plan is None:
+        raise ResultError(f"cannot resume '{path}': it does not say what was planned; start a new run.")
+    reasons = _changes(_flags(old.plan.options), _flags(now.plan.options), missing="not given")
+    reasons += _changes(_facts(old), _facts(printable(now)), missing="not recorded")
+    reasons += _scenario_changes(old.plan, now.plan)
+    plans = {scenario.name: scenario for scenario in scenarios}
+    kept = []
+    for case in () if reasons else old.cases:
+        plan = plans.get(case.scenario)
+        if plan is None or case.implementation not in old.plan.implementations:
+            reasons.append(f"only it has a case '{case.scenario}, {case.implementation}'")
+        elif _complete(case, plan.point.rounds):
+            reasons += _case_changes(case, plan)
+            kept.append(case)
+    if reasons:
+        raise ResultError(
+            f"cannot resume '{path}', it holds another run: {'; '.join(reasons)}. Repeat its options, "
+            "or write a new file."
+        )
+    return kept
+
+
+def _warning(old: Run, now: Run) -> str:
+    """Return what may make the new cases differ from the kept ones, though it forbids nothing."""
+
+    def reported(run: Run) -> dict[str, str | None]:
+        own = {key: value for key, value in run.environment.items() if key.startswith(REPORTED)}
+        return {"commit": run.git_commit, **dict(sorted(own.items()))}
+
+    changed = _changes(reported(old), reported(now), missing="None")
+    return f"kept cases were measured under other conditions: {'; '.join(changed)}" if changed else ""
+
+
+def _mark(old: Run, now: Run, remark: str) -> None:
+    """Keep a warning, and those of earlier times, in the file that is completed."""
+    remarks = [old.environment.get(MARK, ""), remark]
+    if any(remarks):
+        now.environment[MARK] = "; ".join(filter(None, dict.fromkeys(remarks)))
+
+
+def _complete(case: Case, rounds: int) -> bool:
+    """Return whether a case is complete; what a budget cut short is measured again."""
+    measured = case.check.status == "ok" and case.passes >= due(case, rounds)
+    return not case.interrupted and (measured or case.check.status == "wrong")
+
+
+def _changes(old: Mapping[str, Any], now: Mapping[str, Any], missing: str, where: str = "") -> list[str]:
+    """Return "NAME was A and is B" for every fact that is not the same, or `missing` on one side."""
+    both = ((name, old.get(name, missing), now.get(name, missing)) for name in {**old, **now})
+    return [f"{name}{where} was {first} and is {second}" for name, first, second in both if first != second]
+
+
+def _flags(words: Sequence[str]) -> dict[str, str]:
+    """Return the values of each option, in their order."""
+    flags: dict[str, str] = {}
+    for flag, value in zip(words[::2], words[1::2], strict=True):
+        flags[flag] = f"{flags[flag]} {value}" if flag in flags else value
+    return flags
+
+
+def _facts(run: Run) -> dict[str, str]:
+    """Return what must be equal for two parts of a file to be one run: what ran, on what, with what."""
+    assert run.plan is not None
+    facts = {
+        "backend": run.backend.name,
+        "the backend's version": run.backend.version,
+        "the build of mla and the backend": run.backend.build,
+        "device": run.backend.device,
+        "the device's memory": run.backend.memory_bytes,
+        "the device's cache": run.backend.cache_bytes,
+        "implementations": ",".join(run.plan.implementations),
+        "dtype": run.dtype,
+        "attention": run.attention,
+        "page size": run.page_size,
+        "seed": run.seed,
+        **{f"config's {name}": value for name, value in run.config.items()},
+    }
+    for key, value in run.environment.items():
+        if not launcher.is_fact(key) and not key.startswith(REPORTED) and key not in (MARK, OTHERS):
+            facts[key] = value
+    if threads := run.environment.get("torch_threads"):
+        facts.setdefault("OMP_NUM_THREADS", threads)  # which torchrun sets, and srun does not
+    return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def _case_changes(case: Case, plan: ScenarioPlan) -> list[str]:
+    """Return what a kept case was not measured as."""
+    point, where = plan.point, f" of case '{case.scenario}, {case.implementation}'"
+    expected = {
+        "base": point.base,
+        "point": dict(point.point),
+        "mode": point.mode,
+        "query_lens": list(point.query_lens),
+        "history": list(point.history),
+        "steps_per_pass": point.steps,
+        "dtype": dtype_name(plan.setting.dtype),
+        "heads": plan.setting.config.num_attention_heads,
+        "layers": point.layers,
+    }
+    was = {name: getattr(case, name) for name in expected} | {"steps_per_pass": planned_steps(case)}
+    ops = plan.ops.get(case.implementation)
+    other = [] if ops is None else _changes(case.ops, ops, missing="no op", where=where)
+    return _changes(was, expected, missing="", where=where) + other
+
+
+def _scenario_changes(old: results.Plan, now: results.Plan) -> list[str]:
+    new, gone = (
+        [name for name in one.scenarios if name not in other.scenarios]
+        for one, other in ((now, old), (old, now))
+    )
+    if new or gone:
+        place = f"it has no scenario '{new[0]}'" if new else f"only it has scenario '{gone[0]}'"
+        return [f"workload or axes differ, {place}"]
+    if old.digest != now.digest:
+        return ["workload differs: a scenario has other lengths or counts, or their order changed"]
+    return []

@@ -1,4 +1,4 @@
-"""Notice a device that hangs: no forward finishes for a long time although one was started.
+"""The time of a run: its limit, and a device that hangs: no forward finishes for a long time. Needs no torch.
 
 A call into a driver cannot be interrupted, so the only way out is the end of the process. The thread sleeps;
 the timed path is not touched, since the engine reports progress between timed regions.
@@ -6,15 +6,41 @@ the timed path is not touched, since the engine reports progress between timed r
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
+from mla.bench.workload.quantities import spoken
+
+OVER_BUDGET = "skipped by --budget"
 # Looks per limit; a hang is noticed at most one look late.
 LOOKS = 4
 
 Hung = Callable[[str, str], None]  # scenario, implementation
+
+
+class Budget:
+    """Seconds from now on, or no limit."""
+
+    def __init__(self, seconds: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds = seconds
+        self._clock = clock
+        self._end = math.inf if seconds is None else clock() + seconds
+
+    def left(self) -> float:
+        """Return the seconds that are left; negative once the time is over."""
+        return self._end - self._clock()
+
+    def short(self, seconds: float, what: str = "another pass") -> str:
+        """Return why work of so many seconds is not begun; "" if it still fits."""
+        left = self.left()
+        if self.seconds is None or (left > 0 and seconds <= left):
+            return ""
+        needs = f"{what} would take about {spoken(seconds)}, and " if seconds else ""
+        return f"{OVER_BUDGET}: {needs}{spoken(max(left, 0.0))} of {spoken(self.seconds)} were left"
 
 
 class Watchdog:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,9 @@ import torch
 
 from mla import cost
 from mla.bench import results
-from mla.bench.subjects import memory
 from mla.bench.subjects import op as one_op
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.inputs import Inputs, expected_of, expected_outputs, make_inputs, oracle_runs
+from mla.bench.subjects.inputs import Inputs, expected_of, expected_outputs, make_inputs
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, sharing_weights
 from mla.bench.subjects.stack import MlaStack
@@ -34,7 +33,6 @@ from mla.errors import UnsupportedBatch
 from mla.layer.ops import Ops
 from mla.layer.plan import check_lengths
 from mla.verify.layer_oracle import State
-from mla.verify.oracle_cost import oracle_flops
 from mla.weights import random_state_dict
 
 # Name -> how to build it. `benchmarks/peers` adds comparators while it runs.
@@ -51,21 +49,6 @@ def _ours(setting: Setting, state: State, name: str, ops: str | None) -> Impleme
         spread: Implementation = setting.ranks.layer(setting, state, name, ops)
         return spread
     return (MlaStack if setting.layers > 1 else MlaLayer)(setting, state, name, ops)
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a scenario needs, from its lengths alone."""
-
-    forward: results.Cost  # of a typical forward, all layers together
-    oracle_flops: int  # in float64, on the host
-    parameters: int  # weights drawn once and packed by every implementation; 0 for one op
-    device_bytes: int  # per implementation
-    host_bytes: int  # for all implementations together
-    output_bytes: int  # per implementation: the kept outputs of a pass, on the device and again on the host
-    reference_bytes: int  # of what lives on the device for a while to judge fused ops
-    gathered: int = 1  # copies of a pass's outputs on the host, while it is checked
-    other_bytes: int = 0  # that another rank holds on its host, apart from what is on its device
 
 
 class Fixture(ABC):
@@ -111,14 +94,6 @@ class Fixture(ABC):
     @abstractmethod
     def cost(self, steps: int | None = None) -> results.Cost:
         """Return the work of one forward: its mean over a pass, or so many first `steps` of it, per layer."""
-
-    @abstractmethod
-    def needs(self, ours: Sequence[str]) -> Needs:
-        """Return what the scenario needs; `ours` names the implementations of our layer."""
-
-    def shared_bytes(self, names: Sequence[str], with_reference: bool) -> int:
-        """Return the device memory that implementations save by sharing weights (`memory`)."""
-        return 0
 
     def ops(self, name: str) -> dict[str, str]:
         """Return role -> op of an implementation of ours. Raises `UsageError` or `UnsupportedOps`."""
@@ -209,34 +184,11 @@ class LayerFixture(Fixture):
         moved = [cost.step_bytes(setting.config, new, kv, setting.dtype.itemsize) for kv in lengths]
         return results.Cost(flops=round(sum(flops) / len(flops)), bytes=round(sum(moved) / len(moved)))
 
-    def needs(self, ours: Sequence[str]) -> Needs:
-        point, config, layers = self.point, self.setting.config, self.point.layers
-        settings = [implementation_setting(self.setting, parse_one(name)) for name in ours or ["mla"]]
-        typical = self._mean_cost([point.inputs // 2])
-        on_device = max(memory.device_bytes(one, point) for one in settings)
-        alone = replace(self.setting, ranks=None)  # as the reference runs, on any number of ranks
-        return Needs(
-            forward=results.Cost(flops=layers * typical.flops, bytes=layers * typical.bytes),
-            oracle_flops=oracle_flops(config, oracle_runs(config, point)),
-            parameters=cost.parameters(config),
-            device_bytes=on_device,
-            host_bytes=memory.host_bytes(self.setting, point),
-            output_bytes=memory.output_bytes(self.setting, point),
-            reference_bytes=on_device if self.setting.ranks is None else memory.device_bytes(alone, point),
-            gathered=memory.gathered(self.setting),
-            other_bytes=memory.other_bytes(self.setting, point, self._given is not None),
-        )
-
     def _check_lengths(self, ops: Ops) -> None:
         point, setting = self.point, self.setting
         for step in {0, point.inputs - 1}:  # lengths grow in between
             lengths = (point.query_lens, point.kv_lens(step))
             check_lengths(setting.config, ops, *lengths, setting.page_size, setting.attention)
-
-    def shared_bytes(self, names: Sequence[str], with_reference: bool) -> int:
-        if self.setting.ranks is not None:  # whose layers are parts, and share none
-            return 0
-        return memory.shared_bytes(self.setting, names, with_reference)
 
 
 class OpFixture(Fixture):
@@ -247,36 +199,24 @@ class OpFixture(Fixture):
     def __init__(self, setting: Setting, point: Point) -> None:
         super().__init__(setting, point)
         assert point.op is not None
-        self.op, self._pool = point.op, one_op.op_problem(setting, point)
+        self.op, self.pool = point.op, one_op.op_problem(setting, point)
 
     def _make_inputs(self) -> Pool:
-        self._pool.draw()
-        return self._pool
+        self.pool.draw()
+        return self.pool
 
     def _make_checker(self, inputs: Pool) -> Checker:
         return Checker(inputs)
 
     def build(self, name: str) -> Implementation:
         setting = implementation_setting(self.setting, parse_one(name))
-        return one_op.OpImplementation(setting, self._pool, self.op, name)
+        return one_op.OpImplementation(setting, self.pool, self.op, name)
 
     def cost(self, steps: int | None = None) -> results.Cost:
-        return results.Cost(**self._pool.case.work._asdict())
-
-    def needs(self, ours: Sequence[str]) -> Needs:
-        on_device = one_op.device_bytes(self._pool)
-        return Needs(
-            forward=self.cost(),
-            oracle_flops=self._pool.case.work.flops,
-            parameters=0,
-            device_bytes=on_device,
-            host_bytes=one_op.host_bytes(self._pool, on_device),
-            output_bytes=one_op.output_bytes(self._pool),
-            reference_bytes=0,
-        )
+        return results.Cost(**self.pool.case.work._asdict())
 
     def _check_lengths(self, ops: Ops) -> None:
-        one_op.check_lengths(ops[self.op], self._pool.case)
+        one_op.check_lengths(ops[self.op], self.pool.case)
 
     def repeated_as(self, name: str) -> str:
         named = parse_one(name)

@@ -12,7 +12,6 @@ import torch
 
 from mla.bench.subjects import shelf
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.memory import WORKSPACE
 from mla.bench.subjects.setting import SPARE_PAGES, Setting, make_ops
 from mla.bench.workload.grid import Point
 from mla.bench.workload.scenario import Scenario
@@ -23,7 +22,6 @@ from mla.cases.varied import Change, Pool
 from mla.command.clock import now_ns
 from mla.config import MLAConfig
 from mla.layer.ops import Choice, layer_roles
-from mla.verify.op_oracle import LOGITS_BYTES
 from mla.verify.verdict import Check
 
 # Changes of so many rows are made and uploaded before a pass begins, which keeps its calls close together.
@@ -207,32 +205,3 @@ def buffers(pool: Pool, calls: int) -> int:
 def output_bytes(pool: Pool) -> int:
     """Return what the results of a pass take, in all their buffers."""
     return buffers(pool, pool.calls) * numbers(pool) * pool.case.spec.dtype.itemsize
-
-
-def device_bytes(pool: Pool) -> int:
-    """Return what one implementation holds.
-
-    These are operands, twice for packing or wider rows, the pool that they are taken from, the buffers of a
-    pass's results and scratch memory.
-    """
-    case, cache = pool.case, 0
-    if case.entry.cached:
-        pages = sum(-(-length // case.layout.page_size) for length in case.kv_lens) + case.layout.spare
-        cache = pages * case.layout.page_size * case.shape(case.entry.cached)[0] * case.spec.dtype.itemsize
-    return 2 * case.work.bytes + cache + _pool_bytes(pool) + output_bytes(pool) + WORKSPACE
-
-
-def host_bytes(pool: Pool, on_device: int) -> int:
-    """Return what the host holds for all implementations together; results of a pass are not among it.
-
-    These are operands and results, those again in float64, the reference's, and what one call must write.
-    """
-    operands = pool.case.work.bytes + _pool_bytes(pool)
-    wide = operands * 8 // pool.case.spec.dtype.itemsize
-    judged = 4 * 8 * numbers(pool)
-    return operands + wide + on_device + judged + 3 * LOGITS_BYTES
-
-
-def _pool_bytes(pool: Pool) -> int:
-    """Return what the pool takes, and the rows that a call takes from it before they are in place."""
-    return sum(pool.size) * pool.width * pool.case.spec.dtype.itemsize

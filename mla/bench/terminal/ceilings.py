@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from mla.bench import results
-from mla.bench.results.ceilings_file import CeilingRun
-from mla.bench.results.schema import Ceiling
-from mla.command import table
+from mla.bench.results.schema import Ceiling, CeilingRun
+from mla.bench.terminal.digits import per_second
+from mla.command.table import table
 from mla.errors import ResultError
-from mla.text import size
+from mla.text import DTYPES, size
 
 FORMATS = ("table", "md", "json")
 
@@ -25,28 +25,45 @@ def render(run: CeilingRun, kind: str) -> str:
     if kind == "json":
         return results.encode(run).decode()
     rows = [_row(run, ceiling) for ceiling in run.measured]
-    if kind == "md":
-        body = table.markdown(_HEADER, rows)
-    else:
-        body = table.aligned(_HEADER, rows, words=("work", "size", "fastest way"))
+    body = table(kind, _HEADER, rows, ("work", "size", "fastest way"))
     return f"{_device(run)}\n\n{body}\n{_declared(run.declared)}"
 
 
 def run_lines(ceilings: Sequence[Ceiling]) -> list[str]:
     """Return one line per kind of work about the ceilings that a run was compared with."""
+    return [f"limit of {_work(members[0])}: {_range(members)}" for members in _by_kind(ceilings).values()]
+
+
+def peaks(ceilings: Sequence[Ceiling]) -> str:
+    """Return the limits in a few words, such as "Peaks 440 GFLOP/s bf16, 69 to 113 GB/s."."""
+    names = []
+    for members in _by_kind(ceiling for ceiling in ceilings if ceiling.work != "copy").values():
+        low, high = (rate(choose(members, key=lambda ceiling: ceiling.value)) for choose in (min, max))
+        low = low.removesuffix(f" {high.partition(' ')[2]}")
+        span = high if high.startswith(f"{low} ") else f"{low} to {high}"
+        names.append(" ".join(filter(None, (span, _short(members[0].dtype)))))
+    return f"Peak{'s' * (len(names) > 1)} {', '.join(names)}." if names else ""
+
+
+def of_our_own(ceilings: Sequence[Ceiling]) -> str:
+    """Return whose peak only our own op reached, such as "memory and bf16"; "" if something else did."""
+    return " and ".join(dict.fromkeys(_short(one.dtype) or "memory" for one in ceilings if one.ours))
+
+
+def _short(dtype: str | None) -> str:
+    return next((short for short, long in DTYPES.items() if long == dtype), dtype or "")
+
+
+def _by_kind(ceilings: Iterable[Ceiling]) -> dict[tuple[str, str | None], list[Ceiling]]:
     kinds: dict[tuple[str, str | None], list[Ceiling]] = {}
     for ceiling in ceilings:
         kinds.setdefault((ceiling.work, ceiling.dtype), []).append(ceiling)
-    return [f"limit of {_work(members[0])}: {_range(members)}" for members in kinds.values()]
+    return kinds
 
 
 def rate(ceiling: Ceiling) -> str:
     """Return a ceiling's value with its unit."""
-    unit = "FLOP/s" if ceiling.work == "matmul" else "B/s"
-    for prefix, factor in (("T", 1e12), ("G", 1e9)):
-        if ceiling.value >= factor or prefix == "G":
-            break
-    return f"{ceiling.value / factor:.3g} {prefix}{unit}"
+    return per_second(ceiling.value, "FLOP/s" if ceiling.work == "matmul" else "B/s")
 
 
 def _work(ceiling: Ceiling) -> str:
@@ -81,7 +98,7 @@ def _ours(ceilings: Sequence[Ceiling]) -> str:
     if not any(one.ours for one in ceilings):
         return ""
     where = "" if all(one.ours for one in ceilings) else " at some of them"
-    return f"; no other way is faster{where}: the limit is our own kernel's"
+    return f"; caveat: measured with the kernel under test{where}, no other way was faster"
 
 
 def _device(run: CeilingRun) -> str:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 
-from mla.bench.results.schema import Interval
+from mla.bench.results.schema import Interval, Roofline
 
 # Fewest and most significant digits, whatever the interval.
 FEWEST, MOST = 2, 6
+_PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6))
 
 
 def number(value: float | None) -> str:
@@ -28,6 +29,27 @@ def known(value: float | None, interval: Interval | None) -> str:
         return "-"
     place = _place(value, interval)
     return number(value) if place is None else _rounded(value, place)
+
+
+def percent(share: float | None) -> str:
+    """Return a share in percent; "-" if it is not known."""
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def per_second(rate: float | None, unit: str) -> str:
+    """Return a rate of `unit`, such as "FLOP/s", with the prefix that leaves 1 to 999; "-" for None."""
+    if rate is None:
+        return "-"
+    prefix, factor = next((one for one in _PREFIXES if rate >= one[1]), _PREFIXES[-1])
+    return f"{rate / factor:.3g} {prefix}{unit}"
+
+
+def limit(roofline: Roofline) -> str:
+    """Return the share of the limit and its kind, such as "71 mem"; ">100?" where that is in doubt."""
+    kind = (roofline.bound or "")[:3]
+    if roofline.doubt:
+        return f">100? {kind}".strip()
+    return f"{100 * roofline.fraction:.0f} {kind}".strip() if roofline.fraction is not None else "-"
 
 
 def between(values: Interval | None, value: float | None, interval: Interval | None) -> str:

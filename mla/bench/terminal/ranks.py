@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from mla.bench.results.cases import imbalance, imbalances, repeated
 from mla.bench.results.schema import Case, RankFacts, Spread
-from mla.bench.results.shares import imbalance, imbalances, repeated
 from mla.bench.results.stats import median
-from mla.command.table import aligned, markdown
+from mla.bench.terminal.digits import number, percent
+from mla.command.table import table
 from mla.parallel.link import IDEAL, Link
 from mla.text import size
 
@@ -18,38 +19,29 @@ _MEASURED = (
     "these are of another pass, a few percent mean nothing. Measured limits are those of rank 0.\n\n"
 )
 
-Number = Callable[[float | None], str]
 
-
-def render(cases: Sequence[Case], kind: str, number: Number) -> str:
+def render(cases: Sequence[Case], kind: str) -> str:
     """Return a table of ranks for every case that has some; "" if none has. `kind` is "table" or "md"."""
-    tables = "".join(_case(case, case.spread, kind, number) for case in cases if case.spread)
+    tables = "".join(_case(case, case.spread, kind) for case in cases if case.spread)
     measured = any(case.spread and not case.spread.predicted for case in cases)
     return tables + _MEASURED * measured
 
 
-def rows(spread: Spread, number: Number) -> list[tuple[str, ...]]:
+def rows(spread: Spread) -> list[tuple[str, ...]]:
     """Return what `COLUMNS` say of every rank; of a prediction, of those that stand for all."""
     every = zip(spread.ranks, imbalances(spread), strict=True)
     return [
-        _row(one, excess, number)
-        for one, excess in every
-        if not spread.predicted or one.rank in spread.timed_ranks
+        _row(one, excess) for one, excess in every if not spread.predicted or one.rank in spread.timed_ranks
     ]
 
 
-def percent(share: float | None) -> str:
-    """Return a share in percent; "-" if it is not known."""
-    return "-" if share is None else f"{100 * share:.0f} %"
-
-
-def _case(case: Case, spread: Spread, kind: str, number: Number) -> str:
+def _case(case: Case, spread: Spread, kind: str) -> str:
     over = "" if spread.predicted else f" over {spread.library}"
     title = f"ranks of {case.scenario}, {case.implementation}: {spread.layout}{over}"
-    found = rows(spread, number)
-    table = markdown(COLUMNS, found) if kind == "md" else aligned(COLUMNS, found)
-    about = f"{prediction(spread, number)}\n" * spread.predicted
-    return f"{title}\n\n{table}\n{about}Imbalance {percent(imbalance(spread))}. {_repeated(case)}\n\n"
+    found = rows(spread)
+    about = f"{prediction(spread)}\n" * spread.predicted
+    about += f"Imbalance {percent(imbalance(spread))}. {_repeated(case)}"
+    return f"{title}\n\n{table(kind, COLUMNS, found)}\n{about}\n\n"
 
 
 def _repeated(case: Case) -> str:
@@ -59,7 +51,7 @@ def _repeated(case: Case) -> str:
     return f"Repeated on ranks: {percent(found.flops)} of all FLOPs, {percent(found.bytes)} of all bytes."
 
 
-def prediction(spread: Spread, number: Number) -> str:
+def prediction(spread: Spread) -> str:
     """Return how a prediction came about: what was run, and what was added."""
     count, timed = len(spread.ranks), len(spread.timed_ranks)
     alike = f"; {count - timed} more are like one of these" if timed < count else ""
@@ -77,7 +69,7 @@ def _link(spread: Spread) -> str:
     return f"{Link({one.collective: one.line() for one in spread.link})} ({spread.link_source})"
 
 
-def _row(one: RankFacts, excess: float, number: Number) -> tuple[str, ...]:
+def _row(one: RankFacts, excess: float) -> tuple[str, ...]:
     return (
         str(one.rank),
         number(median(one.samples)),

@@ -2,86 +2,231 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Iterable, Sequence
-
-from rich import box
-from rich.console import Console, JustifyMethod
-from rich.table import Table
-from rich.text import Text
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Literal
 
 from mla.bench import results
-from mla.bench.results import rank_columns
+from mla.bench.results.cases import labelled
 from mla.bench.results.passes import as_planned
-from mla.bench.results.predicted import labelled
-from mla.bench.results.schema import Case, Run
-from mla.bench.results.timings import cold, flat_timings
+from mla.bench.results.rows import Row, as_csv, baseline, by_scenario, case_rows, withheld
+from mla.bench.results.schema import Case, Latency, Run, Throughput
 from mla.bench.terminal import ceilings, ranks, stages
-from mla.bench.terminal.case_lines import case_lines
-from mla.bench.terminal.digits import between, known, number, quoted
-from mla.bench.terminal.timings import timing_lines
-from mla.bench.terminal.verdict import headline_number, same_ops, speed, verdicts, why_unreliable
-from mla.command.console import results_stream
-from mla.command.table import markdown
-from mla.text import size
-
-__all__ = ["COLUMNS", "FORMATS", "columns", "comparisons", "headline", "headlines", "leading", "render"]
+from mla.bench.terminal.digits import between, known, limit, number, per_second, percent, quoted
+from mla.bench.terminal.lines import case_lines, name
+from mla.bench.terminal.verdict import headline_number, status, times_as_fast, verdicts, why_unreliable
+from mla.command.table import aligned, has_colours, table, width
+from mla.text import DTYPES, size
 
 FORMATS = ("table", "md", "csv", "json")
+Detail = Literal["quiet", "short", "verbose"]
 
-# Column title -> cell. Unknown prints "-".
-COLUMNS: dict[str, Callable[[Case], str]] = {
-    "scenario": lambda case: case.scenario + _layers(case),
-    "implementation": lambda case: case.implementation,
-    "latency ms": lambda case: _estimate(case.latency_ms),
-    "95% CI": lambda case: _interval(case.latency_ms),
-    "p10 .. p90": lambda case: _spread(case.latency_ms),
-    "cold ms": lambda case: _estimate(cold(case)) if case.check.status in ("ok", "not run") else "-",
-    "tok/s": lambda case: _estimate(case.tokens_per_s),
-    "TFLOP/s": lambda case: _rate(case, case.cost.flops, 1e12),
-    "GB/s": lambda case: _rate(case, case.cost.bytes, 1e9),
-    "% of limit": lambda case: _limit(case.roofline),
-    "rel. error": lambda case: _exponent(case.check.relative_error),
-    "check": lambda case: case.check.status,
+# Column title -> cell, with `verbose`, in Markdown and on the page. Unknown prints "-".
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "scenario": lambda row: row.case.scenario + _layers(row.case),
+    "implementation": lambda row: row.case.implementation,
+    "latency ms": lambda row: _estimate(row.latency),
+    "95% CI": lambda row: _interval(row.latency),
+    "p10 .. p90": lambda row: _spread(row.latency),
+    "cold ms": lambda row: _estimate(row.cold()),
+    "tok/s": lambda row: _estimate(row.throughput),
+    "FLOP/s": lambda row: per_second(row.per_second(row.case.cost.flops, 1), ""),
+    "GB/s": lambda row: number(row.per_second(row.case.cost.bytes, 1e9)),
+    "% of limit": lambda row: limit(row.case.roofline),
+    "rel. error": lambda row: _exponent(row.check.relative_error),
+    "check": lambda row: row.check.status,
 }
 # A further column where a case ran fewer passes, or shorter ones, than the workload asks for.
-PASSES = {"passes": lambda case: f"{case.passes} x {case.steps_per_pass}" if case.passes else "-"}
+PASSES: dict[str, Callable[[Row], str]] = {
+    "passes": lambda row: f"{row.case.passes} x {row.case.steps_per_pass}" if row.case.passes else "-"
+}
 
+# What the short table holds beside its numbers, the first to go last; and which of its columns are words.
+_EXTRAS = ("interval", "interval of the speedup", "limit")
+_LEFT = ("scenario", "implementation", "latency", "speedup")
 # Colours of a row on a terminal, by the status of its check.
 _STYLES = {"wrong": "red", "doubtful": "magenta"}
+# What to do about a case without a number.
+_REMEDIES = {
+    "wrong": "Save the failing call: --dump-failure DIR.",
+    "doubtful": "Rerun when idle; if it stays, the backend's clock or `synchronize` is at fault.",
+    "not timed": "Continue the run: --resume FILE.",
+}
 
 
-def render(run: Run, kind: str) -> str:
-    """Return the run in one of `FORMATS`, ending in a newline."""
+def render(run: Run, kind: str, detail: Detail = "short", hint: str = "") -> str:
+    """Return the run in one of `FORMATS`, ending in a newline; `hint` says what to do next.
+
+    `detail` is of a table: the headlines alone, what a first look needs, or everything that is known.
+    Markdown always has everything; CSV and JSON are for machines.
+    """
     if kind == "json":
         return results.encode(run).decode()
     if kind == "csv":
-        return _csv(run.cases)
+        return as_csv(case_rows(run))
     run = labelled(run)
-    body = _markdown(run.cases) if kind == "md" else _table(run.cases)
-    parts = ranks.render(run.cases, kind, number) + stages.render(run.cases, kind, number, _limit)
-    about = [*timing_lines(run), *case_lines(run)]
-    said = list(map(str, verdicts(run)))
-    blocks = (about, ceilings.run_lines(run.ceilings), comparisons(run), said, headlines(run))
-    return f"{body}\n{parts}" + "\n".join("".join(f"{line}\n" for line in lines) for lines in blocks if lines)
+    if kind == "table" and detail == "quiet":
+        blocks = [headlines(run)]
+    elif kind == "table" and detail == "short":
+        sweeps = [str(verdict) for verdict in verdicts(run) if verdict.is_sweep]
+        blocks = [
+            _wrapped(context(run)),
+            _face(case_rows(run)),
+            _reasons(run.cases),
+            sweeps,
+            _parts(run, kind),
+            _wrapped(*_about(run)),
+            _wrapped(hint),
+            headlines(run),
+        ]
+    else:
+        title = [context(run)] * (kind == "table")
+        blocks = [title, *_detailed(run, kind)]
+    return "\n".join("".join(f"{line}\n" for line in lines) for lines in blocks if lines)
 
 
-def columns(cases: Sequence[Case]) -> dict[str, Callable[[Case], str]]:
-    """Return the columns of a table of these cases."""
+def _detailed(run: Run, kind: str) -> Iterator[list[str]]:
+    """Yield everything that is known of a run, in blocks of lines."""
+    rows, shown = case_rows(run), columns(run.cases)
+    cells = [[cell(row) for cell in shown.values()] for row in rows]
+    yield table(kind, list(shown), cells, ("scenario", "implementation")).splitlines()
+    yield _reasons(run.cases)
+    yield _parts(run, kind)
+    yield case_lines(run)
+    yield ceilings.run_lines(run.ceilings)
+    yield comparisons(run)
+    yield list(map(str, verdicts(run)))
+    yield headlines(run)
+
+
+def _parts(run: Run, kind: str) -> list[str]:
+    """Return the tables of ranks and of stages, which only some runs have."""
+    return (ranks.render(run.cases, kind) + stages.render(run.cases, kind)).rstrip("\n").splitlines()
+
+
+def columns(cases: Sequence[Case]) -> dict[str, Callable[[Row], str]]:
+    """Return the columns of a detailed table of these cases."""
     return COLUMNS if all(map(as_planned, cases)) else COLUMNS | PASSES
 
 
-def comparisons(run: Run) -> list[str]:
-    """Return one line per scenario and pair: the first implementation that ran, and each other one."""
+def context(run: Run) -> str:
+    """Return what ran where, in one line."""
+    facts, layer = run.environment, [str(run.config.get("name") or ""), _short_dtype(run.dtype)]
+    threads = facts.get("torch_threads", "")
+    device = f"{run.backend.name}: {run.backend.device}"
+    device += f", {threads} thread{'s' * (threads != '1')}" * (facts.get("processor") == run.backend.device)
+    layouts = {case.spread.layout: None for case in run.cases if case.spread}
+    ops = dict.fromkeys(case.op for case in run.cases if case.op)
+    layer += [f"op {op}" for op in ops] + list(layouts)
+    versions = [f"{package} {facts[package]}" for package in ("mla", "torch") if package in facts]
+    return " | ".join([*versions[:1], device, *versions[1:], ", ".join(filter(None, layer))])
+
+
+def _short_dtype(dtype: str) -> str:
+    return next((short for short, long in DTYPES.items() if long == dtype), dtype)
+
+
+def _face(rows: Sequence[Row]) -> list[str]:
+    """Return the short table, with as many of `_EXTRAS` as its width holds."""
+    header = ("scenario", "implementation", "latency", "throughput", "of peak", "speedup")
+    header = header if any(row.comparison for row in rows) else header[:-1]
+    styles = [_STYLES.get(row.check.status, "") for row in rows] if has_colours() else None
+    for kept in range(len(_EXTRAS), -1, -1):
+        cells = [_face_cells(row, _EXTRAS[:kept])[: len(header)] for row in rows]
+        plain = aligned(header, cells, _LEFT)
+        if max(map(len, plain.splitlines())) <= width():
+            break
+    return (aligned(header, cells, _LEFT, styles=styles) if styles else plain).splitlines()
+
+
+def _face_cells(row: Row, extras: Collection[str]) -> tuple[str, ...]:
+    """Return the cells of the short table: instead of a number that is withheld or missing, a word."""
+    case, latency = row.case, row.latency
+    if latency is None:
+        word = status(case).upper() if withheld(case) else status(case)
+        return (case.scenario, case.implementation, word, "", "", "")
+    interval = f" ({_interval(latency)})" if "interval" in extras and latency.ci95 else ""
+    bound = f" {case.roofline.bound}" if "limit" in extras and row.share is not None else ""
+    return (
+        case.scenario,
+        case.implementation,
+        f"{_estimate(latency)} ms{interval}",
+        _work_rate(row),
+        "in doubt" if case.roofline.doubt else percent(row.share) + bound,
+        _speedup(row, "interval of the speedup" in extras),
+    )
+
+
+def _work_rate(row: Row) -> str:
+    """Return tokens per second of a layer, and of one op the work that limits it."""
+    case, rate = row.case, row.throughput
+    if case.op:
+        computes = case.roofline.bound == "compute"
+        amount = case.cost.flops if computes else case.cost.bytes
+        return per_second(row.per_second(amount, 1), "FLOP/s" if computes else "B/s")
+    return f"{_estimate(rate)} tok/s" if rate else "-"
+
+
+def _speedup(row: Row, with_interval: bool) -> str:
+    """Return the speedup over the baseline where it is decided: otherwise any ratio would be noise."""
+    if row.comparison is None:
+        return ""
+    if row.speedup is None:
+        return "undecided"
+    text = times_as_fast(row.speedup.speedup, row.speedup.speedup_interval)
+    return text if with_interval else text.partition(" ")[0]
+
+
+def _reasons(cases: Sequence[Case]) -> list[str]:
+    """Return why cases have no number, and how to go on."""
     lines = []
-    for scenario, cases in _by_scenario(run).items():
+    for case in cases:
+        if case.check.status != "ok" or case.latency_ms is None:
+            reason = case.check.reason or status(case)
+            ended = reason if reason.endswith(".") else f"{reason}."
+            lines.append(" ".join(filter(None, (f"{name(case)}: {ended}", _REMEDIES.get(status(case))))))
+    return lines
+
+
+def _about(run: Run) -> Iterator[str]:
+    """Yield what the numbers are, what was checked, and what they are held against."""
+    timed = [case for case in run.cases if case.latency_ms]
+    intervals = any(case.latency_ms and case.latency_ms.ci95 for case in timed)
+    parts = ["Median and 95 % interval." if intervals else "Medians."] if timed else []
+    checked = [case for case in run.cases if case.check.status in ("ok", "wrong", "doubtful")]
+    right = sum(case.check.status != "wrong" for case in checked)
+    if checked:
+        outputs = "All outputs match" if right == len(checked) else f"{right} of {len(checked)} outputs match"
+        parts.append(f"{outputs} float64.")
+    if layers := {case.layers for case in run.cases if case.layers > 1}:
+        parts.append(f"Numbers are per layer of {max(layers)}.")
+    bases = filter(None, map(baseline, by_scenario(run.cases).values()))
+    if names := dict.fromkeys(base.implementation for base in bases):
+        parts.append(f"Speedup over {', '.join(names)}.")
+    if shares := any(case.roofline.fraction is not None for case in timed):
+        parts.append(ceilings.peaks(run.ceilings))
+    yield " ".join(filter(None, parts))
+    if shares and (ours := ceilings.of_our_own(run.ceilings)):
+        plural = " and " in ours
+        peak = f"{ours} {'peaks are those' if plural else 'peak is that'}"
+        yield f"Caveat: the {peak} of the kernel under test; nothing else is faster."
+
+
+def _wrapped(*paragraphs: str) -> list[str]:
+    """Return paragraphs in lines of at most the width of the result."""
+    return [line for text in paragraphs for line in textwrap.wrap(text, width(), break_on_hyphens=False)]
+
+
+def comparisons(run: Run) -> list[str]:
+    """Return one line per scenario and pair: how outputs and memory of the first and each other differ."""
+    lines = []
+    for scenario, cases in by_scenario(run.cases).items():
         first = _first_run(cases)
         others = {case.implementation: case for case in cases if case is not first}
         for agreement in first.agreement:
             other = others.get(agreement.implementation)
             if other is not None:
-                lines.append(f"{scenario}: {_comparison(first, other, agreement)}")
+                lines.append(f"{scenario}: {_differences(first, other, agreement.relative_difference)}")
     return lines
 
 
@@ -91,30 +236,14 @@ def _first_run(cases: Sequence[Case]) -> Case:
     return next(ran, cases[0])
 
 
-def _comparison(case: Case, other: Case, agreement: results.Agreement) -> str:
-    """Return how a case compares with another: speed, outputs, cache and transient memory."""
+def _differences(case: Case, other: Case, outputs: float) -> str:
+    mine, theirs = case.memory, other.memory
+    same = " run the same ops;" if case.ops and case.ops == other.ops else ":"
     return (
-        f"{_speeds(case, other)} outputs differ by {_exponent(agreement.relative_difference)}; cache "
-        f"{_mib(case.memory.cache_bytes)} against {_mib(other.memory.cache_bytes)}; transient "
-        f"{_mib(case.memory.transient_bytes)} against {_mib(other.memory.transient_bytes)}"
+        f"{case.implementation} and {other.implementation}{same} outputs differ by {_exponent(outputs)}; "
+        f"cache {_mib(mine.cache_bytes)} against {_mib(theirs.cache_bytes)}; "
+        f"transient {_mib(mine.transient_bytes)} against {_mib(theirs.transient_bytes)}"
     )
-
-
-def _speeds(case: Case, other: Case) -> str:
-    """Return how fast a case is by the table's latencies, if that is decided."""
-    if same_ops(case, other):
-        return f"{case.implementation} runs the same ops as {other.implementation};"
-    found = speed(case, other)
-    if found is None or not found.decided:
-        return f"{case.implementation} and {other.implementation}:"
-    return f"{case.implementation} is {found} as {other.implementation};"
-
-
-def _by_scenario(run: Run) -> dict[str, list[Case]]:
-    grouped: dict[str, list[Case]] = {}
-    for case in run.cases:
-        grouped.setdefault(case.scenario, []).append(case)
-    return grouped
 
 
 def headlines(run: Run) -> list[str]:
@@ -124,7 +253,7 @@ def headlines(run: Run) -> list[str]:
 
 def leading(run: Run) -> list[Case]:
     """Return the case of the first implementation that ran, for every scenario."""
-    return list(map(_first_run, _by_scenario(run).values()))
+    return list(map(_first_run, by_scenario(run.cases).values()))
 
 
 def headline(case: Case) -> str:
@@ -140,17 +269,17 @@ def headline(case: Case) -> str:
     why = why_unreliable(case)
     few = f" ({why})" if why and estimate.ci95 is None else ""
     if estimate is case.latency_ms:
-        return f"{what} Latency{of}: {_quoted(estimate, 'ms')}{few}"
-    return f"Decode Throughput{of}: {_quoted(estimate, 'tok/s')}{few}"
+        return f"{what} Latency{of}: {quoted(estimate.median, estimate.ci95, 'ms')}{few}"
+    return f"Decode Throughput{of}: {quoted(estimate.median, estimate.ci95, 'tok/s')}{few}"
 
 
 def unreliable_headlines(run: Run) -> list[str]:
     """Return the headlines that are not to be relied on, and why."""
-    found = []
+    lines = []
     for case in leading(run):
         line, why = headline(case), why_unreliable(case)
-        found += [line if line.endswith(f"({why})") else f"{line}: {why}"] * bool(why)
-    return found
+        lines += [line if line.endswith(f"({why})") else f"{line}: {why}"] * bool(why)
+    return lines
 
 
 def _layers(case: Case) -> str:
@@ -158,119 +287,15 @@ def _layers(case: Case) -> str:
     return f" per layer of {case.layers}" if case.layers > 1 else ""
 
 
-def _cells(cases: Sequence[Case]) -> Iterable[list[str]]:
-    cells = columns(cases).values()
-    return ([cell(case) for cell in cells] for case in cases)
-
-
-def _table(cases: Sequence[Case]) -> str:
-    console = Console(file=results_stream())
-    can_draw = console.encoding.startswith("utf")
-    table = Table(box=box.SIMPLE_HEAD if can_draw else box.ASCII, pad_edge=False)
-    for title in columns(cases):
-        side: JustifyMethod = "left" if title in ("scenario", "implementation") else "right"
-        table.add_column(title, justify=side, no_wrap=True)
-    for case, cells in zip(cases, _cells(cases), strict=True):
-        table.add_row(*(Text(cell) for cell in cells), style=_STYLES.get(case.check.status, ""))
-    wide = Console(
-        file=io.StringIO(),
-        width=max(console.width, 1000),  # a truncated number is worse than a wrapped line
-        force_terminal=console.is_terminal,
-        color_system="standard" if console.is_terminal else None,
-    )
-    wide.print(table)
-    lines = wide.file.getvalue().splitlines()  # type: ignore[attr-defined]  # a StringIO
-    return "".join(f"{line.rstrip()}\n" for line in lines if line.strip()) + _reasons(cases)
-
-
-def _reasons(cases: Sequence[Case]) -> str:
-    wrong = [case for case in cases if case.check.status != "ok"]
-    lines = [f"{case.scenario}, {case.implementation}: {case.check.reason}\n" for case in wrong]
-    return "\n" * bool(wrong) + "".join(lines)
-
-
-def _markdown(cases: Sequence[Case]) -> str:
-    return markdown(list(columns(cases)), _cells(cases)) + _reasons(cases)
-
-
-def _csv(cases: Sequence[Case]) -> str:
-    """Return all cases as CSV, in full precision."""
-    file = io.StringIO()
-    rows = [_flat(case) for case in cases]
-    writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
-
-
-def _flat(case: Case) -> dict[str, object]:
-    latency, rate = case.latency_ms, case.tokens_per_s
-    low, high = (latency.ci95 if latency else None) or (None, None)
-    return {
-        "scenario": case.scenario,
-        "mode": case.mode,
-        "implementation": case.implementation,
-        "check": case.check.status,
-        "error_ratio": case.check.error_ratio,
-        "latency_ms": latency.median if latency else None,
-        "ci_low_ms": low,
-        "ci_high_ms": high,
-        "p10_ms": latency.p10 if latency else None,
-        "p90_ms": latency.p90 if latency else None,
-        "tokens_per_s": rate.median if rate else None,
-        "floor_ms": case.roofline.floor_ms,
-        "limit": case.roofline.bound,
-        "limit_source": case.roofline.peak_source,
-        "flops": case.cost.flops,
-        "bytes": case.cost.bytes,
-        "layers": case.layers,
-        "passes": case.passes,
-        "steps_per_pass": case.steps_per_pass,
-        "planned_passes": case.planned.passes if case.planned else None,
-        "planned_steps": case.planned.steps if case.planned else None,
-        "cache_bytes": case.memory.cache_bytes,
-        "transient_bytes": case.memory.transient_bytes,
-        "clock": case.clock,
-        **rank_columns.flat(case),
-        "drift": latency.drift if latency else None,
-        "outliers": latency.outliers if latency else None,
-        "launch_bound": case.launch_bound,
-        "plan_ms": case.plan_ms,
-        "new_lengths_ms": case.new_lengths.ms if case.new_lengths else None,
-        "repeated_lengths_ms": case.new_lengths.repeated_ms if case.new_lengths else None,
-        **flat_timings(case),
-        "reason": case.check.reason,
-        "repro": case.repro,
-    }
-
-
-def _rate(case: Case, amount: int, unit: float) -> str:
-    """Return necessary work per time; extra work of an implementation does not count."""
-    return number(amount / case.latency_ms.median * 1e3 / unit if case.latency_ms else None)
-
-
-def _limit(roofline: results.Roofline) -> str:
-    """Return the share of the limit and its kind, such as "71 mem"; ">100?" where that is in doubt."""
-    if roofline.doubt:
-        return f">100? {(roofline.bound or '')[:3]}".strip()
-    if roofline.fraction is None:
-        return "-"
-    return " ".join((f"{100 * roofline.fraction:.0f}", (roofline.bound or "")[:3])).strip()
-
-
-def _estimate(estimate: results.Latency | results.Throughput | None) -> str:
+def _estimate(estimate: Latency | Throughput | None) -> str:
     return known(estimate.median, estimate.ci95) if estimate else "-"
 
 
-def _quoted(estimate: results.Latency | results.Throughput, unit: str) -> str:
-    return quoted(estimate.median, estimate.ci95, unit)
-
-
-def _interval(latency: results.Latency | None) -> str:
+def _interval(latency: Latency | None) -> str:
     return between(latency.ci95, latency.median, latency.ci95) if latency else "-"
 
 
-def _spread(latency: results.Latency | None) -> str:
+def _spread(latency: Latency | None) -> str:
     return between((latency.p10, latency.p90), latency.median, latency.ci95) if latency else "-"
 
 

@@ -1,4 +1,4 @@
-"""Who won a scenario, by how much and how near the limit: a sentence each. Needs no torch."""
+"""Which implementation is fastest, by how much, and how near the limit: a sentence each. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,33 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mla.bench.results import passes
+from mla.bench.results.compare import compare_implementations
 from mla.bench.results.schema import Case, Interval, Latency, Run, Throughput
 from mla.bench.terminal.digits import between, known, quoted, unreliable
 
 # "doubt": the one ahead is faster than its limit.
 Outcome = Literal["won", "doubt", "open", "alone", "none", "absent"]
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How many times as fast one case is as another. The interval combines both medians' 95 % intervals."""
-
-    value: float
-    interval: Interval | None
-
-    @property
-    def decided(self) -> bool:
-        """Return whether the intervals of the two medians lie apart."""
-        return self.interval is not None and not self.interval[0] <= 1 <= self.interval[1]
-
-    @property
-    def bounds(self) -> str:
-        """Return the interval in brackets, with a space before it; "" without one."""
-        return f" ({between(self.interval, self.value, self.interval)})" if self.interval else ""
-
-    def __str__(self) -> str:
-        return f"{known(self.value, self.interval)}x as fast"
 
 
 @dataclass(frozen=True)
@@ -46,7 +25,7 @@ class Contest:
 
     @property
     def outcome(self) -> Outcome:
-        """Return whether there is a winner, one in doubt, no decision, nothing to decide, or no number."""
+        """Return whether one is fastest, is so in doubt, or alone; whether that is open; or "none"."""
         if not self.leaders:
             return "none"
         if len(self.leaders) > 1:
@@ -63,6 +42,7 @@ class Verdict:
     where: str
     outcome: Outcome
     text: str
+    is_sweep: bool = False
 
     def __str__(self) -> str:
         return f"{self.where}: {self.text}"
@@ -93,42 +73,31 @@ def why_unreliable(case: Case) -> str:
     return ""
 
 
-def speed(case: Case, other: Case) -> Speed | None:
-    """Return how many times as fast `case` is, by the latencies of the same steps; None without both."""
-    case, other = passes.same_steps(case, other)
-    mine, theirs = case.latency_ms, other.latency_ms
-    if mine is None or theirs is None or min(mine.median, theirs.median) <= 0:
-        return None
-    interval = None
-    if mine.ci95 and theirs.ci95 and min(mine.ci95[0], theirs.ci95[0]) > 0:
-        interval = (theirs.ci95[0] / mine.ci95[1], theirs.ci95[1] / mine.ci95[0])
-    return Speed(theirs.median / mine.median, interval)
+def status(case: Case) -> str:
+    """Return the status of a case's check; "not timed" if its outputs are right and there is no number."""
+    return "not timed" if case.check.status == "ok" and case.latency_ms is None else case.check.status
 
 
-def same_ops(case: Case, other: Case) -> bool:
-    """Return whether two cases run the same ops, so that a ratio between them would be noise."""
-    return bool(case.ops) and case.ops == other.ops
+def times_as_fast(speedup: float | None, interval: Interval | None) -> str:
+    """Return a speedup with its interval, such as "4.0x (3.3 .. 5.1)"; "-" for None."""
+    if speedup is None:
+        return "-"
+    bounds = f" ({between(interval, speedup, interval)})" if interval else ""
+    return f"{known(speedup, interval)}x{bounds}"
 
 
 def contest(cases: Iterable[Case]) -> Contest:
     """Rank the cases of one scenario, without yardsticks and numbers that failed their check."""
     taking_part = [case for case in cases if not is_yardstick(case)]
+    right = [case for case in taking_part if case.check.status == "ok"]
     without = [case for case in taking_part if case.latency_ms is None or case.check.status != "ok"]
-    ranked = sorted(
-        (case for case in taking_part if case.check.status == "ok" and case.latency_ms), key=_median
-    )
-    beaten = [case for case in ranked[1:] if _beats(ranked[0], case)]
-    leaders = [case for case in ranked if all(case is not one for one in beaten)]
-    return Contest(leaders, beaten, without)
+    ranked = sorted((case for case in right if case.latency_ms), key=_median)
+    beaten = [case for case in ranked[1:] if compare_implementations(case, ranked[0]).decided]
+    return Contest([case for case in ranked if case not in beaten], beaten, without)
 
 
 def _median(case: Case) -> float:
     return case.latency_ms.median if case.latency_ms else 0.0
-
-
-def _beats(case: Case, other: Case) -> bool:
-    found = speed(case, other)
-    return found is not None and found.decided and not same_ops(case, other)
 
 
 def verdicts(run: Run) -> list[Verdict]:
@@ -137,76 +106,50 @@ def verdicts(run: Run) -> list[Verdict]:
     for case in run.cases:
         place = (case.base, True) if case.point else (case.scenario, False)
         groups.setdefault(place, {}).setdefault(case.scenario, []).append(case)
-    found = []
-    for (where, is_sweep), scenarios in groups.items():
-        if is_sweep:
-            found.append(_of_sweep(where, [contest(cases) for cases in scenarios.values()]))
-        else:
-            found.append(of_scenario(where, scenarios[where]))
-    return found
+    return [
+        _of_sweep(where, [contest(cases) for cases in scenarios.values()])
+        if is_sweep
+        else of_scenario(where, scenarios[where])
+        for (where, is_sweep), scenarios in groups.items()
+    ]
 
 
 def of_scenario(where: str, cases: Iterable[Case]) -> Verdict:
-    """Return who won among all cases of one scenario."""
-    one = contest(cases)
-    if one.outcome == "none":
-        text = f"nobody won{_without(one) or ': nothing was compared'}"
-    else:
-        ways = {"won": _won, "doubt": _ahead, "open": _open, "alone": _alone}
-        text = f"{ways[one.outcome](one)}, {near(one.leaders[0])}{_without(one)}"
-    return Verdict(where, one.outcome, text)
+    """Return which of the cases of one scenario is fastest."""
+    found = contest(cases)
+    if found.outcome == "none":
+        return Verdict(where, "none", _without(found).removeprefix("; ") or "nothing was compared")
+    text = _open(found) if len(found.leaders) > 1 else _ahead(found)
+    return Verdict(where, found.outcome, f"{text}, {near(found.leaders[0])}{_without(found)}")
 
 
-def _won(one: Contest) -> str:
-    return f"{one.leaders[0].implementation} won, {_over(one.leaders[0], one.beaten)}"
-
-
-def _ahead(one: Contest) -> str:
-    first = one.leaders[0]
-    return f"{first.implementation} is ahead, {_over(first, one.beaten)}" if one.beaten else _alone(one)
-
-
-def _over(first: Case, beaten: Sequence[Case]) -> str:
-    """Return how much faster the first is than the next."""
-    found = speed(first, beaten[0])
-    rank = f", the next of {len(beaten)}" if len(beaten) > 1 else ""
-    return f"{found} as {beaten[0].implementation}{found.bounds if found else ''}{rank}"
-
-
-def _open(one: Contest) -> str:
-    first, *others = one.leaders
-    names = _listed([case.implementation for case in one.leaders])
-    text = f"no decision between {names}{_why_open(first, others)}"
-    return f"{text}; {first.implementation} is {_over(first, one.beaten)}" if one.beaten else text
-
-
-def _why_open(first: Case, others: Sequence[Case]) -> str:
-    if all(same_ops(first, other) for other in others):
-        return ", which run the same ops"
-    found = speed(first, others[0])
-    if found is None or found.interval is None:
-        return f": {found} by medians, but too few passes for an interval (6 are needed)"
-    if len(others) > 1:
-        return f": their intervals overlap that of the fastest, {first.implementation}"
-    return f": {found}{found.bounds}, the intervals overlap"
-
-
-def _alone(one: Contest) -> str:
-    first = one.leaders[0]
+def _ahead(found: Contest) -> str:
+    first = found.leaders[0]
+    if found.beaten:
+        comparison = compare_implementations(found.beaten[0], first)
+        speed = times_as_fast(comparison.speedup, comparison.speedup_interval)
+        ratio, _, bounds = speed.partition(" ")
+        rank = f", the next of {len(found.beaten)}" if len(found.beaten) > 1 else ""
+        return f"{first.implementation} is {ratio} as fast as {found.beaten[0].implementation} {bounds}{rank}"
     latency = first.latency_ms
     number = quoted(latency.median, latency.ci95, "ms") if latency else "-"
     return f"only {first.implementation} has a number: {number}"
 
 
-def _without(one: Contest) -> str:
+def _open(found: Contest) -> str:
+    """Return that several may be the fastest, and why: no ratio of theirs means anything."""
+    names = [case.implementation for case in found.leaders]
+    reasons = {compare_implementations(case, found.leaders[0]).reason for case in found.leaders[1:]}
+    why = reasons.pop() if len(reasons) == 1 else ""
+    slower = [case.implementation for case in found.beaten]
+    text = f"no decision between {', '.join(names[:-1])} and {names[-1]}: {why or 'their intervals overlap'}"
+    return f"{text}; slower: {', '.join(slower)}" if slower else text
+
+
+def _without(found: Contest) -> str:
     """Name the cases without a number and why."""
-    names = [f"{case.implementation} ({status(case)})" for case in one.without]
+    names = [f"{case.implementation} ({status(case)})" for case in found.without]
     return f"; no number: {', '.join(names)}" if names else ""
-
-
-def status(case: Case) -> str:
-    """Return the status of a case's check; "not timed" if its outputs are right and there is no number."""
-    return "not timed" if case.check.status == "ok" and case.latency_ms is None else case.check.status
 
 
 def near(case: Case) -> str:
@@ -231,42 +174,33 @@ _COUNTED: dict[Outcome, str] = {
 
 def _of_sweep(where: str, contests: Sequence[Contest]) -> Verdict:
     """Count the outcomes of all points."""
-    wins = Counter(one.leaders[0].implementation for one in contests if one.outcome == "won")
-    outcomes = Counter(one.outcome for one in contests)
-    parts = [f"{name} won {count}" for name, count in wins.most_common()]
+    first = Counter(found.leaders[0].implementation for found in contests if found.outcome == "won")
+    outcomes = Counter(found.outcome for found in contests)
+    parts = [f"{name} is fastest at {count}" for name, count in first.most_common()]
     parts += [f"{words} {outcomes[outcome]}" for outcome, words in _COUNTED.items() if outcomes[outcome]]
-    only = {case.implementation for one in contests for case in (*one.leaders, *one.without)}
+    only = {case.implementation for found in contests for case in (*found.leaders, *found.without)}
     if len(only) == 1 and set(outcomes) == {"alone"}:
         parts = [f"only {only.pop()} has numbers"]
-    text = "; ".join([", ".join(parts), *_ranges(contests), *_missing(contests)])
     order: tuple[Outcome, ...] = ("doubt", "won", "open", "alone", "none")
     overall = next(outcome for outcome in order if outcomes[outcome])
-    return Verdict(f"{where} ({len(contests)} point{'s' * (len(contests) > 1)})", overall, text)
+    points = f"{where} ({len(contests)} point{'s' * (len(contests) > 1)})"
+    return Verdict(points, overall, "; ".join([", ".join(parts), *_ranges(contests)]), True)
 
 
 def _ranges(contests: Sequence[Contest]) -> Iterator[str]:
-    """Yield how much faster winners are than the next, and how near the fastest are to their limits."""
-    pairs = [(one.leaders[0], one.beaten[0]) for one in contests if one.outcome == "won"]
-    ratios = [found.value for pair in pairs if (found := speed(*pair))]
+    """Yield how much faster than the next the fastest are, how near their limits, and what has no number."""
+    pairs = [(found.beaten[0], found.leaders[0]) for found in contests if found.outcome == "won"]
+    ratios = [speedup for pair in pairs if (speedup := compare_implementations(*pair).speedup)]
     if ratios:
-        yield f"winners {_range(ratios, 'x')} as fast as the next"
-    leaders = [one.leaders[0] for one in contests if one.leaders]
+        yield f"{_range(ratios, 'x')} as fast as the next"
+    leaders = [found.leaders[0] for found in contests if found.leaders]
     shares = [case.roofline.fraction for case in leaders if not why_unreliable(case)]
-    known_shares = [100 * share for share in shares if share is not None]
-    if known_shares:
-        yield f"at {_range([round(share) for share in known_shares], ' %')} of the limit"
-
-
-def _missing(contests: Sequence[Contest]) -> Iterator[str]:
-    counts = Counter(status(case) for one in contests for case in one.without)
-    if counts:
+    if known_shares := [round(100 * share) for share in shares if share is not None]:
+        yield f"at {_range(known_shares, ' %')} of the limit"
+    if counts := Counter(status(case) for found in contests for case in found.without):
         yield "cases without a number: " + ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def _range(values: Sequence[float], unit: str) -> str:
     low, high = (known(choose(values), None) for choose in (min, max))
     return f"{low}{unit}" if low == high else f"{low}{unit} to {high}{unit}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

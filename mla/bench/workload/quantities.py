@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 from mla.bench.workload.scenario import MAX_COUNT
@@ -51,12 +50,6 @@ def duration(text: str) -> float:
     if not 0 < seconds <= LONGEST:
         raise ValueError(f"'{text}' is not a valid duration, such as 90s, 10m or 1.5h")
     return seconds
-
-
-def rounded_up(seconds: float) -> float:
-    """Return the next duration that `spoken` does not round: whole 5 s, minutes, or tenths of an hour."""
-    unit = next(unit for unit, end in ((5, 115), (60, 7140), (360, math.inf)) if seconds <= end)
-    return unit * math.ceil(seconds / unit)
 
 
 def spoken(seconds: float) -> str:

@@ -21,8 +21,8 @@ from mla.conformance.checks.attention import (
 )
 from mla.conformance.checks.device import NO_GRAPH, best, elapsed, load_of, median
 from mla.conformance.trial import Refused, Trial, expect
-from mla.parallel.exchange import merge
-from mla.parallel.share import Share
+from mla.parallel.context import merge
+from mla.parallel.layout import Share
 from mla.verify.tolerances import same_bits
 
 UNITS = 4  # of pending work that a plan might wait for

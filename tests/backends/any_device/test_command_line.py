@@ -23,7 +23,7 @@ def test_a_device_torch_reports_gets_a_checked_number(bench: Any, tmp_path: Path
     assert done.code == 0, done.err
     said = done.err.splitlines()
     assert said[0] == "device acme:0: the accelerator that torch reports (-O device= chooses)"
-    assert any(line.startswith("backend    torch on Acme One (acme), ") for line in said)
+    assert " | torch: Acme One (acme) | " in done.out
     run = read(tmp_path)
     assert {case.check.status for case in run.cases} == {"ok"}
     assert all(set(case.ops.values()) == {"reference"} for case in run.cases)

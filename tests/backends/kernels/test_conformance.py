@@ -9,9 +9,9 @@ import pytest
 import torch
 from smaller_cases import make_smaller
 
+from mla.conformance.selection import Xfails
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
-from mla.conformance.xfails import Xfails
 from mla_backends import FusedOp
 from mla_backends.kernels import (
     FlashAttnVarlen,

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from mla.conformance import reach
 from mla.conformance.report import CheckResult
+from mla.conformance.selection import Xfails
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
-from mla.conformance.xfails import Xfails
 from mla_backends.kernels import FlashInferMla, KernelRefused, flashinfer
 from mla_backends.testing import HostBackend
 

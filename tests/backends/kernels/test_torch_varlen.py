@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from smaller_cases import make_smaller
 
 from mla import MLA, LatentCache, MLAConfig
+from mla.conformance.selection import Xfails
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
-from mla.conformance.xfails import Xfails
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
 from mla_backends.api import SegmentLengths

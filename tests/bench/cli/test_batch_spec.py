@@ -12,8 +12,7 @@ import pytest
 
 from mla.bench import results
 from mla.bench.cli.run import run
-from mla.bench.plan.options import RunOptions
-from mla.bench.plan.repro import case_command
+from mla.bench.plan.options import RunOptions, case_command
 from mla.bench.plan.request import Request
 from mla.bench.plan.resolve import resolve
 
@@ -84,9 +83,8 @@ def same_work(case: results.Case, other: results.Case) -> bool:
 
 def test_a_spec_is_one_forward_at_exactly_its_lengths(bench: Bench, small: list[str]) -> None:
     """No cache grows from forward to forward: vLLM's tool repeats one batch as well."""
-    done = bench(
-        *CPU, *TINY, *COUNTS, "--batch-spec", f"{SPEC},q7", "--implementations", "mla", "-o", "run.json"
-    )
+    specs = ("--batch-spec", f"{SPEC},q7", "--implementations", "mla", "-v", "-o", "run.json")
+    done = bench(*CPU, *TINY, *COUNTS, *specs)
     assert done.code == 0, done.err
     first, second = sorted(read("run.json").cases, key=lambda case: len(case.scenario), reverse=True)
     assert (first.scenario, first.batch_spec, first.mode) == (SPEC, SPEC, "prefill")

@@ -24,7 +24,7 @@ from mla.bench.workload.grid import points_of
 from mla.bench.workload.workload_file import read_workload
 from mla.checkpoint import read_layer
 from mla.config import MLAConfig
-from mla.conformance.xfails import Xfails
+from mla.conformance.selection import Xfails
 from mla.errors import ConfigError, MLAError
 from mla.failures import file as failure_file
 from mla_backends import BackendError, outside

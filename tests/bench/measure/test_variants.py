@@ -26,7 +26,7 @@ def virtual(bench: Bench, small: list[str]) -> Bench:
 
     def virtual(*words: str, scenario: str = "decode", **options: str) -> Any:
         pairs = [word for key, value in options.items() for word in ("-O", f"{key}={value}")]
-        chosen = ["--scenario", scenario, "--implementations", "mla", "-o", "run.json"]
+        chosen = ["--scenario", scenario, "--implementations", "mla", "-o", "run.json", "-v"]
         fixed = ("--backend", "fake-virtual-clock")
         return bench(*fixed, *config, *chosen, *pairs, *words, fakes=["virtual_clock"])
 

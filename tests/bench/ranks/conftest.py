@@ -14,24 +14,25 @@ ROOT = Path(__file__).resolve().parents[3]
 # Last on the path: the checkout must not shadow packages that are installed.
 sys.path.append(str(ROOT))
 
-from benchmarks.ranks.nursery import Nursery, Ranks  # noqa: E402
+from benchmarks.ranks import processes  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
-    with Nursery([ROOT / "tests" / "support"]) as nursery:
-        yield nursery
+def start_ranks() -> Start:
+    """Return `processes.start`, once what ranks are forked from runs."""
+    processes.prepare([ROOT / "tests" / "support"])
+    return processes.start
 
 
 @pytest.fixture
-def start(nursery: Nursery, tmp_path: Path) -> Iterator[Start]:
+def start(start_ranks: Start, tmp_path: Path) -> Iterator[Start]:
     """Return a function that starts the ranks of a run of a tiny layer, two by default, with more words."""
     common = write_tiny_run(tmp_path, passes=2, prefill_runs=2, decode_runs=3)
-    started: list[Ranks] = []
+    started: list[processes.Ranks] = []
 
-    def start(*words: str, backend: str = "cpu", world: int = 2, **more: object) -> Ranks:
+    def start(*words: str, backend: str = "cpu", world: int = 2, **more: object) -> processes.Ranks:
         given = ["--backend", backend, *common, "--dtype", "float32", "--implementations", "mla", *words]
-        started.append(nursery.start(given, tmp_path, world, **more))  # type: ignore[arg-type]
+        started.append(start_ranks(given, tmp_path, world, **more))
         return started[-1]
 
     yield start

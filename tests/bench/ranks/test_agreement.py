@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,20 +11,19 @@ import pytest
 from ranks_of_a_run import BOUND, FAULTY, Start
 from tiny_run import write_tiny_run
 
-from benchmarks.ranks.nursery import Nursery, free_port
 from mla.bench import results
-from mla.bench.ranks import contents, meeting
-from mla.bench.ranks.errors import RankLost, RanksError
-from mla.bench.ranks.meeting import Meeting
+from mla.bench.ranks.agreement import agree
+from mla.bench.ranks.errors import RanksError
 
 
 @pytest.mark.parametrize(
     ("own", "code", "sentence"),
     [
-        (["--seed", "1"], 3, "rank 1 has --seed 1, and rank 0 has 0"),
-        (["--page-size", "32"], 3, "rank 1 has --page-size 32, and rank 0 has None"),
-        (["--runs", "none"], 2, "rank 1 ended: Invalid value for '--runs'"),
-        (["-O", "nonsense=1"], 2, "rank 1 ended: "),
+        (["--seed", "1"], 3, "other options on rank 1 than on rank 0: --seed (1, not 0)"),
+        (["--page-size", "32"], 3, "other options on rank 1 than on rank 0: --page-size (32, not None)"),
+        (["--parallel", "dp=2"], 3, "other options on rank 1 than on rank 0: --parallel (dp=2, not tp=2)"),
+        (["--runs", "none"], 2, "rank 1 (process 1234 on host) ended: Invalid value for '--runs'"),
+        (["-O", "nonsense=1"], 2, "rank 1 (process 1234 on host) ended: "),
     ],
 )
 def test_a_rank_with_another_configuration_is_named(
@@ -32,7 +31,8 @@ def test_a_rank_with_another_configuration_is_named(
 ) -> None:
     ranks = start("--parallel", "tp=2", own={1: own})
     assert ranks.wait(BOUND) == [code, code], (ranks.err(0), ranks.err(1))
-    assert ranks.err(0).splitlines()[-1].startswith(f"error: {sentence}")
+    said = re.sub(r"\(process \d+ on [^)]+\)", "(process 1234 on host)", ranks.err(0).splitlines()[-1])
+    assert said.startswith(f"error: {sentence}")
     assert ranks.err(1) == ""
 
 
@@ -41,7 +41,7 @@ def test_ranks_with_other_numbers_of_threads_are_named(start: Start) -> None:
     ranks = start("--parallel", "tp=2", backend=FAULTY, RANK_THREADS="1{rank}")
     assert ranks.wait(BOUND) == [3, 3], (ranks.err(0), ranks.err(1))
     said = ranks.err(0).splitlines()[-1]
-    assert said.startswith("error: rank 1 has host threads: 11, and rank 0 has 10: give all ranks the same")
+    assert said.startswith("error: other host threads on rank 1 than on rank 0: torch (11, not 10); set ")
     assert "OMP_NUM_THREADS, `srun --cpus-per-task`" in said
     assert ranks.err(1) == ""
 
@@ -64,18 +64,18 @@ def _checkpoint(folder: Path, copy: int) -> None:
         (
             _config,
             (),
-            "another config than rank 0, in kv_lora_rank (32, not 16): all nodes must have the same",
+            "other config on rank 1 than on rank 0: kv_lora_rank (32, not 16); all nodes must have the same",
         ),
-        (_workload, (), "another workload than rank 0, in 'decode': "),
+        (_workload, (), "other workload on rank 1 than on rank 0: 'decode'; "),
         (
             _checkpoint,
             ("--model-path", "model"),
-            "another checkpoint than rank 0, in q_a_proj.weight, ",
+            "other checkpoint on rank 1 than on rank 0: q_a_proj.weight, ",
         ),
     ],
 )
 def test_a_rank_whose_files_of_the_same_name_hold_something_else_is_named(
-    nursery: Nursery,
+    start_ranks: Start,
     tmp_path: Path,
     write: Callable[[Path, int], None],
     words: tuple[str, ...],
@@ -87,22 +87,22 @@ def test_a_rank_whose_files_of_the_same_name_hold_something_else_is_named(
         common = write_tiny_run(folder)
         write(folder, copy)
     given = [*(common[2:] if words else common), *words, "--implementations", "mla", "--parallel", "tp=2"]
-    ranks = nursery.start(["--backend", "cpu", *given], folders[0], folders=dict(enumerate(folders)))
+    ranks = start_ranks(["--backend", "cpu", *given], folders[0], folders=dict(enumerate(folders)))
     said = ranks.wait(BOUND), ranks.err(0), (folders[1] / "err1.txt").read_text()
     assert said[0] == [3, 3], said
-    assert said[1].splitlines()[-1].startswith(f"error: rank 1 has {sentence}")
+    assert said[1].splitlines()[-1].startswith(f"error: {sentence}")
     assert said[2] == ""
 
 
 def test_every_rank_that_has_something_else_is_named() -> None:
-    one = {"program": {"mla": "1"}, "config": {"heads": "4"}, "file of -O": {}}
+    one = {"program": {"mla": "1"}, "config": {"heads": "4"}, "files of -O": {}}
     old = {**one, "program": {"mla": "0"}}
-    with pytest.raises(RanksError, match=r"^ranks 1 and 3 have another program than rank 0, in mla: "):
-        contents.agree([one, old, one, old])
-    more = {**one, "file of -O": {"tuning": "2"}}
-    with pytest.raises(RanksError, match=r"^rank 2 has another file of -O than rank 0, in tuning: "):
-        contents.agree([one, one, more])
-    contents.agree([one, one])
+    with pytest.raises(RanksError, match=r"^other program on ranks 1 and 3 than on rank 0: mla; "):
+        agree([one, old, one, old])
+    more = {**one, "files of -O": {"tuning": "2"}}
+    with pytest.raises(RanksError, match=r"^other files of -O on rank 2 than on rank 0: tuning; "):
+        agree([one, one, more])
+    agree([one, one])
 
 
 @pytest.mark.parametrize(
@@ -120,40 +120,6 @@ def test_what_all_ranks_have_wrong_is_said_once(
     assert ranks.wait(BOUND) == [code, code]
     assert sentence in ranks.err(0).splitlines()[-1]
     assert ranks.err(1) == ""
-
-
-def test_a_rank_that_finds_nobody_says_so() -> None:
-    with pytest.raises(RanksError, match=r"^rank 0 was not found at 127\.0\.0\.1:\d+ within 0 s: "):
-        Meeting(1, 2, ("127.0.0.1", free_port()), seconds=0.1)
-
-
-def test_ranks_that_never_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    zero = Meeting(0, 3, ("127.0.0.1", free_port()))
-    monkeypatch.setattr(meeting, "MEETING", 0.1)  # not before: connecting may take a busy machine as long
-    with pytest.raises(RanksError, match=r"^ranks 1 and 2 have not come within 0 s, as those on \S+ have: "):
-        zero.arrive({})
-
-
-def test_rank_0_keeps_the_store_until_the_others_know_why_the_run_ends(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(meeting, "WORD", BOUND)
-    address = ("127.0.0.1", free_port())
-    zero, one, two = (Meeting(rank, 3, address) for rank in range(3))
-    leaving = threading.Thread(target=zero.leave, args=("the card is gone", 3), daemon=True)
-    leaving.start()
-    with pytest.raises(RankLost, match=r"^rank 0 ended: the card is gone\.$"):
-        one.arrive({})
-    leaving.join(0.5)
-    assert leaving.is_alive()  # for rank 2
-    with pytest.raises(RankLost):
-        two.arrive({})
-    leaving.join(BOUND)
-    assert not leaving.is_alive()
-    again = threading.Thread(target=zero.linger, args=([1, 2],), daemon=True)
-    again.start()
-    again.join(BOUND)
-    assert not again.is_alive()  # nobody waits for ranks that are lost
 
 
 def test_a_backend_without_collectives_is_refused(start: Start) -> None:

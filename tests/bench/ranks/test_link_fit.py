@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ranks_of_a_run import BOUND
-
-from benchmarks.ranks.nursery import Nursery
+from ranks_of_a_run import BOUND, Start
 
 
-def test_every_kind_of_collective_is_measured_alike_on_all_ranks(nursery: Nursery, tmp_path: Path) -> None:
-    ranks = nursery.start([], tmp_path, world=3, program="link_of_a_rank:main")
+def test_every_kind_of_collective_is_measured_alike_on_all_ranks(start_ranks: Start, tmp_path: Path) -> None:
+    ranks = start_ranks([], tmp_path, world=3, program="link_of_a_rank:main")
     assert ranks.wait(BOUND) == [0, 0, 0], ranks.err()
     first, *others = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     lines, alone = first

@@ -1,79 +1,144 @@
-"""Who is missed, and what is said of several: over a real store, of ranks of which some do not run."""
+"""Who is missed, and what is said of several: over real connections, of ranks of which some do not run."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import socket
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import msgspec
 import pytest
-import torch.distributed as dist
 
 from mla.bench.ranks import pulse
-from mla.bench.ranks.errors import RankLost
-from mla.bench.ranks.pulse import Ended, Member, Place, Pulse, leave
+from mla.bench.ranks.errors import RanksError
+from mla.bench.ranks.pulse import Member, News, Place, Pulse, Word
 from mla.parallel.layout import Layout
 
 PATIENCE = 60.0  # seconds
-AWAY = Member("elsewhere", 7, "another kernel")
-NAMES = "rank 1 (process 7 on elsewhere) and rank 2 (process 7 on elsewhere)"
+AWAY = "rank {} (process 7 on elsewhere)"
+
+
+class Ranks:
+    """Rank 0 of several, and the connections of others to it."""
+
+    def __init__(self, world: int) -> None:
+        self.world, self._server = world, socket.create_server(("127.0.0.1", 0))
+        self.address = self._server.getsockname()
+        self.zero = Pulse(0, world, self._server, lambda lost: None)
+        self.others: list[Pulse] = []
+        self.peers: list[socket.socket] = []
+
+    def connect(self, rank: int, word: Word | None = None) -> socket.socket:
+        """Have a rank come that then does nothing: process 7 of another host."""
+        self.peers.append(peer := socket.create_connection(self.address))
+        member = Member("elsewhere", 7)
+        peer.sendall(msgspec.json.encode(News(members={rank: member}, word=word)) + b"\n")
+        return peer
+
+    def real(self, rank: int) -> Pulse:
+        """Have a rank come that beats."""
+        self.others.append(Pulse(rank, self.world, socket.create_connection(self.address), lambda lost: None))
+        return self.others[-1]
 
 
 @pytest.fixture
-def lost(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RankLost]]:
-    """Return a function from other ranks, and from words that were left, to what rank 0 finds lost."""
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Ranks]]:
+    """Return a function from a number of ranks to them."""
     monkeypatch.setattr(pulse, "BEAT", 0.02)
-    monkeypatch.setattr(pulse, "SILENT", 0.3)
-    watching: list[Pulse] = []
+    monkeypatch.setattr(pulse, "SILENT", 0.5)
+    made: list[Ranks] = []
 
-    def lost(*others: Member, words: Any = None) -> RankLost:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        for rank, word in (words or {}).items():
-            leave(store, rank, word)
-        watching.append(Pulse(0, [pulse.this_process(), *others], store, lambda found: None))
-        found = watching[-1].lost(PATIENCE)
-        assert found is not None
-        return found
+    def ranks(world: int) -> Ranks:
+        made.append(Ranks(world))
+        return made[-1]
 
-    yield lost
-    for one in watching:
-        one.close()
+    yield ranks
+    for each in made:
+        for end in (*each.others, each.zero, *each.peers):
+            end.close()
 
 
-@pytest.fixture
-def ended_here() -> Member:
-    """Return a process of this host that is not there any more."""
-    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    process.wait()
-    return msgspec.structs.replace(pulse.this_process(), pid=process.pid)
+def test_several_that_are_silent_are_named_together(ranks: Callable[[int], Ranks]) -> None:
+    run = ranks(3)
+    run.connect(1)
+    run.connect(2)
+    found = run.zero.lost(PATIENCE)
+    assert (
+        str(found)
+        == f"{AWAY.format(1)} and {AWAY.format(2)}: not heard of for 0 s; stopped, or the node is gone."
+    )
+    assert found is not None
+    assert (found.exit_code, found.common) == (3, False)
 
 
-def test_several_that_are_silent_are_named_together(lost: Callable[..., RankLost]) -> None:
-    found = lost(AWAY, AWAY)
-    assert str(found) == f"{NAMES} have not been heard of for 0 s: they, or their nodes, are gone or stopped."
-    assert (found.exit_code, found.ranks, found.common) == (3, [1, 2], False)
-
-
-def test_one_that_is_gone_is_told_from_those_that_are_silent(
-    lost: Callable[..., RankLost], ended_here: Member
-) -> None:
-    here = msgspec.structs.replace(pulse.this_process(), pid=os.getpid())
-    found = lost(ended_here, here, AWAY)
-    assert str(found).startswith(f"rank 1 (process {ended_here.pid} on ")
-    assert "is gone: it was killed" in str(found)
-    assert "rank 2" not in str(found)
+def test_one_that_is_gone_is_named_by_all_and_no_other(ranks: Callable[[int], Ranks]) -> None:
+    run = ranks(3)
+    other, peer = run.real(1), run.connect(2)
+    run.zero.meet(PATIENCE)
+    other.meet(PATIENCE)
+    peer.close()
+    for each in (run.zero, other):
+        found = each.lost(PATIENCE)
+        assert (
+            str(found) == "rank 2 (process 7 on elsewhere): killed, perhaps for lack of memory, or crashed."
+        )
 
 
 def test_all_that_say_the_same_are_named_and_a_word_comes_before_silence(
-    lost: Callable[..., RankLost], ended_here: Member
+    ranks: Callable[[int], Ranks],
 ) -> None:
-    word, other = Ended("out of memory", 3), Ended("something else", 4)
-    found = lost(AWAY, AWAY, ended_here, words={1: word, 2: word, 3: other})
-    assert str(found) == f"{NAMES} ended: out of memory."
-    assert (found.exit_code, found.ranks, found.common) == (3, [1, 2], True)
+    run = ranks(4)
+    word = Word("out of memory", 5)
+    for rank in (1, 2):
+        run.connect(rank, word)
+    run.connect(3).close()
+    with pytest.raises(RanksError) as caught:
+        run.zero.meet(PATIENCE)
+    assert str(caught.value) == f"{AWAY.format(1)} and {AWAY.format(2)} ended: out of memory."
+    assert (caught.value.exit_code, caught.value.common) == (5, True)
+
+
+def test_ranks_that_never_come_are_named_on_all(
+    ranks: Callable[[int], Ranks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulse, "WORD", 1.0)
+    run = ranks(4)
+    other = run.real(2)
+    with pytest.raises(RanksError, match=r"^ranks 1 and 3 did not come within 0 s, as those on \S+ did: "):
+        run.zero.meet(0.3)
+    with pytest.raises(RanksError, match=r"^rank 0 .* ended: ranks 1 and 3 did not come within 0 s, "):
+        other.meet(PATIENCE)
+
+
+def test_rank_0_waits_for_those_that_have_not_heard_why_it_ends(
+    ranks: Callable[[int], Ranks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulse, "WORD", PATIENCE)
+    run = ranks(3)
+    leaving = threading.Thread(target=run.zero.leave, args=("the card is gone", 3), daemon=True)
+    leaving.start()
+    for rank in (1, 2):
+        assert leaving.is_alive()
+        with pytest.raises(RanksError, match=r"^rank 0 \(process \d+ on \S+\) ended: the card is gone\.$"):
+            run.real(rank).meet(PATIENCE)
+    leaving.join(PATIENCE)
+    assert not leaving.is_alive()
+
+
+def test_a_rank_of_another_run_is_refused_and_the_first_goes_on(ranks: Callable[[int], Ranks]) -> None:
+    run = ranks(2)
+    run.real(1).meet(PATIENCE)
+    with pytest.raises(RanksError, match=r"^another run has a rank 1 at this port: set MASTER_PORT"):
+        run.real(1).meet(PATIENCE)
+    socket.create_connection(run.address).close()  # nor does a stranger count
+    assert run.zero.lost(0.2) is None
+
+
+def test_a_rank_that_ends_well_is_not_missed(ranks: Callable[[int], Ranks]) -> None:
+    run = ranks(2)
+    run.real(1).meet(PATIENCE)
+    run.others[0].close()
+    assert run.zero.lost(1.0) is None
 
 
 MEETS, WORKS = Place(4), Place(4, True, 1, 1)  # waits for the others before forward 4; is in it
@@ -105,11 +170,5 @@ NEXT, LIBRARY = Place(5), Place(4, False, 1, 0)  # waits before forward 5; in a 
 )
 def test_only_those_are_late_for_whom_others_wait(layout: str, places: list[Place], late: list[int]) -> None:
     """Ranks of another part of `dp` have collectives, requests and thus numbers of their own."""
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    for rank, place in enumerate(places):
-        store.set(f"beat/{rank}", "7 {} {:d} {} {}".format(*place))
-    watching = Pulse(0, [pulse.this_process()] * len(places), store, lambda found: None)
-    watching.groups, watching.place = Layout.parse(layout).head_groups(), lambda: places[0]
-    said = watching.behind()
-    watching.close()
-    assert [rank for rank in range(len(places)) if f"rank {rank} " in said] == late
+    found = pulse.late(dict(enumerate(places)), Layout.parse(layout).head_groups())
+    assert (found if len(found) < len(places) else []) == late

@@ -12,10 +12,9 @@ from ranks_of_a_run import BOUND, Start
 
 from mla.bench import results
 from mla.bench.ranks.crew import Crew
-from mla.bench.ranks.failure import Failure, error_of
+from mla.bench.ranks.errors import Failure, error_of
 from mla.bench.ranks.follower import _Follower
 from mla.bench.ranks.lead import LeadLayer
-from mla.bench.ranks.meeting import Meeting
 from mla.errors import OutOfMemory, UnsupportedBatch
 from mla.parallel.layout import Layout
 from mla_backends.host import memory_available
@@ -89,7 +88,7 @@ def test_what_all_ranks_refuse_in_a_forward_costs_that_case(start: Start) -> Non
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_what_one_rank_refuses_in_a_forward_ends_all(start: Start, rank: str) -> None:
     """The other waits in a collective by then, which cannot be taken back."""
-    soon = {"mla.bench.ranks.meeting.GIVE": 1.0}
+    soon = {"mla.bench.ranks.crew.GIVE": 1.0}
     ranks, cases = run(start, rank, "call", "refuse", constants=soon)
     assert ranks.code(0) == 3
     assert TILE in ranks.err(0)
@@ -113,7 +112,7 @@ def test_no_rank_keeps_a_layer_that_rank_0_does_not_measure(
     free = memory_available()
     assert free is not None
     # Two ranks with one implementation each, and a reference, are planned with 3/4 of it; with two, 5/4.
-    constants = {"mla.bench.subjects.memory.WORKSPACE": free // 4} if apart else {}
+    constants = {"mla.bench.plan.memory.WORKSPACE": free // 4} if apart else {}
     ranks, cases = run(start, rank, at, "refuse", *several, layout=layout, constants=constants)
     assert ("is not interleaved" in ranks.err(0)) == apart
     assert cases[f"prefill {other}"].latency_ms is not None, ranks.err(0)
@@ -209,10 +208,9 @@ def test_ranks_fail_alike_at_the_same_place_of_one_forward(
 
     def fail(rank: int) -> Failure | None:
         crew: Any = Crew.__new__(Crew)
-        crew.groups = SimpleNamespace(rank=rank, entered=before[rank], left=before[rank])
-        crew._meeting = Meeting.__new__(Meeting)
-        crew._meeting.rank, crew._meeting.store = rank, store
-        crew._group, crew._forwards, crew._control, crew._pulse = (0, 1), 0, None, None
+        crew.groups = SimpleNamespace(entered=before[rank], left=before[rank])
+        crew._pulse, crew._store = SimpleNamespace(rank=rank), store
+        crew._group, crew._forwards, crew._control = (0, 1), 0, None
         crew.wait()
         crew.groups.entered += inside[rank]
         return crew.alike(MemoryError("no room"), "mla")

@@ -13,23 +13,23 @@ from typing import Any
 import checkpoint_maker as maker
 import pytest
 import torch
-from ranks_of_a_run import BOUND
+from ranks_of_a_run import BOUND, Start
 from tiny_run import write_tiny_run
 
 from mla import MLAConfig
 from mla.bench import results
+from mla.bench.plan import memory
 from mla.bench.plan.memory import Available, MemoryPlan
 from mla.bench.plan.request import plan_scenarios
 from mla.bench.ranks.part import RankLayer
 from mla.bench.ranks.simulation import Simulation
-from mla.bench.subjects import memory
 from mla.bench.subjects.inputs import make_inputs
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.grid import Point
 from mla.checkpoint.stored import ROWS
+from mla.parallel.groups import SimulatedWorld
 from mla.parallel.layout import Layout
 from mla.parallel.link import Link
-from mla.parallel.simulated import SimulatedWorld
 from mla.reference import REFERENCE
 from mla.weights import random_state_dict, weight_shapes
 from mla_backends.testing import HostBackend
@@ -44,13 +44,13 @@ def numbers(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(map(math.prod, shapes.values()))
 
 
-def test_a_rank_without_an_oracle_reads_its_rows_alone(nursery: Any, tmp_path: Path) -> None:
+def test_a_rank_without_an_oracle_reads_its_rows_alone(start_ranks: Start, tmp_path: Path) -> None:
     made = maker.LAYOUTS["fp8-sharded"].make(tmp_path / "model", "tiny")
     write_tiny_run(tmp_path)
     what = ["--model-path", "model", "--workload", "tiny.toml", "--scenario", "decode"]
     what += [] if made.layer is None else ["--layer", str(made.layer)]
     words = ["--backend", "rank_refusals:Reading", "--implementations", "mla-reference", *what]
-    ranks = nursery.start([*words, "--parallel", "tp=2", "-o", "run.json"], tmp_path)
+    ranks = start_ranks([*words, "--parallel", "tp=2", "-o", "run.json"], tmp_path)
     codes = ranks.wait(BOUND)
     ranks.end()
     assert codes[0] == codes[1], ranks.err()

@@ -12,13 +12,12 @@ import torch
 from tiny_run import write_tiny_run
 
 from mla.bench import results
-from mla.bench.ranks import meeting
+from mla.bench.ranks import launch
 from mla.bench.results.schema import Cost, LinkLine, RankFacts, Spread
-from mla.bench.results.validity import fault_of_run
 from mla.config import MLAConfig
+from mla.parallel.groups import SimulatedGroups
 from mla.parallel.layer import ParallelMLA
 from mla.parallel.layout import Layout
-from mla.parallel.simulated import SimulatedGroups
 from mla.parallel.work import rank_work
 
 Bench = Callable[..., Any]
@@ -202,25 +201,6 @@ def test_the_link_of_a_run_over_real_ranks_is_used(
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"timed_ranks": []}, "Expected some of the ranks 0 to 0 - at `$.cases[0].spread.timed_ranks`"),
-        ({"timed_ranks": [1]}, "Expected some of the ranks 0 to 0"),
-        ({"predicted": False}, "Expected `timed_ranks` and `compute_ms` of a prediction alone"),
-    ],
-)
-def test_a_result_is_a_prediction_or_a_measurement(
-    make_run: Callable[..., results.Run], changes: dict[str, Any], message: str
-) -> None:
-    facts = RankFacts(
-        rank=0, samples=[1.0], collective_ms=0.5, collective_bytes=1, cache_bytes=1, weight_bytes=1
-    )
-    fields: dict[str, Any] = {"predicted": True, "timed_ranks": [0], "compute_ms": 1.0, **changes}
-    run = make_run(spread=Spread(layout="tp=1", library="gloo", ranks=[facts], **fields))
-    assert message in str(fault_of_run(run))
-
-
-@pytest.mark.parametrize(
     ("words", "variables", "message"),
     [
         (("--simulate",), {}, "--simulate runs the ranks of a layout on one device: add --parallel"),
@@ -240,7 +220,7 @@ def test_mistakes_are_one_sentence(
     variables: dict[str, str],
     message: str,
 ) -> None:
-    monkeypatch.setattr(meeting, "WORD", 0.1)  # nobody is there to hear it
+    monkeypatch.setattr(launch, "WORD", 0.1)  # nobody is there to hear it
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     done = bench(*tiny, *words)

@@ -95,7 +95,8 @@ def test_a_slower_verdict_is_never_a_win_of_the_new_file(
     make_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     why = "whole passes take 1.1 to 1.2 times as long"
-    found = Comparison("prefill", "mla", SLOWER, 0.99, (0.98, 1.0), 2.0, 1.98, reason=why)
+    (case,) = make_run().cases
+    found = Comparison(case, case, 0.99, (0.98, 1.0), SLOWER, reason=why)
     monkeypatch.setattr(cross_file, "comparisons", lambda files: [(files[1], [found], [])])
     (verdict,) = cross_file.verdicts(series.result_files(["x", "y"], [make_run(), make_run()]))
     assert verdict.text == f"A x won: {why}"
@@ -121,7 +122,8 @@ def test_what_a_file_lacks_is_one_line_and_no_loss(make_run: Any, case: Any) -> 
 def test_a_note_on_the_steps_leaves_the_ratio_in_its_sentence(make_run: Any) -> None:
     files = series.result_files(["/x/old.json", "/x/new.json"], [make_run(), make_run()])
     note = "compared are steps 2 to 3 of each pass"
-    case = Comparison("decode", "mla", SLOWER, ratio=2.0, interval=(1.9, 2.1), note=note)
+    (base,) = make_run().cases
+    case = Comparison(base, base, ratio=2.0, interval=(1.9, 2.1), verdict=SLOWER, note=note)
     outcome, text = cross_file._sentence(*files, case)
     assert outcome == "won"
     assert text == f"A old.json won, 2.0x as fast as B new.json (1.9 .. 2.1); {note}"

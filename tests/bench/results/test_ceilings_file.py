@@ -9,8 +9,8 @@ import pytest
 
 from mla.bench import results
 from mla.bench.cli import show
-from mla.bench.results import ceilings_file
-from mla.bench.results.ceilings_file import CeilingRun
+from mla.bench.results.file import decode_ceilings
+from mla.bench.results.schema import CeilingRun
 from mla.errors import ResultError
 
 
@@ -22,7 +22,7 @@ def test_ceilings_survive_the_round_trip_and_faults_are_named(
     ceiling_run: CeilingRun, tmp_path: Path
 ) -> None:
     data = results.encode(ceiling_run)
-    assert ceilings_file.decode(data) == ceiling_run
+    assert decode_ceilings(data) == ceiling_run
     document = msgspec.json.decode(data)
     for change, expected in (
         ({"measured": [{}]}, "Object missing required field `work` - at `$.measured[0]`"),
@@ -33,4 +33,4 @@ def test_ceilings_survive_the_round_trip_and_faults_are_named(
             show.stored(tmp_path / "bad.json", "table")
         assert str(refused.value) == f"'{tmp_path / 'bad.json'}' is not a ceilings file: {expected}."
     with pytest.raises(ResultError, match="schema version 9, but this mla reads only up to 1"):
-        ceilings_file.decode(msgspec.json.encode({**document, "schema_version": 9}))
+        decode_ceilings(msgspec.json.encode({**document, "schema_version": 9}))

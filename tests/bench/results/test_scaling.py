@@ -11,7 +11,7 @@ from mla.bench import results
 from mla.bench.results.compare import compare
 from mla.bench.results.scaling import scaling
 from mla.bench.results.schema import Cost, RankFacts, Spread
-from mla.bench.terminal.scaling import render
+from mla.bench.terminal.comparison import scaling_tables
 
 Run = Callable[..., results.Run]
 STEADY = [8.0, 8.01, 7.99, 8.0, 8.02, 7.98]
@@ -98,7 +98,7 @@ def test_there_is_no_efficiency_across_different_cards(run: Run, layout: str) ->
     }
     said = "no efficiency on card B: the base ran on card A"
     assert found.remark() == said
-    assert said in render([found], "table").splitlines()
+    assert said in scaling_tables([found], "table").splitlines()
     assert scaling([runs[0], runs[2]])[0].remark() == ""
 
 

@@ -249,7 +249,7 @@ def test_another_grid_workload_or_config_is_refused(bench: Bench, partial: list[
     assert "a scenario has other lengths or counts" in bench(*partial, "--resume", "run.json").error
     Path("tiny.toml").write_text(text)
     Path("tiny.json").write_text(Path("tiny.json").read_text().replace("64", "128"))
-    assert "config differs in hidden_size" in bench(*partial, "--resume", "run.json").error
+    assert "config's hidden_size was 64 and is 128" in bench(*partial, "--resume", "run.json").error
 
 
 FACTS = {
@@ -268,7 +268,7 @@ FACTS = {
     "attention": ("absorbed", "attention was absorbed and is auto"),
     "page_size": (16, "page size was 16 and is 64"),
     "seed": (3, "seed was 3 and is 0"),
-    "config": ({"hidden_size": 65}, "config differs in hidden_size"),
+    "config": ({"hidden_size": 65}, "config's hidden_size was 65 and is 64"),
     "plan.implementations": (["mla-reference"], "implementations was mla-reference and is mla"),
     "plan.digest": ("0", "workload differs: "),
     "plan.options": (

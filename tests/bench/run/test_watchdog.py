@@ -100,4 +100,4 @@ def test_every_forward_of_a_run_is_a_sign_of_life(
     virtual = ("--backend", "fake-virtual-clock", "--scenario", "decode")
     assert bench(*virtual, *small, fakes=["virtual_clock"]).code == 0
     assert callers["_pass"] == 6 * 4
-    assert callers["_advance_to"] >= 4 + 1, "the check and the warm-up"
+    assert callers["_tick"] >= 4 + 1, "the check and the warm-up"

@@ -20,7 +20,7 @@ def measure(bench: Bench, small: list[str]) -> Bench:
     """Return `bench` for one scenario on the backend with the faulty op."""
 
     def measure(fault: str, *words: str, scenario: str = "decode") -> Any:
-        options = ["-O", f"fault={fault}", "--scenario", scenario, "-o", "run.json"]
+        options = ["-O", f"fault={fault}", "--scenario", scenario, "-o", "run.json", "-v"]
         return bench(*WRONG_OP, *small, *options, *words, fakes=["wrong_op"])
 
     return measure

@@ -1,17 +1,19 @@
-"""What is printed: a table, markdown, CSV and JSON of the same run."""
+"""What is printed: a first look, every detail, Markdown, CSV and JSON of the same run."""
 
 from __future__ import annotations
 
 import csv
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import golden
 import msgspec
 import pytest
 
 from mla.bench import results
+from mla.bench.results.rows import case_rows
 from mla.bench.results.schema import Run
 from mla.bench.terminal.run_table import (
     COLUMNS,
@@ -26,13 +28,116 @@ from mla.verify.verdict import Check
 
 MakeRun = Callable[..., Run]
 
-WRONG: dict[str, Any] = {
-    "check": Check(status="wrong", reason="1 of 8 output rows hold NaN or infinity"),
-    "latency_ms": None,
-    "tokens_per_s": None,
-    "plan_ms": None,
-}
+NO_NUMBER: dict[str, Any] = {"latency_ms": None, "tokens_per_s": None, "plan_ms": None}
+WRONG = {"check": Check(status="wrong", reason="1 of 8 output rows hold NaN or infinity"), **NO_NUMBER}
 DECODE = {"scenario": "decode", "mode": "decode"}
+REFERENCE = {"implementation": "mla-reference", "ops": {"latent_attention": "plain"}}
+HINT = "-v shows details, -o run.json saves the run, --batch-spec 16q1s4k times your own batch"
+
+
+@pytest.fixture(autouse=True)
+def _not_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def limit(share: float, bound: str = "compute") -> results.Roofline:
+    return results.Roofline(floor_ms=1.0, fraction=share, bound=bound, peak_source="measured")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def first(make_run: MakeRun) -> Run:
+    """Return a run of two scenarios by two implementations, as a first run has."""
+
+    def passes(ms: float) -> list[float]:
+        return [ms * (1 + step / 100) for step in range(6)]
+
+    run = make_run(passes(62.0), roofline=limit(0.84))
+    run.cases += make_run(passes(93.2), roofline=limit(0.56), **REFERENCE).cases
+    run.cases += make_run(passes(2.19), roofline=limit(0.59, "memory"), **DECODE).cases
+    run.cases += make_run(passes(8.62), roofline=limit(0.15, "memory"), **DECODE, **REFERENCE).cases
+    run.config["name"] = "deepseek-v2-lite"
+    run.environment = {"mla": "0.2.0", "torch": "2.13.0", "torch_threads": "2", "processor": "a CPU"}
+    run.ceilings = [
+        results.Ceiling(work="read", value=6.9e10, source="measured: sum", footprint_bytes=30 << 20),
+        results.Ceiling(work="read", value=1.13e11, source="measured: sum", footprint_bytes=32 << 20),
+        results.Ceiling(work="matmul", value=4.4e11, source="measured: mine", dtype="bfloat16", ours=True),
+    ]
+    return run
+
+
+@pytest.mark.parametrize(("columns", "kept"), [("", 100), ("80", 80), ("60", 66)])
+def test_a_first_look_fits(first: Run, monkeypatch: pytest.MonkeyPatch, columns: str, kept: int) -> None:
+    """Extras go where the terminal is narrow, and never a number."""
+    monkeypatch.setenv("COLUMNS", columns)
+    text = render(first, "table", "short", HINT)
+    golden.hold(f"run-{columns or 100}.txt", text)
+    assert len(text.splitlines()) <= 26
+    assert all(len(line) <= kept for line in text.splitlines())
+
+
+def test_what_has_no_number_is_a_row_with_a_word_a_reason_and_what_to_do(
+    first: Run, make_run: MakeRun
+) -> None:
+    states = {"wrong": WRONG["check"].reason, "doubtful": "it synchronizes early", "not run": "no memory."}
+    for status, reason in states.items():
+        check = Check(status=status, reason=reason)  # type: ignore[arg-type]
+        first.cases += make_run(implementation=f"mla[{status[:3]}]", check=check, **NO_NUMBER).cases
+    first.cases += make_run(implementation="late", interrupted=True, **NO_NUMBER).cases
+    golden.hold("run-without-numbers.txt", render(first, "table"))
+
+
+def test_no_ratio_is_printed_where_there_is_no_decision(make_run: MakeRun) -> None:
+    run = make_run([1.0, 2.0, 9.0] * 2)
+    run.cases += make_run([1.1, 2.0, 9.0] * 2, **REFERENCE).cases
+    text = render(run, "table")
+    assert re.search(r"mla .* undecided$", text, re.MULTILINE)
+    assert not re.search(r"\dx", text + "".join(map(str, verdicts(run))))
+
+
+def test_an_op_has_the_rate_of_what_limits_it_in_a_unit_that_fits(make_run: MakeRun) -> None:
+    changes = {"op": "o_proj", "cost": results.Cost(flops=10**7, bytes=10**6)}
+    for bound, rate in (("compute", "5 GFLOP/s"), ("memory", "500 MB/s")):
+        assert f" {rate} " in render(make_run(roofline=limit(0.5, bound), **changes), "table")
+
+
+def test_a_share_in_doubt_is_no_percentage(make_run: MakeRun) -> None:
+    doubt = results.Roofline(floor_ms=3.0, bound="compute", peak_source="x", doubt="the limit is in doubt")
+    assert " in doubt" in render(make_run(roofline=doubt), "table")
+    assert ">100? com" in render(make_run(roofline=doubt), "md")
+    assert "%  " not in render(make_run(roofline=doubt), "table").replace("95 %", "")
+
+
+def test_a_sweep_has_a_line_that_counts_its_points(make_run: MakeRun) -> None:
+    run = make_run()
+    run.cases = [
+        case
+        for kv, ms in ((4, 1.0), (8, 2.0))
+        for name, factor in (("mla", 1.0), ("mla-reference", 2.0))
+        for case in make_run(
+            [ms * factor] * 6,
+            scenario=f"s kv={kv}",
+            base="s",
+            point={"kv": kv},
+            implementation=name,
+            ops={"o_proj": name},
+        ).cases
+    ]
+    assert "\ns (2 points): mla is fastest at 2; 2x as fast as the next\n" in render(run, "table")
+
+
+def test_quiet_prints_the_headlines_alone(first: Run) -> None:
+    assert render(first, "table", "quiet") == "Prefill Latency: 64 ms\nDecode Throughput: 3560 tok/s\n"
+
+
+@pytest.mark.parametrize("kind", ["table", "md"])
+def test_every_detail(first: Run, kind: str) -> None:
+    case = first.cases[0]
+    case.agreement = [
+        results.Agreement(implementation="mla-reference", relative_difference=0.1, speed_ratio=1.5)
+    ]
+    first.cases[3].planned = results.Planned(passes=10, steps=1, due=6)
+    golden.hold(f"run-verbose-{kind}.txt", render(first, kind, "verbose"))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -78,8 +183,7 @@ def test_a_number_with_a_wider_interval_is_no_headline(
     assert headlines(run) == [f"Prefill Latency: {latency}", f"Decode Throughput: {rate}"]
     wide = [line for line in headlines(run) if "unreliable" in line]
     assert unreliable_headlines(run) == [f"{line}: the interval is wider than the number" for line in wide]
-    (case, _) = run.cases
-    assert COLUMNS["latency ms"](case) == "3.1", "the table keeps the number"
+    assert COLUMNS["latency ms"](case_rows(run)[0]) == "3.1", "the table keeps the number"
     only = str(verdicts(make_run(samples))[0])
     assert f"only mla has a number: {latency}" in only
     near = results.Roofline(floor_ms=1.0, fraction=0.5, bound="memory", peak_source="x")
@@ -124,37 +228,16 @@ def test_a_share_of_the_limit_is_as_reliable_as_the_headline(make_run: MakeRun) 
     assert str(verdicts(run)[0]).endswith("only mla has numbers; at 70 % of the limit")
 
 
-@pytest.mark.parametrize("kind", ["table", "md"])
-def test_a_wrong_case_shows_its_reason_and_no_number(make_run: MakeRun, kind: str) -> None:
-    text = render(make_run(**WRONG), kind)
-    row = next(line for line in text.splitlines() if "mla" in line and "wrong" in line)
-    cells = row.replace("|", " ").split()
-    assert cells == ["prefill", "mla", *["-"] * (len(COLUMNS) - 3), "wrong"]
-    assert "\n\nprefill, mla: 1 of 8 output rows hold NaN or infinity\n" in text
-
-
 def test_a_wrong_row_is_red_on_a_terminal_and_plain_elsewhere(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(**WRONG)
     run.cases += make_run(implementation="mla-reference").cases
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    monkeypatch.delenv("NO_COLOR", raising=False)
     assert "\x1b" not in render(run, "table")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    lines = render(run, "table").splitlines()
-    wrong, right = (line for line in lines if re.search("prefill(?![,:])", line))
+    wrong, right = (line for line in render(run, "table").splitlines() if re.search("prefill(?![,:])", line))
     assert "\x1b[31m" in wrong
     assert "\x1b[31m" not in right
-
-
-def test_the_table_is_never_cut_however_narrow_the_terminal(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "20")
-    lines = render(make_run(), "table").splitlines()
-    assert all(title in lines[0] for title in COLUMNS)
-    assert "…" not in "".join(lines)
 
 
 def test_markdown_is_one_table_with_as_many_cells_in_each_row(make_run: MakeRun) -> None:
@@ -165,17 +248,12 @@ def test_markdown_is_one_table_with_as_many_cells_in_each_row(make_run: MakeRun)
     assert {row.replace("\\|", "").count("|") for row in rows} == {len(COLUMNS) + 1}
 
 
-def test_csv_holds_full_precision_and_survives_any_name(make_run: MakeRun) -> None:
-    run = make_run(scenario='a,"b"')
-    run.cases[0].latency_ms = results.Latency(
-        median=1 / 3, ci95=(0.1, 0.4), p10=0.1, p90=0.5, samples=[1 / 3]
-    )
+def test_csv_has_a_row_per_case_in_full_precision(make_run: MakeRun) -> None:
+    run = make_run([1 / 3] * 6, scenario='a,"b"', new_lengths=None)
     run.cases += make_run(**WRONG).cases
     right, wrong = csv.DictReader(io.StringIO(render(run, "csv")))
-    assert right["scenario"] == 'a,"b"'
-    assert float(right["latency_ms"]) == 1 / 3
-    assert (right["ci_low_ms"], right["ci_high_ms"]) == ("0.1", "0.4")
-    assert (wrong["check"], wrong["latency_ms"], wrong["tokens_per_s"]) == ("wrong", "", "")
+    assert (right["scenario"], float(right["latency_ms"])) == ('a,"b"', 1 / 3)
+    assert (wrong["status"], wrong["latency_ms"], wrong["tokens_per_s"]) == ("wrong", "", "")
 
 
 def test_json_is_the_result_file(make_run: MakeRun) -> None:
@@ -184,41 +262,23 @@ def test_json_is_the_result_file(make_run: MakeRun) -> None:
 
 
 def test_rates_count_the_necessary_work_and_unknown_prints_a_dash(make_run: MakeRun) -> None:
-    (case,) = make_run().cases
-    cells = {title: cell(case) for title, cell in COLUMNS.items()}
-    assert cells["TFLOP/s"] == "0.5"  # 1e9 FLOPs in 2 ms
+    (row,) = case_rows(make_run())
+    cells = {title: cell(row) for title, cell in COLUMNS.items()}
+    assert cells["FLOP/s"] == "500 G"  # 1e9 FLOPs in 2 ms
     assert cells["GB/s"] == "0.5"  # 1e6 bytes in 2 ms
-    assert cells["95% CI"] == "-"
-    assert cells["% of limit"] == "-"
+    assert cells["95% CI"] == cells["% of limit"] == "-"
     assert cells["p10 .. p90"] == "1.2 .. 2.8"
 
 
-@pytest.mark.parametrize("kind", ["table", "md"])
-def test_a_share_that_is_in_doubt_is_no_percentage(make_run: MakeRun, kind: str) -> None:
-    doubt = results.Roofline(floor_ms=3.0, bound="compute", peak_source="x", doubt="the limit is in doubt")
-    row = next(line for line in render(make_run(roofline=doubt), kind).splitlines() if " 2 " in line)
-    assert ">100? com" in row
-    near = results.Roofline(floor_ms=1.0, fraction=0.5, bound="memory", peak_source="x")
-    assert " 50 mem " in render(make_run(roofline=near), kind)
-
-
 @pytest.mark.parametrize(
-    ("mine", "theirs", "said"),
-    [
-        ([1.0] * 6, [2.0] * 6, "mla is 2x as fast as other; "),
-        ([1.0] * 2, [2.0] * 2, "mla and other: "),
-        ([1.0] * 6, [1.0, 2.0, 9.0] * 2, "mla and other: "),  # the intervals touch
-        ([1.0] * 6, None, "mla and other: "),
-    ],
+    ("theirs", "ops", "said"),
+    [([2.0] * 6, "theirs", "mla and other: "), ([2.0] * 6, "mine", "mla and other run the same ops; ")],
 )
-def test_a_ratio_is_told_where_it_is_decided(
-    make_run: MakeRun, mine: list[float], theirs: list[float] | None, said: str
+def test_outputs_and_memory_are_compared(
+    make_run: MakeRun, theirs: Sequence[float], ops: str, said: str
 ) -> None:
     agreement = [results.Agreement(implementation="other", relative_difference=0.1, speed_ratio=2.0)]
-    run = make_run(mine, agreement=agreement, ops={"o_proj": "mine"})
-    run.cases += make_run(theirs or mine, implementation="other", **({} if theirs else WRONG)).cases
+    run = make_run([1.0] * 6, agreement=agreement, ops={"o_proj": "mine"})
+    run.cases += make_run(theirs, implementation="other", ops={"o_proj": ops}).cases
     (line,) = comparisons(run)
     assert line.startswith(f"prefill: {said}outputs differ by 1.0e-01; cache ")
-    decided = "is" in said
-    assert ("mla won" in str(verdicts(run)[0])) is decided
-    assert ("as fast" in line) is decided

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mla.bench.terminal.workloads import as_objects, as_table
+from mla.bench.terminal.catalog import workloads, workloads_table
 from mla.bench.workload.grid import points_of
 from mla.bench.workload.op_scenario import op_of_batch
 from mla.bench.workload.scenario import Scenario
@@ -26,12 +26,12 @@ def test_every_file_is_a_preset() -> None:
 
 
 def test_the_list_names_each_with_a_line_and_a_source() -> None:
-    found = {one["name"]: one for one in as_objects()}
+    found = {one["name"]: one for one in workloads()}
     assert list(found) == list(PRESETS)
     assert all(one["about"] and "\n" not in one["about"] for one in found.values())
     for name in PUBLISHED:
         assert re.match(r"https://github\.com/[\w-]+/[\w-]+/blob/[0-9a-f]{40}/", found[name]["source"]), name
-    lines = as_table().splitlines()
+    lines = workloads_table().splitlines()
     assert [line.split()[0] for line in lines[1:]] == list(PRESETS)
 
 

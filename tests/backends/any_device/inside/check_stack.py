@@ -14,9 +14,9 @@ import torch
 import torch_acme
 
 import mla
+from mla.conformance.selection import Xfails
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
-from mla.conformance.xfails import Xfails
 from mla_backends import BackendError, BackendOptionError, any_device
 from mla_backends.api import MemoryInfo
 from mla_backends.registry import create

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import mla
+from mla.conformance.selection import Xfails
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
-from mla.conformance.xfails import Xfails
 
 
 def run_suite(name: str, *only: str) -> set[str]:

@@ -18,9 +18,9 @@ import mla
 from mla.bench import results
 from mla.bench.doubts import evidence, new_lengths
 from mla.conformance.checks import attention
+from mla.conformance.selection import Xfails
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
-from mla.conformance.xfails import Xfails
 from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict

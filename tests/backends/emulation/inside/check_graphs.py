@@ -10,9 +10,9 @@ import torch
 
 import mla
 from mla.bench import results
+from mla.conformance.selection import Xfails
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
-from mla.conformance.xfails import Xfails
 from mla.weights import random_state_dict
 from mla_backends import BackendError
 from mla_backends.torch_backend import WARMUPS

@@ -11,9 +11,9 @@ from smaller_cases import make_smaller
 
 from mla.conformance.checks import attention, small_ops
 from mla.conformance.report import CheckResult
+from mla.conformance.selection import Xfails
 from mla.conformance.suite import Instance, carry_out, instances
 from mla.conformance.trial import BackendUnderTest
-from mla.conformance.xfails import Xfails
 
 # An interpreter's time goes by programs, of which these cases start thousands on the quick grid.
 SMALLER = (

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from interpreted import TUNING
 
+from mla.conformance.selection import Xfails
 from mla.conformance.suite import carry_out, instances
 from mla.conformance.trial import BackendUnderTest
-from mla.conformance.xfails import Xfails
 from mla_backends.torch_backend import TorchBackend
 from mla_backends.triton_ops import Launcher, triton_ops
 

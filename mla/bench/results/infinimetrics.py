@@ -1,0 +1,177 @@
+"""Results as InfiniMetrics keeps them: one JSON document per case, which its importer and dashboard read.
+
+Written from github.com/InfiniTensor/InfiniMetrics at 9facb015: `docs/output_format.md`, and what only its
+code says, `db/utils.py` (what counts as a result), `infinimetrics/executor.py` (environment) and
+`dashboard/utils/visualizations/operator.py` (metrics, which it finds by words in their names).
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from mla.bench.results.cases import by_kind
+from mla.bench.results.rows import withheld
+from mla.bench.results.schema import Case, Run
+from mla.errors import ResultError
+
+CATEGORY = "operator"
+# Result codes: what was tested is at fault (there INTERNAL), or there is no number otherwise (GENERIC).
+CODES = {"ok": 0, "wrong": 2, "doubtful": 5, "not run": 5}
+
+Document = dict[str, Any]
+
+# How a document begins: only ours have such a digest.
+START = re.compile(
+    rb'\{\s*"run_id": "[0-9a-f]{12}_\d{8}_\d{6}",\s*"time": "[^"]*",\s*"testcase": "operator\.'
+)
+
+
+def documents(run: Run) -> list[Document]:
+    """Return a document for every case. Raises `ResultError` for a run that has no date."""
+    return [_document(run, case) for case in run.cases]
+
+
+def file_name(document: Mapping[str, Any]) -> str:
+    """Return the name of a document's file, which no scenario can make look like a summary."""
+    return f"{document['run_id']}_results.json"
+
+
+def _document(run: Run, case: Case) -> Document:
+    created = _time(run.created)
+    code = CODES[case.check.status]
+    found: Document = {
+        # The digest comes first, since the dashboard tells runs of one time apart by twelve letters.
+        "run_id": f"{_digest(run, case)}_{created:%Y%m%d_%H%M%S}",
+        "time": f"{created:%Y-%m-%d %H:%M:%S}",
+        "testcase": ".".join((CATEGORY, _word(case.implementation), _word(case.scenario))),
+        "success": int(code != 0),  # theirs: 1 stands for a failure
+        "environment": _environment(run),
+        "result_code": code,
+        "config": _config(run, case),
+        "metrics": list(_metrics(case)),
+        "resolved": {"nodes": 1, "gpus_per_node": 1, "device_used": 1},
+    }
+    return found | {"error_msg": case.check.reason} if code else found
+
+
+def _time(text: str) -> datetime.datetime:
+    try:
+        return datetime.datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ResultError(f"cannot export a run whose `created` is not a time: '{text}'.") from error
+
+
+def _digest(run: Run, case: Case) -> str:
+    """Return 12 hexadecimal digits that are the same whenever this case is exported."""
+    said = msgspec.json.encode((run.created, run.backend, case))
+    return hashlib.sha256(said).hexdigest()[:12]
+
+
+def _word(text: str) -> str:
+    """Return a name as one part of a test case, whose parts are divided by dots."""
+    return re.sub(r"[^A-Za-z0-9-]+", "_", text).strip("_") or "unnamed"
+
+
+def _environment(run: Run) -> Document:
+    facts, device = run.environment, run.backend
+    accelerator = {
+        "model": device.device,
+        "count": 1,
+        "memory_gb_per_card": (device.memory_bytes or 0) >> 30,
+        "driver": facts.get("backend.driver", "Unknown"),
+        "cuda": facts.get("backend.torch.version.cuda", "Unknown"),
+        "type": device.name,
+    }
+    machine = {
+        "cpu_model": facts.get("processor", "Unknown"),
+        "memory_gb": 0,  # of the host, which a result does not hold
+        "accelerators": [accelerator],
+    }
+    frameworks = [{"name": name, "version": facts.get(name, "unknown")} for name in ("mla", "torch")]
+    return {
+        "cluster_scale": 1,
+        "topology": "1x1 ring mesh",
+        "cluster": [{"machine": machine, "framework": frameworks}],
+        "facts": dict(facts),
+    }
+
+
+def _config(run: Run, case: Case) -> Document:
+    tokens, hidden = sum(case.query_lens), run.config.get("hidden_size")
+    tensor = {"shape": [tokens, hidden], "dtype": case.dtype}
+    layer = [] if case.op or not isinstance(hidden, int) else [tensor]
+    return {
+        "operator": case.op or "mla_layer",
+        "device": run.backend.name,
+        "dtype": case.dtype,
+        "batch_size": len(case.query_lens),
+        "warmup_iterations": case.warmups,
+        "measured_iterations": case.passes * case.steps_per_pass,
+        "inputs": [{"name": "hidden", **one} for one in layer],
+        "outputs": [{"name": "out", **one} for one in layer],
+        "scenario": case.scenario,
+        "batch_spec": case.batch_spec,
+        "mode": case.mode,
+        "implementation": case.implementation,
+        "query_lens": case.query_lens,
+        "history": case.history,
+        "heads": case.heads,
+        "layers": case.layers,
+        "page_size": case.point.get("page_size", run.page_size),
+        "attention": run.attention,
+        "ops": case.ops,
+        "model": run.config,
+        "check": case.check.status,
+        "repro": case.repro,
+    }
+
+
+def _metrics(case: Case) -> Iterator[Document]:
+    """Yield the metrics that may leave a case: without its numbers, only what the check said."""
+    if case.check.status in ("ok", "wrong"):
+        yield _scalar("tensor_accuracy", "PASS" if case.check.status == "ok" else "FAIL", "")
+    latency = case.latency_ms
+    if withheld(case) or latency is None:
+        return
+    yield _scalar("latency", latency.median, "ms")
+    for name, amount, unit, size in (
+        ("flops", case.cost.flops, "TFLOPS", 1e12),
+        ("bandwidth", case.cost.bytes, "GB/s", 1e9),
+    ):
+        if amount:
+            yield _scalar(name, amount / latency.median * 1e3 / size, unit)
+    yield from _more(case)
+
+
+def _more(case: Case) -> Iterator[Document]:
+    """Yield what the dashboard lists only: no name here may hold a word that it looks for."""
+    latency, rate = case.latency_ms, case.tokens_per_s
+    assert latency is not None
+    times = {"time_p10": latency.p10, "time_p90": latency.p90}
+    if latency.ci95:
+        times |= {"time_ci95_low": latency.ci95[0], "time_ci95_high": latency.ci95[1]}
+    for name, timing in by_kind(case).items():
+        if timing.latency_ms and timing.check.status == "ok":
+            times[f"time_{name}"] = timing.latency_ms.median
+    for name, value in times.items():
+        yield _scalar(name, value, "ms")
+    if rate:
+        yield _scalar("throughput", rate.median, "tokens/s")
+    if case.roofline.fraction is not None and not case.roofline.doubt:
+        yield _scalar("share_of_limit", 100 * case.roofline.fraction, "%")
+
+
+def _scalar(name: str, value: float | str, unit: str) -> Document:
+    return {
+        "name": f"{CATEGORY}.{name}",
+        "type": "scalar",
+        "value": value,
+        "raw_data_url": "",
+        "unit": unit,
+    }

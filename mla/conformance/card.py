@@ -1,0 +1,290 @@
+"""The card: the report in Markdown that is readable as plain text; what a run covered, and did not see."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from mla.command.table import markdown
+from mla.conformance.registry import KINDS
+from mla.conformance.report import Cases, CheckResult, ConformanceReport, Coverage, Slow, Status
+
+# How many wrong cases of a check are listed.
+MOST_CASES = 5
+
+_TITLES = ("check", "of", "result", "cases", "error/bound", "note")
+_KIND_TITLES = ("kind", "checks", "cases", "what it is")
+_WORDS: dict[Status, str] = {
+    "pass": "passed",
+    "fail": "failed",
+    "refused": "refused",
+    "xfail": "failed as expected",
+    "xpass": "passed unexpectedly",
+}
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def card(report: ConformanceReport) -> str:
+    """Return the report card: Markdown that is readable as plain text."""
+    checks = report.checks
+    kinds = [(one.kind, str(one.checks), _counted([one.cases]), one.what) for one in report.coverage]
+    parts = [
+        f"# mla conformance: {report.backend.name}\n",
+        _header(report),
+        markdown(_TITLES, _rows(checks), padded=True),
+        _list(
+            "Failed", _failures(report), "A command with `--dump-failure DIR` keeps the case's tensors.\n\n"
+        ),
+        _list("Passed unexpectedly (remove them from the list)", _reasons(checks, "xpass")),
+        _list("Failed as expected", _reasons(checks, "xfail")),
+        _list("Refused", _refusals(checks)),
+        _list("Expected failures that matched no check", report.unused_xfails),
+        "## Covered, by why kernels fail\n",
+        markdown(_KIND_TITLES, kinds, padded=True),
+        _list("What this run cannot have seen", map(_flat, report.blind)),
+        f"Seconds: {_seconds(checks)}\n",
+        f"{_summary(report)}\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _summary(report: ConformanceReport) -> str:
+    """Return the last line: the number of checks by outcome."""
+    counts, checks = report.counts(), report.checks
+    listed = ", ".join(f"{counts[status]} {word}" for status, word in _WORDS.items())
+    cut = f" (interrupted, {report.planned} planned)" if report.interrupted else ""
+    count = "1 check" if len(checks) == 1 else f"{len(checks)} checks"
+    return f"{count}{cut}: {listed}; {sum(one.seconds for one in checks):.1f} s"
+
+
+def _header(report: ConformanceReport) -> str:
+    backend = report.backend
+    facts = {
+        "backend": f"{backend.name} {backend.version or '(not packaged)'}",
+        "device": f"{backend.device_name} ({backend.device})",
+        "dtypes": ", ".join(report.dtypes),
+        "grid": "quick" if report.quick else "full",
+        "command": f"`{shlex.join(report.argv)}`",
+        "created": report.created,
+        **({"commit": report.git_commit} if report.git_commit else {}),
+        **report.environment,
+    }
+    return "".join(f"- {key}: {_flat(value)}\n" for key, value in facts.items())
+
+
+def _failures(report: ConformanceReport) -> Iterator[str]:
+    """Yield every failed check with its wrong cases, and how to run the first of them alone."""
+    for one in report.checks:
+        if one.status == "fail":
+            ran = one.cases.passed + one.cases.refused + one.cases.failed
+            of = f"{one.cases.failed} of {ran} cases" if ran > 1 else "its one case"
+            alone = shlex.join([*report.alone, "--only", one.failures[0].id])
+            lines = [f"`{one.id}`: {of}", *failed_cases(one), f"the first alone: `{alone}`"]
+            yield "\n  - ".join(lines)
+
+
+def failed_cases(one: CheckResult) -> list[str]:
+    """Return a line for each of the first wrong cases of a check, and one that counts the others."""
+    texts = {case.id: ": ".join(filter(None, (case.case, case.reason))) for case in one.failures[:MOST_CASES]}
+    more = len(one.failures) - len(texts)
+    return [*(f"`{id}`: {_flat(text)}" for id, text in texts.items()), *([f"and {more} more"] * bool(more))]
+
+
+def _seconds(checks: Iterable[CheckResult]) -> str:
+    """Return what every group of checks took, the longest first."""
+    taken: Counter[str] = Counter()
+    for one in checks:
+        taken[_group(one)] += one.seconds  # type: ignore[assignment]  # a counter takes floats as well
+    return ", ".join(f"{group} {seconds:.1f}" for group, seconds in taken.most_common())
+
+
+def _rows(checks: Iterable[CheckResult]) -> Iterator[tuple[str, ...]]:
+    """Yield one row per check and op: the dtypes share it."""
+    for (name, of), members in _grouped(checks, lambda one: (one.check, one.of)).items():
+        ratios = [one.error_ratio for one in members if one.error_ratio is not None]
+        ratio = f"{max(ratios):.2g}" if ratios else ""
+        note = "; ".join(dict.fromkeys(one.note for one in members if one.note))
+        cases = _counted([one.cases for one in members])
+        yield tuple(map(_one_line, (name, of or "device", _result(members), cases, ratio, note)))
+
+
+def _result(members: Sequence[CheckResult]) -> str:
+    """Return "pass", or the outcome of each dtype."""
+    ends = _grouped(
+        members, lambda one: one.status.upper() if one.status in ("fail", "xpass") else one.status
+    )
+    if len(ends) == 1:
+        return next(iter(ends))
+    return "; ".join(f"{word} {', '.join(one.dtype for one in ended)}" for word, ended in ends.items())
+
+
+def _counted(members: Sequence[Cases]) -> str:
+    """Return how many cases there are, and of them "3 wrong, 2 refused, 4 left out"."""
+    words = {"passed": "", "failed": "wrong", "refused": "refused", "left_out": "left out"}
+    counts = {word: sum(getattr(one, name) for one in members) for name, word in words.items()}
+    extra = [f"{count} {word}" for word, count in counts.items() if word and count]
+    return ", ".join([str(sum(counts.values())), *extra])
+
+
+def _reasons(checks: Iterable[CheckResult], status: Status) -> list[str]:
+    return [f"`{one.id}`: {_flat(one.reason)}" for one in checks if one.status == status]
+
+
+def _refusals(checks: Sequence[CheckResult]) -> Iterator[str]:
+    """Yield one line per op and reason: which checks it concerns, "(some)" where other cases were served."""
+    pairs = [
+        (one, reason) for one in checks for reason in dict.fromkeys(each.reason for each in one.refusals)
+    ]
+    for (of, reason), members in _grouped(pairs, lambda pair: (pair[0].of, pair[1])).items():
+        concerned = ", ".join(_concerned([one for one, _ in members], checks))
+        yield f"{f'`{of}`: ' if of else ''}{_flat(reason)}: {concerned}"
+
+
+def _concerned(members: Sequence[CheckResult], checks: Sequence[CheckResult]) -> Iterator[str]:
+    """Yield the names of checks with their dtypes, a group of several that is refused as a whole as one."""
+
+    def key(one: CheckResult) -> tuple[str, str, str]:
+        return _group(one), one.of, one.dtype
+
+    sizes = Counter(map(key, checks))
+    refused = Counter(key(one) for one in members if one.status == "refused")
+
+    def name(one: CheckResult) -> str:
+        if refused[key(one)] == max(2, sizes[key(one)]):
+            return f"{_group(one)}.*"
+        return one.check if one.status == "refused" else f"{one.check} (some)"
+
+    for named, found in _grouped(members, name).items():
+        dtypes = ", ".join(filter(None, dict.fromkeys(one.dtype for one in found)))
+        yield f"{named} [{dtypes}]" if dtypes else named
+
+
+def _group(one: CheckResult) -> str:
+    return one.check.partition(".")[0]
+
+
+Item = TypeVar("Item")
+
+
+def _grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Return the items by their keys, in order."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def _list(title: str, lines: Iterable[str], first: str = "") -> str:
+    listed = "".join(f"- {line}\n" for line in lines)
+    return f"## {title}\n\n{first}{listed}" if listed else ""
+
+
+def _flat(text: str) -> str:
+    """Return text that cannot break a list of Markdown: one line, no bars."""
+    return _one_line(text).replace("|", "\\|")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(str(text).split())
+
+
+# ------------------------------------------------------------------------------ coverage
+
+# What no run of this suite sees.
+_ALWAYS = (
+    "Sizes between those tried: cases are neighbours of the borders that kernels usually have.",
+    "Races that need luck: a case runs once or a few times, on one stream of one process.",
+    "One more rounding to a narrow dtype in a small op, of angles, of a norm before its weight, of a product "
+    "before its bias: it costs about as much as rounding the output, which is allowed.",
+    "Speed: nothing is timed but whether the device waits and its clock tells the truth.",
+    "Several devices, and what `probe()` does to a device: it is set up before the first check.",
+)
+
+
+def coverage(checks: Sequence[CheckResult]) -> list[Coverage]:
+    """Return how much ran of every kind, in the order of `KINDS`."""
+    return [_of_kind(kind, [one for one in checks if one.kind == kind]) for kind in KINDS]
+
+
+def _of_kind(kind: str, members: Sequence[CheckResult]) -> Coverage:
+    counts = {name: sum(getattr(one.cases, name) for one in members) for name in Cases.__struct_fields__}
+    return Coverage(kind=kind, what=KINDS[kind], checks=len(members), cases=Cases(**counts))
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How far a run went."""
+
+    quick: bool
+    only: Sequence[str]  # patterns; empty: every check
+    claimed: Sequence[str]  # dtypes
+    checked: Sequence[str]
+    slow: Sequence[Slow]
+    planned: int  # checks
+
+
+def blind(extent: Extent, checks: Sequence[CheckResult]) -> list[str]:
+    """Return what a run cannot have seen, one sentence each; what depends on the run comes first."""
+    cut = [*_cut(extent, checks), *_thinned(extent, checks)]
+    return [*cut, *_reached(checks), *_all_refused(checks), *_other_dtypes(extent), *_ALWAYS]
+
+
+def _cut(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:
+    if len(checks) < extent.planned:
+        missing = extent.planned - len(checks)
+        yield f"What {missing} of {extent.planned} checks ask: the run ended before them."
+    if extent.only:
+        yield f"What other checks ask: only {', '.join(extent.only)} ran."
+    if extent.quick:
+        yield "Many sizes: the quick grid has a few of each kind, the full one (without --quick) all."
+
+
+def _thinned(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:
+    for one in extent.slow:
+        members = [check.cases for check in checks if check.dtype == one.dtype]
+        ran = sum(cases.passed + cases.refused + cases.failed for cases in members)
+        whole = ran + sum(cases.left_out for cases in members)
+        if ran < whole:
+            yield (
+                f"Most sizes in {one.dtype}: it takes {_times(one.factor)} as long as {one.than} here, "
+                f"so that {ran} of {whole} cases ran (--every-case runs them all)."
+            )
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.2g} times" if factor < 10 else f"{factor:.0f} times"
+
+
+def _reached(checks: Sequence[CheckResult]) -> Iterator[str]:
+    """Say how far checks of index widths got, as memory allowed."""
+    members = [one for one in checks if one.kind == "index" and one.note and one.cases.passed]
+    for check in dict.fromkeys(one.check for one in members):
+        notes = dict.fromkeys(one.note for one in members if one.check == check)
+        yield f"Indices beyond what {check} reached: {', '.join(notes)}."
+
+
+def _all_refused(checks: Sequence[CheckResult]) -> Iterator[str]:
+    """Say which ops refused a dtype as a whole, and which kinds of failure in what they serve."""
+    served: dict[tuple[str, str], dict[str, bool]] = {}
+    for one in checks:
+        kinds = served.setdefault((one.dtype, one.of or "the device"), {})
+        kinds[one.kind] = kinds.get(one.kind, False) or one.status != "refused"
+    subjects: dict[tuple[str, str], list[str]] = {}
+    for (dtype, of), kinds in served.items():
+        none = [kind for kind, some in kinds.items() if not some]
+        if none:
+            what = "Anything" if len(none) == len(kinds) else f"What fails by {' or '.join(none)}"
+            subjects.setdefault((what, f" in {dtype}" if dtype else ""), []).append(of)
+    for (what, where), names in subjects.items():
+        yield f"{what}{where} of {', '.join(names)}: all of it was refused."
+
+
+def _other_dtypes(extent: Extent) -> Iterator[str]:
+    unchecked = [dtype for dtype in extent.claimed if dtype not in extent.checked]
+    if unchecked:
+        yield f"{' and '.join(unchecked)}: claimed, and not asked for."
+    yield f"Other dtypes than {', '.join(extent.claimed)}: the backend claims no others."

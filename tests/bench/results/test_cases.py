@@ -1,0 +1,60 @@
+"""What ranks have of a case's work: how evenly, and how much of it one device would not do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from mla.bench import results
+from mla.bench.results.cases import Repeated, device_cost, imbalance, imbalances, repeated
+from mla.bench.results.schema import Cost, RankFacts, Spread
+
+Case = Callable[..., results.Case]
+
+
+def facts(rank: int, ms: float = 2.0, collective_ms: float = 0.0, cost: Cost | None = None) -> RankFacts:
+    return RankFacts(
+        rank=rank,
+        samples=[ms, ms, 9 * ms],
+        collective_ms=collective_ms,
+        collective_bytes=1,
+        cache_bytes=1,
+        weight_bytes=1,
+        cost=cost,
+    )
+
+
+def spread(*ranks: RankFacts) -> Spread:
+    return Spread(layout=f"dp={len(ranks)}", library="gloo", ranks=list(ranks))
+
+
+def test_one_busy_rank_does_not_hide_in_the_average() -> None:
+    """Three ranks work 2 ms, one 4 ms; what they wait in collectives does not count."""
+    found = spread(facts(0, 4.5, 2.5), facts(1, 4.5, 0.5), facts(2, 4.5, 2.5), facts(3, 4.5, 2.5))
+    assert imbalances(found) == pytest.approx([0, 1, 0, 0])
+    assert imbalance(found) == pytest.approx(1)
+
+
+def test_ranks_that_only_wait_are_not_divided_by() -> None:
+    assert imbalance(spread(facts(0, 1.0, 2.0), facts(1, 1.0, 2.0))) == 0
+
+
+def test_of_each_kind_of_work_the_busiest_rank_counts(case: Case) -> None:
+    few, many = Cost(flops=8, bytes=3), Cost(flops=6, bytes=5)
+    one = case(cost=Cost(flops=10, bytes=6), spread=spread(facts(0, cost=few), facts(1, cost=many)))
+    assert device_cost(one) == Cost(flops=8, bytes=5)
+    assert repeated(one) == pytest.approx((4 / 14, 2 / 8))
+
+
+def test_what_bounds_a_case_says_which_share_is_meant() -> None:
+    found = Repeated(flops=0.2, bytes=0.5)
+    assert [found.of(bound) for bound in ("compute", "memory", None)] == [0.2, 0.5, 0.5]
+
+
+def test_without_the_work_of_every_rank_nothing_is_known(case: Case) -> None:
+    one = case(spread=spread(facts(0, cost=Cost(flops=8, bytes=3)), facts(1)))
+    assert device_cost(one) is None
+    assert repeated(one) is None
+    assert repeated(case()) is None
+    assert device_cost(case()) == case().cost
